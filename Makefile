@@ -1,0 +1,53 @@
+# One environment in .venv, filled in two steps: what the service needs (demo, run), then the dev tools (test).
+# Everything in it is locked by hash; the project itself is installed from this tree.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+COMPILE := UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --no-config --universal --python-version 3.11 \
+	--generate-hashes --no-annotate --no-emit-index-url $(UPGRADE)
+
+.PHONY: install demo run test check lint lock clean
+
+install: .venv/.dev                 ## everything for working on it
+
+demo: .venv/.runtime                ## the main job, told as a short story
+	$(BIN)/oncegate demo
+
+run: .venv/.runtime                 ## make run UPSTREAM=http://127.0.0.1:9000
+	exec env $(if $(UPSTREAM),ONCEGATE_UPSTREAM='$(UPSTREAM)') $(BIN)/oncegate serve
+
+test: lint                          ## the static checks and the tests; make test ARGS="-k lease" for some
+	$(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
+
+check: test                         ## the same: format, lint, types, layers, tests
+
+lint: .venv/.dev                    ## the static checks alone
+	$(BIN)/ruff format --quiet --check .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+lock: .venv/.dev                    ## make lock UPGRADE=--upgrade moves every pin to the newest release
+	$(COMPILE) --group build --output-file requirements-build.lock
+	$(COMPILE) pyproject.toml --extra embedded --group dev --output-file requirements-dev.lock
+	$(COMPILE) pyproject.toml --extra embedded --constraint requirements-dev.lock --output-file requirements.lock
+	$(COMPILE) pyproject.toml --constraint requirements-dev.lock --output-file requirements-image.lock
+
+clean:                              ## all but the embedded store's data in .oncegate
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+.venv/.runtime: pyproject.toml requirements-build.lock requirements.lock | $(BIN)/python
+	$(PIP) install --require-hashes -r requirements-build.lock -r requirements.lock
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	touch $@
+
+.venv/.dev: requirements-dev.lock .venv/.runtime
+	$(PIP) install --require-hashes -r requirements-dev.lock
+	touch $@
+
+# Debian splits ensurepip off into a package of its own, without which `python3 -m venv` fails half-way.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "oncegate needs Python 3.11 or newer: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq python3-venv; } \
+		|| { echo "$(PYTHON) cannot make a venv: install your system's package for it (Debian, Ubuntu: python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv

@@ -1,0 +1,253 @@
+"""Builds the service from its settings and runs its parts; the only place where they are constructed."""
+
+import asyncio
+import ssl
+import tempfile
+from collections.abc import Coroutine
+from typing import Any
+
+from aiohttp import web
+from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
+
+import proxy
+from proxy.admin import admin_app
+from proxy.body import Bodies
+from proxy.exchange import Workshop
+from proxy.handler import Gateway
+from proxy.headers import Gate
+from proxy.keys import Digests
+from proxy.leases import Leases
+from proxy.listener import Listener
+from proxy.logs import AccessLog
+from proxy.metrics import Metrics, Outcome
+from proxy.policy import Policy
+from proxy.settings import Settings
+from proxy.store import Claim, Store
+from proxy.upstream import Buffered, Pool, client_tls
+from proxy.waiters import Waiters
+
+FINAL_S = 2.0  # for marking as unknown what the drain had to cut off
+KEEP_IDLE_S = 0.05
+
+
+class Unsupported(Exception):
+    """The installation cannot keep the promise."""
+
+
+def _require_strict_parser() -> None:
+    """aiohttp without its C extensions parses requests differently, and more leniently."""
+    if HttpRequestParser is HttpRequestParserPy:
+        raise Unsupported("aiohttp runs without its C extensions: unset AIOHTTP_NO_EXTENSIONS or install its wheel")
+
+
+def _policy(settings: Settings) -> Policy:
+    return Policy(
+        methods=frozenset(settings.methods),
+        key_header=settings.key_header.lower().encode(),
+        key_required=settings.key_required,
+        namespace=settings.namespace.encode(),
+        scope_headers=tuple(name.lower().encode() for name in settings.scope_headers),
+        pass_host=settings.pass_host,
+        retention_ms=int(settings.retention_s * 1000),
+        lease_ms=settings.lease_ms,
+        wait_for_duplicates=settings.on_duplicate == "wait",
+        wait_max_s=settings.wait_max_s,
+        max_stored_bytes=settings.max_stored_bytes,
+        mode=settings.on_unknown.encode(),
+    )
+
+
+def _upstream_tls(settings: Settings) -> ssl.SSLContext | None:
+    if settings.upstream.scheme != "https":
+        return None
+    files = (settings.upstream_ca_file, settings.upstream_cert_file, settings.upstream_key_file)
+    return client_tls(*(str(path) if path else None for path in files))
+
+
+class Service:
+    """One worker: its listeners, its store and upstream, and the tasks that keep them."""
+
+    def __init__(self, settings: Settings, store_url: str, logger: Any) -> None:
+        _require_strict_parser()
+        self._settings, self._log = settings, logger
+        self._loop = asyncio.get_running_loop()
+        self._background: set[asyncio.Task[Any]] = set()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._draining = False
+        self.cut_off = 0
+        self.metrics = Metrics(
+            proxy.__version__,
+            {
+                "in_flight": lambda: self._gateway.in_flight,
+                "waiting": lambda: len(self._waiters),
+                "store_memory_ratio": lambda: self.store.memory_ratio,
+                "ready": lambda: not self.problems(),
+                "buffered_bytes": lambda: self._buffered.used,
+            },
+        )
+        self._access = AccessLog(logger, settings.access_log)
+        self._buffered = Buffered(settings.max_buffered_bytes)
+        self.store = Store(
+            store_url,
+            timeout_ms=settings.store_timeout_ms,
+            patience_s=settings.settle_timeout_s,
+            observe=self.metrics.store_call,
+            background=self._in_background,
+        )
+        self._leases = Leases(self.store, settings.lease_ms, self._report, self._loop.time)
+        self._waiters = Waiters(self.store, settings.max_waiters, settings.lease_ms, self._leases.__contains__)
+        self._pool = self._make_pool()
+        self._gateway = self._make_gateway()
+        self._listener = Listener(self._gateway, max_connections=settings.max_connections)
+        self._servers: list[asyncio.Server] = []
+        self._admin: web.AppRunner | None = None
+
+    def _make_pool(self) -> Pool:
+        settings = self._settings
+        return Pool(
+            settings.upstream.host,
+            settings.upstream.port,
+            _upstream_tls(settings),
+            connect_timeout_s=settings.connect_timeout_s,
+            connect_retries=settings.connect_retries,
+            max_connections=settings.max_upstream_connections,
+            buffered=self._buffered,
+        )
+
+    def _make_gateway(self) -> Gateway:
+        settings, policy = self._settings, _policy(self._settings)
+        shop = Workshop(
+            store=self.store,
+            leases=self._leases,
+            waiters=self._waiters,
+            pool=self._pool,
+            buffered=self._buffered,
+            background=self._in_background,
+            settled=self.metrics.settled,
+            eof_framed=self.metrics.eof_framed,
+            silence_s=settings.upstream_timeout_s,
+            reuse_idle_s=settings.upstream_reuse_idle_s,
+            store_timeout_s=settings.store_timeout_ms / 1000,
+            patience_s=settings.settle_timeout_s,
+            client_stall_s=settings.client_stall_s,
+        )
+        spool_dir = str(settings.spool_dir or tempfile.gettempdir())
+        return Gateway(
+            shop,
+            gate=Gate([host.encode() for host in settings.hosts], policy.key_header, policy.scope_headers),
+            policy=policy,
+            digests=Digests(settings.secret.get_secret_value().encode()),
+            bodies=Bodies(self._buffered, Buffered(settings.max_spool_bytes), spool_dir, settings.max_request_bytes),
+            origin=settings.upstream,
+            trusted=settings.trusted_proxies,
+            max_in_flight=settings.max_in_flight,
+            observe=self._observe,
+            failed=lambda error: self._log.error("a request failed", exc_info=error),
+        )
+
+    # What the parts report ...
+
+    def _observe(self, outcome: Outcome) -> None:
+        self.metrics.observe(outcome)
+        self._access(outcome)
+
+    def _report(self, what: str, claim: Claim) -> None:
+        """Say that a claim vanished or was taken: somebody else may have executed the same key."""
+        self.metrics.claim_lost()
+        if what == "fenced":
+            self.metrics.settled("fenced")
+        self._log.error(f"claim {what}", key=proxy.keys.short(claim.key), fence=claim.fence.decode())
+
+    def _in_background(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Finish something behind the client's back; the drain waits for it."""
+        task = self._loop.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    def problems(self) -> list[str]:
+        """Return why this worker should get no traffic now."""
+        found = ["the proxy is shutting down"] if self._draining else []
+        if problem := self.store.problem():
+            found.append(problem)
+        return found
+
+    # Its life ...
+
+    async def start(self) -> None:
+        """Listen; the store may still be down. Raises OSError where a port is taken."""
+        settings = self._settings
+        self.store.start()
+        keepers = (self.store.watch(), self._leases.run(), self._waiters.run(), self._listener.sweep())
+        self._tasks = [self._loop.create_task(keeper) for keeper in keepers]
+        self._servers.append(
+            await self._loop.create_server(
+                self._listener, settings.listen.host, settings.listen.port, ssl=_server_tls(settings), backlog=1024
+            )
+        )
+        self._admin = web.AppRunner(admin_app(self.metrics.text, self.problems), access_log=None, shutdown_timeout=1)
+        await self._admin.setup()
+        await web.TCPSite(self._admin, settings.admin_listen.host, settings.admin_listen.port).start()
+        await self.store.wait_up(1.0)
+
+    @property
+    def listens_on(self) -> dict[str, str]:
+        """Return the addresses in use, for the log: they may have been chosen by the system."""
+        public = self._servers[0].sockets[0].getsockname()
+        admin = self._admin.addresses[0] if self._admin else ("", 0)
+        return {"public": f"{public[0]}:{public[1]}", "admin": f"{admin[0]}:{admin[1]}"}
+
+    async def drain(self, hurry: asyncio.Event) -> bool:
+        """Stop accepting, let what is in flight finish, mark the rest unknown. `hurry` cuts the grace short.
+
+        Return whether everything in flight was stored or released.
+        """
+        self._draining = True
+        if self._settings.drain_delay_s:
+            await _unless(hurry, asyncio.sleep(self._settings.drain_delay_s))
+        for server in self._servers:
+            server.close()
+        self._listener.pre_shutdown()
+        self._waiters.close()
+        finished = await _unless(hurry, self._idle(), self._settings.drain_s)
+        if not finished:
+            self.store.patience_ends = self._loop.time() + FINAL_S
+            self.cut_off = self._pool.cut("the proxy was shut down") or self._gateway.in_flight
+            await _unless(None, self._idle(), FINAL_S + 1)
+        return bool(finished)
+
+    async def _idle(self) -> bool:
+        while self._gateway.in_flight or self._background:
+            await asyncio.sleep(KEEP_IDLE_S)
+        return True
+
+    async def close(self) -> None:
+        for task in [*self._tasks, *self._background]:
+            task.cancel()
+        await asyncio.gather(*self._tasks, *self._background, return_exceptions=True)
+        await self._listener.shutdown(0.1)
+        if self._admin:
+            await self._admin.cleanup()
+        self._pool.close()
+        await self.store.close()
+
+
+async def _unless(hurry: asyncio.Event | None, work: Coroutine[Any, Any, Any], seconds: float | None = None) -> Any:
+    """Return what `work` returns, None if `hurry` is set or the time is over first."""
+    task = asyncio.ensure_future(work)
+    hurried = asyncio.ensure_future(hurry.wait()) if hurry else None
+    waited = [task, hurried] if hurried else [task]
+    await asyncio.wait(waited, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    result = task.result() if task.done() else None
+    for one in waited:
+        one.cancel()
+    return result
+
+
+def _server_tls(settings: Settings) -> ssl.SSLContext | None:
+    if settings.tls_cert_file is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    context.load_cert_chain(settings.tls_cert_file, settings.tls_key_file)
+    return context

@@ -1,0 +1,169 @@
+"""Request bodies: whole before the claim where a key guards them, streamed where none does.
+
+The bytes that are digested are the bytes that are sent: one buffer, or one spool file.
+"""
+
+import asyncio
+import os
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import IO
+
+from aiohttp import StreamReader
+
+from proxy.upstream import Buffered
+
+MEMORY_BYTES = 1048576  # of one body; what is longer is spooled
+BLOCK_BYTES = 262144
+STALL_S = 30.0  # for which a body may pause
+
+
+@dataclass(frozen=True, slots=True)
+class TooLarge:
+    """The body is over the limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class NoRoom:
+    """Memory or spool of this worker is full."""
+
+
+@dataclass(frozen=True, slots=True)
+class BrokenOff:
+    """The client left, stalled or broke its own framing before the body was whole."""
+
+    stalled: bool = False
+
+
+class Body:
+    """A whole request body, in memory or in an unlinked spool file; `close` gives its room back."""
+
+    def __init__(self, data: bytes, memory: Buffered, spool: Buffered, file: IO[bytes] | None = None) -> None:
+        self.data, self._file = data, file
+        self._memory, self._spool = memory, spool
+        self.size = len(data) if file is None else file.tell()
+
+    @property
+    def spooled(self) -> bool:
+        return self._file is not None
+
+    def blocks(self) -> Iterator[bytes]:
+        """Yield the body from its start. A spool is read from the page cache it was just written to."""
+        if self._file is None:
+            yield self.data
+            return
+        offset = 0
+        while block := os.pread(self._file.fileno(), BLOCK_BYTES, offset):
+            offset += len(block)
+            yield block
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        """Yield the body from its start, for a sender."""
+        for block in self.blocks():
+            yield block
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._spool.give(self.size)
+        else:
+            self._memory.give(self.size)
+        self._file, self.data, self.size = None, b"", 0
+
+
+class Bodies:
+    """Reads request bodies within the worker's limits (all in bytes)."""
+
+    def __init__(self, memory: Buffered, spool: Buffered, spool_dir: str | None, max_bytes: int) -> None:
+        self._memory, self._spool, self._spool_dir, self._max_bytes = memory, spool, spool_dir, max_bytes
+
+    async def read(self, content: StreamReader, length: int | None) -> Body | TooLarge | NoRoom | BrokenOff:
+        """Return the whole body, or why there is none. `length`: what Content-Length states."""
+        if length is not None and length > self._max_bytes:
+            return TooLarge()
+        if content.is_eof():  # it came with the head, as small ones do
+            data = content.read_nowait()
+            if len(data) > self._max_bytes:
+                return TooLarge()
+            return Body(data, self._memory, self._spool) if self._memory.take(len(data)) else NoRoom()
+        return await self._collect(content)
+
+    async def _collect(self, content: StreamReader) -> Body | TooLarge | NoRoom | BrokenOff:
+        parts: list[bytes] = []
+        size = 0
+        while block := await read_block(content):
+            if isinstance(block, BrokenOff):
+                return self._give_up(size, block)
+            if size + len(block) > self._max_bytes:
+                return self._give_up(size, TooLarge())
+            if size + len(block) > MEMORY_BYTES:
+                self._memory.give(size)
+                return await self._spool_rest(content, [*parts, block])
+            if not self._memory.take(len(block)):
+                return self._give_up(size, NoRoom())
+            parts.append(block)
+            size += len(block)
+        return Body(b"".join(parts), self._memory, self._spool)
+
+    def _give_up(self, size: int, why: "TooLarge | NoRoom | BrokenOff") -> "TooLarge | NoRoom | BrokenOff":
+        self._memory.give(size)
+        return why
+
+    async def _spool_rest(self, content: StreamReader, begun: list[bytes]) -> Body | TooLarge | NoRoom | BrokenOff:
+        file: IO[bytes] | None = None
+        size = 0
+        outcome: TooLarge | NoRoom | BrokenOff | None = None
+        try:
+            file = tempfile.TemporaryFile(dir=self._spool_dir, buffering=0)  # noqa: SIM115 - the Body closes it
+            block: bytes | BrokenOff = b"".join(begun)
+            while block and outcome is None:
+                if isinstance(block, BrokenOff):
+                    outcome = block
+                elif size + len(block) > self._max_bytes:
+                    outcome = TooLarge()
+                elif not self._spool.take(len(block)):
+                    outcome = NoRoom()
+                else:
+                    size += len(block)
+                    _write_all(file, block)
+                    block = await read_block(content)
+        except OSError:  # the disk is full, or there are no descriptors left
+            outcome = NoRoom()
+        except BaseException:
+            self._discard(file, size)
+            raise
+        if outcome is None and file is not None:
+            return Body(b"", self._memory, self._spool, file)
+        self._discard(file, size)
+        return outcome or NoRoom()
+
+    def _discard(self, file: IO[bytes] | None, size: int) -> None:
+        self._spool.give(size)
+        if file is not None:
+            file.close()
+
+
+def _write_all(file: IO[bytes], block: bytes) -> None:
+    view = memoryview(block)
+    while view:
+        view = view[file.write(view) :]
+
+
+async def read_block(content: StreamReader) -> bytes | BrokenOff:
+    """Return the next bytes of a body, empty at its end."""
+    try:
+        async with asyncio.timeout(STALL_S):
+            return await content.readany()
+    except TimeoutError:
+        return BrokenOff(stalled=True)
+    except Exception:  # aiohttp raises what it made of the client's framing, or of its leaving
+        return BrokenOff()
+
+
+async def stream(content: StreamReader) -> AsyncIterator[bytes]:
+    """Yield the bytes of a body as they come. Raises ConnectionError where it breaks off."""
+    while block := await read_block(content):
+        if isinstance(block, BrokenOff):
+            raise ConnectionError("the client's body broke off")
+        yield block

@@ -1,0 +1,74 @@
+"""The commands: serve, check, demo, healthcheck."""
+
+import argparse
+import os
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+
+import proxy
+from proxy.settings import Settings, SettingsError, describe, load
+
+PROBE_S = 3.0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    top = argparse.ArgumentParser(prog="oncegate", description="Makes unsafe HTTP requests safe to retry.")
+    top.add_argument("--version", action="version", version=f"oncegate {proxy.__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("serve", help="run the proxy (settings: environment variables ONCEGATE_*)")
+    commands.add_parser("check", help="validate the configuration and print what is in effect")
+    demo = commands.add_parser("demo", help="run the main job against a built-in upstream and show it")
+    demo.add_argument("--upstream-only", action="store_true", help="only serve the demo upstream, until stopped")
+    demo.add_argument("--listen", default="127.0.0.1:9000", metavar="HOST:PORT", help="of the demo upstream")
+    demo.add_argument("--proxy", metavar="URL", help="show it on a running proxy that has the demo upstream")
+    health = commands.add_parser("healthcheck", help="ask the running proxy whether it is alive")
+    health.add_argument("--ready", action="store_true", help="ask whether it is ready instead")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    options = parser().parse_args(argv)
+    if options.command == "demo":
+        from proxy import demo
+
+        if options.upstream_only:
+            return demo.serve_upstream(options.listen)
+        return demo.run(options.proxy)
+    try:
+        settings = load()
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if options.command == "check":
+        print(describe(settings))
+        return 0
+    if options.command == "healthcheck":
+        return _probe(settings, "/readyz" if options.ready else "/healthz")
+    return _serve(settings)
+
+
+def _serve(settings: Settings) -> int:
+    from proxy import logs, server
+
+    os.umask(0o077)  # what it writes, spool and embedded store, is nobody else's business
+    return server.serve(settings, logs.configure(settings.log_level, settings.log_format))
+
+
+def _probe(settings: Settings, path: str) -> int:
+    """Ask the admin listener; print what it says; 0 where it says yes."""
+    address = settings.admin_listen
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(address.host, address.host)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"http://{host}:{address.port}{path}", timeout=PROBE_S) as answer:
+            print(answer.read().decode())
+            return 0
+    except urllib.error.HTTPError as error:
+        print(error.read().decode(), file=sys.stderr)
+    except OSError as error:
+        print(f"no answer from {host}:{address.port}: {error}", file=sys.stderr)
+    return 1

@@ -1,0 +1,169 @@
+"""The client's side of an answer: heads written as bytes, an end that is clean only when we say so.
+
+aiohttp's own responses re-encode values, rewrite the reason and title-case names; a replay must not.
+"""
+
+import asyncio
+import socket
+import struct
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from proxy.headers import status_line
+
+if TYPE_CHECKING:
+    from proxy.listener import ClientConnection
+    from proxy.problems import Problem
+
+_RESET = struct.pack("ii", 1, 0)
+
+
+class Client(web.StreamResponse):
+    """Who asked, and what goes to it. A client that left takes everything and keeps nothing."""
+
+    def __init__(self, request: web.BaseRequest, stall_s: float) -> None:  # StreamResponse's own state is not used
+        self._connection: ClientConnection = request.protocol  # type: ignore[assignment]
+        self._stall_s = stall_s
+        self._http10 = request.version < (1, 1)
+        self._close = request._message.should_close
+        self._frame = b""  # how the body's end is told: "chunked", "length" or "eof"
+        self._owed = 0  # bytes still to come, by length
+        self._held = b""
+        self.started = False
+        self.finished = False
+        self.cut_off = False
+
+    # For aiohttp ...
+
+    async def prepare(self, request: web.BaseRequest) -> None:  # type: ignore[override]
+        """Do nothing: all is written by now."""
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Do nothing: all is written by now."""
+
+    @property
+    def keep_alive(self) -> bool:
+        return self.finished and not self._close and not self._connection.half_closed
+
+    # Where it is ...
+
+    @property
+    def gone(self) -> bool:
+        """Whether nobody takes the answer any more."""
+        return self._connection.transport is None
+
+    def leaving(self) -> "asyncio.Future[None]":
+        """Return a future that is done once the client has left."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if self.gone:
+            future.set_result(None)
+        self._connection.gone = future
+        return future
+
+    def continue_(self) -> None:
+        """Tell a client that waits for it to send its body."""
+        self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    # A whole answer ...
+
+    def answer(self, problem: "Problem", extra: bytes = b"", close: bool = False) -> None:
+        """Send an answer of our own."""
+        self._close = self._close or close
+        self.send(problem.status, problem.reason, problem.block + extra, problem.body)
+
+    @staticmethod
+    def closing_answer(problem: "Problem") -> bytes:
+        """Return an answer for a connection that has no request."""
+        length = b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(problem.body)
+        return status_line(problem.status, problem.reason) + problem.block + length + problem.body
+
+    def send(
+        self,
+        status: int,
+        reason: bytes,
+        block: bytes,
+        body: bytes,
+        *,
+        stated_length: bool = False,
+        bodiless: bool = False,
+        eof_framed: bool = False,
+    ) -> None:
+        """Send an answer that is here whole, in one write. `stated_length`: `block` has a Content-Length."""
+        self._close = self._close or eof_framed
+        framing = b"" if stated_length or bodiless or eof_framed else b"Content-Length: %d\r\n" % len(body)
+        self._write(b"".join((status_line(status, reason), block, framing, self._connection_field(), b"\r\n", body)))
+        self.started = self.finished = True
+
+    def _connection_field(self) -> bytes:
+        if self._close or self._connection.half_closed:
+            self._close = True
+            return b"Connection: close\r\n"
+        return b"Connection: keep-alive\r\n" if self._http10 else b""
+
+    # An answer that comes bit by bit ...
+
+    def begin(self, status: int, reason: bytes, block: bytes, *, length: int | None, stated: bool, eof: bool) -> None:
+        """Send the head of an answer whose body follows. `stated`: `block` has the Content-Length already.
+
+        Without a length it is chunked, or ended by closing for HTTP/1.0 and where the upstream did so.
+        """
+        self._frame = b"length" if length is not None else b"eof" if eof or self._http10 else b"chunked"
+        self._owed = length or 0
+        self._close = self._close or self._frame == b"eof"
+        framing = b"Transfer-Encoding: chunked\r\n" if self._frame == b"chunked" else b""
+        if length is not None and not stated:
+            framing = b"Content-Length: %d\r\n" % length
+        self._write(b"".join((status_line(status, reason), block, framing, self._connection_field(), b"\r\n")))
+        self.started = True
+
+    def write(self, data: bytes) -> None:  # type: ignore[override]
+        """Send the next bytes of the body, all but what would tell a client that it is whole."""
+        if self._frame == b"chunked":
+            self._write(b"%x\r\n%s\r\n" % (len(data), data))
+            return
+        if self._frame == b"length":
+            self._owed -= len(data)
+            if self._owed <= 0:
+                data, self._held = data[:-1], data[-1:]
+        self._write(data)
+
+    def end(self) -> None:
+        """Send the end: from here on the client knows that the answer is whole."""
+        self._write(b"0\r\n\r\n" if self._frame == b"chunked" else self._held)
+        self.finished = True
+
+    def abort(self) -> None:
+        """Close so that the client cannot take what it has for the whole answer."""
+        transport = self._connection.transport
+        if transport is None:
+            return
+        if self._frame == b"eof" and (raw := transport.get_extra_info("socket")) is not None:
+            # A FIN is the clean end of such an answer; only a reset says that it broke off.
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        self._close = True
+        transport.abort()
+        self._connection.force_close()
+
+    def _write(self, data: bytes) -> None:
+        transport = self._connection.transport
+        if transport is not None and not transport.is_closing():
+            transport.write(data)
+
+    async def taken(self) -> bool:
+        """Wait until there is room to write more, for `stall_s` seconds at most; return whether there is.
+
+        False: not yet, but the client goes on taking. One that took nothing for so long is cut off.
+        """
+        connection = self._connection
+        if not connection.writing_paused or (transport := connection.transport) is None:
+            return True
+        before = transport.get_write_buffer_size()
+        connection.room = asyncio.get_running_loop().create_future()
+        await asyncio.wait([connection.room], timeout=self._stall_s)
+        if not connection.writing_paused or connection.transport is None:
+            return True
+        if transport.get_write_buffer_size() >= before:
+            self.cut_off = True
+            self.abort()
+        return self.cut_off

@@ -1,0 +1,110 @@
+"""Every rule about a key, in one place: what is done with what was found, and how a claim ends. Pure.
+
+Two tables carry the promise:
+- `decide`: a record and the fingerprint of a new request -> what that request gets;
+- `settlement`: how far an exchange got -> what becomes of its claim.
+A mismatch is looked at before anything else, so that another request's state never shows.
+"""
+
+from enum import Enum
+from math import ceil
+from typing import assert_never
+
+from proxy.policy import Disposition
+
+
+class State(Enum):
+    """What the store holds for a key. A passed lease is read as unknown; nobody writes it."""
+
+    IN_FLIGHT = "in_flight"
+    COMPLETE = "complete"
+    UNKNOWN = "unknown"
+
+
+class Decision(Enum):
+    """What a request whose key is taken gets."""
+
+    REPLAY = "replay"
+    NOT_KEPT = "not_kept"
+    IN_FLIGHT = "in_flight"
+    UNKNOWN = "unknown"
+    MISMATCH = "mismatch"
+
+
+class Ending(Enum):
+    """How far the exchange with the upstream got, from the worst to the best."""
+
+    NO_RESPONSE = "no_response"
+    TRUNCATED = "truncated"
+    NOT_SENT = "not_sent"
+    AMBIGUOUS = "ambiguous"
+    DECLINED = "declined"
+    TOO_LARGE = "too_large"
+    COMPLETE = "complete"
+
+
+class Settlement(Enum):
+    """What becomes of a claim."""
+
+    STORE = "store"
+    STORE_BARE = "store_bare"  # complete, without its body
+    RELEASE = "release"
+    UNKNOWN = "unknown"
+
+
+def state_now(state: State, lease_left_ms: int) -> State:
+    """Return the state as it counts now: an owner that no longer renews may have done anything."""
+    return State.UNKNOWN if state is State.IN_FLIGHT and lease_left_ms <= 0 else state
+
+
+def decide(state: State, same_request: bool, kept: bool) -> Decision:
+    """Return what a request gets from a record in `state` (as of now) that is not its own."""
+    if not same_request:
+        return Decision.MISMATCH
+    match state:
+        case State.COMPLETE:
+            return Decision.REPLAY if kept else Decision.NOT_KEPT
+        case State.IN_FLIGHT:
+            return Decision.IN_FLIGHT
+        case State.UNKNOWN:
+            return Decision.UNKNOWN
+        case _:
+            assert_never(state)
+
+
+def ending(disposition: Disposition, kept: bool) -> Ending:
+    """Return the ending of an exchange whose answer came whole; `kept`: its body is in the record."""
+    match disposition:
+        case Disposition.RELEASE:
+            return Ending.DECLINED
+        case Disposition.AMBIGUOUS:
+            return Ending.AMBIGUOUS
+        case Disposition.STORE:
+            return Ending.COMPLETE if kept else Ending.TOO_LARGE
+        case _:
+            assert_never(disposition)
+
+
+def settlement(ending: Ending) -> Settlement:
+    """Return what becomes of the claim of an exchange that ended so."""
+    match ending:
+        case Ending.NOT_SENT | Ending.DECLINED:
+            return Settlement.RELEASE
+        case Ending.NO_RESPONSE | Ending.TRUNCATED | Ending.AMBIGUOUS:
+            return Settlement.UNKNOWN
+        case Ending.TOO_LARGE:
+            return Settlement.STORE_BARE
+        case Ending.COMPLETE:
+            return Settlement.STORE
+        case _:
+            assert_never(ending)
+
+
+def must_reclaim(age_s: float, lease_ms: int) -> bool:
+    """Return whether a claim is too old to send on: its lease may be over before the first byte is out."""
+    return age_s * 1000 > lease_ms / 2
+
+
+def retry_after_s(running_ms: int, lease_ms: int) -> int:
+    """Return when a duplicate should come again, in whole seconds: as long again as it has been running."""
+    return max(1, min(ceil(running_ms / 1000), lease_ms // 1000))

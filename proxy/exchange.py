@@ -1,0 +1,332 @@
+"""One execution: forward the request once, pass the answer on while it is stored, settle on every way out.
+
+It starts from the worst ending and improves it as it gets further. The end of an answer (its last
+byte, its last chunk, the closing) is held back until the store has confirmed the settle.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from proxy.body import Body
+from proxy.client import Client
+from proxy.decision import Ending, Settlement, ending, must_reclaim, settlement
+from proxy.headers import AnswerHead, answer_block, upstream_age
+from proxy.keys import Scope
+from proxy.leases import Held, Leases, suspended_clock_s
+from proxy.policy import Disposition, Policy
+from proxy.problems import Problem, problem
+from proxy.recording import Recording
+from proxy.store import Claim, Settled, Store, StoredAnswer, Unconfirmed
+from proxy.store.record import answer_digest
+from proxy.upstream import Buffered, Connection, Lost, NotSent, Pool
+from proxy.waiters import Waiters, Woken
+
+SMALL_BYTES = 65536  # an answer up to this whose end comes within
+SMALL_S = 0.05  # of its head is stored first and sent in one write
+STATUS = {
+    Disposition.STORE: b"Oncegate-Status: executed\r\n",
+    Disposition.RELEASE: b"Oncegate-Status: released\r\n",
+    Disposition.AMBIGUOUS: b"Oncegate-Status: unknown\r\n",
+}
+WORD = {Disposition.STORE: "executed", Disposition.RELEASE: "released", Disposition.AMBIGUOUS: "unknown"}
+
+
+@dataclass(frozen=True, slots=True)
+class Workshop:
+    """What every exchange of a worker works with; times in seconds."""
+
+    store: Store
+    leases: Leases
+    waiters: Waiters
+    pool: Pool
+    buffered: Buffered
+    background: Callable[[Coroutine[Any, Any, Any]], None]
+    settled: Callable[[str], None]
+    eof_framed: Callable[[], None]
+    silence_s: float
+    reuse_idle_s: float
+    store_timeout_s: float
+    patience_s: float
+    client_stall_s: float
+
+
+class Exchange:
+    """One claim's exchange with the upstream. `run` is called once."""
+
+    def __init__(
+        self, shop: Workshop, held: Held, scope: Scope, policy: Policy, head: bytes, body: Body, client: Client
+    ) -> None:
+        self._shop, self._held, self._scope, self._policy = shop, held, scope, policy
+        self._request, self._body, self._client = head, body, client
+        self._sent = False
+        self._lost: Lost | None = None
+        self._refusal: Problem | None = None
+        self._answer: AnswerHead | None = None
+        self._block = b""  # the answer's fields as they are stored
+        self._disposition = Disposition.STORE
+        self._whole = b""  # the body of a small answer
+        self._recording: Recording | None = None
+        self.upstream_s = 0.0
+
+    async def run(self) -> str:
+        """Forward, settle, conclude. Return the outcome's word; `fenced` with a client that got nothing yet
+        means that the record has the answer."""
+        settled: Settled | None = None
+        reached = None
+        try:
+            reached = await self._forward()
+            settled = await self._settle(reached)
+            return self._conclude(reached, settled)
+        finally:
+            self._leave(reached, settled)
+
+    @property
+    def status(self) -> int:
+        """The upstream's status, 0 where none came."""
+        return self._answer.status if self._answer else 0
+
+    @property
+    def detail(self) -> str:
+        """What was lost, for the log."""
+        return str(self._lost or "")
+
+    # Forwarding ...
+
+    async def _forward(self) -> Ending:
+        self._touch()
+        connection = await self._connect()
+        if connection is None:
+            return Ending.NOT_SENT
+        began = time.perf_counter()
+        try:
+            self._send(connection)
+            return await self._pass_on(connection, await connection.head(self._shop.silence_s))
+        except Lost as lost:
+            self._lost = lost
+            return Ending.NO_RESPONSE if self._answer is None else Ending.TRUNCATED
+        finally:
+            self.upstream_s = time.perf_counter() - began
+            self._shop.pool.release(connection)
+
+    async def _connect(self) -> Connection | None:
+        """Return a connection to send on while the claim is surely ours, None where nothing may be sent."""
+        while True:
+            try:
+                connection = await self._shop.pool.acquire(self._shop.reuse_idle_s)
+            except NotSent as why:
+                self._refusal = problem("upstream-unreachable", str(why))
+                return None
+            if not must_reclaim(self._held.age_s(), self._policy.lease_ms):
+                return connection
+            self._shop.pool.release(connection)
+            if not await self._reclaim():
+                return None
+
+    async def _reclaim(self) -> bool:
+        asked_s = suspended_clock_s()
+        found = await self._shop.store.reclaim(self._held.claim, self._scope)
+        if isinstance(found, Claim):
+            self._held.confirmed_s = asked_s
+            return True
+        self._refusal = problem("store-unavailable", "the claim could not be confirmed before sending")
+        if not isinstance(found, Unconfirmed):
+            self._held.fenced = True
+        return False
+
+    def _send(self, connection: Connection) -> None:
+        self._sent = True
+        if self._body.spooled:
+            connection.send_stream(self._request, self._body.stream(), chunked=False)
+        else:
+            connection.send(self._request, self._body.data)
+
+    async def _pass_on(self, connection: Connection, head: AnswerHead) -> Ending:
+        """Take the answer in whole if it is small and quick, else hand it on as it comes."""
+        self._answer = head
+        self._disposition = self._policy.statuses.disposition(head.status, b"retry-after" in head.fields)
+        self._block = answer_block(head, replay=True)
+        small = not head.streamed_by_nature and (head.length or 0) <= SMALL_BYTES
+        if head.bodiless or (small and await connection.whole(SMALL_BYTES, SMALL_S)):
+            self._whole = connection.take()
+            kept = len(self._whole) <= self._policy.max_stored_bytes and not self._shop.store.full
+            return ending(self._disposition, kept)
+        return await self._stream(connection, head)
+
+    async def _stream(self, connection: Connection, head: AnswerHead) -> Ending:
+        recording = self._recording = self._record(head)
+        client, silence_s = self._client, self._shop.silence_s
+        block = answer_block(head) + STATUS[self._disposition]
+        client.begin(head.status, head.reason, block, length=head.length, stated=True, eof=head.eof_framed)
+        while data := await connection.chunk(silence_s):
+            client.write(data)
+            if recording is not None:
+                recording.add(data)
+                await recording.room()
+                if recording.state in ("fenced", "failed"):
+                    return Ending.TRUNCATED
+            while not await client.taken():
+                self._touch()
+            self._touch()
+        return ending(self._disposition, recording is not None and recording.kept)
+
+    def _record(self, head: AnswerHead) -> Recording | None:
+        """Return the recording of an answer that is to be stored and may fit."""
+        too_large = (head.length or 0) > self._policy.max_stored_bytes or self._shop.store.full
+        if self._disposition is not Disposition.STORE or too_large:
+            return None
+        return Recording(
+            self._shop.store,
+            self._held,
+            answer_digest(head.status, head.reason, self._block),
+            limit=self._policy.max_stored_bytes,
+            patience_s=self._shop.patience_s,
+            buffered=self._shop.buffered,
+        )
+
+    def _touch(self) -> None:
+        """Say that the code is alive: no await takes longer than these limits together."""
+        shop = self._shop
+        longest_s = shop.silence_s + shop.client_stall_s + 2 * shop.patience_s + 10
+        self._held.until_s = asyncio.get_running_loop().time() + longest_s
+
+    # Settling ...
+
+    async def _settle(self, reached: Ending) -> Settled:
+        """Settle, and again without the body if the record turns out to lack chunks."""
+        self._touch()
+        how = settlement(reached)
+        settled = await self._settle_as(how, self._patience_s(how))
+        if settled.word == "torn":
+            how = Settlement.STORE_BARE
+            settled = await self._settle_as(how, self._shop.patience_s)
+        self._tell(how, reached, settled)
+        return settled
+
+    def _patience_s(self, how: Settlement) -> float:
+        """An answer is worth waiting for; that nothing was stored can be settled behind the client's back."""
+        stores = how in (Settlement.STORE, Settlement.STORE_BARE)
+        return self._shop.patience_s if stores else self._shop.store_timeout_s
+
+    async def _settle_as(self, how: Settlement, patience_s: float) -> Settled:
+        store, claim = self._shop.store, self._held.claim
+        if how is Settlement.RELEASE:
+            return await store.release(claim, patience_s)
+        if how is Settlement.UNKNOWN or self._answer is None:
+            why = str(self._lost) if self._lost else f"status {self._answer.status}" if self._answer else "failed"
+            return await store.mark_unknown(claim, why, patience_s)
+        last = b""
+        if how is Settlement.STORE:
+            last = await self._recording.finish() if self._recording else self._whole
+            if self._recording is not None and not self._recording.kept:
+                return Settled("torn")
+        return await store.store(claim, self._stored(self._answer, how is Settlement.STORE), last, patience_s)
+
+    def _stored(self, head: AnswerHead, kept: bool) -> StoredAnswer:
+        recording = self._recording
+        if recording is None:
+            digest = answer_digest(head.status, head.reason, self._block)
+            digest.update(self._whole)
+        return StoredAnswer(
+            status=head.status,
+            reason=head.reason,
+            block=self._block,
+            digest=recording.digest() if recording else digest.digest(),
+            chunks=recording.chunks if recording else min(1, len(self._whole)),
+            size=recording.size if recording else len(self._whole),
+            kept=kept,
+            eof_framed=head.eof_framed,
+            stated_length=head.length is not None or head.bodiless,
+            completed_ms=self._shop.store.now_ms(),
+            took_ms=min(int(self.upstream_s * 1000), 2**32 - 1),
+            age_s=upstream_age(head),
+        )
+
+    def _tell(self, how: Settlement, reached: Ending, settled: Settled) -> None:
+        """Report what is noteworthy, and wake those who wait for this key."""
+        word = settled.word
+        self._shop.settled(word if word in ("fenced", "unconfirmed") else how.value)
+        if settled.lost:
+            self._shop.settled("lost")
+            self._shop.leases.report("lost", self._held)
+        if word == "fenced":
+            self._shop.leases.report("fenced", self._held)
+        if self._answer is not None and self._answer.eof_framed and how is Settlement.STORE:
+            self._shop.eof_framed()
+        self._shop.leases.drop(self._held)
+        key, waiters = self._held.claim.key, self._shop.waiters
+        if reached is Ending.NOT_SENT and word == "released":
+            waiters.nothing_was_sent(key)
+        else:
+            waiters.wake(key, Woken.BUSY if reached is Ending.DECLINED else Woken.LOOK)
+
+    def _leave(self, reached: Ending | None, settled: Settled | None) -> None:
+        """Whatever happened: nothing stays held, and what is not settled yet is settled behind our back.
+
+        A way out that nobody thought of ends as unknown, unless provably nothing was sent.
+        """
+        if self._recording is not None:
+            self._recording.close()
+        if reached is None:
+            reached = Ending.NO_RESPONSE if self._sent else Ending.NOT_SENT
+        how = settlement(reached)
+        stores = how in (Settlement.STORE, Settlement.STORE_BARE)
+        if settled is None or (settled.word == "unconfirmed" and not stores):
+            # An answer whose settle was interrupted is not delivered either: unknown says no more than is known.
+            how = Settlement.UNKNOWN if stores else how
+            self._shop.background(self._settle_as(how, self._shop.patience_s))
+        self._shop.leases.drop(self._held)
+
+    # What the client gets ...
+
+    def _conclude(self, reached: Ending, settled: Settled) -> str:
+        if settled.word == "fenced":
+            return self._give_up("fenced", None)
+        match reached:
+            case Ending.NOT_SENT:
+                refused = self._refusal or problem("upstream-unreachable", "nothing was sent")
+                return self._give_up("upstream_unreachable" if refused.status == 502 else "store_unavailable", refused)
+            case Ending.NO_RESPONSE | Ending.TRUNCATED:
+                return self._give_up(*self._failure())
+            case Ending.COMPLETE | Ending.TOO_LARGE if settled.word == "unconfirmed":
+                detail = "the answer is not stored yet; a retry with the same key shows what became of it"
+                return self._give_up("answer_not_stored", problem("answer-not-stored", detail))
+        self._deliver()
+        return WORD[self._disposition]
+
+    def _failure(self) -> tuple[str, Problem]:
+        if self._client.started:
+            return "truncated", problem("upstream-lost", "the answer broke off")
+        if self._lost is not None and self._lost.timeout:
+            detail = "no answer came in time; the request may have been executed"
+            return "upstream_timeout", problem("upstream-timeout", detail)
+        detail = "no whole answer came; the request may have been executed"
+        return "upstream_lost", problem("upstream-lost", detail)
+
+    def _give_up(self, word: str, instead: Problem | None) -> str:
+        """Answer with a problem, or break off an answer that has begun. None: somebody else answers."""
+        if self._client.started:
+            self._client.abort()
+        elif instead is not None:
+            status = b"refused" if word in ("upstream_unreachable", "store_unavailable") else b"unknown"
+            self._client.answer(instead, b"Oncegate-Status: %s\r\n" % status)
+        return word
+
+    def _deliver(self) -> None:
+        """Send the end of a streamed answer, or all of a small one."""
+        head, client = self._answer, self._client
+        if client.started or head is None:
+            client.end()
+            return
+        block = answer_block(head) + STATUS[self._disposition]
+        client.send(
+            head.status,
+            head.reason,
+            block,
+            self._whole,
+            stated_length=head.length is not None,
+            bodiless=head.bodiless,
+            eof_framed=head.eof_framed,
+        )

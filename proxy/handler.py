@@ -1,0 +1,306 @@
+"""The request path starts here and reads top to bottom: let in, name, read, claim, decide, answer."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from ipaddress import ip_address
+from typing import assert_never
+
+from aiohttp import web
+
+from proxy.addresses import Network, Origin
+from proxy.body import Bodies, Body, BrokenOff, NoRoom, TooLarge
+from proxy.client import Client
+from proxy.decision import Decision, decide, retry_after_s, state_now
+from proxy.exchange import Exchange, Workshop
+from proxy.headers import Gate, Hop, Refused, RequestHead, preferred_wait_s, request_head
+from proxy.keys import BadKey, Digests, Scope, UnstableScope, parse_key, short
+from proxy.leases import suspended_clock_s
+from proxy.metrics import Outcome
+from proxy.policy import Policy
+from proxy.problems import Problem, problem, refusal
+from proxy.relay import relay
+from proxy.replay import replay
+from proxy.store import Claim, Corrupt, Record, Unconfirmed
+from proxy.waiters import Woken
+
+REFUSED = b"Oncegate-Status: refused\r\n"
+UNKNOWN = b"Oncegate-Status: unknown\r\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Guarded:
+    """A request with its key, named: what the rest of the path needs to know of it."""
+
+    head: RequestHead
+    key: bytes  # digest
+    scope: Scope
+    fingerprint: bytes
+    wait_s: float  # how long it may wait for its original
+    extra: bytes  # fields that its answer gets as a duplicate
+
+
+class Gateway:
+    """Answers every request of the public listener."""
+
+    def __init__(
+        self,
+        shop: Workshop,
+        *,
+        gate: Gate,
+        policy: Policy,
+        digests: Digests,
+        bodies: Bodies,
+        origin: Origin,
+        trusted: tuple[Network, ...],
+        max_in_flight: int,
+        observe: Callable[[Outcome], None],
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        self._shop, self._gate, self._policy, self._digests = shop, gate, policy, digests
+        self._bodies, self._origin, self._trusted = bodies, origin, trusted
+        self._max_in_flight, self._observe, self._failed = max_in_flight, observe, failed
+        self._host, self._prefix = origin.authority.encode(), origin.path_prefix.encode()
+        self.in_flight = 0
+
+    async def __call__(self, request: web.BaseRequest) -> Client:
+        """Answer one request. Whatever fails in here closes the connection without a clean end."""
+        began = time.perf_counter()
+        client = Client(request, self._shop.client_stall_s)
+        try:
+            outcome = await self._answer(request, client)
+        except Exception as error:
+            self._failed(error)
+            outcome = Outcome("failed", 500, request.method)
+            client.abort() if client.started else client.answer(refusal(500, "see the log"), REFUSED, close=True)
+        self._observe(replace(outcome, seconds=time.perf_counter() - began, client_left=client.gone))
+        return client
+
+    async def _answer(self, request: web.BaseRequest, client: Client) -> Outcome:
+        message = request._message
+        target = message.path.encode("utf-8", "surrogateescape")
+        head = self._gate.enter(message.method, target, message.version, message.raw_headers)
+        if isinstance(head, Refused):
+            return _refuse(client, message.method, head)
+        if message.upgrade:
+            return _refuse(client, head.method, Refused(501, "this proxy does not switch protocols"))
+        if head.method not in self._policy.methods:
+            return await self._relay(request, head, client)
+        lines = head.fields.get(self._policy.key_header)
+        if lines is None:
+            if self._policy.key_required:
+                return _reject(client, head.method, "invalid", problem("key-missing", "no idempotency key was sent"))
+            return await self._relay(request, head, client)
+        return await self._guard(request, head, client, lines)
+
+    # Without a key ...
+
+    async def _relay(self, request: web.BaseRequest, head: RequestHead, client: Client) -> Outcome:
+        length = _length(head)
+        self._let_it_send(request, head, client)
+        onward = self._onward(
+            request, head, length if b"content-length" in head.fields else -1 if length == 0 else None
+        )
+        shop = self._shop
+        relayed = await relay(client, shop.pool, onward, head.method, request.content, length, shop.silence_s)
+        return Outcome(relayed.word, 0, head.method, upstream_s=relayed.upstream_s)
+
+    @staticmethod
+    def _let_it_send(request: web.BaseRequest, head: RequestHead, client: Client) -> None:
+        """Answer Expect: 100-continue, which stays on this hop."""
+        if b"expect" in head.fields and not head.http10 and not request.content.is_eof():
+            client.continue_()
+
+    def _onward(self, request: web.BaseRequest, head: RequestHead, length: int | None) -> bytes:
+        remote = request.remote or "unknown"
+        trusted = bool(self._trusted) and any(ip_address(remote) in network for network in self._trusted)
+        scheme = b"https" if request.protocol.ssl_context else b"http"
+        host = head.host if self._policy.pass_host and head.host else self._host
+        return request_head(head, Hop(remote.encode(), scheme, trusted), host, self._prefix, length)
+
+    # With one ...
+
+    async def _guard(self, request: web.BaseRequest, head: RequestHead, client: Client, lines: list[bytes]) -> Outcome:
+        """Check the key, read the body whole, then claim. Every limit applies before the claim."""
+        key = parse_key(lines)
+        if isinstance(key, BadKey):
+            return _reject(client, head.method, "invalid", problem("key-invalid", key.detail))
+        scope = self._digests.scope(self._policy.namespace, head.fields, self._policy.scope_headers)
+        if isinstance(scope, UnstableScope):
+            detail = "name a header that stays the same from try to try as the scope"
+            return _reject(client, head.method, "invalid", problem("scope-unstable", detail))
+        if self.in_flight >= self._max_in_flight:
+            return _reject(client, head.method, "overloaded", problem("overloaded", "too many requests in flight"))
+        self.in_flight += 1
+        body: Body | None = None
+        try:
+            length = _length(head)
+            if length is None or length > 0:
+                self._let_it_send(request, head, client)
+            read = await self._bodies.read(request.content, length)
+            if not isinstance(read, Body):
+                return _no_body(client, head.method, read)
+            body = read
+            guarded = self._name(head, scope, self._digests.key(scope, key), body)
+            outcome = await self._once(request, guarded, body, client)
+            return replace(outcome, key=short(guarded.key), common_tenant=scope.common)
+        finally:
+            self.in_flight -= 1
+            if body is not None:
+                body.close()
+
+    def _name(self, head: RequestHead, scope: Scope, key: bytes, body: Body) -> Guarded:
+        fields, policy = head.fields, self._policy
+        asked = (
+            head.method.encode(),
+            head.host.lower() if policy.pass_host else b"",
+            head.target,
+            b",".join(fields.get(b"content-type", ())),
+            b",".join(fields.get(b"content-encoding", ())),
+        )
+        wait_s, extra = policy.wait_max_s if policy.wait_for_duplicates else 0.0, b""
+        if b"prefer" in fields and (preferred := preferred_wait_s(fields[b"prefer"])) is not None:
+            wait_s = min(preferred, policy.wait_max_s)
+            extra = b"Preference-Applied: wait=%d\r\n" % wait_s
+        return Guarded(head, key, scope, self._digests.fingerprint(asked, body.blocks()), wait_s, extra)
+
+    async def _once(self, request: web.BaseRequest, guarded: Guarded, body: Body, client: Client) -> Outcome:
+        """Execute, or answer from what stands in the store; wait in between where that is wanted."""
+        until = asyncio.get_running_loop().time() + guarded.wait_s
+        policy = self._policy
+        while True:
+            asked_s = suspended_clock_s()
+            found = await self._shop.store.claim(
+                guarded.key,
+                guarded.scope,
+                guarded.fingerprint,
+                mode=policy.mode,
+                lease_ms=policy.lease_ms,
+                retention_ms=policy.retention_ms,
+            )
+            if isinstance(found, Claim):
+                return await self._execute(request, guarded, found, asked_s, body, client)
+            waiting = guarded.wait_s > 0 and _decide(found, guarded) is Decision.IN_FLIGHT
+            if not waiting:
+                return await self._tell(guarded, found, client)
+            woken = await self._wait(guarded, until, client)
+            if woken is Woken.GONE:
+                return Outcome("client_gone", 0, guarded.head.method)
+            if woken in (Woken.BUSY, Woken.FULL):
+                return await self._tell(guarded, found, client)
+
+    async def _execute(
+        self, request: web.BaseRequest, guarded: Guarded, claim: Claim, asked_s: float, body: Body, client: Client
+    ) -> Outcome:
+        head = guarded.head
+        held = self._shop.leases.hold(claim, asked_s)
+        onward = self._onward(request, head, body.size)
+        exchange = Exchange(self._shop, held, guarded.scope, self._policy, onward, body, client)
+        word = await exchange.run()
+        if word == "fenced" and not client.started:
+            found = await self._shop.store.look(guarded.key, guarded.scope, self._policy.lease_ms)
+            await self._tell(guarded, found, client)
+        return Outcome(word, exchange.status, head.method, upstream_s=exchange.upstream_s, detail=exchange.detail)
+
+    async def _wait(self, guarded: Guarded, until: float, client: Client) -> Woken:
+        """Wait for the original, not counted as in flight meanwhile."""
+        self.in_flight -= 1
+        try:
+            return await self._shop.waiters.wait(guarded.key, guarded.scope, until, client.leaving())
+        finally:
+            self.in_flight += 1
+
+    # What a duplicate gets ...
+
+    async def _tell(self, guarded: Guarded, found: Record | Corrupt | Unconfirmed | None, client: Client) -> Outcome:
+        """Answer a request whose key is taken, by what stands in the store for it."""
+        method = guarded.head.method
+        decision = _decide(found, guarded)
+        if decision is Decision.REPLAY and isinstance(found, Record) and found.answer is not None:
+            word = await replay(client, self._shop.store, guarded.key, found, guarded.extra)
+            if word == "replayed":
+                saved_s = found.answer.took_ms / 1000
+                size = found.answer.size
+                return Outcome(word, found.answer.status, method, saved_s=saved_s, replayed_bytes=size)
+            if client.started:
+                return Outcome(word, found.answer.status, method)
+            decision = word
+        word, answer = _explain(decision, found, self._policy.lease_ms)
+        status = UNKNOWN if word == "unknown" else REFUSED
+        client.answer(answer, status + guarded.extra)
+        return Outcome(word, answer.status, method)
+
+
+def _length(head: RequestHead) -> int | None:
+    """Return the size of the request's body, None where only its end will tell."""
+    if b"transfer-encoding" in head.fields:
+        return None
+    return int((head.fields.get(b"content-length") or [b"0"])[0])
+
+
+def _decide(found: Record | Corrupt | Unconfirmed | None, guarded: Guarded) -> Decision | str:
+    """Return what is to be done with what was found, or the word for what cannot be decided on."""
+    match found:
+        case Record():
+            same = found.fingerprint == guarded.fingerprint
+            kept = found.answer is not None and found.answer.kept
+            return decide(state_now(found.state, found.lease_left_ms), same, kept)
+        case Corrupt():
+            return "corrupt"
+        case Unconfirmed():
+            return "store_unavailable"
+        case None:
+            return Decision.UNKNOWN
+        case _:
+            assert_never(found)
+
+
+def _explain(
+    decision: Decision | str, found: Record | Corrupt | Unconfirmed | None, lease_ms: int
+) -> tuple[str, Problem]:
+    match decision:
+        case Decision.MISMATCH:
+            return "mismatch", problem("key-reused", "use a new key for a new request")
+        case Decision.IN_FLIGHT if isinstance(found, Record):
+            after_s = retry_after_s(found.now_ms - found.created_ms, lease_ms)
+            return "in_flight", problem("in-flight", "come again with the same key", after_s)
+        case Decision.NOT_KEPT if isinstance(found, Record) and found.answer is not None:
+            detail = "it was executed; its answer was too large to be kept"
+            return "not_kept", problem("response-not-kept", detail, original_status=found.answer.status)
+        case "corrupt":
+            return "corrupt", problem("record-corrupt", "the operator has to look at this key")
+        case "store_unavailable":
+            return "store_unavailable", problem("store-unavailable", "come again with the same key")
+        case _:
+            detail = "it was sent, and nobody can say what became of it; look there before you try again"
+            return "unknown", problem("outcome-unknown", detail)
+
+
+def _refuse(client: Client, method: str, refused: Refused) -> Outcome:
+    client.answer(refusal(refused.status, refused.detail), REFUSED, close=True)
+    return Outcome("invalid", refused.status, method)
+
+
+def _reject(client: Client, method: str, word: str, answer: Problem) -> Outcome:
+    client.answer(answer, REFUSED)
+    return Outcome(word, answer.status, method)
+
+
+def _no_body(client: Client, method: str, why: TooLarge | NoRoom | BrokenOff) -> Outcome:
+    """Answer a request whose body is not to be had. The connection cannot be used any more."""
+    match why:
+        case TooLarge():
+            client.answer(problem("body-too-large", "send less"), REFUSED, close=True)
+            return Outcome("too_large", 413, method)
+        case NoRoom():
+            client.answer(problem("overloaded", "no room for the body"), REFUSED, close=True)
+            return Outcome("overloaded", 503, method)
+        case BrokenOff(stalled=True):
+            client.answer(refusal(408, "the body paused for too long"), REFUSED, close=True)
+            return Outcome("invalid", 408, method)
+        case BrokenOff():
+            client.abort()
+            return Outcome("client_gone", 0, method)
+        case _:
+            assert_never(why)

@@ -1,0 +1,288 @@
+"""Every rule about header fields and request lines: what is refused, stripped, added. Pure.
+
+Fields are pairs of bytes in the order and spelling in which they came. A message is always written
+anew from its parsed form: framing, hop-by-hop and forwarding fields are ours, never passed through.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+Pairs = Sequence[tuple[bytes, bytes]]
+Fields = dict[bytes, list[bytes]]
+
+# RFC 9110, section 7.6.1, and what older proxies still send.
+HOP_BY_HOP = frozenset(
+    (
+        b"connection",
+        b"proxy-connection",
+        b"keep-alive",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+        b"http2-settings",
+        b"proxy-authorization",
+    )
+)
+FORWARDING = frozenset(
+    (
+        b"forwarded",
+        b"via",
+        b"x-real-ip",
+        b"x-forwarded-for",
+        b"x-forwarded-host",
+        b"x-forwarded-port",
+        b"x-forwarded-prefix",
+        b"x-forwarded-proto",
+        b"x-forwarded-server",
+    )
+)
+# Given for one exchange or one person's browser: a replay must not hand them on.
+NOT_REPLAYED = frozenset((b"set-cookie", b"www-authenticate", b"authentication-info", b"age"))
+# What this proxy reads and acts on: stripping one by nominating it in Connection is an attack.
+ACTED_ON = FORWARDING | frozenset(
+    (
+        b"authorization",
+        b"content-encoding",
+        b"content-length",
+        b"content-type",
+        b"cookie",
+        b"expect",
+        b"host",
+        b"prefer",
+        b"transfer-encoding",
+        b"x-api-key",
+    )
+)
+MAX_HEAD_BYTES = 65536  # of an answer
+OURS = (b"oncegate-", b"idempotent-replayed")
+
+_TARGET = re.compile(rb'/[!"$-~\x80-\xff]*')
+_ABSOLUTE = re.compile(rb"https?://([^/?#@]*)(/[^#]*|\?[^#]*|)", re.IGNORECASE)
+_HOST = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
+_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A request that is answered with `status` and goes no further; the connection is closed."""
+
+    status: int
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequestHead:
+    """A request's head that passed all checks. `target` is in origin form, byte for byte as received."""
+
+    method: str
+    target: bytes
+    http10: bool
+    host: bytes
+    pairs: Pairs
+    fields: Fields  # values by lower-case name
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """What the forwarding fields say of the client's side."""
+
+    client: bytes
+    scheme: bytes
+    trusted: bool
+
+
+def by_name(pairs: Pairs) -> Fields:
+    """Return the values by lower-case name, in order."""
+    fields: Fields = {}
+    for name, value in pairs:
+        fields.setdefault(name.lower(), []).append(value)
+    return fields
+
+
+def tokens(values: Iterable[bytes]) -> list[bytes]:
+    """Return the members of a comma-separated field, in lower case."""
+    return [token for value in values for token in map(bytes.strip, value.lower().split(b",")) if token]
+
+
+def end_to_end(pairs: Pairs, fields: Fields, drop: Collection[bytes] = ()) -> list[tuple[bytes, bytes]]:
+    """Return the fields that go past this hop: RFC 9110, section 7.6.1, applied to both directions."""
+    gone = HOP_BY_HOP.union(drop, tokens(fields.get(b"connection", ())))
+    return [pair for pair in pairs if pair[0].lower() not in gone]
+
+
+class Gate:
+    """The checks that every request passes before anything is done for it.
+
+    `hosts`: what the Host field may be, lower-case, empty for any. `key_header`, `scope_headers`:
+    lower-case names this deployment acts on.
+    """
+
+    def __init__(self, hosts: Collection[bytes], key_header: bytes, scope_headers: Iterable[bytes]) -> None:
+        self._hosts = frozenset(hosts)
+        self._acted_on = ACTED_ON.union((key_header,), scope_headers)
+        # An upstream that maps "_" to "-" (CGI, WSGI) would take them for the real ones.
+        self._look_alike = self._acted_on | HOP_BY_HOP
+
+    def enter(self, method: str, target: bytes, version: tuple[int, int], pairs: Pairs) -> RequestHead | Refused:
+        """Return the head of a request that may go on."""
+        fields = by_name(pairs)
+        return (
+            self._refuse_line(method, target, version)
+            or self._refuse_fields(version, fields)
+            or self._locate(method, target, version, pairs, fields)
+        )
+
+    def _refuse_line(self, method: str, target: bytes, version: tuple[int, int]) -> Refused | None:
+        if version not in ((1, 1), (1, 0)):
+            return Refused(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
+        if method in ("CONNECT", "TRACE"):
+            return Refused(405, f"{method} is not served by this proxy")
+        if target == b"*":
+            return Refused(400, "the target * is not served by this proxy")
+        return None
+
+    def _refuse_fields(self, version: tuple[int, int], fields: Fields) -> Refused | None:
+        coding = tokens(fields.get(b"transfer-encoding", ()))
+        if coding and (version == (1, 0) or coding != [b"chunked"] or b"content-length" in fields):
+            return Refused(400, "the only transfer coding understood is chunked, in HTTP/1.1, without a length")
+        expect = tokens(fields.get(b"expect", ()))
+        if expect and expect != [b"100-continue"]:
+            return Refused(417, "the only expectation understood is 100-continue")
+        if b"connection" in fields and not self._acted_on.isdisjoint(tokens(fields[b"connection"])):
+            return Refused(400, "Connection names a field that this proxy acts on")
+        for name in fields:
+            if b"_" in name and name not in self._acted_on and name.replace(b"_", b"-") in self._look_alike:
+                return Refused(400, "a field name with _ imitates a field that this proxy acts on")
+        return None
+
+    def _locate(
+        self, method: str, target: bytes, version: tuple[int, int], pairs: Pairs, fields: Fields
+    ) -> RequestHead | Refused:
+        hosts = fields.get(b"host", [])
+        if len(hosts) > 1 or (not hosts and version == (1, 1)):
+            return Refused(400, "a request needs exactly one Host field")
+        host = hosts[0] if hosts else b""
+        if hosts and not _HOST.fullmatch(host):
+            return Refused(400, "the Host field is not a host with an optional port")
+        if absolute := _ABSOLUTE.fullmatch(target):
+            if absolute[1].lower() != host.lower():
+                return Refused(400, "the target's authority is not the Host")
+            target = absolute[2] if absolute[2].startswith(b"/") else b"/" + absolute[2]
+        if not _TARGET.fullmatch(target):
+            return Refused(400, "the target is neither a path nor a URL of this host")
+        if self._hosts and host.lower() not in self._hosts and _name(host.lower()) not in self._hosts:
+            return Refused(421, "this host is not served here")
+        return RequestHead(method, target, version == (1, 0), host, pairs, fields)
+
+
+def _name(host: bytes) -> bytes:
+    return host[: host.index(b"]") + 1] if host.startswith(b"[") else host.partition(b":")[0]
+
+
+def request_head(
+    head: RequestHead, hop: Hop, host: bytes, prefix: bytes, length: int | None, drop: Collection[bytes] = ()
+) -> bytes:
+    """Return a request's head for the upstream; `length` None: chunked, negative: no body."""
+    lines = [b"%s %s%s HTTP/1.1\r\nHost: %s" % (head.method.encode(), prefix, head.target, host)]
+    own = (b"host", b"content-length", b"expect", *FORWARDING, *drop)
+    lines += [b"%s: %s" % pair for pair in end_to_end(head.pairs, head.fields, own)]
+    lines += _forwarding(head, hop)
+    if length is None:
+        lines.append(b"Transfer-Encoding: chunked")
+    elif length >= 0:
+        lines.append(b"Content-Length: %d" % length)
+    lines.append(b"\r\n")
+    return b"\r\n".join(lines)
+
+
+def _forwarding(head: RequestHead, hop: Hop) -> list[bytes]:
+    """Return X-Forwarded-For, -Proto, -Host and Via; what a client claims counts only if it is trusted."""
+    fields = head.fields if hop.trusted else {}
+    lines = [
+        b"X-Forwarded-For: " + b", ".join([*fields.get(b"x-forwarded-for", ()), hop.client]),
+        b"X-Forwarded-Proto: " + (fields.get(b"x-forwarded-proto") or [hop.scheme])[-1],
+        b"Via: " + b", ".join([*fields.get(b"via", ()), b"1.0 oncegate" if head.http10 else b"1.1 oncegate"]),
+    ]
+    if forwarded_host := (fields.get(b"x-forwarded-host") or [head.host])[-1]:
+        lines.append(b"X-Forwarded-Host: " + forwarded_host)
+    for name in (b"forwarded", b"x-forwarded-port", b"x-forwarded-prefix", b"x-forwarded-server", b"x-real-ip"):
+        lines += [b"%s: %s" % (name.title(), value) for value in fields.get(name, ())]
+    return lines
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerHead:
+    """The head of an upstream's final answer. `length` is None where its framing does not tell one."""
+
+    status: int
+    reason: bytes
+    pairs: Pairs
+    fields: Fields
+    length: int | None
+    bodiless: bool
+    eof_framed: bool
+
+    @property
+    def streamed_by_nature(self) -> bool:
+        """Whether somebody is waiting for single events of it."""
+        return any(value.lower().startswith(b"text/event-stream") for value in self.fields.get(b"content-type", ()))
+
+
+def read_answer_head(status: int, reason: bytes, pairs: Pairs, head_only: bool) -> AnswerHead | str:
+    """Return the head of a final answer and how its body is framed, or what makes it unusable."""
+    if not 200 <= status <= 599:
+        return f"status {status}"
+    if sum(len(name) + len(value) for name, value in pairs) > MAX_HEAD_BYTES:
+        return "the head is too large"
+    if _bad_value(pairs) or _bad_value([(b"", reason)]):
+        return "a control character in the head"
+    fields = by_name(pairs)
+    coding = tokens(fields.get(b"transfer-encoding", ()))
+    lengths = fields.get(b"content-length", [])
+    if coding not in ([], [b"chunked"]) or (coding and lengths):
+        return "a transfer coding other than chunked alone"
+    if len(lengths) > 1 or any(not length.isdigit() for length in lengths):
+        return "a content length that is no number"
+    bodiless = head_only or status in (204, 304)
+    length = int(lengths[0]) if lengths else None
+    return AnswerHead(status, reason, pairs, fields, length, bodiless, not (bodiless or coding or lengths))
+
+
+def _bad_value(pairs: Pairs) -> bool:
+    """Return whether a field carries a control character that could split a message on its way."""
+    return _CONTROL.search(b"".join([value for _, value in pairs])) is not None
+
+
+def answer_block(head: AnswerHead, replay: bool = False) -> bytes:
+    """Return the end-to-end fields of an answer as they are written, each line ended.
+
+    `replay`: without what belongs to the first exchange alone. A length the upstream stated stays
+    in its place among them.
+    """
+    drop: set[bytes] = {name for name in head.fields if name.startswith(OURS)}
+    if replay:
+        drop |= NOT_REPLAYED | {name for name in head.fields if name.startswith(b"proxy-")}
+    return b"".join([b"%s: %s\r\n" % pair for pair in end_to_end(head.pairs, head.fields, drop)])
+
+
+def status_line(status: int, reason: bytes) -> bytes:
+    """Return the first line of an answer."""
+    return b"HTTP/1.1 %d %s\r\n" % (status, reason)
+
+
+def upstream_age(head: AnswerHead) -> int:
+    """Return the Age in seconds that an answer had when it came, 0 where it says none."""
+    value = (head.fields.get(b"age") or [b""])[0].strip()
+    return int(value) if value.isdigit() and len(value) < 10 else 0
+
+
+def preferred_wait_s(values: Iterable[bytes]) -> int | None:
+    """Return N of `Prefer: wait=N` in seconds (RFC 7240), None where it is not asked for or malformed."""
+    for preference in tokens(values):
+        name, _, value = preference.partition(b";")[0].partition(b"=")
+        value = value.strip().strip(b'"')
+        if name.strip() == b"wait" and value.isdigit() and len(value) < 10:
+            return int(value)
+    return None

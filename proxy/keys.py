@@ -1,0 +1,116 @@
+"""Keys, scopes and fingerprints: what names one operation, whose it is, what it asks for. Pure.
+
+Everything that enters a digest is length-prefixed, so that ("a", "bc") and ("ab", "c") differ.
+"""
+
+import re
+from base64 import urlsafe_b64encode
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+MAX_KEY_BYTES = 255
+KEY_DIGEST_BYTES = 24  # 32 characters in the store's key; a second preimage costs 2^192
+DIGEST_BYTES = 16
+
+# A bare key is what every SDK sends; RFC 9651 alone would refuse a UUID that starts with a digit.
+_BARE = re.compile(rb"[!#-+\--\[\]-~]+")
+_QUOTED = re.compile(rb'"((?:[ !#-\[\]-~]|\\["\\])*)"')
+_ESCAPED = re.compile(rb'\\(["\\])')
+
+# Credentials made anew for each attempt: as a scope they would make each retry another tenant's.
+_PER_REQUEST = re.compile(rb"\s*(?:AWS4-[^\s]*|Digest|OAuth|Signature|Hawk)(?:\s|$)", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class BadKey:
+    """Why a key cannot be used; the text never contains the key."""
+
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Whose key it is. `tenant` is a digest of 16 bytes; `common` says that no credential was sent."""
+
+    namespace: bytes
+    tenant: bytes
+    common: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class UnstableScope:
+    """The credential changes with every request, so it cannot name a tenant."""
+
+
+def parse_key(lines: Sequence[bytes]) -> bytes | BadKey:
+    """Return the key that the header lines carry: `"abc"` and `abc` are the same one.
+
+    Quoted: a String of RFC 9651 without parameters. Bare: 0x21 to 0x7E without `"`, `\\` and `,`.
+    """
+    if len(lines) != 1:
+        return BadKey("the key header was sent more than once")
+    value = lines[0].strip(b" \t")
+    if not value:
+        return BadKey("the key is empty")
+    if quoted := _QUOTED.fullmatch(value):
+        key = _ESCAPED.sub(rb"\1", quoted[1])
+    elif _BARE.fullmatch(value):
+        key = value
+    else:
+        return BadKey("the key is neither a quoted string nor a bare word of visible ASCII")
+    if not 1 <= len(key) <= MAX_KEY_BYTES:
+        return BadKey(f"the key must have 1 to {MAX_KEY_BYTES} bytes")
+    return key
+
+
+def _framed(parts: Iterable[bytes]) -> bytes:
+    return b"".join([len(part).to_bytes(4, "big") + part for part in parts])
+
+
+class Digests:
+    """Digests keyed with `secret`: without it, keys, tenants and bodies cannot be guessed from a store."""
+
+    def __init__(self, secret: bytes) -> None:
+        keyed = blake2b(secret, digest_size=32).digest() if secret else b""
+        self._tenant = blake2b(key=keyed, digest_size=DIGEST_BYTES, person=b"tenant")
+        self._key = blake2b(key=keyed, digest_size=KEY_DIGEST_BYTES, person=b"key")
+        self._fingerprint = blake2b(key=keyed, digest_size=DIGEST_BYTES, person=b"fingerprint")
+
+    def scope(
+        self, namespace: bytes, headers: Mapping[bytes, Sequence[bytes]], names: Sequence[bytes]
+    ) -> Scope | UnstableScope:
+        """Return whose key it is, by the scope headers (lower-case `names`) that are present, else Cookie."""
+        if b"authorization" in names and any(map(_PER_REQUEST.match, headers.get(b"authorization", ()))):
+            return UnstableScope()
+        present = [name for name in names if name in headers] or [
+            name for name in (b"cookie",) if names and name in headers
+        ]
+        parts = [part for name in present for part in (name, _framed(headers[name]))]
+        digest = self._tenant.copy()
+        digest.update(_framed(parts))
+        return Scope(namespace, digest.digest(), common=bool(names) and not present)
+
+    def key(self, scope: Scope, key: bytes) -> bytes:
+        """Return the digest (24 bytes) that names a key of a scope in the store."""
+        digest = self._key.copy()
+        digest.update(_framed((scope.namespace, scope.tenant, key)))
+        return digest.digest()
+
+    def fingerprint(self, parts: Iterable[bytes], body: Iterable[bytes]) -> bytes:
+        """Return the digest (16 bytes) of what a request asks for; `body` comes in blocks, as it is sent."""
+        digest = self._fingerprint.copy()
+        digest.update(_framed(parts))
+        for block in body:
+            digest.update(block)
+        return digest.digest()
+
+
+def store_key(digest: bytes) -> bytes:
+    """Return the record's name in the store; the braces keep one record in one Cluster slot."""
+    return b"once:{" + urlsafe_b64encode(digest) + b"}"
+
+
+def short(digest: bytes) -> str:
+    """Return what logs show of a key: enough to find it, too little to guess it."""
+    return urlsafe_b64encode(digest[:9]).decode()

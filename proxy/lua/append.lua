@@ -1,0 +1,25 @@
+-- Keeps one more chunk of an answer for the owner and extends its lease; a repeat with the same bytes is fine.
+-- KEYS: record
+-- ARGV: tag token index bytes lease_ms
+-- Returns: {tag, 'appended' or 'torn' or 'absent' or 'complete' or 'fenced'}
+local tag, token, field = ARGV[1], ARGV[2], 'b' .. ARGV[3]
+local found = redis.call('HMGET', KEYS[1], 'token', 'state', 'meta', field)
+if found[3] then
+  return {tag, found[3]:sub(2, 17) == token and 'complete' or 'fenced'}
+elseif not found[1] then
+  return {tag, 'absent'}
+elseif found[1] ~= token then
+  return {tag, 'fenced'}
+elseif found[4] and found[4] ~= ARGV[4] then
+  return {tag, 'torn'}
+end
+local time = redis.call('TIME')
+local lease = time[1] * 1000 + math.floor(time[2] / 1000) + ARGV[5]
+if not found[4] then
+  -- One write for both, so that a refusal at the memory limit leaves chunk and count agreeing.
+  local bytes = tonumber(redis.call('HGET', KEYS[1], 'bytes')) or 0
+  redis.call('HSET', KEYS[1], field, ARGV[4], 'bytes', bytes + #ARGV[4], 'lease', lease)
+else
+  redis.call('HSET', KEYS[1], 'lease', lease)
+end
+return {tag, 'appended'}

@@ -1,0 +1,20 @@
+#!lua flags=allow-oom
+-- Extends the owner's lease and the record's retention; a lease that lapsed comes back if the key is still ours.
+-- KEYS: record
+-- ARGV: tag token lease_ms retention_ms
+-- Returns: {tag, 'renewed' or 'absent' or 'unknown' or 'complete' or 'fenced'}
+local tag, token = ARGV[1], ARGV[2]
+local found = redis.call('HMGET', KEYS[1], 'token', 'state', 'meta')
+if found[3] then
+  return {tag, found[3]:sub(2, 17) == token and 'complete' or 'fenced'}
+elseif not found[1] then
+  return {tag, 'absent'}
+elseif found[1] ~= token then
+  return {tag, 'fenced'}
+elseif found[2] ~= 'in_flight' then
+  return {tag, 'unknown'}
+end
+local time = redis.call('TIME')
+redis.call('HSET', KEYS[1], 'lease', time[1] * 1000 + math.floor(time[2] / 1000) + ARGV[3])
+redis.call('PEXPIRE', KEYS[1], ARGV[4])
+return {tag, 'renewed'}

@@ -1,0 +1,60 @@
+#!lua flags=allow-oom
+-- Ends a claim: stores the answer, frees the key, or marks it unknown; repeated, it changes nothing more.
+-- KEYS: record
+-- ARGV: tag token how retention_ms (how is 'store', 'release' or 'unknown'), then
+--   store: meta digest chunks bytes last (last: the bytes of the last chunk if it was not appended, else '')
+--   unknown: fence mode fingerprint self created why
+-- Returns: {tag, 'stored' or 'released' or 'unknown', 'found' or 'absent'}
+--        | {tag, 'torn' or 'complete' or 'fenced'}
+local tag, token, how, retention = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local found = redis.call('HMGET', KEYS[1], 'token', 'state', 'meta', 'bytes')
+local owner, state, meta = found[1], found[2], found[3]
+if meta then
+  owner, state = meta:sub(2, 17), 'complete'
+end
+if owner and owner ~= token then
+  return {tag, 'fenced'}
+end
+local before = owner and 'found' or 'absent'
+
+if how == 'store' then
+  local digest, chunks, bytes, last = ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8]), ARGV[9]
+  if state == 'complete' then
+    if meta:sub(50, 65) == digest then
+      return {tag, 'stored', 'found'}
+    end
+    return {tag, 'complete'}
+  end
+  if chunks == 0 or (chunks == 1 and #last == bytes) then
+    -- Written anew, so that a small record keeps the compact encoding.
+    redis.call('UNLINK', KEYS[1])
+    redis.call('HSET', KEYS[1], 'meta', ARGV[5])
+  else
+    -- Eight fields of a claim and 'bytes' stand beside the chunks (the claim's eight are absent with it).
+    local appended = chunks - (last ~= '' and 1 or 0)
+    local kept = tonumber(found[4]) or 0
+    if redis.call('HLEN', KEYS[1]) ~= appended + 9 or kept + #last ~= bytes then
+      return {tag, 'torn'}
+    end
+    redis.call('HDEL', KEYS[1], 'state', 'token', 'fence', 'mode', 'fingerprint', 'self', 'lease', 'created',
+      'bytes', 'why')
+    redis.call('HSET', KEYS[1], 'meta', ARGV[5])
+  end
+  if last ~= '' then
+    redis.call('HSET', KEYS[1], 'b' .. (chunks - 1), last)
+  end
+  redis.call('PEXPIRE', KEYS[1], retention)
+  return {tag, 'stored', before}
+end
+
+if state == 'complete' then
+  return {tag, 'complete'}
+elseif how == 'release' then
+  redis.call('UNLINK', KEYS[1])
+  return {tag, 'released', before}
+end
+redis.call('UNLINK', KEYS[1])
+redis.call('HSET', KEYS[1], 'state', 'unknown', 'token', token, 'fence', ARGV[5], 'mode', ARGV[6],
+  'fingerprint', ARGV[7], 'self', ARGV[8], 'lease', 0, 'created', ARGV[9], 'why', ARGV[10])
+redis.call('PEXPIRE', KEYS[1], retention)
+return {tag, 'unknown', before}

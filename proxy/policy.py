@@ -1,0 +1,65 @@
+"""What is done for a request: the resolved choices of the operator. Pure."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Disposition(Enum):
+    """What a complete answer's status means for its key."""
+
+    STORE = "store"
+    RELEASE = "release"
+    AMBIGUOUS = "ambiguous"
+
+
+class Statuses:
+    """Which statuses release a key and which leave it unknown; every other one is stored.
+
+    Entries are a code ("429"), a class ("5xx") or a code on a condition ("503+retry-after"). A
+    condition beats a code, a code beats a class. ValueError on a malformed entry or one in both lists.
+    """
+
+    def __init__(self, release: Iterable[str], ambiguous: Iterable[str]) -> None:
+        self._table: dict[str, Disposition] = {}
+        for entries, disposition in ((release, Disposition.RELEASE), (ambiguous, Disposition.AMBIGUOUS)):
+            for entry in entries:
+                self._add(entry.lower(), disposition)
+
+    def _add(self, entry: str, disposition: Disposition) -> None:
+        code = entry.removesuffix("+retry-after")
+        named = code.isascii() and code.isdigit() and 200 <= int(code) <= 599
+        family = code == entry and code in {"2xx", "3xx", "4xx", "5xx"}
+        if not (named or family):
+            raise ValueError(f"{entry!r} is not a status such as 429, 5xx or 503+retry-after")
+        if self._table.setdefault(entry, disposition) is not disposition:
+            raise ValueError(f"{entry!r} stands in both lists")
+
+    def disposition(self, status: int, retry_after: bool) -> Disposition:
+        """Return what `status` means; `retry_after`: the answer carries a Retry-After."""
+        table = self._table
+        conditional = table.get(f"{status}+retry-after") if retry_after else None
+        return conditional or table.get(str(status)) or table.get(f"{status // 100}xx") or Disposition.STORE
+
+
+# "Not done, come again" releases; a gateway's 502 and 504 may hide an execution (DESIGN.md, Statuses).
+DEFAULT_STATUSES = Statuses(("401", "425", "429", "503+retry-after"), ("502", "504"))
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How guarded requests are treated; header names are lower-case, times in the unit of their name."""
+
+    methods: frozenset[str]
+    key_header: bytes
+    key_required: bool
+    namespace: bytes
+    scope_headers: tuple[bytes, ...]
+    pass_host: bool
+    retention_ms: int
+    lease_ms: int
+    wait_for_duplicates: bool
+    wait_max_s: float
+    max_stored_bytes: int
+    statuses: Statuses = DEFAULT_STATUSES
+    mode: bytes = b"hold"

@@ -1,0 +1,76 @@
+"""Pass-through: a request that no key guards, streamed both ways, untouched but for hop and forwarding fields."""
+
+import time
+from dataclasses import dataclass
+
+from aiohttp import StreamReader
+
+from proxy.body import stream
+from proxy.client import Client
+from proxy.headers import AnswerHead, answer_block
+from proxy.problems import problem
+from proxy.upstream import REUSE_IDLE_S, Connection, Lost, NotSent, Pool
+
+
+@dataclass(frozen=True, slots=True)
+class Relayed:
+    """How it went: a word of metrics.OUTCOMES, and the time spent on the upstream."""
+
+    word: str
+    upstream_s: float = 0.0
+
+
+async def relay(
+    client: Client, pool: Pool, head: bytes, method: str, content: StreamReader, length: int | None, silence_s: float
+) -> Relayed:
+    """Forward one request and its answer. `length`: of the request's body, None where it is chunked."""
+    try:
+        connection = await pool.acquire(REUSE_IDLE_S)
+    except NotSent as why:
+        client.answer(problem("upstream-unreachable", str(why)))
+        return Relayed("upstream_unreachable")
+    began = time.perf_counter()
+    try:
+        if length == 0:
+            connection.send(head, b"", head_only=method == "HEAD")
+        else:
+            connection.send_stream(head, stream(content), chunked=length is None, head_only=method == "HEAD")
+        word = await _pass_on(client, connection, await connection.head(silence_s), silence_s)
+    except Lost as lost:
+        word = _fail(client, lost)
+    finally:
+        pool.release(connection)
+    return Relayed(word, time.perf_counter() - began)
+
+
+async def _pass_on(client: Client, connection: Connection, head: AnswerHead, silence_s: float) -> str:
+    block = answer_block(head)
+    if connection.complete:
+        client.send(
+            head.status,
+            head.reason,
+            block,
+            connection.take(),
+            stated_length=head.length is not None,
+            bodiless=head.bodiless,
+            eof_framed=head.eof_framed,
+        )
+        return "passthrough"
+    client.begin(head.status, head.reason, block, length=head.length, stated=True, eof=head.eof_framed)
+    while data := await connection.chunk(silence_s):
+        client.write(data)
+        while not await client.taken():
+            pass
+        if client.gone:
+            return "passthrough"  # nobody takes the rest, and nobody stores it
+    client.end()
+    return "passthrough"
+
+
+def _fail(client: Client, lost: Lost) -> str:
+    if client.started:
+        client.abort()
+        return "truncated"
+    slug = "upstream-timeout" if lost.timeout else "upstream-lost"
+    client.answer(problem(slug, "no whole answer came; the request may have been executed"))
+    return slug.replace("-", "_")

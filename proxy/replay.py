@@ -1,0 +1,78 @@
+"""Answers from the store: a small one in one write, a large one as fast as the client takes it."""
+
+from proxy.client import Client
+from proxy.store import Record, Store, StoredAnswer
+from proxy.store.record import answer_digest, intact
+
+MARK = b"Idempotent-Replayed: true\r\nOncegate-Status: replayed\r\n"
+
+
+def _block(record: Record, answer: StoredAnswer, extra: bytes) -> bytes:
+    age_s = answer.age_s + max(0, record.now_ms - answer.completed_ms) // 1000
+    return b"%sAge: %d\r\n%s%s" % (answer.block, age_s, MARK, extra)
+
+
+async def replay(client: Client, store: Store, key: bytes, record: Record, extra: bytes) -> str:
+    """Send a stored answer and return the outcome's word; `extra`: further fields.
+
+    `corrupt`: the record's bytes are not those that were stored, and nothing was sent. `store_unavailable`:
+    they could not be read, and nothing was sent. `truncated`: either of them, with the head already out.
+    """
+    answer = record.answer
+    assert answer is not None
+    if answer.size == 0 or record.body is not None:
+        return _replay_small(client, record, answer, record.body or b"", extra)
+    return await _replay_large(client, store, key, record, answer, extra)
+
+
+def _replay_small(client: Client, record: Record, answer: StoredAnswer, body: bytes, extra: bytes) -> str:
+    if not intact(answer, body):
+        return "corrupt"
+    client.send(
+        answer.status,
+        answer.reason,
+        _block(record, answer, extra),
+        body,
+        stated_length=answer.stated_length,
+        bodiless=answer.size == 0 and answer.stated_length,
+    )
+    return "replayed"
+
+
+async def _replay_large(
+    client: Client, store: Store, key: bytes, record: Record, answer: StoredAnswer, extra: bytes
+) -> str:
+    """Copy chunk after chunk; the last byte is held back until size and digest agree."""
+    digest = answer_digest(answer.status, answer.reason, answer.block)
+    first = sent = 0
+    while first < answer.chunks and not client.gone:
+        chunks = await store.read(key, record.token, first)
+        if not chunks:
+            return _broken(client, "store_unavailable")
+        if not client.started:
+            block = _block(record, answer, extra)
+            client.begin(
+                answer.status, answer.reason, block, length=answer.size, stated=answer.stated_length, eof=False
+            )
+        for chunk in chunks:
+            digest.update(chunk)
+            sent += len(chunk)
+            if sent > answer.size:
+                return _broken(client, "corrupt")
+            client.write(chunk)
+        first += len(chunks)
+        while not await client.taken():
+            pass
+    if client.gone:
+        return "replayed"
+    if sent != answer.size or digest.digest() != answer.digest:
+        return _broken(client, "corrupt")
+    client.end()
+    return "replayed"
+
+
+def _broken(client: Client, word: str) -> str:
+    if client.started:
+        client.abort()
+        return "truncated"
+    return word

@@ -1,0 +1,434 @@
+"""The settings: the only module that reads the environment.
+
+One field a variable; its description is the README's. Values are parsed here, so that nobody else
+has to. `load` reports every problem at once and repeats no secret.
+"""
+
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
+from operator import gt, lt
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from dotenv import dotenv_values
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic_core import ErrorDetails
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from proxy.addresses import (
+    Address,
+    Network,
+    Origin,
+    masked,
+    parse_address,
+    parse_header,
+    parse_host,
+    parse_key_header,
+    parse_list,
+    parse_method,
+    parse_namespace,
+    parse_network,
+    parse_origin,
+    parse_secret,
+    parse_store_url,
+)
+
+PREFIX = "ONCEGATE_"
+ENV_FILE = ".env"
+SECRETS = ("secret", "store_url")  # those that <NAME>_FILE may hold
+
+TEN_YEARS_S = 315_360_000  # above it a unit was mistaken, and Redis's expiry comes near its limit
+DAY_MS = 86_400_000
+PIBIBYTE = 1 << 50
+MILLION = 1_000_000
+
+# What the design names and this version cannot do yet: `name=value`, or the name where only the
+# default works, and what to do now. Who builds one deletes its row.
+LATER = {
+    "store_url=redis+sentinel": "name the primary with redis:// or rediss://",
+    "store_url=redis+cluster": "name a single server with redis:// or rediss://",
+    "store_url=postgresql": "use redis:// or rediss://",
+    "on_duplicate=join": "use reject or wait",
+    "on_unknown=retry": "use hold",
+    "on_store_down=bypass": "use refuse",
+    "durability=replicated": "use memory",
+    "durability=fsync": "use memory",
+    "on_store_loss=quarantine": "use continue",
+    "identity_change=accept": "use refuse, and stop every replica before changing what names a key",
+    "workers": "use 1, and more replicas on one store for more cores",
+    "rules_file": "leave it unset: the settings hold for every route",
+}
+
+# What Kubernetes and Docker inject for a service called oncegate.
+_INJECTED = re.compile(
+    r"ONCEGATE_(?:\w+_)?(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT(?:_[0-9]+_(?:TCP|UDP|SCTP)(?:_\w+)?)?)"
+)
+
+
+class SettingsError(Exception):
+    """The settings cannot be used; `errors` says why, each line opening with the variable's name."""
+
+    def __init__(self, errors: Iterable[str]) -> None:
+        self.errors = tuple(errors)
+        super().__init__("\n".join(self.errors))
+
+
+def _from_text(parse: Callable[[str], object]) -> BeforeValidator:
+    """Return a validator for what the environment says; defaults are values already."""
+    return BeforeValidator(lambda value: parse(value) if isinstance(value, str) else value)
+
+
+def _list_of(parse: Callable[[str], object]) -> BeforeValidator:
+    return _from_text(lambda text: tuple(parse(member) for member in parse_list(text)))
+
+
+def _readable(text: str) -> Path:
+    try:
+        Path(text).open("rb").close()
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
+    return Path(text)
+
+
+def _temporary_folder() -> Path:
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError:  # a read-only container without one; reported under the setting's name
+        return Path("/tmp")
+
+
+ListenAddress = Annotated[Address, _from_text(parse_address)]
+ReadableFile = Annotated[Path | None, _from_text(_readable)]
+Seconds = Annotated[float, Field(gt=0, le=TEN_YEARS_S)]
+SecondsOrZero = Annotated[float, Field(ge=0, le=TEN_YEARS_S)]
+Bytes = Annotated[int, Field(ge=1, le=PIBIBYTE)]
+Count = Annotated[int, Field(ge=1, le=MILLION)]
+
+
+class Settings(BaseSettings):
+    """What the operator chose."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_file=ENV_FILE,
+        env_file_encoding="utf-8",
+        env_ignore_empty=True,  # compose files pass "${NAME:-}" for what is not set
+        enable_decoding=False,  # lists are comma lists, not JSON
+        extra="ignore",  # a .env serves other programs too; unknown names of ours are reported by load
+        frozen=True,
+        hide_input_in_errors=True,
+        allow_inf_nan=False,
+    )
+
+    upstream: Annotated[Origin, _from_text(parse_origin)] = Field(
+        description="Base URL of the API behind the proxy, http or https; may carry a path prefix."
+    )
+    listen: ListenAddress = Field(
+        Address("127.0.0.1", 8080), description="Public listener; the container image sets `0.0.0.0:8080`."
+    )
+    tls_cert_file: ReadableFile = Field(None, description="Certificate chain (PEM) of the public listener.")
+    tls_key_file: ReadableFile = Field(None, description="Private key (PEM) of the public listener.")
+    admin_listen: ListenAddress = Field(
+        Address("127.0.0.1", 9090),
+        description="Listener of `/metrics`, `/healthz`, `/readyz`; the container image sets `0.0.0.0:9090`.",
+    )
+    hosts: Annotated[tuple[str, ...], _list_of(parse_host)] = Field(
+        (), description="Comma list of `host` or `host:port` that are ours; a request for another gets 421."
+    )
+    trusted_proxies: Annotated[tuple[Network, ...], _list_of(parse_network)] = Field(
+        (), description="Comma list of networks whose forwarding headers are kept."
+    )
+    pass_host: bool = Field(False, description="Pass the client's Host on instead of the upstream's.")
+    upstream_ca_file: ReadableFile = Field(None, description="CA certificates (PEM) for an https upstream.")
+    upstream_cert_file: ReadableFile = Field(None, description="Client certificate (PEM) for the upstream.")
+    upstream_key_file: ReadableFile = Field(None, description="Private key (PEM) of that certificate.")
+    store_url: Annotated[SecretStr, _from_text(parse_store_url)] = Field(
+        SecretStr("embedded"),
+        description="`embedded`, `redis://`, `rediss://` or `redis+unix:///path/to.sock?db=0`; "
+        "`ONCEGATE_STORE_URL_FILE` names a file that holds it.",
+    )
+    data_dir: Path = Field(Path(".oncegate"), description="Folder of the embedded store.")
+    embedded_max_bytes: int = Field(
+        268_435_456, ge=2_097_152, le=PIBIBYTE, description="Memory limit of the embedded store."
+    )
+    namespace: Annotated[str, _from_text(parse_namespace)] = Field(
+        "default", description="Part of every key's scope; deployments that share a store differ in it."
+    )
+    secret: Annotated[SecretStr, _from_text(parse_secret)] = Field(
+        SecretStr(""),
+        description="Keys the digests; the same on every replica; changing it forgets every key; "
+        "`ONCEGATE_SECRET_FILE` names a file that holds it.",
+    )
+    identity_change: Literal["refuse"] = Field(
+        "refuse",
+        description="A replica whose namespace, secret, scope or key header differ from the others' is not ready.",
+    )
+    methods: Annotated[tuple[str, ...], _list_of(parse_method)] = Field(
+        ("POST", "PATCH"), description="Comma list of the guarded methods, of POST, PATCH, PUT and DELETE."
+    )
+    key_header: Annotated[str, _from_text(parse_key_header)] = Field(
+        "Idempotency-Key", description="Header that carries the key."
+    )
+    key_required: bool = Field(False, description="Answer 400 to a guarded request without a key.")
+    scope_headers: Annotated[tuple[str, ...], _list_of(parse_header)] = Field(
+        ("Authorization", "X-Api-Key"), description="Comma list of the headers that tell tenants apart."
+    )
+    retention_s: Seconds = Field(
+        86_400,
+        description="How long an answer is replayed, from its completion; must exceed the longest retry cycle.",
+    )
+    lease_ms: int = Field(
+        10_000, ge=200, le=DAY_MS, description="Life of a claim without a renewal, which comes at a third of it."
+    )
+    on_duplicate: Literal["reject", "wait"] = Field(
+        "reject", description="A duplicate while the original runs gets 409 (`reject`) or is held (`wait`)."
+    )
+    wait_max_s: Seconds = Field(30, description="Longest hold of a duplicate by `wait` or `Prefer: wait`.")
+    max_waiters: int = Field(1024, ge=0, le=MILLION, description="Duplicates held at once, for each worker.")
+    on_unknown: Literal["hold"] = Field(
+        "hold", description="A key whose outcome is unknown is never executed again (`hold`)."
+    )
+    on_store_down: Literal["refuse"] = Field(
+        "refuse", description="Keyed requests get 503 while the store is down (`refuse`)."
+    )
+    store_timeout_ms: int = Field(
+        1000, ge=1, le=DAY_MS, description="Longest wait for the store to confirm a claim, repeats included."
+    )
+    settle_timeout_s: Seconds = Field(
+        30, description="How long the store is asked again to take an answer before the proxy gives up."
+    )
+    durability: Literal["memory"] = Field(
+        "memory", description="A write counts as done when the store has it in memory (`memory`)."
+    )
+    on_store_loss: Literal["continue"] = Field(
+        "continue", description="After the store lost data, requests go on and it is reported (`continue`)."
+    )
+    quarantine_s: Seconds = Field(60, description="How long unseen keys are refused after a loss.")
+    connect_timeout_s: Seconds = Field(5, description="Longest wait for a connection to the upstream.")
+    upstream_timeout_s: Seconds = Field(300, description="Longest silence of the upstream.")
+    upstream_reuse_idle_s: SecondsOrZero = Field(
+        1, description="Keyed requests reuse an upstream connection only if idle for less; 0: never."
+    )
+    max_upstream_connections: Count = Field(512, description="Connections to the upstream, for each worker.")
+    connect_retries: int = Field(
+        3, ge=0, le=20, description="Further tries to connect, only for failures proven not sent."
+    )
+    max_request_bytes: Bytes = Field(33_554_432, description="Largest body of a guarded request.")
+    max_buffered_bytes: Bytes = Field(
+        268_435_456, description="Memory for all buffered bodies and answers together, for each worker."
+    )
+    spool_dir: Path = Field(
+        default_factory=_temporary_folder, description="Folder for bodies that are not held in memory."
+    )
+    max_spool_bytes: Bytes = Field(1_073_741_824, description="Disk for spooled bodies, for each worker.")
+    max_stored_bytes: Bytes = Field(16_777_216, description="Largest answer that is stored with its body.")
+    max_in_flight: Count = Field(4096, description="Claimed requests running at once, for each worker.")
+    max_connections: Count = Field(8192, description="Client connections open at once, for each worker.")
+    client_stall_s: Seconds = Field(30, description="A client that takes nothing for so long is cut off.")
+    workers: int = Field(1, ge=1, description="Processes that share the port.")
+    drain_delay_s: SecondsOrZero = Field(0, description="After SIGTERM: time to go on serving, not ready.")
+    drain_s: SecondsOrZero = Field(25, description="After that delay: the grace for what is in flight.")
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], _from_text(str.lower)] = Field(
+        "info", description="Least level that is logged: `debug`, `info`, `warning` or `error`."
+    )
+    log_format: Literal["json", "console"] = Field("json", description="`json`, or `console` for people.")
+    access_log: Literal["off", "notable", "all"] = Field(
+        "notable", description="`off`, `notable` (all but plain executions and pass-through) or `all`."
+    )
+    rules_file: Path | None = Field(None, description="Policy for single routes (TOML).")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_later(cls, value: object, info: ValidationInfo) -> object:
+        if not isinstance(value, str):
+            return value  # a default
+        name, word = str(info.field_name), value.partition("://")[0].strip().lower()
+        row = name if word != str(cls.model_fields[name].default) else ""
+        if advice := LATER.get(f"{name}={word}") or LATER.get(row):
+            raise ValueError(f"this value comes later, it is not available in this version; {advice}")
+        return value
+
+
+def _missing(file: Path | None, beside: Path | None) -> bool:
+    return file is None and beside is not None
+
+
+def _without_tls(file: Path | None, upstream: Origin) -> bool:
+    return file is not None and upstream.scheme == "http"
+
+
+def _unwritable(folder: Path, _max_bytes: int) -> bool:
+    return not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK))
+
+
+# Settings that are each fine and do not fit together: the first, how it fails, the second, whether it does.
+CONTRADICTIONS: tuple[tuple[str, str, str, Callable[[Any, Any], bool]], ...] = (
+    ("retention_s", "must not be shorter than", "lease_ms", lambda kept_s, lease_ms: kept_s * 1000 < lease_ms),
+    ("retention_s", "must not be shorter than", "wait_max_s", lt),
+    ("tls_cert_file", "is missing beside", "tls_key_file", _missing),
+    ("tls_key_file", "is missing beside", "tls_cert_file", _missing),
+    ("upstream_cert_file", "is missing beside", "upstream_key_file", _missing),
+    ("upstream_key_file", "is missing beside", "upstream_cert_file", _missing),
+    ("upstream_ca_file", "needs https in", "upstream", _without_tls),
+    ("upstream_cert_file", "needs https in", "upstream", _without_tls),
+    ("upstream_key_file", "needs https in", "upstream", _without_tls),
+    ("admin_listen", "must not share its port with", "listen", Address.overlaps),
+    ("key_header", "must not be one of", "scope_headers", lambda key, scope: key.lower() in map(str.lower, scope)),
+    ("max_request_bytes", "must not be larger than", "max_spool_bytes", gt),
+    ("max_stored_bytes", "must not be larger than", "max_buffered_bytes", gt),
+    ("spool_dir", "must be a writable folder to hold", "max_spool_bytes", _unwritable),
+)
+
+# The kinds of pydantic's errors that a variable can meet, in the operator's words.
+_COMPLAINTS = {
+    "missing": "is required",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_parsing": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_parsing": "must be true or false",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than_equal": "must be at most {le}",
+    "literal_error": "must be {expected}",
+    "value_error": "{error}",
+}
+
+# What a person reads where a default is none, depends on the machine, or does not exist.
+_WORDS = {
+    "upstream": "required",
+    "hosts": "any",
+    "upstream_ca_file": "system",
+    "data_dir": "`./.oncegate`",
+    "secret": "empty",
+    "spool_dir": "the temporary folder",
+}
+
+
+def load() -> Settings:
+    """Return the settings in effect; SettingsError names every problem at once."""
+    variables = _variables()
+    contents, problems = _secrets_from_files(variables)
+    settings, invalid = _validate(contents)
+    problems += [*_unknown(variables), *invalid.values(), *_contradictions(settings, invalid)]
+    if problems:
+        raise SettingsError(problems)
+    return settings
+
+
+def describe(settings: Settings) -> str:
+    """Return what is in effect, one `NAME = value` a line, secrets masked."""
+    return "\n".join(f"{_variable(name)} = {_text(name, value)}" for name, value in settings)
+
+
+def table() -> str:
+    """Return the README's table of settings."""
+    rows = [
+        f"| `{_variable(name)}` | {_default(name, field.default)} | {field.description} |"
+        for name, field in Settings.model_fields.items()
+    ]
+    return "\n".join(["| variable | default | meaning |", "|---|---|---|", *rows, ""])
+
+
+def _default(name: str, value: object) -> str:
+    return _WORDS.get(name) or ("none" if _is_none(value) else f"`{_text(name, value)}`")
+
+
+def _variable(name: str) -> str:
+    return PREFIX + name.upper()
+
+
+def _variables() -> dict[str, str]:
+    """Return what is set under the prefix: a real variable wins over the file, an empty one is not set."""
+    try:
+        found = [*dotenv_values(ENV_FILE, encoding="utf-8").items(), *os.environ.items()]
+    except (OSError, UnicodeDecodeError):
+        raise SettingsError([f"{ENV_FILE}: cannot be read as UTF-8 text"]) from None
+    return {name.upper(): value for name, value in found if value and name.upper().startswith(PREFIX)}
+
+
+def _secrets_from_files(variables: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the secrets whose <NAME>_FILE is set, and what is wrong with those files."""
+    contents: dict[str, Any] = {}
+    problems = []
+    for name in SECRETS:
+        variable = _variable(name)
+        if (path := variables.get(f"{variable}_FILE")) is None:
+            continue
+        if variable in variables:
+            problems.append(f"{variable}_FILE: contradicts {variable}, which is set too")
+        try:
+            contents[name] = _content(path)
+        except ValueError as error:
+            problems.append(f"{variable}_FILE: {error}")
+    return contents, problems
+
+
+def _content(path: str) -> str:
+    try:
+        text = Path(path).read_text(encoding="utf-8").rstrip("\r\n")
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError("cannot be read as UTF-8 text") from None
+    if not text:
+        raise ValueError("the file is empty")
+    return text
+
+
+def _unknown(variables: Iterable[str]) -> list[str]:
+    known = [_variable(name) for name in Settings.model_fields] + [f"{_variable(name)}_FILE" for name in SECRETS]
+    unknown = sorted(name for name in set(variables).difference(known) if not _INJECTED.fullmatch(name))
+    return [f"{name}: is unknown; did you mean {get_close_matches(name, known, 1, 0)[0]}?" for name in unknown]
+
+
+def _validate(contents: dict[str, Any]) -> tuple[Settings, dict[str, str]]:
+    """Return the settings and what is wrong with single ones; stand-ins for those let the rest be compared."""
+    try:
+        return Settings(**contents), {}
+    except ValidationError as error:
+        invalid = {str(detail["loc"][0]): _complaint(detail) for detail in error.errors(include_input=False)}
+    return Settings(**contents | {name: _stand_in(name) for name in invalid}), invalid
+
+
+def _stand_in(name: str) -> Any:
+    if name == "upstream":
+        return Origin("http", "upstream.invalid", 80)
+    return Settings.model_fields[name].get_default(call_default_factory=True)
+
+
+def _complaint(detail: ErrorDetails) -> str:
+    limits = {name: _number(value) for name, value in detail.get("ctx", {}).items()}
+    text = _COMPLAINTS.get(detail["type"], detail["msg"]).format(**limits)
+    return f"{_variable(str(detail['loc'][0]))}: {text}"
+
+
+def _contradictions(settings: Settings, invalid: Iterable[str]) -> list[str]:
+    return [
+        f"{_variable(first)}: {text} {_variable(second)}"
+        for first, text, second, contradict in CONTRADICTIONS
+        if {first, second}.isdisjoint(invalid) and contradict(getattr(settings, first), getattr(settings, second))
+    ]
+
+
+def _is_none(value: object) -> bool:
+    return value is None or value == ()
+
+
+def _text(name: str, value: object) -> str:
+    """Return a value as a person writes it, without what is secret in it."""
+    if _is_none(value):
+        return _WORDS.get(name, "none")
+    if isinstance(value, SecretStr):
+        text = value.get_secret_value()
+        return masked(text) if name == "store_url" else "set" if text else "empty"
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else _number(value)
+
+
+def _number(value: object) -> str:
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

@@ -1,0 +1,285 @@
+"""The store: five verbs on one record for each key, and what their replies mean.
+
+Only this package speaks to a store. `claim` is the one place that makes a Claim. Whatever was not
+confirmed is repeated with the same token, within the caller's budget: the scripts make a repeat safe.
+"""
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+from proxy.keys import Scope, store_key
+from proxy.store.link import ErrorReply, Link, Unconfirmed
+from proxy.store.record import TOKEN_BYTES, Claim, Corrupt, Record, StoredAnswer, pack, running, self_check, unpack
+from proxy.store.server import (
+    FULL_RATIO,
+    Script,
+    Unfit,
+    load_scripts,
+    memory_ratio,
+    opener,
+    parse_info,
+    policy_problem,
+    preparer,
+)
+
+__all__ = ["Claim", "Corrupt", "Record", "Settled", "Store", "StoredAnswer", "Unconfirmed", "Unfit"]
+
+INLINE_BYTES = 65536  # a stored body up to this comes with the reply to `claim`
+READ_BYTES = 262144  # of a larger one at a time
+PAUSE_FIRST_S, PAUSE_MOST_S = 0.01, 0.5
+HEALTH_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """How a settle came out.
+
+    `word`: stored, released, unknown; torn (the record lacks chunks); fenced (another's, or another
+    answer of ours); unconfirmed. `lost`: the record was gone and was written anew, where it says so.
+    """
+
+    word: str
+    lost: bool = False
+
+
+@dataclass(slots=True)
+class _Clock:
+    """The server's clock, as far as its replies tell. It may lag behind, never run ahead."""
+
+    offset_ms: float = 0.0
+
+    def heard(self, now_ms: int) -> None:
+        self.offset_ms = now_ms - time.monotonic() * 1000
+
+    def now_ms(self) -> int:
+        return int(time.monotonic() * 1000 + self.offset_ms)
+
+
+class Store:
+    """One Redis server. Times in the unit of their name; `observe(verb, seconds)` hears of every call."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_ms: int,
+        patience_s: float,
+        observe: Callable[[str, float], None],
+        background: Callable[[Coroutine[Any, Any, Any]], None],
+    ) -> None:
+        self._timeout_s = timeout_ms / 1000
+        self._patience_s = patience_s
+        self._observe = observe
+        self._background = background
+        self._scripts = load_scripts()
+        self._clock = _Clock()
+        open_connection = opener(url, self._timeout_s)
+        prepare = preparer(self._scripts, self._clock.heard)
+        self._link = Link(open_connection, prepare, self._timeout_s)
+        self._reads = Link(open_connection, prepare, self._timeout_s)  # a large reply would stop the others
+        self._prefix, self._count = os.urandom(TOKEN_BYTES - 6), count(1)
+        self._info: dict[str, str] = {}
+        self.patience_ends = float("inf")  # the loop's time after which nothing is repeated any more
+
+    # Its life ...
+
+    def start(self) -> None:
+        self._link.start()
+        self._reads.start()
+
+    async def close(self) -> None:
+        await asyncio.gather(self._link.close(), self._reads.close())
+
+    async def wait_up(self, seconds: float) -> bool:
+        return await self._link.wait_up(asyncio.get_running_loop().time() + seconds)
+
+    def problem(self) -> str | None:
+        """Return why the store cannot be relied on now, None where it can."""
+        if not self._link.up:
+            return f"the store is not reachable: {self._link.down_because}"
+        return policy_problem(self._info)
+
+    @property
+    def memory_ratio(self) -> float:
+        return memory_ratio(self._info)
+
+    @property
+    def full(self) -> bool:
+        """Whether answers are to be stored without their body."""
+        return self.memory_ratio > FULL_RATIO
+
+    async def watch(self) -> None:
+        """Keep looking at the server's memory and eviction policy, until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            if await self._link.wait_up(loop.time() + HEALTH_S):
+                reply = await self._link.command("INFO", "memory", deadline=loop.time() + self._timeout_s)
+                if isinstance(reply, bytes):
+                    self._info = parse_info(reply)
+                    await asyncio.sleep(HEALTH_S)
+
+    def now_ms(self) -> int:
+        """Return the server's time."""
+        return self._clock.now_ms()
+
+    # Verbs ...
+
+    async def claim(
+        self, key: bytes, scope: Scope, fingerprint: bytes, *, mode: bytes, lease_ms: int, retention_ms: int
+    ) -> Claim | Record | Corrupt | Unconfirmed:
+        """Claim a key, or return what stands there. Unconfirmed: a claim never lands after that."""
+        token = self._prefix + next(self._count).to_bytes(6, "big")
+        described = self_check(key, scope.tenant, token, mode, fingerprint)
+        claim = Claim(key, token, b"", mode, fingerprint, described, 0, lease_ms, retention_ms)
+        found = await self._claim(claim, scope.tenant)
+        if isinstance(found, Unconfirmed) and found.maybe_executed:
+            self._background(self._withdraw(claim))
+        return found
+
+    async def reclaim(self, claim: Claim, scope: Scope) -> Claim | Record | Corrupt | Unconfirmed:
+        """Claim again with the same token, before anything is sent: Claim where the key is still ours."""
+        return await self._claim(claim, scope.tenant)
+
+    async def look(self, key: bytes, scope: Scope, lease_ms: int) -> Record | Corrupt | Unconfirmed | None:
+        """Return what stands in the store for a key, None for nothing: a claim that is always too late."""
+        deadline = asyncio.get_running_loop().time() + self._timeout_s
+        nobody = Claim(key, bytes(TOKEN_BYTES), b"", b"", b"", b"", 0, lease_ms, 0)
+        found = await self._try_claim(nobody, scope.tenant, 0, deadline)
+        return None if isinstance(found, str | Claim) else found
+
+    async def _claim(self, claim: Claim, tenant: bytes) -> Claim | Record | Corrupt | Unconfirmed:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._timeout_s
+        pause_s = PAUSE_FIRST_S
+        maybe_executed = False
+        while True:
+            not_after_ms = self._clock.now_ms() + int((deadline - loop.time()) * 1000)
+            found = await self._try_claim(claim, tenant, not_after_ms, deadline)
+            if isinstance(found, str):  # our idea of the server's time was behind; the reply corrected it
+                found = Unconfirmed("the store was reached too late", maybe_executed=False)
+            if not isinstance(found, Unconfirmed):
+                return found
+            maybe_executed |= found.maybe_executed
+            if loop.time() + pause_s >= deadline or found.detail.startswith("OOM"):
+                return Unconfirmed(found.detail, maybe_executed)
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, PAUSE_MOST_S)
+
+    async def _try_claim(
+        self, claim: Claim, tenant: bytes, not_after_ms: int, deadline: float
+    ) -> Claim | Record | Corrupt | Unconfirmed | str:
+        reply = await self._call(
+            "claim", claim.key, deadline,
+            claim.token, claim.fingerprint, claim.self_check, claim.mode, claim.lease_ms,
+            claim.retention_ms, not_after_ms, INLINE_BYTES, 0,
+        )  # fmt: skip
+        match reply:
+            case [b"claimed", int(now_ms), bytes(fence), created]:
+                self._clock.heard(now_ms)
+                return Claim(
+                    claim.key, claim.token, fence, claim.mode, claim.fingerprint, claim.self_check,
+                    int(created), claim.lease_ms, claim.retention_ms,
+                )  # fmt: skip
+            case [b"late", int(now_ms)]:
+                self._clock.heard(now_ms)
+                return "late"
+            case [b"complete", int(now_ms), bytes(meta), body]:
+                self._clock.heard(now_ms)
+                return unpack(claim.key, tenant, meta, body, now_ms)
+            case [state, int(now_ms), *fields] if len(fields) == 7:
+                return running(claim.key, tenant, [state, *fields], now_ms)
+            case ErrorReply() if str(reply).startswith("WRONGTYPE"):
+                return Corrupt("the record is of another type")
+            case Unconfirmed():
+                return reply
+            case _:  # an error: nothing was written
+                return Unconfirmed(str(reply), maybe_executed=False)
+
+    async def _withdraw(self, claim: Claim) -> None:
+        """Free a key whose claim was given up but may have been executed: after that it cannot be any more."""
+        await asyncio.sleep(self._timeout_s)
+        await self.release(claim, self._patience_s)
+
+    async def append(self, claim: Claim, index: int, chunk: bytes, patience_s: float) -> str:
+        """Keep chunk `index`: appended, torn, absent, complete, fenced, full (no memory) or unconfirmed."""
+        reply = await self._repeat("append", claim, patience_s, index, chunk, claim.lease_ms)
+        if isinstance(reply, ErrorReply):
+            return "full" if str(reply).startswith("OOM") else "unconfirmed"
+        return "unconfirmed" if isinstance(reply, Unconfirmed) else reply[0].decode()
+
+    async def renew(self, claim: Claim) -> str:
+        """Extend the lease once: renewed, absent, unknown, complete, fenced or unconfirmed."""
+        deadline = asyncio.get_running_loop().time() + self._timeout_s
+        reply = await self._call("renew", claim.key, deadline, claim.token, claim.lease_ms, claim.retention_ms)
+        return reply[0].decode() if isinstance(reply, list) else "unconfirmed"
+
+    async def store(self, claim: Claim, answer: StoredAnswer, last: bytes, patience_s: float) -> Settled:
+        """Settle: make the record complete. `last` is the last chunk if it was not appended, else empty."""
+        meta = pack(claim, answer)
+        chunks, size = (answer.chunks, answer.size) if answer.kept else (0, 0)
+        return await self._settle(claim, b"store", patience_s, meta, answer.digest, chunks, size, last)
+
+    async def release(self, claim: Claim, patience_s: float) -> Settled:
+        """Settle: free the key."""
+        return await self._settle(claim, b"release", patience_s)
+
+    async def mark_unknown(self, claim: Claim, why: str, patience_s: float) -> Settled:
+        """Settle: sent, and nobody can say what became of it."""
+        return await self._settle(
+            claim, b"unknown", patience_s,
+            claim.fence, claim.mode, claim.fingerprint, claim.self_check, claim.created_ms, why,
+        )  # fmt: skip
+
+    async def _settle(self, claim: Claim, how: bytes, patience_s: float, *args: Any) -> Settled:
+        reply = await self._repeat("settle", claim, patience_s, how, claim.retention_ms, *args)
+        match reply:
+            case [word, before]:
+                return Settled(word.decode(), lost=before == b"absent")
+            case [b"torn"]:
+                return Settled("torn")
+            case [_]:
+                return Settled("fenced")
+            case _:
+                return Settled("unconfirmed")
+
+    async def read(self, key: bytes, token: bytes, first: int) -> list[bytes] | None:
+        """Return the chunks of a complete answer from `first` on, as many as fit; None where they are gone."""
+        deadline = asyncio.get_running_loop().time() + self._timeout_s
+        reply = await self._call("read", key, deadline, token, first, READ_BYTES, link=self._reads)
+        return reply[1:] if isinstance(reply, list) and reply[0] == b"chunks" else None
+
+    # Calls ...
+
+    async def _repeat(self, verb: str, claim: Claim, patience_s: float, *args: Any) -> Any:
+        """Call until a reply comes or the patience is over. At the memory limit a repeat does not help."""
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + patience_s
+        pause_s = PAUSE_FIRST_S
+        while True:
+            deadline = min(loop.time() + self._timeout_s, max(give_up, loop.time() + 0.05))
+            reply = await self._call(verb, claim.key, deadline, claim.token, *args)
+            if isinstance(reply, list) or (isinstance(reply, ErrorReply) and str(reply).startswith("OOM")):
+                return reply
+            if loop.time() + pause_s >= min(give_up, self.patience_ends):
+                return reply
+            self._observe("repeat", 0.0)
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, PAUSE_MOST_S)
+
+    async def _call(self, verb: str, key: bytes, deadline: float, *args: Any, link: Link | None = None) -> Any:
+        """Run a script once; a server that does not know it (a new master, SCRIPT FLUSH) is given its body."""
+        link = link or self._link
+        if not link.up and not await link.wait_up(deadline):
+            return Unconfirmed(link.down_because, maybe_executed=False)
+        began = time.perf_counter()
+        script: Script = self._scripts[verb]
+        reply = await link.script(b"EVALSHA", script.sha, store_key(key), args, deadline)
+        if isinstance(reply, ErrorReply) and str(reply).startswith("NOSCRIPT"):
+            reply = await link.script(b"EVAL", script.body, store_key(key), args, deadline)
+        self._observe(verb, time.perf_counter() - began)
+        return reply

@@ -1,0 +1,165 @@
+"""What a record holds, and its bytes: a complete one is packed into one value and checks itself.
+
+The first 65 bytes of `meta` have a fixed place because the scripts read them:
+version (1), token (16), fence (16 digits), created (16 digits, ms), digest of the answer (16).
+"""
+
+import struct
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from proxy.decision import State
+
+VERSION = b"\x01"
+TOKEN_BYTES = 16
+_FIXED = struct.Struct(">c16s16s16s16s16s16sBHHIIQQII")
+_CHECK_BYTES = 8
+KEPT, EOF_FRAMED, STATED_LENGTH = 1, 2, 4
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The right to execute one key. Only the store makes one; without it nothing is forwarded or settled."""
+
+    key: bytes  # digest
+    token: bytes
+    fence: bytes
+    mode: bytes
+    fingerprint: bytes
+    self_check: bytes
+    created_ms: int  # the store's clock
+    lease_ms: int
+    retention_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAnswer:
+    """A complete answer. `block` holds its end-to-end fields as they are written on a replay."""
+
+    status: int
+    reason: bytes
+    block: bytes
+    digest: bytes
+    chunks: int
+    size: int  # bytes of the body
+    kept: bool
+    eof_framed: bool
+    stated_length: bool  # `block` has the upstream's own Content-Length
+    completed_ms: int  # the store's clock
+    took_ms: int  # of the upstream
+    age_s: int  # that it had when it came
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What stands in the store for a key that is not ours; `now_ms` is the store's clock when it was read."""
+
+    state: State
+    token: bytes
+    fingerprint: bytes
+    created_ms: int
+    now_ms: int
+    lease_left_ms: int = 0
+    answer: StoredAnswer | None = None
+    body: bytes | None = None  # of a small answer
+
+
+@dataclass(frozen=True, slots=True)
+class Corrupt:
+    """A record that fails its own checks: never forwarded, never replayed."""
+
+    detail: str
+
+
+def answer_digest(status: int, reason: bytes, block: bytes) -> blake2b:
+    """Return the running digest of an answer that begins so; its body is fed to it."""
+    return blake2b(b"%d %s\r\n%s" % (status, reason, block), digest_size=16)
+
+
+def self_check(key: bytes, tenant: bytes, token: bytes, mode: bytes, fingerprint: bytes) -> bytes:
+    """Return what a running record says of itself: its tenant, and a digest over what must not change."""
+    return tenant + blake2b(b"".join((key, tenant, token, mode, fingerprint)), digest_size=16).digest()
+
+
+def _check(key: bytes, packed: bytes) -> bytes:
+    return blake2b(packed, key=key, digest_size=_CHECK_BYTES).digest()
+
+
+def pack(claim: Claim, answer: StoredAnswer) -> bytes:
+    """Return `meta` of a complete record."""
+    flags = KEPT * answer.kept | EOF_FRAMED * answer.eof_framed | STATED_LENGTH * answer.stated_length
+    fixed = _FIXED.pack(
+        VERSION,
+        claim.token,
+        claim.fence.rjust(16, b"0"),
+        b"%016d" % claim.created_ms,
+        answer.digest,
+        claim.fingerprint,
+        claim.self_check[:16],
+        flags,
+        len(answer.reason),
+        answer.status,
+        answer.chunks,
+        answer.took_ms,
+        answer.size,
+        answer.completed_ms,
+        answer.age_s,
+        len(answer.block),
+    )
+    packed = b"".join((fixed, answer.reason, answer.block))
+    return packed + _check(claim.key, packed)
+
+
+def unpack(key: bytes, tenant: bytes, meta: bytes, body: bytes | None, now_ms: int) -> Record | Corrupt:
+    """Return the complete record in `meta`, checked against the key and tenant it was asked for."""
+    packed = meta[:-_CHECK_BYTES]
+    if len(packed) < _FIXED.size or meta[:1] != VERSION:
+        return Corrupt("unknown layout")
+    if _check(key, packed) != meta[-_CHECK_BYTES:]:
+        return Corrupt("the record does not match its check")
+    fields = _FIXED.unpack_from(packed)
+    token, _fence, created, digest, fingerprint, owner = fields[1:7]
+    flags, reason_size, status, chunks, took_ms, size, completed_ms, age_s, block_size = fields[7:]
+    reason_end = _FIXED.size + reason_size
+    if owner != tenant or reason_end + block_size != len(packed):
+        return Corrupt("the record describes another key")
+    answer = StoredAnswer(
+        status=status,
+        reason=packed[_FIXED.size : reason_end],
+        block=packed[reason_end:],
+        digest=digest,
+        chunks=chunks,
+        size=size,
+        kept=bool(flags & KEPT),
+        eof_framed=bool(flags & EOF_FRAMED),
+        stated_length=bool(flags & STATED_LENGTH),
+        completed_ms=completed_ms,
+        took_ms=took_ms,
+        age_s=age_s,
+    )
+    return Record(State.COMPLETE, token, fingerprint, int(created), now_ms, answer=answer, body=body)
+
+
+def intact(answer: StoredAnswer, body: bytes) -> bool:
+    """Return whether a whole body is the one that was stored."""
+    if len(body) != answer.size:
+        return False
+    digest = answer_digest(answer.status, answer.reason, answer.block)
+    digest.update(body)
+    return digest.digest() == answer.digest
+
+
+def running(key: bytes, tenant: bytes, fields: list[bytes | int | None], now_ms: int) -> Record | Corrupt:
+    """Return the record of a key in flight or unknown, from claim's reply after the time."""
+    state, token, _fence, mode, fingerprint, self_described, lease_left_ms, created = fields
+    try:
+        found = State(bytes(state or b"").decode())  # type: ignore[arg-type]
+        created_ms = int(created or b"")
+    except ValueError:
+        return Corrupt("unknown state")
+    if not (isinstance(token, bytes) and isinstance(mode, bytes) and isinstance(fingerprint, bytes)):
+        return Corrupt("the record is not whole")
+    if self_described != self_check(key, tenant, token, mode, fingerprint):
+        return Corrupt("the record does not match its check")
+    left = lease_left_ms if isinstance(lease_left_ms, int) else 0
+    return Record(found, token, fingerprint, created_ms, now_ms, lease_left_ms=left)

@@ -1,0 +1,180 @@
+"""The upstream: a pool of connections to one origin. Nothing else opens connections to it."""
+
+import asyncio
+import random
+import socket
+import ssl
+from collections import deque
+
+from aiohappyeyeballs import start_connection
+
+from proxy.upstream.connection import Buffered, Connection, Lost, NotSent
+
+__all__ = ["REUSE_IDLE_S", "Buffered", "Connection", "Lost", "NotSent", "Pool", "client_tls"]
+
+SWEEP_S = 0.05
+BACKOFF_FIRST_S, BACKOFF_MOST_S = 0.05, 1.0
+# Many servers (Node, uvicorn) close a connection after 5 s of idleness; a request must not meet that.
+REUSE_IDLE_S = 4.0
+
+
+class Pool:
+    """The pool of connections to one origin."""
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        tls: ssl.SSLContext | None,
+        *,
+        connect_timeout_s: float,
+        connect_retries: int,
+        max_connections: int,
+        buffered: Buffered,
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.buffered = buffered
+        self._host, self._port, self._tls = host, port, tls
+        self._connect_timeout_s, self._connect_retries = connect_timeout_s, connect_retries
+        self._max_connections = max_connections
+        self._idle: list[Connection] = []  # the longest idle first
+        self._open = 0
+        self._queue: deque[asyncio.Future[None]] = deque()
+        self._watched: set[Connection] = set()
+        self._active: set[Connection] = set()
+        self._sweeper: asyncio.TimerHandle | None = None
+
+    async def acquire(self, reuse_idle_s: float) -> Connection:
+        """Return a connection that nothing was sent on yet, reused only if idle for less than `reuse_idle_s`.
+
+        Raises NotSent when none could be had within the connect timeout, waiting in the queue included.
+        """
+        if (connection := self._reuse(reuse_idle_s)) is None:
+            try:
+                async with asyncio.timeout(self._connect_timeout_s):
+                    connection = await self._connect_in_turn(reuse_idle_s)
+            except TimeoutError:
+                raise NotSent("no connection to the upstream in time") from None
+        connection.idle_since = None
+        self._active.add(connection)
+        return connection
+
+    def release(self, connection: Connection) -> None:
+        """Take a connection back: kept for the next request if this one left it clean, else closed."""
+        self._active.discard(connection)
+        self._watched.discard(connection)
+        if connection.reusable:
+            connection.rest()
+            self._idle.append(connection)
+        else:
+            connection.close()
+            connection.drop_body()
+            self._open -= 1
+        self._next()
+
+    def forget(self, connection: Connection) -> None:
+        """Close an idle connection on which something happened; one in use is closed on its release."""
+        if connection in self._idle:
+            self._idle.remove(connection)
+            self._open -= 1
+            connection.close()
+            self._next()
+
+    def watch(self, connection: Connection) -> None:
+        """Hold an connection to its deadline: one sweep for all, no timer for each."""
+        self._watched.add(connection)
+        if self._sweeper is None:
+            self._sweeper = self.loop.call_later(SWEEP_S, self._sweep)
+
+    def cut(self, detail: str) -> int:
+        """Fail every connection that is under way and return how many there were."""
+        active = list(self._active)
+        for connection in active:
+            connection.fail(Lost(detail))
+        return len(active)
+
+    def close(self) -> None:
+        for connection in [*self._idle, *self._active]:
+            connection.close()
+        self._idle.clear()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+
+    def _sweep(self) -> None:
+        now = self.loop.time()
+        for connection in [one for one in self._watched if one.deadline <= now]:
+            connection.fail(Lost("the upstream was silent for too long", timeout=True))
+        self._watched = {one for one in self._watched if one.deadline != float("inf")}
+        self._sweeper = self.loop.call_later(SWEEP_S, self._sweep) if self._watched else None
+
+    def _reuse(self, reuse_idle_s: float) -> Connection | None:
+        while self._idle:
+            connection = self._idle[-1]
+            if self.loop.time() - (connection.idle_since or 0) >= reuse_idle_s:
+                return None
+            self._idle.pop()
+            if connection.alive():
+                return connection
+            connection.close()
+            self._open -= 1
+        return None
+
+    async def _connect_in_turn(self, reuse_idle_s: float) -> Connection:
+        while self._open >= self._max_connections and not self._idle:
+            turn = self.loop.create_future()
+            self._queue.append(turn)
+            await turn
+            if (connection := self._reuse(reuse_idle_s)) is not None:
+                return connection
+        if self._open >= self._max_connections:
+            self.forget(self._idle[0])
+        self._open += 1
+        try:
+            return await self._connect()
+        except BaseException:
+            self._open -= 1
+            self._next()
+            raise
+
+    def _next(self) -> None:
+        while self._queue:
+            turn = self._queue.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+
+    async def _connect(self) -> Connection:
+        """Connect, again after a failure: nothing was sent, so that is safe. Full jitter between tries."""
+        for attempt in range(self._connect_retries + 1):
+            try:
+                return await self._connect_once()
+            except (OSError, ssl.SSLError, asyncio.IncompleteReadError) as error:
+                if attempt == self._connect_retries:
+                    raise NotSent(f"the upstream cannot be reached: {type(error).__name__}") from error
+                most_s = min(BACKOFF_FIRST_S * 2**attempt, BACKOFF_MOST_S)
+                await asyncio.sleep(random.uniform(0, most_s))
+        raise AssertionError("unreachable")
+
+    async def _connect_once(self) -> Connection:
+        """Resolve and connect as RFC 8305 says, then TLS; uvloop alone tries the addresses one by one."""
+        addresses = await self.loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+        sock = await start_connection(addresses, happy_eyeballs_delay=0.25, loop=self.loop)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        name = self._host if self._tls else None
+        try:
+            _, connection = await self.loop.create_connection(
+                lambda: Connection(self), sock=sock, ssl=self._tls, server_hostname=name
+            )
+        except BaseException:
+            sock.close()
+            raise
+        return connection
+
+
+def client_tls(ca_file: str | None, cert_file: str | None, key_file: str | None) -> ssl.SSLContext:
+    """Return the TLS side towards the upstream: verified, and a close without close_notify is an error."""
+    context = ssl.create_default_context(cafile=ca_file)
+    context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
+    if cert_file:
+        context.load_cert_chain(cert_file, key_file)
+    return context

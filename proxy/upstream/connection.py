@@ -1,0 +1,318 @@
+"""One connection to the upstream, and the one request that is on it. Parsed by llhttp, never sent twice.
+
+A request ends in exactly one of three ways, and which one is certain: NotSent (no byte of it left us),
+Lost (some did, and no whole answer came), or an answer that is whole by its own framing.
+"""
+
+import asyncio
+import select
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import httptools
+
+from proxy.headers import MAX_HEAD_BYTES, AnswerHead, read_answer_head
+
+if TYPE_CHECKING:
+    from proxy.upstream import Pool
+
+MAX_INTERIM = 16  # 1xx answers before the final one
+HIGH_WATER, LOW_WATER = 262144, 65536  # buffered bytes of an answer at which reading pauses and goes on
+
+
+class NotSent(Exception):
+    """No byte of the request left us."""
+
+
+class Lost(Exception):
+    """The request was sent, at least in part, and no whole answer came. `timeout`: it was too slow."""
+
+    def __init__(self, detail: str, timeout: bool = False) -> None:
+        super().__init__(detail)
+        self.timeout = timeout
+
+
+@dataclass(slots=True)
+class Buffered:
+    """Bytes of bodies and answers that a worker holds in memory, against its limit."""
+
+    limit: int
+    used: int = 0
+
+    def take(self, size: int) -> bool:
+        """Reserve `size` bytes if they fit."""
+        if self.used + size > self.limit:
+            return False
+        self.used += size
+        return True
+
+    def give(self, size: int) -> None:
+        self.used -= size
+
+
+class Connection(asyncio.Protocol):
+    """One connection, and the one request that is on it. Between requests it rests in the pool."""
+
+    def __init__(self, pool: "Pool") -> None:
+        self._pool = pool
+        self._loop = pool.loop
+        self.transport: asyncio.Transport | None = None
+        self.idle_since: float | None = None
+        self.deadline = float("inf")  # the loop's time; swept by the pool
+        self._waiter: asyncio.Future[None] | None = None
+        self._room: asyncio.Future[None] | None = None
+        self._writing_paused = False
+        self._begin(head_only=False)
+
+    def _begin(self, head_only: bool) -> None:
+        self._parser: httptools.HttpResponseParser | None = None
+        self._sender: asyncio.Task[None] | None = None
+        self._head_only = head_only
+        self._pairs: list[tuple[bytes, bytes]] = []
+        self._reason = b""
+        self._head_bytes = 0
+        self._interim = 0
+        self._chunks: list[bytes] = []
+        self.buffered = 0
+        self._reading_paused = False
+        self._keep_alive = False
+        self._surplus = False
+        self._failure: Lost | None = None
+        self.answer: AnswerHead | None = None
+        self.complete = False
+
+    # The request ...
+
+    def send(self, head: bytes, body: bytes, head_only: bool = False) -> None:
+        """Send a whole request. From here on it counts as sent."""
+        self._begin(head_only)
+        self._parser = httptools.HttpResponseParser(self)
+        if self.transport is not None:
+            self.transport.write(head + body if body else head)
+
+    def send_stream(self, head: bytes, body: AsyncIterator[bytes], chunked: bool, head_only: bool = False) -> None:
+        """Send a request whose body comes in blocks, while its answer may already be coming."""
+        self.send(head, b"", head_only)
+        self._sender = self._loop.create_task(self._send_blocks(body, chunked))
+
+    async def _send_blocks(self, body: AsyncIterator[bytes], chunked: bool) -> None:
+        try:
+            async for block in body:
+                await self._wait_room()
+                if self.transport is None:
+                    return
+                self.transport.writelines((b"%x\r\n" % len(block), block, b"\r\n") if chunked else (block,))
+            if chunked and self.transport is not None:
+                self.transport.write(b"0\r\n\r\n")
+        except Exception as error:  # the client's side broke: the upstream must not take the rest for whole
+            self.fail(Lost(f"the request's body broke off: {type(error).__name__}"))
+
+    async def _wait_room(self) -> None:
+        while self._writing_paused and self.transport is not None:
+            self._room = self._loop.create_future()
+            await self._room
+
+    def pause_writing(self) -> None:
+        self._writing_paused = True
+
+    def resume_writing(self) -> None:
+        self._writing_paused = False
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
+
+    @property
+    def wholly_sent(self) -> bool:
+        sent = self._sender is None or self._sender.done()
+        return sent and self.transport is not None and self.transport.get_write_buffer_size() == 0
+
+    # The answer ...
+
+    async def head(self, silence_s: float) -> AnswerHead:
+        """Return the head of the final answer. Raises Lost."""
+        while self.answer is None:
+            await self._wait(silence_s)
+        return self.answer
+
+    async def whole(self, most_bytes: int, window_s: float) -> bool:
+        """Return whether the answer's end comes within a short window and no more than `most_bytes`."""
+        if self.complete or self.buffered > most_bytes:
+            return self.complete and self.buffered <= most_bytes
+        closing = self._loop.call_later(window_s, self._wake)
+        try:
+            until = self._loop.time() + window_s
+            while not self.complete and self.buffered <= most_bytes and self._loop.time() < until:
+                await self._wait(window_s + 1)
+        finally:
+            closing.cancel()
+        return self.complete and self.buffered <= most_bytes
+
+    async def chunk(self, silence_s: float) -> bytes:
+        """Return the next bytes of the body, empty at its whole end. Raises Lost where it broke off."""
+        while not self._chunks:
+            if self.complete:
+                return b""
+            await self._wait(silence_s)
+        return self.take()
+
+    def take(self) -> bytes:
+        """Return the bytes of the body that are here."""
+        data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+        self._chunks.clear()
+        self._pool.buffered.give(self.buffered)
+        self.buffered = 0
+        if self._reading_paused and self.transport is not None:
+            self._reading_paused = False
+            self.transport.resume_reading()
+        return data
+
+    async def _wait(self, silence_s: float) -> None:
+        if self._failure is not None:
+            raise self._failure
+        self.deadline = self._loop.time() + silence_s
+        self._pool.watch(self)
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+            self.deadline = float("inf")
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def fail(self, failure: Lost) -> None:
+        """End the exchange as lost, unless its answer is whole already."""
+        if not self.complete and self._failure is None:
+            self._failure = failure
+        if self._waiter is not None and not self._waiter.done() and self._failure is not None:
+            self._waiter.set_exception(self._failure)
+        self.close()
+
+    # What comes from the socket ...
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport  # type: ignore[assignment]
+
+    def data_received(self, data: bytes) -> None:
+        if self._parser is None:  # idle, or already whole: never the next answer
+            self._surplus = True
+            self._pool.forget(self)
+            return
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self.fail(Lost("the upstream switched protocols"))
+        except httptools.HttpParserError as error:  # also what a callback of ours raised
+            self._surplus = True
+            self.fail(Lost(f"the upstream's answer is unusable: {error.__context__ or error}"))
+        self._after_feed(len(data))
+
+    def _after_feed(self, size: int) -> None:
+        if self.answer is None:
+            self._head_bytes += size
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self.fail(Lost("the upstream's head is too large"))
+            return
+        if self.complete:
+            self._parser = None
+        elif self.buffered > (LOW_WATER if self._pool.buffered.used > self._pool.buffered.limit else HIGH_WATER):
+            self._pause()
+        self._wake()
+
+    def _pause(self) -> None:
+        if self.transport is not None and not self._reading_paused:
+            self._reading_paused = True
+            self.transport.pause_reading()
+
+    def eof_received(self) -> None:
+        if self.answer is not None and self.answer.eof_framed and not self.complete:
+            self._end()
+            self._wake()
+        self.fail(Lost("the upstream closed the connection"))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.transport = None
+        self.resume_writing()
+        self._pool.forget(self)
+        self.fail(Lost(f"the upstream's connection broke: {exc or 'closed'}"))
+
+    # What llhttp calls ...
+
+    def on_message_begin(self) -> None:
+        if self.complete:
+            self._surplus = True
+        self._pairs, self._reason = [], b""
+
+    def on_status(self, reason: bytes) -> None:
+        self._reason += reason
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self.answer is None:  # after it come trailers, which are dropped
+            self._pairs.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        parser = self._parser
+        if parser is None or self.complete:
+            return
+        status = parser.get_status_code()
+        if 100 <= status < 200:
+            self._interim += 1
+            if self._interim > MAX_INTERIM:
+                raise httptools.HttpParserError("too many interim answers")
+            return
+        head = read_answer_head(status, self._reason, self._pairs, self._head_only)
+        if isinstance(head, str):
+            raise httptools.HttpParserError(head)
+        self.answer = head
+        self._keep_alive = parser.should_keep_alive() and not head.eof_framed and self.wholly_sent
+        if head.bodiless:
+            self._end()
+
+    def on_body(self, data: bytes) -> None:
+        if self.complete:
+            self._surplus = True
+            return
+        self._chunks.append(data)
+        self.buffered += len(data)
+        self._pool.buffered.used += len(data)
+
+    def on_message_complete(self) -> None:
+        if self.answer is not None and not self.complete:
+            self._end()
+
+    def _end(self) -> None:
+        self.complete = True
+
+    # Its end ...
+
+    @property
+    def reusable(self) -> bool:
+        sound = self.complete and self._keep_alive and not self._surplus
+        return sound and self.transport is not None and not self.transport.is_closing()
+
+    def rest(self) -> None:
+        """Forget the exchange, keep the connection."""
+        self.drop_body()
+        self._parser = None
+        self.idle_since = self._loop.time()
+
+    def alive(self) -> bool:
+        """Return whether an idle connection can be used: nothing came on it, and it was not closed."""
+        if self.transport is None or self._surplus or self.transport.is_closing():
+            return False
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN)
+        return not poll.poll(0)
+
+    def close(self) -> None:
+        if self._sender is not None and not self._sender.done():
+            self._sender.cancel()
+        if self.transport is not None:
+            self.transport.abort()
+
+    def drop_body(self) -> None:
+        self._pool.buffered.give(self.buffered)
+        self._chunks.clear()
+        self.buffered = 0

@@ -1,0 +1,120 @@
+"""The real parts that tests are made of: a Valkey, the proxy as a process, a scripted upstream, raw clients."""
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from redis import Redis
+
+from proxy.server.embedded import find_server
+from tests.parts import Proxy, RawUpstream
+
+
+class Valkey:
+    """A real server of its own, on a unix socket and a TCP port of loopback, without persistence."""
+
+    def __init__(self, *options: str, binary: Path | None = None) -> None:
+        self.dir = tempfile.mkdtemp(prefix="vk")
+        self.socket = f"{self.dir}/s"
+        self._command = [
+            str(binary or find_server()), "--port", "0", "--unixsocket", self.socket, "--save", "",
+            "--appendonly", "no", "--dir", self.dir, "--maxmemory-policy", "noeviction",
+            "--enable-debug-command", "yes", *options,
+        ]  # fmt: skip
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"redis+unix://{self.socket}?db=0"
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            try:
+                with self.client() as client:
+                    client.ping()
+                return
+            except Exception:
+                time.sleep(0.01)
+        raise AssertionError("the server did not start")
+
+    def client(self) -> Redis:
+        return Redis(unix_socket_path=self.socket)
+
+    def pause(self) -> None:
+        os.kill(self.process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        os.kill(self.process.pid, signal.SIGCONT)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.resume()
+            self.kill()
+        shutil.rmtree(self.dir, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def shared_valkey() -> Iterator[Valkey]:
+    server = Valkey()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def valkey(shared_valkey: Valkey) -> Valkey:
+    """A real Valkey, empty."""
+    with shared_valkey.client() as client:
+        client.flushall()
+        client.config_set("maxmemory", 0)
+    return shared_valkey
+
+
+@pytest.fixture
+def own_valkey() -> Iterator[Valkey]:
+    """A real Valkey that the test may pause or kill."""
+    server = Valkey()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+async def upstream() -> AsyncIterator[RawUpstream]:
+    """A scripted upstream that records every request byte for byte."""
+    server = RawUpstream()
+    await server.start()
+    yield server
+    await server.close()
+
+
+@pytest.fixture
+def proxies(tmp_path: Path) -> Iterator["type[Proxy] | object"]:
+    """Start proxies as processes: `proxies(upstream, store_url, LEASE_MS=300)`; all end with the test."""
+    started: list[Proxy] = []
+
+    def start(upstream: RawUpstream | str, store_url: str = "embedded", **settings: object) -> Proxy:
+        proxy = Proxy(upstream if isinstance(upstream, str) else upstream.url, store_url, tmp_path, settings)
+        started.append(proxy)
+        proxy.start()
+        return proxy
+
+    yield start
+    for proxy in started:
+        proxy.close()
+
+
+@pytest.fixture
+async def gate(upstream: RawUpstream, valkey: Valkey, proxies) -> Proxy:
+    """One proxy with default settings in front of `upstream`."""
+    return proxies(upstream, valkey.url)

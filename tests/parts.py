@@ -1,0 +1,320 @@
+"""What tests are built with: the proxy as a process, a scripted upstream on raw sockets, a raw client."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+class Proxy:
+    """`oncegate serve` as a process. Settings are given without their prefix."""
+
+    def __init__(self, upstream: str, store_url: str, folder: Path, settings: dict[str, object]) -> None:
+        self.folder = folder
+        self._env = {name: value for name, value in os.environ.items() if not name.startswith("ONCEGATE_")}
+        self._env |= {
+            "ONCEGATE_UPSTREAM": upstream,
+            "ONCEGATE_STORE_URL": store_url,
+            "ONCEGATE_DATA_DIR": str(folder / "data"),
+            "ONCEGATE_LISTEN": "127.0.0.1:0",
+            "ONCEGATE_ADMIN_LISTEN": "127.0.0.1:0",
+            "ONCEGATE_ACCESS_LOG": "all",
+            **{f"ONCEGATE_{name}": str(value) for name, value in settings.items()},
+        }
+
+    def start(self) -> None:
+        """Start it and wait until it serves."""
+        self._log = self.folder / f"proxy-{time.monotonic_ns()}.log"
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "proxy", "serve"], env=self._env, stderr=log, stdout=log, cwd=self.folder
+            )
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and self.process.poll() is None:
+            for line in self.events("serving"):
+                self.port = int(line["public"].rpartition(":")[2])
+                self.admin_port = int(line["admin"].rpartition(":")[2])
+                return
+            time.sleep(0.01)
+        raise AssertionError(f"the proxy did not start: {self.log()}")
+
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """Return the log lines of one event."""
+        lines = [line for line in self.log().splitlines() if line.startswith("{") and line.endswith("}")]
+        return [line for line in map(json.loads, lines) if line.get("event") == name]
+
+    def admin(self, path: str) -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.admin_port}{path}", timeout=5) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def metric(self, sample: str) -> float:
+        """Return one sample, such as `requests_total{outcome="executed"}`."""
+        for line in self.admin("/metrics")[1].splitlines():
+            if line.startswith(f"oncegate_{sample} "):
+                return float(line.rpartition(" ")[2])
+        raise AssertionError(f"no sample {sample}")
+
+    def signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self, seconds: float = 40) -> int:
+        """Send SIGTERM and return the exit code."""
+        self.signal(signal.SIGTERM)
+        return self.process.wait(seconds)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.signal(signal.SIGCONT)
+            self.kill()
+
+
+@dataclass
+class Received:
+    """One request as the upstream got it."""
+
+    head: bytes
+    body: bytes
+    connection: int
+
+    @property
+    def line(self) -> bytes:
+        return self.head.partition(b"\r\n")[0]
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        lines = self.head.split(b"\r\n")[1:]
+        return [(name, value.strip()) for name, _, value in (line.partition(b":") for line in lines if line)]
+
+    def header(self, name: str) -> list[bytes]:
+        return [value for key, value in self.headers if key.lower() == name.lower().encode()]
+
+
+Script = Callable[["RawUpstream", asyncio.StreamReader, asyncio.StreamWriter, Received], Awaitable[None]]
+
+
+def answering(answer: bytes, delay_s: float = 0.0) -> Script:
+    """Return a script that writes these bytes as they are."""
+
+    async def script(_: "RawUpstream", __: asyncio.StreamReader, writer: asyncio.StreamWriter, ___: Received) -> None:
+        await asyncio.sleep(delay_s)
+        writer.write(answer)
+        await writer.drain()
+
+    return script
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\nok"
+
+
+class RawUpstream:
+    """An upstream of raw bytes: `script` is run for each request; what came is in `received`."""
+
+    def __init__(self) -> None:
+        self.script: Script = answering(OK)
+        self.received: list[Received] = []
+        self.connections = 0
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=1 << 26)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        number = self.connections
+        self._writers.add(writer)
+        self._tasks.add(asyncio.current_task())  # type: ignore[arg-type]
+        try:
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n"))[:-2]
+                request = Received(head, b"", number)
+                self.received.append(request)
+                request.body = await read_body(reader, request.headers)
+                await self.script(self, reader, writer, request)
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            self._writers.discard(writer)
+            writer.close()
+
+    async def close(self) -> None:
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+async def read_body(reader: asyncio.StreamReader, headers: list[tuple[bytes, bytes]]) -> bytes:
+    """Read a request's body by its framing."""
+    fields = {name.lower(): value for name, value in headers}
+    if fields.get(b"transfer-encoding", b"").lower() == b"chunked":
+        body = b""
+        while size := int(await reader.readuntil(b"\r\n"), 16):
+            body += (await reader.readexactly(size + 2))[:-2]
+        await reader.readuntil(b"\r\n")
+        return body
+    return await reader.readexactly(int(fields.get(b"content-length", b"0")))
+
+
+@dataclass
+class Answer:
+    """An answer as a client saw it. `complete`: its end was clean by its own framing."""
+
+    status: int
+    reason: bytes
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+    complete: bool
+    interim: list[int] = field(default_factory=list)
+
+    def header(self, name: str) -> bytes | None:
+        found = [value for key, value in self.headers if key.lower() == name.lower().encode()]
+        assert len(found) <= 1, f"{name} came {len(found)} times"
+        return found[0] if found else None
+
+    @property
+    def problem(self) -> dict[str, Any]:
+        assert self.header("content-type") == b"application/problem+json"
+        return json.loads(self.body)  # type: ignore[no-any-return]
+
+    @property
+    def slug(self) -> str:
+        return self.problem["type"].rpartition(":")[2]
+
+
+async def read_answer(reader: asyncio.StreamReader, head_only: bool = False) -> Answer | None:
+    """Read one answer strictly; None where the connection ended before a head."""
+    interim: list[int] = []
+    while True:
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return None
+        line, *lines = head[:-4].split(b"\r\n")
+        version, status, reason = line.split(b" ", 2)
+        assert version == b"HTTP/1.1"
+        headers = [(name, value.strip()) for name, _, value in (one.partition(b":") for one in lines)]
+        if 100 <= int(status) < 200:
+            interim.append(int(status))
+            continue
+        body, complete = await _read_answer_body(reader, headers, head_only or int(status) in (204, 304))
+        return Answer(int(status), reason, headers, body, complete, interim)
+
+
+async def _read_answer_body(
+    reader: asyncio.StreamReader, headers: list[tuple[bytes, bytes]], bodiless: bool
+) -> tuple[bytes, bool]:
+    fields = {name.lower(): value for name, value in headers}
+    body = b""
+    if bodiless:
+        return b"", True
+    try:
+        if b"transfer-encoding" in fields:
+            assert fields[b"transfer-encoding"] == b"chunked"
+            while size := int(await reader.readuntil(b"\r\n"), 16):
+                while size:
+                    part = await reader.read(size)
+                    if not part:
+                        return body, False
+                    body, size = body + part, size - len(part)
+                await reader.readexactly(2)
+            await reader.readexactly(2)
+            return body, True
+        if b"content-length" in fields:
+            size = int(fields[b"content-length"])
+            while len(body) < size:
+                part = await reader.read(size - len(body))
+                if not part:
+                    return body, False
+                body += part
+            return body, True
+        while part := await reader.read(65536):
+            body += part
+        return body, True
+    except (asyncio.IncompleteReadError, ConnectionError):
+        return body, False
+
+
+class RawClient:
+    """One connection to a proxy."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+
+    @classmethod
+    async def open(cls, port: int, **options: Any) -> "RawClient":
+        return cls(*await asyncio.open_connection("127.0.0.1", port, limit=1 << 26, **options))
+
+    async def ask(self, raw: bytes, head_only: bool = False) -> Answer | None:
+        self.writer.write(raw)
+        return await read_answer(self.reader, head_only)
+
+    def reset(self) -> None:
+        """Leave with a RST."""
+        raw = self.writer.get_extra_info("socket")
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+        self.writer.transport.abort()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def request(
+    method: str = "POST",
+    target: str = "/v1/charges",
+    key: str | None = "key-1",
+    body: bytes = b'{"amount": 1}',
+    *extra: str,
+    host: str = "api.test",
+) -> bytes:
+    """Return a request's bytes; `extra` are further header lines."""
+    lines = [f"{method} {target} HTTP/1.1", f"Host: {host}"]
+    if key is not None:
+        lines.append(f"Idempotency-Key: {key}")
+    if not any(line.lower().startswith(("content-length", "transfer-encoding")) for line in extra) and body:
+        lines.append(f"Content-Length: {len(body)}")
+    return "\r\n".join([*lines, *extra, "", ""]).encode("latin-1") + body
+
+
+async def ask(port: int, raw: bytes, seconds: float = 30) -> Answer:
+    """Send one request on a connection of its own and return its answer."""
+    client = await RawClient.open(port)
+    try:
+        async with asyncio.timeout(seconds):
+            answer = await client.ask(raw)
+        assert answer is not None, "the connection ended without an answer"
+        return answer
+    finally:
+        client.close()
+
+
+async def until(condition: Callable[[], Any], seconds: float = 10) -> None:
+    """Wait until something holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about in time"
+        await asyncio.sleep(0.01)

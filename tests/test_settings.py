@@ -1,0 +1,585 @@
+"""What the operator can say, and what he hears when it makes no sense."""
+
+import os
+import tempfile
+from ipaddress import ip_network
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr, ValidationError
+
+from proxy.addresses import Address, Origin
+from proxy.settings import CONTRADICTIONS, LATER, Settings, SettingsError, describe, load, table
+
+CANARY = "hunter2-canary"
+UPSTREAM = "http://upstream:9000"
+PEM = Path("file.pem")  # in the working directory, which is a fresh one for each test
+
+# name: default; an override and what it becomes; a bad value and what is said about it
+CASES: dict[str, tuple[object, str, object, str, str]] = {
+    "upstream": (
+        Origin("http", "upstream", 9000),
+        "https://api.example.com/v1/",
+        Origin("https", "api.example.com", 443, "/v1"),
+        "ftp://upstream",
+        "must be http:// or https://",
+    ),
+    "listen": (Address("127.0.0.1", 8080), "[::1]:0", Address("::1", 0), "8080", "must be host:port"),
+    "tls_cert_file": (None, "file.pem", PEM, "none.pem", "cannot be read: No such file"),
+    "tls_key_file": (None, "file.pem", PEM, ".", "cannot be read: Is a directory"),
+    "admin_listen": (Address("127.0.0.1", 9090), "localhost:1", Address("localhost", 1), "h:65536", "over 65535"),
+    "hosts": ((), "API.example.com, [::1]:80", ("api.example.com", "[::1]:80"), "*.example.com", "neither a name"),
+    "trusted_proxies": (
+        (),
+        "10.0.0.0/8, ::1",
+        (ip_network("10.0.0.0/8"), ip_network("::1/128")),
+        "10.0.0.1/8",
+        "must be networks",
+    ),
+    "pass_host": (False, "true", True, "maybe", "must be true or false"),
+    "upstream_ca_file": (None, "file.pem", PEM, "none.pem", "cannot be read"),
+    "upstream_cert_file": (None, "file.pem", PEM, "none.pem", "cannot be read"),
+    "upstream_key_file": (None, "file.pem", PEM, "none.pem", "cannot be read"),
+    "store_url": (
+        SecretStr("embedded"),
+        "redis://redis:6379/0",
+        SecretStr("redis://redis:6379/0"),
+        "http://redis",
+        "must be embedded, redis://",
+    ),
+    "data_dir": (Path(".oncegate"), "/var/lib/oncegate", Path("/var/lib/oncegate"), "", ""),
+    "embedded_max_bytes": (268_435_456, "8388608", 8_388_608, "1000", "must be at least 2097152"),
+    "namespace": ("default", "orders", "orders", "two words", "visible ASCII"),
+    "secret": (SecretStr(""), "s3cret", SecretStr("s3cret"), "\udcff", "must be UTF-8 text"),
+    "identity_change": ("refuse", "refuse", "refuse", "never", "must be 'refuse'"),
+    "methods": (("POST", "PATCH"), "post,put,", ("POST", "PUT"), "POST,GET", "can only name POST, PATCH, PUT, DELETE"),
+    "key_header": ("Idempotency-Key", "X-Request-Id", "X-Request-Id", "Transfer-Encoding", "can carry a key"),
+    "key_required": (False, "1", True, "2", "must be true or false"),
+    "scope_headers": (("Authorization", "X-Api-Key"), "X-Tenant", ("X-Tenant",), "X Tenant", "must name header"),
+    "retention_s": (86_400.0, "3600.5", 3600.5, "0", "must be greater than 0"),
+    "lease_ms": (10_000, "200", 200, "199", "must be at least 200"),
+    "on_duplicate": ("reject", "wait", "wait", "ignore", "must be 'reject' or 'wait'"),
+    "wait_max_s": (30.0, "0.5", 0.5, "inf", "must be a finite number"),
+    "max_waiters": (1024, "0", 0, "-1", "must be at least 0"),
+    "on_unknown": ("hold", "hold", "hold", "guess", "must be 'hold'"),
+    "on_store_down": ("refuse", "refuse", "refuse", "panic", "must be 'refuse'"),
+    "store_timeout_ms": (1000, "50", 50, "0", "must be at least 1"),
+    "settle_timeout_s": (30.0, "5", 5.0, "-1", "must be greater than 0"),
+    "durability": ("memory", "memory", "memory", "stone", "must be 'memory'"),
+    "on_store_loss": ("continue", "continue", "continue", "cry", "must be 'continue'"),
+    "quarantine_s": (60.0, "1", 1.0, "0", "must be greater than 0"),
+    "connect_timeout_s": (5.0, "0.2", 0.2, "fast", "must be a number"),
+    "upstream_timeout_s": (300.0, "60", 60.0, "nan", "must be a finite number"),
+    "upstream_reuse_idle_s": (1.0, "0", 0.0, "-0.1", "must be at least 0"),
+    "max_upstream_connections": (512, "1", 1, "0", "must be at least 1"),
+    "connect_retries": (3, "0", 0, "21", "must be at most 20"),
+    "max_request_bytes": (33_554_432, "1024", 1024, "32MiB", "must be a whole number"),
+    "max_buffered_bytes": (268_435_456, "33554432", 33_554_432, "0", "must be at least 1"),
+    "spool_dir": (Path(tempfile.gettempdir()), ".", Path("."), "nowhere", "must be a writable folder"),
+    "max_spool_bytes": (1_073_741_824, "33554432", 33_554_432, "1.5", "must be a whole number"),
+    "max_stored_bytes": (16_777_216, "1024", 1024, "0", "must be at least 1"),
+    "max_in_flight": (4096, "1", 1, "0", "must be at least 1"),
+    "max_connections": (8192, "1", 1, "1000001", "must be at most 1000000"),
+    "client_stall_s": (30.0, "1", 1.0, "1e300", "must be at most 315360000"),
+    "workers": (1, "1", 1, "0", "this value comes later"),
+    "drain_delay_s": (0.0, "5", 5.0, "-1", "must be at least 0"),
+    "drain_s": (25.0, "0", 0.0, "-1", "must be at least 0"),
+    "log_level": ("info", "DEBUG", "debug", "loud", "must be 'debug', 'info', 'warning' or 'error'"),
+    "log_format": ("json", "console", "console", "xml", "must be 'json' or 'console'"),
+    "access_log": ("notable", "off", "off", "some", "must be 'off', 'notable' or 'all'"),
+    "rules_file": (None, "", None, "None", "this value comes later"),
+}
+
+# What an override needs beside it to make sense.
+BESIDE = {
+    "tls_cert_file": {"tls_key_file": "file.pem"},
+    "tls_key_file": {"tls_cert_file": "file.pem"},
+    "upstream_ca_file": {"upstream": "https://upstream"},
+    "upstream_cert_file": {"upstream": "https://upstream", "upstream_key_file": "file.pem"},
+    "upstream_key_file": {"upstream": "https://upstream", "upstream_cert_file": "file.pem"},
+}
+
+
+def variable(name: str) -> str:
+    return f"ONCEGATE_{name.upper()}"
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch, tmp_path):
+    for name in [name for name in os.environ if name.upper().startswith("ONCEGATE_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    PEM.write_text("a certificate")
+    monkeypatch.setenv("ONCEGATE_UPSTREAM", UPSTREAM)
+
+
+@pytest.fixture
+def given(monkeypatch):
+    def given(**values: str) -> None:
+        for name, value in values.items():
+            monkeypatch.setenv(variable(name), value)
+
+    return given
+
+
+def errors() -> tuple[str, ...]:
+    with pytest.raises(SettingsError) as caught:
+        load()
+    return caught.value.errors
+
+
+def test_every_setting_has_a_case():
+    """Every setting is tested for its default, an override and a bad value."""
+    assert set(CASES) == set(Settings.model_fields)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_default(name):
+    """With nothing but the upstream named, a setting has its documented default."""
+    value = getattr(load(), name)
+    assert value == CASES[name][0]
+    assert type(value) is type(CASES[name][0])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_override(name, given):
+    """A variable sets its setting, parsed for use."""
+    given(**BESIDE.get(name, {}), **{name: CASES[name][1]})
+    value = getattr(load(), name)
+    assert value == CASES[name][2]
+    assert type(value) is type(CASES[name][2])
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[4]])
+def test_bad_value(name, given):
+    """A bad value is one error, which opens with the variable's name and says what would be right."""
+    given(**{name: CASES[name][3]})
+    (error,) = errors()
+    assert error.startswith(f"{variable(name)}: ")
+    assert CASES[name][4] in error
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "upstream"])
+def test_empty_counts_as_unset(name, given):
+    """An empty variable counts as unset, as compose files pass what nobody named."""
+    given(**{name: ""})
+    assert getattr(load(), name) == CASES[name][0]
+
+
+def test_upstream_is_required(monkeypatch):
+    """The upstream is the one setting without a default."""
+    monkeypatch.delenv("ONCEGATE_UPSTREAM")
+    assert errors() == ("ONCEGATE_UPSTREAM: is required",)
+
+
+def test_settings_do_not_change():
+    """Settings are frozen."""
+    with pytest.raises(ValidationError, match="frozen"):
+        load().lease_ms = 5
+
+
+@pytest.mark.parametrize(
+    ("text", "origin", "authority"),
+    [
+        ("HTTP://API.Example.com", Origin("http", "api.example.com", 80), "api.example.com"),
+        ("https://h:443/", Origin("https", "h", 443), "h"),
+        ("http://h:443/a/%2F//", Origin("http", "h", 443, "/a/%2F"), "h:443"),
+        ("http://[2001:DB8:0::1]:8080/x", Origin("http", "2001:db8::1", 8080, "/x"), "[2001:db8::1]:8080"),
+        ("http://münchen.example", Origin("http", "xn--mnchen-3ya.example", 80), "xn--mnchen-3ya.example"),
+        ("http://my_service", Origin("http", "my_service", 80), "my_service"),
+    ],
+)
+def test_upstream_forms(text, origin, authority, given):
+    """An upstream is a name or an address, with or without port and path prefix, and reads back the same."""
+    given(upstream=text)
+    assert load().upstream == origin
+    assert origin.authority == authority
+    given(upstream=str(origin))
+    assert load().upstream == origin
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"http://user:{CANARY}@h",
+        f"http://h?token={CANARY}",
+        f"http://h/#{CANARY}",
+        f"http://:{CANARY}℀@h",
+        "http://",
+        "http:///path",
+        "http://h:0",
+        "http://h:",
+        "http://h:65536",
+        "http://h/a b",
+        "http://h/%2",
+        "http://h\t/",
+        "http://h\\@evil",
+        "http://1.2.3.400",
+        "http://10.1",
+        "http://[::1",
+        "http://[fe80::1%25eth0]",
+        "http://a..b",
+        "http://-a",
+        "http://straße.example",
+        f"http://{'a' * 64}.example",
+    ],
+)
+def test_upstream_refused(text, given):
+    """An upstream that is no plain base URL is refused, and not repeated in the error."""
+    given(upstream=text)
+    (error,) = errors()
+    assert error.startswith("ONCEGATE_UPSTREAM: ")
+    assert CANARY not in error
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://redis", "redis://redis"),
+        ("rediss://redis:6380/3", "rediss://redis:6380/3"),
+        (f"redis://:{CANARY}@redis?db=1", "redis://:***@redis?db=1"),
+        (f"redis://app:{CANARY}@[::1]:6379/", "redis://app:***@[::1]:6379/"),
+        (f"redis://app:{CANARY}@{CANARY}:x@redis", "redis://app:***@redis"),
+        ("redis+unix:///run/a@b:c@d.sock?db=2", "redis+unix:///run/a@b:c@d.sock?db=2"),
+        (f"redis+unix://app:{CANARY}@/run/redis.sock", "redis+unix://app:***@/run/redis.sock"),
+    ],
+)
+def test_store_urls(url, shown, given):
+    """A store URL is kept as it is, and shown with its user but without its password."""
+    given(store_url=url)
+    settings = load()
+    assert settings.store_url.get_secret_value() == url
+    assert f"ONCEGATE_STORE_URL = {shown}\n" in describe(settings)
+    assert CANARY not in describe(settings) + repr(settings) + str(settings)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"redis://:{CANARY}",
+        f"redis://:12/{CANARY}@redis",
+        f"redis://:12?{CANARY}@redis",
+        f"redis://:12#{CANARY}@redis",
+        f"redis://:[{CANARY}@redis",
+        f"redis://:{CANARY}℀@redis",
+        f"redis://:{CANARY} @redis",
+        f"redis://redis?password={CANARY}",
+        f"redis://app:{CANARY}@redis/1?db=2",
+        f"redis://app:{CANARY}@redis:0",
+        f"redis://app:{CANARY}@redis:65536",
+        f"redis://app:{CANARY}@redis/zero",
+        f"redis+unix://{CANARY}/redis.sock",
+        f"redis+unix:///{CANARY}\n.sock",
+        f"redis+sentinel://:{CANARY}@h1,h2/service",
+        f"{CANARY}",
+    ],
+)
+def test_store_urls_refused(url, given):
+    """A malformed store URL is refused without a word of it in the error."""
+    given(store_url=url)
+    (error,) = errors()
+    assert error.startswith("ONCEGATE_STORE_URL: ")
+    assert CANARY not in error
+
+
+def test_lists_do_not_repeat_or_end_empty(given):
+    """A list that names nothing, or the same twice, is a slip and not a choice."""
+    given(hosts=" , ", scope_headers="X-Tenant,x-tenant")
+    assert errors() == ("ONCEGATE_HOSTS: names nothing", "ONCEGATE_SCOPE_HEADERS: names the same twice")
+
+
+@pytest.mark.parametrize("name", ["Connection", "te", "Content-Length", "Host", "Cookie", "a b", "é", ","])
+def test_key_headers_refused(name, given):
+    """A field that is hop-by-hop, framing, the tenant's or no field name at all cannot carry a key."""
+    given(key_header=name)
+    (error,) = errors()
+    assert error.startswith("ONCEGATE_KEY_HEADER: must ")
+
+
+@pytest.mark.parametrize("namespace", ["n" * 65, " ", "é", "a\x7f"])
+def test_namespaces_refused(namespace, given):
+    """A namespace is 1 to 64 visible ASCII characters."""
+    given(namespace=namespace)
+    assert errors() == ("ONCEGATE_NAMESPACE: must be 1 to 64 visible ASCII characters",)
+
+
+def test_all_errors_at_once(given):
+    """Unknown names, bad values, unreadable files and contradictions are reported together."""
+    given(lease_ms="1", upstream="nowhere", leese_ms="5", secret_file="none", tls_key_file="file.pem")
+    assert sorted(error.partition(":")[0] for error in errors()) == [
+        "ONCEGATE_LEASE_MS",
+        "ONCEGATE_LEESE_MS",
+        "ONCEGATE_SECRET_FILE",
+        "ONCEGATE_TLS_CERT_FILE",
+        "ONCEGATE_UPSTREAM",
+    ]
+
+
+def test_the_exception_reads_as_its_errors(given):
+    """The exception's text is its errors, one a line."""
+    given(lease_ms="1", drain_s="x")
+    with pytest.raises(SettingsError) as caught:
+        load()
+    assert str(caught.value) == ("ONCEGATE_LEASE_MS: must be at least 200\nONCEGATE_DRAIN_S: must be a number")
+
+
+def test_a_bad_value_is_in_no_contradiction(given):
+    """A setting that is wrong by itself is not compared with others, the rest is."""
+    given(retention_s="x", lease_ms="90000000", wait_max_s="100000", listen="[::]:9090")
+    assert errors() == (
+        "ONCEGATE_RETENTION_S: must be a number",
+        "ONCEGATE_LEASE_MS: must be at most 86400000",
+        "ONCEGATE_ADMIN_LISTEN: must not share its port with ONCEGATE_LISTEN",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("ONCEGATE_LEASE", "ONCEGATE_LEASE_MS"),
+        ("ONCEGATE_UPSTREAMS", "ONCEGATE_UPSTREAM"),
+        ("oncegate_max_waiter", "ONCEGATE_MAX_WAITERS"),
+        ("ONCEGATE_SECRETFILE", "ONCEGATE_SECRET_FILE"),
+        ("ONCEGATE_FAULT", ""),
+        ("ONCEGATE_TESTING", ""),
+        ("ONCEGATE_", ""),
+    ],
+)
+@pytest.mark.parametrize("place", ["environment", ".env"])
+def test_unknown_variable(name, nearest, place, given, monkeypatch):
+    """An unknown variable with the prefix is an error that names the nearest known one, and no value."""
+    if place == ".env":
+        Path(".env").write_text(f"{name}={CANARY}\n")
+    else:
+        monkeypatch.setenv(name, CANARY)
+    (error,) = errors()
+    assert error.startswith(f"{name.upper()}: is unknown; did you mean ONCEGATE_{nearest.removeprefix('ONCEGATE_')}")
+    assert CANARY not in error
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ONCEGATE_SERVICE_HOST",
+        "ONCEGATE_SERVICE_PORT",
+        "ONCEGATE_SERVICE_PORT_HTTP",
+        "ONCEGATE_PORT",
+        "ONCEGATE_PORT_8080_TCP",
+        "ONCEGATE_PORT_8080_TCP_ADDR",
+        "ONCEGATE_PORT_53_UDP_PROTO",
+        "ONCEGATE_ADMIN_SERVICE_HOST",
+        "ONCEGATE_ADMIN_SERVICE_PORT_METRICS",
+        "ONCEGATE_ADMIN_PORT",
+        "ONCEGATE_ADMIN_PORT_9090_TCP_PORT",
+    ],
+)
+def test_injected_names_are_ignored(name, monkeypatch):
+    """What Kubernetes and Docker inject for a service called oncegate is no setting."""
+    monkeypatch.setenv(name, "tcp://10.0.0.1:8080")
+    assert load().listen == Address("127.0.0.1", 8080)
+
+
+def test_names_beside_the_prefix_are_ignored(monkeypatch):
+    """Variables of other programs are none of our business, in the environment and in .env."""
+    monkeypatch.setenv("ONCE_GATE", "x")
+    Path(".env").write_text("LEASE_MS=1\nDATABASE_URL=x\n")
+    assert load().lease_ms == 10_000
+
+
+def test_names_in_lower_case(monkeypatch):
+    """A variable's name may be in lower case."""
+    monkeypatch.setenv("oncegate_lease_ms", "300")
+    assert load().lease_ms == 300
+
+
+def test_env_file(given):
+    """.env in the working directory sets what the environment leaves open; an empty variable leaves it open."""
+    Path(".env").write_text('ONCEGATE_LEASE_MS=300\nexport ONCEGATE_NAMESPACE="mine"  # why\nONCEGATE_DRAIN_S=3\n')
+    given(lease_ms="400", drain_s="")
+    settings = load()
+    assert (settings.lease_ms, settings.namespace, settings.drain_s) == (400, "mine", 3.0)
+
+
+def test_env_file_that_is_no_text():
+    """An .env that cannot be decoded is an error, not a crash."""
+    Path(".env").write_bytes(b"ONCEGATE_SECRET=\xff\n")
+    assert errors() == (".env: cannot be read as UTF-8 text",)
+
+
+@pytest.mark.parametrize("name", ["secret", "store_url"])
+@pytest.mark.parametrize("place", ["environment", ".env"])
+def test_secret_from_a_file(name, place, given):
+    """A secret can come from the file that <NAME>_FILE names, without its trailing newline."""
+    Path("held").write_text("redis://:pass@redis\r\n")
+    if place == ".env":
+        Path(".env").write_text(f"{variable(name)}_FILE=held\n")
+    else:
+        given(**{f"{name}_file": "held"})
+    assert getattr(load(), name).get_secret_value() == "redis://:pass@redis"
+
+
+def test_content_of_a_file_is_checked(given):
+    """A store URL from a file passes the same checks, and is not repeated."""
+    Path("held").write_text(f"redis://:{CANARY}@")
+    given(store_url_file="held")
+    (error,) = errors()
+    assert error.startswith("ONCEGATE_STORE_URL: must be embedded")
+    assert CANARY not in error
+
+
+@pytest.mark.parametrize("name", ["secret", "store_url"])
+def test_secret_named_twice(name, given):
+    """A secret that is set and also named by a file is a contradiction, wherever each stands."""
+    Path("held").write_text("redis://redis")
+    Path(".env").write_text(f"{variable(name)}=redis://redis\n")
+    given(**{f"{name}_file": "held"})
+    assert errors() == (f"{variable(name)}_FILE: contradicts {variable(name)}, which is set too",)
+
+
+@pytest.mark.parametrize(
+    ("path", "complaint"),
+    [
+        (CANARY, "cannot be read: No such file or directory"),
+        (CANARY * 100, "cannot be read: File name too long"),
+        (".", "cannot be read: Is a directory"),
+        ("empty", "the file is empty"),
+        ("bytes", "cannot be read as UTF-8 text"),
+    ],
+)
+def test_secret_files_refused(path, complaint, given):
+    """A secret's file that cannot be used is an error, which does not repeat what may be the secret itself."""
+    Path("empty").write_text("\n")
+    Path("bytes").write_bytes(b"\xff")
+    given(secret_file=path)
+    assert errors() == (f"ONCEGATE_SECRET_FILE: {complaint}",)
+
+
+CLASHES = [
+    ({"retention_s": "5"}, "retention_s", "lease_ms"),
+    ({"retention_s": "20"}, "retention_s", "wait_max_s"),
+    ({"tls_cert_file": "file.pem"}, "tls_key_file", "tls_cert_file"),
+    ({"tls_key_file": "file.pem"}, "tls_cert_file", "tls_key_file"),
+    ({"upstream": "https://h", "upstream_cert_file": "file.pem"}, "upstream_key_file", "upstream_cert_file"),
+    ({"upstream": "https://h", "upstream_key_file": "file.pem"}, "upstream_cert_file", "upstream_key_file"),
+    ({"upstream_ca_file": "file.pem"}, "upstream_ca_file", "upstream"),
+    ({"upstream_cert_file": "file.pem"}, "upstream_cert_file", "upstream"),
+    ({"upstream_key_file": "file.pem"}, "upstream_key_file", "upstream"),
+    ({"listen": "127.0.0.1:9090"}, "admin_listen", "listen"),
+    ({"listen": "0.0.0.0:9090"}, "admin_listen", "listen"),
+    ({"key_header": "x-api-key"}, "key_header", "scope_headers"),
+    ({"max_spool_bytes": "33554431"}, "max_request_bytes", "max_spool_bytes"),
+    ({"max_buffered_bytes": "16777215"}, "max_stored_bytes", "max_buffered_bytes"),
+    ({"spool_dir": "nowhere"}, "spool_dir", "max_spool_bytes"),
+]
+
+
+@pytest.mark.parametrize(("values", "first", "second"), CLASHES)
+def test_contradiction(values, first, second, given):
+    """Settings that do not fit together are an error that names both."""
+    given(**values)
+    found = [error for error in errors() if error.startswith(f"{variable(first)}: ")]
+    assert any(error.endswith(f" {variable(second)}") for error in found)
+
+
+def test_every_contradiction_has_a_case():
+    """Every contradiction that is looked for is tested."""
+    assert {(first, second) for _, first, second in CLASHES} == {(row[0], row[2]) for row in CONTRADICTIONS}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"retention_s": "30", "lease_ms": "30000"},
+        {"listen": "127.0.0.1:0", "admin_listen": "127.0.0.1:0"},
+        {"listen": "127.0.0.1:8080", "admin_listen": "127.0.0.2:8080"},
+        {"max_spool_bytes": "33554432", "max_buffered_bytes": "16777216"},
+    ],
+)
+def test_limits_that_just_fit(values, given):
+    """What just fits together is no contradiction."""
+    given(**values)
+    load()
+
+
+def test_no_temporary_folder(monkeypatch, given):
+    """Where no temporary folder can be used, the setting that would name one is the error."""
+    monkeypatch.setattr("tempfile.gettempdir", lambda: (_ for _ in ()).throw(FileNotFoundError()))
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert errors() == ("ONCEGATE_SPOOL_DIR: must be a writable folder to hold ONCEGATE_MAX_SPOOL_BYTES",)
+
+
+LATER_VALUES = {
+    "store_url=redis+sentinel": "redis+sentinel://h1:1,h2:2/service",
+    "store_url=redis+cluster": "redis+cluster://h1:1,h2:2",
+    "store_url=postgresql": "postgresql://h/db",
+    "workers": "auto",
+    "rules_file": "rules.toml",
+}
+
+
+@pytest.mark.parametrize("row", LATER)
+def test_later(row, given):
+    """What comes later is refused, with what to use now."""
+    name, _, word = row.partition("=")
+    given(**{name: LATER_VALUES.get(row, word)})
+    assert errors() == (f"{variable(name)}: this value comes later, it is not available in this version; {LATER[row]}",)
+
+
+def test_later_is_complete():
+    """Every choice that the design names and this version lacks has its refusal."""
+    assert set(LATER) == {
+        *("store_url=redis+sentinel", "store_url=redis+cluster", "store_url=postgresql"),
+        *("on_duplicate=join", "on_unknown=retry", "on_store_down=bypass", "durability=replicated"),
+        *("durability=fsync", "on_store_loss=quarantine", "identity_change=accept", "workers", "rules_file"),
+    }
+
+
+def test_describe(given):
+    """What is in effect is said one variable a line, in the form in which it could be set."""
+    given(hosts="b.example,a.example", retention_s="3600", secret=CANARY, trusted_proxies="10.0.0.0/8")
+    lines = describe(load()).splitlines()
+    assert [line.partition(" = ")[0] for line in lines] == [variable(name) for name in Settings.model_fields]
+    for line in (
+        "ONCEGATE_UPSTREAM = http://upstream:9000",
+        "ONCEGATE_HOSTS = b.example,a.example",
+        "ONCEGATE_TRUSTED_PROXIES = 10.0.0.0/8",
+        "ONCEGATE_RETENTION_S = 3600",
+        "ONCEGATE_PASS_HOST = false",
+        "ONCEGATE_SECRET = set",
+        "ONCEGATE_TLS_CERT_FILE = none",
+        "ONCEGATE_METHODS = POST,PATCH",
+    ):
+        assert line in lines
+
+
+def test_no_secret_is_shown(given):
+    """A secret appears in no description, error or repr."""
+    given(secret=CANARY, store_url=f"redis://app:{CANARY}@redis")
+    settings = load()
+    assert CANARY not in describe(settings) + repr(settings) + str(settings)
+    given(lease_ms="1", store_url=f"redis://app:{CANARY}@redis/x")
+    with pytest.raises(SettingsError) as caught:
+        load()
+    assert CANARY not in str(caught.value) + repr(caught.value)
+    assert caught.value.__cause__ is None
+    with pytest.raises(ValidationError) as raw:
+        Settings()
+    assert CANARY not in str(raw.value)
+
+
+def test_table():
+    """The README's table has one row a setting, each with its default and a sentence."""
+    head, rule, *rows = table().splitlines()
+    assert (head, rule) == ("| variable | default | meaning |", "|---|---|---|")
+    assert [row.split("`")[1] for row in rows] == [variable(name) for name in Settings.model_fields]
+    assert all(row.count("|") == 4 and row.endswith(". |") for row in rows)
+    assert "| `ONCEGATE_DATA_DIR` | `./.oncegate` | Folder of the embedded store. |" in rows
+    assert "| `ONCEGATE_SPOOL_DIR` | the temporary folder | Folder for bodies that are not held in memory. |" in rows
+    assert any(row.startswith("| `ONCEGATE_RETENTION_S` | `86400` |") for row in rows)
+
+
+def test_table_does_not_depend_on_the_environment(given):
+    """The table is the same whatever is set."""
+    before = table()
+    given(secret=CANARY, lease_ms="300")
+    assert table() == before
