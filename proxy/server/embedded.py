@@ -301,7 +301,7 @@ async def _ended(process: subprocess.Popen[bytes]) -> int:
     try:
         pidfd = os.pidfd_open(process.pid)
     except OSError:  # a kernel before 5.3, or a sandbox that forbids the call
-        while process.poll() is None:  # noqa: ASYNC110 (nothing would set an event)
+        while process.poll() is None:
             await asyncio.sleep(0.1)
         return process.wait()
     loop = asyncio.get_running_loop()
