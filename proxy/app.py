@@ -17,7 +17,7 @@ from proxy.handler import Gateway
 from proxy.headers import Gate
 from proxy.keys import Digests
 from proxy.leases import Leases
-from proxy.listener import Listener
+from proxy.listener import HEAD_S, Listener
 from proxy.logs import AccessLog
 from proxy.metrics import Metrics, Outcome
 from proxy.policy import Policy
@@ -92,6 +92,7 @@ class Service:
             timeout_ms=settings.store_timeout_ms,
             patience_s=settings.settle_timeout_s,
             observe=self.metrics.store_call,
+            repeated=self.metrics.store_repeat,
             background=self._in_background,
         )
         self._leases = Leases(self.store, settings.lease_ms, self._report, self._loop.time)
@@ -179,9 +180,11 @@ class Service:
         self.store.start()
         keepers = (self.store.watch(), self._leases.run(), self._waiters.run(), self._listener.sweep())
         self._tasks = [self._loop.create_task(keeper) for keeper in keepers]
+        tls, handshake_s = _server_tls(settings), HEAD_S if settings.tls_cert_file else None
+        place = (settings.listen.host, settings.listen.port)
         self._servers.append(
             await self._loop.create_server(
-                self._listener, settings.listen.host, settings.listen.port, ssl=_server_tls(settings), backlog=1024
+                self._listener, *place, ssl=tls, ssl_handshake_timeout=handshake_s, backlog=1024
             )
         )
         self._admin = web.AppRunner(admin_app(self.metrics.text, self.problems), access_log=None, shutdown_timeout=1)

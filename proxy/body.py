@@ -76,15 +76,15 @@ class Bodies:
     """Reads request bodies within the worker's limits (all in bytes)."""
 
     def __init__(self, memory: Buffered, spool: Buffered, spool_dir: str | None, max_bytes: int) -> None:
-        self._memory, self._spool, self._spool_dir, self._max_bytes = memory, spool, spool_dir, max_bytes
+        self._memory, self._spool, self._spool_dir, self.max_bytes = memory, spool, spool_dir, max_bytes
 
     async def read(self, content: StreamReader, length: int | None) -> Body | TooLarge | NoRoom | BrokenOff:
         """Return the whole body, or why there is none. `length`: what Content-Length states."""
-        if length is not None and length > self._max_bytes:
+        if length is not None and length > self.max_bytes:
             return TooLarge()
         if content.is_eof():  # it came with the head, as small ones do
             data = content.read_nowait()
-            if len(data) > self._max_bytes:
+            if len(data) > self.max_bytes:
                 return TooLarge()
             return Body(data, self._memory, self._spool) if self._memory.take(len(data)) else NoRoom()
         return await self._collect(content)
@@ -95,7 +95,7 @@ class Bodies:
         while block := await read_block(content):
             if isinstance(block, BrokenOff):
                 return self._give_up(size, block)
-            if size + len(block) > self._max_bytes:
+            if size + len(block) > self.max_bytes:
                 return self._give_up(size, TooLarge())
             if size + len(block) > MEMORY_BYTES:
                 self._memory.give(size)
@@ -120,7 +120,7 @@ class Bodies:
             while block and outcome is None:
                 if isinstance(block, BrokenOff):
                     outcome = block
-                elif size + len(block) > self._max_bytes:
+                elif size + len(block) > self.max_bytes:
                     outcome = TooLarge()
                 elif not self._spool.take(len(block)):
                     outcome = NoRoom()
@@ -155,8 +155,8 @@ async def read_block(content: StreamReader) -> bytes | BrokenOff:
     try:
         async with asyncio.timeout(STALL_S):
             return await content.readany()
-    except TimeoutError:
-        return BrokenOff(stalled=True)
+    except TimeoutError:  # ours, or the listener's for a body whose framing broke
+        return BrokenOff(stalled=content.exception() is None)
     except Exception:  # aiohttp raises what it made of the client's framing, or of its leaving
         return BrokenOff()
 
@@ -165,5 +165,5 @@ async def stream(content: StreamReader) -> AsyncIterator[bytes]:
     """Yield the bytes of a body as they come. Raises ConnectionError where it breaks off."""
     while block := await read_block(content):
         if isinstance(block, BrokenOff):
-            raise ConnectionError("the client's body broke off")
+            raise TimeoutError if block.stalled else ConnectionError("the client's body broke off")
         yield block

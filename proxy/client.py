@@ -26,10 +26,13 @@ class Client(web.StreamResponse):
         self._connection: ClientConnection = request.protocol  # type: ignore[assignment]
         self._stall_s = stall_s
         self._http10 = request.version < (1, 1)
-        self._close = request._message.should_close
+        # What a client sends behind an upgrade is lost with the upgrade.
+        self._close = request._message.should_close or request._message.upgrade
         self._frame = b""  # how the body's end is told: "chunked", "length" or "eof"
         self._owed = 0  # bytes still to come, by length
         self._held = b""
+        self._head_only = request.method == "HEAD"
+        self.awaits_continue = False
         self.started = False
         self.finished = False
         self.cut_off = False
@@ -44,7 +47,7 @@ class Client(web.StreamResponse):
 
     @property
     def keep_alive(self) -> bool:
-        return self.finished and not self._close and not self._connection.half_closed
+        return self.finished and not self._close and not self._connection.asks_no_more
 
     # Where it is ...
 
@@ -63,14 +66,17 @@ class Client(web.StreamResponse):
 
     def continue_(self) -> None:
         """Tell a client that waits for it to send its body."""
-        self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if self.awaits_continue:
+            self.awaits_continue = False
+            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     # A whole answer ...
 
     def answer(self, problem: "Problem", extra: bytes = b"", close: bool = False) -> None:
         """Send an answer of our own."""
         self._close = self._close or close
-        self.send(problem.status, problem.reason, problem.block + extra, problem.body)
+        body = b"" if self._head_only else problem.body
+        self.send(problem.status, problem.reason, problem.block + extra, body, bodiless=self._head_only)
 
     @staticmethod
     def closing_answer(problem: "Problem") -> bytes:
@@ -96,7 +102,8 @@ class Client(web.StreamResponse):
         self.started = self.finished = True
 
     def _connection_field(self) -> bytes:
-        if self._close or self._connection.half_closed:
+        # A client that was not told to send its body may send the next request in its place.
+        if self._close or self._connection.asks_no_more or self.awaits_continue:
             self._close = True
             return b"Connection: close\r\n"
         return b"Connection: keep-alive\r\n" if self._http10 else b""

@@ -4,7 +4,6 @@ It starts from the worst ending and improves it as it gets further. The end of a
 byte, its last chunk, the closing) is held back until the store has confirmed the settle.
 """
 
-import asyncio
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 from proxy.body import Body
 from proxy.client import Client
 from proxy.decision import Ending, Settlement, ending, must_reclaim, settlement
-from proxy.headers import AnswerHead, answer_block, upstream_age
+from proxy.headers import AnswerBlocks, AnswerHead, answer_blocks, upstream_age
 from proxy.keys import Scope
 from proxy.leases import Held, Leases, suspended_clock_s
 from proxy.policy import Disposition, Policy
@@ -65,7 +64,7 @@ class Exchange:
         self._lost: Lost | None = None
         self._refusal: Problem | None = None
         self._answer: AnswerHead | None = None
-        self._block = b""  # the answer's fields as they are stored
+        self._blocks = AnswerBlocks(b"", b"")
         self._disposition = Disposition.STORE
         self._whole = b""  # the body of a small answer
         self._recording: Recording | None = None
@@ -147,7 +146,7 @@ class Exchange:
         """Take the answer in whole if it is small and quick, else hand it on as it comes."""
         self._answer = head
         self._disposition = self._policy.statuses.disposition(head.status, b"retry-after" in head.fields)
-        self._block = answer_block(head, replay=True)
+        self._blocks = answer_blocks(head)
         small = not head.streamed_by_nature and (head.length or 0) <= SMALL_BYTES
         if head.bodiless or (small and await connection.whole(SMALL_BYTES, SMALL_S)):
             self._whole = connection.take()
@@ -158,7 +157,7 @@ class Exchange:
     async def _stream(self, connection: Connection, head: AnswerHead) -> Ending:
         recording = self._recording = self._record(head)
         client, silence_s = self._client, self._shop.silence_s
-        block = answer_block(head) + STATUS[self._disposition]
+        block = self._blocks.passed_on + STATUS[self._disposition]
         client.begin(head.status, head.reason, block, length=head.length, stated=True, eof=head.eof_framed)
         while data := await connection.chunk(silence_s):
             client.write(data)
@@ -180,7 +179,7 @@ class Exchange:
         return Recording(
             self._shop.store,
             self._held,
-            answer_digest(head.status, head.reason, self._block),
+            answer_digest(head.status, head.reason, self._blocks.stored),
             limit=self._policy.max_stored_bytes,
             patience_s=self._shop.patience_s,
             buffered=self._shop.buffered,
@@ -190,7 +189,7 @@ class Exchange:
         """Say that the code is alive: no await takes longer than these limits together."""
         shop = self._shop
         longest_s = shop.silence_s + shop.client_stall_s + 2 * shop.patience_s + 10
-        self._held.until_s = asyncio.get_running_loop().time() + longest_s
+        self._held.until_s = shop.pool.loop.time() + longest_s
 
     # Settling ...
 
@@ -227,12 +226,12 @@ class Exchange:
     def _stored(self, head: AnswerHead, kept: bool) -> StoredAnswer:
         recording = self._recording
         if recording is None:
-            digest = answer_digest(head.status, head.reason, self._block)
+            digest = answer_digest(head.status, head.reason, self._blocks.stored)
             digest.update(self._whole)
         return StoredAnswer(
             status=head.status,
             reason=head.reason,
-            block=self._block,
+            block=self._blocks.stored,
             digest=recording.digest() if recording else digest.digest(),
             chunks=recording.chunks if recording else min(1, len(self._whole)),
             size=recording.size if recording else len(self._whole),
@@ -320,7 +319,7 @@ class Exchange:
         if client.started or head is None:
             client.end()
             return
-        block = answer_block(head) + STATUS[self._disposition]
+        block = self._blocks.passed_on + STATUS[self._disposition]
         client.send(
             head.status,
             head.reason,

@@ -3,9 +3,8 @@
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from ipaddress import ip_address
-from typing import assert_never
+from typing import NamedTuple, assert_never
 
 from aiohttp import web
 
@@ -14,7 +13,7 @@ from proxy.body import Bodies, Body, BrokenOff, NoRoom, TooLarge
 from proxy.client import Client
 from proxy.decision import Decision, decide, retry_after_s, state_now
 from proxy.exchange import Exchange, Workshop
-from proxy.headers import Gate, Hop, Refused, RequestHead, preferred_wait_s, request_head
+from proxy.headers import Gate, Hop, Refused, RequestHead, preferred_wait_s, request_head, tokens
 from proxy.keys import BadKey, Digests, Scope, UnstableScope, parse_key, short
 from proxy.leases import suspended_clock_s
 from proxy.metrics import Outcome
@@ -29,8 +28,7 @@ REFUSED = b"Oncegate-Status: refused\r\n"
 UNKNOWN = b"Oncegate-Status: unknown\r\n"
 
 
-@dataclass(frozen=True, slots=True)
-class Guarded:
+class Guarded(NamedTuple):
     """A request with its key, named: what the rest of the path needs to know of it."""
 
     head: RequestHead
@@ -74,7 +72,7 @@ class Gateway:
             self._failed(error)
             outcome = Outcome("failed", 500, request.method)
             client.abort() if client.started else client.answer(refusal(500, "see the log"), REFUSED, close=True)
-        self._observe(replace(outcome, seconds=time.perf_counter() - began, client_left=client.gone))
+        self._observe(outcome._replace(seconds=time.perf_counter() - began, client_left=client.gone))
         return client
 
     async def _answer(self, request: web.BaseRequest, client: Client) -> Outcome:
@@ -83,8 +81,9 @@ class Gateway:
         head = self._gate.enter(message.method, target, message.version, message.raw_headers)
         if isinstance(head, Refused):
             return _refuse(client, message.method, head)
-        if message.upgrade:
+        if message.upgrade and tokens(head.fields.get(b"upgrade", ())) != [b"h2c"]:  # h2c is offered, may be ignored
             return _refuse(client, head.method, Refused(501, "this proxy does not switch protocols"))
+        client.awaits_continue = b"expect" in head.fields and not head.http10 and not request.content.is_eof()
         if head.method not in self._policy.methods:
             return await self._relay(request, head, client)
         lines = head.fields.get(self._policy.key_header)
@@ -98,19 +97,13 @@ class Gateway:
 
     async def _relay(self, request: web.BaseRequest, head: RequestHead, client: Client) -> Outcome:
         length = _length(head)
-        self._let_it_send(request, head, client)
+        client.continue_()
         onward = self._onward(
             request, head, length if b"content-length" in head.fields else -1 if length == 0 else None
         )
         shop = self._shop
         relayed = await relay(client, shop.pool, onward, head.method, request.content, length, shop.silence_s)
         return Outcome(relayed.word, 0, head.method, upstream_s=relayed.upstream_s)
-
-    @staticmethod
-    def _let_it_send(request: web.BaseRequest, head: RequestHead, client: Client) -> None:
-        """Answer Expect: 100-continue, which stays on this hop."""
-        if b"expect" in head.fields and not head.http10 and not request.content.is_eof():
-            client.continue_()
 
     def _onward(self, request: web.BaseRequest, head: RequestHead, length: int | None) -> bytes:
         remote = request.remote or "unknown"
@@ -136,15 +129,15 @@ class Gateway:
         body: Body | None = None
         try:
             length = _length(head)
-            if length is None or length > 0:
-                self._let_it_send(request, head, client)
+            if length is None or length <= self._bodies.max_bytes:
+                client.continue_()
             read = await self._bodies.read(request.content, length)
             if not isinstance(read, Body):
                 return _no_body(client, head.method, read)
             body = read
             guarded = self._name(head, scope, self._digests.key(scope, key), body)
             outcome = await self._once(request, guarded, body, client)
-            return replace(outcome, key=short(guarded.key), common_tenant=scope.common)
+            return outcome._replace(key=short(guarded.key), common_tenant=scope.common)
         finally:
             self.in_flight -= 1
             if body is not None:
@@ -299,8 +292,10 @@ def _no_body(client: Client, method: str, why: TooLarge | NoRoom | BrokenOff) ->
         case BrokenOff(stalled=True):
             client.answer(refusal(408, "the body paused for too long"), REFUSED, close=True)
             return Outcome("invalid", 408, method)
-        case BrokenOff():
-            client.abort()
+        case BrokenOff() if client.gone:
             return Outcome("client_gone", 0, method)
+        case BrokenOff():
+            client.answer(refusal(400, "the body is not well-formed"), REFUSED, close=True)
+            return Outcome("invalid", 400, method)
         case _:
             assert_never(why)

@@ -7,6 +7,8 @@ anew from its parsed form: framing, hop-by-hop and forwarding fields are ours, n
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
 
 Pairs = Sequence[tuple[bytes, bytes]]
 Fields = dict[bytes, list[bytes]]
@@ -56,11 +58,11 @@ ACTED_ON = FORWARDING | frozenset(
     )
 )
 MAX_HEAD_BYTES = 65536  # of an answer
-OURS = (b"oncegate-", b"idempotent-replayed")
+OURS = b"oncegate-"  # and whatever follows
 
 _TARGET = re.compile(rb'/[!"$-~\x80-\xff]*')
-_ABSOLUTE = re.compile(rb"https?://([^/?#@]*)(/[^#]*|\?[^#]*|)", re.IGNORECASE)
-_HOST = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
+_ABSOLUTE = re.compile(rb"https?://([^/?#@]+)(/[^#]*|\?[^#]*|)", re.IGNORECASE)
+_HOST = re.compile(rb"(?:(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 
@@ -72,8 +74,7 @@ class Refused:
     detail: str
 
 
-@dataclass(frozen=True, slots=True)
-class RequestHead:
+class RequestHead(NamedTuple):
     """A request's head that passed all checks. `target` is in origin form, byte for byte as received."""
 
     method: str
@@ -84,8 +85,7 @@ class RequestHead:
     fields: Fields  # values by lower-case name
 
 
-@dataclass(frozen=True, slots=True)
-class Hop:
+class Hop(NamedTuple):
     """What the forwarding fields say of the client's side."""
 
     client: bytes
@@ -104,12 +104,6 @@ def by_name(pairs: Pairs) -> Fields:
 def tokens(values: Iterable[bytes]) -> list[bytes]:
     """Return the members of a comma-separated field, in lower case."""
     return [token for value in values for token in map(bytes.strip, value.lower().split(b",")) if token]
-
-
-def end_to_end(pairs: Pairs, fields: Fields, drop: Collection[bytes] = ()) -> list[tuple[bytes, bytes]]:
-    """Return the fields that go past this hop: RFC 9110, section 7.6.1, applied to both directions."""
-    gone = HOP_BY_HOP.union(drop, tokens(fields.get(b"connection", ())))
-    return [pair for pair in pairs if pair[0].lower() not in gone]
 
 
 class Gate:
@@ -144,11 +138,10 @@ class Gate:
         return None
 
     def _refuse_fields(self, version: tuple[int, int], fields: Fields) -> Refused | None:
-        coding = tokens(fields.get(b"transfer-encoding", ()))
-        if coding and (version == (1, 0) or coding != [b"chunked"] or b"content-length" in fields):
+        coding = fields.get(b"transfer-encoding")
+        if coding and (version == (1, 0) or tokens(coding) != [b"chunked"] or b"content-length" in fields):
             return Refused(400, "the only transfer coding understood is chunked, in HTTP/1.1, without a length")
-        expect = tokens(fields.get(b"expect", ()))
-        if expect and expect != [b"100-continue"]:
+        if b"expect" in fields and tokens(fields[b"expect"]) != [b"100-continue"]:
             return Refused(417, "the only expectation understood is 100-continue")
         if b"connection" in fields and not self._acted_on.isdisjoint(tokens(fields[b"connection"])):
             return Refused(400, "Connection names a field that this proxy acts on")
@@ -181,39 +174,50 @@ def _name(host: bytes) -> bytes:
     return host[: host.index(b"]") + 1] if host.startswith(b"[") else host.partition(b":")[0]
 
 
+_NOT_FORWARDED = HOP_BY_HOP | FORWARDING | {b"host", b"content-length", b"expect"}
+
+
 def request_head(
     head: RequestHead, hop: Hop, host: bytes, prefix: bytes, length: int | None, drop: Collection[bytes] = ()
 ) -> bytes:
     """Return a request's head for the upstream; `length` None: chunked, negative: no body."""
+    gone = _NOT_FORWARDED
+    if drop or b"connection" in head.fields:
+        gone = gone.union(drop, tokens(head.fields.get(b"connection", ())))
     lines = [b"%s %s%s HTTP/1.1\r\nHost: %s" % (head.method.encode(), prefix, head.target, host)]
-    own = (b"host", b"content-length", b"expect", *FORWARDING, *drop)
-    lines += [b"%s: %s" % pair for pair in end_to_end(head.pairs, head.fields, own)]
-    lines += _forwarding(head, hop)
+    lines += [b"%s: %s" % pair for pair in head.pairs if pair[0].lower() not in gone]
+    lines.append(_forwarding(head, hop))
     if length is None:
-        lines.append(b"Transfer-Encoding: chunked")
-    elif length >= 0:
-        lines.append(b"Content-Length: %d" % length)
-    lines.append(b"\r\n")
+        lines.append(b"Transfer-Encoding: chunked\r\n\r\n")
+    else:
+        lines.append(b"Content-Length: %d\r\n\r\n" % length if length >= 0 else b"\r\n")
     return b"\r\n".join(lines)
 
 
-def _forwarding(head: RequestHead, hop: Hop) -> list[bytes]:
+def _forwarding(head: RequestHead, hop: Hop) -> bytes:
     """Return X-Forwarded-For, -Proto, -Host and Via; what a client claims counts only if it is trusted."""
-    fields = head.fields if hop.trusted else {}
+    via = b"1.0 oncegate" if head.http10 else b"1.1 oncegate"
+    if hop.trusted:
+        return _forwarding_on(head, hop, via)
+    lines = b"X-Forwarded-For: %s\r\nX-Forwarded-Proto: %s\r\nVia: %s" % (hop.client, hop.scheme, via)
+    return b"%s\r\nX-Forwarded-Host: %s" % (lines, head.host) if head.host else lines
+
+
+def _forwarding_on(head: RequestHead, hop: Hop, via: bytes) -> bytes:
+    fields = head.fields
     lines = [
         b"X-Forwarded-For: " + b", ".join([*fields.get(b"x-forwarded-for", ()), hop.client]),
         b"X-Forwarded-Proto: " + (fields.get(b"x-forwarded-proto") or [hop.scheme])[-1],
-        b"Via: " + b", ".join([*fields.get(b"via", ()), b"1.0 oncegate" if head.http10 else b"1.1 oncegate"]),
+        b"Via: " + b", ".join([*fields.get(b"via", ()), via]),
     ]
     if forwarded_host := (fields.get(b"x-forwarded-host") or [head.host])[-1]:
         lines.append(b"X-Forwarded-Host: " + forwarded_host)
     for name in (b"forwarded", b"x-forwarded-port", b"x-forwarded-prefix", b"x-forwarded-server", b"x-real-ip"):
         lines += [b"%s: %s" % (name.title(), value) for value in fields.get(name, ())]
-    return lines
+    return b"\r\n".join(lines)
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerHead:
+class AnswerHead(NamedTuple):
     """The head of an upstream's final answer. `length` is None where its framing does not tell one."""
 
     status: int
@@ -234,16 +238,16 @@ def read_answer_head(status: int, reason: bytes, pairs: Pairs, head_only: bool) 
     """Return the head of a final answer and how its body is framed, or what makes it unusable."""
     if not 200 <= status <= 599:
         return f"status {status}"
-    if sum(len(name) + len(value) for name, value in pairs) > MAX_HEAD_BYTES:
+    if len(reason) + sum(len(name) + len(value) + 4 for name, value in pairs) > MAX_HEAD_BYTES:
         return "the head is too large"
     if _bad_value(pairs) or _bad_value([(b"", reason)]):
         return "a control character in the head"
     fields = by_name(pairs)
     coding = tokens(fields.get(b"transfer-encoding", ()))
-    lengths = fields.get(b"content-length", [])
+    lengths = [length.strip() for length in fields.get(b"content-length", ())]
     if coding not in ([], [b"chunked"]) or (coding and lengths):
         return "a transfer coding other than chunked alone"
-    if len(lengths) > 1 or any(not length.isdigit() for length in lengths):
+    if len(lengths) > 1 or any(not length.isdigit() or len(length) > 18 for length in lengths):
         return "a content length that is no number"
     bodiless = head_only or status in (204, 304)
     length = int(lengths[0]) if lengths else None
@@ -252,19 +256,40 @@ def read_answer_head(status: int, reason: bytes, pairs: Pairs, head_only: bool) 
 
 def _bad_value(pairs: Pairs) -> bool:
     """Return whether a field carries a control character that could split a message on its way."""
-    return _CONTROL.search(b"".join([value for _, value in pairs])) is not None
+    return _CONTROL.search(b"".join(chain.from_iterable(pairs))) is not None
 
 
-def answer_block(head: AnswerHead, replay: bool = False) -> bytes:
-    """Return the end-to-end fields of an answer as they are written, each line ended.
+_NOT_PASSED_ON = HOP_BY_HOP | {b"idempotent-replayed"}
 
-    `replay`: without what belongs to the first exchange alone. A length the upstream stated stays
-    in its place among them.
+
+class AnswerBlocks(NamedTuple):
+    """The end-to-end fields of an answer as they are written, each line ended.
+
+    A length the upstream stated stays in its place among them. `stored` leaves out what belongs to the
+    first exchange alone.
     """
-    drop: set[bytes] = {name for name in head.fields if name.startswith(OURS)}
-    if replay:
-        drop |= NOT_REPLAYED | {name for name in head.fields if name.startswith(b"proxy-")}
-    return b"".join([b"%s: %s\r\n" % pair for pair in end_to_end(head.pairs, head.fields, drop)])
+
+    passed_on: bytes
+    stored: bytes
+
+
+def answer_blocks(head: AnswerHead) -> AnswerBlocks:
+    """Return what goes to the client now, and what a replay will send."""
+    gone = _NOT_PASSED_ON
+    if b"connection" in head.fields:
+        # An answer that lost its length this way would have no end on a connection that is kept.
+        gone = gone.union(tokens(head.fields[b"connection"])) - {b"content-length"}
+    passed_on, stored = [], []
+    for name, value in head.pairs:
+        low = name.lower()
+        if low in gone or low.startswith(OURS):
+            continue
+        line = b"%s: %s\r\n" % (name, value)
+        passed_on.append(line)
+        if low not in NOT_REPLAYED and not low.startswith(b"proxy-"):
+            stored.append(line)
+    block = b"".join(passed_on)
+    return AnswerBlocks(block, block if len(stored) == len(passed_on) else b"".join(stored))
 
 
 def status_line(status: int, reason: bytes) -> bytes:
@@ -283,6 +308,6 @@ def preferred_wait_s(values: Iterable[bytes]) -> int | None:
     for preference in tokens(values):
         name, _, value = preference.partition(b";")[0].partition(b"=")
         value = value.strip().strip(b'"')
-        if name.strip() == b"wait" and value.isdigit() and len(value) < 10:
-            return int(value)
+        if name.strip() == b"wait":
+            return int(value) if value.isdigit() and len(value) < 10 else None
     return None

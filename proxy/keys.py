@@ -8,6 +8,7 @@ from base64 import urlsafe_b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import NamedTuple
 
 MAX_KEY_BYTES = 255
 KEY_DIGEST_BYTES = 24  # 32 characters in the store's key; a second preimage costs 2^192
@@ -29,8 +30,7 @@ class BadKey:
     detail: str
 
 
-@dataclass(frozen=True, slots=True)
-class Scope:
+class Scope(NamedTuple):
     """Whose key it is. `tenant` is a digest of 16 bytes; `common` says that no credential was sent."""
 
     namespace: bytes
@@ -64,8 +64,8 @@ def parse_key(lines: Sequence[bytes]) -> bytes | BadKey:
     return key
 
 
-def _framed(parts: Iterable[bytes]) -> bytes:
-    return b"".join([len(part).to_bytes(4, "big") + part for part in parts])
+def _framed(*parts: bytes) -> bytes:
+    return b"".join([b"%d:%s" % (len(part), part) for part in parts])
 
 
 class Digests:
@@ -86,21 +86,21 @@ class Digests:
         present = [name for name in names if name in headers] or [
             name for name in (b"cookie",) if names and name in headers
         ]
-        parts = [part for name in present for part in (name, _framed(headers[name]))]
         digest = self._tenant.copy()
-        digest.update(_framed(parts))
+        for name in present:
+            digest.update(_framed(name, b"%d" % len(headers[name]), *headers[name]))
         return Scope(namespace, digest.digest(), common=bool(names) and not present)
 
     def key(self, scope: Scope, key: bytes) -> bytes:
         """Return the digest (24 bytes) that names a key of a scope in the store."""
         digest = self._key.copy()
-        digest.update(_framed((scope.namespace, scope.tenant, key)))
+        digest.update(_framed(scope.namespace, scope.tenant, key))
         return digest.digest()
 
     def fingerprint(self, parts: Iterable[bytes], body: Iterable[bytes]) -> bytes:
         """Return the digest (16 bytes) of what a request asks for; `body` comes in blocks, as it is sent."""
         digest = self._fingerprint.copy()
-        digest.update(_framed(parts))
+        digest.update(_framed(_framed(*parts)))
         for block in body:
             digest.update(block)
         return digest.digest()

@@ -8,9 +8,9 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from aiohttp import web
+from aiohttp import StreamReader, web
 from aiohttp.http_exceptions import HttpProcessingError
-from aiohttp.web_protocol import RequestHandler
+from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
 from proxy.client import Client
 from proxy.problems import refusal
@@ -26,12 +26,13 @@ Handler = Callable[[web.BaseRequest], Awaitable[Client]]
 class ClientConnection(RequestHandler):
     """One client's connection."""
 
-    __slots__ = ("gone", "half_closed", "head_since", "room")
+    __slots__ = ("body", "gone", "half_closed", "head_since", "room")
 
     def __init__(self, manager: "Listener", **kwargs: Any) -> None:
         super().__init__(manager, **kwargs)
         self.head_since: float | None = None
         self.half_closed = False
+        self.body: StreamReader | None = None  # of the last request whose head came
         self.room: asyncio.Future[None] | None = None  # somebody waits until more can be written
         self.gone: asyncio.Future[None] | None = None  # somebody waits while the client stays
 
@@ -45,18 +46,38 @@ class ClientConnection(RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
+        if self._messages:
+            self._look_at(*self._messages[-1])
         if self._waiter is None or self._waiter.done() or self._messages:
             self.head_since = None
         elif data and self.head_since is None:
             self.head_since = self._loop.time()
+
+    def _look_at(self, message: object, content: StreamReader) -> None:
+        """Remember the newest request's body, and end its reading when its framing turns out to be broken."""
+        if isinstance(message, _ErrInfo):
+            self._end_body()
+        else:
+            self.body = content
+
+    def _end_body(self) -> None:
+        """Wake whoever waits for more of a body that cannot become whole."""
+        if self.body is not None and not self.body.is_eof():
+            # A TimeoutError, because aiohttp's own reading of what is left of a body takes no other for an end.
+            self.body.set_exception(TimeoutError("the body is not well-formed"))
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
         """Keep the connection for the answer: the client said all it had to say, not that it left."""
         if not self._request_count or (self._waiter is not None and not self._waiter.done()):
             return None  # nothing was asked, or all of it is answered
         self.half_closed = True
-        request = self._current_request
-        return request is None or request.content.is_eof()
+        self._end_body()
+        return not self.ssl_context  # TLS has no half-closed connections
+
+    @property
+    def asks_no_more(self) -> bool:
+        """Whether the answer under way is the last one: the client half-closed, and nothing else is asked."""
+        return self.half_closed and not self._messages
 
     def resume_writing(self) -> None:
         super().resume_writing()

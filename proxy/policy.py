@@ -28,7 +28,7 @@ class Statuses:
 
     def _add(self, entry: str, disposition: Disposition) -> None:
         code = entry.removesuffix("+retry-after")
-        named = code.isascii() and code.isdigit() and 200 <= int(code) <= 599
+        named = len(code) == 3 and code.isascii() and code.isdigit() and 200 <= int(code) <= 599
         family = code == entry and code in {"2xx", "3xx", "4xx", "5xx"}
         if not (named or family):
             raise ValueError(f"{entry!r} is not a status such as 429, 5xx or 503+retry-after")

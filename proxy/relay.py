@@ -7,8 +7,8 @@ from aiohttp import StreamReader
 
 from proxy.body import stream
 from proxy.client import Client
-from proxy.headers import AnswerHead, answer_block
-from proxy.problems import problem
+from proxy.headers import AnswerHead, answer_blocks
+from proxy.problems import problem, refusal
 from proxy.upstream import REUSE_IDLE_S, Connection, Lost, NotSent, Pool
 
 
@@ -44,7 +44,7 @@ async def relay(
 
 
 async def _pass_on(client: Client, connection: Connection, head: AnswerHead, silence_s: float) -> str:
-    block = answer_block(head)
+    block = answer_blocks(head).passed_on
     if connection.complete:
         client.send(
             head.status,
@@ -71,6 +71,10 @@ def _fail(client: Client, lost: Lost) -> str:
     if client.started:
         client.abort()
         return "truncated"
+    if lost.body:
+        status, detail = (408, "paused for too long") if lost.timeout else (400, "is not well-formed")
+        client.answer(refusal(status, f"the body {detail}"), close=True)
+        return "client_gone" if client.gone else "invalid"
     slug = "upstream-timeout" if lost.timeout else "upstream-lost"
     client.answer(problem(slug, "no whole answer came; the request may have been executed"))
     return slug.replace("-", "_")

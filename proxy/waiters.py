@@ -44,9 +44,9 @@ class Waiters:
 
     async def wait(self, key: bytes, scope: Scope, until: float, leaving: "asyncio.Future[None]") -> Woken:
         """Wait for a key until the loop's time `until`, or until the client leaves."""
-        line = self._by_key.setdefault(key, [])
-        if self._count >= self._most or len(line) >= A_KEY:
+        if self._count >= self._most or len(self._by_key.get(key, ())) >= A_KEY:
             return Woken.FULL
+        line = self._by_key.setdefault(key, [])
         loop = asyncio.get_running_loop()
         waiter = _Waiter(scope, loop.create_future())
         line.append(waiter)

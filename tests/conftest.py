@@ -1,8 +1,10 @@
 """The real parts that tests are made of: a Valkey, the proxy as a process, a scripted upstream, raw clients."""
 
+import asyncio
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -10,10 +12,19 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+import uvloop
 from redis import Redis
 
 from proxy.server.embedded import find_server
 from tests.parts import Proxy, RawUpstream
+
+IN_PROCESS = ("test_body.py", "test_client.py", "test_upstream.py")
+
+
+def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, object]:
+    """Run what tests a part inside this process on the loop that the service runs on."""
+    on_uvloop = item.path.name in IN_PROCESS
+    return {"uvloop": uvloop.new_event_loop} if on_uvloop else {"asyncio": asyncio.new_event_loop}
 
 
 class Valkey:
@@ -47,6 +58,15 @@ class Valkey:
 
     def client(self) -> Redis:
         return Redis(unix_socket_path=self.socket)
+
+    def records(self) -> dict[bytes, dict[bytes, bytes]]:
+        """Return every key with its fields."""
+        with self.client() as client:
+            return {key: client.hgetall(key) for key in client.scan_iter()}
+
+    def states(self) -> list[bytes]:
+        """Return the state of every record, as it is written."""
+        return sorted(fields.get(b"state", b"complete") for fields in self.records().values())
 
     def pause(self) -> None:
         os.kill(self.process.pid, signal.SIGSTOP)
@@ -112,6 +132,27 @@ def proxies(tmp_path: Path) -> Iterator["type[Proxy] | object"]:
     yield start
     for proxy in started:
         proxy.close()
+
+
+@pytest.fixture(scope="module")
+def standing(shared_valkey: Valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    """One proxy with default settings for all tests of a module, for tables of requests; its upstream is `behind`."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        proxy = Proxy(url, shared_valkey.url, tmp_path_factory.mktemp("standing"), {})
+        proxy.upstream_socket = sock
+        proxy.start()
+        yield proxy
+        proxy.close()
+
+
+@pytest.fixture
+async def behind(standing: Proxy, valkey: Valkey) -> AsyncIterator[RawUpstream]:
+    """The upstream of `standing`, new for each test, with the store empty."""
+    server = RawUpstream()
+    await server.start(standing.upstream_socket.dup())
+    yield server
+    await server.close()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -17,6 +18,8 @@ from typing import Any
 
 class Proxy:
     """`oncegate serve` as a process. Settings are given without their prefix."""
+
+    upstream_socket: socket.socket  # of a proxy that stands for a whole module
 
     def __init__(self, upstream: str, store_url: str, folder: Path, settings: dict[str, object]) -> None:
         self.folder = folder
@@ -123,6 +126,45 @@ def answering(answer: bytes, delay_s: float = 0.0) -> Script:
 
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\nok"
+CHUNKED = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nTransfer-Encoding: chunked\r\n\r\n"
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+def chunk(data: bytes) -> bytes:
+    """Return one chunk of a chunked body."""
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+def holding(until: asyncio.Event, answer: bytes = OK) -> Script:
+    """Return a script that answers once `until` is set."""
+
+    async def script(_: "RawUpstream", __: asyncio.StreamReader, writer: asyncio.StreamWriter, ___: Received) -> None:
+        await until.wait()
+        writer.write(answer)
+        await writer.drain()
+
+    return script
+
+
+class Tap:
+    """An answer that the test sends piece by piece; `script` is for one request."""
+
+    def __init__(self) -> None:
+        self._pieces: asyncio.Queue[bytes | None] = asyncio.Queue()
+
+    async def script(self, _: "RawUpstream", __: object, writer: asyncio.StreamWriter, ___: Received) -> None:
+        while (piece := await self._pieces.get()) is not None:
+            writer.write(piece)
+            await writer.drain()
+
+    def send(self, *pieces: bytes) -> None:
+        for piece in pieces:
+            self._pieces.put_nowait(piece)
+
+    def end(self, *pieces: bytes) -> None:
+        """Send the last pieces; the connection stays for the next request."""
+        self.send(*pieces)
+        self._pieces.put_nowait(None)
 
 
 class RawUpstream:
@@ -135,8 +177,10 @@ class RawUpstream:
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def start(self) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=1 << 26)
+    async def start(self, sock: socket.socket | None = None) -> None:
+        """Listen, on `sock` where one is given, else on a port of its own."""
+        place: dict[str, Any] = {"sock": sock} if sock else {"host": "127.0.0.1", "port": 0}
+        self._server = await asyncio.start_server(self._serve, limit=1 << 26, **place)
         self.port = self._server.sockets[0].getsockname()[1]
 
     @property
@@ -166,6 +210,32 @@ class RawUpstream:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+class Blackhole:
+    """A listener whose backlog is full, so that connecting to it hangs; `place` is its socket."""
+
+    def __init__(self) -> None:
+        self.place = socket.create_server(("127.0.0.1", 0), backlog=0)
+        self._fillers: list[socket.socket] = []
+        while not self._fillers or self._connected(self._fillers[-1]):
+            assert len(self._fillers) < 64
+            filler = socket.socket()
+            self._fillers.append(filler)
+            filler.setblocking(False)
+            filler.connect_ex(self.place.getsockname())
+
+    @staticmethod
+    def _connected(filler: socket.socket) -> bool:
+        return bool(select.select([], [filler], [], 0.1)[1])
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.place.getsockname()[1]}"
+
+    def close(self) -> None:
+        for one in (self.place, *self._fillers):
+            one.close()
 
 
 async def read_body(reader: asyncio.StreamReader, headers: list[tuple[bytes, bytes]]) -> bytes:
@@ -229,7 +299,7 @@ async def _read_answer_body(
     reader: asyncio.StreamReader, headers: list[tuple[bytes, bytes]], bodiless: bool
 ) -> tuple[bytes, bool]:
     fields = {name.lower(): value for name, value in headers}
-    body = b""
+    body = bytearray()
     if bodiless:
         return b"", True
     try:
@@ -239,24 +309,25 @@ async def _read_answer_body(
                 while size:
                     part = await reader.read(size)
                     if not part:
-                        return body, False
-                    body, size = body + part, size - len(part)
+                        return bytes(body), False
+                    body += part
+                    size -= len(part)
                 await reader.readexactly(2)
             await reader.readexactly(2)
-            return body, True
+            return bytes(body), True
         if b"content-length" in fields:
             size = int(fields[b"content-length"])
             while len(body) < size:
                 part = await reader.read(size - len(body))
                 if not part:
-                    return body, False
+                    return bytes(body), False
                 body += part
-            return body, True
+            return bytes(body), True
         while part := await reader.read(65536):
             body += part
-        return body, True
+        return bytes(body), True
     except (asyncio.IncompleteReadError, ConnectionError):
-        return body, False
+        return bytes(body), False
 
 
 class RawClient:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 from proxy.keys import Scope, store_key
 from proxy.store.link import ErrorReply, Link, Unconfirmed
@@ -35,8 +35,7 @@ PAUSE_FIRST_S, PAUSE_MOST_S = 0.01, 0.5
 HEALTH_S = 2.0
 
 
-@dataclass(frozen=True, slots=True)
-class Settled:
+class Settled(NamedTuple):
     """How a settle came out.
 
     `word`: stored, released, unknown; torn (the record lacks chunks); fenced (another's, or another
@@ -61,7 +60,11 @@ class _Clock:
 
 
 class Store:
-    """One Redis server. Times in the unit of their name; `observe(verb, seconds)` hears of every call."""
+    """One Redis server. Times in the unit of their name.
+
+    `observe(verb, seconds)` hears of every call, `repeated()` of every one that is made again;
+    `background` finishes work that nobody waits for.
+    """
 
     def __init__(
         self,
@@ -70,11 +73,13 @@ class Store:
         timeout_ms: int,
         patience_s: float,
         observe: Callable[[str, float], None],
+        repeated: Callable[[], None],
         background: Callable[[Coroutine[Any, Any, Any]], None],
     ) -> None:
         self._timeout_s = timeout_ms / 1000
         self._patience_s = patience_s
-        self._observe = observe
+        self._observe, self._repeated = observe, repeated
+        self._loop = asyncio.get_running_loop()
         self._background = background
         self._scripts = load_scripts()
         self._clock = _Clock()
@@ -96,7 +101,7 @@ class Store:
         await asyncio.gather(self._link.close(), self._reads.close())
 
     async def wait_up(self, seconds: float) -> bool:
-        return await self._link.wait_up(asyncio.get_running_loop().time() + seconds)
+        return await self._link.wait_up(self._loop.time() + seconds)
 
     def problem(self) -> str | None:
         """Return why the store cannot be relied on now, None where it can."""
@@ -115,7 +120,7 @@ class Store:
 
     async def watch(self) -> None:
         """Keep looking at the server's memory and eviction policy, until cancelled."""
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         while True:
             if await self._link.wait_up(loop.time() + HEALTH_S):
                 reply = await self._link.command("INFO", "memory", deadline=loop.time() + self._timeout_s)
@@ -147,13 +152,13 @@ class Store:
 
     async def look(self, key: bytes, scope: Scope, lease_ms: int) -> Record | Corrupt | Unconfirmed | None:
         """Return what stands in the store for a key, None for nothing: a claim that is always too late."""
-        deadline = asyncio.get_running_loop().time() + self._timeout_s
+        deadline = self._loop.time() + self._timeout_s
         nobody = Claim(key, bytes(TOKEN_BYTES), b"", b"", b"", b"", 0, lease_ms, 0)
         found = await self._try_claim(nobody, scope.tenant, 0, deadline)
         return None if isinstance(found, str | Claim) else found
 
     async def _claim(self, claim: Claim, tenant: bytes) -> Claim | Record | Corrupt | Unconfirmed:
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         deadline = loop.time() + self._timeout_s
         pause_s = PAUSE_FIRST_S
         maybe_executed = False
@@ -214,7 +219,7 @@ class Store:
 
     async def renew(self, claim: Claim) -> str:
         """Extend the lease once: renewed, absent, unknown, complete, fenced or unconfirmed."""
-        deadline = asyncio.get_running_loop().time() + self._timeout_s
+        deadline = self._loop.time() + self._timeout_s
         reply = await self._call("renew", claim.key, deadline, claim.token, claim.lease_ms, claim.retention_ms)
         return reply[0].decode() if isinstance(reply, list) else "unconfirmed"
 
@@ -249,7 +254,7 @@ class Store:
 
     async def read(self, key: bytes, token: bytes, first: int) -> list[bytes] | None:
         """Return the chunks of a complete answer from `first` on, as many as fit; None where they are gone."""
-        deadline = asyncio.get_running_loop().time() + self._timeout_s
+        deadline = self._loop.time() + self._timeout_s
         reply = await self._call("read", key, deadline, token, first, READ_BYTES, link=self._reads)
         return reply[1:] if isinstance(reply, list) and reply[0] == b"chunks" else None
 
@@ -257,7 +262,7 @@ class Store:
 
     async def _repeat(self, verb: str, claim: Claim, patience_s: float, *args: Any) -> Any:
         """Call until a reply comes or the patience is over. At the memory limit a repeat does not help."""
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         give_up = loop.time() + patience_s
         pause_s = PAUSE_FIRST_S
         while True:
@@ -267,7 +272,7 @@ class Store:
                 return reply
             if loop.time() + pause_s >= min(give_up, self.patience_ends):
                 return reply
-            self._observe("repeat", 0.0)
+            self._repeated()
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, PAUSE_MOST_S)
 

@@ -7,6 +7,7 @@ version (1), token (16), fence (16 digits), created (16 digits, ms), digest of t
 import struct
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import NamedTuple
 
 from proxy.decision import State
 
@@ -17,8 +18,7 @@ _CHECK_BYTES = 8
 KEPT, EOF_FRAMED, STATED_LENGTH = 1, 2, 4
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(NamedTuple):
     """The right to execute one key. Only the store makes one; without it nothing is forwarded or settled."""
 
     key: bytes  # digest
@@ -32,8 +32,7 @@ class Claim:
     retention_ms: int
 
 
-@dataclass(frozen=True, slots=True)
-class StoredAnswer:
+class StoredAnswer(NamedTuple):
     """A complete answer. `block` holds its end-to-end fields as they are written on a replay."""
 
     status: int
@@ -50,8 +49,7 @@ class StoredAnswer:
     age_s: int  # that it had when it came
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """What stands in the store for a key that is not ours; `now_ms` is the store's clock when it was read."""
 
     state: State

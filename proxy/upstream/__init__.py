@@ -49,10 +49,11 @@ class Pool:
 
         Raises NotSent when none could be had within the connect timeout, waiting in the queue included.
         """
-        if (connection := self._reuse(reuse_idle_s)) is None:
+        connection = None if self._queue else self._reuse(reuse_idle_s)
+        if connection is None:
             try:
                 async with asyncio.timeout(self._connect_timeout_s):
-                    connection = await self._connect_in_turn(reuse_idle_s)
+                    connection = await self._reuse_or_connect(reuse_idle_s)
             except TimeoutError:
                 raise NotSent("no connection to the upstream in time") from None
         connection.idle_since = None
@@ -67,17 +68,15 @@ class Pool:
             connection.rest()
             self._idle.append(connection)
         else:
-            connection.close()
             connection.drop_body()
-            self._open -= 1
+            self._discard(connection)
         self._next()
 
     def forget(self, connection: Connection) -> None:
         """Close an idle connection on which something happened; one in use is closed on its release."""
         if connection in self._idle:
             self._idle.remove(connection)
-            self._open -= 1
-            connection.close()
+            self._discard(connection)
             self._next()
 
     def watch(self, connection: Connection) -> None:
@@ -115,20 +114,27 @@ class Pool:
             self._idle.pop()
             if connection.alive():
                 return connection
-            connection.close()
-            self._open -= 1
+            self._discard(connection)
         return None
 
-    async def _connect_in_turn(self, reuse_idle_s: float) -> Connection:
-        while self._open >= self._max_connections and not self._idle:
-            turn = self.loop.create_future()
-            self._queue.append(turn)
-            await turn
-            if (connection := self._reuse(reuse_idle_s)) is not None:
-                return connection
+    def _discard(self, connection: Connection) -> None:
+        connection.close()
+        self._open -= 1
+
+    @property
+    def _has_room(self) -> bool:
+        return self._open < self._max_connections or bool(self._idle)
+
+    async def _reuse_or_connect(self, reuse_idle_s: float) -> Connection:
+        if self._queue or not self._has_room:
+            await self._turn()
+        if (connection := self._reuse(reuse_idle_s)) is not None:
+            self._next()
+            return connection
         if self._open >= self._max_connections:
-            self.forget(self._idle[0])
+            self._discard(self._idle.pop(0))
         self._open += 1
+        self._next()
         try:
             return await self._connect()
         except BaseException:
@@ -136,12 +142,21 @@ class Pool:
             self._next()
             raise
 
+    async def _turn(self) -> None:
+        """Wait for room, first come first served. Who has its turn stays in the queue until it runs."""
+        turn = self.loop.create_future()
+        self._queue.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            self._queue.remove(turn)
+            self._next()
+            raise
+        self._queue.remove(turn)
+
     def _next(self) -> None:
-        while self._queue:
-            turn = self._queue.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                return
+        if self._queue and self._has_room and not self._queue[0].done():
+            self._queue[0].set_result(None)
 
     async def _connect(self) -> Connection:
         """Connect, again after a failure: nothing was sent, so that is safe. Full jitter between tries."""

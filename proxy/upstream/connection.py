@@ -26,11 +26,14 @@ class NotSent(Exception):
 
 
 class Lost(Exception):
-    """The request was sent, at least in part, and no whole answer came. `timeout`: it was too slow."""
+    """The request was sent, at least in part, and no whole answer came.
 
-    def __init__(self, detail: str, timeout: bool = False) -> None:
+    `timeout`: it was too slow. `body`: the request's own body broke off or stalled.
+    """
+
+    def __init__(self, detail: str, timeout: bool = False, body: bool = False) -> None:
         super().__init__(detail)
-        self.timeout = timeout
+        self.timeout, self.body = timeout, body
 
 
 @dataclass(slots=True)
@@ -78,6 +81,7 @@ class Connection(asyncio.Protocol):
         self._reading_paused = False
         self._keep_alive = False
         self._surplus = False
+        self._window_over = False
         self._failure: Lost | None = None
         self.answer: AnswerHead | None = None
         self.complete = False
@@ -106,7 +110,8 @@ class Connection(asyncio.Protocol):
             if chunked and self.transport is not None:
                 self.transport.write(b"0\r\n\r\n")
         except Exception as error:  # the client's side broke: the upstream must not take the rest for whole
-            self.fail(Lost(f"the request's body broke off: {type(error).__name__}"))
+            stalled = isinstance(error, TimeoutError)
+            self.fail(Lost(f"the request's body broke off: {type(error).__name__}", timeout=stalled, body=True))
 
     async def _wait_room(self) -> None:
         while self._writing_paused and self.transport is not None:
@@ -138,14 +143,18 @@ class Connection(asyncio.Protocol):
         """Return whether the answer's end comes within a short window and no more than `most_bytes`."""
         if self.complete or self.buffered > most_bytes:
             return self.complete and self.buffered <= most_bytes
-        closing = self._loop.call_later(window_s, self._wake)
+        self._window_over = False
+        closing = self._loop.call_later(window_s, self._close_window)
         try:
-            until = self._loop.time() + window_s
-            while not self.complete and self.buffered <= most_bytes and self._loop.time() < until:
-                await self._wait(window_s + 1)
+            while not (self.complete or self._window_over or self.buffered > most_bytes):
+                await self._wait(float("inf"))  # the window ends it
         finally:
             closing.cancel()
         return self.complete and self.buffered <= most_bytes
+
+    def _close_window(self) -> None:
+        self._window_over = True
+        self._wake()
 
     async def chunk(self, silence_s: float) -> bytes:
         """Return the next bytes of the body, empty at its whole end. Raises Lost where it broke off."""
@@ -194,12 +203,15 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
+        self._readable = select.poll()
+        self._readable.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
 
     def data_received(self, data: bytes) -> None:
         if self._parser is None:  # idle, or already whole: never the next answer
             self._surplus = True
             self._pool.forget(self)
             return
+        held = self.buffered
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -207,16 +219,15 @@ class Connection(asyncio.Protocol):
         except httptools.HttpParserError as error:  # also what a callback of ours raised
             self._surplus = True
             self.fail(Lost(f"the upstream's answer is unusable: {error.__context__ or error}"))
-        self._after_feed(len(data))
+        self._after_feed(len(data), body=self.buffered > held)
 
-    def _after_feed(self, size: int) -> None:
-        if self.answer is None:
-            self._head_bytes += size
-            if self._head_bytes > MAX_HEAD_BYTES:
-                self.fail(Lost("the upstream's head is too large"))
-            return
+    def _after_feed(self, size: int, body: bool) -> None:
+        # Trailers and chunk extensions count like a head: they may not come for ever without a byte of body.
+        self._head_bytes = 0 if body else self._head_bytes + size
         if self.complete:
             self._parser = None
+        elif self._head_bytes > MAX_HEAD_BYTES:
+            self.fail(Lost("the upstream's head is too large"))
         elif self.buffered > (LOW_WATER if self._pool.buffered.used > self._pool.buffered.limit else HIGH_WATER):
             self._pause()
         self._wake()
@@ -256,6 +267,8 @@ class Connection(asyncio.Protocol):
         parser = self._parser
         if parser is None or self.complete:
             return
+        if parser.get_http_version() not in ("1.1", "1.0"):
+            raise httptools.HttpParserError("another version of HTTP")
         status = parser.get_status_code()
         if 100 <= status < 200:
             self._interim += 1
@@ -274,6 +287,8 @@ class Connection(asyncio.Protocol):
         if self.complete:
             self._surplus = True
             return
+        if self.answer is None:
+            raise httptools.HttpParserError("an interim answer with a body")
         self._chunks.append(data)
         self.buffered += len(data)
         self._pool.buffered.used += len(data)
@@ -302,9 +317,7 @@ class Connection(asyncio.Protocol):
         """Return whether an idle connection can be used: nothing came on it, and it was not closed."""
         if self.transport is None or self._surplus or self.transport.is_closing():
             return False
-        poll = select.poll()
-        poll.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN)
-        return not poll.poll(0)
+        return not self._readable.poll(0)
 
     def close(self) -> None:
         if self._sender is not None and not self._sender.done():

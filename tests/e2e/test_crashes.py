@@ -1,0 +1,215 @@
+"""Processes that die or stand still: what was claimed ends unknown, what was stored stays, nothing runs twice."""
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.parts import (
+    CHUNKED,
+    LAST_CHUNK,
+    OK,
+    Blackhole,
+    Proxy,
+    RawClient,
+    RawUpstream,
+    Tap,
+    answering,
+    ask,
+    chunk,
+    holding,
+    read_answer,
+    request,
+    until,
+)
+
+LEASE_S = 0.5
+CREATED = b"HTTP/1.1 201 Made\r\nX-Id: 7\r\nContent-Length: 4\r\n\r\nmade"
+
+
+async def becomes_unknown(port: int, within_s: float) -> None:
+    """Ask until the key is unknown: in flight until then, and no longer than it may be."""
+    clock = asyncio.get_running_loop().time
+    latest = clock() + within_s
+    while True:
+        asked = clock()
+        answer = await ask(port, request())
+        assert answer.status == 409
+        if answer.slug == "outcome-unknown":
+            assert answer.header("retry-after") is None
+            assert answer.header("x-should-retry") == b"false"
+            assert answer.header("oncegate-status") == b"unknown"
+            return
+        assert answer.slug == "in-flight"
+        assert asked < latest, "in flight for longer than the lease and a second"
+        await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("moment", ["connecting", "waiting", "mid-body"])
+async def test_a_killed_proxy_leaves_the_key_unknown(proxies, upstream, valkey, moment):
+    """SIGKILL before send, after send and mid-body: in flight for the lease + 1 s at most, then unknown for good."""
+    hole, tap = Blackhole(), Tap()
+    upstream.script = tap.script
+    try:
+        doomed = proxies(hole.url if moment == "connecting" else upstream, valkey.url, LEASE_MS=500)
+        other = proxies(upstream, valkey.url, LEASE_MS=500)
+        client = await RawClient.open(doomed.port)
+        client.writer.write(request())
+        await until(lambda: upstream.received if moment != "connecting" else valkey.states())
+        if moment == "mid-body":
+            tap.send(CHUNKED, chunk(b"a" * 300_000), chunk(b"b" * 300_000))
+            await client.reader.readuntil(b"b" * 1000)
+            await until(lambda: any(b"b0" in fields for fields in valkey.records().values()))
+        assert (await ask(other.port, request())).slug == "in-flight"
+        doomed.kill()
+    finally:
+        hole.close()
+    if moment == "mid-body":
+        assert b"0\r\n\r\n" not in (await client.reader.read())[-5:]
+    else:
+        assert await read_answer(client.reader) is None
+    client.close()
+    await becomes_unknown(other.port, LEASE_S + 1)
+    assert (await ask(other.port, request())).slug == "outcome-unknown"
+    doomed.start()
+    assert (await ask(doomed.port, request())).slug == "outcome-unknown"
+    assert len(upstream.received) == (0 if moment == "connecting" else 1)
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["small", "streamed"])
+async def test_a_proxy_that_stood_still_stores_what_came(proxies, upstream, valkey, streamed):
+    """SIGSTOP for two leases while the answer comes: unknown meanwhile, then the client is served and it is kept."""
+    tap = Tap()
+    upstream.script = tap.script
+    still, other = (proxies(upstream, valkey.url, LEASE_MS=300) for _ in range(2))
+    original = asyncio.ensure_future(ask(still.port, request()))
+    await until(lambda: upstream.received)
+    if streamed:
+        tap.send(CHUNKED, chunk(b"a" * 100_000))
+        await until(lambda: any(b"b0" in fields for fields in valkey.records().values()))
+    still.signal(signal.SIGSTOP)
+    await becomes_unknown(other.port, 0.3 + 1)
+    await asyncio.sleep(0.3)  # the second lease
+    if streamed:
+        tap.end(chunk(b"b" * 100_000), LAST_CHUNK)
+    else:
+        tap.end(CREATED)
+    assert (await ask(other.port, request())).slug == "outcome-unknown"
+    still.signal(signal.SIGCONT)
+    answer = await original
+    assert answer.complete
+    assert answer.body == (b"a" * 100_000 + b"b" * 100_000 if streamed else b"made")
+    for proxy in (still, other):
+        replay = await ask(proxy.port, request())
+        assert replay.header("oncegate-status") == b"replayed"
+        assert (replay.status, replay.reason, replay.body) == (answer.status, answer.reason, answer.body)
+    assert len(upstream.received) == 1
+    assert still.metric("claims_lost_total") == 0
+
+
+@pytest.mark.parametrize("taken", [False, True], ids=["still ours", "released and taken"])
+async def test_a_claim_grown_old_before_sending_is_claimed_again(proxies, upstream, valkey, taken):
+    """SIGSTOP between claim and connect: afterwards it is claimed again, and if it is another's, nothing is sent."""
+    hole, beyond = Blackhole(), RawUpstream()
+    try:
+        still = proxies(hole.url, valkey.url, LEASE_MS=300, CONNECT_TIMEOUT_S=20)
+        other = proxies(upstream, valkey.url, LEASE_MS=300)
+        original = asyncio.ensure_future(ask(still.port, request()))
+        await until(valkey.states)
+        still.signal(signal.SIGSTOP)
+        await becomes_unknown(other.port, 0.3 + 1)
+        if taken:
+            upstream.script = answering(CREATED)
+            with valkey.client() as client:
+                client.flushall()  # as an operator frees a key by hand
+            assert (await ask(other.port, request())).header("oncegate-status") == b"executed"
+        await beyond.start(hole.place)
+        still.signal(signal.SIGCONT)
+        answer = await original
+        replay = await ask(other.port, request())
+    finally:
+        await beyond.close()
+        hole.close()
+    if taken:
+        assert (answer.status, answer.body, answer.header("oncegate-status")) == (201, b"made", b"replayed")
+        assert still.metric("claims_lost_total") == 1
+        assert not beyond.received
+    else:
+        assert (answer.status, answer.body, answer.header("oncegate-status")) == (200, b"ok", b"executed")
+        assert len(beyond.received) == 1
+    assert (replay.header("oncegate-status"), replay.body) == (b"replayed", answer.body)
+
+
+async def test_an_execution_outlives_a_kill_of_the_proxy(proxies, upstream):
+    """With the embedded store, SIGKILL right after an answer and a start on the same folder: it is replayed."""
+    upstream.script = answering(CREATED)
+    proxy = proxies(upstream)
+    first = await ask(proxy.port, request())
+    proxy.kill()
+    proxy.start()
+    again = await ask(proxy.port, request())
+    assert (again.status, again.reason, again.body) == (first.status, first.reason, first.body)
+    assert again.header("oncegate-status") == b"replayed"
+    assert len(upstream.received) == 1
+
+
+async def test_a_request_under_way_outlives_no_kill_of_the_proxy(proxies, upstream):
+    """With the embedded store, SIGKILL in mid-flight: after the start it is in flight, then unknown, never run."""
+    upstream.script = holding(asyncio.Event())
+    proxy = proxies(upstream, LEASE_MS=500)
+    client = await RawClient.open(proxy.port)
+    client.writer.write(request())
+    await until(lambda: upstream.received)
+    proxy.kill()
+    assert await read_answer(client.reader) is None
+    client.close()
+    proxy.start()
+    await becomes_unknown(proxy.port, LEASE_S + 1)
+    assert len(upstream.received) == 1
+
+
+def store_process(proxy: Proxy) -> int:
+    """Return the process id of a proxy's embedded store: its one child."""
+    children = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, fields = status.read_text().rpartition(") ")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields.split()[1]) == proxy.process.pid and "server" in name:
+            children.append(int(status.parent.name))
+    assert len(children) == 1
+    return children[0]
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["small", "streamed"])
+async def test_a_killed_embedded_store_loses_nothing(proxies, upstream, streamed):
+    """SIGKILL of the embedded store: ready again, what it had is replayed, and what runs is stored afterwards."""
+    upstream.script = answering(CREATED)
+    proxy = proxies(upstream, LEASE_MS=300)
+    await ask(proxy.port, request(key="before"))
+    tap = Tap()
+    upstream.script = tap.script
+    original = asyncio.ensure_future(ask(proxy.port, request(key="during")))
+    await until(lambda: len(upstream.received) == 2)
+    if streamed:
+        tap.send(CHUNKED, chunk(b"a" * 100_000))
+        await until(lambda: proxy.metric('store_seconds_count{verb="append"}') >= 1)
+    killed = store_process(proxy)
+    os.kill(killed, signal.SIGKILL)
+    if streamed:
+        tap.end(chunk(b"b" * 100_000), LAST_CHUNK)
+    else:
+        tap.end(OK)
+    answer = await original
+    whole = b"a" * 100_000 + b"b" * 100_000 if streamed else b"ok"
+    assert (answer.status, answer.body, answer.complete) == (200, whole, True)
+    await until(lambda: proxy.admin("/readyz")[0] == 200)
+    assert store_process(proxy) != killed
+    for key, body in (("before", b"made"), ("during", whole)):
+        replay = await ask(proxy.port, request(key=key))
+        assert (replay.header("oncegate-status"), replay.body) == (b"replayed", body)
+    assert len(upstream.received) == 2
+    assert proxy.metric("claims_lost_total") == 0

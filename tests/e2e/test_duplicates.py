@@ -1,0 +1,249 @@
+"""A request whose key is taken: what it gets while the original runs, and for how long afterwards."""
+
+import asyncio
+import socket
+
+import pytest
+
+from tests.parts import (
+    OK,
+    Answer,
+    RawClient,
+    RawUpstream,
+    answering,
+    ask,
+    holding,
+    read_answer,
+    request,
+    until,
+)
+
+BUSY = b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 7\r\nContent-Length: 4\r\n\r\nslow"
+
+
+def assert_in_flight(answer: Answer) -> None:
+    """It is the whole answer of the table, with the advice that client libraries obey."""
+    assert (answer.status, answer.slug) == (409, "in-flight")
+    assert int(answer.header("retry-after") or 0) >= 1
+    assert answer.header("x-should-retry") == answer.header("stripe-should-retry") == b"true"
+    assert answer.header("oncegate-status") == b"refused"
+    problem = answer.problem
+    assert (problem["retryable"], problem["reuse_key"], problem["status"]) == (True, True, 409)
+    assert problem["error"]["code"] == "in_flight"
+
+
+def count(answers: list[Answer], status: bytes) -> int:
+    return sum(answer.header("oncegate-status") == status for answer in answers)
+
+
+def waiting(*proxies) -> float:
+    return sum(proxy.metric("waiting") for proxy in proxies)
+
+
+async def test_two_hundred_at_once_on_two_proxies_are_one_execution(proxies, upstream, valkey):
+    """Of 200 concurrent duplicates on two proxies one executes; each other gets 409 in-flight or its bytes."""
+    upstream.script = answering(OK, delay_s=0.3)
+    two = [proxies(upstream, valkey.url) for _ in range(2)]
+    answers = await asyncio.gather(*[ask(two[n % 2].port, request()) for n in range(200)])
+    answers += [await ask(proxy.port, request()) for proxy in two]
+    assert len(upstream.received) == 1
+    assert count(answers, b"executed") == 1
+    assert [answer.body for answer in answers[-2:]] == [b"ok", b"ok"]
+    for answer in answers:
+        if answer.status == 409:
+            assert_in_flight(answer)
+        else:
+            assert (answer.status, answer.reason, answer.body) == (200, b"OK", b"ok")
+
+
+async def test_all_that_wait_get_the_bytes_of_the_one_execution(proxies, upstream, valkey):
+    """With `wait`, 120 duplicates on two proxies are held and all get the original's answer."""
+    done = asyncio.Event()
+    upstream.script = holding(done)
+    two = [proxies(upstream, valkey.url, ON_DUPLICATE="wait") for _ in range(2)]
+    asks = [asyncio.ensure_future(ask(two[n % 2].port, request())) for n in range(120)]
+    await until(lambda: waiting(*two) == 119, 30)
+    done.set()
+    answers = await asyncio.gather(*asks)
+    assert len(upstream.received) == 1
+    assert {(answer.status, answer.reason, answer.body) for answer in answers} == {(200, b"OK", b"ok")}
+    assert (count(answers, b"executed"), count(answers, b"replayed")) == (1, 119)
+    assert waiting(*two) == 0
+
+
+@pytest.mark.parametrize(
+    ("most", "keys", "duplicates", "held"),
+    [(1024, 1, 70, 64), (3, 2, 2, 3)],
+    ids=["64 a key", "MAX_WAITERS a worker"],
+)
+async def test_waiters_over_a_limit_are_told_at_once(proxies, upstream, valkey, most, keys, duplicates, held):
+    """Waiters are limited for each key and each worker; one more gets in-flight without waiting."""
+    done = asyncio.Event()
+    upstream.script = holding(done)
+    proxy = proxies(upstream, valkey.url, ON_DUPLICATE="wait", MAX_WAITERS=most)
+    names = [f"key-{n}" for n in range(keys)]
+    originals = [asyncio.ensure_future(ask(proxy.port, request(key=name))) for name in names]
+    await until(lambda: len(upstream.received) == keys)
+    asks = [asyncio.ensure_future(ask(proxy.port, request(key=name))) for name in names for _ in range(duplicates)]
+    await until(lambda: sum(one.done() for one in asks) == keys * duplicates - held)
+    assert waiting(proxy) == held
+    done.set()
+    answers = await asyncio.gather(*asks)
+    for answer in answers:
+        if answer.status != 200:
+            assert_in_flight(answer)
+    assert count(answers, b"replayed") == held
+    assert {answer.body for answer in await asyncio.gather(*originals)} == {b"ok"}
+
+
+async def test_a_declined_original_starts_no_storm(proxies, upstream, valkey):
+    """When the original gets 429, its waiters get in-flight and none executes; the next try does."""
+    done = asyncio.Event()
+    upstream.script = holding(done, BUSY)
+    two = [proxies(upstream, valkey.url, ON_DUPLICATE="wait") for _ in range(2)]
+    original = asyncio.ensure_future(ask(two[0].port, request()))
+    await until(lambda: upstream.received)
+    asks = [asyncio.ensure_future(ask(two[n % 2].port, request())) for n in range(40)]
+    await until(lambda: waiting(*two) == 40)
+    done.set()
+    first = await original
+    assert (first.status, first.header("oncegate-status")) == (429, b"released")
+    for answer in await asyncio.gather(*asks):
+        assert_in_flight(answer)
+    assert len(upstream.received) == 1
+    upstream.script = answering(OK)
+    assert (await ask(two[1].port, request())).header("oncegate-status") == b"executed"
+
+
+async def test_one_waiter_executes_when_nothing_was_sent(proxies, valkey):
+    """When the upstream could not be reached, one waiter claims the key and all others get its answer."""
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))  # refuses until it listens
+        port = place.getsockname()[1]
+        proxy = proxies(
+            f"http://127.0.0.1:{port}", valkey.url, ON_DUPLICATE="wait", CONNECT_TIMEOUT_S=1.5, CONNECT_RETRIES=20
+        )
+        original = asyncio.ensure_future(ask(proxy.port, request()))
+        await until(valkey.states)
+        asks = [asyncio.ensure_future(ask(proxy.port, request())) for _ in range(20)]
+        await until(lambda: waiting(proxy) == 20)
+        first = await original
+        assert (first.status, first.slug) == (502, "upstream-unreachable")
+        upstream = RawUpstream()
+        await upstream.start(place)
+        try:
+            answers = await asyncio.gather(*asks)
+        finally:
+            await upstream.close()
+    assert len(upstream.received) == 1
+    assert {(answer.status, answer.body) for answer in answers} == {(200, b"ok")}
+    assert (count(answers, b"executed"), count(answers, b"replayed")) == (1, 19)
+
+
+async def test_a_client_may_ask_to_wait(proxies, upstream, valkey):
+    """`Prefer: wait=N` holds a duplicate, for WAIT_MAX_S at most, and Preference-Applied says for how long."""
+    done = asyncio.Event()
+    upstream.script = holding(done)
+    proxy = proxies(upstream, valkey.url, WAIT_MAX_S=1)
+    original = asyncio.ensure_future(ask(proxy.port, request("POST", "/", "k", b"1", "Prefer: wait=9")))
+    await until(lambda: upstream.received)
+    assert_in_flight(await ask(proxy.port, request("POST", "/", "k", b"1")))
+    began = asyncio.get_running_loop().time()
+    over = await ask(proxy.port, request("POST", "/", "k", b"1", "Prefer: respond-async, wait=600"))
+    assert asyncio.get_running_loop().time() - began >= 0.9
+    assert_in_flight(over)
+    assert over.header("preference-applied") == b"wait=1"
+    held = asyncio.ensure_future(ask(proxy.port, request("POST", "/", "k", b"1", "Prefer: wait=1")))
+    await until(lambda: waiting(proxy) == 1)
+    done.set()
+    answer = await held
+    assert (answer.status, answer.body, answer.header("preference-applied")) == (200, b"ok", b"wait=1")
+    assert (await original).header("preference-applied") is None
+    assert len(upstream.received) == 1
+
+
+async def test_a_wait_that_is_over_ends_in_flight(proxies, upstream, valkey):
+    """A duplicate that waited WAIT_MAX_S gets in-flight, on the proxy of the original and on another."""
+    done = asyncio.Event()
+    upstream.script = holding(done)
+    two = [proxies(upstream, valkey.url, ON_DUPLICATE="wait", WAIT_MAX_S=0.4) for _ in range(2)]
+    original = asyncio.ensure_future(ask(two[0].port, request()))
+    await until(lambda: upstream.received)
+    for answer in await asyncio.gather(*[ask(proxy.port, request()) for proxy in two]):
+        assert_in_flight(answer)
+        assert answer.header("preference-applied") is None
+    done.set()
+    assert (await original).status == 200
+
+
+async def test_a_waiter_whose_client_left_stops_waiting(proxies, upstream, valkey):
+    """A client that resets its connection gives its place among the waiters back, and nothing else changes."""
+    done = asyncio.Event()
+    upstream.script = holding(done)
+    proxy = proxies(upstream, valkey.url, ON_DUPLICATE="wait")
+    original = asyncio.ensure_future(ask(proxy.port, request()))
+    await until(lambda: upstream.received)
+    clients = [await RawClient.open(proxy.port) for _ in range(5)]
+    for client in clients:
+        client.writer.write(request())
+    await until(lambda: waiting(proxy) == 5)
+    for client in clients[1:]:
+        client.reset()
+    await until(lambda: waiting(proxy) == 1)
+    assert proxy.metric("in_flight") == 1
+    done.set()
+    stayed = await read_answer(clients[0].reader)
+    clients[0].close()
+    assert stayed is not None
+    assert (stayed.status, stayed.header("oncegate-status")) == (200, b"replayed")
+    assert (await original).header("oncegate-status") == b"executed"
+    assert proxy.metric('requests_total{outcome="client_gone"}') == 4
+
+
+async def test_mismatch_is_seen_before_in_flight(proxies, upstream, valkey):
+    """Another request under a running key gets 422 at once, even where duplicates wait."""
+    done = asyncio.Event()
+    upstream.script = holding(done)
+    two = [proxies(upstream, valkey.url, ON_DUPLICATE=mode) for mode in ("wait", "reject")]
+    original = asyncio.ensure_future(ask(two[0].port, request()))
+    await until(lambda: upstream.received)
+    for proxy in two:
+        for other in (request(body=b"2"), request(target="/v1/other"), request("PATCH")):
+            answer = await ask(proxy.port, other, seconds=10)
+            assert (answer.status, answer.slug) == (422, "key-reused")
+            assert answer.header("retry-after") is None
+            assert answer.header("x-should-retry") == b"false"
+    assert not original.done()
+    done.set()
+    assert (await original).status == 200
+    assert len(upstream.received) == 1
+
+
+async def test_a_running_key_outlives_its_retention(proxies, upstream, valkey):
+    """With 2 s of retention and an upstream that takes 6 s there is one execution; the answer is kept for 2 s."""
+    upstream.script = answering(OK, delay_s=6)
+    two = [proxies(upstream, valkey.url, RETENTION_S=2, LEASE_MS=500, WAIT_MAX_S=1) for _ in range(2)]
+    clock = asyncio.get_running_loop().time
+    original = asyncio.ensure_future(ask(two[0].port, request()))
+    await until(lambda: upstream.received)
+    duplicates = 0
+    while not original.done() and duplicates < 100:
+        answer = await ask(two[duplicates % 2].port, request())
+        if answer.status != 200:
+            assert_in_flight(answer)
+        duplicates += 1
+        await asyncio.wait([original], timeout=0.5)
+    completed = clock()
+    assert duplicates >= 8
+    replays = 0
+    while valkey.states():
+        if clock() - completed < 1:  # far enough from the end that the key cannot come free in between
+            assert (await ask(two[replays % 2].port, request())).header("oncegate-status") == b"replayed"
+            replays += 1
+        await asyncio.sleep(0.05)
+        assert clock() - completed < 10
+    assert clock() - completed > 1.5
+    assert replays > 2
+    assert len(upstream.received) == 1
+    upstream.script = answering(OK)
+    assert (await ask(two[0].port, request())).header("oncegate-status") == b"executed"

@@ -1,0 +1,165 @@
+"""The two tables that carry the promise, as DESIGN.md states them."""
+
+from itertools import product
+
+import pytest
+
+from proxy.decision import (
+    Decision,
+    Ending,
+    Settlement,
+    State,
+    decide,
+    ending,
+    must_reclaim,
+    retry_after_s,
+    settlement,
+    state_now,
+)
+from proxy.policy import Disposition
+
+RUNNING, PASSED = 1, 0  # what is left of a lease, in ms
+
+# What was found, what is left of its lease -> what the same request gets. Another one is a mismatch.
+DECISIONS = [
+    # found           lease    kept   same fingerprint     other fingerprint
+    (State.IN_FLIGHT, RUNNING, True, Decision.IN_FLIGHT, Decision.MISMATCH),
+    (State.IN_FLIGHT, RUNNING, False, Decision.IN_FLIGHT, Decision.MISMATCH),
+    (State.IN_FLIGHT, PASSED, True, Decision.UNKNOWN, Decision.MISMATCH),
+    (State.IN_FLIGHT, PASSED, False, Decision.UNKNOWN, Decision.MISMATCH),
+    (State.COMPLETE, RUNNING, True, Decision.REPLAY, Decision.MISMATCH),
+    (State.COMPLETE, PASSED, True, Decision.REPLAY, Decision.MISMATCH),
+    (State.COMPLETE, RUNNING, False, Decision.NOT_KEPT, Decision.MISMATCH),
+    (State.COMPLETE, PASSED, False, Decision.NOT_KEPT, Decision.MISMATCH),
+    (State.UNKNOWN, RUNNING, True, Decision.UNKNOWN, Decision.MISMATCH),
+    (State.UNKNOWN, RUNNING, False, Decision.UNKNOWN, Decision.MISMATCH),
+    (State.UNKNOWN, PASSED, True, Decision.UNKNOWN, Decision.MISMATCH),
+    (State.UNKNOWN, PASSED, False, Decision.UNKNOWN, Decision.MISMATCH),
+]
+
+# How far the exchange got -> what becomes of its claim.
+ENDINGS = {
+    Ending.NOT_SENT: Settlement.RELEASE,
+    Ending.NO_RESPONSE: Settlement.UNKNOWN,
+    Ending.TRUNCATED: Settlement.UNKNOWN,
+    Ending.DECLINED: Settlement.RELEASE,
+    Ending.AMBIGUOUS: Settlement.UNKNOWN,
+    Ending.TOO_LARGE: Settlement.STORE_BARE,
+    Ending.COMPLETE: Settlement.STORE,
+}
+
+# A whole answer: what its status means, whether its body was kept -> how the exchange ended.
+WHOLE = {
+    (Disposition.RELEASE, True): Ending.DECLINED,
+    (Disposition.RELEASE, False): Ending.DECLINED,
+    (Disposition.AMBIGUOUS, True): Ending.AMBIGUOUS,
+    (Disposition.AMBIGUOUS, False): Ending.AMBIGUOUS,
+    (Disposition.STORE, True): Ending.COMPLETE,
+    (Disposition.STORE, False): Ending.TOO_LARGE,
+}
+
+
+@pytest.mark.parametrize(("found", "lease_left_ms", "kept", "same", "other"), DECISIONS)
+def test_what_a_duplicate_gets(found, lease_left_ms, kept, same, other):
+    """What was found decides, and a mismatch is looked at first, so that another request's state never shows."""
+    now = state_now(found, lease_left_ms)
+    assert decide(now, same_request=True, kept=kept) is same
+    assert decide(now, same_request=False, kept=kept) is other
+
+
+def test_the_decision_table_is_whole():
+    """Every state, lease and record has a row, and every decision is made somewhere."""
+    assert {row[:3] for row in DECISIONS} == set(product(State, (RUNNING, PASSED), (True, False)))
+    assert {decision for row in DECISIONS for decision in row[3:]} == set(Decision)
+
+
+@pytest.mark.parametrize("left_ms", [-(10**12), -1, 0, 1, 2, 10_000, 10**12])
+def test_a_passed_lease_is_read_as_unknown(left_ms):
+    """It matters to a key in flight alone: nobody knows what its owner did."""
+    assert state_now(State.IN_FLIGHT, left_ms) is (State.IN_FLIGHT if left_ms > 0 else State.UNKNOWN)
+    assert state_now(State.COMPLETE, left_ms) is State.COMPLETE
+    assert state_now(State.UNKNOWN, left_ms) is State.UNKNOWN
+
+
+@pytest.mark.parametrize("reached", Ending)
+def test_what_becomes_of_a_claim(reached):
+    """How far the exchange got decides how its claim is settled."""
+    assert settlement(reached) is ENDINGS[reached]
+
+
+def test_every_settlement_is_reached():
+    """A claim can be stored, stored without body, released and left unknown."""
+    assert set(ENDINGS.values()) == set(Settlement)
+
+
+def test_only_what_was_not_executed_frees_its_key():
+    """No ending in which the upstream may have executed the request is a release."""
+    released = {reached for reached in Ending if settlement(reached) is Settlement.RELEASE}
+    assert released == {Ending.NOT_SENT, Ending.DECLINED}
+
+
+@pytest.mark.parametrize(("disposition", "kept"), list(WHOLE))
+def test_how_a_whole_answer_ends_the_exchange(disposition, kept):
+    """Its status decides first; only what is to be stored can be too large."""
+    assert set(WHOLE) == set(product(Disposition, (True, False)))
+    assert ending(disposition, kept) is WHOLE[disposition, kept]
+
+
+@pytest.mark.parametrize("decision", [decide, ending, settlement])
+def test_a_value_outside_the_tables_decides_nothing(decision):
+    """It fails, instead of passing for some row."""
+    arguments = {decide: ("in_flight", True, True), ending: ("store", True), settlement: ("complete",)}
+    with pytest.raises(AssertionError):
+        decision(*arguments[decision])
+
+
+@pytest.mark.parametrize(
+    ("age_s", "lease_ms", "must"),
+    [
+        (0.0, 10_000, False),
+        (4.9, 10_000, False),
+        (5.0, 10_000, False),
+        (5.001, 10_000, True),
+        (10.0, 10_000, True),
+        (3600.0, 10_000, True),
+        (0.1, 200, False),
+        (0.101, 200, True),
+        (0.25, 501, False),
+        (-1.0, 200, False),
+    ],
+)
+def test_a_claim_older_than_half_a_lease_is_claimed_again(age_s, lease_ms, must):
+    """Before the first byte is sent; a younger one is surely still ours."""
+    assert must_reclaim(age_s, lease_ms) is must
+
+
+@pytest.mark.parametrize(
+    ("running_ms", "lease_ms", "seconds"),
+    [
+        (0, 10_000, 1),
+        (1, 10_000, 1),
+        (1000, 10_000, 1),
+        (1001, 10_000, 2),
+        (4200, 10_000, 5),
+        (9999, 10_000, 10),
+        (10_000, 10_000, 10),
+        (3_600_000, 10_000, 10),
+        (3_600_000, 2500, 2),
+        (5000, 200, 1),
+        (5000, 999, 1),
+        (-5000, 10_000, 1),
+    ],
+)
+def test_a_duplicate_comes_again_after_as_long_as_its_original_has_been_running(running_ms, lease_ms, seconds):
+    """In whole seconds, at least 1, at most the lease."""
+    assert retry_after_s(running_ms, lease_ms) == seconds
+
+
+def test_the_time_to_come_again_is_bounded():
+    """Whatever runs for however long under whatever lease: at least 1 and never past the lease."""
+    for running_ms, lease_ms in product(
+        (-(10**9), -1, 0, 1, 999, 10**4, 10**6, 10**12), (200, 999, 10**3, 10**4, 10**7)
+    ):
+        seconds = retry_after_s(running_ms, lease_ms)
+        assert isinstance(seconds, int)
+        assert 1 <= seconds <= max(1, lease_ms // 1000)

@@ -1,0 +1,898 @@
+"""Header fields and request lines: what is refused, stripped and added."""
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from proxy.headers import (
+    AnswerHead,
+    Gate,
+    Hop,
+    Refused,
+    RequestHead,
+    answer_blocks,
+    by_name,
+    preferred_wait_s,
+    read_answer_head,
+    request_head,
+    status_line,
+    tokens,
+    upstream_age,
+)
+
+many = settings(max_examples=400, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+
+HTTP10, HTTP11 = (1, 0), (1, 1)
+HOST = b"api.test"
+GATE = Gate((), b"idempotency-key", (b"authorization", b"x-api-key"))
+
+
+def pairs(*lines: bytes) -> list[tuple[bytes, bytes]]:
+    return [(name, value.strip()) for name, _, value in (line.partition(b":") for line in lines)]
+
+
+def enter(
+    *lines: bytes, method="POST", target=b"/v1/charges", version=HTTP11, host: bytes | None = HOST, gate=GATE
+) -> RequestHead | Refused:
+    named = [] if host is None else [(b"Host", host)]
+    return gate.enter(method, target, version, named + pairs(*lines))
+
+
+def entered(*lines: bytes, **options) -> RequestHead:
+    head = enter(*lines, **options)
+    assert isinstance(head, RequestHead), head
+    return head
+
+
+def refused(*lines: bytes, **options) -> int:
+    head = enter(*lines, **options)
+    assert isinstance(head, Refused), head
+    return head.status
+
+
+# Small parts ...
+
+
+def test_fields_are_found_by_lower_case_name():
+    """Values are kept in the order of their lines, whatever the case of their names."""
+    assert by_name(pairs(b"A: 1", b"b: 2", b"a: 3", b"B:")) == {b"a": [b"1", b"3"], b"b": [b"2", b""]}
+
+
+@pytest.mark.parametrize(
+    ("values", "members"),
+    [
+        ([], []),
+        ([b""], []),
+        ([b" , ,\t"], []),
+        ([b"Close"], [b"close"]),
+        ([b"a, B ,\tc,,"], [b"a", b"b", b"c"]),
+        ([b"a,b", b"", b"C"], [b"a", b"b", b"c"]),
+    ],
+)
+def test_a_list_is_read_across_lines_in_lower_case(values, members):
+    """Members of a comma-separated field, without white space and empty ones."""
+    assert tokens(values) == members
+
+
+# The gate: the request line ...
+
+
+@pytest.mark.parametrize(
+    ("target", "origin_form"),
+    [
+        *[
+            (target, target)
+            for target in (
+                *(b"/", b"/v1/charges", b"/a?b=c", b"/?", b"/?a?b", b"/a;b=c", b"/a//b", b"//evil.test/x", b"///"),
+                *(b"/./a/../b", b"/..", b"/%7Ea/../b?x=%2F", b"/%00%0d%0a", b"/%", b"/%zz", b"/a%2fb%2Fc"),
+                *(b'/"<>\\^`{|}', b"/http://evil.test/", b"/@evil.test", b"/:8080", b"/*", b"/\xc3\xa9\xff", b"/~'()!"),
+            )
+        ],
+        (b"http://api.test/x?y", b"/x?y"),
+        (b"HTTP://API.Test/x", b"/x"),
+        (b"https://api.test//x", b"//x"),
+        (b"http://api.test", b"/"),
+        (b"http://api.test/", b"/"),
+        (b"http://api.test?y", b"/?y"),
+        (b"http://api.test/%7Ea/../b@c:d", b"/%7Ea/../b@c:d"),
+    ],
+)
+def test_a_target_is_kept_byte_for_byte(target, origin_form):
+    """Paths stay as they are, URLs of this host lose scheme and authority only."""
+    assert entered(target=target).target == origin_form
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        *(b"", b"x", b"?x", b"#", b"api.test", b"api.test:443", b"api.test/x", b"\\x", b"*/", b"**", b" /"),
+        *(b"/a#b", b"/#", b"/a?b#c", b"http://api.test/#b", b"http://api.test#b", b"http://api.test/a?b#c"),
+        *(b"/a b", b"/a\tb", b"/a\r\nb", b"/a\nb", b"/\x00", b"/\x7f", b"/\x1f", b"/a ", b"/a\n"),
+        *(b"http://evil.test/", b"http://evil.test", b"HTTPS://EVIL.test/x", b"http://api.test.evil.test/"),
+        *(b"http://api.test:80/", b"http://api.test:8080/", b"http://api.test./", b"http://xapi.test/"),
+        *(b"http://user@api.test/", b"http://api.test@evil.test/", b"http://api.test:80@evil.test/"),
+        *(b"http://evil.test\\@api.test/", b"http://api.test\\.evil.test/", b"http://api%2etest/", b"http://[::1]/"),
+        *(b"http:///x", b"http://", b"http:/api.test/x", b"http:api.test/x", b"/api.test x"),
+        *(b"ftp://api.test/", b"file:///etc/passwd", b"ws://api.test/", b"javascript:1", b"http://api.test/a b"),
+    ],
+)
+def test_any_other_target_is_refused(target):
+    """Fragments, white space, other schemes, user names and URLs of other hosts are no targets."""
+    assert refused(target=target) == 400
+
+
+@pytest.mark.parametrize("target", [b"http:///x", b"http://api.test/x", b"http://evil.test/", b"http://?x"])
+def test_a_url_needs_a_host_field_that_agrees(target):
+    """HTTP/1.0 may do without a Host, but then a URL is not known to be ours."""
+    assert refused(target=target, version=HTTP10, host=None) == 400
+
+
+def test_a_url_with_a_port_or_an_ipv6_address_is_compared_whole():
+    """Authority and Host agree in everything but case."""
+    assert entered(target=b"http://[::1]:81/x", host=b"[::1]:81").target == b"/x"
+    assert entered(target=b"http://api.test:81/x", host=b"API.test:81").target == b"/x"
+    assert refused(target=b"http://[::1]:81/x", host=b"[::1]") == 400
+    assert refused(target=b"http://api.test/x", host=b"api.test:81") == 400
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "status"),
+    [
+        ("CONNECT", b"api.test:443", 405),
+        ("CONNECT", b"/x", 405),
+        ("CONNECT", b"http://api.test/", 405),
+        ("TRACE", b"/", 405),
+        ("TRACE", b"http://api.test/", 405),
+        ("OPTIONS", b"*", 400),
+        ("GET", b"*", 400),
+        ("POST", b"*", 400),
+    ],
+)
+def test_a_method_or_target_meant_for_the_proxy_itself_is_refused(method, target, status):
+    """CONNECT, TRACE and the target * are not served."""
+    assert refused(method=method, target=target) == status
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "PROPFIND", "PURGE"])
+def test_every_other_method_is_let_in(method):
+    """The method is passed on as it is."""
+    assert entered(method=method).method == method
+
+
+@pytest.mark.parametrize("version", [(0, 9), (0, 0), (1, 2), (1, 9), (2, 0), (3, 0), (9, 9), (11, 0), (0, 1)])
+def test_another_version_is_refused(version):
+    """Only HTTP/1.0 and HTTP/1.1 are spoken."""
+    assert refused(version=version) == 505
+
+
+@pytest.mark.parametrize(("version", "http10"), [(HTTP10, True), (HTTP11, False)])
+def test_the_version_is_remembered(version, http10):
+    """The rest of the path knows a client that speaks HTTP/1.0."""
+    assert entered(version=version).http10 is http10
+
+
+# ... framing, expectations, Connection, imitations ...
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [b"Transfer-Encoding: chunked"],
+        [b"transfer-encoding: Chunked"],
+        [b"TRANSFER-ENCODING:\t CHUNKED "],
+        [b"Content-Length: 0"],
+        [b"Content-Length: 12"],
+        [b"TE: trailers"],
+        [],
+    ],
+)
+def test_a_body_is_chunked_or_has_a_length(lines):
+    """Both framings of HTTP/1.1 are understood, one at a time."""
+    assert entered(*lines).fields == by_name([(b"host", HOST), *pairs(*lines)])
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [b"Transfer-Encoding: gzip"],
+        [b"Transfer-Encoding: identity"],
+        [b"Transfer-Encoding: gzip, chunked"],
+        [b"Transfer-Encoding: chunked, gzip"],
+        [b"Transfer-Encoding: chunked, chunked"],
+        [b"Transfer-Encoding: chunked", b"Transfer-Encoding: chunked"],
+        [b"Transfer-Encoding: chunked", b"Transfer-Encoding: identity"],
+        [b"Transfer-Encoding: gzip", b"transfer-encoding: chunked"],
+        [b"Transfer-Encoding: xchunked"],
+        [b"Transfer-Encoding: chunkedx"],
+        [b"Transfer-Encoding: chunked;q=1"],
+        [b'Transfer-Encoding: "chunked"'],
+        [b"Transfer-Encoding: chun\x0bked"],
+        [b"Transfer-Encoding:"],
+        [b"Transfer-Encoding: ,"],
+        [b"Transfer-Encoding: chunked", b"Content-Length: 2"],
+        [b"Content-Length: 2", b"transfer-encoding: Chunked"],
+        [b"Transfer-Encoding:", b"Content-Length: 2"],
+        [b"Transfer-Encoding: identity", b"Content-Length: 2"],
+        [b"Transfer-Encoding: chunked", b"Content-Length:"],
+    ],
+)
+def test_any_other_framing_is_refused(lines):
+    """Where two parsers could disagree on the body's end, nobody reads it."""
+    assert refused(*lines) == 400
+
+
+@pytest.mark.parametrize("coding", [b"chunked", b"identity", b"gzip", b""])
+def test_http_1_0_has_no_transfer_coding(coding):
+    """A chunked body in HTTP/1.0 is read as such by some and not by others."""
+    assert refused(b"Transfer-Encoding: " + coding, version=HTTP10) == 400
+
+
+@pytest.mark.parametrize("value", [b"100-continue", b"100-Continue", b" 100-CONTINUE\t"])
+def test_the_only_expectation_is_100_continue(value):
+    """It is let in in any case."""
+    assert entered(b"Expect: " + value).fields[b"expect"] == [value.strip()]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [b"Expect: 200-ok"],
+        [b"Expect: 100-continue, x"],
+        [b"Expect: x, 100-continue"],
+        [b"Expect: 100-continue", b"Expect: x"],
+        [b"Expect: 100-continue", b"Expect: 100-continue"],
+        [b"Expect: 100-continue;q=1"],
+        [b"Expect: 100"],
+        [b"Expect:"],
+        [b"expect: payload"],
+    ],
+)
+def test_any_other_expectation_is_refused(lines):
+    """What is not understood is not ignored: 417."""
+    assert refused(*lines) == 417
+
+
+HOP_BY_HOP = (
+    *(b"Connection", b"Keep-Alive", b"Proxy-Connection", b"TE", b"Trailer", b"Transfer-Encoding", b"Upgrade"),
+    *(b"HTTP2-Settings", b"Proxy-Authorization"),
+)
+ACTED_ON = (
+    *(b"Idempotency-Key", b"Authorization", b"X-Api-Key", b"Cookie", b"Prefer"),
+    *(b"Host", b"Content-Type", b"Content-Encoding", b"Content-Length", b"Transfer-Encoding", b"Expect"),
+    *(b"Forwarded", b"Via", b"X-Real-Ip", b"X-Forwarded-For", b"X-Forwarded-Host", b"X-Forwarded-Port"),
+    *(b"X-Forwarded-Prefix", b"X-Forwarded-Proto", b"X-Forwarded-Server"),
+)
+
+
+@pytest.mark.parametrize("name", ACTED_ON)
+@pytest.mark.parametrize(
+    "form", [b"%s", b" %s\t", b"close, %s", b"%s,close", b"keep-alive ,\t%s ,", b"x-custom,%s,x-custom"]
+)
+@pytest.mark.parametrize("spelled", [bytes, bytes.lower, bytes.upper])
+def test_connection_names_no_field_that_we_act_on(name, form, spelled):
+    """Stripping a key, a credential or framing by nominating it is an attack, whether it is there or not."""
+    nominated = form % spelled(name)
+    assert refused(b"Connection: " + nominated) == 400
+    assert refused(b"Connection: close", b"connection: " + nominated) == 400
+    assert refused(b"X-Custom: 1", b"CONNECTION: " + nominated, version=HTTP10) == 400
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(b"close", b"Keep-Alive", b"keep-alive, TE", b"Upgrade, HTTP2-Settings", b"x-custom", b"", b","),
+        *(b"x-idempotency-key", b"idempotency", b"authorization-x", b"hosts", b"upgrade"),
+    ],
+)
+def test_connection_may_name_anything_else(value):
+    """Options and fields of others are their own affair."""
+    assert entered(b"Connection: " + value)
+
+
+def test_what_a_deployment_acts_on_is_guarded_like_the_rest():
+    """Its own key header and scope headers are neither nominated nor imitated."""
+    gate = Gate((), b"x-request-id", (b"x-tenant-id",))
+    for name in (b"x-request-id", b"X-Tenant-Id"):
+        assert refused(b"Connection: " + name, gate=gate) == 400
+        assert refused(name.replace(b"-", b"_") + b": 1", gate=gate) == 400
+        assert entered(b"Connection: " + name)
+    assert entered(b"Connection: Idempotency-Key", gate=gate)
+
+
+IMITABLE = [name for name in ACTED_ON + HOP_BY_HOP if b"-" in name]
+
+
+@pytest.mark.parametrize("name", IMITABLE)
+@pytest.mark.parametrize("spelled", [bytes, bytes.lower, bytes.upper])
+def test_an_underscore_imitates_no_field_that_we_act_on(name, spelled):
+    """An upstream that takes _ for - would see two fields where we saw one."""
+    head, _, tail = name.rpartition(b"-")
+    imitations = {name.replace(b"-", b"_"), name.replace(b"-", b"_", 1), head + b"_" + tail}
+    for imitation in sorted(imitations):
+        assert refused(spelled(imitation) + b": 1") == 400
+        assert refused(name + b": 1", spelled(imitation) + b": 1", b"X: 1") in (400, 417)
+
+
+@pytest.mark.parametrize("name", [b"X_Custom", b"_", b"my_key", b"idempotency_keys", b"x__forwarded_for", b"_host"])
+def test_another_name_may_have_an_underscore(name):
+    """It goes on as it is."""
+    assert (name, b"1") in entered(name + b": 1").pairs
+
+
+def test_a_key_header_may_have_an_underscore_itself():
+    """Where the operator named it so, it is no imitation."""
+    assert entered(b"request_id: 1", gate=Gate((), b"request_id", ()))
+
+
+# ... and the host.
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *(b"api.test", b"API.Test", b"api.test:8080", b"api", b"api.test.", b"a-b_c~d", b"xn--bcher-kva.test"),
+        *(b"192.0.2.1", b"192.0.2.1:80", b"[::1]", b"[::1]:8080", b"[2001:DB8::192.0.2.1]", b"a%20b", b"a!$&'()*+,;=b"),
+    ],
+)
+def test_a_host_with_an_optional_port_is_let_in(host):
+    """It is kept as it was sent."""
+    assert entered(host=host).host == host
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *(b"", b" ", b"a b", b"a\tb", b"a/b", b"/", b"a/", b"a?b", b"a#b", b"user@a", b"@a", b"a\\b", b'"a"', b"<a>"),
+        *(b"a:b", b"a:", b":80", b"a:80:80", b"a:123456", b"a:-1", b"a:8 0", b"a:+80", b"a:80a", b"http://a", b"a:80/"),
+        *(b"::1", b"[::1", b"::1]", b"[]", b"[::1]x", b"[::1]:", b"[::1]:x", b"[::g]", b"x[::1]", b"[[::1]]"),
+        b"[fe80::1%1]",
+        *(b"a\x00b", b"a\nb", b"a\n", b"a\x7f", b"\xe9.test", b"b\xc3\xbccher.test", b"a^b", b"a|b", b"{a}", b"`a`"),
+        *(b"%", b"a%", b"a%2", b"a%zz", b"%%41"),
+    ],
+)  # fmt: skip
+def test_any_other_host_is_refused(host):
+    """User names, paths, white space, odd ports and bytes beyond ASCII are no host."""
+    assert refused(host=host) == 400
+    assert refused(host=host, version=HTTP10) == 400
+
+
+def test_a_host_is_named_once():
+    """HTTP/1.1 needs one Host, HTTP/1.0 may do without, none may have two."""
+    assert refused(host=None) == 400
+    assert entered(host=None, version=HTTP10).host == b""
+    for version in (HTTP10, HTTP11):
+        assert refused(b"Host: api.test", version=version) == 400
+        assert refused(b"host: other.test", version=version) == 400
+
+
+@pytest.mark.parametrize(
+    ("ours", "host", "served"),
+    [
+        ([], b"anything.test", True),
+        ([b"api.test"], b"api.test", True),
+        ([b"api.test"], b"API.TEST", True),
+        ([b"api.test"], b"api.test:8080", True),
+        ([b"api.test"], b"Api.test:1", True),
+        ([b"api.test"], b"www.api.test", False),
+        ([b"api.test"], b"api.test.evil.test", False),
+        ([b"api.test"], b"api.test.", False),
+        ([b"api.test"], b"evil.test", False),
+        ([b"api.test:8080"], b"api.test:8080", True),
+        ([b"api.test:8080"], b"API.test:8080", True),
+        ([b"api.test:8080"], b"api.test", False),
+        ([b"api.test:8080"], b"api.test:80", False),
+        ([b"api.test:8080"], b"api.test:80800", False),
+        ([b"a.test", b"b.test:81"], b"a.test:81", True),
+        ([b"a.test", b"b.test:81"], b"b.test:81", True),
+        ([b"a.test", b"b.test:81"], b"b.test:82", False),
+        ([b"[::1]"], b"[::1]", True),
+        ([b"[::1]"], b"[::1]:8080", True),
+        ([b"[::1]"], b"[::2]", False),
+        ([b"[::1]:8080"], b"[::1]:8080", True),
+        ([b"[::1]:8080"], b"[::1]", False),
+        ([b"[2001:db8::1]"], b"[2001:DB8::1]:80", True),
+        ([b"192.0.2.1"], b"192.0.2.1:80", True),
+        ([b"192.0.2.1"], b"192.0.2.10", False),
+    ],
+)
+def test_a_host_that_is_not_ours_is_misdirected(ours, host, served):
+    """A name serves every port, a name with a port only that one; others get 421, in any method."""
+    gate = Gate(ours, b"idempotency-key", ())
+    for method in ("GET", "POST"):
+        if served:
+            assert entered(host=host, method=method, gate=gate).host == host
+        else:
+            assert refused(host=host, method=method, gate=gate) == 421
+
+
+def test_who_names_no_host_is_not_known_to_mean_ours():
+    """HTTP/1.0 without a Host gets 421 where the hosts are listed."""
+    assert refused(host=None, version=HTTP10, gate=Gate([b"api.test"], b"idempotency-key", ())) == 421
+
+
+def test_a_head_that_is_let_in_is_told_whole():
+    """Every field is there as it came, and by name."""
+    lines = [b"X-A: 1", b"x-a: \xe9", b"ETag: x"]
+    head = entered(*lines, target=b"/x")
+    assert head.pairs == [(b"Host", HOST), *pairs(*lines)]
+    assert head.fields == {b"host": [HOST], b"x-a": [b"1", b"\xe9"], b"etag": [b"x"]}
+
+
+@many
+@given(st.binary(max_size=30), st.binary(max_size=12), st.sampled_from([HTTP10, HTTP11]))
+def test_whatever_comes_is_let_in_or_refused(target, host, version):
+    """The gate never fails, never repeats what was sent, and lets no white space into a line."""
+    head = enter(target=b"/" + target, host=host, version=version)
+    if isinstance(head, Refused):
+        assert len(target) < 6 or target.decode("latin-1") not in head.detail
+    else:
+        assert head.target == b"/" + target
+        assert not set(head.target + head.host) & set(b" \t\r\n\x00#")
+
+
+# A request's head for the upstream ...
+
+HOP = Hop(b"192.0.2.7", b"http", False)
+TRUSTED = Hop(b"192.0.2.7", b"https", True)
+
+
+def written(
+    *lines: bytes, hop=HOP, host=b"up.test", prefix=b"", length: int | None = 2, drop=(), **options
+) -> list[bytes]:
+    """Return the lines of the head for the upstream."""
+    raw = request_head(entered(*lines, **options), hop, host, prefix, length, drop)
+    assert raw.endswith(b"\r\n\r\n")
+    return raw[:-4].split(b"\r\n")
+
+
+def values(lines: list[bytes], name: bytes) -> list[bytes]:
+    fields = by_name(pairs(*lines[1:]))
+    return fields.get(name.lower(), [])
+
+
+def test_a_request_is_written_anew():
+    """Line, Host, the client's fields in their order and spelling, forwarding fields, framing: nothing else."""
+    raw = request_head(
+        entered(b"Idempotency-Key: k", b"x-A: \xe9", b"Connection: x-b", b"X-B: 1", b"Content-Length: 99", b"X-a: "),
+        HOP,
+        b"up.test:81",
+        b"/base",
+        2,
+    )
+    assert raw == (
+        b"POST /base/v1/charges HTTP/1.1\r\nHost: up.test:81\r\nIdempotency-Key: k\r\nx-A: \xe9\r\nX-a: \r\n"
+        b"X-Forwarded-For: 192.0.2.7\r\nX-Forwarded-Proto: http\r\nVia: 1.1 oncegate\r\nX-Forwarded-Host: api.test\r\n"
+        b"Content-Length: 2\r\n\r\n"
+    )
+
+
+@pytest.mark.parametrize("prefix", [b"", b"/base", b"/a/b%20c"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        *(b"/", b"/%7Ea/../b?x=%2F", b"//evil.test/x", b"/a//b/./..", b"/a%2fb%2Fc%zz", b"/?", b"/?a=b?c/../d"),
+        *(b"/;a=b", b'/"<>\\^`{|}', b"/http://evil.test/", b"/\xc3\xa9\xff"),
+    ],
+)  # fmt: skip
+def test_the_target_goes_on_byte_for_byte(target, prefix):
+    """Percent-encodings, dot segments and double slashes stay, below the upstream's path prefix."""
+    assert written(target=target, prefix=prefix)[0] == b"POST " + prefix + target + b" HTTP/1.1"
+
+
+@pytest.mark.parametrize("version", [HTTP10, HTTP11])
+def test_the_upstream_is_spoken_to_in_http_1_1(version):
+    """Whatever the client speaks; Via tells which it was."""
+    lines = written(version=version)
+    assert lines[0].endswith(b" HTTP/1.1")
+    assert values(lines, b"via") == [b"1.%d oncegate" % version[1]]
+
+
+@pytest.mark.parametrize("host", [b"up.test", b"up.test:81", b"[::1]:81", HOST])
+def test_the_host_is_the_one_given(host):
+    """The upstream's or the client's, once and first; what the client asked for is in X-Forwarded-Host."""
+    lines = written(host=host)
+    assert lines[1] == b"Host: " + host
+    assert values(lines, b"host") == [host]
+    assert values(lines, b"x-forwarded-host") == [HOST]
+
+
+@pytest.mark.parametrize(
+    ("length", "framing"),
+    [
+        (None, [b"Transfer-Encoding: chunked"]),
+        (-1, []),
+        (0, [b"Content-Length: 0"]),
+        (5, [b"Content-Length: 5"]),
+        (2**40, [b"Content-Length: 1099511627776"]),
+    ],
+)
+@pytest.mark.parametrize("sent", [[], [b"Content-Length: 7"], [b"transfer-encoding: Chunked"]])
+def test_the_framing_is_ours(length, framing, sent):
+    """It is what the body given has, never what the client's head said."""
+    lines = written(*sent, length=length)
+    assert [line for line in lines if line.lower().startswith((b"content-length", b"transfer-encoding"))] == framing
+
+
+def test_expectations_and_the_hop_end_here():
+    """Expect, hop-by-hop fields, nominated and dropped ones never reach the upstream."""
+    stripped = (b"Expect: 100-continue", b"Connection: x-custom", b"X-Custom: 1", b"Keep-Alive: 1", b"TE: trailers")
+    assert written(*stripped, b"X: 1", b"Drop-Me: 1", drop=(b"drop-me",)) == written(b"X: 1")
+
+
+@pytest.mark.parametrize("name", [b"traceparent", b"tracestate", b"baggage", b"Accept-Encoding", b"Idempotency-Key"])
+def test_the_clients_own_fields_reach_the_upstream(name):
+    """Trace context, the key and what the client accepts pass untouched."""
+    assert name + b": \xe9,1" in written(name + b": \xe9,1")
+
+
+CLAIMED = (
+    *(b"Forwarded: for=203.0.113.9", b"Via: 1.0 edge", b"X-Real-IP: 203.0.113.9", b"x-forwarded-for: 203.0.113.9"),
+    *(b"X-Forwarded-Host: shop.test", b"X-Forwarded-Port: 444", b"X-Forwarded-Prefix: /p"),
+    *(b"X-Forwarded-Proto: gopher", b"X-Forwarded-Server: edge"),
+)  # fmt: skip
+
+
+def test_what_a_stranger_claims_of_its_way_is_dropped():
+    """Without trust the forwarding fields say what this proxy saw and nothing else."""
+    assert written(*CLAIMED) == written()
+    lines = written(*CLAIMED, *CLAIMED, b"X-Forwarded-For: 198.51.100.1, 198.51.100.2")
+    assert values(lines, b"x-forwarded-for") == [b"192.0.2.7"]
+    assert values(lines, b"x-forwarded-proto") == [b"http"]
+    assert values(lines, b"x-forwarded-host") == [HOST]
+    assert values(lines, b"via") == [b"1.1 oncegate"]
+    assert not [line for line in lines if b"203.0.113.9" in line or b"edge" in line or b"198.51.100" in line]
+
+
+def test_what_a_trusted_proxy_says_is_kept():
+    """Client addresses and Via are added to, scheme and host of the first hop stand."""
+    lines = written(*CLAIMED, hop=TRUSTED)
+    assert values(lines, b"x-forwarded-for") == [b"203.0.113.9, 192.0.2.7"]
+    assert values(lines, b"x-forwarded-proto") == [b"gopher"]
+    assert values(lines, b"x-forwarded-host") == [b"shop.test"]
+    assert values(lines, b"via") == [b"1.0 edge, 1.1 oncegate"]
+    assert values(lines, b"forwarded") == [b"for=203.0.113.9"]
+    assert values(lines, b"x-real-ip") == [b"203.0.113.9"]
+    assert values(lines, b"x-forwarded-port") == [b"444"]
+    assert values(lines, b"x-forwarded-prefix") == [b"/p"]
+    assert values(lines, b"x-forwarded-server") == [b"edge"]
+
+
+def test_several_lines_of_a_trusted_proxy_stay_in_order():
+    """Ours comes last, each field in one line."""
+    more = (b"X-Forwarded-For: 1.1.1.1, 2.2.2.2", b"x-forwarded-for: 3.3.3.3", b"via: 1.1 a", b"Via: 2 b, 1.1 c")
+    lines = written(*more, hop=TRUSTED)
+    assert values(lines, b"x-forwarded-for") == [b"1.1.1.1, 2.2.2.2, 3.3.3.3, 192.0.2.7"]
+    assert values(lines, b"via") == [b"1.1 a, 2 b, 1.1 c, 1.1 oncegate"]
+
+
+def test_a_trusted_proxy_that_says_nothing_is_the_client():
+    """Without forwarding fields it is told like any other."""
+    lines = written(hop=TRUSTED)
+    assert values(lines, b"x-forwarded-for") == [b"192.0.2.7"]
+    assert values(lines, b"x-forwarded-proto") == [b"https"]
+    assert values(lines, b"x-forwarded-host") == [HOST]
+
+
+def test_a_client_without_a_host_has_no_forwarded_host():
+    """HTTP/1.0 may name none; an empty field would claim one."""
+    assert values(written(version=HTTP10, host=b"up.test"), b"x-forwarded-host") == [HOST]
+    head = entered(version=HTTP10, host=None)
+    assert b"X-Forwarded-Host" not in request_head(head, HOP, b"up.test", b"", 0)
+
+
+# What goes past this hop, in both directions ...
+
+END_TO_END = (
+    *(b"Idempotency-Key", b"Authorization", b"Cookie", b"Content-Type", b"Content-Encoding", b"Accept-Encoding"),
+    *(b"Date", b"ETag", b"Cache-Control", b"Retry-After", b"X-Custom", b"X_Custom", b"Prefer", b"Keep-Alive-Not"),
+    *(b"traceparent", b"tracestate", b"baggage", b"X-Connection", b"X-Upgrade", b"Accept", b"Allow", b"Content-MD5"),
+)
+
+
+def past_this_hop(*sent: tuple[bytes, bytes]) -> list[bytes]:
+    """Return the lines that go on of these fields: the same in a request, an answer and a replay."""
+    head = entered(version=HTTP11)._replace(pairs=list(sent), fields=by_name(list(sent)))
+    request = request_head(head, HOP, HOST, b"", -1).removesuffix(b"\r\n\r\n").split(b"\r\n")
+    own = request_head(entered(), HOP, HOST, b"", -1).removesuffix(b"\r\n\r\n").split(b"\r\n")
+    blocks = answer_blocks(AnswerHead(200, b"OK", list(sent), by_name(list(sent)), None, False, True))
+    past = [line for line in request if line not in own]
+    assert blocks.passed_on == blocks.stored == b"".join(line + b"\r\n" for line in past)
+    return past
+
+
+@pytest.mark.parametrize("name", HOP_BY_HOP)
+@pytest.mark.parametrize("spelled", [bytes, bytes.lower, bytes.upper])
+def test_a_hop_by_hop_field_ends_here(name, spelled):
+    """However it is spelled and however often it comes, in requests and answers alike."""
+    assert past_this_hop((b"A", b"1"), (spelled(name), b"x"), (b"B", b"2"), (name, b"x")) == [b"A: 1", b"B: 2"]
+
+
+@pytest.mark.parametrize("name", END_TO_END)
+def test_an_end_to_end_field_goes_on_as_it_came(name):
+    """Name, value and place stay byte for byte."""
+    sent = [(b"A", b"1"), (name, b"\xe9 \tx"), (name.swapcase(), b""), (b"a", b"2")]
+    assert past_this_hop(*sent) == [b"%s: %s" % pair for pair in sent]
+
+
+@pytest.mark.parametrize(
+    "connection",
+    [
+        [b"x-custom"],
+        [b"X-CUSTOM"],
+        [b"close, X-Custom"],
+        [b"keep-alive ,\tx-custom ,"],
+        [b"close", b"x-custom"],
+        [b"x-custom", b"x-custom"],
+    ],
+)
+def test_a_nominated_field_ends_here(connection):
+    """What Connection nominates is stripped, in whatever case, spacing and line."""
+    nominated = [(b"Connection", value) for value in connection]
+    assert past_this_hop(*nominated, (b"X-Custom", b"1"), (b"X-Custom-2", b"2")) == [b"X-Custom-2: 2"]
+
+
+# An upstream's answer ...
+
+
+def answer(status=200, reason=b"OK", pairs=(), head_only=False) -> AnswerHead:
+    head = read_answer_head(status, reason, list(pairs), head_only)
+    assert isinstance(head, AnswerHead), head
+    return head
+
+
+LENGTH, CHUNKED = [(b"Content-Length", b"5")], [(b"transfer-encoding", b"Chunked")]
+
+
+@pytest.mark.parametrize(
+    ("status", "sent", "head_only", "length", "bodiless", "eof_framed"),
+    [
+        (200, LENGTH, False, 5, False, False),
+        (200, [(b"content-length", b"0")], False, 0, False, False),
+        (200, [(b"CONTENT-LENGTH", b"007")], False, 7, False, False),
+        (200, [(b"Content-Length", b"5 \t")], False, 5, False, False),
+        (200, [(b"Content-Length", b"9" * 18)], False, 10**18 - 1, False, False),
+        (200, CHUNKED, False, None, False, False),
+        (200, [], False, None, False, True),
+        (200, [(b"Connection", b"close")], False, None, False, True),
+        (201, CHUNKED, False, None, False, False),
+        (205, [], False, None, False, True),
+        (205, LENGTH, False, 5, False, False),
+        (205, CHUNKED, False, None, False, False),
+        (307, LENGTH, False, 5, False, False),
+        (599, [], False, None, False, True),
+        (204, [], False, None, True, False),
+        (204, LENGTH, False, 5, True, False),
+        (204, CHUNKED, False, None, True, False),
+        (304, [], False, None, True, False),
+        (304, LENGTH, False, 5, True, False),
+        (200, [], True, None, True, False),
+        (200, LENGTH, True, 5, True, False),
+        (200, CHUNKED, True, None, True, False),
+        (404, LENGTH, True, 5, True, False),
+        (304, LENGTH, True, 5, True, False),
+    ],
+)
+def test_how_the_end_of_an_answer_is_told(status, sent, head_only, length, bodiless, eof_framed):
+    """By its length, its chunks or the closing; 204, 304 and answers to HEAD have no body, 205 has one."""
+    head = answer(status, pairs=sent, head_only=head_only)
+    assert (head.length, head.bodiless, head.eof_framed) == (length, bodiless, eof_framed)
+
+
+@pytest.mark.parametrize("status", [0, 99, 100, 101, 103, 199, 600, 700, 999, -1])
+def test_a_status_that_is_no_final_answer_makes_it_unusable(status):
+    """Only 200 to 599 are final."""
+    assert isinstance(read_answer_head(status, b"", [], False), str)
+
+
+@pytest.mark.parametrize("status", [200, 299, 300, 400, 451, 500, 599])
+def test_every_final_status_is_usable(status):
+    """Whether it is registered or not."""
+    assert answer(status).status == status
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        *[[(b"Content-Length", value)] for value in (b"", b"-1", b"+5", b"5.0", b"0x5", b"5 5", b"5, 5", b"five")],
+        *[[(b"Content-Length", value)] for value in (b"5;", b"1e3", b"\xb2", b"\xd9\xa5", b"9" * 19)],
+        [(b"Content-Length", b"9" * 5000)],
+        [(b"Content-Length", b"5"), (b"Content-Length", b"5")],
+        [(b"Content-Length", b"5"), (b"content-length", b"6")],
+        [(b"Content-Length", b"5"), (b"Transfer-Encoding", b"chunked")],
+        *[[(b"Transfer-Encoding", value)] for value in (b"gzip", b"identity", b"gzip, chunked", b"chunked, gzip")],
+        *[[(b"Transfer-Encoding", value)] for value in (b"chunked, chunked", b"xchunked", b"chunked;a=b")],
+        [(b"Transfer-Encoding", b"chunked"), (b"Transfer-Encoding", b"chunked")],
+        [(b"Transfer-Encoding", b"gzip"), (b"Transfer-Encoding", b"chunked")],
+    ],
+    ids=lambda sent: repr(sent)[:60],
+)  # fmt: skip
+@pytest.mark.parametrize(("status", "head_only"), [(200, False), (205, False), (204, False), (200, True)])
+def test_an_answer_whose_end_could_be_read_in_two_ways_is_unusable(sent, status, head_only):
+    """Bad or repeated lengths, other codings, a length beside chunks."""
+    assert isinstance(read_answer_head(status, b"OK", sent, head_only), str)
+
+
+CONTROLS = [code for code in range(32) if code != 9] + [127]
+
+
+@pytest.mark.parametrize("place", ["name", "value", "second value", "reason"])
+@pytest.mark.parametrize("form", [b"%sab", b"a%sb", b"ab%s", b"%s"])
+def test_a_control_character_makes_an_answer_unusable(place, form):
+    """It could split a message on its way, or in a replay; everything else in a value is kept."""
+    for code in range(256):
+        text = form % bytes([code])
+        sent = [(b"A", b"1"), (b"B", b"2")]
+        reason = b"OK"
+        match place:
+            case "name":
+                sent[0] = (text, b"1")
+            case "value":
+                sent[0] = (b"A", text)
+            case "second value":
+                sent[1] = (b"B", text)
+            case "reason":
+                reason = text
+        head = read_answer_head(200, reason, sent, False)
+        assert isinstance(head, str) is (code in CONTROLS), bytes([code])
+        if isinstance(head, AnswerHead):
+            assert (head.reason, head.pairs) == (reason, sent)
+
+
+def test_a_head_has_64_kib():
+    """Reason, names and values with what stands between them, whether many or long."""
+    most = 65536 - len(b"OK" + b"A: \r\n")
+    assert answer(pairs=[(b"A", b"x" * most)])
+    assert isinstance(read_answer_head(200, b"OK", [(b"A", b"x" * (most + 1))], False), str)
+    assert isinstance(read_answer_head(200, b"OK.", [(b"A", b"x" * most)], False), str)
+    assert answer(pairs=[(b"A", b"x" * 11)] * 4095)
+    assert isinstance(read_answer_head(200, b"OK", [(b"A", b"x" * 11)] * 4096, False), str)
+
+
+@pytest.mark.parametrize(
+    ("content_type", "streamed"),
+    [
+        ([b"text/event-stream"], True),
+        ([b"Text/Event-Stream; charset=utf-8"], True),
+        ([b"text/event-stream;x"], True),
+        ([b"text/plain"], False),
+        ([b"application/json"], False),
+        ([b"x; y=text/event-stream"], False),
+        ([], False),
+    ],
+)
+def test_an_event_stream_is_known_by_its_type(content_type, streamed):
+    """Somebody waits for its single events."""
+    assert answer(pairs=[(b"Content-Type", value) for value in content_type]).streamed_by_nature is streamed
+
+
+# ... and its fields for the client.
+
+
+def both(head: AnswerHead) -> bytes:
+    """Return the fields that the first client gets, which are those of a replay."""
+    blocks = answer_blocks(head)
+    assert blocks.passed_on == blocks.stored
+    return blocks.passed_on
+
+
+DROPPED = [
+    *(b"Oncegate-Status", b"oncegate-status", b"ONCEGATE-X", b"Oncegate-", b"Idempotent-Replayed"),
+    b"IDEMPOTENT-REPLAYED",
+]
+
+
+@pytest.mark.parametrize("name", DROPPED)
+def test_an_upstream_does_not_speak_in_our_name(name):
+    """Oncegate-* and Idempotent-Replayed that come from it are dropped."""
+    assert both(answer(pairs=[(b"A", b"1"), (name, b"true"), (b"B", b"2")])) == b"A: 1\r\nB: 2\r\n"
+
+
+@pytest.mark.parametrize("name", [b"X-Oncegate-Status", b"Oncegate", b"Idempotent-Replayed-At", b"Idempotency-Key"])
+def test_a_name_like_ours_is_the_upstreams_own(name):
+    """Only our very names are dropped."""
+    assert both(answer(pairs=[(name, b"x")])) == name + b": x\r\n"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(b"Set-Cookie", b"set-cookie", b"WWW-Authenticate", b"Authentication-Info", b"AUTHENTICATION-INFO", b"Age"),
+        *(b"Proxy-Authenticate", b"Proxy-Authentication-Info", b"proxy-status", b"Proxy-X"),
+    ],
+)
+def test_a_replay_leaves_out_what_belongs_to_the_first_exchange(name):
+    """Cookies, challenges and Proxy-* go to the first client alone; Age is written anew."""
+    head = answer(pairs=[(b"A", b"1"), (name, b"x"), (name.lower(), b"y"), (b"B", b"2")])
+    blocks = answer_blocks(head)
+    assert blocks.stored == b"A: 1\r\nB: 2\r\n"
+    assert blocks.passed_on == b"A: 1\r\n%s: x\r\n%s: y\r\nB: 2\r\n" % (name, name.lower())
+
+
+def test_what_connection_nominates_ends_here_in_a_replay_too():
+    """Hop-by-hop and nominated fields are gone, the rest is there."""
+    sent = pairs(b"Connection: close, X-Hop", b"X-Hop: 1", b"Date: d", b"Keep-Alive: timeout=5", b"Trailer: x", b"X: 2")
+    assert both(answer(pairs=sent)) == b"Date: d\r\nX: 2\r\n"
+
+
+def test_a_length_cannot_be_nominated_away():
+    """The client learns the end of the answer from it, so it stays in its place whatever Connection says."""
+    sent = pairs(b"Connection: close, Content-Length", b"A: 1", b"Content-Length: 5", b"B: 2")
+    head = answer(pairs=sent)
+    assert head.length == 5
+    assert both(head) == b"A: 1\r\nContent-Length: 5\r\nB: 2\r\n"
+
+
+@pytest.mark.parametrize(
+    "name", [b"Date", b"Server", b"ETag", b"Location", b"Retry-After", b"Content-Encoding", b"Vary", b"Link", b"X_Y"]
+)
+def test_a_replay_keeps_everything_else(name):
+    """Byte for byte, the original's Date included."""
+    head = answer(pairs=[(name, b"\xe9"), (name.upper(), b""), (name, b"a\tb")])
+    assert both(head) == b"%s: \xe9\r\n%s: \r\n%s: a\tb\r\n" % (name, name.upper(), name)
+
+
+names = st.text("abcXYZ019-_.", min_size=1, max_size=8).map(lambda text: b"x" + text.encode())
+texts = st.binary(max_size=12).map(lambda raw: bytes(byte for byte in raw if byte not in CONTROLS).strip(b" \t"))
+
+
+@many
+@given(st.lists(st.tuples(names, texts), max_size=8))
+def test_an_answers_own_fields_stay_as_they_are(sent):
+    """Order, duplicates, case and bytes, first pass and replay alike."""
+    assert both(answer(pairs=sent)) == b"".join(b"%s: %s\r\n" % pair for pair in sent)
+
+
+@pytest.mark.parametrize("reason", [b"OK", b"", b"Very Created", b"\xe9t\xe9", b"a\tb", b" "])
+def test_a_reason_stays_as_it_is(reason):
+    """The upstream's own phrase, whatever its status usually says."""
+    assert status_line(201, answer(201, reason).reason) == b"HTTP/1.1 201 " + reason + b"\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "age_s"),
+    [
+        ([], 0),
+        ([b"0"], 0),
+        ([b"7"], 7),
+        ([b" 7 "], 7),
+        ([b"7", b"9"], 7),
+        ([b"999999999"], 999_999_999),
+        *[([value], 0) for value in (b"", b"-1", b"1.5", b"x", b"1 2", b"9999999999", b"9" * 5000, b"\xb2")],
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_an_answer_may_have_an_age_already(sent, age_s):
+    """Seconds as the first Age says them, none where it says nothing sensible."""
+    assert upstream_age(answer(pairs=[(b"Age", value) for value in sent])) == age_s
+
+
+@pytest.mark.parametrize(
+    ("sent", "wait_s"),
+    [
+        ([b"wait=10"], 10),
+        ([b"wait=0"], 0),
+        ([b"Wait=10"], 10),
+        ([b"WAIT = 10"], 10),
+        ([b'wait="10"'], 10),
+        ([b"wait=10; foo=bar"], 10),
+        ([b"respond-async, wait=10"], 10),
+        ([b"wait=10, respond-async"], 10),
+        ([b"return=minimal", b"wait=10"], 10),
+        ([b"wait=10", b"wait=20"], 10),
+        ([b"wait=10, wait=20"], 10),
+        ([b"wait=999999999"], 999_999_999),
+        ([], None),
+        ([b""], None),
+        ([b"respond-async"], None),
+        ([b"wait"], None),
+        ([b"waits=10"], None),
+        ([b"x-wait=10"], None),
+        ([b"return=minimal; wait=10"], None),
+        *[([b"wait=" + value], None) for value in (b"", b"-1", b"1.5", b"ten", b"1 0", b"1e1", b"\xb2", b"9" * 5000)],
+        ([b"wait=ten, wait=20"], None),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_a_client_may_prefer_to_wait(sent, wait_s):
+    """Prefer: wait=N counts, its first instance alone; what is malformed is not asked for."""
+    assert preferred_wait_s(sent) == wait_s

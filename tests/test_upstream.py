@@ -1,0 +1,1192 @@
+"""The upstream: one request on one connection, ended as not sent, lost, or answered whole. Against raw servers."""
+
+import asyncio
+import contextlib
+import datetime
+import socket
+import ssl
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import trustme
+
+from proxy.headers import AnswerHead
+from proxy.upstream import Buffered, Connection, Lost, NotSent, Pool, client_tls
+from tests.parts import CHUNKED, LAST_CHUNK, chunk, until
+
+REQUEST = b"POST /v1/charges HTTP/1.1\r\nHost: api.test\r\nContent-Length: 2\r\n\r\n{}"
+HEAD = b"HTTP/1.1 200 OK\r\n"
+OK = HEAD + b"Content-Length: 2\r\n\r\nok"
+CLOSING = HEAD + b"Content-Length: 2\r\nConnection: close\r\n\r\nok"
+MIB = 1 << 20
+BATCH = 1 << 18
+
+Talk = Callable[["Raw", asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+class Raw:
+    """A server that speaks as scripted: `talk` is run for each connection; what came is kept for each."""
+
+    def __init__(self, talk: Talk) -> None:
+        self.talk = talk
+        self.accepted = 0
+        self.requests: list[bytes] = []
+        self.finished = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self, tls: ssl.SSLContext | None = None, port: int = 0) -> None:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", port, ssl=tls, limit=1 << 26)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
+        self._tasks.add(asyncio.current_task())  # type: ignore[arg-type]
+        try:
+            await self.talk(self, reader, writer)
+        except (asyncio.IncompleteReadError, OSError, asyncio.CancelledError):
+            pass
+        finally:
+            self.finished += 1
+            writer.close()
+
+    async def request(self, reader: asyncio.StreamReader) -> bytes:
+        """Read one request like REQUEST."""
+        self.requests.append(await reader.readexactly(len(REQUEST)))
+        return self.requests[-1]
+
+    async def close(self) -> None:
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def says(*pieces: bytes, then_close: bool = False) -> Talk:
+    """Return a talk that answers every request of a connection with these pieces, each in a write of its own."""
+
+    async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            await raw.request(reader)
+            for piece in pieces:
+                writer.write(piece)
+                await writer.drain()
+                await asyncio.sleep(0)
+            if then_close:
+                return
+
+    return talk
+
+
+def abort(writer: asyncio.StreamWriter) -> None:
+    """End a connection with a RST."""
+    raw = writer.get_extra_info("socket")
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+    writer.transport.abort()
+
+
+@asynccontextmanager
+async def serving(talk: Talk, **options: Any) -> AsyncIterator[Raw]:
+    raw = Raw(talk)
+    await raw.start(**options)
+    try:
+        yield raw
+    finally:
+        await raw.close()
+
+
+@asynccontextmanager
+async def pool_to(port: int, tls: ssl.SSLContext | None = None, **options: Any) -> AsyncIterator[Pool]:
+    options = {
+        "host": "127.0.0.1", "connect_timeout_s": 10.0, "connect_retries": 0, "max_connections": 8,
+        "buffered": Buffered(1 << 28), **options,
+    }  # fmt: skip
+    pool = Pool(options.pop("host"), port, tls, **options)
+    try:
+        yield pool
+    finally:
+        pool.close()
+        await asyncio.sleep(0)
+
+
+@asynccontextmanager
+async def sent(pool: Pool, head_only: bool = False, reuse_idle_s: float = 60) -> AsyncIterator[Connection]:
+    """A connection on which REQUEST was sent; given back at the end."""
+    connection = await pool.acquire(reuse_idle_s)
+    try:
+        connection.send(REQUEST, b"", head_only)
+        yield connection
+    finally:
+        pool.release(connection)
+
+
+async def answer_of(connection: Connection, silence_s: float = 20) -> tuple[AnswerHead, bytes]:
+    """Return a whole answer."""
+    head = await connection.head(silence_s)
+    body = b""
+    while data := await connection.chunk(silence_s):
+        body += data
+    return head, body
+
+
+async def ask(pool: Pool, head_only: bool = False, reuse_idle_s: float = 60) -> tuple[int, bytes]:
+    """Send REQUEST and return the answer's status and body."""
+    async with asyncio.timeout(30), sent(pool, head_only, reuse_idle_s) as connection:
+        head, body = await answer_of(connection)
+        return head.status, body
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
+
+
+@pytest.fixture
+def anyone() -> trustme.CA:
+    return trustme.CA()
+
+
+def server_tls(ca: trustme.CA, *names: str, tls12: bool = False, **issue: Any) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    ca.issue_cert(*(names or ("127.0.0.1",)), **issue).configure_cert(context)
+    if tls12:
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+    return context
+
+
+@pytest.fixture
+def trusting(anyone: trustme.CA, tmp_path: Any) -> ssl.SSLContext:
+    """Our side, told of its own CA."""
+    anyone.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    return client_tls(str(tmp_path / "ca.pem"), None, None)
+
+
+# Nothing was sent ...
+
+
+async def test_refused_is_not_sent():
+    """A refused connection is NotSent."""
+    async with pool_to(free_port()) as pool:
+        with pytest.raises(NotSent):
+            await pool.acquire(60)
+
+
+async def test_a_name_that_does_not_resolve_is_not_sent():
+    """A failing look-up of the upstream's name is NotSent."""
+    async with pool_to(80, host="a." * 130 + "a") as pool:
+        with pytest.raises(NotSent):
+            await pool.acquire(60)
+
+
+@pytest.fixture
+def black_hole() -> Iterator[int]:
+    """The port of a listener whose backlog is full: the kernel drops every further SYN."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(64):
+            caller = stack.enter_context(socket.socket())
+            caller.settimeout(0.2)
+            try:
+                caller.connect(listener.getsockname())
+            except TimeoutError:
+                break
+        else:
+            raise AssertionError("the backlog never filled")
+        yield listener.getsockname()[1]
+
+
+async def test_a_dropped_syn_is_not_sent(black_hole):
+    """A connection that does not come about within the connect timeout is NotSent."""
+    async with pool_to(black_hole, connect_timeout_s=0.3, connect_retries=3) as pool:
+        began = time.monotonic()
+        with pytest.raises(NotSent):
+            await pool.acquire(60)
+        assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n", b""])
+async def test_tls_to_a_plain_port_is_not_sent(answer, trusting):
+    """A server that does not speak TLS, whether it answers the hello in plain text or not at all, is NotSent."""
+
+    async def talk(_: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.write(answer)
+        await reader.read()
+
+    async with serving(talk) as raw, pool_to(raw.port, trusting, connect_timeout_s=0.5) as pool:
+        with pytest.raises(NotSent):
+            await pool.acquire(60)
+
+
+LONG_AGO = datetime.datetime(2001, 1, 1, tzinfo=datetime.UTC)
+
+
+@pytest.mark.parametrize(
+    ("of_another_ca", "names", "issue"),
+    [
+        (True, ("127.0.0.1",), {}),
+        (False, ("other.test",), {}),
+        (False, ("127.0.0.1",), {"not_before": LONG_AGO, "not_after": LONG_AGO + datetime.timedelta(days=1)}),
+    ],
+    ids=["unknown CA", "another name", "expired"],
+)
+async def test_a_wrong_certificate_is_not_sent(of_another_ca, names, issue, anyone, trusting):
+    """A certificate of an unknown CA, of another name or past its date is NotSent: the server sees no request."""
+    tls = server_tls(trustme.CA() if of_another_ca else anyone, *names, **issue)
+    async with serving(says(OK), tls=tls) as raw, pool_to(raw.port, trusting) as pool:
+        with pytest.raises(NotSent):
+            await ask(pool)
+        assert raw.requests == []
+
+
+@pytest.mark.parametrize("secure", [False, True])
+async def test_a_connection_closed_before_anything_was_sent_never_hangs(secure, anyone, trusting):
+    """A server that accepts and closes or resets at once ends as NotSent or Lost, at once and never by timeout."""
+
+    async def talk(raw: Raw, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if raw.accepted % 2:
+            abort(writer)
+
+    ours, theirs = (trusting, server_tls(anyone)) if secure else (None, None)
+    async with serving(talk, tls=theirs) as raw, pool_to(raw.port, ours, max_connections=1) as pool:
+        for _ in range(100):
+            with pytest.raises((NotSent, Lost)) as ended:
+                await ask(pool)
+            assert not getattr(ended.value, "timeout", False)
+
+
+# Connecting again ...
+
+
+async def test_connecting_is_tried_again():
+    """An upstream that comes up while the proxy is connecting gets the request, once."""
+    port = free_port()
+    async with pool_to(port, connect_retries=20) as pool:
+        asking = asyncio.create_task(ask(pool))
+        await asyncio.sleep(0.2)
+        assert not asking.done()
+        async with serving(says(OK), port=port) as raw:
+            assert await asking == (200, b"ok")
+            assert (raw.accepted, raw.requests) == (1, [REQUEST])
+
+
+async def test_connecting_is_tried_no_more_often_than_allowed(trusting):
+    """`connect_retries` further tries are made, no more."""
+
+    async def talk(_: Raw, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"no TLS here\r\n\r\n")
+
+    async with serving(talk) as raw, pool_to(raw.port, trusting, connect_retries=3) as pool:
+        with pytest.raises(NotSent):
+            await pool.acquire(60)
+        assert raw.accepted == 4
+
+
+async def test_tries_stay_within_the_connect_timeout():
+    """However many tries are allowed, they end with the connect timeout."""
+    async with pool_to(free_port(), connect_retries=20, connect_timeout_s=0.3) as pool:
+        began = time.monotonic()
+        with pytest.raises(NotSent):
+            await pool.acquire(60)
+        assert time.monotonic() - began < 5
+
+
+# TLS ...
+
+
+async def test_an_own_ca_is_trusted(anyone, trusting):
+    """An https upstream whose certificate a given CA signed is asked and its connection used again."""
+    async with serving(says(OK), tls=server_tls(anyone)) as raw, pool_to(raw.port, trusting) as pool:
+        assert [await ask(pool), await ask(pool)] == [(200, b"ok")] * 2
+        assert raw.requests == [REQUEST] * 2
+
+
+@pytest.mark.parametrize(("tls12", "shown"), [(True, True), (False, True), (True, False), (False, False)])
+async def test_a_client_certificate(tls12, shown, anyone, tmp_path):
+    """A demanded client certificate is shown; without one, TLS 1.2 refuses before the request, 1.3 after it."""
+    anyone.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    ours = anyone.issue_cert("oncegate.test")
+    ours.private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "our.pem"))
+    pem = str(tmp_path / "our.pem") if shown else None
+    tls = server_tls(anyone, tls12=tls12)
+    tls.verify_mode = ssl.CERT_REQUIRED
+    anyone.configure_trust(tls)
+    async with (
+        serving(says(OK), tls=tls) as raw,
+        pool_to(raw.port, client_tls(str(tmp_path / "ca.pem"), pem, pem)) as pool,
+    ):
+        if shown:
+            assert await ask(pool) == (200, b"ok")
+        else:
+            with pytest.raises(NotSent if tls12 else Lost):
+                await ask(pool)
+            assert raw.requests == []
+
+
+class TlsOnce:
+    """A TLS server in a thread that answers one connection and ends it with or without close_notify.
+
+    `patient`: after its close_notify it waits for the other's before it closes, as few servers do.
+    """
+
+    def __init__(self, context: ssl.SSLContext, answer: bytes, *, notify: bool, patient: bool = True) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._context, self._answer, self._notify, self._patient = context, answer, notify, patient
+        self._thread = threading.Thread(target=self._serve)
+
+    def _serve(self) -> None:
+        plain, _ = self._listener.accept()
+        plain.settimeout(20)
+        with self._context.wrap_socket(plain, server_side=True) as tls, contextlib.suppress(OSError):
+            tls.recv(65536)
+            tls.sendall(self._answer)
+            if self._notify:
+                tls.settimeout(20 if self._patient else 0)
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    tls.unwrap()
+                tls.settimeout(20)
+            tls.shutdown(socket.SHUT_WR)  # a FIN; of the TLS session it says nothing
+            tls.recv(1)
+
+    def __enter__(self) -> "TlsOnce":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.close()
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+
+
+@pytest.mark.parametrize("size", [0, 5, MIB])
+@pytest.mark.parametrize("tls12", [True, False])
+@pytest.mark.parametrize("notify", [True, False])
+async def test_over_tls_an_answer_ended_by_closing_needs_close_notify(notify, tls12, size, anyone, trusting):
+    """Over TLS, an answer delimited by closing is whole after close_notify and Lost without it."""
+    body = b"a" * size
+    with TlsOnce(server_tls(anyone, tls12=tls12), HEAD + b"\r\n" + body, notify=notify) as server:
+        async with pool_to(server.port, trusting) as pool:
+            if notify:
+                assert await ask(pool) == (200, body)
+            else:
+                with pytest.raises(Lost):
+                    await ask(pool)
+
+
+@pytest.mark.parametrize("notify", [True, False])
+async def test_over_tls_a_stated_length_counts(notify, anyone, trusting):
+    """Over TLS, an answer shorter than its stated length is Lost, whatever close_notify says; a whole one is whole."""
+    with TlsOnce(server_tls(anyone), HEAD + b"Content-Length: 3\r\n\r\nok", notify=notify) as server:
+        async with pool_to(server.port, trusting) as pool:
+            with pytest.raises(Lost):
+                await ask(pool)
+    with TlsOnce(server_tls(anyone), OK, notify=notify) as server:
+        async with pool_to(server.port, trusting) as pool:
+            assert await ask(pool) == (200, b"ok")
+
+
+@pytest.mark.parametrize("stated", [True, False])
+@pytest.mark.parametrize(("notify", "patient"), [(True, True), (True, False), (False, False)])
+async def test_over_tls_the_end_of_a_paused_answer_is_seen(notify, patient, stated, anyone, trusting):
+    """The end of an answer that waited for a slow consumer is judged like any other, with all that came before it."""
+    body = b"a" * (3 * MIB)
+    length = b"Content-Length: %d\r\n" % len(body) if stated else b""
+    with TlsOnce(server_tls(anyone), HEAD + length + b"\r\n" + body, notify=notify, patient=patient) as server:
+        async with pool_to(server.port, trusting) as pool, sent(pool) as connection:
+            await connection.head(20)
+            got = 0
+            with contextlib.nullcontext() if notify or stated else pytest.raises(Lost):
+                while data := await connection.chunk(20):
+                    got += len(data)
+                    await asyncio.sleep(0.1)
+            assert got == len(body)
+
+
+# The limit on connections ...
+
+
+async def test_no_free_connection_in_time_is_not_sent():
+    """A request that gets no connection within the connect timeout is NotSent; none is opened over the limit."""
+    async with serving(says(OK)) as raw, pool_to(raw.port, max_connections=2, connect_timeout_s=0.3) as pool:
+        held = [await pool.acquire(60), await pool.acquire(60)]
+        with pytest.raises(NotSent):
+            await ask(pool)
+        await until(lambda: raw.accepted == 2)
+        for connection in held:
+            pool.release(connection)
+        assert await ask(pool) == (200, b"ok")
+        assert raw.accepted <= 3
+
+
+async def test_the_queue_is_served_in_order():
+    """Who waits longest for a connection gets the next one; who comes later does not overtake."""
+    async with serving(says(OK)) as raw, pool_to(raw.port, max_connections=1) as pool:
+        served: list[int] = []
+
+        async def one(number: int) -> None:
+            async with sent(pool) as connection:
+                served.append(number)
+                await answer_of(connection)
+
+        async with sent(pool) as first:
+            await answer_of(first)
+            waiting = [asyncio.create_task(one(number)) for number in range(5)]
+            await asyncio.sleep(0.05)
+        await one(5)  # it asks right after the release, before those who wait have run
+        await asyncio.wait_for(asyncio.gather(*waiting), 30)
+        assert served == [0, 1, 2, 3, 4, 5]
+        assert raw.accepted == 1
+
+
+async def test_who_stops_waiting_passes_its_turn_on():
+    """A request that gives up at the moment its turn comes does not take the turn with it."""
+    async with serving(says(OK)) as raw, pool_to(raw.port, max_connections=1) as pool:
+        held = await pool.acquire(60)
+        leaving = asyncio.create_task(ask(pool))
+        staying = asyncio.create_task(ask(pool))
+        await asyncio.sleep(0.05)
+        pool.release(held)
+        leaving.cancel()
+        assert await asyncio.wait_for(staying, 5) == (200, b"ok")
+        assert raw.accepted <= 2
+
+
+async def test_a_failed_try_frees_its_place():
+    """Whatever a connection came to, its place under the limit is free again."""
+
+    async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await raw.request(reader)
+        writer.write([b"", b"garbage", HEAD, HEAD + b"Content-Length: 3\r\n\r\n", CLOSING][raw.accepted % 5])
+
+    async with serving(talk) as raw, pool_to(raw.port, max_connections=1) as pool:
+        outcomes = [await asyncio.gather(ask(pool), return_exceptions=True) for _ in range(20)]
+    lost = [isinstance(outcome, Lost) for [outcome] in outcomes]
+    assert lost.count(True) == 16
+    assert raw.accepted == 20
+    async with pool_to(free_port(), max_connections=1, connect_timeout_s=1) as pool:
+        for _ in range(3):
+            with pytest.raises(NotSent, match="reached"):
+                await pool.acquire(60)
+
+
+# Idle connections ...
+
+
+async def test_a_connection_is_used_again_only_within_the_idle_guard():
+    """A connection idle for less than the guard is used again; for longer, or with the guard at 0, a fresh one is."""
+    async with serving(says(OK)) as raw, pool_to(raw.port) as pool:
+        await ask(pool)
+        await ask(pool, reuse_idle_s=60)
+        assert raw.accepted == 1
+        await ask(pool, reuse_idle_s=0)
+        assert raw.accepted == 2
+        await asyncio.sleep(0.1)
+        await ask(pool, reuse_idle_s=0.05)
+        assert raw.accepted == 3
+
+
+@pytest.mark.parametrize("surprise", [b"", b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n", OK])
+async def test_an_idle_connection_on_which_something_happened_is_dropped(surprise):
+    """An idle connection that was closed, or on which bytes came, is closed as soon as the loop sees it."""
+    writers: list[asyncio.StreamWriter] = []
+
+    async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        await says(OK)(raw, reader, writer)
+
+    async with serving(talk) as raw, pool_to(raw.port) as pool:
+        assert await ask(pool) == (200, b"ok")
+        if surprise:
+            writers[0].write(surprise)
+        else:
+            writers[0].close()
+        await until(lambda: raw.finished == 1)
+        assert await ask(pool) == (200, b"ok")
+        assert (raw.accepted, raw.requests) == (2, [REQUEST] * 2)
+
+
+@pytest.mark.parametrize("surprise", [b"", OK])
+async def test_an_idle_connection_is_looked_at_before_it_is_used(surprise):
+    """What happened on an idle connection counts at check-out too, before the loop has seen it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        accepted: list[socket.socket] = []
+
+        def answer_one() -> None:
+            sock, _ = listener.accept()
+            accepted.append(sock)
+            sock.recv(65536)
+            sock.sendall(OK)
+
+        async with pool_to(listener.getsockname()[1]) as pool:
+            for number in (1, 2):
+                thread = threading.Thread(target=answer_one)
+                thread.start()
+                assert await ask(pool) == (200, b"ok")
+                thread.join()
+                assert len(accepted) == number
+                # No turn of the loop between the event and the next check-out.
+                if surprise:
+                    accepted[-1].sendall(surprise)
+                else:
+                    accepted[-1].close()
+                time.sleep(0.02)
+        for sock in accepted:
+            sock.close()
+
+
+@pytest.mark.parametrize(
+    ("pieces", "then_close"),
+    [
+        ((HEAD + b"Content-Length: 2\r\nConnection: close\r\n\r\nok",), False),
+        ((HEAD + b"Transfer-Encoding: chunked\r\nConnection: Close\r\n\r\n2\r\nok\r\n0\r\n\r\n",), False),
+        ((b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok",), False),
+        ((HEAD + b"\r\nok",), True),
+        ((b"HTTP/1.0 200 OK\r\n\r\nok",), True),
+        ((OK + b"surplus",), False),
+        ((OK + OK,), False),
+        ((CHUNKED + chunk(b"ok") + LAST_CHUNK + b"HTTP/1.1 200 OK\r\n",), False),
+        ((HEAD + b"Content-Length: 2\r\n\r\n", b"ok" + OK), False),
+    ],
+)
+async def test_a_connection_that_is_not_clean_is_not_used_again(pieces, then_close):
+    """After `Connection: close`, HTTP/1.0, an end by closing or bytes beyond the answer, a fresh one is opened."""
+    async with serving(says(*pieces, then_close=then_close)) as raw, pool_to(raw.port) as pool:
+        for number in (1, 2, 3):
+            assert await ask(pool) == (200, b"ok")
+            assert (raw.accepted, len(raw.requests)) == (number, number)
+
+
+async def test_bytes_right_after_an_answer_close_the_connection():
+    """Bytes that follow an answer in a segment of their own are never the next answer."""
+    surplus = asyncio.Event()
+
+    async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await raw.request(reader)
+        writer.write(OK)
+        await surplus.wait()
+        writer.write(HEAD + b"Content-Length: 5\r\n\r\nWRONG")
+        await reader.read()
+
+    async with serving(talk) as raw, pool_to(raw.port) as pool:
+        async with sent(pool) as connection:
+            assert (await answer_of(connection))[1] == b"ok"
+            surplus.set()
+            await until(lambda: connection.transport is None or not connection.reusable)
+        assert await ask(pool) == (200, b"ok")
+        assert raw.accepted == 2
+
+
+# Answers ...
+
+
+@pytest.mark.parametrize(
+    "interim",
+    [
+        b"HTTP/1.1 100 Continue\r\n\r\n",
+        b"HTTP/1.1 103 Early Hints\r\nLink: </a.css>\r\nX-Early: 1\r\n\r\n",
+        b"HTTP/1.1 104 Upload Resumption Supported\r\n\r\n",
+        b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 102 \r\n\r\nHTTP/1.1 103 Early\r\nA: b\r\n\r\n",
+        b"HTTP/1.1 102 Processing\r\n\r\n" * 16,
+    ],
+)
+@pytest.mark.parametrize("apart", [True, False])
+async def test_interim_answers_are_skipped(interim, apart):
+    """1xx answers before the final one leave no trace in it, in one segment with it or in their own."""
+    pieces = (interim, OK) if apart else (interim + OK,)
+    async with serving(says(*pieces)) as raw, pool_to(raw.port) as pool:
+        for _ in range(2):
+            async with sent(pool) as connection:
+                head, body = await answer_of(connection)
+            assert (head.status, head.reason, body) == (200, b"OK", b"ok")
+            assert list(head.pairs) == [(b"Content-Length", b"2")]
+        assert raw.accepted == 1
+
+
+@pytest.mark.parametrize("interim", [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 H\r\nLink: a\r\n\r\n"])
+async def test_a_flood_of_interim_answers_is_lost(interim):
+    """More 1xx answers than a limit are Lost, though a final one follows."""
+    async with serving(says(interim * 17 + OK)) as raw, pool_to(raw.port) as pool:
+        with pytest.raises(Lost):
+            await ask(pool)
+        assert raw.accepted == 1
+
+
+async def test_an_endless_flood_of_interim_answers_is_lost():
+    """1xx answers without end are Lost, long before anything is full."""
+
+    async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await raw.request(reader)
+        while True:
+            writer.write(b"HTTP/1.1 102 Processing\r\n\r\n")
+            await writer.drain()
+            await asyncio.sleep(0)
+
+    async with serving(talk) as raw, pool_to(raw.port) as pool:
+        with pytest.raises(Lost):
+            await ask(pool)
+
+
+LENGTH = b"Content-Length: 0\r\n\r\n"
+MALFORMED = {
+    "garbage": b"\x16\x03\x01 not HTTP at all\r\n\r\n",
+    "a request": b"POST / HTTP/1.1\r\nContent-Length: 0\r\n\r\n",
+    "a greeting": b"220 mail.test ESMTP\r\n",
+    "HTTP/0.9": b"HTTP/0.9 200 OK\r\n" + LENGTH,
+    "HTTP/2.0": b"HTTP/2.0 200 OK\r\n" + LENGTH,
+    "HTTP/1.2": b"HTTP/1.2 200 OK\r\n" + LENGTH,
+    "HTTP/1": b"HTTP/1 200 OK\r\n" + LENGTH,
+    "lower-case http": b"http/1.1 200 OK\r\n" + LENGTH,
+    "leading space": b" HTTP/1.1 200 OK\r\n" + LENGTH,
+    "two spaces": b"HTTP/1.1  200 OK\r\n" + LENGTH,
+    "status 99": b"HTTP/1.1 99 No\r\n" + LENGTH,
+    "status 099": b"HTTP/1.1 099 No\r\n" + LENGTH,
+    "status 600": b"HTTP/1.1 600 No\r\n" + LENGTH,
+    "status 999": b"HTTP/1.1 999 No\r\n" + LENGTH,
+    "status 2000": b"HTTP/1.1 2000 No\r\n" + LENGTH,
+    "status abc": b"HTTP/1.1 abc No\r\n" + LENGTH,
+    "status -200": b"HTTP/1.1 -200 No\r\n" + LENGTH,
+    "status missing": b"HTTP/1.1 \r\n" + LENGTH,
+    "CTL in reason": b"HTTP/1.1 200 O\x01K\r\n" + LENGTH,
+    "NUL in reason": b"HTTP/1.1 200 O\x00K\r\n" + LENGTH,
+    "bare CR in reason": b"HTTP/1.1 200 O\rX: y\r\n" + LENGTH,
+    "101": b"HTTP/1.1 101 Switching Protocols\r\n\r\n" + OK,
+    "101 upgraded": b"HTTP/1.1 101 S\r\nConnection: upgrade\r\nUpgrade: h2c\r\n\r\n" + OK,
+    "interim with a body": b"HTTP/1.1 104 No\r\nContent-Length: 3\r\n\r\nabc" + OK,
+    "interim in chunks": b"HTTP/1.1 104 No\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n" + OK,
+    "differing lengths": HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\nok",
+    "duplicate length": HEAD + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\nok",
+    "length list": HEAD + b"Content-Length: 2, 2\r\n\r\nok",
+    "negative length": HEAD + b"Content-Length: -2\r\n\r\nok",
+    "signed length": HEAD + b"Content-Length: +2\r\n\r\nok",
+    "hex length": HEAD + b"Content-Length: 0x2\r\n\r\nok",
+    "length with letters": HEAD + b"Content-Length: 2a\r\n\r\nok",
+    "broken length": HEAD + b"Content-Length: 1 0\r\n\r\nok",
+    "empty length": HEAD + b"Content-Length:\r\n\r\nok",
+    "huge length": HEAD + b"Content-Length: 99999999999999999999999999\r\n\r\nok",
+    "length and coding": HEAD + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+    "coding and length": HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 2\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+    "coding gzip": HEAD + b"Transfer-Encoding: gzip\r\n\r\nok",
+    "coding gzip, chunked": HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+    "coding chunked, gzip": HEAD + b"Transfer-Encoding: chunked, gzip\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+    "chunked twice": HEAD + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+    "chunked, chunked": HEAD + b"Transfer-Encoding: chunked, chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+    "coding xchunked": HEAD + b"Transfer-Encoding: xchunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+    "coding with parameter": HEAD + b"Transfer-Encoding: chunked;q=1\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+    "empty coding": HEAD + b"Transfer-Encoding:\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+    "identity": HEAD + b"Transfer-Encoding: identity\r\n\r\nok",
+    "obs-fold": HEAD + b"X: a\r\n b\r\n" + LENGTH,
+    "obs-fold by tab": HEAD + b"X: a\r\n\tb\r\n" + LENGTH,
+    "fold after start line": HEAD + b" X: a\r\n" + LENGTH,
+    "space before colon": HEAD + b"X : a\r\n" + LENGTH,
+    "no colon": HEAD + b"X\r\n" + LENGTH,
+    "no name": HEAD + b": a\r\n" + LENGTH,
+    "obs-text in a name": HEAD + b"X\xe9: a\r\n" + LENGTH,
+    "NUL in a value": HEAD + b"X: a\x00b\r\n" + LENGTH,
+    "BEL in a value": HEAD + b"X: a\x07b\r\n" + LENGTH,
+    "DEL in a value": HEAD + b"X: a\x7fb\r\n" + LENGTH,
+    "bare CR in a value": HEAD + b"X: a\rY: b\r\n" + LENGTH,
+    "bare LF after a value": HEAD + b"X: a\n" + LENGTH,
+    "bare LF after the line": b"HTTP/1.1 200 OK\n" + LENGTH,
+    "bare LF at the end": HEAD + b"Content-Length: 0\r\n\n",
+    "only bare LF": b"HTTP/1.1 200 OK\nContent-Length: 0\n\n",
+    "head over 64 KiB": HEAD + b"X: a\r\n" * 20000 + LENGTH,
+    "one value over 64 KiB": HEAD + b"X: " + b"a" * 66000 + b"\r\n" + LENGTH,
+    "one name over 64 KiB": HEAD + b"X" * 66000 + b": a\r\n" + LENGTH,
+    "reason over 64 KiB": b"HTTP/1.1 200 " + b"a" * 66000 + b"\r\n" + LENGTH,
+    "no chunk size": CHUNKED + b"\r\nok\r\n0\r\n\r\n",
+    "no hex chunk size": CHUNKED + b"g\r\nok\r\n0\r\n\r\n",
+    "signed chunk size": CHUNKED + b"+2\r\nok\r\n0\r\n\r\n",
+    "negative chunk size": CHUNKED + b"-2\r\nok\r\n0\r\n\r\n",
+    "0x chunk size": CHUNKED + b"0x2\r\nok\r\n0\r\n\r\n",
+    "chunk size overflow": CHUNKED + b"10000000000000002\r\nok\r\n0\r\n\r\n",
+    "chunk too long": CHUNKED + b"2\r\nokay\r\n0\r\n\r\n",
+    "chunk without CRLF": CHUNKED + b"2\r\nok0\r\n\r\n",
+    "bare LF in chunks": CHUNKED + b"2\nok\n0\n\n",
+    "chunk extension garbage": CHUNKED + b"2;\x00\x01\r\nok\r\n0\r\n\r\n",
+    "LF in a chunk extension": CHUNKED + b"2;a\nb\r\nok\r\n0\r\n\r\n",
+    "chunk size garbage": CHUNKED + b"2 garbage\r\nok\r\n0\r\n\r\n",
+    "broken trailer": CHUNKED + b"2\r\nok\r\n0\r\nno trailer\r\n\r\n",
+    "framing in a trailer": CHUNKED + b"2\r\nok\r\n0\r\nContent-Length: 9\r\n\r\n",
+    "NUL in a trailer": CHUNKED + b"2\r\nok\r\n0\r\nX: \x00\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+@pytest.mark.parametrize("by_the_byte", [False, True])
+async def test_a_malformed_answer_is_lost(name, by_the_byte):
+    """An answer that is not well-formed, or over a limit, is Lost; the request is not sent again."""
+    answer = MALFORMED[name]
+    if by_the_byte and len(answer) > 4096:
+        answer = answer[-1000:].rjust(70000, b"A")
+    pieces = [answer[at : at + 1] for at in range(len(answer))] if by_the_byte and len(answer) < 4096 else [answer]
+    async with serving(says(*pieces, then_close=True)) as raw, pool_to(raw.port) as pool:
+        with pytest.raises(Lost) as lost:
+            await ask(pool)
+        assert not lost.value.timeout
+        assert (raw.accepted, len(raw.requests)) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "flood",
+    [
+        HEAD + b"X: ",
+        HEAD + b"X",
+        b"HTTP/1.1 200 ",
+        b"HTTP/1.1 103 H\r\nX: ",
+        CHUNKED + b"2\r\nok\r\n0\r\nX: ",
+        CHUNKED + b"2;a",
+        CHUNKED + b"0",
+    ],
+    ids=["value", "name", "reason", "interim", "trailer", "chunk extension", "chunk size"],
+)
+async def test_what_never_ends_is_lost(flood):
+    """A field, reason, trailer, chunk extension or chunk size that never ends is Lost before it fills the memory."""
+    wrote = 0
+
+    async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal wrote
+        await raw.request(reader)
+        writer.write(flood)
+        while wrote < 64 * MIB:
+            writer.write((b"0" if flood.endswith(b"0") else b"a") * 16384)
+            wrote += 16384
+            await writer.drain()
+            await asyncio.sleep(0)
+
+    async with serving(talk) as raw, pool_to(raw.port) as pool:
+        with pytest.raises(Lost):
+            await ask(pool)
+    assert wrote < 32 * MIB
+
+
+GOOD = {
+    "a reason of obs-text": (b"HTTP/1.1 200 \xe9t\xe9\r\n" + LENGTH, 200, b""),
+    "no reason": (b"HTTP/1.1 200 \r\n" + LENGTH, 200, b""),
+    "no reason, no space": (b"HTTP/1.1 200\r\n" + LENGTH, 200, b""),
+    "space around a length": (HEAD + b"Content-Length:  2 \t\r\n\r\nok", 200, b"ok"),
+    "a length with zeros": (HEAD + b"Content-Length: 002\r\n\r\nok", 200, b"ok"),
+    "capitals": (HEAD + b"TRANSFER-ENCODING: CHUNKED\r\n\r\n2\r\nok\r\n0\r\n\r\n", 200, b"ok"),
+    "space around a coding": (HEAD + b"Transfer-Encoding:\t chunked \r\n\r\n2\r\nok\r\n0\r\n\r\n", 200, b"ok"),
+    "a chunk extension": (CHUNKED + b'2;a=b;c="d"\r\nok\r\n0;e\r\n\r\n', 200, b"ok"),
+    "zeros before a chunk size": (CHUNKED + b"0000002\r\nok\r\n0000\r\n\r\n", 200, b"ok"),
+    "hex chunk sizes": (CHUNKED + b"A\r\n0123456789\r\nb\r\n0123456789a\r\n0\r\n\r\n", 200, b"01234567890123456789a"),
+    "trailers": (CHUNKED + b"2\r\nok\r\n0\r\nX-Sum: 1\r\nSet-Cookie: a\r\n\r\n", 200, b"ok"),
+    "204": (b"HTTP/1.1 204 No Content\r\n\r\n", 204, b""),
+    "204 with a length": (b"HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\n", 204, b""),
+    "205 by its framing": (b"HTTP/1.1 205 Reset\r\nContent-Length: 2\r\n\r\nok", 205, b"ok"),
+    "304 with a length": (b"HTTP/1.1 304 Not Modified\r\nContent-Length: 500\r\n\r\n", 304, b""),
+    "304 chunked": (b"HTTP/1.1 304 Not Modified\r\nTransfer-Encoding: chunked\r\n\r\n", 304, b""),
+    "599": (b"HTTP/1.1 599 X\r\n" + LENGTH, 599, b""),
+    "leading empty line": (b"\r\n" + OK, 200, b"ok"),
+    "a head just below 64 KiB": (HEAD + b"X: " + b"a" * 65000 + b"\r\n" + LENGTH, 200, b""),
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+@pytest.mark.parametrize("by_the_byte", [False, True])
+async def test_an_odd_but_sound_answer_is_whole(name, by_the_byte):
+    """An answer that is sound by RFC 9112 is whole, however it is cut into segments, and the connection stays."""
+    answer, status, body = GOOD[name]
+    size = max(1, len(answer) // 200) if by_the_byte else len(answer)
+    pieces = [answer[at : at + size] for at in range(0, len(answer), size)]
+    async with serving(says(*pieces)) as raw, pool_to(raw.port) as pool:
+        for _ in range(2):
+            assert await ask(pool) == (status, body)
+        assert raw.accepted == 1
+
+
+async def test_trailers_are_dropped():
+    """Trailers of a chunked answer never reach its fields."""
+    answer = CHUNKED + chunk(b"ok") + b"0\r\nX-Sum: 1\r\n\r\n"
+    async with serving(says(answer)) as raw, pool_to(raw.port) as pool, sent(pool) as connection:
+        head, body = await answer_of(connection)
+        assert body == b"ok"
+        assert b"x-sum" not in head.fields
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        HEAD + b"Content-Length: 500\r\n\r\n",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n",
+        HEAD + b"Content-Length: 0\r\n\r\n",
+        HEAD + b"\r\n",
+    ],
+)
+async def test_an_answer_to_head_has_no_body(head):
+    """An answer to HEAD is whole with its head, whatever its framing says, and a framed one keeps its connection."""
+    async with serving(says(head)) as raw, pool_to(raw.port) as pool:
+        for _ in range(3):
+            assert await ask(pool, head_only=True) == (200, b"")
+        assert raw.accepted == (3 if head == HEAD + b"\r\n" else 1)
+
+
+async def test_a_body_in_an_answer_to_head_is_not_the_next_answer():
+    """A server that sends a body to HEAD loses its connection, never its next answer."""
+    async with serving(says(OK)) as raw, pool_to(raw.port) as pool:
+        for number in (1, 2):
+            assert await ask(pool, head_only=True) == (200, b"")
+            assert raw.accepted == number
+
+
+WHOLE = {
+    "fixed": OK,
+    "chunked": CHUNKED + chunk(b"he") + chunk(b"llo") + LAST_CHUNK,
+    "chunked with trailers": CHUNKED + chunk(b"ok") + b"0\r\nX-Sum: 1\r\n\r\n",
+    "after interim ones": b"HTTP/1.1 100 C\r\n\r\nHTTP/1.1 103 H\r\nLink: a\r\n\r\n" + OK,
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("reset", [False, True])
+async def test_an_answer_is_whole_only_with_its_last_byte(name, reset):
+    """An answer cut after any byte, by FIN or RST, is Lost; with its last byte it is whole."""
+    answer = WHOLE[name]
+    size = 0
+
+    async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await raw.request(reader)
+        writer.write(answer[:size])
+        await writer.drain()
+        if reset:
+            await asyncio.sleep(0.002)
+            abort(writer)
+
+    async with serving(talk) as raw, pool_to(raw.port, max_connections=1) as pool:
+        for size in range(len(answer)):  # noqa: B007 - the talk reads it
+            with pytest.raises(Lost) as lost:
+                await ask(pool)
+            assert not lost.value.timeout
+        size = len(answer)
+        assert (await ask(pool))[0] == 200
+        assert len(raw.requests) == len(answer) + 1
+
+
+@pytest.mark.parametrize("reset", [False, True])
+async def test_an_answer_ended_by_closing_is_lost_within_its_head_or_by_a_reset(reset):
+    """Without a stated end, closing ends the body, not the head; a RST is never an end."""
+    answer = HEAD + b"X: y\r\n\r\nok"
+    size = 0
+
+    async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await raw.request(reader)
+        writer.write(answer[:size])
+        await writer.drain()
+        if reset:
+            await asyncio.sleep(0.01)
+            abort(writer)
+
+    async with serving(talk) as raw, pool_to(raw.port) as pool:
+        for size in range(len(answer) + 1):
+            if size < len(answer) - 2 or reset:
+                with pytest.raises(Lost):
+                    await ask(pool)
+            else:
+                assert await ask(pool) == (200, answer[len(answer) - 2 : size])
+
+
+# Time ...
+
+
+@pytest.mark.parametrize("said", [b"", b"HTTP/1.1 100 C\r\n\r\n", HEAD, HEAD + b"Content-Length: 3\r\n\r\nok", CHUNKED])
+async def test_silence_is_a_timeout(said):
+    """An upstream that is silent for longer than allowed, before the head or within the body, is Lost by timeout."""
+    async with serving(says(said)) as raw, pool_to(raw.port) as pool, sent(pool) as connection:
+        with pytest.raises(Lost) as lost:
+            await answer_of(connection, silence_s=0.2)
+        assert lost.value.timeout
+        await until(lambda: raw.finished == 1)  # the connection was closed: a late answer is nobody's
+
+
+async def test_what_comes_slowly_is_not_silence():
+    """The silence is counted from the last byte: an answer that drips takes as long as it takes."""
+
+    async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await raw.request(reader)
+        for at in range(len(OK)):
+            writer.write(OK[at : at + 1])
+            await asyncio.sleep(0.03)
+
+    async with serving(talk) as raw, pool_to(raw.port) as pool, sent(pool) as connection:
+        assert (await answer_of(connection, silence_s=0.8))[1] == b"ok"
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 1.4])
+async def test_an_answer_that_does_not_end_within_the_window_goes_on(pause_s):
+    """`whole` says no after its short window, and the body may come as late as the silence allows."""
+
+    async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await raw.request(reader)
+        writer.write(HEAD + b"Content-Length: 2\r\n\r\n")
+        await asyncio.sleep(pause_s)
+        writer.write(b"ok")
+
+    async with serving(talk) as raw, pool_to(raw.port, max_connections=64) as pool:
+
+        async def one(number: int) -> None:
+            await asyncio.sleep(number / 1000)  # windows that end at different fractions of a second
+            async with sent(pool) as connection:
+                await connection.head(20)
+                assert await connection.whole(65536, 0.05) is (pause_s == 0)
+                assert await connection.chunk(20) == b"ok"
+
+        await asyncio.gather(*[one(number) for number in range(40)])
+
+
+async def test_a_small_answer_is_whole_only_up_to_a_size():
+    """`whole` says no as soon as more is there than it was asked for."""
+    for size, small in ((1000, True), (1001, False)):
+        answer = CHUNKED + chunk(b"a" * size) + LAST_CHUNK
+        async with serving(says(answer)) as raw, pool_to(raw.port) as pool, sent(pool) as connection:
+            await connection.head(20)
+            assert await connection.whole(1000, 10) is small
+
+
+# Back-pressure ...
+
+
+@pytest.mark.parametrize("framing", ["fixed", "chunked", "eof"])
+async def test_a_slow_consumer_bounds_what_is_held(framing):
+    """Of an answer that nobody takes, about a megabyte is held and counted; all of it arrives once it is taken."""
+    size = 64 * MIB
+
+    async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await raw.request(reader)
+        length = b"Content-Length: %d\r\n" % size
+        coding = b"Transfer-Encoding: chunked\r\n"
+        writer.write(HEAD + {"fixed": length, "chunked": coding, "eof": b""}[framing] + b"\r\n")
+        for _ in range(size // BATCH):
+            writer.write(chunk(b"a" * BATCH) if framing == "chunked" else b"a" * BATCH)
+            await writer.drain()
+        writer.write(LAST_CHUNK if framing == "chunked" else b"")
+
+    buffered = Buffered(1 << 28)
+    async with serving(talk) as raw, pool_to(raw.port, buffered=buffered) as pool:
+        async with sent(pool) as connection:
+            await connection.head(20)
+            await until(lambda: connection.buffered > BATCH)
+            for _ in range(20):
+                await asyncio.sleep(0.01)
+                assert connection.buffered == buffered.used <= MIB
+            got = 0
+            while data := await connection.chunk(20):
+                got += len(data)
+                assert len(data) <= MIB
+            assert got == size
+        assert buffered.used == 0
+
+
+async def test_over_the_workers_limit_less_is_held():
+    """Where the worker's memory for buffers is used up, an answer gets room for much less."""
+    buffered = Buffered(limit=BATCH, used=BATCH)
+    async with serving(says(HEAD + b"Content-Length: 8388608\r\n\r\n" + b"a" * 8 * MIB)) as raw:
+        async with pool_to(raw.port, buffered=buffered) as pool, sent(pool) as connection:
+            await connection.head(20)
+            await until(lambda: connection.buffered > 65536)
+            await asyncio.sleep(0.1)
+            assert connection.buffered <= 2 * BATCH
+            assert len(await connection.chunk(20)) <= 2 * BATCH
+        assert buffered.used == BATCH
+
+
+async def test_an_answer_given_up_gives_its_room_back():
+    """A connection released or cut with a body that nobody took leaves nothing counted."""
+    buffered = Buffered(1 << 28)
+    answer = HEAD + b"Content-Length: 8388608\r\n\r\n" + b"a" * 8 * MIB
+    async with serving(says(answer)) as raw, pool_to(raw.port, buffered=buffered, max_connections=1) as pool:
+        for cut in (False, True):
+            async with sent(pool) as connection:
+                await connection.head(20)
+                await until(lambda one=connection: one.buffered)
+                if cut:
+                    assert pool.cut("shut down") == 1
+                    with pytest.raises(Lost):
+                        await answer_of(connection)
+            assert buffered.used == 0
+
+
+# The request ...
+
+
+async def blocks(*parts: bytes) -> AsyncIterator[bytes]:
+    for part in parts:
+        yield part
+
+
+async def test_a_body_is_streamed_as_it_is_framed():
+    """A body that comes in blocks goes out as they are, under its length or in chunks."""
+    got: list[bytes] = []
+
+    async def talk(_: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        got.append(await (reader.readuntil(b"0\r\n\r\n") if b"chunked" in head else reader.readexactly(5)))
+        writer.write(OK)
+
+    async with serving(talk) as raw, pool_to(raw.port) as pool:
+        for framing in (b"Content-Length: 5", b"Transfer-Encoding: chunked"):
+            connection = await pool.acquire(0)
+            connection.send_stream(
+                b"POST / HTTP/1.1\r\n%s\r\n\r\n" % framing, blocks(b"he", b"llo"), chunked=framing.startswith(b"T")
+            )
+            assert (await answer_of(connection))[1] == b"ok"
+            pool.release(connection)
+    assert got == [b"hello", b"2\r\nhe\r\n3\r\nllo\r\n0\r\n\r\n"]
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+async def test_a_body_that_breaks_off_never_looks_whole(chunked):
+    """A request's body whose source breaks is cut off for the upstream, never ended, and Lost."""
+    ended: list[bytes] = []
+
+    async def talk(_: Raw, reader: asyncio.StreamReader, __: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            ended.append(await reader.read(-1))
+
+    async def breaking() -> AsyncIterator[bytes]:
+        yield b"hel"
+        await asyncio.sleep(0.05)
+        raise ConnectionError("gone")
+
+    async with serving(talk) as raw, pool_to(raw.port) as pool:
+        connection = await pool.acquire(0)
+        connection.send_stream(b"POST / HTTP/1.1\r\n\r\n", breaking(), chunked=chunked)
+        with pytest.raises(Lost):
+            await connection.head(20)
+        pool.release(connection)
+        await until(lambda: raw.finished == 1)
+    assert not any(body.endswith(b"0\r\n\r\n") for body in ended)
+
+
+async def test_an_upstream_that_does_not_read_slows_the_body():
+    """A body is asked for no faster than the upstream takes it."""
+    taken = 0
+
+    async def source() -> AsyncIterator[bytes]:
+        nonlocal taken
+        for _ in range(256):
+            taken += 1
+            yield b"a" * BATCH
+
+    async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.transport.pause_reading()
+        await reading.wait()
+        writer.transport.resume_reading()
+        await reader.readexactly(256 * BATCH)
+        writer.write(OK)
+
+    reading = asyncio.Event()
+    async with serving(talk) as raw, pool_to(raw.port) as pool:
+        connection = await pool.acquire(0)
+        connection.send_stream(b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % (256 * BATCH), source(), False)
+        await until(lambda: taken > 2)
+        await asyncio.sleep(0.3)
+        assert taken < 128
+        reading.set()
+        assert (await answer_of(connection))[1] == b"ok"
+        assert taken == 256
+        pool.release(connection)
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: 8388608", b"Transfer-Encoding: chunked"])
+async def test_an_answer_before_the_request_was_sent_is_whole_and_the_connection_closed(framing):
+    """An answer that comes while the request is still being sent counts; its connection is never used again."""
+
+    async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        raw.requests.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.transport.pause_reading()
+        writer.write(b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno")
+        await released.wait()
+
+    released = asyncio.Event()
+    async with serving(talk) as raw, pool_to(raw.port) as pool:
+        for number in (1, 2):
+            connection = await pool.acquire(60)
+            body = blocks(*[b"a" * BATCH] * 32)
+            connection.send_stream(
+                b"POST / HTTP/1.1\r\n%s\r\n\r\n" % framing, body, chunked=framing.startswith(b"Transfer")
+            )
+            head, text = await answer_of(connection)
+            assert (head.status, text) == (413, b"no")
+            pool.release(connection)
+            assert raw.accepted == number
+        released.set()
+
+
+async def test_an_answer_before_a_whole_head_was_sent_closes_the_connection():
+    """An early answer to a request whose bytes are still in our own buffer counts the same."""
+
+    async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.transport.pause_reading()
+        writer.write(OK)
+        await released.wait()
+
+    released = asyncio.Event()
+    async with serving(talk) as raw, pool_to(raw.port) as pool:
+        for number in (1, 2):
+            connection = await pool.acquire(60)
+            connection.send(b"POST / HTTP/1.1\r\nContent-Length: 16777216\r\n\r\n", b"a" * 16 * MIB)
+            assert (await answer_of(connection))[1] == b"ok"
+            pool.release(connection)
+            assert raw.accepted == number
+        released.set()
+
+
+async def test_a_request_is_written_on_one_connection():
+    """Of many requests over connections that break in every way, each reaches the upstream at most once."""
+    seen: list[bytes] = []
+
+    async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for turn in range(1 + raw.accepted % 3):
+            request = await reader.readuntil(b"\r\n\r\n")
+            seen.append(request.split(b" ")[1])
+            if turn == raw.accepted % 3:
+                match raw.accepted % 4:
+                    case 0:
+                        return
+                    case 1:
+                        abort(writer)
+                        return
+                    case 2:
+                        writer.write(OK[:-1])
+                        return
+            writer.write(OK)
+
+    async with serving(talk) as raw, pool_to(raw.port, max_connections=4, connect_retries=3) as pool:
+        outcomes: dict[bytes, str] = {}
+
+        async def one(number: int) -> None:
+            target = b"/%d" % number
+            connection = await pool.acquire(60)
+            try:
+                connection.send(b"POST %s HTTP/1.1\r\nContent-Length: 0\r\n\r\n" % target, b"")
+                outcomes[target] = (await answer_of(connection))[1].decode()
+            except Lost:
+                outcomes[target] = "lost"
+            finally:
+                pool.release(connection)
+
+        await asyncio.wait_for(asyncio.gather(*[one(number) for number in range(200)]), 60)
+    assert len(seen) == len(set(seen))
+    answered = {target for target, outcome in outcomes.items() if outcome == "ok"}
+    assert answered <= set(seen)
+    assert len(answered) > 50
+    assert len(outcomes) == 200
+
+
+async def test_cut_ends_what_is_under_way():
+    """`cut` loses every exchange under way and says how many there were; idle connections are not counted."""
+    async with serving(says(b"HTTP/1.1 100 C\r\n\r\n")) as raw, pool_to(raw.port) as pool:
+        asking = [asyncio.create_task(ask(pool)) for _ in range(3)]
+        await until(lambda: len(raw.requests) == 3)
+        assert pool.cut("the proxy was shut down") == 3
+        ended = await asyncio.gather(*asking, return_exceptions=True)
+        assert all(isinstance(one, Lost) and "shut down" in str(one) for one in ended)
+        assert pool.cut("again") == 0
