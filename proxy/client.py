@@ -39,7 +39,7 @@ class Client(web.StreamResponse):
 
     # For aiohttp ...
 
-    async def prepare(self, request: web.BaseRequest) -> None:  # type: ignore[override]
+    async def prepare(self, request: web.BaseRequest) -> None:
         """Do nothing: all is written by now."""
 
     async def write_eof(self, data: bytes = b"") -> None:

@@ -81,11 +81,11 @@ class Digests:
         self, namespace: bytes, headers: Mapping[bytes, Sequence[bytes]], names: Sequence[bytes]
     ) -> Scope | UnstableScope:
         """Return whose key it is, by the scope headers (lower-case `names`) that are present, else Cookie."""
-        if b"authorization" in names and any(map(_PER_REQUEST.match, headers.get(b"authorization", ()))):
+        present = [name for name in names if name in headers]
+        if not present and names and b"cookie" in headers:
+            present = [b"cookie"]
+        if b"authorization" in present and any(map(_PER_REQUEST.match, headers[b"authorization"])):
             return UnstableScope()
-        present = [name for name in names if name in headers] or [
-            name for name in (b"cookie",) if names and name in headers
-        ]
         digest = self._tenant.copy()
         for name in present:
             digest.update(_framed(name, b"%d" % len(headers[name]), *headers[name]))

@@ -18,7 +18,7 @@ from redis import Redis
 from proxy.server.embedded import find_server
 from tests.parts import Proxy, RawUpstream
 
-IN_PROCESS = ("test_body.py", "test_client.py", "test_upstream.py")
+IN_PROCESS = ("test_body.py", "test_client.py", "test_link.py", "test_store.py", "test_upstream.py")
 
 
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, object]:

@@ -325,8 +325,8 @@ def test_a_credential_that_stays_is_a_scope(value):
 
 # How they are composed ...
 
-# The last two look like parts with their length before them.
-WHOLES = [b"abc", b"aaaaaa", b"\x00\x00\x00\x00\x00", b"\x00\x00\x00\x01a\x00\x00\x00\x01b", b"\x00\x00\x00\x05a:b,c"]
+# The last ones look like parts with their length before them.
+WHOLES = [b"abc", b"aaaaaa", b"\x00\x00\x00\x00\x00", b"\x00\x00\x00\x01a\x00\x00\x00\x01b", b"1:a1:b0:", b"0:0:3:0:a"]
 
 
 @pytest.mark.parametrize("whole", WHOLES)
@@ -337,7 +337,7 @@ def test_a_key_belongs_to_its_scope_however_the_bytes_are_split(whole):
     assert {len(digest) for digest in digests} == {24}
 
 
-@pytest.mark.parametrize("whole", WHOLES[:4])
+@pytest.mark.parametrize("whole", WHOLES)
 def test_a_fingerprint_tells_its_parts_however_the_bytes_are_split(whole):
     """No split of method, host, target, type, encoding and body collides with another."""
     whole = whole[:8]
@@ -348,10 +348,10 @@ def test_a_fingerprint_tells_its_parts_however_the_bytes_are_split(whole):
 
 def test_a_part_less_is_another_fingerprint():
     """A body that looks like further parts does not stand in for them."""
-    framed = b"\x00\x00\x00\x01b"
-    assert DIGESTS.fingerprint([b"a", b"b"], [b"c"]) != DIGESTS.fingerprint([b"a"], [framed + b"c"])
-    assert DIGESTS.fingerprint([b"a", b"b"], []) != DIGESTS.fingerprint([b"a"], [framed])
-    assert DIGESTS.fingerprint([], [framed]) != DIGESTS.fingerprint([b"b"], [])
+    for framed in (b"1:b", b"1:b,", b"\x00\x00\x00\x01b", b"b"):
+        assert DIGESTS.fingerprint([b"a", b"b"], [b"c"]) != DIGESTS.fingerprint([b"a"], [framed + b"c"])
+        assert DIGESTS.fingerprint([b"a", b"b"], []) != DIGESTS.fingerprint([b"a"], [framed])
+        assert DIGESTS.fingerprint([], [framed]) != DIGESTS.fingerprint([b"b"], [])
     assert DIGESTS.fingerprint([b"a", b""], []) != DIGESTS.fingerprint([b"a"], [])
 
 

@@ -46,6 +46,9 @@ class Settled(NamedTuple):
     lost: bool = False
 
 
+Settling = Coroutine[Any, Any, Settled]
+
+
 @dataclass(slots=True)
 class _Clock:
     """The server's clock, as far as its replies tell. It may lag behind, never run ahead."""
@@ -141,30 +144,20 @@ class Store:
         token = self._prefix + next(self._count).to_bytes(6, "big")
         described = self_check(key, scope.tenant, token, mode, fingerprint)
         claim = Claim(key, token, b"", mode, fingerprint, described, 0, lease_ms, retention_ms)
-        found = await self._claim(claim, scope.tenant)
+        found = await self.reclaim(claim, scope)
         if isinstance(found, Unconfirmed) and found.maybe_executed:
             self._background(self._withdraw(claim))
         return found
 
     async def reclaim(self, claim: Claim, scope: Scope) -> Claim | Record | Corrupt | Unconfirmed:
-        """Claim again with the same token, before anything is sent: Claim where the key is still ours."""
-        return await self._claim(claim, scope.tenant)
-
-    async def look(self, key: bytes, scope: Scope, lease_ms: int) -> Record | Corrupt | Unconfirmed | None:
-        """Return what stands in the store for a key, None for nothing: a claim that is always too late."""
-        deadline = self._loop.time() + self._timeout_s
-        nobody = Claim(key, bytes(TOKEN_BYTES), b"", b"", b"", b"", 0, lease_ms, 0)
-        found = await self._try_claim(nobody, scope.tenant, 0, deadline)
-        return None if isinstance(found, str | Claim) else found
-
-    async def _claim(self, claim: Claim, tenant: bytes) -> Claim | Record | Corrupt | Unconfirmed:
-        loop = self._loop
+        """Claim, again with the same token where need be: Claim means that the key is ours."""
+        loop, clock = self._loop, self._clock
         deadline = loop.time() + self._timeout_s
         pause_s = PAUSE_FIRST_S
         maybe_executed = False
         while True:
-            not_after_ms = self._clock.now_ms() + int((deadline - loop.time()) * 1000)
-            found = await self._try_claim(claim, tenant, not_after_ms, deadline)
+            not_after_ms = clock.now_ms() + int((deadline - loop.time()) * 1000)
+            found = self._read_claim(claim, scope, await self._ask(claim, not_after_ms, deadline))
             if isinstance(found, str):  # our idea of the server's time was behind; the reply corrected it
                 found = Unconfirmed("the store was reached too late", maybe_executed=False)
             if not isinstance(found, Unconfirmed):
@@ -175,29 +168,33 @@ class Store:
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, PAUSE_MOST_S)
 
-    async def _try_claim(
-        self, claim: Claim, tenant: bytes, not_after_ms: int, deadline: float
-    ) -> Claim | Record | Corrupt | Unconfirmed | str:
-        reply = await self._call(
-            "claim", claim.key, deadline,
-            claim.token, claim.fingerprint, claim.self_check, claim.mode, claim.lease_ms,
-            claim.retention_ms, not_after_ms, INLINE_BYTES, 0,
+    async def look(self, key: bytes, scope: Scope, lease_ms: int) -> Record | Corrupt | Unconfirmed | None:
+        """Return what stands in the store for a key, None for nothing: a claim that is always too late."""
+        nobody = Claim(key, bytes(TOKEN_BYTES), b"", b"", b"", b"", 0, lease_ms, 0)
+        found = self._read_claim(nobody, scope, await self._ask(nobody, 0, self._loop.time() + self._timeout_s))
+        return None if isinstance(found, str | Claim) else found
+
+    def _ask(self, claim: Claim, not_after_ms: int, deadline: float) -> Coroutine[Any, Any, Any]:
+        key, token, _, mode, fingerprint, described, _, lease_ms, retention_ms = claim
+        return self._call(
+            "claim", key, deadline,
+            (token, fingerprint, described, mode, lease_ms, retention_ms, not_after_ms, INLINE_BYTES, 0),
         )  # fmt: skip
+
+    def _read_claim(self, claim: Claim, scope: Scope, reply: Any) -> Claim | Record | Corrupt | Unconfirmed | str:
+        """Return what a reply to `claim` means; "late" where the claim came too late."""
         match reply:
             case [b"claimed", int(now_ms), bytes(fence), created]:
                 self._clock.heard(now_ms)
-                return Claim(
-                    claim.key, claim.token, fence, claim.mode, claim.fingerprint, claim.self_check,
-                    int(created), claim.lease_ms, claim.retention_ms,
-                )  # fmt: skip
+                return claim._replace(fence=fence, created_ms=int(created))
             case [b"late", int(now_ms)]:
                 self._clock.heard(now_ms)
                 return "late"
             case [b"complete", int(now_ms), bytes(meta), body]:
                 self._clock.heard(now_ms)
-                return unpack(claim.key, tenant, meta, body, now_ms)
+                return unpack(claim.key, scope.tenant, meta, body, now_ms)
             case [state, int(now_ms), *fields] if len(fields) == 7:
-                return running(claim.key, tenant, [state, *fields], now_ms)
+                return running(claim.key, scope.tenant, [state, *fields], now_ms)
             case ErrorReply() if str(reply).startswith("WRONGTYPE"):
                 return Corrupt("the record is of another type")
             case Unconfirmed():
@@ -220,22 +217,22 @@ class Store:
     async def renew(self, claim: Claim) -> str:
         """Extend the lease once: renewed, absent, unknown, complete, fenced or unconfirmed."""
         deadline = self._loop.time() + self._timeout_s
-        reply = await self._call("renew", claim.key, deadline, claim.token, claim.lease_ms, claim.retention_ms)
+        reply = await self._call("renew", claim.key, deadline, (claim.token, claim.lease_ms, claim.retention_ms))
         return reply[0].decode() if isinstance(reply, list) else "unconfirmed"
 
-    async def store(self, claim: Claim, answer: StoredAnswer, last: bytes, patience_s: float) -> Settled:
+    def store(self, claim: Claim, answer: StoredAnswer, last: bytes, patience_s: float) -> Settling:
         """Settle: make the record complete. `last` is the last chunk if it was not appended, else empty."""
         meta = pack(claim, answer)
         chunks, size = (answer.chunks, answer.size) if answer.kept else (0, 0)
-        return await self._settle(claim, b"store", patience_s, meta, answer.digest, chunks, size, last)
+        return self._settle(claim, b"store", patience_s, meta, answer.digest, chunks, size, last)
 
-    async def release(self, claim: Claim, patience_s: float) -> Settled:
+    def release(self, claim: Claim, patience_s: float) -> Settling:
         """Settle: free the key."""
-        return await self._settle(claim, b"release", patience_s)
+        return self._settle(claim, b"release", patience_s)
 
-    async def mark_unknown(self, claim: Claim, why: str, patience_s: float) -> Settled:
+    def mark_unknown(self, claim: Claim, why: str, patience_s: float) -> Settling:
         """Settle: sent, and nobody can say what became of it."""
-        return await self._settle(
+        return self._settle(
             claim, b"unknown", patience_s,
             claim.fence, claim.mode, claim.fingerprint, claim.self_check, claim.created_ms, why,
         )  # fmt: skip
@@ -255,7 +252,7 @@ class Store:
     async def read(self, key: bytes, token: bytes, first: int) -> list[bytes] | None:
         """Return the chunks of a complete answer from `first` on, as many as fit; None where they are gone."""
         deadline = self._loop.time() + self._timeout_s
-        reply = await self._call("read", key, deadline, token, first, READ_BYTES, link=self._reads)
+        reply = await self._call("read", key, deadline, (token, first, READ_BYTES), self._reads)
         return reply[1:] if isinstance(reply, list) and reply[0] == b"chunks" else None
 
     # Calls ...
@@ -267,7 +264,7 @@ class Store:
         pause_s = PAUSE_FIRST_S
         while True:
             deadline = min(loop.time() + self._timeout_s, max(give_up, loop.time() + 0.05))
-            reply = await self._call(verb, claim.key, deadline, claim.token, *args)
+            reply = await self._call(verb, claim.key, deadline, (claim.token, *args))
             if isinstance(reply, list) or (isinstance(reply, ErrorReply) and str(reply).startswith("OOM")):
                 return reply
             if loop.time() + pause_s >= min(give_up, self.patience_ends):
@@ -276,7 +273,9 @@ class Store:
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, PAUSE_MOST_S)
 
-    async def _call(self, verb: str, key: bytes, deadline: float, *args: Any, link: Link | None = None) -> Any:
+    async def _call(
+        self, verb: str, key: bytes, deadline: float, args: tuple[Any, ...], link: Link | None = None
+    ) -> Any:
         """Run a script once; a server that does not know it (a new master, SCRIPT FLUSH) is given its body."""
         link = link or self._link
         if not link.up and not await link.wait_up(deadline):

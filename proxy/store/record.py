@@ -151,7 +151,7 @@ def running(key: bytes, tenant: bytes, fields: list[bytes | int | None], now_ms:
     """Return the record of a key in flight or unknown, from claim's reply after the time."""
     state, token, _fence, mode, fingerprint, self_described, lease_left_ms, created = fields
     try:
-        found = State(bytes(state or b"").decode())  # type: ignore[arg-type]
+        found = State(bytes(state or b"").decode())
         created_ms = int(created or b"")
     except ValueError:
         return Corrupt("unknown state")

@@ -5,7 +5,9 @@ Lost (some did, and no whole answer came), or an answer that is whole by its own
 """
 
 import asyncio
+import contextlib
 import select
+import ssl
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -244,10 +246,21 @@ class Connection(asyncio.Protocol):
         self.fail(Lost("the upstream closed the connection"))
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self._parser is not None:
+            self._read_tls_rest()
         self.transport = None
         self.resume_writing()
         self._pool.forget(self)
         self.fail(Lost(f"the upstream's connection broke: {exc or 'closed'}"))
+
+    def _read_tls_rest(self) -> None:
+        """Take what uvloop's TLS side still holds: it drops that when the connection ends after a pause."""
+        tls = self.transport.get_extra_info("ssl_object") if self.transport is not None else None
+        with contextlib.suppress(ssl.SSLError):  # wants more bytes: there was no close_notify
+            while tls is not None and (data := tls.read(HIGH_WATER)):
+                self.data_received(data)
+            if tls is not None:
+                self.eof_received()
 
     # What llhttp calls ...
 
@@ -322,6 +335,7 @@ class Connection(asyncio.Protocol):
     def close(self) -> None:
         if self._sender is not None and not self._sender.done():
             self._sender.cancel()
+        self._parser = None  # what still comes is not looked at
         if self.transport is not None:
             self.transport.abort()
 

@@ -1,0 +1,410 @@
+"""The store's scripts: each opens with its contract, and header and body agree."""
+
+import re
+import time
+from importlib.resources import files
+
+import pytest
+
+from proxy.store.server import load_scripts
+
+VERBS = ("append", "claim", "read", "renew", "settle")
+ALLOW_OOM = "#!lua flags=allow-oom"
+TEXTS = {verb: (files("proxy.lua") / f"{verb}.lua").read_text() for verb in VERBS}
+KEY = "once:{test}"
+
+
+# The contract, as the header states it ...
+
+
+def lines(verb: str) -> list[str]:
+    """Return the script's lines without its `#!lua` line."""
+    found = TEXTS[verb].splitlines()
+    return found[1:] if found[0].startswith("#!") else found
+
+
+def header(verb: str) -> list[str]:
+    """Return the comment that the script opens with."""
+    found = lines(verb)
+    end = next(number for number, line in enumerate(found) if not line.startswith("--"))
+    return [line.removeprefix("--") for line in found[:end]]
+
+
+def body(verb: str) -> str:
+    """Return the script's code, without its comments."""
+    return "\n".join(line for line in lines(verb) if not line.lstrip().startswith("--"))
+
+
+def section(verb: str, name: str) -> list[str]:
+    """Return the lines of one part of the contract."""
+    found: list[str] = []
+    current = ""
+    for line in header(verb):
+        if start := re.match(r" (KEYS|ARGV|Returns): ", line):
+            current = start[1]
+        if current == name:
+            found.append(line.removeprefix(f" {name}: "))
+    return found
+
+
+def arguments(verb: str, variant: str = "") -> list[str]:
+    """Return the names of the arguments in their order, for one value of `how` where that matters."""
+    common, *more = [re.sub(r" *\(.*| *, then$", "", line) for line in section(verb, "ARGV")]
+    variants = dict(line.strip().split(": ", 1) for line in more)
+    return common.split() + variants.get(variant, "").split()
+
+
+def longest(verb: str) -> int:
+    return max(len(arguments(verb, variant)) for variant in ("", "store", "release", "unknown"))
+
+
+def names_at(verb: str, position: int) -> set[str]:
+    """Return what the header calls one argument: several names where `how` decides."""
+    every = [arguments(verb, variant) for variant in ("", "store", "unknown")]
+    return {names[position - 1] for names in every if len(names) >= position}
+
+
+def replies(text: str, more: dict[str, str]) -> dict[str, set[tuple[int, str]]]:
+    """Return the words of all `{tag, ...}` in a text, with the number of elements and the words after it.
+
+    `more`: what else a name stands for.
+    """
+    found: dict[str, set[tuple[int, str]]] = {}
+    for literal in re.findall(r"\{tag, ([^{}]*)\}", text):
+        elements = re.sub(r"\([^()]*\)", "", literal).split(", ")
+        if elements[-1] == "...":  # any number of what stands before it
+            elements = elements[:-2]
+        words = [re.findall(r"'([a-z_]+)'", more.get(element, element)) for element in elements]
+        for word in words[0] or [elements[0]]:
+            for after in (words[1] if len(words) > 1 else []) or [""]:
+                found.setdefault(word, set()).add((len(elements), after))
+    return found
+
+
+def test_there_is_a_script_for_each_verb():
+    """One verb a file, all of them loaded."""
+    assert sorted(load_scripts()) == sorted(VERBS)
+    for verb, script in load_scripts().items():
+        assert script.body.decode() == TEXTS[verb]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_script_opens_with_its_contract(verb):
+    """One sentence, then KEYS, ARGV and Returns, in this order and once each."""
+    sentence, *rest = header(verb)
+    assert re.fullmatch(r" [A-Z][^.]*\.", sentence), sentence
+    starts = [match[1] for line in rest if (match := re.match(r" (KEYS|ARGV|Returns):", line))]
+    assert starts == ["KEYS", "ARGV", "Returns"]
+    assert rest[0] == " KEYS: record"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_may_exceed_the_memory_limit(verb):
+    """Running work completes there (renew, settle); a `#!lua` line on the others would stop replays as well."""
+    first = TEXTS[verb].splitlines()[0]
+    if verb in ("renew", "settle"):
+        assert first == ALLOW_OOM
+        assert TEXTS[verb].count("#!") == 1
+    else:
+        assert "#!" not in TEXTS[verb]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_script_touches_its_record_alone(verb):
+    """Every command names KEYS[1], which is passed in: nothing is built from strings, so Cluster works."""
+    code = body(verb)
+    calls = re.findall(r"redis\.p?call\(([^,)]*)(?:, ([^,)]*))?", code)
+    assert len(calls) == code.count("redis.")
+    for command, key in calls:
+        assert re.fullmatch(r"'[A-Z]+'", command)
+        assert key == ("" if command == "'TIME'" else "KEYS[1]")
+    assert set(re.findall(r"KEYS\S\d*\S?", code)) == {"KEYS[1]"}
+    assert not re.search(r"\.\. *KEYS|KEYS\[1\] *\.\.|#KEYS|once:|loadstring|pcall", code)
+
+
+def test_the_commands_that_the_scripts_need():
+    """An operator's ACL can list them; read writes nothing."""
+    commands = {verb: set(re.findall(r"redis\.call\('([A-Z]+)'", body(verb))) for verb in VERBS}
+    assert set().union(*commands.values()) == {
+        *("TIME", "HGET", "HMGET", "HLEN", "HSTRLEN", "EXISTS", "HSET", "HDEL", "UNLINK", "PEXPIRE"),
+    }
+    assert commands["read"] == {"HGET", "HSTRLEN"}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_header_names_every_argument(verb):
+    """As many as the body uses, each of which it does use, by fixed positions."""
+    code = body(verb)
+    used = {int(position) for position in re.findall(r"ARGV\[(\d+)\]", code)}
+    assert used == set(range(1, longest(verb) + 1))
+    assert len(re.findall("ARGV", code)) == len(re.findall(r"ARGV\[\d+\]", code))
+    assert not re.search(r"unpack|#ARGV(?!\[)", code)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_header_names_the_arguments_in_their_order(verb):
+    """Locals, fields and the TTL that take an argument bear the name which the header gives that position."""
+    code = body(verb)
+    bound: list[tuple[str, str]] = []
+    for names, taken in re.findall(r"local ([\w, ]+) = (ARGV.*)", code):
+        bound += zip(names.split(", "), taken.split(", "), strict=True)
+    bound += re.findall(r"'([a-z]+)', (ARGV\[\d+\])", code)
+    bound += [("retention", taken) for taken in re.findall(r"'PEXPIRE', KEYS\[1\], (ARGV\[\d+\])", code)]
+    direct = [(name, int(at[1])) for name, taken in bound if (at := re.fullmatch(r"ARGV\[(\d+)\]", taken))]
+    assert direct[:2] == [("tag", 1), ("token", 2)]
+    for name, position in direct:
+        assert name in {word.removesuffix("_ms") for word in names_at(verb, position)}, (name, position)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_header_names_every_reply(verb):
+    """Each word that the body returns stands under Returns with its company, and the other way round."""
+    code = body(verb)
+    stands_for = dict(re.findall(r"local (\w+) = .* and ('\w+' or '\w+')", code))
+    promised = replies(" ".join(section(verb, "Returns")), {})
+    assert promised == replies(code, stands_for)
+    assert promised
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_reply_begins_with_the_tag(verb):
+    """So that a reply is known to belong to its question."""
+    code = body(verb)
+    named = set(re.findall(r"local (\w+) = \{tag,", code))
+    returned = re.findall(r"\breturn\b *(.*)", code)
+    assert code.rstrip().splitlines()[-1].startswith("return ")
+    for reply in returned:
+        assert reply in named or re.fullmatch(r"\{tag, .*\}", reply), reply
+
+
+# ... and as a caller finds it who has read nothing else.
+
+
+@pytest.fixture
+def called(valkey):
+    """Call a verb with its arguments by the names of its header, in the order of its header."""
+    with valkey.client() as client:
+
+        def called(verb: str, variant: str = "", **given: object) -> list:
+            names = arguments(verb, variant)
+            assert set(given) == set(names)
+            return client.eval(TEXTS[verb], 1, KEY, *[given[name] for name in names])
+
+        called.client = client
+        yield called
+
+
+CLAIM = {
+    "tag": "7",
+    "token": "T" * 16,
+    "fingerprint": "F" * 16,
+    "self": "S" * 32,
+    "mode": "hold",
+    "lease_ms": 40_000,
+    "retention_ms": 500_000,
+    "inline_bytes": 100,
+    "window_ms": 0,
+    "not_after_ms": 2**52,
+}
+OWNER = {"tag": "8", "token": "T" * 16}
+
+
+def meta(token: str = "T" * 16, digest: str = "D" * 16) -> str:
+    """Return the part of a complete record's meta that the scripts read."""
+    return f"1{token}{1234:016}{5678:016}{digest}"
+
+
+def record(called) -> dict[str, bytes]:
+    return {name.decode(): value for name, value in called.client.hgetall(KEY).items()}
+
+
+def about(value: object, most: int) -> bool:
+    """Whether something that counts down from `most` was set a moment ago."""
+    return most - 20_000 <= int(value) <= most
+
+
+def test_claim_as_its_header_says(called):
+    """A free key is claimed with these arguments; another token is told of them; a late claim changes nothing."""
+    tag, word, now_ms, fence, created_ms = called("claim", **CLAIM)
+    assert (tag, word) == (b"7", b"claimed")
+    assert abs(now_ms - time.time() * 1000) < 20_000
+    assert created_ms == now_ms
+    found = record(called)
+    assert about(int(found.pop("lease")) - now_ms, 40_000)
+    assert about(called.client.pttl(KEY), 500_000)
+    assert found == {
+        **{name: CLAIM[name].encode() for name in ("token", "fingerprint", "self", "mode")},
+        "state": b"in_flight",
+        "fence": fence,
+        "created": b"%d" % created_ms,
+    }
+    tag, state, _, token, fence_told, mode, fingerprint, described, left_ms, created_told = called(
+        "claim", **{**CLAIM, "tag": "9", "token": "U" * 16}
+    )
+    assert (tag, state, token, fence_told) == (b"9", b"in_flight", b"T" * 16, fence)
+    assert (mode, fingerprint, described) == (b"hold", b"F" * 16, b"S" * 32)
+    assert about(left_ms, 40_000)
+    assert created_told == b"%d" % created_ms
+    called.client.delete(KEY)
+    tag, word, _ = called("claim", **{**CLAIM, "not_after_ms": now_ms - 1})
+    assert (tag, word) == (b"7", b"late")
+    assert record(called) == {}
+
+
+@pytest.mark.parametrize(
+    ("chunks", "brought"),
+    [
+        ({}, None),
+        ({"b0": "x" * 5}, b"x" * 5),
+        ({"b0": "x" * 100}, b"x" * 100),
+        ({"b0": "x" * 101}, None),
+        ({"b0": "x", "b1": "y"}, None),
+    ],
+    ids=["none", "small", "at the limit", "over the limit", "two"],
+)
+def test_claim_brings_a_small_answer_along(called, chunks, brought):
+    """Up to inline_bytes in one chunk; a complete record is told, never touched."""
+    called.client.hset(KEY, mapping={"meta": meta(), **chunks})
+    before = record(called)
+    tag, word, _, told, body = called("claim", **CLAIM)
+    assert (tag, word, told, body) == (b"7", b"complete", meta().encode(), brought)
+    assert record(called) == before
+    assert called.client.ttl(KEY) == -1
+
+
+def test_append_as_its_header_says(called):
+    """A chunk is kept under its index, the lease extended; the replies are those of the header."""
+    chunk = {**OWNER, "index": 0, "bytes": "abc", "lease_ms": 90_000}
+    assert called("append", **chunk) == [b"8", b"absent"]
+    now_ms = called("claim", **CLAIM)[2]
+    assert called("append", **chunk) == [b"8", b"appended"]
+    assert called("append", **{**chunk, "index": 1, "bytes": "de"}) == [b"8", b"appended"]
+    assert called("append", **chunk) == [b"8", b"appended"]
+    assert called("append", **{**chunk, "bytes": "abd"}) == [b"8", b"torn"]
+    assert called("append", **{**chunk, "token": "U" * 16}) == [b"8", b"fenced"]
+    found = record(called)
+    assert (found["b0"], found["b1"], found["bytes"]) == (b"abc", b"de", b"5")
+    assert about(int(found["lease"]) - now_ms, 110_000)
+    assert int(found["lease"]) - now_ms >= 90_000
+    called.client.delete(KEY)
+    called.client.hset(KEY, "meta", meta())
+    assert called("append", **chunk) == [b"8", b"complete"]
+    assert called("append", **{**chunk, "token": "U" * 16}) == [b"8", b"fenced"]
+
+
+def test_renew_as_its_header_says(called):
+    """Lease and retention start anew for the owner alone; the replies are those of the header."""
+    renewal = {**OWNER, "lease_ms": 90_000, "retention_ms": 900_000}
+    assert called("renew", **renewal) == [b"8", b"absent"]
+    now_ms = called("claim", **CLAIM)[2]
+    assert called("renew", **{**renewal, "token": "U" * 16}) == [b"8", b"fenced"]
+    assert about(called.client.pttl(KEY), 500_000)
+    assert called("renew", **renewal) == [b"8", b"renewed"]
+    assert 90_000 <= int(record(called)["lease"]) - now_ms < 110_000
+    assert about(called.client.pttl(KEY), 900_000)
+    called.client.hset(KEY, "state", "unknown")
+    assert called("renew", **renewal) == [b"8", b"unknown"]
+    called.client.delete(KEY)
+    called.client.hset(KEY, "meta", meta())
+    assert called("renew", **renewal) == [b"8", b"complete"]
+    assert called("renew", **{**renewal, "token": "U" * 16}) == [b"8", b"fenced"]
+
+
+SETTLE = {**OWNER, "retention_ms": 900_000}
+ANSWER = {"how": "store", "meta": meta(), "digest": "D" * 16, "chunks": 1, "bytes": 3, "last": "abc"}
+
+
+def test_settle_stores_as_its_header_says(called):
+    """A small answer becomes meta and one chunk; another one under the same token changes nothing."""
+    assert called("settle", "store", **SETTLE, **ANSWER) == [b"8", b"stored", b"absent"]
+    called.client.delete(KEY)
+    called("claim", **CLAIM)
+    assert called("settle", "store", **{**SETTLE, "token": "U" * 16}, **ANSWER) == [b"8", b"fenced"]
+    assert called("settle", "store", **SETTLE, **{**ANSWER, "chunks": 2}) == [b"8", b"torn"]
+    assert called("settle", "store", **SETTLE, **ANSWER) == [b"8", b"stored", b"found"]
+    assert record(called) == {"meta": meta().encode(), "b0": b"abc"}
+    assert about(called.client.pttl(KEY), 900_000)
+    assert called("settle", "store", **SETTLE, **ANSWER) == [b"8", b"stored", b"found"]
+    other = {**ANSWER, "meta": meta(digest="E" * 16), "digest": "E" * 16, "last": "xyz"}
+    assert called("settle", "store", **SETTLE, **other) == [b"8", b"complete"]
+    assert record(called) == {"meta": meta().encode(), "b0": b"abc"}
+
+
+def test_settle_stores_appended_chunks_as_its_header_says(called):
+    """chunks and bytes count them all, last is the one that was not appended."""
+    called("claim", **CLAIM)
+    called("append", **OWNER, index=0, bytes="abc", lease_ms=40_000)
+    called("append", **OWNER, index=1, bytes="de", lease_ms=40_000)
+    answer = {**ANSWER, "chunks": 3, "bytes": 6, "last": "f"}
+    for wrong in ({"chunks": 4}, {"chunks": 2}, {"bytes": 5}, {"last": ""}):
+        assert called("settle", "store", **SETTLE, **{**answer, **wrong}) == [b"8", b"torn"]
+    assert called("settle", "store", **SETTLE, **answer) == [b"8", b"stored", b"found"]
+    assert record(called) == {"meta": meta().encode(), "b0": b"abc", "b1": b"de", "b2": b"f"}
+
+
+def test_settle_releases_as_its_header_says(called):
+    """The key is free, and a repeat finds nothing."""
+    called("claim", **CLAIM)
+    assert called("settle", "release", **{**SETTLE, "token": "U" * 16}, how="release") == [b"8", b"fenced"]
+    assert called("settle", "release", **SETTLE, how="release") == [b"8", b"released", b"found"]
+    assert record(called) == {}
+    assert called("settle", "release", **SETTLE, how="release") == [b"8", b"released", b"absent"]
+    called.client.hset(KEY, "meta", meta())
+    assert called("settle", "release", **SETTLE, how="release") == [b"8", b"complete"]
+
+
+def test_settle_marks_unknown_as_its_header_says(called):
+    """The record keeps what is given, and drops the chunks."""
+    given = {"fence": "12", "mode": "retry", "fingerprint": "G" * 16, "self": "s" * 32, "created": 99, "why": "lost"}
+    marked = {**SETTLE, "how": "unknown", **given}
+    expected = {
+        **{name: str(value).encode() for name, value in given.items()},
+        "state": b"unknown",
+        "token": b"T" * 16,
+        "lease": b"0",
+    }
+    assert called("settle", "unknown", **marked) == [b"8", b"unknown", b"absent"]
+    assert record(called) == expected
+    called.client.delete(KEY)
+    called("claim", **CLAIM)
+    called("append", **OWNER, index=0, bytes="abc", lease_ms=40_000)
+    assert called("settle", "unknown", **{**marked, "token": "U" * 16}) == [b"8", b"fenced"]
+    assert called("settle", "unknown", **marked) == [b"8", b"unknown", b"found"]
+    assert record(called) == expected
+    assert about(called.client.pttl(KEY), 900_000)
+    called.client.delete(KEY)
+    called.client.hset(KEY, "meta", meta())
+    assert called("settle", "unknown", **marked) == [b"8", b"complete"]
+
+
+@pytest.mark.parametrize(
+    ("first", "limit_bytes", "chunks"),
+    [
+        (0, 100, ["ab", "cde", "f"]),
+        (0, 6, ["ab", "cde", "f"]),
+        (0, 5, ["ab", "cde"]),
+        (0, 4, ["ab"]),
+        (0, 0, ["ab"]),
+        (1, 100, ["cde", "f"]),
+        (1, 1, ["cde"]),
+        (2, 100, ["f"]),
+        (3, 100, None),
+    ],
+)
+def test_read_as_its_header_says(called, first, limit_bytes, chunks):
+    """The chunks from the first on that fit, at least one; gone where there is none."""
+    called.client.hset(KEY, mapping={"meta": meta(), "b0": "ab", "b1": "cde", "b2": "f"})
+    expected = [b"8", b"gone"] if chunks is None else [b"8", b"chunks", *map(str.encode, chunks)]
+    assert called("read", **OWNER, first=first, limit_bytes=limit_bytes) == expected
+
+
+def test_read_gives_nothing_of_another_answer(called):
+    """Another token, a key in flight and a free key are gone alike."""
+    asked = {**OWNER, "first": 0, "limit_bytes": 100}
+    assert called("read", **asked) == [b"8", b"gone"]
+    called("claim", **CLAIM)
+    called("append", **OWNER, index=0, bytes="abc", lease_ms=40_000)
+    assert called("read", **asked) == [b"8", b"gone"]
+    called.client.delete(KEY)
+    called.client.hset(KEY, mapping={"meta": meta("U" * 16), "b0": "ab"})
+    assert called("read", **asked) == [b"8", b"gone"]
