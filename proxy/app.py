@@ -219,15 +219,16 @@ class Service:
         return bool(finished)
 
     async def _idle(self) -> bool:
-        while self._gateway.in_flight or self._background:
+        while self._gateway.in_flight or self._gateway.relaying or self._background:
             await asyncio.sleep(KEEP_IDLE_S)
         return True
 
     async def close(self) -> None:
+        await self._listener.shutdown(0.1)  # cancels what still hangs, which then settles
+        await _unless(None, self._idle(), FINAL_S)
         for task in [*self._tasks, *self._background]:
             task.cancel()
         await asyncio.gather(*self._tasks, *self._background, return_exceptions=True)
-        await self._listener.shutdown(0.1)
         if self._admin:
             await self._admin.cleanup()
         self._pool.close()

@@ -60,7 +60,7 @@ class Gateway:
         self._bodies, self._origin, self._trusted = bodies, origin, trusted
         self._max_in_flight, self._observe, self._failed = max_in_flight, observe, failed
         self._host, self._prefix = origin.authority.encode(), origin.path_prefix.encode()
-        self.in_flight = 0
+        self.in_flight = self.relaying = 0
 
     async def __call__(self, request: web.BaseRequest) -> Client:
         """Answer one request. Whatever fails in here closes the connection without a clean end."""
@@ -102,7 +102,11 @@ class Gateway:
             request, head, length if b"content-length" in head.fields else -1 if length == 0 else None
         )
         shop = self._shop
-        relayed = await relay(client, shop.pool, onward, head.method, request.content, length, shop.silence_s)
+        self.relaying += 1
+        try:
+            relayed = await relay(client, shop.pool, onward, head.method, request.content, length, shop.silence_s)
+        finally:
+            self.relaying -= 1
         return Outcome(relayed.word, 0, head.method, upstream_s=relayed.upstream_s)
 
     def _onward(self, request: web.BaseRequest, head: RequestHead, length: int | None) -> bytes:

@@ -26,12 +26,13 @@ Handler = Callable[[web.BaseRequest], Awaitable[Client]]
 class ClientConnection(RequestHandler):
     """One client's connection."""
 
-    __slots__ = ("body", "gone", "half_closed", "head_since", "room")
+    __slots__ = ("body", "gone", "half_closed", "head_since", "last", "room")
 
     def __init__(self, manager: "Listener", **kwargs: Any) -> None:
         super().__init__(manager, **kwargs)
         self.head_since: float | None = None
         self.half_closed = False
+        self.last = False  # no further request is taken
         self.body: StreamReader | None = None  # of the last request whose head came
         self.room: asyncio.Future[None] | None = None  # somebody waits until more can be written
         self.gone: asyncio.Future[None] | None = None  # somebody waits while the client stays
@@ -76,8 +77,16 @@ class ClientConnection(RequestHandler):
 
     @property
     def asks_no_more(self) -> bool:
-        """Whether the answer under way is the last one: the client half-closed, and nothing else is asked."""
-        return self.half_closed and not self._messages
+        """Whether the answer under way is the last one: we close, or the client half-closed and asks nothing else."""
+        return self.last or (self.half_closed and not self._messages)
+
+    def close(self) -> None:
+        """Take no further request; aiohttp's own way would drop what is still to come of a body, too."""
+        self.last = True
+        if self.body is None or self.body.is_eof():
+            super().close()
+        else:
+            self._keepalive = False
 
     def resume_writing(self) -> None:
         super().resume_writing()

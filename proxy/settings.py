@@ -164,7 +164,7 @@ class Settings(BaseSettings):
     )
     identity_change: Literal["refuse"] = Field(
         "refuse",
-        description="A replica whose namespace, secret, scope or key header differ from the others' is not ready.",
+        description="Comes later: what becomes of a replica that names keys in another way than the others.",
     )
     methods: Annotated[tuple[str, ...], _list_of(parse_method)] = Field(
         ("POST", "PATCH"), description="Comma list of the guarded methods, of POST, PATCH, PUT and DELETE."
@@ -204,9 +204,11 @@ class Settings(BaseSettings):
         "memory", description="A write counts as done when the store has it in memory (`memory`)."
     )
     on_store_loss: Literal["continue"] = Field(
-        "continue", description="After the store lost data, requests go on and it is reported (`continue`)."
+        "continue", description="After the store lost data, requests go on (`continue`)."
     )
-    quarantine_s: Seconds = Field(60, description="How long unseen keys are refused after a loss.")
+    quarantine_s: Seconds = Field(
+        60, description="Comes later: how long unseen keys are refused after a loss. No effect yet."
+    )
     connect_timeout_s: Seconds = Field(5, description="Longest wait for a connection to the upstream.")
     upstream_timeout_s: Seconds = Field(300, description="Longest silence of the upstream.")
     upstream_reuse_idle_s: SecondsOrZero = Field(

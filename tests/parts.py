@@ -383,6 +383,17 @@ async def ask(port: int, raw: bytes, seconds: float = 30) -> Answer:
         client.close()
 
 
+async def lazy(port: int) -> RawClient:
+    """Return a client that reads nothing by itself and has little room."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+    sock.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", port))
+    client = RawClient(*await asyncio.open_connection(sock=sock, limit=65536))
+    client.writer.transport.pause_reading()
+    return client
+
+
 async def until(condition: Callable[[], Any], seconds: float = 10) -> None:
     """Wait until something holds."""
     deadline = time.monotonic() + seconds

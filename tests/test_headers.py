@@ -566,6 +566,14 @@ def test_several_lines_of_a_trusted_proxy_stay_in_order():
     assert values(lines, b"via") == [b"1.1 a, 2 b, 1.1 c, 1.1 oncegate"]
 
 
+def test_of_several_schemes_and_hosts_the_nearest_hop_counts():
+    """The last line is the one that the trusted proxy itself wrote."""
+    claimed = (b"X-Forwarded-Proto: gopher", b"X-Forwarded-Host: evil.test", b"x-forwarded-proto: https")
+    lines = written(*claimed, b"x-forwarded-host: shop.test", hop=TRUSTED._replace(scheme=b"http"))
+    assert values(lines, b"x-forwarded-proto") == [b"https"]
+    assert values(lines, b"x-forwarded-host") == [b"shop.test"]
+
+
 def test_a_trusted_proxy_that_says_nothing_is_the_client():
     """Without forwarding fields it is told like any other."""
     lines = written(hop=TRUSTED)

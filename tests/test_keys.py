@@ -209,6 +209,8 @@ TENANTS = [
     {b"authorization": [A], b"x-api-key": [B]},
     {b"authorization": [B], b"x-api-key": [A]},
     {b"authorization": [A], b"x-api-key": [b""]},
+    {b"authorization": [A, b"x-api-key", B]},
+    {b"authorization": [A, b"x-api-key", b"1", B]},
     {b"cookie": [A]},
     {b"cookie": [A, B]},
     {},

@@ -918,6 +918,35 @@ async def test_what_comes_slowly_is_not_silence():
         assert (await answer_of(connection, silence_s=0.8))[1] == b"ok"
 
 
+@pytest.mark.parametrize("size", [5, len(OK) - 2, len(OK) - 1, len(OK)])
+async def test_what_waits_for_us_is_not_silence(size):
+    """After a pause of the whole process, what came meanwhile is taken, though the time is over."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            sock, _ = listener.accept()
+            with sock:
+                sock.recv(65536)
+                asked.set()
+                resting.wait(20)
+                sock.sendall(OK[:size])
+                rested.wait(20)
+                sock.sendall(OK[size:])
+
+        asked, resting, rested = threading.Event(), threading.Event(), threading.Event()
+        thread = threading.Thread(target=answer)
+        thread.start()
+        async with pool_to(listener.getsockname()[1]) as pool, sent(pool) as connection:
+            answering = asyncio.create_task(answer_of(connection, silence_s=0.3))
+            await until(asked.is_set)
+            resting.set()
+            time.sleep(0.6)  # nothing of ours runs
+            await asyncio.sleep(0.1)
+            rested.set()
+            assert (await answering)[1] == b"ok"
+        thread.join()
+
+
 @pytest.mark.parametrize("pause_s", [0.0, 1.4])
 async def test_an_answer_that_does_not_end_within_the_window_goes_on(pause_s):
     """`whole` says no after its short window, and the body may come as late as the silence allows."""

@@ -42,6 +42,7 @@ class Pool:
         self._queue: deque[asyncio.Future[None]] = deque()
         self._watched: set[Connection] = set()
         self._active: set[Connection] = set()
+        self._connecting: set[asyncio.Timeout] = set()
         self._sweeper: asyncio.TimerHandle | None = None
 
     async def acquire(self, reuse_idle_s: float) -> Connection:
@@ -52,10 +53,13 @@ class Pool:
         connection = None if self._queue else self._reuse(reuse_idle_s)
         if connection is None:
             try:
-                async with asyncio.timeout(self._connect_timeout_s):
+                async with asyncio.timeout(self._connect_timeout_s) as limit:
+                    self._connecting.add(limit)
                     connection = await self._reuse_or_connect(reuse_idle_s)
             except TimeoutError:
                 raise NotSent("no connection to the upstream in time") from None
+            finally:
+                self._connecting.discard(limit)
         connection.idle_since = None
         self._active.add(connection)
         return connection
@@ -86,11 +90,14 @@ class Pool:
             self._sweeper = self.loop.call_later(SWEEP_S, self._sweep)
 
     def cut(self, detail: str) -> int:
-        """Fail every connection that is under way and return how many there were."""
-        active = list(self._active)
+        """Fail every connection that is under way or still being made and return how many there were."""
+        active, connecting = list(self._active), list(self._connecting)
         for connection in active:
             connection.fail(Lost(detail))
-        return len(active)
+        for limit in connecting:
+            if not limit.expired():
+                limit.reschedule(self.loop.time())
+        return len(active) + len(connecting)
 
     def close(self) -> None:
         for connection in [*self._idle, *self._active]:

@@ -190,6 +190,7 @@ class Connection(asyncio.Protocol):
             self.deadline = float("inf")
 
     def _wake(self) -> None:
+        self.deadline = float("inf")  # the sweep may come before the one who waits runs
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 

@@ -2,12 +2,11 @@
 
 import asyncio
 import os
-import socket
 from pathlib import Path
 
 import pytest
 
-from tests.parts import CHUNKED, LAST_CHUNK, OK, RawClient, Tap, ask, chunk, holding, read_answer, request, until
+from tests.parts import CHUNKED, LAST_CHUNK, OK, RawClient, Tap, ask, chunk, holding, lazy, read_answer, request, until
 
 LEAVING = {"FIN": RawClient.close, "RST": RawClient.reset}
 MIB = bytes(range(256)) * 4096
@@ -166,17 +165,6 @@ async def test_a_spooled_request_that_breaks_off_leaves_no_file(proxies, upstrea
     await until(lambda: not spooled(proxy.process.pid, spool))
     assert list(spool.iterdir()) == []
     assert proxy.metric("buffered_bytes") == 0
-
-
-async def lazy(port: int) -> RawClient:
-    """Return a client that reads nothing by itself and has little room."""
-    sock = socket.socket()
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
-    sock.setblocking(False)
-    await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", port))
-    client = RawClient(*await asyncio.open_connection(sock=sock, limit=65536))
-    client.writer.transport.pause_reading()
-    return client
 
 
 async def test_a_client_that_takes_nothing_is_cut_off(proxies, upstream, valkey):

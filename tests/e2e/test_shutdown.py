@@ -16,6 +16,7 @@ from tests.parts import (
     Tap,
     ask,
     chunk,
+    lazy,
     read_answer,
     request,
     until,
@@ -55,7 +56,6 @@ async def test_what_is_in_flight_is_finished(proxies, upstream, valkey, number):
     assert proxy.admin("/readyz")[0] == 503
     told = await waiting
     assert (told.status, told.slug) == (409, "in-flight")
-    upstream.script = Tap().script
     fourth = Tap()
     upstream.script = fourth.script
     uploading.writer.write(whole[50_000:])
@@ -76,7 +76,7 @@ async def test_what_is_in_flight_is_finished(proxies, upstream, valkey, number):
 
 
 async def test_a_request_without_a_key_is_finished_too(proxies, upstream, valkey):
-    """Pass-through requests alone hold the drain up as well, until they are answered."""
+    """A pass-through request alone holds the end up as well, until it is answered."""
     tap = Tap()
     upstream.script = tap.script
     proxy = proxies(upstream, valkey.url)
@@ -84,6 +84,8 @@ async def test_a_request_without_a_key_is_finished_too(proxies, upstream, valkey
     await until(lambda: upstream.received)
     proxy.signal(signal.SIGTERM)
     await until(lambda: refuses(proxy.port))
+    await asyncio.wait([running], timeout=0.7)
+    assert not running.done()
     tap.end(OK)
     assert (await running).body == b"ok"
     assert await exit_code(proxy) == 0
@@ -130,13 +132,34 @@ async def test_what_was_not_sent_is_free(proxies, valkey):
         client.writer.write(request())
         await until(lambda: valkey.states() == [b"in_flight"])
         proxy.signal(signal.SIGTERM)
-        assert await exit_code(proxy) in (0, 1)
+        assert await exit_code(proxy) == 1
     finally:
         hole.close()
     answer = await read_answer(client.reader)
     client.close()
-    assert answer is None or answer.slug == "upstream-unreachable"
+    assert answer is not None
+    assert (answer.status, answer.slug) == (502, "upstream-unreachable")
+    assert (answer.problem["retryable"], answer.problem["reuse_key"]) == (True, True)
     assert valkey.states() == []
+
+
+async def test_a_client_that_stalls_does_not_hold_the_end_up(proxies, upstream, valkey):
+    """A client that takes nothing when the grace is over is cut off, and its key is unknown, not in flight."""
+    tap = Tap()
+    upstream.script = tap.script
+    proxy = proxies(upstream, valkey.url, DRAIN_S=0.5, CLIENT_STALL_S=60)
+    client = await lazy(proxy.port)
+    client.writer.write(request())
+    await until(lambda: upstream.received)
+    tap.send(CHUNKED, *[chunk(bytes(1 << 20))] * 64)
+    await until(lambda: valkey.states() == [b"in_flight"])
+    proxy.signal(signal.SIGTERM)
+    assert await exit_code(proxy) == 1
+    assert valkey.states() == [b"unknown"]
+    client.writer.transport.resume_reading()
+    answer = await read_answer(client.reader)
+    client.close()
+    assert answer is None or not answer.complete
 
 
 @pytest.mark.parametrize(("first", "second"), [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGINT)])

@@ -158,7 +158,6 @@ async def test_a_stream_that_breaks_off_never_ends_cleanly(proxies, upstream, va
 
 async def test_a_small_answer_is_one_write(gate, upstream):
     """A small answer that comes at once is stored first and then sent whole, length and all."""
-    upstream.script = Tap().script
     tap = Tap()
     upstream.script = tap.script
     tap.end(CHUNKED, chunk(b"o"), chunk(b"k"), LAST_CHUNK)

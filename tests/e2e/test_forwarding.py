@@ -1,0 +1,226 @@
+"""What goes on to the upstream and what comes back: fields by hop, forwarding fields, hosts, bodies as they are."""
+
+import gzip
+import itertools
+import random
+import zlib
+
+import pytest
+
+from tests.parts import Answer, RawUpstream, Received, answering, ask, chunk, request
+
+HOP_BY_HOP = ("Keep-Alive", "Proxy-Connection", "TE", "Trailer", "Upgrade", "HTTP2-Settings", "Proxy-Authorization")
+# Fields that the proxy acts on or sets itself; nominating them would make it strip what it relies on.
+ACTED_ON = (
+    "Idempotency-Key", "Authorization", "X-Api-Key", "Cookie", "Host", "Content-Length", "Content-Type",
+    "Content-Encoding", "Transfer-Encoding", "Expect", "Prefer", "Via", "Forwarded", "X-Real-IP", "X-Forwarded-For",
+    "X-Forwarded-Host", "X-Forwarded-Proto", "X-Forwarded-Port", "X-Forwarded-Server", "X-Forwarded-Prefix",
+)  # fmt: skip
+PASSED = (
+    ("traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"), ("tracestate", "a=1,b=2"),
+    ("baggage", "user=7"), ("Authorization", "Bearer  x"), ("Cookie", "a=1; b=2"), ("X-Api-Key", "k"),
+    ("Content-Type", "Application/JSON;  charset=UTF-8"), ("Accept-Encoding", "gzip, br, zstd"), ("Range", "bytes=0-1"),
+    ("Stripe-Signature", "t=1,v1=2"), ("User-Agent", "curl/8"), ("Prefer", "return=minimal"), ("Early-Data", "1"),
+    ("X-Request-Id", "1"), ("Date", "Tue, 15 Nov 1994 08:12:31 GMT"), ("Content-Encoding", "gzip"), ("X-Empty", ""),
+)  # fmt: skip
+CASES = (str.lower, str.upper, str.title, str.swapcase)
+
+
+@pytest.fixture(params=["guarded", "passed through"])
+def key(request: pytest.FixtureRequest) -> str | None:
+    """Both ways through the proxy."""
+    return "forwarded" if request.param == "guarded" else None
+
+
+async def forwarded(port: int, upstream: RawUpstream, key: str | None, *extra: str, **options: str) -> Received:
+    """Send a request and return it as the upstream got it."""
+    answer = await ask(port, request("POST", "/x", key, b"", *extra, **options))
+    assert answer.status == 200
+    return upstream.received[-1]
+
+
+def names(message: Received | Answer) -> set[bytes]:
+    return {name.lower() for name, _ in message.headers}
+
+
+# Requests ...
+
+
+@pytest.mark.parametrize("name", HOP_BY_HOP)
+async def test_a_request_s_fields_of_one_hop_stay_there(standing, behind, key, name):
+    """Fields that concern one connection alone do not reach the upstream, however they are spelled or repeated."""
+    for number, spell in enumerate(CASES):
+        extra = [f"{spell(name)}: x-{number}", f"{spell(name)}:y", "X-End: to-end"]
+        received = await forwarded(standing.port, behind, key and f"{name}-{number}", *extra)
+        assert name.lower().encode() not in names(received)
+        assert received.header("x-end") == [b"to-end"]
+
+
+@pytest.mark.parametrize(
+    "connection",
+    [["x-mine"], ["X-MINE, close"], ["close,,  x-mine ,"], ["\tX-Mine\t"], ["keep-alive", "x-mine"], ["x-mine", "x-MINE"]],
+)  # fmt: skip
+async def test_a_field_that_connection_nominates_stays_on_its_hop(standing, behind, key, connection):
+    """What the client's Connection nominates is stripped, all of its lines and in any case; nothing else is."""
+    extra = [*[f"Connection: {value}" for value in connection], "X-Mine: 1", "x-mine: 2", "X-Mine-Too: 3"]
+    received = await forwarded(standing.port, behind, key, *extra)
+    assert not names(received) & {b"x-mine", b"connection"}
+    assert received.header("x-mine-too") == [b"3"]
+
+
+@pytest.mark.parametrize("name", ACTED_ON)
+async def test_connection_cannot_take_away_what_the_proxy_acts_on(standing, behind, name):
+    """Nominating a field that the proxy reads or sets is an attack: 400, whatever the spelling, nothing forwarded."""
+    spellings = [spell(name) for spell in CASES]
+    values = [*spellings, f"close, {name}", f"{name},close", f"x,\t{name}\t,y", f"close\r\nConnection: {name}"]
+    for number, value in enumerate(values):
+        for key in (f"nominated-{number}", None):
+            answer = await ask(standing.port, request("POST", "/x", key, b"", f"Connection: {value}"))
+            assert (answer.status, answer.header("connection")) == (400, b"close"), value
+    assert behind.received == []
+
+
+async def test_end_to_end_fields_arrive_as_they_were_sent(standing, behind, key):
+    """All other fields keep their order, case, spaces within, duplicates and bytes above 127."""
+    fields = [*PASSED, ("X-Two", "1"), ("x-two", "2"), ("X-Bytes", "\xff\xe9"), ("X-Two", "1")]
+    received = await forwarded(standing.port, behind, key, *[f"{name}: {value}" for name, value in fields])
+    sent = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in fields]
+    assert [pair for pair in received.headers if pair in sent] == sent
+
+
+@pytest.mark.parametrize("value", ["abc", '"abc"', '"a\\"b\\\\c d"', "a-B_9;x=1", "A" * 255])
+async def test_the_key_goes_on_as_received(standing, behind, value):
+    """The upstream sees the client's own spelling of the key header."""
+    received = await forwarded(standing.port, behind, None, f"iDempotency-KEY:  {value}")
+    assert (b"iDempotency-KEY", value.encode()) in received.headers
+
+
+async def test_trailers_of_a_request_are_dropped(standing, behind, key):
+    """What follows the last chunk is no part of the request."""
+    head = request("POST", "/x", key, b"", "Transfer-Encoding: chunked", "Trailer: X-Sum")
+    assert (await ask(standing.port, head + chunk(b"hello") + b"0\r\nX-Sum: 1\r\n\r\n")).status == 200
+    (received,) = behind.received
+    assert received.body == b"hello"
+    assert not names(received) & {b"x-sum", b"trailer"}
+
+
+# Forwarding fields ...
+
+CLAIMED = (
+    "X-Forwarded-For: 203.0.113.9",
+    "x-forwarded-for: 203.0.113.10",
+    "X-FORWARDED-PROTO: https",
+    "X-Forwarded-Host: claimed.test",
+    "X-Forwarded-Port: 1",
+    "X-Forwarded-Server: claimed",
+    "X-Forwarded-Prefix: /claimed",
+    "Forwarded: for=203.0.113.9;proto=https",
+    "X-Real-IP: 203.0.113.9",
+    "Via: 1.1 claimed",
+)
+
+
+async def test_the_upstream_learns_who_asked_and_how(standing, behind, key):
+    """X-Forwarded-For, -Proto and -Host name the client's address, scheme and Host as sent; Via names the proxy."""
+    received = await forwarded(standing.port, behind, key, host="API.test:8443")
+    assert received.header("x-forwarded-for") == [b"127.0.0.1"]
+    assert received.header("x-forwarded-proto") == [b"http"]
+    assert received.header("x-forwarded-host") == [b"API.test:8443"]
+    assert received.header("via") == [b"1.1 oncegate"]
+    assert received.header("host") == [b"127.0.0.1:%d" % behind.port]
+
+
+async def test_what_a_stranger_claims_about_its_way_is_replaced(standing, behind, key):
+    """Forwarding fields of a peer that is not trusted are dropped, all of them, and set anew."""
+    received = await forwarded(standing.port, behind, key, *CLAIMED)
+    assert b"claimed" not in received.head
+    assert b"203.0.113" not in received.head
+    assert not names(received) & {b"forwarded", b"x-real-ip", b"x-forwarded-port"}
+    assert received.header("x-forwarded-for") == [b"127.0.0.1"]
+    assert received.header("x-forwarded-proto") == [b"http"]
+
+
+async def test_a_trusted_peer_s_forwarding_fields_are_kept(proxies, upstream, valkey, key):
+    """From a trusted network the chain is continued: For and Via appended to, the others kept."""
+    gate = proxies(upstream, valkey.url, TRUSTED_PROXIES="10.0.0.0/8,127.0.0.0/8")
+    received = await forwarded(gate.port, upstream, key, *CLAIMED)
+    assert b", ".join(received.header("x-forwarded-for")) == b"203.0.113.9, 203.0.113.10, 127.0.0.1"
+    assert b", ".join(received.header("via")) == b"1.1 claimed, 1.1 oncegate"
+    assert received.header("x-forwarded-proto") == [b"https"]
+    assert received.header("x-forwarded-host") == [b"claimed.test"]
+    assert received.header("x-forwarded-port") == [b"1"]
+    assert received.header("x-forwarded-server") == [b"claimed"]
+    assert received.header("x-forwarded-prefix") == [b"/claimed"]
+    assert received.header("forwarded") == [b"for=203.0.113.9;proto=https"]
+    assert received.header("x-real-ip") == [b"203.0.113.9"]
+
+
+async def test_a_network_that_does_not_hold_the_peer_trusts_nobody(proxies, upstream, valkey, key):
+    """Being one of some trusted networks counts, not that there are any."""
+    gate = proxies(upstream, valkey.url, TRUSTED_PROXIES="10.0.0.0/8,127.0.0.2,::1/128")
+    received = await forwarded(gate.port, upstream, key, *CLAIMED)
+    assert b"claimed" not in received.head
+    assert received.header("x-forwarded-for") == [b"127.0.0.1"]
+
+
+async def test_a_trusted_peer_that_says_nothing_is_described_itself(proxies, upstream, valkey, key):
+    """Without fields to keep, a trusted peer gets the same ones as any other."""
+    gate = proxies(upstream, valkey.url, TRUSTED_PROXIES="127.0.0.1")
+    received = await forwarded(gate.port, upstream, key)
+    assert received.header("x-forwarded-for") == [b"127.0.0.1"]
+    assert received.header("x-forwarded-proto") == [b"http"]
+    assert received.header("x-forwarded-host") == [b"api.test"]
+    assert received.header("via") == [b"1.1 oncegate"]
+
+
+# Hosts and targets ...
+
+
+async def test_the_client_s_host_is_passed_on_where_wanted(proxies, upstream, valkey, key):
+    """With PASS_HOST the upstream gets the client's Host as sent, and its own where HTTP/1.0 sends none."""
+    gate = proxies(upstream, valkey.url, PASS_HOST="true")
+    received = await forwarded(gate.port, upstream, key, host="Shop.Test:81")
+    assert received.header("host") == [b"Shop.Test:81"]
+    assert (await ask(gate.port, b"GET /old HTTP/1.0\r\n\r\n")).status == 200
+    assert upstream.received[-1].header("host") == [b"127.0.0.1:%d" % upstream.port]
+    assert upstream.received[-1].header("x-forwarded-host") == []
+    assert upstream.received[-1].header("via") == [b"1.0 oncegate"]
+
+
+@pytest.mark.parametrize("prefix", ["", "/base/v2", "/base/"])
+async def test_the_target_goes_on_below_the_upstream_s_path(proxies, upstream, valkey, prefix):
+    """The target is added to the path prefix of the upstream byte for byte, without any tidying up."""
+    gate = proxies(upstream.url + prefix, valkey.url)
+    targets = ["/", "/a/../b/./c", "//x//", "/%7Ea/%2e%2E/b?x=%2F&y=a+b%20c", "/?", "/x?a?b", "/;p=1", "/%ff%00"]
+    for target in targets:
+        await ask(gate.port, request("POST", target, f"at-{target}".replace('"', ""), b""))
+    got = [received.line.decode() for received in upstream.received]
+    assert got == [f"POST {prefix.rstrip('/')}{target} HTTP/1.1" for target in targets]
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("api.test", 200), ("API.Test", 200), ("api.test:1234", 200), ("shop.test:81", 200), ("SHOP.test:81", 200),
+        ("[2001:db8::1]", 200), ("[2001:db8::1]:8080", 200), ("[2001:DB8::1]", 200),
+        ("shop.test", 421), ("shop.test:82", 421), ("evil.test", 421), ("api.test.evil.test", 421), ("xapi.test", 421),
+        ("api.test.", 421), ("[2001:db8::2]", 421), ("127.0.0.1", 421),
+    ],
+)  # fmt: skip
+async def test_only_our_hosts_are_served(listed, behind_listed, host, status):
+    """With HOSTS any other Host gets 421, with a key and without, and nothing is forwarded or claimed."""
+    gate, valkey = listed
+    for key in ("hosts", None):
+        answer = await ask(gate.port, request("POST", "/x", key, b"", host=host))
+        assert answer.status == status
+        if status == 421:
+            assert answer.header("connection") == b"close"
+            assert answer.problem["retryable"] is False
+    assert len(behind_listed.received) == (2 if status == 200 else 0)
+    assert len(valkey.records()) == (1 if status == 200 else 0)
+
+
+@pytest.fixture(scope="module")
+def listed_proxy(shared_valkey, tmp_path_factory):
+    """A proxy that serves some hosts only."""
+    yield from standing_proxy(shared_valkey, tmp_path_factory, HOSTS="api.test, shop.test:81, [2001:db8::1]")
