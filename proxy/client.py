@@ -1,4 +1,4 @@
-"""The client's side of an answer: heads written as bytes, an end that is clean only when we say so.
+"""The client's side: its request as parsed, its answer as bytes, with an end that is clean only when we say so.
 
 aiohttp's own responses re-encode values, rewrite the reason and title-case names; a replay must not.
 """
@@ -6,9 +6,9 @@ aiohttp's own responses re-encode values, rewrite the reason and title-case name
 import asyncio
 import socket
 import struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from aiohttp import web
+from aiohttp import StreamReader
 
 from proxy.headers import status_line
 
@@ -19,34 +19,47 @@ if TYPE_CHECKING:
 _RESET = struct.pack("ii", 1, 0)
 
 
-class Client(web.StreamResponse):
+class Request:
+    """One request as aiohttp's parser gives it; `content` is its body."""
+
+    __slots__ = ("content", "message", "protocol")
+
+    def __init__(self, message: Any, content: StreamReader, protocol: "ClientConnection") -> None:
+        self.message, self.content, self.protocol = message, content, protocol
+
+    @property
+    def remote(self) -> str:
+        """The peer's address, without its port."""
+        peer = self.protocol.peername
+        return str(peer[0]) if isinstance(peer, tuple) else "unknown"
+
+    def _cancel(self, exc: BaseException) -> None:
+        """Hear from aiohttp that the connection is gone: nobody waits for more of the body."""
+        self.content.set_exception(exc)
+
+
+class Client:
     """Who asked, and what goes to it. A client that left takes everything and keeps nothing."""
 
-    def __init__(self, request: web.BaseRequest, stall_s: float) -> None:  # StreamResponse's own state is not used
-        self._connection: ClientConnection = request.protocol  # type: ignore[assignment]
+    def __init__(self, request: Request, stall_s: float) -> None:
+        message = request.message
+        self._connection = request.protocol
         self._stall_s = stall_s
-        self._http10 = request.version < (1, 1)
+        self._http10 = message.version < (1, 1)
         # What a client sends behind an upgrade is lost with the upgrade.
-        self._close = request._message.should_close or request._message.upgrade
+        self._close = message.should_close or message.upgrade
         self._frame = b""  # how the body's end is told: "chunked", "length" or "eof"
         self._owed = 0  # bytes still to come, by length
         self._held = b""
-        self._head_only = request.method == "HEAD"
+        self._head_only = message.method == "HEAD"
         self.awaits_continue = False
         self.started = False
         self.finished = False
         self.cut_off = False
 
-    # For aiohttp ...
-
-    async def prepare(self, request: web.BaseRequest) -> None:
-        """Do nothing: all is written by now."""
-
-    async def write_eof(self, data: bytes = b"") -> None:
-        """Do nothing: all is written by now."""
-
     @property
     def keep_alive(self) -> bool:
+        """Whether the connection can take another request."""
         return self.finished and not self._close and not self._connection.asks_no_more
 
     # Where it is ...
@@ -124,7 +137,7 @@ class Client(web.StreamResponse):
         self._write(b"".join((status_line(status, reason), block, framing, self._connection_field(), b"\r\n")))
         self.started = True
 
-    def write(self, data: bytes) -> None:  # type: ignore[override]
+    def write(self, data: bytes) -> None:
         """Send the next bytes of the body, all but what would tell a client that it is whole."""
         if self._frame == b"chunked":
             self._write(b"%x\r\n%s\r\n" % (len(data), data))

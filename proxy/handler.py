@@ -6,11 +6,9 @@ from collections.abc import Callable
 from ipaddress import ip_address
 from typing import NamedTuple, assert_never
 
-from aiohttp import web
-
 from proxy.addresses import Network, Origin
 from proxy.body import Bodies, Body, BrokenOff, NoRoom, TooLarge
-from proxy.client import Client
+from proxy.client import Client, Request
 from proxy.decision import Decision, decide, retry_after_s, state_now
 from proxy.exchange import Exchange, Workshop
 from proxy.headers import Gate, Hop, Refused, RequestHead, preferred_wait_s, request_head, tokens
@@ -62,7 +60,7 @@ class Gateway:
         self._host, self._prefix = origin.authority.encode(), origin.path_prefix.encode()
         self.in_flight = self.relaying = 0
 
-    async def __call__(self, request: web.BaseRequest) -> Client:
+    async def __call__(self, request: Request) -> Client:
         """Answer one request. Whatever fails in here closes the connection without a clean end."""
         began = time.perf_counter()
         client = Client(request, self._shop.client_stall_s)
@@ -70,13 +68,13 @@ class Gateway:
             outcome = await self._answer(request, client)
         except Exception as error:
             self._failed(error)
-            outcome = Outcome("failed", 500, request.method)
+            outcome = Outcome("failed", 500, request.message.method)
             client.abort() if client.started else client.answer(refusal(500, "see the log"), REFUSED, close=True)
         self._observe(outcome._replace(seconds=time.perf_counter() - began, client_left=client.gone))
         return client
 
-    async def _answer(self, request: web.BaseRequest, client: Client) -> Outcome:
-        message = request._message
+    async def _answer(self, request: Request, client: Client) -> Outcome:
+        message = request.message
         target = message.path.encode("utf-8", "surrogateescape")
         head = self._gate.enter(message.method, target, message.version, message.raw_headers)
         if isinstance(head, Refused):
@@ -95,7 +93,7 @@ class Gateway:
 
     # Without a key ...
 
-    async def _relay(self, request: web.BaseRequest, head: RequestHead, client: Client) -> Outcome:
+    async def _relay(self, request: Request, head: RequestHead, client: Client) -> Outcome:
         length = _length(head)
         client.continue_()
         onward = self._onward(
@@ -107,10 +105,10 @@ class Gateway:
             relayed = await relay(client, shop.pool, onward, head.method, request.content, length, shop.silence_s)
         finally:
             self.relaying -= 1
-        return Outcome(relayed.word, 0, head.method, upstream_s=relayed.upstream_s)
+        return Outcome(relayed.word, relayed.status, head.method, upstream_s=relayed.upstream_s)
 
-    def _onward(self, request: web.BaseRequest, head: RequestHead, length: int | None) -> bytes:
-        remote = request.remote or "unknown"
+    def _onward(self, request: Request, head: RequestHead, length: int | None) -> bytes:
+        remote = request.remote
         trusted = bool(self._trusted) and any(ip_address(remote) in network for network in self._trusted)
         scheme = b"https" if request.protocol.ssl_context else b"http"
         host = head.host if self._policy.pass_host and head.host else self._host
@@ -118,7 +116,7 @@ class Gateway:
 
     # With one ...
 
-    async def _guard(self, request: web.BaseRequest, head: RequestHead, client: Client, lines: list[bytes]) -> Outcome:
+    async def _guard(self, request: Request, head: RequestHead, client: Client, lines: list[bytes]) -> Outcome:
         """Check the key, read the body whole, then claim. Every limit applies before the claim."""
         key = parse_key(lines)
         if isinstance(key, BadKey):
@@ -162,7 +160,7 @@ class Gateway:
             extra = b"Preference-Applied: wait=%d\r\n" % wait_s
         return Guarded(head, key, scope, self._digests.fingerprint(asked, body.blocks()), wait_s, extra)
 
-    async def _once(self, request: web.BaseRequest, guarded: Guarded, body: Body, client: Client) -> Outcome:
+    async def _once(self, request: Request, guarded: Guarded, body: Body, client: Client) -> Outcome:
         """Execute, or answer from what stands in the store; wait in between where that is wanted."""
         until = asyncio.get_running_loop().time() + guarded.wait_s
         policy = self._policy
@@ -188,7 +186,7 @@ class Gateway:
                 return await self._tell(guarded, found, client)
 
     async def _execute(
-        self, request: web.BaseRequest, guarded: Guarded, claim: Claim, asked_s: float, body: Body, client: Client
+        self, request: Request, guarded: Guarded, claim: Claim, asked_s: float, body: Body, client: Client
     ) -> Outcome:
         head = guarded.head
         held = self._shop.leases.hold(claim, asked_s)

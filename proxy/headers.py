@@ -63,6 +63,7 @@ OURS = b"oncegate-"  # and whatever follows
 _TARGET = re.compile(rb'/[!"$-~\x80-\xff]*')
 _ABSOLUTE = re.compile(rb"https?://([^/?#@]+)(/[^#]*|\?[^#]*|)", re.IGNORECASE)
 _HOST = re.compile(rb"(?:(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
+_USUAL = ([b"keep-alive"], [b"close"])
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 
@@ -106,6 +107,12 @@ def tokens(values: Iterable[bytes]) -> list[bytes]:
     return [token for value in values for token in map(bytes.strip, value.lower().split(b",")) if token]
 
 
+def nominated(fields: Fields) -> Collection[bytes]:
+    """Return what Connection names beyond its usual words: RFC 9110, section 7.6.1, strips that as well."""
+    values = fields.get(b"connection")
+    return () if values is None or values in _USUAL else tokens(values)
+
+
 class Gate:
     """The checks that every request passes before anything is done for it.
 
@@ -143,7 +150,7 @@ class Gate:
             return Refused(400, "the only transfer coding understood is chunked, in HTTP/1.1, without a length")
         if b"expect" in fields and tokens(fields[b"expect"]) != [b"100-continue"]:
             return Refused(417, "the only expectation understood is 100-continue")
-        if b"connection" in fields and not self._acted_on.isdisjoint(tokens(fields[b"connection"])):
+        if b"connection" in fields and not self._acted_on.isdisjoint(nominated(fields)):
             return Refused(400, "Connection names a field that this proxy acts on")
         for name in fields:
             if b"_" in name and name not in self._acted_on and name.replace(b"_", b"-") in self._look_alike:
@@ -182,8 +189,9 @@ def request_head(
 ) -> bytes:
     """Return a request's head for the upstream; `length` None: chunked, negative: no body."""
     gone = _NOT_FORWARDED
-    if drop or b"connection" in head.fields:
-        gone = gone.union(drop, tokens(head.fields.get(b"connection", ())))
+    named = nominated(head.fields)
+    if drop or named:
+        gone = gone.union(drop, named)
     lines = [b"%s %s%s HTTP/1.1\r\nHost: %s" % (head.method.encode(), prefix, head.target, host)]
     lines += [b"%s: %s" % pair for pair in head.pairs if pair[0].lower() not in gone]
     lines.append(_forwarding(head, hop))
@@ -238,25 +246,30 @@ def read_answer_head(status: int, reason: bytes, pairs: Pairs, head_only: bool) 
     """Return the head of a final answer and how its body is framed, or what makes it unusable."""
     if not 200 <= status <= 599:
         return f"status {status}"
-    if len(reason) + sum(len(name) + len(value) + 4 for name, value in pairs) > MAX_HEAD_BYTES:
+    text = b"".join(chain((reason,), *pairs))
+    if len(text) + 4 * len(pairs) > MAX_HEAD_BYTES:
         return "the head is too large"
-    if _bad_value(pairs) or _bad_value([(b"", reason)]):
+    if _CONTROL.search(text):  # it could split a message on its way
         return "a control character in the head"
     fields = by_name(pairs)
-    coding = tokens(fields.get(b"transfer-encoding", ()))
-    lengths = [length.strip() for length in fields.get(b"content-length", ())]
-    if coding not in ([], [b"chunked"]) or (coding and lengths):
-        return "a transfer coding other than chunked alone"
-    if len(lengths) > 1 or any(not length.isdigit() or len(length) > 18 for length in lengths):
-        return "a content length that is no number"
     bodiless = head_only or status in (204, 304)
-    length = int(lengths[0]) if lengths else None
-    return AnswerHead(status, reason, pairs, fields, length, bodiless, not (bodiless or coding or lengths))
+    length = _stated_length(fields.get(b"content-length"))
+    if isinstance(length, str):
+        return length
+    if b"transfer-encoding" in fields:
+        if tokens(fields[b"transfer-encoding"]) != [b"chunked"] or length is not None:
+            return "a transfer coding other than chunked alone"
+        return AnswerHead(status, reason, pairs, fields, None, bodiless, False)
+    return AnswerHead(status, reason, pairs, fields, length, bodiless, length is None and not bodiless)
 
 
-def _bad_value(pairs: Pairs) -> bool:
-    """Return whether a field carries a control character that could split a message on its way."""
-    return _CONTROL.search(b"".join(chain.from_iterable(pairs))) is not None
+def _stated_length(lengths: Sequence[bytes] | None) -> int | str | None:
+    if lengths is None:
+        return None
+    length = lengths[0].strip()
+    if len(lengths) > 1 or not length.isdigit() or len(length) > 18:
+        return "a content length that is no number"
+    return int(length)
 
 
 _NOT_PASSED_ON = HOP_BY_HOP | {b"idempotent-replayed"}
@@ -276,9 +289,9 @@ class AnswerBlocks(NamedTuple):
 def answer_blocks(head: AnswerHead) -> AnswerBlocks:
     """Return what goes to the client now, and what a replay will send."""
     gone = _NOT_PASSED_ON
-    if b"connection" in head.fields:
+    if named := nominated(head.fields):
         # An answer that lost its length this way would have no end on a connection that is kept.
-        gone = gone.union(tokens(head.fields[b"connection"])) - {b"content-length"}
+        gone = gone.union(named) - {b"content-length"}
     passed_on, stored = [], []
     for name, value in head.pairs:
         low = name.lower()

@@ -9,10 +9,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from aiohttp import StreamReader, web
-from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
-from proxy.client import Client
+from proxy.client import Client, Request
 from proxy.problems import refusal
 
 HEAD_S = 10.0  # for a request's head, from its first byte
@@ -20,7 +19,7 @@ KEEP_ALIVE_S = 75.0  # between requests
 LINGER_S = 10.0  # for which the rest of a refused body is read and dropped, so that the answer is seen
 SWEEP_S = 0.5
 
-Handler = Callable[[web.BaseRequest], Awaitable[Client]]
+Handler = Callable[[Request], Awaitable[Client]]
 
 
 class ClientConnection(RequestHandler):
@@ -102,20 +101,73 @@ class ClientConnection(RequestHandler):
         if future is not None and not future.done():
             future.set_result(None)
 
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,  # noqa: ARG002 - may quote the request
-    ) -> web.StreamResponse:
-        """Answer what aiohttp could not parse. After a failure of ours the head may be out: only closing is safe."""
-        if not isinstance(exc, HttpProcessingError):
-            self.log_exception("a request's handling failed", exc_info=exc)
-            raise ConnectionError("the handling failed")
-        client = Client(request, stall_s=HEAD_S)
-        client.answer(refusal(status, "the request is not well-formed HTTP"), close=True)
-        return client
+    async def start(self) -> None:
+        """Answer one request after the other until the connection ends.
+
+        In place of aiohttp's own loop, which makes a task and four objects more for each request (a fifth
+        of an execution's cost, measured) that nothing here uses.
+        """
+        try:
+            while not (self._force_close or self._close):
+                message, content = await self._next()
+                if isinstance(message, _ErrInfo):
+                    self._refuse(message.status)
+                    break
+                client = await self._serve(Request(message, content, self))
+                self._keepalive = client.keep_alive
+                if not content.is_eof():
+                    await self._drop_rest(content)
+                if not self._keepalive:
+                    break
+                self._expect_more()
+        finally:
+            self._task_handler = None
+            if self.transport is not None:
+                self.transport.close()
+
+    async def _next(self) -> tuple[Any, StreamReader]:
+        if not self._messages:
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        message, content = self._messages.popleft()
+        if self._parser is not None:
+            self._parser.message_consumed()
+        if self._buffer_paused and len(self._messages) <= self._msg_queue_resume_size:
+            self._resume_reading_if_drained()
+        return message, content
+
+    def _refuse(self, status: int) -> None:
+        """Answer what aiohttp could not parse, with nothing of it."""
+        if self.transport is not None:
+            problem = refusal(status, "the request is not well-formed HTTP")
+            self.transport.write(Client.closing_answer(problem))
+
+    async def _serve(self, request: Request) -> Client:
+        self._request_in_progress, self._current_request = True, request  # type: ignore[assignment]
+        try:
+            return await self._request_handler(request)  # type: ignore[return-value, arg-type, misc]
+        finally:
+            self._request_in_progress, self._current_request = False, None
+            if self._handler_waiter is not None and not self._handler_waiter.done():
+                self._handler_waiter.set_result(None)
+
+    async def _drop_rest(self, content: StreamReader) -> None:
+        """Read what is left of a refused body for a while, so that its sender sees the answer; then close."""
+        try:
+            async with asyncio.timeout(self._lingering_time):
+                while not content.is_eof() and not self._force_close:
+                    await content.readany()
+        except Exception:  # broken off, malformed, or too long: all the same now
+            self._keepalive = False
+        content.set_exception(ConnectionError("the body was dropped"))
+
+    def _expect_more(self) -> None:
+        self._next_keepalive_close_time = close_at = self._loop.time() + self._keepalive_timeout
+        if self._keepalive_handle is None:
+            self._keepalive_handle = self._loop.call_at(close_at, self._process_keepalive)
 
 
 class Listener(web.Server):
@@ -123,7 +175,7 @@ class Listener(web.Server):
 
     def __init__(self, handler: Handler, *, max_connections: int) -> None:
         super().__init__(
-            handler,
+            handler,  # type: ignore[arg-type]  # called by ClientConnection alone
             keepalive_timeout=KEEP_ALIVE_S,
             lingering_time=LINGER_S,
             auto_decompress=False,

@@ -17,6 +17,7 @@ class Relayed:
     """How it went: a word of metrics.OUTCOMES, and the time spent on the upstream."""
 
     word: str
+    status: int = 0  # the upstream's, 0 where none came
     upstream_s: float = 0.0
 
 
@@ -40,7 +41,7 @@ async def relay(
         word = _fail(client, lost)
     finally:
         pool.release(connection)
-    return Relayed(word, time.perf_counter() - began)
+    return Relayed(word, connection.answer.status if connection.answer else 0, time.perf_counter() - began)
 
 
 async def _pass_on(client: Client, connection: Connection, head: AnswerHead, silence_s: float) -> str:

@@ -6,11 +6,13 @@ import os
 import select
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -210,6 +212,69 @@ class RawUpstream:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+Talk = Callable[["Raw", asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+class Raw:
+    """A server below HTTP: `talk` is run for each connection, and may read, write and break off as it likes."""
+
+    def __init__(self, talk: Talk) -> None:
+        self.talk = talk
+        self.accepted = 0
+        self.finished = 0
+        self.requests: list[bytes] = []  # those that `request` read whole
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self, tls: ssl.SSLContext | None = None, port: int = 0) -> None:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", port, ssl=tls, limit=1 << 26)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
+        self._tasks.add(asyncio.current_task())  # type: ignore[arg-type]
+        try:
+            await self.talk(self, reader, writer)
+        except (asyncio.IncompleteReadError, OSError, asyncio.CancelledError):
+            pass
+        finally:
+            self.finished += 1
+            writer.close()
+
+    async def request(self, reader: asyncio.StreamReader) -> bytes:
+        """Read one whole request."""
+        head = await reader.readuntil(b"\r\n\r\n")
+        self.requests.append(head + await read_body(reader, Received(head[:-2], b"", self.accepted).headers))
+        return self.requests[-1]
+
+    async def close(self) -> None:
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+@asynccontextmanager
+async def serving(talk: Talk, **options: Any) -> AsyncIterator[Raw]:
+    """Run a Raw server."""
+    raw = Raw(talk)
+    await raw.start(**options)
+    try:
+        yield raw
+    finally:
+        await raw.close()
+
+
+def abort(writer: asyncio.StreamWriter) -> None:
+    """End a connection with a RST."""
+    raw = writer.get_extra_info("socket")
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+    writer.transport.abort()
 
 
 class Blackhole:

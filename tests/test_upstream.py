@@ -7,7 +7,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ import trustme
 
 from proxy.headers import AnswerHead
 from proxy.upstream import Buffered, Connection, Lost, NotSent, Pool, client_tls
-from tests.parts import CHUNKED, LAST_CHUNK, chunk, until
+from tests.parts import CHUNKED, LAST_CHUNK, Blackhole, Raw, Talk, abort, chunk, serving, until
 
 REQUEST = b"POST /v1/charges HTTP/1.1\r\nHost: api.test\r\nContent-Length: 2\r\n\r\n{}"
 HEAD = b"HTTP/1.1 200 OK\r\n"
@@ -24,45 +24,6 @@ OK = HEAD + b"Content-Length: 2\r\n\r\nok"
 CLOSING = HEAD + b"Content-Length: 2\r\nConnection: close\r\n\r\nok"
 MIB = 1 << 20
 BATCH = 1 << 18
-
-Talk = Callable[["Raw", asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-
-
-class Raw:
-    """A server that speaks as scripted: `talk` is run for each connection; what came is kept for each."""
-
-    def __init__(self, talk: Talk) -> None:
-        self.talk = talk
-        self.accepted = 0
-        self.requests: list[bytes] = []
-        self.finished = 0
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    async def start(self, tls: ssl.SSLContext | None = None, port: int = 0) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", port, ssl=tls, limit=1 << 26)
-        self.port = self._server.sockets[0].getsockname()[1]
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.accepted += 1
-        self._tasks.add(asyncio.current_task())  # type: ignore[arg-type]
-        try:
-            await self.talk(self, reader, writer)
-        except (asyncio.IncompleteReadError, OSError, asyncio.CancelledError):
-            pass
-        finally:
-            self.finished += 1
-            writer.close()
-
-    async def request(self, reader: asyncio.StreamReader) -> bytes:
-        """Read one request like REQUEST."""
-        self.requests.append(await reader.readexactly(len(REQUEST)))
-        return self.requests[-1]
-
-    async def close(self) -> None:
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
 def says(*pieces: bytes, then_close: bool = False) -> Talk:
@@ -79,23 +40,6 @@ def says(*pieces: bytes, then_close: bool = False) -> Talk:
                 return
 
     return talk
-
-
-def abort(writer: asyncio.StreamWriter) -> None:
-    """End a connection with a RST."""
-    raw = writer.get_extra_info("socket")
-    raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
-    writer.transport.abort()
-
-
-@asynccontextmanager
-async def serving(talk: Talk, **options: Any) -> AsyncIterator[Raw]:
-    raw = Raw(talk)
-    await raw.start(**options)
-    try:
-        yield raw
-    finally:
-        await raw.close()
 
 
 @asynccontextmanager
@@ -184,20 +128,9 @@ async def test_a_name_that_does_not_resolve_is_not_sent():
 @pytest.fixture
 def black_hole() -> Iterator[int]:
     """The port of a listener whose backlog is full: the kernel drops every further SYN."""
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.socket())
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        for _ in range(64):
-            caller = stack.enter_context(socket.socket())
-            caller.settimeout(0.2)
-            try:
-                caller.connect(listener.getsockname())
-            except TimeoutError:
-                break
-        else:
-            raise AssertionError("the backlog never filled")
-        yield listener.getsockname()[1]
+    hole = Blackhole()
+    yield hole.place.getsockname()[1]
+    hole.close()
 
 
 async def test_a_dropped_syn_is_not_sent(black_hole):
@@ -937,10 +870,10 @@ async def test_what_waits_for_us_is_not_silence(size):
         thread = threading.Thread(target=answer)
         thread.start()
         async with pool_to(listener.getsockname()[1]) as pool, sent(pool) as connection:
-            answering = asyncio.create_task(answer_of(connection, silence_s=0.3))
+            answering = asyncio.create_task(answer_of(connection, silence_s=0.6))
             await until(asked.is_set)
             resting.set()
-            time.sleep(0.6)  # nothing of ours runs
+            time.sleep(0.9)  # nothing of ours runs
             await asyncio.sleep(0.1)
             rested.set()
             assert (await answering)[1] == b"ok"

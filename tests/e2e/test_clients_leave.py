@@ -1,12 +1,28 @@
 """Clients that leave, half-close, stall or vanish: the exchange runs to its end, and the retry gets everything."""
 
 import asyncio
+import contextlib
 import os
+import random
 from pathlib import Path
 
 import pytest
 
-from tests.parts import CHUNKED, LAST_CHUNK, OK, RawClient, Tap, ask, chunk, holding, lazy, read_answer, request, until
+from tests.parts import (
+    CHUNKED,
+    LAST_CHUNK,
+    OK,
+    RawClient,
+    Received,
+    Tap,
+    ask,
+    chunk,
+    holding,
+    lazy,
+    read_answer,
+    request,
+    until,
+)
 
 LEAVING = {"FIN": RawClient.close, "RST": RawClient.reset}
 MIB = bytes(range(256)) * 4096
@@ -54,6 +70,35 @@ async def test_nobody_stays_for_the_answer(proxies, upstream, valkey):
             assert answer.complete, name
             assert answer.body == whole, name
             assert len(upstream.received) == executions + 1, name
+
+
+async def test_clients_leave_at_any_moment(proxies, upstream, valkey):
+    """100 clients leave at random moments and offsets: as many executions, and each retry gets the whole answer."""
+
+    async def script(_, __, writer: asyncio.StreamWriter, received: Received) -> None:
+        writer.write(CHUNKED)
+        for _ in range(10):
+            writer.write(chunk(received.header("idempotency-key")[0] * 2000))
+            await asyncio.sleep(random.uniform(0, 0.03))
+        writer.write(LAST_CHUNK)
+
+    async def leave_somewhere(key: str) -> None:
+        client = await RawClient.open(proxy.port)
+        client.writer.write(request(key=key))
+        await until(lambda: any(one.header("idempotency-key") == [key.encode()] for one in upstream.received))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(random.uniform(0, 0.3)):
+                await client.reader.readexactly(random.randrange(1, 60_000))
+        random.choice(list(LEAVING.values()))(client)
+
+    upstream.script = script
+    proxy = proxies(upstream, valkey.url, WAIT_MAX_S=20)
+    keys = [f"k{n:03}" for n in range(100)]
+    await asyncio.gather(*map(leave_somewhere, keys))
+    for key, answer in zip(keys, await asyncio.gather(*[patient(proxy.port, key) for key in keys]), strict=True):
+        assert (answer.header("oncegate-status"), answer.complete) == (b"replayed", True)
+        assert answer.body == key.encode() * 20_000
+    assert len(upstream.received) == 100
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["small", "streamed"])

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import random
 import signal
 from pathlib import Path
 
@@ -11,10 +12,12 @@ from tests.parts import (
     CHUNKED,
     LAST_CHUNK,
     OK,
+    Answer,
     Blackhole,
     Proxy,
     RawClient,
     RawUpstream,
+    Received,
     Tap,
     answering,
     ask,
@@ -140,6 +143,76 @@ async def test_a_claim_grown_old_before_sending_is_claimed_again(proxies, upstre
         assert (answer.status, answer.body, answer.header("oncegate-status")) == (200, b"ok", b"executed")
         assert len(beyond.received) == 1
     assert (replay.header("oncegate-status"), replay.body) == (b"replayed", answer.body)
+
+
+def text_of(key: bytes) -> bytes:
+    """Return the body that belongs to a key: small for one half of them, streamed for the other."""
+    return key * (3 if int(key[1:]) % 2 else 30_000)
+
+
+async def answer_in_bits(_, __, writer: asyncio.StreamWriter, received: Received) -> None:
+    """Answer after a while, in pieces, with the text that belongs to the key."""
+    (key,) = received.header("idempotency-key")
+    text = text_of(key)
+    await asyncio.sleep(random.uniform(0, 0.2))
+    writer.write(CHUNKED)
+    for start in range(0, len(text), 8000):
+        writer.write(chunk(text[start : start + 8000]))
+        await writer.drain()
+        await asyncio.sleep(random.uniform(0, 0.02))
+    writer.write(LAST_CHUNK)
+
+
+async def attempt(port: int, key: str, after_s: float) -> Answer | None:
+    """Return what a client saw that started after a while; None where it saw no head."""
+    await asyncio.sleep(after_s)
+    try:
+        client = await RawClient.open(port)
+    except ConnectionError:
+        return None
+    try:
+        return await asyncio.wait_for(client.ask(request(key=key)), 30)
+    except ConnectionError:
+        return None
+    finally:
+        client.close()
+
+
+@pytest.mark.parametrize("embedded", [False, True], ids=["shared store", "embedded store"])
+async def test_a_kill_under_load_breaks_no_promise(proxies, upstream, valkey, embedded):
+    """SIGKILL with 100 requests at every stage: none executes twice, what a client saw whole is replayed."""
+    upstream.script = answer_in_bits
+    doomed = proxies(upstream, *([] if embedded else [valkey.url]), LEASE_MS=500)
+    keys = [f"k{n:04}" for n in range(100)]
+    attempts = [asyncio.ensure_future(attempt(doomed.port, key, random.uniform(0, 0.6))) for key in keys]
+    await asyncio.sleep(random.uniform(0.3, 0.5))
+    doomed.kill()
+    seen = dict(zip(keys, await asyncio.gather(*attempts), strict=True))
+    if embedded:
+        doomed.start()
+    heir = doomed if embedded else proxies(upstream, valkey.url, LEASE_MS=500)
+
+    async def settled(key: str) -> Answer:
+        for _ in range(100):
+            answer = await ask(heir.port, request(key=key))
+            if answer.status != 409 or answer.slug != "in-flight":
+                return answer
+            await asyncio.sleep(0.05)
+        raise AssertionError("in flight for too long")
+
+    found = dict(zip(keys, await asyncio.gather(*map(settled, keys)), strict=True))
+    executions = [received.header("idempotency-key")[0] for received in upstream.received]
+    assert len(executions) == len(set(executions))
+    for key, answer in found.items():
+        before = seen[key]
+        if answer.status == 200:
+            assert (answer.complete, answer.body) == (True, text_of(key.encode()))
+        else:
+            assert (answer.status, answer.slug) == (409, "outcome-unknown")
+            assert before is None or not before.complete
+        if before is not None and before.complete:
+            assert answer.header("oncegate-status") == b"replayed"
+            assert answer.body == before.body
 
 
 async def test_an_execution_outlives_a_kill_of_the_proxy(proxies, upstream):

@@ -56,10 +56,17 @@ async def test_a_request_s_fields_of_one_hop_stay_there(standing, behind, key, n
         assert received.header("x-end") == [b"to-end"]
 
 
-@pytest.mark.parametrize(
-    "connection",
-    [["x-mine"], ["X-MINE, close"], ["close,,  x-mine ,"], ["\tX-Mine\t"], ["keep-alive", "x-mine"], ["x-mine", "x-MINE"]],
-)  # fmt: skip
+NOMINATIONS = (
+    ["x-mine"],
+    ["X-MINE, close"],
+    ["close,,  x-mine ,"],
+    ["\tX-Mine\t"],
+    ["keep-alive", "x-mine"],
+    ["x-mine", "x-MINE"],
+)
+
+
+@pytest.mark.parametrize("connection", NOMINATIONS)
 async def test_a_field_that_connection_nominates_stays_on_its_hop(standing, behind, key, connection):
     """What the client's Connection nominates is stripped, all of its lines and in any case; nothing else is."""
     extra = [*[f"Connection: {value}" for value in connection], "X-Mine: 1", "x-mine: 2", "X-Mine-Too: 3"]
@@ -198,29 +205,140 @@ async def test_the_target_goes_on_below_the_upstream_s_path(proxies, upstream, v
     assert got == [f"POST {prefix.rstrip('/')}{target} HTTP/1.1" for target in targets]
 
 
-@pytest.mark.parametrize(
-    ("host", "status"),
-    [
-        ("api.test", 200), ("API.Test", 200), ("api.test:1234", 200), ("shop.test:81", 200), ("SHOP.test:81", 200),
-        ("[2001:db8::1]", 200), ("[2001:db8::1]:8080", 200), ("[2001:DB8::1]", 200),
-        ("shop.test", 421), ("shop.test:82", 421), ("evil.test", 421), ("api.test.evil.test", 421), ("xapi.test", 421),
-        ("api.test.", 421), ("[2001:db8::2]", 421), ("127.0.0.1", 421),
-    ],
-)  # fmt: skip
-async def test_only_our_hosts_are_served(listed, behind_listed, host, status):
-    """With HOSTS any other Host gets 421, with a key and without, and nothing is forwarded or claimed."""
-    gate, valkey = listed
-    for key in ("hosts", None):
-        answer = await ask(gate.port, request("POST", "/x", key, b"", host=host))
-        assert answer.status == status
-        if status == 421:
-            assert answer.header("connection") == b"close"
-            assert answer.problem["retryable"] is False
-    assert len(behind_listed.received) == (2 if status == 200 else 0)
-    assert len(valkey.records()) == (1 if status == 200 else 0)
+SERVED = {
+    "api.test": 200, "API.Test": 200, "api.test:1234": 200, "shop.test:81": 200, "SHOP.test:81": 200,
+    "[2001:db8::1]": 200, "[2001:db8::1]:8080": 200, "[2001:DB8::1]": 200,
+    "shop.test": 421, "shop.test:82": 421, "evil.test": 421, "api.test.evil.test": 421, "xapi.test": 421,
+    "api.test.": 421, "[2001:db8::2]": 421, "127.0.0.1": 421, "localhost": 421,
+}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def listed_proxy(shared_valkey, tmp_path_factory):
-    """A proxy that serves some hosts only."""
-    yield from standing_proxy(shared_valkey, tmp_path_factory, HOSTS="api.test, shop.test:81, [2001:db8::1]")
+async def test_only_our_hosts_are_served(proxies, upstream, valkey):
+    """With HOSTS a request for another host gets 421, with a key and without, and nothing is forwarded or claimed."""
+    gate = proxies(upstream, valkey.url, HOSTS="api.test, shop.test:81, [2001:db8::1]")
+    for host, status in SERVED.items():
+        for key in (f"hosts-{host.strip('[]')}", None):
+            answer = await ask(gate.port, request("POST", f"http://{host}/x", key, b"", host=host))
+            assert answer.status == status, host
+            if status == 421:
+                assert (answer.header("connection"), answer.problem["retryable"]) == (b"close", False)
+    assert (await ask(gate.port, b"GET / HTTP/1.0\r\n\r\n")).status == 421
+    fine = list(SERVED.values()).count(200)
+    assert (len(upstream.received), len(valkey.records())) == (2 * fine, fine)
+
+
+# Answers ...
+
+
+async def all_ways(port: int, key: str | None) -> list[Answer]:
+    """Return the answer as it is passed on, and with a key also as it is replayed."""
+    raw = request("POST", "/x", key, b"")
+    answers = [await ask(port, raw)]
+    if key is not None:
+        answers.append(await ask(port, raw))
+        assert answers[1].header("idempotent-replayed") == b"true"
+    return answers
+
+
+@pytest.mark.parametrize("name", [*HOP_BY_HOP, "Connection"])
+async def test_an_answer_s_fields_of_one_hop_stay_there(standing, behind, key, name):
+    """Fields that concern the upstream's connection alone reach no client, now or in a replay."""
+    for number, spell in enumerate(CASES):
+        fields = f"{spell(name)}: x-{number}\r\n{spell(name)}: keep-alive\r\nX-End: to-end"
+        behind.script = answering(f"HTTP/1.1 200 OK\r\n{fields}\r\nContent-Length: 2\r\n\r\nok".encode())
+        for answer in await all_ways(standing.port, key and f"{name}-{number}"):
+            assert name.lower().encode() not in names(answer)
+            assert (answer.header("x-end"), answer.body) == (b"to-end", b"ok")
+
+
+@pytest.mark.parametrize("connection", ["x-mine", "close, X-MINE", "x-mine\r\nconnection: x-other", " ,x-mine,"])
+async def test_a_field_that_the_upstream_nominates_stays_on_its_hop(standing, behind, key, connection):
+    """What the upstream's Connection nominates is stripped from the answer and from its replay."""
+    fields = f"Connection: {connection}\r\nX-Mine: 1\r\nx-mine: 2\r\nX-Mine-Too: 3"
+    behind.script = answering(f"HTTP/1.1 200 OK\r\n{fields}\r\nContent-Length: 2\r\n\r\nok".encode())
+    for answer in await all_ways(standing.port, key):
+        assert not names(answer) & {b"x-mine", b"connection"}
+        assert (answer.header("x-mine-too"), answer.body) == (b"3", b"ok")
+
+
+@pytest.mark.parametrize("name", ["Content-Length", "Transfer-Encoding", "Date", "Oncegate-Status"])
+async def test_an_answer_stays_framed_whatever_the_upstream_nominates(standing, behind, key, name):
+    """An upstream that nominates the framing of its answer takes no answer's end away."""
+    behind.script = answering(f"HTTP/1.1 200 OK\r\nConnection: {name}\r\nContent-Length: 2\r\n\r\nok".encode())
+    for answer in await all_ways(standing.port, key):
+        assert (answer.status, answer.body, answer.complete) == (200, b"ok", True)
+        assert answer.header("content-length") == b"2"
+
+
+@pytest.mark.parametrize("name", ["Idempotent-Replayed", "Oncegate-Status", "Oncegate-Anything"])
+async def test_the_proxy_s_own_fields_are_its_own(standing, behind, key, name):
+    """An upstream cannot say for the proxy whether an answer was executed or replayed."""
+    for number, spell in enumerate(CASES):
+        field = f"{spell(name)}: replayed\r\n{spell(name)}: true"
+        behind.script = answering(f"HTTP/1.1 200 OK\r\n{field}\r\nContent-Length: 2\r\n\r\nok".encode())
+        first, *again = await all_ways(standing.port, key and f"{name}-{number}")
+        assert first.header("idempotent-replayed") is None
+        assert first.header("oncegate-status") == (b"executed" if key else None)
+        assert first.header("oncegate-anything") is None
+        for replay in again:
+            assert replay.header("oncegate-status") == b"replayed"
+            assert replay.header("oncegate-anything") is None
+
+
+async def test_fields_that_only_look_like_the_proxy_s_pass(standing, behind, key):
+    """Only the exact names are the proxy's: others that begin alike are the upstream's."""
+    fields = "Idempotent-Replayed-At: noon\r\nOncegates: 2\r\nX-Oncegate-Status: 3"
+    behind.script = answering(f"HTTP/1.1 200 OK\r\n{fields}\r\nContent-Length: 2\r\n\r\nok".encode())
+    for answer in await all_ways(standing.port, key):
+        assert names(answer) >= {b"idempotent-replayed-at", b"oncegates", b"x-oncegate-status"}
+
+
+async def test_trailers_of_an_answer_are_dropped(standing, behind, key):
+    """What follows the last chunk of an answer is no part of it, and cannot mark it either."""
+    head = b"HTTP/1.1 200 OK\r\nTrailer: X-Sum\r\nTransfer-Encoding: chunked\r\n\r\n"
+    trailers = b"0\r\nX-Sum: 1\r\nIdempotent-Replayed: true\r\nSet-Cookie: a=1\r\n\r\n"
+    behind.script = answering(head + chunk(b"hello") + trailers)
+    for answer in await all_ways(standing.port, key):
+        assert (answer.body, answer.complete) == (b"hello", True)
+        assert not names(answer) & {b"x-sum", b"trailer", b"set-cookie"}
+
+
+async def test_a_redirect_is_passed_on(standing, behind, key):
+    """The proxy follows no redirect: each one is an answer like any other, executed once."""
+    for status, number in zip((301, 302, 303, 307, 308), itertools.count()):
+        place = f"http://127.0.0.1:{behind.port}/elsewhere"
+        behind.script = answering(f"HTTP/1.1 {status} Go\r\nLocation: {place}\r\nContent-Length: 0\r\n\r\n".encode())
+        for answer in await all_ways(standing.port, key and f"redirect-{number}"):
+            assert (answer.status, answer.header("location")) == (status, place.encode())
+    assert [received.line for received in behind.received] == [b"POST /x HTTP/1.1"] * 5
+
+
+# Bodies ...
+
+BOMB = gzip.compress(bytes(16 << 20), mtime=0)  # a thousand times its size
+CODED = {
+    "gzip": BOMB,
+    "x-gzip": BOMB,
+    "deflate": zlib.compress(bytes(4 << 20)),
+    "br": random.Random(2).randbytes(5000),  # not even the coding it claims
+    "zstd": b"\x28\xb5\x2f\xfd" + bytes(100),
+    "gzip, gzip": gzip.compress(BOMB, mtime=0),
+    "GZIP": b"no gzip at all",
+    "identity": b"plain",
+}
+
+
+@pytest.mark.parametrize("coding", CODED)
+async def test_bodies_are_never_decoded(standing, behind, key, coding):
+    """What is compressed, or says so, goes both ways and into the store byte for byte."""
+    body = CODED[coding]
+    field = f"Content-Encoding: {coding}"
+    behind.script = answering(f"HTTP/1.1 200 OK\r\n{field}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+    raw = request("POST", "/x", key, body, field, "Accept-Encoding: gzip")
+    answers = [await ask(standing.port, raw) for _ in range(2)]
+    for answer in answers:
+        assert (answer.body == body, answer.header("content-encoding")) == (True, coding.encode())
+        assert answer.header("content-length") == b"%d" % len(body)
+    for received in behind.received:
+        assert (received.body == body, received.header("content-encoding")) == (True, [coding.encode()])
+    assert len(behind.received) == (1 if key else 2)

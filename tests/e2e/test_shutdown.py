@@ -162,6 +162,33 @@ async def test_a_client_that_stalls_does_not_hold_the_end_up(proxies, upstream, 
     assert answer is None or not answer.complete
 
 
+async def test_a_store_that_stands_still_does_not_hold_the_end_up(proxies, upstream, own_valkey):
+    """An answer that the store does not take before the grace is over is not delivered as stored: exit 1."""
+    tap = Tap()
+    upstream.script = tap.script
+    proxy = proxies(upstream, own_valkey.url, DRAIN_S=0.5, LEASE_MS=300)
+    client = await RawClient.open(proxy.port)
+    client.writer.write(request())
+    await until(lambda: upstream.received)
+    own_valkey.pause()
+    tap.end(OK)
+    proxy.signal(signal.SIGTERM)
+    assert await exit_code(proxy) == 1
+    answer = await read_answer(client.reader)
+    client.close()
+    assert answer is None or answer.slug == "answer-not-stored"
+    own_valkey.resume()
+    other = proxies(upstream, own_valkey.url, LEASE_MS=300)
+    tries = 0
+    while (again := await ask(other.port, request())).header("oncegate-status") == b"refused":
+        assert again.slug == "in-flight"
+        tries += 1
+        assert tries < 60
+        await asyncio.sleep(0.05)
+    assert again.header("oncegate-status") in (b"replayed", b"unknown")
+    assert len(upstream.received) == 1
+
+
 @pytest.mark.parametrize(("first", "second"), [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGINT)])
 async def test_told_twice_it_ends_at_once(proxies, upstream, valkey, first, second):
     """A second signal ends the grace: what is in flight becomes unknown, exit 1."""

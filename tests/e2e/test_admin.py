@@ -1,0 +1,371 @@
+"""What operators see: metrics, health, the commands that ask, and the logs."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.parts import OK, Proxy, RawClient, RawUpstream, answering, ask, holding, request, until
+
+CANARY = "c4n4ry"
+
+# DESIGN.md, section 8: every metric with its type and the closed set of its label's values.
+OUTCOMES = (
+    "executed", "replayed", "released", "in_flight", "mismatch", "unknown", "not_kept", "invalid", "too_large",
+    "overloaded", "passthrough", "unguarded", "store_unavailable", "upstream_unreachable", "upstream_lost",
+    "upstream_timeout", "truncated", "answer_not_stored", "fenced", "corrupt", "failed", "client_gone",
+)  # fmt: skip
+HOW_SETTLED = ("store", "store_bare", "release", "unknown", "unconfirmed", "lost", "fenced")
+SUPPRESSED = ("replayed", "in_flight", "mismatch", "unknown", "not_kept")
+VERBS = ("claim", "append", "renew", "settle", "read")
+METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "requests": ("counter", "outcome", OUTCOMES),
+    "settled": ("counter", "how", HOW_SETTLED),
+    "duplicates_suppressed": ("counter", "how", SUPPRESSED),
+    "upstream_seconds_saved": ("counter", "", ()),
+    "replayed_bytes": ("counter", "", ()),
+    "claims_lost": ("counter", "", ()),
+    "settle_repeated": ("counter", "", ()),
+    "unscoped": ("counter", "", ()),
+    "eof_framed": ("counter", "", ()),
+    "request_seconds": ("histogram", "", ()),
+    "overhead_seconds": ("histogram", "", ()),
+    "upstream_seconds": ("histogram", "", ()),
+    "store_seconds": ("histogram", "verb", VERBS),
+    "in_flight": ("gauge", "", ()),
+    "waiting": ("gauge", "", ()),
+    "store_memory_ratio": ("gauge", "", ()),
+    "ready": ("gauge", "", ()),
+    "buffered_bytes": ("gauge", "", ()),
+    "build": ("info", "", ()),
+}
+OWN_LABELS = ("le", "version")  # of histograms and of the build
+
+
+def families(proxy: Proxy) -> dict[str, Metric]:
+    status, text = proxy.admin("/metrics")
+    assert status == 200
+    found = {family.name.removeprefix("oncegate_"): family for family in text_string_to_metric_families(text)}
+    # This format knows no info: prometheus_client writes a gauge called ..._info.
+    if "build_info" in found:
+        found["build"] = found.pop("build_info")
+        found["build"].type = "info"
+    return found
+
+
+def settings_of(proxy: Proxy, **more: object) -> dict[str, str]:
+    """Return the environment in which a command finds the running proxy."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("ONCEGATE_")}
+    more |= {"UPSTREAM": "http://127.0.0.1:9", "ADMIN_LISTEN": f"127.0.0.1:{proxy.admin_port}"}
+    return env | {f"ONCEGATE_{name}": str(value) for name, value in more.items()}
+
+
+def oncegate(command: str, *options: str, env: dict[str, str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "proxy", command, *options], env=env, cwd=cwd, capture_output=True, text=True, timeout=30
+    )
+
+
+async def traffic(proxy: Proxy, upstream: RawUpstream) -> Counter[str]:
+    """Cause as many outcomes as one proxy can in peace; return how many of which."""
+    rows: list[tuple[str, bytes, bytes]] = [
+        ("executed", OK, request(key=f"{CANARY}-1")),
+        ("replayed", OK, request(key=f"{CANARY}-1")),
+        ("replayed", OK, request(key=f'"{CANARY}-1"')),
+        ("mismatch", OK, request(key=f"{CANARY}-1", body=CANARY.encode())),
+        ("invalid", OK, request(key=f"{CANARY},")),
+        ("invalid", OK, request("GET", f"/{CANARY}#x", None, b"")),
+        ("invalid", OK, request("TRACE", f"/{CANARY}", None, b"")),
+        ("too_large", OK, request(key=CANARY, body=b"x" * 5000)),
+        ("passthrough", OK, request("GET", f"/{CANARY}?{CANARY}", None, b"")),
+        ("passthrough", OK, request("PURGE", f"/{CANARY}", CANARY, b"")),
+        ("released", b"HTTP/1.1 429 No\r\nContent-Length: 0\r\n\r\n", request(key=f"{CANARY}-2")),
+        ("unknown", b"HTTP/1.1 502 No\r\nContent-Length: 0\r\n\r\n", request(key=f"{CANARY}-3")),
+        ("unknown", OK, request("POST", "/v1/charges", f"{CANARY}-3")),
+        ("upstream_lost", b"garbage\r\n\r\n", request(key=f"{CANARY}-4")),
+        ("upstream_lost", b"garbage\r\n\r\n", request("GET", key=None, body=b"")),
+        ("executed", b"HTTP/1.1 200 OK\r\nContent-Length: 9000\r\n\r\n" + bytes(9000), request(key=f"{CANARY}-5")),
+        ("not_kept", OK, request(key=f"{CANARY}-5")),
+        ("truncated", b"HTTP/1.1 200 OK\r\nContent-Length: 90000\r\n\r\n" + bytes(9000), request(key=f"{CANARY}-6")),
+    ]
+    for outcome, answer, raw in rows:
+        upstream.script = cut(answer) if outcome == "truncated" else answering(answer)
+        with closing(await RawClient.open(proxy.port)) as client:
+            await client.ask(raw)
+    go = asyncio.Event()
+    upstream.script = holding(go)
+    running = asyncio.ensure_future(ask(proxy.port, request(key=f"{CANARY}-7")))
+    await until(lambda: proxy.metric("in_flight") == 1)
+    assert (await ask(proxy.port, request(key=f"{CANARY}-7"))).slug == "in-flight"
+    go.set()
+    await running
+    return Counter([*[outcome for outcome, _, _ in rows], "in_flight", "executed"])
+
+
+def cut(answer: bytes):
+    async def script(_, __, writer, ___):
+        writer.write(answer)
+        writer.close()
+
+    return script
+
+
+SMALL = {"MAX_REQUEST_BYTES": 4096, "MAX_STORED_BYTES": 8192}
+
+# Metrics ...
+
+
+async def test_metrics_are_those_of_the_design_and_no_others(proxies, upstream, valkey):
+    """Each metric has its type, and its labels take the values of a closed set, whatever requests said."""
+    gate = proxies(upstream, valkey.url, **SMALL)
+    for _ in range(2):
+        found = families(gate)
+        assert {name: family.type for name, family in found.items()} == {name: row[0] for name, row in METRICS.items()}
+        for name, family in found.items():
+            assert family.documentation
+            _, label, values = METRICS[name]
+            labels = {key for sample in family.samples for key in sample.labels if key not in OWN_LABELS}
+            assert labels == ({label} if label else set())
+            assert {sample.labels[label] for sample in family.samples if label} == set(values)
+        await traffic(gate, upstream)
+    assert CANARY not in gate.admin("/metrics")[1]
+
+
+async def test_every_request_is_counted_once_under_its_outcome(proxies, upstream, valkey):
+    """requests_total says what became of each request; the other counters agree with it."""
+    gate = proxies(upstream, valkey.url, **SMALL)
+    wanted = await traffic(gate, upstream)
+    total = wanted.total()
+    await until(lambda: gate.metric("request_seconds_count") == total)
+    samples = families(gate)["requests"].samples
+    assert {sample.labels["outcome"]: sample.value for sample in samples if sample.value} == dict(wanted)
+    for how in SUPPRESSED[:3] + SUPPRESSED[4:]:
+        assert gate.metric(f'duplicates_suppressed_total{{how="{how}"}}') == wanted[how]
+    assert gate.metric("replayed_bytes_total") == 2 * len("ok")
+    assert gate.metric("unscoped_total") > 0
+    assert gate.metric('settled_total{how="release"}') == 1
+    assert gate.metric('settled_total{how="store_bare"}') == 1
+    assert gate.metric('settled_total{how="unknown"}') == 3
+    assert gate.metric('store_seconds_count{verb="claim"}') >= 9
+    for name in ("request_seconds", "overhead_seconds", "upstream_seconds"):
+        buckets = [sample.value for sample in families(gate)[name].samples if sample.name.endswith("_bucket")]
+        assert buckets == sorted(buckets)
+        assert buckets[-1] == gate.metric(f"{name}_count")
+    for gauge in ("in_flight", "waiting", "buffered_bytes"):
+        assert gate.metric(gauge) == 0
+    assert gate.metric("ready") == 1
+
+
+# Health ...
+
+
+async def test_a_proxy_is_alive_while_its_store_is_not(proxies, upstream, own_valkey, tmp_path):
+    """/readyz and `healthcheck --ready` follow the store, with the reason; /healthz and `healthcheck` do not."""
+    gate = proxies(upstream, own_valkey.url)
+    env = settings_of(gate)
+
+    async def assert_ready(reason: str | None) -> None:
+        await until(lambda: gate.admin("/readyz")[0] == (503 if reason else 200), 20)
+        status, text = gate.admin("/readyz")
+        said = json.loads(text)
+        assert said["ready"] is (reason is None)
+        assert [reason in one for one in said["reasons"]] == ([True] if reason else []), text
+        assert (gate.admin("/healthz")[0], gate.metric("ready")) == (200, 0 if reason else 1)
+        alive = oncegate("healthcheck", env=env, cwd=tmp_path)
+        assert (alive.returncode, alive.stderr) == (0, "")
+        ready = oncegate("healthcheck", "--ready", env=env, cwd=tmp_path)
+        assert (ready.returncode, reason is None or reason in ready.stderr) == (1 if reason else 0, True)
+
+    await assert_ready(None)
+    with own_valkey.client() as client:
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        await assert_ready("maxmemory-policy is allkeys-lru")
+        client.config_set("maxmemory-policy", "noeviction")
+    await assert_ready(None)
+    own_valkey.pause()
+    await assert_ready("not reachable")
+    own_valkey.resume()
+    await assert_ready(None)
+    own_valkey.kill()
+    await assert_ready("not reachable")
+    assert (await ask(gate.port, request())).slug == "store-unavailable"
+    assert (await ask(gate.port, request(key=None))).status == 200
+    own_valkey.start()
+    await assert_ready(None)
+    assert (await ask(gate.port, request())).header("oncegate-status") == b"executed"
+
+
+async def test_a_proxy_that_starts_without_its_store_listens_and_says_so(proxies, upstream, own_valkey):
+    """The store may come later: until then the proxy is alive, not ready, and passes what needs no store."""
+    own_valkey.kill()
+    gate = proxies(upstream, own_valkey.url)
+    assert (gate.admin("/healthz")[0], gate.admin("/readyz")[0]) == (200, 503)
+    assert (await ask(gate.port, request(key=None))).status == 200
+    answer = await ask(gate.port, request())
+    assert (answer.status, answer.slug, answer.header("oncegate-status")) == (503, "store-unavailable", b"refused")
+    own_valkey.start()
+    await until(lambda: gate.admin("/readyz")[0] == 200)
+    assert (await ask(gate.port, request())).header("oncegate-status") == b"executed"
+
+
+async def test_a_draining_proxy_is_alive_and_not_ready(proxies, upstream, valkey):
+    """After SIGTERM the proxy goes on serving for DRAIN_DELAY_S, and /readyz says that it is shutting down."""
+    gate = proxies(upstream, valkey.url, DRAIN_DELAY_S=1)
+    gate.signal(signal.SIGTERM)
+    await until(lambda: gate.admin("/readyz")[0] == 503)
+    assert "shutting down" in gate.admin("/readyz")[1]
+    assert gate.admin("/healthz")[0] == 200
+    assert (await ask(gate.port, request())).header("oncegate-status") == b"executed"
+    assert gate.process.wait(20) == 0
+
+
+async def test_healthcheck_without_a_proxy_fails(tmp_path):
+    """No answer is no health, for both questions; settings that cannot be used are said as well."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("ONCEGATE_")}
+    env |= {"ONCEGATE_UPSTREAM": "http://127.0.0.1:9", "ONCEGATE_ADMIN_LISTEN": f"127.0.0.1:{port}"}
+    for options in ([], ["--ready"]):
+        asked = oncegate("healthcheck", *options, env=env, cwd=tmp_path)
+        assert (asked.returncode, asked.stdout) == (1, "")
+        assert f"no answer from 127.0.0.1:{port}" in asked.stderr
+    asked = oncegate("healthcheck", env=env | {"ONCEGATE_UPSTREAM": "nowhere"}, cwd=tmp_path)
+    assert (asked.returncode, asked.stderr.startswith("ONCEGATE_UPSTREAM: ")) == (2, True)
+
+
+# `oncegate check` ...
+
+
+def test_check_prints_what_is_in_effect(tmp_path):
+    """One `NAME = value` a line for every setting, defaults and overrides, with the secrets masked."""
+    env = {"PATH": os.environ["PATH"], "ONCEGATE_UPSTREAM": "HTTPS://Api.Test/v1/", "ONCEGATE_LEASE_MS": "2500"}
+    env |= {"ONCEGATE_SECRET": CANARY, "ONCEGATE_STORE_URL": f"rediss://me:{CANARY}@redis:6379/2"}
+    check = oncegate("check", env=env, cwd=tmp_path)
+    assert (check.returncode, check.stderr) == (0, "")
+    lines = dict(line.split(" = ", 1) for line in check.stdout.splitlines())
+    assert all(re.fullmatch(r"ONCEGATE_[A-Z_]+", name) for name in lines)
+    assert lines["ONCEGATE_UPSTREAM"] == "https://api.test/v1"
+    assert lines["ONCEGATE_LEASE_MS"] == "2500"
+    assert lines["ONCEGATE_RETENTION_S"] == "86400"
+    assert lines["ONCEGATE_STORE_URL"] == "rediss://me:***@redis:6379/2"
+    assert CANARY not in check.stdout
+
+
+def test_check_and_serve_report_all_errors_at_once(tmp_path):
+    """Every variable that is wrong has its line, no secret is repeated, and nothing starts: exit code 2."""
+    env = {
+        "PATH": os.environ["PATH"],
+        "ONCEGATE_LISTEN": "8080",
+        "ONCEGATE_LEASE_MS": "none",
+        "ONCEGATE_STORE_URL": f"mysql://me:{CANARY}@host",
+        "ONCEGATE_ACCESS_LOG": "some",
+        "ONCEGATE_UPSTRAEM": "http://x",
+        "ONCEGATE_RETENTION_S": "0",
+        "ONCEGATE_TLS_KEY_FILE": "/nowhere",
+    }
+    for command in ("check", "serve"):
+        run = oncegate(command, env=env, cwd=tmp_path)
+        assert (run.returncode, run.stdout) == (2, "")
+        named = [line.partition(":")[0] for line in run.stderr.splitlines()]
+        assert sorted(named) == sorted([name for name in env if name.startswith("ONCEGATE_")] + ["ONCEGATE_UPSTREAM"])
+        assert CANARY not in run.stderr
+
+
+# Logs ...
+
+
+def access_lines(proxy: Proxy) -> list[str]:
+    return [line["outcome"] for line in proxy.events("request")]
+
+
+@pytest.mark.parametrize("which", ["off", "notable", "all"])
+async def test_the_access_log_has_what_was_asked_for(proxies, upstream, valkey, which):
+    """`all` has a line for each request, `notable` leaves out plain executions and pass-through, `off` all of them."""
+    gate = proxies(upstream, valkey.url, ACCESS_LOG=which, **SMALL)
+    outcomes = await traffic(gate, upstream)
+    await until(lambda: gate.metric("request_seconds_count") == outcomes.total())
+    plain = ("executed", "passthrough")
+    wanted = {
+        "off": [],
+        "all": outcomes.elements(),
+        "notable": (one for one in outcomes.elements() if one not in plain),
+    }
+    assert sorted(access_lines(gate)) == sorted(wanted[which])
+
+
+async def test_log_lines_are_objects_that_tell_and_keep_secrets(proxies, upstream, valkey):
+    """Each line is one JSON object with event, level and time; no key, path, query or body is in any."""
+    gate = proxies(upstream, valkey.url, **SMALL)
+    outcomes = await traffic(gate, upstream)
+    await until(lambda: len(access_lines(gate)) == outcomes.total())
+    assert gate.stop() in (0, 1)
+    lines = [json.loads(line) for line in gate.log().splitlines()]
+    for line in lines:
+        assert {"event", "level", "timestamp"} <= line.keys()
+        assert time.strptime(line["timestamp"][:19], "%Y-%m-%dT%H:%M:%S")
+    assert [line["event"] for line in lines if line["event"] != "request"] == ["serving", "shutting down", "stopped"]
+    requests = [line for line in lines if line["event"] == "request"]
+    keyed = [line for line in requests if line["outcome"] in ("executed", "replayed", "mismatch")]
+    assert all(re.fullmatch(r"[\w-]{12}", line["key"]) for line in keyed)
+    assert len({line["key"] for line in requests if line["outcome"] in ("replayed", "mismatch")}) == 1
+    for line in requests:
+        assert line["method"] in ("GET", "POST", "PURGE", "TRACE")
+        assert 0 <= line["upstream_ms"] <= line["ms"] < 60_000
+        assert isinstance(line["client_left"], bool)
+    statuses = {line["outcome"]: line["status"] for line in requests}
+    assert (statuses["passthrough"], statuses["executed"], statuses["replayed"]) == (200, 200, 200)
+    assert (statuses["mismatch"], statuses["invalid"], statuses["too_large"]) == (422, 405, 413)
+    assert CANARY not in gate.log().lower()
+
+
+async def test_an_alarm_is_an_error_in_the_log(proxies, upstream, valkey):
+    """A record that fails its checks is reported as an error, also where plain lines are not wanted."""
+    gate = proxies(upstream, valkey.url, LOG_LEVEL="error", ACCESS_LOG="all")
+    await ask(gate.port, request())
+    with valkey.client() as client:
+        (name,) = client.keys()
+        client.hset(name, "meta", bytes([client.hget(name, "meta")[0]]) + bytes(200))
+    answer = await ask(gate.port, request())
+    assert (answer.status, answer.slug) == (500, "record-corrupt")
+    await until(lambda: gate.events("request"))
+    (line,) = gate.events("request")
+    assert (line["level"], line["outcome"], line["status"]) == ("error", "corrupt", 500)
+    assert len(upstream.received) == 1
+
+
+class ConsoleProxy(Proxy):
+    """A proxy that logs for people."""
+
+    def events(self, name: str) -> list[dict[str, str]]:
+        lines = [line for line in self.log().splitlines() if f" {name} " in line]
+        return [dict(re.findall(r"(\w+)=(\S+)", line)) for line in lines]
+
+
+async def test_the_console_format_is_for_people(upstream, valkey, tmp_path):
+    """LOG_FORMAT=console writes plain lines with the same facts, without colours, also where it is no terminal."""
+    gate = ConsoleProxy(upstream.url, valkey.url, tmp_path, {"LOG_FORMAT": "console"})
+    try:
+        gate.start()
+        await ask(gate.port, request(key=CANARY))
+        await until(lambda: gate.events("request"))
+        (line,) = gate.events("request")
+        assert (line["outcome"], line["method"], line["status"]) == ("executed", "POST", "200")
+        assert gate.stop() == 0
+        assert "\x1b" not in gate.log()
+        assert CANARY not in gate.log()
+        for text in gate.log().splitlines():
+            assert re.match(r"\d{4}-\d\d-\d\dT\S+ \[\w+ *\] ", text), text
+    finally:
+        gate.close()
