@@ -99,7 +99,7 @@ class Service:
         self._waiters = Waiters(self.store, settings.max_waiters, settings.lease_ms, self._leases.__contains__)
         self._pool = self._make_pool()
         self._gateway = self._make_gateway()
-        self._listener = Listener(self._gateway, max_connections=settings.max_connections)
+        self._listener = Listener(self._gateway, max_connections=settings.max_connections, observe=self._observe)
         self._servers: list[asyncio.Server] = []
         self._admin: web.AppRunner | None = None
 

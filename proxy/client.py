@@ -46,8 +46,9 @@ class Client:
         self._connection = request.protocol
         self._stall_s = stall_s
         self._http10 = message.version < (1, 1)
-        # What a client sends behind an upgrade is lost with the upgrade.
-        self._close = message.should_close or message.upgrade
+        # What a client sends behind an upgrade is lost with the upgrade. aiohttp's parser (3.14.5) takes the last
+        # trailer of a chunked body for the first field of the next request: there must be none.
+        self._close = message.should_close or message.upgrade or message.chunked
         self._frame = b""  # how the body's end is told: "chunked", "length" or "eof"
         self._owed = 0  # bytes still to come, by length
         self._held = b""

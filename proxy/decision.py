@@ -2,7 +2,7 @@
 
 Two tables carry the promise:
 - `decide`: a record and the fingerprint of a new request -> what that request gets;
-- `settlement`: how far an exchange got -> what becomes of its claim.
+- `Ending`: how far an exchange got -> what becomes of its claim.
 A mismatch is looked at before anything else, so that another request's state never shows.
 """
 
@@ -31,18 +31,6 @@ class Decision(Enum):
     MISMATCH = "mismatch"
 
 
-class Ending(Enum):
-    """How far the exchange with the upstream got, from the worst to the best."""
-
-    NO_RESPONSE = "no_response"
-    TRUNCATED = "truncated"
-    NOT_SENT = "not_sent"
-    AMBIGUOUS = "ambiguous"
-    DECLINED = "declined"
-    TOO_LARGE = "too_large"
-    COMPLETE = "complete"
-
-
 class Settlement(Enum):
     """What becomes of a claim."""
 
@@ -50,6 +38,21 @@ class Settlement(Enum):
     STORE_BARE = "store_bare"  # complete, without its body
     RELEASE = "release"
     UNKNOWN = "unknown"
+
+
+class Ending(Enum):
+    """How far the exchange with the upstream got, from the worst to the best, and what that makes of its claim."""
+
+    NO_RESPONSE = "no_response", Settlement.UNKNOWN
+    TRUNCATED = "truncated", Settlement.UNKNOWN
+    NOT_SENT = "not_sent", Settlement.RELEASE
+    AMBIGUOUS = "ambiguous", Settlement.UNKNOWN
+    DECLINED = "declined", Settlement.RELEASE
+    TOO_LARGE = "too_large", Settlement.STORE_BARE
+    COMPLETE = "complete", Settlement.STORE
+
+    def __init__(self, word: str, settlement: Settlement) -> None:
+        self.word, self.settlement = word, settlement
 
 
 def state_now(state: State, lease_left_ms: int) -> State:
@@ -83,21 +86,6 @@ def ending(disposition: Disposition, kept: bool) -> Ending:
             return Ending.COMPLETE if kept else Ending.TOO_LARGE
         case _:
             assert_never(disposition)
-
-
-def settlement(ending: Ending) -> Settlement:
-    """Return what becomes of the claim of an exchange that ended so."""
-    match ending:
-        case Ending.NOT_SENT | Ending.DECLINED:
-            return Settlement.RELEASE
-        case Ending.NO_RESPONSE | Ending.TRUNCATED | Ending.AMBIGUOUS:
-            return Settlement.UNKNOWN
-        case Ending.TOO_LARGE:
-            return Settlement.STORE_BARE
-        case Ending.COMPLETE:
-            return Settlement.STORE
-        case _:
-            assert_never(ending)
 
 
 def must_reclaim(age_s: float, lease_ms: int) -> bool:

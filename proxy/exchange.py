@@ -11,7 +11,7 @@ from typing import Any
 
 from proxy.body import Body
 from proxy.client import Client
-from proxy.decision import Ending, Settlement, ending, must_reclaim, settlement
+from proxy.decision import Ending, Settlement, ending, must_reclaim
 from proxy.headers import AnswerBlocks, AnswerHead, answer_blocks, upstream_age
 from proxy.keys import Scope
 from proxy.leases import Held, Leases, suspended_clock_s
@@ -196,7 +196,7 @@ class Exchange:
     async def _settle(self, reached: Ending) -> Settled:
         """Settle, and again without the body if the record turns out to lack chunks."""
         self._touch()
-        how = settlement(reached)
+        how = reached.settlement
         settled = await self._settle_as(how, self._patience_s(how))
         if settled.word == "torn":
             how = Settlement.STORE_BARE
@@ -270,7 +270,7 @@ class Exchange:
             self._recording.close()
         if reached is None:
             reached = Ending.NO_RESPONSE if self._sent else Ending.NOT_SENT
-        how = settlement(reached)
+        how = reached.settlement
         stores = how in (Settlement.STORE, Settlement.STORE_BARE)
         if settled is None or (settled.word == "unconfirmed" and not stores):
             # An answer whose settle was interrupted is not delivered either: unknown says no more than is known.

@@ -108,11 +108,16 @@ class Gateway:
         return Outcome(relayed.word, relayed.status, head.method, upstream_s=relayed.upstream_s)
 
     def _onward(self, request: Request, head: RequestHead, length: int | None) -> bytes:
-        remote = request.remote
-        trusted = bool(self._trusted) and any(ip_address(remote) in network for network in self._trusted)
-        scheme = b"https" if request.protocol.ssl_context else b"http"
+        connection = request.protocol
+        hop = connection.hop
+        if hop is None:
+            hop = connection.hop = self._hop(request.remote, b"https" if connection.ssl_context else b"http")
         host = head.host if self._policy.pass_host and head.host else self._host
-        return request_head(head, Hop(remote.encode(), scheme, trusted), host, self._prefix, length)
+        return request_head(head, hop, host, self._prefix, length)
+
+    def _hop(self, remote: str, scheme: bytes) -> Hop:
+        trusted = bool(self._trusted) and any(ip_address(remote) in network for network in self._trusted)
+        return Hop(remote.encode(), scheme, trusted)
 
     # With one ...
 

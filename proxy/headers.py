@@ -63,6 +63,7 @@ OURS = b"oncegate-"  # and whatever follows
 _TARGET = re.compile(rb'/[!"$-~\x80-\xff]*')
 _ABSOLUTE = re.compile(rb"https?://([^/?#@]+)(/[^#]*|\?[^#]*|)", re.IGNORECASE)
 _HOST = re.compile(rb"(?:(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
+_SPECIAL = (OURS, b"proxy-")
 _USUAL = ([b"keep-alive"], [b"close"])
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
@@ -239,7 +240,8 @@ class AnswerHead(NamedTuple):
     @property
     def streamed_by_nature(self) -> bool:
         """Whether somebody is waiting for single events of it."""
-        return any(value.lower().startswith(b"text/event-stream") for value in self.fields.get(b"content-type", ()))
+        kinds = self.fields.get(b"content-type")
+        return kinds is not None and kinds[-1].lower().startswith(b"text/event-stream")
 
 
 def read_answer_head(status: int, reason: bytes, pairs: Pairs, head_only: bool) -> AnswerHead | str:
@@ -292,17 +294,22 @@ def answer_blocks(head: AnswerHead) -> AnswerBlocks:
     if named := nominated(head.fields):
         # An answer that lost its length this way would have no end on a connection that is kept.
         gone = gone.union(named) - {b"content-length"}
-    passed_on, stored = [], []
-    for name, value in head.pairs:
-        low = name.lower()
-        if low in gone or low.startswith(OURS):
-            continue
-        line = b"%s: %s\r\n" % (name, value)
-        passed_on.append(line)
-        if low not in NOT_REPLAYED and not low.startswith(b"proxy-"):
-            stored.append(line)
-    block = b"".join(passed_on)
-    return AnswerBlocks(block, block if len(stored) == len(passed_on) else b"".join(stored))
+    passed_on = [pair for pair in head.pairs if pair[0].lower() not in gone]
+    if not any(map(_is_special, head.fields)):
+        block = _block(passed_on)
+        return AnswerBlocks(block, block)
+    passed_on = [pair for pair in passed_on if not pair[0].lower().startswith(OURS)]
+    stored = [pair for pair in passed_on if not _is_special(pair[0].lower())]
+    return AnswerBlocks(_block(passed_on), _block(stored))
+
+
+def _block(pairs: Pairs) -> bytes:
+    return b"".join([b"%s: %s\r\n" % pair for pair in pairs])
+
+
+def _is_special(name: bytes) -> bool:
+    """Return whether a field needs more than a look at the hop-by-hop names."""
+    return name in NOT_REPLAYED or name.startswith(_SPECIAL)
 
 
 def status_line(status: int, reason: bytes) -> bytes:

@@ -24,7 +24,7 @@ class Held:
 
     claim: Claim
     confirmed_s: float
-    until_s: float = float("inf")
+    until_s: float
     lost: bool = False
     fenced: bool = False
     settled: bool = False
@@ -32,6 +32,9 @@ class Held:
 
     def age_s(self) -> float:
         return suspended_clock_s() - self.confirmed_s
+
+
+FIRST_S = 60.0  # until whoever holds a claim says how long it may take
 
 
 class Report(Protocol):
@@ -55,7 +58,7 @@ class Leases:
 
     def hold(self, claim: Claim, asked_s: float) -> Held:
         """Keep a claim's lease alive from now on. `asked_s`: when the store was asked for it."""
-        held = Held(claim, asked_s)
+        held = Held(claim, asked_s, self._clock() + FIRST_S)
         self._held[claim.key] = held
         return held
 

@@ -12,6 +12,8 @@ from aiohttp import StreamReader, web
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
 from proxy.client import Client, Request
+from proxy.headers import Hop
+from proxy.metrics import Outcome
 from proxy.problems import refusal
 
 HEAD_S = 10.0  # for a request's head, from its first byte
@@ -25,11 +27,12 @@ Handler = Callable[[Request], Awaitable[Client]]
 class ClientConnection(RequestHandler):
     """One client's connection."""
 
-    __slots__ = ("body", "gone", "half_closed", "head_since", "last", "room")
+    __slots__ = ("body", "gone", "half_closed", "head_since", "hop", "last", "room")
 
     def __init__(self, manager: "Listener", **kwargs: Any) -> None:
         super().__init__(manager, **kwargs)
         self.head_since: float | None = None
+        self.hop: Hop | None = None  # what forwarded requests say of this side
         self.half_closed = False
         self.last = False  # no further request is taken
         self.body: StreamReader | None = None  # of the last request whose head came
@@ -40,6 +43,7 @@ class ClientConnection(RequestHandler):
         super().connection_made(transport)
         manager = self._manager
         if isinstance(manager, Listener) and not manager.has_room():
+            manager.observe(Outcome("overloaded", 503, ""))
             problem = refusal(503, "too many connections")
             transport.write(Client.closing_answer(problem))  # type: ignore[attr-defined]
             self.force_close()
@@ -141,6 +145,8 @@ class ClientConnection(RequestHandler):
 
     def _refuse(self, status: int) -> None:
         """Answer what aiohttp could not parse, with nothing of it."""
+        if isinstance(self._manager, Listener):
+            self._manager.observe(Outcome("invalid", status, ""))
         if self.transport is not None:
             problem = refusal(status, "the request is not well-formed HTTP")
             self.transport.write(Client.closing_answer(problem))
@@ -171,9 +177,12 @@ class ClientConnection(RequestHandler):
 
 
 class Listener(web.Server):
-    """Makes the connections of one public listener and holds them to their limits."""
+    """Makes the connections of one public listener and holds them to their limits.
 
-    def __init__(self, handler: Handler, *, max_connections: int) -> None:
+    `observe` is told of what never becomes a request for the handler.
+    """
+
+    def __init__(self, handler: Handler, *, max_connections: int, observe: Callable[[Outcome], None]) -> None:
         super().__init__(
             handler,  # type: ignore[arg-type]  # called by ClientConnection alone
             keepalive_timeout=KEEP_ALIVE_S,
@@ -183,7 +192,7 @@ class Listener(web.Server):
             max_line_size=16384,
             max_field_size=16384,
         )
-        self._max_connections = max_connections
+        self._max_connections, self.observe = max_connections, observe
 
     def __call__(self) -> RequestHandler:
         return ClientConnection(self, loop=self._loop, **self._kwargs)
@@ -201,8 +210,8 @@ class Listener(web.Server):
                 if isinstance(connection, ClientConnection) and (connection.head_since or late + 1) < late:
                     self._time_out(connection)
 
-    @staticmethod
-    def _time_out(connection: ClientConnection) -> None:
+    def _time_out(self, connection: ClientConnection) -> None:
+        self.observe(Outcome("invalid", 408, ""))
         if connection.transport is not None:
             connection.transport.write(Client.closing_answer(refusal(408, "the head took too long")))
         connection.force_close()

@@ -227,8 +227,9 @@ class Raw:
         self.requests: list[bytes] = []  # those that `request` read whole
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def start(self, tls: ssl.SSLContext | None = None, port: int = 0) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", port, ssl=tls, limit=1 << 26)
+    async def start(self, tls: ssl.SSLContext | None = None, port: int = 0, sock: socket.socket | None = None) -> None:
+        place: dict[str, Any] = {"sock": sock} if sock else {"host": "127.0.0.1", "port": port}
+        self._server = await asyncio.start_server(self._serve, ssl=tls, limit=1 << 26, **place)
         self.port = self._server.sockets[0].getsockname()[1]
 
     @property

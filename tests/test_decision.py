@@ -13,7 +13,6 @@ from proxy.decision import (
     ending,
     must_reclaim,
     retry_after_s,
-    settlement,
     state_now,
 )
 from proxy.policy import Disposition
@@ -84,7 +83,7 @@ def test_a_passed_lease_is_read_as_unknown(left_ms):
 @pytest.mark.parametrize("reached", Ending)
 def test_what_becomes_of_a_claim(reached):
     """How far the exchange got decides how its claim is settled."""
-    assert settlement(reached) is ENDINGS[reached]
+    assert reached.settlement is ENDINGS[reached]
 
 
 def test_every_settlement_is_reached():
@@ -94,7 +93,7 @@ def test_every_settlement_is_reached():
 
 def test_only_what_was_not_executed_frees_its_key():
     """No ending in which the upstream may have executed the request is a release."""
-    released = {reached for reached in Ending if settlement(reached) is Settlement.RELEASE}
+    released = {reached for reached in Ending if reached.settlement is Settlement.RELEASE}
     assert released == {Ending.NOT_SENT, Ending.DECLINED}
 
 
@@ -105,10 +104,10 @@ def test_how_a_whole_answer_ends_the_exchange(disposition, kept):
     assert ending(disposition, kept) is WHOLE[disposition, kept]
 
 
-@pytest.mark.parametrize("decision", [decide, ending, settlement])
+@pytest.mark.parametrize("decision", [decide, ending])
 def test_a_value_outside_the_tables_decides_nothing(decision):
     """It fails, instead of passing for some row."""
-    arguments = {decide: ("in_flight", True, True), ending: ("store", True), settlement: ("complete",)}
+    arguments = {decide: ("in_flight", True, True), ending: ("store", True)}
     with pytest.raises(AssertionError):
         decision(*arguments[decision])
 

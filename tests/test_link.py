@@ -34,8 +34,9 @@ async def linked(server: RespServer, stall_s: float = PATIENT_S) -> AsyncIterato
     link = Link(opener(server.url, stall_s), nothing, stall_s)
     link.start()
     try:
-        assert await link.wait_up(in_s(PATIENT_S))
-        yield link
+        async with asyncio.timeout(2 * PATIENT_S):
+            assert await link.wait_up(in_s(PATIENT_S))
+            yield link
     finally:
         await link.close()
 

@@ -229,6 +229,12 @@ async def test_tries_stay_within_the_connect_timeout():
         assert time.monotonic() - began < 5
 
 
+async def test_every_address_of_a_name_is_tried():
+    """A name with an address on which nobody listens is reached at its other one."""
+    async with serving(says(OK)) as raw, pool_to(raw.port, host="localhost") as pool:
+        assert await ask(pool) == (200, b"ok")
+
+
 # TLS ...
 
 

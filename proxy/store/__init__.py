@@ -186,7 +186,7 @@ class Store:
         match reply:
             case [b"claimed", int(now_ms), bytes(fence), created]:
                 self._clock.heard(now_ms)
-                return claim._replace(fence=fence, created_ms=int(created))
+                return Claim(*claim[:2], fence, *claim[3:6], int(created), *claim[7:])
             case [b"late", int(now_ms)]:
                 self._clock.heard(now_ms)
                 return "late"

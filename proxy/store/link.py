@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import hiredis
 from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import RedisError
 
 SWEEP_S = 0.05  # how late a deadline may be noticed
 RECONNECT_FIRST_S, RECONNECT_MOST_S = 0.02, 1.0
@@ -67,7 +66,7 @@ class Link(asyncio.Protocol):
         self._stall_s = stall_s
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
-        self._connection: AbstractConnection | None = None
+        self._streams: object = None  # redis-py's, over the same transport
         self._reader = hiredis.Reader(replyError=ErrorReply)
         self._out: list[bytes] = []
         self._waiting: deque[_Waiting] = deque()
@@ -108,7 +107,7 @@ class Link(asyncio.Protocol):
         while True:
             try:
                 await self._connect()
-            except (RedisError, OSError, TimeoutError) as error:
+            except Exception as error:  # whatever it is: without this task the store would stay down for good
                 self.down_because = str(error) or type(error).__name__
                 await asyncio.sleep(random.uniform(0.5, 1) * pause_s)
                 pause_s = min(pause_s * 2, RECONNECT_MOST_S)
@@ -128,11 +127,12 @@ class Link(asyncio.Protocol):
         self._adopt(connection)
 
     def _adopt(self, connection: AbstractConnection) -> None:
-        """Take the socket over. redis-py has no public way to hand it out; its streams stay referenced."""
+        """Take the socket over. redis-py has no public way to hand it out, and would close it with its streams."""
         writer = cast(asyncio.StreamWriter, connection._writer)
         transport = cast(asyncio.Transport, writer.transport)
+        self._streams, connection._reader, connection._writer = (connection._reader, writer), None, None
         self._lost = asyncio.Event()
-        self._connection, self._transport = connection, transport
+        self._transport = transport
         self._reader = hiredis.Reader(replyError=ErrorReply)
         transport.set_protocol(self)
         self._up.set()
@@ -141,7 +141,7 @@ class Link(asyncio.Protocol):
         """Forget the connection; what was on it may or may not be executed."""
         if self._transport is None:
             return
-        transport, self._transport, self._connection = self._transport, None, None
+        transport, self._transport = self._transport, None
         transport.abort()
         self.down_because = why
         self._up.clear()
@@ -219,8 +219,8 @@ class Link(asyncio.Protocol):
         if not self._waiting:
             return False
         one = self._waiting.popleft()
-        if one.tag and isinstance(reply, list):
-            if reply[0] != one.tag:
+        if one.tag and not isinstance(reply, ErrorReply):
+            if not isinstance(reply, list) or reply[:1] != [one.tag]:
                 one.resolve(Unconfirmed("a reply that answers another command"))
                 return False
             del reply[0]

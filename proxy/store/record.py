@@ -155,6 +155,8 @@ def running(key: bytes, tenant: bytes, fields: list[bytes | int | None], now_ms:
         created_ms = int(created or b"")
     except ValueError:
         return Corrupt("unknown state")
+    if found is State.COMPLETE:
+        return Corrupt("a complete record without an answer")
     if not (isinstance(token, bytes) and isinstance(mode, bytes) and isinstance(fingerprint, bytes)):
         return Corrupt("the record is not whole")
     if self_described != self_check(key, tenant, token, mode, fingerprint):

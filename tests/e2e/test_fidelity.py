@@ -1,16 +1,17 @@
 """Fidelity: what the upstream says is what the first client and every retry get, and the other way round."""
 
 import asyncio
+import contextlib
 import gzip
 import random
 import string
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from tests.parts import Answer, RawClient, RawUpstream, Received, request, serving, until
+from tests.parts import Answer, Proxy, RawClient, RawUpstream, Received, request, serving, until
 
 MIB = 1 << 20
 AT_ONCE = 8
@@ -213,15 +214,48 @@ def replayed(pairs: Pairs) -> Pairs:
     return [pair for pair in but(pairs, *NOT_REPLAYED) if not pair[0].lower().startswith(b"proxy-")]
 
 
-async def over(port: int, raw: bytes, head_only: bool = False) -> Answer:
-    client = await RawClient.open(port)
-    try:
+class Callers:
+    """Clients of one port that keep their connections: a byte too many or too few spoils the next answer."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._idle: list[RawClient] = []
+
+    async def ask(self, raw: bytes, head_only: bool = False) -> Answer:
+        client = self._idle.pop() if self._idle else await RawClient.open(self._port)
         async with asyncio.timeout(60):
             answer = await client.ask(raw, head_only)
         assert answer is not None
+        framed = any(name.lower() in (b"content-length", b"transfer-encoding") for name, _ in answer.headers)
+        if (b"Connection", b"close") in answer.headers or not (framed or head_only or answer.status in (204, 304)):
+            assert await client.reader.read() == b""
+            client.close()
+        else:
+            self._idle.append(client)
         return answer
-    finally:
-        client.close()
+
+    async def close(self) -> None:
+        for client in self._idle:
+            client.writer.write_eof()
+            async with asyncio.timeout(60):
+                assert await client.reader.read() == b""
+            client.close()
+
+
+@pytest.fixture
+async def callers(standing: Proxy) -> AsyncIterator[Callers]:
+    """Clients of the proxy."""
+    callers = Callers(standing.port)
+    yield callers
+    await callers.close()
+
+
+async def over(port: int, raw: bytes) -> Answer:
+    """Ask on a connection of its own."""
+    callers = Callers(port)
+    answer = await callers.ask(raw)
+    await callers.close()
+    return answer
 
 
 def differences(made: Made, got: Answer, expected: Pairs, head_only: bool = False) -> list[str]:
@@ -256,16 +290,16 @@ async def gather(works: Iterator[Awaitable[list[str]]]) -> list[str]:
     return [difference for found in await asyncio.gather(*map(one, works)) for difference in found]
 
 
-async def test_an_answer_is_the_same_direct_at_first_and_replayed(gate, upstream, answers):
+async def test_an_answer_is_the_same_direct_at_first_and_replayed(callers, behind, answers):
     """Status, reason, fields and body are the same from the upstream, on the first pass and on a replay."""
-    upstream.script = answers
+    behind.script = answers
 
     async def one(number: int, made: Made) -> list[str]:
         raw = request(("POST", "PATCH")[number % 2], f"/answers/{number}", f"fidelity-{number}")
-        direct = await over(upstream.port, raw)
+        direct = await over(behind.port, raw)
         direct.interim.clear()
-        first = await over(gate.port, raw)
-        again = await over(gate.port, raw)
+        first = await callers.ask(raw)
+        again = await callers.ask(raw)
         found = [f"direct: {one}" for one in differences(made, direct, made.pairs)]
         found += [f"first: {one}" for one in differences(made, first, end_to_end(made))]
         if ours(first) != [made.disposition, None]:
@@ -288,17 +322,17 @@ async def test_an_answer_is_the_same_direct_at_first_and_replayed(gate, upstream
 
     assert await gather(one(number, made) for number, made in enumerate(answers.made)) == []
     executions = sum(2 if made.disposition == b"released" else 1 for made in answers.made)
-    assert len(upstream.received) == executions + len(answers.made)
+    assert len(behind.received) == executions + len(answers.made)
 
 
-async def test_a_passed_through_answer_is_the_same(gate, upstream, answers):
+async def test_a_passed_through_answer_is_the_same(callers, behind, answers):
     """Without a key or a guarded method an answer is passed on as it is, and nothing is said about it."""
-    upstream.script = answers
+    behind.script = answers
 
     async def one(method: str, number: int, made: Made) -> list[str]:
         key = None if method == "POST" else f"pass-{number}"
         raw = request(method, f"/answers/{number}", key, b"" if method == "HEAD" else b"x")
-        got = await over(gate.port, raw, method == "HEAD")
+        got = await callers.ask(raw, method == "HEAD")
         found = differences(made, got, end_to_end(made), method == "HEAD")
         if ours(got) != [None, None]:
             found.append(f"says {ours(got)}")
@@ -309,32 +343,30 @@ async def test_a_passed_through_answer_is_the_same(gate, upstream, answers):
     assert await gather(one(method, number, made) for method, share in shares for number, made in share) == []
 
 
-async def test_trailers_are_dropped_on_the_way_back(gate, upstream):
+async def test_trailers_are_dropped_on_the_way_back(callers, behind):
     """Trailers of an answer are dropped; the body before them is whole."""
     answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTrailer: X-Sum\r\n\r\n2\r\nok\r\n0\r\nX-Sum: 1\r\n\r\n"
 
     async def script(_: Any, __: Any, writer: asyncio.StreamWriter, ___: Any) -> None:
         writer.write(answer)
 
-    upstream.script = script
+    behind.script = script
     for key in ("a-key", "a-key", None):
-        got = await over(gate.port, request(key=key))
+        got = await callers.ask(request(key=key))
         assert (got.body, got.complete, got.header("X-Sum"), got.header("Trailer")) == (b"ok", True, None, None)
 
 
-async def test_a_length_named_by_connection_still_frames(gate, upstream):
+async def test_a_length_named_by_connection_still_frames(callers, behind):
     """An answer whose Connection field nominates Content-Length keeps its framing on a kept connection."""
 
     async def script(_: Any, __: Any, writer: asyncio.StreamWriter, ___: Any) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nConnection: content-length\r\nContent-Length: 2\r\n\r\nok")
 
-    upstream.script = script
-    client = await RawClient.open(gate.port)
+    behind.script = script
     for key in ("a", "a", None, "b"):
-        async with asyncio.timeout(20):
-            got = await client.ask(request(key=key))
+        got = await callers.ask(request(key=key))
         assert (got.status, got.body, got.complete) == (200, b"ok", True)
-    client.close()
+        assert got.header("Content-Length") == b"2"
 
 
 # The request ...
@@ -382,20 +414,20 @@ async def test_a_target_goes_on_byte_for_byte(upstream, valkey, proxies):
                 assert [one.line for one in upstream.received[before:]] == [wanted]
 
 
-async def test_a_target_that_no_url_can_hold_is_refused_and_never_rewritten(gate, upstream, valkey):
+async def test_a_target_that_no_url_can_hold_is_refused_and_never_rewritten(standing, behind, valkey):
     """Bytes that RFC 3986 leaves out of a target get 400: nothing is sent in their place, no key is claimed."""
     for target in (b"/caf\xc3\xa9", b"/?q=\xc3\xa9", b"/\xff", b"/\xed\xa0\x80", b"/a#b", b"/a\x7fb", b"/a\x01"):
         for key in ("a-key", None):
             raw = request("POST", "/TARGET", key, b"x").replace(b"/TARGET", target, 1)
-            assert (await over(gate.port, raw)).status == 400, target
-    assert upstream.received == []
+            assert (await over(standing.port, raw)).status == 400, target
+    assert behind.received == []
     assert valkey.records() == {}
 
 
 ADDED = (b"host", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"via", *FRAMING)
 
 
-async def test_request_fields_go_on_as_they_came(gate, upstream):
+async def test_request_fields_go_on_as_they_came(callers, behind):
     """Order, case, duplicates and bytes of end-to-end request fields reach the upstream, the key among them."""
     rng = random.Random(7)
     for number in range(150):
@@ -415,26 +447,26 @@ async def test_request_fields_go_on_as_they_came(gate, upstream):
         lines = b"".join(b"%s: %s\r\n" % pair for pair in pairs)
         method = b"GET" if number % 3 == 1 else b"POST"
         raw = b"%s /f HTTP/1.1\r\nHost: api.test\r\n%sContent-Length: 1\r\n\r\nx" % (method, lines)
-        assert (await over(gate.port, raw)).status == 200
-        assert but(upstream.received[-1].headers, *ADDED) == pairs
-    assert len(upstream.received) == 150
+        assert (await callers.ask(raw)).status == 200
+        assert but(behind.received[-1].headers, *ADDED) == pairs
+    assert len(behind.received) == 150
 
 
 def in_chunks(rng: random.Random, body: bytes) -> bytes:
     return b"".join(b"%x\r\n%s\r\n" % (len(one), one) for one in cut(rng, body, 9)) + b"0\r\n\r\n"
 
 
-async def test_a_request_body_goes_on_as_it_came(gate, upstream):
+async def test_a_request_body_goes_on_as_it_came(callers, behind):
     """A request's body arrives byte for byte; a guarded one with its length, another one framed as it came."""
     rng = random.Random(11)
 
     async def one(method: str, guarded: bool, chunked: bool, body: bytes) -> None:
-        before = len(upstream.received)
+        before = len(behind.received)
         framing = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {len(body)}"
         head = request(method, "/", f"body-{before}" if guarded else None, b"", framing, "Content-Encoding: gzip")
-        answer = await over(gate.port, head + (in_chunks(rng, body) if chunked else body))
+        answer = await callers.ask(head + (in_chunks(rng, body) if chunked else body))
         assert (answer.status, answer.body) == (200, b"ok")
-        [got] = upstream.received[before:]
+        [got] = behind.received[before:]
         assert got.body == body
         if chunked and not guarded:
             assert (got.header("Transfer-Encoding"), got.header("Content-Length")) == ([b"chunked"], [])
@@ -450,21 +482,39 @@ async def test_a_request_body_goes_on_as_it_came(gate, upstream):
             await one("PUT", False, chunked, body)
 
 
-async def test_a_request_without_a_body_gets_none(gate, upstream):
+async def test_a_request_without_a_body_gets_none(callers, behind):
     """A request without Content-Length and Transfer-Encoding is passed through without both."""
     for method in ("GET", "DELETE", "OPTIONS", "POST"):
-        assert (await over(gate.port, request(method, "/", None, b""))).status == 200
-        got = upstream.received[-1]
+        assert (await callers.ask(request(method, "/", None, b""))).status == 200
+        got = behind.received[-1]
         assert (got.header("Transfer-Encoding"), got.header("Content-Length"), got.body) == ([], [], b"")
 
 
-async def test_trailers_are_dropped_on_the_way_in(gate, upstream):
+async def test_trailers_are_dropped_on_the_way_in(callers, behind):
     """Trailers of a request are dropped; the body before them is whole."""
     for key in ("trailers", None):
         head = request("POST", "/", key, b"", "Transfer-Encoding: chunked", "Trailer: X-Sum")
-        assert (await over(gate.port, head + b"2\r\nok\r\n0\r\nX-Sum: 1\r\n\r\n")).status == 200
-        got = upstream.received[-1]
+        assert (await callers.ask(head + b"2\r\nok\r\n0\r\nX-Sum: 1\r\n\r\n")).status == 200
+        got = behind.received[-1]
         assert (got.body, got.header("X-Sum"), got.header("Trailer")) == (b"ok", [], [])
+
+
+async def test_a_trailer_never_becomes_a_field_of_the_next_request(standing, behind):
+    """What follows a chunked body on its connection, in the same write or later, is free of its trailers."""
+    for number, key in enumerate(("trailers", None)):
+        for in_one_write in (True, False):
+            head = request("POST", f"/{number}{in_one_write}", key, b"", "Transfer-Encoding: chunked")
+            client = await RawClient.open(standing.port)
+            trailed = head + b"2\r\nok\r\n0\r\nIdempotency-Key: stolen\r\n\r\n"
+            async with asyncio.timeout(20):
+                answer = await client.ask(trailed + (request(key=None) if in_one_write else b""))
+                assert answer.status in (200, 422)
+                with contextlib.suppress(ConnectionError):
+                    client.writer.write(request(key=None))
+                    await client.reader.read()
+            client.close()
+    keys = [one.header("Idempotency-Key") for one in behind.received]
+    assert [b"stolen"] not in keys
 
 
 async def test_a_passed_through_body_is_streamed(proxies, valkey):
@@ -478,15 +528,16 @@ async def test_a_passed_through_body_is_streamed(proxies, valkey):
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
 
     async with serving(talk) as raw:
-        client = await RawClient.open(proxies(raw.url, valkey.url).port)
+        proxy = proxies(raw.url, valkey.url)
         for framing, first, last in (
             ("Transfer-Encoding: chunked", b"5\r\nhello\r\n", b"5\r\nworld\r\n0\r\n\r\n"),
             ("Content-Length: 10", b"hello", b"world"),
         ):
             seen.clear()
+            client = await RawClient.open(proxy.port)
             client.writer.write(request("POST", "/", None, b"", framing) + first)
             await until(lambda: b"hello" in seen)
             async with asyncio.timeout(20):
                 answer = await client.ask(last)
             assert (answer.status, answer.body) == (200, b"ok")
-        client.close()
+            client.close()

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 import random
 import re
 import ssl
@@ -548,6 +549,25 @@ async def test_a_client_that_half_closes_within_its_body_is_refused(standing, be
     assert [received.body for received in behind.received if received.body] == []
 
 
+async def test_a_client_that_resets_at_any_moment_is_no_error(proxies, upstream, valkey):
+    """Whenever a client resets its connection, the proxy has nothing to complain about and serves the next."""
+    gate = proxies(upstream, valkey.url)
+    upstream.script = answering(OK, delay_s=0.01)
+    raws = (request("GET", key=None, body=b""), request(key="r", body=b"x" * 100_000), request("PUT", key=None))
+    for number in range(150):
+        client = await RawClient.open(gate.port)
+        raw = raws[number % 3]
+        client.writer.write(raw[: len(raw) - number % 4])
+        if number % 5:
+            await asyncio.sleep(0.004 * (number % 5 - 1))
+        client.reset()
+    await until(lambda: gate.metric("in_flight") == 0)
+    assert (await ask(gate.port, request(key="r", body=b"x" * 100_000))).status == 200
+    lines = [json.loads(line) for line in gate.log().splitlines()]
+    assert {line["level"] for line in lines} == {"info"}
+    assert {line["event"] for line in lines} == {"serving", "request"}
+
+
 async def test_http_1_0_is_answered_in_its_own_terms(standing, behind):
     """HTTP/1.0 gets no chunks; the connection ends after the answer unless keep-alive was asked for and can be."""
     chunks = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"
@@ -695,6 +715,7 @@ async def test_a_slow_head_is_cut_off_and_nobody_else(proxies, upstream, valkey,
         ask(gate.port, request(target="/long", key="long")),
     )
     assert len(upstream.received) == 53
+    assert gate.metric('requests_total{outcome="invalid"}') == 25
 
 
 async def test_over_its_limit_of_connections_the_proxy_says_so_and_closes(proxies, upstream, valkey):
@@ -710,6 +731,7 @@ async def test_over_its_limit_of_connections_the_proxy_says_so_and_closes(proxie
             assert (answer.status, answer.header("connection"), answer.header("retry-after")) == (503, b"close", b"1")
             assert answer.problem["retryable"] is True
             assert await rest(outside) == b""
+    assert gate.metric('requests_total{outcome="overloaded"}') == 5
     for client in inside:
         assert (await client.ask(plain)).status == 200
     inside.pop().close()

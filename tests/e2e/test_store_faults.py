@@ -89,6 +89,21 @@ async def test_a_store_that_goes_away_before_the_claim(proxies, upstream, own_va
     assert sorted(own_valkey.states()) == [b"complete"] * (21 if how == "paused" else 20)
 
 
+async def test_a_claim_that_was_given_up_never_lands(proxies, upstream, own_valkey):
+    """The store reads a claim after its proxy answered 503 and was killed: the key is free all the same."""
+    doomed, other = (proxies(upstream, own_valkey.url) for _ in range(2))
+    own_valkey.pause()
+    assert_unavailable(await ask(doomed.port, request()))
+    doomed.kill()
+    own_valkey.resume()
+    with own_valkey.client() as client:
+        await until(lambda: client.info("commandstats").get("cmdstat_evalsha", {"calls": 0})["calls"] > 0)
+    assert own_valkey.states() == []
+    await until(lambda: other.admin("/readyz")[0] == 200)
+    assert (await ask(other.port, request())).header("oncegate-status") == b"executed"
+    assert len(upstream.received) == 1
+
+
 # While the upstream works ...
 
 

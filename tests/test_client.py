@@ -1,0 +1,356 @@
+"""Answers on a real connection: how their end is told, when it is withheld, and what a client that left costs."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, closing
+
+import pytest
+
+from proxy.client import Client, Request
+from proxy.listener import Listener
+from proxy.problems import problem
+from tests.parts import RawClient, ask, read_answer, request, until
+
+GET = request("GET", key=None, body=b"")
+HEAD = request("HEAD", key=None, body=b"")
+OLD = GET.replace(b"HTTP/1.1", b"HTTP/1.0")
+KEPT = OLD.replace(b"Host", b"Connection: keep-alive\r\nHost")
+CLOSING = GET.replace(b"Host", b"Connection: close\r\nHost")
+
+Script = Callable[[Client], Awaitable[None]]
+
+
+@asynccontextmanager
+async def answering(*scripts: Script, stall_s: float = 5) -> AsyncIterator[int]:
+    """Serve the n-th request with the n-th script, the last one for all that follow; yield the port."""
+    left = list(scripts)
+
+    async def handler(asked: Request) -> Client:
+        client = Client(asked, stall_s)
+        await (left.pop(0) if len(left) > 1 else left[0])(client)
+        return client
+
+    listener = Listener(handler, max_connections=100, observe=lambda _: None)
+    server = await asyncio.get_running_loop().create_server(listener, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        await listener.shutdown(0.1)
+
+
+def whole(block: bytes = b"", body: bytes = b"ok", **options: bool) -> Script:
+    async def script(client: Client) -> None:
+        client.send(200, b"OK", block, body, **options)
+
+    return script
+
+
+class Piecewise:
+    """An answer in pieces, of which the test decides."""
+
+    def __init__(self, length: int | None = None, *, stated: bool = False, eof: bool = False) -> None:
+        self._length, self._stated, self._eof = length, stated, eof
+        self.client: Client | None = None
+        self._over = asyncio.Event()
+
+    async def __call__(self, client: Client) -> None:
+        block = b"Content-Length: %d\r\n" % (self._length or 0) if self._stated else b""
+        client.begin(200, b"OK", block, length=self._length, stated=self._stated, eof=self._eof)
+        self.client = client
+        await self._over.wait()
+
+    async def begun(self) -> Client:
+        await until(lambda: self.client)
+        return self.client
+
+    def over(self) -> None:
+        self._over.set()
+
+
+async def bytes_of(client: RawClient, raw: bytes) -> bytes:
+    """Return all that comes until the connection ends."""
+    client.writer.write(raw)
+    async with asyncio.timeout(10):
+        return await client.reader.read()
+
+
+# Whole answers ...
+
+
+@pytest.mark.parametrize(
+    ("raw", "script", "wanted"),
+    [
+        (CLOSING, whole(), b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok"),
+        (OLD, whole(), b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok"),
+        (CLOSING, whole(b"A: \xff\r\na: b\r\n"), b"HTTP/1.1 200 OK\r\nA: \xff\r\na: b\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok"),
+        (CLOSING, whole(b"Content-Length: 2\r\nB: c\r\n", stated_length=True), b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nB: c\r\nConnection: close\r\n\r\nok"),
+        (CLOSING, whole(body=b"", bodiless=True), b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n"),
+        (GET, whole(eof_framed=True), b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nok"),
+        (KEPT, whole(eof_framed=True), b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nok"),
+    ],
+)  # fmt: skip
+async def test_a_whole_answer_is_written_as_it_is(raw, script, wanted):
+    """Fields stay byte for byte; only the framing that is missing and Connection are added."""
+    async with answering(script) as port:
+        with closing(await RawClient.open(port)) as client:
+            assert await bytes_of(client, raw) == wanted
+
+
+@pytest.mark.parametrize(
+    ("raw", "connection"), [(GET, None), (HEAD, None), (KEPT, b"keep-alive"), (OLD, b"close"), (CLOSING, b"close")]
+)
+async def test_a_connection_is_kept_as_the_client_wants(raw, connection):
+    """HTTP/1.1 goes on unless told to close, HTTP/1.0 ends unless told to go on; the answer says so."""
+    async with answering(whole()) as port:
+        with closing(await RawClient.open(port)) as client:
+            for _ in range(3):
+                answer = await client.ask(raw, head_only=False)
+                assert (answer.header("connection"), answer.body) == (connection, b"ok")
+                if connection == b"close":
+                    assert await client.reader.read() == b""
+                    break
+
+
+async def test_a_problem_answers_head_without_a_body():
+    """An answer of our own to HEAD has no body: the next answer on the connection would be read from it."""
+
+    async def refuse(client: Client) -> None:
+        client.answer(problem("overloaded", "later"), b"Oncegate-Status: refused\r\n")
+
+    async with answering(refuse) as port:
+        with closing(await RawClient.open(port)) as client:
+            for raw in (HEAD, GET, HEAD, HEAD, GET):
+                answer = await client.ask(raw, head_only=raw is HEAD)
+                assert (answer.status, answer.header("retry-after")) == (503, b"1")
+                assert answer.header("content-type") == b"application/problem+json"
+                assert bool(answer.body) == (raw is GET)
+
+
+async def test_an_answer_may_end_the_connection():
+    """With `close` an answer of our own is the last one on its connection."""
+
+    async def refuse(client: Client) -> None:
+        client.answer(problem("overloaded", "later"), close=True)
+        assert not client.keep_alive
+
+    async with answering(refuse) as port:
+        with closing(await RawClient.open(port)) as client:
+            raw = await bytes_of(client, GET + GET)
+            assert raw.count(b"HTTP/1.1 503") == raw.count(b"Connection: close") == 1
+
+
+@pytest.mark.parametrize("asked", [True, False])
+async def test_a_client_is_told_to_go_on_at_most_once(asked):
+    """100 Continue goes only to a client that waits for it, and only once."""
+
+    async def script(client: Client) -> None:
+        client.awaits_continue = asked
+        client.continue_()
+        client.continue_()
+        client.send(200, b"OK", b"", b"ok")
+
+    async with answering(script) as port:
+        answer = await ask(port, GET)
+        assert (answer.interim, answer.body, answer.header("connection")) == ([100] if asked else [], b"ok", None)
+
+
+async def test_a_client_that_was_not_told_to_go_on_is_not_kept():
+    """What it sends next may be the body or another request: the connection ends with the answer."""
+
+    async def script(client: Client) -> None:
+        client.awaits_continue = True
+        client.answer(problem("overloaded", "later"))
+
+    async with answering(script) as port:
+        with closing(await RawClient.open(port)) as client:
+            assert b"Connection: close\r\n" in await bytes_of(client, GET)
+
+
+# Answers in pieces ...
+
+FRAMES = {
+    "chunked": (GET, {}, b"Transfer-Encoding: chunked"),
+    "length": (GET, {"length": 4}, b"Content-Length: 4"),
+    "stated length": (GET, {"length": 4, "stated": True}, b"Content-Length: 4"),
+    "eof": (GET, {"eof": True}, b"Connection: close"),
+    "HTTP/1.0": (KEPT, {}, b"Connection: close"),
+}
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+async def test_the_end_of_an_answer_is_withheld(frame):
+    """Whatever tells the client that the answer is whole comes with `end`, and everything else before it."""
+    raw, options, told = FRAMES[frame]
+    answer = Piecewise(**options)
+    async with answering(answer) as port:
+        with closing(await RawClient.open(port)) as client:
+            client.writer.write(raw)
+            ours = await answer.begun()
+            head = await client.reader.readuntil(b"\r\n\r\n")
+            assert head.count(told) == 1
+            assert (b"Transfer-Encoding" in head) + (b"Content-Length" in head) <= 1
+            ours.write(b"a")
+            ours.write(b"bcd")
+            early = {"chunked": b"1\r\na\r\n3\r\nbcd\r\n", "length": b"abc", "stated length": b"abc"}.get(
+                frame, b"abcd"
+            )
+            assert await client.reader.readexactly(len(early)) == early
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(client.reader.read(1), 0.2)
+            assert (ours.started, ours.finished, ours.keep_alive) == (True, False, False)
+            ours.end()
+            answer.over()
+            late = {"chunked": b"0\r\n\r\n", "length": b"d", "stated length": b"d"}.get(frame, b"")
+            assert await client.reader.readexactly(len(late)) == late
+            if late:
+                client.writer.write(GET)  # and it goes on
+                assert (await client.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 OK\r\n")
+            else:
+                assert await client.reader.read() == b""
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+async def test_an_aborted_answer_never_looks_whole(frame):
+    """A connection that is cut leaves chunks without their end, a length unfilled, and where FIN is the end, a reset."""
+    raw, options, _ = FRAMES[frame]
+    answer = Piecewise(**options)
+    async with answering(answer) as port:
+        with closing(await RawClient.open(port)) as client:
+            client.writer.write(raw)
+            ours = await answer.begun()
+            ours.write(b"abcd")
+            await client.reader.readuntil(b"abc")
+            ours.abort()
+            answer.over()
+            if frame in ("eof", "HTTP/1.0"):
+                with pytest.raises(ConnectionResetError):
+                    while await client.reader.read():
+                        pass
+            else:
+                assert await client.reader.read() in (b"", b"\r\n", b"d\r\n")
+            assert ours.gone
+            assert not ours.keep_alive
+            ours.write(b"to nobody")
+            ours.end()
+
+
+async def test_an_empty_answer_by_length_ends_at_once():
+    """A length of zero needs no byte, and the connection goes on."""
+
+    async def script(client: Client) -> None:
+        client.begin(200, b"OK", b"", length=0, stated=False, eof=False)
+        client.end()
+
+    async with answering(script) as port:
+        with closing(await RawClient.open(port)) as client:
+            for _ in range(2):
+                answer = await client.ask(GET)
+                assert (answer.header("content-length"), answer.body, answer.complete) == (b"0", b"", True)
+
+
+# Who takes it ...
+
+
+async def test_a_client_that_takes_nothing_is_cut_off():
+    """A client that stalls for `stall_s` is cut off; the writer goes on, to nobody."""
+    states: list[tuple[bool, bool]] = []
+
+    async def script(client: Client) -> None:
+        client.begin(200, b"OK", b"", length=None, stated=False, eof=False)
+        for _ in range(64):
+            client.write(bytes(1 << 20))
+            while not await client.taken():
+                pass
+        client.end()
+        states.append((client.cut_off, client.gone))
+
+    async with answering(script, stall_s=0.5) as port:
+        with closing(await RawClient.open(port, limit=1024)) as client:
+            client.writer.write(GET)
+            await until(lambda: states)
+            assert states == [(True, True)]
+            answer = await read_answer_or_none(client)
+            assert answer is None or not answer.complete
+
+
+async def read_answer_or_none(client: RawClient):
+    try:
+        return await read_answer(client.reader)
+    except ValueError:
+        return None
+
+
+async def test_a_slow_client_slows_the_writer_down():
+    """A client that goes on taking gets everything, however much longer than `stall_s` that is in all."""
+    most = 0
+
+    async def script(client: Client) -> None:
+        nonlocal most
+        client.begin(200, b"OK", b"", length=32 << 20, stated=False, eof=False)
+        for _ in range(128):
+            client.write(bytes(256 << 10))
+            transport = client._connection.transport
+            most = max(most, transport.get_write_buffer_size() if transport else 0)
+            while not await client.taken():
+                pass
+        client.end()
+
+    async with answering(script, stall_s=1) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=65536)
+        writer.write(GET)
+        await reader.readuntil(b"\r\n\r\n")
+        left = 32 << 20
+        while left:
+            left -= len(await reader.readexactly(min(left, 1 << 20)))
+            await asyncio.sleep(0.05)
+        assert most < 1 << 20
+        writer.close()
+
+
+@pytest.mark.parametrize("leave", ["FIN", "RST"])
+async def test_who_waits_for_a_client_to_leave_is_told(leave):
+    """`leaving` is done when the connection is gone, at once where it is gone already; writing to it is harmless."""
+    gone: list[bool] = []
+
+    async def script(client: Client) -> None:
+        gone.append(client.gone)
+        await client.leaving()
+        gone.append(client.gone)
+        await client.leaving()
+        client.send(200, b"OK", b"", b"late")
+        assert await client.taken()
+        client.abort()
+
+    async with answering(script, whole()) as port:
+        with closing(await RawClient.open(port)) as client:
+            client.writer.write(GET)
+            await until(lambda: gone)
+            if leave == "RST":
+                client.reset()
+            else:
+                client.close()
+        if leave == "RST":
+            await until(lambda: gone == [False, True])
+        else:
+            assert gone == [False]  # a FIN alone says that it has asked all, not that it left
+        assert (await ask(port, GET)).body == b"ok"
+
+
+async def test_a_half_closed_client_gets_its_last_answer_as_the_last():
+    """After a half-close the connection is kept for the answers that are due, and the last one says so."""
+    go = asyncio.Event()
+
+    async def script(client: Client) -> None:
+        await go.wait()
+        client.send(200, b"OK", b"", b"ok")
+
+    async with answering(script) as port:
+        with closing(await RawClient.open(port)) as client:
+            client.writer.write(GET + GET)
+            client.writer.write_eof()
+            await asyncio.sleep(0.05)
+            go.set()
+            first, second = await read_answer(client.reader), await read_answer(client.reader)
+            assert (first.header("connection"), second.header("connection")) == (None, b"close")
+            assert await client.reader.read() == b""

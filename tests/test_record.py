@@ -1,0 +1,201 @@
+"""What a record holds and its bytes: it describes itself, and whatever does not fit its own checks is corrupt."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.decision import State
+from proxy.store import record
+from proxy.store.record import (
+    Claim,
+    Corrupt,
+    Record,
+    StoredAnswer,
+    answer_digest,
+    intact,
+    pack,
+    running,
+    self_check,
+    unpack,
+)
+
+KEY, TENANT, TOKEN, FINGERPRINT = b"k" * 24, b"n" * 16, b"t" * 16, b"f" * 16
+NOW_MS = 1_763_960_000_000
+CLAIM = Claim(
+    key=KEY,
+    token=TOKEN,
+    fence=b"1763960000000001",
+    mode=b"hold",
+    fingerprint=FINGERPRINT,
+    self_check=self_check(KEY, TENANT, TOKEN, b"hold", FINGERPRINT),
+    created_ms=NOW_MS - 5000,
+    lease_ms=10_000,
+    retention_ms=86_400_000,
+)
+BODY = b'{"id": 1}'
+
+
+def answer(body: bytes = BODY, status: int = 201, reason: bytes = b"Made", block: bytes = b"X: 1\r\n") -> StoredAnswer:
+    digest = answer_digest(status, reason, block)
+    digest.update(body)
+    return StoredAnswer(
+        status=status,
+        reason=reason,
+        block=block,
+        digest=digest.digest(),
+        chunks=1,
+        size=len(body),
+        kept=True,
+        eof_framed=False,
+        stated_length=True,
+        completed_ms=NOW_MS - 1000,
+        took_ms=4000,
+        age_s=0,
+    )
+
+
+META = pack(CLAIM, answer())
+
+
+def read(meta: bytes, key: bytes = KEY, tenant: bytes = TENANT) -> Record | Corrupt:
+    return unpack(key, tenant, meta, BODY, NOW_MS)
+
+
+# A complete record ...
+
+
+@given(
+    st.builds(
+        StoredAnswer,
+        status=st.integers(200, 599),
+        reason=st.binary(max_size=300),
+        block=st.binary(max_size=3000),
+        digest=st.binary(min_size=16, max_size=16),
+        chunks=st.integers(0, 2**32 - 1),
+        size=st.integers(0, 2**63),
+        kept=st.booleans(),
+        eof_framed=st.booleans(),
+        stated_length=st.booleans(),
+        completed_ms=st.integers(0, 10**15),
+        took_ms=st.integers(0, 2**32 - 1),
+        age_s=st.integers(0, 2**31),
+    )
+)
+def test_an_answer_comes_back_as_it_was_packed(stored):
+    """Whatever the answer, its record says the same, and whose it is, and when it was claimed."""
+    found = unpack(KEY, TENANT, pack(CLAIM, stored), None, NOW_MS)
+    assert found == Record(State.COMPLETE, TOKEN, FINGERPRINT, CLAIM.created_ms, NOW_MS, 0, stored, None)
+
+
+def test_the_scripts_find_their_fields_in_fixed_places():
+    """The layout of the first 65 bytes is what the scripts cut out of it."""
+    assert META[0:1] == b"\x01"
+    assert META[1:17] == TOKEN
+    assert META[17:33] == CLAIM.fence
+    assert META[33:49] == b"%016d" % CLAIM.created_ms
+    assert META[49:65] == answer().digest
+    assert pack(CLAIM._replace(fence=b"7"), answer())[17:33] == b"0000000000000007"
+
+
+@pytest.mark.parametrize("place", range(len(META)))
+def test_no_byte_of_a_complete_record_can_change_unnoticed(place):
+    """Each bit flipped, each byte left out or doubled: corrupt."""
+    for bit in range(8):
+        flipped = META[:place] + bytes([META[place] ^ 1 << bit]) + META[place + 1 :]
+        assert isinstance(read(flipped), Corrupt)
+    assert isinstance(read(META[:place] + META[place + 1 :]), Corrupt)
+    assert isinstance(read(META[: place + 1] + META[place:]), Corrupt)
+    assert isinstance(read(META[:place]), Corrupt)
+
+
+def test_a_complete_record_of_another_key_or_tenant_is_corrupt():
+    """A record that was copied does not describe the place where it is found."""
+    assert isinstance(read(META), Record)
+    assert isinstance(read(META, key=b"K" * 24), Corrupt)
+    assert isinstance(read(META, tenant=b"N" * 16), Corrupt)
+
+
+def test_a_layout_of_another_version_is_corrupt(monkeypatch):
+    """Also where it passes its own check."""
+    with monkeypatch.context() as newer:
+        newer.setattr(record, "VERSION", b"\x02")
+        meta = pack(CLAIM, answer())
+        assert isinstance(read(meta), Record)
+    assert read(meta) == Corrupt("unknown layout")
+
+
+def test_a_body_that_is_not_the_stored_one_is_not_intact():
+    """Its size and digest decide, and the digest covers status, reason and fields as well."""
+    stored = answer()
+    assert intact(stored, BODY)
+    for place in range(len(BODY)):
+        assert not intact(stored, BODY[:place] + bytes([BODY[place] ^ 1]) + BODY[place + 1 :])
+        assert not intact(stored, BODY[:place])
+    assert not intact(stored, BODY + b"x")
+    assert not intact(stored._replace(status=200), BODY)
+    assert not intact(stored._replace(reason=b"made"), BODY)
+    assert not intact(stored._replace(block=b"X: 2\r\n"), BODY)
+    assert intact(answer(b""), b"")
+
+
+# A running one ...
+
+
+RUNNING = [b"in_flight", TOKEN, CLAIM.fence, b"hold", FINGERPRINT, CLAIM.self_check, 7000, b"%d" % CLAIM.created_ms]
+STATE, TOKEN_AT, FENCE, MODE, FINGERPRINT_AT, SELF, LEASE_LEFT, CREATED = range(8)
+
+
+@pytest.mark.parametrize(
+    ("state", "found"), [(b"in_flight", State.IN_FLIGHT), (b"unknown", State.UNKNOWN)], ids=["in flight", "unknown"]
+)
+def test_a_running_record_comes_back_as_it_stands(state, found):
+    """State, owner, fingerprint, when it was claimed, and what is left of its lease."""
+    read_back = running(KEY, TENANT, [state, *RUNNING[1:]], NOW_MS)
+    assert read_back == Record(found, TOKEN, FINGERPRINT, CLAIM.created_ms, NOW_MS, lease_left_ms=7000)
+
+
+@pytest.mark.parametrize("field", [STATE, TOKEN_AT, MODE, FINGERPRINT_AT, SELF], ids=lambda n: f"field {n}")
+def test_no_byte_of_a_running_record_can_change_unnoticed(field):
+    """Each byte of each field that must not change: flipped, left out, or the whole field gone, it is corrupt."""
+    value = RUNNING[field]
+    wrong = [value[:place] + bytes([value[place] ^ 1 << bit]) + value[place + 1 :] for place in range(len(value))
+             for bit in range(8)]  # fmt: skip
+    wrong += [value[:place] + value[place + 1 :] for place in range(len(value))]
+    for one in [*wrong, b"", value + b"x", None]:
+        fields = [*RUNNING[:field], one, *RUNNING[field + 1 :]]
+        assert isinstance(running(KEY, TENANT, fields, NOW_MS), Corrupt), one
+
+
+@pytest.mark.parametrize("created", [None, b"", b"soon", b"\xff" * 13, b"1e3", b"1.5"])
+def test_a_running_record_without_a_time_is_corrupt(created):
+    """When it was claimed must be a number."""
+    assert isinstance(running(KEY, TENANT, [*RUNNING[:CREATED], created], NOW_MS), Corrupt)
+
+
+def test_a_running_record_cannot_say_that_it_is_complete():
+    """Complete is what has an answer, not what calls itself so."""
+    assert isinstance(running(KEY, TENANT, [b"complete", *RUNNING[1:]], NOW_MS), Corrupt)
+
+
+def test_a_running_record_of_another_key_or_tenant_is_corrupt():
+    """A record that was copied does not describe the place where it is found."""
+    assert isinstance(running(b"K" * 24, TENANT, RUNNING, NOW_MS), Corrupt)
+    assert isinstance(running(KEY, b"N" * 16, RUNNING, NOW_MS), Corrupt)
+
+
+def test_a_lease_that_cannot_be_read_has_passed():
+    """Then the record is unknown, which executes nothing."""
+    fields = [*RUNNING[:LEASE_LEFT], None, RUNNING[CREATED]]
+    found = running(KEY, TENANT, fields, NOW_MS)
+    assert isinstance(found, Record)
+    assert found.lease_left_ms == 0
+
+
+@given(st.tuples(*[st.binary(max_size=40)] * 5), st.tuples(*[st.binary(max_size=40)] * 5))
+def test_what_a_running_record_says_of_itself_is_its_own(one, other):
+    """Two different records never describe themselves alike."""
+    fixed = (24, 16, 16, 4, 16)  # the sizes of key, tenant, token, mode, fingerprint
+    first, second = (
+        [part.ljust(size)[:size] for part, size in zip(parts, fixed, strict=True)] for parts in (one, other)
+    )
+    assert (self_check(*first) == self_check(*second)) == (first == second)
