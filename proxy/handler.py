@@ -75,7 +75,7 @@ class Gateway:
 
     async def _answer(self, request: Request, client: Client) -> Outcome:
         message = request.message
-        target = message.path.encode("utf-8", "surrogateescape")
+        target = (message.path or "").encode("utf-8", "surrogateescape")  # CONNECT may come without any
         head = self._gate.enter(message.method, target, message.version, message.raw_headers)
         if isinstance(head, Refused):
             return _refuse(client, message.method, head)

@@ -63,7 +63,6 @@ OURS = b"oncegate-"  # and whatever follows
 _TARGET = re.compile(rb'/[!"$-~\x80-\xff]*')
 _ABSOLUTE = re.compile(rb"https?://([^/?#@]+)(/[^#]*|\?[^#]*|)", re.IGNORECASE)
 _HOST = re.compile(rb"(?:(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
-_SPECIAL = (OURS, b"proxy-")
 _USUAL = ([b"keep-alive"], [b"close"])
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
@@ -153,10 +152,12 @@ class Gate:
             return Refused(417, "the only expectation understood is 100-continue")
         if b"connection" in fields and not self._acted_on.isdisjoint(nominated(fields)):
             return Refused(400, "Connection names a field that this proxy acts on")
-        for name in fields:
-            if b"_" in name and name not in self._acted_on and name.replace(b"_", b"-") in self._look_alike:
-                return Refused(400, "a field name with _ imitates a field that this proxy acts on")
+        if b"_" in b"".join(fields) and any(map(self._imitates, fields)):
+            return Refused(400, "a field name with _ imitates a field that this proxy acts on")
         return None
+
+    def _imitates(self, name: bytes) -> bool:
+        return b"_" in name and name not in self._acted_on and name.replace(b"_", b"-") in self._look_alike
 
     def _locate(
         self, method: str, target: bytes, version: tuple[int, int], pairs: Pairs, fields: Fields
@@ -167,7 +168,7 @@ class Gate:
         host = hosts[0] if hosts else b""
         if hosts and not _HOST.fullmatch(host):
             return Refused(400, "the Host field is not a host with an optional port")
-        if absolute := _ABSOLUTE.fullmatch(target):
+        if not target.startswith(b"/") and (absolute := _ABSOLUTE.fullmatch(target)):
             if absolute[1].lower() != host.lower():
                 return Refused(400, "the target's authority is not the Host")
             target = absolute[2] if absolute[2].startswith(b"/") else b"/" + absolute[2]
@@ -295,11 +296,11 @@ def answer_blocks(head: AnswerHead) -> AnswerBlocks:
         # An answer that lost its length this way would have no end on a connection that is kept.
         gone = gone.union(named) - {b"content-length"}
     passed_on = [pair for pair in head.pairs if pair[0].lower() not in gone]
-    if not any(map(_is_special, head.fields)):
+    if not any(map(_IS_SPECIAL.__getitem__, head.fields)):
         block = _block(passed_on)
         return AnswerBlocks(block, block)
     passed_on = [pair for pair in passed_on if not pair[0].lower().startswith(OURS)]
-    stored = [pair for pair in passed_on if not _is_special(pair[0].lower())]
+    stored = [pair for pair in passed_on if not _IS_SPECIAL[pair[0].lower()]]
     return AnswerBlocks(_block(passed_on), _block(stored))
 
 
@@ -307,9 +308,17 @@ def _block(pairs: Pairs) -> bytes:
     return b"".join([b"%s: %s\r\n" % pair for pair in pairs])
 
 
-def _is_special(name: bytes) -> bool:
-    """Return whether a field needs more than a look at the hop-by-hop names."""
-    return name in NOT_REPLAYED or name.startswith(_SPECIAL)
+class _Special(dict[bytes, bool]):
+    """Whether a field needs more than a look at the hop-by-hop names, by its lower-case name. Bounded."""
+
+    def __missing__(self, name: bytes) -> bool:
+        if len(self) > 4096:
+            self.clear()
+        special = self[name] = name in NOT_REPLAYED or name.startswith((OURS, b"proxy-"))
+        return special
+
+
+_IS_SPECIAL = _Special()
 
 
 def status_line(status: int, reason: bytes) -> bytes:

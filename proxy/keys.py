@@ -64,8 +64,8 @@ def parse_key(lines: Sequence[bytes]) -> bytes | BadKey:
     return key
 
 
-def _framed(*parts: bytes) -> bytes:
-    return b"".join([b"%d:%s" % (len(part), part) for part in parts])
+def _framed(parts: Iterable[bytes]) -> bytes:
+    return b"".join([b"%d:%b" % (len(part), part) for part in parts])
 
 
 class Digests:
@@ -88,19 +88,23 @@ class Digests:
             return UnstableScope()
         digest = self._tenant.copy()
         for name in present:
-            digest.update(_framed(name, b"%d" % len(headers[name]), *headers[name]))
+            values = headers[name]
+            digest.update(b"%d:%b%d;%d:%b" % (len(name), name, len(values), len(values[0]), values[0]))
+            if len(values) > 1:
+                digest.update(_framed(values[1:]))
         return Scope(namespace, digest.digest(), common=bool(names) and not present)
 
     def key(self, scope: Scope, key: bytes) -> bytes:
         """Return the digest (24 bytes) that names a key of a scope in the store."""
         digest = self._key.copy()
-        digest.update(_framed(scope.namespace, scope.tenant, key))
+        namespace, tenant = scope.namespace, scope.tenant
+        digest.update(b"%d:%b%d:%b%d:%b" % (len(namespace), namespace, len(tenant), tenant, len(key), key))
         return digest.digest()
 
-    def fingerprint(self, parts: Iterable[bytes], body: Iterable[bytes]) -> bytes:
+    def fingerprint(self, parts: Sequence[bytes], body: Iterable[bytes]) -> bytes:
         """Return the digest (16 bytes) of what a request asks for; `body` comes in blocks, as it is sent."""
         digest = self._fingerprint.copy()
-        digest.update(_framed(_framed(*parts)))
+        digest.update(_framed((_framed(parts),)))
         for block in body:
             digest.update(block)
         return digest.digest()

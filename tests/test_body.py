@@ -43,12 +43,14 @@ class Reading:
     spool_dir: Path
     memory: Buffered = field(default_factory=lambda: Buffered(8 << 20))
     spool: Buffered = field(default_factory=lambda: Buffered(8 << 20))
+    begun: int = 0
     came: list[Body | TooLarge | NoRoom | BrokenOff] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.bodies = Bodies(self.memory, self.spool, str(self.spool_dir), LIMIT)
 
     async def __call__(self, asked: Request) -> Client:
+        self.begun += 1
         length = asked.message.headers.get("Content-Length")
         chunked = "Transfer-Encoding" in asked.message.headers
         read = await self.bodies.read(asked.content, None if chunked else int(length or 0))
@@ -159,7 +161,7 @@ async def test_a_body_that_breaks_off_is_none(reading, size, end):
     async with listening(reading) as port:
         with closing(await RawClient.open(port)) as client:
             client.writer.write(in_chunks(bytes_of(size))[:-5])
-            await client.writer.drain()
+            await until(lambda: reading.begun)
             if end == "FIN":
                 client.writer.write_eof()
             elif end == "RST":
@@ -233,6 +235,7 @@ async def service(upstream, valkey, tmp_path, monkeypatch) -> AsyncIterator[Serv
     service = Service(settings, settings.store_url.get_secret_value(), structlog.testing.CapturingLogger())
     await service.start()
     yield service
+    await service.drain(asyncio.Event())
     await service.close()
 
 

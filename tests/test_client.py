@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, suppress
 
 import pytest
 
@@ -78,34 +78,34 @@ async def bytes_of(client: RawClient, raw: bytes) -> bytes:
 # Whole answers ...
 
 
-@pytest.mark.parametrize(
-    ("raw", "script", "wanted"),
-    [
-        (CLOSING, whole(), b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok"),
-        (OLD, whole(), b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok"),
-        (CLOSING, whole(b"A: \xff\r\na: b\r\n"), b"HTTP/1.1 200 OK\r\nA: \xff\r\na: b\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok"),
-        (CLOSING, whole(b"Content-Length: 2\r\nB: c\r\n", stated_length=True), b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nB: c\r\nConnection: close\r\n\r\nok"),
-        (CLOSING, whole(body=b"", bodiless=True), b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n"),
-        (GET, whole(eof_framed=True), b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nok"),
-        (KEPT, whole(eof_framed=True), b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nok"),
-    ],
-)  # fmt: skip
+WHOLE = [
+    (CLOSING, whole(), b"Content-Length: 2\r\nConnection: close\r\n\r\nok"),
+    (OLD, whole(), b"Content-Length: 2\r\nConnection: close\r\n\r\nok"),
+    (CLOSING, whole(b"A: \xff\r\na: b\r\n"), b"A: \xff\r\na: b\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok"),
+    (CLOSING, whole(b"content-length: 2\r\n", stated_length=True), b"content-length: 2\r\nConnection: close\r\n\r\nok"),
+    (CLOSING, whole(body=b"", bodiless=True), b"Connection: close\r\n\r\n"),
+    (GET, whole(eof_framed=True), b"Connection: close\r\n\r\nok"),
+    (KEPT, whole(eof_framed=True), b"Connection: close\r\n\r\nok"),
+]
+
+
+@pytest.mark.parametrize(("raw", "script", "wanted"), WHOLE)
 async def test_a_whole_answer_is_written_as_it_is(raw, script, wanted):
     """Fields stay byte for byte; only the framing that is missing and Connection are added."""
     async with answering(script) as port:
         with closing(await RawClient.open(port)) as client:
-            assert await bytes_of(client, raw) == wanted
+            assert await bytes_of(client, raw) == b"HTTP/1.1 200 OK\r\n" + wanted
 
 
 @pytest.mark.parametrize(
-    ("raw", "connection"), [(GET, None), (HEAD, None), (KEPT, b"keep-alive"), (OLD, b"close"), (CLOSING, b"close")]
+    ("raw", "connection"), [(GET, None), (KEPT, b"keep-alive"), (OLD, b"close"), (CLOSING, b"close")]
 )
 async def test_a_connection_is_kept_as_the_client_wants(raw, connection):
     """HTTP/1.1 goes on unless told to close, HTTP/1.0 ends unless told to go on; the answer says so."""
     async with answering(whole()) as port:
         with closing(await RawClient.open(port)) as client:
             for _ in range(3):
-                answer = await client.ask(raw, head_only=False)
+                answer = await client.ask(raw)
                 assert (answer.header("connection"), answer.body) == (connection, b"ok")
                 if connection == b"close":
                     assert await client.reader.read() == b""
@@ -212,7 +212,7 @@ async def test_the_end_of_an_answer_is_withheld(frame):
 
 @pytest.mark.parametrize("frame", FRAMES)
 async def test_an_aborted_answer_never_looks_whole(frame):
-    """A connection that is cut leaves chunks without their end, a length unfilled, and where FIN is the end, a reset."""
+    """What is cut off leaves chunks without their end, a length unfilled, and where FIN is the end, a reset."""
     raw, options, _ = FRAMES[frame]
     answer = Piecewise(**options)
     async with answering(answer) as port:
@@ -225,8 +225,7 @@ async def test_an_aborted_answer_never_looks_whole(frame):
             answer.over()
             if frame in ("eof", "HTTP/1.0"):
                 with pytest.raises(ConnectionResetError):
-                    while await client.reader.read():
-                        pass
+                    await client.reader.read()
             else:
                 assert await client.reader.read() in (b"", b"\r\n", b"d\r\n")
             assert ours.gone
@@ -266,19 +265,13 @@ async def test_a_client_that_takes_nothing_is_cut_off():
         states.append((client.cut_off, client.gone))
 
     async with answering(script, stall_s=0.5) as port:
-        with closing(await RawClient.open(port, limit=1024)) as client:
-            client.writer.write(GET)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)  # it reads no further
+        with closing(writer):
+            writer.write(GET)
             await until(lambda: states)
             assert states == [(True, True)]
-            answer = await read_answer_or_none(client)
-            assert answer is None or not answer.complete
-
-
-async def read_answer_or_none(client: RawClient):
-    try:
-        return await read_answer(client.reader)
-    except ValueError:
-        return None
+            with suppress(ConnectionError):
+                assert len(await reader.read()) < 64 << 20
 
 
 async def test_a_slow_client_slows_the_writer_down():
@@ -298,19 +291,18 @@ async def test_a_slow_client_slows_the_writer_down():
 
     async with answering(script, stall_s=1) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=65536)
-        writer.write(GET)
-        await reader.readuntil(b"\r\n\r\n")
-        left = 32 << 20
-        while left:
-            left -= len(await reader.readexactly(min(left, 1 << 20)))
-            await asyncio.sleep(0.05)
+        with closing(writer):
+            writer.write(GET)
+            await reader.readuntil(b"\r\n\r\n")
+            for _ in range(32):
+                assert len(await reader.readexactly(1 << 20)) == 1 << 20
+                await asyncio.sleep(0.05)
         assert most < 1 << 20
-        writer.close()
 
 
 @pytest.mark.parametrize("leave", ["FIN", "RST"])
 async def test_who_waits_for_a_client_to_leave_is_told(leave):
-    """`leaving` is done when the connection is gone, at once where it is gone already; writing to it is harmless."""
+    """`leaving` is done when the connection is gone, at once where it is gone already; writing then is harmless."""
     gone: list[bool] = []
 
     async def script(client: Client) -> None:
@@ -330,11 +322,11 @@ async def test_who_waits_for_a_client_to_leave_is_told(leave):
                 client.reset()
             else:
                 client.close()
+        assert (await ask(port, GET)).body == b"ok"
         if leave == "RST":
             await until(lambda: gone == [False, True])
         else:
             assert gone == [False]  # a FIN alone says that it has asked all, not that it left
-        assert (await ask(port, GET)).body == b"ok"
 
 
 async def test_a_half_closed_client_gets_its_last_answer_as_the_last():

@@ -237,6 +237,7 @@ METHODS_AND_UPGRADES: list[Row] = [
     ("CONNECT", message(b"CONNECT evil.test:443 HTTP/1.1", b"Host: evil.test:443"), 405),
     ("CONNECT of a path", message(b"CONNECT /x HTTP/1.1", HOST), 405),
     ("CONNECT with a tunnel begun", message(b"CONNECT api.test:80 HTTP/1.1", b"Host: api.test:80", body=HIDDEN), 405),
+    ("CONNECT of nothing", message(b"CONNECT ", HOST), 505),
     ("TRACE", message(b"TRACE /x HTTP/1.1", HOST), 405),
     ("OPTIONS *", message(b"OPTIONS * HTTP/1.1", HOST), 400),
     ("POST *", message(b"POST * HTTP/1.1", HOST, KEY), 400),

@@ -1,0 +1,1541 @@
+"""The store against real servers: each verb in each state, and what delays, repeats, losses and damage may not do."""
+
+import asyncio
+import random
+import re
+import shutil
+import ssl
+import subprocess
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+import trustme
+from redis import Redis
+
+from proxy.decision import decide, state_now
+from proxy.keys import Digests, Scope, store_key
+from proxy.store import Claim, Corrupt, Record, Settled, Store, StoredAnswer, Unconfirmed
+from proxy.store.record import answer_digest, intact, pack, self_check
+from proxy.store.server import load_scripts
+from tests.conftest import Valkey
+from tests.parts import CHUNKED, Tap, ask, request, until
+from tests.resp import Connection, Relay, RespServer, Words, resp
+
+LEASE_MS, RETENTION_MS = 60_000, 3_600_000
+PATIENCE_S = 20.0
+HOUR_MS = 3_600_000
+TENANT, SAME, OTHER = b"n" * 16, b"f" * 16, b"o" * 16
+SCOPE = Scope(b"default", TENANT)
+KEY = Digests(b"").key(SCOPE, b"key-1")
+NAME = store_key(KEY)
+FOREIGN = b"F" * 16
+BODY = b'{"id": 1}'
+STATES = ("absent", "in flight", "lapsed", "unknown", "complete")
+SCRIPTS = load_scripts()
+
+
+# What the tests are built with ...
+
+
+def redis_server() -> Path | None:
+    """Return the redis-server on PATH, if there is one that is new enough."""
+    found = shutil.which("redis-server")
+    if found is None:
+        return None
+    said = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
+    version = re.search(r"v=(\d+)\.", said)
+    return Path(found) if version and int(version[1]) >= 7 else None
+
+
+REDIS = redis_server()
+
+
+@pytest.fixture(scope="session", params=["valkey", "redis"] if REDIS else ["valkey"])
+def shared_server(request: pytest.FixtureRequest) -> Iterator[Valkey]:
+    if request.param == "valkey":
+        yield request.getfixturevalue("shared_valkey")
+        return
+    server = Valkey(binary=REDIS)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def server(shared_server: Valkey) -> Iterator[Valkey]:
+    """A real server, empty: Valkey, and the Redis of this system if it has one."""
+    with shared_server.client() as client:
+        client.config_set("maxmemory", 0)
+        client.flushall()
+        yield shared_server
+        client.config_set("maxmemory", 0)
+
+
+@pytest.fixture
+def client(server: Valkey) -> Iterator[Redis]:
+    with server.client() as client:
+        yield client
+
+
+class Behind:
+    """What a store leaves to the background. It runs when a test asks for it, else never."""
+
+    def __init__(self) -> None:
+        self.works: list[Coroutine[Any, Any, Any]] = []
+
+    def __call__(self, work: Coroutine[Any, Any, Any]) -> None:
+        self.works.append(work)
+
+    async def run(self) -> None:
+        works, self.works = self.works, []
+        await asyncio.gather(*works)
+
+    def close(self) -> None:
+        for work in self.works:
+            work.close()
+
+
+@asynccontextmanager
+async def connected(
+    url: str, timeout_ms: int = 10_000, patience_s: float = PATIENCE_S, behind: Behind | None = None
+) -> AsyncIterator[Store]:
+    """A store that is up."""
+    behind = behind or Behind()
+    store = Store(
+        url,
+        timeout_ms=timeout_ms,
+        patience_s=patience_s,
+        observe=lambda verb, seconds: None,
+        repeated=lambda: None,
+        background=behind,
+    )
+    store.start()
+    try:
+        async with asyncio.timeout(60):
+            assert await store.wait_up(PATIENCE_S), store.problem()
+            yield store
+    finally:
+        await store.close()
+        behind.close()
+
+
+@pytest.fixture
+async def store(server: Valkey) -> AsyncIterator[Store]:
+    async with connected(server.url) as store:
+        yield store
+
+
+def claim(
+    store: Store, key: bytes = KEY, scope: Scope = SCOPE, fingerprint: bytes = SAME, mode: bytes = b"hold"
+) -> Coroutine[Any, Any, Claim | Record | Corrupt | Unconfirmed]:
+    return store.claim(key, scope, fingerprint, mode=mode, lease_ms=LEASE_MS, retention_ms=RETENTION_MS)
+
+
+async def claimed(store: Store, mode: bytes = b"hold", key: bytes = KEY) -> Claim:
+    found = await claim(store, key, mode=mode)
+    assert isinstance(found, Claim), found
+    return found
+
+
+def answer(*chunks: bytes, kept: bool = True) -> StoredAnswer:
+    """Return a stored answer whose body is these chunks."""
+    digest = answer_digest(201, b"Made", b"X: 1\r\n")
+    digest.update(b"".join(chunks))
+    return StoredAnswer(
+        status=201,
+        reason=b"Made",
+        block=b"X: 1\r\n",
+        digest=digest.digest(),
+        chunks=len(chunks),
+        size=sum(map(len, chunks)),
+        kept=kept,
+        eof_framed=False,
+        stated_length=True,
+        completed_ms=1_763_960_000_000,
+        took_ms=40,
+        age_s=0,
+    )
+
+
+def store_small(store: Store, owner: Claim, body: bytes = BODY) -> Coroutine[Any, Any, Settled]:
+    return store.store(owner, answer(body), body, PATIENCE_S)
+
+
+def server_ms(client: Redis) -> int:
+    seconds, micros = client.time()
+    return seconds * 1000 + micros // 1000
+
+
+async def at(store: Store, client: Redis, state: str, mode: bytes = b"hold") -> Claim:
+    """Bring the record into a state, half its lease and half its retention over, and return its owner's claim."""
+    owner = await claimed(store, mode)
+    match state:
+        case "absent":
+            client.delete(NAME)
+        case "in flight":
+            client.hset(NAME, "lease", server_ms(client) + LEASE_MS // 2)
+        case "lapsed":
+            client.hset(NAME, "lease", server_ms(client) - 1)
+        case "unknown":
+            assert await store.mark_unknown(owner, "lost", PATIENCE_S) == Settled("unknown")
+        case "complete":
+            assert await store_small(store, owner) == Settled("stored")
+    client.pexpire(NAME, RETENTION_MS // 2)
+    return owner
+
+
+def fields(client: Redis, name: bytes = NAME) -> dict[str, bytes]:
+    return {field.decode(): value for field, value in client.hgetall(name).items()}
+
+
+def started_anew(left_ms: int, whole_ms: int) -> bool:
+    """Whether a time was set to a whole one a moment ago, rather than half of it before."""
+    return whole_ms * 3 // 4 < left_ms <= whole_ms
+
+
+def told(found: Claim | Record | Corrupt | Unconfirmed, fingerprint: bytes = SAME) -> str:
+    """Return what a request gets from what was found, as the handler decides it."""
+    match found:
+        case Claim():
+            return "claimed"
+        case Record():
+            kept = found.answer is not None and found.answer.kept
+            return decide(state_now(found.state, found.lease_left_ms), found.fingerprint == fingerprint, kept).value
+        case _:
+            return type(found).__name__.lower()
+
+
+def raw(client: Redis, verb: str, *args: object, key: bytes = NAME) -> list[Any]:
+    """Run a script by hand and return its reply without the tag."""
+    tag, *reply = client.eval(SCRIPTS[verb].body, 1, key, b"tag", *args)
+    assert tag == b"tag"
+    return reply
+
+
+def claim_raw(
+    client: Redis,
+    token: bytes = FOREIGN,
+    *,
+    fingerprint: bytes = SAME,
+    mode: bytes = b"hold",
+    not_after_ms: int = 1 << 52,
+    window_ms: int = 0,
+) -> list[Any]:
+    """Run claim.lua with what `Store.claim` has no argument for."""
+    described = self_check(KEY, TENANT, token, mode, fingerprint)
+    return raw(
+        client, "claim", token, fingerprint, described, mode, LEASE_MS, RETENTION_MS, not_after_ms, 65536, window_ms
+    )
+
+
+# Every verb in every state ...
+
+
+async def act(store: Store, verb: str, owner: Claim, own: bool) -> str:
+    """Do one thing with a record, as its owner or as somebody else, and return what came of it."""
+    who = owner if own else owner._replace(token=FOREIGN)
+    match verb:
+        case "claim":
+            return told(await (store.reclaim(owner, SCOPE) if own else claim(store)))
+        case "append":
+            return await store.append(who, 0, b"chunk", PATIENCE_S)
+        case "renew":
+            return await store.renew(who)
+        case "read":
+            chunks = await store.read(KEY, who.token, 0)
+            return "gone" if chunks is None else "chunks" if chunks == [BODY] else "wrong"
+        case "store":
+            settled = await store_small(store, who)
+        case "store another":
+            settled = await store_small(store, who, b"another")
+        case "store bare":
+            settled = await store.store(who, answer(BODY, kept=False), b"", PATIENCE_S)
+        case "release":
+            settled = await store.release(who, PATIENCE_S)
+        case _:
+            settled = await store.mark_unknown(who, "cut off", PATIENCE_S)
+    return settled.word + (", lost" if settled.lost else "")
+
+
+# (what came of it, what became of the record), for the owner and for anybody else.
+CLAIMED = ("claimed", "claimed")
+AGAIN = ("claimed", "lease and retention anew")
+STORED, STORED_LOST = ("stored", "complete"), ("stored, lost", "complete")
+BARE, BARE_LOST = ("stored", "complete, no body"), ("stored, lost", "complete, no body")
+RELEASED, RELEASED_LOST = ("released", "absent"), ("released, lost", "absent")
+UNKNOWN, UNKNOWN_LOST = ("unknown", "unknown"), ("unknown, lost", "unknown")
+KEPT = ("appended", "chunk and lease anew")
+RENEWED = ("renewed", "lease and retention anew")
+
+
+def no(word: str) -> tuple[str, str]:
+    return (word, "as before")
+
+
+TABLE = {
+    "claim": {
+        "absent": (CLAIMED, CLAIMED),
+        "in flight": (AGAIN, no("in_flight")),
+        "lapsed": (AGAIN, no("unknown")),
+        "unknown": (no("unknown"), no("unknown")),
+        "complete": (no("replay"), no("replay")),
+    },
+    "append": {
+        "absent": (no("absent"), no("absent")),
+        "in flight": (KEPT, no("fenced")),
+        "lapsed": (KEPT, no("fenced")),
+        "unknown": (KEPT, no("fenced")),
+        "complete": (no("complete"), no("fenced")),
+    },
+    "renew": {
+        "absent": (no("absent"), no("absent")),
+        "in flight": (RENEWED, no("fenced")),
+        "lapsed": (RENEWED, no("fenced")),
+        "unknown": (no("unknown"), no("fenced")),
+        "complete": (no("complete"), no("fenced")),
+    },
+    "store": {
+        "absent": (STORED_LOST, STORED_LOST),
+        "in flight": (STORED, no("fenced")),
+        "lapsed": (STORED, no("fenced")),
+        "unknown": (STORED, no("fenced")),
+        "complete": (no("stored"), no("fenced")),
+    },
+    "store another": {"complete": (no("fenced"), no("fenced"))},
+    "store bare": {
+        "absent": (BARE_LOST, BARE_LOST),
+        "in flight": (BARE, no("fenced")),
+        "lapsed": (BARE, no("fenced")),
+        "unknown": (BARE, no("fenced")),
+        "complete": (no("stored"), no("fenced")),
+    },
+    "release": {
+        "absent": (RELEASED_LOST, RELEASED_LOST),
+        "in flight": (RELEASED, no("fenced")),
+        "lapsed": (RELEASED, no("fenced")),
+        "unknown": (RELEASED, no("fenced")),
+        "complete": (no("fenced"), no("fenced")),
+    },
+    "mark unknown": {
+        "absent": (UNKNOWN_LOST, UNKNOWN_LOST),
+        "in flight": (UNKNOWN, no("fenced")),
+        "lapsed": (UNKNOWN, no("fenced")),
+        "unknown": (UNKNOWN, no("fenced")),
+        "complete": (no("fenced"), no("fenced")),
+    },
+    "read": {
+        "absent": (no("gone"), no("gone")),
+        "in flight": (no("gone"), no("gone")),
+        "lapsed": (no("gone"), no("gone")),
+        "unknown": (no("gone"), no("gone")),
+        "complete": (no("chunks"), no("gone")),
+    },
+}
+ROWS = [
+    pytest.param(verb, state, own, *expected[not own], id=f"{verb}-{state}-{'own' if own else 'foreign'}")
+    for verb, states in TABLE.items()
+    for state, expected in states.items()
+    for own in (True, False)
+]
+
+
+def assert_became(client: Redis, became: str, before: dict[str, bytes], owner: Claim, own: bool) -> None:
+    """Check the whole record, its lease and its retention."""
+    after, now_ms = fields(client), server_ms(client)
+    lease_anew = started_anew(int(after.get("lease", b"0")) - now_ms, LEASE_MS)
+    retention_anew = started_anew(client.pttl(NAME), RETENTION_MS)
+    token = owner.token if own else FOREIGN
+    match became:
+        case "as before":
+            assert after == before
+            assert not retention_anew
+        case "absent":
+            assert after == {}
+        case "claimed":
+            assert after.keys() == {"state", "token", "fence", "mode", "fingerprint", "self", "lease", "created"}
+            assert (after["state"], after["mode"], after["fingerprint"]) == (b"in_flight", b"hold", SAME)
+            assert after["self"] == self_check(KEY, TENANT, after["token"], b"hold", SAME)
+            assert (after["token"] == owner.token) == own
+            assert int(after["fence"]) > int(owner.fence)
+            assert now_ms - LEASE_MS < int(after["created"]) <= now_ms
+            assert lease_anew
+            assert retention_anew
+        case "lease and retention anew":
+            assert {**after, "lease": b""} == {**before, "lease": b""}
+            assert lease_anew
+            assert retention_anew
+        case "chunk and lease anew":
+            assert {**after, "lease": b""} == {**before, "lease": b"", "b0": b"chunk", "bytes": b"5"}
+            assert lease_anew
+            assert not retention_anew
+        case "complete" | "complete, no body":
+            kept = became == "complete"
+            who = owner._replace(token=token)
+            assert after == {"meta": pack(who, answer(BODY, kept=kept))} | ({"b0": BODY} if kept else {})
+            assert retention_anew
+        case "unknown":
+            assert after == {
+                "state": b"unknown",
+                "token": token,
+                "fence": owner.fence,
+                "mode": b"hold",
+                "fingerprint": SAME,
+                "self": owner.self_check,
+                "created": b"%d" % owner.created_ms,
+                "lease": b"0",
+                "why": b"cut off",
+            }
+            assert retention_anew
+        case _:
+            raise AssertionError(became)
+
+
+@pytest.mark.parametrize(("verb", "state", "own", "result", "became"), ROWS)
+async def test_every_verb_in_every_state(store, client, verb, state, own, result, became):
+    """What a verb answers and what it makes of the record is what the table says, to the last field."""
+    owner = await at(store, client, state)
+    before = fields(client)
+    assert await act(store, verb, owner, own) == result
+    assert_became(client, became, before, owner, own)
+
+
+def test_the_table_is_whole():
+    """Each verb stands in it with each state; storing another answer is a case of the complete one alone."""
+    for verb, states in TABLE.items():
+        assert tuple(states) == (("complete",) if verb == "store another" else STATES)
+
+
+@pytest.mark.parametrize(
+    ("state", "same", "other"),
+    [
+        ("in flight", "in_flight", "mismatch"),
+        ("lapsed", "unknown", "mismatch"),
+        ("complete", "replay", "mismatch"),
+        ("unknown", "unknown", "mismatch"),
+    ],
+)
+async def test_what_a_duplicate_finds(store, client, state, same, other):
+    """The table of the design: state and fingerprint decide, a mismatch comes first, and nothing is changed."""
+    await at(store, client, state)
+    before = fields(client)
+    assert told(await claim(store)) == same
+    assert told(await claim(store, fingerprint=OTHER), OTHER) == other
+    found = await store.look(KEY, SCOPE, LEASE_MS)
+    assert (told(found), told(found, OTHER)) == (same, other)
+    assert fields(client) == before
+    assert client.pttl(NAME) <= RETENTION_MS // 2
+
+
+async def test_looking_at_a_free_key_does_not_take_it(store, client):
+    """Nothing is there, and nothing is there afterwards."""
+    assert await store.look(KEY, SCOPE, LEASE_MS) is None
+    assert client.dbsize() == 0
+
+
+async def test_a_replay_takes_one_round_trip(store, client):
+    """The claim of a complete key brings its small answer and body along."""
+    await at(store, client, "complete")
+    found = await claim(store)
+    assert isinstance(found, Record)
+    assert (found.answer, found.body) == (answer(BODY), BODY)
+    assert intact(found.answer, found.body)
+
+
+@pytest.mark.parametrize("state", ["in flight", "lapsed", "unknown"])
+@pytest.mark.parametrize("drop", ["mark unknown", "store bare", "release"])
+async def test_what_is_not_kept_leaves_no_chunks_behind(store, client, state, drop):
+    """Unknown, too large and released: the chunks that were appended are gone."""
+    owner = await at(store, client, state)
+    for index in range(3):
+        assert await store.append(owner, index, b"x" * 1000, PATIENCE_S) == "appended"
+    await act(store, drop, owner, own=True)
+    assert not [field for field in fields(client) if field.startswith("b")]
+
+
+async def test_the_fence_only_grows(store, client):
+    """Also across a release, which leaves nothing behind, and past a fence that is ahead of the clock."""
+    fences = []
+    for _ in range(5):
+        owner = await claimed(store, b"retry")
+        fences.append(int(owner.fence))
+        await store.release(owner, PATIENCE_S)
+    owner = await at(store, client, "lapsed", b"retry")
+    ahead = int(owner.fence) + HOUR_MS * 1000
+    client.hset(NAME, "fence", ahead)
+    fences += [int(owner.fence), ahead, int((await claimed(store)).fence)]
+    assert fences == sorted(set(fences))
+    assert fences[-1] == ahead + 1
+
+
+async def test_a_running_record_is_small(store, client):
+    """In flight, no value is so long that it costs the compact encoding."""
+    await claimed(store)
+    assert client.object("encoding", NAME) == b"listpack"
+    assert client.memory_usage(NAME) < 512
+
+
+@pytest.mark.parametrize("appended", [0, 1], ids=["at once", "after chunks"])
+async def test_a_small_complete_record_is_written_anew(store, client, appended):
+    """It has two fields, and the compact encoding where the server allows it for values of their size."""
+    client.config_set("hash-max-listpack-value", 512)
+    try:
+        owner = await claimed(store)
+        if appended:
+            await store.append(owner, 0, b"x" * 5000, PATIENCE_S)
+            assert client.object("encoding", NAME) == b"hashtable"
+            assert await store.store(owner, answer(BODY, kept=False), b"", PATIENCE_S) == Settled("stored")
+        else:
+            assert await store_small(store, owner) == Settled("stored")
+        assert fields(client).keys() == ({"meta"} if appended else {"meta", "b0"})
+        assert client.object("encoding", NAME) == b"listpack"
+    finally:
+        client.config_set("hash-max-listpack-value", 64)
+
+
+# Chunks ...
+
+CHUNKS = (b"a" * 200_000, b"b" * 100_000, b"c" * 100_000, b"d" * 7)
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["last with the settle", "all appended"])
+@pytest.mark.parametrize("state", ["in flight", "lapsed", "unknown"])
+async def test_a_large_answer_is_stored_in_chunks(store, client, state, last):
+    """Appended one by one, counted by the settle, and read back as many at a time as fit."""
+    owner = await at(store, client, state)
+    for index, chunk in enumerate(CHUNKS[: -1 if last else None]):
+        assert await store.append(owner, index, chunk, PATIENCE_S) == "appended"
+    settled = await store.store(owner, answer(*CHUNKS), CHUNKS[-1] if last else b"", PATIENCE_S)
+    assert settled == Settled("stored")
+    assert fields(client) == {
+        "meta": pack(owner, answer(*CHUNKS)),
+        **{f"b{index}": chunk for index, chunk in enumerate(CHUNKS)},
+    }
+    assert started_anew(client.pttl(NAME), RETENTION_MS)
+    found = await claim(store)
+    assert isinstance(found, Record)
+    assert found.body is None
+    assert await store.read(KEY, owner.token, 0) == [CHUNKS[0]]
+    assert await store.read(KEY, owner.token, 1) == list(CHUNKS[1:])
+    assert await store.read(KEY, owner.token, 4) is None
+
+
+async def test_a_repeated_append_is_harmless(store, client):
+    """The same index with the same bytes is fine and counts once; with other bytes it is torn and changes nothing."""
+    owner = await claimed(store)
+    assert await store.append(owner, 0, b"abc", PATIENCE_S) == "appended"
+    client.hset(NAME, "lease", server_ms(client))
+    assert await store.append(owner, 0, b"abc", PATIENCE_S) == "appended"
+    assert started_anew(int(fields(client)["lease"]) - server_ms(client), LEASE_MS)
+    before = fields(client)
+    assert await store.append(owner, 0, b"abd", PATIENCE_S) == "torn"
+    assert await store.append(owner, 0, b"", PATIENCE_S) == "torn"
+    assert fields(client) == before
+    assert before["bytes"] == b"3"
+    assert await store.store(owner, answer(b"abc", b"d"), b"d", PATIENCE_S) == Settled("stored")
+
+
+async def test_chunks_may_come_in_any_order(store, client):
+    """A chunk that overtook another is no different in the end."""
+    owner = await claimed(store)
+    for index in (2, 0, 1):
+        assert await store.append(owner, index, b"%d" % index, PATIENCE_S) == "appended"
+    assert await store.store(owner, answer(b"0", b"1", b"2"), b"", PATIENCE_S) == Settled("stored")
+    assert await store.read(KEY, owner.token, 0) == [b"0", b"1", b"2"]
+
+
+TORN = {
+    "one missing": ([(0, b"ab")], answer(b"ab", b"cd", b"e"), b"e"),
+    "the first missing": ([(1, b"cd")], answer(b"ab", b"cd", b"e"), b"e"),
+    "all missing": ([], answer(b"ab", b"cd", b"e"), b"e"),
+    "the last missing": ([(0, b"ab"), (1, b"cd")], answer(b"ab", b"cd", b"e"), b""),
+    "the only one missing": ([], answer(b"ab"), b""),
+    "one too many": ([(0, b"ab"), (1, b"cd"), (2, b"e")], answer(b"ab", b"cd"), b""),
+    "one shorter": ([(0, b"a")], answer(b"ab", b"cd"), b"cd"),
+    "the last shorter": ([(0, b"ab")], answer(b"ab", b"cd"), b"c"),
+}
+
+
+@pytest.mark.parametrize(("appended", "stored", "last"), TORN.values(), ids=TORN.keys())
+async def test_a_record_that_lacks_chunks_is_not_made_complete(store, client, appended, stored, last):
+    """The settle answers torn and changes nothing; without the body the answer can still be stored."""
+    owner = await claimed(store)
+    for index, chunk in appended:
+        assert await store.append(owner, index, chunk, PATIENCE_S) == "appended"
+    before = fields(client)
+    assert await store.store(owner, stored, last, PATIENCE_S) == Settled("torn")
+    assert fields(client) == before
+    assert await store.store(owner, stored._replace(kept=False), b"", PATIENCE_S) == Settled("stored")
+    assert told(await claim(store)) == "not_kept"
+
+
+# A record that vanished ...
+
+
+@pytest.mark.parametrize("gone", ["whole", "appended before", "appended since"])
+async def test_a_large_answer_whose_record_vanished_is_torn(store, client, gone):
+    """Its chunks went with it: nothing is stored under a key that has only some of them."""
+    owner = await claimed(store)
+    if gone == "appended before":
+        await store.append(owner, 0, b"ab", PATIENCE_S)
+    client.delete(NAME)
+    if gone == "appended since":
+        assert await store.append(owner, 0, b"ab", PATIENCE_S) == "absent"
+    assert await store.store(owner, answer(b"ab", b"cd"), b"cd", PATIENCE_S) == Settled("torn")
+    assert client.dbsize() == 0
+    settled = await store.store(owner, answer(b"ab", b"cd", kept=False), b"", PATIENCE_S)
+    assert settled == Settled("stored", lost=True)
+    assert told(await claim(store)) == "not_kept"
+
+
+@pytest.mark.parametrize("verb", ["append", "renew", "store", "store bare", "release", "mark unknown"])
+@pytest.mark.parametrize("by_then", ["in flight", "lapsed", "unknown", "complete"])
+async def test_a_record_that_vanished_and_was_claimed_by_another(store, client, verb, by_then):
+    """Whatever the first owner does then, it is fenced, and the other's record stands."""
+    owner = await at(store, client, "absent")
+    await at(store, client, by_then)
+    before = fields(client)
+    assert await act(store, verb, owner, own=True) == "fenced"
+    assert fields(client) == before
+
+
+async def test_a_claim_is_claimed_again_before_sending(store, client):
+    """The same token: ours where it still stands or nothing does, the other's record where it was taken."""
+    owner = await claimed(store)
+    again = await store.reclaim(owner, SCOPE)
+    assert again == owner
+    client.delete(NAME)
+    again = await store.reclaim(owner, SCOPE)
+    assert isinstance(again, Claim)
+    assert (again.token, int(again.fence) > int(owner.fence)) == (owner.token, True)
+    client.delete(NAME)
+    await claimed(store)
+    assert told(await store.reclaim(owner, SCOPE)) == "in_flight"
+
+
+# Where the record's own mode is retry ...
+
+RETRY = [
+    ("retry", "in flight", "in_flight", "mismatch"),
+    ("retry", "lapsed", "claimed", "mismatch"),
+    ("retry", "unknown", "claimed", "mismatch"),
+    ("retry", "complete", "replay", "mismatch"),
+    ("hold", "in flight", "in_flight", "mismatch"),
+    ("hold", "lapsed", "unknown", "mismatch"),
+    ("hold", "unknown", "unknown", "mismatch"),
+    ("hold", "complete", "replay", "mismatch"),
+]
+
+
+@pytest.mark.parametrize("asked", [b"hold", b"retry"])
+@pytest.mark.parametrize(("mode", "state", "same", "other"), RETRY)
+async def test_an_unknown_key_is_claimed_anew_where_its_record_allows_it(
+    store, client, mode, state, same, other, asked
+):
+    """The record's mode counts, not the newcomer's: new token, higher fence, the same fingerprint only."""
+    owner = await at(store, client, state, mode.encode())
+    if state in ("in flight", "lapsed"):
+        await store.append(owner, 0, b"x", PATIENCE_S)
+        client.hset(NAME, "lease", server_ms(client) + (LEASE_MS // 2 if state == "in flight" else -1))
+    before = fields(client)
+    assert told(await claim(store, fingerprint=OTHER, mode=asked), OTHER) == other
+    assert fields(client) == before
+    found = await claim(store, mode=asked)
+    assert told(found) == same
+    if not isinstance(found, Claim):
+        assert fields(client) == before
+        return
+    assert found.token != owner.token
+    assert int(found.fence) > int(owner.fence)
+    after = fields(client)
+    assert after.keys() == {"state", "token", "fence", "mode", "fingerprint", "self", "lease", "created"}
+    assert (after["state"], after["token"], after["mode"]) == (b"in_flight", found.token, asked)
+    assert started_anew(int(after["lease"]) - server_ms(client), LEASE_MS)
+    assert started_anew(client.pttl(NAME), RETENTION_MS)
+    for verb in ("append", "renew", "store", "store bare", "release", "mark unknown"):
+        assert await act(store, verb, owner, own=True) == "fenced"
+    assert fields(client) == after
+
+
+async def test_the_owner_itself_claims_anew_what_it_had_given_up(store, client):
+    """Its own unknown record, where the mode is retry: in flight again, with a higher fence."""
+    owner = await at(store, client, "unknown", b"retry")
+    again = await store.reclaim(owner, SCOPE)
+    assert isinstance(again, Claim)
+    assert int(again.fence) > int(owner.fence)
+    assert fields(client)["state"] == b"in_flight"
+    assert await store.renew(again) == "renewed"
+
+
+# Derived keys have a window ...
+
+WINDOW_MS = 10_000
+WINDOWED = [
+    ("complete", 0, HOUR_MS, "complete"),
+    ("complete", WINDOW_MS, WINDOW_MS // 2, "complete"),
+    ("complete", WINDOW_MS, WINDOW_MS + 1, "claimed"),
+    ("complete", WINDOW_MS, -HOUR_MS, "complete"),
+    ("in flight", WINDOW_MS, WINDOW_MS + 1, "in_flight"),
+    ("lapsed", WINDOW_MS, WINDOW_MS + 1, "in_flight"),
+    ("unknown", WINDOW_MS, WINDOW_MS + 1, "unknown"),
+]
+
+
+@pytest.mark.parametrize(("state", "window_ms", "age_ms", "result"), WINDOWED)
+async def test_a_derived_key_is_free_again_after_its_window(store, client, state, window_ms, age_ms, result):
+    """Only a complete record, whose claim is older than the window; nothing of the old answer is left."""
+    owner = await at(store, client, state)
+    created_ms = server_ms(client) - age_ms
+    if state == "complete":
+        client.hset(NAME, "meta", pack(owner._replace(created_ms=created_ms), answer(BODY)))
+    else:
+        client.hset(NAME, "created", created_ms)
+    before = fields(client)
+    late = claim_raw(client, window_ms=window_ms, not_after_ms=server_ms(client) - 1)
+    assert late[0].decode() == (state if state in ("unknown", "complete") else "in_flight")
+    assert fields(client) == before
+    word, _, *facts = claim_raw(client, window_ms=window_ms)
+    assert word.decode() == result
+    if result != "claimed":
+        assert fields(client) == before
+        return
+    assert int(facts[0]) > int(owner.fence)
+    after = fields(client)
+    assert after.keys() == {"state", "token", "fence", "mode", "fingerprint", "self", "lease", "created"}
+    assert (after["token"], after["fence"]) == (FOREIGN, facts[0])
+    assert started_anew(client.pttl(NAME), RETENTION_MS)
+    assert await act(store, "store", owner, own=True) == "fenced"
+
+
+# Delayed, repeated and reordered ...
+
+LATE = [
+    ("store", "append", "complete"),
+    ("store", "renew", "complete"),
+    ("store", "release", "fenced"),
+    ("store", "mark unknown", "fenced"),
+    ("store", "store another", "fenced"),
+    ("store", "store", "stored"),
+    ("release", "append", "absent"),
+    ("release", "renew", "absent"),
+    ("mark unknown", "renew", "unknown"),
+]
+
+
+@pytest.mark.parametrize(("settle", "late", "word"), LATE)
+async def test_what_comes_after_a_settle_changes_nothing(store, client, settle, late, word):
+    """The owner's own command, held up on its way until the key was settled: the record stays, and its retention."""
+    owner = await claimed(store)
+    await act(store, settle, owner, own=True)
+    client.pexpire(NAME, RETENTION_MS // 2)
+    before = fields(client)
+    assert await act(store, late, owner, own=True) == word
+    assert fields(client) == before
+    assert client.pttl(NAME) <= RETENTION_MS // 2
+
+
+async def test_a_late_append_brings_nothing_back(store, client):
+    """A chunk that comes after its key was given up as unknown: duplicates still find it unknown, nothing to read."""
+    owner = await at(store, client, "unknown")
+    await store.append(owner, 0, b"late", PATIENCE_S)
+    assert told(await claim(store)) == "unknown"
+    assert await store.read(KEY, owner.token, 0) is None
+
+
+@pytest.mark.parametrize("mode", [b"hold", b"retry"])
+@pytest.mark.parametrize("own", [True, False], ids=["own", "foreign"])
+@pytest.mark.parametrize("state", STATES)
+async def test_a_claim_after_its_time_changes_nothing(store, client, state, own, mode):
+    """Executed after not_after it answers late, or what stands there."""
+    owner = await at(store, client, state, mode)
+    before, left_ms = fields(client), client.pttl(NAME)
+    token = owner.token if own else FOREIGN
+    word = claim_raw(client, token, mode=mode, not_after_ms=server_ms(client) - 1)[0]
+    assert word in (b"late", before.get("state", b"complete"))
+    assert (word == b"late") == (state == "absent" or (own and state in ("in flight", "lapsed")))
+    assert fields(client) == before
+    assert client.pttl(NAME) <= left_ms
+    assert client.exists(NAME) == (state != "absent")
+
+
+async def test_a_claim_that_was_held_up_on_its_way_never_lands(valkey):
+    """Given up by the store, executed by the server afterwards: the key stays free."""
+    relay = Relay(valkey.socket)
+    await relay.start()
+    with valkey.client() as client:
+        async with connected(relay.url, timeout_ms=300) as store:
+            relay.hold()
+            found = await claim(store)
+            assert isinstance(found, Unconfirmed)
+            assert found.maybe_executed
+            assert relay.scripts == 0
+            relay.let_go()
+            await until(lambda: relay.scripts == 1)
+            assert client.dbsize() == 0
+            assert told(await claim(store)) == "claimed"
+    await relay.close()
+
+
+LIFE = {
+    1: "claim",
+    2: "append",
+    3: "append",
+    4: "renew",
+    5: "store",
+    6: "claim of a duplicate",
+    7: "read",
+    8: "none",
+}
+
+
+@pytest.mark.parametrize("number", LIFE, ids=LIFE.values())
+async def test_whichever_reply_is_lost_the_key_is_executed_once_and_replayed(valkey, number):
+    """Each of the calls of a key's life loses its reply once: the repeat finds what was done, and nothing is lost."""
+    relay = Relay(valkey.socket)
+    await relay.start()
+    async with connected(relay.url) as store:
+        relay.lose_reply(number)
+        owner = await claimed(store)
+        for index, chunk in enumerate((b"ab", b"cd")):
+            assert await store.append(owner, index, chunk, PATIENCE_S) == "appended"
+        assert await store.renew(owner) == ("unconfirmed" if LIFE[number] == "renew" else "renewed")
+        assert await store.store(owner, answer(b"ab", b"cd", b"e"), b"e", PATIENCE_S) == Settled("stored")
+        found = await claim(store)
+        assert isinstance(found, Record)
+        assert found.answer == answer(b"ab", b"cd", b"e")
+        chunks = await store.read(KEY, found.token, 0)
+        assert chunks == (None if LIFE[number] == "read" else [b"ab", b"cd", b"e"])
+        assert relay.lost == (LIFE[number] != "none")
+    await relay.close()
+
+
+@pytest.mark.parametrize(
+    ("verb", "became"),
+    [("store", "replay"), ("store bare", "not_kept"), ("mark unknown", "unknown"), ("release", "claimed")],
+)
+async def test_a_settle_whose_reply_was_lost_is_repeated(valkey, verb, became):
+    """The repeat says what was done, and reports no loss: the record was there."""
+    relay = Relay(valkey.socket)
+    await relay.start()
+    async with connected(relay.url) as store:
+        owner = await claimed(store)
+        relay.lose_reply()
+        result = await act(store, verb, owner, own=True)
+        assert relay.lost == 1
+        assert result == {"replay": "stored", "not_kept": "stored", "claimed": "released"}.get(became, became)
+        assert told(await claim(store)) == became
+    await relay.close()
+
+
+@pytest.mark.parametrize("verb", ["store", "release", "mark unknown"])
+async def test_a_key_that_was_given_to_another_before_the_repeat(valkey, verb):
+    """The settle is done, its reply lost, an operator frees the key and it is claimed anew: the repeat is fenced."""
+    relay = Relay(valkey.socket)
+    await relay.start()
+    async with connected(relay.url) as store, connected(valkey.url) as elsewhere:
+        owner = await claimed(store)
+        relay.lose_reply(then_unreachable=True)
+        settling = asyncio.ensure_future(act(store, verb, owner, own=True))
+        await until(lambda: relay.lost)
+        with valkey.client() as client:
+            client.delete(NAME)
+            other = await claimed(elsewhere)
+            before = fields(client)
+            relay.unreachable = False
+            assert await settling == "fenced"
+            assert fields(client) == before
+        assert before["token"] == other.token
+    await relay.close()
+
+
+async def test_a_claim_without_a_reply_from_a_store_that_stays_away(valkey):
+    """It is unconfirmed within the budget though it was executed; the key is freed once the store is back."""
+    relay, behind = Relay(valkey.socket), Behind()
+    await relay.start()
+    async with connected(relay.url, timeout_ms=400, behind=behind) as store:
+        relay.lose_reply(then_unreachable=True)
+        began = asyncio.get_running_loop().time()
+        found = await claim(store)
+        assert asyncio.get_running_loop().time() - began < 5
+        assert isinstance(found, Unconfirmed)
+        assert found.maybe_executed
+        assert valkey.states() == [b"in_flight"]
+        assert len(behind.works) == 1
+        freeing = asyncio.ensure_future(behind.run())
+        relay.unreachable = False
+        await freeing
+        assert valkey.states() == []
+        assert told(await claim(store)) == "claimed"
+    await relay.close()
+
+
+# The clocks ...
+
+
+@pytest.mark.parametrize(("mode", "result"), [(b"hold", "unknown"), (b"retry", "claimed")])
+async def test_the_servers_clock_steps_forward(store, client, mode, result):
+    """Its leases have passed early: unknown, or claimed anew where the mode is retry; the old owner is fenced then."""
+    owner = await at(store, client, "in flight", mode)
+    client.hincrby(NAME, "lease", -HOUR_MS)
+    client.hincrby(NAME, "created", -HOUR_MS)
+    assert told(await claim(store)) == result
+    assert await store.renew(owner) == ("renewed" if result == "unknown" else "fenced")
+
+
+async def test_the_servers_clock_steps_back(store, client):
+    """A lease that seems to last for an hour lasts for a whole lease, for each one who asks."""
+    owner = await at(store, client, "in flight")
+    client.hincrby(NAME, "lease", HOUR_MS)
+    client.hincrby(NAME, "created", HOUR_MS)
+    for found in (await claim(store), await store.look(KEY, SCOPE, LEASE_MS)):
+        assert isinstance(found, Record)
+        assert found.lease_left_ms == LEASE_MS
+    assert isinstance(await store.look(KEY, SCOPE, 500), Record)
+    assert (await store.look(KEY, SCOPE, 500)).lease_left_ms == 500
+    assert await store.renew(owner) == "renewed"
+    assert started_anew(int(fields(client)["lease"]) - server_ms(client), LEASE_MS)
+
+
+@pytest.mark.parametrize("step_ms", [-HOUR_MS, HOUR_MS])
+async def test_what_the_store_believes_of_the_servers_clock_may_be_wrong(store, client, step_ms):
+    """An hour off either way: the first reply puts it right, and the claim succeeds within its budget."""
+    store._clock.offset_ms += step_ms
+    await claimed(store)
+    assert abs(store.now_ms() - server_ms(client)) < 5000
+
+
+# A server that has forgotten the scripts ...
+
+
+@pytest.mark.parametrize(("verb", "state", "own", "result", "became"), [row for row in ROWS if row.values[2]])
+async def test_a_server_without_the_scripts_is_given_them(store, client, verb, state, own, result, became):
+    """After SCRIPT FLUSH each verb does the same."""
+    owner = await at(store, client, state)
+    before = fields(client)
+    client.script_flush()
+    assert await act(store, verb, owner, own) == result
+    assert_became(client, became, before, owner, own)
+
+
+async def test_scripts_that_vanish_at_any_moment(store, client):
+    """300 keys live their lives while the scripts are flushed all the time: each is stored, once, as its own."""
+    going = True
+
+    async def flush() -> None:
+        while going:
+            client.script_flush()
+            await asyncio.sleep(0.001)
+
+    async def live(number: int) -> None:
+        key = b"%024d" % number
+        owner = await claimed(store, key=key)
+        body = b"of %d" % number
+        await store.append(owner, 0, body, PATIENCE_S)
+        assert await store.renew(owner) == "renewed"
+        assert await store.store(owner, answer(body, body), body, PATIENCE_S) == Settled("stored")
+        assert await store.read(key, owner.token, 0) == [body, body]
+
+    flushing = asyncio.ensure_future(flush())
+    await asyncio.gather(*[live(number) for number in range(300)])
+    going = False
+    await flushing
+    assert client.dbsize() == 300
+
+
+async def test_callers_that_stop_waiting_do_not_shift_the_others(store, client):
+    """200 concurrent claims, some cancelled at any moment: each of the others gets its own key."""
+    dice = random.Random(11)
+
+    async def one(number: int) -> Claim:
+        await asyncio.sleep(dice.random() * 0.02)
+        return await claimed(store, key=b"%024d" % number)
+
+    tasks = [asyncio.ensure_future(one(number)) for number in range(200)]
+    for task in dice.sample(tasks, 80):
+        asyncio.get_running_loop().call_later(dice.random() * 0.03, task.cancel)
+    for number, found in enumerate(await asyncio.gather(*tasks, return_exceptions=True)):
+        if isinstance(found, Claim):
+            assert found.key == b"%024d" % number
+            assert fields(client, store_key(found.key))["token"] == found.token
+        else:
+            assert isinstance(found, asyncio.CancelledError)
+    assert told(await claim(store)) == "claimed"
+
+
+# At the memory limit ...
+
+
+@pytest.mark.parametrize(
+    ("state", "same", "other"),
+    [
+        ("complete", "replay", "mismatch"),
+        ("in flight", "in_flight", "mismatch"),
+        ("lapsed", "unknown", "mismatch"),
+        ("unknown", "unknown", "mismatch"),
+    ],
+)
+async def test_a_full_server_still_tells_what_it_has(store, client, state, same, other):
+    """Replays, mismatches and running keys are answered; there is nothing to write."""
+    await at(store, client, state)
+    client.config_set("maxmemory", 1)
+    found = await claim(store)
+    assert told(found) == same
+    assert told(await claim(store, fingerprint=OTHER), OTHER) == other
+    if state == "complete":
+        assert (found.answer, found.body) == (answer(BODY), BODY)
+        assert await store.read(KEY, found.token, 0) == [BODY]
+
+
+@pytest.mark.parametrize("forgotten", [False, True], ids=["", "scripts flushed"])
+@pytest.mark.parametrize(
+    ("verb", "state", "own", "result", "became"),
+    [
+        row
+        for row in ROWS
+        if row.values[0] in ("renew", "store", "store bare", "release", "mark unknown") and row.values[1] != "absent"
+    ],
+)
+async def test_a_full_server_lets_running_work_complete(store, client, verb, state, own, result, became, forgotten):
+    """Renewal and settle do the same there as anywhere."""
+    owner = await at(store, client, state)
+    before = fields(client)
+    client.config_set("maxmemory", 1)
+    if forgotten:
+        client.script_flush()
+    assert await act(store, verb, owner, own) == result
+    client.config_set("maxmemory", 0)
+    assert_became(client, became, before, owner, own)
+
+
+async def test_a_full_server_stores_the_end_of_a_streamed_answer(store, client):
+    """What was appended before it was full, with the last chunk, becomes complete."""
+    owner = await claimed(store)
+    assert await store.append(owner, 0, b"ab", PATIENCE_S) == "appended"
+    client.config_set("maxmemory", 1)
+    assert await store.store(owner, answer(b"ab", b"cd"), b"cd", PATIENCE_S) == Settled("stored")
+    assert await store.read(KEY, owner.token, 0) == [b"ab", b"cd"]
+
+
+async def test_a_full_server_takes_no_more_chunks(store, client):
+    """The append is refused as a whole; the answer can then be stored without its body."""
+    owner = await claimed(store)
+    assert await store.append(owner, 0, b"ab", PATIENCE_S) == "appended"
+    before = fields(client)
+    client.config_set("maxmemory", 1)
+    assert await store.append(owner, 1, b"cd", PATIENCE_S) == "full"
+    assert fields(client) == before
+    assert await store.store(owner, answer(b"ab", b"cd", kept=False), b"", PATIENCE_S) == Settled("stored")
+    assert told(await claim(store)) == "not_kept"
+
+
+async def test_a_full_server_refuses_new_claims(server, client):
+    """Its first write is the one that is refused: unconfirmed at once, nothing written, nothing left to clean up."""
+    behind = Behind()
+    async with connected(server.url, behind=behind) as store:
+        client.config_set("maxmemory", 1)
+        began = asyncio.get_running_loop().time()
+        found = await claim(store)
+        assert isinstance(found, Unconfirmed)
+        assert found.detail.startswith("OOM")
+        assert not found.maybe_executed
+        assert asyncio.get_running_loop().time() - began < 5
+        assert behind.works == []
+        assert client.dbsize() == 0
+        client.config_set("maxmemory", 0)
+        assert told(await claim(store)) == "claimed"
+
+
+@pytest.mark.parametrize("state", ["lapsed", "unknown"])
+async def test_a_full_server_never_loses_a_record_to_a_claim_that_it_refuses(store, client, state):
+    """A takeover there happens or does not happen; it leaves no key without its record."""
+    await at(store, client, state, b"retry")
+    before = fields(client)
+    client.config_set("maxmemory", 1)
+    found = await claim(store)
+    if isinstance(found, Claim):
+        assert fields(client)["token"] == found.token
+    else:
+        assert isinstance(found, Unconfirmed)
+        assert fields(client) == before
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look at the server's health more often than every two seconds."""
+    monkeypatch.setattr("proxy.store.HEALTH_S", 0.05)
+
+
+@pytest.fixture
+async def watched(store: Store, often: None) -> AsyncIterator[Store]:
+    task = asyncio.ensure_future(store.watch())
+    yield store
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_above_nine_tenths_of_its_memory_the_store_is_full(watched, client):
+    """Then answers are stored without their body; below it, and without a limit, with it."""
+    used = client.info("memory")["used_memory"]
+    for limit, full in ((0, False), (used * 2, False), (int(used / 0.96), True), (1, True), (used * 2, False)):
+        client.config_set("maxmemory", limit)
+        await until(lambda full=full: watched.full is full)
+        assert watched.full is (watched.memory_ratio > 0.9)
+        if limit in (0, used * 2):
+            await until(lambda expected=used / limit if limit else 0: abs(watched.memory_ratio - expected) < 0.2)
+
+
+async def test_a_server_that_may_forget_keys_is_a_problem(watched, client):
+    """Any policy but noeviction, for as long as it is set."""
+    await until(lambda: watched.problem() is None)
+    client.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        await until(lambda: watched.problem() is not None)
+        assert "allkeys-lru" in watched.problem()
+    finally:
+        client.config_set("maxmemory-policy", "noeviction")
+    await until(lambda: watched.problem() is None)
+
+
+# Damaged records ...
+
+
+def damaged(value: bytes) -> Iterator[bytes]:
+    """Return the value with each byte changed, once a little and once entirely, and cut short."""
+    for place in range(len(value)):
+        for mask in (0x01, 0x80, 0xFF):
+            yield value[:place] + bytes([value[place] ^ mask]) + value[place + 1 :]
+        yield value[:place]
+
+
+async def test_a_complete_record_that_was_damaged_is_corrupt(store, client):
+    """Whichever byte of it: never a replay, never a claim, and nothing is changed."""
+    await at(store, client, "complete")
+    meta = client.hget(NAME, "meta")
+    for wrong in damaged(meta):
+        client.hset(NAME, "meta", wrong)
+        assert isinstance(await claim(store), Corrupt), wrong
+        assert client.hget(NAME, "meta") == wrong
+
+
+async def test_a_stored_body_that_was_damaged_is_not_intact(store, client):
+    """Whichever byte of it, and where it is gone."""
+    await at(store, client, "complete")
+    for wrong in damaged(BODY):
+        client.hset(NAME, "b0", wrong)
+        found = await claim(store)
+        assert isinstance(found, Record)
+        assert not intact(found.answer, found.body)
+    client.hdel(NAME, "b0")
+    found = await claim(store)
+    assert isinstance(found, Record)
+    assert not intact(found.answer, found.body or b"")
+
+
+@pytest.mark.parametrize("state", ["in flight", "lapsed", "unknown"])
+@pytest.mark.parametrize("field", ["state", "token", "mode", "fingerprint", "self"])
+async def test_a_running_record_that_was_damaged_is_corrupt(store, client, state, field):
+    """Whichever byte of what must not change, and where the field is gone: nobody claims it."""
+    await at(store, client, state)
+    value = client.hget(NAME, field)
+    for wrong in damaged(value):
+        client.hset(NAME, field, wrong)
+        assert isinstance(await claim(store), Corrupt), wrong
+    client.hdel(NAME, field)
+    assert isinstance(await claim(store), Corrupt)
+
+
+@pytest.mark.parametrize("state", ["in flight", "lapsed", "unknown"])
+@pytest.mark.parametrize("field", ["lease", "created", "fence"])
+async def test_a_damaged_time_or_fence_frees_no_key(store, client, state, field):
+    """What changes in a record, or only orders it, may read as another number, never as a free or complete key."""
+    await at(store, client, state)
+    value = client.hget(NAME, field)
+    for wrong in [*damaged(value), b"-1", b"nan", b"inf", b"-inf", b"1e300", b"9" * 40, None]:
+        client.hdel(NAME, field) if wrong is None else client.hset(NAME, field, wrong)
+        before = fields(client)
+        assert told(await claim(store)) in ("in_flight", "unknown", "corrupt"), wrong
+        assert fields(client) == before
+
+
+@pytest.mark.parametrize("state", ["lapsed", "unknown"])
+async def test_a_state_that_nobody_knows_is_not_claimed_anew(store, client, state):
+    """Where the mode is retry, too."""
+    await at(store, client, state, b"retry")
+    value = client.hget(NAME, "state")
+    for wrong in [*damaged(value), b"complete", None]:
+        client.hdel(NAME, "state") if wrong is None else client.hset(NAME, "state", wrong)
+        before = fields(client)
+        assert isinstance(await claim(store), Corrupt), wrong
+        assert fields(client) == before
+
+
+OTHER_TYPES: dict[str, Callable[[Redis], object]] = {
+    "string": lambda client: client.set(NAME, b"x"),
+    "list": lambda client: client.rpush(NAME, b"x"),
+    "set": lambda client: client.sadd(NAME, b"x"),
+    "sorted set": lambda client: client.zadd(NAME, {b"x": 1}),
+    "stream": lambda client: client.xadd(NAME, {b"meta": b"x"}),
+    "hash of others": lambda client: client.hset(NAME, "x", "y"),
+    "chunks alone": lambda client: client.hset(NAME, "b0", "y"),
+    "empty meta": lambda client: client.hset(NAME, "meta", ""),
+}
+
+
+@pytest.mark.parametrize("put", OTHER_TYPES.values(), ids=OTHER_TYPES.keys())
+async def test_what_is_no_record_is_corrupt(store, client, put):
+    """Something else under the key's name: it is neither claimed nor removed."""
+    put(client)
+    before = client.dump(NAME)
+    assert isinstance(await claim(store), Corrupt)
+    assert isinstance(await claim(store, mode=b"retry"), Corrupt)
+    assert isinstance(await store.look(KEY, SCOPE, LEASE_MS), Corrupt)
+    assert client.dump(NAME) == before
+
+
+@pytest.mark.parametrize("state", ["in flight", "lapsed", "unknown", "complete"])
+async def test_a_record_found_in_another_place_is_corrupt(store, client, state):
+    """Copied under another key, or asked for by another tenant, it is nobody's answer."""
+    await at(store, client, state)
+    elsewhere = Digests(b"").key(SCOPE, b"key-2")
+    client.copy(NAME, store_key(elsewhere))
+    assert isinstance(await claim(store, elsewhere), Corrupt)
+    assert isinstance(await claim(store, scope=Scope(b"default", b"N" * 16)), Corrupt)
+    assert isinstance(await store.look(elsewhere, SCOPE, LEASE_MS), Corrupt)
+    assert not isinstance(await claim(store), Corrupt)
+
+
+async def test_a_record_of_a_newer_layout_is_corrupt(store, client):
+    """A replica that is older than the one that wrote it does not guess."""
+    await at(store, client, "complete")
+    client.hset(NAME, "meta", b"\x02" + client.hget(NAME, "meta")[1:])
+    assert await claim(store) == Corrupt("unknown layout")
+
+
+# Error replies ...
+
+ERRORS = (
+    b"-LOADING Redis is loading the dataset in memory\r\n",
+    b"-READONLY You can't write against a read only replica.\r\n",
+    b"-BUSY Redis is busy running a script.\r\n",
+    b"-OOM command not allowed when used memory > 'maxmemory'.\r\n",
+    b"-MOVED 3999 127.0.0.1:6381\r\n",
+    b"-ASK 3999 127.0.0.1:6381\r\n",
+    b"-CLUSTERDOWN The cluster is down\r\n",
+    b"-TRYAGAIN Multiple keys request during rehashing of slot\r\n",
+    b"-MASTERDOWN Link with MASTER is down and replica-serve-stale-data is set to 'no'.\r\n",
+    b"-NOPERM this user has no permissions to run the 'evalsha' command\r\n",
+    b"-ERR what now\r\n",
+)
+ERROR_NAMES = [error.split()[0].decode() for error in ERRORS]
+
+
+@pytest.fixture
+async def scripted() -> AsyncIterator[RespServer]:
+    server = RespServer()
+    await server.start()
+    yield server
+    server.close()
+
+
+def tokens(scripted: RespServer) -> list[bytes]:
+    return [words[5] for words in scripted.calls]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=ERROR_NAMES)
+async def test_a_claim_that_gets_errors_is_repeated_within_its_budget(scripted, error):
+    """With the same token, until the time is over: unconfirmed, nothing claimed, nothing to clean up."""
+    behind = Behind()
+    scripted.script = lambda connection, words: error
+    async with connected(scripted.url, timeout_ms=150, behind=behind) as store:
+        found = await claim(store)
+        assert found == Unconfirmed(error[1:-2].decode(), maybe_executed=False)
+        assert behind.works == []
+    assert len(set(tokens(scripted))) == 1
+    assert len(scripted.connections) == 2  # one for the verbs, one for large reads: an error ends neither
+    assert len(scripted.calls) == 1 if error.startswith(b"-OOM") else 2 <= len(scripted.calls) < 10
+
+
+@pytest.mark.parametrize("error", [one for one in ERRORS if not one.startswith(b"-OOM")])
+async def test_a_claim_survives_errors_that_pass(scripted, error):
+    """The repeat that is answered gets the claim, with the token of the first try."""
+
+    def script(connection: Connection, words: Words) -> bytes:
+        if len(scripted.calls) < 3:
+            return error
+        return resp([words[4], b"claimed", 1_763_960_000_000, b"1763960000000000", 1_763_960_000_000])
+
+    scripted.script = script
+    async with connected(scripted.url) as store:
+        owner = await claimed(store)
+        assert tokens(scripted) == [owner.token] * 3
+
+
+OWNER = Claim(KEY, b"t" * 16, b"1", b"hold", SAME, self_check(KEY, TENANT, b"t" * 16, b"hold", SAME), 1, 300, 1000)
+AFTER_ERRORS = {
+    "append": (lambda store: store.append(OWNER, 0, b"x", 0.15), "unconfirmed", True),
+    "renew": (lambda store: store.renew(OWNER), "unconfirmed", False),
+    "store": (lambda store: store.store(OWNER, answer(BODY), BODY, 0.15), Settled("unconfirmed"), True),
+    "release": (lambda store: store.release(OWNER, 0.15), Settled("unconfirmed"), True),
+    "mark unknown": (lambda store: store.mark_unknown(OWNER, "why", 0.15), Settled("unconfirmed"), True),
+    "read": (lambda store: store.read(KEY, OWNER.token, 0), None, False),
+    "look": (lambda store: store.look(KEY, SCOPE, 300), Unconfirmed, False),
+}
+
+
+@pytest.mark.parametrize(("call", "result", "repeats"), AFTER_ERRORS.values(), ids=AFTER_ERRORS.keys())
+@pytest.mark.parametrize("error", ERRORS, ids=ERROR_NAMES)
+async def test_every_other_verb_that_gets_errors_is_unconfirmed(scripted, call, result, repeats, error):
+    """Never done, never refused: repeated with the same token for its patience, where it has one."""
+    scripted.script = lambda connection, words: error
+    full = error.startswith(b"-OOM")
+    async with connected(scripted.url) as store:
+        came = await call(store)
+        if result is Unconfirmed:
+            assert came == Unconfirmed(error[1:-2].decode(), maybe_executed=False)
+        else:
+            assert came == ("full" if full and came == "full" else result)
+            assert (came == "full") == (full and result == "unconfirmed" and repeats)
+    assert len(set(tokens(scripted))) == 1
+    assert (len(scripted.calls) > 1) == (repeats and not full)
+
+
+@pytest.mark.parametrize("reply", [b"+OK\r\n", b"$-1\r\n", b":1\r\n", b"*0\r\n", b"*-1\r\n", resp([b"0", b"claimed"])])
+async def test_a_reply_that_is_no_answer_confirms_nothing(scripted, reply):
+    """The command may have been executed: a claim is then withdrawn, the others are unconfirmed."""
+    behind = Behind()
+    scripted.script = lambda connection, words: reply
+    async with connected(scripted.url, timeout_ms=200, behind=behind) as store:
+        found = await claim(store)
+        assert isinstance(found, Unconfirmed)
+        assert found.maybe_executed
+        assert len(behind.works) == 1
+        assert await store.append(OWNER, 0, b"x", 0.1) == "unconfirmed"
+        assert await store.renew(OWNER) == "unconfirmed"
+        assert await store.release(OWNER, 0.1) == Settled("unconfirmed")
+        assert await store.read(KEY, OWNER.token, 0) is None
+
+
+async def test_a_server_that_refuses_to_tell_its_health_is_not_pestered(scripted, often):
+    """An error on INFO is no reason to ask again at once."""
+    async with connected(scripted.url) as store:
+        scripted.greeting[b"INFO"] = b"-BUSY Redis is busy running a script.\r\n"
+        scripted.segments.clear()
+        watching = asyncio.ensure_future(store.watch())
+        await asyncio.sleep(0.5)
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+        assert 1 <= len(scripted.segments) < 20
+
+
+async def test_a_replica_that_takes_no_writes(own_valkey):
+    """A claim there is unconfirmed and leaves nothing; once it is promoted, it is confirmed."""
+    with own_valkey.client() as client:
+        async with connected(own_valkey.url, timeout_ms=300) as store:
+            client.replicaof("127.0.0.1", 1)
+            found = await claim(store)
+            assert isinstance(found, Unconfirmed)
+            assert found.detail.startswith(("READONLY", "MASTERDOWN", "UNKILLABLE"))
+            assert not found.maybe_executed
+            client.replicaof("no", "one")
+            assert client.dbsize() == 0
+            assert told(await claim(store)) == "claimed"
+
+
+# A server that stands still ...
+
+
+async def test_a_server_that_stands_still_costs_no_more_than_the_budget(own_valkey):
+    """Claims are unconfirmed within about the timeout, and none of them lands when it goes on."""
+    behind, clock = Behind(), asyncio.get_running_loop().time
+    async with connected(own_valkey.url, timeout_ms=500, behind=behind) as store:
+        own_valkey.pause()
+        began = clock()
+        found = await asyncio.gather(*[claim(store, b"%024d" % number) for number in range(20)])
+        assert 0.4 < clock() - began < 5
+        assert all(isinstance(one, Unconfirmed) for one in found)
+        began = clock()
+        assert isinstance(await claim(store, b"x" * 24), Unconfirmed)
+        assert clock() - began < 5
+        own_valkey.resume()
+        assert await store.wait_up(PATIENCE_S)
+        await claimed(store)
+        assert len(own_valkey.records()) == 1
+        await behind.run()
+        assert len(own_valkey.records()) == 1
+
+
+async def test_a_settle_outlasts_a_server_that_is_restarted(own_valkey):
+    """It is repeated for its patience: the answer is stored where the record was lost, and that is said."""
+    async with connected(own_valkey.url, timeout_ms=300) as store:
+        owner = await claimed(store)
+        own_valkey.kill()
+        settling = asyncio.ensure_future(store_small(store, owner))
+        await until(lambda: store.problem() is not None)
+        assert "not reachable" in store.problem()
+        own_valkey.start()
+        assert await settling == Settled("stored", lost=True)
+        assert told(await claim(store)) == "replay"
+
+
+async def test_nothing_is_repeated_once_the_patience_is_over(own_valkey):
+    """The drain ends every patience at once."""
+    async with connected(own_valkey.url, timeout_ms=200) as store:
+        owner = await claimed(store)
+        own_valkey.pause()
+        settling = asyncio.ensure_future(store.release(owner, 1000.0))
+        await asyncio.sleep(0.3)
+        assert not settling.done()
+        store.patience_ends = asyncio.get_running_loop().time()
+        assert await settling == Settled("unconfirmed")
+
+
+# How it is reached ...
+
+# What the scripts need, and what is asked on a new connection; nothing else.
+ACL = (
+    "on", "resetkeys", "~once:*", "resetchannels", "-@all",
+    "+evalsha", "+eval", "+script|load", "+info", "+time", "+select",
+    "+hget", "+hmget", "+hlen", "+hstrlen", "+exists", "+hset", "+hdel", "+unlink", "+pexpire",
+)  # fmt: skip
+
+
+async def live(url: str) -> None:
+    """One key's whole life through a connection: every verb works."""
+    async with connected(url) as store:
+        owner = await claimed(store)
+        assert await store.append(owner, 0, b"ab", PATIENCE_S) == "appended"
+        assert await store.renew(owner) == "renewed"
+        assert await store.store(owner, answer(b"ab", b"cd"), b"cd", PATIENCE_S) == Settled("stored")
+        assert told(await claim(store)) == "replay"
+        assert await store.read(KEY, owner.token, 0) == [b"ab", b"cd"]
+        for settle in (store.release, lambda owner, patience_s: store.mark_unknown(owner, "why", patience_s)):
+            owner = await claimed(store, key=Digests(b"").key(SCOPE, b"key-3"))
+            assert (await settle(owner, PATIENCE_S)).word in ("released", "unknown")
+        reply = await store._link.command("INFO", "memory", deadline=asyncio.get_running_loop().time() + 10)
+        assert b"maxmemory_policy" in reply
+
+
+async def assert_unreachable(url: str, because: str) -> None:
+    """A store at this URL stays down and says why; a claim through it is unconfirmed."""
+    behind = Behind()
+    store = Store(
+        url,
+        timeout_ms=500,
+        patience_s=1.0,
+        observe=lambda verb, seconds: None,
+        repeated=lambda: None,
+        background=behind,
+    )
+    store.start()
+    try:
+        found = await claim(store)
+        assert isinstance(found, Unconfirmed)
+        assert not found.maybe_executed
+        await until(lambda: re.search(because, store.problem() or ""))
+    finally:
+        await store.close()
+        behind.close()
+
+
+@pytest.mark.parametrize("url", ["redis+unix://{socket}", "redis+unix://{socket}?db=0"])
+async def test_over_a_unix_socket(server, url):
+    """Every verb works."""
+    await live(url.format(socket=server.socket))
+
+
+@pytest.mark.parametrize(
+    ("url", "number"),
+    [("redis+unix://{socket}?db=3", 3), ("redis://127.0.0.1:{port}/5", 5), ("redis://127.0.0.1:{port}/?db=7", 7)],
+)
+async def test_in_a_database_of_its_number(valkey, url, number):
+    """The records are there and nowhere else, also over a new connection."""
+    relay = Relay(valkey.socket)
+    await relay.start()
+    await live(url.format(socket=valkey.socket, port=relay.port))
+    await relay.close()
+    with valkey.client() as client:
+        assert list(client.info("keyspace")) == [f"db{number}"]
+
+
+async def test_over_tcp_with_a_user_of_few_rights(own_valkey):
+    """A password, and a user that may run the scripts on the keys of the store alone: every verb works."""
+    relay = Relay(own_valkey.socket)
+    await relay.start()
+    password = "p@ss:w/rd%?#"
+    with own_valkey.client() as client:
+        client.execute_command("ACL", "SETUSER", "gate", "reset", f">{password}", *ACL)
+        client.config_set("requirepass", "geheim")
+        await live(f"redis://gate:{quote(password, safe='')}@127.0.0.1:{relay.port}/2")
+        await live(f"redis://:geheim@127.0.0.1:{relay.port}")
+        assert set(client.info("keyspace")) == {"db0", "db2"}
+        denied = client.execute_command("ACL", "LOG")
+        assert [entry for entry in denied if b"client|setinfo" not in map(bytes.lower, entry[1::2])] == []
+    await assert_unreachable(f"redis://127.0.0.1:{relay.port}", "Authentication required")
+    await assert_unreachable(f"redis://gate:wrong@127.0.0.1:{relay.port}", "invalid username-password")
+    await relay.close()
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture
+async def over_tls(valkey: Valkey, authority: trustme.CA) -> AsyncIterator[Relay]:
+    """The real server behind TLS, as `localhost`."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("localhost").configure_cert(context)
+    relay = Relay(valkey.socket)
+    await relay.start(context)
+    yield relay
+    await relay.close()
+
+
+async def test_over_tls(over_tls, authority, monkeypatch, tmp_path):
+    """Every verb works; the certificate is checked against the system's authorities, which SSL_CERT_FILE names."""
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    await live(f"rediss://localhost:{over_tls.port}/1")
+    async with connected(f"rediss://localhost:{over_tls.port}") as store:
+        over_tls.lose_reply()
+        await claimed(store)
+        assert over_tls.lost == 1
+
+
+async def test_a_certificate_that_is_not_right_is_refused(over_tls, authority, monkeypatch, tmp_path):
+    """Another authority, another name, or no TLS at all: nothing is sent, and the reason is said."""
+    await assert_unreachable(f"rediss://localhost:{over_tls.port}", "(?i)certificate verify failed")
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    await assert_unreachable(f"rediss://127.0.0.1:{over_tls.port}", "(?i)certificate verify failed|mismatch")
+    await assert_unreachable(f"redis://localhost:{over_tls.port}", ".")
+    assert over_tls.scripts == 0
+
+
+# What is in the store ...
+
+
+async def test_no_key_and_no_credential_is_in_the_store(gate, upstream, valkey):
+    """Of a running, an unknown and a complete key, only digests are in names and values."""
+    key, credential = "canary-key-41c9", "canary-credential-7d02"
+    tap = Tap()
+    upstream.script = tap.script
+    secret = f"Authorization: Bearer {credential}"
+
+    def seen() -> bytes:
+        return b"\n".join(
+            b"\n".join((name, *record.keys(), *record.values())) for name, record in valkey.records().items()
+        )
+
+    running = asyncio.ensure_future(ask(gate.port, request("POST", "/", key, b"x", secret)))
+    await until(lambda: upstream.received)
+    assert valkey.states() == [b"in_flight"]
+    data = seen()
+    tap.end(CHUNKED)
+    await running
+    data += seen()
+    assert b"canary" not in data
+    assert key.encode() not in data
+    assert credential.encode() not in data
