@@ -7,7 +7,7 @@ confirmed is repeated with the same token, within the caller's budget: the scrip
 import asyncio
 import os
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, NamedTuple
@@ -17,7 +17,6 @@ from proxy.store.link import ErrorReply, Link, Unconfirmed
 from proxy.store.record import TOKEN_BYTES, Claim, Corrupt, Record, StoredAnswer, pack, running, self_check, unpack
 from proxy.store.server import (
     FULL_RATIO,
-    Script,
     Unfit,
     load_scripts,
     memory_ratio,
@@ -81,15 +80,15 @@ class Store:
     ) -> None:
         self._timeout_s = timeout_ms / 1000
         self._patience_s = patience_s
-        self._observe, self._repeated = observe, repeated
+        self._repeated = repeated
         self._loop = asyncio.get_running_loop()
         self._background = background
         self._scripts = load_scripts()
         self._clock = _Clock()
         open_connection = opener(url, self._timeout_s)
         prepare = preparer(self._scripts, self._clock.heard)
-        self._link = Link(open_connection, prepare, self._timeout_s)
-        self._reads = Link(open_connection, prepare, self._timeout_s)  # a large reply would stop the others
+        self._link = Link(open_connection, prepare, self._timeout_s, observe)
+        self._reads = Link(open_connection, prepare, self._timeout_s, observe)  # a large reply would stop the others
         self._prefix, self._count = os.urandom(TOKEN_BYTES - 6), count(1)
         self._info: dict[str, str] = {}
         self.patience_ends = float("inf")  # the loop's time after which nothing is repeated any more
@@ -157,7 +156,10 @@ class Store:
         maybe_executed = False
         while True:
             not_after_ms = clock.now_ms() + int((deadline - loop.time()) * 1000)
-            found = self._read_claim(claim, scope, await self._ask(claim, not_after_ms, deadline))
+            reply = await self._ask(claim, not_after_ms, deadline)
+            if is_noscript(reply):
+                reply = await self._ask(claim, not_after_ms, deadline, b"EVAL")
+            found = self._read_claim(claim, scope, reply)
             if isinstance(found, str):  # our idea of the server's time was behind; the reply corrected it
                 found = Unconfirmed("the store was reached too late", maybe_executed=False)
             if not isinstance(found, Unconfirmed):
@@ -171,15 +173,17 @@ class Store:
     async def look(self, key: bytes, scope: Scope, lease_ms: int) -> Record | Corrupt | Unconfirmed | None:
         """Return what stands in the store for a key, None for nothing: a claim that is always too late."""
         nobody = Claim(key, bytes(TOKEN_BYTES), b"", b"", b"", b"", 0, lease_ms, 0)
-        found = self._read_claim(nobody, scope, await self._ask(nobody, 0, self._loop.time() + self._timeout_s))
+        deadline = self._loop.time() + self._timeout_s
+        reply = await self._ask(nobody, 0, deadline)
+        if is_noscript(reply):
+            reply = await self._ask(nobody, 0, deadline, b"EVAL")
+        found = self._read_claim(nobody, scope, reply)
         return None if isinstance(found, str | Claim) else found
 
-    def _ask(self, claim: Claim, not_after_ms: int, deadline: float) -> Coroutine[Any, Any, Any]:
+    def _ask(self, claim: Claim, not_after_ms: int, deadline: float, how: bytes = b"EVALSHA") -> Awaitable[Any]:
         key, token, _, mode, fingerprint, described, _, lease_ms, retention_ms = claim
-        return self._call(
-            "claim", key, deadline,
-            (token, fingerprint, described, mode, lease_ms, retention_ms, not_after_ms, INLINE_BYTES, 0),
-        )  # fmt: skip
+        args = (token, fingerprint, described, mode, lease_ms, retention_ms, not_after_ms, INLINE_BYTES, 0)
+        return self._run("claim", key, deadline, args, self._link, how)
 
     def _read_claim(self, claim: Claim, scope: Scope, reply: Any) -> Claim | Record | Corrupt | Unconfirmed | str:
         """Return what a reply to `claim` means; "late" where the claim came too late."""
@@ -238,7 +242,12 @@ class Store:
         )  # fmt: skip
 
     async def _settle(self, claim: Claim, how: bytes, patience_s: float, *args: Any) -> Settled:
-        reply = await self._repeat("settle", claim, patience_s, how, claim.retention_ms, *args)
+        words = (how, claim.retention_ms, *args)
+        deadline = self._loop.time() + min(self._timeout_s, patience_s)
+        reply = await self._run("settle", claim.key, deadline, (claim.token, *words), self._link)
+        if not isinstance(reply, list):
+            self._repeated()
+            reply = await self._repeat("settle", claim, patience_s, *words)
         match reply:
             case [word, before]:
                 return Settled(word.decode(), lost=before == b"absent")
@@ -278,12 +287,25 @@ class Store:
     ) -> Any:
         """Run a script once; a server that does not know it (a new master, SCRIPT FLUSH) is given its body."""
         link = link or self._link
-        if not link.up and not await link.wait_up(deadline):
+        reply = await self._run(verb, key, deadline, args, link)
+        return await self._run(verb, key, deadline, args, link, b"EVAL") if is_noscript(reply) else reply
+
+    def _run(
+        self, verb: str, key: bytes, deadline: float, args: tuple[Any, ...], link: Link, how: bytes = b"EVALSHA"
+    ) -> Awaitable[Any]:
+        """Return what will be the reply; where the connection stands, that is a mere future."""
+        script = self._scripts[verb]
+        name = script.sha if how == b"EVALSHA" else script.body
+        if link.up:
+            return link.script(how, name, store_key(key), args, deadline, verb)
+        return self._run_when_up(link, how, name, store_key(key), args, deadline, verb)
+
+    async def _run_when_up(self, link: Link, how: bytes, name: bytes, key: bytes, *rest: Any) -> Any:
+        if not await link.wait_up(rest[1]):
             return Unconfirmed(link.down_because, maybe_executed=False)
-        began = time.perf_counter()
-        script: Script = self._scripts[verb]
-        reply = await link.script(b"EVALSHA", script.sha, store_key(key), args, deadline)
-        if isinstance(reply, ErrorReply) and str(reply).startswith("NOSCRIPT"):
-            reply = await link.script(b"EVAL", script.body, store_key(key), args, deadline)
-        self._observe(verb, time.perf_counter() - began)
-        return reply
+        return await link.script(how, name, key, *rest)
+
+
+def is_noscript(reply: object) -> bool:
+    """Return whether a server does not know the script it was asked to run."""
+    return isinstance(reply, ErrorReply) and str(reply).startswith("NOSCRIPT")

@@ -8,6 +8,7 @@ stops waiting leaves its place in the queue, so that the next reply still finds 
 
 import asyncio
 import random
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -35,12 +36,13 @@ class ErrorReply(Exception):
 
 
 class _Waiting:
-    """A command whose reply has not come. `tag` comes back in the reply of a script."""
+    """A command whose reply has not come. `tag` comes back in the reply of a script; `issued` is perf_counter's."""
 
-    __slots__ = ("deadline", "future", "issued", "tag")
+    __slots__ = ("deadline", "future", "issued", "tag", "verb")
 
-    def __init__(self, future: "asyncio.Future[Any]", tag: bytes, issued: float, deadline: float) -> None:
-        self.future, self.tag, self.issued, self.deadline = future, tag, issued, deadline
+    def __init__(self, future: "asyncio.Future[Any]", tag: bytes, verb: str, deadline: float) -> None:
+        self.future, self.tag, self.verb, self.deadline = future, tag, verb, deadline
+        self.issued = time.perf_counter()
 
     def resolve(self, result: object) -> None:
         if not self.future.done():
@@ -49,7 +51,8 @@ class _Waiting:
 
 class Link(asyncio.Protocol):
     """The shared connection. `open_connection` makes a fresh, unconnected redis-py connection;
-    `prepare` talks over it once it is connected (and raises what makes it unusable).
+    `prepare` talks over it once it is connected (and raises what makes it unusable). `observe(verb, seconds)`
+    hears of every script's reply.
 
     A server that has not answered the oldest command for `stall_s` seconds is given up: the connection
     is closed, everything on it is unconfirmed, and a new one is made.
@@ -60,10 +63,11 @@ class Link(asyncio.Protocol):
         open_connection: Callable[[], AbstractConnection],
         prepare: Callable[[AbstractConnection], Awaitable[None]],
         stall_s: float,
+        observe: Callable[[str, float], None] = lambda _, __: None,
     ) -> None:
         self._open_connection = open_connection
         self._prepare = prepare
-        self._stall_s = stall_s
+        self._stall_s, self._observe = stall_s, observe
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._streams: object = None  # redis-py's, over the same transport
@@ -154,7 +158,7 @@ class Link(asyncio.Protocol):
     # Commands ...
 
     def script(
-        self, name: bytes, script: bytes, key: bytes, args: tuple[Any, ...], deadline: float
+        self, name: bytes, script: bytes, key: bytes, args: tuple[Any, ...], deadline: float, verb: str = ""
     ) -> "asyncio.Future[Any]":
         """Issue EVALSHA (`name` b"EVALSHA", `script` its sha) or EVAL with one key.
 
@@ -163,13 +167,13 @@ class Link(asyncio.Protocol):
         """
         self._tags += 1
         tag = b"%d" % self._tags
-        return self._issue(tag, deadline, (name, script, b"1", key, tag, *args))
+        return self._issue(tag, verb, deadline, (name, script, b"1", key, tag, *args))
 
     def command(self, *words: Any, deadline: float) -> "asyncio.Future[Any]":
         """Issue a plain command; its reply comes as it is."""
-        return self._issue(b"", deadline, words)
+        return self._issue(b"", "", deadline, words)
 
-    def _issue(self, tag: bytes, deadline: float, words: tuple[Any, ...]) -> "asyncio.Future[Any]":
+    def _issue(self, tag: bytes, verb: str, deadline: float, words: tuple[Any, ...]) -> "asyncio.Future[Any]":
         future = self._loop.create_future()
         if self._transport is None:
             future.set_result(Unconfirmed(self.down_because, maybe_executed=False))
@@ -177,7 +181,7 @@ class Link(asyncio.Protocol):
         if not self._out:
             self._loop.call_soon(self._flush)
         self._out.append(hiredis.pack_command(words))
-        self._waiting.append(_Waiting(future, tag, self._loop.time(), deadline))
+        self._waiting.append(_Waiting(future, tag, verb, deadline))
         if self._sweeper is None:
             self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
         return future
@@ -194,7 +198,7 @@ class Link(asyncio.Protocol):
         for one in self._waiting:
             if one.deadline <= now:
                 one.resolve(Unconfirmed("no reply in time"))
-        if self._waiting and now - self._waiting[0].issued > self._stall_s:
+        if self._waiting and time.perf_counter() - self._waiting[0].issued > self._stall_s:
             self._drop("the store does not answer")
         elif self._waiting:
             self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
@@ -224,6 +228,8 @@ class Link(asyncio.Protocol):
                 one.resolve(Unconfirmed("a reply that answers another command"))
                 return False
             del reply[0]
+        if one.verb:
+            self._observe(one.verb, time.perf_counter() - one.issued)
         one.resolve(reply)
         return True
 

@@ -4,10 +4,11 @@ import gzip
 import itertools
 import random
 import zlib
+from contextlib import closing
 
 import pytest
 
-from tests.parts import Answer, RawUpstream, Received, answering, ask, chunk, request
+from tests.parts import Answer, RawClient, RawUpstream, Received, answering, ask, chunk, request
 
 HOP_BY_HOP = ("Keep-Alive", "Proxy-Connection", "TE", "Trailer", "Upgrade", "HTTP2-Settings", "Proxy-Authorization")
 # Fields that the proxy acts on or sets itself; nominating them would make it strip what it relies on.
@@ -135,6 +136,23 @@ async def test_the_upstream_learns_who_asked_and_how(standing, behind, key):
     assert received.header("x-forwarded-host") == [b"API.test:8443"]
     assert received.header("via") == [b"1.1 oncegate"]
     assert received.header("host") == [b"127.0.0.1:%d" % behind.port]
+
+
+async def test_each_request_of_a_connection_is_described_by_itself(standing, behind):
+    """What was said with one request of a connection is not said of the next."""
+    rows = (("one.test", "HTTP/1.1"), ("two.test:81", "HTTP/1.0"), ("", "HTTP/1.0"), ("one.test", "HTTP/1.1"))
+    with closing(await RawClient.open(standing.port)) as client:
+        for number, (host, version) in enumerate(rows):
+            for key in (f"each-{number}", None):
+                raw = request("POST", "/x", key, b"", f"X-{number}: 1", "Connection: keep-alive", host=host)
+                raw = raw.replace(b"HTTP/1.1", version.encode(), 1)
+                assert (await client.ask(raw if host else raw.replace(b"Host: \r\n", b""))).status == 200
+                received = behind.received[-1]
+                assert received.header("x-forwarded-host") == ([host.encode()] if host else [])
+                assert received.header("via") == [f"{version[5:]} oncegate".encode()]
+                assert [name for name, _ in received.headers if name[:2] == b"X-" and len(name) == 3] == [
+                    b"X-%d" % number
+                ]
 
 
 async def test_what_a_stranger_claims_about_its_way_is_replaced(standing, behind, key):
