@@ -32,12 +32,15 @@ class Decision(Enum):
 
 
 class Settlement(Enum):
-    """What becomes of a claim."""
+    """What becomes of a claim. `completes`: the key is settled for good, by an answer."""
 
-    STORE = "store"
-    STORE_BARE = "store_bare"  # complete, without its body
-    RELEASE = "release"
-    UNKNOWN = "unknown"
+    STORE = "store", True
+    STORE_BARE = "store_bare", True  # without its body
+    RELEASE = "release", False
+    UNKNOWN = "unknown", False
+
+    def __init__(self, word: str, completes: bool) -> None:
+        self.word, self.completes = word, completes
 
 
 class Ending(Enum):

@@ -18,7 +18,7 @@ from proxy.leases import Held, Leases, suspended_clock_s
 from proxy.policy import Disposition, Policy
 from proxy.problems import Problem, problem
 from proxy.recording import Recording
-from proxy.store import Claim, Settled, Store, StoredAnswer, Unconfirmed
+from proxy.store import Claim, Settled, Settling, Store, StoredAnswer, Unconfirmed
 from proxy.store.record import answer_digest
 from proxy.upstream import Buffered, Connection, Lost, NotSent, Pool
 from proxy.waiters import Waiters, Woken
@@ -68,6 +68,7 @@ class Exchange:
         self._disposition = Disposition.STORE
         self._whole = b""  # the body of a small answer
         self._recording: Recording | None = None
+        self._patience_s = shop.patience_s
         self.upstream_s = 0.0
 
     async def run(self) -> str:
@@ -96,7 +97,7 @@ class Exchange:
 
     async def _forward(self) -> Ending:
         self._touch()
-        connection = await self._connect()
+        connection = self._ready() or await self._connect()
         if connection is None:
             return Ending.NOT_SENT
         began = time.perf_counter()
@@ -109,6 +110,11 @@ class Exchange:
         finally:
             self.upstream_s = time.perf_counter() - began
             self._shop.pool.release(connection)
+
+    def _ready(self) -> Connection | None:
+        if must_reclaim(self._held.age_s(), self._policy.lease_ms):
+            return None
+        return self._shop.pool.ready(self._shop.reuse_idle_s)
 
     async def _connect(self) -> Connection | None:
         """Return a connection to send on while the claim is surely ours, None where nothing may be sent."""
@@ -196,32 +202,27 @@ class Exchange:
     async def _settle(self, reached: Ending) -> Settled:
         """Settle, and again without the body if the record turns out to lack chunks."""
         self._touch()
-        how = reached.settlement
-        settled = await self._settle_as(how, self._patience_s(how))
+        how, last, recording = reached.settlement, self._whole, self._recording
+        if recording is not None and how is Settlement.STORE:
+            last = await recording.finish()
+            how = Settlement.STORE if recording.kept else Settlement.STORE_BARE
+        # An answer is worth waiting for; that there is none can be settled behind the client's back.
+        settled = await self._settling(how, last, self._patience_s if how.completes else self._shop.store_timeout_s)
         if settled.word == "torn":
             how = Settlement.STORE_BARE
-            settled = await self._settle_as(how, self._shop.patience_s)
+            settled = await self._settling(how, b"", self._patience_s)
         self._tell(how, reached, settled)
         return settled
 
-    def _patience_s(self, how: Settlement) -> float:
-        """An answer is worth waiting for; that nothing was stored can be settled behind the client's back."""
-        stores = how in (Settlement.STORE, Settlement.STORE_BARE)
-        return self._shop.patience_s if stores else self._shop.store_timeout_s
-
-    async def _settle_as(self, how: Settlement, patience_s: float) -> Settled:
-        store, claim = self._shop.store, self._held.claim
+    def _settling(self, how: Settlement, last: bytes, patience_s: float) -> Settling:
+        store, claim, answer = self._shop.store, self._held.claim, self._answer
         if how is Settlement.RELEASE:
-            return await store.release(claim, patience_s)
-        if how is Settlement.UNKNOWN or self._answer is None:
-            why = str(self._lost) if self._lost else f"status {self._answer.status}" if self._answer else "failed"
-            return await store.mark_unknown(claim, why, patience_s)
-        last = b""
-        if how is Settlement.STORE:
-            last = await self._recording.finish() if self._recording else self._whole
-            if self._recording is not None and not self._recording.kept:
-                return Settled("torn")
-        return await store.store(claim, self._stored(self._answer, how is Settlement.STORE), last, patience_s)
+            return store.release(claim, patience_s)
+        if how is Settlement.UNKNOWN or answer is None:
+            why = str(self._lost) if self._lost else f"status {answer.status}" if answer else "failed"
+            return store.mark_unknown(claim, why, patience_s)
+        kept = how is Settlement.STORE
+        return store.store(claim, self._stored(answer, kept), last if kept else b"", patience_s)
 
     def _stored(self, head: AnswerHead, kept: bool) -> StoredAnswer:
         recording = self._recording
@@ -246,7 +247,7 @@ class Exchange:
     def _tell(self, how: Settlement, reached: Ending, settled: Settled) -> None:
         """Report what is noteworthy, and wake those who wait for this key."""
         word = settled.word
-        self._shop.settled(word if word in ("fenced", "unconfirmed") else how.value)
+        self._shop.settled(word if word in ("fenced", "unconfirmed") else how.word)
         if settled.lost:
             self._shop.settled("lost")
             self._shop.leases.report("lost", self._held)
@@ -271,11 +272,10 @@ class Exchange:
         if reached is None:
             reached = Ending.NO_RESPONSE if self._sent else Ending.NOT_SENT
         how = reached.settlement
-        stores = how in (Settlement.STORE, Settlement.STORE_BARE)
-        if settled is None or (settled.word == "unconfirmed" and not stores):
+        if settled is None or (settled.word == "unconfirmed" and not how.completes):
             # An answer whose settle was interrupted is not delivered either: unknown says no more than is known.
-            how = Settlement.UNKNOWN if stores else how
-            self._shop.background(self._settle_as(how, self._shop.patience_s))
+            how = Settlement.UNKNOWN if how.completes else how
+            self._shop.background(self._settling(how, b"", self._patience_s))
         self._shop.leases.drop(self._held)
 
     # What the client gets ...

@@ -108,8 +108,8 @@ class ClientConnection(RequestHandler):
     async def start(self) -> None:
         """Answer one request after the other until the connection ends.
 
-        In place of aiohttp's own loop, which makes a task and four objects more for each request (a fifth
-        of an execution's cost, measured) that nothing here uses.
+        In place of aiohttp's own loop, which makes a task and four objects more for each request that
+        nothing here uses.
         """
         try:
             while not (self._force_close or self._close):

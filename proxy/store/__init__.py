@@ -26,7 +26,7 @@ from proxy.store.server import (
     preparer,
 )
 
-__all__ = ["Claim", "Corrupt", "Record", "Settled", "Store", "StoredAnswer", "Unconfirmed", "Unfit"]
+__all__ = ["Claim", "Corrupt", "Record", "Settled", "Settling", "Store", "StoredAnswer", "Unconfirmed", "Unfit"]
 
 INLINE_BYTES = 65536  # a stored body up to this comes with the reply to `claim`
 READ_BYTES = 262144  # of a larger one at a time

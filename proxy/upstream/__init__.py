@@ -50,16 +50,23 @@ class Pool:
 
         Raises NotSent when none could be had within the connect timeout, waiting in the queue included.
         """
+        if (ready := self.ready(reuse_idle_s)) is not None:
+            return ready
+        try:
+            async with asyncio.timeout(self._connect_timeout_s) as limit:
+                self._connecting.add(limit)
+                return self._take(await self._reuse_or_connect(reuse_idle_s))
+        except TimeoutError:
+            raise NotSent("no connection to the upstream in time") from None
+        finally:
+            self._connecting.discard(limit)
+
+    def ready(self, reuse_idle_s: float) -> Connection | None:
+        """Return a connection that can be had at once, None where one has to be waited for."""
         connection = None if self._queue else self._reuse(reuse_idle_s)
-        if connection is None:
-            try:
-                async with asyncio.timeout(self._connect_timeout_s) as limit:
-                    self._connecting.add(limit)
-                    connection = await self._reuse_or_connect(reuse_idle_s)
-            except TimeoutError:
-                raise NotSent("no connection to the upstream in time") from None
-            finally:
-                self._connecting.discard(limit)
+        return None if connection is None else self._take(connection)
+
+    def _take(self, connection: Connection) -> Connection:
         connection.idle_since = None
         self._active.add(connection)
         return connection

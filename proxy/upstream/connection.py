@@ -138,7 +138,7 @@ class Connection(asyncio.Protocol):
     async def head(self, silence_s: float) -> AnswerHead:
         """Return the head of the final answer. Raises Lost."""
         while self.answer is None:
-            await self._wait(silence_s)
+            await self._arrival(silence_s)
         return self.answer
 
     async def whole(self, most_bytes: int, window_s: float) -> bool:
@@ -149,7 +149,7 @@ class Connection(asyncio.Protocol):
         closing = self._loop.call_later(window_s, self._close_window)
         try:
             while not (self.complete or self._window_over or self.buffered > most_bytes):
-                await self._wait(float("inf"))  # the window ends it
+                await self._arrival(float("inf"))  # the window ends it
         finally:
             closing.cancel()
         return self.complete and self.buffered <= most_bytes
@@ -163,7 +163,7 @@ class Connection(asyncio.Protocol):
         while not self._chunks:
             if self.complete:
                 return b""
-            await self._wait(silence_s)
+            await self._arrival(silence_s)
         return self.take()
 
     def take(self) -> bytes:
@@ -177,17 +177,14 @@ class Connection(asyncio.Protocol):
             self.transport.resume_reading()
         return data
 
-    async def _wait(self, silence_s: float) -> None:
+    def _arrival(self, silence_s: float) -> "asyncio.Future[None]":
+        """Return what is done when something comes, or raises Lost when nothing will."""
         if self._failure is not None:
             raise self._failure
         self.deadline = self._loop.time() + silence_s
         self._pool.watch(self)
         self._waiter = self._loop.create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
-            self.deadline = float("inf")
+        return self._waiter
 
     def _wake(self) -> None:
         self.deadline = float("inf")  # the sweep may come before the one who waits runs
@@ -198,6 +195,7 @@ class Connection(asyncio.Protocol):
         """End the exchange as lost, unless its answer is whole already."""
         if not self.complete and self._failure is None:
             self._failure = failure
+        self.deadline = float("inf")
         if self._waiter is not None and not self._waiter.done() and self._failure is not None:
             self._waiter.set_exception(self._failure)
         self.close()
