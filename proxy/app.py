@@ -131,6 +131,7 @@ class Service:
             store_timeout_s=settings.store_timeout_ms / 1000,
             patience_s=settings.settle_timeout_s,
             client_stall_s=settings.client_stall_s,
+            longest_s=settings.upstream_timeout_s + settings.client_stall_s + 2 * settings.settle_timeout_s + 10,
         )
         spool_dir = str(settings.spool_dir or tempfile.gettempdir())
         return Gateway(

@@ -6,7 +6,7 @@ The bytes that are digested are the bytes that are sent: one buffer, or one spoo
 import asyncio
 import os
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO
 
@@ -48,13 +48,14 @@ class Body:
     def spooled(self) -> bool:
         return self._file is not None
 
-    def blocks(self) -> Iterator[bytes]:
-        """Yield the body from its start. A spool is read from the page cache it was just written to."""
-        if self._file is None:
-            yield self.data
-            return
+    def blocks(self) -> Iterable[bytes]:
+        """Return the body from its start, in blocks."""
+        return (self.data,) if self._file is None else self._spooled(self._file.fileno())
+
+    def _spooled(self, descriptor: int) -> Iterator[bytes]:
+        """Yield what was spooled; it is still in the page cache."""
         offset = 0
-        while block := os.pread(self._file.fileno(), BLOCK_BYTES, offset):
+        while block := os.pread(descriptor, BLOCK_BYTES, offset):
             offset += len(block)
             yield block
 

@@ -25,12 +25,9 @@ from proxy.waiters import Waiters, Woken
 
 SMALL_BYTES = 65536  # an answer up to this whose end comes within
 SMALL_S = 0.05  # of its head is stored first and sent in one write
-STATUS = {
-    Disposition.STORE: b"Oncegate-Status: executed\r\n",
-    Disposition.RELEASE: b"Oncegate-Status: released\r\n",
-    Disposition.AMBIGUOUS: b"Oncegate-Status: unknown\r\n",
-}
-WORD = {Disposition.STORE: "executed", Disposition.RELEASE: "released", Disposition.AMBIGUOUS: "unknown"}
+# What a passed-on answer says became of its key: the outcome's word.
+WORD = {"store": "executed", "release": "released", "ambiguous": "unknown"}
+STATUS = {word: f"Oncegate-Status: {word}\r\n".encode() for word in WORD.values()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +47,7 @@ class Workshop:
     store_timeout_s: float
     patience_s: float
     client_stall_s: float
+    longest_s: float  # no await of an exchange takes longer
 
 
 class Exchange:
@@ -66,6 +64,7 @@ class Exchange:
         self._answer: AnswerHead | None = None
         self._blocks = AnswerBlocks(b"", b"")
         self._disposition = Disposition.STORE
+        self._word = "executed"
         self._whole = b""  # the body of a small answer
         self._recording: Recording | None = None
         self._patience_s = shop.patience_s
@@ -152,6 +151,7 @@ class Exchange:
         """Take the answer in whole if it is small and quick, else hand it on as it comes."""
         self._answer = head
         self._disposition = self._policy.statuses.disposition(head.status, b"retry-after" in head.fields)
+        self._word = WORD[self._disposition.value]
         self._blocks = answer_blocks(head)
         small = not head.streamed_by_nature and (head.length or 0) <= SMALL_BYTES
         if head.bodiless or (small and await connection.whole(SMALL_BYTES, SMALL_S)):
@@ -163,7 +163,7 @@ class Exchange:
     async def _stream(self, connection: Connection, head: AnswerHead) -> Ending:
         recording = self._recording = self._record(head)
         client, silence_s = self._client, self._shop.silence_s
-        block = self._blocks.passed_on + STATUS[self._disposition]
+        block = self._blocks.passed_on + STATUS[self._word]
         client.begin(head.status, head.reason, block, length=head.length, stated=True, eof=head.eof_framed)
         while data := await connection.chunk(silence_s):
             client.write(data)
@@ -192,10 +192,8 @@ class Exchange:
         )
 
     def _touch(self) -> None:
-        """Say that the code is alive: no await takes longer than these limits together."""
-        shop = self._shop
-        longest_s = shop.silence_s + shop.client_stall_s + 2 * shop.patience_s + 10
-        self._held.until_s = shop.pool.loop.time() + longest_s
+        """Say that the code is alive."""
+        self._held.until_s = self._shop.pool.loop.time() + self._shop.longest_s
 
     # Settling ...
 
@@ -276,7 +274,8 @@ class Exchange:
             # An answer whose settle was interrupted is not delivered either: unknown says no more than is known.
             how = Settlement.UNKNOWN if how.completes else how
             self._shop.background(self._settling(how, b"", self._patience_s))
-        self._shop.leases.drop(self._held)
+        if not self._held.settled:
+            self._shop.leases.drop(self._held)
 
     # What the client gets ...
 
@@ -293,7 +292,7 @@ class Exchange:
                 detail = "the answer is not stored yet; a retry with the same key shows what became of it"
                 return self._give_up("answer_not_stored", problem("answer-not-stored", detail))
         self._deliver()
-        return WORD[self._disposition]
+        return self._word
 
     def _failure(self) -> tuple[str, Problem]:
         if self._client.started:
@@ -319,7 +318,7 @@ class Exchange:
         if client.started or head is None:
             client.end()
             return
-        block = self._blocks.passed_on + STATUS[self._disposition]
+        block = self._blocks.passed_on + STATUS[self._word]
         client.send(
             head.status,
             head.reason,

@@ -12,7 +12,7 @@ from proxy.client import Client, Request
 from proxy.decision import Decision, decide, retry_after_s, state_now
 from proxy.exchange import Exchange, Workshop
 from proxy.headers import Gate, Hop, Refused, RequestHead, preferred_wait_s, request_head, tokens
-from proxy.keys import BadKey, Digests, Scope, UnstableScope, parse_key, short
+from proxy.keys import BadKey, Digests, Scope, UnstableScope, parse_key
 from proxy.leases import suspended_clock_s
 from proxy.metrics import Outcome
 from proxy.policy import Policy
@@ -35,6 +35,13 @@ class Guarded(NamedTuple):
     fingerprint: bytes
     wait_s: float  # how long it may wait for its original
     extra: bytes  # fields that its answer gets as a duplicate
+
+    def outcome(
+        self, word: str, status: int, upstream_s: float = 0.0, detail: str = "", saved_s: float = 0.0, sent: int = 0
+    ) -> Outcome:
+        """Return what became of this request; `saved_s` and `sent` (bytes) are a replay's."""
+        common, method = self.scope.common, self.head.method
+        return Outcome(word, status, method, self.key, 0.0, upstream_s, saved_s, sent, common, False, detail)
 
 
 class Gateway:
@@ -143,8 +150,7 @@ class Gateway:
                 return _no_body(client, head.method, read)
             body = read
             guarded = self._name(head, scope, self._digests.key(scope, key), body)
-            outcome = await self._once(request, guarded, body, client)
-            return outcome._replace(key=short(guarded.key), common_tenant=scope.common)
+            return await self._once(request, guarded, body, client)
         finally:
             self.in_flight -= 1
             if body is not None:
@@ -186,7 +192,7 @@ class Gateway:
                 return await self._tell(guarded, found, client)
             woken = await self._wait(guarded, until, client)
             if woken is Woken.GONE:
-                return Outcome("client_gone", 0, guarded.head.method)
+                return guarded.outcome("client_gone", 0)
             if woken in (Woken.BUSY, Woken.FULL):
                 return await self._tell(guarded, found, client)
 
@@ -201,7 +207,7 @@ class Gateway:
         if word == "fenced" and not client.started:
             found = await self._shop.store.look(guarded.key, guarded.scope, self._policy.lease_ms)
             await self._tell(guarded, found, client)
-        return Outcome(word, exchange.status, head.method, upstream_s=exchange.upstream_s, detail=exchange.detail)
+        return guarded.outcome(word, exchange.status, exchange.upstream_s, exchange.detail)
 
     async def _wait(self, guarded: Guarded, until: float, client: Client) -> Woken:
         """Wait for the original, not counted as in flight meanwhile."""
@@ -215,21 +221,18 @@ class Gateway:
 
     async def _tell(self, guarded: Guarded, found: Record | Corrupt | Unconfirmed | None, client: Client) -> Outcome:
         """Answer a request whose key is taken, by what stands in the store for it."""
-        method = guarded.head.method
         decision = _decide(found, guarded)
         if decision is Decision.REPLAY and isinstance(found, Record) and found.answer is not None:
             word = await replay(client, self._shop.store, guarded.key, found, guarded.extra)
             if word == "replayed":
-                saved_s = found.answer.took_ms / 1000
-                size = found.answer.size
-                return Outcome(word, found.answer.status, method, saved_s=saved_s, replayed_bytes=size)
+                answer = found.answer
+                return guarded.outcome(word, answer.status, saved_s=answer.took_ms / 1000, sent=answer.size)
             if client.started:
-                return Outcome(word, found.answer.status, method)
+                return guarded.outcome(word, found.answer.status)
             decision = word
-        word, answer = _explain(decision, found, self._policy.lease_ms)
-        status = UNKNOWN if word == "unknown" else REFUSED
-        client.answer(answer, status + guarded.extra)
-        return Outcome(word, answer.status, method)
+        word, told = _explain(decision, found, self._policy.lease_ms)
+        client.answer(told, (UNKNOWN if word == "unknown" else REFUSED) + guarded.extra)
+        return guarded.outcome(word, told.status)
 
 
 def _length(head: RequestHead) -> int | None:

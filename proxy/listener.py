@@ -91,6 +91,11 @@ class ClientConnection(RequestHandler):
         else:
             self._keepalive = False
 
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """Go on reading, if it paused: aiohttp asks for it after every read, and feeds its parser nothing each time."""
+        if self._reading_paused:
+            super().resume_reading(resume_parser)
+
     def resume_writing(self) -> None:
         super().resume_writing()
         self._settle(self.room)

@@ -7,6 +7,7 @@ from typing import Any
 
 import structlog
 
+from proxy.keys import short
 from proxy.metrics import Outcome
 
 PLAIN = frozenset(("executed", "passthrough"))  # what `notable` leaves out
@@ -52,7 +53,7 @@ class AccessLog:
             outcome=outcome.word,
             method=outcome.method,
             status=outcome.status,
-            key=outcome.key,
+            key=short(outcome.key) if outcome.key else "",
             ms=round(outcome.seconds * 1000, 2),
             upstream_ms=round(outcome.upstream_s * 1000, 2),
             client_left=outcome.client_left,

@@ -30,7 +30,7 @@ BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.
 
 
 class Outcome(NamedTuple):
-    """What became of one request. `word` is one of OUTCOMES; `key` is a short digest, empty without one.
+    """What became of one request. `word` is one of OUTCOMES; `key` is the key's digest, empty without one.
 
     `upstream_s` is the part of `seconds` spent on the upstream; `saved_s` and `replayed_bytes` are what
     a replay spared and sent.
@@ -39,7 +39,7 @@ class Outcome(NamedTuple):
     word: str
     status: int
     method: str
-    key: str = ""
+    key: bytes = b""
     seconds: float = 0.0
     upstream_s: float = 0.0
     saved_s: float = 0.0
@@ -68,22 +68,29 @@ class Counts:
 
 
 class Spread:
-    """A histogram of seconds for each of a closed set of label values."""
+    """A histogram of seconds for one label value."""
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(BUCKETS_S) + 1)
+        self.sum = 0.0
+
+    def add(self, seconds: float) -> None:
+        self.counts[bisect_left(BUCKETS_S, seconds)] += 1
+        self.sum += seconds
+
+
+class Spreads:
+    """A histogram of seconds for each of a closed set of label values; with no label, for the empty one."""
 
     def __init__(self, name: str, help_: str, label: str = "", values: Iterable[str] = ("",)) -> None:
         self._name, self._help, self._label = name, help_, label
-        self._counts = {value: [0] * (len(BUCKETS_S) + 1) for value in values}
-        self._sums = dict.fromkeys(self._counts, 0.0)
-
-    def add(self, seconds: float, value: str = "") -> None:
-        self._counts[value][bisect_left(BUCKETS_S, seconds)] += 1
-        self._sums[value] += seconds
+        self.by_value = {value: Spread() for value in values}
 
     def family(self) -> Metric:
         labels = [self._label] if self._label else []
         family = HistogramMetricFamily(f"oncegate_{self._name}", self._help, labels=labels)
-        for value, counts in self._counts.items():
-            family.add_metric([value] if self._label else [], list(_cumulated(counts)), self._sums[value])
+        for value, spread in self.by_value.items():
+            family.add_metric([value] if self._label else [], list(_cumulated(spread.counts)), spread.sum)
         return family
 
 
@@ -108,17 +115,21 @@ class Metrics(Collector):
         self._repeated = Counts("settle_repeated", "Calls to settle or append that were repeated.")
         self._unscoped = Counts("unscoped", "Guarded requests without any credential.")
         self._eof_framed = Counts("eof_framed", "Answers ended by closing alone, stored as whole.")
-        self._store_s = Spread("store_seconds", "Time of one call to the store.", "verb", VERBS)
-        self._request_s = Spread("request_seconds", "Time from a request's head to the end of its answer.")
-        self._overhead_s = Spread("overhead_seconds", "Time in the proxy, upstream time taken out.")
-        self._upstream_s = Spread("upstream_seconds", "Time spent on the upstream.")
+        self._store_s = Spreads("store_seconds", "Time of one call to the store.", "verb", VERBS)
+        self._request_s = Spreads("request_seconds", "Time from a request's head to the end of its answer.")
+        self._overhead_s = Spreads("overhead_seconds", "Time in the proxy, upstream time taken out.")
+        self._upstream_s = Spreads("upstream_seconds", "Time spent on the upstream.")
+        self._by_verb = {verb: spread.add for verb, spread in self._store_s.by_value.items()}
+        self._request, self._overhead, self._upstream = (
+            spreads.by_value[""].add for spreads in (self._request_s, self._overhead_s, self._upstream_s)
+        )
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
         """Yield the families, for prometheus_client."""
         for one in vars(self).values():
-            if isinstance(one, Counts | Spread):
+            if isinstance(one, Counts | Spreads):
                 yield one.family()
         for name, ask in self._gauges.items():
             yield GaugeMetricFamily(f"oncegate_{name}", GAUGES[name], value=float(ask()))
@@ -130,13 +141,14 @@ class Metrics(Collector):
 
     def observe(self, outcome: Outcome) -> None:
         """Count one request."""
-        self._requests.add(outcome.word)
-        self._request_s.add(outcome.seconds)
-        self._overhead_s.add(max(0.0, outcome.seconds - outcome.upstream_s))
-        if outcome.upstream_s:
-            self._upstream_s.add(outcome.upstream_s)
-        if outcome.word in SUPPRESSED and outcome.key:
-            self._suppressed.add(outcome.word)
+        word, seconds, upstream_s = outcome.word, outcome.seconds, outcome.upstream_s
+        self._requests.by_value[word] += 1
+        self._request(seconds)
+        self._overhead(max(0.0, seconds - upstream_s))
+        if upstream_s:
+            self._upstream(upstream_s)
+        if outcome.key and word in SUPPRESSED:
+            self._suppressed.add(word)
             self._saved_s.add(amount=outcome.saved_s)
             self._replayed_bytes.add(amount=outcome.replayed_bytes)
         if outcome.common_tenant:
@@ -144,7 +156,7 @@ class Metrics(Collector):
 
     def store_call(self, verb: str, seconds: float) -> None:
         """Count one call to the store."""
-        self._store_s.add(seconds, verb)
+        self._by_verb[verb](seconds)
 
     def store_repeat(self) -> None:
         self._repeated.add()

@@ -25,6 +25,10 @@ class Statuses:
         for entries, disposition in ((release, Disposition.RELEASE), (ambiguous, Disposition.AMBIGUOUS)):
             for entry in entries:
                 self._add(entry.lower(), disposition)
+        # By whether there is a Retry-After, then by status; every answer asks.
+        self._by_status = tuple(
+            {status: self._look_up(status, retry_after) for status in range(200, 600)} for retry_after in (False, True)
+        )
 
     def _add(self, entry: str, disposition: Disposition) -> None:
         code = entry.removesuffix("+retry-after")
@@ -36,7 +40,10 @@ class Statuses:
             raise ValueError(f"{entry!r} stands in both lists")
 
     def disposition(self, status: int, retry_after: bool) -> Disposition:
-        """Return what `status` means; `retry_after`: the answer carries a Retry-After."""
+        """Return what `status` means, 200 to 599; `retry_after`: the answer carries a Retry-After."""
+        return self._by_status[retry_after][status]
+
+    def _look_up(self, status: int, retry_after: bool) -> Disposition:
         table = self._table
         conditional = table.get(f"{status}+retry-after") if retry_after else None
         return conditional or table.get(str(status)) or table.get(f"{status // 100}xx") or Disposition.STORE

@@ -3,7 +3,8 @@
 import asyncio
 import ssl
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import hiredis
@@ -188,3 +189,14 @@ class Relay:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+@asynccontextmanager
+async def relaying(socket_path: str, tls: ssl.SSLContext | None = None) -> AsyncIterator[Relay]:
+    """A relay in front of the server at `socket_path`."""
+    relay = Relay(socket_path)
+    await relay.start(tls)
+    try:
+        yield relay
+    finally:
+        await relay.close()

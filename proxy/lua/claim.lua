@@ -13,6 +13,7 @@ local late = now > tonumber(ARGV[8])
 local found = redis.call('HMGET', KEYS[1], 'meta', 'state', 'token', 'fence', 'mode', 'fingerprint', 'self',
   'lease', 'created')
 local meta, state, fence, created = found[1], found[2], found[4], now
+local ours = found[3] == token and state == 'in_flight'
 
 if meta then
   -- The layout of meta's first bytes is fixed for this: version, token, fence, created (see store/record.py).
@@ -24,12 +25,13 @@ if meta then
     return {tag, 'complete', now, meta, body}
   end
   fence = meta:sub(18, 33)
-elseif found[3] == token and state == 'in_flight' then
+elseif ours then
   created = tonumber(found[9])
 elseif state or redis.call('EXISTS', KEYS[1]) == 1 then
   -- A deadline further off than a whole lease means that the clock stepped back.
   local left = math.min((tonumber(found[8]) or 0) - now, lease_ms)
-  local open = found[5] == 'retry' and found[6] == fingerprint and (state == 'unknown' or left <= 0)
+  local over = state == 'unknown' or (state == 'in_flight' and left <= 0)
+  local open = over and found[5] == 'retry' and found[6] == fingerprint
   if not open or late then
     return {tag, state, now, found[3], fence, found[5], found[6], found[7], left, found[9]}
   end
@@ -38,7 +40,7 @@ end
 if late then
   return {tag, 'late', now}
 end
-if found[3] == token then
+if ours then
   redis.call('HSET', KEYS[1], 'lease', now + lease_ms)
 else
   -- Past every fence given before, also across releases, which leave nothing behind.

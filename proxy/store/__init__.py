@@ -128,7 +128,7 @@ class Store:
                 reply = await self._link.command("INFO", "memory", deadline=loop.time() + self._timeout_s)
                 if isinstance(reply, bytes):
                     self._info = parse_info(reply)
-                    await asyncio.sleep(HEALTH_S)
+                await asyncio.sleep(HEALTH_S)
 
     def now_ms(self) -> int:
         """Return the server's time."""
@@ -245,10 +245,13 @@ class Store:
         words = (how, claim.retention_ms, *args)
         deadline = self._loop.time() + min(self._timeout_s, patience_s)
         reply = await self._run("settle", claim.key, deadline, (claim.token, *words), self._link)
-        if not isinstance(reply, list):
+        again = isinstance(reply, Unconfirmed) and reply.maybe_executed
+        if not is_final(reply):
             self._repeated()
             reply = await self._repeat("settle", claim, patience_s, *words)
         match reply:
+            case [b"released", _] if again:
+                return Settled("released")  # absent may be our own first try's doing
             case [word, before]:
                 return Settled(word.decode(), lost=before == b"absent")
             case [b"torn"]:
@@ -274,7 +277,7 @@ class Store:
         while True:
             deadline = min(loop.time() + self._timeout_s, max(give_up, loop.time() + 0.05))
             reply = await self._call(verb, claim.key, deadline, (claim.token, *args))
-            if isinstance(reply, list) or (isinstance(reply, ErrorReply) and str(reply).startswith("OOM")):
+            if is_final(reply):
                 return reply
             if loop.time() + pause_s >= min(give_up, self.patience_ends):
                 return reply
@@ -304,6 +307,11 @@ class Store:
         if not await link.wait_up(rest[1]):
             return Unconfirmed(link.down_because, maybe_executed=False)
         return await link.script(how, name, key, *rest)
+
+
+def is_final(reply: object) -> bool:
+    """Return whether calling again cannot bring another reply."""
+    return isinstance(reply, list) or (isinstance(reply, ErrorReply) and str(reply).startswith("OOM"))
 
 
 def is_noscript(reply: object) -> bool:

@@ -19,6 +19,7 @@ from redis.asyncio.connection import AbstractConnection
 
 SWEEP_S = 0.05  # how late a deadline may be noticed
 RECONNECT_FIRST_S, RECONNECT_MOST_S = 0.02, 1.0
+CANCEL_AGAIN_S = 0.1
 
 Reply = list[Any]
 
@@ -88,9 +89,9 @@ class Link(asyncio.Protocol):
         self._keeper = self._loop.create_task(self._keep())
 
     async def close(self) -> None:
-        if self._keeper:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
+        while self._keeper and not self._keeper.done():
+            self._keeper.cancel()  # again where redis-py, while it connects, took the cancellation for an error
+            await asyncio.wait([self._keeper], timeout=CANCEL_AGAIN_S)
         self._drop("closed")
 
     @property
