@@ -22,7 +22,7 @@ from proxy.store import Claim, Corrupt, Record, Settled, Store, StoredAnswer, Un
 from proxy.store.record import answer_digest, intact, pack, self_check
 from proxy.store.server import load_scripts
 from tests.conftest import Valkey
-from tests.parts import CHUNKED, Tap, ask, request, until
+from tests.parts import OK, Tap, ask, request, until
 from tests.resp import Connection, Relay, RespServer, Words, relaying, resp
 
 LEASE_MS, RETENTION_MS = 60_000, 3_600_000
@@ -1505,7 +1505,7 @@ async def test_a_certificate_that_is_not_right_is_refused(over_tls, authority, m
 
 
 async def test_no_key_and_no_credential_is_in_the_store(gate, upstream, valkey):
-    """Of a running, an unknown and a complete key, only digests are in names and values."""
+    """Of a running and of a complete key, only digests are in names and values."""
     key, credential = "canary-key-41c9", "canary-credential-7d02"
     tap = Tap()
     upstream.script = tap.script
@@ -1520,7 +1520,7 @@ async def test_no_key_and_no_credential_is_in_the_store(gate, upstream, valkey):
     await until(lambda: upstream.received)
     assert valkey.states() == [b"in_flight"]
     data = seen()
-    tap.end(CHUNKED)
+    tap.end(OK)
     await running
     data += seen()
     assert b"canary" not in data
