@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from proxy.listener import ClientConnection
     from proxy.problems import Problem
 
-_RESET = struct.pack("ii", 1, 0)
+# How the kernel closes the socket, also that of a process that died: with a reset, or with its usual FIN.
+_RESET, _FIN = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
 
 
 class Request:
@@ -110,7 +111,8 @@ class Client:
         eof_framed: bool = False,
     ) -> None:
         """Send an answer that is here whole, in one write. `stated_length`: `block` has a Content-Length."""
-        self._close = self._close or eof_framed
+        if eof_framed:
+            self._end_by_closing()
         framing = b"" if stated_length or bodiless or eof_framed else b"Content-Length: %d\r\n" % len(body)
         self._write(b"".join((status_line(status, reason), block, framing, self._connection_field(), b"\r\n", body)))
         self.started = self.finished = True
@@ -131,7 +133,8 @@ class Client:
         """
         self._frame = b"length" if length is not None else b"eof" if eof or self._http10 else b"chunked"
         self._owed = length or 0
-        self._close = self._close or self._frame == b"eof"
+        if self._frame == b"eof":
+            self._end_by_closing()
         framing = b"Transfer-Encoding: chunked\r\n" if self._frame == b"chunked" else b""
         if length is not None and not stated:
             framing = b"Content-Length: %d\r\n" % length
@@ -159,12 +162,33 @@ class Client:
         transport = self._connection.transport
         if transport is None:
             return
-        if self._frame == b"eof" and (raw := transport.get_extra_info("socket")) is not None:
-            # A FIN is the clean end of such an answer; only a reset says that it broke off.
-            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         self._close = True
         transport.abort()
         self._connection.force_close()
+
+    def _end_by_closing(self) -> None:
+        """A FIN is the clean end of such an answer: until it is whole, whatever closes the connection resets it."""
+        self._frame, self._close = b"eof", True
+        self._closes_with(_RESET)
+
+    def _closes_with(self, how: bytes) -> None:
+        transport = self._connection.transport
+        if transport is not None and (raw := transport.get_extra_info("socket")) is not None:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, how)
+
+    @property
+    def ends_by_closing(self) -> bool:
+        """Whether `close_cleanly` is still owed."""
+        return self.finished and self._frame == b"eof"
+
+    async def close_cleanly(self) -> None:
+        """Let the closing be the clean end, once the last byte has left the process."""
+        if (transport := self._connection.transport) is not None:
+            transport.set_write_buffer_limits(0)  # from here on, room is when nothing is left
+            while not await self.taken():
+                pass
+        if not self.cut_off:
+            self._closes_with(_FIN)
 
     def _write(self, data: bytes) -> None:
         transport = self._connection.transport

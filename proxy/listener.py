@@ -123,6 +123,8 @@ class ClientConnection(RequestHandler):
                     self._refuse(message.status)
                     break
                 client = await self._serve(Request(message, content, self))
+                if client.ends_by_closing:
+                    await client.close_cleanly()
                 self._keepalive = client.keep_alive
                 if not content.is_eof():
                     await self._drop_rest(content)

@@ -145,6 +145,54 @@ async def test_a_claim_grown_old_before_sending_is_claimed_again(proxies, upstre
     assert (replay.header("oncegate-status"), replay.body) == (b"replayed", answer.body)
 
 
+UNTIL_CLOSED = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\n"
+
+
+@pytest.mark.parametrize("key", ["key-1", None], ids=["guarded", "passed through"])
+@pytest.mark.parametrize("version", ["HTTP/1.0", "HTTP/1.1"])
+@pytest.mark.parametrize("framing", ["eof", "chunked"])
+async def test_a_killed_proxy_ends_no_answer_cleanly(proxies, upstream, valkey, key, version, framing):
+    """SIGKILL in the middle of an answer, also of one whose end is the closing: the client sees that it broke off."""
+    tap = Tap()
+    upstream.script = tap.script
+    doomed = proxies(upstream, valkey.url)
+    client = await RawClient.open(doomed.port)
+    client.writer.write(request(key=key).replace(b"HTTP/1.1", version.encode()))
+    answering = asyncio.ensure_future(read_answer(client.reader))
+    tap.send(*((UNTIL_CLOSED, b"begun") if framing == "eof" else (CHUNKED, chunk(b"begun"))))
+    await until(lambda: upstream.received)
+    await asyncio.sleep(0.3)  # beyond the window in which a small answer is held back
+    doomed.kill()
+    answer = await asyncio.wait_for(answering, 10)
+    assert answer is not None
+    assert not answer.complete
+    client.close()
+
+
+@pytest.mark.parametrize("version", ["HTTP/1.0", "HTTP/1.1"])
+@pytest.mark.parametrize("size", [10, 60_000, 8_000_000])
+async def test_an_answer_ended_by_closing_arrives_whole_at_a_slow_client(proxies, upstream, valkey, version, size):
+    """Its clean end comes after its last byte, also where the client takes its time."""
+    text = os.urandom(size)
+
+    async def script(_, __, writer: asyncio.StreamWriter, ___: Received) -> None:
+        writer.write(UNTIL_CLOSED + text)
+        await writer.drain()
+        writer.close()
+
+    upstream.script = script
+    proxy = proxies(upstream, valkey.url)
+    reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port, limit=2**16)
+    writer.write(request().replace(b"HTTP/1.1", version.encode()))
+    await asyncio.sleep(1)
+    answer = await asyncio.wait_for(read_answer(reader), 30)
+    writer.close()
+    assert answer is not None
+    assert (answer.complete, answer.body) == (True, text)
+    again = await ask(proxy.port, request())
+    assert (again.header("oncegate-status"), again.body) == (b"replayed", text)
+
+
 def text_of(key: bytes) -> bytes:
     """Return the body that belongs to a key: small for one half of them, streamed for the other."""
     return key * (3 if int(key[1:]) % 2 else 30_000)
