@@ -23,7 +23,7 @@ from proxy.metrics import Metrics, Outcome
 from proxy.policy import Policy
 from proxy.settings import Settings
 from proxy.store import Claim, Store
-from proxy.upstream import Buffered, Pool, client_tls
+from proxy.upstream import REUSE_IDLE_S, Buffered, Pool, client_tls
 from proxy.waiters import Waiters
 
 FINAL_S = 2.0  # for marking as unknown what the drain had to cut off
@@ -112,6 +112,7 @@ class Service:
             connect_timeout_s=settings.connect_timeout_s,
             connect_retries=settings.connect_retries,
             max_connections=settings.max_upstream_connections,
+            keep_idle_s=max(REUSE_IDLE_S, settings.upstream_reuse_idle_s),
             buffered=self._buffered,
         )
 
@@ -156,8 +157,6 @@ class Service:
     def _report(self, what: str, claim: Claim) -> None:
         """Say that a claim vanished or was taken: somebody else may have executed the same key."""
         self.metrics.claim_lost()
-        if what == "fenced":
-            self.metrics.settled("fenced")
         self._log.error(f"claim {what}", key=proxy.keys.short(claim.key), fence=claim.fence.decode())
 
     def _in_background(self, work: Coroutine[Any, Any, Any]) -> None:

@@ -71,6 +71,10 @@ class Client:
         """Whether nobody takes the answer any more."""
         return self._connection.transport is None
 
+    def asks_no_more(self) -> bool:
+        """Whether the client closed its side: it left, or it waits for this answer as its last."""
+        return self._connection.asks_no_more
+
     def leaving(self) -> "asyncio.Future[None]":
         """Return a future that is done once the client has left."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()

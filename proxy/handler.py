@@ -213,7 +213,8 @@ class Gateway:
         """Wait for the original, not counted as in flight meanwhile."""
         self.in_flight -= 1
         try:
-            return await self._shop.waiters.wait(guarded.key, guarded.scope, until, client.leaving())
+            asks_no_more = client.asks_no_more
+            return await self._shop.waiters.wait(guarded.key, guarded.scope, until, client.leaving(), asks_no_more)
         finally:
             self.in_flight += 1
 

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from itertools import chain
 
 from proxy.decision import State, state_now
 from proxy.keys import Scope
@@ -26,6 +27,7 @@ class Woken(Enum):
 @dataclass(eq=False, slots=True)
 class _Waiter:
     scope: Scope
+    asks_no_more: Callable[[], bool]
     future: "asyncio.Future[Woken]"
 
 
@@ -42,13 +44,24 @@ class Waiters:
     def __len__(self) -> int:
         return self._count
 
-    async def wait(self, key: bytes, scope: Scope, until: float, leaving: "asyncio.Future[None]") -> Woken:
-        """Wait for a key until the loop's time `until`, or until the client leaves."""
-        if self._count >= self._most or len(self._by_key.get(key, ())) >= A_KEY:
+    async def wait(
+        self,
+        key: bytes,
+        scope: Scope,
+        until: float,
+        leaving: "asyncio.Future[None]",
+        asks_no_more: Callable[[], bool],
+    ) -> Woken:
+        """Wait for a key until the loop's time `until`, or until the client leaves.
+
+        `asks_no_more`: whether it closed its side. It may have left, or wait for its answer like that;
+        it waits while there is room.
+        """
+        if not (self._has_room(key) or self._make_room(key)):
             return Woken.FULL
         line = self._by_key.setdefault(key, [])
         loop = asyncio.get_running_loop()
-        waiter = _Waiter(scope, loop.create_future())
+        waiter = _Waiter(scope, asks_no_more, loop.create_future())
         line.append(waiter)
         self._count += 1
         self._poll_s = POLL_FIRST_S
@@ -65,6 +78,18 @@ class Waiters:
             else:
                 return waiter.future.result()
         return Woken.GONE if leaving.done() else Woken.BUSY
+
+    def _has_room(self, key: bytes) -> bool:
+        return self._count < self._most and len(self._by_key.get(key, ())) < A_KEY
+
+    def _make_room(self, key: bytes) -> bool:
+        """Send one away that asks no more; it gets its answer, and nobody is shut out by clients that left."""
+        lines = self._by_key.values() if self._count >= self._most else [self._by_key[key]]
+        for waiter in chain.from_iterable(lines):
+            if waiter.asks_no_more() and not waiter.future.done():
+                waiter.future.set_result(Woken.BUSY)
+                return True
+        return False
 
     def _leave(self, key: bytes, waiter: _Waiter) -> None:
         self._count -= 1

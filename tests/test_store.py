@@ -865,6 +865,21 @@ async def test_a_claim_without_a_reply_from_a_store_that_stays_away(relay, valke
         assert told(await claim(store)) == "claimed"
 
 
+async def test_a_claim_that_was_given_up_is_withdrawn_however_long_the_store_stays_away(relay, valkey):
+    """An outage longer than the patience: once the store is back, the key is free, for nothing was sent."""
+    behind = Behind()
+    async with connected(relay.url, timeout_ms=200, patience_s=0.2, behind=behind) as store:
+        relay.lose_reply(then_unreachable=True)
+        assert isinstance(await claim(store), Unconfirmed)
+        freeing = asyncio.ensure_future(behind.run())
+        await asyncio.sleep(1.5)
+        assert not freeing.done()
+        assert valkey.states() == [b"in_flight"]
+        relay.unreachable = False
+        await freeing
+        assert valkey.states() == []
+
+
 # The clocks ...
 
 

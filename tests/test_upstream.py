@@ -431,6 +431,19 @@ async def test_a_connection_is_used_again_only_within_the_idle_guard():
         assert raw.accepted == 3
 
 
+async def test_connections_that_nobody_uses_again_are_closed():
+    """What was idle for too long to be used again is closed; a later request gets a fresh connection."""
+    async with serving(says(OK)) as raw, pool_to(raw.port, keep_idle_s=0.2) as pool:
+        await asyncio.gather(*[ask(pool) for _ in range(5)])
+        assert raw.accepted == 5
+        async with asyncio.timeout(10):
+            while pool._open:
+                await asyncio.sleep(0.02)
+        assert pool._idle == []
+        await ask(pool)
+        assert raw.accepted == 6
+
+
 @pytest.mark.parametrize("surprise", [b"", b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n", OK])
 async def test_an_idle_connection_on_which_something_happened_is_dropped(surprise):
     """An idle connection that was closed, or on which bytes came, is closed as soon as the loop sees it."""

@@ -22,8 +22,8 @@ from proxy.store.server import (
     memory_ratio,
     opener,
     parse_info,
-    policy_problem,
     preparer,
+    problem,
 )
 
 __all__ = ["Claim", "Corrupt", "Record", "Settled", "Settling", "Store", "StoredAnswer", "Unconfirmed", "Unfit"]
@@ -109,7 +109,7 @@ class Store:
         """Return why the store cannot be relied on now, None where it can."""
         if not self._link.up:
             return f"the store is not reachable: {self._link.down_because}"
-        return policy_problem(self._info)
+        return problem(self._info)
 
     @property
     def memory_ratio(self) -> float:
@@ -121,11 +121,12 @@ class Store:
         return self.memory_ratio > FULL_RATIO
 
     async def watch(self) -> None:
-        """Keep looking at the server's memory and eviction policy, until cancelled."""
+        """Keep looking at the server's memory, eviction policy and role, until cancelled."""
         loop = self._loop
         while True:
             if await self._link.wait_up(loop.time() + HEALTH_S):
-                reply = await self._link.command("INFO", "memory", deadline=loop.time() + self._timeout_s)
+                deadline = loop.time() + self._timeout_s
+                reply = await self._link.command("INFO", "memory", "replication", deadline=deadline)
                 if isinstance(reply, bytes):
                     self._info = parse_info(reply)
                 await asyncio.sleep(HEALTH_S)
@@ -209,7 +210,10 @@ class Store:
     async def _withdraw(self, claim: Claim) -> None:
         """Free a key whose claim was given up but may have been executed: after that it cannot be any more."""
         await asyncio.sleep(self._timeout_s)
-        await self.release(claim, self._patience_s)
+        until = self._loop.time() + claim.retention_ms / 1000
+        while (await self.release(claim, self._patience_s)).word == "unconfirmed":
+            if self._loop.time() >= min(until, self.patience_ends):
+                return
 
     async def append(self, claim: Claim, index: int, chunk: bytes, patience_s: float) -> str:
         """Keep chunk `index`: appended, torn, absent, complete, fenced, full (no memory) or unconfirmed."""

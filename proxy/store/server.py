@@ -61,8 +61,10 @@ def check_version(info: dict[str, str]) -> None:
         raise Unfit(f"the store is Redis {version}; 7.0 is the oldest that works")
 
 
-def policy_problem(info: dict[str, str]) -> str | None:
-    """Return why the server may forget keys by itself, None where it does not."""
+def problem(info: dict[str, str]) -> str | None:
+    """Return why the server takes no claims or may forget them by itself, None where it is fit."""
+    if info.get("role", "master") != "master":
+        return "the store is a replica, which takes no writes"
     policy = info.get("maxmemory_policy", "noeviction")
     return None if policy == "noeviction" else f"the store's maxmemory-policy is {policy}, not noeviction"
 

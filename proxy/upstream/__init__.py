@@ -30,13 +30,14 @@ class Pool:
         connect_timeout_s: float,
         connect_retries: int,
         max_connections: int,
+        keep_idle_s: float = REUSE_IDLE_S,
         buffered: Buffered,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.buffered = buffered
         self._host, self._port, self._tls = host, port, tls
         self._connect_timeout_s, self._connect_retries = connect_timeout_s, connect_retries
-        self._max_connections = max_connections
+        self._max_connections, self._keep_idle_s = max_connections, keep_idle_s
         self._idle: list[Connection] = []  # the longest idle first
         self._open = 0
         self._queue: deque[asyncio.Future[None]] = deque()
@@ -44,6 +45,7 @@ class Pool:
         self._active: set[Connection] = set()
         self._connecting: set[asyncio.Timeout] = set()
         self._sweeper: asyncio.TimerHandle | None = None
+        self._reaper: asyncio.TimerHandle | None = None
 
     async def acquire(self, reuse_idle_s: float) -> Connection:
         """Return a connection that nothing was sent on yet, reused only if idle for less than `reuse_idle_s`.
@@ -78,6 +80,8 @@ class Pool:
         if connection.reusable:
             connection.rest()
             self._idle.append(connection)
+            if self._reaper is None:
+                self._reaper = self.loop.call_later(self._keep_idle_s, self._reap)
         else:
             connection.drop_body()
             self._discard(connection)
@@ -110,8 +114,16 @@ class Pool:
         for connection in [*self._idle, *self._active]:
             connection.close()
         self._idle.clear()
-        if self._sweeper is not None:
-            self._sweeper.cancel()
+        for timer in (self._sweeper, self._reaper):
+            if timer is not None:
+                timer.cancel()
+
+    def _reap(self) -> None:
+        """Close what has been idle for too long to be used again."""
+        now = self.loop.time()
+        while self._idle and now - (self._idle[0].idle_since or 0) >= self._keep_idle_s:
+            self._discard(self._idle.pop(0))
+        self._reaper = self.loop.call_later(self._keep_idle_s / 4, self._reap) if self._idle else None
 
     def _sweep(self) -> None:
         now = self.loop.time()

@@ -96,6 +96,29 @@ async def test_waiters_over_a_limit_are_told_at_once(proxies, upstream, valkey, 
     assert {answer.body for answer in await asyncio.gather(*originals)} == {b"ok"}
 
 
+@pytest.mark.parametrize(("most", "gone", "key"), [(3, 3, "key-2"), (1024, 64, "key-1")], ids=["worker", "key"])
+async def test_waiters_that_closed_shut_nobody_out(proxies, upstream, valkey, most, gone, key):
+    """A waiter that closed its side gives its place to one that is still there, over either limit."""
+    done = asyncio.Event()
+    upstream.script = holding(done)
+    proxy = proxies(upstream, valkey.url, ON_DUPLICATE="wait", MAX_WAITERS=most)
+    originals = [asyncio.ensure_future(ask(proxy.port, request(key=name))) for name in ("key-1", "key-2")]
+    await until(lambda: len(upstream.received) == 2)
+    for _ in range(gone):
+        client = await RawClient.open(proxy.port)
+        client.writer.write(request())
+        await client.writer.drain()
+        client.close()
+    await until(lambda: waiting(proxy) == gone)
+    here = asyncio.ensure_future(ask(proxy.port, request(key=key)))
+    await asyncio.sleep(0.3)
+    assert not here.done()
+    done.set()
+    assert ((await here).header("oncegate-status"), (await here).body) == (b"replayed", b"ok")
+    await asyncio.gather(*originals)
+    await until(lambda: waiting(proxy) == 0)
+
+
 async def test_a_declined_original_starts_no_storm(proxies, upstream, valkey):
     """When the original gets 429, its waiters get in-flight and none executes; the next try does."""
     done = asyncio.Event()

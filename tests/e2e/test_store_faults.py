@@ -266,6 +266,7 @@ async def test_a_foreign_token_fences_the_owner(proxies, upstream, own_valkey, s
     assert proxy.metric("claims_lost_total") == 1
     assert len(proxy.events("claim fenced")) == 1
     assert proxy.metric('requests_total{outcome="fenced"}') == 1
+    assert proxy.metric('settled_total{how="fenced"}') == 1
     assert (await ask(proxy.port, request())).slug == "record-corrupt"
     assert len(upstream.received) == 1
 
@@ -308,6 +309,16 @@ async def test_a_change_of_the_eviction_policy_is_noticed(proxies, upstream, own
             client.config_set("maxmemory-policy", policy)
             await until(lambda status=status: proxy.admin("/readyz")[0] == status, 5)
             assert (policy in proxy.admin("/readyz")[1]) == (status == 503)
+
+
+async def test_a_store_that_became_a_replica_is_noticed(proxies, upstream, own_valkey):
+    """A store that takes no writes any more makes it not ready, and a promotion ready again."""
+    proxy = proxies(upstream, own_valkey.url)
+    with own_valkey.client() as client:
+        for primary, status in ((("127.0.0.1", 1), 503), (("no", "one"), 200)):
+            client.replicaof(*primary)
+            await until(lambda status=status: proxy.admin("/readyz")[0] == status, 5)
+            assert ("replica" in proxy.admin("/readyz")[1]) == (status == 503)
 
 
 async def test_a_full_store_refuses_the_new_and_completes_the_running(proxies, upstream, own_valkey):
