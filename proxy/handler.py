@@ -1,6 +1,5 @@
 """The request path starts here and reads top to bottom: let in, name, read, claim, decide, answer."""
 
-import asyncio
 import time
 from collections.abc import Callable
 from ipaddress import ip_address
@@ -173,7 +172,7 @@ class Gateway:
 
     async def _once(self, request: Request, guarded: Guarded, body: Body, client: Client) -> Outcome:
         """Execute, or answer from what stands in the store; wait in between where that is wanted."""
-        until = asyncio.get_running_loop().time() + guarded.wait_s
+        until = self._shop.pool.loop.time() + guarded.wait_s
         policy = self._policy
         while True:
             asked_s = suspended_clock_s()

@@ -8,12 +8,14 @@ from contextlib import asynccontextmanager
 import pytest
 from redis.asyncio.connection import AbstractConnection
 
-from proxy.store.link import ErrorReply, Link, Unconfirmed
+from proxy.store.link import ErrorReply, Link, Script, Unconfirmed
+from proxy.store.link import resp as resp_words
 from proxy.store.server import load_scripts, opener, preparer
 from tests.parts import until
 from tests.resp import Connection, RespServer, Words, echo, resp
 
 PATIENT_S = 20.0
+SCRIPT = Script("echo", b"return ARGV")
 
 
 async def nothing(_: AbstractConnection) -> None:
@@ -47,7 +49,7 @@ def in_s(seconds: float) -> float:
 
 def say(link: Link, *args: object, seconds: float = PATIENT_S) -> "asyncio.Future[object]":
     """Issue a script with these arguments, which `echo` gives back."""
-    return link.script(b"EVALSHA", b"sha", b"key", args, in_s(seconds))
+    return link.script(SCRIPT, b"key", resp_words(*args), len(args), in_s(seconds))
 
 
 async def is_well(link: Link, server: RespServer, connections: int) -> None:

@@ -13,7 +13,7 @@ from itertools import count
 from typing import Any, NamedTuple
 
 from proxy.keys import Scope, store_key
-from proxy.store.link import ErrorReply, Link, Unconfirmed
+from proxy.store.link import ErrorReply, Link, Script, Unconfirmed, resp
 from proxy.store.record import TOKEN_BYTES, Claim, Corrupt, Record, StoredAnswer, pack, running, self_check, unpack
 from proxy.store.server import (
     FULL_RATIO,
@@ -30,6 +30,7 @@ __all__ = ["Claim", "Corrupt", "Record", "Settled", "Settling", "Store", "Stored
 
 INLINE_BYTES = 65536  # a stored body up to this comes with the reply to `claim`
 READ_BYTES = 262144  # of a larger one at a time
+_INLINE_NO_WINDOW = resp(INLINE_BYTES, 0)
 PAUSE_FIRST_S, PAUSE_MOST_S = 0.01, 0.5
 HEALTH_S = 2.0
 
@@ -46,6 +47,7 @@ class Settled(NamedTuple):
 
 
 Settling = Coroutine[Any, Any, Settled]
+Claiming = Coroutine[Any, Any, Claim | Record | Corrupt | Unconfirmed]
 
 
 @dataclass(slots=True)
@@ -87,6 +89,7 @@ class Store:
         self._clock = _Clock()
         open_connection = opener(url, self._timeout_s)
         prepare = preparer(self._scripts, self._clock.heard)
+        self._terms: dict[tuple[bytes, int, int], bytes] = {}
         self._link = Link(open_connection, prepare, self._timeout_s, observe)
         self._reads = Link(open_connection, prepare, self._timeout_s, observe)  # a large reply would stop the others
         self._prefix, self._count = os.urandom(TOKEN_BYTES - 6), count(1)
@@ -137,20 +140,23 @@ class Store:
 
     # Verbs ...
 
-    async def claim(
+    def claim(
         self, key: bytes, scope: Scope, fingerprint: bytes, *, mode: bytes, lease_ms: int, retention_ms: int
-    ) -> Claim | Record | Corrupt | Unconfirmed:
+    ) -> Claiming:
         """Claim a key, or return what stands there. Unconfirmed: a claim never lands after that."""
         token = self._prefix + next(self._count).to_bytes(6, "big")
         described = self_check(key, scope.tenant, token, mode, fingerprint)
         claim = Claim(key, token, b"", mode, fingerprint, described, 0, lease_ms, retention_ms)
-        found = await self.reclaim(claim, scope)
-        if isinstance(found, Unconfirmed) and found.maybe_executed:
-            self._background(self._withdraw(claim))
-        return found
+        return self._claim(claim, scope, self._withdraw)
 
-    async def reclaim(self, claim: Claim, scope: Scope) -> Claim | Record | Corrupt | Unconfirmed:
-        """Claim, again with the same token where need be: Claim means that the key is ours."""
+    def reclaim(self, claim: Claim, scope: Scope) -> Claiming:
+        """Claim again with the same token: Claim means that the key is still ours."""
+        return self._claim(claim, scope, None)
+
+    async def _claim(
+        self, claim: Claim, scope: Scope, withdraw: Callable[[Claim], Coroutine[Any, Any, None]] | None
+    ) -> Claim | Record | Corrupt | Unconfirmed:
+        """Claim, again with the same token where need be, until the budget is over."""
         loop, clock = self._loop, self._clock
         deadline = loop.time() + self._timeout_s
         pause_s = PAUSE_FIRST_S
@@ -159,14 +165,18 @@ class Store:
             not_after_ms = clock.now_ms() + int((deadline - loop.time()) * 1000)
             reply = await self._ask(claim, not_after_ms, deadline)
             if is_noscript(reply):
-                reply = await self._ask(claim, not_after_ms, deadline, b"EVAL")
+                reply = await self._ask(claim, not_after_ms, deadline, whole=True)
             found = self._read_claim(claim, scope, reply)
+            if isinstance(found, Claim):
+                return found
             if isinstance(found, str):  # our idea of the server's time was behind; the reply corrected it
                 found = Unconfirmed("the store was reached too late", maybe_executed=False)
             if not isinstance(found, Unconfirmed):
                 return found
             maybe_executed |= found.maybe_executed
             if loop.time() + pause_s >= deadline or found.detail.startswith("OOM"):
+                if maybe_executed and withdraw is not None:
+                    self._background(withdraw(claim))
                 return Unconfirmed(found.detail, maybe_executed)
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, PAUSE_MOST_S)
@@ -177,21 +187,26 @@ class Store:
         deadline = self._loop.time() + self._timeout_s
         reply = await self._ask(nobody, 0, deadline)
         if is_noscript(reply):
-            reply = await self._ask(nobody, 0, deadline, b"EVAL")
+            reply = await self._ask(nobody, 0, deadline, whole=True)
         found = self._read_claim(nobody, scope, reply)
         return None if isinstance(found, str | Claim) else found
 
-    def _ask(self, claim: Claim, not_after_ms: int, deadline: float, how: bytes = b"EVALSHA") -> Awaitable[Any]:
+    def _ask(self, claim: Claim, not_after_ms: int, deadline: float, whole: bool = False) -> Awaitable[Any]:
         key, token, _, mode, fingerprint, described, _, lease_ms, retention_ms = claim
-        args = (token, fingerprint, described, mode, lease_ms, retention_ms, not_after_ms, INLINE_BYTES, 0)
-        return self._run("claim", key, deadline, args, self._link, how)
+        terms = self._terms.get((mode, lease_ms, retention_ms))
+        if terms is None:  # one for each policy
+            terms = self._terms[mode, lease_ms, retention_ms] = resp(mode, lease_ms, retention_ms)
+        args = resp(token, fingerprint, described) + terms + resp(not_after_ms) + _INLINE_NO_WINDOW
+        return self._run("claim", key, deadline, args, 9, self._link, whole)
 
     def _read_claim(self, claim: Claim, scope: Scope, reply: Any) -> Claim | Record | Corrupt | Unconfirmed | str:
         """Return what a reply to `claim` means; "late" where the claim came too late."""
+        if isinstance(reply, list) and reply[0] == b"claimed":
+            _, now_ms, fence, created = reply
+            self._clock.heard(now_ms)
+            key, token, _, mode, fingerprint, described, _, lease_ms, retention_ms = claim
+            return Claim(key, token, fence, mode, fingerprint, described, int(created), lease_ms, retention_ms)
         match reply:
-            case [b"claimed", int(now_ms), bytes(fence), created]:
-                self._clock.heard(now_ms)
-                return Claim(*claim[:2], fence, *claim[3:6], int(created), *claim[7:])
             case [b"late", int(now_ms)]:
                 self._clock.heard(now_ms)
                 return "late"
@@ -217,7 +232,7 @@ class Store:
 
     async def append(self, claim: Claim, index: int, chunk: bytes, patience_s: float) -> str:
         """Keep chunk `index`: appended, torn, absent, complete, fenced, full (no memory) or unconfirmed."""
-        reply = await self._repeat("append", claim, patience_s, index, chunk, claim.lease_ms)
+        reply = await self._repeat("append", claim, patience_s, claim.token, index, chunk, claim.lease_ms)
         if isinstance(reply, ErrorReply):
             return "full" if str(reply).startswith("OOM") else "unconfirmed"
         return "unconfirmed" if isinstance(reply, Unconfirmed) else reply[0].decode()
@@ -246,9 +261,9 @@ class Store:
         )  # fmt: skip
 
     async def _settle(self, claim: Claim, how: bytes, patience_s: float, *args: Any) -> Settled:
-        words = (how, claim.retention_ms, *args)
+        words = (claim.token, how, claim.retention_ms, *args)
         deadline = self._loop.time() + min(self._timeout_s, patience_s)
-        reply = await self._run("settle", claim.key, deadline, (claim.token, *words), self._link)
+        reply = await self._run("settle", claim.key, deadline, resp(*words), len(words), self._link)
         again = isinstance(reply, Unconfirmed) and reply.maybe_executed
         if not is_final(reply):
             self._repeated()
@@ -273,14 +288,14 @@ class Store:
 
     # Calls ...
 
-    async def _repeat(self, verb: str, claim: Claim, patience_s: float, *args: Any) -> Any:
+    async def _repeat(self, verb: str, claim: Claim, patience_s: float, *words: Any) -> Any:
         """Call until a reply comes or the patience is over. At the memory limit a repeat does not help."""
         loop = self._loop
         give_up = loop.time() + patience_s
         pause_s = PAUSE_FIRST_S
         while True:
             deadline = min(loop.time() + self._timeout_s, max(give_up, loop.time() + 0.05))
-            reply = await self._call(verb, claim.key, deadline, (claim.token, *args))
+            reply = await self._call(verb, claim.key, deadline, words)
             if is_final(reply):
                 return reply
             if loop.time() + pause_s >= min(give_up, self.patience_ends):
@@ -290,27 +305,28 @@ class Store:
             pause_s = min(pause_s * 2, PAUSE_MOST_S)
 
     async def _call(
-        self, verb: str, key: bytes, deadline: float, args: tuple[Any, ...], link: Link | None = None
+        self, verb: str, key: bytes, deadline: float, words: tuple[Any, ...], link: Link | None = None
     ) -> Any:
         """Run a script once; a server that does not know it (a new master, SCRIPT FLUSH) is given its body."""
-        link = link or self._link
-        reply = await self._run(verb, key, deadline, args, link)
-        return await self._run(verb, key, deadline, args, link, b"EVAL") if is_noscript(reply) else reply
+        link, args, count = link or self._link, resp(*words), len(words)
+        reply = await self._run(verb, key, deadline, args, count, link)
+        return await self._run(verb, key, deadline, args, count, link, True) if is_noscript(reply) else reply
 
     def _run(
-        self, verb: str, key: bytes, deadline: float, args: tuple[Any, ...], link: Link, how: bytes = b"EVALSHA"
+        self, verb: str, key: bytes, deadline: float, args: bytes, count: int, link: Link, whole: bool = False
     ) -> Awaitable[Any]:
         """Return what will be the reply; where the connection stands, that is a mere future."""
         script = self._scripts[verb]
-        name = script.sha if how == b"EVALSHA" else script.body
         if link.up:
-            return link.script(how, name, store_key(key), args, deadline, verb)
-        return self._run_when_up(link, how, name, store_key(key), args, deadline, verb)
+            return link.script(script, store_key(key), args, count, deadline, whole)
+        return self._run_when_up(link, script, store_key(key), args, count, deadline, whole)
 
-    async def _run_when_up(self, link: Link, how: bytes, name: bytes, key: bytes, *rest: Any) -> Any:
-        if not await link.wait_up(rest[1]):
+    async def _run_when_up(
+        self, link: Link, script: Script, key: bytes, args: bytes, count: int, deadline: float, whole: bool
+    ) -> Any:
+        if not await link.wait_up(deadline):
             return Unconfirmed(link.down_because, maybe_executed=False)
-        return await link.script(how, name, key, *rest)
+        return await link.script(script, key, args, count, deadline, whole)
 
 
 def is_final(reply: object) -> bool:

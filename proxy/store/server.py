@@ -1,13 +1,13 @@
 """What is asked of the server itself: how to reach it, whether it is fit, how full it is."""
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from hashlib import sha1
 from importlib.resources import files
 from typing import Any
 
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
 from redis.exceptions import RedisError
+
+from proxy.store.link import Script
 
 OLDEST = (7, 0)
 FULL_RATIO = 0.9  # above it answers are stored without their body
@@ -17,19 +17,10 @@ class Unfit(RedisError):
     """A server that cannot keep the promise."""
 
 
-@dataclass(frozen=True, slots=True)
-class Script:
-    """One verb. `sha` is the name under which a server that has it runs it."""
-
-    verb: str
-    body: bytes
-    sha: bytes
-
-
 def load_scripts() -> dict[str, Script]:
     """Return the scripts by verb."""
     bodies = {path.name[:-4]: path.read_bytes() for path in files("proxy.lua").iterdir() if path.name.endswith(".lua")}
-    return {verb: Script(verb, body, sha1(body).hexdigest().encode()) for verb, body in bodies.items()}
+    return {verb: Script(verb, body) for verb, body in bodies.items()}
 
 
 def opener(url: str, timeout_s: float) -> Callable[[], AbstractConnection]:
