@@ -6,7 +6,6 @@ Lost (some did, and no whole answer came), or an answer that is whole by its own
 
 import asyncio
 import contextlib
-import select
 import ssl
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -64,6 +63,9 @@ class Connection(asyncio.Protocol):
         self._loop = pool.loop
         self.transport: asyncio.Transport | None = None
         self.idle_since: float | None = None
+        self.descriptor = -1
+        self.looked_at = 0.0  # by the pool, before it is used again (the loop's time)
+        self.touched = False  # something came, or it was closed, while it rested
         self.deadline = float("inf")  # the loop's time; swept by the pool
         self._waiter: asyncio.Future[None] | None = None
         self._room: asyncio.Future[None] | None = None
@@ -204,8 +206,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
-        self._readable = select.poll()
-        self._readable.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
+        self.descriptor = transport.get_extra_info("socket").fileno()
 
     def data_received(self, data: bytes) -> None:
         if self._parser is None:  # idle, or already whole: never the next answer
@@ -324,12 +325,12 @@ class Connection(asyncio.Protocol):
         self.drop_body()
         self._parser = None
         self.idle_since = self._loop.time()
+        self.looked_at = 0.0
 
+    @property
     def alive(self) -> bool:
-        """Return whether an idle connection can be used: nothing came on it, and it was not closed."""
-        if self.transport is None or self._surplus or self.transport.is_closing():
-            return False
-        return not self._readable.poll(0)
+        """Whether an idle connection can be used: nothing came on it, and it was not closed."""
+        return not (self.touched or self._surplus or self.transport is None or self.transport.is_closing())
 
     def close(self) -> None:
         if self._sender is not None and not self._sender.done():
