@@ -64,8 +64,6 @@ class Connection(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self.idle_since: float | None = None
         self.descriptor = -1
-        self.looked_at = 0.0  # by the pool, before it is used again (the loop's time)
-        self.touched = False  # something came, or it was closed, while it rested
         self.deadline = float("inf")  # the loop's time; swept by the pool
         self._waiter: asyncio.Future[None] | None = None
         self._room: asyncio.Future[None] | None = None
@@ -207,6 +205,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
         self.descriptor = transport.get_extra_info("socket").fileno()
+        self._pool.opened(self.descriptor)
 
     def data_received(self, data: bytes) -> None:
         if self._parser is None:  # idle, or already whole: never the next answer
@@ -325,12 +324,11 @@ class Connection(asyncio.Protocol):
         self.drop_body()
         self._parser = None
         self.idle_since = self._loop.time()
-        self.looked_at = 0.0
 
     @property
     def alive(self) -> bool:
-        """Whether an idle connection can be used: nothing came on it, and it was not closed."""
-        return not (self.touched or self._surplus or self.transport is None or self.transport.is_closing())
+        """Whether nothing is known to have come on an idle connection, and it was not closed."""
+        return not (self._surplus or self.transport is None or self.transport.is_closing())
 
     def close(self) -> None:
         if self._sender is not None and not self._sender.done():
