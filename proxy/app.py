@@ -150,9 +150,9 @@ class Service:
 
     # What the parts report ...
 
-    def _observe(self, outcome: Outcome) -> None:
-        self.metrics.observe(outcome)
-        self._access(outcome)
+    def _observe(self, outcome: Outcome, seconds: float = 0.0, client_left: bool = False) -> None:
+        self.metrics.observe(outcome, seconds)
+        self._access(outcome, seconds, client_left)
 
     def _report(self, what: str, claim: Claim) -> None:
         """Say that a claim vanished or was taken: somebody else may have executed the same key."""

@@ -79,18 +79,22 @@ class Bodies:
     def __init__(self, memory: Buffered, spool: Buffered, spool_dir: str | None, max_bytes: int) -> None:
         self._memory, self._spool, self._spool_dir, self.max_bytes = memory, spool, spool_dir, max_bytes
 
-    async def read(self, content: StreamReader, length: int | None) -> Body | TooLarge | NoRoom | BrokenOff:
-        """Return the whole body, or why there is none. `length`: what Content-Length states."""
+    def here(self, content: StreamReader, length: int | None) -> Body | TooLarge | NoRoom | None:
+        """Return the whole body where it came with the head, as small ones do, or why there will be none.
+
+        None: it has to be read. `length`: what Content-Length states.
+        """
         if length is not None and length > self.max_bytes:
             return TooLarge()
-        if content.is_eof():  # it came with the head, as small ones do
-            data = content.read_nowait()
-            if len(data) > self.max_bytes:
-                return TooLarge()
-            return Body(data, self._memory, self._spool) if self._memory.take(len(data)) else NoRoom()
-        return await self._collect(content)
+        if not content.is_eof():
+            return None
+        data = content.read_nowait()
+        if len(data) > self.max_bytes:
+            return TooLarge()
+        return Body(data, self._memory, self._spool) if self._memory.take(len(data)) else NoRoom()
 
-    async def _collect(self, content: StreamReader) -> Body | TooLarge | NoRoom | BrokenOff:
+    async def read(self, content: StreamReader) -> Body | TooLarge | NoRoom | BrokenOff:
+        """Return the whole body, which is still to come, or why there is none."""
         parts: list[bytes] = []
         size = 0
         while block := await read_block(content):

@@ -42,6 +42,14 @@ class Request:
 class Client:
     """Who asked, and what goes to it. A client that left takes everything and keeps nothing."""
 
+    awaits_continue = False
+    started = False
+    finished = False
+    cut_off = False
+    _frame = b""  # how the body's end is told: "chunked", "length" or "eof"
+    _owed = 0  # bytes still to come, by length
+    _held = b""
+
     def __init__(self, request: Request, stall_s: float) -> None:
         message = request.message
         self._connection = request.protocol
@@ -50,14 +58,7 @@ class Client:
         # What a client sends behind an upgrade is lost with the upgrade. aiohttp's parser (3.14.5) takes the last
         # trailer of a chunked body for the first field of the next request: there must be none.
         self._close = message.should_close or message.upgrade or message.chunked
-        self._frame = b""  # how the body's end is told: "chunked", "length" or "eof"
-        self._owed = 0  # bytes still to come, by length
-        self._held = b""
         self._head_only = message.method == "HEAD"
-        self.awaits_continue = False
-        self.started = False
-        self.finished = False
-        self.cut_off = False
 
     @property
     def keep_alive(self) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 from proxy.body import Body
 from proxy.client import Client
 from proxy.decision import Ending, Settlement, ending, must_reclaim
-from proxy.headers import AnswerBlocks, AnswerHead, answer_blocks, upstream_age
+from proxy.headers import AnswerHead, answer_blocks, upstream_age
 from proxy.keys import Scope
 from proxy.leases import Held, Leases, suspended_clock_s
 from proxy.policy import Disposition, Policy
@@ -25,9 +25,8 @@ from proxy.waiters import Waiters, Woken
 
 SMALL_BYTES = 65536  # an answer up to this whose end comes within
 SMALL_S = 0.05  # of its head is stored first and sent in one write
-# What a passed-on answer says became of its key: the outcome's word.
-WORD = {"store": "executed", "release": "released", "ambiguous": "unknown"}
-STATUS = {word: f"Oncegate-Status: {word}\r\n".encode() for word in WORD.values()}
+# What a passed-on answer says became of its key.
+STATUS = {one.word: f"Oncegate-Status: {one.word}\r\n".encode() for one in Disposition}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,22 +52,22 @@ class Workshop:
 class Exchange:
     """One claim's exchange with the upstream. `run` is called once."""
 
+    upstream_s = 0.0
+    _sent = False
+    _lost: Lost | None = None
+    _refusal: Problem | None = None
+    _answer: AnswerHead | None = None
+    _disposition = Disposition.STORE
+    _word = "executed"
+    _passed_on = _kept = b""  # the answer's fields, as they go out now and on a replay
+    _whole = b""  # the body of a small answer
+    _recording: Recording | None = None
+
     def __init__(
         self, shop: Workshop, held: Held, scope: Scope, policy: Policy, head: bytes, body: Body, client: Client
     ) -> None:
         self._shop, self._held, self._scope, self._policy = shop, held, scope, policy
         self._request, self._body, self._client = head, body, client
-        self._sent = False
-        self._lost: Lost | None = None
-        self._refusal: Problem | None = None
-        self._answer: AnswerHead | None = None
-        self._blocks = AnswerBlocks(b"", b"")
-        self._disposition = Disposition.STORE
-        self._word = "executed"
-        self._whole = b""  # the body of a small answer
-        self._recording: Recording | None = None
-        self._patience_s = shop.patience_s
-        self.upstream_s = 0.0
 
     async def run(self) -> str:
         """Forward, settle, conclude. Return the outcome's word; `fenced` with a client that got nothing yet
@@ -77,7 +76,17 @@ class Exchange:
         reached = None
         try:
             reached = await self._forward()
-            settled = await self._settle(reached)
+            self._touch()
+            how, last = reached.settlement, self._whole
+            if self._recording is not None and how is Settlement.STORE:
+                how, last = await self._recorded(self._recording)
+            # An answer is worth waiting for; that there is none can be settled behind the client's back.
+            patience_s = self._shop.patience_s if how.completes else self._shop.store_timeout_s
+            settled = await self._settling(how, last, patience_s)
+            if settled.word == "torn":
+                how = Settlement.STORE_BARE
+                settled = await self._settling(how, b"", patience_s)
+            self._tell(how, reached, settled)
             return self._conclude(reached, settled)
         finally:
             self._leave(reached, settled)
@@ -99,10 +108,17 @@ class Exchange:
         connection = self._ready() or await self._connect()
         if connection is None:
             return Ending.NOT_SENT
-        began = time.perf_counter()
+        began, silence_s = time.perf_counter(), self._shop.silence_s
         try:
             self._send(connection)
-            return await self._pass_on(connection, await connection.head(self._shop.silence_s))
+            while connection.answer is None:
+                await connection.arrival(silence_s)
+            head = connection.answer
+            if self._is_small(head) and (
+                connection.is_small(SMALL_BYTES) or await connection.whole(SMALL_BYTES, SMALL_S)
+            ):
+                return self._take(connection)
+            return await self._stream(connection, head)
         except Lost as lost:
             self._lost = lost
             return Ending.NO_RESPONSE if self._answer is None else Ending.TRUNCATED
@@ -147,23 +163,22 @@ class Exchange:
         else:
             connection.send(self._request, self._body.data)
 
-    async def _pass_on(self, connection: Connection, head: AnswerHead) -> Ending:
-        """Take the answer in whole if it is small and quick, else hand it on as it comes."""
+    def _is_small(self, head: AnswerHead) -> bool:
+        """Note an answer's head; return whether its body may be small."""
         self._answer = head
-        self._disposition = self._policy.statuses.disposition(head.status, b"retry-after" in head.fields)
-        self._word = WORD[self._disposition.value]
-        self._blocks = answer_blocks(head)
-        small = not head.streamed_by_nature and (head.length or 0) <= SMALL_BYTES
-        if head.bodiless or (small and await connection.whole(SMALL_BYTES, SMALL_S)):
-            self._whole = connection.take()
-            kept = len(self._whole) <= self._policy.max_stored_bytes and not self._shop.store.full
-            return ending(self._disposition, kept)
-        return await self._stream(connection, head)
+        self._disposition = disposition = self._policy.statuses.disposition(head.status, b"retry-after" in head.fields)
+        self._word = disposition.word
+        self._passed_on, self._kept = answer_blocks(head)
+        return head.bodiless or ((head.length or 0) <= SMALL_BYTES and not head.streamed_by_nature)
+
+    def _take(self, connection: Connection) -> Ending:
+        self._whole = whole = connection.take()
+        return ending(self._disposition, len(whole) <= self._policy.max_stored_bytes and not self._shop.store.full)
 
     async def _stream(self, connection: Connection, head: AnswerHead) -> Ending:
         recording = self._recording = self._record(head)
         client, silence_s = self._client, self._shop.silence_s
-        block = self._blocks.passed_on + STATUS[self._word]
+        block = self._passed_on + STATUS[self._word]
         client.begin(head.status, head.reason, block, length=head.length, stated=True, eof=head.eof_framed)
         while data := await connection.chunk(silence_s):
             client.write(data)
@@ -185,7 +200,7 @@ class Exchange:
         return Recording(
             self._shop.store,
             self._held,
-            answer_digest(head.status, head.reason, self._blocks.stored),
+            answer_digest(head.status, head.reason, self._kept),
             limit=self._policy.max_stored_bytes,
             patience_s=self._shop.patience_s,
             buffered=self._shop.buffered,
@@ -197,20 +212,10 @@ class Exchange:
 
     # Settling ...
 
-    async def _settle(self, reached: Ending) -> Settled:
-        """Settle, and again without the body if the record turns out to lack chunks."""
-        self._touch()
-        how, last, recording = reached.settlement, self._whole, self._recording
-        if recording is not None and how is Settlement.STORE:
-            last = await recording.finish()
-            how = Settlement.STORE if recording.kept else Settlement.STORE_BARE
-        # An answer is worth waiting for; that there is none can be settled behind the client's back.
-        settled = await self._settling(how, last, self._patience_s if how.completes else self._shop.store_timeout_s)
-        if settled.word == "torn":
-            how = Settlement.STORE_BARE
-            settled = await self._settling(how, b"", self._patience_s)
-        self._tell(how, reached, settled)
-        return settled
+    async def _recorded(self, recording: Recording) -> tuple[Settlement, bytes]:
+        """Return how an answer that was streamed is to be settled, with its last bytes."""
+        last = await recording.finish()
+        return (Settlement.STORE, last) if recording.kept else (Settlement.STORE_BARE, b"")
 
     def _settling(self, how: Settlement, last: bytes, patience_s: float) -> Settling:
         store, claim, answer = self._shop.store, self._held.claim, self._answer
@@ -223,23 +228,26 @@ class Exchange:
         return store.store(claim, self._stored(answer, kept), last if kept else b"", patience_s)
 
     def _stored(self, head: AnswerHead, kept: bool) -> StoredAnswer:
-        recording = self._recording
+        recording, whole = self._recording, self._whole
         if recording is None:
-            digest = answer_digest(head.status, head.reason, self._blocks.stored)
-            digest.update(self._whole)
+            digest = answer_digest(head.status, head.reason, self._kept)
+            digest.update(whole)
+            digested, chunks, size = digest.digest(), min(1, len(whole)), len(whole)
+        else:
+            digested, chunks, size = recording.digest(), recording.chunks, recording.size
         return StoredAnswer(
-            status=head.status,
-            reason=head.reason,
-            block=self._blocks.stored,
-            digest=recording.digest() if recording else digest.digest(),
-            chunks=recording.chunks if recording else min(1, len(self._whole)),
-            size=recording.size if recording else len(self._whole),
-            kept=kept,
-            eof_framed=head.eof_framed,
-            stated_length=head.length is not None or head.bodiless,
-            completed_ms=self._shop.store.now_ms(),
-            took_ms=min(int(self.upstream_s * 1000), 2**32 - 1),
-            age_s=upstream_age(head),
+            head.status,
+            head.reason,
+            self._kept,
+            digested,
+            chunks,
+            size,
+            kept,
+            head.eof_framed,
+            head.length is not None or head.bodiless,
+            self._shop.store.now_ms(),
+            min(int(self.upstream_s * 1000), 2**32 - 1),
+            upstream_age(head),
         )
 
     def _tell(self, how: Settlement, reached: Ending, settled: Settled) -> None:
@@ -273,7 +281,7 @@ class Exchange:
         if settled is None or (settled.word == "unconfirmed" and not how.completes):
             # An answer whose settle was interrupted is not delivered either: unknown says no more than is known.
             how = Settlement.UNKNOWN if how.completes else how
-            self._shop.background(self._settling(how, b"", self._patience_s))
+            self._shop.background(self._settling(how, b"", self._shop.patience_s))
         if not self._held.settled:
             self._shop.leases.drop(self._held)
 
@@ -318,7 +326,7 @@ class Exchange:
         if client.started or head is None:
             client.end()
             return
-        block = self._blocks.passed_on + STATUS[self._word]
+        block = self._passed_on + STATUS[self._word]
         client.send(
             head.status,
             head.reason,

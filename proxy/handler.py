@@ -1,7 +1,7 @@
 """The request path starts here and reads top to bottom: let in, name, read, claim, decide, answer."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from ipaddress import ip_address
 from typing import NamedTuple, assert_never
 
@@ -13,14 +13,15 @@ from proxy.exchange import Exchange, Workshop
 from proxy.headers import Gate, Hop, Refused, RequestHead, preferred_wait_s, request_head, tokens
 from proxy.keys import BadKey, Digests, Scope, UnstableScope, parse_key
 from proxy.leases import suspended_clock_s
-from proxy.metrics import Outcome
+from proxy.metrics import Observe, Outcome
 from proxy.policy import Policy
 from proxy.problems import Problem, problem, refusal
 from proxy.relay import relay
 from proxy.replay import replay
-from proxy.store import Claim, Corrupt, Record, Unconfirmed
+from proxy.store import Claim, Claiming, Corrupt, Record, Unconfirmed
 from proxy.waiters import Woken
 
+Way = Outcome | Coroutine[None, None, Outcome]  # answered already, or what will answer
 REFUSED = b"Oncegate-Status: refused\r\n"
 UNKNOWN = b"Oncegate-Status: unknown\r\n"
 
@@ -40,7 +41,7 @@ class Guarded(NamedTuple):
     ) -> Outcome:
         """Return what became of this request; `saved_s` and `sent` (bytes) are a replay's."""
         common, method = self.scope.common, self.head.method
-        return Outcome(word, status, method, self.key, 0.0, upstream_s, saved_s, sent, common, False, detail)
+        return Outcome(word, status, method, self.key, upstream_s, saved_s, sent, common, detail)
 
 
 class Gateway:
@@ -57,7 +58,7 @@ class Gateway:
         origin: Origin,
         trusted: tuple[Network, ...],
         max_in_flight: int,
-        observe: Callable[[Outcome], None],
+        observe: Observe,
         failed: Callable[[BaseException], None],
     ) -> None:
         self._shop, self._gate, self._policy, self._digests = shop, gate, policy, digests
@@ -71,31 +72,35 @@ class Gateway:
         began = time.perf_counter()
         client = Client(request, self._shop.client_stall_s)
         try:
-            outcome = await self._answer(request, client)
+            found = self._enter(request, client)
+            outcome = found if isinstance(found, Outcome) else await found
         except Exception as error:
             self._failed(error)
             outcome = Outcome("failed", 500, request.message.method)
             client.abort() if client.started else client.answer(refusal(500, "see the log"), REFUSED, close=True)
-        self._observe(outcome._replace(seconds=time.perf_counter() - began, client_left=client.gone))
+        self._observe(outcome, time.perf_counter() - began, client.gone)
         return client
 
-    async def _answer(self, request: Request, client: Client) -> Outcome:
+    def _enter(self, request: Request, client: Client) -> Way:
         message = request.message
         target = (message.path or "").encode("utf-8", "surrogateescape")  # CONNECT may come without any
         head = self._gate.enter(message.method, target, message.version, message.raw_headers)
         if isinstance(head, Refused):
             return _refuse(client, message.method, head)
-        if message.upgrade and tokens(head.fields.get(b"upgrade", ())) != [b"h2c"]:  # h2c is offered, may be ignored
+        fields = head.fields
+        if message.upgrade and tokens(fields.get(b"upgrade", ())) != [b"h2c"]:  # h2c is offered, may be ignored
             return _refuse(client, head.method, Refused(501, "this proxy does not switch protocols"))
-        client.awaits_continue = b"expect" in head.fields and not head.http10 and not request.content.is_eof()
-        if head.method not in self._policy.methods:
-            return await self._relay(request, head, client)
-        lines = head.fields.get(self._policy.key_header)
+        if b"expect" in fields:
+            client.awaits_continue = not head.http10 and not request.content.is_eof()
+        policy = self._policy
+        if head.method not in policy.methods:
+            return self._relay(request, head, client)
+        lines = fields.get(policy.key_header)
         if lines is None:
-            if self._policy.key_required:
+            if policy.key_required:
                 return _reject(client, head.method, "invalid", problem("key-missing", "no idempotency key was sent"))
-            return await self._relay(request, head, client)
-        return await self._guard(request, head, client, lines)
+            return self._relay(request, head, client)
+        return self._guard(request, head, client, lines)
 
     # Without a key ...
 
@@ -127,8 +132,8 @@ class Gateway:
 
     # With one ...
 
-    async def _guard(self, request: Request, head: RequestHead, client: Client, lines: list[bytes]) -> Outcome:
-        """Check the key, read the body whole, then claim. Every limit applies before the claim."""
+    def _guard(self, request: Request, head: RequestHead, client: Client, lines: list[bytes]) -> Way:
+        """Check the key. Every limit applies before the claim."""
         key = parse_key(lines)
         if isinstance(key, BadKey):
             return _reject(client, head.method, "invalid", problem("key-invalid", key.detail))
@@ -138,22 +143,35 @@ class Gateway:
             return _reject(client, head.method, "invalid", problem("scope-unstable", detail))
         if self.in_flight >= self._max_in_flight:
             return _reject(client, head.method, "overloaded", problem("overloaded", "too many requests in flight"))
+        return self._once(request, head, client, scope, self._digests.key(scope, key))
+
+    async def _once(self, request: Request, head: RequestHead, client: Client, scope: Scope, key: bytes) -> Outcome:
+        """Read the body whole, then claim, and execute or answer from what stands in the store."""
         self.in_flight += 1
         body: Body | None = None
         try:
-            length = _length(head)
-            if length is None or length <= self._bodies.max_bytes:
-                client.continue_()
-            read = await self._bodies.read(request.content, length)
+            read = self._bodies.here(request.content, _length(head)) or await self._read(request, client)
             if not isinstance(read, Body):
                 return _no_body(client, head.method, read)
             body = read
-            guarded = self._name(head, scope, self._digests.key(scope, key), body)
-            return await self._once(request, guarded, body, client)
+            guarded = self._name(head, scope, key, body)
+            until = self._shop.pool.loop.time() + guarded.wait_s
+            while True:
+                asked_s = suspended_clock_s()
+                found = await self._claim(guarded)
+                if isinstance(found, Claim):
+                    exchange = self._exchange(request, guarded, found, asked_s, body, client)
+                    return await self._answered(await exchange.run(), exchange, guarded, client)
+                if (told := await self._stand_back(guarded, found, until, client)) is not None:
+                    return told
         finally:
             self.in_flight -= 1
             if body is not None:
                 body.close()
+
+    async def _read(self, request: Request, client: Client) -> Body | TooLarge | NoRoom | BrokenOff:
+        client.continue_()
+        return await self._bodies.read(request.content)
 
     def _name(self, head: RequestHead, scope: Scope, key: bytes, body: Body) -> Guarded:
         fields, policy = head.fields, self._policy
@@ -170,43 +188,41 @@ class Gateway:
             extra = b"Preference-Applied: wait=%d\r\n" % wait_s
         return Guarded(head, key, scope, self._digests.fingerprint(asked, body.blocks()), wait_s, extra)
 
-    async def _once(self, request: Request, guarded: Guarded, body: Body, client: Client) -> Outcome:
-        """Execute, or answer from what stands in the store; wait in between where that is wanted."""
-        until = self._shop.pool.loop.time() + guarded.wait_s
+    def _claim(self, guarded: Guarded) -> Claiming:
         policy = self._policy
-        while True:
-            asked_s = suspended_clock_s()
-            found = await self._shop.store.claim(
-                guarded.key,
-                guarded.scope,
-                guarded.fingerprint,
-                mode=policy.mode,
-                lease_ms=policy.lease_ms,
-                retention_ms=policy.retention_ms,
-            )
-            if isinstance(found, Claim):
-                return await self._execute(request, guarded, found, asked_s, body, client)
-            waiting = guarded.wait_s > 0 and _decide(found, guarded) is Decision.IN_FLIGHT
-            if not waiting:
-                return await self._tell(guarded, found, client)
-            woken = await self._wait(guarded, until, client)
-            if woken is Woken.GONE:
-                return guarded.outcome("client_gone", 0)
-            if woken in (Woken.BUSY, Woken.FULL):
-                return await self._tell(guarded, found, client)
+        return self._shop.store.claim(
+            guarded.key,
+            guarded.scope,
+            guarded.fingerprint,
+            mode=policy.mode,
+            lease_ms=policy.lease_ms,
+            retention_ms=policy.retention_ms,
+        )
 
-    async def _execute(
+    def _exchange(
         self, request: Request, guarded: Guarded, claim: Claim, asked_s: float, body: Body, client: Client
-    ) -> Outcome:
-        head = guarded.head
+    ) -> Exchange:
         held = self._shop.leases.hold(claim, asked_s)
-        onward = self._onward(request, head, body.size)
-        exchange = Exchange(self._shop, held, guarded.scope, self._policy, onward, body, client)
-        word = await exchange.run()
-        if word == "fenced" and not client.started:
+        onward = self._onward(request, guarded.head, body.size)
+        return Exchange(self._shop, held, guarded.scope, self._policy, onward, body, client)
+
+    async def _answered(self, word: str, exchange: Exchange, guarded: Guarded, client: Client) -> Outcome:
+        if word == "fenced" and not client.started:  # the record has the answer
             found = await self._shop.store.look(guarded.key, guarded.scope, self._policy.lease_ms)
             await self._tell(guarded, found, client)
         return guarded.outcome(word, exchange.status, exchange.upstream_s, exchange.detail)
+
+    async def _stand_back(
+        self, guarded: Guarded, found: Record | Corrupt | Unconfirmed, until: float, client: Client
+    ) -> Outcome | None:
+        """Answer a request whose key is taken, or wait for its original; None: it may claim again."""
+        if guarded.wait_s > 0 and _decide(found, guarded) is Decision.IN_FLIGHT:
+            woken = await self._wait(guarded, until, client)
+            if woken is Woken.GONE:
+                return guarded.outcome("client_gone", 0)
+            if woken not in (Woken.BUSY, Woken.FULL):
+                return None
+        return await self._tell(guarded, found, client)
 
     async def _wait(self, guarded: Guarded, until: float, client: Client) -> Woken:
         """Wait for the original, not counted as in flight meanwhile."""

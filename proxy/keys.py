@@ -24,6 +24,10 @@ _ESCAPED = re.compile(rb'\\(["\\])')
 _PER_REQUEST = re.compile(rb"\s*(?:AWS4-[^\s]*|Digest|OAuth|Signature|Hawk)(?:\s|$)", re.IGNORECASE)
 
 
+def _is_stable(credential: bytes) -> bool:
+    return credential.startswith((b"Bearer ", b"Basic ")) or not _PER_REQUEST.match(credential)
+
+
 @dataclass(frozen=True, slots=True)
 class BadKey:
     """Why a key cannot be used; the text never contains the key."""
@@ -85,10 +89,7 @@ _PREFIX, _COUNT = _Written(b"%d:"), _Written(b"%d;")
 
 
 def _framed(parts: Iterable[bytes]) -> bytes:
-    framed = []
-    for part in parts:
-        framed.append(_PREFIX[len(part)] + part)
-    return b"".join(framed)
+    return b"".join([_PREFIX[len(part)] + part for part in parts])
 
 
 class Digests:
@@ -107,16 +108,16 @@ class Digests:
         present = [name for name in names if name in headers]
         if not present and names and b"cookie" in headers:
             present = [b"cookie"]
-        if b"authorization" in present and any(map(_PER_REQUEST.match, headers[b"authorization"])):
-            return UnstableScope()
         digest = self._tenant.copy()
         for name in present:
             values = headers[name]
+            if name == b"authorization" and not all(map(_is_stable, values)):
+                return UnstableScope()
             value = values[0]
             digest.update(b"".join((_PREFIX[len(name)], name, _COUNT[len(values)], _PREFIX[len(value)], value)))
             if len(values) > 1:
                 digest.update(_framed(values[1:]))
-        return Scope(namespace, digest.digest(), common=bool(names) and not present)
+        return Scope(namespace, digest.digest(), bool(names) and not present)
 
     def key(self, scope: Scope, key: bytes) -> bytes:
         """Return the digest (24 bytes) that names a key of a scope in the store."""
@@ -128,8 +129,8 @@ class Digests:
 
     def fingerprint(self, parts: Sequence[bytes], body: Iterable[bytes]) -> bytes:
         """Return the digest (16 bytes) of what a request asks for; `body` comes in blocks, as it is sent."""
+        framed = b"".join([_PREFIX[len(part)] + part for part in parts])
         digest = self._fingerprint.copy()
-        framed = _framed(parts)
         digest.update(_PREFIX[len(framed)] + framed)
         for block in body:
             digest.update(block)

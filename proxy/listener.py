@@ -13,7 +13,7 @@ from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
 from proxy.client import Client, Request
 from proxy.headers import Hop
-from proxy.metrics import Outcome
+from proxy.metrics import Observe, Outcome
 from proxy.problems import refusal
 
 HEAD_S = 10.0  # for a request's head, from its first byte
@@ -118,11 +118,18 @@ class ClientConnection(RequestHandler):
         """
         try:
             while not (self._force_close or self._close):
-                message, content = await self._next()
+                if not self._messages:
+                    await self._arrival()
+                message, content = self._take()
                 if isinstance(message, _ErrInfo):
                     self._refuse(message.status)
                     break
-                client = await self._serve(Request(message, content, self))
+                request = Request(message, content, self)
+                self._request_in_progress, self._current_request = True, request  # type: ignore[assignment]
+                try:
+                    client: Client = await self._request_handler(request)  # type: ignore[arg-type, assignment, misc]
+                finally:
+                    self._served()
                 if client.ends_by_closing:
                     await client.close_cleanly()
                 self._keepalive = client.keep_alive
@@ -136,19 +143,24 @@ class ClientConnection(RequestHandler):
             if self.transport is not None:
                 self.transport.close()
 
-    async def _next(self) -> tuple[Any, StreamReader]:
-        if not self._messages:
-            self._waiter = self._loop.create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+    def _arrival(self) -> "asyncio.Future[None]":
+        """Return what is done when the next request's head has come."""
+        self._waiter = self._loop.create_future()
+        return self._waiter
+
+    def _take(self) -> tuple[Any, StreamReader]:
+        self._waiter = None
         message, content = self._messages.popleft()
         if self._parser is not None:
             self._parser.message_consumed()
         if self._buffer_paused and len(self._messages) <= self._msg_queue_resume_size:
             self._resume_reading_if_drained()
         return message, content
+
+    def _served(self) -> None:
+        self._request_in_progress, self._current_request = False, None
+        if self._handler_waiter is not None and not self._handler_waiter.done():
+            self._handler_waiter.set_result(None)
 
     def _refuse(self, status: int) -> None:
         """Answer what aiohttp could not parse, with nothing of it."""
@@ -157,15 +169,6 @@ class ClientConnection(RequestHandler):
         if self.transport is not None:
             problem = refusal(status, "the request is not well-formed HTTP")
             self.transport.write(Client.closing_answer(problem))
-
-    async def _serve(self, request: Request) -> Client:
-        self._request_in_progress, self._current_request = True, request  # type: ignore[assignment]
-        try:
-            return await self._request_handler(request)  # type: ignore[return-value, arg-type, misc]
-        finally:
-            self._request_in_progress, self._current_request = False, None
-            if self._handler_waiter is not None and not self._handler_waiter.done():
-                self._handler_waiter.set_result(None)
 
     async def _drop_rest(self, content: StreamReader) -> None:
         """Read what is left of a refused body for a while, so that its sender sees the answer; then close."""
@@ -189,7 +192,7 @@ class Listener(web.Server):
     `observe` is told of what never becomes a request for the handler.
     """
 
-    def __init__(self, handler: Handler, *, max_connections: int, observe: Callable[[Outcome], None]) -> None:
+    def __init__(self, handler: Handler, *, max_connections: int, observe: Observe) -> None:
         super().__init__(
             handler,  # type: ignore[arg-type]  # called by ClientConnection alone
             keepalive_timeout=KEEP_ALIVE_S,

@@ -43,7 +43,7 @@ class AccessLog:
     def __init__(self, logger: Any, which: str) -> None:
         self._logger, self._which = logger, which
 
-    def __call__(self, outcome: Outcome) -> None:
+    def __call__(self, outcome: Outcome, seconds: float, client_left: bool) -> None:
         if self._which == "off" or (self._which == "notable" and outcome.word in PLAIN):
             return
         write = self._logger.error if outcome.word in ALARMING else self._logger.info
@@ -54,8 +54,8 @@ class AccessLog:
             method=outcome.method,
             status=outcome.status,
             key=short(outcome.key) if outcome.key else "",
-            ms=round(outcome.seconds * 1000, 2),
+            ms=round(seconds * 1000, 2),
             upstream_ms=round(outcome.upstream_s * 1000, 2),
-            client_left=outcome.client_left,
+            client_left=client_left,
             **detail,
         )

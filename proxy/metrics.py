@@ -6,7 +6,7 @@ Counting is plain arithmetic on lists; prometheus_client turns them into its fam
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -32,21 +32,25 @@ BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.
 class Outcome(NamedTuple):
     """What became of one request. `word` is one of OUTCOMES; `key` is the key's digest, empty without one.
 
-    `upstream_s` is the part of `seconds` spent on the upstream; `saved_s` and `replayed_bytes` are what
-    a replay spared and sent.
+    `upstream_s` is the time spent on the upstream; `saved_s` and `replayed_bytes` are what a replay spared
+    and sent.
     """
 
     word: str
     status: int
     method: str
     key: bytes = b""
-    seconds: float = 0.0
     upstream_s: float = 0.0
     saved_s: float = 0.0
     replayed_bytes: int = 0
     common_tenant: bool = False
-    client_left: bool = False
     detail: str = ""
+
+
+class Observe(Protocol):
+    """Hears of every request once: what became of it, how long it took, and whether its client left before."""
+
+    def __call__(self, outcome: Outcome, seconds: float = 0.0, client_left: bool = False) -> None: ...
 
 
 class Counts:
@@ -139,9 +143,9 @@ class Metrics(Collector):
         """Return what a scrape gets."""
         return generate_latest(self._registry)
 
-    def observe(self, outcome: Outcome) -> None:
+    def observe(self, outcome: Outcome, seconds: float) -> None:
         """Count one request."""
-        word, seconds, upstream_s = outcome.word, outcome.seconds, outcome.upstream_s
+        word, upstream_s = outcome.word, outcome.upstream_s
         self._requests.by_value[word] += 1
         self._request(seconds)
         self._overhead(max(0.0, seconds - upstream_s))

@@ -6,11 +6,14 @@ from enum import Enum
 
 
 class Disposition(Enum):
-    """What a complete answer's status means for its key."""
+    """What a complete answer's status means for its key; `word` is what its request's outcome is called."""
 
-    STORE = "store"
-    RELEASE = "release"
-    AMBIGUOUS = "ambiguous"
+    STORE = "executed"
+    RELEASE = "released"
+    AMBIGUOUS = "unknown"
+
+    def __init__(self, word: str) -> None:
+        self.word = word
 
 
 class Statuses:

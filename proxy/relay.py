@@ -45,7 +45,7 @@ async def relay(
 
 
 async def _pass_on(client: Client, connection: Connection, head: AnswerHead, silence_s: float) -> str:
-    block = answer_blocks(head).passed_on
+    block = answer_blocks(head)[0]
     if connection.complete:
         client.send(
             head.status,

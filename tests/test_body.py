@@ -53,7 +53,8 @@ class Reading:
         self.begun += 1
         length = asked.message.headers.get("Content-Length")
         chunked = "Transfer-Encoding" in asked.message.headers
-        read = await self.bodies.read(asked.content, None if chunked else int(length or 0))
+        here = self.bodies.here(asked.content, None if chunked else int(length or 0))
+        read = here or await self.bodies.read(asked.content)
         self.came.append(read)
         client = Client(asked, stall_s=5)
         client.send(200, b"OK", b"", type(read).__name__.encode())

@@ -26,11 +26,23 @@ from proxy.store.server import (
     problem,
 )
 
-__all__ = ["Claim", "Corrupt", "Record", "Settled", "Settling", "Store", "StoredAnswer", "Unconfirmed", "Unfit"]
+__all__ = [
+    "Claim",
+    "Claiming",
+    "Corrupt",
+    "Record",
+    "Settled",
+    "Settling",
+    "Store",
+    "StoredAnswer",
+    "Unconfirmed",
+    "Unfit",
+]
 
 INLINE_BYTES = 65536  # a stored body up to this comes with the reply to `claim`
 READ_BYTES = 262144  # of a larger one at a time
-_INLINE_NO_WINDOW = resp(INLINE_BYTES, 0)
+_INLINE_NO_WINDOW = b"\r\n" + resp(INLINE_BYTES, 0)
+_16, _16_NEXT, _32_NEXT, _13 = b"$16\r\n", b"\r\n$16\r\n", b"\r\n$32\r\n", b"$13\r\n"  # bytes of words of a known size
 PAUSE_FIRST_S, PAUSE_MOST_S = 0.01, 0.5
 HEALTH_S = 2.0
 
@@ -183,7 +195,7 @@ class Store:
 
     async def look(self, key: bytes, scope: Scope, lease_ms: int) -> Record | Corrupt | Unconfirmed | None:
         """Return what stands in the store for a key, None for nothing: a claim that is always too late."""
-        nobody = Claim(key, bytes(TOKEN_BYTES), b"", b"", b"", b"", 0, lease_ms, 0)
+        nobody = Claim(key, bytes(TOKEN_BYTES), b"", b"", bytes(16), bytes(32), 0, lease_ms, 0)
         deadline = self._loop.time() + self._timeout_s
         reply = await self._ask(nobody, 0, deadline)
         if is_noscript(reply):
@@ -195,8 +207,12 @@ class Store:
         key, token, _, mode, fingerprint, described, _, lease_ms, retention_ms = claim
         terms = self._terms.get((mode, lease_ms, retention_ms))
         if terms is None:  # one for each policy
-            terms = self._terms[mode, lease_ms, retention_ms] = resp(mode, lease_ms, retention_ms)
-        args = resp(token, fingerprint, described) + terms + resp(not_after_ms) + _INLINE_NO_WINDOW
+            terms = self._terms[mode, lease_ms, retention_ms] = b"\r\n" + resp(mode, lease_ms, retention_ms)
+        not_after = b"%013d" % not_after_ms
+        # Joined here: 15k instructions a claim less than word by word (measured).
+        args = b"".join(
+            (_16, token, _16_NEXT, fingerprint, _32_NEXT, described, terms, _13, not_after, _INLINE_NO_WINDOW)
+        )
         return self._run("claim", key, deadline, args, 9, self._link, whole)
 
     def _read_claim(self, claim: Claim, scope: Scope, reply: Any) -> Claim | Record | Corrupt | Unconfirmed | str:

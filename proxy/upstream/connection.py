@@ -138,20 +138,22 @@ class Connection(asyncio.Protocol):
     async def head(self, silence_s: float) -> AnswerHead:
         """Return the head of the final answer. Raises Lost."""
         while self.answer is None:
-            await self._arrival(silence_s)
+            await self.arrival(silence_s)
         return self.answer
 
     async def whole(self, most_bytes: int, window_s: float) -> bool:
         """Return whether the answer's end comes within a short window and no more than `most_bytes`."""
-        if self.complete or self.buffered > most_bytes:
-            return self.complete and self.buffered <= most_bytes
         self._window_over = False
         closing = self._loop.call_later(window_s, self._close_window)
         try:
             while not (self.complete or self._window_over or self.buffered > most_bytes):
-                await self._arrival(float("inf"))  # the window ends it
+                await self.arrival(float("inf"))  # the window ends it
         finally:
             closing.cancel()
+        return self.is_small(most_bytes)
+
+    def is_small(self, most_bytes: int) -> bool:
+        """Return whether the answer is here whole, in no more than `most_bytes`."""
         return self.complete and self.buffered <= most_bytes
 
     def _close_window(self) -> None:
@@ -163,7 +165,7 @@ class Connection(asyncio.Protocol):
         while not self._chunks:
             if self.complete:
                 return b""
-            await self._arrival(silence_s)
+            await self.arrival(silence_s)
         return self.take()
 
     def take(self) -> bytes:
@@ -177,7 +179,7 @@ class Connection(asyncio.Protocol):
             self.transport.resume_reading()
         return data
 
-    def _arrival(self, silence_s: float) -> "asyncio.Future[None]":
+    def arrival(self, silence_s: float) -> "asyncio.Future[None]":
         """Return what is done when something comes, or raises Lost when nothing will."""
         if self._failure is not None:
             raise self._failure
