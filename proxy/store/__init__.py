@@ -58,6 +58,7 @@ class Settled(NamedTuple):
     lost: bool = False
 
 
+_STORED = Settled("stored")
 Settling = Coroutine[Any, Any, Settled]
 Claiming = Coroutine[Any, Any, Claim | Record | Corrupt | Unconfirmed]
 
@@ -248,7 +249,7 @@ class Store:
 
     async def append(self, claim: Claim, index: int, chunk: bytes, patience_s: float) -> str:
         """Keep chunk `index`: appended, torn, absent, complete, fenced, full (no memory) or unconfirmed."""
-        reply = await self._repeat("append", claim, patience_s, claim.token, index, chunk, claim.lease_ms)
+        reply = await self._repeat("append", claim, patience_s, resp(claim.token, index, chunk, claim.lease_ms), 4)
         if isinstance(reply, ErrorReply):
             return "full" if str(reply).startswith("OOM") else "unconfirmed"
         return "unconfirmed" if isinstance(reply, Unconfirmed) else reply[0].decode()
@@ -256,35 +257,37 @@ class Store:
     async def renew(self, claim: Claim) -> str:
         """Extend the lease once: renewed, absent, unknown, complete, fenced or unconfirmed."""
         deadline = self._loop.time() + self._timeout_s
-        reply = await self._call("renew", claim.key, deadline, (claim.token, claim.lease_ms, claim.retention_ms))
+        args = resp(claim.token, claim.lease_ms, claim.retention_ms)
+        reply = await self._call("renew", claim.key, deadline, args, 3)
         return reply[0].decode() if isinstance(reply, list) else "unconfirmed"
 
     def store(self, claim: Claim, answer: StoredAnswer, last: bytes, patience_s: float) -> Settling:
         """Settle: make the record complete. `last` is the last chunk if it was not appended, else empty."""
-        meta = pack(claim, answer)
+        meta, digest, retention_ms = pack(claim, answer), answer.digest, claim.retention_ms
         chunks, size = (answer.chunks, answer.size) if answer.kept else (0, 0)
-        return self._settle(claim, b"store", patience_s, meta, answer.digest, chunks, size, last)
+        return self._settle(claim, 8, resp(b"store", retention_ms, meta, digest, chunks, size, last), patience_s)
 
     def release(self, claim: Claim, patience_s: float) -> Settling:
         """Settle: free the key."""
-        return self._settle(claim, b"release", patience_s)
+        return self._settle(claim, 3, resp(b"release", claim.retention_ms), patience_s)
 
     def mark_unknown(self, claim: Claim, why: str, patience_s: float) -> Settling:
         """Settle: sent, and nobody can say what became of it."""
-        return self._settle(
-            claim, b"unknown", patience_s,
-            claim.fence, claim.mode, claim.fingerprint, claim.self_check, claim.created_ms, why,
-        )  # fmt: skip
+        _, fence, mode, fingerprint, described, created_ms = claim[1:7]
+        words = resp(b"unknown", claim.retention_ms, fence, mode, fingerprint, described, created_ms, why)
+        return self._settle(claim, 9, words, patience_s)
 
-    async def _settle(self, claim: Claim, how: bytes, patience_s: float, *args: Any) -> Settled:
-        words = (claim.token, how, claim.retention_ms, *args)
+    async def _settle(self, claim: Claim, count: int, words: bytes, patience_s: float) -> Settled:
+        args = resp(claim.token) + words
         deadline = self._loop.time() + min(self._timeout_s, patience_s)
-        reply = await self._run("settle", claim.key, deadline, resp(*words), len(words), self._link)
+        reply = await self._run("settle", claim.key, deadline, args, count, self._link)
         again = isinstance(reply, Unconfirmed) and reply.maybe_executed
         if not is_final(reply):
             self._repeated()
-            reply = await self._repeat("settle", claim, patience_s, *words)
+            reply = await self._repeat("settle", claim, patience_s, args, count)
         match reply:
+            case [b"stored", b"found"]:
+                return _STORED
             case [b"released", _] if again:
                 return Settled("released")  # absent may be our own first try's doing
             case [word, before]:
@@ -299,19 +302,19 @@ class Store:
     async def read(self, key: bytes, token: bytes, first: int) -> list[bytes] | None:
         """Return the chunks of a complete answer from `first` on, as many as fit; None where they are gone."""
         deadline = self._loop.time() + self._timeout_s
-        reply = await self._call("read", key, deadline, (token, first, READ_BYTES), self._reads)
+        reply = await self._call("read", key, deadline, resp(token, first, READ_BYTES), 3, self._reads)
         return reply[1:] if isinstance(reply, list) and reply[0] == b"chunks" else None
 
     # Calls ...
 
-    async def _repeat(self, verb: str, claim: Claim, patience_s: float, *words: Any) -> Any:
+    async def _repeat(self, verb: str, claim: Claim, patience_s: float, args: bytes, count: int) -> Any:
         """Call until a reply comes or the patience is over. At the memory limit a repeat does not help."""
         loop = self._loop
         give_up = loop.time() + patience_s
         pause_s = PAUSE_FIRST_S
         while True:
             deadline = min(loop.time() + self._timeout_s, max(give_up, loop.time() + 0.05))
-            reply = await self._call(verb, claim.key, deadline, words)
+            reply = await self._call(verb, claim.key, deadline, args, count)
             if is_final(reply):
                 return reply
             if loop.time() + pause_s >= min(give_up, self.patience_ends):
@@ -321,10 +324,10 @@ class Store:
             pause_s = min(pause_s * 2, PAUSE_MOST_S)
 
     async def _call(
-        self, verb: str, key: bytes, deadline: float, words: tuple[Any, ...], link: Link | None = None
+        self, verb: str, key: bytes, deadline: float, args: bytes, count: int, link: Link | None = None
     ) -> Any:
         """Run a script once; a server that does not know it (a new master, SCRIPT FLUSH) is given its body."""
-        link, args, count = link or self._link, resp(*words), len(words)
+        link = link or self._link
         reply = await self._run(verb, key, deadline, args, count, link)
         return await self._run(verb, key, deadline, args, count, link, True) if is_noscript(reply) else reply
 

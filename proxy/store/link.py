@@ -92,6 +92,11 @@ class _Waiting:
             self.future.set_result(result)
 
 
+def _answers(reply: object, tag: bytes) -> bool:
+    """Take the tag off a script's reply; return whether it is the right one."""
+    return isinstance(reply, list) and bool(reply) and reply.pop(0) == tag
+
+
 class Link(asyncio.Protocol):
     """The shared connection. `open_connection` makes a fresh, unconnected redis-py connection;
     `prepare` talks over it once it is connected (and raises what makes it unusable). `observe(verb, seconds)`
@@ -207,26 +212,27 @@ class Link(asyncio.Protocol):
 
         The future gives the reply without its tag, or Unconfirmed, or ErrorReply; it never raises.
         """
-        self._tags += 1
-        tag = b"%d" % self._tags
-        return self._issue(tag, script.verb, deadline, script.call(whole, key, tag, count, args))
+        self._tags = number = self._tags + 1
+        tag = b"%d" % number
+        return self._issue(
+            _Waiting(self._loop.create_future(), tag, script.verb, deadline), script.call(whole, key, tag, count, args)
+        )
 
     def command(self, *words: bytes | str | int, deadline: float) -> "asyncio.Future[Any]":
         """Issue a plain command; its reply comes as it is."""
-        return self._issue(b"", "", deadline, _COUNT[len(words)] + resp(*words))
+        return self._issue(_Waiting(self._loop.create_future(), b"", "", deadline), _COUNT[len(words)] + resp(*words))
 
-    def _issue(self, tag: bytes, verb: str, deadline: float, command: bytes) -> "asyncio.Future[Any]":
-        future = self._loop.create_future()
+    def _issue(self, one: _Waiting, command: bytes) -> "asyncio.Future[Any]":
         if self._transport is None:
-            future.set_result(Unconfirmed(self.down_because, maybe_executed=False))
-            return future
+            one.resolve(Unconfirmed(self.down_because, maybe_executed=False))
+            return one.future
         if not self._out:
             self._loop.call_soon(self._flush)
         self._out.append(command)
-        self._waiting.append(_Waiting(future, tag, verb, deadline))
+        self._waiting.append(one)
         if self._sweeper is None:
             self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
-        return future
+        return one.future
 
     def _flush(self) -> None:
         if self._transport is not None and self._out:
@@ -265,14 +271,13 @@ class Link(asyncio.Protocol):
         if not self._waiting:
             return False
         one = self._waiting.popleft()
-        if one.tag and not isinstance(reply, ErrorReply):
-            if not isinstance(reply, list) or reply[:1] != [one.tag]:
-                one.resolve(Unconfirmed("a reply that answers another command"))
-                return False
-            del reply[0]
+        if one.tag and not isinstance(reply, ErrorReply) and not _answers(reply, one.tag):
+            one.resolve(Unconfirmed("a reply that answers another command"))
+            return False
         if one.verb:
             self._observe(one.verb, time.perf_counter() - one.issued)
-        one.resolve(reply)
+        if not one.future.done():
+            one.future.set_result(reply)
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -85,27 +85,29 @@ def _check(key: bytes, packed: bytes) -> bytes:
 
 def pack(claim: Claim, answer: StoredAnswer) -> bytes:
     """Return `meta` of a complete record."""
-    flags = KEPT * answer.kept | EOF_FRAMED * answer.eof_framed | STATED_LENGTH * answer.stated_length
+    key, token, fence, _, fingerprint, described, created_ms, _, _ = claim
+    status, reason, block, digest, chunks, size, kept, eof_framed, stated_length, completed_ms, took_ms, age_s = answer
+    flags = (kept and KEPT) | (eof_framed and EOF_FRAMED) | (stated_length and STATED_LENGTH)
     fixed = _FIXED.pack(
         VERSION,
-        claim.token,
-        claim.fence.rjust(16, b"0"),
-        b"%016d" % claim.created_ms,
-        answer.digest,
-        claim.fingerprint,
-        claim.self_check[:16],
+        token,
+        fence.rjust(16, b"0"),
+        b"%016d" % created_ms,
+        digest,
+        fingerprint,
+        described[:16],
         flags,
-        len(answer.reason),
-        answer.status,
-        answer.chunks,
-        answer.took_ms,
-        answer.size,
-        answer.completed_ms,
-        answer.age_s,
-        len(answer.block),
+        len(reason),
+        status,
+        chunks,
+        took_ms,
+        size,
+        completed_ms,
+        age_s,
+        len(block),
     )
-    packed = b"".join((fixed, answer.reason, answer.block))
-    return packed + _check(claim.key, packed)
+    packed = b"".join((fixed, reason, block))
+    return packed + _check(key, packed)
 
 
 def unpack(key: bytes, tenant: bytes, meta: bytes, body: bytes | None, now_ms: int) -> Record | Corrupt:
