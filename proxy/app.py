@@ -85,7 +85,7 @@ class Service:
                 "buffered_bytes": lambda: self._buffered.used,
             },
         )
-        self._access = AccessLog(logger, settings.access_log)
+        self._access = AccessLog(logger, settings.access_log, settings.log_level, settings.log_format, self._loop)
         self._buffered = Buffered(settings.max_buffered_bytes)
         self.store = Store(
             store_url,
@@ -233,6 +233,7 @@ class Service:
             await self._admin.cleanup()
         self._pool.close()
         await self.store.close()
+        self._access.flush()
 
 
 async def _unless(hurry: asyncio.Event | None, work: Coroutine[Any, Any, Any], seconds: float | None = None) -> Any:
