@@ -63,15 +63,18 @@ async def is_well(link: Link, server: RespServer, connections: int) -> None:
 # One write, one order ...
 
 
-async def test_what_is_issued_in_one_turn_leaves_in_one_write(server):
-    """Fifty commands of one turn of the event loop arrive in one read, those of the next turn in another."""
+async def test_what_is_issued_in_one_turn_leaves_in_few_writes(server):
+    """The commands of one turn of the event loop leave eight at a time, and what is left at its end."""
     async with linked(server) as link:
         for number in range(3):
             server.segments.clear()
             replies = await asyncio.gather(*[say(link, b"%d" % one, number) for one in range(50)])
             assert replies == [[b"%d" % one, b"%d" % number] for one in range(50)]
+            assert len(server.segments) <= 7
+            server.segments.clear()
+            await asyncio.gather(*[say(link, b"%d" % one) for one in range(7)])
             assert len(server.segments) == 1
-        assert len(server.calls) == 150
+        assert len(server.calls) == 171
 
 
 async def test_scripts_and_plain_commands_share_the_line(server):

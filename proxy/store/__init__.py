@@ -171,11 +171,12 @@ class Store:
     ) -> Claim | Record | Corrupt | Unconfirmed:
         """Claim, again with the same token where need be, until the budget is over."""
         loop, clock = self._loop, self._clock
-        deadline = loop.time() + self._timeout_s
+        left_s = self._timeout_s
+        deadline = loop.time() + left_s
         pause_s = PAUSE_FIRST_S
         maybe_executed = False
         while True:
-            not_after_ms = clock.now_ms() + int((deadline - loop.time()) * 1000)
+            not_after_ms = clock.now_ms() + int(left_s * 1000)
             reply = await self._ask(claim, not_after_ms, deadline)
             if is_noscript(reply):
                 reply = await self._ask(claim, not_after_ms, deadline, whole=True)
@@ -193,6 +194,7 @@ class Store:
                 return Unconfirmed(found.detail, maybe_executed)
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, PAUSE_MOST_S)
+            left_s = deadline - loop.time()
 
     async def look(self, key: bytes, scope: Scope, lease_ms: int) -> Record | Corrupt | Unconfirmed | None:
         """Return what stands in the store for a key, None for nothing: a claim that is always too late."""
@@ -265,7 +267,8 @@ class Store:
         """Settle: make the record complete. `last` is the last chunk if it was not appended, else empty."""
         meta, digest, retention_ms = pack(claim, answer), answer.digest, claim.retention_ms
         chunks, size = (answer.chunks, answer.size) if answer.kept else (0, 0)
-        return self._settle(claim, 8, resp(b"store", retention_ms, meta, digest, chunks, size, last), patience_s)
+        words = resp(b"store", retention_ms, meta, digest, chunks, size, last)
+        return self._settle(claim, 8, words, patience_s)
 
     def release(self, claim: Claim, patience_s: float) -> Settling:
         """Settle: free the key."""
@@ -278,7 +281,7 @@ class Store:
         return self._settle(claim, 9, words, patience_s)
 
     async def _settle(self, claim: Claim, count: int, words: bytes, patience_s: float) -> Settled:
-        args = resp(claim.token) + words
+        args = b"".join((_16, claim.token, b"\r\n", words))
         deadline = self._loop.time() + min(self._timeout_s, patience_s)
         reply = await self._run("settle", claim.key, deadline, args, count, self._link)
         again = isinstance(reply, Unconfirmed) and reply.maybe_executed

@@ -18,6 +18,7 @@ from typing import Any, cast
 import hiredis
 from redis.asyncio.connection import AbstractConnection
 
+BATCH = 8  # commands that leave at once, so that the store works on them while the turn issues more
 SWEEP_S = 0.05  # how late a deadline may be noticed
 RECONNECT_FIRST_S, RECONNECT_MOST_S = 0.02, 1.0
 CANCEL_AGAIN_S = 0.1
@@ -53,11 +54,8 @@ _COUNT = [b"*%d\r\n" % count for count in range(16)]
 
 def resp(*words: bytes | str | int) -> bytes:
     """Return words of a command as they are written: RESP's bulk strings."""
-    written: list[bytes] = []
-    for word in words:
-        value = word if isinstance(word, bytes) else str(word).encode()
-        written += (_SIZE[len(value)], value, b"\r\n")
-    return b"".join(written)
+    written = [word if isinstance(word, bytes) else str(word).encode() for word in words]
+    return b"".join([_SIZE[len(word)] + word + b"\r\n" for word in written])
 
 
 class Script:
@@ -229,6 +227,8 @@ class Link(asyncio.Protocol):
         if not self._out:
             self._loop.call_soon(self._flush)
         self._out.append(command)
+        if len(self._out) >= BATCH:
+            self._flush()
         self._waiting.append(one)
         if self._sweeper is None:
             self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
