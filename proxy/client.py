@@ -195,6 +195,11 @@ class Client:
         if not self.cut_off:
             self._closes_with(_FIN)
 
+    async def all_taken(self) -> None:
+        """Wait until there is room to write more, or the client is cut off."""
+        while not await self.taken():
+            pass
+
     def _write(self, data: bytes) -> None:
         transport = self._connection.transport
         if transport is not None and not transport.is_closing():

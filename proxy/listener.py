@@ -132,6 +132,8 @@ class ClientConnection(RequestHandler):
                     self._served()
                 if client.ends_by_closing:
                     await client.close_cleanly()
+                elif self.writing_paused:  # the next answer would only be heaped upon this one
+                    await client.all_taken()
                 self._keepalive = client.keep_alive
                 if not content.is_eof():
                     await self._drop_rest(content)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.parts import OK, Answer, RawClient, answering, ask, chunk, holding, read_answer, request, until
+from tests.parts import OK, Answer, RawClient, answering, ask, chunk, holding, lazy, read_answer, request, until
 
 MIB = 1 << 20
 MAX = 3 * MIB  # MAX_REQUEST_BYTES in here: spooled from 1 MiB on
@@ -30,6 +30,11 @@ def by_length(key: str | None, body: bytes, method: str = "POST") -> bytes:
 
 def in_chunks(key: str | None, body: bytes, method: str = "POST") -> bytes:
     return request(method, "/up", key, b"", "Transfer-Encoding: chunked") + chunked(body)
+
+
+def memory_kib(proxy) -> int:
+    fields = Path(f"/proc/{proxy.process.pid}/status").read_text().split()
+    return int(fields[fields.index("VmRSS:") + 1])
 
 
 FRAMINGS = pytest.mark.parametrize("framed", [by_length, in_chunks])
@@ -223,6 +228,27 @@ async def test_the_memory_of_a_worker_is_limited(proxies, upstream, valkey):
     assert (await ask(gate.port, by_length("mem-over", body_of(900_000)))).header("oncegate-status") == b"executed"
     await assert_at_rest(gate)
     assert gate.metric('requests_total{outcome="overloaded"}') == 2
+
+
+async def test_answers_that_nobody_reads_are_not_heaped_up(proxies, upstream, valkey):
+    """A client that asks on and on without reading is answered only as fast as it takes: memory stays flat."""
+    upstream.script = answering(b"HTTP/1.1 200 OK\r\nContent-Length: 60000\r\n\r\n" + bytes(60000))
+    proxy = proxies(upstream, valkey.url)
+    await ask(proxy.port, request())
+    client = await lazy(proxy.port)
+    client.writer.write(request() * 2000)  # 120 MB of answers, of which the kernel holds a few
+    before, seen = memory_kib(proxy), -1.0
+    while seen != (seen := proxy.metric('requests_total{outcome="replayed"}')):
+        await asyncio.sleep(0.3)
+    assert seen < 1000
+    assert memory_kib(proxy) < before + 20_000
+    client.writer.transport.resume_reading()
+    async with asyncio.timeout(60):
+        for _ in range(2000):
+            answer = await read_answer(client.reader)
+            assert answer is not None
+            assert answer.complete
+    client.close()
 
 
 async def test_requests_in_flight_are_limited(proxies, upstream, valkey):
