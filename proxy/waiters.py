@@ -84,7 +84,8 @@ class Waiters:
 
     def _make_room(self, key: bytes) -> bool:
         """Send one away that asks no more; it gets its answer, and nobody is shut out by clients that left."""
-        lines = self._by_key.values() if self._count >= self._most else [self._by_key[key]]
+        line = self._by_key.get(key, [])
+        lines = [line] if len(line) >= A_KEY else self._by_key.values()
         for waiter in chain.from_iterable(lines):
             if waiter.asks_no_more() and not waiter.future.done():
                 waiter.future.set_result(Woken.BUSY)

@@ -119,6 +119,29 @@ async def test_waiters_that_closed_shut_nobody_out(proxies, upstream, valkey, mo
     await until(lambda: waiting(proxy) == 0)
 
 
+async def test_a_place_at_another_key_is_no_place_at_this_one(proxies, upstream, valkey):
+    """Where 64 wait for a key that are all still there, one that closed elsewhere makes no room for a 65th."""
+    done = asyncio.Event()
+    upstream.script = holding(done)
+    proxy = proxies(upstream, valkey.url, ON_DUPLICATE="wait", MAX_WAITERS=65)
+    originals = [asyncio.ensure_future(ask(proxy.port, request(key=name))) for name in ("key-1", "key-2")]
+    await until(lambda: len(upstream.received) == 2)
+    closed = await RawClient.open(proxy.port)
+    closed.writer.write(request(key="key-2"))
+    closed.writer.write_eof()
+    here = [asyncio.ensure_future(ask(proxy.port, request())) for _ in range(64)]
+    await until(lambda: waiting(proxy) == 65)
+    assert_in_flight(await ask(proxy.port, request()))
+    assert waiting(proxy) == 65
+    done.set()
+    assert count(await asyncio.gather(*here), b"replayed") == 64
+    answer = await read_answer(closed.reader)
+    closed.close()
+    assert answer is not None
+    assert answer.header("oncegate-status") == b"replayed"  # half-closed, and it gets its answer
+    await asyncio.gather(*originals)
+
+
 async def test_a_declined_original_starts_no_storm(proxies, upstream, valkey):
     """When the original gets 429, its waiters get in-flight and none executes; the next try does."""
     done = asyncio.Event()
