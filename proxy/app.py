@@ -12,6 +12,7 @@ from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
 import proxy
 from proxy.admin import admin_app
 from proxy.body import Bodies
+from proxy.drain import Drain, unless
 from proxy.exchange import Workshop
 from proxy.handler import Gateway
 from proxy.headers import Gate
@@ -26,8 +27,7 @@ from proxy.store import Claim, Store
 from proxy.upstream import REUSE_IDLE_S, Buffered, Pool, client_tls
 from proxy.waiters import Waiters
 
-FINAL_S = 2.0  # for marking as unknown what the drain had to cut off
-KEEP_IDLE_S = 0.05
+CANCEL_S = 0.05  # for what did not end by itself; it comes twice
 
 
 class Unsupported(Exception):
@@ -74,7 +74,6 @@ class Service:
         self._background: set[asyncio.Task[Any]] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._draining = False
-        self.cut_off = 0
         self.metrics = Metrics(
             proxy.__version__,
             {
@@ -100,6 +99,7 @@ class Service:
         self._pool = self._make_pool()
         self._gateway = self._make_gateway()
         self._listener = Listener(self._gateway, max_connections=settings.max_connections, observe=self._observe)
+        self._drain = Drain(self._gateway, self._listener, self._waiters, self._pool, self.store, self._background)
         self._servers: list[asyncio.Server] = []
         self._admin: web.AppRunner | None = None
 
@@ -187,7 +187,9 @@ class Service:
                 self._listener, *place, ssl=tls, ssl_handshake_timeout=handshake_s, backlog=1024
             )
         )
-        self._admin = web.AppRunner(admin_app(self.metrics.text, self.problems), access_log=None, shutdown_timeout=1)
+        self._admin = web.AppRunner(
+            admin_app(self.metrics.text, self.problems), access_log=None, shutdown_timeout=CANCEL_S
+        )
         await self._admin.setup()
         await web.TCPSite(self._admin, settings.admin_listen.host, settings.admin_listen.port).start()
         await self.store.wait_up(1.0)
@@ -200,52 +202,36 @@ class Service:
         return {"public": f"{public[0]}:{public[1]}", "admin": f"{admin[0]}:{admin[1]}"}
 
     async def drain(self, hurry: asyncio.Event) -> bool:
-        """Stop accepting, let what is in flight finish, mark the rest unknown. `hurry` cuts the grace short.
+        """Serve on for the delay, stop accepting, let what is in flight finish, cut off the rest. `hurry`: at once.
 
         Return whether everything in flight was stored or released.
         """
         self._draining = True
+        unsure = self.metrics.unsure
         if self._settings.drain_delay_s:
-            await _unless(hurry, asyncio.sleep(self._settings.drain_delay_s))
+            await unless(hurry, asyncio.sleep(self._settings.drain_delay_s))
         for server in self._servers:
             server.close()
-        self._listener.pre_shutdown()
-        self._waiters.close()
-        finished = await _unless(hurry, self._idle(), self._settings.drain_s)
-        if not finished:
-            self.store.patience_ends = self._loop.time() + FINAL_S
-            self.cut_off = self._pool.cut("the proxy was shut down") or self._gateway.in_flight
-            await _unless(None, self._idle(), FINAL_S + 1)
-        return bool(finished)
+        finished = await self._drain.run(hurry, self._settings.drain_s)
+        return finished and self.metrics.unsure == unsure
 
-    async def _idle(self) -> bool:
-        while self._gateway.in_flight or self._gateway.relaying or self._background:
-            await asyncio.sleep(KEEP_IDLE_S)
-        return True
+    @property
+    def cut_off(self) -> int:
+        """Requests and answers that the drain did not let finish."""
+        return self._drain.cut_off
 
     async def close(self) -> None:
-        await self._listener.shutdown(0.1)  # cancels what still hangs, which then settles
-        await _unless(None, self._idle(), FINAL_S)
-        for task in [*self._tasks, *self._background]:
+        """End what is left; nothing in here waits for anybody for long."""
+        await self._listener.shutdown(CANCEL_S)
+        left = [*self._tasks, *self._background]
+        for task in left:
             task.cancel()
-        await asyncio.gather(*self._tasks, *self._background, return_exceptions=True)
+        await asyncio.gather(*left, return_exceptions=True)
         if self._admin:
             await self._admin.cleanup()
         self._pool.close()
         await self.store.close()
         self._access.flush()
-
-
-async def _unless(hurry: asyncio.Event | None, work: Coroutine[Any, Any, Any], seconds: float | None = None) -> Any:
-    """Return what `work` returns, None if `hurry` is set or the time is over first."""
-    task = asyncio.ensure_future(work)
-    hurried = asyncio.ensure_future(hurry.wait()) if hurry else None
-    waited = [task, hurried] if hurried else [task]
-    await asyncio.wait(waited, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-    result = task.result() if task.done() else None
-    for one in waited:
-        one.cancel()
-    return result
 
 
 def _server_tls(settings: Settings) -> ssl.SSLContext | None:

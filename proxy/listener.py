@@ -5,7 +5,7 @@ time out slow heads, to count connections, and to refuse in our own words.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 from aiohttp import StreamReader, web
@@ -90,6 +90,22 @@ class ClientConnection(RequestHandler):
             super().close()
         else:
             self._keepalive = False
+
+    @property
+    def owes(self) -> bool:
+        """Whether something of an answer is still to leave the process."""
+        return self.transport is not None and self.transport.get_write_buffer_size() > 0
+
+    @property
+    def stalled(self) -> bool:
+        """Whether it is the client that has to move: to take its answer, or to send the rest of its request."""
+        return self.owes or (self.body is not None and not self.body.is_eof())
+
+    def abort(self) -> None:
+        """Close at once, and never so that what was sent looks whole."""
+        if self.transport is not None:
+            self.transport.abort()
+        self.force_close()
 
     def resume_reading(self, resume_parser: bool = True) -> None:
         """Go on reading, if it paused: aiohttp asks for it after every read, and feeds its parser nothing each time."""
@@ -212,6 +228,24 @@ class Listener(web.Server):
     def has_room(self) -> bool:
         """Return whether the newest connection still fits."""
         return len(self._connections) <= self._max_connections
+
+    def _ours(self) -> Iterator[ClientConnection]:
+        return (one for one in self.connections if isinstance(one, ClientConnection))
+
+    def owing(self) -> int:
+        """Return how many connections have not taken all of their answer yet."""
+        return sum(one.owes for one in self._ours())
+
+    def abort_stalled(self) -> None:
+        """Close the connections that wait for their client, not for us."""
+        for one in self._ours():
+            if one.stalled:
+                one.abort()
+
+    def abort(self) -> None:
+        """Close every connection on which something is under way."""
+        for one in self._ours():
+            one.abort()
 
     async def sweep(self) -> None:
         """Close connections whose head takes too long, until cancelled."""

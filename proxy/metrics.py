@@ -168,6 +168,11 @@ class Metrics(Collector):
     def settled(self, how: str) -> None:
         self._settled.add(how)
 
+    @property
+    def unsure(self) -> int:
+        """How many claims ended without an answer stored or a key freed for sure."""
+        return int(self._settled.by_value["unknown"] + self._settled.by_value["unconfirmed"])
+
     def claim_lost(self) -> None:
         self._claims_lost.add()
 

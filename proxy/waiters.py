@@ -39,6 +39,7 @@ class Waiters:
         self._by_key: dict[bytes, list[_Waiter]] = {}
         self._count = 0
         self._poll_s = POLL_FIRST_S
+        self._closed = False
         self._arrived = asyncio.Event()
 
     def __len__(self) -> int:
@@ -57,7 +58,7 @@ class Waiters:
         `asks_no_more`: whether it closed its side. It may have left, or wait for its answer like that;
         it waits while there is room.
         """
-        if not (self._has_room(key) or self._make_room(key)):
+        if self._closed or not (self._has_room(key) or self._make_room(key)):
             return Woken.FULL
         line = self._by_key.setdefault(key, [])
         loop = asyncio.get_running_loop()
@@ -114,6 +115,8 @@ class Waiters:
                 return
 
     def close(self) -> None:
+        """Send everybody away, also those who still come."""
+        self._closed = True
         for key in list(self._by_key):
             self.wake(key, Woken.BUSY)
 

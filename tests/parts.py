@@ -43,7 +43,7 @@ class Proxy:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "proxy", "serve"], env=self._env, stderr=log, stdout=log, cwd=self.folder
             )
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline and self.process.poll() is None:
             for line in self.events("serving"):
                 self.port = int(line["public"].rpartition(":")[2])

@@ -1388,16 +1388,32 @@ async def test_a_settle_outlasts_a_server_that_is_restarted(own_valkey):
         assert told(await claim(store)) == "replay"
 
 
-async def test_nothing_is_repeated_once_the_patience_is_over(own_valkey):
-    """The drain ends every patience at once."""
-    async with connected(own_valkey.url, timeout_ms=200) as store:
+@pytest.mark.parametrize("state", ["hangs", "is down"])
+async def test_every_call_ends_when_the_store_is_given_up(own_valkey, state):
+    """The drain ends every patience at once, also that of calls under way and of those that still come."""
+    async with connected(own_valkey.url, timeout_ms=20_000) as store:
         owner = await claimed(store)
-        own_valkey.pause()
-        settling = asyncio.ensure_future(store.release(owner, 1000.0))
-        await asyncio.sleep(0.3)
-        assert not settling.done()
-        store.patience_ends = asyncio.get_running_loop().time()
-        assert await settling == Settled("unconfirmed")
+        if state == "hangs":
+            own_valkey.pause()
+        else:
+            own_valkey.kill()
+            await until(lambda: store.problem() is not None)
+        calls = [
+            asyncio.ensure_future(call)
+            for call in (
+                store.release(owner, 1000.0),
+                claim(store, fingerprint=OTHER),
+                store.look(owner.key, SCOPE, 1000),
+            )
+        ]
+        done, _ = await asyncio.wait(calls, timeout=0.3)
+        assert not done
+        store.give_up_at(asyncio.get_running_loop().time() + 0.1)
+        settled, *asked = await asyncio.wait_for(asyncio.gather(*calls), 5)
+        assert settled == Settled("unconfirmed")
+        assert all(isinstance(found, Unconfirmed) for found in asked)
+        assert await asyncio.wait_for(store.release(owner, 1000.0), 5) == Settled("unconfirmed")
+        assert isinstance(await asyncio.wait_for(claim(store, fingerprint=OTHER), 5), Unconfirmed)
 
 
 # How it is reached ...

@@ -33,7 +33,7 @@ def serve(settings: Settings, logger: Any) -> int:
 
 
 async def _serve(settings: Settings, store_url: str, embedded: EmbeddedStore | None, logger: Any) -> int:
-    stop, hurry = _signals()
+    stop, hurry = _signals(logger)
     service = Service(settings, store_url, logger)
     watcher = asyncio.ensure_future(embedded.watch()) if embedded else None
     try:
@@ -52,13 +52,15 @@ async def _serve(settings: Settings, store_url: str, embedded: EmbeddedStore | N
                 await watcher
 
 
-def _signals() -> tuple[asyncio.Event, asyncio.Event]:
+def _signals(logger: Any) -> tuple[asyncio.Event, asyncio.Event]:
     """Return what the first SIGTERM or SIGINT sets, and what the second sets."""
     stop, hurry = asyncio.Event(), asyncio.Event()
 
     def told() -> None:
         (hurry if stop.is_set() else stop).set()
 
+    loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, told)
+        loop.add_signal_handler(number, told)
+    loop.add_signal_handler(signal.SIGHUP, logger.info, "nothing to reload")  # by default it would end the process
     return stop, hurry

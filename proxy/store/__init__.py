@@ -107,7 +107,7 @@ class Store:
         self._reads = Link(open_connection, prepare, self._timeout_s, observe)  # a large reply would stop the others
         self._prefix, self._count = os.urandom(TOKEN_BYTES - 6), count(1)
         self._info: dict[str, str] = {}
-        self.patience_ends = float("inf")  # the loop's time after which nothing is repeated any more
+        self._patience_ends = float("inf")  # the loop's time after which nothing is repeated any more
 
     # Its life ...
 
@@ -120,6 +120,12 @@ class Store:
 
     async def wait_up(self, seconds: float) -> bool:
         return await self._link.wait_up(self._loop.time() + seconds)
+
+    def give_up_at(self, when: float) -> None:
+        """Let every call end by `when` (the loop's time); what is not confirmed then stays unconfirmed."""
+        self._patience_ends = when
+        self._link.give_up_at(when)
+        self._reads.give_up_at(when)
 
     def problem(self) -> str | None:
         """Return why the store cannot be relied on now, None where it can."""
@@ -188,7 +194,7 @@ class Store:
             if not isinstance(found, Unconfirmed):
                 return found
             maybe_executed |= found.maybe_executed
-            if loop.time() + pause_s >= deadline or found.detail.startswith("OOM"):
+            if loop.time() + pause_s >= min(deadline, self._patience_ends) or found.detail.startswith("OOM"):
                 if maybe_executed and withdraw is not None:
                     self._background(withdraw(claim))
                 return Unconfirmed(found.detail, maybe_executed)
@@ -246,7 +252,7 @@ class Store:
         await asyncio.sleep(self._timeout_s)
         until = self._loop.time() + claim.retention_ms / 1000
         while (await self.release(claim, self._patience_s)).word == "unconfirmed":
-            if self._loop.time() >= min(until, self.patience_ends):
+            if self._loop.time() >= min(until, self._patience_ends):
                 return
 
     async def append(self, claim: Claim, index: int, chunk: bytes, patience_s: float) -> str:
@@ -320,7 +326,7 @@ class Store:
             reply = await self._call(verb, claim.key, deadline, args, count)
             if is_final(reply):
                 return reply
-            if loop.time() + pause_s >= min(give_up, self.patience_ends):
+            if loop.time() + pause_s >= min(give_up, self._patience_ends):
                 return reply
             self._repeated()
             await asyncio.sleep(pause_s)

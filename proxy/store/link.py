@@ -201,6 +201,16 @@ class Link(asyncio.Protocol):
             one.resolve(Unconfirmed(why))
         self._lost.set()
 
+    def give_up_at(self, when: float) -> None:
+        """From `when` (the loop's time) on nothing is waited for: all is unconfirmed, at once."""
+        self._loop.call_at(when, self._give_up)
+
+    def _give_up(self) -> None:
+        if self._keeper is not None:
+            self._keeper.cancel()
+        self._drop("given up")
+        self._up.set()  # nobody waits for a connection, and without one nothing is sent
+
     # Commands ...
 
     def script(

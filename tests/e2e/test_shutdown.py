@@ -3,6 +3,7 @@
 import asyncio
 import signal
 import socket
+import time
 
 import pytest
 
@@ -13,7 +14,9 @@ from tests.parts import (
     Blackhole,
     Proxy,
     RawClient,
+    Received,
     Tap,
+    answering,
     ask,
     chunk,
     lazy,
@@ -26,6 +29,16 @@ from tests.parts import (
 async def exit_code(proxy: Proxy, seconds: float = 30) -> int:
     await until(lambda: proxy.process.poll() is not None, seconds)
     return proxy.process.returncode
+
+
+async def seconds_to_end(proxy: Proxy) -> float:
+    """Return how long the process goes on, in ticks of this one: what starves both counts for neither."""
+    ticks = 0
+    while proxy.process.poll() is None:
+        assert ticks < 2000
+        await asyncio.sleep(0.01)
+        ticks += 1
+    return ticks / 100
 
 
 def refuses(port: int) -> bool:
@@ -189,37 +202,303 @@ async def test_a_store_that_stands_still_does_not_hold_the_end_up(proxies, upstr
     assert len(upstream.received) == 1
 
 
-@pytest.mark.parametrize(("first", "second"), [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGINT)])
-async def test_told_twice_it_ends_at_once(proxies, upstream, valkey, first, second):
-    """A second signal ends the grace: what is in flight becomes unknown, exit 1."""
-    upstream.script = Tap().script
-    proxy = proxies(upstream, valkey.url, DRAIN_S=60, DRAIN_DELAY_S=60 if first is signal.SIGINT else 0)
+# However much stands still ...
+
+END_S = 1.0  # from the end of the grace to the end of the process
+BUSY_S = 1.0  # on top of it, for a machine that does other things, too
+WHOLE = 12 * (1 << 20)  # more than two kernels' buffers take
+HUGE = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (1 << 30)
+
+
+class Crowd:
+    """Clients of every kind that stand still at a proxy: readers, uploaders, replays, waiters and a silent upstream."""
+
+    def __init__(self, proxy: Proxy, upstream) -> None:
+        self.proxy, self.upstream = proxy, upstream
+        self.written = 0
+        self.clients: list[RawClient] = []
+
+    async def script(self, _, __, writer: asyncio.StreamWriter, received: Received) -> None:
+        """Answer by the key: one answer that can be stored, ones that never end, or none at all."""
+        key = received.header("Idempotency-Key")[0]
+        if key == b"stored":
+            writer.write(OK.replace(b"Content-Length: 2", b"Content-Length: %d" % WHOLE)[:-2] + bytes(WHOLE))
+            return
+        if key.startswith(b"reader"):
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+            writer.write(HUGE)
+            while True:
+                writer.write(bytes(65536))
+                await writer.drain()
+                self.written += 1
+        await asyncio.Event().wait()
+
+    async def gather(self, readers: int, uploads: int, replays: int, waiters: int) -> None:
+        """Let them come, and wait until nothing moves any more."""
+        self.upstream.script = self.script
+        assert (await ask(self.proxy.port, request(key="stored"))).complete
+        for name, number in (("reader", readers), ("silent", 20), ("stored", replays)):
+            for one in range(number):
+                client = await lazy(self.proxy.port)
+                client.writer.write(request(key=name if name == "stored" else f"{name}-{one}"))
+                self.clients.append(client)
+        for one in range(uploads):
+            client = await RawClient.open(self.proxy.port)
+            client.writer.write(request(key=f"upload-{one}", body=bytes(9000))[:-4000])
+            self.clients.append(client)
+        await until(lambda: len(self.upstream.received) == 1 + readers + 20, 30)
+        for _ in range(waiters):
+            client = await RawClient.open(self.proxy.port)
+            client.writer.write(request("POST", "/v1/charges", "silent-0", b'{"amount": 1}', "Prefer: wait=30"))
+            self.clients.append(client)
+        await until(lambda: self.proxy.metric("waiting") == waiters, 20)
+        seen = -1
+        while seen != self.written:
+            seen = self.written
+            await asyncio.sleep(0.2)
+
+    def close(self) -> None:
+        for client in self.clients:
+            client.writer.transport.abort()
+
+
+@pytest.mark.parametrize(("store", "many"), [("answers", 200), ("hangs", 40), ("is down", 40)])
+async def test_the_end_comes_within_a_second_of_the_grace(proxies, upstream, own_valkey, store, many):
+    """Slow readers, uploads, replays and waiters under way, and the store: nothing stretches the end (exit 1).
+
+    F48: afterwards no key is in flight, where the store could be told.
+    """
+    proxy = proxies(upstream, own_valkey.url, DRAIN_S=0.5, CLIENT_STALL_S=60, ACCESS_LOG="off")
+    crowd = Crowd(proxy, upstream)
+    await crowd.gather(readers=many, uploads=many, replays=20, waiters=40)
+    if store == "hangs":
+        own_valkey.pause()
+    elif store == "is down":
+        own_valkey.kill()
+    proxy.signal(signal.SIGTERM)
+    took_s = await seconds_to_end(proxy)
+    crowd.close()
+    assert proxy.process.returncode == 1
+    assert took_s < 0.5 + END_S + BUSY_S
+    assert proxy.events("stopped")[0]["cut_off"] >= 2 * many + 20
+    assert "Traceback" not in proxy.log()
+    if store == "answers":
+        assert own_valkey.states() == [b"complete"] + [b"unknown"] * (many + 20)
+
+
+async def test_a_thousand_in_flight_are_none_afterwards(proxies, upstream, valkey):
+    """F48: half of them mid-body. Each ends unknown; nobody gets an answer that looks whole."""
+    taps = []
+
+    async def script(*exchange) -> None:
+        taps.append(tap := Tap())
+        if len(taps) % 2:
+            tap.send(CHUNKED, chunk(b"a" * 1000))
+        await tap.script(*exchange)
+
+    upstream.script = script
+    proxy = proxies(upstream, valkey.url, DRAIN_S=0.5, MAX_UPSTREAM_CONNECTIONS=1000, ACCESS_LOG="off")
+    clients = []
+    for number in range(1000):
+        clients.append(client := await RawClient.open(proxy.port))
+        client.writer.write(request(key=f"key-{number}"))
+    await until(lambda: len(taps) == 1000, 30)
+    proxy.signal(signal.SIGTERM)
+    answers = await asyncio.gather(*[read_answer(client.reader) for client in clients])
+    assert await seconds_to_end(proxy) < 0.5 + END_S + BUSY_S
+    assert proxy.process.returncode == 1
+    for client in clients:
+        client.close()
+    assert valkey.states() == [b"unknown"] * 1000
+    got = [(answer.status, answer.complete) if answer else None for answer in answers]
+    assert (got.count((502, True)), got.count((200, False))) == (500, 500)
+
+
+async def test_an_upload_that_ends_in_the_grace_does_not_wait_for_its_original(proxies, upstream, valkey):
+    """A duplicate whose body is whole only after SIGTERM is told at once, though it would have waited."""
+    tap = Tap()
+    upstream.script = tap.script
+    proxy = proxies(upstream, valkey.url, DRAIN_S=30, ON_DUPLICATE="wait")
+    original = asyncio.ensure_future(ask(proxy.port, request()))
+    await until(lambda: upstream.received)
+    late = await RawClient.open(proxy.port)
+    late.writer.write(request()[:-4])
+    await until(lambda: proxy.metric("in_flight") == 2)
+    proxy.signal(signal.SIGTERM)
+    await until(lambda: refuses(proxy.port))
+    late.writer.write(request()[-4:])
+    told = await asyncio.wait_for(read_answer(late.reader), 10)
+    late.close()
+    assert told is not None
+    assert (told.status, told.slug) == (409, "in-flight")
+    tap.end(OK)
+    assert (await original).body == b"ok"
+    assert await exit_code(proxy) == 0
+
+
+async def test_what_was_claimed_at_the_very_end_is_not_sent(proxies, upstream, own_valkey):
+    """A claim that is confirmed only after the grace leads to nothing: the upstream is not contacted."""
+    proxy = proxies(upstream, own_valkey.url, DRAIN_S=0.5, STORE_TIMEOUT_MS=20000)
+    client = await RawClient.open(proxy.port)
+    own_valkey.pause()
+    client.writer.write(request())
+    await until(lambda: proxy.metric("in_flight") == 1)
+    proxy.signal(signal.SIGTERM)
+    await asyncio.sleep(0.6)  # the grace is over, the store not yet given up
+    own_valkey.resume()
+    assert await seconds_to_end(proxy) < 0.5 + END_S + BUSY_S
+    client.close()
+    assert proxy.process.returncode == 1
+    assert upstream.connections == 0
+    assert b"unknown" not in own_valkey.states()
+
+
+@pytest.mark.parametrize("taken", [True, False])
+async def test_answers_that_are_not_taken_yet_hold_the_end_up(proxies, upstream, valkey, taken):
+    """What a client is still owed leaves within the grace (exit 0); if it does not take it, that is a cut (exit 1)."""
+    upstream.script = answering(
+        OK.replace(b"Content-Length: 2\r\n\r\nok", b"Content-Length: 60000\r\n\r\n") + bytes(60000)
+    )
+    proxy = proxies(upstream, valkey.url, DRAIN_S=20 if taken else 1)
+    await ask(proxy.port, request())
+    client = await lazy(proxy.port)
+    client.writer.write(request() * 200)
+    seen = -1.0
+    while seen != (seen := proxy.metric('requests_total{outcome="replayed"}')):
+        await asyncio.sleep(0.3)
+    proxy.signal(signal.SIGTERM)
+    await until(lambda: refuses(proxy.port))
+    whole = 0
+    if taken:
+        client.writer.transport.resume_reading()
+        while (answer := await read_answer(client.reader)) is not None:
+            assert answer.complete
+            whole += 1
+    assert await exit_code(proxy) == (0 if taken else 1)
+    client.writer.transport.abort()
+    assert whole == (int(seen) if taken else 0)
+    assert (proxy.events("stopped")[0]["cut_off"] > 0) is not taken
+
+
+@pytest.mark.parametrize("lost", ["by the upstream", "by the store"])
+async def test_the_exit_code_tells_what_became_of_the_keys(proxies, upstream, own_valkey, lost):
+    """A key that became unknown during the drain makes the exit code 1, though nobody had to be cut off."""
+    tap = Tap()
+    upstream.script = tap.script
+    proxy = proxies(upstream, own_valkey.url, DRAIN_S=20, SETTLE_TIMEOUT_S=1, STORE_TIMEOUT_MS=300)
     client = await RawClient.open(proxy.port)
     client.writer.write(request())
     await until(lambda: upstream.received)
-    proxy.signal(first)
-    await until(lambda: proxy.admin("/readyz")[0] == 503)
-    proxy.signal(second)
-    assert await exit_code(proxy, 20) == 1
+    proxy.signal(signal.SIGTERM)
+    await until(lambda: refuses(proxy.port))
+    if lost == "by the upstream":
+        await upstream.close()
+    else:
+        own_valkey.pause()
+        tap.end(OK)
     answer = await read_answer(client.reader)
     client.close()
+    own_valkey.resume()
+    assert await exit_code(proxy) == 1
+    assert answer is not None
+    assert answer.slug == ("upstream-lost" if lost == "by the upstream" else "answer-not-stored")
+    assert proxy.events("stopped")[0]["cut_off"] == 0
+
+
+# Signals ...
+
+
+@pytest.mark.parametrize(
+    ("number", "delay_s"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGTERM, 60)], ids=["term", "int", "delay"]
+)
+async def test_told_twice_it_ends_at_once(proxies, upstream, valkey, number, delay_s):
+    """F61: a second signal ends the delay and the grace: what is in flight becomes unknown, exit 1."""
+    proxy = proxies(upstream, valkey.url, DRAIN_S=60, DRAIN_DELAY_S=delay_s, CLIENT_STALL_S=60)
+    crowd = Crowd(proxy, upstream)
+    await crowd.gather(readers=5, uploads=5, replays=2, waiters=3)
+    client = await RawClient.open(proxy.port)
+    client.writer.write(request(key="silent"))
+    await until(lambda: upstream.received[-1].header("Idempotency-Key") == [b"silent"])
+    proxy.signal(number)
+    await until(lambda: proxy.admin("/readyz")[0] == 503)
+    await asyncio.sleep(0.3)
+    assert proxy.process.poll() is None
+    proxy.signal(number)
+    assert await seconds_to_end(proxy) < END_S + BUSY_S
+    assert proxy.process.returncode == 1
+    answer = await read_answer(client.reader)
+    client.close()
+    crowd.close()
     assert answer is not None
     assert (answer.status, answer.slug) == (502, "upstream-lost")
-    assert valkey.states() == [b"unknown"]
+    assert valkey.states() == [b"complete"] + [b"unknown"] * 26
+
+
+async def test_a_hangup_changes_nothing(proxies, upstream, valkey):
+    """F61: SIGHUP ends neither the process nor what is claimed."""
+    tap = Tap()
+    upstream.script = tap.script
+    proxy = proxies(upstream, valkey.url)
+    running = asyncio.ensure_future(ask(proxy.port, request()))
+    await until(lambda: upstream.received)
+    for _ in range(3):
+        proxy.signal(signal.SIGHUP)
+        assert (await ask(proxy.port, request())).slug == "in-flight"
+    tap.end(OK)
+    assert (await running).body == b"ok"
+    assert (await ask(proxy.port, request())).header("oncegate-status") == b"replayed"
+    assert await asyncio.to_thread(proxy.stop) == 0
+
+
+# The delay ...
 
 
 async def test_it_serves_on_for_the_delay(proxies, upstream, valkey):
-    """With DRAIN_DELAY_S it is not ready after SIGTERM and yet serves newcomers, until the delay is over."""
-    proxy = proxies(upstream, valkey.url, DRAIN_DELAY_S=1.5)
+    """With DRAIN_DELAY_S it is not ready after SIGTERM and yet serves as before; told again, it ends (exit 0)."""
+    tap = Tap()
+    proxy = proxies(upstream, valkey.url, DRAIN_DELAY_S=60)
     assert proxy.admin("/readyz")[0] == 200
+    kept = await RawClient.open(proxy.port)
     proxy.signal(signal.SIGTERM)
     await until(lambda: proxy.admin("/readyz")[0] == 503)
     assert "shutting down" in proxy.admin("/readyz")[1]
     assert proxy.admin("/healthz")[0] == 200
     assert (await ask(proxy.port, request())).header("oncegate-status") == b"executed"
-    assert (await ask(proxy.port, request())).header("oncegate-status") == b"replayed"
-    await until(lambda: refuses(proxy.port))
+    for _ in range(2):
+        answer = await kept.ask(request())
+        assert answer is not None
+        assert (answer.header("oncegate-status"), answer.header("connection")) == (b"replayed", None)
+    upstream.script = tap.script
+    original = asyncio.ensure_future(ask(proxy.port, request(key="waited-for")))
+    await until(lambda: len(upstream.received) == 2)
+    waiter = asyncio.ensure_future(
+        ask(proxy.port, request("POST", "/v1/charges", "waited-for", b'{"amount": 1}', "Prefer: wait=20"))
+    )
+    await until(lambda: proxy.metric("waiting") == 1)
+    assert not refuses(proxy.port)
+    tap.end(OK)
+    assert ((await waiter).body, (await original).body) == (b"ok", b"ok")
+    proxy.signal(signal.SIGTERM)
+    assert await asyncio.wait_for(kept.reader.read(), 20) == b""
+    kept.close()
     assert await exit_code(proxy) == 0
+
+
+async def test_the_grace_counts_from_the_end_of_the_delay(proxies, upstream, valkey):
+    """What is in flight has DRAIN_DELAY_S and then DRAIN_S, and no more than a second on top."""
+    upstream.script = Tap().script
+    proxy = proxies(upstream, valkey.url, DRAIN_DELAY_S=1, DRAIN_S=1)
+    client = await RawClient.open(proxy.port)
+    client.writer.write(request())
+    await until(lambda: upstream.received)
+    began = time.monotonic()
+    proxy.signal(signal.SIGTERM)
+    ticks_s = await seconds_to_end(proxy)
+    assert time.monotonic() - began > 2
+    assert ticks_s < 2 + END_S + BUSY_S
+    assert proxy.process.returncode == 1
+    client.close()
+    assert valkey.states() == [b"unknown"]
 
 
 async def test_idle_connections_are_closed(proxies, upstream, valkey):

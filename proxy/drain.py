@@ -1,0 +1,82 @@
+"""The end of a worker: what is in flight finishes within the grace, what does not is cut off and said to be unknown.
+
+After the grace everything has its bound, so that the end comes within a second, whoever stands still: the
+upstream, the store, a client that uploads, or one that does not read.
+"""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+from proxy.handler import Gateway
+from proxy.listener import Listener
+from proxy.store import Store
+from proxy.upstream import Pool
+from proxy.waiters import Waiters
+
+SETTLE_S = 0.4  # after the grace: for the store to take what was cut off as unknown
+TELL_S = 0.1  # after that: for the clients to be told
+UNWIND_S = 0.2  # after that: for what still hangs to come to its end
+POLL_S = 0.02
+
+
+class Drain:
+    """Ends the work of one worker. `background`: the tasks that finish something behind a client's back."""
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        listener: Listener,
+        waiters: Waiters,
+        pool: Pool,
+        store: Store,
+        background: set[asyncio.Task[Any]],
+    ) -> None:
+        self._gateway, self._listener, self._waiters = gateway, listener, waiters
+        self._pool, self._store, self._background = pool, store, background
+        self.cut_off = 0  # requests and answers that did not finish
+
+    async def run(self, hurry: asyncio.Event, grace_s: float) -> bool:
+        """Take no further request, wait until all is done; after `grace_s` seconds, or on `hurry`, cut it off.
+
+        Return whether nothing had to be cut off.
+        """
+        self._listener.pre_shutdown()
+        self._waiters.close()
+        if await unless(hurry, self._idle(), grace_s):
+            return True
+        self._cut()
+        await unless(None, self._idle(), SETTLE_S + TELL_S)
+        self._listener.abort()
+        await unless(None, self._idle(), UNWIND_S)
+        return False
+
+    def _cut(self) -> None:
+        """Give everybody who stands still a reason to move, and the store its last deadline."""
+        requests = self._gateway.in_flight + self._gateway.relaying + len(self._waiters)
+        self.cut_off = max(requests, self._listener.owing())
+        self._store.give_up_at(asyncio.get_running_loop().time() + SETTLE_S)
+        self._pool.cut("the proxy was shut down")
+        self._listener.abort_stalled()
+
+    async def _idle(self) -> bool:
+        while self._busy():
+            await asyncio.sleep(POLL_S)
+        return True
+
+    def _busy(self) -> bool:
+        gateway = self._gateway
+        under_way = gateway.in_flight or gateway.relaying or self._background
+        return bool(under_way or len(self._waiters) or self._listener.owing())
+
+
+async def unless(hurry: asyncio.Event | None, work: Coroutine[Any, Any, Any], seconds: float | None = None) -> Any:
+    """Return what `work` returns, None if `hurry` is set or the time is over first."""
+    task = asyncio.ensure_future(work)
+    hurried = asyncio.ensure_future(hurry.wait()) if hurry else None
+    waited = [task, hurried] if hurried else [task]
+    await asyncio.wait(waited, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    result = task.result() if task.done() else None
+    for one in waited:
+        one.cancel()
+    return result
