@@ -88,6 +88,14 @@ class _Written(dict[int, bytes]):
 _PREFIX, _COUNT = _Written(b"%d:"), _Written(b"%d;")
 
 
+def _named(name: bytes, values: Sequence[bytes]) -> list[bytes]:
+    """Return a field as it enters a digest."""
+    if len(values) == 1:
+        value = values[0]
+        return [_PREFIX[len(name)], name, b"1;", _PREFIX[len(value)], value]
+    return [_PREFIX[len(name)], name, _COUNT[len(values)], _framed(values)]
+
+
 def _framed(parts: Iterable[bytes]) -> bytes:
     return b"".join([_PREFIX[len(part)] + part for part in parts])
 
@@ -105,19 +113,17 @@ class Digests:
         self, namespace: bytes, headers: Mapping[bytes, Sequence[bytes]], names: Sequence[bytes]
     ) -> Scope | UnstableScope:
         """Return whose key it is, by the scope headers (lower-case `names`) that are present, else Cookie."""
-        present = [name for name in names if name in headers]
-        if not present and names and b"cookie" in headers:
-            present = [b"cookie"]
+        parts: list[bytes] = []
+        for name in names:
+            if (values := headers.get(name)) is not None:
+                if name == b"authorization" and not all(map(_is_stable, values)):
+                    return UnstableScope()
+                parts += _named(name, values)
+        if not parts and names and b"cookie" in headers:
+            parts = _named(b"cookie", headers[b"cookie"])
         digest = self._tenant.copy()
-        for name in present:
-            values = headers[name]
-            if name == b"authorization" and not all(map(_is_stable, values)):
-                return UnstableScope()
-            value = values[0]
-            digest.update(b"".join((_PREFIX[len(name)], name, _COUNT[len(values)], _PREFIX[len(value)], value)))
-            if len(values) > 1:
-                digest.update(_framed(values[1:]))
-        return Scope(namespace, digest.digest(), bool(names) and not present)
+        digest.update(b"".join(parts))
+        return Scope(namespace, digest.digest(), bool(names) and not parts)
 
     def key(self, scope: Scope, key: bytes) -> bytes:
         """Return the digest (24 bytes) that names a key of a scope in the store."""
@@ -129,7 +135,7 @@ class Digests:
 
     def fingerprint(self, parts: Sequence[bytes], body: Iterable[bytes]) -> bytes:
         """Return the digest (16 bytes) of what a request asks for; `body` comes in blocks, as it is sent."""
-        framed = b"".join([_PREFIX[len(part)] + part for part in parts])
+        framed = _framed(parts)
         digest = self._fingerprint.copy()
         digest.update(_PREFIX[len(framed)] + framed)
         for block in body:
