@@ -78,6 +78,22 @@ def decide(state: State, same_request: bool, kept: bool) -> Decision:
             assert_never(state)
 
 
+def is_open(state: State, same_request: bool, mode: bytes, past_window: bool) -> bool:
+    """Return whether a newcomer may take over a key whose record (in `state` as of now) was read and checked.
+
+    The record's own mode counts, not the newcomer's; only derived keys have a window.
+    """
+    match state:
+        case State.COMPLETE:
+            return past_window
+        case State.UNKNOWN:
+            return same_request and mode == b"retry"
+        case State.IN_FLIGHT:
+            return False
+        case _:
+            assert_never(state)
+
+
 def ending(disposition: Disposition, kept: bool) -> Ending:
     """Return the ending of an exchange whose answer came whole; `kept`: its body is in the record."""
     if disposition is _STORE:

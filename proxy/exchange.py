@@ -5,7 +5,7 @@ byte, its last chunk, the closing) is held back until the store has confirmed th
 """
 
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,7 +149,7 @@ class Exchange:
         asked_s = suspended_clock_s()
         found = await self._shop.store.reclaim(self._held.claim, self._scope)
         if isinstance(found, Claim):
-            self._held.confirmed_s = asked_s
+            self._held.claim, self._held.confirmed_s = found, asked_s  # where it had vanished, its fence is another
             return True
         self._refusal = problem("store-unavailable", "the claim could not be confirmed before sending")
         if not isinstance(found, Unconfirmed):
@@ -159,9 +159,25 @@ class Exchange:
     def _send(self, connection: Connection) -> None:
         self._sent = True
         if self._body.spooled:
-            connection.send_stream(self._request, self._body.stream(), chunked=False)
+            connection.send_stream(self._request, self._pieces(), chunked=False)
         else:
             connection.send(self._request, self._body.data)
+
+    async def _pieces(self) -> AsyncIterator[bytes]:
+        """Yield the body for as long as the key is ours: a process that was suspended may have lost it meanwhile.
+
+        A store that does not answer stops nothing before the retention, for which the record stands.
+        """
+        asked_s = 0.0
+        async for piece in self._body.stream():
+            age_s = min(self._held.age_s(), suspended_clock_s() - asked_s)
+            if must_reclaim(age_s, self._policy.lease_ms):
+                asked_s = suspended_clock_s()
+                if not await self._reclaim() and (
+                    self._held.fenced or self._held.age_s() * 1000 >= self._policy.retention_ms
+                ):
+                    raise ConnectionError("the key is not ours any more")
+            yield piece
 
     def _is_small(self, head: AnswerHead) -> bool:
         """Note an answer's head; return whether its body may be small."""

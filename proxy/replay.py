@@ -47,8 +47,8 @@ async def _replay_large(
     first = sent = 0
     while first < answer.chunks and not client.gone:
         chunks = await store.read(key, record.token, first)
-        if not chunks:
-            return _broken(client, "store_unavailable")
+        if isinstance(chunks, str):
+            return _broken(client, "corrupt" if chunks == "torn" else "store_unavailable")
         if not client.started:
             block = _block(record, answer, extra)
             client.begin(

@@ -11,6 +11,7 @@ from proxy.decision import (
     State,
     decide,
     ending,
+    is_open,
     must_reclaim,
     retry_after_s,
     state_now,
@@ -35,6 +36,13 @@ DECISIONS = [
     (State.UNKNOWN, PASSED, True, Decision.UNKNOWN, Decision.MISMATCH),
     (State.UNKNOWN, PASSED, False, Decision.UNKNOWN, Decision.MISMATCH),
 ]
+
+# As of now: what was found, the same fingerprint, the record's own mode, past its window -> whether it is open.
+OPEN = {
+    (State.UNKNOWN, True, b"retry", False),
+    (State.UNKNOWN, True, b"retry", True),
+    *product([State.COMPLETE], (True, False), (b"hold", b"retry", b""), [True]),
+}
 
 # How far the exchange got -> what becomes of its claim.
 ENDINGS = {
@@ -70,6 +78,12 @@ def test_the_decision_table_is_whole():
     """Every state, lease and record has a row, and every decision is made somewhere."""
     assert {row[:3] for row in DECISIONS} == set(product(State, (RUNNING, PASSED), (True, False)))
     assert {decision for row in DECISIONS for decision in row[3:]} == set(Decision)
+
+
+@pytest.mark.parametrize("found", [*product(State, (True, False), (b"hold", b"retry", b""), (True, False))])
+def test_which_keys_are_open_to_a_newcomer(found):
+    """Unknown under the mode retry, for the same request; complete, for derived keys after their window; no other."""
+    assert is_open(*found) is (found in OPEN)
 
 
 @pytest.mark.parametrize("left_ms", [-(10**12), -1, 0, 1, 2, 10_000, 10**12])

@@ -204,6 +204,7 @@ CLAIM = {
     "retention_ms": 500_000,
     "inline_bytes": 100,
     "window_ms": 0,
+    "seen": "",
     "not_after_ms": 2**52,
 }
 OWNER = {"tag": "8", "token": "T" * 16}
@@ -249,6 +250,21 @@ def test_claim_as_its_header_says(called):
     tag, word, _ = called("claim", **{**CLAIM, "not_after_ms": now_ms - 1})
     assert (tag, word) == (b"7", b"late")
     assert record(called) == {}
+
+
+@pytest.mark.parametrize("state", ["in_flight", "unknown"])
+@pytest.mark.parametrize("mode", ["hold", "retry"])
+def test_claim_takes_over_from_the_token_that_was_seen_alone(called, state, mode):
+    """Where the record's mode is retry and its lease is over; without `seen`, or with another's, it is only told."""
+    called("claim", **{**CLAIM, "mode": mode})
+    called.client.hset(KEY, mapping={"state": state, "lease": 1})
+    before = record(called)
+    for seen in ("", "U" * 16):
+        assert called("claim", **{**CLAIM, "token": "V" * 16, "seen": seen})[1] == state.encode()
+    assert record(called) == before
+    word = called("claim", **{**CLAIM, "token": "V" * 16, "seen": "T" * 16})[1]
+    assert word == (b"claimed" if mode == "retry" else state.encode())
+    assert record(called)["token"] == (b"V" if mode == "retry" else b"T") * 16
 
 
 @pytest.mark.parametrize(
@@ -389,12 +405,13 @@ def test_settle_marks_unknown_as_its_header_says(called):
         (1, 1, ["cde"]),
         (2, 100, ["f"]),
         (3, 100, None),
+        (4, 100, None),
     ],
 )
 def test_read_as_its_header_says(called, first, limit_bytes, chunks):
-    """The chunks from the first on that fit, at least one; gone where there is none."""
+    """The chunks from the first on that fit, at least one; torn where there is none."""
     called.client.hset(KEY, mapping={"meta": meta(), "b0": "ab", "b1": "cde", "b2": "f"})
-    expected = [b"8", b"gone"] if chunks is None else [b"8", b"chunks", *map(str.encode, chunks)]
+    expected = [b"8", b"torn"] if chunks is None else [b"8", b"chunks", *map(str.encode, chunks)]
     assert called("read", **OWNER, first=first, limit_bytes=limit_bytes) == expected
 
 

@@ -151,7 +151,7 @@ STATE, TOKEN_AT, FENCE, MODE, FINGERPRINT_AT, SELF, LEASE_LEFT, CREATED = range(
 def test_a_running_record_comes_back_as_it_stands(state, found):
     """State, owner, fingerprint, when it was claimed, and what is left of its lease."""
     read_back = running(KEY, TENANT, [state, *RUNNING[1:]], NOW_MS)
-    assert read_back == Record(found, TOKEN, FINGERPRINT, CLAIM.created_ms, NOW_MS, lease_left_ms=7000)
+    assert read_back == Record(found, TOKEN, FINGERPRINT, CLAIM.created_ms, NOW_MS, lease_left_ms=7000, mode=b"hold")
 
 
 @pytest.mark.parametrize("field", [STATE, TOKEN_AT, MODE, FINGERPRINT_AT, SELF], ids=lambda n: f"field {n}")

@@ -28,6 +28,7 @@ from tests.resp import Connection, Relay, RespServer, Words, relaying, resp
 LEASE_MS, RETENTION_MS = 60_000, 3_600_000
 PATIENCE_S = 20.0
 HOUR_MS = 3_600_000
+WINDOW_MS = 10_000  # of a derived key
 TENANT, SAME, OTHER = b"n" * 16, b"f" * 16, b"o" * 16
 SCOPE = Scope(b"default", TENANT)
 KEY = Digests(b"").key(SCOPE, b"key-1")
@@ -136,9 +137,16 @@ async def store(server: Valkey) -> AsyncIterator[Store]:
 
 
 def claim(
-    store: Store, key: bytes = KEY, scope: Scope = SCOPE, fingerprint: bytes = SAME, mode: bytes = b"hold"
+    store: Store,
+    key: bytes = KEY,
+    scope: Scope = SCOPE,
+    fingerprint: bytes = SAME,
+    mode: bytes = b"hold",
+    window_ms: int = 0,
 ) -> Coroutine[Any, Any, Claim | Record | Corrupt | Unconfirmed]:
-    return store.claim(key, scope, fingerprint, mode=mode, lease_ms=LEASE_MS, retention_ms=RETENTION_MS)
+    return store.claim(
+        key, scope, fingerprint, mode=mode, lease_ms=LEASE_MS, retention_ms=RETENTION_MS, window_ms=window_ms
+    )
 
 
 async def claimed(store: Store, mode: bytes = b"hold", key: bytes = KEY) -> Claim:
@@ -230,12 +238,12 @@ def claim_raw(
     mode: bytes = b"hold",
     not_after_ms: int = 1 << 52,
     window_ms: int = 0,
+    seen: bytes = b"",
 ) -> list[Any]:
     """Run claim.lua with what `Store.claim` has no argument for."""
     described = self_check(KEY, TENANT, token, mode, fingerprint)
-    return raw(
-        client, "claim", token, fingerprint, described, mode, LEASE_MS, RETENTION_MS, not_after_ms, 65536, window_ms
-    )
+    times = (LEASE_MS, RETENTION_MS, not_after_ms, 65536, window_ms)
+    return raw(client, "claim", token, fingerprint, described, mode, *times, seen)
 
 
 # Every verb in every state ...
@@ -253,7 +261,7 @@ async def act(store: Store, verb: str, owner: Claim, own: bool) -> str:
             return await store.renew(who)
         case "read":
             chunks = await store.read(KEY, who.token, 0)
-            return "gone" if chunks is None else "chunks" if chunks == [BODY] else "wrong"
+            return chunks if isinstance(chunks, str) else "chunks" if chunks == [BODY] else "wrong"
         case "store":
             settled = await store_small(store, who)
         case "store another":
@@ -526,7 +534,7 @@ async def test_a_large_answer_is_stored_in_chunks(store, client, state, last):
     assert found.body is None
     assert await store.read(KEY, owner.token, 0) == [CHUNKS[0]]
     assert await store.read(KEY, owner.token, 1) == list(CHUNKS[1:])
-    assert await store.read(KEY, owner.token, 4) is None
+    assert await store.read(KEY, owner.token, 4) == "torn"
 
 
 async def test_a_repeated_append_is_harmless(store, client):
@@ -676,9 +684,45 @@ async def test_the_owner_itself_claims_anew_what_it_had_given_up(store, client):
     assert await store.renew(again) == "renewed"
 
 
+@pytest.mark.parametrize("became", ["renewed", "taken", "stored", "damaged"])
+async def test_a_takeover_needs_the_record_that_was_checked(relay, valkey, became):
+    """What happens between the look and the takeover counts: nothing that changed meanwhile is overwritten."""
+    async with connected(relay.url) as store, connected(valkey.url) as elsewhere:
+        with valkey.client() as client:
+            owner = await at(elsewhere, client, "lapsed", b"retry")
+            asked = store._ask
+
+            async def meanwhile(*args: Any, **more: Any) -> Any:
+                reply = await asked(*args, **more)
+                if not args[4]:
+                    match became:
+                        case "renewed":
+                            assert await elsewhere.renew(owner) == "renewed"
+                        case "taken":
+                            assert isinstance(await claim(elsewhere, mode=b"retry"), Claim)
+                        case "stored":
+                            assert await store_small(elsewhere, owner) == Settled("stored")
+                        case _:
+                            client.hset(NAME, mapping={"token": FOREIGN, "self": b"x"})
+                    meanwhile.before = fields(client)
+                return reply
+
+            store._ask = meanwhile
+            found = await claim(store)
+            expected = {"stored": "replay", "damaged": "corrupt"}.get(became, "in_flight")
+            assert told(found) == expected
+            assert fields(client) == meanwhile.before
+
+
+async def test_of_many_newcomers_one_takes_an_open_key_over(store, client):
+    """All of them checked the same record; the others find the one that came first."""
+    await at(store, client, "unknown", b"retry")
+    found = await asyncio.gather(*[claim(store, mode=b"retry") for _ in range(50)])
+    assert sorted(map(told, found)) == ["claimed"] + ["in_flight"] * 49
+
+
 # Derived keys have a window ...
 
-WINDOW_MS = 10_000
 WINDOWED = [
     ("complete", 0, HOUR_MS, "complete"),
     ("complete", WINDOW_MS, WINDOW_MS // 2, "complete"),
@@ -700,10 +744,12 @@ async def test_a_derived_key_is_free_again_after_its_window(store, client, state
     else:
         client.hset(NAME, "created", created_ms)
     before = fields(client)
-    late = claim_raw(client, window_ms=window_ms, not_after_ms=server_ms(client) - 1)
+    late = claim_raw(client, window_ms=window_ms, not_after_ms=server_ms(client) - 1, seen=owner.token)
     assert late[0].decode() == (state if state in ("unknown", "complete") else "in_flight")
+    for seen in (b"", FOREIGN):  # unchecked, or checked and then replaced
+        assert claim_raw(client, window_ms=window_ms, seen=seen)[0] == late[0]
     assert fields(client) == before
-    word, _, *facts = claim_raw(client, window_ms=window_ms)
+    word, _, *facts = claim_raw(client, window_ms=window_ms, seen=owner.token)
     assert word.decode() == result
     if result != "claimed":
         assert fields(client) == before
@@ -748,7 +794,7 @@ async def test_a_late_append_brings_nothing_back(store, client):
     owner = await at(store, client, "unknown")
     await store.append(owner, 0, b"late", PATIENCE_S)
     assert told(await claim(store)) == "unknown"
-    assert await store.read(KEY, owner.token, 0) is None
+    assert await store.read(KEY, owner.token, 0) == "gone"
 
 
 @pytest.mark.parametrize("mode", [b"hold", b"retry"])
@@ -809,7 +855,7 @@ async def test_whichever_reply_is_lost_the_key_is_executed_once_and_replayed(rel
         assert isinstance(found, Record)
         assert found.answer == answer(b"ab", b"cd", b"e")
         chunks = await store.read(KEY, found.token, 0)
-        assert chunks == (None if LIFE[number] == "read" else [b"ab", b"cd", b"e"])
+        assert chunks == ("unconfirmed" if LIFE[number] == "read" else [b"ab", b"cd", b"e"])
         assert relay.lost == (LIFE[number] != "none")
 
 
@@ -826,6 +872,20 @@ async def test_a_settle_whose_reply_was_lost_is_repeated(relay, verb, became):
         assert relay.lost == 1
         assert result == {"replay": "stored", "not_kept": "stored", "claimed": "released"}.get(became, became)
         assert told(await claim(store)) == became
+
+
+@pytest.mark.fault(11, 21)
+@pytest.mark.parametrize("verb", ["store", "release", "mark unknown"])
+async def test_a_settle_that_gets_noscript_and_then_loses_its_reply(relay, valkey, verb):
+    """A script the server did not know, then was given, and whose reply was lost: no loss is reported."""
+    async with connected(relay.url) as store:
+        owner = await claimed(store)
+        with valkey.client() as client:
+            client.script_flush()
+        relay.lose_reply(2)  # NOSCRIPT is the first
+        result = await act(store, verb, owner, own=True)
+        assert relay.lost == 1
+        assert result in ("stored", "released", "unknown")
 
 
 @pytest.mark.parametrize("verb", ["store", "release", "mark unknown"])
@@ -877,6 +937,43 @@ async def test_a_claim_that_was_given_up_is_withdrawn_however_long_the_store_sta
         assert valkey.states() == [b"in_flight"]
         relay.unreachable = False
         await freeing
+        assert valkey.states() == []
+
+
+@pytest.mark.fault(9)
+@pytest.mark.parametrize("lapsed", [False, True], ids=["in flight", "lapsed"])
+async def test_a_claim_that_was_given_up_stands_in_nobodys_way(relay, valkey, lapsed):
+    """The retry comes before the withdrawal: the same worker knows that nothing was sent, and claims the key."""
+    behind = Behind()
+    async with connected(relay.url, timeout_ms=300, behind=behind) as store:
+        relay.lose_reply(then_unreachable=True)
+        assert isinstance(await claim(store), Unconfirmed)
+        assert valkey.states() == [b"in_flight"]
+        if lapsed:
+            with valkey.client() as client:
+                client.hset(NAME, "lease", 1)
+        relay.unreachable = False
+        assert await store.wait_up(PATIENCE_S)
+        assert told(await claim(store, fingerprint=OTHER)) == "claimed"
+        before = valkey.records()
+        await behind.run()
+        assert valkey.records() == before
+
+
+@pytest.mark.fault(9)
+async def test_a_claim_whose_caller_was_cancelled_is_withdrawn(relay, valkey):
+    """Nobody has it, so nothing is sent for it: the key is freed behind its back."""
+    behind = Behind()
+    async with connected(relay.url, timeout_ms=300, behind=behind) as store:
+        relay.hold()
+        claiming = asyncio.ensure_future(claim(store))
+        await asyncio.sleep(0.05)
+        claiming.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await claiming
+        relay.let_go()
+        await until(lambda: valkey.states() == [b"in_flight"])
+        await behind.run()
         assert valkey.states() == []
 
 
@@ -1056,18 +1153,20 @@ async def test_a_full_server_refuses_new_claims(server, client):
         assert told(await claim(store)) == "claimed"
 
 
-@pytest.mark.parametrize("state", ["lapsed", "unknown"])
-async def test_a_full_server_never_loses_a_record_to_a_claim_that_it_refuses(store, client, state):
-    """A takeover there happens or does not happen; it leaves no key without its record."""
-    await at(store, client, state, b"retry")
+@pytest.mark.parametrize("state", ["lapsed", "unknown", "complete"])
+async def test_a_full_server_refuses_takeovers_too(store, client, state):
+    """A takeover is a new claim: unconfirmed at once, and the record stands as it was."""
+    owner = await at(store, client, state, b"retry")
+    if state == "complete":
+        client.hset(NAME, "meta", pack(owner._replace(created_ms=1), answer(BODY)))
     before = fields(client)
     client.config_set("maxmemory", 1)
-    found = await claim(store)
-    if isinstance(found, Claim):
-        assert fields(client)["token"] == found.token
-    else:
-        assert isinstance(found, Unconfirmed)
-        assert fields(client) == before
+    found = await claim(store, window_ms=WINDOW_MS)
+    assert isinstance(found, Unconfirmed)
+    assert (found.detail[:3], found.maybe_executed) == ("OOM", False)
+    assert fields(client) == before
+    client.config_set("maxmemory", 0)
+    assert told(await claim(store, window_ms=WINDOW_MS)) == "claimed"
 
 
 @pytest.fixture
@@ -1142,17 +1241,19 @@ async def test_a_stored_body_that_was_damaged_is_not_intact(store, client):
     assert not intact(found.answer, found.body or b"")
 
 
+@pytest.mark.fault(55)
+@pytest.mark.parametrize("mode", [b"hold", b"retry"])
 @pytest.mark.parametrize("state", ["in flight", "lapsed", "unknown"])
 @pytest.mark.parametrize("field", ["state", "token", "mode", "fingerprint", "self"])
-async def test_a_running_record_that_was_damaged_is_corrupt(store, client, state, field):
-    """Whichever byte of what must not change, and where the field is gone: nobody claims it."""
-    await at(store, client, state)
+async def test_a_running_record_that_was_damaged_is_corrupt(store, client, state, field, mode):
+    """Whichever byte of what must not change, and where the field is gone: nobody claims it, whatever the mode."""
+    await at(store, client, state, mode)
     value = client.hget(NAME, field)
-    for wrong in damaged(value):
-        client.hset(NAME, field, wrong)
+    for wrong in [*damaged(value), None]:
+        client.hdel(NAME, field) if wrong is None else client.hset(NAME, field, wrong)
+        before = fields(client)
         assert isinstance(await claim(store), Corrupt), wrong
-    client.hdel(NAME, field)
-    assert isinstance(await claim(store), Corrupt)
+        assert fields(client) == before
 
 
 @pytest.mark.parametrize("state", ["in flight", "lapsed", "unknown"])
@@ -1203,15 +1304,19 @@ async def test_what_is_no_record_is_corrupt(store, client, put):
     assert client.dump(NAME) == before
 
 
+@pytest.mark.fault(55)
+@pytest.mark.parametrize("mode", [b"hold", b"retry"])
 @pytest.mark.parametrize("state", ["in flight", "lapsed", "unknown", "complete"])
-async def test_a_record_found_in_another_place_is_corrupt(store, client, state):
-    """Copied under another key, or asked for by another tenant, it is nobody's answer."""
-    await at(store, client, state)
+async def test_a_record_found_in_another_place_is_corrupt(store, client, state, mode):
+    """Copied under another key, or asked for by another tenant, it is nobody's answer, and open to nobody."""
+    await at(store, client, state, mode)
     elsewhere = Digests(b"").key(SCOPE, b"key-2")
     client.copy(NAME, store_key(elsewhere))
-    assert isinstance(await claim(store, elsewhere), Corrupt)
-    assert isinstance(await claim(store, scope=Scope(b"default", b"N" * 16)), Corrupt)
+    before = fields(client, store_key(elsewhere))
+    assert isinstance(await claim(store, elsewhere, window_ms=1), Corrupt)
+    assert isinstance(await claim(store, scope=Scope(b"default", b"N" * 16), window_ms=1), Corrupt)
     assert isinstance(await store.look(elsewhere, SCOPE, LEASE_MS), Corrupt)
+    assert fields(client, store_key(elsewhere)) == before
     assert not isinstance(await claim(store), Corrupt)
 
 
@@ -1288,7 +1393,7 @@ AFTER_ERRORS = {
     "store": (lambda store: store.store(OWNER, answer(BODY), BODY, 0.15), Settled("unconfirmed"), True),
     "release": (lambda store: store.release(OWNER, 0.15), Settled("unconfirmed"), True),
     "mark unknown": (lambda store: store.mark_unknown(OWNER, "why", 0.15), Settled("unconfirmed"), True),
-    "read": (lambda store: store.read(KEY, OWNER.token, 0), None, False),
+    "read": (lambda store: store.read(KEY, OWNER.token, 0), "unconfirmed", False),
     "look": (lambda store: store.look(KEY, SCOPE, 300), Unconfirmed, False),
 }
 
@@ -1323,7 +1428,7 @@ async def test_a_reply_that_is_no_answer_confirms_nothing(scripted, reply):
         assert await store.append(OWNER, 0, b"x", 0.1) == "unconfirmed"
         assert await store.renew(OWNER) == "unconfirmed"
         assert await store.release(OWNER, 0.1) == Settled("unconfirmed")
-        assert await store.read(KEY, OWNER.token, 0) is None
+        assert await store.read(KEY, OWNER.token, 0) == "unconfirmed"
 
 
 async def test_a_server_that_refuses_to_tell_its_health_is_not_pestered(scripted, often):
@@ -1414,6 +1519,20 @@ async def test_every_call_ends_when_the_store_is_given_up(own_valkey, state):
         assert all(isinstance(found, Unconfirmed) for found in asked)
         assert await asyncio.wait_for(store.release(owner, 1000.0), 5) == Settled("unconfirmed")
         assert isinstance(await asyncio.wait_for(claim(store, fingerprint=OTHER), 5), Unconfirmed)
+
+
+@pytest.mark.fault(50)
+@pytest.mark.parametrize("patience_s", [0.2, 1.0, 1.4])
+async def test_a_settle_waits_for_its_patience_and_no_longer(own_valkey, patience_s):
+    """Whatever the budget of a single call is: its first try counts as well."""
+    async with connected(own_valkey.url, timeout_ms=1000) as store:
+        owner = await claimed(store)
+        own_valkey.pause()
+        began = asyncio.get_running_loop().time()
+        assert await store.release(owner, patience_s) == Settled("unconfirmed")
+        took_s = asyncio.get_running_loop().time() - began
+        own_valkey.resume()
+        assert patience_s * 0.5 < took_s < patience_s + 0.4
 
 
 # How it is reached ...

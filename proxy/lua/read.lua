@@ -1,13 +1,17 @@
 -- Returns the next chunks of a complete answer, as many as fit (at least one).
 -- KEYS: record
 -- ARGV: tag token first limit_bytes
--- Returns: {tag, 'chunks', chunk, ...} | {tag, 'gone'}
+-- Returns: {tag, 'chunks', chunk, ...} | {tag, 'gone'} | {tag, 'torn'}
+--   gone: another record stands there, or none; torn: the record lacks the chunk
 local tag, token, index = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local room = tonumber(ARGV[4])
 local meta = redis.call('HGET', KEYS[1], 'meta')
-local chunk = meta and meta:sub(2, 17) == token and redis.call('HGET', KEYS[1], 'b' .. index)
-if not chunk then
+if not meta or meta:sub(2, 17) ~= token then
   return {tag, 'gone'}
+end
+local chunk = redis.call('HGET', KEYS[1], 'b' .. index)
+if not chunk then
+  return {tag, 'torn'}
 end
 local reply = {tag, 'chunks'}
 while chunk do

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any, NamedTuple
 
+from proxy.decision import is_open, state_now
 from proxy.keys import Scope, store_key
 from proxy.store.link import ErrorReply, Link, Script, Unconfirmed, resp
 from proxy.store.record import TOKEN_BYTES, Claim, Corrupt, Record, StoredAnswer, pack, running, self_check, unpack
@@ -41,7 +42,7 @@ __all__ = [
 
 INLINE_BYTES = 65536  # a stored body up to this comes with the reply to `claim`
 READ_BYTES = 262144  # of a larger one at a time
-_INLINE_NO_WINDOW = b"\r\n" + resp(INLINE_BYTES, 0)
+_ORDINARY = b"\r\n" + resp(INLINE_BYTES, 0, b"")  # no window, nothing seen
 _16, _16_NEXT, _32_NEXT, _13 = b"$16\r\n", b"\r\n$16\r\n", b"\r\n$32\r\n", b"$13\r\n"  # bytes of words of a known size
 PAUSE_FIRST_S, PAUSE_MOST_S = 0.01, 0.5
 HEALTH_S = 2.0
@@ -107,6 +108,7 @@ class Store:
         self._reads = Link(open_connection, prepare, self._timeout_s, observe)  # a large reply would stop the others
         self._prefix, self._count = os.urandom(TOKEN_BYTES - 6), count(1)
         self._info: dict[str, str] = {}
+        self._given_up: set[bytes] = set()  # tokens of claims that may be in the store though nobody has them
         self._patience_ends = float("inf")  # the loop's time after which nothing is repeated any more
 
     # Its life ...
@@ -160,47 +162,74 @@ class Store:
     # Verbs ...
 
     def claim(
-        self, key: bytes, scope: Scope, fingerprint: bytes, *, mode: bytes, lease_ms: int, retention_ms: int
+        self,
+        key: bytes,
+        scope: Scope,
+        fingerprint: bytes,
+        *,
+        mode: bytes,
+        lease_ms: int,
+        retention_ms: int,
+        window_ms: int = 0,
     ) -> Claiming:
-        """Claim a key, or return what stands there. Unconfirmed: a claim never lands after that."""
+        """Claim a key, or return what stands there. Unconfirmed: a claim never lands after that.
+
+        `window_ms`: of a derived key, after which its complete record counts no more.
+        """
         token = self._prefix + next(self._count).to_bytes(6, "big")
         described = self_check(key, scope.tenant, token, mode, fingerprint)
         claim = Claim(key, token, b"", mode, fingerprint, described, 0, lease_ms, retention_ms)
-        return self._claim(claim, scope, self._withdraw)
+        return self._claim(claim, scope, window_ms, self._give_up)
 
     def reclaim(self, claim: Claim, scope: Scope) -> Claiming:
-        """Claim again with the same token: Claim means that the key is still ours."""
-        return self._claim(claim, scope, None)
+        """Claim again with the same token: Claim means that the key is ours, with the fence it has now."""
+        return self._claim(claim, scope, 0, None)
 
     async def _claim(
-        self, claim: Claim, scope: Scope, withdraw: Callable[[Claim], Coroutine[Any, Any, None]] | None
+        self, claim: Claim, scope: Scope, window_ms: int, give_up: Callable[[Claim], None] | None
     ) -> Claim | Record | Corrupt | Unconfirmed:
         """Claim, again with the same token where need be, until the budget is over."""
         loop, clock = self._loop, self._clock
         left_s = self._timeout_s
         deadline = loop.time() + left_s
         pause_s = PAUSE_FIRST_S
-        maybe_executed = False
-        while True:
-            not_after_ms = clock.now_ms() + int(left_s * 1000)
-            reply = await self._ask(claim, not_after_ms, deadline)
-            if is_noscript(reply):
-                reply = await self._ask(claim, not_after_ms, deadline, whole=True)
-            found = self._read_claim(claim, scope, reply)
-            if isinstance(found, Claim):
-                return found
-            if isinstance(found, str):  # our idea of the server's time was behind; the reply corrected it
-                found = Unconfirmed("the store was reached too late", maybe_executed=False)
-            if not isinstance(found, Unconfirmed):
-                return found
-            maybe_executed |= found.maybe_executed
-            if loop.time() + pause_s >= min(deadline, self._patience_ends) or found.detail.startswith("OOM"):
-                if maybe_executed and withdraw is not None:
-                    self._background(withdraw(claim))
-                return Unconfirmed(found.detail, maybe_executed)
-            await asyncio.sleep(pause_s)
-            pause_s = min(pause_s * 2, PAUSE_MOST_S)
-            left_s = deadline - loop.time()
+        maybe_executed, seen = False, b""
+        try:
+            while True:
+                not_after_ms = clock.now_ms() + int(left_s * 1000)
+                reply = await self._ask(claim, not_after_ms, deadline, window_ms, seen)
+                if is_noscript(reply):
+                    reply = await self._ask(claim, not_after_ms, deadline, window_ms, seen, whole=True)
+                found = self._read_claim(claim, scope, reply)
+                if isinstance(found, Claim):
+                    return found
+                if isinstance(found, str):  # our idea of the server's time was behind; the reply corrected it
+                    found = Unconfirmed("the store was reached too late", maybe_executed=False)
+                if isinstance(found, Record) and found.token != seen and await self._opens(found, claim, window_ms):
+                    seen, left_s = found.token, deadline - loop.time()
+                    continue
+                if not isinstance(found, Unconfirmed):
+                    return found
+                maybe_executed |= found.maybe_executed
+                if loop.time() + pause_s >= min(deadline, self._patience_ends) or found.detail.startswith("OOM"):
+                    if maybe_executed and give_up is not None:
+                        give_up(claim)
+                    return Unconfirmed(found.detail, maybe_executed)
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, PAUSE_MOST_S)
+                left_s = deadline - loop.time()
+        except (Exception, asyncio.CancelledError):
+            if give_up is not None:
+                give_up(claim)
+            raise
+
+    async def _opens(self, found: Record, claim: Claim, window_ms: int) -> bool:
+        """Return whether the key of a checked record can be claimed with its token as the one seen."""
+        if found.token in self._given_up:  # nothing was sent for it, and its withdrawal has not come through yet
+            return (await self.release(claim._replace(token=found.token), self._timeout_s)).word == "released"
+        past = window_ms > 0 and found.created_ms + window_ms < found.now_ms
+        state = state_now(found.state, found.lease_left_ms)
+        return is_open(state, found.fingerprint == claim.fingerprint, found.mode, past)
 
     async def look(self, key: bytes, scope: Scope, lease_ms: int) -> Record | Corrupt | Unconfirmed | None:
         """Return what stands in the store for a key, None for nothing: a claim that is always too late."""
@@ -212,17 +241,24 @@ class Store:
         found = self._read_claim(nobody, scope, reply)
         return None if isinstance(found, str | Claim) else found
 
-    def _ask(self, claim: Claim, not_after_ms: int, deadline: float, whole: bool = False) -> Awaitable[Any]:
+    def _ask(
+        self,
+        claim: Claim,
+        not_after_ms: int,
+        deadline: float,
+        window_ms: int = 0,
+        seen: bytes = b"",
+        whole: bool = False,
+    ) -> Awaitable[Any]:
         key, token, _, mode, fingerprint, described, _, lease_ms, retention_ms = claim
         terms = self._terms.get((mode, lease_ms, retention_ms))
         if terms is None:  # one for each policy
             terms = self._terms[mode, lease_ms, retention_ms] = b"\r\n" + resp(mode, lease_ms, retention_ms)
         not_after = b"%013d" % not_after_ms
+        rest = b"\r\n" + resp(INLINE_BYTES, window_ms, seen) if window_ms or seen else _ORDINARY
         # Joined here: 15k instructions a claim less than word by word (measured).
-        args = b"".join(
-            (_16, token, _16_NEXT, fingerprint, _32_NEXT, described, terms, _13, not_after, _INLINE_NO_WINDOW)
-        )
-        return self._run("claim", key, deadline, args, 9, self._link, whole)
+        args = b"".join((_16, token, _16_NEXT, fingerprint, _32_NEXT, described, terms, _13, not_after, rest))
+        return self._run("claim", key, deadline, args, 10, self._link, whole)
 
     def _read_claim(self, claim: Claim, scope: Scope, reply: Any) -> Claim | Record | Corrupt | Unconfirmed | str:
         """Return what a reply to `claim` means; "late" where the claim came too late."""
@@ -247,17 +283,23 @@ class Store:
             case _:  # an error: nothing was written
                 return Unconfirmed(str(reply), maybe_executed=False)
 
+    def _give_up(self, claim: Claim) -> None:
+        """Free a key behind the caller's back: its claim may have been executed, or may yet be."""
+        self._given_up.add(claim.token)
+        self._background(self._withdraw(claim))
+
     async def _withdraw(self, claim: Claim) -> None:
-        """Free a key whose claim was given up but may have been executed: after that it cannot be any more."""
-        await asyncio.sleep(self._timeout_s)
         until = self._loop.time() + claim.retention_ms / 1000
+        await asyncio.sleep(self._timeout_s)  # from now on it cannot be executed any more
         while (await self.release(claim, self._patience_s)).word == "unconfirmed":
             if self._loop.time() >= min(until, self._patience_ends):
-                return
+                break
+        self._given_up.discard(claim.token)
 
     async def append(self, claim: Claim, index: int, chunk: bytes, patience_s: float) -> str:
         """Keep chunk `index`: appended, torn, absent, complete, fenced, full (no memory) or unconfirmed."""
-        reply = await self._repeat("append", claim, patience_s, resp(claim.token, index, chunk, claim.lease_ms), 4)
+        words = resp(claim.token, index, chunk, claim.lease_ms)
+        reply, _ = await self._repeat("append", claim, self._loop.time() + patience_s, words, 4)
         if isinstance(reply, ErrorReply):
             return "full" if str(reply).startswith("OOM") else "unconfirmed"
         return "unconfirmed" if isinstance(reply, Unconfirmed) else reply[0].decode()
@@ -288,12 +330,14 @@ class Store:
 
     async def _settle(self, claim: Claim, count: int, words: bytes, patience_s: float) -> Settled:
         args = b"".join((_16, claim.token, b"\r\n", words))
-        deadline = self._loop.time() + min(self._timeout_s, patience_s)
+        now = self._loop.time()
+        deadline = now + min(self._timeout_s, patience_s)
         reply = await self._run("settle", claim.key, deadline, args, count, self._link)
         again = isinstance(reply, Unconfirmed) and reply.maybe_executed
         if not is_final(reply):
             self._repeated()
-            reply = await self._repeat("settle", claim, patience_s, args, count)
+            reply, twice = await self._repeat("settle", claim, now + patience_s, args, count)
+            again |= twice
         match reply:
             case [b"stored", b"found"]:
                 return _STORED
@@ -308,26 +352,37 @@ class Store:
             case _:
                 return Settled("unconfirmed")
 
-    async def read(self, key: bytes, token: bytes, first: int) -> list[bytes] | None:
-        """Return the chunks of a complete answer from `first` on, as many as fit; None where they are gone."""
+    async def read(self, key: bytes, token: bytes, first: int) -> list[bytes] | str:
+        """Return the chunks of a complete answer from `first` on, as many as fit.
+
+        Else: torn (the record lacks that chunk), gone (it is another's now, or none) or unconfirmed.
+        """
         deadline = self._loop.time() + self._timeout_s
         reply = await self._call("read", key, deadline, resp(token, first, READ_BYTES), 3, self._reads)
-        return reply[1:] if isinstance(reply, list) and reply[0] == b"chunks" else None
+        match reply:
+            case [b"chunks", *chunks]:
+                return chunks
+            case [bytes(word)]:
+                return word.decode()
+            case _:
+                return "unconfirmed"
 
     # Calls ...
 
-    async def _repeat(self, verb: str, claim: Claim, patience_s: float, args: bytes, count: int) -> Any:
-        """Call until a reply comes or the patience is over. At the memory limit a repeat does not help."""
+    async def _repeat(self, verb: str, claim: Claim, give_up: float, args: bytes, count: int) -> tuple[Any, bool]:
+        """Call until a reply comes or it is `give_up` (the loop's time). At the memory limit a repeat does not help.
+
+        Return also whether a try before the last one may have been executed.
+        """
         loop = self._loop
-        give_up = loop.time() + patience_s
         pause_s = PAUSE_FIRST_S
+        again = False
         while True:
             deadline = min(loop.time() + self._timeout_s, max(give_up, loop.time() + 0.05))
             reply = await self._call(verb, claim.key, deadline, args, count)
-            if is_final(reply):
-                return reply
-            if loop.time() + pause_s >= min(give_up, self._patience_ends):
-                return reply
+            if is_final(reply) or loop.time() + pause_s >= min(give_up, self._patience_ends):
+                return reply, again
+            again |= isinstance(reply, Unconfirmed) and reply.maybe_executed
             self._repeated()
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, PAUSE_MOST_S)

@@ -60,6 +60,7 @@ class Record(NamedTuple):
     lease_left_ms: int = 0
     answer: StoredAnswer | None = None
     body: bytes | None = None  # of a small answer
+    mode: bytes = b""  # under which a running one was claimed
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,4 +165,4 @@ def running(key: bytes, tenant: bytes, fields: list[bytes | int | None], now_ms:
     if self_described != self_check(key, tenant, token, mode, fingerprint):
         return Corrupt("the record does not match its check")
     left = lease_left_ms if isinstance(lease_left_ms, int) else 0
-    return Record(found, token, fingerprint, created_ms, now_ms, lease_left_ms=left)
+    return Record(found, token, fingerprint, created_ms, now_ms, lease_left_ms=left, mode=mode)

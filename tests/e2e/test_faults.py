@@ -1,0 +1,85 @@
+"""Fault points that belong to no other file: what the proxy does when it breaks exactly there."""
+
+import asyncio
+import signal
+
+import pytest
+
+from tests.parts import (
+    CHUNKED,
+    LAST_CHUNK,
+    OK,
+    answering,
+    ask,
+    chunk,
+    request,
+    serving,
+    until,
+)
+
+BIG = b"b" * (12 << 20)
+
+
+# While the request is being sent ...
+
+
+@pytest.mark.fault(22, 29)
+@pytest.mark.parametrize("taken", [True, False], ids=["taken meanwhile", "still free"])
+async def test_an_upload_that_was_suspended_beyond_the_retention(proxies, upstream, valkey, taken):
+    """SIGSTOP in mid-upload until the record is gone: the rest is sent only if the key is still nobody else's."""
+    arrived = bytearray()
+    reading = asyncio.Event()
+
+    async def slow(_, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        arrived.extend(await reader.readexactly(1000))
+        writer.transport.pause_reading()
+        await reading.wait()
+        writer.transport.resume_reading()
+        while data := await reader.read(1 << 16):
+            arrived.extend(data)
+            if arrived.endswith(b"bend"):
+                writer.write(OK)
+
+    async with serving(slow) as beyond:
+        still = proxies(beyond.url, valkey.url, LEASE_MS=300, RETENTION_S=1.5, WAIT_MAX_S=1)
+        other = proxies(upstream, valkey.url, LEASE_MS=300)
+        raw = request(body=BIG + b"end")
+        original = asyncio.ensure_future(ask(still.port, raw))
+        await until(lambda: arrived)
+        still.signal(signal.SIGSTOP)
+        await until(lambda: not valkey.states())
+        if taken:
+            upstream.script = answering(b"HTTP/1.1 201 Made\r\nContent-Length: 5\r\n\r\ntheir")
+            assert (await ask(other.port, raw)).header("oncegate-status") == b"executed"
+        reading.set()
+        still.signal(signal.SIGCONT)
+        answer = await original
+        await asyncio.sleep(0.1)
+        if taken:
+            assert (answer.status, answer.body, answer.header("oncegate-status")) == (201, b"their", b"replayed")
+            assert len(arrived) < len(raw)
+            assert still.metric("claims_lost_total") == 1
+        else:
+            assert (answer.status, answer.body, answer.header("oncegate-status")) == (200, b"ok", b"executed")
+            assert arrived.endswith(BIG + b"end")
+        assert (await ask(other.port, raw)).body == answer.body
+
+
+# While it is replayed ...
+
+
+@pytest.mark.fault(54, 55)
+@pytest.mark.parametrize("size", [5, 200_000, 600_000], ids=["small", "one chunk", "several"])
+async def test_a_complete_record_that_lacks_its_body(gate, upstream, valkey, size):
+    """Its first chunk is gone: 500 record-corrupt, not executed, not replayed, and nothing is changed."""
+    upstream.script = answering(CHUNKED + chunk(b"a" * size) + LAST_CHUNK)
+    assert (await ask(gate.port, request())).complete
+    with valkey.client() as client:
+        (name,) = client.scan_iter()
+        assert client.hdel(name, "b0") == 1
+        before = client.hgetall(name)
+        answer = await ask(gate.port, request())
+        assert (answer.status, answer.slug) == (500, "record-corrupt")
+        assert client.hgetall(name) == before
+    assert gate.metric('requests_total{outcome="corrupt"}') == 1
+    assert len(upstream.received) == 1
