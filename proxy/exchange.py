@@ -12,7 +12,7 @@ from typing import Any
 from proxy.body import Body
 from proxy.client import Client
 from proxy.decision import Ending, Settlement, ending, must_reclaim
-from proxy.headers import AnswerHead, answer_blocks, upstream_age
+from proxy.headers import AnswerHead, answer_blocks, upstream_age, with_fence
 from proxy.keys import Scope
 from proxy.leases import Held, Leases, suspended_clock_s
 from proxy.policy import Disposition, Policy
@@ -158,10 +158,13 @@ class Exchange:
 
     def _send(self, connection: Connection) -> None:
         self._sent = True
+        claim, request = self._held.claim, self._request
+        if claim.mode == b"retry":
+            request = with_fence(request, claim.fence)
         if self._body.spooled:
-            connection.send_stream(self._request, self._pieces(), chunked=False)
+            connection.send_stream(request, self._pieces(), chunked=False)
         else:
-            connection.send(self._request, self._body.data)
+            connection.send(request, self._body.data)
 
     async def _pieces(self) -> AsyncIterator[bytes]:
         """Yield the body for as long as the key is ours: a process that was suspended may have lost it meanwhile.
@@ -319,13 +322,14 @@ class Exchange:
         return self._word
 
     def _failure(self) -> tuple[str, Problem]:
+        again = self._held.claim.mode == b"retry"
         if self._client.started:
             return "truncated", problem("upstream-lost", "the answer broke off")
         if self._lost is not None and self._lost.timeout:
             detail = "no answer came in time; the request may have been executed"
-            return "upstream_timeout", problem("upstream-timeout", detail)
+            return "upstream_timeout", problem("upstream-timeout", detail, may_retry=again)
         detail = "no whole answer came; the request may have been executed"
-        return "upstream_lost", problem("upstream-lost", detail)
+        return "upstream_lost", problem("upstream-lost", detail, may_retry=again)
 
     def _give_up(self, word: str, instead: Problem | None) -> str:
         """Answer with a problem, or break off an answer that has begun. None: somebody else answers."""

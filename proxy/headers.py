@@ -42,6 +42,7 @@ FORWARDING = frozenset(
 )
 # Given for one exchange or one person's browser: a replay must not hand them on.
 NOT_REPLAYED = frozenset((b"set-cookie", b"www-authenticate", b"authentication-info", b"age"))
+FENCE = b"idempotency-fence"  # ours alone: an upstream that compares fences must not meet one of a client's making
 # What this proxy reads and acts on: stripping one by nominating it in Connection is an attack.
 ACTED_ON = FORWARDING | frozenset(
     (
@@ -52,6 +53,7 @@ ACTED_ON = FORWARDING | frozenset(
         b"cookie",
         b"expect",
         b"host",
+        FENCE,
         b"prefer",
         b"transfer-encoding",
         b"x-api-key",
@@ -236,7 +238,7 @@ def _name(host: bytes) -> bytes:
     return host[: host.index(b"]") + 1] if host.startswith(b"[") else host.partition(b":")[0]
 
 
-_FORWARDED = Labels(HOP_BY_HOP | FORWARDING | {b"host", b"content-length", b"expect"})
+_FORWARDED = Labels(HOP_BY_HOP | FORWARDING | {b"host", b"content-length", b"expect", FENCE})
 
 
 def request_head(
@@ -258,6 +260,11 @@ def request_head(
         lines.append(b"Content-Length: %d\r\n\r\n" % length if length >= 0 else b"\r\n")
     # Joined, not formatted with %s: 14k instructions a head instead of 19k (measured).
     return b"".join((method.encode(), b" ", prefix, target, b" HTTP/1.1\r\nHost: ", host, b"\r\n", b"\r\n".join(lines)))
+
+
+def with_fence(head: bytes, fence: bytes) -> bytes:
+    """Return a request's head with the claim's fence: an upstream that saw a higher one can refuse it."""
+    return b"%sIdempotency-Fence: %d\r\n\r\n" % (head[:-2], int(fence))
 
 
 def _forwarding_on(head: RequestHead, hop: Hop) -> list[bytes]:

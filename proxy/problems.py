@@ -5,7 +5,7 @@ messages; Retry-After, x-should-retry and Stripe-Should-Retry are what they obey
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any
@@ -63,9 +63,12 @@ class Problem:
     body: bytes
 
 
-def problem(slug: str, detail: str, retry_after_s: int | None = None, **extra: Any) -> Problem:
-    """Return the answer for a row of the table; `extra` are further members."""
-    kind = KINDS[slug]
+def problem(slug: str, detail: str, retry_after_s: int | None = None, may_retry: bool = False, **extra: Any) -> Problem:
+    """Return the answer for a row of the table; `extra` are further members.
+
+    `may_retry`: the key's mode is retry, so that the same key may be sent again whatever the row says.
+    """
+    kind = replace(KINDS[slug], retryable=True, reuse_key=True) if may_retry else KINDS[slug]
     if kind.status == 503 and retry_after_s is None:
         retry_after_s = 1
     return _problem(kind, slug.replace("-", "_"), f"urn:oncegate:{slug}", detail, retry_after_s, extra)

@@ -52,7 +52,6 @@ LATER = {
     "store_url=redis+cluster": "name a single server with redis:// or rediss://",
     "store_url=postgresql": "use redis:// or rediss://",
     "on_duplicate=join": "use reject or wait",
-    "on_unknown=retry": "use hold",
     "on_store_down=bypass": "use refuse",
     "durability=replicated": "use memory",
     "durability=fsync": "use memory",
@@ -188,8 +187,10 @@ class Settings(BaseSettings):
     )
     wait_max_s: Seconds = Field(30, description="Longest hold of a duplicate by `wait` or `Prefer: wait`.")
     max_waiters: int = Field(1024, ge=0, le=MILLION, description="Duplicates held at once, for each worker.")
-    on_unknown: Literal["hold"] = Field(
-        "hold", description="A key whose outcome is unknown is never executed again (`hold`)."
+    on_unknown: Literal["hold", "retry"] = Field(
+        "hold",
+        description="A key whose outcome is unknown is never executed again (`hold`: at most once), or by its next "
+        "retry (`retry`: at least once).",
     )
     on_store_down: Literal["refuse"] = Field(
         "refuse", description="Keyed requests get 503 while the store is down (`refuse`)."

@@ -61,7 +61,7 @@ CASES: dict[str, tuple[object, str, object, str, str]] = {
     "on_duplicate": ("reject", "wait", "wait", "ignore", "must be 'reject' or 'wait'"),
     "wait_max_s": (30.0, "0.5", 0.5, "inf", "must be a finite number"),
     "max_waiters": (1024, "0", 0, "-1", "must be at least 0"),
-    "on_unknown": ("hold", "hold", "hold", "guess", "must be 'hold'"),
+    "on_unknown": ("hold", "retry", "retry", "guess", "must be 'hold' or 'retry'"),
     "on_store_down": ("refuse", "refuse", "refuse", "panic", "must be 'refuse'"),
     "store_timeout_ms": (1000, "50", 50, "0", "must be at least 1"),
     "settle_timeout_s": (30.0, "5", 5.0, "-1", "must be greater than 0"),
@@ -529,7 +529,7 @@ def test_later_is_complete():
     """Every choice that the design names and this version lacks has its refusal."""
     assert set(LATER) == {
         *("store_url=redis+sentinel", "store_url=redis+cluster", "store_url=postgresql"),
-        *("on_duplicate=join", "on_unknown=retry", "on_store_down=bypass", "durability=replicated"),
+        *("on_duplicate=join", "on_store_down=bypass", "durability=replicated"),
         *("durability=fsync", "on_store_loss=quarantine", "identity_change=accept", "workers", "rules_file"),
     }
 

@@ -16,6 +16,7 @@ ACTED_ON = (
     "Idempotency-Key", "Authorization", "X-Api-Key", "Cookie", "Host", "Content-Length", "Content-Type",
     "Content-Encoding", "Transfer-Encoding", "Expect", "Prefer", "Via", "Forwarded", "X-Real-IP", "X-Forwarded-For",
     "X-Forwarded-Host", "X-Forwarded-Proto", "X-Forwarded-Port", "X-Forwarded-Server", "X-Forwarded-Prefix",
+    "Idempotency-Fence",
 )  # fmt: skip
 PASSED = (
     ("traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"), ("tracestate", "a=1,b=2"),
