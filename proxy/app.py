@@ -3,13 +3,14 @@
 import asyncio
 import ssl
 import tempfile
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from aiohttp import web
 from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
 
 import proxy
+from proxy import faults
 from proxy.admin import admin_app
 from proxy.body import Bodies
 from proxy.drain import Drain, unless
@@ -69,6 +70,8 @@ class Service:
 
     def __init__(self, settings: Settings, store_url: str, logger: Any) -> None:
         _require_strict_parser()
+        if settings.fault:
+            faults.install(settings.fault, logger.warning)
         self._settings, self._log = settings, logger
         self._loop = asyncio.get_running_loop()
         self._background: set[asyncio.Task[Any]] = set()
@@ -178,8 +181,8 @@ class Service:
         """Listen; the store may still be down. Raises OSError where a port is taken."""
         settings = self._settings
         self.store.start()
-        keepers = (self.store.watch(), self._leases.run(), self._waiters.run(), self._listener.sweep())
-        self._tasks = [self._loop.create_task(keeper) for keeper in keepers]
+        keepers = (self.store.watch, self._leases.run, self._waiters.run, self._listener.sweep)
+        self._tasks = [self._loop.create_task(self._keep(keeper)) for keeper in keepers]
         tls, handshake_s = _server_tls(settings), HEAD_S if settings.tls_cert_file else None
         place = (settings.listen.host, settings.listen.port)
         self._servers.append(
@@ -193,6 +196,15 @@ class Service:
         await self._admin.setup()
         await web.TCPSite(self._admin, settings.admin_listen.host, settings.admin_listen.port).start()
         await self.store.wait_up(1.0)
+
+    async def _keep(self, keeper: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run what must never end: without it leases lapse and waiters sleep on."""
+        while True:
+            try:
+                await keeper()
+            except Exception as error:
+                self._log.error("a keeper failed and starts anew", exc_info=error)
+                await asyncio.sleep(KEEP_IDLE_S)
 
     @property
     def listens_on(self) -> dict[str, str]:

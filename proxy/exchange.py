@@ -53,7 +53,7 @@ class Exchange:
     """One claim's exchange with the upstream. `run` is called once."""
 
     upstream_s = 0.0
-    _sent = False
+    sent = False
     _lost: Lost | None = None
     _refusal: Problem | None = None
     _answer: AnswerHead | None = None
@@ -157,7 +157,7 @@ class Exchange:
         return False
 
     def _send(self, connection: Connection) -> None:
-        self._sent = True
+        self.sent = True
         claim, request = self._held.claim, self._request
         if claim.mode == b"retry":
             request = with_fence(request, claim.fence)
@@ -295,7 +295,7 @@ class Exchange:
         if self._recording is not None:
             self._recording.close()
         if reached is None:
-            reached = Ending.NO_RESPONSE if self._sent else Ending.NOT_SENT
+            reached = Ending.NO_RESPONSE if self.sent else Ending.NOT_SENT
         how = reached.settlement
         if settled is None or (settled.word == "unconfirmed" and not how.completes):
             # An answer whose settle was interrupted is not delivered either: unknown says no more than is known.

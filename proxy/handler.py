@@ -12,7 +12,7 @@ from proxy.decision import Decision, decide, retry_after_s, state_now
 from proxy.exchange import Exchange, Workshop
 from proxy.headers import Gate, Hop, Refused, RequestHead, preferred_wait_s, request_head, tokens
 from proxy.keys import BadKey, Digests, Scope, UnstableScope, parse_key
-from proxy.leases import suspended_clock_s
+from proxy.leases import Held, suspended_clock_s
 from proxy.metrics import Observe, Outcome
 from proxy.policy import Policy
 from proxy.problems import Problem, problem, refusal
@@ -75,11 +75,18 @@ class Gateway:
             found = self._enter(request, client)
             outcome = found if isinstance(found, Outcome) else await found
         except Exception as error:
-            self._failed(error)
             outcome = Outcome("failed", 500, request.message.method)
-            client.abort() if client.started else client.answer(refusal(500, "see the log"), REFUSED, close=True)
+            self._break_off(error, client, REFUSED)
         self._observe(outcome, time.perf_counter() - began, client.gone)
         return client
+
+    def _break_off(self, error: Exception, client: Client, status: bytes) -> None:
+        """End a request that failed in here, unless its answer is out already."""
+        self._failed(error)
+        if not client.started:
+            client.answer(refusal(500, "see the log"), status, close=True)
+        elif not client.finished:
+            client.abort()
 
     def _enter(self, request: Request, client: Client) -> Way:
         message = request.message
@@ -161,7 +168,12 @@ class Gateway:
                 found = await self._claim(guarded)
                 if isinstance(found, Claim):
                     exchange = self._exchange(request, guarded, found, asked_s, body, client)
-                    return await self._answered(await exchange.run(), exchange, guarded, client)
+                    try:
+                        word = await exchange.run()
+                    except Exception as error:
+                        self._break_off(error, client, UNKNOWN if exchange.sent else REFUSED)
+                        return guarded.outcome("failed", 500, exchange.upstream_s)
+                    return await self._answered(word, exchange, guarded, client)
                 if (told := await self._stand_back(guarded, found, until, client)) is not None:
                     return told
         finally:
@@ -202,9 +214,18 @@ class Gateway:
     def _exchange(
         self, request: Request, guarded: Guarded, claim: Claim, asked_s: float, body: Body, client: Client
     ) -> Exchange:
-        held = self._shop.leases.hold(claim, asked_s)
-        onward = self._onward(request, guarded.head, body.size)
-        return Exchange(self._shop, held, guarded.scope, self._policy, onward, body, client)
+        """Return the exchange that a claim is for; if that fails, nothing was sent, and the key is freed."""
+        shop = self._shop
+        held: Held | None = None
+        try:
+            onward = self._onward(request, guarded.head, body.size)
+            held = shop.leases.hold(claim, asked_s)
+            return Exchange(shop, held, guarded.scope, self._policy, onward, body, client)
+        except Exception:
+            if held is not None:
+                shop.leases.drop(held)
+            shop.background(shop.store.release(claim, shop.patience_s))
+            raise
 
     async def _answered(self, word: str, exchange: Exchange, guarded: Guarded, client: Client) -> Outcome:
         if word == "fenced" and not client.started:  # the record has the answer

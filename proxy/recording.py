@@ -90,6 +90,13 @@ class Recording:
         self._changed.set()
 
     async def _write(self) -> None:
+        try:
+            await self._append_batches()
+        except Exception:
+            self._stop("failed")  # whoever waits for room must not wait for ever
+            raise
+
+    async def _append_batches(self) -> None:
         """Append batch after batch; the last one is left for the settle."""
         while self.kept and not (self._ending and self._batch_bytes <= BATCH_BYTES):
             if not self._batch:

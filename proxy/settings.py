@@ -35,6 +35,7 @@ from proxy.addresses import (
     parse_secret,
     parse_store_url,
 )
+from proxy.faults import Fault, parse_fault
 
 PREFIX = "ONCEGATE_"
 ENV_FILE = ".env"
@@ -242,6 +243,12 @@ class Settings(BaseSettings):
         "notable", description="`off`, `notable` (all but plain executions and pass-through) or `all`."
     )
     rules_file: Path | None = Field(None, description="Policy for single routes (TOML).")
+    testing: bool = Field(False, description="Accept what breaks the proxy on purpose; for its own tests alone.")
+    fault: Annotated[tuple[Fault, ...], _list_of(parse_fault)] = Field(
+        (),
+        description="Comma list of `kill@point:n`, `raise@point:n`, `pause@point:n` (until SIGCONT) and "
+        "`pause@point:n:ms`: go wrong when the request path passes that point for the nth time (`proxy/faults.py`).",
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -282,6 +289,7 @@ CONTRADICTIONS: tuple[tuple[str, str, str, Callable[[Any, Any], bool]], ...] = (
     ("key_header", "must not be one of", "scope_headers", lambda key, scope: key.lower() in map(str.lower, scope)),
     ("max_request_bytes", "must not be larger than", "max_spool_bytes", gt),
     ("max_stored_bytes", "must not be larger than", "max_buffered_bytes", gt),
+    ("fault", "is accepted only together with", "testing", lambda fault, testing: bool(fault) and not testing),
     ("spool_dir", "must be a writable folder to hold", "max_spool_bytes", _unwritable),
 )
 

@@ -39,18 +39,27 @@ class Proxy:
     def start(self) -> None:
         """Start it and wait until it serves."""
         self._log = self.folder / f"proxy-{time.monotonic_ns()}.log"
+        self._spawn()
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and self.process.poll() is None:
+            if self.serves():
+                return
+            time.sleep(0.01)
+        raise AssertionError(f"the proxy did not start: {self.log()}")
+
+    def _spawn(self) -> None:
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "proxy", "serve"], env=self._env, stderr=log, stdout=log, cwd=self.folder
             )
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and self.process.poll() is None:
-            for line in self.events("serving"):
-                self.port = int(line["public"].rpartition(":")[2])
-                self.admin_port = int(line["admin"].rpartition(":")[2])
-                return
-            time.sleep(0.01)
-        raise AssertionError(f"the proxy did not start: {self.log()}")
+
+    def serves(self) -> bool:
+        """Return whether it says where it listens."""
+        for line in self.events("serving"):
+            self.port = int(line["public"].rpartition(":")[2])
+            self.admin_port = int(line["admin"].rpartition(":")[2])
+            return True
+        return False
 
     def log(self) -> str:
         return self._log.read_text()

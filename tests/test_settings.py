@@ -9,10 +9,12 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from proxy.addresses import Address, Origin
+from proxy.faults import Fault
 from proxy.settings import CONTRADICTIONS, LATER, Settings, SettingsError, describe, load, table
 
 CANARY = "hunter2-canary"
 UPSTREAM = "http://upstream:9000"
+FAULTS = (Fault("kill", "claimed", 1, 0), Fault("pause", "sent", 2, 300))
 PEM = Path("file.pem")  # in the working directory, which is a fresh one for each test
 
 # name: default; an override and what it becomes; a bad value and what is said about it
@@ -88,10 +90,13 @@ CASES: dict[str, tuple[object, str, object, str, str]] = {
     "log_format": ("json", "console", "console", "xml", "must be 'json' or 'console'"),
     "access_log": ("notable", "off", "off", "some", "must be 'off', 'notable' or 'all'"),
     "rules_file": (None, "", None, "None", "this value comes later"),
+    "testing": (False, "1", True, "2", "must be true or false"),
+    "fault": ((), "kill@claimed:1, pause@sent:2:300", FAULTS, "kill@nowhere:1", "has an unknown point"),
 }
 
 # What an override needs beside it to make sense.
 BESIDE = {
+    "fault": {"testing": "1"},
     "tls_cert_file": {"tls_key_file": "file.pem"},
     "tls_key_file": {"tls_cert_file": "file.pem"},
     "upstream_ca_file": {"upstream": "https://upstream"},
@@ -340,8 +345,7 @@ def test_a_bad_value_is_in_no_contradiction(given):
         ("ONCEGATE_UPSTREAMS", "ONCEGATE_UPSTREAM"),
         ("oncegate_max_waiter", "ONCEGATE_MAX_WAITERS"),
         ("ONCEGATE_SECRETFILE", "ONCEGATE_SECRET_FILE"),
-        ("ONCEGATE_FAULT", ""),
-        ("ONCEGATE_TESTING", ""),
+        ("ONCEGATE_FAULTS", "ONCEGATE_FAULT"),
         ("ONCEGATE_", ""),
     ],
 )
@@ -469,6 +473,7 @@ CLASHES = [
     ({"key_header": "x-api-key"}, "key_header", "scope_headers"),
     ({"max_spool_bytes": "33554431"}, "max_request_bytes", "max_spool_bytes"),
     ({"max_buffered_bytes": "16777215"}, "max_stored_bytes", "max_buffered_bytes"),
+    ({"fault": "kill@claimed:1"}, "fault", "testing"),
     ({"spool_dir": "nowhere"}, "spool_dir", "max_spool_bytes"),
 ]
 

@@ -12,6 +12,7 @@ from tests.parts import (
     answering,
     ask,
     chunk,
+    holding,
     request,
     serving,
     until,
@@ -83,3 +84,20 @@ async def test_a_complete_record_that_lacks_its_body(gate, upstream, valkey, siz
         assert client.hgetall(name) == before
     assert gate.metric('requests_total{outcome="corrupt"}') == 1
     assert len(upstream.received) == 1
+
+
+# What keeps the rest alive ...
+
+
+@pytest.mark.fault(62)
+async def test_a_failed_renewal_is_not_the_last(proxies, upstream, valkey):
+    """An exception in a renewal is logged, and the leases are renewed on: the key stays in flight."""
+    done = asyncio.Event()
+    upstream.script = holding(done)
+    proxy = proxies(upstream, valkey.url, LEASE_MS=900, FAULT="raise@renew:1", TESTING=1)
+    original = asyncio.ensure_future(ask(proxy.port, request()))
+    await until(lambda: proxy.events("a keeper failed and starts anew"))
+    await asyncio.sleep(1.8)  # two leases
+    assert (await ask(proxy.port, request())).slug == "in-flight"
+    done.set()
+    assert (await original).header("oncegate-status") == b"executed"

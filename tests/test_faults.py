@@ -1,0 +1,117 @@
+"""Faults on purpose: what can be asked for, what each does, and that nothing of it is there unasked."""
+
+import asyncio
+import inspect
+import subprocess
+import sys
+import time
+from importlib import import_module
+from types import SimpleNamespace
+
+import pytest
+
+from proxy import faults
+from proxy.faults import POINTS, Fault, Injected, install, parse_fault
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("kill@claimed:1", Fault("kill", "claimed", 1, 0)),
+        ("raise@settle:20", Fault("raise", "settle", 20, 0)),
+        ("pause@sent:3:1200", Fault("pause", "sent", 3, 1200)),
+        ("pause@sent:3", Fault("pause", "sent", 3, 0)),
+    ],
+)
+def test_a_fault_is_read_and_written_alike(text, fault):
+    """Kind, point, which passage, and for a pause its length in milliseconds."""
+    assert parse_fault(text) == fault
+    assert str(fault) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "kill", "kill@claimed", "kill@claimed:x", "stop@claimed:1", "pause@sent:1:", "kill@sent:1:5", "kill@no:1"],
+)
+def test_what_is_no_fault(text):
+    """A form or a point that does not exist is refused."""
+    with pytest.raises(ValueError, match=r"must be|unknown point"):
+        parse_fault(text)
+
+
+def test_there_are_points_enough():
+    """At least 20 on the request path, each a step that exists, and none of them wrapped unless asked for."""
+    assert len(POINTS) >= 20
+    for when, place in POINTS.values():
+        assert when in ("before", "after")
+        module, _, path = place.partition(":")
+        step = import_module(module)
+        for part in path.split("."):
+            step = inspect.getattr_static(step, part) if inspect.isclass(step) else getattr(step, part)
+        assert inspect.isfunction(step), place
+        assert step.__module__ != "proxy.faults"
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Steps of three kinds and a point before and after each; returns what was logged, too."""
+
+    class Path:
+        def plain(self) -> str:
+            return "done"
+
+        async def awaited(self) -> str:
+            await asyncio.sleep(0)
+            return "done"
+
+        def future(self):
+            return self.awaited()
+
+    module = SimpleNamespace(Path=Path)
+    monkeypatch.setitem(sys.modules, "steps", module)
+    names = ("plain", "awaited", "future")
+    points = {f"{when}_{name}": (when, f"steps:Path.{name}") for name in names for when in ("before", "after")}
+    monkeypatch.setattr(faults, "POINTS", points)
+    return Path
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", ["plain", "awaited", "future"])
+async def test_a_step_fails_at_its_nth_passage_alone(steps, name, when):
+    """Before it or after it, whether it is awaited or not; the strike is logged."""
+    told = []
+    install([Fault("raise", f"{when}_{name}", 2, 0)], lambda event, **more: told.append((event, more)))
+    path = steps()
+
+    async def go() -> str:
+        done = getattr(path, name)()
+        return await done if inspect.isawaitable(done) else done
+
+    assert await go() == "done"
+    assert told == []
+    with pytest.raises(Injected):
+        await go()
+    assert await go() == "done"
+    assert told == [("a fault strikes", {"fault": f"raise@{when}_{name}:2"})]
+
+
+def test_a_pause_stops_everything(steps):
+    """For its length."""
+    install([Fault("pause", "before_plain", 1, 150)], lambda *_, **__: None)
+    began = time.monotonic()
+    assert steps().plain() == "done"
+    assert time.monotonic() - began >= 0.15
+
+
+def test_a_kill_leaves_no_chance():
+    """The process ends at once, by SIGKILL."""
+    code = (
+        "from proxy.faults import *; import proxy.keys\n"
+        "install([parse_fault('kill@head:1')], lambda event, **more: print(event))\n"
+        "import proxy.handler\n"
+        "try: proxy.handler.Gateway._enter(None)\n"
+        "finally: print('alive')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == -9
+    assert "alive" not in done.stdout
