@@ -108,6 +108,7 @@ class Relay:
     def __init__(self, socket_path: str) -> None:
         self._socket_path = socket_path
         self._tasks: set[asyncio.Task[None]] = set()
+        self._writers: set[asyncio.StreamWriter] = set()  # towards the stores
         self._passing = asyncio.Event()
         self._passing.set()
         self._lose: int | None = None
@@ -135,10 +136,19 @@ class Relay:
     def let_go(self) -> None:
         self._passing.set()
 
+    def cut(self) -> None:
+        """End all connections on the store's side. What was held on them is held on; new ones pass everything."""
+        held, self._passing = self._passing, asyncio.Event()
+        self._passing.set()
+        self.let_go = held.set  # type: ignore[method-assign]
+        for writer in self._writers:
+            writer.transport.abort()
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self.unreachable:
             writer.close()
             return
+        self._writers.add(writer)
         from_server, to_server = await asyncio.open_unix_connection(self._socket_path)
         asked: deque[bytes] = deque()
         for work in (self._requests(reader, to_server, asked), self._replies(from_server, writer, asked)):
@@ -150,13 +160,13 @@ class Relay:
         self, reader: asyncio.StreamReader, to_server: asyncio.StreamWriter, asked: deque[bytes]
     ) -> None:
         """Pass requests on. What has left the store reaches the server, even if the store has hung up meanwhile."""
-        parser = hiredis.Reader()
+        parser, passing = hiredis.Reader(), self._passing
         try:
             while data := await reader.read(1 << 16):
                 parser.feed(data)
                 while (words := parser.gets()) is not False:
                     asked.append(words[0])
-                await self._passing.wait()
+                await passing.wait()
                 to_server.write(data)
         except ConnectionError:
             pass
@@ -182,6 +192,7 @@ class Relay:
         except ConnectionError:
             pass
         finally:
+            self._writers.discard(writer)
             writer.close()
 
     async def close(self) -> None:

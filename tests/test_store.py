@@ -605,6 +605,7 @@ async def test_a_large_answer_whose_record_vanished_is_torn(store, client, gone)
     assert told(await claim(store)) == "not_kept"
 
 
+@pytest.mark.fault(36)
 @pytest.mark.parametrize("verb", ["append", "renew", "store", "store bare", "release", "mark unknown"])
 @pytest.mark.parametrize("by_then", ["in flight", "lapsed", "unknown", "complete"])
 async def test_a_record_that_vanished_and_was_claimed_by_another(store, client, verb, by_then):
@@ -644,6 +645,7 @@ RETRY = [
 ]
 
 
+@pytest.mark.fault(22, 33, 47)
 @pytest.mark.parametrize("asked", [b"hold", b"retry"])
 @pytest.mark.parametrize(("mode", "state", "same", "other"), RETRY)
 async def test_an_unknown_key_is_claimed_anew_where_its_record_allows_it(
@@ -813,6 +815,7 @@ async def test_a_claim_after_its_time_changes_nothing(store, client, state, own,
     assert client.exists(NAME) == (state != "absent")
 
 
+@pytest.mark.fault(10)
 async def test_a_claim_that_was_held_up_on_its_way_never_lands(relay, valkey):
     """Given up by the store, executed by the server afterwards: the key stays free."""
     async with connected(relay.url, timeout_ms=300) as store:
@@ -841,6 +844,7 @@ LIFE = {
 }
 
 
+@pytest.mark.fault(8, 49)
 @pytest.mark.parametrize("number", LIFE, ids=LIFE.values())
 async def test_whichever_reply_is_lost_the_key_is_executed_once_and_replayed(relay, number):
     """Each of the calls of a key's life loses its reply once: the repeat finds what was done, and nothing is lost."""
@@ -859,6 +863,7 @@ async def test_whichever_reply_is_lost_the_key_is_executed_once_and_replayed(rel
         assert relay.lost == (LIFE[number] != "none")
 
 
+@pytest.mark.fault(21, 49)
 @pytest.mark.parametrize(
     ("verb", "became"),
     [("store", "replay"), ("store bare", "not_kept"), ("mark unknown", "unknown"), ("release", "claimed")],
@@ -888,6 +893,7 @@ async def test_a_settle_that_gets_noscript_and_then_loses_its_reply(relay, valke
         assert result in ("stored", "released", "unknown")
 
 
+@pytest.mark.fault(49)
 @pytest.mark.parametrize("verb", ["store", "release", "mark unknown"])
 async def test_a_key_that_was_given_to_another_before_the_repeat(relay, valkey, verb):
     """The settle is done, its reply lost, an operator frees the key and it is claimed anew: the repeat is fenced."""
@@ -906,6 +912,7 @@ async def test_a_key_that_was_given_to_another_before_the_repeat(relay, valkey, 
         assert before["token"] == other.token
 
 
+@pytest.mark.fault(9)
 async def test_a_claim_without_a_reply_from_a_store_that_stays_away(relay, valkey):
     """It is unconfirmed within the budget though it was executed; the key is freed once the store is back."""
     behind = Behind()
@@ -925,6 +932,7 @@ async def test_a_claim_without_a_reply_from_a_store_that_stays_away(relay, valke
         assert told(await claim(store)) == "claimed"
 
 
+@pytest.mark.fault(9)
 async def test_a_claim_that_was_given_up_is_withdrawn_however_long_the_store_stays_away(relay, valkey):
     """An outage longer than the patience: once the store is back, the key is free, for nothing was sent."""
     behind = Behind()
@@ -980,6 +988,7 @@ async def test_a_claim_whose_caller_was_cancelled_is_withdrawn(relay, valkey):
 # The clocks ...
 
 
+@pytest.mark.fault(58)
 @pytest.mark.parametrize(("mode", "result"), [(b"hold", "unknown"), (b"retry", "claimed")])
 async def test_the_servers_clock_steps_forward(store, client, mode, result):
     """Its leases have passed early: unknown, or claimed anew where the mode is retry; the old owner is fenced then."""
@@ -990,6 +999,7 @@ async def test_the_servers_clock_steps_forward(store, client, mode, result):
     assert await store.renew(owner) == ("renewed" if result == "unknown" else "fenced")
 
 
+@pytest.mark.fault(58)
 async def test_the_servers_clock_steps_back(store, client):
     """A lease that seems to last for an hour lasts for a whole lease, for each one who asks."""
     owner = await at(store, client, "in flight")
@@ -1004,6 +1014,7 @@ async def test_the_servers_clock_steps_back(store, client):
     assert started_anew(int(fields(client)["lease"]) - server_ms(client), LEASE_MS)
 
 
+@pytest.mark.fault(57, 58)
 @pytest.mark.parametrize("step_ms", [-HOUR_MS, HOUR_MS])
 async def test_what_the_store_believes_of_the_servers_clock_may_be_wrong(store, client, step_ms):
     """An hour off either way: the first reply puts it right, and the claim succeeds within its budget."""
@@ -1015,6 +1026,7 @@ async def test_what_the_store_believes_of_the_servers_clock_may_be_wrong(store, 
 # A server that has forgotten the scripts ...
 
 
+@pytest.mark.fault(11)
 @pytest.mark.parametrize(("verb", "state", "own", "result", "became"), [row for row in ROWS if row.values[2]])
 async def test_a_server_without_the_scripts_is_given_them(store, client, verb, state, own, result, became):
     """After SCRIPT FLUSH each verb does the same."""
@@ -1025,6 +1037,7 @@ async def test_a_server_without_the_scripts_is_given_them(store, client, verb, s
     assert_became(client, became, before, owner, own)
 
 
+@pytest.mark.fault(11)
 async def test_scripts_that_vanish_at_any_moment(store, client):
     """300 keys live their lives while the scripts are flushed all the time: each is stored, once, as its own."""
     going = True
@@ -1094,6 +1107,7 @@ async def test_a_full_server_still_tells_what_it_has(store, client, state, same,
         assert await store.read(KEY, found.token, 0) == [BODY]
 
 
+@pytest.mark.fault(13)
 @pytest.mark.parametrize("forgotten", [False, True], ids=["", "scripts flushed"])
 @pytest.mark.parametrize(
     ("verb", "state", "own", "result", "became"),
@@ -1136,6 +1150,7 @@ async def test_a_full_server_takes_no_more_chunks(store, client):
     assert told(await claim(store)) == "not_kept"
 
 
+@pytest.mark.fault(13)
 async def test_a_full_server_refuses_new_claims(server, client):
     """Its first write is the one that is refused: unconfirmed at once, nothing written, nothing left to clean up."""
     behind = Behind()
@@ -1153,6 +1168,7 @@ async def test_a_full_server_refuses_new_claims(server, client):
         assert told(await claim(store)) == "claimed"
 
 
+@pytest.mark.fault(13)
 @pytest.mark.parametrize("state", ["lapsed", "unknown", "complete"])
 async def test_a_full_server_refuses_takeovers_too(store, client, state):
     """A takeover is a new claim: unconfirmed at once, and the record stands as it was."""
@@ -1194,6 +1210,7 @@ async def test_above_nine_tenths_of_its_memory_the_store_is_full(watched, client
             await until(lambda expected=used / limit if limit else 0: abs(watched.memory_ratio - expected) < 0.2)
 
 
+@pytest.mark.fault(14)
 async def test_a_server_that_may_forget_keys_is_a_problem(watched, client):
     """Any policy but noeviction, for as long as it is set."""
     await until(lambda: watched.problem() is None)
@@ -1217,6 +1234,7 @@ def damaged(value: bytes) -> Iterator[bytes]:
         yield value[:place]
 
 
+@pytest.mark.fault(55)
 async def test_a_complete_record_that_was_damaged_is_corrupt(store, client):
     """Whichever byte of it: never a replay, never a claim, and nothing is changed."""
     await at(store, client, "complete")
@@ -1320,6 +1338,7 @@ async def test_a_record_found_in_another_place_is_corrupt(store, client, state, 
     assert not isinstance(await claim(store), Corrupt)
 
 
+@pytest.mark.fault(55)
 async def test_a_record_of_a_newer_layout_is_corrupt(store, client):
     """A replica that is older than the one that wrote it does not guess."""
     await at(store, client, "complete")
@@ -1357,6 +1376,7 @@ def tokens(scripted: RespServer) -> list[bytes]:
     return [words[5] for words in scripted.calls]
 
 
+@pytest.mark.fault(12)
 @pytest.mark.parametrize("error", ERRORS, ids=ERROR_NAMES)
 async def test_a_claim_that_gets_errors_is_repeated_within_its_budget(scripted, error):
     """With the same token, until the time is over: unconfirmed, nothing claimed, nothing to clean up."""
@@ -1371,6 +1391,7 @@ async def test_a_claim_that_gets_errors_is_repeated_within_its_budget(scripted, 
     assert len(scripted.calls) == 1 if error.startswith(b"-OOM") else 2 <= len(scripted.calls) < 10
 
 
+@pytest.mark.fault(12)
 @pytest.mark.parametrize("error", [one for one in ERRORS if not one.startswith(b"-OOM")])
 async def test_a_claim_survives_errors_that_pass(scripted, error):
     """The repeat that is answered gets the claim, with the token of the first try."""
@@ -1398,6 +1419,7 @@ AFTER_ERRORS = {
 }
 
 
+@pytest.mark.fault(12)
 @pytest.mark.parametrize(("call", "result", "repeats"), AFTER_ERRORS.values(), ids=AFTER_ERRORS.keys())
 @pytest.mark.parametrize("error", ERRORS, ids=ERROR_NAMES)
 async def test_every_other_verb_that_gets_errors_is_unconfirmed(scripted, call, result, repeats, error):
@@ -1460,6 +1482,7 @@ async def test_a_replica_that_takes_no_writes(own_valkey):
 # A server that stands still ...
 
 
+@pytest.mark.fault(7)
 async def test_a_server_that_stands_still_costs_no_more_than_the_budget(own_valkey):
     """Claims are unconfirmed within about the timeout, and none of them lands when it goes on."""
     behind, clock = Behind(), asyncio.get_running_loop().time

@@ -118,6 +118,7 @@ async def test_refused_is_not_sent():
             await pool.acquire(60)
 
 
+@pytest.mark.fault(20)
 async def test_a_name_that_does_not_resolve_is_not_sent():
     """A failing look-up of the upstream's name is NotSent."""
     async with pool_to(80, host="a." * 130 + "a") as pool:
@@ -133,6 +134,7 @@ def black_hole() -> Iterator[int]:
     hole.close()
 
 
+@pytest.mark.fault(20)
 async def test_a_dropped_syn_is_not_sent(black_hole):
     """A connection that does not come about within the connect timeout is NotSent."""
     async with pool_to(black_hole, connect_timeout_s=0.3, connect_retries=3) as pool:
@@ -142,6 +144,7 @@ async def test_a_dropped_syn_is_not_sent(black_hole):
         assert time.monotonic() - began < 5
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n", b""])
 async def test_tls_to_a_plain_port_is_not_sent(answer, trusting):
     """A server that does not speak TLS, whether it answers the hello in plain text or not at all, is NotSent."""
@@ -418,6 +421,7 @@ async def test_a_failed_try_frees_its_place():
 # Idle connections ...
 
 
+@pytest.mark.fault(25)
 async def test_a_connection_is_used_again_only_within_the_idle_guard():
     """A connection idle for less than the guard is used again; for longer, or with the guard at 0, a fresh one is."""
     async with serving(says(OK)) as raw, pool_to(raw.port) as pool:
@@ -464,6 +468,7 @@ async def test_an_idle_connection_on_which_something_happened_is_dropped(surpris
         assert (raw.accepted, raw.requests) == (2, [REQUEST] * 2)
 
 
+@pytest.mark.fault(25)
 @pytest.mark.parametrize("surprise", [b"", OK])
 async def test_an_idle_connection_is_looked_at_before_it_is_used(surprise):
     """What happened on an idle connection counts at check-out too, before the loop has seen it."""
@@ -538,6 +543,7 @@ async def test_bytes_right_after_an_answer_close_the_connection():
 # Answers ...
 
 
+@pytest.mark.fault(38)
 @pytest.mark.parametrize(
     "interim",
     [
@@ -670,6 +676,7 @@ MALFORMED = {
 }
 
 
+@pytest.mark.fault(31)
 @pytest.mark.parametrize("name", MALFORMED)
 @pytest.mark.parametrize("by_the_byte", [False, True])
 async def test_a_malformed_answer_is_lost(name, by_the_byte):
@@ -1121,6 +1128,7 @@ async def test_an_answer_before_a_whole_head_was_sent_closes_the_connection():
         released.set()
 
 
+@pytest.mark.fault(26)
 async def test_a_request_is_written_on_one_connection():
     """Of many requests over connections that break in every way, each reaches the upstream at most once."""
     seen: list[bytes] = []

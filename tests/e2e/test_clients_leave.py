@@ -35,6 +35,7 @@ async def patient(port: int, key: str):
     return await ask(port, request("POST", "/v1/charges", key, b'{"amount": 1}', "Prefer: wait=20"))
 
 
+@pytest.mark.fault(23, 34, 45)
 async def test_nobody_stays_for_the_answer(proxies, upstream, valkey):
     """A client leaves (FIN, RST) before the head, after it, mid-body, mid-SSE: one execution, the retry gets all."""
     proxy = proxies(upstream, valkey.url, WAIT_MAX_S=20)
@@ -72,6 +73,7 @@ async def test_nobody_stays_for_the_answer(proxies, upstream, valkey):
             assert len(upstream.received) == executions + 1, name
 
 
+@pytest.mark.fault(23, 34, 45)
 async def test_clients_leave_at_any_moment(proxies, upstream, valkey):
     """100 clients leave at random moments and offsets: as many executions, and each retry gets the whole answer."""
 
@@ -101,6 +103,7 @@ async def test_clients_leave_at_any_moment(proxies, upstream, valkey):
     assert len(upstream.received) == 100
 
 
+@pytest.mark.fault(34)
 @pytest.mark.parametrize("streamed", [False, True], ids=["small", "streamed"])
 async def test_a_client_that_half_closes_gets_its_answer(gate, upstream, streamed):
     """A client that closes only its sending side said all it had to say: it is answered, then closed."""
@@ -146,6 +149,7 @@ async def test_a_duplicate_that_half_closes_gets_its_answer(gate, upstream):
     assert (await original).body == b"ok"
 
 
+@pytest.mark.fault(1)
 async def test_a_request_that_does_not_arrive_whole_leaves_nothing(gate, upstream, valkey):
     """A client vanishes at any offset of a 2 KiB request: nothing is claimed, executed or kept waiting."""
     raw = request(body=b"x" * 1900)
@@ -161,6 +165,7 @@ async def test_a_request_that_does_not_arrive_whole_leaves_nothing(gate, upstrea
     assert valkey.states() == [b"complete"]
 
 
+@pytest.mark.fault(1)
 async def test_a_request_broken_off_after_a_pause_leaves_nothing(gate, upstream, valkey):
     """The same where the first part was read before the client vanished, and on a connection used before."""
     raw = request(body=b"x" * 1000)
@@ -190,6 +195,7 @@ def spooled(pid: int, folder: Path) -> list[str]:
     return [link for link in links if link.startswith(str(folder))]
 
 
+@pytest.mark.fault(1)
 async def test_a_spooled_request_that_breaks_off_leaves_no_file(proxies, upstream, valkey, tmp_path):
     """A body that was spooled and broke off leaves no file and no room taken; one that is whole neither."""
     spool = tmp_path / "spool"
@@ -212,6 +218,7 @@ async def test_a_spooled_request_that_breaks_off_leaves_no_file(proxies, upstrea
     assert proxy.metric("buffered_bytes") == 0
 
 
+@pytest.mark.fault(44)
 async def test_a_client_that_takes_nothing_is_cut_off(proxies, upstream, valkey):
     """After CLIENT_STALL_S the client is cut off; the recording goes on, and the retry gets the whole answer."""
     tap = Tap()
@@ -238,6 +245,7 @@ def resident_bytes(pid: int) -> int:
     return int(fields[fields.index("VmRSS:") + 1]) * 1024
 
 
+@pytest.mark.fault(44)
 async def test_a_slow_client_slows_its_exchange(proxies, upstream, valkey):
     """While a client takes nothing the upstream is not drained: buffers stay bounded; then it gets everything."""
     sent = 0

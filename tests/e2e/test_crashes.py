@@ -50,6 +50,7 @@ async def becomes_unknown(port: int, within_s: float) -> None:
         await asyncio.sleep(0.05)
 
 
+@pytest.mark.fault(19, 32, 43)
 @pytest.mark.parametrize("moment", ["connecting", "waiting", "mid-body"])
 async def test_a_killed_proxy_leaves_the_key_unknown(proxies, upstream, valkey, moment):
     """SIGKILL before send, after send and mid-body: in flight for the lease + 1 s at most, then unknown for good."""
@@ -81,6 +82,7 @@ async def test_a_killed_proxy_leaves_the_key_unknown(proxies, upstream, valkey, 
     assert len(upstream.received) == (0 if moment == "connecting" else 1)
 
 
+@pytest.mark.fault(33)
 @pytest.mark.parametrize("streamed", [False, True], ids=["small", "streamed"])
 async def test_a_proxy_that_stood_still_stores_what_came(proxies, upstream, valkey, streamed):
     """SIGSTOP for two leases while the answer comes: unknown meanwhile, then the client is served and it is kept."""
@@ -112,6 +114,7 @@ async def test_a_proxy_that_stood_still_stores_what_came(proxies, upstream, valk
     assert still.metric("claims_lost_total") == 0
 
 
+@pytest.mark.fault(22)
 @pytest.mark.parametrize("taken", [False, True], ids=["still ours", "released and taken"])
 async def test_a_claim_grown_old_before_sending_is_claimed_again(proxies, upstream, valkey, taken):
     """SIGSTOP between claim and connect: afterwards it is claimed again, and if it is another's, nothing is sent."""
@@ -148,6 +151,7 @@ async def test_a_claim_grown_old_before_sending_is_claimed_again(proxies, upstre
 UNTIL_CLOSED = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\n"
 
 
+@pytest.mark.fault(43, 52)
 @pytest.mark.parametrize("key", ["key-1", None], ids=["guarded", "passed through"])
 @pytest.mark.parametrize("version", ["HTTP/1.0", "HTTP/1.1"])
 @pytest.mark.parametrize("framing", ["eof", "chunked"])
@@ -226,6 +230,7 @@ async def attempt(port: int, key: str, after_s: float) -> Answer | None:
         client.close()
 
 
+@pytest.mark.fault(4, 19, 29, 32, 39, 43, 51, 52)
 @pytest.mark.parametrize("embedded", [False, True], ids=["shared store", "embedded store"])
 async def test_a_kill_under_load_breaks_no_promise(proxies, upstream, valkey, embedded):
     """SIGKILL with 100 requests at every stage: none executes twice, what a client saw whole is replayed."""
@@ -263,6 +268,7 @@ async def test_a_kill_under_load_breaks_no_promise(proxies, upstream, valkey, em
             assert answer.body == before.body
 
 
+@pytest.mark.fault(51)
 async def test_an_execution_outlives_a_kill_of_the_proxy(proxies, upstream):
     """With the embedded store, SIGKILL right after an answer and a start on the same folder: it is replayed."""
     upstream.script = answering(CREATED)

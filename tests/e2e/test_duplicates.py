@@ -40,6 +40,7 @@ def waiting(*proxies) -> float:
     return sum(proxy.metric("waiting") for proxy in proxies)
 
 
+@pytest.mark.fault(16)
 async def test_two_hundred_at_once_on_two_proxies_are_one_execution(proxies, upstream, valkey):
     """Of 200 concurrent duplicates on two proxies one executes; each other gets 409 in-flight or its bytes."""
     upstream.script = answering(OK, delay_s=0.3)
@@ -71,6 +72,7 @@ async def test_all_that_wait_get_the_bytes_of_the_one_execution(proxies, upstrea
     assert waiting(*two) == 0
 
 
+@pytest.mark.fault(5)
 @pytest.mark.parametrize(
     ("most", "keys", "duplicates", "held"),
     [(1024, 1, 70, 64), (3, 2, 2, 3)],
@@ -246,6 +248,7 @@ async def test_a_waiter_whose_client_left_stops_waiting(proxies, upstream, valke
     assert proxy.metric('requests_total{outcome="client_gone"}') == 4
 
 
+@pytest.mark.fault(17)
 async def test_mismatch_is_seen_before_in_flight(proxies, upstream, valkey):
     """Another request under a running key gets 422 at once, even where duplicates wait."""
     done = asyncio.Event()

@@ -122,6 +122,7 @@ def closed_port() -> Iterator[socket.socket]:
         yield sock
 
 
+@pytest.mark.fault(20)
 async def test_a_refused_upstream_frees_the_key(closed_port, valkey, proxies):
     """Refused: 502 upstream-unreachable, the key free; the retry executes as soon as the upstream is there."""
     proxy = proxies(f"http://127.0.0.1:{closed_port.getsockname()[1]}", valkey.url, CONNECT_RETRIES=1)
@@ -139,6 +140,7 @@ async def test_a_refused_upstream_frees_the_key(closed_port, valkey, proxies):
     await counts.are(upstream_unreachable=3, release__settled=3, executed=1, store__settled=1)
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize("how", ["black hole", "TLS to a plain port", "no such name"])
 async def test_an_upstream_that_cannot_be_reached_frees_the_key(how, upstream, valkey, proxies):
     """No connection, no TLS, no such name: nothing was sent, and the key is free at once."""
@@ -158,6 +160,7 @@ async def test_an_upstream_that_cannot_be_reached_frees_the_key(how, upstream, v
     hole.close()
 
 
+@pytest.mark.fault(20)
 async def test_no_free_connection_frees_the_key(upstream, valkey, proxies):
     """A request that finds every upstream connection in use until the connect timeout was not sent."""
     proxy = proxies(upstream, valkey.url, MAX_UPSTREAM_CONNECTIONS=1, CONNECT_TIMEOUT_S=0.3)
@@ -181,6 +184,7 @@ async def test_no_free_connection_frees_the_key(upstream, valkey, proxies):
 # Sent, and no whole head came: unknown ...
 
 
+@pytest.mark.fault(30)
 async def test_a_silent_upstream_makes_the_key_unknown(upstream, valkey, proxies):
     """No answer in time: 504 upstream-timeout, unknown; the connection is closed, so that a late answer is nobody's."""
     proxy = proxies(upstream, valkey.url, UPSTREAM_TIMEOUT_S=1)
@@ -201,6 +205,7 @@ async def test_a_silent_upstream_makes_the_key_unknown(upstream, valkey, proxies
     await counts.are(upstream_timeout=1, unknown__settled=1, unknown=1)
 
 
+@pytest.mark.fault(42)
 async def test_silence_within_a_body_aborts_the_client(upstream, valkey, proxies):
     """An answer that stops half-way and stays silent is cut off for the client and unknown for the retry."""
     proxy = proxies(upstream, valkey.url, UPSTREAM_TIMEOUT_S=1)
@@ -213,6 +218,7 @@ async def test_silence_within_a_body_aborts_the_client(upstream, valkey, proxies
     await counts.are(truncated=1, unknown__settled=1, unknown=1)
 
 
+@pytest.mark.fault(24)
 @pytest.mark.parametrize("reset", [False, True])
 async def test_a_connection_lost_within_the_request_makes_the_key_unknown(reset, standing, valkey, counts):
     """An upstream that leaves after any part of the request may have executed it: one connection, 502, unknown."""
@@ -235,6 +241,7 @@ async def test_a_connection_lost_within_the_request_makes_the_key_unknown(reset,
     await counts.are(upstream_lost=len(sizes), unknown__settled=len(sizes), unknown=len(sizes))
 
 
+@pytest.mark.fault(24)
 @pytest.mark.parametrize("reset", [False, True])
 async def test_a_large_request_half_taken_is_unknown(reset, standing, valkey, counts):
     """The same for a spooled body that the upstream took half of."""
@@ -270,6 +277,7 @@ UNUSABLE = {
 }
 
 
+@pytest.mark.fault(31)
 async def test_an_unusable_answer_makes_the_key_unknown(standing, behind, valkey, counts):
     """Without a usable head the request may have been executed all the same: 502 upstream-lost, never sent again."""
     for name, answer in UNUSABLE.items():
@@ -297,6 +305,7 @@ CUT = {
 }
 
 
+@pytest.mark.fault(42)
 @pytest.mark.parametrize("name", CUT)
 async def test_an_answer_cut_before_its_head_was_passed_on(name, standing, behind, valkey, counts):
     """A small answer that breaks off was not passed on yet: 502 upstream-lost, unknown, nothing of it kept."""
@@ -309,6 +318,7 @@ async def test_an_answer_cut_before_its_head_was_passed_on(name, standing, behin
     await counts.are(upstream_lost=1, unknown__settled=1, unknown=1)
 
 
+@pytest.mark.fault(42)
 @pytest.mark.parametrize("version", [b"HTTP/1.1", b"HTTP/1.0"])
 @pytest.mark.parametrize("name", CUT)
 async def test_an_answer_cut_after_its_head_was_passed_on(name, version, standing, behind, valkey, counts):
@@ -340,6 +350,7 @@ async def test_an_answer_cut_after_its_head_was_passed_on(name, version, standin
     await counts.are(truncated=1, unknown__settled=1, unknown=1)
 
 
+@pytest.mark.fault(42)
 async def test_a_large_answer_cut_leaves_nothing_behind(standing, behind, valkey, counts):
     """Chunks that were stored of an answer that broke off are dropped, and never served."""
     behind.script = then(HEAD + b"Content-Length: 4000000\r\n\r\n" + b"a" * 3_000_000)
@@ -354,6 +365,7 @@ async def test_a_large_answer_cut_leaves_nothing_behind(standing, behind, valkey
 # Connections that are used again ...
 
 
+@pytest.mark.fault(25)
 async def test_an_upstream_that_closes_idle_connections_loses_nothing(standing, valkey, counts):
     """A connection that the upstream closed between two requests is not used: every request is executed, once."""
 
@@ -399,6 +411,7 @@ async def test_bytes_behind_an_answer_are_nobodys(standing, behind, counts):
 # Statuses ...
 
 
+@pytest.mark.fault(41)
 @pytest.mark.parametrize(
     ("status", "field", "settled"),
     [
@@ -463,6 +476,7 @@ async def test_what_a_status_means(status, field, settled, large, standing, behi
 # An answer before the whole request was sent ...
 
 
+@pytest.mark.fault(27)
 @pytest.mark.parametrize("size", [512 * 1024, 8 * MIB])
 async def test_an_early_answer_counts(size, standing, valkey, counts):
     """An answer that comes while the body is still being sent is stored like any other; the connection is closed."""
@@ -484,6 +498,7 @@ async def test_an_early_answer_counts(size, standing, valkey, counts):
     await counts.are(executed=1, store__settled=1, replayed=2)
 
 
+@pytest.mark.fault(27)
 @pytest.mark.parametrize("reset", [False, True])
 async def test_an_early_answer_that_is_cut_off_is_stored_or_unknown(reset, standing, valkey):
     """If the upstream also leaves, its answer may get lost: the retry says the same, and nothing is sent again."""
@@ -512,6 +527,7 @@ async def test_an_early_answer_that_is_cut_off_is_stored_or_unknown(reset, stand
 # The limit of what is stored ...
 
 
+@pytest.mark.fault(40)
 @pytest.mark.parametrize("limit", [1000, 300_000])
 async def test_an_answer_over_the_limit_is_passed_on_and_not_kept(limit, upstream, valkey, proxies):
     """Up to the limit an answer is replayed; over it the first client gets all, the others `response-not-kept`."""

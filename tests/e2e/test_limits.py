@@ -68,6 +68,7 @@ def open_spools(proxy, spool: Path | None) -> int:
 # The size of a body ...
 
 
+@pytest.mark.fault(2)
 @FRAMINGS
 async def test_a_body_up_to_the_limit_is_forwarded_and_one_byte_more_is_not(proxies, upstream, valkey, spool, framed):
     """At the limit and below, in memory and spooled, every byte arrives; over it comes 413, with nothing claimed."""
@@ -102,6 +103,7 @@ async def test_a_replay_of_a_spooled_request_is_recognised_by_its_bytes(proxies,
     await assert_at_rest(gate, spool)
 
 
+@pytest.mark.fault(2)
 @pytest.mark.parametrize("stated", [MAX + 1, 1 << 40, 9_223_372_036_854_775_807])
 async def test_a_length_over_the_limit_is_refused_at_the_head(proxies, upstream, valkey, stated):
     """What Content-Length says is enough: 413 comes before a byte of the body."""
@@ -171,6 +173,7 @@ def _remove(_, spool: Path) -> None:
     shutil.rmtree(spool)
 
 
+@pytest.mark.fault(60)
 @pytest.mark.parametrize("break_it", [_fill, _remove])
 @FRAMINGS
 async def test_a_spool_that_takes_nothing_is_an_overload(proxies, upstream, valkey, spool, break_it, framed):
@@ -191,6 +194,7 @@ async def test_a_spool_that_takes_nothing_is_an_overload(proxies, upstream, valk
         assert (await ask(gate.port, framed("full-0", body_of(2 * MIB)))).header("oncegate-status") == b"executed"
 
 
+@pytest.mark.fault(5)
 async def test_the_spool_of_a_worker_is_limited(proxies, upstream, valkey, spool):
     """Bodies that together are over MAX_SPOOL_BYTES are refused with overloaded; room that comes free is used again."""
     gate = proxies(upstream, valkey.url, SPOOL_DIR=spool, MAX_SPOOL_BYTES=4 * MIB, MAX_REQUEST_BYTES=4 * MIB)
@@ -210,6 +214,7 @@ async def test_the_spool_of_a_worker_is_limited(proxies, upstream, valkey, spool
 # Memory, slots, descriptors ...
 
 
+@pytest.mark.fault(5)
 async def test_the_memory_of_a_worker_is_limited(proxies, upstream, valkey):
     """Bodies that together are over MAX_BUFFERED_BYTES are refused with overloaded, and taken when there is room."""
     gate = proxies(upstream, valkey.url, MAX_BUFFERED_BYTES=2 * MIB, MAX_STORED_BYTES=MIB)
@@ -251,6 +256,7 @@ async def test_answers_that_nobody_reads_are_not_heaped_up(proxies, upstream, va
     client.close()
 
 
+@pytest.mark.fault(5)
 async def test_requests_in_flight_are_limited(proxies, upstream, valkey):
     """Over MAX_IN_FLIGHT a keyed request is overloaded before the claim; pass-through and the running ones go on."""
     gate = proxies(upstream, valkey.url, MAX_IN_FLIGHT=3)
@@ -276,6 +282,7 @@ async def test_requests_in_flight_are_limited(proxies, upstream, valkey):
     await assert_at_rest(gate)
 
 
+@pytest.mark.fault(5)
 async def test_many_at_once_over_the_limit_leave_the_proxy_as_it_was(proxies, upstream, valkey):
     """Of a crowd of twice the limit each gets its answer or overloaded, one execution each, and the slots come back."""
     gate = proxies(upstream, valkey.url, MAX_IN_FLIGHT=20)
@@ -315,6 +322,7 @@ async def test_broken_uploads_give_everything_back(proxies, upstream, valkey, sp
     await assert_at_rest(gate, spool)
 
 
+@pytest.mark.fault(60)
 async def test_without_file_descriptors_the_proxy_recovers(proxies, upstream, valkey, spool):
     """At its limit of open files the proxy cuts off or refuses, keeps what is running, and is as before afterwards."""
     go = asyncio.Event()
@@ -379,6 +387,7 @@ def keyed(values: list[str], body: bytes = b"{}", *extra: str) -> bytes:
     return request("POST", "/x", None, body, *[f"Idempotency-Key: {value}" for value in values], *extra)
 
 
+@pytest.mark.fault(3)
 @pytest.mark.parametrize("values", BAD_KEYS.values(), ids=BAD_KEYS)
 async def test_a_key_that_cannot_be_used_is_refused(standing, behind, valkey, values):
     """A malformed, repeated or too long key gets 400 key-invalid; nothing is stored, and the connection goes on."""

@@ -616,6 +616,7 @@ async def test_a_stream_to_http_1_0_ends_by_closing(standing, behind):
 # Expect: 100-continue ...
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize("key", ["expected", None])
 async def test_the_proxy_itself_asks_for_an_expected_body(standing, behind, key):
     """After its checks the proxy says 100 once; the expectation does not reach the upstream."""
@@ -631,6 +632,7 @@ async def test_the_proxy_itself_asks_for_an_expected_body(standing, behind, key)
     assert behind.received[0].header("expect") == []
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize(
     ("extra", "status"),
     [

@@ -46,6 +46,7 @@ def refuses(port: int) -> bool:
         return newcomer.connect_ex(("127.0.0.1", port)) != 0
 
 
+@pytest.mark.fault(48, 61)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_what_is_in_flight_is_finished(proxies, upstream, valkey, number):
     """After SIGTERM or SIGINT newcomers are refused, what is in flight is answered and stored: exit 0."""
@@ -104,6 +105,7 @@ async def test_a_request_without_a_key_is_finished_too(proxies, upstream, valkey
     assert await exit_code(proxy) == 0
 
 
+@pytest.mark.fault(48)
 async def test_what_does_not_finish_becomes_unknown(proxies, upstream, valkey):
     """When DRAIN_S is over, each request is cut off and its key unknown or free, none in flight: exit 1."""
     proxy = proxies(upstream, valkey.url, DRAIN_S=1)
@@ -262,6 +264,7 @@ class Crowd:
             client.writer.transport.abort()
 
 
+@pytest.mark.fault(48)
 @pytest.mark.parametrize(("store", "many"), [("answers", 200), ("hangs", 40), ("is down", 40)])
 async def test_the_end_comes_within_a_second_of_the_grace(proxies, upstream, own_valkey, store, many):
     """Slow readers, uploads, replays and waiters under way, and the store: nothing stretches the end (exit 1).
@@ -286,6 +289,7 @@ async def test_the_end_comes_within_a_second_of_the_grace(proxies, upstream, own
         assert own_valkey.states() == [b"complete"] + [b"unknown"] * (many + 20)
 
 
+@pytest.mark.fault(48)
 async def test_a_thousand_in_flight_are_none_afterwards(proxies, upstream, valkey):
     """F48: half of them mid-body. Each ends unknown; nobody gets an answer that looks whole."""
     taps = []
@@ -408,6 +412,7 @@ async def test_the_exit_code_tells_what_became_of_the_keys(proxies, upstream, ow
 # Signals ...
 
 
+@pytest.mark.fault(61)
 @pytest.mark.parametrize(
     ("number", "delay_s"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGTERM, 60)], ids=["term", "int", "delay"]
 )

@@ -37,6 +37,7 @@ def recorded(valkey) -> bool:
 # Before the claim ...
 
 
+@pytest.mark.fault(6)
 async def test_a_start_without_the_store(proxies, upstream, own_valkey):
     """It listens and is not ready; keyed requests get 503 and send nothing, others pass; it recovers by itself."""
     own_valkey.kill()
@@ -57,6 +58,7 @@ async def test_a_start_without_the_store(proxies, upstream, own_valkey):
     assert len(upstream.received) == 3
 
 
+@pytest.mark.fault(6, 7)
 @pytest.mark.parametrize("how", ["paused", "killed"])
 async def test_a_store_that_goes_away_before_the_claim(proxies, upstream, own_valkey, how):
     """The claim gets 503 within about a second, and once the store is back the keys are free: executed once."""
@@ -89,6 +91,7 @@ async def test_a_store_that_goes_away_before_the_claim(proxies, upstream, own_va
     assert sorted(own_valkey.states()) == [b"complete"] * (21 if how == "paused" else 20)
 
 
+@pytest.mark.fault(10)
 async def test_a_claim_that_was_given_up_never_lands(proxies, upstream, own_valkey):
     """The store reads a claim after its proxy answered 503 and was killed: the key is free all the same."""
     doomed, other = (proxies(upstream, own_valkey.url) for _ in range(2))
@@ -107,6 +110,7 @@ async def test_a_claim_that_was_given_up_never_lands(proxies, upstream, own_valk
 # While the upstream works ...
 
 
+@pytest.mark.fault(35)
 async def test_a_pause_of_the_store_holds_the_answer_back(proxies, upstream, own_valkey):
     """The store stands still for many leases when the answer comes: it is delivered afterwards, and replayed."""
     tap = Tap()
@@ -127,6 +131,7 @@ async def test_a_pause_of_the_store_holds_the_answer_back(proxies, upstream, own
     assert proxy.metric("claims_lost_total") == 0
 
 
+@pytest.mark.fault(35, 36, 59)
 @pytest.mark.parametrize("streamed", [False, True], ids=["small", "streamed"])
 async def test_a_store_that_comes_back_empty(proxies, upstream, own_valkey, streamed):
     """The store is restarted without its data: the settle writes the record, the loss is reported once."""
@@ -152,6 +157,7 @@ async def test_a_store_that_comes_back_empty(proxies, upstream, own_valkey, stre
     assert len(upstream.received) == 1
 
 
+@pytest.mark.fault(50)
 @pytest.mark.parametrize("streamed", [False, True], ids=["small", "streamed"])
 async def test_an_answer_that_could_not_be_stored(proxies, upstream, own_valkey, streamed):
     """After SETTLE_TIMEOUT_S without the store: 502 or an abort, no clean end; and never a second execution."""
@@ -194,6 +200,7 @@ async def test_an_answer_that_could_not_be_stored(proxies, upstream, own_valkey,
 # While the answer streams ...
 
 
+@pytest.mark.fault(46)
 async def test_a_pause_of_the_store_holds_the_end_of_a_stream_back(proxies, upstream, own_valkey):
     """Bytes go on while the store stands still; the end comes when it is back, and the replay has all of them."""
     tap = Tap()
@@ -220,6 +227,7 @@ async def test_a_pause_of_the_store_holds_the_end_of_a_stream_back(proxies, upst
     assert len(upstream.received) == 1
 
 
+@pytest.mark.fault(36, 59)
 async def test_a_store_that_forgets_in_mid_stream(proxies, upstream, own_valkey):
     """FLUSHALL while an answer streams: it is delivered and reported; its key never executes again."""
     tap = Tap()
@@ -244,6 +252,7 @@ async def test_a_store_that_forgets_in_mid_stream(proxies, upstream, own_valkey)
 # When the record becomes another's ...
 
 
+@pytest.mark.fault(36, 47)
 @pytest.mark.parametrize("streamed", [False, True], ids=["small", "streamed"])
 async def test_a_foreign_token_fences_the_owner(proxies, upstream, own_valkey, streamed):
     """A token that is not ours appears in the record: our answer is never delivered as complete; it is reported."""
@@ -271,6 +280,7 @@ async def test_a_foreign_token_fences_the_owner(proxies, upstream, own_valkey, s
     assert len(upstream.received) == 1
 
 
+@pytest.mark.fault(36, 47)
 @pytest.mark.parametrize("streamed", [False, True], ids=["small", "streamed"])
 async def test_a_fenced_owner_answers_what_the_record_says(proxies, upstream, own_valkey, streamed):
     """The key was freed by hand and executed elsewhere: the first owner's client gets that answer, or an abort."""
@@ -301,6 +311,7 @@ async def test_a_fenced_owner_answers_what_the_record_says(proxies, upstream, ow
 # A store that is not fit ...
 
 
+@pytest.mark.fault(14)
 async def test_a_change_of_the_eviction_policy_is_noticed(proxies, upstream, own_valkey):
     """A live change to a policy that evicts makes it not ready within seconds, and back."""
     proxy = proxies(upstream, own_valkey.url)
@@ -321,6 +332,7 @@ async def test_a_store_that_became_a_replica_is_noticed(proxies, upstream, own_v
             assert ("replica" in proxy.admin("/readyz")[1]) == (status == 503)
 
 
+@pytest.mark.fault(13)
 async def test_a_full_store_refuses_the_new_and_completes_the_running(proxies, upstream, own_valkey):
     """At the memory limit: a new key gets 503; replay, 409 and 422 are answered; what runs completes."""
     proxy = proxies(upstream, own_valkey.url, LEASE_MS=1500)
