@@ -31,6 +31,9 @@ from proxy.waiters import Waiters
 CANCEL_S = 0.05  # for what did not end by itself; it comes twice
 
 
+KEEP_AGAIN_S = 0.05
+
+
 class Unsupported(Exception):
     """The installation cannot keep the promise."""
 
@@ -204,7 +207,7 @@ class Service:
                 await keeper()
             except Exception as error:
                 self._log.error("a keeper failed and starts anew", exc_info=error)
-                await asyncio.sleep(KEEP_IDLE_S)
+                await asyncio.sleep(KEEP_AGAIN_S)
 
     @property
     def listens_on(self) -> dict[str, str]:

@@ -149,7 +149,9 @@ class Exchange:
         asked_s = suspended_clock_s()
         found = await self._shop.store.reclaim(self._held.claim, self._scope)
         if isinstance(found, Claim):
-            self._held.claim, self._held.confirmed_s = found, asked_s  # where it had vanished, its fence is another
+            if found.fence != self._held.claim.fence:  # it had vanished, and nobody can say what happened meanwhile
+                self._shop.leases.report("lost", self._held)
+            self._held.claim, self._held.confirmed_s = found, asked_s
             return True
         self._refusal = problem("store-unavailable", "the claim could not be confirmed before sending")
         if not isinstance(found, Unconfirmed):

@@ -269,7 +269,7 @@ class Crowd:
 async def test_the_end_comes_within_a_second_of_the_grace(proxies, upstream, own_valkey, store, many):
     """Slow readers, uploads, replays and waiters under way, and the store: nothing stretches the end (exit 1).
 
-    F48: afterwards no key is in flight, where the store could be told.
+    Afterwards no key is in flight, where the store could be told.
     """
     proxy = proxies(upstream, own_valkey.url, DRAIN_S=0.5, CLIENT_STALL_S=60, ACCESS_LOG="off")
     crowd = Crowd(proxy, upstream)
@@ -291,7 +291,7 @@ async def test_the_end_comes_within_a_second_of_the_grace(proxies, upstream, own
 
 @pytest.mark.fault(48)
 async def test_a_thousand_in_flight_are_none_afterwards(proxies, upstream, valkey):
-    """F48: half of them mid-body. Each ends unknown; nobody gets an answer that looks whole."""
+    """Half of them mid-body. Each ends unknown; nobody gets an answer that looks whole."""
     taps = []
 
     async def script(*exchange) -> None:
@@ -417,7 +417,7 @@ async def test_the_exit_code_tells_what_became_of_the_keys(proxies, upstream, ow
     ("number", "delay_s"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGTERM, 60)], ids=["term", "int", "delay"]
 )
 async def test_told_twice_it_ends_at_once(proxies, upstream, valkey, number, delay_s):
-    """F61: a second signal ends the delay and the grace: what is in flight becomes unknown, exit 1."""
+    """A second signal ends the delay and the grace: what is in flight becomes unknown, exit 1."""
     proxy = proxies(upstream, valkey.url, DRAIN_S=60, DRAIN_DELAY_S=delay_s, CLIENT_STALL_S=60)
     crowd = Crowd(proxy, upstream)
     await crowd.gather(readers=5, uploads=5, replays=2, waiters=3)
@@ -439,8 +439,9 @@ async def test_told_twice_it_ends_at_once(proxies, upstream, valkey, number, del
     assert valkey.states() == [b"complete"] + [b"unknown"] * 26
 
 
+@pytest.mark.fault(61)
 async def test_a_hangup_changes_nothing(proxies, upstream, valkey):
-    """F61: SIGHUP ends neither the process nor what is claimed."""
+    """SIGHUP ends neither the process nor what is claimed."""
     tap = Tap()
     upstream.script = tap.script
     proxy = proxies(upstream, valkey.url)
