@@ -14,10 +14,11 @@ from proxy.store import Store
 from proxy.upstream import Pool
 from proxy.waiters import Waiters
 
-SETTLE_S = 0.4  # after the grace: for the store to take what was cut off as unknown
+POLL_S = 0.02
+STILL_POLLS = 20  # after the grace: for which nothing may come to its end before the store is given up
+MOST_POLLS = 150  # however much still comes to its end
 TELL_S = 0.1  # after that: for the clients to be told
 UNWIND_S = 0.2  # after that: for what still hangs to come to its end
-POLL_S = 0.02
 
 
 class Drain:
@@ -46,28 +47,39 @@ class Drain:
         if await unless(hurry, self._idle(), grace_s):
             return True
         self._cut()
-        await unless(None, self._idle(), SETTLE_S + TELL_S)
+        await self._settled()
+        self._store.give_up()
+        await unless(None, self._idle(), TELL_S)
         self._listener.abort()
         await unless(None, self._idle(), UNWIND_S)
         return False
 
     def _cut(self) -> None:
-        """Give everybody who stands still a reason to move, and the store its last deadline."""
+        """Give everybody who stands still a reason to move."""
         requests = self._gateway.in_flight + self._gateway.relaying + len(self._waiters)
         self.cut_off = max(requests, self._listener.owing())
-        self._store.give_up_at(asyncio.get_running_loop().time() + SETTLE_S)
         self._pool.cut("the proxy was shut down")
         self._listener.abort_stalled()
 
+    async def _settled(self) -> None:
+        """Wait while the keys that were cut off are marked, one after the other."""
+        left, still = self._under_way(), 0
+        for _ in range(MOST_POLLS):
+            if not left or still == STILL_POLLS:
+                return
+            await asyncio.sleep(POLL_S)
+            before, left = left, self._under_way()
+            still = 0 if left < before else still + 1
+
     async def _idle(self) -> bool:
-        while self._busy():
+        while self._under_way():
             await asyncio.sleep(POLL_S)
         return True
 
-    def _busy(self) -> bool:
+    def _under_way(self) -> int:
         gateway = self._gateway
-        under_way = gateway.in_flight or gateway.relaying or self._background
-        return bool(under_way or len(self._waiters) or self._listener.owing())
+        requests = gateway.in_flight + gateway.relaying + len(self._waiters)
+        return requests + len(self._background) + self._listener.owing()
 
 
 async def unless(hurry: asyncio.Event | None, work: Coroutine[Any, Any, Any], seconds: float | None = None) -> Any:

@@ -123,11 +123,11 @@ class Store:
     async def wait_up(self, seconds: float) -> bool:
         return await self._link.wait_up(self._loop.time() + seconds)
 
-    def give_up_at(self, when: float) -> None:
-        """Let every call end by `when` (the loop's time); what is not confirmed then stays unconfirmed."""
-        self._patience_ends = when
-        self._link.give_up_at(when)
-        self._reads.give_up_at(when)
+    def give_up(self) -> None:
+        """Let every call end now, also those that still come; what is not confirmed stays unconfirmed."""
+        self._patience_ends = self._loop.time()
+        self._link.give_up()
+        self._reads.give_up()
 
     def problem(self) -> str | None:
         """Return why the store cannot be relied on now, None where it can."""

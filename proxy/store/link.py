@@ -201,11 +201,8 @@ class Link(asyncio.Protocol):
             one.resolve(Unconfirmed(why))
         self._lost.set()
 
-    def give_up_at(self, when: float) -> None:
-        """From `when` (the loop's time) on nothing is waited for: all is unconfirmed, at once."""
-        self._loop.call_at(when, self._give_up)
-
-    def _give_up(self) -> None:
+    def give_up(self) -> None:
+        """Wait for nothing any more: whatever was asked or will be asked is unconfirmed at once."""
         if self._keeper is not None:
             self._keeper.cancel()
         self._drop("given up")

@@ -520,7 +520,7 @@ async def test_idle_connections_are_closed(proxies, upstream, valkey):
     for client in clients:
         assert await asyncio.wait_for(client.reader.read(), 20) == b""
         client.close()
-    assert await exit_code(proxy, 10) == 0
+    assert await exit_code(proxy) == 0
 
 
 async def test_the_embedded_store_outlives_the_drain(proxies, upstream):
