@@ -8,7 +8,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from redis import Redis
 
 from proxy.server.embedded import find_server
 from tests.parts import Proxy, RawUpstream
+from tests.zygote import Forked, Zygote
 
 IN_PROCESS = ("test_body.py", "test_client.py", "test_link.py", "test_store.py", "test_upstream.py")
 
@@ -127,6 +128,30 @@ def proxies(tmp_path: Path) -> Iterator["type[Proxy] | object"]:
         proxy = Proxy(upstream if isinstance(upstream, str) else upstream.url, store_url, tmp_path, settings)
         started.append(proxy)
         proxy.start()
+        return proxy
+
+    yield start
+    for proxy in started:
+        proxy.close()
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    """A process of which proxies are forked."""
+    zygote = Zygote()
+    yield zygote
+    zygote.close()
+
+
+@pytest.fixture
+def fork(zygote: Zygote, tmp_path: Path) -> Iterator[Callable[..., Awaitable[Forked]]]:
+    """Start proxies in a tenth of the time: `await fork(upstream, store_url, LEASE_MS=300)`; no exit codes."""
+    started: list[Forked] = []
+
+    async def start(upstream: RawUpstream | str, store_url: str, **settings: object) -> Forked:
+        url = upstream if isinstance(upstream, str) else upstream.url
+        started.append(proxy := Forked(zygote, url, store_url, tmp_path, settings))
+        await proxy.begin()
         return proxy
 
     yield start

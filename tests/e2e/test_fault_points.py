@@ -64,12 +64,12 @@ async def ready(proxy: Proxy) -> Proxy:
 
 @pytest.mark.fault(8, 49)
 @pytest.mark.parametrize("streamed", [False, True], ids=["small", "streamed"])
-async def test_every_reply_of_the_store_may_be_lost(proxies, upstream, valkey, streamed):
+async def test_every_reply_of_the_store_may_be_lost(fork, upstream, valkey, streamed):
     """Whichever one it is of a key's life: one execution, the whole answer, and no loss is reported."""
     upstream.script = in_pieces if streamed else answering(OK)
     whole = b"".join(PIECES) if streamed else b"ok"
     async with relaying(valkey.socket) as relay:
-        proxy = await ready(proxies(upstream, relay.url))
+        proxy = await ready(await fork(upstream, relay.url))
         calls = 0
         number = 0
         while number <= calls:
@@ -90,11 +90,11 @@ async def test_every_reply_of_the_store_may_be_lost(proxies, upstream, valkey, s
 
 @pytest.mark.fault(9)
 @pytest.mark.parametrize("killed", [False, True], ids=["", "killed meanwhile"])
-async def test_a_claim_whose_reply_is_lost_as_the_store_goes_away(proxies, upstream, valkey, killed):
+async def test_a_claim_whose_reply_is_lost_as_the_store_goes_away(fork, upstream, valkey, killed):
     """503, nothing sent; afterwards the key is free, or, if nobody was left to free it, unknown and never executed."""
     async with relaying(valkey.socket) as relay:
-        proxy = await ready(proxies(upstream, relay.url, LEASE_MS=600, STORE_TIMEOUT_MS=300))
-        other = proxies(upstream, valkey.url, LEASE_MS=600)
+        proxy = await ready(await fork(upstream, relay.url, LEASE_MS=600, STORE_TIMEOUT_MS=300))
+        other = await fork(upstream, valkey.url, LEASE_MS=600)
         relay.lose_reply(then_unreachable=True)
         answer = await ask(proxy.port, request())
         assert (answer.status, answer.slug) == (503, "store-unavailable")
@@ -113,10 +113,10 @@ async def test_a_claim_whose_reply_is_lost_as_the_store_goes_away(proxies, upstr
 
 
 @pytest.mark.fault(10)
-async def test_a_claim_that_arrives_after_its_repeat(proxies, upstream, valkey):
+async def test_a_claim_that_arrives_after_its_repeat(fork, upstream, valkey):
     """It was held up on a connection that broke, and repeated on the next: executed late, it changes nothing."""
     async with relaying(valkey.socket) as relay:
-        proxy = proxies(upstream, relay.url, STORE_TIMEOUT_MS=5000)
+        proxy = await fork(upstream, relay.url, STORE_TIMEOUT_MS=5000)
         await ask(proxy.port, request(key="before"))
         relay.hold()
         asking = asyncio.ensure_future(ask(proxy.port, request()))
@@ -134,14 +134,14 @@ async def test_a_claim_that_arrives_after_its_repeat(proxies, upstream, valkey):
 
 
 @pytest.mark.fault(21)
-async def test_a_release_that_finds_no_store(proxies, upstream, valkey):
+async def test_a_release_that_finds_no_store(fork, upstream, valkey):
     """Nothing could be sent and the key could not be freed: it is, once the store is back."""
     async with relaying(valkey.socket) as relay:
-        proxy = proxies(
+        proxy = await fork(
             f"http://127.0.0.1:{closed_port()}", relay.url, STORE_TIMEOUT_MS=300, CONNECT_RETRIES=0, LEASE_MS=20_000,
             FAULT="pause@connect:1", TESTING=1,
         )  # fmt: skip
-        other = proxies(upstream, valkey.url)
+        other = await fork(upstream, valkey.url)
         await ready(proxy)
         asking = asyncio.ensure_future(ask(proxy.port, request()))
         await until(lambda: proxy.events("a fault strikes"))
@@ -188,7 +188,7 @@ async def test_a_request_lost_at_any_of_its_bytes(standing, valkey):
 
 
 @pytest.mark.fault(25)
-async def test_connections_that_close_just_as_they_are_used_again(proxies, valkey):
+async def test_connections_that_close_just_as_they_are_used_again(fork, valkey):
     """The upstream closes after as long as the proxy keeps one: a key may become unknown, and none is sent twice."""
     idle_s = 0.02
     seen: Counter[bytes] = Counter()
@@ -207,7 +207,7 @@ async def test_connections_that_close_just_as_they_are_used_again(proxies, valke
             writer.close()
 
     async with serving(quiet) as raw:
-        proxy = proxies(raw.url, valkey.url, UPSTREAM_REUSE_IDLE_S=idle_s * 1.5)
+        proxy = await fork(raw.url, valkey.url, UPSTREAM_REUSE_IDLE_S=idle_s * 1.5)
 
         async def line(name: int) -> list[bytes | None]:
             client, found = await RawClient.open(proxy.port), []
@@ -229,7 +229,7 @@ async def test_connections_that_close_just_as_they_are_used_again(proxies, valke
 
 @pytest.mark.fault(26)
 @pytest.mark.parametrize("key", ["k", None], ids=["guarded", "passed through"])
-async def test_no_method_is_sent_twice(proxies, valkey, key):
+async def test_no_method_is_sent_twice(fork, valkey, key):
     """On a connection used before, which breaks as the request is read: no method is sent again by itself."""
     lines: list[bytes] = []
 
@@ -240,7 +240,7 @@ async def test_no_method_is_sent_twice(proxies, valkey, key):
         abort(writer)
 
     async with serving(talk) as raw:
-        proxy = proxies(raw.url, valkey.url, METHODS="POST,PATCH,PUT,DELETE")
+        proxy = await fork(raw.url, valkey.url, METHODS="POST,PATCH,PUT,DELETE")
         for method in ("POST", "PATCH", "PUT", "DELETE", *([] if key else ["GET", "HEAD", "OPTIONS"])):
             for number in (1, 2):
                 name = key and f"{method}-{number}"
@@ -259,12 +259,12 @@ async def test_no_method_is_sent_twice(proxies, valkey, key):
 
 @pytest.mark.fault(37)
 @pytest.mark.parametrize("mode", ["hold", "retry"])
-async def test_a_loop_that_hangs_for_two_leases(proxies, upstream, valkey, mode):
+async def test_a_loop_that_hangs_for_two_leases(fork, upstream, valkey, mode):
     """Nothing was renewed though the process is alive: the answer is stored all the same, unless it was overtaken."""
     tap = Tap()
     upstream.script = tap.script
-    stuck = proxies(upstream, valkey.url, ON_UNKNOWN=mode, LEASE_MS=600, FAULT="pause@waiting:1:1500", TESTING=1)
-    other = proxies(upstream, valkey.url, ON_UNKNOWN=mode, LEASE_MS=10_000)
+    stuck = await fork(upstream, valkey.url, ON_UNKNOWN=mode, LEASE_MS=600, FAULT="pause@waiting:1:1500", TESTING=1)
+    other = await fork(upstream, valkey.url, ON_UNKNOWN=mode, LEASE_MS=10_000)
     original = asyncio.ensure_future(ask(stuck.port, request()))
     await until(lambda: stuck.events("a fault strikes") and upstream.received)
     await asyncio.sleep(0.8)
@@ -286,11 +286,11 @@ async def test_a_loop_that_hangs_for_two_leases(proxies, upstream, valkey, mode)
 
 @pytest.mark.fault(46)
 @pytest.mark.parametrize("appended", range(1, len(PIECES)))
-async def test_a_store_that_is_lost_between_two_appends(proxies, upstream, valkey, appended):
+async def test_a_store_that_is_lost_between_two_appends(fork, upstream, valkey, appended):
     """For longer than a lease: the client gets all, its end when the store is back, and so does the retry."""
     upstream.script = in_pieces
     async with relaying(valkey.socket) as relay:
-        proxy = proxies(upstream, relay.url, LEASE_MS=600)
+        proxy = await fork(upstream, relay.url, LEASE_MS=600)
         original = asyncio.ensure_future(ask(proxy.port, request()))
         await until(lambda: relay.scripts > appended)
         relay.unreachable = True
@@ -325,9 +325,9 @@ async def large_replay(proxy: Proxy, upstream: RawUpstream) -> RawClient:
 
 @pytest.mark.fault(54)
 @pytest.mark.parametrize("how", ["deleted", "expired", "chunk gone", "chunk changed", "store killed"])
-async def test_a_replay_whose_record_goes_away_never_ends_cleanly(proxies, upstream, own_valkey, how):
+async def test_a_replay_whose_record_goes_away_never_ends_cleanly(fork, upstream, own_valkey, how):
     """Whatever takes the rest of it away in the middle: the client sees that it broke off, and nothing is executed."""
-    gate = proxies(upstream, own_valkey.url, STORE_TIMEOUT_MS=500)
+    gate = await fork(upstream, own_valkey.url, STORE_TIMEOUT_MS=500)
     client = await large_replay(gate, upstream)
     with own_valkey.client() as redis:
         (name,) = redis.scan_iter()
@@ -354,8 +354,9 @@ async def test_a_replay_whose_record_goes_away_never_ends_cleanly(proxies, upstr
 
 
 @pytest.mark.fault(56)
-async def test_a_client_that_leaves_its_replay(gate, upstream, valkey):
+async def test_a_client_that_leaves_its_replay(fork, upstream, valkey):
     """Its record is as it was, and the next one gets all of it."""
+    gate = await fork(upstream, valkey.url)
     client = await large_replay(gate, upstream)
     before = valkey.records()
     client.reset()
@@ -367,9 +368,10 @@ async def test_a_client_that_leaves_its_replay(gate, upstream, valkey):
 
 
 @pytest.mark.fault(55)
-async def test_a_record_with_any_byte_changed(gate, upstream, valkey):
+async def test_a_record_with_any_byte_changed(fork, upstream, valkey):
     """Each byte of a small complete record, one after the other: 500 record-corrupt, neither replayed nor executed."""
     upstream.script = answering(OK)
+    gate = await fork(upstream, valkey.url)
     await ask(gate.port, request())
     asked = 0
     client = await RawClient.open(gate.port)
@@ -458,15 +460,15 @@ def test_nothing_decides_by_the_wall_clock():
 @pytest.mark.fault(58)
 @pytest.mark.parametrize("hours", [1, -1])
 @pytest.mark.parametrize("mode", ["hold", "retry"])
-async def test_a_jump_of_the_stores_clock(proxies, upstream, valkey, hours, mode):
+async def test_a_jump_of_the_stores_clock(fork, upstream, valkey, hours, mode):
     """Ahead, the lease is over early: unknown, or overtaken under retry. Back, it lasts for one lease, no longer."""
     tap = Tap()
     upstream.script = tap.script
-    owner = proxies(upstream, valkey.url, ON_UNKNOWN=mode, LEASE_MS=900)
+    owner = await fork(upstream, valkey.url, ON_UNKNOWN=mode, LEASE_MS=900)
     original = asyncio.ensure_future(ask(owner.port, request()))
     await until(lambda: upstream.received)
     owner.signal(signal.SIGSTOP)
-    other = proxies(upstream, valkey.url, ON_UNKNOWN=mode, LEASE_MS=900)
+    other = await fork(upstream, valkey.url, ON_UNKNOWN=mode, LEASE_MS=900)
     with valkey.client() as client:
         (name,) = client.scan_iter()
         client.hincrby(name, "lease", -hours * 3_600_000)

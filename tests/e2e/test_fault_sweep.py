@@ -2,7 +2,7 @@
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from itertools import product
 from pathlib import Path
 
@@ -106,13 +106,6 @@ def test_the_sweep_leaves_nothing_out(kind: str) -> None:
     assert set(cases(SWEEP, kind)) == {(*one, mode) for one in passed for mode in MODES}
     hit = {point for table in (SWEEP, DUPLICATES) for point, _, _ in cases(table, kind)}
     assert hit == set(POINTS) - {"renew"}
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    zygote = Zygote()
-    yield zygote
-    zygote.close()
 
 
 Run = Callable[[str, str, str, str], Awaitable[tuple[str, ...]]]

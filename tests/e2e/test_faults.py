@@ -26,7 +26,7 @@ BIG = b"b" * (12 << 20)
 
 @pytest.mark.fault(22, 29)
 @pytest.mark.parametrize("taken", [True, False], ids=["taken meanwhile", "still free"])
-async def test_an_upload_that_was_suspended_beyond_the_retention(proxies, upstream, valkey, taken):
+async def test_an_upload_that_was_suspended_beyond_the_retention(fork, upstream, valkey, taken):
     """SIGSTOP in mid-upload until the record is gone: the rest is sent only if the key is still nobody else's."""
     arrived = bytearray()
     reading = asyncio.Event()
@@ -42,8 +42,8 @@ async def test_an_upload_that_was_suspended_beyond_the_retention(proxies, upstre
                 writer.write(OK)
 
     async with serving(slow) as beyond:
-        still = proxies(beyond.url, valkey.url, LEASE_MS=300, RETENTION_S=1.5, WAIT_MAX_S=1)
-        other = proxies(upstream, valkey.url, LEASE_MS=300)
+        still = await fork(beyond.url, valkey.url, LEASE_MS=300, RETENTION_S=1.5, WAIT_MAX_S=1)
+        other = await fork(upstream, valkey.url, LEASE_MS=300)
         raw = request(body=BIG + b"end")
         original = asyncio.ensure_future(ask(still.port, raw))
         await until(lambda: arrived)
@@ -71,9 +71,10 @@ async def test_an_upload_that_was_suspended_beyond_the_retention(proxies, upstre
 
 @pytest.mark.fault(54, 55)
 @pytest.mark.parametrize("size", [5, 200_000, 600_000], ids=["small", "one chunk", "several"])
-async def test_a_complete_record_that_lacks_its_body(gate, upstream, valkey, size):
+async def test_a_complete_record_that_lacks_its_body(fork, upstream, valkey, size):
     """Its first chunk is gone: 500 record-corrupt, not executed, not replayed, and nothing is changed."""
     upstream.script = answering(CHUNKED + chunk(b"a" * size) + LAST_CHUNK)
+    gate = await fork(upstream, valkey.url)
     assert (await ask(gate.port, request())).complete
     with valkey.client() as client:
         (name,) = client.scan_iter()
@@ -90,11 +91,11 @@ async def test_a_complete_record_that_lacks_its_body(gate, upstream, valkey, siz
 
 
 @pytest.mark.fault(62)
-async def test_a_failed_renewal_is_not_the_last(proxies, upstream, valkey):
+async def test_a_failed_renewal_is_not_the_last(fork, upstream, valkey):
     """An exception in a renewal is logged, and the leases are renewed on: the key stays in flight."""
     done = asyncio.Event()
     upstream.script = holding(done)
-    proxy = proxies(upstream, valkey.url, LEASE_MS=900, FAULT="raise@renew:1", TESTING=1)
+    proxy = await fork(upstream, valkey.url, LEASE_MS=900, FAULT="raise@renew:1", TESTING=1)
     original = asyncio.ensure_future(ask(proxy.port, request()))
     await until(lambda: proxy.events("a keeper failed and starts anew"))
     await asyncio.sleep(1.8)  # two leases

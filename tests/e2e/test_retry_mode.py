@@ -35,13 +35,14 @@ async def cut(_, __, writer: asyncio.StreamWriter, ___: Received) -> None:
 
 @pytest.mark.fault(22, 32)
 @pytest.mark.parametrize("how", ["lost", "timeout", "ambiguous", "killed"])
-async def test_the_next_retry_executes_what_nobody_knows(proxies, upstream, valkey, how):
+async def test_the_next_retry_executes_what_nobody_knows(fork, upstream, valkey, how):
     """Whatever made it unknown: executed again under a higher fence, stored, and replayed from then on."""
     upstream.script = {"lost": cut, "ambiguous": answering(b"HTTP/1.1 502 Bad\r\nContent-Length: 0\r\n\r\n")}.get(
         how, holding(asyncio.Event())
     )
-    first, other = (proxies(upstream, valkey.url, ON_UNKNOWN="retry", LEASE_MS=600, UPSTREAM_TIMEOUT_S=t)
-                    for t in (0.5 if how == "timeout" else 300, 300))  # fmt: skip
+    silence_s = 0.5 if how == "timeout" else 300
+    first = await fork(upstream, valkey.url, ON_UNKNOWN="retry", LEASE_MS=600, UPSTREAM_TIMEOUT_S=silence_s)
+    other = await fork(upstream, valkey.url, ON_UNKNOWN="retry", LEASE_MS=600)
     original = asyncio.ensure_future(ask(first.port, request()))
     await until(lambda: upstream.received)
     if how == "killed":
@@ -67,10 +68,10 @@ async def test_the_next_retry_executes_what_nobody_knows(proxies, upstream, valk
     assert old < new
 
 
-async def test_the_mode_is_that_of_the_record(proxies, upstream, valkey):
+async def test_the_mode_is_that_of_the_record(fork, upstream, valkey):
     """What was claimed under hold is never executed again, and what was under retry is, whoever asks."""
     upstream.script = cut
-    hold, retry = (proxies(upstream, valkey.url, ON_UNKNOWN=mode) for mode in ("hold", "retry"))
+    hold, retry = [await fork(upstream, valkey.url, ON_UNKNOWN=mode) for mode in ("hold", "retry")]
     assert (await ask(hold.port, request(key="held"))).header("x-should-retry") == b"false"
     assert (await ask(retry.port, request(key="open"))).header("x-should-retry") == b"true"
     upstream.script = answering(OK)
@@ -81,9 +82,9 @@ async def test_the_mode_is_that_of_the_record(proxies, upstream, valkey):
 
 @pytest.mark.parametrize("mode", ["hold", "retry"])
 @pytest.mark.parametrize("key", ["key-1", None], ids=["guarded", "passed through"])
-async def test_the_fence_is_never_a_clients(proxies, upstream, valkey, mode, key):
+async def test_the_fence_is_never_a_clients(fork, upstream, valkey, mode, key):
     """A client's field of that name is dropped in every mode, and its look-alike refused."""
-    proxy = proxies(upstream, valkey.url, ON_UNKNOWN=mode)
+    proxy = await fork(upstream, valkey.url, ON_UNKNOWN=mode)
     extra = ("Idempotency-Fence: 99999999999999999", "idempotency-fence: 99999999999999998")
     answer = await ask(proxy.port, request("POST", "/", key, b"body", *extra))
     assert answer.status == 200
@@ -94,11 +95,11 @@ async def test_the_fence_is_never_a_clients(proxies, upstream, valkey, mode, key
 
 @pytest.mark.fault(33, 37, 47)
 @pytest.mark.parametrize("streamed", [False, True], ids=["small", "streamed"])
-async def test_an_owner_that_was_overtaken_delivers_the_others_answer_or_none(proxies, upstream, valkey, streamed):
+async def test_an_owner_that_was_overtaken_delivers_the_others_answer_or_none(fork, upstream, valkey, streamed):
     """SIGSTOP beyond the lease, taken over meanwhile: afterwards it is fenced, reported, and its answer dropped."""
     tap = Tap()
     upstream.script = tap.script
-    still, other = (proxies(upstream, valkey.url, ON_UNKNOWN="retry", LEASE_MS=600) for _ in range(2))
+    still, other = [await fork(upstream, valkey.url, ON_UNKNOWN="retry", LEASE_MS=600) for _ in range(2)]
     original = asyncio.ensure_future(ask(still.port, request()))
     await until(lambda: upstream.received)
     if streamed:
@@ -125,12 +126,12 @@ async def test_an_owner_that_was_overtaken_delivers_the_others_answer_or_none(pr
 
 
 @pytest.mark.fault(22)
-async def test_a_takeover_before_anything_was_sent(proxies, upstream, valkey):
+async def test_a_takeover_before_anything_was_sent(fork, upstream, valkey):
     """SIGSTOP between claim and connect beyond the lease, taken over meanwhile: the first owner sends nothing."""
     hole, beyond = Blackhole(), RawUpstream()
     try:
-        still = proxies(hole.url, valkey.url, ON_UNKNOWN="retry", LEASE_MS=600, CONNECT_TIMEOUT_S=20)
-        other = proxies(upstream, valkey.url, ON_UNKNOWN="retry", LEASE_MS=600)
+        still = await fork(hole.url, valkey.url, ON_UNKNOWN="retry", LEASE_MS=600, CONNECT_TIMEOUT_S=20)
+        other = await fork(upstream, valkey.url, ON_UNKNOWN="retry", LEASE_MS=600)
         original = asyncio.ensure_future(ask(still.port, request()))
         await until(valkey.states)
         still.signal(signal.SIGSTOP)
