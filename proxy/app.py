@@ -22,10 +22,13 @@ from proxy.leases import Leases
 from proxy.listener import HEAD_S, Listener
 from proxy.logs import AccessLog
 from proxy.metrics import Metrics, Outcome
-from proxy.policy import Policy
-from proxy.settings import Settings
+from proxy.routes import Route, Routes
+from proxy.rules import Rule, Rules, Upstream
+from proxy.rules import load as load_rules
+from proxy.settings import Settings, SettingsError
 from proxy.store import Claim, Store
 from proxy.upstream import REUSE_IDLE_S, Buffered, Pool, client_tls
+from proxy.upstream.pools import Pools
 from proxy.waiters import Waiters
 
 CANCEL_S = 0.05  # for what did not end by itself; it comes twice
@@ -42,30 +45,6 @@ def _require_strict_parser() -> None:
     """aiohttp without its C extensions parses requests differently, and more leniently."""
     if HttpRequestParser is HttpRequestParserPy:
         raise Unsupported("aiohttp runs without its C extensions: unset AIOHTTP_NO_EXTENSIONS or install its wheel")
-
-
-def _policy(settings: Settings) -> Policy:
-    return Policy(
-        methods=frozenset(settings.methods),
-        key_header=settings.key_header.lower().encode(),
-        key_required=settings.key_required,
-        namespace=settings.namespace.encode(),
-        scope_headers=tuple(name.lower().encode() for name in settings.scope_headers),
-        pass_host=settings.pass_host,
-        retention_ms=int(settings.retention_s * 1000),
-        lease_ms=settings.lease_ms,
-        wait_for_duplicates=settings.on_duplicate == "wait",
-        wait_max_s=settings.wait_max_s,
-        max_stored_bytes=settings.max_stored_bytes,
-        mode=settings.on_unknown.encode(),
-    )
-
-
-def _upstream_tls(settings: Settings) -> ssl.SSLContext | None:
-    if settings.upstream.scheme != "https":
-        return None
-    files = (settings.upstream_ca_file, settings.upstream_cert_file, settings.upstream_key_file)
-    return client_tls(*(str(path) if path else None for path in files))
 
 
 class Service:
@@ -102,57 +81,91 @@ class Service:
         )
         self._leases = Leases(self.store, settings.lease_ms, self._report, self._loop.time)
         self._waiters = Waiters(self.store, settings.max_waiters, settings.lease_ms, self._leases.__contains__)
-        self._pool = self._make_pool()
-        self._gateway = self._make_gateway()
+        self._pools = Pools(self._make_pool)
+        self._gateway = self._make_gateway(load_rules(settings))
         self._listener = Listener(self._gateway, max_connections=settings.max_connections, observe=self._observe)
-        self._drain = Drain(self._gateway, self._listener, self._waiters, self._pool, self.store, self._background)
+        self._drain = Drain(self._gateway, self._listener, self._waiters, self._pools, self.store, self._background)
         self._servers: list[asyncio.Server] = []
         self._admin: web.AppRunner | None = None
 
-    def _make_pool(self) -> Pool:
-        settings = self._settings
+    def _make_pool(self, upstream: Upstream) -> Pool:
+        files = (upstream.ca_file, upstream.cert_file, upstream.key_file)
+        tls = (
+            client_tls(*(str(path) if path else None for path in files)) if upstream.origin.scheme == "https" else None
+        )
         return Pool(
-            settings.upstream.host,
-            settings.upstream.port,
-            _upstream_tls(settings),
-            connect_timeout_s=settings.connect_timeout_s,
-            connect_retries=settings.connect_retries,
-            max_connections=settings.max_upstream_connections,
-            keep_idle_s=max(REUSE_IDLE_S, settings.upstream_reuse_idle_s),
+            upstream.origin.host,
+            upstream.origin.port,
+            tls,
+            connect_timeout_s=upstream.connect_timeout_s,
+            connect_retries=upstream.connect_retries,
+            max_connections=upstream.max_connections,
+            keep_idle_s=max(REUSE_IDLE_S, upstream.reuse_idle_s),
             buffered=self._buffered,
         )
 
-    def _make_gateway(self) -> Gateway:
-        settings, policy = self._settings, _policy(self._settings)
-        shop = Workshop(
-            store=self.store,
-            leases=self._leases,
-            waiters=self._waiters,
-            pool=self._pool,
-            buffered=self._buffered,
-            background=self._in_background,
-            settled=self.metrics.settled,
-            eof_framed=self.metrics.eof_framed,
-            silence_s=settings.upstream_timeout_s,
-            reuse_idle_s=settings.upstream_reuse_idle_s,
-            store_timeout_s=settings.store_timeout_ms / 1000,
-            patience_s=settings.settle_timeout_s,
-            client_stall_s=settings.client_stall_s,
-            longest_s=settings.upstream_timeout_s + settings.client_stall_s + 2 * settings.settle_timeout_s + 10,
-        )
+    def _make_gateway(self, rules: Rules) -> Gateway:
+        settings = self._settings
+        routes = self._routes(rules)
         spool_dir = str(settings.spool_dir or tempfile.gettempdir())
         return Gateway(
-            shop,
-            gate=Gate([host.encode() for host in settings.hosts], policy.key_header, policy.scope_headers),
-            policy=policy,
+            routes.default.shop,
+            gate=self._gate(rules),
+            routes=routes,
             digests=Digests(settings.secret.get_secret_value().encode()),
             bodies=Bodies(self._buffered, Buffered(settings.max_spool_bytes), spool_dir, settings.max_request_bytes),
-            origin=settings.upstream,
             trusted=settings.trusted_proxies,
             max_in_flight=settings.max_in_flight,
             observe=self._observe,
             failed=lambda error: self._log.error("a request failed", exc_info=error),
         )
+
+    def _gate(self, rules: Rules) -> Gate:
+        hosts = [host.encode() for host in self._settings.hosts]
+        return Gate(hosts, rules.default.policy.key_header, rules.acted_on)
+
+    def _routes(self, rules: Rules) -> Routes:
+        return Routes(rules, {rule.name: self._route(rule) for rule in rules})
+
+    def _route(self, rule: Rule) -> Route:
+        origin = rule.upstream.origin
+        host = rule.set_host or origin.authority
+        return Route(rule.policy, self._shop(rule), host.encode(), origin.path_prefix.encode())
+
+    def _shop(self, rule: Rule) -> Workshop:
+        settings = rule.settings
+        return Workshop(
+            store=self.store,
+            leases=self._leases,
+            waiters=self._waiters,
+            pool=self._pools.of(rule.upstream),
+            buffered=self._buffered,
+            background=self._in_background,
+            settled=self.metrics.settled,
+            eof_framed=self.metrics.eof_framed,
+            silence_s=settings.upstream_timeout_s,
+            reuse_idle_s=rule.upstream.reuse_idle_s,
+            store_timeout_s=settings.store_timeout_ms / 1000,
+            patience_s=settings.settle_timeout_s,
+            client_stall_s=settings.client_stall_s,
+            longest_s=settings.upstream_timeout_s + settings.client_stall_s + 2 * settings.settle_timeout_s + 10,
+        )
+
+    def reload(self) -> None:
+        """Read the rules file again. What is under way keeps its rules; a file with a mistake changes nothing."""
+        if self._draining or self._settings.rules_file is None:
+            self._log.info("nothing to reload")
+            return
+        try:
+            rules = load_rules(self._settings)
+            routes = self._routes(rules)
+        except (SettingsError, OSError) as error:  # OSError: what OpenSSL makes of a certificate
+            reasons = error.errors if isinstance(error, SettingsError) else [str(error)]
+            self._log.error("the rules file is not taken over; the rules stay as they are", reasons=reasons)
+            return
+        self._gateway.follow(self._gate(rules), routes)
+        self._pools.keep(rule.upstream for rule in rules)
+        self._log.info("rules in effect", rules=[rule.name for rule in rules.rules])
 
     # What the parts report ...
 
@@ -244,7 +257,7 @@ class Service:
         await asyncio.gather(*left, return_exceptions=True)
         if self._admin:
             await self._admin.cleanup()
-        self._pool.close()
+        self._pools.close()
         await self.store.close()
         self._access.flush()
 

@@ -79,32 +79,36 @@ class Bodies:
     def __init__(self, memory: Buffered, spool: Buffered, spool_dir: str | None, max_bytes: int) -> None:
         self._memory, self._spool, self._spool_dir, self.max_bytes = memory, spool, spool_dir, max_bytes
 
-    def here(self, content: StreamReader, length: int | None) -> Body | TooLarge | NoRoom | None:
+    def here(
+        self, content: StreamReader, length: int | None, most: int | None = None
+    ) -> Body | TooLarge | NoRoom | None:
         """Return the whole body where it came with the head, as small ones do, or why there will be none.
 
-        None: it has to be read. `length`: what Content-Length states.
+        None: it has to be read. `length`: what Content-Length states; `most`: another limit than the usual.
         """
-        if length is not None and length > self.max_bytes:
+        most = self.max_bytes if most is None else most
+        if length is not None and length > most:
             return TooLarge()
         if not content.is_eof():
             return None
         data = content.read_nowait()
-        if len(data) > self.max_bytes:
+        if len(data) > most:
             return TooLarge()
         return Body(data, self._memory, self._spool) if self._memory.take(len(data)) else NoRoom()
 
-    async def read(self, content: StreamReader) -> Body | TooLarge | NoRoom | BrokenOff:
-        """Return the whole body, which is still to come, or why there is none."""
+    async def read(self, content: StreamReader, most: int | None = None) -> Body | TooLarge | NoRoom | BrokenOff:
+        """Return the whole body, which is still to come, or why there is none; `most`: another limit than the usual."""
+        most = self.max_bytes if most is None else most
         parts: list[bytes] = []
         size = 0
         while block := await read_block(content):
             if isinstance(block, BrokenOff):
                 return self._give_up(size, block)
-            if size + len(block) > self.max_bytes:
+            if size + len(block) > most:
                 return self._give_up(size, TooLarge())
             if size + len(block) > MEMORY_BYTES:
                 self._memory.give(size)
-                return await self._spool_rest(content, [*parts, block])
+                return await self._spool_rest(content, [*parts, block], most)
             if not self._memory.take(len(block)):
                 return self._give_up(size, NoRoom())
             parts.append(block)
@@ -115,7 +119,9 @@ class Bodies:
         self._memory.give(size)
         return why
 
-    async def _spool_rest(self, content: StreamReader, begun: list[bytes]) -> Body | TooLarge | NoRoom | BrokenOff:
+    async def _spool_rest(
+        self, content: StreamReader, begun: list[bytes], most: int
+    ) -> Body | TooLarge | NoRoom | BrokenOff:
         file: IO[bytes] | None = None
         size = 0
         outcome: TooLarge | NoRoom | BrokenOff | None = None
@@ -125,7 +131,7 @@ class Bodies:
             while block and outcome is None:
                 if isinstance(block, BrokenOff):
                     outcome = block
-                elif size + len(block) > self.max_bytes:
+                elif size + len(block) > most:
                     outcome = TooLarge()
                 elif not self._spool.take(len(block)):
                     outcome = NoRoom()

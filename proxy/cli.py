@@ -6,8 +6,12 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from pathlib import Path
 
 import proxy
+from proxy import explain
+from proxy.rules import Rules
+from proxy.rules import load as load_rules
 from proxy.settings import Settings, SettingsError, describe, load
 
 PROBE_S = 3.0
@@ -19,7 +23,10 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"oncegate {proxy.__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("serve", help="run the proxy (settings: environment variables ONCEGATE_*)")
-    commands.add_parser("check", help="validate the configuration and print what is in effect")
+    check = commands.add_parser("check", help="validate the configuration and print what is in effect")
+    check.add_argument("--explain", nargs=2, metavar=("METHOD", "URL"), help="say what becomes of one request instead")
+    check.add_argument("-H", "--header", action="append", default=[], metavar="LINE", help="a header of that request")
+    check.add_argument("--body-file", type=Path, metavar="FILE", help="its body")
     demo = commands.add_parser("demo", help="run the main job against a built-in upstream and show it")
     demo.add_argument("--upstream-only", action="store_true", help="only serve the demo upstream, until stopped")
     demo.add_argument("--listen", default="127.0.0.1:9000", metavar="HOST:PORT", help="of the demo upstream")
@@ -40,15 +47,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         return demo.run(options.proxy)
     try:
         settings = load()
+        rules = load_rules(settings)
     except SettingsError as error:
         print(error, file=sys.stderr)
         return 2
     if options.command == "check":
-        print(describe(settings))
-        return 0
+        return _check(settings, rules, options)
     if options.command == "healthcheck":
         return _probe(settings, "/readyz" if options.ready else "/healthz")
     return _serve(settings)
+
+
+def _check(settings: Settings, rules: Rules, options: argparse.Namespace) -> int:
+    if options.explain is None:
+        print(describe(settings))
+        if settings.rules_file is not None:
+            print(f"\n{explain.table(rules)}")
+        return 0
+    try:
+        body = options.body_file.read_bytes() if options.body_file else b""
+        method, url = options.explain
+        print(explain.Explanation(settings, rules).explain(method, url, options.header, body))
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
 
 
 def _serve(settings: Settings) -> int:

@@ -146,6 +146,12 @@ class Client:
         self._write(b"".join((status_line(status, reason), block, framing, self._connection_field(), b"\r\n")))
         self.started = True
 
+    def switch(self, block: bytes) -> None:
+        """Send the head after which the connection speaks another protocol, bytes as they are, to its end."""
+        self._end_by_closing()
+        self._write(b"HTTP/1.1 101 Switching Protocols\r\n" + block + b"\r\n")
+        self.started = True
+
     def write(self, data: bytes) -> None:
         """Send the next bytes of the body, all but what would tell a client that it is whole."""
         if self._frame == b"chunked":

@@ -11,7 +11,7 @@ from typing import Any
 from proxy.handler import Gateway
 from proxy.listener import Listener
 from proxy.store import Store
-from proxy.upstream import Pool
+from proxy.upstream.pools import Pools
 from proxy.waiters import Waiters
 
 POLL_S = 0.02
@@ -29,12 +29,12 @@ class Drain:
         gateway: Gateway,
         listener: Listener,
         waiters: Waiters,
-        pool: Pool,
+        pools: Pools,
         store: Store,
         background: set[asyncio.Task[Any]],
     ) -> None:
         self._gateway, self._listener, self._waiters = gateway, listener, waiters
-        self._pool, self._store, self._background = pool, store, background
+        self._pools, self._store, self._background = pools, store, background
         self.cut_off = 0  # requests and answers that did not finish
 
     async def run(self, hurry: asyncio.Event, grace_s: float) -> bool:
@@ -58,7 +58,7 @@ class Drain:
         """Give everybody who stands still a reason to move."""
         requests = self._gateway.in_flight + self._gateway.relaying + len(self._waiters)
         self.cut_off = max(requests, self._listener.owing())
-        self._pool.cut("the proxy was shut down")
+        self._pools.cut("the proxy was shut down")
         self._listener.abort_stalled()
 
     async def _settled(self) -> None:

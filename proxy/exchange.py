@@ -4,6 +4,8 @@ It starts from the worst ending and improves it as it gets further. The end of a
 byte, its last chunk, the closing) is held back until the store has confirmed the settle.
 """
 
+import asyncio
+import random
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
@@ -25,6 +27,9 @@ from proxy.waiters import Waiters, Woken
 
 SMALL_BYTES = 65536  # an answer up to this whose end comes within
 SMALL_S = 0.05  # of its head is stored first and sent in one write
+# How often what was lost is sent again where the upstream is idempotent, and the longest pauses before.
+AGAIN, AGAIN_FIRST_S, AGAIN_MOST_S = 3, 0.2, 2.0
+LOST = (Ending.NO_RESPONSE, Ending.TRUNCATED)
 # What a passed-on answer says became of its key.
 STATUS = {one.word: f"Oncegate-Status: {one.word}\r\n".encode() for one in Disposition}
 
@@ -54,6 +59,7 @@ class Exchange:
 
     upstream_s = 0.0
     sent = False
+    _again_left: int | None = None  # tries after this one, while what was lost is sent again
     _lost: Lost | None = None
     _refusal: Problem | None = None
     _answer: AnswerHead | None = None
@@ -76,6 +82,8 @@ class Exchange:
         reached = None
         try:
             reached = await self._forward()
+            if self._policy.upstream_idempotent:
+                reached = await self._send_again(reached)
             self._touch()
             how, last = reached.settlement, self._whole
             if self._recording is not None and how is Settlement.STORE:
@@ -125,6 +133,24 @@ class Exchange:
         finally:
             self.upstream_s = time.perf_counter() - began
             self._shop.pool.release(connection)
+
+    async def _send_again(self, reached: Ending) -> Ending:
+        """Send what was lost once more, with the same key, to an upstream that executes a key only once.
+
+        A few times, after a growing pause with full jitter, and only while the client got nothing yet.
+        """
+        most_s = AGAIN_FIRST_S
+        for left in reversed(range(AGAIN)):
+            if reached not in LOST or self._client.started or self._shop.pool.shut:
+                break
+            self._touch()
+            await asyncio.sleep(random.uniform(0, most_s))
+            most_s = min(most_s * 2, AGAIN_MOST_S)
+            self._again_left, self._answer, self._whole = left, None, b""
+            again = await self._forward()
+            # That nothing could be sent this time says nothing of the time before.
+            reached = Ending.NO_RESPONSE if again is Ending.NOT_SENT else again
+        return reached
 
     def _ready(self) -> Connection | None:
         if must_reclaim(self._held.age_s(), self._policy.lease_ms):
@@ -186,8 +212,12 @@ class Exchange:
 
     def _is_small(self, head: AnswerHead) -> bool:
         """Note an answer's head; return whether its body may be small."""
-        self._answer = head
-        self._disposition = disposition = self._policy.statuses.disposition(head.status, b"retry-after" in head.fields)
+        disposition = self._policy.statuses.disposition(head.status, b"retry-after" in head.fields)
+        if self._again_left is not None and head.status == 409:  # the first one is still running there
+            if self._again_left:
+                raise Lost("the upstream is still busy with the first request")
+            disposition = Disposition.AMBIGUOUS
+        self._answer, self._disposition = head, disposition
         self._word = disposition.word
         self._passed_on, self._kept = answer_blocks(head)
         return head.bodiless or ((head.length or 0) <= SMALL_BYTES and not head.streamed_by_nature)

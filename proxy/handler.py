@@ -5,43 +5,62 @@ from collections.abc import Callable, Coroutine
 from ipaddress import ip_address
 from typing import NamedTuple, assert_never
 
-from proxy.addresses import Network, Origin
+from proxy.addresses import Network
 from proxy.body import Bodies, Body, BrokenOff, NoRoom, TooLarge
 from proxy.client import Client, Request
 from proxy.decision import Decision, decide, retry_after_s, state_now
 from proxy.exchange import Exchange, Workshop
-from proxy.headers import Gate, Hop, Refused, RequestHead, preferred_wait_s, request_head, tokens
+from proxy.headers import (
+    Gate,
+    Hop,
+    Refused,
+    RequestHead,
+    is_websocket,
+    preferred_wait_s,
+    renamed,
+    request_head,
+    tokens,
+)
 from proxy.keys import BadKey, Digests, Scope, UnstableScope, parse_key
 from proxy.leases import Held, suspended_clock_s
 from proxy.metrics import Observe, Outcome
+from proxy.naming import Name, asked, key_in_head, name, passes, scope_of, uses_no_key
 from proxy.policy import Policy
 from proxy.problems import Problem, problem, refusal
 from proxy.relay import relay
 from proxy.replay import replay
+from proxy.routes import Route, Routes
+from proxy.sources import Missing
 from proxy.store import Claim, Claiming, Corrupt, Record, Unconfirmed
+from proxy.tunnel import tunnel
 from proxy.waiters import Woken
 
 Way = Outcome | Coroutine[None, None, Outcome]  # answered already, or what will answer
 REFUSED = b"Oncegate-Status: refused\r\n"
 UNKNOWN = b"Oncegate-Status: unknown\r\n"
+UNGUARDED = b"Oncegate-Status: unguarded\r\n"
 
 
 class Guarded(NamedTuple):
     """A request with its key, named: what the rest of the path needs to know of it."""
 
+    route: Route
     head: RequestHead
     key: bytes  # digest
     scope: Scope
     fingerprint: bytes
     wait_s: float  # how long it may wait for its original
     extra: bytes  # fields that its answer gets as a duplicate
+    window_ms: int = 0  # of a derived key: what is complete for longer does not count
+    fresh: bool = False  # surely no duplicate, however equal: what it meets under its key is another request
 
     def outcome(
         self, word: str, status: int, upstream_s: float = 0.0, detail: str = "", saved_s: float = 0.0, sent: int = 0
     ) -> Outcome:
         """Return what became of this request; `saved_s` and `sent` (bytes) are a replay's."""
         common, method = self.scope.common, self.head.method
-        return Outcome(word, status, method, self.key, upstream_s, saved_s, sent, common, detail)
+        rule = self.route.policy.rule
+        return Outcome(word, status, method, self.key, upstream_s, saved_s, sent, common, detail, rule)
 
 
 class Gateway:
@@ -52,20 +71,23 @@ class Gateway:
         shop: Workshop,
         *,
         gate: Gate,
-        policy: Policy,
+        routes: Routes,
         digests: Digests,
         bodies: Bodies,
-        origin: Origin,
         trusted: tuple[Network, ...],
         max_in_flight: int,
         observe: Observe,
         failed: Callable[[BaseException], None],
     ) -> None:
-        self._shop, self._gate, self._policy, self._digests = shop, gate, policy, digests
-        self._bodies, self._origin, self._trusted = bodies, origin, trusted
+        self._shop, self._digests, self._bodies, self._trusted = shop, digests, bodies, trusted
         self._max_in_flight, self._observe, self._failed = max_in_flight, observe, failed
-        self._host, self._prefix = origin.authority.encode(), origin.path_prefix.encode()
         self.in_flight = self.relaying = 0
+        self.follow(gate, routes)
+
+    def follow(self, gate: Gate, routes: Routes) -> None:
+        """Treat requests that come from now on by these routes; those under way keep theirs."""
+        self._gate, self._default = gate, routes.default
+        self._choose = routes if routes.chosen else None
 
     async def __call__(self, request: Request) -> Client:
         """Answer one request. Whatever fails in here closes the connection without a clean end."""
@@ -94,44 +116,83 @@ class Gateway:
         head = self._gate.enter(message.method, target, message.version, message.raw_headers)
         if isinstance(head, Refused):
             return _refuse(client, message.method, head)
-        fields = head.fields
+        route, fields = self._default if self._choose is None else self._choose(head), head.fields
         if message.upgrade and tokens(fields.get(b"upgrade", ())) != [b"h2c"]:  # h2c is offered, may be ignored
-            return _refuse(client, head.method, Refused(501, "this proxy does not switch protocols"))
+            return self._switch(request, head, client, route)
         if b"expect" in fields:
             client.awaits_continue = not head.http10 and not request.content.is_eof()
-        policy = self._policy
+        policy = route.policy
         if head.method not in policy.methods:
-            return self._relay(request, head, client)
-        lines = fields.get(policy.key_header)
-        if lines is None:
-            if policy.key_required:
-                return _reject(client, head.method, "invalid", problem("key-missing", "no idempotency key was sent"))
-            return self._relay(request, head, client)
-        return self._guard(request, head, client, lines)
+            return self._relay(request, head, client, route)
+        key: bytes | BadKey | Missing | None
+        if policy.sources is None and (lines := fields.get(policy.key_header)) is not None:  # as most are
+            key = parse_key(lines)
+        else:
+            key = key_in_head(policy, head)
+        if key is None or isinstance(key, bytes):
+            return self._guard(request, head, client, route, key)
+        return self._without_key(request, head, client, route, key)
 
     # Without a key ...
 
-    async def _relay(self, request: Request, head: RequestHead, client: Client) -> Outcome:
-        length = _length(head)
+    def _without_key(
+        self,
+        request: Request,
+        head: RequestHead,
+        client: Client,
+        route: Route,
+        why: Missing | BadKey,
+        body: Body | None = None,
+    ) -> Way:
+        """Pass a request on that has no key, or none that can be used, or refuse it, as its rule says."""
+        if passes(route.policy, why):
+            mark = b"" if uses_no_key(route.policy, why) else UNGUARDED
+            return self._relay(request, head, client, route, body, mark)
+        told = problem("key-missing" if isinstance(why, Missing) else "key-invalid", why.detail)
+        return _reject(client, head.method, "invalid", told)._replace(rule=route.policy.rule)
+
+    async def _relay(
+        self,
+        request: Request,
+        head: RequestHead,
+        client: Client,
+        route: Route,
+        body: Body | None = None,
+        mark: bytes = b"",
+    ) -> Outcome:
+        """Pass a request through; `body` is its body if it was read already, `mark` a field for its answer."""
+        length = _length(head) if body is None else body.size
         client.continue_()
-        onward = self._onward(
-            request, head, length if b"content-length" in head.fields else -1 if length == 0 else None
-        )
-        shop = self._shop
+        stated = length if body is not None or b"content-length" in head.fields else -1 if length == 0 else None
+        onward, shop = self._onward(request, head, route, stated), route.shop
         self.relaying += 1
         try:
-            relayed = await relay(client, shop.pool, onward, head.method, request.content, length, shop.silence_s)
+            relayed = await relay(
+                client, shop.pool, onward, head.method, body or request.content, length, shop.silence_s, mark
+            )
         finally:
             self.relaying -= 1
-        return Outcome(relayed.word, relayed.status, head.method, upstream_s=relayed.upstream_s)
+        word = "unguarded" if mark and relayed.word == "passthrough" else relayed.word
+        return Outcome(word, relayed.status, head.method, upstream_s=relayed.upstream_s, rule=route.policy.rule)
 
-    def _onward(self, request: Request, head: RequestHead, length: int | None) -> bytes:
+    async def _switch(self, request: Request, head: RequestHead, client: Client, route: Route) -> Outcome:
+        """Let a WebSocket through. It has no end: a drain does not wait for it, and closes it at its beginning."""
+        if not is_websocket(head) or head.method in route.policy.methods:
+            return _refuse(client, head.method, Refused(501, "the only protocol switched to is WebSocket, by GET"))
+        onward = self._onward(request, head, route, -1)
+        tunnelled = await tunnel(request, client, route.shop.pool, onward, route.shop.silence_s)
+        word, status, rule = tunnelled.word, tunnelled.status, route.policy.rule
+        return Outcome(word, status, head.method, upstream_s=tunnelled.upstream_s, rule=rule)
+
+    def _onward(self, request: Request, head: RequestHead, route: Route, length: int | None) -> bytes:
         connection = request.protocol
         hop = connection.hop
         if hop is None:
             hop = connection.hop = self._hop(request.remote, b"https" if connection.ssl_context else b"http")
-        host = head.host if self._policy.pass_host and head.host else self._host
-        return request_head(head, hop, host, self._prefix, length)
+        policy, _, host, prefix = route
+        if policy.forward_key is not None:
+            head = head._replace(pairs=renamed(head.pairs, policy.key_header, policy.forward_key))
+        return request_head(head, hop, head.host if policy.pass_host and head.host else host, prefix, length)
 
     def _hop(self, remote: str, scheme: bytes) -> Hop:
         trusted = bool(self._trusted) and any(ip_address(remote) in network for network in self._trusted)
@@ -139,29 +200,35 @@ class Gateway:
 
     # With one ...
 
-    def _guard(self, request: Request, head: RequestHead, client: Client, lines: list[bytes]) -> Way:
-        """Check the key. Every limit applies before the claim."""
-        key = parse_key(lines)
-        if isinstance(key, BadKey):
-            return _reject(client, head.method, "invalid", problem("key-invalid", key.detail))
-        scope = self._digests.scope(self._policy.namespace, head.fields, self._policy.scope_headers)
-        if isinstance(scope, UnstableScope):
-            detail = "name a header that stays the same from try to try as the scope"
-            return _reject(client, head.method, "invalid", problem("scope-unstable", detail))
+    def _guard(self, request: Request, head: RequestHead, client: Client, route: Route, key: bytes | None) -> Way:
+        """Check whose key it is. Every limit applies before the claim. `key` None: the body has it."""
+        policy = route.policy
+        if policy.scope_sources:
+            scope = scope_of(policy, self._digests, head)
+        else:
+            scope = self._digests.scope(policy.namespace, head.fields, policy.scope_headers)
+        if not isinstance(scope, Scope):
+            return _reject(client, head.method, "invalid", _no_scope(scope))._replace(rule=route.policy.rule)
         if self.in_flight >= self._max_in_flight:
             return _reject(client, head.method, "overloaded", problem("overloaded", "too many requests in flight"))
-        return self._once(request, head, client, scope, self._digests.key(scope, key))
+        return self._once(request, head, client, route, scope, key)
 
-    async def _once(self, request: Request, head: RequestHead, client: Client, scope: Scope, key: bytes) -> Outcome:
+    async def _once(
+        self, request: Request, head: RequestHead, client: Client, route: Route, scope: Scope, key: bytes | None
+    ) -> Outcome:
         """Read the body whole, then claim, and execute or answer from what stands in the store."""
         self.in_flight += 1
         body: Body | None = None
         try:
-            read = self._bodies.here(request.content, _length(head)) or await self._read(request, client)
+            most = route.policy.max_request_bytes
+            read = self._bodies.here(request.content, _length(head), most) or await self._read(request, client, most)
             if not isinstance(read, Body):
                 return _no_body(client, head.method, read)
             body = read
-            guarded = self._name(head, scope, key, body)
+            guarded = self._name(route, head, scope, key, body)
+            if not isinstance(guarded, Guarded):
+                way = self._without_key(request, head, client, route, guarded, body)
+                return way if isinstance(way, Outcome) else await way
             until = self._shop.pool.loop.time() + guarded.wait_s
             while True:
                 asked_s = suspended_clock_s()
@@ -174,6 +241,8 @@ class Gateway:
                         self._break_off(error, client, UNKNOWN if exchange.sent else REFUSED)
                         return guarded.outcome("failed", 500, exchange.upstream_s)
                     return await self._answered(word, exchange, guarded, client)
+                if guarded.fresh and isinstance(found, Record):  # an equal one runs: each goes its own way
+                    return await self._relay(request, head, client, route, body, UNGUARDED)
                 if (told := await self._stand_back(guarded, found, until, client)) is not None:
                     return told
         finally:
@@ -181,27 +250,29 @@ class Gateway:
             if body is not None:
                 body.close()
 
-    async def _read(self, request: Request, client: Client) -> Body | TooLarge | NoRoom | BrokenOff:
+    async def _read(self, request: Request, client: Client, most: int) -> Body | TooLarge | NoRoom | BrokenOff:
         client.continue_()
-        return await self._bodies.read(request.content)
+        return await self._bodies.read(request.content, most)
 
-    def _name(self, head: RequestHead, scope: Scope, key: bytes, body: Body) -> Guarded:
-        fields, policy = head.fields, self._policy
-        asked = (
-            head.method.encode(),
-            head.host.lower() if policy.pass_host else b"",
-            head.target,
-            b",".join(fields.get(b"content-type", ())),
-            b",".join(fields.get(b"content-encoding", ())),
-        )
+    def _name(
+        self, route: Route, head: RequestHead, scope: Scope, key: bytes | None, body: Body
+    ) -> Guarded | Missing | BadKey:
+        """Return the request with its names, and how long it may wait if it is a duplicate."""
+        policy, fields = route.policy, head.fields
         wait_s, extra = policy.wait_max_s if policy.wait_for_duplicates else 0.0, b""
         if b"prefer" in fields and (preferred := preferred_wait_s(fields[b"prefer"])) is not None:
             wait_s = min(preferred, policy.wait_max_s)
             extra = b"Preference-Applied: wait=%d\r\n" % wait_s
-        return Guarded(head, key, scope, self._digests.fingerprint(asked, body.blocks()), wait_s, extra)
+        if key is not None and policy.fingerprint is None:  # as most are
+            fingerprint = self._digests.fingerprint(asked(policy, head), body.blocks())
+            return Guarded(route, head, self._digests.key(scope, key), scope, fingerprint, wait_s, extra)
+        named = name(policy, self._digests, head, scope, key, body)
+        if not isinstance(named, Name):
+            return named
+        return Guarded(route, head, named.key, scope, named.fingerprint, wait_s, extra, named.window_ms, named.fresh)
 
     def _claim(self, guarded: Guarded) -> Claiming:
-        policy = self._policy
+        policy = guarded.route.policy
         return self._shop.store.claim(
             guarded.key,
             guarded.scope,
@@ -209,18 +280,19 @@ class Gateway:
             mode=policy.mode,
             lease_ms=policy.lease_ms,
             retention_ms=policy.retention_ms,
+            window_ms=guarded.window_ms,
         )
 
     def _exchange(
         self, request: Request, guarded: Guarded, claim: Claim, asked_s: float, body: Body, client: Client
     ) -> Exchange:
         """Return the exchange that a claim is for; if that fails, nothing was sent, and the key is freed."""
-        shop = self._shop
+        policy, shop, *_ = route = guarded.route
         held: Held | None = None
         try:
-            onward = self._onward(request, guarded.head, body.size)
+            onward = self._onward(request, guarded.head, route, body.size)
             held = shop.leases.hold(claim, asked_s)
-            return Exchange(shop, held, guarded.scope, self._policy, onward, body, client)
+            return Exchange(shop, held, guarded.scope, policy, onward, body, client)
         except Exception:
             if held is not None:
                 shop.leases.drop(held)
@@ -229,7 +301,7 @@ class Gateway:
 
     async def _answered(self, word: str, exchange: Exchange, guarded: Guarded, client: Client) -> Outcome:
         if word == "fenced" and not client.started:  # the record has the answer
-            found = await self._shop.store.look(guarded.key, guarded.scope, self._policy.lease_ms)
+            found = await self._shop.store.look(guarded.key, guarded.scope, guarded.route.policy.lease_ms)
             await self._tell(guarded, found, client)
         return guarded.outcome(word, exchange.status, exchange.upstream_s, exchange.detail)
 
@@ -267,7 +339,7 @@ class Gateway:
             if client.started:
                 return guarded.outcome(word, found.answer.status)
             decision = word
-        word, told = _explain(decision, found, self._policy.lease_ms)
+        word, told = _explain(decision, found, guarded.route.policy)
         client.answer(told, (UNKNOWN if word == "unknown" else REFUSED) + guarded.extra)
         return guarded.outcome(word, told.status)
 
@@ -277,6 +349,12 @@ def _length(head: RequestHead) -> int | None:
     if b"transfer-encoding" in head.fields:
         return None
     return int((head.fields.get(b"content-length") or [b"0"])[0])
+
+
+def _no_scope(why: UnstableScope | BadKey) -> Problem:
+    if isinstance(why, BadKey):
+        return problem("key-invalid", f"what tells tenants apart cannot be used: {why.detail}")
+    return problem("scope-unstable", "name a header that stays the same from try to try as the scope")
 
 
 def _decide(found: Record | Corrupt | Unconfirmed | None, guarded: Guarded) -> Decision | str:
@@ -297,14 +375,15 @@ def _decide(found: Record | Corrupt | Unconfirmed | None, guarded: Guarded) -> D
 
 
 def _explain(
-    decision: Decision | str, found: Record | Corrupt | Unconfirmed | None, lease_ms: int
+    decision: Decision | str, found: Record | Corrupt | Unconfirmed | None, policy: Policy
 ) -> tuple[str, Problem]:
     match decision:
         case Decision.MISMATCH:
             return "mismatch", problem("key-reused", "use a new key for a new request")
         case Decision.IN_FLIGHT if isinstance(found, Record):
-            after_s = retry_after_s(found.now_ms - found.created_ms, lease_ms)
-            return "in_flight", problem("in-flight", "come again with the same key", after_s)
+            after_s = retry_after_s(found.now_ms - found.created_ms, policy.lease_ms)
+            detail = "come again with the same key"
+            return "in_flight", problem("in-flight", detail, after_s, status=policy.in_flight_status)
         case Decision.NOT_KEPT if isinstance(found, Record) and found.answer is not None:
             detail = "it was executed; its answer was too large to be kept"
             return "not_kept", problem("response-not-kept", detail, original_status=found.answer.status)

@@ -267,6 +267,29 @@ def with_fence(head: bytes, fence: bytes) -> bytes:
     return b"%sIdempotency-Fence: %d\r\n\r\n" % (head[:-2], int(fence))
 
 
+def renamed(pairs: Pairs, name: bytes, to: bytes) -> Pairs:
+    """Return the fields with `name` (lower case) under another name, or without it where that is empty.
+
+    What a client sends under the other name itself would be taken for ours, and goes.
+    """
+    gone = to.lower() if to.lower() != name else b""
+    kept = (pair for pair in pairs if pair[0].lower() != gone)
+    return [
+        (to, value) if field.lower() == name else (field, value) for field, value in kept if to or field.lower() != name
+    ]
+
+
+def is_websocket(head: RequestHead) -> bool:
+    """Return whether a request opens a WebSocket as RFC 6455, section 4.1, says, and nothing else."""
+    fields = head.fields
+    framed = b"content-length" in fields or b"transfer-encoding" in fields
+    asked = head.method == "GET" and not head.http10 and not framed and len(fields.get(b"sec-websocket-key", ())) == 1
+    return asked and tokens(fields.get(b"upgrade", ())) == [b"websocket"]
+
+
+SWITCHING = b"Connection: Upgrade\r\nUpgrade: websocket\r\n"  # this hop's own, both ways
+
+
 def _forwarding_on(head: RequestHead, hop: Hop) -> list[bytes]:
     """Return the forwarding fields of a trusted proxy, with this hop added."""
     fields = head.fields
@@ -301,8 +324,11 @@ class AnswerHead(NamedTuple):
 
 
 def read_answer_head(status: int, reason: bytes, pairs: Pairs, head_only: bool) -> AnswerHead | str:
-    """Return the head of a final answer and how its body is framed, or what makes it unusable."""
-    if not 200 <= status <= 599:
+    """Return the head of a final answer and how its body is framed, or what makes it unusable.
+
+    101 is final, too: what follows is another protocol, up to the end of the connection.
+    """
+    if not (200 <= status <= 599 or status == 101):
         return f"status {status}"
     text = b"".join(chain((reason,), *pairs))
     if len(text) + 4 * len(pairs) > MAX_HEAD_BYTES:
@@ -310,6 +336,8 @@ def read_answer_head(status: int, reason: bytes, pairs: Pairs, head_only: bool) 
     if len(text.translate(None, _CONTROLS)) != len(text):  # it could split a message on its way
         return "a control character in the head"
     fields = by_name(pairs)
+    if status == 101:
+        return AnswerHead(status, reason, pairs, fields, None, False, True)
     bodiless = head_only or status in (204, 304)
     length = None
     if b"content-length" in fields:

@@ -93,10 +93,11 @@ def _named(name: bytes, values: Sequence[bytes]) -> list[bytes]:
     if len(values) == 1:
         value = values[0]
         return [_PREFIX[len(name)], name, b"1;", _PREFIX[len(value)], value]
-    return [_PREFIX[len(name)], name, _COUNT[len(values)], _framed(values)]
+    return [_PREFIX[len(name)], name, _COUNT[len(values)], framed(values)]
 
 
-def _framed(parts: Iterable[bytes]) -> bytes:
+def framed(parts: Iterable[bytes]) -> bytes:
+    """Return the parts as one, each with its length before it."""
     return b"".join([_PREFIX[len(part)] + part for part in parts])
 
 
@@ -135,9 +136,9 @@ class Digests:
 
     def fingerprint(self, parts: Sequence[bytes], body: Iterable[bytes]) -> bytes:
         """Return the digest (16 bytes) of what a request asks for; `body` comes in blocks, as it is sent."""
-        framed = _framed(parts)
+        asked = framed(parts)
         digest = self._fingerprint.copy()
-        digest.update(_PREFIX[len(framed)] + framed)
+        digest.update(_PREFIX[len(asked)] + asked)
         for block in body:
             digest.update(block)
         return digest.digest()

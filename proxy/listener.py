@@ -76,6 +76,8 @@ class ClientConnection(RequestHandler):
             return None  # nothing was asked, or all of it is answered
         self.half_closed = True
         self._end_body()
+        if self._payload_parser is not None:
+            self._payload_parser.feed_eof()
         return not self.ssl_context  # TLS has no half-closed connections
 
     @property
@@ -86,6 +88,8 @@ class ClientConnection(RequestHandler):
     def close(self) -> None:
         """Take no further request; aiohttp's own way would drop what is still to come of a body, too."""
         self.last = True
+        if self._payload_parser is not None:
+            self._payload_parser.feed_eof()  # a tunnel has no end to wait for
         if self.body is None or self.body.is_eof():
             super().close()
         else:

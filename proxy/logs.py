@@ -68,6 +68,8 @@ class AccessLog:
         }
         if outcome.detail:
             line["detail"] = outcome.detail
+        if outcome.rule:
+            line["rule"] = outcome.rule
         if self._json:
             self._add(_encode({**line, "event": "request", "level": level, "timestamp": _now()}))
         else:

@@ -33,7 +33,7 @@ class Outcome(NamedTuple):
     """What became of one request. `word` is one of OUTCOMES; `key` is the key's digest, empty without one.
 
     `upstream_s` is the time spent on the upstream; `saved_s` and `replayed_bytes` are what a replay spared
-    and sent.
+    and sent; `rule` is the name of the rule that decided, empty for none.
     """
 
     word: str
@@ -45,6 +45,7 @@ class Outcome(NamedTuple):
     replayed_bytes: int = 0
     common_tenant: bool = False
     detail: str = ""
+    rule: str = ""
 
 
 class Observe(Protocol):

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
+from proxy.sources import KeySources, Source
+
 
 class Disposition(Enum):
     """What a complete answer's status means for its key; `word` is what its request's outcome is called."""
@@ -46,6 +48,10 @@ class Statuses:
         """Return what `status` means, 200 to 599; `retry_after`: the answer carries a Retry-After."""
         return self._by_status[retry_after][status]
 
+    def entries(self, disposition: Disposition) -> list[str]:
+        """Return the entries of one list, as they are written."""
+        return [entry for entry, meaning in self._table.items() if meaning is disposition]
+
     def _look_up(self, status: int, retry_after: bool) -> Disposition:
         table = self._table
         conditional = table.get(f"{status}+retry-after") if retry_after else None
@@ -53,12 +59,19 @@ class Statuses:
 
 
 # "Not done, come again" releases; a gateway's 502 and 504 may hide an execution (DESIGN.md, Statuses).
-DEFAULT_STATUSES = Statuses(("401", "425", "429", "503+retry-after"), ("502", "504"))
+RELEASE_STATUSES = ("401", "425", "429", "503+retry-after")
+AMBIGUOUS_STATUSES = ("502", "504")
+DEFAULT_STATUSES = Statuses(RELEASE_STATUSES, AMBIGUOUS_STATUSES)
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How guarded requests are treated; header names are lower-case, times in the unit of their name."""
+    """How guarded requests are treated; header names are lower-case, times in the unit of their name.
+
+    What only a rule can say: `sources` names the key where it is not `key_header` alone, `scope_sources`
+    tell tenants apart beside the headers, `fingerprint` are the parts that enter it (None: all).
+    `forward_key` is the name under which the key's header goes on, empty to drop it, None to leave it.
+    """
 
     methods: frozenset[str]
     key_header: bytes
@@ -73,3 +86,13 @@ class Policy:
     max_stored_bytes: int
     statuses: Statuses = DEFAULT_STATUSES
     mode: bytes = b"hold"
+    rule: str = ""
+    preset: str = ""
+    sources: KeySources | None = None
+    scope_sources: tuple[Source, ...] = ()
+    fingerprint: frozenset[str] | None = None
+    pass_bad_keys: bool = False
+    forward_key: bytes | None = None
+    upstream_idempotent: bool = False
+    in_flight_status: int = 409
+    max_request_bytes: int = 0  # 0: the worker's own limit

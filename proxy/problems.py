@@ -63,12 +63,21 @@ class Problem:
     body: bytes
 
 
-def problem(slug: str, detail: str, retry_after_s: int | None = None, may_retry: bool = False, **extra: Any) -> Problem:
-    """Return the answer for a row of the table; `extra` are further members.
+def problem(
+    slug: str,
+    detail: str,
+    retry_after_s: int | None = None,
+    may_retry: bool = False,
+    status: int | None = None,
+    **extra: Any,
+) -> Problem:
+    """Return the answer for a row of the table; `extra` are further members, `status` is another than the row's.
 
     `may_retry`: the key's mode is retry, so that the same key may be sent again whatever the row says.
     """
     kind = replace(KINDS[slug], retryable=True, reuse_key=True) if may_retry else KINDS[slug]
+    if status is not None and status != kind.status:
+        kind = replace(kind, status=status)
     if kind.status == 503 and retry_after_s is None:
         retry_after_s = 1
     return _problem(kind, slug.replace("-", "_"), f"urn:oncegate:{slug}", detail, retry_after_s, extra)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from aiohttp import StreamReader
 
-from proxy.body import stream
+from proxy.body import Body, stream
 from proxy.client import Client
 from proxy.headers import AnswerHead, answer_blocks
 from proxy.problems import problem, refusal
@@ -22,30 +22,42 @@ class Relayed:
 
 
 async def relay(
-    client: Client, pool: Pool, head: bytes, method: str, content: StreamReader, length: int | None, silence_s: float
+    client: Client,
+    pool: Pool,
+    head: bytes,
+    method: str,
+    content: StreamReader | Body,
+    length: int | None,
+    silence_s: float,
+    mark: bytes = b"",
 ) -> Relayed:
-    """Forward one request and its answer. `length`: of the request's body, None where it is chunked."""
+    """Forward one request and its answer. `length`: of the request's body, None where it is chunked.
+
+    `mark`: a field that the answer gets.
+    """
     try:
         connection = await pool.acquire(REUSE_IDLE_S)
     except NotSent as why:
-        client.answer(problem("upstream-unreachable", str(why)))
+        client.answer(problem("upstream-unreachable", str(why)), mark)
         return Relayed("upstream_unreachable")
     began = time.perf_counter()
     try:
         if length == 0:
             connection.send(head, b"", head_only=method == "HEAD")
         else:
-            connection.send_stream(head, stream(content), chunked=length is None, head_only=method == "HEAD")
-        word = await _pass_on(client, connection, await connection.head(silence_s), silence_s)
+            blocks = content.stream() if isinstance(content, Body) else stream(content)
+            connection.send_stream(head, blocks, chunked=length is None, head_only=method == "HEAD")
+        word = await pass_on(client, connection, await connection.head(silence_s), silence_s, mark)
     except Lost as lost:
-        word = _fail(client, lost)
+        word = fail(client, lost, mark)
     finally:
         pool.release(connection)
     return Relayed(word, connection.answer.status if connection.answer else 0, time.perf_counter() - began)
 
 
-async def _pass_on(client: Client, connection: Connection, head: AnswerHead, silence_s: float) -> str:
-    block = answer_blocks(head)[0]
+async def pass_on(client: Client, connection: Connection, head: AnswerHead, silence_s: float, mark: bytes = b"") -> str:
+    """Hand an answer on as it comes and return the word for how it went. Raises Lost."""
+    block = answer_blocks(head)[0] + mark
     if connection.complete:
         client.send(
             head.status,
@@ -68,7 +80,8 @@ async def _pass_on(client: Client, connection: Connection, head: AnswerHead, sil
     return "passthrough"
 
 
-def _fail(client: Client, lost: Lost) -> str:
+def fail(client: Client, lost: Lost, mark: bytes = b"") -> str:
+    """Tell the client that the exchange was lost, and return the word for it."""
     if client.started:
         client.abort()
         return "truncated"
@@ -77,5 +90,5 @@ def _fail(client: Client, lost: Lost) -> str:
         client.answer(refusal(status, f"the body {detail}"), close=True)
         return "client_gone" if client.gone else "invalid"
     slug = "upstream-timeout" if lost.timeout else "upstream-lost"
-    client.answer(problem(slug, "no whole answer came; the request may have been executed"))
+    client.answer(problem(slug, "no whole answer came; the request may have been executed"), mark)
     return slug.replace("-", "_")

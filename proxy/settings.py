@@ -59,7 +59,6 @@ LATER = {
     "on_store_loss=quarantine": "use continue",
     "identity_change=accept": "use refuse, and stop every replica before changing what names a key",
     "workers": "use 1, and more replicas on one store for more cores",
-    "rules_file": "leave it unset: the settings hold for every route",
 }
 
 # What Kubernetes and Docker inject for a service called oncegate.
@@ -242,7 +241,7 @@ class Settings(BaseSettings):
     access_log: Literal["off", "notable", "all"] = Field(
         "notable", description="`off`, `notable` (all but plain executions and pass-through) or `all`."
     )
-    rules_file: Path | None = Field(None, description="Policy for single routes (TOML).")
+    rules_file: ReadableFile = Field(None, description="Policy for single routes (TOML); read again at SIGHUP.")
     testing: bool = Field(False, description="Accept what breaks the proxy on purpose; for its own tests alone.")
     fault: Annotated[tuple[Fault, ...], _list_of(parse_fault)] = Field(
         (),
@@ -304,6 +303,10 @@ _COMPLAINTS = {
     "greater_than": "must be greater than {gt}",
     "greater_than_equal": "must be at least {ge}",
     "less_than_equal": "must be at most {le}",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "string_type": "must be a text in quotes",
     "literal_error": "must be {expected}",
     "value_error": "{error}",
 }
@@ -412,9 +415,13 @@ def _stand_in(name: str) -> Any:
 
 
 def _complaint(detail: ErrorDetails) -> str:
+    return f"{_variable(str(detail['loc'][0]))}: {worded(detail)}"
+
+
+def worded(detail: ErrorDetails) -> str:
+    """Return what pydantic found wrong with a value, in the operator's words."""
     limits = {name: _number(value) for name, value in detail.get("ctx", {}).items()}
-    text = _COMPLAINTS.get(detail["type"], detail["msg"]).format(**limits)
-    return f"{_variable(str(detail['loc'][0]))}: {text}"
+    return _COMPLAINTS.get(detail["type"], detail["msg"]).format(**limits)
 
 
 def _contradictions(settings: Settings, invalid: Iterable[str]) -> list[str]:
@@ -422,6 +429,16 @@ def _contradictions(settings: Settings, invalid: Iterable[str]) -> list[str]:
         f"{_variable(first)}: {text} {_variable(second)}"
         for first, text, second, contradict in CONTRADICTIONS
         if {first, second}.isdisjoint(invalid) and contradict(getattr(settings, first), getattr(settings, second))
+    ]
+
+
+def contradictory(settings: Settings, names: Iterable[str]) -> list[tuple[str, str, str]]:
+    """Return the pairs of settings that do not fit together and have one of `names` in them, and how they fail."""
+    asked = set(names)
+    return [
+        (first, text, second)
+        for first, text, second, contradict in CONTRADICTIONS
+        if not asked.isdisjoint((first, second)) and contradict(getattr(settings, first), getattr(settings, second))
     ]
 
 

@@ -689,10 +689,16 @@ def test_how_the_end_of_an_answer_is_told(status, sent, head_only, length, bodil
     assert (head.length, head.bodiless, head.eof_framed) == (length, bodiless, eof_framed)
 
 
-@pytest.mark.parametrize("status", [0, 99, 100, 101, 103, 199, 600, 700, 999, -1])
+@pytest.mark.parametrize("status", [0, 99, 100, 103, 199, 600, 700, 999, -1])
 def test_a_status_that_is_no_final_answer_makes_it_unusable(status):
-    """Only 200 to 599 are final."""
+    """Only 200 to 599 are final, and 101."""
     assert isinstance(read_answer_head(status, b"", [], False), str)
+
+
+def test_what_follows_a_switch_has_no_framing():
+    """After 101 comes another protocol to the end of the connection, whatever its fields say."""
+    head = answer(101, pairs=[(b"Content-Length", b"3"), (b"Transfer-Encoding", b"chunked")])
+    assert (head.length, head.bodiless, head.eof_framed) == (None, False, True)
 
 
 @pytest.mark.parametrize("status", [200, 299, 300, 400, 451, 500, 599])

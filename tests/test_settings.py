@@ -89,7 +89,7 @@ CASES: dict[str, tuple[object, str, object, str, str]] = {
     "log_level": ("info", "DEBUG", "debug", "loud", "must be 'debug', 'info', 'warning' or 'error'"),
     "log_format": ("json", "console", "console", "xml", "must be 'json' or 'console'"),
     "access_log": ("notable", "off", "off", "some", "must be 'off', 'notable' or 'all'"),
-    "rules_file": (None, "", None, "None", "this value comes later"),
+    "rules_file": (None, "file.pem", PEM, "none.toml", "cannot be read: No such file"),
     "testing": (False, "1", True, "2", "must be true or false"),
     "fault": ((), "kill@claimed:1, pause@sent:2:300", FAULTS, "kill@nowhere:1", "has an unknown point"),
 }
@@ -518,7 +518,6 @@ LATER_VALUES = {
     "store_url=redis+cluster": "redis+cluster://h1:1,h2:2",
     "store_url=postgresql": "postgresql://h/db",
     "workers": "auto",
-    "rules_file": "rules.toml",
 }
 
 
@@ -535,7 +534,7 @@ def test_later_is_complete():
     assert set(LATER) == {
         *("store_url=redis+sentinel", "store_url=redis+cluster", "store_url=postgresql"),
         *("on_duplicate=join", "on_store_down=bypass", "durability=replicated"),
-        *("durability=fsync", "on_store_loss=quarantine", "identity_change=accept", "workers", "rules_file"),
+        *("durability=fsync", "on_store_loss=quarantine", "identity_change=accept", "workers"),
     }
 
 

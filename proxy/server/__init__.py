@@ -35,6 +35,7 @@ def serve(settings: Settings, logger: Any) -> int:
 async def _serve(settings: Settings, store_url: str, embedded: EmbeddedStore | None, logger: Any) -> int:
     stop, hurry = _signals(logger)
     service = Service(settings, store_url, logger)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, service.reload)
     watcher = asyncio.ensure_future(embedded.watch()) if embedded else None
     try:
         await service.start()

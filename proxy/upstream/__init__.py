@@ -49,7 +49,7 @@ class Pool:
         self._connecting: set[asyncio.Timeout] = set()
         self._sweeper: asyncio.TimerHandle | None = None
         self._reaper: asyncio.TimerHandle | None = None
-        self._shut = False  # nothing is sent any more
+        self.shut = False  # nothing is sent any more
 
     async def acquire(self, reuse_idle_s: float) -> Connection:
         """Return a connection that nothing was sent on yet, reused only if idle for less than `reuse_idle_s`.
@@ -58,7 +58,7 @@ class Pool:
         """
         if (ready := self.ready(reuse_idle_s)) is not None:
             return ready
-        if self._shut:
+        if self.shut:
             raise NotSent("the proxy was shut down")
         try:
             async with asyncio.timeout(self._connect_timeout_s) as limit:
@@ -71,7 +71,7 @@ class Pool:
 
     def ready(self, reuse_idle_s: float) -> Connection | None:
         """Return a connection that can be had at once, None where one has to be waited for."""
-        connection = None if self._queue or self._shut else self._reuse(reuse_idle_s)
+        connection = None if self._queue or self.shut else self._reuse(reuse_idle_s)
         return None if connection is None else self._take(connection)
 
     def _take(self, connection: Connection) -> Connection:
@@ -112,7 +112,7 @@ class Pool:
 
     def cut(self, detail: str) -> int:
         """Fail every connection that is under way or still being made, and return how many there were; give no more."""
-        self._shut = True
+        self.shut = True
         active, connecting = list(self._active), list(self._connecting)
         for connection in active:
             connection.fail(Lost(detail))

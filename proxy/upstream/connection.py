@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import httptools
 
-from proxy.headers import MAX_HEAD_BYTES, AnswerHead, read_answer_head
+from proxy.headers import MAX_HEAD_BYTES, AnswerHead, read_answer_head, tokens
 
 if TYPE_CHECKING:
     from proxy.upstream import Pool
@@ -84,6 +84,7 @@ class Connection(asyncio.Protocol):
         self._reading_paused = False
         self._keep_alive = False
         self._surplus = False
+        self._may_switch = self._switched = False
         self._window_over = False
         self._failure: Lost | None = None
         self.answer: AnswerHead | None = None
@@ -103,6 +104,23 @@ class Connection(asyncio.Protocol):
         """Send a request whose body comes in blocks, while its answer may already be coming."""
         self.send(head, b"", head_only)
         self._sender = self._loop.create_task(self._send_blocks(body, chunked))
+
+    def send_upgrade(self, head: bytes) -> None:
+        """Send a request that the upstream may answer by another protocol (101); then what comes is its body."""
+        self.send(head, b"")
+        self._may_switch = True
+
+    async def write(self, data: bytes, silence_s: float) -> None:
+        """Send bytes of that other protocol; they count as a sign of life."""
+        await self._wait_room()
+        if self.transport is not None:
+            self.transport.write(data)
+            self.deadline = max(self.deadline, self._loop.time() + silence_s)
+
+    async def drained(self) -> None:
+        """Wait until everything that was written has left the process."""
+        while self.transport is not None and self.transport.get_write_buffer_size():
+            await asyncio.sleep(0.01)
 
     async def _send_blocks(self, body: AsyncIterator[bytes], chunked: bool) -> None:
         try:
@@ -212,6 +230,10 @@ class Connection(asyncio.Protocol):
         self._pool.opened(self.descriptor)
 
     def data_received(self, data: bytes) -> None:
+        if self._switched:
+            self.on_body(data)
+            self._after_feed(len(data), body=True)
+            return
         if self._parser is None:  # idle, or already whole: never the next answer
             self._surplus = True
             self._pool.forget(self)
@@ -219,8 +241,8 @@ class Connection(asyncio.Protocol):
         held = self.buffered
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self.fail(Lost("the upstream switched protocols"))
+        except httptools.HttpParserUpgrade as upgrade:
+            self._switch(data[upgrade.args[0] :])
         except httptools.HttpParserError as error:  # also what a callback of ours raised
             self._surplus = True
             self.fail(Lost(f"the upstream's answer is unusable: {error.__context__ or error}"))
@@ -237,6 +259,14 @@ class Connection(asyncio.Protocol):
         elif self.buffered > (LOW_WATER if self._pool.buffered.used > self._pool.buffered.limit else HIGH_WATER):
             self._pause()
         self._wake()
+
+    def _switch(self, rest: bytes) -> None:
+        if self.answer is None or self.answer.status != 101:
+            self.fail(Lost("the upstream switched protocols"))
+            return
+        self.complete, self._switched, self._parser = False, True, None
+        if rest:
+            self.on_body(rest)
 
     def _pause(self) -> None:
         if self.transport is not None and not self._reading_paused:
@@ -287,7 +317,7 @@ class Connection(asyncio.Protocol):
         if parser.get_http_version() not in ("1.1", "1.0"):
             raise httptools.HttpParserError("another version of HTTP")
         status = parser.get_status_code()
-        if 100 <= status < 200:
+        if 100 <= status < 200 and not (status == 101 and self._may_switch):
             self._interim += 1
             if self._interim > MAX_INTERIM:
                 raise httptools.HttpParserError("too many interim answers")
@@ -295,6 +325,8 @@ class Connection(asyncio.Protocol):
         head = read_answer_head(status, self._reason, self._pairs, self._head_only)
         if isinstance(head, str):
             raise httptools.HttpParserError(head)
+        if status == 101 and tokens(head.fields.get(b"upgrade", ())) != [b"websocket"]:
+            raise httptools.HttpParserError("another protocol than was asked for")
         self.answer = head
         self._keep_alive = parser.should_keep_alive() and not head.eof_framed and self.wholly_sent
         if head.bodiless:

@@ -1,0 +1,117 @@
+"""A rule as it is used: which requests it is for and what holds for them. Pure."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from proxy.addresses import Origin
+from proxy.headers import RequestHead
+from proxy.patterns import (
+    host_includes,
+    host_matches,
+    path_includes,
+    path_matcher,
+    plain_path,
+    text_includes,
+    text_matcher,
+)
+from proxy.policy import Policy
+from proxy.settings import Settings
+
+
+class Match:
+    """Which requests a rule is for; None: any."""
+
+    def __init__(
+        self,
+        host: str | None = None,
+        path: str | None = None,
+        methods: frozenset[str] | None = None,
+        headers: Iterable[tuple[bytes, str]] = (),
+    ) -> None:
+        self.host, self.path, self.methods, self.headers = host, path, methods, dict(headers)
+        self._path = path_matcher(path) if path is not None else None
+        self._headers = [(name, text_matcher(glob)) for name, glob in self.headers.items()]
+
+    def __call__(self, head: RequestHead, path: bytes) -> bool:
+        """Return whether a request is meant; `path` is its plain path. A header has to match in each of its lines."""
+        if self.methods is not None and head.method not in self.methods:
+            return False
+        if self._path is not None and self._path.fullmatch(path) is None:
+            return False
+        if self.host is not None and not host_matches(self.host, head.host.decode("latin-1").lower()):
+            return False
+        for name, pattern in self._headers:
+            values = head.fields.get(name)
+            if values is None or not all(pattern.fullmatch(value.strip(b" \t")) for value in values):
+                return False
+        return True
+
+    def includes(self, other: "Match") -> bool:
+        """Return whether whatever the other one means is surely meant by this one."""
+        methods = self.methods is None or (other.methods is not None and self.methods >= other.methods)
+        headers = all(name in other.headers for name in self.headers)
+        return (
+            methods
+            and headers
+            and host_includes(self.host, other.host)
+            and path_includes(self.path, other.path)
+            and all(text_includes(glob, other.headers[name]) for name, glob in self.headers.items())
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """Where requests go, with its own pool. Equal ones share it. Times in seconds."""
+
+    name: str
+    origin: Origin
+    ca_file: Path | None
+    cert_file: Path | None
+    key_file: Path | None
+    connect_timeout_s: float
+    connect_retries: int
+    max_connections: int
+    reuse_idle_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What holds for the requests of one route. `settings` are those in effect for it."""
+
+    match: Match
+    policy: Policy
+    upstream: Upstream
+    settings: Settings
+    set_host: str | None = None
+    line: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.policy.rule
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """All rules in order, and what holds where none matches."""
+
+    rules: tuple[Rule, ...]
+    default: Rule
+
+    def __iter__(self) -> Iterator[Rule]:
+        return iter((*self.rules, self.default))
+
+    def choose(self, head: RequestHead) -> Rule:
+        """Return the rule that decides on a request."""
+        path = plain_path(head.target)
+        return next((rule for rule in self.rules if rule.match(head, path)), self.default)
+
+    @property
+    def acted_on(self) -> frozenset[bytes]:
+        """All header fields that some rule acts on, in lower case."""
+        policies = [rule.policy for rule in self]
+        keys = {name for policy in policies if policy.sources for name in policy.sources.headers}
+        matched = {name for rule in self for name in rule.match.headers}
+        return frozenset(
+            keys | matched | {name for policy in policies for name in (policy.key_header, *policy.scope_headers)}
+        )
