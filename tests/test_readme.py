@@ -1,15 +1,20 @@
-"""The README tells the truth: its table is the settings', its client runs."""
+"""README.md and RULES.md tell the truth: their tables are the code's, their examples run."""
 
 import asyncio
 import re
 import sys
 from pathlib import Path
 
+from proxy.presets import pages
 from proxy.problems import KINDS
-from proxy.settings import table
+from proxy.rules import load
+from proxy.rules.fields import RULE, UPSTREAM
+from proxy.settings import Settings, table
+from proxy.sources import KINDS as SOURCES
 from tests.parts import OK, answering
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
 def test_the_settings_table_is_generated():
@@ -38,3 +43,27 @@ async def test_the_client_pays_once(upstream, valkey, proxies, tmp_path):
     out, _ = await asyncio.wait_for(process.communicate(), 60)
     assert (process.returncode, out) == (0, b"ok\n")
     assert len(upstream.received) == 1
+
+
+RULES = (ROOT / "RULES.md").read_text()
+
+
+def test_the_presets_pages_are_generated():
+    """The pages stand in RULES.md as the presets tell them; `make readme` writes them."""
+    found = re.search(r"<!-- presets: .*? -->\n\n(.*?)<!-- end of presets -->", RULES, re.DOTALL)
+    assert found is not None
+    assert found[1] == pages()
+
+
+def test_every_field_and_source_of_a_rule_is_explained():
+    """Each has its place in a table, or in the sentence on upstreams."""
+    names = {*RULE, *UPSTREAM, *(f"{word}:" for word in SOURCES)}
+    assert [name for name in names if f"`{name}" not in RULES] == []
+
+
+def test_the_rules_that_are_shown_can_be_used(tmp_path):
+    """The example is a rules file without a mistake."""
+    example = RULES.partition("```toml\n")[2].partition("```")[0]
+    (tmp_path / "rules.toml").write_text(example)
+    settings = Settings(upstream="http://api.test", rules_file=str(tmp_path / "rules.toml"))
+    assert [rule.name for rule in load(settings).rules] == ["stripe events", "orders"]

@@ -1,0 +1,245 @@
+"""What `oncegate check` says of rules and of one request, without sending anything."""
+
+from pathlib import Path
+
+import pytest
+
+from proxy.cli import main
+from proxy.settings import Settings
+
+RULES = """
+[[upstream]]
+name = "shop"
+url = "https://shop.test:444/api"
+
+[[rule]]
+name = "orders"
+path = "/v1/orders/**"
+host = "api.test"
+methods = ["POST", "GET"]
+upstream = "shop"
+guard = "required"
+key = ["header:X-User", "body:/cart/id"]
+scope = ["header:X-Org"]
+fingerprint = ["body"]
+on_duplicate = "wait"
+wait_max_s = 7
+upstream_idempotent = true
+
+[[rule]]
+name = "events"
+path = "/events"
+preset = "stripe-webhook"
+
+[[rule]]
+name = "llm"
+path = "/llm"
+preset = "openai"
+
+[[rule]]
+name = "click"
+path = "/click"
+key = "derived:10"
+release_statuses = []
+
+[[rule]]
+name = "renamed"
+path = "/renamed"
+forward_key = "X-Id"
+set_host = "b.test"
+"""
+SECRET = "hunter2-canary"
+
+
+@pytest.fixture
+def check(tmp_path: Path, monkeypatch, capsys):
+    """Run `oncegate check` with these arguments; return its exit code, what it prints and what it complains of."""
+    monkeypatch.chdir(tmp_path)
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"ONCEGATE_{name.upper()}", raising=False)
+    monkeypatch.setenv("ONCEGATE_UPSTREAM", "http://up.test")
+    monkeypatch.setenv("ONCEGATE_RULES_FILE", "rules.toml")
+    Path("rules.toml").write_text(RULES)
+    Path("other.json").write_text("{}")
+    Path("body.json").write_text('{"cart": {"id": 7}, "id": "evt_1"}')
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        code = main(["check", *arguments])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+def explained(check, *arguments: str) -> dict[str, str]:
+    code, out, err = check("--explain", *arguments)
+    assert (code, err) == (0, "")
+    return {word.strip(): text.strip() for word, _, text in (line.partition(":") for line in out.splitlines())}
+
+
+def test_the_table_of_rules(check):
+    """All rules in their order, and what holds where none matches, behind the settings."""
+    code, out, _ = check()
+    assert code == 0
+    settings, table = out.split("\n\n")
+    assert "ONCEGATE_RULES_FILE = rules.toml" in settings
+    lines = table.splitlines()
+    assert [line.split("  ")[0] for line in lines] == [
+        "rule", "orders", "events (stripe-webhook)", "llm (openai)", "click", "renamed", "(none matches)",
+    ]  # fmt: skip
+    assert [" ".join(line.split()) for line in lines[1:4]] == [
+        "orders GET,POST api.test/v1/orders/** shop = https://shop.test:444/api required POST "
+        "header:x-user + body:/cart/id default / x-org 86400 wait 7 s hold",
+        "events (stripe-webhook) * /events http://up.test optional PATCH,POST body:/id stripe-webhook / all 604800 "
+        "wait 8 s retry",
+        "llm (openai) * /llm http://up.test optional PATCH,POST header:idempotency-key else derived:3600 "
+        "openai / authorization, x-api-key 3600 wait 600 s retry",
+    ]
+
+
+def test_without_rules_there_is_no_table(check, monkeypatch):
+    monkeypatch.delenv("ONCEGATE_RULES_FILE")
+    code, out, _ = check()
+    assert code == 0
+    assert "none matches" not in out
+
+
+def test_a_request_is_explained(check):
+    """Which rule it meets, what names it, whose it is, and what it would get in each case."""
+    words = explained(
+        check,
+        "POST",
+        "https://api.test/v1/orders/9?x=1",
+        "-H",
+        "X-User: a",
+        "-H",
+        "X-Org: o",
+        "--body-file",
+        "body.json",
+    )
+    assert words["rule"] == "orders (rules.toml:6)"
+    assert words["upstream"] == "https://shop.test:444/api/v1/orders/9?x=1, Host: shop.test:444"
+    assert words["key"] == "header:x-user + body:/cart/id"
+    assert words["scope"].startswith("namespace default, tenant ")
+    assert words["digest"].split()[3].startswith("once:{")
+    assert words["fingerprint"].endswith("of body")
+    assert words["result"] == "executed if the key is free"
+    assert words["running"] == "waits up to 7 s, then 409 in-flight"
+    assert words["complete"] == "replayed for 86400 s"
+    assert words["unknown"] == "409 outcome-unknown"
+    assert words["otherwise"] == "422 key-reused, where the fingerprint is another"
+    assert words["released by"] == "401, 425, 429, 503+retry-after"
+    assert words["unknown by"] == "502, 504"
+    assert words["lost"] == "sent again with the same key, a few times"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["GET", "/v1/orders/1", "-H", "Host: api.test"],
+            {"rule": "orders (rules.toml:6)", "result": "passes: GET is"},
+        ),
+        (["POST", "/v1/orders/1"], {"rule": "none matches; the settings hold", "result": "passes unguarded: no idemp"}),
+        (["POST", "http://api.test/v1/orders/1"], {"result": "400 key-invalid: the body is not JSON"}),
+        (
+            ["POST", "http://api.test/v1/orders/1", "--body-file", "other.json"],
+            {"result": "400 key-missing: a header with a part of the key was not sent"},
+        ),
+        (
+            ["POST", "/events", "--body-file", "body.json"],
+            {
+                "unknown": "executed again",
+                "scope": "namespace stripe-webhook, tenant all",
+                "running": "waits up to 8 s, then 503 in-flight",
+                "fingerprint": "",
+                "released by": "3xx, 4xx, 5xx",
+                "unknown by": "no status",
+            },
+        ),
+        (["POST", "/events"], {"result": "passes unguarded: the body is not JSON"}),
+        (
+            ["POST", "/llm", "-H", "x-stainless-retry-count: 0"],
+            {"running": "a request of its own, passed on", "complete": "executed, and takes the key over"},
+        ),
+        (
+            ["POST", "/llm", "-H", "x-stainless-retry-count: 1"],
+            {"running": "waits up to 600 s", "complete": "replayed for 3600 s"},
+        ),
+        (["POST", "/llm"], {"result": "passes unguarded: neither a key was sent nor which try"}),
+        (
+            ["POST", "/click"],
+            {
+                "complete": "replayed for 10 s from its claim, then executed",
+                "running": "409 in-flight",
+                "scope": "namespace default, tenant common",
+            },
+        ),
+        (["POST", "/click", "-H", "Prefer: wait=3"], {"running": "waits up to 3 s, then 409"}),
+        (
+            ["POST", "/renamed", "-H", "Idempotency-Key: k"],
+            {"key sent as": "X-Id", "upstream": "http://up.test/renamed, Host: b.test"},
+        ),
+        (["post", "/x", "-H", "Idempotency-Key: k"], {"result": "executed if the key is free"}),
+        (["POST", "/x", "-H", 'Idempotency-Key: "k'], {"result": "400 key-invalid: the key is neither"}),
+        (
+            ["POST", "/x", "-H", "Idempotency-Key: k", "-H", "Authorization: Digest a"],
+            {"result": "400 scope-unstable: the credential"},
+        ),
+        (["POST", "/a b"], {"result": "400: the target is neither"}),
+        (["TRACE", "/"], {"result": "405: TRACE is not served"}),
+        (["POST", "http://api.test"], {"upstream": "http://up.test/, Host: up.test"}),
+        (["POST", "http://api.test?x=1"], {"upstream": "http://up.test/?x=1, Host: up.test"}),
+    ],
+)
+def test_other_requests_are_explained(check, arguments, said):
+    words = explained(check, *arguments)
+    for word, text in said.items():
+        assert words[word].startswith(text)
+
+
+def test_what_is_explained_is_what_is_done(check):
+    """Two requests with one key have one digest, another key has another: it is the request path's own code."""
+    digests = [
+        explained(check, "POST", "/x", "-H", f"Idempotency-Key: {key}")["digest"] for key in ("k", '"k"', "other")
+    ]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_body_over_the_limit(check, monkeypatch):
+    monkeypatch.setenv("ONCEGATE_MAX_REQUEST_BYTES", "10")
+    words = explained(check, "POST", "/x", "-H", "Idempotency-Key: k", "--body-file", "body.json")
+    assert words["result"] == "413 body-too-large"
+
+
+def test_no_secret_is_shown(check, monkeypatch):
+    """Neither the key nor a credential of the explained request, nor the digests' secret."""
+    monkeypatch.setenv("ONCEGATE_SECRET", SECRET)
+    arguments = ["-H", f"Idempotency-Key: {SECRET}", "-H", f"Authorization: {SECRET}"]
+    _, out, err = check("--explain", "POST", "/x", *arguments)
+    assert SECRET not in out + err
+    assert "executed if the key is free" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["POST", "x"], "'x' is no URL"),
+        (["POST", ""], "'' is no URL"),
+        (["POST", "/x", "-H", "nonsense"], "'nonsense' is no header"),
+        (["POST", "/x", "--body-file", "none"], "No such file"),
+    ],
+)
+def test_what_cannot_be_explained(check, arguments, said):
+    code, out, err = check("--explain", *arguments)
+    assert (code, out) == (2, "")
+    assert said in err
+
+
+@pytest.mark.parametrize("command", ["check", "serve"])
+def test_a_bad_file_is_refused(check, capsys, command):
+    """At start and by check alike, with all its mistakes."""
+    Path("rules.toml").write_text('[[rule]]\nname = "a"\npath = "x"\nretention_s = 0')
+    assert main([command]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(": ")[0] for line in lines] == ["rules.toml:3", "rules.toml:4"]

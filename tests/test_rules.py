@@ -1,0 +1,671 @@
+"""What a rules file can say: every field, every mistake, and which rule a request meets."""
+
+from pathlib import Path
+
+import pytest
+
+from proxy.addresses import GUARDABLE, Origin
+from proxy.headers import RequestHead, by_name
+from proxy.policy import Disposition
+from proxy.presets import PRESETS
+from proxy.rules import Rule, Rules, load
+from proxy.rules.fields import OF_UPSTREAMS, RULE, SHARED, UPSTREAM
+from proxy.settings import Settings, SettingsError
+from proxy.sources import KeySources, parse_source
+
+URL = "http://api.test"
+
+
+@pytest.fixture
+def rules(tmp_path: Path, monkeypatch):
+    """Load rules from a text: `rules('...', retention_s=5)`."""
+    monkeypatch.chdir(tmp_path)
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"ONCEGATE_{name.upper()}", raising=False)
+
+    def read(text: str | bytes, **settings: object) -> Rules:
+        file = Path("rules.toml")
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return load(Settings(**{"upstream": URL, "rules_file": str(file), **settings}))
+
+    return read
+
+
+@pytest.fixture
+def errors(rules):
+    """Return what is wrong with a text."""
+
+    def read(text: str | bytes, **settings: object) -> list[str]:
+        with pytest.raises(SettingsError) as raised:
+            rules(text, **settings)
+        return list(raised.value.errors)
+
+    return read
+
+
+def one(fields: str) -> str:
+    return f'[[rule]]\nname = "r"\n{fields}'
+
+
+def head(target: bytes = b"/", method: str = "POST", host: bytes = b"api.test", **fields: bytes) -> RequestHead:
+    pairs = [(name.replace("_", "-").encode(), value) for name, value in fields.items()]
+    return RequestHead(method, target, False, host, pairs, by_name(pairs))
+
+
+# field: as written; what to look at, and its value then and by default; as written wrongly, and what is said of it
+CASES = {
+    "name": ('name = "a b"', lambda rule: rule.name, "a b", "r", 'name = ""', "1 to 64 visible"),
+    "host": ('host = "*.Test"', lambda rule: rule.match.host, "*.test", None, 'host = "a/b"', "must be a host"),
+    "path": ('path = "/a/**"', lambda rule: rule.match.path, "/a/**", None, 'path = "a"', "begins with /"),
+    "methods": (
+        'methods = ["put", "GET"]',
+        lambda rule: rule.match.methods,
+        {"PUT", "GET"},
+        None,
+        'methods = ["CONNECT"]',
+        "no method that is served",
+    ),
+    "headers": (
+        'headers = { "User-Agent" = "a*" }',
+        lambda rule: rule.match.headers,
+        {b"user-agent": "a*"},
+        {},
+        'headers = { "User Agent" = "a" }',
+        "must name header fields",
+    ),
+    "preset": (
+        'preset = "sns"',
+        lambda rule: rule.policy.preset,
+        "sns",
+        "",
+        'preset = "snes"',
+        "is no preset; there are",
+    ),
+    "upstream": (
+        'upstream = "https://b.test/v1/"',
+        lambda rule: rule.upstream.origin,
+        Origin("https", "b.test", 443, "/v1"),
+        Origin("http", "api.test", 80),
+        'upstream = "ftp://b"',
+        "must be http:// or https://",
+    ),
+    "set_host": ('set_host = "B.test:1"', lambda rule: rule.set_host, "b.test:1", None, 'set_host = "a b"', "a host"),
+    "pass_host": (
+        "pass_host = true",
+        lambda rule: rule.policy.pass_host,
+        True,
+        False,
+        "pass_host = 1",
+        "true or false",
+    ),
+    "guard": (
+        'guard = "required"',
+        lambda rule: rule.policy.key_required,
+        True,
+        False,
+        'guard = "maybe"',
+        "must be 'off' or 'optional' or 'required'",
+    ),
+    "key": (
+        'key = ["header:A", "path:1"]',
+        lambda rule: rule.policy.sources,
+        KeySources(((parse_source("header:A"), parse_source("path:1")),)),
+        None,
+        'key = "body:id"',
+        "must be a JSON pointer",
+    ),
+    "namespace": ('namespace = "n"', lambda rule: rule.policy.namespace, b"n", b"default", 'namespace = ""', "1 to 64"),
+    "scope": (
+        'scope = ["header:X-Org", "path:2"]',
+        lambda rule: rule.policy.scope_headers,
+        (b"x-org", b"path:2"),
+        (b"authorization", b"x-api-key"),
+        'scope = ["body:/org"]',
+        "cannot tell tenants apart",
+    ),
+    "fingerprint": (
+        'fingerprint = ["method", "body"]',
+        lambda rule: rule.policy.fingerprint,
+        {"method", "body"},
+        None,
+        'fingerprint = ["path"]',
+        "is no part of a request",
+    ),
+    "retention_s": (
+        "retention_s = 90",
+        lambda rule: rule.policy.retention_ms,
+        90_000,
+        86_400_000,
+        "retention_s = 0",
+        "greater than 0",
+    ),
+    "on_duplicate": (
+        'on_duplicate = "wait"',
+        lambda rule: rule.policy.wait_for_duplicates,
+        True,
+        False,
+        'on_duplicate = "ignore"',
+        "must be 'reject' or 'wait'",
+    ),
+    "wait_max_s": ("wait_max_s = 1.5", lambda rule: rule.policy.wait_max_s, 1.5, 30, "wait_max_s = inf", "finite"),
+    "on_unknown": (
+        'on_unknown = "hold"',
+        lambda rule: rule.policy.mode,
+        b"hold",
+        b"hold",
+        'on_unknown = "guess"',
+        "must be",
+    ),
+    "on_store_down": (
+        'on_store_down = "refuse"',
+        lambda rule: rule.settings.on_store_down,
+        "refuse",
+        "refuse",
+        'on_store_down = "panic"',
+        "must be",
+    ),
+    "release_statuses": (
+        'release_statuses = ["418"]',
+        lambda rule: rule.policy.statuses.entries(Disposition.RELEASE),
+        ["418"],
+        ["401", "425", "429", "503+retry-after"],
+        'release_statuses = ["42"]',
+        "is not a status",
+    ),
+    "ambiguous_statuses": (
+        'ambiguous_statuses = ["5xx"]',
+        lambda rule: rule.policy.statuses.entries(Disposition.AMBIGUOUS),
+        ["5xx"],
+        ["502", "504"],
+        'ambiguous_statuses = "502"',
+        "must be a list of statuses",
+    ),
+    "in_flight_status": (
+        "in_flight_status = 503",
+        lambda rule: rule.policy.in_flight_status,
+        503,
+        409,
+        "in_flight_status = 200",
+        "must be 409 or 429 or 503",
+    ),
+    "upstream_idempotent": (
+        "upstream_idempotent = true",
+        lambda rule: rule.policy.upstream_idempotent,
+        True,
+        False,
+        "upstream_idempotent = 1",
+        "must be True or False",
+    ),
+    "forward_key": (
+        'forward_key = "X-Id"',
+        lambda rule: rule.policy.forward_key,
+        b"X-Id",
+        None,
+        'forward_key = "Host"',
+        "can carry a key",
+    ),
+    "on_bad_key": (
+        'on_bad_key = "pass"',
+        lambda rule: rule.policy.pass_bad_keys,
+        True,
+        False,
+        "on_bad_key = true",
+        "must be 'refuse' or 'pass'",
+    ),
+    "upstream_timeout_s": (
+        "upstream_timeout_s = 60",
+        lambda rule: rule.settings.upstream_timeout_s,
+        60,
+        300,
+        'upstream_timeout_s = "60"',
+        "must be a number",
+    ),
+    "max_request_bytes": (
+        "max_request_bytes = 10",
+        lambda rule: rule.policy.max_request_bytes,
+        10,
+        33_554_432,
+        "max_request_bytes = 1.5",
+        "must be a whole number",
+    ),
+    "max_stored_bytes": (
+        "max_stored_bytes = 10",
+        lambda rule: rule.policy.max_stored_bytes,
+        10,
+        16_777_216,
+        "max_stored_bytes = true",
+        "whole number",
+    ),
+}
+
+
+def test_every_field_has_its_row():
+    assert CASES.keys() == RULE.keys()
+
+
+@pytest.mark.parametrize("field", CASES)
+def test_a_field(rules, field):
+    """It sets what it says; without it the environment's value holds."""
+    written, look, value, default, _, _ = CASES[field]
+    assert look(rules(one(written) if field != "name" else f"[[rule]]\n{written}").rules[0]) == value
+    assert look(rules(one('path = "/"' if field != "path" else "")).rules[0]) == default
+
+
+@pytest.mark.parametrize("field", CASES)
+def test_a_bad_field(errors, field):
+    """It is refused with file, line, rule, field and reason."""
+    *_, wrong, said = CASES[field]
+    if field == "name":
+        (error,) = errors(f"[[rule]]\n{wrong}")
+        assert error.startswith('rules.toml:2: rule "": name: ')
+    else:
+        (error,) = errors(one(wrong))
+        assert error.startswith(f'rules.toml:3: rule "r": {field}: ')
+    assert said in error
+
+
+@pytest.mark.parametrize("name", [name for name in RULE if name not in ("headers", "name")])
+@pytest.mark.parametrize("value", ["{ a = 1 }", "1979-05-27", "[[1]]", "-7"])
+def test_a_field_of_another_kind(errors, name, value):
+    """Whatever TOML can say where something else is meant is a complaint, never a crash."""
+    assert errors(one(f"{name} = {value}"))[0].startswith(f'rules.toml:3: rule "r": {name}: ')
+
+
+UPSTREAM_CASES = {
+    "name": ('name = "b"', "b", None, 'name = ""', "visible"),
+    "url": ('url = "http://b.test"', Origin("http", "b.test", 80), None, 'url = "b.test"', "must be http://"),
+    "ca_file": ('ca_file = "a.pem"', Path("a.pem"), None, 'ca_file = "none.pem"', "cannot be read"),
+    "cert_file": ('cert_file = "a.pem"\nkey_file = "a.pem"', Path("a.pem"), None, "cert_file = 1", "text in quotes"),
+    "key_file": (
+        'cert_file = "a.pem"\nkey_file = "a.pem"',
+        Path("a.pem"),
+        None,
+        'key_file = "no.pem"',
+        "cannot be read",
+    ),
+    "connect_timeout_s": ("connect_timeout_s = 1", 1, 5, "connect_timeout_s = 0", "greater than 0"),
+    "connect_retries": ("connect_retries = 0", 0, 3, "connect_retries = 21", "at most 20"),
+    "max_connections": ("max_connections = 2", 2, 512, "max_connections = 0", "at least 1"),
+    "reuse_idle_s": ("reuse_idle_s = 0", 0, 1, "reuse_idle_s = -1", "at least 0"),
+}
+
+
+@pytest.mark.parametrize("field", UPSTREAM_CASES)
+def test_a_field_of_an_upstream(rules, errors, tmp_path, field):
+    """An upstream has its own address and limits; the environment's are the defaults, but for its TLS files."""
+    assert UPSTREAM_CASES.keys() == UPSTREAM.keys()
+    (tmp_path / "a.pem").write_text("x")
+    (tmp_path / "env.pem").write_text("x")
+    env = {"upstream": "https://api.test", "upstream_ca_file": "env.pem"}
+    written, value, default, wrong, said = UPSTREAM_CASES[field]
+    base = {"name": 'name = "b"', "url": 'url = "https://b.test"'}
+    rule = '\n[[rule]]\nname = "r"\nupstream = "b"'
+
+    def text(*lines: str) -> str:
+        return "[[upstream]]\n" + "\n".join([line for name, line in base.items() if name != field] + list(lines)) + rule
+
+    attribute = {"url": "origin"}.get(field, field)
+    assert getattr(rules(text(written), **env).rules[0].upstream, attribute) == value
+    if field not in base:
+        assert getattr(rules(text(), **env).rules[0].upstream, attribute) == default
+        assert OF_UPSTREAMS.get(field, field) in Settings.model_fields or field in ("ca_file", "cert_file", "key_file")
+    found = errors(text(wrong), **env)
+    assert any(f" {field}: " in error and said in error for error in found), found
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset(rules, name):
+    """Each preset can be used with nothing else; its fields are in effect, and a rule's own beat them."""
+    (rule,) = rules(one(f'preset = "{name}"')).rules
+    fields = PRESETS[name].fields
+    assert rule.policy.preset == name
+    assert rule.settings.retention_s == fields["retention_s"]
+    assert rule.policy.mode == fields.get("on_unknown", "hold").encode()
+    assert rule.policy.wait_for_duplicates is (fields.get("on_duplicate") == "wait")
+    (other,) = rules(one(f'preset = "{name}"\nretention_s = 100000\nnamespace = "n"\nkey = "header:K"')).rules
+    assert (other.policy.retention_ms, other.policy.namespace, other.policy.key_header) == (100_000_000, b"n", b"k")
+    assert other.policy.statuses.entries(Disposition.RELEASE) == rule.policy.statuses.entries(Disposition.RELEASE)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_says_no_more_than_a_rule_could(name):
+    """Its fields are a rule's fields; only the mark of a client's retries is a preset's alone."""
+    preset = PRESETS[name]
+    assert preset.fields.keys() <= RULE.keys() - {"name", "path", "host", "methods", "headers", "preset", "upstream"}
+    for field, value in preset.fields.items():
+        if (field, value) != ("on_unknown", "retry"):
+            RULE[field](value)
+    assert preset.about
+    assert preset.caution
+    assert (preset.retry_mark is not None) is (name in ("openai", "anthropic"))
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if PRESETS[name].fields.get("scope") == []])
+def test_what_holds_for_every_webhook(rules, name):
+    """The id alone decides, for all; what is no 2xx releases it; a duplicate waits and then hears 503."""
+    policy = rules(one(f'preset = "{name}"')).rules[0].policy
+    assert (policy.scope_headers, policy.fingerprint, policy.mode) == ((), frozenset(), b"retry")
+    assert {policy.statuses.disposition(status, False) for status in range(300, 600)} == {Disposition.RELEASE}
+    assert {policy.statuses.disposition(status, False) for status in range(200, 300)} == {Disposition.STORE}
+    assert (policy.in_flight_status, policy.wait_for_duplicates, policy.pass_bad_keys) == (503, True, True)
+    assert policy.namespace == name.encode()
+
+
+def test_every_problem_at_once(errors):
+    """All mistakes of a file are named together, in the order of its lines."""
+    text = """
+[[upstream]]
+name = "shop"
+url = "http://a.test"
+
+[[upstream]]
+name = "shop"
+url = "http://b.test"
+retries = 1
+
+[[rule]]
+name = "a"
+path = "/v1/**"
+key = ["body:id", "derived:0"]
+
+[[rule]]
+name = "a"
+path = "/v1/x"
+retension_s = 1
+upstream = "nobody"
+
+[[rule]]
+path = "/v2"
+lists = [
+  "retention_s = 1",
+]
+retention_s = 5
+wait_max_s = 10
+"""
+    assert errors(text) == [
+        'rules.toml:7: upstream "shop": name: is the name of another one as well',
+        'rules.toml:9: upstream "shop": retries: is unknown; did you mean connect_retries?',
+        "rules.toml:14: rule \"a\": key: 'body:id' must be a JSON pointer that begins with /, such as /data/id",
+        'rules.toml:16: rule "a": can never match: rule "a" (line 11) takes all its requests before it',
+        'rules.toml:17: rule "a": name: is the name of another one as well',
+        'rules.toml:19: rule "a": retension_s: is unknown; did you mean retention_s?',
+        "rules.toml:22: rule 3: has no name",
+        "rules.toml:24: rule 3: lists: is unknown; did you mean in_flight_status?",
+    ]
+
+
+CONTRADICTIONS = {
+    "a retention shorter than the wait": (
+        "retention_s = 20\nwait_max_s = 21",
+        "retention_s: must not be shorter than wait_max_s",
+    ),
+    "a wait longer than the retention": (
+        "wait_max_s = 90000",
+        "wait_max_s: retention_s must not be shorter than wait_max_s",
+    ),
+    "a retention shorter than the lease": (
+        "retention_s = 9\nwait_max_s = 1",
+        "retention_s: must not be shorter than ONCEGATE_LEASE_MS",
+    ),
+    "a retention shorter than a preset's wait": (
+        'preset = "double-click"\nretention_s = 29',
+        "must not be shorter than wait_max_s",
+    ),
+    "more stored than buffered": (
+        "max_stored_bytes = 268435457",
+        "must not be larger than ONCEGATE_MAX_BUFFERED_BYTES",
+    ),
+    "a request larger than the spool": (
+        "max_request_bytes = 1073741825",
+        "must not be larger than ONCEGATE_MAX_SPOOL_BYTES",
+    ),
+    "a window longer than the retention": (
+        'key = "derived:60"\nretention_s = 59',
+        "window that is longer than retention_s",
+    ),
+    "a window of zero": ('key = "derived:0"', "not over 0"),
+    "required and pass": ('guard = "required"\non_bad_key = "pass"', "a request without a key cannot pass"),
+    "a host passed and set": ('pass_host = true\nset_host = "a.test"', "contradicts pass_host"),
+    "a guard of what cannot be": ('methods = ["GET"]\nguard = "required"', "none that can be guarded"),
+    "a key of what cannot be": ('methods = ["GET"]\nkey = "header:A"', "none that can be guarded"),
+    "a joined key forwarded": ('key = ["header:A", "path:1"]\nforward_key = "B"', "one header alone"),
+    "a body's key forwarded": ('key = "body:/id"\nforward_key = ""', "one header alone"),
+    "idempotent without the key": ('upstream_idempotent = true\nforward_key = ""', "told the key"),
+    "idempotent with a derived key": ('upstream_idempotent = true\nkey = "derived:1"', "told the key"),
+    "the key as scope": ('key = "header:A"\nscope = ["header:a"]', "header of the key"),
+    "the usual key as scope": ('scope = ["header:idempotency-key"]', "header of the key"),
+    "one status in both lists": ('release_statuses = ["500"]\nambiguous_statuses = ["500"]', "stands in both lists"),
+    "an upstream that is not there": ('upstream = "shop"', "neither a URL nor the name"),
+    "a source twice": ('key = ["header:A", "header:a"]', "names the same twice"),
+    "no source": ("key = []", "names no source"),
+    "an empty alternative": ('key = [["header:A"], []]', "names no source"),
+    "no methods": ("methods = []", "names nothing"),
+    "a header twice": ('headers = { "A" = "1", "a" = "2" }', "names the same header twice"),
+    "what comes later": ('on_duplicate = "join"', "comes later"),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_what_does_not_fit_together(errors, case):
+    """A rule that contradicts itself or the environment is refused, and named."""
+    text, said = CONTRADICTIONS[case]
+    found = errors(one(text))
+    assert len(found) == 1
+    assert ': rule "r": ' in found[0]
+    assert said in found[0]
+
+
+NEVER = {
+    "the same": ('path = "/a"', 'path = "/a"', True),
+    "any path": ("", 'path = "/a"', True),
+    "a wider path": ('path = "/a/**"', 'path = "/a/*/c"', True),
+    "a narrower path": ('path = "/a/b"', 'path = "/a/*"', False),
+    "another host": ('host = "a.test"', 'host = "b.test"', False),
+    "a wider host": ('host = "*.test"', 'host = "a.test"', True),
+    "any host": ('path = "/a"', 'path = "/a"\nhost = "a.test"', True),
+    "fewer methods": ('methods = ["POST"]', 'methods = ["POST", "PUT"]', False),
+    "more methods": ('methods = ["POST", "PUT"]', 'methods = ["POST"]', True),
+    "all methods": ('methods = ["POST"]', "", False),
+    "a header": ('headers = { A = "1" }', "", False),
+    "a wider header": ('headers = { A = "1*" }', 'headers = { a = "12*", b = "x" }', True),
+    "another header": ('headers = { A = "1*" }', 'headers = { b = "x" }', False),
+}
+
+
+@pytest.mark.parametrize("case", NEVER)
+def test_a_rule_that_can_never_match(rules, errors, case):
+    """It is refused, with the rule that takes all its requests; overlapping alone is fine."""
+    first, second, never = NEVER[case]
+    text = f'[[rule]]\nname = "first"\n{first}\n\n[[rule]]\nname = "second"\n{second}\n'
+    if never:
+        line = text[: text.rindex("[[rule]]")].count("\n") + 1
+        assert errors(text) == [
+            f'rules.toml:{line}: rule "second": can never match: rule "first" (line 1) takes all its requests before it'
+        ]
+    else:
+        assert len(rules(text).rules) == 2
+
+
+def test_a_host_that_is_not_ours(rules, errors):
+    """A rule for a host that is refused before it, by ONCEGATE_HOSTS, can never match either."""
+    (error,) = errors(one('host = "b.test"'), hosts="a.test,c.test:80")
+    assert "ONCEGATE_HOSTS does not name this host" in error
+    for host in ("a.test", "a.test:80", "*.test", "c.test:80"):
+        rules(one(f'host = "{host}"'), hosts="a.test,c.test:80")
+
+
+FILES = {
+    "nothing": ("", []),
+    "no TOML": ("[[rule]]\nname = ", ["rules.toml:2: is not TOML: "]),
+    "a field twice": ('[[rule]]\nname = "a"\nname = "b"', ["rules.toml:3: is not TOML: "]),
+    "no UTF-8": (b'[[rule]]\nname = "\xff"', ["rules.toml: is not UTF-8 text"]),
+    "another table": ("[[rules]]\nname = 1", ["rules.toml:1: rules is unknown; the file consists of"]),
+    "a loose field": ('\nupstream_x = "a"', ["rules.toml:2: upstream_x is unknown"]),
+    "one rule alone": ('[rule]\nname = "a"', ["rules.toml:1: rule must be written as [[rule]]"]),
+    "a rule that is none": ("rule = [1]", ["rules.toml:1: rule must be written as [[rule]]"]),
+    "deep": ("a = " + "[" * 5000, ["rules.toml"]),
+    "a text that looks like rules": (
+        '[[rule]]\nname = "a"\npath = """\n[[rule]]\nname = 1\n"""',
+        ['rules.toml:3: rule "a": path: '],
+    ),
+    "inline": ('rule = [{ name = "a", path = "b" }]', ['rules.toml:1: rule "a": path: ']),
+    "in quotes": ('[["rule"]]\n"name" = "a"\n  "path" = "b"', ['rules.toml:3: rule "a": path: ']),
+    "a table below": ('[[rule]]\nname = "a"\n[rule.headers]\n"A b" = "c"', ['rules.toml:3: rule "a": headers: ']),
+    "an upstream without": (
+        "[[upstream]]",
+        ["rules.toml:1: upstream 1: has no name", "rules.toml:1: upstream 1: has no url"],
+    ),
+    "half a certificate": (
+        '[[upstream]]\nname = "a"\nurl = "https://a"\nkey_file = "rules.toml"',
+        ['rules.toml:4: upstream "a": key_file: needs cert_file beside it'],
+    ),
+    "a CA without TLS": (
+        '[[upstream]]\nname = "a"\nurl = "http://a"\nca_file = "rules.toml"',
+        ['rules.toml:4: upstream "a": ca_file: needs https in url'],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_file(rules, errors, case):
+    """What is no rules file is refused with its place; an empty one has no rules."""
+    text, said = FILES[case]
+    if not said:
+        assert rules(text).rules == ()
+        return
+    found = errors(text)
+    assert len(found) == len(said)
+    for line, start in zip(found, said, strict=True):
+        assert line.startswith(start)
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    """It may vanish between two reloads."""
+    settings = Settings(upstream=URL).model_copy(update={"rules_file": tmp_path / "none.toml"})
+    with pytest.raises(SettingsError, match=r"none\.toml: cannot be read: No such file"):
+        load(settings)
+    (tmp_path / "big.toml").write_bytes(b"#" * 5_000_000)
+    with pytest.raises(SettingsError, match="is over"):
+        load(settings.model_copy(update={"rules_file": tmp_path / "big.toml"}))
+
+
+def chosen(rules: Rules, *asked: RequestHead) -> list[str]:
+    return [rules.choose(one).name for one in asked]
+
+
+def test_the_first_that_matches_decides(rules):
+    """On all of host, path, methods and headers; the environment holds where none does."""
+    found = rules(
+        """
+[[rule]]
+name = "stripe"
+path = "/hooks/stripe"
+headers = { "User-Agent" = "Stripe/*" }
+[[rule]]
+name = "hooks"
+path = "/hooks/*"
+methods = ["POST"]
+[[rule]]
+name = "shop"
+host = "shop.test"
+[[rule]]
+name = "rest"
+path = "/**/x"
+"""
+    )
+    assert chosen(
+        found,
+        head(b"/hooks/stripe", user_agent=b"Stripe/1.0"),
+        head(b"/hooks/stripe", user_agent=b"curl"),
+        head(b"/hooks/stripe"),
+        head(b"/%68ooks//a/../stripe?x", method="POST"),
+        head(b"/hooks/stripe", method="GET"),
+        head(b"/hooks/stripe", method="GET", host=b"SHOP.test:80"),
+        head(b"/a/x?y"),
+        head(b"/"),
+    ) == ["stripe", "hooks", "hooks", "hooks", "", "shop", "rest", ""]
+
+
+def test_every_line_of_a_header_has_to_match(rules):
+    """A second line cannot lead past a rule, nor into one."""
+    found = rules(one('headers = { A = "1" }'))
+    twice = [(b"a", b"1"), (b"A", b"2")]
+    assert chosen(found, head(a=b"1"), head()._replace(pairs=twice, fields=by_name(twice))) == ["r", ""]
+
+
+METHODS = {
+    "": {"POST", "PATCH"},
+    'methods = ["POST", "GET"]': {"POST"},
+    'methods = ["PUT", "DELETE"]': {"PUT", "DELETE"},
+    'methods = ["GET"]': set(),
+    'guard = "off"': set(),
+    'guard = "off"\nmethods = ["POST"]': set(),
+}
+
+
+@pytest.mark.parametrize("text", METHODS)
+def test_what_a_rule_guards(rules, text):
+    """The methods it names, of those that can be guarded; without any, those of the environment."""
+    (rule,) = rules(one(text)).rules
+    assert rule.policy.methods == METHODS[text]
+    assert rule.policy.methods <= set(GUARDABLE)
+
+
+def test_the_environment_gives_the_defaults(rules):
+    """For a rule that says nothing everything holds as without it."""
+    env = {"key_required": True, "namespace": "n", "methods": "PUT", "key_header": "K", "scope_headers": "S"}
+    found = rules(one(""), retention_s=40, on_duplicate="wait", **env)
+    assert found.rules[0].policy == found.default.policy.__class__(
+        **{**{name: getattr(found.default.policy, name) for name in found.default.policy.__slots__}, "rule": "r"}
+    )
+    assert found.rules[0].upstream == found.default.upstream
+
+
+def test_statuses_of_one_list_leave_the_other_alone(rules):
+    """What a rule says of a status beats what is usual for it."""
+    statuses = rules(one('release_statuses = ["502"]')).rules[0].policy.statuses
+    assert statuses.disposition(502, False) is Disposition.RELEASE
+    assert statuses.disposition(504, False) is Disposition.AMBIGUOUS
+    statuses = rules(one('ambiguous_statuses = ["429", "5xx"]')).rules[0].policy.statuses
+    assert statuses.disposition(429, False) is Disposition.AMBIGUOUS
+    assert statuses.disposition(401, False) is Disposition.RELEASE
+
+
+def test_one_header_alone_is_the_plain_key(rules):
+    """It costs no more than without a rule, and names the same keys."""
+    policy = rules(one('key = "header:X-Id"')).rules[0].policy
+    assert (policy.sources, policy.key_header) == (None, b"x-id")
+    assert rules(one('key = [["header:X-Id"]]')).rules[0].policy == policy
+    assert rules(one('key = ["header:X-Id"]')).rules[0].policy == policy
+
+
+def test_all_fields_that_rules_act_on(rules):
+    """What keys, scopes and matches read may neither be nominated in Connection nor imitated."""
+    found = rules(
+        '[[rule]]\nname = "a"\nkey = [["header:A"], ["derived:1"]]\nheaders = { B = "*" }\nscope = ["header:C"]\n'
+        '[[rule]]\nname = "b"\nkey = "header:D"\n[[rule]]\nname = "c"\npreset = "openai"\npath = "/c"'.replace(
+            '[[rule]]\nname = "b"', '[[rule]]\nname = "b"\npath = "/b"'
+        )
+    )
+    assert found.acted_on >= {b"a", b"b", b"c", b"d", b"x-stainless-retry-count", b"idempotency-key", b"authorization"}
+
+
+def test_upstreams_with_equal_limits_are_one(rules):
+    """A URL takes the environment's limits; the same URL twice is the same pool, a named one its own."""
+    found = rules(
+        '[[upstream]]\nname = "b"\nurl = "http://b.test"\n'
+        '[[rule]]\nname = "1"\npath = "/1"\nupstream = "http://b.test"\n'
+        '[[rule]]\nname = "2"\npath = "/2"\nupstream = "http://B.test:80/"\n'
+        '[[rule]]\nname = "3"\npath = "/3"\nupstream = "b"\n'
+        '[[rule]]\nname = "4"\npath = "/4"\n'
+    )
+    one_, two, three, four = (rule.upstream for rule in found.rules)
+    assert one_ == two
+    assert hash(one_) == hash(two)
+    assert len({one_, three, four}) == 3
+    assert four == found.default.upstream
+
+
+def test_shared_fields_are_settings():
+    assert set(SHARED) <= Settings.model_fields.keys()
+    assert isinstance(Rule.__doc__, str)

@@ -1,0 +1,305 @@
+"""Where a key is found: each source, joined, one in place of another; and never another key by silence."""
+
+import pytest
+
+from proxy.headers import RequestHead, by_name
+from proxy.keys import BadKey, Digests, Scope, UnstableScope, framed
+from proxy.naming import Name, key_in_head, name, passes, scope_of
+from proxy.policy import Policy
+from proxy.sources import KeySources, Missing, Named, Parts, find, parse_source, scope_fields
+
+FORM = (b"Content-Type", b"application/x-www-form-urlencoded; charset=utf-8")
+
+
+def head(*pairs: tuple[bytes, bytes], target: bytes = b"/v1/orders/42?token=q", method: str = "POST") -> RequestHead:
+    return RequestHead(method, target, False, b"api.test", list(pairs), by_name(pairs))
+
+
+def sources(*alternatives: str, mark: bytes | None = None) -> KeySources:
+    """Return the sources of a rule; `a + b` are joined."""
+    lists = [[parse_source(one.strip()) for one in text.split(" + ")] for text in alternatives]
+    return KeySources(tuple(map(tuple, lists)), mark)
+
+
+def joined(*parts: tuple[str, bytes]) -> bytes:
+    return b"\0" + framed([word for source, value in parts for word in (source.encode(), value)])
+
+
+SINGLE = {
+    "header": ("header:X-Id", head((b"x-id", b"a")), b"", b"a"),
+    "header in quotes": ("header:X-Id", head((b"X-ID", b'"a b"')), b"", b"a b"),
+    "body": ("body:/id", head(), b'{"id": "a"}', joined(("body:/id", b"sa"))),
+    "form": ("form:id", head(FORM), b"id=a", joined(("form:id", b"a"))),
+    "query": ("query:token", head(), b"", joined(("query:token", b"q"))),
+    "path": ("path:3", head(), b"", joined(("path:3", b"42"))),
+    "path in disguise": ("path:3", head(target=b"/v1/./orders//%34%32"), b"", joined(("path:3", b"42"))),
+    "derived": ("derived:10", head(), b"", joined(("derived:10", b"D"))),
+}
+
+
+@pytest.mark.parametrize("case", SINGLE)
+def test_each_source_alone(case):
+    """A header alone names the same key as without a rule; every other kind names one that no header can."""
+    text, request, body, key = SINGLE[case]
+    found = find(sources(text), Parts(request, body, derived=b"D"))
+    assert isinstance(found, Named)
+    assert found.key == key
+
+
+MISSING = {
+    "header": ("header:X-Id", head(), b""),
+    "body": ("body:/id", head(), b"{}"),
+    "form": ("form:id", head(FORM), b"x=1"),
+    "query": ("query:id", head(), b""),
+    "query of nothing": ("query:id", head(target=b"/"), b""),
+    "path": ("path:4", head(), b""),
+    "path with a slash": ("path:2", head(target=b"/a/"), b""),
+    "all parts": ("header:X-Id + body:/id", head(), b"{}"),
+}
+
+
+@pytest.mark.parametrize("case", MISSING)
+def test_where_nothing_stands(case):
+    text, request, body = MISSING[case]
+    assert isinstance(find(sources(text), Parts(request, body)), Missing)
+
+
+BAD = {
+    "two headers": ("header:X-Id", head((b"x-id", b"a"), (b"X-Id", b"a")), b""),
+    "an empty header": ("header:X-Id", head((b"x-id", b"")), b""),
+    "a list": ("header:X-Id", head((b"x-id", b"a, b")), b""),
+    "a long header": ("header:X-Id", head((b"x-id", b"a" * 256)), b""),
+    "no JSON": ("body:/id", head(), b"{"),
+    "no form": ("form:id", head(), b"id=a"),
+    "a JSON form": ("form:id", head((b"content-type", b"application/json")), b"id=a"),
+    "an encoded body": ("body:/id", head((b"content-encoding", b"gzip")), b'{"id": "a"}'),
+    "two parameters": ("query:id", head(target=b"/?id=1&id=2"), b""),
+    "a part missing in the body": ("header:X-Id + body:/id", head((b"x-id", b"a")), b"{}"),
+    "a part missing in the head": ("header:X-Id + body:/id", head(), b'{"id": 1}'),
+    "a part bad": ("header:X-Id + body:/id", head((b"x-id", b"a")), b"{"),
+    "a part twice": ("header:X-Id + query:token", head((b"x-id", b"a"), (b"x-id", b"a")), b""),
+    "a long part": ("header:X-Id + query:token", head((b"x-id", b"a" * 1025)), b""),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_a_key(case):
+    """Malformed, repeated, too long, or only a part of it: no key, and not the next alternative's either."""
+    text, request, body = BAD[case]
+    assert isinstance(find(sources(text), Parts(request, body)), BadKey)
+    assert isinstance(find(sources(text, "path:1"), Parts(request, body)), BadKey)
+
+
+def test_a_spooled_body_is_not_looked_into():
+    assert isinstance(find(sources("body:/id"), Parts(head(), b"", spooled=True)), BadKey)
+
+
+def test_joined_parts_keep_their_limits():
+    """("a", "bc") and ("ab", "c") are two keys; a header's quotes do not count, and any value can be a part."""
+    two = sources("header:A + header:B")
+    keys = {
+        find(two, Parts(head((b"a", one), (b"b", other)))).key  # type: ignore[union-attr]
+        for one, other in [(b"a", b"bc"), (b"ab", b"c"), (b'"ab"', b'"c"'), (b"a, b", b"c"), (b"c", b"ab")]
+    }
+    assert len(keys) == 4
+    found = find(two, Parts(head((b"a", b"a"), (b"b", b"bc"))))
+    assert found == Named(joined(("header:a", b"a"), ("header:b", b"bc")))
+
+
+def test_alternatives_in_their_order():
+    """The first that is there is taken, whatever the later ones would say."""
+    either = sources("header:ce-source + header:ce-id", "body:/source + body:/id")
+    binary = head((b"ce-source", b"/s"), (b"ce-id", b"1"))
+    structured = b'{"source": "/s", "id": "1"}'
+    assert find(either, Parts(binary, structured)) == Named(joined(("header:ce-source", b"/s"), ("header:ce-id", b"1")))
+    assert find(either, Parts(head(), structured)) == Named(joined(("body:/source", b"s/s"), ("body:/id", b"s1")))
+    assert isinstance(find(either, Parts(head(), b"{}")), Missing)
+    assert find(either, Parts(binary)) is not None
+    assert find(either, Parts(head())) is None  # the body has to tell
+
+
+MARK = b"x-stainless-retry-count"
+LLM = sources("header:Idempotency-Key", "derived:3600", mark=MARK)
+
+
+@pytest.mark.parametrize(
+    ("mark", "expected"),
+    [(b"0", (1, True)), (b"1", (0, False)), (b" 2 ", (0, False)), (b"00", (1, True)), (b"9999", (0, False))],
+)
+def test_a_marked_request(mark, expected):
+    """Try 0 is a new intent that takes over what is complete; later ones are answered by the newest, however old."""
+    found = find(LLM, Parts(head((MARK, mark)), b"", derived=b"D"))
+    assert isinstance(found, Named)
+    assert (found.window_ms, found.fresh) == expected
+
+
+@pytest.mark.parametrize("pairs", [[], [(MARK, b"")], [(MARK, b"x")], [(MARK, b"-1")], [(MARK, b"0"), (MARK, b"1")]])
+def test_an_unmarked_request_has_no_derived_key(pairs):
+    """Without knowing which try it is, two equal prompts cannot be told from a retry; not even the body is needed."""
+    assert isinstance(find(LLM, Parts(head(*pairs))), Missing)
+
+
+def test_a_key_beats_the_mark():
+    assert find(LLM, Parts(head((MARK, b"0"), (b"idempotency-key", b"k")))) == Named(b"k")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "Idempotency-Key", "header:", "header:a b", "header:Content-Length", "cookie:a", "body:", "body:id",
+        "body:/a~3", "form:", "query:", "path:", "path:0", "path:-1", "path:x", "path:100", "derived:", "derived:0",
+        "derived:0.0", "derived:-1", "derived:1e3", "derived:86401", "derived:x", "Header:a", "header",
+    ],
+)  # fmt: skip
+def test_what_is_no_source(text):
+    with pytest.raises(ValueError, match=r"^'"):  # the message repeats what was written
+        parse_source(text)
+
+
+def test_windows():
+    assert sources("derived:0.5 + header:a").window_ms == 500
+    assert sources("header:a").window_ms == 0
+
+
+# Under a policy ...
+
+POLICY = Policy(
+    methods=frozenset({"POST"}),
+    key_header=b"idempotency-key",
+    key_required=False,
+    namespace=b"default",
+    scope_headers=(b"authorization",),
+    pass_host=False,
+    retention_ms=1000,
+    lease_ms=1000,
+    wait_for_duplicates=False,
+    wait_max_s=1,
+    max_stored_bytes=1,
+)
+DIGESTS = Digests(b"")
+SCOPE = Scope(b"default", b"t" * 16)
+
+
+class Content:
+    def __init__(self, data: bytes, spooled: bool = False) -> None:
+        self.data, self.spooled = data, spooled
+
+    def blocks(self):
+        return (self.data,)
+
+
+def named(policy: Policy, request: RequestHead, body: bytes = b"", key: bytes | None = None) -> Name:
+    found = name(policy, DIGESTS, request, SCOPE, key, Content(body))
+    assert isinstance(found, Name), found
+    return found
+
+
+def changed(**changes: object) -> Policy:
+    from dataclasses import replace
+
+    return replace(POLICY, **changes)  # type: ignore[arg-type]
+
+
+OTHERS = {
+    "method": {"method": "PATCH"},
+    "target": {"target": b"/v1/orders/42"},
+    "type": {"pairs": [(b"content-type", b"text/plain")]},
+    "encoding": {"pairs": [(b"content-encoding", b"gzip")]},
+    "body": {"body": b"other"},
+}
+PARTS = {
+    None: set(OTHERS),
+    frozenset(): set(),
+    frozenset({"body"}): {"encoding", "body"},
+    frozenset({"method", "target"}): {"method", "target"},
+    frozenset({"type", "host"}): {"type"},
+}
+
+
+@pytest.mark.parametrize("parts", PARTS, ids=str)
+def test_the_parts_of_a_fingerprint(parts):
+    """What a rule leaves out may differ under the same key, everything else may not."""
+    policy = changed(fingerprint=parts)
+    usual = named(policy, head(), b"body", b"k").fingerprint
+    differs = set()
+    for part, other in OTHERS.items():
+        request = head(
+            *other.get("pairs", ()),
+            target=other.get("target", b"/v1/orders/42?token=q"),
+            method=other.get("method", "POST"),
+        )
+        found = named(policy, request, other.get("body", b"body"), b"k")
+        assert found.key == named(policy, head(), b"body", b"k").key
+        if found.fingerprint != usual:
+            differs.add(part)
+    assert differs == PARTS[parts]
+
+
+def test_the_host_counts_where_it_is_passed_on():
+    passed = changed(pass_host=True, fingerprint=frozenset({"host"}))
+    other = head()._replace(host=b"other.test")
+    assert named(passed, head(), key=b"k").fingerprint != named(passed, other, key=b"k").fingerprint
+    assert named(POLICY, head(), key=b"k").fingerprint == named(POLICY, other, key=b"k").fingerprint
+
+
+@pytest.mark.parametrize("parts", [None, frozenset(), frozenset({"method"})])
+def test_a_derived_key_is_the_whole_request(parts):
+    """Whatever enters the fingerprint: another body, method, target or type is another derived key."""
+    policy = changed(sources=sources("derived:10"), fingerprint=parts)
+    usual = named(policy, head(), b"body")
+    assert usual.window_ms == 10_000
+    assert usual == named(policy, head((b"x-try", b"2")), b"body")
+    keys = {
+        named(policy, head(*other.get("pairs", ()), target=other.get("target", b"/v1/orders/42?token=q"),
+                           method=other.get("method", "POST")), other.get("body", b"body")).key
+        for other in OTHERS.values()
+    }  # fmt: skip
+    assert len(keys | {usual.key}) == len(OTHERS) + 1
+
+
+@pytest.mark.parametrize(
+    ("key", "required", "pass_bad", "missing_passes", "bad_passes"),
+    [
+        ("header:A", False, False, True, False),
+        ("header:A", True, False, False, False),
+        ("header:A", False, True, True, True),
+        ("header:A + header:B", False, False, True, False),
+        ("body:/id", False, False, False, False),
+        ("body:/id", False, True, True, True),
+        ("body:/id", True, False, False, False),
+        ("header:A + query:b", False, False, False, False),
+        ("derived:10", False, False, False, False),
+    ],
+)
+def test_what_becomes_of_a_request_without_a_key(key, required, pass_bad, missing_passes, bad_passes):
+    """Headers are optional where the rule does not require them; all else is refused unless the rule lets it pass."""
+    for policy in (
+        changed(sources=sources(key), key_required=required, pass_bad_keys=pass_bad),
+        *([changed(key_required=required, pass_bad_keys=pass_bad)] if key == "header:A" else []),
+    ):
+        assert passes(policy, Missing("x")) is missing_passes
+        assert passes(policy, BadKey("x")) is bad_passes
+
+
+def test_without_a_rule_the_head_has_the_key():
+    assert key_in_head(POLICY, head((b"Idempotency-Key", b'"a"'))) == b"a"
+    assert isinstance(key_in_head(POLICY, head()), Missing)
+    assert isinstance(key_in_head(POLICY, head((b"Idempotency-Key", b'"a'))), BadKey)
+    assert key_in_head(changed(sources=sources("header:A + query:token")), head((b"a", b"1"))) is not None
+    assert key_in_head(changed(sources=sources("body:/id")), head()) is None
+
+
+def test_scopes_beyond_headers():
+    """A segment or a parameter tells tenants apart, in its place among the headers; ambiguity is refused."""
+    policy = changed(scope_headers=(b"authorization", b"path:1"), scope_sources=(parse_source("path:1"),))
+    scopes = [
+        scope_of(policy, DIGESTS, head(*pairs, target=target))
+        for target in (b"/a/x", b"/b/x", b"/")
+        for pairs in ([], [(b"authorization", b"1")])
+    ]
+    assert len({scope.tenant for scope in scopes if isinstance(scope, Scope)}) == 6
+    assert scopes[4].common
+    assert isinstance(scope_of(policy, DIGESTS, head((b"authorization", b"Digest x"))), UnstableScope)
+    query = changed(scope_headers=(b"query:t",), scope_sources=(parse_source("query:t"),))
+    assert isinstance(scope_of(query, DIGESTS, head(target=b"/?t=1&t=2")), BadKey)
+    assert scope_fields((), head()) == {}
