@@ -3,6 +3,8 @@
 import asyncio
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from http.client import HTTPException
 from itertools import product
 from pathlib import Path
 
@@ -198,8 +200,10 @@ class Sweep:
             return found
 
     async def let_go(self, proxy: Forked, go: asyncio.Event) -> None:
-        while not (struck(proxy) or await asyncio.to_thread(proxy.metric, "waiting")):
-            await asyncio.sleep(0.02)
+        """Let the original end once the duplicate waits for it, or its proxy is hit (and may not answer any more)."""
+        with suppress(OSError, HTTPException):
+            while not (struck(proxy) or await asyncio.to_thread(proxy.metric, "waiting")):
+                await asyncio.sleep(0.02)
         go.set()
 
     async def faulty(self, kind: str, point: str, mode: str) -> Forked:
