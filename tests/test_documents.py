@@ -114,7 +114,7 @@ BAD = {
     "single quotes": b"{'id': 'a'}",
     "too long a key": b'{"id": "' + b"a" * 1025 + b'"}',
     "too many digits": b'{"id": ' + b"1" * 1025 + b"}",
-    "too many brackets": b'{"id": "a", "x": [' + b"[]," * 20_000 + b"{}]}",
+    "too many brackets": b'{"id": "a", "x": [' + b"[]," * 50_000 + b"{}]}",
     "over the limit": b'{"id": "a", "x": "' + b"x" * MAX_BYTES + b'"}',
     "too deep": b'{"id": "a", "x": ' + b"[" * MAX_DEPTH + b"]" * MAX_DEPTH + b"}",
     "too deep by objects": b'{"x":' * 70 + b"1" + b"}" * 70,
@@ -163,7 +163,7 @@ HOSTILE = {
     "backslashes": b'"' + b"\\" * SIZE,
     "unterminated with brackets": b'[{"' + b'\\"[{' * (SIZE // 4),
     "numbers": b"[" + b"1," * (SIZE // 2) + b"1]",
-    "as many brackets as may be": b"[" + b"[]," * 19_000 + b"{}]" + b" " * 1_000_000,
+    "as many brackets as may be": b"[" + b"[]," * 49_000 + b"{}]" + b" " * 1_000_000,
     "texts": b"[" + b'"",' * (SIZE // 3) + b"1]",
     "texts beside brackets": b"[" * 65 + b'"",' * (SIZE // 3) + b"1",
     "names": b"{" + b",".join(b'"%d":1' % n for n in range(90_000)) + b"}",
@@ -175,7 +175,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_body_costs_bounded_time(name):
-    """Whatever a body is made of, looking for a key takes a fraction of a second (90 ms at most, alone)."""
+    """Whatever a body is made of, looking for a key takes a fraction of a second (about 40 ms at most, alone)."""
     began = time.process_time()
     found = json_value(HOSTILE[name], ("id",))
     assert time.process_time() - began < 0.5
