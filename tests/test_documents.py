@@ -115,6 +115,7 @@ BAD = {
     "too long a key": b'{"id": "' + b"a" * 1025 + b'"}',
     "too many digits": b'{"id": ' + b"1" * 1025 + b"}",
     "too many brackets": b'{"id": "a", "x": [' + b"[]," * 50_000 + b"{}]}",
+    "too deep behind a backslash": b'{"id": "a", "x": "\\\\", "y": ' + b"[" * 70 + b"]" * 70 + b', "z": "]\\\\"}',
     "over the limit": b'{"id": "a", "x": "' + b"x" * MAX_BYTES + b'"}',
     "too deep": b'{"id": "a", "x": ' + b"[" * MAX_DEPTH + b"]" * MAX_DEPTH + b"}",
     "too deep by objects": b'{"x":' * 70 + b"1" + b"}" * 70,
@@ -138,9 +139,18 @@ def test_the_member_twice_on_the_way():
         b'{"id": "a", "x": ' + b"[" * (MAX_DEPTH - 1) + b"]" * (MAX_DEPTH - 1) + b"}",
         b'{"id": "a", "x": "' + b"[" * 1000 + b'"}',
         b'{"id": "a", "x": "' + b'\\"[{' * 1000 + b'"}',
+        b'{"id": "a", "x": "\\\\", "y": "' + b"[" * 1000 + b'"}',
+        b'{"id": "a", "x": "\\\\\\"' + b"[" * 1000 + b'"}',
         b'{"id": "a", "x": [' + b"[]," * 1000 + b"{}]}",
     ],
-    ids=["as deep as may be", "brackets in a text", "brackets in an escaped text", "wide"],
+    ids=[
+        "as deep as may be",
+        "brackets in a text",
+        "brackets in an escaped text",
+        "behind a backslash",
+        "behind a backslash and a quote",
+        "wide",
+    ],
 )
 def test_what_is_not_too_deep(body):
     """Only nesting counts, not brackets."""

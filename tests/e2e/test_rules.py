@@ -467,10 +467,14 @@ async def test_rules_are_read_again(proxies, upstream, valkey, tmp_path: Path):
     first = asyncio.ensure_future(post(proxy, "/a", b"x", key="k1"))
     await until(lambda: upstream.received)
 
-    file.write_text(f'[[rule]]\nname = "b"\npath = "/a"\nupstream = "{second.url}"\n')
+    nominated = request("POST", "/a", "k0", b"x", "X-Org: a", "Connection: X-Org")
+    upstream.script = answering(OK)
+    assert told(await ask(proxy.port, nominated)) == EXECUTED
+    file.write_text(f'[[rule]]\nname = "b"\npath = "/a"\nupstream = "{second.url}"\nscope = ["header:X-Org"]')
     proxy.signal(signal.SIGHUP)
     await until(lambda: proxy.events("rules in effect"))
     assert proxy.events("rules in effect")[-1]["rules"] == ["b"]
+    assert told(await ask(proxy.port, nominated)) == REFUSED
     second.script = answering(OK.replace(b"200 OK", b"418 No"))
     assert await post(proxy, "/a", b"x", key="k2") == (418, "executed")
     assert len(second.received) == 1
@@ -493,8 +497,8 @@ async def test_rules_are_read_again(proxies, upstream, valkey, tmp_path: Path):
     file.write_text("")
     proxy.signal(signal.SIGHUP)
     await until(lambda: len(proxy.events("rules in effect")) == 2)
-    assert await post(proxy, "/a", b"x", key="k4") == (418, "executed")
-    assert len(upstream.received) == 2
+    assert await post(proxy, "/a", b"x", key="k4") == EXECUTED
+    assert len(upstream.received) == 3
     assert await asyncio.to_thread(proxy.stop, 10) == 0
     await second.close()
 
