@@ -12,6 +12,7 @@ BATCH_S = 0.05
 # What an append that did not go through makes of a recording; a vanished or torn record is stored bare.
 _AFTER = {"full": "dropped", "torn": "dropped", "absent": "dropped", "unconfirmed": "failed"}
 BACKLOG_BYTES = 2 * BATCH_BYTES  # unconfirmed; above it the exchange waits for the store
+TIGHT_BYTES = BATCH_BYTES // 4  # the same where the worker's memory is short
 
 
 class Recording:
@@ -56,7 +57,7 @@ class Recording:
 
     async def room(self) -> None:
         """Wait while too much is not in the store yet."""
-        while self.kept and self._unconfirmed > BACKLOG_BYTES:
+        while self.kept and self._unconfirmed > (TIGHT_BYTES if self._buffered.tight else BACKLOG_BYTES):
             self._changed.clear()
             await self._changed.wait()
 

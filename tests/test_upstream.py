@@ -865,16 +865,37 @@ async def test_silence_is_a_timeout(said):
 
 
 async def test_what_comes_slowly_is_not_silence():
-    """The silence is counted from the last byte: an answer that drips takes as long as it takes."""
+    """The silence is counted from the last byte of a body: an answer that drips takes as long as it takes."""
+    body = b"x" * 40
 
     async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await raw.request(reader)
-        for at in range(len(OK)):
-            writer.write(OK[at : at + 1])
+        writer.write(HEAD + b"Content-Length: 40\r\n\r\n")
+        for at in range(len(body)):
+            writer.write(body[at : at + 1])
             await asyncio.sleep(0.03)
 
     async with serving(talk) as raw, pool_to(raw.port) as pool, sent(pool) as connection:
-        assert (await answer_of(connection, silence_s=0.8))[1] == b"ok"
+        assert (await answer_of(connection, silence_s=0.8))[1] == body
+
+
+@pytest.mark.parametrize("before", [b"", b"HTTP/1.1 102 Processing\r\n\r\n"])
+async def test_a_head_that_never_ends_is_silence(before):
+    """A head that drips is Lost once it, counted from the last whole interim answer, took longer than allowed."""
+
+    async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await raw.request(reader)
+        if before:
+            await asyncio.sleep(0.4)
+        writer.write(before + HEAD)
+        while not writer.is_closing():
+            writer.write(b"A: b\r\n")
+            await asyncio.sleep(0.05)
+
+    async with serving(talk) as raw, pool_to(raw.port) as pool, sent(pool) as connection:
+        with pytest.raises(Lost) as lost:
+            await answer_of(connection, silence_s=0.6)
+        assert lost.value.timeout
 
 
 @pytest.mark.parametrize("size", [5, len(OK) - 2, len(OK) - 1, len(OK)])

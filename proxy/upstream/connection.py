@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from proxy.upstream import Pool
 
 MAX_INTERIM = 16  # 1xx answers before the final one
-HIGH_WATER, LOW_WATER = 262144, 65536  # buffered bytes of an answer at which reading pauses and goes on
+JOINED_BYTES = 65536  # of a body that is copied behind its head for one write; a larger one would take twice its room
+HIGH_WATER, LOW_WATER = 131072, 65536  # buffered bytes of an answer at which reading pauses and goes on
 
 
 class NotSent(Exception):
@@ -53,6 +54,11 @@ class Buffered:
 
     def give(self, size: int) -> None:
         self.used -= size
+
+    @property
+    def tight(self) -> bool:
+        """Whether what is streamed should take less, so that room is left for newcomers."""
+        return self.used > self.limit // 2
 
 
 class Connection(asyncio.Protocol):
@@ -98,7 +104,10 @@ class Connection(asyncio.Protocol):
         self._begin(head_only)
         self._parser, self._spare = self._spare or httptools.HttpResponseParser(self), None
         if self.transport is not None:
-            self.transport.write(head + body if body else head)
+            if len(body) > JOINED_BYTES:
+                self.transport.writelines((head, body))
+            else:
+                self.transport.write(head + body if body else head)
 
     def send_stream(self, head: bytes, body: AsyncIterator[bytes], chunked: bool, head_only: bool = False) -> None:
         """Send a request whose body comes in blocks, while its answer may already be coming."""
@@ -156,9 +165,15 @@ class Connection(asyncio.Protocol):
     # The answer ...
 
     async def head(self, silence_s: float) -> AnswerHead:
-        """Return the head of the final answer. Raises Lost."""
+        """Return the head of the final answer. Raises Lost where it, or an interim one, takes longer than silence."""
+        now, until, interim = self._loop.time, 0.0, -1
+        extensions = 1  # a pause of our own process may have taken the time
         while self.answer is None:
-            await self.arrival(silence_s)
+            if self._interim > interim:
+                until, interim = now() + silence_s, self._interim
+            elif extensions and now() >= until:
+                until, extensions = now() + silence_s, 0
+            await self.arrival(until - now())
         return self.answer
 
     async def whole(self, most_bytes: int, window_s: float) -> bool:
@@ -185,6 +200,7 @@ class Connection(asyncio.Protocol):
         while not self._chunks:
             if self.complete:
                 return b""
+            self._resume()
             await self.arrival(silence_s)
         return self.take()
 
@@ -194,9 +210,7 @@ class Connection(asyncio.Protocol):
         self._chunks.clear()
         self._pool.buffered.give(self.buffered)
         self.buffered = 0
-        if self._reading_paused and self.transport is not None:
-            self._reading_paused = False
-            self.transport.resume_reading()
+        self._resume()
         return data
 
     def arrival(self, silence_s: float) -> "asyncio.Future[None]":
@@ -256,8 +270,8 @@ class Connection(asyncio.Protocol):
             self._parser = None
         elif self._head_bytes > MAX_HEAD_BYTES:
             self.fail(Lost("the upstream's head is too large"))
-        elif self.buffered > (LOW_WATER if self._pool.buffered.used > self._pool.buffered.limit else HIGH_WATER):
-            self._pause()
+        elif self.buffered > (LOW_WATER if self._pool.buffered.tight else HIGH_WATER):
+            self.pause()
         self._wake()
 
     def _switch(self, rest: bytes) -> None:
@@ -268,10 +282,16 @@ class Connection(asyncio.Protocol):
         if rest:
             self.on_body(rest)
 
-    def _pause(self) -> None:
+    def pause(self) -> None:
+        """Read no further until more is asked for."""
         if self.transport is not None and not self._reading_paused:
             self._reading_paused = True
             self.transport.pause_reading()
+
+    def _resume(self) -> None:
+        if self._reading_paused and self.transport is not None:
+            self._reading_paused = False
+            self.transport.resume_reading()
 
     def eof_received(self) -> None:
         if self.answer is not None and self.answer.eof_framed and not self.complete:
