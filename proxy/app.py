@@ -19,9 +19,10 @@ from proxy.handler import Gateway
 from proxy.headers import Gate
 from proxy.keys import Digests
 from proxy.leases import Leases
-from proxy.listener import HEAD_S, Listener
+from proxy.listener import Listener, bound_unsent
 from proxy.logs import AccessLog
 from proxy.metrics import Metrics, Outcome
+from proxy.pace import Pace
 from proxy.routes import Route, Routes
 from proxy.rules import Rule, Rules, Upstream
 from proxy.rules import load as load_rules
@@ -82,8 +83,11 @@ class Service:
         self._leases = Leases(self.store, settings.lease_ms, self._report, self._loop.time)
         self._waiters = Waiters(self.store, settings.max_waiters, settings.lease_ms, self._leases.__contains__)
         self._pools = Pools(self._make_pool)
+        self._pace = Pace(settings.client_stall_s, settings.client_min_bytes_per_s)
         self._gateway = self._make_gateway(load_rules(settings))
-        self._listener = Listener(self._gateway, max_connections=settings.max_connections, observe=self._observe)
+        self._listener = Listener(
+            self._gateway, max_connections=settings.max_connections, pace=self._pace, observe=self._observe
+        )
         self._drain = Drain(self._gateway, self._listener, self._waiters, self._pools, self.store, self._background)
         self._servers: list[asyncio.Server] = []
         self._admin: web.AppRunner | None = None
@@ -113,7 +117,9 @@ class Service:
             gate=self._gate(rules),
             routes=routes,
             digests=Digests(settings.secret.get_secret_value().encode()),
-            bodies=Bodies(self._buffered, Buffered(settings.max_spool_bytes), spool_dir, settings.max_request_bytes),
+            bodies=Bodies(
+                self._buffered, Buffered(settings.max_spool_bytes), spool_dir, settings.max_request_bytes, self._pace
+            ),
             trusted=settings.trusted_proxies,
             max_in_flight=settings.max_in_flight,
             observe=self._observe,
@@ -147,7 +153,7 @@ class Service:
             reuse_idle_s=rule.upstream.reuse_idle_s,
             store_timeout_s=settings.store_timeout_ms / 1000,
             patience_s=settings.settle_timeout_s,
-            client_stall_s=settings.client_stall_s,
+            pace=self._pace,
             longest_s=settings.upstream_timeout_s + settings.client_stall_s + 2 * settings.settle_timeout_s + 10,
         )
 
@@ -199,13 +205,14 @@ class Service:
         self.store.start()
         keepers = (self.store.watch, self._leases.run, self._waiters.run, self._listener.sweep)
         self._tasks = [self._loop.create_task(self._keep(keeper)) for keeper in keepers]
-        tls, handshake_s = _server_tls(settings), HEAD_S if settings.tls_cert_file else None
+        tls, handshake_s = _server_tls(settings), self._listener.head_s if settings.tls_cert_file else None
         place = (settings.listen.host, settings.listen.port)
         self._servers.append(
             await self._loop.create_server(
                 self._listener, *place, ssl=tls, ssl_handshake_timeout=handshake_s, backlog=1024
             )
         )
+        bound_unsent(self._servers[0])
         self._admin = web.AppRunner(
             admin_app(self.metrics.text, self.problems), access_log=None, shutdown_timeout=CANCEL_S
         )

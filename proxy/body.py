@@ -12,11 +12,11 @@ from typing import IO
 
 from aiohttp import StreamReader
 
+from proxy.pace import Pace, Watch
 from proxy.upstream import Buffered
 
 MEMORY_BYTES = 1048576  # of one body; what is longer is spooled
 BLOCK_BYTES = 262144
-STALL_S = 30.0  # for which a body may pause
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class NoRoom:
 
 @dataclass(frozen=True, slots=True)
 class BrokenOff:
-    """The client left, stalled or broke its own framing before the body was whole."""
+    """The client left, was too slow or broke its own framing before the body was whole."""
 
     stalled: bool = False
 
@@ -74,10 +74,11 @@ class Body:
 
 
 class Bodies:
-    """Reads request bodies within the worker's limits (all in bytes)."""
+    """Reads request bodies within the worker's limits (all in bytes), as fast as `pace` asks for."""
 
-    def __init__(self, memory: Buffered, spool: Buffered, spool_dir: str | None, max_bytes: int) -> None:
+    def __init__(self, memory: Buffered, spool: Buffered, spool_dir: str | None, max_bytes: int, pace: Pace) -> None:
         self._memory, self._spool, self._spool_dir, self.max_bytes = memory, spool, spool_dir, max_bytes
+        self._pace = pace
 
     def here(
         self, content: StreamReader, length: int | None, most: int | None = None
@@ -101,14 +102,15 @@ class Bodies:
         most = self.max_bytes if most is None else most
         parts: list[bytes] = []
         size = 0
-        while block := await read_block(content):
+        watch = Watch(self._pace)
+        while block := await read_block(content, watch):
             if isinstance(block, BrokenOff):
                 return self._give_up(size, block)
             if size + len(block) > most:
                 return self._give_up(size, TooLarge())
             if size + len(block) > MEMORY_BYTES:
                 self._memory.give(size)
-                return await self._spool_rest(content, [*parts, block], most)
+                return await self._spool_rest(content, [*parts, block], most, watch)
             if not self._memory.take(len(block)):
                 return self._give_up(size, NoRoom())
             parts.append(block)
@@ -120,7 +122,7 @@ class Bodies:
         return why
 
     async def _spool_rest(
-        self, content: StreamReader, begun: list[bytes], most: int
+        self, content: StreamReader, begun: list[bytes], most: int, watch: Watch
     ) -> Body | TooLarge | NoRoom | BrokenOff:
         file: IO[bytes] | None = None
         size = 0
@@ -138,7 +140,7 @@ class Bodies:
                 else:
                     size += len(block)
                     _write_all(file, block)
-                    block = await read_block(content)
+                    block = await read_block(content, watch)
         except OSError:  # the disk is full, or there are no descriptors left
             outcome = NoRoom()
         except BaseException:
@@ -161,20 +163,29 @@ def _write_all(file: IO[bytes], block: bytes) -> None:
         view = view[file.write(view) :]
 
 
-async def read_block(content: StreamReader) -> bytes | BrokenOff:
+async def read_block(content: StreamReader, watch: Watch) -> bytes | BrokenOff:
     """Return the next bytes of a body, empty at its end."""
-    try:
-        async with asyncio.timeout(STALL_S):
-            return await content.readany()
-    except TimeoutError:  # ours, or the listener's for a body whose framing broke
-        return BrokenOff(stalled=content.exception() is None)
-    except Exception:  # aiohttp raises what it made of the client's framing, or of its leaving
-        return BrokenOff()
+    now = asyncio.get_running_loop().time
+    while True:
+        began, block = now(), b""
+        try:
+            async with asyncio.timeout(watch.left_s):
+                block = await content.readany()
+        except TimeoutError:  # ours, or the listener's for a body whose framing broke
+            if content.exception() is not None:
+                return BrokenOff()
+        except Exception:  # aiohttp raises what it made of the client's framing, or of its leaving
+            return BrokenOff()
+        if not watch.keeps_up(now() - began, len(block)) and not content.at_eof():
+            return BrokenOff(stalled=True)
+        if block or content.at_eof():
+            return block
 
 
-async def stream(content: StreamReader) -> AsyncIterator[bytes]:
-    """Yield the bytes of a body as they come. Raises ConnectionError where it breaks off."""
-    while block := await read_block(content):
+async def stream(content: StreamReader, pace: Pace) -> AsyncIterator[bytes]:
+    """Yield the bytes of a body as they come. Raises ConnectionError where it breaks off, TimeoutError if slowly."""
+    watch = Watch(pace)
+    while block := await read_block(content, watch):
         if isinstance(block, BrokenOff):
             raise TimeoutError if block.stalled else ConnectionError("the client's body broke off")
         yield block

@@ -4,13 +4,16 @@ aiohttp's own responses re-encode values, rewrite the reason and title-case name
 """
 
 import asyncio
+import fcntl
 import socket
 import struct
+import termios
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import StreamReader
 
 from proxy.headers import status_line
+from proxy.pace import Pace
 
 if TYPE_CHECKING:
     from proxy.listener import ClientConnection
@@ -18,6 +21,9 @@ if TYPE_CHECKING:
 
 # How the kernel closes the socket, also that of a process that died: with a reset, or with its usual FIN.
 _RESET, _FIN = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
+
+
+BACKLOG_BYTES = 65536
 
 
 class Request:
@@ -50,10 +56,10 @@ class Client:
     _owed = 0  # bytes still to come, by length
     _held = b""
 
-    def __init__(self, request: Request, stall_s: float) -> None:
+    def __init__(self, request: Request, pace: Pace) -> None:
         message = request.message
         self._connection = request.protocol
-        self._stall_s = stall_s
+        self.pace = pace
         self._http10 = message.version < (1, 1)
         # What a client sends behind an upgrade is lost with the upgrade. aiohttp's parser (3.14.5) takes the last
         # trailer of a chunked body for the first field of the next request: there must be none.
@@ -211,20 +217,40 @@ class Client:
         if transport is not None and not transport.is_closing():
             transport.write(data)
 
-    async def taken(self) -> bool:
-        """Wait until there is room to write more, for `stall_s` seconds at most; return whether there is.
+    @property
+    def backlog(self) -> bool:
+        """Whether so much is still to be written that no more should be fetched."""
+        transport = self._connection.transport
+        return transport is not None and transport.get_write_buffer_size() > BACKLOG_BYTES
 
-        False: not yet, but the client goes on taking. One that took nothing for so long is cut off.
+    async def taken(self) -> bool:
+        """Wait until there is room to write more, for a window of its pace at most; return whether there is.
+
+        False: not yet, but the client goes on taking. One that took too little is cut off.
         """
         connection = self._connection
+        if not connection.writing_paused and self.backlog:
+            await asyncio.sleep(0)  # uvloop writes at the end of a turn, and pauses only then
         if not connection.writing_paused or (transport := connection.transport) is None:
             return True
-        before = transport.get_write_buffer_size()
+        before = untaken_bytes(transport)
         connection.room = asyncio.get_running_loop().create_future()
-        await asyncio.wait([connection.room], timeout=self._stall_s)
+        await asyncio.wait([connection.room], timeout=self.pace.window_s)
         if not connection.writing_paused or connection.transport is None:
             return True
-        if transport.get_write_buffer_size() >= before:
+        if before - untaken_bytes(transport) < self.pace.least:
             self.cut_off = True
             self.abort()
         return self.cut_off
+
+
+def untaken_bytes(transport: asyncio.Transport) -> int:
+    """Return what was written and the peer does not have yet.
+
+    The kernel's part of it counts: it frees its room in lumps of a third, which a slow peer takes minutes for.
+    """
+    untaken = transport.get_write_buffer_size()
+    raw = transport.get_extra_info("socket")
+    if raw is not None and (untaken or not transport.is_closing()):
+        untaken += struct.unpack("i", fcntl.ioctl(raw.fileno(), termios.TIOCOUTQ, bytes(4)))[0]
+    return untaken

@@ -17,6 +17,7 @@ from proxy.decision import Ending, Settlement, ending, must_reclaim
 from proxy.headers import AnswerHead, answer_blocks, upstream_age, with_fence
 from proxy.keys import Scope
 from proxy.leases import Held, Leases, suspended_clock_s
+from proxy.pace import Pace
 from proxy.policy import Disposition, Policy
 from proxy.problems import Problem, problem
 from proxy.recording import Recording
@@ -50,7 +51,7 @@ class Workshop:
     reuse_idle_s: float
     store_timeout_s: float
     patience_s: float
-    client_stall_s: float
+    pace: Pace  # what a client has to keep up
     longest_s: float  # no await of an exchange takes longer
 
 
@@ -119,9 +120,9 @@ class Exchange:
         began, silence_s = time.perf_counter(), self._shop.silence_s
         try:
             self._send(connection)
-            while connection.answer is None:
+            if connection.answer is None:
                 await connection.arrival(silence_s)
-            head = connection.answer
+            head = connection.answer or await connection.head(silence_s)
             if self._is_small(head) and (
                 connection.is_small(SMALL_BYTES) or await connection.whole(SMALL_BYTES, SMALL_S)
             ):
@@ -238,8 +239,10 @@ class Exchange:
                 await recording.room()
                 if recording.state in ("fenced", "failed"):
                     return Ending.TRUNCATED
-            while not await client.taken():
-                self._touch()
+            if client.backlog:
+                connection.pause()  # a slow client holds one piece, not two
+                while not await client.taken():
+                    self._touch()
             self._touch()
         return ending(self._disposition, recording is not None and recording.kept)
 

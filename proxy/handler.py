@@ -92,7 +92,7 @@ class Gateway:
     async def __call__(self, request: Request) -> Client:
         """Answer one request. Whatever fails in here closes the connection without a clean end."""
         began = time.perf_counter()
-        client = Client(request, self._shop.client_stall_s)
+        client = Client(request, self._shop.pace)
         try:
             found = self._enter(request, client)
             outcome = found if isinstance(found, Outcome) else await found

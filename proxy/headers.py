@@ -59,7 +59,7 @@ ACTED_ON = FORWARDING | frozenset(
         b"x-api-key",
     )
 )
-MAX_HEAD_BYTES = 65536  # of an answer
+MAX_HEAD_BYTES = 65536  # of an answer, or of a request that comes in parts
 OURS = b"oncegate-"  # and whatever follows
 
 _TARGET = re.compile(rb'/[!"$-~\x80-\xff]*')

@@ -1,25 +1,33 @@
 """The public listener's connections: aiohttp's low-level server, with the deadlines and manners it lacks.
 
 aiohttp parses requests and keeps connections; here it learns to answer a client that half-closed, to
-time out slow heads, to count connections, and to refuse in our own words.
+time out slow heads and slow takers, to take any byte in a target, to count connections, and to refuse in
+our own words.
 """
 
 import asyncio
+import socket
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 from aiohttp import StreamReader, web
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
-from proxy.client import Client, Request
-from proxy.headers import Hop
+from proxy.client import Client, Request, untaken_bytes
+from proxy.headers import MAX_HEAD_BYTES, Hop
 from proxy.metrics import Observe, Outcome
+from proxy.pace import Pace
 from proxy.problems import refusal
 
-HEAD_S = 10.0  # for a request's head, from its first byte
+HEAD_S = 10.0  # for a request's head, from its first byte, or a shorter window of the clients' pace
 KEEP_ALIVE_S = 75.0  # between requests
 LINGER_S = 10.0  # for which the rest of a refused body is read and dropped, so that the answer is seen
 SWEEP_S = 0.5
+READ_BYTES = 65536  # of a body that wait for whoever reads it, twice as many at most
+UNSENT_BYTES = 131072  # of one connection in the kernel, which would take up to 4 MiB from a slow client's answer
+# llhttp refuses a byte beyond ASCII in a target, which real clients send: it is shown a letter in its place. A small
+# one, which makes no method, version or scheme of anything.
+_AS_LETTERS = bytes(code if code < 128 else ord("x") for code in range(256))
 
 Handler = Callable[[Request], Awaitable[Client]]
 
@@ -27,11 +35,27 @@ Handler = Callable[[Request], Awaitable[Client]]
 class ClientConnection(RequestHandler):
     """One client's connection."""
 
-    __slots__ = ("body", "gone", "half_closed", "head_since", "hop", "last", "room")
+    __slots__ = (
+        "behind",
+        "body",
+        "gone",
+        "half_closed",
+        "head_bytes",
+        "head_since",
+        "hop",
+        "last",
+        "line",
+        "line_open",
+        "room",
+    )
 
     def __init__(self, manager: "Listener", **kwargs: Any) -> None:
         super().__init__(manager, **kwargs)
         self.head_since: float | None = None
+        self.head_bytes = 0  # of it, that came in parts
+        self.behind = False  # the next head has begun while a request is being answered
+        self.line = b""  # the next request's, as far as it came, where it is not ASCII or came in parts
+        self.line_open = False
         self.hop: Hop | None = None  # what forwarded requests say of this side
         self.half_closed = False
         self.last = False  # no further request is taken
@@ -49,13 +73,53 @@ class ClientConnection(RequestHandler):
             self.force_close()
 
     def data_received(self, data: bytes) -> None:
+        if self._request_count and (self._waiter is None or self._waiter.done()):
+            self._receive_meanwhile(data)
+            return
+        if self.line_open or (self.head_since is None and not data.isascii()):
+            data = self._in_ascii(data)
         super().data_received(data)
         if self._messages:
-            self._look_at(*self._messages[-1])
-        if self._waiter is None or self._waiter.done() or self._messages:
             self.head_since = None
-        elif data and self.head_since is None:
-            self.head_since = self._loop.time()
+            if self.line:
+                self._restore(self.line)
+            self._look_at(*self._messages[-1])
+        elif data:
+            self._begin_head(data)
+
+    def _begin_head(self, data: bytes) -> None:
+        """Count a head that has not come to its end: aiohttp bounds its fields alone, 128 of 16 KiB."""
+        if self.head_since is None:
+            self.head_since, self.head_bytes = self._loop.time(), 0
+            if not self.line:
+                self._in_ascii(data)
+        self.head_bytes += len(data)
+        if self.head_bytes > MAX_HEAD_BYTES and isinstance(self._manager, Listener):
+            self._manager.cut_off(self, 431, "the head is too large")
+
+    def _receive_meanwhile(self, data: bytes) -> None:
+        """While a request is being answered: more of its body, requests behind it, or the beginning of one."""
+        count, begins = self._request_count, self.body is None or self.body.is_eof()
+        super().data_received(data)
+        if self._request_count > count:
+            self._look_at(*self._messages[-1])
+        self.behind = begins and self._request_count == count
+
+    def _in_ascii(self, data: bytes) -> bytes:
+        """Return the beginning of a request with a line of ASCII alone, and remember the real one."""
+        line, end, rest = data.partition(b"\n")
+        self.line += line
+        self.line_open = not end
+        return line.translate(_AS_LETTERS) + end + rest
+
+    def _restore(self, line: bytes) -> None:
+        """Give the request its real target back."""
+        self.line, self.line_open = b"", False
+        message, content = self._messages[0]
+        if not (line.isascii() or isinstance(message, _ErrInfo)):
+            target = b" ".join(line.split(b" ")[1:-1]).strip(b" ")
+            message = message._replace(path=target.decode("utf-8", "surrogateescape"))
+            self._messages[0] = (message, content)
 
     def _look_at(self, message: object, content: StreamReader) -> None:
         """Remember the newest request's body, and end its reading when its framing turns out to be broken."""
@@ -167,6 +231,8 @@ class ClientConnection(RequestHandler):
 
     def _arrival(self) -> "asyncio.Future[None]":
         """Return what is done when the next request's head has come."""
+        if self.behind:
+            self.behind, self.head_since = False, self._loop.time()
         self._waiter = self._loop.create_future()
         return self._waiter
 
@@ -208,23 +274,34 @@ class ClientConnection(RequestHandler):
             self._keepalive_handle = self._loop.call_at(close_at, self._process_keepalive)
 
 
+def bound_unsent(server: asyncio.Server) -> None:
+    """Bound what the kernel holds unsent for each connection that `server` accepts: it hands the option down."""
+    if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # Linux, macOS
+        for listening in server.sockets:
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+
+
 class Listener(web.Server):
     """Makes the connections of one public listener and holds them to their limits.
 
     `observe` is told of what never becomes a request for the handler.
     """
 
-    def __init__(self, handler: Handler, *, max_connections: int, observe: Observe) -> None:
+    def __init__(self, handler: Handler, *, max_connections: int, pace: Pace, observe: Observe) -> None:
         super().__init__(
             handler,  # type: ignore[arg-type]  # called by ClientConnection alone
             keepalive_timeout=KEEP_ALIVE_S,
-            lingering_time=LINGER_S,
+            lingering_time=min(LINGER_S, pace.window_s),
             auto_decompress=False,
             access_log=None,
+            read_bufsize=READ_BYTES,
             max_line_size=16384,
             max_field_size=16384,
         )
-        self._max_connections, self.observe = max_connections, observe
+        self._max_connections, self._pace, self.observe = max_connections, pace, observe
+        self.head_s = min(HEAD_S, pace.window_s)
+        # Closed on our side with bytes that the peer has still to take: since when, and how many.
+        self._leaving: dict[asyncio.Transport, tuple[float, int]] = {}
 
     def __call__(self) -> RequestHandler:
         return ClientConnection(self, loop=self._loop, **self._kwargs)
@@ -252,16 +329,33 @@ class Listener(web.Server):
             one.abort()
 
     async def sweep(self) -> None:
-        """Close connections whose head takes too long, until cancelled."""
+        """Close connections whose head takes too long, and those whose end nobody takes, until cancelled."""
         while True:
-            await asyncio.sleep(SWEEP_S)
-            late = self._loop.time() - HEAD_S
-            for connection in self.connections:
+            await asyncio.sleep(min(SWEEP_S, self.head_s / 4))
+            now = self._loop.time()
+            late = now - self.head_s
+            leaving = []
+            for connection, transport in list(self._connections.items()):
                 if isinstance(connection, ClientConnection) and (connection.head_since or late + 1) < late:
-                    self._time_out(connection)
+                    self.cut_off(connection, 408, "the head took too long")
+                if transport.is_closing() and transport.get_write_buffer_size():
+                    leaving.append(transport)
+            self._leaving = {transport: self._hurry(transport, now) for transport in leaving}
 
-    def _time_out(self, connection: ClientConnection) -> None:
-        self.observe(Outcome("invalid", 408, ""))
+    def _hurry(self, transport: asyncio.Transport, now: float) -> tuple[float, int]:
+        """Return since when a closed connection keeps up the pace and what it had to take then; cut off one that
+        does not."""
+        untaken = untaken_bytes(transport)
+        since, before = self._leaving.get(transport, (now, untaken))
+        if now - since < self._pace.window_s:
+            return since, before
+        if before - untaken < self._pace.least:
+            transport.abort()
+        return now, untaken
+
+    def cut_off(self, connection: ClientConnection, status: int, detail: str) -> None:
+        """Refuse a head before its end, and with it the connection."""
+        self.observe(Outcome("invalid", status, ""))
         if connection.transport is not None:
-            connection.transport.write(Client.closing_answer(refusal(408, "the head took too long")))
+            connection.transport.write(Client.closing_answer(refusal(status, detail)))
         connection.force_close()

@@ -46,6 +46,7 @@ REFUSALS = {
     408: Kind(408, "The request did not arrive in time", True, True, False),
     417: Kind(417, "This expectation cannot be met", False, None, False),
     421: Kind(421, "This host is not served here", False, None, False),
+    431: Kind(431, "The head is too large", False, None, False),
     500: Kind(500, "The proxy failed", False, None, False),
     501: Kind(501, "This is not served", False, None, False),
     503: Kind(503, "Too much at once; nothing was sent", True, True, False),

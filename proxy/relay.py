@@ -45,7 +45,7 @@ async def relay(
         if length == 0:
             connection.send(head, b"", head_only=method == "HEAD")
         else:
-            blocks = content.stream() if isinstance(content, Body) else stream(content)
+            blocks = content.stream() if isinstance(content, Body) else stream(content, client.pace)
             connection.send_stream(head, blocks, chunked=length is None, head_only=method == "HEAD")
         word = await pass_on(client, connection, await connection.head(silence_s), silence_s, mark)
     except Lost as lost:
@@ -72,8 +72,10 @@ async def pass_on(client: Client, connection: Connection, head: AnswerHead, sile
     client.begin(head.status, head.reason, block, length=head.length, stated=True, eof=head.eof_framed)
     while data := await connection.chunk(silence_s):
         client.write(data)
-        while not await client.taken():
-            pass
+        if client.backlog:
+            connection.pause()  # a slow client holds one piece, not two
+            while not await client.taken():
+                pass
         if client.gone:
             return "passthrough"  # nobody takes the rest, and nobody stores it
     client.end()

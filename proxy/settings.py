@@ -230,7 +230,15 @@ class Settings(BaseSettings):
     max_stored_bytes: Bytes = Field(16_777_216, description="Largest answer that is stored with its body.")
     max_in_flight: Count = Field(4096, description="Claimed requests running at once, for each worker.")
     max_connections: Count = Field(8192, description="Client connections open at once, for each worker.")
-    client_stall_s: Seconds = Field(30, description="A client that takes nothing for so long is cut off.")
+    client_stall_s: Seconds = Field(
+        30, description="A client that takes or sends nothing for so long is cut off; a head has 10 s at most."
+    )
+    client_min_bytes_per_s: int = Field(
+        240,
+        ge=0,
+        le=PIBIBYTE,
+        description="Average over such a time below which a client that is waited for is cut off; 0: any byte counts.",
+    )
     workers: int = Field(1, ge=1, description="Processes that share the port.")
     drain_delay_s: SecondsOrZero = Field(0, description="After SIGTERM: time to go on serving, not ready.")
     drain_s: SecondsOrZero = Field(25, description="After that delay: the grace for what is in flight.")

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import structlog
 
-from proxy import body as module
 from proxy.app import Service
 from proxy.body import MEMORY_BYTES, Bodies, Body, BrokenOff, NoRoom, TooLarge, stream
 from proxy.client import Client, Request
 from proxy.listener import Listener
+from proxy.pace import Pace
 from proxy.settings import load
 from proxy.upstream import Buffered
 from tests.parts import RawClient, ask, chunk, read_answer, request, until
@@ -41,13 +41,14 @@ class Reading:
     """A listener whose handler reads each body whole; `came` has what it got."""
 
     spool_dir: Path
+    pace: Pace = field(default_factory=lambda: Pace(30, 1))
     memory: Buffered = field(default_factory=lambda: Buffered(8 << 20))
     spool: Buffered = field(default_factory=lambda: Buffered(8 << 20))
     begun: int = 0
     came: list[Body | TooLarge | NoRoom | BrokenOff] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.bodies = Bodies(self.memory, self.spool, str(self.spool_dir), LIMIT)
+        self.bodies = Bodies(self.memory, self.spool, str(self.spool_dir), LIMIT, self.pace)
 
     async def __call__(self, asked: Request) -> Client:
         self.begun += 1
@@ -56,7 +57,7 @@ class Reading:
         here = self.bodies.here(asked.content, None if chunked else int(length or 0))
         read = here or await self.bodies.read(asked.content)
         self.came.append(read)
-        client = Client(asked, stall_s=5)
+        client = Client(asked, Pace(5, 1))
         client.send(200, b"OK", b"", type(read).__name__.encode())
         return client
 
@@ -80,7 +81,7 @@ def reading(tmp_path: Path) -> Reading:
 @asynccontextmanager
 async def listening(handler: object) -> AsyncIterator[int]:
     """Serve with a real listener on a port of its own, and yield it."""
-    listener = Listener(handler, max_connections=100, observe=lambda _: None)
+    listener = Listener(handler, max_connections=100, pace=Pace(5, 1), observe=lambda _: None)
     server = await asyncio.get_running_loop().create_server(listener, "127.0.0.1", 0)
     try:
         yield server.sockets[0].getsockname()[1]
@@ -174,9 +175,9 @@ async def test_a_body_that_breaks_off_is_none(reading, size, end):
     assert reading.held == (0, 0)
 
 
-async def test_a_body_may_pause_and_not_stall(reading, monkeypatch):
-    """Each pause has the whole deadline, the body as such has none; one pause too long ends it."""
-    monkeypatch.setattr(module, "STALL_S", 1.0)
+async def test_a_body_may_pause_and_not_stall(tmp_path):
+    """A body that keeps up its pace takes as long as it takes; a window with too little of it ends it."""
+    reading = Reading(tmp_path, Pace(1, 3))
     async with listening(reading) as port:
         with closing(await RawClient.open(port)) as client:
             client.writer.write(request("POST", "/", None, b"", "Content-Length: 10"))
@@ -187,19 +188,24 @@ async def test_a_body_may_pause_and_not_stall(reading, monkeypatch):
         with closing(await RawClient.open(port)) as client:
             client.writer.write(request("POST", "/", None, b"", "Content-Length: 10") + b"x")
             assert (await read_answer(client.reader)).body == b"BrokenOff"
-    assert reading.came[1] == BrokenOff(stalled=True)
+        with closing(await RawClient.open(port)) as client:
+            client.writer.write(request("POST", "/", None, b"", "Transfer-Encoding: chunked"))
+            while len(reading.came) < 3:
+                client.writer.write(chunk(b"x"))
+                await asyncio.sleep(0.6)
+            assert (await read_answer(client.reader)).body == b"BrokenOff"
+    assert reading.came[1:] == [BrokenOff(stalled=True)] * 2
     assert reading.memory.used == 10
 
 
-async def test_a_streamed_body_says_how_it_broke(monkeypatch):
+async def test_a_streamed_body_says_how_it_broke():
     """Pass-through yields the bytes as they come; a pause too long and a break are different errors."""
-    monkeypatch.setattr(module, "STALL_S", 0.5)
     came: list[object] = []
 
     async def handler(asked: Request) -> Client:
-        client = Client(asked, stall_s=5)
+        client = Client(asked, Pace(5, 1))
         try:
-            async for block in stream(asked.content):
+            async for block in stream(asked.content, Pace(0.5, 1)):
                 came.append(block)
         except (TimeoutError, ConnectionError) as error:
             came.append(type(error))
@@ -223,13 +229,13 @@ async def test_a_streamed_body_says_how_it_broke(monkeypatch):
 @pytest.fixture
 async def service(upstream, valkey, tmp_path, monkeypatch) -> AsyncIterator[Service]:
     """The service inside this process, with deadlines that a test can wait for."""
-    monkeypatch.setattr(module, "STALL_S", 0.5)
     monkeypatch.chdir(tmp_path)
     for name, value in {
         "UPSTREAM": upstream.url,
         "STORE_URL": valkey.url,
         "LISTEN": "127.0.0.1:0",
         "ADMIN_LISTEN": "127.0.0.1:0",
+        "CLIENT_STALL_S": "0.5",
     }.items():
         monkeypatch.setenv(f"ONCEGATE_{name}", value)
     settings = load()

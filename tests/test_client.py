@@ -8,6 +8,7 @@ import pytest
 
 from proxy.client import Client, Request
 from proxy.listener import Listener
+from proxy.pace import Pace
 from proxy.problems import problem
 from tests.parts import RawClient, ask, read_answer, request, until
 
@@ -26,11 +27,11 @@ async def answering(*scripts: Script, stall_s: float = 5) -> AsyncIterator[int]:
     left = list(scripts)
 
     async def handler(asked: Request) -> Client:
-        client = Client(asked, stall_s)
+        client = Client(asked, Pace(stall_s, 1))
         await (left.pop(0) if len(left) > 1 else left[0])(client)
         return client
 
-    listener = Listener(handler, max_connections=100, observe=lambda _: None)
+    listener = Listener(handler, max_connections=100, pace=Pace(5, 1), observe=lambda _: None)
     server = await asyncio.get_running_loop().create_server(listener, "127.0.0.1", 0)
     try:
         yield server.sockets[0].getsockname()[1]

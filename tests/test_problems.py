@@ -34,6 +34,7 @@ REFUSED = {
     408: (YES, YES),
     417: (NO, NULL),
     421: (NO, NULL),
+    431: (NO, NULL),
     500: (NO, NULL),
     501: (NO, NULL),
     503: (YES, YES),

@@ -83,6 +83,7 @@ CASES: dict[str, tuple[object, str, object, str, str]] = {
     "max_in_flight": (4096, "1", 1, "0", "must be at least 1"),
     "max_connections": (8192, "1", 1, "1000001", "must be at most 1000000"),
     "client_stall_s": (30.0, "1", 1.0, "1e300", "must be at most 315360000"),
+    "client_min_bytes_per_s": (240, "0", 0, "-1", "must be at least 0"),
     "workers": (1, "1", 1, "0", "this value comes later"),
     "drain_delay_s": (0.0, "5", 5.0, "-1", "must be at least 0"),
     "drain_s": (25.0, "0", 0.0, "-1", "must be at least 0"),

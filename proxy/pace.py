@@ -1,0 +1,35 @@
+"""How slowly a client may send or take bytes while the proxy waits for it. Pure."""
+
+from typing import NamedTuple
+
+
+class Pace(NamedTuple):
+    """In each `window_s` seconds of waiting a client has to move `bytes_per_s` on average, and a byte at least."""
+
+    window_s: float
+    bytes_per_s: int
+
+    @property
+    def least(self) -> int:
+        """The bytes that a window asks for."""
+        return max(1, int(self.window_s * self.bytes_per_s))
+
+
+class Watch:
+    """Holds one body to a pace. Only the time that was spent waiting for the client counts."""
+
+    __slots__ = ("_moved", "_pace", "left_s")
+
+    def __init__(self, pace: Pace) -> None:
+        self._pace, self._moved = pace, 0
+        self.left_s = pace.window_s  # of this window
+
+    def keeps_up(self, waited_s: float, moved: int) -> bool:
+        """Count what moved within a time of waiting; return False once a window is over that moved too little."""
+        self._moved += moved
+        self.left_s -= waited_s
+        if self.left_s > 0:
+            return True
+        fast = self._moved >= self._pace.least
+        self._moved, self.left_s = 0, self._pace.window_s
+        return fast
