@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -191,7 +191,7 @@ class RawUpstream:
     async def start(self, sock: socket.socket | None = None) -> None:
         """Listen, on `sock` where one is given, else on a port of its own."""
         place: dict[str, Any] = {"sock": sock} if sock else {"host": "127.0.0.1", "port": 0}
-        self._server = await asyncio.start_server(self._serve, limit=1 << 26, **place)
+        self._server = await asyncio.start_server(self._serve, limit=1 << 26, backlog=2048, **place)
         self.port = self._server.sockets[0].getsockname()[1]
 
     @property
@@ -475,3 +475,50 @@ async def until(condition: Callable[[], Any], seconds: float = 10) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not come about in time"
         await asyncio.sleep(0.01)
+
+
+class Talk(asyncio.Protocol):
+    """What comes back on a connection. A stream reader would forget it where the end is a reset."""
+
+    def __init__(self) -> None:
+        self.came = b""
+        self.over = asyncio.Event()
+
+    def data_received(self, data: bytes) -> None:
+        self.came += data
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.over.set()
+
+
+async def converse(port: int, *pieces: bytes, pause_s: float = 0.003) -> list[Answer]:
+    """Send these pieces in segments of their own, half-close, and return the answers that came before the end."""
+    transport, talk = await asyncio.get_running_loop().create_connection(Talk, "127.0.0.1", port)
+    for piece in pieces:
+        transport.write(piece)
+        await asyncio.sleep(pause_s)
+    with suppress(OSError):  # it has ended already
+        transport.write_eof()
+    async with asyncio.timeout(20):
+        await talk.over.wait()
+    return await answers_in(talk.came)
+
+
+async def answers_in(raw: bytes) -> list[Answer]:
+    """Return the answers that these bytes are, to the last byte."""
+    reader = asyncio.StreamReader()
+    reader.feed_data(raw)
+    reader.feed_eof()
+    answers = []
+    while not reader.at_eof():
+        answer = await read_answer(reader)
+        assert answer is not None
+        assert answer.complete
+        answers.append(answer)
+    return answers
+
+
+async def rest(client: RawClient) -> bytes:
+    """Return all that comes until the connection is closed, which must not take long."""
+    async with asyncio.timeout(20):
+        return await client.reader.read()

@@ -398,6 +398,10 @@ TARGETS = [
     b"/a+b?c+d=%20",
     b"/" + b"long/" * 3000,
     b"/?" + b"q=%41&" * 2000,
+    b"/caf\xc3\xa9",
+    b"/?q=\xc3\xa9",
+    b"/\xff",
+    b"/\xed\xa0\x80",
 ]
 
 
@@ -415,8 +419,8 @@ async def test_a_target_goes_on_byte_for_byte(upstream, valkey, proxies):
 
 
 async def test_a_target_that_no_url_can_hold_is_refused_and_never_rewritten(standing, behind, valkey):
-    """Bytes that RFC 3986 leaves out of a target get 400: nothing is sent in their place, no key is claimed."""
-    for target in (b"/caf\xc3\xa9", b"/?q=\xc3\xa9", b"/\xff", b"/\xed\xa0\x80", b"/a#b", b"/a\x7fb", b"/a\x01"):
+    """Controls and fragments in a target get 400: nothing is sent in their place, no key is claimed."""
+    for target in (b"/a#b", b"/a\x7fb", b"/a\x01", b"/\xe9#b", b"/\xe9\x7f"):
         for key in ("a-key", None):
             raw = request("POST", "/TARGET", key, b"x").replace(b"/TARGET", target, 1)
             assert (await over(standing.port, raw)).status == 400, target

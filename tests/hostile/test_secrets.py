@@ -1,0 +1,131 @@
+"""What was said in confidence is found in no log and no metric (T17)."""
+
+import asyncio
+import random
+from contextlib import closing, suppress
+
+from tests.parts import OK, RawClient, answering, ask, chunk, read_answer, request, until
+
+HEADERS = (
+    "Authorization", "X-Api-Key", "Cookie", "Cookie2", "Idempotency-Key", "Proxy-Authorization", "Host", "Referer",
+    "User-Agent", "From", "Origin", "Via", "Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Real-IP", "TE",
+    "Trailer", "Upgrade", "Connection", "Keep-Alive", "Expect", "Content-Type", "Content-Encoding", "Content-Length",
+    "Transfer-Encoding", "Content-Disposition", "Accept", "Accept-Encoding", "Range", "If-Match", "Prefer", "Date",
+    "Max-Forwards", "Signature", "Signature-Input", "Stripe-Signature", "X-Amz-Security-Token", "X-CSRF-Token",
+    "X-Auth-Token", "X-Request-Id", "Traceparent", "Tracestate", "Baggage", "Last-Event-ID", "Oncegate-Status",
+    "Idempotent-Replayed", "Idempotency-Fence", "Sec-WebSocket-Key", "HTTP2-Settings", "X-Custom",
+)  # fmt: skip
+
+
+class Canaries:
+    """Strings that each stand in one place alone; `found_in` says which a text gives away."""
+
+    def __init__(self) -> None:
+        self._dice, self.made = random.Random(17), {}
+
+    def __call__(self, place: str) -> str:
+        word = f"cnry{self._dice.getrandbits(64):016x}"
+        self.made[word] = place
+        return word
+
+    def found_in(self, text: str) -> list[str]:
+        text = text.lower()
+        return [place for word, place in self.made.items() if word in text]
+
+
+def requests(canary: Canaries) -> list[bytes]:
+    """Return requests, sound and broken, with a canary in every place that a client can write in."""
+    made = []
+    for name in HEADERS:
+        value = canary(name)
+        for key in (None, canary(f"key beside {name}")) if name != "Idempotency-Key" else (None,):
+            made.append(request("POST", "/x", key, b"{}", f"{name}: {value}"))
+        made.append(request("POST", "/x", None, b"{}", f"{name}: a", f"{name}: {value}"))
+        made.append(request("POST", "/x", None, b"{}", f"{value}: 1", f"{name}\t: {value}"))
+        made.append(request("POST", "/x", None, b"{}", f"{name}: a\x01{value}"))
+    for place in ("path", "query", "both", "user", "fragment", "raw"):
+        word = canary(f"{place} of a target")
+        forms = {
+            "path": f"/{word}/{word}", "query": f"/x?token={word}&{word}", "both": f"/{word};{word}?{word}",
+            "user": f"http://{word}:{word}@api.test/", "fragment": f"/x#{word}", "raw": f"/\xe9{word}\xff",
+        }  # fmt: skip
+        for method, key in (
+            ("GET", None),
+            ("POST", canary("key")),
+            ("CONNECT", None),
+            (canary("method").upper(), None),
+        ):
+            made.append(request(method, forms[place], key, b"{}"))
+    for key in ("a,b", '"open', "k" * 300, "\x7f", "Digest"):
+        made.append(request("POST", "/x", canary("bad key") + key, b"{}"))
+    made.append(request("POST", "/x", canary("key"), b"{}", f"Authorization: Digest {canary('digest')}"))
+    for broken in (b"zz\r\n", b"5\r\nhello", b"0\r\nA: %s\r\n\r\n", b"2;%s\r\nok\r\n0\r\n\r\n", b"5\r\n%s\r\n"):
+        body = broken.replace(b"%s", canary("chunk").encode())
+        for key in (canary("key"), None):
+            made.append(request("POST", "/x", key, b"", "Transfer-Encoding: chunked") + body)
+    made += [canary("no HTTP").encode() + b"\r\n\r\n", b"GET /%s\r\n\r\n" % canary("HTTP/0.9").encode()]
+    made.append(request("POST", "/x", canary("key"), canary("body").encode() * 1000))
+    made.append(request("POST", "/x", canary("key"), canary("spooled body").encode() * 80_000))
+    return made
+
+
+def answers(canary: Canaries) -> list[bytes]:
+    """Return answers, sound and broken, with a canary in every place that an upstream can write in."""
+    word = canary("answer").encode()
+    length = b"Content-Length: 2\r\n\r\nok"
+    return [
+        OK.replace(b"OK", word),
+        b"HTTP/1.1 200 OK\r\nA: %s\r\nSet-Cookie: %s\r\n%s: 1\r\n" % (word, word, word) + length,
+        b"HTTP/1.1 500 %s\r\nContent-Length: 20\r\n\r\n%s" % (word, word), b"HTTP/1.1 429 %s\r\n" % word + length,
+        b"HTTP/1.1 502 %s\r\n" % word + length, b"HTTP/1.1 200 OK\r\nA: \x01%s\r\n" % word + length,
+        b"HTTP/1.1 200 OK\r\nContent-Length: %s\r\n\r\nok" % word, b"%s\r\n\r\n" % word,
+        b"HTTP/1.1 %s OK\r\n" % word + length,
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: %s\r\n\r\nok" % word, b"HTTP/9.9 200 %s\r\n" % word + length,
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%s\r\n" % word,
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk(word) + b"0\r\n%s: %s\r\n\r\n" % (word, word),
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2;%s\r\nokX" % word,
+        b"HTTP/1.1 101 %s\r\nUpgrade: %s\r\nConnection: upgrade\r\n\r\n%s" % (word, word, word),
+        b"HTTP/1.1 103 %s\r\nLink: %s\r\n\r\n" % (word, word) + OK, b"HTTP/1.1 200 OK\r\n%s" % word,
+        b"HTTP/1.1 200 OK\r\nAge: %s\r\nContent-Type: %s\r\nRetry-After: %s\r\n" % (word, word, word) + length,
+    ]  # fmt: skip
+
+
+async def test_canaries_are_found_in_no_log_and_no_metric(proxies, upstream, valkey):
+    """T17: what stands in any header, target, query, key, body, chunk or answer, sound or broken, is in no log line,
+    at the level of debug and with every access logged, in no metric, and in no answer of the proxy's own."""
+    canary = Canaries()
+    gate = proxies(upstream, valkey.url, LOG_LEVEL="debug", ACCESS_LOG="all", UPSTREAM_TIMEOUT_S=2, CLIENT_STALL_S=1)
+    told: list[str] = []
+
+    async def say(raw: bytes) -> None:
+        with closing(await RawClient.open(gate.port)) as client:
+            client.writer.write(raw)
+            with suppress(OSError):
+                client.writer.write_eof()
+            answer = await read_answer(client.reader)
+            if answer is not None and answer.header("content-type") == b"application/problem+json":
+                told.append(repr(answer))
+
+    made = requests(canary)
+    for start in range(0, len(made), 20):
+        await asyncio.gather(*map(say, made[start : start + 20]))
+    for number, answer in enumerate(answers(canary)):
+        upstream.script = answering(answer)
+        for key in (f"answer-{number}", f"answer-{number}", None):
+            await say(request("POST", "/x", key, b"{}"))
+    upstream.script = answering(OK)
+    with closing(await RawClient.open(gate.port)) as client:  # one that leaves, and one that stalls
+        client.writer.write(request("POST", "/x", canary("key"), canary("left").encode())[:-3])
+        client.reset()
+    stalled = request("POST", "/x", canary("key"), canary("stalled").encode(), "Content-Length: 99")
+    assert (await ask(gate.port, stalled)).status == 408
+    await until(lambda: gate.metric("in_flight") == 0)
+    metrics = gate.admin("/metrics")[1]
+    assert gate.stop() == 0
+    assert len(canary.made) > 140
+    assert len(told) > 150
+    assert canary.found_in(gate.log()) == []
+    assert canary.found_in(metrics) == []
+    assert canary.found_in("\n".join(told)) == []
+    assert "Traceback" not in gate.log()
+    assert len(gate.events("request")) >= len(made)
