@@ -1,0 +1,362 @@
+"""The judge: `python -m loadtest.chaos.check FOLDER` reads what a run left behind and says whether the promise held.
+
+It shares no code with what ran. It believes the clients' logs, the upstream's log and the timeline of faults; of the
+proxies it reads only what they reported of claims that the store lost, and that only to see whether they were honest.
+Exit code 0: the promise held; 1: it did not; 2: the run is void.
+"""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from loadtest.chaos.history import Attempt, Case, Execution, Fault, History
+
+DEFINITE_SHARE = 0.99
+SLACK_S = 1.0  # what the promise adds to a lease
+SHOWN = 20
+
+NOT_SENT = frozenset(("store-unavailable", "upstream-unreachable", "overloaded"))
+# Answers that say nothing of the key: whoever gets one comes again.
+TRANSIENT = frozenset(("store-unavailable", "overloaded"))
+NO_ANSWER = frozenset(("none", "timeout", "refused", "left", "cut"))
+FINAL = frozenset(("outcome-unknown", "response-not-kept", "key-reused"))
+NO_OWNER = frozenset(("in-flight", "key-reused", "response-not-kept"))
+# Answers of the upstream after which nobody can know.
+BAD = frozenset(("cut-length", "cut-chunks", "cut-head", "garbage", "silent", "gateway", "part"))
+# Faults that make no outcome unknown, by contract: a client that leaves, a slow wire, a store without its scripts.
+HARMLESS = ("client-link", "script-flush", "upstream-link-slow")
+# Faults that may end a connection cleanly in the middle of an answer that is ended by closing.
+CLEAN_ENDS = ("upstream-kill", "upstream-link-end", "upstream-link-cut-after", "client-link-cut-after")
+
+
+class Found(NamedTuple):
+    """Something that must not be. `since`, `until`: when it came about."""
+
+    invariant: str
+    text: str
+    since: float = 0.0
+    until: float = 0.0
+
+
+Rule = Callable[[Case, History], Iterator[Found]]
+
+
+# At most once ...
+
+
+def at_most_once(case: Case, _: History) -> Iterator[Found]:
+    """I1: one execution for a key, those not counted that the upstream declined."""
+    first, *more = case.counted or [None]
+    for one in more:
+        assert first is not None
+        yield Found("I1", f"executed again: {first.id} ({first.kind}), then {one.id}", first.begun, one.begun)
+
+
+def one_executor(case: Case, _: History) -> Iterator[Found]:
+    """I1: one client alone is told that its request was executed just now."""
+    told = [a for a in case.attempts if a.whole and a.word == "executed"]
+    for one in told[1:]:
+        yield Found("I1", f"executed twice, as clients were told at {told[0].ended:.3f} and {one.ended:.3f}",
+                    told[0].begun, one.ended)  # fmt: skip
+
+
+def nothing_behind_a_refusal(case: Case, _: History) -> Iterator[Found]:
+    """I9: whoever was told that nothing was sent was told the truth; every execution was asked for by somebody else."""
+    for one in case.executions:
+        if not any(a.replica == one.replica and a.begun <= one.begun and _may_own(a) for a in case.attempts):
+            yield Found("I9", f"{one.id} was executed for nobody, or for one who was told that nothing was sent",
+                        one.begun, one.begun)  # fmt: skip
+
+
+def _may_own(attempt: Attempt) -> bool:
+    return not (attempt.slug in NO_OWNER or attempt.slug in NOT_SENT or attempt.replayed or attempt.how == "refused")
+
+
+# One truth ...
+
+
+def one_truth(case: Case, history: History) -> Iterator[Found]:
+    """I2: every stored answer is the same."""
+    stored = [a for a in case.attempts if a.stored]
+    for one in stored[1:]:
+        if one.digest != stored[0].digest and not _ended_by_closing(case, history):
+            yield Found("I2", f"two answers: {_brief(stored[0])} and {_brief(one)}", stored[0].begun, one.ended)
+
+
+def kept(case: Case, _: History) -> Iterator[Found]:
+    """I2, I3: once anybody holds a stored answer, nobody is told anything else any more."""
+    first = min((a for a in case.attempts if a.stored), key=lambda a: a.ended, default=None)
+    if first is None:
+        return
+    oversize = any(one.kind == "oversize" for one in case.executions)
+    for a in case.attempts:
+        if a.begun <= first.ended or a.how in NO_ANSWER or a.slug in TRANSIENT:
+            continue
+        good = a.slug == "key-reused" if a.variant != first.variant else a.replayed and a.stored
+        if not good and not (oversize and a.slug == "response-not-kept"):
+            yield Found("I2", f"answered by {_brief(first)}, later by {_brief(a)}", first.ended, a.ended)
+
+
+def faithful(case: Case, history: History) -> Iterator[Found]:
+    """I6, I4: what a client got as complete is what the upstream sent as complete, for this very request."""
+    for a in case.attempts:
+        if a.how == "garbage":
+            yield Found("I6", "bytes that are no answer", a.begun, a.ended)
+        if not a.whole or a.slug or (a.status == 502 and not a.execution):
+            continue
+        one = history.executions.get(a.execution)
+        if one is None:
+            yield Found("I6", f"an answer that the upstream never gave: {_brief(a)}", a.begun, a.ended)
+        elif (one.tenant, one.key) != case.name:
+            yield Found("I4", f"an answer that belongs to {one.tenant}/{one.key}", a.begun, a.ended)
+        elif one.digest != a.digest and not _ended_by_closing(case, history):
+            what = "differs from" if one.how in ("whole", "declined") else f"({one.how}) is told as complete:"
+            yield Found("I6", f"the upstream's answer {one.id} {what} {_brief(a)}", a.begun, a.ended)
+
+
+def _ended_by_closing(case: Case, history: History) -> bool:
+    """Return whether a clean end in the middle of such an answer was possible: its framing cannot show it."""
+    if not any(one.kind == "eof" for one in case.executions):
+        return False
+    since, until = case.attempts[0].begun, case.attempts[-1].ended
+    return any(fault.kind.startswith(CLEAN_ENDS) for fault in history.touching(since, until))
+
+
+# Tenants and requests apart ...
+
+
+def own_answer(case: Case, _: History) -> Iterator[Found]:
+    """I4, I7: an answer echoes the tenant, the key and the variant of the request that got it."""
+    for a in case.attempts:
+        if not a.whole or not a.echo or a.echo == f"{a.tenant} {a.key} {a.variant}":
+            continue
+        tenant, key, _variant = a.echo.split(" ")
+        invariant = "I7" if (tenant, key) == case.name else "I4"
+        yield Found(invariant, f"variant {a.variant} got the answer to {a.echo!r}", a.begun, a.ended)
+
+
+def one_request(case: Case, _: History) -> Iterator[Found]:
+    """I7: another request under a used key is refused, and nobody is refused for a request that nobody else made."""
+    variants = sorted({one.variant for one in case.counted} - {"?"})
+    if len(variants) > 1:
+        yield Found("I7", f"executed as variants {variants}", case.counted[0].begun, case.counted[-1].begun)
+    holder = next((one for one in case.counted if one.variant != "?"), None)
+    for a in case.attempts:
+        if a.slug == "key-reused" and not any(b.variant != a.variant and b.begun < a.ended for b in case.attempts):
+            yield Found("I7", "refused as another request, though there was no other", a.begun, a.ended)
+        if holder and a.variant != holder.variant and a.begun > holder.begun and not _refused_rightly(a):
+            yield Found("I7", f"variant {a.variant} of a request that was executed as {holder.variant} got {_brief(a)}",
+                        holder.begun, a.ended)  # fmt: skip
+
+
+def _refused_rightly(a: Attempt) -> bool:
+    return a.slug == "key-reused" or a.slug in TRANSIENT or a.how in NO_ANSWER
+
+
+# Nobody hangs ...
+
+
+def in_flight_no_longer(case: Case, history: History) -> Iterator[Found]:
+    """I10: a key is in flight only while somebody may be executing it, and a lease and a second longer."""
+    for a in case.attempts:
+        if a.slug != "in-flight":
+            continue
+        owners = [b for b in case.attempts if b is not a and b.begun < a.ended and _may_have_claimed(b)]
+        if not owners:
+            yield Found("I10", "in flight, though nobody can have claimed it", a.begun, a.ended)
+        elif a.begun > (latest := _latest(case, owners, a.begun, history)):
+            yield Found("I10", f"still in flight at {a.begun:.3f}, {a.begun - latest:.3f} s too long", latest, a.begun)
+
+
+def _may_have_claimed(attempt: Attempt) -> bool:
+    return not (attempt.slug in NO_OWNER or attempt.replayed or attempt.how == "refused")
+
+
+def _latest(case: Case, owners: list[Attempt], at: float, history: History) -> float:
+    """Return until when a key that was claimed by one of these may be called in flight."""
+    ends = [b.ended for b in owners] + [one.ended for one in case.executions if one.begun <= at]
+    grace_s = history.facts["lease_s"] + SLACK_S
+    replicas = {b.replica for b in owners}
+    for fault in history.touching(owners[0].begun, at):
+        if fault.replica is None or fault.replica in replicas:
+            late_s = history.facts["upstream_timeout_s"] if fault.kind.startswith("upstream") else 0.0
+            ends.append(fault.ended + late_s)
+    return max(ends) + grace_s
+
+
+def answered(case: Case, history: History) -> Iterator[Found]:
+    """I10: nobody waits in vain while nothing is broken."""
+    for a in case.attempts:
+        if a.how == "timeout" and not _explained(history.touching(a.begun, a.ended), {a.replica}, harmless=()):
+            yield Found("I10", "no answer, and nothing was broken", a.begun, a.ended)
+
+
+def unknown_has_a_reason(case: Case, history: History) -> Iterator[Found]:
+    """Every unknown has a fault in its window, one that can make an outcome unknown, in a place that it went through."""
+    told = next((a for a in case.attempts if a.slug == "outcome-unknown"), None)
+    if told is None or any(one.kind in BAD for one in case.executions):
+        return
+    before = [a for a in case.attempts if a.begun < told.ended]
+    if not _explained(history.touching(before[0].begun, told.ended), {a.replica for a in before}):
+        yield Found("unknown", "unknown, and nothing was broken that could make it so", before[0].begun, told.ended)
+
+
+def _explained(faults: Iterable[Fault], replicas: set[int], harmless: tuple[str, ...] = HARMLESS) -> bool:
+    return any(
+        (fault.replica is None or fault.replica in replicas) and not (harmless and fault.kind.startswith(harmless))
+        for fault in faults
+    )
+
+
+def _brief(a: Attempt) -> str:
+    what = a.slug or f"{a.execution} {a.digest}"
+    return f"{a.how} {a.status} {a.word} {what} at {a.ended:.3f}"
+
+
+RULES: tuple[Rule, ...] = (
+    at_most_once,
+    one_executor,
+    nothing_behind_a_refusal,
+    one_truth,
+    kept,
+    faithful,
+    own_answer,
+    one_request,
+    in_flight_no_longer,
+    answered,
+    unknown_has_a_reason,
+)
+
+
+# The whole ...
+
+
+def is_definite(case: Case) -> bool:
+    """Return whether whoever asked for this key knows what became of it."""
+    return any(a.whole and (a.stored or a.slug in FINAL) for a in case.attempts)
+
+
+def excused(found: Found, history: History) -> bool:
+    """Return whether the store lost data in between, and the proxies said so afterwards."""
+    if found.invariant not in ("I1", "I2", "I7", "I10"):
+        return False
+    losses = [fault for fault in history.faults if fault.loses and found.since <= fault.ended and fault.begun <= found.until]
+    return any(at >= loss.begun for loss in losses for at in history.reports)
+
+
+def judge(history: History) -> dict[str, Any]:
+    """Return the verdict on a run."""
+    found: list[tuple[str, Found]] = [("", Found("I4", f"two requests in one: {what}")) for what in history.mixed]
+    forgiven = 0
+    for case in history.cases.values():
+        if not case.attempts:
+            if case.name[1] != "?":
+                found.append(("/".join(case.name), Found("I4", "executed, though nobody asked for it")))
+            continue
+        for rule in RULES:
+            for one in rule(case, history):
+                if excused(one, history):
+                    forgiven += 1
+                else:
+                    found.append(("/".join(case.name), one))
+    asked = [case for case in history.cases.values() if case.attempts]
+    definite = sum(map(is_definite, asked))
+    if definite < DEFINITE_SHARE * len(asked):
+        found.append(("", Found("I10", f"only {definite} of {len(asked)} keys reached a definite outcome")))
+    return {
+        "violations": [{"key": key, **one._asdict()} for key, one in sorted(found, key=lambda one: one[1].until)],
+        "excused": forgiven,
+        "figures": figures(history, asked, definite),
+        "void": void(history),
+    }
+
+
+def void(history: History) -> list[str]:
+    """Return why a run proves nothing, if so."""
+    reasons = [f"a fault failed: {what}" for what in history.facts["failed_faults"]]
+    if not history.facts["finished"]:
+        reasons.append("a client did not finish")
+    if not history.faults:
+        reasons.append("there were no faults")
+    if not history.executions:
+        reasons.append("there were no executions")
+    return reasons
+
+
+def figures(history: History, asked: list[Case], definite: int) -> dict[str, Any]:
+    """Return what is worth telling in numbers."""
+    attempts = [a for case in asked for a in case.attempts]
+    unknown = sum(any(a.slug == "outcome-unknown" for a in case.attempts) for case in asked)
+    planned = sum(
+        any(a.slug == "outcome-unknown" for a in case.attempts) and any(one.kind in BAD for one in case.executions)
+        for case in asked
+    )
+    return {
+        "requests": len(attempts),
+        "seconds": round(history.facts["calm"] - history.facts["begun"], 1),
+        "keys": len(asked),
+        "definite": definite,
+        "executions": len(history.executions),
+        "declined": sum(one.how == "declined" for one in history.executions.values()),
+        "replays": sum(a.replayed and a.whole for a in attempts),
+        "raced keys": sum(_raced(case) for case in asked),
+        "keys asked for as two requests": sum(len({a.variant for a in case.attempts}) > 1 for case in asked),
+        "keys unknown": unknown,
+        "of them by the upstream's answer": planned,
+        "faults": len(history.faults),
+        "faults by kind": dict(sorted(Counter(fault.kind for fault in history.faults).items())),
+        "answers": dict(Counter(_outcome(a) for a in attempts).most_common()),
+        "loss reports": len(history.reports),
+        "share of the time in which a fault could make an outcome unknown": round(covered(history), 2),
+    }
+
+
+def _raced(case: Case) -> bool:
+    return any(b.begun < a.ended for a, b in zip(case.attempts, case.attempts[1:], strict=False))
+
+
+def _outcome(a: Attempt) -> str:
+    return a.slug or f"{a.word} {a.status}" if a.whole else a.how
+
+
+def covered(history: History) -> float:
+    """Return in which share of the run a fault was there that explains an unknown somewhere."""
+    begun, calm = history.facts["begun"], history.facts["calm"]
+    reached = begun
+    total = 0.0
+    for fault in history.faults:
+        if not fault.kind.startswith(HARMLESS):
+            total += max(0.0, min(fault.ended, calm) - max(fault.begun, reached))
+            reached = max(reached, fault.ended)
+    return total / max(calm - begun, 0.001)
+
+
+def say(verdict: dict[str, Any]) -> None:
+    """Print a verdict for people."""
+    for name, value in verdict["figures"].items():
+        text = ", ".join(f"{key} {count}" for key, count in value.items()) if isinstance(value, dict) else value
+        print(f"{name}: {text}")
+    violations = verdict["violations"]
+    if verdict["excused"]:
+        print(f"excused, because the store lost data and it was reported: {verdict['excused']}")
+    for one in violations[:SHOWN]:
+        print(f"VIOLATION {one['invariant']} {one['key']}: {one['text']}")
+    if len(violations) > SHOWN:
+        print(f"... and {len(violations) - SHOWN} more")
+    for reason in verdict["void"]:
+        print(f"VOID: {reason}")
+    print("the promise held" if not violations and not verdict["void"] else f"{len(violations)} violations")
+
+
+def main(folder: Path) -> int:
+    verdict = judge(History(folder))
+    (folder / "verdict.json").write_text(json.dumps(verdict, indent=1))
+    say(verdict)
+    return 1 if verdict["violations"] else 2 if verdict["void"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,149 @@
+"""What was seen in a run, read from its files alone: the clients' attempts, the upstream's executions, the faults."""
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Name = tuple[str, str]  # tenant and key
+
+
+class Attempt(NamedTuple):
+    """One line of a client. Times in seconds of CLOCK_MONOTONIC; `how`: whole, cut, none, timeout, refused, left."""
+
+    begun: float
+    ended: float
+    tenant: str
+    key: str
+    variant: str
+    replica: int
+    how: str
+    status: int
+    word: str
+    replayed: bool
+    slug: str
+    digest: str
+    execution: str
+    echo: str
+
+    @property
+    def whole(self) -> bool:
+        return self.how == "whole"
+
+    @property
+    def stored(self) -> bool:
+        """Whether this client holds an answer that everybody else must get, too."""
+        return self.how == "whole" and not self.slug and self.word in ("executed", "replayed")
+
+
+@dataclass(slots=True)
+class Execution:
+    """What the upstream wrote of one request. `how`: running, whole, declined, cut, lost."""
+
+    id: str
+    begun: float
+    tenant: str
+    key: str
+    variant: str
+    replica: int
+    kind: str
+    ended: float = float("inf")
+    how: str = "running"
+    digest: str = ""
+
+
+class Fault(NamedTuple):
+    """One line of the timeline."""
+
+    kind: str
+    place: str
+    replica: int | None
+    begun: float
+    ended: float
+    detail: str
+    loses: bool = False  # whether the store lost what it had acknowledged
+
+    def touches(self, since: float, until: float, tail_s: float = 0.3) -> bool:
+        return self.begun <= until and since <= self.ended + tail_s
+
+
+@dataclass
+class Case:
+    """All that is known of one key of one tenant, in the order of time."""
+
+    name: Name
+    attempts: list[Attempt] = field(default_factory=list)
+    executions: list[Execution] = field(default_factory=list)
+
+    @property
+    def counted(self) -> list[Execution]:
+        """The executions that count: the upstream did not decline them."""
+        return [one for one in self.executions if one.how != "declined"]
+
+
+class History:
+    """A run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.facts: dict[str, Any] = json.loads((folder / "run.json").read_text())
+        self.faults = sorted((Fault(**line) for line in _json_lines(folder / "faults.jsonl")), key=lambda one: one.begun)
+        self.reports = [float(line["at"]) for line in _json_lines(folder / "reports.jsonl")]
+        self.mixed: list[str] = []
+        self.executions: dict[str, Execution] = {}
+        self.cases: dict[Name, Case] = {}
+        self._read_upstream(folder / "upstream.log")
+        for path in sorted(folder.glob("client-*.tsv")):
+            self._read_client(path)
+        for case in self.cases.values():
+            case.attempts.sort()
+            case.executions.sort(key=lambda one: one.begun)
+
+    def case(self, name: Name) -> Case:
+        if name not in self.cases:
+            self.cases[name] = Case(name)
+        return self.cases[name]
+
+    def _read_upstream(self, path: Path) -> None:
+        for kind, at, *words in _lines(path):
+            if kind == "begin":
+                one = Execution(words[0], float(at), *words[1:4], int(words[4]), words[5])
+                self.executions[one.id] = one
+                self.case((one.tenant, one.key)).executions.append(one)
+            elif kind == "end":
+                one = self.executions[words[0]]
+                one.ended, one.how, one.digest = float(at), words[1], words[2]
+            else:
+                self.mixed.append(" ".join([at, *words]))
+
+    def _read_client(self, path: Path) -> None:
+        again = sys.intern
+        for words in _lines(path):
+            begun, ended, tenant, key, variant, replica, how, status, word, replayed, slug, digest, execution, echo = words
+            attempt = Attempt(
+                float(begun), float(ended), again(tenant), key, again(variant), int(replica), again(how), int(status),
+                again(word), replayed == "1", again(slug), digest, execution, echo,
+            )  # fmt: skip
+            self.case((attempt.tenant, key)).attempts.append(attempt)
+
+    def touching(self, since: float, until: float) -> Iterator[Fault]:
+        """Return the faults that were there between two times."""
+        for fault in self.faults:
+            if fault.begun > until:
+                return
+            if fault.touches(since, until):
+                yield fault
+
+
+def _lines(path: Path) -> Iterator[list[str]]:
+    with path.open() as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield line[:-1].split("\t")
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    if path.exists():
+        yield from map(json.loads, path.read_text().splitlines())

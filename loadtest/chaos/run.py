@@ -1,0 +1,169 @@
+"""One run: the parts are started, loaded and broken; then it grows calm, and what was written down is judged."""
+
+import asyncio
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, AsyncIterator
+
+from loadtest.chaos.faults import KINDS, Kind, Scheduler, World
+from loadtest.chaos.parts import ROOT, ClientProcess, Replica, Store, Upstream
+from loadtest.chaos.plan import STORED_BYTES
+
+LEASE_S = 1.0
+UPSTREAM_TIMEOUT_S = 4.0
+SETTLE_TIMEOUT_S = 15.0
+
+
+@dataclass
+class Plan:
+    """What is to be run. `seconds` or `requests`, whichever is first; `sample`: asked again at the end, by each client."""
+
+    folder: Path
+    seed: int = 1
+    seconds: float = 600.0
+    requests: int = 1_000_000
+    replicas: int = 2
+    clients: int = 2
+    workers: int = 24
+    sample: int = 2000
+    retention_s: float = 900.0
+    kinds: tuple[Kind, ...] = KINDS
+    settings: list[dict[str, object]] = field(default_factory=list)  # of single replicas, to break the promise
+
+    def settings_of(self, number: int) -> dict[str, object]:
+        own = self.settings[number] if number < len(self.settings) else {}
+        return {
+            "LEASE_MS": int(LEASE_S * 1000),
+            "RETENTION_S": self.retention_s,
+            "UPSTREAM_TIMEOUT_S": UPSTREAM_TIMEOUT_S,
+            "SETTLE_TIMEOUT_S": SETTLE_TIMEOUT_S,
+            "CONNECT_TIMEOUT_S": 2,
+            "DRAIN_S": 4,
+            "MAX_STORED_BYTES": STORED_BYTES,
+            "ACCESS_LOG": "off",
+            **own,
+        }
+
+
+class Run:
+    """The parts of one run, from their start to their end."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        folder, seed = plan.folder, plan.seed
+        self.store = Store("store", folder)
+        self.upstream = Upstream(folder, seed, plan.replicas)
+        self.replicas = [
+            Replica(number, folder, seed, self.upstream.ports[number], self.store.port)
+            for number in range(plan.replicas)
+        ]
+        self.clients = [ClientProcess(f"client-{number}", folder) for number in range(plan.clients)]
+        self.world = World(self.replicas, self.store, self.upstream, LEASE_S)
+        self.scheduler = Scheduler(self.world, seed, folder / "faults.jsonl", plan.kinds)
+        self.facts: dict[str, Any] = {
+            "seed": seed,
+            "lease_s": LEASE_S,
+            "upstream_timeout_s": UPSTREAM_TIMEOUT_S,
+            "retention_s": plan.retention_s,
+            "replicas": plan.replicas,
+        }
+
+    async def start(self) -> None:
+        self.store.start()
+        self.upstream.start()
+        for replica in self.replicas:
+            await replica.open()
+            replica.start(self.plan.settings_of(replica.number))
+        for part in (self.store, self.upstream, *self.replicas):
+            await part.serving()
+
+    async def load_and_break(self) -> None:
+        """Load everything and break it until the time or the requests are over; then let the clients finish."""
+        plan, facts = self.plan, self.facts
+        facts["begun"] = time.monotonic()
+        for number, client in enumerate(self.clients):
+            ports = [(replica.port, replica.client_link.port) for replica in self.replicas]
+            log = str(plan.folder / f"client-{number}.tsv")
+            client.start(
+                {
+                    "name": number, "seed": plan.seed, "ports": ports, "log": log,
+                    "workers": plan.workers, "sample": plan.sample, "retention_s": plan.retention_s,
+                }
+            )  # fmt: skip
+        await asyncio.sleep(1)
+        breaking = asyncio.ensure_future(self.scheduler.run())
+        await self._until_enough()
+        breaking.cancel()
+        await self.scheduler.mend()
+        facts["calm"] = time.monotonic()
+        for client in self.clients:
+            client.calm()
+        for client in self.clients:
+            facts["finished"] = await client.ended(120) == 0 and facts.get("finished", True)
+        facts["ended"] = time.monotonic()
+
+    async def _until_enough(self) -> None:
+        until = time.monotonic() + self.plan.seconds
+        said = time.monotonic()
+        while time.monotonic() < until and self.attempts < self.plan.requests:
+            await asyncio.sleep(0.2)
+            if not all(client.alive for client in self.clients):
+                raise RuntimeError("a client ended too early")
+            if time.monotonic() - said > 10:
+                said = time.monotonic()
+                print(f"  {self.attempts} requests, {self.scheduler.counts.total()} faults", flush=True)
+
+    @property
+    def attempts(self) -> int:
+        return sum(client.attempts for client in self.clients)
+
+    async def close(self) -> None:
+        for client in self.clients:
+            client.kill()
+        for replica in self.replicas:
+            await replica.close()
+        self.upstream.kill()
+        self.store.close()
+
+    def write_facts(self) -> None:
+        """Write what the judge has to know beside the logs."""
+        self.facts["failed_faults"] = self.scheduler.failed
+        (self.plan.folder / "run.json").write_text(json.dumps(self.facts, indent=1))
+        with (self.plan.folder / "reports.jsonl").open("w") as file:
+            for report in lost_claims(self.plan.folder):
+                file.write(json.dumps(report) + "\n")
+
+
+LOSS = re.compile(r"\"event\": ?\"(claim lost|claim fenced|[^\"]*store lost[^\"]*)\"")
+
+
+def lost_claims(folder: Path) -> Iterator[dict[str, Any]]:
+    """Return what the proxies reported of claims that the store lost, with its time of CLOCK_MONOTONIC."""
+    offset = time.monotonic() - time.time()
+    for path in sorted(folder.glob("proxy-*.log")):
+        for line in path.read_text(errors="replace").splitlines():
+            if LOSS.search(line):
+                told = json.loads(line)
+                at = datetime.fromisoformat(told["timestamp"]).timestamp() + offset
+                yield {"at": at, "from": path.name, "event": told["event"], "told": told}
+
+
+async def run(plan: Plan) -> Run:
+    """Do one run and leave its logs in the folder."""
+    plan.folder.mkdir(parents=True)
+    one = Run(plan)
+    try:
+        await one.start()
+        await one.load_and_break()
+    finally:
+        await one.close()
+        one.write_facts()
+    return one

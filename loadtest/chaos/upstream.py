@@ -1,0 +1,226 @@
+"""The API behind the proxies. Before it answers, it writes every execution to a file that is only appended to.
+
+Lines (tab separated; times of CLOCK_MONOTONIC in seconds):
+  begin  time execution tenant key variant replica kind
+  end    time execution how digest       (how: whole, declined, cut: as planned; lost: the connection went)
+  mixed  time replica text               (a request that contradicts itself: two requests' bytes in one)
+A request of which only a part came is an execution too; what is not known of it is `?`.
+"""
+
+import asyncio
+import os
+import random
+import sys
+import time
+from pathlib import Path
+from typing import cast
+
+import uvloop
+
+from loadtest.chaos.link import reset
+from loadtest.chaos.plan import DECLINED, LARGE_BYTES, OVERSIZE_BYTES, answer_kind, filler
+from loadtest.chaos.wire import answer_digest
+
+SILENCE_S = 30.0
+STATUS = {"failed": b"500 It Failed", "empty": b"204 Done", "busy": b"429 Too Many", "later": b"503 Later"}
+SIZES = {"large": LARGE_BYTES, "oversize": OVERSIZE_BYTES, "streamed": 3000, "cut-chunks": 3000}
+CHUNKED = frozenset(("streamed", "cut-chunks"))
+
+
+class Log:
+    """The file of executions."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._name, self._count = name, 0
+
+    def _line(self, *words: object) -> None:
+        os.write(self._file, ("\t".join(map(str, words)) + "\n").encode())
+
+    def begin(self, request: "Request", replica: int, kind: str) -> str:
+        self._count += 1
+        execution = f"{self._name}.{self._count}"
+        now = f"{time.monotonic():.6f}"
+        self._line("begin", now, execution, request.tenant, request.key, request.variant, replica, kind)
+        return execution
+
+    def end(self, execution: str, how: str, digest: str = "-") -> None:
+        self._line("end", f"{time.monotonic():.6f}", execution, how, digest)
+
+    def mixed(self, replica: int, what: bytes) -> None:
+        self._line("mixed", f"{time.monotonic():.6f}", replica, repr(what))
+
+
+class Request:
+    """A request, or as much of it as came."""
+
+    def __init__(self, data: bytes) -> None:
+        head, separator, rest = data.partition(b"\r\n\r\n")
+        line, *lines = head.split(b"\r\n")
+        method, _, target = line.partition(b" ")
+        path = target.partition(b" ")[0].split(b"/")
+        self.tenant, self.key = (path[1].decode(), path[2].decode()) if len(path) == 3 else ("?", "?")
+        self.fields = {name.lower(): value.strip() for name, _, value in (one.partition(b":") for one in lines)}
+        self.length = int(self.fields.get(b"content-length", b"0")) if separator else 0
+        self.whole = bool(separator) and len(rest) >= self.length
+        self.size = len(head) + 4 + self.length
+        self.body = rest[: self.length]
+        self.variant = self._variant(method)
+
+    def _variant(self, method: bytes) -> str:
+        if not self.whole:
+            return "?"
+        typed = 3 if self.fields.get(b"content-type") == b"text/plain" else int(self.body[:1] or b"0")
+        return str(2 if method == b"PATCH" else typed)
+
+    def consistent(self) -> bool:
+        """Return whether line, fields and body belong to one request."""
+        return (
+            self.fields.get(b"authorization") == b"Bearer " + self.tenant.encode()
+            and self.fields.get(b"idempotency-key", b"").strip(b'"') == self.key.encode()
+            and self.body[2 : 3 + len(self.key)] == self.key.encode() + b":"
+        )
+
+
+class Service(asyncio.Protocol):
+    """One connection from a proxy."""
+
+    def __init__(self, log: Log, seed: int, replica: int, times: dict[tuple[str, str], int]) -> None:
+        self._log, self._seed, self._replica, self._times = log, seed, replica, times
+        self._data = b""
+        self._task: asyncio.Task[None] | None = None
+        self._running: str | None = None  # the execution that is being answered
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._data += data
+        if self._task is None and b"\r\n\r\n" in self._data:
+            self._next()
+
+    def _next(self) -> None:
+        request = Request(self._data)
+        if not request.whole:
+            return
+        self._data = self._data[request.size :]
+        if not request.consistent():
+            self._log.mixed(self._replica, request.body[:80])
+        at = (request.tenant, request.key)
+        self._times[at] = nth = self._times.get(at, 0) + 1
+        kind = answer_kind(self._seed, *at, nth)
+        execution = self._running = self._log.begin(request, self._replica, kind)
+        echo = f"{request.tenant} {request.key} {request.variant}"
+        if kind in ("small", "failed", "empty", "busy", "later"):
+            self._whole(execution, kind, echo)
+            if self._data:
+                self._next()
+        else:
+            self._task = asyncio.ensure_future(self._answer(execution, kind, echo))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._running is not None:
+            self._log.end(self._running, "lost")
+            self._running = None
+        elif self._data:
+            self._log.end(self._log.begin(Request(self._data), self._replica, "part"), "lost")
+        if self._task is not None:
+            self._task.cancel()
+
+    def _head(self, execution: str, kind: str, echo: str) -> list[bytes]:
+        lines = [
+            b"HTTP/1.1 " + STATUS.get(kind, b"200 Fine"),
+            b"Content-Type: application/x-filler",
+            b"X-Execution: " + execution.encode(),
+            b"X-Echo: " + echo.encode(),
+            b"x-Twice: one",
+            b"X-twice: \xc3\xa4 two",
+        ]
+        return [*lines, b"Retry-After: 1"] if kind in DECLINED else lines
+
+    def _whole(self, execution: str, kind: str, echo: str) -> None:
+        """Answer at once, in one piece."""
+        lines = self._head(execution, kind, echo)
+        body = b"" if kind == "empty" else filler(execution, SIZES.get(kind, 120))
+        self._done(execution, "declined" if kind in DECLINED else "whole", answer_digest(lines, body))
+        length = [] if kind == "empty" else [b"Content-Length: %d" % len(body)]
+        self._transport.write(b"\r\n".join([*lines, *length, b"", body]))
+
+    def _done(self, execution: str, how: str, digest: str = "-") -> None:
+        self._running = None
+        self._log.end(execution, how, digest)
+
+    async def _answer(self, execution: str, kind: str, echo: str) -> None:
+        """Answer slowly, in pieces, or badly."""
+        rng = random.Random(execution)
+        if kind == "silent":
+            await asyncio.sleep(SILENCE_S)
+        await asyncio.sleep(rng.uniform(0, 0.05) if kind != "slow" else rng.uniform(0.05, 1.0))
+        match kind:
+            case "slow" | "large" | "oversize":
+                self._whole(execution, kind, echo)
+            case "streamed" | "cut-chunks" | "eof":
+                await self._pieces(execution, kind, echo, rng)
+            case _:
+                self._bad(execution, kind, echo)
+        self._task = None
+        if self._data:
+            self._next()
+
+    async def _pieces(self, execution: str, kind: str, echo: str, rng: random.Random) -> None:
+        lines = self._head(execution, kind, echo)
+        body = filler(execution, SIZES.get(kind, 800))
+        chunked = kind in CHUNKED
+        framing = b"Transfer-Encoding: chunked" if chunked else b"Connection: close"
+        self._transport.write(b"\r\n".join([*lines, framing, b"", b""]))
+        step = len(body) // rng.randint(2, 8)
+        for at in range(0, len(body), step):
+            await asyncio.sleep(rng.uniform(0, 0.03))
+            piece = body[at : at + step]
+            self._transport.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+        if kind == "cut-chunks":
+            self._done(execution, "cut")
+            self._transport.close()
+            return
+        self._done(execution, "whole", answer_digest(lines, body))
+        if chunked:
+            self._transport.write(b"0\r\n\r\n")
+        else:
+            self._transport.close()
+
+    def _bad(self, execution: str, kind: str, echo: str) -> None:
+        self._done(execution, "cut")
+        head = b"\r\n".join(self._head(execution, kind, echo))
+        match kind:
+            case "gateway":
+                self._transport.write(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n")
+            case "cut-length":
+                self._transport.write(head + b"\r\nContent-Length: 500\r\n\r\n" + filler(execution, 300))
+                self._transport.close()
+            case "cut-head":
+                self._transport.write(head[: len(head) // 2])
+                self._transport.close()
+            case "garbage":
+                self._transport.write(b"\x16\x03\x01 no answer at all\r\n\r\n")
+                reset(self._transport)
+            case _:
+                reset(self._transport)
+
+
+async def serve(path: Path, name: str, seed: int, ports: list[int]) -> None:
+    """Serve one port for each replica, until the process ends."""
+    loop = asyncio.get_running_loop()
+    log = Log(path, name)
+    times: dict[tuple[str, str], int] = {}
+    for replica, port in enumerate(ports):
+
+        def service(replica: int = replica) -> Service:
+            return Service(log, seed, replica, times)
+
+        await loop.create_server(service, "127.0.0.1", port, backlog=1024)
+    print("serving", flush=True)
+    await loop.create_future()
+
+
+if __name__ == "__main__":
+    uvloop.run(serve(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), [int(port) for port in sys.argv[4:]]))
