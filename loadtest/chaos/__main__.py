@@ -20,11 +20,12 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=2, help="processes")
     parser.add_argument("--workers", type=int, default=24, help="operations at a time, for each of them")
     parser.add_argument("--folder", type=Path, default=Path("build/chaos"), help="is emptied first")
+    parser.add_argument("--failover", action="store_true", help="the store has a standby that may lag behind")
+    parser.add_argument("--durability", default="memory", help="ONCEGATE_DURABILITY")
     told = parser.parse_args()
     shutil.rmtree(told.folder, ignore_errors=True)
-    plan = Plan(
-        told.folder.absolute(), told.seed, told.seconds, told.requests, told.replicas, told.clients, told.workers
-    )
+    told.folder = told.folder.absolute()
+    plan = Plan(**vars(told))
     uvloop.run(run(plan))
     return subprocess.run([sys.executable, "-m", "loadtest.chaos.check", str(told.folder)]).returncode
 

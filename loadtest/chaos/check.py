@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loadtest.chaos.history import Attempt, Case, Execution, Fault, History
+from loadtest.chaos.history import Attempt, Case, Fault, History
 
 DEFINITE_SHARE = 0.99
 SLACK_S = 1.0  # what the promise adds to a lease
+FULL_TAIL_S = 5.0  # after which the proxies know that a store is no longer full
 SHOWN = 20
 
 NOT_SENT = frozenset(("store-unavailable", "upstream-unreachable", "overloaded"))
@@ -27,9 +28,12 @@ NO_OWNER = frozenset(("in-flight", "key-reused", "response-not-kept"))
 # Answers of the upstream after which nobody can know.
 BAD = frozenset(("cut-length", "cut-chunks", "cut-head", "garbage", "silent", "gateway", "part"))
 # Faults that make no outcome unknown, by contract: a client that leaves, a slow wire, a store without its scripts.
-HARMLESS = ("client-link", "script-flush", "upstream-link-slow")
+HARMLESS = ("client-link", "script-flush", "upstream-link-slow", "store-full")
 # Faults that may end a connection cleanly in the middle of an answer that is ended by closing.
 CLEAN_ENDS = ("upstream-kill", "upstream-link-end", "upstream-link-cut-after", "client-link-cut-after")
+
+# What a store's loss may lead to. An answer lost leaves its claim, so that nothing is executed again.
+EXCUSES = {"claims": ("I1", "I2", "I6", "I7", "I10"), "answers": ("I2", "I10")}
 
 
 class Found(NamedTuple):
@@ -49,9 +53,9 @@ Rule = Callable[[Case, History], Iterator[Found]]
 
 def at_most_once(case: Case, _: History) -> Iterator[Found]:
     """I1: one execution for a key, those not counted that the upstream declined."""
-    first, *more = case.counted or [None]
-    for one in more:
-        assert first is not None
+    counted = case.counted
+    for one in counted[1:]:
+        first = counted[0]
         yield Found("I1", f"executed again: {first.id} ({first.kind}), then {one.id}", first.begun, one.begun)
 
 
@@ -86,18 +90,26 @@ def one_truth(case: Case, history: History) -> Iterator[Found]:
             yield Found("I2", f"two answers: {_brief(stored[0])} and {_brief(one)}", stored[0].begun, one.ended)
 
 
-def kept(case: Case, _: History) -> Iterator[Found]:
+def kept(case: Case, history: History) -> Iterator[Found]:
     """I2, I3: once anybody holds a stored answer, nobody is told anything else any more."""
     first = min((a for a in case.attempts if a.stored), key=lambda a: a.ended, default=None)
     if first is None:
         return
-    oversize = any(one.kind == "oversize" for one in case.executions)
+    bare = _kept_bare(case, history)
     for a in case.attempts:
         if a.begun <= first.ended or a.how in NO_ANSWER or a.slug in TRANSIENT:
             continue
         good = a.slug == "key-reused" if a.variant != first.variant else a.replayed and a.stored
-        if not good and not (oversize and a.slug == "response-not-kept"):
+        if not good and not (bare and a.slug == "response-not-kept"):
             yield Found("I2", f"answered by {_brief(first)}, later by {_brief(a)}", first.ended, a.ended)
+
+
+def _kept_bare(case: Case, history: History) -> bool:
+    """Return whether its answer may have been stored without its body: it was too large, or the store was full."""
+    if any(one.kind == "oversize" for one in case.executions):
+        return True
+    full = [fault for fault in history.faults if fault.kind == "store-full"]
+    return any(fault.touches(one.begun, one.ended, FULL_TAIL_S) for fault in full for one in case.executions)
 
 
 def faithful(case: Case, history: History) -> Iterator[Found]:
@@ -184,7 +196,7 @@ def _latest(case: Case, owners: list[Attempt], at: float, history: History) -> f
         if fault.replica is None or fault.replica in replicas:
             late_s = history.facts["upstream_timeout_s"] if fault.kind.startswith("upstream") else 0.0
             ends.append(fault.ended + late_s)
-    return max(ends) + grace_s
+    return float(max(ends) + grace_s)
 
 
 def answered(case: Case, history: History) -> Iterator[Found]:
@@ -195,7 +207,7 @@ def answered(case: Case, history: History) -> Iterator[Found]:
 
 
 def unknown_has_a_reason(case: Case, history: History) -> Iterator[Found]:
-    """Every unknown has a fault in its window, one that can make an outcome unknown, in a place that it went through."""
+    """Every unknown has a fault in its window that can make it so, in a place that the key went through."""
     told = next((a for a in case.attempts if a.slug == "outcome-unknown"), None)
     if told is None or any(one.kind in BAD for one in case.executions):
         return
@@ -240,10 +252,12 @@ def is_definite(case: Case) -> bool:
 
 
 def excused(found: Found, history: History) -> bool:
-    """Return whether the store lost data in between, and the proxies said so afterwards."""
-    if found.invariant not in ("I1", "I2", "I7", "I10"):
-        return False
-    losses = [fault for fault in history.faults if fault.loses and found.since <= fault.ended and fault.begun <= found.until]
+    """Return whether the store lost data in between that explains it, and the proxies said so afterwards."""
+    losses = [
+        fault
+        for fault in history.faults
+        if fault.touches(found.since, found.until) and found.invariant in EXCUSES.get(fault.loses, ())
+    ]
     return any(at >= loss.begun for loss in losses for at in history.reports)
 
 
@@ -262,6 +276,8 @@ def judge(history: History) -> dict[str, Any]:
                     forgiven += 1
                 else:
                     found.append(("/".join(case.name), one))
+    if history.reports and not any(fault.loses for fault in history.faults):
+        found.append(("", Found("I1'", f"{len(history.reports)} claims reported as lost, and the store lost nothing")))
     asked = [case for case in history.cases.values() if case.attempts]
     definite = sum(map(is_definite, asked))
     if definite < DEFINITE_SHARE * len(asked):
@@ -299,6 +315,7 @@ def figures(history: History, asked: list[Case], definite: int) -> dict[str, Any
         "seconds": round(history.facts["calm"] - history.facts["begun"], 1),
         "keys": len(asked),
         "definite": definite,
+        "answered": sum(any(a.stored for a in case.attempts) for case in asked),
         "executions": len(history.executions),
         "declined": sum(one.how == "declined" for one in history.executions.values()),
         "replays": sum(a.replayed and a.whole for a in attempts),
@@ -331,7 +348,7 @@ def covered(history: History) -> float:
         if not fault.kind.startswith(HARMLESS):
             total += max(0.0, min(fault.ended, calm) - max(fault.begun, reached))
             reached = max(reached, fault.ended)
-    return total / max(calm - begun, 0.001)
+    return float(total / max(calm - begun, 0.001))
 
 
 def say(verdict: dict[str, Any]) -> None:

@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 from redis.exceptions import RedisError
 
 from loadtest.chaos.link import Link
-from loadtest.chaos.parts import Replica, Store, Upstream
+from loadtest.chaos.parts import Replica, Stores, Upstream
 
 
 class World(NamedTuple):
     """All that can be broken. Times in seconds."""
 
     replicas: list[Replica]
-    store: Store
+    stores: Stores
     upstream: Upstream
     lease_s: float
 
@@ -40,6 +40,7 @@ class Kind(NamedTuple):
     place: str
     each: bool
     act: Act
+    loses: str = ""  # what the store had acknowledged and may have lost: claims (answers, too), or answers alone
 
 
 # Processes ...
@@ -54,7 +55,7 @@ async def proxy_kill(world: World, replica: Replica, rng: random.Random) -> str:
     return f"started again after {away_s:.1f} s"
 
 
-async def proxy_stop(world: World, replica: Replica, rng: random.Random) -> str:
+async def proxy_stop(world: World, replica: Replica, _: random.Random) -> str:
     replica.signal(signal.SIGSTOP)
     stopped_s = 2 * world.lease_s
     await asyncio.sleep(stopped_s)
@@ -62,7 +63,7 @@ async def proxy_stop(world: World, replica: Replica, rng: random.Random) -> str:
     return f"suspended for {stopped_s:.1f} s"
 
 
-async def proxy_term(world: World, replica: Replica, rng: random.Random) -> str:
+async def proxy_term(_: World, replica: Replica, __: random.Random) -> str:
     replica.signal(signal.SIGTERM)
     code = await replica.ended(12)
     if code is None:
@@ -73,27 +74,27 @@ async def proxy_term(world: World, replica: Replica, rng: random.Random) -> str:
 
 
 async def store_kill(world: World, _: Replica, rng: random.Random) -> str:
-    world.store.kill()
+    world.stores.primary.kill()
     away_s = rng.choice((0.0, 0.5, 1.5 * world.lease_s))
     await asyncio.sleep(away_s)
-    world.store.start()
-    await world.store.serving()
+    world.stores.primary.start()
+    await world.stores.primary.serving()
     return f"same file, after {away_s:.1f} s"
 
 
 async def store_pause(world: World, _: Replica, rng: random.Random) -> str:
-    world.store.signal(signal.SIGSTOP)
+    world.stores.primary.signal(signal.SIGSTOP)
     paused_s = rng.choice((0.3, 0.9, 2 * world.lease_s))
     await asyncio.sleep(paused_s)
-    world.store.signal(signal.SIGCONT)
+    world.stores.primary.signal(signal.SIGCONT)
     return f"suspended for {paused_s:.1f} s"
 
 
-async def script_flush(world: World, _: Replica, rng: random.Random) -> str:
+async def script_flush(world: World, _: Replica, __: random.Random) -> str:
     flushed = 0
-    for _ in range(10):
+    for _time in range(10):
         try:
-            with world.store.client() as client:
+            with world.stores.primary.client() as client:
                 client.script_flush()
             flushed += 1
         except (RedisError, OSError):
@@ -102,7 +103,43 @@ async def script_flush(world: World, _: Replica, rng: random.Random) -> str:
     return f"{flushed} times"
 
 
-async def upstream_kill(world: World, _: Replica, rng: random.Random) -> str:
+async def store_full(world: World, _: Replica, rng: random.Random) -> str:
+    full_s = rng.choice((0.3, 2.5))
+    await _limit(world, 1)
+    await asyncio.sleep(full_s)
+    await _limit(world, 0)
+    return f"at its memory limit for {full_s:.1f} s"
+
+
+async def _limit(world: World, limit: int) -> None:
+    with world.stores.primary.client() as client:
+        client.config_set("maxmemory", limit)
+
+
+async def store_failover(world: World, _: Replica, rng: random.Random) -> str:
+    """The standby lags behind, the primary dies, the standby takes its place; what it had not got yet is lost."""
+    stores = world.stores
+    old, new = stores.primary, stores.standby
+    assert new is not None
+    stores.link.hole()
+    behind_s = rng.choice((0.1, 0.5, 1.2))
+    await asyncio.sleep(behind_s)
+    old.kill()
+    stores.link.cut()
+    with new.client() as client:
+        client.replicaof("NO", "ONE")
+    stores.primary, stores.standby = new, old
+    stores.link.target = ("127.0.0.1", new.port)
+    for replica in world.replicas:
+        replica.store_link.target = stores.link.target
+        replica.store_link.cut()
+    stores.link.heal()
+    old.forget()
+    await stores.follow(old)
+    return f"the standby was {behind_s:.1f} s behind"
+
+
+async def upstream_kill(world: World, _: Replica, __: random.Random) -> str:
     world.upstream.kill()
     world.upstream.start()
     await world.upstream.serving()
@@ -112,8 +149,8 @@ async def upstream_kill(world: World, _: Replica, rng: random.Random) -> str:
 # Links ...
 
 
-async def _cut(link: Link, rng: random.Random, with_reset: bool = True) -> str:
-    return f"{link.cut(with_reset)} ends {'reset' if with_reset else 'closed'}"
+async def _cut(link: Link, _: random.Random) -> str:
+    return f"{link.cut()} ends reset"
 
 
 async def _cut_after(link: Link, rng: random.Random) -> str:
@@ -185,8 +222,8 @@ def _hole_on(side: str, seconds: tuple[float, ...]) -> Act:
     return act
 
 
-async def _end(link: Link, rng: random.Random) -> str:
-    return await _cut(link, rng, with_reset=False)
+async def _end(link: Link, _: random.Random) -> str:
+    return f"{link.cut(with_reset=False)} ends closed"
 
 
 KINDS = (
@@ -195,6 +232,7 @@ KINDS = (
     Kind("proxy-term", 4, "proxy", True, proxy_term),
     Kind("store-kill", 6, "store", False, store_kill),
     Kind("store-pause", 5, "store", False, store_pause),
+    Kind("store-full", 3, "store", False, store_full),
     Kind("script-flush", 5, "scripts", False, script_flush),
     Kind("upstream-kill", 4, "upstream", False, upstream_kill),
     Kind("store-link-cut", 6, "store-link", True, _on("store", _cut)),
@@ -215,6 +253,8 @@ KINDS = (
     Kind("client-link-hole", 4, "client-link", True, _hole_on("client", (0.5, 2.5))),
     Kind("client-link-slow", 4, "client-link", True, _on("client", _slow)),
 )
+
+FAILOVER = Kind("store-failover", 8, "store", False, store_failover, "claims")
 
 
 class Scheduler:
@@ -268,6 +308,7 @@ class Scheduler:
             begun=begun,
             ended=time.monotonic(),
             detail=detail,
+            loses=kind.loses,
         )
 
     def _write(self, **line: Any) -> None:

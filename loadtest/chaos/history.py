@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +63,7 @@ class Fault(NamedTuple):
     begun: float
     ended: float
     detail: str
-    loses: bool = False  # whether the store lost what it had acknowledged
+    loses: str = ""  # what the store had acknowledged and may have lost: claims (answers, too), or answers alone
 
     def touches(self, since: float, until: float, tail_s: float = 0.3) -> bool:
         return self.begun <= until and since <= self.ended + tail_s
@@ -89,7 +88,9 @@ class History:
 
     def __init__(self, folder: Path) -> None:
         self.facts: dict[str, Any] = json.loads((folder / "run.json").read_text())
-        self.faults = sorted((Fault(**line) for line in _json_lines(folder / "faults.jsonl")), key=lambda one: one.begun)
+        self.faults = sorted(
+            (Fault(**line) for line in _json_lines(folder / "faults.jsonl")), key=lambda one: one.begun
+        )
         self.reports = [float(line["at"]) for line in _json_lines(folder / "reports.jsonl")]
         self.mixed: list[str] = []
         self.executions: dict[str, Execution] = {}
@@ -109,7 +110,7 @@ class History:
     def _read_upstream(self, path: Path) -> None:
         for kind, at, *words in _lines(path):
             if kind == "begin":
-                one = Execution(words[0], float(at), *words[1:4], int(words[4]), words[5])
+                one = Execution(words[0], float(at), words[1], words[2], words[3], int(words[4]), words[5])
                 self.executions[one.id] = one
                 self.case((one.tenant, one.key)).executions.append(one)
             elif kind == "end":
@@ -121,7 +122,9 @@ class History:
     def _read_client(self, path: Path) -> None:
         again = sys.intern
         for words in _lines(path):
-            begun, ended, tenant, key, variant, replica, how, status, word, replayed, slug, digest, execution, echo = words
+            begun, ended, tenant, key, variant, replica, how, status, word, replayed, slug, digest, execution, echo = (
+                words
+            )
             attempt = Attempt(
                 float(begun), float(ended), again(tenant), key, again(variant), int(replica), again(how), int(status),
                 again(word), replayed == "1", again(slug), digest, execution, echo,

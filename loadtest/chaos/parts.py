@@ -1,8 +1,10 @@
-"""The processes of a run: replicas of the proxy, the store, the upstream, the clients. Each has its place on loopback."""
+"""The processes of a run: replicas of the proxy, the store, the upstream, the clients, each in its place."""
 
 import asyncio
+import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -143,9 +145,48 @@ class Store(Part):
                 await asyncio.sleep(0.02)
         raise RuntimeError(f"{self.name} did not load")
 
+    def forget(self) -> None:
+        """Remove what it kept, while it is down."""
+        shutil.rmtree(self._dir)
+        self._dir.mkdir()
+
     def close(self) -> None:
         self.signal(signal.SIGCONT)
         self.kill()
+
+
+class Stores:
+    """The store, and where failovers are wanted a standby that follows it over a link."""
+
+    def __init__(self, folder: Path, seed: int, with_standby: bool) -> None:
+        self.primary = Store("store", folder)
+        self.standby = Store("standby", folder) if with_standby else None
+        self.link = Link(("127.0.0.1", self.primary.port), seed * 100 + 30)
+
+    async def start(self) -> None:
+        self.primary.start()
+        await self.primary.serving()
+        if self.standby is not None:
+            await self.link.start()
+            await self.follow(self.standby)
+
+    async def follow(self, standby: Store) -> None:
+        """Let a server be the standby, and wait until it has what the primary has."""
+        standby.start("--replicaof", f"127.0.0.1 {self.link.port}", "--repl-timeout", "5")
+        await standby.serving()
+        until = time.monotonic() + START_S
+        while time.monotonic() < until:
+            with contextlib.suppress(RedisError, OSError), standby.client() as client:
+                if client.info("replication").get("master_link_status") == "up":
+                    return
+            await asyncio.sleep(0.05)
+        raise RuntimeError("the standby does not follow")
+
+    async def close(self) -> None:
+        self.primary.close()
+        if self.standby is not None:
+            self.standby.close()
+        await self.link.close()
 
 
 class Upstream(Part):

@@ -3,18 +3,15 @@
 import asyncio
 import json
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, AsyncIterator
+from typing import Any
 
-from loadtest.chaos.faults import KINDS, Kind, Scheduler, World
-from loadtest.chaos.parts import ROOT, ClientProcess, Replica, Store, Upstream
+from loadtest.chaos.faults import FAILOVER, KINDS, Kind, Scheduler, World
+from loadtest.chaos.parts import ClientProcess, Replica, Stores, Upstream
 from loadtest.chaos.plan import STORED_BYTES
 
 LEASE_S = 1.0
@@ -24,7 +21,11 @@ SETTLE_TIMEOUT_S = 15.0
 
 @dataclass
 class Plan:
-    """What is to be run. `seconds` or `requests`, whichever is first; `sample`: asked again at the end, by each client."""
+    """What is to be run: for `seconds` or `requests`, whichever is first.
+
+    `sample`: how many known keys each client asks for again at the end. `durability`: with `replicated` a failover of
+    the store must lose no claim. `settings`: those of single replicas.
+    """
 
     folder: Path
     seed: int = 1
@@ -36,10 +37,17 @@ class Plan:
     sample: int = 2000
     retention_s: float = 900.0
     kinds: tuple[Kind, ...] = KINDS
-    settings: list[dict[str, object]] = field(default_factory=list)  # of single replicas, to break the promise
+    failover: bool = False
+    durability: str = "memory"
+    settings: list[dict[str, object]] = field(default_factory=list)
+
+    @property
+    def all_kinds(self) -> tuple[Kind, ...]:
+        loses = "claims" if self.durability == "memory" else "answers"
+        return (*self.kinds, FAILOVER._replace(loses=loses)) if self.failover else self.kinds
 
     def settings_of(self, number: int) -> dict[str, object]:
-        own = self.settings[number] if number < len(self.settings) else {}
+        own = self.settings[number % len(self.settings)] if self.settings else {}
         return {
             "LEASE_MS": int(LEASE_S * 1000),
             "RETENTION_S": self.retention_s,
@@ -49,6 +57,7 @@ class Plan:
             "DRAIN_S": 4,
             "MAX_STORED_BYTES": STORED_BYTES,
             "ACCESS_LOG": "off",
+            "DURABILITY": self.durability,
             **own,
         }
 
@@ -59,15 +68,15 @@ class Run:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         folder, seed = plan.folder, plan.seed
-        self.store = Store("store", folder)
+        self.stores = Stores(folder, seed, plan.failover)
         self.upstream = Upstream(folder, seed, plan.replicas)
         self.replicas = [
-            Replica(number, folder, seed, self.upstream.ports[number], self.store.port)
+            Replica(number, folder, seed, self.upstream.ports[number], self.stores.primary.port)
             for number in range(plan.replicas)
         ]
         self.clients = [ClientProcess(f"client-{number}", folder) for number in range(plan.clients)]
-        self.world = World(self.replicas, self.store, self.upstream, LEASE_S)
-        self.scheduler = Scheduler(self.world, seed, folder / "faults.jsonl", plan.kinds)
+        self.world = World(self.replicas, self.stores, self.upstream, LEASE_S)
+        self.scheduler = Scheduler(self.world, seed, folder / "faults.jsonl", plan.all_kinds)
         self.facts: dict[str, Any] = {
             "seed": seed,
             "lease_s": LEASE_S,
@@ -77,13 +86,14 @@ class Run:
         }
 
     async def start(self) -> None:
-        self.store.start()
+        await self.stores.start()
         self.upstream.start()
         for replica in self.replicas:
             await replica.open()
             replica.start(self.plan.settings_of(replica.number))
-        for part in (self.store, self.upstream, *self.replicas):
-            await part.serving()
+        await self.upstream.serving()
+        for replica in self.replicas:
+            await replica.serving()
 
     async def load_and_break(self) -> None:
         """Load everything and break it until the time or the requests are over; then let the clients finish."""
@@ -131,7 +141,7 @@ class Run:
         for replica in self.replicas:
             await replica.close()
         self.upstream.kill()
-        self.store.close()
+        await self.stores.close()
 
     def write_facts(self) -> None:
         """Write what the judge has to know beside the logs."""

@@ -118,7 +118,7 @@ class Service(asyncio.Protocol):
         else:
             self._task = asyncio.ensure_future(self._answer(execution, kind, echo))
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, _: Exception | None) -> None:
         if self._running is not None:
             self._log.end(self._running, "lost")
             self._running = None

@@ -157,7 +157,7 @@ class Connection(asyncio.Protocol):
         self._answer.end()
         self._over()
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, _: Exception | None) -> None:
         self.transport = None
         self._over()
 
