@@ -11,23 +11,36 @@ import uvloop
 from loadtest.chaos.run import Plan, run
 
 
-def main() -> int:
+def plan() -> Plan:
+    """Return what is asked for on the command line."""
     parser = argparse.ArgumentParser(prog="python -m loadtest.chaos", description=__doc__)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=600, help="how long there are faults")
     parser.add_argument("--requests", type=int, default=1_000_000, help="or until there were so many")
-    parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--replicas", type=int, default=3)
     parser.add_argument("--clients", type=int, default=2, help="processes")
-    parser.add_argument("--workers", type=int, default=24, help="operations at a time, for each of them")
-    parser.add_argument("--folder", type=Path, default=Path("build/chaos"), help="is emptied first")
+    parser.add_argument("--workers", type=int, default=32, help="operations at a time, for each of them")
+    parser.add_argument("--sample", type=int, default=5000, help="keys that each asks for again at the end")
     parser.add_argument("--failover", action="store_true", help="the store has a standby that may lag behind")
     parser.add_argument("--durability", default="memory", help="ONCEGATE_DURABILITY")
+    parser.add_argument("--folder", type=Path, default=Path("build/chaos"), help="is emptied first")
     told = parser.parse_args()
-    shutil.rmtree(told.folder, ignore_errors=True)
     told.folder = told.folder.absolute()
-    plan = Plan(**vars(told))
-    uvloop.run(run(plan))
-    return subprocess.run([sys.executable, "-m", "loadtest.chaos.check", str(told.folder)]).returncode
+    return Plan(**vars(told))
+
+
+def program(name: str, folder: Path) -> int:
+    """Run one of the programs that read what a run left, and return its exit code."""
+    return subprocess.run([sys.executable, "-m", f"loadtest.chaos.{name}", str(folder)]).returncode
+
+
+def main() -> int:
+    asked = plan()
+    shutil.rmtree(asked.folder, ignore_errors=True)
+    print(f"seed {asked.seed}: {asked.seconds:g} s or {asked.requests} requests, in {asked.folder}", flush=True)
+    uvloop.run(run(asked))
+    verdict = program("check", asked.folder)
+    return program("report", asked.folder) or verdict
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ HARMLESS = ("client-link", "script-flush", "upstream-link-slow", "store-full")
 CLEAN_ENDS = ("upstream-kill", "upstream-link-end", "upstream-link-cut-after", "client-link-cut-after")
 
 # What a store's loss may lead to. An answer lost leaves its claim, so that nothing is executed again.
-EXCUSES = {"claims": ("I1", "I2", "I6", "I7", "I10"), "answers": ("I2", "I10")}
+EXCUSES = {"claims": ("I1", "I2", "I6", "I7", "I9", "I10"), "answers": ("I2", "I10")}
 
 
 class Found(NamedTuple):

@@ -272,19 +272,20 @@ class Scheduler:
     async def run(self, pause_s: tuple[float, float] = (0.7, 1.8)) -> None:
         """Go on until cancelled. Faults overlap, but never two in one place."""
         while True:
-            kind, replica = self._draw()
+            kind, replica = await self._draw()
             work = self._break(kind, replica, random.Random(self._rng.random()))
             task = asyncio.ensure_future(work)
             self._running.add(task)
             task.add_done_callback(self._running.discard)
             await asyncio.sleep(self._rng.uniform(*pause_s))
 
-    def _draw(self) -> tuple[Kind, Replica]:
+    async def _draw(self) -> tuple[Kind, Replica]:
         while True:
             kind = self._rng.choices(self._kinds, [kind.weight for kind in self._kinds])[0]
             replica = self._rng.choice(self._world.replicas)
             if self._place(kind, replica) not in self._busy:
                 return kind, replica
+            await asyncio.sleep(0.01)
 
     @staticmethod
     def _place(kind: Kind, replica: Replica) -> str:

@@ -158,8 +158,8 @@ class Store(Part):
 class Stores:
     """The store, and where failovers are wanted a standby that follows it over a link."""
 
-    def __init__(self, folder: Path, seed: int, with_standby: bool) -> None:
-        self.primary = Store("store", folder)
+    def __init__(self, folder: Path, seed: int, with_standby: bool, options: tuple[str, ...]) -> None:
+        self.primary = Store("store", folder, options)
         self.standby = Store("standby", folder) if with_standby else None
         self.link = Link(("127.0.0.1", self.primary.port), seed * 100 + 30)
 
@@ -228,6 +228,14 @@ class ClientProcess(Part):
         words = data.splitlines()[-1].split()
         if len(words) == 3:
             self.attempts, self.operations, self.unfinished = map(int, words)
+
+    def close(self) -> None:
+        self.kill()
+        if self.process is not None:
+            for pipe in (self.process.stdin, self.process.stdout):
+                if pipe is not None:
+                    asyncio.get_running_loop().remove_reader(pipe)
+                    pipe.close()
 
     def calm(self) -> None:
         if self.process is not None and self.process.stdin is not None:

@@ -24,7 +24,7 @@ class Plan:
     """What is to be run: for `seconds` or `requests`, whichever is first.
 
     `sample`: how many known keys each client asks for again at the end. `durability`: with `replicated` a failover of
-    the store must lose no claim. `settings`: those of single replicas.
+    the store must lose no claim. `settings`: those of single replicas. `store_options`: the server's, to break it.
     """
 
     folder: Path
@@ -40,6 +40,7 @@ class Plan:
     failover: bool = False
     durability: str = "memory"
     settings: list[dict[str, object]] = field(default_factory=list)
+    store_options: tuple[str, ...] = ()
 
     @property
     def all_kinds(self) -> tuple[Kind, ...]:
@@ -68,7 +69,7 @@ class Run:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         folder, seed = plan.folder, plan.seed
-        self.stores = Stores(folder, seed, plan.failover)
+        self.stores = Stores(folder, seed, plan.failover, plan.store_options)
         self.upstream = Upstream(folder, seed, plan.replicas)
         self.replicas = [
             Replica(number, folder, seed, self.upstream.ports[number], self.stores.primary.port)
@@ -137,7 +138,7 @@ class Run:
 
     async def close(self) -> None:
         for client in self.clients:
-            client.kill()
+            client.close()
         for replica in self.replicas:
             await replica.close()
         self.upstream.kill()

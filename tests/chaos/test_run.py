@@ -1,0 +1,63 @@
+"""A small run of the proof, and runs of a broken system, which must not pass for a whole one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvloop
+
+from loadtest.chaos.faults import KINDS, Kind
+from loadtest.chaos.run import Plan, run
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.xdist_group("chaos")
+
+
+def program(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=115)
+
+
+def kinds(*names: str) -> tuple[Kind, ...]:
+    return tuple(kind for kind in KINDS if kind.name in names)
+
+
+def test_the_promise_holds(tmp_path: Path) -> None:
+    """Everything is broken for half a minute, and the judge finds nothing."""
+    folder = tmp_path / "run"
+    done = program(
+        "loadtest.chaos", "--seed", 11, "--seconds", 28, "--replicas", 2, "--sample", 300, "--folder", folder
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    figures = json.loads((folder / "verdict.json").read_text())["figures"]
+    assert figures["faults"] >= figures["seconds"] / 2 - 2
+    assert figures["executions"] > 500
+    assert figures["replays"] > 100
+    assert (folder / "report.png").stat().st_size > 10_000
+    assert "timeline" in (folder / "report.txt").read_text()
+
+
+BROKEN: dict[str, tuple[dict[str, Any], set[str]]] = {
+    # The store forgets what it acknowledged, and nobody admits that it may.
+    "forgetful": ({"store_options": ("--appendonly", "no"), "kinds": kinds("store-kill")}, {"I1", "I1'"}),
+    # Each replica has its own store.
+    "apart": ({"settings": [{}, {"STORE_URL": "embedded"}], "kinds": kinds("client-link-slow")}, {"I1"}),
+    # No header tells the tenants apart.
+    "mixed": ({"settings": [{"SCOPE_HEADERS": "X-Nobody"}], "kinds": kinds("client-link-slow")}, {"I7"}),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_system_is_found_out(broken: str, tmp_path: Path) -> None:
+    """Where the promise is broken for real, a few seconds are enough to see it."""
+    options, invariants = BROKEN[broken]
+    folder = tmp_path / "run"
+    settings = [{"DATA_DIR": tmp_path / "data", **one} for one in options.pop("settings", [{}])]
+    uvloop.run(run(Plan(folder, 5, 3.0, replicas=2, workers=8, sample=50, settings=settings, **options)))
+    done = program("loadtest.chaos.check", folder)
+    assert done.returncode == 1, done.stdout + done.stderr
+    found = {one["invariant"] for one in json.loads((folder / "verdict.json").read_text())["violations"]}
+    assert invariants <= found
