@@ -179,7 +179,7 @@ def in_flight_no_longer(case: Case, history: History) -> Iterator[Found]:
         owners = [b for b in case.attempts if b is not a and b.begun < a.ended and _may_have_claimed(b)]
         if not owners:
             yield Found("I10", "in flight, though nobody can have claimed it", a.begun, a.ended)
-        elif a.begun > (latest := _latest(case, owners, a.begun, history)):
+        elif a.begun > owners[-1].ended + SLACK_S and a.begun > (latest := _latest(case, owners, a.begun, history)):
             yield Found("I10", f"still in flight at {a.begun:.3f}, {a.begun - latest:.3f} s too long", latest, a.begun)
 
 
@@ -327,7 +327,8 @@ def figures(history: History, asked: list[Case], definite: int) -> dict[str, Any
         "faults by kind": dict(sorted(Counter(fault.kind for fault in history.faults).items())),
         "answers": dict(Counter(_outcome(a) for a in attempts).most_common()),
         "loss reports": len(history.reports),
-        "share of the time in which a fault could make an outcome unknown": round(covered(history), 2),
+        "share of the time in which the machine stalled a process": round(covered(history, history.stalls), 2),
+        "share of the time in which a fault could make an outcome unknown": round(covered(history, history.faults), 2),
     }
 
 
@@ -339,12 +340,12 @@ def _outcome(a: Attempt) -> str:
     return a.slug or f"{a.word} {a.status}" if a.whole else a.how
 
 
-def covered(history: History) -> float:
-    """Return in which share of the run a fault was there that explains an unknown somewhere."""
+def covered(history: History, faults: list[Fault]) -> float:
+    """Return in which share of the run one of these was there that explains an unknown somewhere."""
     begun, calm = history.facts["begun"], history.facts["calm"]
     reached = begun
     total = 0.0
-    for fault in history.faults:
+    for fault in faults:
         if not fault.kind.startswith(HARMLESS):
             total += max(0.0, min(fault.ended, calm) - max(fault.begun, reached))
             reached = max(reached, fault.ended)

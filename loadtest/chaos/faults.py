@@ -319,3 +319,9 @@ class Scheduler:
     async def mend(self) -> None:
         """Wait until everything works again."""
         await asyncio.gather(*self._running)
+
+    async def close(self) -> None:
+        for task in list(self._running):
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+        self._file.close()

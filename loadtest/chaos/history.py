@@ -88,9 +88,9 @@ class History:
 
     def __init__(self, folder: Path) -> None:
         self.facts: dict[str, Any] = json.loads((folder / "run.json").read_text())
-        self.faults = sorted(
-            (Fault(**line) for line in _json_lines(folder / "faults.jsonl")), key=lambda one: one.begun
-        )
+        self.faults = _faults(folder / "faults.jsonl")
+        self.stalls = _faults(folder / "stalls.jsonl")  # times in which the machine gave a process no processor
+        self._disturbances = sorted([*self.faults, *self.stalls], key=lambda one: one.begun)
         self.reports = [float(line["at"]) for line in _json_lines(folder / "reports.jsonl")]
         self.mixed: list[str] = []
         self.executions: dict[str, Execution] = {}
@@ -132,12 +132,16 @@ class History:
             self.case((attempt.tenant, key)).attempts.append(attempt)
 
     def touching(self, since: float, until: float) -> Iterator[Fault]:
-        """Return the faults that were there between two times."""
-        for fault in self.faults:
+        """Return what disturbed the run between two times, the machine included."""
+        for fault in self._disturbances:
             if fault.begun > until:
                 return
             if fault.touches(since, until):
                 yield fault
+
+
+def _faults(path: Path) -> list[Fault]:
+    return sorted((Fault(**line) for line in _json_lines(path)), key=lambda one: one.begun)
 
 
 def _lines(path: Path) -> Iterator[list[str]]:

@@ -20,7 +20,7 @@ from loadtest.chaos.link import Link
 from proxy.server.embedded import find_server
 
 ROOT = Path(__file__).parents[2]
-START_S = 30.0
+START_S = 90.0
 
 
 def free_port() -> int:

@@ -13,6 +13,7 @@ from typing import Any
 from loadtest.chaos.faults import FAILOVER, KINDS, Kind, Scheduler, World
 from loadtest.chaos.parts import ClientProcess, Replica, Stores, Upstream
 from loadtest.chaos.plan import STORED_BYTES
+from loadtest.chaos.watch import Watch
 
 LEASE_S = 1.0
 UPSTREAM_TIMEOUT_S = 4.0
@@ -78,6 +79,8 @@ class Run:
         self.clients = [ClientProcess(f"client-{number}", folder) for number in range(plan.clients)]
         self.world = World(self.replicas, self.stores, self.upstream, LEASE_S)
         self.scheduler = Scheduler(self.world, seed, folder / "faults.jsonl", plan.all_kinds)
+        stores = [self.stores.primary, *([self.stores.standby] if self.stores.standby else [])]
+        self.watch = Watch([*self.replicas, *stores, self.upstream, *self.clients], folder / "stalls.jsonl")
         self.facts: dict[str, Any] = {
             "seed": seed,
             "lease_s": LEASE_S,
@@ -110,6 +113,7 @@ class Run:
                 }
             )  # fmt: skip
         await asyncio.sleep(1)
+        watching = asyncio.ensure_future(self.watch.run())
         breaking = asyncio.ensure_future(self.scheduler.run())
         await self._until_enough()
         breaking.cancel()
@@ -120,6 +124,7 @@ class Run:
         for client in self.clients:
             facts["finished"] = await client.ended(120) == 0 and facts.get("finished", True)
         facts["ended"] = time.monotonic()
+        watching.cancel()
 
     async def _until_enough(self) -> None:
         until = time.monotonic() + self.plan.seconds
@@ -137,6 +142,7 @@ class Run:
         return sum(client.attempts for client in self.clients)
 
     async def close(self) -> None:
+        await self.scheduler.close()
         for client in self.clients:
             client.close()
         for replica in self.replicas:
@@ -147,6 +153,7 @@ class Run:
     def write_facts(self) -> None:
         """Write what the judge has to know beside the logs."""
         self.facts["failed_faults"] = self.scheduler.failed
+        self.watch.write()
         (self.plan.folder / "run.json").write_text(json.dumps(self.facts, indent=1))
         with (self.plan.folder / "reports.jsonl").open("w") as file:
             for report in lost_claims(self.plan.folder):
