@@ -5,7 +5,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,12 @@ from loadtest.chaos.watch import Watch
 LEASE_S = 1.0
 UPSTREAM_TIMEOUT_S = 4.0
 SETTLE_TIMEOUT_S = 15.0
+# The replicas differ in what they may differ in.
+VARIETY: tuple[dict[str, object], ...] = (
+    {},
+    {"ON_DUPLICATE": "wait", "WAIT_MAX_S": 3},
+    {"UPSTREAM_REUSE_IDLE_S": 0},
+)
 
 
 @dataclass
@@ -40,7 +46,7 @@ class Plan:
     kinds: tuple[Kind, ...] = KINDS
     failover: bool = False
     durability: str = "memory"
-    settings: list[dict[str, object]] = field(default_factory=list)
+    settings: tuple[dict[str, object], ...] = VARIETY
     store_options: tuple[str, ...] = ()
 
     @property
@@ -49,7 +55,7 @@ class Plan:
         return (*self.kinds, FAILOVER._replace(loses=loses)) if self.failover else self.kinds
 
     def settings_of(self, number: int) -> dict[str, object]:
-        own = self.settings[number % len(self.settings)] if self.settings else {}
+        own = self.settings[number % len(self.settings)]
         return {
             "LEASE_MS": int(LEASE_S * 1000),
             "RETENTION_S": self.retention_s,

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,9 @@ def test_a_broken_system_is_found_out(broken: str, tmp_path: Path) -> None:
     """Where the promise is broken for real, a few seconds are enough to see it."""
     options, invariants = BROKEN[broken]
     folder = tmp_path / "run"
-    settings = [{"DATA_DIR": tmp_path / "data", **one} for one in options.pop("settings", [{}])]
-    uvloop.run(run(Plan(folder, 5, 3.0, replicas=2, workers=8, sample=50, settings=settings, **options)))
+    settings = [{"DATA_DIR": tmp_path / "data", **one} for one in options.get("settings", [{}])]
+    plan = Plan(folder, 5, 3.0, replicas=2, workers=8, sample=50)
+    uvloop.run(run(replace(plan, **options, settings=tuple(settings))))
     done = program("loadtest.chaos.check", folder)
     assert done.returncode == 1, done.stdout + done.stderr
     found = {one["invariant"] for one in json.loads((folder / "verdict.json").read_text())["violations"]}
