@@ -274,6 +274,7 @@ class Exchange:
     def _settling(self, how: Settlement, last: bytes, patience_s: float) -> Settling:
         store, claim, answer = self._shop.store, self._held.claim, self._answer
         if how is Settlement.RELEASE:
+            self._held.freeing = True
             return store.release(claim, patience_s)
         if how is Settlement.UNKNOWN or answer is None:
             why = str(self._lost) if self._lost else f"status {answer.status}" if answer else "failed"

@@ -27,6 +27,7 @@ class Held:
     until_s: float
     lost: bool = False
     fenced: bool = False
+    freeing: bool = False  # its release is under way: that the record is gone, or another's, is no loss any more
     settled: bool = False
     reported: bool = field(default=False)
 
@@ -85,7 +86,7 @@ class Leases:
     async def _renew(self, held: Held) -> None:
         asked_s = suspended_clock_s()
         word = await self._store.renew(held.claim)
-        if held.settled:
+        if held.settled or held.freeing:
             return  # its settle went ahead; what the renewal found is that
         if word == "renewed":
             held.confirmed_s = asked_s

@@ -44,6 +44,7 @@ INLINE_BYTES = 65536  # a stored body up to this comes with the reply to `claim`
 READ_BYTES = 262144  # of a larger one at a time
 _ORDINARY = b"\r\n" + resp(INLINE_BYTES, 0, b"")  # no window, nothing seen
 _16, _16_NEXT, _32_NEXT, _13 = b"$16\r\n", b"\r\n$16\r\n", b"\r\n$32\r\n", b"$13\r\n"  # bytes of words of a known size
+_RELEASE = resp(b"release")
 PAUSE_FIRST_S, PAUSE_MOST_S = 0.01, 0.5
 HEALTH_S = 2.0
 
@@ -320,7 +321,7 @@ class Store:
 
     def release(self, claim: Claim, patience_s: float) -> Settling:
         """Settle: free the key."""
-        return self._settle(claim, 3, resp(b"release", claim.retention_ms), patience_s)
+        return self._settle(claim, 3, _RELEASE + resp(claim.retention_ms), patience_s)
 
     def mark_unknown(self, claim: Claim, why: str, patience_s: float) -> Settling:
         """Settle: sent, and nobody can say what became of it."""
@@ -347,6 +348,8 @@ class Store:
                 return Settled(word.decode(), lost=before == b"absent")
             case [b"torn"]:
                 return Settled("torn")
+            case [_] if again and words.startswith(_RELEASE):
+                return Settled("released")  # who has the key now claimed it after our own first try
             case [_]:
                 return Settled("fenced")
             case _:

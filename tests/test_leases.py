@@ -1,0 +1,31 @@
+"""The leases of a worker's claims against a real store: what is kept alive, and what is reported."""
+
+import asyncio
+
+import pytest
+
+from proxy.leases import Leases, suspended_clock_s
+from proxy.store import Claim
+from tests.conftest import Valkey
+from tests.test_store import claimed, connected
+
+
+@pytest.mark.parametrize(("freeing", "reports"), [(False, ["lost"]), (True, [])])
+async def test_a_claim_that_is_being_released_is_not_reported_as_lost(
+    valkey: Valkey, freeing: bool, reports: list[str]
+) -> None:
+    """A renewal finds nothing: a loss, unless the release is under way, whose reply may be on its way or lost."""
+    reported: list[str] = []
+    async with connected(valkey.url) as store:
+
+        def report(what: str, _: Claim) -> None:
+            reported.append(what)
+
+        leases = Leases(store, 60, report, asyncio.get_running_loop().time)
+        held = leases.hold(await claimed(store), suspended_clock_s())
+        held.freeing = freeing
+        assert (await store.release(held.claim, 5)).word == "released"
+        renewing = asyncio.ensure_future(leases.run())
+        await asyncio.sleep(0.2)
+        renewing.cancel()
+    assert reported == reports
