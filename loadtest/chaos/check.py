@@ -95,7 +95,7 @@ def kept(case: Case, history: History) -> Iterator[Found]:
     first = min((a for a in case.attempts if a.stored), key=lambda a: a.ended, default=None)
     if first is None:
         return
-    bare = _kept_bare(case, history)
+    bare = _kept_bare(case, first.ended, history)
     for a in case.attempts:
         if a.begun <= first.ended or a.how in NO_ANSWER or a.slug in TRANSIENT:
             continue
@@ -104,12 +104,12 @@ def kept(case: Case, history: History) -> Iterator[Found]:
             yield Found("I2", f"answered by {_brief(first)}, later by {_brief(a)}", first.ended, a.ended)
 
 
-def _kept_bare(case: Case, history: History) -> bool:
+def _kept_bare(case: Case, until: float, history: History) -> bool:
     """Return whether its answer may have been stored without its body: it was too large, or the store was full."""
     if any(one.kind == "oversize" for one in case.executions):
         return True
     full = [fault for fault in history.faults if fault.kind == "store-full"]
-    return any(fault.touches(one.begun, one.ended, FULL_TAIL_S) for fault in full for one in case.executions)
+    return any(fault.touches(one.begun, until, FULL_TAIL_S) for fault in full for one in case.executions)
 
 
 def faithful(case: Case, history: History) -> Iterator[Found]:

@@ -18,6 +18,7 @@ from loadtest.chaos.watch import Watch
 LEASE_S = 1.0
 UPSTREAM_TIMEOUT_S = 4.0
 SETTLE_TIMEOUT_S = 15.0
+WARM, WARM_S = 200, 10.0  # requests before the first fault, or so many seconds
 # The replicas differ in what they may differ in.
 VARIETY: tuple[dict[str, object], ...] = (
     {},
@@ -118,7 +119,8 @@ class Run:
                     "workers": plan.workers, "sample": plan.sample, "retention_s": plan.retention_s,
                 }
             )  # fmt: skip
-        await asyncio.sleep(1)
+        while self.attempts < WARM and time.monotonic() < facts["begun"] + WARM_S:
+            await asyncio.sleep(0.1)
         watching = asyncio.ensure_future(self.watch.run())
         breaking = asyncio.ensure_future(self.scheduler.run())
         await self._until_enough()

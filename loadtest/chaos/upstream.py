@@ -57,9 +57,10 @@ class Request:
     def __init__(self, data: bytes) -> None:
         head, separator, rest = data.partition(b"\r\n\r\n")
         line, *lines = head.split(b"\r\n")
-        method, _, target = line.partition(b" ")
-        path = target.partition(b" ")[0].split(b"/")
-        self.tenant, self.key = (path[1].decode(), path[2].decode()) if len(path) == 3 else ("?", "?")
+        method, _, rest_of_line = line.partition(b" ")
+        target, named, _ = rest_of_line.partition(b" ")
+        path = target.split(b"/")
+        self.tenant, self.key = (path[1].decode(), path[2].decode()) if named and len(path) == 3 else ("?", "?")
         self.fields = {name.lower(): value.strip() for name, _, value in (one.partition(b":") for one in lines)}
         self.length = int(self.fields.get(b"content-length", b"0")) if separator else 0
         self.whole = bool(separator) and len(rest) >= self.length
