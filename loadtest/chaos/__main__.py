@@ -19,7 +19,7 @@ def plan() -> Plan:
     parser.add_argument("--requests", type=int, default=1_000_000, help="or until there were so many")
     parser.add_argument("--replicas", type=int, default=3)
     parser.add_argument("--clients", type=int, default=2, help="processes")
-    parser.add_argument("--workers", type=int, default=32, help="operations at a time, for each of them")
+    parser.add_argument("--workers", type=int, default=64, help="operations at a time, for each of them")
     parser.add_argument("--sample", type=int, default=5000, help="keys that each asks for again at the end")
     parser.add_argument("--failover", action="store_true", help="the store has a standby that may lag behind")
     parser.add_argument("--durability", default="memory", help="ONCEGATE_DURABILITY")

@@ -41,7 +41,7 @@ class Plan:
     requests: int = 1_000_000
     replicas: int = 2
     clients: int = 2
-    workers: int = 24
+    workers: int = 64
     sample: int = 2000
     retention_s: float = 900.0
     kinds: tuple[Kind, ...] = KINDS
