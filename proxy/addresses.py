@@ -6,6 +6,7 @@ No message repeats what it was given: a URL that is refused may still carry a pa
 import re
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
+from urllib.parse import parse_qsl, quote
 
 Network = IPv4Network | IPv6Network
 
@@ -34,7 +35,12 @@ _ORIGIN = re.compile(rf"(?P<scheme>(?i:https?))://(?P<authority>[^/?#@\\\s]+)(?P
 _USER = r"(?:[^:@/?#\[\]]*(?::[^/?#\[\]]*)?@)?"
 _REDIS = re.compile(rf"rediss?://{_USER}(?P<authority>[^@/?#]+)(?:/[0-9]*|/?\?db=[0-9]+)?")
 _SOCKET = re.compile(rf"redis\+unix://{_USER}/[^?#]+(?:\?db=[0-9]+)?")
-_PASSWORD = re.compile(r"(://[^:@/]*:)[^/]*@")
+_SEVERAL = re.compile(
+    rf"redis(?P<tls>s?)\+(?P<kind>sentinel|cluster)://(?P<user>{_USER})(?P<places>[^@/?#]+)"
+    r"(?:/(?P<service>[A-Za-z0-9._-]*))?(?:\?(?P<query>[^?#]+))?"
+)
+STORE_PORTS = {"sentinel": 26379, "cluster": 6379}
+_PASSWORD = re.compile(r"(://[^:@/]*:)[^/]*@|((?<=[?&])sentinel_password=)[^&]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +76,27 @@ class Origin:
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.authority}{self.path_prefix}"
+
+
+@dataclass(frozen=True, slots=True)
+class Several:
+    """A store of several servers. `user` and `sentinel_user` are percent-encoded `name:password@`, or empty."""
+
+    kind: str  # sentinel, cluster
+    scheme: str
+    user: str
+    places: tuple[str, ...]  # host:port, of sentinels or of any servers of a cluster
+    service: str
+    db: int
+    sentinel_user: str
+
+    def server_url(self, place: str) -> str:
+        """Return the URL of a server at `host:port`."""
+        return f"{self.scheme}://{self.user}{place}/{self.db}"
+
+    def sentinel_url(self, place: str) -> str:
+        """Return the URL of a sentinel at `host:port`. Sentinels have users of their own."""
+        return f"{self.scheme}://{self.sentinel_user}{place}"
 
 
 def bracketed(host: str) -> str:
@@ -116,18 +143,51 @@ def parse_origin(text: str) -> Origin:
 def parse_store_url(text: str) -> str:
     """Return a store URL that is well formed, as it is."""
     visible = text.isascii() and text.isprintable() and " " not in text
-    if text == "embedded" or (visible and _SOCKET.fullmatch(text)):
+    if text == "embedded" or (visible and (_SOCKET.fullmatch(text) or parse_several(text))):
         return text
     match = _REDIS.fullmatch(text)
     if match is None or not visible:
         raise ValueError(
-            "must be embedded, redis://host:port/db, rediss://host:port/db or redis+unix:///path?db=0; "
+            "must be embedded, redis://host:port/db, rediss://host:port/db, redis+unix:///path?db=0, "
+            "redis+sentinel://host:port,host:port/service or redis+cluster://host:port,host:port; "
             "special characters of a user or password are percent-encoded"
         )
-    host, port = _split(match["authority"])
-    if _host(host) and port == 0:
-        raise ValueError("has the port 0")
+    _place(match["authority"], 6379)
     return text
+
+
+def parse_several(text: str) -> Several | None:
+    """Return the servers that a URL names which names several; None for any other URL."""
+    match = _SEVERAL.fullmatch(text)
+    if match is None:
+        return None
+    kind, query = match["kind"], dict(parse_qsl(match["query"] or "", keep_blank_values=True))
+    sentinel_user = query.pop("sentinel_user", ""), query.pop("sentinel_password", "")
+    db = query.pop("db", "0")
+    if kind == "sentinel" and not match["service"]:
+        raise ValueError("must name the service that the sentinels watch, such as redis+sentinel://h1:26379/mymaster")
+    if kind == "cluster" and (match["service"] or match["query"]):
+        raise ValueError("must end after the hosts: a cluster has neither a service nor a number of a database")
+    if query or not db.isdecimal():
+        raise ValueError("can only have db, sentinel_user and sentinel_password after its question mark")
+    return Several(
+        kind=kind,
+        scheme=f"redis{match['tls']}",
+        user=match["user"],
+        places=tuple(_place(place, STORE_PORTS[kind]) for place in parse_list(match["places"])),
+        service=match["service"] or "",
+        db=int(db),
+        sentinel_user=":".join(quote(word, safe="") for word in sentinel_user) + "@" if any(sentinel_user) else "",
+    )
+
+
+def _place(authority: str, default_port: int) -> str:
+    """Return `host:port`."""
+    host, port = _split(authority)
+    host = _host(host)
+    if port == 0:
+        raise ValueError("has the port 0")
+    return f"{bracketed(host)}:{port or default_port}"
 
 
 def parse_list(text: str) -> tuple[str, ...]:
@@ -178,8 +238,8 @@ def parse_secret(text: str) -> str:
 
 
 def masked(store_url: str) -> str:
-    """Return a well-formed store URL without its password."""
-    return _PASSWORD.sub(r"\1***@", store_url)
+    """Return a well-formed store URL without its passwords."""
+    return _PASSWORD.sub(lambda found: f"{found[1]}***@" if found[1] else f"{found[2]}***", store_url)
 
 
 def _split(authority: str) -> tuple[str, int | None]:

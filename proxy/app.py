@@ -79,6 +79,8 @@ class Service:
             observe=self.metrics.store_call,
             repeated=self.metrics.store_repeat,
             background=self._in_background,
+            log=logger.warning,
+            durability=settings.durability,
         )
         self._leases = Leases(self.store, settings.lease_ms, self._report, self._loop.time)
         self._waiters = Waiters(self.store, settings.max_waiters, settings.lease_ms, self._leases.__contains__)

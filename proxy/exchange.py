@@ -300,7 +300,7 @@ class Exchange:
             kept,
             head.eof_framed,
             head.length is not None or head.bodiless,
-            self._shop.store.now_ms(),
+            self._shop.store.now_ms(self._held.claim.key),
             min(int(self.upstream_s * 1000), 2**32 - 1),
             upstream_age(head),
         )

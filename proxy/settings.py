@@ -49,13 +49,9 @@ MILLION = 1_000_000
 # What the design names and this version cannot do yet: `name=value`, or the name where only the
 # default works, and what to do now. Who builds one deletes its row.
 LATER = {
-    "store_url=redis+sentinel": "name the primary with redis:// or rediss://",
-    "store_url=redis+cluster": "name a single server with redis:// or rediss://",
     "store_url=postgresql": "use redis:// or rediss://",
     "on_duplicate=join": "use reject or wait",
     "on_store_down=bypass": "use refuse",
-    "durability=replicated": "use memory",
-    "durability=fsync": "use memory",
     "on_store_loss=quarantine": "use continue",
     "identity_change=accept": "use refuse, and stop every replica before changing what names a key",
     "workers": "use 1, and more replicas on one store for more cores",
@@ -146,7 +142,8 @@ class Settings(BaseSettings):
     upstream_key_file: ReadableFile = Field(None, description="Private key (PEM) of that certificate.")
     store_url: Annotated[SecretStr, _from_text(parse_store_url)] = Field(
         SecretStr("embedded"),
-        description="`embedded`, `redis://`, `rediss://` or `redis+unix:///path/to.sock?db=0`; "
+        description="`embedded`, `redis://host:port/db`, `redis+unix:///path/to.sock?db=0`, "
+        "`redis+sentinel://h1:p,h2:p/service` or `redis+cluster://h1:p,h2:p`; `rediss` in the place of `redis` is TLS; "
         "`ONCEGATE_STORE_URL_FILE` names a file that holds it.",
     )
     data_dir: Path = Field(Path(".oncegate"), description="Folder of the embedded store.")
@@ -201,8 +198,10 @@ class Settings(BaseSettings):
     settle_timeout_s: Seconds = Field(
         30, description="How long the store is asked again to take an answer before the proxy gives up."
     )
-    durability: Literal["memory"] = Field(
-        "memory", description="A write counts as done when the store has it in memory (`memory`)."
+    durability: Literal["memory", "replicated", "fsync"] = Field(
+        "memory",
+        description="What a claim must have reached before it counts: the `memory` of the store's server, "
+        "also that of a replica (`replicated`), or their disks (`fsync`).",
     )
     on_store_loss: Literal["continue"] = Field(
         "continue", description="After the store lost data, requests go on (`continue`)."
@@ -281,6 +280,10 @@ def _unwritable(folder: Path, _max_bytes: int) -> bool:
     return not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK))
 
 
+def _cannot_replicate(durability: str, store_url: SecretStr) -> bool:
+    return durability == "replicated" and store_url.get_secret_value() == "embedded"
+
+
 # Settings that are each fine and do not fit together: the first, how it fails, the second, whether it does.
 CONTRADICTIONS: tuple[tuple[str, str, str, Callable[[Any, Any], bool]], ...] = (
     ("retention_s", "must not be shorter than", "lease_ms", lambda kept_s, lease_ms: kept_s * 1000 < lease_ms),
@@ -297,6 +300,7 @@ CONTRADICTIONS: tuple[tuple[str, str, str, Callable[[Any, Any], bool]], ...] = (
     ("max_request_bytes", "must not be larger than", "max_spool_bytes", gt),
     ("max_stored_bytes", "must not be larger than", "max_buffered_bytes", gt),
     ("fault", "is accepted only together with", "testing", lambda fault, testing: bool(fault) and not testing),
+    ("durability", "replicated needs a store with replicas in", "store_url", _cannot_replicate),
     ("spool_dir", "must be a writable folder to hold", "max_spool_bytes", _unwritable),
 )
 

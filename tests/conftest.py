@@ -19,7 +19,10 @@ from proxy.server.embedded import find_server
 from tests.parts import Proxy, RawUpstream
 from tests.zygote import Forked, Zygote
 
-IN_PROCESS = ("test_body.py", "test_client.py", "test_leases.py", "test_link.py", "test_store.py", "test_upstream.py")
+IN_PROCESS = (
+    *("test_body.py", "test_client.py", "test_cluster.py", "test_durable.py", "test_leases.py", "test_link.py", "test_sentinel.py"),
+    *("test_store.py", "test_upstream.py"),
+)
 
 
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, object]:

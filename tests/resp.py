@@ -85,10 +85,11 @@ class RespServer:
         self.calls: list[Words] = []
         self.segments: list[bytes] = []
 
-    async def start(self) -> None:
+    async def start(self, tls: ssl.SSLContext | None = None) -> None:
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: Connection(self), "127.0.0.1", 0)
-        self.url = f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        self._server = await loop.create_server(lambda: Connection(self), "127.0.0.1", 0, ssl=tls)
+        self.port = self._server.sockets[0].getsockname()[1]
+        self.url = f"redis://127.0.0.1:{self.port}"
 
     def answer(self, connection: Connection, words: Words) -> bytes | None:
         if words[0] in self.greeting:

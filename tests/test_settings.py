@@ -67,7 +67,7 @@ CASES: dict[str, tuple[object, str, object, str, str]] = {
     "on_store_down": ("refuse", "refuse", "refuse", "panic", "must be 'refuse'"),
     "store_timeout_ms": (1000, "50", 50, "0", "must be at least 1"),
     "settle_timeout_s": (30.0, "5", 5.0, "-1", "must be greater than 0"),
-    "durability": ("memory", "memory", "memory", "stone", "must be 'memory'"),
+    "durability": ("memory", "fsync", "fsync", "stone", "must be 'memory', 'replicated' or 'fsync'"),
     "on_store_loss": ("continue", "continue", "continue", "cry", "must be 'continue'"),
     "quarantine_s": (60.0, "1", 1.0, "0", "must be greater than 0"),
     "connect_timeout_s": (5.0, "0.2", 0.2, "fast", "must be a number"),
@@ -248,6 +248,17 @@ def test_upstream_refused(text, given):
         (f"redis://app:{CANARY}@{CANARY}:x@redis", "redis://app:***@redis"),
         ("redis+unix:///run/a@b:c@d.sock?db=2", "redis+unix:///run/a@b:c@d.sock?db=2"),
         (f"redis+unix://app:{CANARY}@/run/redis.sock", "redis+unix://app:***@/run/redis.sock"),
+        ("redis+sentinel://h1:26379,h2,[::1]:1/orders?db=2", "redis+sentinel://h1:26379,h2,[::1]:1/orders?db=2"),
+        (
+            f"rediss+sentinel://app:{CANARY}@h1/orders?sentinel_password={CANARY}&db=1",
+            "rediss+sentinel://app:***@h1/orders?sentinel_password=***&db=1",
+        ),
+        (
+            f"redis+sentinel://h1/orders?sentinel_user=s&sentinel_password={CANARY}",
+            "redis+sentinel://h1/orders?sentinel_user=s&sentinel_password=***",
+        ),
+        ("redis+cluster://h1:7000,h2:7001", "redis+cluster://h1:7000,h2:7001"),
+        (f"rediss+cluster://app:{CANARY}@h1:7000,h2", "rediss+cluster://app:***@h1:7000,h2"),
     ],
 )
 def test_store_urls(url, shown, given):
@@ -276,7 +287,17 @@ def test_store_urls(url, shown, given):
         f"redis://app:{CANARY}@redis/zero",
         f"redis+unix://{CANARY}/redis.sock",
         f"redis+unix:///{CANARY}\n.sock",
-        f"redis+sentinel://:{CANARY}@h1,h2/service",
+        f"redis+sentinel://:{CANARY}@h1,h2",
+        f"redis+sentinel://:{CANARY}@h1,h2/",
+        f"redis+sentinel://:{CANARY}@h1,,h2:0/service",
+        f"redis+sentinel://:{CANARY}@h1,h1/service",
+        f"redis+sentinel://h1/service?password={CANARY}",
+        f"redis+sentinel://h1/service?{CANARY}",
+        f"redis+sentinel://h1/service?db={CANARY}",
+        f"redis+sentinel://h1/{CANARY} ",
+        f"redis+cluster://:{CANARY}@h1,h2/1",
+        f"redis+cluster://h1,h2?db={CANARY}",
+        f"redis+cluster://h1,{CANARY}:66000",
         f"{CANARY}",
     ],
 )
@@ -475,6 +496,7 @@ CLASHES = [
     ({"max_spool_bytes": "33554431"}, "max_request_bytes", "max_spool_bytes"),
     ({"max_buffered_bytes": "16777215"}, "max_stored_bytes", "max_buffered_bytes"),
     ({"fault": "kill@claimed:1"}, "fault", "testing"),
+    ({"durability": "replicated"}, "durability", "store_url"),
     ({"spool_dir": "nowhere"}, "spool_dir", "max_spool_bytes"),
 ]
 
@@ -499,6 +521,8 @@ def test_every_contradiction_has_a_case():
         {"listen": "127.0.0.1:0", "admin_listen": "127.0.0.1:0"},
         {"listen": "127.0.0.1:8080", "admin_listen": "127.0.0.2:8080"},
         {"max_spool_bytes": "33554432", "max_buffered_bytes": "16777216"},
+        {"durability": "replicated", "store_url": "redis://redis"},
+        {"durability": "fsync"},
     ],
 )
 def test_limits_that_just_fit(values, given):
@@ -515,8 +539,6 @@ def test_no_temporary_folder(monkeypatch, given):
 
 
 LATER_VALUES = {
-    "store_url=redis+sentinel": "redis+sentinel://h1:1,h2:2/service",
-    "store_url=redis+cluster": "redis+cluster://h1:1,h2:2",
     "store_url=postgresql": "postgresql://h/db",
     "workers": "auto",
 }
@@ -533,9 +555,8 @@ def test_later(row, given):
 def test_later_is_complete():
     """Every choice that the design names and this version lacks has its refusal."""
     assert set(LATER) == {
-        *("store_url=redis+sentinel", "store_url=redis+cluster", "store_url=postgresql"),
-        *("on_duplicate=join", "on_store_down=bypass", "durability=replicated"),
-        *("durability=fsync", "on_store_loss=quarantine", "identity_change=accept", "workers"),
+        *("store_url=postgresql", "on_duplicate=join", "on_store_down=bypass", "on_store_loss=quarantine"),
+        *("identity_change=accept", "workers"),
     }
 
 

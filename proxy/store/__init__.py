@@ -6,26 +6,20 @@ confirmed is repeated with the same token, within the caller's budget: the scrip
 
 import asyncio
 import os
-import time
-from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine
 from itertools import count
 from typing import Any, NamedTuple
 
+from proxy.addresses import parse_several
 from proxy.decision import is_open, state_now
-from proxy.keys import Scope, store_key
-from proxy.store.link import ErrorReply, Link, Script, Unconfirmed, resp
+from proxy.keys import Scope
+from proxy.store.cluster import Cluster
+from proxy.store.durable import WAIT_SHARE, Below, level
+from proxy.store.link import ErrorReply, Link, Unconfirmed, resp
+from proxy.store.node import CLAIM_ARGUMENTS, INLINE_BYTES, ORDINARY, TOO_LATE, Node, Servers, Terms
 from proxy.store.record import TOKEN_BYTES, Claim, Corrupt, Record, StoredAnswer, pack, running, self_check, unpack
-from proxy.store.server import (
-    FULL_RATIO,
-    Unfit,
-    load_scripts,
-    memory_ratio,
-    opener,
-    parse_info,
-    preparer,
-    problem,
-)
+from proxy.store.sentinel import Watched
+from proxy.store.server import FULL_RATIO, Unfit, load_scripts, opener
 
 __all__ = [
     "Claim",
@@ -40,13 +34,22 @@ __all__ = [
     "Unfit",
 ]
 
-INLINE_BYTES = 65536  # a stored body up to this comes with the reply to `claim`
 READ_BYTES = 262144  # of a larger one at a time
-_ORDINARY = b"\r\n" + resp(INLINE_BYTES, 0, b"")  # no window, nothing seen
-_16, _16_NEXT, _32_NEXT, _13 = b"$16\r\n", b"\r\n$16\r\n", b"\r\n$32\r\n", b"$13\r\n"  # bytes of words of a known size
+_16, _16_NEXT, _32_NEXT = b"$16\r\n", b"\r\n$16\r\n", b"\r\n$32\r\n"  # bytes of words of a known size
 _RELEASE = resp(b"release")
 PAUSE_FIRST_S, PAUSE_MOST_S = 0.01, 0.5
-HEALTH_S = 2.0
+
+
+def servers(
+    url: str, timeout_s: float, observe: Callable[[str, float], None], log: Callable[..., None], durability: str
+) -> Servers:
+    """Return what a URL names."""
+    several = parse_several(url)
+    kind = several.kind if several else "server"
+    terms = Terms(load_scripts(), timeout_s, observe, log, level(durability, several is not None), kind == "cluster")
+    if several is None:
+        return Node(opener(url, timeout_s), terms)
+    return Watched(several, terms) if several.kind == "sentinel" else Cluster(several, terms)
 
 
 class Settled(NamedTuple):
@@ -65,24 +68,12 @@ Settling = Coroutine[Any, Any, Settled]
 Claiming = Coroutine[Any, Any, Claim | Record | Corrupt | Unconfirmed]
 
 
-@dataclass(slots=True)
-class _Clock:
-    """The server's clock, as far as its replies tell. It may lag behind, never run ahead."""
-
-    offset_ms: float = 0.0
-
-    def heard(self, now_ms: int) -> None:
-        self.offset_ms = now_ms - time.monotonic() * 1000
-
-    def now_ms(self) -> int:
-        return int(time.monotonic() * 1000 + self.offset_ms)
-
-
 class Store:
-    """One Redis server. Times in the unit of their name.
+    """The store behind one URL. Times in the unit of their name.
 
     `observe(verb, seconds)` hears of every call, `repeated()` of every one that is made again;
-    `background` finishes work that nobody waits for.
+    `background` finishes work that nobody waits for. `log(event, **fields)` is told of failovers. `durability`:
+    what a claim must have reached.
     """
 
     def __init__(
@@ -94,51 +85,54 @@ class Store:
         observe: Callable[[str, float], None],
         repeated: Callable[[], None],
         background: Callable[[Coroutine[Any, Any, Any]], None],
+        log: Callable[..., None] = lambda *_, **__: None,
+        durability: str = "memory",
     ) -> None:
         self._timeout_s = timeout_ms / 1000
+        self._give_back_s = self._timeout_s * (1 - WAIT_SHARE)
         self._patience_s = patience_s
         self._repeated = repeated
         self._loop = asyncio.get_running_loop()
         self._background = background
-        self._scripts = load_scripts()
-        self._clock = _Clock()
-        open_connection = opener(url, self._timeout_s)
-        prepare = preparer(self._scripts, self._clock.heard)
+        self._servers = servers(url, self._timeout_s, observe, log, durability)
         self._terms: dict[tuple[bytes, int, int], bytes] = {}
-        self._link = Link(open_connection, prepare, self._timeout_s, observe)
-        self._reads = Link(open_connection, prepare, self._timeout_s, observe)  # a large reply would stop the others
         self._prefix, self._count = os.urandom(TOKEN_BYTES - 6), count(1)
-        self._info: dict[str, str] = {}
         self._given_up: set[bytes] = set()  # tokens of claims that may be in the store though nobody has them
         self._patience_ends = float("inf")  # the loop's time after which nothing is repeated any more
 
     # Its life ...
 
     def start(self) -> None:
-        self._link.start()
-        self._reads.start()
+        self._servers.start()
 
     async def close(self) -> None:
-        await asyncio.gather(self._link.close(), self._reads.close())
+        await self._servers.close()
 
     async def wait_up(self, seconds: float) -> bool:
-        return await self._link.wait_up(self._loop.time() + seconds)
+        return await self._servers.wait_up(self._loop.time() + seconds)
 
     def give_up(self) -> None:
         """Let every call end now, also those that still come; what is not confirmed stays unconfirmed."""
         self._patience_ends = self._loop.time()
-        self._link.give_up()
-        self._reads.give_up()
+        self._servers.give_up()
 
     def problem(self) -> str | None:
         """Return why the store cannot be relied on now, None where it can."""
-        if not self._link.up:
-            return f"the store is not reachable: {self._link.down_because}"
-        return problem(self._info)
+        return self._servers.problem()
+
+    @property
+    def nodes(self) -> list[Node]:
+        """The servers that take writes now: one, or the masters of a cluster."""
+        return self._servers.nodes
+
+    @property
+    def links(self) -> list[Link]:
+        """The connections to them that commands share."""
+        return [node.link for node in self.nodes]
 
     @property
     def memory_ratio(self) -> float:
-        return memory_ratio(self._info)
+        return self._servers.memory_ratio
 
     @property
     def full(self) -> bool:
@@ -146,19 +140,12 @@ class Store:
         return self.memory_ratio > FULL_RATIO
 
     async def watch(self) -> None:
-        """Keep looking at the server's memory, eviction policy and role, until cancelled."""
-        loop = self._loop
-        while True:
-            if await self._link.wait_up(loop.time() + HEALTH_S):
-                deadline = loop.time() + self._timeout_s
-                reply = await self._link.command("INFO", "memory", "replication", deadline=deadline)
-                if isinstance(reply, bytes):
-                    self._info = parse_info(reply)
-                await asyncio.sleep(HEALTH_S)
+        """Keep looking at the servers' memory, eviction policy and role, until cancelled."""
+        await self._servers.watch()
 
-    def now_ms(self) -> int:
-        """Return the server's time."""
-        return self._clock.now_ms()
+    def now_ms(self, key: bytes) -> int:
+        """Return the time of the server that has a key."""
+        return self._servers.now_ms(key)
 
     # Verbs ...
 
@@ -190,17 +177,17 @@ class Store:
         self, claim: Claim, scope: Scope, window_ms: int, give_up: Callable[[Claim], None] | None
     ) -> Claim | Record | Corrupt | Unconfirmed:
         """Claim, again with the same token where need be, until the budget is over."""
-        loop, clock = self._loop, self._clock
+        loop, ask, described = self._loop, self._servers.claim, self._describe(claim)
         left_s = self._timeout_s
         deadline = loop.time() + left_s
         pause_s = PAUSE_FIRST_S
-        maybe_executed, seen = False, b""
+        stands, maybe_executed, seen = False, False, b""
         try:
             while True:
-                not_after_ms = clock.now_ms() + int(left_s * 1000)
-                reply = await self._ask(claim, not_after_ms, deadline, window_ms, seen)
+                rest = b"\r\n" + resp(INLINE_BYTES, window_ms, seen) if window_ms or seen else ORDINARY
+                reply = await ask(claim.key, described, rest, deadline, left_s)
                 if is_noscript(reply):
-                    reply = await self._ask(claim, not_after_ms, deadline, window_ms, seen, whole=True)
+                    reply = await ask(claim.key, described, rest, deadline, left_s, whole=True)
                 found = self._read_claim(claim, scope, reply)
                 if isinstance(found, Claim):
                     return found
@@ -211,11 +198,11 @@ class Store:
                     continue
                 if not isinstance(found, Unconfirmed):
                     return found
+                stands |= isinstance(found, Below)
                 maybe_executed |= found.maybe_executed
-                if loop.time() + pause_s >= min(deadline, self._patience_ends) or found.detail.startswith("OOM"):
-                    if maybe_executed and give_up is not None:
-                        give_up(claim)
-                    return Unconfirmed(found.detail, maybe_executed)
+                over = min(deadline - stands * self._give_back_s, self._patience_ends)
+                if loop.time() + pause_s >= over or found.detail.startswith("OOM"):
+                    return await self._unconfirmed(claim, found.detail, stands, maybe_executed, give_up)
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 2, PAUSE_MOST_S)
                 left_s = deadline - loop.time()
@@ -223,6 +210,17 @@ class Store:
             if give_up is not None:
                 give_up(claim)
             raise
+
+    async def _unconfirmed(
+        self, claim: Claim, detail: str, stands: bool, maybe_executed: bool, give_up: Callable[[Claim], None] | None
+    ) -> Unconfirmed:
+        """End a claim that is not ours, and leave nothing of it: one that stands for sure is freed before that."""
+        if give_up is not None:
+            if stands and not maybe_executed:
+                maybe_executed = (await self.release(claim, self._give_back_s)).word == "unconfirmed"
+            if maybe_executed:
+                give_up(claim)
+        return Unconfirmed(detail, maybe_executed)
 
     async def _opens(self, found: Record, claim: Claim, window_ms: int) -> bool:
         """Return whether the key of a checked record can be claimed with its token as the one seen."""
@@ -235,45 +233,33 @@ class Store:
     async def look(self, key: bytes, scope: Scope, lease_ms: int) -> Record | Corrupt | Unconfirmed | None:
         """Return what stands in the store for a key, None for nothing: a claim that is always too late."""
         nobody = Claim(key, bytes(TOKEN_BYTES), b"", b"", bytes(16), bytes(32), 0, lease_ms, 0)
-        deadline = self._loop.time() + self._timeout_s
-        reply = await self._ask(nobody, 0, deadline)
-        if is_noscript(reply):
-            reply = await self._ask(nobody, 0, deadline, whole=True)
+        args, deadline = self._describe(nobody) + TOO_LATE, self._loop.time() + self._timeout_s
+        reply = await self._call("claim", key, deadline, args, CLAIM_ARGUMENTS)
         found = self._read_claim(nobody, scope, reply)
         return None if isinstance(found, str | Claim) else found
 
-    def _ask(
-        self,
-        claim: Claim,
-        not_after_ms: int,
-        deadline: float,
-        window_ms: int = 0,
-        seen: bytes = b"",
-        whole: bool = False,
-    ) -> Awaitable[Any]:
-        key, token, _, mode, fingerprint, described, _, lease_ms, retention_ms = claim
+    def _describe(self, claim: Claim) -> bytes:
+        """Return the arguments of `claim` that do not depend on when and where it is asked."""
+        _, token, _, mode, fingerprint, described, _, lease_ms, retention_ms = claim
         terms = self._terms.get((mode, lease_ms, retention_ms))
         if terms is None:  # one for each policy
             terms = self._terms[mode, lease_ms, retention_ms] = b"\r\n" + resp(mode, lease_ms, retention_ms)
-        not_after = b"%013d" % not_after_ms
-        rest = b"\r\n" + resp(INLINE_BYTES, window_ms, seen) if window_ms or seen else _ORDINARY
         # Joined here: 15k instructions a claim less than word by word (measured).
-        args = b"".join((_16, token, _16_NEXT, fingerprint, _32_NEXT, described, terms, _13, not_after, rest))
-        return self._run("claim", key, deadline, args, 10, self._link, whole)
+        return b"".join((_16, token, _16_NEXT, fingerprint, _32_NEXT, described, terms))
 
     def _read_claim(self, claim: Claim, scope: Scope, reply: Any) -> Claim | Record | Corrupt | Unconfirmed | str:
         """Return what a reply to `claim` means; "late" where the claim came too late."""
         if isinstance(reply, list) and reply[0] == b"claimed":
             _, now_ms, fence, created = reply
-            self._clock.heard(now_ms)
+            self._servers.heard(now_ms)
             key, token, _, mode, fingerprint, described, _, lease_ms, retention_ms = claim
             return Claim(key, token, fence, mode, fingerprint, described, int(created), lease_ms, retention_ms)
         match reply:
             case [b"late", int(now_ms)]:
-                self._clock.heard(now_ms)
+                self._servers.heard(now_ms)
                 return "late"
             case [b"complete", int(now_ms), bytes(meta), body]:
-                self._clock.heard(now_ms)
+                self._servers.heard(now_ms)
                 return unpack(claim.key, scope.tenant, meta, body, now_ms)
             case [state, int(now_ms), *fields] if len(fields) == 7:
                 return running(claim.key, scope.tenant, [state, *fields], now_ms)
@@ -333,7 +319,7 @@ class Store:
         args = b"".join((_16, claim.token, b"\r\n", words))
         now = self._loop.time()
         deadline = now + min(self._timeout_s, patience_s)
-        reply = await self._run("settle", claim.key, deadline, args, count, self._link)
+        reply = await self._servers.run("settle", claim.key, deadline, args, count)
         again = isinstance(reply, Unconfirmed) and reply.maybe_executed
         if not is_final(reply):
             self._repeated()
@@ -361,7 +347,7 @@ class Store:
         Else: torn (the record lacks that chunk), gone (it is another's now, or none) or unconfirmed.
         """
         deadline = self._loop.time() + self._timeout_s
-        reply = await self._call("read", key, deadline, resp(token, first, READ_BYTES), 3, self._reads)
+        reply = await self._call("read", key, deadline, resp(token, first, READ_BYTES), 3)
         match reply:
             case [b"chunks", *chunks]:
                 return chunks
@@ -390,29 +376,11 @@ class Store:
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, PAUSE_MOST_S)
 
-    async def _call(
-        self, verb: str, key: bytes, deadline: float, args: bytes, count: int, link: Link | None = None
-    ) -> Any:
+    async def _call(self, verb: str, key: bytes, deadline: float, args: bytes, count: int) -> Any:
         """Run a script once; a server that does not know it (a new master, SCRIPT FLUSH) is given its body."""
-        link = link or self._link
-        reply = await self._run(verb, key, deadline, args, count, link)
-        return await self._run(verb, key, deadline, args, count, link, True) if is_noscript(reply) else reply
-
-    def _run(
-        self, verb: str, key: bytes, deadline: float, args: bytes, count: int, link: Link, whole: bool = False
-    ) -> Awaitable[Any]:
-        """Return what will be the reply; where the connection stands, that is a mere future."""
-        script = self._scripts[verb]
-        if link.up:
-            return link.script(script, store_key(key), args, count, deadline, whole)
-        return self._run_when_up(link, script, store_key(key), args, count, deadline, whole)
-
-    async def _run_when_up(
-        self, link: Link, script: Script, key: bytes, args: bytes, count: int, deadline: float, whole: bool
-    ) -> Any:
-        if not await link.wait_up(deadline):
-            return Unconfirmed(link.down_because, maybe_executed=False)
-        return await link.script(script, key, args, count, deadline, whole)
+        run = self._servers.run
+        reply = await run(verb, key, deadline, args, count)
+        return await run(verb, key, deadline, args, count, whole=True) if is_noscript(reply) else reply
 
 
 def is_final(reply: object) -> bool:

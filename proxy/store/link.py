@@ -22,6 +22,7 @@ BATCH = 8  # commands that leave at once, so that the store works on them while 
 SWEEP_S = 0.05  # how late a deadline may be noticed
 RECONNECT_FIRST_S, RECONNECT_MOST_S = 0.02, 1.0
 CANCEL_AGAIN_S = 0.1
+DEMOTED = ("READONLY", "MASTERDOWN")  # what a server says to writes that is, or became, a replica
 
 Reply = list[Any]
 
@@ -126,6 +127,7 @@ class Link(asyncio.Protocol):
         self._sweeper: asyncio.TimerHandle | None = None
         self._keeper: asyncio.Task[None] | None = None
         self.down_because = "not connected yet"
+        self.at: tuple[str, int] | None = None  # the host and port it was connected to last, as they were named
 
     # Its life ...
 
@@ -185,6 +187,8 @@ class Link(asyncio.Protocol):
         self._transport = transport
         self._reader = hiredis.Reader(replyError=ErrorReply)
         transport.set_protocol(self)
+        host = getattr(connection, "host", None)
+        self.at = (host, connection.port) if host else None  # type: ignore[attr-defined]
         self._up.set()
 
     def _drop(self, why: str) -> None:
@@ -200,6 +204,10 @@ class Link(asyncio.Protocol):
         for one in waiting:
             one.resolve(Unconfirmed(why))
         self._lost.set()
+
+    def renew(self, why: str) -> None:
+        """Leave this connection and make a new one."""
+        self._drop(why)
 
     def give_up(self) -> None:
         """Wait for nothing any more: whatever was asked or will be asked is unconfirmed at once."""
@@ -222,6 +230,11 @@ class Link(asyncio.Protocol):
         return self._issue(
             _Waiting(self._loop.create_future(), tag, script.verb, deadline), script.call(whole, key, tag, count, args)
         )
+
+    def script_asking(self, *call: Any) -> "asyncio.Future[Any]":
+        """Issue a script on a server of a cluster that is only just taking the key over."""
+        self.command("ASKING", deadline=call[4])
+        return self.script(*call)
 
     def command(self, *words: bytes | str | int, deadline: float) -> "asyncio.Future[Any]":
         """Issue a plain command; its reply comes as it is."""
@@ -278,7 +291,12 @@ class Link(asyncio.Protocol):
         if not self._waiting:
             return False
         one = self._waiting.popleft()
-        if one.tag and not isinstance(reply, ErrorReply) and not _answers(reply, one.tag):
+        if isinstance(reply, ErrorReply):
+            if str(reply).startswith(DEMOTED):
+                one.resolve(reply)
+                self._drop("the store's server is a replica")  # the address may lead to another one by now
+                return True
+        elif one.tag and not _answers(reply, one.tag):
             one.resolve(Unconfirmed("a reply that answers another command"))
             return False
         if one.verb:

@@ -9,6 +9,11 @@ from redis.exceptions import RedisError
 
 from proxy.store.link import Script
 
+Opener = Callable[[], AbstractConnection]
+Prepare = Callable[[AbstractConnection], Awaitable[None]]
+Info = dict[str, str]
+
+OPTIONS: dict[str, Any] = {"protocol": 2, "retry": None, "retry_on_error": []}  # repeating is ours
 OLDEST = (7, 0)
 FULL_RATIO = 0.9  # above it answers are stored without their body
 
@@ -23,13 +28,11 @@ def load_scripts() -> dict[str, Script]:
     return {verb: Script(verb, body) for verb, body in bodies.items()}
 
 
-def opener(url: str, timeout_s: float) -> Callable[[], AbstractConnection]:
+def opener(url: str, timeout_s: float) -> Opener:
     """Return what makes unconnected redis-py connections to `url`; its own repeats are off."""
     if url.startswith("redis+unix://"):
         url = url.removeprefix("redis+")
-    pool = ConnectionPool.from_url(
-        url, protocol=2, retry=None, retry_on_error=[], socket_timeout=timeout_s, socket_connect_timeout=timeout_s
-    )
+    pool = ConnectionPool.from_url(url, **OPTIONS, socket_timeout=timeout_s, socket_connect_timeout=timeout_s)
     return pool.make_connection
 
 
@@ -39,20 +42,35 @@ async def ask(connection: AbstractConnection, *words: Any) -> Any:
     return await connection.read_response()
 
 
-def parse_info(text: bytes) -> dict[str, str]:
+def parse_info(text: bytes) -> Info:
     """Return the fields of an INFO reply."""
     lines = [line.partition(":") for line in text.decode("utf-8", "replace").splitlines() if ":" in line]
     return {name: value for name, _, value in lines}
 
 
-def check_version(info: dict[str, str]) -> None:
-    """Raise Unfit for a server whose scripts work differently. Valkey tells the Redis it is compatible with."""
-    version = info.get("redis_version", "0.0")
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
-        raise Unfit(f"the store is Redis {version}; 7.0 is the oldest that works")
+def version_of(info: Info) -> tuple[int, ...]:
+    """Return the Redis that a server is, or is compatible with (Valkey)."""
+    return tuple(int(part) for part in info.get("redis_version", "0.0").split(".")[:2])
 
 
-def problem(info: dict[str, str]) -> str | None:
+def check_version(info: Info) -> None:
+    """Raise Unfit for a server whose scripts work differently."""
+    if version_of(info) < OLDEST:
+        raise Unfit(f"the store is Redis {info.get('redis_version')}; 7.0 is the oldest that works")
+
+
+def check_mode(info: Info, cluster: bool = False) -> None:
+    """Raise Unfit for a server that is of another kind than the URL says."""
+    mode = info.get("redis_mode") or info.get("server_mode", "standalone")
+    if mode == "sentinel":
+        raise Unfit("this is a sentinel: name it as redis+sentinel://host:port/service")
+    if cluster != (mode == "cluster"):
+        raise Unfit(
+            "this is no cluster: name it as redis://" if cluster else "this is a cluster: name it as redis+cluster://"
+        )
+
+
+def problem(info: Info) -> str | None:
     """Return why the server takes no claims or may forget them by itself, None where it is fit."""
     if info.get("role", "master") != "master":
         return "the store is a replica, which takes no writes"
@@ -60,22 +78,30 @@ def problem(info: dict[str, str]) -> str | None:
     return None if policy == "noeviction" else f"the store's maxmemory-policy is {policy}, not noeviction"
 
 
-def memory_ratio(info: dict[str, str]) -> float:
+def memory_ratio(info: Info) -> float:
     """Return how much of its memory limit the server uses, 0 where it has none."""
     limit = int(info.get("maxmemory", 0))
     return int(info.get("used_memory", 0)) / limit if limit else 0.0
 
 
 def preparer(
-    scripts: dict[str, Script], on_time: Callable[[int], None]
-) -> Callable[[AbstractConnection], Awaitable[None]]:
-    """Return what readies a new connection: version checked, scripts loaded, clock read (`on_time`, ms)."""
+    scripts: dict[str, Script],
+    on_time: Callable[[int], None],
+    check: Callable[[Info], None] = check_mode,
+    accept: Prepare | None = None,
+) -> Prepare:
+    """Return what readies a new connection: version and `check` (by INFO), scripts loaded, clock read
+    (`on_time`, ms), and last `accept`."""
 
     async def prepare(connection: AbstractConnection) -> None:
-        check_version(parse_info(await ask(connection, "INFO", "server")))
+        info = parse_info(await ask(connection, "INFO", "server"))
+        check_version(info)
+        check(info)
         for script in scripts.values():
             await ask(connection, "SCRIPT", "LOAD", script.body)
         seconds, micros = await ask(connection, "TIME")
         on_time(int(seconds) * 1000 + int(micros) // 1000)
+        if accept is not None:
+            await accept(connection)
 
     return prepare

@@ -1,0 +1,319 @@
+"""A cluster: every key finds its master, while slots move, masters die and replicas take over."""
+
+import asyncio
+import random
+import ssl
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from itertools import count
+from typing import Any
+
+import pytest
+import trustme
+from redis.crc import key_slot
+
+from proxy.keys import Digests, store_key
+from proxy.store import Claim, Settled, Store, Unconfirmed
+from proxy.store.cluster import tag_within, view_of
+from tests.parts import until
+from tests.resp import relaying
+from tests.test_store import (
+    PATIENCE_S,
+    SCOPE,
+    answer,
+    assert_unreachable,
+    claim,
+    claimed,
+    connected,
+    live,
+    store_small,
+    told,
+)
+from tests.topologies import ACL, Clustered, replicated, wait_for
+
+Log = list[tuple[str, dict[str, Any]]]
+
+
+def key(number: int) -> bytes:
+    return Digests(b"").key(SCOPE, b"key-%d" % number)
+
+
+def keys_on(first: int, last: int, number: int) -> list[bytes]:
+    """Return keys whose slots lie within a range."""
+    found = (key(n) for n in count() if first <= key_slot(store_key(key(n))) <= last)
+    return [next(found) for _ in range(number)]
+
+
+@pytest.fixture(scope="module")
+def standing() -> Iterator[Clustered]:
+    """Three masters, each with a replica, for what leaves them as they are."""
+    cluster = Clustered()
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def cluster(standing: Clustered) -> Clustered:
+    for server in standing.servers:
+        if server.info()["role"] == "master":
+            server.ask("FLUSHALL")
+    return standing
+
+
+@pytest.fixture
+def fragile() -> Iterator[Clustered]:
+    """Three masters, each with a replica, for what breaks them."""
+    cluster = Clustered()
+    yield cluster
+    cluster.close()
+
+
+@asynccontextmanager
+async def watching(url: str, log: Log, **options: Any) -> AsyncIterator[Store]:
+    options = {"timeout_ms": 1000, **options}
+    async with connected(url, log=lambda event, **fields: log.append((event, fields)), **options) as store:
+        watch = asyncio.ensure_future(store.watch())
+        yield store
+        watch.cancel()
+        await asyncio.gather(watch, return_exceptions=True)
+
+
+async def life(store: Store, of: bytes) -> None:
+    """One key's whole life."""
+    owner = await claimed(store, key=of)
+    assert await store.append(owner, 0, b"ab", PATIENCE_S) == "appended"
+    assert await store.renew(owner) == "renewed"
+    assert await store.store(owner, answer(b"ab", b"cd"), b"cd", PATIENCE_S) == Settled("stored")
+    assert told(await claim(store, of)) == "replay"
+    assert told(await store.look(of, SCOPE, 300)) == "replay"
+    assert await store.read(of, owner.token, 0) == [b"ab", b"cd"]
+
+
+# Each key on its master ...
+
+
+async def test_every_verb_on_every_master(cluster):
+    """Keys of all masters live their lives at once; each record is where its slot is."""
+    async with watching(cluster.url, []) as store:
+        assert len(store.nodes) == len(store.links) == 3
+        await asyncio.gather(*[life(store, key(number)) for number in range(60)])
+        masters = cluster.servers[:3]
+        for master in masters:
+            assert {cluster.master_of(name).port for name in master.records()} == {master.port}
+        assert sum(len(master.records()) for master in masters) == 60
+        assert store.problem() is None
+
+
+async def test_one_write_a_master(cluster):
+    """Thirty renewals at once go to each master as one batch, on one connection each."""
+    async with watching(cluster.url, []) as store:
+        owners = [await claimed(store, key=key(number)) for number in range(30)]
+        masters = cluster.servers[:3]
+        before = [master.info("clients")["connected_clients"] for master in masters]
+        assert set(await asyncio.gather(*[store.renew(owner) for owner in owners])) == {"renewed"}
+        assert [master.info("clients")["connected_clients"] for master in masters] == before
+
+
+async def test_a_claims_deadline_is_in_its_masters_time(cluster):
+    """What the store believes of one master's clock never reaches another's."""
+    async with watching(cluster.url, []) as store:
+        nodes = store.nodes
+        for node, hours in zip(nodes, (-1, 0, 1), strict=True):
+            node._clock.offset_ms += hours * 3_600_000
+        await asyncio.gather(*[claimed(store, key=key(number)) for number in range(30)])
+        assert max(abs(node.now_ms() - nodes[0].now_ms()) for node in nodes) < 5000
+
+
+async def test_tags_lie_on_their_masters(cluster):
+    """Each master has a hash tag of its own, for keys that are to lie on it."""
+    async with watching(cluster.url, []) as store:
+        for node in store.nodes:
+            assert node.name == f"127.0.0.1:{cluster.master_of(b'once:epoch' + node.tag).port}"
+
+
+# While slots move ...
+
+
+@pytest.mark.fault(12)
+async def test_a_slot_that_moves(cluster):
+    """Its keys are claimed, found and settled before, during and after: ASK and MOVED cost no call."""
+    source, target = cluster.servers[0], cluster.servers[1]
+    first, second, third = keys_on(0, 5000, 3)
+    slot = key_slot(store_key(first))
+    slots = {slot, *(key_slot(store_key(other)) for other in (second, third))}
+    async with watching(cluster.url, []) as store:
+        owner = await claimed(store, key=first)
+        try:
+            for moving in slots:
+                cluster.begin_move(moving, source, target)
+            fresh = await claimed(store, key=second)  # absent: ASK leads to the new master
+            assert target.ask("CLUSTER", "COUNTKEYSINSLOT", key_slot(store_key(second))) == 1
+            assert await store.renew(owner) == "renewed"  # still on the old one
+            cluster.carry(slot, source, target)
+            assert await store.append(owner, 0, b"ab", PATIENCE_S) == "appended"  # now there
+            for server in (source, target):
+                server.ask("SCRIPT", "FLUSH")
+            assert await store.renew(fresh) == "renewed"
+            await life(store, third)
+        finally:
+            for moving in slots:
+                cluster.carry(moving, source, target)
+                cluster.end_move(moving, source, target)
+        assert await store.store(owner, answer(b"ab", b"cd"), b"cd", PATIENCE_S) == Settled("stored")
+        assert told(await claim(store, first)) == "replay"
+        assert await store_small(store, fresh) == Settled("stored")
+        for moving in slots:
+            cluster.move(moving, source)
+
+
+@pytest.mark.fault(12)
+async def test_resharding_under_load(cluster):
+    """While 40 slots wander from master to master, 16 lives at once go on, and not one call fails for it."""
+    dice, moved = random.Random(7), 0
+    masters = cluster.servers[:3]
+    slots = {slot for part in range(3) for slot in range(part * 5500, part * 5500 + 40)}
+    keys = (of for of in map(key, count()) if key_slot(store_key(of)) in slots)
+    lived = 0
+
+    def reshard() -> None:
+        nonlocal moved
+        while moved < 40:
+            cluster.move(dice.choice(sorted(slots)), dice.choice(masters))
+            moved += 1
+
+    async def worker(store: Store) -> None:
+        nonlocal lived
+        while moved < 40:
+            await life(store, next(keys))
+            lived += 1
+
+    async with watching(cluster.url, []) as store:
+        await asyncio.gather(asyncio.to_thread(reshard), *[worker(store) for _ in range(16)])
+    assert lived > 40
+    assert sum(master.ask("DBSIZE") for master in masters) == lived
+
+
+# While masters die ...
+
+
+async def claimed_at_last(store: Store, of: bytes, seconds: float = 20) -> Claim:
+    async with asyncio.timeout(seconds):
+        while not isinstance(found := await claim(store, of), Claim):
+            assert isinstance(found, Unconfirmed), found
+            await asyncio.sleep(0.05)
+        return found
+
+
+@pytest.mark.fault(12, 46, 50)
+async def test_masters_that_change_while_keys_are_claimed(fragile):
+    """Killed, paused or told to: claims stand on the new master, their settles outlast the change, and the keys
+    of the other masters never notice."""
+    log: Log = []
+    ranges = [(0, 5000), (6000, 10000), (11000, 16000)]
+    killed, paused, told_to = fragile.servers[:3]
+    async with watching(fragile.url, log) as store:
+        owners = [[await claimed(store, key=of) for of in keys_on(*ends, 2)] for ends in ranges]
+        for master in fragile.servers[:3]:
+            await asyncio.to_thread(wait_for, lambda master=master: replicated(master, 1))
+        fragile.replica_of(told_to).ask("CLUSTER", "FAILOVER")
+        await until(lambda: fragile.owner_of_slot(16000) is not told_to)
+        killed.kill()
+        settling = [asyncio.ensure_future(store_small(store, owner)) for owner, _ in owners]
+        unaffected = [asyncio.ensure_future(life(store, of)) for of in keys_on(6000, 10000, 12)[2:]]
+        async with asyncio.timeout(1):
+            await asyncio.gather(*unaffected)
+        assert store.problem() is None
+        assert await asyncio.gather(*settling) == [Settled("stored")] * 3
+        await asyncio.to_thread(wait_for, lambda: fragile.owner_of_slot(0) is not killed)
+        paused.pause()
+        assert await store_small(store, owners[1][1]) == Settled("stored")
+        await claimed_at_last(store, keys_on(6000, 10000, 13)[12])
+        paused.resume()
+        for _, owner in (owners[0], owners[2]):
+            assert await store.renew(owner) == "renewed"
+        was = {fields["was"] for event, fields in log if event == "the store failed over"}
+        assert was == {f"127.0.0.1:{server.port}" for server in (killed, paused, told_to)}
+        await until(lambda: store.problem() is None)
+
+
+async def test_a_cluster_with_a_hole(cluster, monkeypatch):
+    """Keys whose master is gone for good are unconfirmed within the budget; the others are served."""
+    async with watching(cluster.url, [], timeout_ms=400) as store:
+        lost = store.nodes[0]
+        monkeypatch.setattr(store._servers, "_refresh", lambda: asyncio.sleep(0, True))
+        await lost.close()
+        store._servers._slots = [None if node is lost else node for node in store._servers._slots]
+        first = next(of for of in (key(n) for n in count()) if store._servers._slots[key_slot(store_key(of))] is None)
+        began = asyncio.get_running_loop().time()
+        found = await claim(store, first)
+        assert found == Unconfirmed(found.detail, maybe_executed=False)
+        assert asyncio.get_running_loop().time() - began < 1
+        assert store.problem() is None
+
+
+# How it is reached ...
+
+
+async def test_any_server_is_enough(cluster):
+    """A replica beside a place where nobody is: the rest is found out."""
+    replica = cluster.servers[5]
+    await live(f"redis+cluster://127.0.0.1:1,127.0.0.1:{replica.port}")
+
+
+async def test_over_tls_with_a_password(monkeypatch, tmp_path):
+    """Named and announced servers are reached over TLS, and their certificates are checked; so is the user, who
+    has the rights that README names."""
+    authority = trustme.CA()
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("localhost").configure_cert(context)
+    announced = ("--cluster-announce-hostname", "localhost", "--cluster-preferred-endpoint-type", "hostname")
+    config = f"requirepass secret\n{ACL}\n"
+    cluster = Clustered("--unixsocket", "s", *announced, masters=1, replicas=0, config=config, password="secret")
+    try:
+        (server,) = cluster.servers
+        async with relaying(str(server.dir / "s"), context) as relay:
+            server.ask("CONFIG", "SET", "cluster-announce-port", relay.port)
+            await until(lambda: str(relay.port).encode() in server.ask("CLUSTER", "NODES"))
+            place = f"localhost:{relay.port}"
+            await assert_unreachable(f"rediss+cluster://oncegate:PASSWORD@{place}", "(?i)certificate verify failed")
+            authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+            monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+            await live(f"rediss+cluster://oncegate:PASSWORD@{place}")
+            server.ask("FLUSHALL")
+            await live(f"rediss+cluster://:secret@{place}")
+            await assert_unreachable(f"rediss+cluster://oncegate:no@{place}", "invalid username-password")
+            await assert_unreachable(f"rediss+cluster://{place}", "Authentication required")
+    finally:
+        cluster.close()
+
+
+async def test_the_wrong_kind_of_url(cluster, valkey):
+    """Who names a cluster as a server, or a server as a cluster, is told so."""
+    await assert_unreachable(
+        f"redis://127.0.0.1:{cluster.servers[0].port}", "this is a cluster: name it as redis.cluster"
+    )
+    async with relaying(valkey.socket) as relay:
+        await assert_unreachable(f"redis+cluster://127.0.0.1:{relay.port}", "this is no cluster: name it as redis://")
+
+
+# What a server says of its cluster ...
+
+
+def test_a_view():
+    """A host that is not told is the one that was asked; IPv6 stands in brackets; replicas are known, too."""
+    slots = [
+        [0, 99, [b"", 7000, b"id"], [b"10.0.0.2", 7001, b"id"]],
+        [100, 199, [None, 7000, b"id"]],
+        [200, 16383, [b"::1", 7002, b"id"]],
+    ]
+    view = view_of(b"cluster_state:ok\r\ncluster_current_epoch:9\r\n", slots, "10.0.0.1")
+    assert view.masters == {"10.0.0.1:7000": [(0, 99), (100, 199)], "[::1]:7002": [(200, 16383)]}
+    assert (view.works, view.epoch, view.replicas) == (True, 9, {"10.0.0.2:7001"})
+
+
+@pytest.mark.parametrize("slot", [0, 1, 8191, 16383])
+def test_a_tag_of_any_slot(slot):
+    """There is one for each slot, and it stays while the slot does."""
+    tag = tag_within([(slot, slot)], b"")
+    assert key_slot(b"once:epoch" + tag) == slot
+    assert tag_within([(0, 16383)], tag) == tag

@@ -1,0 +1,274 @@
+"""Claims that count only once a replica or a disk has them."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from proxy.keys import Digests, store_key
+from proxy.store import Claim, Settled, Store, Unconfirmed
+from proxy.store.durable import Level, level
+from tests.parts import until
+from tests.resp import GREETING, Connection, RespServer, Words, resp
+from tests.test_store import (
+    SCOPE,
+    Behind,
+    claim,
+    claimed,
+    connected,
+    store_small,
+    told,
+)
+from tests.topologies import Server, free_ports, replicated, wait_for
+
+REPLICATED, ON_DISK, ON_BOTH_DISKS = Level(1, fsync=False), Level(0, fsync=True), Level(1, fsync=True)
+
+
+def key(number: int) -> bytes:
+    return Digests(b"").key(SCOPE, b"key-%d" % number)
+
+
+@pytest.mark.parametrize(
+    ("durability", "several", "asked"),
+    [
+        ("memory", True, None),
+        ("replicated", False, REPLICATED),
+        ("replicated", True, REPLICATED),
+        ("fsync", False, ON_DISK),
+        ("fsync", True, ON_BOTH_DISKS),
+    ],
+)
+def test_levels(durability, several, asked):
+    """What each setting asks of a store: with replicas of its own, `fsync` asks for one of them, too."""
+    assert level(durability, several) == asked
+
+
+@pytest.mark.parametrize(
+    ("asked", "reply", "lacking"),
+    [
+        (REPLICATED, 0, "the claim reached 0 of 1 replicas in time"),
+        (REPLICATED, 1, None),
+        (REPLICATED, 2, None),
+        (REPLICATED, [1, 1], "[1, 1]"),
+        (REPLICATED, b"OK", "b'OK'"),
+        (ON_DISK, [0, 0], "the claim did not reach the disk in time"),
+        (ON_DISK, [1, 0], None),
+        (ON_DISK, 1, "1"),
+        (ON_BOTH_DISKS, [1, 0], "the claim reached 0 of 1 replicas in time"),
+        (ON_BOTH_DISKS, [0, 1], "the claim did not reach the disk in time"),
+        (ON_BOTH_DISKS, [1, 2], None),
+    ],
+)
+def test_the_count_is_checked(asked, reply, lacking):
+    """WAIT answers with a count also when its time is over."""
+    assert asked.lacking(reply) == lacking
+
+
+# One WAIT for all ...
+
+
+@pytest.fixture
+async def scripted() -> AsyncIterator[RespServer]:
+    server = RespServer()
+    await server.start()
+    yield server
+    server.close()
+
+
+class Counting:
+    """Answers claims at once, and each WAIT once it is told to."""
+
+    def __init__(self) -> None:
+        self.waits: list[tuple[Connection, Words]] = []
+
+    def __call__(self, connection: Connection, words: Words) -> bytes | None:
+        if words[0] in (b"WAIT", b"WAITAOF"):
+            self.waits.append((connection, words))
+            return None
+        if len(words) > 12:
+            return resp([words[4], b"claimed", 1_763_960_000_000, b"1763960000000000", 1_763_960_000_000])
+        return resp([words[4], b"released", b"found"])
+
+    def answer(self, reply: bytes) -> None:
+        connection, _ = self.waits.pop(0)
+        connection.transport.write(reply)
+
+
+async def test_all_claims_of_a_write_share_one_wait(scripted):
+    """What comes meanwhile leaves together, too, when the first WAIT is answered: with the second."""
+    scripted.script = counting = Counting()
+    async with connected(scripted.url, durability="replicated") as store:
+        first = [asyncio.ensure_future(claimed(store, key=key(number))) for number in range(20)]
+        await until(lambda: counting.waits)
+        second = [asyncio.ensure_future(claimed(store, key=key(number))) for number in range(20, 50)]
+        await asyncio.sleep(0.05)
+        assert len(counting.waits) == 1
+        assert len(scripted.calls) == 21
+        assert not any(task.done() for task in first)
+        counting.answer(b":1\r\n")
+        await asyncio.gather(*first)
+        await until(lambda: counting.waits)
+        assert not any(task.done() for task in second)
+        counting.answer(b":2\r\n")
+        await asyncio.gather(*second)
+        assert [words[0] for words in scripted.calls].count(b"WAIT") == 2
+        assert len({words[4] for words in scripted.calls if words[0] == b"EVALSHA"}) == 50
+
+
+async def test_other_commands_do_not_wait(scripted):
+    """Renewals, settles and looks have the other connection, and are answered while a WAIT runs."""
+    scripted.script = counting = Counting()
+    async with connected(scripted.url, durability="replicated") as store:
+        owner = asyncio.ensure_future(claimed(store))
+        await until(lambda: counting.waits)
+        scripted.script = lambda connection, words: resp([words[4], b"released", b"found"])
+        other = Claim(key(2), b"t" * 16, b"1", b"hold", b"", b"", 1, 300, 1000)
+        assert await store.release(other, 1.0) == Settled("released")
+        assert not owner.done()
+        counting.answer(b":1\r\n")
+        await owner
+
+
+@pytest.mark.parametrize("reply", [b":0\r\n", b"-UNBLOCKED force unblock from blocking operation\r\n", b"$-1\r\n"])
+@pytest.mark.fault(15)
+async def test_a_claim_below_its_level_is_given_back(scripted, reply):
+    """It is asked for again while there is time, with the same token; then the key is freed, and nothing is claimed."""
+    counting, behind = Counting(), Behind()
+
+    def script(connection: Connection, words: Words) -> bytes | None:
+        return reply if words[0] == b"WAIT" else counting(connection, words)
+
+    scripted.script = script
+    async with connected(scripted.url, durability="replicated", timeout_ms=300, behind=behind) as store:
+        found = await claim(store)
+        assert found == Unconfirmed(found.detail, maybe_executed=False)
+        tokens = {words[5] for words in scripted.calls if words[0] == b"EVALSHA"}
+        assert len(tokens) == 1
+        assert len([words for words in scripted.calls if words[0] == b"WAIT"]) > 1
+        assert scripted.calls[-1][6] == b"release"
+        assert behind.works == []
+
+
+async def test_a_claim_that_nobody_confirms_is_withdrawn(scripted):
+    """The connection is lost while it waits: it may stand or not, and is freed behind the client's back."""
+    counting, behind = Counting(), Behind()
+    scripted.script = counting
+    async with connected(scripted.url, durability="replicated", timeout_ms=300, behind=behind) as store:
+        asking = asyncio.ensure_future(claim(store))
+        await until(lambda: counting.waits)
+        counting.waits[0][0].transport.abort()
+        found = await asking
+        assert isinstance(found, Unconfirmed)
+        assert found.maybe_executed
+        assert len(behind.works) == 1
+
+
+# Real servers ...
+
+
+@asynccontextmanager
+async def running(*servers: Server) -> AsyncIterator[None]:
+    try:
+        for server in servers:
+            await asyncio.to_thread(wait_for, lambda server=server: server.ask("PING"))
+        yield
+    finally:
+        for server in servers:
+            server.close()
+
+
+def pair(*options: str) -> tuple[Server, Server]:
+    """A master and its replica."""
+    ports = free_ports(2)
+    fast = ("--save", "", "--repl-diskless-sync-delay", "0", "--repl-timeout", "3", *options)
+    return Server(ports[0], *fast), Server(ports[1], *fast, "--replicaof", f"127.0.0.1 {ports[0]}")
+
+
+@asynccontextmanager
+async def watched(url: str, durability: str, **options: Any) -> AsyncIterator[Store]:
+    async with connected(url, durability=durability, **{"timeout_ms": 1000, **options}) as store:
+        watch = asyncio.ensure_future(store.watch())
+        yield store
+        watch.cancel()
+        await asyncio.gather(watch, return_exceptions=True)
+
+
+async def claimed_at_last(store: Store, of: bytes) -> Claim:
+    """Claim a key that is free, as often as it takes a replica to follow."""
+    async with asyncio.timeout(15):
+        while not isinstance(found := await claim(store, of), Claim):
+            assert isinstance(found, Unconfirmed), found
+        return found
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxy.store.node.HEALTH_S", 0.05)
+
+
+@pytest.mark.fault(15)
+async def test_a_replica_that_hangs(often):
+    """No claim counts without it, within the budget, and each key is free afterwards; stored answers are replayed."""
+    master, replica = pair()
+    behind = Behind()
+    async with running(master, replica):
+        await asyncio.to_thread(wait_for, lambda: replicated(master, 1))
+        async with watched(f"redis://127.0.0.1:{master.port}", "replicated", behind=behind) as store:
+            await until(lambda: store.problem() is None)
+            stored = await claimed_at_last(store, key(1))
+            assert await store_small(store, stored) == Settled("stored")
+            assert store_key(stored.key) in replica.records()
+            replica.pause()
+            began = asyncio.get_running_loop().time()
+            found = await asyncio.gather(*[claim(store, key(number)) for number in range(100, 150)])
+            assert asyncio.get_running_loop().time() - began < 1.5
+            assert {type(one) for one in found} == {Unconfirmed}
+            assert {one.detail for one in found} == {"the claim reached 0 of 1 replicas in time"}
+            assert behind.works == []
+            assert master.records().keys() == {store_key(stored.key)}
+            assert told(await claim(store, stored.key)) == "replay"
+            replica.resume()
+            await claimed_at_last(store, key(100))
+            replica.kill()
+            await until(lambda: "has 0 replicas, and the durability needs 1" in (store.problem() or ""))
+
+
+async def test_no_replica_at_all(own_valkey, often):
+    """A store that cannot replicate is not ready, and says why."""
+    async with watched(own_valkey.url, "replicated") as store:
+        await until(lambda: store.problem() == "the store has 0 replicas, and the durability needs 1")
+
+
+async def test_on_disk(often):
+    """With an append-only file each claim is on the disk when it counts; without one the store is not ready."""
+    (port,) = free_ports(1)
+    server = Server(port, "--save", "", "--appendonly", "yes", "--appendfsync", "always")
+    async with running(server), watched(f"redis://127.0.0.1:{port}", "fsync") as store:
+        await asyncio.gather(*[claimed(store, key=key(number)) for number in range(50)])
+        assert store.problem() is None
+        server.ask("CONFIG", "SET", "appendonly", "no")
+        await until(lambda: "has no append-only file, which the durability fsync needs" in (store.problem() or ""))
+        found = await claim(store, key(99))
+        assert isinstance(found, Unconfirmed)
+        assert "WAITAOF" in found.detail
+        assert len(server.records()) == 50
+
+
+async def test_a_server_without_waitaof(scripted):
+    """A server older than 7.2 is not used, and the reason is said."""
+    scripted.greeting[b"INFO"] = GREETING[b"INFO"].replace(b"7.2.0", b"7.0.9")
+    await assert_unreachable_for(scripted.url, "fsync", "has no WAITAOF, which the durability fsync needs")
+
+
+async def assert_unreachable_for(url: str, durability: str, because: str) -> None:
+    behind = Behind()
+    store = Store(url, timeout_ms=300, patience_s=1, observe=lambda *_: None, repeated=lambda: None, background=behind,
+                  durability=durability)  # fmt: skip
+    store.start()
+    try:
+        await until(lambda: because in (store.problem() or ""))
+        assert isinstance(await claim(store), Unconfirmed)
+    finally:
+        await store.close()

@@ -1,0 +1,269 @@
+"""The master that sentinels name: found, left and found again, while claims and settles go on."""
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import pytest
+import trustme
+
+from proxy.keys import Digests, store_key
+from proxy.store import Claim, Settled, Store, Unconfirmed
+from tests.parts import until
+from tests.resp import Connection, RespServer, Words, relaying, resp
+from tests.test_store import (
+    PATIENCE_S,
+    SCOPE,
+    answer,
+    assert_unreachable,
+    claim,
+    claimed,
+    connected,
+    live,
+    store_small,
+    told,
+)
+from tests.topologies import ACL, SERVICE, Sentineled, Server, free_ports, wait_for
+
+Log = list[tuple[str, dict[str, Any]]]
+
+
+def key(number: int) -> bytes:
+    return Digests(b"").key(SCOPE, b"key-%d" % number)
+
+
+@pytest.fixture
+def group() -> Iterator[Sentineled]:
+    """A master, two replicas and three sentinels."""
+    group = Sentineled()
+    yield group
+    group.close()
+
+
+@asynccontextmanager
+async def watching(url: str, log: Log, **options: Any) -> AsyncIterator[Store]:
+    """A store that is up and watches its servers."""
+    options = {"timeout_ms": 1000, **options}
+    async with connected(url, log=lambda event, **fields: log.append((event, fields)), **options) as store:
+        watch = asyncio.ensure_future(store.watch())
+        yield store
+        watch.cancel()
+        await asyncio.gather(watch, return_exceptions=True)
+
+
+async def claimed_at_last(store: Store, of: bytes, seconds: float = 15) -> Claim:
+    """Claim a key that is free, as often as it takes."""
+    async with asyncio.timeout(seconds):
+        while not isinstance(found := await claim(store, of), Claim):
+            assert isinstance(found, Unconfirmed), found
+            await asyncio.sleep(0.05)
+        return found
+
+
+# Real servers ...
+
+
+async def test_every_verb(group):
+    """One key's whole life on the master that the sentinels name."""
+    await live(group.url)
+
+
+@pytest.mark.parametrize("how", ["killed", "paused", "switched"])
+@pytest.mark.fault(46, 50)
+async def test_the_master_changes_while_a_key_is_claimed(group, how):
+    """The claim stands on the new master, its settle outlasts the change, and new keys are claimed there.
+
+    A master that is killed, one that hangs and comes back, and one that the operator switches.
+    """
+    log: Log = []
+    async with watching(group.url, log) as store:
+        before, owner, stored = group.master, await claimed(store), await claimed(store, key=key(3))
+        assert await store.append(stored, 0, b"ab", PATIENCE_S) == "appended"
+        assert await store.store(stored, answer(b"ab", b"cd"), b"cd", PATIENCE_S) == Settled("stored")
+        await asyncio.to_thread(group.wait_replicated)
+        match how:
+            case "killed":
+                before.kill()
+            case "paused":
+                before.pause()
+            case "switched":
+                group.sentinels[0].ask("SENTINEL", "FAILOVER", SERVICE)
+        assert await store_small(store, owner) == Settled("stored")
+        now = await asyncio.to_thread(group.wait_failed_over, before)
+        if how == "paused":
+            before.resume()
+        # What the old master takes until the store has left it is lost with it.
+        await until(lambda: log and {link.at for link in store.nodes[0].links} == {("127.0.0.1", now.port)})
+        await claimed_at_last(store, key(2))
+        assert {store_key(owner.key), store_key(key(2))} <= now.records().keys()
+        assert told(await claim(store)) == "replay"
+        assert await store.read(stored.key, stored.token, 0) == [b"ab", b"cd"]
+        await until(lambda: store.problem() is None)
+        place = f"127.0.0.1:{before.port}", f"127.0.0.1:{now.port}"
+        assert ("the store failed over", {"service": SERVICE, "was": place[0], "now": place[1]}) in log
+
+
+@pytest.mark.fault(36, 59)
+async def test_a_claim_that_a_failover_lost(group):
+    """The replicas never got it: its renewal says absent, and its settle writes the answer and reports the loss."""
+    async with watching(group.url, []) as store:
+        before = group.master
+        for replica in group.replicas:
+            replica.pause()
+        before.forget_replicas()
+        owner, taken = await claimed(store), await claimed(store, key=key(2))
+        before.kill()
+        for server in group.servers:
+            if server.runs:
+                server.resume()
+        await asyncio.to_thread(group.wait_failed_over, before)
+        other = await claimed_at_last(store, taken.key)
+        assert await store.renew(owner) == "absent"
+        assert await store_small(store, owner) == Settled("stored", lost=True)
+        assert await store.renew(taken) == "fenced"
+        assert await store_small(store, taken) == Settled("fenced")
+        assert await store.renew(other) == "renewed"
+
+
+async def test_one_sentinel_is_enough(group):
+    """A sentinel that hangs and one that is gone cost no claim, and the third still tells of a failover."""
+    group.sentinels[0].pause()
+    async with watching(group.url, []) as store:
+        await claimed(store)
+    group.sentinels[0].resume()
+
+
+async def test_with_passwords():
+    """Servers and sentinels have passwords of their own, the servers' user the rights that README names; what is
+    wrong is said."""
+    config = f"requirepass secret\nmasterauth secret\n{ACL}\n"
+    group = Sentineled(replicas=1, config=config, password="secret", sentinel_password="watch")
+    try:
+        where, watch = f"{group.places}/{SERVICE}", "?sentinel_password=watch"
+        await live(f"redis+sentinel://oncegate:PASSWORD@{where}{watch}")
+        await live(f"redis+sentinel://:secret@{where}{watch}&db=1")
+        await assert_unreachable(f"redis+sentinel://:secret@{where}", "Authentication required")
+        await assert_unreachable(f"redis+sentinel://oncegate:no@{where}{watch}", "invalid username-password")
+        await assert_unreachable(f"redis+sentinel://{where}{watch}", "Authentication required")
+    finally:
+        group.close()
+
+
+# Sentinels that say what they are told to ...
+
+
+class Saying:
+    """A sentinel that names what it is told to."""
+
+    def __init__(self, host: str, port: int, epoch: int = 1, flags: str = "master") -> None:
+        self.host, self.port, self.epoch, self.flags = host, port, epoch, flags
+        self.server = RespServer(self._say)
+
+    def _say(self, _: Connection, words: Words) -> bytes:
+        assert words == [b"SENTINEL", b"MASTER", SERVICE.encode()]
+        said = {"name": SERVICE, "ip": self.host, "port": self.port, "flags": self.flags, "config-epoch": self.epoch}
+        return resp([str(word).encode() for pair in said.items() for word in pair])
+
+    @property
+    def place(self) -> str:
+        return f"localhost:{self.server.port}"
+
+
+@asynccontextmanager
+async def saying(*sentinels: Saying, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:
+    """The URL of these sentinels."""
+    async with AsyncExitStack() as stack:
+        for sentinel in sentinels:
+            await sentinel.server.start(tls)
+            stack.callback(sentinel.server.close)
+        yield f"redis+sentinel://{','.join(sentinel.place for sentinel in sentinels)}/{SERVICE}"
+
+
+@pytest.fixture
+def two() -> Iterator[tuple[Server, Server]]:
+    """Two servers that both believe to be masters."""
+    servers = [Server(port, "--save", "") for port in free_ports(2)]
+    for server in servers:
+        wait_for(lambda server=server: server.ask("PING"))
+    yield servers[0], servers[1]
+    for server in servers:
+        server.close()
+
+
+async def test_a_master_that_was_cut_off_is_left(two):
+    """It still answers and takes claims: the store goes to the one that the sentinels name, without being asked."""
+    old, new = two
+    sentinel = Saying("127.0.0.1", old.port)
+    log: Log = []
+    async with saying(sentinel) as url, watching(url, log) as store:
+        await claimed(store)
+        sentinel.port, sentinel.epoch = new.port, 2
+        await until(lambda: log)
+        await claimed_at_last(store, key(2))
+        assert store_key(key(2)) in new.records()
+        assert store_key(key(2)) not in old.records()
+        assert {link.at for link in store.nodes[0].links} == {("127.0.0.1", new.port)}
+
+
+async def test_the_newest_word_wins(two):
+    """A sentinel that was cut off names the old master: the one with the higher epoch is believed."""
+    old, new = two
+    sentinels = Saying("127.0.0.1", old.port, 3), Saying("127.0.0.1", new.port, 10), Saying("127.0.0.1", old.port, 9)
+    async with saying(*sentinels) as url, connected(url) as store:
+        await claimed(store)
+        assert len(new.records()) == 1
+
+
+async def test_a_replica_is_not_used(two):
+    """Named as the master too early: the store says so, and uses it once it is promoted."""
+    old, new = two
+    new.ask("REPLICAOF", "127.0.0.1", old.port)
+    async with saying(Saying("127.0.0.1", new.port)) as url:
+        await assert_unreachable(url, "is named as the master, and is a replica")
+        async with asyncio.timeout(20):
+            opening = connected(url)
+            promote = asyncio.get_running_loop().call_later(0.3, lambda: new.ask("REPLICAOF", "NO", "ONE"))
+            async with opening as store:
+                await claimed(store)
+            promote.cancel()
+
+
+@pytest.mark.parametrize(
+    ("said", "because"),
+    [
+        (lambda sentinel: setattr(sentinel, "flags", "s_down,o_down,master"), "is down, as the sentinels agree"),
+        (lambda sentinel: setattr(sentinel.server, "script", lambda *_: b"-ERR No such master\r\n"), "No such master"),
+        (lambda sentinel: setattr(sentinel.server, "script", lambda *_: b"-IDONTKNOW\r\n"), "IDONTKNOW"),
+        (lambda sentinel: setattr(sentinel.server, "script", lambda *_: None), "no answer in time"),
+        (lambda sentinel: sentinel.server.close(), "no sentinel names the master of orders"),
+    ],
+)
+async def test_no_master(two, said: Callable[[Saying], None], because):
+    """What the sentinels do not tell is a reason, not a hang."""
+    sentinel = Saying("127.0.0.1", two[0].port)
+    async with saying(sentinel) as url:
+        said(sentinel)
+        await assert_unreachable(url, because)
+
+
+async def test_over_tls(valkey, monkeypatch, tmp_path):
+    """Sentinels and servers are reached over TLS, and their certificates are checked."""
+    authority = trustme.CA()
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("localhost").configure_cert(context)
+    async with relaying(valkey.socket, context) as relay, saying(Saying("localhost", relay.port), tls=context) as url:
+        secure = url.replace("redis+", "rediss+")
+        await assert_unreachable(secure, "(?i)certificate verify failed")
+        authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+        await live(secure)
+        await assert_unreachable(url, ".")
+
+
+async def test_a_sentinel_is_not_a_store(group):
+    """Who names a sentinel as the store is told how to name it."""
+    await assert_unreachable(
+        f"redis://127.0.0.1:{group.sentinel_ports[0]}", "this is a sentinel: name it as redis.sentinel"
+    )
