@@ -20,7 +20,15 @@ from tests.parts import Proxy, RawUpstream
 from tests.zygote import Forked, Zygote
 
 IN_PROCESS = (
-    *("test_body.py", "test_client.py", "test_cluster.py", "test_durable.py", "test_leases.py", "test_link.py", "test_sentinel.py"),
+    *(
+        "test_body.py",
+        "test_client.py",
+        "test_cluster.py",
+        "test_durable.py",
+        "test_leases.py",
+        "test_link.py",
+        "test_sentinel.py",
+    ),
     *("test_store.py", "test_upstream.py"),
 )
 
