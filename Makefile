@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 COMPILE := UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --no-config --universal --python-version 3.11 \
 	--generate-hashes --no-annotate --no-emit-index-url $(UPGRADE)
 
-.PHONY: install demo run test check soak chaos lint lock readme clean
+.PHONY: install demo run test check bench soak chaos lint lock readme clean
 
 install: .venv/.dev                 ## everything for working on it
 
@@ -23,6 +23,9 @@ check: test                         ## the same: format, lint, types, layers, te
 
 soak: .venv/.dev                    ## five minutes of mixed and hostile traffic: does all come back; make soak SECONDS=60
 	$(BIN)/python -m loadtest.soak $(SECONDS)
+
+bench: .venv/.runtime               ## against its peers, on two cores; make bench ARGS=--quick
+	$(BIN)/python -m loadtest.bench $(ARGS)
 
 lint: .venv/.dev                    ## the static checks alone
 	$(BIN)/ruff format --quiet --check .
