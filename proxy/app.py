@@ -1,9 +1,10 @@
 """Builds the service from its settings and runs its parts; the only place where they are constructed."""
 
 import asyncio
+import socket
 import ssl
 import tempfile
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from aiohttp import web
@@ -11,9 +12,9 @@ from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
 
 import proxy
 from proxy import faults
-from proxy.admin import admin_app
+from proxy.admin import serve_admin
 from proxy.body import Bodies
-from proxy.drain import Drain, unless
+from proxy.drain import POLL_S, Drain, unless
 from proxy.exchange import Workshop
 from proxy.handler import Gateway
 from proxy.headers import Gate
@@ -33,6 +34,7 @@ from proxy.upstream.pools import Pools
 from proxy.waiters import Waiters
 
 CANCEL_S = 0.05  # for what did not end by itself; it comes twice
+BACKLOG = 1024
 
 
 KEEP_AGAIN_S = 0.05
@@ -59,7 +61,7 @@ class Service:
         self._loop = asyncio.get_running_loop()
         self._background: set[asyncio.Task[Any]] = set()
         self._tasks: list[asyncio.Task[None]] = []
-        self._draining = False
+        self._draining = self._retired = False
         self.metrics = Metrics(
             proxy.__version__,
             {
@@ -68,6 +70,7 @@ class Service:
                 "store_memory_ratio": lambda: self.store.memory_ratio,
                 "ready": lambda: not self.problems(),
                 "buffered_bytes": lambda: self._buffered.used,
+                "workers": lambda: 1.0,
             },
         )
         self._access = AccessLog(logger, settings.access_log, settings.log_level, settings.log_format, self._loop)
@@ -194,33 +197,44 @@ class Service:
 
     def problems(self) -> list[str]:
         """Return why this worker should get no traffic now."""
-        found = ["the proxy is shutting down"] if self._draining else []
+        found = ["the proxy is shutting down"] if self._draining and not self._retired else []
         if problem := self.store.problem():
             found.append(problem)
         return found
 
     # Its life ...
 
-    async def start(self) -> None:
-        """Listen; the store may still be down. Raises OSError where a port is taken."""
+    async def start(self, shared: Sequence[socket.socket] = ()) -> None:
+        """Listen; the store may still be down. Raises OSError where a port is taken.
+
+        A worker of several listens on the sockets that it shares with its predecessor and successor; the admin
+        listener is its supervisor's.
+        """
         settings = self._settings
         self.store.start()
         keepers = (self.store.watch, self._leases.run, self._waiters.run, self._listener.sweep)
         self._tasks = [self._loop.create_task(self._keep(keeper)) for keeper in keepers]
-        tls, handshake_s = _server_tls(settings), self._listener.head_s if settings.tls_cert_file else None
-        place = (settings.listen.host, settings.listen.port)
-        self._servers.append(
-            await self._loop.create_server(
-                self._listener, *place, ssl=tls, ssl_handshake_timeout=handshake_s, backlog=1024
-            )
-        )
-        bound_unsent(self._servers[0])
-        self._admin = web.AppRunner(
-            admin_app(self.metrics.text, self.problems), access_log=None, shutdown_timeout=CANCEL_S
-        )
-        await self._admin.setup()
-        await web.TCPSite(self._admin, settings.admin_listen.host, settings.admin_listen.port).start()
+        address: dict[str, Any] = {"host": settings.listen.host, "port": settings.listen.port}
+        for place in [{"sock": one} for one in shared] or [address]:
+            self._servers.append(await self._listen(place))
+        if not shared:
+            self._admin = await serve_admin(settings.admin_listen, self._metrics_text, self._problems)
         await self.store.wait_up(1.0)
+
+    async def _listen(self, place: dict[str, Any]) -> asyncio.Server:
+        tls = _server_tls(self._settings)
+        handshake_s = self._listener.head_s if tls else None
+        server = await self._loop.create_server(
+            self._listener, **place, ssl=tls, ssl_handshake_timeout=handshake_s, backlog=BACKLOG
+        )
+        bound_unsent(server)
+        return server
+
+    async def _metrics_text(self) -> bytes:
+        return self.metrics.text()
+
+    async def _problems(self) -> list[str]:
+        return self.problems()
 
     async def _keep(self, keeper: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run what must never end: without it leases lapse and waiters sleep on."""
@@ -238,6 +252,24 @@ class Service:
         admin = self._admin.addresses[0] if self._admin else ("", 0)
         return {"public": f"{public[0]}:{public[1]}", "admin": f"{admin[0]}:{admin[1]}"}
 
+    async def retire(self) -> None:
+        """Leave newcomers to a successor; return when the last client has its answer, however long that takes."""
+        self._retired = True
+        self._stop_accepting()
+        self._listener.retire()
+        await unless(None, self._gone(), self._settings.drain_s)
+        self._listener.pre_shutdown()  # those that asked nothing for so long
+        await self._gone()
+        await self._drain.idle()
+
+    def _stop_accepting(self) -> None:
+        while self._servers:
+            self._servers.pop().close()
+
+    async def _gone(self) -> None:
+        while self._listener.connections:
+            await asyncio.sleep(POLL_S)
+
     async def drain(self, hurry: asyncio.Event) -> bool:
         """Serve on for the delay, stop accepting, let what is in flight finish, cut off the rest. `hurry`: at once.
 
@@ -245,10 +277,9 @@ class Service:
         """
         self._draining = True
         unsure = self.metrics.unsure
-        if self._settings.drain_delay_s:
+        if self._settings.drain_delay_s and not self._retired:
             await unless(hurry, asyncio.sleep(self._settings.drain_delay_s))
-        for server in self._servers:
-            server.close()
+        self._stop_accepting()
         finished = await self._drain.run(hurry, self._settings.drain_s)
         return finished and self.metrics.unsure == unsure
 

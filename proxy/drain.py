@@ -44,14 +44,14 @@ class Drain:
         """
         self._listener.pre_shutdown()
         self._waiters.close()
-        if await unless(hurry, self._idle(), grace_s):
+        if await unless(hurry, self.idle(), grace_s):
             return True
         self._cut()
         await self._settled()
         self._store.give_up()
-        await unless(None, self._idle(), TELL_S)
+        await unless(None, self.idle(), TELL_S)
         self._listener.abort()
-        await unless(None, self._idle(), UNWIND_S)
+        await unless(None, self.idle(), UNWIND_S)
         return False
 
     def _cut(self) -> None:
@@ -71,7 +71,8 @@ class Drain:
             before, left = left, self._under_way()
             still = 0 if left < before else still + 1
 
-    async def _idle(self) -> bool:
+    async def idle(self) -> bool:
+        """Return when nothing is under way any more."""
         while self._under_way():
             await asyncio.sleep(POLL_S)
         return True

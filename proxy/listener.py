@@ -46,6 +46,7 @@ class ClientConnection(RequestHandler):
         "last",
         "line",
         "line_open",
+        "retiring",
         "room",
     )
 
@@ -59,6 +60,7 @@ class ClientConnection(RequestHandler):
         self.hop: Hop | None = None  # what forwarded requests say of this side
         self.half_closed = False
         self.last = False  # no further request is taken
+        self.retiring = manager.retiring  # the next answer is the last
         self.body: StreamReader | None = None  # of the last request whose head came
         self.room: asyncio.Future[None] | None = None  # somebody waits until more can be written
         self.gone: asyncio.Future[None] | None = None  # somebody waits while the client stays
@@ -146,8 +148,8 @@ class ClientConnection(RequestHandler):
 
     @property
     def asks_no_more(self) -> bool:
-        """Whether the answer under way is the last one: we close, or the client half-closed and asks nothing else."""
-        return self.last or (self.half_closed and not self._messages)
+        """Whether the answer under way is the last: we close or retire, or the client half-closed and asks no more."""
+        return self.last or ((self.half_closed or self.retiring) and not self._messages)
 
     def close(self) -> None:
         """Take no further request; aiohttp's own way would drop what is still to come of a body, too."""
@@ -302,6 +304,7 @@ class Listener(web.Server):
         self.head_s = min(HEAD_S, pace.window_s)
         # Closed on our side with bytes that the peer has still to take: since when, and how many.
         self._leaving: dict[asyncio.Transport, tuple[float, int]] = {}
+        self.retiring = False
 
     def __call__(self) -> RequestHandler:
         return ClientConnection(self, loop=self._loop, **self._kwargs)
@@ -327,6 +330,15 @@ class Listener(web.Server):
         """Close every connection on which something is under way."""
         for one in self._ours():
             one.abort()
+
+    def retire(self) -> None:
+        """Let each connection end with its next answer; a successor takes those that come instead.
+
+        An idle one stays until then: closed at once, it could meet a request that its client has just sent.
+        """
+        self.retiring = True
+        for one in self._ours():
+            one.retiring = True
 
     async def sweep(self) -> None:
         """Close connections whose head takes too long, and those whose end nobody takes, until cancelled."""

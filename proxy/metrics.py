@@ -6,7 +6,7 @@ Counting is plain arithmetic on lists; prometheus_client turns them into its fam
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -65,6 +65,15 @@ class Counts:
         """Count; KeyError for a value outside the set."""
         self.by_value[value] += amount
 
+    def snapshot(self) -> dict[str, list[float]]:
+        """Return what was counted, for `merge` in another process."""
+        return {value: [count] for value, count in self.by_value.items()}
+
+    def merge(self, snapshot: "dict[str, list[float]]") -> None:
+        """Count what another process counted; values that are not known here are left out."""
+        for value in self.by_value.keys() & snapshot.keys():
+            self.by_value[value] += snapshot[value][0]
+
     def family(self) -> Metric:
         family = CounterMetricFamily(f"oncegate_{self._name}", self._help, labels=[self._label] if self._label else [])
         for value, count in self.by_value.items():
@@ -91,6 +100,17 @@ class Spreads:
         self._name, self._help, self._label = name, help_, label
         self.by_value = {value: Spread() for value in values}
 
+    def snapshot(self) -> dict[str, list[float]]:
+        """Return what was counted, for `merge` in another process: the buckets, then the sum."""
+        return {value: [*spread.counts, spread.sum] for value, spread in self.by_value.items()}
+
+    def merge(self, snapshot: "dict[str, list[float]]") -> None:
+        """Count what another process counted; values that are not known here are left out."""
+        for value in self.by_value.keys() & snapshot.keys():
+            spread, (*counts, seconds) = self.by_value[value], snapshot[value]
+            spread.counts = [mine + int(theirs) for mine, theirs in zip(spread.counts, counts, strict=True)]
+            spread.sum += seconds
+
     def family(self) -> Metric:
         labels = [self._label] if self._label else []
         family = HistogramMetricFamily(f"oncegate_{self._name}", self._help, labels=labels)
@@ -104,6 +124,9 @@ def _cumulated(counts: list[int]) -> Iterator[tuple[str, float]]:
     for bound, count in zip([*map(str, BUCKETS_S), "+Inf"], counts, strict=True):
         total += count
         yield bound, total
+
+
+Snapshot = dict[str, Any]  # of a process: "counts" by metric and label value, "gauges" by name
 
 
 class Metrics(Collector):
@@ -120,6 +143,7 @@ class Metrics(Collector):
         self._repeated = Counts("settle_repeated", "Calls to settle or append that were repeated.")
         self._unscoped = Counts("unscoped", "Guarded requests without any credential.")
         self._eof_framed = Counts("eof_framed", "Answers ended by closing alone, stored as whole.")
+        self._restarts = Counts("worker_restarts", "Workers that died and were started again.")
         self._store_s = Spreads("store_seconds", "Time of one call to the store.", "verb", VERBS)
         self._request_s = Spreads("request_seconds", "Time from a request's head to the end of its answer.")
         self._overhead_s = Spreads("overhead_seconds", "Time in the proxy, upstream time taken out.")
@@ -139,6 +163,21 @@ class Metrics(Collector):
         for name, ask in self._gauges.items():
             yield GaugeMetricFamily(f"oncegate_{name}", GAUGES[name], value=float(ask()))
         yield InfoMetricFamily("oncegate_build", "The version that runs.", value={"version": self._version})
+
+    def snapshot(self) -> Snapshot:
+        """Return everything that was counted, and the gauges as they are, for `merge` in another process."""
+        counts = {name: one.snapshot() for name, one in vars(self).items() if isinstance(one, Counts | Spreads)}
+        return {"counts": counts, "gauges": {name: float(ask()) for name, ask in self._gauges.items()}}
+
+    def merge(self, counts: dict[str, dict[str, list[float]]]) -> None:
+        """Count what another process counted: the `counts` of its snapshot."""
+        for name, one in vars(self).items():
+            if isinstance(one, Counts | Spreads) and name in counts:
+                one.merge(counts[name])
+
+    def restarted(self) -> None:
+        """Count a worker that died and was started again."""
+        self._restarts.add()
 
     def text(self) -> bytes:
         """Return what a scrape gets."""
@@ -187,4 +226,7 @@ GAUGES = {
     "store_memory_ratio": "Memory the store uses, of its limit.",
     "ready": "1 where /readyz says yes.",
     "buffered_bytes": "Bytes of bodies and answers held in memory.",
+    "workers": "Processes that serve.",
 }
+# How a gauge of several workers becomes one; those that are not named here are added up.
+MERGED: dict[str, Callable[[Iterable[float]], float]] = {"store_memory_ratio": max, "ready": min}

@@ -35,6 +35,7 @@ from proxy.addresses import (
     parse_secret,
     parse_store_url,
 )
+from proxy.cores import usable
 from proxy.faults import Fault, parse_fault
 
 PREFIX = "ONCEGATE_"
@@ -45,6 +46,7 @@ TEN_YEARS_S = 315_360_000  # above it a unit was mistaken, and Redis's expiry co
 DAY_MS = 86_400_000
 PIBIBYTE = 1 << 50
 MILLION = 1_000_000
+MOST_WORKERS = 1024
 
 # What the design names and this version cannot do yet: `name=value`, or the name where only the
 # default works, and what to do now. Who builds one deletes its row.
@@ -54,7 +56,6 @@ LATER = {
     "on_store_down=bypass": "use refuse",
     "on_store_loss=quarantine": "use continue",
     "identity_change=accept": "use refuse, and stop every replica before changing what names a key",
-    "workers": "use 1, and more replicas on one store for more cores",
 }
 
 # What Kubernetes and Docker inject for a service called oncegate.
@@ -93,6 +94,14 @@ def _temporary_folder() -> Path:
         return Path(tempfile.gettempdir())
     except FileNotFoundError:  # a read-only container without one; reported under the setting's name
         return Path("/tmp")
+
+
+def _workers(text: str) -> object:
+    if text.strip().lower() == "auto":
+        return min(usable(), MOST_WORKERS)
+    if not text.strip().isdecimal():
+        raise ValueError("must be a whole number, or auto")
+    return text
 
 
 ListenAddress = Annotated[Address, _from_text(parse_address)]
@@ -238,7 +247,9 @@ class Settings(BaseSettings):
         le=PIBIBYTE,
         description="Average over such a time below which a client that is waited for is cut off; 0: any byte counts.",
     )
-    workers: int = Field(1, ge=1, description="Processes that share the port.")
+    workers: Annotated[int, _from_text(_workers)] = Field(
+        1, ge=1, le=MOST_WORKERS, description="Processes that share the port; `auto`: one for each usable core."
+    )
     drain_delay_s: SecondsOrZero = Field(0, description="After SIGTERM: time to go on serving, not ready.")
     drain_s: SecondsOrZero = Field(25, description="After that delay: the grace for what is in flight.")
     log_level: Annotated[Literal["debug", "info", "warning", "error"], _from_text(str.lower)] = Field(

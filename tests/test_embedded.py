@@ -21,6 +21,7 @@ from redis.retry import Retry
 
 from proxy.server import embedded
 from proxy.server.embedded import EmbeddedStore, EmbeddedStoreError, find_server
+from proxy.server.processes import dies_with
 
 MAX_BYTES = 64 * 1024 * 1024
 REPOSITORY = Path(embedded.__file__).parents[2]
@@ -403,7 +404,7 @@ def test_a_killed_proxy_leaves_no_orphan(folder: Path, new_store: Callable[[], E
 def test_a_store_whose_proxy_is_gone_never_starts() -> None:
     """A proxy that died before its child was tied to it leaves no orphan either."""
     not_our_pid = os.getpid() + 1
-    child = subprocess.Popen(["sleep", "10"], preexec_fn=embedded._dies_with(not_our_pid))
+    child = subprocess.Popen(["sleep", "10"], preexec_fn=dies_with(not_our_pid))
     assert child.wait(5) == 1
 
 

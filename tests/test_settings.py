@@ -84,7 +84,7 @@ CASES: dict[str, tuple[object, str, object, str, str]] = {
     "max_connections": (8192, "1", 1, "1000001", "must be at most 1000000"),
     "client_stall_s": (30.0, "1", 1.0, "1e300", "must be at most 315360000"),
     "client_min_bytes_per_s": (240, "0", 0, "-1", "must be at least 0"),
-    "workers": (1, "1", 1, "0", "this value comes later"),
+    "workers": (1, "3", 3, "0", "must be at least 1"),
     "drain_delay_s": (0.0, "5", 5.0, "-1", "must be at least 0"),
     "drain_s": (25.0, "0", 0.0, "-1", "must be at least 0"),
     "log_level": ("info", "DEBUG", "debug", "loud", "must be 'debug', 'info', 'warning' or 'error'"),
@@ -540,7 +540,6 @@ def test_no_temporary_folder(monkeypatch, given):
 
 LATER_VALUES = {
     "store_url=postgresql": "postgresql://h/db",
-    "workers": "auto",
 }
 
 
@@ -556,7 +555,7 @@ def test_later_is_complete():
     """Every choice that the design names and this version lacks has its refusal."""
     assert set(LATER) == {
         *("store_url=postgresql", "on_duplicate=join", "on_store_down=bypass", "on_store_loss=quarantine"),
-        *("identity_change=accept", "workers"),
+        "identity_change=accept",
     }
 
 

@@ -1,17 +1,19 @@
-"""Process life: load, start, serve, drain, stop; and the embedded store beside it."""
+"""Process life: load, start, serve, drain, stop; alone or as several workers; and the embedded store beside it."""
 
 import asyncio
 import contextlib
 import signal
+from collections.abc import AsyncIterator
 from typing import Any
 
 import uvloop
 
 from proxy.app import Service, Unsupported
 from proxy.server.embedded import EmbeddedStore, EmbeddedStoreError
+from proxy.server.signals import CANNOT, NOT_ALL, OK, told_to_stop
+from proxy.server.slots import Slot, open_slots
+from proxy.server.supervisor import Supervisor
 from proxy.settings import Settings
-
-OK, NOT_ALL, CANNOT = 0, 1, 2  # exit codes
 
 
 def serve(settings: Settings, logger: Any) -> int:
@@ -23,6 +25,8 @@ def serve(settings: Settings, logger: Any) -> int:
             embedded = EmbeddedStore(settings.data_dir, settings.embedded_max_bytes, logger.warning)
             embedded.start()
             store_url = embedded.url
+        if settings.workers > 1:
+            return uvloop.run(_supervise(settings, open_slots(settings.listen, settings.workers), embedded, logger))
         return uvloop.run(_serve(settings, store_url, embedded, logger))
     except (EmbeddedStoreError, Unsupported, OSError) as error:
         logger.error("cannot start", reason=str(error))
@@ -33,35 +37,38 @@ def serve(settings: Settings, logger: Any) -> int:
 
 
 async def _serve(settings: Settings, store_url: str, embedded: EmbeddedStore | None, logger: Any) -> int:
-    stop, hurry = _signals(logger)
+    stop, hurry = told_to_stop()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, logger.info, "nothing to reload")  # by default it would end the process
+    loop.add_signal_handler(signal.SIGUSR2, logger.warning, "there are no workers to replace: ONCEGATE_WORKERS is 1")
     service = Service(settings, store_url, logger)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, service.reload)
+    loop.add_signal_handler(signal.SIGHUP, service.reload)
+    async with _watched(embedded):
+        try:
+            await service.start()
+            logger.info("serving", upstream=str(settings.upstream), ready=not service.problems(), **service.listens_on)
+            await stop.wait()
+            logger.info("shutting down", grace_s=settings.drain_s)
+            whole = await service.drain(hurry)
+            logger.info("stopped", cut_off=service.cut_off)
+            return OK if whole else NOT_ALL
+        finally:
+            await service.close()
+
+
+async def _supervise(settings: Settings, slots: list[Slot], embedded: EmbeddedStore | None, logger: Any) -> int:
+    async with _watched(embedded):
+        return await Supervisor(settings, slots, embedded.url if embedded else "", logger).run()
+
+
+@contextlib.asynccontextmanager
+async def _watched(embedded: EmbeddedStore | None) -> AsyncIterator[None]:
+    """Restart the embedded store, where there is one, whenever it dies meanwhile."""
     watcher = asyncio.ensure_future(embedded.watch()) if embedded else None
     try:
-        await service.start()
-        logger.info("serving", upstream=str(settings.upstream), ready=not service.problems(), **service.listens_on)
-        await stop.wait()
-        logger.info("shutting down", grace_s=settings.drain_s)
-        whole = await service.drain(hurry)
-        logger.info("stopped", cut_off=service.cut_off)
-        return OK if whole else NOT_ALL
+        yield
     finally:
-        await service.close()
         if watcher is not None:
             watcher.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await watcher
-
-
-def _signals(logger: Any) -> tuple[asyncio.Event, asyncio.Event]:
-    """Return what the first SIGTERM or SIGINT sets, and what the second sets."""
-    stop, hurry = asyncio.Event(), asyncio.Event()
-
-    def told() -> None:
-        (hurry if stop.is_set() else stop).set()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, told)
-    loop.add_signal_handler(signal.SIGHUP, logger.info, "nothing to reload")  # by default it would end the process
-    return stop, hurry

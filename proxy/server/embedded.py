@@ -8,7 +8,6 @@ acknowledged is on disk, so that a kill of either process loses nothing.
 
 import asyncio
 import contextlib
-import ctypes
 import fcntl
 import importlib.util
 import os
@@ -17,12 +16,13 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
+
+from proxy.server.processes import dies_with, ended
 
 LOCK_WAIT_S = 5.0  # a predecessor that was just stopped or killed is gone by then
 ANSWER_WAIT_S = 10.0  # from the start to the first answer, PONG or LOADING
@@ -33,7 +33,6 @@ STEADY_S = 30.0  # a store that lived so long is restarted as quickly as the fir
 
 OLDEST_VERSION = 7
 LONGEST_SOCKET_PATH_BYTES = 107  # sun_path holds 108 with its closing zero, unix(7)
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 # Every path is relative to the folder: the server runs there, and nothing needs quoting.
 OPTIONS = (
@@ -85,7 +84,7 @@ class EmbeddedStore:
         """Restart the server whenever it dies, until cancelled or stopped. Main thread only."""
         delay_s = FIRST_RESTART_S
         while (process := self._process) is not None:
-            exit_status = await _ended(process)
+            exit_status = await ended(process)
             if self._process is None:  # that was stop()
                 return
             if time.monotonic() - self._spawned_at > STEADY_S:
@@ -124,7 +123,7 @@ class EmbeddedStore:
                 umask=0o077,
                 start_new_session=True,
                 pass_fds=(self._lock,),
-                preexec_fn=_dies_with(os.getpid()),
+                preexec_fn=dies_with(os.getpid()),
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -231,21 +230,6 @@ def _check_length(socket_path: Path) -> None:
         )
 
 
-def _dies_with(parent_pid: int) -> Callable[[], None]:
-    """What the child does before its exec. It may load nothing: another thread may hold the locks."""
-    if sys.platform != "linux":
-        raise EmbeddedStoreError("the embedded store needs Linux: name a store in ONCEGATE_STORE_URL")
-    prctl = ctypes.CDLL(None).prctl
-
-    def before_exec() -> None:
-        if prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-            raise OSError("PR_SET_PDEATHSIG was refused")
-        if os.getppid() != parent_pid:  # it died before the call, and no signal will come
-            os._exit(1)
-
-    return before_exec
-
-
 def _lock(folder: Path) -> int:
     """The folder's lock, as a descriptor: it is free again when everyone who inherited it is gone."""
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -292,24 +276,3 @@ def _shut_down(process: subprocess.Popen[bytes], socket_path: Path) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-async def _ended(process: subprocess.Popen[bytes]) -> int:
-    """Wait for the process to end; its exit status, or minus the signal that ended it."""
-    if process.poll() is not None:  # fetched already, and its pid may be another's by now
-        return process.returncode
-    try:
-        pidfd = os.pidfd_open(process.pid)
-    except OSError:  # a kernel before 5.3, or a sandbox that forbids the call
-        while process.poll() is None:
-            await asyncio.sleep(0.1)
-        return process.wait()
-    loop = asyncio.get_running_loop()
-    ended = asyncio.Event()
-    loop.add_reader(pidfd, ended.set)
-    try:
-        await ended.wait()
-    finally:
-        loop.remove_reader(pidfd)
-        os.close(pidfd)
-    return process.wait()

@@ -40,6 +40,7 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "settle_repeated": ("counter", "", ()),
     "unscoped": ("counter", "", ()),
     "eof_framed": ("counter", "", ()),
+    "worker_restarts": ("counter", "", ()),
     "request_seconds": ("histogram", "", ()),
     "overhead_seconds": ("histogram", "", ()),
     "upstream_seconds": ("histogram", "", ()),
@@ -49,6 +50,7 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "store_memory_ratio": ("gauge", "", ()),
     "ready": ("gauge", "", ()),
     "buffered_bytes": ("gauge", "", ()),
+    "workers": ("gauge", "", ()),
     "build": ("info", "", ()),
 }
 OWN_LABELS = ("le", "version")  # of histograms and of the build

@@ -1,0 +1,313 @@
+"""Several workers on one port: they share the load and the store, and are replaced without anybody noticing."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from proxy.cores import usable
+from tests.parts import (
+    CHUNKED,
+    LAST_CHUNK,
+    OK,
+    Proxy,
+    RawClient,
+    Tap,
+    answering,
+    ask,
+    chunk,
+    read_answer,
+    request,
+    until,
+)
+
+
+def workers(proxy: Proxy) -> list[int]:
+    """Return the processes that serve, newest last."""
+    known = [line["pid"] for line in proxy.events("worker started")]
+    return [pid for pid in known if alive(pid)]
+
+
+def sockets(pid: int) -> int:
+    """Return how many sockets a process has open."""
+    return sum(link.readlink().name.startswith("socket:") for link in Path(f"/proc/{pid}/fd").iterdir())
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def ready(proxy: Proxy) -> bool:
+    return proxy.admin("/readyz")[0] == 200
+
+
+async def finished(proxy: Proxy) -> int:
+    await until(lambda: proxy.process.poll() is not None, 40)
+    return proxy.process.returncode
+
+
+class Load:
+    """Clients that keep their connections and send one request after the other; `broken` is what went wrong."""
+
+    def __init__(self, port: int, clients: int) -> None:
+        self._port, self.answered, self.broken = port, 0, Counter[str]()
+        self._over = False
+        self._tasks = [asyncio.ensure_future(self._run(number)) for number in range(clients)]
+
+    async def _run(self, number: int) -> None:
+        sent = 0
+        while not self._over:
+            try:
+                client = await RawClient.open(self._port)
+            except OSError as error:
+                self.broken[f"connect: {error!r}"] += 1
+                continue
+            with suppress(asyncio.CancelledError):
+                while not self._over:
+                    sent += 1
+                    try:
+                        client.writer.write(request(key=f"{number}-{sent}"))
+                        answer = await read_answer(client.reader)
+                    except OSError as error:
+                        self.broken[f"ask: {error!r}"] += 1
+                        break
+                    if answer is None or answer.status != 200 or not answer.complete:
+                        self.broken[f"answer: {answer}"] += 1
+                        break
+                    self.answered += 1
+                    if answer.header("connection") == b"close":
+                        break
+            client.close()
+
+    async def end(self) -> None:
+        self._over = True
+        await asyncio.gather(*self._tasks)
+
+
+async def test_workers_share_the_port_the_store_and_the_counters(proxies, upstream, valkey):
+    """Connections are spread over the workers, a key is executed once for all of them, and /metrics is the sum."""
+    proxy = proxies(upstream, valkey.url, WORKERS=2)
+    assert len(workers(proxy)) == 2
+    idle = {pid: sockets(pid) for pid in workers(proxy)}
+    clients = [await RawClient.open(proxy.port) for _ in range(200)]
+    answers = await asyncio.gather(*(client.ask(request(key=f"k{n % 100}")) for n, client in enumerate(clients)))
+    statuses = Counter(answer.status for answer in answers)
+    assert statuses[200] >= 100
+    assert statuses[200] + statuses[409] == 200
+    assert len(upstream.received) == 100
+    spread = [sockets(pid) - before for pid, before in idle.items()]
+    assert sum(spread) >= 200
+    assert min(spread) > 60, "five standard deviations of a fair coin thrown 200 times are 35"
+    executed = proxy.metric('requests_total{outcome="executed"}')
+    assert executed == 100
+    assert proxy.metric('store_seconds_count{verb="claim"}') >= 200
+    assert proxy.metric("workers") == 2
+    assert ready(proxy)
+    for client in clients:
+        client.close()
+    assert proxy.stop() == 0
+
+
+async def test_a_worker_that_dies_is_restarted_and_its_counters_stay(proxies, upstream, valkey):
+    """Not ready until its successor serves; nobody is refused meanwhile, and no counter goes back."""
+    proxy = proxies(upstream, valkey.url, WORKERS=2)
+    for n in range(20):
+        assert (await ask(proxy.port, request(key=f"k{n}"))).status == 200
+    before = proxy.metric('requests_total{outcome="executed"}')
+    victim = workers(proxy)[0]
+    os.kill(victim, signal.SIGKILL)
+    answers = [await ask(proxy.port, request(key=f"k{n}")) for n in range(20)]  # some wait in the dead one's queue
+    assert {answer.header("idempotent-replayed") for answer in answers} == {b"true"}
+    await until(lambda: len(workers(proxy)) == 2 and ready(proxy))
+    assert before == 20 == proxy.metric('requests_total{outcome="executed"}')
+    assert proxy.metric("worker_restarts_total") == 1
+    (died,) = proxy.events("worker died")
+    assert (died["pid"], died["exit_status"]) == (victim, -signal.SIGKILL)
+    assert proxy.stop() == 1, "nobody knows what the killed one had in flight"
+
+
+async def test_workers_are_replaced_under_load_without_a_refused_or_reset_connection(proxies, upstream, valkey):
+    """SIGUSR2: each request is answered, an answer under way ends whole, an idle connection takes one more."""
+    proxy = proxies(upstream, valkey.url, WORKERS=2)
+    first = workers(proxy)
+    tap = Tap()
+    upstream.script = tap.script
+    streaming = asyncio.ensure_future(ask(proxy.port, request(key="stream"), 60))
+    await until(lambda: upstream.received)
+    upstream.script = answering(OK)
+    tap.send(CHUNKED, chunk(b"before"))
+    idle = [await RawClient.open(proxy.port) for _ in range(8)]
+    for n, client in enumerate(idle):
+        assert (await client.ask(request(key=f"idle{n}"))).status == 200
+    load = Load(proxy.port, 16)
+    await until(lambda: load.answered > 50)
+    for _ in range(2):
+        proxy.signal(signal.SIGUSR2)
+        rounds = len(proxy.events("workers replaced"))
+        await until(lambda rounds=rounds: len(proxy.events("workers replaced")) > rounds, 30)
+    answered = load.answered
+    await until(lambda: load.answered > answered + 50)
+    await load.end()
+    assert load.broken == {}
+    for n, client in enumerate(idle):
+        answer = await client.ask(request(key=f"idle{n}"))
+        assert answer is not None
+        assert answer.header("idempotent-replayed") == b"true"
+        assert answer.header("connection") == b"close"
+        client.close()
+    await until(lambda: len(workers(proxy)) == 3)  # the one that streams is left of the first two
+    assert len(set(first) & set(workers(proxy))) == 1
+    tap.end(chunk(b"after"), LAST_CHUNK)
+    answer = await streaming
+    assert (answer.body, answer.complete) == (b"beforeafter", True)
+    await until(lambda: not set(first) & set(workers(proxy)))
+    assert len(workers(proxy)) == 2
+    assert proxy.metric('requests_total{outcome="executed"}') == len(upstream.received)
+    assert proxy.stop() == 0
+
+
+async def test_what_is_in_flight_in_any_worker_is_finished(proxies, upstream, valkey):
+    """SIGTERM: newcomers are refused, each worker finishes what it has, and only then the whole ends: exit 0."""
+    tap = Tap()
+    upstream.script = tap.script
+    proxy = proxies(upstream, valkey.url, WORKERS=2)
+    running = [asyncio.ensure_future(ask(proxy.port, request(key=f"k{n}"))) for n in range(8)]
+    await until(lambda: len(upstream.received) == 8)
+    assert proxy.metric("in_flight") == 8
+    proxy.signal(signal.SIGTERM)
+    await until(lambda: _refuses(proxy.port))
+    assert proxy.admin("/readyz")[0] == 503
+    for _ in running:
+        tap.end(OK)
+    assert {(await one).body for one in running} == {b"ok"}
+    assert await finished(proxy) == 0
+    assert valkey.states() == [b"complete"] * 8
+
+
+def _refuses(port: int) -> bool:
+    with socket.socket() as newcomer:
+        return newcomer.connect_ex(("127.0.0.1", port)) != 0
+
+
+async def test_the_exit_code_is_true_of_all_workers(proxies, upstream, valkey):
+    """Where one worker had to cut something off, the whole ends with 1, though the other had nothing."""
+    upstream.script = Tap().script
+    proxy = proxies(upstream, valkey.url, WORKERS=2, DRAIN_S=0.3)
+    cut = asyncio.ensure_future(ask(proxy.port, request(key="k")))
+    await until(lambda: upstream.received)
+    proxy.signal(signal.SIGTERM)
+    assert (await cut).slug == "upstream-lost"
+    assert await finished(proxy) == 1
+    assert proxy.events("stopped")[-1]["cut_off"] == 1
+    assert valkey.states() == [b"unknown"]
+
+
+async def test_a_second_signal_cuts_the_grace_of_all_short(proxies, upstream, valkey):
+    """Ctrl-C twice ends every worker at once; a terminal's signal reaches each of them a single time."""
+    upstream.script = Tap().script
+    proxy = proxies(upstream, valkey.url, WORKERS=2)
+    cut = [asyncio.ensure_future(ask(proxy.port, request(key=f"k{n}"))) for n in range(8)]
+    await until(lambda: len(upstream.received) == 8)
+    pids = workers(proxy)
+    assert {os.getpgid(pid) for pid in pids}.isdisjoint({os.getpgid(proxy.process.pid)})
+    proxy.signal(signal.SIGINT)
+    await until(lambda: _refuses(proxy.port))
+    assert all(map(alive, pids)), "the grace is 25 s"
+    proxy.signal(signal.SIGINT)
+    assert {(await one).slug for one in cut} == {"upstream-lost"}
+    assert await finished(proxy) == 1
+
+
+async def test_the_embedded_store_is_shared(proxies, upstream):
+    """One store for all workers, which outlives each of them and ends with the last."""
+    proxy = proxies(upstream, WORKERS=2)
+    assert (await ask(proxy.port, request(key="k"))).status == 200
+    for pid in workers(proxy):
+        os.kill(pid, signal.SIGKILL)
+    for _ in range(8):
+        assert (await ask(proxy.port, request(key="k"))).header("idempotent-replayed") == b"true"
+    assert len(upstream.received) == 1
+    await until(lambda: ready(proxy))
+    proxy.stop()
+    proxy.start()
+    assert (await ask(proxy.port, request(key="k"))).header("idempotent-replayed") == b"true"
+
+
+async def test_workers_do_not_outlive_their_supervisor_but_finish_what_they_have(proxies, upstream, valkey):
+    """Killed, the supervisor leaves workers that take nothing new, settle what is in flight, and go."""
+    tap = Tap()
+    upstream.script = tap.script
+    proxy = proxies(upstream, valkey.url, WORKERS=2)
+    pids = workers(proxy)
+    running = asyncio.ensure_future(ask(proxy.port, request(key="k")))
+    await until(lambda: upstream.received)
+    proxy.kill()
+    await until(lambda: _refuses(proxy.port))
+    tap.end(OK)
+    assert (await running).body == b"ok"
+    await until(lambda: not any(map(alive, pids)))
+    assert valkey.states() == [b"complete"]
+
+
+@pytest.mark.parametrize("share", [1, 2])
+def test_a_port_that_is_in_use_is_refused(proxies, upstream, valkey, share):
+    """Another service on the same port is an error, though the system would let both share it."""
+    first = proxies(upstream, valkey.url, WORKERS=share)
+    with pytest.raises(AssertionError, match="already in use"):
+        proxies(upstream, valkey.url, WORKERS=2, LISTEN=f"127.0.0.1:{first.port}")
+    assert ready(first)
+
+
+def test_workers_that_cannot_start_end_it_all(tmp_path):
+    """Where a worker cannot start at all, nothing is restarted: exit 2."""
+    done = subprocess.run(
+        [sys.executable, "-m", "proxy", "serve"],
+        env={
+            "PATH": os.environ["PATH"],
+            "ONCEGATE_UPSTREAM": "http://127.0.0.1:9",
+            "ONCEGATE_STORE_URL": "redis://127.0.0.1:9",
+            "ONCEGATE_LISTEN": "127.0.0.1:0",
+            "ONCEGATE_ADMIN_LISTEN": "127.0.0.1:0",
+            "ONCEGATE_WORKERS": "2",
+            "AIOHTTP_NO_EXTENSIONS": "1",
+        },
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "cannot start" in done.stderr
+    assert done.stderr.count("worker started") == 2
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, None),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "20000 100000\n"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "100000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
+        ({"cpu.max": "what\n"}, None),
+    ],
+)
+def test_auto_is_a_worker_for_each_core_that_may_be_used(tmp_path, files, cores):
+    """A container's quota counts, not the cores of its machine."""
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    own = len(os.sched_getaffinity(0))
+    assert usable(tmp_path) == min(own, cores or own)
