@@ -185,7 +185,7 @@ class RawUpstream:
         self.script: Script = answering(OK)
         self.received: list[Received] = []
         self.connections = 0
-        self._writers: set[asyncio.StreamWriter] = set()
+        self.writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self, sock: socket.socket | None = None) -> None:
@@ -201,7 +201,7 @@ class RawUpstream:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
         number = self.connections
-        self._writers.add(writer)
+        self.writers.add(writer)
         self._tasks.add(asyncio.current_task())  # type: ignore[arg-type]
         try:
             while True:
@@ -213,7 +213,7 @@ class RawUpstream:
         except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             pass
         finally:
-            self._writers.discard(writer)
+            self.writers.discard(writer)
             writer.close()
 
     async def close(self) -> None:

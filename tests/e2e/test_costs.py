@@ -1,0 +1,182 @@
+"""What a request costs, in counts: calls to the store, writes, connections, system calls. No timings."""
+
+import asyncio
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.conftest import Valkey
+from tests.parts import OK, Answer, Proxy, RawClient, RawUpstream, answering, ask, holding, request, until
+
+REQUESTS = 40
+SEGMENTS_IN = 152  # offset of tcpi_data_segs_in in struct tcp_info, linux/tcp.h (since 4.6)
+DECLINED = OK.replace(b"200 OK", b"429 Too Many Requests")
+AMBIGUOUS = OK.replace(b"200 OK", b"502 Bad Gateway")
+
+
+class Costs(NamedTuple):
+    """Counts at the edges of the proxy: in the store, on the client's connection, in the upstream."""
+
+    store_calls: int  # scripts, which is all that a request may ask for
+    store_trips: int  # reads of its sockets by the store
+    client_writes: int
+    upstream_requests: int
+    upstream_writes: int
+    upstream_connections: int
+
+
+EXECUTION = Costs(2, 2, 1, 1, 1, 0)
+FROM_THE_STORE = Costs(1, 1, 1, 0, 0, 0)
+PASSED_ON = Costs(0, 0, 1, 1, 2, 0)  # its body is not waited for, so it follows the head
+REFUSED = Costs(0, 0, 1, 0, 0, 0)
+
+# What is asked (a "*" in the key: another one each time), what the upstream says, what comes, what each one costs.
+TABLE: dict[str, tuple[dict[str, Any], bytes, int, Costs]] = {
+    "execution": ({"key": "new-*"}, OK, 200, EXECUTION),
+    "replay": ({"key": "known"}, OK, 200, FROM_THE_STORE),
+    "mismatch": ({"key": "known", "body": b"another"}, OK, 422, FROM_THE_STORE),
+    "in flight": ({"key": "running"}, OK, 409, FROM_THE_STORE),
+    "unknown": ({"key": "lost"}, OK, 409, FROM_THE_STORE),
+    "released": ({"key": "declined-*"}, DECLINED, 429, EXECUTION),
+    "becoming unknown": ({"key": "ambiguous-*"}, AMBIGUOUS, 502, EXECUTION),
+    "invalid": ({"key": ","}, OK, 400, REFUSED),
+    "pass-through": ({"key": None}, OK, 200, PASSED_ON),
+    "pass-through without a body": (
+        {"key": None, "body": b"", "method": "GET"},
+        OK,
+        200,
+        PASSED_ON._replace(upstream_writes=1),
+    ),
+}
+
+
+def segments_in(writer: asyncio.StreamWriter) -> int:
+    """Return how many segments with data came on a TCP connection: as nobody delays them, the peer's writes."""
+    raw = writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+    return struct.unpack_from("=I", raw, SEGMENTS_IN)[0]  # type: ignore[no-any-return]
+
+
+def counted(valkey: Valkey, client: RawClient, upstream: RawUpstream) -> Costs:
+    with valkey.client() as asking:
+        commands, stats = asking.info("commandstats"), asking.info("stats")
+    return Costs(
+        sum(commands.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("evalsha", "eval")),
+        stats["total_reads_processed"] - commands["cmdstat_info"]["calls"],  # all but looks at its health
+        segments_in(client.writer),
+        len(upstream.received),
+        sum(map(segments_in, upstream.writers)),
+        upstream.connections,
+    )
+
+
+def minus(one: Costs, other: Costs) -> list[int]:
+    return [mine - theirs for mine, theirs in zip(one, other, strict=True)]
+
+
+@pytest.mark.parametrize("what", TABLE)
+async def test_round_trips_writes_and_connections(standing, behind, valkey, what):
+    """An execution asks the store twice, all else once or never; each answer is one write; connections are kept."""
+    options, script, status, costs = TABLE[what]
+    release = asyncio.Event()
+    behind.script = holding(release)
+    running = asyncio.ensure_future(ask(standing.port, request(key="running")))
+    await until(lambda: behind.received)
+    for key, answer in (("known", OK), ("lost", AMBIGUOUS)):
+        behind.script = answering(answer)
+        await ask(standing.port, request(key=key))
+    behind.script = answering(script)
+    with closing(await RawClient.open(standing.port)) as client:
+        await send(client, "first", options)  # opens what is kept open
+
+        ours = minus(counted(valkey, client, behind), counted(valkey, client, behind))  # what counting costs, negative
+        before = counted(valkey, client, behind)
+        answers = [await send(client, n, options) for n in range(REQUESTS)]
+        spent = minus(counted(valkey, client, behind), before)
+        each = [(cost + own) / REQUESTS for cost, own in zip(spent, ours, strict=True)]
+
+        assert {answer.status for answer in answers} == {status}
+        assert Costs(*map(round, each)) == costs, each
+        assert each[:1] + each[2:] == [*costs[:1], *costs[2:]], "some cost more than others"
+    release.set()
+    await running
+
+
+async def send(client: RawClient, n: object, options: dict[str, Any]) -> Answer:
+    key = options["key"]
+    answer = await client.ask(request(**options | {"key": key and key.replace("*", str(n))}))
+    assert answer is not None
+    assert answer.complete
+    return answer
+
+
+async def test_an_upstream_connection_is_kept_for_many_executions(gate, upstream):
+    """One client at a time needs one connection to the upstream, however many executions there are."""
+    with closing(await RawClient.open(gate.port)) as client:
+        for n in range(REQUESTS):
+            assert (await send(client, n, {"key": "k-*"})).status == 200
+    assert upstream.connections == 1
+
+
+# Of the proxy alone, without its access log: what it is to write and to read, and how often it may go to sleep.
+# An execution writes the claim, the request, the settlement and the answer, and reads as often.
+CALLS = {
+    "execution": ({"key": "traced-*"}, {"write": 4, "read": 4, "epoll": 6, "all": 16}),
+    "replay": ({"key": "traced"}, {"write": 2, "read": 2, "epoll": 3, "all": 8}),
+    "pass-through": ({"key": None}, {"write": 3, "read": 2, "epoll": 3, "all": 16}),
+}
+CLASSES = {
+    "write": r"write|writev|send|sendto|sendmsg",
+    "read": r"read|readv|recv|recvfrom|recvmsg",
+    "epoll": r"epoll_p?wait2?",
+    "all": r"\w+",
+}
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+@pytest.mark.parametrize("what", CALLS)
+async def test_system_calls(proxies, upstream, valkey, tmp_path, what):
+    """A request makes no more system calls of each class than it needs."""
+    options, limits = CALLS[what]
+    proxy = proxies(upstream, valkey.url, ACCESS_LOG="off")
+    with closing(await RawClient.open(proxy.port)) as client:
+        for n in range(5):
+            await send(client, f"before{n}", options)
+        tracer = await traced(proxy, tmp_path / "calls")
+        for n in range(5 * REQUESTS):
+            assert (await send(client, n, options)).status == 200
+    tracer.send_signal(signal.SIGINT)
+    tracer.wait(10)
+    found = calls(tmp_path / "calls")
+    each = {
+        name: sum(n for call, n in found.items() if re.fullmatch(pattern, call)) for name, pattern in CLASSES.items()
+    }
+    # A fifth of a call more for what goes on beside: sweeps, a look at the store.
+    over = {name: each[name] / (5 * REQUESTS) for name in limits if each[name] / (5 * REQUESTS) > limits[name] + 0.2}
+    assert over == {}, f"the limits are {limits}, all calls were {found}"
+
+
+async def traced(proxy: Proxy, out: Path) -> "subprocess.Popen[bytes]":
+    """Return the tracer of a proxy, once it counts. Skips where tracing is not allowed."""
+    said = out.with_suffix(".said")
+    with said.open("wb") as file:
+        command = ["strace", "-f", "-c", "-o", out, "-p", str(proxy.process.pid)]
+        tracer = subprocess.Popen(command, stderr=file, start_new_session=True)
+    status = Path(f"/proc/{proxy.process.pid}/status")
+    await until(lambda: tracer.poll() is not None or f"TracerPid:\t{tracer.pid}\n" in status.read_text())
+    if tracer.poll() is not None:
+        pytest.skip(f"no tracing here: {said.read_text().strip()}")
+    return tracer
+
+
+def calls(out: Path) -> dict[str, int]:
+    """Read strace's table: share, seconds, time a call, calls, perhaps errors, name."""
+    rows = [line.split() for line in out.read_text().splitlines()[2:] if not line.startswith("-")]
+    return {row[-1]: int(row[3]) for row in rows if row[-1] != "total"}
