@@ -1,69 +1,80 @@
-"""python -m loadtest.bench [--quick] [--only execution,replay]"""
+"""python -m loadtest.bench: the whole table; --quick in under two minutes; --only execution,replay for a part."""
 
 import argparse
 import os
 import sys
-import time
-import urllib.request
-import uuid
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
-from loadtest.bench import contenders, wrk
-from loadtest.bench.machine import Cores, busy_s
+from loadtest.bench import contenders, extras, tools
+from loadtest.bench.machine import ROOT, two_cores
+from loadtest.bench.plot import write_plot
+from loadtest.bench.scenarios import SCENARIOS, Run, rounds
+from loadtest.bench.table import Table, write_csv
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m loadtest.bench", description="oncegate against its peers.")
+    top.add_argument("--quick", action="store_true", help="one short round at 32 connections, and short extras")
+    top.add_argument("--only", type=_words, help=f"some of {','.join((*SCENARIOS, *extras.EXTRAS))}")
+    top.add_argument("--contenders", type=_words, default=list(contenders.CONTENDERS))
+    top.add_argument("--connections", type=_words, help="default 1,32,256; 32 if quick")
+    top.add_argument("--rounds", type=int, help="default 5; 1 if quick")
+    top.add_argument("--seconds", type=int, help="for each measurement; default 2; 1 if quick")
+    top.add_argument("--nice", type=int, help="as root, -15 for one: less disturbed by what else runs on the machine")
+    top.add_argument("--out", type=Path, default=ROOT / "loadtest" / "results", help="folder of the CSV and the plot")
+    return top
+
+
+def _words(text: str) -> list[str]:
+    return text.split(",")
 
 
 def main() -> int:
-    options = argparse.ArgumentParser()
-    options.add_argument("--quick", action="store_true")
-    options.add_argument("--only", default="execution,replay")
-    options.add_argument("--contenders", default="oncegate,obvious,nginx+lua")
-    options.add_argument("--connections", default="32")
-    options.add_argument("--rounds", type=int, default=1)
-    options.add_argument("--seconds", type=int, default=2)
-    given = options.parse_args()
-    cores = Cores()
-    site = contenders.open_site(cores)
-    try:
-        for _ in range(given.rounds):
-            for name in given.contenders.split(","):
-                running = contenders.ALL[name](site)
-                try:
-                    wrk.run(running.port, "/v1/charges", f"w{uuid.uuid4().hex}", 1, 8, cores.other, unique=True)
-                    for scenario in given.only.split(","):
-                        for connections in map(int, given.connections.split(",")):
-                            measure(running, name, scenario, connections, given.seconds, cores)
-                finally:
-                    running.process.stop()
-    finally:
-        contenders.close_site(site)
-    return 0
+    """Measure, print, write; 0 where every answer was right, whatever the figures say."""
+    given = parser().parse_args()
+    tools.obtain()
+    quick = given.quick
+    connections = [int(one) for one in given.connections or (["32"] if quick else ["1", "32", "256"])]
+    count, seconds = given.rounds or (1 if quick else 5), given.seconds or (1 if quick else 2)
+    wanted = given.only or [*SCENARIOS, *extras.EXTRAS]
+    cores = two_cores()
+    if cores.proxy == cores.other:
+        print("only one core: requests a second say nothing, CPU time a request still does")
+    os.sched_setaffinity(0, cores.other)
+    if given.nice is not None:
+        os.setpriority(os.PRIO_PROCESS, 0, given.nice)
+    with tempfile.TemporaryDirectory(prefix="oncegate-bench-") as scratch:
+        tempfile.tempdir = scratch
+        site = contenders.open_site(cores)
+        try:
+            measured = rounds(
+                site, given.contenders, [one for one in SCENARIOS if one in wanted], connections, seconds, count
+            )
+            table = Table(told(measured))
+            print(*table.lines(), sep="\n", flush=True)
+            figures = extras.goals(table)
+            for name, measure in extras.EXTRAS.items():
+                if name in wanted:
+                    print(f"... {name}", file=sys.stderr, flush=True)
+                    figures += measure(site, quick)
+        finally:
+            site.close()
+            tempfile.tempdir = None
+    print("", *(figure.line() for figure in figures), sep="\n")
+    given.out.mkdir(parents=True, exist_ok=True)
+    write_csv(given.out, table.runs, figures)
+    write_plot(given.out / "bench.svg", table)
+    print(f"\n{given.out}/runs.csv, figures.csv, bench.svg")
+    return 0 if all(run.sound for run in table.runs) else 1
 
 
-def prime(port, key):
-    """Execute the key once, so that all that follows are replays."""
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/charges",
-        data=b'{"amount":2000,"currency":"usd","source":"tok_visa"}',
-        headers={"Content-Type": "application/json", "Authorization": "Bearer sk_test_4eC39HqLyjWDarjtT1zdp7dc"}
-        | ({"Idempotency-Key": key} if key else {}),
-    )
-    with urllib.request.urlopen(request, timeout=10) as answer:
-        answer.read()
-    time.sleep(0.1)
-
-
-def measure(running, name, scenario, connections, seconds, cores):
-    key = "" if scenario == "pass-through" else f"k{uuid.uuid4().hex}"
-    prime(running.port, key)
-    cpu, other = running.process.cpu_s(), busy_s(cores.other)
-    load = wrk.run(running.port, "/v1/charges", key, seconds, connections, cores.other, unique=scenario == "execution")
-    cpu = (running.process.cpu_s() - cpu) / load.requests
-    busy = (busy_s(cores.other) - other) / load.seconds
-    print(
-        f"{scenario:12} {connections:4} {name:10} {load.rate:8.0f} req/s {cpu * 1e6:7.1f} us CPU "
-        f"p50 {load.p50_s * 1e3:.2f} p99 {load.p99_s * 1e3:.2f} ms  other core {busy:.0%} "
-        f"load {os.getloadavg()[0]:.1f}"
-        + (f" REFUSED {load.refused} BROKEN {load.broken}" if load.refused or load.broken else "")
-    )
+def told(runs: Iterable[Run]) -> Iterator[Run]:
+    """Pass the runs on, and show on the terminal that something happens."""
+    for run in runs:
+        print(f"... {run.round + 1} {run.contender} {run.scenario} {run.connections}", file=sys.stderr, flush=True)
+        yield run
 
 
 if __name__ == "__main__":

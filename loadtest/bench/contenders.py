@@ -1,9 +1,8 @@
-"""How each contender is started, and the two servers they share: the upstream and Redis."""
+"""How each contender is started, and what they share: the upstreams and a Redis."""
 
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from loadtest.bench.machine import PYTHON, Cores, Process, free_port
 from loadtest.peers import nginx
@@ -15,6 +14,7 @@ class Running:
 
     process: Process
     port: int
+    admin_port: int = 0
 
 
 @dataclass(frozen=True)
@@ -22,111 +22,108 @@ class Site:
     """What stands around the contenders: started once, for all of them."""
 
     cores: Cores
-    upstream_port: int
-    redis_port: int
-    upstream: Process
-    redis: Process
+    upstream: Running
+    events: Running
+    redis: Running
 
-    @property
-    def upstream_url(self) -> str:
-        return f"http://127.0.0.1:{self.upstream_port}"
-
-    @property
-    def redis_url(self) -> str:
-        return f"redis://127.0.0.1:{self.redis_port}/0"
+    def close(self) -> None:
+        for one in (self.upstream, self.events, self.redis):
+            one.process.stop()
 
 
 def open_site(cores: Cores) -> Site:
-    """Start the upstream and a Redis that writes nothing to disk."""
-    upstream_port, redis_port = free_port(), free_port()
-    upstream = _nginx(cores.other, upstream_port, nginx.UPSTREAM)
-    server = shutil.which("redis-server") or shutil.which("valkey-server") or "redis-server"
-    command = (server, "--port", redis_port, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no")
-    redis = Process(command, cores.other)
-    redis.await_port(redis_port)
-    return Site(cores, upstream_port, redis_port, upstream, redis)
+    """Start the upstreams and a Redis that writes nothing to disk, all on the other core."""
+    upstream = _nginx(cores.other, nginx.UPSTREAM)
+    events = _listening(lambda port: Process(cores.other, PYTHON, "-m", "loadtest.peers.events", port))
+    return Site(cores, upstream, events, open_redis(cores))
 
 
-def close_site(site: Site) -> None:
-    site.upstream.stop()
-    site.redis.stop()
+def open_redis(cores: Cores) -> Running:
+    """Start a Redis as the contenders get it: in memory alone."""
+    server = shutil.which("redis-server") or "valkey-server"
+    options = ("--bind", "127.0.0.1", "--save", "", "--appendonly", "no")
+    return _listening(lambda port: Process(cores.other, server, "--port", port, *options))
 
 
-def _nginx(cores: frozenset[int], port: int, server: str, upstream_port: int = 0, redis_port: int = 0) -> Process:
-    folder = Path(_folder())
-    text = nginx.config(folder, port, server, upstream_port)
-    (folder / "nginx.conf").write_text(text)
+def _listening(start: Callable[[int], Process]) -> Running:
+    """Start something on a free port; on another one where somebody else was faster."""
+    for tries_left in (2, 1, 0):
+        port = free_port()
+        process = start(port)
+        try:
+            return Running(process.await_port(port), port)
+        except RuntimeError as error:
+            if "in use" not in str(error) or not tries_left:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _nginx(cores: frozenset[int], server: str, upstream_port: int = 0, redis_port: int = 0) -> Running:
     env = {"STORE_HOST": "127.0.0.1", "STORE_PORT": str(redis_port)}
-    process = Process(("nginx", "-e", "stderr", "-c", folder / "nginx.conf"), cores, env)
-    process.await_port(port)
-    return process
+
+    def start(port: int) -> Process:
+        folder = nginx.prepare(port, server, upstream_port)
+        return Process(cores, "nginx", "-e", "stderr", "-c", folder / "nginx.conf", env=env)
+
+    return _listening(start)
 
 
-def _folder() -> str:
-    import tempfile
+def oncegate(site: Site, *, store_url: str = "", upstream_port: int = 0, **settings: object) -> Running:
+    """oncegate as it comes, on the shared Redis: default settings, but for those that are given."""
+    admin_ports = []
 
-    return tempfile.mkdtemp(prefix="oncegate-bench-nginx-")
+    def start(port: int) -> Process:
+        admin_ports.append(free_port())
+        env = {
+            "ONCEGATE_UPSTREAM": f"http://127.0.0.1:{upstream_port or site.upstream.port}",
+            "ONCEGATE_LISTEN": f"127.0.0.1:{port}",
+            "ONCEGATE_ADMIN_LISTEN": f"127.0.0.1:{admin_ports[-1]}",
+            "ONCEGATE_STORE_URL": store_url or f"redis://127.0.0.1:{site.redis.port}/0",
+            **{f"ONCEGATE_{name}": str(value) for name, value in settings.items()},
+        }
+        return Process(site.cores.proxy, PYTHON, "-m", "proxy", "serve", env=env)
+
+    running = _listening(start)
+    return Running(running.process, running.port, admin_ports[-1])
 
 
-def oncegate(site: Site) -> Running:
-    """oncegate as it comes, on the shared Redis: default settings."""
-    return _oncegate(site, site.redis_url)
-
-
-def oncegate_embedded(site: Site) -> Running:
-    """oncegate as it comes, with the store that it brings along, which shares its core."""
-    return _oncegate(site, "embedded")
-
-
-def _oncegate(site: Site, store_url: str) -> Running:
-    port, admin = free_port(), free_port()
-    env = {
-        "ONCEGATE_UPSTREAM": site.upstream_url,
-        "ONCEGATE_LISTEN": f"127.0.0.1:{port}",
-        "ONCEGATE_ADMIN_LISTEN": f"127.0.0.1:{admin}",
-        "ONCEGATE_STORE_URL": store_url,
-        "ONCEGATE_DATA_DIR": _folder(),
-    }
-    process = Process((PYTHON, "-m", "proxy", "serve"), site.cores.proxy, env)
-    process.await_port(port)
-    return Running(process, port)
+def embedded(site: Site) -> Running:
+    """oncegate as it comes, with the store that it brings along, which writes to disk and shares its core."""
+    return oncegate(site, store_url="embedded")
 
 
 def obvious(site: Site) -> Running:
     """aiohttp, its client and redis-py."""
-    port = free_port()
-    command = (PYTHON, "-m", "loadtest.peers.obvious", port, site.upstream_url, site.redis_url)
-    process = Process(command, site.cores.proxy)
-    process.await_port(port)
-    return Running(process, port)
-
-
-def nginx_lua(site: Site) -> Running:
-    """A hundred lines of Lua in nginx."""
-    port = free_port()
-    process = _nginx(site.cores.proxy, port, nginx.PASS % nginx.ONCE, site.upstream_port, site.redis_port)
-    return Running(process, port)
-
-
-def nginx_pass(site: Site) -> Running:
-    """nginx proxy_pass."""
-    port = free_port()
-    return Running(_nginx(site.cores.proxy, port, nginx.PASS % "", site.upstream_port), port)
+    return _python_peer(site, "obvious", f"redis://127.0.0.1:{site.redis.port}/0")
 
 
 def aiohttp_pass(site: Site) -> Running:
     """aiohttp as a plain proxy."""
-    port = free_port()
-    process = Process((PYTHON, "-m", "loadtest.peers.passing", port, site.upstream_url), site.cores.proxy)
-    process.await_port(port)
-    return Running(process, port)
+    return _python_peer(site, "passing")
 
 
-KEYED: dict[str, Callable[[Site], Running]] = {
-    "oncegate": oncegate,
-    "obvious": obvious,
-    "nginx+lua": nginx_lua,
-    "embedded": oncegate_embedded,
-}
-PASSING: dict[str, Callable[[Site], Running]] = {"nginx": nginx_pass, "aiohttp": aiohttp_pass}
-ALL = KEYED | PASSING
+def _python_peer(site: Site, name: str, *arguments: str) -> Running:
+    upstream = f"http://127.0.0.1:{site.upstream.port}"
+    module = f"loadtest.peers.{name}"
+    return _listening(lambda port: Process(site.cores.proxy, PYTHON, "-m", module, port, upstream, *arguments))
+
+
+def nginx_lua(site: Site) -> Running:
+    """A hundred lines of Lua in nginx."""
+    return _nginx(site.cores.proxy, nginx.PASS % nginx.ONCE, site.upstream.port, site.redis.port)
+
+
+def nginx_pass(site: Site) -> Running:
+    """nginx proxy_pass."""
+    return _nginx(site.cores.proxy, nginx.PASS % "", site.upstream.port)
+
+
+def direct(site: Site) -> Running:
+    """The upstream itself, on the core of the load."""
+    return site.upstream
+
+
+Start = Callable[[Site], Running]
+KEYED: dict[str, Start] = {"oncegate": oncegate, "obvious": obvious, "nginx+lua": nginx_lua, "embedded": embedded}
+PASSING: dict[str, Start] = {"nginx": nginx_pass, "aiohttp": aiohttp_pass, "direct": direct}
+CONTENDERS = KEYED | PASSING

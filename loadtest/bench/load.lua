@@ -1,14 +1,13 @@
--- Charges for wrk: wrk ... URL PATH KEY unique|same. The text of a request is made once; only the key changes.
-local head, tail, key, unique, n
-local body = '{"amount":2000,"currency":"usd","source":"tok_visa"}'
+-- For wrk: wrk ... URL PATH KEY unique|same AUTHORIZATION BODY. A request's text is made once; only the key changes.
+local head, tail, unique, n
 
 function init(args)
-  local path
-  path, key, unique, n = args[1], args[2], args[3] == "unique", 0
+  local path, key, body
+  path, key, unique, body, n = args[1], args[2], args[3] == "unique", args[5], 0
   head = "POST " .. path .. " HTTP/1.1\r\nHost: " .. wrk.host .. ":" .. wrk.port ..
-    "\r\nContent-Type: application/json\r\nAuthorization: Bearer sk_test_4eC39HqLyjWDarjtT1zdp7dc"
-  tail = "\r\nContent-Length: " .. #body .. "\r\n\r\n" .. body
+    "\r\nContent-Type: application/json\r\nAuthorization: " .. args[4]
   if key ~= "" then head = head .. "\r\nIdempotency-Key: " .. key end
+  tail = "\r\nContent-Length: " .. #body .. "\r\n\r\n" .. body
 end
 
 function request()

@@ -2,77 +2,92 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
+PYTHON = sys.executable
 ROOT = Path(__file__).parents[2]
 TICKS_A_SECOND = os.sysconf("SC_CLK_TCK")
-START_S, STOP_S = 20.0, 10.0
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+START_S, PATIENCE_S, STOP_S = 30.0, 0.5, 10.0
 
 
-class Cores:
-    """Which core is whose: the proxy has one for itself, all else shares the other."""
+class Cores(NamedTuple):
+    """Which core is whose: the proxy has one for itself, all else shares another."""
 
-    def __init__(self, proxy: Sequence[int] = (), other: Sequence[int] = ()) -> None:
-        ours = sorted(os.sched_getaffinity(0))
-        self.proxy = frozenset(proxy or ours[:1])
-        self.other = frozenset(other or ours[1:2] or ours[:1])
+    proxy: frozenset[int]
+    other: frozenset[int]
+
+
+def two_cores() -> Cores:
+    """Return the first two that this process may use; the same one twice where there is only one."""
+    ours = sorted(os.sched_getaffinity(0))
+    return Cores(frozenset(ours[:1]), frozenset(ours[1:2] or ours[:1]))
+
+
+def pinned(cores: frozenset[int]) -> Callable[[], None]:
+    """Return what a child runs to stay on these cores."""
+    return lambda: os.sched_setaffinity(0, cores)
 
 
 class Process:
-    """One server of the bench, until `stop`. What it says goes to a file."""
+    """One server of the bench, until `stop`, in a folder of its own. What it says goes to a file."""
 
-    def __init__(self, command: Sequence[object], cores: frozenset[int], env: Mapping[str, str] | None = None) -> None:
+    def __init__(self, cores: frozenset[int], *command: object, env: Mapping[str, str] | None = None) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="oncegate-bench-"))
-        self._log = (self.folder / "log").open("wb")
-        self._popen = subprocess.Popen(
-            [str(word) for word in command],
-            cwd=ROOT,
-            env={"PATH": os.environ.get("PATH", ""), "PYTHONPATH": str(ROOT), **(env or {})},
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            preexec_fn=lambda: os.sched_setaffinity(0, cores),
-        )
+        self.started_at = time.monotonic()
+        with (self.folder / "log").open("wb") as log:
+            self._popen = subprocess.Popen(
+                [str(word) for word in command],
+                cwd=self.folder,
+                env={"PATH": os.environ.get("PATH", ""), "PYTHONPATH": str(ROOT), **(env or {})},
+                stdout=log,
+                stderr=log,
+                preexec_fn=pinned(cores),
+            )
         self.pid = self._popen.pid
 
     def said(self) -> str:
         """Return the end of what it printed."""
         return (self.folder / "log").read_text(errors="replace")[-2000:]
 
-    def await_port(self, port: int) -> None:
-        """Return when something listens there. Raises RuntimeError with what the process said."""
-        deadline = time.monotonic() + START_S
-        while time.monotonic() < deadline:
+    def await_port(self, port: int) -> "Process":
+        """Return it when something listens there. Raises RuntimeError with what it said."""
+        while time.monotonic() < self.started_at + START_S:
             if self._popen.poll() is not None:
                 raise RuntimeError(f"{self._popen.args!r} ended with {self._popen.returncode}:\n{self.said()}")
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                return
-            time.sleep(0.005)
+                return self
+            time.sleep(0.002)
         raise RuntimeError(f"{self._popen.args!r} does not listen on {port}:\n{self.said()}")
 
     def cpu_s(self) -> float:
-        """Return the CPU seconds, user and system, of the process, its living children and its dead ones."""
-        return sum(_cpu_s(pid) for pid in family(self.pid))
+        """Return the CPU seconds, user and system, of the process and its children as they are now."""
+        return sum(map(_cpu_s, family(self.pid)))
 
     def rss_bytes(self) -> int:
         """Return the resident memory of the process and its children."""
-        return sum(_rss_bytes(pid) for pid in family(self.pid))
+        return sum(map(_rss_bytes, family(self.pid)))
 
     def stop(self) -> None:
-        """End it: SIGTERM, then SIGKILL."""
-        self._popen.send_signal(signal.SIGTERM)
-        try:
-            self._popen.wait(STOP_S)
-        except subprocess.TimeoutExpired:
+        """End it: SIGTERM, soon another one, then SIGKILL."""
+        for wait_s in (PATIENCE_S, STOP_S):
+            self._popen.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._popen.wait(wait_s)
+                break
+        else:
             self._popen.kill()
             self._popen.wait()
-        self._log.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def family(pid: int) -> list[int]:
@@ -86,26 +101,28 @@ def family(pid: int) -> list[int]:
 
 
 def _cpu_s(pid: int) -> float:
+    """Sum the threads' time on a core, which the scheduler counts in ns; utime and stime only tick."""
+    total = 0
     with contextlib.suppress(OSError):
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return sum(map(int, fields[11:15])) / TICKS_A_SECOND  # utime, stime, and those of children waited for
-    return 0.0
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            total += int((task / "schedstat").read_text().split()[0])
+    return total / 1e9
 
 
 def _rss_bytes(pid: int) -> int:
     with contextlib.suppress(OSError):
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_BYTES
     return 0
 
 
 def busy_s(cores: frozenset[int]) -> float:
-    """Return the seconds that these cores have not been idle since the machine started."""
-    total = 0.0
+    """Return the seconds for which these cores have not been idle, together, since the machine started."""
+    total = 0
     for line in Path("/proc/stat").read_text().splitlines():
         name, *fields = line.split()
         if name.startswith("cpu") and name[3:].isdigit() and int(name[3:]) in cores:
-            total += sum(map(int, [*fields[:3], *fields[5:8]])) / TICKS_A_SECOND
-    return total
+            total += sum(map(int, [*fields[:3], *fields[5:8]]))  # all but idle and iowait
+    return total / TICKS_A_SECOND
 
 
 def free_port() -> int:
@@ -113,6 +130,3 @@ def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
-
-
-PYTHON = sys.executable

@@ -1,35 +1,42 @@
 """nginx configurations: the bench's upstream, a plain proxy_pass, and the job in Lua."""
 
 import os
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
 MODULES = Path("/usr/lib/nginx/modules")
+BIG_BYTES = 100_000_000
 
 FRAME = """\
-{modules}
-{user}
-worker_processes {workers}; daemon off; pid {folder}/nginx.pid; error_log stderr error;
+load_module {modules}/ndk_http_module.so; load_module {modules}/ngx_http_lua_module.so;
+{user} daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log stderr error;
 env STORE_HOST; env STORE_PORT;
 events {{ worker_connections 8192; }}
 http {{
-  access_log off; keepalive_requests 1000000000; keepalive_timeout 300s; client_max_body_size 64m;
+  access_log off; sendfile on; keepalive_requests 1000000000; keepalive_timeout 300s; client_max_body_size 64m;
   client_body_buffer_size 1m; lua_check_client_abort off;
   lua_package_path "{here}/?.lua;/usr/share/lua/5.1/?.lua;/usr/share/lua/5.1/?/init.lua;;";
   client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;
   uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
-  {http}
-  server {{ listen 127.0.0.1:{port} backlog=4096 {reuse}; {server} }}
+  {upstream}
+  server {{ listen 127.0.0.1:{port} backlog=4096; {server} }}
 }}
 """
 
 CHARGE = '{"id":"ch_3MmlLrLkdIwHu7ix0snN0B15","object":"charge","amount":2000,"currency":"usd","status":"succeeded"}'
 
-# /hold answers after so long that its key is in flight meanwhile; /stream sends the file, whatever the method.
+# /hold answers after so long that its key is in flight meanwhile; /big sends the file whatever the method.
 UPSTREAM = f"""
   default_type application/json;
   location / {{ return 200 '{CHARGE}'; }}
-  location = /hold {{ content_by_lua_block {{ ngx.req.discard_body() ngx.sleep(tonumber(ngx.var.arg_s) or 1) ngx.print("{{}}") }} }}
+  location = /hold {{ content_by_lua_block {{
+    ngx.req.discard_body() ngx.sleep(tonumber(ngx.var.arg_s) or 1) ngx.print("{{}}")
+  }} }}
+  location = /big {{ content_by_lua_block {{
+    ngx.req.discard_body() ngx.req.set_method(ngx.HTTP_GET) ngx.exec("/file")
+  }} }}
+  location = /file {{ internal; alias {{folder}}/big; }}
 """
 
 PASS = """
@@ -47,19 +54,20 @@ ONCE = """
 """
 
 
-def config(folder: Path, port: int, server: str, upstream_port: int = 0, workers: int = 1) -> str:
-    """Return a whole configuration whose one server listens on `port` of 127.0.0.1."""
-    http = f"upstream upstream {{ server 127.0.0.1:{upstream_port}; keepalive 512; }}" if upstream_port else ""
-    return FRAME.format(
-        modules="\n".join(
-            f"load_module {MODULES / name};" for name in ("ndk_http_module.so", "ngx_http_lua_module.so")
-        ),
+def prepare(port: int, server: str, upstream_port: int = 0) -> Path:
+    """Return a new folder with a configuration whose one server listens on `port` of 127.0.0.1."""
+    folder = Path(tempfile.mkdtemp(prefix="oncegate-bench-nginx-"))
+    if "{folder}/big" in server:
+        with (folder / "big").open("wb") as file:
+            file.truncate(BIG_BYTES)
+    text = FRAME.format(
+        modules=MODULES,
         user="user root;" if os.geteuid() == 0 else "",
-        workers=workers,
         folder=folder,
         here=HERE,
-        http=http,
         port=port,
-        reuse="reuseport" if workers > 1 else "",
-        server=server,
+        upstream=f"upstream upstream {{ server 127.0.0.1:{upstream_port}; keepalive 512; }}" if upstream_port else "",
+        server=server.replace("{folder}", str(folder)),
     )
+    (folder / "nginx.conf").write_text(text)
+    return folder

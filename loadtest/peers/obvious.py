@@ -8,6 +8,8 @@ import asyncio
 import json
 import sys
 import uuid
+from collections.abc import Mapping
+from typing import cast
 
 import aiohttp
 import uvloop
@@ -19,7 +21,7 @@ NOT_PASSED_ON = {"connection", "content-length", "host", "keep-alive", "transfer
 STORE = "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3]) end"
 
 
-def end_to_end(headers: "aiohttp.typedefs.CIMultiDictProxy[str]") -> list[tuple[str, str]]:
+def end_to_end(headers: Mapping[str, str]) -> list[tuple[str, str]]:
     """Return the fields that are passed on."""
     return [(name, value) for name, value in headers.items() if name.lower() not in NOT_PASSED_ON]
 
@@ -27,7 +29,7 @@ def end_to_end(headers: "aiohttp.typedefs.CIMultiDictProxy[str]") -> list[tuple[
 class Obvious:
     """The whole proxy."""
 
-    def __init__(self, upstream: str, session: aiohttp.ClientSession, redis: "Redis[bytes]") -> None:
+    def __init__(self, upstream: str, session: aiohttp.ClientSession, redis: Redis) -> None:
         self._upstream, self._session, self._redis = upstream, session, redis
         self._store = redis.register_script(STORE)
 
@@ -38,7 +40,7 @@ class Obvious:
             status, headers, body = await self._forward(request)
             return web.Response(status=status, headers=headers, body=body)
         name, token = f"obvious:{key}", uuid.uuid4().hex
-        found = await self._redis.set(name, token, nx=True, get=True, px=CLAIM_MS)
+        found = cast(bytes | None, await self._redis.set(name, token, nx=True, get=True, px=CLAIM_MS))
         if found is not None:
             return _stored(found)
         status, headers, body = await self._forward(request)
@@ -46,7 +48,7 @@ class Obvious:
         await self._store(keys=[name], args=[token, json.dumps(answer), KEEP_MS])
         return web.Response(status=status, headers=headers, body=body)
 
-    async def _forward(self, request: web.Request) -> tuple[int, "aiohttp.typedefs.LooseHeaders", bytes]:
+    async def _forward(self, request: web.Request) -> tuple[int, list[tuple[str, str]], bytes]:
         body = await request.read()
         url, headers = self._upstream + request.raw_path, end_to_end(request.headers)
         async with self._session.request(

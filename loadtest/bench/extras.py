@@ -1,0 +1,293 @@
+"""The figures that the table does not have: streams, large answers, memory, starting, workers, a full store."""
+
+import contextlib
+import json
+import subprocess
+import threading
+import time
+import urllib.request
+import uuid
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+from loadtest.bench import contenders, scenarios, wrk
+from loadtest.bench.contenders import Running, Site
+from loadtest.bench.machine import PYTHON, ROOT, pinned
+from loadtest.bench.redis import command, fill, raw_answer_bytes
+from loadtest.bench.table import Figure, Table
+from loadtest.peers.nginx import BIG_BYTES
+
+KIB, MIB = 1024, 1024 * 1024
+SAMPLE_S = 0.02
+BLOCK = 50  # executions between two looks at a metric
+
+# Of the table: what is compared with whom at 32 connections, in which field, and the goal.
+RATIOS: tuple[tuple[str, str, str, float, bool], ...] = (
+    ("execution", "obvious", "rate", 4.0, True),
+    ("execution", "nginx+lua", "cpu_us", 1.7, False),
+    ("replay", "obvious", "rate", 3.0, True),
+    ("replay", "nginx+lua", "cpu_us", 1.7, False),
+    ("pass-through", "aiohttp", "rate", 3.0, True),
+    ("pass-through", "nginx", "rate", 0.35, True),
+)
+WORDS = {"rate": "requests a second", "cpu_us": "CPU a request"}
+
+
+def goals(table: Table) -> list[Figure]:
+    """Return the figures that follow from the table. CPU time also stands for rates: a busy machine bends it less."""
+    found = []
+    for scenario, other, field, limit, least in RATIOS:
+        if (ratio := table.ratio(scenario, 32, other, field)) is not None:
+            found.append(Figure(f"{scenario}: {WORDS[field]}, of {other}'s", ratio, "x", limit, least))
+        if field == "rate" and (cpu := table.ratio(scenario, 32, other, "cpu_us")):
+            found.append(Figure(f"{scenario}: CPU a request, {other}'s of ours", 1 / cpu, "x", None))
+    through, direct = (table.cells.get(("execution", 1, name)) for name in ("oncegate", "direct"))
+    if through and direct:
+        added = through.median("p50_ms") - direct.median("p50_ms")
+        found.append(Figure("execution: added latency at 1 connection, p50", added, "ms", 1.0))
+    return found
+
+
+def _reader(site: Site, *words: object) -> "subprocess.Popen[str]":
+    command = [PYTHON, "-m", "loadtest.bench.streams", *map(str, words)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=pinned(site.cores.other))
+
+
+def _result(reader: "subprocess.Popen[str]") -> dict[str, Any]:
+    said, _ = reader.communicate(timeout=120)
+    return json.loads(said.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+class _Peak:
+    """The greatest resident memory of a contender while this lasts, above what it had before."""
+
+    def __init__(self, running: Running) -> None:
+        self._process, self._over = running.process, threading.Event()
+        self.idle = self.most = running.process.rss_bytes()
+
+    def __enter__(self) -> "_Peak":
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._over.wait(SAMPLE_S):
+            self.most = max(self.most, self._process.rss_bytes())
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    @property
+    def above(self) -> int:
+        return self.most - self.idle
+
+
+def large_answer(site: Site, quick: bool) -> list[Figure]:
+    """A 100 MB answer of known length, over the storage limit where it is keyed: speed against nginx, and memory."""
+    speeds: dict[str, list[float]] = {"keyed": [], "pass-through": [], "nginx": []}
+    peak = 0
+    ours, nginx = contenders.oncegate(site), contenders.nginx_pass(site)
+    try:
+        await_ready(ours)
+        for _ in range(3 if quick else 7):
+            for name, running in (("keyed", ours), ("nginx", nginx), ("pass-through", ours)):
+                key = f"big-{uuid.uuid4().hex}" if name == "keyed" else "-"
+                with _Peak(running) as memory:
+                    read = _result(_reader(site, "sink", running.port, key))
+                if read["missing"]:
+                    raise RuntimeError(f"{name}: {read['missing']} bytes are missing")
+                speeds[name].append(BIG_BYTES / 1e6 / read["seconds"])
+                peak = max(peak, memory.above if running is ours else 0)
+    finally:
+        ours.process.stop()
+        nginx.process.stop()
+    keyed, through, other = (median(speeds[name]) for name in ("keyed", "pass-through", "nginx"))
+    return [
+        Figure("100 MB answer, keyed: MB/s, of nginx's", keyed / other, "x", 0.3, True, f"{keyed:.0f} of {other:.0f}"),
+        Figure("100 MB answer, pass-through: MB/s, of nginx's", through / other, "x", 0.5, True, f"{through:.0f} MB/s"),
+        Figure("100 MB answer: memory above idle", peak / MIB, "MiB", 64),
+    ]
+
+
+def event_streams(site: Site, quick: bool) -> list[Figure]:
+    """200 keyed streams: how much later the first byte and each event come than without a proxy."""
+    number, every_ms, found = (20 if quick else 50), 100, {}
+    ours = contenders.oncegate(site, upstream_port=site.events.port)
+    try:
+        await_ready(ours)
+        for name, running in (("ours", ours), ("direct", site.events)):
+            found[name] = _result(_reader(site, "events", running.port, 200, number, every_ms, uuid.uuid4().hex))
+    finally:
+        ours.process.stop()
+    rows = (
+        ("first byte", "first_p50", 1),
+        ("first byte", "first_p99", 5),
+        ("event", "event_p50", 1),
+        ("event", "event_p99", 5),
+    )
+    return [
+        Figure(
+            f"200 event streams, keyed: {what}, added, {field[-3:]}",
+            (found["ours"][field] - found["direct"][field]) * 1e3, "ms", limit,
+            note=f"direct {found['direct'][field] * 1e3:.2f} ms",
+        )
+        for what, field, limit in rows
+    ]  # fmt: skip
+
+
+def thousand_streams(site: Site, quick: bool) -> list[Figure]:
+    """1,000 keyed streams at 10 events a second: events lost, and memory for each.
+
+    The default limit of connections to the upstream is below that, so it is raised here.
+    """
+    number, every_ms = (60 if quick else 150), 100
+    ours = contenders.oncegate(site, upstream_port=site.events.port, MAX_UPSTREAM_CONNECTIONS=1100)
+    try:
+        await_ready(ours)
+        cpu_s = ours.process.cpu_s()
+        with _Peak(ours) as memory:
+            read = _result(_reader(site, "events", ours.port, 1000, number, every_ms, uuid.uuid4().hex))
+        cpu_s = (ours.process.cpu_s() - cpu_s) / (1000 * number)
+    finally:
+        ours.process.stop()
+    note = f"{cpu_s * 1e6:.0f} us CPU each, of {1000 * number:,}; MAX_UPSTREAM_CONNECTIONS=1100"
+    return [
+        Figure("1,000 event streams, keyed: events lost", read["lost"], "", 0, note=note),
+        Figure("1,000 event streams, keyed: memory a stream", memory.above / 1000 / KIB, "KiB", 60),
+    ]
+
+
+def start(site: Site, quick: bool) -> list[Figure]:
+    """From starting `oncegate serve` to its first executed answer."""
+    found = []
+    for name in ("oncegate", "embedded"):
+        taken = []
+        for _ in range(3 if quick else 7):
+            running = contenders.CONTENDERS[name](site)
+            status, _, _ = scenarios.ask(running.port, "/v1/charges", uuid.uuid4().hex)
+            taken.append(time.monotonic() - running.process.started_at)
+            running.process.stop()
+            if status != 200:
+                raise RuntimeError(f"the first answer was {status}")
+        goal = 1.5 if name == "oncegate" else None
+        found.append(Figure(f"start of {name} until the first answer", median(taken), "s", goal))
+    return found
+
+
+def workers(site: Site, quick: bool) -> list[Figure]:
+    """How much CPU time a request costs with two workers, against one: what is left to scale by.
+
+    Both share the proxy's core here: requests a second with a core for each take four cores to measure.
+    """
+    costs: dict[int, list[float]] = {1: [], 2: []}
+    for number in range(3 if quick else 9):
+        for count in costs:
+            running = contenders.oncegate(site, WORKERS=count)
+            try:
+                await_ready(running)
+                for take in range(2):  # the first one warms it up
+                    run = scenarios.measure(
+                        site, running, scenarios.SCENARIOS["execution"], "oncegate", 32, take + 1, number
+                    )
+            finally:
+                running.process.stop()
+            costs[count].append(run.cpu_us)
+    one, two = median(costs[1]), median(costs[2])
+    note = f"{one:.1f} and {two:.1f} us CPU a request"
+    return [Figure("2 workers against 1, by CPU time, a core for each", 2 * one / two, "x", 1.8, True, note)]
+
+
+def full_store(site: Site, quick: bool) -> list[Figure]:
+    """The claim's latency, as oncegate's own metric has it, with many records present and with few.
+
+    Two proxies on two stores are asked by turns, in small blocks; the median block is what counts.
+    """
+    few, many = 1_000, 100_000 if quick else 1_000_000
+    stores = {count: contenders.open_redis(site.cores) for count in (few, many)}
+    ours = {
+        count: contenders.oncegate(site, store_url=f"redis://127.0.0.1:{store.port}/0")
+        for count, store in stores.items()
+    }
+    blocks: dict[int, list[float]] = {few: [], many: []}
+    try:
+        for count, store in stores.items():
+            fill(store.port, count)
+            await_ready(ours[count])
+        for _ in range(30 if quick else 200):
+            for count, one in ours.items():
+                blocks[count].append(_mean_claim_s(one))
+    finally:
+        for running in (*ours.values(), *stores.values()):
+            running.process.stop()
+    small, large = median(blocks[few]), median(blocks[many])
+    note = f"{small * 1e6:.0f} and {large * 1e6:.0f} us"
+    return [Figure(f"claim: latency with {many:,} records against {few:,}", large / small, "x", 1.15, note=note)]
+
+
+def _mean_claim_s(running: Running) -> float:
+    """Return the mean latency of the claims of BLOCK executions, one after the other."""
+    calls, seconds = _claims(running)
+    scenarios.ask_many(running.port, BLOCK)
+    calls_then, seconds_then = _claims(running)
+    return (seconds_then - seconds) / (calls_then - calls)
+
+
+def _claims(running: Running) -> tuple[float, float]:
+    """Return how many claims there were, and the seconds that they took."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{running.admin_port}/metrics", timeout=10) as answer:
+        lines = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if not line.startswith("#"))
+    name, label = "oncegate_store_seconds", '{verb="claim"}'
+    return float(lines[f"{name}_count{label}"]), float(lines[f"{name}_sum{label}"])
+
+
+def await_ready(running: Running) -> None:
+    """Return when /readyz says yes. Raises RuntimeError where it does not."""
+    for _ in range(500):
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"http://127.0.0.1:{running.admin_port}/readyz", timeout=5).close()
+            return
+        time.sleep(0.02)
+    raise RuntimeError(f"not ready: {running.process.said()}")
+
+
+def record(site: Site, quick: bool) -> list[Figure]:
+    """Redis's memory for a small record, all that belongs to it counted, beyond the answer's own bytes."""
+    number = 2_000 if quick else 20_000
+    scenarios.empty(site.redis)
+    ours = contenders.oncegate(site)
+    try:
+        await_ready(ours)
+        scenarios.ask(ours.port, "/v1/charges", "first")
+        before, have = (int(_memory(site, name)) for name in ("used_memory_dataset", "keys"))
+        seconds = 0
+        while have + number > int(_memory(site, "keys")) and seconds < 60:
+            key = uuid.uuid4().hex
+            wrk.run(ours.port, "/v1/charges", key, unique=True, seconds=1, connections=32, cores=site.cores.other)
+            seconds += 1
+        made = int(_memory(site, "keys")) - have
+        each = (int(_memory(site, "used_memory_dataset")) - before) / made
+    finally:
+        ours.process.stop()
+    answer = raw_answer_bytes(site.upstream.port)
+    note = f"{each:.0f} B for an answer of {answer} B, {made} records"
+    return [Figure("Redis memory of a small record, beyond its bytes", each - answer, "B", 500, note=note)]
+
+
+def _memory(site: Site, name: str) -> str:
+    if name == "keys":
+        return command(site.redis.port, "DBSIZE")
+    fields = command(site.redis.port, "INFO", "memory")
+    return next(line.partition(":")[2] for line in fields.splitlines() if line.startswith(f"{name}:"))
+
+
+EXTRAS: dict[str, Callable[[Site, bool], list[Figure]]] = {
+    "large-answer": large_answer,
+    "event-streams": event_streams,
+    "thousand-streams": thousand_streams,
+    "workers": workers,
+    "full-store": full_store,
+    "record": record,
+    "start": start,
+}

@@ -1,0 +1,164 @@
+"""What is asked of whom, and one measurement of it."""
+
+import http.client
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from loadtest.bench import contenders, wrk
+from loadtest.bench.contenders import Running, Site
+from loadtest.bench.machine import busy_s
+
+WARM_S = 1
+SETTLE_S = 0.2  # what was asked last is stored, and a held request has been claimed
+
+
+class Scenario(NamedTuple):
+    """One kind of request. `refused`: each answer is a 4xx, and it is right so."""
+
+    name: str
+    contenders: tuple[str, ...]
+    refused: bool = False
+
+
+KEYED = tuple(contenders.KEYED)
+SCENARIOS = {
+    one.name: one
+    for one in (
+        Scenario("execution", (*KEYED, "direct")),
+        Scenario("replay", KEYED),
+        Scenario("409", KEYED, refused=True),
+        Scenario("pass-through", ("oncegate", "nginx", "aiohttp", "direct")),
+    )
+}
+
+
+class Run(NamedTuple):
+    """One measurement. `sound`: every answer was what it should be; `load1` is the machine's load average."""
+
+    round: int
+    scenario: str
+    connections: int
+    contender: str
+    rate: float
+    cpu_us: float
+    p50_ms: float
+    p99_ms: float
+    other_busy: float
+    load1: float
+    sound: bool
+
+
+def rounds(
+    site: Site, names: list[str], scenarios: list[str], connections: list[int], seconds: int, count: int
+) -> Iterator[Run]:
+    """Measure everything `count` times, each contender started anew for each round and in another order."""
+    for number in range(count):
+        turn = names[number % len(names) :] + names[: number % len(names)]
+        for name in turn:
+            asked = [SCENARIOS[one] for one in scenarios if name in SCENARIOS[one].contenders]
+            if not asked:
+                continue
+            with started(site, name) as running:
+                for scenario in asked:
+                    for many in connections:
+                        yield measure(site, running, scenario, name, many, seconds, number)
+
+
+@contextmanager
+def started(site: Site, name: str) -> Iterator[Running]:
+    """Start a contender, with an empty store and warmed up, and stop it."""
+    empty(site.redis)
+    running = contenders.CONTENDERS[name](site)
+    try:
+        wrk.run(running.port, "/v1/charges", _key(), unique=True, seconds=WARM_S, connections=8, cores=site.cores.other)
+        yield running
+    finally:
+        if name != "direct":
+            running.process.stop()
+
+
+def measure(
+    site: Site, running: Running, scenario: Scenario, name: str, connections: int, seconds: int, number: int
+) -> Run:
+    """Put load on a running contender."""
+    key = "" if scenario.name == "pass-through" else _key()
+    path = f"/hold?s={seconds + 1}" if scenario.refused else "/v1/charges"
+    unique = scenario.name == "execution"
+    with _prepared(running, scenario, path, key):
+        cpu_s, other_s = running.process.cpu_s(), busy_s(site.cores.other)
+        load = wrk.run(
+            running.port, path, key, unique=unique, seconds=seconds, connections=connections, cores=site.cores.other
+        )
+        cpu_s, other_s = running.process.cpu_s() - cpu_s, busy_s(site.cores.other) - other_s
+    right = load.refused == (load.requests if scenario.refused else 0)
+    return Run(
+        number, scenario.name, connections, name,
+        rate=load.requests / load.seconds,
+        cpu_us=cpu_s / max(1, load.requests) * 1e6,
+        p50_ms=load.p50_s * 1e3,
+        p99_ms=load.p99_s * 1e3,
+        other_busy=other_s / load.seconds,
+        load1=os.getloadavg()[0],
+        sound=right and not load.broken and load.requests > 0,
+    )  # fmt: skip
+
+
+@contextmanager
+def _prepared(running: Running, scenario: Scenario, path: str, key: str) -> Iterator[None]:
+    """Bring the key into the state that the scenario is about: known, or in flight for as long as it lasts."""
+    if scenario.refused:
+        with socket.create_connection(("127.0.0.1", running.port)) as holding:
+            holding.sendall(request_bytes(path, key))
+            time.sleep(SETTLE_S)
+            yield
+        return
+    if scenario.name == "replay":
+        ask(running.port, path, key)
+        time.sleep(SETTLE_S)
+    yield
+
+
+def ask(port: int, path: str, key: str) -> tuple[int, list[tuple[str, str]], bytes]:
+    """Send one charge; return status, headers and body of the answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("POST", path, wrk.CHARGE, _fields(key))
+    answer = connection.getresponse()
+    body = answer.read()
+    connection.close()
+    return answer.status, answer.getheaders(), body
+
+
+def ask_many(port: int, count: int) -> None:
+    """Execute so many charges one after the other on one connection."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    for _ in range(count):
+        connection.request("POST", "/v1/charges", wrk.CHARGE, _fields(_key()))
+        connection.getresponse().read()
+    connection.close()
+
+
+def request_bytes(path: str, key: str) -> bytes:
+    """Return the very request that the load sends."""
+    lines = [f"POST {path} HTTP/1.1", "Host: bench", *(f"{name}: {value}" for name, value in _fields(key).items())]
+    return "\r\n".join([*lines, f"Content-Length: {len(wrk.CHARGE)}", "", ""]).encode() + wrk.CHARGE
+
+
+def _fields(key: str) -> dict[str, str]:
+    fields = {"Content-Type": "application/json", "Authorization": wrk.AUTHORIZATION}
+    return fields | ({"Idempotency-Key": key} if key else {})
+
+
+def _key() -> str:
+    return f"bench-{uuid.uuid4().hex}"
+
+
+def empty(redis: Running) -> None:
+    """Forget everything that is stored."""
+    with socket.create_connection(("127.0.0.1", redis.port)) as connection:
+        connection.sendall(b"FLUSHALL SYNC\r\n")
+        connection.recv(64)
