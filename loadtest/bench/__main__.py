@@ -22,7 +22,6 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--connections", type=_words, help="default 1,32,256; 32 if quick")
     top.add_argument("--rounds", type=int, help="default 5; 1 if quick")
     top.add_argument("--seconds", type=int, help="for each measurement; default 2; 1 if quick")
-    top.add_argument("--nice", type=int, help="as root, -15 for one: less disturbed by what else runs on the machine")
     top.add_argument("--out", type=Path, default=ROOT / "loadtest" / "results", help="folder of the CSV and the plot")
     return top
 
@@ -43,8 +42,6 @@ def main() -> int:
     if cores.proxy == cores.other:
         print("only one core: requests a second say nothing, CPU time a request still does")
     os.sched_setaffinity(0, cores.other)
-    if given.nice is not None:
-        os.setpriority(os.PRIO_PROCESS, 0, given.nice)
     with tempfile.TemporaryDirectory(prefix="oncegate-bench-") as scratch:
         tempfile.tempdir = scratch
         site = contenders.open_site(cores)

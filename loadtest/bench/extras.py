@@ -155,6 +155,7 @@ def thousand_streams(site: Site, quick: bool) -> list[Figure]:
     note = f"{cpu_s * 1e6:.0f} us CPU each, of {1000 * number:,}; MAX_UPSTREAM_CONNECTIONS=1100"
     return [
         Figure("1,000 event streams, keyed: events lost", read["lost"], "", 0, note=note),
+        Figure("1,000 event streams, keyed: streams refused", read["refused"], "", 0),
         Figure("1,000 event streams, keyed: memory a stream", memory.above / 1000 / KIB, "KiB", 60),
     ]
 

@@ -23,6 +23,7 @@ class Stream(asyncio.Protocol):
     def __init__(self, request: bytes, expected: int, over: "asyncio.Future[None]") -> None:
         self._request, self._expected, self._over = request, expected, over
         self._rest = b""
+        self.refused = False
         self.first_byte_s = 0.0
         self.delays_s: list[float] = []
         self.disorder = 0
@@ -34,14 +35,16 @@ class Stream(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         now = time.monotonic_ns()
-        self.first_byte_s = self.first_byte_s or now / 1e9 - self._asked
+        if not self.first_byte_s:
+            self.first_byte_s = now / 1e9 - self._asked
+            self.refused = not data.startswith(b"HTTP/1.1 200 ")
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
             if line.startswith(b"data: "):
                 number, sent_ns, _ = line[6:].split()
                 self.disorder += int(number) != len(self.delays_s)
                 self.delays_s.append((now - int(sent_ns)) / 1e9)
-        if self._rest == b"" and lines[-2:] == [b"0\r", b"\r"]:
+        if self.refused or (self._rest == b"" and lines[-2:] == [b"0\r", b"\r"]):
             self._transport.close()
 
     def connection_lost(self, _: Exception | None) -> None:
@@ -62,8 +65,10 @@ async def events(port: int, count: int, number: int, every_ms: int, key: str) ->
     await asyncio.wait(ends, timeout=number * every_ms / 1000 + 30)
     delays = sorted(delay for one in streams for delay in one.delays_s)
     first = sorted(one.first_byte_s for one in streams)
+    refused = sum(one.refused for one in streams)
     return {
-        "lost": count * number - len(delays) + sum(one.disorder for one in streams),
+        "refused": refused,
+        "lost": (count - refused) * number - len(delays) + sum(one.disorder for one in streams),
         "first_p50": at_share(first, 0.5),
         "first_p99": at_share(first, 0.99),
         "event_p50": at_share(delays, 0.5),

