@@ -182,6 +182,13 @@ async def read_block(content: StreamReader, watch: Watch) -> bytes | BrokenOff:
             return block
 
 
+def arrived(content: StreamReader | Body) -> bytes | None:
+    """Return the body where all of it is in memory already, None where it comes in blocks."""
+    if isinstance(content, Body):
+        return None if content.spooled else content.data
+    return content.read_nowait() if content.is_eof() and content.exception() is None else None
+
+
 async def stream(content: StreamReader, pace: Pace) -> AsyncIterator[bytes]:
     """Yield the bytes of a body as they come. Raises ConnectionError where it breaks off, TimeoutError if slowly."""
     watch = Watch(pace)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from aiohttp import StreamReader
 
-from proxy.body import Body, stream
+from proxy.body import Body, arrived, stream
 from proxy.client import Client
 from proxy.headers import AnswerHead, answer_blocks
 from proxy.problems import problem, refusal
@@ -42,8 +42,10 @@ async def relay(
         return Relayed("upstream_unreachable")
     began = time.perf_counter()
     try:
-        if length == 0:
-            connection.send(head, b"", head_only=method == "HEAD")
+        # In one write: an upstream that answers at the head could not keep the connection otherwise.
+        body = b"" if length == 0 else arrived(content) if length is not None else None
+        if body is not None:
+            connection.send(head, body, head_only=method == "HEAD")
         else:
             blocks = content.stream() if isinstance(content, Body) else stream(content, client.pace)
             connection.send_stream(head, blocks, chunked=length is None, head_only=method == "HEAD")

@@ -1,5 +1,6 @@
 """What goes on to the upstream and what comes back: fields by hop, forwarding fields, hosts, bodies as they are."""
 
+import asyncio
 import gzip
 import itertools
 import random
@@ -8,7 +9,20 @@ from contextlib import closing
 
 import pytest
 
-from tests.parts import Answer, RawClient, RawUpstream, Received, answering, ask, chunk, request
+from tests.parts import (
+    OK,
+    Answer,
+    Raw,
+    RawClient,
+    RawUpstream,
+    Received,
+    answering,
+    ask,
+    chunk,
+    read_body,
+    request,
+    serving,
+)
 
 HOP_BY_HOP = ("Keep-Alive", "Proxy-Connection", "TE", "Trailer", "Upgrade", "HTTP2-Settings", "Proxy-Authorization")
 PASSED = (
@@ -333,3 +347,22 @@ async def test_bodies_are_never_decoded(standing, behind, key, coding):
     for received in behind.received:
         assert (received.body == body, received.header("content-encoding")) == (True, [coding.encode()])
     assert len(behind.received) == (1 if key else 2)
+
+
+async def test_an_upstream_that_answers_at_the_head_keeps_its_connection(proxies, valkey):
+    """A body that is here leaves with its head: an answer that comes before the rest costs no connection."""
+
+    async def hasty(_: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            writer.write(OK)
+            await read_body(reader, Received(head[:-2], b"", 0).headers)
+
+    async with serving(hasty) as upstream:
+        proxy = proxies(upstream.url, valkey.url)
+        client = await RawClient.open(proxy.port)
+        for _ in range(5):
+            answer = await client.ask(request(key=None, body=b"x" * 1000))
+            assert answer is not None
+            assert answer.body == b"ok"
+        client.close()
+        assert upstream.accepted == 1
