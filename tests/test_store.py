@@ -19,6 +19,7 @@ from redis import Redis
 from proxy.decision import decide, state_now
 from proxy.keys import Digests, Scope, store_key
 from proxy.store import Claim, Corrupt, Record, Settled, Store, StoredAnswer, Unconfirmed
+from proxy.store.node import ORDINARY
 from proxy.store.record import answer_digest, intact, pack, self_check
 from proxy.store.server import load_scripts
 from tests.conftest import Valkey
@@ -693,11 +694,11 @@ async def test_a_takeover_needs_the_record_that_was_checked(relay, valkey, becam
     async with connected(relay.url) as store, connected(valkey.url) as elsewhere:
         with valkey.client() as client:
             owner = await at(elsewhere, client, "lapsed", b"retry")
-            asked = store._ask
+            asked = store._servers.claim
 
             async def meanwhile(*args: Any, **more: Any) -> Any:
                 reply = await asked(*args, **more)
-                if not args[4]:
+                if args[2] == ORDINARY:  # nothing seen yet
                     match became:
                         case "renewed":
                             assert await elsewhere.renew(owner) == "renewed"
@@ -710,7 +711,7 @@ async def test_a_takeover_needs_the_record_that_was_checked(relay, valkey, becam
                     meanwhile.before = fields(client)
                 return reply
 
-            store._ask = meanwhile
+            store._servers.claim = meanwhile
             found = await claim(store)
             expected = {"stored": "replay", "damaged": "corrupt"}.get(became, "in_flight")
             assert told(found) == expected
