@@ -216,7 +216,9 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "+".join(sorted(parts)) or "none")
+@pytest.mark.parametrize(
+    "parts", PARTS, ids=lambda parts: "all" if parts is None else "+".join(sorted(parts)) or "none"
+)
 def test_the_parts_of_a_fingerprint(parts):
     """What a rule leaves out may differ under the same key, everything else may not."""
     policy = changed(fingerprint=parts)
