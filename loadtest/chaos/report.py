@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+SHOWN = 100
 COLOURS = {
     "executed": "#2f7d4f",
     "replayed": "#7cc08f",
@@ -47,7 +48,7 @@ def text(verdict: dict[str, Any], timeline: list[dict[str, Any]], facts: dict[st
     violations, void = verdict["violations"], verdict["void"]
     yield f"seed {facts['seed']}, {facts['replicas']} replicas, leases of {facts['lease_s']:g} s"
     yield "VOID: " + "; ".join(void) if void else f"{len(violations)} violations, {verdict['excused']} excused"
-    yield from (f"  {one['invariant']} {one['key']}: {one['text']}" for one in violations)
+    yield from (f"  {one['invariant']} {one['key']}: {one['text']}" for one in violations[:SHOWN])
     yield ""
     for name, value in verdict["figures"].items():
         if isinstance(value, dict):

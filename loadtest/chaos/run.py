@@ -23,7 +23,7 @@ WARM, WARM_S = 200, 10.0  # requests before the first fault, or so many seconds
 VARIETY: tuple[dict[str, object], ...] = (
     {},
     {"ON_DUPLICATE": "wait", "WAIT_MAX_S": 3},
-    {"UPSTREAM_REUSE_IDLE_S": 0},
+    {"UPSTREAM_REUSE_IDLE_S": 0, "SETTLE_TIMEOUT_S": 1.5},
 )
 
 
