@@ -100,7 +100,7 @@ async def test_latency_is_waited_for() -> None:
         began = time.monotonic()
         writer.write(b"b")
         await read(reader, 1)
-        assert time.monotonic() - began >= 0.15
+        assert time.monotonic() - began >= 0.148  # a timer may be a millisecond early
 
 
 @pytest.mark.parametrize("from_client", [True, False])
