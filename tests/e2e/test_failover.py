@@ -221,6 +221,7 @@ async def test_a_store_without_the_replica_it_needs(proxies, upstream, own_valke
     (port,) = free_ports(1)
     with own_valkey.client() as client:
         client.config_set("port", port)
+        client.config_set("repl-diskless-sync-delay", 0)
         replica = Server(free_ports(1)[0], "--save", "", "--replicaof", f"127.0.0.1 {port}")
         try:
             await asyncio.to_thread(wait_for, lambda: client.wait(1, 1000) == 1)
