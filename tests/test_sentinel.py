@@ -127,6 +127,20 @@ async def test_a_claim_that_a_failover_lost(group):
         assert await store.renew(other) == "renewed"
 
 
+async def test_on_the_disks():
+    """With `fsync` a claim counts once a replica has it on its disk, too: one that keeps no file does not count."""
+    group = Sentineled("--appendonly", "yes", "--appendfsync", "always", replicas=1)
+    try:
+        async with connected(group.url, timeout_ms=1000, durability="fsync") as store:
+            await claimed_at_last(store, key(1))
+            group.replicas[0].ask("CONFIG", "SET", "appendonly", "no")
+            found = await claim(store, key(2))
+            assert found == Unconfirmed("the claim reached 0 of 1 replicas in time", maybe_executed=False)
+            assert store_key(key(2)) not in group.master.records()
+    finally:
+        group.close()
+
+
 async def test_one_sentinel_is_enough(group):
     """A sentinel that hangs and one that is gone cost no claim, and the third still tells of a failover."""
     group.sentinels[0].pause()
