@@ -228,6 +228,21 @@ async def test_a_second_signal_cuts_the_grace_of_all_short(proxies, upstream, va
     assert await finished(proxy) == 1
 
 
+async def test_a_hangup_reaches_every_worker(proxies, upstream, valkey, tmp_path):
+    """SIGHUP: each worker reads the rules file again, and none ends."""
+    rules = tmp_path / "rules.toml"
+    rules.write_text('[[rule]]\nname = "a"\n')
+    proxy = proxies(upstream, valkey.url, WORKERS=2, RULES_FILE=rules)
+    first = workers(proxy)
+    rules.write_text('[[rule]]\nname = "b"\n')
+    proxy.signal(signal.SIGHUP)
+    await until(lambda: len(proxy.events("rules in effect")) == 2)
+    told = {line["worker"]: line["rules"] for line in proxy.events("rules in effect")}
+    assert told == {1: ["b"], 2: ["b"]}
+    assert workers(proxy) == first
+    assert proxy.stop() == 0
+
+
 async def test_the_embedded_store_is_shared(proxies, upstream):
     """One store for all workers, which outlives each of them and ends with the last."""
     proxy = proxies(upstream, WORKERS=2)
