@@ -88,7 +88,7 @@ def large_answer(site: Site, quick: bool) -> list[Figure]:
     """A 100 MB answer of known length, over the storage limit where it is keyed: speed against nginx, and memory."""
     speeds: dict[str, list[float]] = {"keyed": [], "pass-through": [], "nginx": []}
     peak = 0
-    ours, nginx = contenders.oncegate(site), contenders.nginx_pass(site)
+    ours, nginx = contenders.oncegate(site), contenders.nginx_bulk(site)
     try:
         await_ready(ours)
         for _ in range(3 if quick else 7):

@@ -42,16 +42,23 @@ UPSTREAM = f"""
 PASS = """
   location / {
     proxy_pass http://upstream; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_set_header Host $host;
-    proxy_buffering off; proxy_read_timeout 300s; proxy_next_upstream off; %s
+    proxy_read_timeout 300s; proxy_next_upstream off; %s
   }
 """
 
-ONCE = """
+# Each answer as soon as it comes; or as fast as nginx can: without buffering it reads a page at a time.
+AT_ONCE = "proxy_buffering off;"
+IN_BULK = "proxy_buffers 16 64k; proxy_buffer_size 64k; proxy_busy_buffers_size 256k; proxy_max_temp_file_size 0;"
+
+ONCE = (
+    AT_ONCE
+    + """
     access_by_lua_block { require("once").claim() }
     body_filter_by_lua_block { require("once").copy() }
     log_by_lua_block { require("once").store() }
     proxy_ignore_client_abort on;
 """
+)
 
 
 def prepare(port: int, server: str, upstream_port: int = 0) -> Path:
