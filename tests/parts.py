@@ -1,6 +1,8 @@
 """What tests are built with: the proxy as a process, a scripted upstream on raw sockets, a raw client."""
 
+import ast
 import asyncio
+import gc
 import json
 import os
 import select
@@ -522,3 +524,12 @@ async def rest(client: RawClient) -> bytes:
     """Return all that comes until the connection is closed, which must not take long."""
     async with asyncio.timeout(20):
         return await client.reader.read()
+
+
+def parsed(path: Path) -> ast.Module:
+    """Return a file's syntax tree. Python 3.11 fails where garbage is collected in the middle of making one."""
+    gc.disable()
+    try:
+        return ast.parse(path.read_text())
+    finally:
+        gc.enable()

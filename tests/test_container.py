@@ -23,6 +23,7 @@ from packaging.utils import canonicalize_name
 
 from proxy.server.embedded import find_server
 from proxy.settings import Settings
+from tests.parts import parsed
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = Path(sysconfig.get_path("scripts"))
@@ -121,7 +122,7 @@ def test_imports_are_installed() -> None:
     installed = re.findall(r"^([a-z0-9-]+)==", (ROOT / "requirements-image.lock").read_text(), re.MULTILINE)
     distributions = packages_distributions()
     for module in (ROOT / "proxy").rglob("*.py"):
-        for name in imported(ast.parse(module.read_text())) - sys.stdlib_module_names - {"proxy"}:
+        for name in imported(parsed(module)) - sys.stdlib_module_names - {"proxy"}:
             assert any(canonicalize_name(each) in installed for each in distributions[name]), f"{module}: {name}"
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.parts import parsed
+
 TESTS = Path(__file__).parent
 DESIGN = (TESTS.parent / "DESIGN.md").read_text()
 
@@ -92,7 +94,7 @@ def marked() -> dict[int, list[str]]:
     """Return the tests that bear a number, by number."""
     found: dict[int, list[str]] = {}
     for path in TESTS.rglob("test_*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 for decorator in node.decorator_list:
                     if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "pytest.mark.fault":

@@ -12,6 +12,7 @@ import pytest
 
 from loadtest.chaos.check import judge
 from loadtest.chaos.history import History
+from tests.parts import parsed
 
 ROOT = Path(__file__).parents[2]
 JUDGE = (ROOT / "loadtest/chaos/check.py", ROOT / "loadtest/chaos/history.py")
@@ -402,7 +403,7 @@ def test_a_run_that_proves_nothing_is_void(spoil: Callable[[Story], None], tmp_p
 def test_the_judge_shares_nothing_with_the_judged() -> None:
     """It imports the standard library and itself."""
     for path in JUDGE:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(path)):
             names = [node.module] if isinstance(node, ast.ImportFrom) else []
             names += [one.name for one in node.names] if isinstance(node, ast.Import) else []
             for name in names:
