@@ -14,8 +14,11 @@ Metrics = Callable[[], Awaitable[bytes]]
 Problems = Callable[[], Awaitable[list[str]]]
 
 
-def admin_app(metrics: Metrics, problems: Problems) -> web.Application:
-    """Return the admin application. `problems` tells why the proxy is not ready, nothing where it is."""
+def admin_app(metrics: Metrics, problems: Problems, notices: Problems) -> web.Application:
+    """Return the admin application. `problems` tells why the proxy is not ready, nothing where it is.
+
+    `notices`: what an operator should look at although it is.
+    """
 
     async def show_metrics(_: web.Request) -> web.Response:
         return web.Response(body=await metrics(), headers={"Content-Type": CONTENT_TYPE_LATEST})
@@ -25,7 +28,8 @@ def admin_app(metrics: Metrics, problems: Problems) -> web.Application:
 
     async def readyz(_: web.Request) -> web.Response:
         found = await problems()
-        return web.json_response({"ready": not found, "reasons": found}, status=503 if found else 200, dumps=json.dumps)
+        said = {"ready": not found, "reasons": [*found, *await notices()]}
+        return web.json_response(said, status=503 if found else 200, dumps=json.dumps)
 
     app = web.Application()
     app.router.add_get("/metrics", show_metrics)
@@ -34,9 +38,9 @@ def admin_app(metrics: Metrics, problems: Problems) -> web.Application:
     return app
 
 
-async def serve_admin(address: Address, metrics: Metrics, problems: Problems) -> web.AppRunner:
+async def serve_admin(address: Address, metrics: Metrics, problems: Problems, notices: Problems) -> web.AppRunner:
     """Listen for the operator; the caller cleans up. Raises OSError where the port is taken."""
-    runner = web.AppRunner(admin_app(metrics, problems), access_log=None, shutdown_timeout=CANCEL_S)
+    runner = web.AppRunner(admin_app(metrics, problems, notices), access_log=None, shutdown_timeout=CANCEL_S)
     await runner.setup()
     await web.TCPSite(runner, address.host, address.port).start()
     return runner

@@ -1,6 +1,7 @@
 """Builds the service from its settings and runs its parts; the only place where they are constructed."""
 
 import asyncio
+import os
 import socket
 import ssl
 import tempfile
@@ -18,23 +19,24 @@ from proxy.drain import POLL_S, Drain, unless
 from proxy.exchange import Workshop
 from proxy.handler import Gateway
 from proxy.headers import Gate
-from proxy.keys import Digests
+from proxy.keys import Digests, identity
 from proxy.leases import Leases
 from proxy.listener import Listener, bound_unsent
 from proxy.logs import AccessLog
-from proxy.metrics import Metrics, Outcome
+from proxy.metrics import LOSSES, Metrics, Outcome
 from proxy.pace import Pace
 from proxy.routes import Route, Routes
 from proxy.rules import Rule, Rules, Upstream
 from proxy.rules import load as load_rules
 from proxy.settings import Settings, SettingsError
-from proxy.store import Claim, Store
+from proxy.store import Claim, Membership, Store
 from proxy.upstream import REUSE_IDLE_S, Buffered, Pool, client_tls
 from proxy.upstream.pools import Pools
 from proxy.waiters import Waiters
 
 CANCEL_S = 0.05  # for what did not end by itself; it comes twice
 BACKLOG = 1024
+ALARMING = ("flushed", "rolled_back", "evicted", "identity")  # what the watch of the store may find
 
 
 KEEP_AGAIN_S = 0.05
@@ -48,6 +50,22 @@ def _require_strict_parser() -> None:
     """aiohttp without its C extensions parses requests differently, and more leniently."""
     if HttpRequestParser is HttpRequestParserPy:
         raise Unsupported("aiohttp runs without its C extensions: unset AIOHTTP_NO_EXTENSIONS or install its wheel")
+
+
+def _member(settings: Settings, durable: bool, report: Callable[[str, str], None]) -> Membership:
+    """Return what this proxy says of itself to the others on its store."""
+    digests = Digests(settings.secret.get_secret_value().encode())
+    return Membership(
+        token_prefix=b"",
+        replica=f"{socket.gethostname()} pid {os.getpid()}",
+        described=identity(digests, settings.namespace, settings.key_header, settings.scope_headers),
+        accept=settings.identity_change == "accept",
+        retention_ms=int(settings.retention_s * 1000),
+        quarantine_ms=int(settings.quarantine_s * 1000) if settings.on_store_loss == "quarantine" else 0,
+        notice_s=settings.quarantine_s,
+        durable=durable,
+        report=report,
+    )
 
 
 class Service:
@@ -68,6 +86,9 @@ class Service:
                 "in_flight": lambda: self._gateway.in_flight,
                 "waiting": lambda: len(self._waiters),
                 "store_memory_ratio": lambda: self.store.memory_ratio,
+                "store_full": lambda: self.store.refuses_new,
+                "store_breaker_open": lambda: self.store.broken,
+                "quarantine_seconds": lambda: self.store.quarantine_left_s,
                 "ready": lambda: not self.problems(),
                 "buffered_bytes": lambda: self._buffered.used,
                 "workers": lambda: 1.0,
@@ -84,6 +105,8 @@ class Service:
             background=self._in_background,
             log=logger.warning,
             durability=settings.durability,
+            member=_member(settings, _durable(settings), self._watched),
+            broke=self._broke,
         )
         self._leases = Leases(self.store, settings.lease_ms, self._report, self._loop.time)
         self._waiters = Waiters(self.store, settings.max_waiters, settings.lease_ms, self._leases.__contains__)
@@ -189,6 +212,19 @@ class Service:
         self.metrics.claim_lost()
         self._log.error(f"claim {what}", key=proxy.keys.short(claim.key), fence=claim.fence.decode())
 
+    def _watched(self, what: str, text: str) -> None:
+        """Say what the watch of the store found: a loss, or replicas that name keys in another way."""
+        if what in LOSSES:
+            self.metrics.store_lost(what)
+        elif what == "accepted":
+            self.metrics.identity_accepted()
+        write = self._log.error if what in ALARMING else self._log.warning
+        write("store", what=what, detail=text)
+
+    def _broke(self) -> None:
+        self.metrics.store_broke()
+        self._log.error("claims are given up on until the store answers again")
+
     def _in_background(self, work: Coroutine[Any, Any, Any]) -> None:
         """Finish something behind the client's back; the drain waits for it."""
         task = self._loop.create_task(work)
@@ -202,6 +238,11 @@ class Service:
             found.append(problem)
         return found
 
+    def notices(self) -> list[str]:
+        """Return what an operator should look at although the worker serves."""
+        notice = self.store.notice()
+        return [notice] if notice else []
+
     # Its life ...
 
     async def start(self, shared: Sequence[socket.socket] = ()) -> None:
@@ -212,13 +253,13 @@ class Service:
         """
         settings = self._settings
         self.store.start()
-        keepers = (self.store.watch, self._leases.run, self._waiters.run, self._listener.sweep)
+        keepers = (self.store.watch, self.store.probe, self._leases.run, self._waiters.run, self._listener.sweep)
         self._tasks = [self._loop.create_task(self._keep(keeper)) for keeper in keepers]
         address: dict[str, Any] = {"host": settings.listen.host, "port": settings.listen.port}
         for place in [{"sock": one} for one in shared] or [address]:
             self._servers.append(await self._listen(place))
         if not shared:
-            self._admin = await serve_admin(settings.admin_listen, self._metrics_text, self._problems)
+            self._admin = await serve_admin(settings.admin_listen, self._metrics_text, self._problems, self._notices)
         await self.store.wait_up(1.0)
 
     async def _listen(self, place: dict[str, Any]) -> asyncio.Server:
@@ -235,6 +276,9 @@ class Service:
 
     async def _problems(self) -> list[str]:
         return self.problems()
+
+    async def _notices(self) -> list[str]:
+        return self.notices()
 
     async def _keep(self, keeper: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run what must never end: without it leases lapse and waiters sleep on."""
@@ -300,6 +344,11 @@ class Service:
         self._pools.close()
         await self.store.close()
         self._access.flush()
+
+
+def _durable(settings: Settings) -> bool:
+    """Return whether the store confirms a claim only once it survives a restart or a failover."""
+    return settings.store_url.get_secret_value() == "embedded" or settings.durability != "memory"
 
 
 def _server_tls(settings: Settings) -> ssl.SSLContext | None:

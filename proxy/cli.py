@@ -1,4 +1,4 @@
-"""The commands: serve, check, demo, healthcheck."""
+"""The commands: serve, check, demo, healthcheck, keys."""
 
 import argparse
 import os
@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import proxy
 from proxy import explain
@@ -15,6 +16,7 @@ from proxy.rules import load as load_rules
 from proxy.settings import Settings, SettingsError, describe, load
 
 PROBE_S = 3.0
+STATES = ("unknown", "in_flight", "complete", "released", "corrupt", "any")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,7 +35,38 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--proxy", metavar="URL", help="show it on a running proxy that has the demo upstream")
     health = commands.add_parser("healthcheck", help="ask the running proxy whether it is alive")
     health.add_argument("--ready", action="store_true", help="ask whether it is ready instead")
+    _add_keys(commands)
     return top
+
+
+def _add_keys(commands: Any) -> None:
+    """Add `keys` and its commands to the command line."""
+    keys = commands.add_parser("keys", help="look at keys in the store, and decide what nobody else can")
+    acts = keys.add_subparsers(dest="act", required=True, metavar="COMMAND")
+    listing = acts.add_parser("list", help="list keys; changes nothing, and never blocks the store")
+    listing.add_argument("--state", choices=STATES, default="unknown")
+    listing.add_argument("--limit", type=int, default=0, metavar="N", help="stop after so many")
+    listing.add_argument("--json", action="store_true", help="one JSON object a line")
+    show = acts.add_parser("show", help="tell what is known of one key")
+    show.add_argument("--json", action="store_true")
+    resolve = acts.add_parser("resolve", help="give an unknown key its answer: replays from then on")
+    resolve.add_argument("--status", type=int, required=True, metavar="CODE")
+    resolve.add_argument("--body-file", metavar="FILE", help="the body; none without it")
+    resolve.add_argument("-H", "--header", action="append", default=[], metavar="'Name: value'")
+    release = acts.add_parser("release", help="free a key: the next request with it executes, maybe again")
+    for one in (show, resolve, release):
+        one.add_argument("key", nargs="?", metavar="KEY", help="as the client sent it")
+        one.add_argument("--id", metavar="ID", help="instead: as `list` and the log name it (12 characters will do)")
+        one.add_argument("--namespace", help="of the key, where it is not the setting's")
+        whose = one.add_mutually_exclusive_group()
+        whose.add_argument("--scope", metavar="DIGEST", help="whose key: as `list` and `show` print it")
+        whose.add_argument(
+            "--credential",
+            action="store_true",
+            help="whose key: read the scope headers from standard input, `Name: value` a line",
+        )
+    for one in (resolve, release):
+        one.add_argument("--yes", action="store_true", help="do not ask, even where the owner may still live")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,6 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _check(settings, rules, options)
     if options.command == "healthcheck":
         return _probe(settings, "/readyz" if options.ready else "/healthz")
+    if options.command == "keys":
+        from proxy import operate
+
+        return operate.run(settings, options)
     return _serve(settings)
 
 

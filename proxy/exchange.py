@@ -186,7 +186,7 @@ class Exchange:
         return False
 
     def _send(self, connection: Connection) -> None:
-        self.sent = True
+        self.sent, self._held.stage = True, b"sent"
         claim, request = self._held.claim, self._request
         if claim.mode == b"retry":
             request = with_fence(request, claim.fence)
@@ -218,7 +218,7 @@ class Exchange:
             if self._again_left:
                 raise Lost("the upstream is still busy with the first request")
             disposition = Disposition.AMBIGUOUS
-        self._answer, self._disposition = head, disposition
+        self._answer, self._disposition, self._held.stage = head, disposition, b"answered"
         self._word = disposition.word
         self._passed_on, self._kept = answer_blocks(head)
         return head.bodiless or ((head.length or 0) <= SMALL_BYTES and not head.streamed_by_nature)
@@ -277,10 +277,14 @@ class Exchange:
             self._held.freeing = True
             return store.release(claim, patience_s)
         if how is Settlement.UNKNOWN or answer is None:
-            why = str(self._lost) if self._lost else f"status {answer.status}" if answer else "failed"
-            return store.mark_unknown(claim, why, patience_s)
+            return store.mark_unknown(claim, self._why(), patience_s)
         kept = how is Settlement.STORE
         return store.store(claim, self._stored(answer, kept), last if kept else b"", patience_s)
+
+    def _why(self) -> str:
+        """Return how far it got and what ended it, for operators; nothing of the request or its answer."""
+        far = f"status {self._answer.status} came" if self._answer else "no answer came"
+        return f"{far}: {self._lost}" if self._lost else far if self._answer else "the proxy failed"
 
     def _stored(self, head: AnswerHead, kept: bool) -> StoredAnswer:
         recording, whole = self._recording, self._whole

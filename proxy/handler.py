@@ -31,7 +31,7 @@ from proxy.relay import relay
 from proxy.replay import replay
 from proxy.routes import Route, Routes
 from proxy.sources import Missing
-from proxy.store import Claim, Claiming, Corrupt, Record, Unconfirmed
+from proxy.store import Claim, Claiming, Corrupt, Record, Unconfirmed, Withheld
 from proxy.tunnel import tunnel
 from proxy.waiters import Woken
 
@@ -230,6 +230,7 @@ class Gateway:
                 way = self._without_key(request, head, client, route, guarded, body)
                 return way if isinstance(way, Outcome) else await way
             until = self._shop.pool.loop.time() + guarded.wait_s
+            waited = False
             while True:
                 asked_s = suspended_clock_s()
                 found = await self._claim(guarded)
@@ -243,8 +244,11 @@ class Gateway:
                     return await self._answered(word, exchange, guarded, client)
                 if guarded.fresh and isinstance(found, Record):  # an equal one runs: each goes its own way
                     return await self._relay(request, head, client, route, body, UNGUARDED)
+                if route.policy.bypass and self._may_bypass(found, guarded, waited):
+                    return (await self._relay(request, head, client, route, body, UNGUARDED))._replace(key=guarded.key)
                 if (told := await self._stand_back(guarded, found, until, client)) is not None:
                     return told
+                waited = True
         finally:
             self.in_flight -= 1
             if body is not None:
@@ -316,6 +320,12 @@ class Gateway:
             if woken not in (Woken.BUSY, Woken.FULL):
                 return None
         return await self._tell(guarded, found, client)
+
+    def _may_bypass(self, found: Record | Corrupt | Unconfirmed, guarded: Guarded, waited: bool) -> bool:
+        """Return whether a request may go on without a claim: not where one is known, or one of ours may stand."""
+        if not isinstance(found, Unconfirmed) or isinstance(found, Withheld):
+            return False
+        return not (found.maybe_executed or waited or guarded.key in self._shop.leases)
 
     async def _wait(self, guarded: Guarded, until: float, client: Client) -> Woken:
         """Wait for the original, not counted as in flight meanwhile."""
@@ -390,7 +400,8 @@ def _explain(
         case "corrupt":
             return "corrupt", problem("record-corrupt", "the operator has to look at this key")
         case "store_unavailable":
-            return "store_unavailable", problem("store-unavailable", "come again with the same key")
+            after = found.retry_after_s if isinstance(found, Withheld) else None
+            return "store_unavailable", problem("store-unavailable", "come again with the same key", after)
         case _:
             detail = "it was sent, and nobody can say what became of it; look there before you try again"
             return "unknown", problem("outcome-unknown", detail)

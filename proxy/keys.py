@@ -4,6 +4,7 @@ Everything that enters a digest is length-prefixed, so that ("a", "bc") and ("ab
 """
 
 import re
+from base64 import urlsafe_b64decode
 from binascii import b2a_base64
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ _URL_SAFE = bytes.maketrans(b"+/", b"-_")
 _BARE = re.compile(rb"[!#-+\--\[\]-~]+")
 _QUOTED = re.compile(rb'"((?:[ !#-\[\]-~]|\\["\\])*)"')
 _ESCAPED = re.compile(rb'\\(["\\])')
+
+RECORD_ID = re.compile(r"[A-Za-z0-9_-]{32}")
 
 # Credentials made anew for each attempt: as a scope they would make each retry another tenant's.
 _PER_REQUEST = re.compile(rb"\s*(?:AWS4-[^\s]*|Digest|OAuth|Signature|Hawk)(?:\s|$)", re.IGNORECASE)
@@ -106,6 +109,7 @@ class Digests:
 
     def __init__(self, secret: bytes) -> None:
         keyed = blake2b(secret, digest_size=32).digest() if secret else b""
+        self.secret_id = blake2b(key=keyed, digest_size=8, person=b"secret").hexdigest() if secret else "none"
         self._tenant = blake2b(key=keyed, digest_size=DIGEST_BYTES, person=b"tenant")
         self._key = blake2b(key=keyed, digest_size=KEY_DIGEST_BYTES, person=b"key")
         self._fingerprint = blake2b(key=keyed, digest_size=DIGEST_BYTES, person=b"fingerprint")
@@ -144,9 +148,26 @@ class Digests:
         return digest.digest()
 
 
+def identity(digests: Digests, namespace: str, key_header: str, scope_headers: Iterable[str]) -> str:
+    """Return by which settings keys are named, for people: replicas where it differs know other keys."""
+    scope = ",".join(name.lower() for name in scope_headers)
+    return f"namespace={namespace} secret={digests.secret_id} scope={scope} key_header={key_header.lower()}"
+
+
 def store_key(digest: bytes) -> bytes:
     """Return the record's name in the store; the braces keep one record in one Cluster slot."""
     return b"once:{" + _base64(digest) + b"}"
+
+
+def record_id(digest: bytes) -> str:
+    """Return how operators call a record: its name in the store without what is around it."""
+    return _base64(digest).decode()
+
+
+def digest_of(name: str) -> bytes | None:
+    """Return the digest behind a record's id or its name in the store, None where it is neither."""
+    text = name.removeprefix("once:{").removesuffix("}")
+    return urlsafe_b64decode(text) if RECORD_ID.fullmatch(text) else None
 
 
 def short(digest: bytes) -> str:

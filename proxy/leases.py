@@ -25,6 +25,7 @@ class Held:
     claim: Claim
     confirmed_s: float
     until_s: float
+    stage: bytes = b"claimed"  # how far the exchange got: claimed, sent or answered
     lost: bool = False
     fenced: bool = False
     freeing: bool = False  # its release is under way: that the record is gone, or another's, is no loss any more
@@ -85,7 +86,7 @@ class Leases:
 
     async def _renew(self, held: Held) -> None:
         asked_s = suspended_clock_s()
-        word = await self._store.renew(held.claim)
+        word = await self._store.renew(held.claim, held.stage)
         if held.settled or held.freeing:
             return  # its settle went ahead; what the renewal found is that
         if word == "renewed":

@@ -23,6 +23,7 @@ OUTCOMES = (
     "overloaded", "passthrough", "unguarded", "store_unavailable", "upstream_unreachable", "upstream_lost",
     "upstream_timeout", "truncated", "answer_not_stored", "fenced", "corrupt", "failed", "client_gone",
 )  # fmt: skip
+LOSSES = ("flushed", "rolled_back", "evicted", "moved")
 HOW_SETTLED = ("store", "store_bare", "release", "unknown", "unconfirmed", "lost", "fenced")
 VERBS = ("claim", "append", "renew", "settle", "read")
 SUPPRESSED = ("replayed", "in_flight", "mismatch", "unknown", "not_kept")
@@ -139,7 +140,10 @@ class Metrics(Collector):
         self._suppressed = Counts("duplicates_suppressed", "Requests not executed again.", "how", SUPPRESSED)
         self._saved_s = Counts("upstream_seconds_saved", "Upstream time that replays spared.")
         self._replayed_bytes = Counts("replayed_bytes", "Bytes of bodies sent from the store.")
-        self._claims_lost = Counts("claims_lost", "Claims whose record vanished or was taken.")
+        self._claims_lost = Counts("claims_lost", "Claims whose record vanished or was taken, and losses of the store.")
+        self._store_losses = Counts("store_losses", "Times the store lost data, or may have (moved).", "how", LOSSES)
+        self._identity_accepted = Counts("identity_accepted", "Starts beside replicas that name keys in another way.")
+        self._broken = Counts("store_breaker_opened", "Times claims were given up on for a while.")
         self._repeated = Counts("settle_repeated", "Calls to settle or append that were repeated.")
         self._unscoped = Counts("unscoped", "Guarded requests without any credential.")
         self._eof_framed = Counts("eof_framed", "Answers ended by closing alone, stored as whole.")
@@ -216,6 +220,18 @@ class Metrics(Collector):
     def claim_lost(self) -> None:
         self._claims_lost.add()
 
+    def store_lost(self, how: str) -> None:
+        """Count a loss; one that is certain may have taken claims along."""
+        self._store_losses.add(how)
+        if how != "moved":
+            self._claims_lost.add()
+
+    def identity_accepted(self) -> None:
+        self._identity_accepted.add()
+
+    def store_broke(self) -> None:
+        self._broken.add()
+
     def eof_framed(self) -> None:
         self._eof_framed.add()
 
@@ -224,9 +240,15 @@ GAUGES = {
     "in_flight": "Guarded requests under way, those that wait for another apart.",
     "waiting": "Duplicates that wait for their original.",
     "store_memory_ratio": "Memory the store uses, of its limit.",
+    "store_full": "1 while the store's memory is so full that new keys are refused.",
+    "store_breaker_open": "1 while claims are not even tried.",
+    "quarantine_seconds": "Time for which unseen keys will be refused, because the store lost data.",
     "ready": "1 where /readyz says yes.",
     "buffered_bytes": "Bytes of bodies and answers held in memory.",
     "workers": "Processes that serve.",
 }
 # How a gauge of several workers becomes one; those that are not named here are added up.
-MERGED: dict[str, Callable[[Iterable[float]], float]] = {"store_memory_ratio": max, "ready": min}
+MERGED: dict[str, Callable[[Iterable[float]], float]] = {
+    **dict.fromkeys(("store_memory_ratio", "store_full", "store_breaker_open", "quarantine_seconds"), max),
+    "ready": min,
+}

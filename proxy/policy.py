@@ -96,3 +96,4 @@ class Policy:
     upstream_idempotent: bool = False
     in_flight_status: int = 409
     max_request_bytes: int = 0  # 0: the worker's own limit
+    bypass: bool = False  # what the store cannot claim passes unguarded

@@ -53,9 +53,6 @@ MOST_WORKERS = 1024
 LATER = {
     "store_url=postgresql": "use redis:// or rediss://",
     "on_duplicate=join": "use reject or wait",
-    "on_store_down=bypass": "use refuse",
-    "on_store_loss=quarantine": "use continue",
-    "identity_change=accept": "use refuse, and stop every replica before changing what names a key",
 }
 
 # What Kubernetes and Docker inject for a service called oncegate.
@@ -160,16 +157,19 @@ class Settings(BaseSettings):
         268_435_456, ge=2_097_152, le=PIBIBYTE, description="Memory limit of the embedded store."
     )
     namespace: Annotated[str, _from_text(parse_namespace)] = Field(
-        "default", description="Part of every key's scope; deployments that share a store differ in it."
+        "default",
+        description="Part of every key's scope; deployments that share a store differ in it, which they have to "
+        "declare with `ONCEGATE_IDENTITY_CHANGE=accept`.",
     )
     secret: Annotated[SecretStr, _from_text(parse_secret)] = Field(
         SecretStr(""),
         description="Keys the digests; the same on every replica; changing it forgets every key; "
         "`ONCEGATE_SECRET_FILE` names a file that holds it.",
     )
-    identity_change: Literal["refuse"] = Field(
+    identity_change: Literal["refuse", "accept"] = Field(
         "refuse",
-        description="Comes later: what becomes of a replica that names keys in another way than the others.",
+        description="A replica whose namespace, secret, scope headers or key header differ from those of others on its "
+        "store is not ready and refuses keyed requests (`refuse`), or works beside them (`accept`).",
     )
     methods: Annotated[tuple[str, ...], _list_of(parse_method)] = Field(
         ("POST", "PATCH"), description="Comma list of the guarded methods, of POST, PATCH, PUT and DELETE."
@@ -198,8 +198,10 @@ class Settings(BaseSettings):
         description="A key whose outcome is unknown is never executed again (`hold`: at most once), or by its next "
         "retry (`retry`: at least once).",
     )
-    on_store_down: Literal["refuse"] = Field(
-        "refuse", description="Keyed requests get 503 while the store is down (`refuse`)."
+    on_store_down: Literal["refuse", "bypass"] = Field(
+        "refuse",
+        description="While the store takes no claims, keyed requests get 503 (`refuse`), or pass unguarded (`bypass`): "
+        "a retry may then execute again.",
     )
     store_timeout_ms: int = Field(
         1000, ge=1, le=DAY_MS, description="Longest wait for the store to confirm a claim, repeats included."
@@ -212,11 +214,13 @@ class Settings(BaseSettings):
         description="What a claim must have reached before it counts: the `memory` of the store's server, "
         "also that of a replica (`replicated`), or their disks (`fsync`).",
     )
-    on_store_loss: Literal["continue"] = Field(
-        "continue", description="After the store lost data, requests go on (`continue`)."
+    on_store_loss: Literal["continue", "quarantine"] = Field(
+        "continue",
+        description="After the store lost data, or may have, requests go on (`continue`), or unseen keys are refused "
+        "for `ONCEGATE_QUARANTINE_S` (`quarantine`).",
     )
     quarantine_s: Seconds = Field(
-        60, description="Comes later: how long unseen keys are refused after a loss. No effect yet."
+        60, description="Length of a quarantine; for so long `/readyz` also tells of a loss where requests go on."
     )
     connect_timeout_s: Seconds = Field(5, description="Longest wait for a connection to the upstream.")
     upstream_timeout_s: Seconds = Field(300, description="Longest silence of the upstream.")

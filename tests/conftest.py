@@ -56,8 +56,11 @@ class Valkey:
     def url(self) -> str:
         return f"redis+unix://{self.socket}?db=0"
 
-    def start(self) -> None:
-        self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    def start(self, *options: str) -> None:
+        """Start it, with what is on disk; `options` beat those it has."""
+        self.process = subprocess.Popen(
+            [*self._command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
             try:
@@ -72,9 +75,9 @@ class Valkey:
         return Redis(unix_socket_path=self.socket)
 
     def records(self) -> dict[bytes, dict[bytes, bytes]]:
-        """Return every key with its fields."""
+        """Return every record with its fields."""
         with self.client() as client:
-            return {key: client.hgetall(key) for key in client.scan_iter()}
+            return {key: client.hgetall(key) for key in client.scan_iter("once:{*")}
 
     def states(self) -> list[bytes]:
         """Return the state of every record, as it is written."""

@@ -35,6 +35,7 @@ class Proxy:
             "ONCEGATE_LISTEN": "127.0.0.1:0",
             "ONCEGATE_ADMIN_LISTEN": "127.0.0.1:0",
             "ONCEGATE_ACCESS_LOG": "all",
+            "ONCEGATE_IDENTITY_CHANGE": "accept",  # tests share a store, and its proxies may differ as they like
             **{f"ONCEGATE_{name}": str(value) for name, value in settings.items()},
         }
 

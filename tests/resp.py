@@ -114,7 +114,7 @@ class Relay:
         self._passing.set()
         self._lose: int | None = None
         self.unreachable = False  # from now on: new connections end at once
-        self.scripts = 0  # replies to scripts that came from the server
+        self.scripts = 0  # replies to scripts on records that came from the server
         self.lost = 0  # of them, those that were not delivered
 
     async def start(self, tls: ssl.SSLContext | None = None) -> None:
@@ -151,14 +151,14 @@ class Relay:
             return
         self._writers.add(writer)
         from_server, to_server = await asyncio.open_unix_connection(self._socket_path)
-        asked: deque[bytes] = deque()
+        asked: deque[bool] = deque()
         for work in (self._requests(reader, to_server, asked), self._replies(from_server, writer, asked)):
             task = asyncio.ensure_future(work)
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
     async def _requests(
-        self, reader: asyncio.StreamReader, to_server: asyncio.StreamWriter, asked: deque[bytes]
+        self, reader: asyncio.StreamReader, to_server: asyncio.StreamWriter, asked: deque[bool]
     ) -> None:
         """Pass requests on. What has left the store reaches the server, even if the store has hung up meanwhile."""
         parser, passing = hiredis.Reader(), self._passing
@@ -166,7 +166,7 @@ class Relay:
             while data := await reader.read(1 << 16):
                 parser.feed(data)
                 while (words := parser.gets()) is not False:
-                    asked.append(words[0])
+                    asked.append(words[0] in (b"EVALSHA", b"EVAL") and words[3].startswith(b"once:{"))
                 await passing.wait()
                 to_server.write(data)
         except ConnectionError:
@@ -175,14 +175,14 @@ class Relay:
             to_server.close()
 
     async def _replies(
-        self, from_server: asyncio.StreamReader, writer: asyncio.StreamWriter, asked: deque[bytes]
+        self, from_server: asyncio.StreamReader, writer: asyncio.StreamWriter, asked: deque[bool]
     ) -> None:
         parser = hiredis.Reader()
         try:
             while data := await from_server.read(1 << 16):
                 parser.feed(data)
                 while parser.gets() is not False:
-                    self.scripts += asked.popleft() in (b"EVALSHA", b"EVAL")
+                    self.scripts += asked.popleft()
                 if self._lose is not None and self.scripts >= self._lose:
                     self._lose = None
                     self.lost += 1

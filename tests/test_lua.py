@@ -8,7 +8,10 @@ import pytest
 
 from proxy.store.server import load_scripts
 
-VERBS = ("append", "claim", "read", "renew", "settle")
+RECORD_VERBS = ("append", "claim", "read", "renew", "resolve", "settle")
+STORE_VERBS = {"epoch": "epoch", "identity": "identities"}  # about a whole store; what they call their key
+VERBS = (*RECORD_VERBS, *STORE_VERBS)
+VARIANTS = ("store", "release", "unknown", "answer")  # of `how`
 ALLOW_OOM = "#!lua flags=allow-oom"
 TEXTS = {verb: (files("proxy.lua") / f"{verb}.lua").read_text() for verb in VERBS}
 KEY = "once:{test}"
@@ -55,12 +58,12 @@ def arguments(verb: str, variant: str = "") -> list[str]:
 
 
 def longest(verb: str) -> int:
-    return max(len(arguments(verb, variant)) for variant in ("", "store", "release", "unknown"))
+    return max(len(arguments(verb, variant)) for variant in ("", *VARIANTS))
 
 
 def names_at(verb: str, position: int) -> set[str]:
     """Return what the header calls one argument: several names where `how` decides."""
-    every = [arguments(verb, variant) for variant in ("", "store", "unknown")]
+    every = [arguments(verb, variant) for variant in ("", *VARIANTS)]
     return {names[position - 1] for names in every if len(names) >= position}
 
 
@@ -95,14 +98,14 @@ def test_a_script_opens_with_its_contract(verb):
     assert re.fullmatch(r" [A-Z][^.]*\.", sentence), sentence
     starts = [match[1] for line in rest if (match := re.match(r" (KEYS|ARGV|Returns):", line))]
     assert starts == ["KEYS", "ARGV", "Returns"]
-    assert rest[0] == " KEYS: record"
+    assert rest[0] == " KEYS: " + STORE_VERBS.get(verb, "record")
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_what_may_exceed_the_memory_limit(verb):
     """Running work completes there (renew, settle); a `#!lua` line on the others would stop replays as well."""
     first = TEXTS[verb].splitlines()[0]
-    if verb in ("renew", "settle"):
+    if verb in ("renew", "resolve", "settle", *STORE_VERBS):
         assert first == ALLOW_OOM
         assert TEXTS[verb].count("#!") == 1
     else:
@@ -126,7 +129,7 @@ def test_the_commands_that_the_scripts_need():
     """An operator's ACL can list them; read writes nothing."""
     commands = {verb: set(re.findall(r"redis\.call\('([A-Z]+)'", body(verb))) for verb in VERBS}
     assert set().union(*commands.values()) == {
-        *("TIME", "HGET", "HMGET", "HLEN", "HSTRLEN", "EXISTS", "HSET", "HDEL", "UNLINK", "PEXPIRE"),
+        *("TIME", "HGET", "HGETALL", "HMGET", "HLEN", "HSTRLEN", "EXISTS", "HSET", "HDEL", "UNLINK", "PEXPIRE", "PTTL"),
     }
     assert commands["read"] == {"HGET", "HSTRLEN"}
 
@@ -151,7 +154,7 @@ def test_the_header_names_the_arguments_in_their_order(verb):
     bound += re.findall(r"'([a-z]+)', (ARGV\[\d+\])", code)
     bound += [("retention", taken) for taken in re.findall(r"'PEXPIRE', KEYS\[1\], (ARGV\[\d+\])", code)]
     direct = [(name, int(at[1])) for name, taken in bound if (at := re.fullmatch(r"ARGV\[(\d+)\]", taken))]
-    assert direct[:2] == [("tag", 1), ("token", 2)]
+    assert direct[:2] == [("tag", 1), (names_at(verb, 2).pop(), 2)]
     for name, position in direct:
         assert name in {word.removesuffix("_ms") for word in names_at(verb, position)}, (name, position)
 
@@ -310,7 +313,7 @@ def test_append_as_its_header_says(called):
 
 def test_renew_as_its_header_says(called):
     """Lease and retention start anew for the owner alone; the replies are those of the header."""
-    renewal = {**OWNER, "lease_ms": 90_000, "retention_ms": 900_000}
+    renewal = {**OWNER, "lease_ms": 90_000, "retention_ms": 900_000, "stage": "sent"}
     assert called("renew", **renewal) == [b"8", b"absent"]
     now_ms = called("claim", **CLAIM)[2]
     assert called("renew", **{**renewal, "token": "U" * 16}) == [b"8", b"fenced"]
@@ -318,6 +321,7 @@ def test_renew_as_its_header_says(called):
     assert called("renew", **renewal) == [b"8", b"renewed"]
     assert 90_000 <= int(record(called)["lease"]) - now_ms < 110_000
     assert about(called.client.pttl(KEY), 900_000)
+    assert record(called)["stage"] == b"sent"
     called.client.hset(KEY, "state", "unknown")
     assert called("renew", **renewal) == [b"8", b"unknown"]
     called.client.delete(KEY)
@@ -346,11 +350,14 @@ def test_settle_stores_as_its_header_says(called):
     assert record(called) == {"meta": meta().encode(), "b0": b"abc"}
 
 
-def test_settle_stores_appended_chunks_as_its_header_says(called):
+@pytest.mark.parametrize("renewed", [False, True])
+def test_settle_stores_appended_chunks_as_its_header_says(called, renewed):
     """chunks and bytes count them all, last is the one that was not appended."""
     called("claim", **CLAIM)
     called("append", **OWNER, index=0, bytes="abc", lease_ms=40_000)
     called("append", **OWNER, index=1, bytes="de", lease_ms=40_000)
+    if renewed:
+        called("renew", **OWNER, lease_ms=40_000, retention_ms=900_000, stage="answered")
     answer = {**ANSWER, "chunks": 3, "bytes": 6, "last": "f"}
     for wrong in ({"chunks": 4}, {"chunks": 2}, {"bytes": 5}, {"last": ""}):
         assert called("settle", "store", **SETTLE, **{**answer, **wrong}) == [b"8", b"torn"]
@@ -425,3 +432,127 @@ def test_read_gives_nothing_of_another_answer(called):
     called.client.delete(KEY)
     called.client.hset(KEY, mapping={"meta": meta("U" * 16), "b0": "ab"})
     assert called("read", **asked) == [b"8", b"gone"]
+
+
+EPOCH = {"tag": "8", "fresh": "E1", "run": "R1", "quarantine_ms": 5000, "begin": 0}
+
+
+def test_epoch_as_its_header_says(called):
+    """Founded once, then it stands; another run or a loss that the caller knows of begins a quarantine."""
+    assert called("epoch", **EPOCH) == [b"8", b"founded", b"E1", 5000]
+    other = {**EPOCH, "fresh": "E2"}
+    tag, word, epoch, left_ms = called("epoch", **other)
+    assert (tag, word, epoch) == (b"8", b"stands", b"E1")
+    assert 0 < left_ms <= 5000
+    assert called("epoch", **{**other, "quarantine_ms": 0}) == [b"8", b"stands", b"E1", 0]
+    called.client.hset(KEY, "until", 0)
+    assert called("epoch", **other) == [b"8", b"stands", b"E1", 0]
+    assert called("epoch", **{**other, "run": ""}) == [b"8", b"stands", b"E1", 0]
+    assert called("epoch", **{**other, "run": "R2"}) == [b"8", b"moved", b"E1", 5000]
+    assert record(called)["run"] == b"R2"
+    called.client.hset(KEY, "until", 0)
+    assert called("epoch", **{**other, "run": "R2", "begin": 1}) == [b"8", b"stands", b"E1", 5000]
+    called.client.hset(KEY, "until", 2**53)
+    assert called("epoch", **{**other, "run": "R2"}) == [b"8", b"stands", b"E1", 5000]
+    assert called.client.ttl(KEY) == -1
+
+
+def test_an_epoch_that_asks_for_no_quarantine(called):
+    """A replica that goes on after losses founds an epoch, and leaves a quarantine of others alone."""
+    assert called("epoch", **{**EPOCH, "quarantine_ms": 0}) == [b"8", b"founded", b"E1", 0]
+    called.client.delete(KEY)
+    called("epoch", **EPOCH)
+    before = record(called)["until"]
+    assert called("epoch", **{**EPOCH, "quarantine_ms": 0, "run": "R2"})[1] == b"moved"
+    assert record(called)["until"] == before
+
+
+IDENTITY = {"tag": "8", "identity": "I1", "described": "a=1", "how": "found", "retention_ms": 60_000}
+
+
+def test_identity_as_its_header_says(called):
+    """The first is noted, its like is the same, another differs unless it is accepted."""
+    assert called("identity", **{**IDENTITY, "how": "ask"}) == [b"8", b"free"]
+    assert called("identity", **IDENTITY) == [b"8", b"same"]
+    assert called("identity", **{**IDENTITY, "how": "ask"}) == [b"8", b"same"]
+    other = {**IDENTITY, "identity": "I2", "described": "a=2"}
+    assert called("identity", **other) == [b"8", b"differs", b"a=1"]
+    assert called("identity", **{**other, "how": "ask"}) == [b"8", b"differs", b"a=1"]
+    assert set(record(called)) == {"I1"}
+    assert called("identity", **{**other, "how": "accept"}) == [b"8", b"accepted"]
+    assert called("identity", **{**other, "how": "accept"}) == [b"8", b"same"]
+    assert called("identity", **IDENTITY) == called("identity", **other) == [b"8", b"same"]
+    third = called("identity", **{**IDENTITY, "identity": "I3", "described": "a=3"})
+    assert (third[:2], sorted(third[2:])) == ([b"8", b"differs"], [b"a=1", b"a=2"])
+    assert about(called.client.pttl(KEY), 60_000)
+
+
+def test_an_identity_is_forgotten_with_its_keys(called):
+    """Whoever was not seen for the retention has no record left: another one may come."""
+    called("identity", **IDENTITY)
+    called.client.hset(KEY, "I1", f"{int(time.time() * 1000) - 61_000} a=1")
+    assert called("identity", **{**IDENTITY, "identity": "I2", "described": "a=2"}) == [b"8", b"same"]
+    assert set(record(called)) == {"I2"}
+
+
+ANSWERED = {**OWNER, "how": "answer", "retention_ms": 900_000, "meta": meta("O" * 16), "body": "abc"}
+FREED = {**OWNER, "how": "release", "operator": "O" * 16, "fence": "99"}
+
+
+@pytest.mark.parametrize(("variant", "given"), [("answer", ANSWERED), ("release", FREED)])
+def test_resolve_changes_only_what_the_operator_saw(called, variant, given):
+    """Nothing stands there, another token does, it is complete by now: each is said, and changes nothing."""
+    assert called("resolve", variant, **given) == [b"8", b"absent"]
+    called("claim", **CLAIM)
+    before = record(called)
+    assert called("resolve", variant, **{**given, "token": "U" * 16}) == [b"8", b"fenced"]
+    assert record(called) == before
+    called("settle", "store", **SETTLE, **ANSWER)
+    assert called("resolve", variant, **given) == [b"8", b"complete"]
+    assert record(called) == {"meta": meta().encode(), "b0": b"abc"}
+
+
+@pytest.mark.parametrize(("body_given", "kept"), [("abc", {"b0": b"abc"}), ("", {})])
+def test_resolve_answers_as_its_header_says(called, body_given, kept):
+    """The record becomes complete under the operator's token; its owner is fenced in whatever it does."""
+    called("claim", **CLAIM)
+    called("append", **OWNER, index=0, bytes="xyz", lease_ms=40_000)
+    assert called("resolve", "answer", **{**ANSWERED, "body": body_given}) == [b"8", b"resolved"]
+    whole = {"meta": ANSWERED["meta"].encode(), **kept}
+    assert record(called) == whole
+    assert about(called.client.pttl(KEY), 900_000)
+    for told in owners_tries(called):
+        assert told == [b"8", b"fenced"]
+    assert record(called) == whole
+    assert called("claim", **CLAIM)[1] == b"complete"
+    assert called("resolve", "answer", **ANSWERED) == [b"8", b"complete"]
+
+
+def owners_tries(called) -> list:
+    """Whatever an owner may try that wakes up."""
+    return [
+        called("append", **OWNER, index=1, bytes="abc", lease_ms=40_000),
+        called("renew", **OWNER, lease_ms=90_000, retention_ms=900_000, stage="sent"),
+        called("settle", "store", **SETTLE, **ANSWER),
+        called("settle", "release", **SETTLE, how="release"),
+        called(
+            "settle", "unknown", **SETTLE, how="unknown",
+            fence="1", mode="hold", fingerprint="F" * 16, self="S" * 32, created=1, why="lost",
+        ),
+    ]  # fmt: skip
+
+
+def test_resolve_releases_as_its_header_says(called):
+    """The key is free for anybody, under a higher fence; its owner is fenced before and after that."""
+    fence = called("claim", **CLAIM)[3]
+    called("append", **OWNER, index=0, bytes="xyz", lease_ms=40_000)
+    assert called("resolve", "release", **{**FREED, "fence": fence}) == [b"8", b"released"]
+    assert record(called) == {"state": b"released", "token": b"O" * 16, "fence": fence}
+    assert about(called.client.pttl(KEY), 500_000)
+    assert owners_tries(called) == [[b"8", b"fenced"]] * 5
+    assert called("resolve", "release", **{**FREED, "token": "O" * 16}) == [b"8", b"absent"]
+    assert called("claim", **{**CLAIM, "not_after_ms": 0})[1] == b"late"
+    _, word, _, later, _ = called("claim", **{**CLAIM, "token": "U" * 16, "fingerprint": "G" * 16})
+    assert (word, int(later) > int(fence)) == (b"claimed", True)
+    assert owners_tries(called) == [[b"8", b"fenced"]] * 5
+    assert record(called)["token"] == b"U" * 16

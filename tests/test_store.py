@@ -381,7 +381,7 @@ def assert_became(client: Redis, became: str, before: dict[str, bytes], owner: C
             assert lease_anew
             assert retention_anew
         case "lease and retention anew":
-            assert {**after, "lease": b""} == {**before, "lease": b""}
+            assert {**after, "lease": b"", "stage": b""} == {**before, "lease": b"", "stage": b""}
             assert lease_anew
             assert retention_anew
         case "chunk and lease anew":
@@ -1570,7 +1570,7 @@ async def test_a_settle_waits_for_its_patience_and_no_longer(own_valkey, patienc
 ACL = (
     "on", "resetkeys", "~once:*", "resetchannels", "-@all",
     "+evalsha", "+eval", "+script|load", "+info", "+time", "+select",
-    "+hget", "+hmget", "+hlen", "+hstrlen", "+exists", "+hset", "+hdel", "+unlink", "+pexpire",
+    "+hget", "+hmget", "+hlen", "+hstrlen", "+exists", "+hset", "+hgetall", "+set", "+hdel", "+unlink", "+pexpire",
 )  # fmt: skip
 
 
@@ -1705,3 +1705,61 @@ async def test_no_key_and_no_credential_is_in_the_store(gate, upstream, valkey):
     assert b"canary" not in data
     assert key.encode() not in data
     assert credential.encode() not in data
+
+
+# Operators ...
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("how", ["resolve", "set_free"])
+async def test_what_an_operator_decides(store, client, state, how):
+    """Only what is in flight, lapsed or unknown, and only for the token that was seen; the owner is fenced."""
+    owner = await at(store, client, state)
+    before = client.hgetall(NAME)
+
+    async def decide(seen: bytes) -> str:
+        if how == "set_free":
+            return await store.set_free(KEY, seen, store.token(), b"5")
+        meta = pack(owner._replace(token=store.token()), answer(b"by hand"))
+        return await store.resolve(KEY, seen, meta, b"by hand", RETENTION_MS)
+
+    if state in ("absent", "complete"):
+        assert await decide(owner.token) == await decide(FOREIGN) == state
+        assert client.hgetall(NAME) == before
+        return
+    assert await decide(FOREIGN) == "fenced"
+    assert client.hgetall(NAME) == before
+    assert await decide(owner.token) == ("released" if how == "set_free" else "resolved")
+    assert (await store_small(store, owner)).word == "fenced"
+    assert (await store.release(owner, PATIENCE_S)).word == "fenced"
+    assert await store.renew(owner) == "fenced"
+    assert await store.look(KEY, SCOPE, LEASE_MS) is None or how == "resolve"
+    found = await claim(store)
+    if how == "set_free":
+        assert isinstance(found, Claim)
+        assert int(found.fence) > int(owner.fence)
+    else:
+        assert isinstance(found, Record)
+        assert (found.body, found.fingerprint) == (b"by hand", SAME)
+
+
+async def test_a_settle_and_a_decision_at_once(store, server):
+    """Over two connections, hundreds of times: exactly one of them changes the record, and it is read as such."""
+    won = {"stored": 0, "fenced": 0}
+    async with connected(server.url) as desk:
+        for n in range(300):
+            key = Digests(b"").key(SCOPE, b"race-%d" % n)
+            owner = await claimed(store, key=key)
+            meta = pack(owner._replace(token=desk.token()), answer(b"by hand"))
+            settle = store_small(store, owner)
+            decide_ = desk.resolve(key, owner.token, meta, b"by hand", RETENTION_MS)
+            if n % 2:
+                settled, decided = await asyncio.gather(settle, decide_)
+            else:
+                decided, settled = await asyncio.gather(decide_, settle)
+            assert (settled.word, decided) in (("stored", "complete"), ("fenced", "resolved"))
+            found = await claim(desk, key)
+            assert isinstance(found, Record)
+            assert found.body == (BODY if settled.word == "stored" else b"by hand")
+            won[settled.word] += 1
+    assert all(won.values()), won

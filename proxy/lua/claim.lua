@@ -28,7 +28,7 @@ if meta then
   fence = meta:sub(18, 33)
 elseif ours then
   created = tonumber(found[9])
-elseif state or redis.call('EXISTS', KEYS[1]) == 1 then
+elseif state ~= 'released' and (state or redis.call('EXISTS', KEYS[1]) == 1) then
   -- A deadline further off than a whole lease means that the clock stepped back.
   local left = math.min((tonumber(found[8]) or 0) - now, lease_ms)
   local over = state == 'unknown' or (state == 'in_flight' and left <= 0)

@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- Extends the owner's lease and the record's retention; a lease that lapsed comes back if the key is still ours.
 -- KEYS: record
--- ARGV: tag token lease_ms retention_ms
+-- ARGV: tag token lease_ms retention_ms stage (how far its exchange got, for operators)
 -- Returns: {tag, 'renewed' or 'absent' or 'unknown' or 'complete' or 'fenced'}
 local tag, token = ARGV[1], ARGV[2]
 local found = redis.call('HMGET', KEYS[1], 'token', 'state', 'meta')
@@ -15,6 +15,6 @@ elseif found[2] ~= 'in_flight' then
   return {tag, 'unknown'}
 end
 local time = redis.call('TIME')
-redis.call('HSET', KEYS[1], 'lease', time[1] * 1000 + math.floor(time[2] / 1000) + ARGV[3])
+redis.call('HSET', KEYS[1], 'lease', time[1] * 1000 + math.floor(time[2] / 1000) + ARGV[3], 'stage', ARGV[5])
 redis.call('PEXPIRE', KEYS[1], ARGV[4])
 return {tag, 'renewed'}

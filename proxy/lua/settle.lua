@@ -7,7 +7,7 @@
 -- Returns: {tag, 'stored' or 'released' or 'unknown', 'found' or 'absent'}
 --        | {tag, 'torn' or 'complete' or 'fenced'}
 local tag, token, how, retention = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local found = redis.call('HMGET', KEYS[1], 'token', 'state', 'meta', 'bytes', 'why')
+local found = redis.call('HMGET', KEYS[1], 'token', 'state', 'meta', 'bytes', 'why', 'stage')
 local owner, state, meta = found[1], found[2], found[3]
 if meta then
   owner, state = meta:sub(2, 17), 'complete'
@@ -30,14 +30,15 @@ if how == 'store' then
     redis.call('UNLINK', KEYS[1])
     redis.call('HSET', KEYS[1], 'meta', ARGV[5])
   else
-    -- Eight fields of a claim and 'bytes' stand beside the chunks, and 'why' where it was given up before.
+    -- Eight fields of a claim and 'bytes' stand beside the chunks, 'stage' after a renewal, 'why' where it was given up.
     local appended = chunks - (last ~= '' and 1 or 0)
     local kept = tonumber(found[4]) or 0
-    if redis.call('HLEN', KEYS[1]) ~= appended + (found[5] and 10 or 9) or kept + #last ~= bytes then
+    local others = 9 + (found[5] and 1 or 0) + (found[6] and 1 or 0)
+    if redis.call('HLEN', KEYS[1]) ~= appended + others or kept + #last ~= bytes then
       return {tag, 'torn'}
     end
     redis.call('HDEL', KEYS[1], 'state', 'token', 'fence', 'mode', 'fingerprint', 'self', 'lease', 'created',
-      'bytes', 'why')
+      'bytes', 'why', 'stage')
     redis.call('HSET', KEYS[1], 'meta', ARGV[5])
   end
   if last ~= '' then

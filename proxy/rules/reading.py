@@ -32,6 +32,7 @@ def policy_of(settings: Settings) -> Policy:
         max_stored_bytes=settings.max_stored_bytes,
         max_request_bytes=settings.max_request_bytes,
         mode=settings.on_unknown.encode(),
+        bypass=settings.on_store_down == "bypass",
     )
 
 

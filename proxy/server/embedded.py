@@ -42,6 +42,11 @@ OPTIONS = (
 )
 
 
+def socket_url(data_dir: Path) -> str:
+    """Return where the store of a folder listens, while it runs."""
+    return f"unix://{quote(os.fspath(data_dir.absolute() / 'store.sock'))}"
+
+
 class EmbeddedStoreError(Exception):
     """The embedded store can't run here; the text tells the operator why and what to do."""
 
@@ -63,7 +68,7 @@ class EmbeddedStore:
         self._lock: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._spawned_at = 0.0
-        self.url = f"unix://{quote(os.fspath(self._socket_path))}"
+        self.url = socket_url(data_dir)
 
     def start(self) -> None:
         """Return when the server answers. Main thread only. Raises EmbeddedStoreError."""

@@ -37,7 +37,7 @@ class Supervisor:
     async def run(self) -> int:
         """Serve until told to stop; return the exit code, which is true of all workers that there were."""
         stop, hurry = told_to_stop()
-        admin = await serve_admin(self._settings.admin_listen, self._metrics, self._problems)
+        admin = await serve_admin(self._settings.admin_listen, self._metrics, self._problems, self._notices)
         try:
             self._follow_signals()
             self._serving = await self._start(stop)
@@ -205,6 +205,11 @@ class Supervisor:
             return ["the proxy is starting or shutting down"]
         found = await asyncio.gather(*(self._problems_of(slot) for slot in self._slots))
         return list(dict.fromkeys(problem for problems in found for problem in problems))
+
+    async def _notices(self) -> list[str]:
+        """Return what the workers want looked at, as of their last reports."""
+        reports = [slot.worker.report for slot in self._slots if slot.worker is not None]
+        return list(dict.fromkeys(str(notice) for report in reports for notice in report.get("notices", ())))
 
     @staticmethod
     async def _problems_of(slot: Slot) -> list[str]:

@@ -114,7 +114,9 @@ class Reporter:
     def send(self, asked: int = 0) -> None:
         """Send a report; `asked` is the number of the question that it answers."""
         report = self._service.metrics.snapshot()
-        report |= {"asked": asked, "problems": self._service.problems(), "cut_off": self._service.cut_off}
+        service = self._service
+        report |= {"asked": asked, "problems": service.problems(), "notices": service.notices()}
+        report["cut_off"] = service.cut_off
         if not self._writer.is_closing():
             self._writer.write(json.dumps(report).encode() + b"\n")
 

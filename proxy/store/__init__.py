@@ -7,24 +7,39 @@ confirmed is repeated with the same token, within the caller's budget: the scrip
 import asyncio
 import os
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from itertools import count
 from typing import Any, NamedTuple
 
 from proxy.addresses import parse_several
 from proxy.decision import is_open, state_now
-from proxy.keys import Scope
+from proxy.keys import Scope, store_key
+from proxy.store.breaker import Breaker
 from proxy.store.cluster import Cluster
 from proxy.store.durable import WAIT_SHARE, Below, level
 from proxy.store.link import ErrorReply, Link, Unconfirmed, resp
 from proxy.store.node import CLAIM_ARGUMENTS, INLINE_BYTES, ORDINARY, TOO_LATE, Node, Servers, Terms
-from proxy.store.record import TOKEN_BYTES, Claim, Corrupt, Record, StoredAnswer, pack, running, self_check, unpack
+from proxy.store.record import (
+    PREFIX_BYTES,
+    TOKEN_BYTES,
+    Claim,
+    Corrupt,
+    Record,
+    StoredAnswer,
+    pack,
+    running,
+    self_check,
+    unpack,
+)
 from proxy.store.sentinel import Watched
 from proxy.store.server import FULL_RATIO, Unfit, load_scripts, opener
+from proxy.store.watch import Membership, NotTried, Withheld
 
 __all__ = [
     "Claim",
     "Claiming",
     "Corrupt",
+    "Membership",
     "Record",
     "Settled",
     "Settling",
@@ -32,6 +47,7 @@ __all__ = [
     "StoredAnswer",
     "Unconfirmed",
     "Unfit",
+    "Withheld",
 ]
 
 READ_BYTES = 262144  # of a larger one at a time
@@ -41,12 +57,19 @@ PAUSE_FIRST_S, PAUSE_MOST_S = 0.01, 0.5
 
 
 def servers(
-    url: str, timeout_s: float, observe: Callable[[str, float], None], log: Callable[..., None], durability: str
+    url: str,
+    timeout_s: float,
+    observe: Callable[[str, float], None],
+    log: Callable[..., None],
+    durability: str,
+    member: Membership | None,
+    broke: Callable[[], None],
 ) -> Servers:
     """Return what a URL names."""
     several = parse_several(url)
-    kind = several.kind if several else "server"
-    terms = Terms(load_scripts(), timeout_s, observe, log, level(durability, several is not None), kind == "cluster")
+    cluster = several is not None and several.kind == "cluster"
+    wanted = level(durability, several is not None)
+    terms = Terms(load_scripts(), timeout_s, observe, log, wanted, cluster, member, broke)
     if several is None:
         return Node(opener(url, timeout_s), terms)
     return Watched(several, terms) if several.kind == "sentinel" else Cluster(several, terms)
@@ -73,7 +96,9 @@ class Store:
 
     `observe(verb, seconds)` hears of every call, `repeated()` of every one that is made again;
     `background` finishes work that nobody waits for. `log(event, **fields)` is told of failovers. `durability`:
-    what a claim must have reached.
+    what a claim must have reached. With a `member` the store is watched for losses, and for other proxies that
+    name keys in another way; the prefix of its tokens is filled in here. `broke()` hears when claims are no longer
+    tried for a while.
     """
 
     def __init__(
@@ -87,6 +112,8 @@ class Store:
         background: Callable[[Coroutine[Any, Any, Any]], None],
         log: Callable[..., None] = lambda *_, **__: None,
         durability: str = "memory",
+        member: Membership | None = None,
+        broke: Callable[[], None] = lambda: None,
     ) -> None:
         self._timeout_s = timeout_ms / 1000
         self._give_back_s = self._timeout_s * (1 - WAIT_SHARE)
@@ -94,9 +121,11 @@ class Store:
         self._repeated = repeated
         self._loop = asyncio.get_running_loop()
         self._background = background
-        self._servers = servers(url, self._timeout_s, observe, log, durability)
+        self._prefix, self._count = os.urandom(PREFIX_BYTES), count(1)
+        named = replace(member, token_prefix=self._prefix) if member else None
+        self._servers = servers(url, self._timeout_s, observe, log, durability, named, broke)
+        self._strained: set[Breaker] = set()  # where a claim failed since one did not
         self._terms: dict[tuple[bytes, int, int], bytes] = {}
-        self._prefix, self._count = os.urandom(TOKEN_BYTES - 6), count(1)
         self._given_up: set[bytes] = set()  # tokens of claims that may be in the store though nobody has them
         self._patience_ends = float("inf")  # the loop's time after which nothing is repeated any more
 
@@ -139,9 +168,31 @@ class Store:
         """Whether answers are to be stored without their body."""
         return self.memory_ratio > FULL_RATIO
 
+    def notice(self) -> str | None:
+        """Return what the store lost lately, though it works."""
+        return next((notice for node in self.nodes if (notice := node.losses.notice())), None)
+
+    @property
+    def refuses_new(self) -> bool:
+        """Whether new keys are refused for want of memory."""
+        return any(node.losses.full for node in self.nodes)
+
+    @property
+    def quarantine_left_s(self) -> float:
+        return max((node.losses.quarantine_left_s for node in self.nodes), default=0.0)
+
+    @property
+    def broken(self) -> bool:
+        """Whether claims are not even tried now, because they failed one after the other."""
+        return any(node.breaker.open for node in self.nodes)
+
     async def watch(self) -> None:
-        """Keep looking at the servers' memory, eviction policy and role, until cancelled."""
+        """Keep looking at what the servers are, and what they lose, until cancelled."""
         await self._servers.watch()
+
+    async def probe(self) -> None:
+        """Find out when servers that claims were given up on take them again, until cancelled."""
+        await self._servers.probe()
 
     def now_ms(self, key: bytes) -> int:
         """Return the time of the server that has a key."""
@@ -164,7 +215,7 @@ class Store:
 
         `window_ms`: of a derived key, after which its complete record counts no more.
         """
-        token = self._prefix + next(self._count).to_bytes(6, "big")
+        token = self.token()
         described = self_check(key, scope.tenant, token, mode, fingerprint)
         claim = Claim(key, token, b"", mode, fingerprint, described, 0, lease_ms, retention_ms)
         return self._claim(claim, scope, window_ms, self._give_up)
@@ -189,6 +240,8 @@ class Store:
                 if is_noscript(reply):
                     reply = await ask(claim.key, described, rest, deadline, left_s, whole=True)
                 found = self._read_claim(claim, scope, reply)
+                if self._strained and not isinstance(found, Unconfirmed):
+                    self._relieve(self._servers.breaker_of(claim.key))
                 if isinstance(found, Claim):
                     return found
                 if isinstance(found, str):  # our idea of the server's time was behind; the reply corrected it
@@ -201,8 +254,9 @@ class Store:
                 stands |= isinstance(found, Below)
                 maybe_executed |= found.maybe_executed
                 over = min(deadline - stands * self._give_back_s, self._patience_ends)
-                if loop.time() + pause_s >= over or found.detail.startswith("OOM"):
-                    return await self._unconfirmed(claim, found.detail, stands, maybe_executed, give_up)
+                if loop.time() + pause_s >= over or self._no_use(found):
+                    self._learn(found, claim, deadline)
+                    return await self._unconfirmed(claim, scope, found, stands, maybe_executed, give_up)
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 2, PAUSE_MOST_S)
                 left_s = deadline - loop.time()
@@ -211,16 +265,47 @@ class Store:
                 give_up(claim)
             raise
 
+    def _no_use(self, why: Unconfirmed) -> bool:
+        """Return whether another try within the budget cannot bring another reply."""
+        return isinstance(why, NotTried) or why.detail.startswith("OOM")
+
+    def _learn(self, why: Unconfirmed, claim: Claim, deadline: float) -> None:
+        """Note a claim that was not confirmed: the server is full, or it may be down."""
+        if why.detail.startswith("OOM"):
+            if (node := self._servers.node_of(store_key(claim.key))) is not None:
+                node.losses.refused_for_memory()
+        elif not isinstance(why, NotTried):
+            breaker = self._servers.breaker_of(claim.key)
+            breaker.failed(deadline - self._timeout_s)
+            self._strained.add(breaker)
+
+    def _relieve(self, breaker: Breaker) -> None:
+        """Note a claim that got its reply, and forget the servers that are none any more."""
+        breaker.succeeded()
+        self._strained &= {node.breaker for node in self.nodes} - {breaker}
+
     async def _unconfirmed(
-        self, claim: Claim, detail: str, stands: bool, maybe_executed: bool, give_up: Callable[[Claim], None] | None
-    ) -> Unconfirmed:
-        """End a claim that is not ours, and leave nothing of it: one that stands for sure is freed before that."""
+        self,
+        claim: Claim,
+        scope: Scope,
+        why: Unconfirmed,
+        stands: bool,
+        maybe_executed: bool,
+        give_up: Callable[[Claim], None] | None,
+    ) -> Record | Corrupt | Unconfirmed:
+        """End a claim that is not ours, and leave nothing of it: one that stands for sure is freed before that.
+
+        Where claims are withheld, what stands there is told.
+        """
         if give_up is not None:
             if stands and not maybe_executed:
                 maybe_executed = (await self.release(claim, self._give_back_s)).word == "unconfirmed"
             if maybe_executed:
                 give_up(claim)
-        return Unconfirmed(detail, maybe_executed)
+            elif isinstance(why, Withheld) and why.tells:
+                there = await self.look(claim.key, scope, claim.lease_ms)
+                return why if there is None or isinstance(there, Unconfirmed) else there
+        return replace(why, maybe_executed=maybe_executed)
 
     async def _opens(self, found: Record, claim: Claim, window_ms: int) -> bool:
         """Return whether the key of a checked record can be claimed with its token as the one seen."""
@@ -291,11 +376,11 @@ class Store:
             return "full" if str(reply).startswith("OOM") else "unconfirmed"
         return "unconfirmed" if isinstance(reply, Unconfirmed) else reply[0].decode()
 
-    async def renew(self, claim: Claim) -> str:
-        """Extend the lease once: renewed, absent, unknown, complete, fenced or unconfirmed."""
+    async def renew(self, claim: Claim, stage: bytes = b"claimed") -> str:
+        """Extend the lease once, and note how far it got: renewed, absent, unknown, complete, fenced or unconfirmed."""
         deadline = self._loop.time() + self._timeout_s
-        args = resp(claim.token, claim.lease_ms, claim.retention_ms)
-        reply = await self._call("renew", claim.key, deadline, args, 3)
+        args = resp(claim.token, claim.lease_ms, claim.retention_ms, stage)
+        reply = await self._call("renew", claim.key, deadline, args, 4)
         return reply[0].decode() if isinstance(reply, list) else "unconfirmed"
 
     def store(self, claim: Claim, answer: StoredAnswer, last: bytes, patience_s: float) -> Settling:
@@ -355,6 +440,29 @@ class Store:
                 return word.decode()
             case _:
                 return "unconfirmed"
+
+    # For operators ...
+
+    def node_of(self, key: bytes) -> Node | None:
+        """Return the server that has a key now, None where that is not known."""
+        return self._servers.node_of(store_key(key))
+
+    def token(self) -> bytes:
+        """Return a new token of this store's own."""
+        return self._prefix + next(self._count).to_bytes(6, "big")
+
+    async def resolve(self, key: bytes, token: bytes, meta: bytes, body: bytes, retention_ms: int) -> str:
+        """Give a key its answer if `token` still owns it: resolved, absent, complete, fenced or unconfirmed."""
+        return await self._resolve(key, resp(token, b"answer", retention_ms, meta, body), 5)
+
+    async def set_free(self, key: bytes, token: bytes, operator: bytes, fence: bytes) -> str:
+        """Free a key if `token` still owns it, which the operator's fences: released, absent, complete, fenced or
+        unconfirmed."""
+        return await self._resolve(key, resp(token, b"release", operator, fence), 4)
+
+    async def _resolve(self, key: bytes, args: bytes, count: int) -> str:
+        reply = await self._call("resolve", key, self._loop.time() + self._timeout_s, args, count)
+        return reply[0].decode() if isinstance(reply, list) else "unconfirmed"
 
     # Calls ...
 

@@ -5,6 +5,7 @@ within the call's budget. The map is asked for anew after each surprise, and now
 """
 
 import asyncio
+import os
 import random
 from collections.abc import Awaitable, Callable, Coroutine
 from itertools import count
@@ -14,10 +15,12 @@ from redis.cluster import parse_cluster_slots
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
 from proxy.addresses import Several, bracketed
-from proxy.keys import store_key
+from proxy.keys import KEY_DIGEST_BYTES, store_key
+from proxy.store.breaker import Breaker
 from proxy.store.link import ErrorReply, Unconfirmed
-from proxy.store.node import HEALTH_S, Node, Terms
+from proxy.store.node import PROBE_MOST_S, Node, Terms
 from proxy.store.server import Unfit, ask, opener, parse_info
+from proxy.store.watch import HEALTH_S, NotTried
 
 HOPS = 5  # of a call that is sent on and on, while slots move; then it waits like any other that fails
 REFRESH_S = 10.0  # how old the map may get without a surprise
@@ -89,6 +92,7 @@ class Cluster:
         self._visited: dict[Place, Node] = {}  # those that calls were sent on to, beside the masters
         self._visits: dict[Place, float] = {}  # when last, the loop's time
         self._known: dict[Place, None] = dict.fromkeys(several.places)
+        self._unmapped = Breaker(self._loop.time, terms.broke)  # of the slots whose master is not known
         self._surprised = asyncio.Event()
         self._mapped = asyncio.Event()
         self._closing: set[asyncio.Task[None]] = set()
@@ -149,6 +153,31 @@ class Cluster:
                 self._surprised.set()
             await asyncio.sleep(HEALTH_S)
 
+    async def probe(self) -> None:
+        while True:
+            await asyncio.sleep(PROBE_MOST_S)
+            if self._unmapped.open and None not in self._slots:
+                self._unmapped.succeeded()
+            opened = [node for node in self.nodes if node.breaker.open]
+            taken = await asyncio.gather(*[node.takes_claims(self._key_on(node)) for node in opened])
+            for node, takes in zip(opened, taken, strict=True):
+                if takes:
+                    node.breaker.succeeded()
+
+    def _key_on(self, node: Node) -> bytes:
+        """Return the digest of no key, whose record would lie on a server."""
+        while self.node_of(store_key(key := os.urandom(KEY_DIGEST_BYTES))) is not node:
+            if node not in self._slots:
+                break
+        return key
+
+    def node_of(self, name: bytes) -> Node | None:
+        return self._slots[key_slot(name)]
+
+    def breaker_of(self, key: bytes) -> Breaker:
+        node = self._slots[slot_of(key)]
+        return node.breaker if node else self._unmapped
+
     def heard(self, now_ms: int) -> None:
         """Nothing: each master's own reply has told its clock."""
 
@@ -164,7 +193,11 @@ class Cluster:
         def call(node: Node, asking: bool) -> Awaitable[Any]:
             return node.claim(key, described, rest, deadline, deadline - self._loop.time(), whole, asking)
 
-        node, reply = await self._call(slot_of(key), deadline, call)
+        slot = slot_of(key)
+        first = self._slots[slot]
+        if (first.breaker if first else self._unmapped).open:  # else it would be waited for
+            return (first and first.losses.withheld()) or NotTried(self._down_because, maybe_executed=False)
+        node, reply = await self._call(slot, deadline, call)
         if node is not None and isinstance(reply, list):
             node.heard(reply[1])
         return reply

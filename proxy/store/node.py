@@ -1,33 +1,27 @@
 """One server of the store: its connections, its clock, and what it says of itself."""
 
 import asyncio
+import os
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from proxy.keys import store_key
+from proxy.keys import KEY_DIGEST_BYTES, store_key
+from proxy.store.breaker import Breaker
 from proxy.store.durable import Level, WaitingLink
-from proxy.store.link import Link, Script, Unconfirmed, resp
-from proxy.store.server import (
-    Info,
-    Opener,
-    Prepare,
-    Unfit,
-    check_mode,
-    memory_ratio,
-    parse_info,
-    preparer,
-    problem,
-    version_of,
-)
+from proxy.store.link import ErrorReply, Link, Script, Unconfirmed, resp
+from proxy.store.record import TOKEN_BYTES
+from proxy.store.server import Info, Opener, Prepare, Unfit, check_mode, preparer, version_of
+from proxy.store.watch import HEALTH_S, Membership, Memory, NotTried, OverLink, Talk, Watch
 
 INLINE_BYTES = 65536  # a stored body up to this comes with the reply to `claim`
 _13 = b"$13\r\n"
 ORDINARY = b"\r\n" + resp(INLINE_BYTES, 0, b"")  # no window, nothing seen
 CLAIM_ARGUMENTS = 10
 TOO_LATE = b"$1\r\n0" + ORDINARY  # what makes a claim a mere look
-HEALTH_S = 2.0
+PROBE_FIRST_S, PROBE_MOST_S = 0.05, 0.5
+PROBE_KEPT_MS = 10_000
 
 
 class Clock:
@@ -43,6 +37,13 @@ class Clock:
 
     def now_ms(self) -> int:
         return int(time.monotonic() * 1000 + self.offset_ms)
+
+
+def told(loop: asyncio.AbstractEventLoop, reply: object) -> "asyncio.Future[Any]":
+    """Return the future of a reply that is known."""
+    future: asyncio.Future[Any] = loop.create_future()
+    future.set_result(reply)
+    return future
 
 
 class Servers(Protocol):
@@ -70,6 +71,15 @@ class Servers(Protocol):
     def problem(self) -> str | None: ...
 
     async def watch(self) -> None: ...
+
+    async def probe(self) -> None:
+        """Find out when servers that claims were given up on take them again, until cancelled."""
+
+    def node_of(self, name: bytes) -> "Node | None":
+        """Return the server that has the key `name` now, None where that is not known."""
+
+    def breaker_of(self, key: bytes) -> Breaker:
+        """Return what counts the claims that fail where `key` lies."""
 
     def claim(
         self, key: bytes, described: bytes, rest: bytes, deadline: float, left_s: float, whole: bool = False
@@ -101,6 +111,9 @@ class Terms:
     log: Callable[..., None]
     level: Level | None
     cluster: bool = False
+    member: Membership | None = None
+    broke: Callable[[], None] = lambda: None  # hears when claims are no longer tried for a while
+    memories: dict[bytes, Memory] = field(default_factory=dict)
 
     def check(self, info: Info) -> None:
         """Raise Unfit for a server that another URL is for, or that cannot give what is asked."""
@@ -121,12 +134,14 @@ class Node:
     ) -> None:
         self.name, self._terms = name, terms
         self.tag = b""  # of keys that lie on it, in a cluster
-        self.info: Info = {}
         self._scripts, self._claim = terms.scripts, terms.scripts["claim"]
         self._loop = asyncio.get_running_loop()
         self._clock = Clock()
+        self.losses = Watch(terms.scripts, terms.member, terms.memories)
+        self.breaker = Breaker(self._loop.time, self._broke)
+        self._shut = False  # whether `_refusal` need be asked
         heard = self._clock.heard
-        clocked = preparer(terms.scripts, heard, terms.check, accept)
+        clocked = preparer(terms.scripts, heard, terms.check, accept, self._attend)
         clockless = preparer(terms.scripts, lambda _: None, terms.check, accept)
         self.reads = Link(open_connection, clockless, terms.timeout_s, terms.observe)
         self.heard: Callable[[int], None] = heard
@@ -174,11 +189,24 @@ class Node:
             if not link.up:
                 return f"{self.name} is not reachable: {link.down_because}"
         unable = self._terms.level.unable(self.info) if self._terms.level else None
-        return f"{self.name} {unable}" if unable else problem(self.info)
+        if self.breaker.open:
+            return f"{self.name} does not confirm claims"
+        return f"{self.name} {unable}" if unable else self.losses.problem()
+
+    @property
+    def info(self) -> Info:
+        """What the server says of itself."""
+        return self.losses.info
 
     @property
     def memory_ratio(self) -> float:
-        return memory_ratio(self.info)
+        return self.losses.memory_ratio
+
+    def node_of(self, _name: bytes) -> "Node | None":
+        return self
+
+    def breaker_of(self, _key: bytes) -> Breaker:
+        return self.breaker
 
     def now_ms(self, _key: bytes = b"") -> int:
         return self._clock.now_ms()
@@ -192,11 +220,45 @@ class Node:
                 await asyncio.sleep(HEALTH_S)
 
     async def inspect(self) -> None:
-        """Ask the server once what it says of itself."""
-        deadline = self._loop.time() + self._terms.timeout_s
-        reply = await self.link.command("INFO", "memory", "replication", "persistence", deadline=deadline)
-        if isinstance(reply, bytes):
-            self.info = parse_info(reply)
+        """Ask the server once what it says of itself, and whether it still has what it acknowledged."""
+        await self._attend(OverLink(self.link, self._terms.timeout_s))
+
+    async def _attend(self, talk: Talk) -> None:
+        await self.losses.attend(talk, None if self._terms.cluster and not self.tag else self.tag)
+        self._shut = self.losses.withholds or self.breaker.open
+
+    def _broke(self) -> None:
+        self._shut = True
+        self._terms.broke()
+
+    def _refusal(self) -> NotTried | None:
+        """Return why claims are not tried now, None where they are."""
+        if (withheld := self.losses.withheld()) is not None:
+            return withheld
+        if self.breaker.open:
+            return NotTried(f"{self.name} does not confirm claims", maybe_executed=False)
+        self._shut = False
+        return None
+
+    async def probe(self) -> None:
+        pause_s = PROBE_FIRST_S
+        while True:
+            await asyncio.sleep(pause_s if self.breaker.open else PROBE_MOST_S)
+            pause_s = min(pause_s * 2, PROBE_MOST_S) if self.breaker.open else PROBE_FIRST_S
+            if self.breaker.open and await self.takes_claims(os.urandom(KEY_DIGEST_BYTES)):
+                self.breaker.succeeded()
+
+    async def takes_claims(self, key: bytes) -> bool:
+        """Return whether a key that is nobody's can be claimed, or would be but for want of memory; free it again."""
+        token, timeout_s = os.urandom(TOKEN_BYTES), self._terms.timeout_s
+        deadline = self._loop.time() + timeout_s
+        described = resp(token, b"", b"", b"hold", int(timeout_s * 1000), PROBE_KEPT_MS)
+        for whole in (False, True):  # by its body, where the server does not know it
+            reply = await self.claim(key, described, ORDINARY, deadline, timeout_s, whole, trial=True)
+            if isinstance(reply, list):
+                await self.run("settle", key, deadline, resp(token, b"release", PROBE_KEPT_MS), 3)
+                return True
+        return isinstance(reply, ErrorReply) and str(reply).startswith("OOM")
 
     # Scripts ...
 
@@ -209,10 +271,13 @@ class Node:
         left_s: float,
         whole: bool = False,
         asking: bool = False,
+        trial: bool = False,
     ) -> Awaitable[Any]:
         link = self.claims
+        if self._shut and not trial and (refusal := self._refusal()) is not None:
+            return told(self._loop, refusal)
         if not link.up:
-            return self._claim_when_up(key, described, rest, deadline, whole, asking)
+            return self._claim_when_up(key, described, rest, deadline, whole, asking, trial)
         # In the time of the server that is connected now: after a failover it is another one.
         not_after = b"%013d" % (self._clock.now_ms() + int(left_s * 1000))
         args = b"".join((described, _13, not_after, rest))
@@ -220,13 +285,13 @@ class Node:
         return issue(self._claim, store_key(key), args, CLAIM_ARGUMENTS, deadline, whole)
 
     async def _claim_when_up(
-        self, key: bytes, described: bytes, rest: bytes, deadline: float, whole: bool, asking: bool
+        self, key: bytes, described: bytes, rest: bytes, deadline: float, whole: bool, asking: bool, trial: bool
     ) -> Any:
         await self.claims.wait_up(deadline)
         left_s = deadline - self._loop.time()
         if not self.claims.up or left_s <= 0:
             return Unconfirmed(self.claims.down_because, maybe_executed=False)
-        return await self.claim(key, described, rest, deadline, left_s, whole, asking)
+        return await self.claim(key, described, rest, deadline, left_s, whole, asking, trial)
 
     def run(
         self, verb: str, key: bytes, deadline: float, args: bytes, count: int, whole: bool = False, asking: bool = False

@@ -13,6 +13,7 @@ from proxy.decision import State
 
 VERSION = b"\x01"
 TOKEN_BYTES = 16
+PREFIX_BYTES = 10  # of a token: whose it is; the rest counts
 _FIXED = struct.Struct(">c16s16s16s16s16s16sBHHIIQQII")
 _CHECK_BYTES = 8
 KEPT, EOF_FRAMED, STATED_LENGTH = 1, 2, 4
@@ -139,6 +140,11 @@ def unpack(key: bytes, tenant: bytes, meta: bytes, body: bytes | None, now_ms: i
         age_s=age_s,
     )
     return Record(State.COMPLETE, token, fingerprint, int(created), now_ms, answer=answer, body=body)
+
+
+def tenant_of(meta: bytes) -> bytes:
+    """Return whose complete record this is, by its own word."""
+    return meta[81:97]
 
 
 def intact(answer: StoredAnswer, body: bytes) -> bool:

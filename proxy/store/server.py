@@ -5,9 +5,9 @@ from importlib.resources import files
 from typing import Any
 
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
-from proxy.store.link import Script
+from proxy.store.link import ErrorReply, Script
 
 Opener = Callable[[], AbstractConnection]
 Prepare = Callable[[AbstractConnection], Awaitable[None]]
@@ -40,6 +40,29 @@ async def ask(connection: AbstractConnection, *words: Any) -> Any:
     """Send one command over a connection that is still redis-py's and return its reply."""
     await connection.send_command(*words)
     return await connection.read_response()
+
+
+class Bare:
+    """Talk over a connection that is still redis-py's; what the server refuses comes as a value."""
+
+    def __init__(self, connection: AbstractConnection) -> None:
+        self._connection = connection
+
+    async def command(self, *words: Any) -> Any:
+        try:
+            return await ask(self._connection, *words)
+        except ResponseError as error:
+            return ErrorReply(error)
+
+    async def script(self, script: Script, key: bytes, *args: Any) -> Any:
+        reply = await self.command("EVAL", script.body, 1, key, "", *args)
+        return reply[1:] if isinstance(reply, list) else reply
+
+
+def is_refusal(reply: ErrorReply) -> bool:
+    """Return whether a server knows no such command, or not for us, as managed ones do with INFO."""
+    text = str(reply).lower()
+    return "no permissions" in text or text.startswith(("noperm", "err unknown", "unknown command", "err command"))
 
 
 def parse_info(text: bytes) -> Info:
@@ -79,9 +102,10 @@ def problem(info: Info) -> str | None:
 
 
 def memory_ratio(info: Info) -> float:
-    """Return how much of its memory limit the server uses, 0 where it has none."""
+    """Return how much of its memory limit the server uses, 0 where it has none. Its buffers do not count."""
     limit = int(info.get("maxmemory", 0))
-    return int(info.get("used_memory", 0)) / limit if limit else 0.0
+    used = int(info.get("used_memory", 0)) - int(info.get("mem_not_counted_for_evict", 0))
+    return used / limit if limit else 0.0
 
 
 def preparer(
@@ -89,19 +113,27 @@ def preparer(
     on_time: Callable[[int], None],
     check: Callable[[Info], None] = check_mode,
     accept: Prepare | None = None,
+    attend: Callable[["Bare"], Awaitable[None]] | None = None,
 ) -> Prepare:
     """Return what readies a new connection: version and `check` (by INFO), scripts loaded, clock read
-    (`on_time`, ms), and last `accept`."""
+    (`on_time`, ms), then `accept`, and last `attend`: what it learns is known before the first claim."""
 
     async def prepare(connection: AbstractConnection) -> None:
-        info = parse_info(await ask(connection, "INFO", "server"))
-        check_version(info)
-        check(info)
+        talk = Bare(connection)
+        said = await talk.command("INFO", "server")
+        if isinstance(said, bytes):
+            info = parse_info(said)
+            check_version(info)
+            check(info)
+        elif not is_refusal(said):
+            raise said
         for script in scripts.values():
             await ask(connection, "SCRIPT", "LOAD", script.body)
         seconds, micros = await ask(connection, "TIME")
         on_time(int(seconds) * 1000 + int(micros) // 1000)
         if accept is not None:
             await accept(connection)
+        if attend is not None:
+            await attend(talk)
 
     return prepare

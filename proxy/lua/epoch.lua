@@ -1,0 +1,27 @@
+#!lua flags=allow-oom
+-- Says which data set this is, founds it where there is none, and keeps until when unseen keys are refused.
+-- KEYS: epoch
+-- ARGV: tag fresh run quarantine_ms begin (fresh: the id of a new one; run: the server's replication id, or '';
+--   begin: 1 where the caller knows of a loss)
+-- Returns: {tag, 'founded' or 'moved' or 'stands', id, left_ms}
+local tag, fresh, run, quarantine_ms = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local found = redis.call('HMGET', KEYS[1], 'id', 'run', 'until')
+local id, ends = found[1] or fresh, tonumber(found[3]) or 0
+local founded = not found[1]
+local moved = not founded and run ~= '' and (found[2] or '') ~= '' and found[2] ~= run
+if founded or moved or ARGV[5] == '1' then
+  ends = math.max(ends, now + quarantine_ms)
+  redis.call('HSET', KEYS[1], 'id', id, 'run', run, 'until', ends)
+elseif run ~= '' and found[2] ~= run then
+  redis.call('HSET', KEYS[1], 'run', run)
+end
+-- A deadline further off than a whole quarantine means that the clock stepped back.
+local left = math.min(math.max(ends - now, 0), quarantine_ms)
+if founded then
+  return {tag, 'founded', id, left}
+elseif moved then
+  return {tag, 'moved', id, left}
+end
+return {tag, 'stands', id, left}

@@ -1,0 +1,333 @@
+"""A way out of "unknown": what operators see of keys and may decide, against owners that live, sleep or race."""
+
+import asyncio
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from proxy.cli import main
+from tests.parts import CHUNKED, LAST_CHUNK, OK, Proxy, Tap, answering, ask, chunk, holding, request, until
+
+CANARY = "c4n4ry-key"
+BAD = b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n"
+TOKEN = "Authorization: Bearer t0p-s3cret"
+
+
+class Desk:
+    """`oncegate keys` with the settings of the proxies on a store."""
+
+    def __init__(self, store_url: str, cwd: Path, **settings: object) -> None:
+        env = {name: value for name, value in os.environ.items() if not name.startswith("ONCEGATE_")}
+        settings = {"UPSTREAM": "http://127.0.0.1:9", "STORE_URL": store_url, **settings}
+        self._env = env | {f"ONCEGATE_{name}": str(value) for name, value in settings.items()}
+        self._cwd = cwd
+
+    async def __call__(self, *words: str, stdin: str = "", code: int | None = 0) -> subprocess.CompletedProcess[str]:
+        """Run one command in this process: starting Python takes longer than all the rest."""
+        told = await asyncio.to_thread(self._run, words, stdin)
+        assert code in (told.returncode, None), told
+        return told
+
+    def _run(self, words: tuple[str, ...], stdin: str) -> subprocess.CompletedProcess[str]:
+        out, err = io.StringIO(), io.StringIO()
+        given = io.TextIOWrapper(io.BytesIO(stdin.encode()))
+        with (
+            patch.dict(os.environ, self._env, clear=True), patch.object(sys, "stdin", given),
+            redirect_stdout(out), redirect_stderr(err), chdir(self._cwd),
+        ):  # fmt: skip
+            code = main(["keys", *words])
+        return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+    async def show(self, *words: str, stdin: str = "") -> dict:
+        return json.loads((await self("show", "--json", *words, stdin=stdin)).stdout)
+
+    async def listed(self, *words: str) -> list[dict]:
+        return [json.loads(line) for line in (await self("list", "--json", *words)).stdout.splitlines()]
+
+
+def audit(told: subprocess.CompletedProcess[str]) -> dict:
+    [line] = [json.loads(line) for line in told.stderr.splitlines() if line.startswith("{")]
+    assert line["event"] == "audit"
+    assert {"act", "outcome", "key", "was", "owner", "user", "host", "timestamp"} <= line.keys()
+    assert CANARY not in told.stderr
+    return line
+
+
+@pytest.fixture
+async def gate(fork, upstream, valkey) -> Proxy:
+    return await fork(upstream, valkey.url)
+
+
+@pytest.fixture
+def desk(valkey, tmp_path) -> Desk:
+    return Desk(valkey.url, tmp_path)
+
+
+async def make_unknown(proxy: Proxy, upstream, key: str = CANARY, *extra: str) -> None:
+    upstream.script = answering(BAD)
+    raw = request("POST", "/v1/charges", key, b"{}", *extra)
+    assert (await ask(proxy.port, raw)).header("oncegate-status") == b"unknown"
+    upstream.script = answering(OK)
+
+
+async def test_an_unknown_key_gets_its_answer(gate, upstream, valkey, desk, tmp_path):
+    """list finds it, show tells why, resolve ends it: whole replays from then on, nothing is sent again."""
+    await make_unknown(gate, upstream)
+    for n in range(20):
+        assert (await ask(gate.port, request(key=f"other-{n}"))).status == 200
+    [listed] = await desk.listed()
+    seen = await desk.show(CANARY)
+    assert listed | {"age_s": 0, "heard_of_s_ago": 0} == seen | {"age_s": 0, "heard_of_s_ago": 0}
+    assert (seen["state"], seen["owner_may_live"], seen["mode"]) == ("unknown", False, "hold")
+    assert seen["why"] == "status 502 came"
+    assert f"pid {gate.process.pid}" in seen["by"]
+    body = tmp_path / "answer.json"
+    body.write_bytes(b'{"id": "ch_1"}')
+    told = await desk(
+        "resolve", CANARY, "--status", "201", "--body-file", str(body),
+        "-H", "Content-Type: application/json", "-H", "X-Twice: 1", "-H", "X-Twice: 2",
+    )  # fmt: skip
+    line = audit(told)
+    assert (line["act"], line["outcome"], line["was"], line["status"]) == ("resolve", "resolved", "unknown", 201)
+    assert line["key"] == listed["id"]
+    for _ in range(2):
+        answer = await ask(gate.port, request("POST", "/v1/charges", CANARY, b"{}"))
+        assert (answer.status, answer.reason, answer.body) == (201, b"Created", b'{"id": "ch_1"}')
+        assert answer.header("oncegate-status") == b"replayed"
+        assert answer.header("content-type") == b"application/json"
+        assert [value for name, value in answer.headers if name == b"X-Twice"] == [b"1", b"2"]
+    other = await ask(gate.port, request("POST", "/v1/charges", CANARY, b"other"))
+    assert other.slug == "key-reused"
+    assert await desk.listed() == []
+    complete = await desk.show(CANARY)
+    assert (complete["state"], complete["status"], complete["bytes"]) == ("complete", 201, 14)
+    assert complete["by"].startswith(f"operator {line['user']} on {line['host']}")
+    assert len(upstream.received) == 21
+    told = await desk("resolve", CANARY, "--status", "200", code=1)
+    assert "complete" in told.stderr
+
+
+async def test_an_unknown_key_is_released(gate, upstream, valkey, desk):
+    """The next request with it executes, whatever it asks for; before that it is listed as released."""
+    await make_unknown(gate, upstream)
+    line = audit(await desk("release", CANARY))
+    assert (line["act"], line["outcome"]) == ("release", "released")
+    assert [one["id"] for one in await desk.listed("--state", "released")] == [line["key"]]
+    assert (await desk.show(CANARY))["by"].startswith("operator ")
+    assert "released" in (await desk("release", CANARY, code=1)).stderr
+    answer = await ask(gate.port, request(key=CANARY, body=b"another"))
+    assert (answer.status, answer.header("oncegate-status")) == (200, b"executed")
+    assert "complete" in (await desk("release", CANARY, code=1)).stderr
+    assert gate.metric("claims_lost_total") == 0
+
+
+async def test_whose_key_it_is(gate, upstream, valkey, desk):
+    """By a credential on standard input, by a scope's digest, by an id or its beginning; never by an argument."""
+    await make_unknown(gate, upstream, CANARY, TOKEN)
+    [listed] = await desk.listed()
+    by_credential = await desk.show(CANARY, "--credential", stdin=TOKEN + "\n")
+    assert by_credential["id"] == listed["id"]
+    assert (await desk.show(CANARY, "--scope", listed["scope"]))["id"] == listed["id"]
+    assert (await desk.show("--id", listed["id"]))["id"] == listed["id"]
+    [line] = [line for line in gate.events("request") if line["outcome"] == "unknown"]
+    assert (await desk.show("--id", line["key"]))["id"] == listed["id"]
+    assert "no record" in (await desk("show", CANARY, code=1)).stderr
+    assert "no record" in (await desk("show", CANARY, "--credential", stdin="Authorization: other", code=1)).stderr
+    for words, stdin in [
+        ((CANARY, "--credential"), "X-Other: 1"),
+        ((CANARY, "--credential"), "Authorization: Digest x"),
+        ((CANARY, "--scope", "abc"), ""),
+        (("two words",), ""),
+        ((), ""),
+        (("--id", "*"), ""),
+    ]:
+        await desk("show", *words, stdin=stdin, code=2)
+
+
+async def test_settings_that_are_not_the_proxies(gate, upstream, valkey, tmp_path):
+    """A key would be looked for under another name: that is said, rather than that there is none."""
+    await make_unknown(gate, upstream)
+    told = await Desk(valkey.url, tmp_path, SECRET="other")("show", CANARY, code=1)
+    assert "other settings" in told.stderr
+
+
+@pytest.mark.fault(33)
+@pytest.mark.parametrize("how", ["resolve", "release"])
+async def test_an_owner_that_wakes_up_is_fenced(fork, upstream, own_valkey, tmp_path, how):
+    """Stopped past its lease, decided on, woken: it serves what the operator decided, or a problem, never its own."""
+    desk = Desk(own_valkey.url, tmp_path)
+    tap = Tap()
+    upstream.script = tap.script
+    owner, other = [await fork(upstream, own_valkey.url, LEASE_MS=600) for _ in range(2)]
+    original = asyncio.ensure_future(ask(owner.port, request(key=CANARY)))
+    await until(lambda: upstream.received)
+    [seen] = await desk.listed("--state", "in_flight")
+    assert (seen["state"], seen["owner_may_live"]) == ("in_flight", True)
+    await until(lambda: any(fields.get(b"stage") == b"sent" for fields in own_valkey.records().values()))
+    owner.signal(signal.SIGSTOP)
+    while (seen := await desk.show(CANARY))["state"] != "unknown":
+        await asyncio.sleep(0.1)
+    assert (seen["why"], seen["owner_may_live"]) == ("its owner stopped renewing its lease", True)
+    assert seen["got"].startswith("the request was being sent, or sent")
+    assert f"pid {owner.process.pid}" in seen["by"]
+    if how == "resolve":
+        await desk("resolve", CANARY, "--status", "202")
+    else:
+        told = await desk("release", CANARY, code=1)
+        assert "may still live" in told.stderr
+        assert "{" not in told.stderr  # nothing was tried
+        await desk("release", CANARY, "--yes")
+        upstream.script = answering(OK.replace(b"ok", b"no"))
+        assert (await ask(other.port, request(key=CANARY))).body == b"no"
+    tap.end(OK)
+    owner.signal(signal.SIGCONT)
+    answer = await original
+    assert answer.header("oncegate-status") == b"replayed"
+    assert (answer.status, answer.body) == ((202, b"") if how == "resolve" else (200, b"no"))
+    assert owner.metric("claims_lost_total") == 1
+    again = await ask(other.port, request(key=CANARY))
+    assert (again.status, again.body) == (answer.status, answer.body)
+    assert len(upstream.received) == (1 if how == "resolve" else 2)
+
+
+async def test_an_owner_of_a_released_key_that_nobody_took(fork, upstream, own_valkey, tmp_path):
+    """Its answer is not stored over the operator's decision, nor delivered; its client hears that nobody knows."""
+    desk = Desk(own_valkey.url, tmp_path)
+    go = asyncio.Event()
+    upstream.script = holding(go)
+    owner = await fork(upstream, own_valkey.url, LEASE_MS=600)
+    original = asyncio.ensure_future(ask(owner.port, request(key=CANARY)))
+    await until(lambda: upstream.received)
+    owner.signal(signal.SIGSTOP)
+    await desk("release", CANARY, "--yes")
+    go.set()
+    owner.signal(signal.SIGCONT)
+    answer = await original
+    assert (answer.status, answer.slug) == (409, "outcome-unknown")
+    assert own_valkey.states() == [b"released"]
+
+
+@pytest.mark.fault(47)
+async def test_an_answer_under_way_is_broken_off(fork, upstream, own_valkey, tmp_path):
+    """The owner streams when the operator resolves: its client never sees a clean end; retries get the decision."""
+    desk = Desk(own_valkey.url, tmp_path)
+    tap = Tap()
+    upstream.script = tap.script
+    owner = await fork(upstream, own_valkey.url, LEASE_MS=60_000)
+    original = asyncio.ensure_future(ask(owner.port, request(key=CANARY)))
+    tap.send(CHUNKED, chunk(bytes(100_000)))
+    await until(lambda: any(b"b0" in fields for fields in own_valkey.records().values()))
+    seen = await desk.show(CANARY)
+    assert seen["bytes_kept"] == 100_000
+    assert "your answer would replace" in (await desk("resolve", CANARY, "--status", "200", code=1)).stderr
+    await desk("resolve", CANARY, "--status", "200", "--yes")
+    tap.end(chunk(bytes(100_000)), LAST_CHUNK)
+    assert not (await original).complete
+    answer = await ask(owner.port, request(key=CANARY))
+    assert (answer.status, answer.body, answer.header("content-length")) == (200, b"", b"0")
+
+
+@pytest.mark.fault(49)
+async def test_a_decision_that_races_with_a_settle(fork, upstream, own_valkey, tmp_path):
+    """Answer and decision arrive together, in both orders: whoever came first is the one truth for all readers."""
+    proxy = await fork(upstream, own_valkey.url)
+    desk = Desk(own_valkey.url, tmp_path)
+    won = set()
+    for n in range(12):
+        tap = Tap()
+        upstream.script = tap.script
+        original = asyncio.ensure_future(ask(proxy.port, request(key=f"key-{n}")))
+        await until(lambda: len(upstream.received) == n + 1)  # noqa: B023 - asked before the next round
+        act = asyncio.ensure_future(desk("resolve", f"key-{n}", "--status", "202", "--yes", code=None))
+        await asyncio.sleep(n * 0.01)
+        tap.end(OK)
+        (first, told) = await asyncio.gather(original, act)
+        later = await ask(proxy.port, request(key=f"key-{n}"))
+        assert later.header("oncegate-status") == b"replayed"
+        assert (later.status, later.body) == (first.status, first.body)
+        assert later.status == (202 if told.returncode == 0 else 200)
+        won.add(later.status)
+    assert won == {200, 202}
+    assert len(upstream.received) == 12
+
+
+async def test_a_lost_record_is_not_resolved(gate, upstream, valkey, desk):
+    """Nothing, damage or another type stands there: no answer is put into it; what is damaged can be released."""
+    await make_unknown(gate, upstream)
+    with valkey.client() as client:
+        [name] = client.keys("once:{*")
+        client.hset(name, "fingerprint", b"x" * 16)
+    assert (await ask(gate.port, request("POST", "/v1/charges", CANARY, b"{}"))).slug == "record-corrupt"
+    assert (await desk.show(CANARY))["state"] == "corrupt"
+    assert "corrupt" in (await desk("resolve", CANARY, "--status", "200", code=1)).stderr
+    await desk("release", CANARY, code=1)
+    await desk("release", CANARY, "--yes")
+    assert (await ask(gate.port, request("POST", "/v1/charges", CANARY, b"{}"))).status == 200
+
+
+async def test_listing_many_keys_keeps_nobody_waiting(gate, upstream, valkey, desk):
+    """Page by page: 12,000 records among other keys, of which the few that are unknown are found."""
+    for n in range(3):
+        await make_unknown(gate, upstream, f"{CANARY}-{n}")
+    with valkey.client() as client:
+        [name, *_] = client.keys("once:{*")
+        fields = client.hgetall(name)
+        pipe = client.pipeline(transaction=False)
+        for n in range(12_000):
+            pipe.hset(b"once:{%032d}" % n, mapping={"meta": b"\x01" + bytes(200), "b0": b"x"})
+            pipe.set(f"other:{n}", "x")
+        pipe.hset("once:{short}", mapping=fields)
+        pipe.set("once:{" + "x" * 32 + "}", "of another type")
+        pipe.execute()
+        client.config_set("slowlog-log-slower-than", 20_000)
+        client.execute_command("SLOWLOG", "RESET")
+        assert len(await desk.listed()) == 3
+        slow = client.execute_command("SLOWLOG", "LEN")
+        client.config_set("slowlog-log-slower-than", 10_000)
+    assert slow <= 2  # others use this machine's cores as well
+    assert len(await desk.listed("--limit", "2")) == 2
+    text = await desk("list")
+    assert len(text.stdout.splitlines()) == 3
+    assert "3 keys" in text.stderr
+
+
+async def test_the_embedded_store_has_its_desk(proxies, upstream, tmp_path):
+    """Without a store's URL the commands find the private store in the data folder, while the proxy runs."""
+    proxy = proxies(upstream)
+    await make_unknown(proxy, upstream)
+    desk = Desk("embedded", tmp_path, DATA_DIR=tmp_path / "data")
+    assert (await desk.show(CANARY))["state"] == "unknown"
+    assert proxy.stop() == 0
+    assert "not reachable" in (await desk("show", CANARY, code=1)).stderr
+
+
+async def test_a_confirmation_on_a_terminal(fork, upstream, own_valkey, tmp_path):
+    """A person is asked; anything but yes changes nothing."""
+    desk = Desk(own_valkey.url, tmp_path)
+    go = asyncio.Event()
+    upstream.script = holding(go)
+    proxy = await fork(upstream, own_valkey.url)
+    original = asyncio.ensure_future(ask(proxy.port, request(key=CANARY)))
+    await until(lambda: upstream.received)
+    for answer, state in [(b"n\n", b"in_flight"), (b"yes\n", b"released")]:
+        ours, theirs = os.openpty()
+        act = subprocess.Popen(
+            [sys.executable, "-m", "proxy", "keys", "release", CANARY], env=desk._env, cwd=tmp_path,
+            stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        os.write(ours, answer)
+        out, _ = await asyncio.to_thread(act.communicate, timeout=60)
+        assert b"[y/N]" in out
+        assert own_valkey.states() == [state]
+        for descriptor in (ours, theirs):
+            os.close(descriptor)
+    go.set()
+    await original

@@ -1,0 +1,59 @@
+"""What an operator may give by hand: an answer, a scope; and what he is told where it makes no sense."""
+
+import argparse
+
+import pytest
+
+from proxy.cli import parser
+from proxy.keys import digest_of, record_id, store_key
+from proxy.operate.answer import given
+from proxy.operate.refusal import WRONG, Refusal
+
+
+def options(*words: str) -> argparse.Namespace:
+    return parser().parse_args(["keys", "resolve", "key", *words])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--status", "99"], "status 99"),
+        (["--status", "204", "--body-file", "body"], "has no body"),
+        (["--status", "200", "--body-file", "none"], "No such file"),
+        (["--status", "200", "--body-file", "large"], "at most 262144 bytes"),
+        (["--status", "200", "-H", "no colon"], "not of the form"),
+        (["--status", "200", "-H", "Bad Name: x"], "not of the form"),
+        (["--status", "200", "-H", ": x"], "not of the form"),
+        (["--status", "200", "-H", "X: a\r\nY: b"], "control character"),
+        (["--status", "200", "-H", "Content-Length: 5"], "framing"),
+        (["--status", "200", "-H", "Transfer-Encoding: chunked"], "framing"),
+    ],
+)
+def test_an_answer_that_cannot_be_given(tmp_path, monkeypatch, words, said):
+    """It is refused before anything is looked at."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "body").write_bytes(b"x")
+    (tmp_path / "large").write_bytes(bytes(262_145))
+    with pytest.raises(Refusal, match=said) as refused:
+        given(options(*words))
+    assert refused.value.code == WRONG
+
+
+def test_an_answer_by_hand(tmp_path):
+    """Status, fields in their order, body; what a replay leaves out of any answer it leaves out of this."""
+    (tmp_path / "body").write_bytes(b"abc")
+    words = ["-H", "X-One: 1", "-H", "Set-Cookie: a=b", "-H", "X-Two:2"]
+    answer, body = given(options("--status", "201", "--body-file", str(tmp_path / "body"), *words))
+    assert (answer.status, answer.reason, body) == (201, b"Created", b"abc")
+    assert answer.block == b"X-One: 1\r\nX-Two: 2\r\n"
+    assert (answer.chunks, answer.size, answer.kept) == (1, 3, True)
+    empty, body = given(options("--status", "204"))
+    assert (empty.chunks, empty.size, empty.stated_length, body) == (0, 0, True, b"")
+
+
+def test_ids_are_names():
+    """What lists and logs show leads back to the record; nothing else does."""
+    digest = bytes(range(24))
+    assert digest_of(record_id(digest)) == digest_of(store_key(digest).decode()) == digest
+    for other in ("", "x" * 31, "x" * 33, "once:{}", "once:epoch", "*" * 32):
+        assert digest_of(other) is None
