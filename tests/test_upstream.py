@@ -435,6 +435,18 @@ async def test_a_connection_is_used_again_only_within_the_idle_guard():
         assert raw.accepted == 3
 
 
+async def test_a_connection_that_was_paused_is_read_again():
+    """Whoever paused it for a slow client need not have asked for more: the next answer on it comes all the same."""
+    async with serving(says(OK)) as raw, pool_to(raw.port) as pool:
+        async with asyncio.timeout(10), sent(pool) as connection:
+            while not connection.complete:
+                await connection.arrival(10)
+            assert connection.take() == b"ok"
+            connection.pause()
+        assert await ask(pool) == (200, b"ok")
+        assert raw.accepted == 1
+
+
 async def test_connections_that_nobody_uses_again_are_closed():
     """What was idle for too long to be used again is closed; a later request gets a fresh connection."""
     async with serving(says(OK)) as raw, pool_to(raw.port, keep_idle_s=0.2) as pool:

@@ -380,6 +380,7 @@ class Connection(asyncio.Protocol):
     def rest(self) -> None:
         """Forget the exchange, keep the connection."""
         self.drop_body()
+        self._resume()  # what paused it for a slow client need not have asked for more
         self._parser = None
         self.idle_since = self._loop.time()
 
