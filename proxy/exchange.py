@@ -122,7 +122,7 @@ class Exchange:
             self._send(connection)
             if connection.answer is None:
                 await connection.arrival(silence_s)
-            head = connection.answer or await connection.head(silence_s)
+            head = connection.answer or await connection.head(silence_s, self._touch)
             if self._is_small(head) and (
                 connection.is_small(SMALL_BYTES) or await connection.whole(SMALL_BYTES, SMALL_S)
             ):
@@ -269,6 +269,7 @@ class Exchange:
     async def _recorded(self, recording: Recording) -> tuple[Settlement, bytes]:
         """Return how an answer that was streamed is to be settled, with its last bytes."""
         last = await recording.finish()
+        self._touch()
         return (Settlement.STORE, last) if recording.kept else (Settlement.STORE_BARE, b"")
 
     def _settling(self, how: Settlement, last: bytes, patience_s: float) -> Settling:

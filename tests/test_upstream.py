@@ -579,6 +579,25 @@ async def test_interim_answers_are_skipped(interim, apart):
         assert raw.accepted == 1
 
 
+async def test_each_interim_answer_is_a_sign_of_life():
+    """Whoever waits for the head hears of it at the beginning, and of each interim answer as it comes."""
+    heard = 0
+
+    def moved() -> None:
+        nonlocal heard
+        heard += 1
+
+    async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await raw.request(reader)
+        for number in (1, 2, 3):
+            await until(lambda number=number: heard == number)
+            writer.write(b"HTTP/1.1 102 \r\n\r\n" if number < 3 else OK)
+
+    async with serving(talk) as raw, pool_to(raw.port) as pool, sent(pool) as connection:
+        assert (await connection.head(20, moved)).status == 200
+    assert heard == 3
+
+
 @pytest.mark.parametrize("interim", [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 H\r\nLink: a\r\n\r\n"])
 async def test_a_flood_of_interim_answers_is_lost(interim):
     """More 1xx answers than a limit are Lost, though a final one follows."""

@@ -7,7 +7,7 @@ Lost (some did, and no whole answer came), or an answer that is whole by its own
 import asyncio
 import contextlib
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -73,7 +73,7 @@ class Connection(asyncio.Protocol):
         self.deadline = float("inf")  # the loop's time; swept by the pool
         self._waiter: asyncio.Future[None] | None = None
         self._room: asyncio.Future[None] | None = None
-        self._writing_paused = False
+        self._writing_paused = self._reading_paused = False
         self._spare: httptools.HttpResponseParser | None = None  # as good as new; making one costs 0.8 us (measured)
         self._begin(head_only=False)
 
@@ -87,7 +87,6 @@ class Connection(asyncio.Protocol):
         self._interim = 0
         self._chunks: list[bytes] = []
         self.buffered = 0
-        self._reading_paused = False
         self._keep_alive = False
         self._surplus = False
         self._may_switch = self._switched = False
@@ -164,13 +163,17 @@ class Connection(asyncio.Protocol):
 
     # The answer ...
 
-    async def head(self, silence_s: float) -> AnswerHead:
-        """Return the head of the final answer. Raises Lost where it, or an interim one, takes longer than silence."""
+    async def head(self, silence_s: float, moved: Callable[[], None] = lambda: None) -> AnswerHead:
+        """Return the head of the final answer. Raises Lost where it, or an interim one, takes longer than silence.
+
+        `moved()` hears at the beginning and of every interim one: from then on it may take as long again.
+        """
         now, until, interim = self._loop.time, 0.0, -1
         extensions = 1  # a pause of our own process may have taken the time
         while self.answer is None:
             if self._interim > interim:
                 until, interim = now() + silence_s, self._interim
+                moved()
             elif extensions and now() >= until:
                 until, extensions = now() + silence_s, 0
             await self.arrival(until - now())

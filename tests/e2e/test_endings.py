@@ -710,3 +710,25 @@ async def test_every_ending_is_counted_once(standing, behind, valkey: Valkey, co
     assert Counter(valkey.states()) == Counter({b"complete": settled["store"], b"unknown": settled["unknown"]})
     assert standing.metric("in_flight") == 0
     assert standing.metric("buffered_bytes") == 0
+
+
+@pytest.mark.fault(38)
+async def test_an_upstream_that_says_it_is_at_it_keeps_its_key_in_flight(proxies, upstream, valkey):
+    """However long interim answers go on, its lease is renewed, and nobody takes the key over."""
+    gate = proxies(
+        upstream, valkey.url, LEASE_MS=600, UPSTREAM_TIMEOUT_S=1.6, CLIENT_STALL_S=1, SETTLE_TIMEOUT_S=1,
+        ON_UNKNOWN="retry",
+    )  # fmt: skip
+
+    async def at_it(_: RawUpstream, __: asyncio.StreamReader, writer: asyncio.StreamWriter, ___: Received) -> None:
+        for _ in range(13):  # longer than any single wait of an exchange may take with these settings: 14.6 s
+            await asyncio.sleep(1.3)
+            writer.write(b"HTTP/1.1 102 Processing\r\n\r\n")
+        writer.write(OK)
+
+    upstream.script = at_it
+    first = asyncio.create_task(ask(gate.port, request(key="at-it")))
+    await asyncio.sleep(15.9)
+    assert (await ask(gate.port, request(key="at-it"))).slug == "in-flight"
+    assert (await first).header("oncegate-status") == b"executed"
+    assert len(upstream.received) == 1
