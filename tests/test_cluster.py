@@ -12,7 +12,7 @@ import pytest
 import trustme
 from redis.crc import key_slot
 
-from proxy.keys import Digests, store_key
+from proxy.keys import store_key
 from proxy.store import Claim, Settled, Store, Unconfirmed
 from proxy.store.cluster import tag_within, view_of
 from tests.parts import until
@@ -20,22 +20,18 @@ from tests.resp import relaying
 from tests.test_store import (
     PATIENCE_S,
     SCOPE,
+    Log,
     answer,
     assert_unreachable,
     claim,
     claimed,
     connected,
+    key,
     live,
     store_small,
     told,
 )
 from tests.topologies import ACL, Clustered, replicated, wait_for
-
-Log = list[tuple[str, dict[str, Any]]]
-
-
-def key(number: int) -> bytes:
-    return Digests(b"").key(SCOPE, b"key-%d" % number)
 
 
 def keys_on(first: int, last: int, number: int) -> list[bytes]:

@@ -9,30 +9,25 @@ from typing import Any
 import pytest
 import trustme
 
-from proxy.keys import Digests, store_key
+from proxy.keys import store_key
 from proxy.store import Claim, Settled, Store, Unconfirmed
 from proxy.store.durable import Below
 from tests.parts import until
 from tests.resp import Connection, RespServer, Words, relaying, resp
 from tests.test_store import (
     PATIENCE_S,
-    SCOPE,
+    Log,
     answer,
     assert_unreachable,
     claim,
     claimed,
     connected,
+    key,
     live,
     store_small,
     told,
 )
 from tests.topologies import ACL, SERVICE, Sentineled, Server, free_ports, wait_for
-
-Log = list[tuple[str, dict[str, Any]]]
-
-
-def key(number: int) -> bytes:
-    return Digests(b"").key(SCOPE, b"key-%d" % number)
 
 
 @pytest.fixture

@@ -32,7 +32,15 @@ HOUR_MS = 3_600_000
 WINDOW_MS = 10_000  # of a derived key
 TENANT, SAME, OTHER = b"n" * 16, b"f" * 16, b"o" * 16
 SCOPE = Scope(b"default", TENANT)
-KEY = Digests(b"").key(SCOPE, b"key-1")
+Log = list[tuple[str, dict[str, Any]]]
+
+
+def key(number: int) -> bytes:
+    """Return one of many keys of SCOPE."""
+    return Digests(b"").key(SCOPE, b"key-%d" % number)
+
+
+KEY = key(1)
 NAME = store_key(KEY)
 FOREIGN = b"F" * 16
 BODY = b'{"id": 1}'

@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 from loadtest.bench.scenarios import Run
 
-REFERENCES = {"obvious": "rate", "nginx+lua": "cpu_us", "nginx": "rate", "aiohttp": "rate"}
-
 
 class Cell(NamedTuple):
     """All rounds of one measurement."""

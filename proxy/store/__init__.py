@@ -246,9 +246,11 @@ class Store:
                     return found
                 if isinstance(found, str):  # our idea of the server's time was behind; the reply corrected it
                     found = Unconfirmed("the store was reached too late", maybe_executed=False)
-                if isinstance(found, Record) and found.token != seen and await self._opens(found, claim, window_ms):
-                    seen, left_s = found.token, deadline - loop.time()
-                    continue
+                if isinstance(found, Record) and found.token != seen:
+                    given_up = found.token in self._given_up
+                    if await self._withdrawn(found, claim) if given_up else _opens(found, claim, window_ms):
+                        seen, left_s = found.token, deadline - loop.time()
+                        continue
                 if not isinstance(found, Unconfirmed):
                     return found
                 stands |= isinstance(found, Below)
@@ -307,13 +309,9 @@ class Store:
                 return why if there is None or isinstance(there, Unconfirmed) else there
         return replace(why, maybe_executed=maybe_executed)
 
-    async def _opens(self, found: Record, claim: Claim, window_ms: int) -> bool:
-        """Return whether the key of a checked record can be claimed with its token as the one seen."""
-        if found.token in self._given_up:  # nothing was sent for it, and its withdrawal has not come through yet
-            return (await self.release(claim._replace(token=found.token), self._timeout_s)).word == "released"
-        past = window_ms > 0 and found.created_ms + window_ms < found.now_ms
-        state = state_now(found.state, found.lease_left_ms)
-        return is_open(state, found.fingerprint == claim.fingerprint, found.mode, past)
+    async def _withdrawn(self, found: Record, claim: Claim) -> bool:
+        """Free a key that a claim of ours was given up for, and for which nothing was sent, before its turn."""
+        return (await self.release(claim._replace(token=found.token), self._timeout_s)).word == "released"
 
     async def look(self, key: bytes, scope: Scope, lease_ms: int) -> Record | Corrupt | Unconfirmed | None:
         """Return what stands in the store for a key, None for nothing: a claim that is always too late."""
@@ -489,6 +487,13 @@ class Store:
         run = self._servers.run
         reply = await run(verb, key, deadline, args, count)
         return await run(verb, key, deadline, args, count, whole=True) if is_noscript(reply) else reply
+
+
+def _opens(found: Record, claim: Claim, window_ms: int) -> bool:
+    """Return whether the key of a checked record can be claimed with its token as the one seen."""
+    past = window_ms > 0 and found.created_ms + window_ms < found.now_ms
+    state = state_now(found.state, found.lease_left_ms)
+    return is_open(state, found.fingerprint == claim.fingerprint, found.mode, past)
 
 
 def is_final(reply: object) -> bool:

@@ -1,8 +1,8 @@
 """One connection to a Redis server, shared by all concurrent requests.
 
 redis-py opens it (it knows AUTH, TLS, RESP); from then on the socket is ours: what is issued in one
-turn of the event loop leaves in one write, one reader resolves the replies in order. A call costs a
-third of what it costs through redis-py's own call. No command is cancelled half-way: a caller that
+turn of the event loop leaves together, one reader resolves the replies in order. A call costs a third
+of what it costs through redis-py's own call. No command is cancelled half-way: a caller that
 stops waiting leaves its place in the queue, so that the next reply still finds its owner.
 """
 
@@ -23,8 +23,6 @@ SWEEP_S = 0.05  # how late a deadline may be noticed
 RECONNECT_FIRST_S, RECONNECT_MOST_S = 0.02, 1.0
 CANCEL_AGAIN_S = 0.1
 DEMOTED = ("READONLY", "MASTERDOWN")  # what a server says to writes that is, or became, a replica
-
-Reply = list[Any]
 
 
 @dataclass(frozen=True, slots=True)
