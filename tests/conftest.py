@@ -29,7 +29,7 @@ IN_PROCESS = (
         "test_link.py",
         "test_sentinel.py",
     ),
-    *("test_store.py", "test_upstream.py"),
+    *("test_store.py", "test_upstream.py", "test_watch.py"),
 )
 
 

@@ -217,6 +217,33 @@ async def test_a_master_that_was_cut_off_is_left(two):
         assert {link.at for link in store.nodes[0].links} == {("127.0.0.1", new.port)}
 
 
+async def test_a_master_that_stood_still_while_it_was_replaced_is_not_used(two):
+    """Who was connecting to it meanwhile would claim there what others claim at its successor."""
+    old, new = two
+    sentinel = Saying("127.0.0.1", old.port)
+    log: Log = []
+    old.pause()
+    try:
+        async with saying(sentinel) as url:
+            opening = asyncio.ensure_future(_log_of(url, log))
+            await until(lambda: sentinel.server.calls)
+            await asyncio.sleep(0.3)  # all of its connections wait for the one that stands still
+            sentinel.port, sentinel.epoch = new.port, 2
+            old.resume()
+            assert await opening == {("127.0.0.1", new.port)}
+    finally:
+        old.resume()
+    assert old.records() == {}
+    assert [event for event, _ in log if event == "the store failed over"] == []
+
+
+async def _log_of(url: str, log: Log) -> set[tuple[str, int] | None]:
+    """Claim a key and return where the connections then lead."""
+    async with watching(url, log) as store:
+        await claimed_at_last(store, key(1))
+        return {link.at for link in store.nodes[0].links}
+
+
 async def test_the_newest_word_wins(two):
     """A sentinel that was cut off names the old master: the one with the higher epoch is believed."""
     old, new = two

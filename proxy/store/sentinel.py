@@ -112,17 +112,30 @@ class Watched(Node):
         super().__init__(open_connection, terms, f"the master of {several.service}", self._is_master)
 
     async def _is_master(self, connection: AbstractConnection) -> None:
-        """Note where a new connection leads to. Raises Unfit for a server that is a replica, or still one."""
+        """Note where a new connection leads to. Raises Unfit for a server that is a replica, or the master no more.
+
+        A master that stood still goes on as one when it wakes up, until the sentinels tell it. Those who were
+        connecting to it meanwhile would claim there what others claim at its successor: so they ask again.
+        """
         role = parse_info(await ask(connection, "INFO", "replication")).get("role")
         at = (connection.host, connection.port)  # type: ignore[attr-defined]
         if role != "master":
             raise Unfit(f"{at[0]}:{at[1]} is named as the master, and is a replica")
+        if at != await self._sentinels.discover_master():
+            raise Unfit(f"{at[0]}:{at[1]} is the master of {self._service} no more")
         self._moved(at)
 
     def _moved(self, at: Place) -> None:
         was, self._at = self._at, at
         if was is not None and was != at:
             self._log("the store failed over", service=self._service, was=f"{was[0]}:{was[1]}", now=f"{at[0]}:{at[1]}")
+            self._leave_others(at)
+
+    def _leave_others(self, named: Place) -> None:
+        """Leave every other server at once: what is claimed at one must not be settled at another."""
+        for link in self.links:
+            if link.up and link.at != named:
+                link.renew(f"the sentinels name another master of {self._service}")
 
     async def watch(self) -> None:
         await asyncio.gather(super().watch(), self._follow())
@@ -135,9 +148,7 @@ class Watched(Node):
                 named = await self._sentinels.discover_master()
             except (RedisError, OSError):
                 continue
-            for link in self.links:
-                if link.up and link.at != named:
-                    link.renew(f"the sentinels name another master of {self._service}")
+            self._leave_others(named)
 
     async def close(self) -> None:
         await super().close()

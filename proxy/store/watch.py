@@ -134,6 +134,7 @@ class Watch:
         self._quarantine_ends = self._lost_until = self._full_until = float("-inf")
         self._lost = ""
         self.withholds = False  # whether `withheld` need be asked
+        self._attending = asyncio.Lock()  # two who move the mark at once would take each other's for a loss
 
     # What is known ...
 
@@ -183,11 +184,12 @@ class Watch:
     async def attend(self, talk: Talk, place: bytes | None) -> None:
         """Ask one server everything once. `place`: a hash tag whose keys lie on it, empty for a server with all
         keys, None where no such place is known."""
-        await self._ask_info(talk)
-        if self._member is not None and place is not None:
-            await self._ask_identity(talk, self._member, place)
-            await self._ask_what_is_left(talk, self._member, place)
-            self.withholds = bool(self._differs or self.quarantine_left_s)
+        async with self._attending:
+            await self._ask_info(talk)
+            if self._member is not None and place is not None:
+                await self._ask_identity(talk, self._member, place)
+                await self._ask_what_is_left(talk, self._member, place)
+                self.withholds = bool(self._differs or self.quarantine_left_s)
 
     async def _ask_info(self, talk: Talk) -> None:
         reply = await talk.command("INFO", "memory", "replication", "persistence", "stats")
