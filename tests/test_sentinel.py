@@ -238,10 +238,12 @@ async def test_a_master_that_stood_still_while_it_was_replaced_is_not_used(two):
 
 
 async def _log_of(url: str, log: Log) -> set[tuple[str, int] | None]:
-    """Claim a key and return where the connections then lead."""
+    """Claim a key and return where the connections lead once all of them are up."""
     async with watching(url, log) as store:
         await claimed_at_last(store, key(1))
-        return {link.at for link in store.nodes[0].links}
+        links = store.nodes[0].links
+        await until(lambda: all(link.up for link in links))
+        return {link.at for link in links}
 
 
 async def test_the_newest_word_wins(two):
