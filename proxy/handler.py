@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Coroutine
 from ipaddress import ip_address
-from typing import NamedTuple, assert_never
+from typing import TYPE_CHECKING, NamedTuple, assert_never
 
 from proxy.addresses import Network
 from proxy.body import Bodies, Body, BrokenOff, NoRoom, TooLarge
@@ -24,7 +24,7 @@ from proxy.headers import (
 from proxy.keys import BadKey, Digests, Scope, UnstableScope, parse_key
 from proxy.leases import Held, suspended_clock_s
 from proxy.metrics import Observe, Outcome
-from proxy.naming import Name, asked, key_in_head, name, passes, scope_of, uses_no_key
+from proxy.naming import Familiar, Name, key_in_head, name, passes, scope_of, uses_no_key
 from proxy.policy import Policy
 from proxy.problems import Problem, problem, refusal
 from proxy.relay import relay
@@ -34,6 +34,9 @@ from proxy.sources import Missing
 from proxy.store import Claim, Claiming, Corrupt, Record, Unconfirmed, Withheld
 from proxy.tunnel import tunnel
 from proxy.waiters import Woken
+
+if TYPE_CHECKING:
+    from proxy.listener import ClientConnection
 
 Way = Outcome | Coroutine[None, None, Outcome]  # answered already, or what will answer
 REFUSED = b"Oncegate-Status: refused\r\n"
@@ -206,7 +209,7 @@ class Gateway:
         if policy.scope_sources:
             scope = scope_of(policy, self._digests, head)
         else:
-            scope = self._digests.scope(policy.namespace, head.fields, policy.scope_headers)
+            scope = self._familiar(request.protocol).scope(policy, head.fields)
         if not isinstance(scope, Scope):
             return _reject(client, head.method, "invalid", _no_scope(scope))._replace(rule=route.policy.rule)
         if self.in_flight >= self._max_in_flight:
@@ -225,7 +228,7 @@ class Gateway:
             if not isinstance(read, Body):
                 return _no_body(client, head.method, read)
             body = read
-            guarded = self._name(route, head, scope, key, body)
+            guarded = self._name(request, route, head, scope, key, body)
             if not isinstance(guarded, Guarded):
                 way = self._without_key(request, head, client, route, guarded, body)
                 return way if isinstance(way, Outcome) else await way
@@ -254,12 +257,17 @@ class Gateway:
             if body is not None:
                 body.close()
 
+    def _familiar(self, connection: "ClientConnection") -> Familiar:
+        if (familiar := connection.familiar) is None:
+            familiar = connection.familiar = Familiar(self._digests)
+        return familiar
+
     async def _read(self, request: Request, client: Client, most: int) -> Body | TooLarge | NoRoom | BrokenOff:
         client.continue_()
         return await self._bodies.read(request.content, most)
 
     def _name(
-        self, route: Route, head: RequestHead, scope: Scope, key: bytes | None, body: Body
+        self, request: Request, route: Route, head: RequestHead, scope: Scope, key: bytes | None, body: Body
     ) -> Guarded | Missing | BadKey:
         """Return the request with its names, and how long it may wait if it is a duplicate."""
         policy, fields = route.policy, head.fields
@@ -268,7 +276,7 @@ class Gateway:
             wait_s = min(preferred, policy.wait_max_s)
             extra = b"Preference-Applied: wait=%d\r\n" % wait_s
         if key is not None and policy.fingerprint is None:  # as most are
-            fingerprint = self._digests.fingerprint(asked(policy, head), body.blocks())
+            fingerprint = self._familiar(request.protocol).fingerprint(policy, head, body)
             return Guarded(route, head, self._digests.key(scope, key), scope, fingerprint, wait_s, extra)
         named = name(policy, self._digests, head, scope, key, body)
         if not isinstance(named, Name):

@@ -140,12 +140,22 @@ class Digests:
 
     def fingerprint(self, parts: Sequence[bytes], body: Iterable[bytes]) -> bytes:
         """Return the digest (16 bytes) of what a request asks for; `body` comes in blocks, as it is sent."""
+        return finished(self.begun(parts), body)
+
+    def begun(self, parts: Sequence[bytes]) -> blake2b:
+        """Return a fingerprint that lacks its body."""
         asked = framed(parts)
         digest = self._fingerprint.copy()
         digest.update(_PREFIX[len(asked)] + asked)
-        for block in body:
-            digest.update(block)
-        return digest.digest()
+        return digest
+
+
+def finished(begun: blake2b, body: Iterable[bytes]) -> bytes:
+    """Return the fingerprint that was begun so."""
+    digest = begun.copy()
+    for block in body:
+        digest.update(block)
+    return digest.digest()
 
 
 def identity(digests: Digests, namespace: str, key_header: str, scope_headers: Iterable[str]) -> str:

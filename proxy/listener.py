@@ -16,6 +16,7 @@ from aiohttp.web_protocol import RequestHandler, _ErrInfo
 from proxy.client import Client, Request, untaken_bytes
 from proxy.headers import MAX_HEAD_BYTES, Hop
 from proxy.metrics import Observe, Outcome
+from proxy.naming import Familiar
 from proxy.pace import Pace
 from proxy.problems import refusal
 
@@ -38,6 +39,7 @@ class ClientConnection(RequestHandler):
     __slots__ = (
         "behind",
         "body",
+        "familiar",
         "gone",
         "half_closed",
         "head_bytes",
@@ -58,6 +60,7 @@ class ClientConnection(RequestHandler):
         self.line = b""  # the next request's, as far as it came, where it is not ASCII or came in parts
         self.line_open = False
         self.hop: Hop | None = None  # what forwarded requests say of this side
+        self.familiar: Familiar | None = None
         self.half_closed = False
         self.last = False  # no further request is taken
         self.retiring = manager.retiring  # the next answer is the last

@@ -6,8 +6,8 @@ The request path and `oncegate check --explain` both ask here, so that they cann
 from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
-from proxy.headers import RequestHead
-from proxy.keys import BadKey, Digests, Scope, UnstableScope, parse_key
+from proxy.headers import Fields, RequestHead
+from proxy.keys import BadKey, Digests, Scope, UnstableScope, finished, parse_key
 from proxy.policy import Policy
 from proxy.sources import Missing, Parts, find, scope_fields
 
@@ -33,6 +33,37 @@ class Name(NamedTuple):
     fingerprint: bytes
     window_ms: int = 0
     fresh: bool = False
+
+
+class Familiar:
+    """What one connection's requests said last, and how that was named: mostly they differ in key and body alone.
+
+    Without it, digesting what is said again takes 2 % of an execution (measured).
+    """
+
+    __slots__ = ("_asked", "_begun", "_digests", "_policy", "_said", "_scope")
+
+    def __init__(self, digests: Digests) -> None:
+        self._digests = digests
+        self._policy: Policy | None = None
+        self._said: list[list[bytes] | None] = []
+        self._asked: tuple[bytes, ...] = ()
+
+    def scope(self, policy: Policy, fields: Fields) -> Scope | UnstableScope:
+        """Return whose key it is, where header fields tell."""
+        names = policy.scope_headers
+        said = [fields.get(b"cookie"), *[fields.get(name) for name in names]]
+        if policy is not self._policy or said != self._said:
+            self._scope = self._digests.scope(policy.namespace, fields, names)
+            self._policy, self._said = policy, said
+        return self._scope
+
+    def fingerprint(self, policy: Policy, head: RequestHead, body: Content) -> bytes:
+        """Return the fingerprint of a request, where all of it enters."""
+        parts = asked(policy, head)
+        if parts != self._asked:
+            self._asked, self._begun = parts, self._digests.begun(parts)
+        return finished(self._begun, body.blocks())
 
 
 def key_in_head(policy: Policy, head: RequestHead) -> bytes | Missing | BadKey | None:

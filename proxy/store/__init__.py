@@ -17,7 +17,7 @@ from proxy.keys import Scope, store_key
 from proxy.store.breaker import Breaker
 from proxy.store.cluster import Cluster
 from proxy.store.durable import WAIT_SHARE, Below, level
-from proxy.store.link import ErrorReply, Link, Unconfirmed, resp
+from proxy.store.link import NUMBER, SIZE, ErrorReply, Link, Unconfirmed, resp
 from proxy.store.node import CLAIM_ARGUMENTS, INLINE_BYTES, ORDINARY, TOO_LATE, Node, Servers, Terms
 from proxy.store.record import (
     PREFIX_BYTES,
@@ -52,7 +52,7 @@ __all__ = [
 
 READ_BYTES = 262144  # of a larger one at a time
 _16, _16_NEXT, _32_NEXT = b"$16\r\n", b"\r\n$16\r\n", b"\r\n$32\r\n"  # bytes of words of a known size
-_RELEASE = resp(b"release")
+_STORE, _RELEASE = resp(b"store"), resp(b"release")
 PAUSE_FIRST_S, PAUSE_MOST_S = 0.01, 0.5
 
 
@@ -383,10 +383,10 @@ class Store:
 
     def store(self, claim: Claim, answer: StoredAnswer, last: bytes, patience_s: float) -> Settling:
         """Settle: make the record complete. `last` is the last chunk if it was not appended, else empty."""
-        meta, digest, retention_ms = pack(claim, answer), answer.digest, claim.retention_ms
-        chunks, size = (answer.chunks, answer.size) if answer.kept else (0, 0)
-        words = resp(b"store", retention_ms, meta, digest, chunks, size, last)
-        return self._settle(claim, 8, words, patience_s)
+        meta, number, size = pack(claim, answer), NUMBER, SIZE
+        counts = (number[answer.chunks], number[answer.size]) if answer.kept else (number[0], number[0])
+        head = (_STORE, number[claim.retention_ms], size[len(meta)], meta, _16_NEXT, answer.digest, b"\r\n")
+        return self._settle(claim, 8, b"".join((*head, *counts, size[len(last)], last, b"\r\n")), patience_s)
 
     def release(self, claim: Claim, patience_s: float) -> Settling:
         """Settle: free the key."""

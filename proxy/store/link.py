@@ -47,14 +47,25 @@ class _Sizes(dict[int, bytes]):
         return announced
 
 
-_SIZE = _Sizes()
+class _Numbers(dict[int, bytes]):
+    """Numbers as words of a command. Bounded."""
+
+    def __missing__(self, number: int) -> bytes:
+        if len(self) >= 4096:
+            self.clear()
+        written = self[number] = resp(number)
+        return written
+
+
+SIZE = _Sizes()
+NUMBER = _Numbers()
 _COUNT = [b"*%d\r\n" % count for count in range(16)]
 
 
 def resp(*words: bytes | str | int) -> bytes:
     """Return words of a command as they are written: RESP's bulk strings."""
     written = [word if isinstance(word, bytes) else str(word).encode() for word in words]
-    return b"".join([_SIZE[len(word)] + word + b"\r\n" for word in written])
+    return b"".join([SIZE[len(word)] + word + b"\r\n" for word in written])
 
 
 class Script:
@@ -71,27 +82,18 @@ class Script:
         Written here because hiredis formats each word anew: 23k instructions for a claim, 4k so (measured).
         """
         name = self._by_body if whole else self._by_sha
-        size = _SIZE
+        size = SIZE
         return b"".join((_COUNT[count + 5], name, size[len(key)], key, b"\r\n", size[len(tag)], tag, b"\r\n", args))
 
 
-class _Waiting:
-    """A command whose reply has not come. `tag` comes back in the reply of a script; `issued` is perf_counter's."""
-
-    __slots__ = ("deadline", "future", "issued", "tag", "verb")
-
-    def __init__(self, future: "asyncio.Future[Any]", tag: bytes, verb: str, deadline: float) -> None:
-        self.future, self.tag, self.verb, self.deadline = future, tag, verb, deadline
-        self.issued = time.perf_counter()
-
-    def resolve(self, result: object) -> None:
-        if not self.future.done():
-            self.future.set_result(result)
+# A command whose reply has not come: its future, the tag that comes back in the reply of a script, the verb, the
+# deadline (the loop's time) and when it was issued (perf_counter's). A plain tuple: made twice for an execution.
+_Waiting = tuple["asyncio.Future[Any]", bytes, str, float, float]
 
 
-def _answers(reply: object, tag: bytes) -> bool:
-    """Take the tag off a script's reply; return whether it is the right one."""
-    return isinstance(reply, list) and bool(reply) and reply.pop(0) == tag
+def _resolve(future: "asyncio.Future[Any]", result: object) -> None:
+    if not future.done():
+        future.set_result(result)
 
 
 class Link(asyncio.Protocol):
@@ -199,8 +201,8 @@ class Link(asyncio.Protocol):
         self._up.clear()
         self._out.clear()
         waiting, self._waiting = self._waiting, deque()
-        for one in waiting:
-            one.resolve(Unconfirmed(why))
+        for future, *_ in waiting:
+            _resolve(future, Unconfirmed(why))
         self._lost.set()
 
     def renew(self, why: str) -> None:
@@ -225,9 +227,7 @@ class Link(asyncio.Protocol):
         """
         self._tags = number = self._tags + 1
         tag = b"%d" % number
-        return self._issue(
-            _Waiting(self._loop.create_future(), tag, script.verb, deadline), script.call(whole, key, tag, count, args)
-        )
+        return self._issue(script.call(whole, key, tag, count, args), deadline, tag, script.verb)
 
     def script_asking(self, *call: Any) -> "asyncio.Future[Any]":
         """Issue a script on a server of a cluster that is only just taking the key over."""
@@ -236,21 +236,22 @@ class Link(asyncio.Protocol):
 
     def command(self, *words: bytes | str | int, deadline: float) -> "asyncio.Future[Any]":
         """Issue a plain command; its reply comes as it is."""
-        return self._issue(_Waiting(self._loop.create_future(), b"", "", deadline), _COUNT[len(words)] + resp(*words))
+        return self._issue(_COUNT[len(words)] + resp(*words), deadline)
 
-    def _issue(self, one: _Waiting, command: bytes) -> "asyncio.Future[Any]":
+    def _issue(self, command: bytes, deadline: float, tag: bytes = b"", verb: str = "") -> "asyncio.Future[Any]":
+        future, out = self._loop.create_future(), self._out
         if self._transport is None:
-            one.resolve(Unconfirmed(self.down_because, maybe_executed=False))
-            return one.future
-        if not self._out:
+            future.set_result(Unconfirmed(self.down_because, maybe_executed=False))
+            return future
+        if not out:
             self._loop.call_soon(self._flush)
-        self._out.append(command)
-        if len(self._out) >= BATCH:
+        out.append(command)
+        if len(out) >= BATCH:
             self._flush()
-        self._waiting.append(one)
+        self._waiting.append((future, tag, verb, deadline, time.perf_counter()))
         if self._sweeper is None:
             self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
-        return one.future
+        return future
 
     def _flush(self) -> None:
         if self._transport is not None and self._out:
@@ -261,10 +262,10 @@ class Link(asyncio.Protocol):
         """End the waits whose time is over, and the connection if nothing comes at all."""
         self._sweeper = None
         now = self._loop.time()
-        for one in self._waiting:
-            if one.deadline <= now:
-                one.resolve(Unconfirmed("no reply in time"))
-        if self._waiting and time.perf_counter() - self._waiting[0].issued > self._stall_s:
+        for future, _, _, deadline, _ in self._waiting:
+            if deadline <= now:
+                _resolve(future, Unconfirmed("no reply in time"))
+        if self._waiting and time.perf_counter() - self._waiting[0][-1] > self._stall_s:
             self._drop("the store does not answer")
         elif self._waiting:
             self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
@@ -275,32 +276,32 @@ class Link(asyncio.Protocol):
         self._reader.feed(data)
         try:
             while (reply := self._reader.gets()) is not False:
-                if not self._resolve(reply):
+                if not self._give(reply):
                     self._drop("a reply that answers another command")
                     return
         except hiredis.ProtocolError:
             self._drop("a reply that is no RESP")
 
-    def _resolve(self, reply: Any) -> bool:
-        """Give a reply to the oldest command; a script's reply must name the command it answers.
+    def _give(self, reply: Any) -> bool:
+        """Give a reply to the oldest command; a script's reply must name the command it answers, in its first word.
 
         A reply given to another's question is how shared connections leak data between users.
         """
         if not self._waiting:
             return False
-        one = self._waiting.popleft()
+        future, tag, verb, _, issued = self._waiting.popleft()
         if isinstance(reply, ErrorReply):
             if str(reply).startswith(DEMOTED):
-                one.resolve(reply)
+                _resolve(future, reply)
                 self._drop("the store's server is a replica")  # the address may lead to another one by now
                 return True
-        elif one.tag and not _answers(reply, one.tag):
-            one.resolve(Unconfirmed("a reply that answers another command"))
+        elif tag and not (isinstance(reply, list) and reply and reply.pop(0) == tag):
+            _resolve(future, Unconfirmed("a reply that answers another command"))
             return False
-        if one.verb:
-            self._observe(one.verb, time.perf_counter() - one.issued)
-        if not one.future.done():
-            one.future.set_result(reply)
+        if verb:
+            self._observe(verb, time.perf_counter() - issued)
+        if not future.done():
+            future.set_result(reply)
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -17,6 +17,7 @@ PREFIX_BYTES = 10  # of a token: whose it is; the rest counts
 _FIXED = struct.Struct(">c16s16s16s16s16s16sBHHIIQQII")
 _CHECK_BYTES = 8
 KEPT, EOF_FRAMED, STATED_LENGTH = 1, 2, 4
+_COMPLETE = State.COMPLETE
 
 
 class Claim(NamedTuple):
@@ -125,21 +126,12 @@ def unpack(key: bytes, tenant: bytes, meta: bytes, body: bytes | None, now_ms: i
     reason_end = _FIXED.size + reason_size
     if owner != tenant or reason_end + block_size != len(packed):
         return Corrupt("the record describes another key")
+    reason, block = packed[_FIXED.size : reason_end], packed[reason_end:]
+    kept, eof_framed, stated = bool(flags & KEPT), bool(flags & EOF_FRAMED), bool(flags & STATED_LENGTH)
     answer = StoredAnswer(
-        status=status,
-        reason=packed[_FIXED.size : reason_end],
-        block=packed[reason_end:],
-        digest=digest,
-        chunks=chunks,
-        size=size,
-        kept=bool(flags & KEPT),
-        eof_framed=bool(flags & EOF_FRAMED),
-        stated_length=bool(flags & STATED_LENGTH),
-        completed_ms=completed_ms,
-        took_ms=took_ms,
-        age_s=age_s,
+        status, reason, block, digest, chunks, size, kept, eof_framed, stated, completed_ms, took_ms, age_s
     )
-    return Record(State.COMPLETE, token, fingerprint, int(created), now_ms, answer=answer, body=body)
+    return Record(_COMPLETE, token, fingerprint, int(created), now_ms, 0, answer, body)
 
 
 def tenant_of(meta: bytes) -> bytes:

@@ -127,6 +127,7 @@ class Watch:
         self._memories = memories
         self._replica_key = replica_key(member.token_prefix) if member else b""
         self.info: dict[str, str] = {}
+        self.memory_ratio = 0.0  # asked for with every answer
         self._info_refused = False
         self._evicted: int | None = None
         self._differs = ""
@@ -156,10 +157,6 @@ class Watch:
     @property
     def quarantine_left_s(self) -> float:
         return max(0.0, self._quarantine_ends - self._clock())
-
-    @property
-    def memory_ratio(self) -> float:
-        return memory_ratio(self.info)
 
     @property
     def full(self) -> bool:
@@ -199,6 +196,7 @@ class Watch:
             if not self._info_refused and self._member is not None:
                 self._member.report("info", f"memory, eviction and role of the store are not watched: {reply}")
             self._info_refused, self.info = True, {}
+        self.memory_ratio = memory_ratio(self.info)
 
     async def _ask_what_is_left(self, talk: Talk, member: Membership, place: bytes) -> None:
         """Find out whether anything was lost, say so, and begin a quarantine where that is wanted."""
