@@ -31,6 +31,10 @@ SMALL_S = 0.05  # of its head is stored first and sent in one write
 # How often what was lost is sent again where the upstream is idempotent, and the longest pauses before.
 AGAIN, AGAIN_FIRST_S, AGAIN_MOST_S = 3, 0.2, 2.0
 LOST = (Ending.NO_RESPONSE, Ending.TRUNCATED)
+# Bound once, as in `decision`: every exchange asks.
+_NOT_SENT, _DECLINED = Ending.NOT_SENT, Ending.DECLINED
+_STORE, _RELEASE, _UNKNOWN = Settlement.STORE, Settlement.RELEASE, Settlement.UNKNOWN
+_STORABLE, _BUSY, _LOOK = Disposition.STORE, Woken.BUSY, Woken.LOOK
 # What a passed-on answer says became of its key.
 STATUS = {one.word: f"Oncegate-Status: {one.word}\r\n".encode() for one in Disposition}
 
@@ -64,7 +68,7 @@ class Exchange:
     _lost: Lost | None = None
     _refusal: Problem | None = None
     _answer: AnswerHead | None = None
-    _disposition = Disposition.STORE
+    _disposition = _STORABLE
     _word = "executed"
     _passed_on = _kept = b""  # the answer's fields, as they go out now and on a replay
     _whole = b""  # the body of a small answer
@@ -87,7 +91,7 @@ class Exchange:
                 reached = await self._send_again(reached)
             self._touch()
             how, last = reached.settlement, self._whole
-            if self._recording is not None and how is Settlement.STORE:
+            if self._recording is not None and how is _STORE:
                 how, last = await self._recorded(self._recording)
             # An answer is worth waiting for; that there is none can be settled behind the client's back.
             patience_s = self._shop.patience_s if how.completes else self._shop.store_timeout_s
@@ -249,7 +253,7 @@ class Exchange:
     def _record(self, head: AnswerHead) -> Recording | None:
         """Return the recording of an answer that is to be stored and may fit."""
         too_large = (head.length or 0) > self._policy.max_stored_bytes or self._shop.store.full
-        if self._disposition is not Disposition.STORE or too_large:
+        if self._disposition is not _STORABLE or too_large:
             return None
         return Recording(
             self._shop.store,
@@ -274,12 +278,12 @@ class Exchange:
 
     def _settling(self, how: Settlement, last: bytes, patience_s: float) -> Settling:
         store, claim, answer = self._shop.store, self._held.claim, self._answer
-        if how is Settlement.RELEASE:
+        if how is _RELEASE:
             self._held.freeing = True
             return store.release(claim, patience_s)
-        if how is Settlement.UNKNOWN or answer is None:
+        if how is _UNKNOWN or answer is None:
             return store.mark_unknown(claim, self._why(), patience_s)
-        kept = how is Settlement.STORE
+        kept = how is _STORE
         return store.store(claim, self._stored(answer, kept), last if kept else b"", patience_s)
 
     def _why(self) -> str:
@@ -319,14 +323,14 @@ class Exchange:
             self._shop.leases.report("lost", self._held)
         if word == "fenced":
             self._shop.leases.report("fenced", self._held)
-        if self._answer is not None and self._answer.eof_framed and how is Settlement.STORE:
+        if self._answer is not None and self._answer.eof_framed and how is _STORE:
             self._shop.eof_framed()
         self._shop.leases.drop(self._held)
         key, waiters = self._held.claim.key, self._shop.waiters
-        if reached is Ending.NOT_SENT and word == "released":
+        if reached is _NOT_SENT and word == "released":
             waiters.nothing_was_sent(key)
         else:
-            waiters.wake(key, Woken.BUSY if reached is Ending.DECLINED else Woken.LOOK)
+            waiters.wake(key, _BUSY if reached is _DECLINED else _LOOK)
 
     def _leave(self, reached: Ending | None, settled: Settled | None) -> None:
         """Whatever happened: nothing stays held, and what is not settled yet is settled behind our back.
@@ -348,6 +352,9 @@ class Exchange:
     # What the client gets ...
 
     def _conclude(self, reached: Ending, settled: Settled) -> str:
+        if settled.word == "stored":
+            self._deliver()
+            return self._word
         if settled.word == "fenced":
             return self._give_up("fenced", None)
         match reached:

@@ -11,6 +11,8 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 from aiohttp import StreamReader, web
+from aiohttp.http import HttpProcessingError
+from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
 from proxy.client import Client, Request, untaken_bytes
@@ -83,14 +85,32 @@ class ClientConnection(RequestHandler):
             return
         if self.line_open or (self.head_since is None and not data.isascii()):
             data = self._in_ascii(data)
-        super().data_received(data)
-        if self._messages:
+        if self._feed(data):
             self.head_since = None
             if self.line:
                 self._restore(self.line)
             self._look_at(*self._messages[-1])
         elif data:
             self._begin_head(data)
+
+    def _feed(self, data: bytes) -> bool:
+        """Parse what came while nothing is being answered; return whether a request is there, or what cannot be one.
+
+        In place of aiohttp's own way, which provides for a body or another protocol to go on here.
+        """
+        if self._force_close or self._close or self._parser is None:
+            return False
+        try:
+            found, self._upgraded, self._message_tail = self._parser.feed_data(data)
+        except HttpProcessingError as error:
+            found = [(_ErrInfo(400, error, error.message), EMPTY_PAYLOAD)]
+        if found:
+            self._messages.extend(found)
+            self._request_count += len(found)
+            self._settle(self._waiter)
+            if len(self._messages) >= self._max_msg_queue_size and not self._buffer_paused:
+                self._pause_reading_for_buffer()
+        return bool(found)
 
     def _begin_head(self, data: bytes) -> None:
         """Count a head that has not come to its end: aiohttp bounds its fields alone, 128 of 16 KiB."""

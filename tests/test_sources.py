@@ -1,10 +1,12 @@
 """Where a key is found: each source, joined, one in place of another; and never another key by silence."""
 
+import random
+
 import pytest
 
 from proxy.headers import RequestHead, by_name
 from proxy.keys import BadKey, Digests, Scope, UnstableScope, framed
-from proxy.naming import Name, key_in_head, name, passes, scope_of
+from proxy.naming import Familiar, Name, asked, key_in_head, name, passes, scope_of
 from proxy.policy import Policy
 from proxy.sources import KeySources, Missing, Named, Parts, find, parse_source, scope_fields
 
@@ -235,6 +237,35 @@ def test_the_parts_of_a_fingerprint(parts):
         if found.fingerprint != usual:
             differs.add(part)
     assert differs == PARTS[parts]
+
+
+def test_what_a_connection_says_again_is_named_as_if_it_were_new():
+    """Whatever was said on it before, under whichever rule."""
+    dice, familiar = random.Random(3), Familiar(DIGESTS)
+    policies = [
+        POLICY,
+        changed(namespace=b"other"),
+        changed(scope_headers=()),
+        changed(scope_headers=(b"authorization", b"x-api-key")),
+        changed(pass_host=True),
+    ]
+    values: dict[bytes, list[bytes]] = {
+        b"authorization": [b"Bearer a", b"Bearer b", b"", b"Digest x"],
+        b"x-api-key": [b"Bearer a", b""],
+        b"cookie": [b"a=1", b"a=2"],
+        b"content-type": [b"text/plain", b"text/html"],
+    }
+    seen = set()
+    for _ in range(3000):
+        policy = dice.choice(policies)
+        named = [name for name in values for _ in range(dice.choice((0, 0, 1, 1, 2)))]
+        request = head(*[(name, dice.choice(values[name])) for name in named], target=dice.choice((b"/a", b"/b")))
+        content = Content(dice.choice((b"", b"1")))
+        scope, fingerprint = familiar.scope(policy, request.fields), familiar.fingerprint(policy, request, content)
+        assert scope == scope_of(policy, Digests(b""), request)
+        assert fingerprint == DIGESTS.fingerprint(asked(policy, request), content.blocks())
+        seen.add((scope if isinstance(scope, Scope) else None, fingerprint))
+    assert len(seen) > 500
 
 
 def test_the_host_counts_where_it_is_passed_on():
