@@ -227,7 +227,7 @@ class Settings(BaseSettings):
     upstream_reuse_idle_s: SecondsOrZero = Field(
         1, description="Keyed requests reuse an upstream connection only if idle for less; 0: never."
     )
-    max_upstream_connections: Count = Field(512, description="Connections to the upstream, for each worker.")
+    max_upstream_connections: Count = Field(1200, description="Connections to the upstream, for each worker.")
     connect_retries: int = Field(
         3, ge=0, le=20, description="Further tries to connect, only for failures proven not sent."
     )

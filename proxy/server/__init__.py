@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import resource
 import signal
 from collections.abc import AsyncIterator
 from typing import Any
@@ -15,9 +16,12 @@ from proxy.server.slots import Slot, open_slots
 from proxy.server.supervisor import Supervisor
 from proxy.settings import Settings
 
+SPARE_FILES = 128  # for the store, listeners, logs and spools
+
 
 def serve(settings: Settings, logger: Any) -> int:
     """Run until told to stop; return the exit code: 0 when nothing in flight was cut off, 1 else, 2: no start."""
+    _open_up(settings, logger)
     embedded = None
     store_url = settings.store_url.get_secret_value()
     try:
@@ -34,6 +38,16 @@ def serve(settings: Settings, logger: Any) -> int:
     finally:
         if embedded is not None:
             embedded.stop()
+
+
+def _open_up(settings: Settings, logger: Any) -> None:
+    """Take all the open files there are for the asking: many systems start a process with 1024, for old select()."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # macOS grants less than it names
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    wanted = settings.max_connections + settings.max_upstream_connections + SPARE_FILES
+    if most != resource.RLIM_INFINITY and most < wanted:
+        logger.warning("fewer open files than connections are allowed for", limit=most, wanted=wanted)
 
 
 async def _serve(settings: Settings, store_url: str, embedded: EmbeddedStore | None, logger: Any) -> int:

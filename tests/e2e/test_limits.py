@@ -322,6 +322,18 @@ async def test_broken_uploads_give_everything_back(proxies, upstream, valkey, sp
     await assert_at_rest(gate, spool)
 
 
+async def test_all_open_files_there_are_are_taken(proxies, upstream, valkey):
+    """However few it was started with; that they are too few for its connections is said."""
+    before, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(before, 512), most))
+    try:
+        gate = proxies(upstream, valkey.url, MAX_CONNECTIONS=most + 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before, most))
+    assert resource.prlimit(gate.process.pid, resource.RLIMIT_NOFILE) == (most, most)
+    assert gate.events("fewer open files than connections are allowed for")[0]["limit"] == most
+
+
 @pytest.mark.fault(60)
 async def test_without_file_descriptors_the_proxy_recovers(proxies, upstream, valkey, spool):
     """At its limit of open files the proxy cuts off or refuses, keeps what is running, and is as before afterwards."""
