@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 COMPILE := UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --no-config --universal --python-version 3.11 \
 	--generate-hashes --no-annotate --no-emit-index-url $(UPGRADE)
 
-.PHONY: install demo run test check bench soak chaos lint lock readme clean
+.PHONY: install demo run test check bench soak chaos faults lint lock readme clean
 
 install: .venv/.dev                 ## everything for working on it
 
@@ -20,6 +20,9 @@ test: lint                          ## the static checks and the tests; make tes
 	$(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
 
 check: test                         ## the same: format, lint, types, layers, tests
+
+faults: .venv/.dev                  ## fault points in the counts that take minutes; needs Debian's faketime, too
+	$(BIN)/pytest -n 2 -m full $(ARGS)
 
 soak: .venv/.dev                    ## five minutes of mixed and hostile traffic: does all come back; make soak SECONDS=60
 	$(BIN)/python -m loadtest.soak $(SECONDS)

@@ -40,6 +40,7 @@ from tests.parts import (
 )
 from tests.resp import relaying
 
+FULL = pytest.mark.full  # in the counts that take minutes: make faults
 PIECES = [bytes([letter]) * 270_000 for letter in b"abcd"]  # of an answer; each is appended by itself
 
 
@@ -166,10 +167,11 @@ def closed_port() -> int:
 
 
 @pytest.mark.fault(24)
-async def test_a_request_lost_at_any_of_its_bytes(standing, valkey):
+@pytest.mark.parametrize("step", [37, pytest.param(1, marks=FULL)], ids=["some", "all"])
+async def test_a_request_lost_at_any_of_its_bytes(standing, valkey, step):
     """The upstream resets after k bytes of a 4 KiB request: 502, unknown, and no second connection for it."""
     raw_request = request(body=b"b" * 3800)
-    offsets = [*range(1, 300), *range(300, 4000, 37)]
+    offsets = [*range(1, 300), *range(300, 3970, step)]  # the last is among the body's last bytes
     left = list(offsets)
 
     async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -188,7 +190,8 @@ async def test_a_request_lost_at_any_of_its_bytes(standing, valkey):
 
 
 @pytest.mark.fault(25)
-async def test_connections_that_close_just_as_they_are_used_again(fork, valkey):
+@pytest.mark.parametrize(("lines", "each"), [(15, 40), pytest.param(50, 400, marks=FULL)], ids=["some", "many"])
+async def test_connections_that_close_just_as_they_are_used_again(fork, valkey, lines, each):
     """The upstream closes after as long as the proxy keeps one: a key may become unknown, and none is sent twice."""
     idle_s = 0.02
     seen: Counter[bytes] = Counter()
@@ -211,7 +214,7 @@ async def test_connections_that_close_just_as_they_are_used_again(fork, valkey):
 
         async def line(name: int) -> list[bytes | None]:
             client, found = await RawClient.open(proxy.port), []
-            for number in range(40):
+            for number in range(each):
                 await asyncio.sleep(random.uniform(idle_s * 0.9, idle_s * 1.1))
                 answer = await client.ask(request(key=f"{name}-{number}", body=b""))
                 assert answer is not None
@@ -220,11 +223,11 @@ async def test_connections_that_close_just_as_they_are_used_again(fork, valkey):
             client.close()
             return found
 
-        outcomes = Counter(word for words in await asyncio.gather(*map(line, range(15))) for word in words)
+        outcomes = Counter(word for words in await asyncio.gather(*map(line, range(lines))) for word in words)
     assert set(seen.values()) == {1}
     assert outcomes[b"executed"] == valkey.states().count(b"complete")
     assert outcomes[b"unknown"] == valkey.states().count(b"unknown")
-    assert outcomes[b"executed"] > 500
+    assert outcomes[b"executed"] > lines * each * 5 / 6
 
 
 @pytest.mark.fault(26)
@@ -285,8 +288,9 @@ async def test_a_loop_that_hangs_for_two_leases(fork, upstream, valkey, mode):
 
 
 @pytest.mark.fault(46)
+@pytest.mark.parametrize("lost_s", [0.9, *(pytest.param(seconds, marks=FULL) for seconds in (2, 15))])
 @pytest.mark.parametrize("appended", range(1, len(PIECES)))
-async def test_a_store_that_is_lost_between_two_appends(fork, upstream, valkey, appended):
+async def test_a_store_that_is_lost_between_two_appends(fork, upstream, valkey, appended, lost_s):
     """For longer than a lease: the client gets all, its end when the store is back, and so does the retry."""
     upstream.script = in_pieces
     async with relaying(valkey.socket) as relay:
@@ -295,7 +299,7 @@ async def test_a_store_that_is_lost_between_two_appends(fork, upstream, valkey, 
         await until(lambda: relay.scripts > appended)
         relay.unreachable = True
         relay.cut()
-        await asyncio.sleep(0.9)
+        await asyncio.sleep(lost_s)
         assert not original.done()
         relay.unreachable = False
         answer = await original
@@ -304,6 +308,49 @@ async def test_a_store_that_is_lost_between_two_appends(fork, upstream, valkey, 
         assert (again.header("oncegate-status"), again.body) == (b"replayed", answer.body)
     assert len(upstream.received) == 1
     assert proxy.metric("claims_lost_total") == 0
+
+
+@FULL
+@pytest.mark.fault(46)
+@pytest.mark.parametrize("appended", range(1, len(PIECES)))
+async def test_a_store_that_is_lost_for_longer_than_the_patience(fork, upstream, valkey, appended):
+    """For more than a minute, the patience of the last append and of the settle: broken off, and unknown."""
+    upstream.script = in_pieces
+    async with relaying(valkey.socket) as relay:
+        proxy = await fork(upstream, relay.url)
+        original = asyncio.ensure_future(ask(proxy.port, request(), 120))
+        await until(lambda: relay.scripts > appended)
+        relay.unreachable = True
+        relay.cut()
+        await asyncio.sleep(70)
+        assert not (await original).complete
+        relay.unreachable = False
+        await until(lambda: proxy.admin("/readyz")[0] == 200)
+        assert (await ask(proxy.port, request())).slug == "outcome-unknown"
+    assert len(upstream.received) == 1
+
+
+@FULL
+@pytest.mark.fault(51, 52)
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("streamed", [False, True], ids=["small", "streamed"])
+async def test_an_answer_that_is_stored_and_not_delivered(fork, upstream, valkey, streamed):
+    """SIGKILL between the store's word and the end of the answer, 500 times: none looks whole, each is replayed."""
+    upstream.script = in_pieces if streamed else answering(OK)
+    whole = b"".join(PIECES) if streamed else b"ok"
+    heir = await fork(upstream, valkey.url)
+    for number in range(500):
+        doomed = await fork(upstream, valkey.url, TESTING=1, FAULT="kill@end:1")
+        client = await RawClient.open(doomed.port)
+        try:
+            answer = await client.ask(request(key=f"k{number}"))
+        except ConnectionError:
+            answer = None
+        client.close()
+        assert answer is None or not answer.complete
+        replay = await ask(heir.port, request(key=f"k{number}"))
+        assert (replay.header("oncegate-status"), replay.body) == (b"replayed", whole)
+    assert len(upstream.received) == 500
 
 
 # Replays ...
@@ -446,6 +493,48 @@ async def test_a_jump_of_the_wall_clock_changes_nothing(upstream, valkey: Valkey
         assert unsteady.metric("claims_lost_total") == 0
     finally:
         unsteady.close()
+
+
+LIBFAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)  # Debian: faketime
+
+
+class Faked(Proxy):
+    """A proxy to whose whole process, C libraries too, the wall clock is off by as much as a file says."""
+
+    def _spawn(self) -> None:
+        self.offset = self.folder / "offset"
+        self.offset.write_text("+0")
+        preload = {
+            "LD_PRELOAD": str(LIBFAKETIME),
+            "FAKETIME_TIMESTAMP_FILE": str(self.offset),
+            "FAKETIME_NO_CACHE": "1",
+        }
+        self._env |= {**preload, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+        super()._spawn()
+
+
+@FULL
+@pytest.mark.fault(57)
+async def test_a_jump_of_the_wall_clock_as_every_library_sees_it(upstream, valkey: Valkey, tmp_path):
+    """An hour ahead, then back, 50 times over while requests run: none is lost, none is executed twice."""
+    assert LIBFAKETIME, "install Debian's package faketime"
+    upstream.script = in_pieces
+    faked = Faked(upstream.url, valkey.url, tmp_path, {"LEASE_MS": 600})
+    faked.start()
+    try:
+        for number in range(50):
+            original = asyncio.ensure_future(ask(faked.port, request(key=f"k{number}")))
+            for hours in ("+1h", "-1h", "+0"):
+                faked.offset.write_text(hours)
+                await asyncio.sleep(0.03)
+                assert (await ask(faked.port, request(key=f"k{number}"))).status in (409, 200)
+            assert (await original).header("oncegate-status") == b"executed"
+            replay = await ask(faked.port, request(key=f"k{number}"))
+            assert (replay.header("oncegate-status"), replay.body) == (b"replayed", b"".join(PIECES))
+        assert faked.metric("claims_lost_total") == 0
+    finally:
+        faked.close()
+    assert len(upstream.received) == 50
 
 
 @pytest.mark.fault(57)
