@@ -8,6 +8,7 @@ from base64 import urlsafe_b64decode
 from binascii import b2a_base64
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -164,6 +165,7 @@ def identity(digests: Digests, namespace: str, key_header: str, scope_headers: I
     return f"namespace={namespace} secret={digests.secret_id} scope={scope} key_header={key_header.lower()}"
 
 
+@lru_cache(1024)  # asked for with every call: a claim's is there when it is settled
 def store_key(digest: bytes) -> bytes:
     """Return the record's name in the store; the braces keep one record in one Cluster slot."""
     return b"once:{" + _base64(digest) + b"}"

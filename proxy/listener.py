@@ -229,7 +229,12 @@ class ClientConnection(RequestHandler):
             while not (self._force_close or self._close):
                 if not self._messages:
                     await self._arrival()
-                message, content = self._take()
+                    self._waiter = None
+                message, content = self._messages.popleft()
+                if self._parser is not None:
+                    self._parser.message_consumed()
+                if self._buffer_paused and len(self._messages) <= self._msg_queue_resume_size:
+                    self._resume_reading_if_drained()
                 if isinstance(message, _ErrInfo):
                     self._refuse(message.status)
                     break
@@ -238,7 +243,9 @@ class ClientConnection(RequestHandler):
                 try:
                     client: Client = await self._request_handler(request)  # type: ignore[arg-type, assignment, misc]
                 finally:
-                    self._served()
+                    self._request_in_progress, self._current_request = False, None
+                    if self._handler_waiter is not None:  # the end of the process waits for this answer
+                        self._settle(self._handler_waiter)
                 if client.ends_by_closing:
                     await client.close_cleanly()
                 elif self.writing_paused:  # the next answer would only be heaped upon this one
@@ -260,20 +267,6 @@ class ClientConnection(RequestHandler):
             self.behind, self.head_since = False, self._loop.time()
         self._waiter = self._loop.create_future()
         return self._waiter
-
-    def _take(self) -> tuple[Any, StreamReader]:
-        self._waiter = None
-        message, content = self._messages.popleft()
-        if self._parser is not None:
-            self._parser.message_consumed()
-        if self._buffer_paused and len(self._messages) <= self._msg_queue_resume_size:
-            self._resume_reading_if_drained()
-        return message, content
-
-    def _served(self) -> None:
-        self._request_in_progress, self._current_request = False, None
-        if self._handler_waiter is not None and not self._handler_waiter.done():
-            self._handler_waiter.set_result(None)
 
     def _refuse(self, status: int) -> None:
         """Answer what aiohttp could not parse, with nothing of it."""

@@ -28,6 +28,7 @@ HOW_SETTLED = ("store", "store_bare", "release", "unknown", "unconfirmed", "lost
 VERBS = ("claim", "append", "renew", "settle", "read")
 SUPPRESSED = ("replayed", "in_flight", "mismatch", "unknown", "not_kept")
 BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+FRESH = 256  # seconds that wait to be sorted
 
 
 class Outcome(NamedTuple):
@@ -83,15 +84,26 @@ class Counts:
 
 
 class Spread:
-    """A histogram of seconds for one label value."""
+    """A histogram of seconds for one label value. What is added is sorted later, many at once."""
 
     def __init__(self) -> None:
-        self.counts = [0] * (len(BUCKETS_S) + 1)
-        self.sum = 0.0
+        self._counts, self._sum = [0] * (len(BUCKETS_S) + 1), 0.0
+        self.fresh: list[float] = []
+        self.add = self.fresh.append
 
-    def add(self, seconds: float) -> None:
-        self.counts[bisect_left(BUCKETS_S, seconds)] += 1
-        self.sum += seconds
+    def sort(self) -> tuple[list[int], float]:
+        """Return how many fell into each bucket, and the sum."""
+        fresh, counts = self.fresh, self._counts
+        for seconds in fresh:
+            counts[bisect_left(BUCKETS_S, seconds)] += 1
+        self._sum += sum(fresh)
+        fresh.clear()
+        return counts, self._sum
+
+    def merge(self, counts: list[float], seconds: float) -> None:
+        """Count what another process counted."""
+        self._counts = [mine + int(theirs) for mine, theirs in zip(self._counts, counts, strict=True)]
+        self._sum += seconds
 
 
 class Spreads:
@@ -103,20 +115,21 @@ class Spreads:
 
     def snapshot(self) -> dict[str, list[float]]:
         """Return what was counted, for `merge` in another process: the buckets, then the sum."""
-        return {value: [*spread.counts, spread.sum] for value, spread in self.by_value.items()}
+        sorted_ = {value: spread.sort() for value, spread in self.by_value.items()}
+        return {value: [*counts, seconds] for value, (counts, seconds) in sorted_.items()}
 
     def merge(self, snapshot: "dict[str, list[float]]") -> None:
         """Count what another process counted; values that are not known here are left out."""
         for value in self.by_value.keys() & snapshot.keys():
-            spread, (*counts, seconds) = self.by_value[value], snapshot[value]
-            spread.counts = [mine + int(theirs) for mine, theirs in zip(spread.counts, counts, strict=True)]
-            spread.sum += seconds
+            *counts, seconds = snapshot[value]
+            self.by_value[value].merge(counts, seconds)
 
     def family(self) -> Metric:
         labels = [self._label] if self._label else []
         family = HistogramMetricFamily(f"oncegate_{self._name}", self._help, labels=labels)
         for value, spread in self.by_value.items():
-            family.add_metric([value] if self._label else [], list(_cumulated(spread.counts)), spread.sum)
+            counts, seconds = spread.sort()
+            family.add_metric([value] if self._label else [], list(_cumulated(counts)), seconds)
         return family
 
 
@@ -152,10 +165,9 @@ class Metrics(Collector):
         self._request_s = Spreads("request_seconds", "Time from a request's head to the end of its answer.")
         self._overhead_s = Spreads("overhead_seconds", "Time in the proxy, upstream time taken out.")
         self._upstream_s = Spreads("upstream_seconds", "Time spent on the upstream.")
-        self._by_verb = {verb: spread.add for verb, spread in self._store_s.by_value.items()}
-        self._request, self._overhead, self._upstream = (
-            spreads.by_value[""].add for spreads in (self._request_s, self._overhead_s, self._upstream_s)
-        )
+        self._by_verb = self._store_s.by_value
+        self._by_request = [one.by_value[""] for one in (self._request_s, self._overhead_s, self._upstream_s)]
+        self._request, self._overhead, self._upstream = (spread.add for spread in self._by_request)
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -201,10 +213,16 @@ class Metrics(Collector):
             self._replayed_bytes.add(amount=outcome.replayed_bytes)
         if outcome.common_tenant:
             self._unscoped.add()
+        if len(self._by_request[0].fresh) >= FRESH:
+            for spread in self._by_request:
+                spread.sort()
 
     def store_call(self, verb: str, seconds: float) -> None:
         """Count one call to the store."""
-        self._by_verb[verb](seconds)
+        spread = self._by_verb[verb]
+        spread.add(seconds)
+        if len(spread.fresh) >= FRESH:
+            spread.sort()
 
     def store_repeat(self) -> None:
         self._repeated.add()

@@ -74,16 +74,7 @@ class Script:
     def __init__(self, verb: str, body: bytes) -> None:
         self.verb, self.body = verb, body
         self.sha = sha1(body).hexdigest().encode()
-        self._by_sha, self._by_body = resp(b"EVALSHA", self.sha, 1), resp(b"EVAL", body, 1)
-
-    def call(self, whole: bool, key: bytes, tag: bytes, count: int, args: bytes) -> bytes:
-        """Return the command that runs it on one key; `args` are `count` words in RESP. `whole`: by its body.
-
-        Written here because hiredis formats each word anew: 23k instructions for a claim, 4k so (measured).
-        """
-        name = self._by_body if whole else self._by_sha
-        size = SIZE
-        return b"".join((_COUNT[count + 5], name, size[len(key)], key, b"\r\n", size[len(tag)], tag, b"\r\n", args))
+        self.by_sha, self.by_body = resp(b"EVALSHA", self.sha, 1), resp(b"EVAL", body, 1)
 
 
 # A command whose reply has not come: its future, the tag that comes back in the reply of a script, the verb, the
@@ -117,6 +108,7 @@ class Link(asyncio.Protocol):
         self._stall_s, self._observe = stall_s, observe
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
+        self.up = False  # whether it stands
         self._streams: object = None  # redis-py's, over the same transport
         self._reader = hiredis.Reader(replyError=ErrorReply)
         self._out: list[bytes] = []
@@ -140,10 +132,6 @@ class Link(asyncio.Protocol):
             self._keeper.cancel()  # again where redis-py, while it connects, took the cancellation for an error
             await asyncio.wait([self._keeper], timeout=CANCEL_AGAIN_S)
         self._drop("closed")
-
-    @property
-    def up(self) -> bool:
-        return self._transport is not None
 
     async def wait_up(self, deadline: float) -> bool:
         """Return whether the connection stands, waiting for it until `deadline` (the loop's time)."""
@@ -184,7 +172,7 @@ class Link(asyncio.Protocol):
         transport = cast(asyncio.Transport, writer.transport)
         self._streams, connection._reader, connection._writer = (connection._reader, writer), None, None
         self._lost = asyncio.Event()
-        self._transport = transport
+        self._transport, self.up = transport, True
         self._reader = hiredis.Reader(replyError=ErrorReply)
         transport.set_protocol(self)
         host = getattr(connection, "host", None)
@@ -195,7 +183,7 @@ class Link(asyncio.Protocol):
         """Forget the connection; what was on it may or may not be executed."""
         if self._transport is None:
             return
-        transport, self._transport = self._transport, None
+        transport, self._transport, self.up = self._transport, None, False
         transport.abort()
         self.down_because = why
         self._up.clear()
@@ -224,10 +212,14 @@ class Link(asyncio.Protocol):
         """Issue a script with one key and `count` arguments in RESP: by its sha, or `whole` by its body.
 
         The future gives the reply without its tag, or Unconfirmed, or ErrorReply; it never raises.
+
+        The command is written here because hiredis formats each word anew: 23k instructions for a claim, 4k so
+        (measured).
         """
         self._tags = number = self._tags + 1
-        tag = b"%d" % number
-        return self._issue(script.call(whole, key, tag, count, args), deadline, tag, script.verb)
+        tag, size = b"%d" % number, SIZE
+        words = (script.by_body if whole else script.by_sha, size[len(key)], key, b"\r\n", size[len(tag)], tag, b"\r\n")
+        return self._issue(b"".join((_COUNT[count + 5], *words, args)), deadline, tag, script.verb)
 
     def script_asking(self, *call: Any) -> "asyncio.Future[Any]":
         """Issue a script on a server of a cluster that is only just taking the key over."""
