@@ -73,13 +73,14 @@ def main() -> int:
     run = commands.add_parser("run", help="fetch what is open")
     run.add_argument("base_url")
     run.add_argument("--timeout", type=float, default=120.0, metavar="S", help="longest silence of one try")
+    run.add_argument("--tries", type=int, default=4, metavar="N")
     asked = parser.parse_args()
     jobs = Jobs(asked.jobs)
     if asked.command == "ask":
         messages = [{"role": "user", "content": asked.prompt}]
         print(jobs.add(json.dumps({"model": "gpt-4.1-mini", "stream": True, "messages": messages}).encode()))
         return 0
-    patience = Patience(tries=4, timeout_s=asked.timeout)
+    patience = Patience(tries=asked.tries, timeout_s=asked.timeout)
     return work(jobs, LONGEST_S, lambda job: ask(asked.base_url, job, patience))
 
 
