@@ -25,7 +25,7 @@ from proxy.cli import main
 from proxy.presets import PRESETS
 from proxy.problems import KINDS, problem
 from proxy.settings import Settings
-from tests.parts import CHUNKED, LAST_CHUNK, OK, RawUpstream, Tap, abort, answering, ask, chunk, holding, until
+from tests.parts import CHUNKED, LAST_CHUNK, OK, RawUpstream, Tap, abort, answering, ask, chunk, holding, request, until
 
 ROOT = Path(__file__).parent.parent
 CASES = ("payments", "webhooks", "consumers", "llm", "double-click")
@@ -453,8 +453,8 @@ async def test_prompts_of_anthropic(front, upstream):
     """They have a rule, and an upstream, of their own; what an SDK marks as its second try is not paid again."""
     proxy = await front("llm", "http://127.0.0.1:1")
     for count, word in enumerate((b"executed", b"replayed")):
-        raw = f"POST /v1/messages HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\nx-stainless-retry-count: {count}\r\n\r\n{{}}"
-        assert (await ask(proxy.port, raw.encode())).header("oncegate-status") == word
+        prompt = request("POST", "/v1/messages", None, b"{}", f"x-stainless-retry-count: {count}")
+        assert (await ask(proxy.port, prompt)).header("oncegate-status") == word
     assert len(upstream.received) == 1
 
 

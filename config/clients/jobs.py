@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 from config.clients.sending import Answer, Outcome, Result
 
-TABLE = "CREATE TABLE IF NOT EXISTS jobs (key TEXT PRIMARY KEY, made REAL, body BLOB, outcome TEXT, status INT, told BLOB)"
+TABLE = (
+    "CREATE TABLE IF NOT EXISTS jobs (key TEXT PRIMARY KEY, made REAL, body BLOB, outcome TEXT, status INT, told BLOB)"
+)
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ def send(
     url: str,
     body: bytes,
     headers: Mapping[str, str],
-    patience: Patience = Patience(),  # noqa: B008 - it is frozen
+    patience: Patience = Patience(),
     read: Read = http.client.HTTPResponse.read,
 ) -> Result:
     """Send it until its outcome is known or the tries are used up. The key is in `headers`, or in what is sent."""

@@ -1,6 +1,6 @@
 """A form that is sent twice at once, and again when no answer comes, with no key at all.
 
-    python -m config.double-click.client http://127.0.0.1:8080/orders item=7
+python -m config.double-click.client http://127.0.0.1:8080/orders item=7
 """
 
 import argparse

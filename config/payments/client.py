@@ -1,7 +1,7 @@
 """Charges a card once, whatever the network does and however often this program dies.
 
-    python -m config.payments.client jobs.db add 2000
-    python -m config.payments.client jobs.db run http://127.0.0.1:8080
+python -m config.payments.client jobs.db add 2000
+python -m config.payments.client jobs.db run http://127.0.0.1:8080
 """
 
 import argparse
