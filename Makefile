@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 COMPILE := UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --no-config --universal --python-version 3.11 \
 	--generate-hashes --no-annotate --no-emit-index-url $(UPGRADE)
 
-.PHONY: install demo run test check bench soak chaos faults lint lock readme clean
+.PHONY: install demo run test check bench soak chaos faults storm lint lock readme clean
 
 install: .venv/.dev                 ## everything for working on it
 
@@ -38,6 +38,9 @@ lint: .venv/.dev                    ## the static checks alone
 
 chaos: .venv/.dev                   ## the proof: 10 minutes of faults under load, judged; make chaos ARGS="--seed 7 --failover"
 	$(BIN)/python -m loadtest.chaos $(ARGS)
+
+storm: .venv/.dev                   ## what retries cost, with and without: a minute; make storm ARGS="--seed 7 --quick"
+	$(BIN)/python -m loadtest.retry_storm $(ARGS)
 
 readme: .venv/.runtime              ## write the settings table and the presets' pages anew
 	$(BIN)/python -c 'import re, pathlib; from proxy.settings import table; p = pathlib.Path("README.md"); p.write_text(re.sub(r"(<!-- settings: .*? -->\n).*?(<!-- end)", lambda m: m[1] + table() + m[2], p.read_text(), flags=re.S))'

@@ -1,0 +1,113 @@
+"""Both sides at once: clients straight at one API, and clients at another of the same kind through oncegate."""
+
+import asyncio
+import os
+import sys
+import time
+from collections import Counter
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+from config.clients.sending import Outcome
+from loadtest.chaos.parts import Part, Store, free_port, until_open
+from loadtest.retry_storm.client import Ended, storm
+from loadtest.retry_storm.plan import Operation, Plan, operations
+
+RULES = Path(__file__).with_name("rules.toml")
+
+
+class Api(Part):
+    """The API's process, and what it wrote down."""
+
+    def __init__(self, name: str, folder: Path, plan: Plan) -> None:
+        super().__init__(name, folder)
+        self.port, self._plan, self._calls = free_port(), plan, folder / f"{name}.tsv"
+
+    async def start(self) -> None:
+        words = [self._calls, self.port, *astuple(self._plan)]
+        self._spawn([sys.executable, "-m", "loadtest.retry_storm.upstream", *map(str, words)])
+        await until_open(self, self.port)
+
+    def calls(self) -> list[tuple[float, int, str]]:
+        """Return each call that came: when, of which operation, and how it went."""
+        lines = [line.split("\t") for line in self._calls.read_text().splitlines()] if self._calls.exists() else []
+        return [(float(at), int(number), how) for at, number, how in lines]
+
+
+class Gateway(Part):
+    """oncegate in front of an API."""
+
+    async def start(self, api: Api, store: Store) -> int:
+        port = free_port()
+        env = {name: value for name, value in os.environ.items() if not name.startswith("ONCEGATE_")}
+        env |= {
+            "ONCEGATE_UPSTREAM": f"http://127.0.0.1:{api.port}",
+            "ONCEGATE_STORE_URL": f"redis://127.0.0.1:{store.port}",
+            "ONCEGATE_LISTEN": f"127.0.0.1:{port}",
+            "ONCEGATE_ADMIN_LISTEN": f"127.0.0.1:{free_port()}",
+            "ONCEGATE_RULES_FILE": str(RULES),
+            "ONCEGATE_ACCESS_LOG": "off",
+        }
+        self._spawn([sys.executable, "-m", "proxy", "serve"], env)
+        await until_open(self, port)
+        return port
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one side of the run came to; times are CLOCK_MONOTONIC in seconds."""
+
+    begun: float
+    operations: list[Operation]
+    ended: list[Ended]
+    calls: list[tuple[float, int, str]]
+
+    @property
+    def executions(self) -> Counter[int]:
+        """How often each operation was done."""
+        return Counter(number for _, number, how in self.calls if how != "busy")
+
+    @property
+    def duplicates(self) -> list[float]:
+        """When something was done once more."""
+        seen: set[int] = set()
+        again = []
+        for at, number, how in sorted(self.calls):
+            if how != "busy" and number in seen:
+                again.append(at)
+            elif how != "busy":
+                seen.add(number)
+        return again
+
+    def paid(self, kind: str) -> tuple[int, int]:
+        """Return what was taken for operations of a kind, and what was due: each that was done, once."""
+        done = [(self.operations[number], times) for number, times in self.executions.items()]
+        return (
+            sum(operation.price * times for operation, times in done if operation.kind == kind),
+            sum(operation.price for operation, _ in done if operation.kind == kind),
+        )
+
+    def count(self, outcome: Outcome) -> int:
+        return sum(one.outcome is outcome for one in self.ended)
+
+    def answered_s(self) -> list[float]:
+        """Return how long each answered operation took to its answer, the quickest first."""
+        return sorted(one.took_s for one in self.ended if one.outcome is Outcome.ANSWERED)
+
+
+async def run(plan: Plan, folder: Path) -> tuple[Side, Side]:
+    """Run both sides, whose logs go to an empty folder; return the one without oncegate and the one with it."""
+    store, gateway = Store("store", folder), Gateway("oncegate", folder)
+    apis = Api("api-without", folder, plan), Api("api-with", folder, plan)
+    try:
+        store.start()
+        await store.serving()
+        await asyncio.gather(*[api.start() for api in apis])
+        ports = apis[0].port, await gateway.start(apis[1], store)
+        begun = time.monotonic() + 0.2
+        without, with_it = await asyncio.gather(*[storm(plan, port, begun) for port in ports])
+        told = operations(plan)
+        return Side(begun, told, without, apis[0].calls()), Side(begun, told, with_it, apis[1].calls())
+    finally:
+        for part in (gateway, *apis, store):
+            part.kill()

@@ -1,0 +1,67 @@
+"""The API: `python -m loadtest.retry_storm.upstream LOG PORT SEED SECONDS RATE PATIENCE_S`. It knows no keys.
+
+Each call that reaches it is a line in the log: time (CLOCK_MONOTONIC, s), number of the operation, how it went.
+"""
+
+import asyncio
+import os
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import uvloop
+
+from loadtest.chaos.link import reset
+from loadtest.retry_storm.plan import Operation, Plan, fate, operations
+
+BUSY = b"HTTP/1.1 503 Busy\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"
+
+
+class Api:
+    """What it does with each call."""
+
+    def __init__(self, plan: Plan, log: Path) -> None:
+        self._plan = plan
+        self._operations = {operation.path: operation for operation in operations(plan)}
+        self._calls: Counter[int] = Counter()
+        self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+    def _write(self, operation: Operation, how: str) -> None:
+        os.write(self._log, f"{time.monotonic():.6f}\t{operation.number}\t{how}\n".encode())
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve one connection, until it ends."""
+        try:
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                lines = head.lower().split(b"\r\n")
+                length = [int(line[15:]) for line in lines if line.startswith(b"content-length:")]
+                await reader.readexactly(sum(length))
+                await self._answer(self._operations[head.split(b" ", 2)[1].decode()], writer)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass  # whoever asked is gone
+        finally:
+            writer.close()
+
+    async def _answer(self, operation: Operation, writer: asyncio.StreamWriter) -> None:
+        self._calls[operation.number] += 1
+        how, takes_s = fate(self._plan, operation, self._calls[operation.number])
+        self._write(operation, how)  # the work is done now, whoever is still there to hear of it
+        await asyncio.sleep(takes_s)
+        if how == "cut":
+            reset(writer.transport)  # type: ignore[arg-type]
+        elif how == "busy":
+            writer.write(BUSY)
+        else:
+            body = b'{"done": %d}' % operation.number
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+
+
+async def main(log: Path, plan: Plan, port: int) -> None:
+    server = await asyncio.start_server(Api(plan, log).serve, "127.0.0.1", port, backlog=1024)
+    await server.serve_forever()
+
+
+if __name__ == "__main__":
+    plan = Plan(int(sys.argv[3]), *map(float, sys.argv[4:]))
+    uvloop.run(main(Path(sys.argv[1]), plan, int(sys.argv[2])))
