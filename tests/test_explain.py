@@ -243,3 +243,38 @@ def test_a_bad_file_is_refused(check, capsys, command):
     assert main([command]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(": ")[0] for line in lines] == ["rules.toml:3", "rules.toml:4"]
+
+
+# What an operator is most likely to get wrong, and what names the culprit.
+BAD = {
+    "an unknown preset": ('preset = "strype-webhook"', 'rule "a": preset: '),
+    "an unknown field": ("retension_s = 90", 'rule "a": retension_s: is unknown; did you mean retention_s?'),
+    "a rule that can never match": (
+        'path = "/v1/**"\n[[rule]]\nname = "b"\npath = "/v1/orders"',
+        'rule "b": can never match: rule "a" (line 1) takes all its requests before it',
+    ),
+    "a pointer that is no pointer": ('key = "body:id"', "rule \"a\": key: 'body:id' must be a JSON pointer"),
+    "a pointer with a bad escape": ('key = "body:/a~2"', "rule \"a\": key: 'body:/a~2' has a ~ in its pointer"),
+    "a retention shorter than the wait": (
+        "retention_s = 20\nwait_max_s = 21",
+        'rule "a": retention_s: must not be shorter than wait_max_s',
+    ),
+    "a window of zero": ('key = "derived:0"', "rule \"a\": key: 'derived:0' "),
+    "two upstreams with one name": (
+        '[[upstream]]\nname = "u"\nurl = "http://a"\n[[upstream]]\nname = "u"\nurl = "http://b"',
+        'upstream "u": name: is the name of another one as well',
+    ),
+}
+
+
+@pytest.mark.parametrize("command", ["check", "serve"])
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_refused_names_its_rule(check, capsys, case, command):
+    """Each mistake stops the start and the check, with file and line, the rule or upstream, and the reason."""
+    fields, said = BAD[case]
+    Path("rules.toml").write_text(f'[[rule]]\nname = "a"\n{fields}')
+    assert main([command]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    place, _, complaint = line.partition(": ")
+    assert place.removeprefix("rules.toml:").isdecimal()
+    assert complaint.startswith(said)

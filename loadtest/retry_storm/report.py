@@ -72,6 +72,7 @@ def plot(path: Path, plan: Plan, without: Side, with_it: Side) -> None:
         bars = paid.bar([place * 0.4, 1 + place * 0.4], _beyond(side), 0.4, color=colour)
         paid.bar_label(bars, fmt="%+.1f %%")
         times = side.answered_s()
+        style["label"] = f"{side.count(Outcome.UNKNOWN)} told unknown, {side.count(Outcome.OPEN)} given up"
         waits.step(times, [(index + 1) / len(side.ended) for index in range(len(times))], **style)
     paid.set_xticks([0.2, 1.2], ["money", "tokens"])
     for axes, title in zip((calls, copies, paid, waits), TITLES, strict=True):
@@ -80,6 +81,7 @@ def plot(path: Path, plan: Plan, without: Side, with_it: Side) -> None:
     for axes in (calls, copies):
         axes.axvspan(*plan.brownout, color="#f0e6d2", zorder=0, label="the API fails most")
     calls.legend()
+    waits.legend(loc="lower right")
     figure.suptitle(f"Retry storm, seed {plan.seed}: {len(without.operations)} operations, the same on both sides")
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
