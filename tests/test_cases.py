@@ -111,6 +111,7 @@ JUDGED = [
     (told(503, "released"), None),
     (told(502, "unknown"), Outcome.UNKNOWN),
     (told(504, "unknown"), Outcome.UNKNOWN),
+    (told(103), None),
     (told(502), None),
     (told(503), None),
     (told(200), Outcome.ANSWERED),

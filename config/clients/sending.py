@@ -72,6 +72,8 @@ OF_KEYS = {"response-not-kept": Outcome.ANSWERED, "record-corrupt": Outcome.UNKN
 
 def judge(answer: Answer) -> Outcome | None:
     """Return what an answer settles; None: nothing yet, so the same request may go out again with the same key."""
+    if answer.status < 200:  # `http.client` takes an interim answer (103) for the last
+        return None
     again = answer.headers.get("x-should-retry") == "true"
     transient = answer.status in TRY_AGAIN or answer.status >= 500
     match answer.headers.get("oncegate-status"):
