@@ -285,7 +285,7 @@ UPSTREAM_CASES = {
     ),
     "connect_timeout_s": ("connect_timeout_s = 1", 1, 5, "connect_timeout_s = 0", "greater than 0"),
     "connect_retries": ("connect_retries = 0", 0, 3, "connect_retries = 21", "at most 20"),
-    "max_connections": ("max_connections = 2", 2, 512, "max_connections = 0", "at least 1"),
+    "max_connections": ("max_connections = 2", 2, 1200, "max_connections = 0", "at least 1"),
     "reuse_idle_s": ("reuse_idle_s = 0", 0, 1, "reuse_idle_s = -1", "at least 0"),
 }
 
