@@ -33,6 +33,7 @@ from proxy.routes import Route, Routes
 from proxy.sources import Missing
 from proxy.store import Claim, Claiming, Corrupt, Record, Unconfirmed, Withheld
 from proxy.tunnel import tunnel
+from proxy.usage import reading
 from proxy.waiters import Woken
 
 if TYPE_CHECKING:
@@ -350,10 +351,13 @@ class Gateway:
         """Answer a request whose key is taken, by what stands in the store for it."""
         decision = _decide(found, guarded)
         if decision is Decision.REPLAY and isinstance(found, Record) and found.answer is not None:
-            word = await replay(client, self._shop.store, guarded.key, found, guarded.extra)
+            answer = found.answer
+            uses = reading(answer.status, answer.block, answer.size) if guarded.route.policy.counts_tokens else None
+            along = None if uses is None else uses.add
+            word = await replay(client, self._shop.store, guarded.key, found, guarded.extra, along)
             if word == "replayed":
-                answer = found.answer
-                return guarded.outcome(word, answer.status, saved_s=answer.took_ms / 1000, sent=answer.size)
+                outcome = guarded.outcome(word, answer.status, saved_s=answer.took_ms / 1000, sent=answer.size)
+                return outcome if uses is None else outcome._replace(tokens=uses.tokens())
             if client.started:
                 return guarded.outcome(word, found.answer.status)
             decision = word

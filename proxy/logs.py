@@ -61,7 +61,7 @@ class AccessLog:
         level = "error" if outcome.word in ALARMING else "info"
         if outcome.word in self._left_out or level not in self._levels:
             return
-        word, status, method, key, upstream_s, *_, detail, rule = outcome
+        word, status, method, key, upstream_s, *_, detail, rule, _ = outcome
         shown = (word, method, status, short(key) if key else "", seconds * 1000, upstream_s * 1000, client_left)
         more = {name: value for name, value in (("detail", detail), ("rule", rule)) if value}
         if self._json:

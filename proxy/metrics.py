@@ -18,6 +18,8 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from proxy.usage import KINDS, Tokens
+
 OUTCOMES = (
     "executed", "replayed", "released", "in_flight", "mismatch", "unknown", "not_kept", "invalid", "too_large",
     "overloaded", "passthrough", "unguarded", "store_unavailable", "upstream_unreachable", "upstream_lost",
@@ -35,7 +37,8 @@ class Outcome(NamedTuple):
     """What became of one request. `word` is one of OUTCOMES; `key` is the key's digest, empty without one.
 
     `upstream_s` is the time spent on the upstream; `saved_s` and `replayed_bytes` are what a replay spared
-    and sent; `rule` is the name of the rule that decided, empty for none.
+    and sent, `tokens` what it spared of an LLM's, None where nobody counts them; `rule` is the name of the
+    rule that decided, empty for none.
     """
 
     word: str
@@ -48,6 +51,7 @@ class Outcome(NamedTuple):
     common_tenant: bool = False
     detail: str = ""
     rule: str = ""
+    tokens: Tokens | None = None
 
 
 class Observe(Protocol):
@@ -153,6 +157,8 @@ class Metrics(Collector):
         self._suppressed = Counts("duplicates_suppressed", "Requests not executed again.", "how", SUPPRESSED)
         self._saved_s = Counts("upstream_seconds_saved", "Upstream time that replays spared.")
         self._replayed_bytes = Counts("replayed_bytes", "Bytes of bodies sent from the store.")
+        self._tokens_saved = Counts("llm_tokens_saved", "Tokens of LLMs that replays spared.", "kind", KINDS)
+        self._tokens_untold = Counts("llm_replays_without_usage", "Replays that say nothing of the tokens they spared.")
         self._claims_lost = Counts("claims_lost", "Claims whose record vanished or was taken, and losses of the store.")
         self._store_losses = Counts("store_losses", "Times the store lost data, or may have (moved).", "how", LOSSES)
         self._identity_accepted = Counts("identity_accepted", "Starts beside replicas that name keys in another way.")
@@ -211,11 +217,19 @@ class Metrics(Collector):
             self._suppressed.add(word)
             self._saved_s.add(amount=outcome.saved_s)
             self._replayed_bytes.add(amount=outcome.replayed_bytes)
+            if outcome.tokens is not None:
+                self._save_tokens(outcome.tokens)
         if outcome.common_tenant:
             self._unscoped.add()
         if len(self._by_request[0].fresh) >= FRESH:
             for spread in self._by_request:
                 spread.sort()
+
+    def _save_tokens(self, tokens: Tokens) -> None:
+        if not tokens:
+            self._tokens_untold.add()
+        for kind, count in tokens.items():
+            self._tokens_saved.add(kind, count)
 
     def store_call(self, verb: str, seconds: float) -> None:
         """Count one call to the store."""

@@ -96,4 +96,5 @@ class Policy:
     upstream_idempotent: bool = False
     in_flight_status: int = 409
     max_request_bytes: int = 0  # 0: the worker's own limit
+    counts_tokens: bool = False  # what its answers say they used counts as saved by a replay
     bypass: bool = False  # what the store cannot claim passes unguarded

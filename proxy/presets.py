@@ -15,12 +15,16 @@ DAY_S = 86_400
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """What a word stands for. `about` says when to use it, `caution` what can still go wrong."""
+    """What a word stands for. `about` says when to use it, `caution` what can still go wrong.
+
+    `counts_tokens`: its answers say what they used, as those of OpenAI or Anthropic do.
+    """
 
     about: str
     caution: str
     fields: Mapping[str, Any]
     retry_mark: str | None = None
+    counts_tokens: bool = False
 
 
 def _webhook(key: Any, *, namespace: str, wait_max_s: float, retention_s: float, about: str) -> Preset:
@@ -73,6 +77,7 @@ def _llm(namespace: str) -> Preset:
         "one's answer. A prompt whose outcome is unknown is sent again.",
         fields,
         retry_mark="x-stainless-retry-count",
+        counts_tokens=True,
     )
 
 
@@ -170,6 +175,7 @@ PRESETS: dict[str, Preset] = {
         {"key": "derived:10", "on_duplicate": "wait", "wait_max_s": 30, "retention_s": 300},
     ),
 }
+COUNTING = frozenset(name for name, preset in PRESETS.items() if preset.counts_tokens)
 
 
 def pages() -> str:

@@ -1,8 +1,12 @@
 """Answers from the store: a small one in one write, a large one as fast as the client takes it."""
 
+from collections.abc import Callable
+
 from proxy.client import Client
 from proxy.store import Record, Store, StoredAnswer
 from proxy.store.record import answer_digest, intact
+
+Along = Callable[[bytes], None]
 
 MARK = b"Idempotent-Replayed: true\r\nOncegate-Status: replayed\r\n"
 
@@ -12,8 +16,10 @@ def _block(record: Record, answer: StoredAnswer, extra: bytes) -> bytes:
     return b"%sAge: %d\r\n%s%s" % (answer.block, age_s, MARK, extra)
 
 
-async def replay(client: Client, store: Store, key: bytes, record: Record, extra: bytes) -> str:
-    """Send a stored answer and return the outcome's word; `extra`: further fields.
+async def replay(
+    client: Client, store: Store, key: bytes, record: Record, extra: bytes, along: Along | None = None
+) -> str:
+    """Send a stored answer and return the outcome's word; `extra`: further fields; `along` hears of all of the body.
 
     `corrupt`: the record's bytes are not those that were stored, and nothing was sent. `store_unavailable`:
     they could not be read, and nothing was sent. `truncated`: either of them, with the head already out.
@@ -21,8 +27,11 @@ async def replay(client: Client, store: Store, key: bytes, record: Record, extra
     answer = record.answer
     assert answer is not None
     if answer.size == 0 or record.body is not None:
-        return _replay_small(client, record, answer, record.body or b"", extra)
-    return await _replay_large(client, store, key, record, answer, extra)
+        word = _replay_small(client, record, answer, record.body or b"", extra)
+        if along is not None:  # once it has left
+            along(record.body or b"")
+        return word
+    return await _replay_large(client, store, key, record, answer, extra, along)
 
 
 def _replay_small(client: Client, record: Record, answer: StoredAnswer, body: bytes, extra: bytes) -> str:
@@ -40,7 +49,13 @@ def _replay_small(client: Client, record: Record, answer: StoredAnswer, body: by
 
 
 async def _replay_large(
-    client: Client, store: Store, key: bytes, record: Record, answer: StoredAnswer, extra: bytes
+    client: Client,
+    store: Store,
+    key: bytes,
+    record: Record,
+    answer: StoredAnswer,
+    extra: bytes,
+    along: Along | None,
 ) -> str:
     """Copy chunk after chunk; the last byte is held back until size and digest agree."""
     digest = answer_digest(answer.status, answer.reason, answer.block)
@@ -60,6 +75,8 @@ async def _replay_large(
             if sent > answer.size:
                 return _broken(client, "corrupt")
             client.write(chunk)
+            if along is not None:
+                along(chunk)
         first += len(chunks)
         while not await client.taken():
             pass

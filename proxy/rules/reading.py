@@ -8,7 +8,7 @@ from typing import Any
 
 from proxy.addresses import GUARDABLE, Origin
 from proxy.policy import AMBIGUOUS_STATUSES, DEFAULT_STATUSES, RELEASE_STATUSES, Policy, Statuses
-from proxy.presets import PRESETS
+from proxy.presets import COUNTING, PRESETS
 from proxy.rules.fields import FILES, MATCHING, PARTS, RULE, SHARED, TREATING, UPSTREAM, Check
 from proxy.rules.file import Table
 from proxy.rules.model import Match, Rule, Upstream
@@ -233,6 +233,7 @@ def _policy(settings: Settings, values: dict[str, Any], key: KeySources | None) 
     changes: dict[str, Any] = {
         "rule": values["name"],
         "preset": values.get("preset", ""),
+        "counts_tokens": values.get("preset") in COUNTING,
         "methods": _guarded(values, settings),
         "key_required": values.get("guard", "required" if settings.key_required else "optional") == "required",
         "statuses": _statuses(values),

@@ -30,6 +30,7 @@ OUTCOMES = (
 HOW_SETTLED = ("store", "store_bare", "release", "unknown", "unconfirmed", "lost", "fenced")
 SUPPRESSED = ("replayed", "in_flight", "mismatch", "unknown", "not_kept")
 LOSSES = ("flushed", "rolled_back", "evicted", "moved")
+TOKENS = ("input", "cached", "cache_write", "output")
 VERBS = ("claim", "append", "renew", "settle", "read")
 METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "requests": ("counter", "outcome", OUTCOMES),
@@ -37,6 +38,8 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "duplicates_suppressed": ("counter", "how", SUPPRESSED),
     "upstream_seconds_saved": ("counter", "", ()),
     "replayed_bytes": ("counter", "", ()),
+    "llm_tokens_saved": ("counter", "kind", TOKENS),
+    "llm_replays_without_usage": ("counter", "", ()),
     "claims_lost": ("counter", "", ()),
     "store_losses": ("counter", "how", LOSSES),
     "identity_accepted": ("counter", "", ()),
