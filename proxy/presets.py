@@ -74,7 +74,8 @@ def _llm(namespace: str) -> Preset:
         "one that is paid again. A request with Idempotency-Key is guarded by that; one that only says which try it is "
         "(x-stainless-retry-count) by what it asks; one with neither passes.",
         "Two equal prompts at once are two intents: the second goes on unguarded, and its retry may get the first "
-        "one's answer. A prompt whose outcome is unknown is sent again.",
+        "one's answer. A prompt whose outcome is unknown is sent again. A stream that broke off is broken off for the "
+        "client, too; one that the API itself ends early, but properly, is kept like any other answer.",
         fields,
         retry_mark="x-stainless-retry-count",
         counts_tokens=True,

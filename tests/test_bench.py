@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from loadtest.bench import tools
+from loadtest.bench import keys, tools
 from loadtest.bench.extras import goals
 from loadtest.bench.machine import ROOT, Process, family, two_cores
 from loadtest.bench.plot import write_plot
@@ -35,6 +35,13 @@ RUNS = [
     run("obvious", 2000.0, 300.0),
     run("nginx+lua", 20_000.0, 25.0),
 ]
+
+
+def test_what_keys_cost_is_measured_of_keys_that_are_found():
+    """Each source names the request, by its own rule; what is slower than a header is told as slower."""
+    found = keys.measure(2000)
+    assert set(found) == set(keys.SOURCES)
+    assert 0 < found["header"] < found["body"]
 
 
 def test_medians_and_ratios():

@@ -1,0 +1,86 @@
+"""python -m loadtest.bench.keys: what naming a request costs, by where its key stands; alone, in turns, no network.
+
+Each figure is the median of ROUNDS turns, in which every source names the same requests; what all of them
+have in common, the digests of key and body, is part of each.
+"""
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+from proxy.body import Body
+from proxy.headers import RequestHead, by_name
+from proxy.keys import Digests, Scope, parse_key
+from proxy.naming import Name, asked, key_in_head, name
+from proxy.policy import Policy
+from proxy.rules import load
+from proxy.settings import Settings
+from proxy.upstream import Buffered
+
+ROUNDS, REQUESTS = 60, 200
+SOURCES = {"header": "header:Idempotency-Key", "body": "body:/id", "derived": "derived:10"}
+BODIES = (300, 2000, 20_000)
+ID = "evt_1NirD82eZvKYlo2CjQk0YzYW"
+
+
+def policies() -> dict[str, Policy]:
+    """Return the policy of a rule for each source."""
+    text = "".join(f'[[rule]]\nname = "{name}"\npath = "/{name}"\nkey = "{key}"\n' for name, key in SOURCES.items())
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "rules.toml")
+        file.write_text(text)
+        rules = load(Settings(upstream="http://127.0.0.1:9", rules_file=str(file)))  # type: ignore[arg-type]
+    return {rule.name: rule.policy for rule in rules.rules}
+
+
+def document(size: int) -> bytes:
+    """Return an event of about that many bytes, its id in the beginning and objects of short texts behind."""
+    lines = [{"id": f"li_{n}", "amount": 1000 + n, "currency": "eur", "live": False} for n in range(size // 66)]
+    return json.dumps({"id": ID, "type": "invoice.paid", "data": {"lines": lines}}).encode()
+
+
+def named(policy: Policy, digests: Digests, head: RequestHead, scope: Scope, body: Body) -> object:
+    """Name a request as the request path does: what its head and its body have to be asked for."""
+    plain = policy.sources is None and (lines := head.fields.get(policy.key_header)) is not None
+    key = parse_key(lines) if plain else key_in_head(policy, head)
+    if isinstance(key, bytes):
+        return digests.key(scope, key), digests.fingerprint(asked(policy, head), body.blocks())
+    return name(policy, digests, head, scope, None, body)
+
+
+def turn(work: Callable[[], object]) -> float:
+    """Return the time of one call, in us."""
+    began = time.perf_counter()
+    for _ in range(REQUESTS):
+        work()
+    return (time.perf_counter() - began) / REQUESTS * 1e6
+
+
+def measure(size: int) -> dict[str, float]:
+    """Return the time of each source for a body of that size, in us."""
+    digests, pairs = Digests(b""), [(b"Idempotency-Key", ID.encode()), (b"Content-Type", b"application/json")]
+    head = RequestHead("POST", b"/v1/events", False, b"api.test", pairs, by_name(pairs))
+    body = Body(document(size), Buffered(1 << 20), Buffered(1 << 20))
+    scope = digests.scope(b"default", head.fields, (b"authorization",))
+    assert isinstance(scope, Scope)
+    works = {
+        source: (lambda policy=policy: named(policy, digests, head, scope, body))
+        for source, policy in policies().items()
+    }
+    assert all(isinstance(work(), tuple | Name) for work in works.values())
+    turns = [{source: turn(work) for source, work in works.items()} for _ in range(ROUNDS)]
+    return {source: median(one[source] for one in turns) for source in works}
+
+
+def main() -> None:
+    for size in BODIES:
+        found = measure(size)
+        told = (f"{source} {us:.1f} us ({us / found['header']:.1f}x)" for source, us in found.items())
+        print(f"{len(document(size)):6} bytes:", ", ".join(told))
+
+
+if __name__ == "__main__":
+    main()
