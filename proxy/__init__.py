@@ -1,7 +1,7 @@
 """oncegate: a reverse proxy that makes unsafe HTTP requests safe to retry.
 
 The map. A request enters in `handler` (read it first, it reads top to bottom), is let in by
-`headers.Gate`, named by `keys`, read whole by `body`, and claimed by `store` (`lua/claim.lua`). With a
+`gate.Gate`, named by `keys`, read whole by `body`, and claimed by `store` (`lua/claim.lua`). With a
 Claim it goes through `exchange`: forwarded once over `upstream`, passed on and stored at the same time
 (`recording`), settled, and only then ended. Without one, `decision` says what it gets: a `replay`, a
 `problems` answer, or a wait in `waiters`. `leases` keeps the claims of a worker alive.

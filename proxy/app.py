@@ -17,8 +17,8 @@ from proxy.admin import serve_admin
 from proxy.body import Bodies
 from proxy.drain import POLL_S, Drain, unless
 from proxy.exchange import Workshop
+from proxy.gate import Gate
 from proxy.handler import Gateway
-from proxy.headers import Gate
 from proxy.keys import Digests, identity
 from proxy.leases import Leases
 from proxy.listener import Listener, bound_unsent

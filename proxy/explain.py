@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from proxy.headers import Gate, Refused, RequestHead, preferred_wait_s, renamed
+from proxy.gate import Gate, Refused
+from proxy.headers import RequestHead, preferred_wait_s, renamed
 from proxy.keys import BadKey, Digests, Scope, UnstableScope, short, store_key
 from proxy.naming import Name, key_in_head, name, passes, scope_of
 from proxy.policy import Disposition, Policy

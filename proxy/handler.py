@@ -3,17 +3,16 @@
 import time
 from collections.abc import Callable, Coroutine
 from ipaddress import ip_address
-from typing import TYPE_CHECKING, NamedTuple, assert_never
+from typing import TYPE_CHECKING, NamedTuple
 
 from proxy.addresses import Network
 from proxy.body import Bodies, Body, BrokenOff, NoRoom, TooLarge
 from proxy.client import Client, Request
-from proxy.decision import Decision, decide, retry_after_s, state_now
+from proxy.decision import Decision
 from proxy.exchange import Exchange, Workshop
+from proxy.gate import Gate, Refused
 from proxy.headers import (
-    Gate,
     Hop,
-    Refused,
     RequestHead,
     is_websocket,
     preferred_wait_s,
@@ -21,12 +20,12 @@ from proxy.headers import (
     request_head,
     tokens,
 )
-from proxy.keys import BadKey, Digests, Scope, UnstableScope, parse_key
+from proxy.keys import BadKey, Digests, Scope, parse_key
 from proxy.leases import Held, suspended_clock_s
 from proxy.metrics import Observe, Outcome
 from proxy.naming import Familiar, Name, key_in_head, name, passes, scope_of, uses_no_key
-from proxy.policy import Policy
-from proxy.problems import Problem, problem, refusal
+from proxy.problems import problem, refusal
+from proxy.refusals import REFUSED, UNKNOWN, explain, judge, no_body, no_scope, refuse, reject
 from proxy.relay import relay
 from proxy.replay import replay
 from proxy.routes import Route, Routes
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
     from proxy.listener import ClientConnection
 
 Way = Outcome | Coroutine[None, None, Outcome]  # answered already, or what will answer
-REFUSED = b"Oncegate-Status: refused\r\n"
-UNKNOWN = b"Oncegate-Status: unknown\r\n"
 UNGUARDED = b"Oncegate-Status: unguarded\r\n"
 
 
@@ -119,7 +116,7 @@ class Gateway:
         target = (message.path or "").encode("utf-8", "surrogateescape")  # CONNECT may come without any
         head = self._gate.enter(message.method, target, message.version, message.raw_headers)
         if isinstance(head, Refused):
-            return _refuse(client, message.method, head)
+            return refuse(client, message.method, head)
         route, fields = self._default if self._choose is None else self._choose(head), head.fields
         if message.upgrade and tokens(fields.get(b"upgrade", ())) != [b"h2c"]:  # h2c is offered, may be ignored
             return self._switch(request, head, client, route)
@@ -153,7 +150,7 @@ class Gateway:
             mark = b"" if uses_no_key(route.policy, why) else UNGUARDED
             return self._relay(request, head, client, route, body, mark)
         told = problem("key-missing" if isinstance(why, Missing) else "key-invalid", why.detail)
-        return _reject(client, head.method, "invalid", told)._replace(rule=route.policy.rule)
+        return reject(client, head.method, "invalid", told)._replace(rule=route.policy.rule)
 
     async def _relay(
         self,
@@ -182,7 +179,7 @@ class Gateway:
     async def _switch(self, request: Request, head: RequestHead, client: Client, route: Route) -> Outcome:
         """Let a WebSocket through. It has no end: a drain does not wait for it, and closes it at its beginning."""
         if not is_websocket(head) or head.method in route.policy.methods:
-            return _refuse(client, head.method, Refused(501, "the only protocol switched to is WebSocket, by GET"))
+            return refuse(client, head.method, Refused(501, "the only protocol switched to is WebSocket, by GET"))
         onward = self._onward(request, head, route, -1)
         tunnelled = await tunnel(request, client, route.shop.pool, onward, route.shop.silence_s)
         word, status, rule = tunnelled.word, tunnelled.status, route.policy.rule
@@ -212,9 +209,9 @@ class Gateway:
         else:
             scope = self._familiar(request.protocol).scope(policy, head.fields)
         if not isinstance(scope, Scope):
-            return _reject(client, head.method, "invalid", _no_scope(scope))._replace(rule=route.policy.rule)
+            return reject(client, head.method, "invalid", no_scope(scope))._replace(rule=route.policy.rule)
         if self.in_flight >= self._max_in_flight:
-            return _reject(client, head.method, "overloaded", problem("overloaded", "too many requests in flight"))
+            return reject(client, head.method, "overloaded", problem("overloaded", "too many requests in flight"))
         return self._once(request, head, client, route, scope, key)
 
     async def _once(
@@ -227,7 +224,7 @@ class Gateway:
             most = route.policy.max_request_bytes
             read = self._bodies.here(request.content, _length(head), most) or await self._read(request, client, most)
             if not isinstance(read, Body):
-                return _no_body(client, head.method, read)
+                return no_body(client, head.method, read)
             body = read
             guarded = self._name(request, route, head, scope, key, body)
             if not isinstance(guarded, Guarded):
@@ -322,7 +319,7 @@ class Gateway:
         self, guarded: Guarded, found: Record | Corrupt | Unconfirmed, until: float, client: Client
     ) -> Outcome | None:
         """Answer a request whose key is taken, or wait for its original; None: it may claim again."""
-        if guarded.wait_s > 0 and _decide(found, guarded) is Decision.IN_FLIGHT:
+        if guarded.wait_s > 0 and judge(found, guarded.fingerprint) is Decision.IN_FLIGHT:
             woken = await self._wait(guarded, until, client)
             if woken is Woken.GONE:
                 return guarded.outcome("client_gone", 0)
@@ -349,7 +346,7 @@ class Gateway:
 
     async def _tell(self, guarded: Guarded, found: Record | Corrupt | Unconfirmed | None, client: Client) -> Outcome:
         """Answer a request whose key is taken, by what stands in the store for it."""
-        decision = _decide(found, guarded)
+        decision = judge(found, guarded.fingerprint)
         if decision is Decision.REPLAY and isinstance(found, Record) and found.answer is not None:
             answer = found.answer
             uses = reading(answer.status, answer.block, answer.size) if guarded.route.policy.counts_tokens else None
@@ -361,7 +358,7 @@ class Gateway:
             if client.started:
                 return guarded.outcome(word, found.answer.status)
             decision = word
-        word, told = _explain(decision, found, guarded.route.policy)
+        word, told = explain(decision, found, guarded.route.policy)
         client.answer(told, (UNKNOWN if word == "unknown" else REFUSED) + guarded.extra)
         return guarded.outcome(word, told.status)
 
@@ -371,80 +368,3 @@ def _length(head: RequestHead) -> int | None:
     if b"transfer-encoding" in head.fields:
         return None
     return int((head.fields.get(b"content-length") or [b"0"])[0])
-
-
-def _no_scope(why: UnstableScope | BadKey) -> Problem:
-    if isinstance(why, BadKey):
-        return problem("key-invalid", f"what tells tenants apart cannot be used: {why.detail}")
-    return problem("scope-unstable", "name a header that stays the same from try to try as the scope")
-
-
-def _decide(found: Record | Corrupt | Unconfirmed | None, guarded: Guarded) -> Decision | str:
-    """Return what is to be done with what was found, or the word for what cannot be decided on."""
-    match found:
-        case Record():
-            same = found.fingerprint == guarded.fingerprint
-            kept = found.answer is not None and found.answer.kept
-            return decide(state_now(found.state, found.lease_left_ms), same, kept)
-        case Corrupt():
-            return "corrupt"
-        case Unconfirmed():
-            return "store_unavailable"
-        case None:
-            return Decision.UNKNOWN
-        case _:
-            assert_never(found)
-
-
-def _explain(
-    decision: Decision | str, found: Record | Corrupt | Unconfirmed | None, policy: Policy
-) -> tuple[str, Problem]:
-    match decision:
-        case Decision.MISMATCH:
-            return "mismatch", problem("key-reused", "use a new key for a new request")
-        case Decision.IN_FLIGHT if isinstance(found, Record):
-            after_s = retry_after_s(found.now_ms - found.created_ms, policy.lease_ms)
-            detail = "come again with the same key"
-            return "in_flight", problem("in-flight", detail, after_s, status=policy.in_flight_status)
-        case Decision.NOT_KEPT if isinstance(found, Record) and found.answer is not None:
-            detail = "it was executed; its answer was too large to be kept"
-            return "not_kept", problem("response-not-kept", detail, original_status=found.answer.status)
-        case "corrupt":
-            return "corrupt", problem("record-corrupt", "the operator has to look at this key")
-        case "store_unavailable":
-            after = found.retry_after_s if isinstance(found, Withheld) else None
-            return "store_unavailable", problem("store-unavailable", "come again with the same key", after)
-        case _:
-            detail = "it was sent, and nobody can say what became of it; look there before you try again"
-            return "unknown", problem("outcome-unknown", detail)
-
-
-def _refuse(client: Client, method: str, refused: Refused) -> Outcome:
-    client.answer(refusal(refused.status, refused.detail), REFUSED, close=True)
-    return Outcome("invalid", refused.status, method)
-
-
-def _reject(client: Client, method: str, word: str, answer: Problem) -> Outcome:
-    client.answer(answer, REFUSED)
-    return Outcome(word, answer.status, method)
-
-
-def _no_body(client: Client, method: str, why: TooLarge | NoRoom | BrokenOff) -> Outcome:
-    """Answer a request whose body is not to be had. The connection cannot be used any more."""
-    match why:
-        case TooLarge():
-            client.answer(problem("body-too-large", "send less"), REFUSED, close=True)
-            return Outcome("too_large", 413, method)
-        case NoRoom():
-            client.answer(problem("overloaded", "no room for the body"), REFUSED, close=True)
-            return Outcome("overloaded", 503, method)
-        case BrokenOff(stalled=True):
-            client.answer(refusal(408, "the body paused for too long"), REFUSED, close=True)
-            return Outcome("invalid", 408, method)
-        case BrokenOff() if client.gone:
-            return Outcome("client_gone", 0, method)
-        case BrokenOff():
-            client.answer(refusal(400, "the body is not well-formed"), REFUSED, close=True)
-            return Outcome("invalid", 400, method)
-        case _:
-            assert_never(why)

@@ -6,11 +6,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from proxy.gate import Gate, Refused
 from proxy.headers import (
     AnswerHead,
-    Gate,
     Hop,
-    Refused,
     RequestHead,
     answer_blocks,
     by_name,
