@@ -1,0 +1,149 @@
+"""What the store does with one record: a table of the verbs as pure functions, with safeguards that can be left out.
+
+A record is reduced to what decides: its state, whose it is, whether its lease runs, and what there is of an answer.
+Owners are small numbers, times are gone: a lease runs or has passed, a claim is in time or late.
+`test_scripts.py` holds this table to the real scripts.
+"""
+
+from typing import NamedTuple
+
+ABSENT, IN_FLIGHT, UNKNOWN, COMPLETE, RELEASED = "absent", "in_flight", "unknown", "complete", "released"
+HOLD, RETRY = "hold", "retry"
+NOBODY, OPERATOR = 0, 9  # beside the owners 1, 2, 3
+# What a complete record has of its body.
+WHOLE, BARE, TORN = "whole", "bare", "torn"
+
+# Every reply of every verb. "told" stands for what claim says of a record that it leaves alone.
+WORDS = {
+    "claim": {"claimed", "late", "told"},
+    "append": {"appended", "torn", "absent", "complete", "fenced"},
+    "renew": {"renewed", "absent", "unknown", "complete", "fenced"},
+    "settle": {"stored", "released", "unknown", "torn", "complete", "fenced"},
+    "resolve": {"resolved", "released", "absent", "complete", "fenced"},
+    "read": {"chunks", "gone", "torn"},
+}
+HOW = {  # what settles say: the word of the script, and how much of the answer
+    "store": ("store", "in one piece"),
+    "stream": ("store", "a piece that was appended, and the last one"),
+    "bare": ("store", "nothing"),
+    "release": ("release", ""),
+    "unknown": ("unknown", ""),
+}
+
+
+class Record(NamedTuple):
+    """What stands in the store for the key. `answer` is whose answer a complete one holds."""
+
+    state: str = ABSENT
+    token: int = NOBODY
+    mode: str = ""
+    lease: bool = False  # runs; of one in flight
+    piece: int = NOBODY  # who appended the first piece of an answer
+    answer: int = NOBODY
+    body: str = ""
+
+
+Done = tuple[str, Record]
+Cut = frozenset[str]  # the safeguards that are left out
+FREE = (ABSENT, RELEASED)
+
+
+def is_over(record: Record) -> bool:
+    """Return whether nobody can say any more what becomes of a record."""
+    return record.state == UNKNOWN or (record.state == IN_FLIGHT and not record.lease)
+
+
+def is_open(record: Record, mode: str, cut: Cut) -> bool:
+    """Return whether a newcomer may ask for a record that was read: the rule of the mode `retry`."""
+    if "UNKNOWN_STAYS" in cut and record.state == UNKNOWN:
+        return True
+    if "LAPSED_IS_UNKNOWN" in cut and record.state == IN_FLIGHT and not record.lease:
+        return True
+    return is_over(record) and (mode if "RECORDS_OWN_MODE" in cut else record.mode) == RETRY
+
+
+def claim(record: Record, me: int, mode: str, seen: int, late: bool, cut: Cut) -> Done:
+    """Claim for `me`; a record that is open only if it is the one of the token `seen`."""
+    late = late and "NOT_AFTER" not in cut
+    ours = record.token == me and record.state == IN_FLIGHT and "KNOWN_AGAIN" not in cut
+    if record.state not in FREE and not ours:
+        opened = is_open(record, mode, cut) or ("AS_OF_NOW" in cut and record.state == IN_FLIGHT)
+        same = record.token == seen or "AS_SEEN" in cut
+        if not (seen and opened and same) or late:
+            return "told", record
+    if late:
+        return "late", record
+    return "claimed", record._replace(lease=True) if ours else Record(IN_FLIGHT, me, mode, lease=True)
+
+
+def append(record: Record, me: int, cut: Cut) -> Done:
+    """Keep the first piece of an answer of `me`, and extend the lease."""
+    if record.state == COMPLETE:
+        return "complete" if record.token == me else "fenced", record
+    if record.state == ABSENT:
+        return "absent", record
+    if record.token != me and "TOKEN_ON_APPEND" not in cut:
+        return "fenced", record
+    if record.piece not in (NOBODY, me):
+        return "torn", record
+    return "appended", record._replace(piece=me, lease=record.state == IN_FLIGHT)
+
+
+def renew(record: Record, me: int, cut: Cut) -> Done:
+    """Extend the lease of `me`."""
+    if record.state == COMPLETE:
+        return "complete" if record.token == me else "fenced", record
+    if record.state == ABSENT:
+        return "absent", record
+    if record.token != me and "TOKEN_ON_RENEW" not in cut:
+        return "fenced", record
+    if record.state != IN_FLIGHT:
+        return "unknown", record
+    return "renewed", record._replace(lease=True)
+
+
+def settle(record: Record, me: int, mode: str, how: str, cut: Cut) -> Done:
+    """End the claim of `me`."""
+    word, _ = HOW[how]
+    if record.state != ABSENT and record.token != me and f"TOKEN_ON_{word.upper()}" not in cut:
+        return "fenced", record
+    if record.state == COMPLETE and "FINAL" not in cut:
+        same = word == "store" and record.answer == me
+        return "stored" if same else "complete", record
+    if word == "release":
+        return "released", Record()
+    if word == "unknown":
+        return "unknown", Record(UNKNOWN, me, mode)
+    kept = {"store": WHOLE, "bare": BARE, "stream": WHOLE if record.piece else TORN}[how]
+    if kept == TORN and "COUNTED" not in cut:
+        return "torn", record
+    return "stored", Record(COMPLETE, me, answer=me, body=kept)
+
+
+def resolve(record: Record, seen: int, how: str, cut: Cut) -> Done:
+    """End the key for an operator who saw the token `seen`: how is answer or release."""
+    blind = "OPERATOR_COMPARES" in cut
+    if record.state == COMPLETE and not blind:
+        return "complete", record
+    if record.state in FREE:
+        return "absent", record
+    if record.token != seen and not blind:
+        return "fenced", record
+    token = record.token if "OPERATOR_FENCES" in cut else OPERATOR
+    if how == "answer":
+        return "resolved", Record(COMPLETE, token, answer=OPERATOR, body=WHOLE)
+    return "released", Record(RELEASED, token)
+
+
+def read(record: Record, token: int) -> Done:
+    """Read the answer of `token`."""
+    if record.state != COMPLETE or record.token != token:
+        return "gone", record
+    return "chunks" if record.body == WHOLE else "torn", record
+
+
+def told(record: Record) -> str:
+    """Return what a newcomer with the same request gets from a record that is not open."""
+    if record.state == COMPLETE:
+        return "replay" if record.body == WHOLE else "not_kept"
+    return "unknown" if is_over(record) else "in_flight"

@@ -1,0 +1,68 @@
+"""The rules as they are, and with one safeguard less: who takes part, and which promise breaks then."""
+
+from typing import NamedTuple
+
+from tests.model.explore import Setting
+from tests.model.rules import HOLD, RETRY
+
+SETTINGS = {
+    "hold": Setting((HOLD, HOLD), streams=True, lost_claims=True, late_settles=True, hangs=True),
+    "hold, three": Setting((HOLD, HOLD, HOLD), late_settles=True),
+    "hold, operator": Setting((HOLD, HOLD), operator=True, lost_claims=True),
+    "hold, operator, streams": Setting((HOLD, HOLD), operator=True, streams=True, late_settles=True),
+    "hold, operator, three": Setting((HOLD, HOLD, HOLD), operator=True),
+    "retry": Setting((RETRY, RETRY), lost_claims=True, late_settles=True),
+    "retry, streams": Setting((RETRY, RETRY), streams=True, late_settles=True, hangs=True),
+    "retry, three": Setting((RETRY, RETRY, RETRY)),
+    "retry, operator": Setting((RETRY, RETRY), operator=True, streams=True),
+    "hold, then retry": Setting((HOLD, RETRY), streams=True, late_settles=True),
+    "retry, then hold": Setting((RETRY, HOLD), streams=True, late_settles=True),
+}
+
+
+class Variant(NamedTuple):
+    """`cut`: the safeguards that are left out; `breaks`: the promise that this breaks, "" for none."""
+
+    setting: str
+    cut: tuple[str, ...]
+    breaks: str
+
+
+# The safeguards, with what happens without them ...
+WITHOUT = {
+    # ... in the store:
+    "ATOMIC": ("hold", "twice"),  # claim reads and writes in one step
+    "KNOWN_AGAIN": ("hold", "itself"),  # a repeated claim is known by its token
+    "NOT_AFTER": ("hold", "stray"),  # a claim does nothing after its deadline
+    "UNKNOWN_STAYS": ("hold", "twice"),  # an unknown key is not free
+    "LAPSED_IS_UNKNOWN": ("hold", "twice"),  # nor is one whose lease passed
+    "RECORDS_OWN_MODE": ("hold, then retry", "twice"),  # the record's mode says whether it is open, not the newcomer's
+    "AS_OF_NOW": ("retry, three", "robbed"),  # the script itself asks whether the record is open
+    "AS_SEEN": ("retry, three", "unchecked"),  # and whether it is the one that the newcomer saw and checked
+    "TOKEN_ON_APPEND": ("retry, streams", "zombie"),
+    "TOKEN_ON_RENEW": ("retry, streams", "lapsed send"),
+    "TOKEN_ON_STORE": ("retry, streams", "zombie"),
+    "TOKEN_ON_RELEASE": ("hold, three", "twice"),
+    "TOKEN_ON_UNKNOWN": ("retry", "zombie"),
+    "COUNTED": ("retry, streams", "torn"),  # a settle says how many pieces there have to be
+    "FINAL": ("hold", "final"),  # a complete record stays what it is
+    "OPERATOR_COMPARES": ("hold, operator, three", "twice"),  # an operator ends the claim that was looked at
+    "OPERATOR_FENCES": ("hold, operator", "zombie"),  # and puts a token of its own
+    "LEASE": ("hold", "stuck"),
+    # ... in the proxy:
+    "WITHHELD": ("retry, streams", "differ"),  # the end of an answer waits for its settle
+    "FENCED_IS_SILENT": ("retry, streams", "differ"),  # a fenced owner drops its own answer
+    "CLAIMED_AGAIN": ("retry, streams", "lapsed send"),  # an old claim is asked for again before anything is sent
+    "LOST_IS_UNKNOWN": ("hold", "twice"),  # what was sent and not answered is not released
+    "WITHDRAWN": ("hold", "stray"),  # a claim that was given up is released
+    "WITHDRAWN_LATE": ("hold", "stray"),  # when it cannot arrive any more
+    "COPIES_WITHDRAWN": ("hold", "stray"),  # also where its repeat was answered
+    "RENEWED_ALIVE": ("hold", "stuck"),  # an exchange that hangs is not renewed
+}
+VARIANTS = {
+    **{f"the rules: {name}": Variant(name, (), "") for name in SETTINGS},
+    **{f"without {safeguard}": Variant(at, (safeguard,), breaks) for safeguard, (at, breaks) in WITHOUT.items()},
+    "without WITHHELD, under hold": Variant("hold", ("WITHHELD",), "unbacked"),
+    "without OPERATOR_COMPARES, complete": Variant("hold, operator", ("OPERATOR_COMPARES",), "differ"),
+    "without TOKEN_ON_STORE and FINAL": Variant("retry, streams", ("TOKEN_ON_STORE", "FINAL"), "differ"),
+}
