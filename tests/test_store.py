@@ -998,6 +998,55 @@ async def test_a_claim_whose_caller_was_cancelled_is_withdrawn(relay, valkey):
         assert valkey.states() == []
 
 
+async def held_up(relay: Relay, claiming: Coroutine[Any, Any, Any]) -> str:
+    """Claim so that the first command is held up on its way and a repeat on another connection is answered."""
+    relay.hold()
+    task = asyncio.ensure_future(claiming)
+    await asyncio.sleep(0.05)
+    relay.cut()
+    return told(await task)
+
+
+async def arrives(relay: Relay, valkey: Valkey) -> None:
+    """Let what is held up reach the server."""
+    with valkey.client() as client:
+        client.config_resetstat()
+        relay.let_go()
+        await until(lambda: "cmdstat_evalsha" in client.info("commandstats"))
+
+
+@pytest.mark.fault(10)
+async def test_a_claim_that_was_held_up_while_its_repeat_was_refused(relay, valkey):
+    """The repeat is told that somebody has the key; what arrives when the key is free again does not keep it."""
+    behind = Behind()
+    async with connected(relay.url, timeout_ms=1000, behind=behind) as store, connected(valkey.url) as other:
+        owner = await claimed(other)
+        assert await held_up(relay, claim(store)) == "in_flight"
+        assert await other.release(owner, PATIENCE_S) == Settled("released")
+        await arrives(relay, valkey)
+        await behind.run()
+        assert valkey.states() == []
+
+
+@pytest.mark.fault(10)
+@pytest.mark.parametrize("again", [False, True], ids=["claimed", "claimed again"])
+async def test_a_claim_that_was_held_up_while_its_repeat_went_through(relay, valkey, again):
+    """Nothing could be sent, the key was released: what arrives after that does not keep it."""
+    behind = Behind()
+    async with connected(relay.url, timeout_ms=1000, behind=behind) as store:
+        if again:
+            owner = await claimed(store)
+            assert await held_up(relay, store.reclaim(owner, SCOPE)) == "claimed"
+        else:
+            assert await held_up(relay, claim(store)) == "claimed"
+            (record,) = valkey.records().values()
+            owner = Claim(KEY, record[b"token"], b"", b"hold", SAME, b"", 0, LEASE_MS, RETENTION_MS)
+        assert await store.release(owner, PATIENCE_S) == Settled("released")
+        await arrives(relay, valkey)
+        await behind.run()
+        assert valkey.states() == []
+
+
 # The clocks ...
 
 

@@ -127,6 +127,7 @@ class Store:
         self._strained: set[Breaker] = set()  # where a claim failed since one did not
         self._terms: dict[tuple[bytes, int, int], bytes] = {}
         self._given_up: set[bytes] = set()  # tokens of claims that may be in the store though nobody has them
+        self._doubled: set[bytes] = set()  # tokens of claims of which a copy may still be on its way
         self._patience_ends = float("inf")  # the loop's time after which nothing is repeated any more
 
     # Its life ...
@@ -243,7 +244,7 @@ class Store:
                 if self._strained and not isinstance(found, Unconfirmed):
                     self._relieve(self._servers.breaker_of(claim.key))
                 if isinstance(found, Claim):
-                    return found
+                    return self._repeated_claim(found, claim, None) if maybe_executed else found
                 if isinstance(found, str):  # our idea of the server's time was behind; the reply corrected it
                     found = Unconfirmed("the store was reached too late", maybe_executed=False)
                 if isinstance(found, Record) and found.token != seen:
@@ -252,7 +253,7 @@ class Store:
                         seen, left_s = found.token, deadline - loop.time()
                         continue
                 if not isinstance(found, Unconfirmed):
-                    return found
+                    return self._repeated_claim(found, claim, give_up) if maybe_executed else found
                 stands |= isinstance(found, Below)
                 maybe_executed |= found.maybe_executed
                 over = min(deadline - stands * self._give_back_s, self._patience_ends)
@@ -263,9 +264,15 @@ class Store:
                 pause_s = min(pause_s * 2, PAUSE_MOST_S)
                 left_s = deadline - loop.time()
         except (Exception, asyncio.CancelledError):
-            if give_up is not None:
-                give_up(claim)
+            (give_up or self._note_copy)(claim)
             raise
+
+    def _repeated_claim(
+        self, found: Claim | Record | Corrupt, claim: Claim, give_up: Callable[[Claim], None] | None
+    ) -> Claim | Record | Corrupt:
+        """Return what a repeat found; what was asked before it may be on its way yet."""
+        (give_up or self._note_copy)(claim)
+        return found
 
     def _no_use(self, why: Unconfirmed) -> bool:
         """Return whether another try within the budget cannot bring another reply."""
@@ -307,6 +314,8 @@ class Store:
             elif isinstance(why, Withheld) and why.tells:
                 there = await self.look(claim.key, scope, claim.lease_ms)
                 return why if there is None or isinstance(there, Unconfirmed) else there
+        elif maybe_executed:
+            self._note_copy(claim)
         return replace(why, maybe_executed=maybe_executed)
 
     async def _withdrawn(self, found: Record, claim: Claim) -> bool:
@@ -358,6 +367,14 @@ class Store:
         self._given_up.add(claim.token)
         self._background(self._withdraw(claim))
 
+    def _note_copy(self, claim: Claim) -> None:
+        """Note a claim that was asked for more than once: a copy that is held up would take the key once it is free.
+
+        Only until it would be late; a release meanwhile is made again then.
+        """
+        self._doubled.add(claim.token)
+        self._loop.call_later(self._timeout_s, self._doubled.discard, claim.token)
+
     async def _withdraw(self, claim: Claim) -> None:
         until = self._loop.time() + claim.retention_ms / 1000
         await asyncio.sleep(self._timeout_s)  # from now on it cannot be executed any more
@@ -390,6 +407,9 @@ class Store:
 
     def release(self, claim: Claim, patience_s: float) -> Settling:
         """Settle: free the key."""
+        if claim.token in self._doubled:
+            self._doubled.discard(claim.token)
+            self._give_up(claim)
         return self._settle(claim, 3, _RELEASE + resp(claim.retention_ms), patience_s)
 
     def mark_unknown(self, claim: Claim, why: str, patience_s: float) -> Settling:
