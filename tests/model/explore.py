@@ -12,6 +12,7 @@ from tests.model import rules
 from tests.model.rules import (
     ABSENT,
     COMPLETE,
+    ENDINGS,
     HOLD,
     IN_FLIGHT,
     NOBODY,
@@ -189,25 +190,26 @@ class Key:
             broken = broken or "lapsed send"
         sent = put(world, me, owner, SENT, counts=self._mode(me) == HOLD and not owner.freed)
         yield Step(f"{me} sends", sent, True, broken)
-        yield Step(f"{me} reaches nobody", put(world, me, owner, "release"))
+        yield Step(f"{me} reaches nobody", put(world, me, owner, ENDINGS["not_sent"]))
 
     def _hears(self, world: World, me: int, owner: Owner) -> Iterator[Step]:
-        lost = "release" if "LOST_IS_UNKNOWN" in self.cut else "unknown"
+        lost = "release" if "LOST_IS_UNKNOWN" in self.cut else ENDINGS["no_response"]
         yield Step(f"{me} gets no answer", put(world, me, owner, lost), certain=True)
-        yield Step(f"{me} is declined", put(world, me, owner, "release", counts=False))
-        yield self._has_all(world, me, owner, "store")
+        yield Step(f"{me} is declined", put(world, me, owner, ENDINGS["declined"], counts=False))
+        yield self._has_all(world, me, owner, ENDINGS["complete"])
         if self.setting.streams:
+            yield self._has_all(world, me, owner, ENDINGS["too_large"])
             yield Step(f"{me} gets the first piece", put(world, me, owner, STREAMING))
 
     def _appends(self, world: World, me: int, owner: Owner) -> Iterator[Step]:
         word, record = self._call("append", world.record, me)
         after = world._replace(record=record)
-        place = {"appended": STREAMED, "absent": "bare", "torn": "bare"}.get(word, "unknown")
+        place = {"appended": STREAMED, "absent": "bare", "torn": "bare"}.get(word, ENDINGS["truncated"])
         yield Step(f"{me} appends: {word}", put(after, me, owner, place), True, self._zombie(world, record, me))
         yield Step(f"{me} appends; the reply is lost", after)
 
     def _hears_the_end(self, world: World, me: int, owner: Owner) -> Iterator[Step]:
-        yield Step(f"the answer to {me} breaks off", put(world, me, owner, "unknown"), certain=True)
+        yield Step(f"the answer to {me} breaks off", put(world, me, owner, ENDINGS["truncated"]), certain=True)
         yield self._has_all(world, me, owner, "stream")
 
     def _has_all(self, world: World, me: int, owner: Owner, how: str) -> Step:
@@ -230,12 +232,12 @@ class Key:
         yield Step(f"{me} settles {how}; the reply is lost", after, broken=broken)
         if self.setting.late_settles and not owner.settle_copy:
             yield Step(f"a settle of {me} is delayed", put(world, me, owner, how, settle_copy=how))
-        if rules.HOW[how][0] == "store":
+        if rules.HOW[how] == "store":
             yield Step(f"{me} is interrupted", put(world, me, owner, "unknown"))
 
     def _concludes(self, world: World, me: int, owner: Owner, word: str) -> Step:
         how, story = owner.place, f"{me} settles {owner.place}: {word}"
-        answered = rules.HOW[how][0] == "store"
+        answered = rules.HOW[how] == "store"
         own = word == "stored" or "FENCED_IS_SILENT" in self.cut
         if answered and own:
             after, broken = deliver(put(world, me, owner, ENDED), me, own=True)

@@ -22,12 +22,22 @@ WORDS = {
     "resolve": {"resolved", "released", "absent", "complete", "fenced"},
     "read": {"chunks", "gone", "torn"},
 }
-HOW = {  # what settles say: the word of the script, and how much of the answer
-    "store": ("store", "in one piece"),
-    "stream": ("store", "a piece that was appended, and the last one"),
-    "bare": ("store", "nothing"),
-    "release": ("release", ""),
-    "unknown": ("unknown", ""),
+HOW = {  # of a settle: its word, and how much of an answer it stores
+    "store": "store",  # in one piece
+    "stream": "store",  # a piece that was appended, and the last one
+    "bare": "store",  # nothing of it
+    "release": "release",
+    "unknown": "unknown",
+}
+# How an exchange ended, and how its claim is settled.
+ENDINGS = {
+    "not_sent": "release",
+    "no_response": "unknown",
+    "truncated": "unknown",
+    "ambiguous": "unknown",
+    "declined": "release",
+    "too_large": "bare",
+    "complete": "store",
 }
 
 
@@ -104,7 +114,7 @@ def renew(record: Record, me: int, cut: Cut) -> Done:
 
 def settle(record: Record, me: int, mode: str, how: str, cut: Cut) -> Done:
     """End the claim of `me`."""
-    word, _ = HOW[how]
+    word = HOW[how]
     if record.state != ABSENT and record.token != me and f"TOKEN_ON_{word.upper()}" not in cut:
         return "fenced", record
     if record.state == COMPLETE and "FINAL" not in cut:
