@@ -152,7 +152,7 @@ class Key:
 
     def _waits(self, world: World, me: int, owner: Owner) -> Iterator[Step]:
         """503: nothing was sent. The claim may be in the store, or may yet get there."""
-        if "WITHDRAWN" in self.cut:
+        if "WITHDRAWN_AT_ALL" in self.cut:
             yield Step(f"{me} has given up", put(world, me, owner, WITHDRAWN), certain=True)
             return
         if "WITHDRAWN_LATE" in self.cut:

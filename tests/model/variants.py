@@ -54,7 +54,7 @@ WITHOUT = {
     "FENCED_IS_SILENT": ("retry, streams", "differ"),  # a fenced owner drops its own answer
     "CLAIMED_AGAIN": ("retry, streams", "lapsed send"),  # an old claim is asked for again before anything is sent
     "LOST_IS_UNKNOWN": ("hold", "twice"),  # what was sent and not answered is not released
-    "WITHDRAWN": ("hold", "stray"),  # a claim that was given up is released
+    "WITHDRAWN_AT_ALL": ("hold", "stray"),  # a claim that was given up is released
     "WITHDRAWN_LATE": ("hold", "stray"),  # when it cannot arrive any more
     "COPIES_WITHDRAWN": ("hold", "stray"),  # also where its repeat was answered
     "RENEWED_ALIVE": ("hold", "stuck"),  # an exchange that hangs is not renewed

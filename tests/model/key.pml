@@ -1,0 +1,409 @@
+/*
+ * One key: a record in the store, the owners who come for it, an operator, and time. Each `::` is one atomic step (one
+ * script, one write); between two of them anything may happen. The same rules as in rules.py and explore.py, written
+ * once more for spin: both must come to the same verdicts and, where nothing breaks, to the same number of states.
+ *
+ *   spin -a key.pml && cc -DSAFETY -o pan pan.c && ./pan                  the rules hold
+ *   spin -a -DWITHOUT=NOT_AFTER -DLOST_CLAIMS=1 key.pml && ...            one safeguard less: a promise breaks
+ *
+ * Who takes part: -DOWNERS=n, -DRETRIERS=b (bit i: owner i claims under `retry`), -DOPERATORS, -DSTREAMS, -DLOST_CLAIMS,
+ * -DLATE_SETTLES, -DHANGS (0 or 1). -DONLY=P_TWICE looks at one promise alone.
+ */
+#ifndef OWNERS
+#define OWNERS 2
+#endif
+#ifndef RETRIERS
+#define RETRIERS 0
+#endif
+#ifndef OPERATORS
+#define OPERATORS 0
+#endif
+#ifndef STREAMS
+#define STREAMS 0
+#endif
+#ifndef LOST_CLAIMS
+#define LOST_CLAIMS 0
+#endif
+#ifndef LATE_SETTLES
+#define LATE_SETTLES 0
+#endif
+#ifndef HANGS
+#define HANGS 0
+#endif
+#ifndef WITHOUT
+#define WITHOUT 0
+#endif
+#ifndef AND_WITHOUT
+#define AND_WITHOUT 0
+#endif
+#ifndef ONLY
+#define ONLY 0
+#endif
+
+/* The safeguards; variants.py says what each is. */
+#define ATOMIC 1
+#define KNOWN_AGAIN 2
+#define NOT_AFTER 3
+#define UNKNOWN_STAYS 4
+#define LAPSED_IS_UNKNOWN 5
+#define RECORDS_OWN_MODE 6
+#define AS_OF_NOW 7
+#define AS_SEEN 8
+#define TOKEN_ON_APPEND 9
+#define TOKEN_ON_RENEW 10
+#define TOKEN_ON_STORE 11
+#define TOKEN_ON_RELEASE 12
+#define TOKEN_ON_UNKNOWN 13
+#define COUNTED 14
+#define FINAL 15
+#define OPERATOR_COMPARES 16
+#define OPERATOR_FENCES 17
+#define LEASE 18
+#define WITHHELD 19
+#define FENCED_IS_SILENT 20
+#define CLAIMED_AGAIN 21
+#define LOST_IS_UNKNOWN 22
+#define WITHDRAWN_AT_ALL 23
+#define WITHDRAWN_LATE 24
+#define COPIES_WITHDRAWN 25
+#define RENEWED_ALIVE 26
+#define HAS(safeguard) (WITHOUT != safeguard && AND_WITHOUT != safeguard)
+
+/* The promises; explore.py says what each means. */
+#define P_TWICE 1
+#define P_DIFFER 2
+#define P_UNBACKED 3
+#define P_ZOMBIE 4
+#define P_FINAL 5
+#define P_ROBBED 6
+#define P_UNCHECKED 7
+#define P_LAPSED_SEND 8
+#define P_ITSELF 9
+#define P_TORN 10
+#define P_STRAY 11
+#define P_STUCK 12
+#define KEEPS(promise, fact) assert((ONLY != 0 && ONLY != promise) || (fact))
+
+/* An owner's way. */
+#define ABOUT_TO_COME 0
+#define CLAIMING 1
+#define REPEATING 2
+#define FOUND_FREE 3
+#define GIVEN_UP 4
+#define WITHDRAWING 5
+#define CLAIMED 6 /* from here ... */
+#define STALE 7
+#define SENT 8
+#define STREAMING 9
+#define STREAMED 10
+#define STORE 11 /* (the settles) */
+#define STREAM 12
+#define BARE 13
+#define RELEASE 14
+#define UNKNOWN 15 /* ... to here its leases are renewed */
+#define HUNG 16
+#define WITHDRAWN 17
+#define TOLD 18
+#define ENDED 19
+#define DEAD 20
+#define me (_pid + 1)
+#define at place[me]
+#define IS_ACTIVE(who) (place[who] >= CLAIMED && place[who] <= UNKNOWN)
+#define IS_SETTLING (at >= STORE && at <= UNKNOWN)
+#define HAS_LEFT(who) (place[who] == TOLD || place[who] == WITHDRAWN)
+#define RETRIES(who) ((RETRIERS >> who) & 1)
+#define OPERATOR 9
+
+mtype = { absent, in_flight, unknown, complete, released };         /* states of the record */
+mtype = { whole, bare, torn };                                      /* what it has of an answer */
+mtype = { claimed, found, late, told, appended, renewed, stored, freed_, marked, fenced, done, none, resolved };
+
+/* The record. */
+mtype state = absent;
+byte token, piece, answer;
+bool retry, lease;
+mtype body;
+/* The owners, from 1. */
+byte place[OWNERS + 1], seen[OWNERS + 1];
+byte claim_copy[OWNERS + 1];  /* a claim on its way: what it had seen, plus one */
+byte settle_copy[OWNERS + 1]; /* a settle on its way */
+bool counts[OWNERS + 1];      /* executed under hold, not declined, not released by an operator */
+bool freed[OWNERS + 1];       /* an operator ended its claim */
+byte saw;                     /* the operator: the token that was seen */
+byte truth;                   /* whose answer was delivered first */
+mtype word;                   /* the reply to the last verb; 0 between two steps */
+
+#define FREE (state == absent || state == released)
+#define OVER (state == unknown || (state == in_flight && !lease))
+#define OPEN(who) ((!HAS(UNKNOWN_STAYS) && state == unknown) || (!HAS(LAPSED_IS_UNKNOWN) && state == in_flight && !lease) \
+	|| (OVER && (HAS(RECORDS_OWN_MODE) -> retry : RETRIES(who))))
+#define OURS(who) (HAS(KNOWN_AGAIN) && state == in_flight && token == who)
+#define MAY_TAKE(who, what) (what != 0 && (OPEN(who) || (!HAS(AS_OF_NOW) && state == in_flight)) \
+	&& (token == what || !HAS(AS_SEEN)))
+
+/* The store's verbs ... */
+
+inline become(a_state, a_token, a_mode, a_lease, an_answer, a_body) {
+	state = a_state; token = a_token; retry = a_mode; lease = a_lease; piece = 0; answer = an_answer; body = a_body
+}
+inline claim(what, is_late, split) {
+	if
+	:: !FREE && !OURS(me) && (!MAY_TAKE(me, what) || (is_late && HAS(NOT_AFTER))) -> word = told
+	:: else ->
+		if
+		:: is_late && HAS(NOT_AFTER) -> word = late
+		:: else ->
+			if
+			:: !FREE && token != me ->
+				if
+				:: state == complete -> KEEPS(P_FINAL, false)
+				:: state != complete && lease -> KEEPS(P_ROBBED, false)
+				:: state != complete && !lease -> KEEPS(P_UNCHECKED, token == what)
+				fi
+			:: else
+			fi;
+			if
+			:: split && token != me -> word = found
+			:: else ->
+				word = claimed;
+				if
+				:: OURS(me) -> lease = true
+				:: else -> become(in_flight, me, RETRIES(me), true, 0, 0)
+				fi
+			fi
+		fi
+	fi
+}
+inline changes() { /* a write of this owner is about to change the record */
+	if
+	:: state == complete -> KEEPS(P_FINAL, false)
+	:: else -> KEEPS(P_ZOMBIE, (token == 0 || token == me) && state != released)
+	fi
+}
+inline append() {
+	if
+	:: state == complete -> word = (token == me -> done : fenced)
+	:: state == absent -> word = none
+	:: state != complete && state != absent && token != me && HAS(TOKEN_ON_APPEND) -> word = fenced
+	:: state != complete && state != absent && (token == me || !HAS(TOKEN_ON_APPEND)) ->
+		if
+		:: piece != 0 && piece != me -> word = torn
+		:: else ->
+			word = appended;
+			if
+			:: piece != me || (state == in_flight && !lease) -> changes()
+			:: else
+			fi;
+			piece = me; lease = (state == in_flight)
+		fi
+	fi
+}
+inline renew() {
+	if
+	:: state == in_flight && (token == me || !HAS(TOKEN_ON_RENEW)) ->
+		word = renewed;
+		if
+		:: !lease -> changes(); lease = true
+		:: else
+		fi
+	:: else /* whatever it is told, it does nothing about it */
+	fi
+}
+#define GUARDED(how) ((how == RELEASE && HAS(TOKEN_ON_RELEASE)) || (how == UNKNOWN && HAS(TOKEN_ON_UNKNOWN)) \
+	|| (how <= BARE && HAS(TOKEN_ON_STORE)))
+#define LACKS(how) (how == STREAM && piece == 0)
+inline settle(how) {
+	if
+	:: state != absent && token != me && GUARDED(how) -> word = fenced
+	:: else ->
+		if
+		:: state == complete && HAS(FINAL) -> word = (how <= BARE && answer == me -> stored : done)
+		:: (state != complete || !HAS(FINAL)) && how == RELEASE ->
+			word = freed_;
+			if
+			:: state != absent -> changes()
+			:: else
+			fi;
+			become(absent, 0, 0, false, 0, 0)
+		:: (state != complete || !HAS(FINAL)) && how == UNKNOWN ->
+			word = marked;
+			if
+			:: state != unknown || token != me || retry != RETRIES(me) || piece != 0 -> changes()
+			:: else
+			fi;
+			become(unknown, me, RETRIES(me), false, 0, 0)
+		:: (state != complete || !HAS(FINAL)) && how <= BARE && LACKS(how) && HAS(COUNTED) -> word = torn
+		:: (state != complete || !HAS(FINAL)) && how <= BARE && !(LACKS(how) && HAS(COUNTED)) ->
+			word = stored;
+			if
+			:: state != complete && LACKS(how) -> KEEPS(P_TORN, false)
+			:: state != complete && !LACKS(how) -> changes()
+			:: state == complete -> KEEPS(P_FINAL, token == me && body == (how == BARE -> bare : (LACKS(how) -> torn : whole)))
+			fi;
+			body = (how == BARE -> bare : (LACKS(how) -> torn : whole));
+			state = complete; token = me; retry = 0; lease = false; piece = 0; answer = me
+		fi
+	fi
+}
+inline resolve(a_state, an_answer, a_body) {
+	if
+	:: FREE -> word = none
+	:: state == complete && HAS(OPERATOR_COMPARES) -> word = done
+	:: !FREE && state != complete && token != saw && HAS(OPERATOR_COMPARES) -> word = fenced
+	:: !FREE && (!HAS(OPERATOR_COMPARES) || (state != complete && token == saw)) ->
+		word = resolved;
+		KEEPS(P_FINAL, state != complete || (a_state == complete && answer == an_answer && HAS(OPERATOR_FENCES)));
+		become(a_state, (HAS(OPERATOR_FENCES) -> OPERATOR : token), 0, false, an_answer, a_body)
+	fi
+}
+
+/* ... and what is done with their replies. */
+
+inline deliver(whose, own) {
+	KEEPS(P_DIFFER, truth == 0 || truth == whose);
+	if
+	:: truth == 0 || truth == whose ->
+		KEEPS(P_UNBACKED, !own || (state == complete && answer == whose));
+		truth = whose
+	:: else
+	fi
+}
+inline deliver_the_record(otherwise) {
+	if
+	:: state == complete && body == whole -> at = (otherwise == TOLD -> ENDED : otherwise); deliver(answer, false)
+	:: else -> at = otherwise
+	fi
+}
+inline has_all(how) {
+	at = how;
+	if
+	:: !HAS(WITHHELD) -> deliver(me, true)
+	:: else
+	fi
+}
+#define LOSES (at == CLAIMING -> REPEATING : GIVEN_UP)
+#define MAY_STAND ((at == REPEATING || claim_copy[me] != 0) && HAS(COPIES_WITHDRAWN))
+#define OTHERS_COUNT ((me != 1 && counts[1]) || (me != 2 && counts[2]) || (OWNERS > 2 && me != OWNERS && counts[OWNERS]))
+
+active [OWNERS] proctype owner() {
+end:
+	do
+	/* Claiming. Equal owners come in their order: which of them is the first makes no difference. */
+	:: atomic { at == ABOUT_TO_COME && (me == 1 || place[me - 1] != ABOUT_TO_COME) -> at = CLAIMING }
+	:: atomic { at == CLAIMING || at == REPEATING ->
+		claim(seen[me], false, !HAS(ATOMIC));
+		if
+		:: word == claimed -> at = CLAIMED; freed[me] = false
+		:: word == claimed && LOST_CLAIMS -> at = LOSES
+		:: word == found -> at = FOUND_FREE
+		:: word == told ->
+			KEEPS(P_ITSELF, state != in_flight || token != me);
+			if
+			:: OPEN(me) && token != seen[me] -> at = CLAIMING; seen[me] = token
+			:: else -> deliver_the_record((MAY_STAND -> GIVEN_UP : TOLD))
+			fi
+		fi;
+		word = 0 }
+	:: atomic { (at == CLAIMING || at == REPEATING) && LOST_CLAIMS && claim_copy[me] == 0 ->
+		claim_copy[me] = seen[me] + 1; at = LOSES }
+	:: atomic { at == FOUND_FREE -> become(in_flight, me, RETRIES(me), true, 0, 0); at = CLAIMED }
+	:: atomic { at == GIVEN_UP -> at = (HAS(WITHDRAWN_AT_ALL) -> WITHDRAWING : WITHDRAWN) }
+	:: atomic { at == WITHDRAWING || (at == GIVEN_UP && HAS(WITHDRAWN_AT_ALL) && !HAS(WITHDRAWN_LATE)) ->
+		settle(RELEASE); word = 0;
+		at = (at == WITHDRAWING -> WITHDRAWN : TOLD) }
+	:: atomic { at == STALE && HAS(CLAIMED_AGAIN) ->
+		claim(0, false, false);
+		if
+		:: word == claimed -> at = CLAIMED; freed[me] = false
+		:: word != claimed -> KEEPS(P_ITSELF, state != in_flight || token != me); at = RELEASE
+		:: LOST_CLAIMS -> at = RELEASE
+		fi;
+		word = 0 }
+	:: atomic { at == STALE && HAS(CLAIMED_AGAIN) && LOST_CLAIMS && claim_copy[me] == 0 ->
+		claim_copy[me] = 1; at = RELEASE }
+	/* The exchange. */
+	:: atomic { at == CLAIMED || (at == STALE && !HAS(CLAIMED_AGAIN)) ->
+		KEEPS(P_TWICE, freed[me] || !OTHERS_COUNT);
+		KEEPS(P_LAPSED_SEND, freed[me] || token == me);
+		counts[me] = (!RETRIES(me) && !freed[me]);
+		at = SENT }
+	:: atomic { at == CLAIMED || (at == STALE && !HAS(CLAIMED_AGAIN)) -> at = RELEASE } /* reaches nobody */
+	:: atomic { at == SENT -> at = (HAS(LOST_IS_UNKNOWN) -> UNKNOWN : RELEASE) }
+	:: atomic { at == SENT -> at = RELEASE; counts[me] = false } /* declined */
+	:: atomic { at == SENT -> has_all(STORE) }
+	:: atomic { at == SENT && STREAMS -> has_all(BARE) } /* too large */
+	:: atomic { at == SENT && STREAMS -> at = STREAMING }
+	:: atomic { at == STREAMING ->
+		append();
+		if
+		:: word == appended -> at = STREAMED
+		:: word == none || word == torn -> at = BARE
+		:: word != appended && word != none && word != torn -> at = UNKNOWN
+		:: true /* the reply is lost */
+		fi;
+		word = 0 }
+	:: atomic { at == STREAMED -> at = UNKNOWN } /* breaks off */
+	:: atomic { at == STREAMED -> has_all(STREAM) }
+	/* Settling. */
+	:: atomic { IS_SETTLING ->
+		settle(at);
+		if
+		:: word == torn -> at = BARE
+		:: word != torn && at <= BARE && (word == stored || !HAS(FENCED_IS_SILENT)) -> at = ENDED; deliver(me, true)
+		:: word != torn && !(at <= BARE && (word == stored || !HAS(FENCED_IS_SILENT))) ->
+			if
+			:: (word == fenced || word == done) && at != STREAM -> deliver_the_record(ENDED)
+			:: else -> at = (at == RELEASE && claim_copy[me] != 0 && HAS(COPIES_WITHDRAWN) -> GIVEN_UP : ENDED)
+			fi
+		:: true /* the reply is lost */
+		fi;
+		word = 0 }
+	:: atomic { IS_SETTLING && LATE_SETTLES && settle_copy[me] == 0 -> settle_copy[me] = at }
+	:: atomic { IS_SETTLING && at <= BARE -> at = UNKNOWN } /* interrupted */
+	/* What happens to it. */
+	:: atomic { IS_ACTIVE(me) || at == GIVEN_UP || at == WITHDRAWING -> at = DEAD }
+	:: atomic { HANGS && (at == CLAIMED || at == SENT) -> at = HUNG }
+	:: atomic { IS_ACTIVE(me) ->
+		renew();
+		at = (word == renewed && at == STALE -> CLAIMED : at);
+		word = 0 }
+	:: atomic { claim_copy[me] != 0 ->
+		claim((claim_copy[me] - 1), (at == WITHDRAWING || at == WITHDRAWN), false);
+		claim_copy[me] = 0; word = 0 }
+	:: atomic { settle_copy[me] != 0 -> settle(settle_copy[me]); settle_copy[me] = 0; word = 0 }
+	od
+}
+
+active proctype operator() {
+end:
+	do
+	:: atomic { OPERATORS && saw == 0 && (state == in_flight || state == unknown) -> saw = token }
+	:: atomic { saw != 0 && saw != OPERATOR ->
+		if
+		:: resolve(complete, OPERATOR, whole)
+		:: resolve(released, 0, 0)
+		fi;
+		if
+		:: word == resolved -> counts[saw] = false; freed[saw] = true
+		:: else
+		fi;
+		saw = OPERATOR; word = 0 }
+	od
+}
+
+/* Time brings every step of an owner but those that are chance; after the last one the key must be out of flight. */
+#define IS_RENEWED(who) (IS_ACTIVE(who) || (place[who] == HUNG && !HAS(RENEWED_ALIVE)))
+#define RESTS(who) (place[who] == ABOUT_TO_COME || place[who] >= HUNG)
+#define ALL_REST (RESTS(1) && RESTS(2) && RESTS(OWNERS))
+
+active proctype time() {
+end:
+	do
+	:: atomic { lease && HAS(LEASE) ->
+		lease = false;
+		place[token] = (place[token] == CLAIMED -> STALE : place[token]) }
+	:: atomic { ALL_REST && !(lease && HAS(LEASE) && !IS_RENEWED(token)) ->
+		KEEPS(P_STUCK, !lease);
+		KEEPS(P_STRAY, !((state == in_flight || state == unknown) && HAS_LEFT(token))) }
+	od
+}
