@@ -1,360 +1,15 @@
-"""Every way in which a few owners, a store, an API, an operator and time can come together over one key.
+"""A search through every order of events around one key, breadth first: the story that it finds is the shortest.
 
-A breadth-first search: what it finds is the shortest story. A step is what is atomic in reality (one script, one
-write); between two steps of one owner anything may happen. `certain` steps come with time; all others are chance:
-faults, pauses, an operator. So what holds where no certain step is left holds once the faults stop.
+python -m tests.model.explore "without NOT_AFTER"       tells how a promise breaks
 """
 
-from collections.abc import Callable, Iterator
+import sys
 from typing import NamedTuple
 
 from tests.model import rules
-from tests.model.rules import (
-    ABSENT,
-    COMPLETE,
-    ENDINGS,
-    HOLD,
-    IN_FLIGHT,
-    NOBODY,
-    OPERATOR,
-    RELEASED,
-    TORN,
-    UNKNOWN,
-    Record,
-)
-
-PROMISES = {
-    "twice": "an execution begins though there was one under `hold`, not declined and not released by an operator",
-    "differ": "two complete answers that were delivered differ",
-    "unbacked": "an owner delivers its own answer as complete and the record does not hold it",
-    "zombie": "a write of somebody who is not the owner changes the record",
-    "final": "a complete record changes",
-    "robbed": "a claim takes a key away whose lease runs",
-    "unchecked": "a claim takes over a record that was not the one looked at",
-    "lapsed send": "something is sent for a claim whose lease passed and whose key is another's",
-    "itself": "an owner is refused a key because of its own claim",
-    "torn": "a record is complete and lacks a piece",
-    "stray": "a key is taken by a claim whose client was told that nothing was sent",
-    "stuck": "a key stays in flight whatever time passes",
-}
-# An owner's way. While it is at one of the active places its leases are renewed.
-ABOUT_TO_COME, CLAIMING, REPEATING, FOUND_FREE = "about to come", "claiming", "claiming again", "found the key free"
-CLAIMED, STALE, SENT, STREAMING, STREAMED, HUNG = "claimed", "stale", "sent", "streaming", "streamed", "hung"
-GIVEN_UP, WITHDRAWING, WITHDRAWN, TOLD, ENDED, DEAD = "given up", "withdrawing", "withdrawn", "told", "ended", "dead"
-HOW = tuple(rules.HOW)
-ACTIVE = {CLAIMED, STALE, SENT, STREAMING, STREAMED, *HOW}
-LATE = {WITHDRAWING, WITHDRAWN}  # where a claim's deadline is over for sure
-LEFT = {TOLD, WITHDRAWN}  # who says that nothing was sent
-
-
-class Owner(NamedTuple):
-    """One attempt of a client, with a token of its own. An owner that settles is at the place of its settle."""
-
-    place: str = ABOUT_TO_COME
-    seen: int = NOBODY  # the token of the record that it found open
-    claim_copy: int = -1  # a claim that is still on its way, with what it had seen
-    settle_copy: str = ""  # a settle that is still on its way
-    counts: bool = False  # executed under hold, not declined, not released by an operator
-    freed: bool = False  # an operator ended its claim
-
-
-class World(NamedTuple):
-    owners: tuple[Owner, ...]
-    record: Record = Record()
-    operator: int = NOBODY  # the token that the operator saw; OPERATOR: has acted
-    truth: int = NOBODY  # whose answer was the first to be delivered
-
-
-class Step(NamedTuple):
-    story: str
-    world: World
-    certain: bool = False
-    broken: str = ""
-
-
-class Setting(NamedTuple):
-    """Who takes part, and what can happen."""
-
-    modes: tuple[str, ...]
-    operator: bool = False
-    streams: bool = False
-    lost_claims: bool = False  # their replies get lost, and they may arrive late
-    late_settles: bool = False
-    hangs: bool = False
-
-
-class Key:
-    """One key under the rules, less the safeguards in `cut`. `calls` are all calls of the store's verbs."""
-
-    def __init__(self, setting: Setting, cut: rules.Cut) -> None:
-        self.setting, self.cut = setting, cut
-        self.calls: dict[tuple[object, ...], rules.Done] = {}
-        self.ways: dict[str, Callable[[World, int, Owner], Iterator[Step]]] = {
-            ABOUT_TO_COME: self._comes, CLAIMING: self._claims, REPEATING: self._claims, FOUND_FREE: self._takes,
-            CLAIMED: self._sends, STALE: self._claims_again, SENT: self._hears, STREAMING: self._appends,
-            STREAMED: self._hears_the_end, GIVEN_UP: self._waits, WITHDRAWING: self._withdraws,
-            **dict.fromkeys(HOW, self._settles),
-        }  # fmt: skip
-
-    def steps(self, world: World) -> Iterator[Step]:
-        """Return what can happen next."""
-        for me, owner in enumerate(world.owners, 1):
-            if owner.place in self.ways:
-                yield from self.ways[owner.place](world, me, owner)
-            yield from self._chance(world, me, owner)
-        yield from self._time(world)
-        if self.setting.operator:
-            yield from self._operates(world)
-
-    def _call(self, verb: str, *args: object) -> rules.Done:
-        if (verb, *args) not in self.calls:
-            self.calls[verb, *args] = getattr(rules, verb)(*args, self.cut)
-        return self.calls[verb, *args]
-
-    def _mode(self, me: int) -> str:
-        return self.setting.modes[me - 1]
-
-    # Claiming ...
-
-    def _comes(self, world: World, me: int, owner: Owner) -> Iterator[Step]:
-        # Equal owners come in their order: which of them is the first makes no difference.
-        if me == 1 or world.owners[me - 2].place != ABOUT_TO_COME:
-            yield Step(f"{me} comes", put(world, me, owner, CLAIMING))
-
-    def _claims(self, world: World, me: int, owner: Owner) -> Iterator[Step]:
-        word, record = self._call("claim", world.record, me, self._mode(me), owner.seen, False)
-        after, broken = world._replace(record=record), taken(world.record, record, me, owner.seen)
-        then = REPEATING if owner.place == CLAIMING else GIVEN_UP
-        if word == "claimed":
-            if "ATOMIC" in self.cut and world.record.token != me:
-                yield Step(f"{me} finds the key free", put(world, me, owner, FOUND_FREE), certain=True)
-                return
-            yield Step(f"{me} claims", put(after, me, owner, CLAIMED, freed=False), True, broken)
-            if self.setting.lost_claims:
-                yield Step(f"{me} claims; the reply is lost", put(after, me, owner, then), broken=broken)
-        else:
-            step = self._is_told(world, me, owner)
-            yield step._replace(broken=step.broken or by_itself(world.record, me))
-        if self.setting.lost_claims and owner.claim_copy < 0:
-            copy = put(world, me, owner, then, claim_copy=owner.seen)
-            yield Step(f"the claim of {me} does not arrive in time", copy)
-
-    def _is_told(self, world: World, me: int, owner: Owner) -> Step:
-        record = world.record
-        if rules.is_open(record, self._mode(me), self.cut) and record.token != owner.seen:
-            return Step(f"{me} finds the key open", put(world, me, owner, CLAIMING, seen=record.token), certain=True)
-        may_stand = (owner.place == REPEATING or owner.claim_copy >= 0) and "COPIES_WITHDRAWN" not in self.cut
-        return self._delivers_the_record(world, me, owner, GIVEN_UP if may_stand else TOLD)
-
-    def _takes(self, world: World, me: int, owner: Owner) -> Iterator[Step]:
-        record = Record(IN_FLIGHT, me, self._mode(me), lease=True)
-        yield Step(f"{me} claims", put(world._replace(record=record), me, owner, CLAIMED), certain=True)
-
-    def _waits(self, world: World, me: int, owner: Owner) -> Iterator[Step]:
-        """503: nothing was sent. The claim may be in the store, or may yet get there."""
-        if "WITHDRAWN_AT_ALL" in self.cut:
-            yield Step(f"{me} has given up", put(world, me, owner, WITHDRAWN), certain=True)
-            return
-        if "WITHDRAWN_LATE" in self.cut:
-            yield from self._withdraws(world, me, owner)
-        yield Step(f"the deadline of {me}'s claim is over", put(world, me, owner, WITHDRAWING), certain=True)
-
-    def _withdraws(self, world: World, me: int, owner: Owner) -> Iterator[Step]:
-        _, record = self._call("settle", world.record, me, self._mode(me), "release")
-        place = WITHDRAWN if owner.place == WITHDRAWING else TOLD
-        yield Step(f"{me} withdraws its claim", put(world._replace(record=record), me, owner, place), certain=True)
-
-    def _claims_again(self, world: World, me: int, owner: Owner) -> Iterator[Step]:
-        """A claim that is older than half a lease is asked for again before anything is sent."""
-        if "CLAIMED_AGAIN" in self.cut:
-            yield from self._sends(world, me, owner)
-            return
-        word, record = self._call("claim", world.record, me, self._mode(me), NOBODY, False)
-        after, ours = world._replace(record=record), word == "claimed"
-        place = CLAIMED if ours else "release"
-        broken = "" if ours else by_itself(world.record, me)
-        told = put(after, me, owner, place, freed=owner.freed and not ours)
-        yield Step(f"{me} claims again: {word}", told, True, broken)
-        if self.setting.lost_claims:
-            yield Step(f"{me} claims again; the reply is lost", put(after, me, owner, "release"))
-            if owner.claim_copy < 0:
-                copy = put(world, me, owner, "release", claim_copy=NOBODY)
-                yield Step(f"the second claim of {me} does not arrive in time", copy)
-
-    # The exchange ...
-
-    def _sends(self, world: World, me: int, owner: Owner) -> Iterator[Step]:
-        earlier = any(one.counts for number, one in enumerate(world.owners, 1) if number != me)
-        broken = "twice" if earlier and not owner.freed else ""
-        if not owner.freed and world.record.token != me:
-            broken = broken or "lapsed send"
-        sent = put(world, me, owner, SENT, counts=self._mode(me) == HOLD and not owner.freed)
-        yield Step(f"{me} sends", sent, True, broken)
-        yield Step(f"{me} reaches nobody", put(world, me, owner, ENDINGS["not_sent"]))
-
-    def _hears(self, world: World, me: int, owner: Owner) -> Iterator[Step]:
-        lost = "release" if "LOST_IS_UNKNOWN" in self.cut else ENDINGS["no_response"]
-        yield Step(f"{me} gets no answer", put(world, me, owner, lost), certain=True)
-        yield Step(f"{me} is declined", put(world, me, owner, ENDINGS["declined"], counts=False))
-        yield self._has_all(world, me, owner, ENDINGS["complete"])
-        if self.setting.streams:
-            yield self._has_all(world, me, owner, ENDINGS["too_large"])
-            yield Step(f"{me} gets the first piece", put(world, me, owner, STREAMING))
-
-    def _appends(self, world: World, me: int, owner: Owner) -> Iterator[Step]:
-        word, record = self._call("append", world.record, me)
-        after = world._replace(record=record)
-        place = {"appended": STREAMED, "absent": "bare", "torn": "bare"}.get(word, ENDINGS["truncated"])
-        yield Step(f"{me} appends: {word}", put(after, me, owner, place), True, self._zombie(world, record, me))
-        yield Step(f"{me} appends; the reply is lost", after)
-
-    def _hears_the_end(self, world: World, me: int, owner: Owner) -> Iterator[Step]:
-        yield Step(f"the answer to {me} breaks off", put(world, me, owner, ENDINGS["truncated"]), certain=True)
-        yield self._has_all(world, me, owner, "stream")
-
-    def _has_all(self, world: World, me: int, owner: Owner, how: str) -> Step:
-        after, broken = put(world, me, owner, how), ""
-        if "WITHHELD" in self.cut:
-            after, broken = deliver(after, me, own=True)
-        return Step(f"{me} has its whole answer", after, broken=broken)
-
-    # Settling ...
-
-    def _settles(self, world: World, me: int, owner: Owner) -> Iterator[Step]:
-        how = owner.place
-        word, record = self._call("settle", world.record, me, self._mode(me), how)
-        after, broken = world._replace(record=record), self._zombie(world, record, me)
-        if word == "torn":
-            yield Step(f"{me} settles {how}: torn", put(after, me, owner, "bare"), certain=True)
-        else:
-            ended = self._concludes(after, me, owner, word)
-            yield ended._replace(broken=broken or ended.broken)
-        yield Step(f"{me} settles {how}; the reply is lost", after, broken=broken)
-        if self.setting.late_settles and not owner.settle_copy:
-            yield Step(f"a settle of {me} is delayed", put(world, me, owner, how, settle_copy=how))
-        if rules.HOW[how] == "store":
-            yield Step(f"{me} is interrupted", put(world, me, owner, "unknown"))
-
-    def _concludes(self, world: World, me: int, owner: Owner, word: str) -> Step:
-        how, story = owner.place, f"{me} settles {owner.place}: {word}"
-        answered = rules.HOW[how] == "store"
-        own = word == "stored" or "FENCED_IS_SILENT" in self.cut
-        if answered and own:
-            after, broken = deliver(put(world, me, owner, ENDED), me, own=True)
-            return Step(story, after, True, broken)
-        if word in ("fenced", "complete") and how != "stream":  # else its client has the head of another answer
-            return self._delivers_the_record(world, me, owner, ENDED)._replace(story=story)
-        # A key that was freed is freed again once no claim for it can arrive any more.
-        again = how == "release" and owner.claim_copy >= 0 and "COPIES_WITHDRAWN" not in self.cut
-        return Step(story, put(world, me, owner, GIVEN_UP if again else ENDED), certain=True)
-
-    def _delivers_the_record(self, world: World, me: int, owner: Owner, place: str) -> Step:
-        after, broken = put(world, me, owner, place), ""
-        what = rules.told(world.record)
-        if what == "replay":
-            after, broken = deliver(put(world, me, owner, ENDED if place == TOLD else place), world.record.answer)
-        return Step(f"{me} gets what the record says: {what}", after, True, broken)
-
-    def _zombie(self, world: World, record: Record, me: int) -> str:
-        """Return what a write of `me` broke."""
-        before = world.record
-        if record == before:
-            return ""
-        if before.state == COMPLETE:
-            return "final"
-        if record.body == TORN:
-            return "torn"
-        return "zombie" if before.token not in (NOBODY, me) or before.state == RELEASED else ""
-
-    # What happens to them ...
-
-    def _chance(self, world: World, me: int, owner: Owner) -> Iterator[Step]:
-        if owner.place in ACTIVE or owner.place in (GIVEN_UP, WITHDRAWING):
-            yield Step(f"{me} dies", put(world, me, owner, DEAD))
-        if owner.place in ACTIVE:
-            yield from self._renews(world, me, owner)
-        if self.setting.hangs and owner.place in (CLAIMED, SENT):
-            yield Step(f"{me} hangs", put(world, me, owner, HUNG))
-        if owner.claim_copy >= 0:
-            late = owner.place in LATE
-            _, record = self._call("claim", world.record, me, self._mode(me), owner.claim_copy, late)
-            broken = taken(world.record, record, me, owner.claim_copy)
-            after = put(world._replace(record=record), me, owner, claim_copy=-1)
-            yield Step(f"an old claim of {me} arrives", after, broken=broken)
-        if owner.settle_copy:
-            _, record = self._call("settle", world.record, me, self._mode(me), owner.settle_copy)
-            after = put(world._replace(record=record), me, owner, settle_copy="")
-            yield Step(f"an old settle of {me} arrives", after, broken=self._zombie(world, record, me))
-
-    def _renews(self, world: World, me: int, owner: Owner) -> Iterator[Step]:
-        word, record = self._call("renew", world.record, me)
-        place = CLAIMED if word == "renewed" and owner.place == STALE else owner.place
-        if record != world.record or place != owner.place:
-            after = put(world._replace(record=record), me, owner, place)
-            yield Step(f"{me} renews", after, broken=self._zombie(world, record, me))
-
-    def _time(self, world: World) -> Iterator[Step]:
-        """A lease passes for sure where nobody renews it; where somebody does, by a pause."""
-        record = world.record
-        if not record.lease or "LEASE" in self.cut:
-            return
-        owner = world.owners[record.token - 1]
-        renewed = owner.place in ACTIVE or (owner.place == HUNG and "RENEWED_ALIVE" in self.cut)
-        after = world._replace(record=record._replace(lease=False))
-        if owner.place == CLAIMED:
-            after = put(after, record.token, owner, STALE)
-        yield Step(f"the lease of {record.token} passes", after, certain=not renewed)
-
-    def _operates(self, world: World) -> Iterator[Step]:
-        record, seen = world.record, world.operator
-        if seen == NOBODY and record.state in (IN_FLIGHT, UNKNOWN):
-            yield Step("the operator looks", world._replace(operator=record.token))
-        if seen in (NOBODY, OPERATOR):
-            return
-        for how in ("answer", "release"):
-            word, became = self._call("resolve", record, seen, how)
-            after = world._replace(record=became, operator=OPERATOR)
-            if word in ("resolved", "released"):
-                after = put(after, seen, world.owners[seen - 1], counts=False, freed=True)
-            broken = "final" if record.state == COMPLETE and became != record else ""
-            yield Step(f"the operator says {how}: {word}", after, broken=broken)
-
-
-def put(world: World, me: int, owner: Owner, place: str | None = None, **more: object) -> World:
-    """Return the world with an owner at another place."""
-    moved = owner._replace(**({"place": place} if place else {}), **more)
-    return world._replace(owners=(*world.owners[: me - 1], moved, *world.owners[me:]))
-
-
-def deliver(world: World, answer: int, own: bool = False) -> tuple[World, str]:
-    """Return the world in which an answer arrived whole, and what that broke."""
-    if world.truth not in (NOBODY, answer):
-        return world, "differ"
-    backed = world.record.state == COMPLETE and world.record.answer == answer
-    return world._replace(truth=answer), "unbacked" if own and not backed else ""
-
-
-def taken(before: Record, after: Record, me: int, seen: int) -> str:
-    """Return what a claim broke."""
-    if after.token != me or before.token == me or before.state in (ABSENT, RELEASED):
-        return ""
-    if before.state == COMPLETE:
-        return "final"
-    return "robbed" if before.lease else "unchecked" if before.token != seen else ""
-
-
-def by_itself(record: Record, me: int) -> str:
-    """Return what was broken where a claim of `me` is told what stands there."""
-    return "itself" if record.state == IN_FLIGHT and record.token == me else ""
-
-
-def at_rest(world: World) -> str:
-    """Return what is broken where time brings nothing more."""
-    record = world.record
-    if record.lease:
-        return "stuck"
-    taken = record.state in (IN_FLIGHT, UNKNOWN) and world.owners[record.token - 1].place in LEFT
-    return "stray" if taken else ""
+from tests.model.key import Key
+from tests.model.variants import SETTINGS, VARIANTS
+from tests.model.world import Owner, Setting, World, at_rest
 
 
 class Found(NamedTuple):
@@ -393,3 +48,37 @@ def story(came: dict[World, tuple[World, str] | None], world: World) -> list[str
         world, step = before
         told.append(step)
     return told[::-1]
+
+
+def has_no_end(setting: Setting) -> bool:
+    """Return whether what comes with time alone, without any chance, can go on for ever."""
+    key = Key(setting, frozenset())
+    front = [World((Owner(),) * len(setting.modes))]
+    after: dict[World, list[World]] = {front[0]: []}
+    before = dict.fromkeys(front, 0)  # how many certain steps lead there
+    for world in front:
+        for step in key.steps(world):
+            if step.world not in after:
+                after[step.world], before[step.world] = [], 0
+                front.append(step.world)
+            if step.certain:
+                after[world].append(step.world)
+                before[step.world] += 1
+    # Whatever is left when all that nothing leads to is taken away, again and again, goes in a circle.
+    ends = [world for world in front if not before[world]]
+    for world in ends:
+        for then in after[world]:
+            before[then] -= 1
+            if not before[then]:
+                ends.append(then)
+    return len(ends) < len(front)
+
+
+def main(name: str) -> None:
+    setting, cut, breaks = VARIANTS[name]
+    found = explore(SETTINGS[setting], frozenset(cut), {breaks} if breaks else None)
+    print(*found.story, f"{found.broken or 'nothing'} is broken; {found.worlds} worlds", sep="\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,13 +1,14 @@
 /*
  * One key: a record in the store, the owners who come for it, an operator, and time. Each `::` is one atomic step (one
- * script, one write); between two of them anything may happen. The same rules as in rules.py and explore.py, written
+ * script, one write); between two of them anything may happen. The same rules as in rules.py and key.py, written
  * once more for spin: both must come to the same verdicts and, where nothing breaks, to the same number of states.
  *
  *   spin -a key.pml && cc -DSAFETY -o pan pan.c && ./pan                  the rules hold
  *   spin -a -DWITHOUT=NOT_AFTER -DLOST_CLAIMS=1 key.pml && ...            one safeguard less: a promise breaks
  *
  * Who takes part: -DOWNERS=n, -DRETRIERS=b (bit i: owner i claims under `retry`), -DOPERATORS, -DSTREAMS, -DLOST_CLAIMS,
- * -DLATE_SETTLES, -DHANGS (0 or 1). -DONLY=P_TWICE looks at one promise alone.
+ * -DLATE_SETTLES, -DHANGS (0 or 1). -DONLY=P_TWICE looks at one promise alone. With -DCHOSEN_LATER all of them come from
+ * the environment of ./pan, in numbers: one verifier for every variant.
  */
 #ifndef OWNERS
 #define OWNERS 2
@@ -67,9 +68,9 @@
 #define WITHDRAWN_LATE 24
 #define COPIES_WITHDRAWN 25
 #define RENEWED_ALIVE 26
-#define HAS(safeguard) (WITHOUT != safeguard && AND_WITHOUT != safeguard)
+#define HAS(safeguard) (without != safeguard && and_without != safeguard)
 
-/* The promises; explore.py says what each means. */
+/* The promises; world.py says what each means. */
 #define P_TWICE 1
 #define P_DIFFER 2
 #define P_UNBACKED 3
@@ -82,9 +83,10 @@
 #define P_TORN 10
 #define P_STRAY 11
 #define P_STUCK 12
-#define KEEPS(promise, fact) assert((ONLY != 0 && ONLY != promise) || (fact))
+#define KEEPS(promise, fact) assert((only != 0 && only != promise) || (fact))
 
 /* An owner's way. */
+#define MOST 3
 #define ABOUT_TO_COME 0
 #define CLAIMING 1
 #define REPEATING 2
@@ -106,32 +108,34 @@
 #define TOLD 18
 #define ENDED 19
 #define DEAD 20
-#define me (_pid + 1)
 #define at place[me]
 #define IS_ACTIVE(who) (place[who] >= CLAIMED && place[who] <= UNKNOWN)
 #define IS_SETTLING (at >= STORE && at <= UNKNOWN)
 #define HAS_LEFT(who) (place[who] == TOLD || place[who] == WITHDRAWN)
-#define RETRIES(who) ((RETRIERS >> who) & 1)
+#define RETRIES(who) ((retriers >> who) & 1)
 #define OPERATOR 9
 
 mtype = { absent, in_flight, unknown, complete, released };         /* states of the record */
 mtype = { whole, bare, torn };                                      /* what it has of an answer */
 mtype = { claimed, found, late, told, appended, renewed, stored, freed_, marked, fenced, done, none, resolved };
 
+/* What was chosen. */
+byte owners = OWNERS, retriers = RETRIERS, without = WITHOUT, and_without = AND_WITHOUT, only = ONLY;
+bool operators = OPERATORS, streams = STREAMS, lost_claims = LOST_CLAIMS, late_settles = LATE_SETTLES, hangs = HANGS;
 /* The record. */
 mtype state = absent;
 byte token, piece, answer;
 bool retry, lease;
 mtype body;
 /* The owners, from 1. */
-byte place[OWNERS + 1], seen[OWNERS + 1];
-byte claim_copy[OWNERS + 1];  /* a claim on its way: what it had seen, plus one */
-byte settle_copy[OWNERS + 1]; /* a settle on its way */
-bool counts[OWNERS + 1];      /* executed under hold, not declined, not released by an operator */
-bool freed[OWNERS + 1];       /* an operator ended its claim */
-byte saw;                     /* the operator: the token that was seen */
-byte truth;                   /* whose answer was delivered first */
-mtype word;                   /* the reply to the last verb; 0 between two steps */
+byte place[MOST + 1], seen[MOST + 1];
+byte claim_copy[MOST + 1];  /* a claim on its way: what it had seen, plus one */
+byte settle_copy[MOST + 1]; /* a settle on its way */
+bool counts[MOST + 1];      /* executed under hold, not declined, not released by an operator */
+bool freed[MOST + 1];       /* an operator ended its claim */
+byte saw;                   /* the operator: the token that was seen */
+byte truth;                 /* whose answer was delivered first */
+mtype word;                 /* the reply to the last verb; 0 between two steps */
 
 #define FREE (state == absent || state == released)
 #define OVER (state == unknown || (state == in_flight && !lease))
@@ -283,9 +287,9 @@ inline has_all(how) {
 }
 #define LOSES (at == CLAIMING -> REPEATING : GIVEN_UP)
 #define MAY_STAND ((at == REPEATING || claim_copy[me] != 0) && HAS(COPIES_WITHDRAWN))
-#define OTHERS_COUNT ((me != 1 && counts[1]) || (me != 2 && counts[2]) || (OWNERS > 2 && me != OWNERS && counts[OWNERS]))
+#define OTHERS_COUNT ((me != 1 && counts[1]) || (me != 2 && counts[2]) || (me != 3 && counts[3]))
 
-active [OWNERS] proctype owner() {
+proctype owner(byte me) {
 end:
 	do
 	/* Claiming. Equal owners come in their order: which of them is the first makes no difference. */
@@ -294,7 +298,7 @@ end:
 		claim(seen[me], false, !HAS(ATOMIC));
 		if
 		:: word == claimed -> at = CLAIMED; freed[me] = false
-		:: word == claimed && LOST_CLAIMS -> at = LOSES
+		:: word == claimed && lost_claims -> at = LOSES
 		:: word == found -> at = FOUND_FREE
 		:: word == told ->
 			KEEPS(P_ITSELF, state != in_flight || token != me);
@@ -304,7 +308,7 @@ end:
 			fi
 		fi;
 		word = 0 }
-	:: atomic { (at == CLAIMING || at == REPEATING) && LOST_CLAIMS && claim_copy[me] == 0 ->
+	:: atomic { (at == CLAIMING || at == REPEATING) && lost_claims && claim_copy[me] == 0 ->
 		claim_copy[me] = seen[me] + 1; at = LOSES }
 	:: atomic { at == FOUND_FREE -> become(in_flight, me, RETRIES(me), true, 0, 0); at = CLAIMED }
 	:: atomic { at == GIVEN_UP -> at = (HAS(WITHDRAWN_AT_ALL) -> WITHDRAWING : WITHDRAWN) }
@@ -316,10 +320,10 @@ end:
 		if
 		:: word == claimed -> at = CLAIMED; freed[me] = false
 		:: word != claimed -> KEEPS(P_ITSELF, state != in_flight || token != me); at = RELEASE
-		:: LOST_CLAIMS -> at = RELEASE
+		:: lost_claims -> at = RELEASE
 		fi;
 		word = 0 }
-	:: atomic { at == STALE && HAS(CLAIMED_AGAIN) && LOST_CLAIMS && claim_copy[me] == 0 ->
+	:: atomic { at == STALE && HAS(CLAIMED_AGAIN) && lost_claims && claim_copy[me] == 0 ->
 		claim_copy[me] = 1; at = RELEASE }
 	/* The exchange. */
 	:: atomic { at == CLAIMED || (at == STALE && !HAS(CLAIMED_AGAIN)) ->
@@ -331,8 +335,8 @@ end:
 	:: atomic { at == SENT -> at = (HAS(LOST_IS_UNKNOWN) -> UNKNOWN : RELEASE) }
 	:: atomic { at == SENT -> at = RELEASE; counts[me] = false } /* declined */
 	:: atomic { at == SENT -> has_all(STORE) }
-	:: atomic { at == SENT && STREAMS -> has_all(BARE) } /* too large */
-	:: atomic { at == SENT && STREAMS -> at = STREAMING }
+	:: atomic { at == SENT && streams -> has_all(BARE) } /* too large */
+	:: atomic { at == SENT && streams -> at = STREAMING }
 	:: atomic { at == STREAMING ->
 		append();
 		if
@@ -358,11 +362,11 @@ end:
 		:: true /* the reply is lost */
 		fi;
 		word = 0 }
-	:: atomic { IS_SETTLING && LATE_SETTLES && settle_copy[me] == 0 -> settle_copy[me] = at }
+	:: atomic { IS_SETTLING && late_settles && settle_copy[me] == 0 -> settle_copy[me] = at }
 	:: atomic { IS_SETTLING && at <= BARE -> at = UNKNOWN } /* interrupted */
 	/* What happens to it. */
 	:: atomic { IS_ACTIVE(me) || at == GIVEN_UP || at == WITHDRAWING -> at = DEAD }
-	:: atomic { HANGS && (at == CLAIMED || at == SENT) -> at = HUNG }
+	:: atomic { hangs && (at == CLAIMED || at == SENT) -> at = HUNG }
 	:: atomic { IS_ACTIVE(me) ->
 		renew();
 		at = (word == renewed && at == STALE -> CLAIMED : at);
@@ -374,10 +378,10 @@ end:
 	od
 }
 
-active proctype operator() {
+proctype operator() {
 end:
 	do
-	:: atomic { OPERATORS && saw == 0 && (state == in_flight || state == unknown) -> saw = token }
+	:: atomic { operators && saw == 0 && (state == in_flight || state == unknown) -> saw = token }
 	:: atomic { saw != 0 && saw != OPERATOR ->
 		if
 		:: resolve(complete, OPERATOR, whole)
@@ -394,9 +398,9 @@ end:
 /* Time brings every step of an owner but those that are chance; after the last one the key must be out of flight. */
 #define IS_RENEWED(who) (IS_ACTIVE(who) || (place[who] == HUNG && !HAS(RENEWED_ALIVE)))
 #define RESTS(who) (place[who] == ABOUT_TO_COME || place[who] >= HUNG)
-#define ALL_REST (RESTS(1) && RESTS(2) && RESTS(OWNERS))
+#define ALL_REST (RESTS(1) && RESTS(2) && RESTS(3))
 
-active proctype time() {
+proctype time() {
 end:
 	do
 	:: atomic { lease && HAS(LEASE) ->
@@ -406,4 +410,31 @@ end:
 		KEEPS(P_STUCK, !lease);
 		KEEPS(P_STRAY, !((state == in_flight || state == unknown) && HAS_LEFT(token))) }
 	od
+}
+
+#ifdef CHOSEN_LATER
+c_decl {
+	static int chosen(char *name) { char *said = getenv(name); return said ? atoi(said) : 0; }
+}
+#endif
+
+init {
+	atomic {
+#ifdef CHOSEN_LATER
+		c_code {
+			now.owners = chosen("OWNERS"); now.retriers = chosen("RETRIERS"); now.operators = chosen("OPERATORS");
+			now.streams = chosen("STREAMS"); now.lost_claims = chosen("LOST_CLAIMS");
+			now.late_settles = chosen("LATE_SETTLES"); now.hangs = chosen("HANGS");
+			now.without = chosen("WITHOUT"); now.and_without = chosen("AND_WITHOUT"); now.only = chosen("ONLY");
+		};
+#endif
+		run owner(1);
+		run owner(2);
+		if
+		:: owners > 2 -> run owner(3)
+		:: else
+		fi;
+		run operator();
+		run time()
+	}
 }

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from tests.model.explore import PROMISES, Found, explore
+from tests.model.explore import Found, explore, has_no_end
 from tests.model.rules import RETRY
 from tests.model.variants import SETTINGS, VARIANTS, WITHOUT
+from tests.model.world import PROMISES
 
 KEY = Path(__file__).with_name("key.pml")
 SPIN, CC = shutil.which("spin"), shutil.which("cc")
@@ -38,44 +39,79 @@ def test_a_verdict(name):
     assert found.broken == VARIANTS[name].breaks, found.story
 
 
-@pytest.mark.skipif(not (SPIN and CC), reason="needs spin and a C compiler")
+@pytest.mark.parametrize("name", ["hold", "hold, operator, streams", "retry, streams"])
+def test_time_comes_to_an_end(name):
+    """What comes without any chance ends; that no key is in flight there is the promise "stuck"."""
+    assert not has_no_end(SETTINGS[name])
+
+
+needs_spin = pytest.mark.skipif(not (SPIN and CC), reason="needs spin and a C compiler")
+
+
+@needs_spin
 @pytest.mark.parametrize("name", each_variant())
-def test_a_verdict_of_spin(name, tmp_path):
-    """The same verdict, and where nothing breaks the same number of states."""
-    said = spin(name, tmp_path)
-    assert "max search depth too small" not in said
-    errors, states = (int(re.search(wanted, said)[1]) for wanted in (r"errors: (\d+)", r"(\d+) states, stored"))
+def test_a_verdict_of_spin(name, verifier):
+    """The same verdict, and where nothing breaks the same number of states, with the one before all begins."""
+    errors, states = verified(verifier, choices(name))
     if VARIANTS[name].breaks:
         assert errors == 1
-        assert "assertion violated" in said
     else:
-        assert (errors, states) == (0, searched(name).worlds)
+        assert (errors, states) == (0, searched(name).worlds + 1)
 
 
-def spin(name: str, folder: Path) -> str:
-    """Return what spin's verifier says of a variant."""
+@needs_spin
+def test_spin_by_hand(tmp_path):
+    """The model alone, as its first lines say: one safeguard less, and every promise looked at."""
+    pan = compiled(tmp_path, "-DWITHOUT=NOT_AFTER", "-DLOST_CLAIMS=1")
+    errors, _ = verified(pan, {})
+    assert errors == 1
+
+
+@pytest.fixture(scope="session")
+def verifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The verifier of all variants: compiling takes longer than any search."""
+    return compiled(tmp_path_factory.mktemp("spin"), "-DCHOSEN_LATER")
+
+
+def compiled(folder: Path, *options: str) -> Path:
+    """Return the verifier that spin makes of the model. Without reduction, so that states can be compared."""
+    for command in ([SPIN, "-a", *options, KEY], [CC, "-O0", "-w", "-DSAFETY", "-DNOREDUCE", "-o", "pan", "pan.c"]):
+        subprocess.run(command, cwd=folder, capture_output=True, check=True)
+    return folder / "pan"
+
+
+def verified(pan: Path, chosen: dict[str, int]) -> tuple[int, int]:
+    """Return how many errors a verifier found, and how many states; what was chosen is told in its environment."""
+    environment = {name: str(value) for name, value in chosen.items()}
+    command = [pan, "-w18", "-m20000"]
+    said = subprocess.run(command, cwd=pan.parent, env=environment, capture_output=True, text=True, check=True).stdout
+    assert "max search depth too small" not in said
+    errors, states = (int(re.search(wanted, said)[1]) for wanted in (r"errors: (\d+)", r"(\d+) states, stored"))
+    assert bool(errors) == ("assertion violated" in said)
+    return errors, states
+
+
+def choices(name: str) -> dict[str, int]:
+    """Return a variant in the numbers of the model."""
     at, cut, breaks = VARIANTS[name]
     setting = SETTINGS[at]
-    given = {
+    numbers = {name: int(number) for name, number in re.findall(r"#define ([A-Z_]+) (\d+)", KEY.read_text())}
+    return {
         "OWNERS": len(setting.modes),
         "RETRIERS": sum(1 << who for who, mode in enumerate(setting.modes, 1) if mode == RETRY),
-        "OPERATORS": int(setting.operator),
-        "STREAMS": int(setting.streams),
-        "LOST_CLAIMS": int(setting.lost_claims),
-        "LATE_SETTLES": int(setting.late_settles),
-        "HANGS": int(setting.hangs),
-        **dict(zip(("WITHOUT", "AND_WITHOUT"), cut, strict=False)),
-        **({"ONLY": "P_" + breaks.upper().replace(" ", "_")} if breaks else {}),
+        "OPERATORS": setting.operator + 0,
+        "STREAMS": setting.streams + 0,
+        "LOST_CLAIMS": setting.lost_claims + 0,
+        "LATE_SETTLES": setting.late_settles + 0,
+        "HANGS": setting.hangs + 0,
+        "ONLY": numbers[promise(breaks)] if breaks else 0,
+        **{which: numbers[safeguard] for which, safeguard in zip(("WITHOUT", "AND_WITHOUT"), cut, strict=False)},
     }
-    options = [f"-D{name}={value}" for name, value in given.items()]
-    # Optimized, the compiler would take longer than the search; without reduction, states can be compared.
-    for command in (
-        [SPIN, "-a", *options, KEY],
-        [CC, "-O0", "-w", "-DSAFETY", "-DNOREDUCE", "-o", "pan", "pan.c"],
-        ["./pan", "-w18", "-m20000"],
-    ):
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    return done.stdout
+
+
+def promise(name: str) -> str:
+    """Return what the model calls a promise."""
+    return "P_" + name.upper().replace(" ", "_")
 
 
 def test_what_is_searched():
@@ -83,5 +119,5 @@ def test_what_is_searched():
     assert {variant.breaks for variant in VARIANTS.values()} == {*PROMISES, ""}
     text = KEY.read_text()
     assert set(re.findall(r"HAS\(([A-Z_]+)\)", text)) == set(WITHOUT)
-    assert set(re.findall(r"KEEPS\((P_[A-Z_]+)", text)) == {"P_" + name.upper().replace(" ", "_") for name in PROMISES}
+    assert set(re.findall(r"KEEPS\((P_[A-Z_]+)", text)) == {promise(name) for name in PROMISES}
     assert len(WITHOUT) >= 10

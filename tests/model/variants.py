@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-from tests.model.explore import Setting
 from tests.model.rules import HOLD, RETRY
+from tests.model.world import Setting
 
 SETTINGS = {
     "hold": Setting((HOLD, HOLD), streams=True, lost_claims=True, late_settles=True, hangs=True),
