@@ -285,6 +285,7 @@ inline has_all(how) {
 	:: else
 	fi
 }
+#define IS_GIVEN_UP ((state == in_flight || state == unknown) && (place[token] == GIVEN_UP || place[token] == WITHDRAWING))
 #define LOSES (at == CLAIMING -> REPEATING : GIVEN_UP)
 #define MAY_STAND ((at == REPEATING || claim_copy[me] != 0) && HAS(COPIES_WITHDRAWN))
 #define OTHERS_COUNT ((me != 1 && counts[1]) || (me != 2 && counts[2]) || (me != 3 && counts[3]))
@@ -303,8 +304,11 @@ end:
 		:: word == told ->
 			KEEPS(P_ITSELF, state != in_flight || token != me);
 			if
+			:: IS_GIVEN_UP && token != me && token != seen[me] -> /* known at the same worker */
+				at = CLAIMING; seen[me] = token;
+				become(absent, 0, 0, false, 0, 0)
 			:: OPEN(me) && token != seen[me] -> at = CLAIMING; seen[me] = token
-			:: else -> deliver_the_record((MAY_STAND -> GIVEN_UP : TOLD))
+			:: !(OPEN(me) && token != seen[me]) -> deliver_the_record((MAY_STAND -> GIVEN_UP : TOLD))
 			fi
 		fi;
 		word = 0 }

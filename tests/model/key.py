@@ -91,6 +91,7 @@ class Key:
             if self.setting.lost_claims:
                 yield Step(f"{me} claims; the reply is lost", put(after, me, owner, then), broken=broken)
         else:
+            yield from self._frees_what_was_given_up(world, me, owner)
             step = self._is_told(world, me, owner)
             yield step._replace(broken=step.broken or by_itself(world.record, me))
         if self.setting.lost_claims and owner.claim_copy < 0:
@@ -103,6 +104,15 @@ class Key:
             return Step(f"{me} finds the key open", put(world, me, owner, CLAIMING, seen=record.token), certain=True)
         may_stand = (owner.place == REPEATING or owner.claim_copy >= 0) and "COPIES_WITHDRAWN" not in self.cut
         return self._delivers_the_record(world, me, owner, GIVEN_UP if may_stand else TOLD)
+
+    def _frees_what_was_given_up(self, world: World, me: int, owner: Owner) -> Iterator[Step]:
+        """At the same worker: it knows that nothing was sent for the claim that stands there."""
+        token = world.record.token
+        stands = world.record.state in (IN_FLIGHT, UNKNOWN) and token not in (me, owner.seen)
+        if stands and world.owners[token - 1].place in (GIVEN_UP, WITHDRAWING):
+            _, record = self._call("settle", world.record, token, self._mode(token), "release")
+            after = put(world._replace(record=record), me, owner, CLAIMING, seen=token)
+            yield Step(f"{me} frees what {token} has given up", after)
 
     def _takes(self, world: World, me: int, owner: Owner) -> Iterator[Step]:
         record = Record(IN_FLIGHT, me, self._mode(me), lease=True)

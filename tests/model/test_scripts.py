@@ -14,7 +14,6 @@ from proxy.store.record import Claim, StoredAnswer, answer_digest, pack, self_ch
 from proxy.store.server import load_scripts
 from tests.conftest import Valkey
 from tests.model import rules
-from tests.model.explore import explore
 from tests.model.rules import (
     ABSENT,
     BARE,
@@ -29,7 +28,6 @@ from tests.model.rules import (
     Record,
 )
 from tests.model.table import TABLE, WAYS, Call
-from tests.model.variants import SETTINGS
 from tests.test_lua import RECORD_VERBS, TEXTS, body, replies, section
 
 KEY, TENANT, FINGERPRINT = b"k" * 16, b"n" * 16, b"f" * 16
@@ -228,11 +226,3 @@ def test_the_model_has_every_ending():
     """How an exchange ended decides how its claim is settled, as in the proxy."""
     words = {"store_bare": "bare"}
     assert {one.word: words.get(one.settlement.word, one.settlement.word) for one in Ending} == rules.ENDINGS
-
-
-@pytest.mark.parametrize("name", [name for name, one in SETTINGS.items() if len(one.modes) == 2 and name != "retry"])
-def test_the_search_asks_nothing_else(name):
-    """Every call that comes up in a search stands in the table, with the same result."""
-    made = explore(SETTINGS[name]).calls
-    assert made.items() <= TABLE.items()
-    assert {str(call[0]) for call in made} >= {"claim", "renew", "settle"}
