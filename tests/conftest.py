@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
+import hypothesis  # noqa: F401  # early: in Python 3.11 the parsing that its import does can fail late in a long run
 import pytest
 import uvloop
 from redis import Redis
