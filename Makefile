@@ -19,6 +19,16 @@ run: .venv/.runtime                 ## make run UPSTREAM=http://127.0.0.1:9000
 test: lint                          ## the static checks and the tests; make test ARGS="-k lease" for some
 	$(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
 
+# Debian starts the broker that it installs; the tests run one of their own.
+.PHONY: test-real
+test-real: .venv/.dev               ## the tests with real parts, also those that need RabbitMQ and Node's packages
+	test -x /usr/lib/rabbitmq/bin/rabbitmq-server || { apt-get update -qq && \
+		apt-get install -y -qq --no-install-recommends rabbitmq-server && { service rabbitmq-server stop || true; }; }
+	command -v npm >/dev/null || { echo "make test-real needs Node 20 or newer, with npm" >&2; exit 1; }
+	mkdir -p .venv/node && cp tests/real/node/package*.json .venv/node
+	npm ci --prefix .venv/node --no-audit --no-fund --loglevel error
+	TEST_REAL=1 $(BIN)/pytest -n 0 tests/real $(ARGS)
+
 check: test                         ## the same: format, lint, types, layers, tests
 
 faults: .venv/.dev                  ## fault points in the counts that take minutes; needs Debian's faketime, too

@@ -12,8 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.parts import RawUpstream, Received, answering, ask
 
+# What `make test-real` installs first, and the tests that need it.
+INSTALLED = pytest.mark.skipif("TEST_REAL" not in os.environ, reason="needs RabbitMQ or Node: `make test-real`")
 # Each gets its listening socket as a descriptor, so that it can be reached before it has started.
 LOCALSTRIPE = """
 import socket, sys
@@ -23,6 +27,8 @@ from localstripe.server import app
 resources.Store.dump_to_disk = lambda self: None  # it would write to one file in /tmp, whoever else does
 web.run_app(app, sock=socket.socket(fileno=int(sys.argv[1])), print=None)
 """
+ACCOUNT = "sk_test_oncegate"
+CUSTOMERS, CHARGES = b"POST /v1/customers", b"POST /v1/charges"
 MOTO = """
 import sys
 from moto.server import DomainDispatcherApplication, create_backend_app
@@ -54,6 +60,12 @@ def asked(url: str, json_body: object = None, method: str | None = None, **heade
     one = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers}, method=method)
     with urllib.request.urlopen(one, timeout=20) as answer:
         return json.loads(answer.read() or b"null")
+
+
+async def listed(api: str, what: str) -> list[dict[str, Any]]:
+    """Return what a localstripe has, asked directly."""
+    answer = await asyncio.to_thread(asked, f"{api}/v1/{what}", Authorization=f"Bearer {ACCOUNT}")
+    return answer["data"]  # type: ignore[no-any-return]
 
 
 class Slow:

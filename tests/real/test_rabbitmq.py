@@ -1,7 +1,6 @@
 """A real RabbitMQ, and consumers of it that are killed before they acknowledge."""
 
 import asyncio
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,13 +10,11 @@ import pika
 import pytest
 
 from tests.parts import OK, RawUpstream, Received, answering, until
-from tests.real.rabbitmq import SERVER, RabbitMQ
+from tests.real.parts import INSTALLED
+from tests.real.rabbitmq import RabbitMQ
 from tests.zygote import Forked
 
-pytestmark = pytest.mark.skipif(
-    not SERVER.exists() and "TEST_REAL" not in os.environ,
-    reason="needs Debian's rabbitmq-server: `make test-real` installs it",
-)
+pytestmark = INSTALLED
 RULES = """
 [[rule]]
 name = "orders"

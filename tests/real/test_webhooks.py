@@ -3,7 +3,7 @@
 import asyncio
 import json
 from base64 import b64encode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from hmac import new as hmac
@@ -15,7 +15,7 @@ import standardwebhooks
 import stripe
 
 from tests.parts import OK, Answer, RawUpstream, Received, answering, ask, holding, request, until
-from tests.real.parts import LOCALSTRIPE, asked, program
+from tests.real.parts import asked
 from tests.zygote import Forked
 
 SECRET = "whsec_" + b64encode(b"of sender and receiver alone").decode()
@@ -247,13 +247,6 @@ async def test_a_redelivery_while_the_first_is_handled(gate, upstream):
     done.set()
     assert [await first, await second] == [(200, "executed"), (200, "replayed")]
     assert len(receiver.handled) == 1
-
-
-@pytest.fixture(scope="module")
-def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Stripe that delivers events."""
-    with program(LOCALSTRIPE, tmp_path_factory.mktemp("stripe") / "log") as url:
-        yield url
 
 
 async def test_stripes_events_are_verified_behind_the_proxy(gate, upstream, api):
