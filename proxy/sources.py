@@ -13,12 +13,12 @@ from proxy.addresses import parse_key_header
 from proxy.documents import MAX_VALUE_BYTES, Missing, form_value, json_value, parse_pointer
 from proxy.headers import Fields, RequestHead
 from proxy.keys import BadKey, framed, parse_key
+from proxy.multipart import multipart_value
 from proxy.patterns import plain_path
 
 __all__ = ["KeySources", "Missing", "Named", "Source", "find", "parse_source", "scope_fields"]
 
 MOST_WINDOW_S = 86_400
-FORM = b"application/x-www-form-urlencoded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,10 +281,14 @@ def _in_body(kind: Member | FormField, parts: Parts) -> bytes | Missing | BadKey
     body = parts.body or b""
     if isinstance(kind, Member):
         return json_value(body, kind.pointer)
-    types = fields.get(b"content-type", [b""])
-    if types[0].partition(b";")[0].strip().lower() != FORM:
-        return BadKey("the body is not a form of the type application/x-www-form-urlencoded")
-    return form_value(body, kind.name, "form")
+    types = fields.get(b"content-type", [])
+    match types[0].partition(b";")[0].strip().lower() if len(types) == 1 else b"":
+        case b"application/x-www-form-urlencoded":
+            return form_value(body, kind.name, "form")
+        case b"multipart/form-data":
+            return multipart_value(types[0], body, kind.name)
+        case _:
+            return BadKey("the body is no form: its type is none of a form's")
 
 
 def scope_fields(sources: Sequence[Source], head: RequestHead) -> Fields | BadKey:

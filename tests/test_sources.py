@@ -11,6 +11,8 @@ from proxy.policy import Policy
 from proxy.sources import KeySources, Missing, Named, Parts, find, parse_source, scope_fields
 
 FORM = (b"Content-Type", b"application/x-www-form-urlencoded; charset=utf-8")
+FILES = (b"Content-Type", b"multipart/form-data; boundary=b")
+PARTS = b'--b\r\nContent-Disposition: form-data; name="id"\r\n\r\na\r\n--b--\r\n'
 
 
 def head(*pairs: tuple[bytes, bytes], target: bytes = b"/v1/orders/42?token=q", method: str = "POST") -> RequestHead:
@@ -32,6 +34,7 @@ SINGLE = {
     "header in quotes": ("header:X-Id", head((b"X-ID", b'"a b"')), b"", b"a b"),
     "body": ("body:/id", head(), b'{"id": "a"}', joined(("body:/id", b"sa"))),
     "form": ("form:id", head(FORM), b"id=a", joined(("form:id", b"a"))),
+    "form with files": ("form:id", head(FILES), PARTS, joined(("form:id", b"a"))),
     "query": ("query:token", head(), b"", joined(("query:token", b"q"))),
     "path": ("path:3", head(), b"", joined(("path:3", b"42"))),
     "path in disguise": ("path:3", head(target=b"/v1/./orders//%34%32"), b"", joined(("path:3", b"42"))),
@@ -52,6 +55,7 @@ MISSING = {
     "header": ("header:X-Id", head(), b""),
     "body": ("body:/id", head(), b"{}"),
     "form": ("form:id", head(FORM), b"x=1"),
+    "form with files": ("form:x", head(FILES), PARTS),
     "query": ("query:id", head(), b""),
     "query of nothing": ("query:id", head(target=b"/"), b""),
     "path": ("path:4", head(), b""),
@@ -74,6 +78,8 @@ BAD = {
     "no JSON": ("body:/id", head(), b"{"),
     "no form": ("form:id", head(), b"id=a"),
     "a JSON form": ("form:id", head((b"content-type", b"application/json")), b"id=a"),
+    "a form of two types": ("form:id", head(FORM, FORM), b"id=a"),
+    "a form with files that was cut": ("form:id", head(FILES), PARTS[:-5]),
     "an encoded body": ("body:/id", head((b"content-encoding", b"gzip")), b'{"id": "a"}'),
     "two parameters": ("query:id", head(target=b"/?id=1&id=2"), b""),
     "a part missing in the body": ("header:X-Id + body:/id", head((b"x-id", b"a")), b"{}"),

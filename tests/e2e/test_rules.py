@@ -30,6 +30,12 @@ path = "/form"
 key = "form:token"
 
 [[rule]]
+name = "upload"
+path = "/upload"
+key = "form:token"
+fingerprint = ["method", "target"]
+
+[[rule]]
 name = "query"
 path = "/query"
 key = "query:id"
@@ -148,6 +154,14 @@ async def post(proxy: Proxy, path: str, body: bytes = b"", *lines: str, key: str
 EXECUTED, REPLAYED, UNGUARDED, REFUSED = (200, "executed"), (200, "replayed"), (200, "unguarded"), (400, "refused")
 FORM = "Content-Type: application/x-www-form-urlencoded"
 
+
+def upload(boundary: str, token: str) -> tuple[str, bytes, str]:
+    """Return a form as a browser sends it with a file; it takes another boundary each time."""
+    field = f'--{boundary}\r\nContent-Disposition: form-data; name="token"\r\n\r\n{token}\r\n'
+    file = f'--{boundary}\r\nContent-Disposition: form-data; name="f"; filename="a"\r\n\r\nx\r\n--{boundary}--\r\n'
+    return "/upload", (field + file).encode(), f"Content-Type: multipart/form-data; boundary={boundary}"
+
+
 # Two requests under one key, and one under another.
 SOURCES = {
     "joined": (
@@ -155,6 +169,7 @@ SOURCES = {
         [("/joined/a", b'{"cart":{"id":3}}', "X-User: b"), ("/joined/a", b'{"cart":{"id":"3"}}', "X-User: a")],
     ),
     "form": ([("/form", b"token=a%20b&x=1", FORM)] * 2, [("/form", b"token=a&x=1", FORM)]),
+    "form with a file": ([upload("a1", "1"), upload("b2", "1")], [upload("a1", "2")]),
     "query": ([("/query?id=1&x=2", b"")] * 2, [("/query?id=2", b"")]),
 }
 

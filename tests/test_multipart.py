@@ -1,0 +1,200 @@
+"""One field of a form with files: who writes it, and what is no key."""
+
+import time
+from email.mime.multipart import MIMEMultipart
+from email.mime.text import MIMEText
+
+import aiohttp
+import pytest
+import requests
+
+from proxy.documents import MAX_FIELDS, MAX_VALUE_BYTES, Missing
+from proxy.keys import BadKey
+from proxy.multipart import MAX_HEAD_BYTES, multipart_value
+
+TYPE = b"multipart/form-data; boundary=XyZ"
+
+
+def part(head: bytes, value: bytes = b"v") -> bytes:
+    return b"--XyZ\r\n" + head + b"\r\n\r\n" + value + b"\r\n"
+
+
+def named(disposition: bytes, value: bytes = b"v") -> bytes:
+    return part(b"Content-Disposition: form-data; " + disposition, value)
+
+
+TOKEN = named(b'name="token"', b"a 1")
+TYPED = b'Content-Disposition: form-data; name="token"\r\n'
+FILE = part(
+    b'Content-Disposition: form-data; name="f"; filename="a.png"\r\nContent-Type: image/png', b"\x89\r\n\x00--XyZ"
+)
+OTHER = b"Content-Disposition: form-data; name=f\r\n\r\nv"
+END = b"--XyZ--\r\n"
+
+
+def read(body: bytes, content_type: bytes = TYPE, name: bytes = b"token") -> bytes | Missing | BadKey:
+    return multipart_value(content_type, body, name)
+
+
+VALUES = {
+    "alone": (TOKEN + END, b"a 1"),
+    "after a file": (FILE + TOKEN + END, b"a 1"),
+    "before a file": (TOKEN + FILE + END, b"a 1"),
+    "other spellings": (part(b'content-DISPOSITION:form-data ;x=y;NAME=token\r\nX:', b"a") + END, b"a"),
+    "a file's name with escapes": (named(rb'filename="a\"; name=\"token"; name="f"') + TOKEN + END, b"a 1"),
+    "its type": (part(TYPED + b"Content-Type: text/plain", b"\xe4") + END, b"\xe4"),
+    "as it is": (part(TYPED + b"Content-Transfer-Encoding: 8BIT", b"=31") + END, b"=31"),
+    "lines in it": (named(b'name="token"', b"\r\na\r\n--Xy\r\n") + END, b"\r\na\r\n--Xy\r\n"),
+    "a preamble and an epilogue": (b"a\r\n" + TOKEN + b"--XyZ-- \t\r\nb", b"a 1"),
+    "padding": (TOKEN.replace(b"XyZ", b"XyZ \t") + b"--XyZ--", b"a 1"),
+    "the longest": (named(b'name="token"', b"x" * MAX_VALUE_BYTES) + END, b"x" * MAX_VALUE_BYTES),
+    "the most": (named(b'name="a"') * (MAX_FIELDS - 1) + TOKEN + END, b"a 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", VALUES)
+def test_a_field(case):
+    """The one part of this name that is no file, its bytes as they are."""
+    body, value = VALUES[case]
+    assert read(body) == value
+
+
+@pytest.mark.parametrize(
+    "body",
+    [END, FILE + END, named(b'name="Token"') + END, named(b'name="token"', b"") + END, named(b'name=""') + END],
+    ids=["nothing", "a file", "another", "empty", "no name"],
+)
+def test_a_form_without_the_field(body):
+    """That it is not there, or empty, is told apart from what cannot be read."""
+    assert isinstance(read(body), Missing)
+
+
+BAD = {
+    "twice": TOKEN + TOKEN + END,
+    "twice, once as a file": TOKEN + named(b'name="token"; filename="a"') + END,
+    "a file": named(b'name="token"; filename=""') + END,
+    "a file with a coded name": named(b"name=\"token\"; filename*=utf-8''a") + END,
+    "too long": named(b'name="token"', b"x" * (MAX_VALUE_BYTES + 1)) + END,
+    "no end": TOKEN,
+    "cut in the last line": TOKEN + b"--XyZ-",
+    "text after the end": TOKEN + b"--XyZ--x\r\n",
+    "a part after the end": TOKEN + END + FILE + END,
+    "nothing of a form": b"token=1",
+    "empty": b"",
+    "a line that begins like a boundary": named(b'name="token"', b"a\r\n--XyZa\r\n" + OTHER) + END,
+    "more after the end": TOKEN + END + OTHER + b"\r\n" + END,
+    "a part without a head": b"--XyZ\r\n\r\nv\r\n" + TOKEN + END,
+    "a head without an end": b"--XyZ\r\nContent-Disposition: form-data; name=token\r\n" + END,
+    "another disposition": part(b'Content-Disposition: attachment; name="token"') + END,
+    "no disposition": part(b"Content-Type: text/plain") + TOKEN + END,
+    "two dispositions": part(b"Content-Disposition: form-data; name=a\r\n" * 2 + b"X: y") + END,
+    "two names": named(b"name=token; name=token") + END,
+    "a name with an escape": named(rb'name="to\ken"') + TOKEN + END,
+    "a quote too many": named(b'name="token""') + END,
+    "a quote too few": named(b'name="token') + END,
+    "a folded head": part(b'Content-Disposition: form-data;\r\n name="token"') + END,
+    "a space before the colon": part(b'Content-Disposition : form-data; name="token"') + END,
+    "no colon": part(TYPED + b"x") + END,
+    "encoded": part(TYPED + b"Content-Transfer-Encoding: base64", b"YQ==") + END,
+    "lines of LF alone": TOKEN.replace(b"\r\n", b"\n") + END,
+    "a long head": named(b'name="token"; x="%s"' % (b"y" * MAX_HEAD_BYTES)) + END,
+    "too many": named(b'name="a"') * MAX_FIELDS + TOKEN + END,
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_form_that_is_no_key(case):
+    """What is malformed, or what two readers could read differently, gives none."""
+    found = read(BAD[case])
+    assert isinstance(found, BadKey)
+    assert "form" in found.detail or "field" in found.detail
+
+
+@pytest.mark.parametrize(
+    ("content_type", "usable"),
+    [
+        (b'multipart/form-data; boundary="XyZ"', True),
+        (b"Multipart/Form-Data;charset=utf-8 ; BOUNDARY=XyZ;", True),
+        (b"multipart/form-data", False),
+        (b"multipart/form-data; boundary=", False),
+        (b"multipart/form-data; boundary=XyZ; boundary=XyZ", False),
+        (b"multipart/form-data; boundary=XyZ, boundary=a", False),
+        (b'multipart/form-data; boundary="XyZ ', False),
+        (b'multipart/form-data; boundary="XyZ "', False),
+        (b"multipart/form-data; boundary=" + b"x" * 71, False),
+        (b"multipart/form-data; boundary=X\xffZ", False),
+    ],
+)
+def test_the_boundary(content_type, usable):
+    """It stands in the type once, as RFC 2046 allows it."""
+    assert read(TOKEN + END, content_type) == b"a 1" if usable else isinstance(read(TOKEN + END, content_type), BadKey)
+
+
+FIELDS = {"token": 'ä"1', "other": "x"}
+
+
+def by_requests() -> tuple[str, bytes]:
+    files = {"photo": ('a"b;\n.png', b"\x00\r\n--", "image/png")}
+    made = requests.Request("POST", "http://a.test", data=FIELDS, files=files).prepare()
+    return made.headers["Content-Type"], made.body
+
+
+def by_the_standard_library() -> tuple[str, bytes]:
+    form = MIMEMultipart("form-data", boundary="==a b==")
+    for name, value in FIELDS.items():
+        field = MIMEText(value, _charset="utf-8", policy=form.policy.clone(cte_type="8bit"))
+        field.replace_header("Content-Transfer-Encoding", "8bit")
+        field.set_payload(value.encode().decode("ascii", "surrogateescape"))
+        field.add_header("Content-Disposition", "form-data", name=name)
+        form.attach(field)
+    body = form.as_bytes(policy=form.policy.clone(linesep="\r\n", cte_type="8bit"))
+    return 'multipart/form-data; boundary="==a b=="', body.partition(b"\r\n\r\n")[2]
+
+
+async def by_aiohttp() -> tuple[str, bytes]:
+    form = aiohttp.FormData()
+    form.add_field("photo", b"\x00", filename="ä.png", content_type="image/png")
+    for name, value in FIELDS.items():
+        form.add_field(name, value)
+    writer = form()
+    return writer.headers["Content-Type"], await writer.as_bytes()
+
+
+@pytest.mark.parametrize("writer", ["requests", "the standard library", "aiohttp"])
+async def test_forms_as_clients_write_them(writer):
+    """Each writes heads and names of files in its own way."""
+    if writer == "aiohttp":
+        content_type, body = await by_aiohttp()
+    else:
+        content_type, body = by_requests() if writer == "requests" else by_the_standard_library()
+    assert read(body, content_type.encode()) == FIELDS["token"].encode()
+
+
+HOSTILE = {
+    "boundaries": b"--XyZ\r\n" * 130_000,
+    "boundaries without lines": b"\r\n--XyZ" * 149_000,
+    "parts": named(b"name=a") * 990 + b"x" * 900_000,
+    "heads of spaces": part(b"Content-Disposition: form-data;" + b" " * 4000) * 250 + END,
+    "heads of parameters": part(b"Content-Disposition: form-data; name=x" + b";a=b" * 990) * 250 + END,
+    "heads of semicolons": part(b"Content-Disposition: form-data" + b" ; " * 1300) * 250 + END,
+    "heads of escapes": part(b'Content-Disposition: form-data; name="' + b"\\a" * 2000) * 250 + END,
+    "heads of colons": part(b":" * 4000) * 250 + END,
+    "heads of lines": part(b"\r\n".join(b"%d:" % n for n in range(700))) * 250 + END,
+    "one line": b"-" * 1_000_000,
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_form_costs_bounded_time(case):
+    """A MiB of whatever takes no longer than a usual one several times over."""
+    begun = time.process_time()
+    read(HOSTILE[case][:1_048_576])
+    assert time.process_time() - begun < 0.2
+
+
+def test_a_hostile_type_costs_bounded_time():
+    """The head may have 64 KiB."""
+    begun = time.process_time()
+    for text in (b" " * 60_000, b"; a=b" * 12_000, b" ;" * 30_000, b'; a="' + b"\\a" * 30_000, b";a=" + b"!" * 60_000):
+        read(TOKEN + END, b"multipart/form-data" + text)
+    assert time.process_time() - begun < 0.2
