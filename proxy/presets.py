@@ -165,7 +165,7 @@ PRESETS: dict[str, Preset] = {
         namespace="cloudevents",
         wait_max_s=10,
         retention_s=7 * DAY_S,
-        about="CloudEvents, in binary or structured mode: source and id together name an event.",
+        about="CloudEvents, in binary or structured mode: source and id name an event. Batches go on unguarded.",
     ),
     "openai": _llm("openai"),
     "anthropic": _llm("anthropic"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.parts import RawUpstream, Received, answering, until
+from tests.parts import RawUpstream, Received, answering, ask, request, until
 from tests.real.bridge import COMMIT_EVERY
 from tests.zygote import Forked
 
@@ -139,6 +139,14 @@ async def test_what_is_handed_on_again_is_handled_once(gate, upstream, bridge, k
     assert len(upstream.received) == len(messages)
     assert gate.metric('requests_total{outcome="unguarded"}') == 0
     assert gate.metric('requests_total{outcome="passthrough"}') == 0
+
+
+async def test_a_batch_of_events_has_no_key(gate, upstream):
+    """It goes on, each time, and the answer says that it was not guarded."""
+    events = json.dumps([one["attributes"] for one in MESSAGES["structured"][1]]).encode()
+    batch = request("POST", "/events", None, events, "Content-Type: application/cloudevents-batch+json")
+    assert [(await ask(gate.port, batch)).header("oncegate-status") for _ in range(2)] == [b"unguarded"] * 2
+    assert [got.body for got in upstream.received] == [events] * 2
 
 
 async def test_a_message_that_failed_is_handled_when_it_comes_again(gate, upstream, bridge):
