@@ -247,7 +247,7 @@ class Watch:
             now_s = time.clock_gettime(time.CLOCK_BOOTTIME)
             expired = found is None and now_s - memory.marked_s > 0.9 * member.retention_ms / 1000
             if memory.mark > (int(found.split(b" ", 1)[0]) if found else 0) and not expired:
-                forgot = "rolled_back"
+                forgot = forgot or "rolled_back"  # an eviction may have taken the mark itself
             memory.mark, memory.marked_s = memory.mark + 1, now_s
         return forgot
 
