@@ -52,7 +52,9 @@ def _require_strict_parser() -> None:
         raise Unsupported("aiohttp runs without its C extensions: unset AIOHTTP_NO_EXTENSIONS or install its wheel")
 
 
-def _member(settings: Settings, durable: bool, report: Callable[[str, str], None]) -> Membership:
+def _member(
+    settings: Settings, durable: bool, report: Callable[[str, str], None], rules: Callable[[], str]
+) -> Membership:
     """Return what this proxy says of itself to the others on its store."""
     digests = Digests(settings.secret.get_secret_value().encode())
     return Membership(
@@ -65,6 +67,7 @@ def _member(settings: Settings, durable: bool, report: Callable[[str, str], None
         notice_s=settings.quarantine_s,
         durable=durable,
         report=report,
+        rules=rules,
     )
 
 
@@ -88,6 +91,7 @@ class Service:
                 "store_memory_ratio": lambda: self.store.memory_ratio,
                 "store_full": lambda: self.store.refuses_new,
                 "store_breaker_open": lambda: self.store.broken,
+                "rules_differ": lambda: self.store.rules_differ,
                 "quarantine_seconds": lambda: self.store.quarantine_left_s,
                 "ready": lambda: not self.problems(),
                 "buffered_bytes": lambda: self._buffered.used,
@@ -105,14 +109,16 @@ class Service:
             background=self._in_background,
             log=logger.warning,
             durability=settings.durability,
-            member=_member(settings, _durable(settings), self._watched),
+            member=_member(settings, _durable(settings), self._watched, lambda: self._naming),
             broke=self._broke,
         )
         self._leases = Leases(self.store, settings.lease_ms, self._report, self._loop.time)
         self._waiters = Waiters(self.store, settings.max_waiters, settings.lease_ms, self._leases.__contains__)
         self._pools = Pools(self._make_pool)
         self._pace = Pace(settings.client_stall_s, settings.client_min_bytes_per_s)
-        self._gateway = self._make_gateway(load_rules(settings))
+        rules = load_rules(settings)
+        self._naming = rules.naming
+        self._gateway = self._make_gateway(rules)
         self._listener = Listener(
             self._gateway, max_connections=settings.max_connections, pace=self._pace, observe=self._observe
         )
@@ -198,6 +204,7 @@ class Service:
             self._log.error("the rules file is not taken over; the rules stay as they are", reasons=reasons)
             return
         self._gateway.follow(self._gate(rules), routes)
+        self._naming = rules.naming
         self._pools.keep(rule.upstream for rule in rules)
         self._log.info("rules in effect", rules=[rule.name for rule in rules.rules])
 

@@ -274,6 +274,7 @@ GAUGES = {
     "store_memory_ratio": "Memory the store uses, of its limit.",
     "store_full": "1 while the store's memory is so full that new keys are refused.",
     "store_breaker_open": "1 while claims are not even tried.",
+    "rules_differ": "1 while other proxies on the store name keys by other rules.",
     "quarantine_seconds": "Time for which unseen keys will be refused, because the store lost data.",
     "ready": "1 where /readyz says yes.",
     "buffered_bytes": "Bytes of bodies and answers held in memory.",
@@ -281,6 +282,8 @@ GAUGES = {
 }
 # How a gauge of several workers becomes one; those that are not named here are added up.
 MERGED: dict[str, Callable[[Iterable[float]], float]] = {
-    **dict.fromkeys(("store_memory_ratio", "store_full", "store_breaker_open", "quarantine_seconds"), max),
+    **dict.fromkeys(
+        ("store_memory_ratio", "store_full", "store_breaker_open", "rules_differ", "quarantine_seconds"), max
+    ),
     "ready": min,
 }

@@ -9,7 +9,11 @@ import pytest
 from proxy.store.server import load_scripts
 
 RECORD_VERBS = ("append", "claim", "read", "renew", "resolve", "settle")
-STORE_VERBS = {"epoch": "epoch", "identity": "identities"}  # about a whole store; what they call their key
+STORE_VERBS = {
+    "epoch": "epoch",
+    "identity": "identities",
+    "rules": "rules",
+}  # about a whole store; what they call their key
 VERBS = (*RECORD_VERBS, *STORE_VERBS)
 VARIANTS = ("store", "release", "unknown", "answer")  # of `how`
 ALLOW_OOM = "#!lua flags=allow-oom"
@@ -493,6 +497,22 @@ def test_an_identity_is_forgotten_with_its_keys(called):
     called.client.hset(KEY, "I1", f"{int(time.time() * 1000) - 61_000} a=1")
     assert called("identity", **{**IDENTITY, "identity": "I2", "described": "a=2"}) == [b"8", b"same"]
     assert set(record(called)) == {"I2"}
+
+
+RULES = {"tag": "8", "rules": "R1", "before": "R1", "live_ms": 5000}
+
+
+def test_rules_as_its_header_says(called):
+    """Those of others count while they are about; a replica that has new ones takes its old ones back."""
+    assert called("rules", **RULES) == [b"8", b"same"]
+    other = {**RULES, "rules": "R2", "before": "R2"}
+    assert called("rules", **other) == called("rules", **RULES) == [b"8", b"differ"]
+    assert called("rules", **{**RULES, "rules": "R2"}) == called("rules", **other) == [b"8", b"same"]
+    called("rules", **RULES)
+    called.client.hset(KEY, "R1", f"{int(time.time() * 1000) - 5100}")
+    assert called("rules", **other) == [b"8", b"same"]
+    assert set(record(called)) == {"R2"}
+    assert about(called.client.pttl(KEY), 5000)
 
 
 ANSWERED = {**OWNER, "how": "answer", "retention_ms": 900_000, "meta": meta("O" * 16), "body": "abc"}

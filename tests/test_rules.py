@@ -668,3 +668,47 @@ def test_upstreams_with_equal_limits_are_one(rules):
 def test_shared_fields_are_settings():
     assert set(SHARED) <= Settings.model_fields.keys()
     assert isinstance(Rule.__doc__, str)
+
+
+# What replicas must have in common ...
+
+
+USUAL = '[[rule]]\nname = "a"\npath = "/a"\n'
+SAME_NAMES = {
+    "a name": USUAL.replace('"a"', '"other"', 1),
+    "where they go and how long": USUAL + 'upstream = "http://u.test"\nretention_s = 99\non_unknown = "retry"',
+    "what is required": USUAL + 'guard = "required"\nfingerprint = []\nrelease_statuses = ["5xx"]',
+    "what the settings say anyway": USUAL + 'key = "header:Idempotency-Key"\nnamespace = "default"',
+    "no rule": "",
+    "spaces and order": '[[rule]]\n\npath = "/a"\nname = "a"\nheaders = {}',
+}
+OTHER_NAMES = {
+    "another header": USUAL + 'key = "header:X-Key"',
+    "a source": USUAL + 'key = "body:/id"',
+    "another source": USUAL + 'key = "body:/id2"',
+    "joined": USUAL + 'key = ["body:/id", "body:/id2"]',
+    "alternatives": USUAL + 'key = [["body:/id"], ["body:/id2"]]',
+    "marked": USUAL + 'preset = "openai"',
+    "a window": USUAL + 'key = "derived:3600"\nnamespace = "openai"',
+    "a namespace": USUAL + 'namespace = "n"',
+    "no scope": USUAL + "scope = []",
+    "a scope": USUAL + 'scope = ["header:X-Org"]',
+    "another kind of scope": USUAL + 'scope = ["query:X-Org"]',
+    "nothing guarded": USUAL + 'guard = "off"',
+    "another method": USUAL + 'methods = ["PUT"]',
+    "before another": USUAL + '[[rule]]\nname = "b"\nkey = "header:X-Key"',
+    "after another": '[[rule]]\nname = "b"\nkey = "header:X-Key"\npath = "/a"\nhost = "h"\n' + USUAL,
+    "another path": USUAL.replace("/a", "/b") + 'key = "header:X-Key"',
+    "another host": USUAL + 'host = "h.test"\nkey = "header:X-Key"',
+    "other headers": USUAL + 'headers = { "A" = "b" }\nkey = "header:X-Key"',
+}
+
+
+def test_what_names_keys_is_told_from_what_does_not(rules):
+    """Two replicas name keys alike exactly if the digests of their rules are equal."""
+    usual = rules(USUAL).naming
+    for case, text in SAME_NAMES.items():
+        assert rules(text).naming == usual, case
+    others = [rules(text).naming for text in OTHER_NAMES.values()]
+    assert len({usual, *others}) == len(others) + 1
+    assert rules(USUAL, methods="POST").naming != usual

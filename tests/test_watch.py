@@ -2,6 +2,7 @@
 
 import asyncio
 
+from proxy.store import watch as watching
 from proxy.store.link import Link
 from proxy.store.record import PREFIX_BYTES
 from proxy.store.server import load_scripts, opener
@@ -28,3 +29,64 @@ async def test_two_looks_at_once_are_no_loss(own_valkey):
     finally:
         await link.close()
     assert reported == ["founded"]
+
+
+class Replica:
+    """A proxy's watch alone, with rules that may change."""
+
+    def __init__(self, link: Link, number: int, rules: str, accept: bool = False) -> None:
+        self.rules, self.reported = rules, []
+        member = Membership(
+            bytes([number]) * PREFIX_BYTES, "one", "namespace=a", accept, 60_000, 0, 60.0, True,
+            lambda what, _: self.reported.append(what), lambda: self.rules,
+        )  # fmt: skip
+        self.watch, self._talk = Watch(load_scripts(), member, {}), OverLink(link, 5.0)
+
+    async def looks(self) -> bool:
+        """Look once, and return whether it has something to say of rules."""
+        await self.watch.attend(self._talk, b"")
+        return self.watch.rules_differ
+
+
+async def test_rules_that_differ_are_noticed(own_valkey, monkeypatch):
+    """After a while, by both, once, and until one changes or goes; a reload that reaches all in time is none."""
+    monkeypatch.setattr(watching, "DIFFER_S", 0.3)
+    monkeypatch.setattr(watching, "LIVE_S", 0.6)
+    link = Link(opener(own_valkey.url, 5.0), nothing, 5.0)
+    link.start()
+    try:
+        assert await link.wait_up(asyncio.get_running_loop().time() + 20)
+        one, two, declared = Replica(link, 1, "R1"), Replica(link, 2, "R1"), Replica(link, 3, "R3", accept=True)
+        both = (one, two)
+
+        async def look() -> list[bool]:
+            return [await replica.looks() for replica in both]
+
+        async def looked(result: list[bool]) -> None:
+            async with asyncio.timeout(10):
+                while await look() != result:
+                    await asyncio.sleep(0.02)
+
+        assert await look() == [False, False]
+        one.rules = "R2"
+        assert await look() == [False, False]
+        two.rules = "R2"
+        await asyncio.sleep(0.4)
+        assert await look() == [False, False]
+        two.rules = "R1"
+        await looked([True, True])
+        assert "by other rules" in (one.watch.notice() or "")
+        assert one.watch.problem() is None
+        two.rules = "R2"
+        await looked([False, False])
+        assert one.watch.notice() is None
+        assert [replica.reported.count("rules") for replica in both] == [1, 1]
+        two.rules = "R1"
+        await looked([True, True])
+        both = (one,)
+        await looked([False])  # the other one is gone
+        both = (declared, one)
+        await looked([False, True])  # a declared change is no news to the one that has it
+        assert declared.reported.count("rules") == 0
+    finally:
+        await link.close()

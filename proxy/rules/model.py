@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 
 from proxy.addresses import Origin
@@ -46,6 +47,11 @@ class Match:
             if values is None or not all(pattern.fullmatch(value.strip(b" \t")) for value in values):
                 return False
         return True
+
+    @property
+    def asked(self) -> tuple[object, ...]:
+        """All that is asked of a request, in one order."""
+        return self.host, self.path, self.methods and sorted(self.methods), sorted(self.headers.items())
 
     def includes(self, other: "Match") -> bool:
         """Return whether whatever the other one means is surely meant by this one."""
@@ -107,6 +113,19 @@ class Rules:
         return next((rule for rule in self.rules if rule.match(head, path)), self.default)
 
     @property
+    def naming(self) -> str:
+        """Return a digest of how requests are named: which rule is for which of them, and what is key and scope there.
+
+        Replicas where it differs know other keys. Nothing else of a rule is in it; nor is a rule that names as its
+        requests would be named without it.
+        """
+        usual = _naming(self.default.policy)
+        rules = [(rule.match.asked, _naming(rule.policy)) for rule in self.rules]
+        while rules and rules[-1][1] == usual:
+            rules.pop()
+        return blake2b(repr((usual, rules)).encode(), digest_size=8).hexdigest()
+
+    @property
     def acted_on(self) -> frozenset[bytes]:
         """All header fields that some rule acts on, in lower case."""
         policies = [rule.policy for rule in self]
@@ -115,3 +134,15 @@ class Rules:
         return frozenset(
             keys | matched | {name for policy in policies for name in (policy.key_header, *policy.scope_headers)}
         )
+
+
+def _naming(policy: Policy) -> tuple[object, ...]:
+    """Return what decides on the name of a key."""
+    sources = policy.sources
+    key = (
+        ([[source.text for source in one] for one in sources.alternatives], sources.retry_mark)
+        if sources
+        else policy.key_header
+    )
+    scope = (policy.scope_headers, [source.text for source in policy.scope_sources])
+    return sorted(policy.methods), key, policy.namespace, scope

@@ -170,8 +170,13 @@ class Store:
         return self.memory_ratio > FULL_RATIO
 
     def notice(self) -> str | None:
-        """Return what the store lost lately, though it works."""
+        """Return what should be looked at though the store works: what it lost lately, rules that differ."""
         return next((notice for node in self.nodes if (notice := node.losses.notice())), None)
+
+    @property
+    def rules_differ(self) -> bool:
+        """Whether other proxies on this store name keys by other rules."""
+        return any(node.losses.rules_differ for node in self.nodes)
 
     @property
     def refuses_new(self) -> bool:

@@ -8,6 +8,7 @@ refused (managed servers do): then only what the server's own keys tell is watch
 - `once:replica:…` is a counter of each proxy. Whatever the server forgot, it forgot from the end: a counter
   that went back says that acknowledged writes are lost. It names the proxy to those who look at a record.
 - `once:identities` has the settings by which proxies name keys.
+- `once:rules` has the rules by which those that are about now do: two files side by side are noticed.
 """
 
 import asyncio
@@ -22,12 +23,15 @@ from proxy.store.link import ErrorReply, Link, Script, Unconfirmed, resp
 from proxy.store.record import PREFIX_BYTES
 from proxy.store.server import is_refusal, memory_ratio, parse_info, problem
 
-EPOCH, IDENTITIES = b"once:epoch", b"once:identities"
+EPOCH, IDENTITIES, RULES = b"once:epoch", b"once:identities", b"once:rules"
 HEALTH_S = 1.0
 FULL_S = 2.5 * HEALTH_S  # for which a claim refused for want of memory says that the store is full
 SETTLED_S = 10.0  # from which a store is known
+LIVE_S = 5 * HEALTH_S  # for which a proxy that says nothing counts as being about
+DIFFER_S = 2 * LIVE_S  # for which rules may differ unnoticed: a file is read again by one proxy after the other
 FOUND_AFTER_S = 5 * HEALTH_S  # a refused replica lets the others come first where the store forgot them all
 
+RULES_DIFFER = "other proxies on this store name keys by other rules: a retry that meets one of them executes again"
 LOSSES = {
     "flushed": "the store lost everything, or is another one: its epoch is gone",
     "rolled_back": "the store lost acknowledged writes: its counter of this proxy went back",
@@ -65,8 +69,9 @@ class Memory:
 class Membership:
     """What one proxy says of itself to the others, and how it takes a loss. Times in the unit of their name.
 
-    `described` are the settings that name keys, of the form `name=value name=value`. `durable`: the
-    store confirms only what survives a restart. `quarantine_ms`: of a loss; 0: go on.
+    `described` are the settings that name keys, of the form `name=value name=value`; `rules` tells the digest
+    of the rules that do so now. `durable`: the store confirms only what survives a restart. `quarantine_ms`: of
+    a loss; 0: go on.
     """
 
     token_prefix: bytes
@@ -77,7 +82,8 @@ class Membership:
     quarantine_ms: int
     notice_s: float  # for which a loss is a reason on /readyz
     durable: bool
-    report: Callable[[str, str], None]  # a word of LOSSES, or identity, accepted, info; and what there is to say
+    report: Callable[[str, str], None]  # a word of LOSSES, or identity, accepted, rules, info; and what there is to say
+    rules: Callable[[], str] = str
 
 
 def replica_key(token: bytes) -> bytes:
@@ -120,7 +126,9 @@ class Watch:
 
     def __init__(self, scripts: dict[str, Script], member: Membership | None, memories: dict[bytes, Memory]) -> None:
         # Without a verb, so that they are not measured as the request path's calls are.
-        self._epoch_script, self._identity_script = (Script("", scripts[verb].body) for verb in ("epoch", "identity"))
+        self._epoch_script, self._identity_script, self._rules_script = (
+            Script("", scripts[verb].body) for verb in ("epoch", "identity", "rules")
+        )
         self._member = member
         self._identity = blake2b(member.described.encode(), digest_size=16).hexdigest() if member else ""
         self._clock = asyncio.get_running_loop().time
@@ -130,7 +138,9 @@ class Watch:
         self.memory_ratio = 0.0  # asked for with every answer
         self._info_refused = False
         self._evicted: int | None = None
-        self._differs = ""
+        self._differs = self._rules = ""
+        self._rules_differ_since = float("inf")
+        self._rules_told = False
         self._refused_at = float("-inf")
         self._quarantine_ends = self._lost_until = self._full_until = float("-inf")
         self._lost = ""
@@ -151,8 +161,15 @@ class Watch:
         return problem(self.info)
 
     def notice(self) -> str | None:
-        """Return what was lost lately, None where nothing was."""
-        return self._lost if self._clock() < self._lost_until else None
+        """Return what was lost lately, or that rules differ; None where there is nothing to say."""
+        if self._clock() < self._lost_until:
+            return self._lost
+        return RULES_DIFFER if self.rules_differ else None
+
+    @property
+    def rules_differ(self) -> bool:
+        """Whether others on this store name keys by other rules, and have for a while."""
+        return self._clock() - self._rules_differ_since > DIFFER_S
 
     @property
     def quarantine_left_s(self) -> float:
@@ -185,6 +202,7 @@ class Watch:
             await self._ask_info(talk)
             if self._member is not None and place is not None:
                 await self._ask_identity(talk, self._member, place)
+                await self._ask_rules(talk, self._member, place)
                 await self._ask_what_is_left(talk, self._member, place)
                 self.withholds = bool(self._differs or self.quarantine_left_s)
 
@@ -274,6 +292,22 @@ class Watch:
                     member.report("identity", f"this proxy names keys in another way than others: {self._differs}")
             case _:  # nobody is there, or it is not known
                 pass
+
+    async def _ask_rules(self, talk: Talk, member: Membership, place: bytes) -> None:
+        """Learn whether others that are about name keys by other rules. Of a declared change nothing is said."""
+        rules = member.rules()
+        args = (rules, self._rules or rules, int(LIVE_S * 1000))
+        match await talk.script(self._rules_script, RULES + place, *args):
+            case [b"differ"] if not member.accept:
+                self._rules = rules
+                self._rules_differ_since = min(self._rules_differ_since, self._clock())
+            case [b"differ" | b"same"]:
+                self._rules, self._rules_differ_since, self._rules_told = rules, float("inf"), False
+            case _:  # it is not known
+                pass
+        if self.rules_differ and not self._rules_told:
+            self._rules_told = True
+            member.report("rules", RULES_DIFFER)
 
 
 def difference(ours: str, theirs: str) -> str:

@@ -57,6 +57,7 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "store_memory_ratio": ("gauge", "", ()),
     "store_full": ("gauge", "", ()),
     "store_breaker_open": ("gauge", "", ()),
+    "rules_differ": ("gauge", "", ()),
     "quarantine_seconds": ("gauge", "", ()),
     "ready": ("gauge", "", ()),
     "buffered_bytes": ("gauge", "", ()),

@@ -295,6 +295,28 @@ async def test_a_refused_replica_does_not_found_what_the_others_lost(fork, upstr
     assert await status(first) == (200, b"executed")
 
 
+async def test_other_rules_are_known_to_the_others(fork, upstream, own_valkey, tmp_path):
+    """What names keys stands in the store, as of the last reload, for others to compare; nobody is refused for it."""
+    file = tmp_path / "rules.toml"
+    file.write_text('[[rule]]\nname = "a"\nkey = "header:X-Key"\n')
+    proxies = [await fork(upstream, own_valkey.url, IDENTITY_CHANGE="refuse", RULES_FILE=file)]
+
+    def noted() -> set[bytes]:
+        with own_valkey.client() as client:
+            return set(client.hkeys("once:rules"))
+
+    before = noted()
+    assert len(before) == 1
+    file.write_text(file.read_text() + 'namespace = "n"\n')
+    proxies[0].signal(signal.SIGHUP)
+    await until(lambda: len(noted()) == 1 and noted() != before, 5)
+    proxies.append(await fork(upstream, own_valkey.url, IDENTITY_CHANGE="refuse"))
+    await until(lambda: len(noted()) == 2, 5)
+    for proxy in proxies:
+        assert await status(proxy, "key-1", "X-Key: key-1") == (200, b"executed")
+        assert (proxy.admin("/readyz")[0], proxy.metric("rules_differ")) == (200, 0)
+
+
 # A store that is down ...
 
 

@@ -1,0 +1,24 @@
+#!lua flags=allow-oom
+-- Notes by which rules a replica names keys, and tells whether others are about whose rules name them otherwise.
+-- KEYS: rules
+-- ARGV: tag rules before live_ms (digests; before: what this replica noted until now, or '')
+-- Returns: {tag, 'same' or 'differ'}
+local tag, rules, before, live_ms = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+if before ~= rules then
+  -- Others that still have it note it again.
+  redis.call('HDEL', KEYS[1], before)
+end
+redis.call('HSET', KEYS[1], rules, string.format('%.0f', now))
+redis.call('PEXPIRE', KEYS[1], live_ms)
+local differ = false
+local found = redis.call('HGETALL', KEYS[1])
+for at = 1, #found, 2 do
+  if now - (tonumber(found[at + 1]) or 0) > live_ms then
+    redis.call('HDEL', KEYS[1], found[at])
+  elseif found[at] ~= rules then
+    differ = true
+  end
+end
+return {tag, differ and 'differ' or 'same'}
