@@ -151,14 +151,16 @@ PRESETS: dict[str, Preset] = {
         namespace="sns",
         wait_max_s=10,
         retention_s=2 * DAY_S,
-        about="Amazon SNS to an HTTP endpoint; it waits 15 s, and gives a message up at most 4xx.",
+        about="Amazon SNS to an HTTP endpoint; it waits 15 s, and gives a message up at most 4xx. "
+        'With raw delivery the body is the message alone: set `key = "header:x-amz-sns-message-id"`.',
     ),
     "pubsub-push": _webhook(
         "body:/message/messageId",
         namespace="pubsub-push",
         wait_max_s=8,
         retention_s=8 * DAY_S,
-        about="Google Pub/Sub push; it delivers again for up to 7 days.",
+        about="Google Pub/Sub push; it delivers again for up to 7 days. Without its wrapper the body "
+        'is the message alone: have metadata written, and set `key = "header:x-goog-pubsub-message-id"`.',
     ),
     "cloudevents": _webhook(
         [["header:ce-source", "header:ce-id"], ["body:/source", "body:/id"]],

@@ -27,6 +27,14 @@ RULES = "\n".join(
     )
 )
 
+RULES += """
+[[rule]]
+name = "raw"
+path = "/raw/**"
+preset = "sns"
+key = "header:x-amz-sns-message-id"
+"""
+
 
 @pytest.fixture
 async def gate(fork, upstream: RawUpstream, valkey, tmp_path: Path) -> Forked:
@@ -189,6 +197,16 @@ async def test_shopify_before_it_had_event_ids(gate, upstream):
     raw = delivery("Shopify", "1", 0).replace(b"X-Shopify-Event-Id", b"X-Other")
     again = delivery("Shopify", "2", 0).replace(b"X-Shopify-Event-Id", b"X-Other")
     assert [told(await ask(gate.port, one)) for one in (raw, again)] == [(200, "executed"), (200, "replayed")]
+
+
+async def test_a_message_without_a_wrapper(gate, upstream):
+    """Its id is in a header, its body whatever was published: here no JSON, there JSON with an id of its own."""
+    raw = [
+        request("POST", "/raw/orders", None, body, "x-amz-sns-rawdelivery: true", f"x-amz-sns-message-id: {name}")
+        for name, body in (("1", b"paid"), ("1", b"paid"), ("2", b'{"MessageId":"1"}'), ("2", b'{"MessageId":"1"}'))
+    ]
+    outcomes = [told(await ask(gate.port, one)) for one in raw]
+    assert outcomes == [(200, "executed"), (200, "replayed")] * 2
 
 
 # Senders and receivers that check ...
