@@ -27,7 +27,7 @@ test-real: .venv/.dev               ## the tests with real parts, also those tha
 	command -v npm >/dev/null || { echo "make test-real needs Node 20 or newer, with npm" >&2; exit 1; }
 	mkdir -p .venv/node && cp tests/real/node/package*.json .venv/node
 	npm ci --prefix .venv/node --no-audit --no-fund --loglevel error
-	TEST_REAL=1 $(BIN)/pytest -n 0 tests/real $(ARGS)
+	$(BIN)/pytest -n 0 -m "not full" tests/real $(ARGS)
 
 check: test                         ## the same: format, lint, types, layers, tests
 

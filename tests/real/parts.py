@@ -17,7 +17,7 @@ import pytest
 from tests.parts import RawUpstream, Received, answering, ask
 
 # What `make test-real` installs first, and the tests that need it.
-INSTALLED = pytest.mark.skipif("TEST_REAL" not in os.environ, reason="needs RabbitMQ or Node: `make test-real`")
+INSTALLED = pytest.mark.packages  # of Debian and npm
 # Each gets its listening socket as a descriptor, so that it can be reached before it has started.
 LOCALSTRIPE = """
 import socket, sys
