@@ -12,6 +12,7 @@ import trustme
 from proxy.keys import store_key
 from proxy.store import Claim, Settled, Store, Unconfirmed
 from proxy.store.durable import Below
+from proxy.store.sentinel import FOLLOW_S
 from tests.parts import until
 from tests.resp import Connection, RespServer, Words, relaying, resp
 from tests.test_store import (
@@ -165,13 +166,16 @@ async def test_with_passwords():
 
 
 class Saying:
-    """A sentinel that names what it is told to."""
+    """A sentinel that names what it is told to; `promoted` is the port of a server that takes the master's place."""
 
     def __init__(self, host: str, port: int, epoch: int = 1, flags: str = "master") -> None:
         self.host, self.port, self.epoch, self.flags = host, port, epoch, flags
+        self.promoted: int | None = None
         self.server = RespServer(self._say)
 
     def _say(self, _: Connection, words: Words) -> bytes:
+        if words == [b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", SERVICE.encode()]:
+            return resp([self.host.encode(), str(self.promoted or self.port).encode()])
         assert words == [b"SENTINEL", b"MASTER", SERVICE.encode()]
         said = {"name": SERVICE, "ip": self.host, "port": self.port, "flags": self.flags, "config-epoch": self.epoch}
         return resp([str(word).encode() for pair in said.items() for word in pair])
@@ -253,6 +257,23 @@ async def test_the_newest_word_wins(two):
     async with saying(*sentinels) as url, connected(url) as store:
         await claimed(store)
         assert len(new.records()) == 1
+
+
+@pytest.mark.parametrize("flags", ["master,failover_in_progress", "s_down,o_down,master,failover_in_progress"])
+async def test_a_sentinel_in_the_middle_of_its_failover(two, flags):
+    """It has promoted a server and waits for the other replicas: the old master is left, dead or alive."""
+    old, new = two
+    leader, other = Saying("127.0.0.1", old.port, 2, flags), Saying("127.0.0.1", new.port, 2)
+    leader.promoted = new.port
+    async with saying(leader) as url, connected(url) as store:
+        await claimed(store)
+    log: Log = []
+    async with saying(leader, other) as url, watching(url, log) as store:
+        await claimed(store, key=key(2))
+        await asyncio.sleep(2 * FOLLOW_S)
+    assert len(new.records()) == 2
+    assert old.records() == {}
+    assert [event for event, _ in log if event == "the store failed over"] == []
 
 
 async def test_a_replica_is_not_used(two):

@@ -5,7 +5,7 @@ of a failover yet. A server that says it is a replica is not used, whoever named
 """
 
 import asyncio
-from typing import Any
+from typing import Any, NamedTuple
 
 from redis.asyncio.connection import AbstractConnection, SSLConnection, parse_url
 from redis.asyncio.sentinel import MasterNotFoundError, SentinelConnectionPool, SentinelManagedSSLConnection
@@ -21,6 +21,14 @@ FOLLOW_S = 1.0  # how often they are asked whether the master has changed
 Place = tuple[str, int]
 
 
+class Word(NamedTuple):
+    """What one sentinel says of the master. `down`: that the sentinels agree on it, and nobody has taken its place."""
+
+    epoch: int
+    place: Place
+    down: bool
+
+
 class Sentinel:
     """One of them, on a connection that is kept."""
 
@@ -28,18 +36,26 @@ class Sentinel:
         self._open_connection, self._service = open_connection, service
         self._connection: AbstractConnection | None = None
 
-    async def ask(self) -> dict[bytes, bytes]:
-        """Return what it says of the master. Raises RedisError and OSError."""
+    async def ask(self) -> Word:
+        """Return what it says of the master. Raises RedisError and OSError.
+
+        In two answers: while its failover waits for the other replicas, which can take minutes, the first has the new
+        epoch and the old place, and only the second the new place.
+        """
         try:
             if self._connection is None:
                 connection = self._open_connection()
                 await connection.connect()  # type: ignore[no-untyped-call]
                 self._connection = connection
             reply: list[bytes] = await ask(self._connection, "SENTINEL", "MASTER", self._service)
+            host, port = await ask(self._connection, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._service)
         except BaseException:
             await self.close()
             raise
-        return dict(zip(reply[::2], reply[1::2], strict=True))
+        said = dict(zip(reply[::2], reply[1::2], strict=True))
+        replaced = (said[b"ip"], said[b"port"]) != (host, port)
+        down = b"o_down" in said[b"flags"].split(b",") and not replaced
+        return Word(int(said[b"config-epoch"]), (host.decode(), int(port)), down)
 
     async def close(self) -> None:
         connection, self._connection = self._connection, None
@@ -76,10 +92,10 @@ class Sentinels:
         if not answers:
             said = next((str(failure) for failure in failures if failure), "no answer in time")
             raise MasterNotFoundError(f"no sentinel names the master of {self._several.service}: {said}")
-        newest = max(answers, key=lambda answer: int(answer[b"config-epoch"]))
-        if b"o_down" in newest[b"flags"].split(b","):
+        newest = max(answers, key=lambda word: word.epoch)
+        if newest.down:
             raise MasterNotFoundError(f"the master of {self._several.service} is down, as the sentinels agree")
-        return newest[b"ip"].decode(), int(newest[b"port"])
+        return newest.place
 
     async def close(self) -> None:
         if self._question is not None:
