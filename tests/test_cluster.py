@@ -4,17 +4,19 @@ import asyncio
 import random
 import ssl
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from itertools import count
 from typing import Any
 
 import pytest
 import trustme
 from redis.crc import key_slot
+from redis.exceptions import ResponseError
 
 from proxy.keys import store_key
 from proxy.store import Claim, Settled, Store, Unconfirmed
 from proxy.store.cluster import tag_within, view_of
+from proxy.store.seen import StoreError, look_at, scan
 from tests.parts import until
 from tests.resp import relaying
 from tests.test_store import (
@@ -187,6 +189,30 @@ async def test_resharding_under_load(cluster):
         await asyncio.gather(asyncio.to_thread(reshard), *[worker(store) for _ in range(16)])
     assert lived > 40
     assert sum(master.ask("DBSIZE") for master in masters) == lived
+
+
+async def test_what_operators_see_of_a_slot_that_moves():
+    """Keys that are on their way are listed and shown like any other; a cluster that tells nothing is no empty one."""
+    cluster = Clustered(replicas=0)
+    try:
+        source, target = cluster.servers[:2]
+        carried, staying = keys_on(0, 5000, 2)
+        slot = key_slot(store_key(carried))
+        async with watching(cluster.url, []) as store:
+            await claimed(store, key=carried)
+            cluster.begin_move(slot, source, target)
+            cluster.carry(slot, source, target)
+            await claimed(store, key=staying)
+            assert {seen.key async for seen in scan(store)} == {carried, staying}
+            assert [(await look_at(store, of)).state for of in (carried, staying)] == ["in_flight"] * 2
+            for server in cluster.servers:
+                with suppress(ResponseError):  # it knows already
+                    server.ask("CLUSTER", "DELSLOTS", 16000)
+            await asyncio.to_thread(wait_for, lambda: b"cluster_state:fail" in source.ask("CLUSTER", "INFO"))
+            with pytest.raises(StoreError, match="CLUSTERDOWN"):
+                [seen async for seen in scan(store)]
+    finally:
+        cluster.close()
 
 
 # While masters die ...

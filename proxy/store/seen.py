@@ -128,18 +128,34 @@ async def look_at(store: Store, key: bytes) -> Seen | None:
     node = store.node_of(key)
     if node is None:
         raise StoreError("nobody is known to have this key")
-    try:
-        found = checked(await ask(node, "HMGET", store_key(key), *FIELDS))
-    except StoreError as error:
-        if str(error).startswith("WRONGTYPE"):
-            return Seen(key, "corrupt", b"", 0)
-        raise
-    return read_fields(key, found, await _time_ms(node))
+    reply = await ask(node, *_fields_of(key))
+    if begins(reply, "ASK "):  # its slot is on its way, and the key is there already
+        place = str(reply).split(" ")[2]
+        node = next((one for one in store.nodes if one.name == place), node)
+        reply = await ask_arriving(node, *_fields_of(key))
+    if begins(reply, "WRONGTYPE"):
+        return Seen(key, "corrupt", b"", 0)
+    return read_fields(key, checked(reply), await _time_ms(node))
 
 
 def ask(node: Node, *words: bytes | str | int) -> Awaitable[Any]:
     """Return the reply to a plain command."""
     return node.link.command(*words, deadline=asyncio.get_running_loop().time() + ASK_S)
+
+
+def ask_arriving(node: Node, *words: bytes | str | int) -> Awaitable[Any]:
+    """Return the reply of a server on which a key is before its slot, which is on its way there."""
+    ask(node, "ASKING")
+    return ask(node, *words)
+
+
+def begins(reply: object, word: str) -> bool:
+    """Return whether a reply is an error that begins like that."""
+    return isinstance(reply, ErrorReply) and str(reply).startswith(word)
+
+
+def _fields_of(key: bytes) -> tuple[bytes | str, ...]:
+    return ("HMGET", store_key(key), *FIELDS)
 
 
 async def scan(store: Store, prefix: str = "") -> AsyncIterator[Seen]:
@@ -150,14 +166,15 @@ async def scan(store: Store, prefix: str = "") -> AsyncIterator[Seen]:
             cursor, names = checked(await ask(node, "SCAN", cursor, "MATCH", f"once:{{{prefix}*", "COUNT", PAGE))
             keys = {digest for name in names if (digest := digest_of(name.decode("ascii", "replace")))}
             now_ms = await _time_ms(node)
-            replies = await asyncio.gather(*[ask(node, "HMGET", store_key(key), *FIELDS) for key in keys])
-            for key, reply in zip(keys, replies, strict=True):
-                if isinstance(reply, ErrorReply) and str(reply).startswith("WRONGTYPE"):
+            replies = await asyncio.gather(*[ask(node, *_fields_of(key)) for key in keys])
+            for key, first in zip(keys, replies, strict=True):
+                reply = await ask_arriving(node, *_fields_of(key)) if begins(first, "MOVED") else first
+                if begins(reply, "WRONGTYPE"):
                     yield Seen(key, "corrupt", b"", now_ms)
-                elif isinstance(reply, list) and (seen := read_fields(key, reply, now_ms)):
+                elif begins(reply, "MOVED") or begins(reply, "ASK "):  # it went meanwhile
+                    continue
+                elif seen := read_fields(key, checked(reply), now_ms):
                     yield seen
-                elif isinstance(reply, Unconfirmed):
-                    raise StoreError(reply.detail)
             if cursor == b"0":
                 break
 
