@@ -118,15 +118,18 @@ class Digests:
     def scope(
         self, namespace: bytes, headers: Mapping[bytes, Sequence[bytes]], names: Sequence[bytes]
     ) -> Scope | UnstableScope:
-        """Return whose key it is, by the scope headers (lower-case `names`) that are present, else Cookie."""
+        """Return whose key it is, by the scope headers (lower-case `names`) that are present, and by Cookie where none
+        of them says anything."""
         parts: list[bytes] = []
+        told = False
         for name in names:
             if (values := headers.get(name)) is not None:
                 if name == b"authorization" and not all(map(_is_stable, values)):
                     return UnstableScope()
                 parts += _named(name, values)
-        if not parts and names and b"cookie" in headers:
-            parts = _named(b"cookie", headers[b"cookie"])
+                told = told or any(values)
+        if not told and names and b"cookie" in headers:
+            parts += _named(b"cookie", headers[b"cookie"])
         digest = self._tenant.copy()
         digest.update(b"".join(parts))
         return Scope(namespace, digest.digest(), bool(names) and not parts)

@@ -214,6 +214,9 @@ TENANTS = [
     {b"authorization": [A, b"x-api-key", b"1", B]},
     {b"cookie": [A]},
     {b"cookie": [A, B]},
+    {b"authorization": [b""], b"cookie": [A]},
+    {b"authorization": [b""], b"cookie": [B]},
+    {b"authorization": [b""], b"x-api-key": [b""], b"cookie": [B]},
     {},
 ]
 
