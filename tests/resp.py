@@ -51,6 +51,7 @@ class Connection(asyncio.Protocol):
         self._server = server
         self._reader = hiredis.Reader()
         self.lost = False
+        self.behind: list[bytes] | None = None  # replies that wait for one that is still to come
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport: asyncio.Transport = transport  # type: ignore[assignment]
@@ -66,7 +67,9 @@ class Connection(asyncio.Protocol):
         self._reader.feed(data)
         while (words := self._reader.gets()) is not False:
             reply = self._server.answer(self, words)
-            if reply is not None and not self.transport.is_closing():
+            if reply is not None and self.behind is not None:
+                self.behind.append(reply)
+            elif reply is not None and not self.transport.is_closing():
                 self.transport.write(reply)
 
 

@@ -86,6 +86,7 @@ class Counting:
     def __call__(self, connection: Connection, words: Words) -> bytes | None:
         if words[0] in (b"WAIT", b"WAITAOF"):
             self.waits.append((connection, words))
+            connection.behind = []
             return None
         if len(words) > 12:
             return resp([words[4], b"claimed", 1_763_960_000_000, b"1763960000000000", 1_763_960_000_000])
@@ -93,7 +94,8 @@ class Counting:
 
     def answer(self, reply: bytes) -> None:
         connection, _ = self.waits.pop(0)
-        connection.transport.write(reply)
+        behind, connection.behind = connection.behind, None
+        connection.transport.write(b"".join([reply, *(behind or ())]))
 
 
 async def test_all_claims_of_a_write_share_one_wait(scripted):
@@ -149,6 +151,29 @@ async def test_a_claim_below_its_level_is_given_back(scripted, reply):
         assert len([words for words in scripted.calls if words[0] == b"WAIT"]) > 1
         assert scripted.calls[-1][6] == b"release"
         assert behind.works == []
+
+
+async def test_a_replica_that_left_may_have_been_promoted(scripted, monkeypatch):
+    """Claims that the others have do not count for a while: until the sentinels would have told of a new master."""
+    monkeypatch.setattr("proxy.store.durable.LEFT_S", 0.8)
+    counting = Counting()
+    scripted.script = lambda connection, words: b":1\r\n" if words[0] == b"WAIT" else counting(connection, words)
+
+    def connected_replicas(number: int) -> None:
+        scripted.greeting[b"INFO"] = resp(b"redis_version:7.2.0\r\nrole:master\r\nconnected_slaves:%d\r\n" % number)
+
+    connected_replicas(2)
+    async with connected(scripted.url, durability="replicated", timeout_ms=300) as store:
+        await claimed(store, key=key(1))
+        connected_replicas(1)
+        found = await claim(store, key(2))
+        assert (type(found), found.maybe_executed) == (Below, False)
+        assert "a replica has left the master" in found.detail
+        assert scripted.calls[-1][6] == b"release"
+        await asyncio.sleep(0.8)
+        await claimed(store, key=key(3))
+        connected_replicas(2)
+        await claimed(store, key=key(4))
 
 
 async def test_a_claim_that_nobody_confirms_is_withdrawn(scripted):

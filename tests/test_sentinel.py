@@ -4,6 +4,7 @@ import asyncio
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from itertools import count
 from typing import Any
 
 import pytest
@@ -122,6 +123,29 @@ async def test_a_claim_that_a_failover_lost(group):
         assert await store.renew(taken) == "fenced"
         assert await store_small(store, taken) == Settled("fenced")
         assert await store.renew(other) == "renewed"
+
+
+@pytest.mark.fault(36)
+async def test_no_claim_is_lost_beside_a_master_that_lives(group):
+    """A failover of the operator's promotes one replica while the other still confirms to the old master."""
+    before, numbers, confirmed, taking = group.master, count(1), [], True
+    async with watching(group.url, [], durability="replicated") as store:
+
+        async def take() -> None:
+            while taking:
+                if isinstance(await claim(store, of := key(next(numbers))), Claim):
+                    confirmed.append(store_key(of))
+
+        takers = [asyncio.ensure_future(take()) for _ in range(4)]
+        await until(lambda: len(confirmed) > 100)
+        group.sentinels[0].ask("SENTINEL", "FAILOVER", SERVICE)
+        now = await asyncio.to_thread(group.wait_failed_over, before)
+        await until(lambda: {link.at for link in store.nodes[0].links} == {("127.0.0.1", now.port)})
+        then = len(confirmed)
+        await until(lambda: len(confirmed) > then, 20)
+        taking = False
+        await asyncio.gather(*takers)
+    assert set(confirmed) <= now.records().keys()
 
 
 async def test_on_the_disks():

@@ -5,6 +5,7 @@ WAIT runs leaves together in the next write, with one WAIT for all of it.
 """
 
 import asyncio
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,10 @@ from proxy.store.link import Link, Unconfirmed
 WAIT_SHARE = 0.75  # of what is left of the budget; the rest is for giving the claim back
 LEAST_SHARE = 0.1  # a claim with less of its budget left is not sent: it would cut the WAIT of the others short
 AOF_SINCE = (7, 2)
+# How long claims do not count once a replica has left: it may have been promoted, while others still confirm to the
+# old master. By then the sentinels have told so: a leader sees a promotion within a second, and is asked each second.
+LEFT_S = 5.0
+_CONNECTED = re.compile(rb"connected_slaves:(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +105,7 @@ class WaitingLink(Link):
         self._level, self._heard = level, heard
         self._asked: list[_Asked] = []
         self._committing = False
+        self._replicas, self._counted_at, self._left_at = 0, self.at, float("-inf")
 
     def script(self, *call: Any) -> "asyncio.Future[Any]":
         return self._ask(False, call)
@@ -132,8 +138,13 @@ class WaitingLink(Link):
             call(*one.call).add_done_callback(partial(self._replied, one, claimed))
         left_s = min(one.deadline for one in batch) - self._loop.time()
         words = self._level.words(max(1, int(left_s * WAIT_SHARE * 1000)))
-        waited = self.command(*words, deadline=self._loop.time() + left_s)
-        waited.add_done_callback(partial(self._waited, claimed))
+        deadline = self._loop.time() + left_s
+        waited = self.command(*words, deadline=deadline)
+        if self._level.replicas:
+            counted = self.command("INFO", "replication", deadline=deadline)
+            counted.add_done_callback(lambda _: self._waited(claimed, waited, counted))
+        else:
+            waited.add_done_callback(partial(self._waited, claimed))
 
     def _replied(self, one: _Asked, claimed: list[tuple[_Asked, Any]], future: "asyncio.Future[Any]") -> None:
         reply = future.result()
@@ -144,14 +155,31 @@ class WaitingLink(Link):
         else:
             one.resolve(reply)
 
-    def _waited(self, claimed: list[tuple[_Asked, Any]], future: "asyncio.Future[Any]") -> None:
+    def _waited(
+        self,
+        claimed: list[tuple[_Asked, Any]],
+        waited: "asyncio.Future[Any]",
+        counted: "asyncio.Future[Any] | None" = None,
+    ) -> None:
         """Give the claims of a write their replies, and go on with what was asked meanwhile."""
-        reply = future.result()
+        reply = waited.result() if waited.done() else Unconfirmed("the store counts replicas before it waits for them")
         if isinstance(reply, Unconfirmed):
             instead: Unconfirmed | None = Unconfirmed(reply.detail)
         else:
-            lacking = self._level.lacking(reply)
+            lacking = self._level.lacking(reply) or (counted and self._left(counted.result()))
             instead = Below(lacking) if lacking else None
         for one, answer in claimed:
             one.resolve(answer if instead is None else instead)
         self._commit()
+
+    def _left(self, info: object) -> str | None:
+        """Return why a claim that enough replicas have does not count all the same, None where it does."""
+        found = _CONNECTED.search(info) if isinstance(info, bytes) else None
+        if found is None:
+            return None
+        now, before, self._replicas = self._loop.time(), self._replicas, int(found[1])
+        if self._counted_at != self.at:  # another server
+            self._counted_at, self._left_at = self.at, float("-inf")
+        elif self._replicas < before:
+            self._left_at = now
+        return "a replica has left the master, and may have taken its place" if now - self._left_at < LEFT_S else None
