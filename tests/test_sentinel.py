@@ -138,7 +138,7 @@ async def test_no_claim_is_lost_beside_a_master_that_lives(group):
 
         takers = [asyncio.ensure_future(take()) for _ in range(4)]
         await until(lambda: len(confirmed) > 100)
-        group.sentinels[0].ask("SENTINEL", "FAILOVER", SERVICE)
+        await asyncio.to_thread(wait_for, lambda: group.sentinels[0].ask("SENTINEL", "FAILOVER", SERVICE))
         now = await asyncio.to_thread(group.wait_failed_over, before)
         await until(lambda: {link.at for link in store.nodes[0].links} == {("127.0.0.1", now.port)})
         then = len(confirmed)

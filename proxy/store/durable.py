@@ -19,6 +19,7 @@ AOF_SINCE = (7, 2)
 # How long claims do not count once a replica has left: it may have been promoted, while others still confirm to the
 # old master. By then the sentinels have told so: a leader sees a promotion within a second, and is asked each second.
 LEFT_S = 5.0
+ALL_MS = 20  # for which claims wait for every replica: one that is leaving is not seen to have left at once
 _CONNECTED = re.compile(rb"connected_slaves:(\d+)")
 
 
@@ -139,6 +140,8 @@ class WaitingLink(Link):
         left_s = min(one.deadline for one in batch) - self._loop.time()
         words = self._level.words(max(1, int(left_s * WAIT_SHARE * 1000)))
         deadline = self._loop.time() + left_s
+        if self._replicas > self._level.replicas:
+            self.command("WAIT", self._replicas, ALL_MS, deadline=deadline)
         waited = self.command(*words, deadline=deadline)
         if self._level.replicas:
             counted = self.command("INFO", "replication", deadline=deadline)
