@@ -5,6 +5,7 @@ refused (managed servers do): then only what the server's own keys tell is watch
 
 - `once:epoch` names the data set. It lives as long as the data does: gone or another one means that
   everything is lost. It also holds until when unseen keys are refused, for every proxy and past its restart.
+  While its slot is being moved away, the server's own count of flushes stands in.
 - `once:replica:…` is a counter of each proxy. Whatever the server forgot, it forgot from the end: a counter
   that went back says that acknowledged writes are lost. It names the proxy to those who look at a record.
 - `once:identities` has the settings by which proxies name keys.
@@ -12,8 +13,9 @@ refused (managed servers do): then only what the server's own keys tell is watch
 """
 
 import asyncio
+import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from math import ceil
@@ -138,6 +140,7 @@ class Watch:
         self.memory_ratio = 0.0  # asked for with every answer
         self._info_refused = False
         self._evicted: int | None = None
+        self._flushes, self._was_flushed = -1, False
         self._differs = self._rules = ""
         self._rules_differ_since = float("inf")
         self._rules_told = False
@@ -207,7 +210,7 @@ class Watch:
                 self.withholds = bool(self._differs or self.quarantine_left_s)
 
     async def _ask_info(self, talk: Talk) -> None:
-        reply = await talk.command("INFO", "memory", "replication", "persistence", "stats")
+        reply = await talk.command("INFO", "memory", "replication", "persistence", "stats", "commandstats")
         if isinstance(reply, bytes):
             self._info_refused, self.info = False, parse_info(reply)
         elif isinstance(reply, ErrorReply) and is_refusal(reply):
@@ -215,6 +218,8 @@ class Watch:
                 self._member.report("info", f"memory, eviction and role of the store are not watched: {reply}")
             self._info_refused, self.info = True, {}
         self.memory_ratio = memory_ratio(self.info)
+        before, self._flushes = self._flushes, flushes(self.info)
+        self._was_flushed = self._flushes > before >= 0
 
     async def _ask_what_is_left(self, talk: Talk, member: Membership, place: bytes) -> None:
         """Find out whether anything was lost, say so, and begin a quarantine where that is wanted."""
@@ -243,8 +248,8 @@ class Watch:
         durable_run = "" if member.durable else run  # of a durable store a new run has lost nothing
         args = (fresh, durable_run, quarantine_ms, int(begin))
         reply = await talk.script(self._epoch_script, EPOCH + place, *args)
-        if not isinstance(reply, list):
-            return ""
+        if not isinstance(reply, list):  # in a cluster: its slot is being moved away
+            return "flushed" if self._was_flushed else ""
         word, epoch, left_ms = reply
         self._quarantine_ends = self._clock() + left_ms / 1000
         known, memory.epoch = memory.epoch, epoch
@@ -308,6 +313,12 @@ class Watch:
         if self.rules_differ and not self._rules_told:
             self._rules_told = True
             member.report("rules", RULES_DIFFER)
+
+
+def flushes(info: Mapping[str, str]) -> int:
+    """Return how often a server was told to drop everything since it started."""
+    told = (info.get(f"cmdstat_{name}", "calls=0") for name in ("flushall", "flushdb"))
+    return sum(int(calls[1]) for one in told if (calls := re.match(r"calls=(\d+)", one)))
 
 
 def difference(ours: str, theirs: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Iterable, Iterator
 from itertools import count
 
 import pytest
+from redis.crc import key_slot
 
 from tests.parts import OK, Proxy, RawUpstream, Received, ask, holding, request, until
 from tests.topologies import Clustered, Sentineled, Server, free_ports, wait_for
@@ -152,6 +153,25 @@ async def test_a_replicated_cluster_changes_under_load(proxies, upstream, cluste
 
 
 # What was lost is said ...
+
+
+@pytest.mark.fault(13)
+async def test_a_flush_is_noticed_also_while_a_slot_moves(proxies, upstream, clustered):
+    """The slot by which a proxy looks at a master may be on its way elsewhere as that master loses everything."""
+    proxy = proxies(upstream, clustered.url, **SETTINGS)
+    places = {name.split(b"epoch")[1] for server in clustered.servers[:3] for name in server.ask("KEYS", "once:epoch*")}
+    slot = min(key_slot(place) for place in places)
+    source = clustered.owner_of_slot(slot)
+    target = next(server for server in clustered.servers[:3] if server is not source)
+    before = proxy.metric('store_losses_total{how="flushed"}')
+    clustered.begin_move(slot, source, target)
+    try:
+        await asyncio.sleep(1.5)  # it looks once a second
+        source.ask("FLUSHALL")
+        await until(lambda: proxy.metric('store_losses_total{how="flushed"}') > before)
+        assert proxy.metric("claims_lost_total") >= 1
+    finally:
+        clustered.end_move(slot, source, target)
 
 
 @pytest.mark.fault(36, 59)
