@@ -83,21 +83,7 @@ class Service:
         self._background: set[asyncio.Task[Any]] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._draining = self._retired = False
-        self.metrics = Metrics(
-            proxy.__version__,
-            {
-                "in_flight": lambda: self._gateway.in_flight,
-                "waiting": lambda: len(self._waiters),
-                "store_memory_ratio": lambda: self.store.memory_ratio,
-                "store_full": lambda: self.store.refuses_new,
-                "store_breaker_open": lambda: self.store.broken,
-                "rules_differ": lambda: self.store.rules_differ,
-                "quarantine_seconds": lambda: self.store.quarantine_left_s,
-                "ready": lambda: not self.problems(),
-                "buffered_bytes": lambda: self._buffered.used,
-                "workers": lambda: 1.0,
-            },
-        )
+        self.metrics = Metrics(proxy.__version__, self._gauges())
         self._access = AccessLog(logger, settings.access_log, settings.log_level, settings.log_format, self._loop)
         self._buffered = Buffered(settings.max_buffered_bytes)
         self.store = Store(
@@ -125,6 +111,21 @@ class Service:
         self._drain = Drain(self._gateway, self._listener, self._waiters, self._pools, self.store, self._background)
         self._servers: list[asyncio.Server] = []
         self._admin: web.AppRunner | None = None
+
+    def _gauges(self) -> dict[str, Callable[[], float]]:
+        """Return what is asked at each scrape."""
+        return {
+            "in_flight": lambda: self._gateway.in_flight,
+            "waiting": lambda: len(self._waiters),
+            "store_memory_ratio": lambda: self.store.memory_ratio,
+            "store_full": lambda: self.store.refuses_new,
+            "store_breaker_open": lambda: self.store.broken,
+            "rules_differ": lambda: self.store.rules_differ,
+            "quarantine_seconds": lambda: self.store.quarantine_left_s,
+            "ready": lambda: not self.problems(),
+            "buffered_bytes": lambda: self._buffered.used,
+            "workers": lambda: 1.0,
+        }
 
     def _make_pool(self, upstream: Upstream) -> Pool:
         files = (upstream.ca_file, upstream.cert_file, upstream.key_file)

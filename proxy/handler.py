@@ -207,7 +207,7 @@ class Gateway:
         if policy.scope_sources:
             scope = scope_of(policy, self._digests, head)
         else:
-            scope = self._familiar(request.protocol).scope(policy, head.fields)
+            scope = (request.protocol.familiar or self._acquaint(request.protocol)).scope(policy, head.fields)
         if not isinstance(scope, Scope):
             return reject(client, head.method, "invalid", no_scope(scope))._replace(rule=route.policy.rule)
         if self.in_flight >= self._max_in_flight:
@@ -255,9 +255,8 @@ class Gateway:
             if body is not None:
                 body.close()
 
-    def _familiar(self, connection: "ClientConnection") -> Familiar:
-        if (familiar := connection.familiar) is None:
-            familiar = connection.familiar = Familiar(self._digests)
+    def _acquaint(self, connection: "ClientConnection") -> Familiar:
+        connection.familiar = familiar = Familiar(self._digests)
         return familiar
 
     async def _read(self, request: Request, client: Client, most: int) -> Body | TooLarge | NoRoom | BrokenOff:
@@ -274,7 +273,8 @@ class Gateway:
             wait_s = min(preferred, policy.wait_max_s)
             extra = b"Preference-Applied: wait=%d\r\n" % wait_s
         if key is not None and policy.fingerprint is None:  # as most are
-            fingerprint = self._familiar(request.protocol).fingerprint(policy, head, body)
+            familiar = request.protocol.familiar or self._acquaint(request.protocol)
+            fingerprint = familiar.fingerprint(policy, head, body)
             return Guarded(route, head, self._digests.key(scope, key), scope, fingerprint, wait_s, extra)
         named = name(policy, self._digests, head, scope, key, body)
         if not isinstance(named, Name):

@@ -167,7 +167,7 @@ class Store:
     @property
     def full(self) -> bool:
         """Whether answers are to be stored without their body."""
-        return self.memory_ratio > FULL_RATIO
+        return self._servers.memory_ratio > FULL_RATIO
 
     def notice(self) -> str | None:
         """Return what should be looked at though the store works: what it lost lately, rules that differ."""

@@ -63,7 +63,7 @@ class Pool:
         try:
             async with asyncio.timeout(self._connect_timeout_s) as limit:
                 self._connecting.add(limit)
-                return self._take(await self._reuse_or_connect(reuse_idle_s))
+                return await self._reuse_or_connect(reuse_idle_s)
         except TimeoutError:
             raise NotSent("no connection to the upstream in time") from None
         finally:
@@ -71,13 +71,7 @@ class Pool:
 
     def ready(self, reuse_idle_s: float) -> Connection | None:
         """Return a connection that can be had at once, None where one has to be waited for."""
-        connection = None if self._queue or self.shut else self._reuse(reuse_idle_s)
-        return None if connection is None else self._take(connection)
-
-    def _take(self, connection: Connection) -> Connection:
-        connection.idle_since = None
-        self._active.add(connection)
-        return connection
+        return None if self._queue or self.shut else self._reuse(reuse_idle_s)
 
     def opened(self, descriptor: int) -> None:
         """Look at this socket, too, from now on. The kernel forgets it when it is closed."""
@@ -95,7 +89,8 @@ class Pool:
         else:
             connection.drop_body()
             self._discard(connection)
-        self._next()
+        if self._queue:
+            self._next()
 
     def forget(self, connection: Connection) -> None:
         """Close an idle connection on which something happened; one in use is closed on its release."""
@@ -153,6 +148,8 @@ class Pool:
                 self._look()
             self._idle.pop()
             if connection.alive and connection.descriptor not in self._touched:
+                connection.idle_since = None
+                self._active.add(connection)
                 return connection
             self._discard(connection)
         return None
@@ -184,11 +181,13 @@ class Pool:
         self._open += 1
         self._next()
         try:
-            return await self._connect()
+            connection = await self._connect()
         except BaseException:
             self._open -= 1
             self._next()
             raise
+        self._active.add(connection)
+        return connection
 
     async def _turn(self) -> None:
         """Wait for room, first come first served. Who has its turn stays in the queue until it runs."""

@@ -213,7 +213,8 @@ class Connection(asyncio.Protocol):
         self._chunks.clear()
         self._pool.buffered.give(self.buffered)
         self.buffered = 0
-        self._resume()
+        if self._reading_paused:
+            self._resume()
         return data
 
     def arrival(self, silence_s: float) -> "asyncio.Future[None]":
@@ -382,8 +383,10 @@ class Connection(asyncio.Protocol):
 
     def rest(self) -> None:
         """Forget the exchange, keep the connection."""
-        self.drop_body()
-        self._resume()  # what paused it for a slow client need not have asked for more
+        if self.buffered:
+            self.drop_body()
+        if self._reading_paused:
+            self._resume()  # what paused it for a slow client need not have asked for more
         self._parser = None
         self.idle_since = self._loop.time()
 
