@@ -20,7 +20,7 @@ from proxy.leases import Held, Leases, suspended_clock_s
 from proxy.pace import Pace
 from proxy.policy import Disposition, Policy
 from proxy.problems import Problem, problem
-from proxy.recording import Recording
+from proxy.recording import BROKEN, Recording
 from proxy.store import Claim, Settled, Settling, Store, StoredAnswer, Unconfirmed
 from proxy.store.record import answer_digest
 from proxy.upstream import Buffered, Connection, Lost, NotSent, Pool
@@ -92,7 +92,8 @@ class Exchange:
             self._touch()
             how, last = reached.settlement, self._whole
             if self._recording is not None and how is _STORE:
-                how, last = await self._recorded(self._recording)
+                reached, last = await self._recorded(self._recording)
+                how = reached.settlement
             # An answer is worth waiting for; that there is none can be settled behind the client's back.
             patience_s = self._shop.patience_s if how.completes else self._shop.store_timeout_s
             settled = await self._settling(how, last, patience_s)
@@ -241,7 +242,7 @@ class Exchange:
             if recording is not None:
                 recording.add(data)
                 await recording.room()
-                if recording.state in ("fenced", "failed"):
+                if recording.state in BROKEN:
                     return Ending.TRUNCATED
             if client.backlog:
                 connection.pause()  # a slow client holds one piece, not two
@@ -270,11 +271,15 @@ class Exchange:
 
     # Settling ...
 
-    async def _recorded(self, recording: Recording) -> tuple[Settlement, bytes]:
-        """Return how an answer that was streamed is to be settled, with its last bytes."""
+    async def _recorded(self, recording: Recording) -> tuple[Ending, bytes]:
+        """Return how an answer that was streamed ended, with its last bytes. What the store did not take in time is
+        broken off: that it came whole would be told to this client alone."""
         last = await recording.finish()
         self._touch()
-        return (Settlement.STORE, last) if recording.kept else (Settlement.STORE_BARE, b"")
+        if recording.state in BROKEN:
+            self._lost = Lost("the store did not take the answer in time")
+            return Ending.TRUNCATED, b""
+        return ending(self._disposition, recording.kept), last
 
     def _settling(self, how: Settlement, last: bytes, patience_s: float) -> Settling:
         store, claim, answer = self._shop.store, self._held.claim, self._answer

@@ -11,6 +11,7 @@ BATCH_BYTES = 262144
 BATCH_S = 0.05
 # What an append that did not go through makes of a recording; a vanished or torn record is stored bare.
 _AFTER = {"full": "dropped", "torn": "dropped", "absent": "dropped", "unconfirmed": "failed"}
+BROKEN = ("fenced", "failed")  # states in which the answer cannot end as a stored one
 BACKLOG_BYTES = 2 * BATCH_BYTES  # unconfirmed; above it the exchange waits for the store
 TIGHT_BYTES = BATCH_BYTES // 4  # the same where the worker's memory is short
 

@@ -133,7 +133,7 @@ def _ended_by_closing(case: Case, history: History) -> bool:
     """Return whether a clean end in the middle of such an answer was possible: its framing cannot show it."""
     if not any(one.kind == "eof" for one in case.executions):
         return False
-    since, until = case.attempts[0].begun, case.attempts[-1].ended
+    since, until = case.attempts[0].begun, max(attempt.ended for attempt in case.attempts)
     return any(fault.kind.startswith(CLEAN_ENDS) for fault in history.touching(since, until))
 
 

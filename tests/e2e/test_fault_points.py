@@ -311,6 +311,32 @@ async def test_a_store_that_is_lost_between_two_appends(fork, upstream, valkey, 
     assert proxy.metric("claims_lost_total") == 0
 
 
+@pytest.mark.fault(46)
+async def test_an_answer_whose_pieces_were_not_stored_in_time_is_no_stored_one(fork, upstream, valkey):
+    """Also where the store is back for the settle: the client sees it broken off, and its key is unknown."""
+    done = asyncio.Event()
+
+    async def script(_: RawUpstream, __: object, writer: asyncio.StreamWriter, ___: Received) -> None:
+        writer.write(CHUNKED + chunk(PIECES[0]))
+        await done.wait()
+        writer.write(chunk(PIECES[1]) + LAST_CHUNK)
+
+    upstream.script = script
+    async with relaying(valkey.socket) as relay:
+        proxy = await fork(upstream, relay.url, SETTLE_TIMEOUT_S=1.5, LEASE_MS=4000)
+        original = asyncio.ensure_future(ask(proxy.port, request()))
+        await until(lambda: relay.scripts > 1)
+        relay.unreachable = True
+        relay.cut()
+        done.set()
+        await asyncio.sleep(2)  # longer than the patience of the append, not than that of the settle behind it
+        relay.unreachable = False
+        assert not (await original).complete
+        await until(lambda: valkey.states() == [b"unknown"])
+        assert (await ask(proxy.port, request())).slug == "outcome-unknown"
+    assert len(upstream.received) == 1
+
+
 @FULL
 @pytest.mark.fault(46)
 @pytest.mark.parametrize("appended", range(1, len(PIECES)))
