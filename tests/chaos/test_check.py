@@ -113,6 +113,11 @@ def well() -> Story:
     kept = story.execute(30.05, "ant", "oversize", kind="oversize")
     story.ask(30, "ant", "oversize", execution=kept)
     story.told(31, "ant", "oversize", "response-not-kept")
+    # An answer whose only end is the closing, which a killed API brings about, too; the other request ended before.
+    story.faults.append(KILLED | {"kind": "upstream-kill", "place": "upstream", "begun": 32.1, "ended": 32.15})
+    closed = story.execute(32.05, "ant", "closed", kind="eof", how="running")
+    story.told(32.01, "ant", "closed", "key-reused", variant=1, status=422, ended=32.04)
+    story.ask(32, "ant", "closed", execution=closed)
     return story
 
 
@@ -128,7 +133,7 @@ def test_nothing_is_found_where_nothing_is(tmp_path: Path) -> None:
     code, verdict = judged(well(), tmp_path)
     assert verdict["violations"] == []
     assert code == 0
-    assert verdict["figures"]["keys"] == 208
+    assert verdict["figures"]["keys"] == 209
 
 
 def execute_twice(story: Story) -> None:
@@ -393,8 +398,8 @@ def test_a_run_that_proves_nothing_is_void(spoil: Callable[[Story], None], tmp_p
     story = well()
     spoil(story)
     if not story.faults:
-        story.attempts = [one for one in story.attempts if one["key"] != "killed"]
-        story.upstream = [words for words in story.upstream if words[2] != "u0.208"]
+        story.attempts = [one for one in story.attempts if one["key"] not in ("killed", "closed")]
+        story.upstream = [words for words in story.upstream if words[2] != "u0.208" and "closed" not in words]
     code, verdict = judged(story, tmp_path)
     assert verdict["violations"] == []
     assert code == 2
