@@ -91,7 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command == "keys":
         from proxy import operate
 
-        return operate.run(settings, options)
+        try:
+            return operate.run(settings, options)
+        except BrokenPipeError:  # its reader, such as head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+            return 1
     return _serve(settings)
 
 
