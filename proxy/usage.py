@@ -4,7 +4,7 @@ Only the beginning and the end of an answer are kept, and nothing of it is parse
 answer of either vendor has it near its end, a stream in one of its last events and, with Anthropic, a part
 of it in its first. Whether a place named usage is the answer's own, and not what a model wrote into the
 arguments of a tool, is told by how deep it lies, and that by what is closed after it. So the costliest
-answer that could be made up takes two milliseconds, a usual one 0.03 (measured).
+answer that could be made up takes up to three milliseconds, a usual one 0.03 (measured).
 """
 
 import json
@@ -20,7 +20,7 @@ KINDS = ("input", "cached", "cache_write", "output")
 
 HEAD_BYTES = 8192  # the first event of an Anthropic stream has less than 1 KiB
 TAIL_BYTES = 32_768  # what follows `usage` has less than 10 KiB: OpenAI's metadata, 16 texts of 512 characters
-MAX_INFLATED_BYTES = 1_048_576  # 2 ms; a usual answer has 100 KiB
+MAX_INFLATED_BYTES = 1_048_576  # 2.6 ms (measured)
 MOST_TOKENS = 1_000_000_000  # of one answer; a larger number counts as none
 PLACES = 3  # named usage that are looked at, from the end
 _OBJECT_BYTES = 4096
