@@ -63,7 +63,10 @@ def counted(valkey: Valkey, client: RawClient, upstream: RawUpstream) -> Costs:
     with valkey.client() as asking:
         commands, stats = asking.info("commandstats"), asking.info("stats")
     return Costs(
-        commands.get("cmdstat_evalsha", {"calls": 0})["calls"],  # looks at its health come as eval
+        # Looks at its health come as eval; an eval of a request's follows an evalsha that failed.
+        sum(
+            commands.get("cmdstat_evalsha", {"calls": 0, "failed_calls": 0})[kind] for kind in ("calls", "failed_calls")
+        ),
         stats["total_reads_processed"] - commands["cmdstat_info"]["calls"],  # all but looks at its health
         segments_in(client.writer),
         len(upstream.received),
