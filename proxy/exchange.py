@@ -14,7 +14,7 @@ from typing import Any
 from proxy.body import Body
 from proxy.client import Client
 from proxy.decision import Ending, Settlement, ending, must_reclaim
-from proxy.headers import AnswerHead, answer_blocks, upstream_age, with_fence
+from proxy.headers import AnswerHead, upstream_age, with_fence
 from proxy.keys import Scope
 from proxy.leases import Held, Leases, suspended_clock_s
 from proxy.pace import Pace
@@ -70,7 +70,6 @@ class Exchange:
     _answer: AnswerHead | None = None
     _disposition = _STORABLE
     _word = "executed"
-    _passed_on = _kept = b""  # the answer's fields, as they go out now and on a replay
     _whole = b""  # the body of a small answer
     _recording: Recording | None = None
 
@@ -225,7 +224,6 @@ class Exchange:
             disposition = Disposition.AMBIGUOUS
         self._answer, self._disposition, self._held.stage = head, disposition, b"answered"
         self._word = disposition.word
-        self._passed_on, self._kept = answer_blocks(head)
         return head.bodiless or ((head.length or 0) <= SMALL_BYTES and not head.streamed_by_nature)
 
     def _take(self, connection: Connection) -> Ending:
@@ -235,7 +233,7 @@ class Exchange:
     async def _stream(self, connection: Connection, head: AnswerHead) -> Ending:
         recording = self._recording = self._record(head)
         client, silence_s = self._client, self._shop.silence_s
-        block = self._passed_on + STATUS[self._word]
+        block = head.passed_on + STATUS[self._word]
         client.begin(head.status, head.reason, block, length=head.length, stated=True, eof=head.eof_framed)
         while data := await connection.chunk(silence_s):
             client.write(data)
@@ -259,7 +257,7 @@ class Exchange:
         return Recording(
             self._shop.store,
             self._held,
-            answer_digest(head.status, head.reason, self._kept),
+            answer_digest(head.status, head.reason, head.kept),
             limit=self._policy.max_stored_bytes,
             patience_s=self._shop.patience_s,
             buffered=self._shop.buffered,
@@ -299,7 +297,7 @@ class Exchange:
     def _stored(self, head: AnswerHead, kept: bool) -> StoredAnswer:
         recording, whole = self._recording, self._whole
         if recording is None:
-            digest = answer_digest(head.status, head.reason, self._kept)
+            digest = answer_digest(head.status, head.reason, head.kept)
             digest.update(whole)
             digested, chunks, size = digest.digest(), min(1, len(whole)), len(whole)
         else:
@@ -307,7 +305,7 @@ class Exchange:
         return StoredAnswer(
             head.status,
             head.reason,
-            self._kept,
+            head.kept,
             digested,
             chunks,
             size,
@@ -399,7 +397,7 @@ class Exchange:
         if client.started or head is None:
             client.end()
             return
-        block = self._passed_on + STATUS[self._word]
+        block = head.passed_on + STATUS[self._word]
         client.send(
             head.status,
             head.reason,

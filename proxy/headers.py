@@ -221,6 +221,10 @@ class AnswerHead(NamedTuple):
     length: int | None
     bodiless: bool
     eof_framed: bool
+    # Its end-to-end fields as they are written now, and as they are on a replay. Each line is ended; a length the
+    # upstream stated stays in its place among them.
+    passed_on: bytes
+    kept: bytes
 
     @property
     def streamed_by_nature(self) -> bool:
@@ -242,8 +246,9 @@ def read_answer_head(status: int, reason: bytes, pairs: Pairs, head_only: bool) 
     if len(text.translate(None, _CONTROLS)) != len(text):  # it could split a message on its way
         return "a control character in the head"
     fields = by_name(pairs)
+    passed_on, kept = answer_blocks(pairs, fields)
     if status == 101:
-        return AnswerHead(status, reason, pairs, fields, None, False, True)
+        return AnswerHead(status, reason, pairs, fields, None, False, True, passed_on, kept)
     bodiless = head_only or status in (204, 304)
     length = None
     if b"content-length" in fields:
@@ -253,8 +258,9 @@ def read_answer_head(status: int, reason: bytes, pairs: Pairs, head_only: bool) 
     if b"transfer-encoding" in fields:
         if tokens(fields[b"transfer-encoding"]) != [b"chunked"] or length is not None:
             return "a transfer coding other than chunked alone"
-        return AnswerHead(status, reason, pairs, fields, None, bodiless, False)
-    return AnswerHead(status, reason, pairs, fields, length, bodiless, length is None and not bodiless)
+        return AnswerHead(status, reason, pairs, fields, None, bodiless, False, passed_on, kept)
+    eof_framed = length is None and not bodiless
+    return AnswerHead(status, reason, pairs, fields, length, bodiless, eof_framed, passed_on, kept)
 
 
 def _stated_length(lengths: Sequence[bytes]) -> int | None:
@@ -265,13 +271,8 @@ def _stated_length(lengths: Sequence[bytes]) -> int | None:
 _PASSED_ON = Labels(HOP_BY_HOP | {b"idempotent-replayed"}, OURS)
 
 
-def answer_blocks(head: AnswerHead) -> tuple[bytes, bytes]:
-    """Return the end-to-end fields of an answer as they are written now, and as they are on a replay.
-
-    Each line is ended; a length the upstream stated stays in its place among them. A replay leaves out
-    what belongs to the first exchange alone.
-    """
-    pairs, fields = head.pairs, head.fields
+def answer_blocks(pairs: Pairs, fields: Fields) -> tuple[bytes, bytes]:
+    """Return the fields of an answer that go on. A replay leaves out what belongs to the first exchange alone."""
     if named := nominated(fields):
         # An answer that lost its length this way would have no end on a connection that is kept.
         gone = {*named} - {b"content-length"}

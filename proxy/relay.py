@@ -7,7 +7,7 @@ from aiohttp import StreamReader
 
 from proxy.body import Body, arrived, stream
 from proxy.client import Client
-from proxy.headers import AnswerHead, answer_blocks
+from proxy.headers import AnswerHead
 from proxy.problems import problem, refusal
 from proxy.upstream import REUSE_IDLE_S, Connection, Lost, NotSent, Pool
 
@@ -59,7 +59,7 @@ async def relay(
 
 async def pass_on(client: Client, connection: Connection, head: AnswerHead, silence_s: float, mark: bytes = b"") -> str:
     """Hand an answer on as it comes and return the word for how it went. Raises Lost."""
-    block = answer_blocks(head)[0] + mark
+    block = head.passed_on + mark
     if connection.complete:
         client.send(
             head.status,

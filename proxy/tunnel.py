@@ -5,7 +5,7 @@ import contextlib
 import time
 
 from proxy.client import Client, Request
-from proxy.headers import SWITCHING, answer_blocks
+from proxy.headers import SWITCHING
 from proxy.problems import problem
 from proxy.relay import Relayed, fail, pass_on
 from proxy.upstream import REUSE_IDLE_S, Connection, Lost, NotSent, Pool
@@ -67,7 +67,7 @@ async def tunnel(request: Request, client: Client, pool: Pool, head: bytes, sile
         connection.send_upgrade(head.removesuffix(b"\r\n") + SWITCHING + b"\r\n")
         answer = await connection.head(silence_s)
         if answer.status == 101:
-            client.switch(answer_blocks(answer)[0] + SWITCHING)
+            client.switch(answer.passed_on + SWITCHING)
             word = await _splice(request, client, connection, silence_s)
         else:
             word = await pass_on(client, connection, answer, silence_s)

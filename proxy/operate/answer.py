@@ -4,7 +4,7 @@ import argparse
 from http import HTTPStatus
 from pathlib import Path
 
-from proxy.headers import answer_blocks, read_answer_head
+from proxy.headers import read_answer_head
 from proxy.operate.refusal import WRONG, Refusal
 from proxy.operate.which import ALPHABET
 from proxy.store import StoredAnswer
@@ -28,7 +28,7 @@ def given(options: argparse.Namespace) -> tuple[StoredAnswer, bytes]:
         raise Refusal("the framing is not yours to give: leave Content-Length and Transfer-Encoding out", WRONG)
     if head.bodiless and body:
         raise Refusal(f"an answer of status {options.status} has no body", WRONG)
-    block = answer_blocks(head)[1]
+    block = head.kept
     chunks = 1 if body else 0
     return StoredAnswer(
         options.status, reason, block, b"", chunks, len(body), True, False, head.bodiless, 0, 0, 0

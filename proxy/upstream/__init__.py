@@ -9,6 +9,8 @@ from collections import deque
 
 from aiohappyeyeballs import start_connection
 
+from proxy.headers import AnswerHead
+from proxy.recurring import Recurring
 from proxy.upstream.connection import Buffered, Connection, Lost, NotSent
 
 __all__ = ["REUSE_IDLE_S", "Buffered", "Connection", "Lost", "NotSent", "Pool", "client_tls"]
@@ -36,6 +38,7 @@ class Pool:
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.buffered = buffered
+        self.known = Recurring[AnswerHead]()  # heads of answers
         self._host, self._port, self._tls = host, port, tls
         self._connect_timeout_s, self._connect_retries = connect_timeout_s, connect_retries
         self._max_connections, self._keep_idle_s = max_connections, keep_idle_s

@@ -256,7 +256,10 @@ class Connection(asyncio.Protocol):
             self._surplus = True
             self._pool.forget(self)
             return
-        held = self.buffered
+        held, begins = self.buffered, self.answer is None and not self._head_bytes
+        if begins and self._came_before(data):
+            self._after_feed(0, body=True)
+            return
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -265,6 +268,28 @@ class Connection(asyncio.Protocol):
             self._surplus = True
             self.fail(Lost(f"the upstream's answer is unusable: {error.__context__ or error}"))
         self._after_feed(len(data), body=self.buffered > held)
+        if begins and self.reusable and self.answer is not None:
+            self._remember(data, self.answer)
+
+    def _came_before(self, data: bytes) -> bool:
+        """Take an answer that came in one piece under a head that is known."""
+        known, end = self._pool.known, data.find(b"\r\n\r\n") + 4
+        head = known.find(data[:end])
+        if head is None or head.length != len(data) - end or self._head_only:
+            return False
+        known.paid()
+        self.answer, self._keep_alive = head, self.wholly_sent
+        if head.length:
+            self.on_body(data[end:])
+        self._ended = self.complete = True
+        return True
+
+    def _remember(self, data: bytes, head: AnswerHead) -> None:
+        """Remember the head of a whole answer: what is made of the next one depends on its bytes alone."""
+        if head.length is not None and not (head.bodiless or self._head_only):
+            end = len(data) - head.length
+            if data.find(b"\r\n\r\n") + 4 == end:
+                self._pool.known.keep(data[:end], head)
 
     def _after_feed(self, size: int, body: bool) -> None:
         # Trailers and chunk extensions count like a head: they may not come for ever without a byte of body.
