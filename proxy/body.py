@@ -13,6 +13,7 @@ from typing import IO
 from aiohttp import StreamReader
 
 from proxy.pace import Pace, Watch
+from proxy.recurring import Here
 from proxy.upstream import Buffered
 
 MEMORY_BYTES = 1048576  # of one body; what is longer is spooled
@@ -82,7 +83,7 @@ class Bodies:
         self._pace = pace
 
     def here(
-        self, content: StreamReader, length: int | None, most: int | None = None
+        self, content: StreamReader | Here, length: int | None, most: int | None = None
     ) -> Body | TooLarge | NoRoom | None:
         """Return the whole body where it came with the head, as small ones do, or why there will be none.
 
@@ -94,13 +95,15 @@ class Bodies:
         if not content.is_eof():
             return None
         # Most are small, came in one piece and paused nothing; read_nowait takes 100 bytecodes to find that out.
-        small = length is not None and 0 < length <= AT_ONCE_BYTES and len(content._buffer) == 1
-        data = content._buffer.popleft() if small else content.read_nowait()
+        if isinstance(content, StreamReader) and length and length <= AT_ONCE_BYTES and len(content._buffer) == 1:
+            data = content._buffer.popleft()
+        else:
+            data = content.read_nowait()
         if len(data) > most:
             return TooLarge()
         return Body(data, self._memory, self._spool) if self._memory.take(len(data)) else NoRoom()
 
-    async def read(self, content: StreamReader, most: int | None = None) -> Body | TooLarge | NoRoom | BrokenOff:
+    async def read(self, content: StreamReader | Here, most: int | None = None) -> Body | TooLarge | NoRoom | BrokenOff:
         """Return the whole body, which is still to come, or why there is none; `most`: another limit than the usual."""
         most = self.max_bytes if most is None else most
         parts: list[bytes] = []
@@ -125,7 +128,7 @@ class Bodies:
         return why
 
     async def _spool_rest(
-        self, content: StreamReader, begun: list[bytes], most: int, watch: Watch
+        self, content: StreamReader | Here, begun: list[bytes], most: int, watch: Watch
     ) -> Body | TooLarge | NoRoom | BrokenOff:
         file: IO[bytes] | None = None
         size = 0
@@ -166,7 +169,7 @@ def _write_all(file: IO[bytes], block: bytes) -> None:
         view = view[file.write(view) :]
 
 
-async def read_block(content: StreamReader, watch: Watch) -> bytes | BrokenOff:
+async def read_block(content: StreamReader | Here, watch: Watch) -> bytes | BrokenOff:
     """Return the next bytes of a body, empty at its end."""
     now = asyncio.get_running_loop().time
     while True:
@@ -185,14 +188,14 @@ async def read_block(content: StreamReader, watch: Watch) -> bytes | BrokenOff:
             return block
 
 
-def arrived(content: StreamReader | Body) -> bytes | None:
+def arrived(content: StreamReader | Here | Body) -> bytes | None:
     """Return the body where all of it is in memory already, None where it comes in blocks."""
     if isinstance(content, Body):
         return None if content.spooled else content.data
     return content.read_nowait() if content.is_eof() and content.exception() is None else None
 
 
-async def stream(content: StreamReader, pace: Pace) -> AsyncIterator[bytes]:
+async def stream(content: StreamReader | Here, pace: Pace) -> AsyncIterator[bytes]:
     """Yield the bytes of a body as they come. Raises ConnectionError where it breaks off, TimeoutError if slowly."""
     watch = Watch(pace)
     while block := await read_block(content, watch):

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import StreamReader
 
-from proxy.headers import status_line
+from proxy.headers import RequestHead, status_line
 from proxy.pace import Pace
+from proxy.recurring import Here
 
 if TYPE_CHECKING:
     from proxy.listener import ClientConnection
@@ -27,12 +28,18 @@ BACKLOG_BYTES = 65536
 
 
 class Request:
-    """One request as aiohttp's parser gives it; `content` is its body."""
+    """One request as aiohttp's parser gives it; `content` is its body, `head` what is known of it already."""
 
-    __slots__ = ("content", "message", "protocol")
+    __slots__ = ("content", "head", "message", "protocol")
 
-    def __init__(self, message: Any, content: StreamReader, protocol: "ClientConnection") -> None:
-        self.message, self.content, self.protocol = message, content, protocol
+    def __init__(
+        self,
+        message: Any,
+        content: StreamReader | Here,
+        protocol: "ClientConnection",
+        head: RequestHead | None = None,
+    ) -> None:
+        self.message, self.content, self.protocol, self.head = message, content, protocol, head
 
     @property
     def remote(self) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from proxy.headers import ACTED_ON, HOP_BY_HOP, Fields, Pairs, RequestHead, by_name, nominated, remember, tokens
+from proxy.recurring import Heads
 
 _TARGET = re.compile(rb'/[!"$-~\x80-\xff]*')
 _ABSOLUTE = re.compile(rb"https?://([^/?#@]+)(/[^#]*|\?[^#]*|)", re.IGNORECASE)
@@ -34,6 +35,7 @@ class Gate:
         self._acted_on = ACTED_ON.union((key_header,), scope_headers)
         # An upstream that maps "_" to "-" (CGI, WSGI) would take them for the real ones.
         self._look_alike = self._acted_on | HOP_BY_HOP
+        self.heads = Heads(key_header)  # that passed
         # What passed once and passes always: one look instead of four checks (bounded, clean names only).
         self._harmless: set[bytes] = set()
         self._well_formed: set[bytes] = set()

@@ -83,10 +83,12 @@ class Gateway:
         self._shop, self._digests, self._bodies, self._trusted = shop, digests, bodies, trusted
         self._max_in_flight, self._observe, self._failed = max_in_flight, observe, failed
         self.in_flight = self.relaying = 0
+        self._gate = gate
         self.follow(gate, routes)
 
     def follow(self, gate: Gate, routes: Routes) -> None:
         """Treat requests that come from now on by these routes; those under way keep theirs."""
+        self._gate.heads.clear()  # they passed another gate
         self._gate, self._default = gate, routes.default
         self._choose = routes if routes.chosen else None
 
@@ -112,11 +114,14 @@ class Gateway:
             client.abort()
 
     def _enter(self, request: Request, client: Client) -> Way:
-        message = request.message
-        target = (message.path or "").encode("utf-8", "surrogateescape")  # CONNECT may come without any
-        head = self._gate.enter(message.method, target, message.version, message.raw_headers)
-        if isinstance(head, Refused):
-            return refuse(client, message.method, head)
+        message, head = request.message, request.head
+        if head is None:
+            target = (message.path or "").encode("utf-8", "surrogateescape")  # CONNECT may come without any
+            entered = self._gate.enter(message.method, target, message.version, message.raw_headers)
+            if isinstance(entered, Refused):
+                return refuse(client, message.method, entered)
+            head = entered
+            request.protocol.remember(self._gate.heads, message, head)
         route, fields = self._default if self._choose is None else self._choose(head), head.fields
         if message.upgrade and tokens(fields.get(b"upgrade", ())) != [b"h2c"]:  # h2c is offered, may be ignored
             return self._switch(request, head, client, route)

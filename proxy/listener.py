@@ -16,11 +16,12 @@ from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
 from proxy.client import Client, Request, untaken_bytes
-from proxy.headers import MAX_HEAD_BYTES, Hop
+from proxy.headers import MAX_HEAD_BYTES, Hop, RequestHead
 from proxy.metrics import Observe, Outcome
 from proxy.naming import Familiar
 from proxy.pace import Pace
 from proxy.problems import refusal
+from proxy.recurring import Again, Heads, Here
 
 HEAD_S = 10.0  # for a request's head, from its first byte, or a shorter window of the clients' pace
 KEEP_ALIVE_S = 75.0  # between requests
@@ -41,12 +42,16 @@ class ClientConnection(RequestHandler):
     __slots__ = (
         "behind",
         "body",
+        "came",
+        "clean",
         "familiar",
         "gone",
         "half_closed",
         "head_bytes",
         "head_since",
+        "heads",
         "hop",
+        "label",
         "last",
         "line",
         "line_open",
@@ -63,10 +68,14 @@ class ClientConnection(RequestHandler):
         self.line_open = False
         self.hop: Hop | None = None  # what forwarded requests say of this side
         self.familiar: Familiar | None = None
+        self.heads: Heads | None = None  # that may come again, and how the line with a key begins in them
+        self.label = b""
+        self.clean = True  # the parser has nothing of a next request: for sure, as it had whole ones alone
+        self.came = b""  # the newest request, as it came while that was so
         self.half_closed = False
         self.last = False  # no further request is taken
         self.retiring = manager.retiring  # the next answer is the last
-        self.body: StreamReader | None = None  # of the last request whose head came
+        self.body: StreamReader | Here | None = None  # of the last request whose head came
         self.room: asyncio.Future[None] | None = None  # somebody waits until more can be written
         self.gone: asyncio.Future[None] | None = None  # somebody waits while the client stays
 
@@ -83,6 +92,10 @@ class ClientConnection(RequestHandler):
         if self._request_count and (self._waiter is None or self._waiter.done()):
             self._receive_meanwhile(data)
             return
+        if self.clean and self.heads is not None and (again := self.heads.find(data, self.label)) is not None:
+            self._take(again)
+            return
+        self.clean, self.came = False, data if self.clean else b""
         if self.line_open or (self.head_since is None and not data.isascii()):
             data = self._in_ascii(data)
         if self._feed(data):
@@ -112,6 +125,24 @@ class ClientConnection(RequestHandler):
                 self._pause_reading_for_buffer()
         return bool(found)
 
+    def _take(self, again: Again) -> None:
+        """Go on with a request as the parser would, which need not see it."""
+        if self._force_close or self._close:
+            return
+        message, head, body = again
+        self.body = body
+        self._messages.append((Request(message, body, self, head), body))  # type: ignore[arg-type]
+        self._request_count += 1
+        self._settle(self._waiter)
+
+    def remember(self, heads: Heads, message: Any, head: RequestHead) -> None:
+        """Remember the head of the newest request, which passed all checks, for when it comes again."""
+        if self.came:
+            label = heads.keep(self.came, message, head)
+            if label is not None:
+                self.heads, self.label, self.clean = heads, label, True
+            self.came = b""
+
     def _begin_head(self, data: bytes) -> None:
         """Count a head that has not come to its end: aiohttp bounds its fields alone, 128 of 16 KiB."""
         if self.head_since is None:
@@ -124,6 +155,7 @@ class ClientConnection(RequestHandler):
 
     def _receive_meanwhile(self, data: bytes) -> None:
         """While a request is being answered: more of its body, requests behind it, or the beginning of one."""
+        self.clean, self.came = False, b""
         count, begins = self._request_count, self.body is None or self.body.is_eof()
         super().data_received(data)
         if self._request_count > count:
@@ -238,7 +270,7 @@ class ClientConnection(RequestHandler):
                 if isinstance(message, _ErrInfo):
                     self._refuse(message.status)
                     break
-                request = Request(message, content, self)
+                request = message if isinstance(message, Request) else Request(message, content, self)
                 self._request_in_progress, self._current_request = True, request  # type: ignore[assignment]
                 try:
                     client: Client = await self._request_handler(request)  # type: ignore[arg-type, assignment, misc]

@@ -9,6 +9,7 @@ from proxy.body import Body, arrived, stream
 from proxy.client import Client
 from proxy.headers import AnswerHead
 from proxy.problems import problem, refusal
+from proxy.recurring import Here
 from proxy.upstream import REUSE_IDLE_S, Connection, Lost, NotSent, Pool
 
 
@@ -26,7 +27,7 @@ async def relay(
     pool: Pool,
     head: bytes,
     method: str,
-    content: StreamReader | Body,
+    content: StreamReader | Here | Body,
     length: int | None,
     silence_s: float,
     mark: bytes = b"",

@@ -289,7 +289,7 @@ class Connection(asyncio.Protocol):
         if head.length is not None and not (head.bodiless or self._head_only):
             end = len(data) - head.length
             if data.find(b"\r\n\r\n") + 4 == end:
-                self._pool.known.keep(data[:end], head)
+                self._pool.known.keep(data[:end], end, head)
 
     def _after_feed(self, size: int, body: bool) -> None:
         # Trailers and chunk extensions count like a head: they may not come for ever without a byte of body.
