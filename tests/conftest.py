@@ -135,12 +135,13 @@ async def upstream() -> AsyncIterator[RawUpstream]:
 
 
 @pytest.fixture
-def proxies(tmp_path: Path) -> Iterator["type[Proxy] | object"]:
+def proxies(zygote: Zygote, tmp_path: Path) -> Iterator[Callable[..., Proxy]]:
     """Start proxies as processes: `proxies(upstream, store_url, LEASE_MS=300)`; all end with the test."""
     started: list[Proxy] = []
 
     def start(upstream: RawUpstream | str, store_url: str = "embedded", **settings: object) -> Proxy:
-        proxy = Proxy(upstream if isinstance(upstream, str) else upstream.url, store_url, tmp_path, settings)
+        url = upstream if isinstance(upstream, str) else upstream.url
+        proxy = Forked(zygote, url, store_url, tmp_path, settings)
         started.append(proxy)
         proxy.start()
         return proxy
@@ -160,7 +161,7 @@ def zygote() -> Iterator[Zygote]:
 
 @pytest.fixture
 def fork(zygote: Zygote, tmp_path: Path) -> Iterator[Callable[..., Awaitable[Forked]]]:
-    """Start proxies in a tenth of the time: `await fork(upstream, store_url, LEASE_MS=300)`; no exit codes."""
+    """The same where the test's own loop has a part in the start: `await fork(upstream, store_url, LEASE_MS=300)`."""
     started: list[Forked] = []
 
     async def start(upstream: RawUpstream | str, store_url: str, **settings: object) -> Forked:

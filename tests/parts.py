@@ -41,14 +41,18 @@ class Proxy:
 
     def start(self) -> None:
         """Start it and wait until it serves."""
-        self._log = self.folder / f"proxy-{time.monotonic_ns()}.log"
-        self._spawn()
+        self._begin()
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and self.process.poll() is None:
             if self.serves():
                 return
             time.sleep(0.01)
         raise AssertionError(f"the proxy did not start: {self.log()}")
+
+    def _begin(self) -> None:
+        self._log = self.folder / f"proxy-{time.monotonic_ns()}.log"
+        self._log.touch()
+        self._spawn()
 
     def _spawn(self) -> None:
         with self._log.open("wb") as log:
