@@ -21,7 +21,7 @@ from proxy.metrics import Observe, Outcome
 from proxy.naming import Familiar
 from proxy.pace import Pace
 from proxy.problems import refusal
-from proxy.recurring import Again, Heads, Here
+from proxy.recurring import Again, Heads, Here, is_whole
 
 HEAD_S = 10.0  # for a request's head, from its first byte, or a shorter window of the clients' pace
 KEEP_ALIVE_S = 75.0  # between requests
@@ -136,12 +136,12 @@ class ClientConnection(RequestHandler):
         self._settle(self._waiter)
 
     def remember(self, heads: Heads, message: Any, head: RequestHead) -> None:
-        """Remember the head of the newest request, which passed all checks, for when it comes again."""
-        if self.came:
-            label = heads.keep(self.came, message, head)
-            if label is not None:
-                self.heads, self.label, self.clean = heads, label, True
-            self.came = b""
+        """Hear of the newest request, which passed all checks: remember its head for when it comes again."""
+        came, self.came = self.came, b""
+        if came and is_whole(came, message, head):
+            self.heads, self.clean = heads, True
+            if heads.wants():
+                self.label = heads.keep(came, message, head) or self.label
 
     def _begin_head(self, data: bytes) -> None:
         """Count a head that has not come to its end: aiohttp bounds its fields alone, 128 of 16 KiB."""

@@ -30,14 +30,17 @@ class Recurring(Generic[Parsed]):
         self._in_vain = 0
         self.find, self.clear = self._by_head.get, self._by_head.clear
 
-    def keep(self, head: Hashable, size: int, parsed: Parsed) -> None:
-        """Remember what was made of a head of `size` bytes that was not found."""
+    def wants(self) -> bool:
+        """Return whether to keep a head that was not found: where hardly any comes again, one in so many."""
         self._in_vain += 1
-        if size > MOST_BYTES or (self._in_vain > IN_VAIN and self._in_vain % IN_VAIN):
-            return
-        if len(self._by_head) >= MOST:
-            self.clear()
-        self._by_head[head] = parsed
+        return self._in_vain <= IN_VAIN or not self._in_vain % IN_VAIN
+
+    def keep(self, head: Hashable, size: int, parsed: Parsed) -> None:
+        """Remember what was made of a head of `size` bytes."""
+        if size <= MOST_BYTES:
+            if len(self._by_head) >= MOST:
+                self.clear()
+            self._by_head[head] = parsed
 
     def paid(self) -> None:
         """Note that one was found."""
@@ -91,22 +94,17 @@ class Seen(NamedTuple):
         return RequestHead(method, target, http10, host, now, {**fields, self.name: [key]})
 
 
-class Again(NamedTuple):
-    """A request whose head came before."""
-
-    message: Any
-    head: RequestHead
-    body: Here
+Again = tuple[Any, RequestHead, Here]  # a request whose head came before: aiohttp's message, head, body
 
 
 class Heads:
     """The heads of requests that came before, whatever the value of the field `name` (lower case) was."""
 
-    __slots__ = ("_name", "_seen", "clear")
+    __slots__ = ("_name", "_seen", "clear", "wants")
 
     def __init__(self, name: bytes) -> None:
         self._name, self._seen = name, Recurring[Seen]()
-        self.clear = self._seen.clear
+        self.clear, self.wants = self._seen.clear, self._seen.wants
 
     def find(self, data: bytes, label: bytes) -> Again | None:
         """Return the request that `data` is, no more and no less, if its head is known.
@@ -124,28 +122,32 @@ class Heads:
         if seen is None or seen.length != len(data) - end:
             return None
         self._seen.paid()
-        return Again(seen.message, seen.again(key), Here(data[end:]))
+        return seen.message, seen.again(key), Here(data[end:])
 
-    def keep(self, data: bytes, message: Any, head: RequestHead) -> bytes | None:
-        """Remember a head that passed all checks, if `data` is its request, no more and no less, and one like many.
+    def keep(self, data: bytes, message: Any, head: RequestHead) -> bytes:
+        """Remember the head of a whole request that passed all checks; return how its key's line begins.
 
-        Return how the key's line begins, empty without one; None where it is not remembered.
+        Empty where it has none, or has its key in an unusual form: then it is not remembered.
         """
-        fields, end = head.fields, data.find(b"\r\n\r\n") + 4
-        length = int(fields.get(b"content-length", [b"0"])[0])
-        ends = message.should_close or message.upgrade or message.chunked or head.http10
-        if ends or length != len(data) - end:
-            return None
+        end = data.find(b"\r\n\r\n") + 4
         message = message._replace(headers=None, raw_headers=(), url=None)  # of all the others, too
-        if (values := fields.get(self._name)) is None:
-            self._seen.keep((data[:end], b""), end, Seen(message, head, length, -1, self._name))
+        if (values := head.fields.get(self._name)) is None:
+            self._seen.keep((data[:end], b""), end, Seen(message, head, len(data) - end, -1, self._name))
             return b""
         place = [name.lower() for name, _ in head.pairs].index(self._name)
         label = b"\r\n%s: " % head.pairs[place][0]
         start = data.find(label, 0, end) + len(label)
         stop = data.find(b"\r\n", start)
         if start < len(label) or values != [data[start:stop]] or not _PLAIN.fullmatch(values[0]):
-            return None
-        seen = Seen(message, head, length, place, self._name)
+            return b""
+        seen = Seen(message, head, len(data) - end, place, self._name)
         self._seen.keep((data[:start], data[stop:end]), end, seen)
         return label
+
+
+def is_whole(data: bytes, message: Any, head: RequestHead) -> bool:
+    """Return whether `data` is a request, no more and no less, behind which another may come."""
+    if message.should_close or message.upgrade or message.chunked or head.http10:
+        return False
+    stated = head.fields.get(b"content-length")
+    return data.find(b"\r\n\r\n") + 4 + (int(stated[0]) if stated else 0) == len(data)

@@ -23,9 +23,11 @@ SAMPLE_S = 0.02
 BLOCK = 50  # executions between two looks at a metric
 
 # Of the table: what is compared with whom at 32 connections, in which field, and the goal.
-RATIOS: tuple[tuple[str, str, str, float, bool], ...] = (
+RATIOS: tuple[tuple[str, str, str, float | None, bool], ...] = (
     ("execution", "obvious", "rate", 4.0, True),
     ("execution", "nginx+lua", "cpu_us", 1.7, False),
+    ("new-heads", "obvious", "rate", None, True),
+    ("new-heads", "nginx+lua", "cpu_us", None, False),
     ("replay", "obvious", "rate", 3.0, True),
     ("replay", "nginx+lua", "cpu_us", 1.7, False),
     ("pass-through", "aiohttp", "rate", 3.0, True),
@@ -262,7 +264,7 @@ def record(site: Site, quick: bool) -> list[Figure]:
         seconds = 0
         while have + number > int(_memory(site, "keys")) and seconds < 60:
             key = uuid.uuid4().hex
-            wrk.run(ours.port, "/v1/charges", key, unique=True, seconds=1, connections=32, cores=site.cores.other)
+            wrk.run(ours.port, "/v1/charges", key, mode="unique", seconds=1, connections=32, cores=site.cores.other)
             seconds += 1
         made = int(_memory(site, "keys")) - have
         each = (int(_memory(site, "used_memory_dataset")) - before) / made

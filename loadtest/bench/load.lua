@@ -1,9 +1,11 @@
--- For wrk: wrk ... URL PATH KEY unique|same AUTHORIZATION BODY. A request's text is made once; only the key changes.
-local head, tail, unique, n
+-- For wrk: wrk ... URL PATH KEY unique|same|new AUTHORIZATION BODY. A request's text is made once; only the key changes,
+-- and with new a field beside it, so that no head comes twice.
+local head, tail, unique, new, n
 
 function init(args)
   local path, key, body
-  path, key, unique, body, n = args[1], args[2], args[3] == "unique", args[5], 0
+  path, key, unique, body, n = args[1], args[2], args[3] ~= "same", args[5], 0
+  new = args[3] == "new"
   head = "POST " .. path .. " HTTP/1.1\r\nHost: " .. wrk.host .. ":" .. wrk.port ..
     "\r\nContent-Type: application/json\r\nAuthorization: " .. args[4]
   if key ~= "" then head = head .. "\r\nIdempotency-Key: " .. key end
@@ -13,7 +15,7 @@ end
 function request()
   if not unique then return head .. tail end
   n = n + 1
-  return head .. "-" .. n .. tail
+  return head .. "-" .. n .. (new and "\r\nX-Request-Id: " .. n or "") .. tail
 end
 
 function done(summary, latency)

@@ -18,10 +18,11 @@ SETTLE_S = 0.2  # what was asked last is stored, and a held request has been cla
 
 
 class Scenario(NamedTuple):
-    """One kind of request. `refused`: each answer is a 4xx, and it is right so."""
+    """One kind of request. `mode`: what differs from one to the next. `refused`: each answer is a 4xx, and rightly."""
 
     name: str
     contenders: tuple[str, ...]
+    mode: str = "same"
     refused: bool = False
 
 
@@ -29,7 +30,8 @@ KEYED = tuple(contenders.KEYED)
 SCENARIOS = {
     one.name: one
     for one in (
-        Scenario("execution", (*KEYED, "direct")),
+        Scenario("execution", (*KEYED, "direct"), mode="unique"),
+        Scenario("new-heads", KEYED, mode="new"),  # executions, none with a head, or an answer's head, that came before
         Scenario("replay", KEYED),
         Scenario("409", KEYED, refused=True),
         Scenario("pass-through", ("oncegate", "nginx", "aiohttp", "direct")),
@@ -75,7 +77,9 @@ def started(site: Site, name: str) -> Iterator[Running]:
     empty(site.redis)
     running = contenders.CONTENDERS[name](site)
     try:
-        wrk.run(running.port, "/v1/charges", _key(), unique=True, seconds=WARM_S, connections=8, cores=site.cores.other)
+        wrk.run(
+            running.port, "/v1/charges", _key(), mode="unique", seconds=WARM_S, connections=8, cores=site.cores.other
+        )
         yield running
     finally:
         if name != "direct":
@@ -88,11 +92,16 @@ def measure(
     """Put load on a running contender."""
     key = "" if scenario.name == "pass-through" else _key()
     path = f"/hold?s={seconds + 1}" if scenario.refused else "/v1/charges"
-    unique = scenario.name == "execution"
     with _prepared(running, scenario, path, key):
         cpu_s, other_s = running.process.cpu_s(), busy_s(site.cores.other)
         load = wrk.run(
-            running.port, path, key, unique=unique, seconds=seconds, connections=connections, cores=site.cores.other
+            running.port,
+            path,
+            key,
+            mode=scenario.mode,
+            seconds=seconds,
+            connections=connections,
+            cores=site.cores.other,
         )
         cpu_s, other_s = running.process.cpu_s() - cpu_s, busy_s(site.cores.other) - other_s
     right = load.refused == (load.requests if scenario.refused else 0)

@@ -22,10 +22,11 @@ class Load(NamedTuple):
     p99_s: float
 
 
-def run(port: int, path: str, key: str, *, unique: bool, seconds: int, connections: int, cores: frozenset[int]) -> Load:
-    """Send charges for `seconds`: without a key where `key` is empty, with another one each time if `unique`."""
+def run(port: int, path: str, key: str, *, mode: str, seconds: int, connections: int, cores: frozenset[int]) -> Load:
+    """Send charges for `seconds`: without a key where `key` is empty, with the same one each time, or another one each
+    time (`mode` unique), or that under a head of which more is new each time (`mode` new)."""
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "10s", "-s", str(SCRIPT)]
-    words = [path, key, "unique" if unique else "same", AUTHORIZATION, CHARGE.decode()]
+    words = [path, key, mode, AUTHORIZATION, CHARGE.decode()]
     done = subprocess.run(
         [*command, f"http://127.0.0.1:{port}", *words],
         capture_output=True,

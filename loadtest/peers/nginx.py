@@ -29,7 +29,7 @@ CHARGE = '{"id":"ch_3MmlLrLkdIwHu7ix0snN0B15","object":"charge","amount":2000,"c
 # /hold answers after so long that its key is in flight meanwhile; /big sends the file whatever the method.
 UPSTREAM = f"""
   default_type application/json;
-  location / {{ return 200 '{CHARGE}'; }}
+  location / {{ add_header X-Request-Id $http_x_request_id; return 200 '{CHARGE}'; }}
   location = /hold {{ content_by_lua_block {{
     ngx.req.discard_body() ngx.sleep(tonumber(ngx.var.arg_s) or 1) ngx.print("{{}}")
   }} }}
