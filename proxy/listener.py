@@ -68,8 +68,8 @@ class ClientConnection(RequestHandler):
         self.line_open = False
         self.hop: Hop | None = None  # what forwarded requests say of this side
         self.familiar: Familiar | None = None
-        self.heads: Heads | None = None  # that may come again, and how the line with a key begins in them
-        self.label = b""
+        # The heads that may come again, and how the line with a key begins in them; from the newest connection's on.
+        self.heads, self.label = manager.heads, manager.label
         self.clean = True  # the parser has nothing of a next request: for sure, as it had whole ones alone
         self.came = b""  # the newest request, as it came while that was so
         self.half_closed = False
@@ -142,6 +142,8 @@ class ClientConnection(RequestHandler):
             self.heads, self.clean = heads, True
             if heads.wants():
                 self.label = heads.keep(came, message, head) or self.label
+                if isinstance(self._manager, Listener):
+                    self._manager.heads, self._manager.label = heads, self.label
 
     def _begin_head(self, data: bytes) -> None:
         """Count a head that has not come to its end: aiohttp bounds its fields alone, 128 of 16 KiB."""
@@ -353,6 +355,8 @@ class Listener(web.Server):
         # Closed on our side with bytes that the peer has still to take: since when, and how many.
         self._leaving: dict[asyncio.Transport, tuple[float, int]] = {}
         self.retiring = False
+        self.heads: Heads | None = None  # what new connections begin with
+        self.label = b""
 
     def __call__(self) -> RequestHandler:
         return ClientConnection(self, loop=self._loop, **self._kwargs)

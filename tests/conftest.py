@@ -34,6 +34,17 @@ IN_PROCESS = (
 )
 
 
+# What takes longest starts first, so that nobody waits for it at the end.
+LONG = (
+    "test_run.py", "keeps_its_key_in_flight", "test_soak.py", "test_no_tenant_gets_a_byte", "test_fault_sweep.py",
+    "test_a_small_run", "outlives_its_retention", "while_its_store_is_not", "test_sentinel.py", "test_slow.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not any(part in item.nodeid for part in LONG))
+
+
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, object]:
     """Run what tests a part inside this process on the loop that the service runs on."""
     on_uvloop = item.path.name in IN_PROCESS

@@ -45,7 +45,7 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 15, what: str = "it") -> None:
+def wait_for(condition: Callable[[], Any], seconds: float = 40, what: str = "it") -> None:
     """Wait until something holds; servers that do not answer yet count as that it does not."""
     deadline = time.monotonic() + seconds
     while True:

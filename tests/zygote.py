@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import proxy.server  # what `serve` imports when it runs
@@ -58,7 +59,8 @@ class Child:
 
     def kill(self) -> None:
         if self.poll() is None:
-            os.kill(self.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
 
     def wait(self, seconds: float = 60) -> int:
         deadline = time.monotonic() + seconds
@@ -81,6 +83,10 @@ class Forked(Proxy):
         """Start it and wait until it serves, while others do the same."""
         self._begin()
         await until(self.serves, 60)
+
+    def signal(self, number: int) -> None:
+        with suppress(ProcessLookupError):  # it ended, and was reaped already
+            super().signal(number)
 
     def _spawn(self) -> None:
         self.process = self._zygote.fork(self._env, self.folder, self._log)  # type: ignore[assignment]

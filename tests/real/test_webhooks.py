@@ -276,10 +276,11 @@ async def test_stripes_events_are_verified_behind_the_proxy(gate, upstream, api)
     hook = {"url": f"http://127.0.0.1:{gate.port}/stripe-webhook/events", "secret": SECRET}
     await asyncio.to_thread(asked, f"{api}/_config/webhooks/a", hook, Authorization="Bearer sk_test_a")
     await asyncio.to_thread(asked, f"{api}/v1/customers", {"email": "a@example.com"}, Authorization="Bearer sk_test_a")
-    await until(lambda: receiver.handled)
-    (event,) = receiver.handled
-    assert (event.type, event.data.object.email) == ("customer.created", "a@example.com")
-    (got,) = upstream.received
+    # Beside it may come what the same Stripe was asked for before.
+    await until(lambda: any(one.data.object.email == "a@example.com" for one in receiver.handled))
+    event = next(one for one in receiver.handled if one.data.object.email == "a@example.com")
+    assert event.type == "customer.created"
+    (got,) = [one for one in upstream.received if event.id.encode() in one.body]
     at = int(datetime.now(UTC).timestamp())
     for body, outcome in (
         (got.body, (200, "replayed")),
@@ -288,7 +289,7 @@ async def test_stripes_events_are_verified_behind_the_proxy(gate, upstream, api)
         signature = stripe.WebhookSignature._compute_signature(f"{at}.{body.decode()}", SECRET)
         line = f"Stripe-Signature: t={at},v1={signature}"
         assert told(await ask(gate.port, request("POST", "/stripe-webhook/events", None, body, line))) == outcome
-    assert [one.id for one in receiver.handled] == [event.id, "evt_2"]
+    assert [one.id for one in receiver.handled if one.id in (event.id, "evt_2")] == [event.id, "evt_2"]
     forged = request("POST", "/stripe-webhook/events", None, b'{"id":"evt_3"}', f"Stripe-Signature: t={at},v1=00")
     assert told(await ask(gate.port, forged)) == (400, "released")
-    assert len(receiver.handled) == 2
+    assert "evt_3" not in [one.id for one in receiver.handled]
