@@ -1,0 +1,329 @@
+"""Heads that came before are read as the parser would read them: the same segments with and without the table."""
+
+import asyncio
+import re
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from proxy.client import Client, Request
+from proxy.gate import Gate, Refused
+from proxy.headers import AnswerHead
+from proxy.listener import Listener
+from proxy.pace import Pace
+from proxy.problems import refusal
+from proxy.recurring import IN_VAIN, MOST, MOST_BYTES, Recurring
+from proxy.upstream import Buffered, Connection, Lost, Pool
+
+DATE = re.compile(rb"Date: [^\r]*")
+TURNS = 12  # of the loop, in which a request is answered
+REQUEST = b"POST /a HTTP/1.1\r\nHost: a\r\nIdempotency-Key: %s\r\nContent-Length: 2\r\n\r\n{}"
+
+
+class Wire(asyncio.Transport):
+    """A transport whose peer is the test: what is written stays here, and segments are as the test cuts them."""
+
+    def __init__(self, place: socket.socket | None = None) -> None:
+        super().__init__({"socket": place, "peername": ("192.0.2.1", 1)} if place else {"peername": ("192.0.2.1", 1)})
+        self.written, self.closed = b"", False
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def close(self) -> None:
+        self.closed = True
+
+    def abort(self) -> None:
+        self.closed = True
+
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
+
+
+async def read(content: Any) -> bytes | str:
+    """Return the body, as far as it comes within a few turns, and whether that was all."""
+    body = b""
+    try:
+        for _ in range(TURNS // 2):
+            body += content.read_nowait()
+            if content.at_eof():
+                return body
+            await asyncio.sleep(0)
+    except Exception as error:
+        return type(error).__name__
+    return f"{body!r} ..."
+
+
+class Side:
+    """A listener behind a gate, and what its handler saw."""
+
+    def __init__(self, remembers: bool) -> None:
+        self.remembers, self.found = remembers, 0
+        self.gate = Gate((), b"idempotency-key", [b"authorization"])
+        self.saw: list[object] = []
+        self.listener = Listener(self.answer, max_connections=100, pace=Pace(5, 1), observe=self.saw.append)
+
+    async def answer(self, request: Request) -> Client:
+        client, message, head = Client(request, Pace(5, 1)), request.message, request.head
+        self.found += head is not None
+        if head is None:
+            target = (message.path or "").encode("utf-8", "surrogateescape")
+            entered = self.gate.enter(message.method, target, message.version, message.raw_headers)
+            if isinstance(entered, Refused):
+                self.saw.append(entered)
+                client.answer(refusal(entered.status, entered.detail), close=True)
+                return client
+            head = entered
+            if self.remembers:
+                request.protocol.remember(self.gate.heads, message, head)
+        self.saw.append((*head[:4], [*map(tuple, head.pairs)], head.fields, await read(request.content)))
+        client.send(200, b"OK", b"", b"%d" % len(self.saw))
+        return client
+
+    async def take(self, segments: Sequence[tuple[int, bytes]]) -> list[tuple[bytes, bool]]:
+        """Feed segments to connections by their number; return what each was told, and whether it was closed."""
+        made: dict[int, tuple[Any, Wire]] = {}
+        for number, data in segments:
+            if number not in made:
+                made[number] = (self.listener(), Wire())
+                made[number][0].connection_made(made[number][1])
+            connection, wire = made[number]
+            if not wire.closed:
+                connection.data_received(data)
+            for _ in range(TURNS):
+                await asyncio.sleep(0)
+        for connection, _ in made.values():
+            connection.connection_lost(None)
+        await asyncio.sleep(0)
+        return [(DATE.sub(b"", wire.written), wire.closed) for _, wire in made.values()]
+
+
+async def both(segments: Sequence[tuple[int, bytes]]) -> int:
+    """Assert that the table changes nothing; return how many requests were found in it."""
+    sides = [Side(remembers) for remembers in (True, False)]
+    told = [await side.take(segments) for side in sides]
+    assert sides[0].saw == sides[1].saw
+    assert told[0] == told[1]
+    return sides[0].found
+
+
+KEYS = [
+    b"", b"Idempotency-Key: k1\r\n", b"Idempotency-Key: k2\r\n", b'Idempotency-Key: "k1"\r\n', b"Idempotency-Key: \r\n",
+    b"idempotency-key: k1\r\n", b"Idempotency-Key:k1\r\n", b"Idempotency-Key: k1 \r\n", b"Idempotency-Key: a b\r\n",
+    b"Idempotency-Key: k1\r\nIdempotency-Key: k2\r\n", b"Idempotency-Key: k1\r\nidempotency-key: k2\r\n",
+    b"Idempotency-Key: " + b"k" * 255 + b"\r\n", b"Idempotency-Key: " + b"k" * 256 + b"\r\n",
+    b"Idempotency-Key: \xe9\r\n",
+    b"X: \r\n Idempotency-Key: k1\r\n", b"X: Idempotency-Key: k1\r\n", b"Idempotency_Key: k1\r\n",
+]  # fmt: skip
+FIELDS = [b"", b"", b"", b"Authorization: Bearer a\r\n", b"Connection: close\r\n", b"Connection: keep-alive\r\n",
+          b"Expect: 100-continue\r\n", b"X: \xc3\xa9\r\n", b"Upgrade: h2c\r\nConnection: Upgrade\r\n"]  # fmt: skip
+BODIES = [b"", b"{}", b"\r\n\r\n", REQUEST % b"k9"]
+LENGTHS: list[Callable[[int], bytes]] = [
+    *[lambda size: b"Content-Length: %d\r\n" % size] * 6, lambda _: b"", lambda size: b"Content-Length: 0%d\r\n" % size,
+    lambda size: b"Content-Length: %d\r\n" % (size + 3), lambda size: b"Content-Length: %d\r\n" % max(0, size - 1),
+    lambda _: b"Transfer-Encoding: chunked\r\n",
+]  # fmt: skip
+
+
+@st.composite
+def asked(draw: st.DrawFn) -> bytes:
+    """Return the bytes of a request, odd or even broken."""
+    line = draw(st.sampled_from([b"POST /a", b"POST /a", b"GET /a", b"GET /\xe9", b"\r\nPOST /a", b"HEAD /a"]))
+    version = draw(st.sampled_from([b" HTTP/1.1\r\n"] * 7 + [b" HTTP/1.0\r\n"]))
+    body = draw(st.sampled_from(BODIES))
+    length = draw(st.sampled_from(LENGTHS))(len(body))
+    if length.startswith(b"T"):
+        body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body) if body else b"0\r\nX: 1\r\n\r\n"
+    fields = b"".join((b"Host: a\r\n", draw(st.sampled_from(FIELDS)), draw(st.sampled_from(KEYS)), length))
+    return line + version + fields + b"\r\n" + body
+
+
+@st.composite
+def traffic(draw: st.DrawFn) -> list[tuple[int, bytes]]:
+    """Return segments of a few connections; few requests that come several times, most of them whole."""
+    pool = [REQUEST % b"k1", REQUEST % b"k2", *draw(st.lists(asked(), min_size=1, max_size=3))]
+    segments: list[tuple[int, bytes]] = []
+    for _ in range(draw(st.integers(2, 10))):
+        number, data = draw(st.integers(0, 1)), draw(st.sampled_from(pool))
+        match draw(st.sampled_from(["whole", "whole", "whole", "cut", "glued"])):
+            case "cut":
+                at = draw(st.integers(1, len(data) - 1))
+                segments += [(number, data[:at]), (number, data[at:])]
+            case "glued":
+                other = draw(st.sampled_from(pool))
+                segments.append((number, data + other[: draw(st.integers(0, len(other)))]))
+            case _:
+                segments.append((number, data))
+    return segments
+
+
+def test_requests_are_read_as_without_the_table():
+    """Whatever comes, however it is cut: the handler sees the same, and the clients are told the same."""
+    found = 0
+
+    @settings(max_examples=1000, deadline=None, database=None, derandomize=True)
+    @given(traffic())
+    def compare(segments: list[tuple[int, bytes]]) -> None:
+        nonlocal found
+        found += asyncio.run(both(segments))
+
+    compare()
+    assert found > 500, "the table was hardly used"
+
+
+@pytest.mark.parametrize("key", [b"k2", b'"k2"', b"k" * 255])
+async def test_the_key_may_differ(key):
+    """A head is known whatever the plain key in it, on any connection."""
+    assert await both([(0, REQUEST % b"k1"), (0, REQUEST % key), (1, REQUEST % key)]) == 2
+
+
+@pytest.mark.parametrize("key", [b"", b"a b", b"k2 ", b'"k\\"2"', b"k\xe9", b"k" * 256, b"k2\r\nIdempotency-Key: k3"])
+async def test_an_unusual_key_goes_through_the_parser(key):
+    """Where its value is not plain, nothing is taken for granted, neither before nor after."""
+    assert await both([(0, REQUEST % b"k1"), (1, REQUEST % key), (2, REQUEST % b"k2")]) == 1
+    assert await both([(0, REQUEST % key), (1, REQUEST % key)]) == 0
+
+
+@pytest.mark.parametrize(
+    "end", [b"GET /b HTTP/1.1\r\nHost: a\r\nX: ", b"POST /b HTTP/1.1\r\nHost: a\r\nContent-Length: 200\r\n\r\n"]
+)
+@pytest.mark.parametrize("apart", [True, False])
+async def test_what_a_head_is_in_the_midst_of_another_request_stays_a_part_of_it(end, apart):
+    """A known head behind the beginning of another request is no request of its own, and teaches nothing."""
+    known = REQUEST % b"k1"
+    segments = [(0, known), (1, known), *([(1, known), (1, end)] if apart else [(1, known + end)]), (1, known)]
+    await both([*segments, (1, known), (2, known)])
+
+
+async def test_a_whole_request_behind_the_rest_of_another_teaches_nothing():
+    """What completes another request is read as that, on its connection and on others."""
+    crafted = b"POST / HTTP/1.1\r\nHost: a\r\n\r\n"
+    await both([(0, b"GET /other HTTP/1.1\r\nX: "), (0, crafted), (0, crafted), (1, crafted), (2, crafted)])
+
+
+# Answers ...
+
+ANSWERS = [
+    b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nno",
+    b"HTTP/1.1 201 Created\r\nContent-Length: 0\r\n\r\n",
+    b"HTTP/1.1 204 No Content\r\n\r\n",
+    b"HTTP/1.1 304 Not Modified\r\nContent-Length: 2\r\n\r\n",
+    b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok",
+    b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok",
+    b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nokHTTP/1.1 200 OK\r\n",
+    b"\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok",
+    b"HTTP/1.1 200 OK\r\n\r\nno length",
+    b"HTTP/1.1 200 OK\nContent-Length: 2\n\nok",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\nok",
+]
+
+
+class Deaf(Recurring[AnswerHead]):
+    """A table that never has anything."""
+
+    def wants(self) -> bool:
+        return False
+
+
+def answered(came: list[tuple[list[bytes], bool]], table: Recurring[AnswerHead]) -> list[object]:
+    """Feed answers (segments, to HEAD or not) to connections of one pool; return what became of each."""
+
+    async def run() -> list[object]:
+        pool = Pool(
+            "127.0.0.1", 1, None, connect_timeout_s=1, connect_retries=0, max_connections=9, buffered=Buffered(1 << 20)
+        )
+        pool.known = table
+        saw: list[object] = []
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            connection: Connection | None = None
+            for segments, head_only in came:
+                if connection is None:
+                    connection = Connection(pool)
+                    connection.connection_made(Wire(ours))
+                    pool._readable.unregister(ours)
+                connection.send(b"GET / HTTP/1.1\r\n\r\n", b"", head_only)
+                for segment in segments:
+                    connection.data_received(segment)
+                try:
+                    connection.arrival(0)
+                    failed = ""
+                except Lost as lost:
+                    failed = str(lost)
+                head, reusable = connection.answer, connection.reusable
+                saw.append((head, connection.take(), connection.complete, reusable, failed, pool.buffered.used))
+                connection = connection if reusable else None
+                if connection is not None:
+                    connection.rest()
+        pool.close()
+        return saw
+
+    return asyncio.run(run())
+
+
+@st.composite
+def answers(draw: st.DrawFn) -> list[tuple[list[bytes], bool]]:
+    came = []
+    for _ in range(draw(st.integers(2, 8))):
+        data = draw(st.sampled_from(ANSWERS[:2] * 4 + ANSWERS))
+        cuts = sorted(draw(st.lists(st.integers(1, len(data) - 1), max_size=1)) if draw(st.booleans()) else [])
+        segments = [data[start:end] for start, end in zip([0, *cuts], [*cuts, len(data)], strict=True)]
+        came.append((segments, draw(st.sampled_from([False, False, False, True]))))
+    return came
+
+
+def test_answers_are_read_as_without_the_table():
+    """The same head, body, end and use of the connection, whatever came before it."""
+    found = 0
+
+    class Counting(Recurring[AnswerHead]):
+        def paid(self) -> None:
+            nonlocal found
+            found += 1
+
+    @settings(max_examples=500, deadline=None, database=None, derandomize=True)
+    @given(answers())
+    def compare(came: list[tuple[list[bytes], bool]]) -> None:
+        assert answered(came, Counting()) == answered(came, Deaf())
+
+    compare()
+    assert found > 200, "the table was hardly used"
+
+
+# The table ...
+
+
+def test_the_table_is_bounded():
+    """So many heads, of so many bytes, and no more."""
+    table = Recurring[int]()
+    for number in range(3 * MOST):
+        table.keep(number, 10, number)
+    assert len([number for number in range(3 * MOST) if table.find(number) is not None]) <= MOST
+    table.keep("long", MOST_BYTES + 1, 1)
+    assert table.find("long") is None
+
+
+def test_few_are_kept_where_none_comes_again():
+    """After so many in vain one in so many is wanted, until one pays."""
+    table = Recurring[int]()
+    assert all(table.wants() for _ in range(IN_VAIN))
+    assert sum(table.wants() for _ in range(10 * IN_VAIN)) == 10
+    table.paid()
+    assert table.wants()
