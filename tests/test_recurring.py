@@ -157,8 +157,8 @@ def traffic(draw: st.DrawFn) -> list[tuple[int, bytes]]:
     pool = [REQUEST % b"k1", REQUEST % b"k2", *draw(st.lists(asked(), min_size=1, max_size=3))]
     segments: list[tuple[int, bytes]] = []
     for _ in range(draw(st.integers(2, 10))):
-        number, data = draw(st.integers(0, 1)), draw(st.sampled_from(pool))
-        match draw(st.sampled_from(["whole", "whole", "whole", "cut", "glued"])):
+        number, data = draw(st.integers(0, 2)), draw(st.sampled_from(pool))
+        match draw(st.sampled_from(["whole"] * 6 + ["cut", "glued"])):
             case "cut":
                 at = draw(st.integers(1, len(data) - 1))
                 segments += [(number, data[:at]), (number, data[at:])]
@@ -287,6 +287,14 @@ def answers(draw: st.DrawFn) -> list[tuple[list[bytes], bool]]:
         segments = [data[start:end] for start, end in zip([0, *cuts], [*cuts, len(data)], strict=True)]
         came.append((segments, draw(st.sampled_from([False, False, False, True]))))
     return came
+
+
+def test_a_known_answer_within_an_answer_is_its_body():
+    """A piece of a body, or what follows an interim answer's beginning, is no answer of its own."""
+    within = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(ANSWERS[0])
+    came = [([ANSWERS[0]], False), ([within, ANSWERS[0]], False), ([within[:-2], within[-2:], ANSWERS[0]], False)]
+    came += [([b"HTTP/1.1 100 Continue\r\nX: ", ANSWERS[0]], False)]
+    assert answered(came, Recurring()) == answered(came, Deaf())
 
 
 def test_answers_are_read_as_without_the_table():
