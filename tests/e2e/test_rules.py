@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.parts import OK, Answer, Proxy, RawUpstream, answering, ask, holding, request, until
+from tests.parts import OK, Answer, Proxy, RawClient, RawUpstream, answering, ask, holding, request, until
 
 RULES = """
 [[upstream]]
@@ -485,11 +485,15 @@ async def test_rules_are_read_again(proxies, upstream, valkey, tmp_path: Path):
     nominated = request("POST", "/a", "k0", b"x", "X-Org: a", "Connection: X-Org")
     upstream.script = answering(OK)
     assert told(await ask(proxy.port, nominated)) == EXECUTED
+    kept = await RawClient.open(proxy.port)
+    assert [(await kept.ask(nominated.replace(b"k0", key))).status for key in (b"k8", b"k9")] == [200, 200]
     file.write_text(f'[[rule]]\nname = "b"\npath = "/a"\nupstream = "{second.url}"\nscope = ["header:X-Org"]')
     proxy.signal(signal.SIGHUP)
     await until(lambda: proxy.events("rules in effect"))
     assert proxy.events("rules in effect")[-1]["rules"] == ["b"]
     assert told(await ask(proxy.port, nominated)) == REFUSED
+    assert (await kept.ask(nominated)).status == REFUSED[0], "what passed before the rules changed passes no more"
+    kept.close()
     second.script = answering(OK.replace(b"200 OK", b"418 No"))
     assert await post(proxy, "/a", b"x", key="k2") == (418, "executed")
     assert len(second.received) == 1
@@ -513,7 +517,7 @@ async def test_rules_are_read_again(proxies, upstream, valkey, tmp_path: Path):
     proxy.signal(signal.SIGHUP)
     await until(lambda: len(proxy.events("rules in effect")) == 2)
     assert await post(proxy, "/a", b"x", key="k4") == EXECUTED
-    assert len(upstream.received) == 3
+    assert len(upstream.received) == 5
     assert await asyncio.to_thread(proxy.stop, 10) == 0
     await second.close()
 

@@ -449,3 +449,27 @@ async def test_a_mutated_stream_is_forwarded_as_often_as_it_is_answered(standing
         whole.clear()
         behind.received.clear()
     assert "Traceback" not in standing.log()
+
+
+async def test_what_one_client_sends_changes_nothing_for_another(proxies, upstream, valkey):
+    """T1, T5: a whole request in the midst of another one, by segments, is known to nobody: neither is it answered
+    as one, nor are another client's equal bytes read as anything else."""
+    gate = proxies(upstream, valkey.url)
+    victims = request("POST", "/pay", "victims", b"1", "Authorization: Bearer v")
+    for begins in (
+        b"GET /attack HTTP/1.1\r\nX: ",
+        b"PUT /attack HTTP/1.1\r\nHost: a\r\nContent-Length: 500\r\n\r\n",
+    ):
+        for before in ([], [request("GET", "/ok", None, b"")], [victims.replace(b"victims", b"another")]):
+            attacker = await RawClient.open(gate.port)
+            with closing(attacker):
+                for whole in before:
+                    assert (await attacker.ask(whole)).complete
+                for segment in (begins, victims):
+                    attacker.writer.write(segment)
+                    await asyncio.sleep(0.02)
+    assert not [one for one in upstream.received if b"/pay" in one.line and b"victims" in one.head]
+    told = [(await ask(gate.port, victims)).header("oncegate-status") for _ in range(3)]
+    assert told == [b"executed", b"replayed", b"replayed"]
+    (paid,) = [one for one in upstream.received if b"/pay" in one.line and b"victims" in one.head]
+    assert paid.line == b"POST /pay HTTP/1.1"
