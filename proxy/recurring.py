@@ -149,5 +149,7 @@ def is_whole(data: bytes, message: Any, head: RequestHead) -> bool:
     """Return whether `data` is a request, no more and no less, behind which another may come."""
     if message.should_close or message.upgrade or message.chunked or head.http10:
         return False
+    if not data.startswith(head.method.encode()):  # the parser skips empty lines; the first would be taken for the end
+        return False
     stated = head.fields.get(b"content-length")
     return data.find(b"\r\n\r\n") + 4 + (int(stated[0]) if stated else 0) == len(data)

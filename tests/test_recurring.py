@@ -147,7 +147,9 @@ LENGTHS: list[Callable[[int], bytes]] = [
 @st.composite
 def asked(draw: st.DrawFn) -> bytes:
     """Return the bytes of a request, odd or even broken."""
-    line = draw(st.sampled_from([b"POST /a", b"POST /a", b"GET /a", b"GET /\xe9", b"\r\nPOST /a", b"HEAD /a"]))
+    line = draw(
+        st.sampled_from([b"POST /a", b"POST /a", b"GET /a", b"GET /\xe9", b"\r\nPOST /a", b"\r\n\r\nA /a", b"HEAD /a"])
+    )
     version = draw(st.sampled_from([b" HTTP/1.1\r\n"] * 7 + [b" HTTP/1.0\r\n"]))
     body = draw(st.sampled_from(BODIES))
     length = draw(st.sampled_from(LENGTHS))(len(body))
@@ -217,10 +219,45 @@ async def test_what_a_head_is_in_the_midst_of_another_request_stays_a_part_of_it
     await both([*segments, (1, known), (2, known)])
 
 
-async def test_a_whole_request_behind_the_rest_of_another_teaches_nothing():
+@pytest.mark.parametrize("method", [b"GET", b"POST"])
+async def test_a_whole_request_behind_the_rest_of_another_teaches_nothing(method):
     """What completes another request is read as that, on its connection and on others."""
     crafted = b"POST / HTTP/1.1\r\nHost: a\r\n\r\n"
-    await both([(0, b"GET /other HTTP/1.1\r\nX: "), (0, crafted), (0, crafted), (1, crafted), (2, crafted)])
+    await both([(0, method + b" /other HTTP/1.1\r\nX: "), (0, crafted), (0, crafted), (1, crafted), (2, crafted)])
+
+
+async def test_what_comes_while_a_request_is_answered_stays_before_what_comes_next():
+    """A request that begins meanwhile is not forgotten for a known head behind it."""
+    known, begun = REQUEST % b"k1", b"GET /b HTTP/1.1\r\nHost: a\r\nX: "
+    assert await both([(0, known), (0, known, "at once"), (0, begun), (0, known)]) == 1
+    assert await both([(0, known, "at once"), (0, begun), (0, known), (1, known)]) == 0
+
+
+async def test_a_head_whose_body_comes_later_is_not_whole():
+    """Of chunks as well: the same head alone, once more, still has its body to come."""
+    head, chunks = b"POST /a HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n", b"2\r\n{}\r\n0\r\n\r\n"
+    assert await both([(0, head), (0, chunks), (1, head), (1, chunks)]) == 0
+    head = (REQUEST % b"k1")[:-2]
+    assert await both([(0, head), (0, b"{}"), (1, head), (1, b"{}"), (0, head + b"{}"), (2, head + b"{}")]) == 0
+
+
+async def test_a_switch_of_protocols_is_never_taken_from_the_table():
+    """Only the parser knows that what comes next is no request."""
+    switch = b"GET /a HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n"
+    assert await both([(0, switch), (1, switch), (2, switch), (2, switch)]) == 0
+
+
+@pytest.mark.parametrize("key", [b"", b"Idempotency-Key: k1\r\n"])
+@pytest.mark.parametrize("before", [b"\r\n\r\n", b"\r\n\r\n\r\n", b"\r\n", b"\n\r\n\r\n"])
+async def test_empty_lines_before_a_request_are_not_its_end(before, key):
+    """A head whose Content-Length is its own size catches nobody else's request behind the same empty lines."""
+    request = b"POST /b HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer b\r\nContent-Length: 0\r\n\r\n"
+    begun = b"POST /a HTTP/1.1\r\nHost: a\r\n%sContent-Length: %%d\r\nX: " % key
+    for size in range(len(before) - 4, len(before) + 5):  # of what an observer could take for the body
+        head = begun % (len(request) + size)
+        head += b"x" * (len(request) - len(head) - 4) + b"\r\n\r\n"
+        segments = [(0, before + head), (1, before + request), (2, before + head), (1, before + request)]
+        assert await both(segments) == 0
 
 
 # Answers ...
@@ -272,7 +309,7 @@ def answered(came: list[tuple[list[bytes], bool]], table: Recurring[AnswerHead])
                 for segment in segments:
                     connection.data_received(segment)
                 try:
-                    connection.arrival(0)
+                    connection.arrival(0).add_done_callback(asyncio.Future.exception)  # nobody waits
                     failed = ""
                 except Lost as lost:
                     failed = str(lost)
@@ -322,6 +359,32 @@ def test_answers_are_read_as_without_the_table():
 
     compare()
     assert found > 200, "the table was hardly used"
+
+
+@pytest.mark.parametrize(
+    "came",
+    [
+        [[b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(ANSWERS[0]), ANSWERS[0]]],  # as the body of another
+        [[b"HTTP/1.1 200 OK\r\nX: ", ANSWERS[0]]],  # as the rest of a head
+        [[b"HTTP/1.1 100 Continue\r\nX: ", ANSWERS[0]], [ANSWERS[0]]],
+        [[ANSWERS[0][:30], ANSWERS[0][30:]], [ANSWERS[0][30:]]],  # the rest of a head alone
+        [[ANSWERS[0], ANSWERS[1]], [ANSWERS[0]]],  # one too many
+    ],
+)
+def test_what_a_known_answer_is_in_the_midst_of_another_stays_a_part_of_it(came):
+    """Only what begins an answer is looked up, or remembered."""
+    told = [(segments, False) for segments in [[ANSWERS[0]], [ANSWERS[0]], *came]]
+    assert answered(told, Recurring[AnswerHead]()) == answered(told, Deaf())
+
+
+def test_an_answer_before_its_request_was_sent_ends_the_connection(monkeypatch):
+    """Known or not: what is left of the request could be taken for another one."""
+    told = [([ANSWERS[0]], False)] * 3
+    table = Recurring[AnswerHead]()
+    assert [reusable for _, _, _, reusable, _, _ in answered(told, table)] == [True] * 3
+    monkeypatch.setattr(Wire, "get_write_buffer_size", lambda _: 1)
+    assert answered(told, table) == answered(told, Deaf())
+    assert not any(reusable for _, _, _, reusable, _, _ in answered(told, table))
 
 
 # The table ...

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.hostile.parts import echoing, pipelined
-from tests.parts import OK, answering, ask, request
+from tests.parts import OK, RawClient, answering, ask, request
 
 TENANTS = KEYS = 200
 
@@ -71,6 +71,24 @@ async def test_credentials_that_look_alike_run_together_are_other_tenants(standi
         answer = await ask(standing.port, request("POST", "/x", "confused", b"", *extra))
         assert answer.header("oncegate-status") == b"executed", extra
     assert len(behind.received) == len(CONFUSABLE[number])
+
+
+@pytest.mark.parametrize("before", [b"", b"\r\n", b"\r\n\r\n"])
+async def test_no_head_of_one_tenant_is_taken_for_that_of_another(standing, behind, before):
+    """T5: a request whose Content-Length is its own head's size lies in wait for another's of that size, in vain."""
+    behind.script = answering(OK)
+    victim = before + request("POST", "/victim", "k-victim", b"x", "Authorization: victim")
+    head = request("POST", "/thief", None, b"", "Authorization: thief", f"Content-Length: {len(victim) - len(before)}")
+    padded = head[:-2] + b"X: " + b"x" * (len(victim) - len(before) - len(head) - 5) + b"\r\n\r\n"
+    assert len(padded) == len(victim) - len(before)
+    thief = await RawClient.open(standing.port)  # its request goes on to the upstream, and waits for its body
+    thief.writer.write(before + padded)
+    await asyncio.sleep(0.1)
+    assert (await ask(standing.port, victim)).header("oncegate-status") == b"executed"
+    assert (await ask(standing.port, victim)).header("oncegate-status") == b"replayed"
+    assert [received.line for received in behind.received].count(b"POST /victim HTTP/1.1") == 1
+    thief.close()
+    await thief.writer.wait_closed()
 
 
 # What can be measured ...
