@@ -185,14 +185,14 @@ def test_requests_are_read_as_without_the_table():
     """Whatever comes, however it is cut: the handler sees the same, and the clients are told the same."""
     found = 0
 
-    @settings(max_examples=1000, deadline=None, database=None, derandomize=True)
+    @settings(max_examples=500, deadline=None, database=None, derandomize=True)
     @given(traffic())
     def compare(segments: list[Segment]) -> None:
         nonlocal found
         found += asyncio.run(both(segments))
 
     compare()
-    assert found > 500, "the table was hardly used"
+    assert found > 200, "the table was hardly used"
 
 
 @pytest.mark.parametrize("key", [b"k2", b'"k2"', b"k" * 255])

@@ -242,7 +242,7 @@ async def test_a_master_that_was_cut_off_is_left(two):
         await claimed_at_last(store, key(2))
         assert store_key(key(2)) in new.records()
         assert store_key(key(2)) not in old.records()
-        assert {link.at for link in store.nodes[0].links} == {("127.0.0.1", new.port)}
+        await until(lambda: {link.at for link in store.nodes[0].links} == {("127.0.0.1", new.port)})
 
 
 async def test_a_master_that_stood_still_while_it_was_replaced_is_not_used(two):

@@ -286,10 +286,9 @@ class Connection(asyncio.Protocol):
 
     def _remember(self, data: bytes, head: AnswerHead) -> None:
         """Remember the head of a whole answer: what is made of the next one depends on its bytes alone."""
-        if head.length is not None and not (head.bodiless or self._head_only) and self._pool.known.wants():
+        if head.length is not None and not head.bodiless and self._pool.known.wants():
             end = len(data) - head.length
-            if data.find(b"\r\n\r\n") + 4 == end:
-                self._pool.known.keep(data[:end], end, head)
+            self._pool.known.keep(data[:end], end, head)
 
     def _after_feed(self, size: int, body: bool) -> None:
         # Trailers and chunk extensions count like a head: they may not come for ever without a byte of body.

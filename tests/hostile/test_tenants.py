@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.hostile.parts import echoing, pipelined
-from tests.parts import OK, RawClient, answering, ask, request
+from tests.parts import OK, RawClient, answering, ask, request, until
 
 TENANTS = KEYS = 200
 
@@ -83,7 +83,7 @@ async def test_no_head_of_one_tenant_is_taken_for_that_of_another(standing, behi
     assert len(padded) == len(victim) - len(before)
     thief = await RawClient.open(standing.port)  # its request goes on to the upstream, and waits for its body
     thief.writer.write(before + padded)
-    await asyncio.sleep(0.1)
+    await until(lambda: [received for received in behind.received if b"/thief" in received.line])
     assert (await ask(standing.port, victim)).header("oncegate-status") == b"executed"
     assert (await ask(standing.port, victim)).header("oncegate-status") == b"replayed"
     assert [received.line for received in behind.received].count(b"POST /victim HTTP/1.1") == 1
