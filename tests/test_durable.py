@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from loadtest.ports import free_ports
 from proxy.keys import Digests, store_key
 from proxy.store import Claim, Settled, Store, Unconfirmed
 from proxy.store.durable import Below, Level, level
@@ -21,7 +22,7 @@ from tests.test_store import (
     store_small,
     told,
 )
-from tests.topologies import Server, free_ports, replicated, wait_for
+from tests.topologies import Server, replicated, wait_for
 
 REPLICATED, ON_DISK, ON_BOTH_DISKS = Level(1, fsync=False), Level(0, fsync=True), Level(1, fsync=True)
 

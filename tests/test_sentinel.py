@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import trustme
 
+from loadtest.ports import free_ports
 from proxy.keys import store_key
 from proxy.store import Claim, Settled, Store, Unconfirmed
 from proxy.store.durable import Below
@@ -29,7 +30,7 @@ from tests.test_store import (
     store_small,
     told,
 )
-from tests.topologies import ACL, SERVICE, Sentineled, Server, free_ports, wait_for
+from tests.topologies import ACL, SERVICE, Sentineled, Server, wait_for
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import trustme
 
+from loadtest.ports import free_port
 from proxy.headers import AnswerHead
 from proxy.upstream import Buffered, Connection, Lost, NotSent, Pool, client_tls
 from tests.parts import CHUNKED, LAST_CHUNK, Blackhole, Raw, Talk, abort, chunk, serving, until
@@ -81,11 +82,6 @@ async def ask(pool: Pool, head_only: bool = False, reuse_idle_s: float = 60) -> 
     async with asyncio.timeout(30), sent(pool, head_only, reuse_idle_s) as connection:
         head, body = await answer_of(connection)
         return head.status, body
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -22,6 +21,7 @@ from redis.crc import key_slot
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
+from loadtest.ports import free_ports
 from proxy.server.embedded import find_server
 
 SERVICE = "orders"
@@ -34,15 +34,6 @@ FAST_REPLICAS = ("--repl-timeout", "5", "--repl-ping-replica-period", "1")
 README = Path(__file__).parent.parent / "README.md"
 # The user that README shows: what it may do is enough.
 ACL = re.search(r"^user oncegate on >PASSWORD .*$", README.read_text(), re.MULTILINE)[0]  # type: ignore[index]
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports of loopback that nobody uses now."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [sock.getsockname()[1] for sock in sockets]
-    for sock in sockets:
-        sock.close()
-    return ports
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 40, what: str = "it") -> None:

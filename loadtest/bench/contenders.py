@@ -4,8 +4,9 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from loadtest.bench.machine import PYTHON, Cores, Process, free_port
+from loadtest.bench.machine import PYTHON, Cores, Process
 from loadtest.peers import nginx
+from loadtest.ports import free_port
 
 
 @dataclass(frozen=True)

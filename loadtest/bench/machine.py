@@ -123,10 +123,3 @@ def busy_s(cores: frozenset[int]) -> float:
         if name.startswith("cpu") and name[3:].isdigit() and int(name[3:]) in cores:
             total += sum(map(int, [*fields[:3], *fields[5:8]]))  # all but idle and iowait
     return total / TICKS_A_SECOND
-
-
-def free_port() -> int:
-    """Return a port of 127.0.0.1 that nobody listens on."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])

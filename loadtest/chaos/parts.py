@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,15 +16,11 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from loadtest.chaos.link import Link
+from loadtest.ports import free_port
 from proxy.server.embedded import find_server
 
 ROOT = Path(__file__).parents[2]
 START_S = 90.0
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
 
 
 class Part:

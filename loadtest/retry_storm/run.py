@@ -9,7 +9,8 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from config.clients.sending import Outcome
-from loadtest.chaos.parts import Part, Store, free_port, until_open
+from loadtest.chaos.parts import Part, Store, until_open
+from loadtest.ports import free_port
 from loadtest.retry_storm.client import Ended, storm
 from loadtest.retry_storm.plan import Operation, Plan, operations
 

@@ -9,8 +9,9 @@ from itertools import count
 import pytest
 from redis.crc import key_slot
 
+from loadtest.ports import free_ports
 from tests.parts import OK, Proxy, RawUpstream, Received, ask, holding, request, until
-from tests.topologies import Clustered, Sentineled, Server, free_ports, wait_for
+from tests.topologies import Clustered, Sentineled, Server, wait_for
 
 SETTINGS: dict[str, object] = {"LEASE_MS": 3000, "STORE_TIMEOUT_MS": 1000}
 

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -11,18 +10,11 @@ from pathlib import Path
 
 import pika
 
+from loadtest.ports import free_ports
+
 # The one in PATH is Debian's wrapper, which changes the user and with it the folders.
 SERVER = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
 START_S = 90
-
-
-def free_ports(number: int) -> list[int]:
-    """Return ports that nobody listens on."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 class RabbitMQ:
