@@ -17,7 +17,7 @@ run: .venv/.runtime                 ## make run UPSTREAM=http://127.0.0.1:9000
 	exec env $(if $(UPSTREAM),ONCEGATE_UPSTREAM='$(UPSTREAM)') $(BIN)/oncegate serve
 
 test: lint                          ## the static checks and the tests; make test ARGS="-k lease" for some
-	$(BIN)/pytest -n 3 --dist loadgroup $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
 
 # Debian starts the broker that it installs; the tests run one of their own.
 .PHONY: test-real

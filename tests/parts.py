@@ -476,6 +476,15 @@ async def lazy(port: int) -> RawClient:
     return client
 
 
+def open_files(pid: int) -> list[str]:
+    """Return what a process has open, as the kernel names it; what it closes meanwhile is left out."""
+    found = []
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            found.append(os.readlink(descriptor))
+    return found
+
+
 async def until(condition: Callable[[], Any], seconds: float = 10) -> None:
     """Wait until something holds."""
     deadline = time.monotonic() + seconds

@@ -22,6 +22,7 @@ from redis.retry import Retry
 from proxy.server import embedded
 from proxy.server.embedded import EmbeddedStore, EmbeddedStoreError, find_server
 from proxy.server.processes import dies_with
+from tests.parts import open_files
 
 MAX_BYTES = 64 * 1024 * 1024
 REPOSITORY = Path(embedded.__file__).parents[2]
@@ -214,8 +215,7 @@ def shared_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def test_nothing_listens_on_tcp(shared_url: str) -> None:
     """The store has no TCP socket at all."""
-    descriptors = Path(f"/proc/{pid_of(shared_url)}/fd").iterdir()
-    own = {os.readlink(descriptor) for descriptor in descriptors}
+    own = set(open_files(pid_of(shared_url)))
     tables = [Path(f"/proc/net/{table}") for table in ("tcp", "tcp6")]
     lines = [line.split() for table in tables if table.exists() for line in table.read_text().splitlines()]
     assert own.isdisjoint(f"socket:[{columns[9]}]" for columns in lines)
@@ -538,8 +538,7 @@ def test_a_folder_that_comes_free(folder: Path, new_store: Callable[[], Embedded
 
 def test_the_store_holds_the_lock_itself(store: EmbeddedStore, folder: Path) -> None:
     """The lock is the server's too, so that it is held until the server is really gone."""
-    descriptors = Path(f"/proc/{pid_of(store.url)}/fd").iterdir()
-    assert str(folder / "lock") in {os.readlink(descriptor) for descriptor in descriptors}
+    assert str(folder / "lock") in open_files(pid_of(store.url))
 
 
 def test_a_dead_store_keeps_its_folder(

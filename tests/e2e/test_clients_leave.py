@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 import random
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from tests.parts import (
     chunk,
     holding,
     lazy,
+    open_files,
     read_answer,
     request,
     until,
@@ -186,13 +186,7 @@ async def test_a_request_broken_off_after_a_pause_leaves_nothing(gate, upstream,
 
 def spooled(pid: int, folder: Path) -> list[str]:
     """Return the open files of a process in a folder, deleted ones too."""
-    links = []
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            links.append(os.readlink(link))
-        except FileNotFoundError:
-            continue
-    return [link for link in links if link.startswith(str(folder))]
+    return [name for name in open_files(pid) if name.startswith(str(folder))]
 
 
 @pytest.mark.fault(1)

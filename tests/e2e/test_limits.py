@@ -10,7 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.parts import OK, Answer, RawClient, answering, ask, chunk, holding, lazy, read_answer, request, until
+from tests.parts import (
+    OK,
+    Answer,
+    RawClient,
+    answering,
+    ask,
+    chunk,
+    holding,
+    lazy,
+    open_files,
+    read_answer,
+    request,
+    until,
+)
 
 MIB = 1 << 20
 MAX = 3 * MIB  # MAX_REQUEST_BYTES in here: spooled from 1 MiB on
@@ -56,13 +69,7 @@ async def assert_at_rest(proxy, spool: Path | None = None) -> None:
 
 def open_spools(proxy, spool: Path | None) -> int:
     """Count the spool files that the proxy has open; none has a name."""
-    found = 0
-    for descriptor in Path(f"/proc/{proxy.process.pid}/fd").iterdir():
-        try:
-            found += str(descriptor.readlink()).startswith(f"{spool}/")
-        except FileNotFoundError:  # closed meanwhile
-            continue
-    return found
+    return sum(name.startswith(f"{spool}/") for name in open_files(proxy.process.pid))
 
 
 # The size of a body ...

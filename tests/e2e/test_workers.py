@@ -23,6 +23,7 @@ from tests.parts import (
     answering,
     ask,
     chunk,
+    open_files,
     read_answer,
     request,
     until,
@@ -37,7 +38,7 @@ def workers(proxy: Proxy) -> list[int]:
 
 def sockets(pid: int) -> int:
     """Return how many sockets a process has open."""
-    return sum(link.readlink().name.startswith("socket:") for link in Path(f"/proc/{pid}/fd").iterdir())
+    return sum(name.startswith("socket:") for name in open_files(pid))
 
 
 def alive(pid: int) -> bool:
