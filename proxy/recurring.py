@@ -82,16 +82,15 @@ class Seen(NamedTuple):
     head: RequestHead
     length: int  # of the body
     place: int  # of the key among the fields, negative for none
-    name: bytes  # of its field, in lower case
 
-    def again(self, key: bytes) -> RequestHead:
-        """Return the head with this key."""
+    def again(self, name: bytes, key: bytes) -> RequestHead:
+        """Return the head with this key; `name` is that of its field, in lower case."""
         if self.place < 0:
             return self.head
         method, target, http10, host, pairs, fields = self.head
         now = [*pairs]
         now[self.place] = (pairs[self.place][0], key)
-        return RequestHead(method, target, http10, host, now, {**fields, self.name: [key]})
+        return RequestHead(method, target, http10, host, now, {**fields, name: [key]})
 
 
 Again = tuple[Any, RequestHead, Here]  # a request whose head came before: aiohttp's message, head, body
@@ -122,7 +121,7 @@ class Heads:
         if seen is None or seen.length != len(data) - end:
             return None
         self._seen.paid()
-        return seen.message, seen.again(key), Here(data[end:])
+        return seen.message, seen.again(self._name, key), Here(data[end:])
 
     def keep(self, data: bytes, message: Any, head: RequestHead) -> bytes:
         """Remember the head of a whole request that passed all checks; return how its key's line begins.
@@ -132,7 +131,7 @@ class Heads:
         end = data.find(b"\r\n\r\n") + 4
         message = message._replace(headers=None, raw_headers=(), url=None)  # of all the others, too
         if (values := head.fields.get(self._name)) is None:
-            self._seen.keep((data[:end], b""), end, Seen(message, head, len(data) - end, -1, self._name))
+            self._seen.keep((data[:end], b""), end, Seen(message, head, len(data) - end, -1))
             return b""
         place = [name.lower() for name, _ in head.pairs].index(self._name)
         label = b"\r\n%s: " % head.pairs[place][0]
@@ -140,7 +139,7 @@ class Heads:
         stop = data.find(b"\r\n", start)
         if start < len(label) or values != [data[start:stop]] or not _PLAIN.fullmatch(values[0]):
             return b""
-        seen = Seen(message, head, len(data) - end, place, self._name)
+        seen = Seen(message, head, len(data) - end, place)
         self._seen.keep((data[:start], data[stop:end]), end, seen)
         return label
 
