@@ -101,6 +101,10 @@ class Bodies:
             data = content.read_nowait()
         if len(data) > most:
             return TooLarge()
+        return self.whole(data)
+
+    def whole(self, data: bytes) -> Body | NoRoom:
+        """Return a body within the limit that is here."""
         return Body(data, self._memory, self._spool) if self._memory.take(len(data)) else NoRoom()
 
     async def read(self, content: StreamReader | Here, most: int | None = None) -> Body | TooLarge | NoRoom | BrokenOff:

@@ -14,7 +14,7 @@ from aiohttp import StreamReader
 
 from proxy.headers import RequestHead, status_line
 from proxy.pace import Pace
-from proxy.recurring import Here
+from proxy.recurring import Here, Seen
 
 if TYPE_CHECKING:
     from proxy.listener import ClientConnection
@@ -28,18 +28,35 @@ BACKLOG_BYTES = 65536
 
 
 class Request:
-    """One request as aiohttp's parser gives it; `content` is its body, `head` what is known of it already."""
+    """One request as aiohttp's parser gives it; `content` is its body.
 
-    __slots__ = ("content", "head", "message", "protocol")
+    Where its head came before, `seen` is that and `key` the plain value of its key's field, which may differ.
+    """
+
+    __slots__ = ("_head", "content", "key", "message", "protocol", "seen")
 
     def __init__(
         self,
         message: Any,
         content: StreamReader | Here,
         protocol: "ClientConnection",
-        head: RequestHead | None = None,
+        seen: Seen | None = None,
+        key: bytes = b"",
     ) -> None:
-        self.message, self.content, self.protocol, self.head = message, content, protocol, head
+        self.message, self.content, self.protocol = message, content, protocol
+        self.seen, self.key = seen, key
+        self._head: RequestHead | None = None
+
+    @property
+    def head(self) -> RequestHead | None:
+        """What passed all checks, None where they are still to be made."""
+        if self._head is None and self.seen is not None:
+            self._head = self.seen.again(self.key)
+        return self._head
+
+    @head.setter
+    def head(self, head: RequestHead) -> None:
+        self._head = head
 
     @property
     def remote(self) -> str:
@@ -59,6 +76,7 @@ class Client:
     started = False
     finished = False
     cut_off = False
+    _http10 = _close = _head_only = False
     _frame = b""  # how the body's end is told: "chunked", "length" or "eof"
     _owed = 0  # bytes still to come, by length
     _held = b""
@@ -67,6 +85,9 @@ class Client:
         message = request.message
         self._connection = request.protocol
         self.pace = pace
+        if request.seen is not None:  # such heads alone are remembered
+            self._head_only = message.method == "HEAD"
+            return
         self._http10 = message.version < (1, 1)
         # What a client sends behind an upgrade is lost with the upgrade. aiohttp's parser (3.14.5) takes the last
         # trailer of a chunked body for the first field of the next request: there must be none.

@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Callable, Coroutine
+from hashlib import blake2b
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, NamedTuple
 
 from proxy.addresses import Network
-from proxy.body import Bodies, Body, BrokenOff, NoRoom, TooLarge
+from proxy.body import Bodies, Body, BrokenOff, NoRoom, TooLarge, arrived
 from proxy.client import Client, Request
 from proxy.decision import Decision
 from proxy.exchange import Exchange, Workshop
@@ -20,12 +21,14 @@ from proxy.headers import (
     request_head,
     tokens,
 )
-from proxy.keys import BadKey, Digests, Scope, parse_key
+from proxy.keys import BadKey, Digests, Scope, finished, parse_key
 from proxy.leases import Held, suspended_clock_s
 from proxy.metrics import Observe, Outcome
 from proxy.naming import Familiar, Name, key_in_head, name, passes, scope_of, uses_no_key
+from proxy.policy import Policy
 from proxy.problems import problem, refusal
-from proxy.refusals import REFUSED, UNKNOWN, explain, judge, no_body, no_scope, refuse, reject
+from proxy.recurring import Seen
+from proxy.refusals import REFUSED, UNKNOWN, explain, judge, no_body, no_scope, overloaded, refuse, reject
 from proxy.relay import relay
 from proxy.replay import replay
 from proxy.routes import Route, Routes
@@ -40,13 +43,14 @@ if TYPE_CHECKING:
 
 Way = Outcome | Coroutine[None, None, Outcome]  # answered already, or what will answer
 UNGUARDED = b"Oncegate-Status: unguarded\r\n"
+NO_VALUE = b"\0"  # of any field that came in
 
 
 class Guarded(NamedTuple):
     """A request with its key, named: what the rest of the path needs to know of it."""
 
     route: Route
-    head: RequestHead
+    method: str
     key: bytes  # digest
     scope: Scope
     fingerprint: bytes
@@ -59,9 +63,18 @@ class Guarded(NamedTuple):
         self, word: str, status: int, upstream_s: float = 0.0, detail: str = "", saved_s: float = 0.0, sent: int = 0
     ) -> Outcome:
         """Return what became of this request; `saved_s` and `sent` (bytes) are a replay's."""
-        common, method = self.scope.common, self.head.method
-        rule = self.route.policy.rule
-        return Outcome(word, status, method, self.key, upstream_s, saved_s, sent, common, detail, rule)
+        common, rule = self.scope.common, self.route.policy.rule
+        return Outcome(word, status, self.method, self.key, upstream_s, saved_s, sent, common, detail, rule)
+
+
+class Prepared(NamedTuple):
+    """A guarded request as far as its head decides, whatever its key: made once for a head that comes again."""
+
+    route: Route
+    scope: Scope
+    begun: blake2b  # the fingerprint, without the body
+    wait_s: float
+    extra: bytes
 
 
 class Gateway:
@@ -90,7 +103,7 @@ class Gateway:
         """Treat requests that come from now on by these routes; those under way keep theirs."""
         self._gate.heads.clear()  # they passed another gate
         self._gate, self._default = gate, routes.default
-        self._choose = routes if routes.chosen else None
+        self._choose, self._chosen_by = routes if routes.chosen else None, routes.headers
 
     async def __call__(self, request: Request) -> Client:
         """Answer one request. Whatever fails in here closes the connection without a clean end."""
@@ -114,13 +127,17 @@ class Gateway:
             client.abort()
 
     def _enter(self, request: Request, client: Client) -> Way:
-        message, head = request.message, request.head
+        seen, message, head = request.seen, request.message, None
+        if seen is not None:
+            if seen.prepared is not None:
+                return self._guard_again(request, client, seen.prepared)
+            head = request.head
         if head is None:
             target = (message.path or "").encode("utf-8", "surrogateescape")  # CONNECT may come without any
             entered = self._gate.enter(message.method, target, message.version, message.raw_headers)
             if isinstance(entered, Refused):
                 return refuse(client, message.method, entered)
-            head = entered
+            request.head = head = entered
             request.protocol.remember(self._gate.heads, message, head)
         route, fields = self._default if self._choose is None else self._choose(head), head.fields
         if message.upgrade and tokens(fields.get(b"upgrade", ())) != [b"h2c"]:  # h2c is offered, may be ignored
@@ -154,6 +171,8 @@ class Gateway:
         if passes(route.policy, why):
             mark = b"" if uses_no_key(route.policy, why) else UNGUARDED
             return self._relay(request, head, client, route, body, mark)
+        if body is not None:
+            body.close()
         told = problem("key-missing" if isinstance(why, Missing) else "key-invalid", why.detail)
         return reject(client, head.method, "invalid", told)._replace(rule=route.policy.rule)
 
@@ -166,7 +185,8 @@ class Gateway:
         body: Body | None = None,
         mark: bytes = b"",
     ) -> Outcome:
-        """Pass a request through; `body` is its body if it was read already, `mark` a field for its answer."""
+        """Pass a request through; `body` is its body if it was read already, and ends here, `mark` a field for its
+        answer."""
         length = _length(head) if body is None else body.size
         client.continue_()
         stated = length if body is not None or b"content-length" in head.fields else -1 if length == 0 else None
@@ -178,6 +198,8 @@ class Gateway:
             )
         finally:
             self.relaying -= 1
+            if body is not None:
+                body.close()
         word = "unguarded" if mark and relayed.word == "passthrough" else relayed.word
         return Outcome(word, relayed.status, head.method, upstream_s=relayed.upstream_s, rule=route.policy.rule)
 
@@ -204,6 +226,17 @@ class Gateway:
         trusted = bool(self._trusted) and any(ip_address(remote) in network for network in self._trusted)
         return Hop(remote.encode(), scheme, trusted)
 
+    def _onward_for(self, request: Request, route: Route, size: int) -> bytes:
+        """Return the head for the upstream, of which a connection that says the same again has all but the key."""
+        seen, connection = request.seen, request.protocol
+        if seen is None or seen.prepared is None:
+            assert request.head is not None
+            return self._onward(request, request.head, route, size)
+        if connection.prepared is not seen.prepared:
+            before, after = self._onward(request, seen.again(NO_VALUE), route, size).split(NO_VALUE)
+            connection.prepared, connection.around_key = seen.prepared, (before, after)
+        return request.key.join(connection.around_key)
+
     # With one ...
 
     def _guard(self, request: Request, head: RequestHead, client: Client, route: Route, key: bytes | None) -> Way:
@@ -216,25 +249,62 @@ class Gateway:
         if not isinstance(scope, Scope):
             return reject(client, head.method, "invalid", no_scope(scope))._replace(rule=route.policy.rule)
         if self.in_flight >= self._max_in_flight:
-            return reject(client, head.method, "overloaded", problem("overloaded", "too many requests in flight"))
-        return self._once(request, head, client, route, scope, key)
+            return overloaded(client, head.method)
+        body = self._bodies.here(request.content, _length(head), policy.max_request_bytes)
+        if body is None:
+            return self._read_first(request, head, client, route, scope, key)
+        return self._go_on(request, head, client, route, scope, key, body)
 
-    async def _once(
+    def _guard_again(self, request: Request, client: Client, prepared: Prepared) -> Way:
+        """Guard a request that came before, all but its key and body."""
+        method = request.message.method
+        if self.in_flight >= self._max_in_flight:
+            return overloaded(client, method)
+        route, scope, begun, wait_s, extra = prepared
+        key, data = self._digests.key(scope, request.key.strip(b'"')), arrived(request.content) or b""
+        guarded = Guarded(route, method, key, scope, finished(begun, (data,)), wait_s, extra)
+        body = self._bodies.whole(data)
+        return self._once(request, client, guarded, body) if isinstance(body, Body) else no_body(client, method, body)
+
+    async def _read_first(
         self, request: Request, head: RequestHead, client: Client, route: Route, scope: Scope, key: bytes | None
     ) -> Outcome:
-        """Read the body whole, then claim, and execute or answer from what stands in the store."""
+        """Read the body whole; meanwhile it counts as in flight."""
         self.in_flight += 1
-        body: Body | None = None
         try:
-            most = route.policy.max_request_bytes
-            read = self._bodies.here(request.content, _length(head), most) or await self._read(request, client, most)
-            if not isinstance(read, Body):
-                return no_body(client, head.method, read)
-            body = read
+            client.continue_()
+            body = await self._bodies.read(request.content, route.policy.max_request_bytes)
+        finally:
+            self.in_flight -= 1
+        way = self._go_on(request, head, client, route, scope, key, body)
+        return way if isinstance(way, Outcome) else await way
+
+    def _go_on(
+        self,
+        request: Request,
+        head: RequestHead,
+        client: Client,
+        route: Route,
+        scope: Scope,
+        key: bytes | None,
+        body: Body | TooLarge | NoRoom | BrokenOff,
+    ) -> Way:
+        """Name a request whose body is here, or say why it is not."""
+        if not isinstance(body, Body):
+            return no_body(client, head.method, body)
+        try:
             guarded = self._name(request, route, head, scope, key, body)
-            if not isinstance(guarded, Guarded):
-                way = self._without_key(request, head, client, route, guarded, body)
-                return way if isinstance(way, Outcome) else await way
+        except Exception:
+            body.close()
+            raise
+        if isinstance(guarded, Guarded):
+            return self._once(request, client, guarded, body)
+        return self._without_key(request, head, client, route, guarded, body)
+
+    async def _once(self, request: Request, client: Client, guarded: Guarded, body: Body) -> Outcome:
+        """Claim, and execute or answer from what stands in the store."""
+        self.in_flight += 1
+        try:
             until = self._shop.pool.loop.time() + guarded.wait_s
             waited = False
             while True:
@@ -249,24 +319,24 @@ class Gateway:
                         return guarded.outcome("failed", 500, exchange.upstream_s)
                     return await self._answered(word, exchange, guarded, client)
                 if guarded.fresh and isinstance(found, Record):  # an equal one runs: each goes its own way
-                    return await self._relay(request, head, client, route, body, UNGUARDED)
-                if route.policy.bypass and self._may_bypass(found, guarded, waited):
-                    return (await self._relay(request, head, client, route, body, UNGUARDED))._replace(key=guarded.key)
+                    return await self._unguarded(request, client, guarded.route, body)
+                if guarded.route.policy.bypass and self._may_bypass(found, guarded, waited):
+                    return (await self._unguarded(request, client, guarded.route, body))._replace(key=guarded.key)
                 if (told := await self._stand_back(guarded, found, until, client)) is not None:
                     return told
                 waited = True
         finally:
             self.in_flight -= 1
-            if body is not None:
-                body.close()
+            body.close()
+
+    async def _unguarded(self, request: Request, client: Client, route: Route, body: Body) -> Outcome:
+        """Pass a request on though it has a key, as nobody else's answer can be its own."""
+        assert request.head is not None
+        return await self._relay(request, request.head, client, route, body, UNGUARDED)
 
     def _acquaint(self, connection: "ClientConnection") -> Familiar:
         connection.familiar = familiar = Familiar(self._digests)
         return familiar
-
-    async def _read(self, request: Request, client: Client, most: int) -> Body | TooLarge | NoRoom | BrokenOff:
-        client.continue_()
-        return await self._bodies.read(request.content, most)
 
     def _name(
         self, request: Request, route: Route, head: RequestHead, scope: Scope, key: bytes | None, body: Body
@@ -278,13 +348,22 @@ class Gateway:
             wait_s = min(preferred, policy.wait_max_s)
             extra = b"Preference-Applied: wait=%d\r\n" % wait_s
         if key is not None and policy.fingerprint is None:  # as most are
-            familiar = request.protocol.familiar or self._acquaint(request.protocol)
-            fingerprint = familiar.fingerprint(policy, head, body)
-            return Guarded(route, head, self._digests.key(scope, key), scope, fingerprint, wait_s, extra)
+            begun = (request.protocol.familiar or self._acquaint(request.protocol)).begun(policy, head)
+            if request.seen is not None and self._is_plain(policy, request.seen):
+                request.seen.prepared = Prepared(route, scope, begun, wait_s, extra)
+            fingerprint = finished(begun, body.blocks())
+            return Guarded(route, head.method, self._digests.key(scope, key), scope, fingerprint, wait_s, extra)
         named = name(policy, self._digests, head, scope, key, body)
         if not isinstance(named, Name):
             return named
-        return Guarded(route, head, named.key, scope, named.fingerprint, wait_s, extra, named.window_ms, named.fresh)
+        return Guarded(
+            route, head.method, named.key, scope, named.fingerprint, wait_s, extra, named.window_ms, named.fresh
+        )
+
+    def _is_plain(self, policy: Policy, seen: Seen) -> bool:
+        """Return whether all that the head decides is the same for each value of the field that may differ."""
+        plain = policy.sources is None and not policy.scope_sources and policy.forward_key is None
+        return plain and policy.key_header == seen.name and seen.name not in self._chosen_by
 
     def _claim(self, guarded: Guarded) -> Claiming:
         policy = guarded.route.policy
@@ -302,10 +381,10 @@ class Gateway:
         self, request: Request, guarded: Guarded, claim: Claim, asked_s: float, body: Body, client: Client
     ) -> Exchange:
         """Return the exchange that a claim is for; if that fails, nothing was sent, and the key is freed."""
-        policy, shop, *_ = route = guarded.route
+        policy, shop, *_ = guarded.route
         held: Held | None = None
         try:
-            onward = self._onward(request, guarded.head, route, body.size)
+            onward = self._onward_for(request, guarded.route, body.size)
             held = shop.leases.hold(claim, asked_s)
             return Exchange(shop, held, guarded.scope, policy, onward, body, client)
         except Exception:

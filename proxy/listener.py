@@ -40,6 +40,7 @@ class ClientConnection(RequestHandler):
     """One client's connection."""
 
     __slots__ = (
+        "around_key",
         "behind",
         "body",
         "came",
@@ -55,6 +56,7 @@ class ClientConnection(RequestHandler):
         "last",
         "line",
         "line_open",
+        "prepared",
         "retiring",
         "room",
     )
@@ -68,6 +70,9 @@ class ClientConnection(RequestHandler):
         self.line_open = False
         self.hop: Hop | None = None  # what forwarded requests say of this side
         self.familiar: Familiar | None = None
+        # Of the newest request that said what came before: what was made of that, and its head for the upstream.
+        self.prepared: object = None
+        self.around_key = (b"", b"")
         # The heads that may come again, and how the line with a key begins in them; from the newest connection's on.
         self.heads, self.label = manager.heads, manager.label
         self.clean = True  # the parser has nothing of a next request: for sure, as it had whole ones alone
@@ -129,9 +134,9 @@ class ClientConnection(RequestHandler):
         """Go on with a request as the parser would, which need not see it."""
         if self._force_close or self._close:
             return
-        message, head, body = again
-        self.body = body
-        self._messages.append((Request(message, body, self, head), body))  # type: ignore[arg-type]
+        seen, key, data = again
+        self.body = body = Here(data)
+        self._messages.append((Request(seen.message, body, self, seen, key), body))  # type: ignore[arg-type]
         self._request_count += 1
         self._settle(self._waiter)
 

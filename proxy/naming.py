@@ -4,10 +4,11 @@ The request path and `oncegate check --explain` both ask here, so that they cann
 """
 
 from collections.abc import Iterable
+from hashlib import blake2b
 from typing import NamedTuple, Protocol
 
 from proxy.headers import Fields, RequestHead
-from proxy.keys import BadKey, Digests, Scope, UnstableScope, finished, parse_key
+from proxy.keys import BadKey, Digests, Scope, UnstableScope, parse_key
 from proxy.policy import Policy
 from proxy.sources import Missing, Parts, find, scope_fields
 
@@ -58,12 +59,12 @@ class Familiar:
             self._scope, self._said = self._digests.scope(policy.namespace, fields, policy.scope_headers), said
         return self._scope
 
-    def fingerprint(self, policy: Policy, head: RequestHead, body: Content) -> bytes:
-        """Return the fingerprint of a request, where all of it enters."""
+    def begun(self, policy: Policy, head: RequestHead) -> blake2b:
+        """Return the fingerprint of a request, where all of it enters, without its body."""
         parts = asked(policy, head)
         if parts != self._asked:
             self._asked, self._begun = parts, self._digests.begun(parts)
-        return finished(self._begun, body.blocks())
+        return self._begun
 
 
 def key_in_head(policy: Policy, head: RequestHead) -> bytes | Missing | BadKey | None:

@@ -7,7 +7,7 @@ been passed: a fifth of an execution's instructions (measured).
 
 import re
 from collections.abc import Hashable
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 from proxy.headers import RequestHead
 
@@ -50,10 +50,10 @@ class Recurring(Generic[Parsed]):
 class Here:
     """A request's body that came whole with its head. What becomes of its client does not matter to it."""
 
-    __slots__ = ("_data",)
+    __slots__ = ("data",)
 
     def __init__(self, data: bytes) -> None:
-        self._data = data
+        self.data = data
 
     def is_eof(self) -> bool:
         return True
@@ -65,44 +65,50 @@ class Here:
         pass
 
     def read_nowait(self) -> bytes:
-        data, self._data = self._data, b""
+        data, self.data = self.data, b""
         return data
 
     def at_eof(self) -> bool:
-        return not self._data
+        return not self.data
 
     async def readany(self) -> bytes:
         return self.read_nowait()
 
 
-class Seen(NamedTuple):
-    """A request's head that passed all checks, and may have another key in its place."""
+class Seen:
+    """A request's head that passed all checks, and may have another key in its place.
 
-    message: Any  # as aiohttp parsed it, without its fields
-    head: RequestHead
-    length: int  # of the body
-    place: int  # of the key among the fields, negative for none
+    `prepared` is for the handler: what it made of the head beside, as far as it does not depend on the key.
+    """
 
-    def again(self, name: bytes, key: bytes) -> RequestHead:
-        """Return the head with this key; `name` is that of its field, in lower case."""
-        if self.place < 0:
+    __slots__ = ("_place", "head", "length", "message", "name", "prepared")
+
+    def __init__(self, message: Any, head: RequestHead, length: int, place: int, name: bytes) -> None:
+        self.message, self.head = message, head  # as aiohttp parsed it, without its fields
+        self.length = length  # of the body
+        self._place, self.name = place, name  # of the key among the fields, negative for none; of its field
+        self.prepared: Any = None
+
+    def again(self, key: bytes) -> RequestHead:
+        """Return the head with this value as its key."""
+        if self._place < 0:
             return self.head
         method, target, http10, host, pairs, fields = self.head
         now = [*pairs]
-        now[self.place] = (pairs[self.place][0], key)
-        return RequestHead(method, target, http10, host, now, {**fields, name: [key]})
+        now[self._place] = (pairs[self._place][0], key)
+        return RequestHead(method, target, http10, host, now, {**fields, self.name: [key]})
 
 
-Again = tuple[Any, RequestHead, Here]  # a request whose head came before: aiohttp's message, head, body
+Again = tuple[Seen, bytes, bytes]  # a request whose head came before: that, the value of its key, its body
 
 
 class Heads:
     """The heads of requests that came before, whatever the value of the field `name` (lower case) was."""
 
-    __slots__ = ("_name", "_seen", "clear", "wants")
+    __slots__ = ("_seen", "clear", "name", "wants")
 
     def __init__(self, name: bytes) -> None:
-        self._name, self._seen = name, Recurring[Seen]()
+        self.name, self._seen = name, Recurring[Seen]()
         self.clear, self.wants = self._seen.clear, self._seen.wants
 
     def find(self, data: bytes, label: bytes) -> Again | None:
@@ -121,7 +127,7 @@ class Heads:
         if seen is None or seen.length != len(data) - end:
             return None
         self._seen.paid()
-        return seen.message, seen.again(self._name, key), Here(data[end:])
+        return seen, key, data[end:]
 
     def keep(self, data: bytes, message: Any, head: RequestHead) -> bytes:
         """Remember the head of a whole request that passed all checks; return how its key's line begins.
@@ -130,16 +136,16 @@ class Heads:
         """
         end = data.find(b"\r\n\r\n") + 4
         message = message._replace(headers=None, raw_headers=(), url=None)  # of all the others, too
-        if (values := head.fields.get(self._name)) is None:
-            self._seen.keep((data[:end], b""), end, Seen(message, head, len(data) - end, -1))
+        if (values := head.fields.get(self.name)) is None:
+            self._seen.keep((data[:end], b""), end, Seen(message, head, len(data) - end, -1, self.name))
             return b""
-        place = [name.lower() for name, _ in head.pairs].index(self._name)
+        place = [name.lower() for name, _ in head.pairs].index(self.name)
         label = b"\r\n%s: " % head.pairs[place][0]
         start = data.find(label, 0, end) + len(label)
         stop = data.find(b"\r\n", start)
         if start < len(label) or values != [data[start:stop]] or not _PLAIN.fullmatch(values[0]):
             return b""
-        seen = Seen(message, head, len(data) - end, place)
+        seen = Seen(message, head, len(data) - end, place, self.name)
         self._seen.keep((data[:start], data[stop:end]), end, seen)
         return label
 

@@ -76,6 +76,11 @@ def reject(client: Client, method: str, word: str, answer: Problem) -> Outcome:
     return Outcome(word, answer.status, method)
 
 
+def overloaded(client: Client, method: str) -> Outcome:
+    """Answer a request for which there is no room now."""
+    return reject(client, method, "overloaded", problem("overloaded", "too many requests in flight"))
+
+
 def no_body(client: Client, method: str, why: TooLarge | NoRoom | BrokenOff) -> Outcome:
     """Answer a request whose body is not to be had. The connection cannot be used any more."""
     match why:

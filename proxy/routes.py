@@ -29,6 +29,11 @@ class Routes:
         return self._by_name[self._rules.choose(head).name]
 
     @property
+    def headers(self) -> frozenset[bytes]:
+        """The header fields, in lower case, that are looked at to choose."""
+        return self._rules.matched
+
+    @property
     def chosen(self) -> bool:
         """Whether there is anything to choose from."""
         return len(self._by_name) > 1

@@ -130,10 +130,13 @@ class Rules:
         """All header fields that some rule acts on, in lower case."""
         policies = [rule.policy for rule in self]
         keys = {name for policy in policies if policy.sources for name in policy.sources.headers}
-        matched = {name for rule in self for name in rule.match.headers}
-        return frozenset(
-            keys | matched | {name for policy in policies for name in (policy.key_header, *policy.scope_headers)}
-        )
+        named = {name for policy in policies for name in (policy.key_header, *policy.scope_headers)}
+        return self.matched | keys | named
+
+    @property
+    def matched(self) -> frozenset[bytes]:
+        """The header fields, in lower case, by whose values rules are chosen."""
+        return frozenset(name for rule in self for name in rule.match.headers)
 
 
 def _naming(policy: Policy) -> tuple[object, ...]:
