@@ -14,7 +14,7 @@ from typing import Any
 from proxy.body import Body
 from proxy.client import Client
 from proxy.decision import Ending, Settlement, ending, must_reclaim
-from proxy.headers import AnswerHead, upstream_age, with_fence
+from proxy.headers import AnswerHead, with_fence
 from proxy.keys import Scope
 from proxy.leases import Held, Leases, suspended_clock_s
 from proxy.pace import Pace
@@ -22,12 +22,13 @@ from proxy.policy import Disposition, Policy
 from proxy.problems import Problem, problem
 from proxy.recording import BROKEN, Recording
 from proxy.store import Claim, Settled, Settling, Store, StoredAnswer, Unconfirmed
-from proxy.store.record import answer_digest
+from proxy.store.record import new
 from proxy.upstream import Buffered, Connection, Lost, NotSent, Pool
 from proxy.waiters import Waiters, Woken
 
 SMALL_BYTES = 65536  # an answer up to this whose end comes within
 SMALL_S = 0.05  # of its head is stored first and sent in one write
+MOST_MS = 2**32 - 1  # that a record has room for
 # How often what was lost is sent again where the upstream is idempotent, and the longest pauses before.
 AGAIN, AGAIN_FIRST_S, AGAIN_MOST_S = 3, 0.2, 2.0
 LOST = (Ending.NO_RESPONSE, Ending.TRUNCATED)
@@ -257,7 +258,7 @@ class Exchange:
         return Recording(
             self._shop.store,
             self._held,
-            answer_digest(head.status, head.reason, head.kept),
+            head.digest(),
             limit=self._policy.max_stored_bytes,
             patience_s=self._shop.patience_s,
             buffered=self._shop.buffered,
@@ -297,25 +298,15 @@ class Exchange:
     def _stored(self, head: AnswerHead, kept: bool) -> StoredAnswer:
         recording, whole = self._recording, self._whole
         if recording is None:
-            digest = answer_digest(head.status, head.reason, head.kept)
+            digest = head.digest()
             digest.update(whole)
             digested, chunks, size = digest.digest(), min(1, len(whole)), len(whole)
         else:
             digested, chunks, size = recording.digest(), recording.chunks, recording.size
-        return StoredAnswer(
-            head.status,
-            head.reason,
-            head.kept,
-            digested,
-            chunks,
-            size,
-            kept,
-            head.eof_framed,
-            head.length is not None or head.bodiless,
-            self._shop.store.now_ms(self._held.claim.key),
-            min(int(self.upstream_s * 1000), 2**32 - 1),
-            upstream_age(head),
-        )
+        stated, now_ms = head.length is not None or head.bodiless, self._shop.store.now_ms(self._held.claim.key)
+        took_ms = min(int(self.upstream_s * 1000), MOST_MS)
+        came = (head.status, head.reason, head.kept, digested, chunks, size, kept, head.eof_framed)
+        return new(StoredAnswer, (*came, stated, now_ms, took_ms, head.age_s))
 
     def _tell(self, how: Settlement, reached: Ending, settled: Settled) -> None:
         """Report what is noteworthy, and wake those who wait for this key."""

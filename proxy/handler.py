@@ -7,7 +7,7 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING, NamedTuple
 
 from proxy.addresses import Network
-from proxy.body import Bodies, Body, BrokenOff, NoRoom, TooLarge, arrived
+from proxy.body import Bodies, Body, BrokenOff, NoRoom, TooLarge
 from proxy.client import Client, Request
 from proxy.decision import Decision
 from proxy.exchange import Exchange, Workshop
@@ -21,7 +21,7 @@ from proxy.headers import (
     request_head,
     tokens,
 )
-from proxy.keys import BadKey, Digests, Scope, finished, parse_key
+from proxy.keys import BadKey, Digests, Scope, finished, keyed, parse_key
 from proxy.leases import Held, suspended_clock_s
 from proxy.metrics import Observe, Outcome
 from proxy.naming import Familiar, Name, key_in_head, name, passes, scope_of, uses_no_key
@@ -34,6 +34,7 @@ from proxy.replay import replay
 from proxy.routes import Route, Routes
 from proxy.sources import Missing
 from proxy.store import Claim, Claiming, Corrupt, Record, Unconfirmed, Withheld
+from proxy.store.record import new
 from proxy.tunnel import tunnel
 from proxy.usage import reading
 from proxy.waiters import Woken
@@ -64,7 +65,9 @@ class Guarded(NamedTuple):
     ) -> Outcome:
         """Return what became of this request; `saved_s` and `sent` (bytes) are a replay's."""
         common, rule = self.scope.common, self.route.policy.rule
-        return Outcome(word, status, self.method, self.key, upstream_s, saved_s, sent, common, detail, rule)
+        return new(
+            Outcome, (word, status, self.method, self.key, upstream_s, saved_s, sent, common, detail, rule, None)
+        )
 
 
 class Prepared(NamedTuple):
@@ -72,7 +75,8 @@ class Prepared(NamedTuple):
 
     route: Route
     scope: Scope
-    begun: blake2b  # the fingerprint, without the body
+    scoped: blake2b  # the digest of its key, without the key
+    begun: blake2b  # its fingerprint, without the body
     wait_s: float
     extra: bytes
 
@@ -260,9 +264,12 @@ class Gateway:
         method = request.message.method
         if self.in_flight >= self._max_in_flight:
             return overloaded(client, method)
-        route, scope, begun, wait_s, extra = prepared
-        key, data = self._digests.key(scope, request.key.strip(b'"')), arrived(request.content) or b""
-        guarded = Guarded(route, method, key, scope, finished(begun, (data,)), wait_s, extra)
+        route, scope, scoped, begun, wait_s, extra = prepared
+        key, data = keyed(scoped, request.key.strip(b'"')), request.content.read_nowait()
+        fingerprint = begun.copy()
+        fingerprint.update(data)
+        named = (route, method, key, scope, fingerprint.digest(), wait_s, extra, 0, False)
+        guarded = new(Guarded, named)
         body = self._bodies.whole(data)
         return self._once(request, client, guarded, body) if isinstance(body, Body) else no_body(client, method, body)
 
@@ -350,7 +357,7 @@ class Gateway:
         if key is not None and policy.fingerprint is None:  # as most are
             begun = (request.protocol.familiar or self._acquaint(request.protocol)).begun(policy, head)
             if request.seen is not None and self._is_plain(policy, request.seen):
-                request.seen.prepared = Prepared(route, scope, begun, wait_s, extra)
+                request.seen.prepared = Prepared(route, scope, self._digests.scoped(scope), begun, wait_s, extra)
             fingerprint = finished(begun, body.blocks())
             return Guarded(route, head.method, self._digests.key(scope, key), scope, fingerprint, wait_s, extra)
         named = name(policy, self._digests, head, scope, key, body)

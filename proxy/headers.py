@@ -6,6 +6,8 @@ anew from its parsed form: framing, hop-by-hop and forwarding fields are ours, n
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from hashlib import blake2b
 from itertools import chain
 from typing import NamedTuple
 
@@ -211,7 +213,8 @@ def _forwarding_on(head: RequestHead, hop: Hop) -> list[bytes]:
     return lines
 
 
-class AnswerHead(NamedTuple):
+@dataclass(slots=True)
+class AnswerHead:
     """The head of an upstream's final answer. `length` is None where its framing does not tell one."""
 
     status: int
@@ -225,12 +228,25 @@ class AnswerHead(NamedTuple):
     # upstream stated stays in its place among them.
     passed_on: bytes
     kept: bytes
+    streamed_by_nature: bool = field(init=False)  # somebody is waiting for single events of it
+    age_s: int = field(init=False)  # that it had when it came, 0 where it says none
+    _begun: blake2b | None = field(init=False, default=None, compare=False)
 
-    @property
-    def streamed_by_nature(self) -> bool:
-        """Whether somebody is waiting for single events of it."""
+    def __post_init__(self) -> None:
         kinds = self.fields.get(b"content-type")
-        return kinds is not None and kinds[-1].lower().startswith(b"text/event-stream")
+        self.streamed_by_nature = kinds is not None and kinds[-1].lower().startswith(b"text/event-stream")
+        self.age_s = _number(self.fields[b"age"][0]) if b"age" in self.fields else 0
+
+    def digest(self) -> blake2b:
+        """Return the running digest of an answer with this head, as it is replayed."""
+        if self._begun is None:
+            self._begun = answer_digest(self.status, self.reason, self.kept)
+        return self._begun.copy()
+
+
+def answer_digest(status: int, reason: bytes, block: bytes) -> blake2b:
+    """Return the running digest of an answer that begins so; its body is fed to it."""
+    return blake2b(b"%d %s\r\n%s" % (status, reason, block), digest_size=16)
 
 
 def read_answer_head(status: int, reason: bytes, pairs: Pairs, head_only: bool) -> AnswerHead | str:
@@ -298,17 +314,16 @@ def _is_replayed(name: bytes) -> bool:
 _REPLAYED: set[bytes] = set()  # names found to be so: bounded
 
 
+@lru_cache(64)
 def status_line(status: int, reason: bytes) -> bytes:
     """Return the first line of an answer."""
     return b"HTTP/1.1 %d %s\r\n" % (status, reason)
 
 
-def upstream_age(head: AnswerHead) -> int:
-    """Return the Age in seconds that an answer had when it came, 0 where it says none."""
-    if b"age" not in head.fields:
-        return 0
-    value = head.fields[b"age"][0].strip()
-    return int(value) if value.isdigit() and len(value) < 10 else 0
+def _number(text: bytes) -> int:
+    """Return a number of few digits, 0 for what is none."""
+    text = text.strip()
+    return int(text) if text.isdigit() and len(text) < 10 else 0
 
 
 def preferred_wait_s(values: Iterable[bytes]) -> int | None:

@@ -136,11 +136,13 @@ class Digests:
 
     def key(self, scope: Scope, key: bytes) -> bytes:
         """Return the digest (24 bytes) that names a key of a scope in the store."""
+        return keyed(self.scoped(scope), key)
+
+    def scoped(self, scope: Scope) -> blake2b:
+        """Return the digest of a key of a scope, without the key."""
         digest = self._key.copy()
-        namespace, tenant, _ = scope
-        prefixed = (_PREFIX[len(namespace)], namespace, _PREFIX[len(tenant)], tenant, _PREFIX[len(key)], key)
-        digest.update(b"".join(prefixed))
-        return digest.digest()
+        digest.update(framed(scope[:2]))
+        return digest
 
     def fingerprint(self, parts: Sequence[bytes], body: Iterable[bytes]) -> bytes:
         """Return the digest (16 bytes) of what a request asks for; `body` comes in blocks, as it is sent."""
@@ -154,8 +156,15 @@ class Digests:
         return digest
 
 
+def keyed(scoped: blake2b, key: bytes) -> bytes:
+    """Return the digest (24 bytes) that names a key in the store, of a scope that was digested so."""
+    digest = scoped.copy()
+    digest.update(_PREFIX[len(key)] + key)
+    return digest.digest()
+
+
 def finished(begun: blake2b, body: Iterable[bytes]) -> bytes:
-    """Return the fingerprint that was begun so."""
+    """Return the digest that was begun so."""
     digest = begun.copy()
     for block in body:
         digest.update(block)

@@ -5,7 +5,9 @@ Counting is plain arithmetic on lists; prometheus_client turns them into its fam
 """
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from itertools import repeat
 from typing import Any, NamedTuple, Protocol
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -98,8 +100,8 @@ class Spread:
     def sort(self) -> tuple[list[int], float]:
         """Return how many fell into each bucket, and the sum."""
         fresh, counts = self.fresh, self._counts
-        for seconds in fresh:
-            counts[bisect_left(BUCKETS_S, seconds)] += 1
+        for bucket, count in Counter(map(bisect_left, repeat(BUCKETS_S), fresh)).items():
+            counts[bucket] += count
         self._sum += sum(fresh)
         fresh.clear()
         return counts, self._sum
@@ -172,6 +174,7 @@ class Metrics(Collector):
         self._overhead_s = Spreads("overhead_seconds", "Time in the proxy, upstream time taken out.")
         self._upstream_s = Spreads("upstream_seconds", "Time spent on the upstream.")
         self._by_verb = self._store_s.by_value
+        self.settled = self._settled.add
         self._by_request = [one.by_value[""] for one in (self._request_s, self._overhead_s, self._upstream_s)]
         self._request, self._overhead, self._upstream = (spread.add for spread in self._by_request)
         self._registry = CollectorRegistry()
@@ -240,9 +243,6 @@ class Metrics(Collector):
 
     def store_repeat(self) -> None:
         self._repeated.add()
-
-    def settled(self, how: str) -> None:
-        self._settled.add(how)
 
     @property
     def unsure(self) -> int:

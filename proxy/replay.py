@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 from proxy.client import Client
+from proxy.headers import answer_digest
 from proxy.store import Record, Store, StoredAnswer
-from proxy.store.record import answer_digest, intact
+from proxy.store.record import intact
 
 Along = Callable[[bytes], None]
 

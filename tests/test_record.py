@@ -5,13 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.decision import State
+from proxy.headers import answer_digest
 from proxy.store import record
 from proxy.store.record import (
     Claim,
     Corrupt,
     Record,
     StoredAnswer,
-    answer_digest,
     intact,
     pack,
     running,

@@ -17,10 +17,11 @@ import trustme
 from redis import Redis
 
 from proxy.decision import decide, state_now
+from proxy.headers import answer_digest
 from proxy.keys import Digests, Scope, store_key
 from proxy.store import Claim, Corrupt, Record, Settled, Store, StoredAnswer, Unconfirmed
 from proxy.store.node import ORDINARY
-from proxy.store.record import answer_digest, intact, pack, self_check
+from proxy.store.record import intact, pack, self_check
 from proxy.store.server import load_scripts
 from tests.conftest import Valkey
 from tests.parts import OK, Tap, ask, request, until

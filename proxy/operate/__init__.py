@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
+from proxy.headers import answer_digest
 from proxy.keys import record_id
 from proxy.operate.answer import given
 from proxy.operate.refusal import NOT_DONE, Refusal
@@ -22,7 +23,7 @@ from proxy.operate.which import find
 from proxy.server.embedded import socket_url
 from proxy.settings import Settings
 from proxy.store import Claim, Store
-from proxy.store.record import answer_digest, pack
+from proxy.store.record import pack
 from proxy.store.seen import Seen, StoreError, introduce, replica_of, scan
 
 DONE = 0  # an exit code

@@ -26,6 +26,7 @@ from proxy.store.record import (
     Corrupt,
     Record,
     StoredAnswer,
+    new,
     pack,
     running,
     self_check,
@@ -223,7 +224,7 @@ class Store:
         """
         token = self.token()
         described = self_check(key, scope.tenant, token, mode, fingerprint)
-        claim = Claim(key, token, b"", mode, fingerprint, described, 0, lease_ms, retention_ms)
+        claim = new(Claim, (key, token, b"", mode, fingerprint, described, 0, lease_ms, retention_ms))
         return self._claim(claim, scope, window_ms, self._give_up)
 
     def reclaim(self, claim: Claim, scope: Scope) -> Claiming:
@@ -350,7 +351,7 @@ class Store:
             _, now_ms, fence, created = reply
             self._servers.heard(now_ms)
             key, token, _, mode, fingerprint, described, _, lease_ms, retention_ms = claim
-            return Claim(key, token, fence, mode, fingerprint, described, int(created), lease_ms, retention_ms)
+            return new(Claim, (key, token, fence, mode, fingerprint, described, int(created), lease_ms, retention_ms))
         match reply:
             case [b"late", int(now_ms)]:
                 self._servers.heard(now_ms)

@@ -8,11 +8,11 @@ stops waiting leaves its place in the queue, so that the next reply still finds 
 
 import asyncio
 import random
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from hashlib import sha1
+from time import perf_counter
 from typing import Any, cast
 
 import hiredis
@@ -60,6 +60,7 @@ class _Numbers(dict[int, bytes]):
 SIZE = _Sizes()
 NUMBER = _Numbers()
 _COUNT = [b"*%d\r\n" % count for count in range(16)]
+TAGS = 4096  # that a connection gives in turn; far more than commands wait on one
 
 
 def resp(*words: bytes | str | int) -> bytes:
@@ -68,13 +69,19 @@ def resp(*words: bytes | str | int) -> bytes:
     return b"".join([SIZE[len(word)] + word + b"\r\n" for word in written])
 
 
+# Each as it comes back, and as a word of a command. Numbers of one length: a reply says which command it answers.
+_TAGS = [(tag, resp(tag)) for tag in (b"%04d" % number for number in range(TAGS))]
+
+
 class Script:
-    """One verb. `sha` is the name under which a server that has it runs it."""
+    """One verb. `sha` is the name under which a server that has it runs it; `by_sha` and `by_body` are how a call
+    with one key begins, by the number of its arguments."""
 
     def __init__(self, verb: str, body: bytes) -> None:
         self.verb, self.body = verb, body
         self.sha = sha1(body).hexdigest().encode()
-        self.by_sha, self.by_body = resp(b"EVALSHA", self.sha, 1), resp(b"EVAL", body, 1)
+        by_sha, by_body = resp(b"EVALSHA", self.sha, 1), resp(b"EVAL", body, 1)
+        self.by_sha, self.by_body = [words + by_sha for words in _COUNT[5:]], [words + by_body for words in _COUNT[5:]]
 
 
 # A command whose reply has not come: its future, the tag that comes back in the reply of a script, the verb, the
@@ -216,10 +223,11 @@ class Link(asyncio.Protocol):
         The command is written here because hiredis formats each word anew: 23k instructions for a claim, 4k so
         (measured).
         """
-        self._tags = number = self._tags + 1
-        tag, size = b"%d" % number, SIZE
-        words = (script.by_body if whole else script.by_sha, size[len(key)], key, b"\r\n", size[len(tag)], tag, b"\r\n")
-        return self._issue(b"".join((_COUNT[count + 5], *words, args)), deadline, tag, script.verb)
+        self._tags = number = (self._tags + 1) % TAGS
+        tag, tag_word = _TAGS[number]
+        begin = script.by_body if whole else script.by_sha
+        command = b"".join((begin[count], SIZE[len(key)], key, b"\r\n", tag_word, args))
+        return self._issue(command, deadline, tag, script.verb)
 
     def script_asking(self, *call: Any) -> "asyncio.Future[Any]":
         """Issue a script on a server of a cluster that is only just taking the key over."""
@@ -240,7 +248,7 @@ class Link(asyncio.Protocol):
         out.append(command)
         if len(out) >= BATCH:
             self._flush()
-        self._waiting.append((future, tag, verb, deadline, time.perf_counter()))
+        self._waiting.append((future, tag, verb, deadline, perf_counter()))
         if self._sweeper is None:
             self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
         return future
@@ -257,7 +265,7 @@ class Link(asyncio.Protocol):
         for future, _, _, deadline, _ in self._waiting:
             if deadline <= now:
                 _resolve(future, Unconfirmed("no reply in time"))
-        if self._waiting and time.perf_counter() - self._waiting[0][-1] > self._stall_s:
+        if self._waiting and perf_counter() - self._waiting[0][-1] > self._stall_s:
             self._drop("the store does not answer")
         elif self._waiting:
             self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
@@ -265,9 +273,10 @@ class Link(asyncio.Protocol):
     # What comes from the socket ...
 
     def data_received(self, data: bytes) -> None:
-        self._reader.feed(data)
+        reader = self._reader
+        reader.feed(data)
         try:
-            while (reply := self._reader.gets()) is not False:
+            while (reply := reader.gets()) is not False:
                 if not self._give(reply):
                     self._drop("a reply that answers another command")
                     return
@@ -282,19 +291,26 @@ class Link(asyncio.Protocol):
         if not self._waiting:
             return False
         future, tag, verb, _, issued = self._waiting.popleft()
-        if isinstance(reply, ErrorReply):
+        if tag and type(reply) is list:  # as nearly all are
+            if not reply or reply.pop(0) != tag:
+                return self._refuse(future)
+        elif isinstance(reply, ErrorReply):
             if str(reply).startswith(DEMOTED):
                 _resolve(future, reply)
                 self._drop("the store's server is a replica")  # the address may lead to another one by now
                 return True
-        elif tag and not (isinstance(reply, list) and reply and reply.pop(0) == tag):
-            _resolve(future, Unconfirmed("a reply that answers another command"))
-            return False
+        elif tag:
+            return self._refuse(future)
         if verb:
-            self._observe(verb, time.perf_counter() - issued)
+            self._observe(verb, perf_counter() - issued)
         if not future.done():
             future.set_result(reply)
         return True
+
+    @staticmethod
+    def _refuse(future: "asyncio.Future[Any]") -> bool:
+        _resolve(future, Unconfirmed("a reply that answers another command"))
+        return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._drop(str(exc) if exc else "the store closed the connection")

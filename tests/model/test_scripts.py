@@ -9,8 +9,9 @@ import pytest
 from redis import Redis
 
 from proxy.decision import Ending, State, decide, is_open, state_now
+from proxy.headers import answer_digest
 from proxy.keys import store_key
-from proxy.store.record import Claim, StoredAnswer, answer_digest, pack, self_check, unpack
+from proxy.store.record import Claim, StoredAnswer, pack, self_check, unpack
 from proxy.store.server import load_scripts
 from tests.conftest import Valkey
 from tests.model import rules
