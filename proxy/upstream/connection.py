@@ -68,7 +68,7 @@ class Connection(asyncio.Protocol):
         self._pool = pool
         self._loop = pool.loop
         self.transport: asyncio.Transport | None = None
-        self.idle_since: float | None = None
+        self.idle_since = 0.0  # the loop's time
         self.descriptor = -1
         self.deadline = float("inf")  # the loop's time; swept by the pool
         self._waiter: asyncio.Future[None] | None = None
@@ -222,7 +222,6 @@ class Connection(asyncio.Protocol):
         if self._failure is not None:
             raise self._failure
         self.deadline = self._loop.time() + silence_s
-        self._pool.watch(self)
         self._waiter = self._loop.create_future()
         return self._waiter
 
@@ -258,7 +257,6 @@ class Connection(asyncio.Protocol):
             return
         held, begins = self.buffered, self.answer is None and not self._head_bytes
         if begins and self._came_before(data):
-            self._after_feed(0, body=True)
             return
         try:
             self._parser.feed_data(data)
@@ -282,6 +280,8 @@ class Connection(asyncio.Protocol):
         if head.length:
             self.on_body(data[end:])
         self._ended = self.complete = True
+        self._spare, self._parser = self._parser, None  # which saw nothing of it
+        self._wake()
         return True
 
     def _remember(self, data: bytes, head: AnswerHead) -> None:
