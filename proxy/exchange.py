@@ -118,7 +118,6 @@ class Exchange:
     # Forwarding ...
 
     async def _forward(self) -> Ending:
-        self._touch()
         connection = self._ready() or await self._connect()
         if connection is None:
             return Ending.NOT_SENT
@@ -166,6 +165,7 @@ class Exchange:
     async def _connect(self) -> Connection | None:
         """Return a connection to send on while the claim is surely ours, None where nothing may be sent."""
         while True:
+            self._touch()
             try:
                 connection = await self._shop.pool.acquire(self._shop.reuse_idle_s)
             except NotSent as why:
@@ -229,7 +229,7 @@ class Exchange:
 
     def _take(self, connection: Connection) -> Ending:
         self._whole = whole = connection.take()
-        return ending(self._disposition, len(whole) <= self._policy.max_stored_bytes and not self._shop.store.full)
+        return ending(self._disposition, len(whole) <= self._policy.max_stored_bytes and not self._shop.store.full())
 
     async def _stream(self, connection: Connection, head: AnswerHead) -> Ending:
         recording = self._recording = self._record(head)
@@ -252,7 +252,7 @@ class Exchange:
 
     def _record(self, head: AnswerHead) -> Recording | None:
         """Return the recording of an answer that is to be stored and may fit."""
-        too_large = (head.length or 0) > self._policy.max_stored_bytes or self._shop.store.full
+        too_large = (head.length or 0) > self._policy.max_stored_bytes or self._shop.store.full()
         if self._disposition is not _STORABLE or too_large:
             return None
         return Recording(
@@ -300,13 +300,16 @@ class Exchange:
         if recording is None:
             digest = head.digest()
             digest.update(whole)
-            digested, chunks, size = digest.digest(), min(1, len(whole)), len(whole)
+            digested, chunks, size = digest.digest(), 1 if whole else 0, len(whole)
         else:
             digested, chunks, size = recording.digest(), recording.chunks, recording.size
+        status, reason, block, eof_framed = head.status, head.reason, head.kept, head.eof_framed
         stated, now_ms = head.length is not None or head.bodiless, self._shop.store.now_ms(self._held.claim.key)
         took_ms = min(int(self.upstream_s * 1000), MOST_MS)
-        came = (head.status, head.reason, head.kept, digested, chunks, size, kept, head.eof_framed)
-        return new(StoredAnswer, (*came, stated, now_ms, took_ms, head.age_s))
+        return new(
+            StoredAnswer,
+            (status, reason, block, digested, chunks, size, kept, eof_framed, stated, now_ms, took_ms, head.age_s),
+        )
 
     def _tell(self, how: Settlement, reached: Ending, settled: Settled) -> None:
         """Report what is noteworthy, and wake those who wait for this key."""

@@ -114,7 +114,9 @@ class Gateway:
         began = time.perf_counter()
         client = Client(request, self._shop.pace)
         try:
-            found = self._enter(request, client)
+            seen = request.seen
+            again = None if seen is None else seen.prepared
+            found = self._enter(request, client) if again is None else self._guard_again(request, client, again)
             outcome = found if isinstance(found, Outcome) else await found
         except Exception as error:
             outcome = Outcome("failed", 500, request.message.method)
@@ -131,11 +133,7 @@ class Gateway:
             client.abort()
 
     def _enter(self, request: Request, client: Client) -> Way:
-        seen, message, head = request.seen, request.message, None
-        if seen is not None:
-            if seen.prepared is not None:
-                return self._guard_again(request, client, seen.prepared)
-            head = request.head
+        message, head = request.message, request.head
         if head is None:
             target = (message.path or "").encode("utf-8", "surrogateescape")  # CONNECT may come without any
             entered = self._gate.enter(message.method, target, message.version, message.raw_headers)
@@ -221,7 +219,7 @@ class Gateway:
         hop = connection.hop
         if hop is None:
             hop = connection.hop = self._hop(request.remote, b"https" if connection.ssl_context else b"http")
-        policy, _, host, prefix = route
+        policy, host, prefix = route.policy, route.host, route.prefix
         if policy.forward_key is not None:
             head = head._replace(pairs=renamed(head.pairs, policy.key_header, policy.forward_key))
         return request_head(head, hop, head.host if policy.pass_host and head.host else host, prefix, length)
@@ -373,26 +371,20 @@ class Gateway:
         return plain and policy.key_header == seen.name and seen.name not in self._chosen_by
 
     def _claim(self, guarded: Guarded) -> Claiming:
-        policy = guarded.route.policy
-        return self._shop.store.claim(
-            guarded.key,
-            guarded.scope,
-            guarded.fingerprint,
-            mode=policy.mode,
-            lease_ms=policy.lease_ms,
-            retention_ms=policy.retention_ms,
-            window_ms=guarded.window_ms,
-        )
+        route, _, key, scope, fingerprint, _, _, window_ms, _ = guarded
+        policy = route.policy
+        mode, lease_ms, retention_ms = policy.mode, policy.lease_ms, policy.retention_ms
+        return self._shop.store.claim(key, scope, fingerprint, mode, lease_ms, retention_ms, window_ms)
 
     def _exchange(
         self, request: Request, guarded: Guarded, claim: Claim, asked_s: float, body: Body, client: Client
     ) -> Exchange:
         """Return the exchange that a claim is for; if that fails, nothing was sent, and the key is freed."""
-        policy, shop, *_ = guarded.route
+        policy, shop = guarded.route.policy, guarded.route.shop
         held: Held | None = None
         try:
             onward = self._onward_for(request, guarded.route, body.size)
-            held = shop.leases.hold(claim, asked_s)
+            held = shop.leases.hold(claim, asked_s, shop.longest_s)
             return Exchange(shop, held, guarded.scope, policy, onward, body, client)
         except Exception:
             if held is not None:

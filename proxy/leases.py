@@ -36,9 +36,6 @@ class Held:
         return suspended_clock_s() - self.confirmed_s
 
 
-FIRST_S = 60.0  # until whoever holds a claim says how long it may take
-
-
 class Report(Protocol):
     """Hears of a claim that is no longer what it was: `what` is lost or fenced."""
 
@@ -58,9 +55,10 @@ class Leases:
     def __contains__(self, key: bytes) -> bool:
         return key in self._held
 
-    def hold(self, claim: Claim, asked_s: float) -> Held:
-        """Keep a claim's lease alive from now on. `asked_s`: when the store was asked for it."""
-        held = Held(claim, asked_s, self._clock() + FIRST_S)
+    def hold(self, claim: Claim, asked_s: float, longest_s: float) -> Held:
+        """Keep a claim's lease alive from now on. `asked_s`: when the store was asked for it; `longest_s`: how long
+        whoever holds it may take until it says so again."""
+        held = Held(claim, asked_s, self._clock() + longest_s)
         self._held[claim.key] = held
         return held
 

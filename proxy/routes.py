@@ -1,7 +1,7 @@
 """Where a request goes and how it is treated there: a policy with what carries it out."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from proxy.exchange import Workshop
 from proxy.headers import RequestHead
@@ -9,7 +9,8 @@ from proxy.policy import Policy
 from proxy.rules import Rules
 
 
-class Route(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Route:
     """One way through the proxy. `host`: what the upstream's Host field says; `prefix`: of its paths."""
 
     policy: Policy

@@ -22,7 +22,7 @@ async def test_a_claim_that_is_being_released_is_not_reported_as_lost(
             reported.append(what)
 
         leases = Leases(store, 60, report, asyncio.get_running_loop().time)
-        held = leases.hold(await claimed(store), suspended_clock_s())
+        held = leases.hold(await claimed(store), suspended_clock_s(), 60)
         held.freeing = freeing
         assert (await store.release(held.claim, 5)).word == "released"
         renewing = asyncio.ensure_future(leases.run())

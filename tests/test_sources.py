@@ -5,7 +5,7 @@ import random
 import pytest
 
 from proxy.headers import RequestHead, by_name
-from proxy.keys import BadKey, Digests, Scope, UnstableScope, framed
+from proxy.keys import BadKey, Digests, Scope, UnstableScope, finished, framed
 from proxy.naming import Familiar, Name, asked, key_in_head, name, passes, scope_of
 from proxy.policy import Policy
 from proxy.sources import KeySources, Missing, Named, Parts, find, parse_source, scope_fields
@@ -267,7 +267,8 @@ def test_what_a_connection_says_again_is_named_as_if_it_were_new():
         named = [name for name in values for _ in range(dice.choice((0, 0, 1, 1, 2)))]
         request = head(*[(name, dice.choice(values[name])) for name in named], target=dice.choice((b"/a", b"/b")))
         content = Content(dice.choice((b"", b"1")))
-        scope, fingerprint = familiar.scope(policy, request.fields), familiar.fingerprint(policy, request, content)
+        scope = familiar.scope(policy, request.fields)
+        fingerprint = finished(familiar.begun(policy, request), content.blocks())
         assert scope == scope_of(policy, Digests(b""), request)
         assert fingerprint == DIGESTS.fingerprint(asked(policy, request), content.blocks())
         seen.add((scope if isinstance(scope, Scope) else None, fingerprint))

@@ -1267,8 +1267,8 @@ async def test_above_nine_tenths_of_its_memory_the_store_is_full(watched, client
     used = client.info("memory")["used_memory"]
     for limit, full in ((0, False), (used * 2, False), (int(used / 0.96), True), (1, True), (used * 2, False)):
         client.config_set("maxmemory", limit)
-        await until(lambda full=full: watched.full is full)
-        assert watched.full is (watched.memory_ratio > 0.9)
+        await until(lambda full=full: watched.full() is full)
+        assert watched.full() is (watched.memory_ratio > 0.9)
         if limit in (0, used * 2):
             await until(lambda expected=used / limit if limit else 0: abs(watched.memory_ratio - expected) < 0.2)
 

@@ -125,6 +125,7 @@ class Store:
         self._prefix, self._count = os.urandom(PREFIX_BYTES), count(1)
         named = replace(member, token_prefix=self._prefix) if member else None
         self._servers = servers(url, self._timeout_s, observe, log, durability, named, broke)
+        self.now_ms: Callable[[bytes], int] = self._servers.now_ms  # the time of the server that has a key
         self._strained: set[Breaker] = set()  # where a claim failed since one did not
         self._terms: dict[tuple[bytes, int, int], bytes] = {}
         self._given_up: set[bytes] = set()  # tokens of claims that may be in the store though nobody has them
@@ -165,9 +166,8 @@ class Store:
     def memory_ratio(self) -> float:
         return self._servers.memory_ratio
 
-    @property
     def full(self) -> bool:
-        """Whether answers are to be stored without their body."""
+        """Return whether answers are to be stored without their body."""
         return self._servers.memory_ratio > FULL_RATIO
 
     def notice(self) -> str | None:
@@ -201,10 +201,6 @@ class Store:
         """Find out when servers that claims were given up on take them again, until cancelled."""
         await self._servers.probe()
 
-    def now_ms(self, key: bytes) -> int:
-        """Return the time of the server that has a key."""
-        return self._servers.now_ms(key)
-
     # Verbs ...
 
     def claim(
@@ -212,7 +208,6 @@ class Store:
         key: bytes,
         scope: Scope,
         fingerprint: bytes,
-        *,
         mode: bytes,
         lease_ms: int,
         retention_ms: int,
@@ -407,9 +402,11 @@ class Store:
     def store(self, claim: Claim, answer: StoredAnswer, last: bytes, patience_s: float) -> Settling:
         """Settle: make the record complete. `last` is the last chunk if it was not appended, else empty."""
         meta, number, size = pack(claim, answer), NUMBER, SIZE
-        counts = (number[answer.chunks], number[answer.size]) if answer.kept else (number[0], number[0])
-        head = (_STORE, number[claim.retention_ms], size[len(meta)], meta, _16_NEXT, answer.digest, b"\r\n")
-        return self._settle(claim, 8, b"".join((*head, *counts, size[len(last)], last, b"\r\n")), patience_s)
+        _, _, _, digest, chunks, body_size, kept, *_ = answer
+        counts = number[chunks] + number[body_size] if kept else number[0] * 2
+        # Joined here: hiredis formats each word anew.
+        words = (_STORE, number[claim.retention_ms], size[len(meta)], meta, _16_NEXT, digest, b"\r\n", counts)
+        return self._settle(claim, 8, b"".join((*words, size[len(last)], last, b"\r\n")), patience_s)
 
     def release(self, claim: Claim, patience_s: float) -> Settling:
         """Settle: free the key."""

@@ -35,7 +35,7 @@ class Clock:
     def heard(self, now_ms: int) -> None:
         self.offset_ms = now_ms - time.monotonic() * 1000
 
-    def now_ms(self) -> int:
+    def now_ms(self, _key: bytes = b"") -> int:
         return int(time.monotonic() * 1000 + self.offset_ms)
 
 
@@ -137,6 +137,7 @@ class Node:
         self._scripts, self._claim = terms.scripts, terms.scripts["claim"]
         self._loop = asyncio.get_running_loop()
         self._clock = Clock()
+        self.now_ms = self._clock.now_ms
         self.losses = Watch(terms.scripts, terms.member, terms.memories)
         self.breaker = Breaker(self._loop.time, self._broke)
         self._shut = False  # whether `_refusal` need be asked
@@ -208,9 +209,6 @@ class Node:
     def breaker_of(self, _key: bytes) -> Breaker:
         return self.breaker
 
-    def now_ms(self, _key: bytes = b"") -> int:
-        return self._clock.now_ms()
-
     async def watch(self) -> None:
         """Keep looking at the server's memory, eviction policy and role, until cancelled."""
         loop = self._loop
@@ -279,7 +277,7 @@ class Node:
         if not link.up:
             return self._claim_when_up(key, described, rest, deadline, whole, asking, trial)
         # In the time of the server that is connected now: after a failover it is another one.
-        not_after = b"%013d" % (self._clock.now_ms() + int(left_s * 1000))
+        not_after = b"%013d" % (self.now_ms() + int(left_s * 1000))
         args = b"".join((described, _13, not_after, rest))
         issue = link.script_asking if asking else link.script
         return issue(self._claim, store_key(key), args, CLAIM_ARGUMENTS, deadline, whole)
