@@ -278,7 +278,9 @@ class Connection(asyncio.Protocol):
         known.paid()
         self.answer, self._keep_alive = head, self.wholly_sent
         if head.length:
-            self.on_body(data[end:])
+            self._chunks.append(data[end:])
+            self.buffered = head.length
+            self._pool.buffered.used += head.length
         self._ended = self.complete = True
         self._spare, self._parser = self._parser, None  # which saw nothing of it
         self._wake()
