@@ -101,10 +101,11 @@ class Bodies:
             data = content.read_nowait()
         if len(data) > most:
             return TooLarge()
-        return self.whole(data)
+        return Body(data, self._memory, self._spool) if self._memory.take(len(data)) else NoRoom()
 
-    def whole(self, data: bytes) -> Body | NoRoom:
-        """Return a body within the limit that is here."""
+    def again(self, content: StreamReader | Here) -> Body | NoRoom:
+        """Return the body of a request that came whole, as long as one that was within the limit."""
+        data = content.read_nowait()
         return Body(data, self._memory, self._spool) if self._memory.take(len(data)) else NoRoom()
 
     async def read(self, content: StreamReader | Here, most: int | None = None) -> Body | TooLarge | NoRoom | BrokenOff:

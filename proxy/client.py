@@ -208,6 +208,7 @@ class Client:
         if transport is None:
             return
         self._close = True
+        self._connection.outbox.flush()  # a whole answer before this one may be in it
         transport.abort()
         self._connection.force_close()
 
@@ -241,9 +242,15 @@ class Client:
             pass
 
     def _write(self, data: bytes) -> None:
-        transport = self._connection.transport
-        if transport is not None and not transport.is_closing():
+        connection = self._connection
+        transport = connection.transport
+        if transport is None or transport.is_closing():
+            return
+        if self._close:  # at once, as what closes it may come next
+            connection.outbox.flush()
             transport.write(data)
+        else:
+            connection.outbox.write(transport, data)
 
     @property
     def backlog(self) -> bool:
@@ -258,7 +265,7 @@ class Client:
         """
         connection = self._connection
         if not connection.writing_paused and self.backlog:
-            await asyncio.sleep(0)  # uvloop writes at the end of a turn, and pauses only then
+            await asyncio.sleep(0)  # it may pause only once the transport has tried
         if not connection.writing_paused or (transport := connection.transport) is None:
             return True
         before = untaken_bytes(transport)

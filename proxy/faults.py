@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any, NamedTuple
 
-# In the order of the path: a step, and whether the point lies before or after it.
+# In the order of the path: whether the point lies before or after a step, and that step, in each of its forms.
 POINTS = {
     "head": ("before", "proxy.handler:Gateway._enter"),
-    "body": ("before", "proxy.body:Bodies.here"),
-    "named": ("after", "proxy.handler:Gateway._name"),
+    "body": ("before", "proxy.body:Bodies.here", "proxy.body:Bodies.again"),
+    "named": ("after", "proxy.handler:Gateway._name", "proxy.handler:Gateway._name_again"),
     "claim": ("before", "proxy.handler:Gateway._claim"),
     "claimed": ("before", "proxy.leases:Leases.hold"),
     "held": ("after", "proxy.leases:Leases.hold"),
@@ -84,13 +84,15 @@ def parse_fault(text: str) -> Fault:
 def install(faults: Iterable[Fault], tell: Callable[..., None]) -> None:
     """Wrap the steps that are to go wrong, for the life of this process. `tell` logs each strike before it comes."""
     for fault in faults:
-        when, place = POINTS[fault.point]
-        module, _, path = place.partition(":")
-        owner: Any = import_module(module)
-        *outer, name = path.split(".")
-        for part in outer:
-            owner = getattr(owner, part)
-        setattr(owner, name, _wrapped(getattr(owner, name), when, _trap(fault, tell)))
+        when, *places = POINTS[fault.point]
+        trap = _trap(fault, tell)
+        for place in places:
+            module, _, path = place.partition(":")
+            owner: Any = import_module(module)
+            *outer, name = path.split(".")
+            for part in outer:
+                owner = getattr(owner, part)
+            setattr(owner, name, _wrapped(getattr(owner, name), when, trap))
 
 
 def _trap(fault: Fault, tell: Callable[..., None]) -> Callable[[], None]:

@@ -114,9 +114,7 @@ class Gateway:
         began = time.perf_counter()
         client = Client(request, self._shop.pace)
         try:
-            seen = request.seen
-            again = None if seen is None else seen.prepared
-            found = self._enter(request, client) if again is None else self._guard_again(request, client, again)
+            found = self._enter(request, client)
             outcome = found if isinstance(found, Outcome) else await found
         except Exception as error:
             outcome = Outcome("failed", 500, request.message.method)
@@ -133,6 +131,8 @@ class Gateway:
             client.abort()
 
     def _enter(self, request: Request, client: Client) -> Way:
+        if (seen := request.seen) is not None and seen.prepared is not None:
+            return self._guard_again(request, client, seen.prepared)
         message, head = request.message, request.head
         if head is None:
             target = (message.path or "").encode("utf-8", "surrogateescape")  # CONNECT may come without any
@@ -262,14 +262,15 @@ class Gateway:
         method = request.message.method
         if self.in_flight >= self._max_in_flight:
             return overloaded(client, method)
-        route, scope, scoped, begun, wait_s, extra = prepared
-        key, data = keyed(scoped, request.key.strip(b'"')), request.content.read_nowait()
-        fingerprint = begun.copy()
-        fingerprint.update(data)
-        named = (route, method, key, scope, fingerprint.digest(), wait_s, extra, 0, False)
-        guarded = new(Guarded, named)
-        body = self._bodies.whole(data)
-        return self._once(request, client, guarded, body) if isinstance(body, Body) else no_body(client, method, body)
+        body = self._bodies.again(request.content)
+        if not isinstance(body, Body):
+            return no_body(client, method, body)
+        try:
+            guarded = self._name_again(prepared, method, request.key, body)
+        except Exception:
+            body.close()
+            raise
+        return self._once(request, client, guarded, body)
 
     async def _read_first(
         self, request: Request, head: RequestHead, client: Client, route: Route, scope: Scope, key: bytes | None
@@ -364,6 +365,14 @@ class Gateway:
         return Guarded(
             route, head.method, named.key, scope, named.fingerprint, wait_s, extra, named.window_ms, named.fresh
         )
+
+    def _name_again(self, prepared: Prepared, method: str, value: bytes, body: Body) -> Guarded:
+        """Return the request that says what came before, all but its key and body; `value`: of its key's field."""
+        route, scope, scoped, begun, wait_s, extra = prepared
+        fingerprint = begun.copy()
+        fingerprint.update(body.data)
+        key = keyed(scoped, value.strip(b'"'))
+        return new(Guarded, (route, method, key, scope, fingerprint.digest(), wait_s, extra, 0, False))
 
     def _is_plain(self, policy: Policy, seen: Seen) -> bool:
         """Return whether all that the head decides is the same for each value of the field that may differ."""

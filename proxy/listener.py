@@ -19,6 +19,7 @@ from proxy.client import Client, Request, untaken_bytes
 from proxy.headers import MAX_HEAD_BYTES, Hop, RequestHead
 from proxy.metrics import Observe, Outcome
 from proxy.naming import Familiar
+from proxy.outbox import outbox
 from proxy.pace import Pace
 from proxy.problems import refusal
 from proxy.recurring import Again, Heads, Here, is_whole
@@ -56,6 +57,7 @@ class ClientConnection(RequestHandler):
         "last",
         "line",
         "line_open",
+        "outbox",
         "prepared",
         "retiring",
         "room",
@@ -63,6 +65,7 @@ class ClientConnection(RequestHandler):
 
     def __init__(self, manager: "Listener", **kwargs: Any) -> None:
         super().__init__(manager, **kwargs)
+        self.outbox = outbox(self._loop)
         self.head_since: float | None = None
         self.head_bytes = 0  # of it, that came in parts
         self.behind = False  # the next head has begun while a request is being answered
@@ -90,7 +93,7 @@ class ClientConnection(RequestHandler):
         if isinstance(manager, Listener) and not manager.has_room():
             manager.observe(Outcome("overloaded", 503, ""))
             problem = refusal(503, "too many connections")
-            transport.write(Client.closing_answer(problem))  # type: ignore[attr-defined]
+            self.tell(Client.closing_answer(problem))
             self.force_close()
 
     def data_received(self, data: bytes) -> None:
@@ -298,6 +301,7 @@ class ClientConnection(RequestHandler):
         finally:
             self._task_handler = None
             if self.transport is not None:
+                self.outbox.flush()
                 self.transport.close()
 
     def _arrival(self) -> "asyncio.Future[None]":
@@ -311,9 +315,13 @@ class ClientConnection(RequestHandler):
         """Answer what aiohttp could not parse, with nothing of it."""
         if isinstance(self._manager, Listener):
             self._manager.observe(Outcome("invalid", status, ""))
+        self.tell(Client.closing_answer(refusal(status, "the request is not well-formed HTTP")))
+
+    def tell(self, answer: bytes) -> None:
+        """Write an answer to what is no request, behind those to requests."""
         if self.transport is not None:
-            problem = refusal(status, "the request is not well-formed HTTP")
-            self.transport.write(Client.closing_answer(problem))
+            self.outbox.flush()
+            self.transport.write(answer)
 
     async def _drop_rest(self, content: StreamReader) -> None:
         """Read what is left of a refused body for a while, so that its sender sees the answer; then close."""
@@ -425,6 +433,5 @@ class Listener(web.Server):
     def cut_off(self, connection: ClientConnection, status: int, detail: str) -> None:
         """Refuse a head before its end, and with it the connection."""
         self.observe(Outcome("invalid", status, ""))
-        if connection.transport is not None:
-            connection.transport.write(Client.closing_answer(refusal(status, detail)))
+        connection.tell(Client.closing_answer(refusal(status, detail)))
         connection.force_close()

@@ -18,6 +18,8 @@ from typing import Any, cast
 import hiredis
 from redis.asyncio.connection import AbstractConnection
 
+from proxy.outbox import outbox
+
 BATCH = 8  # commands that leave at once, so that the store works on them while the turn issues more
 SWEEP_S = 0.05  # how late a deadline may be noticed
 RECONNECT_FIRST_S, RECONNECT_MOST_S = 0.02, 1.0
@@ -114,6 +116,7 @@ class Link(asyncio.Protocol):
         self._prepare = prepare
         self._stall_s, self._observe = stall_s, observe
         self._loop = asyncio.get_running_loop()
+        self._outbox = outbox(self._loop)
         self._transport: asyncio.Transport | None = None
         self.up = False  # whether it stands
         self._streams: object = None  # redis-py's, over the same transport
@@ -273,15 +276,18 @@ class Link(asyncio.Protocol):
     # What comes from the socket ...
 
     def data_received(self, data: bytes) -> None:
-        reader = self._reader
+        reader, replies = self._reader, 0
         reader.feed(data)
         try:
             while (reply := reader.gets()) is not False:
                 if not self._give(reply):
                     self._drop("a reply that answers another command")
                     return
+                replies += 1
         except hiredis.ProtocolError:
             self._drop("a reply that is no RESP")
+        if replies > 1:  # what they wake writes
+            self._outbox.hold()
 
     def _give(self, reply: Any) -> bool:
         """Give a reply to the oldest command; a script's reply must name the command it answers, in its first word.

@@ -10,6 +10,7 @@ from collections import deque
 from aiohappyeyeballs import start_connection
 
 from proxy.headers import AnswerHead
+from proxy.outbox import outbox
 from proxy.recurring import Recurring
 from proxy.upstream.connection import Buffered, Connection, Lost, NotSent
 
@@ -37,7 +38,7 @@ class Pool:
         buffered: Buffered,
     ) -> None:
         self.loop = asyncio.get_running_loop()
-        self.buffered = buffered
+        self.buffered, self.outbox = buffered, outbox(self.loop)
         self.known = Recurring[AnswerHead]()  # heads of answers
         self._host, self._port, self._tls = host, port, tls
         self._connect_timeout_s, self._connect_retries = connect_timeout_s, connect_retries
