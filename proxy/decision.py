@@ -60,22 +60,20 @@ class Ending(Enum):
 
 def state_now(state: State, lease_left_ms: int) -> State:
     """Return the state as it counts now: an owner that no longer renews may have done anything."""
-    return State.UNKNOWN if state is State.IN_FLIGHT and lease_left_ms <= 0 else state
+    return _NOBODY_KNOWS if state is _RUNS and lease_left_ms <= 0 else state
 
 
 def decide(state: State, same_request: bool, kept: bool) -> Decision:
     """Return what a request gets from a record in `state` (as of now) that is not its own."""
     if not same_request:
         return Decision.MISMATCH
-    match state:
-        case State.COMPLETE:
-            return Decision.REPLAY if kept else Decision.NOT_KEPT
-        case State.IN_FLIGHT:
-            return Decision.IN_FLIGHT
-        case State.UNKNOWN:
-            return Decision.UNKNOWN
-        case _:
-            assert_never(state)
+    if state is _DONE:
+        return _REPLAY if kept else Decision.NOT_KEPT
+    if state is _RUNS:
+        return Decision.IN_FLIGHT
+    if state is _NOBODY_KNOWS:
+        return Decision.UNKNOWN
+    assert_never(state)
 
 
 def is_open(state: State, same_request: bool, mode: bytes, past_window: bool) -> bool:
@@ -83,15 +81,13 @@ def is_open(state: State, same_request: bool, mode: bytes, past_window: bool) ->
 
     The record's own mode counts, not the newcomer's; only derived keys have a window.
     """
-    match state:
-        case State.COMPLETE:
-            return past_window
-        case State.UNKNOWN:
-            return same_request and mode == b"retry"
-        case State.IN_FLIGHT:
-            return False
-        case _:
-            assert_never(state)
+    if state is _DONE:
+        return past_window
+    if state is _NOBODY_KNOWS:
+        return same_request and mode == b"retry"
+    if state is _RUNS:
+        return False
+    assert_never(state)
 
 
 def ending(disposition: Disposition, kept: bool) -> Ending:
@@ -105,7 +101,11 @@ def ending(disposition: Disposition, kept: bool) -> Ending:
     assert_never(disposition)
 
 
-# Bound once: every answer asks, and a member looked up in its class costs 100 ns (Python 3.11, measured).
+# Bound once: every request asks, and a member looked up in its class costs 100 ns (Python 3.11, measured).
+_RUNS: Final = State.IN_FLIGHT
+_DONE: Final = State.COMPLETE
+_NOBODY_KNOWS: Final = State.UNKNOWN
+_REPLAY: Final = Decision.REPLAY
 _STORE: Final = Disposition.STORE
 _RELEASE: Final = Disposition.RELEASE
 _AMBIGUOUS: Final = Disposition.AMBIGUOUS

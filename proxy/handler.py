@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 Way = Outcome | Coroutine[None, None, Outcome]  # answered already, or what will answer
 UNGUARDED = b"Oncegate-Status: unguarded\r\n"
+_REPLAY = Decision.REPLAY  # bound once, as in `decision`
 NO_VALUE = b"\0"  # of any field that came in
 
 
@@ -328,6 +329,8 @@ class Gateway:
                     return await self._unguarded(request, client, guarded.route, body)
                 if guarded.route.policy.bypass and self._may_bypass(found, guarded, waited):
                     return (await self._unguarded(request, client, guarded.route, body))._replace(key=guarded.key)
+                if not guarded.wait_s:
+                    return await self._tell(guarded, found, client)
                 if (told := await self._stand_back(guarded, found, until, client)) is not None:
                     return told
                 waited = True
@@ -411,7 +414,7 @@ class Gateway:
         self, guarded: Guarded, found: Record | Corrupt | Unconfirmed, until: float, client: Client
     ) -> Outcome | None:
         """Answer a request whose key is taken, or wait for its original; None: it may claim again."""
-        if guarded.wait_s > 0 and judge(found, guarded.fingerprint) is Decision.IN_FLIGHT:
+        if judge(found, guarded.fingerprint) is Decision.IN_FLIGHT:
             woken = await self._wait(guarded, until, client)
             if woken is Woken.GONE:
                 return guarded.outcome("client_gone", 0)
@@ -439,16 +442,16 @@ class Gateway:
     async def _tell(self, guarded: Guarded, found: Record | Corrupt | Unconfirmed | None, client: Client) -> Outcome:
         """Answer a request whose key is taken, by what stands in the store for it."""
         decision = judge(found, guarded.fingerprint)
-        if decision is Decision.REPLAY and isinstance(found, Record) and found.answer is not None:
-            answer = found.answer
+        if decision is _REPLAY and isinstance(found, Record) and (answer := found.answer) is not None:
             uses = reading(answer.status, answer.block, answer.size) if guarded.route.policy.counts_tokens else None
             along = None if uses is None else uses.add
-            word = await replay(client, self._shop.store, guarded.key, found, guarded.extra, along)
+            way = replay(client, self._shop.store, guarded.key, found, guarded.extra, along)
+            word = way if isinstance(way, str) else await way
             if word == "replayed":
-                outcome = guarded.outcome(word, answer.status, saved_s=answer.took_ms / 1000, sent=answer.size)
+                outcome = guarded.outcome(word, answer.status, 0.0, "", answer.took_ms / 1000, answer.size)
                 return outcome if uses is None else outcome._replace(tokens=uses.tokens())
             if client.started:
-                return guarded.outcome(word, found.answer.status)
+                return guarded.outcome(word, answer.status)
             decision = word
         word, told = explain(decision, found, guarded.route.policy)
         client.answer(told, (UNKNOWN if word == "unknown" else REFUSED) + guarded.extra)

@@ -55,15 +55,16 @@ class AccessLog:
         self._left_out = PLAIN if which == "notable" else frozenset[str]()
         self._levels = () if which == "off" else [name for name in ("info", "error") if _is_shown(name, level)]
         self._lines: list[str] = []
-        self._second = 0, ""
+        self._second, self._date = 0, ""
 
     def __call__(self, outcome: Outcome, seconds: float, client_left: bool) -> None:
-        level = "error" if outcome.word in ALARMING else "info"
-        if outcome.word in self._left_out or level not in self._levels:
+        word = outcome[0]
+        level = "error" if word in ALARMING else "info"
+        if word in self._left_out or level not in self._levels:
             return
-        word, status, method, key, upstream_s, *_, detail, rule, _ = outcome
+        word, status, method, key, upstream_s, _, _, _, detail, rule, _ = outcome
         shown = (word, method, status, short(key) if key else "", seconds * 1000, upstream_s * 1000, client_left)
-        more = {name: value for name, value in (("detail", detail), ("rule", rule)) if value}
+        more = {name: value for name, value in (("detail", detail), ("rule", rule)) if value} if detail or rule else {}
         if self._json:
             self._add(_as_json(shown, more, level, self._stamp()))
         else:
@@ -72,10 +73,12 @@ class AccessLog:
 
     def _stamp(self) -> str:
         """Return the time; what is the same for a whole second is written once a second."""
-        second, nanos = divmod(time.time_ns(), 1_000_000_000)
-        if second != self._second[0]:
-            self._second = second, datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
-        return f"{self._second[1]}.{nanos // 1000:06d}Z"
+        now = time.time()
+        second = int(now)
+        if second != self._second:
+            self._second = second
+            self._date = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+        return f"{self._date}.{int((now - second) * 1e6):06d}Z"
 
     def _add(self, line: str) -> None:
         if not self._lines:
@@ -93,11 +96,11 @@ class AccessLog:
 def _as_json(shown: tuple[Any, ...], more: dict[str, str], level: str, stamp: str) -> str:
     """Return the line. Words are quoted once, only a detail can be anything: 5 us less than json.dumps (measured)."""
     word, method, status, key, ms, upstream_ms, client_left = shown
+    further = "".join([f"{_quoted(name)}: {json.dumps(value)}, " for name, value in more.items()]) if more else ""
     return (
-        f'{{"outcome": {_quoted(word)}, "method": {_quoted(method)}, "status": {status}, "key": "{key}", '
+        f'{{"outcome": "{word}", "method": {_quoted(method)}, "status": {status}, "key": "{key}", '
         f'"ms": {ms:.2f}, "upstream_ms": {upstream_ms:.2f}, "client_left": {"true" if client_left else "false"}, '
-        f"{''.join([f'{_quoted(name)}: {json.dumps(value)}, ' for name, value in more.items()])}"
-        f'"event": "request", "level": "{level}", "timestamp": "{stamp}"}}'
+        f'{further}"event": "request", "level": "{level}", "timestamp": "{stamp}"}}'
     )
 
 

@@ -210,19 +210,21 @@ class Metrics(Collector):
 
     def observe(self, outcome: Outcome, seconds: float) -> None:
         """Count one request."""
-        word, upstream_s = outcome.word, outcome.upstream_s
+        word, _, _, key, upstream_s, saved_s, replayed_bytes, common_tenant, _, _, tokens = outcome
         self._requests.by_value[word] += 1
         self._request(seconds)
-        self._overhead(max(0.0, seconds - upstream_s))
         if upstream_s:
             self._upstream(upstream_s)
-        if outcome.key and word in SUPPRESSED:
-            self._suppressed.add(word)
-            self._saved_s.add(amount=outcome.saved_s)
-            self._replayed_bytes.add(amount=outcome.replayed_bytes)
-            if outcome.tokens is not None:
-                self._save_tokens(outcome.tokens)
-        if outcome.common_tenant:
+            self._overhead(max(0.0, seconds - upstream_s))
+        else:
+            self._overhead(seconds)
+        if key and word in SUPPRESSED:
+            self._suppressed.by_value[word] += 1
+            self._saved_s.by_value[""] += saved_s
+            self._replayed_bytes.by_value[""] += replayed_bytes
+            if tokens is not None:
+                self._save_tokens(tokens)
+        if common_tenant:
             self._unscoped.add()
         if len(self._by_request[0].fresh) >= FRESH:
             for spread in self._by_request:

@@ -1,6 +1,6 @@
 """Answers from the store: a small one in one write, a large one as fast as the client takes it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 
 from proxy.client import Client
 from proxy.headers import answer_digest
@@ -17,10 +17,11 @@ def _block(record: Record, answer: StoredAnswer, extra: bytes) -> bytes:
     return b"%sAge: %d\r\n%s%s" % (answer.block, age_s, MARK, extra)
 
 
-async def replay(
+def replay(
     client: Client, store: Store, key: bytes, record: Record, extra: bytes, along: Along | None = None
-) -> str:
-    """Send a stored answer and return the outcome's word; `extra`: further fields; `along` hears of all of the body.
+) -> str | Coroutine[None, None, str]:
+    """Send a stored answer and return the outcome's word, or what will return it; `extra`: further fields; `along`
+    hears of all of the body.
 
     `corrupt`: the record's bytes are not those that were stored, and nothing was sent. `store_unavailable`:
     they could not be read, and nothing was sent. `truncated`: either of them, with the head already out.
@@ -32,20 +33,15 @@ async def replay(
         if along is not None:  # once it has left
             along(record.body or b"")
         return word
-    return await _replay_large(client, store, key, record, answer, extra, along)
+    return _replay_large(client, store, key, record, answer, extra, along)
 
 
 def _replay_small(client: Client, record: Record, answer: StoredAnswer, body: bytes, extra: bytes) -> str:
     if not intact(answer, body):
         return "corrupt"
-    client.send(
-        answer.status,
-        answer.reason,
-        _block(record, answer, extra),
-        body,
-        stated_length=answer.stated_length,
-        bodiless=answer.size == 0 and answer.stated_length,
-    )
+    stated = answer.stated_length
+    block, bodiless = _block(record, answer, extra), stated and not body
+    client.send(answer.status, answer.reason, block, body, stated_length=stated, bodiless=bodiless)
     return "replayed"
 
 

@@ -12,7 +12,7 @@ from itertools import count
 from typing import Any, NamedTuple
 
 from proxy.addresses import parse_several
-from proxy.decision import is_open, state_now
+from proxy.decision import State, is_open, state_now
 from proxy.keys import Scope, store_key
 from proxy.store.breaker import Breaker
 from proxy.store.cluster import Cluster
@@ -55,6 +55,7 @@ READ_BYTES = 262144  # of a larger one at a time
 _16, _16_NEXT, _32_NEXT = b"$16\r\n", b"\r\n$16\r\n", b"\r\n$32\r\n"  # bytes of words of a known size
 _STORE, _RELEASE = resp(b"store"), resp(b"release")
 PAUSE_FIRST_S, PAUSE_MOST_S = 0.01, 0.5
+_COMPLETE = State.COMPLETE
 
 
 def servers(
@@ -248,7 +249,7 @@ class Store:
                     return self._repeated_claim(found, claim, None) if maybe_executed else found
                 if isinstance(found, str):  # our idea of the server's time was behind; the reply corrected it
                     found = Unconfirmed("the store was reached too late", maybe_executed=False)
-                if isinstance(found, Record) and found.token != seen:
+                if isinstance(found, Record) and self._may_open(found, window_ms) and found.token != seen:
                     given_up = found.token in self._given_up
                     if await self._withdrawn(found, claim) if given_up else _opens(found, claim, window_ms):
                         seen, left_s = found.token, deadline - loop.time()
@@ -274,6 +275,10 @@ class Store:
         """Return what a repeat found; what was asked before it may be on its way yet."""
         (give_up or self._note_copy)(claim)
         return found
+
+    def _may_open(self, found: Record, window_ms: int) -> bool:
+        """Return whether a key is to be looked at more closely: most are complete, and stay so."""
+        return found.state is not _COMPLETE or window_ms > 0 or bool(self._given_up)
 
     def _no_use(self, why: Unconfirmed) -> bool:
         """Return whether another try within the budget cannot bring another reply."""
@@ -342,18 +347,20 @@ class Store:
 
     def _read_claim(self, claim: Claim, scope: Scope, reply: Any) -> Claim | Record | Corrupt | Unconfirmed | str:
         """Return what a reply to `claim` means; "late" where the claim came too late."""
-        if isinstance(reply, list) and reply[0] == b"claimed":
+        word = reply[0] if isinstance(reply, list) else b""
+        if word == b"claimed":
             _, now_ms, fence, created = reply
             self._servers.heard(now_ms)
             key, token, _, mode, fingerprint, described, _, lease_ms, retention_ms = claim
             return new(Claim, (key, token, fence, mode, fingerprint, described, int(created), lease_ms, retention_ms))
+        if word == b"complete":
+            _, now_ms, meta, body = reply
+            self._servers.heard(now_ms)
+            return unpack(claim.key, scope.tenant, meta, body, now_ms)
         match reply:
             case [b"late", int(now_ms)]:
                 self._servers.heard(now_ms)
                 return "late"
-            case [b"complete", int(now_ms), bytes(meta), body]:
-                self._servers.heard(now_ms)
-                return unpack(claim.key, scope.tenant, meta, body, now_ms)
             case [state, int(now_ms), *fields] if len(fields) == 7:
                 return running(claim.key, scope.tenant, [state, *fields], now_ms)
             case ErrorReply() if str(reply).startswith("WRONGTYPE"):

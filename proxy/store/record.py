@@ -118,14 +118,15 @@ def unpack(key: bytes, tenant: bytes, meta: bytes, body: bytes | None, now_ms: i
         return Corrupt("unknown layout")
     if _check(key, packed) != meta[-_CHECK_BYTES:]:
         return Corrupt("the record does not match its check")
-    fields = _FIXED.unpack_from(packed)
-    token, _fence, created, digest, fingerprint, owner = fields[1:7]
-    flags, reason_size, status, chunks, took_ms, size, completed_ms, age_s, block_size = fields[7:]
+    (
+        _, token, _, created, digest, fingerprint, owner,
+        flags, reason_size, status, chunks, took_ms, size, completed_ms, age_s, block_size,
+    ) = _FIXED.unpack_from(packed)  # fmt: skip
     reason_end = _FIXED.size + reason_size
     if owner != tenant or reason_end + block_size != len(packed):
         return Corrupt("the record describes another key")
     reason, block = packed[_FIXED.size : reason_end], packed[reason_end:]
-    kept, eof_framed, stated = bool(flags & KEPT), bool(flags & EOF_FRAMED), bool(flags & STATED_LENGTH)
+    kept, eof_framed, stated = flags & KEPT != 0, flags & EOF_FRAMED != 0, flags & STATED_LENGTH != 0
     answer = new(
         StoredAnswer,
         (status, reason, block, digest, chunks, size, kept, eof_framed, stated, completed_ms, took_ms, age_s),
@@ -142,9 +143,10 @@ def intact(answer: StoredAnswer, body: bytes) -> bool:
     """Return whether a whole body is the one that was stored."""
     if len(body) != answer.size:
         return False
-    digest = answer_digest(answer.status, answer.reason, answer.block)
+    status, reason, block, expected, *_ = answer
+    digest = answer_digest(status, reason, block)
     digest.update(body)
-    return digest.digest() == answer.digest
+    return digest.digest() == expected
 
 
 def running(key: bytes, tenant: bytes, fields: list[bytes | int | None], now_ms: int) -> Record | Corrupt:
