@@ -379,7 +379,7 @@ class Gateway:
 
     def _is_plain(self, policy: Policy, seen: Seen) -> bool:
         """Return whether all that the head decides is the same for each value of the field that may differ."""
-        plain = policy.sources is None and not policy.scope_sources and policy.forward_key is None
+        plain = policy.sources is None and policy.forward_key is None
         return plain and policy.key_header == seen.name and seen.name not in self._chosen_by
 
     def _claim(self, guarded: Guarded) -> Claiming:

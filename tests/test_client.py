@@ -8,9 +8,10 @@ import pytest
 
 from proxy.client import Client, Request
 from proxy.listener import Listener
+from proxy.outbox import outbox
 from proxy.pace import Pace
 from proxy.problems import problem
-from tests.parts import RawClient, ask, read_answer, request, until
+from tests.parts import RawClient, answers_in, ask, read_answer, request, until
 
 GET = request("GET", key=None, body=b"")
 HEAD = request("HEAD", key=None, body=b"")
@@ -347,3 +348,36 @@ async def test_a_half_closed_client_gets_its_last_answer_as_the_last():
             first, second = await read_answer(client.reader), await read_answer(client.reader)
             assert (first.header("connection"), second.header("connection")) == (None, b"close")
             assert await client.reader.read() == b""
+
+
+@pytest.mark.parametrize("last", [CLOSING, OLD])
+async def test_what_waits_to_leave_stays_before_what_closes_the_connection(last):
+    """An answer that leaves with others comes whole, and before the one behind it that is the last."""
+
+    async def hold(client: Client) -> None:
+        outbox(asyncio.get_running_loop()).hold()
+        client.send(200, b"OK", b"", b"first")
+
+    async with answering(hold, hold, whole(body=b"last")) as port:
+        client = await RawClient.open(port)
+        told = await answers_in(await bytes_of(client, GET + GET + last))
+        assert [answer.body for answer in told[:2]] == [b"first", b"first"]
+        assert len(told) == 3
+        client.close()
+
+
+async def test_an_answer_that_waits_to_leave_is_not_lost_with_the_next_one():
+    """Breaking off an answer leaves the one before it as it is."""
+
+    async def hold(client: Client) -> None:
+        outbox(asyncio.get_running_loop()).hold()
+        client.send(200, b"OK", b"", b"first")
+
+    async def broken(client: Client) -> None:
+        client.begin(200, b"OK", b"", length=None, stated=False, eof=False)
+        client.abort()
+
+    async with answering(hold, broken) as port:
+        client = await RawClient.open(port)
+        assert b"first" in await bytes_of(client, GET + GET)
+        client.close()

@@ -10,13 +10,14 @@ import pytest
 
 from tests.parts import OK, RawClient, RawUpstream, Received, answering, holding, request, until
 
-RULES = """
+BY_KEY = """
 [[rule]]
 name = "by-key"
 path = "/by-key"
 headers = { Idempotency-Key = "first-*" }
-release_statuses = ["418"]
-
+namespace = "first"
+"""
+RULES = """
 [[rule]]
 name = "other-field"
 path = "/other-field"
@@ -26,6 +27,16 @@ key = "header:X-Key"
 name = "either"
 path = "/either"
 key = ["header:Idempotency-Key", "header:X-Key"]
+
+[[rule]]
+name = "query"
+path = "/query"
+key = "query:id"
+
+[[rule]]
+name = "waits"
+path = "/waits"
+on_duplicate = "wait"
 
 [[rule]]
 name = "renamed"
@@ -111,10 +122,11 @@ class Ways:
 
 
 @pytest.mark.timeout(120)
-async def test_a_request_that_came_before_is_treated_as_if_it_were_new(proxies, upstream, valkey, tmp_path: Path):
+@pytest.mark.parametrize("rules", [RULES, BY_KEY + RULES], ids=["rules", "with one by the key"])
+async def test_a_request_that_came_before_is_treated_as_if_it_were_new(proxies, upstream, valkey, tmp_path, rules):
     """Under every rule: executed with the head that the parser's way sends, and its key, tenant and fingerprint are
     those that the parser's way finds again."""
-    (tmp_path / "rules.toml").write_text(RULES)
+    (tmp_path / "rules.toml").write_text(rules)
     gate = proxies(upstream, valkey.url, RULES_FILE="rules.toml", ACCESS_LOG="off")
     ways, dice, numbers = Ways(gate.port, upstream), random.Random(7), itertools.count(1000)
     cases = list(itertools.product(PATHS, FORMS, EXTRA))
@@ -147,6 +159,37 @@ async def test_a_request_that_came_before_is_treated_as_if_it_were_new(proxies, 
 def without_fence(head: bytes) -> list[bytes]:
     """Return the lines of a head, the fence's, which is always another, without its number."""
     return [line.split(b": ")[0] if line.startswith(b"Idempotency-Fence") else line for line in head.split(b"\r\n")]
+
+
+@pytest.mark.parametrize("path", ["/other-field", "/query?id=1"])
+async def test_another_field_than_the_one_that_may_differ_is_the_key(proxies, upstream, valkey, tmp_path: Path, path):
+    """Where a rule names the key by something else, requests that differ in the usual field alone are duplicates."""
+    (tmp_path / "rules.toml").write_text(RULES)
+    gate = proxies(upstream, valkey.url, RULES_FILE="rules.toml")
+    ways = Ways(gate.port, upstream)
+    told = [(await ways.whole(request("POST", path, f"a{n}", b"x", "X-Key: fixed")))[1] for n in range(6)]
+    ways.close()
+    assert told == [b"executed"] + [b"replayed"] * 5
+
+
+@pytest.mark.parametrize(("path", "extra"), [("/", "Prefer: wait=20"), ("/waits", "X: 1")])
+async def test_a_duplicate_waits_each_time(proxies, upstream, valkey, tmp_path: Path, path, extra):
+    """However often the like was asked for before: what the head says of waiting holds."""
+    (tmp_path / "rules.toml").write_text(RULES)
+    gate = proxies(upstream, valkey.url, RULES_FILE="rules.toml")
+    ways, first = Ways(gate.port, upstream), await RawClient.open(gate.port)
+    for number in range(5):
+        raw, done = request("POST", path, f"a{number}", b"x", extra), asyncio.Event()
+        upstream.script = holding(done)
+        original = asyncio.ensure_future(first.ask(raw))
+        await until(lambda number=number: len(upstream.received) == number + 1)
+        duplicate = asyncio.ensure_future(ways.whole(raw))
+        await until(lambda: gate.metric("waiting") == 1)
+        done.set()
+        assert (await duplicate)[:2] == (200, b"replayed")
+        await original
+    first.close()
+    ways.close()
 
 
 async def test_what_is_too_large_stays_too_large(proxies, upstream, valkey, tmp_path: Path):
