@@ -13,7 +13,7 @@ import pytest
 
 from loadtest.bench import keys, tools
 from loadtest.bench.extras import goals
-from loadtest.bench.machine import ROOT, Process, family, two_cores
+from loadtest.bench.machine import NICE, ROOT, Process, family, give_way, two_cores
 from loadtest.bench.plot import write_plot
 from loadtest.bench.scenarios import Run
 from loadtest.bench.table import Figure, Table, write_csv
@@ -88,6 +88,18 @@ def test_the_cpu_time_of_children_counts():
     finally:
         for pid in family(process.pid)[1:]:
             os.kill(pid, signal.SIGKILL)
+        process.stop()
+
+
+def test_what_gives_way_is_moved_and_nice():
+    """It runs on the cores that it is given, after all else there."""
+    cores = two_cores()
+    process = Process(cores.proxy, sys.executable, "-c", "import time\ntime.sleep(60)")
+    try:
+        give_way(process.pid, cores.other)
+        assert os.sched_getaffinity(process.pid) == cores.other
+        assert os.getpriority(os.PRIO_PROCESS, process.pid) == NICE
+    finally:
         process.stop()
 
 

@@ -1,6 +1,9 @@
 """How each contender is started, and what they share: the upstreams and a Redis."""
 
+import contextlib
 import shutil
+import time
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -86,6 +89,16 @@ def oncegate(site: Site, *, store_url: str = "", upstream_port: int = 0, **setti
 
     running = _listening(start)
     return Running(running.process, running.port, admin_ports[-1])
+
+
+def await_ready(running: Running) -> None:
+    """Return when /readyz says yes. Raises RuntimeError where it does not."""
+    for _ in range(500):
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"http://127.0.0.1:{running.admin_port}/readyz", timeout=5).close()
+            return
+        time.sleep(0.02)
+    raise RuntimeError(f"not ready: {running.process.said()}")
 
 
 def embedded(site: Site) -> Running:

@@ -1,6 +1,5 @@
 """The figures that the table does not have: streams, large answers, memory, starting, workers, a full store."""
 
-import contextlib
 import json
 import subprocess
 import threading
@@ -12,10 +11,11 @@ from statistics import median
 from typing import Any
 
 from loadtest.bench import contenders, scenarios, wrk
-from loadtest.bench.contenders import Running, Site
+from loadtest.bench.contenders import Running, Site, await_ready
 from loadtest.bench.machine import PYTHON, ROOT, pinned
 from loadtest.bench.redis import command, fill, raw_answer_bytes
 from loadtest.bench.table import Figure, Table
+from loadtest.bench.workers import workers
 from loadtest.peers.nginx import BIG_BYTES
 
 KIB, MIB = 1024, 1024 * 1024
@@ -181,29 +181,6 @@ def start(site: Site, quick: bool) -> list[Figure]:
     return found
 
 
-def workers(site: Site, quick: bool) -> list[Figure]:
-    """How much CPU time a request costs with two workers, against one: what is left to scale by.
-
-    Both share the proxy's core here: requests a second with a core for each take four cores to measure.
-    """
-    costs: dict[int, list[float]] = {1: [], 2: []}
-    for number in range(3 if quick else 9):
-        for count in costs:
-            running = contenders.oncegate(site, WORKERS=count)
-            try:
-                await_ready(running)
-                for take in range(2):  # the first one warms it up
-                    run = scenarios.measure(
-                        site, running, scenarios.SCENARIOS["execution"], "oncegate", 32, take + 1, number
-                    )
-            finally:
-                running.process.stop()
-            costs[count].append(run.cpu_us)
-    one, two = median(costs[1]), median(costs[2])
-    note = f"{one:.1f} and {two:.1f} us CPU a request"
-    return [Figure("2 workers against 1, by CPU time, a core for each", 2 * one / two, "x", 1.8, True, note)]
-
-
 def full_store(site: Site, quick: bool) -> list[Figure]:
     """The claim's latency, as oncegate's own metric has it, with many records present and with few.
 
@@ -245,16 +222,6 @@ def _claims(running: Running) -> tuple[float, float]:
         lines = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if not line.startswith("#"))
     name, label = "oncegate_store_seconds", '{verb="claim"}'
     return float(lines[f"{name}_count{label}"]), float(lines[f"{name}_sum{label}"])
-
-
-def await_ready(running: Running) -> None:
-    """Return when /readyz says yes. Raises RuntimeError where it does not."""
-    for _ in range(500):
-        with contextlib.suppress(OSError):
-            urllib.request.urlopen(f"http://127.0.0.1:{running.admin_port}/readyz", timeout=5).close()
-            return
-        time.sleep(0.02)
-    raise RuntimeError(f"not ready: {running.process.said()}")
 
 
 def record(site: Site, quick: bool) -> list[Figure]:

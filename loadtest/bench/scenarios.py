@@ -78,7 +78,7 @@ def started(site: Site, name: str) -> Iterator[Running]:
     running = contenders.CONTENDERS[name](site)
     try:
         wrk.run(
-            running.port, "/v1/charges", _key(), mode="unique", seconds=WARM_S, connections=8, cores=site.cores.other
+            running.port, "/v1/charges", new_key(), mode="unique", seconds=WARM_S, connections=8, cores=site.cores.other
         )
         yield running
     finally:
@@ -90,7 +90,7 @@ def measure(
     site: Site, running: Running, scenario: Scenario, name: str, connections: int, seconds: int, number: int
 ) -> Run:
     """Put load on a running contender."""
-    key = "" if scenario.name == "pass-through" else _key()
+    key = "" if scenario.name == "pass-through" else new_key()
     path = f"/hold?s={seconds + 1}" if scenario.refused else "/v1/charges"
     with _prepared(running, scenario, path, key):
         cpu_s, other_s = running.process.cpu_s(), busy_s(site.cores.other)
@@ -146,7 +146,7 @@ def ask_many(port: int, count: int) -> None:
     """Execute so many charges one after the other on one connection."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     for _ in range(count):
-        connection.request("POST", "/v1/charges", wrk.CHARGE, _fields(_key()))
+        connection.request("POST", "/v1/charges", wrk.CHARGE, _fields(new_key()))
         connection.getresponse().read()
     connection.close()
 
@@ -162,7 +162,8 @@ def _fields(key: str) -> dict[str, str]:
     return fields | ({"Idempotency-Key": key} if key else {})
 
 
-def _key() -> str:
+def new_key() -> str:
+    """Return a key that nobody had."""
     return f"bench-{uuid.uuid4().hex}"
 
 
