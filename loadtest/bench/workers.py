@@ -3,8 +3,8 @@
 Two saturated workers and their load take four cores. Here one worker has a core for itself, as the goal has it, while
 its sibling serves with what the load leaves of the other core: 2 x what one alone costs there / what this one costs is
 what two cores are worth. The sibling gives way because a load that starves leaves the worker asleep between a few
-requests, each of them dearer. Two on one core cost more, related or not: whatever takes turns with a proxy leaves it
-cold caches. The pairs that take turns show that, and would show what workers add to it.
+requests, each of them dearer. Two on one core cost more, related or not, presumably for cold caches: a process that
+only spins there does it, too. The pairs that take turns show that, and would show what workers add to it.
 """
 
 from collections.abc import Iterator, Sequence
