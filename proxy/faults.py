@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 POINTS = {
     "head": ("before", "proxy.handler:Gateway._enter"),
     "body": ("before", "proxy.body:Bodies.here", "proxy.body:Bodies.again"),
-    "named": ("after", "proxy.handler:Gateway._name", "proxy.handler:Gateway._name_again"),
+    "named": ("after", "proxy.guarded:Namer.name", "proxy.guarded:Namer.again"),
     "claim": ("before", "proxy.handler:Gateway._claim"),
     "claimed": ("before", "proxy.leases:Leases.hold"),
     "held": ("after", "proxy.leases:Leases.hold"),

@@ -2,9 +2,8 @@
 
 import time
 from collections.abc import Callable, Coroutine
-from hashlib import blake2b
 from ipaddress import ip_address
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from proxy.addresses import Network
 from proxy.body import Bodies, Body, BrokenOff, NoRoom, TooLarge
@@ -12,74 +11,37 @@ from proxy.client import Client, Request
 from proxy.decision import Decision
 from proxy.exchange import Exchange, Workshop
 from proxy.gate import Gate, Refused
+from proxy.guarded import Guarded, Namer, Prepared
 from proxy.headers import (
     Hop,
     RequestHead,
     is_websocket,
-    preferred_wait_s,
     renamed,
     request_head,
     tokens,
 )
-from proxy.keys import BadKey, Digests, Scope, finished, keyed, parse_key
+from proxy.keys import BadKey, Digests, Scope, parse_key
 from proxy.leases import Held, suspended_clock_s
 from proxy.metrics import Observe, Outcome
-from proxy.naming import Familiar, Name, key_in_head, name, passes, scope_of, uses_no_key
-from proxy.policy import Policy
+from proxy.naming import key_in_head, passes, uses_no_key
 from proxy.problems import problem, refusal
-from proxy.recurring import Seen
 from proxy.refusals import REFUSED, UNKNOWN, explain, judge, no_body, no_scope, overloaded, refuse, reject
 from proxy.relay import relay
 from proxy.replay import replay
 from proxy.routes import Route, Routes
 from proxy.sources import Missing
 from proxy.store import Claim, Claiming, Corrupt, Record, Unconfirmed, Withheld
-from proxy.store.record import new
 from proxy.tunnel import tunnel
 from proxy.usage import reading
 from proxy.waiters import Woken
 
 if TYPE_CHECKING:
-    from proxy.listener import ClientConnection
+    pass
 
 Way = Outcome | Coroutine[None, None, Outcome]  # answered already, or what will answer
 UNGUARDED = b"Oncegate-Status: unguarded\r\n"
 _REPLAY = Decision.REPLAY  # bound once, as in `decision`
-NO_VALUE = b"\0"  # of any field that came in
-
-
-class Guarded(NamedTuple):
-    """A request with its key, named: what the rest of the path needs to know of it."""
-
-    route: Route
-    method: str
-    key: bytes  # digest
-    scope: Scope
-    fingerprint: bytes
-    wait_s: float  # how long it may wait for its original
-    extra: bytes  # fields that its answer gets as a duplicate
-    window_ms: int = 0  # of a derived key: what is complete for longer does not count
-    fresh: bool = False  # surely no duplicate, however equal: what it meets under its key is another request
-
-    def outcome(
-        self, word: str, status: int, upstream_s: float = 0.0, detail: str = "", saved_s: float = 0.0, sent: int = 0
-    ) -> Outcome:
-        """Return what became of this request; `saved_s` and `sent` (bytes) are a replay's."""
-        common, rule = self.scope.common, self.route.policy.rule
-        return new(
-            Outcome, (word, status, self.method, self.key, upstream_s, saved_s, sent, common, detail, rule, None)
-        )
-
-
-class Prepared(NamedTuple):
-    """A guarded request as far as its head decides, whatever its key: made once for a head that comes again."""
-
-    route: Route
-    scope: Scope
-    scoped: blake2b  # the digest of its key, without the key
-    begun: blake2b  # its fingerprint, without the body
-    wait_s: float
-    extra: bytes
+NO_VALUE = b"\0"  # which no field that came in can have
 
 
 class Gateway:
@@ -98,7 +60,7 @@ class Gateway:
         observe: Observe,
         failed: Callable[[BaseException], None],
     ) -> None:
-        self._shop, self._digests, self._bodies, self._trusted = shop, digests, bodies, trusted
+        self._shop, self._namer, self._bodies, self._trusted = shop, Namer(digests), bodies, trusted
         self._max_in_flight, self._observe, self._failed = max_in_flight, observe, failed
         self.in_flight = self.relaying = 0
         self._gate = gate
@@ -108,7 +70,7 @@ class Gateway:
         """Treat requests that come from now on by these routes; those under way keep theirs."""
         self._gate.heads.clear()  # they passed another gate
         self._gate, self._default = gate, routes.default
-        self._choose, self._chosen_by = routes if routes.chosen else None, routes.headers
+        self._choose, self._namer.chosen_by = routes if routes.chosen else None, routes.headers
 
     async def __call__(self, request: Request) -> Client:
         """Answer one request. Whatever fails in here closes the connection without a clean end."""
@@ -245,10 +207,7 @@ class Gateway:
     def _guard(self, request: Request, head: RequestHead, client: Client, route: Route, key: bytes | None) -> Way:
         """Check whose key it is. Every limit applies before the claim. `key` None: the body has it."""
         policy = route.policy
-        if policy.scope_sources:
-            scope = scope_of(policy, self._digests, head)
-        else:
-            scope = (request.protocol.familiar or self._acquaint(request.protocol)).scope(policy, head.fields)
+        scope = self._namer.scope(request, policy, head)
         if not isinstance(scope, Scope):
             return reject(client, head.method, "invalid", no_scope(scope))._replace(rule=route.policy.rule)
         if self.in_flight >= self._max_in_flight:
@@ -267,7 +226,7 @@ class Gateway:
         if not isinstance(body, Body):
             return no_body(client, method, body)
         try:
-            guarded = self._name_again(prepared, method, request.key, body)
+            guarded = self._namer.again(prepared, method, request.key, body)
         except Exception:
             body.close()
             raise
@@ -300,7 +259,7 @@ class Gateway:
         if not isinstance(body, Body):
             return no_body(client, head.method, body)
         try:
-            guarded = self._name(request, route, head, scope, key, body)
+            guarded = self._namer.name(request, route, head, scope, key, body)
         except Exception:
             body.close()
             raise
@@ -342,45 +301,6 @@ class Gateway:
         """Pass a request on though it has a key, as nobody else's answer can be its own."""
         assert request.head is not None
         return await self._relay(request, request.head, client, route, body, UNGUARDED)
-
-    def _acquaint(self, connection: "ClientConnection") -> Familiar:
-        connection.familiar = familiar = Familiar(self._digests)
-        return familiar
-
-    def _name(
-        self, request: Request, route: Route, head: RequestHead, scope: Scope, key: bytes | None, body: Body
-    ) -> Guarded | Missing | BadKey:
-        """Return the request with its names, and how long it may wait if it is a duplicate."""
-        policy, fields = route.policy, head.fields
-        wait_s, extra = policy.wait_max_s if policy.wait_for_duplicates else 0.0, b""
-        if b"prefer" in fields and (preferred := preferred_wait_s(fields[b"prefer"])) is not None:
-            wait_s = min(preferred, policy.wait_max_s)
-            extra = b"Preference-Applied: wait=%d\r\n" % wait_s
-        if key is not None and policy.fingerprint is None:  # as most are
-            begun = (request.protocol.familiar or self._acquaint(request.protocol)).begun(policy, head)
-            if request.seen is not None and self._is_plain(policy, request.seen):
-                request.seen.prepared = Prepared(route, scope, self._digests.scoped(scope), begun, wait_s, extra)
-            fingerprint = finished(begun, body.blocks())
-            return Guarded(route, head.method, self._digests.key(scope, key), scope, fingerprint, wait_s, extra)
-        named = name(policy, self._digests, head, scope, key, body)
-        if not isinstance(named, Name):
-            return named
-        return Guarded(
-            route, head.method, named.key, scope, named.fingerprint, wait_s, extra, named.window_ms, named.fresh
-        )
-
-    def _name_again(self, prepared: Prepared, method: str, value: bytes, body: Body) -> Guarded:
-        """Return the request that says what came before, all but its key and body; `value`: of its key's field."""
-        route, scope, scoped, begun, wait_s, extra = prepared
-        fingerprint = begun.copy()
-        fingerprint.update(body.data)
-        key = keyed(scoped, value.strip(b'"'))
-        return new(Guarded, (route, method, key, scope, fingerprint.digest(), wait_s, extra, 0, False))
-
-    def _is_plain(self, policy: Policy, seen: Seen) -> bool:
-        """Return whether all that the head decides is the same for each value of the field that may differ."""
-        plain = policy.sources is None and policy.forward_key is None
-        return plain and policy.key_header == seen.name and seen.name not in self._chosen_by
 
     def _claim(self, guarded: Guarded) -> Claiming:
         route, _, key, scope, fingerprint, _, _, window_ms, _ = guarded

@@ -1355,7 +1355,7 @@ async def test_a_state_that_nobody_knows_is_not_claimed_anew(store, client, stat
     """Where the mode is retry, too."""
     await at(store, client, state, b"retry")
     value = client.hget(NAME, "state")
-    for wrong in [*damaged(value), b"complete", None]:
+    for wrong in [*damaged(value), b"complete", b"claimed", b"late", None]:
         client.hdel(NAME, "state") if wrong is None else client.hset(NAME, "state", wrong)
         before = fields(client)
         assert isinstance(await claim(store), Corrupt), wrong

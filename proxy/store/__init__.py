@@ -347,7 +347,8 @@ class Store:
 
     def _read_claim(self, claim: Claim, scope: Scope, reply: Any) -> Claim | Record | Corrupt | Unconfirmed | str:
         """Return what a reply to `claim` means; "late" where the claim came too late."""
-        word = reply[0] if isinstance(reply, list) else b""
+        # By its length too: the state of a damaged record may be any word.
+        word = reply[0] if isinstance(reply, list) and len(reply) == 4 else b""
         if word == b"claimed":
             _, now_ms, fence, created = reply
             self._servers.heard(now_ms)
