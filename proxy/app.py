@@ -189,7 +189,12 @@ class Service:
             store_timeout_s=settings.store_timeout_ms / 1000,
             patience_s=settings.settle_timeout_s,
             pace=self._pace,
-            longest_s=settings.upstream_timeout_s + settings.client_stall_s + 2 * settings.settle_timeout_s + 10,
+            # Sent on the last moment of the queue for a connection, and answered on the last one of the silence.
+            longest_s=settings.connect_timeout_s
+            + settings.upstream_timeout_s
+            + settings.client_stall_s
+            + 2 * settings.settle_timeout_s
+            + 10,
         )
 
     def reload(self) -> None:

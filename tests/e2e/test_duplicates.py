@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from typing import Any
 
 import pytest
 
@@ -10,8 +11,10 @@ from tests.parts import (
     Answer,
     RawClient,
     RawUpstream,
+    Received,
     answering,
     ask,
+    chunk,
     holding,
     read_answer,
     request,
@@ -296,3 +299,42 @@ async def test_a_running_key_outlives_its_retention(proxies, upstream, valkey):
     assert len(upstream.received) == 1
     upstream.script = answering(OK)
     assert (await ask(two[0].port, request())).header("oncegate-status") == b"executed"
+
+
+@pytest.mark.timeout(60)
+async def test_however_long_the_wait_for_a_connection_it_is_in_flight(upstream, valkey, proxies):
+    """A request may wait for a free connection as long as the connect timeout says; meanwhile its lease is kept, and
+    once it is sent, the upstream has all of its time."""
+    gate = proxies(
+        upstream,
+        valkey.url,
+        MAX_UPSTREAM_CONNECTIONS=1,
+        CONNECT_TIMEOUT_S=40,
+        UPSTREAM_TIMEOUT_S=1,
+        LEASE_MS=600,
+        CLIENT_STALL_S=0.1,
+        SETTLE_TIMEOUT_S=0.1,
+        CLIENT_MIN_BYTES_PER_S=0,
+    )
+    done = asyncio.Event()
+
+    async def drip(_: Any, __: Any, writer: asyncio.StreamWriter, received: Received) -> None:
+        if received.line.startswith(b"POST"):
+            writer.write(OK)
+            return
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        while not done.is_set():
+            writer.write(chunk(b"x"))
+            await asyncio.sleep(0.2)
+        writer.write(chunk(b""))
+
+    upstream.script = drip
+    busy = asyncio.create_task(ask(gate.port, request("GET", "/", None, b"")))
+    await until(lambda: upstream.received)
+    waiting = asyncio.create_task(ask(gate.port, request()))
+    await asyncio.sleep(13)  # ten seconds more than its parts is what may pass without a word; then the lease
+    told = await ask(gate.port, request())
+    done.set()
+    assert (await waiting).header("oncegate-status") == b"executed"
+    assert_in_flight(told)
+    await busy
