@@ -45,8 +45,8 @@ class Pool:
         self._max_connections, self._keep_idle_s = max_connections, keep_idle_s
         self._idle: list[Connection] = []  # the longest idle first
         self._readable = select.epoll()
-        # When that was done last, what was found, and how many of the idle ones have been idle since before.
-        self._looked_at, self._touched, self._looked = 0.0, set[int](), 0
+        # What was found in this turn of the loop, and how many of the idle ones have been idle since before.
+        self._touched, self._looked, self._looks_again = set[int](), 0, False
         self._open = 0
         self._queue: deque[asyncio.Future[None]] = deque()
         self._active: set[Connection] = set()
@@ -145,8 +145,8 @@ class Pool:
     def _reuse(self, reuse_idle_s: float) -> Connection | None:
         idle, now = self._idle, self.loop.time()
         while idle:
-            if now != self._looked_at or not self._looked:
-                self._look(now)
+            if not self._looked:
+                self._look()
             connection = idle[self._looked - 1]
             if now - connection.idle_since >= reuse_idle_s:
                 if self._looked == len(idle):
@@ -161,14 +161,20 @@ class Pool:
             self._discard(connection)
         return None
 
-    def _look(self, now: float) -> None:
-        """See on which connections something came: one call for all requests of a turn.
+    def _look(self) -> None:
+        """See on which connections something came: one call for all requests of a turn, as it holds no longer.
 
-        The loop's clock stands still within a turn. A call for each took 5 % of an execution (measured). Those
-        that become idle meanwhile have their turn once all the others are taken, with another look.
+        A call for each took 5 % of an execution (measured). Those that become idle meanwhile have their turn once all
+        the others are taken, with another look.
         """
-        self._looked_at, self._looked = now, len(self._idle)
+        self._looked = len(self._idle)
         self._touched = {descriptor for descriptor, _ in self._readable.poll(0, self._max_connections)}
+        if not self._looks_again:
+            self._looks_again = True
+            self.loop.call_soon(self._look_again)
+
+    def _look_again(self) -> None:
+        self._looked, self._looks_again = 0, False
 
     def _discard(self, connection: Connection) -> None:
         connection.close()
