@@ -13,7 +13,7 @@ import pytest
 
 from loadtest.bench import keys, tools
 from loadtest.bench.extras import goals
-from loadtest.bench.machine import NICE, ROOT, Process, family, give_way, two_cores
+from loadtest.bench.machine import ROOT, Process, family, share, two_cores
 from loadtest.bench.plot import write_plot
 from loadtest.bench.scenarios import Run
 from loadtest.bench.table import Figure, Table, write_csv
@@ -91,14 +91,21 @@ def test_the_cpu_time_of_children_counts():
         process.stop()
 
 
-def test_what_gives_way_is_moved_and_nice():
-    """It runs on the cores that it is given, after all else there."""
+def test_a_share_is_a_fifth_of_a_core():
+    """A process that would take all of a core gets a fifth, where there are control groups to write to; else that is
+    said, and it goes on."""
     cores = two_cores()
-    process = Process(cores.proxy, sys.executable, "-c", "import time\ntime.sleep(60)")
+    process = Process(cores.proxy, sys.executable, "-c", "while True: pass")
     try:
-        give_way(process.pid, cores.other)
-        assert os.sched_getaffinity(process.pid) == cores.other
-        assert os.getpriority(os.PRIO_PROCESS, process.pid) == NICE
+        with share(process.pid, cores.other):
+            assert os.sched_getaffinity(process.pid) == cores.other
+            before = process.cpu_s()
+            began = time.monotonic()
+            time.sleep(1)
+            assert process.cpu_s() - before < 0.5 * (time.monotonic() - began)
+    except OSError as why:
+        if "cgroup" not in str(why):
+            raise
     finally:
         process.stop()
 

@@ -9,7 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 TICKS_A_SECOND = os.sysconf("SC_CLK_TCK")
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 START_S, PATIENCE_S, STOP_S = 30.0, 0.5, 10.0
-NICE = 10
+PERIOD_US = 10_000  # in which a share of a core is given
 
 
 class Cores(NamedTuple):
@@ -39,13 +40,31 @@ def pinned(cores: frozenset[int]) -> Callable[[], None]:
     return lambda: os.sched_setaffinity(0, cores)
 
 
-def give_way(pid: int, cores: frozenset[int]) -> None:
-    """Move a process that runs to these cores, where it takes what the others there leave."""
+@contextmanager
+def share(pid: int, cores: frozenset[int]) -> Iterator[None]:
+    """Give a process that runs a fifth of these cores and no more. Raises OSError where there are no control groups."""
     for task in Path(f"/proc/{pid}/task").iterdir():
         os.sched_setaffinity(int(task.name), cores)
-        os.setpriority(os.PRIO_PROCESS, int(task.name), NICE)
-    with contextlib.suppress(OSError):  # Linux may share a core out among sessions first: then a session is nice
-        Path(f"/proc/{pid}/autogroup").write_text(str(NICE))
+    group, limits = _control_group(pid)
+    group.mkdir()
+    try:
+        for name, value in limits.items():
+            (group / name).write_text(value)
+        (group / "cgroup.procs").write_text(str(pid))
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # the process has ended, else
+            (group.parent / "cgroup.procs").write_text(str(pid))
+        group.rmdir()
+
+
+def _control_group(pid: int) -> tuple[Path, dict[str, str]]:
+    """Return a group's place and the files that limit it, for the first or the second version of control groups."""
+    first, second = Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup")
+    name = f"oncegate-bench-{pid}"
+    if (first / "cgroup.procs").exists():
+        return first / name, {"cpu.cfs_period_us": str(PERIOD_US), "cpu.cfs_quota_us": str(PERIOD_US // 5)}
+    return second / name, {"cpu.max": f"{PERIOD_US // 5} {PERIOD_US}"}
 
 
 class Process:

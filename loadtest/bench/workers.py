@@ -1,111 +1,98 @@
-"""What two workers get out of two cores, by the CPU time of a request.
+"""What two workers do, of one.
 
-Two saturated workers and their load take four cores. Here one worker has a core for itself, as the goal has it, while
-its sibling serves with what the load leaves of the other core: 2 x what one alone costs there / what this one costs is
-what two cores are worth. The sibling gives way because a load that starves leaves the worker asleep between a few
-requests, each of them dearer. Two on one core cost more, related or not, presumably for cold caches: a process that
-only spins there does it, too. The pairs that take turns show that, and would show what workers add to it.
+Two saturated workers, their load, store and upstream want four cores. On two, each worker gets a fifth of a core of
+its own and no more (a control group's quota): that is always free for it, and what is left is plenty for the load. The
+pairs that take turns on one core are there for comparison: workers beside proxies that know nothing of each other.
 """
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from itertools import cycle
 from statistics import median
-from typing import NamedTuple
 
 from loadtest.bench import contenders, scenarios, wrk
 from loadtest.bench.contenders import Running, Site, await_ready
-from loadtest.bench.machine import cpu_s, family, give_way
+from loadtest.bench.machine import family, share
 from loadtest.bench.table import Figure
 
-CONNECTIONS = 32  # of each load; a pair has two loads
-SECONDS = 1
-ALONE, APART, TURNS, UNRELATED = "alone", "apart", "taking turns", "unrelated, taking turns"
-
-
-class Work(NamedTuple):
-    """What a process has done so far: the CPU seconds, and the bytes that it read, which requests share evenly."""
-
-    cpu_s: float
-    read_bytes: int
+CONNECTIONS = 32  # for each process
 
 
 def workers(site: Site, quick: bool) -> list[Figure]:
-    """Two workers against one: with a core for each; and taking turns on one, as two unrelated proxies do."""
-    costs: dict[str, list[float]] = {ALONE: [], APART: [], TURNS: [], UNRELATED: []}
-    for number in range(1 if quick else 4):  # started anew: where code and data lie in memory bends the figures, too
-        with _services(site) as (one, other, pair, apart):
-            supervisor, *both = family(apart.process.pid)
-            mine = both.pop(number % 2)
-            give_way(both[0], site.cores.other)
-            _cost(site, [one, other, pair, apart], [one.process.pid])  # warms them up
-            for _ in range(2):
-                costs[ALONE].append(_cost(site, [one], [one.process.pid]))
-                costs[APART].append(_cost(site, [apart, apart], [mine], [supervisor]))
-                costs[TURNS].append(_cost(site, [pair, pair], family(pair.process.pid)))
-                costs[UNRELATED].append(_cost(site, [one, other], [one.process.pid, other.process.pid]))
-    rows: tuple[tuple[str, str, float | None], ...] = (
-        ("2 workers against 1, by CPU time, a core for each", APART, 1.8),
-        ("the same, taking turns on one core", TURNS, None),
-        ("2 unrelated proxies against 1, taking turns on one core", UNRELATED, None),
-    )
+    """Requests a second of two workers against one, and CPU time where they take turns on one core.
+
+    All are started anew several times: where code and data lie in memory bends the figures, too.
+    """
+    starts, takes = (1, 2) if quick else (3, 3)
+    return [_with_cores(site, starts, takes), *_taking_turns(site, starts, takes)]
+
+
+def _with_cores(site: Site, starts: int, takes: int) -> Figure:
+    name, rates = "2 workers against 1, a fifth of a core for each", {1: list[int](), 2: list[int]()}
+    try:
+        for _ in range(starts):
+            with _started(site, 1) as one, _started(site, 2) as two, ExitStack() as shares:
+                for running, count in ((one, 1), (two, 2)):
+                    for pid, cores in zip(_serving(running), cycle(site.cores), strict=False):
+                        shares.enter_context(share(pid, cores))
+                    _load(site, running, CONNECTIONS * count)  # warms it up
+                for _ in range(takes):
+                    for running, count in ((one, 1), (two, 2)):
+                        rates[count].append(_load(site, running, CONNECTIONS * count).requests)
+    except OSError as why:
+        return Figure(name, float("nan"), "x", 1.8, True, f"no control group: {why}")
+    times = [many / few for few, many in zip(rates[1], rates[2], strict=True)]
+    spread = f"{min(times):.2f} to {max(times):.2f}; {median(rates[1]):.0f} and {median(rates[2]):.0f} a second"
+    return Figure(name, median(rates[2]) / median(rates[1]), "x", 1.8, True, spread)
+
+
+def _taking_turns(site: Site, starts: int, takes: int) -> list[Figure]:
+    costs: dict[str, list[float]] = {"alone": [], "2 workers": [], "2 unrelated proxies": []}
+    for _ in range(starts):
+        with _started(site, 1) as one, _started(site, 1) as other, _started(site, 2) as pair:
+            for loaded in ([one], [pair, pair], [one, other]):
+                _cost(site, loaded)  # warms them up
+            for _ in range(takes):
+                for name, loaded in zip(costs, ([one], [pair, pair], [one, other]), strict=True):
+                    costs[name].append(_cost(site, loaded))
+    alone, *paired = (median(found) for found in costs.values())
     return [
-        Figure(name, _times(costs[ALONE], costs[pair]), "x", goal, True, _each(costs[ALONE], costs[pair]))
-        for name, pair, goal in rows
-    ]
-
-
-def _times(alone: list[float], paired: list[float]) -> float:
-    """Return what a pair does, of one: the median of ratios of what was measured within seconds of each other."""
-    return median(2 * one / each for one, each in zip(alone, paired, strict=True))
-
-
-def _each(alone: list[float], paired: list[float]) -> str:
-    return f"{median(alone):.1f} and {median(paired):.1f} us CPU a request"
+        Figure(f"{name} against 1, by CPU time, taking turns on a core", 2 * alone / cost, "x", None,
+               note=f"{alone:.1f} and {cost:.1f} us CPU a request")
+        for name, cost in zip([*costs][1:], paired, strict=True)
+    ]  # fmt: skip
 
 
 @contextmanager
-def _services(site: Site) -> Iterator[list[Running]]:
-    """Start two services of one process and two of two workers, all on the proxy's core."""
+def _started(site: Site, count: int) -> Iterator[Running]:
     scenarios.empty(site.redis)
-    with ExitStack() as stack:
-        started = []
-        for count in (1, 1, 2, 2):
-            started.append(contenders.oncegate(site, WORKERS=count))
-            stack.callback(started[-1].process.stop)
-            await_ready(started[-1])
-        yield started
+    running = contenders.oncegate(site, WORKERS=count)
+    try:
+        await_ready(running)
+        yield running
+    finally:
+        running.process.stop()
 
 
-def _cost(site: Site, loaded: Sequence[Running], counted: Sequence[int], shared: Sequence[int] = ()) -> float:
-    """Put a load on each; return what a request costs in the processes that are counted, in us of CPU time.
+def _serving(running: Running) -> list[int]:
+    """Return the processes that serve: the workers, or the only one."""
+    first, *others = family(running.process.pid)
+    return others or [first]
 
-    They served the share of the requests that they have of what was read. What is `shared` works for all requests.
-    """
-    everyone = {pid for running in loaded for pid in family(running.process.pid)}
-    before = {pid: _work(pid) for pid in everyone}
+
+def _cost(site: Site, loaded: Sequence[Running]) -> float:
+    """Put a load on each; return the CPU time of a request in us."""
+    different = list(dict.fromkeys(loaded))
+    before = sum(running.process.cpu_s() for running in different)
     with ThreadPoolExecutor() as threads:
-        loads = list(threads.map(lambda running: _load(site, running), loaded))
-    did = {pid: Work(*(now - then for now, then in zip(_work(pid), before[pid], strict=True))) for pid in everyone}
-    if any(load.refused or load.broken for load in loads):
-        raise RuntimeError(f"wrong answers: {loads}")
-    requests = sum(load.requests for load in loads)
-    serving = everyone - set(shared)
-    share = sum(did[pid].read_bytes for pid in counted) / sum(did[pid].read_bytes for pid in serving)
-    own_s, shared_s = (sum(did[pid].cpu_s for pid in pids) for pids in (counted, shared))
-    return (own_s / (requests * share) + shared_s / requests) * 1e6
+        loads = list(threads.map(lambda running: _load(site, running, CONNECTIONS), loaded))
+    return (sum(running.process.cpu_s() for running in different) - before) * 1e6 / sum(load.requests for load in loads)
 
 
-def _load(site: Site, running: Running) -> wrk.Load:
-    key = scenarios.new_key()
-    cores = site.cores.other
-    return wrk.run(
-        running.port, "/v1/charges", key, mode="unique", seconds=SECONDS, connections=CONNECTIONS, cores=cores
-    )
-
-
-def _work(pid: int) -> Work:
-    """Return what it has done. Raises OSError where the process has ended."""
-    lines = Path(f"/proc/{pid}/io").read_text().splitlines()
-    return Work(cpu_s(pid), next(int(line.split()[1]) for line in lines if line.startswith("rchar")))
+def _load(site: Site, running: Running, connections: int) -> wrk.Load:
+    key, cores = scenarios.new_key(), site.cores.other
+    load = wrk.run(running.port, "/v1/charges", key, mode="unique", seconds=1, connections=connections, cores=cores)
+    if load.refused or load.broken:
+        raise RuntimeError(f"wrong answers: {load}")
+    return load
