@@ -46,15 +46,23 @@ def share(pid: int, cores: frozenset[int]) -> Iterator[None]:
     for task in Path(f"/proc/{pid}/task").iterdir():
         os.sched_setaffinity(int(task.name), cores)
     group, limits = _control_group(pid)
-    group.mkdir()
     try:
-        for name, value in limits.items():
+        group.mkdir()
+        for name, value in {**limits, "cgroup.procs": str(pid)}.items():
             (group / name).write_text(value)
-        (group / "cgroup.procs").write_text(str(pid))
+    except OSError as why:
+        _leave(group, pid)
+        raise OSError(f"no cgroup to write to: {why}") from why
+    try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # the process has ended, else
-            (group.parent / "cgroup.procs").write_text(str(pid))
+        _leave(group, pid)
+
+
+def _leave(group: Path, pid: int) -> None:
+    with contextlib.suppress(OSError):  # the process has ended, or was never in it
+        (group.parent / "cgroup.procs").write_text(str(pid))
+    with contextlib.suppress(OSError):
         group.rmdir()
 
 
