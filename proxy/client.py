@@ -96,8 +96,8 @@ class Client:
 
     @property
     def keep_alive(self) -> bool:
-        """Whether the connection can take another request."""
-        return self.finished and not self._close and not self._connection.asks_no_more
+        """Whether the connection can take another request: also one that retires, if this answer began before."""
+        return self.finished and not self._close and not self._connection.over
 
     # Where it is ...
 

@@ -212,9 +212,14 @@ class ClientConnection(RequestHandler):
         return not self.ssl_context  # TLS has no half-closed connections
 
     @property
+    def over(self) -> bool:
+        """Whether no further request is answered: we close, or the client half-closed and asks no more."""
+        return self.last or (self.half_closed and not self._messages)
+
+    @property
     def asks_no_more(self) -> bool:
-        """Whether the answer under way is the last: we close or retire, or the client half-closed and asks no more."""
-        return self.last or ((self.half_closed or self.retiring) and not self._messages)
+        """Whether an answer that begins now is to say that it is the last."""
+        return self.over or (self.retiring and not self._messages)
 
     def close(self) -> None:
         """Take no further request; aiohttp's own way would drop what is still to come of a body, too."""

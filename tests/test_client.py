@@ -381,3 +381,37 @@ async def test_an_answer_that_waits_to_leave_is_not_lost_with_the_next_one():
         client = await RawClient.open(port)
         assert b"first" in await bytes_of(client, GET + GET)
         client.close()
+
+
+async def test_a_connection_that_retires_in_the_midst_of_an_answer_takes_one_more_request():
+    """The answer under way did not say that it is the last: the next one does."""
+    begun, over = asyncio.Event(), asyncio.Event()
+
+    async def handler(asked: Request) -> Client:
+        client = Client(asked, Pace(5, 1))
+        if begun.is_set():
+            client.send(200, b"OK", b"", b"last")
+        else:
+            client.begin(200, b"OK", b"", length=2, stated=False, eof=False)
+            client.write(b"ok")
+            begun.set()
+            await over.wait()
+            client.end()
+        return client
+
+    listener = Listener(handler, max_connections=100, pace=Pace(5, 1), observe=lambda _: None)
+    server = await asyncio.get_running_loop().create_server(listener, "127.0.0.1", 0)
+    client = await RawClient.open(server.sockets[0].getsockname()[1])
+    first = asyncio.ensure_future(client.ask(GET))
+    await begun.wait()
+    listener.retire()
+    over.set()
+    answer = await first
+    assert answer is not None
+    assert (answer.body, answer.header("connection")) == (b"ok", None)
+    last = await client.ask(GET)
+    assert last is not None
+    assert (last.body, last.header("connection")) == (b"last", b"close")
+    client.close()
+    server.close()
+    await listener.shutdown(0.1)
