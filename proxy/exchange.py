@@ -133,7 +133,7 @@ class Exchange:
                 return self._take(connection)
             return await self._stream(connection, head)
         except Lost as lost:
-            self._lost = lost
+            self._lost = lost.with_traceback(None)  # which would refer back to all of this
             return Ending.NO_RESPONSE if self._answer is None else Ending.TRUNCATED
         finally:
             self.upstream_s = time.perf_counter() - began

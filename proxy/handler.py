@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Coroutine
 from ipaddress import ip_address
-from typing import TYPE_CHECKING
 
 from proxy.addresses import Network
 from proxy.body import Bodies, Body, BrokenOff, NoRoom, TooLarge
@@ -34,9 +33,6 @@ from proxy.store import Claim, Claiming, Corrupt, Record, Unconfirmed, Withheld
 from proxy.tunnel import tunnel
 from proxy.usage import reading
 from proxy.waiters import Woken
-
-if TYPE_CHECKING:
-    pass
 
 Way = Outcome | Coroutine[None, None, Outcome]  # answered already, or what will answer
 UNGUARDED = b"Oncegate-Status: unguarded\r\n"

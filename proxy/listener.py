@@ -124,7 +124,7 @@ class ClientConnection(RequestHandler):
         try:
             found, self._upgraded, self._message_tail = self._parser.feed_data(data)
         except HttpProcessingError as error:
-            found = [(_ErrInfo(400, error, error.message), EMPTY_PAYLOAD)]
+            found = [(_ErrInfo(400, error.with_traceback(None), error.message), EMPTY_PAYLOAD)]
         if found:
             self._messages.extend(found)
             self._request_count += len(found)

@@ -80,6 +80,7 @@ class Recording:
         """Give the room back, whatever happened."""
         if self._writer is not None:
             self._writer.cancel()
+            self._writer = None  # it refers back to this
         self._buffered.give(self._unconfirmed)
         self._unconfirmed = 0
         self._batch.clear()

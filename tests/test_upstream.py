@@ -5,10 +5,13 @@ import contextlib
 import datetime
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +28,7 @@ HEAD = b"HTTP/1.1 200 OK\r\n"
 OK = HEAD + b"Content-Length: 2\r\n\r\nok"
 CLOSING = HEAD + b"Content-Length: 2\r\nConnection: close\r\n\r\nok"
 MIB = 1 << 20
+ROOT = Path(__file__).parents[1]
 BATCH = 1 << 18
 
 
@@ -233,6 +237,27 @@ async def test_every_address_of_a_name_is_tried():
     """A name with an address on which nobody listens is reached at its other one."""
     async with serving(says(OK)) as raw, pool_to(raw.port, host="localhost") as pool:
         assert await ask(pool) == (200, b"ok")
+
+
+async def test_an_address_is_not_looked_up():
+    """Connecting to an address takes no thread, whose every use costs two turns of the loop."""
+    program = """
+import asyncio, sys, uvloop
+from pathlib import Path
+from proxy.upstream import Buffered, Pool
+async def main(port):
+    options = dict(connect_timeout_s=10.0, connect_retries=0, max_connections=8, buffered=Buffered(1 << 20))
+    pool = Pool("127.0.0.1", port, None, **options)
+    connection = await pool.acquire(60)
+    print(connection.transport.get_extra_info("peername")[1] == port, len([*Path("/proc/self/task").iterdir()]))
+uvloop.run(main(int(sys.argv[1])))
+"""
+    async with serving(says(OK)) as raw:
+        child = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", program, str(raw.port), stdout=subprocess.PIPE, env={"PYTHONPATH": str(ROOT)}
+        )
+        said, _ = await child.communicate()
+    assert said == b"True 1\n"
 
 
 # TLS ...

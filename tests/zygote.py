@@ -4,6 +4,7 @@ Reads lines of JSON, {"env": ..., "folder": ..., "log": ...}, and answers each w
 proxy does from there on, to its exit, is what `oncegate serve` does.
 """
 
+import gc
 import json
 import os
 import signal
@@ -122,6 +123,8 @@ def serve(order: dict[str, object]) -> None:
 
 def main() -> None:
     """Fork for each order, until there are no more."""
+    gc.collect()
+    gc.freeze()  # so that not every one of them looks through the same
     for line in sys.stdin:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if not os.fork():

@@ -123,6 +123,7 @@ def event_streams(site: Site, quick: bool) -> list[Figure]:
     ours = contenders.oncegate(site, upstream_port=site.events.port)
     try:
         await_ready(ours)
+        _result(_reader(site, "events", site.events.port, 600, 2, 10, "-"))  # lets the sender's table of files grow
         for name, running in (("ours", ours), ("direct", site.events)) * (1 if quick else 5):
             found[name].append(_result(_reader(site, "events", running.port, 200, number, every_ms, uuid.uuid4().hex)))
     finally:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import resource
 import signal
 from collections.abc import AsyncIterator
 from typing import Any
@@ -13,15 +12,14 @@ from proxy.app import Service, Unsupported
 from proxy.server.embedded import EmbeddedStore, EmbeddedStoreError
 from proxy.server.signals import CANNOT, NOT_ALL, OK, told_to_stop
 from proxy.server.slots import Slot, open_slots
+from proxy.server.steady import open_up, settle_down
 from proxy.server.supervisor import Supervisor
 from proxy.settings import Settings
-
-SPARE_FILES = 128  # for the store, listeners, logs and spools
 
 
 def serve(settings: Settings, logger: Any) -> int:
     """Run until told to stop; return the exit code: 0 when nothing in flight was cut off, 1 else, 2: no start."""
-    _open_up(settings, logger)
+    open_up(settings, logger)
     embedded = None
     store_url = settings.store_url.get_secret_value()
     try:
@@ -40,16 +38,6 @@ def serve(settings: Settings, logger: Any) -> int:
             embedded.stop()
 
 
-def _open_up(settings: Settings, logger: Any) -> None:
-    """Take all the open files there are for the asking: many systems start a process with 1024, for old select()."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):  # macOS grants less than it names
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    wanted = settings.max_connections + settings.max_upstream_connections + SPARE_FILES
-    if most != resource.RLIM_INFINITY and most < wanted:
-        logger.warning("fewer open files than connections are allowed for", limit=most, wanted=wanted)
-
-
 async def _serve(settings: Settings, store_url: str, embedded: EmbeddedStore | None, logger: Any) -> int:
     stop, hurry = told_to_stop()
     loop = asyncio.get_running_loop()
@@ -59,6 +47,7 @@ async def _serve(settings: Settings, store_url: str, embedded: EmbeddedStore | N
     loop.add_signal_handler(signal.SIGHUP, service.reload)
     async with _watched(embedded):
         try:
+            settle_down(settings)
             await service.start()
             logger.info("serving", upstream=str(settings.upstream), ready=not service.problems(), **service.listens_on)
             await stop.wait()

@@ -10,7 +10,6 @@ import json
 import signal
 import socket
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import uvloop
@@ -19,7 +18,8 @@ from proxy import logs
 from proxy.app import Service, Unsupported
 from proxy.server.processes import dies_with
 from proxy.server.signals import CANNOT, NOT_ALL, OK, told_to_stop
-from proxy.settings import SettingsError, load
+from proxy.server.steady import settle_down
+from proxy.settings import Settings, SettingsError, load
 
 REPORT_S = 1.0  # what a worker that is killed has counted since is lost
 ORPHANED = signal.SIGUSR1  # comes when the supervisor dies
@@ -43,15 +43,17 @@ def main(number: int, supervisor_pid: int, link: int, listeners: list[int], stor
     sockets = [socket.socket(fileno=one) for one in listeners]
     try:
         url = store_url or settings.store_url.get_secret_value()
-        return uvloop.run(_work(lambda: Service(settings, url, logger), socket.socket(fileno=link), sockets, logger))
+        return uvloop.run(_work(settings, url, socket.socket(fileno=link), sockets, logger))
     except (Unsupported, SettingsError, OSError) as error:
         logger.error("cannot start", reason=str(error))
         return CANNOT
 
 
-async def _work(make: Callable[[], Service], link: socket.socket, sockets: list[socket.socket], logger: Any) -> int:
+async def _work(
+    settings: Settings, store_url: str, link: socket.socket, sockets: list[socket.socket], logger: Any
+) -> int:
     stop, hurry = told_to_stop()
-    service, retire = make(), asyncio.Event()
+    service, retire = Service(settings, store_url, logger), asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(ORPHANED, stop.set)
     loop.add_signal_handler(signal.SIGHUP, service.reload)
@@ -59,6 +61,7 @@ async def _work(make: Callable[[], Service], link: socket.socket, sockets: list[
     reporter = Reporter(service, writer)
     tasks = [asyncio.ensure_future(reporter.run()), asyncio.ensure_future(_listen(reader, reporter, stop, retire))]
     try:
+        settle_down(settings)
         await service.start(sockets)
         writer.write(b'{"up": true}\n')
         await _first(stop, retire)

@@ -6,6 +6,7 @@ import select
 import socket
 import ssl
 from collections import deque
+from typing import Any
 
 from aiohappyeyeballs import start_connection
 
@@ -177,7 +178,7 @@ class Pool:
         self._looked, self._looks_again = 0, False
 
     def _discard(self, connection: Connection) -> None:
-        connection.close()
+        connection.discard()
         self._open -= 1
 
     @property
@@ -235,16 +236,23 @@ class Pool:
     async def _connect_once(self) -> Connection:
         """Resolve and connect as RFC 8305 says, then TLS; uvloop alone tries the addresses one by one."""
         addresses = await self.loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+        host, port, *more = addresses[0][4]
+        if len(addresses) == 1 and not any(more):  # of an IPv6 address with a scope `host` is not all
+            return await self._open_connection(host=host, port=port)
         sock = await start_connection(addresses, happy_eyeballs_delay=0.25, loop=self.loop)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        name = self._host if self._tls else None
         try:
-            _, connection = await self.loop.create_connection(
-                lambda: Connection(self), sock=sock, ssl=self._tls, server_hostname=name
-            )
+            return await self._open_connection(sock=sock)
         except BaseException:
             sock.close()
             raise
+
+    async def _open_connection(self, **where: Any) -> Connection:
+        """Connect; uvloop does it by itself where it gets an address, and with a thread's help where a socket."""
+        name = self._host if self._tls else None
+        _, connection = await self.loop.create_connection(
+            lambda: Connection(self), ssl=self._tls, server_hostname=name, **where
+        )
         return connection
 
 

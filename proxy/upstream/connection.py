@@ -433,9 +433,14 @@ class Connection(asyncio.Protocol):
     def close(self) -> None:
         if self._sender is not None and not self._sender.done():
             self._sender.cancel()
-        self._parser = None  # what still comes is not looked at
+        self._parser = self._spare = None  # what still comes is not looked at
         if self.transport is not None:
             self.transport.abort()
+
+    def discard(self) -> None:
+        """Close it for good, and let go of how it ended: an exception has the frames that have this connection."""
+        self.close()
+        self._failure = self._waiter = None
 
     def drop_body(self) -> None:
         if self.buffered:

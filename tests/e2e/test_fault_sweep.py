@@ -22,7 +22,8 @@ PAUSE_S = 2 * LEASE_MS["pause"] / 1000
 AT_ONCE = 16
 
 # The original is hit. What a retry gets in mid-pause | what the client saw | the record then | what a retry gets
-# afterwards | executions. The number behind a word is that of the execution whose answer it is.
+# afterwards | executions. The number behind a word is that of the execution whose answer it is. A process that dies
+# right behind a write may have kept it for those of the same turn.
 BEFORE_CLAIM = "head body named claim"
 UNSENT = "claimed held connect"
 SMALL, STREAMED = "sent waiting answered passing whole settle store", "sent waiting answered passing whole begin"
@@ -42,7 +43,8 @@ kill  | retry | streamed | STREAMED            |                 | nothing     |
 kill  | retry | streamed | BEGUN               |                 | cut         | in_flight | executed 2      | 2
 kill  | any   | small    | STORED              |                 | nothing     | complete  | replayed 1      | 1
 kill  | any   | streamed | STORED              |                 | cut         | complete  | replayed 1      | 1
-kill  | any   | both     | ended leave left    |                 | executed 1  | complete  | replayed 1      | 1
+kill  | any   | small    | ended leave left    |                 | executed 1 or nothing | complete | replayed 1 | 1
+kill  | any   | streamed | ended leave left    |                 | executed 1 or cut     | complete | replayed 1 | 1
 raise | any   | both     | BEFORE_CLAIM        |                 | 500 refused | absent    | executed 1      | 1
 raise | any   | both     | UNSENT sending      |                 | 500 refused | absent    | executed 1      | 1
 raise | hold  | small    | SMALL               |                 | 500 unknown | unknown   | outcome-unknown | 1
@@ -71,7 +73,8 @@ pause | any   | both     | ended leave left    | replayed 1      | executed 1  |
 DUPLICATES = """
 kill  | any   | both     | replay              |                 | nothing     | complete  | replayed 1      | 1
 kill  | any   | streamed | read                |                 | nothing     | complete  | replayed 1      | 1
-kill  | any   | both     | replayed            |                 | replayed 1  | complete  | replayed 1      | 1
+kill  | any   | small    | replayed            |                 | replayed 1 or nothing | complete | replayed 1 | 1
+kill  | any   | streamed | replayed            |                 | replayed 1 or cut     | complete | replayed 1 | 1
 kill  | any   | both     | wait woken          |                 | nothing     | complete  | replayed 1      | 1
 raise | any   | both     | replay              |                 | 500 refused | complete  | replayed 1      | 1
 raise | any   | streamed | read                |                 | 500 refused | complete  | replayed 1      | 1
@@ -169,7 +172,7 @@ class Sweep:
         for mode in MODES:
             self.others[kind, mode] = await self.start(mode, kind)
         found = await asyncio.gather(*[run(kind, *case) for case in expected])
-        wrong = {case: one for case, one in zip(expected, found, strict=True) if one != expected[case]}
+        wrong = {case: one for case, one in zip(expected, found, strict=True) if not is_one_of(one, expected[case])}
         assert not wrong
 
     async def original(self, kind: str, point: str, shape: str, mode: str) -> tuple[str, ...]:
@@ -230,6 +233,12 @@ class Sweep:
         passed = struck(proxy)
         proxy.close()
         return tuple(found) if passed else ("not passed",)
+
+
+def is_one_of(found: tuple[str, ...], expected: tuple[str, ...]) -> bool:
+    return len(found) == len(expected) and all(
+        one in cell.split(" or ") for one, cell in zip(found, expected, strict=True)
+    )
 
 
 def struck(proxy: Forked) -> bool:
