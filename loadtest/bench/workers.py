@@ -1,7 +1,8 @@
 """What two workers do, of one.
 
 Two saturated workers, their load, store and upstream want four cores. On two, each worker gets a fifth of a core of
-its own and no more (a control group's quota): that is always free for it, and what is left is plenty for the load. The
+its own and no more (a control group's quota): that is always free for it, and what is left is plenty for the load. But
+a request costs more on the core that bears the load, so one worker counts as the mean of one here and one there. The
 pairs that take turns on one core are there for comparison: workers beside proxies that know nothing of each other.
 """
 
@@ -24,27 +25,29 @@ def workers(site: Site, quick: bool) -> list[Figure]:
 
     All are started anew several times: where code and data lie in memory bends the figures, too.
     """
-    starts, takes = (1, 2) if quick else (3, 3)
+    starts, takes = (1, 2) if quick else (4, 4)
     return [_with_cores(site, starts, takes), *_taking_turns(site, starts, takes)]
 
 
 def _with_cores(site: Site, starts: int, takes: int) -> Figure:
-    name, rates = "2 workers against 1, a fifth of a core for each", {1: list[int](), 2: list[int]()}
+    """Two workers, one on each core, against one: of which there is one on each core, too, as they are not alike."""
+    name, alone, paired = "2 workers against 1, a fifth of a core for each", list[float](), list[int]()
     try:
         for _ in range(starts):
-            with _started(site, 1) as one, _started(site, 2) as two, ExitStack() as shares:
-                for running, count in ((one, 1), (two, 2)):
-                    for pid, cores in zip(_serving(running), cycle(site.cores), strict=False):
-                        shares.enter_context(share(pid, cores))
-                    _load(site, running, CONNECTIONS * count)  # warms it up
-                for _ in range(takes):
-                    for running, count in ((one, 1), (two, 2)):
-                        rates[count].append(_load(site, running, CONNECTIONS * count).requests)
+            with ExitStack() as lasting:
+                here, there, pair = (lasting.enter_context(_started(site, count)) for count in (1, 1, 2))
+                serving = [*_serving(here), *_serving(there), *_serving(pair)]
+                for pid, cores in zip(serving, cycle(site.cores), strict=False):
+                    lasting.enter_context(share(pid, cores))
+                for _ in range(1 + takes):
+                    alone.append(sum(_load(site, one, CONNECTIONS).requests for one in (here, there)) / 2)
+                    paired.append(_load(site, pair, CONNECTIONS * 2).requests)
+                del alone[-1 - takes], paired[-1 - takes]  # the first ones warmed them up
     except OSError as why:
         return Figure(name, float("nan"), "x", 1.8, True, f"no control group: {why}")
-    times = [many / few for few, many in zip(rates[1], rates[2], strict=True)]
-    spread = f"{min(times):.2f} to {max(times):.2f}; {median(rates[1]):.0f} and {median(rates[2]):.0f} a second"
-    return Figure(name, median(rates[2]) / median(rates[1]), "x", 1.8, True, spread)
+    times = [many / few for few, many in zip(alone, paired, strict=True)]
+    spread = f"{min(times):.2f} to {max(times):.2f}; {median(alone):.0f} and {median(paired):.0f} a second"
+    return Figure(name, median(paired) / median(alone), "x", 1.8, True, spread)
 
 
 def _taking_turns(site: Site, starts: int, takes: int) -> list[Figure]:
