@@ -182,11 +182,10 @@ async def read_block(content: StreamReader | Here, watch: Watch) -> bytes | Brok
         try:
             async with asyncio.timeout(watch.left_s):
                 block = await content.readany()
-        except TimeoutError:  # ours, or the listener's for a body whose framing broke
-            if content.exception() is not None:
+        except Exception as error:  # what aiohttp made of the client's framing or leaving, or our own timeout
+            error.with_traceback(None)  # the content keeps it, and it would keep all of this
+            if not isinstance(error, TimeoutError) or content.exception() is not None:
                 return BrokenOff()
-        except Exception:  # aiohttp raises what it made of the client's framing, or of its leaving
-            return BrokenOff()
         if not watch.keeps_up(now() - began, len(block)) and not content.at_eof():
             return BrokenOff(stalled=True)
         if block or content.at_eof():

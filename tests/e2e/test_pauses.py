@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.test_workers import workers
-from tests.parts import OK, Proxy, answering, ask, chunk, request, until
+from tests.parts import OK, Proxy, RawClient, abort, answering, ask, chunk, request, until
 
 # What runs in every process of a proxy: at its end it says what its garbage collection was like, and what it found.
 SITE = """
@@ -26,8 +26,9 @@ gc.set_debug(gc.DEBUG_SAVEALL)
 atexit.register(say)
 """
 EVENTS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-# Of what is made for each request, what may be large or is aiohttp's record of a mistake.
-HEAVY = ("proxy.body.", "proxy.exchange.", "proxy.recording.", "proxy.upstream.", "httptools.", "aiohttp.web_protocol.")
+# Of what is made for each request, what may be large or refers to it.
+PARTS = "body exchange recording upstream pace"
+HEAVY = (*(f"proxy.{name}." for name in PARTS.split()), "httptools.", "aiohttp.web_protocol.")
 
 
 @pytest.fixture
@@ -106,6 +107,12 @@ async def test_what_fails_leaves_no_garbage(watched, upstream, tmp_path):
         assert (await ask(gate.port, request(key=f"k{number}"))).status == status
         await ask(gate.port, request(key=None))  # passed through
     assert (await ask(gate.port, b"nonsense\r\n\r\n")).status == 400
+    for body in (b"some", b"3\r\nsom\r\nnonsense\r\n"):
+        client = await RawClient.open(gate.port)
+        framing = "Transfer-Encoding: chunked" if b"nonsense" in body else "Content-Length: 9"
+        client.writer.write(request("POST", "/", "left", body, framing))
+        await asyncio.sleep(0.1)
+        abort(client.writer)
     assert gate.stop() == 0
     (found,) = (one["found"] for one in told(tmp_path))
     assert found.get("argparse.ArgumentParser")  # garbage of a kind there is, so it would have been seen
