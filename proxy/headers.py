@@ -262,6 +262,8 @@ def read_answer_head(status: int, reason: bytes, pairs: Pairs, head_only: bool) 
     if len(text.translate(None, _CONTROLS)) != len(text):  # it could split a message on its way
         return "a control character in the head"
     fields = by_name(pairs)
+    if status == 204:  # a client that believed its length would wait for a body that never comes (RFC 9110, 8.6)
+        pairs = [pair for pair in pairs if pair[0].lower() != b"content-length"]
     passed_on, kept = answer_blocks(pairs, fields)
     if status == 101:
         return AnswerHead(status, reason, pairs, fields, None, False, True, passed_on, kept)

@@ -687,6 +687,13 @@ def test_how_the_end_of_an_answer_is_told(status, sent, head_only, length, bodil
     assert (head.length, head.bodiless, head.eof_framed) == (length, bodiless, eof_framed)
 
 
+@pytest.mark.parametrize(("status", "stated"), [(204, b""), (304, b"Content-Length: 5\r\n")])
+def test_an_answer_without_content_states_no_length(status, stated):
+    """RFC 9110, 8.6: a 204 has no Content-Length, a 304 may have that of what it stands for."""
+    head = answer(status, pairs=LENGTH)
+    assert head.passed_on == head.kept == stated
+
+
 @pytest.mark.parametrize("status", [0, 99, 100, 103, 199, 600, 700, 999, -1])
 def test_a_status_that_is_no_final_answer_makes_it_unusable(status):
     """Only 200 to 599 are final, and 101."""

@@ -12,13 +12,14 @@ from proxy.app import Service, Unsupported
 from proxy.server.embedded import EmbeddedStore, EmbeddedStoreError
 from proxy.server.signals import CANNOT, NOT_ALL, OK, told_to_stop
 from proxy.server.slots import Slot, open_slots
-from proxy.server.steady import open_up, settle_down
+from proxy.server.steady import occupy, open_up, settle_down
 from proxy.server.supervisor import Supervisor
 from proxy.settings import Settings
 
 
 def serve(settings: Settings, logger: Any) -> int:
     """Run until told to stop; return the exit code: 0 when nothing in flight was cut off, 1 else, 2: no start."""
+    occupy()
     open_up(settings, logger)
     embedded = None
     store_url = settings.store_url.get_secret_value()

@@ -9,7 +9,17 @@ from typing import Any
 
 from proxy.settings import Settings
 
+LAST_STANDARD = 2  # stderr
 SPARE_FILES = 128  # for the store, listeners, logs and spools
+
+
+def occupy() -> None:
+    """Open what is closed of stdin, stdout and stderr: sockets would get these numbers, at whose end libuv aborts."""
+    descriptor = os.open(os.devnull, os.O_RDWR)
+    while descriptor <= LAST_STANDARD:
+        os.set_inheritable(descriptor, True)
+        descriptor = os.open(os.devnull, os.O_RDWR)
+    os.close(descriptor)
 
 
 def open_up(settings: Settings, logger: Any) -> None:

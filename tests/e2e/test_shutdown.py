@@ -3,6 +3,8 @@
 import asyncio
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -537,3 +539,31 @@ async def test_the_embedded_store_outlives_the_drain(proxies, upstream):
     assert await exit_code(proxy) == 0
     proxy.start()
     assert (await ask(proxy.port, request())).header("oncegate-status") == b"replayed"
+
+
+class Detached(Proxy):
+    """A proxy whose starter closed some of its standard files."""
+
+    closed = ""
+
+    def _spawn(self) -> None:
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                ["sh", "-c", f'exec {self.closed}; exec "$@"', "sh", sys.executable, "-m", "proxy", "serve"],
+                env=self._env, stderr=log, stdout=log, cwd=self.folder,
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "0<&- 1>&-"])
+@pytest.mark.parametrize("count", [1, 2])
+async def test_closed_standard_files_change_nothing(upstream, valkey, tmp_path, closed, count):
+    """It serves, and ends as it should: no socket gets the number of one of them."""
+    gate = Detached(upstream.url, valkey.url, tmp_path, {"WORKERS": count})
+    gate.closed = closed
+    try:
+        gate.start()
+        assert (await ask(gate.port, request())).status == 200
+        assert gate.stop() == 0
+        assert "Assertion" not in gate.log()
+    finally:
+        gate.close()
