@@ -17,6 +17,7 @@ from tests.conftest import Valkey
 from tests.parts import OK, Answer, Proxy, RawClient, RawUpstream, answering, ask, holding, request, until
 
 REQUESTS = 40
+TRIES = 3
 SEGMENTS_IN = 152  # offset of tcpi_data_segs_in in struct tcp_info, linux/tcp.h (since 4.6)
 DECLINED = OK.replace(b"200 OK", b"429 Too Many Requests")
 AMBIGUOUS = OK.replace(b"200 OK", b"502 Bad Gateway")
@@ -124,10 +125,9 @@ async def test_an_upstream_connection_is_kept_for_many_executions(gate, upstream
 
 
 # Of the proxy alone, without its access log: what it is to write and to read, and how often it may go to sleep.
-# An execution writes the claim, the request, the settlement and the answer, and reads as often; of its seven sleeps one
-# is saved where the store is so quick that its reply is there in a turn in which something else was due.
+# An execution writes the claim, the request, the settlement and the answer, and reads as often.
 CALLS = {
-    "execution": ({"key": "traced-*"}, {"write": 4, "read": 4, "sleep": 7, "all": 16}),
+    "execution": ({"key": "traced-*"}, {"write": 4, "read": 4, "sleep": 6, "all": 16}),
     "replay": ({"key": "traced"}, {"write": 2, "read": 2, "sleep": 3, "all": 8}),
     "pass-through": ({"key": None}, {"write": 2, "read": 2, "sleep": 3, "all": 9}),
 }
@@ -148,18 +148,23 @@ async def test_system_calls(proxies, upstream, valkey, tmp_path, what):
     with closing(await RawClient.open(proxy.port)) as client:
         for n in range(5):
             await send(client, f"before{n}", options)
-        tracer = await traced(proxy, tmp_path / "calls")
-        for n in range(5 * REQUESTS):
-            assert (await send(client, n, options)).status == 200
+        tries = [await spent(proxy, client, options, tmp_path / f"calls{turn}") for turn in range(TRIES)]
+    # Half a call more for what goes on beside: sweeps, a look at the store. The least of some tries, as a turn that
+    # something else was due in saves a sleep only where the store's reply is there already.
+    least = {name: min(one[name] for one in tries) for name in limits}
+    assert {name: n for name, n in least.items() if n > limits[name] + 0.5} == {}, f"{limits}, {tries}"
+
+
+async def spent(proxy: Proxy, client: RawClient, options: dict[str, Any], out: Path) -> dict[str, float]:
+    """Return how many calls of each class a request takes."""
+    tracer = await traced(proxy, out)
+    for n in range(5 * REQUESTS):
+        assert (await send(client, f"{out.name}-{n}", options)).status == 200
     tracer.send_signal(signal.SIGINT)
     tracer.wait(10)
-    found = calls(tmp_path / "calls")
-    each = {
-        name: sum(n for call, n in found.items() if re.fullmatch(pattern, call)) for name, pattern in CLASSES.items()
-    }
-    # Half a call more for what goes on beside: sweeps, a look at the store.
-    over = {name: each[name] / (5 * REQUESTS) for name in limits if each[name] / (5 * REQUESTS) > limits[name] + 0.5}
-    assert over == {}, f"the limits are {limits}, all calls were {found}"
+    found = calls(out)
+    sums = {name: sum(n for call, n in found.items() if re.fullmatch(one, call)) for name, one in CLASSES.items()}
+    return {name: n / (5 * REQUESTS) for name, n in sums.items()}
 
 
 async def traced(proxy: Proxy, out: Path) -> "subprocess.Popen[bytes]":
