@@ -16,7 +16,7 @@ import pytest
 import uvloop
 from redis import Redis
 
-from proxy.server.embedded import find_server
+from oncegate.server.embedded import find_server
 from tests.parts import Proxy, RawUpstream
 from tests.zygote import Forked, Zygote
 

@@ -57,7 +57,7 @@ class Proxy:
     def _spawn(self) -> None:
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "proxy", "serve"], env=self._env, stderr=log, stdout=log, cwd=self.folder
+                [sys.executable, "-m", "oncegate", "serve"], env=self._env, stderr=log, stdout=log, cwd=self.folder
             )
 
     def serves(self) -> bool:

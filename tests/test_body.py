@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import structlog
 
-from proxy.app import Service
-from proxy.body import MEMORY_BYTES, Bodies, Body, BrokenOff, NoRoom, TooLarge, stream
-from proxy.client import Client, Request
-from proxy.listener import Listener
-from proxy.pace import Pace
-from proxy.settings import load
-from proxy.upstream import Buffered
+from oncegate.buffers.memory import Buffered
+from oncegate.downstream.body import MEMORY_BYTES, Bodies, Body, BrokenOff, NoRoom, TooLarge, stream
+from oncegate.downstream.listener import Listener
+from oncegate.downstream.pace import Pace
+from oncegate.downstream.request import Request
+from oncegate.downstream.response import Client
+from oncegate.service.service import Service
+from oncegate.settings.loading import load
 from tests.parts import RawClient, ask, chunk, read_answer, request, until
 
 LIMIT = 3 << 20

@@ -21,10 +21,10 @@ import pytest
 
 from config.clients.jobs import Job, Jobs, work
 from config.clients.sending import Answer, Outcome, Patience, Result, judge, send
-from proxy.cli import main
-from proxy.presets import PRESETS
-from proxy.problems import KINDS, problem
-from proxy.settings import Settings
+from oncegate.commands.cli import main
+from oncegate.messages.problems import KINDS, problem
+from oncegate.rules.presets import PRESETS
+from oncegate.settings.settings import Settings
 from tests.parts import CHUNKED, LAST_CHUNK, OK, RawUpstream, Tap, abort, answering, ask, chunk, holding, request, until
 
 ROOT = Path(__file__).parent.parent

@@ -6,11 +6,12 @@ from contextlib import asynccontextmanager, closing, suppress
 
 import pytest
 
-from proxy.client import Client, Request
-from proxy.listener import Listener
-from proxy.outbox import outbox
-from proxy.pace import Pace
-from proxy.problems import problem
+from oncegate.buffers.outbox import outbox
+from oncegate.downstream.listener import Listener
+from oncegate.downstream.pace import Pace
+from oncegate.downstream.request import Request
+from oncegate.downstream.response import Client
+from oncegate.messages.problems import problem
 from tests.parts import RawClient, answers_in, ask, read_answer, request, until
 
 GET = request("GET", key=None, body=b"")

@@ -13,10 +13,12 @@ import trustme
 from redis.crc import key_slot
 from redis.exceptions import ResponseError
 
-from proxy.keys import store_key
-from proxy.store import Claim, Settled, Store, Unconfirmed
-from proxy.store.cluster import tag_within, view_of
-from proxy.store.seen import StoreError, look_at, scan
+from oncegate.keys.digests import store_key
+from oncegate.store.record import Claim
+from oncegate.store.record_view import StoreError, look_at, scan
+from oncegate.store.redis.cluster import tag_within, view_of
+from oncegate.store.redis.link import Unconfirmed
+from oncegate.store.store import Settled, Store
 from tests.parts import until
 from tests.resp import relaying
 from tests.test_store import (

@@ -21,8 +21,8 @@ import redis
 import yaml
 from packaging.utils import canonicalize_name
 
-from proxy.server.embedded import find_server
-from proxy.settings import Settings
+from oncegate.server.embedded import find_server
+from oncegate.settings.settings import Settings
 from tests.parts import parsed
 
 ROOT = Path(__file__).parent.parent
@@ -112,8 +112,8 @@ def test_wheel_carries_the_package(tmp_path: Path) -> None:
     ]
     subprocess.run(build, cwd=tmp_path, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("oncegate-*.whl")
-    carried = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("proxy/")}
-    sources = {str(path.relative_to(tmp_path)) for path in (tmp_path / "proxy").rglob("*") if path.is_file()}
+    carried = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("oncegate/")}
+    sources = {str(path.relative_to(tmp_path / "proxy")) for path in (tmp_path / "proxy").rglob("*") if path.is_file()}
     assert carried == sources
 
 
@@ -122,7 +122,7 @@ def test_imports_are_installed() -> None:
     installed = re.findall(r"^([a-z0-9-]+)==", (ROOT / "requirements-image.lock").read_text(), re.MULTILINE)
     distributions = packages_distributions()
     for module in (ROOT / "proxy").rglob("*.py"):
-        for name in imported(parsed(module)) - sys.stdlib_module_names - {"proxy"}:
+        for name in imported(parsed(module)) - sys.stdlib_module_names - {"oncegate"}:
             assert any(canonicalize_name(each) in installed for each in distributions[name]), f"{module}: {name}"
 
 
@@ -143,7 +143,7 @@ def imported(tree: ast.Module) -> set[str]:
 @pytest.mark.parametrize(("where", "arguments"), list(oncegate_commands()))
 def test_commands_parse(where: str, arguments: list[str]) -> None:
     """Every command of ours in the Dockerfile, the compose file and the Makefile is one that exists."""
-    from proxy.cli import parser
+    from oncegate.commands.cli import parser
 
     parser().parse_args(arguments)
 
@@ -153,7 +153,7 @@ def test_settings_hold() -> None:
     settings = image_environment() | SERVICES["proxy"]["environment"]
     outside = {name: value for name, value in os.environ.items() if not name.startswith("ONCEGATE_")}
     check = subprocess.run(
-        [sys.executable, "-m", "proxy", "check"],
+        [sys.executable, "-m", "oncegate", "check"],
         cwd=ROOT,
         env=outside | settings,
         capture_output=True,
@@ -265,7 +265,7 @@ def test_prometheus_scrapes_the_admin_listener() -> None:
 
 def test_alerts_name_real_metrics() -> None:
     """Every metric that an alert names is one that the proxy has."""
-    source = (ROOT / "proxy/metrics.py").read_text()
+    source = (ROOT / "proxy/oncegate/observe/metrics.py").read_text()
     groups = yaml.safe_load((ROOT / "config/alerts.yml").read_text())["groups"]
     expressions = [rule["expr"] for group in groups for rule in group["rules"]]
     for name in re.findall(r"oncegate_(\w+)", " ".join(expressions)):

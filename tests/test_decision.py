@@ -4,8 +4,9 @@ from itertools import product
 
 import pytest
 
-from proxy.decision import (
+from oncegate.decision import (
     Decision,
+    Disposition,
     Ending,
     Settlement,
     State,
@@ -16,7 +17,6 @@ from proxy.decision import (
     retry_after_s,
     state_now,
 )
-from proxy.policy import Disposition
 
 RUNNING, PASSED = 1, 0  # what is left of a lease, in ms
 

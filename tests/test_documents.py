@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from proxy.documents import MAX_BYTES, MAX_DEPTH, MAX_FIELDS, Missing, form_value, json_value, parse_pointer
-from proxy.keys import BadKey
+from oncegate.keys.documents import MAX_BYTES, MAX_DEPTH, MAX_FIELDS, Missing, form_value, json_value, parse_pointer
+from oncegate.keys.syntax import BadKey
 
 DOCUMENT = json.dumps(
     {

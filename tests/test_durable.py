@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from loadtest.ports import free_ports
-from proxy.keys import Digests, store_key
-from proxy.store import Claim, Settled, Store, Unconfirmed
-from proxy.store.durable import Below, Level, level
+from oncegate.keys.digests import Digests, store_key
+from oncegate.store.record import Claim
+from oncegate.store.redis.durable import Below, Level, level
+from oncegate.store.redis.link import Unconfirmed
+from oncegate.store.store import Settled, Store
 from tests.parts import until
 from tests.resp import GREETING, Connection, RespServer, Words, resp
 from tests.test_store import (
@@ -156,7 +158,7 @@ async def test_a_claim_below_its_level_is_given_back(scripted, reply):
 
 async def test_a_replica_that_left_may_have_been_promoted(scripted, monkeypatch):
     """Claims that the others have do not count for a while: until the sentinels would have told of a new master."""
-    monkeypatch.setattr("proxy.store.durable.LEFT_S", 0.8)
+    monkeypatch.setattr("oncegate.store.redis.durable.LEFT_S", 0.8)
     counting = Counting()
     scripted.script = lambda connection, words: b":1\r\n" if words[0] == b"WAIT" else counting(connection, words)
 
@@ -231,7 +233,7 @@ async def claimed_at_last(store: Store, of: bytes) -> Claim:
 
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxy.store.node.HEALTH_S", 0.05)
+    monkeypatch.setattr("oncegate.store.redis.node.HEALTH_S", 0.05)
 
 
 @pytest.mark.fault(15)

@@ -19,9 +19,9 @@ import uvloop
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from proxy.server import embedded
-from proxy.server.embedded import EmbeddedStore, EmbeddedStoreError, find_server
-from proxy.server.processes import dies_with
+from oncegate.server import embedded
+from oncegate.server.embedded import EmbeddedStore, EmbeddedStoreError, find_server
+from oncegate.server.processes import dies_with
 from tests.parts import open_files
 
 MAX_BYTES = 64 * 1024 * 1024
@@ -31,7 +31,7 @@ REPOSITORY = Path(embedded.__file__).parents[2]
 PROXY = """
 import signal, sys, time
 from pathlib import Path
-from proxy.server.embedded import EmbeddedStore
+from oncegate.server.embedded import EmbeddedStore
 
 store = EmbeddedStore(Path(sys.argv[1]), 64 * 1024 * 1024, lambda event, **fields: None)
 signalled = []

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from proxy.cli import main
-from proxy.settings import Settings
+from oncegate.commands.cli import main
+from oncegate.settings.settings import Settings
 
 RULES = """
 [[upstream]]

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from proxy import faults
-from proxy.faults import POINTS, Fault, Injected, install, parse_fault
+from oncegate.testing import faults
+from oncegate.testing.faults import POINTS, Fault, Injected, install, parse_fault
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_there_are_points_enough():
         for part in path.split("."):
             step = inspect.getattr_static(step, part) if inspect.isclass(step) else getattr(step, part)
         assert inspect.isfunction(step), place
-        assert step.__module__ != "proxy.faults"
+        assert step.__module__ != "oncegate.testing.faults"
 
 
 @pytest.fixture
@@ -106,10 +106,10 @@ def test_a_pause_stops_everything(steps):
 def test_a_kill_leaves_no_chance():
     """The process ends at once, by SIGKILL."""
     code = (
-        "from proxy.faults import *; import proxy.keys\n"
+        "from oncegate.testing.faults import *; import oncegate.keys.digests\n"
         "install([parse_fault('kill@head:1')], lambda event, **more: print(event))\n"
-        "import proxy.handler\n"
-        "try: proxy.handler.Gateway._enter(None)\n"
+        "import oncegate.gateway.handler\n"
+        "try: oncegate.gateway.handler.Gateway._enter(None)\n"
         "finally: print('alive')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)

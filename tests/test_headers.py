@@ -6,19 +6,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from proxy.gate import Gate, Refused
-from proxy.headers import (
-    AnswerHead,
-    Hop,
-    RequestHead,
-    answer_blocks,
-    by_name,
-    preferred_wait_s,
-    read_answer_head,
-    request_head,
-    status_line,
-    tokens,
-)
+from oncegate.messages.admission import Gate, Refused
+from oncegate.messages.answer_head import AnswerHead, answer_blocks, read_answer_head, status_line
+from oncegate.messages.fields import by_name, tokens
+from oncegate.messages.request_head import Hop, RequestHead, preferred_wait_s, request_head
 
 many = settings(max_examples=400, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 

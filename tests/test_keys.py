@@ -7,7 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from proxy.keys import BadKey, Digests, Scope, UnstableScope, parse_key, short, store_key
+from oncegate.keys.digests import Digests, Scope, UnstableScope, short, store_key
+from oncegate.keys.syntax import BadKey, parse_key
 
 many = settings(max_examples=800, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 

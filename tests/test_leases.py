@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from proxy.leases import Leases, suspended_clock_s
-from proxy.store import Claim
+from oncegate.store.leases import Leases, suspended_clock_s
+from oncegate.store.record import Claim
 from tests.conftest import Valkey
 from tests.test_store import claimed, connected
 

@@ -8,9 +8,9 @@ from contextlib import asynccontextmanager
 import pytest
 from redis.asyncio.connection import AbstractConnection
 
-from proxy.store.link import ErrorReply, Link, Script, Unconfirmed
-from proxy.store.link import resp as resp_words
-from proxy.store.server import load_scripts, opener, preparer
+from oncegate.store.redis.link import ErrorReply, Link, Script, Unconfirmed
+from oncegate.store.redis.link import resp as resp_words
+from oncegate.store.redis.server import load_scripts, opener, preparer
 from tests.parts import until
 from tests.resp import Connection, RespServer, Words, echo, resp
 

@@ -6,7 +6,7 @@ from importlib.resources import files
 
 import pytest
 
-from proxy.store.server import load_scripts
+from oncegate.store.redis.server import load_scripts
 
 RECORD_VERBS = ("append", "claim", "read", "renew", "resolve", "settle")
 STORE_VERBS = {
@@ -17,7 +17,7 @@ STORE_VERBS = {
 VERBS = (*RECORD_VERBS, *STORE_VERBS)
 VARIANTS = ("store", "release", "unknown", "answer")  # of `how`
 ALLOW_OOM = "#!lua flags=allow-oom"
-TEXTS = {verb: (files("proxy.lua") / f"{verb}.lua").read_text() for verb in VERBS}
+TEXTS = {verb: (files("oncegate.store.redis.lua") / f"{verb}.lua").read_text() for verb in VERBS}
 KEY = "once:{test}"
 
 

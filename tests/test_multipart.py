@@ -8,9 +8,9 @@ import aiohttp
 import pytest
 import requests
 
-from proxy.documents import MAX_FIELDS, MAX_VALUE_BYTES, Missing
-from proxy.keys import BadKey
-from proxy.multipart import MAX_HEAD_BYTES, multipart_value
+from oncegate.keys.documents import MAX_FIELDS, MAX_VALUE_BYTES, Missing
+from oncegate.keys.multipart import MAX_HEAD_BYTES, multipart_value
+from oncegate.keys.syntax import BadKey
 
 TYPE = b"multipart/form-data; boundary=XyZ"
 

@@ -4,10 +4,10 @@ import argparse
 
 import pytest
 
-from proxy.cli import parser
-from proxy.keys import digest_of, record_id, store_key
-from proxy.operate.answer import given
-from proxy.operate.refusal import WRONG, Refusal
+from oncegate.commands.cli import parser
+from oncegate.commands.given_answer import given
+from oncegate.commands.refusal import WRONG, Refusal
+from oncegate.keys.digests import digest_of, record_id, store_key
 
 
 def options(*words: str) -> argparse.Namespace:

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from proxy.outbox import Outbox, outbox
+from oncegate.buffers.outbox import Outbox, outbox
 
 
 class Wire(asyncio.WriteTransport):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from proxy.pace import Pace, Watch
+from oncegate.downstream.pace import Pace, Watch
 
 PACE = Pace(10.0, 100)  # 1000 bytes in each 10 s
 

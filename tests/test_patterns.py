@@ -4,14 +4,14 @@ import time
 
 import pytest
 
-from proxy.patterns import (
+from oncegate.messages.target import plain_path
+from oncegate.rules.patterns import (
     host_includes,
     host_matches,
     parse_host_pattern,
     parse_path,
     path_includes,
     path_matcher,
-    plain_path,
     text_includes,
     text_matcher,
 )

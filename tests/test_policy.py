@@ -2,7 +2,8 @@
 
 import pytest
 
-from proxy.policy import DEFAULT_STATUSES, Disposition, Policy, Statuses
+from oncegate.decision import Disposition
+from oncegate.rules.policy import DEFAULT_STATUSES, Policy, Statuses
 
 STORE, RELEASE, AMBIGUOUS = Disposition.STORE, Disposition.RELEASE, Disposition.AMBIGUOUS
 

@@ -2,7 +2,7 @@
 
 import gc
 
-from proxy.upstream.pools import Pools
+from oncegate.upstream.pools import Pools
 
 
 class Named:

@@ -5,7 +5,7 @@ from email.utils import parsedate_to_datetime
 
 import pytest
 
-from proxy.problems import KINDS, REFUSALS, Problem, problem, refusal
+from oncegate.messages.problems import KINDS, REFUSALS, Problem, problem, refusal
 
 NO, YES, NULL = False, True, None
 

@@ -3,12 +3,13 @@
 import re
 from pathlib import Path
 
-from proxy.presets import pages
-from proxy.problems import KINDS
-from proxy.rules import load
-from proxy.rules.fields import RULE, UPSTREAM
-from proxy.settings import Settings, table
-from proxy.sources import KINDS as SOURCES
+from oncegate.keys.sources import KINDS as SOURCES
+from oncegate.messages.problems import KINDS
+from oncegate.rules.fields import RULE, UPSTREAM
+from oncegate.rules.loading import load
+from oncegate.rules.presets import pages
+from oncegate.settings.loading import table
+from oncegate.settings.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -4,20 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.decision import State
-from proxy.headers import answer_digest
-from proxy.store import record
-from proxy.store.record import (
-    Claim,
-    Corrupt,
-    Record,
-    StoredAnswer,
-    intact,
-    pack,
-    running,
-    self_check,
-    unpack,
-)
+from oncegate.decision import State
+from oncegate.messages.answer_head import answer_digest
+from oncegate.store import record
+from oncegate.store.record import Claim, Corrupt, Record, StoredAnswer, intact, pack, running, self_check, unpack
 
 KEY, TENANT, TOKEN, FINGERPRINT = b"k" * 24, b"n" * 16, b"t" * 16, b"f" * 16
 NOW_MS = 1_763_960_000_000

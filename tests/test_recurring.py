@@ -10,14 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.client import Client, Request
-from proxy.gate import Gate, Refused
-from proxy.headers import AnswerHead
-from proxy.listener import Listener
-from proxy.pace import Pace
-from proxy.problems import refusal
-from proxy.recurring import IN_VAIN, MOST, MOST_BYTES, Recurring
-from proxy.upstream import Buffered, Connection, Lost, Pool
+from oncegate.buffers.memory import Buffered
+from oncegate.downstream.listener import Listener
+from oncegate.downstream.pace import Pace
+from oncegate.downstream.request import Request
+from oncegate.downstream.response import Client
+from oncegate.messages.admission import Gate, Refused
+from oncegate.messages.answer_head import AnswerHead
+from oncegate.messages.head_cache import IN_VAIN, MOST, MOST_BYTES, Recurring
+from oncegate.messages.problems import refusal
+from oncegate.upstream.connection import Connection, Lost
+from oncegate.upstream.pool import Pool
 
 DATE = re.compile(rb"Date: [^\r]*")
 TURNS = 12  # of the loop, in which a request is answered

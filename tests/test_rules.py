@@ -4,14 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from proxy.addresses import GUARDABLE, Origin
-from proxy.headers import RequestHead, by_name
-from proxy.policy import Disposition
-from proxy.presets import PRESETS
-from proxy.rules import Rule, Rules, load
-from proxy.rules.fields import OF_UPSTREAMS, RULE, SHARED, UPSTREAM
-from proxy.settings import Settings, SettingsError
-from proxy.sources import KeySources, parse_source
+from oncegate.decision import Disposition
+from oncegate.keys.sources import KeySources, parse_source
+from oncegate.messages.fields import by_name
+from oncegate.messages.request_head import RequestHead
+from oncegate.rules.fields import OF_UPSTREAMS, RULE, SHARED, UPSTREAM
+from oncegate.rules.loading import load
+from oncegate.rules.model import Rule, Rules
+from oncegate.rules.presets import PRESETS
+from oncegate.settings.addresses import GUARDABLE, Origin
+from oncegate.settings.settings import Settings, SettingsError
 
 URL = "http://api.test"
 

@@ -11,10 +11,12 @@ import pytest
 import trustme
 
 from loadtest.ports import free_ports
-from proxy.keys import store_key
-from proxy.store import Claim, Settled, Store, Unconfirmed
-from proxy.store.durable import Below
-from proxy.store.sentinel import FOLLOW_S
+from oncegate.keys.digests import store_key
+from oncegate.store.record import Claim
+from oncegate.store.redis.durable import Below
+from oncegate.store.redis.link import Unconfirmed
+from oncegate.store.redis.sentinel import FOLLOW_S
+from oncegate.store.store import Settled, Store
 from tests.parts import until
 from tests.resp import Connection, RespServer, Words, relaying, resp
 from tests.test_store import (

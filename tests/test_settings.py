@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from proxy.addresses import Address, Origin
-from proxy.faults import Fault
-from proxy.settings import CONTRADICTIONS, LATER, Settings, SettingsError, describe, load, table
+from oncegate.settings.addresses import Address, Origin
+from oncegate.settings.contradictions import CONTRADICTIONS
+from oncegate.settings.loading import describe, load, table
+from oncegate.settings.settings import LATER, Settings, SettingsError
+from oncegate.testing.faults import Fault
 
 CANARY = "hunter2-canary"
 UPSTREAM = "http://upstream:9000"

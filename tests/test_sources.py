@@ -4,11 +4,14 @@ import random
 
 import pytest
 
-from proxy.headers import RequestHead, by_name
-from proxy.keys import BadKey, Digests, Scope, UnstableScope, finished, framed
-from proxy.naming import Familiar, Name, asked, key_in_head, name, passes, scope_of
-from proxy.policy import Policy
-from proxy.sources import KeySources, Missing, Named, Parts, find, parse_source, scope_fields
+from oncegate.keys.digests import Digests, Scope, UnstableScope, finished, framed
+from oncegate.keys.documents import Missing
+from oncegate.keys.sources import KeySources, Named, Parts, find, parse_source, scope_fields
+from oncegate.keys.syntax import BadKey
+from oncegate.messages.fields import by_name
+from oncegate.messages.request_head import RequestHead
+from oncegate.rules.identity import Familiar, Name, asked, key_in_head, name, passes, scope_of
+from oncegate.rules.policy import Policy
 
 FORM = (b"Content-Type", b"application/x-www-form-urlencoded; charset=utf-8")
 FILES = (b"Content-Type", b"multipart/form-data; boundary=b")

@@ -16,13 +16,14 @@ import pytest
 import trustme
 from redis import Redis
 
-from proxy.decision import decide, state_now
-from proxy.headers import answer_digest
-from proxy.keys import Digests, Scope, store_key
-from proxy.store import Claim, Corrupt, Record, Settled, Store, StoredAnswer, Unconfirmed
-from proxy.store.node import ORDINARY
-from proxy.store.record import intact, pack, self_check
-from proxy.store.server import load_scripts
+from oncegate.decision import decide, state_now
+from oncegate.keys.digests import Digests, Scope, store_key
+from oncegate.messages.answer_head import answer_digest
+from oncegate.store.record import Claim, Corrupt, Record, StoredAnswer, intact, pack, self_check
+from oncegate.store.redis.link import Unconfirmed
+from oncegate.store.redis.node import ORDINARY
+from oncegate.store.redis.server import load_scripts
+from oncegate.store.store import Settled, Store
 from tests.conftest import Valkey
 from tests.parts import OK, Tap, ask, request, until
 from tests.resp import Connection, Relay, RespServer, Words, relaying, resp
@@ -1251,7 +1252,7 @@ async def test_a_full_server_refuses_takeovers_too(store, client, state):
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Look at the server's health more often than every two seconds."""
-    monkeypatch.setattr("proxy.store.node.HEALTH_S", 0.05)
+    monkeypatch.setattr("oncegate.store.redis.node.HEALTH_S", 0.05)
 
 
 @pytest.fixture

@@ -19,8 +19,10 @@ import trustme
 import uvloop
 
 from loadtest.ports import free_port
-from proxy.headers import AnswerHead
-from proxy.upstream import Buffered, Connection, Lost, NotSent, Pool, client_tls
+from oncegate.buffers.memory import Buffered
+from oncegate.messages.answer_head import AnswerHead
+from oncegate.upstream.connection import Connection, Lost, NotSent
+from oncegate.upstream.pool import Pool, client_tls
 from tests.parts import CHUNKED, LAST_CHUNK, Blackhole, Raw, Talk, abort, chunk, serving, until
 
 REQUEST = b"POST /v1/charges HTTP/1.1\r\nHost: api.test\r\nContent-Length: 2\r\n\r\n{}"
@@ -244,7 +246,8 @@ async def test_an_address_is_not_looked_up():
     program = """
 import asyncio, sys, uvloop
 from pathlib import Path
-from proxy.upstream import Buffered, Pool
+from oncegate.buffers.memory import Buffered
+from oncegate.upstream.pool import Pool
 async def main(port):
     options = dict(connect_timeout_s=10.0, connect_retries=0, max_connections=8, buffered=Buffered(1 << 20))
     pool = Pool("127.0.0.1", port, None, **options)

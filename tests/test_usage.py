@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from proxy.usage import HEAD_BYTES, KINDS, MAX_INFLATED_BYTES, MOST_TOKENS, TAIL_BYTES, Tokens, reading
+from oncegate.observe.usage import HEAD_BYTES, KINDS, MAX_INFLATED_BYTES, MOST_TOKENS, TAIL_BYTES, Tokens, reading
 
 many = settings(max_examples=300, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 

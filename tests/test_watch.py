@@ -2,11 +2,11 @@
 
 import asyncio
 
-from proxy.store import watch as watching
-from proxy.store.link import Link
-from proxy.store.record import PREFIX_BYTES
-from proxy.store.server import load_scripts, opener
-from proxy.store.watch import Membership, OverLink, Watch
+from oncegate.store.record import PREFIX_BYTES
+from oncegate.store.redis import watch as watching
+from oncegate.store.redis.link import Link
+from oncegate.store.redis.server import load_scripts, opener
+from oncegate.store.redis.watch import Membership, OverLink, Watch
 
 
 async def nothing(_: object) -> None:

@@ -22,7 +22,7 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from loadtest.ports import free_ports
-from proxy.server.embedded import find_server
+from oncegate.server.embedded import find_server
 
 SERVICE = "orders"
 DOWN_AFTER_MS = 1000  # for a sentinel to call a server down

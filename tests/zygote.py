@@ -14,11 +14,12 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import proxy.server  # what `serve` imports when it runs
-from proxy import cli, demo, logs
+import oncegate.server.serve  # what `serve` imports when it runs
+from oncegate.commands import cli, demo
+from oncegate.observe import logs
 from tests.parts import Proxy, until
 
-__all__ = ["Forked", "Zygote", "demo", "logs", "proxy"]
+__all__ = ["Forked", "Zygote", "demo", "logs", "oncegate"]
 
 
 class Zygote:

@@ -85,7 +85,7 @@ def oncegate(site: Site, *, store_url: str = "", upstream_port: int = 0, **setti
             "ONCEGATE_STORE_URL": store_url or f"redis://127.0.0.1:{site.redis.port}/0",
             **{f"ONCEGATE_{name}": str(value) for name, value in settings.items()},
         }
-        return Process(site.cores.proxy, PYTHON, "-m", "proxy", "serve", env=env)
+        return Process(site.cores.proxy, PYTHON, "-m", "oncegate", "serve", env=env)
 
     running = _listening(start)
     return Running(running.process, running.port, admin_ports[-1])

@@ -11,14 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from proxy.body import Body
-from proxy.headers import RequestHead, by_name
-from proxy.keys import Digests, Scope, parse_key
-from proxy.naming import Name, asked, key_in_head, name
-from proxy.policy import Policy
-from proxy.rules import load
-from proxy.settings import Settings
-from proxy.upstream import Buffered
+from oncegate.buffers.memory import Buffered
+from oncegate.downstream.body import Body
+from oncegate.keys.digests import Digests, Scope
+from oncegate.keys.syntax import parse_key
+from oncegate.messages.fields import by_name
+from oncegate.messages.request_head import RequestHead
+from oncegate.rules.identity import Name, asked, key_in_head, name
+from oncegate.rules.loading import load
+from oncegate.rules.policy import Policy
+from oncegate.settings.settings import Settings
 
 ROUNDS, REQUESTS = 60, 200
 SOURCES = {"header": "header:Idempotency-Key", "body": "body:/id", "derived": "derived:10"}

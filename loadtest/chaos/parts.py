@@ -17,7 +17,7 @@ from redis.exceptions import RedisError
 
 from loadtest.chaos.link import Link
 from loadtest.ports import free_port
-from proxy.server.embedded import find_server
+from oncegate.server.embedded import find_server
 
 ROOT = Path(__file__).parents[2]
 START_S = 90.0
@@ -90,7 +90,7 @@ class Replica(Part):
             **{f"ONCEGATE_{name}": str(value) for name, value in settings.items()},
         }
         self._settings = settings
-        self._spawn([sys.executable, "-m", "proxy", "serve"], env)
+        self._spawn([sys.executable, "-m", "oncegate", "serve"], env)
 
     def start_again(self) -> None:
         self.start(self._settings)

@@ -49,7 +49,7 @@ class Gateway(Part):
             "ONCEGATE_RULES_FILE": str(RULES),
             "ONCEGATE_ACCESS_LOG": "off",
         }
-        self._spawn([sys.executable, "-m", "proxy", "serve"], env)
+        self._spawn([sys.executable, "-m", "oncegate", "serve"], env)
         await until_open(self, port)
         return port
 

@@ -87,7 +87,12 @@ def settings_of(proxy: Proxy, **more: object) -> dict[str, str]:
 
 def oncegate(command: str, *options: str, env: dict[str, str], cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "proxy", command, *options], env=env, cwd=cwd, capture_output=True, text=True, timeout=30
+        [sys.executable, "-m", "oncegate", command, *options],
+        env=env,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=30,
     )
 
 

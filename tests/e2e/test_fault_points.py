@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-import proxy
-from proxy.recording import BATCH_BYTES
+import oncegate
+from oncegate.gateway.recording import BATCH_BYTES
 from tests.conftest import Valkey
 from tests.parts import (
     CHUNKED,
@@ -479,7 +479,7 @@ class Unsteady(Proxy):
         code = (
             "import time, sys; real = time.time\n"
             f"time.time = lambda: real() + int(open({str(self.offset)!r}).read())\n"
-            "from proxy.cli import main; sys.exit(main(['serve']))"
+            "from oncegate.commands.cli import main; sys.exit(main(['serve']))"
         )
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -567,10 +567,10 @@ async def test_a_jump_of_the_wall_clock_as_every_library_sees_it(upstream, valke
 @pytest.mark.fault(57)
 def test_nothing_decides_by_the_wall_clock():
     """No module of the proxy reads it but the logs and what operators see; Date fields have it from a library."""
-    for path in Path(proxy.__file__).parent.rglob("*.py"):
+    for path in Path(oncegate.__file__).parent.rglob("*.py"):
         assert (
             path.name == "logs.py"
-            or path.parent.name == "operate"
+            or (path.parent.name, path.name) == ("commands", "keys.py")
             or not re.search(r"\btime\.time\(|\bdatetime\b|CLOCK_REALTIME|\bgmtime\b", path.read_text())
         ), path
 

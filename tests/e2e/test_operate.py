@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import pytest
 
-from proxy.cli import main
+from oncegate.commands.cli import main
 from tests.parts import CHUNKED, LAST_CHUNK, OK, Proxy, Tap, answering, ask, chunk, holding, request, until
 
 CANARY = "c4n4ry-key"
@@ -320,7 +320,7 @@ async def test_a_confirmation_on_a_terminal(fork, upstream, own_valkey, tmp_path
     for answer, state in [(b"n\n", b"in_flight"), (b"yes\n", b"released")]:
         ours, theirs = os.openpty()
         act = subprocess.Popen(
-            [sys.executable, "-m", "proxy", "keys", "release", CANARY], env=desk._env, cwd=tmp_path,
+            [sys.executable, "-m", "oncegate", "keys", "release", CANARY], env=desk._env, cwd=tmp_path,
             stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         os.write(ours, answer)

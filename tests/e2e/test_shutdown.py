@@ -549,7 +549,7 @@ class Detached(Proxy):
     def _spawn(self) -> None:
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                ["sh", "-c", f'exec {self.closed}; exec "$@"', "sh", sys.executable, "-m", "proxy", "serve"],
+                ["sh", "-c", f'exec {self.closed}; exec "$@"', "sh", sys.executable, "-m", "oncegate", "serve"],
                 env=self._env, stderr=log, stdout=log, cwd=self.folder,
             )  # fmt: skip
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.cores import usable
+from oncegate.settings.cores import usable
 from tests.parts import (
     CHUNKED,
     LAST_CHUNK,
@@ -287,7 +287,7 @@ def test_a_port_that_is_in_use_is_refused(proxies, upstream, valkey, share):
 def test_workers_that_cannot_start_end_it_all(tmp_path):
     """Where a worker cannot start at all, nothing is restarted: exit 2."""
     done = subprocess.run(
-        [sys.executable, "-m", "proxy", "serve"],
+        [sys.executable, "-m", "oncegate", "serve"],
         env={
             "PATH": os.environ["PATH"],
             "ONCEGATE_UPSTREAM": "http://127.0.0.1:9",

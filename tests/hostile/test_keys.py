@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import proxy
+import oncegate
 from tests.parts import RawClient, Received, request
 
 BARE = bytes(byte for byte in range(0x21, 0x7F) if byte not in b'"\\,')
@@ -94,7 +94,7 @@ async def test_no_other_byte_is_in_a_key(standing, behind, valkey):
 
 
 @pytest.mark.parametrize(
-    "script", sorted((Path(proxy.__file__).parent / "lua").glob("*.lua")), ids=lambda path: path.stem
+    "script", sorted((Path(oncegate.__file__).parent / "store/redis/lua").glob("*.lua")), ids=lambda path: path.stem
 )
 def test_scripts_are_fixed(script):
     """T19: a script builds no code and no command's name from what it is given."""
@@ -107,5 +107,5 @@ def test_scripts_are_fixed(script):
 
 def test_no_script_is_made_of_strings():
     """T19: what goes to the store as a script is a file of the package, nothing formatted."""
-    for module in Path(proxy.__file__).parent.rglob("*.py"):
+    for module in Path(oncegate.__file__).parent.rglob("*.py"):
         assert not re.search(r"f[\"'].*redis\.call|redis\.call.*%|\.format\(.*redis\.call", module.read_text())

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from proxy.decision import Ending, State, decide, is_open, state_now
-from proxy.headers import answer_digest
-from proxy.keys import store_key
-from proxy.store.record import Claim, StoredAnswer, pack, self_check, unpack
-from proxy.store.server import load_scripts
+from oncegate.decision import Ending, State, decide, is_open, state_now
+from oncegate.keys.digests import store_key
+from oncegate.messages.answer_head import answer_digest
+from oncegate.store.record import Claim, StoredAnswer, pack, self_check, unpack
+from oncegate.store.redis.server import load_scripts
 from tests.conftest import Valkey
 from tests.model import rules
 from tests.model.rules import (
@@ -204,7 +204,7 @@ def test_the_model_has_every_verb():
     """Each script whose KEYS is a record is a verb of the model."""
     about_records = {
         path.name.removesuffix(".lua")
-        for path in (files("proxy.lua")).iterdir()
+        for path in (files("oncegate.store.redis.lua")).iterdir()
         if path.name.endswith(".lua") and "-- KEYS: record\n" in path.read_text()
     }
     assert about_records == set(rules.WORDS)

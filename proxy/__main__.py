@@ -1,8 +1,0 @@
-"""`python -m proxy` is `oncegate`."""
-
-import sys
-
-from proxy.cli import main
-
-if __name__ == "__main__":
-    sys.exit(main())

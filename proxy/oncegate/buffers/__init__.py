@@ -1,0 +1,1 @@
+"""Memory and writes that many requests share."""

@@ -1,0 +1,1 @@
+"""The request path. `handler` is read first, top to bottom."""

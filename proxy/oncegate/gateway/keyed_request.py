@@ -1,0 +1,109 @@
+"""A request with its key, named; and what of its name its head alone decides, for all that say the same again."""
+
+from hashlib import blake2b
+from typing import NamedTuple
+
+from oncegate.downstream.body import Body
+from oncegate.downstream.request import Request
+from oncegate.gateway.routes import Route
+from oncegate.keys.digests import Digests, Scope, UnstableScope, finished, keyed
+from oncegate.keys.documents import Missing
+from oncegate.keys.syntax import BadKey
+from oncegate.messages.head_cache import Seen
+from oncegate.messages.request_head import RequestHead, preferred_wait_s
+from oncegate.observe.outcome import Outcome
+from oncegate.rules.identity import Familiar, Name, name, scope_of
+from oncegate.rules.policy import Policy
+from oncegate.store.record import new
+
+
+class Guarded(NamedTuple):
+    """A request with its key, named: what the rest of the path needs to know of it."""
+
+    route: Route
+    method: str
+    key: bytes  # digest
+    scope: Scope
+    fingerprint: bytes
+    wait_s: float  # how long it may wait for its original
+    extra: bytes  # fields that its answer gets as a duplicate
+    window_ms: int = 0  # of a derived key: what is complete for longer does not count
+    fresh: bool = False  # surely no duplicate, however equal: what it meets under its key is another request
+
+    def outcome(
+        self, word: str, status: int, upstream_s: float = 0.0, detail: str = "", saved_s: float = 0.0, sent: int = 0
+    ) -> Outcome:
+        """Return what became of this request; `saved_s` and `sent` (bytes) are a replay's."""
+        common, rule = self.scope.common, self.route.policy.rule
+        return new(
+            Outcome, (word, status, self.method, self.key, upstream_s, saved_s, sent, common, detail, rule, None)
+        )
+
+
+class Prepared(NamedTuple):
+    """A guarded request as far as its head decides, whatever its key: made once for a head that comes again."""
+
+    route: Route
+    scope: Scope
+    scoped: blake2b  # the digest of its key, without the key
+    begun: blake2b  # its fingerprint, without the body
+    wait_s: float
+    extra: bytes
+
+
+class Namer:
+    """Names guarded requests, with what their connections said before at hand.
+
+    `chosen_by`: the header fields that are looked at to choose a route.
+    """
+
+    def __init__(self, digests: Digests) -> None:
+        self._digests = digests
+        self.chosen_by: frozenset[bytes] = frozenset()
+
+    def _familiar(self, request: Request) -> Familiar:
+        connection = request.protocol
+        if connection.familiar is None:
+            connection.familiar = Familiar(self._digests)
+        return connection.familiar
+
+    def scope(self, request: Request, policy: Policy, head: RequestHead) -> Scope | UnstableScope | BadKey:
+        """Return whose key it is."""
+        if policy.scope_sources:
+            return scope_of(policy, self._digests, head)
+        return self._familiar(request).scope(policy, head.fields)
+
+    def name(
+        self, request: Request, route: Route, head: RequestHead, scope: Scope, key: bytes | None, body: Body
+    ) -> Guarded | Missing | BadKey:
+        """Return the request with its names, and how long it may wait if it is a duplicate."""
+        policy, fields = route.policy, head.fields
+        wait_s, extra = policy.wait_max_s if policy.wait_for_duplicates else 0.0, b""
+        if b"prefer" in fields and (preferred := preferred_wait_s(fields[b"prefer"])) is not None:
+            wait_s = min(preferred, policy.wait_max_s)
+            extra = b"Preference-Applied: wait=%d\r\n" % wait_s
+        if key is not None and policy.fingerprint is None:  # as most are
+            begun = self._familiar(request).begun(policy, head)
+            if request.seen is not None and self._is_plain(policy, request.seen):
+                request.seen.prepared = Prepared(route, scope, self._digests.scoped(scope), begun, wait_s, extra)
+            fingerprint = finished(begun, body.blocks())
+            return Guarded(route, head.method, self._digests.key(scope, key), scope, fingerprint, wait_s, extra)
+        named = name(policy, self._digests, head, scope, key, body)
+        if not isinstance(named, Name):
+            return named
+        return Guarded(
+            route, head.method, named.key, scope, named.fingerprint, wait_s, extra, named.window_ms, named.fresh
+        )
+
+    def again(self, prepared: Prepared, method: str, value: bytes, body: Body) -> Guarded:
+        """Return the request that says what came before, all but its key and body; `value`: of its key's field."""
+        route, scope, scoped, begun, wait_s, extra = prepared
+        fingerprint = begun.copy()
+        fingerprint.update(body.data)
+        key = keyed(scoped, value.strip(b'"'))
+        return new(Guarded, (route, method, key, scope, fingerprint.digest(), wait_s, extra, 0, False))
+
+    def _is_plain(self, policy: Policy, seen: Seen) -> bool:
+        """Return whether all that the head decides is the same for each value of the field that may differ."""
+        plain = policy.sources is None and policy.forward_key is None
+        return plain and policy.key_header == seen.name and seen.name not in self.chosen_by

@@ -1,0 +1,100 @@
+"""Pass-through: a request that no key guards, streamed both ways, untouched but for hop and forwarding fields."""
+
+import time
+from dataclasses import dataclass
+
+from aiohttp import StreamReader
+
+from oncegate.downstream.body import Body, arrived, stream
+from oncegate.downstream.response import Client
+from oncegate.messages.answer_head import AnswerHead
+from oncegate.messages.head_cache import Here
+from oncegate.messages.problems import problem, refusal
+from oncegate.upstream.connection import Connection, Lost, NotSent
+from oncegate.upstream.pool import REUSE_IDLE_S, Pool
+
+
+@dataclass(frozen=True, slots=True)
+class Relayed:
+    """How it went: a word of metrics.OUTCOMES, and the time spent on the upstream."""
+
+    word: str
+    status: int = 0  # the upstream's, 0 where none came
+    upstream_s: float = 0.0
+
+
+async def relay(
+    client: Client,
+    pool: Pool,
+    head: bytes,
+    method: str,
+    content: StreamReader | Here | Body,
+    length: int | None,
+    silence_s: float,
+    mark: bytes = b"",
+) -> Relayed:
+    """Forward one request and its answer. `length`: of the request's body, None where it is chunked.
+
+    `mark`: a field that the answer gets.
+    """
+    try:
+        connection = await pool.acquire(REUSE_IDLE_S)
+    except NotSent as why:
+        client.answer(problem("upstream-unreachable", str(why)), mark)
+        return Relayed("upstream_unreachable")
+    began = time.perf_counter()
+    try:
+        # In one write: an upstream that answers at the head could not keep the connection otherwise.
+        body = b"" if length == 0 else arrived(content) if length is not None else None
+        if body is not None:
+            connection.send(head, body, head_only=method == "HEAD")
+        else:
+            blocks = content.stream() if isinstance(content, Body) else stream(content, client.pace)
+            connection.send_stream(head, blocks, chunked=length is None, head_only=method == "HEAD")
+        word = await pass_on(client, connection, await connection.head(silence_s), silence_s, mark)
+    except Lost as lost:
+        word = fail(client, lost, mark)
+    finally:
+        pool.release(connection)
+    return Relayed(word, connection.answer.status if connection.answer else 0, time.perf_counter() - began)
+
+
+async def pass_on(client: Client, connection: Connection, head: AnswerHead, silence_s: float, mark: bytes = b"") -> str:
+    """Hand an answer on as it comes and return the word for how it went. Raises Lost."""
+    block = head.passed_on + mark
+    if connection.complete:
+        client.send(
+            head.status,
+            head.reason,
+            block,
+            connection.take(),
+            stated_length=head.length is not None,
+            bodiless=head.bodiless,
+            eof_framed=head.eof_framed,
+        )
+        return "passthrough"
+    client.begin(head.status, head.reason, block, length=head.length, stated=True, eof=head.eof_framed)
+    while data := await connection.chunk(silence_s):
+        client.write(data)
+        if client.backlog:
+            connection.pause()  # a slow client holds one piece, not two
+            while not await client.taken():
+                pass
+        if client.gone:
+            return "passthrough"  # nobody takes the rest, and nobody stores it
+    client.end()
+    return "passthrough"
+
+
+def fail(client: Client, lost: Lost, mark: bytes = b"") -> str:
+    """Tell the client that the exchange was lost, and return the word for it."""
+    if client.started:
+        client.abort()
+        return "truncated"
+    if lost.body:
+        status, detail = (408, "paused for too long") if lost.timeout else (400, "is not well-formed")
+        client.answer(refusal(status, f"the body {detail}"), close=True)
+        return "client_gone" if client.gone else "invalid"
+    slug = "upstream-timeout" if lost.timeout else "upstream-lost"
+    client.answer(problem(slug, "no whole answer came; the request may have been executed"), mark)
+    return slug.replace("-", "_")

@@ -1,0 +1,92 @@
+"""Answers from the store: a small one in one write, a large one as fast as the client takes it."""
+
+from collections.abc import Callable, Coroutine
+
+from oncegate.downstream.response import Client
+from oncegate.messages.answer_head import answer_digest
+from oncegate.store.record import Record, StoredAnswer, intact
+from oncegate.store.store import Store
+
+Along = Callable[[bytes], None]
+
+MARK = b"Idempotent-Replayed: true\r\nOncegate-Status: replayed\r\n"
+
+
+def _block(record: Record, answer: StoredAnswer, extra: bytes) -> bytes:
+    age_s = answer.age_s + max(0, record.now_ms - answer.completed_ms) // 1000
+    return b"%sAge: %d\r\n%s%s" % (answer.block, age_s, MARK, extra)
+
+
+def replay(
+    client: Client, store: Store, key: bytes, record: Record, extra: bytes, along: Along | None = None
+) -> str | Coroutine[None, None, str]:
+    """Send a stored answer and return the outcome's word, or what will return it; `extra`: further fields; `along`
+    hears of all of the body.
+
+    `corrupt`: the record's bytes are not those that were stored, and nothing was sent. `store_unavailable`:
+    they could not be read, and nothing was sent. `truncated`: either of them, with the head already out.
+    """
+    answer = record.answer
+    assert answer is not None
+    if answer.size == 0 or record.body is not None:
+        word = _replay_small(client, record, answer, record.body or b"", extra)
+        if along is not None:  # once it has left
+            along(record.body or b"")
+        return word
+    return _replay_large(client, store, key, record, answer, extra, along)
+
+
+def _replay_small(client: Client, record: Record, answer: StoredAnswer, body: bytes, extra: bytes) -> str:
+    if not intact(answer, body):
+        return "corrupt"
+    stated = answer.stated_length
+    block, bodiless = _block(record, answer, extra), stated and not body
+    client.send(answer.status, answer.reason, block, body, stated_length=stated, bodiless=bodiless)
+    return "replayed"
+
+
+async def _replay_large(
+    client: Client,
+    store: Store,
+    key: bytes,
+    record: Record,
+    answer: StoredAnswer,
+    extra: bytes,
+    along: Along | None,
+) -> str:
+    """Copy chunk after chunk; the last byte is held back until size and digest agree."""
+    digest = answer_digest(answer.status, answer.reason, answer.block)
+    first = sent = 0
+    while first < answer.chunks and not client.gone:
+        chunks = await store.read(key, record.token, first)
+        if isinstance(chunks, str):
+            return _broken(client, "corrupt" if chunks == "torn" else "store_unavailable")
+        if not client.started:
+            block = _block(record, answer, extra)
+            client.begin(
+                answer.status, answer.reason, block, length=answer.size, stated=answer.stated_length, eof=False
+            )
+        for chunk in chunks:
+            digest.update(chunk)
+            sent += len(chunk)
+            if sent > answer.size:
+                return _broken(client, "corrupt")
+            client.write(chunk)
+            if along is not None:
+                along(chunk)
+        first += len(chunks)
+        while not await client.taken():
+            pass
+    if client.gone:
+        return "replayed"
+    if sent != answer.size or digest.digest() != answer.digest:
+        return _broken(client, "corrupt")
+    client.end()
+    return "replayed"
+
+
+def _broken(client: Client, word: str) -> str:
+    if client.started:
+        client.abort()
+        return "truncated"
+    return word

@@ -1,0 +1,1 @@
+"""What names a request: keys, their sources, scopes and fingerprints as digests."""

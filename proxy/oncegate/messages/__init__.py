@@ -1,0 +1,1 @@
+"""Rules about HTTP messages: heads, fields, targets, problems. Pure."""

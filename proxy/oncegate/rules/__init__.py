@@ -1,0 +1,1 @@
+"""What an operator wrote: the rules file, and the policy for each request."""

@@ -1,0 +1,206 @@
+"""The fields of a rule: how each is written, and what is refused about it by itself."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from oncegate.keys.sources import Source, parse_source
+from oncegate.rules.patterns import parse_host_pattern, parse_path
+from oncegate.rules.policy import Statuses
+from oncegate.rules.presets import PRESETS
+from oncegate.settings.addresses import (
+    Origin,
+    parse_header,
+    parse_host,
+    parse_key_header,
+    parse_namespace,
+    parse_origin,
+)
+from oncegate.settings.settings import LATER, Settings
+from oncegate.settings.wording import worded
+
+PARTS = ("method", "host", "target", "type", "body")  # of a fingerprint
+IN_FLIGHT = (409, 429, 503)
+# Settings that a rule or a preset may set for its requests, under the same name in lower case.
+SHARED = (
+    "pass_host",
+    "retention_s",
+    "on_duplicate",
+    "wait_max_s",
+    "on_unknown",
+    "on_store_down",
+    "upstream_timeout_s",
+    "max_request_bytes",
+    "max_stored_bytes",
+)
+# Those that an [[upstream]] may set for itself, and under which name there.
+OF_UPSTREAMS = {
+    "connect_timeout_s": "connect_timeout_s",
+    "connect_retries": "connect_retries",
+    "max_connections": "max_upstream_connections",
+    "reuse_idle_s": "upstream_reuse_idle_s",
+}
+FILES = ("ca_file", "cert_file", "key_file")
+
+Check = Callable[[Any], Any]
+
+
+def _text(parse: Callable[[str], Any]) -> Check:
+    def check(value: Any) -> Any:
+        if not isinstance(value, str):
+            raise ValueError("must be a text in quotes")
+        return parse(value)
+
+    return check
+
+
+def _list_of(check: Check, what: str) -> Check:
+    def check_all(value: Any) -> Any:
+        if not isinstance(value, list):
+            raise ValueError(f"must be a list of {what}, such as [...]")
+        checked = tuple(map(check, value))
+        if len(set(checked)) < len(checked):
+            raise ValueError("names the same twice")
+        return checked
+
+    return check_all
+
+
+def _one_of(*words: Any) -> Check:
+    def check(value: Any) -> Any:
+        if value not in words or isinstance(value, bool) is not isinstance(words[0], bool):
+            raise ValueError(f"must be {' or '.join(map(repr, words))}")
+        return value
+
+    return check
+
+
+def _setting(name: str) -> Check:
+    """Return the check of a field that is a setting as well: the same limits, the same words."""
+    field = Settings.model_fields[name]
+    annotation: Any = field.annotation
+    adapter: TypeAdapter[Any] = TypeAdapter(Annotated[annotation, *field.metadata] if field.metadata else annotation)
+
+    def check(value: Any) -> Any:
+        if advice := LATER.get(f"{name}={value}") if isinstance(value, str) else None:
+            raise ValueError(f"this value comes later, it is not available in this version; {advice}")
+        if isinstance(value, float) and value in (float("inf"), float("-inf")):
+            raise ValueError("must be a finite number")
+        try:
+            return adapter.validate_python(value, strict=True)
+        except ValidationError as error:
+            raise ValueError(worded(error.errors(include_input=False)[0])) from None
+
+    return check
+
+
+def _file(value: Any) -> Any:
+    """Return a readable file; the path is the setting's own kind."""
+    if not isinstance(value, str):
+        raise ValueError("must be a text in quotes")
+    try:
+        return TypeAdapter(Annotated[Any, *Settings.model_fields["upstream_ca_file"].metadata]).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(worded(error.errors(include_input=False)[0])) from None
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch(r"[!-~](?:[ -~]{0,62}[!-~])?", text):
+        raise ValueError("must be 1 to 64 visible ASCII characters")
+    return text
+
+
+def _methods(value: Any) -> frozenset[str]:
+    methods = _list_of(_text(_method), "methods")(value)
+    if not methods:
+        raise ValueError("names nothing; leave it out for all methods")
+    return frozenset(methods)
+
+
+def _method(text: str) -> str:
+    if not re.fullmatch(r"[A-Z]{1,32}", text.upper()) or text.upper() in ("CONNECT", "TRACE"):
+        raise ValueError(f"{text!r} is no method that is served")
+    return text.upper()
+
+
+def _headers(value: Any) -> tuple[tuple[bytes, str], ...]:
+    if not isinstance(value, dict) or not all(isinstance(glob, str) for glob in value.values()):
+        raise ValueError('must be a table of names and patterns, such as { "User-Agent" = "Stripe/*" }')
+    if len({name.lower() for name in value}) < len(value):
+        raise ValueError("names the same header twice")
+    return tuple((parse_header(name).lower().encode(), glob) for name, glob in value.items())
+
+
+def _preset(text: str) -> str:
+    if text not in PRESETS:
+        raise ValueError(f"{text!r} is no preset; there are {', '.join(PRESETS)}")
+    return text
+
+
+def _upstream(text: str) -> Origin | str:
+    return parse_origin(text) if "://" in text else _name(text)
+
+
+def _key(value: Any) -> tuple[tuple[Source, ...], ...]:
+    """Return the alternatives: one source, a list that is joined, or a list of such lists."""
+    if isinstance(value, str):
+        return ((parse_source(value),),)
+    sources = _list_of(_text(parse_source), "sources")
+    nested = isinstance(value, list) and any(isinstance(one, list) for one in value)
+    alternatives = _list_of(sources, "lists of sources")(value) if nested else (sources(value),)
+    if not all(alternatives) or not alternatives:
+        raise ValueError("names no source")
+    return alternatives
+
+
+def _scope(text: str) -> Source:
+    source = parse_source(text)
+    if text.partition(":")[0] not in ("header", "query", "path"):
+        raise ValueError(f"{text!r} cannot tell tenants apart; header:, query: and path: can")
+    return source
+
+
+def _part(text: str) -> str:
+    if text not in PARTS:
+        raise ValueError(f"{text!r} is no part of a request; there are {', '.join(PARTS)}")
+    return text
+
+
+def _status(text: str) -> str:
+    Statuses((text,), ())
+    return text.lower()
+
+
+MATCHING: Mapping[str, Check] = {
+    "name": _text(_name),
+    "host": _text(parse_host_pattern),
+    "path": _text(parse_path),
+    "methods": _methods,
+    "headers": _headers,
+    "preset": _text(_preset),
+}
+TREATING: Mapping[str, Check] = {
+    "upstream": _text(_upstream),
+    "set_host": _text(parse_host),
+    "guard": _one_of("off", "optional", "required"),
+    "key": _key,
+    "namespace": _text(parse_namespace),
+    "scope": _list_of(_text(_scope), "sources"),
+    "fingerprint": _list_of(_text(_part), "parts"),
+    "release_statuses": _list_of(_text(_status), "statuses"),
+    "ambiguous_statuses": _list_of(_text(_status), "statuses"),
+    "in_flight_status": _one_of(*IN_FLIGHT),
+    "upstream_idempotent": _one_of(True, False),
+    "forward_key": _text(lambda text: parse_key_header(text) if text else ""),
+    "on_bad_key": _one_of("refuse", "pass"),
+    **{name: _setting(name) for name in SHARED},
+}
+RULE = {**MATCHING, **TREATING}
+UPSTREAM: Mapping[str, Check] = {
+    "name": _text(_name),
+    "url": _text(parse_origin),
+    **dict.fromkeys(FILES, _file),
+    **{name: _setting(setting) for name, setting in OF_UPSTREAMS.items()},
+}

@@ -1,0 +1,103 @@
+"""What a rule matches on: globs for paths, hosts and header values, and when one includes another. Pure.
+
+A glob is matched in time linear in the text, whatever it says: within a segment and between `**` the
+leftmost place is always as good as any other, so nothing is tried twice (atomic groups).
+"""
+
+import re
+from functools import cache
+
+from oncegate.messages.target import plain_path
+
+MANY = "**"  # a whole segment: any number of segments, also none
+
+_HOST = re.compile(r"(?:(?:\*\.)?[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
+_PATTERN = re.compile(r"(?:/[!-~]*)+")
+
+
+def parse_path(text: str) -> str:
+    """Return a path pattern that is well-formed: `*` within a segment, `**` alone as one for any number of them."""
+    if _PATTERN.fullmatch(text) is None or "?" in text or "#" in text:
+        raise ValueError("must be a path that begins with /, in visible ASCII, without ? and #")
+    if any(MANY in segment and segment != MANY for segment in text.split("/")):
+        raise ValueError("has ** beside other characters; it stands for whole segments, as in /v1/**")
+    if plain_path(text.encode()) != text.encode():
+        raise ValueError("has dot segments, doubled slashes or escapes of plain characters; write it plainly")
+    return text
+
+
+def parse_host_pattern(text: str) -> str:
+    """Return a host pattern in lower case: a host with or without port, `*.` in front for any name below it."""
+    if (
+        re.fullmatch(r"(?:\*\.)?(?:[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?", text.lower())
+        is None
+    ):
+        raise ValueError("must be a host such as api.example.com, *.example.com or localhost:8080")
+    return text.lower()
+
+
+def path_matcher(pattern: str) -> re.Pattern[bytes]:
+    """Return what matches, with `fullmatch`, the plain paths that a pattern means."""
+    parts = re.split(r"/\*\*(?=/|\Z)", pattern)
+    first, rest = parts[0], parts[1:]
+    if not rest:
+        return re.compile(_segments(first))
+    middle = [rb"(?>(?:/[^/]*)*?" + _segments(part) + rb")" for part in rest[:-1]]
+    return re.compile(_segments(first) + b"".join(middle) + rb"(?:/[^/]*)*" + _segments(rest[-1]))
+
+
+def _segments(text: str) -> bytes:
+    return b"/".join(_glob(segment, rb"[^/]", rb"(?=/|\Z)") for segment in text.split("/"))
+
+
+def text_matcher(pattern: str) -> re.Pattern[bytes]:
+    """Return what matches, with `fullmatch`, the values that a glob means; `*` is any characters."""
+    return re.compile(_glob(pattern, rb".", rb"\Z"), re.DOTALL)
+
+
+def _glob(pattern: str, any_: bytes, end: bytes) -> bytes:
+    first, *rest = (re.escape(part.encode()) for part in re.split(r"\*+", pattern))
+    if not rest:
+        return first + end
+    leftmost = [b"(?>" + any_ + b"*?" + part + b")" for part in rest[:-1]]
+    return first + b"".join(leftmost) + any_ + b"*" + rest[-1] + end
+
+
+def path_includes(one: str | None, other: str | None) -> bool:
+    """Return whether every path that `other` matches is surely matched by `one`; None matches any."""
+    if one is None or one in ("/**", other):
+        return True
+    return other is not None and _includes(tuple(one.split("/")[1:]), tuple(other.split("/")[1:]))
+
+
+@cache
+def _includes(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
+    if not one:
+        return not other
+    if one[0] == MANY:
+        return _includes(one[1:], other) or (bool(other) and _includes(one, other[1:]))
+    if not other or other[0] == MANY:
+        return False
+    return text_includes(one[0], other[0]) and _includes(one[1:], other[1:])
+
+
+def text_includes(one: str, other: str) -> bool:
+    """Return whether every text that the glob `other` matches is surely matched by the glob `one`.
+
+    A `*` of the other one can only fall under a wildcard of this one, which takes anything in its place.
+    """
+    return text_matcher(one).fullmatch(other.encode()) is not None
+
+
+def host_matches(pattern: str, host: str) -> bool:
+    """Return whether a lower-case Host field is one that the pattern means; without a port it means any."""
+    if ":" not in pattern.rpartition("]")[2]:
+        host = host[: host.index("]") + 1] if host.startswith("[") else host.partition(":")[0]
+    return host.endswith(pattern[1:]) and len(host) >= len(pattern) if pattern.startswith("*.") else host == pattern
+
+
+def host_includes(one: str | None, other: str | None) -> bool:
+    """Return whether every host that `other` matches is surely matched by `one`; None matches any."""
+    if one is None or one == other:
+        return True
+    return other is not None and host_matches(one, other)

@@ -1,0 +1,1 @@
+"""One worker: builds its parts, runs them, drains them."""

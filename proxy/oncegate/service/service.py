@@ -1,0 +1,377 @@
+"""Builds the service from its settings and runs its parts; the only place where they are constructed."""
+
+import asyncio
+import os
+import socket
+import ssl
+import tempfile
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+from aiohttp import web
+from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
+
+from oncegate import __version__
+from oncegate.buffers.memory import Buffered
+from oncegate.downstream.body import Bodies
+from oncegate.downstream.listener import Listener, bound_unsent
+from oncegate.downstream.pace import Pace
+from oncegate.gateway.exchange import Workshop
+from oncegate.gateway.handler import Gateway
+from oncegate.gateway.routes import Route, Routes
+from oncegate.gateway.waiters import Waiters
+from oncegate.keys.digests import Digests, identity, short
+from oncegate.messages.admission import Gate
+from oncegate.observe.admin import serve_admin
+from oncegate.observe.logs import AccessLog
+from oncegate.observe.metrics import Metrics
+from oncegate.observe.outcome import LOSSES, Outcome
+from oncegate.rules.loading import load as load_rules
+from oncegate.rules.model import Rule, Rules, Upstream
+from oncegate.service.drain import POLL_S, Drain, unless
+from oncegate.settings.settings import Settings, SettingsError
+from oncegate.store.leases import Leases
+from oncegate.store.record import Claim
+from oncegate.store.redis.watch import Membership
+from oncegate.store.store import Store
+from oncegate.testing import faults
+from oncegate.upstream.pool import REUSE_IDLE_S, Pool, client_tls
+from oncegate.upstream.pools import Pools
+
+CANCEL_S = 0.05  # for what did not end by itself; it comes twice
+BACKLOG = 1024
+ALARMING = ("flushed", "rolled_back", "evicted", "identity")  # what the watch of the store may find
+
+KEEP_AGAIN_S = 0.05
+
+
+class Unsupported(Exception):
+    """The installation cannot keep the promise."""
+
+
+def _require_strict_parser() -> None:
+    """aiohttp without its C extensions parses requests differently, and more leniently."""
+    if HttpRequestParser is HttpRequestParserPy:
+        raise Unsupported("aiohttp runs without its C extensions: unset AIOHTTP_NO_EXTENSIONS or install its wheel")
+
+
+def _member(
+    settings: Settings, durable: bool, report: Callable[[str, str], None], rules: Callable[[], str]
+) -> Membership:
+    """Return what this proxy says of itself to the others on its store."""
+    digests = Digests(settings.secret.get_secret_value().encode())
+    return Membership(
+        token_prefix=b"",
+        replica=f"{socket.gethostname()} pid {os.getpid()}",
+        described=identity(digests, settings.namespace, settings.key_header, settings.scope_headers),
+        accept=settings.identity_change == "accept",
+        retention_ms=int(settings.retention_s * 1000),
+        quarantine_ms=int(settings.quarantine_s * 1000) if settings.on_store_loss == "quarantine" else 0,
+        notice_s=settings.quarantine_s,
+        durable=durable,
+        report=report,
+        rules=rules,
+    )
+
+
+class Service:
+    """One worker: its listeners, its store and upstream, and the tasks that keep them."""
+
+    def __init__(self, settings: Settings, store_url: str, logger: Any) -> None:
+        _require_strict_parser()
+        if settings.fault:
+            faults.install(settings.fault, logger.warning)
+        self._settings, self._log = settings, logger
+        self._loop = asyncio.get_running_loop()
+        self._background: set[asyncio.Task[Any]] = set()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._draining = self._retired = False
+        self.metrics = Metrics(__version__, self._gauges())
+        self._access = AccessLog(logger, settings.access_log, settings.log_level, settings.log_format, self._loop)
+        self._buffered = Buffered(settings.max_buffered_bytes)
+        self.store = Store(
+            store_url,
+            timeout_ms=settings.store_timeout_ms,
+            patience_s=settings.settle_timeout_s,
+            observe=self.metrics.store_call,
+            repeated=self.metrics.store_repeat,
+            background=self._in_background,
+            log=logger.warning,
+            durability=settings.durability,
+            member=_member(settings, _durable(settings), self._watched, lambda: self._naming),
+            broke=self._broke,
+        )
+        self._leases = Leases(self.store, settings.lease_ms, self._report, self._loop.time)
+        self._waiters = Waiters(self.store, settings.max_waiters, settings.lease_ms, self._leases.__contains__)
+        self._pools = Pools(self._make_pool)
+        self._pace = Pace(settings.client_stall_s, settings.client_min_bytes_per_s)
+        rules = load_rules(settings)
+        self._naming = rules.naming
+        self._gateway = self._make_gateway(rules)
+        self._listener = Listener(
+            self._gateway, max_connections=settings.max_connections, pace=self._pace, observe=self._observe
+        )
+        self._drain = Drain(self._gateway, self._listener, self._waiters, self._pools, self.store, self._background)
+        self._servers: list[asyncio.Server] = []
+        self._admin: web.AppRunner | None = None
+
+    def _gauges(self) -> dict[str, Callable[[], float]]:
+        """Return what is asked at each scrape."""
+        return {
+            "in_flight": lambda: self._gateway.in_flight,
+            "waiting": lambda: len(self._waiters),
+            "store_memory_ratio": lambda: self.store.memory_ratio,
+            "store_full": lambda: self.store.refuses_new,
+            "store_breaker_open": lambda: self.store.broken,
+            "rules_differ": lambda: self.store.rules_differ,
+            "quarantine_seconds": lambda: self.store.quarantine_left_s,
+            "ready": lambda: not self.problems(),
+            "buffered_bytes": lambda: self._buffered.used,
+            "workers": lambda: 1.0,
+        }
+
+    def _make_pool(self, upstream: Upstream) -> Pool:
+        files = (upstream.ca_file, upstream.cert_file, upstream.key_file)
+        tls = (
+            client_tls(*(str(path) if path else None for path in files)) if upstream.origin.scheme == "https" else None
+        )
+        return Pool(
+            upstream.origin.host,
+            upstream.origin.port,
+            tls,
+            connect_timeout_s=upstream.connect_timeout_s,
+            connect_retries=upstream.connect_retries,
+            max_connections=upstream.max_connections,
+            keep_idle_s=max(REUSE_IDLE_S, upstream.reuse_idle_s),
+            buffered=self._buffered,
+        )
+
+    def _make_gateway(self, rules: Rules) -> Gateway:
+        settings = self._settings
+        routes = self._routes(rules)
+        spool_dir = str(settings.spool_dir or tempfile.gettempdir())
+        return Gateway(
+            routes.default.shop,
+            gate=self._gate(rules),
+            routes=routes,
+            digests=Digests(settings.secret.get_secret_value().encode()),
+            bodies=Bodies(
+                self._buffered, Buffered(settings.max_spool_bytes), spool_dir, settings.max_request_bytes, self._pace
+            ),
+            trusted=settings.trusted_proxies,
+            max_in_flight=settings.max_in_flight,
+            observe=self._observe,
+            failed=lambda error: self._log.error("a request failed", exc_info=error),
+        )
+
+    def _gate(self, rules: Rules) -> Gate:
+        hosts = [host.encode() for host in self._settings.hosts]
+        return Gate(hosts, rules.default.policy.key_header, rules.acted_on)
+
+    def _routes(self, rules: Rules) -> Routes:
+        return Routes(rules, {rule.name: self._route(rule) for rule in rules})
+
+    def _route(self, rule: Rule) -> Route:
+        origin = rule.upstream.origin
+        host = rule.set_host or origin.authority
+        return Route(rule.policy, self._shop(rule), host.encode(), origin.path_prefix.encode())
+
+    def _shop(self, rule: Rule) -> Workshop:
+        settings = rule.settings
+        return Workshop(
+            store=self.store,
+            leases=self._leases,
+            waiters=self._waiters,
+            pool=self._pools.of(rule.upstream),
+            buffered=self._buffered,
+            background=self._in_background,
+            settled=self.metrics.settled,
+            eof_framed=self.metrics.eof_framed,
+            silence_s=settings.upstream_timeout_s,
+            reuse_idle_s=rule.upstream.reuse_idle_s,
+            store_timeout_s=settings.store_timeout_ms / 1000,
+            patience_s=settings.settle_timeout_s,
+            pace=self._pace,
+            # Sent on the last moment of the queue for a connection, and answered on the last one of the silence.
+            longest_s=settings.connect_timeout_s
+            + settings.upstream_timeout_s
+            + settings.client_stall_s
+            + 2 * settings.settle_timeout_s
+            + 10,
+        )
+
+    def reload(self) -> None:
+        """Read the rules file again. What is under way keeps its rules; a file with a mistake changes nothing."""
+        if self._draining or self._settings.rules_file is None:
+            self._log.info("nothing to reload")
+            return
+        try:
+            rules = load_rules(self._settings)
+            routes = self._routes(rules)
+        except (SettingsError, OSError) as error:  # OSError: what OpenSSL makes of a certificate
+            reasons = error.errors if isinstance(error, SettingsError) else [str(error)]
+            self._log.error("the rules file is not taken over; the rules stay as they are", reasons=reasons)
+            return
+        self._gateway.follow(self._gate(rules), routes)
+        self._naming = rules.naming
+        self._pools.keep(rule.upstream for rule in rules)
+        self._log.info("rules in effect", rules=[rule.name for rule in rules.rules])
+
+    # What the parts report ...
+
+    def _observe(self, outcome: Outcome, seconds: float = 0.0, client_left: bool = False) -> None:
+        self.metrics.observe(outcome, seconds)
+        self._access(outcome, seconds, client_left)
+
+    def _report(self, what: str, claim: Claim) -> None:
+        """Say that a claim vanished or was taken: somebody else may have executed the same key."""
+        self.metrics.claim_lost()
+        self._log.error(f"claim {what}", key=short(claim.key), fence=claim.fence.decode())
+
+    def _watched(self, what: str, text: str) -> None:
+        """Say what the watch of the store found: a loss, or replicas that name keys in another way."""
+        if what in LOSSES:
+            self.metrics.store_lost(what)
+        elif what == "accepted":
+            self.metrics.identity_accepted()
+        write = self._log.error if what in ALARMING else self._log.warning
+        write("store", what=what, detail=text)
+
+    def _broke(self) -> None:
+        self.metrics.store_broke()
+        self._log.error("claims are given up on until the store answers again")
+
+    def _in_background(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Finish something behind the client's back; the drain waits for it."""
+        task = self._loop.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    def problems(self) -> list[str]:
+        """Return why this worker should get no traffic now."""
+        found = ["the proxy is shutting down"] if self._draining and not self._retired else []
+        if problem := self.store.problem():
+            found.append(problem)
+        return found
+
+    def notices(self) -> list[str]:
+        """Return what an operator should look at although the worker serves."""
+        notice = self.store.notice()
+        return [notice] if notice else []
+
+    # Its life ...
+
+    async def start(self, shared: Sequence[socket.socket] = ()) -> None:
+        """Listen; the store may still be down. Raises OSError where a port is taken.
+
+        A worker of several listens on the sockets that it shares with its predecessor and successor; the admin
+        listener is its supervisor's.
+        """
+        settings = self._settings
+        self.store.start()
+        keepers = (self.store.watch, self.store.probe, self._leases.run, self._waiters.run, self._listener.sweep)
+        self._tasks = [self._loop.create_task(self._keep(keeper)) for keeper in keepers]
+        address: dict[str, Any] = {"host": settings.listen.host, "port": settings.listen.port}
+        for place in [{"sock": one} for one in shared] or [address]:
+            self._servers.append(await self._listen(place))
+        if not shared:
+            self._admin = await serve_admin(settings.admin_listen, self._metrics_text, self._problems, self._notices)
+        await self.store.wait_up(1.0)
+
+    async def _listen(self, place: dict[str, Any]) -> asyncio.Server:
+        tls = _server_tls(self._settings)
+        handshake_s = self._listener.head_s if tls else None
+        server = await self._loop.create_server(
+            self._listener, **place, ssl=tls, ssl_handshake_timeout=handshake_s, backlog=BACKLOG
+        )
+        bound_unsent(server)
+        return server
+
+    async def _metrics_text(self) -> bytes:
+        return self.metrics.text()
+
+    async def _problems(self) -> list[str]:
+        return self.problems()
+
+    async def _notices(self) -> list[str]:
+        return self.notices()
+
+    async def _keep(self, keeper: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run what must never end: without it leases lapse and waiters sleep on."""
+        while True:
+            try:
+                await keeper()
+            except Exception as error:
+                self._log.error("a keeper failed and starts anew", exc_info=error)
+                await asyncio.sleep(KEEP_AGAIN_S)
+
+    @property
+    def listens_on(self) -> dict[str, str]:
+        """Return the addresses in use, for the log: they may have been chosen by the system."""
+        public = self._servers[0].sockets[0].getsockname()
+        admin = self._admin.addresses[0] if self._admin else ("", 0)
+        return {"public": f"{public[0]}:{public[1]}", "admin": f"{admin[0]}:{admin[1]}"}
+
+    async def retire(self) -> None:
+        """Leave newcomers to a successor; return when the last client has its answer, however long that takes."""
+        self._retired = True
+        self._stop_accepting()
+        self._listener.retire()
+        await unless(None, self._gone(), self._settings.drain_s)
+        self._listener.pre_shutdown()  # those that asked nothing for so long
+        await self._gone()
+        await self._drain.idle()
+
+    def _stop_accepting(self) -> None:
+        while self._servers:
+            self._servers.pop().close()
+
+    async def _gone(self) -> None:
+        while self._listener.connections:
+            await asyncio.sleep(POLL_S)
+
+    async def drain(self, hurry: asyncio.Event) -> bool:
+        """Serve on for the delay, stop accepting, let what is in flight finish, cut off the rest. `hurry`: at once.
+
+        Return whether everything in flight was stored or released.
+        """
+        self._draining = True
+        unsure = self.metrics.unsure
+        if self._settings.drain_delay_s and not self._retired:
+            await unless(hurry, asyncio.sleep(self._settings.drain_delay_s))
+        self._stop_accepting()
+        finished = await self._drain.run(hurry, self._settings.drain_s)
+        return finished and self.metrics.unsure == unsure
+
+    @property
+    def cut_off(self) -> int:
+        """Requests and answers that the drain did not let finish."""
+        return self._drain.cut_off
+
+    async def close(self) -> None:
+        """End what is left; nothing in here waits for anybody for long."""
+        await self._listener.shutdown(CANCEL_S)
+        left = [*self._tasks, *self._background]
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        if self._admin:
+            await self._admin.cleanup()
+        self._pools.close()
+        await self.store.close()
+        self._access.flush()
+
+
+def _durable(settings: Settings) -> bool:
+    """Return whether the store confirms a claim only once it survives a restart or a failover."""
+    return settings.store_url.get_secret_value() == "embedded" or settings.durability != "memory"
+
+
+def _server_tls(settings: Settings) -> ssl.SSLContext | None:
+    if settings.tls_cert_file is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    context.load_cert_chain(settings.tls_cert_file, settings.tls_key_file)
+    return context

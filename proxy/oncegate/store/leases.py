@@ -1,0 +1,98 @@
+"""The claims of this worker: one task keeps all their leases alive, one list says what is in flight."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from oncegate.store.record import Claim
+from oncegate.store.store import Store
+
+
+def suspended_clock_s() -> float:
+    """Return seconds on a clock that goes on while the machine sleeps, as leases do."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+@dataclass(slots=True, eq=False)
+class Held:
+    """A claim and how it is doing.
+
+    `confirmed_s`: when the store was last asked and said yes (suspended_clock_s). `until_s`: how long the
+    code that holds it may take before it counts as hung and the lease is let go (the loop's time).
+    """
+
+    claim: Claim
+    confirmed_s: float
+    until_s: float
+    stage: bytes = b"claimed"  # how far the exchange got: claimed, sent or answered
+    lost: bool = False
+    fenced: bool = False
+    freeing: bool = False  # its release is under way: that the record is gone, or another's, is no loss any more
+    settled: bool = False
+    reported: bool = field(default=False)
+
+    def age_s(self) -> float:
+        return suspended_clock_s() - self.confirmed_s
+
+
+class Report(Protocol):
+    """Hears of a claim that is no longer what it was: `what` is lost or fenced."""
+
+    def __call__(self, what: str, claim: Claim) -> None: ...
+
+
+class Leases:
+    """What this worker has claimed and not settled."""
+
+    def __init__(self, store: Store, lease_ms: int, report: Report, clock: Callable[[], float]) -> None:
+        self._store, self._period_s, self._report, self._clock = store, lease_ms / 3000, report, clock
+        self._held: dict[bytes, Held] = {}
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._held
+
+    def hold(self, claim: Claim, asked_s: float, longest_s: float) -> Held:
+        """Keep a claim's lease alive from now on. `asked_s`: when the store was asked for it; `longest_s`: how long
+        whoever holds it may take until it says so again."""
+        held = Held(claim, asked_s, self._clock() + longest_s)
+        self._held[claim.key] = held
+        return held
+
+    def drop(self, held: Held) -> None:
+        """Let a claim go; it is settled, or nothing more can be done for it."""
+        held.settled = True
+        if self._held.get(held.claim.key) is held:
+            del self._held[held.claim.key]
+
+    def report(self, what: str, held: Held) -> None:
+        """Say once that a claim is lost or fenced."""
+        if not held.reported:
+            held.reported = True
+            self._report(what, held.claim)
+
+    async def run(self) -> None:
+        """Renew every lease three times in its length, until cancelled. All leave in one write."""
+        while True:
+            await asyncio.sleep(self._period_s)
+            now = self._clock()
+            alive = [held for held in self._held.values() if held.until_s > now and not held.fenced]
+            await asyncio.gather(*[self._renew(held) for held in alive])
+
+    async def _renew(self, held: Held) -> None:
+        asked_s = suspended_clock_s()
+        word = await self._store.renew(held.claim, held.stage)
+        if held.settled or held.freeing:
+            return  # its settle went ahead; what the renewal found is that
+        if word == "renewed":
+            held.confirmed_s = asked_s
+        elif word == "absent":
+            held.lost = True
+            self.report("lost", held)
+        elif word == "fenced":
+            held.fenced = True
+            self.report("fenced", held)

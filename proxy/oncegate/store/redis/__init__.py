@@ -1,0 +1,1 @@
+"""The Redis client of the store: connections, servers, clusters, sentinels, scripts."""

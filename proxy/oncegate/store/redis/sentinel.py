@@ -1,0 +1,171 @@
+"""The master that Redis Sentinel names: asked for on every new connection, and watched for a change.
+
+Sentinels are asked all at once and the highest configuration epoch wins: one that was cut off does not know
+of a failover yet. A server that says it is a replica is not used, whoever named it.
+"""
+
+import asyncio
+from typing import Any, NamedTuple
+
+from redis.asyncio.connection import AbstractConnection, SSLConnection, parse_url
+from redis.asyncio.sentinel import MasterNotFoundError, SentinelConnectionPool, SentinelManagedSSLConnection
+from redis.exceptions import RedisError
+
+from oncegate.settings.addresses import Several
+from oncegate.store.redis.node import Node, Terms
+from oncegate.store.redis.server import OPTIONS, Opener, Unfit, ask, opener, parse_info
+
+ASK_SHARE = 0.4  # of the time for a new connection that the sentinels may take to answer
+FOLLOW_S = 1.0  # how often they are asked whether the master has changed
+
+Place = tuple[str, int]
+
+
+class Word(NamedTuple):
+    """What one sentinel says of the master. `down`: that the sentinels agree on it, and nobody has taken its place."""
+
+    epoch: int
+    place: Place
+    down: bool
+
+
+class Sentinel:
+    """One of them, on a connection that is kept."""
+
+    def __init__(self, open_connection: Opener, service: str) -> None:
+        self._open_connection, self._service = open_connection, service
+        self._connection: AbstractConnection | None = None
+
+    async def ask(self) -> Word:
+        """Return what it says of the master. Raises RedisError and OSError.
+
+        In two answers: while its failover waits for the other replicas, which can take minutes, the first has the new
+        epoch and the old place, and only the second the new place.
+        """
+        try:
+            if self._connection is None:
+                connection = self._open_connection()
+                await connection.connect()  # type: ignore[no-untyped-call]
+                self._connection = connection
+            reply: list[bytes] = await ask(self._connection, "SENTINEL", "MASTER", self._service)
+            host, port = await ask(self._connection, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._service)
+        except BaseException:
+            await self.close()
+            raise
+        said = dict(zip(reply[::2], reply[1::2], strict=True))
+        replaced = (said[b"ip"], said[b"port"]) != (host, port)
+        down = b"o_down" in said[b"flags"].split(b",") and not replaced
+        return Word(int(said[b"config-epoch"]), (host.decode(), int(port)), down)
+
+    async def close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.disconnect(nowait=True)
+
+
+class Sentinels:
+    """The sentinels of a service. The name of the method is the one redis-py calls."""
+
+    def __init__(self, several: Several, timeout_s: float) -> None:
+        self._several, self._timeout_s = several, timeout_s * ASK_SHARE
+        openers = [opener(several.sentinel_url(place), self._timeout_s) for place in several.places]
+        self._all = [Sentinel(open_connection, several.service) for open_connection in openers]
+        self._question: asyncio.Task[Place] | None = None
+
+    async def discover_master(self, _service: str = "") -> Place:
+        """Return where the master is. One question at a time: who comes meanwhile gets its answer too."""
+        if self._question is None or self._question.done():
+            self._question = asyncio.ensure_future(self._ask())
+        return await asyncio.shield(self._question)
+
+    async def _ask(self) -> Place:
+        asked = [asyncio.ensure_future(sentinel.ask()) for sentinel in self._all]
+        done, late = await asyncio.wait(asked, timeout=self._timeout_s)
+        for one in late:
+            one.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+        failures = [one.exception() for one in done]
+        answers = [one.result() for one, failure in zip(done, failures, strict=True) if failure is None]
+        for failure in failures:
+            if failure is not None and not isinstance(failure, RedisError | OSError):
+                raise failure
+        if not answers:
+            said = next((str(failure) for failure in failures if failure), "no answer in time")
+            raise MasterNotFoundError(f"no sentinel names the master of {self._several.service}: {said}")
+        newest = max(answers, key=lambda word: word.epoch)
+        if newest.down:
+            raise MasterNotFoundError(f"the master of {self._several.service} is down, as the sentinels agree")
+        return newest.place
+
+    async def close(self) -> None:
+        if self._question is not None:
+            self._question.cancel()
+            await asyncio.gather(self._question, return_exceptions=True)
+        await asyncio.gather(*[sentinel.close() for sentinel in self._all])
+
+
+def master_opener(several: Several, sentinels: Sentinels, timeout_s: float) -> Opener:
+    """Return what makes connections that ask the sentinels where to connect to."""
+    options: dict[str, Any] = dict(parse_url(several.server_url("localhost:1")))
+    del options["host"], options["port"]
+    if options.get("connection_class") is SSLConnection:
+        options["connection_class"] = SentinelManagedSSLConnection
+    limits = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
+    pool = SentinelConnectionPool(  # type: ignore[no-untyped-call]
+        several.service, sentinels, **OPTIONS, **options, **limits
+    )
+    return pool.make_connection
+
+
+class Watched(Node):
+    """The master of a service, whichever server that is."""
+
+    def __init__(self, several: Several, terms: Terms) -> None:
+        self._sentinels = Sentinels(several, terms.timeout_s)
+        self._service, self._log = several.service, terms.log
+        self._at: Place | None = None
+        open_connection = master_opener(several, self._sentinels, terms.timeout_s)
+        super().__init__(open_connection, terms, f"the master of {several.service}", self._is_master)
+
+    async def _is_master(self, connection: AbstractConnection) -> None:
+        """Note where a new connection leads to. Raises Unfit for a server that is a replica, or the master no more.
+
+        A master that stood still goes on as one when it wakes up, until the sentinels tell it. Those who were
+        connecting to it meanwhile would claim there what others claim at its successor: so they ask again.
+        """
+        role = parse_info(await ask(connection, "INFO", "replication")).get("role")
+        at = (connection.host, connection.port)  # type: ignore[attr-defined]
+        if role != "master":
+            raise Unfit(f"{at[0]}:{at[1]} is named as the master, and is a replica")
+        if at != await self._sentinels.discover_master():
+            raise Unfit(f"{at[0]}:{at[1]} is the master of {self._service} no more")
+        self._moved(at)
+
+    def _moved(self, at: Place) -> None:
+        was, self._at = self._at, at
+        if was is not None and was != at:
+            self._log("the store failed over", service=self._service, was=f"{was[0]}:{was[1]}", now=f"{at[0]}:{at[1]}")
+            self._leave_others(at)
+
+    def _leave_others(self, named: Place) -> None:
+        """Leave every other server at once: what is claimed at one must not be settled at another."""
+        for link in self.links:
+            if link.up and link.at != named:
+                link.renew(f"the sentinels name another master of {self._service}")
+
+    async def watch(self) -> None:
+        await asyncio.gather(super().watch(), self._follow())
+
+    async def _follow(self) -> None:
+        """Leave a server that the sentinels no longer name, though it still answers: it may have been cut off."""
+        while True:
+            await asyncio.sleep(FOLLOW_S)
+            try:
+                named = await self._sentinels.discover_master()
+            except (RedisError, OSError):
+                continue
+            self._leave_others(named)
+
+    async def close(self) -> None:
+        await super().close()
+        await self._sentinels.close()
