@@ -53,8 +53,8 @@ storm: .venv/.dev                   ## what retries cost, with and without: a mi
 	$(BIN)/python -m loadtest.retry_storm $(ARGS)
 
 readme: .venv/.runtime              ## write the settings table and the presets' pages anew
-	$(BIN)/python -c 'import re, pathlib; from proxy.settings import table; p = pathlib.Path("README.md"); p.write_text(re.sub(r"(<!-- settings: .*? -->\n).*?(<!-- end)", lambda m: m[1] + table() + m[2], p.read_text(), flags=re.S))'
-	$(BIN)/python -c 'import re, pathlib; from proxy.presets import pages; p = pathlib.Path("RULES.md"); p.write_text(re.sub(r"(<!-- presets: .*? -->\n).*?(<!-- end)", lambda m: m[1] + "\n" + pages() + m[2], p.read_text(), flags=re.S))'
+	$(BIN)/python -c 'import re, pathlib; from oncegate.settings.loading import table; p = pathlib.Path("README.md"); p.write_text(re.sub(r"(<!-- settings: .*? -->\n).*?(<!-- end)", lambda m: m[1] + table() + m[2], p.read_text(), flags=re.S))'
+	$(BIN)/python -c 'import re, pathlib; from oncegate.rules.presets import pages; p = pathlib.Path("RULES.md"); p.write_text(re.sub(r"(<!-- presets: .*? -->\n).*?(<!-- end)", lambda m: m[1] + "\n" + pages() + m[2], p.read_text(), flags=re.S))'
 
 lock: .venv/.dev                    ## make lock UPGRADE=--upgrade moves every pin to the newest release
 	$(COMPILE) --group build --output-file requirements-build.lock

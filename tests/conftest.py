@@ -30,7 +30,7 @@ IN_PROCESS = (
         "test_link.py",
         "test_sentinel.py",
     ),
-    *("test_store.py", "test_upstream.py", "test_watch.py"),
+    *("test_store.py", "test_upstream.py", "test_health_monitor.py"),
 )
 
 

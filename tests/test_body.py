@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import structlog
 
-from oncegate.buffers.memory import Buffered
+from oncegate.buffers.memory import MemoryBudget
 from oncegate.downstream.body import MEMORY_BYTES, Bodies, Body, BrokenOff, NoRoom, TooLarge, stream
 from oncegate.downstream.listener import Listener
-from oncegate.downstream.pace import Pace
+from oncegate.downstream.minimum_rate import MinimumRate
 from oncegate.downstream.request import Request
-from oncegate.downstream.response import Client
+from oncegate.downstream.response import ResponseWriter
 from oncegate.service.service import Service
 from oncegate.settings.loading import load
 from tests.parts import RawClient, ask, chunk, read_answer, request, until
@@ -42,23 +42,23 @@ class Reading:
     """A listener whose handler reads each body whole; `came` has what it got."""
 
     spool_dir: Path
-    pace: Pace = field(default_factory=lambda: Pace(30, 1))
-    memory: Buffered = field(default_factory=lambda: Buffered(8 << 20))
-    spool: Buffered = field(default_factory=lambda: Buffered(8 << 20))
+    pace: MinimumRate = field(default_factory=lambda: MinimumRate(30, 1))
+    memory: MemoryBudget = field(default_factory=lambda: MemoryBudget(8 << 20))
+    spool: MemoryBudget = field(default_factory=lambda: MemoryBudget(8 << 20))
     begun: int = 0
     came: list[Body | TooLarge | NoRoom | BrokenOff] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.bodies = Bodies(self.memory, self.spool, str(self.spool_dir), LIMIT, self.pace)
 
-    async def __call__(self, asked: Request) -> Client:
+    async def __call__(self, asked: Request) -> ResponseWriter:
         self.begun += 1
         length = asked.message.headers.get("Content-Length")
         chunked = "Transfer-Encoding" in asked.message.headers
         here = self.bodies.here(asked.content, None if chunked else int(length or 0))
         read = here or await self.bodies.read(asked.content)
         self.came.append(read)
-        client = Client(asked, Pace(5, 1))
+        client = ResponseWriter(asked, MinimumRate(5, 1))
         client.send(200, b"OK", b"", type(read).__name__.encode())
         return client
 
@@ -82,7 +82,7 @@ def reading(tmp_path: Path) -> Reading:
 @asynccontextmanager
 async def listening(handler: object) -> AsyncIterator[int]:
     """Serve with a real listener on a port of its own, and yield it."""
-    listener = Listener(handler, max_connections=100, pace=Pace(5, 1), observe=lambda _: None)
+    listener = Listener(handler, max_connections=100, pace=MinimumRate(5, 1), observe=lambda _: None)
     server = await asyncio.get_running_loop().create_server(listener, "127.0.0.1", 0)
     try:
         yield server.sockets[0].getsockname()[1]
@@ -178,7 +178,7 @@ async def test_a_body_that_breaks_off_is_none(reading, size, end):
 
 async def test_a_body_may_pause_and_not_stall(tmp_path):
     """A body that keeps up its pace takes as long as it takes; a window with too little of it ends it."""
-    reading = Reading(tmp_path, Pace(1, 3))
+    reading = Reading(tmp_path, MinimumRate(1, 3))
     async with listening(reading) as port:
         with closing(await RawClient.open(port)) as client:
             client.writer.write(request("POST", "/", None, b"", "Content-Length: 10"))
@@ -203,10 +203,10 @@ async def test_a_streamed_body_says_how_it_broke():
     """Pass-through yields the bytes as they come; a pause too long and a break are different errors."""
     came: list[object] = []
 
-    async def handler(asked: Request) -> Client:
-        client = Client(asked, Pace(5, 1))
+    async def handler(asked: Request) -> ResponseWriter:
+        client = ResponseWriter(asked, MinimumRate(5, 1))
         try:
-            async for block in stream(asked.content, Pace(0.5, 1)):
+            async for block in stream(asked.content, MinimumRate(0.5, 1)):
                 came.append(block)
         except (TimeoutError, ConnectionError) as error:
             came.append(type(error))

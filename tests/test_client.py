@@ -6,11 +6,11 @@ from contextlib import asynccontextmanager, closing, suppress
 
 import pytest
 
-from oncegate.buffers.outbox import outbox
+from oncegate.buffers.write_batcher import write_batcher
 from oncegate.downstream.listener import Listener
-from oncegate.downstream.pace import Pace
+from oncegate.downstream.minimum_rate import MinimumRate
 from oncegate.downstream.request import Request
-from oncegate.downstream.response import Client
+from oncegate.downstream.response import ResponseWriter
 from oncegate.messages.problems import problem
 from tests.parts import RawClient, answers_in, ask, read_answer, request, until
 
@@ -20,7 +20,7 @@ OLD = GET.replace(b"HTTP/1.1", b"HTTP/1.0")
 KEPT = OLD.replace(b"Host", b"Connection: keep-alive\r\nHost")
 CLOSING = GET.replace(b"Host", b"Connection: close\r\nHost")
 
-Script = Callable[[Client], Awaitable[None]]
+Script = Callable[[ResponseWriter], Awaitable[None]]
 
 
 @asynccontextmanager
@@ -28,12 +28,12 @@ async def answering(*scripts: Script, stall_s: float = 5) -> AsyncIterator[int]:
     """Serve the n-th request with the n-th script, the last one for all that follow; yield the port."""
     left = list(scripts)
 
-    async def handler(asked: Request) -> Client:
-        client = Client(asked, Pace(stall_s, 1))
+    async def handler(asked: Request) -> ResponseWriter:
+        client = ResponseWriter(asked, MinimumRate(stall_s, 1))
         await (left.pop(0) if len(left) > 1 else left[0])(client)
         return client
 
-    listener = Listener(handler, max_connections=100, pace=Pace(5, 1), observe=lambda _: None)
+    listener = Listener(handler, max_connections=100, pace=MinimumRate(5, 1), observe=lambda _: None)
     server = await asyncio.get_running_loop().create_server(listener, "127.0.0.1", 0)
     try:
         yield server.sockets[0].getsockname()[1]
@@ -43,7 +43,7 @@ async def answering(*scripts: Script, stall_s: float = 5) -> AsyncIterator[int]:
 
 
 def whole(block: bytes = b"", body: bytes = b"ok", **options: bool) -> Script:
-    async def script(client: Client) -> None:
+    async def script(client: ResponseWriter) -> None:
         client.send(200, b"OK", block, body, **options)
 
     return script
@@ -54,16 +54,16 @@ class Piecewise:
 
     def __init__(self, length: int | None = None, *, stated: bool = False, eof: bool = False) -> None:
         self._length, self._stated, self._eof = length, stated, eof
-        self.client: Client | None = None
+        self.client: ResponseWriter | None = None
         self._over = asyncio.Event()
 
-    async def __call__(self, client: Client) -> None:
+    async def __call__(self, client: ResponseWriter) -> None:
         block = b"Content-Length: %d\r\n" % (self._length or 0) if self._stated else b""
         client.begin(200, b"OK", block, length=self._length, stated=self._stated, eof=self._eof)
         self.client = client
         await self._over.wait()
 
-    async def begun(self) -> Client:
+    async def begun(self) -> ResponseWriter:
         await until(lambda: self.client)
         return self.client
 
@@ -87,8 +87,8 @@ WHOLE = [
     (CLOSING, whole(b"A: \xff\r\na: b\r\n"), b"A: \xff\r\na: b\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok"),
     (CLOSING, whole(b"content-length: 2\r\n", stated_length=True), b"content-length: 2\r\nConnection: close\r\n\r\nok"),
     (CLOSING, whole(body=b"", bodiless=True), b"Connection: close\r\n\r\n"),
-    (GET, whole(eof_framed=True), b"Connection: close\r\n\r\nok"),
-    (KEPT, whole(eof_framed=True), b"Connection: close\r\n\r\nok"),
+    (GET, whole(close_delimited=True), b"Connection: close\r\n\r\nok"),
+    (KEPT, whole(close_delimited=True), b"Connection: close\r\n\r\nok"),
 ]
 
 
@@ -118,7 +118,7 @@ async def test_a_connection_is_kept_as_the_client_wants(raw, connection):
 async def test_a_problem_answers_head_without_a_body():
     """An answer of our own to HEAD has no body: the next answer on the connection would be read from it."""
 
-    async def refuse(client: Client) -> None:
+    async def refuse(client: ResponseWriter) -> None:
         client.answer(problem("overloaded", "later"), b"Oncegate-Status: refused\r\n")
 
     async with answering(refuse) as port:
@@ -133,7 +133,7 @@ async def test_a_problem_answers_head_without_a_body():
 async def test_an_answer_may_end_the_connection():
     """With `close` an answer of our own is the last one on its connection."""
 
-    async def refuse(client: Client) -> None:
+    async def refuse(client: ResponseWriter) -> None:
         client.answer(problem("overloaded", "later"), close=True)
         assert not client.keep_alive
 
@@ -147,10 +147,10 @@ async def test_an_answer_may_end_the_connection():
 async def test_a_client_is_told_to_go_on_at_most_once(asked):
     """100 Continue goes only to a client that waits for it, and only once."""
 
-    async def script(client: Client) -> None:
+    async def script(client: ResponseWriter) -> None:
         client.awaits_continue = asked
-        client.continue_()
-        client.continue_()
+        client.send_continue()
+        client.send_continue()
         client.send(200, b"OK", b"", b"ok")
 
     async with answering(script) as port:
@@ -161,7 +161,7 @@ async def test_a_client_is_told_to_go_on_at_most_once(asked):
 async def test_a_client_that_was_not_told_to_go_on_is_not_kept():
     """What it sends next may be the body or another request: the connection ends with the answer."""
 
-    async def script(client: Client) -> None:
+    async def script(client: ResponseWriter) -> None:
         client.awaits_continue = True
         client.answer(problem("overloaded", "later"))
 
@@ -240,7 +240,7 @@ async def test_an_aborted_answer_never_looks_whole(frame):
 async def test_an_empty_answer_by_length_ends_at_once():
     """A length of zero needs no byte, and the connection goes on."""
 
-    async def script(client: Client) -> None:
+    async def script(client: ResponseWriter) -> None:
         client.begin(200, b"OK", b"", length=0, stated=False, eof=False)
         client.end()
 
@@ -258,7 +258,7 @@ async def test_a_client_that_takes_nothing_is_cut_off():
     """A client that stalls for `stall_s` is cut off; the writer goes on, to nobody."""
     states: list[tuple[bool, bool]] = []
 
-    async def script(client: Client) -> None:
+    async def script(client: ResponseWriter) -> None:
         client.begin(200, b"OK", b"", length=None, stated=False, eof=False)
         for _ in range(64):
             client.write(bytes(1 << 20))
@@ -281,7 +281,7 @@ async def test_a_slow_client_slows_the_writer_down():
     """A client that goes on taking gets everything, however much longer than `stall_s` that is in all."""
     most = 0
 
-    async def script(client: Client) -> None:
+    async def script(client: ResponseWriter) -> None:
         nonlocal most
         client.begin(200, b"OK", b"", length=32 << 20, stated=False, eof=False)
         for _ in range(128):
@@ -308,7 +308,7 @@ async def test_who_waits_for_a_client_to_leave_is_told(leave):
     """`leaving` is done when the connection is gone, at once where it is gone already; writing then is harmless."""
     gone: list[bool] = []
 
-    async def script(client: Client) -> None:
+    async def script(client: ResponseWriter) -> None:
         gone.append(client.gone)
         await client.leaving()
         gone.append(client.gone)
@@ -336,7 +336,7 @@ async def test_a_half_closed_client_gets_its_last_answer_as_the_last():
     """After a half-close the connection is kept for the answers that are due, and the last one says so."""
     go = asyncio.Event()
 
-    async def script(client: Client) -> None:
+    async def script(client: ResponseWriter) -> None:
         await go.wait()
         client.send(200, b"OK", b"", b"ok")
 
@@ -355,8 +355,8 @@ async def test_a_half_closed_client_gets_its_last_answer_as_the_last():
 async def test_what_waits_to_leave_stays_before_what_closes_the_connection(last):
     """An answer that leaves with others comes whole, and before the one behind it that is the last."""
 
-    async def hold(client: Client) -> None:
-        outbox(asyncio.get_running_loop()).hold()
+    async def hold(client: ResponseWriter) -> None:
+        write_batcher(asyncio.get_running_loop()).hold()
         client.send(200, b"OK", b"", b"first")
 
     async with answering(hold, hold, whole(body=b"last")) as port:
@@ -370,11 +370,11 @@ async def test_what_waits_to_leave_stays_before_what_closes_the_connection(last)
 async def test_an_answer_that_waits_to_leave_is_not_lost_with_the_next_one():
     """Breaking off an answer leaves the one before it as it is."""
 
-    async def hold(client: Client) -> None:
-        outbox(asyncio.get_running_loop()).hold()
+    async def hold(client: ResponseWriter) -> None:
+        write_batcher(asyncio.get_running_loop()).hold()
         client.send(200, b"OK", b"", b"first")
 
-    async def broken(client: Client) -> None:
+    async def broken(client: ResponseWriter) -> None:
         client.begin(200, b"OK", b"", length=None, stated=False, eof=False)
         client.abort()
 
@@ -388,8 +388,8 @@ async def test_a_connection_that_retires_in_the_midst_of_an_answer_takes_one_mor
     """The answer under way did not say that it is the last: the next one does."""
     begun, over = asyncio.Event(), asyncio.Event()
 
-    async def handler(asked: Request) -> Client:
-        client = Client(asked, Pace(5, 1))
+    async def handler(asked: Request) -> ResponseWriter:
+        client = ResponseWriter(asked, MinimumRate(5, 1))
         if begun.is_set():
             client.send(200, b"OK", b"", b"last")
         else:
@@ -400,7 +400,7 @@ async def test_a_connection_that_retires_in_the_midst_of_an_answer_takes_one_mor
             client.end()
         return client
 
-    listener = Listener(handler, max_connections=100, pace=Pace(5, 1), observe=lambda _: None)
+    listener = Listener(handler, max_connections=100, pace=MinimumRate(5, 1), observe=lambda _: None)
     server = await asyncio.get_running_loop().create_server(listener, "127.0.0.1", 0)
     client = await RawClient.open(server.sockets[0].getsockname()[1])
     first = asyncio.ensure_future(client.ask(GET))

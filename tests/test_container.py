@@ -97,7 +97,7 @@ def test_wheel_carries_the_package(tmp_path: Path) -> None:
     """The wheel that the image installs carries every module and script of proxy/."""
     for path in ["pyproject.toml", "README.md"]:
         shutil.copy(ROOT / path, tmp_path)
-    shutil.copytree(ROOT / "proxy", tmp_path / "proxy", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "proxy", tmp_path / "proxy", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     build = [
         sys.executable,
         "-m",

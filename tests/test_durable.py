@@ -10,7 +10,7 @@ import pytest
 from loadtest.ports import free_ports
 from oncegate.keys.digests import Digests, store_key
 from oncegate.store.record import Claim
-from oncegate.store.redis.durable import Below, Level, level
+from oncegate.store.redis.durable import DurabilityLevel, UnderReplicated, level
 from oncegate.store.redis.link import Unconfirmed
 from oncegate.store.store import Settled, Store
 from tests.parts import until
@@ -26,7 +26,11 @@ from tests.test_store import (
 )
 from tests.topologies import Server, replicated, wait_for
 
-REPLICATED, ON_DISK, ON_BOTH_DISKS = Level(1, fsync=False), Level(0, fsync=True), Level(1, fsync=True)
+REPLICATED, ON_DISK, ON_BOTH_DISKS = (
+    DurabilityLevel(1, fsync=False),
+    DurabilityLevel(0, fsync=True),
+    DurabilityLevel(1, fsync=True),
+)
 
 
 def key(number: int) -> bytes:
@@ -148,7 +152,7 @@ async def test_a_claim_below_its_level_is_given_back(scripted, reply):
     scripted.script = script
     async with connected(scripted.url, durability="replicated", timeout_ms=300, behind=behind) as store:
         found = await claim(store)
-        assert (type(found), found.maybe_executed) == (Below, False)
+        assert (type(found), found.maybe_executed) == (UnderReplicated, False)
         tokens = {words[5] for words in scripted.calls if words[0] == b"EVALSHA"}
         assert len(tokens) == 1
         assert len([words for words in scripted.calls if words[0] == b"WAIT"]) > 1
@@ -170,7 +174,7 @@ async def test_a_replica_that_left_may_have_been_promoted(scripted, monkeypatch)
         await claimed(store, key=key(1))
         connected_replicas(1)
         found = await claim(store, key(2))
-        assert (type(found), found.maybe_executed) == (Below, False)
+        assert (type(found), found.maybe_executed) == (UnderReplicated, False)
         assert "a replica has left the master" in found.detail
         assert scripted.calls[-1][6] == b"release"
         await asyncio.sleep(0.8)
@@ -252,7 +256,7 @@ async def test_a_replica_that_hangs(often):
             began = asyncio.get_running_loop().time()
             found = await asyncio.gather(*[claim(store, key(number)) for number in range(100, 150)])
             assert asyncio.get_running_loop().time() - began < 1.5
-            assert {type(one) for one in found} == {Below}
+            assert {type(one) for one in found} == {UnderReplicated}
             assert {one.detail for one in found} == {"the claim reached 0 of 1 replicas in time"}
             assert behind.works == []
             assert master.records().keys() == {store_key(stored.key)}

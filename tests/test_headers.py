@@ -6,37 +6,37 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from oncegate.messages.admission import Gate, Refused
-from oncegate.messages.answer_head import AnswerHead, answer_blocks, read_answer_head, status_line
+from oncegate.messages.admission import Admission, Refused
 from oncegate.messages.fields import by_name, tokens
-from oncegate.messages.request_head import Hop, RequestHead, preferred_wait_s, request_head
+from oncegate.messages.request_head import ForwardedInfo, RequestHead, preferred_wait_s, request_head
+from oncegate.messages.response_head import ResponseHead, answer_blocks, read_answer_head, status_line
 
 many = settings(max_examples=400, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 
 HTTP10, HTTP11 = (1, 0), (1, 1)
 HOST = b"api.test"
-GATE = Gate((), b"idempotency-key", (b"authorization", b"x-api-key"))
+GATE = Admission((), b"idempotency-key", (b"authorization", b"x-api-key"))
 
 
 def pairs(*lines: bytes) -> list[tuple[bytes, bytes]]:
     return [(name, value.strip()) for name, _, value in (line.partition(b":") for line in lines)]
 
 
-def enter(
+def admit(
     *lines: bytes, method="POST", target=b"/v1/charges", version=HTTP11, host: bytes | None = HOST, gate=GATE
 ) -> RequestHead | Refused:
     named = [] if host is None else [(b"Host", host)]
-    return gate.enter(method, target, version, named + pairs(*lines))
+    return gate.admit(method, target, version, named + pairs(*lines))
 
 
 def entered(*lines: bytes, **options) -> RequestHead:
-    head = enter(*lines, **options)
+    head = admit(*lines, **options)
     assert isinstance(head, RequestHead), head
     return head
 
 
 def refused(*lines: bytes, **options) -> int:
-    head = enter(*lines, **options)
+    head = admit(*lines, **options)
     assert isinstance(head, Refused), head
     return head.status
 
@@ -282,7 +282,7 @@ def test_connection_may_name_anything_else(value):
 
 def test_what_a_deployment_acts_on_is_guarded_like_the_rest():
     """Its own key header and scope headers are neither nominated nor imitated."""
-    gate = Gate((), b"x-request-id", (b"x-tenant-id",))
+    gate = Admission((), b"x-request-id", (b"x-tenant-id",))
     for name in (b"x-request-id", b"X-Tenant-Id"):
         assert refused(b"Connection: " + name, gate=gate) == 400
         assert refused(name.replace(b"-", b"_") + b": 1", gate=gate) == 400
@@ -313,7 +313,7 @@ def test_another_name_may_have_an_underscore(name):
 def test_a_key_header_may_have_an_underscore_itself():
     """Where the operator named it so, it is no imitation."""
     for name in (b"request_id", b"x_api_key"):
-        assert entered(name.title() + b": 1", gate=Gate((), name, ()))
+        assert entered(name.title() + b": 1", gate=Admission((), name, ()))
 
 
 # ... and the host.
@@ -389,7 +389,7 @@ def test_a_host_is_named_once():
 )
 def test_a_host_that_is_not_ours_is_misdirected(ours, host, served):
     """A name serves every port, a name with a port only that one; others get 421, in any method."""
-    gate = Gate(ours, b"idempotency-key", ())
+    gate = Admission(ours, b"idempotency-key", ())
     for method in ("GET", "POST"):
         if served:
             assert entered(host=host, method=method, gate=gate).host == host
@@ -399,7 +399,7 @@ def test_a_host_that_is_not_ours_is_misdirected(ours, host, served):
 
 def test_who_names_no_host_is_not_known_to_mean_ours():
     """HTTP/1.0 without a Host gets 421 where the hosts are listed."""
-    assert refused(host=None, version=HTTP10, gate=Gate([b"api.test"], b"idempotency-key", ())) == 421
+    assert refused(host=None, version=HTTP10, gate=Admission([b"api.test"], b"idempotency-key", ())) == 421
 
 
 def test_a_head_that_is_let_in_is_told_whole():
@@ -414,7 +414,7 @@ def test_a_head_that_is_let_in_is_told_whole():
 @given(st.binary(max_size=30), st.binary(max_size=12), st.sampled_from([HTTP10, HTTP11]))
 def test_whatever_comes_is_let_in_or_refused(target, host, version):
     """The gate never fails, never repeats what was sent, and lets no white space into a line."""
-    head = enter(target=b"/" + target, host=host, version=version)
+    head = admit(target=b"/" + target, host=host, version=version)
     if isinstance(head, Refused):
         assert len(target) < 6 or target.decode("latin-1") not in head.detail
     else:
@@ -424,8 +424,8 @@ def test_whatever_comes_is_let_in_or_refused(target, host, version):
 
 # A request's head for the upstream ...
 
-HOP = Hop(b"192.0.2.7", b"http", False)
-TRUSTED = Hop(b"192.0.2.7", b"https", True)
+HOP = ForwardedInfo(b"192.0.2.7", b"http", False)
+TRUSTED = ForwardedInfo(b"192.0.2.7", b"https", True)
 
 
 def written(
@@ -634,9 +634,9 @@ def test_a_nominated_field_ends_here(connection):
 # An upstream's answer ...
 
 
-def answer(status=200, reason=b"OK", pairs=(), head_only=False) -> AnswerHead:
+def answer(status=200, reason=b"OK", pairs=(), head_only=False) -> ResponseHead:
     head = read_answer_head(status, reason, list(pairs), head_only)
-    assert isinstance(head, AnswerHead), head
+    assert isinstance(head, ResponseHead), head
     return head
 
 
@@ -644,7 +644,7 @@ LENGTH, CHUNKED = [(b"Content-Length", b"5")], [(b"transfer-encoding", b"Chunked
 
 
 @pytest.mark.parametrize(
-    ("status", "sent", "head_only", "length", "bodiless", "eof_framed"),
+    ("status", "sent", "head_only", "length", "bodiless", "close_delimited"),
     [
         (200, LENGTH, False, 5, False, False),
         (200, [(b"content-length", b"0")], False, 0, False, False),
@@ -672,10 +672,10 @@ LENGTH, CHUNKED = [(b"Content-Length", b"5")], [(b"transfer-encoding", b"Chunked
         (304, LENGTH, True, 5, True, False),
     ],
 )
-def test_how_the_end_of_an_answer_is_told(status, sent, head_only, length, bodiless, eof_framed):
+def test_how_the_end_of_an_answer_is_told(status, sent, head_only, length, bodiless, close_delimited):
     """By its length, its chunks or the closing; 204, 304 and answers to HEAD have no body, 205 has one."""
     head = answer(status, pairs=sent, head_only=head_only)
-    assert (head.length, head.bodiless, head.eof_framed) == (length, bodiless, eof_framed)
+    assert (head.length, head.bodiless, head.close_delimited) == (length, bodiless, close_delimited)
 
 
 @pytest.mark.parametrize(("status", "stated"), [(204, b""), (304, b"Content-Length: 5\r\n")])
@@ -694,7 +694,7 @@ def test_a_status_that_is_no_final_answer_makes_it_unusable(status):
 def test_what_follows_a_switch_has_no_framing():
     """After 101 comes another protocol to the end of the connection, whatever its fields say."""
     head = answer(101, pairs=[(b"Content-Length", b"3"), (b"Transfer-Encoding", b"chunked")])
-    assert (head.length, head.bodiless, head.eof_framed) == (None, False, True)
+    assert (head.length, head.bodiless, head.close_delimited) == (None, False, True)
 
 
 @pytest.mark.parametrize("status", [200, 299, 300, 400, 451, 500, 599])
@@ -747,7 +747,7 @@ def test_a_control_character_makes_an_answer_unusable(place, form):
                 reason = text
         head = read_answer_head(200, reason, sent, False)
         assert isinstance(head, str) is (code in CONTROLS), bytes([code])
-        if isinstance(head, AnswerHead):
+        if isinstance(head, ResponseHead):
             assert (head.reason, head.pairs) == (reason, sent)
 
 
@@ -781,7 +781,7 @@ def test_an_event_stream_is_known_by_its_type(content_type, streamed):
 # ... and its fields for the client.
 
 
-def both(head: AnswerHead) -> bytes:
+def both(head: ResponseHead) -> bytes:
     """Return the fields that the first client gets, which are those of a replay."""
     passed_on, kept = head.passed_on, head.kept
     assert passed_on == kept

@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oncegate.decision import State
-from oncegate.messages.answer_head import answer_digest
+from oncegate.messages.response_head import answer_digest
 from oncegate.store import record
-from oncegate.store.record import Claim, Corrupt, Record, StoredAnswer, intact, pack, running, self_check, unpack
+from oncegate.store.record import Claim, Corrupt, Record, StoredResponse, intact, pack, running, self_check, unpack
 
 KEY, TENANT, TOKEN, FINGERPRINT = b"k" * 24, b"n" * 16, b"t" * 16, b"f" * 16
 NOW_MS = 1_763_960_000_000
@@ -25,10 +25,12 @@ CLAIM = Claim(
 BODY = b'{"id": 1}'
 
 
-def answer(body: bytes = BODY, status: int = 201, reason: bytes = b"Made", block: bytes = b"X: 1\r\n") -> StoredAnswer:
+def answer(
+    body: bytes = BODY, status: int = 201, reason: bytes = b"Made", block: bytes = b"X: 1\r\n"
+) -> StoredResponse:
     digest = answer_digest(status, reason, block)
     digest.update(body)
-    return StoredAnswer(
+    return StoredResponse(
         status=status,
         reason=reason,
         block=block,
@@ -36,7 +38,7 @@ def answer(body: bytes = BODY, status: int = 201, reason: bytes = b"Made", block
         chunks=1,
         size=len(body),
         kept=True,
-        eof_framed=False,
+        close_delimited=False,
         stated_length=True,
         completed_ms=NOW_MS - 1000,
         took_ms=4000,
@@ -56,7 +58,7 @@ def read(meta: bytes, key: bytes = KEY, tenant: bytes = TENANT) -> Record | Corr
 
 @given(
     st.builds(
-        StoredAnswer,
+        StoredResponse,
         status=st.integers(200, 599),
         reason=st.binary(max_size=300),
         block=st.binary(max_size=3000),
@@ -64,7 +66,7 @@ def read(meta: bytes, key: bytes = KEY, tenant: bytes = TENANT) -> Record | Corr
         chunks=st.integers(0, 2**32 - 1),
         size=st.integers(0, 2**63),
         kept=st.booleans(),
-        eof_framed=st.booleans(),
+        close_delimited=st.booleans(),
         stated_length=st.booleans(),
         completed_ms=st.integers(0, 10**15),
         took_ms=st.integers(0, 2**32 - 1),

@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oncegate.buffers.memory import Buffered
+from oncegate.buffers.memory import MemoryBudget
 from oncegate.downstream.listener import Listener
-from oncegate.downstream.pace import Pace
+from oncegate.downstream.minimum_rate import MinimumRate
 from oncegate.downstream.request import Request
-from oncegate.downstream.response import Client
-from oncegate.messages.admission import Gate, Refused
-from oncegate.messages.answer_head import AnswerHead
-from oncegate.messages.head_cache import IN_VAIN, MOST, MOST_BYTES, Recurring
+from oncegate.downstream.response import ResponseWriter
+from oncegate.messages.admission import Admission, Refused
+from oncegate.messages.head_cache import IN_VAIN, MOST, MOST_BYTES, RecentHeads
 from oncegate.messages.problems import refusal
-from oncegate.upstream.connection import Connection, Lost
+from oncegate.messages.response_head import ResponseHead
+from oncegate.upstream.connection import Connection, UpstreamLost
 from oncegate.upstream.pool import Pool
 
 DATE = re.compile(rb"Date: [^\r]*")
@@ -79,16 +79,16 @@ class Side:
 
     def __init__(self, remembers: bool) -> None:
         self.remembers, self.found = remembers, 0
-        self.gate = Gate((), b"idempotency-key", [b"authorization"])
+        self.gate = Admission((), b"idempotency-key", [b"authorization"])
         self.saw: list[object] = []
-        self.listener = Listener(self.answer, max_connections=100, pace=Pace(5, 1), observe=self.saw.append)
+        self.listener = Listener(self.answer, max_connections=100, pace=MinimumRate(5, 1), observe=self.saw.append)
 
-    async def answer(self, request: Request) -> Client:
-        client, message, head = Client(request, Pace(5, 1)), request.message, request.head
+    async def answer(self, request: Request) -> ResponseWriter:
+        client, message, head = ResponseWriter(request, MinimumRate(5, 1)), request.message, request.head
         self.found += head is not None
         if head is None:
             target = (message.path or "").encode("utf-8", "surrogateescape")
-            entered = self.gate.enter(message.method, target, message.version, message.raw_headers)
+            entered = self.gate.admit(message.method, target, message.version, message.raw_headers)
             if isinstance(entered, Refused):
                 self.saw.append(entered)
                 client.answer(refusal(entered.status, entered.detail), close=True)
@@ -284,19 +284,25 @@ ANSWERS = [
 ]
 
 
-class Deaf(Recurring[AnswerHead]):
+class Deaf(RecentHeads[ResponseHead]):
     """A table that never has anything."""
 
     def wants(self) -> bool:
         return False
 
 
-def answered(came: list[tuple[list[bytes], bool]], table: Recurring[AnswerHead]) -> list[object]:
+def answered(came: list[tuple[list[bytes], bool]], table: RecentHeads[ResponseHead]) -> list[object]:
     """Feed answers (segments, to HEAD or not) to connections of one pool; return what became of each."""
 
     async def run() -> list[object]:
         pool = Pool(
-            "127.0.0.1", 1, None, connect_timeout_s=1, connect_retries=0, max_connections=9, buffered=Buffered(1 << 20)
+            "127.0.0.1",
+            1,
+            None,
+            connect_timeout_s=1,
+            connect_retries=0,
+            max_connections=9,
+            buffered=MemoryBudget(1 << 20),
         )
         pool.known = table
         saw: list[object] = []
@@ -314,7 +320,7 @@ def answered(came: list[tuple[list[bytes], bool]], table: Recurring[AnswerHead])
                 try:
                     connection.arrival(0).add_done_callback(asyncio.Future.exception)  # nobody waits
                     failed = ""
-                except Lost as lost:
+                except UpstreamLost as lost:
                     failed = str(lost)
                 head, reusable = connection.answer, connection.reusable
                 saw.append((head, connection.take(), connection.complete, reusable, failed, pool.buffered.used))
@@ -343,14 +349,14 @@ def test_a_known_answer_within_an_answer_is_its_body():
     within = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(ANSWERS[0])
     came = [([ANSWERS[0]], False), ([within, ANSWERS[0]], False), ([within[:-2], within[-2:], ANSWERS[0]], False)]
     came += [([b"HTTP/1.1 100 Continue\r\nX: ", ANSWERS[0]], False)]
-    assert answered(came, Recurring()) == answered(came, Deaf())
+    assert answered(came, RecentHeads()) == answered(came, Deaf())
 
 
 def test_answers_are_read_as_without_the_table():
     """The same head, body, end and use of the connection, whatever came before it."""
     found = 0
 
-    class Counting(Recurring[AnswerHead]):
+    class Counting(RecentHeads[ResponseHead]):
         def paid(self) -> None:
             nonlocal found
             found += 1
@@ -377,13 +383,13 @@ def test_answers_are_read_as_without_the_table():
 def test_what_a_known_answer_is_in_the_midst_of_another_stays_a_part_of_it(came):
     """Only what begins an answer is looked up, or remembered."""
     told = [(segments, False) for segments in [[ANSWERS[0]], [ANSWERS[0]], *came]]
-    assert answered(told, Recurring[AnswerHead]()) == answered(told, Deaf())
+    assert answered(told, RecentHeads[ResponseHead]()) == answered(told, Deaf())
 
 
 def test_an_answer_before_its_request_was_sent_ends_the_connection(monkeypatch):
     """Known or not: what is left of the request could be taken for another one."""
     told = [([ANSWERS[0]], False)] * 3
-    table = Recurring[AnswerHead]()
+    table = RecentHeads[ResponseHead]()
     assert [reusable for _, _, _, reusable, _, _ in answered(told, table)] == [True] * 3
     monkeypatch.setattr(Wire, "get_write_buffer_size", lambda _: 1)
     assert answered(told, table) == answered(told, Deaf())
@@ -395,7 +401,7 @@ def test_an_answer_before_its_request_was_sent_ends_the_connection(monkeypatch):
 
 def test_the_table_is_bounded():
     """So many heads, of so many bytes, and no more."""
-    table = Recurring[int]()
+    table = RecentHeads[int]()
     for number in range(3 * MOST):
         table.keep(number, 10, number)
     assert len([number for number in range(3 * MOST) if table.find(number) is not None]) <= MOST
@@ -405,7 +411,7 @@ def test_the_table_is_bounded():
 
 def test_few_are_kept_where_none_comes_again():
     """After so many in vain one in so many is wanted, until one pays."""
-    table = Recurring[int]()
+    table = RecentHeads[int]()
     assert all(table.wants() for _ in range(IN_VAIN))
     assert sum(table.wants() for _ in range(10 * IN_VAIN)) == 10
     table.paid()

@@ -13,7 +13,7 @@ import trustme
 from loadtest.ports import free_ports
 from oncegate.keys.digests import store_key
 from oncegate.store.record import Claim
-from oncegate.store.redis.durable import Below
+from oncegate.store.redis.durable import UnderReplicated
 from oncegate.store.redis.link import Unconfirmed
 from oncegate.store.redis.sentinel import FOLLOW_S
 from oncegate.store.store import Settled, Store
@@ -159,7 +159,7 @@ async def test_on_the_disks():
             await claimed_at_last(store, key(1))
             group.replicas[0].ask("CONFIG", "SET", "appendonly", "no")
             found = await claim(store, key(2))
-            assert found == Below("the claim reached 0 of 1 replicas in time", maybe_executed=False)
+            assert found == UnderReplicated("the claim reached 0 of 1 replicas in time", maybe_executed=False)
             assert store_key(key(2)) not in group.master.records()
     finally:
         group.close()

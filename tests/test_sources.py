@@ -10,7 +10,7 @@ from oncegate.keys.sources import KeySources, Named, Parts, find, parse_source, 
 from oncegate.keys.syntax import BadKey
 from oncegate.messages.fields import by_name
 from oncegate.messages.request_head import RequestHead
-from oncegate.rules.identity import Familiar, Name, asked, key_in_head, name, passes, scope_of
+from oncegate.rules.identity import Identity, ScopeMemo, asked, key_in_head, name, passes, scope_of
 from oncegate.rules.policy import Policy
 
 FORM = (b"Content-Type", b"application/x-www-form-urlencoded; charset=utf-8")
@@ -199,9 +199,9 @@ class Content:
         return (self.data,)
 
 
-def named(policy: Policy, request: RequestHead, body: bytes = b"", key: bytes | None = None) -> Name:
+def named(policy: Policy, request: RequestHead, body: bytes = b"", key: bytes | None = None) -> Identity:
     found = name(policy, DIGESTS, request, SCOPE, key, Content(body))
-    assert isinstance(found, Name), found
+    assert isinstance(found, Identity), found
     return found
 
 
@@ -250,7 +250,7 @@ def test_the_parts_of_a_fingerprint(parts):
 
 def test_what_a_connection_says_again_is_named_as_if_it_were_new():
     """Whatever was said on it before, under whichever rule."""
-    dice, familiar = random.Random(3), Familiar(DIGESTS)
+    dice, familiar = random.Random(3), ScopeMemo(DIGESTS)
     policies = [
         POLICY,
         changed(namespace=b"other"),

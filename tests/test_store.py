@@ -18,8 +18,8 @@ from redis import Redis
 
 from oncegate.decision import decide, state_now
 from oncegate.keys.digests import Digests, Scope, store_key
-from oncegate.messages.answer_head import answer_digest
-from oncegate.store.record import Claim, Corrupt, Record, StoredAnswer, intact, pack, self_check
+from oncegate.messages.response_head import answer_digest
+from oncegate.store.record import Claim, Corrupt, Record, StoredResponse, intact, pack, self_check
 from oncegate.store.redis.link import Unconfirmed
 from oncegate.store.redis.node import ORDINARY
 from oncegate.store.redis.server import load_scripts
@@ -167,11 +167,11 @@ async def claimed(store: Store, mode: bytes = b"hold", key: bytes = KEY) -> Clai
     return found
 
 
-def answer(*chunks: bytes, kept: bool = True) -> StoredAnswer:
+def answer(*chunks: bytes, kept: bool = True) -> StoredResponse:
     """Return a stored answer whose body is these chunks."""
     digest = answer_digest(201, b"Made", b"X: 1\r\n")
     digest.update(b"".join(chunks))
-    return StoredAnswer(
+    return StoredResponse(
         status=201,
         reason=b"Made",
         block=b"X: 1\r\n",
@@ -179,7 +179,7 @@ def answer(*chunks: bytes, kept: bool = True) -> StoredAnswer:
         chunks=len(chunks),
         size=sum(map(len, chunks)),
         kept=kept,
-        eof_framed=False,
+        close_delimited=False,
         stated_length=True,
         completed_ms=1_763_960_000_000,
         took_ms=40,

@@ -19,9 +19,9 @@ import trustme
 import uvloop
 
 from loadtest.ports import free_port
-from oncegate.buffers.memory import Buffered
-from oncegate.messages.answer_head import AnswerHead
-from oncegate.upstream.connection import Connection, Lost, NotSent
+from oncegate.buffers.memory import MemoryBudget
+from oncegate.messages.response_head import ResponseHead
+from oncegate.upstream.connection import Connection, NotSent, UpstreamLost
 from oncegate.upstream.pool import Pool, client_tls
 from tests.parts import CHUNKED, LAST_CHUNK, Blackhole, Raw, Talk, abort, chunk, serving, until
 
@@ -54,7 +54,7 @@ def says(*pieces: bytes, then_close: bool = False) -> Talk:
 async def pool_to(port: int, tls: ssl.SSLContext | None = None, **options: Any) -> AsyncIterator[Pool]:
     options = {
         "host": "127.0.0.1", "connect_timeout_s": 10.0, "connect_retries": 0, "max_connections": 8,
-        "buffered": Buffered(1 << 28), **options,
+        "buffered": MemoryBudget(1 << 28), **options,
     }  # fmt: skip
     pool = Pool(options.pop("host"), port, tls, **options)
     try:
@@ -75,7 +75,7 @@ async def sent(pool: Pool, head_only: bool = False, reuse_idle_s: float = 60) ->
         pool.release(connection)
 
 
-async def answer_of(connection: Connection, silence_s: float = 20) -> tuple[AnswerHead, bytes]:
+async def answer_of(connection: Connection, silence_s: float = 20) -> tuple[ResponseHead, bytes]:
     """Return a whole answer."""
     head = await connection.head(silence_s)
     body = b""
@@ -194,7 +194,7 @@ async def test_a_connection_closed_before_anything_was_sent_never_hangs(secure, 
     ours, theirs = (trusting, server_tls(anyone)) if secure else (None, None)
     async with serving(talk, tls=theirs) as raw, pool_to(raw.port, ours, max_connections=1) as pool:
         for _ in range(100):
-            with pytest.raises((NotSent, Lost)) as ended:
+            with pytest.raises((NotSent, UpstreamLost)) as ended:
                 await ask(pool)
             assert not getattr(ended.value, "timeout", False)
 
@@ -290,7 +290,7 @@ async def test_a_client_certificate(tls12, shown, anyone, tmp_path):
         if shown:
             assert await ask(pool) == (200, b"ok")
         else:
-            with pytest.raises(NotSent if tls12 else Lost):
+            with pytest.raises(NotSent if tls12 else UpstreamLost):
                 await ask(pool)
             assert raw.requests == []
 
@@ -342,7 +342,7 @@ async def test_over_tls_an_answer_ended_by_closing_needs_close_notify(notify, tl
             if notify:
                 assert await ask(pool) == (200, body)
             else:
-                with pytest.raises(Lost):
+                with pytest.raises(UpstreamLost):
                     await ask(pool)
 
 
@@ -351,7 +351,7 @@ async def test_over_tls_a_stated_length_counts(notify, anyone, trusting):
     """Over TLS, an answer shorter than its stated length is Lost, whatever close_notify says; a whole one is whole."""
     with TlsOnce(server_tls(anyone), HEAD + b"Content-Length: 3\r\n\r\nok", notify=notify) as server:
         async with pool_to(server.port, trusting) as pool:
-            with pytest.raises(Lost):
+            with pytest.raises(UpstreamLost):
                 await ask(pool)
     with TlsOnce(server_tls(anyone), OK, notify=notify) as server:
         async with pool_to(server.port, trusting) as pool:
@@ -370,7 +370,7 @@ async def test_over_tls_the_end_of_a_paused_answer_is_seen(notify, patient, stat
             await connection.head(20)
             await asyncio.sleep(0.1)  # the rest and the end of the connection come while nobody takes anything
             got = 0
-            with contextlib.nullcontext() if notify or stated else pytest.raises(Lost):
+            with contextlib.nullcontext() if notify or stated else pytest.raises(UpstreamLost):
                 while data := await connection.chunk(20):
                     got += len(data)
             assert got == size
@@ -434,7 +434,7 @@ async def test_a_failed_try_frees_its_place():
 
     async with serving(talk) as raw, pool_to(raw.port, max_connections=1) as pool:
         outcomes = [await asyncio.gather(ask(pool), return_exceptions=True) for _ in range(20)]
-    lost = [isinstance(outcome, Lost) for [outcome] in outcomes]
+    lost = [isinstance(outcome, UpstreamLost) for [outcome] in outcomes]
     assert lost.count(True) == 16
     assert raw.accepted == 20
     async with pool_to(free_port(), max_connections=1, connect_timeout_s=1) as pool:
@@ -657,7 +657,7 @@ async def test_each_interim_answer_is_a_sign_of_life():
 async def test_a_flood_of_interim_answers_is_lost(interim):
     """More 1xx answers than a limit are Lost, though a final one follows."""
     async with serving(says(interim * 17 + OK)) as raw, pool_to(raw.port) as pool:
-        with pytest.raises(Lost):
+        with pytest.raises(UpstreamLost):
             await ask(pool)
         assert raw.accepted == 1
 
@@ -673,7 +673,7 @@ async def test_an_endless_flood_of_interim_answers_is_lost():
             await asyncio.sleep(0)
 
     async with serving(talk) as raw, pool_to(raw.port) as pool:
-        with pytest.raises(Lost):
+        with pytest.raises(UpstreamLost):
             await ask(pool)
 
 
@@ -772,7 +772,7 @@ async def test_a_malformed_answer_is_lost(name, by_the_byte):
         answer = answer[-1000:].rjust(70000, b"A")
     pieces = [answer[at : at + 1] for at in range(len(answer))] if by_the_byte and len(answer) < 4096 else [answer]
     async with serving(says(*pieces, then_close=True)) as raw, pool_to(raw.port) as pool:
-        with pytest.raises(Lost) as lost:
+        with pytest.raises(UpstreamLost) as lost:
             await ask(pool)
         assert not lost.value.timeout
         assert (raw.accepted, len(raw.requests)) == (1, 1)
@@ -806,7 +806,7 @@ async def test_what_never_ends_is_lost(flood):
             await asyncio.sleep(0)
 
     async with serving(talk) as raw, pool_to(raw.port) as pool:
-        with pytest.raises(Lost):
+        with pytest.raises(UpstreamLost):
             await ask(pool)
     assert wrote < 32 * MIB
 
@@ -906,7 +906,7 @@ async def test_an_answer_is_whole_only_with_its_last_byte(name, reset):
 
     async with serving(talk) as raw, pool_to(raw.port, max_connections=1) as pool:
         for size in range(len(answer)):  # noqa: B007 - the talk reads it
-            with pytest.raises(Lost) as lost:
+            with pytest.raises(UpstreamLost) as lost:
                 await ask(pool)
             assert not lost.value.timeout
         size = len(answer)
@@ -931,7 +931,7 @@ async def test_an_answer_ended_by_closing_is_lost_within_its_head_or_by_a_reset(
     async with serving(talk) as raw, pool_to(raw.port) as pool:
         for size in range(len(answer) + 1):
             if size < len(answer) - 2 or reset:
-                with pytest.raises(Lost):
+                with pytest.raises(UpstreamLost):
                     await ask(pool)
             else:
                 assert await ask(pool) == (200, answer[len(answer) - 2 : size])
@@ -944,7 +944,7 @@ async def test_an_answer_ended_by_closing_is_lost_within_its_head_or_by_a_reset(
 async def test_silence_is_a_timeout(said):
     """An upstream that is silent for longer than allowed, before the head or within the body, is Lost by timeout."""
     async with serving(says(said)) as raw, pool_to(raw.port) as pool, sent(pool) as connection:
-        with pytest.raises(Lost) as lost:
+        with pytest.raises(UpstreamLost) as lost:
             await answer_of(connection, silence_s=0.2)
         assert lost.value.timeout
         await until(lambda: raw.finished == 1)  # the connection was closed: a late answer is nobody's
@@ -979,7 +979,7 @@ async def test_a_head_that_never_ends_is_silence(before):
             await asyncio.sleep(0.05)
 
     async with serving(talk) as raw, pool_to(raw.port) as pool, sent(pool) as connection:
-        with pytest.raises(Lost) as lost:
+        with pytest.raises(UpstreamLost) as lost:
             await answer_of(connection, silence_s=0.6)
         assert lost.value.timeout
 
@@ -1062,7 +1062,7 @@ async def test_a_slow_consumer_bounds_what_is_held(framing):
             await writer.drain()
         writer.write(LAST_CHUNK if framing == "chunked" else b"")
 
-    buffered = Buffered(1 << 28)
+    buffered = MemoryBudget(1 << 28)
     async with serving(talk) as raw, pool_to(raw.port, buffered=buffered) as pool:
         async with sent(pool) as connection:
             await connection.head(20)
@@ -1080,7 +1080,7 @@ async def test_a_slow_consumer_bounds_what_is_held(framing):
 
 async def test_over_the_workers_limit_less_is_held():
     """Where the worker's memory for buffers is used up, an answer gets room for much less."""
-    buffered = Buffered(limit=BATCH, used=BATCH)
+    buffered = MemoryBudget(limit=BATCH, used=BATCH)
     async with serving(says(HEAD + b"Content-Length: 8388608\r\n\r\n" + b"a" * 8 * MIB)) as raw:
         async with pool_to(raw.port, buffered=buffered) as pool, sent(pool) as connection:
             await connection.head(20)
@@ -1093,7 +1093,7 @@ async def test_over_the_workers_limit_less_is_held():
 
 async def test_an_answer_given_up_gives_its_room_back():
     """A connection released or cut with a body that nobody took leaves nothing counted."""
-    buffered = Buffered(1 << 28)
+    buffered = MemoryBudget(1 << 28)
     answer = HEAD + b"Content-Length: 8388608\r\n\r\n" + b"a" * 8 * MIB
     async with serving(says(answer)) as raw, pool_to(raw.port, buffered=buffered, max_connections=1) as pool:
         for cut in (False, True):
@@ -1102,7 +1102,7 @@ async def test_an_answer_given_up_gives_its_room_back():
                 await until(lambda one=connection: one.buffered)
                 if cut:
                     assert pool.cut("shut down") == 1
-                    with pytest.raises(Lost):
+                    with pytest.raises(UpstreamLost):
                         await answer_of(connection)
             assert buffered.used == 0
 
@@ -1152,7 +1152,7 @@ async def test_a_body_that_breaks_off_never_looks_whole(chunked):
     async with serving(talk) as raw, pool_to(raw.port) as pool:
         connection = await pool.acquire(0)
         connection.send_stream(b"POST / HTTP/1.1\r\n\r\n", breaking(), chunked=chunked)
-        with pytest.raises(Lost):
+        with pytest.raises(UpstreamLost):
             await connection.head(20)
         pool.release(connection)
         await until(lambda: raw.finished == 1)
@@ -1265,7 +1265,7 @@ async def test_a_request_is_written_on_one_connection():
             try:
                 connection.send(b"POST %s HTTP/1.1\r\nContent-Length: 0\r\n\r\n" % target, b"")
                 outcomes[target] = (await answer_of(connection))[1].decode()
-            except Lost:
+            except UpstreamLost:
                 outcomes[target] = "lost"
             finally:
                 pool.release(connection)
@@ -1285,5 +1285,5 @@ async def test_cut_ends_what_is_under_way():
         await until(lambda: len(raw.requests) == 3)
         assert pool.cut("the proxy was shut down") == 3
         ended = await asyncio.gather(*asking, return_exceptions=True)
-        assert all(isinstance(one, Lost) and "shut down" in str(one) for one in ended)
+        assert all(isinstance(one, UpstreamLost) and "shut down" in str(one) for one in ended)
         assert pool.cut("again") == 0

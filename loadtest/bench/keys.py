@@ -11,13 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from oncegate.buffers.memory import Buffered
+from oncegate.buffers.memory import MemoryBudget
 from oncegate.downstream.body import Body
 from oncegate.keys.digests import Digests, Scope
 from oncegate.keys.syntax import parse_key
 from oncegate.messages.fields import by_name
 from oncegate.messages.request_head import RequestHead
-from oncegate.rules.identity import Name, asked, key_in_head, name
+from oncegate.rules.identity import Identity, asked, key_in_head, name
 from oncegate.rules.loading import load
 from oncegate.rules.policy import Policy
 from oncegate.settings.settings import Settings
@@ -65,14 +65,14 @@ def measure(size: int) -> dict[str, float]:
     """Return the time of each source for a body of that size, in us."""
     digests, pairs = Digests(b""), [(b"Idempotency-Key", ID.encode()), (b"Content-Type", b"application/json")]
     head = RequestHead("POST", b"/v1/events", False, b"api.test", pairs, by_name(pairs))
-    body = Body(document(size), Buffered(1 << 20), Buffered(1 << 20))
+    body = Body(document(size), MemoryBudget(1 << 20), MemoryBudget(1 << 20))
     scope = digests.scope(b"default", head.fields, (b"authorization",))
     assert isinstance(scope, Scope)
     works = {
         source: (lambda policy=policy: named(policy, digests, head, scope, body))
         for source, policy in policies().items()
     }
-    assert all(isinstance(work(), tuple | Name) for work in works.values())
+    assert all(isinstance(work(), tuple | Identity) for work in works.values())
     turns = [{source: turn(work) for source, work in works.items()} for _ in range(ROUNDS)]
     return {source: median(one[source] for one in turns) for source in works}
 

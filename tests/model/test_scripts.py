@@ -10,8 +10,8 @@ from redis import Redis
 
 from oncegate.decision import Ending, State, decide, is_open, state_now
 from oncegate.keys.digests import store_key
-from oncegate.messages.answer_head import answer_digest
-from oncegate.store.record import Claim, StoredAnswer, pack, self_check, unpack
+from oncegate.messages.response_head import answer_digest
+from oncegate.store.record import Claim, StoredResponse, pack, self_check, unpack
 from oncegate.store.redis.server import load_scripts
 from tests.conftest import Valkey
 from tests.model import rules
@@ -50,12 +50,12 @@ def claim_of(who: int, mode: str) -> Claim:
     return Claim(KEY, token, b"7", mode.encode(), FINGERPRINT, described, 1_000, LEASE_MS, RETENTION_MS)
 
 
-def packed(who: int, chunks: int, kept: bool = True) -> tuple[bytes, StoredAnswer]:
+def packed(who: int, chunks: int, kept: bool = True) -> tuple[bytes, StoredResponse]:
     """Return `meta` of somebody's answer, in so many chunks."""
     whole = b"".join(pieces(who))
     digest = answer_digest(200, b"OK", b"")
     digest.update(whole)
-    answer = StoredAnswer(200, b"OK", b"", digest.digest(), chunks, len(whole), kept, False, True, 1_000, 1, 0)
+    answer = StoredResponse(200, b"OK", b"", digest.digest(), chunks, len(whole), kept, False, True, 1_000, 1, 0)
     return pack(claim_of(who, "hold"), answer), answer
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(slots=True)
-class Buffered:
+class MemoryBudget:
     """Bytes of bodies and answers that a worker holds in memory, against its limit."""
 
     limit: int

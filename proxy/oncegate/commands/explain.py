@@ -8,9 +8,9 @@ from oncegate.decision import Disposition
 from oncegate.keys.digests import Digests, Scope, UnstableScope, short, store_key
 from oncegate.keys.documents import Missing
 from oncegate.keys.syntax import BadKey
-from oncegate.messages.admission import Gate, Refused
+from oncegate.messages.admission import Admission, Refused
 from oncegate.messages.request_head import RequestHead, preferred_wait_s, renamed
-from oncegate.rules.identity import Name, key_in_head, name, passes, scope_of
+from oncegate.rules.identity import Identity, key_in_head, name, passes, scope_of
 from oncegate.rules.model import Rule, Rules
 from oncegate.rules.policy import Policy
 from oncegate.settings.settings import Settings
@@ -93,8 +93,8 @@ class Explanation:
         """Return what the rules make of a request. ValueError where it cannot be written as one."""
         pairs, target = _request(url, headers, body)
         hosts = [host.encode() for host in self._settings.hosts]
-        gate = Gate(hosts, self._rules.default.policy.key_header, self._rules.acted_on)
-        head = gate.enter(method.upper(), target, (1, 1), pairs)
+        gate = Admission(hosts, self._rules.default.policy.key_header, self._rules.acted_on)
+        head = gate.admit(method.upper(), target, (1, 1), pairs)
         if isinstance(head, Refused):
             self.say("result", f"{head.status}: {head.detail}")
         else:
@@ -126,7 +126,7 @@ class Explanation:
             self.say("result", "413 body-too-large")
             return
         named = name(policy, self._digests, head, scope, key, body)
-        if isinstance(named, Name):
+        if isinstance(named, Identity):
             self._say_guarded(policy, head, scope, named)
         else:
             self._say_keyless(policy, named)
@@ -145,7 +145,7 @@ class Explanation:
         slug = "key-missing" if isinstance(why, Missing) else "key-invalid"
         self.say("result", f"passes unguarded: {why.detail}" if passes(policy, why) else f"400 {slug}: {why.detail}")
 
-    def _say_guarded(self, policy: Policy, head: RequestHead, scope: Scope, named: Name) -> None:
+    def _say_guarded(self, policy: Policy, head: RequestHead, scope: Scope, named: Identity) -> None:
         tenant = "all" if not policy.scope_headers else "common" if scope.common else scope.tenant.hex()
         self.say("scope", f"namespace {scope.namespace.decode()}, tenant {tenant}")
         self.say("digest", f"{short(named.key)} in logs, {store_key(named.key).decode()} in the store")
@@ -157,7 +157,7 @@ class Explanation:
             self.say(f"  {case}", text)
 
 
-def _cases(policy: Policy, head: RequestHead, named: Name) -> Iterable[tuple[str, str]]:
+def _cases(policy: Policy, head: RequestHead, named: Identity) -> Iterable[tuple[str, str]]:
     """Yield what a guarded request gets by what stands under its key."""
     if named.fresh:
         yield "running", "a request of its own, passed on unguarded"

@@ -11,13 +11,13 @@ from oncegate.keys.digests import Digests, Scope, UnstableScope, digest_of, iden
 from oncegate.keys.syntax import BadKey, parse_key
 from oncegate.messages.fields import by_name
 from oncegate.settings.settings import Settings
-from oncegate.store.record_view import Seen, identities, look_at, scan
+from oncegate.store.record_view import RecordView, identities, look_at, scan
 from oncegate.store.store import Store
 
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 
 
-async def find(settings: Settings, store: Store, options: argparse.Namespace) -> Seen:
+async def find(settings: Settings, store: Store, options: argparse.Namespace) -> RecordView:
     """Return the record that is meant; Refusal where there is none."""
     key = await _by_id(store, options.id) if options.id else await _by_name(settings, store, options)
     seen = await look_at(store, key)

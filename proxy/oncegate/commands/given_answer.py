@@ -6,14 +6,14 @@ from pathlib import Path
 
 from oncegate.commands.find_record import ALPHABET
 from oncegate.commands.refusal import WRONG, Refusal
-from oncegate.messages.answer_head import read_answer_head
-from oncegate.store.record import StoredAnswer
+from oncegate.messages.response_head import read_answer_head
+from oncegate.store.record import StoredResponse
 
 MAX_BODY_BYTES = 262144  # one chunk
 _TOKEN = set(ALPHABET + "!#$%&'*+.^`|~")  # RFC 9110, 5.6.2
 
 
-def given(options: argparse.Namespace) -> tuple[StoredAnswer, bytes]:
+def given(options: argparse.Namespace) -> tuple[StoredResponse, bytes]:
     """Return the answer that is given by hand, its digest still to come, and its body."""
     body = _body(options.body_file)
     pairs = [_header(line) for line in options.header]
@@ -30,7 +30,7 @@ def given(options: argparse.Namespace) -> tuple[StoredAnswer, bytes]:
         raise Refusal(f"an answer of status {options.status} has no body", WRONG)
     block = head.kept
     chunks = 1 if body else 0
-    return StoredAnswer(
+    return StoredResponse(
         options.status, reason, block, b"", chunks, len(body), True, False, head.bodiless, 0, 0, 0
     ), body  # fmt: skip
 

@@ -19,11 +19,11 @@ from oncegate.commands.find_record import find
 from oncegate.commands.given_answer import given
 from oncegate.commands.refusal import NOT_DONE, Refusal
 from oncegate.keys.digests import record_id
-from oncegate.messages.answer_head import answer_digest
+from oncegate.messages.response_head import answer_digest
 from oncegate.server.embedded import socket_url
 from oncegate.settings.settings import Settings
 from oncegate.store.record import Claim, pack
-from oncegate.store.record_view import Seen, StoreError, introduce, replica_of, scan
+from oncegate.store.record_view import RecordView, StoreError, introduce, replica_of, scan
 from oncegate.store.store import Store
 
 DONE = 0  # an exit code
@@ -125,7 +125,7 @@ async def _show(operator: Operator, options: argparse.Namespace) -> int:
     return DONE
 
 
-async def _facts(store: Store, seen: Seen) -> dict[str, Any]:
+async def _facts(store: Store, seen: RecordView) -> dict[str, Any]:
     """Return what is known of a record, for people and programs."""
     who, silent_ms = await replica_of(store, seen.token)
     facts: dict[str, Any] = {"id": record_id(seen.key), "state": seen.state, "scope": seen.tenant.hex()}
@@ -200,7 +200,7 @@ def _confirm(options: argparse.Namespace, needed: bool, warning: str) -> None:
         raise Refusal("nothing was changed")
 
 
-def _conclude(operator: Operator, seen: Seen, act: str, word: str, done: str, more: dict[str, Any]) -> int:
+def _conclude(operator: Operator, seen: RecordView, act: str, word: str, done: str, more: dict[str, Any]) -> int:
     """Write the audit line and tell the operator."""
     line = {
         "event": "audit",

@@ -12,9 +12,9 @@ from typing import IO
 
 from aiohttp import StreamReader
 
-from oncegate.buffers.memory import Buffered
-from oncegate.downstream.pace import Pace, Watch
-from oncegate.messages.head_cache import Here
+from oncegate.buffers.memory import MemoryBudget
+from oncegate.downstream.minimum_rate import MinimumRate, RateWatch
+from oncegate.messages.head_cache import BufferedBody
 
 MEMORY_BYTES = 1048576  # of one body; what is longer is spooled
 BLOCK_BYTES = 262144
@@ -41,7 +41,7 @@ class BrokenOff:
 class Body:
     """A whole request body, in memory or in an unlinked spool file; `close` gives its room back."""
 
-    def __init__(self, data: bytes, memory: Buffered, spool: Buffered, file: IO[bytes] | None = None) -> None:
+    def __init__(self, data: bytes, memory: MemoryBudget, spool: MemoryBudget, file: IO[bytes] | None = None) -> None:
         self.data, self._file = data, file
         self._memory, self._spool = memory, spool
         self.size = len(data) if file is None else file.tell()
@@ -78,12 +78,14 @@ class Body:
 class Bodies:
     """Reads request bodies within the worker's limits (all in bytes), as fast as `pace` asks for."""
 
-    def __init__(self, memory: Buffered, spool: Buffered, spool_dir: str | None, max_bytes: int, pace: Pace) -> None:
+    def __init__(
+        self, memory: MemoryBudget, spool: MemoryBudget, spool_dir: str | None, max_bytes: int, pace: MinimumRate
+    ) -> None:
         self._memory, self._spool, self._spool_dir, self.max_bytes = memory, spool, spool_dir, max_bytes
         self._pace = pace
 
     def here(
-        self, content: StreamReader | Here, length: int | None, most: int | None = None
+        self, content: StreamReader | BufferedBody, length: int | None, most: int | None = None
     ) -> Body | TooLarge | NoRoom | None:
         """Return the whole body where it came with the head, as small ones do, or why there will be none.
 
@@ -103,17 +105,19 @@ class Bodies:
             return TooLarge()
         return Body(data, self._memory, self._spool) if self._memory.take(len(data)) else NoRoom()
 
-    def again(self, content: StreamReader | Here) -> Body | NoRoom:
+    def again(self, content: StreamReader | BufferedBody) -> Body | NoRoom:
         """Return the body of a request that came whole, as long as one that was within the limit."""
         data = content.read_nowait()
         return Body(data, self._memory, self._spool) if self._memory.take(len(data)) else NoRoom()
 
-    async def read(self, content: StreamReader | Here, most: int | None = None) -> Body | TooLarge | NoRoom | BrokenOff:
+    async def read(
+        self, content: StreamReader | BufferedBody, most: int | None = None
+    ) -> Body | TooLarge | NoRoom | BrokenOff:
         """Return the whole body, which is still to come, or why there is none; `most`: another limit than the usual."""
         most = self.max_bytes if most is None else most
         parts: list[bytes] = []
         size = 0
-        watch = Watch(self._pace)
+        watch = RateWatch(self._pace)
         while block := await read_block(content, watch):
             if isinstance(block, BrokenOff):
                 return self._give_up(size, block)
@@ -133,7 +137,7 @@ class Bodies:
         return why
 
     async def _spool_rest(
-        self, content: StreamReader | Here, begun: list[bytes], most: int, watch: Watch
+        self, content: StreamReader | BufferedBody, begun: list[bytes], most: int, watch: RateWatch
     ) -> Body | TooLarge | NoRoom | BrokenOff:
         file: IO[bytes] | None = None
         size = 0
@@ -174,7 +178,7 @@ def _write_all(file: IO[bytes], block: bytes) -> None:
         view = view[file.write(view) :]
 
 
-async def read_block(content: StreamReader | Here, watch: Watch) -> bytes | BrokenOff:
+async def read_block(content: StreamReader | BufferedBody, watch: RateWatch) -> bytes | BrokenOff:
     """Return the next bytes of a body, empty at its end."""
     now = asyncio.get_running_loop().time
     while True:
@@ -192,16 +196,16 @@ async def read_block(content: StreamReader | Here, watch: Watch) -> bytes | Brok
             return block
 
 
-def arrived(content: StreamReader | Here | Body) -> bytes | None:
+def arrived(content: StreamReader | BufferedBody | Body) -> bytes | None:
     """Return the body where all of it is in memory already, None where it comes in blocks."""
     if isinstance(content, Body):
         return None if content.spooled else content.data
     return content.read_nowait() if content.is_eof() and content.exception() is None else None
 
 
-async def stream(content: StreamReader | Here, pace: Pace) -> AsyncIterator[bytes]:
+async def stream(content: StreamReader | BufferedBody, pace: MinimumRate) -> AsyncIterator[bytes]:
     """Yield the bytes of a body as they come. Raises ConnectionError where it breaks off, TimeoutError if slowly."""
-    watch = Watch(pace)
+    watch = RateWatch(pace)
     while block := await read_block(content, watch):
         if isinstance(block, BrokenOff):
             raise TimeoutError if block.stalled else ConnectionError("the client's body broke off")

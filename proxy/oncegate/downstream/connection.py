@@ -9,15 +9,15 @@ from aiohttp.http import HttpProcessingError
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
-from oncegate.buffers.outbox import outbox
+from oncegate.buffers.write_batcher import write_batcher
 from oncegate.downstream.request import Request
-from oncegate.downstream.response import Client
+from oncegate.downstream.response import ResponseWriter
 from oncegate.messages.fields import MAX_HEAD_BYTES
-from oncegate.messages.head_cache import Again, Heads, Here, is_whole
+from oncegate.messages.head_cache import BufferedBody, HeadCache, KnownRequest, is_whole
 from oncegate.messages.problems import refusal
-from oncegate.messages.request_head import Hop, RequestHead
+from oncegate.messages.request_head import ForwardedInfo, RequestHead
 from oncegate.observe.outcome import Observe, Outcome
-from oncegate.rules.identity import Familiar
+from oncegate.rules.identity import ScopeMemo
 
 HEAD_S = 10.0  # for a request's head, from its first byte, or a shorter window of the clients' pace
 KEEP_ALIVE_S = 75.0  # between requests
@@ -26,14 +26,14 @@ KEEP_ALIVE_S = 75.0  # between requests
 # one, which makes no method, version or scheme of anything.
 _AS_LETTERS = bytes(code if code < 128 else ord("x") for code in range(256))
 
-Handler = Callable[[Request], Awaitable[Client]]
+Handler = Callable[[Request], Awaitable[ResponseWriter]]
 
 
 class Owner(Protocol):
     """The listener, as far as its connections deal with it; aiohttp's `Server`, too."""
 
     observe: Observe
-    heads: Heads | None
+    heads: HeadCache | None
     label: bytes
     retiring: bool
 
@@ -62,24 +62,24 @@ class ClientConnection(RequestHandler):
         "last",
         "line",
         "line_open",
-        "outbox",
         "owner",
         "prepared",
         "retiring",
         "room",
+        "write_batcher",
     )
 
     def __init__(self, owner: Owner, **kwargs: Any) -> None:
         super().__init__(owner, **kwargs)  # type: ignore[arg-type]  # aiohttp's Server
         self.owner = owner
-        self.outbox = outbox(self._loop)
+        self.write_batcher = write_batcher(self._loop)
         self.head_since: float | None = None
         self.head_bytes = 0  # of it, that came in parts
         self.behind = False  # the next head has begun while a request is being answered
         self.line = b""  # the next request's, as far as it came, where it is not ASCII or came in parts
         self.line_open = False
-        self.hop: Hop | None = None  # what forwarded requests say of this side
-        self.familiar: Familiar | None = None
+        self.hop: ForwardedInfo | None = None  # what forwarded requests say of this side
+        self.familiar: ScopeMemo | None = None
         # Of the newest request that said what came before: what was made of that, and its head for the upstream.
         self.prepared: object = None
         self.around_key = (b"", b"")
@@ -90,7 +90,7 @@ class ClientConnection(RequestHandler):
         self.half_closed = False
         self.last = False  # no further request is taken
         self.retiring = owner.retiring  # the next answer is the last
-        self.body: StreamReader | Here | None = None  # of the last request whose head came
+        self.body: StreamReader | BufferedBody | None = None  # of the last request whose head came
         self.room: asyncio.Future[None] | None = None  # somebody waits until more can be written
         self.gone: asyncio.Future[None] | None = None  # somebody waits while the client stays
 
@@ -99,7 +99,7 @@ class ClientConnection(RequestHandler):
         if not self.owner.has_room():
             self.owner.observe(Outcome("overloaded", 503, ""))
             problem = refusal(503, "too many connections")
-            self.tell(Client.closing_answer(problem))
+            self.tell(ResponseWriter.closing_answer(problem))
             self.force_close()
 
     def data_received(self, data: bytes) -> None:
@@ -139,17 +139,17 @@ class ClientConnection(RequestHandler):
                 self._pause_reading_for_buffer()
         return bool(found)
 
-    def _take(self, again: Again) -> None:
+    def _take(self, again: KnownRequest) -> None:
         """Go on with a request as the parser would, which need not see it."""
         if self._force_close or self._close:
             return
         seen, key, data = again
-        self.body = body = Here(data)
+        self.body = body = BufferedBody(data)
         self._messages.append((Request(seen.message, body, self, seen, key), body))  # type: ignore[arg-type]
         self._request_count += 1
         self._settle(self._waiter)
 
-    def remember(self, heads: Heads, message: Any, head: RequestHead) -> None:
+    def remember(self, heads: HeadCache, message: Any, head: RequestHead) -> None:
         """Hear of the newest request, which passed all checks: remember its head for when it comes again."""
         came, self.came = self.came, b""
         if came and is_whole(came, message, head):
@@ -293,7 +293,7 @@ class ClientConnection(RequestHandler):
                 request = message if isinstance(message, Request) else Request(message, content, self)
                 self._request_in_progress, self._current_request = True, request  # type: ignore[assignment]
                 try:
-                    client: Client = await self._request_handler(request)  # type: ignore[arg-type, assignment, misc]
+                    client: ResponseWriter = await self._request_handler(request)  # type: ignore[arg-type, assignment, misc]
                 finally:
                     self._request_in_progress, self._current_request = False, None
                     if self._handler_waiter is not None:  # the end of the process waits for this answer
@@ -311,7 +311,7 @@ class ClientConnection(RequestHandler):
         finally:
             self._task_handler = None
             if self.transport is not None:
-                self.outbox.flush()
+                self.write_batcher.flush()
                 self.transport.close()
 
     def _arrival(self) -> "asyncio.Future[None]":
@@ -324,12 +324,12 @@ class ClientConnection(RequestHandler):
     def _refuse(self, status: int) -> None:
         """Answer what aiohttp could not parse, with nothing of it."""
         self.owner.observe(Outcome("invalid", status, ""))
-        self.tell(Client.closing_answer(refusal(status, "the request is not well-formed HTTP")))
+        self.tell(ResponseWriter.closing_answer(refusal(status, "the request is not well-formed HTTP")))
 
     def tell(self, answer: bytes) -> None:
         """Write an answer to what is no request, behind those to requests."""
         if self.transport is not None:
-            self.outbox.flush()
+            self.write_batcher.flush()
             self.transport.write(answer)
 
     async def _drop_rest(self, content: StreamReader) -> None:

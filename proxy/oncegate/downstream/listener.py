@@ -13,9 +13,9 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from oncegate.downstream.connection import HEAD_S, KEEP_ALIVE_S, ClientConnection, Handler
-from oncegate.downstream.pace import Pace
-from oncegate.downstream.response import Client, untaken_bytes
-from oncegate.messages.head_cache import Heads
+from oncegate.downstream.minimum_rate import MinimumRate
+from oncegate.downstream.response import ResponseWriter, untaken_bytes
+from oncegate.messages.head_cache import HeadCache
 from oncegate.messages.problems import refusal
 from oncegate.observe.outcome import Observe, Outcome
 
@@ -38,7 +38,7 @@ class Listener(web.Server):
     `observe` is told of what never becomes a request for the handler.
     """
 
-    def __init__(self, handler: Handler, *, max_connections: int, pace: Pace, observe: Observe) -> None:
+    def __init__(self, handler: Handler, *, max_connections: int, pace: MinimumRate, observe: Observe) -> None:
         super().__init__(
             handler,  # type: ignore[arg-type]  # called by ClientConnection alone
             keepalive_timeout=KEEP_ALIVE_S,
@@ -54,7 +54,7 @@ class Listener(web.Server):
         # Closed on our side with bytes that the peer has still to take: since when, and how many.
         self._leaving: dict[asyncio.Transport, tuple[float, int]] = {}
         self.retiring = False
-        self.heads: Heads | None = None  # what new connections begin with
+        self.heads: HeadCache | None = None  # what new connections begin with
         self.label = b""
 
     def __call__(self) -> RequestHandler:
@@ -119,5 +119,5 @@ class Listener(web.Server):
     def cut_off(self, connection: ClientConnection, status: int, detail: str) -> None:
         """Refuse a head before its end, and with it the connection."""
         self.observe(Outcome("invalid", status, ""))
-        connection.tell(Client.closing_answer(refusal(status, detail)))
+        connection.tell(ResponseWriter.closing_answer(refusal(status, detail)))
         connection.force_close()

@@ -6,19 +6,19 @@ from typing import Any, Protocol
 
 from aiohttp import StreamReader
 
-from oncegate.buffers.outbox import Outbox
-from oncegate.messages.head_cache import Heads, Here, Seen
-from oncegate.messages.request_head import Hop, RequestHead
-from oncegate.rules.identity import Familiar
+from oncegate.buffers.write_batcher import WriteBatcher
+from oncegate.messages.head_cache import BufferedBody, HeadCache, KnownHead
+from oncegate.messages.request_head import ForwardedInfo, RequestHead
+from oncegate.rules.identity import ScopeMemo
 
 
 class ConnectionView(Protocol):
     """A client's connection, as far as a request and its response deal with it."""
 
-    outbox: Outbox
+    write_batcher: WriteBatcher
     transport: asyncio.Transport | None
-    hop: Hop | None
-    familiar: Familiar | None
+    hop: ForwardedInfo | None
+    familiar: ScopeMemo | None
     prepared: object
     around_key: tuple[bytes, bytes]
     room: "asyncio.Future[None] | None"
@@ -39,7 +39,7 @@ class ConnectionView(Protocol):
     @property
     def asks_no_more(self) -> bool: ...
 
-    def remember(self, heads: Heads, message: Any, head: RequestHead) -> None: ...
+    def remember(self, heads: HeadCache, message: Any, head: RequestHead) -> None: ...
 
     def set_parser(self, parser: Any) -> None: ...
 
@@ -61,9 +61,9 @@ class Request:
     def __init__(
         self,
         message: Any,
-        content: StreamReader | Here,
+        content: StreamReader | BufferedBody,
         protocol: ConnectionView,
-        seen: Seen | None = None,
+        seen: KnownHead | None = None,
         key: bytes = b"",
     ) -> None:
         self.message, self.content, self.protocol = message, content, protocol

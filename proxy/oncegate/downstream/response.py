@@ -9,10 +9,10 @@ import socket
 import struct
 import termios
 
-from oncegate.downstream.pace import Pace
+from oncegate.downstream.minimum_rate import MinimumRate
 from oncegate.downstream.request import Request
-from oncegate.messages.answer_head import status_line
 from oncegate.messages.problems import Problem
+from oncegate.messages.response_head import status_line
 
 # How the kernel closes the socket, also that of a process that died: with a reset, or with its usual FIN.
 _RESET, _FIN = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
@@ -20,7 +20,7 @@ _RESET, _FIN = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
 BACKLOG_BYTES = 65536
 
 
-class Client:
+class ResponseWriter:
     """Who asked, and what goes to it. A client that left takes everything and keeps nothing."""
 
     awaits_continue = False
@@ -32,7 +32,7 @@ class Client:
     _owed = 0  # bytes still to come, by length
     _held = b""
 
-    def __init__(self, request: Request, pace: Pace) -> None:
+    def __init__(self, request: Request, pace: MinimumRate) -> None:
         message = request.message
         self._connection = request.protocol
         self.pace = pace
@@ -69,7 +69,7 @@ class Client:
         self._connection.gone = future
         return future
 
-    def continue_(self) -> None:
+    def send_continue(self) -> None:
         """Tell a client that waits for it to send its body."""
         if self.awaits_continue:
             self.awaits_continue = False
@@ -98,12 +98,12 @@ class Client:
         *,
         stated_length: bool = False,
         bodiless: bool = False,
-        eof_framed: bool = False,
+        close_delimited: bool = False,
     ) -> None:
         """Send an answer that is here whole, in one write. `stated_length`: `block` has a Content-Length."""
-        if eof_framed:
+        if close_delimited:
             self._end_by_closing()
-        framing = b"" if stated_length or bodiless or eof_framed else b"Content-Length: %d\r\n" % len(body)
+        framing = b"" if stated_length or bodiless or close_delimited else b"Content-Length: %d\r\n" % len(body)
         self._write(b"".join((status_line(status, reason), block, framing, self._connection_field(), b"\r\n", body)))
         self.started = self.finished = True
 
@@ -159,7 +159,7 @@ class Client:
         if transport is None:
             return
         self._close = True
-        self._connection.outbox.flush()  # a whole answer before this one may be in it
+        self._connection.write_batcher.flush()  # a whole answer before this one may be in it
         transport.abort()
         self._connection.force_close()
 
@@ -198,10 +198,10 @@ class Client:
         if transport is None or transport.is_closing():
             return
         if self._close:  # at once, as what closes it may come next
-            connection.outbox.flush()
+            connection.write_batcher.flush()
             transport.write(data)
         else:
-            connection.outbox.write(transport, data)
+            connection.write_batcher.write(transport, data)
 
     @property
     def backlog(self) -> bool:

@@ -4,7 +4,7 @@ from typing import assert_never
 
 from oncegate.decision import Decision, decide, retry_after_s, state_now
 from oncegate.downstream.body import BrokenOff, NoRoom, TooLarge
-from oncegate.downstream.response import Client
+from oncegate.downstream.response import ResponseWriter
 from oncegate.keys.digests import UnstableScope
 from oncegate.keys.syntax import BadKey
 from oncegate.messages.admission import Refused
@@ -12,8 +12,8 @@ from oncegate.messages.problems import Problem, problem, refusal
 from oncegate.observe.outcome import Outcome
 from oncegate.rules.policy import Policy
 from oncegate.store.record import Corrupt, Record
+from oncegate.store.redis.health_monitor import ClaimsSuspended
 from oncegate.store.redis.link import Unconfirmed
-from oncegate.store.redis.watch import Withheld
 
 REFUSED = b"Oncegate-Status: refused\r\n"
 UNKNOWN = b"Oncegate-Status: unknown\r\n"
@@ -60,31 +60,31 @@ def explain(
         case "corrupt":
             return "corrupt", problem("record-corrupt", "the operator has to look at this key")
         case "store_unavailable":
-            after = found.retry_after_s if isinstance(found, Withheld) else None
+            after = found.retry_after_s if isinstance(found, ClaimsSuspended) else None
             return "store_unavailable", problem("store-unavailable", "come again with the same key", after)
         case _:
             detail = "it was sent, and nobody can say what became of it; look there before you try again"
             return "unknown", problem("outcome-unknown", detail)
 
 
-def refuse(client: Client, method: str, refused: Refused) -> Outcome:
+def refuse(client: ResponseWriter, method: str, refused: Refused) -> Outcome:
     """Answer a request that goes no further, and take no other on its connection."""
     client.answer(refusal(refused.status, refused.detail), REFUSED, close=True)
     return Outcome("invalid", refused.status, method)
 
 
-def reject(client: Client, method: str, word: str, answer: Problem) -> Outcome:
+def reject(client: ResponseWriter, method: str, word: str, answer: Problem) -> Outcome:
     """Answer a request that goes no further."""
     client.answer(answer, REFUSED)
     return Outcome(word, answer.status, method)
 
 
-def overloaded(client: Client, method: str) -> Outcome:
+def overloaded(client: ResponseWriter, method: str) -> Outcome:
     """Answer a request for which there is no room now."""
     return reject(client, method, "overloaded", problem("overloaded", "too many requests in flight"))
 
 
-def no_body(client: Client, method: str, why: TooLarge | NoRoom | BrokenOff) -> Outcome:
+def no_body(client: ResponseWriter, method: str, why: TooLarge | NoRoom | BrokenOff) -> Outcome:
     """Answer a request whose body is not to be had. The connection cannot be used any more."""
     match why:
         case TooLarge():

@@ -11,23 +11,23 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from oncegate.buffers.memory import Buffered
+from oncegate.buffers.memory import MemoryBudget
 from oncegate.decision import Disposition, Ending, Settlement, ending, must_reclaim
 from oncegate.downstream.body import Body
-from oncegate.downstream.pace import Pace
-from oncegate.downstream.response import Client
+from oncegate.downstream.minimum_rate import MinimumRate
+from oncegate.downstream.response import ResponseWriter
 from oncegate.gateway.recording import BROKEN, Recording
 from oncegate.gateway.waiters import Waiters, Woken
 from oncegate.keys.digests import Scope
-from oncegate.messages.answer_head import AnswerHead
 from oncegate.messages.problems import Problem, problem
 from oncegate.messages.request_head import with_fence
+from oncegate.messages.response_head import ResponseHead
 from oncegate.rules.policy import Policy
-from oncegate.store.leases import Held, Leases, suspended_clock_s
-from oncegate.store.record import Claim, StoredAnswer, new
+from oncegate.store.leases import LeasedClaim, Leases, suspended_clock_s
+from oncegate.store.record import Claim, StoredResponse, new
 from oncegate.store.redis.link import Unconfirmed
 from oncegate.store.store import Settled, Settling, Store
-from oncegate.upstream.connection import Connection, Lost, NotSent
+from oncegate.upstream.connection import Connection, NotSent, UpstreamLost
 from oncegate.upstream.pool import Pool
 
 SMALL_BYTES = 65536  # an answer up to this whose end comes within
@@ -45,22 +45,22 @@ STATUS = {one.word: f"Oncegate-Status: {one.word}\r\n".encode() for one in Dispo
 
 
 @dataclass(frozen=True, slots=True)
-class Workshop:
+class ExchangeDeps:
     """What every exchange of a worker works with; times in seconds."""
 
     store: Store
     leases: Leases
     waiters: Waiters
     pool: Pool
-    buffered: Buffered
+    buffered: MemoryBudget
     background: Callable[[Coroutine[Any, Any, Any]], None]
     settled: Callable[[str], None]
-    eof_framed: Callable[[], None]
+    close_delimited: Callable[[], None]
     silence_s: float
     reuse_idle_s: float
     store_timeout_s: float
     patience_s: float
-    pace: Pace  # what a client has to keep up
+    pace: MinimumRate  # what a client has to keep up
     longest_s: float  # no await of an exchange takes longer
 
 
@@ -70,18 +70,25 @@ class Exchange:
     upstream_s = 0.0
     sent = False
     _again_left: int | None = None  # tries after this one, while what was lost is sent again
-    _lost: Lost | None = None
+    _lost: UpstreamLost | None = None
     _refusal: Problem | None = None
-    _answer: AnswerHead | None = None
+    _answer: ResponseHead | None = None
     _disposition = _STORABLE
     _word = "executed"
     _whole = b""  # the body of a small answer
     _recording: Recording | None = None
 
     def __init__(
-        self, shop: Workshop, held: Held, scope: Scope, policy: Policy, head: bytes, body: Body, client: Client
+        self,
+        deps: ExchangeDeps,
+        held: LeasedClaim,
+        scope: Scope,
+        policy: Policy,
+        head: bytes,
+        body: Body,
+        client: ResponseWriter,
     ) -> None:
-        self._shop, self._held, self._scope, self._policy = shop, held, scope, policy
+        self._deps, self._held, self._scope, self._policy = deps, held, scope, policy
         self._request, self._body, self._client = head, body, client
 
     async def run(self) -> str:
@@ -99,7 +106,7 @@ class Exchange:
                 reached, last = await self._recorded(self._recording)
                 how = reached.settlement
             # An answer is worth waiting for; that there is none can be settled behind the client's back.
-            patience_s = self._shop.patience_s if how.completes else self._shop.store_timeout_s
+            patience_s = self._deps.patience_s if how.completes else self._deps.store_timeout_s
             settled = await self._settling(how, last, patience_s)
             if settled.word == "torn":
                 how = Settlement.STORE_BARE
@@ -125,7 +132,7 @@ class Exchange:
         connection = self._ready() or await self._connect()
         if connection is None:
             return Ending.NOT_SENT
-        began, silence_s = time.perf_counter(), self._shop.silence_s
+        began, silence_s = time.perf_counter(), self._deps.silence_s
         try:
             self._send(connection)
             if connection.answer is None:
@@ -136,12 +143,12 @@ class Exchange:
             ):
                 return self._take(connection)
             return await self._stream(connection, head)
-        except Lost as lost:
+        except UpstreamLost as lost:
             self._lost = lost.with_traceback(None)  # which would refer back to all of this
             return Ending.NO_RESPONSE if self._answer is None else Ending.TRUNCATED
         finally:
             self.upstream_s = time.perf_counter() - began
-            self._shop.pool.release(connection)
+            self._deps.pool.release(connection)
 
     async def _send_again(self, reached: Ending) -> Ending:
         """Send what was lost once more, with the same key, to an upstream that executes a key only once.
@@ -150,7 +157,7 @@ class Exchange:
         """
         most_s = AGAIN_FIRST_S
         for left in reversed(range(AGAIN)):
-            if reached not in LOST or self._client.started or self._shop.pool.shut:
+            if reached not in LOST or self._client.started or self._deps.pool.shut:
                 break
             self._touch()
             await asyncio.sleep(random.uniform(0, most_s))
@@ -164,29 +171,29 @@ class Exchange:
     def _ready(self) -> Connection | None:
         if must_reclaim(self._held.age_s(), self._policy.lease_ms):
             return None
-        return self._shop.pool.ready(self._shop.reuse_idle_s)
+        return self._deps.pool.ready(self._deps.reuse_idle_s)
 
     async def _connect(self) -> Connection | None:
         """Return a connection to send on while the claim is surely ours, None where nothing may be sent."""
         while True:
             self._touch()
             try:
-                connection = await self._shop.pool.acquire(self._shop.reuse_idle_s)
+                connection = await self._deps.pool.acquire(self._deps.reuse_idle_s)
             except NotSent as why:
                 self._refusal = problem("upstream-unreachable", str(why))
                 return None
             if not must_reclaim(self._held.age_s(), self._policy.lease_ms):
                 return connection
-            self._shop.pool.release(connection)
+            self._deps.pool.release(connection)
             if not await self._reclaim():
                 return None
 
     async def _reclaim(self) -> bool:
         asked_s = suspended_clock_s()
-        found = await self._shop.store.reclaim(self._held.claim, self._scope)
+        found = await self._deps.store.reclaim(self._held.claim, self._scope)
         if isinstance(found, Claim):
             if found.fence != self._held.claim.fence:  # it had vanished, and nobody can say what happened meanwhile
-                self._shop.leases.report("lost", self._held)
+                self._deps.leases.report("lost", self._held)
             self._held.claim, self._held.confirmed_s = found, asked_s
             return True
         self._refusal = problem("store-unavailable", "the claim could not be confirmed before sending")
@@ -220,12 +227,12 @@ class Exchange:
                     raise ConnectionError("the key is not ours any more")
             yield piece
 
-    def _is_small(self, head: AnswerHead) -> bool:
+    def _is_small(self, head: ResponseHead) -> bool:
         """Note an answer's head; return whether its body may be small."""
         disposition = self._policy.statuses.disposition(head.status, b"retry-after" in head.fields)
         if self._again_left is not None and head.status == 409:  # the first one is still running there
             if self._again_left:
-                raise Lost("the upstream is still busy with the first request")
+                raise UpstreamLost("the upstream is still busy with the first request")
             disposition = Disposition.AMBIGUOUS
         self._answer, self._disposition, self._held.stage = head, disposition, b"answered"
         self._word = disposition.word
@@ -233,13 +240,13 @@ class Exchange:
 
     def _take(self, connection: Connection) -> Ending:
         self._whole = whole = connection.take()
-        return ending(self._disposition, len(whole) <= self._policy.max_stored_bytes and not self._shop.store.full())
+        return ending(self._disposition, len(whole) <= self._policy.max_stored_bytes and not self._deps.store.full())
 
-    async def _stream(self, connection: Connection, head: AnswerHead) -> Ending:
+    async def _stream(self, connection: Connection, head: ResponseHead) -> Ending:
         recording = self._recording = self._record(head)
-        client, silence_s = self._client, self._shop.silence_s
+        client, silence_s = self._client, self._deps.silence_s
         block = head.passed_on + STATUS[self._word]
-        client.begin(head.status, head.reason, block, length=head.length, stated=True, eof=head.eof_framed)
+        client.begin(head.status, head.reason, block, length=head.length, stated=True, eof=head.close_delimited)
         while data := await connection.chunk(silence_s):
             client.write(data)
             if recording is not None:
@@ -254,23 +261,23 @@ class Exchange:
             self._touch()
         return ending(self._disposition, recording is not None and recording.kept)
 
-    def _record(self, head: AnswerHead) -> Recording | None:
+    def _record(self, head: ResponseHead) -> Recording | None:
         """Return the recording of an answer that is to be stored and may fit."""
-        too_large = (head.length or 0) > self._policy.max_stored_bytes or self._shop.store.full()
+        too_large = (head.length or 0) > self._policy.max_stored_bytes or self._deps.store.full()
         if self._disposition is not _STORABLE or too_large:
             return None
         return Recording(
-            self._shop.store,
+            self._deps.store,
             self._held,
             head.digest(),
             limit=self._policy.max_stored_bytes,
-            patience_s=self._shop.patience_s,
-            buffered=self._shop.buffered,
+            patience_s=self._deps.patience_s,
+            buffered=self._deps.buffered,
         )
 
     def _touch(self) -> None:
         """Say that the code is alive."""
-        self._held.until_s = self._shop.pool.loop.time() + self._shop.longest_s
+        self._held.until_s = self._deps.pool.loop.time() + self._deps.longest_s
 
     # Settling ...
 
@@ -280,12 +287,12 @@ class Exchange:
         last = await recording.finish()
         self._touch()
         if recording.state in BROKEN:
-            self._lost = Lost("the store did not take the answer in time")
+            self._lost = UpstreamLost("the store did not take the answer in time")
             return Ending.TRUNCATED, b""
         return ending(self._disposition, recording.kept), last
 
     def _settling(self, how: Settlement, last: bytes, patience_s: float) -> Settling:
-        store, claim, answer = self._shop.store, self._held.claim, self._answer
+        store, claim, answer = self._deps.store, self._held.claim, self._answer
         if how is _RELEASE:
             self._held.freeing = True
             return store.release(claim, patience_s)
@@ -299,7 +306,7 @@ class Exchange:
         far = f"status {self._answer.status} came" if self._answer else "no answer came"
         return f"{far}: {self._lost}" if self._lost else far if self._answer else "the proxy failed"
 
-    def _stored(self, head: AnswerHead, kept: bool) -> StoredAnswer:
+    def _stored(self, head: ResponseHead, kept: bool) -> StoredResponse:
         recording, whole = self._recording, self._whole
         if recording is None:
             digest = head.digest()
@@ -307,27 +314,27 @@ class Exchange:
             digested, chunks, size = digest.digest(), 1 if whole else 0, len(whole)
         else:
             digested, chunks, size = recording.digest(), recording.chunks, recording.size
-        status, reason, block, eof_framed = head.status, head.reason, head.kept, head.eof_framed
-        stated, now_ms = head.length is not None or head.bodiless, self._shop.store.now_ms(self._held.claim.key)
+        status, reason, block, close_delimited = head.status, head.reason, head.kept, head.close_delimited
+        stated, now_ms = head.length is not None or head.bodiless, self._deps.store.now_ms(self._held.claim.key)
         took_ms = min(int(self.upstream_s * 1000), MOST_MS)
         return new(
-            StoredAnswer,
-            (status, reason, block, digested, chunks, size, kept, eof_framed, stated, now_ms, took_ms, head.age_s),
+            StoredResponse,
+            (status, reason, block, digested, chunks, size, kept, close_delimited, stated, now_ms, took_ms, head.age_s),
         )
 
     def _tell(self, how: Settlement, reached: Ending, settled: Settled) -> None:
         """Report what is noteworthy, and wake those who wait for this key."""
         word = settled.word
-        self._shop.settled(word if word in ("fenced", "unconfirmed") else how.word)
+        self._deps.settled(word if word in ("fenced", "unconfirmed") else how.word)
         if settled.lost:
-            self._shop.settled("lost")
-            self._shop.leases.report("lost", self._held)
+            self._deps.settled("lost")
+            self._deps.leases.report("lost", self._held)
         if word == "fenced":
-            self._shop.leases.report("fenced", self._held)
-        if self._answer is not None and self._answer.eof_framed and how is _STORE:
-            self._shop.eof_framed()
-        self._shop.leases.drop(self._held)
-        key, waiters = self._held.claim.key, self._shop.waiters
+            self._deps.leases.report("fenced", self._held)
+        if self._answer is not None and self._answer.close_delimited and how is _STORE:
+            self._deps.close_delimited()
+        self._deps.leases.drop(self._held)
+        key, waiters = self._held.claim.key, self._deps.waiters
         if reached is _NOT_SENT and word == "released":
             waiters.nothing_was_sent(key)
         else:
@@ -346,9 +353,9 @@ class Exchange:
         if settled is None or (settled.word == "unconfirmed" and not how.completes):
             # An answer whose settle was interrupted is not delivered either: unknown says no more than is known.
             how = Settlement.UNKNOWN if how.completes else how
-            self._shop.background(self._settling(how, b"", self._shop.patience_s))
+            self._deps.background(self._settling(how, b"", self._deps.patience_s))
         if not self._held.settled:
-            self._shop.leases.drop(self._held)
+            self._deps.leases.drop(self._held)
 
     # What the client gets ...
 
@@ -403,5 +410,5 @@ class Exchange:
             self._whole,
             stated_length=head.length is not None,
             bodiless=head.bodiless,
-            eof_framed=head.eof_framed,
+            close_delimited=head.close_delimited,
         )

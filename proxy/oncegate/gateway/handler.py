@@ -7,10 +7,10 @@ from ipaddress import ip_address
 from oncegate.decision import Decision
 from oncegate.downstream.body import Bodies, Body, BrokenOff, NoRoom, TooLarge
 from oncegate.downstream.request import Request
-from oncegate.downstream.response import Client
+from oncegate.downstream.response import ResponseWriter
 from oncegate.gateway.answers import REFUSED, UNKNOWN, explain, judge, no_body, no_scope, overloaded, refuse, reject
-from oncegate.gateway.exchange import Exchange, Workshop
-from oncegate.gateway.keyed_request import Guarded, Namer, Prepared
+from oncegate.gateway.exchange import Exchange, ExchangeDeps
+from oncegate.gateway.keyed_request import HeadPlan, Identifier, KeyedRequest
 from oncegate.gateway.relay import relay
 from oncegate.gateway.replay import replay
 from oncegate.gateway.routes import Route, Routes
@@ -19,18 +19,18 @@ from oncegate.gateway.waiters import Woken
 from oncegate.keys.digests import Digests, Scope
 from oncegate.keys.documents import Missing
 from oncegate.keys.syntax import BadKey, parse_key
-from oncegate.messages.admission import Gate, Refused
+from oncegate.messages.admission import Admission, Refused
 from oncegate.messages.fields import tokens
 from oncegate.messages.problems import problem, refusal
-from oncegate.messages.request_head import Hop, RequestHead, is_websocket, renamed, request_head
+from oncegate.messages.request_head import ForwardedInfo, RequestHead, is_websocket, renamed, request_head
 from oncegate.observe.outcome import Observe, Outcome
 from oncegate.observe.usage import reading
 from oncegate.rules.identity import key_in_head, passes, uses_no_key
 from oncegate.settings.addresses import Network
-from oncegate.store.leases import Held, suspended_clock_s
+from oncegate.store.leases import LeasedClaim, suspended_clock_s
 from oncegate.store.record import Claim, Corrupt, Record
+from oncegate.store.redis.health_monitor import ClaimsSuspended
 from oncegate.store.redis.link import Unconfirmed
-from oncegate.store.redis.watch import Withheld
 from oncegate.store.store import Claiming
 
 Way = Outcome | Coroutine[None, None, Outcome]  # answered already, or what will answer
@@ -44,9 +44,9 @@ class Gateway:
 
     def __init__(
         self,
-        shop: Workshop,
+        deps: ExchangeDeps,
         *,
-        gate: Gate,
+        gate: Admission,
         routes: Routes,
         digests: Digests,
         bodies: Bodies,
@@ -55,22 +55,22 @@ class Gateway:
         observe: Observe,
         failed: Callable[[BaseException], None],
     ) -> None:
-        self._shop, self._namer, self._bodies, self._trusted = shop, Namer(digests), bodies, trusted
+        self._deps, self._namer, self._bodies, self._trusted = deps, Identifier(digests), bodies, trusted
         self._max_in_flight, self._observe, self._failed = max_in_flight, observe, failed
         self.in_flight = self.relaying = 0
         self._gate = gate
         self.follow(gate, routes)
 
-    def follow(self, gate: Gate, routes: Routes) -> None:
+    def follow(self, gate: Admission, routes: Routes) -> None:
         """Treat requests that come from now on by these routes; those under way keep theirs."""
         self._gate.heads.clear()  # they passed another gate
         self._gate, self._default = gate, routes.default
         self._choose, self._namer.chosen_by = routes if routes.chosen else None, routes.headers
 
-    async def __call__(self, request: Request) -> Client:
+    async def __call__(self, request: Request) -> ResponseWriter:
         """Answer one request. Whatever fails in here closes the connection without a clean end."""
         began = time.perf_counter()
-        client = Client(request, self._shop.pace)
+        client = ResponseWriter(request, self._deps.pace)
         try:
             found = self._enter(request, client)
             outcome = found if isinstance(found, Outcome) else await found
@@ -80,7 +80,7 @@ class Gateway:
         self._observe(outcome, time.perf_counter() - began, client.gone)
         return client
 
-    def _break_off(self, error: Exception, client: Client, status: bytes) -> None:
+    def _break_off(self, error: Exception, client: ResponseWriter, status: bytes) -> None:
         """End a request that failed in here, unless its answer is out already."""
         self._failed(error)
         if not client.started:
@@ -88,13 +88,13 @@ class Gateway:
         elif not client.finished:
             client.abort()
 
-    def _enter(self, request: Request, client: Client) -> Way:
+    def _enter(self, request: Request, client: ResponseWriter) -> Way:
         if (seen := request.seen) is not None and seen.prepared is not None:
             return self._guard_again(request, client, seen.prepared)
         message, head = request.message, request.head
         if head is None:
             target = (message.path or "").encode("utf-8", "surrogateescape")  # CONNECT may come without any
-            entered = self._gate.enter(message.method, target, message.version, message.raw_headers)
+            entered = self._gate.admit(message.method, target, message.version, message.raw_headers)
             if isinstance(entered, Refused):
                 return refuse(client, message.method, entered)
             request.head = head = entered
@@ -122,7 +122,7 @@ class Gateway:
         self,
         request: Request,
         head: RequestHead,
-        client: Client,
+        client: ResponseWriter,
         route: Route,
         why: Missing | BadKey,
         body: Body | None = None,
@@ -140,7 +140,7 @@ class Gateway:
         self,
         request: Request,
         head: RequestHead,
-        client: Client,
+        client: ResponseWriter,
         route: Route,
         body: Body | None = None,
         mark: bytes = b"",
@@ -148,13 +148,13 @@ class Gateway:
         """Pass a request through; `body` is its body if it was read already, and ends here, `mark` a field for its
         answer."""
         length = _length(head) if body is None else body.size
-        client.continue_()
+        client.send_continue()
         stated = length if body is not None or b"content-length" in head.fields else -1 if length == 0 else None
-        onward, shop = self._onward(request, head, route, stated), route.shop
+        onward, deps = self._onward(request, head, route, stated), route.deps
         self.relaying += 1
         try:
             relayed = await relay(
-                client, shop.pool, onward, head.method, body or request.content, length, shop.silence_s, mark
+                client, deps.pool, onward, head.method, body or request.content, length, deps.silence_s, mark
             )
         finally:
             self.relaying -= 1
@@ -163,12 +163,12 @@ class Gateway:
         word = "unguarded" if mark and relayed.word == "passthrough" else relayed.word
         return Outcome(word, relayed.status, head.method, upstream_s=relayed.upstream_s, rule=route.policy.rule)
 
-    async def _switch(self, request: Request, head: RequestHead, client: Client, route: Route) -> Outcome:
+    async def _switch(self, request: Request, head: RequestHead, client: ResponseWriter, route: Route) -> Outcome:
         """Let a WebSocket through. It has no end: a drain does not wait for it, and closes it at its beginning."""
         if not is_websocket(head) or head.method in route.policy.methods:
             return refuse(client, head.method, Refused(501, "the only protocol switched to is WebSocket, by GET"))
         onward = self._onward(request, head, route, -1)
-        tunnelled = await tunnel(request, client, route.shop.pool, onward, route.shop.silence_s)
+        tunnelled = await tunnel(request, client, route.deps.pool, onward, route.deps.silence_s)
         word, status, rule = tunnelled.word, tunnelled.status, route.policy.rule
         return Outcome(word, status, head.method, upstream_s=tunnelled.upstream_s, rule=rule)
 
@@ -182,9 +182,9 @@ class Gateway:
             head = head._replace(pairs=renamed(head.pairs, policy.key_header, policy.forward_key))
         return request_head(head, hop, head.host if policy.pass_host and head.host else host, prefix, length)
 
-    def _hop(self, remote: str, scheme: bytes) -> Hop:
+    def _hop(self, remote: str, scheme: bytes) -> ForwardedInfo:
         trusted = bool(self._trusted) and any(ip_address(remote) in network for network in self._trusted)
-        return Hop(remote.encode(), scheme, trusted)
+        return ForwardedInfo(remote.encode(), scheme, trusted)
 
     def _onward_for(self, request: Request, route: Route, size: int) -> bytes:
         """Return the head for the upstream, of which a connection that says the same again has all but the key."""
@@ -199,7 +199,9 @@ class Gateway:
 
     # With one ...
 
-    def _guard(self, request: Request, head: RequestHead, client: Client, route: Route, key: bytes | None) -> Way:
+    def _guard(
+        self, request: Request, head: RequestHead, client: ResponseWriter, route: Route, key: bytes | None
+    ) -> Way:
         """Check whose key it is. Every limit applies before the claim. `key` None: the body has it."""
         policy = route.policy
         scope = self._namer.scope(request, policy, head)
@@ -212,7 +214,7 @@ class Gateway:
             return self._read_first(request, head, client, route, scope, key)
         return self._go_on(request, head, client, route, scope, key, body)
 
-    def _guard_again(self, request: Request, client: Client, prepared: Prepared) -> Way:
+    def _guard_again(self, request: Request, client: ResponseWriter, prepared: HeadPlan) -> Way:
         """Guard a request that came before, all but its key and body."""
         method = request.message.method
         if self.in_flight >= self._max_in_flight:
@@ -228,12 +230,12 @@ class Gateway:
         return self._once(request, client, guarded, body)
 
     async def _read_first(
-        self, request: Request, head: RequestHead, client: Client, route: Route, scope: Scope, key: bytes | None
+        self, request: Request, head: RequestHead, client: ResponseWriter, route: Route, scope: Scope, key: bytes | None
     ) -> Outcome:
         """Read the body whole; meanwhile it counts as in flight."""
         self.in_flight += 1
         try:
-            client.continue_()
+            client.send_continue()
             body = await self._bodies.read(request.content, route.policy.max_request_bytes)
         finally:
             self.in_flight -= 1
@@ -244,7 +246,7 @@ class Gateway:
         self,
         request: Request,
         head: RequestHead,
-        client: Client,
+        client: ResponseWriter,
         route: Route,
         scope: Scope,
         key: bytes | None,
@@ -258,15 +260,15 @@ class Gateway:
         except Exception:
             body.close()
             raise
-        if isinstance(guarded, Guarded):
+        if isinstance(guarded, KeyedRequest):
             return self._once(request, client, guarded, body)
         return self._without_key(request, head, client, route, guarded, body)
 
-    async def _once(self, request: Request, client: Client, guarded: Guarded, body: Body) -> Outcome:
+    async def _once(self, request: Request, client: ResponseWriter, guarded: KeyedRequest, body: Body) -> Outcome:
         """Claim, and execute or answer from what stands in the store."""
         self.in_flight += 1
         try:
-            until = self._shop.pool.loop.time() + guarded.wait_s
+            until = self._deps.pool.loop.time() + guarded.wait_s
             waited = False
             while True:
                 asked_s = suspended_clock_s()
@@ -292,41 +294,41 @@ class Gateway:
             self.in_flight -= 1
             body.close()
 
-    async def _unguarded(self, request: Request, client: Client, route: Route, body: Body) -> Outcome:
+    async def _unguarded(self, request: Request, client: ResponseWriter, route: Route, body: Body) -> Outcome:
         """Pass a request on though it has a key, as nobody else's answer can be its own."""
         assert request.head is not None
         return await self._relay(request, request.head, client, route, body, UNGUARDED)
 
-    def _claim(self, guarded: Guarded) -> Claiming:
+    def _claim(self, guarded: KeyedRequest) -> Claiming:
         route, _, key, scope, fingerprint, _, _, window_ms, _ = guarded
         policy = route.policy
         mode, lease_ms, retention_ms = policy.mode, policy.lease_ms, policy.retention_ms
-        return self._shop.store.claim(key, scope, fingerprint, mode, lease_ms, retention_ms, window_ms)
+        return self._deps.store.claim(key, scope, fingerprint, mode, lease_ms, retention_ms, window_ms)
 
     def _exchange(
-        self, request: Request, guarded: Guarded, claim: Claim, asked_s: float, body: Body, client: Client
+        self, request: Request, guarded: KeyedRequest, claim: Claim, asked_s: float, body: Body, client: ResponseWriter
     ) -> Exchange:
         """Return the exchange that a claim is for; if that fails, nothing was sent, and the key is freed."""
-        policy, shop = guarded.route.policy, guarded.route.shop
-        held: Held | None = None
+        policy, deps = guarded.route.policy, guarded.route.deps
+        held: LeasedClaim | None = None
         try:
             onward = self._onward_for(request, guarded.route, body.size)
-            held = shop.leases.hold(claim, asked_s, shop.longest_s)
-            return Exchange(shop, held, guarded.scope, policy, onward, body, client)
+            held = deps.leases.hold(claim, asked_s, deps.longest_s)
+            return Exchange(deps, held, guarded.scope, policy, onward, body, client)
         except Exception:
             if held is not None:
-                shop.leases.drop(held)
-            shop.background(shop.store.release(claim, shop.patience_s))
+                deps.leases.drop(held)
+            deps.background(deps.store.release(claim, deps.patience_s))
             raise
 
-    async def _answered(self, word: str, exchange: Exchange, guarded: Guarded, client: Client) -> Outcome:
+    async def _answered(self, word: str, exchange: Exchange, guarded: KeyedRequest, client: ResponseWriter) -> Outcome:
         if word == "fenced" and not client.started:  # the record has the answer
-            found = await self._shop.store.look(guarded.key, guarded.scope, guarded.route.policy.lease_ms)
+            found = await self._deps.store.look(guarded.key, guarded.scope, guarded.route.policy.lease_ms)
             await self._tell(guarded, found, client)
         return guarded.outcome(word, exchange.status, exchange.upstream_s, exchange.detail)
 
     async def _stand_back(
-        self, guarded: Guarded, found: Record | Corrupt | Unconfirmed, until: float, client: Client
+        self, guarded: KeyedRequest, found: Record | Corrupt | Unconfirmed, until: float, client: ResponseWriter
     ) -> Outcome | None:
         """Answer a request whose key is taken, or wait for its original; None: it may claim again."""
         if judge(found, guarded.fingerprint) is Decision.IN_FLIGHT:
@@ -337,30 +339,32 @@ class Gateway:
                 return None
         return await self._tell(guarded, found, client)
 
-    def _may_bypass(self, found: Record | Corrupt | Unconfirmed, guarded: Guarded, waited: bool) -> bool:
+    def _may_bypass(self, found: Record | Corrupt | Unconfirmed, guarded: KeyedRequest, waited: bool) -> bool:
         """Return whether a request may go on without a claim: not where one is known, or one of ours may stand."""
-        if not isinstance(found, Unconfirmed) or isinstance(found, Withheld):
+        if not isinstance(found, Unconfirmed) or isinstance(found, ClaimsSuspended):
             return False
-        return not (found.maybe_executed or waited or guarded.key in self._shop.leases)
+        return not (found.maybe_executed or waited or guarded.key in self._deps.leases)
 
-    async def _wait(self, guarded: Guarded, until: float, client: Client) -> Woken:
+    async def _wait(self, guarded: KeyedRequest, until: float, client: ResponseWriter) -> Woken:
         """Wait for the original, not counted as in flight meanwhile."""
         self.in_flight -= 1
         try:
             asks_no_more = client.asks_no_more
-            return await self._shop.waiters.wait(guarded.key, guarded.scope, until, client.leaving(), asks_no_more)
+            return await self._deps.waiters.wait(guarded.key, guarded.scope, until, client.leaving(), asks_no_more)
         finally:
             self.in_flight += 1
 
     # What a duplicate gets ...
 
-    async def _tell(self, guarded: Guarded, found: Record | Corrupt | Unconfirmed | None, client: Client) -> Outcome:
+    async def _tell(
+        self, guarded: KeyedRequest, found: Record | Corrupt | Unconfirmed | None, client: ResponseWriter
+    ) -> Outcome:
         """Answer a request whose key is taken, by what stands in the store for it."""
         decision = judge(found, guarded.fingerprint)
         if decision is _REPLAY and isinstance(found, Record) and (answer := found.answer) is not None:
             uses = reading(answer.status, answer.block, answer.size) if guarded.route.policy.counts_tokens else None
             along = None if uses is None else uses.add
-            way = replay(client, self._shop.store, guarded.key, found, guarded.extra, along)
+            way = replay(client, self._deps.store, guarded.key, found, guarded.extra, along)
             word = way if isinstance(way, str) else await way
             if word == "replayed":
                 outcome = guarded.outcome(word, answer.status, 0.0, "", answer.took_ms / 1000, answer.size)

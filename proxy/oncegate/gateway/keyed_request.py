@@ -9,15 +9,15 @@ from oncegate.gateway.routes import Route
 from oncegate.keys.digests import Digests, Scope, UnstableScope, finished, keyed
 from oncegate.keys.documents import Missing
 from oncegate.keys.syntax import BadKey
-from oncegate.messages.head_cache import Seen
+from oncegate.messages.head_cache import KnownHead
 from oncegate.messages.request_head import RequestHead, preferred_wait_s
 from oncegate.observe.outcome import Outcome
-from oncegate.rules.identity import Familiar, Name, name, scope_of
+from oncegate.rules.identity import Identity, ScopeMemo, name, scope_of
 from oncegate.rules.policy import Policy
 from oncegate.store.record import new
 
 
-class Guarded(NamedTuple):
+class KeyedRequest(NamedTuple):
     """A request with its key, named: what the rest of the path needs to know of it."""
 
     route: Route
@@ -40,7 +40,7 @@ class Guarded(NamedTuple):
         )
 
 
-class Prepared(NamedTuple):
+class HeadPlan(NamedTuple):
     """A guarded request as far as its head decides, whatever its key: made once for a head that comes again."""
 
     route: Route
@@ -51,7 +51,7 @@ class Prepared(NamedTuple):
     extra: bytes
 
 
-class Namer:
+class Identifier:
     """Names guarded requests, with what their connections said before at hand.
 
     `chosen_by`: the header fields that are looked at to choose a route.
@@ -61,10 +61,10 @@ class Namer:
         self._digests = digests
         self.chosen_by: frozenset[bytes] = frozenset()
 
-    def _familiar(self, request: Request) -> Familiar:
+    def _familiar(self, request: Request) -> ScopeMemo:
         connection = request.protocol
         if connection.familiar is None:
-            connection.familiar = Familiar(self._digests)
+            connection.familiar = ScopeMemo(self._digests)
         return connection.familiar
 
     def scope(self, request: Request, policy: Policy, head: RequestHead) -> Scope | UnstableScope | BadKey:
@@ -75,7 +75,7 @@ class Namer:
 
     def name(
         self, request: Request, route: Route, head: RequestHead, scope: Scope, key: bytes | None, body: Body
-    ) -> Guarded | Missing | BadKey:
+    ) -> KeyedRequest | Missing | BadKey:
         """Return the request with its names, and how long it may wait if it is a duplicate."""
         policy, fields = route.policy, head.fields
         wait_s, extra = policy.wait_max_s if policy.wait_for_duplicates else 0.0, b""
@@ -85,25 +85,25 @@ class Namer:
         if key is not None and policy.fingerprint is None:  # as most are
             begun = self._familiar(request).begun(policy, head)
             if request.seen is not None and self._is_plain(policy, request.seen):
-                request.seen.prepared = Prepared(route, scope, self._digests.scoped(scope), begun, wait_s, extra)
+                request.seen.prepared = HeadPlan(route, scope, self._digests.scoped(scope), begun, wait_s, extra)
             fingerprint = finished(begun, body.blocks())
-            return Guarded(route, head.method, self._digests.key(scope, key), scope, fingerprint, wait_s, extra)
+            return KeyedRequest(route, head.method, self._digests.key(scope, key), scope, fingerprint, wait_s, extra)
         named = name(policy, self._digests, head, scope, key, body)
-        if not isinstance(named, Name):
+        if not isinstance(named, Identity):
             return named
-        return Guarded(
+        return KeyedRequest(
             route, head.method, named.key, scope, named.fingerprint, wait_s, extra, named.window_ms, named.fresh
         )
 
-    def again(self, prepared: Prepared, method: str, value: bytes, body: Body) -> Guarded:
+    def again(self, prepared: HeadPlan, method: str, value: bytes, body: Body) -> KeyedRequest:
         """Return the request that says what came before, all but its key and body; `value`: of its key's field."""
         route, scope, scoped, begun, wait_s, extra = prepared
         fingerprint = begun.copy()
         fingerprint.update(body.data)
         key = keyed(scoped, value.strip(b'"'))
-        return new(Guarded, (route, method, key, scope, fingerprint.digest(), wait_s, extra, 0, False))
+        return new(KeyedRequest, (route, method, key, scope, fingerprint.digest(), wait_s, extra, 0, False))
 
-    def _is_plain(self, policy: Policy, seen: Seen) -> bool:
+    def _is_plain(self, policy: Policy, seen: KnownHead) -> bool:
         """Return whether all that the head decides is the same for each value of the field that may differ."""
         plain = policy.sources is None and policy.forward_key is None
         return plain and policy.key_header == seen.name and seen.name not in self.chosen_by

@@ -3,8 +3,8 @@
 import asyncio
 from hashlib import blake2b
 
-from oncegate.buffers.memory import Buffered
-from oncegate.store.leases import Held
+from oncegate.buffers.memory import MemoryBudget
+from oncegate.store.leases import LeasedClaim
 from oncegate.store.store import Store
 
 BATCH_BYTES = 262144
@@ -20,7 +20,7 @@ class Recording:
     """The stored side of one answer. `state`: kept, dropped (too large, no memory), fenced or failed."""
 
     def __init__(
-        self, store: Store, held: Held, digest: blake2b, *, limit: int, patience_s: float, buffered: Buffered
+        self, store: Store, held: LeasedClaim, digest: blake2b, *, limit: int, patience_s: float, buffered: MemoryBudget
     ) -> None:
         self._store, self._held, self._limit, self._patience_s = store, held, limit, patience_s
         self._buffered = buffered

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from aiohttp import StreamReader
 
 from oncegate.downstream.body import Body, arrived, stream
-from oncegate.downstream.response import Client
-from oncegate.messages.answer_head import AnswerHead
-from oncegate.messages.head_cache import Here
+from oncegate.downstream.response import ResponseWriter
+from oncegate.messages.head_cache import BufferedBody
 from oncegate.messages.problems import problem, refusal
-from oncegate.upstream.connection import Connection, Lost, NotSent
+from oncegate.messages.response_head import ResponseHead
+from oncegate.upstream.connection import Connection, NotSent, UpstreamLost
 from oncegate.upstream.pool import REUSE_IDLE_S, Pool
 
 
@@ -24,11 +24,11 @@ class Relayed:
 
 
 async def relay(
-    client: Client,
+    client: ResponseWriter,
     pool: Pool,
     head: bytes,
     method: str,
-    content: StreamReader | Here | Body,
+    content: StreamReader | BufferedBody | Body,
     length: int | None,
     silence_s: float,
     mark: bytes = b"",
@@ -52,14 +52,16 @@ async def relay(
             blocks = content.stream() if isinstance(content, Body) else stream(content, client.pace)
             connection.send_stream(head, blocks, chunked=length is None, head_only=method == "HEAD")
         word = await pass_on(client, connection, await connection.head(silence_s), silence_s, mark)
-    except Lost as lost:
+    except UpstreamLost as lost:
         word = fail(client, lost, mark)
     finally:
         pool.release(connection)
     return Relayed(word, connection.answer.status if connection.answer else 0, time.perf_counter() - began)
 
 
-async def pass_on(client: Client, connection: Connection, head: AnswerHead, silence_s: float, mark: bytes = b"") -> str:
+async def pass_on(
+    client: ResponseWriter, connection: Connection, head: ResponseHead, silence_s: float, mark: bytes = b""
+) -> str:
     """Hand an answer on as it comes and return the word for how it went. Raises Lost."""
     block = head.passed_on + mark
     if connection.complete:
@@ -70,10 +72,10 @@ async def pass_on(client: Client, connection: Connection, head: AnswerHead, sile
             connection.take(),
             stated_length=head.length is not None,
             bodiless=head.bodiless,
-            eof_framed=head.eof_framed,
+            close_delimited=head.close_delimited,
         )
         return "passthrough"
-    client.begin(head.status, head.reason, block, length=head.length, stated=True, eof=head.eof_framed)
+    client.begin(head.status, head.reason, block, length=head.length, stated=True, eof=head.close_delimited)
     while data := await connection.chunk(silence_s):
         client.write(data)
         if client.backlog:
@@ -86,7 +88,7 @@ async def pass_on(client: Client, connection: Connection, head: AnswerHead, sile
     return "passthrough"
 
 
-def fail(client: Client, lost: Lost, mark: bytes = b"") -> str:
+def fail(client: ResponseWriter, lost: UpstreamLost, mark: bytes = b"") -> str:
     """Tell the client that the exchange was lost, and return the word for it."""
     if client.started:
         client.abort()

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Coroutine
 
-from oncegate.downstream.response import Client
-from oncegate.messages.answer_head import answer_digest
-from oncegate.store.record import Record, StoredAnswer, intact
+from oncegate.downstream.response import ResponseWriter
+from oncegate.messages.response_head import answer_digest
+from oncegate.store.record import Record, StoredResponse, intact
 from oncegate.store.store import Store
 
 Along = Callable[[bytes], None]
@@ -12,13 +12,13 @@ Along = Callable[[bytes], None]
 MARK = b"Idempotent-Replayed: true\r\nOncegate-Status: replayed\r\n"
 
 
-def _block(record: Record, answer: StoredAnswer, extra: bytes) -> bytes:
+def _block(record: Record, answer: StoredResponse, extra: bytes) -> bytes:
     age_s = answer.age_s + max(0, record.now_ms - answer.completed_ms) // 1000
     return b"%sAge: %d\r\n%s%s" % (answer.block, age_s, MARK, extra)
 
 
 def replay(
-    client: Client, store: Store, key: bytes, record: Record, extra: bytes, along: Along | None = None
+    client: ResponseWriter, store: Store, key: bytes, record: Record, extra: bytes, along: Along | None = None
 ) -> str | Coroutine[None, None, str]:
     """Send a stored answer and return the outcome's word, or what will return it; `extra`: further fields; `along`
     hears of all of the body.
@@ -36,7 +36,7 @@ def replay(
     return _replay_large(client, store, key, record, answer, extra, along)
 
 
-def _replay_small(client: Client, record: Record, answer: StoredAnswer, body: bytes, extra: bytes) -> str:
+def _replay_small(client: ResponseWriter, record: Record, answer: StoredResponse, body: bytes, extra: bytes) -> str:
     if not intact(answer, body):
         return "corrupt"
     stated = answer.stated_length
@@ -46,11 +46,11 @@ def _replay_small(client: Client, record: Record, answer: StoredAnswer, body: by
 
 
 async def _replay_large(
-    client: Client,
+    client: ResponseWriter,
     store: Store,
     key: bytes,
     record: Record,
-    answer: StoredAnswer,
+    answer: StoredResponse,
     extra: bytes,
     along: Along | None,
 ) -> str:
@@ -85,7 +85,7 @@ async def _replay_large(
     return "replayed"
 
 
-def _broken(client: Client, word: str) -> str:
+def _broken(client: ResponseWriter, word: str) -> str:
     if client.started:
         client.abort()
         return "truncated"

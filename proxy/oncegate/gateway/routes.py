@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from oncegate.gateway.exchange import Workshop
+from oncegate.gateway.exchange import ExchangeDeps
 from oncegate.messages.request_head import RequestHead
 from oncegate.rules.model import Rules
 from oncegate.rules.policy import Policy
@@ -14,7 +14,7 @@ class Route:
     """One way through the proxy. `host`: what the upstream's Host field says; `prefix`: of its paths."""
 
     policy: Policy
-    shop: Workshop
+    deps: ExchangeDeps
     host: bytes
     prefix: bytes
 

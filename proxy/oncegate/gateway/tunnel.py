@@ -5,16 +5,16 @@ import contextlib
 import time
 
 from oncegate.downstream.request import Request
-from oncegate.downstream.response import Client
+from oncegate.downstream.response import ResponseWriter
 from oncegate.gateway.relay import Relayed, fail, pass_on
 from oncegate.messages.problems import problem
 from oncegate.messages.request_head import SWITCHING
-from oncegate.upstream.connection import Connection, Lost, NotSent
+from oncegate.upstream.connection import Connection, NotSent, UpstreamLost
 from oncegate.upstream.pool import REUSE_IDLE_S, Pool
 
 HIGH_WATER = 65536  # bytes of a client that wait for the upstream, at which reading pauses
 LAST_S = 1.0  # for the client's last bytes to leave
-CLOSES_NOW = Lost("the client ended it")
+CLOSES_NOW = UpstreamLost("the client ended it")
 
 
 class _Upstreamward:
@@ -54,7 +54,7 @@ class _Upstreamward:
         connection.fail(CLOSES_NOW)
 
 
-async def tunnel(request: Request, client: Client, pool: Pool, head: bytes, silence_s: float) -> Relayed:
+async def tunnel(request: Request, client: ResponseWriter, pool: Pool, head: bytes, silence_s: float) -> Relayed:
     """Ask the upstream for a WebSocket and stay in between, as long as either says something within `silence_s`.
 
     An upstream that declines is passed on as it answers. `head`: the request's, without what is this hop's own.
@@ -73,14 +73,14 @@ async def tunnel(request: Request, client: Client, pool: Pool, head: bytes, sile
             word = await _splice(request, client, connection, silence_s)
         else:
             word = await pass_on(client, connection, answer, silence_s)
-    except Lost as lost:
+    except UpstreamLost as lost:
         word = fail(client, lost)
     finally:
         pool.release(connection)
     return Relayed(word, connection.answer.status if connection.answer else 0, time.perf_counter() - began)
 
 
-async def _splice(request: Request, client: Client, connection: Connection, silence_s: float) -> str:
+async def _splice(request: Request, client: ResponseWriter, connection: Connection, silence_s: float) -> str:
     upstreamward = _Upstreamward(request)
     sending = asyncio.get_running_loop().create_task(upstreamward.run(connection, silence_s))
     request.protocol.set_parser(upstreamward)  # all that is called is there
@@ -91,7 +91,7 @@ async def _splice(request: Request, client: Client, connection: Connection, sile
                 pass
             if client.gone:
                 break
-    except Lost as lost:
+    except UpstreamLost as lost:
         if lost is not CLOSES_NOW:
             client.abort()
             return "truncated"

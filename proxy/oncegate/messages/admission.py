@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from oncegate.messages.fields import HOP_BY_HOP, Fields, Pairs, by_name, nominated, remember, tokens
-from oncegate.messages.head_cache import Heads
+from oncegate.messages.head_cache import HeadCache
 from oncegate.messages.request_head import ACTED_ON, RequestHead
 
 _TARGET = re.compile(rb'/[!"$-~\x80-\xff]*')
@@ -24,7 +24,7 @@ class Refused:
     detail: str
 
 
-class Gate:
+class Admission:
     """The checks that every request passes before anything is done for it.
 
     `hosts`: what the Host field may be, lower-case, empty for any. `key_header`, `scope_headers`:
@@ -36,12 +36,12 @@ class Gate:
         self._acted_on = ACTED_ON.union((key_header,), scope_headers)
         # An upstream that maps "_" to "-" (CGI, WSGI) would take them for the real ones.
         self._look_alike = self._acted_on | HOP_BY_HOP
-        self.heads = Heads(key_header)  # that passed
+        self.heads = HeadCache(key_header)  # that passed
         # What passed once and passes always: one look instead of four checks (bounded, clean names only).
         self._harmless: set[bytes] = set()
         self._well_formed: set[bytes] = set()
 
-    def enter(self, method: str, target: bytes, version: tuple[int, int], pairs: Pairs) -> RequestHead | Refused:
+    def admit(self, method: str, target: bytes, version: tuple[int, int], pairs: Pairs) -> RequestHead | Refused:
         """Return the head of a request that may go on."""
         fields = by_name(pairs)
         if refused := self._refuse_line(method, target, version):

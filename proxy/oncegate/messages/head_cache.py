@@ -20,7 +20,7 @@ _PLAIN = re.compile(rb'[!#-+\--\[\]-~]{1,255}|"[!#-\[\]-~]{1,253}"')
 Parsed = TypeVar("Parsed")
 
 
-class Recurring(Generic[Parsed]):
+class RecentHeads(Generic[Parsed]):
     """What was made of heads, by their bytes. Bounded; where hardly any comes again, few are kept."""
 
     __slots__ = ("_by_head", "_in_vain", "clear", "find")
@@ -47,7 +47,7 @@ class Recurring(Generic[Parsed]):
         self._in_vain = 0
 
 
-class Here:
+class BufferedBody:
     """A request's body that came whole with its head. What becomes of its client does not matter to it."""
 
     __slots__ = ("data",)
@@ -75,7 +75,7 @@ class Here:
         return self.read_nowait()
 
 
-class Seen:
+class KnownHead:
     """A request's head that passed all checks, and may have another key in its place.
 
     `prepared` is for the handler: what it made of the head beside, as far as it does not depend on the key.
@@ -99,19 +99,19 @@ class Seen:
         return RequestHead(method, target, http10, host, now, {**fields, self.name: [key]})
 
 
-Again = tuple[Seen, bytes, bytes]  # a request whose head came before: that, the value of its key, its body
+KnownRequest = tuple[KnownHead, bytes, bytes]  # a request whose head came before: that, the value of its key, its body
 
 
-class Heads:
+class HeadCache:
     """The heads of requests that came before, whatever the value of the field `name` (lower case) was."""
 
     __slots__ = ("_seen", "clear", "name", "wants")
 
     def __init__(self, name: bytes) -> None:
-        self.name, self._seen = name, Recurring[Seen]()
+        self.name, self._seen = name, RecentHeads[KnownHead]()
         self.clear, self.wants = self._seen.clear, self._seen.wants
 
-    def find(self, data: bytes, label: bytes) -> Again | None:
+    def find(self, data: bytes, label: bytes) -> KnownRequest | None:
         """Return the request that `data` is, no more and no less, if its head is known.
 
         `label`: how the key's line begins on this connection, empty where that is not known.
@@ -137,7 +137,7 @@ class Heads:
         end = data.find(b"\r\n\r\n") + 4
         message = message._replace(headers=None, raw_headers=(), url=None)  # of all the others, too
         if (values := head.fields.get(self.name)) is None:
-            self._seen.keep((data[:end], b""), end, Seen(message, head, len(data) - end, -1, self.name))
+            self._seen.keep((data[:end], b""), end, KnownHead(message, head, len(data) - end, -1, self.name))
             return b""
         place = [name.lower() for name, _ in head.pairs].index(self.name)
         label = b"\r\n%s: " % head.pairs[place][0]
@@ -145,7 +145,7 @@ class Heads:
         stop = data.find(b"\r\n", start)
         if start < len(label) or values != [data[start:stop]] or not _PLAIN.fullmatch(values[0]):
             return b""
-        seen = Seen(message, head, len(data) - end, place, self.name)
+        seen = KnownHead(message, head, len(data) - end, place, self.name)
         self._seen.keep((data[:start], data[stop:end]), end, seen)
         return label
 

@@ -53,7 +53,7 @@ _VIA = (b"Via: 1.1 oncegate", b"Via: 1.0 oncegate")  # by whether the request ca
 
 
 @dataclass(frozen=True, slots=True)
-class Hop:
+class ForwardedInfo:
     """What the forwarding fields say of the client's side; the same for a whole connection."""
 
     client: bytes
@@ -70,7 +70,7 @@ _FORWARDED = Labels(HOP_BY_HOP | FORWARDING | {b"host", b"content-length", b"exp
 
 
 def request_head(
-    head: RequestHead, hop: Hop, host: bytes, prefix: bytes, length: int | None, drop: Collection[bytes] = ()
+    head: RequestHead, hop: ForwardedInfo, host: bytes, prefix: bytes, length: int | None, drop: Collection[bytes] = ()
 ) -> bytes:
     """Return a request's head for the upstream; `length` None: chunked, negative: no body."""
     method, target, http10, asked_host, pairs, fields = head
@@ -118,7 +118,7 @@ def is_websocket(head: RequestHead) -> bool:
 SWITCHING = b"Connection: Upgrade\r\nUpgrade: websocket\r\n"  # this hop's own, both ways
 
 
-def _forwarding_on(head: RequestHead, hop: Hop) -> list[bytes]:
+def _forwarding_on(head: RequestHead, hop: ForwardedInfo) -> list[bytes]:
     """Return the forwarding fields of a trusted proxy, with this hop added."""
     fields = head.fields
     lines = [

@@ -30,7 +30,7 @@ BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.
 FRESH = 256  # seconds that wait to be sorted
 
 
-class Counts:
+class Counters:
     """A counter for each of a closed set of label values; with no label, for the empty one."""
 
     def __init__(self, name: str, help_: str, label: str = "", values: Iterable[str] = ("",)) -> None:
@@ -57,7 +57,7 @@ class Counts:
         return family
 
 
-class Spread:
+class Histogram:
     """A histogram of seconds for one label value. What is added is sorted later, many at once."""
 
     def __init__(self) -> None:
@@ -80,12 +80,12 @@ class Spread:
         self._sum += seconds
 
 
-class Spreads:
+class Histograms:
     """A histogram of seconds for each of a closed set of label values; with no label, for the empty one."""
 
     def __init__(self, name: str, help_: str, label: str = "", values: Iterable[str] = ("",)) -> None:
         self._name, self._help, self._label = name, help_, label
-        self.by_value = {value: Spread() for value in values}
+        self.by_value = {value: Histogram() for value in values}
 
     def snapshot(self) -> dict[str, list[float]]:
         """Return what was counted, for `merge` in another process: the buckets, then the sum."""
@@ -122,25 +122,29 @@ class Metrics(Collector):
 
     def __init__(self, version: str, gauges: dict[str, Callable[[], float]]) -> None:
         self._version, self._gauges = version, gauges
-        self._requests = Counts("requests", "Requests by what became of them.", "outcome", OUTCOMES)
-        self._settled = Counts("settled", "Claims by how they ended.", "how", HOW_SETTLED)
-        self._suppressed = Counts("duplicates_suppressed", "Requests not executed again.", "how", SUPPRESSED)
-        self._saved_s = Counts("upstream_seconds_saved", "Upstream time that replays spared.")
-        self._replayed_bytes = Counts("replayed_bytes", "Bytes of bodies sent from the store.")
-        self._tokens_saved = Counts("llm_tokens_saved", "Tokens of LLMs that replays spared.", "kind", KINDS)
-        self._tokens_untold = Counts("llm_replays_without_usage", "Replays that say nothing of the tokens they spared.")
-        self._claims_lost = Counts("claims_lost", "Claims whose record vanished or was taken, and losses of the store.")
-        self._store_losses = Counts("store_losses", "Times the store lost data, or may have (moved).", "how", LOSSES)
-        self._identity_accepted = Counts("identity_accepted", "Starts beside replicas that name keys in another way.")
-        self._broken = Counts("store_breaker_opened", "Times claims were given up on for a while.")
-        self._repeated = Counts("settle_repeated", "Calls to settle or append that were repeated.")
-        self._unscoped = Counts("unscoped", "Guarded requests without any credential.")
-        self._eof_framed = Counts("eof_framed", "Answers ended by closing alone, stored as whole.")
-        self._restarts = Counts("worker_restarts", "Workers that died and were started again.")
-        self._store_s = Spreads("store_seconds", "Time of one call to the store.", "verb", VERBS)
-        self._request_s = Spreads("request_seconds", "Time from a request's head to the end of its answer.")
-        self._overhead_s = Spreads("overhead_seconds", "Time in the proxy, upstream time taken out.")
-        self._upstream_s = Spreads("upstream_seconds", "Time spent on the upstream.")
+        self._requests = Counters("requests", "Requests by what became of them.", "outcome", OUTCOMES)
+        self._settled = Counters("settled", "Claims by how they ended.", "how", HOW_SETTLED)
+        self._suppressed = Counters("duplicates_suppressed", "Requests not executed again.", "how", SUPPRESSED)
+        self._saved_s = Counters("upstream_seconds_saved", "Upstream time that replays spared.")
+        self._replayed_bytes = Counters("replayed_bytes", "Bytes of bodies sent from the store.")
+        self._tokens_saved = Counters("llm_tokens_saved", "Tokens of LLMs that replays spared.", "kind", KINDS)
+        self._tokens_untold = Counters(
+            "llm_replays_without_usage", "Replays that say nothing of the tokens they spared."
+        )
+        self._claims_lost = Counters(
+            "claims_lost", "Claims whose record vanished or was taken, and losses of the store."
+        )
+        self._store_losses = Counters("store_losses", "Times the store lost data, or may have (moved).", "how", LOSSES)
+        self._identity_accepted = Counters("identity_accepted", "Starts beside replicas that name keys in another way.")
+        self._broken = Counters("store_breaker_opened", "Times claims were given up on for a while.")
+        self._repeated = Counters("settle_repeated", "Calls to settle or append that were repeated.")
+        self._unscoped = Counters("unscoped", "Guarded requests without any credential.")
+        self._eof_framed = Counters("eof_framed", "Answers ended by closing alone, stored as whole.")
+        self._restarts = Counters("worker_restarts", "Workers that died and were started again.")
+        self._store_s = Histograms("store_seconds", "Time of one call to the store.", "verb", VERBS)
+        self._request_s = Histograms("request_seconds", "Time from a request's head to the end of its answer.")
+        self._overhead_s = Histograms("overhead_seconds", "Time in the proxy, upstream time taken out.")
+        self._upstream_s = Histograms("upstream_seconds", "Time spent on the upstream.")
         self._by_verb = self._store_s.by_value
         self.settled = self._settled.add
         self._by_request = [one.by_value[""] for one in (self._request_s, self._overhead_s, self._upstream_s)]
@@ -151,7 +155,7 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield the families, for prometheus_client."""
         for one in vars(self).values():
-            if isinstance(one, Counts | Spreads):
+            if isinstance(one, Counters | Histograms):
                 yield one.family()
         for name, ask in self._gauges.items():
             yield GaugeMetricFamily(f"oncegate_{name}", GAUGES[name], value=float(ask()))
@@ -159,13 +163,13 @@ class Metrics(Collector):
 
     def snapshot(self) -> Snapshot:
         """Return everything that was counted, and the gauges as they are, for `merge` in another process."""
-        counts = {name: one.snapshot() for name, one in vars(self).items() if isinstance(one, Counts | Spreads)}
+        counts = {name: one.snapshot() for name, one in vars(self).items() if isinstance(one, Counters | Histograms)}
         return {"counts": counts, "gauges": {name: float(ask()) for name, ask in self._gauges.items()}}
 
     def merge(self, counts: dict[str, dict[str, list[float]]]) -> None:
         """Count what another process counted: the `counts` of its snapshot."""
         for name, one in vars(self).items():
-            if isinstance(one, Counts | Spreads) and name in counts:
+            if isinstance(one, Counters | Histograms) and name in counts:
                 one.merge(counts[name])
 
     def restarted(self) -> None:
@@ -234,7 +238,7 @@ class Metrics(Collector):
     def store_broke(self) -> None:
         self._broken.add()
 
-    def eof_framed(self) -> None:
+    def close_delimited(self) -> None:
         self._eof_framed.add()
 
 

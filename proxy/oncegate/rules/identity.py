@@ -30,7 +30,7 @@ class Content(Protocol):
     def blocks(self) -> Iterable[bytes]: ...
 
 
-class Name(NamedTuple):
+class Identity(NamedTuple):
     """What names a request: the digests of its key and of what it asks for, and how long a complete one counts."""
 
     key: bytes
@@ -39,7 +39,7 @@ class Name(NamedTuple):
     fresh: bool = False
 
 
-class Familiar:
+class ScopeMemo:
     """What one connection's requests said last, and how that was named: mostly they differ in key and body alone.
 
     Without it, digesting what is said again takes 2 % of an execution (measured).
@@ -89,7 +89,7 @@ def scope_of(policy: Policy, digests: Digests, head: RequestHead) -> Scope | Uns
 
 def name(
     policy: Policy, digests: Digests, head: RequestHead, scope: Scope, key: bytes | None, body: Content
-) -> Name | Missing | BadKey:
+) -> Identity | Missing | BadKey:
     """Return what names a request whose body is here; `key` is what its head carries, if that is where it is."""
     whole, parts = asked(policy, head), policy.fingerprint
     if parts is None:
@@ -97,7 +97,7 @@ def name(
     else:
         fingerprint = digests.fingerprint(_only(parts, whole), body.blocks() if "body" in parts else ())
     if key is not None:
-        return Name(digests.key(scope, key), fingerprint)
+        return Identity(digests.key(scope, key), fingerprint)
     sources = policy.sources
     if sources is None:
         return NO_KEY
@@ -105,7 +105,7 @@ def name(
     found = find(sources, Parts(head, body.data, body.spooled, derived))
     if found is None or isinstance(found, Missing | BadKey):
         return found or NO_KEY
-    return Name(digests.key(scope, found.key), fingerprint, found.window_ms, found.fresh)
+    return Identity(digests.key(scope, found.key), fingerprint, found.window_ms, found.fresh)
 
 
 def asked(policy: Policy, head: RequestHead) -> tuple[bytes, ...]:

@@ -12,16 +12,16 @@ from aiohttp import web
 from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
 
 from oncegate import __version__
-from oncegate.buffers.memory import Buffered
+from oncegate.buffers.memory import MemoryBudget
 from oncegate.downstream.body import Bodies
 from oncegate.downstream.listener import Listener, bound_unsent
-from oncegate.downstream.pace import Pace
-from oncegate.gateway.exchange import Workshop
+from oncegate.downstream.minimum_rate import MinimumRate
+from oncegate.gateway.exchange import ExchangeDeps
 from oncegate.gateway.handler import Gateway
 from oncegate.gateway.routes import Route, Routes
 from oncegate.gateway.waiters import Waiters
 from oncegate.keys.digests import Digests, identity, short
-from oncegate.messages.admission import Gate
+from oncegate.messages.admission import Admission
 from oncegate.observe.admin import serve_admin
 from oncegate.observe.logs import AccessLog
 from oncegate.observe.metrics import Metrics
@@ -32,7 +32,7 @@ from oncegate.service.drain import POLL_S, Drain, unless
 from oncegate.settings.settings import Settings, SettingsError
 from oncegate.store.leases import Leases
 from oncegate.store.record import Claim
-from oncegate.store.redis.watch import Membership
+from oncegate.store.redis.health_monitor import Membership
 from oncegate.store.store import Store
 from oncegate.testing import faults
 from oncegate.upstream.pool import REUSE_IDLE_S, Pool, client_tls
@@ -88,7 +88,7 @@ class Service:
         self._draining = self._retired = False
         self.metrics = Metrics(__version__, self._gauges())
         self._access = AccessLog(logger, settings.access_log, settings.log_level, settings.log_format, self._loop)
-        self._buffered = Buffered(settings.max_buffered_bytes)
+        self._buffered = MemoryBudget(settings.max_buffered_bytes)
         self.store = Store(
             store_url,
             timeout_ms=settings.store_timeout_ms,
@@ -104,7 +104,7 @@ class Service:
         self._leases = Leases(self.store, settings.lease_ms, self._report, self._loop.time)
         self._waiters = Waiters(self.store, settings.max_waiters, settings.lease_ms, self._leases.__contains__)
         self._pools = Pools(self._make_pool)
-        self._pace = Pace(settings.client_stall_s, settings.client_min_bytes_per_s)
+        self._pace = MinimumRate(settings.client_stall_s, settings.client_min_bytes_per_s)
         rules = load_rules(settings)
         self._naming = rules.naming
         self._gateway = self._make_gateway(rules)
@@ -151,12 +151,16 @@ class Service:
         routes = self._routes(rules)
         spool_dir = str(settings.spool_dir or tempfile.gettempdir())
         return Gateway(
-            routes.default.shop,
+            routes.default.deps,
             gate=self._gate(rules),
             routes=routes,
             digests=Digests(settings.secret.get_secret_value().encode()),
             bodies=Bodies(
-                self._buffered, Buffered(settings.max_spool_bytes), spool_dir, settings.max_request_bytes, self._pace
+                self._buffered,
+                MemoryBudget(settings.max_spool_bytes),
+                spool_dir,
+                settings.max_request_bytes,
+                self._pace,
             ),
             trusted=settings.trusted_proxies,
             max_in_flight=settings.max_in_flight,
@@ -164,9 +168,9 @@ class Service:
             failed=lambda error: self._log.error("a request failed", exc_info=error),
         )
 
-    def _gate(self, rules: Rules) -> Gate:
+    def _gate(self, rules: Rules) -> Admission:
         hosts = [host.encode() for host in self._settings.hosts]
-        return Gate(hosts, rules.default.policy.key_header, rules.acted_on)
+        return Admission(hosts, rules.default.policy.key_header, rules.acted_on)
 
     def _routes(self, rules: Rules) -> Routes:
         return Routes(rules, {rule.name: self._route(rule) for rule in rules})
@@ -174,11 +178,11 @@ class Service:
     def _route(self, rule: Rule) -> Route:
         origin = rule.upstream.origin
         host = rule.set_host or origin.authority
-        return Route(rule.policy, self._shop(rule), host.encode(), origin.path_prefix.encode())
+        return Route(rule.policy, self._deps(rule), host.encode(), origin.path_prefix.encode())
 
-    def _shop(self, rule: Rule) -> Workshop:
+    def _deps(self, rule: Rule) -> ExchangeDeps:
         settings = rule.settings
-        return Workshop(
+        return ExchangeDeps(
             store=self.store,
             leases=self._leases,
             waiters=self._waiters,
@@ -186,7 +190,7 @@ class Service:
             buffered=self._buffered,
             background=self._in_background,
             settled=self.metrics.settled,
-            eof_framed=self.metrics.eof_framed,
+            close_delimited=self.metrics.close_delimited,
             silence_s=settings.upstream_timeout_s,
             reuse_idle_s=rule.upstream.reuse_idle_s,
             store_timeout_s=settings.store_timeout_ms / 1000,

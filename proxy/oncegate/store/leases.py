@@ -16,7 +16,7 @@ def suspended_clock_s() -> float:
 
 
 @dataclass(slots=True, eq=False)
-class Held:
+class LeasedClaim:
     """A claim and how it is doing.
 
     `confirmed_s`: when the store was last asked and said yes (suspended_clock_s). `until_s`: how long the
@@ -48,7 +48,7 @@ class Leases:
 
     def __init__(self, store: Store, lease_ms: int, report: Report, clock: Callable[[], float]) -> None:
         self._store, self._period_s, self._report, self._clock = store, lease_ms / 3000, report, clock
-        self._held: dict[bytes, Held] = {}
+        self._held: dict[bytes, LeasedClaim] = {}
 
     def __len__(self) -> int:
         return len(self._held)
@@ -56,20 +56,20 @@ class Leases:
     def __contains__(self, key: bytes) -> bool:
         return key in self._held
 
-    def hold(self, claim: Claim, asked_s: float, longest_s: float) -> Held:
+    def hold(self, claim: Claim, asked_s: float, longest_s: float) -> LeasedClaim:
         """Keep a claim's lease alive from now on. `asked_s`: when the store was asked for it; `longest_s`: how long
         whoever holds it may take until it says so again."""
-        held = Held(claim, asked_s, self._clock() + longest_s)
+        held = LeasedClaim(claim, asked_s, self._clock() + longest_s)
         self._held[claim.key] = held
         return held
 
-    def drop(self, held: Held) -> None:
+    def drop(self, held: LeasedClaim) -> None:
         """Let a claim go; it is settled, or nothing more can be done for it."""
         held.settled = True
         if self._held.get(held.claim.key) is held:
             del self._held[held.claim.key]
 
-    def report(self, what: str, held: Held) -> None:
+    def report(self, what: str, held: LeasedClaim) -> None:
         """Say once that a claim is lost or fenced."""
         if not held.reported:
             held.reported = True
@@ -83,7 +83,7 @@ class Leases:
             alive = [held for held in self._held.values() if held.until_s > now and not held.fenced]
             await asyncio.gather(*[self._renew(held) for held in alive])
 
-    async def _renew(self, held: Held) -> None:
+    async def _renew(self, held: LeasedClaim) -> None:
         asked_s = suspended_clock_s()
         word = await self._store.renew(held.claim, held.stage)
         if held.settled or held.freeing:

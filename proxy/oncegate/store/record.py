@@ -10,14 +10,14 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 from oncegate.decision import State
-from oncegate.messages.answer_head import answer_digest
+from oncegate.messages.response_head import answer_digest
 
 VERSION = b"\x01"
 TOKEN_BYTES = 16
 PREFIX_BYTES = 10  # of a token: whose it is; the rest counts
 _FIXED = struct.Struct(">c16s16s16s16s16s16sBHHIIQQII")
 _CHECK_BYTES = 8
-KEPT, EOF_FRAMED, STATED_LENGTH = 1, 2, 4
+KEPT, CLOSE_DELIMITED, STATED_LENGTH = 1, 2, 4
 _COMPLETE = State.COMPLETE
 # What a NamedTuple's own constructor does, without a frame for it: the hot path makes five a request.
 new = tuple.__new__
@@ -37,7 +37,7 @@ class Claim(NamedTuple):
     retention_ms: int
 
 
-class StoredAnswer(NamedTuple):
+class StoredResponse(NamedTuple):
     """A complete answer. `block` holds its end-to-end fields as they are written on a replay."""
 
     status: int
@@ -47,7 +47,7 @@ class StoredAnswer(NamedTuple):
     chunks: int
     size: int  # bytes of the body
     kept: bool
-    eof_framed: bool
+    close_delimited: bool
     stated_length: bool  # `block` has the upstream's own Content-Length
     completed_ms: int  # the store's clock
     took_ms: int  # of the upstream
@@ -63,7 +63,7 @@ class Record(NamedTuple):
     created_ms: int
     now_ms: int
     lease_left_ms: int = 0
-    answer: StoredAnswer | None = None
+    answer: StoredResponse | None = None
     body: bytes | None = None  # of a small answer
     mode: bytes = b""  # under which a running one was claimed
 
@@ -84,11 +84,13 @@ def _check(key: bytes, packed: bytes) -> bytes:
     return blake2b(packed, key=key, digest_size=_CHECK_BYTES).digest()
 
 
-def pack(claim: Claim, answer: StoredAnswer) -> bytes:
+def pack(claim: Claim, answer: StoredResponse) -> bytes:
     """Return `meta` of a complete record."""
     key, token, fence, _, fingerprint, described, created_ms, _, _ = claim
-    status, reason, block, digest, chunks, size, kept, eof_framed, stated_length, completed_ms, took_ms, age_s = answer
-    flags = (kept and KEPT) | (eof_framed and EOF_FRAMED) | (stated_length and STATED_LENGTH)
+    status, reason, block, digest, chunks, size, kept, close_delimited, stated_length, completed_ms, took_ms, age_s = (
+        answer
+    )
+    flags = (kept and KEPT) | (close_delimited and CLOSE_DELIMITED) | (stated_length and STATED_LENGTH)
     fixed = _FIXED.pack(
         VERSION,
         token,
@@ -126,10 +128,10 @@ def unpack(key: bytes, tenant: bytes, meta: bytes, body: bytes | None, now_ms: i
     if owner != tenant or reason_end + block_size != len(packed):
         return Corrupt("the record describes another key")
     reason, block = packed[_FIXED.size : reason_end], packed[reason_end:]
-    kept, eof_framed, stated = flags & KEPT != 0, flags & EOF_FRAMED != 0, flags & STATED_LENGTH != 0
+    kept, close_delimited, stated = flags & KEPT != 0, flags & CLOSE_DELIMITED != 0, flags & STATED_LENGTH != 0
     answer = new(
-        StoredAnswer,
-        (status, reason, block, digest, chunks, size, kept, eof_framed, stated, completed_ms, took_ms, age_s),
+        StoredResponse,
+        (status, reason, block, digest, chunks, size, kept, close_delimited, stated, completed_ms, took_ms, age_s),
     )
     return new(Record, (_COMPLETE, token, fingerprint, int(created), now_ms, 0, answer, body, b""))
 
@@ -139,7 +141,7 @@ def tenant_of(meta: bytes) -> bytes:
     return meta[81:97]
 
 
-def intact(answer: StoredAnswer, body: bytes) -> bool:
+def intact(answer: StoredResponse, body: bytes) -> bool:
     """Return whether a whole body is the one that was stored."""
     if len(body) != answer.size:
         return False

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from oncegate.decision import State, state_now
 from oncegate.keys.digests import digest_of, store_key
-from oncegate.store.record import Corrupt, StoredAnswer, self_check, tenant_of, unpack
+from oncegate.store.record import Corrupt, StoredResponse, self_check, tenant_of, unpack
+from oncegate.store.redis.health_monitor import IDENTITIES, replica_key, replica_value
 from oncegate.store.redis.link import ErrorReply, Unconfirmed
 from oncegate.store.redis.node import Node
-from oncegate.store.redis.watch import IDENTITIES, replica_key, replica_value
 from oncegate.store.store import Store
 
 ASK_S = 5.0  # for one reply
@@ -30,7 +30,7 @@ class StoreError(Exception):
     """The store does not answer, or not as it should."""
 
 
-class Seen(NamedTuple):
+class RecordView(NamedTuple):
     """One record. `state`: a word of State, released (by an operator) or corrupt. Times are the store's, in ms."""
 
     key: bytes  # digest
@@ -48,7 +48,7 @@ class Seen(NamedTuple):
     why: str = ""
     far: str = ""
     bytes_kept: int = 0  # of an answer that had begun
-    answer: StoredAnswer | None = None
+    answer: StoredResponse | None = None
 
     @property
     def owner_may_live(self) -> bool:
@@ -56,7 +56,7 @@ class Seen(NamedTuple):
         return self.lease_left_ms > 0 or self.lapsed or self.state == "corrupt"
 
 
-def read_fields(key: bytes, found: list[bytes | None], now_ms: int) -> Seen | None:
+def read_fields(key: bytes, found: list[bytes | None], now_ms: int) -> RecordView | None:
     """Return the record in these FIELDS, None where there is none."""
     fields = {name: value for name, value in zip(FIELDS, found, strict=True) if value is not None}
     if not fields:
@@ -65,18 +65,18 @@ def read_fields(key: bytes, found: list[bytes | None], now_ms: int) -> Seen | No
         return _complete(key, meta, now_ms)
     token = fields.get("token", b"")
     if fields.get("state") == b"released":
-        return Seen(key, "released", token, now_ms, fields.get("fence", b"0"))
+        return RecordView(key, "released", token, now_ms, fields.get("fence", b"0"))
     try:
         return _running(key, token, fields, now_ms)
     except (KeyError, ValueError):
-        return Seen(key, "corrupt", token, now_ms)
+        return RecordView(key, "corrupt", token, now_ms)
 
 
-def _complete(key: bytes, meta: bytes, now_ms: int) -> Seen:
+def _complete(key: bytes, meta: bytes, now_ms: int) -> RecordView:
     record = unpack(key, tenant_of(meta), meta, None, now_ms)
     if isinstance(record, Corrupt):
-        return Seen(key, "corrupt", meta[1:17], now_ms)
-    return Seen(
+        return RecordView(key, "corrupt", meta[1:17], now_ms)
+    return RecordView(
         key,
         State.COMPLETE.value,
         record.token,
@@ -88,7 +88,7 @@ def _complete(key: bytes, meta: bytes, now_ms: int) -> Seen:
     )
 
 
-def _running(key: bytes, token: bytes, fields: dict[str, bytes], now_ms: int) -> Seen:
+def _running(key: bytes, token: bytes, fields: dict[str, bytes], now_ms: int) -> RecordView:
     """Raise KeyError or ValueError for what is no record."""
     written = State(fields["state"].decode())
     left_ms = int(fields["lease"]) - now_ms
@@ -97,7 +97,7 @@ def _running(key: bytes, token: bytes, fields: dict[str, bytes], now_ms: int) ->
     described, mode, fingerprint = fields["self"], fields["mode"], fields["fingerprint"]
     if described != self_check(key, described[:16], token, mode, fingerprint):
         raise ValueError
-    return Seen(
+    return RecordView(
         key,
         state.value,
         token,
@@ -123,7 +123,7 @@ def checked(reply: Any) -> Any:
     return reply
 
 
-async def look_at(store: Store, key: bytes) -> Seen | None:
+async def look_at(store: Store, key: bytes) -> RecordView | None:
     """Return the record of a key."""
     node = store.node_of(key)
     if node is None:
@@ -134,7 +134,7 @@ async def look_at(store: Store, key: bytes) -> Seen | None:
         node = next((one for one in store.nodes if one.name == place), node)
         reply = await ask_arriving(node, *_fields_of(key))
     if begins(reply, "WRONGTYPE"):
-        return Seen(key, "corrupt", b"", 0)
+        return RecordView(key, "corrupt", b"", 0)
     return read_fields(key, checked(reply), await _time_ms(node))
 
 
@@ -158,7 +158,7 @@ def _fields_of(key: bytes) -> tuple[bytes | str, ...]:
     return ("HMGET", store_key(key), *FIELDS)
 
 
-async def scan(store: Store, prefix: str = "") -> AsyncIterator[Seen]:
+async def scan(store: Store, prefix: str = "") -> AsyncIterator[RecordView]:
     """Yield the records whose id begins like that; those that come or go meanwhile may be left out or come twice."""
     for node in store.nodes:
         cursor = b"0"
@@ -170,7 +170,7 @@ async def scan(store: Store, prefix: str = "") -> AsyncIterator[Seen]:
             for key, first in zip(keys, replies, strict=True):
                 reply = await ask_arriving(node, *_fields_of(key)) if begins(first, "MOVED") else first
                 if begins(reply, "WRONGTYPE"):
-                    yield Seen(key, "corrupt", b"", now_ms)
+                    yield RecordView(key, "corrupt", b"", now_ms)
                 elif begins(reply, "MOVED") or begins(reply, "ASK "):  # it went meanwhile
                     continue
                 elif seen := read_fields(key, checked(reply), now_ms):

@@ -21,7 +21,7 @@ from oncegate.store.record import (
     Claim,
     Corrupt,
     Record,
-    StoredAnswer,
+    StoredResponse,
     new,
     pack,
     running,
@@ -29,12 +29,12 @@ from oncegate.store.record import (
     unpack,
 )
 from oncegate.store.redis.cluster import Cluster
-from oncegate.store.redis.durable import WAIT_SHARE, Below, level
+from oncegate.store.redis.durable import WAIT_SHARE, UnderReplicated, level
+from oncegate.store.redis.health_monitor import ClaimsSuspended, Membership, NotAttempted
 from oncegate.store.redis.link import NUMBER, SIZE, ErrorReply, Link, Unconfirmed, resp
-from oncegate.store.redis.node import CLAIM_ARGUMENTS, INLINE_BYTES, ORDINARY, TOO_LATE, Node, Servers, Terms
-from oncegate.store.redis.sentinel import Watched
+from oncegate.store.redis.node import CLAIM_ARGUMENTS, INLINE_BYTES, ORDINARY, TOO_LATE, Node, NodeConfig, StoreServers
+from oncegate.store.redis.sentinel import SentinelNode
 from oncegate.store.redis.server import FULL_RATIO, load_scripts, opener
-from oncegate.store.redis.watch import Membership, NotTried, Withheld
 
 READ_BYTES = 262144  # of a larger one at a time
 _16, _16_NEXT, _32_NEXT = b"$16\r\n", b"\r\n$16\r\n", b"\r\n$32\r\n"  # bytes of words of a known size
@@ -51,15 +51,15 @@ def servers(
     durability: str,
     member: Membership | None,
     broke: Callable[[], None],
-) -> Servers:
+) -> StoreServers:
     """Return what a URL names."""
     several = parse_several(url)
     cluster = several is not None and several.kind == "cluster"
     wanted = level(durability, several is not None)
-    terms = Terms(load_scripts(), timeout_s, observe, log, wanted, cluster, member, broke)
+    terms = NodeConfig(load_scripts(), timeout_s, observe, log, wanted, cluster, member, broke)
     if several is None:
         return Node(opener(url, timeout_s), terms)
-    return Watched(several, terms) if several.kind == "sentinel" else Cluster(several, terms)
+    return SentinelNode(several, terms) if several.kind == "sentinel" else Cluster(several, terms)
 
 
 class Settled(NamedTuple):
@@ -241,7 +241,7 @@ class Store:
                         continue
                 if not isinstance(found, Unconfirmed):
                     return self._repeated_claim(found, claim, give_up) if maybe_executed else found
-                stands |= isinstance(found, Below)
+                stands |= isinstance(found, UnderReplicated)
                 maybe_executed |= found.maybe_executed
                 over = min(deadline - stands * self._give_back_s, self._patience_ends)
                 if loop.time() + pause_s >= over or self._no_use(found):
@@ -267,14 +267,14 @@ class Store:
 
     def _no_use(self, why: Unconfirmed) -> bool:
         """Return whether another try within the budget cannot bring another reply."""
-        return isinstance(why, NotTried) or why.detail.startswith("OOM")
+        return isinstance(why, NotAttempted) or why.detail.startswith("OOM")
 
     def _learn(self, why: Unconfirmed, claim: Claim, deadline: float) -> None:
         """Note a claim that was not confirmed: the server is full, or it may be down."""
         if why.detail.startswith("OOM"):
             if (node := self._servers.node_of(store_key(claim.key))) is not None:
                 node.losses.refused_for_memory()
-        elif not isinstance(why, NotTried):
+        elif not isinstance(why, NotAttempted):
             breaker = self._servers.breaker_of(claim.key)
             breaker.failed(deadline - self._timeout_s)
             self._strained.add(breaker)
@@ -302,7 +302,7 @@ class Store:
                 maybe_executed = (await self.release(claim, self._give_back_s)).word == "unconfirmed"
             if maybe_executed:
                 give_up(claim)
-            elif isinstance(why, Withheld) and why.tells:
+            elif isinstance(why, ClaimsSuspended) and why.tells:
                 there = await self.look(claim.key, scope, claim.lease_ms)
                 return why if there is None or isinstance(there, Unconfirmed) else there
         elif maybe_executed:
@@ -392,7 +392,7 @@ class Store:
         reply = await self._call("renew", claim.key, deadline, args, 4)
         return reply[0].decode() if isinstance(reply, list) else "unconfirmed"
 
-    def store(self, claim: Claim, answer: StoredAnswer, last: bytes, patience_s: float) -> Settling:
+    def store(self, claim: Claim, answer: StoredResponse, last: bytes, patience_s: float) -> Settling:
         """Settle: make the record complete. `last` is the last chunk if it was not appended, else empty."""
         meta, number, size = pack(claim, answer), NUMBER, SIZE
         _, _, _, digest, chunks, body_size, kept, *_ = answer

@@ -12,11 +12,11 @@ from typing import Protocol
 
 import httptools
 
-from oncegate.buffers.memory import Buffered
-from oncegate.buffers.outbox import Outbox
-from oncegate.messages.answer_head import AnswerHead, read_answer_head
+from oncegate.buffers.memory import MemoryBudget
+from oncegate.buffers.write_batcher import WriteBatcher
 from oncegate.messages.fields import MAX_HEAD_BYTES, tokens
-from oncegate.messages.head_cache import Recurring
+from oncegate.messages.head_cache import RecentHeads
+from oncegate.messages.response_head import ResponseHead, read_answer_head
 
 MAX_INTERIM = 16  # 1xx answers before the final one
 JOINED_BYTES = 65536  # of a body that is copied behind its head for one write; a larger one would take twice its room
@@ -27,7 +27,7 @@ class NotSent(Exception):
     """No byte of the request left us."""
 
 
-class Lost(Exception):
+class UpstreamLost(Exception):
     """The request was sent, at least in part, and no whole answer came.
 
     `timeout`: it was too slow. `body`: the request's own body broke off or stalled.
@@ -42,9 +42,9 @@ class Owner(Protocol):
     """The pool, as far as its connections deal with it."""
 
     loop: asyncio.AbstractEventLoop
-    buffered: Buffered
-    outbox: Outbox
-    known: Recurring[AnswerHead]
+    buffered: MemoryBudget
+    write_batcher: WriteBatcher
+    known: RecentHeads[ResponseHead]
 
     def opened(self, descriptor: int) -> None: ...
 
@@ -81,8 +81,8 @@ class Connection(asyncio.Protocol):
         self._surplus = False
         self._may_switch = self._switched = False
         self._window_over = False
-        self._failure: Lost | None = None
-        self.answer: AnswerHead | None = None
+        self._failure: UpstreamLost | None = None
+        self.answer: ResponseHead | None = None
         self.complete = False
         self._ended = False  # by llhttp's reading, too: it waits for the body of an answer to HEAD
 
@@ -103,7 +103,7 @@ class Connection(asyncio.Protocol):
             if len(body) > JOINED_BYTES:
                 self.transport.writelines((head, body))
             else:
-                self._pool.outbox.write(self.transport, head + body if body else head)
+                self._pool.write_batcher.write(self.transport, head + body if body else head)
 
     def send_stream(self, head: bytes, body: AsyncIterator[bytes], chunked: bool, head_only: bool = False) -> None:
         """Send a request whose body comes in blocks, while its answer may already be coming."""
@@ -140,7 +140,7 @@ class Connection(asyncio.Protocol):
                 self.transport.write(b"0\r\n\r\n")
         except Exception as error:  # the client's side broke: the upstream must not take the rest for whole
             stalled = isinstance(error, TimeoutError)
-            self.fail(Lost(f"the request's body broke off: {type(error).__name__}", timeout=stalled, body=True))
+            self.fail(UpstreamLost(f"the request's body broke off: {type(error).__name__}", timeout=stalled, body=True))
 
     async def _wait_room(self) -> None:
         while self._writing_paused and self.transport is not None:
@@ -162,7 +162,7 @@ class Connection(asyncio.Protocol):
 
     # The answer ...
 
-    async def head(self, silence_s: float, moved: Callable[[], None] = lambda: None) -> AnswerHead:
+    async def head(self, silence_s: float, moved: Callable[[], None] = lambda: None) -> ResponseHead:
         """Return the head of the final answer. Raises Lost where it, or an interim one, takes longer than silence.
 
         `moved()` hears at the beginning and of every interim one: from then on it may take as long again.
@@ -229,7 +229,7 @@ class Connection(asyncio.Protocol):
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def fail(self, failure: Lost) -> None:
+    def fail(self, failure: UpstreamLost) -> None:
         """End the exchange as lost, unless its answer is whole already."""
         if not self.complete and self._failure is None:
             self._failure = failure
@@ -263,7 +263,7 @@ class Connection(asyncio.Protocol):
             self._switch(data[upgrade.args[0] :])
         except httptools.HttpParserError as error:  # also what a callback of ours raised
             self._surplus = True
-            self.fail(Lost(f"the upstream's answer is unusable: {error.__context__ or error}"))
+            self.fail(UpstreamLost(f"the upstream's answer is unusable: {error.__context__ or error}"))
         self._after_feed(len(data), body=self.buffered > held)
         if begins and self.reusable and self.answer is not None:
             self._remember(data, self.answer)
@@ -285,7 +285,7 @@ class Connection(asyncio.Protocol):
         self._wake()
         return True
 
-    def _remember(self, data: bytes, head: AnswerHead) -> None:
+    def _remember(self, data: bytes, head: ResponseHead) -> None:
         """Remember the head of a whole answer: what is made of the next one depends on its bytes alone."""
         if head.length is not None and not head.bodiless and self._pool.known.wants():
             end = len(data) - head.length
@@ -298,14 +298,14 @@ class Connection(asyncio.Protocol):
             self._spare = None if self._surplus or not self._ended or not self._keep_alive else self._parser
             self._parser = None
         elif self._head_bytes > MAX_HEAD_BYTES:
-            self.fail(Lost("the upstream's head is too large"))
+            self.fail(UpstreamLost("the upstream's head is too large"))
         elif self.buffered > (LOW_WATER if self._pool.buffered.tight else HIGH_WATER):
             self.pause()
         self._wake()
 
     def _switch(self, rest: bytes) -> None:
         if self.answer is None or self.answer.status != 101:
-            self.fail(Lost("the upstream switched protocols"))
+            self.fail(UpstreamLost("the upstream switched protocols"))
             return
         self.complete, self._switched, self._parser = False, True, None
         if rest:
@@ -323,10 +323,10 @@ class Connection(asyncio.Protocol):
             self.transport.resume_reading()
 
     def eof_received(self) -> None:
-        if self.answer is not None and self.answer.eof_framed and not self.complete:
+        if self.answer is not None and self.answer.close_delimited and not self.complete:
             self._end()
             self._wake()
-        self.fail(Lost("the upstream closed the connection"))
+        self.fail(UpstreamLost("the upstream closed the connection"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._parser is not None:
@@ -334,7 +334,7 @@ class Connection(asyncio.Protocol):
         self.transport = None
         self.resume_writing()
         self._pool.forget(self)
-        self.fail(Lost(f"the upstream's connection broke: {exc or 'closed'}"))
+        self.fail(UpstreamLost(f"the upstream's connection broke: {exc or 'closed'}"))
 
     def _read_tls_rest(self) -> None:
         """Take what uvloop's TLS side still holds: it drops that when the connection ends after a pause."""
@@ -377,7 +377,7 @@ class Connection(asyncio.Protocol):
         if status == 101 and tokens(head.fields.get(b"upgrade", ())) != [b"websocket"]:
             raise httptools.HttpParserError("another protocol than was asked for")
         self.answer = head
-        self._keep_alive = parser.should_keep_alive() and not head.eof_framed and self.wholly_sent
+        self._keep_alive = parser.should_keep_alive() and not head.close_delimited and self.wholly_sent
         if head.bodiless:
             self._end()
 

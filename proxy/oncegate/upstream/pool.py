@@ -10,11 +10,11 @@ from typing import Any
 
 from aiohappyeyeballs import start_connection
 
-from oncegate.buffers.memory import Buffered
-from oncegate.buffers.outbox import outbox
-from oncegate.messages.answer_head import AnswerHead
-from oncegate.messages.head_cache import Recurring
-from oncegate.upstream.connection import Connection, Lost, NotSent
+from oncegate.buffers.memory import MemoryBudget
+from oncegate.buffers.write_batcher import write_batcher
+from oncegate.messages.head_cache import RecentHeads
+from oncegate.messages.response_head import ResponseHead
+from oncegate.upstream.connection import Connection, NotSent, UpstreamLost
 
 SWEEP_S = 0.05
 BACKOFF_FIRST_S, BACKOFF_MOST_S = 0.05, 1.0
@@ -35,11 +35,11 @@ class Pool:
         connect_retries: int,
         max_connections: int,
         keep_idle_s: float = REUSE_IDLE_S,
-        buffered: Buffered,
+        buffered: MemoryBudget,
     ) -> None:
         self.loop = asyncio.get_running_loop()
-        self.buffered, self.outbox = buffered, outbox(self.loop)
-        self.known = Recurring[AnswerHead]()  # heads of answers
+        self.buffered, self.write_batcher = buffered, write_batcher(self.loop)
+        self.known = RecentHeads[ResponseHead]()  # heads of answers
         self._host, self._port, self._tls = host, port, tls
         self._connect_timeout_s, self._connect_retries = connect_timeout_s, connect_retries
         self._max_connections, self._keep_idle_s = max_connections, keep_idle_s
@@ -108,7 +108,7 @@ class Pool:
         self.shut = True
         active, connecting = list(self._active), list(self._connecting)
         for connection in active:
-            connection.fail(Lost(detail))
+            connection.fail(UpstreamLost(detail))
         for limit in connecting:
             if not limit.expired():
                 limit.reschedule(self.loop.time())
@@ -139,7 +139,7 @@ class Pool:
     def _sweep(self) -> None:
         now = self.loop.time()
         for connection in [one for one in self._active if one.deadline <= now]:
-            connection.fail(Lost("the upstream was silent for too long", timeout=True))
+            connection.fail(UpstreamLost("the upstream was silent for too long", timeout=True))
         self._sweeper = self.loop.call_later(SWEEP_S, self._sweep) if self._active else None
 
     def _reuse(self, reuse_idle_s: float) -> Connection | None:

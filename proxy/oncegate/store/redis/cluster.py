@@ -17,10 +17,10 @@ from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 from oncegate.keys.digests import KEY_DIGEST_BYTES, store_key
 from oncegate.settings.addresses import Several, bracketed
 from oncegate.store.breaker import Breaker
+from oncegate.store.redis.health_monitor import HEALTH_S, NotAttempted
 from oncegate.store.redis.link import ErrorReply, Unconfirmed
-from oncegate.store.redis.node import PROBE_MOST_S, Node, Terms
+from oncegate.store.redis.node import PROBE_MOST_S, Node, NodeConfig
 from oncegate.store.redis.server import Unfit, ask, opener, parse_info
-from oncegate.store.redis.watch import HEALTH_S, NotTried
 
 HOPS = 5  # of a call that is sent on and on, while slots move; then it waits like any other that fails
 REFRESH_S = 10.0  # how old the map may get without a surprise
@@ -83,7 +83,7 @@ def tag_within(ranges: list[tuple[int, int]], before: bytes) -> bytes:
 class Cluster:
     """The masters of a cluster. They are known once one of the named servers has answered."""
 
-    def __init__(self, several: Several, terms: Terms) -> None:
+    def __init__(self, several: Several, terms: NodeConfig) -> None:
         self._several, self._terms = several, terms
         self._loop = asyncio.get_running_loop()
         self._slots: list[Node | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
@@ -195,7 +195,7 @@ class Cluster:
         slot = slot_of(key)
         first = self._slots[slot]
         if (first.breaker if first else self._unmapped).open:  # else it would be waited for
-            return (first and first.losses.withheld()) or NotTried(self._down_because, maybe_executed=False)
+            return (first and first.losses.withheld()) or NotAttempted(self._down_because, maybe_executed=False)
         node, reply = await self._call(slot, deadline, call)
         if node is not None and isinstance(reply, list):
             node.heard(reply[1])

@@ -24,14 +24,14 @@ _CONNECTED = re.compile(rb"connected_slaves:(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
-class Below(Unconfirmed):
+class UnderReplicated(Unconfirmed):
     """The claim stands, but too few have it. That is all there is: it will not be executed later."""
 
     maybe_executed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Level:
+class DurabilityLevel:
     """How far a claim must have come: on `replicas` replicas, and on the disk of each where `fsync`."""
 
     replicas: int
@@ -72,13 +72,13 @@ class Level:
         return None
 
 
-def level(durability: str, several: bool) -> Level | None:
+def level(durability: str, several: bool) -> DurabilityLevel | None:
     """Return what a setting asks of a store, None for nothing: its memory. A single server has no replicas of ours."""
     match durability:
         case "replicated":
-            return Level(1, fsync=False)
+            return DurabilityLevel(1, fsync=False)
         case "fsync":
-            return Level(int(several), fsync=True)
+            return DurabilityLevel(int(several), fsync=True)
         case _:
             return None
 
@@ -101,7 +101,7 @@ class WaitingLink(Link):
     """A connection for claims. `script` gives Below for a claim that too few have; replies that are no claims
     come at once. `heard(now_ms)` is told the server's time before the waiting."""
 
-    def __init__(self, *args: Any, level: Level, heard: Callable[[int], None]) -> None:
+    def __init__(self, *args: Any, level: DurabilityLevel, heard: Callable[[int], None]) -> None:
         super().__init__(*args)
         self._level, self._heard = level, heard
         self._asked: list[_Asked] = []
@@ -170,7 +170,7 @@ class WaitingLink(Link):
             instead: Unconfirmed | None = Unconfirmed(reply.detail)
         else:
             lacking = self._level.lacking(reply) or (counted and self._left(counted.result()))
-            instead = Below(lacking) if lacking else None
+            instead = UnderReplicated(lacking) if lacking else None
         for one, answer in claimed:
             one.resolve(answer if instead is None else instead)
         self._commit()

@@ -18,7 +18,7 @@ from typing import Any, cast
 import hiredis
 from redis.asyncio.connection import AbstractConnection
 
-from oncegate.buffers.outbox import outbox
+from oncegate.buffers.write_batcher import write_batcher
 
 BATCH = 8  # commands that leave at once, so that the store works on them while the turn issues more
 SWEEP_S = 0.05  # how late a deadline may be noticed
@@ -116,7 +116,7 @@ class Link(asyncio.Protocol):
         self._prepare = prepare
         self._stall_s, self._observe = stall_s, observe
         self._loop = asyncio.get_running_loop()
-        self._outbox = outbox(self._loop)
+        self._write_batcher = write_batcher(self._loop)
         self._transport: asyncio.Transport | None = None
         self.up = False  # whether it stands
         self._streams: object = None  # redis-py's, over the same transport
@@ -287,7 +287,7 @@ class Link(asyncio.Protocol):
         except hiredis.ProtocolError:
             self._drop("a reply that is no RESP")
         if replies > 1:  # what they wake writes
-            self._outbox.hold()
+            self._write_batcher.hold()
 
     def _give(self, reply: Any) -> bool:
         """Give a reply to the oldest command; a script's reply must name the command it answers, in its first word.

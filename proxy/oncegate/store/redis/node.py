@@ -10,10 +10,18 @@ from typing import Any, Protocol
 from oncegate.keys.digests import KEY_DIGEST_BYTES, store_key
 from oncegate.store.breaker import Breaker
 from oncegate.store.record import TOKEN_BYTES
-from oncegate.store.redis.durable import Level, WaitingLink
+from oncegate.store.redis.durable import DurabilityLevel, WaitingLink
+from oncegate.store.redis.health_monitor import (
+    HEALTH_S,
+    HealthMonitor,
+    Membership,
+    Memory,
+    NotAttempted,
+    OverLink,
+    Talk,
+)
 from oncegate.store.redis.link import ErrorReply, Link, Script, Unconfirmed, resp
 from oncegate.store.redis.server import Info, Opener, Prepare, Unfit, check_mode, preparer, version_of
-from oncegate.store.redis.watch import HEALTH_S, Membership, Memory, NotTried, OverLink, Talk, Watch
 
 INLINE_BYTES = 65536  # a stored body up to this comes with the reply to `claim`
 _13 = b"$13\r\n"
@@ -46,7 +54,7 @@ def told(loop: asyncio.AbstractEventLoop, reply: object) -> "asyncio.Future[Any]
     return future
 
 
-class Servers(Protocol):
+class StoreServers(Protocol):
     """What runs the scripts: one server, or the servers of a cluster, each for its keys.
 
     Replies come as `Link.script` gives them. `args` are `count` arguments in RESP; `whole`: the script by its
@@ -101,7 +109,7 @@ class Servers(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class NodeConfig:
     """What all servers of a store have in common. `observe(verb, seconds)` hears of every script's reply;
     `log(event, **fields)` is told what an operator wants to know."""
 
@@ -109,7 +117,7 @@ class Terms:
     timeout_s: float
     observe: Callable[[str, float], None]
     log: Callable[..., None]
-    level: Level | None
+    level: DurabilityLevel | None
     cluster: bool = False
     member: Membership | None = None
     broke: Callable[[], None] = lambda: None  # hears when claims are no longer tried for a while
@@ -130,7 +138,7 @@ class Node:
     """
 
     def __init__(
-        self, open_connection: Opener, terms: Terms, name: str = "the store", accept: Prepare | None = None
+        self, open_connection: Opener, terms: NodeConfig, name: str = "the store", accept: Prepare | None = None
     ) -> None:
         self.name, self._terms = name, terms
         self.tag = b""  # of keys that lie on it, in a cluster
@@ -138,7 +146,7 @@ class Node:
         self._loop = asyncio.get_running_loop()
         self._clock = Clock()
         self.now_ms = self._clock.now_ms
-        self.losses = Watch(terms.scripts, terms.member, terms.memories)
+        self.losses = HealthMonitor(terms.scripts, terms.member, terms.memories)
         self.breaker = Breaker(self._loop.time, self._broke)
         self._shut = False  # whether `_refusal` need be asked
         heard = self._clock.heard
@@ -229,12 +237,12 @@ class Node:
         self._shut = True
         self._terms.broke()
 
-    def _refusal(self) -> NotTried | None:
+    def _refusal(self) -> NotAttempted | None:
         """Return why claims are not tried now, None where they are."""
         if (withheld := self.losses.withheld()) is not None:
             return withheld
         if self.breaker.open:
-            return NotTried(f"{self.name} does not confirm claims", maybe_executed=False)
+            return NotAttempted(f"{self.name} does not confirm claims", maybe_executed=False)
         self._shut = False
         return None
 

@@ -12,7 +12,7 @@ from redis.asyncio.sentinel import MasterNotFoundError, SentinelConnectionPool, 
 from redis.exceptions import RedisError
 
 from oncegate.settings.addresses import Several
-from oncegate.store.redis.node import Node, Terms
+from oncegate.store.redis.node import Node, NodeConfig
 from oncegate.store.redis.server import OPTIONS, Opener, Unfit, ask, opener, parse_info
 
 ASK_SHARE = 0.4  # of the time for a new connection that the sentinels may take to answer
@@ -117,10 +117,10 @@ def master_opener(several: Several, sentinels: Sentinels, timeout_s: float) -> O
     return pool.make_connection
 
 
-class Watched(Node):
+class SentinelNode(Node):
     """The master of a service, whichever server that is."""
 
-    def __init__(self, several: Several, terms: Terms) -> None:
+    def __init__(self, several: Several, terms: NodeConfig) -> None:
         self._sentinels = Sentinels(several, terms.timeout_s)
         self._service, self._log = several.service, terms.log
         self._at: Place | None = None

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 
-class Pace(NamedTuple):
+class MinimumRate(NamedTuple):
     """In each `window_s` seconds of waiting a client has to move `bytes_per_s` on average, and a byte at least."""
 
     window_s: float
@@ -15,12 +15,12 @@ class Pace(NamedTuple):
         return max(1, int(self.window_s * self.bytes_per_s))
 
 
-class Watch:
+class RateWatch:
     """Holds one body to a pace. Only the time that was spent waiting for the client counts."""
 
     __slots__ = ("_moved", "_pace", "left_s")
 
-    def __init__(self, pace: Pace) -> None:
+    def __init__(self, pace: MinimumRate) -> None:
         self._pace, self._moved = pace, 0
         self.left_s = pace.window_s  # of this window
 

@@ -8,7 +8,7 @@ import asyncio
 from weakref import WeakKeyDictionary
 
 
-class Outbox:
+class WriteBatcher:
     """What is written to the clients and upstreams of an event loop.
 
     While it is held, bytes wait until everything that is due in this turn of the loop has run; nothing is read before.
@@ -49,12 +49,12 @@ class Outbox:
             self.flush()
 
 
-_BY_LOOP: WeakKeyDictionary[asyncio.AbstractEventLoop, Outbox] = WeakKeyDictionary()
+_BY_LOOP: WeakKeyDictionary[asyncio.AbstractEventLoop, WriteBatcher] = WeakKeyDictionary()
 
 
-def outbox(loop: asyncio.AbstractEventLoop) -> Outbox:
+def write_batcher(loop: asyncio.AbstractEventLoop) -> WriteBatcher:
     """Return the loop's own."""
     found = _BY_LOOP.get(loop)
     if found is None:
-        found = _BY_LOOP[loop] = Outbox(loop)
+        found = _BY_LOOP[loop] = WriteBatcher(loop)
     return found

@@ -44,12 +44,12 @@ LOSSES = {
 
 
 @dataclass(frozen=True, slots=True)
-class NotTried(Unconfirmed):
+class NotAttempted(Unconfirmed):
     """Not even asked for, because that is no use now: repeating it within the budget is not either."""
 
 
 @dataclass(frozen=True, slots=True)
-class Withheld(NotTried):
+class ClaimsSuspended(NotAttempted):
     """Not asked for on purpose. `retry_after_s`: when that may be over; `tells`: what stands there is still told."""
 
     retry_after_s: int = 1
@@ -122,7 +122,7 @@ class OverLink:
         return self._link.script(script, key, resp(*args), len(args), self._clock() + self._timeout_s, whole=True)
 
 
-class Watch:
+class HealthMonitor:
     """One server's watch. `memories` by place are those of all servers of a store: after a failover another
     server is asked for what this one was."""
 
@@ -187,12 +187,14 @@ class Watch:
         """Note that a claim was."""
         self._full_until = self._clock() + FULL_S
 
-    def withheld(self) -> Withheld | None:
+    def withheld(self) -> ClaimsSuspended | None:
         """Return why unseen keys are not claimed now, None where they are. Only while `withholds`."""
         if self._differs:
-            return Withheld("this proxy names keys in another way than others", maybe_executed=False, tells=False)
+            return ClaimsSuspended(
+                "this proxy names keys in another way than others", maybe_executed=False, tells=False
+            )
         if left_s := self.quarantine_left_s:
-            return Withheld("the store lost data", maybe_executed=False, retry_after_s=ceil(left_s))
+            return ClaimsSuspended("the store lost data", maybe_executed=False, retry_after_s=ceil(left_s))
         self.withholds = False
         return None
 

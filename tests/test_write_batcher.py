@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from oncegate.buffers.outbox import Outbox, outbox
+from oncegate.buffers.write_batcher import WriteBatcher, write_batcher
 
 
 class Wire(asyncio.WriteTransport):
@@ -28,14 +28,14 @@ class Wire(asyncio.WriteTransport):
 
 async def test_what_is_not_held_leaves_at_once():
     log: list[bytes] = []
-    outbox(asyncio.get_running_loop()).write(Wire(log), b"a")
+    write_batcher(asyncio.get_running_loop()).write(Wire(log), b"a")
     assert log == [b"a"]
 
 
 async def test_what_is_held_leaves_in_order_once_all_that_is_due_has_run():
     """In one turn of the loop: nothing that comes meanwhile is read before."""
     loop, log = asyncio.get_running_loop(), list[bytes]()
-    box, wire, other = Outbox(loop), Wire(log), Wire(log)
+    box, wire, other = WriteBatcher(loop), Wire(log), Wire(log)
     for number in range(3):
         loop.call_soon(box.write, (wire, other)[number % 2], b"%d" % number)
     box.hold()
@@ -54,7 +54,7 @@ async def test_what_is_held_leaves_in_order_once_all_that_is_due_has_run():
 
 async def test_a_flush_lets_all_of_it_go():
     log: list[bytes] = []
-    box = Outbox(asyncio.get_running_loop())
+    box = WriteBatcher(asyncio.get_running_loop())
     box.hold()
     box.write(Wire(log), b"a")
     box.flush()
@@ -67,7 +67,7 @@ async def test_a_flush_lets_all_of_it_go():
 async def test_a_transport_that_takes_nothing_stops_no_other(closing, fails):
     """One that is closing gets nothing; one that fails is broken off."""
     log: list[bytes] = []
-    box, odd = Outbox(asyncio.get_running_loop()), Wire(log, closing, fails)
+    box, odd = WriteBatcher(asyncio.get_running_loop()), Wire(log, closing, fails)
     box.hold()
     for wire in (Wire(log), odd, Wire(log)):
         box.write(wire, b"a")
@@ -77,8 +77,8 @@ async def test_a_transport_that_takes_nothing_stops_no_other(closing, fails):
 
 
 async def test_each_loop_has_its_own():
-    mine = outbox(asyncio.get_running_loop())
-    assert outbox(asyncio.get_running_loop()) is mine
+    mine = write_batcher(asyncio.get_running_loop())
+    assert write_batcher(asyncio.get_running_loop()) is mine
     other = asyncio.new_event_loop()
-    assert outbox(other) is not mine
+    assert write_batcher(other) is not mine
     other.close()

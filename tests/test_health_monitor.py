@@ -3,10 +3,10 @@
 import asyncio
 
 from oncegate.store.record import PREFIX_BYTES
-from oncegate.store.redis import watch as watching
+from oncegate.store.redis import health_monitor as watching
+from oncegate.store.redis.health_monitor import HealthMonitor, Membership, OverLink
 from oncegate.store.redis.link import Link
 from oncegate.store.redis.server import load_scripts, opener
-from oncegate.store.redis.watch import Membership, OverLink, Watch
 
 
 async def nothing(_: object) -> None:
@@ -23,7 +23,7 @@ async def test_two_looks_at_once_are_no_loss(own_valkey):
     link.start()
     try:
         assert await link.wait_up(asyncio.get_running_loop().time() + 20)
-        watch, talk = Watch(load_scripts(), member, {}), OverLink(link, 5.0)
+        watch, talk = HealthMonitor(load_scripts(), member, {}), OverLink(link, 5.0)
         for _ in range(3):
             await asyncio.gather(*[watch.attend(talk, b"") for _ in range(5)])
     finally:
@@ -40,7 +40,7 @@ class Replica:
             bytes([number]) * PREFIX_BYTES, "one", "namespace=a", accept, 60_000, 0, 60.0, True,
             lambda what, _: self.reported.append(what), lambda: self.rules,
         )  # fmt: skip
-        self.watch, self._talk = Watch(load_scripts(), member, {}), OverLink(link, 5.0)
+        self.watch, self._talk = HealthMonitor(load_scripts(), member, {}), OverLink(link, 5.0)
 
     async def looks(self) -> bool:
         """Look once, and return whether it has something to say of rules."""

@@ -27,7 +27,7 @@ _CONTROLS = bytes(code for code in (*range(32), 127) if code != 9)
 
 
 @dataclass(slots=True)
-class AnswerHead:
+class ResponseHead:
     """The head of an upstream's final answer. `length` is None where its framing does not tell one."""
 
     status: int
@@ -36,7 +36,7 @@ class AnswerHead:
     fields: Fields
     length: int | None
     bodiless: bool
-    eof_framed: bool
+    close_delimited: bool
     # Its end-to-end fields as they are written now, and as they are on a replay. Each line is ended; a length the
     # upstream stated stays in its place among them.
     passed_on: bytes
@@ -62,7 +62,7 @@ def answer_digest(status: int, reason: bytes, block: bytes) -> blake2b:
     return blake2b(b"%d %s\r\n%s" % (status, reason, block), digest_size=16)
 
 
-def read_answer_head(status: int, reason: bytes, pairs: Pairs, head_only: bool) -> AnswerHead | str:
+def read_answer_head(status: int, reason: bytes, pairs: Pairs, head_only: bool) -> ResponseHead | str:
     """Return the head of a final answer and how its body is framed, or what makes it unusable.
 
     101 is final, too: what follows is another protocol, up to the end of the connection.
@@ -79,7 +79,7 @@ def read_answer_head(status: int, reason: bytes, pairs: Pairs, head_only: bool) 
         pairs = [pair for pair in pairs if pair[0].lower() != b"content-length"]
     passed_on, kept = answer_blocks(pairs, fields)
     if status == 101:
-        return AnswerHead(status, reason, pairs, fields, None, False, True, passed_on, kept)
+        return ResponseHead(status, reason, pairs, fields, None, False, True, passed_on, kept)
     bodiless = head_only or status in (204, 304)
     length = None
     if b"content-length" in fields:
@@ -89,9 +89,9 @@ def read_answer_head(status: int, reason: bytes, pairs: Pairs, head_only: bool) 
     if b"transfer-encoding" in fields:
         if tokens(fields[b"transfer-encoding"]) != [b"chunked"] or length is not None:
             return "a transfer coding other than chunked alone"
-        return AnswerHead(status, reason, pairs, fields, None, bodiless, False, passed_on, kept)
-    eof_framed = length is None and not bodiless
-    return AnswerHead(status, reason, pairs, fields, length, bodiless, eof_framed, passed_on, kept)
+        return ResponseHead(status, reason, pairs, fields, None, bodiless, False, passed_on, kept)
+    close_delimited = length is None and not bodiless
+    return ResponseHead(status, reason, pairs, fields, length, bodiless, close_delimited, passed_on, kept)
 
 
 def _stated_length(lengths: Sequence[bytes]) -> int | None:

@@ -2,9 +2,9 @@
 
 import pytest
 
-from oncegate.downstream.pace import Pace, Watch
+from oncegate.downstream.minimum_rate import MinimumRate, RateWatch
 
-PACE = Pace(10.0, 100)  # 1000 bytes in each 10 s
+PACE = MinimumRate(10.0, 100)  # 1000 bytes in each 10 s
 
 
 @pytest.mark.parametrize(
@@ -24,20 +24,20 @@ PACE = Pace(10.0, 100)  # 1000 bytes in each 10 s
 )
 def test_each_window_of_waiting_asks_for_its_bytes(steps, keeps_up):
     """A window that is over with too little moved ends it, whatever came before."""
-    watch = Watch(PACE)
+    watch = RateWatch(PACE)
     assert all(watch.keeps_up(waited_s, moved) for waited_s, moved in steps) is keeps_up
 
 
 def test_without_a_rate_any_byte_counts():
     """At 0 bytes a second a window asks for one byte."""
-    watch = Watch(Pace(10.0, 0))
+    watch = RateWatch(MinimumRate(10.0, 0))
     assert watch.keeps_up(10.0, 1)
     assert not watch.keeps_up(10.0, 0)
 
 
 def test_what_is_left_of_a_window_is_told():
     """Nobody has to wait for longer than to the end of the window."""
-    watch = Watch(PACE)
+    watch = RateWatch(PACE)
     watch.keeps_up(4.0, 1)
     assert watch.left_s == 6.0
     watch.keeps_up(6.0, 1000)
