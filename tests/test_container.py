@@ -113,7 +113,9 @@ def test_wheel_carries_the_package(tmp_path: Path) -> None:
     subprocess.run(build, cwd=tmp_path, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("oncegate-*.whl")
     carried = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("oncegate/")}
-    sources = {str(path.relative_to(tmp_path / "proxy")) for path in (tmp_path / "proxy").rglob("*") if path.is_file()}
+    sources = {
+        str(path.relative_to(tmp_path / "proxy")) for path in (tmp_path / "proxy/oncegate").rglob("*") if path.is_file()
+    }
     assert carried == sources
 
 
