@@ -83,7 +83,7 @@ async def test_a_complete_record_that_lacks_its_body(fork, upstream, valkey, siz
         answer = await ask(gate.port, request())
         assert (answer.status, answer.slug) == (500, "record-corrupt")
         assert client.hgetall(name) == before
-    assert gate.metric('requests_total{outcome="corrupt"}') == 1
+    assert gate.metric('requests_total{outcome="record_corrupt"}') == 1
     assert len(upstream.received) == 1
 
 

@@ -284,7 +284,7 @@ async def test_a_slow_head_is_cut_off_and_nobody_else(proxies, upstream, valkey,
         ask(gate.port, request(target="/long", key="long")),
     )
     assert len(upstream.received) == 23
-    assert gate.metric('requests_total{outcome="invalid"}') == 25
+    assert gate.metric('requests_total{outcome="request_refused"}') == 25
 
 
 async def test_a_head_in_parts_has_64_kib(standing, behind):

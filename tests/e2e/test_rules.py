@@ -450,7 +450,7 @@ async def test_the_access_line_names_the_rule(ruled, behind):
     await post(ruled, "/log", key="k")
     await until(lambda: ruled.events("request")[-1].get("rule") is None)
     rules = [(line["outcome"], line.get("rule")) for line in ruled.events("request")[-4:]]
-    assert rules == [("executed", "joined"), ("invalid", "joined"), ("passthrough", "open"), ("executed", None)]
+    assert rules == [("executed", "joined"), ("key_missing", "joined"), ("passthrough", "open"), ("executed", None)]
 
 
 async def test_a_rule_can_guard_nothing(ruled, behind):

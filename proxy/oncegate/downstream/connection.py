@@ -16,7 +16,7 @@ from oncegate.messages.fields import MAX_HEAD_BYTES
 from oncegate.messages.head_cache import BufferedBody, HeadCache, KnownRequest, is_whole
 from oncegate.messages.problems import refusal
 from oncegate.messages.request_head import ForwardedInfo, RequestHead
-from oncegate.observe.outcome import Observe, Outcome
+from oncegate.observe.outcome import Observe, Outcome, RequestReport
 from oncegate.rules.identity import ScopeMemo
 
 HEAD_S = 10.0  # for a request's head, from its first byte, or a shorter window of the clients' pace
@@ -97,7 +97,7 @@ class ClientConnection(RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         if not self.owner.has_room():
-            self.owner.observe(Outcome("overloaded", 503, ""))
+            self.owner.observe(RequestReport(Outcome.OVERLOADED, 503, ""))
             problem = refusal(503, "too many connections")
             self.tell(ResponseWriter.closing_answer(problem))
             self.force_close()
@@ -323,7 +323,7 @@ class ClientConnection(RequestHandler):
 
     def _refuse(self, status: int) -> None:
         """Answer what aiohttp could not parse, with nothing of it."""
-        self.owner.observe(Outcome("invalid", status, ""))
+        self.owner.observe(RequestReport(Outcome.REQUEST_REFUSED, status, ""))
         self.tell(ResponseWriter.closing_answer(refusal(status, "the request is not well-formed HTTP")))
 
     def tell(self, answer: bytes) -> None:

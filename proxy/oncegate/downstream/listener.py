@@ -17,7 +17,7 @@ from oncegate.downstream.minimum_rate import MinimumRate
 from oncegate.downstream.response import ResponseWriter, untaken_bytes
 from oncegate.messages.head_cache import HeadCache
 from oncegate.messages.problems import refusal
-from oncegate.observe.outcome import Observe, Outcome
+from oncegate.observe.outcome import Observe, Outcome, RequestReport
 
 LINGER_S = 10.0  # for which the rest of a refused body is read and dropped, so that the answer is seen
 SWEEP_S = 0.5
@@ -118,6 +118,6 @@ class Listener(web.Server):
 
     def cut_off(self, connection: ClientConnection, status: int, detail: str) -> None:
         """Refuse a head before its end, and with it the connection."""
-        self.observe(Outcome("invalid", status, ""))
+        self.observe(RequestReport(Outcome.REQUEST_REFUSED, status, ""))
         connection.tell(ResponseWriter.closing_answer(refusal(status, detail)))
         connection.force_close()

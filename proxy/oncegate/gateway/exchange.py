@@ -22,6 +22,7 @@ from oncegate.keys.digests import Scope
 from oncegate.messages.problems import Problem, problem
 from oncegate.messages.request_head import with_fence
 from oncegate.messages.response_head import ResponseHead
+from oncegate.observe.outcome import BY_LABEL, Outcome
 from oncegate.rules.policy import Policy
 from oncegate.store.leases import LeasedClaim, Leases, suspended_clock_s
 from oncegate.store.record import Claim, StoredResponse, new
@@ -74,7 +75,7 @@ class Exchange:
     _refusal: Problem | None = None
     _answer: ResponseHead | None = None
     _disposition = _STORABLE
-    _word = "executed"
+    _outcome = Outcome.EXECUTED
     _whole = b""  # the body of a small answer
     _recording: Recording | None = None
 
@@ -91,8 +92,8 @@ class Exchange:
         self._deps, self._held, self._scope, self._policy = deps, held, scope, policy
         self._request, self._body, self._client = head, body, client
 
-    async def run(self) -> str:
-        """Forward, settle, conclude. Return the outcome's word; `fenced` with a client that got nothing yet
+    async def run(self) -> Outcome:
+        """Forward, settle, conclude. Return the outcome; FENCED with a client that got nothing yet
         means that the record has the answer."""
         settled: Settled | None = None
         reached = None
@@ -235,7 +236,7 @@ class Exchange:
                 raise UpstreamLost("the upstream is still busy with the first request")
             disposition = Disposition.AMBIGUOUS
         self._answer, self._disposition, self._held.stage = head, disposition, b"answered"
-        self._word = disposition.word
+        self._outcome = BY_LABEL[disposition.word]
         return head.bodiless or ((head.length or 0) <= SMALL_BYTES and not head.streamed_by_nature)
 
     def _take(self, connection: Connection) -> Ending:
@@ -245,7 +246,7 @@ class Exchange:
     async def _stream(self, connection: Connection, head: ResponseHead) -> Ending:
         recording = self._recording = self._record(head)
         client, silence_s = self._client, self._deps.silence_s
-        block = head.passed_on + STATUS[self._word]
+        block = head.passed_on + STATUS[self._outcome.label]
         client.begin(head.status, head.reason, block, length=head.length, stated=True, eof=head.close_delimited)
         while data := await connection.chunk(silence_s):
             client.write(data)
@@ -359,42 +360,43 @@ class Exchange:
 
     # What the client gets ...
 
-    def _conclude(self, reached: Ending, settled: Settled) -> str:
+    def _conclude(self, reached: Ending, settled: Settled) -> Outcome:
         if settled.word == "stored":
             self._deliver()
-            return self._word
+            return self._outcome
         if settled.word == "fenced":
-            return self._give_up("fenced", None)
+            return self._give_up(Outcome.FENCED, None)
         match reached:
             case Ending.NOT_SENT:
                 refused = self._refusal or problem("upstream-unreachable", "nothing was sent")
-                return self._give_up("upstream_unreachable" if refused.status == 502 else "store_unavailable", refused)
+                return self._give_up(BY_LABEL[refused.code], refused)
             case Ending.NO_RESPONSE | Ending.TRUNCATED:
                 return self._give_up(*self._failure())
             case Ending.COMPLETE | Ending.TOO_LARGE if settled.word == "unconfirmed":
                 detail = "the answer is not stored yet; a retry with the same key shows what became of it"
-                return self._give_up("answer_not_stored", problem("answer-not-stored", detail))
+                return self._give_up(Outcome.ANSWER_NOT_STORED, problem("answer-not-stored", detail))
         self._deliver()
-        return self._word
+        return self._outcome
 
-    def _failure(self) -> tuple[str, Problem]:
+    def _failure(self) -> tuple[Outcome, Problem]:
         again = self._held.claim.mode == b"retry"
         if self._client.started:
-            return "truncated", problem("upstream-lost", "the answer broke off")
+            return Outcome.TRUNCATED, problem("upstream-lost", "the answer broke off")
         if self._lost is not None and self._lost.timeout:
             detail = "no answer came in time; the request may have been executed"
-            return "upstream_timeout", problem("upstream-timeout", detail, may_retry=again)
+            return Outcome.UPSTREAM_TIMEOUT, problem("upstream-timeout", detail, may_retry=again)
         detail = "no whole answer came; the request may have been executed"
-        return "upstream_lost", problem("upstream-lost", detail, may_retry=again)
+        return Outcome.UPSTREAM_LOST, problem("upstream-lost", detail, may_retry=again)
 
-    def _give_up(self, word: str, instead: Problem | None) -> str:
+    def _give_up(self, outcome: Outcome, instead: Problem | None) -> Outcome:
         """Answer with a problem, or break off an answer that has begun. None: somebody else answers."""
         if self._client.started:
             self._client.abort()
         elif instead is not None:
-            status = b"refused" if word in ("upstream_unreachable", "store_unavailable") else b"unknown"
+            refused = outcome in (Outcome.UPSTREAM_UNREACHABLE, Outcome.STORE_UNAVAILABLE)
+            status = b"refused" if refused else b"unknown"
             self._client.answer(instead, b"Oncegate-Status: %s\r\n" % status)
-        return word
+        return outcome
 
     def _deliver(self) -> None:
         """Send the end of a streamed answer, or all of a small one."""
@@ -402,7 +404,7 @@ class Exchange:
         if client.started or head is None:
             client.end()
             return
-        block = head.passed_on + STATUS[self._word]
+        block = head.passed_on + STATUS[self._outcome.label]
         client.send(
             head.status,
             head.reason,

@@ -23,7 +23,7 @@ from oncegate.messages.admission import Admission, Refused
 from oncegate.messages.fields import tokens
 from oncegate.messages.problems import problem, refusal
 from oncegate.messages.request_head import ForwardedInfo, RequestHead, is_websocket, renamed, request_head
-from oncegate.observe.outcome import Observe, Outcome
+from oncegate.observe.outcome import BY_LABEL, Observe, Outcome, RequestReport
 from oncegate.observe.usage import reading
 from oncegate.rules.identity import key_in_head, passes, uses_no_key
 from oncegate.settings.addresses import Network
@@ -33,7 +33,7 @@ from oncegate.store.redis.health_monitor import ClaimsSuspended
 from oncegate.store.redis.link import Unconfirmed
 from oncegate.store.store import Claiming
 
-Way = Outcome | Coroutine[None, None, Outcome]  # answered already, or what will answer
+Way = RequestReport | Coroutine[None, None, RequestReport]  # answered already, or what will answer
 UNGUARDED = b"Oncegate-Status: unguarded\r\n"
 _REPLAY = Decision.REPLAY  # bound once, as in `decision`
 NO_VALUE = b"\0"  # which no field that came in can have
@@ -73,11 +73,11 @@ class Gateway:
         client = ResponseWriter(request, self._deps.pace)
         try:
             found = self._enter(request, client)
-            outcome = found if isinstance(found, Outcome) else await found
+            report = found if isinstance(found, RequestReport) else await found
         except Exception as error:
-            outcome = Outcome("failed", 500, request.message.method)
+            report = RequestReport(Outcome.FAILED, 500, request.message.method)
             self._break_off(error, client, REFUSED)
-        self._observe(outcome, time.perf_counter() - began, client.gone)
+        self._observe(report, time.perf_counter() - began, client.gone)
         return client
 
     def _break_off(self, error: Exception, client: ResponseWriter, status: bytes) -> None:
@@ -134,7 +134,7 @@ class Gateway:
         if body is not None:
             body.close()
         told = problem("key-missing" if isinstance(why, Missing) else "key-invalid", why.detail)
-        return reject(client, head.method, "invalid", told)._replace(rule=route.policy.rule)
+        return reject(client, head.method, told)._replace(rule=route.policy.rule)
 
     async def _relay(
         self,
@@ -144,7 +144,7 @@ class Gateway:
         route: Route,
         body: Body | None = None,
         mark: bytes = b"",
-    ) -> Outcome:
+    ) -> RequestReport:
         """Pass a request through; `body` is its body if it was read already, and ends here, `mark` a field for its
         answer."""
         length = _length(head) if body is None else body.size
@@ -160,17 +160,21 @@ class Gateway:
             self.relaying -= 1
             if body is not None:
                 body.close()
-        word = "unguarded" if mark and relayed.word == "passthrough" else relayed.word
-        return Outcome(word, relayed.status, head.method, upstream_s=relayed.upstream_s, rule=route.policy.rule)
+        outcome = relayed.outcome
+        if mark and outcome is Outcome.PASSTHROUGH:
+            outcome = Outcome.UNGUARDED
+        return RequestReport(
+            outcome, relayed.status, head.method, upstream_s=relayed.upstream_s, rule=route.policy.rule
+        )
 
-    async def _switch(self, request: Request, head: RequestHead, client: ResponseWriter, route: Route) -> Outcome:
+    async def _switch(self, request: Request, head: RequestHead, client: ResponseWriter, route: Route) -> RequestReport:
         """Let a WebSocket through. It has no end: a drain does not wait for it, and closes it at its beginning."""
         if not is_websocket(head) or head.method in route.policy.methods:
             return refuse(client, head.method, Refused(501, "the only protocol switched to is WebSocket, by GET"))
         onward = self._onward(request, head, route, -1)
         tunnelled = await tunnel(request, client, route.deps.pool, onward, route.deps.silence_s)
-        word, status, rule = tunnelled.word, tunnelled.status, route.policy.rule
-        return Outcome(word, status, head.method, upstream_s=tunnelled.upstream_s, rule=rule)
+        outcome, status, rule = tunnelled.outcome, tunnelled.status, route.policy.rule
+        return RequestReport(outcome, status, head.method, upstream_s=tunnelled.upstream_s, rule=rule)
 
     def _onward(self, request: Request, head: RequestHead, route: Route, length: int | None) -> bytes:
         connection = request.protocol
@@ -206,7 +210,7 @@ class Gateway:
         policy = route.policy
         scope = self._namer.scope(request, policy, head)
         if not isinstance(scope, Scope):
-            return reject(client, head.method, "invalid", no_scope(scope))._replace(rule=route.policy.rule)
+            return reject(client, head.method, no_scope(scope))._replace(rule=route.policy.rule)
         if self.in_flight >= self._max_in_flight:
             return overloaded(client, head.method)
         body = self._bodies.here(request.content, _length(head), policy.max_request_bytes)
@@ -231,7 +235,7 @@ class Gateway:
 
     async def _read_first(
         self, request: Request, head: RequestHead, client: ResponseWriter, route: Route, scope: Scope, key: bytes | None
-    ) -> Outcome:
+    ) -> RequestReport:
         """Read the body whole; meanwhile it counts as in flight."""
         self.in_flight += 1
         try:
@@ -240,7 +244,7 @@ class Gateway:
         finally:
             self.in_flight -= 1
         way = self._go_on(request, head, client, route, scope, key, body)
-        return way if isinstance(way, Outcome) else await way
+        return way if isinstance(way, RequestReport) else await way
 
     def _go_on(
         self,
@@ -264,7 +268,7 @@ class Gateway:
             return self._once(request, client, guarded, body)
         return self._without_key(request, head, client, route, guarded, body)
 
-    async def _once(self, request: Request, client: ResponseWriter, guarded: KeyedRequest, body: Body) -> Outcome:
+    async def _once(self, request: Request, client: ResponseWriter, guarded: KeyedRequest, body: Body) -> RequestReport:
         """Claim, and execute or answer from what stands in the store."""
         self.in_flight += 1
         try:
@@ -276,11 +280,11 @@ class Gateway:
                 if isinstance(found, Claim):
                     exchange = self._exchange(request, guarded, found, asked_s, body, client)
                     try:
-                        word = await exchange.run()
+                        outcome = await exchange.run()
                     except Exception as error:
                         self._break_off(error, client, UNKNOWN if exchange.sent else REFUSED)
-                        return guarded.outcome("failed", 500, exchange.upstream_s)
-                    return await self._answered(word, exchange, guarded, client)
+                        return guarded.report(Outcome.FAILED, 500, exchange.upstream_s)
+                    return await self._answered(outcome, exchange, guarded, client)
                 if guarded.fresh and isinstance(found, Record):  # an equal one runs: each goes its own way
                     return await self._unguarded(request, client, guarded.route, body)
                 if guarded.route.policy.bypass and self._may_bypass(found, guarded, waited):
@@ -294,7 +298,7 @@ class Gateway:
             self.in_flight -= 1
             body.close()
 
-    async def _unguarded(self, request: Request, client: ResponseWriter, route: Route, body: Body) -> Outcome:
+    async def _unguarded(self, request: Request, client: ResponseWriter, route: Route, body: Body) -> RequestReport:
         """Pass a request on though it has a key, as nobody else's answer can be its own."""
         assert request.head is not None
         return await self._relay(request, request.head, client, route, body, UNGUARDED)
@@ -321,20 +325,22 @@ class Gateway:
             deps.background(deps.store.release(claim, deps.patience_s))
             raise
 
-    async def _answered(self, word: str, exchange: Exchange, guarded: KeyedRequest, client: ResponseWriter) -> Outcome:
-        if word == "fenced" and not client.started:  # the record has the answer
+    async def _answered(
+        self, outcome: Outcome, exchange: Exchange, guarded: KeyedRequest, client: ResponseWriter
+    ) -> RequestReport:
+        if not client.started and outcome is Outcome.FENCED:  # the record has the answer
             found = await self._deps.store.look(guarded.key, guarded.scope, guarded.route.policy.lease_ms)
             await self._tell(guarded, found, client)
-        return guarded.outcome(word, exchange.status, exchange.upstream_s, exchange.detail)
+        return guarded.report(outcome, exchange.status, exchange.upstream_s, exchange.detail)
 
     async def _stand_back(
         self, guarded: KeyedRequest, found: Record | Corrupt | Unconfirmed, until: float, client: ResponseWriter
-    ) -> Outcome | None:
+    ) -> RequestReport | None:
         """Answer a request whose key is taken, or wait for its original; None: it may claim again."""
         if judge(found, guarded.fingerprint) is Decision.IN_FLIGHT:
             woken = await self._wait(guarded, until, client)
             if woken is Woken.GONE:
-                return guarded.outcome("client_gone", 0)
+                return guarded.report(Outcome.CLIENT_GONE, 0)
             if woken not in (Woken.BUSY, Woken.FULL):
                 return None
         return await self._tell(guarded, found, client)
@@ -358,23 +364,24 @@ class Gateway:
 
     async def _tell(
         self, guarded: KeyedRequest, found: Record | Corrupt | Unconfirmed | None, client: ResponseWriter
-    ) -> Outcome:
+    ) -> RequestReport:
         """Answer a request whose key is taken, by what stands in the store for it."""
         decision = judge(found, guarded.fingerprint)
         if decision is _REPLAY and isinstance(found, Record) and (answer := found.answer) is not None:
             uses = reading(answer.status, answer.block, answer.size) if guarded.route.policy.counts_tokens else None
             along = None if uses is None else uses.add
             way = replay(client, self._deps.store, guarded.key, found, guarded.extra, along)
-            word = way if isinstance(way, str) else await way
-            if word == "replayed":
-                outcome = guarded.outcome(word, answer.status, 0.0, "", answer.took_ms / 1000, answer.size)
-                return outcome if uses is None else outcome._replace(tokens=uses.tokens())
+            outcome = way if isinstance(way, Outcome) else await way
+            if outcome is Outcome.REPLAYED:
+                report = guarded.report(outcome, answer.status, 0.0, "", answer.took_ms / 1000, answer.size)
+                return report if uses is None else report._replace(tokens=uses.tokens())
             if client.started:
-                return guarded.outcome(word, answer.status)
-            decision = word
-        word, told = explain(decision, found, guarded.route.policy)
-        client.answer(told, (UNKNOWN if word == "unknown" else REFUSED) + guarded.extra)
-        return guarded.outcome(word, told.status)
+                return guarded.report(outcome, answer.status)
+            decision = outcome
+        told = explain(decision, found, guarded.route.policy)
+        outcome = BY_LABEL[told.code]
+        client.answer(told, (UNKNOWN if outcome is Outcome.OUTCOME_UNKNOWN else REFUSED) + guarded.extra)
+        return guarded.report(outcome, told.status)
 
 
 def _length(head: RequestHead) -> int | None:

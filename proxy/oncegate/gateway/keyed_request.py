@@ -11,7 +11,7 @@ from oncegate.keys.documents import Missing
 from oncegate.keys.syntax import BadKey
 from oncegate.messages.head_cache import KnownHead
 from oncegate.messages.request_head import RequestHead, preferred_wait_s
-from oncegate.observe.outcome import Outcome
+from oncegate.observe.outcome import Outcome, RequestReport
 from oncegate.rules.identity import Identity, ScopeMemo, name, scope_of
 from oncegate.rules.policy import Policy
 from oncegate.store.record import new
@@ -30,13 +30,20 @@ class KeyedRequest(NamedTuple):
     window_ms: int = 0  # of a derived key: what is complete for longer does not count
     fresh: bool = False  # surely no duplicate, however equal: what it meets under its key is another request
 
-    def outcome(
-        self, word: str, status: int, upstream_s: float = 0.0, detail: str = "", saved_s: float = 0.0, sent: int = 0
-    ) -> Outcome:
+    def report(
+        self,
+        outcome: Outcome,
+        status: int,
+        upstream_s: float = 0.0,
+        detail: str = "",
+        saved_s: float = 0.0,
+        sent: int = 0,
+    ) -> RequestReport:
         """Return what became of this request; `saved_s` and `sent` (bytes) are a replay's."""
         common, rule = self.scope.common, self.route.policy.rule
         return new(
-            Outcome, (word, status, self.method, self.key, upstream_s, saved_s, sent, common, detail, rule, None)
+            RequestReport,
+            (outcome, status, self.method, self.key, upstream_s, saved_s, sent, common, detail, rule, None),
         )
 
 

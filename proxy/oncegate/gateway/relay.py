@@ -10,15 +10,16 @@ from oncegate.downstream.response import ResponseWriter
 from oncegate.messages.head_cache import BufferedBody
 from oncegate.messages.problems import problem, refusal
 from oncegate.messages.response_head import ResponseHead
+from oncegate.observe.outcome import BY_LABEL, Outcome
 from oncegate.upstream.connection import Connection, NotSent, UpstreamLost
 from oncegate.upstream.pool import REUSE_IDLE_S, Pool
 
 
 @dataclass(frozen=True, slots=True)
 class Relayed:
-    """How it went: a word of metrics.OUTCOMES, and the time spent on the upstream."""
+    """How it went, and the time spent on the upstream."""
 
-    word: str
+    outcome: Outcome
     status: int = 0  # the upstream's, 0 where none came
     upstream_s: float = 0.0
 
@@ -41,7 +42,7 @@ async def relay(
         connection = await pool.acquire(REUSE_IDLE_S)
     except NotSent as why:
         client.answer(problem("upstream-unreachable", str(why)), mark)
-        return Relayed("upstream_unreachable")
+        return Relayed(Outcome.UPSTREAM_UNREACHABLE)
     began = time.perf_counter()
     try:
         # In one write: an upstream that answers at the head could not keep the connection otherwise.
@@ -51,18 +52,18 @@ async def relay(
         else:
             blocks = content.stream() if isinstance(content, Body) else stream(content, client.pace)
             connection.send_stream(head, blocks, chunked=length is None, head_only=method == "HEAD")
-        word = await pass_on(client, connection, await connection.head(silence_s), silence_s, mark)
+        outcome = await pass_on(client, connection, await connection.head(silence_s), silence_s, mark)
     except UpstreamLost as lost:
-        word = fail(client, lost, mark)
+        outcome = fail(client, lost, mark)
     finally:
         pool.release(connection)
-    return Relayed(word, connection.answer.status if connection.answer else 0, time.perf_counter() - began)
+    return Relayed(outcome, connection.answer.status if connection.answer else 0, time.perf_counter() - began)
 
 
 async def pass_on(
     client: ResponseWriter, connection: Connection, head: ResponseHead, silence_s: float, mark: bytes = b""
-) -> str:
-    """Hand an answer on as it comes and return the word for how it went. Raises Lost."""
+) -> Outcome:
+    """Hand an answer on as it comes and return how it went. Raises UpstreamLost."""
     block = head.passed_on + mark
     if connection.complete:
         client.send(
@@ -74,7 +75,7 @@ async def pass_on(
             bodiless=head.bodiless,
             close_delimited=head.close_delimited,
         )
-        return "passthrough"
+        return Outcome.PASSTHROUGH
     client.begin(head.status, head.reason, block, length=head.length, stated=True, eof=head.close_delimited)
     while data := await connection.chunk(silence_s):
         client.write(data)
@@ -83,20 +84,21 @@ async def pass_on(
             while not await client.taken():
                 pass
         if client.gone:
-            return "passthrough"  # nobody takes the rest, and nobody stores it
+            return Outcome.PASSTHROUGH  # nobody takes the rest, and nobody stores it
     client.end()
-    return "passthrough"
+    return Outcome.PASSTHROUGH
 
 
-def fail(client: ResponseWriter, lost: UpstreamLost, mark: bytes = b"") -> str:
-    """Tell the client that the exchange was lost, and return the word for it."""
+def fail(client: ResponseWriter, lost: UpstreamLost, mark: bytes = b"") -> Outcome:
+    """Tell the client that the exchange was lost, and return the outcome."""
     if client.started:
         client.abort()
-        return "truncated"
+        return Outcome.TRUNCATED
     if lost.body:
         status, detail = (408, "paused for too long") if lost.timeout else (400, "is not well-formed")
         client.answer(refusal(status, f"the body {detail}"), close=True)
-        return "client_gone" if client.gone else "invalid"
+        return Outcome.CLIENT_GONE if client.gone else Outcome.REQUEST_REFUSED
     slug = "upstream-timeout" if lost.timeout else "upstream-lost"
-    client.answer(problem(slug, "no whole answer came; the request may have been executed"), mark)
-    return slug.replace("-", "_")
+    told = problem(slug, "no whole answer came; the request may have been executed")
+    client.answer(told, mark)
+    return BY_LABEL[told.code]

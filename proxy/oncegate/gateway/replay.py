@@ -4,6 +4,7 @@ from collections.abc import Callable, Coroutine
 
 from oncegate.downstream.response import ResponseWriter
 from oncegate.messages.response_head import answer_digest
+from oncegate.observe.outcome import Outcome
 from oncegate.store.record import Record, StoredResponse, intact
 from oncegate.store.store import Store
 
@@ -19,30 +20,30 @@ def _block(record: Record, answer: StoredResponse, extra: bytes) -> bytes:
 
 def replay(
     client: ResponseWriter, store: Store, key: bytes, record: Record, extra: bytes, along: Along | None = None
-) -> str | Coroutine[None, None, str]:
-    """Send a stored answer and return the outcome's word, or what will return it; `extra`: further fields; `along`
+) -> Outcome | Coroutine[None, None, Outcome]:
+    """Send a stored answer and return the outcome, or what will return it; `extra`: further fields; `along`
     hears of all of the body.
 
-    `corrupt`: the record's bytes are not those that were stored, and nothing was sent. `store_unavailable`:
-    they could not be read, and nothing was sent. `truncated`: either of them, with the head already out.
+    RECORD_CORRUPT: the record's bytes are not those that were stored, and nothing was sent. STORE_UNAVAILABLE:
+    they could not be read, and nothing was sent. TRUNCATED: either of them, with the head already out.
     """
     answer = record.answer
     assert answer is not None
     if answer.size == 0 or record.body is not None:
-        word = _replay_small(client, record, answer, record.body or b"", extra)
+        outcome = _replay_small(client, record, answer, record.body or b"", extra)
         if along is not None:  # once it has left
             along(record.body or b"")
-        return word
+        return outcome
     return _replay_large(client, store, key, record, answer, extra, along)
 
 
-def _replay_small(client: ResponseWriter, record: Record, answer: StoredResponse, body: bytes, extra: bytes) -> str:
+def _replay_small(client: ResponseWriter, record: Record, answer: StoredResponse, body: bytes, extra: bytes) -> Outcome:
     if not intact(answer, body):
-        return "corrupt"
+        return Outcome.RECORD_CORRUPT
     stated = answer.stated_length
     block, bodiless = _block(record, answer, extra), stated and not body
     client.send(answer.status, answer.reason, block, body, stated_length=stated, bodiless=bodiless)
-    return "replayed"
+    return Outcome.REPLAYED
 
 
 async def _replay_large(
@@ -53,14 +54,14 @@ async def _replay_large(
     answer: StoredResponse,
     extra: bytes,
     along: Along | None,
-) -> str:
+) -> Outcome:
     """Copy chunk after chunk; the last byte is held back until size and digest agree."""
     digest = answer_digest(answer.status, answer.reason, answer.block)
     first = sent = 0
     while first < answer.chunks and not client.gone:
         chunks = await store.read(key, record.token, first)
         if isinstance(chunks, str):
-            return _broken(client, "corrupt" if chunks == "torn" else "store_unavailable")
+            return _broken(client, Outcome.RECORD_CORRUPT if chunks == "torn" else Outcome.STORE_UNAVAILABLE)
         if not client.started:
             block = _block(record, answer, extra)
             client.begin(
@@ -70,7 +71,7 @@ async def _replay_large(
             digest.update(chunk)
             sent += len(chunk)
             if sent > answer.size:
-                return _broken(client, "corrupt")
+                return _broken(client, Outcome.RECORD_CORRUPT)
             client.write(chunk)
             if along is not None:
                 along(chunk)
@@ -78,15 +79,15 @@ async def _replay_large(
         while not await client.taken():
             pass
     if client.gone:
-        return "replayed"
+        return Outcome.REPLAYED
     if sent != answer.size or digest.digest() != answer.digest:
-        return _broken(client, "corrupt")
+        return _broken(client, Outcome.RECORD_CORRUPT)
     client.end()
-    return "replayed"
+    return Outcome.REPLAYED
 
 
-def _broken(client: ResponseWriter, word: str) -> str:
+def _broken(client: ResponseWriter, unsent: Outcome) -> Outcome:
     if client.started:
         client.abort()
-        return "truncated"
-    return word
+        return Outcome.TRUNCATED
+    return unsent

@@ -9,6 +9,7 @@ from oncegate.downstream.response import ResponseWriter
 from oncegate.gateway.relay import Relayed, fail, pass_on
 from oncegate.messages.problems import problem
 from oncegate.messages.request_head import SWITCHING
+from oncegate.observe.outcome import Outcome
 from oncegate.upstream.connection import Connection, NotSent, UpstreamLost
 from oncegate.upstream.pool import REUSE_IDLE_S, Pool
 
@@ -63,24 +64,24 @@ async def tunnel(request: Request, client: ResponseWriter, pool: Pool, head: byt
         connection = await pool.acquire(REUSE_IDLE_S)
     except NotSent as why:
         client.answer(problem("upstream-unreachable", str(why)))
-        return Relayed("upstream_unreachable")
+        return Relayed(Outcome.UPSTREAM_UNREACHABLE)
     began = time.perf_counter()
     try:
         connection.send_upgrade(head.removesuffix(b"\r\n") + SWITCHING + b"\r\n")
         answer = await connection.head(silence_s)
         if answer.status == 101:
             client.switch(answer.passed_on + SWITCHING)
-            word = await _splice(request, client, connection, silence_s)
+            outcome = await _splice(request, client, connection, silence_s)
         else:
-            word = await pass_on(client, connection, answer, silence_s)
+            outcome = await pass_on(client, connection, answer, silence_s)
     except UpstreamLost as lost:
-        word = fail(client, lost)
+        outcome = fail(client, lost)
     finally:
         pool.release(connection)
-    return Relayed(word, connection.answer.status if connection.answer else 0, time.perf_counter() - began)
+    return Relayed(outcome, connection.answer.status if connection.answer else 0, time.perf_counter() - began)
 
 
-async def _splice(request: Request, client: ResponseWriter, connection: Connection, silence_s: float) -> str:
+async def _splice(request: Request, client: ResponseWriter, connection: Connection, silence_s: float) -> Outcome:
     upstreamward = _Upstreamward(request)
     sending = asyncio.get_running_loop().create_task(upstreamward.run(connection, silence_s))
     request.protocol.set_parser(upstreamward)  # all that is called is there
@@ -94,8 +95,8 @@ async def _splice(request: Request, client: ResponseWriter, connection: Connecti
     except UpstreamLost as lost:
         if lost is not CLOSES_NOW:
             client.abort()
-            return "truncated"
+            return Outcome.TRUNCATED
     finally:
         sending.cancel()
     client.end()
-    return "passthrough"
+    return Outcome.PASSTHROUGH

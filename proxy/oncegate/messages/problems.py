@@ -56,8 +56,12 @@ REFUSALS = {
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """An answer ready to be written. `block` holds its fields, each line ended, without its length."""
+    """An answer ready to be written. `block` holds its fields, each line ended, without its length.
 
+    `code` is the slug with underscores, `request_refused` for a refusal.
+    """
+
+    code: str
     status: int
     reason: bytes
     block: bytes
@@ -111,4 +115,4 @@ def _problem(kind: Kind, code: str, urn: str, detail: str, retry_after_s: int | 
     )
     if retry_after_s is not None:
         block += b"Retry-After: %d\r\n" % retry_after_s
-    return Problem(kind.status, HTTPStatus(kind.status).phrase.encode(), block, json.dumps(members).encode())
+    return Problem(code, kind.status, HTTPStatus(kind.status).phrase.encode(), block, json.dumps(members).encode())

@@ -13,12 +13,14 @@ from typing import Any
 import structlog
 
 from oncegate.keys.digests import short
-from oncegate.observe.outcome import Outcome
+from oncegate.observe.outcome import Outcome, RequestReport
 
 FIELDS = ("outcome", "method", "status", "key", "ms", "upstream_ms", "client_left")
-PLAIN = frozenset(("executed", "passthrough"))  # what `notable` leaves out
+PLAIN = frozenset(one.label for one in (Outcome.EXECUTED, Outcome.PASSTHROUGH))  # what `notable` leaves out
 # What deserves a person's look beyond the request itself.
-ALARMING = frozenset(("corrupt", "failed", "fenced", "answer_not_stored"))
+ALARMING = frozenset(
+    one.label for one in (Outcome.RECORD_CORRUPT, Outcome.FAILED, Outcome.FENCED, Outcome.ANSWER_NOT_STORED)
+)
 
 Log = Callable[..., None]
 
@@ -57,12 +59,12 @@ class AccessLog:
         self._lines: list[str] = []
         self._second, self._date = 0, ""
 
-    def __call__(self, outcome: Outcome, seconds: float, client_left: bool) -> None:
-        word = outcome[0]
+    def __call__(self, report: RequestReport, seconds: float, client_left: bool) -> None:
+        word = report.outcome.label
         level = "error" if word in ALARMING else "info"
         if word in self._left_out or level not in self._levels:
             return
-        word, status, method, key, upstream_s, _, _, _, detail, rule, _ = outcome
+        _, status, method, key, upstream_s, _, _, _, detail, rule, _ = report
         shown = (word, method, status, short(key) if key else "", seconds * 1000, upstream_s * 1000, client_left)
         more = {name: value for name, value in (("detail", detail), ("rule", rule)) if value} if detail or rule else {}
         if self._json:

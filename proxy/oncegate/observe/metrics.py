@@ -20,10 +20,11 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from oncegate.observe.outcome import LOSSES, OUTCOMES, SUPPRESSED, Outcome
+from oncegate.observe.outcome import SUPPRESSED, Outcome, RequestReport
 from oncegate.observe.usage import KINDS, Tokens
 
 HOW_SETTLED = ("store", "store_bare", "release", "unknown", "unconfirmed", "lost", "fenced")
+LOSSES = ("flushed", "rolled_back", "evicted", "moved")
 VERBS = ("claim", "append", "renew", "settle", "read")
 
 BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -122,9 +123,13 @@ class Metrics(Collector):
 
     def __init__(self, version: str, gauges: dict[str, Callable[[], float]]) -> None:
         self._version, self._gauges = version, gauges
-        self._requests = Counters("requests", "Requests by what became of them.", "outcome", OUTCOMES)
+        self._requests = Counters(
+            "requests", "Requests by what became of them.", "outcome", [one.label for one in Outcome]
+        )
         self._settled = Counters("settled", "Claims by how they ended.", "how", HOW_SETTLED)
-        self._suppressed = Counters("duplicates_suppressed", "Requests not executed again.", "how", SUPPRESSED)
+        self._suppressed = Counters(
+            "duplicates_suppressed", "Requests not executed again.", "how", [one.label for one in SUPPRESSED]
+        )
         self._saved_s = Counters("upstream_seconds_saved", "Upstream time that replays spared.")
         self._replayed_bytes = Counters("replayed_bytes", "Bytes of bodies sent from the store.")
         self._tokens_saved = Counters("llm_tokens_saved", "Tokens of LLMs that replays spared.", "kind", KINDS)
@@ -180,18 +185,19 @@ class Metrics(Collector):
         """Return what a scrape gets."""
         return generate_latest(self._registry)
 
-    def observe(self, outcome: Outcome, seconds: float) -> None:
+    def observe(self, report: RequestReport, seconds: float) -> None:
         """Count one request."""
-        word, _, _, key, upstream_s, saved_s, replayed_bytes, common_tenant, _, _, tokens = outcome
-        self._requests.by_value[word] += 1
+        outcome, _, _, key, upstream_s, saved_s, replayed_bytes, common_tenant, _, _, tokens = report
+        label = outcome.label
+        self._requests.by_value[label] += 1
         self._request(seconds)
         if upstream_s:
             self._upstream(upstream_s)
             self._overhead(max(0.0, seconds - upstream_s))
         else:
             self._overhead(seconds)
-        if key and word in SUPPRESSED:
-            self._suppressed.by_value[word] += 1
+        if key and label in self._suppressed.by_value:
+            self._suppressed.by_value[label] += 1
             self._saved_s.by_value[""] += saved_s
             self._replayed_bytes.by_value[""] += replayed_bytes
             if tokens is not None:

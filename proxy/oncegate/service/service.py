@@ -24,8 +24,8 @@ from oncegate.keys.digests import Digests, identity, short
 from oncegate.messages.admission import Admission
 from oncegate.observe.admin import serve_admin
 from oncegate.observe.logs import AccessLog
-from oncegate.observe.metrics import Metrics
-from oncegate.observe.outcome import LOSSES, Outcome
+from oncegate.observe.metrics import LOSSES, Metrics
+from oncegate.observe.outcome import RequestReport
 from oncegate.rules.loading import load as load_rules
 from oncegate.rules.model import Rule, Rules, Upstream
 from oncegate.service.drain import POLL_S, Drain, unless
@@ -223,9 +223,9 @@ class Service:
 
     # What the parts report ...
 
-    def _observe(self, outcome: Outcome, seconds: float = 0.0, client_left: bool = False) -> None:
-        self.metrics.observe(outcome, seconds)
-        self._access(outcome, seconds, client_left)
+    def _observe(self, report: RequestReport, seconds: float = 0.0, client_gone: bool = False) -> None:
+        self.metrics.observe(report, seconds)
+        self._access(report, seconds, client_gone)
 
     def _report(self, what: str, claim: Claim) -> None:
         """Say that a claim vanished or was taken: somebody else may have executed the same key."""
