@@ -17,8 +17,8 @@ from oncegate.keys.digests import store_key
 from oncegate.store.record import Claim
 from oncegate.store.record_view import StoreError, look_at, scan
 from oncegate.store.redis.cluster import tag_within, view_of
-from oncegate.store.redis.link import Unconfirmed
-from oncegate.store.store import Settled, Store
+from oncegate.store.results import AppendStatus, RenewStatus, SettleResult, SettleStatus, Unconfirmed
+from oncegate.store.store import Store
 from tests.parts import until
 from tests.resp import relaying
 from tests.test_store import (
@@ -81,9 +81,9 @@ async def watching(url: str, log: Log, **options: Any) -> AsyncIterator[Store]:
 async def life(store: Store, of: bytes) -> None:
     """One key's whole life."""
     owner = await claimed(store, key=of)
-    assert await store.append(owner, 0, b"ab", PATIENCE_S) == "appended"
-    assert await store.renew(owner) == "renewed"
-    assert await store.store(owner, answer(b"ab", b"cd"), b"cd", PATIENCE_S) == Settled("stored")
+    assert await store.append(owner, 0, b"ab", PATIENCE_S) == AppendStatus.APPENDED
+    assert await store.renew(owner) == RenewStatus.RENEWED
+    assert await store.store(owner, answer(b"ab", b"cd"), b"cd", PATIENCE_S) == SettleResult(SettleStatus.STORED)
     assert told(await claim(store, of)) == "replay"
     assert told(await store.look(of, SCOPE, 300)) == "replay"
     assert await store.read(of, owner.token, 0) == [b"ab", b"cd"]
@@ -110,7 +110,7 @@ async def test_one_write_a_master(cluster):
         owners = [await claimed(store, key=key(number)) for number in range(30)]
         masters = cluster.servers[:3]
         before = [master.info("clients")["connected_clients"] for master in masters]
-        assert set(await asyncio.gather(*[store.renew(owner) for owner in owners])) == {"renewed"}
+        assert set(await asyncio.gather(*[store.renew(owner) for owner in owners])) == {RenewStatus.RENEWED}
         assert [master.info("clients")["connected_clients"] for master in masters] == before
 
 
@@ -148,20 +148,20 @@ async def test_a_slot_that_moves(cluster):
                 cluster.begin_move(moving, source, target)
             fresh = await claimed(store, key=second)  # absent: ASK leads to the new master
             assert target.ask("CLUSTER", "COUNTKEYSINSLOT", key_slot(store_key(second))) == 1
-            assert await store.renew(owner) == "renewed"  # still on the old one
+            assert await store.renew(owner) == RenewStatus.RENEWED  # still on the old one
             cluster.carry(slot, source, target)
-            assert await store.append(owner, 0, b"ab", PATIENCE_S) == "appended"  # now there
+            assert await store.append(owner, 0, b"ab", PATIENCE_S) == AppendStatus.APPENDED  # now there
             for server in (source, target):
                 server.ask("SCRIPT", "FLUSH")
-            assert await store.renew(fresh) == "renewed"
+            assert await store.renew(fresh) == RenewStatus.RENEWED
             await life(store, third)
         finally:
             for moving in slots:
                 cluster.carry(moving, source, target)
                 cluster.end_move(moving, source, target)
-        assert await store.store(owner, answer(b"ab", b"cd"), b"cd", PATIENCE_S) == Settled("stored")
+        assert await store.store(owner, answer(b"ab", b"cd"), b"cd", PATIENCE_S) == SettleResult(SettleStatus.STORED)
         assert told(await claim(store, first)) == "replay"
-        assert await store_small(store, fresh) == Settled("stored")
+        assert await store_small(store, fresh) == SettleResult(SettleStatus.STORED)
         for moving in slots:
             cluster.move(moving, source)
 
@@ -247,14 +247,14 @@ async def test_masters_that_change_while_keys_are_claimed(fragile):
         async with asyncio.timeout(1):
             await asyncio.gather(*unaffected)
         assert store.problem() is None
-        assert await asyncio.gather(*settling) == [Settled("stored")] * 3
+        assert await asyncio.gather(*settling) == [SettleResult(SettleStatus.STORED)] * 3
         await asyncio.to_thread(wait_for, lambda: fragile.owner_of_slot(0) is not killed)
         paused.pause()
-        assert await store_small(store, owners[1][1]) == Settled("stored")
+        assert await store_small(store, owners[1][1]) == SettleResult(SettleStatus.STORED)
         await claimed_at_last(store, keys_on(6000, 10000, 13)[12])
         paused.resume()
         for _, owner in (owners[0], owners[2]):
-            assert await store.renew(owner) == "renewed"
+            assert await store.renew(owner) == RenewStatus.RENEWED
         was = {fields["was"] for event, fields in log if event == "the store failed over"}
         assert was == {f"127.0.0.1:{server.port}" for server in (killed, paused, told_to)}
         await until(lambda: store.problem() is None)

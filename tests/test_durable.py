@@ -10,9 +10,9 @@ import pytest
 from loadtest.ports import free_ports
 from oncegate.keys.digests import Digests, store_key
 from oncegate.store.record import Claim
-from oncegate.store.redis.durable import DurabilityLevel, UnderReplicated, level
-from oncegate.store.redis.link import Unconfirmed
-from oncegate.store.store import Settled, Store
+from oncegate.store.redis.durable import DurabilityLevel, level
+from oncegate.store.results import SettleResult, SettleStatus, Unconfirmed, UnderReplicated
+from oncegate.store.store import Store
 from tests.parts import until
 from tests.resp import GREETING, Connection, RespServer, Words, resp
 from tests.test_store import (
@@ -134,7 +134,7 @@ async def test_other_commands_do_not_wait(scripted):
         await until(lambda: counting.waits)
         scripted.script = lambda connection, words: resp([words[4], b"released", b"found"])
         other = Claim(key(2), b"t" * 16, b"1", b"hold", b"", b"", 1, 300, 1000)
-        assert await store.release(other, 1.0) == Settled("released")
+        assert await store.release(other, 1.0) == SettleResult(SettleStatus.RELEASED)
         assert not owner.done()
         counting.answer(b":1\r\n")
         await owner
@@ -250,7 +250,7 @@ async def test_a_replica_that_hangs(often):
         async with watched(f"redis://127.0.0.1:{master.port}", "replicated", behind=behind) as store:
             await until(lambda: store.problem() is None)
             stored = await claimed_at_last(store, key(1))
-            assert await store_small(store, stored) == Settled("stored")
+            assert await store_small(store, stored) == SettleResult(SettleStatus.STORED)
             assert store_key(stored.key) in replica.records()
             replica.pause()
             began = asyncio.get_running_loop().time()

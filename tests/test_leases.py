@@ -6,6 +6,7 @@ import pytest
 
 from oncegate.store.leases import Leases, suspended_clock_s
 from oncegate.store.record import Claim
+from oncegate.store.results import SettleStatus
 from tests.conftest import Valkey
 from tests.test_store import claimed, connected
 
@@ -24,7 +25,7 @@ async def test_a_claim_that_is_being_released_is_not_reported_as_lost(
         leases = Leases(store, 60, report, asyncio.get_running_loop().time)
         held = leases.hold(await claimed(store), suspended_clock_s(), 60)
         held.freeing = freeing
-        assert (await store.release(held.claim, 5)).word == "released"
+        assert (await store.release(held.claim, 5)).status is SettleStatus.RELEASED
         renewing = asyncio.ensure_future(leases.run())
         await asyncio.sleep(0.2)
         renewing.cancel()

@@ -8,9 +8,10 @@ from contextlib import asynccontextmanager
 import pytest
 from redis.asyncio.connection import AbstractConnection
 
-from oncegate.store.redis.link import ErrorReply, Link, Script, Unconfirmed
+from oncegate.store.redis.link import ErrorReply, Link, Script
 from oncegate.store.redis.link import resp as resp_words
 from oncegate.store.redis.server import load_scripts, opener, preparer
+from oncegate.store.results import Unconfirmed
 from tests.parts import until
 from tests.resp import Connection, RespServer, Words, echo, resp
 

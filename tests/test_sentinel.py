@@ -13,10 +13,9 @@ import trustme
 from loadtest.ports import free_ports
 from oncegate.keys.digests import store_key
 from oncegate.store.record import Claim
-from oncegate.store.redis.durable import UnderReplicated
-from oncegate.store.redis.link import Unconfirmed
 from oncegate.store.redis.sentinel import FOLLOW_S
-from oncegate.store.store import Settled, Store
+from oncegate.store.results import AppendStatus, RenewStatus, SettleResult, SettleStatus, Unconfirmed, UnderReplicated
+from oncegate.store.store import Store
 from tests.parts import until
 from tests.resp import Connection, RespServer, Words, relaying, resp
 from tests.test_store import (
@@ -81,8 +80,8 @@ async def test_the_master_changes_while_a_key_is_claimed(group, how):
     log: Log = []
     async with watching(group.url, log) as store:
         before, owner, stored = group.master, await claimed(store), await claimed(store, key=key(3))
-        assert await store.append(stored, 0, b"ab", PATIENCE_S) == "appended"
-        assert await store.store(stored, answer(b"ab", b"cd"), b"cd", PATIENCE_S) == Settled("stored")
+        assert await store.append(stored, 0, b"ab", PATIENCE_S) == AppendStatus.APPENDED
+        assert await store.store(stored, answer(b"ab", b"cd"), b"cd", PATIENCE_S) == SettleResult(SettleStatus.STORED)
         await asyncio.to_thread(group.wait_replicated)
         match how:
             case "killed":
@@ -91,7 +90,7 @@ async def test_the_master_changes_while_a_key_is_claimed(group, how):
                 before.pause()
             case "switched":
                 group.sentinels[0].ask("SENTINEL", "FAILOVER", SERVICE)
-        assert await store_small(store, owner) == Settled("stored")
+        assert await store_small(store, owner) == SettleResult(SettleStatus.STORED)
         now = await asyncio.to_thread(group.wait_failed_over, before)
         if how == "paused":
             before.resume()
@@ -121,11 +120,11 @@ async def test_a_claim_that_a_failover_lost(group):
                 server.resume()
         await asyncio.to_thread(group.wait_failed_over, before)
         other = await claimed_at_last(store, taken.key)
-        assert await store.renew(owner) == "absent"
-        assert await store_small(store, owner) == Settled("stored", lost=True)
-        assert await store.renew(taken) == "fenced"
-        assert await store_small(store, taken) == Settled("fenced")
-        assert await store.renew(other) == "renewed"
+        assert await store.renew(owner) == RenewStatus.ABSENT
+        assert await store_small(store, owner) == SettleResult(SettleStatus.STORED, record_was_gone=True)
+        assert await store.renew(taken) == RenewStatus.FENCED
+        assert await store_small(store, taken) == SettleResult(SettleStatus.FENCED)
+        assert await store.renew(other) == RenewStatus.RENEWED
 
 
 @pytest.mark.fault(36)

@@ -19,11 +19,20 @@ from redis import Redis
 from oncegate.decision import decide, state_now
 from oncegate.keys.digests import Digests, Scope, store_key
 from oncegate.messages.response_head import answer_digest
-from oncegate.store.record import Claim, Corrupt, Record, StoredResponse, intact, pack, self_check
-from oncegate.store.redis.link import Unconfirmed
+from oncegate.store.record import Claim, ClaimRequest, Corrupt, Record, StoredResponse, intact, pack, self_check
 from oncegate.store.redis.node import ORDINARY
 from oncegate.store.redis.server import load_scripts
-from oncegate.store.store import Settled, Store
+from oncegate.store.results import (
+    AppendStatus,
+    ReadFailure,
+    RenewStatus,
+    ResolveStatus,
+    SettleResult,
+    SettleStatus,
+    StoreFull,
+    Unconfirmed,
+)
+from oncegate.store.store import Store
 from tests.conftest import Valkey
 from tests.parts import OK, Tap, ask, request, until
 from tests.resp import Connection, Relay, RespServer, Words, relaying, resp
@@ -157,7 +166,15 @@ def claim(
     window_ms: int = 0,
 ) -> Coroutine[Any, Any, Claim | Record | Corrupt | Unconfirmed]:
     return store.claim(
-        key, scope, fingerprint, mode=mode, lease_ms=LEASE_MS, retention_ms=RETENTION_MS, window_ms=window_ms
+        ClaimRequest(
+            key=key,
+            scope=scope,
+            fingerprint=fingerprint,
+            mode=mode,
+            lease_ms=LEASE_MS,
+            retention_ms=RETENTION_MS,
+            window_ms=window_ms,
+        )
     )
 
 
@@ -187,7 +204,7 @@ def answer(*chunks: bytes, kept: bool = True) -> StoredResponse:
     )
 
 
-def store_small(store: Store, owner: Claim, body: bytes = BODY) -> Coroutine[Any, Any, Settled]:
+def store_small(store: Store, owner: Claim, body: bytes = BODY) -> Coroutine[Any, Any, SettleResult]:
     return store.store(owner, answer(body), body, PATIENCE_S)
 
 
@@ -207,9 +224,9 @@ async def at(store: Store, client: Redis, state: str, mode: bytes = b"hold") -> 
         case "lapsed":
             client.hset(NAME, "lease", server_ms(client) - 1)
         case "unknown":
-            assert await store.mark_unknown(owner, "lost", PATIENCE_S) == Settled("unknown")
+            assert await store.mark_unknown(owner, "lost", PATIENCE_S) == SettleResult(SettleStatus.MARKED_UNKNOWN)
         case "complete":
-            assert await store_small(store, owner) == Settled("stored")
+            assert await store_small(store, owner) == SettleResult(SettleStatus.STORED)
     client.pexpire(NAME, RETENTION_MS // 2)
     return owner
 
@@ -268,12 +285,12 @@ async def act(store: Store, verb: str, owner: Claim, own: bool) -> str:
         case "claim":
             return told(await (store.reclaim(owner, SCOPE) if own else claim(store)))
         case "append":
-            return await store.append(who, 0, b"chunk", PATIENCE_S)
+            return (await store.append(who, 0, b"chunk", PATIENCE_S)).value
         case "renew":
-            return await store.renew(who)
+            return (await store.renew(who)).value
         case "read":
             chunks = await store.read(KEY, who.token, 0)
-            return chunks if isinstance(chunks, str) else "chunks" if chunks == [BODY] else "wrong"
+            return chunks.value if isinstance(chunks, ReadFailure) else "chunks" if chunks == [BODY] else "wrong"
         case "store":
             settled = await store_small(store, who)
         case "store another":
@@ -284,7 +301,7 @@ async def act(store: Store, verb: str, owner: Claim, own: bool) -> str:
             settled = await store.release(who, PATIENCE_S)
         case _:
             settled = await store.mark_unknown(who, "cut off", PATIENCE_S)
-    return settled.word + (", lost" if settled.lost else "")
+    return settled.status.value + (", lost" if settled.record_was_gone else "")
 
 
 # (what came of it, what became of the record), for the owner and for anybody else.
@@ -477,7 +494,7 @@ async def test_what_is_not_kept_leaves_no_chunks_behind(store, client, state, dr
     """Unknown, too large and released: the chunks that were appended are gone."""
     owner = await at(store, client, state)
     for index in range(3):
-        assert await store.append(owner, index, b"x" * 1000, PATIENCE_S) == "appended"
+        assert await store.append(owner, index, b"x" * 1000, PATIENCE_S) == AppendStatus.APPENDED
     await act(store, drop, owner, own=True)
     assert not [field for field in fields(client) if field.startswith("b")]
 
@@ -513,9 +530,11 @@ async def test_a_small_complete_record_is_written_anew(store, client, appended):
         if appended:
             await store.append(owner, 0, b"x" * 5000, PATIENCE_S)
             assert client.object("encoding", NAME) == b"hashtable"
-            assert await store.store(owner, answer(BODY, kept=False), b"", PATIENCE_S) == Settled("stored")
+            assert await store.store(owner, answer(BODY, kept=False), b"", PATIENCE_S) == SettleResult(
+                SettleStatus.STORED
+            )
         else:
-            assert await store_small(store, owner) == Settled("stored")
+            assert await store_small(store, owner) == SettleResult(SettleStatus.STORED)
         assert fields(client).keys() == ({"meta"} if appended else {"meta", "b0"})
         assert client.object("encoding", NAME) == b"listpack"
     finally:
@@ -533,9 +552,9 @@ async def test_a_large_answer_is_stored_in_chunks(store, client, state, last):
     """Appended one by one, counted by the settle, and read back as many at a time as fit."""
     owner = await at(store, client, state)
     for index, chunk in enumerate(CHUNKS[: -1 if last else None]):
-        assert await store.append(owner, index, chunk, PATIENCE_S) == "appended"
+        assert await store.append(owner, index, chunk, PATIENCE_S) == AppendStatus.APPENDED
     settled = await store.store(owner, answer(*CHUNKS), CHUNKS[-1] if last else b"", PATIENCE_S)
-    assert settled == Settled("stored")
+    assert settled == SettleResult(SettleStatus.STORED)
     assert fields(client) == {
         "meta": pack(owner, answer(*CHUNKS)),
         **{f"b{index}": chunk for index, chunk in enumerate(CHUNKS)},
@@ -546,30 +565,30 @@ async def test_a_large_answer_is_stored_in_chunks(store, client, state, last):
     assert found.body is None
     assert await store.read(KEY, owner.token, 0) == [CHUNKS[0]]
     assert await store.read(KEY, owner.token, 1) == list(CHUNKS[1:])
-    assert await store.read(KEY, owner.token, 4) == "torn"
+    assert await store.read(KEY, owner.token, 4) == ReadFailure.INCOMPLETE
 
 
 async def test_a_repeated_append_is_harmless(store, client):
     """The same index with the same bytes is fine and counts once; with other bytes it is torn and changes nothing."""
     owner = await claimed(store)
-    assert await store.append(owner, 0, b"abc", PATIENCE_S) == "appended"
+    assert await store.append(owner, 0, b"abc", PATIENCE_S) == AppendStatus.APPENDED
     client.hset(NAME, "lease", server_ms(client))
-    assert await store.append(owner, 0, b"abc", PATIENCE_S) == "appended"
+    assert await store.append(owner, 0, b"abc", PATIENCE_S) == AppendStatus.APPENDED
     assert started_anew(int(fields(client)["lease"]) - server_ms(client), LEASE_MS)
     before = fields(client)
-    assert await store.append(owner, 0, b"abd", PATIENCE_S) == "torn"
-    assert await store.append(owner, 0, b"", PATIENCE_S) == "torn"
+    assert await store.append(owner, 0, b"abd", PATIENCE_S) == AppendStatus.INCOMPLETE
+    assert await store.append(owner, 0, b"", PATIENCE_S) == AppendStatus.INCOMPLETE
     assert fields(client) == before
     assert before["bytes"] == b"3"
-    assert await store.store(owner, answer(b"abc", b"d"), b"d", PATIENCE_S) == Settled("stored")
+    assert await store.store(owner, answer(b"abc", b"d"), b"d", PATIENCE_S) == SettleResult(SettleStatus.STORED)
 
 
 async def test_chunks_may_come_in_any_order(store, client):
     """A chunk that overtook another is no different in the end."""
     owner = await claimed(store)
     for index in (2, 0, 1):
-        assert await store.append(owner, index, b"%d" % index, PATIENCE_S) == "appended"
-    assert await store.store(owner, answer(b"0", b"1", b"2"), b"", PATIENCE_S) == Settled("stored")
+        assert await store.append(owner, index, b"%d" % index, PATIENCE_S) == AppendStatus.APPENDED
+    assert await store.store(owner, answer(b"0", b"1", b"2"), b"", PATIENCE_S) == SettleResult(SettleStatus.STORED)
     assert await store.read(KEY, owner.token, 0) == [b"0", b"1", b"2"]
 
 
@@ -590,11 +609,11 @@ async def test_a_record_that_lacks_chunks_is_not_made_complete(store, client, ap
     """The settle answers torn and changes nothing; without the body the answer can still be stored."""
     owner = await claimed(store)
     for index, chunk in appended:
-        assert await store.append(owner, index, chunk, PATIENCE_S) == "appended"
+        assert await store.append(owner, index, chunk, PATIENCE_S) == AppendStatus.APPENDED
     before = fields(client)
-    assert await store.store(owner, stored, last, PATIENCE_S) == Settled("torn")
+    assert await store.store(owner, stored, last, PATIENCE_S) == SettleResult(SettleStatus.INCOMPLETE)
     assert fields(client) == before
-    assert await store.store(owner, stored._replace(kept=False), b"", PATIENCE_S) == Settled("stored")
+    assert await store.store(owner, stored._replace(kept=False), b"", PATIENCE_S) == SettleResult(SettleStatus.STORED)
     assert told(await claim(store)) == "not_kept"
 
 
@@ -609,11 +628,11 @@ async def test_a_large_answer_whose_record_vanished_is_torn(store, client, gone)
         await store.append(owner, 0, b"ab", PATIENCE_S)
     client.delete(NAME)
     if gone == "appended since":
-        assert await store.append(owner, 0, b"ab", PATIENCE_S) == "absent"
-    assert await store.store(owner, answer(b"ab", b"cd"), b"cd", PATIENCE_S) == Settled("torn")
+        assert await store.append(owner, 0, b"ab", PATIENCE_S) == AppendStatus.ABSENT
+    assert await store.store(owner, answer(b"ab", b"cd"), b"cd", PATIENCE_S) == SettleResult(SettleStatus.INCOMPLETE)
     assert client.dbsize() == 0
     settled = await store.store(owner, answer(b"ab", b"cd", kept=False), b"", PATIENCE_S)
-    assert settled == Settled("stored", lost=True)
+    assert settled == SettleResult(SettleStatus.STORED, record_was_gone=True)
     assert told(await claim(store)) == "not_kept"
 
 
@@ -695,7 +714,7 @@ async def test_the_owner_itself_claims_anew_what_it_had_given_up(store, client):
     assert isinstance(again, Claim)
     assert int(again.fence) > int(owner.fence)
     assert fields(client)["state"] == b"in_flight"
-    assert await store.renew(again) == "renewed"
+    assert await store.renew(again) == RenewStatus.RENEWED
 
 
 @pytest.mark.parametrize("became", ["renewed", "taken", "stored", "damaged"])
@@ -711,11 +730,11 @@ async def test_a_takeover_needs_the_record_that_was_checked(relay, valkey, becam
                 if args[2] == ORDINARY:  # nothing seen yet
                     match became:
                         case "renewed":
-                            assert await elsewhere.renew(owner) == "renewed"
+                            assert await elsewhere.renew(owner) == RenewStatus.RENEWED
                         case "taken":
                             assert isinstance(await claim(elsewhere, mode=b"retry"), Claim)
                         case "stored":
-                            assert await store_small(elsewhere, owner) == Settled("stored")
+                            assert await store_small(elsewhere, owner) == SettleResult(SettleStatus.STORED)
                         case _:
                             client.hset(NAME, mapping={"token": FOREIGN, "self": b"x"})
                     meanwhile.before = fields(client)
@@ -808,7 +827,7 @@ async def test_a_late_append_brings_nothing_back(store, client):
     owner = await at(store, client, "unknown")
     await store.append(owner, 0, b"late", PATIENCE_S)
     assert told(await claim(store)) == "unknown"
-    assert await store.read(KEY, owner.token, 0) == "gone"
+    assert await store.read(KEY, owner.token, 0) == ReadFailure.GONE
 
 
 @pytest.mark.parametrize("mode", [b"hold", b"retry"])
@@ -864,14 +883,16 @@ async def test_whichever_reply_is_lost_the_key_is_executed_once_and_replayed(rel
         relay.lose_reply(number)
         owner = await claimed(store)
         for index, chunk in enumerate((b"ab", b"cd")):
-            assert await store.append(owner, index, chunk, PATIENCE_S) == "appended"
-        assert await store.renew(owner) == ("unconfirmed" if LIFE[number] == "renew" else "renewed")
-        assert await store.store(owner, answer(b"ab", b"cd", b"e"), b"e", PATIENCE_S) == Settled("stored")
+            assert await store.append(owner, index, chunk, PATIENCE_S) == AppendStatus.APPENDED
+        assert await store.renew(owner) == (RenewStatus.UNCONFIRMED if LIFE[number] == "renew" else RenewStatus.RENEWED)
+        assert await store.store(owner, answer(b"ab", b"cd", b"e"), b"e", PATIENCE_S) == SettleResult(
+            SettleStatus.STORED
+        )
         found = await claim(store)
         assert isinstance(found, Record)
         assert found.answer == answer(b"ab", b"cd", b"e")
         chunks = await store.read(KEY, found.token, 0)
-        assert chunks == ("unconfirmed" if LIFE[number] == "read" else [b"ab", b"cd", b"e"])
+        assert chunks == (ReadFailure.UNCONFIRMED if LIFE[number] == "read" else [b"ab", b"cd", b"e"])
         assert relay.lost == (LIFE[number] != "none")
 
 
@@ -1024,7 +1045,7 @@ async def test_a_claim_that_was_held_up_while_its_repeat_was_refused(relay, valk
     async with connected(relay.url, timeout_ms=1000, behind=behind) as store, connected(valkey.url) as other:
         owner = await claimed(other)
         assert await held_up(relay, claim(store)) == "in_flight"
-        assert await other.release(owner, PATIENCE_S) == Settled("released")
+        assert await other.release(owner, PATIENCE_S) == SettleResult(SettleStatus.RELEASED)
         await arrives(relay, valkey)
         await behind.run()
         assert valkey.states() == []
@@ -1043,7 +1064,7 @@ async def test_a_claim_that_was_held_up_while_its_repeat_went_through(relay, val
             assert await held_up(relay, claim(store)) == "claimed"
             (record,) = valkey.records().values()
             owner = Claim(KEY, record[b"token"], b"", b"hold", SAME, b"", 0, LEASE_MS, RETENTION_MS)
-        assert await store.release(owner, PATIENCE_S) == Settled("released")
+        assert await store.release(owner, PATIENCE_S) == SettleResult(SettleStatus.RELEASED)
         await arrives(relay, valkey)
         await behind.run()
         assert valkey.states() == []
@@ -1060,7 +1081,7 @@ async def test_the_servers_clock_steps_forward(store, client, mode, result):
     client.hincrby(NAME, "lease", -HOUR_MS)
     client.hincrby(NAME, "created", -HOUR_MS)
     assert told(await claim(store)) == result
-    assert await store.renew(owner) == ("renewed" if result == "unknown" else "fenced")
+    assert await store.renew(owner) == (RenewStatus.RENEWED if result == "unknown" else RenewStatus.FENCED)
 
 
 @pytest.mark.fault(58)
@@ -1074,7 +1095,7 @@ async def test_the_servers_clock_steps_back(store, client):
         assert found.lease_left_ms == LEASE_MS
     assert isinstance(await store.look(KEY, SCOPE, 500), Record)
     assert (await store.look(KEY, SCOPE, 500)).lease_left_ms == 500
-    assert await store.renew(owner) == "renewed"
+    assert await store.renew(owner) == RenewStatus.RENEWED
     assert started_anew(int(fields(client)["lease"]) - server_ms(client), LEASE_MS)
 
 
@@ -1116,8 +1137,8 @@ async def test_scripts_that_vanish_at_any_moment(store, client):
         owner = await claimed(store, key=key)
         body = b"of %d" % number
         await store.append(owner, 0, body, PATIENCE_S)
-        assert await store.renew(owner) == "renewed"
-        assert await store.store(owner, answer(body, body), body, PATIENCE_S) == Settled("stored")
+        assert await store.renew(owner) == RenewStatus.RENEWED
+        assert await store.store(owner, answer(body, body), body, PATIENCE_S) == SettleResult(SettleStatus.STORED)
         assert await store.read(key, owner.token, 0) == [body, body]
 
     flushing = asyncio.ensure_future(flush())
@@ -1196,21 +1217,23 @@ async def test_a_full_server_lets_running_work_complete(store, client, verb, sta
 async def test_a_full_server_stores_the_end_of_a_streamed_answer(store, client):
     """What was appended before it was full, with the last chunk, becomes complete."""
     owner = await claimed(store)
-    assert await store.append(owner, 0, b"ab", PATIENCE_S) == "appended"
+    assert await store.append(owner, 0, b"ab", PATIENCE_S) == AppendStatus.APPENDED
     client.config_set("maxmemory", 1)
-    assert await store.store(owner, answer(b"ab", b"cd"), b"cd", PATIENCE_S) == Settled("stored")
+    assert await store.store(owner, answer(b"ab", b"cd"), b"cd", PATIENCE_S) == SettleResult(SettleStatus.STORED)
     assert await store.read(KEY, owner.token, 0) == [b"ab", b"cd"]
 
 
 async def test_a_full_server_takes_no_more_chunks(store, client):
     """The append is refused as a whole; the answer can then be stored without its body."""
     owner = await claimed(store)
-    assert await store.append(owner, 0, b"ab", PATIENCE_S) == "appended"
+    assert await store.append(owner, 0, b"ab", PATIENCE_S) == AppendStatus.APPENDED
     before = fields(client)
     client.config_set("maxmemory", 1)
-    assert await store.append(owner, 1, b"cd", PATIENCE_S) == "full"
+    assert await store.append(owner, 1, b"cd", PATIENCE_S) == AppendStatus.NO_MEMORY
     assert fields(client) == before
-    assert await store.store(owner, answer(b"ab", b"cd", kept=False), b"", PATIENCE_S) == Settled("stored")
+    assert await store.store(owner, answer(b"ab", b"cd", kept=False), b"", PATIENCE_S) == SettleResult(
+        SettleStatus.STORED
+    )
     assert told(await claim(store)) == "not_kept"
 
 
@@ -1445,15 +1468,17 @@ def tokens(scripted: RespServer) -> list[bytes]:
 async def test_a_claim_that_gets_errors_is_repeated_within_its_budget(scripted, error):
     """With the same token, until the time is over: unconfirmed, nothing claimed, nothing to clean up."""
     behind, demoted = Behind(), error.startswith((b"-READONLY", b"-MASTERDOWN"))
+    full = error.startswith(b"-OOM")
     scripted.script = lambda connection, words: error
     async with connected(scripted.url, timeout_ms=150, behind=behind) as store:
         found = await claim(store)
-        assert found == Unconfirmed(found.detail if demoted else error[1:-2].decode(), maybe_executed=False)
+        detail = found.detail if demoted else error[1:-2].decode()
+        assert found == (StoreFull if full else Unconfirmed)(detail, maybe_executed=False)
         assert behind.works == []
     assert len(set(tokens(scripted))) == 1
     # One for the verbs, one for large reads: an error ends neither, unless the address may lead to another server.
     assert demoted == (len(scripted.connections) > 2)
-    assert len(scripted.calls) == 1 if error.startswith(b"-OOM") else 2 <= len(scripted.calls) < 10
+    assert len(scripted.calls) == 1 if full else 2 <= len(scripted.calls) < 10
 
 
 @pytest.mark.fault(12)
@@ -1474,12 +1499,16 @@ async def test_a_claim_survives_errors_that_pass(scripted, error):
 
 OWNER = Claim(KEY, b"t" * 16, b"1", b"hold", SAME, self_check(KEY, TENANT, b"t" * 16, b"hold", SAME), 1, 300, 1000)
 AFTER_ERRORS = {
-    "append": (lambda store: store.append(OWNER, 0, b"x", 0.15), "unconfirmed", True),
-    "renew": (lambda store: store.renew(OWNER), "unconfirmed", False),
-    "store": (lambda store: store.store(OWNER, answer(BODY), BODY, 0.15), Settled("unconfirmed"), True),
-    "release": (lambda store: store.release(OWNER, 0.15), Settled("unconfirmed"), True),
-    "mark unknown": (lambda store: store.mark_unknown(OWNER, "why", 0.15), Settled("unconfirmed"), True),
-    "read": (lambda store: store.read(KEY, OWNER.token, 0), "unconfirmed", False),
+    "append": (lambda store: store.append(OWNER, 0, b"x", 0.15), AppendStatus.UNCONFIRMED, True),
+    "renew": (lambda store: store.renew(OWNER), RenewStatus.UNCONFIRMED, False),
+    "store": (lambda store: store.store(OWNER, answer(BODY), BODY, 0.15), SettleResult(SettleStatus.UNCONFIRMED), True),
+    "release": (lambda store: store.release(OWNER, 0.15), SettleResult(SettleStatus.UNCONFIRMED), True),
+    "mark unknown": (
+        lambda store: store.mark_unknown(OWNER, "why", 0.15),
+        SettleResult(SettleStatus.UNCONFIRMED),
+        True,
+    ),
+    "read": (lambda store: store.read(KEY, OWNER.token, 0), ReadFailure.UNCONFIRMED, False),
     "look": (lambda store: store.look(KEY, SCOPE, 300), Unconfirmed, False),
 }
 
@@ -1494,10 +1523,10 @@ async def test_every_other_verb_that_gets_errors_is_unconfirmed(scripted, call, 
     async with connected(scripted.url) as store:
         came = await call(store)
         if result is Unconfirmed:
-            assert came == Unconfirmed(error[1:-2].decode(), maybe_executed=False)
+            assert came == (StoreFull if full else Unconfirmed)(error[1:-2].decode(), maybe_executed=False)
         else:
-            assert came == ("full" if full and came == "full" else result)
-            assert (came == "full") == (full and result == "unconfirmed" and repeats)
+            no_memory = full and result is AppendStatus.UNCONFIRMED
+            assert came == (AppendStatus.NO_MEMORY if no_memory else result)
     assert len(set(tokens(scripted))) == 1
     assert (len(scripted.calls) > 1) == (repeats and not full)
 
@@ -1512,10 +1541,10 @@ async def test_a_reply_that_is_no_answer_confirms_nothing(scripted, reply):
         assert isinstance(found, Unconfirmed)
         assert found.maybe_executed
         assert len(behind.works) == 1
-        assert await store.append(OWNER, 0, b"x", 0.1) == "unconfirmed"
-        assert await store.renew(OWNER) == "unconfirmed"
-        assert await store.release(OWNER, 0.1) == Settled("unconfirmed")
-        assert await store.read(KEY, OWNER.token, 0) == "unconfirmed"
+        assert await store.append(OWNER, 0, b"x", 0.1) == AppendStatus.UNCONFIRMED
+        assert await store.renew(OWNER) == RenewStatus.UNCONFIRMED
+        assert await store.release(OWNER, 0.1) == SettleResult(SettleStatus.UNCONFIRMED)
+        assert await store.read(KEY, OWNER.token, 0) == ReadFailure.UNCONFIRMED
 
 
 async def test_a_server_that_refuses_to_tell_its_health_is_not_pestered(scripted, often):
@@ -1577,7 +1606,7 @@ async def test_a_settle_outlasts_a_server_that_is_restarted(own_valkey):
         await until(lambda: store.problem() is not None)
         assert "not reachable" in store.problem()
         own_valkey.start()
-        assert await settling == Settled("stored", lost=True)
+        assert await settling == SettleResult(SettleStatus.STORED, record_was_gone=True)
         assert told(await claim(store)) == "replay"
 
 
@@ -1603,9 +1632,9 @@ async def test_every_call_ends_when_the_store_is_given_up(own_valkey, state):
         assert not done
         store.give_up()
         settled, *asked = await asyncio.wait_for(asyncio.gather(*calls), 5)
-        assert settled == Settled("unconfirmed")
+        assert settled == SettleResult(SettleStatus.UNCONFIRMED)
         assert all(isinstance(found, Unconfirmed) for found in asked)
-        assert await asyncio.wait_for(store.release(owner, 1000.0), 5) == Settled("unconfirmed")
+        assert await asyncio.wait_for(store.release(owner, 1000.0), 5) == SettleResult(SettleStatus.UNCONFIRMED)
         assert isinstance(await asyncio.wait_for(claim(store, fingerprint=OTHER), 5), Unconfirmed)
 
 
@@ -1617,7 +1646,7 @@ async def test_a_settle_waits_for_its_patience_and_no_longer(own_valkey, patienc
         owner = await claimed(store)
         own_valkey.pause()
         began = asyncio.get_running_loop().time()
-        assert await store.release(owner, patience_s) == Settled("unconfirmed")
+        assert await store.release(owner, patience_s) == SettleResult(SettleStatus.UNCONFIRMED)
         took_s = asyncio.get_running_loop().time() - began
         own_valkey.resume()
         assert patience_s * 0.5 < took_s < patience_s + 0.4
@@ -1637,14 +1666,14 @@ async def live(url: str) -> None:
     """One key's whole life through a connection: every verb works."""
     async with connected(url) as store:
         owner = await claimed(store)
-        assert await store.append(owner, 0, b"ab", PATIENCE_S) == "appended"
-        assert await store.renew(owner) == "renewed"
-        assert await store.store(owner, answer(b"ab", b"cd"), b"cd", PATIENCE_S) == Settled("stored")
+        assert await store.append(owner, 0, b"ab", PATIENCE_S) == AppendStatus.APPENDED
+        assert await store.renew(owner) == RenewStatus.RENEWED
+        assert await store.store(owner, answer(b"ab", b"cd"), b"cd", PATIENCE_S) == SettleResult(SettleStatus.STORED)
         assert told(await claim(store)) == "replay"
         assert await store.read(KEY, owner.token, 0) == [b"ab", b"cd"]
         for settle in (store.release, lambda owner, patience_s: store.mark_unknown(owner, "why", patience_s)):
             owner = await claimed(store, key=Digests(b"").key(SCOPE, b"key-3"))
-            assert (await settle(owner, PATIENCE_S)).word in ("released", "unknown")
+            assert (await settle(owner, PATIENCE_S)).status in (SettleStatus.RELEASED, SettleStatus.MARKED_UNKNOWN)
         reply = await store.links[0].command("INFO", "memory", deadline=asyncio.get_running_loop().time() + 10)
         assert b"maxmemory_policy" in reply
 
@@ -1776,22 +1805,22 @@ async def test_what_an_operator_decides(store, client, state, how):
     owner = await at(store, client, state)
     before = client.hgetall(NAME)
 
-    async def decide(seen: bytes) -> str:
+    async def decide(seen: bytes) -> ResolveStatus:
         if how == "set_free":
             return await store.set_free(KEY, seen, store.token(), b"5")
         meta = pack(owner._replace(token=store.token()), answer(b"by hand"))
         return await store.resolve(KEY, seen, meta, b"by hand", RETENTION_MS)
 
     if state in ("absent", "complete"):
-        assert await decide(owner.token) == await decide(FOREIGN) == state
+        assert await decide(owner.token) == await decide(FOREIGN) == ResolveStatus(state)
         assert client.hgetall(NAME) == before
         return
-    assert await decide(FOREIGN) == "fenced"
+    assert await decide(FOREIGN) is ResolveStatus.FENCED
     assert client.hgetall(NAME) == before
-    assert await decide(owner.token) == ("released" if how == "set_free" else "resolved")
-    assert (await store_small(store, owner)).word == "fenced"
-    assert (await store.release(owner, PATIENCE_S)).word == "fenced"
-    assert await store.renew(owner) == "fenced"
+    assert await decide(owner.token) is (ResolveStatus.RELEASED if how == "set_free" else ResolveStatus.RESOLVED)
+    assert (await store_small(store, owner)).status is SettleStatus.FENCED
+    assert (await store.release(owner, PATIENCE_S)).status is SettleStatus.FENCED
+    assert await store.renew(owner) == RenewStatus.FENCED
     assert await store.look(KEY, SCOPE, LEASE_MS) is None or how == "resolve"
     found = await claim(store)
     if how == "set_free":
@@ -1804,7 +1833,8 @@ async def test_what_an_operator_decides(store, client, state, how):
 
 async def test_a_settle_and_a_decision_at_once(store, server):
     """Over two connections, hundreds of times: exactly one of them changes the record, and it is read as such."""
-    won = {"stored": 0, "fenced": 0}
+    won = {SettleStatus.STORED: 0, SettleStatus.FENCED: 0}
+    outcomes = ((SettleStatus.STORED, ResolveStatus.COMPLETE), (SettleStatus.FENCED, ResolveStatus.RESOLVED))
     async with connected(server.url) as desk:
         for n in range(300):
             key = Digests(b"").key(SCOPE, b"race-%d" % n)
@@ -1816,9 +1846,9 @@ async def test_a_settle_and_a_decision_at_once(store, server):
                 settled, decided = await asyncio.gather(settle, decide_)
             else:
                 decided, settled = await asyncio.gather(decide_, settle)
-            assert (settled.word, decided) in (("stored", "complete"), ("fenced", "resolved"))
+            assert (settled.status, decided) in outcomes
             found = await claim(desk, key)
             assert isinstance(found, Record)
-            assert found.body == (BODY if settled.word == "stored" else b"by hand")
-            won[settled.word] += 1
+            assert found.body == (BODY if settled.status is SettleStatus.STORED else b"by hand")
+            won[settled.status] += 1
     assert all(won.values()), won

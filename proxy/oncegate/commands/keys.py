@@ -24,16 +24,17 @@ from oncegate.server.embedded import socket_url
 from oncegate.settings.settings import Settings
 from oncegate.store.record import Claim, pack
 from oncegate.store.record_view import RecordView, StoreError, introduce, replica_of, scan
+from oncegate.store.results import ResolveStatus
 from oncegate.store.store import Store
 
 DONE = 0  # an exit code
 TIMEOUT_MS = 5000
 # What a record of the store has to say about a change that came too late.
 TOO_LATE = {
-    "absent": "there is nothing any more",
-    "complete": "it is complete by now, with the owner's answer; nothing was changed",
-    "fenced": "it belongs to somebody else by now; nothing was changed. Look again",
-    "unconfirmed": "the store did not confirm; look again before you repeat it",
+    ResolveStatus.ABSENT: "there is nothing any more",
+    ResolveStatus.COMPLETE: "it is complete by now, with the owner's answer; nothing was changed",
+    ResolveStatus.FENCED: "it belongs to somebody else by now; nothing was changed. Look again",
+    ResolveStatus.UNCONFIRMED: "the store did not confirm; look again before you repeat it",
 }
 
 
@@ -170,8 +171,8 @@ async def _resolve(operator: Operator, options: argparse.Namespace) -> int:
         seen.key, token, seen.fence, seen.mode, seen.fingerprint, seen.described, seen.created_ms, 0, retention_ms
     )
     answer = head._replace(digest=digest.digest(), completed_ms=seen.now_ms)
-    word = await operator.store.resolve(seen.key, seen.token, pack(claim, answer), body, retention_ms)
-    return _conclude(operator, seen, "resolve", word, "resolved", {"status": head.status, "bytes": len(body)})
+    status = await operator.store.resolve(seen.key, seen.token, pack(claim, answer), body, retention_ms)
+    return _conclude(operator, seen, "resolve", status, {"status": head.status, "bytes": len(body)})
 
 
 async def _release(operator: Operator, options: argparse.Namespace) -> int:
@@ -181,8 +182,8 @@ async def _release(operator: Operator, options: argparse.Namespace) -> int:
     _confirm(options, seen.owner_may_live, "Its owner may still live: what it sent may be executed, and then again.")
     token = operator.store.token()
     await _introduce(operator, token)
-    word = await operator.store.set_free(seen.key, seen.token, token, seen.fence)
-    return _conclude(operator, seen, "release", word, "released", {})
+    status = await operator.store.set_free(seen.key, seen.token, token, seen.fence)
+    return _conclude(operator, seen, "release", status, {})
 
 
 async def _introduce(operator: Operator, token: bytes) -> None:
@@ -200,14 +201,14 @@ def _confirm(options: argparse.Namespace, needed: bool, warning: str) -> None:
         raise Refusal("nothing was changed")
 
 
-def _conclude(operator: Operator, seen: RecordView, act: str, word: str, done: str, more: dict[str, Any]) -> int:
+def _conclude(operator: Operator, seen: RecordView, act: str, status: ResolveStatus, more: dict[str, Any]) -> int:
     """Write the audit line and tell the operator."""
     line = {
         "event": "audit",
         "level": "warning",
         "timestamp": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "act": act,
-        "outcome": word,
+        "outcome": status.value,
         "key": record_id(seen.key),
         "was": seen.state,
         "why": seen.why,
@@ -217,8 +218,8 @@ def _conclude(operator: Operator, seen: RecordView, act: str, word: str, done: s
         **more,
     }
     print(json.dumps(line), file=sys.stderr)
-    if word == done:
-        print(done)
+    if status in (ResolveStatus.RESOLVED, ResolveStatus.RELEASED):
+        print(status.value)
         return DONE
-    print(TOO_LATE.get(word, word), file=sys.stderr)
+    print(TOO_LATE[status], file=sys.stderr)
     return NOT_DONE

@@ -12,8 +12,7 @@ from oncegate.messages.problems import Problem, problem, refusal
 from oncegate.observe.outcome import BY_LABEL, Outcome, RequestReport
 from oncegate.rules.policy import Policy
 from oncegate.store.record import Corrupt, Record
-from oncegate.store.redis.health_monitor import ClaimsSuspended
-from oncegate.store.redis.link import Unconfirmed
+from oncegate.store.results import ClaimsSuspended, Unconfirmed
 
 REFUSED = b"Oncegate-Status: refused\r\n"
 UNKNOWN = b"Oncegate-Status: unknown\r\n"

@@ -25,9 +25,9 @@ from oncegate.messages.response_head import ResponseHead
 from oncegate.observe.outcome import BY_LABEL, Outcome
 from oncegate.rules.policy import Policy
 from oncegate.store.leases import LeasedClaim, Leases, suspended_clock_s
-from oncegate.store.record import Claim, StoredResponse, new
-from oncegate.store.redis.link import Unconfirmed
-from oncegate.store.store import Settled, Settling, Store
+from oncegate.store.record import Claim, StoredResponse
+from oncegate.store.results import SettleResult, SettleStatus, Unconfirmed
+from oncegate.store.store import Settling, Store
 from oncegate.upstream.connection import Connection, NotSent, UpstreamLost
 from oncegate.upstream.pool import Pool
 
@@ -95,7 +95,7 @@ class Exchange:
     async def run(self) -> Outcome:
         """Forward, settle, conclude. Return the outcome; FENCED with a client that got nothing yet
         means that the record has the answer."""
-        settled: Settled | None = None
+        settled: SettleResult | None = None
         reached = None
         try:
             reached = await self._forward()
@@ -109,7 +109,7 @@ class Exchange:
             # An answer is worth waiting for; that there is none can be settled behind the client's back.
             patience_s = self._deps.patience_s if how.completes else self._deps.store_timeout_s
             settled = await self._settling(how, last, patience_s)
-            if settled.word == "torn":
+            if settled.status is SettleStatus.INCOMPLETE:
                 how = Settlement.STORE_BARE
                 settled = await self._settling(how, b"", patience_s)
             self._tell(how, reached, settled)
@@ -318,30 +318,41 @@ class Exchange:
         status, reason, block, close_delimited = head.status, head.reason, head.kept, head.close_delimited
         stated, now_ms = head.length is not None or head.bodiless, self._deps.store.now_ms(self._held.claim.key)
         took_ms = min(int(self.upstream_s * 1000), MOST_MS)
-        return new(
-            StoredResponse,
-            (status, reason, block, digested, chunks, size, kept, close_delimited, stated, now_ms, took_ms, head.age_s),
+        return StoredResponse(
+            status=status,
+            reason=reason,
+            block=block,
+            digest=digested,
+            chunks=chunks,
+            size=size,
+            kept=kept,
+            close_delimited=close_delimited,
+            stated_length=stated,
+            completed_ms=now_ms,
+            took_ms=took_ms,
+            age_s=head.age_s,
         )
 
-    def _tell(self, how: Settlement, reached: Ending, settled: Settled) -> None:
+    def _tell(self, how: Settlement, reached: Ending, settled: SettleResult) -> None:
         """Report what is noteworthy, and wake those who wait for this key."""
-        word = settled.word
-        self._deps.settled(word if word in ("fenced", "unconfirmed") else how.word)
-        if settled.lost:
+        status = settled.status
+        nothing_done = status in (SettleStatus.FENCED, SettleStatus.UNCONFIRMED)
+        self._deps.settled(status.value if nothing_done else how.word)
+        if settled.record_was_gone:
             self._deps.settled("lost")
             self._deps.leases.report("lost", self._held)
-        if word == "fenced":
+        if status is SettleStatus.FENCED:
             self._deps.leases.report("fenced", self._held)
         if self._answer is not None and self._answer.close_delimited and how is _STORE:
             self._deps.close_delimited()
         self._deps.leases.drop(self._held)
         key, waiters = self._held.claim.key, self._deps.waiters
-        if reached is _NOT_SENT and word == "released":
+        if reached is _NOT_SENT and status is SettleStatus.RELEASED:
             waiters.nothing_was_sent(key)
         else:
             waiters.wake(key, _BUSY if reached is _DECLINED else _LOOK)
 
-    def _leave(self, reached: Ending | None, settled: Settled | None) -> None:
+    def _leave(self, reached: Ending | None, settled: SettleResult | None) -> None:
         """Whatever happened: nothing stays held, and what is not settled yet is settled behind our back.
 
         A way out that nobody thought of ends as unknown, unless provably nothing was sent.
@@ -351,7 +362,7 @@ class Exchange:
         if reached is None:
             reached = Ending.NO_RESPONSE if self.sent else Ending.NOT_SENT
         how = reached.settlement
-        if settled is None or (settled.word == "unconfirmed" and not how.completes):
+        if settled is None or (settled.status is SettleStatus.UNCONFIRMED and not how.completes):
             # An answer whose settle was interrupted is not delivered either: unknown says no more than is known.
             how = Settlement.UNKNOWN if how.completes else how
             self._deps.background(self._settling(how, b"", self._deps.patience_s))
@@ -360,11 +371,11 @@ class Exchange:
 
     # What the client gets ...
 
-    def _conclude(self, reached: Ending, settled: Settled) -> Outcome:
-        if settled.word == "stored":
+    def _conclude(self, reached: Ending, settled: SettleResult) -> Outcome:
+        if settled.status is SettleStatus.STORED:
             self._deliver()
             return self._outcome
-        if settled.word == "fenced":
+        if settled.status is SettleStatus.FENCED:
             return self._give_up(Outcome.FENCED, None)
         match reached:
             case Ending.NOT_SENT:
@@ -372,7 +383,7 @@ class Exchange:
                 return self._give_up(BY_LABEL[refused.code], refused)
             case Ending.NO_RESPONSE | Ending.TRUNCATED:
                 return self._give_up(*self._failure())
-            case Ending.COMPLETE | Ending.TOO_LARGE if settled.word == "unconfirmed":
+            case Ending.COMPLETE | Ending.TOO_LARGE if settled.status is SettleStatus.UNCONFIRMED:
                 detail = "the answer is not stored yet; a retry with the same key shows what became of it"
                 return self._give_up(Outcome.ANSWER_NOT_STORED, problem("answer-not-stored", detail))
         self._deliver()

@@ -28,9 +28,8 @@ from oncegate.observe.usage import reading
 from oncegate.rules.identity import key_in_head, passes, uses_no_key
 from oncegate.settings.addresses import Network
 from oncegate.store.leases import LeasedClaim, suspended_clock_s
-from oncegate.store.record import Claim, Corrupt, Record
-from oncegate.store.redis.health_monitor import ClaimsSuspended
-from oncegate.store.redis.link import Unconfirmed
+from oncegate.store.record import Claim, ClaimRequest, Corrupt, Record
+from oncegate.store.results import ClaimsSuspended, Unconfirmed
 from oncegate.store.store import Claiming
 
 Way = RequestReport | Coroutine[None, None, RequestReport]  # answered already, or what will answer
@@ -306,8 +305,16 @@ class Gateway:
     def _claim(self, guarded: KeyedRequest) -> Claiming:
         route, _, key, scope, fingerprint, _, _, window_ms, _ = guarded
         policy = route.policy
-        mode, lease_ms, retention_ms = policy.mode, policy.lease_ms, policy.retention_ms
-        return self._deps.store.claim(key, scope, fingerprint, mode, lease_ms, retention_ms, window_ms)
+        request = ClaimRequest(
+            key=key,
+            scope=scope,
+            fingerprint=fingerprint,
+            mode=policy.mode,
+            lease_ms=policy.lease_ms,
+            retention_ms=policy.retention_ms,
+            window_ms=window_ms,
+        )
+        return self._deps.store.claim(request)
 
     def _exchange(
         self, request: Request, guarded: KeyedRequest, claim: Claim, asked_s: float, body: Body, client: ResponseWriter

@@ -14,7 +14,6 @@ from oncegate.messages.request_head import RequestHead, preferred_wait_s
 from oncegate.observe.outcome import Outcome, RequestReport
 from oncegate.rules.identity import Identity, ScopeMemo, name, scope_of
 from oncegate.rules.policy import Policy
-from oncegate.store.record import new
 
 
 class KeyedRequest(NamedTuple):
@@ -41,9 +40,8 @@ class KeyedRequest(NamedTuple):
     ) -> RequestReport:
         """Return what became of this request; `saved_s` and `sent` (bytes) are a replay's."""
         common, rule = self.scope.common, self.route.policy.rule
-        return new(
-            RequestReport,
-            (outcome, status, self.method, self.key, upstream_s, saved_s, sent, common, detail, rule, None),
+        return RequestReport(
+            outcome, status, self.method, self.key, upstream_s, saved_s, sent, common, detail, rule, None
         )
 
 
@@ -108,7 +106,15 @@ class Identifier:
         fingerprint = begun.copy()
         fingerprint.update(body.data)
         key = keyed(scoped, value.strip(b'"'))
-        return new(KeyedRequest, (route, method, key, scope, fingerprint.digest(), wait_s, extra, 0, False))
+        return KeyedRequest(
+            route=route,
+            method=method,
+            key=key,
+            scope=scope,
+            fingerprint=fingerprint.digest(),
+            wait_s=wait_s,
+            extra=extra,
+        )
 
     def _is_plain(self, policy: Policy, seen: KnownHead) -> bool:
         """Return whether all that the head decides is the same for each value of the field that may differ."""

@@ -5,12 +5,18 @@ from hashlib import blake2b
 
 from oncegate.buffers.memory import MemoryBudget
 from oncegate.store.leases import LeasedClaim
+from oncegate.store.results import AppendStatus
 from oncegate.store.store import Store
 
 BATCH_BYTES = 262144
 BATCH_S = 0.05
-# What an append that did not go through makes of a recording; a vanished or torn record is stored bare.
-_AFTER = {"full": "dropped", "torn": "dropped", "absent": "dropped", "unconfirmed": "failed"}
+# What an append that did not go through makes of a recording; a vanished or incomplete record is stored bare.
+_AFTER = {
+    AppendStatus.NO_MEMORY: "dropped",
+    AppendStatus.INCOMPLETE: "dropped",
+    AppendStatus.ABSENT: "dropped",
+    AppendStatus.UNCONFIRMED: "failed",
+}
 BROKEN = ("fenced", "failed")  # states in which the answer cannot end as a stored one
 BACKLOG_BYTES = 2 * BATCH_BYTES  # unconfirmed; above it the exchange waits for the store
 TIGHT_BYTES = BATCH_BYTES // 4  # the same where the worker's memory is short
@@ -132,13 +138,13 @@ class Recording:
     async def _append(self, chunk: bytes) -> None:
         if not chunk:
             return
-        word = await self._store.append(self._held.claim, self.chunks, chunk, self._patience_s)
+        status = await self._store.append(self._held.claim, self.chunks, chunk, self._patience_s)
         if not self.kept:
             return
-        if word == "appended":
+        if status is AppendStatus.APPENDED:
             self.chunks += 1
             self._unconfirmed -= len(chunk)
             self._buffered.give(len(chunk))
             self._changed.set()
         else:
-            self._stop(_AFTER.get(word, "fenced"))
+            self._stop(_AFTER.get(status, "fenced"))

@@ -6,6 +6,7 @@ from oncegate.downstream.response import ResponseWriter
 from oncegate.messages.response_head import answer_digest
 from oncegate.observe.outcome import Outcome
 from oncegate.store.record import Record, StoredResponse, intact
+from oncegate.store.results import ReadFailure
 from oncegate.store.store import Store
 
 Along = Callable[[bytes], None]
@@ -60,8 +61,9 @@ async def _replay_large(
     first = sent = 0
     while first < answer.chunks and not client.gone:
         chunks = await store.read(key, record.token, first)
-        if isinstance(chunks, str):
-            return _broken(client, Outcome.RECORD_CORRUPT if chunks == "torn" else Outcome.STORE_UNAVAILABLE)
+        if isinstance(chunks, ReadFailure):
+            incomplete = chunks is ReadFailure.INCOMPLETE
+            return _broken(client, Outcome.RECORD_CORRUPT if incomplete else Outcome.STORE_UNAVAILABLE)
         if not client.started:
             block = _block(record, answer, extra)
             client.begin(

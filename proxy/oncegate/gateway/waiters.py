@@ -9,7 +9,7 @@ from itertools import chain
 from oncegate.decision import State, state_now
 from oncegate.keys.digests import Scope
 from oncegate.store.record import Record
-from oncegate.store.redis.link import Unconfirmed
+from oncegate.store.results import Unconfirmed
 from oncegate.store.store import Store
 
 A_KEY = 64

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from oncegate.store.record import Claim
+from oncegate.store.results import RenewStatus
 from oncegate.store.store import Store
 
 
@@ -85,14 +86,14 @@ class Leases:
 
     async def _renew(self, held: LeasedClaim) -> None:
         asked_s = suspended_clock_s()
-        word = await self._store.renew(held.claim, held.stage)
+        status = await self._store.renew(held.claim, held.stage)
         if held.settled or held.freeing:
             return  # its settle went ahead; what the renewal found is that
-        if word == "renewed":
+        if status is RenewStatus.RENEWED:
             held.confirmed_s = asked_s
-        elif word == "absent":
+        elif status is RenewStatus.ABSENT:
             held.lost = True
             self.report("lost", held)
-        elif word == "fenced":
+        elif status is RenewStatus.FENCED:
             held.fenced = True
             self.report("fenced", held)

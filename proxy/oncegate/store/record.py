@@ -10,6 +10,7 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 from oncegate.decision import State
+from oncegate.keys.digests import Scope
 from oncegate.messages.response_head import answer_digest
 
 VERSION = b"\x01"
@@ -19,8 +20,18 @@ _FIXED = struct.Struct(">c16s16s16s16s16s16sBHHIIQQII")
 _CHECK_BYTES = 8
 KEPT, CLOSE_DELIMITED, STATED_LENGTH = 1, 2, 4
 _COMPLETE = State.COMPLETE
-# What a NamedTuple's own constructor does, without a frame for it: the hot path makes five a request.
-new = tuple.__new__
+
+
+class ClaimRequest(NamedTuple):
+    """What `Store.claim` asks for."""
+
+    key: bytes  # digest
+    scope: Scope
+    fingerprint: bytes
+    mode: bytes  # of the policy: hold or retry
+    lease_ms: int
+    retention_ms: int
+    window_ms: int = 0  # of a derived key: the age past which a complete record no longer counts; 0 for any other key
 
 
 class Claim(NamedTuple):
@@ -129,11 +140,21 @@ def unpack(key: bytes, tenant: bytes, meta: bytes, body: bytes | None, now_ms: i
         return Corrupt("the record describes another key")
     reason, block = packed[_FIXED.size : reason_end], packed[reason_end:]
     kept, close_delimited, stated = flags & KEPT != 0, flags & CLOSE_DELIMITED != 0, flags & STATED_LENGTH != 0
-    answer = new(
-        StoredResponse,
-        (status, reason, block, digest, chunks, size, kept, close_delimited, stated, completed_ms, took_ms, age_s),
+    answer = StoredResponse(
+        status=status,
+        reason=reason,
+        block=block,
+        digest=digest,
+        chunks=chunks,
+        size=size,
+        kept=kept,
+        close_delimited=close_delimited,
+        stated_length=stated,
+        completed_ms=completed_ms,
+        took_ms=took_ms,
+        age_s=age_s,
     )
-    return new(Record, (_COMPLETE, token, fingerprint, int(created), now_ms, 0, answer, body, b""))
+    return Record(_COMPLETE, token, fingerprint, int(created), now_ms, answer=answer, body=body)
 
 
 def tenant_of(meta: bytes) -> bytes:

@@ -11,8 +11,9 @@ from oncegate.decision import State, state_now
 from oncegate.keys.digests import digest_of, store_key
 from oncegate.store.record import Corrupt, StoredResponse, self_check, tenant_of, unpack
 from oncegate.store.redis.health_monitor import IDENTITIES, replica_key, replica_value
-from oncegate.store.redis.link import ErrorReply, Unconfirmed
+from oncegate.store.redis.link import ErrorReply
 from oncegate.store.redis.node import Node
+from oncegate.store.results import Unconfirmed
 from oncegate.store.store import Store
 
 ASK_S = 5.0  # for one reply

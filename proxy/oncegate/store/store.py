@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any
 
 from oncegate.decision import State, is_open, state_now
 from oncegate.keys.digests import Scope, store_key
@@ -19,22 +19,48 @@ from oncegate.store.record import (
     PREFIX_BYTES,
     TOKEN_BYTES,
     Claim,
+    ClaimRequest,
     Corrupt,
     Record,
     StoredResponse,
-    new,
     pack,
     running,
     self_check,
     unpack,
 )
 from oncegate.store.redis.cluster import Cluster
-from oncegate.store.redis.durable import WAIT_SHARE, UnderReplicated, level
-from oncegate.store.redis.health_monitor import ClaimsSuspended, Membership, NotAttempted
-from oncegate.store.redis.link import NUMBER, SIZE, ErrorReply, Link, Unconfirmed, resp
+from oncegate.store.redis.durable import WAIT_SHARE, level
+from oncegate.store.redis.health_monitor import Membership
+from oncegate.store.redis.link import NUMBER, SIZE, ErrorReply, Link, resp
 from oncegate.store.redis.node import CLAIM_ARGUMENTS, INLINE_BYTES, ORDINARY, TOO_LATE, Node, NodeConfig, StoreServers
+from oncegate.store.redis.replies import (
+    SETTLE,
+    append_status,
+    is_final,
+    is_noscript,
+    is_out_of_memory,
+    may_have_run,
+    read_chunks,
+    renew_status,
+    resolve_status,
+)
 from oncegate.store.redis.sentinel import SentinelNode
 from oncegate.store.redis.server import FULL_RATIO, load_scripts, opener
+from oncegate.store.results import (
+    AppendStatus,
+    ClaimResult,
+    ClaimsSuspended,
+    NotAttempted,
+    NotClaimed,
+    ReadFailure,
+    RenewStatus,
+    ResolveStatus,
+    SettleResult,
+    SettleStatus,
+    StoreFull,
+    Unconfirmed,
+    UnderReplicated,
+)
 
 READ_BYTES = 262144  # of a larger one at a time
 _16, _16_NEXT, _32_NEXT = b"$16\r\n", b"\r\n$16\r\n", b"\r\n$32\r\n"  # bytes of words of a known size
@@ -62,20 +88,8 @@ def servers(
     return SentinelNode(several, terms) if several.kind == "sentinel" else Cluster(several, terms)
 
 
-class Settled(NamedTuple):
-    """How a settle came out.
-
-    `word`: stored, released, unknown; torn (the record lacks chunks); fenced (another's, or another
-    answer of ours); unconfirmed. `lost`: the record was gone and was written anew, where it says so.
-    """
-
-    word: str
-    lost: bool = False
-
-
-_STORED = Settled("stored")
-Settling = Coroutine[Any, Any, Settled]
-Claiming = Coroutine[Any, Any, Claim | Record | Corrupt | Unconfirmed]
+Settling = Coroutine[Any, Any, SettleResult]
+Claiming = Coroutine[Any, Any, ClaimResult]
 
 
 class Store:
@@ -189,23 +203,21 @@ class Store:
 
     # Verbs ...
 
-    def claim(
-        self,
-        key: bytes,
-        scope: Scope,
-        fingerprint: bytes,
-        mode: bytes,
-        lease_ms: int,
-        retention_ms: int,
-        window_ms: int = 0,
-    ) -> Claiming:
-        """Claim a key, or return what stands there. Unconfirmed: a claim never lands after that.
-
-        `window_ms`: of a derived key, after which its complete record counts no more.
-        """
+    def claim(self, request: ClaimRequest) -> Claiming:
+        """Claim a key, or return the record that it has. After Unconfirmed no copy of the claim takes effect."""
+        key, scope, fingerprint, mode, lease_ms, retention_ms, window_ms = request
         token = self.token()
-        described = self_check(key, scope.tenant, token, mode, fingerprint)
-        claim = new(Claim, (key, token, b"", mode, fingerprint, described, 0, lease_ms, retention_ms))
+        claim = Claim(
+            key=key,
+            token=token,
+            fence=b"",
+            mode=mode,
+            fingerprint=fingerprint,
+            self_check=self_check(key, scope.tenant, token, mode, fingerprint),
+            created_ms=0,
+            lease_ms=lease_ms,
+            retention_ms=retention_ms,
+        )
         return self._claim(claim, scope, window_ms, self._give_up)
 
     def reclaim(self, claim: Claim, scope: Scope) -> Claiming:
@@ -214,7 +226,7 @@ class Store:
 
     async def _claim(
         self, claim: Claim, scope: Scope, window_ms: int, give_up: Callable[[Claim], None] | None
-    ) -> Claim | Record | Corrupt | Unconfirmed:
+    ) -> ClaimResult:
         """Claim, again with the same token where need be, until the budget is over."""
         loop, ask, described = self._loop, self._servers.claim, self._describe(claim)
         left_s = self._timeout_s
@@ -267,11 +279,11 @@ class Store:
 
     def _no_use(self, why: Unconfirmed) -> bool:
         """Return whether another try within the budget cannot bring another reply."""
-        return isinstance(why, NotAttempted) or why.detail.startswith("OOM")
+        return isinstance(why, NotAttempted | StoreFull)
 
     def _learn(self, why: Unconfirmed, claim: Claim, deadline: float) -> None:
         """Note a claim that was not confirmed: the server is full, or it may be down."""
-        if why.detail.startswith("OOM"):
+        if isinstance(why, StoreFull):
             if (node := self._servers.node_of(store_key(claim.key))) is not None:
                 node.losses.refused_for_memory()
         elif not isinstance(why, NotAttempted):
@@ -292,17 +304,17 @@ class Store:
         stands: bool,
         maybe_executed: bool,
         give_up: Callable[[Claim], None] | None,
-    ) -> Record | Corrupt | Unconfirmed:
+    ) -> NotClaimed:
         """End a claim that is not ours, and leave nothing of it: one that stands for sure is freed before that.
 
         Where claims are withheld, what stands there is told.
         """
         if give_up is not None:
             if stands and not maybe_executed:
-                maybe_executed = (await self.release(claim, self._give_back_s)).word == "unconfirmed"
+                maybe_executed = (await self.release(claim, self._give_back_s)).status is SettleStatus.UNCONFIRMED
             if maybe_executed:
                 give_up(claim)
-            elif isinstance(why, ClaimsSuspended) and why.tells:
+            elif isinstance(why, ClaimsSuspended) and why.replays:
                 there = await self.look(claim.key, scope, claim.lease_ms)
                 return why if there is None or isinstance(there, Unconfirmed) else there
         elif maybe_executed:
@@ -311,9 +323,9 @@ class Store:
 
     async def _withdrawn(self, found: Record, claim: Claim) -> bool:
         """Free a key that a claim of ours was given up for, and for which nothing was sent, before its turn."""
-        return (await self.release(claim._replace(token=found.token), self._timeout_s)).word == "released"
+        return (await self.release(claim._replace(token=found.token), self._timeout_s)).status is SettleStatus.RELEASED
 
-    async def look(self, key: bytes, scope: Scope, lease_ms: int) -> Record | Corrupt | Unconfirmed | None:
+    async def look(self, key: bytes, scope: Scope, lease_ms: int) -> NotClaimed | None:
         """Return what stands in the store for a key, None for nothing: a claim that is always too late."""
         nobody = Claim(key, bytes(TOKEN_BYTES), b"", b"", bytes(16), bytes(32), 0, lease_ms, 0)
         args, deadline = self._describe(nobody) + TOO_LATE, self._loop.time() + self._timeout_s
@@ -330,7 +342,7 @@ class Store:
         # Joined here: 15k instructions a claim less than word by word (measured).
         return b"".join((_16, token, _16_NEXT, fingerprint, _32_NEXT, described, terms))
 
-    def _read_claim(self, claim: Claim, scope: Scope, reply: Any) -> Claim | Record | Corrupt | Unconfirmed | str:
+    def _read_claim(self, claim: Claim, scope: Scope, reply: Any) -> ClaimResult | str:
         """Return what a reply to `claim` means; "late" where the claim came too late."""
         # By its length too: the state of a damaged record may be any word.
         word = reply[0] if isinstance(reply, list) and len(reply) == 4 else b""
@@ -338,7 +350,17 @@ class Store:
             _, now_ms, fence, created = reply
             self._servers.heard(now_ms)
             key, token, _, mode, fingerprint, described, _, lease_ms, retention_ms = claim
-            return new(Claim, (key, token, fence, mode, fingerprint, described, int(created), lease_ms, retention_ms))
+            return Claim(
+                key=key,
+                token=token,
+                fence=fence,
+                mode=mode,
+                fingerprint=fingerprint,
+                self_check=described,
+                created_ms=int(created),
+                lease_ms=lease_ms,
+                retention_ms=retention_ms,
+            )
         if word == b"complete":
             _, now_ms, meta, body = reply
             self._servers.heard(now_ms)
@@ -353,6 +375,8 @@ class Store:
                 return Corrupt("the record is of another type")
             case Unconfirmed():
                 return reply
+            case _ if is_out_of_memory(reply):
+                return StoreFull(str(reply))
             case _:  # an error: nothing was written
                 return Unconfirmed(str(reply), maybe_executed=False)
 
@@ -372,25 +396,22 @@ class Store:
     async def _withdraw(self, claim: Claim) -> None:
         until = self._loop.time() + claim.retention_ms / 1000
         await asyncio.sleep(self._timeout_s)  # from now on it cannot be executed any more
-        while (await self.release(claim, self._patience_s)).word == "unconfirmed":
+        while (await self.release(claim, self._patience_s)).status is SettleStatus.UNCONFIRMED:
             if self._loop.time() >= min(until, self._patience_ends):
                 break
         self._given_up.discard(claim.token)
 
-    async def append(self, claim: Claim, index: int, chunk: bytes, patience_s: float) -> str:
-        """Keep chunk `index`: appended, torn, absent, complete, fenced, full (no memory) or unconfirmed."""
+    async def append(self, claim: Claim, index: int, chunk: bytes, patience_s: float) -> AppendStatus:
+        """Store chunk `index` of a response, and extend the lease."""
         words = resp(claim.token, index, chunk, claim.lease_ms)
         reply, _ = await self._repeat("append", claim, self._loop.time() + patience_s, words, 4)
-        if isinstance(reply, ErrorReply):
-            return "full" if str(reply).startswith("OOM") else "unconfirmed"
-        return "unconfirmed" if isinstance(reply, Unconfirmed) else reply[0].decode()
+        return append_status(reply)
 
-    async def renew(self, claim: Claim, stage: bytes = b"claimed") -> str:
-        """Extend the lease once, and note how far it got: renewed, absent, unknown, complete, fenced or unconfirmed."""
+    async def renew(self, claim: Claim, stage: bytes = b"claimed") -> RenewStatus:
+        """Extend the lease, and note how far the exchange got (`stage`). One try: the next renewal is the retry."""
         deadline = self._loop.time() + self._timeout_s
         args = resp(claim.token, claim.lease_ms, claim.retention_ms, stage)
-        reply = await self._call("renew", claim.key, deadline, args, 4)
-        return reply[0].decode() if isinstance(reply, list) else "unconfirmed"
+        return renew_status(await self._call("renew", claim.key, deadline, args, 4))
 
     def store(self, claim: Claim, answer: StoredResponse, last: bytes, patience_s: float) -> Settling:
         """Settle: make the record complete. `last` is the last chunk if it was not appended, else empty."""
@@ -414,46 +435,34 @@ class Store:
         words = resp(b"unknown", claim.retention_ms, fence, mode, fingerprint, described, created_ms, why)
         return self._settle(claim, 9, words, patience_s)
 
-    async def _settle(self, claim: Claim, count: int, words: bytes, patience_s: float) -> Settled:
+    async def _settle(self, claim: Claim, count: int, words: bytes, patience_s: float) -> SettleResult:
         args = b"".join((_16, claim.token, b"\r\n", words))
         now = self._loop.time()
         deadline = now + min(self._timeout_s, patience_s)
         reply = await self._servers.run("settle", claim.key, deadline, args, count)
-        again = isinstance(reply, Unconfirmed) and reply.maybe_executed
+        again = may_have_run(reply)
         if not is_final(reply):
             self._repeated()
             reply, twice = await self._repeat("settle", claim, now + patience_s, args, count)
             again |= twice
         match reply:
-            case [b"stored", b"found"]:
-                return _STORED
             case [b"released", _] if again:
-                return Settled("released")  # absent may be our own first try's doing
+                # That the record was gone may be the doing of our own first try.
+                return SettleResult(SettleStatus.RELEASED)
             case [word, before]:
-                return Settled(word.decode(), lost=before == b"absent")
-            case [b"torn"]:
-                return Settled("torn")
-            case [_] if again and words.startswith(_RELEASE):
-                return Settled("released")  # who has the key now claimed it after our own first try
-            case [_]:
-                return Settled("fenced")
+                return SettleResult(SETTLE[word], record_was_gone=before == b"absent")
+            case [b"fenced" | b"complete"] if again and words.startswith(_RELEASE):
+                # The owner that the key has now claimed it after our own first try.
+                return SettleResult(SettleStatus.RELEASED)
+            case [word]:
+                return SettleResult(SETTLE[word])
             case _:
-                return Settled("unconfirmed")
+                return SettleResult(SettleStatus.UNCONFIRMED)
 
-    async def read(self, key: bytes, token: bytes, first: int) -> list[bytes] | str:
-        """Return the chunks of a complete answer from `first` on, as many as fit.
-
-        Else: torn (the record lacks that chunk), gone (it is another's now, or none) or unconfirmed.
-        """
+    async def read(self, key: bytes, token: bytes, first: int) -> list[bytes] | ReadFailure:
+        """Return chunks of a complete response from index `first` on: about READ_BYTES, and at least one chunk."""
         deadline = self._loop.time() + self._timeout_s
-        reply = await self._call("read", key, deadline, resp(token, first, READ_BYTES), 3)
-        match reply:
-            case [b"chunks", *chunks]:
-                return chunks
-            case [bytes(word)]:
-                return word.decode()
-            case _:
-                return "unconfirmed"
+        return read_chunks(await self._call("read", key, deadline, resp(token, first, READ_BYTES), 3))
 
     # For operators ...
 
@@ -465,18 +474,16 @@ class Store:
         """Return a new token of this store's own."""
         return self._prefix + next(self._count).to_bytes(6, "big")
 
-    async def resolve(self, key: bytes, token: bytes, meta: bytes, body: bytes, retention_ms: int) -> str:
-        """Give a key its answer if `token` still owns it: resolved, absent, complete, fenced or unconfirmed."""
+    async def resolve(self, key: bytes, token: bytes, meta: bytes, body: bytes, retention_ms: int) -> ResolveStatus:
+        """Give a key its response, if `token` still owns it."""
         return await self._resolve(key, resp(token, b"answer", retention_ms, meta, body), 5)
 
-    async def set_free(self, key: bytes, token: bytes, operator: bytes, fence: bytes) -> str:
-        """Free a key if `token` still owns it, which the operator's fences: released, absent, complete, fenced or
-        unconfirmed."""
+    async def set_free(self, key: bytes, token: bytes, operator: bytes, fence: bytes) -> ResolveStatus:
+        """Free a key, if `token` still owns it. The token `operator` fences the owner from then on."""
         return await self._resolve(key, resp(token, b"release", operator, fence), 4)
 
-    async def _resolve(self, key: bytes, args: bytes, count: int) -> str:
-        reply = await self._call("resolve", key, self._loop.time() + self._timeout_s, args, count)
-        return reply[0].decode() if isinstance(reply, list) else "unconfirmed"
+    async def _resolve(self, key: bytes, args: bytes, count: int) -> ResolveStatus:
+        return resolve_status(await self._call("resolve", key, self._loop.time() + self._timeout_s, args, count))
 
     # Calls ...
 
@@ -493,7 +500,7 @@ class Store:
             reply = await self._call(verb, claim.key, deadline, args, count)
             if is_final(reply) or loop.time() + pause_s >= min(give_up, self._patience_ends):
                 return reply, again
-            again |= isinstance(reply, Unconfirmed) and reply.maybe_executed
+            again |= may_have_run(reply)
             self._repeated()
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, PAUSE_MOST_S)
@@ -510,13 +517,3 @@ def _opens(found: Record, claim: Claim, window_ms: int) -> bool:
     past = window_ms > 0 and found.created_ms + window_ms < found.now_ms
     state = state_now(found.state, found.lease_left_ms)
     return is_open(state, found.fingerprint == claim.fingerprint, found.mode, past)
-
-
-def is_final(reply: object) -> bool:
-    """Return whether calling again cannot bring another reply."""
-    return isinstance(reply, list) or (isinstance(reply, ErrorReply) and str(reply).startswith("OOM"))
-
-
-def is_noscript(reply: object) -> bool:
-    """Return whether a server does not know the script it was asked to run."""
-    return isinstance(reply, ErrorReply) and str(reply).startswith("NOSCRIPT")

@@ -17,10 +17,11 @@ from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 from oncegate.keys.digests import KEY_DIGEST_BYTES, store_key
 from oncegate.settings.addresses import Several, bracketed
 from oncegate.store.breaker import Breaker
-from oncegate.store.redis.health_monitor import HEALTH_S, NotAttempted
-from oncegate.store.redis.link import ErrorReply, Unconfirmed
+from oncegate.store.redis.health_monitor import HEALTH_S
+from oncegate.store.redis.link import ErrorReply
 from oncegate.store.redis.node import PROBE_MOST_S, Node, NodeConfig
 from oncegate.store.redis.server import Unfit, ask, opener, parse_info
+from oncegate.store.results import NotAttempted, Unconfirmed
 
 HOPS = 5  # of a call that is sent on and on, while slots move; then it waits like any other that fails
 REFRESH_S = 10.0  # how old the map may get without a surprise
@@ -195,7 +196,7 @@ class Cluster:
         slot = slot_of(key)
         first = self._slots[slot]
         if (first.breaker if first else self._unmapped).open:  # else it would be waited for
-            return (first and first.losses.withheld()) or NotAttempted(self._down_because, maybe_executed=False)
+            return (first and first.losses.withheld()) or NotAttempted(self._down_because)
         node, reply = await self._call(slot, deadline, call)
         if node is not None and isinstance(reply, list):
             node.heard(reply[1])

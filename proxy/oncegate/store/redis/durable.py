@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from oncegate.store.redis.link import Link, Unconfirmed
+from oncegate.store.redis.link import Link
+from oncegate.store.results import Unconfirmed, UnderReplicated
 
 WAIT_SHARE = 0.75  # of what is left of the budget; the rest is for giving the claim back
 LEAST_SHARE = 0.1  # a claim with less of its budget left is not sent: it would cut the WAIT of the others short
@@ -21,13 +22,6 @@ AOF_SINCE = (7, 2)
 LEFT_S = 5.0
 ALL_MS = 20  # for which claims wait for every replica: one that is leaving is not seen to have left at once
 _CONNECTED = re.compile(rb"connected_slaves:(\d+)")
-
-
-@dataclass(frozen=True, slots=True)
-class UnderReplicated(Unconfirmed):
-    """The claim stands, but too few have it. That is all there is: it will not be executed later."""
-
-    maybe_executed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,9 @@ from math import ceil
 from typing import Any, Protocol
 
 from oncegate.store.record import PREFIX_BYTES
-from oncegate.store.redis.link import ErrorReply, Link, Script, Unconfirmed, resp
+from oncegate.store.redis.link import ErrorReply, Link, Script, resp
 from oncegate.store.redis.server import is_refusal, memory_ratio, parse_info, problem
+from oncegate.store.results import ClaimsSuspended
 
 EPOCH, IDENTITIES, RULES = b"once:epoch", b"once:identities", b"once:rules"
 HEALTH_S = 1.0
@@ -41,19 +42,6 @@ LOSSES = {
     "moved": "the store restarted or failed over: unless it is durable, its last writes may be lost",
     "founded": "the store has no epoch: it is new, or it lost everything",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class NotAttempted(Unconfirmed):
-    """Not even asked for, because that is no use now: repeating it within the budget is not either."""
-
-
-@dataclass(frozen=True, slots=True)
-class ClaimsSuspended(NotAttempted):
-    """Not asked for on purpose. `retry_after_s`: when that may be over; `tells`: what stands there is still told."""
-
-    retry_after_s: int = 1
-    tells: bool = True
 
 
 @dataclass(slots=True)
@@ -190,11 +178,9 @@ class HealthMonitor:
     def withheld(self) -> ClaimsSuspended | None:
         """Return why unseen keys are not claimed now, None where they are. Only while `withholds`."""
         if self._differs:
-            return ClaimsSuspended(
-                "this proxy names keys in another way than others", maybe_executed=False, tells=False
-            )
+            return ClaimsSuspended("this proxy names keys in another way than others", replays=False)
         if left_s := self.quarantine_left_s:
-            return ClaimsSuspended("the store lost data", maybe_executed=False, retry_after_s=ceil(left_s))
+            return ClaimsSuspended("the store lost data", retry_after_s=ceil(left_s))
         self.withholds = False
         return None
 

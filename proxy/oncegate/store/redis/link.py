@@ -10,7 +10,6 @@ import asyncio
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from hashlib import sha1
 from time import perf_counter
 from typing import Any, cast
@@ -19,20 +18,13 @@ import hiredis
 from redis.asyncio.connection import AbstractConnection
 
 from oncegate.buffers.write_batcher import write_batcher
+from oncegate.store.results import Unconfirmed
 
 BATCH = 8  # commands that leave at once, so that the store works on them while the turn issues more
 SWEEP_S = 0.05  # how late a deadline may be noticed
 RECONNECT_FIRST_S, RECONNECT_MOST_S = 0.02, 1.0
 CANCEL_AGAIN_S = 0.1
 DEMOTED = ("READONLY", "MASTERDOWN")  # what a server says to writes that is, or became, a replica
-
-
-@dataclass(frozen=True, slots=True)
-class Unconfirmed:
-    """No reply came. `maybe_executed`: the command left us, so it may have been executed, or may yet be."""
-
-    detail: str
-    maybe_executed: bool = True
 
 
 class ErrorReply(Exception):

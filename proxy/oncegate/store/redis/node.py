@@ -16,12 +16,12 @@ from oncegate.store.redis.health_monitor import (
     HealthMonitor,
     Membership,
     Memory,
-    NotAttempted,
     OverLink,
     Talk,
 )
-from oncegate.store.redis.link import ErrorReply, Link, Script, Unconfirmed, resp
+from oncegate.store.redis.link import ErrorReply, Link, Script, resp
 from oncegate.store.redis.server import Info, Opener, Prepare, Unfit, check_mode, preparer, version_of
+from oncegate.store.results import NotAttempted, Unconfirmed
 
 INLINE_BYTES = 65536  # a stored body up to this comes with the reply to `claim`
 _13 = b"$13\r\n"
@@ -242,7 +242,7 @@ class Node:
         if (withheld := self.losses.withheld()) is not None:
             return withheld
         if self.breaker.open:
-            return NotAttempted(f"{self.name} does not confirm claims", maybe_executed=False)
+            return NotAttempted(f"{self.name} does not confirm claims")
         self._shut = False
         return None
 

@@ -1,0 +1,123 @@
+"""What the verbs of a store return.
+
+`claim` and `look` return a `Claim`, a `Record`, a `Corrupt` or an `Unconfirmed`; every other verb returns a status of
+its own. No verb raises for a store that is down: the outcome is a value. A store of another kind returns the same.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+from oncegate.store.record import Claim, Corrupt, Record
+
+# Replies that did not come ...
+
+
+@dataclass(frozen=True, slots=True)
+class Unconfirmed:
+    """The store did not confirm the call.
+
+    `maybe_executed`: the command left the proxy, so the store may have executed it, or may execute it later.
+    """
+
+    detail: str
+    maybe_executed: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class UnderReplicated(Unconfirmed):
+    """The store has the claim, but too few replicas or disks confirmed it. No copy of it will be executed later."""
+
+    maybe_executed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StoreFull(Unconfirmed):
+    """The store refused the write at its memory limit. Retrying within the deadline would not help."""
+
+    maybe_executed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class NotAttempted(Unconfirmed):
+    """The store was not contacted, because the call could not succeed. Retrying within the deadline would not help."""
+
+    maybe_executed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimsSuspended(NotAttempted):
+    """The proxy refuses first-time keys on purpose, for example while the store is in quarantine after a loss.
+
+    `retry_after_s`: when that may be over. `replays`: records that exist are still read and replayed.
+    """
+
+    retry_after_s: int = 1
+    replays: bool = True
+
+
+NotClaimed = Record | Corrupt | Unconfirmed
+ClaimResult = Claim | NotClaimed
+
+
+# Statuses of the other verbs ...
+
+
+class SettleStatus(Enum):
+    """How a settle ended."""
+
+    STORED = "stored"  # the record is complete and has this response
+    RELEASED = "released"  # the key is free
+    MARKED_UNKNOWN = "unknown"  # the record says that nobody knows the outcome
+    INCOMPLETE = "incomplete"  # nothing was changed: the record lacks chunks of the response
+    FENCED = "fenced"  # nothing was changed: the key has another owner, or another response of ours
+    UNCONFIRMED = "unconfirmed"  # the store did not confirm in time; the settle may have been executed
+
+
+class SettleResult(NamedTuple):
+    """`record_was_gone`: the record had vanished and was written anew, so a claim was lost."""
+
+    status: SettleStatus
+    record_was_gone: bool = False
+
+
+class AppendStatus(Enum):
+    """How the append of one chunk ended. The record has the chunk only after APPENDED."""
+
+    APPENDED = "appended"
+    INCOMPLETE = "incomplete"  # the record has another chunk at this index
+    ABSENT = "absent"  # there is no record
+    COMPLETE = "complete"  # the owner's own response is complete already
+    FENCED = "fenced"  # the key has another owner
+    NO_MEMORY = "no_memory"  # the store is at its memory limit
+    UNCONFIRMED = "unconfirmed"
+
+
+class RenewStatus(Enum):
+    """How the renewal of a lease ended. The lease is extended only after RENEWED."""
+
+    RENEWED = "renewed"
+    ABSENT = "absent"  # there is no record
+    UNKNOWN = "unknown"  # the record is marked unknown
+    COMPLETE = "complete"  # the owner's own response is complete
+    FENCED = "fenced"  # the key has another owner
+    UNCONFIRMED = "unconfirmed"
+
+
+class ReadFailure(Enum):
+    """Why a read returns no chunks."""
+
+    INCOMPLETE = "incomplete"  # the record lacks the chunk
+    GONE = "gone"  # the record has another owner, or there is none
+    UNCONFIRMED = "unconfirmed"
+
+
+class ResolveStatus(Enum):
+    """How an operator's decision about a key ended. Only RESOLVED and RELEASED change the record."""
+
+    RESOLVED = "resolved"
+    RELEASED = "released"
+    ABSENT = "absent"  # there is no record
+    COMPLETE = "complete"  # the owner's response is complete
+    FENCED = "fenced"  # the key has another owner than the operator saw
+    UNCONFIRMED = "unconfirmed"
