@@ -22,11 +22,11 @@ ENV PATH=/opt/oncegate/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     ONCEGATE_LISTEN=0.0.0.0:8080 \
-    ONCEGATE_ADMIN_LISTEN=0.0.0.0:9090 \
+    ONCEGATE_ADMIN_LISTEN=0.0.0.0:8081 \
     ONCEGATE_SPOOL_DIR=/tmp
 # A number, so that Kubernetes' runAsNonRoot can see that it is not root.
 USER 65532:65532
-EXPOSE 8080 9090
+EXPOSE 8080 8081
 STOPSIGNAL SIGTERM
 # Liveness, not readiness: an outage of the store must not restart healthy proxies.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=10s CMD ["oncegate", "healthcheck"]

@@ -148,10 +148,10 @@ def test_what_a_problem_settles(slug):
     """Each of oncegate's own answers has one meaning for the clients, too; in the mode retry, lost is no end."""
     word, outcome = OF_SLUGS[slug]
     for may_retry in (False, True):
-        made = problem(slug, "why", may_retry=may_retry)
-        fields = [line.split(b": ", 1) for line in made.block.split(b"\r\n") if line]
+        made = problem(slug, "why").for_mode(b"retry" if may_retry else b"hold")
+        fields = [line.split(b": ", 1) for line in made.head_fields().split(b"\r\n") if line]
         headers = {name.decode().lower(): value.decode() for name, value in fields} | {"oncegate-status": word}
-        assert judge(Answer(made.status, headers, made.body)) is (None if may_retry else outcome)
+        assert judge(Answer(made.status, headers, made.body())) is (None if may_retry else outcome)
 
 
 def test_a_date_in_retry_after():

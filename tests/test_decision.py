@@ -11,11 +11,11 @@ from oncegate.decision import (
     Settlement,
     State,
     decide,
+    effective_state,
     ending,
-    is_open,
+    may_take_over,
     must_reclaim,
     retry_after_s,
-    state_now,
 )
 
 RUNNING, PASSED = 1, 0  # what is left of a lease, in ms
@@ -23,18 +23,18 @@ RUNNING, PASSED = 1, 0  # what is left of a lease, in ms
 # What was found, what is left of its lease -> what the same request gets. Another one is a mismatch.
 DECISIONS = [
     # found           lease    kept   same fingerprint     other fingerprint
-    (State.IN_FLIGHT, RUNNING, True, Decision.IN_FLIGHT, Decision.MISMATCH),
-    (State.IN_FLIGHT, RUNNING, False, Decision.IN_FLIGHT, Decision.MISMATCH),
-    (State.IN_FLIGHT, PASSED, True, Decision.UNKNOWN, Decision.MISMATCH),
-    (State.IN_FLIGHT, PASSED, False, Decision.UNKNOWN, Decision.MISMATCH),
-    (State.COMPLETE, RUNNING, True, Decision.REPLAY, Decision.MISMATCH),
-    (State.COMPLETE, PASSED, True, Decision.REPLAY, Decision.MISMATCH),
-    (State.COMPLETE, RUNNING, False, Decision.NOT_KEPT, Decision.MISMATCH),
-    (State.COMPLETE, PASSED, False, Decision.NOT_KEPT, Decision.MISMATCH),
-    (State.UNKNOWN, RUNNING, True, Decision.UNKNOWN, Decision.MISMATCH),
-    (State.UNKNOWN, RUNNING, False, Decision.UNKNOWN, Decision.MISMATCH),
-    (State.UNKNOWN, PASSED, True, Decision.UNKNOWN, Decision.MISMATCH),
-    (State.UNKNOWN, PASSED, False, Decision.UNKNOWN, Decision.MISMATCH),
+    (State.IN_FLIGHT, RUNNING, True, Decision.IN_FLIGHT, Decision.KEY_REUSED),
+    (State.IN_FLIGHT, RUNNING, False, Decision.IN_FLIGHT, Decision.KEY_REUSED),
+    (State.IN_FLIGHT, PASSED, True, Decision.OUTCOME_UNKNOWN, Decision.KEY_REUSED),
+    (State.IN_FLIGHT, PASSED, False, Decision.OUTCOME_UNKNOWN, Decision.KEY_REUSED),
+    (State.COMPLETE, RUNNING, True, Decision.REPLAY, Decision.KEY_REUSED),
+    (State.COMPLETE, PASSED, True, Decision.REPLAY, Decision.KEY_REUSED),
+    (State.COMPLETE, RUNNING, False, Decision.RESPONSE_NOT_KEPT, Decision.KEY_REUSED),
+    (State.COMPLETE, PASSED, False, Decision.RESPONSE_NOT_KEPT, Decision.KEY_REUSED),
+    (State.UNKNOWN, RUNNING, True, Decision.OUTCOME_UNKNOWN, Decision.KEY_REUSED),
+    (State.UNKNOWN, RUNNING, False, Decision.OUTCOME_UNKNOWN, Decision.KEY_REUSED),
+    (State.UNKNOWN, PASSED, True, Decision.OUTCOME_UNKNOWN, Decision.KEY_REUSED),
+    (State.UNKNOWN, PASSED, False, Decision.OUTCOME_UNKNOWN, Decision.KEY_REUSED),
 ]
 
 # As of now: what was found, the same fingerprint, the record's own mode, past its window -> whether it is open.
@@ -51,7 +51,7 @@ ENDINGS = {
     Ending.TRUNCATED: Settlement.UNKNOWN,
     Ending.DECLINED: Settlement.RELEASE,
     Ending.AMBIGUOUS: Settlement.UNKNOWN,
-    Ending.TOO_LARGE: Settlement.STORE_BARE,
+    Ending.TOO_LARGE: Settlement.STORE_WITHOUT_BODY,
     Ending.COMPLETE: Settlement.STORE,
 }
 
@@ -69,9 +69,9 @@ WHOLE = {
 @pytest.mark.parametrize(("found", "lease_left_ms", "kept", "same", "other"), DECISIONS)
 def test_what_a_duplicate_gets(found, lease_left_ms, kept, same, other):
     """What was found decides, and a mismatch is looked at first, so that another request's state never shows."""
-    now = state_now(found, lease_left_ms)
-    assert decide(now, same_request=True, kept=kept) is same
-    assert decide(now, same_request=False, kept=kept) is other
+    now = effective_state(found, lease_left_ms)
+    assert decide(now, same_request=True, body_stored=kept) is same
+    assert decide(now, same_request=False, body_stored=kept) is other
 
 
 def test_the_decision_table_is_whole():
@@ -83,15 +83,15 @@ def test_the_decision_table_is_whole():
 @pytest.mark.parametrize("found", [*product(State, (True, False), (b"hold", b"retry", b""), (True, False))])
 def test_which_keys_are_open_to_a_newcomer(found):
     """Unknown under the mode retry, for the same request; complete, for derived keys after their window; no other."""
-    assert is_open(*found) is (found in OPEN)
+    assert may_take_over(*found) is (found in OPEN)
 
 
 @pytest.mark.parametrize("left_ms", [-(10**12), -1, 0, 1, 2, 10_000, 10**12])
 def test_a_passed_lease_is_read_as_unknown(left_ms):
     """It matters to a key in flight alone: nobody knows what its owner did."""
-    assert state_now(State.IN_FLIGHT, left_ms) is (State.IN_FLIGHT if left_ms > 0 else State.UNKNOWN)
-    assert state_now(State.COMPLETE, left_ms) is State.COMPLETE
-    assert state_now(State.UNKNOWN, left_ms) is State.UNKNOWN
+    assert effective_state(State.IN_FLIGHT, left_ms) is (State.IN_FLIGHT if left_ms > 0 else State.UNKNOWN)
+    assert effective_state(State.COMPLETE, left_ms) is State.COMPLETE
+    assert effective_state(State.UNKNOWN, left_ms) is State.UNKNOWN
 
 
 @pytest.mark.parametrize("reached", Ending)

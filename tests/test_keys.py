@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from oncegate.keys.digests import Digests, Scope, UnstableScope, short, store_key
+from oncegate.keys.digests import Digests, Scope, UnstableScope, key_id, store_key
 from oncegate.keys.syntax import BadKey, parse_key
 
 many = settings(max_examples=800, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
@@ -458,5 +458,5 @@ def test_the_name_in_the_store_tells_all_of_the_digest():
 def test_what_a_log_shows_finds_the_record():
     """The short form is how the name in the store begins, 12 characters of 32."""
     digest = DIGESTS.key(Scope(b"n", b"t"), b"k")
-    assert len(short(digest)) == 12
-    assert store_key(digest).startswith(b"once:{" + short(digest).encode())
+    assert len(key_id(digest)) == 12
+    assert store_key(digest).startswith(b"once:{" + key_id(digest).encode())

@@ -7,7 +7,7 @@ import pytest
 from oncegate.commands.cli import parser
 from oncegate.commands.given_answer import given
 from oncegate.commands.refusal import WRONG, Refusal
-from oncegate.keys.digests import digest_of, record_id, store_key
+from oncegate.keys.digests import parse_record_id, record_id, store_key
 
 
 def options(*words: str) -> argparse.Namespace:
@@ -54,6 +54,6 @@ def test_an_answer_by_hand(tmp_path):
 def test_ids_are_names():
     """What lists and logs show leads back to the record; nothing else does."""
     digest = bytes(range(24))
-    assert digest_of(record_id(digest)) == digest_of(store_key(digest).decode()) == digest
+    assert parse_record_id(record_id(digest)) == parse_record_id(store_key(digest).decode()) == digest
     for other in ("", "x" * 31, "x" * 33, "once:{}", "once:epoch", "*" * 32):
-        assert digest_of(other) is None
+        assert parse_record_id(other) is None

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from oncegate.messages.target import plain_path
+from oncegate.messages.target import normalized_path
 from oncegate.rules.patterns import (
     host_includes,
     host_matches,
@@ -42,7 +42,7 @@ PLAIN = {
 @pytest.mark.parametrize(("target", "path"), PLAIN.items(), ids=repr)
 def test_what_means_the_same_path_is_the_same(target, path):
     """Escapes of plain characters, dot segments and doubled slashes do not lead past a rule."""
-    assert plain_path(target) == path
+    assert normalized_path(target) == path
 
 
 MATCHES = {

@@ -49,8 +49,8 @@ def made(slug: str) -> Problem:
 
 def fields(answer: Problem) -> dict[str, str]:
     """Return the fields of an answer, each of which stands once."""
-    assert answer.block.endswith(b"\r\n")
-    pairs = [line.split(": ", 1) for line in answer.block.decode("ascii").split("\r\n")[:-1]]
+    assert answer.head_fields().endswith(b"\r\n")
+    pairs = [line.split(": ", 1) for line in answer.head_fields().decode("ascii").split("\r\n")[:-1]]
     assert len({name.lower() for name, _ in pairs}) == len(pairs)
     return dict(pairs)
 
@@ -65,7 +65,7 @@ def test_a_problem_is_what_its_row_says(slug):
     """Status, whether a retry helps, and whether it may carry the same key."""
     status, retryable, reuse_key = TABLE[slug]
     answer = made(slug)
-    members = json.loads(answer.body)
+    members = json.loads(answer.body())
     assert answer.status == members["status"] == status
     assert members["retryable"] is retryable
     assert members["reuse_key"] is reuse_key
@@ -74,7 +74,7 @@ def test_a_problem_is_what_its_row_says(slug):
 @pytest.mark.parametrize("slug", TABLE)
 def test_a_problem_has_the_members_of_rfc_9457(slug):
     """Its type names the slug, the title the kind, the detail this one; the status is an integer."""
-    members = json.loads(made(slug).body)
+    members = json.loads(made(slug).body())
     assert members["type"] == f"urn:oncegate:{slug}"
     assert members["detail"] == "why"
     assert type(members["status"]) is int
@@ -82,15 +82,30 @@ def test_a_problem_has_the_members_of_rfc_9457(slug):
     assert set(members) == {"type", "title", "status", "detail", "retryable", "reuse_key", "error"}
 
 
+@pytest.mark.parametrize("slug", TABLE)
+def test_a_type_is_a_link_where_the_docs_are_served(slug):
+    """With a docs URL the type names the page's file and the slug's anchor; nothing else changes."""
+    linked, plain = json.loads(made(slug).body("https://git.test/docs")), json.loads(made(slug).body())
+    assert linked.pop("type") == f"https://git.test/docs/reference/answers.md#{slug}"
+    assert plain.pop("type") == f"urn:oncegate:{slug}"
+    assert linked == plain
+
+
+@pytest.mark.parametrize("slug", TABLE)
+def test_a_code_is_the_slug_with_underscores(slug):
+    """Logs and metrics name the outcome by it."""
+    assert made(slug).code == slug.replace("-", "_")
+
+
 def test_each_kind_has_a_title_of_its_own():
     """RFC 9457: a title tells the type, not the occurrence."""
-    assert len({json.loads(made(slug).body)["title"] for slug in TABLE}) == len(TABLE)
+    assert len({json.loads(made(slug).body())["title"] for slug in TABLE}) == len(TABLE)
 
 
 @pytest.mark.parametrize("slug", TABLE)
 def test_a_problem_says_the_same_in_the_member_that_sdks_read(slug):
     """error: {type, code, message}, from which Stripe's, OpenAI's and Mollie's clients take their messages."""
-    members = json.loads(made(slug).body)
+    members = json.loads(made(slug).body())
     assert set(members["error"]) == {"type", "code", "message"}
     assert members["error"]["code"] == slug.replace("-", "_")
     assert members["error"]["message"] == members["detail"]
@@ -99,7 +114,7 @@ def test_a_problem_says_the_same_in_the_member_that_sdks_read(slug):
 
 def test_what_concerns_the_key_is_an_idempotency_error():
     """The rest is an error of the API as a whole."""
-    of_the_key = {slug for slug in TABLE if json.loads(made(slug).body)["error"]["type"] == "idempotency_error"}
+    of_the_key = {slug for slug in TABLE if json.loads(made(slug).body())["error"]["type"] == "idempotency_error"}
     assert of_the_key == set(list(TABLE)[:7])
 
 
@@ -107,7 +122,7 @@ def test_what_concerns_the_key_is_an_idempotency_error():
 def test_the_advice_is_the_same_in_every_dialect(slug):
     """x-should-retry and Stripe-Should-Retry say what the member says."""
     answer = made(slug)
-    advice = "true" if json.loads(answer.body)["retryable"] else "false"
+    advice = "true" if json.loads(answer.body())["retryable"] else "false"
     assert fields(answer)["x-should-retry"] == fields(answer)["Stripe-Should-Retry"] == advice
 
 
@@ -139,7 +154,7 @@ def test_a_problem_has_these_fields_and_no_others(slug):
 
 def test_further_facts_are_further_members():
     """The original's status stands beside the others, in a body that was not kept."""
-    members = json.loads(problem("response-not-kept", "why", original_status=201).body)
+    members = json.loads(problem("response-not-kept", "why", original_status=201).body())
     assert members["original_status"] == 201
     assert members["status"] == 409
 
@@ -147,9 +162,9 @@ def test_further_facts_are_further_members():
 @pytest.mark.parametrize("answer", [problem("key-invalid", NASTY), refusal(400, NASTY)])
 def test_a_detail_never_leaves_the_body(answer):
     """Whatever it says, it is JSON in ASCII, and the head is untouched by it."""
-    members = json.loads(answer.body.decode("ascii"))
+    members = json.loads(answer.body().decode("ascii"))
     assert members["detail"] == members["error"]["message"] == NASTY
-    assert b"Evil" not in answer.block + answer.reason
+    assert b"Evil" not in answer.head_fields() + answer.reason
 
 
 def test_an_unknown_slug_is_no_problem():
@@ -167,7 +182,8 @@ def test_the_refusals_have_a_row_each():
 def test_a_refusal_is_a_problem_without_a_slug(status):
     """It says the same things, and to come again only where that helps."""
     answer = refusal(status, "why")
-    members = json.loads(answer.body)
+    members = json.loads(answer.body("https://git.test/docs"))
+    assert answer.code == "request_refused"
     assert answer.status == members["status"] == status
     assert (members["retryable"], members["reuse_key"]) == REFUSED[status]
     assert members["type"] == "about:blank"
@@ -181,7 +197,7 @@ def test_a_refusal_is_a_problem_without_a_slug(status):
 def test_a_refusal_of_any_other_kind_is_a_bad_request():
     """A status without a row is answered with 400, in line and body alike."""
     answer = refusal(414, "why")
-    assert answer.status == json.loads(answer.body)["status"] == 400
+    assert answer.status == json.loads(answer.body())["status"] == 400
 
 
 @pytest.mark.parametrize("status", sorted({row[0] for row in TABLE.values()} | set(REFUSED)))

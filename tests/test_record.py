@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oncegate.decision import State
-from oncegate.messages.response_head import answer_digest
+from oncegate.messages.response_head import response_digest
 from oncegate.store import record
 from oncegate.store.record import Claim, Corrupt, Record, StoredResponse, intact, pack, running, self_check, unpack
 
@@ -28,7 +28,7 @@ BODY = b'{"id": 1}'
 def answer(
     body: bytes = BODY, status: int = 201, reason: bytes = b"Made", block: bytes = b"X: 1\r\n"
 ) -> StoredResponse:
-    digest = answer_digest(status, reason, block)
+    digest = response_digest(status, reason, block)
     digest.update(body)
     return StoredResponse(
         status=status,

@@ -338,7 +338,7 @@ def test_a_preset_says_no_more_than_a_rule_could(name):
         RULE[field](value)
     assert preset.about
     assert preset.caution
-    assert (preset.retry_mark is not None) is (name in ("openai", "anthropic"))
+    assert (preset.retry_count_header is not None) is (name in ("openai", "anthropic"))
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if PRESETS[name].fields.get("scope") == []])

@@ -31,7 +31,7 @@ CASES: dict[str, tuple[object, str, object, str, str]] = {
     "listen": (Address("127.0.0.1", 8080), "[::1]:0", Address("::1", 0), "8080", "must be host:port"),
     "tls_cert_file": (None, "file.pem", PEM, "none.pem", "cannot be read: No such file"),
     "tls_key_file": (None, "file.pem", PEM, ".", "cannot be read: Is a directory"),
-    "admin_listen": (Address("127.0.0.1", 9090), "localhost:1", Address("localhost", 1), "h:65536", "over 65535"),
+    "admin_listen": (Address("127.0.0.1", 8081), "localhost:1", Address("localhost", 1), "h:65536", "over 65535"),
     "hosts": ((), "API.example.com, [::1]:80", ("api.example.com", "[::1]:80"), "*.example.com", "neither a name"),
     "trusted_proxies": (
         (),
@@ -92,6 +92,13 @@ CASES: dict[str, tuple[object, str, object, str, str]] = {
     "log_level": ("info", "DEBUG", "debug", "loud", "must be 'debug', 'info', 'warning' or 'error'"),
     "log_format": ("json", "console", "console", "xml", "must be 'json' or 'console'"),
     "access_log": ("notable", "off", "off", "some", "must be 'off', 'notable' or 'all'"),
+    "docs_url": (
+        None,
+        "https://git.test/oncegate/docs/",
+        Origin("https", "git.test", 443, "/oncegate/docs"),
+        "https://git.test/docs?x=1",
+        "must be http:// or https://",
+    ),
     "rules_file": (None, "file.pem", PEM, "none.toml", "cannot be read: No such file"),
     "testing": (False, "1", True, "2", "must be true or false"),
     "fault": ((), "kill@claimed:1, pause@sent:2:300", FAULTS, "kill@nowhere:1", "has an unknown point"),
@@ -354,7 +361,7 @@ def test_the_exception_reads_as_its_errors(given):
 
 def test_a_bad_value_is_in_no_contradiction(given):
     """A setting that is wrong by itself is not compared with others, the rest is."""
-    given(retention_s="x", lease_ms="90000000", wait_max_s="100000", listen="[::]:9090")
+    given(retention_s="x", lease_ms="90000000", wait_max_s="100000", listen="[::]:8081")
     assert errors() == (
         "ONCEGATE_RETENTION_S: must be a number",
         "ONCEGATE_LEASE_MS: must be at most 86400000",
@@ -492,8 +499,8 @@ CLASHES = [
     ({"upstream_ca_file": "file.pem"}, "upstream_ca_file", "upstream"),
     ({"upstream_cert_file": "file.pem"}, "upstream_cert_file", "upstream"),
     ({"upstream_key_file": "file.pem"}, "upstream_key_file", "upstream"),
-    ({"listen": "127.0.0.1:9090"}, "admin_listen", "listen"),
-    ({"listen": "0.0.0.0:9090"}, "admin_listen", "listen"),
+    ({"listen": "127.0.0.1:8081"}, "admin_listen", "listen"),
+    ({"listen": "0.0.0.0:8081"}, "admin_listen", "listen"),
     ({"key_header": "x-api-key"}, "key_header", "scope_headers"),
     ({"max_spool_bytes": "33554431"}, "max_request_bytes", "max_spool_bytes"),
     ({"max_buffered_bytes": "16777215"}, "max_stored_bytes", "max_buffered_bytes"),

@@ -4,13 +4,22 @@ import random
 
 import pytest
 
-from oncegate.keys.digests import Digests, Scope, UnstableScope, finished, framed
+from oncegate.keys.digests import Digests, Scope, UnstableScope, finish_fingerprint, length_prefixed
 from oncegate.keys.documents import Missing
-from oncegate.keys.sources import KeySources, Named, Parts, find, parse_source, scope_fields
+from oncegate.keys.sources import ExtractedKey, KeySources, SourceInput, extract_key, parse_source, scope_fields
 from oncegate.keys.syntax import BadKey
 from oncegate.messages.fields import by_name
 from oncegate.messages.request_head import RequestHead
-from oncegate.rules.identity import Identity, ScopeMemo, asked, key_in_head, name, passes, scope_of
+from oncegate.rules.identity import (
+    Identity,
+    ScopedRequest,
+    ScopeMemo,
+    fingerprint_parts,
+    identify,
+    key_in_head,
+    may_forward_unkeyed,
+    scope_of,
+)
 from oncegate.rules.policy import Policy
 
 FORM = (b"Content-Type", b"application/x-www-form-urlencoded; charset=utf-8")
@@ -29,7 +38,7 @@ def sources(*alternatives: str, mark: bytes | None = None) -> KeySources:
 
 
 def joined(*parts: tuple[str, bytes]) -> bytes:
-    return b"\0" + framed([word for source, value in parts for word in (source.encode(), value)])
+    return b"\0" + length_prefixed([word for source, value in parts for word in (source.encode(), value)])
 
 
 SINGLE = {
@@ -49,8 +58,8 @@ SINGLE = {
 def test_each_source_alone(case):
     """A header alone names the same key as without a rule; every other kind names one that no header can."""
     text, request, body, key = SINGLE[case]
-    found = find(sources(text), Parts(request, body, derived=b"D"))
-    assert isinstance(found, Named)
+    found = extract_key(sources(text), SourceInput(request, body, derived=b"D"))
+    assert isinstance(found, ExtractedKey)
     assert found.key == key
 
 
@@ -70,7 +79,7 @@ MISSING = {
 @pytest.mark.parametrize("case", MISSING)
 def test_where_nothing_stands(case):
     text, request, body = MISSING[case]
-    assert isinstance(find(sources(text), Parts(request, body)), Missing)
+    assert isinstance(extract_key(sources(text), SourceInput(request, body)), Missing)
 
 
 BAD = {
@@ -97,24 +106,24 @@ BAD = {
 def test_what_cannot_be_a_key(case):
     """Malformed, repeated, too long, or only a part of it: no key, and not the next alternative's either."""
     text, request, body = BAD[case]
-    assert isinstance(find(sources(text), Parts(request, body)), BadKey)
-    assert isinstance(find(sources(text, "path:1"), Parts(request, body)), BadKey)
+    assert isinstance(extract_key(sources(text), SourceInput(request, body)), BadKey)
+    assert isinstance(extract_key(sources(text, "path:1"), SourceInput(request, body)), BadKey)
 
 
 def test_a_spooled_body_is_not_looked_into():
-    assert isinstance(find(sources("body:/id"), Parts(head(), b"", spooled=True)), BadKey)
+    assert isinstance(extract_key(sources("body:/id"), SourceInput(head(), b"", spooled=True)), BadKey)
 
 
 def test_joined_parts_keep_their_limits():
     """("a", "bc") and ("ab", "c") are two keys; a header's quotes do not count, and any value can be a part."""
     two = sources("header:A + header:B")
     keys = {
-        find(two, Parts(head((b"a", one), (b"b", other)))).key  # type: ignore[union-attr]
+        extract_key(two, SourceInput(head((b"a", one), (b"b", other)))).key  # type: ignore[union-attr]
         for one, other in [(b"a", b"bc"), (b"ab", b"c"), (b'"ab"', b'"c"'), (b"a, b", b"c"), (b"c", b"ab")]
     }
     assert len(keys) == 4
-    found = find(two, Parts(head((b"a", b"a"), (b"b", b"bc"))))
-    assert found == Named(joined(("header:a", b"a"), ("header:b", b"bc")))
+    found = extract_key(two, SourceInput(head((b"a", b"a"), (b"b", b"bc"))))
+    assert found == ExtractedKey(joined(("header:a", b"a"), ("header:b", b"bc")))
 
 
 def test_alternatives_in_their_order():
@@ -122,11 +131,15 @@ def test_alternatives_in_their_order():
     either = sources("header:ce-source + header:ce-id", "body:/source + body:/id")
     binary = head((b"ce-source", b"/s"), (b"ce-id", b"1"))
     structured = b'{"source": "/s", "id": "1"}'
-    assert find(either, Parts(binary, structured)) == Named(joined(("header:ce-source", b"/s"), ("header:ce-id", b"1")))
-    assert find(either, Parts(head(), structured)) == Named(joined(("body:/source", b"s/s"), ("body:/id", b"s1")))
-    assert isinstance(find(either, Parts(head(), b"{}")), Missing)
-    assert find(either, Parts(binary)) is not None
-    assert find(either, Parts(head())) is None  # the body has to tell
+    assert extract_key(either, SourceInput(binary, structured)) == ExtractedKey(
+        joined(("header:ce-source", b"/s"), ("header:ce-id", b"1"))
+    )
+    assert extract_key(either, SourceInput(head(), structured)) == ExtractedKey(
+        joined(("body:/source", b"s/s"), ("body:/id", b"s1"))
+    )
+    assert isinstance(extract_key(either, SourceInput(head(), b"{}")), Missing)
+    assert extract_key(either, SourceInput(binary)) is not None
+    assert extract_key(either, SourceInput(head())) is None  # the body has to tell
 
 
 MARK = b"x-stainless-retry-count"
@@ -139,19 +152,19 @@ LLM = sources("header:Idempotency-Key", "derived:3600", mark=MARK)
 )
 def test_a_marked_request(mark, expected):
     """Try 0 is a new intent that takes over what is complete; later ones are answered by the newest, however old."""
-    found = find(LLM, Parts(head((MARK, mark)), b"", derived=b"D"))
-    assert isinstance(found, Named)
+    found = extract_key(LLM, SourceInput(head((MARK, mark)), b"", derived=b"D"))
+    assert isinstance(found, ExtractedKey)
     assert (found.window_ms, found.fresh) == expected
 
 
 @pytest.mark.parametrize("pairs", [[], [(MARK, b"")], [(MARK, b"x")], [(MARK, b"-1")], [(MARK, b"0"), (MARK, b"1")]])
 def test_an_unmarked_request_has_no_derived_key(pairs):
     """Without knowing which try it is, two equal prompts cannot be told from a retry; not even the body is needed."""
-    assert isinstance(find(LLM, Parts(head(*pairs))), Missing)
+    assert isinstance(extract_key(LLM, SourceInput(head(*pairs))), Missing)
 
 
 def test_a_key_beats_the_mark():
-    assert find(LLM, Parts(head((MARK, b"0"), (b"idempotency-key", b"k")))) == Named(b"k")
+    assert extract_key(LLM, SourceInput(head((MARK, b"0"), (b"idempotency-key", b"k")))) == ExtractedKey(b"k")
 
 
 @pytest.mark.parametrize(
@@ -200,7 +213,7 @@ class Content:
 
 
 def named(policy: Policy, request: RequestHead, body: bytes = b"", key: bytes | None = None) -> Identity:
-    found = name(policy, DIGESTS, request, SCOPE, key, Content(body))
+    found = identify(policy, DIGESTS, ScopedRequest(request, SCOPE, key, Content(body)))
     assert isinstance(found, Identity), found
     return found
 
@@ -271,9 +284,9 @@ def test_what_a_connection_says_again_is_named_as_if_it_were_new():
         request = head(*[(name, dice.choice(values[name])) for name in named], target=dice.choice((b"/a", b"/b")))
         content = Content(dice.choice((b"", b"1")))
         scope = familiar.scope(policy, request.fields)
-        fingerprint = finished(familiar.begun(policy, request), content.blocks())
+        fingerprint = finish_fingerprint(familiar.fingerprint_prefix(policy, request), content.blocks())
         assert scope == scope_of(policy, Digests(b""), request)
-        assert fingerprint == DIGESTS.fingerprint(asked(policy, request), content.blocks())
+        assert fingerprint == DIGESTS.fingerprint(fingerprint_parts(policy, request), content.blocks())
         seen.add((scope if isinstance(scope, Scope) else None, fingerprint))
     assert len(seen) > 500
 
@@ -320,8 +333,8 @@ def test_what_becomes_of_a_request_without_a_key(key, required, pass_bad, missin
         changed(sources=sources(key), key_required=required, pass_bad_keys=pass_bad),
         *([changed(key_required=required, pass_bad_keys=pass_bad)] if key == "header:A" else []),
     ):
-        assert passes(policy, Missing("x")) is missing_passes
-        assert passes(policy, BadKey("x")) is bad_passes
+        assert may_forward_unkeyed(policy, Missing("x")) is missing_passes
+        assert may_forward_unkeyed(policy, BadKey("x")) is bad_passes
 
 
 def test_without_a_rule_the_head_has_the_key():

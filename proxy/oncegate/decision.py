@@ -1,9 +1,21 @@
-"""Every rule about a key, in one place: what is done with what was found, and how a claim ends. Pure.
+"""Every rule about a key in one place: what a duplicate gets, and how a claim ends. Pure, imports nothing of ours.
 
-Two tables carry the promise:
-- `decide`: a record and the fingerprint of a new request -> what that request gets;
-- `Ending`: how far an exchange got -> what becomes of its claim.
-A mismatch is looked at before anything else, so that another request's state never shows.
+The rules of this file:
+1. Every function is total and synchronous: it takes what was read, returns a value, and awaits nothing.
+2. A comparison of fingerprints comes first. A request with another fingerprint never learns the key's state.
+3. In doubt a key is unknown. Only a request that was surely not executed frees its key.
+4. Time counts as of now: a record in flight whose lease has passed is unknown, though nobody wrote that.
+
+Which record decides what for a new request (`decide`):
+
+| state now | response body stored | same fingerprint    | other fingerprint |
+|-----------|----------------------|---------------------|-------------------|
+| complete  | yes                  | replay              | key_reused        |
+| complete  | no                   | response_not_kept   | key_reused        |
+| in_flight |                      | in_flight           | key_reused        |
+| unknown   |                      | outcome_unknown     | key_reused        |
+
+How far an exchange got, and what becomes of its claim: the rows of `Ending`.
 """
 
 from enum import Enum
@@ -12,18 +24,18 @@ from typing import Final, assert_never
 
 
 class Disposition(Enum):
-    """What a complete answer's status means for its key; `word` is what its request's outcome is called."""
+    """What the status of a complete response means for its key. `label` is the outcome in logs and metrics."""
 
     STORE = "executed"
     RELEASE = "released"
     AMBIGUOUS = "unknown"
 
-    def __init__(self, word: str) -> None:
-        self.word = word
+    def __init__(self, label: str) -> None:
+        self.label = label
 
 
 class State(Enum):
-    """What the store holds for a key. A passed lease is read as unknown; nobody writes it."""
+    """What the store holds for a key, in the spelling of the record's field `state`."""
 
     IN_FLIGHT = "in_flight"
     COMPLETE = "complete"
@@ -31,102 +43,118 @@ class State(Enum):
 
 
 class Decision(Enum):
-    """What a request whose key is taken gets."""
+    """What a request gets whose key is taken. All but REPLAY are the code of a problem."""
 
     REPLAY = "replay"
-    NOT_KEPT = "not_kept"
+    RESPONSE_NOT_KEPT = "response_not_kept"
     IN_FLIGHT = "in_flight"
-    UNKNOWN = "unknown"
-    MISMATCH = "mismatch"
+    OUTCOME_UNKNOWN = "outcome_unknown"
+    KEY_REUSED = "key_reused"
 
 
 class Settlement(Enum):
-    """What becomes of a claim. `completes`: the key is settled for good, by an answer."""
+    """What becomes of a claim. `label` names it in metrics; `completes`: the key keeps a response for good."""
 
-    STORE = "store", True
-    STORE_BARE = "store_bare", True  # without its body
-    RELEASE = "release", False
+    STORE = "stored", True
+    STORE_WITHOUT_BODY = "stored_without_body", True
+    RELEASE = "released", False
     UNKNOWN = "unknown", False
 
-    def __init__(self, word: str, completes: bool) -> None:
-        self.word, self.completes = word, completes
+    def __init__(self, label: str, completes: bool) -> None:
+        self.label, self.completes = label, completes
 
 
 class Ending(Enum):
-    """How far the exchange with the upstream got, from the worst to the best, and what that makes of its claim."""
+    """How far the exchange with the upstream got, from the worst to the best, and how that settles its claim."""
 
+    # The upstream may have executed the request, so nobody may run it again.
     NO_RESPONSE = "no_response", Settlement.UNKNOWN
     TRUNCATED = "truncated", Settlement.UNKNOWN
+    # Not one byte was sent.
     NOT_SENT = "not_sent", Settlement.RELEASE
+    # A complete response whose status says: perhaps executed, or surely not.
     AMBIGUOUS = "ambiguous", Settlement.UNKNOWN
     DECLINED = "declined", Settlement.RELEASE
-    TOO_LARGE = "too_large", Settlement.STORE_BARE
+    # A complete response to an executed request, over the limit for stored bodies or within it.
+    TOO_LARGE = "too_large", Settlement.STORE_WITHOUT_BODY
     COMPLETE = "complete", Settlement.STORE
 
-    def __init__(self, word: str, settlement: Settlement) -> None:
-        self.word, self.settlement = word, settlement
+    def __init__(self, label: str, settlement: Settlement) -> None:
+        self.label, self.settlement = label, settlement
 
 
-def state_now(state: State, lease_left_ms: int) -> State:
-    """Return the state as it counts now: an owner that no longer renews may have done anything."""
-    return _NOBODY_KNOWS if state is _RUNS and lease_left_ms <= 0 else state
+def effective_state(state: State, lease_left_ms: int) -> State:
+    """Return the state as of now. A record in flight without a running lease is unknown.
+
+    Its owner no longer renews the lease, and may have executed the request or not.
+    """
+    return _UNKNOWN if state is _IN_FLIGHT and lease_left_ms <= 0 else state
 
 
-def decide(state: State, same_request: bool, kept: bool) -> Decision:
-    """Return what a request gets from a record in `state` (as of now) that is not its own."""
+def decide(state: State, same_request: bool, body_stored: bool) -> Decision:
+    """Return what a request gets from another request's record in `state` (as of now); the table above."""
     if not same_request:
-        return Decision.MISMATCH
-    if state is _DONE:
-        return _REPLAY if kept else Decision.NOT_KEPT
-    if state is _RUNS:
+        return Decision.KEY_REUSED
+    if state is _COMPLETE:
+        return _REPLAY if body_stored else Decision.RESPONSE_NOT_KEPT
+    if state is _IN_FLIGHT:
         return Decision.IN_FLIGHT
-    if state is _NOBODY_KNOWS:
-        return Decision.UNKNOWN
+    if state is _UNKNOWN:
+        return Decision.OUTCOME_UNKNOWN
     assert_never(state)
 
 
-def is_open(state: State, same_request: bool, mode: bytes, past_window: bool) -> bool:
-    """Return whether a newcomer may take over a key whose record (in `state` as of now) was read and checked.
+def may_take_over(state: State, same_request: bool, mode: bytes, past_window: bool) -> bool:
+    """Return whether a new request may claim a key that has a record in `state` (as of now).
 
-    The record's own mode counts, not the newcomer's; only derived keys have a window.
+    `mode`: the record's own `hold` or `retry`, not the new request's. `past_window`: the record is older than
+    the window of a derived key; only derived keys have one.
     """
-    if state is _DONE:
+    if state is _COMPLETE:
         return past_window
-    if state is _NOBODY_KNOWS:
+    if state is _UNKNOWN:
         return same_request and mode == b"retry"
-    if state is _RUNS:
+    if state is _IN_FLIGHT:
         return False
     assert_never(state)
 
 
-def ending(disposition: Disposition, kept: bool) -> Ending:
-    """Return the ending of an exchange whose answer came whole; `kept`: its body is in the record."""
+def ending(disposition: Disposition, body_stored: bool) -> Ending:
+    """Return the ending of an exchange whose response is complete."""
     if disposition is _STORE:
-        return _COMPLETE if kept else _TOO_LARGE
+        return _WHOLE if body_stored else _TOO_LARGE
     if disposition is _RELEASE:
         return _DECLINED
     if disposition is _AMBIGUOUS:
-        return _WAS_AMBIGUOUS
+        return _LEFT_AMBIGUOUS
     assert_never(disposition)
 
 
-# Bound once: every request asks, and a member looked up in its class costs 100 ns (Python 3.11, measured).
-_RUNS: Final = State.IN_FLIGHT
-_DONE: Final = State.COMPLETE
-_NOBODY_KNOWS: Final = State.UNKNOWN
+# Bound once, because every request uses them: a member looked up in its class costs 100 ns (Python 3.11, measured).
+_IN_FLIGHT: Final = State.IN_FLIGHT
+_COMPLETE: Final = State.COMPLETE
+_UNKNOWN: Final = State.UNKNOWN
 _REPLAY: Final = Decision.REPLAY
 _STORE: Final = Disposition.STORE
 _RELEASE: Final = Disposition.RELEASE
 _AMBIGUOUS: Final = Disposition.AMBIGUOUS
-_COMPLETE, _TOO_LARGE, _DECLINED = Ending.COMPLETE, Ending.TOO_LARGE, Ending.DECLINED
-_WAS_AMBIGUOUS = Ending.AMBIGUOUS
+_WHOLE: Final = Ending.COMPLETE
+_TOO_LARGE: Final = Ending.TOO_LARGE
+_DECLINED: Final = Ending.DECLINED
+_LEFT_AMBIGUOUS: Final = Ending.AMBIGUOUS
 
 
 def must_reclaim(age_s: float, lease_ms: int) -> bool:
-    """Return whether a claim is too old to send on: its lease may be over before the first byte is out."""
+    """Return whether a claim of this age has to be made again before the first byte is sent.
+
+    Past half of its lease, the lease may be over before that byte is out.
+    """
     return age_s * 1000 > lease_ms / 2
 
 
 def retry_after_s(running_ms: int, lease_ms: int) -> int:
-    """Return when a duplicate should come again, in whole seconds: as long again as it has been running."""
+    """Return the Retry-After of a duplicate, in seconds: as long as its original has been running.
+
+    At least 1 s, and at most one lease, after which the original is over or unknown.
+    """
     return max(1, min(ceil(running_ms / 1000), lease_ms // 1000))

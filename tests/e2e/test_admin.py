@@ -28,7 +28,7 @@ OUTCOMES = (
     "in_flight", "key_reused", "outcome_unknown", "response_not_kept", "record_corrupt", "upstream_lost",
     "upstream_timeout", "truncated", "answer_not_stored", "fenced", "failed", "client_gone",
 )  # fmt: skip
-HOW_SETTLED = ("store", "store_bare", "release", "unknown", "unconfirmed", "lost", "fenced")
+HOW_SETTLED = ("stored", "stored_without_body", "released", "unknown", "unconfirmed", "lost", "fenced")
 SUPPRESSED = ("replayed", "in_flight", "key_reused", "outcome_unknown", "response_not_kept")
 LOSSES = ("flushed", "rolled_back", "evicted", "moved")
 TOKENS = ("input", "cached", "cache_write", "output")
@@ -176,8 +176,8 @@ async def test_every_request_is_counted_once_under_its_outcome(proxies, upstream
         assert gate.metric(f'duplicates_suppressed_total{{how="{how}"}}') == wanted[how]
     assert gate.metric("replayed_bytes_total") == 2 * len("ok")
     assert gate.metric("unscoped_total") > 0
-    assert gate.metric('settled_total{how="release"}') == 1
-    assert gate.metric('settled_total{how="store_bare"}') == 1
+    assert gate.metric('settled_total{how="released"}') == 1
+    assert gate.metric('settled_total{how="stored_without_body"}') == 1
     assert gate.metric('settled_total{how="unknown"}') == 3
     assert gate.metric('store_seconds_count{verb="claim"}') >= 9
     for name in ("request_seconds", "overhead_seconds", "upstream_seconds"):

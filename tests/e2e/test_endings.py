@@ -137,7 +137,7 @@ async def test_a_refused_upstream_frees_the_key(closed_port, valkey, proxies):
     assert (answer.status, answer.header("Oncegate-Status")) == (200, b"executed")
     assert len(upstream.received) == 1
     await upstream.close()
-    await counts.are(upstream_unreachable=3, release__settled=3, executed=1, store__settled=1)
+    await counts.are(upstream_unreachable=3, released__settled=3, executed=1, stored__settled=1)
 
 
 @pytest.mark.fault(20)
@@ -155,7 +155,7 @@ async def test_an_upstream_that_cannot_be_reached_frees_the_key(how, upstream, v
     for _ in range(2):
         assert_problem(await ask(proxy.port, request()), "upstream-unreachable", b"refused")
         assert valkey.states() == []
-    await counts.are(upstream_unreachable=2, release__settled=2)
+    await counts.are(upstream_unreachable=2, released__settled=2)
     assert upstream.received == []
     hole.close()
 
@@ -410,7 +410,7 @@ async def test_an_upstream_that_closes_idle_connections_loses_nothing(standing, 
             # Until the connection that served its last request is closed; a close on its way is another matter.
             await until(lambda: raw.finished == closed(len(raw.requests)))
         assert len(raw.requests) == many
-    await counts.are(executed=100, store__settled=100, passthrough=50)
+    await counts.are(executed=100, stored__settled=100, passthrough=50)
 
 
 def closed(requests: int) -> int:
@@ -430,7 +430,7 @@ async def test_bytes_behind_an_answer_are_nobodys(standing, behind, counts):
             answer = await ask(standing.port, request(key=f"k{number}"))
             assert (answer.status, answer.body) == (200, b"ok")
     assert (len(behind.received), behind.connections) == (5, 5)
-    await counts.are(executed=5, store__settled=5, replayed=5)
+    await counts.are(executed=5, stored__settled=5, replayed=5)
 
 
 # Statuses ...
@@ -481,11 +481,11 @@ async def test_what_a_status_means(status, field, settled, large, standing, behi
         case "store":
             assert (again.status, again.body, again.header("Oncegate-Status")) == (first.status, body, b"replayed")
             assert (len(behind.received), valkey.states()) == (1, [b"complete"])
-            await counts.are(executed=1, store__settled=1, replayed=1)
+            await counts.are(executed=1, stored__settled=1, replayed=1)
         case "release":
             assert (again.status, again.body, again.header("Oncegate-Status")) == (first.status, body, b"released")
             assert (len(behind.received), valkey.states()) == (2, [])
-            await counts.are(released=2, release__settled=2)
+            await counts.are(released=2, released__settled=2)
         case "unknown":
             assert (again.status, again.slug) == (409, "outcome-unknown")
             assert (len(behind.received), valkey.states()) == (1, [b"unknown"])
@@ -516,7 +516,7 @@ async def test_an_early_answer_counts(size, standing, valkey, counts):
             assert (answer.status, answer.body, answer.header("Oncegate-Status")) == (413, b"no", says)
         assert len(raw.requests) == 1
         released.set()
-    await counts.are(executed=1, store__settled=1, replayed=2)
+    await counts.are(executed=1, stored__settled=1, replayed=2)
 
 
 @pytest.mark.fault(27)
@@ -583,7 +583,11 @@ async def test_an_answer_over_the_limit_is_passed_on_and_not_kept(limit, upstrea
     assert len([size for size in sizes if size < 700]) == too_large
     assert len(upstream.received) == kept + too_large == 12
     await counts.are(
-        executed=12, store__settled=kept, store_bare__settled=too_large, replayed=kept, response_not_kept=too_large
+        executed=12,
+        stored__settled=kept,
+        stored_without_body__settled=too_large,
+        replayed=kept,
+        response_not_kept=too_large,
     )
 
 
@@ -620,7 +624,7 @@ async def test_an_answer_ended_by_closing_is_stored_whole(size, slow, standing, 
     client.close()
     assert standing.metric("eof_framed_total") == framed + 1
     assert (len(behind.received), valkey.states()) == (1, [b"complete"])
-    await counts.are(executed=1, store__settled=1, replayed=2)
+    await counts.are(executed=1, stored__settled=1, replayed=2)
 
 
 # Without a key the same endings claim nothing ...
@@ -681,8 +685,8 @@ async def test_every_ending_is_counted_once(standing, behind, valkey: Valkey, co
     """Over a random mix of endings, the settlements add up to the claims, the outcomes to the requests."""
     rng = random.Random(3)
     kinds = {
-        "store": (answering(OK), "executed"),
-        "release": (answering(b"HTTP/1.1 429 Many\r\nContent-Length: 0\r\n\r\n"), "released"),
+        "stored": (answering(OK), "executed"),
+        "released": (answering(b"HTTP/1.1 429 Many\r\nContent-Length: 0\r\n\r\n"), "released"),
         "unknown": (answering(b"HTTP/1.1 502 Gateway\r\nContent-Length: 0\r\n\r\n"), "unknown"),
         "lost": (then(b""), "upstream_lost"),
         "truncated": (then(EVENTS + b"Content-Length: 5\r\n\r\nhel"), "truncated"),
@@ -705,7 +709,7 @@ async def test_every_ending_is_counted_once(standing, behind, valkey: Valkey, co
     outcomes = Counter(kinds[kind][1] for kind in chosen)
     settled = Counter({"lost": "unknown", "truncated": "unknown"}.get(kind, kind) for kind in chosen)
     await counts.are(**outcomes, **{f"{how}__settled": count for how, count in settled.items()})
-    assert Counter(valkey.states()) == Counter({b"complete": settled["store"], b"unknown": settled["unknown"]})
+    assert Counter(valkey.states()) == Counter({b"complete": settled["stored"], b"unknown": settled["unknown"]})
     assert standing.metric("in_flight") == 0
     assert standing.metric("buffered_bytes") == 0
 

@@ -155,5 +155,5 @@ def read(record: Record, token: int) -> Done:
 def told(record: Record) -> str:
     """Return what a newcomer with the same request gets from a record that is not open."""
     if record.state == COMPLETE:
-        return "replay" if record.body == WHOLE else "not_kept"
-    return "unknown" if is_over(record) else "in_flight"
+        return "replay" if record.body == WHOLE else "response_not_kept"
+    return "outcome_unknown" if is_over(record) else "in_flight"

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from oncegate.decision import Ending, State, decide, is_open, state_now
+from oncegate.decision import Ending, State, decide, effective_state, may_take_over
 from oncegate.keys.digests import store_key
-from oncegate.messages.response_head import answer_digest
+from oncegate.messages.response_head import response_digest
 from oncegate.store.record import Claim, StoredResponse, pack, self_check, unpack
 from oncegate.store.redis.server import load_scripts
 from tests.conftest import Valkey
@@ -53,7 +53,7 @@ def claim_of(who: int, mode: str) -> Claim:
 def packed(who: int, chunks: int, kept: bool = True) -> tuple[bytes, StoredResponse]:
     """Return `meta` of somebody's answer, in so many chunks."""
     whole = b"".join(pieces(who))
-    digest = answer_digest(200, b"OK", b"")
+    digest = response_digest(200, b"OK", b"")
     digest.update(whole)
     answer = StoredResponse(200, b"OK", b"", digest.digest(), chunks, len(whole), kept, False, True, 1_000, 1, 0)
     return pack(claim_of(who, "hold"), answer), answer
@@ -184,10 +184,10 @@ def tells(state: str, rest: list[Any]) -> tuple[str, bool]:
     if state == "complete":
         _now_ms, meta, _body = rest
         answer = unpack(KEY, TENANT, meta, None, 0).answer
-        return decide(State.COMPLETE, True, answer.kept).value, is_open(State.COMPLETE, True, b"", False)
+        return decide(State.COMPLETE, True, answer.kept).value, may_take_over(State.COMPLETE, True, b"", False)
     _now_ms, _token, _fence, mode, _fingerprint, _self, left_ms, _created = rest
-    now = state_now(State(state), left_ms)
-    return decide(now, True, False).value, is_open(now, True, mode, False)
+    now = effective_state(State(state), left_ms)
+    return decide(now, True, False).value, may_take_over(now, True, mode, False)
 
 
 def test_the_model_has_every_word():
@@ -225,5 +225,5 @@ def test_the_model_has_every_state():
 
 def test_the_model_has_every_ending():
     """How an exchange ended decides how its claim is settled, as in the proxy."""
-    words = {"store_bare": "bare"}
-    assert {one.word: words.get(one.settlement.word, one.settlement.word) for one in Ending} == rules.ENDINGS
+    words = {"stored": "store", "stored_without_body": "bare", "released": "release"}
+    assert {one.label: words.get(one.settlement.label, one.settlement.label) for one in Ending} == rules.ENDINGS

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from oncegate.decision import Disposition
-from oncegate.keys.digests import Digests, Scope, UnstableScope, short, store_key
+from oncegate.keys.digests import Digests, Scope, UnstableScope, key_id, store_key
 from oncegate.keys.documents import Missing
 from oncegate.keys.syntax import BadKey
 from oncegate.messages.admission import Admission, Refused
 from oncegate.messages.request_head import RequestHead, preferred_wait_s, renamed
-from oncegate.rules.identity import Identity, key_in_head, name, passes, scope_of
+from oncegate.rules.identity import Identity, ScopedRequest, identify, key_in_head, may_forward_unkeyed, scope_of
 from oncegate.rules.model import Rule, Rules
 from oncegate.rules.policy import Policy
 from oncegate.settings.settings import Settings
@@ -125,7 +125,7 @@ class Explanation:
         if len(body.data) > policy.max_request_bytes:
             self.say("result", "413 body-too-large")
             return
-        named = name(policy, self._digests, head, scope, key, body)
+        named = identify(policy, self._digests, ScopedRequest(head, scope, key, body))
         if isinstance(named, Identity):
             self._say_guarded(policy, head, scope, named)
         else:
@@ -143,12 +143,15 @@ class Explanation:
 
     def _say_keyless(self, policy: Policy, why: Missing | BadKey) -> None:
         slug = "key-missing" if isinstance(why, Missing) else "key-invalid"
-        self.say("result", f"passes unguarded: {why.detail}" if passes(policy, why) else f"400 {slug}: {why.detail}")
+        self.say(
+            "result",
+            f"passes unguarded: {why.detail}" if may_forward_unkeyed(policy, why) else f"400 {slug}: {why.detail}",
+        )
 
     def _say_guarded(self, policy: Policy, head: RequestHead, scope: Scope, named: Identity) -> None:
         tenant = "all" if not policy.scope_headers else "common" if scope.common else scope.tenant.hex()
         self.say("scope", f"namespace {scope.namespace.decode()}, tenant {tenant}")
-        self.say("digest", f"{short(named.key)} in logs, {store_key(named.key).decode()} in the store")
+        self.say("digest", f"{key_id(named.key)} in logs, {store_key(named.key).decode()} in the store")
         parts = policy.fingerprint
         told = "all parts" if parts is None else ", ".join(sorted(parts)) or "none: the key alone decides"
         self.say("fingerprint", f"{named.fingerprint.hex()} of {told}")

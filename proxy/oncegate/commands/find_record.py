@@ -7,7 +7,7 @@ import argparse
 import sys
 
 from oncegate.commands.refusal import WRONG, Refusal
-from oncegate.keys.digests import Digests, Scope, UnstableScope, digest_of, identity
+from oncegate.keys.digests import Digests, Scope, UnstableScope, identity_settings, parse_record_id
 from oncegate.keys.syntax import BadKey, parse_key
 from oncegate.messages.fields import by_name
 from oncegate.settings.settings import Settings
@@ -28,7 +28,7 @@ async def find(settings: Settings, store: Store, options: argparse.Namespace) ->
 
 
 async def _by_id(store: Store, given: str) -> bytes:
-    if digest := digest_of(given):
+    if digest := parse_record_id(given):
         return digest
     if len(given) < 8 or not set(given) <= set(ALPHABET):
         raise Refusal("an id has 32 characters; its first 8 or more will do", WRONG)
@@ -46,7 +46,7 @@ async def _by_name(settings: Settings, store: Store, options: argparse.Namespace
     if isinstance(key, BadKey):
         raise Refusal(key.detail, WRONG)
     digests = Digests(settings.secret.get_secret_value().encode())
-    ours = identity(digests, settings.namespace, settings.key_header, settings.scope_headers)
+    ours = identity_settings(digests, settings.namespace, settings.key_header, settings.scope_headers)
     theirs = await identities(store)
     if theirs and ours not in theirs:
         raise Refusal("the proxies on this store name keys by other settings than these: run this with theirs")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from oncegate.commands.find_record import ALPHABET
 from oncegate.commands.refusal import WRONG, Refusal
-from oncegate.messages.response_head import read_answer_head
+from oncegate.messages.response_head import read_response_head
 from oncegate.store.record import StoredResponse
 
 MAX_BODY_BYTES = 262144  # one chunk
@@ -21,14 +21,14 @@ def given(options: argparse.Namespace) -> tuple[StoredResponse, bytes]:
         reason = HTTPStatus(options.status).phrase.encode()
     except ValueError:
         reason = b""
-    head = read_answer_head(options.status, reason, pairs, head_only=False)
+    head = read_response_head(options.status, reason, pairs, head_only=False)
     if isinstance(head, str):
         raise Refusal(f"no such answer is possible: {head}", WRONG)
     if b"transfer-encoding" in head.fields or b"content-length" in head.fields:
         raise Refusal("the framing is not yours to give: leave Content-Length and Transfer-Encoding out", WRONG)
     if head.bodiless and body:
         raise Refusal(f"an answer of status {options.status} has no body", WRONG)
-    block = head.kept
+    block = head.replayed_block
     chunks = 1 if body else 0
     return StoredResponse(
         options.status, reason, block, b"", chunks, len(body), True, False, head.bodiless, 0, 0, 0

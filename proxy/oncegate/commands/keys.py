@@ -19,7 +19,7 @@ from oncegate.commands.find_record import find
 from oncegate.commands.given_answer import given
 from oncegate.commands.refusal import NOT_DONE, Refusal
 from oncegate.keys.digests import record_id
-from oncegate.messages.response_head import answer_digest
+from oncegate.messages.response_head import response_digest
 from oncegate.server.embedded import socket_url
 from oncegate.settings.settings import Settings
 from oncegate.store.record import Claim, pack
@@ -162,7 +162,7 @@ async def _resolve(operator: Operator, options: argparse.Namespace) -> int:
     if seen.state in ("complete", "released", "corrupt"):
         raise Refusal(f"this key is {seen.state}; only one that is unknown or in flight can be resolved")
     _confirm(options, seen.lease_left_ms > 0, "Its owner is at it; your answer would replace its own.")
-    digest = answer_digest(head.status, head.reason, head.block)
+    digest = response_digest(head.status, head.reason, head.block)
     digest.update(body)
     token = operator.store.token()
     retention_ms = int(operator.settings.retention_s * 1000)

@@ -36,6 +36,7 @@ class Owner(Protocol):
     heads: HeadCache | None
     label: bytes
     retiring: bool
+    docs_url: str
 
     def has_room(self) -> bool: ...
 
@@ -93,6 +94,11 @@ class ClientConnection(RequestHandler):
         self.body: StreamReader | BufferedBody | None = None  # of the last request whose head came
         self.room: asyncio.Future[None] | None = None  # somebody waits until more can be written
         self.gone: asyncio.Future[None] | None = None  # somebody waits while the client stays
+
+    @property
+    def docs_url(self) -> str:
+        """Where docs/ is served, for the types of problems; empty for none."""
+        return self.owner.docs_url
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)

@@ -38,7 +38,9 @@ class Listener(web.Server):
     `observe` is told of what never becomes a request for the handler.
     """
 
-    def __init__(self, handler: Handler, *, max_connections: int, pace: MinimumRate, observe: Observe) -> None:
+    def __init__(
+        self, handler: Handler, *, max_connections: int, pace: MinimumRate, observe: Observe, docs_url: str = ""
+    ) -> None:
         super().__init__(
             handler,  # type: ignore[arg-type]  # called by ClientConnection alone
             keepalive_timeout=KEEP_ALIVE_S,
@@ -54,6 +56,7 @@ class Listener(web.Server):
         # Closed on our side with bytes that the peer has still to take: since when, and how many.
         self._leaving: dict[asyncio.Transport, tuple[float, int]] = {}
         self.retiring = False
+        self.docs_url = docs_url
         self.heads: HeadCache | None = None  # what new connections begin with
         self.label = b""
 

@@ -25,6 +25,9 @@ class ConnectionView(Protocol):
     gone: "asyncio.Future[None] | None"
 
     @property
+    def docs_url(self) -> str: ...
+
+    @property
     def ssl_context(self) -> ssl.SSLContext | None: ...
 
     @property

@@ -80,14 +80,15 @@ class ResponseWriter:
     def answer(self, problem: "Problem", extra: bytes = b"", close: bool = False) -> None:
         """Send an answer of our own."""
         self._close = self._close or close
-        body = b"" if self._head_only else problem.body
-        self.send(problem.status, problem.reason, problem.block + extra, body, bodiless=self._head_only)
+        body = b"" if self._head_only else problem.body(self._connection.docs_url)
+        self.send(problem.status, problem.reason, problem.head_fields() + extra, body, bodiless=self._head_only)
 
     @staticmethod
     def closing_answer(problem: "Problem") -> bytes:
         """Return an answer for a connection that has no request."""
-        length = b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(problem.body)
-        return status_line(problem.status, problem.reason) + problem.block + length + problem.body
+        body = problem.body()
+        length = b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(body)
+        return status_line(problem.status, problem.reason) + problem.head_fields() + length + body
 
     def send(
         self,

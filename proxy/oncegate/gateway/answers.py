@@ -2,7 +2,7 @@
 
 from typing import assert_never
 
-from oncegate.decision import Decision, decide, retry_after_s, state_now
+from oncegate.decision import Decision, decide, effective_state, retry_after_s
 from oncegate.downstream.body import BrokenOff, NoRoom, TooLarge
 from oncegate.downstream.response import ResponseWriter
 from oncegate.keys.digests import UnstableScope
@@ -31,13 +31,13 @@ def judge(found: Record | Corrupt | Unconfirmed | None, fingerprint: bytes) -> D
         case Record():
             same = found.fingerprint == fingerprint
             kept = found.answer is not None and found.answer.kept
-            return decide(state_now(found.state, found.lease_left_ms), same, kept)
+            return decide(effective_state(found.state, found.lease_left_ms), same, kept)
         case Corrupt():
             return Outcome.RECORD_CORRUPT
         case Unconfirmed():
             return Outcome.STORE_UNAVAILABLE
         case None:
-            return Decision.UNKNOWN
+            return Decision.OUTCOME_UNKNOWN
         case _:
             assert_never(found)
 
@@ -45,13 +45,13 @@ def judge(found: Record | Corrupt | Unconfirmed | None, fingerprint: bytes) -> D
 def explain(decision: Decision | Outcome, found: Record | Corrupt | Unconfirmed | None, policy: Policy) -> Problem:
     """Return what a duplicate is told that gets no answer from the store; its code is the label of the outcome."""
     match decision:
-        case Decision.MISMATCH:
+        case Decision.KEY_REUSED:
             return problem("key-reused", "use a new key for a new request")
         case Decision.IN_FLIGHT if isinstance(found, Record):
             after_s = retry_after_s(found.now_ms - found.created_ms, policy.lease_ms)
             detail = "come again with the same key"
-            return problem("in-flight", detail, after_s, status=policy.in_flight_status)
-        case Decision.NOT_KEPT if isinstance(found, Record) and found.answer is not None:
+            return problem("in-flight", detail, after_s).with_status(policy.in_flight_status)
+        case Decision.RESPONSE_NOT_KEPT if isinstance(found, Record) and found.answer is not None:
             detail = "it was executed; its answer was too large to be kept"
             return problem("response-not-kept", detail, original_status=found.answer.status)
         case Outcome.RECORD_CORRUPT:

@@ -42,7 +42,7 @@ _NOT_SENT, _DECLINED = Ending.NOT_SENT, Ending.DECLINED
 _STORE, _RELEASE, _UNKNOWN = Settlement.STORE, Settlement.RELEASE, Settlement.UNKNOWN
 _STORABLE, _BUSY, _LOOK = Disposition.STORE, Woken.BUSY, Woken.LOOK
 # What a passed-on answer says became of its key.
-STATUS = {one.word: f"Oncegate-Status: {one.word}\r\n".encode() for one in Disposition}
+STATUS = {one.label: f"Oncegate-Status: {one.label}\r\n".encode() for one in Disposition}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ class Exchange:
             patience_s = self._deps.patience_s if how.completes else self._deps.store_timeout_s
             settled = await self._settling(how, last, patience_s)
             if settled.status is SettleStatus.INCOMPLETE:
-                how = Settlement.STORE_BARE
+                how = Settlement.STORE_WITHOUT_BODY
                 settled = await self._settling(how, b"", patience_s)
             self._tell(how, reached, settled)
             return self._conclude(reached, settled)
@@ -236,8 +236,8 @@ class Exchange:
                 raise UpstreamLost("the upstream is still busy with the first request")
             disposition = Disposition.AMBIGUOUS
         self._answer, self._disposition, self._held.stage = head, disposition, b"answered"
-        self._outcome = BY_LABEL[disposition.word]
-        return head.bodiless or ((head.length or 0) <= SMALL_BYTES and not head.streamed_by_nature)
+        self._outcome = BY_LABEL[disposition.label]
+        return head.bodiless or ((head.length or 0) <= SMALL_BYTES and not head.is_event_stream)
 
     def _take(self, connection: Connection) -> Ending:
         self._whole = whole = connection.take()
@@ -246,7 +246,7 @@ class Exchange:
     async def _stream(self, connection: Connection, head: ResponseHead) -> Ending:
         recording = self._recording = self._record(head)
         client, silence_s = self._client, self._deps.silence_s
-        block = head.passed_on + STATUS[self._outcome.label]
+        block = head.forwarded_block + STATUS[self._outcome.label]
         client.begin(head.status, head.reason, block, length=head.length, stated=True, eof=head.close_delimited)
         while data := await connection.chunk(silence_s):
             client.write(data)
@@ -315,7 +315,7 @@ class Exchange:
             digested, chunks, size = digest.digest(), 1 if whole else 0, len(whole)
         else:
             digested, chunks, size = recording.digest(), recording.chunks, recording.size
-        status, reason, block, close_delimited = head.status, head.reason, head.kept, head.close_delimited
+        status, reason, block, close_delimited = head.status, head.reason, head.replayed_block, head.close_delimited
         stated, now_ms = head.length is not None or head.bodiless, self._deps.store.now_ms(self._held.claim.key)
         took_ms = min(int(self.upstream_s * 1000), MOST_MS)
         return StoredResponse(
@@ -337,7 +337,7 @@ class Exchange:
         """Report what is noteworthy, and wake those who wait for this key."""
         status = settled.status
         nothing_done = status in (SettleStatus.FENCED, SettleStatus.UNCONFIRMED)
-        self._deps.settled(status.value if nothing_done else how.word)
+        self._deps.settled(status.value if nothing_done else how.label)
         if settled.record_was_gone:
             self._deps.settled("lost")
             self._deps.leases.report("lost", self._held)
@@ -390,14 +390,14 @@ class Exchange:
         return self._outcome
 
     def _failure(self) -> tuple[Outcome, Problem]:
-        again = self._held.claim.mode == b"retry"
+        mode = self._held.claim.mode
         if self._client.started:
             return Outcome.TRUNCATED, problem("upstream-lost", "the answer broke off")
         if self._lost is not None and self._lost.timeout:
             detail = "no answer came in time; the request may have been executed"
-            return Outcome.UPSTREAM_TIMEOUT, problem("upstream-timeout", detail, may_retry=again)
+            return Outcome.UPSTREAM_TIMEOUT, problem("upstream-timeout", detail).for_mode(mode)
         detail = "no whole answer came; the request may have been executed"
-        return Outcome.UPSTREAM_LOST, problem("upstream-lost", detail, may_retry=again)
+        return Outcome.UPSTREAM_LOST, problem("upstream-lost", detail).for_mode(mode)
 
     def _give_up(self, outcome: Outcome, instead: Problem | None) -> Outcome:
         """Answer with a problem, or break off an answer that has begun. None: somebody else answers."""
@@ -415,7 +415,7 @@ class Exchange:
         if client.started or head is None:
             client.end()
             return
-        block = head.passed_on + STATUS[self._outcome.label]
+        block = head.forwarded_block + STATUS[self._outcome.label]
         client.send(
             head.status,
             head.reason,

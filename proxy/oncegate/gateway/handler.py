@@ -25,7 +25,7 @@ from oncegate.messages.problems import problem, refusal
 from oncegate.messages.request_head import ForwardedInfo, RequestHead, is_websocket, renamed, request_head
 from oncegate.observe.outcome import BY_LABEL, Observe, Outcome, RequestReport
 from oncegate.observe.usage import reading
-from oncegate.rules.identity import key_in_head, passes, uses_no_key
+from oncegate.rules.identity import key_in_head, may_forward_unkeyed, uses_no_key
 from oncegate.settings.addresses import Network
 from oncegate.store.leases import LeasedClaim, suspended_clock_s
 from oncegate.store.record import Claim, ClaimRequest, Corrupt, Record
@@ -127,7 +127,7 @@ class Gateway:
         body: Body | None = None,
     ) -> Way:
         """Pass a request on that has no key, or none that can be used, or refuse it, as its rule says."""
-        if passes(route.policy, why):
+        if may_forward_unkeyed(route.policy, why):
             mark = b"" if uses_no_key(route.policy, why) else UNGUARDED
             return self._relay(request, head, client, route, body, mark)
         if body is not None:

@@ -6,13 +6,13 @@ from typing import NamedTuple
 from oncegate.downstream.body import Body
 from oncegate.downstream.request import Request
 from oncegate.gateway.routes import Route
-from oncegate.keys.digests import Digests, Scope, UnstableScope, finished, keyed
+from oncegate.keys.digests import Digests, Scope, UnstableScope, finish_fingerprint, finish_key
 from oncegate.keys.documents import Missing
 from oncegate.keys.syntax import BadKey
 from oncegate.messages.head_cache import KnownHead
 from oncegate.messages.request_head import RequestHead, preferred_wait_s
 from oncegate.observe.outcome import Outcome, RequestReport
-from oncegate.rules.identity import Identity, ScopeMemo, name, scope_of
+from oncegate.rules.identity import Identity, ScopedRequest, ScopeMemo, identify, scope_of
 from oncegate.rules.policy import Policy
 
 
@@ -88,12 +88,12 @@ class Identifier:
             wait_s = min(preferred, policy.wait_max_s)
             extra = b"Preference-Applied: wait=%d\r\n" % wait_s
         if key is not None and policy.fingerprint is None:  # as most are
-            begun = self._familiar(request).begun(policy, head)
+            begun = self._familiar(request).fingerprint_prefix(policy, head)
             if request.seen is not None and self._is_plain(policy, request.seen):
-                request.seen.prepared = HeadPlan(route, scope, self._digests.scoped(scope), begun, wait_s, extra)
-            fingerprint = finished(begun, body.blocks())
+                request.seen.prepared = HeadPlan(route, scope, self._digests.key_prefix(scope), begun, wait_s, extra)
+            fingerprint = finish_fingerprint(begun, body.blocks())
             return KeyedRequest(route, head.method, self._digests.key(scope, key), scope, fingerprint, wait_s, extra)
-        named = name(policy, self._digests, head, scope, key, body)
+        named = identify(policy, self._digests, ScopedRequest(head, scope, key, body))
         if not isinstance(named, Identity):
             return named
         return KeyedRequest(
@@ -105,7 +105,7 @@ class Identifier:
         route, scope, scoped, begun, wait_s, extra = prepared
         fingerprint = begun.copy()
         fingerprint.update(body.data)
-        key = keyed(scoped, value.strip(b'"'))
+        key = finish_key(scoped, value.strip(b'"'))
         return KeyedRequest(
             route=route,
             method=method,

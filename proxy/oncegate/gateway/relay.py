@@ -64,7 +64,7 @@ async def pass_on(
     client: ResponseWriter, connection: Connection, head: ResponseHead, silence_s: float, mark: bytes = b""
 ) -> Outcome:
     """Hand an answer on as it comes and return how it went. Raises UpstreamLost."""
-    block = head.passed_on + mark
+    block = head.forwarded_block + mark
     if connection.complete:
         client.send(
             head.status,

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Coroutine
 
 from oncegate.downstream.response import ResponseWriter
-from oncegate.messages.response_head import answer_digest
+from oncegate.messages.response_head import response_digest
 from oncegate.observe.outcome import Outcome
 from oncegate.store.record import Record, StoredResponse, intact
 from oncegate.store.results import ReadFailure
@@ -57,7 +57,7 @@ async def _replay_large(
     along: Along | None,
 ) -> Outcome:
     """Copy chunk after chunk; the last byte is held back until size and digest agree."""
-    digest = answer_digest(answer.status, answer.reason, answer.block)
+    digest = response_digest(answer.status, answer.reason, answer.block)
     first = sent = 0
     while first < answer.chunks and not client.gone:
         chunks = await store.read(key, record.token, first)

@@ -70,7 +70,7 @@ async def tunnel(request: Request, client: ResponseWriter, pool: Pool, head: byt
         connection.send_upgrade(head.removesuffix(b"\r\n") + SWITCHING + b"\r\n")
         answer = await connection.head(silence_s)
         if answer.status == 101:
-            client.switch(answer.passed_on + SWITCHING)
+            client.switch(answer.forwarded_block + SWITCHING)
             outcome = await _splice(request, client, connection, silence_s)
         else:
             outcome = await pass_on(client, connection, answer, silence_s)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import chain
 
-from oncegate.decision import State, state_now
+from oncegate.decision import State, effective_state
 from oncegate.keys.digests import Scope
 from oncegate.store.record import Record
 from oncegate.store.results import Unconfirmed
@@ -140,5 +140,5 @@ class Waiters:
         if found is None:
             # Declined or not sent, over there: which one cannot be seen, and a storm must not follow a 429.
             self.wake(key, Woken.BUSY)
-        elif not isinstance(found, Record) or state_now(found.state, found.lease_left_ms) is not State.IN_FLIGHT:
+        elif not isinstance(found, Record) or effective_state(found.state, found.lease_left_ms) is not State.IN_FLIGHT:
             self.wake(key, Woken.LOOK)

@@ -65,10 +65,10 @@ def _named(name: bytes, values: Sequence[bytes]) -> list[bytes]:
     if len(values) == 1:
         value = values[0]
         return [_PREFIX[len(name)], name, b"1;", _PREFIX[len(value)], value]
-    return [_PREFIX[len(name)], name, _COUNT[len(values)], framed(values)]
+    return [_PREFIX[len(name)], name, _COUNT[len(values)], length_prefixed(values)]
 
 
-def framed(parts: Iterable[bytes]) -> bytes:
+def length_prefixed(parts: Iterable[bytes]) -> bytes:
     """Return the parts as one, each with its length before it."""
     return b"".join([_PREFIX[len(part)] + part for part in parts])
 
@@ -104,34 +104,34 @@ class Digests:
 
     def key(self, scope: Scope, key: bytes) -> bytes:
         """Return the digest (24 bytes) that names a key of a scope in the store."""
-        return keyed(self.scoped(scope), key)
+        return finish_key(self.key_prefix(scope), key)
 
-    def scoped(self, scope: Scope) -> blake2b:
+    def key_prefix(self, scope: Scope) -> blake2b:
         """Return the digest of a key of a scope, without the key."""
         digest = self._key.copy()
-        digest.update(framed(scope[:2]))
+        digest.update(length_prefixed(scope[:2]))
         return digest
 
     def fingerprint(self, parts: Sequence[bytes], body: Iterable[bytes]) -> bytes:
         """Return the digest (16 bytes) of what a request asks for; `body` comes in blocks, as it is sent."""
-        return finished(self.begun(parts), body)
+        return finish_fingerprint(self.fingerprint_prefix(parts), body)
 
-    def begun(self, parts: Sequence[bytes]) -> blake2b:
+    def fingerprint_prefix(self, parts: Sequence[bytes]) -> blake2b:
         """Return a fingerprint that lacks its body."""
-        asked = framed(parts)
+        asked = length_prefixed(parts)
         digest = self._fingerprint.copy()
         digest.update(_PREFIX[len(asked)] + asked)
         return digest
 
 
-def keyed(scoped: blake2b, key: bytes) -> bytes:
+def finish_key(scoped: blake2b, key: bytes) -> bytes:
     """Return the digest (24 bytes) that names a key in the store, of a scope that was digested so."""
     digest = scoped.copy()
     digest.update(_PREFIX[len(key)] + key)
     return digest.digest()
 
 
-def finished(begun: blake2b, body: Iterable[bytes]) -> bytes:
+def finish_fingerprint(begun: blake2b, body: Iterable[bytes]) -> bytes:
     """Return the digest that was begun so."""
     digest = begun.copy()
     for block in body:
@@ -139,7 +139,7 @@ def finished(begun: blake2b, body: Iterable[bytes]) -> bytes:
     return digest.digest()
 
 
-def identity(digests: Digests, namespace: str, key_header: str, scope_headers: Iterable[str]) -> str:
+def identity_settings(digests: Digests, namespace: str, key_header: str, scope_headers: Iterable[str]) -> str:
     """Return by which settings keys are named, for people: replicas where it differs know other keys."""
     scope = ",".join(name.lower() for name in scope_headers)
     return f"namespace={namespace} secret={digests.secret_id} scope={scope} key_header={key_header.lower()}"
@@ -156,13 +156,13 @@ def record_id(digest: bytes) -> str:
     return _base64(digest).decode()
 
 
-def digest_of(name: str) -> bytes | None:
+def parse_record_id(name: str) -> bytes | None:
     """Return the digest behind a record's id or its name in the store, None where it is neither."""
     text = name.removeprefix("once:{").removesuffix("}")
     return urlsafe_b64decode(text) if RECORD_ID.fullmatch(text) else None
 
 
-def short(digest: bytes) -> str:
+def key_id(digest: bytes) -> str:
     """Return what logs show of a key: enough to find it, too little to guess it."""
     return _base64(digest[:9]).decode()
 

@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, assert_never
 
-from oncegate.keys.digests import framed
+from oncegate.keys.digests import length_prefixed
 from oncegate.keys.documents import MAX_VALUE_BYTES, Missing, form_value, json_value, parse_pointer
 from oncegate.keys.multipart import multipart_value
 from oncegate.keys.syntax import BadKey, parse_key
 from oncegate.messages.fields import Fields
 from oncegate.messages.request_head import RequestHead
-from oncegate.messages.target import plain_path
+from oncegate.messages.target import normalized_path
 from oncegate.settings.addresses import parse_key_header
 
 MOST_WINDOW_S = 86_400
@@ -82,22 +82,22 @@ class Source:
 class KeySources:
     """The key of a rule: lists of sources, each joined to one key; the first that is there is taken.
 
-    `retry_mark`: a header in which the client counts its retries of one request, from 0. Derived keys
+    `retry_count_header`: a header in which the client counts its retries of one request, from 0. Derived keys
     then follow the mark instead of the window, and a request without it has none.
     """
 
     alternatives: tuple[tuple[Source, ...], ...]
-    retry_mark: bytes | None = None
+    retry_count_header: bytes | None = None
 
     @property
     def headers_only(self) -> bool:
         """Whether a request that lacks the key just does not use keys; what names it is no part of a body."""
         kinds = [source.kind for sources in self.alternatives for source in sources]
-        marked = self.retry_mark is not None
+        marked = self.retry_count_header is not None
         return all(isinstance(kind, Header) or (marked and isinstance(kind, Derived)) for kind in kinds)
 
     @property
-    def plain_header(self) -> bytes | None:
+    def only_header(self) -> bytes | None:
         """The header, where the key is one header alone."""
         kinds = [source.kind for sources in self.alternatives for source in sources]
         return kinds[0].name if len(kinds) == 1 and isinstance(kinds[0], Header) else None
@@ -106,7 +106,7 @@ class KeySources:
     def headers(self) -> tuple[bytes, ...]:
         """All header fields that are read, in lower case."""
         kinds = [source.kind for sources in self.alternatives for source in sources]
-        marks = () if self.retry_mark is None else (self.retry_mark,)
+        marks = () if self.retry_count_header is None else (self.retry_count_header,)
         return (*(kind.name for kind in kinds if isinstance(kind, Header)), *marks)
 
     @property
@@ -116,7 +116,7 @@ class KeySources:
         return max((kind.window_ms for kind in kinds if isinstance(kind, Derived)), default=0)
 
 
-class Named(NamedTuple):
+class ExtractedKey(NamedTuple):
     """A key that was found. A complete record older than `window_ms` (0: none is) no longer answers for it.
 
     `fresh`: the client says that this is a new request, however equal it is to another.
@@ -127,7 +127,7 @@ class Named(NamedTuple):
     fresh: bool = False
 
 
-class Parts(NamedTuple):
+class SourceInput(NamedTuple):
     """What sources look at. `derived` is the digest of the request, empty while `body` (None) is still to come.
 
     A body that is too long to be looked into is empty here, and `spooled`.
@@ -184,13 +184,13 @@ def parse_source(text: str) -> Source:
         raise ValueError(f"{text!r} {error}") from None
 
 
-def find(sources: KeySources, parts: Parts) -> Named | Missing | BadKey | None:
+def extract_key(sources: KeySources, parts: SourceInput) -> ExtractedKey | Missing | BadKey | None:
     """Return the key, or why there is none; None where only the body can tell."""
-    found: Named | Missing | BadKey | None = Missing("no key was sent")
+    found: ExtractedKey | Missing | BadKey | None = Missing("no key was sent")
     for alternative in sources.alternatives:
         mark = _mark(sources, alternative, parts)
         found = mark if isinstance(mark, Missing) else _join(alternative, parts)
-        if isinstance(found, Named) and isinstance(mark, int):
+        if isinstance(found, ExtractedKey) and isinstance(mark, int):
             # A new request takes over whatever is complete; a retry is answered by it, however old.
             found = found._replace(window_ms=0 if mark else 1, fresh=mark == 0)
         if not isinstance(found, Missing):
@@ -198,17 +198,17 @@ def find(sources: KeySources, parts: Parts) -> Named | Missing | BadKey | None:
     return found
 
 
-def _mark(sources: KeySources, alternative: Sequence[Source], parts: Parts) -> int | Missing | None:
+def _mark(sources: KeySources, alternative: Sequence[Source], parts: SourceInput) -> int | Missing | None:
     """Return how many tries came before this one, None where this alternative does not ask."""
-    if sources.retry_mark is None or not any(isinstance(source.kind, Derived) for source in alternative):
+    if sources.retry_count_header is None or not any(isinstance(source.kind, Derived) for source in alternative):
         return None
-    lines = parts.head.fields.get(sources.retry_mark, ())
+    lines = parts.head.fields.get(sources.retry_count_header, ())
     if len(lines) != 1 or not re.fullmatch(rb"[0-9]{1,4}", lines[0].strip(b" \t")):
         return Missing("neither a key was sent nor which try this is")
     return int(lines[0])
 
 
-def _join(alternative: Sequence[Source], parts: Parts) -> Named | Missing | BadKey | None:
+def _join(alternative: Sequence[Source], parts: SourceInput) -> ExtractedKey | Missing | BadKey | None:
     """Return the key that the sources make together. With a part of them missing it is no key."""
     if parts.body is None and any(source.needs_body for source in alternative):
         return None
@@ -223,23 +223,23 @@ def _join(alternative: Sequence[Source], parts: Parts) -> Named | Missing | BadK
         return missing[0] if len(missing) == len(values) else BadKey("a part of the key is missing")
     pairs = zip(alternative, values, strict=True)
     # The zero byte: no header's key can be made to equal a joined one.
-    joined = b"\0" + framed(
+    joined = b"\0" + length_prefixed(
         part for source, value in pairs for part in (source.text.encode(), value) if isinstance(part, bytes)
     )
     window_ms = max((source.kind.window_ms for source in alternative if isinstance(source.kind, Derived)), default=0)
-    return Named(joined, window_ms)
+    return ExtractedKey(joined, window_ms)
 
 
-def _plain(header: Header, head: RequestHead) -> Named | Missing | BadKey:
+def _plain(header: Header, head: RequestHead) -> ExtractedKey | Missing | BadKey:
     """Return the key of one header alone: the same as without any rule."""
     lines = head.fields.get(header.name)
     if lines is None:
         return Missing("no idempotency key was sent")
     key = parse_key(lines)
-    return key if isinstance(key, BadKey) else Named(key)
+    return key if isinstance(key, BadKey) else ExtractedKey(key)
 
 
-def _read(kind: Kind, parts: Parts) -> bytes | Missing | BadKey:
+def _read(kind: Kind, parts: SourceInput) -> bytes | Missing | BadKey:
     head = parts.head
     match kind:
         case Header():
@@ -247,7 +247,7 @@ def _read(kind: Kind, parts: Parts) -> bytes | Missing | BadKey:
         case Parameter():
             return form_value(head.target.partition(b"?")[2], kind.name, "query")
         case Segment():
-            segments = plain_path(head.target).split(b"/")
+            segments = normalized_path(head.target).split(b"/")
             value = segments[kind.number] if kind.number < len(segments) else b""
             return value or Missing("the path has no key where it is looked for")
         case Derived():
@@ -272,7 +272,7 @@ def _field(fields: Fields, name: bytes) -> bytes | Missing | BadKey:
     return value if isinstance(key, BadKey) else key
 
 
-def _in_body(kind: Member | FormField, parts: Parts) -> bytes | Missing | BadKey:
+def _in_body(kind: Member | FormField, parts: SourceInput) -> bytes | Missing | BadKey:
     fields = parts.head.fields
     if parts.spooled:
         return BadKey("the body is too long to look for a key in")
@@ -295,7 +295,7 @@ def scope_fields(sources: Sequence[Source], head: RequestHead) -> Fields | BadKe
     """Return the header fields together with what else tells tenants apart, under the sources' own names."""
     fields = dict(head.fields)
     for source in sources:
-        value = _read(source.kind, Parts(head))
+        value = _read(source.kind, SourceInput(head))
         if isinstance(value, BadKey):
             return value
         if isinstance(value, bytes):

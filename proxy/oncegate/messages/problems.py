@@ -1,25 +1,35 @@
-"""The answers that the proxy gives itself: RFC 9457 problems, in the dialects that SDKs read as well.
+"""Oncegate's own error responses: RFC 9457 problems, readable by the SDKs of well-known APIs as well.
 
-`error: {type, code, message}` is the member from which the Stripe, OpenAI and Mollie SDKs take their
-messages; Retry-After, x-should-retry and Stripe-Should-Retry are what they obey.
+Code that refuses a request builds a `Problem`, a plain value, with `problem()` or `refusal()`. Only the code
+that writes to a client renders it: `head_fields()`, and `body(docs_url)` with the operator's `ONCEGATE_DOCS_URL`.
+So nothing between them has to know that URL.
+
+- `error: {type, code, message}` is where the SDKs of Stripe, OpenAI and Mollie look for the message.
+- `Retry-After`, `x-should-retry` and `Stripe-Should-Retry` are the fields that those SDKs obey.
 """
 
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from email.utils import formatdate
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Self
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One row of the table of problems. `reuse_key`: whether the retry may carry the same key."""
+    """One row of the table of problems.
+
+    `retryable`: whether sending the request again can help. `reuse_key`: whether the retry may carry the same
+    key; None where that depends on what the client wants. `idempotency`: whether `error.type` is
+    `idempotency_error`, rather than `api_error`.
+    """
 
     status: int
     title: str
     retryable: bool
     reuse_key: bool | None
-    idempotency: bool = True  # whose fault it is, in the words of `error.type`
+    idempotency: bool = True
 
 
 KINDS = {
@@ -39,7 +49,7 @@ KINDS = {
     "record-corrupt": Kind(500, "The stored record fails its own checks", False, None, False),
     "answer-not-stored": Kind(502, "The upstream answered, the store did not confirm it in time", True, True, False),
 }
-# Refusals of requests that never get as far as a key; they have no slug of their own.
+# Requests that are refused before oncegate looks for a key, by status. They share one code and have no slug.
 REFUSALS = {
     400: Kind(400, "The request cannot be understood", False, None, False),
     405: Kind(405, "This method is not served", False, None, False),
@@ -52,67 +62,104 @@ REFUSALS = {
     503: Kind(503, "Too much at once; nothing was sent", True, True, False),
     505: Kind(505, "This version of HTTP is not spoken", False, None, False),
 }
+_ONE_SECOND = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """An answer ready to be written. `block` holds its fields, each line ended, without its length.
+    """An error response as a value. `slug` names its row of `KINDS`, or is empty for a refusal.
 
-    `code` is the slug with underscores, `request_refused` for a refusal.
+    `retry_after_s`: the value of Retry-After, None for no such field. `members`: further members of the body.
     """
 
-    code: str
-    status: int
-    reason: bytes
-    block: bytes
-    body: bytes
+    kind: Kind
+    slug: str
+    detail: str
+    retry_after_s: int | None = None
+    members: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def code(self) -> str:
+        """The name of this outcome in logs, metrics and `error.code`."""
+        return self.slug.replace("-", "_") or "request_refused"
+
+    @property
+    def status(self) -> int:
+        return self.kind.status
+
+    @property
+    def reason(self) -> bytes:
+        """The registered reason phrase of the status."""
+        return HTTPStatus(self.kind.status).phrase.encode()
+
+    def with_status(self, status: int) -> Self:
+        """Return this problem with another status than its row has: a rule can set that of `in-flight`."""
+        after_s = _retry_after_s(status, self.retry_after_s)
+        return replace(self, kind=replace(self.kind, status=status), retry_after_s=after_s)
+
+    def for_mode(self, mode: bytes) -> Self:
+        """Return this problem for a key in the mode `hold` or `retry`.
+
+        Under `retry` the same key may be sent again, whatever the row says.
+        """
+        if mode != b"retry":
+            return self
+        return replace(self, kind=replace(self.kind, retryable=True, reuse_key=True))
+
+    def head_fields(self) -> bytes:
+        """Return the header fields, each line ended, without Content-Length."""
+        retry = b"true" if self.kind.retryable else b"false"
+        lines = b"Content-Type: application/problem+json\r\nCache-Control: no-store\r\n"
+        lines += b"Date: %s\r\nx-should-retry: %s\r\nStripe-Should-Retry: %s\r\n" % (
+            formatdate(usegmt=True).encode(),
+            retry,
+            retry,
+        )
+        return lines if self.retry_after_s is None else lines + b"Retry-After: %d\r\n" % self.retry_after_s
+
+    def body(self, docs_url: str = "") -> bytes:
+        """Return the body: JSON in ASCII. `docs_url`: where docs/ is served, without a slash at its end."""
+        kind = self.kind
+        members = {
+            "type": self._type(docs_url),
+            "title": kind.title,
+            "status": kind.status,
+            "detail": self.detail,
+            "retryable": kind.retryable,
+            "reuse_key": kind.reuse_key,
+            **self.members,
+            "error": {
+                "type": "idempotency_error" if kind.idempotency else "api_error",
+                "code": self.code,
+                "message": self.detail,
+            },
+        }
+        return json.dumps(members).encode()
+
+    def _type(self, docs_url: str) -> str:
+        """Return the URI of the problem's type (RFC 9457, section 3.1.1)."""
+        if not self.slug:
+            return "about:blank"
+        # With the suffix, the link works where a forge or a file server shows docs/ as Markdown files.
+        return f"{docs_url}/reference/answers.md#{self.slug}" if docs_url else f"urn:oncegate:{self.slug}"
 
 
-def problem(
-    slug: str,
-    detail: str,
-    retry_after_s: int | None = None,
-    may_retry: bool = False,
-    status: int | None = None,
-    **extra: Any,
-) -> Problem:
-    """Return the answer for a row of the table; `extra` are further members, `status` is another than the row's.
+def problem(slug: str, detail: str, retry_after_s: int | None = None, **members: Any) -> Problem:
+    """Return the problem of a row of `KINDS`; KeyError for an unknown slug.
 
-    `may_retry`: the key's mode is retry, so that the same key may be sent again whatever the row says.
+    `members` are further members of the body. `Problem.with_status` and `Problem.for_mode` apply what a rule
+    or a key's mode changes about a row.
     """
-    kind = replace(KINDS[slug], retryable=True, reuse_key=True) if may_retry else KINDS[slug]
-    if status is not None and status != kind.status:
-        kind = replace(kind, status=status)
-    if kind.status == 503 and retry_after_s is None:
-        retry_after_s = 1
-    return _problem(kind, slug.replace("-", "_"), f"urn:oncegate:{slug}", detail, retry_after_s, extra)
+    kind = KINDS[slug]
+    return Problem(kind, slug, detail, _retry_after_s(kind.status, retry_after_s), members)
 
 
 def refusal(status: int, detail: str) -> Problem:
-    """Return the answer for a request that is not let in."""
+    """Return the problem for a request that is refused before oncegate looks for a key; 400 for other statuses."""
     kind = REFUSALS.get(status, REFUSALS[400])
-    return _problem(kind, "request_refused", "about:blank", detail, 1 if kind.retryable else None, {})
+    return Problem(kind, "", detail, _ONE_SECOND if kind.retryable else None)
 
 
-def _problem(kind: Kind, code: str, urn: str, detail: str, retry_after_s: int | None, extra: dict[str, Any]) -> Problem:
-    error_type = "idempotency_error" if kind.idempotency else "api_error"
-    members = {
-        "type": urn,
-        "title": kind.title,
-        "status": kind.status,
-        "detail": detail,
-        "retryable": kind.retryable,
-        "reuse_key": kind.reuse_key,
-        **extra,
-        "error": {"type": error_type, "code": code, "message": detail},
-    }
-    retry = b"true" if kind.retryable else b"false"
-    block = b"Content-Type: application/problem+json\r\nCache-Control: no-store\r\n"
-    block += b"Date: %s\r\nx-should-retry: %s\r\nStripe-Should-Retry: %s\r\n" % (
-        formatdate(usegmt=True).encode(),
-        retry,
-        retry,
-    )
-    if retry_after_s is not None:
-        block += b"Retry-After: %d\r\n" % retry_after_s
-    return Problem(code, kind.status, HTTPStatus(kind.status).phrase.encode(), block, json.dumps(members).encode())
+def _retry_after_s(status: int, given_s: int | None) -> int | None:
+    """Return the Retry-After of a response: a 503 always has one (RFC 9110, section 15.6.4)."""
+    return _ONE_SECOND if status == 503 and given_s is None else given_s

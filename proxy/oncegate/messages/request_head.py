@@ -1,6 +1,6 @@
 """A request's head: as it was checked, and as it goes to the upstream. Pure."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -69,15 +69,11 @@ class ForwardedInfo:
 _FORWARDED = Labels(HOP_BY_HOP | FORWARDING | {b"host", b"content-length", b"expect", FENCE})
 
 
-def request_head(
-    head: RequestHead, hop: ForwardedInfo, host: bytes, prefix: bytes, length: int | None, drop: Collection[bytes] = ()
-) -> bytes:
+def request_head(head: RequestHead, hop: ForwardedInfo, host: bytes, prefix: bytes, length: int | None) -> bytes:
     """Return a request's head for the upstream; `length` None: chunked, negative: no body."""
     method, target, http10, asked_host, pairs, fields = head
-    named = nominated(fields)
-    if drop or named:
-        gone = {*drop, *named}
-        pairs = [pair for pair in pairs if pair[0].lower() not in gone]
+    if names := nominated(fields):
+        pairs = [pair for pair in pairs if pair[0].lower() not in names]
     lines = [label + value for name, value in pairs if (label := _FORWARDED[name])]
     lines += _forwarding_on(head, hop) if hop.trusted else hop.lines[http10]
     if asked_host and not hop.trusted:  # what a client claims counts only if it is trusted

@@ -39,30 +39,30 @@ class ResponseHead:
     close_delimited: bool
     # Its end-to-end fields as they are written now, and as they are on a replay. Each line is ended; a length the
     # upstream stated stays in its place among them.
-    passed_on: bytes
-    kept: bytes
-    streamed_by_nature: bool = field(init=False)  # somebody is waiting for single events of it
+    forwarded_block: bytes
+    replayed_block: bytes
+    is_event_stream: bool = field(init=False)  # somebody is waiting for single events of it
     age_s: int = field(init=False)  # that it had when it came, 0 where it says none
     _begun: blake2b | None = field(init=False, default=None, compare=False)
 
     def __post_init__(self) -> None:
         kinds = self.fields.get(b"content-type")
-        self.streamed_by_nature = kinds is not None and kinds[-1].lower().startswith(b"text/event-stream")
+        self.is_event_stream = kinds is not None and kinds[-1].lower().startswith(b"text/event-stream")
         self.age_s = _number(self.fields[b"age"][0]) if b"age" in self.fields else 0
 
     def digest(self) -> blake2b:
         """Return the running digest of an answer with this head, as it is replayed."""
         if self._begun is None:
-            self._begun = answer_digest(self.status, self.reason, self.kept)
+            self._begun = response_digest(self.status, self.reason, self.replayed_block)
         return self._begun.copy()
 
 
-def answer_digest(status: int, reason: bytes, block: bytes) -> blake2b:
+def response_digest(status: int, reason: bytes, block: bytes) -> blake2b:
     """Return the running digest of an answer that begins so; its body is fed to it."""
     return blake2b(b"%d %s\r\n%s" % (status, reason, block), digest_size=16)
 
 
-def read_answer_head(status: int, reason: bytes, pairs: Pairs, head_only: bool) -> ResponseHead | str:
+def read_response_head(status: int, reason: bytes, pairs: Pairs, head_only: bool) -> ResponseHead | str:
     """Return the head of a final answer and how its body is framed, or what makes it unusable.
 
     101 is final, too: what follows is another protocol, up to the end of the connection.
@@ -77,9 +77,9 @@ def read_answer_head(status: int, reason: bytes, pairs: Pairs, head_only: bool) 
     fields = by_name(pairs)
     if status == 204:  # a client that believed its length would wait for a body that never comes (RFC 9110, 8.6)
         pairs = [pair for pair in pairs if pair[0].lower() != b"content-length"]
-    passed_on, kept = answer_blocks(pairs, fields)
+    forwarded, replayed = response_blocks(pairs, fields)
     if status == 101:
-        return ResponseHead(status, reason, pairs, fields, None, False, True, passed_on, kept)
+        return ResponseHead(status, reason, pairs, fields, None, False, True, forwarded, replayed)
     bodiless = head_only or status in (204, 304)
     length = None
     if b"content-length" in fields:
@@ -89,9 +89,9 @@ def read_answer_head(status: int, reason: bytes, pairs: Pairs, head_only: bool) 
     if b"transfer-encoding" in fields:
         if tokens(fields[b"transfer-encoding"]) != [b"chunked"] or length is not None:
             return "a transfer coding other than chunked alone"
-        return ResponseHead(status, reason, pairs, fields, None, bodiless, False, passed_on, kept)
+        return ResponseHead(status, reason, pairs, fields, None, bodiless, False, forwarded, replayed)
     close_delimited = length is None and not bodiless
-    return ResponseHead(status, reason, pairs, fields, length, bodiless, close_delimited, passed_on, kept)
+    return ResponseHead(status, reason, pairs, fields, length, bodiless, close_delimited, forwarded, replayed)
 
 
 def _stated_length(lengths: Sequence[bytes]) -> int | None:
@@ -102,7 +102,7 @@ def _stated_length(lengths: Sequence[bytes]) -> int | None:
 _PASSED_ON = Labels(HOP_BY_HOP | {b"idempotent-replayed"}, OURS)
 
 
-def answer_blocks(pairs: Pairs, fields: Fields) -> tuple[bytes, bytes]:
+def response_blocks(pairs: Pairs, fields: Fields) -> tuple[bytes, bytes]:
     """Return the fields of an answer that go on. A replay leaves out what belongs to the first exchange alone."""
     if named := nominated(fields):
         # An answer that lost its length this way would have no end on a connection that is kept.

@@ -7,7 +7,7 @@ _UNRESERVED = re.compile(rb"%(?:2[DdEe]|3[0-9]|[46][1-9A-Fa-f]|[57][0-9AaEe]|5[F
 _SLASHES = re.compile(rb"/{2,}")
 
 
-def plain_path(target: bytes) -> bytes:
+def normalized_path(target: bytes) -> bytes:
     """Return the path of a target as rules see it: what means the same is the same (RFC 3986, section 6.2.2).
 
     Escapes of unreserved characters are undone, dot segments and doubled slashes removed, as upstreams may do;

@@ -12,7 +12,7 @@ from typing import Any
 
 import structlog
 
-from oncegate.keys.digests import short
+from oncegate.keys.digests import key_id
 from oncegate.observe.outcome import Outcome, RequestReport
 
 FIELDS = ("outcome", "method", "status", "key", "ms", "upstream_ms", "client_left")
@@ -65,7 +65,7 @@ class AccessLog:
         if word in self._left_out or level not in self._levels:
             return
         _, status, method, key, upstream_s, _, _, _, detail, rule, _ = report
-        shown = (word, method, status, short(key) if key else "", seconds * 1000, upstream_s * 1000, client_left)
+        shown = (word, method, status, key_id(key) if key else "", seconds * 1000, upstream_s * 1000, client_left)
         more = {name: value for name, value in (("detail", detail), ("rule", rule)) if value} if detail or rule else {}
         if self._json:
             self._add(_as_json(shown, more, level, self._stamp()))

@@ -23,7 +23,7 @@ from prometheus_client.registry import Collector
 from oncegate.observe.outcome import SUPPRESSED, Outcome, RequestReport
 from oncegate.observe.usage import KINDS, Tokens
 
-HOW_SETTLED = ("store", "store_bare", "release", "unknown", "unconfirmed", "lost", "fenced")
+HOW_SETTLED = ("stored", "stored_without_body", "released", "unknown", "unconfirmed", "lost", "fenced")
 LOSSES = ("flushed", "rolled_back", "evicted", "moved")
 VERBS = ("claim", "append", "renew", "settle", "read")
 

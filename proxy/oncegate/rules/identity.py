@@ -1,6 +1,6 @@
-"""How a request is named under a policy: whose it is, its key, its fingerprint, and what it is without one. Pure.
+"""How a policy identifies a request: its scope, its key, its fingerprint, and what happens without a key. Pure.
 
-The request path and `oncegate check --explain` both ask here, so that they cannot disagree.
+The request path and `oncegate check --explain` use the same functions, so that they cannot disagree.
 """
 
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from oncegate.keys.digests import Digests, Scope, UnstableScope
 from oncegate.keys.documents import Missing
-from oncegate.keys.sources import Parts, find, scope_fields
+from oncegate.keys.sources import ExtractedKey, SourceInput, extract_key, scope_fields
 from oncegate.keys.syntax import BadKey, parse_key
 from oncegate.messages.fields import Fields
 from oncegate.messages.request_head import RequestHead
@@ -19,7 +19,7 @@ NO_KEY = Missing("no idempotency key was sent")
 
 
 class Content(Protocol):
-    """A whole request body. One that is `spooled` has no `data`."""
+    """A complete request body. A `spooled` one lies on disk; its `data` is empty."""
 
     @property
     def data(self) -> bytes: ...
@@ -30,8 +30,21 @@ class Content(Protocol):
     def blocks(self) -> Iterable[bytes]: ...
 
 
+class ScopedRequest(NamedTuple):
+    """A request whose scope is known and whose body is complete. `key`: the key in its head, None for none."""
+
+    head: RequestHead
+    scope: Scope
+    key: bytes | None
+    body: Content
+
+
 class Identity(NamedTuple):
-    """What names a request: the digests of its key and of what it asks for, and how long a complete one counts."""
+    """What identifies a request: the digest of its key (24 bytes) and its fingerprint (16 bytes).
+
+    A complete record older than `window_ms` (0: none is) does not count for it; only derived keys have a window.
+    `fresh`: the client says that this is a new request, though it equals an earlier one.
+    """
 
     key: bytes
     fingerprint: bytes
@@ -40,79 +53,82 @@ class Identity(NamedTuple):
 
 
 class ScopeMemo:
-    """What one connection's requests said last, and how that was named: mostly they differ in key and body alone.
+    """The scope and the fingerprint prefix of a connection's last request, with the input that they were made of.
 
-    Without it, digesting what is said again takes 2 % of an execution (measured).
+    The requests of one connection mostly differ in key and body alone. Without the memo, digesting the same
+    input again takes 2 % of an execution (measured).
     """
 
-    __slots__ = ("_asked", "_begun", "_digests", "_names", "_policy", "_said", "_scope")
+    __slots__ = ("_digests", "_names", "_parts", "_policy", "_prefix", "_scope", "_values")
 
     def __init__(self, digests: Digests) -> None:
         self._digests = digests
         self._policy: Policy | None = None
-        self._said: list[list[bytes] | None] = []
-        self._asked: tuple[bytes, ...] = ()
+        self._values: list[list[bytes] | None] = []
+        self._parts: tuple[bytes, ...] = ()
 
     def scope(self, policy: Policy, fields: Fields) -> Scope | UnstableScope:
-        """Return whose key it is, where header fields tell."""
+        """Return the scope of a request under a policy without `scope_sources`."""
         if policy is not self._policy:
-            self._policy, self._names, self._said = policy, (*policy.scope_headers, b"cookie"), []
-        said = list(map(fields.get, self._names))
-        if said != self._said:
-            self._scope, self._said = self._digests.scope(policy.namespace, fields, policy.scope_headers), said
+            self._policy, self._names, self._values = policy, (*policy.scope_headers, b"cookie"), []
+        values = list(map(fields.get, self._names))
+        if values != self._values:
+            self._scope, self._values = self._digests.scope(policy.namespace, fields, policy.scope_headers), values
         return self._scope
 
-    def begun(self, policy: Policy, head: RequestHead) -> blake2b:
-        """Return the fingerprint of a request, where all of it enters, without its body."""
-        parts = asked(policy, head)
-        if parts != self._asked:
-            self._asked, self._begun = parts, self._digests.begun(parts)
-        return self._begun
+    def fingerprint_prefix(self, policy: Policy, head: RequestHead) -> blake2b:
+        """Return the fingerprint without the body, under a policy whose fingerprint has all parts. Copy before use."""
+        parts = fingerprint_parts(policy, head)
+        if parts != self._parts:
+            self._parts, self._prefix = parts, self._digests.fingerprint_prefix(parts)
+        return self._prefix
 
 
 def key_in_head(policy: Policy, head: RequestHead) -> bytes | Missing | BadKey | None:
-    """Return the key that a request's head carries, or why there is none; None where only the body can tell."""
+    """Return the key that a request's head carries, or why there is none; None where the body decides."""
     if policy.sources is None:
         lines = head.fields.get(policy.key_header)
         return NO_KEY if lines is None else parse_key(lines)
-    found = find(policy.sources, Parts(head))
-    return found if found is None or isinstance(found, Missing | BadKey) else found.key
+    key = extract_key(policy.sources, SourceInput(head))
+    return key.key if isinstance(key, ExtractedKey) else key
 
 
 def scope_of(policy: Policy, digests: Digests, head: RequestHead) -> Scope | UnstableScope | BadKey:
-    """Return whose key it is."""
+    """Return the scope of a request's key; BadKey where one of the policy's `scope_sources` cannot be read."""
     if not policy.scope_sources:
         return digests.scope(policy.namespace, head.fields, policy.scope_headers)
     fields = scope_fields(policy.scope_sources, head)
     return fields if isinstance(fields, BadKey) else digests.scope(policy.namespace, fields, policy.scope_headers)
 
 
-def name(
-    policy: Policy, digests: Digests, head: RequestHead, scope: Scope, key: bytes | None, body: Content
-) -> Identity | Missing | BadKey:
-    """Return what names a request whose body is here; `key` is what its head carries, if that is where it is."""
-    whole, parts = asked(policy, head), policy.fingerprint
-    if parts is None:
-        fingerprint = digests.fingerprint(whole, body.blocks())
+def identify(policy: Policy, digests: Digests, request: ScopedRequest) -> Identity | Missing | BadKey:
+    """Return the identity of a request, or why it has no usable key."""
+    head, scope, key, body = request
+    every_part, chosen = fingerprint_parts(policy, head), policy.fingerprint
+    if chosen is None:
+        fingerprint = digests.fingerprint(every_part, body.blocks())
     else:
-        fingerprint = digests.fingerprint(_only(parts, whole), body.blocks() if "body" in parts else ())
+        fingerprint = digests.fingerprint(_only(chosen, every_part), body.blocks() if "body" in chosen else ())
     if key is not None:
         return Identity(digests.key(scope, key), fingerprint)
     sources = policy.sources
     if sources is None:
         return NO_KEY
-    derived = digests.fingerprint(whole, body.blocks()) if sources.window_ms and parts is not None else fingerprint
-    found = find(sources, Parts(head, body.data, body.spooled, derived))
-    if found is None or isinstance(found, Missing | BadKey):
-        return found or NO_KEY
-    return Identity(digests.key(scope, found.key), fingerprint, found.window_ms, found.fresh)
+    # A derived key is the digest of the whole request, even where the fingerprint leaves parts out.
+    derives = bool(sources.window_ms) and chosen is not None
+    derived = digests.fingerprint(every_part, body.blocks()) if derives else fingerprint
+    extracted = extract_key(sources, SourceInput(head, body.data, body.spooled, derived))
+    if not isinstance(extracted, ExtractedKey):
+        return extracted or NO_KEY
+    return Identity(digests.key(scope, extracted.key), fingerprint, extracted.window_ms, extracted.fresh)
 
 
-def asked(policy: Policy, head: RequestHead) -> tuple[bytes, ...]:
-    """Return what a request asks for beside its body, as it enters a fingerprint."""
+def fingerprint_parts(policy: Policy, head: RequestHead) -> tuple[bytes, ...]:
+    """Return what enters a fingerprint beside the body: method, host, target, type and coding."""
     fields = head.fields
     return (
         head.method.encode(),
+        # Without pass_host the upstream never sees the client's Host, so it is no part of the request.
         head.host.lower() if policy.pass_host else b"",
         head.target,
         b",".join(fields.get(b"content-type", ())),
@@ -120,17 +136,18 @@ def asked(policy: Policy, head: RequestHead) -> tuple[bytes, ...]:
     )
 
 
-def _only(parts: frozenset[str], whole: tuple[bytes, ...]) -> tuple[bytes, ...]:
-    """Return what enters a fingerprint that leaves parts out; the coding belongs to the body."""
+def _only(chosen: frozenset[str], every_part: tuple[bytes, ...]) -> tuple[bytes, ...]:
+    """Return the parts of a fingerprint with those emptied that are not chosen."""
+    # The coding has no name of its own: it enters together with the body that it describes.
     names = ("method", "host", "target", "type", "body")
-    return tuple(value if part in parts else b"" for part, value in zip(names, whole, strict=True))
+    return tuple(value if name in chosen else b"" for name, value in zip(names, every_part, strict=True))
 
 
 def uses_no_key(policy: Policy, why: Missing | BadKey) -> bool:
-    """Return whether a request has no key because its client sends none, where that is a header's business."""
+    """Return whether the client simply does not use keys: keys are read from headers alone, and none was sent."""
     return isinstance(why, Missing) and (policy.sources is None or policy.sources.headers_only)
 
 
-def passes(policy: Policy, why: Missing | BadKey) -> bool:
-    """Return whether a request without a usable key goes on unguarded, rather than being refused."""
+def may_forward_unkeyed(policy: Policy, why: Missing | BadKey) -> bool:
+    """Return whether a request without a usable key is forwarded without protection, rather than refused."""
     return policy.pass_bad_keys or (uses_no_key(policy, why) and not policy.key_required)

@@ -6,7 +6,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from oncegate.messages.request_head import RequestHead
-from oncegate.messages.target import plain_path
+from oncegate.messages.target import normalized_path
 from oncegate.rules.patterns import (
     host_includes,
     host_matches,
@@ -109,7 +109,7 @@ class Rules:
 
     def choose(self, head: RequestHead) -> Rule:
         """Return the rule that decides on a request."""
-        path = plain_path(head.target)
+        path = normalized_path(head.target)
         return next((rule for rule in self.rules if rule.match(head, path)), self.default)
 
     @property
@@ -143,7 +143,7 @@ def _naming(policy: Policy) -> tuple[object, ...]:
     """Return what decides on the name of a key."""
     sources = policy.sources
     key = (
-        ([[source.text for source in one] for one in sources.alternatives], sources.retry_mark)
+        ([[source.text for source in one] for one in sources.alternatives], sources.retry_count_header)
         if sources
         else policy.key_header
     )

@@ -7,7 +7,7 @@ leftmost place is always as good as any other, so nothing is tried twice (atomic
 import re
 from functools import cache
 
-from oncegate.messages.target import plain_path
+from oncegate.messages.target import normalized_path
 
 MANY = "**"  # a whole segment: any number of segments, also none
 
@@ -21,7 +21,7 @@ def parse_path(text: str) -> str:
         raise ValueError("must be a path that begins with /, in visible ASCII, without ? and #")
     if any(MANY in segment and segment != MANY for segment in text.split("/")):
         raise ValueError("has ** beside other characters; it stands for whole segments, as in /v1/**")
-    if plain_path(text.encode()) != text.encode():
+    if normalized_path(text.encode()) != text.encode():
         raise ValueError("has dot segments, doubled slashes or escapes of plain characters; write it plainly")
     return text
 

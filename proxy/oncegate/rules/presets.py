@@ -1,7 +1,7 @@
 """Presets: what one word in a rule sets. Data; the rule's own fields override it.
 
 Each is written as the fields of a rule, so that it says no more than an operator could, but for
-`retry_mark`: that equal requests are told apart by a client's count of its tries is only right where a
+`retry_count_header`: that equal requests are told apart by a client's count of its tries is only right where a
 mistaken match costs little, so no rule can ask for it by itself.
 """
 
@@ -23,7 +23,7 @@ class Preset:
     about: str
     caution: str
     fields: Mapping[str, Any]
-    retry_mark: str | None = None
+    retry_count_header: str | None = None
     counts_tokens: bool = False
 
 
@@ -77,7 +77,7 @@ def _llm(namespace: str) -> Preset:
         "one's answer. A prompt whose outcome is unknown is sent again. A stream that broke off is broken off for the "
         "client, too; one that the API itself ends early, but properly, is kept like any other answer.",
         fields,
-        retry_mark="x-stainless-retry-count",
+        retry_count_header="x-stainless-retry-count",
         counts_tokens=True,
     )
 

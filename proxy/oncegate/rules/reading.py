@@ -143,7 +143,7 @@ class Reading:
         preset = PRESETS.get(values.get("preset", ""))
         values = {**_preset_values(preset.fields if preset else {}), **values}
         settings = self._settings.model_copy(update={name: values[name] for name in SHARED if name in values})
-        mark = preset.retry_mark.encode() if preset and preset.retry_mark else None
+        mark = preset.retry_count_header.encode() if preset and preset.retry_count_header else None
         key = KeySources(values["key"], mark) if "key" in values else None
         self._refuse_contradictions(table, values, settings, key)
         if len(self._errors) > before:
@@ -196,7 +196,7 @@ def _contradictions(values: dict[str, Any], settings: Settings, key: KeySources 
         yield "set_host", "contradicts pass_host"
     if key and key.window_ms > settings.retention_s * 1000:
         yield "key", "has a window that is longer than retention_s"
-    header = settings.key_header.lower().encode() if key is None else key.plain_header
+    header = settings.key_header.lower().encode() if key is None else key.only_header
     forward = values.get("forward_key")
     if forward is not None and header is None:
         yield "forward_key", "needs a key that is one header alone"
@@ -243,7 +243,7 @@ def _policy(settings: Settings, values: dict[str, Any], key: KeySources | None) 
         "in_flight_status": values.get("in_flight_status", 409),
     }
     if key is not None:
-        header = key.plain_header
+        header = key.only_header
         changes |= {"key_header": header} if header else {"sources": key}
     if "namespace" in values:
         changes["namespace"] = values["namespace"].encode()

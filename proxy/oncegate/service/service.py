@@ -20,7 +20,7 @@ from oncegate.gateway.exchange import ExchangeDeps
 from oncegate.gateway.handler import Gateway
 from oncegate.gateway.routes import Route, Routes
 from oncegate.gateway.waiters import Waiters
-from oncegate.keys.digests import Digests, identity, short
+from oncegate.keys.digests import Digests, identity_settings, key_id
 from oncegate.messages.admission import Admission
 from oncegate.observe.admin import serve_admin
 from oncegate.observe.logs import AccessLog
@@ -63,7 +63,7 @@ def _member(
     return Membership(
         token_prefix=b"",
         replica=f"{socket.gethostname()} pid {os.getpid()}",
-        described=identity(digests, settings.namespace, settings.key_header, settings.scope_headers),
+        described=identity_settings(digests, settings.namespace, settings.key_header, settings.scope_headers),
         accept=settings.identity_change == "accept",
         retention_ms=int(settings.retention_s * 1000),
         quarantine_ms=int(settings.quarantine_s * 1000) if settings.on_store_loss == "quarantine" else 0,
@@ -109,7 +109,11 @@ class Service:
         self._naming = rules.naming
         self._gateway = self._make_gateway(rules)
         self._listener = Listener(
-            self._gateway, max_connections=settings.max_connections, pace=self._pace, observe=self._observe
+            self._gateway,
+            max_connections=settings.max_connections,
+            pace=self._pace,
+            observe=self._observe,
+            docs_url=str(settings.docs_url or ""),
         )
         self._drain = Drain(self._gateway, self._listener, self._waiters, self._pools, self.store, self._background)
         self._servers: list[asyncio.Server] = []
@@ -230,7 +234,7 @@ class Service:
     def _report(self, what: str, claim: Claim) -> None:
         """Say that a claim vanished or was taken: somebody else may have executed the same key."""
         self.metrics.claim_lost()
-        self._log.error(f"claim {what}", key=short(claim.key), fence=claim.fence.decode())
+        self._log.error(f"claim {what}", key=key_id(claim.key), fence=claim.fence.decode())
 
     def _watched(self, what: str, text: str) -> None:
         """Say what the watch of the store found: a loss, or replicas that name keys in another way."""

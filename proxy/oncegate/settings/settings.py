@@ -121,8 +121,8 @@ class Settings(BaseSettings):
     tls_cert_file: ReadableFile = Field(None, description="Certificate chain (PEM) of the public listener.")
     tls_key_file: ReadableFile = Field(None, description="Private key (PEM) of the public listener.")
     admin_listen: ListenAddress = Field(
-        Address("127.0.0.1", 9090),
-        description="Listener of `/metrics`, `/healthz`, `/readyz`; the container image sets `0.0.0.0:9090`.",
+        Address("127.0.0.1", 8081),
+        description="Listener of `/metrics`, `/healthz`, `/readyz`; the container image sets `0.0.0.0:8081`.",
     )
     hosts: Annotated[tuple[str, ...], _list_of(parse_host)] = Field(
         (), description="Comma list of `host` or `host:port` that are ours; a request for another gets 421."
@@ -250,6 +250,12 @@ class Settings(BaseSettings):
     log_format: Literal["json", "console"] = Field("json", description="`json`, or `console` for people.")
     access_log: Literal["off", "notable", "all"] = Field(
         "notable", description="`off`, `notable` (all but plain executions and pass-through) or `all`."
+    )
+    docs_url: Annotated[Origin | None, _from_text(parse_origin)] = Field(
+        None,
+        description="URL at which the folder `docs/` of oncegate is served as Markdown files, such as "
+        "`https://git.example.com/oncegate/blob/main/docs`. With it, the `type` of a problem is a link, "
+        "`<docs_url>/reference/answers.md#<slug>`; without it, `urn:oncegate:<slug>`.",
     )
     rules_file: ReadableFile = Field(None, description="Policy for single routes (TOML); read again at SIGHUP.")
     testing: bool = Field(False, description="Accept what breaks the proxy on purpose; for its own tests alone.")

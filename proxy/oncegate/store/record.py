@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from oncegate.decision import State
 from oncegate.keys.digests import Scope
-from oncegate.messages.response_head import answer_digest
+from oncegate.messages.response_head import response_digest
 
 VERSION = b"\x01"
 TOKEN_BYTES = 16
@@ -167,7 +167,7 @@ def intact(answer: StoredResponse, body: bytes) -> bool:
     if len(body) != answer.size:
         return False
     status, reason, block, expected, *_ = answer
-    digest = answer_digest(status, reason, block)
+    digest = response_digest(status, reason, block)
     digest.update(body)
     return digest.digest() == expected
 

@@ -7,8 +7,8 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any, NamedTuple
 
-from oncegate.decision import State, state_now
-from oncegate.keys.digests import digest_of, store_key
+from oncegate.decision import State, effective_state
+from oncegate.keys.digests import parse_record_id, store_key
 from oncegate.store.record import Corrupt, StoredResponse, self_check, tenant_of, unpack
 from oncegate.store.redis.health_monitor import IDENTITIES, replica_key, replica_value
 from oncegate.store.redis.link import ErrorReply
@@ -93,7 +93,7 @@ def _running(key: bytes, token: bytes, fields: dict[str, bytes], now_ms: int) ->
     """Raise KeyError or ValueError for what is no record."""
     written = State(fields["state"].decode())
     left_ms = int(fields["lease"]) - now_ms
-    state = state_now(written, left_ms)
+    state = effective_state(written, left_ms)
     lapsed = state is not written
     described, mode, fingerprint = fields["self"], fields["mode"], fields["fingerprint"]
     if described != self_check(key, described[:16], token, mode, fingerprint):
@@ -165,7 +165,7 @@ async def scan(store: Store, prefix: str = "") -> AsyncIterator[RecordView]:
         cursor = b"0"
         while True:
             cursor, names = checked(await ask(node, "SCAN", cursor, "MATCH", f"once:{{{prefix}*", "COUNT", PAGE))
-            keys = {digest for name in names if (digest := digest_of(name.decode("ascii", "replace")))}
+            keys = {digest for name in names if (digest := parse_record_id(name.decode("ascii", "replace")))}
             now_ms = await _time_ms(node)
             replies = await asyncio.gather(*[ask(node, *_fields_of(key)) for key in keys])
             for key, first in zip(keys, replies, strict=True):

@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import count
 from typing import Any
 
-from oncegate.decision import State, is_open, state_now
+from oncegate.decision import State, effective_state, may_take_over
 from oncegate.keys.digests import Scope, store_key
 from oncegate.settings.addresses import parse_several
 from oncegate.store.breaker import Breaker
@@ -515,5 +515,5 @@ class Store:
 def _opens(found: Record, claim: Claim, window_ms: int) -> bool:
     """Return whether the key of a checked record can be claimed with its token as the one seen."""
     past = window_ms > 0 and found.created_ms + window_ms < found.now_ms
-    state = state_now(found.state, found.lease_left_ms)
-    return is_open(state, found.fingerprint == claim.fingerprint, found.mode, past)
+    state = effective_state(found.state, found.lease_left_ms)
+    return may_take_over(state, found.fingerprint == claim.fingerprint, found.mode, past)

@@ -16,7 +16,7 @@ from oncegate.buffers.memory import MemoryBudget
 from oncegate.buffers.write_batcher import WriteBatcher
 from oncegate.messages.fields import MAX_HEAD_BYTES, tokens
 from oncegate.messages.head_cache import RecentHeads
-from oncegate.messages.response_head import ResponseHead, read_answer_head
+from oncegate.messages.response_head import ResponseHead, read_response_head
 
 MAX_INTERIM = 16  # 1xx answers before the final one
 JOINED_BYTES = 65536  # of a body that is copied behind its head for one write; a larger one would take twice its room
@@ -371,7 +371,7 @@ class Connection(asyncio.Protocol):
             if self._interim > MAX_INTERIM:
                 raise httptools.HttpParserError("too many interim answers")
             return
-        head = read_answer_head(status, self._reason, self._pairs, self._head_only)
+        head = read_response_head(status, self._reason, self._pairs, self._head_only)
         if isinstance(head, str):
             raise httptools.HttpParserError(head)
         if status == 101 and tokens(head.fields.get(b"upgrade", ())) != [b"websocket"]:
