@@ -21,7 +21,7 @@ from redis.retry import Retry
 
 from oncegate.server import embedded
 from oncegate.server.embedded import EmbeddedStore, EmbeddedStoreError, find_server
-from oncegate.server.processes import dies_with
+from oncegate.server.processes import die_with_parent
 from tests.parts import open_files
 
 MAX_BYTES = 64 * 1024 * 1024
@@ -404,7 +404,7 @@ def test_a_killed_proxy_leaves_no_orphan(folder: Path, new_store: Callable[[], E
 def test_a_store_whose_proxy_is_gone_never_starts() -> None:
     """A proxy that died before its child was tied to it leaves no orphan either."""
     not_our_pid = os.getpid() + 1
-    child = subprocess.Popen(["sleep", "10"], preexec_fn=dies_with(not_our_pid))
+    child = subprocess.Popen(["sleep", "10"], preexec_fn=die_with_parent(not_our_pid))
     assert child.wait(5) == 1
 
 
@@ -445,7 +445,7 @@ def test_a_killed_store_is_restarted(
 async def test_restarts_back_off(
     store: EmbeddedStore, events: Events, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A store that dies again and again is restarted later each time, and says why in its last words."""
+    """A store that dies again and again is restarted later each time, and logs the end of its own log."""
     pid = pid_of(store.url)
     with connected(store.url) as client:
         client.set("once:a", "1")
@@ -457,7 +457,7 @@ async def test_restarts_back_off(
     watch.cancel()
     delays = [fields["restart_delay_s"] for _, fields in events]
     assert delays[:4] == [0.05, 0.1, 0.2, 0.4]
-    assert "Bad file format" in events[1][1]["last_words"]
+    assert "Bad file format" in events[1][1]["log_tail"]
 
 
 async def test_a_restart_that_fails_is_tried_again(

@@ -338,7 +338,7 @@ async def test_all_open_files_there_are_are_taken(proxies, upstream, valkey):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (before, most))
     assert resource.prlimit(gate.process.pid, resource.RLIMIT_NOFILE) == (most, most)
-    assert gate.events("fewer open files than connections are allowed for")[0]["limit"] == most
+    assert gate.events("open file limit below connection limit")[0]["limit"] == most
 
 
 @pytest.mark.fault(60)

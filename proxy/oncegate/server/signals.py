@@ -1,18 +1,34 @@
-"""What a process is told by signals, and what it says with its exit code."""
+"""Stop signals, and the exit codes that tell an init system how the process ended."""
 
 import asyncio
 import signal
+from dataclasses import dataclass, field
+from enum import IntEnum
 
-OK, NOT_ALL, CANNOT = 0, 1, 2  # exit codes: all in flight was stored or released; something was not; no start
+
+class ExitCode(IntEnum):
+    """The exit code of `oncegate serve`, and of each of its workers."""
+
+    OK = 0  # every request in flight was stored or released
+    CUT_OFF = 1  # at least one was not: its key may be unknown
+    CANNOT_START = 2
 
 
-def told_to_stop() -> tuple[asyncio.Event, asyncio.Event]:
-    """Return what the first SIGTERM or SIGINT sets, and what the second sets."""
-    stop, hurry = asyncio.Event(), asyncio.Event()
+@dataclass(frozen=True, slots=True)
+class StopEvents:
+    """`requested`: drain, then exit. `immediate`: end the drain now, and cut off what is still in flight."""
 
-    def told() -> None:
-        (hurry if stop.is_set() else stop).set()
+    requested: asyncio.Event = field(default_factory=asyncio.Event)
+    immediate: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+def stop_events() -> StopEvents:
+    """Handle SIGTERM and SIGINT: the first sets `requested`, the second sets `immediate`. Needs a running loop."""
+    stop = StopEvents()
+
+    def on_signal() -> None:
+        (stop.immediate if stop.requested.is_set() else stop.requested).set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, told)
-    return stop, hurry
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    return stop

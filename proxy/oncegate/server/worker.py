@@ -1,7 +1,11 @@
-"""One worker of several: a process that serves on sockets of its supervisor's, and reports to it.
+"""One worker of several: a process that serves on its supervisor's sockets and reports to the supervisor.
 
-The link to the supervisor is a stream of lines. This side sends JSON: `{"up": true}` once it serves, then a report a
-second and on demand. The other side sends `report` and `retire`; its end means that the supervisor is gone.
+The link between both is a stream of lines. The worker sends JSON: `{"serving": true}` once it serves, then one report
+a second and one for each request. The supervisor sends `report NUMBER` and `retire`. The end of the stream means that
+the supervisor is dead: the worker then drains and exits.
+
+A report has `counts` and `gauges` (of `Metrics.snapshot`), `problems` and `notices` (lists of sentences), `cut_off`
+(how many requests a drain cut off) and `request` (the NUMBER that it answers, 0 for none).
 """
 
 import asyncio
@@ -10,78 +14,91 @@ import json
 import signal
 import socket
 import sys
+from collections.abc import Awaitable
+from dataclasses import dataclass
 from typing import Any
 
 import uvloop
 
 from oncegate.observe import logs
-from oncegate.server.processes import dies_with
-from oncegate.server.signals import CANNOT, NOT_ALL, OK, told_to_stop
-from oncegate.server.steady import settle_down
+from oncegate.server.processes import die_with_parent
+from oncegate.server.signals import ExitCode, stop_events
+from oncegate.server.tuning import freeze_garbage_collection, grow_descriptor_table
 from oncegate.service.service import Service, Unsupported
 from oncegate.settings.loading import load
 from oncegate.settings.settings import Settings, SettingsError
 
-REPORT_S = 1.0  # what a worker that is killed has counted since is lost
-ORPHANED = signal.SIGUSR1  # comes when the supervisor dies
+REPORT_INTERVAL_S = 1.0  # a worker that is killed loses at most this much of its counters
+SUPERVISOR_DIED = signal.SIGUSR1  # sent by the kernel
+FLUSH_TIMEOUT_S = 1.0
 
 
-def main(number: int, supervisor_pid: int, link: int, listeners: list[int], store_url: str) -> int:
-    """Serve until told to stop, told to retire or left alone; return the exit code, as for a single process.
+@dataclass(frozen=True, slots=True)
+class Sockets:
+    """What a worker inherits: its end of the link to the supervisor, and the listening sockets."""
 
-    `link` and `listeners` are descriptors; `store_url` is the embedded store's, empty where the settings name one.
+    link: socket.socket
+    listeners: list[socket.socket]
+
+
+def main(number: int, supervisor_pid: int, link: int, listeners: list[int], store_url: str) -> ExitCode:
+    """Serve until a stop signal, a retirement or the supervisor's death; return the process's exit code.
+
+    `link` and `listeners` are file descriptors. `store_url` is the embedded store's, empty where the settings name
+    a store.
     """
-    # Until it serves, that signal ends it. A supervisor that is gone already is met as the end of the link.
+    # Until the worker serves, the default action of this signal ends the process. If the supervisor is dead already,
+    # the end of the link tells so.
     with contextlib.suppress(OSError):
-        dies_with(supervisor_pid, ORPHANED)()
+        die_with_parent(supervisor_pid, SUPERVISOR_DIED)()
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         settings = load()
     except SettingsError as error:
         print(error, file=sys.stderr)
-        return CANNOT
+        return ExitCode.CANNOT_START
     logger = logs.configure(settings.log_level, settings.log_format).bind(worker=number)
-    sockets = [socket.socket(fileno=one) for one in listeners]
+    sockets = Sockets(socket.socket(fileno=link), [socket.socket(fileno=listener) for listener in listeners])
     try:
-        url = store_url or settings.store_url.get_secret_value()
-        return uvloop.run(_work(settings, url, socket.socket(fileno=link), sockets, logger))
+        return uvloop.run(_serve(settings, store_url or settings.store_url.get_secret_value(), sockets, logger))
     except (Unsupported, SettingsError, OSError) as error:
         logger.error("cannot start", reason=str(error))
-        return CANNOT
+        return ExitCode.CANNOT_START
 
 
-async def _work(
-    settings: Settings, store_url: str, link: socket.socket, sockets: list[socket.socket], logger: Any
-) -> int:
-    stop, hurry = told_to_stop()
-    service, retire = Service(settings, store_url, logger), asyncio.Event()
+async def _serve(settings: Settings, store_url: str, sockets: Sockets, logger: Any) -> ExitCode:
+    stop, retire = stop_events(), asyncio.Event()
+    service = Service(settings, store_url, logger)
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(ORPHANED, stop.set)
+    loop.add_signal_handler(SUPERVISOR_DIED, stop.requested.set)
     loop.add_signal_handler(signal.SIGHUP, service.reload)
-    reader, writer = await asyncio.open_unix_connection(sock=link)
+    reader, writer = await asyncio.open_unix_connection(sock=sockets.link)
     reporter = Reporter(service, writer)
-    tasks = [asyncio.ensure_future(reporter.run()), asyncio.ensure_future(_listen(reader, reporter, stop, retire))]
+    following = _follow_supervisor(reader, reporter, stop.requested, retire)
+    tasks = [asyncio.ensure_future(work) for work in (reporter.run(), following)]
     try:
-        settle_down(settings)
-        await service.start(sockets)
-        writer.write(b'{"up": true}\n')
-        await _first(stop, retire)
+        grow_descriptor_table(settings)
+        freeze_garbage_collection()
+        await service.start(sockets.listeners)
+        writer.write(b'{"serving": true}\n')
+        await _wait_for_first(stop.requested.wait(), retire.wait())
         if retire.is_set():
-            await _first(stop, asyncio.ensure_future(service.retire()))
-        whole = await service.drain(hurry)
+            await _wait_for_first(stop.requested.wait(), service.retire())
+        drained = await service.drain(stop.immediate)
         logger.debug("worker stopped", cut_off=service.cut_off)
-        return OK if whole else NOT_ALL
+        return ExitCode.OK if drained else ExitCode.CUT_OFF
     finally:
         await service.close()
         for task in tasks:
             task.cancel()
+        # The last report carries the final counters, and what the drain cut off.
         reporter.send()
         await _flush(writer)
 
 
-async def _first(*waited: "asyncio.Event | asyncio.Future[None]") -> None:
-    """Return when one of them is set or done; raise what a future raised."""
-    tasks = [asyncio.ensure_future(one.wait()) if isinstance(one, asyncio.Event) else one for one in waited]
+async def _wait_for_first(*works: Awaitable[Any]) -> None:
+    """Return when one of them is done and cancel the others; raise what the first one raised."""
+    tasks = [asyncio.ensure_future(work) for work in works]
     done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in pending:
         task.cancel()
@@ -92,40 +109,43 @@ async def _first(*waited: "asyncio.Event | asyncio.Future[None]") -> None:
 async def _flush(writer: asyncio.StreamWriter) -> None:
     writer.close()
     with contextlib.suppress(OSError, TimeoutError):
-        await asyncio.wait_for(writer.wait_closed(), 1.0)
+        await asyncio.wait_for(writer.wait_closed(), FLUSH_TIMEOUT_S)
 
 
-async def _listen(
+async def _follow_supervisor(
     reader: asyncio.StreamReader, reporter: "Reporter", stop: asyncio.Event, retire: asyncio.Event
 ) -> None:
-    """Do what the supervisor says, and stop when it is gone."""
+    """Carry out the supervisor's commands; set `stop` when the link ends."""
     with contextlib.suppress(OSError):
         async for line in reader:
-            word, _, number = line.partition(b" ")
-            if word == b"report":
+            command, _, number = line.strip().partition(b" ")
+            if command == b"report":
                 reporter.send(int(number))
-            elif line == b"retire\n":
+            elif command == b"retire":
                 retire.set()
     stop.set()
 
 
 class Reporter:
-    """Tells the supervisor what this worker has counted and whether it is ready."""
+    """Reports this worker's counters and readiness to the supervisor."""
 
     def __init__(self, service: Service, writer: asyncio.StreamWriter) -> None:
         self._service, self._writer = service, writer
 
-    def send(self, asked: int = 0) -> None:
-        """Send a report; `asked` is the number of the question that it answers."""
-        report = self._service.metrics.snapshot()
+    def send(self, request: int = 0) -> None:
+        """Send a report; `request` is the number of the supervisor's request that it answers."""
         service = self._service
-        report |= {"asked": asked, "problems": service.problems(), "notices": service.notices()}
-        report["cut_off"] = service.cut_off
+        report = service.metrics.snapshot() | {
+            "request": request,
+            "problems": service.problems(),
+            "notices": service.notices(),
+            "cut_off": service.cut_off,
+        }
         if not self._writer.is_closing():
             self._writer.write(json.dumps(report).encode() + b"\n")
 
     async def run(self) -> None:
-        """Report regularly, until cancelled."""
+        """Send a report every REPORT_INTERVAL_S, until cancelled."""
         while True:
-            await asyncio.sleep(REPORT_S)
+            await asyncio.sleep(REPORT_INTERVAL_S)
             self.send()
