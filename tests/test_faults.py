@@ -92,7 +92,7 @@ async def test_a_step_fails_at_its_nth_passage_alone(steps, name, when):
     with pytest.raises(Injected):
         await go()
     assert await go() == "done"
-    assert told == [("a fault strikes", {"fault": f"raise@{when}_{name}:2"})]
+    assert told == [("fault injected", {"fault": f"raise@{when}_{name}:2"})]
 
 
 def test_a_pause_stops_everything(steps):

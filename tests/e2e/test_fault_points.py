@@ -146,7 +146,7 @@ async def test_a_release_that_finds_no_store(fork, upstream, valkey):
         other = await fork(upstream, valkey.url)
         await ready(proxy)
         asking = asyncio.ensure_future(ask(proxy.port, request()))
-        await until(lambda: proxy.events("a fault strikes"))
+        await until(lambda: proxy.events("fault injected"))
         relay.unreachable = True
         relay.cut()
         proxy.signal(signal.SIGCONT)
@@ -270,7 +270,7 @@ async def test_a_loop_that_hangs_for_two_leases(fork, upstream, valkey, mode):
     stuck = await fork(upstream, valkey.url, ON_UNKNOWN=mode, LEASE_MS=600, FAULT="pause@waiting:1:1500", TESTING=1)
     other = await fork(upstream, valkey.url, ON_UNKNOWN=mode, LEASE_MS=10_000)
     original = asyncio.ensure_future(ask(stuck.port, request()))
-    await until(lambda: stuck.events("a fault strikes") and upstream.received)
+    await until(lambda: stuck.events("fault injected") and upstream.received)
     await asyncio.sleep(0.8)
     upstream.script = answering(b"HTTP/1.1 201 Made\r\nContent-Length: 5\r\n\r\ntheir")
     meanwhile = await ask(other.port, request())

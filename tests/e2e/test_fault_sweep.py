@@ -243,7 +243,7 @@ def is_one_of(found: tuple[str, ...], expected: tuple[str, ...]) -> bool:
 
 def struck(proxy: Forked) -> bool:
     """Return whether its fault has struck."""
-    return "a fault strikes" in proxy.log()
+    return "fault injected" in proxy.log()
 
 
 async def first(port: int, raw: bytes) -> str:

@@ -1,7 +1,7 @@
-"""The end of a worker: what is in flight finishes within the grace, what does not is cut off and said to be unknown.
+"""The drain of one worker: requests in flight finish within the grace, and the rest is cut off.
 
-After the grace everything has its bound, so that the end comes within a second, whoever stands still: the
-upstream, the store, a client that uploads, or one that does not read.
+After the grace, each step has a bound of its own, so that the drain ends within a second. It does not wait longer for
+an upstream, a store or a client that hangs. A key whose request was cut off after sending becomes unknown.
 """
 
 import asyncio
@@ -15,14 +15,14 @@ from oncegate.store.store import Store
 from oncegate.upstream.pools import Pools
 
 POLL_S = 0.02
-STILL_POLLS = 20  # after the grace: for which nothing may come to its end before the store is given up
-MOST_POLLS = 150  # however much still comes to its end
-TELL_S = 0.1  # after that: for the clients to be told
-UNWIND_S = 0.2  # after that: for what still hangs to come to its end
+IDLE_POLLS = 20  # polls without any progress, after which the drain stops waiting for the store
+MAX_POLLS = 150  # polls in all, however much progress there is
+NOTIFY_S = 0.1  # after that, for clients to receive their problem responses
+UNWIND_S = 0.2  # after that, for aborted connections to end their requests
 
 
 class Drain:
-    """Ends the work of one worker. `background`: the tasks that finish something behind a client's back."""
+    """Ends the work of one worker. `background` are tasks that finish work whose client has its response already."""
 
     def __init__(
         self,
@@ -35,61 +35,62 @@ class Drain:
     ) -> None:
         self._gateway, self._listener, self._waiters = gateway, listener, waiters
         self._pools, self._store, self._background = pools, store, background
-        self.cut_off = 0  # requests and answers that did not finish
+        self.cut_off = 0  # requests and responses that did not finish
 
-    async def run(self, hurry: asyncio.Event, grace_s: float) -> bool:
-        """Take no further request, wait until all is done; after `grace_s` seconds, or on `hurry`, cut it off.
+    async def run(self, immediate: asyncio.Event, grace_s: float) -> bool:
+        """Accept no further request and wait until all work is done; return whether nothing had to be cut off.
 
-        Return whether nothing had to be cut off.
+        The wait ends after `grace_s` seconds, or once `immediate` is set; what is still in flight is cut off then.
         """
         self._listener.pre_shutdown()
         self._waiters.close()
-        if await unless(hurry, self.idle(), grace_s):
+        if await unless(immediate, self.idle(), grace_s):
             return True
-        self._cut()
-        await self._settled()
+        self._cut_off_all()
+        await self._wait_for_settling()
+        # From here on the store's calls fail at once, and clients hear that the outcome is unknown.
         self._store.give_up()
-        await unless(None, self.idle(), TELL_S)
+        await unless(None, self.idle(), NOTIFY_S)
         self._listener.abort()
         await unless(None, self.idle(), UNWIND_S)
         return False
 
-    def _cut(self) -> None:
-        """Give everybody who stands still a reason to move."""
-        requests = self._gateway.in_flight + self._gateway.relaying + len(self._waiters)
-        self.cut_off = max(requests, self._listener.owing())
+    def _cut_off_all(self) -> None:
+        """Close the connections to the upstreams and to stalled clients, so that their requests end."""
+        self.cut_off = max(self._requests(), self._listener.owing())
         self._pools.cut("the proxy was shut down")
         self._listener.abort_stalled()
 
-    async def _settled(self) -> None:
-        """Wait while the keys that were cut off are marked, one after the other."""
-        left, still = self._under_way(), 0
-        for _ in range(MOST_POLLS):
-            if not left or still == STILL_POLLS:
+    async def _wait_for_settling(self) -> None:
+        """Wait while cut-off requests settle their keys, as long as their number falls."""
+        remaining, idle_polls = self._in_progress(), 0
+        for _ in range(MAX_POLLS):
+            if not remaining or idle_polls == IDLE_POLLS:
                 return
             await asyncio.sleep(POLL_S)
-            before, left = left, self._under_way()
-            still = 0 if left < before else still + 1
+            before, remaining = remaining, self._in_progress()
+            idle_polls = 0 if remaining < before else idle_polls + 1
 
     async def idle(self) -> bool:
-        """Return when nothing is under way any more."""
-        while self._under_way():
+        """Return True once nothing is in progress."""
+        while self._in_progress():
             await asyncio.sleep(POLL_S)
         return True
 
-    def _under_way(self) -> int:
-        gateway = self._gateway
-        requests = gateway.in_flight + gateway.relaying + len(self._waiters)
-        return requests + len(self._background) + self._listener.owing()
+    def _requests(self) -> int:
+        return self._gateway.in_flight + self._gateway.relaying + len(self._waiters)
+
+    def _in_progress(self) -> int:
+        return self._requests() + len(self._background) + self._listener.owing()
 
 
-async def unless(hurry: asyncio.Event | None, work: Coroutine[Any, Any, Any], seconds: float | None = None) -> Any:
-    """Return what `work` returns, None if `hurry` is set or the time is over first."""
+async def unless(stop: asyncio.Event | None, work: Coroutine[Any, Any, Any], seconds: float | None = None) -> Any:
+    """Return the result of `work`; cancel it and return None if `stop` is set or the time is over first."""
     task = asyncio.ensure_future(work)
-    hurried = asyncio.ensure_future(hurry.wait()) if hurry else None
-    waited = [task, hurried] if hurried else [task]
-    await asyncio.wait(waited, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    stopped = asyncio.ensure_future(stop.wait()) if stop else None
+    waiting = [task, stopped] if stopped else [task]
+    await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
     result = task.result() if task.done() else None
-    for one in waited:
+    for one in waiting:
         one.cancel()
     return result

@@ -1,7 +1,7 @@
-"""Faults on purpose, for tests of the proxy itself: it dies, fails or stands still at a named point.
+"""Fault injection for tests of oncegate itself: at a named point the process dies, fails or pauses.
 
-A point is a step of the request path, named by its place in the code. Where a fault is wanted, the
-step is wrapped at the start; without one nothing here is on the path.
+A point is a step of the request path: a function, by its place in the code. `install` wraps the functions of the
+requested faults when a worker starts. Without a fault nothing is wrapped, and the request path is unchanged.
 """
 
 import inspect
@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any, NamedTuple
 
-# In the order of the path: whether the point lies before or after a step, and that step, in each of its forms.
+# In the order of the request path: the point's name, whether it lies before or after its step, and that step's
+# functions. A step has several functions where the code has a shorter path for a head that it knows.
 POINTS = {
     "head": ("before", "oncegate.gateway.handler:Gateway._enter"),
     "body": ("before", "oncegate.downstream.body:Bodies.here", "oncegate.downstream.body:Bodies.again"),
@@ -56,11 +57,14 @@ POINTS = {
     "read": ("after", "oncegate.store.store:Store.read"),
     "replayed": ("after", "oncegate.gateway.handler:replay"),
 }
-_FORM = re.compile(r"(kill|raise|pause)@(\w+):(\d+)(?::(\d+))?")
+_FORM = re.compile(r"(?P<kind>kill|raise|pause)@(?P<point>\w+):(?P<nth>\d+)(?::(?P<pause_ms>\d+))?")
 
 
 class Fault(NamedTuple):
-    """What happens when a point is passed for the `nth` time; a pause of 0 ms lasts until SIGCONT."""
+    """A fault of `kind` (kill, raise or pause) when `point` is passed for the `nth` time.
+
+    A pause of 0 ms lasts until SIGCONT.
+    """
 
     kind: str
     point: str
@@ -68,77 +72,87 @@ class Fault(NamedTuple):
     pause_ms: int
 
     def __str__(self) -> str:
+        """Return the fault as a setting writes it, such as `pause@sent:3:1200`."""
         return f"{self.kind}@{self.point}:{self.nth}" + (f":{self.pause_ms}" if self.pause_ms else "")
 
 
 class Injected(Exception):
-    """The failure of a step that was told to fail."""
+    """The failure that a fault of kind `raise` causes."""
 
 
 def parse_fault(text: str) -> Fault:
-    """Return the fault that `kind@point:n` names; a pause may have its length. ValueError where it is none."""
-    found = _FORM.fullmatch(text)
-    if found is None or (found[4] and found[1] != "pause"):
+    """Return the fault that `kind@point:n` or `pause@point:n:ms` describes. Raises ValueError for any other text."""
+    match = _FORM.fullmatch(text)
+    if match is None or (match["pause_ms"] and match["kind"] != "pause"):
         raise ValueError("must be kill@point:n, raise@point:n, pause@point:n or pause@point:n:ms")
-    if found[2] not in POINTS:
-        raise ValueError(f"has an unknown point; there are {', '.join(POINTS)}")
-    return Fault(found[1], found[2], int(found[3]), int(found[4] or 0))
+    if match["point"] not in POINTS:
+        raise ValueError(f"has an unknown point; the points are {', '.join(POINTS)}")
+    return Fault(match["kind"], match["point"], int(match["nth"]), int(match["pause_ms"] or 0))
 
 
-def install(faults: Iterable[Fault], tell: Callable[..., None]) -> None:
-    """Wrap the steps that are to go wrong, for the life of this process. `tell` logs each strike before it comes."""
+def install(faults: Iterable[Fault], log: Callable[..., None]) -> None:
+    """Wrap the steps of these faults, for the life of this process. `log(event, **fields)` precedes each fault."""
     for fault in faults:
         when, *places = POINTS[fault.point]
-        trap = _trap(fault, tell)
+        pass_point = _counter(fault, log)
         for place in places:
-            module, _, path = place.partition(":")
-            owner: Any = import_module(module)
-            *outer, name = path.split(".")
-            for part in outer:
-                owner = getattr(owner, part)
-            setattr(owner, name, _wrapped(getattr(owner, name), when, trap))
+            owner, name = _resolve(place)
+            setattr(owner, name, _wrapped(getattr(owner, name), when, pass_point))
 
 
-def _trap(fault: Fault, tell: Callable[..., None]) -> Callable[[], None]:
-    """Return what counts the passages of a point and strikes at the nth."""
-    passed = 0
-
-    def pass_() -> None:
-        nonlocal passed
-        passed += 1
-        if passed == fault.nth:
-            tell("a fault strikes", fault=str(fault))
-            _strike(fault)
-
-    return pass_
+def _resolve(place: str) -> tuple[Any, str]:
+    """Return the object that holds the function `module:path.name`, and the function's name in it."""
+    module, _, path = place.partition(":")
+    owner: Any = import_module(module)
+    *outer, name = path.split(".")
+    for part in outer:
+        owner = getattr(owner, part)
+    return owner, name
 
 
-def _strike(fault: Fault) -> None:
+def _counter(fault: Fault, log: Callable[..., None]) -> Callable[[], None]:
+    """Return a function that counts the passages of a point and triggers the fault at the nth."""
+    passages = 0
+
+    def pass_point() -> None:
+        nonlocal passages
+        passages += 1
+        if passages == fault.nth:
+            log("fault injected", fault=str(fault))
+            _trigger(fault)
+
+    return pass_point
+
+
+def _trigger(fault: Fault) -> None:
     match fault.kind:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         case "pause" if fault.pause_ms:
-            time.sleep(fault.pause_ms / 1000)  # all of the process stands still, its renewals too
+            # Blocks the event loop, and so the renewal of leases as well.
+            time.sleep(fault.pause_ms / 1000)
         case "pause":
-            os.kill(os.getpid(), signal.SIGSTOP)  # until somebody sends SIGCONT
+            os.kill(os.getpid(), signal.SIGSTOP)
         case _:
             raise Injected(str(fault))
 
 
-def _wrapped(step: Callable[..., Any], when: str, pass_: Callable[[], None]) -> Callable[..., Any]:
-    async def later(result: Any) -> Any:
+def _wrapped(step: Callable[..., Any], when: str, pass_point: Callable[[], None]) -> Callable[..., Any]:
+    """Return `step` with a call of `pass_point` before it, or after its result is there."""
+
+    async def pass_afterwards(result: Any) -> Any:
         result = await result
-        pass_()
+        pass_point()
         return result
 
-    def wrapped(*args: Any, **more: Any) -> Any:
+    def wrapped(*args: Any, **options: Any) -> Any:
         if when == "before":
-            pass_()
-            return step(*args, **more)
-        result = step(*args, **more)
+            pass_point()
+            return step(*args, **options)
+        result = step(*args, **options)
         if inspect.isawaitable(result):
-            return later(result)
-        pass_()
+            return pass_afterwards(result)
+        pass_point()
         return result
 
     return wrapped
