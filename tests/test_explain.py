@@ -1,4 +1,4 @@
-"""What `oncegate check` says of rules and of one request, without sending anything."""
+"""`oncegate check`: the table of rules, and the explanation of one request that is not sent."""
 
 from pathlib import Path
 
@@ -124,13 +124,13 @@ def test_a_request_is_explained(check):
     assert words["digest"].split()[3].startswith("once:{")
     assert words["fingerprint"].endswith("of body")
     assert words["result"] == "executed if the key is free"
-    assert words["running"] == "waits up to 7 s, then 409 in-flight"
+    assert words["in flight"] == "waits up to 7 s, then 409 in-flight"
     assert words["complete"] == "replayed for 86400 s"
     assert words["unknown"] == "409 outcome-unknown"
-    assert words["otherwise"] == "422 key-reused, where the fingerprint is another"
-    assert words["released by"] == "401, 425, 429, 503+retry-after"
-    assert words["unknown by"] == "502, 504"
-    assert words["lost"] == "sent again with the same key, a few times"
+    assert words["other content"] == "422 key-reused, if the fingerprint differs"
+    assert words["released on"] == "401, 425, 429, 503+retry-after"
+    assert words["unknown on"] == "502, 504"
+    assert words["upstream lost"] == "sent again with the same key, a few times"
 
 
 @pytest.mark.parametrize(
@@ -138,9 +138,12 @@ def test_a_request_is_explained(check):
     [
         (
             ["GET", "/v1/orders/1", "-H", "Host: api.test"],
-            {"rule": "orders (rules.toml:6)", "result": "passes: GET is"},
+            {"rule": "orders (rules.toml:6)", "result": "forwarded unguarded: the rule does not guard GET"},
         ),
-        (["POST", "/v1/orders/1"], {"rule": "none matches; the settings hold", "result": "passes unguarded: no idemp"}),
+        (
+            ["POST", "/v1/orders/1"],
+            {"rule": "none matches; the settings apply", "result": "forwarded unguarded: no idemp"},
+        ),
         (["POST", "http://api.test/v1/orders/1"], {"result": "400 key-invalid: the body is not JSON"}),
         (
             ["POST", "http://api.test/v1/orders/1", "--body-file", "other.json"],
@@ -151,31 +154,34 @@ def test_a_request_is_explained(check):
             {
                 "unknown": "executed again",
                 "scope": "namespace stripe-webhook, tenant all",
-                "running": "waits up to 8 s, then 503 in-flight",
+                "in flight": "waits up to 8 s, then 503 in-flight",
                 "fingerprint": "",
-                "released by": "3xx, 4xx, 5xx",
-                "unknown by": "no status",
+                "released on": "3xx, 4xx, 5xx",
+                "unknown on": "no status",
             },
         ),
-        (["POST", "/events"], {"result": "passes unguarded: the body is not JSON"}),
+        (["POST", "/events"], {"result": "forwarded unguarded: the body is not JSON"}),
         (
             ["POST", "/llm", "-H", "x-stainless-retry-count: 0"],
-            {"running": "a request of its own, passed on", "complete": "executed, and takes the key over"},
+            {
+                "in flight": "forwarded unguarded, as a request of its own",
+                "complete": "executed, and takes the key over",
+            },
         ),
         (
             ["POST", "/llm", "-H", "x-stainless-retry-count: 1"],
-            {"running": "waits up to 600 s", "complete": "replayed for 3600 s"},
+            {"in flight": "waits up to 600 s", "complete": "replayed for 3600 s"},
         ),
-        (["POST", "/llm"], {"result": "passes unguarded: neither a key was sent nor which try"}),
+        (["POST", "/llm"], {"result": "forwarded unguarded: neither a key was sent nor which try"}),
         (
             ["POST", "/click"],
             {
                 "complete": "replayed for 10 s from its claim, then executed",
-                "running": "409 in-flight",
+                "in flight": "409 in-flight",
                 "scope": "namespace default, tenant common",
             },
         ),
-        (["POST", "/click", "-H", "Prefer: wait=3"], {"running": "waits up to 3 s, then 409"}),
+        (["POST", "/click", "-H", "Prefer: wait=3"], {"in flight": "waits up to 3 s, then 409"}),
         (
             ["POST", "/renamed", "-H", "Idempotency-Key: k"],
             {"key sent as": "X-Id", "upstream": "http://up.test/renamed, Host: b.test"},

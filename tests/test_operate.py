@@ -1,12 +1,12 @@
-"""What an operator may give by hand: an answer, a scope; and what he is told where it makes no sense."""
+"""The response that an operator gives for an unknown key, and the errors for one that makes no sense."""
 
 import argparse
 
 import pytest
 
-from oncegate.commands.cli import parser
-from oncegate.commands.given_answer import given
-from oncegate.commands.refusal import WRONG, Refusal
+from oncegate.commands.cli import main, parser
+from oncegate.commands.errors import CommandError, KeysExit
+from oncegate.commands.operator_response import operator_response
 from oncegate.keys.digests import parse_record_id, record_id, store_key
 
 
@@ -34,20 +34,20 @@ def test_an_answer_that_cannot_be_given(tmp_path, monkeypatch, words, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "body").write_bytes(b"x")
     (tmp_path / "large").write_bytes(bytes(262_145))
-    with pytest.raises(Refusal, match=said) as refused:
-        given(options(*words))
-    assert refused.value.code == WRONG
+    with pytest.raises(CommandError, match=said) as refused:
+        operator_response(options(*words))
+    assert refused.value.code == KeysExit.USAGE_ERROR
 
 
 def test_an_answer_by_hand(tmp_path):
     """Status, fields in their order, body; what a replay leaves out of any answer it leaves out of this."""
     (tmp_path / "body").write_bytes(b"abc")
     words = ["-H", "X-One: 1", "-H", "Set-Cookie: a=b", "-H", "X-Two:2"]
-    answer, body = given(options("--status", "201", "--body-file", str(tmp_path / "body"), *words))
+    answer, body = operator_response(options("--status", "201", "--body-file", str(tmp_path / "body"), *words))
     assert (answer.status, answer.reason, body) == (201, b"Created", b"abc")
     assert answer.block == b"X-One: 1\r\nX-Two: 2\r\n"
     assert (answer.chunks, answer.size, answer.kept) == (1, 3, True)
-    empty, body = given(options("--status", "204"))
+    empty, body = operator_response(options("--status", "204"))
     assert (empty.chunks, empty.size, empty.stated_length, body) == (0, 0, True, b"")
 
 
@@ -57,3 +57,18 @@ def test_ids_are_names():
     assert parse_record_id(record_id(digest)) == parse_record_id(store_key(digest).decode()) == digest
     for other in ("", "x" * 31, "x" * 33, "once:{}", "once:epoch", "*" * 32):
         assert parse_record_id(other) is None
+
+
+@pytest.mark.parametrize("words", [[], ["--help"]])
+def test_help_names_the_commands_and_the_settings_page(capsys, words):
+    """Without a command the help is printed too: to standard output, with exit code 0, and without any settings."""
+    try:
+        code = main(words)
+    except SystemExit as end:
+        code = end.code
+    assert code == 0
+    shown, complaint = capsys.readouterr()
+    assert complaint == ""
+    assert "docs/reference/settings.md" in shown
+    for command in ("serve", "check", "demo", "healthcheck", "keys"):
+        assert f"\n    {command}" in shown

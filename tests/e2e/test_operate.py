@@ -56,7 +56,7 @@ class Desk:
 def audit(told: subprocess.CompletedProcess[str]) -> dict:
     [line] = [json.loads(line) for line in told.stderr.splitlines() if line.startswith("{")]
     assert line["event"] == "audit"
-    assert {"act", "outcome", "key", "was", "owner", "user", "host", "timestamp"} <= line.keys()
+    assert {"action", "outcome", "key_id", "state_before", "owner_token", "user", "host", "timestamp"} <= line.keys()
     assert CANARY not in told.stderr
     return line
 
@@ -85,10 +85,10 @@ async def test_an_unknown_key_gets_its_answer(gate, upstream, valkey, desk, tmp_
         assert (await ask(gate.port, request(key=f"other-{n}"))).status == 200
     [listed] = await desk.listed()
     seen = await desk.show(CANARY)
-    assert listed | {"age_s": 0, "heard_of_s_ago": 0} == seen | {"age_s": 0, "heard_of_s_ago": 0}
+    assert listed | {"age_s": 0, "owner_reported_s_ago": 0} == seen | {"age_s": 0, "owner_reported_s_ago": 0}
     assert (seen["state"], seen["owner_may_live"], seen["mode"]) == ("unknown", False, "hold")
-    assert seen["why"] == "status 502 came"
-    assert f"pid {gate.process.pid}" in seen["by"]
+    assert seen["reason"] == "status 502 came"
+    assert f"pid {gate.process.pid}" in seen["owner"]
     body = tmp_path / "answer.json"
     body.write_bytes(b'{"id": "ch_1"}')
     told = await desk(
@@ -96,8 +96,9 @@ async def test_an_unknown_key_gets_its_answer(gate, upstream, valkey, desk, tmp_
         "-H", "Content-Type: application/json", "-H", "X-Twice: 1", "-H", "X-Twice: 2",
     )  # fmt: skip
     line = audit(told)
-    assert (line["act"], line["outcome"], line["was"], line["status"]) == ("resolve", "resolved", "unknown", 201)
-    assert line["key"] == listed["id"]
+    assert (line["action"], line["outcome"]) == ("resolve", "resolved")
+    assert (line["state_before"], line["status"]) == ("unknown", 201)
+    assert line["key_id"] == listed["id"]
     for _ in range(2):
         answer = await ask(gate.port, request("POST", "/v1/charges", CANARY, b"{}"))
         assert (answer.status, answer.reason, answer.body) == (201, b"Created", b'{"id": "ch_1"}')
@@ -109,7 +110,7 @@ async def test_an_unknown_key_gets_its_answer(gate, upstream, valkey, desk, tmp_
     assert await desk.listed() == []
     complete = await desk.show(CANARY)
     assert (complete["state"], complete["status"], complete["bytes"]) == ("complete", 201, 14)
-    assert complete["by"].startswith(f"operator {line['user']} on {line['host']}")
+    assert complete["owner"].startswith(f"operator {line['user']} on {line['host']}")
     assert len(upstream.received) == 21
     told = await desk("resolve", CANARY, "--status", "200", code=1)
     assert "complete" in told.stderr
@@ -119,9 +120,9 @@ async def test_an_unknown_key_is_released(gate, upstream, valkey, desk):
     """The next request with it executes, whatever it asks for; before that it is listed as released."""
     await make_unknown(gate, upstream)
     line = audit(await desk("release", CANARY))
-    assert (line["act"], line["outcome"]) == ("release", "released")
-    assert [one["id"] for one in await desk.listed("--state", "released")] == [line["key"]]
-    assert (await desk.show(CANARY))["by"].startswith("operator ")
+    assert (line["action"], line["outcome"]) == ("release", "released")
+    assert [one["id"] for one in await desk.listed("--state", "released")] == [line["key_id"]]
+    assert (await desk.show(CANARY))["owner"].startswith("operator ")
     assert "released" in (await desk("release", CANARY, code=1)).stderr
     answer = await ask(gate.port, request(key=CANARY, body=b"another"))
     assert (answer.status, answer.header("oncegate-status")) == (200, b"executed")
@@ -175,9 +176,9 @@ async def test_an_owner_that_wakes_up_is_fenced(fork, upstream, own_valkey, tmp_
     owner.signal(signal.SIGSTOP)
     while (seen := await desk.show(CANARY))["state"] != "unknown":
         await asyncio.sleep(0.1)
-    assert (seen["why"], seen["owner_may_live"]) == ("its owner stopped renewing its lease", True)
-    assert seen["got"].startswith("the request was being sent, or sent")
-    assert f"pid {owner.process.pid}" in seen["by"]
+    assert (seen["reason"], seen["owner_may_live"]) == ("its owner stopped renewing its lease", True)
+    assert seen["progress"].startswith("the request was being sent, or sent")
+    assert f"pid {owner.process.pid}" in seen["owner"]
     if how == "resolve":
         await desk("resolve", CANARY, "--status", "202")
     else:
@@ -226,8 +227,8 @@ async def test_an_answer_under_way_is_broken_off(fork, upstream, own_valkey, tmp
     tap.send(CHUNKED, chunk(bytes(100_000)))
     await until(lambda: any(b"b0" in fields for fields in own_valkey.records().values()))
     seen = await desk.show(CANARY)
-    assert seen["bytes_kept"] == 100_000
-    assert "your answer would replace" in (await desk("resolve", CANARY, "--status", "200", code=1)).stderr
+    assert seen["bytes_stored"] == 100_000
+    assert "your response would replace" in (await desk("resolve", CANARY, "--status", "200", code=1)).stderr
     await desk("resolve", CANARY, "--status", "200", "--yes")
     tap.end(chunk(bytes(100_000)), LAST_CHUNK)
     assert not (await original).complete

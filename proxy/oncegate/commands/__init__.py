@@ -1,1 +1,1 @@
-"""What a person types: serve, check, demo, keys and healthcheck."""
+"""The command line: what a person types, and what it prints."""

@@ -1,8 +1,9 @@
-"""The commands: serve, check, demo, healthcheck, keys."""
+"""The command line of `oncegate`: parses the arguments and runs one command."""
 
 import argparse
 import os
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,88 +16,133 @@ from oncegate.rules.model import Rules
 from oncegate.settings.loading import describe, load
 from oncegate.settings.settings import Settings, SettingsError
 
-PROBE_S = 3.0
+PROBE_TIMEOUT_S = 3.0
+FAILED, USAGE_ERROR = 1, 2  # exit codes
 STATES = ("unknown", "in_flight", "complete", "released", "corrupt", "any")
+
+DESCRIPTION = "oncegate is a reverse proxy that makes unsafe HTTP requests safe to retry."
+EPILOG = """\
+Settings are environment variables named ONCEGATE_*; docs/reference/settings.md describes them all.
+`oncegate COMMAND --help` describes the arguments of a command.
+"""
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
-    top = argparse.ArgumentParser(prog="oncegate", description="Makes unsafe HTTP requests safe to retry.")
+    """Return the parser of the command line. `command` is None where no command is given."""
+    top = argparse.ArgumentParser(
+        prog="oncegate",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     top.add_argument("--version", action="version", version=f"oncegate {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("serve", help="run the proxy (settings: environment variables ONCEGATE_*)")
-    check = commands.add_parser("check", help="validate the configuration and print what is in effect")
-    check.add_argument("--explain", nargs=2, metavar=("METHOD", "URL"), help="say what becomes of one request instead")
-    check.add_argument("-H", "--header", action="append", default=[], metavar="LINE", help="a header of that request")
-    check.add_argument("--body-file", type=Path, metavar="FILE", help="its body")
-    demo = commands.add_parser("demo", help="run the main job against a built-in upstream and show it")
-    demo.add_argument("--upstream-only", action="store_true", help="only serve the demo upstream, until stopped")
-    demo.add_argument("--listen", default="127.0.0.1:9000", metavar="HOST:PORT", help="of the demo upstream")
-    demo.add_argument("--proxy", metavar="URL", help="show it on a running proxy that has the demo upstream")
+    commands = top.add_subparsers(dest="command", title="commands", metavar="COMMAND")
+    commands.add_parser("serve", help="run the proxy, with the settings in the environment")
+    _add_check(commands)
+    _add_demo(commands)
     health = commands.add_parser("healthcheck", help="ask the running proxy whether it is alive")
-    health.add_argument("--ready", action="store_true", help="ask whether it is ready instead")
+    health.add_argument("--ready", action="store_true", help="ask whether it is ready for traffic instead")
     _add_keys(commands)
     return top
 
 
+def _add_check(commands: Any) -> None:
+    check = commands.add_parser("check", help="validate the configuration and print what is in effect")
+    check.add_argument(
+        "--explain",
+        nargs=2,
+        metavar=("METHOD", "URL"),
+        help="show what the rules do with one request instead; nothing is sent",
+    )
+    check.add_argument(
+        "-H", "--header", action="append", default=[], metavar="'Name: value'", help="a header field of that request"
+    )
+    check.add_argument("--body-file", type=Path, metavar="FILE", help="the body of that request")
+
+
+def _add_demo(commands: Any) -> None:
+    demo = commands.add_parser("demo", help="show retries, duplicates and a broken stream against a built-in API")
+    demo.add_argument("--upstream-only", action="store_true", help="only serve the built-in API, until stopped")
+    demo.add_argument(
+        "--listen", default="127.0.0.1:9000", metavar="HOST:PORT", help="where --upstream-only listens (%(default)s)"
+    )
+    demo.add_argument("--proxy", metavar="URL", help="use a running proxy whose upstream is the built-in API")
+
+
 def _add_keys(commands: Any) -> None:
-    """Add `keys` and its commands to the command line."""
-    keys = commands.add_parser("keys", help="look at keys in the store, and decide what nobody else can")
-    acts = keys.add_subparsers(dest="act", required=True, metavar="COMMAND")
-    listing = acts.add_parser("list", help="list keys; changes nothing, and never blocks the store")
-    listing.add_argument("--state", choices=STATES, default="unknown")
-    listing.add_argument("--limit", type=int, default=0, metavar="N", help="stop after so many")
-    listing.add_argument("--json", action="store_true", help="one JSON object a line")
-    show = acts.add_parser("show", help="tell what is known of one key")
-    show.add_argument("--json", action="store_true")
-    resolve = acts.add_parser("resolve", help="give an unknown key its answer: replays from then on")
-    resolve.add_argument("--status", type=int, required=True, metavar="CODE")
-    resolve.add_argument("--body-file", metavar="FILE", help="the body; none without it")
-    resolve.add_argument("-H", "--header", action="append", default=[], metavar="'Name: value'")
-    release = acts.add_parser("release", help="free a key: the next request with it executes, maybe again")
-    for one in (show, resolve, release):
-        one.add_argument("key", nargs="?", metavar="KEY", help="as the client sent it")
-        one.add_argument("--id", metavar="ID", help="instead: as `list` and the log name it (12 characters will do)")
-        one.add_argument("--namespace", help="of the key, where it is not the setting's")
-        whose = one.add_mutually_exclusive_group()
-        whose.add_argument("--scope", metavar="DIGEST", help="whose key: as `list` and `show` print it")
-        whose.add_argument(
-            "--credential",
-            action="store_true",
-            help="whose key: read the scope headers from standard input, `Name: value` a line",
-        )
-    for one in (resolve, release):
-        one.add_argument("--yes", action="store_true", help="do not ask, even where the owner may still live")
+    keys = commands.add_parser("keys", help="list the keys in the store, and decide unknown outcomes")
+    keys_commands = keys.add_subparsers(dest="keys_command", required=True, metavar="COMMAND")
+    listing = keys_commands.add_parser("list", help="list keys, without changing or blocking anything")
+    listing.add_argument("--state", choices=STATES, default="unknown", help="the state to list (%(default)s)")
+    listing.add_argument("--limit", type=int, default=0, metavar="N", help="stop after N keys")
+    listing.add_argument("--json", action="store_true", help="print one JSON object per line")
+    show = keys_commands.add_parser("show", help="show what the store knows about one key")
+    show.add_argument("--json", action="store_true", help="print a JSON object")
+    resolve = keys_commands.add_parser("resolve", help="store your response for an unknown key: retries replay it")
+    resolve.add_argument("--status", type=int, required=True, metavar="CODE", help="the status of your response")
+    resolve.add_argument("--body-file", metavar="FILE", help="its body (empty by default)")
+    resolve.add_argument(
+        "-H", "--header", action="append", default=[], metavar="'Name: value'", help="a header field of it"
+    )
+    release = keys_commands.add_parser("release", help="free a key: the next request with it executes, maybe again")
+    for command in (show, resolve, release):
+        _add_record_arguments(command)
+    for command in (resolve, release):
+        command.add_argument("--yes", action="store_true", help="do not ask, even if the owner may still live")
+
+
+def _add_record_arguments(command: argparse.ArgumentParser) -> None:
+    """Add the arguments that name one record: the key and its scope, or the record's id."""
+    command.add_argument("key", nargs="?", metavar="KEY", help="the key, as the client sent it")
+    command.add_argument(
+        "--id",
+        metavar="ID",
+        help="the record's id instead of a key, as `list` and the logs show it (or its first 12 characters)",
+    )
+    command.add_argument("--namespace", help="the namespace of the key, if a rule sets another than the settings")
+    scope = command.add_mutually_exclusive_group()
+    scope.add_argument("--scope", metavar="DIGEST", help="the scope of the key, as `list` and `show` print it")
+    scope.add_argument(
+        "--credential",
+        action="store_true",
+        help="the scope of the key: read its header fields from standard input, one `Name: value` per line",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
-    options = parser().parse_args(argv)
+    """Run one command and return its exit code. Without a command, print the help."""
+    top = parser()
+    options = top.parse_args(argv)
+    # Commands that need no settings come first.
+    if options.command is None:
+        top.print_help()
+        return 0
     if options.command == "demo":
-        from oncegate.commands import demo
-
-        if options.upstream_only:
-            return demo.serve_upstream(options.listen)
-        return demo.run(options.proxy)
+        return _demo(options)
     try:
         settings = load()
         rules = load_rules(settings)
     except SettingsError as error:
         print(error, file=sys.stderr)
-        return 2
-    if options.command == "check":
-        return _check(settings, rules, options)
-    if options.command == "healthcheck":
-        return _probe(settings, "/readyz" if options.ready else "/healthz")
-    if options.command == "keys":
-        from oncegate.commands import keys
+        return USAGE_ERROR
+    match options.command:
+        case "check":
+            return _check(settings, rules, options)
+        case "healthcheck":
+            return _probe(settings, "/readyz" if options.ready else "/healthz")
+        case "keys":
+            return _keys(settings, options)
+        case _:
+            return _serve(settings)
 
-        try:
-            return keys.run(settings, options)
-        except BrokenPipeError:  # its reader, such as head, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
-            return 1
-    return _serve(settings)
+
+# Modules of a single command are imported in its function: the others start faster without them.
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from oncegate.commands import demo
+
+    return demo.serve_upstream(options.listen) if options.upstream_only else demo.run(options.proxy)
 
 
 def _check(settings: Settings, rules: Rules, options: argparse.Namespace) -> int:
@@ -111,29 +157,43 @@ def _check(settings: Settings, rules: Rules, options: argparse.Namespace) -> int
         print(explain.Explanation(settings, rules).explain(method, url, options.header, body))
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
-        return 2
+        return USAGE_ERROR
     return 0
+
+
+def _keys(settings: Settings, options: argparse.Namespace) -> int:
+    from oncegate.commands import keys
+
+    try:
+        return keys.run(settings, options)
+    except BrokenPipeError:
+        # The reader of the output, such as `head`, has ended. Python flushes standard output at its own end, which
+        # would fail once more: what is still buffered goes to /dev/null.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
 
 
 def _serve(settings: Settings) -> int:
     from oncegate.observe import logs
     from oncegate.server.serve import serve
 
-    os.umask(0o077)  # what it writes, spool and embedded store, is nobody else's business
+    # Spooled bodies and the embedded store's files are private to this user.
+    os.umask(0o077)
     return serve(settings, logs.configure(settings.log_level, settings.log_format))
 
 
 def _probe(settings: Settings, path: str) -> int:
-    """Ask the admin listener; print what it says; 0 where it says yes."""
+    """Print the admin listener's response to a request for `path`; return 0 for a response of status 200."""
     address = settings.admin_listen
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(address.host, address.host)
+    # Without the proxies that the environment may name: this request is for the own machine.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(f"http://{host}:{address.port}{path}", timeout=PROBE_S) as answer:
-            print(answer.read().decode())
+        with opener.open(f"http://{host}:{address.port}{path}", timeout=PROBE_TIMEOUT_S) as response:
+            print(response.read().decode())
             return 0
     except urllib.error.HTTPError as error:
         print(error.read().decode(), file=sys.stderr)
     except OSError as error:
         print(f"no answer from {host}:{address.port}: {error}", file=sys.stderr)
-    return 1
+    return FAILED

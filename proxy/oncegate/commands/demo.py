@@ -1,4 +1,7 @@
-"""The main job as a short story: a slow upstream, a client that gives up too early, and its retries."""
+"""`oncegate demo`: three short scenes with a real proxy, a slow upstream and an impatient client.
+
+The proxy is a process of its own, on an embedded store in a temporary folder.
+"""
 
 import asyncio
 import contextlib
@@ -10,41 +13,42 @@ import tempfile
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import NamedTuple
 
 import aiohttp
 from aiohttp import web
 
-CHARGE_S = 2.0  # how long the upstream takes to charge
-PATIENCE_S = 1.0  # how long the client waits for it
+CHARGE_S = 2.0  # the time that the upstream takes for a charge
+PATIENCE_S = 1.0  # the time after which the client gives up
 WORDS = ("Money", " moves", " once,", " however", " often", " you", " ask", " for", " it.")
 WORD_S = 0.15
-START_S = 15.0
+START_TIMEOUT_S = 15.0
 
 # The upstream ...
 
 
 def demo_upstream() -> web.Application:
-    """Return an API that charges cards and writes texts, slowly, and counts what it does."""
-    done = {"charges": 0, "texts": 0}
+    """Return a slow API that charges cards and streams texts. `GET /executions` returns how often it did each."""
+    executed = {"charges": 0, "texts": 0}
 
     async def charge(request: web.Request) -> web.Response:
         order = await request.json()
         await asyncio.sleep(CHARGE_S)
-        done["charges"] += 1
-        return web.json_response({"id": f"ch_{done['charges']}", "amount": order["amount"]}, status=201)
+        executed["charges"] += 1
+        return web.json_response({"id": f"ch_{executed['charges']}", "amount": order["amount"]}, status=201)
 
     async def complete(request: web.Request) -> web.StreamResponse:
         await request.read()
-        done["texts"] += 1
-        answer = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await answer.prepare(request)
+        executed["texts"] += 1
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
         for word in WORDS:
-            await answer.write(f"data: {json.dumps(word)}\n\n".encode())
+            await response.write(f"data: {json.dumps(word)}\n\n".encode())
             await asyncio.sleep(WORD_S)
-        return answer
+        return response
 
     async def executions(_: web.Request) -> web.Response:
-        return web.json_response(done)
+        return web.json_response(executed)
 
     app = web.Application()
     app.router.add_post("/v1/charges", charge)
@@ -72,19 +76,20 @@ def serve_upstream(listen: str) -> int:
 
 
 def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @contextlib.asynccontextmanager
 async def _proxy(upstream: str, folder: Path) -> AsyncIterator[str]:
-    """Run `oncegate serve` on the embedded store, and stop it at the end."""
-    url, admin = (f"127.0.0.1:{_free_port()}" for _ in range(2))
+    """Run `oncegate serve` on an embedded store, yield its URL, and stop it at the end."""
+    public, admin = (f"127.0.0.1:{_free_port()}" for _ in range(2))
+    # The settings of the shell that runs the demo do not apply to it.
     env = {name: value for name, value in os.environ.items() if not name.startswith("ONCEGATE_")}
     env |= {
         "ONCEGATE_UPSTREAM": upstream,
-        "ONCEGATE_LISTEN": url,
+        "ONCEGATE_LISTEN": public,
         "ONCEGATE_ADMIN_LISTEN": admin,
         "ONCEGATE_DATA_DIR": str(folder / "store"),
         "ONCEGATE_LOG_LEVEL": "warning",
@@ -92,7 +97,7 @@ async def _proxy(upstream: str, folder: Path) -> AsyncIterator[str]:
     process = await asyncio.create_subprocess_exec(sys.executable, "-m", "oncegate", "serve", env=env)
     try:
         await _until_ready(f"http://{admin}/readyz", process)
-        yield f"http://{url}"
+        yield f"http://{public}"
     finally:
         if process.returncode is None:
             process.terminate()
@@ -100,11 +105,11 @@ async def _proxy(upstream: str, folder: Path) -> AsyncIterator[str]:
 
 
 async def _until_ready(url: str, process: asyncio.subprocess.Process) -> None:
-    async with asyncio.timeout(START_S), aiohttp.ClientSession() as session:
+    async with asyncio.timeout(START_TIMEOUT_S), aiohttp.ClientSession() as session:
         while process.returncode is None:
             with contextlib.suppress(aiohttp.ClientConnectionError):
-                async with session.get(url) as answer:
-                    if answer.status == 200:
+                async with session.get(url) as response:
+                    if response.status == 200:
                         return
             await asyncio.sleep(0.02)
     raise RuntimeError("the proxy did not start")
@@ -113,98 +118,108 @@ async def _until_ready(url: str, process: asyncio.subprocess.Process) -> None:
 # The story ...
 
 
-class Teller:
-    """Plays the client against a proxy, tells what happens, and keeps what went wrong."""
+class Answer(NamedTuple):
+    """A response as the client got it; `outcome` is its Oncegate-Status."""
+
+    status: int
+    body: str
+    outcome: str
+
+
+class Story:
+    """Plays the client's part against a proxy, prints the scenes, and collects broken promises in `failures`."""
 
     def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
         self._session, self._url = session, url
-        self.wrong: list[str] = []
+        self.failures: list[str] = []
 
-    def _expect(self, what: str, holds: bool) -> None:
-        print(f"   {'ok ' if holds else 'NOT'} {what}")
-        if not holds:
-            self.wrong.append(what)
+    def _expect(self, promise: str, is_kept: bool) -> None:
+        print(f"   {'ok ' if is_kept else 'NOT'} {promise}")
+        if not is_kept:
+            self.failures.append(promise)
 
     async def _executions(self) -> dict[str, int]:
-        async with self._session.get(f"{self._url}/executions") as answer:
-            return await answer.json()  # type: ignore[no-any-return]
+        async with self._session.get(f"{self._url}/executions") as response:
+            return await response.json()  # type: ignore[no-any-return]
 
-    async def _charge(self, key: str, seconds: float, **headers: str) -> tuple[int, str, str]:
-        """Return status, body and what the proxy says it did."""
-        timeout = aiohttp.ClientTimeout(total=seconds)
+    async def _charge(self, key: str, patience_s: float, **headers: str) -> Answer:
+        """Ask for a charge. Raises TimeoutError after `patience_s` seconds."""
+        timeout = aiohttp.ClientTimeout(total=patience_s)
         fields = {"Idempotency-Key": key, **headers}
-        order = {"amount": 2000}
-        async with self._session.post(f"{self._url}/v1/charges", json=order, headers=fields, timeout=timeout) as answer:
-            return answer.status, await answer.text(), answer.headers["Oncegate-Status"]
+        url, order = f"{self._url}/v1/charges", {"amount": 2000}
+        async with self._session.post(url, json=order, headers=fields, timeout=timeout) as response:
+            return Answer(response.status, await response.text(), response.headers["Oncegate-Status"])
 
-    async def impatient(self) -> None:
-        """Tell how a client that gives up too early is charged once."""
+    async def impatient_client(self) -> None:
+        """Show that a client that gives up too early and retries is charged once."""
         print(f"\n1. A charge takes {CHARGE_S:g} s; the client gives up after {PATIENCE_S:g} s and tries again.")
         before, key = await self._executions(), str(uuid.uuid4())
         try:
             await self._charge(key, PATIENCE_S)
         except TimeoutError:
             print("      try 1: timed out. Was the card charged? The client cannot know.")
-        status, body, how = await self._charge(key, PATIENCE_S)
-        print(f"      try 2: {status} ({json.loads(body)['title'].lower()})")
+        refused = await self._charge(key, PATIENCE_S)
+        print(f"      try 2: {refused.status} ({json.loads(refused.body)['title'].lower()})")
         await asyncio.sleep(CHARGE_S - PATIENCE_S)
-        status, body, how = await self._charge(key, 10, Prefer="wait=10")
-        print(f"      try 3: {status} {body} ({how})")
-        after = await self._executions()
-        self._expect("three tries, one charge", after["charges"] - before["charges"] == 1 and how == "replayed")
+        replayed = await self._charge(key, 10, Prefer="wait=10")
+        print(f"      try 3: {replayed.status} {replayed.body} ({replayed.outcome})")
+        charges = (await self._executions())["charges"] - before["charges"]
+        self._expect("three tries, one charge", charges == 1 and replayed.outcome == "replayed")
 
-    async def crowd(self) -> None:
-        """Tell how ten duplicates at once are one execution."""
-        print("\n2. Ten duplicates at once, each ready to wait for the original (Prefer: wait=10).")
+    async def concurrent_duplicates(self) -> None:
+        """Show that ten duplicates at the same time are executed once."""
+        print("\n2. Ten duplicates at the same time, each ready to wait for the original (Prefer: wait=10).")
         before, key = await self._executions(), str(uuid.uuid4())
         answers = await asyncio.gather(*[self._charge(key, 10, Prefer="wait=10") for _ in range(10)])
         after = await self._executions()
-        for how in ("executed", "replayed"):
-            print(f"      {sum(answer[2] == how for answer in answers):2} {how}")
-        self._expect("ten answers, all the same", len({answer[:2] for answer in answers}) == 1)
+        for outcome in ("executed", "replayed"):
+            print(f"      {sum(answer.outcome == outcome for answer in answers):2} {outcome}")
+        self._expect("ten responses, all the same", len({(answer.status, answer.body) for answer in answers}) == 1)
         self._expect("one charge", after["charges"] - before["charges"] == 1)
 
-    async def stream(self) -> None:
-        """Tell how a stream that is cut off is paid once and replayed whole."""
-        print("\n3. A streamed answer (as LLMs give them); the client's connection breaks in the middle.")
+    async def broken_stream(self) -> None:
+        """Show that a stream whose client disconnects is paid once and replayed in full."""
+        print("\n3. A streamed response, as LLMs send them; the client's connection breaks in the middle.")
         before, key = await self._executions(), str(uuid.uuid4())
         headers = {"Idempotency-Key": key, "Prefer": "wait=10"}
         url = f"{self._url}/v1/completions"
-        async with self._session.post(url, data=b"{}", headers=headers) as answer:
-            begun = await answer.content.readuntil(b"\n\n")
-        print(f"      try 1: {begun.decode().strip()} ... and the line goes dead")
+        async with self._session.post(url, data=b"{}", headers=headers) as response:
+            first_event = await response.content.readuntil(b"\n\n")
+        print(f"      try 1: {first_event.decode().strip()} ... and the connection breaks")
         await asyncio.sleep(WORD_S)
-        async with self._session.post(url, data=b"{}", headers=headers) as answer:
-            whole, how = await answer.text(), answer.headers["Oncegate-Status"]
-        text = "".join(json.loads(line[6:]) for line in whole.split("\n\n") if line)
-        print(f"      try 2: {text!r} ({how})")
+        async with self._session.post(url, data=b"{}", headers=headers) as response:
+            stream, outcome = await response.text(), response.headers["Oncegate-Status"]
+        text = "".join(json.loads(line[6:]) for line in stream.split("\n\n") if line)
+        print(f"      try 2: {text!r} ({outcome})")
         after = await self._executions()
-        self._expect("the whole text", text == "".join(WORDS) and how == "replayed")
+        self._expect("the whole text", text == "".join(WORDS) and outcome == "replayed")
         self._expect("written and paid once", after["texts"] - before["texts"] == 1)
 
 
-async def _tell(url: str) -> int:
+async def _play(url: str) -> int:
+    """Play all scenes against the proxy at `url`; return 0 if it kept every promise."""
     async with aiohttp.ClientSession() as session:
-        teller = Teller(session, url)
-        await teller.impatient()
-        await teller.crowd()
-        await teller.stream()
-    print(f"\n{'NOT as promised: ' + '; '.join(teller.wrong) if teller.wrong else 'Every job was done exactly once.'}")
-    return 1 if teller.wrong else 0
+        story = Story(session, url)
+        await story.impatient_client()
+        await story.concurrent_duplicates()
+        await story.broken_stream()
+    failures = "; ".join(story.failures)
+    print(f"\n{f'NOT as promised: {failures}' if failures else 'Every job was done exactly once.'}")
+    return 1 if failures else 0
 
 
 async def _run(proxy_url: str | None) -> int:
     if proxy_url is not None:
-        return await _tell(proxy_url)
+        return await _play(proxy_url)
     runner, port = await _listen("127.0.0.1", 0)
     try:
         with tempfile.TemporaryDirectory(prefix="oncegate-") as folder:
             async with _proxy(f"http://127.0.0.1:{port}", Path(folder)) as url:
-                return await _tell(url)
+                return await _play(url)
     finally:
         await runner.cleanup()
 
 
 def run(proxy_url: str | None) -> int:
-    """Tell the story on a proxy of its own, or on a running one; return 0 where all went as promised."""
+    """Run the demo on a proxy of its own, or on the running one at `proxy_url`; return the exit code."""
     return asyncio.run(_run(proxy_url))

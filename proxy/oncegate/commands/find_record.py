@@ -1,12 +1,9 @@
-"""Which key an operator means: by its name and whose it is, or by the id that lists and logs show.
-
-A credential never stands among the arguments, where every process of the machine reads it.
-"""
+"""Finds the record that an operator means: by the key and its scope, or by the id that lists and logs show."""
 
 import argparse
 import sys
 
-from oncegate.commands.refusal import WRONG, Refusal
+from oncegate.commands.errors import CommandError, usage_error
 from oncegate.keys.digests import Digests, Scope, UnstableScope, identity_settings, parse_record_id
 from oncegate.keys.syntax import BadKey, parse_key
 from oncegate.messages.fields import by_name
@@ -14,67 +11,85 @@ from oncegate.settings.settings import Settings
 from oncegate.store.record_view import RecordView, identities, look_at, scan
 from oncegate.store.store import Store
 
-ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+MIN_ID_CHARACTERS = 8
+SCOPE_BYTES = 16
+# base64url, RFC 4648, section 5
+_ID_CHARACTERS = set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_")
 
 
-async def find(settings: Settings, store: Store, options: argparse.Namespace) -> RecordView:
-    """Return the record that is meant; Refusal where there is none."""
-    key = await _by_id(store, options.id) if options.id else await _by_name(settings, store, options)
-    seen = await look_at(store, key)
-    if seen is None:
-        whose = "" if options.id or options.scope or options.credential else " of the tenant without a credential"
-        raise Refusal(f"there is no record of this key{whose}")
-    return seen
+async def find_record(settings: Settings, store: Store, options: argparse.Namespace) -> RecordView:
+    """Return the record that the arguments name. Raises CommandError if there is none, StoreError without a reply."""
+    if options.id:
+        key = await _digest_by_id(store, options.id)
+    else:
+        key = await _digest_by_key(settings, store, options)
+    record = await look_at(store, key)
+    if record is None:
+        is_scoped = options.id or options.scope or options.credential
+        tenant = "" if is_scoped else ", for the tenant without a credential"
+        raise CommandError(f"there is no record of this key{tenant}")
+    return record
 
 
-async def _by_id(store: Store, given: str) -> bytes:
-    if digest := parse_record_id(given):
+async def _digest_by_id(store: Store, record_id: str) -> bytes:
+    """Return the digest of the key whose id is `record_id`, or is the only one that begins with it."""
+    if digest := parse_record_id(record_id):
         return digest
-    if len(given) < 8 or not set(given) <= set(ALPHABET):
-        raise Refusal("an id has 32 characters; its first 8 or more will do", WRONG)
-    found = {seen.key async for seen in scan(store, given)}
-    if len(found) != 1:
-        raise Refusal("there is no such record" if not found else f"{len(found)} records begin like that")
-    return found.pop()
+    if len(record_id) < MIN_ID_CHARACTERS or not set(record_id) <= _ID_CHARACTERS:
+        raise usage_error(f"an id has 32 characters; give at least its first {MIN_ID_CHARACTERS}")
+    matches = {record.key async for record in scan(store, record_id)}
+    if not matches:
+        raise CommandError("there is no record with this id")
+    if len(matches) > 1:
+        raise CommandError(f"{len(matches)} records have ids that begin with {record_id}: give more of the id")
+    return matches.pop()
 
 
-async def _by_name(settings: Settings, store: Store, options: argparse.Namespace) -> bytes:
-    """Return the digest of a key as the proxies make it, which takes the settings that they have."""
+async def _digest_by_key(settings: Settings, store: Store, options: argparse.Namespace) -> bytes:
+    """Return the digest of the key that `KEY` and the scope options name, as the proxies on this store compute it."""
     if options.key is None:
-        raise Refusal("name a key, or a record with --id", WRONG)
+        raise usage_error("give a key, or a record's id with --id")
     key = parse_key([options.key.encode("utf-8", "surrogateescape")])
     if isinstance(key, BadKey):
-        raise Refusal(key.detail, WRONG)
+        raise usage_error(key.detail)
     digests = Digests(settings.secret.get_secret_value().encode())
     ours = identity_settings(digests, settings.namespace, settings.key_header, settings.scope_headers)
+    # With other settings the same key has another digest: "no such record" would be wrong.
     theirs = await identities(store)
     if theirs and ours not in theirs:
-        raise Refusal("the proxies on this store name keys by other settings than these: run this with theirs")
+        raise CommandError("the proxies on this store compute digests with other settings: run this with theirs")
     return digests.key(_scope(settings, options, digests), key)
 
 
 def _scope(settings: Settings, options: argparse.Namespace, digests: Digests) -> Scope:
+    """Return the scope that the options name: a digest, a credential from standard input, or no credential."""
     namespace = (options.namespace or settings.namespace).encode()
     if options.scope:
-        try:
-            tenant = bytes.fromhex(options.scope)
-        except ValueError:
-            tenant = b""
-        if len(tenant) != 16:
-            raise Refusal("a scope is a digest of 32 hexadecimal digits, as `keys list` prints it", WRONG)
-        return Scope(namespace, tenant)
+        return Scope(namespace, _scope_digest(options.scope))
     names = [name.lower().encode() for name in settings.scope_headers]
+    # Standard input, because every process of the machine can read the arguments.
     lines = sys.stdin.buffer.read().splitlines() if options.credential else []
     scope = digests.scope(namespace, by_name(_credential(lines, names)), names)
     if isinstance(scope, UnstableScope):
-        raise Refusal("this credential changes with every request; the proxies refuse it as a scope", WRONG)
+        raise usage_error("this credential changes with every request; the proxies refuse it as a scope")
     return scope
 
 
+def _scope_digest(text: str) -> bytes:
+    try:
+        digest = bytes.fromhex(text)
+    except ValueError:
+        digest = b""
+    if len(digest) != SCOPE_BYTES:
+        raise usage_error("a scope is a digest of 32 hexadecimal digits, as `oncegate keys list` prints it")
+    return digest
+
+
 def _credential(lines: list[bytes], names: list[bytes]) -> list[tuple[bytes, bytes]]:
-    """Return the header fields of these lines, which must be what a scope is made of."""
+    """Return the header fields in `lines`. Raises CommandError if one of them is not part of a scope."""
     pairs = [(name.strip(), value.strip()) for name, _, value in (line.partition(b":") for line in lines if line)]
+    # Without a scope header the Cookie field is the scope.
     if lines and not all(name.lower() in (*names, b"cookie") for name, _ in pairs):
         wanted = ", ".join(name.decode() for name in names)
-        raise Refusal(f"standard input must have `Name: value` lines of the scope headers ({wanted})", WRONG)
+        raise usage_error(f"standard input must have lines `Name: value` of the scope headers ({wanted})")
     return pairs

@@ -1,7 +1,9 @@
-"""What an operator does with keys: list, show, resolve, release. A way out of "unknown" that stays honest.
+"""`oncegate keys`: list and show the records in the store, and decide unknown outcomes (resolve, release).
 
-Whatever changes a key is compared with what the operator saw, fences the owner, and leaves a line in the log:
-who, what, which key (by its digest, never by itself), how it came out.
+Each decision is a compare-and-set: the store carries it out only if the record is still the one that the operator
+saw. It fences the owner, so that an owner that wakes up later neither stores nor delivers its own response. Each
+decision writes an audit line to standard error: who decided what, on which record (its id, never the key), and the
+outcome.
 """
 
 import argparse
@@ -12,72 +14,87 @@ import pwd
 import socket
 import sys
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any
 
-from oncegate.commands.find_record import find
-from oncegate.commands.given_answer import given
-from oncegate.commands.refusal import NOT_DONE, Refusal
+from oncegate.commands.errors import CommandError, KeysExit
+from oncegate.commands.find_record import find_record
+from oncegate.commands.operator_response import operator_response
 from oncegate.keys.digests import record_id
 from oncegate.messages.response_head import response_digest
 from oncegate.server.embedded import socket_url
 from oncegate.settings.settings import Settings
-from oncegate.store.record import Claim, pack
+from oncegate.store.record import Claim, StoredResponse, pack
 from oncegate.store.record_view import RecordView, StoreError, introduce, replica_of, scan
 from oncegate.store.results import ResolveStatus
 from oncegate.store.store import Store
 
-DONE = 0  # an exit code
 TIMEOUT_MS = 5000
-# What a record of the store has to say about a change that came too late.
-TOO_LATE = {
-    ResolveStatus.ABSENT: "there is nothing any more",
-    ResolveStatus.COMPLETE: "it is complete by now, with the owner's answer; nothing was changed",
-    ResolveStatus.FENCED: "it belongs to somebody else by now; nothing was changed. Look again",
-    ResolveStatus.UNCONFIRMED: "the store did not confirm; look again before you repeat it",
+# What to tell an operator whose decision the store did not carry out.
+NOT_CARRIED_OUT = {
+    ResolveStatus.ABSENT: "the record is gone by now; nothing was changed",
+    ResolveStatus.COMPLETE: "the owner completed it meanwhile, with its own response; nothing was changed",
+    ResolveStatus.FENCED: "another request owns the key by now; nothing was changed. Show it before you decide again",
+    ResolveStatus.UNCONFIRMED: "the store did not confirm the change; show the key before you repeat the command",
 }
 
 
-class Operator(NamedTuple):
-    """Who acts, on what."""
+@dataclass(frozen=True, slots=True)
+class Session:
+    """One command: the settings and the store that it works on, and the operator who runs it."""
 
     settings: Settings
     store: Store
     user: str
     host: str
 
+    @property
+    def retention_ms(self) -> int:
+        return int(self.settings.retention_s * 1000)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """An operator's decision about a record. `action` is resolve or release."""
+
+    action: str
+    record: RecordView
+    status: ResolveStatus
+    details: dict[str, Any] = field(default_factory=dict)
+
 
 def run(settings: Settings, options: argparse.Namespace) -> int:
-    """Run one command and return its exit code."""
+    """Run one `oncegate keys` command and return its exit code."""
     try:
         return asyncio.run(_run(settings, options))
-    except Refusal as refusal:
-        print(refusal, file=sys.stderr)
-        return refusal.code
+    except CommandError as error:
+        print(error, file=sys.stderr)
+        return error.code
     except StoreError as error:
         print(f"the store: {error}", file=sys.stderr)
-        return NOT_DONE
+        return KeysExit.NOT_DONE
 
 
-async def _run(settings: Settings, options: argparse.Namespace) -> int:
-    store = _open(settings)
+async def _run(settings: Settings, options: argparse.Namespace) -> KeysExit:
+    store = _open_store(settings)
     store.start()
     try:
         if not await store.wait_up(TIMEOUT_MS / 1000):
-            raise Refusal(store.problem() or "the store is not reachable")
-        operator = Operator(settings, store, _user(), socket.gethostname())
-        acts: dict[str, Callable[[Operator, argparse.Namespace], Awaitable[int]]] = {
+            raise CommandError(store.problem() or "the store is not reachable")
+        session = Session(settings, store, _user(), socket.gethostname())
+        commands: dict[str, Callable[[Session, argparse.Namespace], Awaitable[KeysExit]]] = {
             "list": _list,
             "show": _show,
             "resolve": _resolve,
             "release": _release,
         }
-        return await acts[options.act](operator, options)
+        return await commands[options.keys_command](session, options)
     finally:
         await store.close()
 
 
-def _open(settings: Settings) -> Store:
+def _open_store(settings: Settings) -> Store:
     url = settings.store_url.get_secret_value()
     return Store(
         socket_url(settings.data_dir) if url == "embedded" else url,
@@ -90,136 +107,175 @@ def _open(settings: Settings) -> Store:
 
 
 def _user() -> str:
+    """Return the operator's name for the audit line: `root`, or `alice as root` behind sudo."""
     try:
         name = pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
+        # A container may run as a user id without a name.
         name = str(os.getuid())
-    behind = os.environ.get("SUDO_USER")
-    return f"{behind} as {name}" if behind else name
+    sudo_user = os.environ.get("SUDO_USER")
+    return f"{sudo_user} as {name}" if sudo_user else name
 
 
-# Looking ...
+# List and show ...
 
 
-async def _list(operator: Operator, options: argparse.Namespace) -> int:
-    shown: set[bytes] = set()
-    async for seen in scan(operator.store):
-        if seen.key in shown or options.state not in (seen.state, "any"):
+async def _list(session: Session, options: argparse.Namespace) -> KeysExit:
+    # A scan may return a record twice.
+    listed: set[bytes] = set()
+    async for record in scan(session.store):
+        if record.key in listed or options.state not in (record.state, "any"):
             continue
-        shown.add(seen.key)
-        facts = await _facts(operator.store, seen)
+        listed.add(record.key)
+        facts = await _facts(session.store, record)
+        # Flushed line by line: a reader such as `head` then ends the scan early.
         print(json.dumps(facts) if options.json else _line(facts), flush=True)
-        if len(shown) == options.limit:
+        if len(listed) == options.limit:
             break
     if not options.json:
-        print(f"{len(shown)} keys", file=sys.stderr)
-    return DONE
+        print(f"{len(listed)} keys", file=sys.stderr)
+    return KeysExit.DONE
 
 
-async def _show(operator: Operator, options: argparse.Namespace) -> int:
-    facts = await _facts(operator.store, await find(operator.settings, operator.store, options))
+async def _show(session: Session, options: argparse.Namespace) -> KeysExit:
+    facts = await _facts(session.store, await find_record(session.settings, session.store, options))
     if options.json:
         print(json.dumps(facts))
     else:
         for name, value in facts.items():
-            print(f"{name.replace('_', ' '):16} {value}")
-    return DONE
+            print(f"{name.replace('_', ' '):20} {value}")
+    return KeysExit.DONE
 
 
-async def _facts(store: Store, seen: RecordView) -> dict[str, Any]:
-    """Return what is known of a record, for people and programs."""
-    who, silent_ms = await replica_of(store, seen.token)
-    facts: dict[str, Any] = {"id": record_id(seen.key), "state": seen.state, "scope": seen.tenant.hex()}
-    if seen.created_ms:
-        facts |= {"claimed": _moment(seen.created_ms), "age_s": max(0, seen.now_ms - seen.created_ms) // 1000}
-    facts["by"] = who
+async def _facts(store: Store, record: RecordView) -> dict[str, Any]:
+    """Return what the store knows of a record; facts that it does not know are left out. Times are the store's."""
+    owner, silent_ms = await replica_of(store, record.token)
+    facts: dict[str, Any] = {"id": record_id(record.key), "state": record.state, "scope": record.tenant.hex()}
+    if record.created_ms:
+        facts["claimed"] = _iso_time(record.created_ms)
+        facts["age_s"] = max(0, record.now_ms - record.created_ms) // 1000
+    facts["owner"] = owner
     if silent_ms is not None:
-        facts["heard_of_s_ago"] = silent_ms // 1000
-    if seen.answer is not None:
-        answer = seen.answer
-        facts |= {"status": answer.status, "bytes": answer.size, "kept": answer.kept}
-        return facts | {"completed": _moment(answer.completed_ms)}
-    told = {"why": seen.why, "got": seen.far, "bytes_kept": seen.bytes_kept, "lease_left_ms": seen.lease_left_ms}
-    facts |= {name: value for name, value in told.items() if value}
-    return facts | {"mode": seen.mode.decode("ascii", "replace"), "owner_may_live": seen.owner_may_live}
+        facts["owner_reported_s_ago"] = silent_ms // 1000
+    return facts | (_unfinished_facts(record) if record.answer is None else _response_facts(record.answer))
 
 
-def _moment(ms: int) -> str:
+def _response_facts(response: StoredResponse) -> dict[str, Any]:
+    return {
+        "status": response.status,
+        "bytes": response.size,
+        "body_stored": response.kept,
+        "completed": _iso_time(response.completed_ms),
+    }
+
+
+def _unfinished_facts(record: RecordView) -> dict[str, Any]:
+    """Return why the outcome is unknown, how far the request got, and whether its owner may still work on it."""
+    facts = {
+        "reason": record.why,
+        "progress": record.far,
+        "bytes_stored": record.bytes_kept,
+        "lease_left_ms": record.lease_left_ms,
+    }
+    known = {name: value for name, value in facts.items() if value}
+    return known | {"mode": record.mode.decode("ascii", "replace"), "owner_may_live": record.owner_may_live}
+
+
+def _iso_time(ms: int) -> str:
     return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds")
 
 
 def _line(facts: dict[str, Any]) -> str:
-    rest = facts.get("why") or facts.get("got") or facts.get("status") or ""
-    return f"{facts['id']}  {facts['state']:9}  {facts.get('claimed', '-'):29}  {facts['by']}  {rest}"
+    detail = facts.get("reason") or facts.get("progress") or facts.get("status") or ""
+    return f"{facts['id']}  {facts['state']:9}  {facts.get('claimed', '-'):29}  {facts['owner']}  {detail}"
 
 
-# Deciding ...
+# Resolve and release ...
 
 
-async def _resolve(operator: Operator, options: argparse.Namespace) -> int:
-    head, body = given(options)
-    seen = await find(operator.settings, operator.store, options)
-    if seen.state in ("complete", "released", "corrupt"):
-        raise Refusal(f"this key is {seen.state}; only one that is unknown or in flight can be resolved")
-    _confirm(options, seen.lease_left_ms > 0, "Its owner is at it; your answer would replace its own.")
-    digest = response_digest(head.status, head.reason, head.block)
+async def _resolve(session: Session, options: argparse.Namespace) -> KeysExit:
+    """Complete an unfinished key with the operator's response, which later requests with the key get as a replay."""
+    response, body = operator_response(options)
+    record = await find_record(session.settings, session.store, options)
+    if record.state in ("complete", "released", "corrupt"):
+        raise CommandError(f"this key is {record.state}; only a key that is unknown or in flight can be resolved")
+    is_running = record.lease_left_ms > 0
+    _confirm(options, is_running, "Its owner is still working on it; your response would replace the owner's.")
+    token = await _introduce(session)
+    digest = response_digest(response.status, response.reason, response.block)
     digest.update(body)
-    token = operator.store.token()
-    retention_ms = int(operator.settings.retention_s * 1000)
-    await _introduce(operator, token)
-    claim = Claim(
-        seen.key, token, seen.fence, seen.mode, seen.fingerprint, seen.described, seen.created_ms, 0, retention_ms
+    stored = response._replace(digest=digest.digest(), completed_ms=record.now_ms)
+    meta = pack(_claim(session, record, token), stored)
+    status = await session.store.resolve(record.key, record.token, meta, body, session.retention_ms)
+    details = {"status": response.status, "bytes": len(body)}
+    return _report(session, Decision("resolve", record, status, details))
+
+
+def _claim(session: Session, record: RecordView, token: bytes) -> Claim:
+    """Return the claim under which an operator's response is stored: the owner's, with the operator's token."""
+    return Claim(
+        key=record.key,
+        token=token,
+        fence=record.fence,
+        mode=record.mode,
+        fingerprint=record.fingerprint,
+        self_check=record.described,
+        created_ms=record.created_ms,
+        lease_ms=0,
+        retention_ms=session.retention_ms,
     )
-    answer = head._replace(digest=digest.digest(), completed_ms=seen.now_ms)
-    status = await operator.store.resolve(seen.key, seen.token, pack(claim, answer), body, retention_ms)
-    return _conclude(operator, seen, "resolve", status, {"status": head.status, "bytes": len(body)})
 
 
-async def _release(operator: Operator, options: argparse.Namespace) -> int:
-    seen = await find(operator.settings, operator.store, options)
-    if seen.state in ("complete", "released") or not seen.token:
-        raise Refusal(f"this key is {seen.state}; only one that is unknown or in flight can be released")
-    _confirm(options, seen.owner_may_live, "Its owner may still live: what it sent may be executed, and then again.")
-    token = operator.store.token()
-    await _introduce(operator, token)
-    status = await operator.store.set_free(seen.key, seen.token, token, seen.fence)
-    return _conclude(operator, seen, "release", status, {})
+async def _release(session: Session, options: argparse.Namespace) -> KeysExit:
+    """Free an unfinished key: the next request with it executes."""
+    record = await find_record(session.settings, session.store, options)
+    # A record without a token was not written by oncegate: it is not removed either.
+    if record.state in ("complete", "released") or not record.token:
+        raise CommandError(f"this key is {record.state}; only a key that is unknown or in flight can be released")
+    warning = "Its owner may still live: its request may be executed, and the next one executes again."
+    _confirm(options, record.owner_may_live, warning)
+    token = await _introduce(session)
+    status = await session.store.set_free(record.key, record.token, token, record.fence)
+    return _report(session, Decision("release", record, status))
 
 
-async def _introduce(operator: Operator, token: bytes) -> None:
-    who, retention_ms = f"operator {operator.user} on {operator.host}", int(operator.settings.retention_s * 1000)
-    await introduce(operator.store, token, who, retention_ms)
+async def _introduce(session: Session) -> bytes:
+    """Return a new token, after `keys show` can name the operator behind it."""
+    token = session.store.token()
+    await introduce(session.store, token, f"operator {session.user} on {session.host}", session.retention_ms)
+    return token
 
 
-def _confirm(options: argparse.Namespace, needed: bool, warning: str) -> None:
-    """Ask where it is needed; Refusal without a yes."""
-    if not needed or options.yes:
+def _confirm(options: argparse.Namespace, is_risky: bool, warning: str) -> None:
+    """Ask the operator before a risky decision. Raises CommandError without a yes."""
+    if not is_risky or options.yes:
         return
     if not sys.stdin.isatty():
-        raise Refusal(f"{warning} Say --yes to do it all the same.")
+        raise CommandError(f"{warning} Repeat the command with --yes to do it all the same.")
     if input(f"{warning} Do it? [y/N] ").strip().lower() not in ("y", "yes"):
-        raise Refusal("nothing was changed")
+        raise CommandError("nothing was changed")
 
 
-def _conclude(operator: Operator, seen: RecordView, act: str, status: ResolveStatus, more: dict[str, Any]) -> int:
-    """Write the audit line and tell the operator."""
+def _report(session: Session, decision: Decision) -> KeysExit:
+    """Write the audit line, tell the operator the outcome, and return the exit code."""
+    record = decision.record
     line = {
         "event": "audit",
         "level": "warning",
         "timestamp": datetime.now(UTC).isoformat(timespec="milliseconds"),
-        "act": act,
-        "outcome": status.value,
-        "key": record_id(seen.key),
-        "was": seen.state,
-        "why": seen.why,
-        "owner": seen.token.hex(),
-        "user": operator.user,
-        "host": operator.host,
-        **more,
+        "action": decision.action,
+        "outcome": decision.status.value,
+        "key_id": record_id(record.key),
+        "state_before": record.state,
+        "reason": record.why,
+        "owner_token": record.token.hex(),
+        "user": session.user,
+        "host": session.host,
+        **decision.details,
     }
     print(json.dumps(line), file=sys.stderr)
-    if status in (ResolveStatus.RESOLVED, ResolveStatus.RELEASED):
-        print(status.value)
-        return DONE
-    print(TOO_LATE[status], file=sys.stderr)
-    return NOT_DONE
+    if decision.status in NOT_CARRIED_OUT:
+        print(NOT_CARRIED_OUT[decision.status], file=sys.stderr)
+        return KeysExit.NOT_DONE
+    print(decision.status.value)
+    return KeysExit.DONE

@@ -1,0 +1,81 @@
+"""The response that an operator gives for a key with an unknown outcome (`oncegate keys resolve`)."""
+
+import argparse
+from http import HTTPStatus
+from pathlib import Path
+from typing import NamedTuple
+
+from oncegate.commands.errors import usage_error
+from oncegate.messages.response_head import ResponseHead, read_response_head
+from oncegate.store.record import StoredResponse
+
+MAX_BODY_BYTES = 262144  # one chunk in the store
+# RFC 9110, section 5.6.2: the characters of a token, of which a field name consists.
+_TOKEN = set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789!#$%&'*+-.^_`|~")
+
+
+class OperatorResponse(NamedTuple):
+    """`stored` has no digest and no time of completion yet; `body` is its whole body."""
+
+    stored: StoredResponse
+    body: bytes
+
+
+def operator_response(options: argparse.Namespace) -> OperatorResponse:
+    """Return the response that `--status`, `--header` and `--body-file` describe. Raises CommandError."""
+    body = _read_body(options.body_file)
+    head = _head(options)
+    if head.bodiless and body:
+        raise usage_error(f"a response with status {options.status} has no body")
+    stored = StoredResponse(
+        status=options.status,
+        reason=_reason(options.status),
+        block=head.replayed_block,
+        digest=b"",
+        chunks=1 if body else 0,
+        size=len(body),
+        kept=True,
+        close_delimited=False,
+        stated_length=head.bodiless,
+        completed_ms=0,
+        took_ms=0,
+        age_s=0,
+    )
+    return OperatorResponse(stored, body)
+
+
+def _head(options: argparse.Namespace) -> ResponseHead:
+    pairs = [_header(line) for line in options.header]
+    head = read_response_head(options.status, _reason(options.status), pairs, head_only=False)
+    if isinstance(head, str):
+        raise usage_error(f"this response is not possible: {head}")
+    if b"transfer-encoding" in head.fields or b"content-length" in head.fields:
+        raise usage_error("oncegate sets the framing itself: leave Content-Length and Transfer-Encoding out")
+    return head
+
+
+def _reason(status: int) -> bytes:
+    """Return the standard reason phrase (RFC 9110, section 15); empty for an unregistered status."""
+    try:
+        return HTTPStatus(status).phrase.encode()
+    except ValueError:
+        return b""
+
+
+def _read_body(name: str | None) -> bytes:
+    if name is None:
+        return b""
+    try:
+        body = Path(name).read_bytes()
+    except OSError as error:
+        raise usage_error(f"{name}: {error.strerror}") from None
+    if len(body) > MAX_BODY_BYTES:
+        raise usage_error(f"{name}: the body of an operator's response has at most {MAX_BODY_BYTES} bytes")
+    return body
+
+
+def _header(line: str) -> tuple[bytes, bytes]:
+    name, colon, value = line.partition(":")
+    if not colon or not name or not set(name) <= _TOKEN:
+        raise usage_error(f"{line!r} is not of the form 'Name: value'")
+    return name.encode(), value.strip().encode("utf-8")
