@@ -1,6 +1,6 @@
-"""The benchmark: oncegate and its peers in turn on one core, the load, the upstream and Redis on another.
+"""The benchmark: oncegate and its peers take turns on one core; load, upstream and Redis use another.
 
-`machine` starts and pins processes and reads their CPU time; `contenders` says how each one is started; `wrk` makes
-the load; `scenarios` says what is asked of whom; `table` prints and keeps what came out. Two shared cores are enough:
-the ratios are what counts, and CPU time a request survives a busy machine better than requests a second.
+`machine` starts and pins processes and reads their CPU time. `contenders` starts each contender, `wrk` makes the load,
+`scenarios` defines the requests, and `table` prints and stores the results. Two shared cores are enough: the ratios
+count, and CPU time per request is less sensitive to a busy machine than requests per second.
 """

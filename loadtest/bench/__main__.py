@@ -31,7 +31,7 @@ def _words(text: str) -> list[str]:
 
 
 def main() -> int:
-    """Measure, print, write; 0 where every answer was right, whatever the figures say."""
+    """Measure, print and write; return 0 if every response was right, whatever the figures are."""
     given = parser().parse_args()
     tools.obtain()
     quick = given.quick
@@ -68,7 +68,7 @@ def main() -> int:
 
 
 def told(runs: Iterable[Run]) -> Iterator[Run]:
-    """Pass the runs on, and show on the terminal that something happens."""
+    """Pass the runs on, and print each on the terminal."""
     for run in runs:
         print(f"... {run.round + 1} {run.contender} {run.scenario} {run.connections}", file=sys.stderr, flush=True)
         yield run

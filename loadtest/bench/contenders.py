@@ -1,4 +1,4 @@
-"""How each contender is started, and what they share: the upstreams and a Redis."""
+"""How each contender starts, and what all of them share: the upstreams and a Redis."""
 
 import contextlib
 import shutil
@@ -23,7 +23,7 @@ class Running:
 
 @dataclass(frozen=True)
 class Site:
-    """What stands around the contenders: started once, for all of them."""
+    """The servers around the contenders: started once, for all of them."""
 
     cores: Cores
     upstream: Running
@@ -43,14 +43,14 @@ def open_site(cores: Cores) -> Site:
 
 
 def open_redis(cores: Cores) -> Running:
-    """Start a Redis as the contenders get it: in memory alone."""
+    """Start a Redis as the contenders use it: in memory alone."""
     server = shutil.which("redis-server") or "valkey-server"
     options = ("--bind", "127.0.0.1", "--save", "", "--appendonly", "no")
     return _listening(lambda port: Process(cores.other, server, "--port", port, *options))
 
 
 def _listening(start: Callable[[int], Process]) -> Running:
-    """Start something on a free port; on another one where somebody else was faster."""
+    """Start a process on a free port; try another port if a different process took it first."""
     for tries_left in (2, 1, 0):
         port = free_port()
         process = start(port)
@@ -73,7 +73,7 @@ def _nginx(cores: frozenset[int], server: str, upstream_port: int = 0, redis_por
 
 
 def oncegate(site: Site, *, store_url: str = "", upstream_port: int = 0, **settings: object) -> Running:
-    """oncegate as it comes, on the shared Redis: default settings, but for those that are given."""
+    """oncegate on the shared Redis, with default settings except for those that are given."""
     admin_ports = []
 
     def start(port: int) -> Process:
@@ -92,7 +92,7 @@ def oncegate(site: Site, *, store_url: str = "", upstream_port: int = 0, **setti
 
 
 def await_ready(running: Running) -> None:
-    """Return when /readyz says yes. Raises RuntimeError where it does not."""
+    """Return when /readyz returns 200. Raises RuntimeError if it does not."""
     for _ in range(500):
         with contextlib.suppress(OSError):
             urllib.request.urlopen(f"http://127.0.0.1:{running.admin_port}/readyz", timeout=5).close()
@@ -102,7 +102,7 @@ def await_ready(running: Running) -> None:
 
 
 def embedded(site: Site) -> Running:
-    """oncegate as it comes, with the store that it brings along, which writes to disk and shares its core."""
+    """oncegate with its embedded store, which writes to disk and shares oncegate's core."""
     return oncegate(site, store_url="embedded")
 
 

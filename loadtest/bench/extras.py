@@ -1,4 +1,4 @@
-"""The figures that the table does not have: streams, large answers, memory, starting, workers, a full store."""
+"""The figures that the table lacks: streams, large responses, memory, start-up time, workers, a full store."""
 
 import json
 import subprocess
@@ -37,7 +37,10 @@ WORDS = {"rate": "requests a second", "cpu_us": "CPU a request"}
 
 
 def goals(table: Table) -> list[Figure]:
-    """Return the figures that follow from the table. CPU time also stands for rates: a busy machine bends it less."""
+    """Return the figures that follow from the table.
+
+    CPU time also stands for rates: a busy machine distorts it less.
+    """
     found = []
     for scenario, other, field, limit, least in RATIOS:
         if (ratio := table.ratio(scenario, 32, other, field)) is not None:
@@ -62,7 +65,7 @@ def _result(reader: "subprocess.Popen[str]") -> dict[str, Any]:
 
 
 class _Peak:
-    """The greatest resident memory of a contender while this lasts, above what it had before."""
+    """The largest resident memory of a contender inside this context, above its level before."""
 
     def __init__(self, running: Running) -> None:
         self._process, self._over = running.process, threading.Event()
@@ -87,7 +90,7 @@ class _Peak:
 
 
 def large_answer(site: Site, quick: bool) -> list[Figure]:
-    """A 100 MB answer of known length, over the storage limit where it is keyed: speed against nginx, and memory."""
+    """A 100 MB response of known length, over the storage limit if it is keyed: speed against nginx, and memory."""
     speeds: dict[str, list[float]] = {"keyed": [], "pass-through": [], "nginx": []}
     peak = 0
     ours, nginx = contenders.oncegate(site), contenders.nginx_bulk(site)
@@ -114,9 +117,9 @@ def large_answer(site: Site, quick: bool) -> list[Figure]:
 
 
 def event_streams(site: Site, quick: bool) -> list[Figure]:
-    """200 keyed streams: how much later the first byte and each event come than without a proxy.
+    """200 keyed streams: how much later the first byte and each event arrive than without a proxy.
 
-    Medians of several takes in turns: of 200 first bytes the 99th percentile is one stream's, direct ones' too.
+    The figures are medians of several rounds in turns: of 200 first bytes the 99th percentile is a single stream's.
     """
     number, every_ms = (20 if quick else 50), 100
     found: dict[str, list[dict[str, Any]]] = {"ours": [], "direct": []}
@@ -146,7 +149,7 @@ def event_streams(site: Site, quick: bool) -> list[Figure]:
 
 
 def thousand_streams(site: Site, quick: bool) -> list[Figure]:
-    """1,000 keyed streams at 10 events a second: events lost, and memory for each."""
+    """1,000 keyed streams with 10 events per second: events lost, and memory for each."""
     number, every_ms = (60 if quick else 150), 100
     ours = contenders.oncegate(site, upstream_port=site.events.port)
     try:
@@ -166,7 +169,7 @@ def thousand_streams(site: Site, quick: bool) -> list[Figure]:
 
 
 def start(site: Site, quick: bool) -> list[Figure]:
-    """From starting `oncegate serve` to its first executed answer."""
+    """The time from the start of `oncegate serve` to its first executed response."""
     found = []
     for name in ("oncegate", "embedded"):
         taken = []
@@ -183,9 +186,9 @@ def start(site: Site, quick: bool) -> list[Figure]:
 
 
 def full_store(site: Site, quick: bool) -> list[Figure]:
-    """The claim's latency, as oncegate's own metric has it, with many records present and with few.
+    """The latency of a claim, by oncegate's own metric, with many records in the store and with few.
 
-    Two proxies on two stores are asked by turns, in small blocks; the median block is what counts.
+    Two proxies on two stores take turns in small blocks; the median block counts.
     """
     few, many = 1_000, 100_000 if quick else 1_000_000
     stores = {count: contenders.open_redis(site.cores) for count in (few, many)}
@@ -218,7 +221,7 @@ def _mean_claim_s(running: Running) -> float:
 
 
 def _claims(running: Running) -> tuple[float, float]:
-    """Return how many claims there were, and the seconds that they took."""
+    """Return the number of claims, and the seconds that they took."""
     with urllib.request.urlopen(f"http://127.0.0.1:{running.admin_port}/metrics", timeout=10) as answer:
         lines = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if not line.startswith("#"))
     name, label = "oncegate_store_seconds", '{verb="claim"}'
@@ -226,7 +229,7 @@ def _claims(running: Running) -> tuple[float, float]:
 
 
 def record(site: Site, quick: bool) -> list[Figure]:
-    """Redis's memory for a small record, all that belongs to it counted, beyond the answer's own bytes."""
+    """Redis's memory for a small record with everything that belongs to it, beyond the response's own bytes."""
     number = 2_000 if quick else 20_000
     scenarios.empty(site.redis)
     ours = contenders.oncegate(site)

@@ -1,7 +1,7 @@
-"""python -m loadtest.bench.keys: what naming a request costs, by where its key stands; alone, in turns, no network.
+"""python -m loadtest.bench.keys: the cost of computing a key's digests, by the key's source; alone, without a network.
 
-Each figure is the median of ROUNDS turns, in which every source names the same requests; what all of them
-have in common, the digests of key and body, is part of each.
+Each figure is the median of ROUNDS turns, in which every source computes the digests of the same requests. The work
+that all of them share, the digests of key and body, is part of each figure.
 """
 
 import json
@@ -39,13 +39,13 @@ def policies() -> dict[str, Policy]:
 
 
 def document(size: int) -> bytes:
-    """Return an event of about that many bytes, its id in the beginning and objects of short texts behind."""
+    """Return an event of about that many bytes: its id first, then objects of short texts."""
     lines = [{"id": f"li_{n}", "amount": 1000 + n, "currency": "eur", "live": False} for n in range(size // 66)]
     return json.dumps({"id": ID, "type": "invoice.paid", "data": {"lines": lines}}).encode()
 
 
 def named(policy: Policy, digests: Digests, head: RequestHead, scope: Scope, body: Body) -> object:
-    """Name a request as the request path does: what its head and its body have to be asked for."""
+    """Compute a request's digests as the request path does, from its head and its body."""
     plain = policy.sources is None and (lines := head.fields.get(policy.key_header)) is not None
     key = parse_key(lines) if plain else key_in_head(policy, head)
     if isinstance(key, bytes):

@@ -1,4 +1,4 @@
-"""Processes pinned to a core, and what they cost: CPU time and memory from /proc, children summed."""
+"""Processes pinned to a core, and their cost: CPU time and memory from /proc, child processes included."""
 
 import contextlib
 import os
@@ -23,26 +23,26 @@ PERIOD_US = 10_000  # in which a share of a core is given
 
 
 class Cores(NamedTuple):
-    """Which core is whose: the proxy has one for itself, all else shares another."""
+    """The core of the proxy, and the core that everything else shares."""
 
     proxy: frozenset[int]
     other: frozenset[int]
 
 
 def two_cores() -> Cores:
-    """Return the first two that this process may use; the same one twice where there is only one."""
+    """Return the first two cores that this process may use; the same one twice if there is only one."""
     ours = sorted(os.sched_getaffinity(0))
     return Cores(frozenset(ours[:1]), frozenset(ours[1:2] or ours[:1]))
 
 
 def pinned(cores: frozenset[int]) -> Callable[[], None]:
-    """Return what a child runs to stay on these cores."""
+    """Return a function that a child runs to stay on these cores."""
     return lambda: os.sched_setaffinity(0, cores)
 
 
 @contextmanager
 def share(pid: int, cores: frozenset[int]) -> Iterator[None]:
-    """Give a process that runs a fifth of these cores and no more. Raises OSError where there are no control groups."""
+    """Limit a process to a fifth of these cores. Raises OSError on a system without control groups."""
     for task in Path(f"/proc/{pid}/task").iterdir():
         os.sched_setaffinity(int(task.name), cores)
     group, limits = _control_group(pid)
@@ -67,7 +67,7 @@ def _leave(group: Path, pid: int) -> None:
 
 
 def _control_group(pid: int) -> tuple[Path, dict[str, str]]:
-    """Return a group's place and the files that limit it, for the first or the second version of control groups."""
+    """Return a group's path and the files that limit it, for version 1 or 2 of control groups."""
     first, second = Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup")
     name = f"oncegate-bench-{pid}"
     if (first / "cgroup.procs").exists():
@@ -76,7 +76,7 @@ def _control_group(pid: int) -> tuple[Path, dict[str, str]]:
 
 
 class Process:
-    """One server of the bench, until `stop`, in a folder of its own. What it says goes to a file."""
+    """One server of the bench, until `stop`, in a folder of its own. Its output goes to a file."""
 
     def __init__(self, cores: frozenset[int], *command: object, env: Mapping[str, str] | None = None) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="oncegate-bench-"))
@@ -93,11 +93,11 @@ class Process:
         self.pid = self._popen.pid
 
     def said(self) -> str:
-        """Return the end of what it printed."""
+        """Return the end of its output."""
         return (self.folder / "log").read_text(errors="replace")[-2000:]
 
     def await_port(self, port: int) -> "Process":
-        """Return it when something listens there. Raises RuntimeError with what it said."""
+        """Return the process once it listens there. Raises RuntimeError with its output."""
         while time.monotonic() < self.started_at + START_S:
             if self._popen.poll() is not None:
                 raise RuntimeError(f"{self._popen.args!r} ended with {self._popen.returncode}:\n{self.said()}")
@@ -107,7 +107,7 @@ class Process:
         raise RuntimeError(f"{self._popen.args!r} does not listen on {port}:\n{self.said()}")
 
     def cpu_s(self) -> float:
-        """Return the CPU seconds, user and system, of the process and its children as they are now."""
+        """Return the CPU seconds, user and system, of the process and its present children."""
         return sum(map(cpu_s, family(self.pid)))
 
     def rss_bytes(self) -> int:
@@ -115,7 +115,7 @@ class Process:
         return sum(map(_rss_bytes, family(self.pid)))
 
     def stop(self) -> None:
-        """End it: SIGTERM, soon another one, then SIGKILL."""
+        """End it: SIGTERM, soon a second one, then SIGKILL."""
         for wait_s in (PATIENCE_S, STOP_S):
             self._popen.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -128,7 +128,7 @@ class Process:
 
 
 def family(pid: int) -> list[int]:
-    """Return the process and all that descend from it."""
+    """Return the process and all its descendants."""
     found = [pid]
     for one in found:
         with contextlib.suppress(OSError):
@@ -138,7 +138,7 @@ def family(pid: int) -> list[int]:
 
 
 def cpu_s(pid: int) -> float:
-    """Sum its threads' time on a core, which the scheduler counts in ns; utime and stime only tick."""
+    """Sum the threads' time on a core, which the scheduler counts in ns; utime and stime only count ticks."""
     total = 0
     with contextlib.suppress(OSError):
         for task in Path(f"/proc/{pid}/task").iterdir():
@@ -153,7 +153,7 @@ def _rss_bytes(pid: int) -> int:
 
 
 def busy_s(cores: frozenset[int]) -> float:
-    """Return the seconds for which these cores have not been idle, together, since the machine started."""
+    """Return the seconds in which these cores were not idle, together, since the machine started."""
     total = 0
     for line in Path("/proc/stat").read_text().splitlines():
         name, *fields = line.split()

@@ -1,4 +1,4 @@
-"""The plot: CPU time and requests a second of each contender, as bars with their spread, in one SVG."""
+"""The plot: CPU time and requests per second of each contender, as bars with their spread, in one SVG."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ FIELDS = {"cpu_us": "CPU us a request (less is better)", "rate": "requests a sec
 
 
 def write_plot(path: Path, table: Table) -> None:
-    """Draw one block for each scenario and number of connections, a column for each of FIELDS."""
+    """Draw one block for each scenario and number of connections, and one column for each of FIELDS."""
     parts, y = [], 20
     for place in dict.fromkeys((cell.scenario, cell.connections) for cell in table.cells.values()):
         cells = [cell for cell in table.cells.values() if (cell.scenario, cell.connections) == place]

@@ -1,4 +1,4 @@
-"""A few words with the bench's Redis, over a plain socket."""
+"""A minimal client for the bench's Redis, over a plain socket."""
 
 import socket
 
@@ -28,13 +28,13 @@ def command(port: int, *words: str) -> str:
 
 
 def fill(port: int, count: int) -> None:
-    """Make so many records of the size that a small answer has."""
+    """Create so many records, each of the size that a small response has."""
     for first in range(1, count + 1, BATCH):
         command(port, "EVAL", FILL, "0", str(first), str(min(count, first + BATCH - 1)))
 
 
 def raw_answer_bytes(upstream_port: int) -> int:
-    """Return the size of the upstream's answer as it comes: head and body."""
+    """Return the size of the upstream's response on the wire: head and body."""
     with socket.create_connection(("127.0.0.1", upstream_port), 5) as connection:
         connection.sendall(request_bytes("/v1/charges", ""))
         return len(connection.recv(65536))

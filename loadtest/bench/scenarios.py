@@ -1,4 +1,4 @@
-"""What is asked of whom, and one measurement of it."""
+"""The scenarios, and one measurement of a contender in one of them."""
 
 import http.client
 import os
@@ -18,7 +18,7 @@ SETTLE_S = 0.2  # what was asked last is stored, and a held request has been cla
 
 
 class Scenario(NamedTuple):
-    """One kind of request. `mode`: what differs from one to the next. `refused`: each answer is a 4xx, and rightly."""
+    """One kind of request. `mode`: how requests differ. `refused`: every response is rightly a 4xx."""
 
     name: str
     contenders: tuple[str, ...]
@@ -40,7 +40,7 @@ SCENARIOS = {
 
 
 class Run(NamedTuple):
-    """One measurement. `sound`: every answer was what it should be; `load1` is the machine's load average."""
+    """One measurement. `sound`: every response was right; `load1` is the machine's load average."""
 
     round: int
     scenario: str
@@ -58,7 +58,7 @@ class Run(NamedTuple):
 def rounds(
     site: Site, names: list[str], scenarios: list[str], connections: list[int], seconds: int, count: int
 ) -> Iterator[Run]:
-    """Measure everything `count` times, each contender started anew for each round and in another order."""
+    """Measure everything `count` times. Each round starts every contender anew, in another order."""
     for number in range(count):
         turn = names[number % len(names) :] + names[: number % len(names)]
         for name in turn:
@@ -73,7 +73,7 @@ def rounds(
 
 @contextmanager
 def started(site: Site, name: str) -> Iterator[Running]:
-    """Start a contender, with an empty store and warmed up, and stop it."""
+    """Start a contender with an empty store, warm it up, and stop it at the end."""
     empty(site.redis)
     running = contenders.CONTENDERS[name](site)
     try:
@@ -119,7 +119,7 @@ def measure(
 
 @contextmanager
 def _prepared(running: Running, scenario: Scenario, path: str, key: str) -> Iterator[None]:
-    """Bring the key into the state that the scenario is about: known, or in flight for as long as it lasts."""
+    """Bring the key into the state of the scenario: complete, or in flight until the end."""
     if scenario.refused:
         with socket.create_connection(("127.0.0.1", running.port)) as holding:
             holding.sendall(request_bytes(path, key))
@@ -133,7 +133,7 @@ def _prepared(running: Running, scenario: Scenario, path: str, key: str) -> Iter
 
 
 def ask(port: int, path: str, key: str) -> tuple[int, list[tuple[str, str]], bytes]:
-    """Send one charge; return status, headers and body of the answer."""
+    """Send one charge; return status, headers and body of the response."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request("POST", path, wrk.CHARGE, _fields(key))
     answer = connection.getresponse()
@@ -152,7 +152,7 @@ def ask_many(port: int, count: int) -> None:
 
 
 def request_bytes(path: str, key: str) -> bytes:
-    """Return the very request that the load sends."""
+    """Return the exact request that the load sends."""
     lines = [f"POST {path} HTTP/1.1", "Host: bench", *(f"{name}: {value}" for name, value in _fields(key).items())]
     return "\r\n".join([*lines, f"Content-Length: {len(wrk.CHARGE)}", "", ""]).encode() + wrk.CHARGE
 
@@ -163,12 +163,12 @@ def _fields(key: str) -> dict[str, str]:
 
 
 def new_key() -> str:
-    """Return a key that nobody had."""
+    """Return a key that was never used."""
     return f"bench-{uuid.uuid4().hex}"
 
 
 def empty(redis: Running) -> None:
-    """Forget everything that is stored."""
+    """Delete everything that is stored."""
     with socket.create_connection(("127.0.0.1", redis.port)) as connection:
         connection.sendall(b"FLUSHALL SYNC\r\n")
         connection.recv(64)

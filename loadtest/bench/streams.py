@@ -1,4 +1,4 @@
-"""The reading side: event streams whose delays are measured, and a sink for a large answer. One JSON line comes out.
+"""The reading side: event streams whose delays are measured, and a sink for a large response. Prints one JSON line.
 
 python -m loadtest.bench.streams events PORT COUNT EVENTS EVERY_MS KEY, or ... sink PORT KEY; the key "-" is none.
 """
@@ -18,7 +18,7 @@ RAMP_S = 0.002  # between two streams, so that opening them is not what is measu
 
 
 class Stream(asyncio.Protocol):
-    """One stream; `delays_s` is how long each event took from its sender to here."""
+    """One stream; `delays_s` is the time of each event from its sender to this process."""
 
     def __init__(self, request: bytes, expected: int, over: "asyncio.Future[None]") -> None:
         self._request, self._expected, self._over = request, expected, over
@@ -77,12 +77,12 @@ async def events(port: int, count: int, number: int, every_ms: int, key: str) ->
 
 
 def at_share(values: list[float], share: float) -> float:
-    """Return the value that this share of the sorted ones does not exceed."""
+    """Return the value that this share of the sorted values does not exceed."""
     return values[min(len(values) - 1, int(share * len(values)))] if values else float("inf")
 
 
 def sink(port: int, key: str) -> dict[str, Any]:
-    """Read one large answer as fast as it comes."""
+    """Read one large response as fast as it arrives."""
     room = bytearray(1 << 20)
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(request_bytes("/big", key if key != "-" else ""))

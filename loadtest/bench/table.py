@@ -1,4 +1,4 @@
-"""What came out: medians with their spread, as text, CSV and a plot."""
+"""The results: medians with their spread, as text, CSV and a plot."""
 
 import csv
 from collections.abc import Iterable, Sequence
@@ -27,7 +27,7 @@ class Cell(NamedTuple):
 
 
 class Table:
-    """All cells, in the order in which they were measured first."""
+    """All cells, in the order in which they were first measured."""
 
     def __init__(self, runs: Iterable[Run]) -> None:
         self.runs = list(runs)

@@ -1,4 +1,4 @@
-"""The Debian packages that the bench needs, installed where that is possible, else named."""
+"""The Debian packages that the bench needs: installed if possible, otherwise named."""
 
 import os
 import shutil
@@ -12,13 +12,13 @@ LUA = {MODULES / "ngx_http_lua_module.so": "libnginx-mod-http-lua"}
 
 
 def missing() -> list[str]:
-    """Return the packages of what is not found."""
+    """Return the packages of the tools that are not installed."""
     programs = [package for program, package in PACKAGES.items() if shutil.which(program) is None]
     return programs + [package for file, package in LUA.items() if not Path(file).exists()]
 
 
 def obtain() -> None:
-    """Install what is missing, as root on Debian. Raises SystemExit with what to install otherwise."""
+    """Install missing packages, as root on Debian. Raises SystemExit with their names otherwise."""
     packages = missing()
     if not packages:
         return

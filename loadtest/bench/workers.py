@@ -1,9 +1,9 @@
-"""What two workers do, of one.
+"""The throughput of two workers, relative to one.
 
-Two saturated workers, their load, store and upstream want four cores. On two, each worker gets a fifth of a core of
-its own and no more (a control group's quota): that is always free for it, and what is left is plenty for the load. But
-a request costs more on the core that bears the load, so one worker counts as the mean of one here and one there. The
-pairs that take turns on one core are there for comparison: workers beside proxies that know nothing of each other.
+Two saturated workers, their load, store and upstream want four cores. On two cores, each worker gets a fifth of a
+core and no more (a control group's quota). That share is always free for it, and the rest is plenty for the load. But
+a request costs more on the core that carries the load, so one worker counts as the mean of one on each core. For
+comparison there are pairs of workers, and of proxies that do not know each other, that take turns on one core.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,16 +21,16 @@ CONNECTIONS = 32  # for each process
 
 
 def workers(site: Site, quick: bool) -> list[Figure]:
-    """Requests a second of two workers against one, and CPU time where they take turns on one core.
+    """Requests per second of two workers against one, and CPU time where they take turns on one core.
 
-    All are started anew several times: where code and data lie in memory bends the figures, too.
+    All are started anew several times: the place of code and data in memory changes the figures, too.
     """
     starts, takes = (1, 2) if quick else (4, 4)
     return [_with_cores(site, starts, takes), *_taking_turns(site, starts, takes)]
 
 
 def _with_cores(site: Site, starts: int, takes: int) -> Figure:
-    """Two workers, one on each core, against one: of which there is one on each core, too, as they are not alike."""
+    """Two workers, one on each core, against one worker. It is measured on each core: the cores are not alike."""
     name, alone, paired = "2 workers against 1, a fifth of a core for each", list[float](), list[int]()
     try:
         for _ in range(starts):
@@ -79,13 +79,13 @@ def _started(site: Site, count: int) -> Iterator[Running]:
 
 
 def _serving(running: Running) -> list[int]:
-    """Return the processes that serve: the workers, or the only one."""
+    """Return the serving processes: the workers, or the only process."""
     first, *others = family(running.process.pid)
     return others or [first]
 
 
 def _cost(site: Site, loaded: Sequence[Running]) -> float:
-    """Put a load on each; return the CPU time of a request in us."""
+    """Put a load on each; return the CPU time per request, in us."""
     different = list(dict.fromkeys(loaded))
     before = sum(running.process.cpu_s() for running in different)
     with ThreadPoolExecutor() as threads:

@@ -1,4 +1,4 @@
-"""The load: wrk with one thread on the other core, and what it says at its end."""
+"""The load: wrk with one thread on the other core, and the figures that it prints."""
 
 import subprocess
 from pathlib import Path
@@ -12,7 +12,7 @@ AUTHORIZATION = "Bearer sk_test_4eC39HqLyjWDarjtT1zdp7dc"
 
 
 class Load(NamedTuple):
-    """What one run saw. `refused` are answers of 400 and above, `broken` what got none."""
+    """The result of one run. `refused` counts responses of 400 and above, `broken` requests without a response."""
 
     requests: int
     seconds: float
@@ -23,8 +23,11 @@ class Load(NamedTuple):
 
 
 def run(port: int, path: str, key: str, *, mode: str, seconds: int, connections: int, cores: frozenset[int]) -> Load:
-    """Send charges for `seconds`: without a key where `key` is empty, with the same one each time, or another one each
-    time (`mode` unique), or that under a head of which more is new each time (`mode` new)."""
+    """Send charges for `seconds`.
+
+    `key` empty: without a key. Otherwise `mode` decides: the same key each time, another one each time (`unique`), or
+    another one under a head of which more is new each time (`new`).
+    """
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "10s", "-s", str(SCRIPT)]
     words = [path, key, mode, AUTHORIZATION, CHARGE.decode()]
     done = subprocess.run(

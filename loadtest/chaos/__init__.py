@@ -1,12 +1,12 @@
-"""The proof: everything that can break is broken under load, and a program of its own judges what was seen.
+"""The chaos test: faults of every kind under load, and an independent program that judges the result.
 
-- `link`: TCP links that fail on demand; they stand on every connection;
-- `plan`: what is asked and answered, made from the seed alone;
-- `wire`, `client`: clients that retry, race, leave and mutate, and write down what they got;
-- `upstream`: the API behind the proxy; it writes down every execution, and answers well or badly;
-- `parts`: the processes; `faults`: what is done to them, and when; `run`: all of it together;
-- `watch`: whether the machine itself stood still;
-- `check`: the judge. It imports nothing of the above and reads only what clients and upstream wrote down,
-  the list of faults, and what the proxies reported of lost claims;
+- `link`: TCP links that fail on demand, on every connection of the run;
+- `plan`: the requests and the upstream's responses, computed from the seed alone;
+- `wire`, `client`: clients that retry, race, disconnect and reuse keys, and log every response;
+- `upstream`: the API behind the proxy; it logs every execution, and responds well or badly;
+- `parts`: the processes; `faults`: what breaks, and when; `run`: all of it together;
+- `watch`: detects times in which the machine itself stalled a process;
+- `check`: the judge. It imports nothing of the above. It reads only the logs of clients and upstream, the list of
+  faults, and the proxies' reports of lost claims;
 - `report`: figures, the timeline of faults, a plot.
 """

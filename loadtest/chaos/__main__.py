@@ -1,4 +1,4 @@
-"""`python -m loadtest.chaos`: one run, its verdict, its report."""
+"""`python -m loadtest.chaos`: one run, its verdict and its report."""
 
 import argparse
 import shutil
@@ -12,7 +12,7 @@ from loadtest.chaos.run import Plan, run
 
 
 def plan() -> Plan:
-    """Return what is asked for on the command line."""
+    """Return the plan that the command line describes."""
     parser = argparse.ArgumentParser(prog="python -m loadtest.chaos", description=__doc__)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=600, help="how long there are faults")
@@ -30,7 +30,7 @@ def plan() -> Plan:
 
 
 def program(name: str, folder: Path, quiet: bool = False) -> int:
-    """Run one of the programs that read what a run left, and return its exit code."""
+    """Run one of the programs that read the logs of a run, and return its exit code."""
     command = [sys.executable, "-m", f"loadtest.chaos.{name}", str(folder)]
     return subprocess.run(command, stdout=subprocess.DEVNULL if quiet else None).returncode
 

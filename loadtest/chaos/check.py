@@ -1,7 +1,7 @@
-"""The judge: `python -m loadtest.chaos.check FOLDER` reads what a run left behind and says whether the promise held.
+"""The judge: `python -m loadtest.chaos.check FOLDER` reads the logs of a run and tells whether the promise held.
 
-It shares no code with what ran. It believes the clients' logs, the upstream's log and the timeline of faults; of the
-proxies it reads only what they reported of claims that the store lost, and that only to see whether they were honest.
+It shares no code with the programs of the run. It believes the logs of the clients and of the upstream, and the
+timeline of faults. Of the proxies it reads only their reports of claims that the store lost, to check their honesty.
 Exit code 0: the promise held; 1: it did not; 2: the run is void.
 """
 
@@ -37,7 +37,7 @@ EXCUSES = {"claims": ("I1", "I2", "I6", "I7", "I9", "I10"), "answers": ("I2", "I
 
 
 class Found(NamedTuple):
-    """Something that must not be. `since`, `until`: when it came about."""
+    """A violation of an invariant. `since`, `until`: when it happened."""
 
     invariant: str
     text: str
@@ -52,7 +52,7 @@ Rule = Callable[[Case, History], Iterator[Found]]
 
 
 def at_most_once(case: Case, _: History) -> Iterator[Found]:
-    """I1: one execution for a key, those not counted that the upstream declined."""
+    """I1: a key is executed once. Executions that the upstream declined do not count."""
     counted = case.counted
     for one in counted[1:]:
         first = counted[0]
@@ -60,7 +60,7 @@ def at_most_once(case: Case, _: History) -> Iterator[Found]:
 
 
 def one_executor(case: Case, _: History) -> Iterator[Found]:
-    """I1: one client alone is told that its request was executed just now."""
+    """I1: at most one client is told that its request was executed just now."""
     told = [a for a in case.attempts if a.whole and a.word == "executed"]
     for one in told[1:]:
         yield Found("I1", f"executed twice, as clients were told at {told[0].ended:.3f} and {one.ended:.3f}",
@@ -68,7 +68,7 @@ def one_executor(case: Case, _: History) -> Iterator[Found]:
 
 
 def nothing_behind_a_refusal(case: Case, _: History) -> Iterator[Found]:
-    """I9: whoever was told that nothing was sent was told the truth; every execution was asked for by somebody else."""
+    """I9: no execution belongs to a client that was told that nothing was sent."""
     for one in case.executions:
         if not any(a.replica == one.replica and a.begun <= one.begun and _may_own(a) for a in case.attempts):
             yield Found("I9", f"{one.id} was executed for nobody, or for one who was told that nothing was sent",
@@ -83,7 +83,7 @@ def _may_own(attempt: Attempt) -> bool:
 
 
 def one_truth(case: Case, history: History) -> Iterator[Found]:
-    """I2: every stored answer is the same."""
+    """I2: all stored responses of a key are the same."""
     stored = [a for a in case.attempts if a.stored]
     for one in stored[1:]:
         if one.digest != stored[0].digest and not _ended_by_closing(case, history):
@@ -91,7 +91,7 @@ def one_truth(case: Case, history: History) -> Iterator[Found]:
 
 
 def kept(case: Case, history: History) -> Iterator[Found]:
-    """I2, I3: once anybody holds a stored answer, nobody is told anything else any more."""
+    """I2, I3: once a client has a stored response, every later client gets the same one."""
     first = min((a for a in case.attempts if a.stored), key=lambda a: a.ended, default=None)
     if first is None:
         return
@@ -105,7 +105,7 @@ def kept(case: Case, history: History) -> Iterator[Found]:
 
 
 def _kept_bare(case: Case, until: float, history: History) -> bool:
-    """Return whether its answer may have been stored without its body: it was too large, or the store was full."""
+    """Return whether the response may be stored without its body: too large, or the store was full."""
     if any(one.kind == "oversize" for one in case.executions):
         return True
     full = [fault for fault in history.faults if fault.kind == "store-full"]
@@ -113,7 +113,7 @@ def _kept_bare(case: Case, until: float, history: History) -> bool:
 
 
 def faithful(case: Case, history: History) -> Iterator[Found]:
-    """I6, I4: what a client got as complete is what the upstream sent as complete, for this very request."""
+    """I6, I4: a response that a client got complete is one that the upstream sent complete, for this request."""
     for a in case.attempts:
         if a.how == "garbage":
             yield Found("I6", "bytes that are no answer", a.begun, a.ended)
@@ -130,7 +130,7 @@ def faithful(case: Case, history: History) -> Iterator[Found]:
 
 
 def _ended_by_closing(case: Case, history: History) -> bool:
-    """Return whether a clean end in the middle of such an answer was possible: its framing cannot show it."""
+    """Return whether a clean end inside a close-delimited response was possible: its framing cannot show it."""
     if not any(one.kind == "eof" for one in case.executions):
         return False
     since, until = case.attempts[0].begun, max(attempt.ended for attempt in case.attempts)
@@ -141,7 +141,7 @@ def _ended_by_closing(case: Case, history: History) -> bool:
 
 
 def own_answer(case: Case, _: History) -> Iterator[Found]:
-    """I4, I7: an answer echoes the tenant, the key and the variant of the request that got it."""
+    """I4, I7: a response echoes the tenant, the key and the variant of the request that got it."""
     for a in case.attempts:
         if not a.whole or not a.echo or a.echo == f"{a.tenant} {a.key} {a.variant}":
             continue
@@ -151,7 +151,7 @@ def own_answer(case: Case, _: History) -> Iterator[Found]:
 
 
 def one_request(case: Case, _: History) -> Iterator[Found]:
-    """I7: another request under a used key is refused, and nobody is refused for a request that nobody else made."""
+    """I7: a different request under a used key is refused, and only such a request is refused."""
     variants = sorted({one.variant for one in case.counted} - {"?"})
     if len(variants) > 1:
         yield Found("I7", f"executed as variants {variants}", case.counted[0].begun, case.counted[-1].begun)
@@ -172,7 +172,7 @@ def _refused_rightly(a: Attempt) -> bool:
 
 
 def in_flight_no_longer(case: Case, history: History) -> Iterator[Found]:
-    """I10: a key is in flight only while somebody may be executing it, and a lease and a second longer."""
+    """I10: a key is in flight only while a client may be executing it, plus a lease and a second."""
     for a in case.attempts:
         if a.slug != "in-flight":
             continue
@@ -188,7 +188,7 @@ def _may_have_claimed(attempt: Attempt) -> bool:
 
 
 def _latest(case: Case, owners: list[Attempt], at: float, history: History) -> float:
-    """Return until when a key that was claimed by one of these may be called in flight."""
+    """Return until when a key that one of these attempts claimed may be called in flight."""
     ends = [b.ended for b in owners] + [one.ended for one in case.executions if one.begun <= at]
     grace_s = history.facts["lease_s"] + SLACK_S
     replicas = {b.replica for b in owners}
@@ -200,14 +200,14 @@ def _latest(case: Case, owners: list[Attempt], at: float, history: History) -> f
 
 
 def answered(case: Case, history: History) -> Iterator[Found]:
-    """I10: nobody waits in vain while nothing is broken."""
+    """I10: no client times out while nothing is broken."""
     for a in case.attempts:
         if a.how == "timeout" and not _explained(history.touching(a.begun, a.ended), {a.replica}, harmless=()):
             yield Found("I10", "no answer, and nothing was broken", a.begun, a.ended)
 
 
 def unknown_has_a_reason(case: Case, history: History) -> Iterator[Found]:
-    """Every unknown has a fault in its window that can make it so, in a place that the key went through."""
+    """Every unknown outcome has a fault in its time window, on the path of the key, that can cause it."""
     told = next((a for a in case.attempts if a.slug == "outcome-unknown"), None)
     if told is None or any(one.kind in BAD for one in case.executions):
         return
@@ -247,12 +247,12 @@ RULES: tuple[Rule, ...] = (
 
 
 def is_definite(case: Case) -> bool:
-    """Return whether whoever asked for this key knows what became of it."""
+    """Return whether a client of this key knows its outcome."""
     return any(a.whole and (a.stored or a.slug in FINAL) for a in case.attempts)
 
 
 def excused(found: Found, history: History) -> bool:
-    """Return whether the store lost data in between that explains it, and the proxies said so afterwards."""
+    """Return whether a loss of the store explains it, and the proxies reported that loss afterwards."""
     losses = [
         fault
         for fault in history.faults
@@ -291,7 +291,7 @@ def judge(history: History) -> dict[str, Any]:
 
 
 def void(history: History) -> list[str]:
-    """Return why a run proves nothing, if so."""
+    """Return the reasons why a run proves nothing; empty if it proves something."""
     reasons = [f"a fault failed: {what}" for what in history.facts["failed_faults"]]
     if not history.facts["finished"]:
         reasons.append("a client did not finish")
@@ -303,7 +303,7 @@ def void(history: History) -> list[str]:
 
 
 def figures(history: History, asked: list[Case], definite: int) -> dict[str, Any]:
-    """Return what is worth telling in numbers."""
+    """Return the figures of the report."""
     attempts = [a for case in asked for a in case.attempts]
     unknown = sum(any(a.slug == "outcome-unknown" for a in case.attempts) for case in asked)
     planned = sum(
@@ -341,7 +341,7 @@ def _outcome(a: Attempt) -> str:
 
 
 def covered(history: History, faults: list[Fault]) -> float:
-    """Return in which share of the run one of these was there that explains an unknown somewhere."""
+    """Return the share of the run in which one of these faults could make an outcome unknown."""
     begun, calm = history.facts["begun"], history.facts["calm"]
     reached = begun
     total = 0.0

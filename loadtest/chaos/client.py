@@ -1,10 +1,10 @@
-"""A client: many operations at a time, each pursued with its key until its outcome is known.
+"""A client process: many operations at a time, each retried with its key until its outcome is known.
 
-It goes to any replica, directly or over a link that may fail, races itself, leaves early, asks late, and asks for
-other things under a used key. Every attempt becomes a line (tab separated; times of CLOCK_MONOTONIC in seconds):
+It uses any replica, directly or over a link that may fail. It races itself, disconnects early, asks late, and sends
+different requests under a used key. Every attempt becomes a line (tab separated; times of CLOCK_MONOTONIC in seconds):
   begun ended tenant key variant replica how status word replayed slug digest execution echo
-It obeys one word on standard input, `calm`: no more faults, so finish what is open, ask a sample again, end.
-Each second it prints a line: attempts, operations begun, operations open.
+It obeys one command on standard input, `calm`: there are no more faults, so finish what is open, ask for a sample of
+known keys again, and exit. Each second it prints a line: attempts, operations begun, operations open.
 """
 
 import asyncio
@@ -29,14 +29,14 @@ FINAL_SLUGS = frozenset(("outcome-unknown", "response-not-kept", "key-reused", "
 
 
 def is_final(got: Got) -> bool:
-    """Return whether a client knows now what became of its operation."""
+    """Return whether a client knows the outcome of its operation after this response."""
     if got.how != "whole":
         return False
     return got.slug in FINAL_SLUGS if got.slug else got.word in ("executed", "replayed")
 
 
 class Doors:
-    """Connections to the replicas, kept while they are good. A door is a replica and the port it is reached by."""
+    """Connections to the replicas, kept while they work. A door is a replica and the port that leads to it."""
 
     def __init__(self, ports: list[tuple[int, int]]) -> None:
         self._ports = ports
@@ -60,7 +60,7 @@ class Doors:
 
 
 class Client:
-    """All that one process does."""
+    """The work of one client process."""
 
     def __init__(self, name: int, seed: int, ports: list[tuple[int, int]], log: Path, retention_s: float) -> None:
         self._name, self._seed, self._retention_s = name, seed, retention_s
@@ -77,7 +77,7 @@ class Client:
     # Attempts ...
 
     async def attempt(self, op: Operation, variant: int) -> Got:
-        """Ask once, and write down what came."""
+        """Send one request and log its response."""
         rng = self._rng
         replica, by_link = rng.randrange(self._doors.replicas), rng.random() < 0.5
         raw = request(op, variant, b"Prefer: wait=2\r\n" if rng.random() < 0.1 else b"")
@@ -102,7 +102,7 @@ class Client:
         )
 
     async def pursue(self, op: Operation, variant: int = 0, seconds: float = 8.0) -> bool:
-        """Try until the outcome is known; growing pauses with full jitter, as a good client should."""
+        """Retry until the outcome is known, with exponential backoff and full jitter."""
         until = time.monotonic() + seconds
         tries = 0
         while True:
@@ -118,7 +118,7 @@ class Client:
     # Operations ...
 
     async def perform(self, op: Operation) -> None:
-        """Do one thing: several racers at once, and a mutant among them or behind them."""
+        """Perform one operation: several racing clients at once, and a mutant among them or after them."""
         self.pursued += 1
         wanted = [(op, 0)] * op.racers + [(op, op.mutant)] * (op.mutant > 0 and not op.late)
         if len(wanted) == 1:
@@ -142,14 +142,14 @@ class Client:
         return operation(self._seed, self._name, self._count)
 
     def _earlier(self) -> Operation | None:
-        """Return something that was done before and is well within the retention."""
+        """Return an operation that was performed before and is well within the retention."""
         if not self._done or self._rng.random() > 0.05:
             return None
         at, op = self._done[self._rng.randrange(len(self._done))]
         return op if time.monotonic() - at < self._retention_s / 3 else None
 
     async def work(self) -> None:
-        """Do one thing after the other until it is calm."""
+        """Perform one operation after the other until the faults are over."""
         while not self.calm:
             if (op := self._earlier()) is not None:
                 await self.pursue(op)
@@ -157,7 +157,7 @@ class Client:
             await (self.perform(ops[0]) if len(ops) == 1 else asyncio.gather(*[self.perform(op) for op in ops]))
 
     async def finish(self, sample: int) -> None:
-        """Find out what is still open, then ask again for a sample of what is known."""
+        """Resolve the operations that are still open, then ask for a sample of the known keys again."""
         await self._together([(op, variant, 30.0) for op, variant in self._open])
         recent = [op for at, op in self._done if time.monotonic() - at < self._retention_s / 2]
         again = self._rng.sample(recent, min(sample, len(recent)))
@@ -199,7 +199,7 @@ class Client:
 
 
 def main(told: dict[str, Any]) -> None:
-    """Run a client as told on the command line."""
+    """Run the client that the command line describes."""
     client = Client(told["name"], told["seed"], told["ports"], Path(told["log"]), told["retention_s"])
     uvloop.run(client.run(told["workers"], told["sample"]))
 

@@ -1,7 +1,7 @@
-"""What is broken, where and when: a table of faults, a scheduler that draws from it by a seed, the timeline as it was.
+"""The faults: a table of what can break, a scheduler that draws from it by a seed, and the timeline as it was.
 
 A line of the timeline (JSON): kind, place, replica (or null), begun and ended in seconds of CLOCK_MONOTONIC, detail.
-A fault has ended when what it broke works again; for a process that was started anew, when it serves.
+A fault ends when the broken part works again; for a process that was restarted, when it serves.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from loadtest.chaos.parts import Replica, Stores, Upstream
 
 
 class World(NamedTuple):
-    """All that can be broken. Times in seconds."""
+    """Everything that can be broken. Times are in seconds."""
 
     replicas: list[Replica]
     stores: Stores
@@ -33,7 +33,7 @@ Act = Callable[[World, Replica, random.Random], Awaitable[str]]
 
 
 class Kind(NamedTuple):
-    """One row of the table. `place`: what is busy meanwhile; `each`: of one replica."""
+    """One row of the table. `place`: the part that is busy with the fault; `each`: whether every replica has one."""
 
     name: str
     weight: int
@@ -117,7 +117,7 @@ async def _limit(world: World, limit: int) -> None:
 
 
 async def store_failover(world: World, _: Replica, rng: random.Random) -> str:
-    """The standby lags behind, the primary dies, the standby takes its place; what it had not got yet is lost."""
+    """The standby lags behind, the primary dies, and the standby replaces it. Writes that it lacked are lost."""
     stores = world.stores
     old, new = stores.primary, stores.standby
     assert new is not None
@@ -154,7 +154,7 @@ async def _cut(link: Link, _: random.Random) -> str:
 
 
 async def _cut_after(link: Link, rng: random.Random) -> str:
-    """Cut some connections somewhere in what they carry, either way."""
+    """Cut some connections after a random number of bytes, in either direction."""
     cuts = rng.randint(3, 10)
     for _ in range(cuts):
         way = rng.choice((link.up, link.down))
@@ -165,7 +165,7 @@ async def _cut_after(link: Link, rng: random.Random) -> str:
 
 
 async def _drop(link: Link, rng: random.Random) -> str:
-    """Lose single replies with their connection."""
+    """Lose single replies together with their connection."""
     drops = rng.randint(2, 6)
     for _ in range(drops):
         link.down.drop(rng.randint(1, 12))
@@ -175,7 +175,7 @@ async def _drop(link: Link, rng: random.Random) -> str:
 
 
 async def _hole(link: Link, rng: random.Random, seconds: float) -> str:
-    """Let nothing pass; what was kept arrives late, or is lost with its connections."""
+    """Let nothing pass. The bytes arrive late, or are lost with their connections."""
     way = rng.choice((None, link.up, link.down))
     link.hole() if way is None else way.hole()
     await asyncio.sleep(seconds)
@@ -205,7 +205,7 @@ async def _refuse(link: Link, rng: random.Random) -> str:
 
 
 def _on(side: str, fault: Callable[[Link, random.Random], Awaitable[str]]) -> Act:
-    """Return a fault of one of a replica's links as a row of the table takes it."""
+    """Return a fault of one of a replica's links, in the form of the table."""
 
     async def act(_: World, replica: Replica, rng: random.Random) -> str:
         link: Link = getattr(replica, f"{side}_link")
@@ -270,7 +270,7 @@ class Scheduler:
         self.failed: list[str] = []
 
     async def run(self, pause_s: tuple[float, float] = (0.7, 1.8)) -> None:
-        """Go on until cancelled. Faults overlap, but never two in one place."""
+        """Break things until cancelled. Faults overlap, but never two in one place."""
         while True:
             kind, replica = await self._draw()
             work = self._break(kind, replica, random.Random(self._rng.random()))

@@ -1,4 +1,4 @@
-"""What was seen in a run, read from its files alone: the clients' attempts, the upstream's executions, the faults."""
+"""The history of a run, read from its files alone: clients' attempts, upstream's executions, and faults."""
 
 import json
 import sys
@@ -11,7 +11,10 @@ Name = tuple[str, str]  # tenant and key
 
 
 class Attempt(NamedTuple):
-    """One line of a client. Times in seconds of CLOCK_MONOTONIC; `how`: whole, cut, none, timeout, refused, left."""
+    """One line of a client's log.
+
+    Times are CLOCK_MONOTONIC, in seconds; `how`: whole, cut, none, timeout, refused, left.
+    """
 
     begun: float
     ended: float
@@ -34,13 +37,13 @@ class Attempt(NamedTuple):
 
     @property
     def stored(self) -> bool:
-        """Whether this client holds an answer that everybody else must get, too."""
+        """Whether this client has a response that every other client must get, too."""
         return self.how == "whole" and not self.slug and self.word in ("executed", "replayed")
 
 
 @dataclass(slots=True)
 class Execution:
-    """What the upstream wrote of one request. `how`: running, whole, declined, cut, lost."""
+    """What the upstream logged about one request. `how`: running, whole, declined, cut, lost."""
 
     id: str
     begun: float
@@ -71,7 +74,7 @@ class Fault(NamedTuple):
 
 @dataclass
 class Case:
-    """All that is known of one key of one tenant, in the order of time."""
+    """Everything known about one key of one tenant, in the order of time."""
 
     name: Name
     attempts: list[Attempt] = field(default_factory=list)
@@ -79,7 +82,7 @@ class Case:
 
     @property
     def counted(self) -> list[Execution]:
-        """The executions that count: the upstream did not decline them."""
+        """The executions that count: those that the upstream did not decline."""
         return [one for one in self.executions if one.how != "declined"]
 
 
@@ -132,7 +135,7 @@ class History:
             self.case((attempt.tenant, key)).attempts.append(attempt)
 
     def touching(self, since: float, until: float) -> Iterator[Fault]:
-        """Return what disturbed the run between two times, the machine included."""
+        """Yield the disturbances of the run between two times, stalls of the machine included."""
         for fault in self._disturbances:
             if fault.begun > until:
                 return

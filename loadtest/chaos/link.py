@@ -1,7 +1,7 @@
-"""A TCP link that can be made to fail: it stands between two programs and relays bytes, until it is told otherwise.
+"""A TCP link that fails on demand: it relays bytes between two programs until a fault is set.
 
-Each direction has faults of its own: latency, slicing, a black hole, a cut after so many bytes (with a reset or
-a clean end), a reply that is dropped. A reset on one side becomes a reset on the other, a clean end a clean end.
+Each direction has its own faults: latency, slices, a black hole, a cut after so many bytes (with a reset or a clean
+end), and a dropped reply. A reset on one side becomes a reset on the other, a clean end a clean end.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ def reset(transport: asyncio.Transport) -> None:
 
 
 class Way:
-    """One direction of a link, and what is done to the bytes on it. Times in seconds."""
+    """One direction of a link, and the faults of its bytes. Times are in seconds."""
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
@@ -40,12 +40,12 @@ class Way:
         self.troubled = False
 
     def hole(self) -> None:
-        """Let nothing pass any more, and keep it."""
+        """Let nothing pass, and keep the bytes."""
         self._open.clear()
         self._judge()
 
     def slow(self, latency_s: float, jitter_s: float = 0.0, slice_bytes: int = 0) -> None:
-        """Pass everything on later, and in slices of at most so many bytes (0: as it comes)."""
+        """Pass everything on later, in slices of at most so many bytes (0: unsliced)."""
         self.latency_s, self.jitter_s, self.slice_bytes = latency_s, jitter_s, slice_bytes
         self._judge()
 
@@ -55,12 +55,12 @@ class Way:
         self._judge()
 
     def drop(self, number: int) -> None:
-        """Lose the `number`th piece (one reply, when they come one by one), and reset its connection."""
+        """Lose the `number`th piece (one reply, if replies come one by one), and reset its connection."""
         self._drop = number
         self._judge()
 
     def heal(self) -> None:
-        """Pass on everything as it comes, from now on."""
+        """Pass everything on unchanged from now on."""
         self._cut = self._drop = None
         self._open.set()
         self.slow(0.0)
@@ -79,13 +79,13 @@ class Way:
         await self._open.wait()
 
     async def wait(self) -> None:
-        """Wait as long as one piece takes."""
+        """Wait for the latency of one piece."""
         await self._open.wait()
         if self.latency_s or self.jitter_s:
             await asyncio.sleep(self.latency_s + self._rng.uniform(0, self.jitter_s))
 
     def slices(self, data: bytes) -> list[bytes]:
-        """Return a piece as it is to be passed on."""
+        """Return the slices in which a piece is passed on."""
         pieces = []
         while data and self.slice_bytes:
             size = self._rng.randint(1, self.slice_bytes)
@@ -94,7 +94,7 @@ class Way:
         return [*pieces, data] if data else pieces
 
     def loses(self) -> bool:
-        """Return whether this piece is the one to be dropped."""
+        """Return whether this piece is the one to drop."""
         if self._drop is None:
             return False
         self._drop -= 1
@@ -105,7 +105,7 @@ class Way:
         return True
 
     def cuts(self, size: int) -> tuple[int, bool] | None:
-        """Return how much of a piece passes before the end, and whether with a reset; None: all of it."""
+        """Return how much of a piece passes before the cut, and whether it is a reset; None: all of it passes."""
         if self._cut is None:
             return None
         left, with_reset = self._cut
@@ -118,7 +118,7 @@ class Way:
 
 
 class _End(asyncio.Protocol):
-    """One end of a relayed connection: what it receives goes to `peer` by way of `way`."""
+    """One end of a relayed connection: bytes that it receives go to `peer` by way of `way`."""
 
     def __init__(self, link: "Link", way: Way) -> None:
         self._link, self._way = link, way
@@ -172,7 +172,7 @@ class _End(asyncio.Protocol):
         self.go_on()
 
     def go_on(self) -> None:
-        """Pass on what waits, once there is somebody to pass it to."""
+        """Pass on the bytes that wait, once the other end exists."""
         if self._queue and self.peer is not None and not self._pumping:
             self._pumping = True
             self._link.spawn(self._pump())
@@ -193,7 +193,7 @@ class _End(asyncio.Protocol):
             self.peer.transport.close()
 
     async def _pass(self, data: bytes | None) -> bool:
-        """Pass one piece on, or what its fault leaves of it. False: the connection is over."""
+        """Pass one piece on, or the part that its fault leaves. Return False if the connection is over."""
         if data is None:
             return self._end()
         if self._way.loses():
@@ -233,7 +233,7 @@ class _End(asyncio.Protocol):
 
 
 class Link:
-    """Listens at `port` and relays to `target`, which may be moved. `up` leads to it, `down` back."""
+    """Listens on `port` and relays to `target`, which may change. `up` leads to the target, `down` back."""
 
     def __init__(self, target: Address, seed: int = 0, host: str = "127.0.0.1") -> None:
         rng = random.Random(seed)
@@ -244,7 +244,7 @@ class Link:
         self._server: asyncio.Server | None = None
 
     async def start(self) -> None:
-        """Listen, at the same port as before if it did already."""
+        """Listen, on the same port as before after a `refuse`."""
         if self._server is None:
             loop = asyncio.get_running_loop()
             self._server = await loop.create_server(
@@ -253,13 +253,13 @@ class Link:
             self.port = self._server.sockets[0].getsockname()[1]
 
     def refuse(self) -> None:
-        """Stop listening: newcomers are refused until `start`; who is connected stays so."""
+        """Stop listening until `start`: new connections are refused, open ones stay."""
         if self._server is not None:
             self._server.close()
             self._server = None
 
     async def connect(self, near: _End) -> None:
-        """Give an accepted connection its other side."""
+        """Connect the other side of an accepted connection."""
         await self.up.wait()
         far = _End(self, self.down)
         far.peer = near
@@ -281,14 +281,14 @@ class Link:
         task.add_done_callback(self._tasks.discard)
 
     def cut(self, with_reset: bool = True) -> int:
-        """End every connection on it, and return how many ends that were."""
+        """End every connection on it, and return the number of ends."""
         ends = list(self.ends)
         for end in ends:
             end.cut(with_reset)
         return len(ends)
 
     def hole(self) -> None:
-        """Let nothing pass, either way."""
+        """Let nothing pass in either direction."""
         self.up.hole()
         self.down.hole()
 

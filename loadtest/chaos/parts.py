@@ -1,4 +1,4 @@
-"""The processes of a run: replicas of the proxy, the store, the upstream, the clients, each in its place."""
+"""The processes of a run: replicas of the proxy, the store, the upstream and the clients."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ START_S = 90.0
 
 
 class Part:
-    """One process that may be killed, suspended and started again."""
+    """One process that may be killed, suspended and restarted."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self._folder = name, folder
@@ -54,7 +54,7 @@ class Part:
             self.process.wait()
 
     async def ended(self, seconds: float) -> int | None:
-        """Return its exit code, None where it goes on."""
+        """Return its exit code, None while it runs."""
         until = time.monotonic() + seconds
         while self.alive and time.monotonic() < until:
             await asyncio.sleep(0.02)
@@ -107,7 +107,7 @@ class Replica(Part):
 
 
 class Store(Part):
-    """A server that keeps what it acknowledged: every write is on disk before its reply."""
+    """A server that keeps every acknowledged write: each is on disk before its reply."""
 
     def __init__(self, name: str, folder: Path, options: tuple[str, ...] = ()) -> None:
         super().__init__(name, folder)
@@ -128,7 +128,7 @@ class Store(Part):
         return Redis(port=self.port, socket_timeout=1, socket_connect_timeout=1)
 
     async def serving(self) -> None:
-        """Wait until it has loaded what it kept."""
+        """Wait until it has loaded its data."""
         await until_open(self, self.port)
         until = time.monotonic() + START_S
         while time.monotonic() < until:
@@ -141,7 +141,7 @@ class Store(Part):
         raise RuntimeError(f"{self.name} did not load")
 
     def forget(self) -> None:
-        """Remove what it kept, while it is down."""
+        """Remove its data while it is down."""
         shutil.rmtree(self._dir)
         self._dir.mkdir()
 
@@ -151,7 +151,7 @@ class Store(Part):
 
 
 class Stores:
-    """The store, and where failovers are wanted a standby that follows it over a link."""
+    """The store, and a standby that replicates it over a link if the run has failovers."""
 
     def __init__(self, folder: Path, seed: int, with_standby: bool, options: tuple[str, ...]) -> None:
         self.primary = Store("store", folder, options)
@@ -166,7 +166,7 @@ class Stores:
             await self.follow(self.standby)
 
     async def follow(self, standby: Store) -> None:
-        """Let a server be the standby, and wait until it has what the primary has."""
+        """Make a server the standby, and wait until it has all the data of the primary."""
         standby.start("--replicaof", f"127.0.0.1 {self.link.port}", "--repl-timeout", "5")
         await standby.serving()
         until = time.monotonic() + START_S
@@ -185,7 +185,7 @@ class Stores:
 
 
 class Upstream(Part):
-    """The API; one port for each replica, so that its log can tell them apart."""
+    """The API. It has one port for each replica, so that its log can tell them apart."""
 
     def __init__(self, folder: Path, seed: int, replicas: int) -> None:
         super().__init__("upstream", folder)

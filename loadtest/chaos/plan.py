@@ -1,4 +1,4 @@
-"""What is asked and how the upstream answers, made from a seed alone: the same on both sides, and in every process."""
+"""The requests and the upstream's responses, from a seed alone: the same in every process of the run."""
 
 import random
 from hashlib import blake2b
@@ -35,7 +35,7 @@ def _number(*words: object) -> int:
 
 
 def answer_kind(seed: int, tenant: str, key: str, nth: int) -> str:
-    """Return how the upstream answers the `nth` request for a key."""
+    """Return how the upstream responds to the `nth` request for a key."""
     at = _number(seed, tenant, key, nth) % 1000
     for kind, share in ANSWERS.items():
         if at < share:
@@ -51,10 +51,10 @@ def filler(execution: str, size: int) -> bytes:
 
 
 class Operation(NamedTuple):
-    """One thing to be done once: who asks, by which key, how many at the same time, and who asks for something else.
+    """One thing to do once: its tenant, its key, its number of racing clients, and its mutant.
 
-    `mutant`: 0, or how another request under this key differs (see `request`). `late`: the mutant comes after the
-    others are through.
+    `mutant`: 0, or how a different request under this key differs (see `request`). `late`: the mutant comes after the
+    others have finished.
     """
 
     tenant: str
@@ -67,7 +67,7 @@ class Operation(NamedTuple):
 
 
 def operation(seed: int, client: int, number: int) -> list[Operation]:
-    """Return what a client does as its `number`th: mostly one operation, at times one key of several tenants."""
+    """Return a client's `number`th operation: mostly one, sometimes the same key for several tenants."""
     rng = random.Random(_number(seed, client, number))
     key = f"{seed}-{client}-{number}"
     racers = rng.choices((1, 2, 3, 6), (82, 12, 4, 2))[0]
@@ -79,7 +79,7 @@ def operation(seed: int, client: int, number: int) -> list[Operation]:
 
 
 def shared_operation(seed: int, slot: int) -> Operation:
-    """Return what every client does in this slot of time."""
+    """Return the operation that all clients perform in this slot of time."""
     return Operation(TENANTS[slot % len(TENANTS)], f"{seed}-all-{slot}", 2)
 
 

@@ -1,4 +1,4 @@
-"""What a run looked like: `python -m loadtest.chaos.report FOLDER` writes it as text and as a plot, and prints it."""
+"""The report of a run: `python -m loadtest.chaos.report FOLDER` writes a text and a plot, and prints the text."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ COLOURS = {
 
 
 def _colour(how: str, word: str, slug: str) -> str:
-    """Return which of the plot's groups an attempt belongs to."""
+    """Return the group of the plot to which an attempt belongs."""
     if how != "whole":
         return "no answer"
     if slug == "in-flight":
@@ -64,7 +64,7 @@ def text(verdict: dict[str, Any], timeline: list[dict[str, Any]], facts: dict[st
 
 
 def plot(path: Path, groups: dict[str, Counter[int]], timeline: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-    """Draw requests a second by what they got, above the faults."""
+    """Plot requests per second by their outcome, above the faults."""
     import matplotlib  # here, so that the text comes without it
 
     matplotlib.use("agg")

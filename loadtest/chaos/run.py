@@ -1,4 +1,4 @@
-"""One run: the parts are started, loaded and broken; then it grows calm, and what was written down is judged."""
+"""One run: it starts the parts, loads and breaks them, lets them calm down, and has the logs judged."""
 
 import asyncio
 import json
@@ -29,10 +29,10 @@ VARIETY: tuple[dict[str, object], ...] = (
 
 @dataclass
 class Plan:
-    """What is to be run: for `seconds` or `requests`, whichever is first.
+    """The parameters of a run. It ends after `seconds` or `requests`, whichever comes first.
 
     `sample`: how many known keys each client asks for again at the end. `durability`: with `replicated` a failover of
-    the store must lose no claim. `settings`: those of single replicas. `store_options`: the server's, to break it.
+    the store must lose no claim. `settings`: those of single replicas. `store_options`: the store's, to break it.
     """
 
     folder: Path
@@ -107,7 +107,7 @@ class Run:
             await replica.serving()
 
     async def load_and_break(self) -> None:
-        """Load everything and break it until the time or the requests are over; then let the clients finish."""
+        """Load and break everything until the time or the requests are used up; then let the clients finish."""
         plan, facts = self.plan, self.facts
         facts["begun"] = time.monotonic()
         for number, client in enumerate(self.clients):
@@ -159,7 +159,7 @@ class Run:
         await self.stores.close()
 
     def write_facts(self) -> None:
-        """Write what the judge has to know beside the logs."""
+        """Write the facts that the judge needs beside the logs."""
         self.facts["failed_faults"] = self.scheduler.failed
         self.watch.write()
         (self.plan.folder / "run.json").write_text(json.dumps(self.facts, indent=1))
@@ -172,7 +172,7 @@ LOSS = re.compile(r"\"event\": ?\"(claim lost|claim fenced|[^\"]*store lost[^\"]
 
 
 def lost_claims(folder: Path) -> Iterator[dict[str, Any]]:
-    """Return what the proxies reported of claims that the store lost, with its time of CLOCK_MONOTONIC."""
+    """Yield the proxies' reports of claims that the store lost, with their times of CLOCK_MONOTONIC."""
     offset = time.monotonic() - time.time()
     for path in sorted(folder.glob("proxy-*.log")):
         for line in path.read_text(errors="replace").splitlines():

@@ -1,10 +1,10 @@
-"""The API behind the proxies. Before it answers, it writes every execution to a file that is only appended to.
+"""The API behind the proxies. Before it responds, it appends every execution to a file.
 
 Lines (tab separated; times of CLOCK_MONOTONIC in seconds):
   begin  time execution tenant key variant replica kind
-  end    time execution how digest       (how: whole, declined, cut: as planned; lost: the connection went)
-  mixed  time replica text               (a request that contradicts itself: two requests' bytes in one)
-A request of which only a part came is an execution too; what is not known of it is `?`.
+  end    time execution how digest       (how: whole, declined, cut: as planned; lost: the connection broke)
+  mixed  time replica text               (a request that contradicts itself: bytes of two requests in one)
+A request that arrived only in part is an execution too; its unknown fields are `?`.
 """
 
 import asyncio
@@ -52,7 +52,7 @@ class Log:
 
 
 class Request:
-    """A request, or as much of it as came."""
+    """A request, or the part of it that arrived."""
 
     def __init__(self, data: bytes) -> None:
         head, separator, rest = data.partition(b"\r\n\r\n")
@@ -75,7 +75,7 @@ class Request:
         return str(2 if method == b"PATCH" else typed)
 
     def consistent(self) -> bool:
-        """Return whether line, fields and body belong to one request."""
+        """Return whether request line, header fields and body belong to one request."""
         return (
             self.fields.get(b"authorization") == b"Bearer " + self.tenant.encode()
             and self.fields.get(b"idempotency-key", b"").strip(b'"') == self.key.encode()
@@ -140,7 +140,7 @@ class Service(asyncio.Protocol):
         return [*lines, b"Retry-After: 1"] if kind in DECLINED else lines
 
     def _whole(self, execution: str, kind: str, echo: str) -> None:
-        """Answer at once, in one piece."""
+        """Respond at once, in one piece."""
         lines = self._head(execution, kind, echo)
         body = b"" if kind == "empty" else filler(execution, SIZES.get(kind, 120))
         self._done(execution, "declined" if kind in DECLINED else "whole", answer_digest(lines, body))
@@ -152,7 +152,7 @@ class Service(asyncio.Protocol):
         self._log.end(execution, how, digest)
 
     async def _answer(self, execution: str, kind: str, echo: str) -> None:
-        """Answer slowly, in pieces, or badly."""
+        """Respond slowly, in pieces, or badly."""
         rng = random.Random(execution)
         if kind == "silent":
             await asyncio.sleep(SILENCE_S)

@@ -1,7 +1,7 @@
-"""Whether the machine itself stood still: a process that got no processor is no fault of the proxy's.
+"""Detects stalls of the machine: a process that got no processor is not the proxy's fault.
 
-Every process of a run is asked how long it was ready and not running (/proc/PID/schedstat, in nanoseconds). Where
-that is most of an interval, a line of `stalls.jsonl` says so, in the form of a fault: the judge takes it as one.
+The watch asks for every process of a run how long it was ready but not running (/proc/PID/schedstat, nanoseconds).
+If that is most of an interval, it writes a line to `stalls.jsonl` in the form of a fault, and the judge counts it.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ STALLED_SHARE = 0.7
 
 
 def waited_s(pid: int) -> float | None:
-    """Return how long a process has waited for a processor in its life, None where it is gone."""
+    """Return how long a process has waited for a processor in its life, None if it has exited."""
     try:
         return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
     except (OSError, IndexError):
@@ -24,7 +24,7 @@ def waited_s(pid: int) -> float | None:
 
 
 class Watch:
-    """Looks at all processes every quarter of a second."""
+    """Checks all processes every quarter of a second."""
 
     def __init__(self, parts: list[Part], path: Path) -> None:
         self._parts, self._path = parts, path
@@ -33,7 +33,7 @@ class Watch:
         self._open: dict[str, dict[str, object]] = {}
 
     async def run(self) -> None:
-        """Look until cancelled."""
+        """Check until cancelled."""
         last = time.monotonic()
         while True:
             await asyncio.sleep(PERIOD_S)

@@ -1,4 +1,4 @@
-"""HTTP as the clients and the upstream of a run speak it: plain bytes, and nothing that repairs or repeats."""
+"""HTTP as the clients and the upstream of a run speak it: plain bytes, without repairs or retries."""
 
 import asyncio
 import random
@@ -17,7 +17,7 @@ NOT_COMPARED = frozenset(
 
 
 def answer_digest(lines: list[bytes], body: bytes | bytearray) -> str:
-    """Return the digest of an answer: status line, end-to-end fields as they came, body."""
+    """Return the digest of a response: status line, end-to-end fields as received, body."""
     digest = blake2b(digest_size=8)
     for line in lines:
         if line.partition(b":")[0].lower() not in NOT_COMPARED:
@@ -27,7 +27,10 @@ def answer_digest(lines: list[bytes], body: bytes | bytearray) -> str:
 
 
 class Got(NamedTuple):
-    """What a client got. `how`: whole, cut (its end is missing), none, timeout, refused, left (it went itself)."""
+    """What a client received.
+
+    `how`: whole, cut (its end is missing), none, timeout, refused, left (the client left).
+    """
 
     how: str
     status: int = 0
@@ -40,7 +43,7 @@ class Got(NamedTuple):
 
 
 class Answer:
-    """An answer as far as it came. `lines` is its head once there is one."""
+    """A response as far as it arrived. `lines` is its head, once that is complete."""
 
     def __init__(self) -> None:
         self._data = bytearray()
@@ -52,7 +55,7 @@ class Answer:
         self.whole = False
 
     def feed(self, data: bytes) -> bool:
-        """Take bytes in and return whether the answer is whole. ValueError where it is no HTTP."""
+        """Add bytes and return whether the response is complete. Raises ValueError if it is not HTTP."""
         self._data += data
         if not self.lines and not self._head():
             return False
@@ -69,7 +72,7 @@ class Answer:
         return self.whole
 
     def end(self) -> None:
-        """Hear that the connection ended cleanly."""
+        """Note that the connection ended cleanly."""
         self.whole = self.whole or (bool(self.lines) and self._left is None and not self._chunked)
 
     def _head(self) -> bool:
@@ -106,7 +109,7 @@ class Answer:
         del data[:at]
 
     def got(self, how: str) -> Got:
-        """Return what there is of it."""
+        """Return the part that arrived."""
         if not self.lines:
             return Got(how)
         fields = self.fields
@@ -128,7 +131,7 @@ class Answer:
 
 
 class Connection(asyncio.Protocol):
-    """One connection of a client; it asks one thing at a time."""
+    """One connection of a client, for one request at a time."""
 
     def __init__(self) -> None:
         self._answer = Answer()
@@ -166,7 +169,7 @@ class Connection(asyncio.Protocol):
             self._done.set_result("whole" if self._answer.whole else "cut" if self._answer.lines else "none")
 
     async def ask(self, raw: bytes, timeout_s: float, leave: float | None = None) -> Got:
-        """Send a request and return what came. `leave`: go after so many seconds, whatever came."""
+        """Send a request and return the response. `leave`: disconnect after so many seconds in any case."""
         if self.transport is None:
             return Got("refused")
         self._answer = Answer()
@@ -185,7 +188,7 @@ class Connection(asyncio.Protocol):
             self._done.set_result("left" if leaves else "timeout")
 
     async def break_off(self, raw: bytes, rng: random.Random) -> Got:
-        """Send a part of a request, then go."""
+        """Send a part of a request, then disconnect."""
         if self.transport is not None:
             self.transport.write(raw[: rng.randrange(len(raw))])
             await asyncio.sleep(rng.uniform(0, 0.01))
@@ -199,5 +202,5 @@ class Connection(asyncio.Protocol):
 
     @property
     def idle(self) -> bool:
-        """Whether it can be asked again."""
+        """Whether it can take another request."""
         return self.transport is not None and not self.transport.is_closing()

@@ -1,5 +1,7 @@
-"""The clients: every operation is sent with its key, and again at most three times; they judge answers as those of
-`config/` do."""
+"""The clients: each sends every operation with its key, and retries it at most three times.
+
+They interpret responses as the clients in `config/` do.
+"""
 
 import asyncio
 import random
@@ -16,7 +18,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 2.0
 
 @dataclass(frozen=True)
 class Ended:
-    """One operation as its client saw it. `outcome`: answered, unknown (it was told so), or open (it gave up)."""
+    """One operation as its client saw it. `outcome`: answered, unknown (as the response said), or open (given up)."""
 
     operation: Operation
     outcome: Outcome
@@ -26,7 +28,7 @@ class Ended:
 
 
 async def attempt(port: int, raw: bytes, patience_s: float) -> Answer:
-    """Send it once. OSError or TimeoutError where no whole answer came in time."""
+    """Send it once. Raises OSError or TimeoutError if no complete response arrives in time."""
     wire = Wire()
     async with asyncio.timeout(patience_s):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -76,7 +78,7 @@ async def carry_out(plan: Plan, operation: Operation, port: int) -> Ended:
 
 
 async def storm(plan: Plan, port: int, begins: float) -> list[Ended]:
-    """Begin each operation at its time, and return what became of all."""
+    """Start each operation at its time, and return how all of them ended."""
     tasks = []
     for operation in operations(plan):
         await asyncio.sleep(begins + operation.begins_s - time.monotonic())

@@ -1,4 +1,4 @@
-"""What is asked and what goes wrong, from the seed alone: both sides of a run get the same."""
+"""The operations and their failures, from the seed alone: both sides of a run get the same."""
 
 import random
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ QUICK_S = (0.02, 0.15)
 
 @dataclass(frozen=True)
 class Plan:
-    """One run. `rate`: operations that begin in a second; `patience_s`: how long a client waits at each try."""
+    """One run. `rate`: operations started per second; `patience_s`: how long a client waits at each try."""
 
     seed: int = 1
     seconds: float = 45.0
@@ -22,12 +22,12 @@ class Plan:
 
     @property
     def brownout(self) -> tuple[float, float]:
-        """When the API fails most, in seconds from the start."""
+        """The time in which the API fails most, in seconds from the start."""
         return self.seconds / 3, self.seconds * 2 / 3
 
 
 class Operation(NamedTuple):
-    """What somebody wants done once. `price`: in cents for a charge, in tokens for a prompt."""
+    """One thing to do once. `price`: in cents for a charge, in tokens for a prompt."""
 
     number: int
     begins_s: float
@@ -40,14 +40,14 @@ class Operation(NamedTuple):
 
 
 class Fate(NamedTuple):
-    """What becomes of one execution: fine, slow (done, told late), cut (done, not told) or busy (not done)."""
+    """The fate of one execution: fine, slow (done, late response), cut (done, no response) or busy (not done)."""
 
     how: str
     takes_s: float
 
 
 def operations(plan: Plan) -> list[Operation]:
-    """Return the operations in the order of their beginnings."""
+    """Return the operations in the order of their start."""
     rng = random.Random(f"operations {plan.seed}")
     made: list[Operation] = []
     at = rng.expovariate(plan.rate)
@@ -60,7 +60,7 @@ def operations(plan: Plan) -> list[Operation]:
 
 
 def fate(plan: Plan, operation: Operation, nth: int) -> Fate:
-    """Return what becomes of the nth time that an operation reaches the API."""
+    """Return the fate of the nth request of an operation that reaches the API."""
     rng = random.Random(f"fate {plan.seed} {operation.number} {nth}")
     begins, ends = plan.brownout
     chances = BROWNOUT if begins <= operation.begins_s < ends else USUAL

@@ -19,7 +19,7 @@ TITLES = (
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Return the value below which a share of sorted values lies; 0 where there are none."""
+    """Return the value below which this share of sorted values lies; 0 if there are none."""
     return values[min(len(values) - 1, int(share * len(values)))] if values else 0.0
 
 
@@ -58,7 +58,7 @@ def table(without: Side, with_it: Side) -> str:
 
 
 def plot(path: Path, plan: Plan, without: Side, with_it: Side) -> None:
-    """Draw calls a second, duplicates, what was paid beyond what was due, and the time to an answer."""
+    """Plot calls per second, duplicates, money and tokens paid beyond what was due, and the time to a response."""
     import matplotlib  # here, so that the table comes without it
 
     matplotlib.use("agg")
@@ -88,14 +88,14 @@ def plot(path: Path, plan: Plan, without: Side, with_it: Side) -> None:
 
 
 def _calls(side: Side) -> tuple[list[int], list[int]]:
-    """Return the seconds of the run and how many calls reached the API in each."""
+    """Return the seconds of the run, and how many calls reached the API in each."""
     rate = Counter(int(at - side.begun) for at, _, _ in side.calls)
     seconds = [*range(max(rate, default=0) + 1)]
     return seconds, [rate[second] for second in seconds]
 
 
 def _duplicates(side: Side, plan: Plan) -> tuple[list[float], list[int]]:
-    """Return times and how many duplicates there had been by then."""
+    """Return times, and how many duplicates there were by then."""
     times = [at - side.begun for at in side.duplicates]
     return [0.0, *times, max(plan.seconds, *times, 0.0)], [*range(len(times) + 1), len(times)]
 

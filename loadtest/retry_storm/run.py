@@ -1,4 +1,4 @@
-"""Both sides at once: clients straight at one API, and clients at another of the same kind through oncegate."""
+"""Both sides at once: clients directly at one API, and clients at another of the same kind through oncegate."""
 
 import asyncio
 import os
@@ -18,7 +18,7 @@ RULES = Path(__file__).with_name("rules.toml")
 
 
 class Api(Part):
-    """The API's process, and what it wrote down."""
+    """The API's process and its log."""
 
     def __init__(self, name: str, folder: Path, plan: Plan) -> None:
         super().__init__(name, folder)
@@ -30,7 +30,7 @@ class Api(Part):
         await until_open(self, self.port)
 
     def calls(self) -> list[tuple[float, int, str]]:
-        """Return each call that came: when, of which operation, and how it went."""
+        """Return each call that arrived: its time, its operation, and its fate."""
         lines = [line.split("\t") for line in self._calls.read_text().splitlines()] if self._calls.exists() else []
         return [(float(at), int(number), how) for at, number, how in lines]
 
@@ -56,7 +56,7 @@ class Gateway(Part):
 
 @dataclass(frozen=True)
 class Side:
-    """What one side of the run came to; times are CLOCK_MONOTONIC in seconds."""
+    """The result of one side of the run; times are CLOCK_MONOTONIC, in seconds."""
 
     begun: float
     operations: list[Operation]
@@ -65,12 +65,12 @@ class Side:
 
     @property
     def executions(self) -> Counter[int]:
-        """How often each operation was done."""
+        """Return how often each operation was executed."""
         return Counter(number for _, number, how in self.calls if how != "busy")
 
     @property
     def duplicates(self) -> list[float]:
-        """When something was done once more."""
+        """Return the times of repeated executions."""
         seen: set[int] = set()
         again = []
         for at, number, how in sorted(self.calls):
@@ -81,7 +81,7 @@ class Side:
         return again
 
     def paid(self, kind: str) -> tuple[int, int]:
-        """Return what was taken for operations of a kind, and what was due: each that was done, once."""
+        """Return what was paid for operations of a kind, and what was due: each executed operation once."""
         done = [(self.operations[number], times) for number, times in self.executions.items()]
         return (
             sum(operation.price * times for operation, times in done if operation.kind == kind),
@@ -92,12 +92,12 @@ class Side:
         return sum(one.outcome is outcome for one in self.ended)
 
     def answered_s(self) -> list[float]:
-        """Return how long each answered operation took to its answer, the quickest first."""
+        """Return the time from the start to the response of each answered operation, sorted."""
         return sorted(one.took_s for one in self.ended if one.outcome is Outcome.ANSWERED)
 
 
 async def run(plan: Plan, folder: Path) -> tuple[Side, Side]:
-    """Run both sides, whose logs go to an empty folder; return the one without oncegate and the one with it."""
+    """Run both sides with logs in an empty folder; return the one without oncegate, then the one with it."""
     store, gateway = Store("store", folder), Gateway("oncegate", folder)
     apis = Api("api-without", folder, plan), Api("api-with", folder, plan)
     try:

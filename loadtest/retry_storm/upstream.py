@@ -1,6 +1,6 @@
 """The API: `python -m loadtest.retry_storm.upstream LOG PORT SEED SECONDS RATE PATIENCE_S`. It knows no keys.
 
-Each call that reaches it is a line in the log: time (CLOCK_MONOTONIC, s), number of the operation, how it went.
+Each call that reaches it is a line in the log: time (CLOCK_MONOTONIC, s), number of the operation, fate.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ BUSY = b"HTTP/1.1 503 Busy\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"
 
 
 class Api:
-    """What it does with each call."""
+    """Serves the calls of the plan, and logs them."""
 
     def __init__(self, plan: Plan, log: Path) -> None:
         self._plan = plan
