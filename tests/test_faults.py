@@ -1,4 +1,4 @@
-"""Faults on purpose: what can be asked for, what each does, and that nothing of it is there unasked."""
+"""Fault injection: the form of a fault, the effect of each kind, and no trace of it unless it is requested."""
 
 import asyncio
 import inspect
@@ -24,7 +24,7 @@ from oncegate.testing.faults import POINTS, Fault, Injected, install, parse_faul
     ],
 )
 def test_a_fault_is_read_and_written_alike(text, fault):
-    """Kind, point, which passage, and for a pause its length in milliseconds."""
+    """A fault has a kind, a point, a number of passages, and for a pause its length in milliseconds."""
     assert parse_fault(text) == fault
     assert str(fault) == text
 
@@ -34,13 +34,13 @@ def test_a_fault_is_read_and_written_alike(text, fault):
     ["", "kill", "kill@claimed", "kill@claimed:x", "stop@claimed:1", "pause@sent:1:", "kill@sent:1:5", "kill@no:1"],
 )
 def test_what_is_no_fault(text):
-    """A form or a point that does not exist is refused."""
+    """Another form, or a point that does not exist, is refused."""
     with pytest.raises(ValueError, match=r"must be|unknown point"):
         parse_fault(text)
 
 
 def test_there_are_points_enough():
-    """At least 20 on the request path, each a step that exists, and none of them wrapped unless asked for."""
+    """The request path has at least 20 points. Each is a step that exists, and no step is wrapped without a request."""
     assert len(POINTS) >= 20
     for when, place in [(when, place) for when, *places in POINTS.values() for place in places]:
         assert when in ("before", "after")
@@ -54,7 +54,7 @@ def test_there_are_points_enough():
 
 @pytest.fixture
 def steps(monkeypatch):
-    """Steps of three kinds and a point before and after each; returns what was logged, too."""
+    """Provide steps of three kinds, with a point before and after each."""
 
     class Path:
         def plain(self) -> str:
@@ -78,7 +78,7 @@ def steps(monkeypatch):
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name", ["plain", "awaited", "future"])
 async def test_a_step_fails_at_its_nth_passage_alone(steps, name, when):
-    """Before it or after it, whether it is awaited or not; the strike is logged."""
+    """A fault strikes once, before or after its step, awaited or not; the log has it."""
     told = []
     install([Fault("raise", f"{when}_{name}", 2, 0)], lambda event, **more: told.append((event, more)))
     path = steps()
@@ -96,7 +96,7 @@ async def test_a_step_fails_at_its_nth_passage_alone(steps, name, when):
 
 
 def test_a_pause_stops_everything(steps):
-    """For its length."""
+    """A pause blocks the process for its length."""
     install([Fault("pause", "before_plain", 1, 150)], lambda *_, **__: None)
     began = time.monotonic()
     assert steps().plain() == "done"

@@ -30,7 +30,7 @@ def options(*words: str) -> argparse.Namespace:
     ],
 )
 def test_an_answer_that_cannot_be_given(tmp_path, monkeypatch, words, said):
-    """It is refused before anything is looked at."""
+    """A response that makes no sense is refused before the store is read."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "body").write_bytes(b"x")
     (tmp_path / "large").write_bytes(bytes(262_145))
@@ -40,7 +40,7 @@ def test_an_answer_that_cannot_be_given(tmp_path, monkeypatch, words, said):
 
 
 def test_an_answer_by_hand(tmp_path):
-    """Status, fields in their order, body; what a replay leaves out of any answer it leaves out of this."""
+    """The response has its status, its fields in their order, and its body, without the fields that no replay has."""
     (tmp_path / "body").write_bytes(b"abc")
     words = ["-H", "X-One: 1", "-H", "Set-Cookie: a=b", "-H", "X-Two:2"]
     answer, body = operator_response(options("--status", "201", "--body-file", str(tmp_path / "body"), *words))
@@ -52,7 +52,7 @@ def test_an_answer_by_hand(tmp_path):
 
 
 def test_ids_are_names():
-    """What lists and logs show leads back to the record; nothing else does."""
+    """The ids that lists and logs show identify the record; no other text does."""
     digest = bytes(range(24))
     assert parse_record_id(record_id(digest)) == parse_record_id(store_key(digest).decode()) == digest
     for other in ("", "x" * 31, "x" * 33, "once:{}", "once:epoch", "*" * 32):
@@ -61,7 +61,7 @@ def test_ids_are_names():
 
 @pytest.mark.parametrize("words", [[], ["--help"]])
 def test_help_names_the_commands_and_the_settings_page(capsys, words):
-    """Without a command the help is printed too: to standard output, with exit code 0, and without any settings."""
+    """Help goes to standard output with exit code 0, also without a command, and needs no settings."""
     try:
         code = main(words)
     except SystemExit as end:

@@ -1,4 +1,4 @@
-"""`oncegate demo` shows the main job and ends by itself."""
+"""`oncegate demo` shows its scenes and exits by itself."""
 
 import subprocess
 import sys

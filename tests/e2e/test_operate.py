@@ -1,4 +1,4 @@
-"""A way out of "unknown": what operators see of keys and may decide, against owners that live, sleep or race."""
+"""`oncegate keys`: operators list, show, resolve and release keys, against owners that live, sleep or race."""
 
 import asyncio
 import io
@@ -31,7 +31,7 @@ class Desk:
         self._cwd = cwd
 
     async def __call__(self, *words: str, stdin: str = "", code: int | None = 0) -> subprocess.CompletedProcess[str]:
-        """Run one command in this process: starting Python takes longer than all the rest."""
+        """Run one command in this process: starting Python takes longer than everything else."""
         told = await asyncio.to_thread(self._run, words, stdin)
         assert code in (told.returncode, None), told
         return told
@@ -79,7 +79,7 @@ async def make_unknown(proxy: Proxy, upstream, key: str = CANARY, *extra: str) -
 
 
 async def test_an_unknown_key_gets_its_answer(gate, upstream, valkey, desk, tmp_path):
-    """list finds it, show tells why, resolve ends it: whole replays from then on, nothing is sent again."""
+    """`list` and `show` explain an unknown key. After `resolve` retries replay the response, and nothing is sent."""
     await make_unknown(gate, upstream)
     for n in range(20):
         assert (await ask(gate.port, request(key=f"other-{n}"))).status == 200
@@ -117,7 +117,7 @@ async def test_an_unknown_key_gets_its_answer(gate, upstream, valkey, desk, tmp_
 
 
 async def test_an_unknown_key_is_released(gate, upstream, valkey, desk):
-    """The next request with it executes, whatever it asks for; before that it is listed as released."""
+    """A released key is listed as released. The next request with it executes, with any content."""
     await make_unknown(gate, upstream)
     line = audit(await desk("release", CANARY))
     assert (line["action"], line["outcome"]) == ("release", "released")
@@ -131,7 +131,7 @@ async def test_an_unknown_key_is_released(gate, upstream, valkey, desk):
 
 
 async def test_whose_key_it_is(gate, upstream, valkey, desk):
-    """By a credential on standard input, by a scope's digest, by an id or its beginning; never by an argument."""
+    """A credential on standard input, a scope's digest, or an id or its beginning selects the record."""
     await make_unknown(gate, upstream, CANARY, TOKEN)
     [listed] = await desk.listed()
     by_credential = await desk.show(CANARY, "--credential", stdin=TOKEN + "\n")
@@ -154,7 +154,7 @@ async def test_whose_key_it_is(gate, upstream, valkey, desk):
 
 
 async def test_settings_that_are_not_the_proxies(gate, upstream, valkey, tmp_path):
-    """A key would be looked for under another name: that is said, rather than that there is none."""
+    """With settings that compute other digests, the command says so, instead of `no record`."""
     await make_unknown(gate, upstream)
     told = await Desk(valkey.url, tmp_path, SECRET="other")("show", CANARY, code=1)
     assert "other settings" in told.stderr
@@ -163,7 +163,7 @@ async def test_settings_that_are_not_the_proxies(gate, upstream, valkey, tmp_pat
 @pytest.mark.fault(33)
 @pytest.mark.parametrize("how", ["resolve", "release"])
 async def test_an_owner_that_wakes_up_is_fenced(fork, upstream, own_valkey, tmp_path, how):
-    """Stopped past its lease, decided on, woken: it serves what the operator decided, or a problem, never its own."""
+    """An owner that wakes up after the decision serves the decision or a problem, never its own response."""
     desk = Desk(own_valkey.url, tmp_path)
     tap = Tap()
     upstream.script = tap.script
@@ -200,7 +200,7 @@ async def test_an_owner_that_wakes_up_is_fenced(fork, upstream, own_valkey, tmp_
 
 
 async def test_an_owner_of_a_released_key_that_nobody_took(fork, upstream, own_valkey, tmp_path):
-    """Its answer is not stored over the operator's decision, nor delivered; its client hears that nobody knows."""
+    """After a release the owner's response is neither stored nor delivered: its client gets outcome-unknown."""
     desk = Desk(own_valkey.url, tmp_path)
     go = asyncio.Event()
     upstream.script = holding(go)
@@ -218,7 +218,7 @@ async def test_an_owner_of_a_released_key_that_nobody_took(fork, upstream, own_v
 
 @pytest.mark.fault(47)
 async def test_an_answer_under_way_is_broken_off(fork, upstream, own_valkey, tmp_path):
-    """The owner streams when the operator resolves: its client never sees a clean end; retries get the decision."""
+    """If the operator resolves while the owner streams, its client sees no clean end, and retries get the decision."""
     desk = Desk(own_valkey.url, tmp_path)
     tap = Tap()
     upstream.script = tap.script
@@ -238,7 +238,7 @@ async def test_an_answer_under_way_is_broken_off(fork, upstream, own_valkey, tmp
 
 @pytest.mark.fault(49)
 async def test_a_decision_that_races_with_a_settle(fork, upstream, own_valkey, tmp_path):
-    """Answer and decision arrive together, in both orders: whoever came first is the one truth for all readers."""
+    """When a response and a decision arrive together, the first one is final for all clients."""
     proxy = await fork(upstream, own_valkey.url)
     desk = Desk(own_valkey.url, tmp_path)
     won = set()
@@ -261,7 +261,7 @@ async def test_a_decision_that_races_with_a_settle(fork, upstream, own_valkey, t
 
 
 async def test_a_lost_record_is_not_resolved(gate, upstream, valkey, desk):
-    """Nothing, damage or another type stands there: no answer is put into it; what is damaged can be released."""
+    """A missing or damaged record cannot be resolved; a damaged one can be released."""
     await make_unknown(gate, upstream)
     with valkey.client() as client:
         [name] = client.keys("once:{*")
@@ -275,7 +275,7 @@ async def test_a_lost_record_is_not_resolved(gate, upstream, valkey, desk):
 
 
 async def test_listing_many_keys_keeps_nobody_waiting(gate, upstream, valkey, desk):
-    """Page by page: 12,000 records among other keys, of which the few that are unknown are found."""
+    """`list` reads page by page: it finds 3 unknown keys among 12,000 records without blocking the store."""
     for n in range(3):
         await make_unknown(gate, upstream, f"{CANARY}-{n}")
     with valkey.client() as client:
@@ -301,7 +301,7 @@ async def test_listing_many_keys_keeps_nobody_waiting(gate, upstream, valkey, de
 
 
 async def test_the_embedded_store_has_its_desk(proxies, upstream, tmp_path):
-    """Without a store's URL the commands find the private store in the data folder, while the proxy runs."""
+    """Without a store's URL the commands use the embedded store in the data folder, while the proxy runs."""
     proxy = proxies(upstream)
     await make_unknown(proxy, upstream)
     desk = Desk("embedded", tmp_path, DATA_DIR=tmp_path / "data")
@@ -311,7 +311,7 @@ async def test_the_embedded_store_has_its_desk(proxies, upstream, tmp_path):
 
 
 async def test_a_confirmation_on_a_terminal(fork, upstream, own_valkey, tmp_path):
-    """A person is asked; anything but yes changes nothing."""
+    """On a terminal the command asks; any answer but yes changes nothing."""
     desk = Desk(own_valkey.url, tmp_path)
     go = asyncio.Event()
     upstream.script = holding(go)

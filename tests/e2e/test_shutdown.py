@@ -1,4 +1,4 @@
-"""The end of a process: what is in flight is finished or said to be unknown, and the exit code tells which."""
+"""Shutdown: requests in flight finish or become unknown, and the exit code tells which."""
 
 import asyncio
 import signal
@@ -34,7 +34,7 @@ async def exit_code(proxy: Proxy, seconds: float = 30) -> int:
 
 
 async def seconds_to_end(proxy: Proxy) -> float:
-    """Return how long the process goes on, in ticks of this one: what starves both counts for neither."""
+    """Return how long the process runs, in ticks of this one: starvation of both counts for neither."""
     ticks = 0
     while proxy.process.poll() is None:
         assert ticks < 2000
@@ -51,7 +51,7 @@ def refuses(port: int) -> bool:
 @pytest.mark.fault(48, 61)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_what_is_in_flight_is_finished(proxies, upstream, valkey, number):
-    """After SIGTERM or SIGINT newcomers are refused, what is in flight is answered and stored: exit 0."""
+    """After SIGTERM or SIGINT new connections are refused; requests in flight are answered and stored: exit 0."""
     small, large, plain = Tap(), Tap(), Tap()
     proxy = proxies(upstream, valkey.url, ON_DUPLICATE="wait")
     running = {}
@@ -92,7 +92,7 @@ async def test_what_is_in_flight_is_finished(proxies, upstream, valkey, number):
 
 
 async def test_a_request_without_a_key_is_finished_too(proxies, upstream, valkey):
-    """A pass-through request alone holds the end up as well, until it is answered."""
+    """A pass-through request delays the exit, too, until it is answered."""
     tap = Tap()
     upstream.script = tap.script
     proxy = proxies(upstream, valkey.url)
@@ -109,7 +109,7 @@ async def test_a_request_without_a_key_is_finished_too(proxies, upstream, valkey
 
 @pytest.mark.fault(48)
 async def test_what_does_not_finish_becomes_unknown(proxies, upstream, valkey):
-    """When DRAIN_S is over, each request is cut off and its key unknown or free, none in flight: exit 1."""
+    """After DRAIN_S each request is cut off; its key is unknown or free, never in flight: exit 1."""
     proxy = proxies(upstream, valkey.url, DRAIN_S=1)
     other = proxies(upstream, valkey.url)
     hanging, streaming = Tap(), Tap()
@@ -141,7 +141,7 @@ async def test_what_does_not_finish_becomes_unknown(proxies, upstream, valkey):
 
 
 async def test_what_was_not_sent_is_free(proxies, valkey):
-    """A request that still waits for its connection when the grace is over: not sent, so its key is free."""
+    """A request that still waits for a connection after the grace was not sent: its key is free."""
     hole = Blackhole()
     try:
         proxy = proxies(hole.url, valkey.url, DRAIN_S=0.5, CONNECT_TIMEOUT_S=60)
@@ -161,7 +161,7 @@ async def test_what_was_not_sent_is_free(proxies, valkey):
 
 
 async def test_a_client_that_stalls_does_not_hold_the_end_up(proxies, upstream, valkey):
-    """A client that takes nothing when the grace is over is cut off, and its key is unknown, not in flight."""
+    """A client that reads nothing is cut off after the grace, and its key is unknown."""
     tap = Tap()
     upstream.script = tap.script
     proxy = proxies(upstream, valkey.url, DRAIN_S=0.5, CLIENT_STALL_S=60)
@@ -180,7 +180,7 @@ async def test_a_client_that_stalls_does_not_hold_the_end_up(proxies, upstream, 
 
 
 async def test_a_store_that_stands_still_does_not_hold_the_end_up(proxies, upstream, own_valkey):
-    """An answer that the store does not take before the grace is over is not delivered as stored: exit 1."""
+    """A response that the store has not confirmed within the grace is not delivered as stored: exit 1."""
     tap = Tap()
     upstream.script = tap.script
     proxy = proxies(upstream, own_valkey.url, DRAIN_S=0.5, LEASE_MS=300)
@@ -215,7 +215,7 @@ HUGE = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (1 << 30)
 
 
 class Crowd:
-    """Clients of every kind that stand still at a proxy: readers, uploaders, replays, waiters and a silent upstream."""
+    """Stalled clients of every kind at one proxy: readers, uploaders, replays, waiters, and a silent upstream."""
 
     def __init__(self, proxy: Proxy, upstream) -> None:
         self.proxy, self.upstream = proxy, upstream
@@ -223,7 +223,7 @@ class Crowd:
         self.clients: list[RawClient] = []
 
     async def script(self, _, __, writer: asyncio.StreamWriter, received: Received) -> None:
-        """Answer by the key: one answer that can be stored, ones that never end, or none at all."""
+        """Answer by the key: a response that can be stored, responses that never end, or none at all."""
         key = received.header("Idempotency-Key")[0]
         if key == b"stored":
             writer.write(OK.replace(b"Content-Length: 2", b"Content-Length: %d" % WHOLE)[:-2] + bytes(WHOLE))
@@ -238,7 +238,7 @@ class Crowd:
         await asyncio.Event().wait()
 
     async def gather(self, readers: int, uploads: int, replays: int, waiters: int) -> None:
-        """Let them come, and wait until nothing moves any more."""
+        """Start the clients, and wait until nothing moves any more."""
         self.upstream.script = self.script
         assert (await ask(self.proxy.port, request(key="stored"))).complete
         for name, number in (("reader", readers), ("silent", 20), ("stored", replays)):
@@ -269,9 +269,9 @@ class Crowd:
 @pytest.mark.fault(48)
 @pytest.mark.parametrize(("store", "many"), [("answers", 200), ("hangs", 40), ("is down", 40)])
 async def test_the_end_comes_within_a_second_of_the_grace(proxies, upstream, own_valkey, store, many):
-    """Slow readers, uploads, replays and waiters under way, and the store: nothing stretches the end (exit 1).
+    """Slow readers, uploads, replays, waiters and a hanging store do not delay the exit (exit 1).
 
-    Afterwards no key is in flight, where the store could be told.
+    Afterwards no key is in flight, if the store could be reached.
     """
     proxy = proxies(upstream, own_valkey.url, DRAIN_S=0.5, CLIENT_STALL_S=60, ACCESS_LOG="off")
     crowd = Crowd(proxy, upstream)
@@ -293,7 +293,7 @@ async def test_the_end_comes_within_a_second_of_the_grace(proxies, upstream, own
 
 @pytest.mark.fault(48)
 async def test_a_thousand_in_flight_are_none_afterwards(proxies, upstream, valkey):
-    """Half of them mid-body. Each ends unknown; nobody gets an answer that looks whole."""
+    """Of 1,000 requests, half of them mid-body, each ends unknown; no client gets a response that looks complete."""
     taps = []
 
     async def script(*exchange) -> None:
@@ -321,7 +321,7 @@ async def test_a_thousand_in_flight_are_none_afterwards(proxies, upstream, valke
 
 
 async def test_an_upload_that_ends_in_the_grace_does_not_wait_for_its_original(proxies, upstream, valkey):
-    """A duplicate whose body is whole only after SIGTERM is told at once, though it would have waited."""
+    """A duplicate whose upload ends after SIGTERM is refused at once, even if it would have waited."""
     tap = Tap()
     upstream.script = tap.script
     proxy = proxies(upstream, valkey.url, DRAIN_S=30, ON_DUPLICATE="wait")
@@ -343,7 +343,7 @@ async def test_an_upload_that_ends_in_the_grace_does_not_wait_for_its_original(p
 
 
 async def test_what_was_claimed_at_the_very_end_is_not_sent(proxies, upstream, own_valkey):
-    """A claim that is confirmed only after the grace leads to nothing: the upstream is not contacted."""
+    """A claim that is confirmed only after the grace does not contact the upstream."""
     proxy = proxies(upstream, own_valkey.url, DRAIN_S=0.5, STORE_TIMEOUT_MS=20000)
     client = await RawClient.open(proxy.port)
     own_valkey.pause()
@@ -361,7 +361,7 @@ async def test_what_was_claimed_at_the_very_end_is_not_sent(proxies, upstream, o
 
 @pytest.mark.parametrize("taken", [True, False])
 async def test_answers_that_are_not_taken_yet_hold_the_end_up(proxies, upstream, valkey, taken):
-    """What a client is still owed leaves within the grace (exit 0); if it does not take it, that is a cut (exit 1)."""
+    """Unread responses leave within the grace (exit 0); if the client does not read them, they are cut off (exit 1)."""
     upstream.script = answering(
         OK.replace(b"Content-Length: 2\r\n\r\nok", b"Content-Length: 60000\r\n\r\n") + bytes(60000)
     )
@@ -388,7 +388,7 @@ async def test_answers_that_are_not_taken_yet_hold_the_end_up(proxies, upstream,
 
 @pytest.mark.parametrize("lost", ["by the upstream", "by the store"])
 async def test_the_exit_code_tells_what_became_of_the_keys(proxies, upstream, own_valkey, lost):
-    """A key that became unknown during the drain makes the exit code 1, though nobody had to be cut off."""
+    """A key that becomes unknown during the drain makes the exit code 1, even if nothing was cut off."""
     tap = Tap()
     upstream.script = tap.script
     proxy = proxies(upstream, own_valkey.url, DRAIN_S=20, SETTLE_TIMEOUT_S=1, STORE_TIMEOUT_MS=300)
@@ -419,7 +419,7 @@ async def test_the_exit_code_tells_what_became_of_the_keys(proxies, upstream, ow
     ("number", "delay_s"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGTERM, 60)], ids=["term", "int", "delay"]
 )
 async def test_told_twice_it_ends_at_once(proxies, upstream, valkey, number, delay_s):
-    """A second signal ends the delay and the grace: what is in flight becomes unknown, exit 1."""
+    """A second signal ends the delay and the grace: requests in flight become unknown, exit 1."""
     proxy = proxies(upstream, valkey.url, DRAIN_S=60, DRAIN_DELAY_S=delay_s, CLIENT_STALL_S=60)
     crowd = Crowd(proxy, upstream)
     await crowd.gather(readers=5, uploads=5, replays=2, waiters=3)
@@ -443,7 +443,7 @@ async def test_told_twice_it_ends_at_once(proxies, upstream, valkey, number, del
 
 @pytest.mark.fault(61)
 async def test_a_hangup_changes_nothing(proxies, upstream, valkey):
-    """SIGHUP ends neither the process nor what is claimed."""
+    """SIGHUP ends neither the process nor a claim."""
     tap = Tap()
     upstream.script = tap.script
     proxy = proxies(upstream, valkey.url)
@@ -462,7 +462,7 @@ async def test_a_hangup_changes_nothing(proxies, upstream, valkey):
 
 
 async def test_it_serves_on_for_the_delay(proxies, upstream, valkey):
-    """With DRAIN_DELAY_S it is not ready after SIGTERM and yet serves as before; told again, it ends (exit 0)."""
+    """During DRAIN_DELAY_S it is not ready but serves as before; a second signal ends the delay (exit 0)."""
     tap = Tap()
     proxy = proxies(upstream, valkey.url, DRAIN_DELAY_S=60)
     assert proxy.admin("/readyz")[0] == 200
@@ -493,7 +493,7 @@ async def test_it_serves_on_for_the_delay(proxies, upstream, valkey):
 
 
 async def test_the_grace_counts_from_the_end_of_the_delay(proxies, upstream, valkey):
-    """What is in flight has DRAIN_DELAY_S and then DRAIN_S, and no more than a second on top."""
+    """Requests in flight have DRAIN_DELAY_S, then DRAIN_S, and at most a second more."""
     upstream.script = Tap().script
     proxy = proxies(upstream, valkey.url, DRAIN_DELAY_S=1, DRAIN_S=1)
     client = await RawClient.open(proxy.port)
@@ -510,7 +510,7 @@ async def test_the_grace_counts_from_the_end_of_the_delay(proxies, upstream, val
 
 
 async def test_idle_connections_are_closed(proxies, upstream, valkey):
-    """Kept-alive connections without a request, and ones that never sent any, do not hold the end up."""
+    """Idle connections, used or never used, do not delay the exit."""
     proxy = proxies(upstream, valkey.url)
     clients = [await RawClient.open(proxy.port) for _ in range(3)]
     for client in clients[:2]:
@@ -526,7 +526,7 @@ async def test_idle_connections_are_closed(proxies, upstream, valkey):
 
 
 async def test_the_embedded_store_outlives_the_drain(proxies, upstream):
-    """With the embedded store, SIGINT to the whole group still stores what is in flight; a new start replays it."""
+    """With the embedded store, SIGINT to the process group still stores requests in flight; a restart replays them."""
     tap = Tap()
     upstream.script = tap.script
     proxy = proxies(upstream)
@@ -542,7 +542,7 @@ async def test_the_embedded_store_outlives_the_drain(proxies, upstream):
 
 
 class Detached(Proxy):
-    """A proxy whose starter closed some of its standard files."""
+    """A proxy that starts with some of its standard files closed."""
 
     closed = ""
 
@@ -557,7 +557,7 @@ class Detached(Proxy):
 @pytest.mark.parametrize("closed", ["0<&-", "0<&- 1>&-"])
 @pytest.mark.parametrize("count", [1, 2])
 async def test_closed_standard_files_change_nothing(upstream, valkey, tmp_path, closed, count):
-    """It serves, and ends as it should: no socket gets the number of one of them."""
+    """It serves and exits normally: no socket gets the number of a standard file."""
     gate = Detached(upstream.url, valkey.url, tmp_path, {"WORKERS": count})
     gate.closed = closed
     try:

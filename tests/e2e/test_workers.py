@@ -1,4 +1,4 @@
-"""Several workers on one port: they share the load and the store, and are replaced without anybody noticing."""
+"""Several workers on one port: they share the load and the store, and are replaced without a lost connection."""
 
 import asyncio
 import os
@@ -31,7 +31,7 @@ from tests.parts import (
 
 
 def workers(proxy: Proxy) -> list[int]:
-    """Return the processes that serve, newest last."""
+    """Return the pids of the serving workers, newest last."""
     known = [line["pid"] for line in proxy.events("worker started")]
     return [pid for pid in known if alive(pid)]
 
@@ -58,7 +58,7 @@ async def finished(proxy: Proxy) -> int:
 
 
 class Load:
-    """Clients that keep their connections and send one request after the other; `broken` is what went wrong."""
+    """Clients that keep their connections and send one request after the other; `broken` counts what failed."""
 
     def __init__(self, port: int, clients: int) -> None:
         self._port, self.answered, self.broken = port, 0, Counter[str]()
@@ -96,7 +96,7 @@ class Load:
 
 
 async def test_workers_share_the_port_the_store_and_the_counters(proxies, upstream, valkey):
-    """Connections are spread over the workers, a key is executed once for all of them, and /metrics is the sum."""
+    """Workers share the connections; a key is executed once for all of them, and /metrics is the sum."""
     proxy = proxies(upstream, valkey.url, WORKERS=2)
     assert len(workers(proxy)) == 2
     idle = {pid: sockets(pid) for pid in workers(proxy)}
@@ -120,7 +120,7 @@ async def test_workers_share_the_port_the_store_and_the_counters(proxies, upstre
 
 
 async def test_a_worker_that_dies_is_restarted_and_its_counters_stay(proxies, upstream, valkey):
-    """Not ready until its successor serves; nobody is refused meanwhile, and no counter goes back."""
+    """Without one worker it is not ready, but no connection is refused, and no counter goes back."""
     proxy = proxies(upstream, valkey.url, WORKERS=2)
     for n in range(20):
         assert (await ask(proxy.port, request(key=f"k{n}"))).status == 200
@@ -138,7 +138,7 @@ async def test_a_worker_that_dies_is_restarted_and_its_counters_stay(proxies, up
 
 
 async def test_workers_are_replaced_under_load_without_a_refused_or_reset_connection(proxies, upstream, valkey):
-    """SIGUSR2: each request is answered, an answer under way ends whole, an idle connection takes one more."""
+    """SIGUSR2: every request is answered, a stream ends complete, an idle connection takes one more request."""
     proxy = proxies(upstream, valkey.url, WORKERS=2)
     first = workers(proxy)
     tap = Tap()
@@ -178,7 +178,7 @@ async def test_workers_are_replaced_under_load_without_a_refused_or_reset_connec
 
 
 async def test_what_is_in_flight_in_any_worker_is_finished(proxies, upstream, valkey):
-    """SIGTERM: newcomers are refused, each worker finishes what it has, and only then the whole ends: exit 0."""
+    """SIGTERM: new connections are refused, each worker finishes its requests, and then all exit: exit 0."""
     tap = Tap()
     upstream.script = tap.script
     proxy = proxies(upstream, valkey.url, WORKERS=2)
@@ -201,7 +201,7 @@ def _refuses(port: int) -> bool:
 
 
 async def test_the_exit_code_is_true_of_all_workers(proxies, upstream, valkey):
-    """Where one worker had to cut something off, the whole ends with 1, though the other had nothing."""
+    """If one worker had to cut something off, the exit code is 1, even if the other had nothing."""
     upstream.script = Tap().script
     proxy = proxies(upstream, valkey.url, WORKERS=2, DRAIN_S=0.3)
     cut = asyncio.ensure_future(ask(proxy.port, request(key="k")))
@@ -214,7 +214,7 @@ async def test_the_exit_code_is_true_of_all_workers(proxies, upstream, valkey):
 
 
 async def test_a_second_signal_cuts_the_grace_of_all_short(proxies, upstream, valkey):
-    """Ctrl-C twice ends every worker at once; a terminal's signal reaches each of them a single time."""
+    """A second Ctrl-C ends every worker at once; each worker gets each signal of the terminal once."""
     upstream.script = Tap().script
     proxy = proxies(upstream, valkey.url, WORKERS=2)
     cut = [asyncio.ensure_future(ask(proxy.port, request(key=f"k{n}"))) for n in range(8)]
@@ -230,7 +230,7 @@ async def test_a_second_signal_cuts_the_grace_of_all_short(proxies, upstream, va
 
 
 async def test_a_hangup_reaches_every_worker(proxies, upstream, valkey, tmp_path):
-    """SIGHUP: each worker reads the rules file again, and none ends."""
+    """SIGHUP: each worker reads the rules file again, and none exits."""
     rules = tmp_path / "rules.toml"
     rules.write_text('[[rule]]\nname = "a"\n')
     proxy = proxies(upstream, valkey.url, WORKERS=2, RULES_FILE=rules)
@@ -245,7 +245,7 @@ async def test_a_hangup_reaches_every_worker(proxies, upstream, valkey, tmp_path
 
 
 async def test_the_embedded_store_is_shared(proxies, upstream):
-    """One store for all workers, which outlives each of them and ends with the last."""
+    """All workers share one embedded store, which outlives each of them and ends with the last."""
     proxy = proxies(upstream, WORKERS=2)
     assert (await ask(proxy.port, request(key="k"))).status == 200
     for pid in workers(proxy):
@@ -260,7 +260,7 @@ async def test_the_embedded_store_is_shared(proxies, upstream):
 
 
 async def test_workers_do_not_outlive_their_supervisor_but_finish_what_they_have(proxies, upstream, valkey):
-    """Killed, the supervisor leaves workers that take nothing new, settle what is in flight, and go."""
+    """If the supervisor is killed, workers accept nothing new, settle their requests, and exit."""
     tap = Tap()
     upstream.script = tap.script
     proxy = proxies(upstream, valkey.url, WORKERS=2)
@@ -277,7 +277,7 @@ async def test_workers_do_not_outlive_their_supervisor_but_finish_what_they_have
 
 @pytest.mark.parametrize("share", [1, 2])
 def test_a_port_that_is_in_use_is_refused(proxies, upstream, valkey, share):
-    """Another service on the same port is an error, though the system would let both share it."""
+    """A port of another service is an error, although the system would let both share it."""
     first = proxies(upstream, valkey.url, WORKERS=share)
     with pytest.raises(AssertionError, match="already in use"):
         proxies(upstream, valkey.url, WORKERS=2, LISTEN=f"127.0.0.1:{first.port}")
@@ -285,7 +285,7 @@ def test_a_port_that_is_in_use_is_refused(proxies, upstream, valkey, share):
 
 
 def test_workers_that_cannot_start_end_it_all(tmp_path):
-    """Where a worker cannot start at all, nothing is restarted: exit 2."""
+    """If a worker cannot start at all, nothing is restarted: exit 2."""
     done = subprocess.run(
         [sys.executable, "-m", "oncegate", "serve"],
         env={
