@@ -17,7 +17,8 @@ from oncegate.settings.loading import describe, load
 from oncegate.settings.settings import Settings, SettingsError
 
 PROBE_TIMEOUT_S = 3.0
-FAILED, USAGE_ERROR = 1, 2  # exit codes
+# Exit codes.
+FAILED, USAGE_ERROR = 1, 2
 STATES = ("unknown", "in_flight", "complete", "released", "corrupt", "any")
 
 DESCRIPTION = "oncegate is a reverse proxy that makes unsafe HTTP requests safe to retry."
@@ -185,6 +186,7 @@ def _serve(settings: Settings) -> int:
 def _probe(settings: Settings, path: str) -> int:
     """Print the admin listener's response to a request for `path`; return 0 for a response of status 200."""
     address = settings.admin_listen
+    # A wildcard address is one to listen on, not to connect to.
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(address.host, address.host)
     # Without the proxies that the environment may name: this request is for the own machine.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))

@@ -18,8 +18,9 @@ from typing import NamedTuple
 import aiohttp
 from aiohttp import web
 
-CHARGE_S = 2.0  # the time that the upstream takes for a charge
-PATIENCE_S = 1.0  # the time after which the client gives up
+# The upstream takes twice as long for a charge as the client waits for it.
+CHARGE_S = 2.0
+PATIENCE_S = 1.0
 WORDS = ("Money", " moves", " once,", " however", " often", " you", " ask", " for", " it.")
 WORD_S = 0.15
 START_TIMEOUT_S = 15.0
@@ -160,6 +161,7 @@ class Story:
             print("      try 1: timed out. Was the card charged? The client cannot know.")
         refused = await self._charge(key, PATIENCE_S)
         print(f"      try 2: {refused.status} ({json.loads(refused.body)['title'].lower()})")
+        # By now the upstream has finished the charge of the first try.
         await asyncio.sleep(CHARGE_S - PATIENCE_S)
         replayed = await self._charge(key, 10, Prefer="wait=10")
         print(f"      try 3: {replayed.status} {replayed.body} ({replayed.outcome})")
@@ -185,6 +187,7 @@ class Story:
         url = f"{self._url}/v1/completions"
         async with self._session.post(url, data=b"{}", headers=headers) as response:
             first_event = await response.content.readuntil(b"\n\n")
+        # aiohttp closes the connection of a response that is not read to its end: the proxy sees the client leave.
         print(f"      try 1: {first_event.decode().strip()} ... and the connection breaks")
         await asyncio.sleep(WORD_S)
         async with self._session.post(url, data=b"{}", headers=headers) as response:

@@ -7,7 +7,8 @@ class KeysExit(IntEnum):
     """The exit code of an `oncegate keys` command."""
 
     DONE = 0
-    NOT_DONE = 1  # nothing was changed, or the store did not confirm the change
+    # Nothing was changed, or the store did not confirm the change.
+    NOT_DONE = 1
     USAGE_ERROR = 2
 
 

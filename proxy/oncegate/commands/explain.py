@@ -99,6 +99,7 @@ class Explanation:
         pairs, target = _request(url, headers, body)
         hosts = [host.encode() for host in self._settings.hosts]
         admission = Admission(hosts, self._rules.default.policy.key_header, self._rules.acted_on)
+        # HTTP/1.1, as nearly all clients speak it.
         head = admission.admit(method.upper(), target, (1, 1), pairs)
         if isinstance(head, Refused):
             self._add("result", f"{head.status}: {head.detail}")
@@ -134,6 +135,7 @@ class Explanation:
             self._add("result", "400 scope-unstable: the credential changes with every request")
         elif isinstance(scope, BadKey):
             self._add("result", f"400: {scope.detail}")
+        # The request path enforces the limit while it reads the body, before it computes the digests.
         elif len(body.data) > policy.max_request_bytes:
             self._add("result", "413 body-too-large")
         else:
@@ -209,6 +211,7 @@ def _request(url: str, headers: Sequence[str], body: bytes) -> tuple[list[tuple[
             raise ValueError(f"{line!r} is no header: write 'Idempotency-Key: abc'")
         pairs.append((field.strip().encode(), value.strip().encode()))
     names = {field.lower() for field, _ in pairs}
+    # A client sends these two fields by itself.
     if b"host" not in names:
         pairs.insert(0, (b"Host", (match["host"] or "localhost").encode()))
     if body and b"content-length" not in names:

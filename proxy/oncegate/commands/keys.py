@@ -100,6 +100,7 @@ def _open_store(settings: Settings) -> Store:
         socket_url(settings.data_dir) if url == "embedded" else url,
         timeout_ms=TIMEOUT_MS,
         patience_s=TIMEOUT_MS / 1000,
+        # A command has no metrics, and nothing that goes on after it.
         observe=lambda *_: None,
         repeated=lambda: None,
         background=lambda work: work.close(),
@@ -199,6 +200,7 @@ async def _resolve(session: Session, options: argparse.Namespace) -> KeysExit:
     record = await find_record(session.settings, session.store, options)
     if record.state in ("complete", "released", "corrupt"):
         raise CommandError(f"this key is {record.state}; only a key that is unknown or in flight can be resolved")
+    # An owner whose lease has lapsed is fenced by the decision; no question is needed.
     is_running = record.lease_left_ms > 0
     _confirm(options, is_running, "Its owner is still working on it; your response would replace the owner's.")
     token = await _introduce(session)
@@ -232,6 +234,7 @@ async def _release(session: Session, options: argparse.Namespace) -> KeysExit:
     # A record without a token was not written by oncegate: it is not removed either.
     if record.state in ("complete", "released") or not record.token:
         raise CommandError(f"this key is {record.state}; only a key that is unknown or in flight can be released")
+    # Fencing stops the owner's response, but not a request that it has sent already.
     warning = "Its owner may still live: its request may be executed, and the next one executes again."
     _confirm(options, record.owner_may_live, warning)
     token = await _introduce(session)
@@ -273,6 +276,7 @@ def _report(session: Session, decision: Decision) -> KeysExit:
         "host": session.host,
         **decision.details,
     }
+    # Standard error, so that the audit trail is separate from output that scripts read.
     print(json.dumps(line), file=sys.stderr)
     if decision.status in NOT_CARRIED_OUT:
         print(NOT_CARRIED_OUT[decision.status], file=sys.stderr)

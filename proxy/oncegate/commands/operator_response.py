@@ -9,7 +9,8 @@ from oncegate.commands.errors import usage_error
 from oncegate.messages.response_head import ResponseHead, read_response_head
 from oncegate.store.record import StoredResponse
 
-MAX_BODY_BYTES = 262144  # one chunk in the store
+# One chunk in the store: the decision is one command.
+MAX_BODY_BYTES = 262144
 # RFC 9110, section 5.6.2: the characters of a token, of which a field name consists.
 _TOKEN = set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789!#$%&'*+-.^_`|~")
 
@@ -49,6 +50,7 @@ def _head(options: argparse.Namespace) -> ResponseHead:
     head = read_response_head(options.status, _reason(options.status), pairs, head_only=False)
     if isinstance(head, str):
         raise usage_error(f"this response is not possible: {head}")
+    # A replay has the stored body's length, or the framing of its own connection (RFC 9112, section 6).
     if b"transfer-encoding" in head.fields or b"content-length" in head.fields:
         raise usage_error("oncegate sets the framing itself: leave Content-Length and Transfer-Encoding out")
     return head

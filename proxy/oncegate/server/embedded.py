@@ -24,17 +24,24 @@ from urllib.parse import quote
 
 from oncegate.server.processes import die_with_parent, wait_for_exit
 
-LOCK_WAIT_S = 5.0  # within which a predecessor that was stopped or killed releases the folder
-ANSWER_WAIT_S = 10.0  # from the start to the first reply, PONG or LOADING
-LOAD_WAIT_S = 60.0  # from the first LOADING to PONG; a million keys took 1.2 s (measured)
-STOP_WAIT_S = 5.0  # from SHUTDOWN to SIGKILL
+# A predecessor that was stopped or killed releases the folder within this time.
+LOCK_WAIT_S = 5.0
+# From the start to the first reply, PONG or LOADING.
+ANSWER_WAIT_S = 10.0
+# From the first LOADING to PONG; a million keys took 1.2 s (measured).
+LOAD_WAIT_S = 60.0
+# From SHUTDOWN to SIGKILL.
+STOP_WAIT_S = 5.0
+# The pause before a restart doubles from the first to the longest. It starts again after a life of STABLE_S.
 FIRST_RESTART_S, LONGEST_RESTART_S = 0.05, 10.0
-STABLE_S = 30.0  # after such a life the store is restarted as quickly as the first time
+STABLE_S = 30.0
 
 OLDEST_VERSION = 7
-LONGEST_SOCKET_PATH_BYTES = 107  # sun_path has 108 bytes with its final zero, unix(7)
+# sun_path has 108 bytes with its final zero, unix(7).
+LONGEST_SOCKET_PATH_BYTES = 107
 
-# Paths are relative to the data folder, where the server runs: no folder's name needs quoting.
+# Paths are relative to the data folder, where the server runs: no folder's name needs quoting. No TCP port, because
+# the socket's permissions are the store's only protection. No eviction, because a lost record is a lost lock.
 OPTIONS = (
     *("--port", "0", "--unixsocket", "store.sock", "--unixsocketperm", "700"),
     *("--appendonly", "yes", "--appendfsync", "always", "--save", ""),
@@ -131,7 +138,9 @@ class EmbeddedStore:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 umask=0o077,
+                # Signals of a terminal or a process group are for the proxy alone: the drain still needs the store.
                 start_new_session=True,
+                # The server holds the folder's lock as long as it lives, whatever happens to the proxy.
                 pass_fds=(self._lock,),
                 preexec_fn=die_with_parent(os.getpid()),
             )

@@ -8,7 +8,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# linux/prctl.h
+PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent_pid: int, number: int = signal.SIGKILL) -> Callable[[], None]:

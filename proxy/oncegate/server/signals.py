@@ -9,8 +9,10 @@ from enum import IntEnum
 class ExitCode(IntEnum):
     """The exit code of `oncegate serve`, and of each of its workers."""
 
-    OK = 0  # every request in flight was stored or released
-    CUT_OFF = 1  # at least one was not: its key may be unknown
+    # Every request in flight was stored or released.
+    OK = 0
+    # At least one was not: its key may be unknown.
+    CUT_OFF = 1
     CANNOT_START = 2
 
 

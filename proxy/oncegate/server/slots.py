@@ -19,7 +19,8 @@ from oncegate.server.processes import wait_for_exit
 from oncegate.settings.addresses import Address
 
 REPORT_TIMEOUT_S = 1.0
-PORT_RELEASE_S = 2.0  # in which workers of a killed supervisor release the port
+# The workers of a supervisor that was killed release the port within this time.
+PORT_RELEASE_S = 2.0
 BACKLOG = 1024
 
 # The program of a worker: this installation of oncegate, whatever lies in the working folder.
@@ -57,6 +58,7 @@ class Worker:
 
     async def _run(self, link: socket.socket) -> int:
         """Receive reports until the process exits; return its exit status."""
+        # A line is a whole report: some kilobytes, and more with long sentences in `problems`.
         reader, self._writer = await asyncio.open_unix_connection(sock=link, limit=1 << 20)
         with contextlib.suppress(OSError, ValueError):
             async for line in reader:

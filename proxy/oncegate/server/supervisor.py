@@ -17,10 +17,13 @@ from oncegate.server.signals import ExitCode, StopEvents, stop_events
 from oncegate.server.slots import Slot, Worker
 from oncegate.settings.settings import Settings
 
+# The pause before a restart doubles from the first to the longest. It starts again after a life of STABLE_S.
 FIRST_RESTART_S, LONGEST_RESTART_S = 0.05, 10.0
-STABLE_S = 30.0  # after such a life a worker is restarted as quickly as the first time
-START_TIMEOUT_S = 30.0  # within which a successor must serve; otherwise its predecessor stays
-OVERTIME_S = 5.0  # beyond the drain, after which a worker is killed
+STABLE_S = 30.0
+# A successor that does not serve within this time is killed, and its predecessor stays.
+START_TIMEOUT_S = 30.0
+# A worker that exceeds its drain by this time is killed.
+OVERTIME_S = 5.0
 
 
 class Supervisor:
@@ -31,9 +34,11 @@ class Supervisor:
         self._workers: set[Worker] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_serving = self._is_replacing = False
-        self._all_drained = True  # no worker had to cut anything off
+        # Whether no worker had to cut anything off so far.
+        self._all_drained = True
         self._cut_off = 0
-        self._ended = Metrics(__version__, {})  # the counters of workers that exited
+        # The counters of workers that exited: the service's counters never go back.
+        self._ended = Metrics(__version__, {})
 
     async def run(self) -> ExitCode:
         """Serve until SIGTERM or SIGINT; return the exit code, which covers all workers that ever ran."""

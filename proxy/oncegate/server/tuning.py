@@ -9,11 +9,12 @@ from typing import Any
 
 from oncegate.settings.settings import Settings
 
-STDERR = 2  # the last of the three standard descriptors
-SPARE_FILES = 128  # for the store, listeners, logs and spools
-
-# Objects created between two collections of the youngest generation, then how often the older ones follow.
-# Full collections are rare: one takes 50 ms for 1,000 live streams (measured).
+# The last of the three standard descriptors.
+STDERR = 2
+# For the store, listeners, logs and spools, beside the connections.
+SPARE_FILES = 128
+# The garbage collector's thresholds for its three generations. Full collections are rare, because one takes 50 ms for
+# 1,000 live streams; collections of the middle generation come in smaller steps instead.
 GC_THRESHOLDS = (700, 3, 100)
 
 

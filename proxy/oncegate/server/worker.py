@@ -28,8 +28,10 @@ from oncegate.service.service import Service, Unsupported
 from oncegate.settings.loading import load
 from oncegate.settings.settings import Settings, SettingsError
 
-REPORT_INTERVAL_S = 1.0  # a worker that is killed loses at most this much of its counters
-SUPERVISOR_DIED = signal.SIGUSR1  # sent by the kernel
+# A worker that is killed loses what it counted in this time.
+REPORT_INTERVAL_S = 1.0
+# The kernel sends this signal when the supervisor dies.
+SUPERVISOR_DIED = signal.SIGUSR1
 FLUSH_TIMEOUT_S = 1.0
 
 
@@ -51,6 +53,7 @@ def main(number: int, supervisor_pid: int, link: int, listeners: list[int], stor
     # the end of the link tells so.
     with contextlib.suppress(OSError):
         die_with_parent(supervisor_pid, SUPERVISOR_DIED)()
+    # By default SIGHUP would end the process: the supervisor forwards it to all workers for a reload.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         settings = load()
@@ -82,6 +85,7 @@ async def _serve(settings: Settings, store_url: str, sockets: Sockets, logger: A
         await service.start(sockets.listeners)
         writer.write(b'{"serving": true}\n')
         await _wait_for_first(stop.requested.wait(), retire.wait())
+        # Retired, it serves open connections to their end, however long that takes; a stop signal ends this.
         if retire.is_set():
             await _wait_for_first(stop.requested.wait(), service.retire())
         drained = await service.drain(stop.immediate)

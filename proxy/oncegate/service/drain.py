@@ -14,11 +14,12 @@ from oncegate.gateway.waiters import Waiters
 from oncegate.store.store import Store
 from oncegate.upstream.pools import Pools
 
+# Progress is polled: it is a sum of counts that several parts keep.
 POLL_S = 0.02
-IDLE_POLLS = 20  # polls without any progress, after which the drain stops waiting for the store
-MAX_POLLS = 150  # polls in all, however much progress there is
-NOTIFY_S = 0.1  # after that, for clients to receive their problem responses
-UNWIND_S = 0.2  # after that, for aborted connections to end their requests
+# After so many polls without progress, and after so many in all, the drain waits no longer for keys to settle.
+IDLE_POLLS, MAX_POLLS = 20, 150
+# After that: for clients to receive their problem responses, and then for aborted connections to end their requests.
+NOTIFY_S, UNWIND_S = 0.1, 0.2
 
 
 class Drain:
@@ -35,7 +36,8 @@ class Drain:
     ) -> None:
         self._gateway, self._listener, self._waiters = gateway, listener, waiters
         self._pools, self._store, self._background = pools, store, background
-        self.cut_off = 0  # requests and responses that did not finish
+        # How many requests and responses did not finish.
+        self.cut_off = 0
 
     async def run(self, immediate: asyncio.Event, grace_s: float) -> bool:
         """Accept no further request and wait until all work is done; return whether nothing had to be cut off.
@@ -46,6 +48,7 @@ class Drain:
         self._waiters.close()
         if await unless(immediate, self.idle(), grace_s):
             return True
+        # A cut connection ends its request, which then settles its key as unknown, or frees it if nothing was sent.
         self._cut_off_all()
         await self._wait_for_settling()
         # From here on the store's calls fail at once, and clients hear that the outcome is unknown.

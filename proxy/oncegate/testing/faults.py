@@ -93,6 +93,7 @@ def parse_fault(text: str) -> Fault:
 def install(faults: Iterable[Fault], log: Callable[..., None]) -> None:
     """Wrap the steps of these faults, for the life of this process. `log(event, **fields)` precedes each fault."""
     for fault in faults:
+        # One counter for all functions of the step: the nth passage counts, whichever of them it takes.
         when, *places = POINTS[fault.point]
         pass_point = _counter(fault, log)
         for place in places:
@@ -118,6 +119,7 @@ def _counter(fault: Fault, log: Callable[..., None]) -> Callable[[], None]:
         nonlocal passages
         passages += 1
         if passages == fault.nth:
+            # Logged first: after some faults this process does not write any more.
             log("fault injected", fault=str(fault))
             _trigger(fault)
 
@@ -127,6 +129,7 @@ def _counter(fault: Fault, log: Callable[..., None]) -> Callable[[], None]:
 def _trigger(fault: Fault) -> None:
     match fault.kind:
         case "kill":
+            # SIGKILL: no handler and no `finally` of this process runs any more.
             os.kill(os.getpid(), signal.SIGKILL)
         case "pause" if fault.pause_ms:
             # Blocks the event loop, and so the renewal of leases as well.
@@ -150,6 +153,7 @@ def _wrapped(step: Callable[..., Any], when: str, pass_point: Callable[[], None]
             pass_point()
             return step(*args, **options)
         result = step(*args, **options)
+        # A step may be a coroutine function, or return a future: it is over when that is done.
         if inspect.isawaitable(result):
             return pass_afterwards(result)
         pass_point()
