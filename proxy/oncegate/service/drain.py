@@ -1,7 +1,8 @@
 """The drain of one worker: requests in flight finish within the grace, and the rest is cut off.
 
-After the grace, each step has a bound of its own, so that the drain ends within a second. It does not wait longer for
-an upstream, a store or a client that hangs. A key whose request was cut off after sending becomes unknown.
+After the grace each step has a bound of its own: if nothing makes progress any more, the drain ends within a second.
+It does not wait longer for an upstream, a store or a client that hangs. A key whose request was cut off after sending
+becomes unknown.
 """
 
 import asyncio
