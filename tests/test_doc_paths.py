@@ -1,0 +1,24 @@
+"""The explanations and decisions name files and folders that exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(
+    [*(ROOT / "docs/explain").glob("*.md"), *(ROOT / "docs/decisions").glob("*.md"), ROOT / "docs/compare.md"]
+)
+# A path as the pages write it: relative to the import package or to the project.
+PATH = re.compile(r"`((?:[a-z_]+/)+[\w.-]*)`")
+# Folders that a run writes, so that a clean checkout lacks them; and a media type.
+OTHERS = {"build/chaos", "loadtest/results/", "multipart/form-data"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_paths_that_are_named_exist(page):
+    """A module that moves is found here."""
+    named = set(PATH.findall(page.read_text())) - OTHERS
+    assert [
+        path for path in sorted(named) if not any((root / path).exists() for root in (ROOT, ROOT / "proxy/oncegate"))
+    ] == []
