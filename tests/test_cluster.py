@@ -255,7 +255,7 @@ async def test_masters_that_change_while_keys_are_claimed(fragile):
         paused.resume()
         for _, owner in (owners[0], owners[2]):
             assert await store.renew(owner) == RenewStatus.RENEWED
-        was = {fields["was"] for event, fields in log if event == "the store failed over"}
+        was = {fields["was"] for event, fields in log if event == "store failed over"}
         assert was == {f"127.0.0.1:{server.port}" for server in (killed, paused, told_to)}
         await until(lambda: store.problem() is None)
 

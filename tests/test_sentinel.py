@@ -102,7 +102,7 @@ async def test_the_master_changes_while_a_key_is_claimed(group, how):
         assert await store.read(stored.key, stored.token, 0) == [b"ab", b"cd"]
         await until(lambda: store.problem() is None)
         place = f"127.0.0.1:{before.port}", f"127.0.0.1:{now.port}"
-        assert ("the store failed over", {"service": SERVICE, "was": place[0], "now": place[1]}) in log
+        assert ("store failed over", {"service": SERVICE, "was": place[0], "now": place[1]}) in log
 
 
 @pytest.mark.fault(36, 59)
@@ -264,7 +264,7 @@ async def test_a_master_that_stood_still_while_it_was_replaced_is_not_used(two):
     finally:
         old.resume()
     assert old.records() == {}
-    assert [event for event, _ in log if event == "the store failed over"] == []
+    assert [event for event, _ in log if event == "store failed over"] == []
 
 
 async def _log_of(url: str, log: Log) -> set[tuple[str, int] | None]:
@@ -299,7 +299,7 @@ async def test_a_sentinel_in_the_middle_of_its_failover(two, flags):
         await asyncio.sleep(2 * FOLLOW_S)
     assert len(new.records()) == 2
     assert old.records() == {}
-    assert [event for event, _ in log if event == "the store failed over"] == []
+    assert [event for event, _ in log if event == "store failed over"] == []
 
 
 async def test_a_replica_is_not_used(two):

@@ -28,26 +28,26 @@ OUTCOMES = (
     "in_flight", "key_reused", "outcome_unknown", "response_not_kept", "record_corrupt", "upstream_lost",
     "upstream_timeout", "truncated", "answer_not_stored", "fenced", "failed", "client_gone",
 )  # fmt: skip
-HOW_SETTLED = ("stored", "stored_without_body", "released", "unknown", "unconfirmed", "lost", "fenced")
+SETTLEMENTS = ("stored", "stored_without_body", "released", "unknown", "unconfirmed", "lost", "fenced")
 SUPPRESSED = ("replayed", "in_flight", "key_reused", "outcome_unknown", "response_not_kept")
 LOSSES = ("flushed", "rolled_back", "evicted", "moved")
 TOKENS = ("input", "cached", "cache_write", "output")
 VERBS = ("claim", "append", "renew", "settle", "read")
 METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "requests": ("counter", "outcome", OUTCOMES),
-    "settled": ("counter", "how", HOW_SETTLED),
-    "duplicates_suppressed": ("counter", "how", SUPPRESSED),
+    "settled": ("counter", "settlement", SETTLEMENTS),
+    "duplicates_suppressed": ("counter", "outcome", SUPPRESSED),
     "upstream_seconds_saved": ("counter", "", ()),
     "replayed_bytes": ("counter", "", ()),
     "llm_tokens_saved": ("counter", "kind", TOKENS),
     "llm_replays_without_usage": ("counter", "", ()),
     "claims_lost": ("counter", "", ()),
-    "store_losses": ("counter", "how", LOSSES),
+    "store_losses": ("counter", "kind", LOSSES),
     "identity_accepted": ("counter", "", ()),
     "store_breaker_opened": ("counter", "", ()),
-    "settle_repeated": ("counter", "", ()),
+    "store_retries": ("counter", "", ()),
     "unscoped": ("counter", "", ()),
-    "eof_framed": ("counter", "", ()),
+    "close_delimited": ("counter", "", ()),
     "worker_restarts": ("counter", "", ()),
     "request_seconds": ("histogram", "", ()),
     "overhead_seconds": ("histogram", "", ()),
@@ -172,13 +172,13 @@ async def test_every_request_is_counted_once_under_its_outcome(proxies, upstream
     await until(lambda: gate.metric("request_seconds_count") == total)
     samples = families(gate)["requests"].samples
     assert {sample.labels["outcome"]: sample.value for sample in samples if sample.value} == dict(wanted)
-    for how in SUPPRESSED:
-        assert gate.metric(f'duplicates_suppressed_total{{how="{how}"}}') == wanted[how]
+    for outcome in SUPPRESSED:
+        assert gate.metric(f'duplicates_suppressed_total{{outcome="{outcome}"}}') == wanted[outcome]
     assert gate.metric("replayed_bytes_total") == 2 * len("ok")
     assert gate.metric("unscoped_total") > 0
-    assert gate.metric('settled_total{how="released"}') == 1
-    assert gate.metric('settled_total{how="stored_without_body"}') == 1
-    assert gate.metric('settled_total{how="unknown"}') == 3
+    assert gate.metric('settled_total{settlement="released"}') == 1
+    assert gate.metric('settled_total{settlement="stored_without_body"}') == 1
+    assert gate.metric('settled_total{settlement="unknown"}') == 3
     assert gate.metric('store_seconds_count{verb="claim"}') >= 9
     for name in ("request_seconds", "overhead_seconds", "upstream_seconds"):
         buckets = [sample.value for sample in families(gate)[name].samples if sample.name.endswith("_bucket")]
@@ -341,17 +341,17 @@ async def test_log_lines_are_objects_that_tell_and_keep_secrets(proxies, upstrea
     for line in lines:
         assert {"event", "level", "timestamp"} <= line.keys()
         assert time.strptime(line["timestamp"][:19], "%Y-%m-%dT%H:%M:%S")
-    assert [line["event"] for line in lines if line["event"] not in ("request", "store")] == [
+    assert [line["event"] for line in lines if line["event"] not in ("request", "store problem")] == [
         "serving", "shutting down", "stopped",
     ]  # fmt: skip
     requests = [line for line in lines if line["event"] == "request"]
     keyed = [line for line in requests if line["outcome"] in ("executed", "replayed", "key_reused")]
-    assert all(re.fullmatch(r"[\w-]{12}", line["key"]) for line in keyed)
-    assert len({line["key"] for line in requests if line["outcome"] in ("replayed", "key_reused")}) == 1
+    assert all(re.fullmatch(r"[\w-]{12}", line["key_id"]) for line in keyed)
+    assert len({line["key_id"] for line in requests if line["outcome"] in ("replayed", "key_reused")}) == 1
     for line in requests:
         assert line["method"] in ("GET", "POST", "PURGE", "TRACE", "")
-        assert 0 <= line["upstream_ms"] <= line["ms"] < 60_000
-        assert isinstance(line["client_left"], bool)
+        assert 0 <= line["upstream_ms"] <= line["duration_ms"] < 60_000
+        assert isinstance(line["client_gone"], bool)
     statuses = {line["outcome"]: line["status"] for line in requests}
     assert (statuses["passthrough"], statuses["executed"], statuses["replayed"]) == (200, 200, 200)
     assert (statuses["key_reused"], statuses["key_invalid"], statuses["body_too_large"]) == (422, 400, 413)

@@ -215,7 +215,7 @@ async def test_new_rules_hold_for_what_was_prepared_under_the_old_ones(proxies, 
         '[[rule]]\nname = "a"\npath = "/a"\nforward_key = ""\nscope = ["header:X-Org"]'
     )
     gate.signal(signal.SIGHUP)
-    await until(lambda: gate.events("rules in effect"))
+    await until(lambda: gate.events("rules loaded"))
     for number in range(6):
         status, said, heads = await ways.whole(request("POST", "/a", f"a{number}", b"x", "X-Org: 1"))
         assert (status, said, len(heads)) == (200, b"executed", 1)  # of another tenant now

@@ -231,7 +231,7 @@ async def test_a_client_that_takes_nothing_is_cut_off(proxies, upstream, valkey)
     assert (retry.header("oncegate-status"), retry.complete) == (b"replayed", True)
     assert retry.body == MIB * 12
     assert len(upstream.received) == 1
-    assert proxy.events("request")[0]["client_left"]
+    assert proxy.events("request")[0]["client_gone"]
 
 
 def resident_bytes(pid: int) -> int:

@@ -57,7 +57,9 @@ class Counts:
         """Wait until they are these: `executed=1, unknown__settled=2`. A request is counted after its answer."""
         wanted = Counter(
             {
-                f'how="{name.removesuffix("__settled")}"' if name.endswith("__settled") else f'outcome="{name}"': count
+                f'settlement="{name.removesuffix("__settled")}"'
+                if name.endswith("__settled")
+                else f'outcome="{name}"': count
                 for name, count in expected.items()
             }
         )
@@ -608,7 +610,7 @@ async def test_an_answer_ended_by_closing_is_stored_whole(size, slow, standing, 
         writer.close()
 
     behind.script = script
-    framed = standing.metric("eof_framed_total")
+    framed = standing.metric("close_delimited_total")
     first = await ask(standing.port, request())
     assert (first.status, first.body, first.complete) == (200, body, True)
     assert (first.header("Connection"), first.header("Content-Length"), first.header("Transfer-Encoding")) == (
@@ -622,7 +624,7 @@ async def test_an_answer_ended_by_closing_is_stored_whole(size, slow, standing, 
         assert (again.status, again.body, again.header("X-A"), again.complete) == (200, body, b"b", True)
         assert again.header("Content-Length") == b"%d" % size
     client.close()
-    assert standing.metric("eof_framed_total") == framed + 1
+    assert standing.metric("close_delimited_total") == framed + 1
     assert (len(behind.received), valkey.states()) == (1, [b"complete"])
     await counts.are(executed=1, stored__settled=1, replayed=2)
 
@@ -708,7 +710,7 @@ async def test_every_ending_is_counted_once(standing, behind, valkey: Valkey, co
     assert len(behind.received) == 200
     outcomes = Counter(kinds[kind][1] for kind in chosen)
     settled = Counter({"lost": "unknown", "truncated": "unknown"}.get(kind, kind) for kind in chosen)
-    await counts.are(**outcomes, **{f"{how}__settled": count for how, count in settled.items()})
+    await counts.are(**outcomes, **{f"{settlement}__settled": count for settlement, count in settled.items()})
     assert Counter(valkey.states()) == Counter({b"complete": settled["stored"], b"unknown": settled["unknown"]})
     assert standing.metric("in_flight") == 0
     assert standing.metric("buffered_bytes") == 0

@@ -97,7 +97,7 @@ async def test_a_failed_renewal_is_not_the_last(fork, upstream, valkey):
     upstream.script = holding(done)
     proxy = await fork(upstream, valkey.url, LEASE_MS=900, FAULT="raise@renew:1", TESTING=1)
     original = asyncio.ensure_future(ask(proxy.port, request()))
-    await until(lambda: proxy.events("a keeper failed and starts anew"))
+    await until(lambda: proxy.events("background task failed, restarting it"))
     await asyncio.sleep(1.8)  # two leases
     assert (await ask(proxy.port, request())).slug == "in-flight"
     done.set()

@@ -139,7 +139,7 @@ async def test_whose_key_it_is(gate, upstream, valkey, desk):
     assert (await desk.show(CANARY, "--scope", listed["scope"]))["id"] == listed["id"]
     assert (await desk.show("--id", listed["id"]))["id"] == listed["id"]
     [line] = [line for line in gate.events("request") if line["outcome"] == "unknown"]
-    assert (await desk.show("--id", line["key"]))["id"] == listed["id"]
+    assert (await desk.show("--id", line["key_id"]))["id"] == listed["id"]
     assert "no record" in (await desk("show", CANARY, code=1)).stderr
     assert "no record" in (await desk("show", CANARY, "--credential", stdin="Authorization: other", code=1)).stderr
     for words, stdin in [

@@ -489,8 +489,8 @@ async def test_rules_are_read_again(proxies, upstream, valkey, tmp_path: Path):
     assert [(await kept.ask(nominated.replace(b"k0", key))).status for key in (b"k8", b"k9")] == [200, 200]
     file.write_text(f'[[rule]]\nname = "b"\npath = "/a"\nupstream = "{second.url}"\nscope = ["header:X-Org"]')
     proxy.signal(signal.SIGHUP)
-    await until(lambda: proxy.events("rules in effect"))
-    assert proxy.events("rules in effect")[-1]["rules"] == ["b"]
+    await until(lambda: proxy.events("rules loaded"))
+    assert proxy.events("rules loaded")[-1]["rules"] == ["b"]
     assert told(await ask(proxy.port, nominated)) == REFUSED
     assert (await kept.ask(nominated)).status == REFUSED[0], "what passed before the rules changed passes no more"
     kept.close()
@@ -500,7 +500,7 @@ async def test_rules_are_read_again(proxies, upstream, valkey, tmp_path: Path):
 
     file.write_text('[[rule]]\nname = "c"\npath = "a"\n[[rule]]\nname = "c"\nretention_s = 0')
     proxy.signal(signal.SIGHUP)
-    bad = "the rules file is not taken over; the rules stay as they are"
+    bad = "rules file rejected, previous rules stay"
     await until(lambda: proxy.events(bad))
     reasons = proxy.events(bad)[-1]["reasons"]
     assert [reason.split(": ")[1:3] for reason in reasons] == [
@@ -515,7 +515,7 @@ async def test_rules_are_read_again(proxies, upstream, valkey, tmp_path: Path):
     assert await first == (418, "released")  # as its rule says, which is no more
     file.write_text("")
     proxy.signal(signal.SIGHUP)
-    await until(lambda: len(proxy.events("rules in effect")) == 2)
+    await until(lambda: len(proxy.events("rules loaded")) == 2)
     assert await post(proxy, "/a", b"x", key="k4") == EXECUTED
     assert len(upstream.received) == 5
     assert await asyncio.to_thread(proxy.stop, 10) == 0
@@ -534,7 +534,7 @@ async def test_a_drain_reaches_every_upstream(proxies, upstream, valkey, tmp_pat
     await until(lambda: second.received)
     file.write_text("")
     proxy.signal(signal.SIGHUP)
-    await until(lambda: proxy.events("rules in effect"))
+    await until(lambda: proxy.events("rules loaded"))
     assert await asyncio.to_thread(proxy.stop, 10) == 1
     assert await first == (502, "unknown")
     assert valkey.states() == [b"unknown"]

@@ -127,7 +127,7 @@ async def test_a_pause_of_the_store_holds_the_answer_back(proxies, upstream, own
     assert (answer.status, answer.body, answer.header("oncegate-status")) == (200, b"ok", b"executed")
     assert (await ask(proxy.port, request())).header("oncegate-status") == b"replayed"
     assert len(upstream.received) == 1
-    assert proxy.metric("settle_repeated_total") > 0
+    assert proxy.metric("store_retries_total") > 0
     assert proxy.metric("claims_lost_total") == 0
 
 
@@ -183,7 +183,7 @@ async def test_an_answer_that_could_not_be_stored(proxies, upstream, own_valkey,
         assert (answer.problem["retryable"], answer.problem["reuse_key"]) == (True, True)
         assert answer.header("x-should-retry") == b"true"
     assert proxy.metric('requests_total{outcome="answer_not_stored"}') == 1
-    assert proxy.metric('settled_total{how="unconfirmed"}') == 1
+    assert proxy.metric('settled_total{settlement="unconfirmed"}') == 1
     await until(lambda: proxy.admin("/readyz")[0] == 200)
     tries = 0
     while (again := await ask(proxy.port, request())).status == 409 and again.slug == "in-flight":
@@ -275,7 +275,7 @@ async def test_a_foreign_token_fences_the_owner(proxies, upstream, own_valkey, s
     assert proxy.metric("claims_lost_total") == 1
     assert len(proxy.events("claim fenced")) == 1
     assert proxy.metric('requests_total{outcome="fenced"}') == 1
-    assert proxy.metric('settled_total{how="fenced"}') == 1
+    assert proxy.metric('settled_total{settlement="fenced"}') == 1
     assert (await ask(proxy.port, request())).slug == "record-corrupt"
     assert len(upstream.received) == 1
 

@@ -17,12 +17,12 @@ def reasons(proxy) -> list[str]:
     return json.loads(proxy.admin("/readyz")[1])["reasons"]
 
 
-def said(proxy, what: str) -> list[dict]:
-    return [line for line in proxy.events("store") if line["what"] == what]
+def said(proxy, kind: str) -> list[dict]:
+    return [line for line in proxy.events("store problem") if line["kind"] == kind]
 
 
-def losses(proxy, how: str) -> float:
-    return proxy.metric(f'store_losses_total{{how="{how}"}}')
+def losses(proxy, kind: str) -> float:
+    return proxy.metric(f'store_losses_total{{kind="{kind}"}}')
 
 
 async def status(proxy, key: str = "key-1", *extra: str) -> tuple[int, bytes | None]:

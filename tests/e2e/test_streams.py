@@ -54,7 +54,7 @@ async def test_each_event_passes_before_the_next_is_sent(proxies, upstream, valk
     assert replay.body == b"".join(EVENTS)
     assert replay.header("content-type") == (None if head == SIZED else head.partition(b"Type: ")[2].split(b"\r\n")[0])
     assert len(upstream.received) == 1
-    assert proxy.metric("eof_framed_total") == (head == UNTIL_CLOSED)
+    assert proxy.metric("close_delimited_total") == (head == UNTIL_CLOSED)
 
 
 async def test_a_dribble_is_kept_whole(proxies, upstream, valkey):

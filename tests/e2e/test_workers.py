@@ -237,8 +237,8 @@ async def test_a_hangup_reaches_every_worker(proxies, upstream, valkey, tmp_path
     first = workers(proxy)
     rules.write_text('[[rule]]\nname = "b"\n')
     proxy.signal(signal.SIGHUP)
-    await until(lambda: len(proxy.events("rules in effect")) == 2)
-    told = {line["worker"]: line["rules"] for line in proxy.events("rules in effect")}
+    await until(lambda: len(proxy.events("rules loaded")) == 2)
+    told = {line["worker"]: line["rules"] for line in proxy.events("rules loaded")}
     assert told == {1: ["b"], 2: ["b"]}
     assert workers(proxy) == first
     assert proxy.stop() == 0

@@ -22,6 +22,7 @@ from oncegate.keys.digests import Scope
 from oncegate.messages.problems import Problem, problem
 from oncegate.messages.request_head import with_fence
 from oncegate.messages.response_head import ResponseHead
+from oncegate.observe.labels import SETTLEMENTS, SettlementLabel
 from oncegate.observe.outcome import BY_LABEL, Outcome
 from oncegate.rules.policy import Policy
 from oncegate.store.leases import LeasedClaim, Leases, suspended_clock_s
@@ -55,7 +56,7 @@ class ExchangeDeps:
     pool: Pool
     buffered: MemoryBudget
     background: Callable[[Coroutine[Any, Any, Any]], None]
-    settled: Callable[[str], None]
+    settled: Callable[[SettlementLabel], None]
     close_delimited: Callable[[], None]
     silence_s: float
     reuse_idle_s: float
@@ -337,9 +338,9 @@ class Exchange:
         """Report what is noteworthy, and wake those who wait for this key."""
         status = settled.status
         nothing_done = status in (SettleStatus.FENCED, SettleStatus.UNCONFIRMED)
-        self._deps.settled(status.value if nothing_done else how.label)
+        self._deps.settled(SETTLEMENTS[status.value if nothing_done else how.label])
         if settled.record_was_gone:
-            self._deps.settled("lost")
+            self._deps.settled(SettlementLabel.LOST)
             self._deps.leases.report("lost", self._held)
         if status is SettleStatus.FENCED:
             self._deps.leases.report("fenced", self._held)

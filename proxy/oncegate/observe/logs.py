@@ -1,4 +1,4 @@
-"""Logs: one JSON object a line on standard error, or lines for people; and the access line."""
+"""Logs: one JSON object a line on standard error, or lines for people; and the access log."""
 
 import asyncio
 import functools
@@ -6,7 +6,6 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,18 +14,21 @@ import structlog
 from oncegate.keys.digests import key_id
 from oncegate.observe.outcome import Outcome, RequestReport
 
-FIELDS = ("outcome", "method", "status", "key", "ms", "upstream_ms", "client_left")
-PLAIN = frozenset(one.label for one in (Outcome.EXECUTED, Outcome.PASSTHROUGH))  # what `notable` leaves out
-# What deserves a person's look beyond the request itself.
+# The fields that every access line has, in their order; `detail` and `rule` follow where they are known.
+FIELDS = ("outcome", "method", "status", "key_id", "duration_ms", "upstream_ms", "client_gone")
+# Outcomes that `notable` leaves out.
+PLAIN = frozenset(outcome.label for outcome in (Outcome.EXECUTED, Outcome.PASSTHROUGH))
+# Outcomes that deserve a person's attention beyond the request itself; their lines are errors.
 ALARMING = frozenset(
-    one.label for one in (Outcome.RECORD_CORRUPT, Outcome.FAILED, Outcome.FENCED, Outcome.ANSWER_NOT_STORED)
+    outcome.label for outcome in (Outcome.RECORD_CORRUPT, Outcome.FAILED, Outcome.FENCED, Outcome.ANSWER_NOT_STORED)
 )
-
-Log = Callable[..., None]
 
 
 def configure(level: str, layout: str) -> Any:
-    """Set logging up for the process and return its logger. aiohttp's and asyncio's messages come this way too."""
+    """Set up logging for this process and return its logger. Messages of aiohttp and asyncio take the same format.
+
+    `level` is the least level that is written, `layout` is "json" or "console".
+    """
     renderer = structlog.processors.JSONRenderer() if layout == "json" else structlog.dev.ConsoleRenderer(colors=False)
     shared: list[Any] = [
         structlog.processors.add_log_level,
@@ -46,35 +48,38 @@ def configure(level: str, layout: str) -> Any:
 
 
 class AccessLog:
-    """Writes one line a request: `off`, `notable` (all but plain executions and pass-through) or `all`.
+    """Writes one line for each request: `off`, `notable` (all but PLAIN outcomes) or `all`.
 
-    The lines of one turn of the event loop leave in one write, as JSON without the logger's processors:
-    through them a line cost a fifth of a replay (measured).
+    JSON lines skip the logger's processors, and the lines of one turn of the event loop leave in one write: through
+    the processors a line costs a fifth of a replay (measured).
     """
 
-    def __init__(self, logger: Any, which: str, level: str, layout: str, loop: asyncio.AbstractEventLoop) -> None:
-        self._logger, self._json, self._loop = logger, layout == "json", loop
-        self._left_out = PLAIN if which == "notable" else frozenset[str]()
-        self._levels = () if which == "off" else [name for name in ("info", "error") if _is_shown(name, level)]
+    def __init__(self, logger: Any, selection: str, level: str, layout: str, loop: asyncio.AbstractEventLoop) -> None:
+        self._logger, self._is_json, self._loop = logger, layout == "json", loop
+        self._left_out = PLAIN if selection == "notable" else frozenset[str]()
+        self._levels = () if selection == "off" else [name for name in ("info", "error") if _is_shown(name, level)]
         self._lines: list[str] = []
+        # The second that was formatted last, and its text.
         self._second, self._date = 0, ""
 
-    def __call__(self, report: RequestReport, seconds: float, client_left: bool) -> None:
-        word = report.outcome.label
-        level = "error" if word in ALARMING else "info"
-        if word in self._left_out or level not in self._levels:
+    def __call__(self, report: RequestReport, seconds: float, client_gone: bool) -> None:
+        """Log one request that took `seconds`, unless its outcome or level is left out."""
+        label = report.outcome.label
+        level = "error" if label in ALARMING else "info"
+        if label in self._left_out or level not in self._levels:
             return
         _, status, method, key, upstream_s, _, _, _, detail, rule, _ = report
-        shown = (word, method, status, key_id(key) if key else "", seconds * 1000, upstream_s * 1000, client_left)
+        values = (label, method, status, key_id(key) if key else "", seconds * 1000, upstream_s * 1000, client_gone)
         more = {name: value for name, value in (("detail", detail), ("rule", rule)) if value} if detail or rule else {}
-        if self._json:
-            self._add(_as_json(shown, more, level, self._stamp()))
+        if self._is_json:
+            self._add(_as_json(values, more, level, self._timestamp()))
         else:
-            line = dict(zip(FIELDS, shown, strict=True), ms=round(shown[4], 2), upstream_ms=round(shown[5], 2))
+            line: dict[str, Any] = dict(zip(FIELDS, values, strict=True))
+            line.update(duration_ms=round(seconds * 1000, 2), upstream_ms=round(upstream_s * 1000, 2))
             getattr(self._logger, level)("request", **line, **more)
 
-    def _stamp(self) -> str:
-        """Return the time; what is the same for a whole second is written once a second."""
+    def _timestamp(self) -> str:
+        """Return the time in UTC, as RFC 3339 writes it. The part up to the second is formatted once a second."""
         now = time.time()
         second = int(now)
         if second != self._second:
@@ -88,21 +93,26 @@ class AccessLog:
         self._lines.append(line)
 
     def flush(self) -> None:
-        """Write what is waiting."""
+        """Write the lines that are waiting."""
         if self._lines:
             sys.stderr.write("\n".join((*self._lines, "")))
             sys.stderr.flush()
             self._lines.clear()
 
 
-def _as_json(shown: tuple[Any, ...], more: dict[str, str], level: str, stamp: str) -> str:
-    """Return the line. Words are quoted once, only a detail can be anything: 5 us less than json.dumps (measured)."""
-    word, method, status, key, ms, upstream_ms, client_left = shown
+def _as_json(values: tuple[Any, ...], more: dict[str, str], level: str, timestamp: str) -> str:
+    """Return one access line; `values` are those of FIELDS.
+
+    Methods and names are quoted once and remembered, only the values of `more` can be anything. That costs 5 us less
+    than json.dumps of the whole line (measured).
+    """
+    outcome, method, status, key_id, duration_ms, upstream_ms, client_gone = values
     further = "".join([f"{_quoted(name)}: {json.dumps(value)}, " for name, value in more.items()]) if more else ""
     return (
-        f'{{"outcome": "{word}", "method": {_quoted(method)}, "status": {status}, "key": "{key}", '
-        f'"ms": {ms:.2f}, "upstream_ms": {upstream_ms:.2f}, "client_left": {"true" if client_left else "false"}, '
-        f'{further}"event": "request", "level": "{level}", "timestamp": "{stamp}"}}'
+        f'{{"outcome": "{outcome}", "method": {_quoted(method)}, "status": {status}, "key_id": "{key_id}", '
+        f'"duration_ms": {duration_ms:.2f}, "upstream_ms": {upstream_ms:.2f}, '
+        f'"client_gone": {"true" if client_gone else "false"}, '
+        f'{further}"event": "request", "level": "{level}", "timestamp": "{timestamp}"}}'
     )
 
 

@@ -23,8 +23,9 @@ from oncegate.gateway.waiters import Waiters
 from oncegate.keys.digests import Digests, identity_settings, key_id
 from oncegate.messages.admission import Admission
 from oncegate.observe.admin import serve_admin
+from oncegate.observe.labels import STORE_LOSSES
 from oncegate.observe.logs import AccessLog
-from oncegate.observe.metrics import LOSSES, Metrics
+from oncegate.observe.metrics import Metrics
 from oncegate.observe.outcome import RequestReport
 from oncegate.rules.loading import load as load_rules
 from oncegate.rules.model import Rule, Rules, Upstream
@@ -94,7 +95,7 @@ class Service:
             timeout_ms=settings.store_timeout_ms,
             patience_s=settings.settle_timeout_s,
             observe=self.metrics.store_call,
-            repeated=self.metrics.store_repeat,
+            repeated=self.metrics.store_retried,
             background=self._in_background,
             log=logger.warning,
             durability=settings.durability,
@@ -169,7 +170,7 @@ class Service:
             trusted=settings.trusted_proxies,
             max_in_flight=settings.max_in_flight,
             observe=self._observe,
-            failed=lambda error: self._log.error("a request failed", exc_info=error),
+            failed=lambda error: self._log.error("request failed", exc_info=error),
         )
 
     def _gate(self, rules: Rules) -> Admission:
@@ -218,12 +219,12 @@ class Service:
             routes = self._routes(rules)
         except (SettingsError, OSError) as error:  # OSError: what OpenSSL makes of a certificate
             reasons = error.errors if isinstance(error, SettingsError) else [str(error)]
-            self._log.error("the rules file is not taken over; the rules stay as they are", reasons=reasons)
+            self._log.error("rules file rejected, previous rules stay", reasons=reasons)
             return
         self._gateway.follow(self._gate(rules), routes)
         self._naming = rules.naming
         self._pools.keep(rule.upstream for rule in rules)
-        self._log.info("rules in effect", rules=[rule.name for rule in rules.rules])
+        self._log.info("rules loaded", rules=[rule.name for rule in rules.rules])
 
     # What the parts report ...
 
@@ -234,20 +235,20 @@ class Service:
     def _report(self, what: str, claim: Claim) -> None:
         """Say that a claim vanished or was taken: somebody else may have executed the same key."""
         self.metrics.claim_lost()
-        self._log.error(f"claim {what}", key=key_id(claim.key), fence=claim.fence.decode())
+        self._log.error(f"claim {what}", key_id=key_id(claim.key), fence=claim.fence.decode())
 
-    def _watched(self, what: str, text: str) -> None:
-        """Say what the watch of the store found: a loss, or replicas that name keys in another way."""
-        if what in LOSSES:
-            self.metrics.store_lost(what)
-        elif what == "accepted":
+    def _watched(self, kind: str, detail: str) -> None:
+        """Log a problem of the store: a loss of data, or proxies that name keys in another way."""
+        if (loss := STORE_LOSSES.get(kind)) is not None:
+            self.metrics.store_lost(loss)
+        elif kind == "accepted":
             self.metrics.identity_accepted()
-        write = self._log.error if what in ALARMING else self._log.warning
-        write("store", what=what, detail=text)
+        write = self._log.error if kind in ALARMING else self._log.warning
+        write("store problem", kind=kind, detail=detail)
 
     def _broke(self) -> None:
-        self.metrics.store_broke()
-        self._log.error("claims are given up on until the store answers again")
+        self.metrics.breaker_opened()
+        self._log.error("store circuit breaker opened")
 
     def _in_background(self, work: Coroutine[Any, Any, Any]) -> None:
         """Finish something behind the client's back; the drain waits for it."""
@@ -310,7 +311,7 @@ class Service:
             try:
                 await keeper()
             except Exception as error:
-                self._log.error("a keeper failed and starts anew", exc_info=error)
+                self._log.error("background task failed, restarting it", exc_info=error)
                 await asyncio.sleep(KEEP_AGAIN_S)
 
     @property

@@ -366,4 +366,4 @@ class Cluster:
 
     def _log_failover(self, place: Place, node: Node, view: View) -> None:
         now = next((other for other, ranges in view.masters.items() if node.tag == tag_within(ranges, node.tag)), "")
-        self._terms.log("the store failed over", was=place, now=now)
+        self._terms.log("store failed over", was=place, now=now)

@@ -144,7 +144,7 @@ class SentinelNode(Node):
     def _moved(self, at: Place) -> None:
         was, self._at = self._at, at
         if was is not None and was != at:
-            self._log("the store failed over", service=self._service, was=f"{was[0]}:{was[1]}", now=f"{at[0]}:{at[1]}")
+            self._log("store failed over", service=self._service, was=f"{was[0]}:{was[1]}", now=f"{at[0]}:{at[1]}")
             self._leave_others(at)
 
     def _leave_others(self, named: Place) -> None:
