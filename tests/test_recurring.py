@@ -19,7 +19,8 @@ from oncegate.messages.admission import Admission, Refused
 from oncegate.messages.head_cache import IN_VAIN, MOST, MOST_BYTES, RecentHeads
 from oncegate.messages.problems import refusal
 from oncegate.messages.response_head import ResponseHead
-from oncegate.upstream.connection import Connection, UpstreamLost
+from oncegate.upstream.connection import Connection
+from oncegate.upstream.errors import UpstreamLost
 from oncegate.upstream.pool import Pool
 
 DATE = re.compile(rb"Date: [^\r]*")
@@ -304,7 +305,7 @@ def answered(came: list[tuple[list[bytes], bool]], table: RecentHeads[ResponseHe
             max_connections=9,
             buffered=MemoryBudget(1 << 20),
         )
-        pool.known = table
+        pool.recent_heads = table
         saw: list[object] = []
         ours, theirs = socket.socketpair()
         with ours, theirs:
@@ -313,20 +314,29 @@ def answered(came: list[tuple[list[bytes], bool]], table: RecentHeads[ResponseHe
                 if connection is None:
                     connection = Connection(pool)
                     connection.connection_made(Wire(ours))
-                    pool._readable.unregister(ours)
+                    pool._epoll.unregister(ours)
                 connection.send(b"GET / HTTP/1.1\r\n\r\n", b"", head_only)
                 for segment in segments:
                     connection.data_received(segment)
                 try:
-                    connection.arrival(0).add_done_callback(asyncio.Future.exception)  # nobody waits
+                    connection.next_arrival(0).add_done_callback(asyncio.Future.exception)  # nobody waits
                     failed = ""
                 except UpstreamLost as lost:
                     failed = str(lost)
-                head, reusable = connection.answer, connection.reusable
-                saw.append((head, connection.take(), connection.complete, reusable, failed, pool.buffered.used))
+                head, reusable = connection.response.head, connection.is_reusable
+                saw.append(
+                    (
+                        head,
+                        connection.take_body(),
+                        connection.response.is_complete,
+                        reusable,
+                        failed,
+                        pool.buffered.used,
+                    )
+                )
                 connection = connection if reusable else None
                 if connection is not None:
-                    connection.rest()
+                    connection.become_idle()
         pool.close()
         return saw
 

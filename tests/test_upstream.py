@@ -21,7 +21,8 @@ import uvloop
 from loadtest.ports import free_port
 from oncegate.buffers.memory import MemoryBudget
 from oncegate.messages.response_head import ResponseHead
-from oncegate.upstream.connection import Connection, NotSent, UpstreamLost
+from oncegate.upstream.connection import Connection
+from oncegate.upstream.errors import NotSent, UpstreamLost
 from oncegate.upstream.pool import Pool, client_tls
 from tests.parts import CHUNKED, LAST_CHUNK, Blackhole, Raw, Talk, abort, chunk, serving, until
 
@@ -77,9 +78,9 @@ async def sent(pool: Pool, head_only: bool = False, reuse_idle_s: float = 60) ->
 
 async def answer_of(connection: Connection, silence_s: float = 20) -> tuple[ResponseHead, bytes]:
     """Return a whole answer."""
-    head = await connection.head(silence_s)
+    head = await connection.wait_for_head(silence_s)
     body = b""
-    while data := await connection.chunk(silence_s):
+    while data := await connection.next_chunk(silence_s):
         body += data
     return head, body
 
@@ -246,10 +247,10 @@ async def test_an_address_is_not_looked_up():
     program = """
 import asyncio, sys, uvloop
 from pathlib import Path
-from oncegate.buffers.memory import Buffered
+from oncegate.buffers.memory import MemoryBudget
 from oncegate.upstream.pool import Pool
 async def main(port):
-    options = dict(connect_timeout_s=10.0, connect_retries=0, max_connections=8, buffered=Buffered(1 << 20))
+    options = dict(connect_timeout_s=10.0, connect_retries=0, max_connections=8, buffered=MemoryBudget(1 << 20))
     pool = Pool("127.0.0.1", port, None, **options)
     connection = await pool.acquire(60)
     print(connection.transport.get_extra_info("peername")[1] == port, len([*Path("/proc/self/task").iterdir()]))
@@ -367,11 +368,11 @@ async def test_over_tls_the_end_of_a_paused_answer_is_seen(notify, patient, stat
     answer = HEAD + length + b"\r\n" + b"a" * size
     with TlsOnce(server_tls(anyone), answer, notify=notify, patient=patient) as server:
         async with pool_to(server.port, trusting) as pool, sent(pool) as connection:
-            await connection.head(20)
+            await connection.wait_for_head(20)
             await asyncio.sleep(0.1)  # the rest and the end of the connection come while nobody takes anything
             got = 0
             with contextlib.nullcontext() if notify or stated else pytest.raises(UpstreamLost):
-                while data := await connection.chunk(20):
+                while data := await connection.next_chunk(20):
                     got += len(data)
             assert got == size
 
@@ -464,10 +465,10 @@ async def test_a_connection_that_was_paused_is_read_again():
     """Whoever paused it for a slow client need not have asked for more: the next answer on it comes all the same."""
     async with serving(says(OK)) as raw, pool_to(raw.port) as pool:
         async with asyncio.timeout(10), sent(pool) as connection:
-            while not connection.complete:
-                await connection.arrival(10)
-            assert connection.take() == b"ok"
-            connection.pause()
+            while not connection.response.is_complete:
+                await connection.next_arrival(10)
+            assert connection.take_body() == b"ok"
+            connection.pause_reading()
         assert await ask(pool) == (200, b"ok")
         assert raw.accepted == 1
 
@@ -478,7 +479,7 @@ async def test_connections_that_nobody_uses_again_are_closed():
         await asyncio.gather(*[ask(pool) for _ in range(5)])
         assert raw.accepted == 5
         async with asyncio.timeout(10):
-            while pool._open:
+            while pool._open_count:
                 await asyncio.sleep(0.02)
         assert pool._idle == []
         await ask(pool)
@@ -602,7 +603,7 @@ async def test_bytes_right_after_an_answer_close_the_connection():
         async with sent(pool) as connection:
             assert (await answer_of(connection))[1] == b"ok"
             surplus.set()
-            await until(lambda: connection.transport is None or not connection.reusable)
+            await until(lambda: connection.transport is None or not connection.is_reusable)
         assert await ask(pool) == (200, b"ok")
         assert raw.accepted == 2
 
@@ -649,7 +650,7 @@ async def test_each_interim_answer_is_a_sign_of_life():
             writer.write(b"HTTP/1.1 102 \r\n\r\n" if number < 3 else OK)
 
     async with serving(talk) as raw, pool_to(raw.port) as pool, sent(pool) as connection:
-        assert (await connection.head(20, moved)).status == 200
+        assert (await connection.wait_for_head(20, moved)).status == 200
     assert heard == 3
 
 
@@ -1028,9 +1029,9 @@ async def test_an_answer_that_does_not_end_within_the_window_goes_on(pause_s):
         async def one(number: int) -> None:
             await asyncio.sleep(number / 1000)  # windows that end at different fractions of a second
             async with sent(pool) as connection:
-                await connection.head(20)
-                assert await connection.whole(65536, 0.05) is (pause_s == 0)
-                assert await connection.chunk(20) == b"ok"
+                await connection.wait_for_head(20)
+                assert await connection.completes_within(0.05, 65536) is (pause_s == 0)
+                assert await connection.next_chunk(20) == b"ok"
 
         await asyncio.gather(*[one(number) for number in range(40)])
 
@@ -1040,8 +1041,8 @@ async def test_a_small_answer_is_whole_only_up_to_a_size():
     for size, small in ((1000, True), (1001, False)):
         answer = CHUNKED + chunk(b"a" * size) + LAST_CHUNK
         async with serving(says(answer)) as raw, pool_to(raw.port) as pool, sent(pool) as connection:
-            await connection.head(20)
-            assert await connection.whole(1000, 10) is small
+            await connection.wait_for_head(20)
+            assert await connection.completes_within(10, 1000) is small
 
 
 # Back-pressure ...
@@ -1065,13 +1066,13 @@ async def test_a_slow_consumer_bounds_what_is_held(framing):
     buffered = MemoryBudget(1 << 28)
     async with serving(talk) as raw, pool_to(raw.port, buffered=buffered) as pool:
         async with sent(pool) as connection:
-            await connection.head(20)
-            await until(lambda: connection.buffered > BATCH)
+            await connection.wait_for_head(20)
+            await until(lambda: connection.response.buffered_bytes > BATCH)
             for _ in range(20):
                 await asyncio.sleep(0.01)
-                assert connection.buffered == buffered.used <= MIB
+                assert connection.response.buffered_bytes == buffered.used <= MIB
             got = 0
-            while data := await connection.chunk(20):
+            while data := await connection.next_chunk(20):
                 got += len(data)
                 assert len(data) <= MIB
             assert got == size
@@ -1083,11 +1084,11 @@ async def test_over_the_workers_limit_less_is_held():
     buffered = MemoryBudget(limit=BATCH, used=BATCH)
     async with serving(says(HEAD + b"Content-Length: 8388608\r\n\r\n" + b"a" * 8 * MIB)) as raw:
         async with pool_to(raw.port, buffered=buffered) as pool, sent(pool) as connection:
-            await connection.head(20)
-            await until(lambda: connection.buffered > 65536)
+            await connection.wait_for_head(20)
+            await until(lambda: connection.response.buffered_bytes > 65536)
             await asyncio.sleep(0.1)
-            assert connection.buffered <= 2 * BATCH
-            assert len(await connection.chunk(20)) <= 2 * BATCH
+            assert connection.response.buffered_bytes <= 2 * BATCH
+            assert len(await connection.next_chunk(20)) <= 2 * BATCH
         assert buffered.used == BATCH
 
 
@@ -1098,8 +1099,8 @@ async def test_an_answer_given_up_gives_its_room_back():
     async with serving(says(answer)) as raw, pool_to(raw.port, buffered=buffered, max_connections=1) as pool:
         for cut in (False, True):
             async with sent(pool) as connection:
-                await connection.head(20)
-                await until(lambda one=connection: one.buffered)
+                await connection.wait_for_head(20)
+                await until(lambda one=connection: one.response.buffered_bytes)
                 if cut:
                     assert pool.cut("shut down") == 1
                     with pytest.raises(UpstreamLost):
@@ -1153,7 +1154,7 @@ async def test_a_body_that_breaks_off_never_looks_whole(chunked):
         connection = await pool.acquire(0)
         connection.send_stream(b"POST / HTTP/1.1\r\n\r\n", breaking(), chunked=chunked)
         with pytest.raises(UpstreamLost):
-            await connection.head(20)
+            await connection.wait_for_head(20)
         pool.release(connection)
         await until(lambda: raw.finished == 1)
     assert not any(body.endswith(b"0\r\n\r\n") for body in ended)

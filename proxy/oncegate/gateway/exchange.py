@@ -29,7 +29,8 @@ from oncegate.store.leases import LeasedClaim, Leases, suspended_clock_s
 from oncegate.store.record import Claim, StoredResponse
 from oncegate.store.results import SettleResult, SettleStatus, Unconfirmed
 from oncegate.store.store import Settling, Store
-from oncegate.upstream.connection import Connection, NotSent, UpstreamLost
+from oncegate.upstream.connection import Connection
+from oncegate.upstream.errors import NotSent, UpstreamLost
 from oncegate.upstream.pool import Pool
 
 SMALL_BYTES = 65536  # an answer up to this whose end comes within
@@ -137,11 +138,11 @@ class Exchange:
         began, silence_s = time.perf_counter(), self._deps.silence_s
         try:
             self._send(connection)
-            if connection.answer is None:
-                await connection.arrival(silence_s)
-            head = connection.answer or await connection.head(silence_s, self._touch)
+            if connection.response.head is None:
+                await connection.next_arrival(silence_s)
+            head = connection.response.head or await connection.wait_for_head(silence_s, self._touch)
             if self._is_small(head) and (
-                connection.is_small(SMALL_BYTES) or await connection.whole(SMALL_BYTES, SMALL_S)
+                connection.is_complete_in(SMALL_BYTES) or await connection.completes_within(SMALL_S, SMALL_BYTES)
             ):
                 return self._take(connection)
             return await self._stream(connection, head)
@@ -241,7 +242,7 @@ class Exchange:
         return head.bodiless or ((head.length or 0) <= SMALL_BYTES and not head.is_event_stream)
 
     def _take(self, connection: Connection) -> Ending:
-        self._whole = whole = connection.take()
+        self._whole = whole = connection.take_body()
         return ending(self._disposition, len(whole) <= self._policy.max_stored_bytes and not self._deps.store.full())
 
     async def _stream(self, connection: Connection, head: ResponseHead) -> Ending:
@@ -249,7 +250,7 @@ class Exchange:
         client, silence_s = self._client, self._deps.silence_s
         block = head.forwarded_block + STATUS[self._outcome.label]
         client.begin(head.status, head.reason, block, length=head.length, stated=True, eof=head.close_delimited)
-        while data := await connection.chunk(silence_s):
+        while data := await connection.next_chunk(silence_s):
             client.write(data)
             if recording is not None:
                 recording.add(data)
@@ -257,7 +258,7 @@ class Exchange:
                 if recording.state in BROKEN:
                     return Ending.TRUNCATED
             if client.backlog:
-                connection.pause()  # a slow client holds one piece, not two
+                connection.pause_reading()  # a slow client holds one piece, not two
                 while not await client.taken():
                     self._touch()
             self._touch()

@@ -11,7 +11,8 @@ from oncegate.messages.head_cache import BufferedBody
 from oncegate.messages.problems import problem, refusal
 from oncegate.messages.response_head import ResponseHead
 from oncegate.observe.outcome import BY_LABEL, Outcome
-from oncegate.upstream.connection import Connection, NotSent, UpstreamLost
+from oncegate.upstream.connection import Connection
+from oncegate.upstream.errors import NotSent, UpstreamLost
 from oncegate.upstream.pool import REUSE_IDLE_S, Pool
 
 
@@ -52,12 +53,14 @@ async def relay(
         else:
             blocks = content.stream() if isinstance(content, Body) else stream(content, client.pace)
             connection.send_stream(head, blocks, chunked=length is None, head_only=method == "HEAD")
-        outcome = await pass_on(client, connection, await connection.head(silence_s), silence_s, mark)
+        outcome = await pass_on(client, connection, await connection.wait_for_head(silence_s), silence_s, mark)
     except UpstreamLost as lost:
         outcome = fail(client, lost, mark)
     finally:
         pool.release(connection)
-    return Relayed(outcome, connection.answer.status if connection.answer else 0, time.perf_counter() - began)
+    return Relayed(
+        outcome, connection.response.head.status if connection.response.head else 0, time.perf_counter() - began
+    )
 
 
 async def pass_on(
@@ -65,22 +68,22 @@ async def pass_on(
 ) -> Outcome:
     """Hand an answer on as it comes and return how it went. Raises UpstreamLost."""
     block = head.forwarded_block + mark
-    if connection.complete:
+    if connection.response.is_complete:
         client.send(
             head.status,
             head.reason,
             block,
-            connection.take(),
+            connection.take_body(),
             stated_length=head.length is not None,
             bodiless=head.bodiless,
             close_delimited=head.close_delimited,
         )
         return Outcome.PASSTHROUGH
     client.begin(head.status, head.reason, block, length=head.length, stated=True, eof=head.close_delimited)
-    while data := await connection.chunk(silence_s):
+    while data := await connection.next_chunk(silence_s):
         client.write(data)
         if client.backlog:
-            connection.pause()  # a slow client holds one piece, not two
+            connection.pause_reading()  # a slow client holds one piece, not two
             while not await client.taken():
                 pass
         if client.gone:

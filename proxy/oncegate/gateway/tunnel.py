@@ -10,7 +10,8 @@ from oncegate.gateway.relay import Relayed, fail, pass_on
 from oncegate.messages.problems import problem
 from oncegate.messages.request_head import SWITCHING
 from oncegate.observe.outcome import Outcome
-from oncegate.upstream.connection import Connection, NotSent, UpstreamLost
+from oncegate.upstream.connection import Connection
+from oncegate.upstream.errors import NotSent, UpstreamLost
 from oncegate.upstream.pool import REUSE_IDLE_S, Pool
 
 HIGH_WATER = 65536  # bytes of a client that wait for the upstream, at which reading pauses
@@ -51,7 +52,7 @@ class _Upstreamward:
                 await self._changed.wait()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LAST_S):
-                await connection.drained()
+                await connection.wait_until_written()
         connection.fail(CLOSES_NOW)
 
 
@@ -68,7 +69,7 @@ async def tunnel(request: Request, client: ResponseWriter, pool: Pool, head: byt
     began = time.perf_counter()
     try:
         connection.send_upgrade(head.removesuffix(b"\r\n") + SWITCHING + b"\r\n")
-        answer = await connection.head(silence_s)
+        answer = await connection.wait_for_head(silence_s)
         if answer.status == 101:
             client.switch(answer.forwarded_block + SWITCHING)
             outcome = await _splice(request, client, connection, silence_s)
@@ -78,7 +79,9 @@ async def tunnel(request: Request, client: ResponseWriter, pool: Pool, head: byt
         outcome = fail(client, lost)
     finally:
         pool.release(connection)
-    return Relayed(outcome, connection.answer.status if connection.answer else 0, time.perf_counter() - began)
+    return Relayed(
+        outcome, connection.response.head.status if connection.response.head else 0, time.perf_counter() - began
+    )
 
 
 async def _splice(request: Request, client: ResponseWriter, connection: Connection, silence_s: float) -> Outcome:
@@ -86,7 +89,7 @@ async def _splice(request: Request, client: ResponseWriter, connection: Connecti
     sending = asyncio.get_running_loop().create_task(upstreamward.run(connection, silence_s))
     request.protocol.set_parser(upstreamward)  # all that is called is there
     try:
-        while data := await connection.chunk(silence_s):
+        while data := await connection.next_chunk(silence_s):
             client.write(data)
             while not await client.taken():
                 pass

@@ -1,4 +1,4 @@
-"""The upstream: a pool of connections to one origin. Nothing else opens connections to it."""
+"""The pool of connections to one origin of an upstream. Nothing else opens connections to it."""
 
 import asyncio
 import random
@@ -14,16 +14,25 @@ from oncegate.buffers.memory import MemoryBudget
 from oncegate.buffers.write_batcher import write_batcher
 from oncegate.messages.head_cache import RecentHeads
 from oncegate.messages.response_head import ResponseHead
-from oncegate.upstream.connection import Connection, NotSent, UpstreamLost
+from oncegate.upstream.connection import Connection
+from oncegate.upstream.errors import NotSent, UpstreamLost
 
+# How often deadlines are checked.
 SWEEP_S = 0.05
-BACKOFF_FIRST_S, BACKOFF_MOST_S = 0.05, 1.0
+# The longest pause before the second attempt to connect, and before any.
+BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.05, 1.0
+# How long the next address of a name waits for the one before (RFC 8305, section 8).
+HAPPY_EYEBALLS_DELAY_S = 0.25
 # Many servers (Node, uvicorn) close a connection after 5 s of idleness; a request must not meet that.
 REUSE_IDLE_S = 4.0
 
 
 class Pool:
-    """The pool of connections to one origin."""
+    """The pool of connections to one origin. Times in seconds.
+
+    `max_connections` bounds open connections, idle ones included. An idle connection is closed after `keep_idle_s`.
+    `buffered` is the memory budget that the bodies of responses count in.
+    """
 
     def __init__(
         self,
@@ -39,29 +48,34 @@ class Pool:
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.buffered, self.write_batcher = buffered, write_batcher(self.loop)
-        self.known = RecentHeads[ResponseHead]()  # heads of answers
+        # Heads of responses that came before.
+        self.recent_heads = RecentHeads[ResponseHead]()
         self._host, self._port, self._tls = host, port, tls
         self._connect_timeout_s, self._connect_retries = connect_timeout_s, connect_retries
         self._max_connections, self._keep_idle_s = max_connections, keep_idle_s
-        self._idle: list[Connection] = []  # the longest idle first
-        self._readable = select.epoll()
-        # What was found in this turn of the loop, and how many of the idle ones have been idle since before.
-        self._touched, self._looked, self._looks_again = set[int](), 0, False
-        self._open = 0
+        # The longest idle first.
+        self._idle: list[Connection] = []
+        self._epoll = select.epoll()
+        # The sockets that had something to read when this turn of the loop asked, and how many connections at the
+        # beginning of `_idle` that answer covers. 0: it has to be asked again.
+        self._readable, self._checked = set[int](), 0
+        self._is_recheck_due = False
+        self._open_count = 0
         self._queue: deque[asyncio.Future[None]] = deque()
         self._active: set[Connection] = set()
         self._connecting: set[asyncio.Timeout] = set()
         self._sweeper: asyncio.TimerHandle | None = None
         self._reaper: asyncio.TimerHandle | None = None
-        self.shut = False  # nothing is sent any more
+        # After `cut`: nothing is sent any more.
+        self.shut = False
 
     async def acquire(self, reuse_idle_s: float) -> Connection:
-        """Return a connection that nothing was sent on yet, reused only if idle for less than `reuse_idle_s`.
+        """Return a connection that no byte of a request is on, reused only if idle for less than `reuse_idle_s`.
 
-        Raises NotSent when none could be had within the connect timeout, waiting in the queue included.
+        Raises NotSent when there is none within the connect timeout, the wait in the queue included.
         """
-        if (ready := self.ready(reuse_idle_s)) is not None:
-            return ready
+        if (connection := self.ready(reuse_idle_s)) is not None:
+            return connection
         if self.shut:
             raise NotSent("the proxy was shut down")
         try:
@@ -74,37 +88,25 @@ class Pool:
             self._connecting.discard(limit)
 
     def ready(self, reuse_idle_s: float) -> Connection | None:
-        """Return a connection that can be had at once, None where one has to be waited for."""
+        """Return an idle connection at once, None where `acquire` has to wait for one."""
         return None if self._queue or self.shut else self._reuse(reuse_idle_s)
-
-    def opened(self, descriptor: int) -> None:
-        """Look at this socket, too, from now on. The kernel forgets it when it is closed."""
-        self._readable.register(descriptor, select.EPOLLIN)
 
     def release(self, connection: Connection) -> None:
         """Take a connection back: kept for the next request if this one left it clean, else closed."""
         self._active.discard(connection)
-        if connection.reusable:
-            connection.rest()
+        if connection.is_reusable:
+            connection.become_idle()
             self._idle.append(connection)
             if self._reaper is None:
                 self._reaper = self.loop.call_later(self._keep_idle_s, self._reap)
         else:
-            connection.drop_body()
+            connection.discard_body()
             self._discard(connection)
         if self._queue:
-            self._next()
-
-    def forget(self, connection: Connection) -> None:
-        """Close an idle connection on which something happened; one in use is closed on its release."""
-        if connection in self._idle:
-            self._idle.remove(connection)
-            self._looked = 0
-            self._discard(connection)
-            self._next()
+            self._wake_first()
 
     def cut(self, detail: str) -> int:
-        """Fail every connection that is under way or still being made, and return how many there were; give no more."""
+        """Fail every exchange and every attempt to connect, and return their number. No connection is given after."""
         self.shut = True
         active, connecting = list(self._active), list(self._connecting)
         for connection in active:
@@ -115,6 +117,7 @@ class Pool:
         return len(active) + len(connecting)
 
     def close(self) -> None:
+        """Close all connections."""
         for connection in [*self._idle, *self._active]:
             connection.close()
         self._idle.clear()
@@ -122,16 +125,32 @@ class Pool:
             if timer is not None:
                 timer.cancel()
 
+    # What connections report ...
+
+    def opened(self, descriptor: int) -> None:
+        """Watch this socket as well. The kernel forgets it when it is closed."""
+        self._epoll.register(descriptor, select.EPOLLIN)
+
+    def forget(self, connection: Connection) -> None:
+        """Close an idle connection on which something came; one in use is closed on its release."""
+        if connection in self._idle:
+            self._idle.remove(connection)
+            self._checked = 0
+            self._discard(connection)
+            self._wake_first()
+
+    # Deadlines and idleness ...
+
     def _reap(self) -> None:
-        """Close what has been idle for too long to be used again."""
+        """Close connections that have been idle for too long to be used again."""
         now = self.loop.time()
-        self._looked = 0
+        self._checked = 0
         while self._idle and now - self._idle[0].idle_since >= self._keep_idle_s:
             self._discard(self._idle.pop(0))
         self._reaper = self.loop.call_later(self._keep_idle_s / 4, self._reap) if self._idle else None
 
-    def _use(self, connection: Connection) -> None:
-        """Hold a connection to its deadline from now on: one sweep for all, no timer for each."""
+    def _activate(self, connection: Connection) -> None:
+        """Hold a connection to its deadline from now on: one sweep for all costs less than a timer for each."""
         self._active.add(connection)
         if self._sweeper is None:
             self._sweeper = self.loop.call_later(SWEEP_S, self._sweep)
@@ -142,103 +161,114 @@ class Pool:
             connection.fail(UpstreamLost("the upstream was silent for too long", timeout=True))
         self._sweeper = self.loop.call_later(SWEEP_S, self._sweep) if self._active else None
 
+    # Reuse ...
+
     def _reuse(self, reuse_idle_s: float) -> Connection | None:
+        """Return the connection that became idle last, if it is clean and young enough; close those that are not clean.
+
+        A request must not be sent on a connection that the upstream has closed: nobody could tell whether it arrived.
+        """
         idle, now = self._idle, self.loop.time()
         while idle:
-            if not self._looked:
-                self._look()
-            connection = idle[self._looked - 1]
+            if not self._checked:
+                self._check_idle()
+            connection = idle[self._checked - 1]
             if now - connection.idle_since >= reuse_idle_s:
-                if self._looked == len(idle):
+                if self._checked == len(idle):
                     return None
-                self._looked = 0  # there are younger ones
+                # Younger ones became idle since the check.
+                self._checked = 0
                 continue
-            self._looked -= 1
-            del idle[self._looked]
-            if connection.alive and connection.descriptor not in self._touched:
-                self._use(connection)
+            self._checked -= 1
+            del idle[self._checked]
+            if connection.is_alive and connection.descriptor not in self._readable:
+                self._activate(connection)
                 return connection
             self._discard(connection)
         return None
 
-    def _look(self) -> None:
-        """See on which connections something came: one call for all requests of a turn, as it holds no longer.
+    def _check_idle(self) -> None:
+        """Ask the kernel on which sockets something came, once for all requests of a turn of the loop.
 
-        A call for each took 5 % of an execution (measured). Those that become idle meanwhile have their turn once all
-        the others are taken, with another look.
+        One call for each request takes 5 % of an execution (measured). The answer holds for one turn, as the loop reads
+        nothing before. Connections that become idle meanwhile get a check of their own, once the others are taken.
         """
-        self._looked = len(self._idle)
-        self._touched = {descriptor for descriptor, _ in self._readable.poll(0, self._max_connections)}
-        if not self._looks_again:
-            self._looks_again = True
-            self.loop.call_soon(self._look_again)
+        self._checked = len(self._idle)
+        self._readable = {descriptor for descriptor, _ in self._epoll.poll(0, self._max_connections)}
+        if not self._is_recheck_due:
+            self._is_recheck_due = True
+            self.loop.call_soon(self._expire_check)
 
-    def _look_again(self) -> None:
-        self._looked, self._looks_again = 0, False
+    def _expire_check(self) -> None:
+        self._checked, self._is_recheck_due = 0, False
 
     def _discard(self, connection: Connection) -> None:
         connection.discard()
-        self._open -= 1
+        self._open_count -= 1
+
+    # Connecting ...
 
     @property
     def _has_room(self) -> bool:
-        return self._open < self._max_connections or bool(self._idle)
+        return self._open_count < self._max_connections or bool(self._idle)
 
     async def _reuse_or_connect(self, reuse_idle_s: float) -> Connection:
         if self._queue or not self._has_room:
-            await self._turn()
+            await self._queue_up()
         if (connection := self._reuse(reuse_idle_s)) is not None:
-            self._next()
+            self._wake_first()
             return connection
-        if self._open >= self._max_connections:
-            self._looked = 0
+        if self._open_count >= self._max_connections:
+            # None of the idle ones may be reused, but the longest idle makes room.
+            self._checked = 0
             self._discard(self._idle.pop(0))
-        self._open += 1
-        self._next()
+        self._open_count += 1
+        self._wake_first()
         try:
             connection = await self._connect()
         except BaseException:
-            self._open -= 1
-            self._next()
+            self._open_count -= 1
+            self._wake_first()
             raise
-        self._use(connection)
+        self._activate(connection)
         return connection
 
-    async def _turn(self) -> None:
-        """Wait for room, first come first served. Who has its turn stays in the queue until it runs."""
+    async def _queue_up(self) -> None:
+        """Wait for room, first come first served. A waiter that was woken stays in the queue until it runs."""
         turn = self.loop.create_future()
         self._queue.append(turn)
         try:
             await turn
         except asyncio.CancelledError:
             self._queue.remove(turn)
-            self._next()
+            self._wake_first()
             raise
         self._queue.remove(turn)
 
-    def _next(self) -> None:
+    def _wake_first(self) -> None:
         if self._queue and self._has_room and not self._queue[0].done():
             self._queue[0].set_result(None)
 
     async def _connect(self) -> Connection:
-        """Connect, again after a failure: nothing was sent, so that is safe. Full jitter between tries."""
+        """Connect, and repeat that after a failure: nothing was sent, so that is safe. Pauses have full jitter."""
         for attempt in range(self._connect_retries + 1):
             try:
                 return await self._connect_once()
             except (OSError, ssl.SSLError, asyncio.IncompleteReadError) as error:
                 if attempt == self._connect_retries:
                     raise NotSent(f"the upstream cannot be reached: {type(error).__name__}") from error
-                most_s = min(BACKOFF_FIRST_S * 2**attempt, BACKOFF_MOST_S)
-                await asyncio.sleep(random.uniform(0, most_s))
+                longest_s = min(BACKOFF_FIRST_S * 2**attempt, BACKOFF_MAX_S)
+                await asyncio.sleep(random.uniform(0, longest_s))
         raise AssertionError("unreachable")
 
     async def _connect_once(self) -> Connection:
-        """Resolve and connect as RFC 8305 says, then TLS; uvloop alone tries the addresses one by one."""
+        """Resolve and connect by RFC 8305 (happy eyeballs), then TLS; uvloop alone tries the addresses one by one."""
         addresses = await self.loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
         host, port, *more = addresses[0][4]
-        if len(addresses) == 1 and not any(more):  # of an IPv6 address with a scope `host` is not all
+        # Of an IPv6 address with a scope, `host` is not all.
+        if len(addresses) == 1 and not any(more):
             return await self._open_connection(host=host, port=port)
-        sock = await start_connection(addresses, happy_eyeballs_delay=0.25, loop=self.loop)
+        sock = await start_connection(addresses, happy_eyeballs_delay=HAPPY_EYEBALLS_DELAY_S, loop=self.loop)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             return await self._open_connection(sock=sock)
@@ -247,7 +277,7 @@ class Pool:
             raise
 
     async def _open_connection(self, **where: Any) -> Connection:
-        """Connect; uvloop does it by itself where it gets an address, and with a thread's help where a socket."""
+        """Connect to an address, or over a connected socket, for which uvloop needs the help of a thread."""
         name = self._host if self._tls else None
         _, connection = await self.loop.create_connection(
             lambda: Connection(self), ssl=self._tls, server_hostname=name, **where

@@ -1,4 +1,4 @@
-"""All pools of a worker: one for each upstream that some rule names."""
+"""All pools of a worker: one for each upstream that a rule names."""
 
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
@@ -8,9 +8,9 @@ from oncegate.upstream.pool import Pool
 
 
 class Pools:
-    """Pools by what describes their upstream. `make` opens one; equal descriptions share it.
+    """The pools by the descriptions of their upstreams; equal descriptions share a pool. `make` opens one.
 
-    One that no rule names any more lives on with the requests that still use it, and ends with the last.
+    A pool that no rule names any more lives on with the requests that use it, and ends with the last of them.
     """
 
     def __init__(self, make: Callable[[Any], Pool]) -> None:
@@ -28,13 +28,14 @@ class Pools:
 
     def keep(self, upstreams: Iterable[Hashable]) -> None:
         """Forget all upstreams but these."""
-        kept = set(upstreams)
-        self._named = {upstream: pool for upstream, pool in self._named.items() if upstream in kept}
+        named = set(upstreams)
+        self._named = {upstream: pool for upstream, pool in self._named.items() if upstream in named}
 
     def cut(self, detail: str) -> int:
-        """Fail every connection that is under way or still being made and return how many there were."""
+        """Fail every exchange and every attempt to connect in all pools, and return their number."""
         return sum(pool.cut(detail) for pool in list(self._all))
 
     def close(self) -> None:
+        """Close all connections of all pools."""
         for pool in list(self._all):
             pool.close()

@@ -1,0 +1,16 @@
+"""How an exchange with the upstream fails. Which of the two it is, is certain."""
+
+
+class NotSent(Exception):
+    """No byte of the request left the process, so that it may be sent again."""
+
+
+class UpstreamLost(Exception):
+    """The request was sent, at least in part, and no whole response came.
+
+    `timeout`: it took too long. `body`: the request's own body broke off or stalled.
+    """
+
+    def __init__(self, detail: str, timeout: bool = False, body: bool = False) -> None:
+        super().__init__(detail)
+        self.timeout, self.body = timeout, body
