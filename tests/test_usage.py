@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from oncegate.observe.usage import HEAD_BYTES, KINDS, MAX_INFLATED_BYTES, MOST_TOKENS, TAIL_BYTES, Tokens, reading
+from oncegate.observe.usage import HEAD_BYTES, KINDS, MAX_INFLATED_BYTES, MAX_TOKENS, TAIL_BYTES, Tokens, usage_reader
 
 many = settings(max_examples=300, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -20,7 +20,7 @@ SSE = b"Server: x\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
 
 def read(body: bytes, block: bytes = JSON, piece: int = 1 << 30) -> Tokens:
     """Return what is read of a body that comes in pieces."""
-    one = reading(200, block, len(body))
+    one = usage_reader(200, block, len(body))
     assert one is not None
     for first in range(0, len(body), piece):
         one.add(body[first : first + piece])
@@ -177,19 +177,19 @@ def test_identity_is_no_coding():
 @pytest.mark.parametrize("status", [400, 429, 500, 302])
 def test_an_error_used_nothing(status):
     """So it is not missed that it does not say."""
-    assert reading(status, JSON, 0) is None
+    assert usage_reader(status, JSON, 0) is None
 
 
 def test_half_an_answer_says_nothing():
     """The client left; whatever the bytes so far look like."""
     body = json.dumps(CHAT).encode()
-    one = reading(200, JSON, len(body) + 1)
+    one = usage_reader(200, JSON, len(body) + 1)
     assert one is not None
     one.add(body)
     assert one.tokens() == {}
 
 
-@pytest.mark.parametrize("value", [-1, MOST_TOKENS + 1, 1.5, True, "7", None, [], {}, 10**400])
+@pytest.mark.parametrize("value", [-1, MAX_TOKENS + 1, 1.5, True, "7", None, [], {}, 10**400])
 def test_a_number_that_is_none(value):
     """It is not counted, and the others are."""
     body = json.dumps({"usage": {"input_tokens": value, "output_tokens": 4}}).encode()
@@ -231,7 +231,7 @@ HOSTILE = {
 def test_a_hostile_answer_costs_little(case, block):
     """Beyond being copied, a body costs what its end can, however long it is, and never an exception."""
     body = HOSTILE[case]
-    one = reading(200, block, len(body))
+    one = usage_reader(200, block, len(body))
     assert one is not None
     for first in range(0, len(body), 262_144):
         one.add(body[first : first + 262_144])
@@ -258,8 +258,8 @@ JSONS = st.recursive(
 )
 USAGES = st.builds(
     lambda asked, said: {"input_tokens": asked, "output_tokens": said},
-    st.integers(0, MOST_TOKENS),
-    st.integers(0, MOST_TOKENS),
+    st.integers(0, MAX_TOKENS),
+    st.integers(0, MAX_TOKENS),
 )
 
 
@@ -282,16 +282,16 @@ def test_whatever_stands_around_it(before, usage, after):
 @given(body=st.binary(max_size=400), block=st.binary(max_size=60), piece=st.integers(1, 60))
 def test_any_bytes_are_read(body, block, piece):
     """Whatever the store holds, reading it raises nothing and yields counts."""
-    one = reading(200, block, len(body))
+    one = usage_reader(200, block, len(body))
     assert one is not None
     for first in range(0, len(body), piece):
         one.add(body[first : first + piece])
-    assert all(kind in KINDS and 0 <= count <= MOST_TOKENS for kind, count in one.tokens().items())
+    assert all(kind in KINDS and 0 <= count <= MAX_TOKENS for kind, count in one.tokens().items())
 
 
 def test_what_is_kept_is_little():
     """Of however long a stream."""
-    one = reading(200, SSE, 1 << 30)
+    one = usage_reader(200, SSE, 1 << 30)
     assert one is not None
     for _ in range(64):
         one.add(bytes(1 << 18))

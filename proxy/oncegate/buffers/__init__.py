@@ -1,1 +1,1 @@
-"""Memory and writes that many requests share."""
+"""Memory and writes that the requests of a worker share."""

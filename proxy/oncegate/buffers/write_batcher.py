@@ -1,7 +1,8 @@
-"""Writes that leave together: a reply of the store wakes many requests at once, and each of them writes.
+"""Writes of one turn of the event loop, made back to back.
 
-Back to back they cost their readers one waking, not one each with our own work between: a replay takes 14 % less CPU
-time, an execution 4 % (measured).
+A reply of the store wakes many requests at once, and each of them writes to its client or upstream. Back to back,
+these writes wake their readers once, not one by one with our own work in between: a replay takes 14 % less CPU time,
+an execution 4 % (measured).
 """
 
 import asyncio
@@ -9,42 +10,44 @@ from weakref import WeakKeyDictionary
 
 
 class WriteBatcher:
-    """What is written to the clients and upstreams of an event loop.
+    """Collects what is written to the clients and upstreams of one event loop.
 
-    While it is held, bytes wait until everything that is due in this turn of the loop has run; nothing is read before.
-    Whatever else is done to a transport that was written to has to `flush` before.
+    After `hold`, bytes wait until every callback that is due in this turn of the loop has run; the loop reads nothing
+    before. Before anything else is done to a transport (a direct write, a close), its writer calls `flush`.
     """
 
-    __slots__ = ("_held", "_loop", "_waiting")
+    __slots__ = ("_holds", "_loop", "_waiting")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop, self._held = loop, 0
+        # How many calls of `hold` are not over yet.
+        self._loop, self._holds = loop, 0
         self._waiting: list[tuple[asyncio.WriteTransport, bytes]] = []
 
     def hold(self) -> None:
-        """Keep what is written until all that is due now has run."""
-        self._held += 1
-        self._loop.call_soon(self._let_go)
+        """Let writes wait until every callback that is due now has run."""
+        self._holds += 1
+        self._loop.call_soon(self._end_hold)
 
     def write(self, transport: asyncio.WriteTransport, data: bytes) -> None:
-        """Write to a transport that is not closing."""
-        if self._held:
+        """Write to a transport that is not closing, at once or with the others."""
+        if self._holds:
             self._waiting.append((transport, data))
         else:
             transport.write(data)
 
     def flush(self) -> None:
-        """Let what waits leave now."""
+        """Write now what waits, in its order."""
         waiting, self._waiting = self._waiting, []
         for transport, data in waiting:
             try:
                 if not transport.is_closing():
                     transport.write(data)
-            except Exception:  # the others have nothing to do with it
+            except Exception:
+                # One broken transport must not keep the bytes of the others.
                 transport.abort()
 
-    def _let_go(self) -> None:
-        self._held -= 1
+    def _end_hold(self) -> None:
+        self._holds -= 1
         if self._waiting:
             self.flush()
 
@@ -53,8 +56,8 @@ _BY_LOOP: WeakKeyDictionary[asyncio.AbstractEventLoop, WriteBatcher] = WeakKeyDi
 
 
 def write_batcher(loop: asyncio.AbstractEventLoop) -> WriteBatcher:
-    """Return the loop's own."""
-    found = _BY_LOOP.get(loop)
-    if found is None:
-        found = _BY_LOOP[loop] = WriteBatcher(loop)
-    return found
+    """Return the batcher of this event loop; there is one for each."""
+    batcher = _BY_LOOP.get(loop)
+    if batcher is None:
+        batcher = _BY_LOOP[loop] = WriteBatcher(loop)
+    return batcher

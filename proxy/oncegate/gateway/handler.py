@@ -24,7 +24,7 @@ from oncegate.messages.fields import tokens
 from oncegate.messages.problems import problem, refusal
 from oncegate.messages.request_head import ForwardedInfo, RequestHead, is_websocket, renamed, request_head
 from oncegate.observe.outcome import BY_LABEL, Observe, Outcome, RequestReport
-from oncegate.observe.usage import reading
+from oncegate.observe.usage import usage_reader
 from oncegate.rules.identity import key_in_head, may_forward_unkeyed, uses_no_key
 from oncegate.settings.addresses import Network
 from oncegate.store.leases import LeasedClaim, suspended_clock_s
@@ -375,7 +375,9 @@ class Gateway:
         """Answer a request whose key is taken, by what stands in the store for it."""
         decision = judge(found, guarded.fingerprint)
         if decision is _REPLAY and isinstance(found, Record) and (answer := found.answer) is not None:
-            uses = reading(answer.status, answer.block, answer.size) if guarded.route.policy.counts_tokens else None
+            uses = (
+                usage_reader(answer.status, answer.block, answer.size) if guarded.route.policy.counts_tokens else None
+            )
             along = None if uses is None else uses.add
             way = replay(client, self._deps.store, guarded.key, found, guarded.extra, along)
             outcome = way if isinstance(way, Outcome) else await way

@@ -1,4 +1,4 @@
-"""The admin listener: /metrics, /healthz, /readyz. Never on the public port."""
+"""The admin listener: /metrics, /healthz and /readyz, never on the public port."""
 
 import json
 from collections.abc import Awaitable, Callable
@@ -8,16 +8,18 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from oncegate.settings.addresses import Address
 
-CANCEL_S = 0.05  # for a scrape that is under way at the end
+# How long a scrape that is under way at the end may still take.
+SHUTDOWN_S = 0.05
 
-Metrics = Callable[[], Awaitable[bytes]]
-Problems = Callable[[], Awaitable[list[str]]]
+MetricsText = Callable[[], Awaitable[bytes]]
+Reasons = Callable[[], Awaitable[list[str]]]
 
 
-def admin_app(metrics: Metrics, problems: Problems, notices: Problems) -> web.Application:
-    """Return the admin application. `problems` tells why the proxy is not ready, nothing where it is.
+def admin_app(metrics: MetricsText, problems: Reasons, notices: Reasons) -> web.Application:
+    """Return the admin application.
 
-    `notices`: what an operator should look at although it is.
+    `metrics` returns the text of a scrape. `problems` returns why the proxy is not ready, an empty list if it is.
+    `notices` returns what an operator should look at although it is ready.
     """
 
     async def show_metrics(_: web.Request) -> web.Response:
@@ -27,9 +29,9 @@ def admin_app(metrics: Metrics, problems: Problems, notices: Problems) -> web.Ap
         return web.json_response({"alive": True})
 
     async def readyz(_: web.Request) -> web.Response:
-        found = await problems()
-        said = {"ready": not found, "reasons": [*found, *await notices()]}
-        return web.json_response(said, status=503 if found else 200, dumps=json.dumps)
+        reasons = await problems()
+        content = {"ready": not reasons, "reasons": [*reasons, *await notices()]}
+        return web.json_response(content, status=503 if reasons else 200, dumps=json.dumps)
 
     app = web.Application()
     app.router.add_get("/metrics", show_metrics)
@@ -38,9 +40,9 @@ def admin_app(metrics: Metrics, problems: Problems, notices: Problems) -> web.Ap
     return app
 
 
-async def serve_admin(address: Address, metrics: Metrics, problems: Problems, notices: Problems) -> web.AppRunner:
-    """Listen for the operator; the caller cleans up. Raises OSError where the port is taken."""
-    runner = web.AppRunner(admin_app(metrics, problems, notices), access_log=None, shutdown_timeout=CANCEL_S)
+async def serve_admin(address: Address, metrics: MetricsText, problems: Reasons, notices: Reasons) -> web.AppRunner:
+    """Open the admin listener; the caller cleans the runner up. Raises OSError where the port is taken."""
+    runner = web.AppRunner(admin_app(metrics, problems, notices), access_log=None, shutdown_timeout=SHUTDOWN_S)
     await runner.setup()
     await web.TCPSite(runner, address.host, address.port).start()
     return runner
