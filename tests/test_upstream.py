@@ -186,7 +186,7 @@ async def test_a_wrong_certificate_is_not_sent(of_another_ca, names, issue, anyo
 
 @pytest.mark.parametrize("secure", [False, True])
 async def test_a_connection_closed_before_anything_was_sent_never_hangs(secure, anyone, trusting):
-    """A server that accepts and closes or resets at once ends as NotSent or Lost, at once and never by timeout."""
+    """A server that accepts and closes or resets ends as NotSent or UpstreamLost, at once and never by timeout."""
 
     async def talk(raw: Raw, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if raw.accepted % 2:
@@ -336,7 +336,7 @@ class TlsOnce:
 @pytest.mark.parametrize("tls12", [True, False])
 @pytest.mark.parametrize("notify", [True, False])
 async def test_over_tls_an_answer_ended_by_closing_needs_close_notify(notify, tls12, size, anyone, trusting):
-    """Over TLS, an answer delimited by closing is whole after close_notify and Lost without it."""
+    """Over TLS, an answer delimited by closing is whole after close_notify and UpstreamLost without it."""
     body = b"a" * size
     with TlsOnce(server_tls(anyone, tls12=tls12), HEAD + b"\r\n" + body, notify=notify) as server:
         async with pool_to(server.port, trusting) as pool:
@@ -349,7 +349,7 @@ async def test_over_tls_an_answer_ended_by_closing_needs_close_notify(notify, tl
 
 @pytest.mark.parametrize("notify", [True, False])
 async def test_over_tls_a_stated_length_counts(notify, anyone, trusting):
-    """Over TLS, an answer shorter than its stated length is Lost, whatever close_notify says; a whole one is whole."""
+    """Over TLS, an answer shorter than its stated length is UpstreamLost, whatever close_notify says."""
     with TlsOnce(server_tls(anyone), HEAD + b"Content-Length: 3\r\n\r\nok", notify=notify) as server:
         async with pool_to(server.port, trusting) as pool:
             with pytest.raises(UpstreamLost):
@@ -508,7 +508,7 @@ async def test_an_idle_connection_on_which_something_happened_is_dropped(surpris
 
 @pytest.mark.fault(25)
 @pytest.mark.parametrize("surprise", [b"", OK])
-async def test_an_idle_connection_is_looked_at_before_it_is_used(surprise):
+async def test_an_idle_connection_is_checked_before_it_is_used(surprise):
     """What happened on an idle connection counts at check-out too, before the loop has seen it."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         accepted: list[socket.socket] = []
@@ -537,11 +537,11 @@ async def test_an_idle_connection_is_looked_at_before_it_is_used(surprise):
 
 
 @pytest.mark.fault(25)
-def test_a_look_holds_for_one_turn_of_the_loop():
+def test_a_check_of_idle_connections_holds_for_one_turn_of_the_loop():
     """What came on one of several idle connections since another was used, a turn before, counts as well: on the loop
     of production, whose clock has whole milliseconds."""
 
-    async def look_twice() -> None:
+    async def check_twice() -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             async with pool_to(listener.getsockname()[1]) as pool:
                 made = [await pool.acquire(4) for _ in range(2)]
@@ -563,7 +563,7 @@ def test_a_look_holds_for_one_turn_of_the_loop():
                 sock.close()
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(look_twice())
+        runner.run(check_twice())
 
 
 @pytest.mark.parametrize(
@@ -639,7 +639,7 @@ async def test_each_interim_answer_is_a_sign_of_life():
     """Whoever waits for the head hears of it at the beginning, and of each interim answer as it comes."""
     heard = 0
 
-    def moved() -> None:
+    def on_progress() -> None:
         nonlocal heard
         heard += 1
 
@@ -650,13 +650,13 @@ async def test_each_interim_answer_is_a_sign_of_life():
             writer.write(b"HTTP/1.1 102 \r\n\r\n" if number < 3 else OK)
 
     async with serving(talk) as raw, pool_to(raw.port) as pool, sent(pool) as connection:
-        assert (await connection.wait_for_head(20, moved)).status == 200
+        assert (await connection.wait_for_head(20, on_progress)).status == 200
     assert heard == 3
 
 
 @pytest.mark.parametrize("interim", [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 H\r\nLink: a\r\n\r\n"])
 async def test_a_flood_of_interim_answers_is_lost(interim):
-    """More 1xx answers than a limit are Lost, though a final one follows."""
+    """More 1xx answers than a limit are UpstreamLost, though a final one follows."""
     async with serving(says(interim * 17 + OK)) as raw, pool_to(raw.port) as pool:
         with pytest.raises(UpstreamLost):
             await ask(pool)
@@ -664,7 +664,7 @@ async def test_a_flood_of_interim_answers_is_lost(interim):
 
 
 async def test_an_endless_flood_of_interim_answers_is_lost():
-    """1xx answers without end are Lost, long before anything is full."""
+    """1xx answers without end are UpstreamLost, long before anything is full."""
 
     async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await raw.request(reader)
@@ -767,7 +767,7 @@ MALFORMED = {
 @pytest.mark.parametrize("name", MALFORMED)
 @pytest.mark.parametrize("by_the_byte", [False, True])
 async def test_a_malformed_answer_is_lost(name, by_the_byte):
-    """An answer that is not well-formed, or over a limit, is Lost; the request is not sent again."""
+    """An answer that is not well-formed, or over a limit, is UpstreamLost; the request is not sent again."""
     answer = MALFORMED[name]
     if by_the_byte and len(answer) > 4096:
         answer = answer[-1000:].rjust(70000, b"A")
@@ -793,7 +793,7 @@ async def test_a_malformed_answer_is_lost(name, by_the_byte):
     ids=["value", "name", "reason", "interim", "trailer", "chunk extension", "chunk size"],
 )
 async def test_what_never_ends_is_lost(flood):
-    """A field, reason, trailer, chunk extension or chunk size that never ends is Lost before it fills the memory."""
+    """A field, reason, trailer, chunk extension or size that never ends is UpstreamLost before it fills the memory."""
     wrote = 0
 
     async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -893,7 +893,7 @@ WHOLE = {
 @pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.parametrize("reset", [False, True])
 async def test_an_answer_is_whole_only_with_its_last_byte(name, reset):
-    """An answer cut after any byte, by FIN or RST, is Lost; with its last byte it is whole."""
+    """An answer cut after any byte, by FIN or RST, is UpstreamLost; with its last byte it is whole."""
     answer = WHOLE[name]
     size = 0
 
@@ -943,7 +943,7 @@ async def test_an_answer_ended_by_closing_is_lost_within_its_head_or_by_a_reset(
 
 @pytest.mark.parametrize("said", [b"", b"HTTP/1.1 100 C\r\n\r\n", HEAD, HEAD + b"Content-Length: 3\r\n\r\nok", CHUNKED])
 async def test_silence_is_a_timeout(said):
-    """An upstream that is silent for longer than allowed, before the head or within the body, is Lost by timeout."""
+    """An upstream that is silent for too long, before the head or within the body, is UpstreamLost by timeout."""
     async with serving(says(said)) as raw, pool_to(raw.port) as pool, sent(pool) as connection:
         with pytest.raises(UpstreamLost) as lost:
             await answer_of(connection, silence_s=0.2)
@@ -968,7 +968,7 @@ async def test_what_comes_slowly_is_not_silence():
 
 @pytest.mark.parametrize("before", [b"", b"HTTP/1.1 102 Processing\r\n\r\n"])
 async def test_a_head_that_never_ends_is_silence(before):
-    """A head that drips is Lost once it, counted from the last whole interim answer, took longer than allowed."""
+    """A head that drips is UpstreamLost once it takes longer than allowed, counted from the last interim answer."""
 
     async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await raw.request(reader)
@@ -1016,7 +1016,7 @@ async def test_what_waits_for_us_is_not_silence(size):
 
 @pytest.mark.parametrize("pause_s", [0.0, 1.4])
 async def test_an_answer_that_does_not_end_within_the_window_goes_on(pause_s):
-    """`whole` says no after its short window, and the body may come as late as the silence allows."""
+    """`completes_within` says no after its short window, and the body may come as late as the silence allows."""
 
     async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await raw.request(reader)
@@ -1037,7 +1037,7 @@ async def test_an_answer_that_does_not_end_within_the_window_goes_on(pause_s):
 
 
 async def test_a_small_answer_is_whole_only_up_to_a_size():
-    """`whole` says no as soon as more is there than it was asked for."""
+    """`completes_within` says no as soon as more is there than it was asked for."""
     for size, small in ((1000, True), (1001, False)):
         answer = CHUNKED + chunk(b"a" * size) + LAST_CHUNK
         async with serving(says(answer)) as raw, pool_to(raw.port) as pool, sent(pool) as connection:
@@ -1138,7 +1138,7 @@ async def test_a_body_is_streamed_as_it_is_framed():
 
 @pytest.mark.parametrize("chunked", [True, False])
 async def test_a_body_that_breaks_off_never_looks_whole(chunked):
-    """A request's body whose source breaks is cut off for the upstream, never ended, and Lost."""
+    """A request's body whose source breaks is cut off for the upstream, never ended, and UpstreamLost."""
     ended: list[bytes] = []
 
     async def talk(_: Raw, reader: asyncio.StreamReader, __: asyncio.StreamWriter) -> None:

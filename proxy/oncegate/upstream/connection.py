@@ -128,6 +128,7 @@ class Connection(asyncio.Protocol):
 
     async def completes_within(self, window_s: float, max_bytes: int) -> bool:
         """Wait for `window_s` at most; return whether the response is complete, with no more than `max_bytes`."""
+        # A timer of its own: the pool's sweep of deadlines is too coarse, and would fail the exchange.
         self._is_window_over = False
         closing = self._loop.call_later(window_s, self._close_window)
         response = self.response
@@ -206,7 +207,9 @@ class Connection(asyncio.Protocol):
         if response.is_switched:
             response.on_body(data)
         elif reason := response.feed(data):
+            # A response that is complete stays so; `fail` closes the connection all the same.
             self.fail(UpstreamLost(reason))
+        # An upstream that answers before it has the whole request may not read the rest: not reusable.
         if not had_head and response.head is not None:
             self._keep_alive = response.keep_alive and self._request.is_sent
         self._count(len(data), response.buffered_bytes - buffered_before)
@@ -238,6 +241,7 @@ class Connection(asyncio.Protocol):
             self.transport.resume_reading()
 
     def eof_received(self) -> None:
+        # The only end of a response without a length and without chunks. Any other response is cut short by it.
         if self.response.end_by_closing():
             self._wake()
         self.fail(UpstreamLost("the upstream closed the connection"))
@@ -246,6 +250,7 @@ class Connection(asyncio.Protocol):
         if self.response.parser is not None:
             self._read_tls_rest()
         self.transport = None
+        # A sender that waits for room would wait for ever.
         self._request.transport_lost()
         self._pool.forget(self)
         self.fail(UpstreamLost(f"the upstream's connection broke: {exc or 'closed'}"))

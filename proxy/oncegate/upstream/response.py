@@ -128,6 +128,7 @@ class IncomingResponse:
         parser = self.parser
         if parser is None or self.is_complete:
             return
+        # llhttp takes 0.9 and 2.0 as well.
         if parser.get_http_version() not in ("1.1", "1.0"):
             raise httptools.HttpParserError("another version of HTTP")
         status = parser.get_status_code()
@@ -146,6 +147,7 @@ class IncomingResponse:
         self.is_complete = head.bodiless
 
     def on_body(self, data: bytes) -> None:
+        # llhttp reads a body after the head of a response to HEAD, which has none (RFC 9110, section 9.3.2).
         if self.is_complete:
             self.has_surplus = True
             return
