@@ -41,7 +41,8 @@ from oncegate.upstream.pools import Pools
 
 CANCEL_S = 0.05  # for what did not end by itself; it comes twice
 BACKLOG = 1024
-ALARMING = ("flushed", "rolled_back", "evicted", "identity")  # what the watch of the store may find
+# Kinds of store problems that are errors; the others are warnings.
+ALARMING = ("flushed", "rolled_back", "evicted", "identity")
 
 KEEP_AGAIN_S = 0.05
 
@@ -233,7 +234,7 @@ class Service:
         self._access(report, seconds, client_gone)
 
     def _report(self, what: str, claim: Claim) -> None:
-        """Say that a claim vanished or was taken: somebody else may have executed the same key."""
+        """Report a running claim whose record vanished (`lost`) or was taken (`fenced`): its key may execute twice."""
         self.metrics.claim_lost()
         self._log.error(f"claim {what}", key_id=key_id(claim.key), fence=claim.fence.decode())
 

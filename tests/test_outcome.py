@@ -1,0 +1,54 @@
+"""Outcomes of requests: each problem has its own, and each value of `Oncegate-Status` that is not `refused`."""
+
+import pytest
+
+from oncegate.decision import Disposition, Settlement
+from oncegate.messages.problems import KINDS, REFUSALS, problem, refusal
+from oncegate.observe.labels import SETTLEMENTS, STORE_LOSSES, StoreLoss
+from oncegate.observe.outcome import BY_LABEL, SUPPRESSED, Outcome
+from oncegate.store.results import SettleStatus
+
+
+@pytest.mark.parametrize("slug", KINDS)
+def test_a_problem_has_the_outcome_of_its_code(slug):
+    """The label is the slug with underscores."""
+    outcome = BY_LABEL[problem(slug, "a detail").code]
+    assert outcome.label == slug.replace("-", "_")
+
+
+@pytest.mark.parametrize("status", REFUSALS)
+def test_a_refusal_has_one_outcome(status):
+    """Requests that never get as far as a key are counted together, whatever their status."""
+    assert BY_LABEL[refusal(status, "a detail").code] is Outcome.REQUEST_REFUSED
+
+
+@pytest.mark.parametrize("disposition", Disposition)
+def test_a_response_that_is_passed_on_has_the_outcome_of_its_status_field(disposition):
+    """The label is the value of the field."""
+    assert BY_LABEL[disposition.label].label == disposition.label
+
+
+def test_labels_are_the_values():
+    """No outcome is found under two labels."""
+    assert {label: outcome.value for label, outcome in BY_LABEL.items()} == {one.value: one.value for one in Outcome}
+    assert len(BY_LABEL) == len(Outcome)
+
+
+def test_a_suppressed_duplicate_met_a_record():
+    """What was executed, or may have been by this request, is none."""
+    assert {outcome.label for outcome in SUPPRESSED} == {
+        "replayed", "in_flight", "key_reused", "outcome_unknown", "response_not_kept",
+    }  # fmt: skip
+
+
+def test_every_end_of_a_claim_has_its_label():
+    """Each settlement, and each status that replaces one: it was not confirmed, or another owner was in the way."""
+    ends = {settlement.label for settlement in Settlement} | {
+        status.value for status in (SettleStatus.FENCED, SettleStatus.UNCONFIRMED)
+    }
+    assert set(SETTLEMENTS) == ends | {"lost"}
+
+
+def test_a_move_of_the_store_is_no_certain_loss():
+    """Every other kind may have taken claims along."""
+    assert [loss for loss in STORE_LOSSES.values() if not loss.is_certain] == [StoreLoss.MOVED]
