@@ -6,7 +6,8 @@ import pytest
 
 from oncegate.keys.digests import Digests, Scope, UnstableScope, finish_fingerprint, length_prefixed
 from oncegate.keys.documents import Missing
-from oncegate.keys.sources import ExtractedKey, KeySources, SourceInput, extract_key, parse_source, scope_fields
+from oncegate.keys.extraction import ExtractedKey, SourceInput, extract_key, scope_fields
+from oncegate.keys.sources import KeySources, parse_source
 from oncegate.keys.syntax import BadKey
 from oncegate.messages.fields import by_name
 from oncegate.messages.request_head import RequestHead

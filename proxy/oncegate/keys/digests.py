@@ -1,6 +1,8 @@
-"""Keys, scopes and fingerprints: what names one operation, whose it is, what it asks for. Pure.
+"""Keyed digests of keys, scopes and fingerprints, and the names that are made of them. Pure.
 
-Everything that enters a digest is length-prefixed, so that ("a", "bc") and ("ab", "c") differ.
+Three digests identify one operation. The tenant: whose key it is. The key: the record's name in the store. The
+fingerprint: what the request asks for. Every part that enters one is length-prefixed, so that ("a", "bc") and
+("ab", "c") differ.
 """
 
 import re
@@ -12,15 +14,17 @@ from functools import lru_cache
 from hashlib import blake2b
 from typing import NamedTuple
 
-KEY_DIGEST_BYTES = 24  # 32 characters in the store's key; a second preimage costs 2^192
+# 32 characters in the name of a record; a second preimage costs 2^192.
+KEY_DIGEST_BYTES = 24
 DIGEST_BYTES = 16
 
-# A bare key is what every SDK sends; RFC 9651 alone would refuse a UUID that starts with a digit.
+# From plain base64, as `binascii` writes it, to base64url (RFC 4648, section 5).
 _URL_SAFE = bytes.maketrans(b"+/", b"-_")
 
 RECORD_ID = re.compile(r"[A-Za-z0-9_-]{32}")
 
-# Credentials made anew for each attempt: as a scope they would make each retry another tenant's.
+# Authorization schemes whose credential differs in each attempt: with it in the scope, a retry would belong to
+# another tenant and never find its original.
 _PER_REQUEST = re.compile(rb"\s*(?:AWS4-[^\s]*|Digest|OAuth|Signature|Hawk)(?:\s|$)", re.IGNORECASE)
 
 
@@ -29,7 +33,7 @@ def _is_stable(credential: bytes) -> bool:
 
 
 class Scope(NamedTuple):
-    """Whose key it is. `tenant` is a digest of 16 bytes; `common` says that no credential was sent."""
+    """Whose key it is. `tenant` is a digest of 16 bytes; `common`: the request has no credential."""
 
     namespace: bytes
     tenant: bytes
@@ -38,13 +42,13 @@ class Scope(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class UnstableScope:
-    """The credential changes with every request, so it cannot name a tenant."""
+    """The credential changes with every request, so that it cannot identify a tenant."""
 
 
-class _Written(dict[int, bytes]):
-    """Numbers as they are written in a digest. Bounded.
+class _FormattedNumbers(dict[int, bytes]):
+    """Numbers -> their text in a digest. A bounded cache.
 
-    A fingerprint takes 13k instructions with them, 19k when each is formatted (measured).
+    A fingerprint takes 13k instructions with it, and 19k where each number is formatted (measured).
     """
 
     def __init__(self, form: bytes) -> None:
@@ -53,117 +57,133 @@ class _Written(dict[int, bytes]):
     def __missing__(self, number: int) -> bytes:
         if len(self) >= 4096:
             self.clear()
-        written = self[number] = self._form % number
-        return written
+        text = self[number] = self._form % number
+        return text
 
 
-_PREFIX, _COUNT = _Written(b"%d:"), _Written(b"%d;")
-
-
-def _named(name: bytes, values: Sequence[bytes]) -> list[bytes]:
-    """Return a field as it enters a digest."""
-    if len(values) == 1:
-        value = values[0]
-        return [_PREFIX[len(name)], name, b"1;", _PREFIX[len(value)], value]
-    return [_PREFIX[len(name)], name, _COUNT[len(values)], length_prefixed(values)]
+# By length of a part, and by number of values.
+_LENGTH, _COUNT = _FormattedNumbers(b"%d:"), _FormattedNumbers(b"%d;")
 
 
 def length_prefixed(parts: Iterable[bytes]) -> bytes:
-    """Return the parts as one, each with its length before it."""
-    return b"".join([_PREFIX[len(part)] + part for part in parts])
+    """Return the parts joined, each after its length."""
+    return b"".join([_LENGTH[len(part)] + part for part in parts])
+
+
+def _field_parts(name: bytes, values: Sequence[bytes]) -> list[bytes]:
+    """Return a header field for a digest, in pieces to be joined: its name, how many values, and each of them."""
+    # Nearly all fields have one value, for which this is `length_prefixed` without its loop.
+    if len(values) == 1:
+        value = values[0]
+        return [_LENGTH[len(name)], name, b"1;", _LENGTH[len(value)], value]
+    return [_LENGTH[len(name)], name, _COUNT[len(values)], length_prefixed(values)]
 
 
 class Digests:
-    """Digests keyed with `secret`: without it, keys, tenants and bodies cannot be guessed from a store."""
+    """Digests keyed with `secret`: without it, nobody who reads the store can guess keys, tenants or bodies.
+
+    `secret_id` identifies the secret without revealing it; `none` without a secret.
+    """
 
     def __init__(self, secret: bytes) -> None:
-        keyed = blake2b(secret, digest_size=32).digest() if secret else b""
-        self.secret_id = blake2b(key=keyed, digest_size=8, person=b"secret").hexdigest() if secret else "none"
-        self._tenant = blake2b(key=keyed, digest_size=DIGEST_BYTES, person=b"tenant")
-        self._key = blake2b(key=keyed, digest_size=KEY_DIGEST_BYTES, person=b"key")
-        self._fingerprint = blake2b(key=keyed, digest_size=DIGEST_BYTES, person=b"fingerprint")
+        # blake2b takes at most 64 bytes of key; a secret may be longer.
+        digest_key = blake2b(secret, digest_size=32).digest() if secret else b""
+        self.secret_id = blake2b(key=digest_key, digest_size=8, person=b"secret").hexdigest() if secret else "none"
+        self._tenant = blake2b(key=digest_key, digest_size=DIGEST_BYTES, person=b"tenant")
+        self._key = blake2b(key=digest_key, digest_size=KEY_DIGEST_BYTES, person=b"key")
+        self._fingerprint = blake2b(key=digest_key, digest_size=DIGEST_BYTES, person=b"fingerprint")
 
     def scope(
         self, namespace: bytes, headers: Mapping[bytes, Sequence[bytes]], names: Sequence[bytes]
     ) -> Scope | UnstableScope:
-        """Return whose key it is, by the scope headers (lower-case `names`) that are present, and by Cookie where none
-        of them says anything."""
+        """Return the scope of a request with these `headers` (by lower-case name).
+
+        `names`: the scope headers, in lower case. Those that are present identify the tenant; where none of them
+        has a value, Cookie does.
+        """
         parts: list[bytes] = []
-        told = False
+        has_credential = False
         for name in names:
             if (values := headers.get(name)) is not None:
                 if name == b"authorization" and not all(map(_is_stable, values)):
                     return UnstableScope()
-                parts += _named(name, values)
-                told = told or any(values)
-        if not told and names and b"cookie" in headers:
-            parts += _named(b"cookie", headers[b"cookie"])
+                parts += _field_parts(name, values)
+                has_credential = has_credential or any(values)
+        if not has_credential and names and b"cookie" in headers:
+            parts += _field_parts(b"cookie", headers[b"cookie"])
         digest = self._tenant.copy()
         digest.update(b"".join(parts))
         return Scope(namespace, digest.digest(), bool(names) and not parts)
 
     def key(self, scope: Scope, key: bytes) -> bytes:
-        """Return the digest (24 bytes) that names a key of a scope in the store."""
+        """Return the digest (24 bytes) of a key in its scope: the record's name in the store."""
         return finish_key(self.key_prefix(scope), key)
 
     def key_prefix(self, scope: Scope) -> blake2b:
-        """Return the digest of a key of a scope, without the key."""
+        """Return the digest of a scope's keys that still lacks the key; for `finish_key`."""
         digest = self._key.copy()
         digest.update(length_prefixed(scope[:2]))
         return digest
 
     def fingerprint(self, parts: Sequence[bytes], body: Iterable[bytes]) -> bytes:
-        """Return the digest (16 bytes) of what a request asks for; `body` comes in blocks, as it is sent."""
+        """Return the fingerprint (16 bytes) of a request: the digest of `parts` of its head and of its `body`.
+
+        How the body is cut into blocks does not matter.
+        """
         return finish_fingerprint(self.fingerprint_prefix(parts), body)
 
     def fingerprint_prefix(self, parts: Sequence[bytes]) -> blake2b:
-        """Return a fingerprint that lacks its body."""
-        asked = length_prefixed(parts)
+        """Return the fingerprint that still lacks the body; for `finish_fingerprint`."""
+        joined = length_prefixed(parts)
         digest = self._fingerprint.copy()
-        digest.update(_PREFIX[len(asked)] + asked)
+        digest.update(_LENGTH[len(joined)] + joined)
         return digest
 
 
-def finish_key(scoped: blake2b, key: bytes) -> bytes:
-    """Return the digest (24 bytes) that names a key in the store, of a scope that was digested so."""
-    digest = scoped.copy()
-    digest.update(_PREFIX[len(key)] + key)
+def finish_key(prefix: blake2b, key: bytes) -> bytes:
+    """Return the digest (24 bytes) of a key under a prefix of `Digests.key_prefix`, which is left as it is."""
+    digest = prefix.copy()
+    digest.update(_LENGTH[len(key)] + key)
     return digest.digest()
 
 
-def finish_fingerprint(begun: blake2b, body: Iterable[bytes]) -> bytes:
-    """Return the digest that was begun so."""
-    digest = begun.copy()
+def finish_fingerprint(prefix: blake2b, body: Iterable[bytes]) -> bytes:
+    """Return the fingerprint (16 bytes) of a body under a prefix of `Digests.fingerprint_prefix`, left as it is."""
+    digest = prefix.copy()
     for block in body:
         digest.update(block)
     return digest.digest()
 
 
 def identity_settings(digests: Digests, namespace: str, key_header: str, scope_headers: Iterable[str]) -> str:
-    """Return by which settings keys are named, for people: replicas where it differs know other keys."""
+    """Return the settings that decide how keys are named, as text for people.
+
+    Two replicas with different texts do not find each other's records.
+    """
     scope = ",".join(name.lower() for name in scope_headers)
     return f"namespace={namespace} secret={digests.secret_id} scope={scope} key_header={key_header.lower()}"
 
 
-@lru_cache(1024)  # asked for with every call: a claim's is there when it is settled
+# Cached: a claim and its settlement ask for the same name.
+@lru_cache(1024)
 def store_key(digest: bytes) -> bytes:
-    """Return the record's name in the store; the braces keep one record in one Cluster slot."""
+    """Return the name of a key's record in the store. The braces put all of it in one slot of a Redis Cluster."""
     return b"once:{" + _base64(digest) + b"}"
 
 
 def record_id(digest: bytes) -> str:
-    """Return how operators call a record: its name in the store without what is around it."""
+    """Return the record's id for operators: 32 characters, its name in the store without the frame."""
     return _base64(digest).decode()
 
 
-def parse_record_id(name: str) -> bytes | None:
-    """Return the digest behind a record's id or its name in the store, None where it is neither."""
-    text = name.removeprefix("once:{").removesuffix("}")
+def parse_record_id(text: str) -> bytes | None:
+    """Return the digest of a record's id, or of its name in the store; None for any other text."""
+    text = text.removeprefix("once:{").removesuffix("}")
     return urlsafe_b64decode(text) if RECORD_ID.fullmatch(text) else None
 
 
 def key_id(digest: bytes) -> str:
-    """Return what logs show of a key: enough to find it, too little to guess it."""
+    """Return the id of a key in logs, 12 characters: enough to find the key, too little to guess it."""
     return _base64(digest[:9]).decode()
 
 

@@ -1,7 +1,7 @@
-"""What a key reads out of a request's body: one member of a JSON document, one field of a form. Pure.
+"""Reads a key from a request's body: one member of a JSON document, or one field of a form. Pure.
 
-The body is hostile until it is read. Everything here takes time linear in MAX_BYTES at most, says why
-it found nothing, and never guesses: of two members with one name neither is taken.
+Bodies are hostile input. Each function takes time linear in MAX_BYTES at most. None of them guesses: where a
+body has two members or fields of the wanted name, the result is a BadKey, because an upstream might take either.
 """
 
 import json
@@ -14,28 +14,37 @@ from urllib.parse import unquote_to_bytes
 
 from oncegate.keys.syntax import BadKey
 
-MAX_BYTES = 1_048_576  # of a body that is parsed; longer ones are spooled, and nobody parses them
-MAX_DEPTH = 64  # of nested arrays and objects
-MAX_BRACKETS = 50_000  # that open one, counted in texts as well: a MiB of empty arrays would take half a second
-MAX_FIELDS = 1000  # of a form or a query
+# The longest body that is parsed. A longer one is spooled to disk, and no key is read from it.
+MAX_BYTES = 1_048_576
+# Of nested arrays and objects.
+MAX_DEPTH = 64
+# Opening brackets, those inside strings included: a MiB of empty arrays would take half a second to parse.
+MAX_BRACKETS = 50_000
+# Of a form or a query.
+MAX_FIELDS = 1000
 MAX_VALUE_BYTES = 1024
 
-_STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
-_NOT_BRACKETS = bytes(code for code in range(256) if code not in _STEPS)
-_INDEX = re.compile(r"0|[1-9][0-9]{0,8}")  # RFC 6901, section 4
+_DEPTH_CHANGES = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+_NOT_BRACKETS = bytes(code for code in range(256) if code not in _DEPTH_CHANGES)
+# An array index (RFC 6901, section 4), of at most 9 digits: a longer one is past the end of any document here.
+_INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
 _BAD_ESCAPE = re.compile(r"~(?![01])")
 
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """Nothing stands where a key is looked for."""
+    """There is no value where a key was expected. `detail` says where, for the client."""
 
     detail: str
 
 
+_NO_MEMBER = Missing("the body does not have the member that holds the key")
+
+
 def parse_pointer(text: str) -> tuple[str, ...]:
-    """Return the tokens of a JSON pointer (RFC 6901). ValueError where it is none."""
-    if not text.startswith("/"):  # the empty pointer is the whole document, which is no key
+    """Return the tokens of a JSON pointer (RFC 6901). Raises ValueError for a malformed one."""
+    # RFC 6901 also has the empty pointer, for the whole document, but a document is not a key.
+    if not text.startswith("/"):
         raise ValueError("must be a JSON pointer that begins with /, such as /data/id")
     if _BAD_ESCAPE.search(text):
         raise ValueError("has a ~ in its pointer that is neither ~0 nor ~1")
@@ -43,98 +52,107 @@ def parse_pointer(text: str) -> tuple[str, ...]:
 
 
 def json_value(body: bytes, pointer: Sequence[str]) -> bytes | Missing | BadKey:
-    """Return what a pointer names in a JSON document, tagged by its type: the text 1 is not the number 1."""
+    """Return the value at a pointer in a JSON document, tagged with its type: the string 1 is not the number 1.
+
+    `n` and the number as written, `s` and the string in UTF-8, `true` or `false`; `null` counts as Missing.
+    """
     document = _parse(body)
     if isinstance(document, BadKey):
         return document
-    found = _follow(document[0], pointer)
-    match found:
+    value = _follow(document[0], pointer)
+    match value:
         case bytes():
-            return _within(b"n" + found)
+            return _checked_length(b"n" + value)
         case str():
             try:
-                return _within(b"s" + found.encode())
+                return _checked_length(b"s" + value.encode())
             except UnicodeEncodeError:
                 return BadKey("the key in the body has half a surrogate pair")
         case bool():
-            return b"true" if found else b"false"
+            return b"true" if value else b"false"
         case None:
-            return Missing("the body has no key where it is looked for")
+            return _NO_MEMBER
         case Missing() | BadKey():
-            return found
+            return value
         case _:
             return BadKey("the key in the body is an object or an array")
 
 
-def _within(tagged: bytes) -> bytes | Missing | BadKey:
+def _checked_length(tagged: bytes) -> bytes | Missing | BadKey:
     if len(tagged) == 1:
         return Missing("the key in the body is empty")
     return tagged if len(tagged) <= MAX_VALUE_BYTES else BadKey(f"the key in the body is over {MAX_VALUE_BYTES} bytes")
 
 
 def _parse(body: bytes) -> tuple[Any] | BadKey:
-    """Return the document, boxed: objects are tuples of pairs, so that doubled names can be seen."""
+    """Return the document in a tuple of one. Objects are tuples of pairs, which keep doubled names."""
     if len(body) > MAX_BYTES:
-        return BadKey(f"the body is over {MAX_BYTES} bytes, too long to look for a key in")
+        return BadKey(f"the body is over {MAX_BYTES} bytes, too long to read a key from")
     brackets = body.count(b"[") + body.count(b"{")
     if brackets > MAX_BRACKETS:
-        return BadKey("the body has too many arrays and objects to look for a key in")
+        return BadKey("the body has too many arrays and objects to read a key from")
+    # Checked before parsing: the parser recurses, and a deep document would exhaust its stack.
     if brackets > MAX_DEPTH and _depth(body) > MAX_DEPTH:
         return BadKey(f"the body is nested deeper than {MAX_DEPTH}")
     try:
         return (_DECODER.decode(body.decode()),)
-    except (ValueError, RecursionError):  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+    # UnicodeDecodeError and JSONDecodeError are ValueErrors.
+    except (ValueError, RecursionError):
         return BadKey("the body is not JSON in UTF-8")
 
 
 def _depth(body: bytes) -> int:
-    """Return how deep a document nests, without parsing it: what is between its texts, and of that the brackets."""
-    between = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2]
-    brackets = b"".join(between).translate(None, _NOT_BRACKETS)
-    return max(accumulate(map(_STEPS.__getitem__, brackets)), default=0)
+    """Return how deep a document nests, without parsing it: the brackets outside its strings decide."""
+    # Without escapes, each quote begins or ends a string: every second piece lies outside of strings.
+    outside = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2]
+    brackets = b"".join(outside).translate(None, _NOT_BRACKETS)
+    return max(accumulate(map(_DEPTH_CHANGES.__getitem__, brackets)), default=0)
 
 
 def _refuse(_: str) -> NoReturn:
     raise ValueError("NaN and Infinity are not JSON")
 
 
-# A number stays as it is written, in bytes: 1, 1.0 and 1e0 are three keys, and no digits are ever computed.
+# Numbers stay as they are written, as bytes: 1, 1.0 and 1e0 are three keys. No number is ever computed, so a long
+# one costs nothing.
 _DECODER = json.JSONDecoder(
     object_pairs_hook=tuple, parse_int=str.encode, parse_float=str.encode, parse_constant=_refuse
 )
 
 
 def _follow(value: Any, pointer: Sequence[str]) -> Any:
+    """Return the value at a pointer (RFC 6901, section 4), or Missing or BadKey."""
     for token in pointer:
         if isinstance(value, tuple):
-            named = [member for name, member in value if name == token]
-            if len(named) > 1:
-                return BadKey("the body names the member with the key twice")
-            if not named:
-                return Missing("the body has no key where it is looked for")
-            value = named[0]
+            members = [member for name, member in value if name == token]
+            if len(members) > 1:
+                return BadKey("the body has the member that holds the key twice")
+            if not members:
+                return _NO_MEMBER
+            value = members[0]
         elif isinstance(value, list) and _INDEX.fullmatch(token) and int(token) < len(value):
             value = value[int(token)]
         else:
-            return Missing("the body has no key where it is looked for")
+            return _NO_MEMBER
     return value
 
 
-def form_value(text: bytes, name: bytes, where: str) -> bytes | Missing | BadKey:
-    """Return the one value of a field in `a=1&b=2` notation, its escapes undone; `where` is for the message."""
+def form_value(text: bytes, name: bytes, place: str) -> bytes | Missing | BadKey:
+    """Return the one value of a field in `a=1&b=2` notation, decoded. `place`: `query` or `form`, for messages."""
     if len(text) > MAX_BYTES or text.count(b"&") >= MAX_FIELDS:
-        return BadKey(f"the {where} has too many fields to look for a key in")
+        return BadKey(f"the {place} has too many fields to read a key from")
     pairs = [field.partition(b"=") for field in text.split(b"&")]
-    longest = 3 * len(name)  # with every byte escaped
-    values = [value for field, _, value in pairs if len(field) <= longest and _plain(field) == name]
+    # With every byte escaped the name is three times as long; nothing longer has to be decoded.
+    longest = 3 * len(name)
+    values = [value for field, _, value in pairs if len(field) <= longest and _decoded(field) == name]
     if len(values) > 1:
-        return BadKey(f"the {where} names the field with the key twice")
+        return BadKey(f"the {place} has the field that holds the key twice")
     if not (values and values[0]):
-        return Missing(f"the {where} has no key where it is looked for")
+        return Missing(f"the {place} does not have the field that holds the key")
     if len(values[0]) > MAX_VALUE_BYTES:
-        return BadKey(f"the key in the {where} is over {MAX_VALUE_BYTES} bytes")
-    return _plain(values[0])
+        return BadKey(f"the key in the {place} is over {MAX_VALUE_BYTES} bytes")
+    return _decoded(values[0])
 
 
-def _plain(text: bytes) -> bytes:
+def _decoded(text: bytes) -> bytes:
     return unquote_to_bytes(text.replace(b"+", b" "))

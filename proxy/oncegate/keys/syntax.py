@@ -6,20 +6,23 @@ from dataclasses import dataclass
 
 MAX_KEY_BYTES = 255
 
+# Visible ASCII without `"`, `\` and `,`. Every SDK sends bare keys; RFC 9651 alone would refuse a UUID that starts
+# with a digit.
 _BARE = re.compile(rb"[!#-+\--\[\]-~]+")
+# A String of RFC 9651, section 3.3.3.
 _QUOTED = re.compile(rb'"((?:[ !#-\[\]-~]|\\["\\])*)"')
 _ESCAPED = re.compile(rb'\\(["\\])')
 
 
 @dataclass(frozen=True, slots=True)
 class BadKey:
-    """Why a key cannot be used; the text never contains the key."""
+    """A key that cannot be used. `detail` says why and never contains the key."""
 
     detail: str
 
 
 def parse_key(lines: Sequence[bytes]) -> bytes | BadKey:
-    """Return the key that the header lines carry: `"abc"` and `abc` are the same one.
+    """Return the key in the values of its header; the quoted `"abc"` and the bare `abc` are the same key.
 
     Quoted: a String of RFC 9651 without parameters. Bare: 0x21 to 0x7E without `"`, `\\` and `,`.
     """

@@ -1,15 +1,18 @@
-"""Every rule about header fields: what is stripped, added and passed on. Pure.
+"""Header fields: their types, and the rules that hold for requests and responses alike. Pure.
 
-Fields are pairs of bytes in the order and spelling in which they came. A message is always written
-anew from its parsed form: framing, hop-by-hop and forwarding fields are ours, never passed through.
+Fields are pairs of bytes, in the order and spelling in which they were received. oncegate never copies a head:
+it writes each message anew from its parsed form. The fields of framing, of this hop (RFC 9110, section 7.6.1)
+and of forwarding are always its own.
 """
 
 from collections.abc import Collection, Iterable, Sequence
 
+# (name, value) in the order and spelling of the message.
 Pairs = Sequence[tuple[bytes, bytes]]
+# Lower-case name -> its values in order.
 Fields = dict[bytes, list[bytes]]
 
-# RFC 9110, section 7.6.1, and what older proxies still send.
+# RFC 9110, section 7.6.1, with `keep-alive`, `proxy-connection` and `http2-settings` of older peers.
 HOP_BY_HOP = frozenset(
     (
         b"connection",
@@ -23,37 +26,41 @@ HOP_BY_HOP = frozenset(
         b"proxy-authorization",
     )
 )
-MAX_HEAD_BYTES = 65536  # of an answer, or of a request that comes in parts
+# The limit for the head of a response, and of a request that comes in several reads.
+MAX_HEAD_BYTES = 65536
 
-_USUAL = ([b"keep-alive"], [b"close"])
+# Values of Connection that nominate no field.
+_COMMON_CONNECTION = ([b"keep-alive"], [b"close"])
 
-_KNOWN = 4096  # names, or hosts, of at most
-_KNOWN_BYTES = 64  # that are remembered
+# The bounds of each table of names or hosts: peers choose them, so that tables must not grow with every request.
+_MAX_ENTRIES = 4096
+_MAX_ENTRY_BYTES = 64
 
 
-class Labels(dict[bytes, bytes]):
-    """A field's name -> how its line begins, `Name: `, empty if it ends at this hop.
+class LinePrefixes(dict[bytes, bytes]):
+    """Field name as received -> the beginning of its line, `Name: `; empty for a field that ends at this hop.
 
-    Names repeat from message to message: an answer's block takes 13k instructions so, 20k when each
-    line is formatted (measured). Bounded.
+    A bounded cache. Names repeat from message to message: writing a response's fields takes 13k instructions with
+    it, and 20k where each line is formatted (measured).
     """
 
-    def __init__(self, gone: Collection[bytes], gone_prefix: bytes | None = None) -> None:
-        self._gone, self._gone_prefix = gone, gone_prefix
+    def __init__(self, dropped: Collection[bytes], dropped_prefix: bytes | None = None) -> None:
+        self._dropped, self._dropped_prefix = dropped, dropped_prefix
 
     def __missing__(self, name: bytes) -> bytes:
         lower = name.lower()
-        gone = lower in self._gone or (self._gone_prefix is not None and lower.startswith(self._gone_prefix))
-        label = b"" if gone else name + b": "
-        if len(name) <= _KNOWN_BYTES:
-            if len(self) >= _KNOWN:
+        by_prefix = self._dropped_prefix is not None and lower.startswith(self._dropped_prefix)
+        prefix = b"" if by_prefix or lower in self._dropped else name + b": "
+        if len(name) <= _MAX_ENTRY_BYTES:
+            if len(self) >= _MAX_ENTRIES:
                 self.clear()
-            self[name] = label
-        return label
+            self[name] = prefix
+        return prefix
 
 
 def by_name(pairs: Pairs) -> Fields:
     """Return the values by lower-case name, in order."""
+    # Most heads have each name once: one comprehension, and the loop only where that lost a value.
     fields: Fields = {name.lower(): [value] for name, value in pairs}
     if len(fields) != len(pairs):
         fields = {}
@@ -63,18 +70,18 @@ def by_name(pairs: Pairs) -> Fields:
 
 
 def tokens(values: Iterable[bytes]) -> list[bytes]:
-    """Return the members of a comma-separated field, in lower case."""
+    """Return the members of a comma-separated field in lower case, without empty ones (RFC 9110, section 5.6.1)."""
     return [token for value in values for token in map(bytes.strip, value.lower().split(b",")) if token]
 
 
 def nominated(fields: Fields) -> Collection[bytes]:
-    """Return what Connection names beyond its usual words: RFC 9110, section 7.6.1, strips that as well."""
+    """Return the lower-case names that Connection nominates: they end at this hop (RFC 9110, section 7.6.1)."""
     values = fields.get(b"connection")
-    return () if values is None or values in _USUAL else tokens(values)
+    return () if values is None or values in _COMMON_CONNECTION else tokens(values)
 
 
-def remember(known: set[bytes], more: Iterable[bytes]) -> None:
-    """Keep short words that passed a check, so that one look tells next time. Bounded."""
-    if len(known) >= _KNOWN:
-        known.clear()
-    known.update(word for word in more if len(word) <= _KNOWN_BYTES)
+def remember(checked: set[bytes], passed: Iterable[bytes]) -> None:
+    """Add names or hosts that passed a check to the bounded set `checked`, so that the next check is a look-up."""
+    if len(checked) >= _MAX_ENTRIES:
+        checked.clear()
+    checked.update(entry for entry in passed if len(entry) <= _MAX_ENTRY_BYTES)

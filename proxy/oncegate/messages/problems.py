@@ -39,15 +39,17 @@ KINDS = {
     "key-reused": Kind(422, "The idempotency key was used for another request", False, False),
     "in-flight": Kind(409, "The original request is still running", True, True),
     "outcome-unknown": Kind(409, "The outcome of the original request is not known", False, None),
-    "response-not-kept": Kind(409, "The original request completed, its answer was not stored", False, False),
+    "response-not-kept": Kind(409, "The original request completed; its response was not stored", False, False),
     "body-too-large": Kind(413, "The request's body is too large", False, True, idempotency=False),
     "store-unavailable": Kind(503, "The store did not confirm the claim; nothing was sent", True, True, False),
-    "overloaded": Kind(503, "Too much at once; nothing was sent", True, True, False),
+    "overloaded": Kind(503, "The proxy is at its limit; nothing was sent", True, True, False),
     "upstream-unreachable": Kind(502, "The upstream could not be reached; nothing was sent", True, True, False),
-    "upstream-lost": Kind(502, "The upstream took the request and gave no whole answer", False, None, False),
-    "upstream-timeout": Kind(504, "The upstream took the request and gave no answer in time", False, None, False),
+    "upstream-lost": Kind(502, "The upstream got the request and sent no complete response", False, None, False),
+    "upstream-timeout": Kind(504, "The upstream got the request and did not respond in time", False, None, False),
     "record-corrupt": Kind(500, "The stored record fails its own checks", False, None, False),
-    "answer-not-stored": Kind(502, "The upstream answered, the store did not confirm it in time", True, True, False),
+    "answer-not-stored": Kind(
+        502, "The upstream responded; the store did not confirm the response in time", True, True, False
+    ),
 }
 # Requests that are refused before oncegate looks for a key, by status. They share one code and have no slug.
 REFUSALS = {
@@ -56,11 +58,11 @@ REFUSALS = {
     408: Kind(408, "The request did not arrive in time", True, True, False),
     417: Kind(417, "This expectation cannot be met", False, None, False),
     421: Kind(421, "This host is not served here", False, None, False),
-    431: Kind(431, "The head is too large", False, None, False),
+    431: Kind(431, "The header section is too large", False, None, False),
     500: Kind(500, "The proxy failed", False, None, False),
-    501: Kind(501, "This is not served", False, None, False),
-    503: Kind(503, "Too much at once; nothing was sent", True, True, False),
-    505: Kind(505, "This version of HTTP is not spoken", False, None, False),
+    501: Kind(501, "This is not supported", False, None, False),
+    503: Kind(503, "The proxy is at its limit; nothing was sent", True, True, False),
+    505: Kind(505, "This version of HTTP is not supported", False, None, False),
 }
 _ONE_SECOND = 1
 

@@ -1,10 +1,10 @@
-"""A request's head: as it was checked, and as it goes to the upstream. Pure."""
+"""A request's head: as it passed the checks, and as it is written for the upstream. Pure."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from oncegate.messages.fields import HOP_BY_HOP, Fields, Labels, Pairs, nominated, tokens
+from oncegate.messages.fields import HOP_BY_HOP, Fields, LinePrefixes, Pairs, nominated, tokens
 
 FORWARDING = frozenset(
     (
@@ -19,8 +19,9 @@ FORWARDING = frozenset(
         b"x-forwarded-server",
     )
 )
-FENCE = b"idempotency-fence"  # ours alone: an upstream that compares fences must not meet one of a client's making
-# What this proxy reads and acts on: stripping one by nominating it in Connection is an attack.
+# Only oncegate sends it: an upstream that compares fences must never get one that a client made up.
+FENCE = b"idempotency-fence"
+# The fields that this proxy reads and acts on. Nominating one in Connection, to have it stripped, is an attack.
 ACTED_ON = FORWARDING | frozenset(
     (
         b"authorization",
@@ -36,6 +37,8 @@ ACTED_ON = FORWARDING | frozenset(
         b"x-api-key",
     )
 )
+# This hop's own fields of a switch to WebSocket, in the request and in the response (RFC 6455, section 4).
+SWITCHING = b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
 
 
 class RequestHead(NamedTuple):
@@ -46,38 +49,48 @@ class RequestHead(NamedTuple):
     http10: bool
     host: bytes
     pairs: Pairs
-    fields: Fields  # values by lower-case name
+    fields: Fields
 
 
-_VIA = (b"Via: 1.1 oncegate", b"Via: 1.0 oncegate")  # by whether the request came in HTTP/1.0
+# By whether the request came in HTTP/1.0: Via names the version received (RFC 9110, section 7.6.3).
+_VIA = (b"Via: 1.1 oncegate", b"Via: 1.0 oncegate")
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardedInfo:
-    """What the forwarding fields say of the client's side; the same for a whole connection."""
+    """What the forwarding fields say about one client connection: its address, its scheme, whether it is trusted.
+
+    `lines`: the forwarding fields of an untrusted client's requests, by whether they came in HTTP/1.0.
+    """
 
     client: bytes
     scheme: bytes
     trusted: bool
-    lines: tuple[tuple[bytes, ...], ...] = field(init=False)  # for a client that is not trusted
+    lines: tuple[tuple[bytes, ...], ...] = field(init=False)
 
     def __post_init__(self) -> None:
         lines = (b"X-Forwarded-For: " + self.client, b"X-Forwarded-Proto: " + self.scheme)
         object.__setattr__(self, "lines", tuple((*lines, via) for via in _VIA))
 
 
-_FORWARDED = Labels(HOP_BY_HOP | FORWARDING | {b"host", b"content-length", b"expect", FENCE})
+# The fields that `request_head` writes itself, or that end here: 100 Continue is between the client and this proxy.
+_LINE_PREFIXES = LinePrefixes(HOP_BY_HOP | FORWARDING | {b"host", b"content-length", b"expect", FENCE})
 
 
 def request_head(head: RequestHead, hop: ForwardedInfo, host: bytes, prefix: bytes, length: int | None) -> bytes:
-    """Return a request's head for the upstream; `length` None: chunked, negative: no body."""
-    method, target, http10, asked_host, pairs, fields = head
+    """Return a request's head as bytes for the upstream, with its empty line.
+
+    `host`: the value of Host. `prefix`: the path of the upstream's URL, put before the target. `length`: of the
+    body in bytes; None for a chunked body, negative for none.
+    """
+    method, target, http10, client_host, pairs, fields = head
     if names := nominated(fields):
         pairs = [pair for pair in pairs if pair[0].lower() not in names]
-    lines = [label + value for name, value in pairs if (label := _FORWARDED[name])]
-    lines += _forwarding_on(head, hop) if hop.trusted else hop.lines[http10]
-    if asked_host and not hop.trusted:  # what a client claims counts only if it is trusted
-        lines.append(b"X-Forwarded-Host: " + asked_host)
+    lines = [start + value for name, value in pairs if (start := _LINE_PREFIXES[name])]
+    lines += _extended_forwarding(head, hop) if hop.trusted else hop.lines[http10]
+    # A trusted proxy's own X-Forwarded-Host is among the extended ones.
+    if client_host and not hop.trusted:
+        lines.append(b"X-Forwarded-Host: " + client_host)
     if length is None:
         lines.append(b"Transfer-Encoding: chunked\r\n\r\n")
     else:
@@ -87,35 +100,32 @@ def request_head(head: RequestHead, hop: ForwardedInfo, host: bytes, prefix: byt
 
 
 def with_fence(head: bytes, fence: bytes) -> bytes:
-    """Return a request's head with the claim's fence: an upstream that saw a higher one can refuse it."""
+    """Return a request's head with the fence of its claim, by which an upstream can refuse an older claim's request."""
     return b"%sIdempotency-Fence: %d\r\n\r\n" % (head[:-2], int(fence))
 
 
 def renamed(pairs: Pairs, name: bytes, to: bytes) -> Pairs:
-    """Return the fields with `name` (lower case) under another name, or without it where that is empty.
-
-    What a client sends under the other name itself would be taken for ours, and goes.
-    """
-    gone = to.lower() if to.lower() != name else b""
-    kept = (pair for pair in pairs if pair[0].lower() != gone)
+    """Return the fields with `name` (lower case) renamed `to`; without it where `to` is empty."""
+    # A field that the client itself sent under the new name would pass for the renamed one.
+    dropped = to.lower() if to.lower() != name else b""
     return [
-        (to, value) if field.lower() == name else (field, value) for field, value in kept if to or field.lower() != name
+        (to, value) if field.lower() == name else (field, value)
+        for field, value in pairs
+        if field.lower() != dropped and (to or field.lower() != name)
     ]
 
 
 def is_websocket(head: RequestHead) -> bool:
-    """Return whether a request opens a WebSocket as RFC 6455, section 4.1, says, and nothing else."""
+    """Return whether a request is a WebSocket's opening handshake and nothing else (RFC 6455, section 4.1)."""
     fields = head.fields
-    framed = b"content-length" in fields or b"transfer-encoding" in fields
-    asked = head.method == "GET" and not head.http10 and not framed and len(fields.get(b"sec-websocket-key", ())) == 1
-    return asked and tokens(fields.get(b"upgrade", ())) == [b"websocket"]
+    if head.method != "GET" or head.http10 or b"content-length" in fields or b"transfer-encoding" in fields:
+        return False
+    has_key = len(fields.get(b"sec-websocket-key", ())) == 1
+    return has_key and tokens(fields.get(b"upgrade", ())) == [b"websocket"]
 
 
-SWITCHING = b"Connection: Upgrade\r\nUpgrade: websocket\r\n"  # this hop's own, both ways
-
-
-def _forwarding_on(head: RequestHead, hop: ForwardedInfo) -> list[bytes]:
-    """Return the forwarding fields of a trusted proxy, with this hop added."""
+def _extended_forwarding(head: RequestHead, hop: ForwardedInfo) -> list[bytes]:
+    """Return the forwarding fields that a trusted proxy sent, with this hop added."""
     fields = head.fields
     lines = [
         b"X-Forwarded-For: " + b", ".join([*fields.get(b"x-forwarded-for", ()), hop.client]),
@@ -130,7 +140,7 @@ def _forwarding_on(head: RequestHead, hop: ForwardedInfo) -> list[bytes]:
 
 
 def preferred_wait_s(values: Iterable[bytes]) -> int | None:
-    """Return N of `Prefer: wait=N` in seconds (RFC 7240), None where it is not asked for or malformed."""
+    """Return N of `Prefer: wait=N` in seconds (RFC 7240, section 4.3); None where it is absent or malformed."""
     for preference in tokens(values):
         name, _, value = preference.partition(b";")[0].partition(b"=")
         value = value.strip().strip(b'"')

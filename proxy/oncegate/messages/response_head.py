@@ -1,4 +1,4 @@
-"""An answer's head: how its body is framed, what goes on to the client, what a replay says again. Pure."""
+"""A response's head: how its body is framed, what is forwarded to the client, and what a replay repeats. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from oncegate.messages.fields import (
     HOP_BY_HOP,
     MAX_HEAD_BYTES,
     Fields,
-    Labels,
+    LinePrefixes,
     Pairs,
     by_name,
     nominated,
@@ -18,17 +18,26 @@ from oncegate.messages.fields import (
     tokens,
 )
 
-# Given for one exchange or one person's browser: a replay must not hand them on.
+# Meant for one exchange or one browser alone. Age is written anew for each replay.
 NOT_REPLAYED = frozenset((b"set-cookie", b"www-authenticate", b"authentication-info", b"age"))
 
-OURS = b"oncegate-"  # and whatever follows
+# The prefix of this proxy's own response fields: an upstream must not send them in its name.
+OURS = b"oncegate-"
 
+# What no field value can contain (RFC 9110, section 5.5): all controls but the tab.
 _CONTROLS = bytes(code for code in (*range(32), 127) if code != 9)
 
 
 @dataclass(slots=True)
 class ResponseHead:
-    """The head of an upstream's final answer. `length` is None where its framing does not tell one."""
+    """The head of an upstream's final response (RFC 9110, section 15), and how its body is framed.
+
+    `length`: of the body in bytes, None where the framing does not state it. `bodiless`: it has no body, whatever
+    its fields say. `close_delimited`: the end of the connection ends the body (RFC 9112, section 6.3).
+    `forwarded_block`, `replayed_block`: the end-to-end fields as they are written now, and on a replay. Each line
+    is ended; a Content-Length of the upstream stays in its place among them.
+    `is_event_stream`: a client waits for single events of the body. `age_s`: its Age in seconds, 0 without one.
+    """
 
     status: int
     reason: bytes
@@ -37,13 +46,11 @@ class ResponseHead:
     length: int | None
     bodiless: bool
     close_delimited: bool
-    # Its end-to-end fields as they are written now, and as they are on a replay. Each line is ended; a length the
-    # upstream stated stays in its place among them.
     forwarded_block: bytes
     replayed_block: bytes
-    is_event_stream: bool = field(init=False)  # somebody is waiting for single events of it
-    age_s: int = field(init=False)  # that it had when it came, 0 where it says none
-    _begun: blake2b | None = field(init=False, default=None, compare=False)
+    is_event_stream: bool = field(init=False)
+    age_s: int = field(init=False)
+    _digest: blake2b | None = field(init=False, default=None, compare=False)
 
     def __post_init__(self) -> None:
         kinds = self.fields.get(b"content-type")
@@ -51,31 +58,34 @@ class ResponseHead:
         self.age_s = _number(self.fields[b"age"][0]) if b"age" in self.fields else 0
 
     def digest(self) -> blake2b:
-        """Return the running digest of an answer with this head, as it is replayed."""
-        if self._begun is None:
-            self._begun = response_digest(self.status, self.reason, self.replayed_block)
-        return self._begun.copy()
+        """Return the digest of the response as it is replayed, to be updated with its body."""
+        if self._digest is None:
+            self._digest = response_digest(self.status, self.reason, self.replayed_block)
+        return self._digest.copy()
 
 
 def response_digest(status: int, reason: bytes, block: bytes) -> blake2b:
-    """Return the running digest of an answer that begins so; its body is fed to it."""
+    """Return the digest (16 bytes) of a stored response, to be updated with its body; `block`: its fields."""
     return blake2b(b"%d %s\r\n%s" % (status, reason, block), digest_size=16)
 
 
 def read_response_head(status: int, reason: bytes, pairs: Pairs, head_only: bool) -> ResponseHead | str:
-    """Return the head of a final answer and how its body is framed, or what makes it unusable.
+    """Return the head of a final response, or the reason why it cannot be used.
 
-    101 is final, too: what follows is another protocol, up to the end of the connection.
+    101 is final as well: what follows is another protocol, up to the end of the connection. `head_only`: the
+    request was a HEAD. Framing follows RFC 9112, section 6.3.
     """
     if not (200 <= status <= 599 or status == 101):
         return f"status {status}"
     text = b"".join(chain((reason,), *pairs))
     if len(text) + 4 * len(pairs) > MAX_HEAD_BYTES:
         return "the head is too large"
-    if len(text.translate(None, _CONTROLS)) != len(text):  # it could split a message on its way
+    # A line end among them could split the message for the next reader.
+    if len(text.translate(None, _CONTROLS)) != len(text):
         return "a control character in the head"
     fields = by_name(pairs)
-    if status == 204:  # a client that believed its length would wait for a body that never comes (RFC 9110, 8.6)
+    # A 204 has no body (RFC 9110, section 8.6): a client that believes its length would wait for one.
+    if status == 204:
         pairs = [pair for pair in pairs if pair[0].lower() != b"content-length"]
     forwarded, replayed = response_blocks(pairs, fields)
     if status == 101:
@@ -85,7 +95,7 @@ def read_response_head(status: int, reason: bytes, pairs: Pairs, head_only: bool
     if b"content-length" in fields:
         length = _stated_length(fields[b"content-length"])
         if length is None:
-            return "a content length that is no number"
+            return "a Content-Length that is not a number"
     if b"transfer-encoding" in fields:
         if tokens(fields[b"transfer-encoding"]) != [b"chunked"] or length is not None:
             return "a transfer coding other than chunked alone"
@@ -95,29 +105,30 @@ def read_response_head(status: int, reason: bytes, pairs: Pairs, head_only: bool
 
 
 def _stated_length(lengths: Sequence[bytes]) -> int | None:
+    """Return the one Content-Length as a number, None where it is malformed or repeated."""
     length = lengths[0].strip()
     return int(length) if len(lengths) == 1 and length.isdigit() and len(length) <= 18 else None
 
 
-_PASSED_ON = Labels(HOP_BY_HOP | {b"idempotent-replayed"}, OURS)
+_LINE_PREFIXES = LinePrefixes(HOP_BY_HOP | {b"idempotent-replayed"}, OURS)
 
 
 def response_blocks(pairs: Pairs, fields: Fields) -> tuple[bytes, bytes]:
-    """Return the fields of an answer that go on. A replay leaves out what belongs to the first exchange alone."""
-    if named := nominated(fields):
-        # An answer that lost its length this way would have no end on a connection that is kept.
-        gone = {*named} - {b"content-length"}
-        pairs = [pair for pair in pairs if pair[0].lower() not in gone]
-    passed_on = _block(pairs)
-    if _REPLAYED.issuperset(fields):
-        return passed_on, passed_on
+    """Return the fields of a response that are forwarded, and those that a replay repeats."""
+    if names := nominated(fields):
+        # Without its length, the response would have no end on a connection that stays open.
+        dropped = {*names} - {b"content-length"}
+        pairs = [pair for pair in pairs if pair[0].lower() not in dropped]
+    forwarded = _block(pairs)
+    if _REPLAYED_NAMES.issuperset(fields):
+        return forwarded, forwarded
     replayed = set(filter(_is_replayed, fields))
-    remember(_REPLAYED, replayed)
-    return passed_on, _block([pair for pair in pairs if pair[0].lower() in replayed])
+    remember(_REPLAYED_NAMES, replayed)
+    return forwarded, _block([pair for pair in pairs if pair[0].lower() in replayed])
 
 
 def _block(pairs: Pairs) -> bytes:
-    lines = [label + value for name, value in pairs if (label := _PASSED_ON[name])]
+    lines = [start + value for name, value in pairs if (start := _LINE_PREFIXES[name])]
     lines.append(b"")
     return b"\r\n".join(lines)
 
@@ -126,16 +137,17 @@ def _is_replayed(name: bytes) -> bool:
     return name not in NOT_REPLAYED and not name.startswith(b"proxy-")
 
 
-_REPLAYED: set[bytes] = set()  # names found to be so: bounded
+# Names that `_is_replayed` accepted: one look-up for a head instead of a call for each field. Bounded.
+_REPLAYED_NAMES: set[bytes] = set()
 
 
 @lru_cache(64)
 def status_line(status: int, reason: bytes) -> bytes:
-    """Return the first line of an answer."""
+    """Return the first line of a response."""
     return b"HTTP/1.1 %d %s\r\n" % (status, reason)
 
 
 def _number(text: bytes) -> int:
-    """Return a number of few digits, 0 for what is none."""
+    """Return a number of at most 9 digits, 0 for any other text."""
     text = text.strip()
     return int(text) if text.isdigit() and len(text) < 10 else 0

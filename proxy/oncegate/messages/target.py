@@ -1,17 +1,18 @@
-"""A request's target, reduced to the path that rules compare. Pure."""
+"""The path of a request's target, in the normal form that rules compare. Pure."""
 
 import re
 from urllib.parse import unquote_to_bytes
 
+# Escapes of unreserved characters: letters, digits, "-", ".", "_" and "~" (RFC 3986, section 2.3).
 _UNRESERVED = re.compile(rb"%(?:2[DdEe]|3[0-9]|[46][1-9A-Fa-f]|[57][0-9AaEe]|5[Ff])")
 _SLASHES = re.compile(rb"/{2,}")
 
 
 def normalized_path(target: bytes) -> bytes:
-    """Return the path of a target as rules see it: what means the same is the same (RFC 3986, section 6.2.2).
+    """Return the path of a target in normal form, so that equivalent paths are equal (RFC 3986, section 6.2.2).
 
-    Escapes of unreserved characters are undone, dot segments and doubled slashes removed, as upstreams may do;
-    `%2F` stays what it is. What goes upstream is always the target as it came.
+    Escapes of unreserved characters are decoded, dot segments and doubled slashes removed, because upstreams may
+    do the same; `%2F` stays as it is. This is for matching alone: the upstream gets the target as received.
     """
     path = target.partition(b"?")[0]
     if b"%" in path:
@@ -22,13 +23,14 @@ def normalized_path(target: bytes) -> bytes:
 
 
 def _without_dots(path: bytes) -> bytes:
-    kept: list[bytes] = []
+    # RFC 3986, section 5.2.4: ".." removes the segment before it, and a dot segment at the end leaves a slash.
+    result: list[bytes] = []
     segments = path.split(b"/")[1:]
     for segment in segments:
         if segment == b"..":
-            del kept[-1:]
+            del result[-1:]
         elif segment != b".":
-            kept.append(segment)
+            result.append(segment)
     if segments[-1] in (b".", b".."):
-        kept.append(b"")
-    return b"/" + b"/".join(kept)
+        result.append(b"")
+    return b"/" + b"/".join(result)

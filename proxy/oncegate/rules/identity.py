@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from oncegate.keys.digests import Digests, Scope, UnstableScope
 from oncegate.keys.documents import Missing
-from oncegate.keys.sources import ExtractedKey, SourceInput, extract_key, scope_fields
+from oncegate.keys.extraction import ExtractedKey, SourceInput, extract_key, scope_fields
 from oncegate.keys.syntax import BadKey, parse_key
 from oncegate.messages.fields import Fields
 from oncegate.messages.request_head import RequestHead
