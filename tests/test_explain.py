@@ -172,7 +172,7 @@ def test_a_request_is_explained(check):
             ["POST", "/llm", "-H", "x-stainless-retry-count: 1"],
             {"in flight": "waits up to 600 s", "complete": "replayed for 3600 s"},
         ),
-        (["POST", "/llm"], {"result": "forwarded unguarded: neither a key was sent nor which try"}),
+        (["POST", "/llm"], {"result": "forwarded unguarded: neither a key nor a retry count was sent"}),
         (
             ["POST", "/click"],
             {
@@ -257,7 +257,7 @@ BAD = {
     "an unknown field": ("retension_s = 90", 'rule "a": retension_s: is unknown; did you mean retention_s?'),
     "a rule that can never match": (
         'path = "/v1/**"\n[[rule]]\nname = "b"\npath = "/v1/orders"',
-        'rule "b": can never match: rule "a" (line 1) takes all its requests before it',
+        'rule "b": can never match: rule "a" (line 1) comes first and matches all of its requests',
     ),
     "a pointer that is no pointer": ('key = "body:id"', "rule \"a\": key: 'body:id' must be a JSON pointer"),
     "a pointer with a bad escape": ('key = "body:/a~2"', "rule \"a\": key: 'body:/a~2' has a ~ in its pointer"),
@@ -268,7 +268,7 @@ BAD = {
     "a window of zero": ('key = "derived:0"', "rule \"a\": key: 'derived:0' "),
     "two upstreams with one name": (
         '[[upstream]]\nname = "u"\nurl = "http://a"\n[[upstream]]\nname = "u"\nurl = "http://b"',
-        'upstream "u": name: is the name of another one as well',
+        'upstream "u": name: is the name of another upstream as well',
     ),
 }
 

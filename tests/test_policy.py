@@ -80,7 +80,7 @@ def test_a_condition_beats_a_code_and_a_code_beats_a_class(release, ambiguous, s
 )
 def test_the_same_entry_in_both_lists_is_an_error(release, ambiguous):
     """Nobody can say which was meant; the message names the entry."""
-    with pytest.raises(ValueError, match="stands in both lists"):
+    with pytest.raises(ValueError, match="is in both lists"):
         Statuses(release, ambiguous)
 
 

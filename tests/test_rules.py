@@ -12,7 +12,8 @@ from oncegate.rules.fields import OF_UPSTREAMS, RULE, SHARED, UPSTREAM
 from oncegate.rules.loading import load
 from oncegate.rules.model import Rule, Rules
 from oncegate.rules.presets import PRESETS
-from oncegate.settings.addresses import GUARDABLE, Origin
+from oncegate.settings.addresses import Origin
+from oncegate.settings.names import GUARDABLE
 from oncegate.settings.settings import Settings, SettingsError
 
 URL = "http://api.test"
@@ -65,7 +66,7 @@ CASES = {
         {"PUT", "GET"},
         None,
         'methods = ["CONNECT"]',
-        "no method that is served",
+        "not a method that oncegate serves",
     ),
     "headers": (
         'headers = { "User-Agent" = "a*" }',
@@ -81,7 +82,7 @@ CASES = {
         "sns",
         "",
         'preset = "snes"',
-        "is no preset; there are",
+        "is not a preset; the presets are",
     ),
     "upstream": (
         'upstream = "https://b.test/v1/"',
@@ -123,7 +124,7 @@ CASES = {
         (b"x-org", b"path:2"),
         (b"authorization", b"x-api-key"),
         'scope = ["body:/org"]',
-        "cannot tell tenants apart",
+        "cannot identify a tenant",
     ),
     "fingerprint": (
         'fingerprint = ["method", "body"]',
@@ -131,7 +132,7 @@ CASES = {
         {"method", "body"},
         None,
         'fingerprint = ["path"]',
-        "is no part of a request",
+        "is not a part of a fingerprint",
     ),
     "retention_s": (
         "retention_s = 90",
@@ -384,11 +385,11 @@ retention_s = 5
 wait_max_s = 10
 """
     assert errors(text) == [
-        'rules.toml:7: upstream "shop": name: is the name of another one as well',
+        'rules.toml:7: upstream "shop": name: is the name of another upstream as well',
         'rules.toml:9: upstream "shop": retries: is unknown; did you mean connect_retries?',
         "rules.toml:14: rule \"a\": key: 'body:id' must be a JSON pointer that begins with /, such as /data/id",
-        'rules.toml:16: rule "a": can never match: rule "a" (line 11) takes all its requests before it',
-        'rules.toml:17: rule "a": name: is the name of another one as well',
+        'rules.toml:16: rule "a": can never match: rule "a" (line 11) comes first and matches all of its requests',
+        'rules.toml:17: rule "a": name: is the name of another rule as well',
         'rules.toml:19: rule "a": retension_s: is unknown; did you mean retention_s?',
         "rules.toml:22: rule 3: has no name",
         "rules.toml:24: rule 3: lists: is unknown; did you mean in_flight_status?",
@@ -422,7 +423,7 @@ CONTRADICTIONS = {
     ),
     "a window longer than the retention": (
         'key = "derived:60"\nretention_s = 59',
-        "window that is longer than retention_s",
+        "window longer than retention_s",
     ),
     "a window of zero": ('key = "derived:0"', "not over 0"),
     "required and pass": ('guard = "required"\non_bad_key = "pass"', "a request without a key cannot pass"),
@@ -431,18 +432,18 @@ CONTRADICTIONS = {
     "a key of what cannot be": ('methods = ["GET"]\nkey = "header:A"', "none that can be guarded"),
     "a joined key forwarded": ('key = ["header:A", "path:1"]\nforward_key = "B"', "one header alone"),
     "a body's key forwarded": ('key = "body:/id"\nforward_key = ""', "one header alone"),
-    "idempotent without the key": ('upstream_idempotent = true\nforward_key = ""', "told the key"),
-    "idempotent with a derived key": ('upstream_idempotent = true\nkey = "derived:1"', "told the key"),
+    "idempotent without the key": ('upstream_idempotent = true\nforward_key = ""', "gets the key"),
+    "idempotent with a derived key": ('upstream_idempotent = true\nkey = "derived:1"', "gets the key"),
     "the key as scope": ('key = "header:A"\nscope = ["header:a"]', "header of the key"),
     "the usual key as scope": ('scope = ["header:idempotency-key"]', "header of the key"),
-    "one status in both lists": ('release_statuses = ["500"]\nambiguous_statuses = ["500"]', "stands in both lists"),
+    "one status in both lists": ('release_statuses = ["500"]\nambiguous_statuses = ["500"]', "is in both lists"),
     "an upstream that is not there": ('upstream = "shop"', "neither a URL nor the name"),
-    "a source twice": ('key = ["header:A", "header:a"]', "names the same twice"),
+    "a source twice": ('key = ["header:A", "header:a"]', "has the same member twice"),
     "no source": ("key = []", "names no source"),
     "an empty alternative": ('key = [["header:A"], []]', "names no source"),
-    "no methods": ("methods = []", "names nothing"),
-    "a header twice": ('headers = { "A" = "1", "a" = "2" }', "names the same header twice"),
-    "what comes later": ('on_duplicate = "join"', "comes later"),
+    "no methods": ("methods = []", "is an empty list; leave it out for all methods"),
+    "a header twice": ('headers = { "A" = "1", "a" = "2" }', "has the same header twice"),
+    "what comes later": ('on_duplicate = "join"', "not available in this version; use reject or wait"),
 }
 
 
@@ -481,7 +482,8 @@ def test_a_rule_that_can_never_match(rules, errors, case):
     if never:
         line = text[: text.rindex("[[rule]]")].count("\n") + 1
         assert errors(text) == [
-            f'rules.toml:{line}: rule "second": can never match: rule "first" (line 1) takes all its requests before it'
+            f'rules.toml:{line}: rule "second": can never match: '
+            'rule "first" (line 1) comes first and matches all of its requests'
         ]
     else:
         assert len(rules(text).rules) == 2
@@ -490,7 +492,7 @@ def test_a_rule_that_can_never_match(rules, errors, case):
 def test_a_host_that_is_not_ours(rules, errors):
     """A rule for a host that is refused before it, by ONCEGATE_HOSTS, can never match either."""
     (error,) = errors(one('host = "b.test"'), hosts="a.test,c.test:80")
-    assert "ONCEGATE_HOSTS does not name this host" in error
+    assert "ONCEGATE_HOSTS does not have this host" in error
     for host in ("a.test", "a.test:80", "*.test", "c.test:80"):
         rules(one(f'host = "{host}"'), hosts="a.test,c.test:80")
 
@@ -500,7 +502,7 @@ FILES = {
     "no TOML": ("[[rule]]\nname = ", ["rules.toml:2: is not TOML: "]),
     "a field twice": ('[[rule]]\nname = "a"\nname = "b"', ["rules.toml:3: is not TOML: "]),
     "no UTF-8": (b'[[rule]]\nname = "\xff"', ["rules.toml: is not UTF-8 text"]),
-    "another table": ("[[rules]]\nname = 1", ["rules.toml:1: rules is unknown; the file consists of"]),
+    "another table": ("[[rules]]\nname = 1", ["rules.toml:1: rules is unknown; a rules file has"]),
     "a loose field": ('\nupstream_x = "a"', ["rules.toml:2: upstream_x is unknown"]),
     "one rule alone": ('[rule]\nname = "a"', ["rules.toml:1: rule must be written as [[rule]]"]),
     "a rule that is none": ("rule = [1]", ["rules.toml:1: rule must be written as [[rule]]"]),
@@ -708,9 +710,9 @@ OTHER_NAMES = {
 
 def test_what_names_keys_is_told_from_what_does_not(rules):
     """Two replicas name keys alike exactly if the digests of their rules are equal."""
-    usual = rules(USUAL).naming
+    usual = rules(USUAL).identity_digest
     for case, text in SAME_NAMES.items():
-        assert rules(text).naming == usual, case
-    others = [rules(text).naming for text in OTHER_NAMES.values()]
+        assert rules(text).identity_digest == usual, case
+    others = [rules(text).identity_digest for text in OTHER_NAMES.values()]
     assert len({usual, *others}) == len(others) + 1
-    assert rules(USUAL, methods="POST").naming != usual
+    assert rules(USUAL, methods="POST").identity_digest != usual

@@ -11,7 +11,7 @@ from pydantic import SecretStr, ValidationError
 from oncegate.settings.addresses import Address, Origin
 from oncegate.settings.contradictions import CONTRADICTIONS
 from oncegate.settings.loading import describe, load, table
-from oncegate.settings.settings import LATER, Settings, SettingsError
+from oncegate.settings.settings import RESERVED, Settings, SettingsError
 from oncegate.testing.faults import Fault
 
 CANARY = "hunter2-canary"
@@ -321,7 +321,7 @@ def test_store_urls_refused(url, given):
 def test_lists_do_not_repeat_or_end_empty(given):
     """A list that names nothing, or the same twice, is a slip and not a choice."""
     given(hosts=" , ", scope_headers="X-Tenant,x-tenant")
-    assert errors() == ("ONCEGATE_HOSTS: names nothing", "ONCEGATE_SCOPE_HEADERS: names the same twice")
+    assert errors() == ("ONCEGATE_HOSTS: is an empty list", "ONCEGATE_SCOPE_HEADERS: has the same name twice")
 
 
 @pytest.mark.parametrize("name", ["Connection", "te", "Content-Length", "Host", "Cookie", "a b", "é", ","])
@@ -468,7 +468,7 @@ def test_secret_named_twice(name, given):
     Path("held").write_text("redis://redis")
     Path(".env").write_text(f"{variable(name)}=redis://redis\n")
     given(**{f"{name}_file": "held"})
-    assert errors() == (f"{variable(name)}_FILE: contradicts {variable(name)}, which is set too",)
+    assert errors() == (f"{variable(name)}_FILE: contradicts {variable(name)}, which is also set",)
 
 
 @pytest.mark.parametrize(
@@ -547,22 +547,22 @@ def test_no_temporary_folder(monkeypatch, given):
     assert errors() == ("ONCEGATE_SPOOL_DIR: must be a writable folder to hold ONCEGATE_MAX_SPOOL_BYTES",)
 
 
-LATER_VALUES = {
+RESERVED_VALUES = {
     "store_url=postgresql": "postgresql://h/db",
 }
 
 
-@pytest.mark.parametrize("row", LATER)
+@pytest.mark.parametrize("row", RESERVED)
 def test_later(row, given):
     """What comes later is refused, with what to use now."""
     name, _, word = row.partition("=")
-    given(**{name: LATER_VALUES.get(row, word)})
-    assert errors() == (f"{variable(name)}: this value comes later, it is not available in this version; {LATER[row]}",)
+    given(**{name: RESERVED_VALUES.get(row, word)})
+    assert errors() == (f"{variable(name)}: is not available in this version; {RESERVED[row]}",)
 
 
 def test_later_is_complete():
     """Every choice that the design names and this version lacks has its refusal."""
-    assert set(LATER) == {
+    assert set(RESERVED) == {
         *("store_url=postgresql", "on_duplicate=join"),
     }
 
@@ -606,8 +606,11 @@ def test_table():
     assert (head, rule) == ("| variable | default | meaning |", "|---|---|---|")
     assert [row.split("`")[1] for row in rows] == [variable(name) for name in Settings.model_fields]
     assert all(row.count("|") == 4 and row.endswith(". |") for row in rows)
-    assert "| `ONCEGATE_DATA_DIR` | `./.oncegate` | Folder of the embedded store. |" in rows
-    assert "| `ONCEGATE_SPOOL_DIR` | the temporary folder | Folder for bodies that are not held in memory. |" in rows
+    assert "| `ONCEGATE_DATA_DIR` | `./.oncegate` | Folder in which the embedded store keeps its data. |" in rows
+    assert (
+        "| `ONCEGATE_SPOOL_DIR` | the temporary folder | Folder for request bodies that are too large for memory. |"
+        in rows
+    )
     assert any(row.startswith("| `ONCEGATE_RETENTION_S` | `86400` |") for row in rows)
 
 

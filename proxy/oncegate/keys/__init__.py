@@ -1,1 +1,1 @@
-"""What names a request: keys, their sources, scopes and fingerprints as digests."""
+"""Keys, scopes and fingerprints: where a request has them, and the digests that are made of them. Pure."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from oncegate.keys.documents import parse_pointer
-from oncegate.settings.addresses import parse_key_header
+from oncegate.settings.names import parse_key_header
 
 # Of derived keys: a day.
 MAX_WINDOW_S = 86_400

@@ -1,1 +1,1 @@
-"""Rules about HTTP messages: heads, fields, targets, problems. Pure."""
+"""HTTP messages: checks of requests, heads as they are forwarded and replayed, and problems. Pure."""

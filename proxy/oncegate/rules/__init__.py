@@ -1,1 +1,1 @@
-"""What an operator wrote: the rules file, and the policy for each request."""
+"""The rules file, and the policy that it gives to each request."""

@@ -1,4 +1,7 @@
-"""The fields of a rule: how each is written, and what is refused about it by itself."""
+"""The fields of a [[rule]] and of an [[upstream]]: how each is written, and which values it refuses.
+
+`reading.py` checks how fields fit together.
+"""
 
 import re
 from collections.abc import Callable, Mapping
@@ -10,20 +13,16 @@ from oncegate.keys.sources import Source, parse_source
 from oncegate.rules.patterns import parse_host_pattern, parse_path
 from oncegate.rules.policy import Statuses
 from oncegate.rules.presets import PRESETS
-from oncegate.settings.addresses import (
-    Origin,
-    parse_header,
-    parse_host,
-    parse_key_header,
-    parse_namespace,
-    parse_origin,
-)
-from oncegate.settings.settings import LATER, Settings
-from oncegate.settings.wording import worded
+from oncegate.settings.addresses import Origin, parse_host, parse_origin
+from oncegate.settings.names import parse_header, parse_key_header, parse_namespace
+from oncegate.settings.settings import RESERVED, Settings
+from oncegate.settings.wording import complaint
 
-PARTS = ("method", "host", "target", "type", "body")  # of a fingerprint
+# The parts of a fingerprint.
+PARTS = ("method", "host", "target", "type", "body")
+# The statuses that a duplicate can get while its original is running.
 IN_FLIGHT = (409, 429, 503)
-# Settings that a rule or a preset may set for its requests, under the same name in lower case.
+# Settings that a rule or a preset can set for its requests, under the same name in lower case.
 SHARED = (
     "pass_host",
     "retention_s",
@@ -35,7 +34,7 @@ SHARED = (
     "max_request_bytes",
     "max_stored_bytes",
 )
-# Those that an [[upstream]] may set for itself, and under which name there.
+# The fields of an [[upstream]] that are settings as well -> the name of the setting.
 OF_UPSTREAMS = {
     "connect_timeout_s": "connect_timeout_s",
     "connect_retries": "connect_retries",
@@ -44,6 +43,7 @@ OF_UPSTREAMS = {
 }
 FILES = ("ca_file", "cert_file", "key_file")
 
+# Takes a value as TOML has it and returns it as a policy has it. Raises ValueError with what it must be.
 Check = Callable[[Any], Any]
 
 
@@ -56,54 +56,55 @@ def _text(parse: Callable[[str], Any]) -> Check:
     return check
 
 
-def _list_of(check: Check, what: str) -> Check:
+def _list_of(check: Check, members: str) -> Check:
     def check_all(value: Any) -> Any:
         if not isinstance(value, list):
-            raise ValueError(f"must be a list of {what}, such as [...]")
+            raise ValueError(f"must be a list of {members}, such as [...]")
         checked = tuple(map(check, value))
         if len(set(checked)) < len(checked):
-            raise ValueError("names the same twice")
+            raise ValueError("has the same member twice")
         return checked
 
     return check_all
 
 
-def _one_of(*words: Any) -> Check:
+def _one_of(*choices: Any) -> Check:
     def check(value: Any) -> Any:
-        if value not in words or isinstance(value, bool) is not isinstance(words[0], bool):
-            raise ValueError(f"must be {' or '.join(map(repr, words))}")
+        # In Python 1 == True, but in a rules file they are two values.
+        if value not in choices or isinstance(value, bool) is not isinstance(choices[0], bool):
+            raise ValueError(f"must be {' or '.join(map(repr, choices))}")
         return value
 
     return check
 
 
 def _setting(name: str) -> Check:
-    """Return the check of a field that is a setting as well: the same limits, the same words."""
+    """Return the check of a field that is a setting as well, with the same limits and messages."""
     field = Settings.model_fields[name]
     annotation: Any = field.annotation
     adapter: TypeAdapter[Any] = TypeAdapter(Annotated[annotation, *field.metadata] if field.metadata else annotation)
 
     def check(value: Any) -> Any:
-        if advice := LATER.get(f"{name}={value}") if isinstance(value, str) else None:
-            raise ValueError(f"this value comes later, it is not available in this version; {advice}")
+        if advice := RESERVED.get(f"{name}={value}") if isinstance(value, str) else None:
+            raise ValueError(f"is not available in this version; {advice}")
         if isinstance(value, float) and value in (float("inf"), float("-inf")):
             raise ValueError("must be a finite number")
         try:
             return adapter.validate_python(value, strict=True)
         except ValidationError as error:
-            raise ValueError(worded(error.errors(include_input=False)[0])) from None
+            raise ValueError(complaint(error.errors(include_input=False)[0])) from None
 
     return check
 
 
 def _file(value: Any) -> Any:
-    """Return a readable file; the path is the setting's own kind."""
+    """Return the path of a readable file, checked as for the setting `upstream_ca_file`."""
     if not isinstance(value, str):
         raise ValueError("must be a text in quotes")
     try:
         return TypeAdapter(Annotated[Any, *Settings.model_fields["upstream_ca_file"].metadata]).validate_python(value)
     except ValidationError as error:
-        raise ValueError(worded(error.errors(include_input=False)[0])) from None
+        raise ValueError(complaint(error.errors(include_input=False)[0])) from None
 
 
 def _name(text: str) -> str:
@@ -115,13 +116,13 @@ def _name(text: str) -> str:
 def _methods(value: Any) -> frozenset[str]:
     methods = _list_of(_text(_method), "methods")(value)
     if not methods:
-        raise ValueError("names nothing; leave it out for all methods")
+        raise ValueError("is an empty list; leave it out for all methods")
     return frozenset(methods)
 
 
 def _method(text: str) -> str:
     if not re.fullmatch(r"[A-Z]{1,32}", text.upper()) or text.upper() in ("CONNECT", "TRACE"):
-        raise ValueError(f"{text!r} is no method that is served")
+        raise ValueError(f"{text!r} is not a method that oncegate serves")
     return text.upper()
 
 
@@ -129,13 +130,13 @@ def _headers(value: Any) -> tuple[tuple[bytes, str], ...]:
     if not isinstance(value, dict) or not all(isinstance(glob, str) for glob in value.values()):
         raise ValueError('must be a table of names and patterns, such as { "User-Agent" = "Stripe/*" }')
     if len({name.lower() for name in value}) < len(value):
-        raise ValueError("names the same header twice")
+        raise ValueError("has the same header twice")
     return tuple((parse_header(name).lower().encode(), glob) for name, glob in value.items())
 
 
 def _preset(text: str) -> str:
     if text not in PRESETS:
-        raise ValueError(f"{text!r} is no preset; there are {', '.join(PRESETS)}")
+        raise ValueError(f"{text!r} is not a preset; the presets are {', '.join(PRESETS)}")
     return text
 
 
@@ -144,9 +145,10 @@ def _upstream(text: str) -> Origin | str:
 
 
 def _key(value: Any) -> tuple[tuple[Source, ...], ...]:
-    """Return the alternatives: one source, a list that is joined, or a list of such lists."""
+    """Return the alternatives of a key: one source, a list of sources to join, or a list of such lists."""
     if isinstance(value, str):
         return ((parse_source(value),),)
+    # A member of a list of lists is itself checked as a list.
     sources = _list_of(_text(parse_source), "sources")
     nested = isinstance(value, list) and any(isinstance(one, list) for one in value)
     alternatives = _list_of(sources, "lists of sources")(value) if nested else (sources(value),)
@@ -158,13 +160,13 @@ def _key(value: Any) -> tuple[tuple[Source, ...], ...]:
 def _scope(text: str) -> Source:
     source = parse_source(text)
     if text.partition(":")[0] not in ("header", "query", "path"):
-        raise ValueError(f"{text!r} cannot tell tenants apart; header:, query: and path: can")
+        raise ValueError(f"{text!r} cannot identify a tenant; header:, query: and path: can")
     return source
 
 
 def _part(text: str) -> str:
     if text not in PARTS:
-        raise ValueError(f"{text!r} is no part of a request; there are {', '.join(PARTS)}")
+        raise ValueError(f"{text!r} is not a part of a fingerprint; the parts are {', '.join(PARTS)}")
     return text
 
 
@@ -173,6 +175,7 @@ def _status(text: str) -> str:
     return text.lower()
 
 
+# The fields that choose a rule's requests, and the preset.
 MATCHING: Mapping[str, Check] = {
     "name": _text(_name),
     "host": _text(parse_host_pattern),
@@ -181,6 +184,7 @@ MATCHING: Mapping[str, Check] = {
     "headers": _headers,
     "preset": _text(_preset),
 }
+# The fields that say what happens to those requests.
 TREATING: Mapping[str, Check] = {
     "upstream": _text(_upstream),
     "set_host": _text(parse_host),

@@ -1,4 +1,8 @@
-"""The rules file as it is written: its tables, and the line on which each field stands, for messages."""
+"""Reads a rules file: its tables, and the line of each field for messages.
+
+`tomllib` does not report lines, so that a second, line-wise pass looks for them. It may miss a field that is
+written in an unusual way; the message then has the line of the table.
+"""
 
 import re
 import tomllib
@@ -7,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 TABLES = ("rule", "upstream")
-MOST_BYTES = 4_194_304
+MAX_BYTES = 4_194_304
 
-_HEADER = re.compile(r"\s*\[\[?\s*[\"']?(?P<table>[\w-]+)[\"']?\s*(?:\.\s*(?P<below>[^\]]+?)\s*)?\]\]?")
+# `[[rule]]`, or `[rule.headers]` with `headers` as the nested table.
+_HEADER = re.compile(r"\s*\[\[?\s*[\"']?(?P<table>[\w-]+)[\"']?\s*(?:\.\s*(?P<nested>[^\]]+?)\s*)?\]\]?")
 _FIELD = re.compile(r"\s*[\"']?(?P<name>[\w-]+)[\"']?\s*(?:\.[^=]*)?=")
 
 
 class FileError(Exception):
-    """The file cannot be read as TOML with the tables it should have; each line says where and why."""
+    """The file is not TOML with [[rule]] and [[upstream]] tables. Each of `errors` has the place and the reason."""
 
     def __init__(self, errors: list[str]) -> None:
         self.errors = errors
@@ -23,33 +28,38 @@ class FileError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """One [[rule]] or [[upstream]] as written. `lines` has the line of each field, and its own under ""."""
+    """One [[rule]] or [[upstream]] as written.
+
+    `number`: its place among the tables of its kind, from 1. `lines`: the line of each field, and that of the table
+    itself under the name "".
+    """
 
     kind: str
-    number: int  # from 1
+    number: int
     fields: dict[str, Any]
     lines: dict[str, int]
 
     @property
     def label(self) -> str:
+        """The table's name for messages: `rule "orders"`, or `rule 2` without a usable name."""
         name = self.fields.get("name")
         return f'{self.kind} "{name}"' if isinstance(name, str) and name.isprintable() else f"{self.kind} {self.number}"
 
     def complaint(self, file: Path, field: str, reason: str) -> str:
-        """Return what is wrong, with file, line and rule."""
-        where = f"{file}:{self.lines.get(field, self.lines.get('', 1))}"
-        return f"{where}: {self.label}: {field + ': ' if field else ''}{reason}"
+        """Return the message for a problem: file, line, table, field and `reason`. `field` is empty for the table."""
+        place = f"{file}:{self.lines.get(field, self.lines.get('', 1))}"
+        return f"{place}: {self.label}: {field + ': ' if field else ''}{reason}"
 
 
 def read(file: Path) -> list[Table]:
-    """Return all tables of a rules file, in order. Raises FileError."""
+    """Return all tables of a rules file, the rules and the upstreams each in their order. Raises FileError."""
     try:
         with file.open("rb") as opened:
-            content = opened.read(MOST_BYTES + 1)
+            content = opened.read(MAX_BYTES + 1)
     except OSError as error:
         raise FileError([f"{file}: cannot be read: {error.strerror}"]) from None
-    if len(content) > MOST_BYTES:
-        raise FileError([f"{file}: is over {MOST_BYTES} bytes"])
+    if len(content) > MAX_BYTES:
+        raise FileError([f"{file}: is over {MAX_BYTES} bytes"])
     try:
         text = content.decode()
         document = tomllib.loads(text)
@@ -58,7 +68,7 @@ def read(file: Path) -> list[Table]:
     except tomllib.TOMLDecodeError as error:
         raise FileError([_not_toml(file, str(error), text.count("\n") + 1)]) from None
     except RecursionError:
-        raise FileError([f"{file}: is nested too deep"]) from None
+        raise FileError([f"{file}: is nested too deeply"]) from None
     return _tables(file, document, _lines(text))
 
 
@@ -72,34 +82,39 @@ def _not_toml(file: Path, reason: str, last_line: int) -> str:
 def _tables(file: Path, document: dict[str, Any], lines: dict[tuple[str, int], dict[str, int]]) -> list[Table]:
     errors = []
     tables = []
-    for kind, found in document.items():
+    for kind, content in document.items():
         first = lines.get((kind, 1), {}).get("", lines.get(("", 0), {}).get(kind, 1))
         if kind not in TABLES:
-            errors.append(f"{file}:{first}: {kind} is unknown; the file consists of [[rule]] and [[upstream]] tables")
-        elif not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+            errors.append(f"{file}:{first}: {kind} is unknown; a rules file has [[rule]] and [[upstream]] tables only")
+        elif not isinstance(content, list) or not all(isinstance(table, dict) for table in content):
             errors.append(f"{file}:{first}: {kind} must be written as [[{kind}]]")
         else:
-            places = ((number, lines.get((kind, number), {"": first})) for number in range(1, len(found) + 1))
-            tables += [Table(kind, number, one, place) for one, (number, place) in zip(found, places, strict=True)]
+            tables += [
+                Table(kind, number, fields, lines.get((kind, number), {"": first}))
+                for number, fields in enumerate(content, 1)
+            ]
     if errors:
         raise FileError(errors)
     return tables
 
 
 def _lines(text: str) -> dict[tuple[str, int], dict[str, int]]:
-    """Return, for each table (kind, number), the line of its header under "" and of its fields."""
-    found: dict[tuple[str, int], dict[str, int]] = {}
+    """Return the lines of each table (kind, number): that of its header under "", and those of its fields.
+
+    Fields outside of all tables are under ("", 0).
+    """
+    lines: dict[tuple[str, int], dict[str, int]] = {}
     counts = dict.fromkeys(TABLES, 0)
-    current = found.setdefault(("", 0), {})
-    below = ""
+    current = lines.setdefault(("", 0), {})
+    nested = ""
     for number, line in enumerate(text.splitlines(), 1):
         if header := _HEADER.match(line):
-            kind, below = header["table"], header["below"] or ""
-            if not below:
+            kind, nested = header["table"], header["nested"] or ""
+            if not nested:
                 counts[kind] = counts.get(kind, 0) + 1
-                current = found.setdefault((kind, counts[kind]), {"": number})
+                current = lines.setdefault((kind, counts[kind]), {"": number})
             else:
-                current.setdefault(below, number)
-        elif (field := _FIELD.match(line)) and not below:
+                current.setdefault(nested, number)
+        elif (field := _FIELD.match(line)) and not nested:
             current.setdefault(field["name"], number)
-    return found
+    return lines

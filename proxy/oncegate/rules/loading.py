@@ -1,7 +1,7 @@
-"""The rules file: an ordered list of routes and what is done for their requests. The first that matches decides.
+"""Loads the rules file: an ordered list of routes with their policies. The first rule that matches a request decides.
 
-A rule's fields override its preset's, and those the environment's. What is wrong is found when the file
-is read, all of it at once; nothing here is asked again while a request runs but `Rules.choose`.
+A rule's fields override those of its preset, which override the settings. Loading checks everything and reports
+all problems at once; while requests run, only `Rules.choose` is used.
 """
 
 from oncegate.rules.file import FileError, read
@@ -11,7 +11,7 @@ from oncegate.settings.settings import Settings, SettingsError
 
 
 def load(settings: Settings) -> Rules:
-    """Return the rules in effect. Raises SettingsError with every problem of the file."""
+    """Return the rules in effect. Raises SettingsError with all problems of the file."""
     default = default_rule(settings)
     if settings.rules_file is None:
         return Rules((), default)

@@ -1,4 +1,4 @@
-"""A rule as it is used: which requests it is for and what holds for them. Pure."""
+"""Rules as requests use them: which requests a rule matches, and its policy and upstream. Pure."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,7 +21,10 @@ from oncegate.settings.settings import Settings
 
 
 class Match:
-    """Which requests a rule is for; None: any."""
+    """The conditions by which a rule matches a request. None, or no headers: any request.
+
+    `host`, `path` and the values of `headers` are patterns of `patterns.py`; header names are lower-case.
+    """
 
     def __init__(
         self,
@@ -35,7 +38,7 @@ class Match:
         self._headers = [(name, text_matcher(glob)) for name, glob in self.headers.items()]
 
     def __call__(self, head: RequestHead, path: bytes) -> bool:
-        """Return whether a request is meant; `path` is its plain path. A header has to match in each of its lines."""
+        """Return whether a request matches. `path`: its normalized path. A header must match in each of its lines."""
         if self.methods is not None and head.method not in self.methods:
             return False
         if self._path is not None and self._path.fullmatch(path) is None:
@@ -49,12 +52,12 @@ class Match:
         return True
 
     @property
-    def asked(self) -> tuple[object, ...]:
-        """All that is asked of a request, in one order."""
+    def conditions(self) -> tuple[object, ...]:
+        """All conditions in a fixed order, for comparison."""
         return self.host, self.path, self.methods and sorted(self.methods), sorted(self.headers.items())
 
     def includes(self, other: "Match") -> bool:
-        """Return whether whatever the other one means is surely meant by this one."""
+        """Return whether each request that `other` matches is surely matched here, too; False where not certain."""
         methods = self.methods is None or (other.methods is not None and self.methods >= other.methods)
         headers = all(name in other.headers for name in self.headers)
         return (
@@ -68,7 +71,7 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class Upstream:
-    """Where requests go, with its own pool. Equal ones share it. Times in seconds."""
+    """An API behind the proxy. Equal upstreams share one connection pool."""
 
     name: str
     origin: Origin
@@ -83,7 +86,7 @@ class Upstream:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What holds for the requests of one route. `settings` are those in effect for it."""
+    """The policy and the upstream of one route. `settings`: those in effect for it. `line`: its place in the file."""
 
     match: Match
     policy: Policy
@@ -99,7 +102,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """All rules in order, and what holds where none matches."""
+    """All rules in order, and the default for requests that none matches."""
 
     rules: tuple[Rule, ...]
     default: Rule
@@ -108,39 +111,39 @@ class Rules:
         return iter((*self.rules, self.default))
 
     def choose(self, head: RequestHead) -> Rule:
-        """Return the rule that decides on a request."""
+        """Return the first rule that matches a request, else the default."""
         path = normalized_path(head.target)
         return next((rule for rule in self.rules if rule.match(head, path)), self.default)
 
     @property
-    def naming(self) -> str:
-        """Return a digest of how requests are named: which rule is for which of them, and what is key and scope there.
+    def identity_digest(self) -> str:
+        """A digest of how the rules name keys: the conditions of each rule, and its key, scope and methods.
 
-        Replicas where it differs know other keys. Nothing else of a rule is in it; nor is a rule that names as its
-        requests would be named without it.
+        Two replicas with different digests do not find each other's records.
         """
-        usual = _naming(self.default.policy)
-        rules = [(rule.match.asked, _naming(rule.policy)) for rule in self.rules]
-        while rules and rules[-1][1] == usual:
+        default = _identity(self.default.policy)
+        rules = [(rule.match.conditions, _identity(rule.policy)) for rule in self.rules]
+        # The last rules name keys as the default does: without them nothing would be named differently.
+        while rules and rules[-1][1] == default:
             rules.pop()
-        return blake2b(repr((usual, rules)).encode(), digest_size=8).hexdigest()
+        return blake2b(repr((default, rules)).encode(), digest_size=8).hexdigest()
 
     @property
     def acted_on(self) -> frozenset[bytes]:
-        """All header fields that some rule acts on, in lower case."""
+        """The lower-case names of all header fields that some rule acts on."""
         policies = [rule.policy for rule in self]
         keys = {name for policy in policies if policy.sources for name in policy.sources.headers}
-        named = {name for policy in policies for name in (policy.key_header, *policy.scope_headers)}
-        return self.matched | keys | named
+        headers = {name for policy in policies for name in (policy.key_header, *policy.scope_headers)}
+        return self.matched | keys | headers
 
     @property
     def matched(self) -> frozenset[bytes]:
-        """The header fields, in lower case, by whose values rules are chosen."""
+        """The lower-case names of the header fields by which rules match."""
         return frozenset(name for rule in self for name in rule.match.headers)
 
 
-def _naming(policy: Policy) -> tuple[object, ...]:
-    """Return what decides on the name of a key."""
+def _identity(policy: Policy) -> tuple[object, ...]:
+    """Return all of a policy that decides how a key is named."""
     sources = policy.sources
     key = (
         ([[source.text for source in one] for one in sources.alternatives], sources.retry_count_header)

@@ -1,7 +1,7 @@
-"""What a rule matches on: globs for paths, hosts and header values, and when one includes another. Pure.
+"""Patterns of rules: globs for paths, hosts and header values, and whether one includes another. Pure.
 
-A glob is matched in time linear in the text, whatever it says: within a segment and between `**` the
-leftmost place is always as good as any other, so nothing is tried twice (atomic groups).
+Matching takes time linear in the text, whatever the pattern: within a segment, and between two `**`, the leftmost
+place is always as good as any other. So the expressions use atomic groups, which never try a second place.
 """
 
 import re
@@ -9,35 +9,34 @@ from functools import cache
 
 from oncegate.messages.target import normalized_path
 
-MANY = "**"  # a whole segment: any number of segments, also none
+# A whole segment that stands for any number of segments, or for none.
+MANY = "**"
 
-_HOST = re.compile(r"(?:(?:\*\.)?[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
-_PATTERN = re.compile(r"(?:/[!-~]*)+")
+_PATH = re.compile(r"(?:/[!-~]*)+")
+_HOST = re.compile(r"(?:\*\.)?(?:[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
 
 
 def parse_path(text: str) -> str:
-    """Return a path pattern that is well-formed: `*` within a segment, `**` alone as one for any number of them."""
-    if _PATTERN.fullmatch(text) is None or "?" in text or "#" in text:
+    """Return a well-formed path pattern: `*` within a segment is any text, `**` as a segment any number of segments."""
+    if _PATH.fullmatch(text) is None or "?" in text or "#" in text:
         raise ValueError("must be a path that begins with /, in visible ASCII, without ? and #")
     if any(MANY in segment and segment != MANY for segment in text.split("/")):
-        raise ValueError("has ** beside other characters; it stands for whole segments, as in /v1/**")
+        raise ValueError("has ** beside other characters; ** is a whole segment, as in /v1/**")
+    # Requests are matched by their normalized path, to which such a pattern would never be equal.
     if normalized_path(text.encode()) != text.encode():
-        raise ValueError("has dot segments, doubled slashes or escapes of plain characters; write it plainly")
+        raise ValueError("has dot segments, doubled slashes or escapes of unreserved characters; write the plain path")
     return text
 
 
 def parse_host_pattern(text: str) -> str:
-    """Return a host pattern in lower case: a host with or without port, `*.` in front for any name below it."""
-    if (
-        re.fullmatch(r"(?:\*\.)?(?:[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?", text.lower())
-        is None
-    ):
+    """Return a host pattern in lower case: a host with or without a port, `*.` before it for any subdomain."""
+    if _HOST.fullmatch(text.lower()) is None:
         raise ValueError("must be a host such as api.example.com, *.example.com or localhost:8080")
     return text.lower()
 
 
 def path_matcher(pattern: str) -> re.Pattern[bytes]:
-    """Return what matches, with `fullmatch`, the plain paths that a pattern means."""
+    """Return an expression that matches, with `fullmatch`, the normalized paths of a pattern."""
     parts = re.split(r"/\*\*(?=/|\Z)", pattern)
     first, rest = parts[0], parts[1:]
     if not rest:
@@ -51,7 +50,7 @@ def _segments(text: str) -> bytes:
 
 
 def text_matcher(pattern: str) -> re.Pattern[bytes]:
-    """Return what matches, with `fullmatch`, the values that a glob means; `*` is any characters."""
+    """Return an expression that matches, with `fullmatch`, the values of a glob, in which `*` is any text."""
     return re.compile(_glob(pattern, rb".", rb"\Z"), re.DOTALL)
 
 
@@ -84,13 +83,14 @@ def _includes(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
 def text_includes(one: str, other: str) -> bool:
     """Return whether every text that the glob `other` matches is surely matched by the glob `one`.
 
-    A `*` of the other one can only fall under a wildcard of this one, which takes anything in its place.
+    A `*` in `other` can only meet a wildcard of `one`, which takes any text in its place. So the glob itself is
+    matched like a text.
     """
     return text_matcher(one).fullmatch(other.encode()) is not None
 
 
 def host_matches(pattern: str, host: str) -> bool:
-    """Return whether a lower-case Host field is one that the pattern means; without a port it means any."""
+    """Return whether a pattern matches a lower-case Host field. A pattern without a port matches any port."""
     if ":" not in pattern.rpartition("]")[2]:
         host = host[: host.index("]") + 1] if host.startswith("[") else host.partition(":")[0]
     return host.endswith(pattern[1:]) and len(host) >= len(pattern) if pattern.startswith("*.") else host == pattern

@@ -1,4 +1,4 @@
-"""What is done for a request: the resolved choices of the operator. Pure."""
+"""The policy for a request: the choices of settings, preset and rule, resolved to one record. Pure."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,10 +8,11 @@ from oncegate.keys.sources import KeySources, Source
 
 
 class Statuses:
-    """Which statuses release a key and which leave it unknown; every other one is stored.
+    """Which statuses of a response release a key, and which leave it unknown. Responses of all others are stored.
 
-    Entries are a code ("429"), a class ("5xx") or a code on a condition ("503+retry-after"). A
-    condition beats a code, a code beats a class. ValueError on a malformed entry or one in both lists.
+    An entry is a code ("429"), a class ("5xx"), or a code that counts only beside a Retry-After field
+    ("503+retry-after"). Of several that match, the last of these forms decides, then the code, then the class.
+    Raises ValueError for a malformed entry and for one in both lists.
     """
 
     def __init__(self, release: Iterable[str], ambiguous: Iterable[str]) -> None:
@@ -19,22 +20,22 @@ class Statuses:
         for entries, disposition in ((release, Disposition.RELEASE), (ambiguous, Disposition.AMBIGUOUS)):
             for entry in entries:
                 self._add(entry.lower(), disposition)
-        # By whether there is a Retry-After, then by status; every answer asks.
+        # By whether there is a Retry-After, then by status: each response looks up one entry.
         self._by_status = tuple(
             {status: self._look_up(status, retry_after) for status in range(200, 600)} for retry_after in (False, True)
         )
 
     def _add(self, entry: str, disposition: Disposition) -> None:
         code = entry.removesuffix("+retry-after")
-        named = len(code) == 3 and code.isascii() and code.isdigit() and 200 <= int(code) <= 599
-        family = code == entry and code in {"2xx", "3xx", "4xx", "5xx"}
-        if not (named or family):
+        is_code = len(code) == 3 and code.isascii() and code.isdigit() and 200 <= int(code) <= 599
+        is_class = code == entry and code in {"2xx", "3xx", "4xx", "5xx"}
+        if not (is_code or is_class):
             raise ValueError(f"{entry!r} is not a status such as 429, 5xx or 503+retry-after")
         if self._table.setdefault(entry, disposition) is not disposition:
-            raise ValueError(f"{entry!r} stands in both lists")
+            raise ValueError(f"{entry!r} is in both lists")
 
     def disposition(self, status: int, retry_after: bool) -> Disposition:
-        """Return what `status` means, 200 to 599; `retry_after`: the answer carries a Retry-After."""
+        """Return what a status (200 to 599) means for the key; `retry_after`: the response has a Retry-After."""
         return self._by_status[retry_after][status]
 
     def entries(self, disposition: Disposition) -> list[str]:
@@ -47,7 +48,8 @@ class Statuses:
         return conditional or table.get(str(status)) or table.get(f"{status // 100}xx") or Disposition.STORE
 
 
-# "Not done, come again" releases; a gateway's 502 and 504 may hide an execution (DESIGN.md, Statuses).
+# A status that says "not executed, retry" releases the key. Behind a gateway's 502 or 504 the request may have been
+# executed.
 RELEASE_STATUSES = ("401", "425", "429", "503+retry-after")
 AMBIGUOUS_STATUSES = ("502", "504")
 DEFAULT_STATUSES = Statuses(RELEASE_STATUSES, AMBIGUOUS_STATUSES)
@@ -55,11 +57,18 @@ DEFAULT_STATUSES = Statuses(RELEASE_STATUSES, AMBIGUOUS_STATUSES)
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How guarded requests are treated; header names are lower-case, times in the unit of their name.
+    """What happens to the requests of a rule, or of the settings alone. Header names are lower-case.
 
-    What only a rule can say: `sources` names the key where it is not `key_header` alone, `scope_sources`
-    tell tenants apart beside the headers, `fingerprint` are the parts that enter it (None: all).
-    `forward_key` is the name under which the key's header goes on, empty to drop it, None to leave it.
+    `methods`: those that are guarded. `mode`: `hold` or `retry`, for keys whose outcome is unknown.
+    `max_request_bytes`: 0 for the worker's own limit. `bypass`: a request that the store cannot claim is forwarded
+    without protection. `rule`, `preset`: their names, empty without one.
+
+    Only a rule can set the following. `sources`: the key, where it is not `key_header` alone. `scope_sources`:
+    sources beside the headers that identify the tenant. `fingerprint`: the parts that enter it, None for all.
+    `forward_key`: the name under which the upstream gets the key's header, empty for none, None for the same name.
+    `pass_bad_keys`: a request without a usable key is forwarded without protection. `upstream_idempotent`: the
+    upstream recognizes keys itself, so that a lost request can be sent again. `in_flight_status`: for a duplicate
+    while the original is running. `counts_tokens`: metrics count the tokens in its responses as saved by replays.
     """
 
     methods: frozenset[str]
@@ -84,6 +93,6 @@ class Policy:
     forward_key: bytes | None = None
     upstream_idempotent: bool = False
     in_flight_status: int = 409
-    max_request_bytes: int = 0  # 0: the worker's own limit
-    counts_tokens: bool = False  # what its answers say they used counts as saved by a replay
-    bypass: bool = False  # what the store cannot claim passes unguarded
+    max_request_bytes: int = 0
+    counts_tokens: bool = False
+    bypass: bool = False

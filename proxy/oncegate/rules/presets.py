@@ -1,8 +1,8 @@
-"""Presets: what one word in a rule sets. Data; the rule's own fields override it.
+"""Presets: sets of fields for a rule that names one. The rule's own fields override them.
 
-Each is written as the fields of a rule, so that it says no more than an operator could, but for
-`retry_count_header`: that equal requests are told apart by a client's count of its tries is only right where a
-mistaken match costs little, so no rule can ask for it by itself.
+A preset has the fields of a rule, so that an operator could write the same. The exception is
+`retry_count_header`, by which a client's count of its retries tells equal requests apart. That is right only where
+a mistaken match costs little, and so no rule can set it.
 """
 
 import json
@@ -15,9 +15,10 @@ DAY_S = 86_400
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """What a word stands for. `about` says when to use it, `caution` what can still go wrong.
+    """One preset. `about` says when to use it, `caution` what can still go wrong.
 
-    `counts_tokens`: its answers say what they used, as those of OpenAI or Anthropic do.
+    `fields`: those of a rule, as TOML has them. `counts_tokens`: the API's responses state the tokens they used, as
+    those of OpenAI and Anthropic do.
     """
 
     about: str
@@ -28,36 +29,35 @@ class Preset:
 
 
 def _webhook(key: Any, *, namespace: str, wait_max_s: float, retention_s: float, about: str) -> Preset:
-    """Return the preset of a sender that delivers an event again until it gets a 2xx.
-
-    It has no credential that names a tenant, or a fresh one for each try, and its body may differ from
-    try to try. Whatever is no 2xx is a failed delivery, after which the next one has to execute. A 503
-    is what every sender takes for "come again"; some give an event up at a 409.
-    """
+    """Return the preset of a sender that delivers an event again until it gets a 2xx."""
     fields = {
         "key": key,
         "namespace": namespace,
+        # Senders have no credential that identifies a tenant, or a new one for each delivery.
         "scope": [],
+        # The body of an event can differ from delivery to delivery.
         "fingerprint": [],
+        # Without a 2xx the delivery has failed, and the next one has to be executed.
         "release_statuses": ["3xx", "4xx", "5xx"],
         "ambiguous_statuses": [],
         "on_unknown": "retry",
         "on_duplicate": "wait",
         "wait_max_s": wait_max_s,
+        # Every sender delivers again after a 503; some give an event up after a 409.
         "in_flight_status": 503,
         "on_bad_key": "pass",
         "retention_s": retention_s,
     }
     caution = (
-        "An event whose outcome is unknown is handed on again: losing it would be worse than running it twice. "
-        "A delivery in which no id is found goes on unguarded. Keep the signature check in the service behind; "
-        "who can send unsigned events can also use up their ids."
+        "oncegate delivers an event with an unknown outcome again, because losing it would be worse than running it "
+        "twice. It forwards a delivery without an id, and does not protect it. Your service must still check the "
+        "sender's signature: whoever can send unsigned events can also use up their ids."
     )
     return Preset(about, caution, fields)
 
 
 def _llm(namespace: str) -> Preset:
-    """Return the preset of an API of prompts whose SDKs send no key but count their tries."""
+    """Return the preset of an LLM's API, whose SDKs send no key but count their retries."""
     fields = {
         "key": [["header:Idempotency-Key"], ["derived:3600"]],
         "namespace": namespace,
@@ -70,12 +70,14 @@ def _llm(namespace: str) -> Preset:
         "upstream_timeout_s": 600,
     }
     return Preset(
-        "The SDK's own retry gets the answer of its first try, replayed or as soon as it is there, instead of a second "
-        "one that is paid again. A request with Idempotency-Key is guarded by that; one that only says which try it is "
-        "(x-stainless-retry-count) by what it asks; one with neither passes.",
-        "Two equal prompts at once are two intents: the second goes on unguarded, and its retry may get the first "
-        "one's answer. A prompt whose outcome is unknown is sent again. A stream that broke off is broken off for the "
-        "client, too; one that the API itself ends early, but properly, is kept like any other answer.",
+        "A retry by the SDK gets the response of its first attempt, instead of a second one that you pay for. oncegate "
+        "identifies a request by its Idempotency-Key, if it has one. Else it takes the whole request as the key, and "
+        "the header x-stainless-retry-count to tell a retry from a new request. A request with neither header is "
+        "forwarded without protection.",
+        "Two equal prompts at the same time are two requests: oncegate forwards the second one without protection, and "
+        "its retry may get the response of the first. A prompt with an unknown outcome is sent again. If a stream "
+        "breaks off, it also breaks off for the client. A stream that the API ends early but properly is stored like "
+        "any other response.",
         fields,
         retry_count_header="x-stainless-retry-count",
         counts_tokens=True,
@@ -84,8 +86,8 @@ def _llm(namespace: str) -> Preset:
 
 PRESETS: dict[str, Preset] = {
     "payments": Preset(
-        "An API in the manner of Stripe's: clients send Idempotency-Key and retry with the same one.",
-        "A payment whose outcome is unknown stays so until somebody looks; it is never tried a second time.",
+        "An API like that of Stripe: clients send an Idempotency-Key, and retry with the same one.",
+        "A payment with an unknown outcome is never sent a second time. An operator has to resolve its key.",
         {
             "guard": "required",
             "key": "header:Idempotency-Key",
@@ -95,13 +97,13 @@ PRESETS: dict[str, Preset] = {
         },
     ),
     "square": Preset(
-        "Square's API: the key is the member idempotency_key of the JSON body.",
-        "Requests whose body has no such member (searches) pass unguarded.",
+        "The API of Square: the key is the member `idempotency_key` of the JSON body.",
+        "Requests whose body does not have this member, such as searches, are forwarded without protection.",
         {"key": "body:/idempotency_key", "on_bad_key": "pass", "on_unknown": "hold", "retention_s": DAY_S},
     ),
     "paypal": Preset(
-        "PayPal's API: the key is the header PayPal-Request-Id.",
-        "The PayPal SDK does not retry a POST by itself: the caller has to send the same id again.",
+        "The API of PayPal: the key is the header PayPal-Request-Id.",
+        "The PayPal SDK does not retry a POST by itself. Your code has to send it again with the same id.",
         {"key": "header:PayPal-Request-Id", "on_unknown": "hold", "retention_s": 3 * DAY_S},
     ),
     "stripe-webhook": _webhook(
@@ -109,80 +111,84 @@ PRESETS: dict[str, Preset] = {
         namespace="stripe-webhook",
         wait_max_s=8,
         retention_s=7 * DAY_S,
-        about="Stripe's events, which it delivers again for 3 days.",
+        about="Events of Stripe, which delivers an event again for up to 3 days.",
     ),
     "paypal-webhook": _webhook(
         "body:/id",
         namespace="paypal-webhook",
         wait_max_s=8,
         retention_s=7 * DAY_S,
-        about="PayPal's events, which it delivers again up to 25 times in 3 days.",
+        about="Events of PayPal, which delivers an event again up to 25 times in 3 days.",
     ),
     "github-webhook": _webhook(
         "header:X-GitHub-Delivery",
         namespace="github-webhook",
         wait_max_s=8,
         retention_s=7 * DAY_S,
-        about="GitHub's deliveries; it waits 10 s and delivers again only when asked to, within 3 days.",
+        about="Events of GitHub, which waits 10 s for a response. It delivers again only on request, within 3 days.",
     ),
     "shopify-webhook": _webhook(
         [["header:X-Shopify-Event-Id"], ["header:X-Shopify-Webhook-Id"]],
         namespace="shopify-webhook",
         wait_max_s=3.5,
         retention_s=2 * DAY_S,
-        about="Shopify's events; it waits 5 s, delivers again 8 times in 4 hours, then deletes the subscription.",
+        about="Events of Shopify, which waits 5 s for a response. It delivers again 8 times in 4 hours, and then "
+        "deletes the subscription.",
     ),
     "standard-webhooks": _webhook(
         [["header:webhook-id"], ["header:svix-id"]],
         namespace="standard-webhooks",
         wait_max_s=10,
         retention_s=7 * DAY_S,
-        about="Senders that follow Standard Webhooks, Svix among them.",
+        about="Senders that follow the Standard Webhooks specification, such as Svix.",
     ),
     "slack-events": _webhook(
         "body:/event_id",
         namespace="slack-events",
         wait_max_s=2,
         retention_s=DAY_S,
-        about="Slack's Events API; it waits 3 s and delivers again up to 3 times within the hour.",
+        about="The Events API of Slack, which waits 3 s for a response. It delivers again up to 3 times in an hour.",
     ),
     "sns": _webhook(
         "body:/MessageId",
         namespace="sns",
         wait_max_s=10,
         retention_s=2 * DAY_S,
-        about="Amazon SNS to an HTTP endpoint; it waits 15 s, and gives a message up at most 4xx. "
-        'With raw delivery the body is the message alone: set `key = "header:x-amz-sns-message-id"`.',
+        about="Amazon SNS with an HTTP endpoint. It waits 15 s for a response, and gives a message up after most 4xx. "
+        'With raw delivery, the body is the message alone: set `key = "header:x-amz-sns-message-id"`.',
     ),
     "pubsub-push": _webhook(
         "body:/message/messageId",
         namespace="pubsub-push",
         wait_max_s=8,
         retention_s=8 * DAY_S,
-        about="Google Pub/Sub push; it delivers again for up to 7 days. Without its wrapper the body "
-        'is the message alone: have metadata written, and set `key = "header:x-goog-pubsub-message-id"`.',
+        about="Google Pub/Sub with a push endpoint. It delivers again for up to 7 days. Without its wrapper, the body "
+        "is the message alone: make the subscription write metadata, and set "
+        '`key = "header:x-goog-pubsub-message-id"`.',
     ),
     "cloudevents": _webhook(
         [["header:ce-source", "header:ce-id"], ["body:/source", "body:/id"]],
         namespace="cloudevents",
         wait_max_s=10,
         retention_s=7 * DAY_S,
-        about="CloudEvents, in binary or structured mode: source and id name an event. Batches go on unguarded.",
+        about="CloudEvents in binary or structured mode: the key is the source and the id of an event. Batches are "
+        "forwarded without protection.",
     ),
     "openai": _llm("openai"),
     "anthropic": _llm("anthropic"),
     "double-click": Preset(
-        "Forms and clients without any key: an equal request of the same tenant within 10 s is the same one.",
-        "Two equal requests that are both meant are taken for one, if the second comes within the window. "
-        "Where nothing tells tenants apart, that holds for two people as well.",
+        "Forms, and other clients without keys: two equal requests of the same tenant within 10 s are one request.",
+        "If a user really wants the same thing twice within 10 s, it is done once. Without a header that identifies "
+        "tenants, this also holds for two different users.",
         {"key": "derived:10", "on_duplicate": "wait", "wait_max_s": 30, "retention_s": 300},
     ),
 }
+# The presets whose replays count saved tokens.
 COUNTING = frozenset(name for name, preset in PRESETS.items() if preset.counts_tokens)
 
 
 def pages() -> str:
-    """Return the reference of all presets, for RULES.md."""
+    """Return the reference pages of all presets, as Markdown."""
     return "\n".join(_page(name, preset) for name, preset in PRESETS.items())
 
 
@@ -192,5 +198,5 @@ def _page(name: str, preset: Preset) -> str:
 
 
 def _toml(value: Any) -> str:
-    """Return a value as a rule writes it. JSON writes texts, numbers and lists in the same way."""
+    """Return a value as TOML has it. JSON writes strings, numbers and lists in the same way."""
     return json.dumps(value)

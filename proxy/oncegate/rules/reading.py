@@ -1,4 +1,4 @@
-"""From the tables of a rules file to rules, or to all that is wrong with them."""
+"""Turns the tables of a rules file into rules, and reports all problems with them."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -12,13 +12,15 @@ from oncegate.rules.file import Table
 from oncegate.rules.model import Match, Rule, Upstream
 from oncegate.rules.policy import AMBIGUOUS_STATUSES, DEFAULT_STATUSES, RELEASE_STATUSES, Policy, Statuses
 from oncegate.rules.presets import COUNTING, PRESETS
-from oncegate.settings.addresses import GUARDABLE, Origin
-from oncegate.settings.contradictions import contradictory
+from oncegate.settings.addresses import Origin
+from oncegate.settings.contradictions import contradictions_in
+from oncegate.settings.names import GUARDABLE
 from oncegate.settings.settings import Settings
+from oncegate.settings.wording import variable_name
 
 
 def policy_of(settings: Settings) -> Policy:
-    """Return what the settings alone say."""
+    """Return the policy of the settings alone, without any rule."""
     return Policy(
         methods=frozenset(settings.methods),
         key_header=settings.key_header.lower().encode(),
@@ -38,7 +40,7 @@ def policy_of(settings: Settings) -> Policy:
 
 
 def default_rule(settings: Settings) -> Rule:
-    """Return what holds where no rule matches."""
+    """Return the rule for requests that no rule of the file matches."""
     upstream = Upstream(
         name="",
         origin=settings.upstream,
@@ -54,17 +56,22 @@ def default_rule(settings: Settings) -> Rule:
 
 
 class Reading:
-    """One reading of a rules file. `complaints` is what is wrong with it, in the order of its lines."""
+    """Reads the tables of one rules file. A reading serves once.
+
+    A problem does not end it, so that an operator sees all of them at once.
+    """
 
     def __init__(self, settings: Settings, file: Path, default: Rule) -> None:
         self._settings, self._file, self._default = settings, file, default
         self._errors: list[tuple[int, str]] = []
         self._names: set[tuple[str, str]] = set()
         self._upstreams: dict[str, Upstream] = {}
-        self._matches: list[tuple[Table, Match]] = []  # of the rules so far
+        # Of the rules so far, those with problems in other fields included.
+        self._matches: list[tuple[Table, Match]] = []
 
     @property
     def complaints(self) -> list[str]:
+        """The messages of all problems, in the order of the file's lines."""
         return [text for _, text in sorted(self._errors, key=lambda error: error[0])]
 
     def _complain(self, table: Table, field: str, reason: str) -> None:
@@ -72,18 +79,19 @@ class Reading:
         self._errors.append((line, table.complaint(self._file, field, reason)))
 
     def rules(self, tables: Iterable[Table]) -> list[Rule]:
-        """Return the rules in order, as far as they are well-formed."""
+        """Return the rules in order, without those that have problems."""
         tables = list(tables)
+        # Rules name upstreams that the file may define after them.
         for table in tables:
             if table.kind == "upstream":
                 self._upstream(table)
-        found = [self._rule(table) for table in tables if table.kind == "rule"]
+        rules = [self._rule(table) for table in tables if table.kind == "rule"]
         for number, (table, match) in enumerate(self._matches):
-            self._refuse_unreachable(table, match, self._matches[:number])
-        return [rule for rule in found if rule is not None]
+            self._report_unreachable(table, match, self._matches[:number])
+        return [rule for rule in rules if rule is not None]
 
     def _checked(self, table: Table, checks: Mapping[str, Check]) -> dict[str, Any]:
-        """Return the fields of a table as values, without those that are wrong."""
+        """Return the valid fields of a table as values, and report the others."""
         values: dict[str, Any] = {}
         for name, value in table.fields.items():
             if name not in checks:
@@ -97,7 +105,7 @@ class Reading:
         if "name" not in table.fields:
             self._complain(table, "", "has no name")
         elif "name" in values and (table.kind, values["name"]) in self._names:
-            self._complain(table, "name", "is the name of another one as well")
+            self._complain(table, "name", f"is the name of another {table.kind} as well")
         self._names.add((table.kind, values.get("name", "")))
         return values
 
@@ -108,7 +116,8 @@ class Reading:
         if "url" not in table.fields:
             self._complain(table, "", "has no url")
         if not {"name", "url"} <= set(values):
-            if "name" in values:  # what names it is not wrong as well
+            # A rule that names this upstream has no problem of its own.
+            if "name" in values:
                 self._upstreams.setdefault(values["name"], self._default.upstream)
             return
         files: dict[str, Any] = {name: values.get(name) for name in FILES}
@@ -121,48 +130,48 @@ class Reading:
         own = {name: value for name, value in values.items() if name != "url"} | files
         self._upstreams[values["name"]] = replace(self._default.upstream, origin=values["url"], **own)
 
-    def _upstream_of(self, table: Table, named: Origin | str | None) -> Upstream:
-        if named is None:
+    def _upstream_of(self, table: Table, value: Origin | str | None) -> Upstream:
+        """Return the upstream of a rule: that of the settings, one at a URL, or one with a name."""
+        if value is None:
             return self._default.upstream
-        if isinstance(named, Origin):
-            return replace(self._default.upstream, origin=named)
-        if named not in self._upstreams:
+        if isinstance(value, Origin):
+            return replace(self._default.upstream, origin=value)
+        if value not in self._upstreams:
             self._complain(table, "upstream", "is neither a URL nor the name of an [[upstream]]")
-        return self._upstreams.get(named, self._default.upstream)
+        return self._upstreams.get(value, self._default.upstream)
 
     # Rules ...
 
     def _rule(self, table: Table) -> Rule | None:
-        before = len(self._errors)
+        """Return the rule of a table, None where one of its fields has a problem or two contradict each other."""
+        errors = len(self._errors)
         values = self._checked(table, RULE)
         match = Match(values.get("host"), values.get("path"), values.get("methods"), values.get("headers", ()))
         if MATCHING.keys().isdisjoint(table.fields.keys() - values.keys()):
             self._matches.append((table, match))
-        if len(self._errors) > before:
+        if len(self._errors) > errors:
             return None
         preset = PRESETS.get(values.get("preset", ""))
         values = {**_preset_values(preset.fields if preset else {}), **values}
         settings = self._settings.model_copy(update={name: values[name] for name in SHARED if name in values})
-        mark = preset.retry_count_header.encode() if preset and preset.retry_count_header else None
-        key = KeySources(values["key"], mark) if "key" in values else None
-        self._refuse_contradictions(table, values, settings, key)
-        if len(self._errors) > before:
+        counts = preset.retry_count_header.encode() if preset and preset.retry_count_header else None
+        key = KeySources(values["key"], counts) if "key" in values else None
+        self._report_contradictions(table, values, settings, key)
+        if len(self._errors) > errors:
             return None
         upstream = self._upstream_of(table, values.get("upstream"))
         policy = _policy(settings, values, key)
         return Rule(match, policy, upstream, settings, values.get("set_host"), table.lines.get("", 1))
 
-    def _refuse_contradictions(
+    def _report_contradictions(
         self, table: Table, values: dict[str, Any], settings: Settings, key: KeySources | None
     ) -> None:
-        for first, text, second in contradictory(settings, [name for name in SHARED if name in values]):
-            first_name, second_name = (
-                name if name in SHARED else f"ONCEGATE_{name.upper()}" for name in (first, second)
-            )
+        for first, complaint, second, _ in contradictions_in(settings, [name for name in SHARED if name in values]):
+            first_name, second_name = (name if name in SHARED else variable_name(name) for name in (first, second))
             if first in table.fields:
-                self._complain(table, first, f"{text} {second_name}")
+                self._complain(table, first, f"{complaint} {second_name}")
             else:
-                self._complain(table, second, f"{first_name} {text} {second_name}")
+                self._complain(table, second, f"{first_name} {complaint} {second_name}")
         try:
             _statuses(values)
         except ValueError as error:
@@ -170,54 +179,55 @@ class Reading:
         for field, reason in _contradictions(values, settings, key):
             self._complain(table, field, reason)
 
-    def _refuse_unreachable(self, table: Table, match: Match, before: list[tuple[Table, Match]]) -> None:
+    def _report_unreachable(self, table: Table, match: Match, before: list[tuple[Table, Match]]) -> None:
+        """Report a rule that no request reaches, because an earlier one matches all of its requests."""
         earlier = next((other for other, one in before if one.includes(match)), None)
         if earlier is not None:
             place = f"{earlier.label} (line {earlier.lines.get('', 1)})"
-            self._complain(table, "", f"can never match: {place} takes all its requests before it")
+            self._complain(table, "", f"can never match: {place} comes first and matches all of its requests")
         host, hosts = match.host, self._settings.hosts
         if host and hosts and not host.startswith("*.") and not {host, host.partition(":")[0]} & set(hosts):
-            self._complain(table, "host", "can never match: ONCEGATE_HOSTS does not name this host")
+            self._complain(table, "host", "can never match: ONCEGATE_HOSTS does not have this host")
 
 
 def _preset_values(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a preset's fields as values; those it shares with the settings are values already."""
+    """Return a preset's fields as values. Those that are settings as well are values already."""
     return {name: value if name in SHARED else TREATING[name](value) for name, value in fields.items()}
 
 
 def _contradictions(values: dict[str, Any], settings: Settings, key: KeySources | None) -> Iterable[tuple[str, str]]:
-    """Yield the fields of a rule that do not fit together, and why."""
+    """Yield the fields of a rule that contradict others, and why."""
     guard = values.get("guard")
     if guard == "required" and values.get("on_bad_key") == "pass":
         yield "on_bad_key", 'contradicts guard = "required": a request without a key cannot pass'
-    if (guard in ("optional", "required") or key) and guard != "off" and not _guarded(values, settings):
-        yield "methods", f"has none that can be guarded; those are {', '.join(GUARDABLE)}"
+    if (guard in ("optional", "required") or key) and guard != "off" and not _guarded_methods(values, settings):
+        yield "methods", f"has none that can be guarded; these can: {', '.join(GUARDABLE)}"
     if values.get("pass_host") and values.get("set_host"):
         yield "set_host", "contradicts pass_host"
     if key and key.window_ms > settings.retention_s * 1000:
-        yield "key", "has a window that is longer than retention_s"
+        yield "key", "has a window longer than retention_s"
     header = settings.key_header.lower().encode() if key is None else key.only_header
     forward = values.get("forward_key")
     if forward is not None and header is None:
         yield "forward_key", "needs a key that is one header alone"
     if values.get("upstream_idempotent") and (forward == "" or (key and key.window_ms)):
-        yield "upstream_idempotent", "needs an upstream that is told the key"
-    if header is not None and header in {source.kind.name for source in _headers(values.get("scope", ()))}:
+        yield "upstream_idempotent", "needs an upstream that gets the key"
+    if header is not None and header in {source.kind.name for source in _header_sources(values.get("scope", ()))}:
         yield "scope", "must not name the header of the key"
 
 
-def _headers(scope: Iterable[Source]) -> list[Any]:
+def _header_sources(scope: Iterable[Source]) -> list[Any]:
     return [source for source in scope if isinstance(source.kind, Header)]
 
 
-def _guarded(values: dict[str, Any], settings: Settings) -> frozenset[str]:
+def _guarded_methods(values: dict[str, Any], settings: Settings) -> frozenset[str]:
     if values.get("guard") == "off":
         return frozenset()
     return frozenset(values["methods"]).intersection(GUARDABLE) if "methods" in values else frozenset(settings.methods)
 
 
 def _statuses(values: dict[str, Any]) -> Statuses:
-    """Return the two lists; what the rule says of a status beats what is usual for it."""
+    """Return the two lists of statuses. An entry of the rule moves a status out of the other default list."""
     release, ambiguous = values.get("release_statuses"), values.get("ambiguous_statuses")
     if release is None and ambiguous is None:
         return DEFAULT_STATUSES
@@ -229,13 +239,13 @@ def _statuses(values: dict[str, Any]) -> Statuses:
 
 
 def _policy(settings: Settings, values: dict[str, Any], key: KeySources | None) -> Policy:
-    """Return what holds for the requests of a rule."""
+    """Return the policy of a rule: that of its settings, with what only a rule can say."""
     policy = policy_of(settings)
     changes: dict[str, Any] = {
         "rule": values["name"],
         "preset": values.get("preset", ""),
         "counts_tokens": values.get("preset") in COUNTING,
-        "methods": _guarded(values, settings),
+        "methods": _guarded_methods(values, settings),
         "key_required": values.get("guard", "required" if settings.key_required else "optional") == "required",
         "statuses": _statuses(values),
         "pass_bad_keys": values.get("on_bad_key") == "pass",
@@ -257,7 +267,7 @@ def _policy(settings: Settings, values: dict[str, Any], key: KeySources | None) 
 
 
 def _scope(sources: Iterable[Source]) -> dict[str, Any]:
-    """Return the names that tell tenants apart, in order, and the sources of those that are no headers."""
+    """Return the policy's fields for a scope: all names in order, and the sources that are not header fields."""
     names = [source.kind.name if isinstance(source.kind, Header) else source.text.encode() for source in sources]
     others = tuple(source for source in sources if not isinstance(source.kind, Header))
     return {"scope_headers": tuple(names), "scope_sources": others}

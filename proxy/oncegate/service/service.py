@@ -108,7 +108,7 @@ class Service:
         self._pools = Pools(self._make_pool)
         self._pace = MinimumRate(settings.client_stall_s, settings.client_min_bytes_per_s)
         rules = load_rules(settings)
-        self._naming = rules.naming
+        self._naming = rules.identity_digest
         self._gateway = self._make_gateway(rules)
         self._listener = Listener(
             self._gateway,
@@ -223,7 +223,7 @@ class Service:
             self._log.error("rules file rejected, previous rules stay", reasons=reasons)
             return
         self._gateway.follow(self._gate(rules), routes)
-        self._naming = rules.naming
+        self._naming = rules.identity_digest
         self._pools.keep(rule.upstream for rule in rules)
         self._log.info("rules loaded", rules=[rule.name for rule in rules.rules])
 

@@ -1,1 +1,1 @@
-"""What the environment says."""
+"""The settings: the variables of the environment, their types, and the checks between them."""

@@ -1,10 +1,10 @@
-"""Settings that are each fine and do not fit together."""
+"""Pairs of settings that contradict each other though each is valid by itself."""
 
 import os
 from collections.abc import Callable, Iterable
 from operator import gt, lt
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import SecretStr
 
@@ -12,8 +12,20 @@ from oncegate.settings.addresses import Address, Origin
 from oncegate.settings.settings import Settings
 
 
-def _missing(file: Path | None, beside: Path | None) -> bool:
-    return file is None and beside is not None
+class Contradiction(NamedTuple):
+    """Two settings that contradict each other where `holds` is true of their values.
+
+    The message is `first`, `complaint`, `second`: "retention_s must not be shorter than lease_ms".
+    """
+
+    first: str
+    complaint: str
+    second: str
+    holds: Callable[[Any, Any], bool]
+
+
+def _missing(file: Path | None, other: Path | None) -> bool:
+    return file is None and other is not None
 
 
 def _without_tls(file: Path | None, upstream: Origin) -> bool:
@@ -28,32 +40,45 @@ def _cannot_replicate(durability: str, store_url: SecretStr) -> bool:
     return durability == "replicated" and store_url.get_secret_value() == "embedded"
 
 
-# Settings that are each fine and do not fit together: the first, how it fails, the second, whether it does.
-CONTRADICTIONS: tuple[tuple[str, str, str, Callable[[Any, Any], bool]], ...] = (
-    ("retention_s", "must not be shorter than", "lease_ms", lambda kept_s, lease_ms: kept_s * 1000 < lease_ms),
-    ("retention_s", "must not be shorter than", "wait_max_s", lt),
-    ("tls_cert_file", "is missing beside", "tls_key_file", _missing),
-    ("tls_key_file", "is missing beside", "tls_cert_file", _missing),
-    ("upstream_cert_file", "is missing beside", "upstream_key_file", _missing),
-    ("upstream_key_file", "is missing beside", "upstream_cert_file", _missing),
-    ("upstream_ca_file", "needs https in", "upstream", _without_tls),
-    ("upstream_cert_file", "needs https in", "upstream", _without_tls),
-    ("upstream_key_file", "needs https in", "upstream", _without_tls),
-    ("admin_listen", "must not share its port with", "listen", Address.overlaps),
-    ("key_header", "must not be one of", "scope_headers", lambda key, scope: key.lower() in map(str.lower, scope)),
-    ("max_request_bytes", "must not be larger than", "max_spool_bytes", gt),
-    ("max_stored_bytes", "must not be larger than", "max_buffered_bytes", gt),
-    ("fault", "is accepted only together with", "testing", lambda fault, testing: bool(fault) and not testing),
-    ("durability", "replicated needs a store with replicas in", "store_url", _cannot_replicate),
-    ("spool_dir", "must be a writable folder to hold", "max_spool_bytes", _unwritable),
+def _shorter_than_lease(retention_s: float, lease_ms: int) -> bool:
+    return retention_s * 1000 < lease_ms
+
+
+def _among(key_header: str, scope_headers: Iterable[str]) -> bool:
+    return key_header.lower() in map(str.lower, scope_headers)
+
+
+def _without_testing(fault: object, testing: bool) -> bool:
+    return bool(fault) and not testing
+
+
+CONTRADICTIONS = (
+    Contradiction("retention_s", "must not be shorter than", "lease_ms", _shorter_than_lease),
+    Contradiction("retention_s", "must not be shorter than", "wait_max_s", lt),
+    Contradiction("tls_cert_file", "is missing beside", "tls_key_file", _missing),
+    Contradiction("tls_key_file", "is missing beside", "tls_cert_file", _missing),
+    Contradiction("upstream_cert_file", "is missing beside", "upstream_key_file", _missing),
+    Contradiction("upstream_key_file", "is missing beside", "upstream_cert_file", _missing),
+    Contradiction("upstream_ca_file", "needs https in", "upstream", _without_tls),
+    Contradiction("upstream_cert_file", "needs https in", "upstream", _without_tls),
+    Contradiction("upstream_key_file", "needs https in", "upstream", _without_tls),
+    Contradiction("admin_listen", "must not share its port with", "listen", Address.overlaps),
+    # Each request would be its own tenant, and no retry would find its original.
+    Contradiction("key_header", "must not be one of", "scope_headers", _among),
+    Contradiction("max_request_bytes", "must not be larger than", "max_spool_bytes", gt),
+    Contradiction("max_stored_bytes", "must not be larger than", "max_buffered_bytes", gt),
+    Contradiction("fault", "is accepted only together with", "testing", _without_testing),
+    Contradiction("durability", "replicated needs a store with replicas in", "store_url", _cannot_replicate),
+    Contradiction("spool_dir", "must be a writable folder to hold", "max_spool_bytes", _unwritable),
 )
 
 
-def contradictory(settings: Settings, names: Iterable[str]) -> list[tuple[str, str, str]]:
-    """Return the pairs of settings that do not fit together and have one of `names` in them, and how they fail."""
-    asked = set(names)
+def contradictions_in(settings: Settings, names: Iterable[str]) -> list[Contradiction]:
+    """Return the contradictions in `settings` that involve one of `names`."""
+    involved = set(names)
     return [
-        (first, text, second)
-        for first, text, second, contradict in CONTRADICTIONS
-        if not asked.isdisjoint((first, second)) and contradict(getattr(settings, first), getattr(settings, second))
+        row
+        for row in CONTRADICTIONS
+        if not involved.isdisjoint((row.first, row.second))
+        and row.holds(getattr(settings, row.first), getattr(settings, row.second))
     ]

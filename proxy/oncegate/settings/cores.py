@@ -1,4 +1,4 @@
-"""How many cores this process may use."""
+"""How many CPU cores this process may use."""
 
 import math
 import os
@@ -8,14 +8,15 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def usable(cgroup: Path = CGROUP) -> int:
-    """Return the cores of the process's affinity, or fewer where a container's quota allows less; at least 1."""
+    """Return the number of cores, at least 1: the process's affinity, or the container's quota where that is less."""
     return math.ceil(min(len(os.sched_getaffinity(0)), _quota(cgroup)))
 
 
 def _quota(cgroup: Path) -> float:
-    """Return the cores that the CPU controller grants; infinity without a limit.
+    """Return the CPU quota in cores, infinity without one.
 
-    cgroup v2: `cpu.max` is "QUOTA PERIOD" or "max PERIOD"; v1: two files in the folder `cpu`, a quota of -1 is none.
+    cgroup v2 has it in `cpu.max`, as "QUOTA PERIOD" or "max PERIOD". v1 has two files in the folder `cpu`, and a
+    quota of -1 means none.
     """
     try:
         quota, period = (cgroup / "cpu.max").read_text().split()

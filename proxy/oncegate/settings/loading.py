@@ -1,4 +1,4 @@
-"""Reads the settings from the environment, `.env` and files, and shows them."""
+"""Loads the settings from the environment, from `.env` and from files, and describes them."""
 
 import os
 import re
@@ -11,18 +11,19 @@ from dotenv import dotenv_values
 from pydantic import SecretStr, ValidationError
 from pydantic_core import ErrorDetails
 
-from oncegate.settings.addresses import Origin, masked
-from oncegate.settings.contradictions import CONTRADICTIONS
+from oncegate.settings.addresses import Origin
+from oncegate.settings.contradictions import contradictions_in
 from oncegate.settings.settings import ENV_FILE, PREFIX, SECRETS, Settings, SettingsError
-from oncegate.settings.wording import _number, _variable, worded
+from oncegate.settings.store_url import masked
+from oncegate.settings.wording import complaint, number_text, variable_name
 
-# What Kubernetes and Docker inject for a service called oncegate.
+# Variables that Kubernetes and Docker set for a service with the name oncegate.
 _INJECTED = re.compile(
     r"ONCEGATE_(?:\w+_)?(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT(?:_[0-9]+_(?:TCP|UDP|SCTP)(?:_\w+)?)?)"
 )
 
-# What a person reads where a default is none, depends on the machine, or does not exist.
-_WORDS = {
+# What the table shows where a default is none, depends on the machine, or does not exist.
+_SHOWN = {
     "upstream": "required",
     "hosts": "any",
     "upstream_ca_file": "system",
@@ -33,7 +34,7 @@ _WORDS = {
 
 
 def load() -> Settings:
-    """Return the settings in effect; SettingsError names every problem at once."""
+    """Return the settings in effect. Raises SettingsError with all problems."""
     variables = _variables()
     contents, problems = _secrets_from_files(variables)
     settings, invalid = _validate(contents)
@@ -44,42 +45,42 @@ def load() -> Settings:
 
 
 def describe(settings: Settings) -> str:
-    """Return what is in effect, one `NAME = value` a line, secrets masked."""
-    return "\n".join(f"{_variable(name)} = {_text(name, value)}" for name, value in settings)
+    """Return the settings as lines of `NAME = value`, without secrets."""
+    return "\n".join(f"{variable_name(name)} = {_text(name, value)}" for name, value in settings)
 
 
 def table() -> str:
-    """Return the README's table of settings."""
+    """Return the reference table of settings, as Markdown."""
     rows = [
-        f"| `{_variable(name)}` | {_default(name, field.default)} | {field.description} |"
+        f"| `{variable_name(name)}` | {_default(name, field.default)} | {field.description} |"
         for name, field in Settings.model_fields.items()
     ]
     return "\n".join(["| variable | default | meaning |", "|---|---|---|", *rows, ""])
 
 
 def _default(name: str, value: object) -> str:
-    return _WORDS.get(name) or ("none" if _is_none(value) else f"`{_text(name, value)}`")
+    return _SHOWN.get(name) or ("none" if _is_none(value) else f"`{_text(name, value)}`")
 
 
 def _variables() -> dict[str, str]:
-    """Return what is set under the prefix: a real variable wins over the file, an empty one is not set."""
+    """Return the variables with our prefix. The environment overrides `.env`; an empty variable counts as unset."""
     try:
-        found = [*dotenv_values(ENV_FILE, encoding="utf-8").items(), *os.environ.items()]
+        variables = [*dotenv_values(ENV_FILE, encoding="utf-8").items(), *os.environ.items()]
     except (OSError, UnicodeDecodeError):
         raise SettingsError([f"{ENV_FILE}: cannot be read as UTF-8 text"]) from None
-    return {name.upper(): value for name, value in found if value and name.upper().startswith(PREFIX)}
+    return {name.upper(): value for name, value in variables if value and name.upper().startswith(PREFIX)}
 
 
 def _secrets_from_files(variables: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """Return the secrets whose <NAME>_FILE is set, and what is wrong with those files."""
+    """Return the secrets whose <NAME>_FILE is set, and the problems with those files."""
     contents: dict[str, Any] = {}
     problems = []
     for name in SECRETS:
-        variable = _variable(name)
+        variable = variable_name(name)
         if (path := variables.get(f"{variable}_FILE")) is None:
             continue
         if variable in variables:
-            problems.append(f"{variable}_FILE: contradicts {variable}, which is set too")
+            problems.append(f"{variable}_FILE: contradicts {variable}, which is also set")
         try:
             contents[name] = _content(path)
         except ValueError as error:
@@ -100,35 +101,40 @@ def _content(path: str) -> str:
 
 
 def _unknown(variables: Iterable[str]) -> list[str]:
-    known = [_variable(name) for name in Settings.model_fields] + [f"{_variable(name)}_FILE" for name in SECRETS]
+    known = [variable_name(name) for name in Settings.model_fields] + [
+        f"{variable_name(name)}_FILE" for name in SECRETS
+    ]
     unknown = sorted(name for name in set(variables).difference(known) if not _INJECTED.fullmatch(name))
     return [f"{name}: is unknown; did you mean {get_close_matches(name, known, 1, 0)[0]}?" for name in unknown]
 
 
 def _validate(contents: dict[str, Any]) -> tuple[Settings, dict[str, str]]:
-    """Return the settings and what is wrong with single ones; stand-ins for those let the rest be compared."""
+    """Return the settings, and the problem of each invalid one by its name.
+
+    An invalid setting has a valid substitute, so that contradictions among the others are found as well.
+    """
     try:
         return Settings(**contents), {}
     except ValidationError as error:
-        invalid = {str(detail["loc"][0]): _complaint(detail) for detail in error.errors(include_input=False)}
-    return Settings(**contents | {name: _stand_in(name) for name in invalid}), invalid
+        invalid = {str(detail["loc"][0]): _problem(detail) for detail in error.errors(include_input=False)}
+    return Settings(**contents | {name: _substitute(name) for name in invalid}), invalid
 
 
-def _stand_in(name: str) -> Any:
+def _substitute(name: str) -> Any:
     if name == "upstream":
         return Origin("http", "upstream.invalid", 80)
     return Settings.model_fields[name].get_default(call_default_factory=True)
 
 
-def _complaint(detail: ErrorDetails) -> str:
-    return f"{_variable(str(detail['loc'][0]))}: {worded(detail)}"
+def _problem(detail: ErrorDetails) -> str:
+    return f"{variable_name(str(detail['loc'][0]))}: {complaint(detail)}"
 
 
 def _contradictions(settings: Settings, invalid: Iterable[str]) -> list[str]:
     return [
-        f"{_variable(first)}: {text} {_variable(second)}"
-        for first, text, second, contradict in CONTRADICTIONS
-        if {first, second}.isdisjoint(invalid) and contradict(getattr(settings, first), getattr(settings, second))
+        f"{variable_name(row.first)}: {row.complaint} {variable_name(row.second)}"
+        for row in contradictions_in(settings, Settings.model_fields)
+        if {row.first, row.second}.isdisjoint(invalid)
     ]
 
 
@@ -137,12 +143,12 @@ def _is_none(value: object) -> bool:
 
 
 def _text(name: str, value: object) -> str:
-    """Return a value as a person writes it, without what is secret in it."""
+    """Return a value as an operator writes it, without secrets."""
     if _is_none(value):
-        return _WORDS.get(name, "none")
+        return _SHOWN.get(name, "none")
     if isinstance(value, SecretStr):
         text = value.get_secret_value()
         return masked(text) if name == "store_url" else "set" if text else "empty"
     if isinstance(value, tuple):
         return ",".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else _number(value)
+    return str(value).lower() if isinstance(value, bool) else number_text(value)

@@ -1,278 +1,287 @@
-"""The settings: the only module that reads the environment.
+"""The settings: one field for each variable, with its type, its default and its description.
 
-One field a variable; its description is the README's. Values are parsed here, so that nobody else
-has to. `load` reports every problem at once and repeats no secret.
+The descriptions are the reference page. `loading.load` reads the environment and reports all problems at once,
+without repeating a secret; no other module reads the environment.
 """
 
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from oncegate.settings.addresses import (
-    Address,
-    Network,
-    Origin,
-    parse_address,
-    parse_header,
-    parse_host,
-    parse_key_header,
-    parse_list,
-    parse_method,
-    parse_namespace,
-    parse_network,
-    parse_origin,
-    parse_secret,
-    parse_store_url,
+from oncegate.settings.addresses import Address, Network, parse_host, parse_network
+from oncegate.settings.names import parse_header, parse_key_header, parse_method, parse_namespace, parse_secret
+from oncegate.settings.store_url import parse_store_url
+from oncegate.settings.values import (
+    DAY_MS,
+    MAX_WORKERS,
+    MILLION,
+    PIBIBYTE,
+    BaseUrl,
+    Bytes,
+    Count,
+    ListenAddress,
+    OptionalUrl,
+    ReadableFile,
+    Seconds,
+    SecondsOrZero,
+    from_text,
+    list_of,
+    parse_workers,
+    temporary_folder,
 )
-from oncegate.settings.cores import usable
 from oncegate.testing.faults import Fault, parse_fault
 
 PREFIX = "ONCEGATE_"
 ENV_FILE = ".env"
-SECRETS = ("secret", "store_url")  # those that <NAME>_FILE may hold
+# Settings that <NAME>_FILE can hold as well.
+SECRETS = ("secret", "store_url")
 
-TEN_YEARS_S = 315_360_000  # above it a unit was mistaken, and Redis's expiry comes near its limit
-DAY_MS = 86_400_000
-PIBIBYTE = 1 << 50
-MILLION = 1_000_000
-MOST_WORKERS = 1024
-
-# What the design names and this version cannot do yet: `name=value`, or the name where only the
-# default works, and what to do now. Who builds one deletes its row.
-LATER = {
+# Values that are reserved for a later version, as `name=value`, or as `name` where only its default works. What to
+# use now is a part of the message. Whoever implements one deletes its row.
+RESERVED = {
     "store_url=postgresql": "use redis:// or rediss://",
     "on_duplicate=join": "use reject or wait",
 }
 
 
 class SettingsError(Exception):
-    """The settings cannot be used; `errors` says why, each line opening with the variable's name."""
+    """The settings cannot be used. Each of `errors` begins with the name of its variable."""
 
     def __init__(self, errors: Iterable[str]) -> None:
         self.errors = tuple(errors)
         super().__init__("\n".join(self.errors))
 
 
-def _from_text(parse: Callable[[str], object]) -> BeforeValidator:
-    """Return a validator for what the environment says; defaults are values already."""
-    return BeforeValidator(lambda value: parse(value) if isinstance(value, str) else value)
-
-
-def _list_of(parse: Callable[[str], object]) -> BeforeValidator:
-    return _from_text(lambda text: tuple(parse(member) for member in parse_list(text)))
-
-
-def _readable(text: str) -> Path:
-    try:
-        Path(text).open("rb").close()
-    except OSError as error:
-        raise ValueError(f"cannot be read: {error.strerror}") from None
-    return Path(text)
-
-
-def _temporary_folder() -> Path:
-    try:
-        return Path(tempfile.gettempdir())
-    except FileNotFoundError:  # a read-only container without one; reported under the setting's name
-        return Path("/tmp")
-
-
-def _workers(text: str) -> object:
-    if text.strip().lower() == "auto":
-        return min(usable(), MOST_WORKERS)
-    if not text.strip().isdecimal():
-        raise ValueError("must be a whole number, or auto")
-    return text
-
-
-ListenAddress = Annotated[Address, _from_text(parse_address)]
-ReadableFile = Annotated[Path | None, _from_text(_readable)]
-Seconds = Annotated[float, Field(gt=0, le=TEN_YEARS_S)]
-SecondsOrZero = Annotated[float, Field(ge=0, le=TEN_YEARS_S)]
-Bytes = Annotated[int, Field(ge=1, le=PIBIBYTE)]
-Count = Annotated[int, Field(ge=1, le=MILLION)]
-
-
 class Settings(BaseSettings):
-    """What the operator chose."""
+    """The operator's choices."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
         env_file=ENV_FILE,
         env_file_encoding="utf-8",
-        env_ignore_empty=True,  # compose files pass "${NAME:-}" for what is not set
-        enable_decoding=False,  # lists are comma lists, not JSON
-        extra="ignore",  # a .env serves other programs too; unknown names of ours are reported by load
+        # Compose files pass "${NAME:-}" for an unset variable.
+        env_ignore_empty=True,
+        # Lists are comma lists, not JSON.
+        enable_decoding=False,
+        # A .env serves other programs, too. `load` reports unknown names under our own prefix.
+        extra="ignore",
         frozen=True,
         hide_input_in_errors=True,
         allow_inf_nan=False,
     )
 
-    upstream: Annotated[Origin, _from_text(parse_origin)] = Field(
-        description="Base URL of the API behind the proxy, http or https; may carry a path prefix."
+    upstream: BaseUrl = Field(
+        description="Base URL of your API, `http://` or `https://`. Its path, if any, is put before each target."
     )
     listen: ListenAddress = Field(
-        Address("127.0.0.1", 8080), description="Public listener; the container image sets `0.0.0.0:8080`."
+        Address("127.0.0.1", 8080),
+        description="Address of the public listener. The container image sets `0.0.0.0:8080`.",
     )
     tls_cert_file: ReadableFile = Field(None, description="Certificate chain (PEM) of the public listener.")
     tls_key_file: ReadableFile = Field(None, description="Private key (PEM) of the public listener.")
     admin_listen: ListenAddress = Field(
         Address("127.0.0.1", 8081),
-        description="Listener of `/metrics`, `/healthz`, `/readyz`; the container image sets `0.0.0.0:8081`.",
+        description="Address of the listener for `/metrics`, `/healthz` and `/readyz`. Keep it private. The container "
+        "image sets `0.0.0.0:8081`.",
     )
-    hosts: Annotated[tuple[str, ...], _list_of(parse_host)] = Field(
-        (), description="Comma list of `host` or `host:port` that are ours; a request for another gets 421."
+    hosts: Annotated[tuple[str, ...], list_of(parse_host)] = Field(
+        (), description="Comma list of the served hosts, as `host` or `host:port`. Requests for other hosts get 421."
     )
-    trusted_proxies: Annotated[tuple[Network, ...], _list_of(parse_network)] = Field(
-        (), description="Comma list of networks whose forwarding headers are kept."
+    trusted_proxies: Annotated[tuple[Network, ...], list_of(parse_network)] = Field(
+        (),
+        description="Comma list of networks. oncegate forwards the `Forwarded`, `X-Forwarded-*`, `Via` and `X-Real-IP` "
+        "headers of clients in them, and drops those of all other clients.",
     )
-    pass_host: bool = Field(False, description="Pass the client's Host on instead of the upstream's.")
-    upstream_ca_file: ReadableFile = Field(None, description="CA certificates (PEM) for an https upstream.")
-    upstream_cert_file: ReadableFile = Field(None, description="Client certificate (PEM) for the upstream.")
-    upstream_key_file: ReadableFile = Field(None, description="Private key (PEM) of that certificate.")
-    store_url: Annotated[SecretStr, _from_text(parse_store_url)] = Field(
+    pass_host: bool = Field(
+        False, description="Forward the client's `Host` header, instead of the host of `ONCEGATE_UPSTREAM`."
+    )
+    upstream_ca_file: ReadableFile = Field(
+        None, description="CA certificates (PEM) that oncegate trusts for an `https://` upstream."
+    )
+    upstream_cert_file: ReadableFile = Field(
+        None, description="Client certificate (PEM) that oncegate presents to the upstream."
+    )
+    upstream_key_file: ReadableFile = Field(None, description="Private key (PEM) of `ONCEGATE_UPSTREAM_CERT_FILE`.")
+    store_url: Annotated[SecretStr, from_text(parse_store_url)] = Field(
         SecretStr("embedded"),
         description="`embedded`, `redis://host:port/db`, `redis+unix:///path/to.sock?db=0`, "
-        "`redis+sentinel://h1:p,h2:p/service` or `redis+cluster://h1:p,h2:p`; `rediss` in the place of `redis` is TLS; "
-        "`ONCEGATE_STORE_URL_FILE` names a file that holds it.",
+        "`redis+sentinel://h1:p,h2:p/service` or `redis+cluster://h1:p,h2:p`. Write `rediss` instead of `redis` for "
+        "TLS. `ONCEGATE_STORE_URL_FILE` names a file that contains the URL.",
     )
-    data_dir: Path = Field(Path(".oncegate"), description="Folder of the embedded store.")
+    data_dir: Path = Field(Path(".oncegate"), description="Folder in which the embedded store keeps its data.")
     embedded_max_bytes: int = Field(
         268_435_456, ge=2_097_152, le=PIBIBYTE, description="Memory limit of the embedded store."
     )
-    namespace: Annotated[str, _from_text(parse_namespace)] = Field(
+    namespace: Annotated[str, from_text(parse_namespace)] = Field(
         "default",
-        description="Part of every key's scope; deployments that share a store differ in it, which they have to "
-        "declare with `ONCEGATE_IDENTITY_CHANGE=accept`.",
+        description="Part of each key's scope. Deployments with separate keys on one store need different namespaces, "
+        "and `ONCEGATE_IDENTITY_CHANGE=accept`.",
     )
-    secret: Annotated[SecretStr, _from_text(parse_secret)] = Field(
+    secret: Annotated[SecretStr, from_text(parse_secret)] = Field(
         SecretStr(""),
-        description="Keys the digests; the same on every replica; changing it forgets every key; "
-        "`ONCEGATE_SECRET_FILE` names a file that holds it.",
+        description="Secret of the digests of keys, tenants and bodies. All replicas need the same one. After a change "
+        "oncegate does not find any earlier key. `ONCEGATE_SECRET_FILE` names a file that contains the secret.",
     )
     identity_change: Literal["refuse", "accept"] = Field(
         "refuse",
-        description="A replica whose namespace, secret, scope headers or key header differ from those of others on its "
-        "store is not ready and refuses keyed requests (`refuse`), or works beside them (`accept`).",
+        description="What a replica does if its namespace, secret, scope headers or key header differ from those of "
+        "other replicas on its store. `refuse`: it is not ready and refuses requests with keys. `accept`: it serves.",
     )
-    methods: Annotated[tuple[str, ...], _list_of(parse_method)] = Field(
-        ("POST", "PATCH"), description="Comma list of the guarded methods, of POST, PATCH, PUT and DELETE."
+    methods: Annotated[tuple[str, ...], list_of(parse_method)] = Field(
+        ("POST", "PATCH"), description="Comma list of the guarded methods, from POST, PATCH, PUT and DELETE."
     )
-    key_header: Annotated[str, _from_text(parse_key_header)] = Field(
+    key_header: Annotated[str, from_text(parse_key_header)] = Field(
         "Idempotency-Key", description="Header that carries the key."
     )
-    key_required: bool = Field(False, description="Answer 400 to a guarded request without a key.")
-    scope_headers: Annotated[tuple[str, ...], _list_of(parse_header)] = Field(
-        ("Authorization", "X-Api-Key"), description="Comma list of the headers that tell tenants apart."
+    key_required: bool = Field(False, description="Answer 400 to a request with a guarded method and no key.")
+    scope_headers: Annotated[tuple[str, ...], list_of(parse_header)] = Field(
+        ("Authorization", "X-Api-Key"),
+        description="Comma list of the headers that identify the tenant. Two tenants can use the same key.",
     )
     retention_s: Seconds = Field(
         86_400,
-        description="How long an answer is replayed, from its completion; must exceed the longest retry cycle.",
+        description="How long oncegate replays a response, counted from its completion. Choose more than the longest "
+        "time for which your clients retry.",
     )
     lease_ms: int = Field(
-        10_000, ge=200, le=DAY_MS, description="Life of a claim without a renewal, which comes at a third of it."
+        10_000,
+        ge=200,
+        le=DAY_MS,
+        description="Lease of a claim. oncegate renews it after a third of that time. If a proxy dies, its unfinished "
+        "requests become unknown after one lease.",
     )
     on_duplicate: Literal["reject", "wait"] = Field(
-        "reject", description="A duplicate while the original runs gets 409 (`reject`) or is held (`wait`)."
+        "reject",
+        description="What a duplicate gets while the original is running. `reject`: 409. `wait`: the response of the "
+        "original, or 409 after `ONCEGATE_WAIT_MAX_S`.",
     )
-    wait_max_s: Seconds = Field(30, description="Longest hold of a duplicate by `wait` or `Prefer: wait`.")
-    max_waiters: int = Field(1024, ge=0, le=MILLION, description="Duplicates held at once, for each worker.")
+    wait_max_s: Seconds = Field(
+        30, description="Longest wait of a duplicate, with `ONCEGATE_ON_DUPLICATE=wait` or `Prefer: wait`."
+    )
+    max_waiters: int = Field(
+        1024, ge=0, le=MILLION, description="Duplicates that wait at the same time, for each worker. Others get 409."
+    )
     on_unknown: Literal["hold", "retry"] = Field(
         "hold",
-        description="A key whose outcome is unknown is never executed again (`hold`: at most once), or by its next "
-        "retry (`retry`: at least once).",
+        description="What a retry does if the outcome of the original is unknown. `hold`: it is never executed (at "
+        "most once). `retry`: it is executed (at least once).",
     )
     on_store_down: Literal["refuse", "bypass"] = Field(
         "refuse",
-        description="While the store takes no claims, keyed requests get 503 (`refuse`), or pass unguarded (`bypass`): "
-        "a retry may then execute again.",
+        description="What happens to requests with keys while the store accepts no claims. `refuse`: they get 503. "
+        "`bypass`: oncegate forwards them without protection, so that a retry may be executed again.",
     )
     store_timeout_ms: int = Field(
-        1000, ge=1, le=DAY_MS, description="Longest wait for the store to confirm a claim, repeats included."
+        1000, ge=1, le=DAY_MS, description="Longest wait for the store to confirm a claim, retries included."
     )
     settle_timeout_s: Seconds = Field(
-        30, description="How long the store is asked again to take an answer before the proxy gives up."
+        30, description="How long oncegate retries to store a response before it gives up."
     )
     durability: Literal["memory", "replicated", "fsync"] = Field(
         "memory",
-        description="What a claim must have reached before it counts: the `memory` of the store's server, "
-        "also that of a replica (`replicated`), or their disks (`fsync`).",
+        description="Where a claim must be before the request is sent. `memory`: on the Redis server. `replicated`: "
+        "also on a replica. `fsync`: on their disks.",
     )
     on_store_loss: Literal["continue", "quarantine"] = Field(
         "continue",
-        description="After the store lost data, or may have, requests go on (`continue`), or unseen keys are refused "
-        "for `ONCEGATE_QUARANTINE_S` (`quarantine`).",
+        description="What happens after the store lost data, or may have. `continue`: oncegate serves on. "
+        "`quarantine`: it refuses keys without a record for `ONCEGATE_QUARANTINE_S`.",
     )
     quarantine_s: Seconds = Field(
-        60, description="Length of a quarantine; for so long `/readyz` also tells of a loss where requests go on."
+        60, description="Length of a quarantine, and how long `/readyz` reports a loss with `continue`."
     )
     connect_timeout_s: Seconds = Field(5, description="Longest wait for a connection to the upstream.")
-    upstream_timeout_s: Seconds = Field(300, description="Longest silence of the upstream.")
+    upstream_timeout_s: Seconds = Field(
+        300, description="Longest time without a byte from the upstream while oncegate waits for its response."
+    )
     upstream_reuse_idle_s: SecondsOrZero = Field(
-        1, description="Keyed requests reuse an upstream connection only if idle for less; 0: never."
+        1,
+        description="A request with a key uses an open connection to the upstream only if it has been idle for less "
+        "than this time. 0: it always opens a new one.",
     )
-    max_upstream_connections: Count = Field(1200, description="Connections to the upstream, for each worker.")
+    max_upstream_connections: Count = Field(1200, description="Open connections to the upstream, for each worker.")
     connect_retries: int = Field(
-        3, ge=0, le=20, description="Further tries to connect, only for failures proven not sent."
+        3, ge=0, le=20, description="Retries after a failed connection attempt, while nothing has been sent."
     )
-    max_request_bytes: Bytes = Field(33_554_432, description="Largest body of a guarded request.")
+    max_request_bytes: Bytes = Field(
+        33_554_432, description="Largest body of a request with a key. Larger ones get 413."
+    )
     max_buffered_bytes: Bytes = Field(
-        268_435_456, description="Memory for all buffered bodies and answers together, for each worker."
+        268_435_456, description="Memory for buffered bodies of requests and responses together, for each worker."
     )
     spool_dir: Path = Field(
-        default_factory=_temporary_folder, description="Folder for bodies that are not held in memory."
+        default_factory=temporary_folder, description="Folder for request bodies that are too large for memory."
     )
-    max_spool_bytes: Bytes = Field(1_073_741_824, description="Disk for spooled bodies, for each worker.")
-    max_stored_bytes: Bytes = Field(16_777_216, description="Largest answer that is stored with its body.")
-    max_in_flight: Count = Field(4096, description="Claimed requests running at once, for each worker.")
-    max_connections: Count = Field(8192, description="Client connections open at once, for each worker.")
+    max_spool_bytes: Bytes = Field(1_073_741_824, description="Disk space in `ONCEGATE_SPOOL_DIR`, for each worker.")
+    max_stored_bytes: Bytes = Field(
+        16_777_216,
+        description="Largest response body that is stored. oncegate forwards a larger one, and answers its retries "
+        "with 409 `response-not-kept`.",
+    )
+    max_in_flight: Count = Field(
+        4096, description="Requests with keys that run at the same time, for each worker. Others get 503."
+    )
+    max_connections: Count = Field(8192, description="Open client connections, for each worker.")
     client_stall_s: Seconds = Field(
-        30, description="A client that takes or sends nothing for so long is cut off; a head has 10 s at most."
+        30,
+        description="oncegate closes the connection of a client that sends or takes no byte for this time while "
+        "oncegate waits for it. A request's head must arrive within 10 s.",
     )
     client_min_bytes_per_s: int = Field(
         240,
         ge=0,
         le=PIBIBYTE,
-        description="Average over such a time below which a client that is waited for is cut off; 0: any byte counts.",
+        description="Slowest accepted client, as an average over `ONCEGATE_CLIENT_STALL_S`. oncegate closes the "
+        "connection of a slower one while it waits for it. 0: any byte is enough.",
     )
-    workers: Annotated[int, _from_text(_workers)] = Field(
-        1, ge=1, le=MOST_WORKERS, description="Processes that share the port; `auto`: one for each usable core."
+    workers: Annotated[int, from_text(parse_workers)] = Field(
+        1, ge=1, le=MAX_WORKERS, description="Processes that share the port. `auto`: one for each usable core."
     )
-    drain_delay_s: SecondsOrZero = Field(0, description="After SIGTERM: time to go on serving, not ready.")
-    drain_s: SecondsOrZero = Field(25, description="After that delay: the grace for what is in flight.")
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], _from_text(str.lower)] = Field(
-        "info", description="Least level that is logged: `debug`, `info`, `warning` or `error`."
+    drain_delay_s: SecondsOrZero = Field(
+        0, description="After SIGTERM, oncegate first serves on for this time while `/readyz` reports not ready."
     )
-    log_format: Literal["json", "console"] = Field("json", description="`json`, or `console` for people.")
+    drain_s: SecondsOrZero = Field(
+        25, description="After `ONCEGATE_DRAIN_DELAY_S`, running requests have this time to finish."
+    )
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], from_text(str.lower)] = Field(
+        "info", description="Lowest level that is logged: `debug`, `info`, `warning` or `error`."
+    )
+    log_format: Literal["json", "console"] = Field(
+        "json", description="`json`: one object a line. `console`: text for people."
+    )
     access_log: Literal["off", "notable", "all"] = Field(
-        "notable", description="`off`, `notable` (all but plain executions and pass-through) or `all`."
+        "notable",
+        description="Which requests are logged. `off`: none. `notable`: all but first executions and forwarded "
+        "requests without a key. `all`: every one.",
     )
-    docs_url: Annotated[Origin | None, _from_text(parse_origin)] = Field(
+    docs_url: OptionalUrl = Field(
         None,
-        description="URL at which the folder `docs/` of oncegate is served as Markdown files, such as "
-        "`https://git.example.com/oncegate/blob/main/docs`. With it, the `type` of a problem is a link, "
-        "`<docs_url>/reference/answers.md#<slug>`; without it, `urn:oncegate:<slug>`.",
+        description="URL at which oncegate's folder `docs/` is served as Markdown files, such as "
+        "`https://git.example.com/oncegate/blob/main/docs`. With it, the `type` of a problem is the link "
+        "`DOCS_URL/reference/answers.md#SLUG`. Without it, `type` is `urn:oncegate:SLUG`.",
     )
-    rules_file: ReadableFile = Field(None, description="Policy for single routes (TOML); read again at SIGHUP.")
-    testing: bool = Field(False, description="Accept what breaks the proxy on purpose; for its own tests alone.")
-    fault: Annotated[tuple[Fault, ...], _list_of(parse_fault)] = Field(
+    rules_file: ReadableFile = Field(
+        None, description="File with rules for single routes (TOML). SIGHUP makes oncegate read it again."
+    )
+    testing: bool = Field(False, description="Allow `ONCEGATE_FAULT`. For oncegate's own tests only.")
+    fault: Annotated[tuple[Fault, ...], list_of(parse_fault)] = Field(
         (),
-        description="Comma list of `kill@point:n`, `raise@point:n`, `pause@point:n` (until SIGCONT) and "
-        "`pause@point:n:ms`: go wrong when the request path passes that point for the nth time "
-        "(`oncegate/testing/faults.py`).",
+        description="Comma list of faults that tests inject: `kill@point:n`, `raise@point:n`, `pause@point:n` (until "
+        "SIGCONT) or `pause@point:n:ms`. The nth request that passes the point meets the fault "
+        "(`oncegate/testing/faults.py` lists the points).",
     )
 
     @field_validator("*", mode="before")
     @classmethod
-    def _refuse_later(cls, value: object, info: ValidationInfo) -> object:
+    def _refuse_reserved(cls, value: object, info: ValidationInfo) -> object:
+        # Defaults are values already; the environment gives text.
         if not isinstance(value, str):
-            return value  # a default
-        name, word = str(info.field_name), value.partition("://")[0].strip().lower()
-        row = name if word != str(cls.model_fields[name].default) else ""
-        if advice := LATER.get(f"{name}={word}") or LATER.get(row):
-            raise ValueError(f"this value comes later, it is not available in this version; {advice}")
+            return value
+        name, text = str(info.field_name), value.partition("://")[0].strip().lower()
+        row = name if text != str(cls.model_fields[name].default) else ""
+        if advice := RESERVED.get(f"{name}={text}") or RESERVED.get(row):
+            raise ValueError(f"is not available in this version; {advice}")
         return value

@@ -1,10 +1,10 @@
-"""What is wrong with a value, in the operator's words."""
+"""Messages about invalid values, in the words of an operator."""
 
 from pydantic_core import ErrorDetails
 
 from oncegate.settings.settings import PREFIX
 
-# The kinds of pydantic's errors that a variable can meet, in the operator's words.
+# The types of pydantic's errors that a setting or a field of a rule can have.
 _COMPLAINTS = {
     "missing": "is required",
     "int_parsing": "must be a whole number",
@@ -24,15 +24,17 @@ _COMPLAINTS = {
 }
 
 
-def _variable(name: str) -> str:
+def variable_name(name: str) -> str:
+    """Return the environment variable of a setting."""
     return PREFIX + name.upper()
 
 
-def worded(detail: ErrorDetails) -> str:
-    """Return what pydantic found wrong with a value, in the operator's words."""
-    limits = {name: _number(value) for name, value in detail.get("ctx", {}).items()}
+def complaint(detail: ErrorDetails) -> str:
+    """Return what is wrong with a value, from pydantic's description of the error."""
+    limits = {name: number_text(value) for name, value in detail.get("ctx", {}).items()}
     return _COMPLAINTS.get(detail["type"], detail["msg"]).format(**limits)
 
 
-def _number(value: object) -> str:
+def number_text(value: object) -> str:
+    """Return a value as text, a whole number without its decimal point."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

@@ -13,7 +13,7 @@ from typing import Any
 
 from oncegate.decision import State, effective_state, may_take_over
 from oncegate.keys.digests import Scope, store_key
-from oncegate.settings.addresses import parse_several
+from oncegate.settings.store_url import parse_server_group
 from oncegate.store.breaker import Breaker
 from oncegate.store.record import (
     PREFIX_BYTES,
@@ -79,7 +79,7 @@ def servers(
     broke: Callable[[], None],
 ) -> StoreServers:
     """Return what a URL names."""
-    several = parse_several(url)
+    several = parse_server_group(url)
     cluster = several is not None and several.kind == "cluster"
     wanted = level(durability, several is not None)
     terms = NodeConfig(load_scripts(), timeout_s, observe, log, wanted, cluster, member, broke)

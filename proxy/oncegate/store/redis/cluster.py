@@ -15,7 +15,8 @@ from redis.cluster import parse_cluster_slots
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
 from oncegate.keys.digests import KEY_DIGEST_BYTES, store_key
-from oncegate.settings.addresses import Several, bracketed
+from oncegate.settings.addresses import bracketed
+from oncegate.settings.store_url import ServerGroup
 from oncegate.store.breaker import Breaker
 from oncegate.store.redis.health_monitor import HEALTH_S
 from oncegate.store.redis.link import ErrorReply
@@ -84,7 +85,7 @@ def tag_within(ranges: list[tuple[int, int]], before: bytes) -> bytes:
 class Cluster:
     """The masters of a cluster. They are known once one of the named servers has answered."""
 
-    def __init__(self, several: Several, terms: NodeConfig) -> None:
+    def __init__(self, several: ServerGroup, terms: NodeConfig) -> None:
         self._several, self._terms = several, terms
         self._loop = asyncio.get_running_loop()
         self._slots: list[Node | None] = [None] * REDIS_CLUSTER_HASH_SLOTS

@@ -11,7 +11,7 @@ from redis.asyncio.connection import AbstractConnection, SSLConnection, parse_ur
 from redis.asyncio.sentinel import MasterNotFoundError, SentinelConnectionPool, SentinelManagedSSLConnection
 from redis.exceptions import RedisError
 
-from oncegate.settings.addresses import Several
+from oncegate.settings.store_url import ServerGroup
 from oncegate.store.redis.node import Node, NodeConfig
 from oncegate.store.redis.server import OPTIONS, Opener, Unfit, ask, opener, parse_info
 
@@ -66,7 +66,7 @@ class Sentinel:
 class Sentinels:
     """The sentinels of a service. The name of the method is the one redis-py calls."""
 
-    def __init__(self, several: Several, timeout_s: float) -> None:
+    def __init__(self, several: ServerGroup, timeout_s: float) -> None:
         self._several, self._timeout_s = several, timeout_s * ASK_SHARE
         openers = [opener(several.sentinel_url(place), self._timeout_s) for place in several.places]
         self._all = [Sentinel(open_connection, several.service) for open_connection in openers]
@@ -104,7 +104,7 @@ class Sentinels:
         await asyncio.gather(*[sentinel.close() for sentinel in self._all])
 
 
-def master_opener(several: Several, sentinels: Sentinels, timeout_s: float) -> Opener:
+def master_opener(several: ServerGroup, sentinels: Sentinels, timeout_s: float) -> Opener:
     """Return what makes connections that ask the sentinels where to connect to."""
     options: dict[str, Any] = dict(parse_url(several.server_url("localhost:1")))
     del options["host"], options["port"]
@@ -120,7 +120,7 @@ def master_opener(several: Several, sentinels: Sentinels, timeout_s: float) -> O
 class SentinelNode(Node):
     """The master of a service, whichever server that is."""
 
-    def __init__(self, several: Several, terms: NodeConfig) -> None:
+    def __init__(self, several: ServerGroup, terms: NodeConfig) -> None:
         self._sentinels = Sentinels(several, terms.timeout_s)
         self._service, self._log = several.service, terms.log
         self._at: Place | None = None

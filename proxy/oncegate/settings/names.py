@@ -1,0 +1,63 @@
+"""Names as settings and rules spell them: methods, header fields, namespaces, and lists of them. Pure."""
+
+import re
+
+# The methods that can be guarded: those that can change something. A GET is safe to repeat (RFC 9110, section 9.2).
+GUARDABLE = ("POST", "PATCH", "PUT", "DELETE")
+# A key must reach this proxy end to end (RFC 9110, section 7.6.1), and be neither framing nor a credential.
+NO_KEY_HEADERS = frozenset(
+    (
+        *("connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"),
+        *("content-length", "cookie", "expect", "host", "http2-settings"),
+        *("proxy-authenticate", "proxy-authorization"),
+    )
+)
+# RFC 9110, section 5.6.2.
+_TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+
+
+def parse_list(text: str) -> tuple[str, ...]:
+    """Return the members of a comma list. ValueError for an empty list, and for a doubled name, which is a mistake."""
+    members = tuple(member for member in map(str.strip, text.split(",")) if member)
+    if not members:
+        raise ValueError("is an empty list")
+    if len({member.lower() for member in members}) < len(members):
+        raise ValueError("has the same name twice")
+    return members
+
+
+def parse_method(text: str) -> str:
+    """Return a method that can be guarded, in upper case."""
+    if text.upper() not in GUARDABLE:
+        raise ValueError(f"can only name {', '.join(GUARDABLE)}")
+    return text.upper()
+
+
+def parse_header(text: str) -> str:
+    """Return the name of a header field."""
+    if _TOKEN.fullmatch(text) is None:
+        raise ValueError("must name header fields in letters, digits and -")
+    return text
+
+
+def parse_key_header(text: str) -> str:
+    """Return the name of a header field that can carry a key."""
+    if text.lower() in NO_KEY_HEADERS:
+        raise ValueError("must be a header field that can carry a key, such as Idempotency-Key")
+    return parse_header(text)
+
+
+def parse_namespace(text: str) -> str:
+    """Return a namespace: a part of each key's scope."""
+    if re.fullmatch(r"[!-~]{1,64}", text) is None:
+        raise ValueError("must be 1 to 64 visible ASCII characters")
+    return text
+
+
+def parse_secret(text: str) -> str:
+    """Return a secret that can be encoded: an environment may have bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be UTF-8 text") from None
+    return text

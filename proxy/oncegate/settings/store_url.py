@@ -1,0 +1,95 @@
+"""The URL of the store: one Redis server, a master behind sentinels, or a cluster. Pure.
+
+Messages never repeat the refused text: a malformed URL may still contain a password.
+"""
+
+import re
+from dataclasses import dataclass
+from urllib.parse import parse_qsl, quote
+
+from oncegate.settings.addresses import parse_host_and_port
+from oncegate.settings.names import parse_list
+
+_REDIS_PORT = 6379
+_DEFAULT_PORTS = {"sentinel": 26379, "cluster": _REDIS_PORT}
+
+# What redis-py's own urlsplit takes apart in the same way; any other character is percent-encoded.
+_USER = r"(?:[^:@/?#\[\]]*(?::[^/?#\[\]]*)?@)?"
+_REDIS = re.compile(rf"rediss?://{_USER}(?P<authority>[^@/?#]+)(?:/[0-9]*|/?\?db=[0-9]+)?")
+_SOCKET = re.compile(rf"redis\+unix://{_USER}/[^?#]+(?:\?db=[0-9]+)?")
+_GROUP = re.compile(
+    rf"redis(?P<tls>s?)\+(?P<kind>sentinel|cluster)://(?P<user>{_USER})(?P<places>[^@/?#]+)"
+    r"(?:/(?P<service>[A-Za-z0-9._-]*))?(?:\?(?P<query>[^?#]+))?"
+)
+_PASSWORD = re.compile(r"(://[^:@/]*:)[^/]*@|((?<=[?&])sentinel_password=)[^&]*")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerGroup:
+    """A store of several servers.
+
+    `kind`: `sentinel` or `cluster`. `scheme`: `redis` or `rediss`. `places`: `host:port` of the sentinels, or of any
+    servers of the cluster. `user` and `sentinel_user`: percent-encoded `name:password@`, or empty.
+    """
+
+    kind: str
+    scheme: str
+    user: str
+    places: tuple[str, ...]
+    service: str
+    db: int
+    sentinel_user: str
+
+    def server_url(self, place: str) -> str:
+        """Return the URL of the server at `host:port`."""
+        return f"{self.scheme}://{self.user}{place}/{self.db}"
+
+    def sentinel_url(self, place: str) -> str:
+        """Return the URL of the sentinel at `host:port`. Sentinels have users of their own."""
+        return f"{self.scheme}://{self.sentinel_user}{place}"
+
+
+def parse_store_url(text: str) -> str:
+    """Return a store URL unchanged, if it is well-formed."""
+    visible = text.isascii() and text.isprintable() and " " not in text
+    if text == "embedded" or (visible and (_SOCKET.fullmatch(text) or parse_server_group(text))):
+        return text
+    match = _REDIS.fullmatch(text)
+    if match is None or not visible:
+        raise ValueError(
+            "must be embedded, redis://host:port/db, rediss://host:port/db, redis+unix:///path?db=0, "
+            "redis+sentinel://host:port,host:port/service or redis+cluster://host:port,host:port; "
+            "special characters of a user or password are percent-encoded"
+        )
+    parse_host_and_port(match["authority"], _REDIS_PORT)
+    return text
+
+
+def parse_server_group(text: str) -> ServerGroup | None:
+    """Return the servers of a URL of sentinels or of a cluster; None for any other URL."""
+    match = _GROUP.fullmatch(text)
+    if match is None:
+        return None
+    kind, query = match["kind"], dict(parse_qsl(match["query"] or "", keep_blank_values=True))
+    sentinel_user = query.pop("sentinel_user", ""), query.pop("sentinel_password", "")
+    db = query.pop("db", "0")
+    if kind == "sentinel" and not match["service"]:
+        raise ValueError("must name the service that the sentinels watch, such as redis+sentinel://h1:26379/mymaster")
+    if kind == "cluster" and (match["service"] or match["query"]):
+        raise ValueError("must end after the hosts: a cluster has neither a service nor a number of a database")
+    if query or not db.isdecimal():
+        raise ValueError("can only have db, sentinel_user and sentinel_password after its question mark")
+    return ServerGroup(
+        kind=kind,
+        scheme=f"redis{match['tls']}",
+        user=match["user"],
+        places=tuple(parse_host_and_port(place, _DEFAULT_PORTS[kind]) for place in parse_list(match["places"])),
+        service=match["service"] or "",
+        db=int(db),
+        sentinel_user=":".join(quote(part, safe="") for part in sentinel_user) + "@" if any(sentinel_user) else "",
+    )
+
+
+def masked(store_url: str) -> str:
+    """Return a well-formed store URL with its passwords replaced by ***."""
+    return _PASSWORD.sub(lambda match: f"{match[1]}***@" if match[1] else f"{match[2]}***", store_url)
