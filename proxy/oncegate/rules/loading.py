@@ -6,7 +6,8 @@ all problems at once; while requests run, only `Rules.choose` is used.
 
 from oncegate.rules.file import FileError, read
 from oncegate.rules.model import Rules
-from oncegate.rules.reading import Reading, default_rule
+from oncegate.rules.reading import Reading
+from oncegate.rules.resolution import default_rule
 from oncegate.settings.settings import Settings, SettingsError
 
 

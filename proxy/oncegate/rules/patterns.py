@@ -41,11 +41,13 @@ def path_matcher(pattern: str) -> re.Pattern[bytes]:
     first, rest = parts[0], parts[1:]
     if not rest:
         return re.compile(_segments(first))
+    # Between two `**`, the shortest run of segments that leads to the next literal part is as good as any longer one.
     middle = [rb"(?>(?:/[^/]*)*?" + _segments(part) + rb")" for part in rest[:-1]]
     return re.compile(_segments(first) + b"".join(middle) + rb"(?:/[^/]*)*" + _segments(rest[-1]))
 
 
 def _segments(text: str) -> bytes:
+    # `*` stays within its segment.
     return b"/".join(_glob(segment, rb"[^/]", rb"(?=/|\Z)") for segment in text.split("/"))
 
 
@@ -55,6 +57,7 @@ def text_matcher(pattern: str) -> re.Pattern[bytes]:
 
 
 def _glob(pattern: str, any_: bytes, end: bytes) -> bytes:
+    """Return the expression of a glob: `any_` matches a character of `*`, `end` where the glob has to end."""
     first, *rest = (re.escape(part.encode()) for part in re.split(r"\*+", pattern))
     if not rest:
         return first + end
@@ -62,42 +65,44 @@ def _glob(pattern: str, any_: bytes, end: bytes) -> bytes:
     return first + b"".join(leftmost) + any_ + b"*" + rest[-1] + end
 
 
-def path_includes(one: str | None, other: str | None) -> bool:
-    """Return whether every path that `other` matches is surely matched by `one`; None matches any."""
-    if one is None or one in ("/**", other):
+def path_includes(outer: str | None, inner: str | None) -> bool:
+    """Return whether every path that `inner` matches is surely matched by `outer`; None matches any."""
+    if outer is None or outer in ("/**", inner):
         return True
-    return other is not None and _includes(tuple(one.split("/")[1:]), tuple(other.split("/")[1:]))
+    return inner is not None and _includes(tuple(outer.split("/")[1:]), tuple(inner.split("/")[1:]))
 
 
+# A path with many `**` reaches the same pair of rests in many ways.
 @cache
-def _includes(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
-    if not one:
-        return not other
-    if one[0] == MANY:
-        return _includes(one[1:], other) or (bool(other) and _includes(one, other[1:]))
-    if not other or other[0] == MANY:
+def _includes(outer: tuple[str, ...], inner: tuple[str, ...]) -> bool:
+    if not outer:
+        return not inner
+    if outer[0] == MANY:
+        return _includes(outer[1:], inner) or (bool(inner) and _includes(outer, inner[1:]))
+    if not inner or inner[0] == MANY:
         return False
-    return text_includes(one[0], other[0]) and _includes(one[1:], other[1:])
+    return text_includes(outer[0], inner[0]) and _includes(outer[1:], inner[1:])
 
 
-def text_includes(one: str, other: str) -> bool:
-    """Return whether every text that the glob `other` matches is surely matched by the glob `one`.
+def text_includes(outer: str, inner: str) -> bool:
+    """Return whether every text that the glob `inner` matches is surely matched by the glob `outer`.
 
-    A `*` in `other` can only meet a wildcard of `one`, which takes any text in its place. So the glob itself is
+    A `*` in `inner` can only meet a wildcard of `outer`, which takes any text in its place. So the glob itself is
     matched like a text.
     """
-    return text_matcher(one).fullmatch(other.encode()) is not None
+    return text_matcher(outer).fullmatch(inner.encode()) is not None
 
 
 def host_matches(pattern: str, host: str) -> bool:
     """Return whether a pattern matches a lower-case Host field. A pattern without a port matches any port."""
+    # The colons of an IPv6 address are within its brackets.
     if ":" not in pattern.rpartition("]")[2]:
         host = host[: host.index("]") + 1] if host.startswith("[") else host.partition(":")[0]
     return host.endswith(pattern[1:]) and len(host) >= len(pattern) if pattern.startswith("*.") else host == pattern
 
 
-def host_includes(one: str | None, other: str | None) -> bool:
-    """Return whether every host that `other` matches is surely matched by `one`; None matches any."""
-    if one is None or one == other:
+def host_includes(outer: str | None, inner: str | None) -> bool:
+    """Return whether every host that `inner` matches is surely matched by `outer`; None matches any."""
+    if outer is None or outer == inner:
         return True
-    return other is not None and host_matches(one, other)
+    return inner is not None and host_matches(outer, inner)

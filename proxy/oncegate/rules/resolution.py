@@ -1,0 +1,108 @@
+"""Resolves settings, preset and fields of a rule to the policy that requests use. Pure."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from oncegate.keys.sources import Header, KeySources, Source
+from oncegate.rules.fields import PARTS, SHARED, TREATING
+from oncegate.rules.model import Match, Rule, Upstream
+from oncegate.rules.policy import AMBIGUOUS_STATUSES, DEFAULT_STATUSES, RELEASE_STATUSES, Policy, Statuses
+from oncegate.rules.presets import COUNTING
+from oncegate.settings.names import GUARDABLE
+from oncegate.settings.settings import Settings
+
+
+def policy_of(settings: Settings) -> Policy:
+    """Return the policy of the settings alone, without any rule."""
+    return Policy(
+        methods=frozenset(settings.methods),
+        key_header=settings.key_header.lower().encode(),
+        key_required=settings.key_required,
+        namespace=settings.namespace.encode(),
+        scope_headers=tuple(name.lower().encode() for name in settings.scope_headers),
+        pass_host=settings.pass_host,
+        retention_ms=int(settings.retention_s * 1000),
+        lease_ms=settings.lease_ms,
+        wait_for_duplicates=settings.on_duplicate == "wait",
+        wait_max_s=settings.wait_max_s,
+        max_stored_bytes=settings.max_stored_bytes,
+        max_request_bytes=settings.max_request_bytes,
+        mode=settings.on_unknown.encode(),
+        bypass=settings.on_store_down == "bypass",
+    )
+
+
+def default_rule(settings: Settings) -> Rule:
+    """Return the rule for requests that no rule of the file matches."""
+    upstream = Upstream(
+        name="",
+        origin=settings.upstream,
+        ca_file=settings.upstream_ca_file,
+        cert_file=settings.upstream_cert_file,
+        key_file=settings.upstream_key_file,
+        connect_timeout_s=settings.connect_timeout_s,
+        connect_retries=settings.connect_retries,
+        max_connections=settings.max_upstream_connections,
+        reuse_idle_s=settings.upstream_reuse_idle_s,
+    )
+    return Rule(Match(), policy_of(settings), upstream, settings)
+
+
+def preset_values(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a preset's fields as values. Those that are settings as well are values already."""
+    return {name: value if name in SHARED else TREATING[name](value) for name, value in fields.items()}
+
+
+def rule_policy(settings: Settings, values: dict[str, Any], key: KeySources | None) -> Policy:
+    """Return the policy of a rule: that of its settings, with what only a rule can say."""
+    policy = policy_of(settings)
+    changes: dict[str, Any] = {
+        "rule": values["name"],
+        "preset": values.get("preset", ""),
+        "counts_tokens": values.get("preset") in COUNTING,
+        "methods": guarded_methods(values, settings),
+        "key_required": values.get("guard", "required" if settings.key_required else "optional") == "required",
+        "statuses": statuses_of(values),
+        "pass_bad_keys": values.get("on_bad_key") == "pass",
+        "upstream_idempotent": values.get("upstream_idempotent", False),
+        "in_flight_status": values.get("in_flight_status", 409),
+    }
+    if key is not None:
+        header = key.only_header
+        changes |= {"key_header": header} if header else {"sources": key}
+    if "namespace" in values:
+        changes["namespace"] = values["namespace"].encode()
+    if "scope" in values:
+        changes |= _scope(values["scope"])
+    if "fingerprint" in values and set(values["fingerprint"]) != set(PARTS):
+        changes["fingerprint"] = frozenset(values["fingerprint"])
+    if "forward_key" in values:
+        changes["forward_key"] = values["forward_key"].encode()
+    return replace(policy, **changes)
+
+
+def statuses_of(values: dict[str, Any]) -> Statuses:
+    """Return the two lists of statuses. An entry of the rule moves a status out of the other default list."""
+    release, ambiguous = values.get("release_statuses"), values.get("ambiguous_statuses")
+    if release is None and ambiguous is None:
+        return DEFAULT_STATUSES
+    if release is None:
+        release = [entry for entry in RELEASE_STATUSES if entry not in (ambiguous or ())]
+    if ambiguous is None:
+        ambiguous = [entry for entry in AMBIGUOUS_STATUSES if entry not in release]
+    return Statuses(release, ambiguous)
+
+
+def guarded_methods(values: Mapping[str, Any], settings: Settings) -> frozenset[str]:
+    """Return the methods that a rule guards. Those of its own `methods` field also choose its requests."""
+    if values.get("guard") == "off":
+        return frozenset()
+    return frozenset(values["methods"]).intersection(GUARDABLE) if "methods" in values else frozenset(settings.methods)
+
+
+def _scope(sources: Iterable[Source]) -> dict[str, Any]:
+    """Return the policy's fields for a scope: all names in order, and the sources that are not header fields."""
+    names = [source.kind.name if isinstance(source.kind, Header) else source.text.encode() for source in sources]
+    others = tuple(source for source in sources if not isinstance(source.kind, Header))
+    return {"scope_headers": tuple(names), "scope_sources": others}
