@@ -1,4 +1,4 @@
-"""The two tables that carry the promise, as DESIGN.md states them."""
+"""The decisions about a key: what a duplicate gets, and how a claim ends."""
 
 from itertools import product
 
@@ -68,27 +68,28 @@ WHOLE = {
 
 @pytest.mark.parametrize(("found", "lease_left_ms", "kept", "same", "other"), DECISIONS)
 def test_what_a_duplicate_gets(found, lease_left_ms, kept, same, other):
-    """What was found decides, and a mismatch is looked at first, so that another request's state never shows."""
+    """State and lease decide. Fingerprints are compared first, so that another request's state never shows."""
     now = effective_state(found, lease_left_ms)
     assert decide(now, same_request=True, body_stored=kept) is same
     assert decide(now, same_request=False, body_stored=kept) is other
 
 
 def test_the_decision_table_is_whole():
-    """Every state, lease and record has a row, and every decision is made somewhere."""
+    """The table has a row for each state, lease and record, and each decision occurs in it."""
     assert {row[:3] for row in DECISIONS} == set(product(State, (RUNNING, PASSED), (True, False)))
     assert {decision for row in DECISIONS for decision in row[3:]} == set(Decision)
 
 
 @pytest.mark.parametrize("found", [*product(State, (True, False), (b"hold", b"retry", b""), (True, False))])
 def test_which_keys_are_open_to_a_newcomer(found):
-    """Unknown under the mode retry, for the same request; complete, for derived keys after their window; no other."""
+    """Only two keys can be taken over: unknown in the mode retry by the same request, and complete after its window."""
     assert may_take_over(*found) is (found in OPEN)
 
 
 @pytest.mark.parametrize("left_ms", [-(10**12), -1, 0, 1, 2, 10_000, 10**12])
 def test_a_passed_lease_is_read_as_unknown(left_ms):
-    """It matters to a key in flight alone: nobody knows what its owner did."""
+    """A record in flight without a lease is unknown, because its owner may have executed the request. Others do not
+    change."""
     assert effective_state(State.IN_FLIGHT, left_ms) is (State.IN_FLIGHT if left_ms > 0 else State.UNKNOWN)
     assert effective_state(State.COMPLETE, left_ms) is State.COMPLETE
     assert effective_state(State.UNKNOWN, left_ms) is State.UNKNOWN
@@ -113,14 +114,14 @@ def test_only_what_was_not_executed_frees_its_key():
 
 @pytest.mark.parametrize(("disposition", "kept"), list(WHOLE))
 def test_how_a_whole_answer_ends_the_exchange(disposition, kept):
-    """Its status decides first; only what is to be stored can be too large."""
+    """The status decides first. Only a response that is to be stored can be too large."""
     assert set(WHOLE) == set(product(Disposition, (True, False)))
     assert ending(disposition, kept) is WHOLE[disposition, kept]
 
 
 @pytest.mark.parametrize("decision", [decide, ending])
 def test_a_value_outside_the_tables_decides_nothing(decision):
-    """It fails, instead of passing for some row."""
+    """A value outside the tables raises an error, instead of counting as one of the rows."""
     arguments = {decide: ("in_flight", True, True), ending: ("store", True)}
     with pytest.raises(AssertionError):
         decision(*arguments[decision])
@@ -142,7 +143,7 @@ def test_a_value_outside_the_tables_decides_nothing(decision):
     ],
 )
 def test_a_claim_older_than_half_a_lease_is_claimed_again(age_s, lease_ms, must):
-    """Before the first byte is sent; a younger one is surely still ours."""
+    """A claim older than half its lease is made again before the first byte is sent."""
     assert must_reclaim(age_s, lease_ms) is must
 
 
@@ -164,12 +165,12 @@ def test_a_claim_older_than_half_a_lease_is_claimed_again(age_s, lease_ms, must)
     ],
 )
 def test_a_duplicate_comes_again_after_as_long_as_its_original_has_been_running(running_ms, lease_ms, seconds):
-    """In whole seconds, at least 1, at most the lease."""
+    """Retry-After is the time for which the original has been running, at least 1 s and at most one lease."""
     assert retry_after_s(running_ms, lease_ms) == seconds
 
 
 def test_the_time_to_come_again_is_bounded():
-    """Whatever runs for however long under whatever lease: at least 1 and never past the lease."""
+    """For any running time and any lease, Retry-After is at least 1 s and never longer than the lease."""
     for running_ms, lease_ms in product(
         (-(10**9), -1, 0, 1, 999, 10**4, 10**6, 10**12), (200, 999, 10**3, 10**4, 10**7)
     ):

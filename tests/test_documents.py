@@ -1,4 +1,4 @@
-"""What a key reads out of a body: what is found, what is not, and what a hostile body costs."""
+"""Keys in JSON documents and forms: which values are read, which are refused, and what a hostile body costs."""
 
 import json
 import time
@@ -48,13 +48,13 @@ MISSING = ["/x", "/id/x", "/data/list/3", "/data/list/-", "/data/list/01", "/dat
 
 @pytest.mark.parametrize("pointer", FOUND)
 def test_a_pointer_names_a_value(pointer):
-    """RFC 6901, with its escapes and indices; the value is tagged by its type."""
+    """A pointer follows RFC 6901, with its escapes and indices. The value is tagged with its type."""
     assert json_value(DOCUMENT, parse_pointer(pointer)) == FOUND[pointer]
 
 
 @pytest.mark.parametrize("pointer", MISSING)
 def test_where_nothing_stands(pointer):
-    """A member or an index that is not there, null and the empty text are no key."""
+    """An absent member or index, null and the empty string count as missing."""
     assert isinstance(json_value(DOCUMENT, parse_pointer(pointer)), Missing)
 
 
@@ -88,7 +88,7 @@ def test_what_is_no_pointer(text):
     ],
 )
 def test_how_values_are_read(body, value):
-    """Numbers as they are written, texts by what they say; what is beside the key does not matter."""
+    """A number is read as written, a string by its value. The rest of the document does not matter."""
     assert json_value(body, ("id",)) == value
 
 
@@ -124,12 +124,12 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_what_is_no_document_with_a_key(name):
-    """Whatever is ambiguous, malformed or over a limit gives no key."""
+    """A document that is ambiguous, malformed or over a limit yields a bad key."""
     assert isinstance(json_value(BAD[name], ("id",)), BadKey)
 
 
 def test_the_member_twice_on_the_way():
-    """Of two members with one name neither is followed."""
+    """Where an object on the way has two members of that name, neither is followed."""
     assert isinstance(json_value(b'{"a": {"id": 1}, "a": {"id": 1}}', ("a", "id")), BadKey)
 
 
@@ -153,7 +153,7 @@ def test_the_member_twice_on_the_way():
     ],
 )
 def test_what_is_not_too_deep(body):
-    """Only nesting counts, not brackets."""
+    """The depth limit counts nesting, not brackets."""
     assert json_value(body, ("id",)) == b"sa"
 
 
@@ -185,7 +185,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_body_costs_bounded_time(name):
-    """Whatever a body is made of, looking for a key takes a fraction of a second (about 40 ms at most, alone)."""
+    """Reading a key from any body takes a fraction of a second (about 40 ms at most on an idle machine)."""
     began = time.process_time()
     found = json_value(HOSTILE[name], ("id",))
     assert time.process_time() - began < 0.5
@@ -207,7 +207,7 @@ def test_a_hostile_body_costs_bounded_time(name):
     ],
 )
 def test_a_field_of_a_form(text, value):
-    """Its one value, with escapes undone."""
+    """A field has its one value, decoded."""
     assert form_value(text, b"token", "form") == value
 
 

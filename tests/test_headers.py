@@ -1,4 +1,4 @@
-"""Header fields and request lines: what is refused, stripped and added."""
+"""Heads of requests and responses: which are refused, and which fields are stripped and added."""
 
 from dataclasses import replace
 
@@ -61,7 +61,7 @@ def test_fields_are_found_by_lower_case_name():
     ],
 )
 def test_a_list_is_read_across_lines_in_lower_case(values, members):
-    """Members of a comma-separated field, without white space and empty ones."""
+    """The members of a comma-separated field are read without white space and without empty members."""
     assert tokens(values) == members
 
 
@@ -89,7 +89,7 @@ def test_a_list_is_read_across_lines_in_lower_case(values, members):
     ],
 )
 def test_a_target_is_kept_byte_for_byte(target, origin_form):
-    """Paths stay as they are, URLs of this host lose scheme and authority only."""
+    """A path stays as it is. A URL of this host loses its scheme and authority only."""
     assert entered(target=target).target == origin_form
 
 
@@ -108,18 +108,18 @@ def test_a_target_is_kept_byte_for_byte(target, origin_form):
     ],
 )
 def test_any_other_target_is_refused(target):
-    """Fragments, white space, other schemes, user names and URLs of other hosts are no targets."""
+    """Fragments, white space, other schemes, user names and URLs of other hosts are refused as targets."""
     assert refused(target=target) == 400
 
 
 @pytest.mark.parametrize("target", [b"http:///x", b"http://api.test/x", b"http://evil.test/", b"http://?x"])
 def test_a_url_needs_a_host_field_that_agrees(target):
-    """HTTP/1.0 may do without a Host, but then a URL is not known to be ours."""
+    """A URL as target needs a Host field with the same authority, in HTTP/1.0 as well."""
     assert refused(target=target, version=HTTP10, host=None) == 400
 
 
 def test_a_url_with_a_port_or_an_ipv6_address_is_compared_whole():
-    """Authority and Host agree in everything but case."""
+    """The authority of a URL and the Host are compared with their ports, ignoring case."""
     assert entered(target=b"http://[::1]:81/x", host=b"[::1]:81").target == b"/x"
     assert entered(target=b"http://api.test:81/x", host=b"API.test:81").target == b"/x"
     assert refused(target=b"http://[::1]:81/x", host=b"[::1]") == 400
@@ -146,19 +146,19 @@ def test_a_method_or_target_meant_for_the_proxy_itself_is_refused(method, target
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "PROPFIND", "PURGE"])
 def test_every_other_method_is_let_in(method):
-    """The method is passed on as it is."""
+    """Every other method is forwarded as it is."""
     assert entered(method=method).method == method
 
 
 @pytest.mark.parametrize("version", [(0, 9), (0, 0), (1, 2), (1, 9), (2, 0), (3, 0), (9, 9), (11, 0), (0, 1)])
 def test_another_version_is_refused(version):
-    """Only HTTP/1.0 and HTTP/1.1 are spoken."""
+    """Any version but HTTP/1.0 and HTTP/1.1 gets 505."""
     assert refused(version=version) == 505
 
 
 @pytest.mark.parametrize(("version", "http10"), [(HTTP10, True), (HTTP11, False)])
 def test_the_version_is_remembered(version, http10):
-    """The rest of the path knows a client that speaks HTTP/1.0."""
+    """The head of a request says whether it came in HTTP/1.0."""
     assert entered(version=version).http10 is http10
 
 
@@ -178,7 +178,7 @@ def test_the_version_is_remembered(version, http10):
     ],
 )
 def test_a_body_is_chunked_or_has_a_length(lines):
-    """Both framings of HTTP/1.1 are understood, one at a time."""
+    """A body has a length or is chunked, never both."""
     assert entered(*lines).fields == by_name([(b"host", HOST), *pairs(*lines)])
 
 
@@ -208,19 +208,19 @@ def test_a_body_is_chunked_or_has_a_length(lines):
     ],
 )
 def test_any_other_framing_is_refused(lines):
-    """Where two parsers could disagree on the body's end, nobody reads it."""
+    """A request is refused where two parsers could disagree about the end of its body."""
     assert refused(*lines) == 400
 
 
 @pytest.mark.parametrize("coding", [b"chunked", b"identity", b"gzip", b""])
 def test_http_1_0_has_no_transfer_coding(coding):
-    """A chunked body in HTTP/1.0 is read as such by some and not by others."""
+    """A chunked body in HTTP/1.0 is refused, because only some parsers read it as chunked."""
     assert refused(b"Transfer-Encoding: " + coding, version=HTTP10) == 400
 
 
 @pytest.mark.parametrize("value", [b"100-continue", b"100-Continue", b" 100-CONTINUE\t"])
 def test_the_only_expectation_is_100_continue(value):
-    """It is let in in any case."""
+    """`Expect: 100-continue` is accepted in upper and lower case."""
     assert entered(b"Expect: " + value).fields[b"expect"] == [value.strip()]
 
 
@@ -239,7 +239,7 @@ def test_the_only_expectation_is_100_continue(value):
     ],
 )
 def test_any_other_expectation_is_refused(lines):
-    """What is not understood is not ignored: 417."""
+    """Any other expectation gets 417, rather than being ignored."""
     assert refused(*lines) == 417
 
 
@@ -261,7 +261,7 @@ ACTED_ON = (
 )
 @pytest.mark.parametrize("spelled", [bytes, bytes.lower, bytes.upper])
 def test_connection_names_no_field_that_we_act_on(name, form, spelled):
-    """Stripping a key, a credential or framing by nominating it is an attack, whether it is there or not."""
+    """Nominating a key, a credential or framing in Connection is refused, whether the field is present or not."""
     nominated = form % spelled(name)
     assert refused(b"Connection: " + nominated) == 400
     assert refused(b"Connection: close", b"connection: " + nominated) == 400
@@ -276,12 +276,12 @@ def test_connection_names_no_field_that_we_act_on(name, form, spelled):
     ],
 )
 def test_connection_may_name_anything_else(value):
-    """Options and fields of others are their own affair."""
+    """Connection may nominate any field that oncegate does not act on."""
     assert entered(b"Connection: " + value)
 
 
 def test_what_a_deployment_acts_on_is_guarded_like_the_rest():
-    """Its own key header and scope headers are neither nominated nor imitated."""
+    """The deployment's key header and scope headers can neither be nominated nor imitated."""
     gate = Admission((), b"x-request-id", (b"x-tenant-id",))
     for name in (b"x-request-id", b"X-Tenant-Id"):
         assert refused(b"Connection: " + name, gate=gate) == 400
@@ -296,7 +296,7 @@ IMITABLE = [name for name in ACTED_ON + HOP_BY_HOP if b"-" in name]
 @pytest.mark.parametrize("name", IMITABLE)
 @pytest.mark.parametrize("spelled", [bytes, bytes.lower, bytes.upper])
 def test_an_underscore_imitates_no_field_that_we_act_on(name, spelled):
-    """An upstream that takes _ for - would see two fields where we saw one."""
+    """A name with _ is refused where an upstream that maps _ to - would see a field that oncegate acts on."""
     head, _, tail = name.rpartition(b"-")
     imitations = {name.replace(b"-", b"_"), name.replace(b"-", b"_", 1), head + b"_" + tail}
     for imitation in sorted(imitations):
@@ -306,12 +306,12 @@ def test_an_underscore_imitates_no_field_that_we_act_on(name, spelled):
 
 @pytest.mark.parametrize("name", [b"X_Custom", b"_", b"my_key", b"idempotency_keys", b"x__forwarded_for", b"_host"])
 def test_another_name_may_have_an_underscore(name):
-    """It goes on as it is."""
+    """Any other name with _ is forwarded as it is."""
     assert (name, b"1") in entered(name + b": 1").pairs
 
 
 def test_a_key_header_may_have_an_underscore_itself():
-    """Where the operator named it so, it is no imitation."""
+    """A key header may itself have an underscore."""
     for name in (b"request_id", b"x_api_key"):
         assert entered(name.title() + b": 1", gate=Admission((), name, ()))
 
@@ -327,7 +327,7 @@ def test_a_key_header_may_have_an_underscore_itself():
     ],
 )
 def test_a_host_with_an_optional_port_is_let_in(host):
-    """It is kept as it was sent."""
+    """A host with an optional port is accepted and stays as it was sent."""
     assert entered(host=host).host == host
 
 
@@ -343,13 +343,13 @@ def test_a_host_with_an_optional_port_is_let_in(host):
     ],
 )  # fmt: skip
 def test_any_other_host_is_refused(host):
-    """User names, paths, white space, odd ports and bytes beyond ASCII are no host."""
+    """User names, paths, white space, odd ports and bytes beyond ASCII are refused as hosts."""
     assert refused(host=host) == 400
     assert refused(host=host, version=HTTP10) == 400
 
 
 def test_a_host_is_named_once():
-    """HTTP/1.1 needs one Host, HTTP/1.0 may do without, none may have two."""
+    """HTTP/1.1 needs exactly one Host, HTTP/1.0 at most one."""
     assert refused(host=None) == 400
     assert entered(host=None, version=HTTP10).host == b""
     for version in (HTTP10, HTTP11):
@@ -388,7 +388,7 @@ def test_a_host_is_named_once():
     ],
 )
 def test_a_host_that_is_not_ours_is_misdirected(ours, host, served):
-    """A name serves every port, a name with a port only that one; others get 421, in any method."""
+    """A host in the list serves every port, and one with a port only that port. Others get 421, with any method."""
     gate = Admission(ours, b"idempotency-key", ())
     for method in ("GET", "POST"):
         if served:
@@ -398,12 +398,12 @@ def test_a_host_that_is_not_ours_is_misdirected(ours, host, served):
 
 
 def test_who_names_no_host_is_not_known_to_mean_ours():
-    """HTTP/1.0 without a Host gets 421 where the hosts are listed."""
+    """HTTP/1.0 without a Host gets 421 if there is a list of hosts."""
     assert refused(host=None, version=HTTP10, gate=Admission([b"api.test"], b"idempotency-key", ())) == 421
 
 
 def test_a_head_that_is_let_in_is_told_whole():
-    """Every field is there as it came, and by name."""
+    """A head that passes has all fields as they were sent, and by name."""
     lines = [b"X-A: 1", b"x-a: \xe9", b"ETag: x"]
     head = entered(*lines, target=b"/x")
     assert head.pairs == [(b"Host", HOST), *pairs(*lines)]
@@ -413,7 +413,7 @@ def test_a_head_that_is_let_in_is_told_whole():
 @many
 @given(st.binary(max_size=30), st.binary(max_size=12), st.sampled_from([HTTP10, HTTP11]))
 def test_whatever_comes_is_let_in_or_refused(target, host, version):
-    """The gate never fails, never repeats what was sent, and lets no white space into a line."""
+    """The checks never raise, never repeat the input, and never accept white space in a request line."""
     head = admit(target=b"/" + target, host=host, version=version)
     if isinstance(head, Refused):
         assert len(target) < 6 or target.decode("latin-1") not in head.detail
@@ -441,7 +441,8 @@ def values(lines: list[bytes], name: bytes) -> list[bytes]:
 
 
 def test_a_request_is_written_anew():
-    """Line, Host, the client's fields in their order and spelling, forwarding fields, framing: nothing else."""
+    """A forwarded request has its line, Host, the client's fields in order, forwarding fields and framing, nothing
+    else."""
     raw = request_head(
         entered(b"Idempotency-Key: k", b"x-A: \xe9", b"Connection: x-b", b"X-B: 1", b"Content-Length: 99", b"X-a: "),
         HOP,
@@ -465,13 +466,13 @@ def test_a_request_is_written_anew():
     ],
 )  # fmt: skip
 def test_the_target_goes_on_byte_for_byte(target, prefix):
-    """Percent-encodings, dot segments and double slashes stay, below the upstream's path prefix."""
+    """The target follows the upstream's path prefix byte for byte, with escapes, dot segments and double slashes."""
     assert written(target=target, prefix=prefix)[0] == b"POST " + prefix + target + b" HTTP/1.1"
 
 
 @pytest.mark.parametrize("version", [HTTP10, HTTP11])
 def test_the_upstream_is_spoken_to_in_http_1_1(version):
-    """Whatever the client speaks; Via tells which it was."""
+    """The upstream gets HTTP/1.1, and Via has the client's version."""
     lines = written(version=version)
     assert lines[0].endswith(b" HTTP/1.1")
     assert values(lines, b"via") == [b"1.%d oncegate" % version[1]]
@@ -479,7 +480,7 @@ def test_the_upstream_is_spoken_to_in_http_1_1(version):
 
 @pytest.mark.parametrize("host", [b"up.test", b"up.test:81", b"[::1]:81", HOST])
 def test_the_host_is_the_one_given(host):
-    """The upstream's or the client's, once and first; what the client asked for is in X-Forwarded-Host."""
+    """Host is sent once and first. The client's own Host is in X-Forwarded-Host."""
     lines = written(host=host)
     assert lines[1] == b"Host: " + host
     assert values(lines, b"host") == [host]
@@ -498,7 +499,7 @@ def test_the_host_is_the_one_given(host):
 )
 @pytest.mark.parametrize("sent", [[], [b"Content-Length: 7"], [b"transfer-encoding: Chunked"]])
 def test_the_framing_is_ours(length, framing, sent):
-    """It is what the body given has, never what the client's head said."""
+    """The framing is that of the body that is sent, never that of the client's head."""
     lines = written(*sent, length=length)
     assert [line for line in lines if line.lower().startswith((b"content-length", b"transfer-encoding"))] == framing
 
@@ -511,7 +512,7 @@ def test_expectations_and_the_hop_end_here():
 
 @pytest.mark.parametrize("name", [b"traceparent", b"tracestate", b"baggage", b"Accept-Encoding", b"Idempotency-Key"])
 def test_the_clients_own_fields_reach_the_upstream(name):
-    """Trace context, the key and what the client accepts pass untouched."""
+    """Trace context, the key and Accept-Encoding are forwarded unchanged."""
     assert name + b": \xe9,1" in written(name + b": \xe9,1")
 
 
@@ -523,7 +524,7 @@ CLAIMED = (
 
 
 def test_what_a_stranger_claims_of_its_way_is_dropped():
-    """Without trust the forwarding fields say what this proxy saw and nothing else."""
+    """The forwarding fields of an untrusted client are replaced by what this proxy knows."""
     assert written(*CLAIMED) == written()
     lines = written(*CLAIMED, *CLAIMED, b"X-Forwarded-For: 198.51.100.1, 198.51.100.2")
     assert values(lines, b"x-forwarded-for") == [b"192.0.2.7"]
@@ -534,7 +535,7 @@ def test_what_a_stranger_claims_of_its_way_is_dropped():
 
 
 def test_what_a_trusted_proxy_says_is_kept():
-    """Client addresses and Via are added to, scheme and host of the first hop stand."""
+    """For a trusted proxy, this hop is added to X-Forwarded-For and Via, and its scheme and host stay."""
     lines = written(*CLAIMED, hop=TRUSTED)
     assert values(lines, b"x-forwarded-for") == [b"203.0.113.9, 192.0.2.7"]
     assert values(lines, b"x-forwarded-proto") == [b"gopher"]
@@ -548,7 +549,7 @@ def test_what_a_trusted_proxy_says_is_kept():
 
 
 def test_several_lines_of_a_trusted_proxy_stay_in_order():
-    """Ours comes last, each field in one line."""
+    """Several lines of a trusted proxy are joined in their order, and this hop comes last."""
     more = (b"X-Forwarded-For: 1.1.1.1, 2.2.2.2", b"x-forwarded-for: 3.3.3.3", b"via: 1.1 a", b"Via: 2 b, 1.1 c")
     lines = written(*more, hop=TRUSTED)
     assert values(lines, b"x-forwarded-for") == [b"1.1.1.1, 2.2.2.2, 3.3.3.3, 192.0.2.7"]
@@ -556,7 +557,7 @@ def test_several_lines_of_a_trusted_proxy_stay_in_order():
 
 
 def test_of_several_schemes_and_hosts_the_nearest_hop_counts():
-    """The last line is the one that the trusted proxy itself wrote."""
+    """Of several X-Forwarded-Proto and X-Forwarded-Host lines, the last is the trusted proxy's own."""
     claimed = (b"X-Forwarded-Proto: gopher", b"X-Forwarded-Host: evil.test", b"x-forwarded-proto: https")
     lines = written(*claimed, b"x-forwarded-host: shop.test", hop=replace(TRUSTED, scheme=b"http"))
     assert values(lines, b"x-forwarded-proto") == [b"https"]
@@ -564,7 +565,7 @@ def test_of_several_schemes_and_hosts_the_nearest_hop_counts():
 
 
 def test_a_trusted_proxy_that_says_nothing_is_the_client():
-    """Without forwarding fields it is told like any other."""
+    """A trusted proxy without forwarding fields is itself the client."""
     lines = written(hop=TRUSTED)
     assert values(lines, b"x-forwarded-for") == [b"192.0.2.7"]
     assert values(lines, b"x-forwarded-proto") == [b"https"]
@@ -572,7 +573,7 @@ def test_a_trusted_proxy_that_says_nothing_is_the_client():
 
 
 def test_a_client_without_a_host_has_no_forwarded_host():
-    """HTTP/1.0 may name none; an empty field would claim one."""
+    """A request without a Host has no X-Forwarded-Host."""
     assert values(written(version=HTTP10, host=b"up.test"), b"x-forwarded-host") == [HOST]
     head = entered(version=HTTP10, host=None)
     assert b"X-Forwarded-Host" not in request_head(head, HOP, b"up.test", b"", 0)
@@ -601,13 +602,13 @@ def past_this_hop(*sent: tuple[bytes, bytes]) -> list[bytes]:
 @pytest.mark.parametrize("name", HOP_BY_HOP)
 @pytest.mark.parametrize("spelled", [bytes, bytes.lower, bytes.upper])
 def test_a_hop_by_hop_field_ends_here(name, spelled):
-    """However it is spelled and however often it comes, in requests and answers alike."""
+    """A hop-by-hop field is dropped from requests and responses, in any spelling and any number."""
     assert past_this_hop((b"A", b"1"), (spelled(name), b"x"), (b"B", b"2"), (name, b"x")) == [b"A: 1", b"B: 2"]
 
 
 @pytest.mark.parametrize("name", END_TO_END)
 def test_an_end_to_end_field_goes_on_as_it_came(name):
-    """Name, value and place stay byte for byte."""
+    """An end-to-end field keeps its name, value and place, byte for byte."""
     sent = [(b"A", b"1"), (name, b"\xe9 \tx"), (name.swapcase(), b""), (b"a", b"2")]
     assert past_this_hop(*sent) == [b"%s: %s" % pair for pair in sent]
 
@@ -624,7 +625,7 @@ def test_an_end_to_end_field_goes_on_as_it_came(name):
     ],
 )
 def test_a_nominated_field_ends_here(connection):
-    """What Connection nominates is stripped, in whatever case, spacing and line."""
+    """A field that Connection nominates is dropped, in any case, spacing and line."""
     nominated = [(b"Connection", value) for value in connection]
     assert past_this_hop(*nominated, (b"X-Custom", b"1"), (b"X-Custom-2", b"2")) == [b"X-Custom-2: 2"]
 
@@ -671,33 +672,33 @@ LENGTH, CHUNKED = [(b"Content-Length", b"5")], [(b"transfer-encoding", b"Chunked
     ],
 )
 def test_how_the_end_of_an_answer_is_told(status, sent, head_only, length, bodiless, close_delimited):
-    """By its length, its chunks or the closing; 204, 304 and answers to HEAD have no body, 205 has one."""
+    """A body ends by its length, its chunks or the closing. 204, 304 and responses to HEAD have none, 205 has one."""
     head = answer(status, pairs=sent, head_only=head_only)
     assert (head.length, head.bodiless, head.close_delimited) == (length, bodiless, close_delimited)
 
 
 @pytest.mark.parametrize(("status", "stated"), [(204, b""), (304, b"Content-Length: 5\r\n")])
 def test_an_answer_without_content_states_no_length(status, stated):
-    """RFC 9110, 8.6: a 204 has no Content-Length, a 304 may have that of what it stands for."""
+    """A 204 has no Content-Length, a 304 may have one (RFC 9110, section 8.6)."""
     head = answer(status, pairs=LENGTH)
     assert head.forwarded_block == head.replayed_block == stated
 
 
 @pytest.mark.parametrize("status", [0, 99, 100, 103, 199, 600, 700, 999, -1])
 def test_a_status_that_is_no_final_answer_makes_it_unusable(status):
-    """Only 200 to 599 are final, and 101."""
+    """A status is final only from 200 to 599, and 101."""
     assert isinstance(read_response_head(status, b"", [], False), str)
 
 
 def test_what_follows_a_switch_has_no_framing():
-    """After 101 comes another protocol to the end of the connection, whatever its fields say."""
+    """After 101 the connection speaks another protocol to its end, whatever the fields say."""
     head = answer(101, pairs=[(b"Content-Length", b"3"), (b"Transfer-Encoding", b"chunked")])
     assert (head.length, head.bodiless, head.close_delimited) == (None, False, True)
 
 
 @pytest.mark.parametrize("status", [200, 299, 300, 400, 451, 500, 599])
 def test_every_final_status_is_usable(status):
-    """Whether it is registered or not."""
+    """Every final status can be used, registered or not."""
     assert answer(status).status == status
 
 
@@ -719,7 +720,7 @@ def test_every_final_status_is_usable(status):
 )  # fmt: skip
 @pytest.mark.parametrize(("status", "head_only"), [(200, False), (205, False), (204, False), (200, True)])
 def test_an_answer_whose_end_could_be_read_in_two_ways_is_unusable(sent, status, head_only):
-    """Bad or repeated lengths, other codings, a length beside chunks."""
+    """Bad or repeated lengths, other codings, and a length beside chunks make a response unusable."""
     assert isinstance(read_response_head(status, b"OK", sent, head_only), str)
 
 
@@ -729,7 +730,7 @@ CONTROLS = [code for code in range(32) if code != 9] + [127]
 @pytest.mark.parametrize("place", ["name", "value", "second value", "reason"])
 @pytest.mark.parametrize("form", [b"%sab", b"a%sb", b"ab%s", b"%s"])
 def test_a_control_character_makes_an_answer_unusable(place, form):
-    """It could split a message on its way, or in a replay; everything else in a value is kept."""
+    """A control character makes a response unusable, because it could split a message. Any other byte stays."""
     for code in range(256):
         text = form % bytes([code])
         sent = [(b"A", b"1"), (b"B", b"2")]
@@ -750,7 +751,7 @@ def test_a_control_character_makes_an_answer_unusable(place, form):
 
 
 def test_a_head_has_64_kib():
-    """Reason, names and values with what stands between them, whether many or long."""
+    """A head with its reason, names, values and separators has at most 64 KiB."""
     most = 65536 - len(b"OK" + b"A: \r\n")
     assert answer(pairs=[(b"A", b"x" * most)])
     assert isinstance(read_response_head(200, b"OK", [(b"A", b"x" * (most + 1))], False), str)
@@ -772,7 +773,7 @@ def test_a_head_has_64_kib():
     ],
 )
 def test_an_event_stream_is_known_by_its_type(content_type, streamed):
-    """Somebody waits for its single events."""
+    """A response of the type text/event-stream is known as an event stream."""
     assert answer(pairs=[(b"Content-Type", value) for value in content_type]).is_event_stream is streamed
 
 
@@ -800,7 +801,7 @@ def test_an_upstream_does_not_speak_in_our_name(name):
 
 @pytest.mark.parametrize("name", [b"X-Oncegate-Status", b"Oncegate", b"Idempotent-Replayed-At", b"Idempotency-Key"])
 def test_a_name_like_ours_is_the_upstreams_own(name):
-    """Only our very names are dropped."""
+    """A name that only resembles ours is forwarded."""
     assert both(answer(pairs=[(name, b"x")])) == name + b": x\r\n"
 
 
@@ -820,13 +821,13 @@ def test_a_replay_leaves_out_what_belongs_to_the_first_exchange(name):
 
 
 def test_what_connection_nominates_ends_here_in_a_replay_too():
-    """Hop-by-hop and nominated fields are gone, the rest is there."""
+    """A replay drops hop-by-hop and nominated fields, and keeps the rest."""
     sent = pairs(b"Connection: close, X-Hop", b"X-Hop: 1", b"Date: d", b"Keep-Alive: timeout=5", b"Trailer: x", b"X: 2")
     assert both(answer(pairs=sent)) == b"Date: d\r\nX: 2\r\n"
 
 
 def test_a_length_cannot_be_nominated_away():
-    """The client learns the end of the answer from it, so it stays in its place whatever Connection says."""
+    """Content-Length stays though Connection nominates it, because it is the end of the response."""
     sent = pairs(b"Connection: close, Content-Length", b"A: 1", b"Content-Length: 5", b"B: 2")
     head = answer(pairs=sent)
     assert head.length == 5
@@ -837,7 +838,7 @@ def test_a_length_cannot_be_nominated_away():
     "name", [b"Date", b"Server", b"ETag", b"Location", b"Retry-After", b"Content-Encoding", b"Vary", b"Link", b"X_Y"]
 )
 def test_a_replay_keeps_everything_else(name):
-    """Byte for byte, the original's Date included."""
+    """A replay repeats all other fields byte for byte, the original's Date included."""
     head = answer(pairs=[(name, b"\xe9"), (name.upper(), b""), (name, b"a\tb")])
     assert both(head) == b"%s: \xe9\r\n%s: \r\n%s: a\tb\r\n" % (name, name.upper(), name)
 
@@ -849,13 +850,13 @@ texts = st.binary(max_size=12).map(lambda raw: bytes(byte for byte in raw if byt
 @many
 @given(st.lists(st.tuples(names, texts), max_size=8))
 def test_an_answers_own_fields_stay_as_they_are(sent):
-    """Order, duplicates, case and bytes, first pass and replay alike."""
+    """Order, duplicates, case and bytes of a response's fields stay, now and on a replay."""
     assert both(answer(pairs=sent)) == b"".join(b"%s: %s\r\n" % pair for pair in sent)
 
 
 @pytest.mark.parametrize("reason", [b"OK", b"", b"Very Created", b"\xe9t\xe9", b"a\tb", b" "])
 def test_a_reason_stays_as_it_is(reason):
-    """The upstream's own phrase, whatever its status usually says."""
+    """The reason phrase is that of the upstream, whatever the status."""
     assert status_line(201, answer(201, reason).reason) == b"HTTP/1.1 201 " + reason + b"\r\n"
 
 
@@ -873,7 +874,7 @@ def test_a_reason_stays_as_it_is(reason):
     ids=lambda value: repr(value)[:30],
 )
 def test_an_answer_may_have_an_age_already(sent, age_s):
-    """Seconds as the first Age says them, none where it says nothing sensible."""
+    """The age is the first Age field in seconds, and 0 for a malformed one."""
     assert answer(pairs=[(b"Age", value) for value in sent]).age_s == age_s
 
 
@@ -905,5 +906,5 @@ def test_an_answer_may_have_an_age_already(sent, age_s):
     ids=lambda value: repr(value)[:40],
 )
 def test_a_client_may_prefer_to_wait(sent, wait_s):
-    """Prefer: wait=N counts, its first instance alone; what is malformed is not asked for."""
+    """Only the first `Prefer: wait=N` counts, and a malformed one does not."""
     assert preferred_wait_s(sent) == wait_s

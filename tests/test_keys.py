@@ -1,4 +1,4 @@
-"""Keys, scopes and fingerprints: what names one operation, whose it is, what it asks for."""
+"""Keys, scopes and fingerprints: the syntax of a key, and the digests of key, tenant and request."""
 
 import re
 from itertools import combinations_with_replacement, pairwise
@@ -74,7 +74,7 @@ def splits(whole: bytes, parts: int) -> list[tuple[bytes, ...]]:
     ],
 )
 def test_a_key_is_what_stands_in_the_quotes_or_the_bare_word(value, key):
-    """`"abc"` and `abc` are the same key, escapes are parsed, outer white space does not count."""
+    """`"abc"` and `abc` are the same key. Escapes are parsed, and outer white space does not count."""
     assert parse_key([value]) == key
 
 
@@ -91,12 +91,12 @@ def test_a_key_is_what_stands_in_the_quotes_or_the_bare_word(value, key):
     ],
 )
 def test_what_is_neither_a_plain_string_nor_a_bare_word_is_refused(value):
-    """Lists, parameters, open quotes, unknown escapes, control characters and non-ASCII are no keys."""
+    """Lists, parameters, open quotes, unknown escapes, control characters and non-ASCII are not keys."""
     assert isinstance(parse_key([value]), BadKey)
 
 
 def test_a_key_header_stands_once():
-    """Two header lines are refused even if they say the same."""
+    """Two header lines are refused, even with the same value."""
     assert isinstance(parse_key([b"abc", b"abc"]), BadKey)
     assert isinstance(parse_key([b"abc", b""]), BadKey)
     assert isinstance(parse_key([]), BadKey)
@@ -108,7 +108,7 @@ def test_a_key_header_stands_once():
     ids=["bare", "quoted", "spaces", "escaped quotes", "escaped backslashes"],
 )
 def test_a_key_has_1_to_255_bytes_counted_after_unescaping(one, unit):
-    """255 bytes are a key and 256 are not, however many it takes to write them."""
+    """255 bytes are a key and 256 are not, counted without escapes."""
     for size in (1, 2, 254, 255):
         key = parse_key([one % (unit * size)])
         assert isinstance(key, bytes)
@@ -148,7 +148,7 @@ def test_quoting_a_key_and_parsing_it_gives_the_key(key):
 @many
 @given(bare)
 def test_a_bare_key_is_the_same_key_quoted(key):
-    """Quotes make no difference to which key it is."""
+    """A bare key and its quoted form are the same key."""
     assert parse_key([key]) == parse_key([quote(key)]) == key
 
 
@@ -176,7 +176,7 @@ def reference(value: bytes) -> bytes | None:
 @settings(many, max_examples=2000)
 @given(syntax)
 def test_a_key_is_parsed_as_the_standard_tells_it(value):
-    """Any mixture of quotes, backslashes, separators and letters is read as RFC 9651 reads it."""
+    """Any mixture of quotes, backslashes, separators and letters is parsed as RFC 9651 parses it."""
     parsed = parse_key([value])
     assert (parsed if isinstance(parsed, bytes) else None) == reference(value)
 
@@ -185,7 +185,7 @@ def test_a_key_is_parsed_as_the_standard_tells_it(value):
 @many
 @given(st.binary(max_size=300))
 def test_any_bytes_are_a_key_or_a_reason(value):
-    """Whatever is sent, the answer is a usable key or a reason that does not repeat what was sent."""
+    """Any bytes yield a usable key, or a reason that does not repeat them."""
     parsed = parse_key([value])
     if isinstance(parsed, BadKey):
         assert len(value) < 8 or value.decode("latin-1") not in parsed.detail
@@ -223,7 +223,7 @@ TENANTS = [
 
 
 def test_another_credential_is_another_tenant():
-    """The tenant is told by the scope headers' names, values, lines and their order."""
+    """The names, values, lines and order of the scope headers identify the tenant."""
     assert len({tenant(fields) for fields in TENANTS}) == len(TENANTS)
 
 
@@ -258,7 +258,7 @@ def test_nothing_but_the_credential_tells_the_tenant(fields, more):
     ],
 )
 def test_who_sends_no_credential_shares_the_common_tenant(fields, names, common):
-    """It is marked as common, unless one tenant for all was asked for."""
+    """A request without a credential belongs to the common tenant, and is marked so if there are scope headers."""
     scope = DIGESTS.scope(b"default", fields, names)
     assert isinstance(scope, Scope)
     assert scope.common is common
@@ -266,7 +266,7 @@ def test_who_sends_no_credential_shares_the_common_tenant(fields, names, common)
 
 
 def test_the_namespace_is_passed_on_as_it_is():
-    """A scope is the namespace's word and the tenant's digest of 16 bytes, which shows no credential."""
+    """A scope has the namespace as it is and a digest of 16 bytes, which does not reveal the credential."""
     scope = DIGESTS.scope(b"orders", {b"authorization": [A]}, NAMES)
     assert isinstance(scope, Scope)
     assert (scope.namespace, len(scope.tenant)) == (b"orders", 16)
@@ -299,7 +299,7 @@ SCHEMES = [
 @pytest.mark.parametrize("spelled", [bytes, bytes.lower, bytes.upper, bytes.swapcase])
 @pytest.mark.parametrize("before", [b"", b" ", b"\t  "])
 def test_a_credential_made_for_one_request_is_no_scope(value, spelled, before):
-    """AWS4, Digest, OAuth, Signature and Hawk change with every try, in whatever case and spacing."""
+    """Credentials of AWS4, Digest, OAuth, Signature and Hawk are unstable, in any case and spacing."""
     line = before + spelled(value)
     assert DIGESTS.scope(b"default", {b"authorization": [line]}, NAMES) == UnstableScope()
     assert DIGESTS.scope(b"default", {b"authorization": [A, line]}, NAMES) == UnstableScope()
@@ -309,7 +309,7 @@ def test_a_credential_made_for_one_request_is_no_scope(value, spelled, before):
 
 @pytest.mark.parametrize("value", SCHEMES)
 def test_a_named_scope_header_makes_a_per_request_credential_harmless(value):
-    """Where the scope is another header, nobody looks at Authorization."""
+    """Where another header is the scope, Authorization can have any scheme."""
     with_it = {b"authorization": [value], b"x-tenant": [b"t"]}
     assert tenant(with_it, (b"x-tenant",)) == tenant({b"x-tenant": [b"t"]}, (b"x-tenant",))
     assert tenant({b"authorization": [value]}, ()) == tenant({}, ())
@@ -324,7 +324,7 @@ def test_a_named_scope_header_makes_a_per_request_credential_harmless(value):
     ],
 )
 def test_a_credential_that_stays_is_a_scope(value):
-    """Bearer, Basic and everything else that is the same from try to try names a tenant."""
+    """Bearer, Basic and every other scheme whose credential stays the same identify a tenant."""
     scope = DIGESTS.scope(b"default", {b"authorization": [value]}, NAMES)
     assert isinstance(scope, Scope)
     assert not scope.common
@@ -354,7 +354,7 @@ def test_a_fingerprint_tells_its_parts_however_the_bytes_are_split(whole):
 
 
 def test_a_part_less_is_another_fingerprint():
-    """A body that looks like further parts does not stand in for them."""
+    """A body that looks like further parts is not taken for them."""
     for framed in (b"1:b", b"1:b,", b"\x00\x00\x00\x01b", b"b"):
         assert DIGESTS.fingerprint([b"a", b"b"], [b"c"]) != DIGESTS.fingerprint([b"a"], [framed + b"c"])
         assert DIGESTS.fingerprint([b"a", b"b"], []) != DIGESTS.fingerprint([b"a"], [framed])
@@ -377,7 +377,7 @@ def test_two_keys_are_one_only_in_the_same_scope(one, other):
 @many
 @given(*[st.lists(few, min_size=5, max_size=6)] * 2)
 def test_two_requests_have_one_fingerprint_only_if_they_are_equal(one, other):
-    """Whatever differs in any part, the fingerprints differ."""
+    """Requests that differ in any part have different fingerprints."""
     digests = [DIGESTS.fingerprint(parts, [body]) for *parts, body in (one, other)]
     assert (digests[0] == digests[1]) is (one == other)
 
@@ -395,7 +395,7 @@ PARTS = {
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("other", [b"", b"PATCH", b"x ", b"X", b"/a?b#"])
 def test_each_part_matters(part, other):
-    """A request that differs in one part alone asks for something else."""
+    """A request that differs in one part has another fingerprint."""
     *parts, body = PARTS.values()
     *changed, changed_body = {**PARTS, part: other}.values()
     same = DIGESTS.fingerprint(parts, [body]) == DIGESTS.fingerprint(changed, [changed_body])
@@ -405,12 +405,12 @@ def test_each_part_matters(part, other):
 @many
 @given(st.lists(st.binary(max_size=20), max_size=8))
 def test_a_body_in_blocks_has_the_fingerprint_of_the_whole(blocks):
-    """How a body was cut on its way does not matter."""
+    """A body has the same fingerprint, however it is cut into blocks."""
     assert DIGESTS.fingerprint([b"POST"], blocks) == DIGESTS.fingerprint([b"POST"], [b"".join(blocks)])
 
 
 def test_a_digest_is_made_anew_each_time():
-    """Nothing of one request is left over in the digests of the next."""
+    """The digests of one request do not change those of the next."""
     for _ in range(2):
         assert tenant({b"authorization": [A]}) == tenant({b"authorization": [A]}, digests=Digests(b""))
         assert DIGESTS.key(Scope(b"n", b"t"), b"k") == Digests(b"").key(Scope(b"n", b"t"), b"k")
@@ -418,7 +418,7 @@ def test_a_digest_is_made_anew_each_time():
 
 
 def test_another_secret_makes_every_digest_another():
-    """Tenant, key and fingerprint cannot be computed by someone without the secret."""
+    """Without the secret nobody can compute a tenant, a key or a fingerprint."""
     every = [Digests(secret) for secret in (b"", b"a", b"b", b"a\x00", b"a" * 64, b"a" * 65, b"a" * 1000)]
     assert len({tenant({b"authorization": [A]}, digests=digests) for digests in every}) == len(every)
     assert len({tenant({}, digests=digests) for digests in every}) == len(every)
@@ -427,7 +427,7 @@ def test_another_secret_makes_every_digest_another():
 
 
 def test_a_tenant_a_key_and_a_fingerprint_of_the_same_bytes_differ():
-    """What is known of one digest says nothing about another kind."""
+    """Tenant, key and fingerprint of the same bytes differ."""
     key = DIGESTS.key(Scope(b"a", b"b"), b"c")
     assert DIGESTS.fingerprint([b"a", b"b", b"c"], []) != key[:16]
     assert tenant({b"a": [b"b"]}, (b"a",)) not in (key[:16], DIGESTS.fingerprint([b"a", b"b"], []))
@@ -439,7 +439,7 @@ def test_a_tenant_a_key_and_a_fingerprint_of_the_same_bytes_differ():
 @settings(many, max_examples=300)
 @given(st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E, exclude_characters='"\\,'), min_size=6))
 def test_the_name_in_the_store_is_a_digest_in_braces(text):
-    """One Cluster slot for each record, and nothing of the raw key, the namespace or the tenant."""
+    """A record's name is in one Cluster slot, and does not reveal the key, the namespace or the tenant."""
     key = text[:255].encode()
     digest = DIGESTS.key(Scope(b"namespace", b"t" * 16), key)
     name = store_key(digest)
@@ -456,7 +456,7 @@ def test_the_name_in_the_store_tells_all_of_the_digest():
 
 
 def test_what_a_log_shows_finds_the_record():
-    """The short form is how the name in the store begins, 12 characters of 32."""
+    """The id of a key in logs is the first 12 of the 32 characters of its name in the store."""
     digest = DIGESTS.key(Scope(b"n", b"t"), b"k")
     assert len(key_id(digest)) == 12
     assert store_key(digest).startswith(b"once:{" + key_id(digest).encode())

@@ -1,4 +1,4 @@
-"""One field of a form with files: who writes it, and what is no key."""
+"""Keys in multipart forms: which values are read, which forms are refused, and what a hostile form costs."""
 
 import time
 from email.mime.multipart import MIMEMultipart
@@ -56,7 +56,7 @@ VALUES = {
 
 @pytest.mark.parametrize("case", VALUES)
 def test_a_field(case):
-    """The one part of this name that is no file, its bytes as they are."""
+    """The value is that of the one part with this name that is not a file, byte for byte."""
     body, value = VALUES[case]
     assert read(body) == value
 
@@ -67,7 +67,7 @@ def test_a_field(case):
     ids=["nothing", "a file", "another", "empty", "no name"],
 )
 def test_a_form_without_the_field(body):
-    """That it is not there, or empty, is told apart from what cannot be read."""
+    """An absent or empty field counts as missing, not as a bad key."""
     assert isinstance(read(body), Missing)
 
 
@@ -119,7 +119,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_a_form_that_is_no_key(case):
-    """What is malformed, or what two readers could read differently, gives none."""
+    """A form that is malformed, or that two parsers could read differently, yields a bad key."""
     found = read(BAD[case])
     assert isinstance(found, BadKey)
     assert "form" in found.detail or "field" in found.detail
@@ -144,7 +144,7 @@ def test_a_form_that_is_no_key(case):
     ],
 )
 def test_the_boundary(content_type, usable):
-    """It stands in the type once, as RFC 2046 allows it."""
+    """The boundary occurs once in the Content-Type, and is valid under RFC 2046."""
     assert read(TOKEN + END, content_type) == b"a 1" if usable else isinstance(read(TOKEN + END, content_type), BadKey)
 
 
@@ -180,7 +180,7 @@ async def by_aiohttp() -> tuple[str, bytes]:
 
 @pytest.mark.parametrize("writer", ["requests", "the standard library", "aiohttp"])
 async def test_forms_as_clients_write_them(writer):
-    """Each writes heads and names of files in its own way."""
+    """Forms of well-known HTTP clients can be read, though each writes heads and file names differently."""
     if writer == "aiohttp":
         content_type, body = await by_aiohttp()
     else:
@@ -204,14 +204,14 @@ HOSTILE = {
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_hostile_form_costs_bounded_time(case):
-    """A MiB of whatever takes no longer than a usual one several times over."""
+    """Reading a hostile MiB takes at most a few times as long as reading an ordinary one."""
     begun = time.process_time()
     read(HOSTILE[case][:1_048_576])
     assert time.process_time() - begun < 0.2
 
 
 def test_a_hostile_type_costs_bounded_time():
-    """The head may have 64 KiB."""
+    """A hostile Content-Type of 64 KiB costs bounded time."""
     begun = time.process_time()
     for text in (b" " * 60_000, b"; a=b" * 12_000, b" ;" * 30_000, b'; a="' + b"\\a" * 30_000, b";a=" + b"!" * 60_000):
         read(TOKEN + END, b"multipart/form-data" + text)

@@ -1,4 +1,4 @@
-"""What a rule matches on: globs, what they include, and which paths are the same."""
+"""The patterns of rules: what they match, which includes which, and which paths are equivalent."""
 
 import time
 
@@ -41,7 +41,7 @@ PLAIN = {
 
 @pytest.mark.parametrize(("target", "path"), PLAIN.items(), ids=repr)
 def test_what_means_the_same_path_is_the_same(target, path):
-    """Escapes of plain characters, dot segments and doubled slashes do not lead past a rule."""
+    """Escapes of unreserved characters, dot segments and doubled slashes cannot evade a rule."""
     assert normalized_path(target) == path
 
 
@@ -66,7 +66,7 @@ MATCHES = {
 
 @pytest.mark.parametrize("pattern", MATCHES)
 def test_a_path_pattern(pattern):
-    """`*` stays within a segment, `**` is any number of them, everything else is itself."""
+    """`*` matches within a segment, `**` any number of segments, and every other character itself."""
     matcher = path_matcher(parse_path(pattern))
     good, bad = MATCHES[pattern]
     assert [path for path in good if not matcher.fullmatch(path)] == []
@@ -78,7 +78,7 @@ def test_a_path_pattern(pattern):
              "//a", "/%61", "/a/%7Eb"]
 )  # fmt: skip
 def test_what_is_no_path_pattern(text):
-    """A pattern that could never match, or means another one, is refused."""
+    """A pattern that could never match, or that is equivalent to another, is refused."""
     with pytest.raises(ValueError):  # noqa: PT011 - the kind is what the reader of rules catches
         parse_path(text)
 
@@ -107,7 +107,7 @@ def test_matching_takes_linear_time(pattern, path):
     ],
 )
 def test_a_value_pattern(pattern, value, matches):
-    """In a header's value `*` is anything."""
+    """In the pattern of a header's value, `*` matches any text."""
     assert bool(text_matcher(pattern).fullmatch(value)) is matches
 
 
@@ -133,7 +133,7 @@ def test_a_value_pattern(pattern, value, matches):
     ],
 )
 def test_a_host_pattern(pattern, host, matches):
-    """A host without a port means any port; `*.` means any name below."""
+    """A host without a port matches any port, and `*.` any subdomain."""
     assert parse_host_pattern(pattern.upper()) == pattern
     assert host_matches(pattern, host) is matches
 
@@ -170,12 +170,12 @@ def test_what_is_no_host_pattern(text):
     ],
 )
 def test_one_path_pattern_includes_another(one, other, includes):
-    """Only where it is sure: whatever the other one matches, this one does."""
+    """A pattern includes another only where it surely matches everything that the other matches."""
     assert path_includes(one, other) is includes
 
 
 def test_other_patterns_include_others():
-    """So do values and hosts."""
+    """Patterns of values and of hosts include others by the same rule."""
     assert text_includes("a*", "ab*")
     assert not text_includes("ab*", "a*")
     assert host_includes(None, "a.test")

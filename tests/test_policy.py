@@ -1,4 +1,4 @@
-"""Which statuses release a key, which leave it unknown, which are stored."""
+"""Which statuses release a key, which leave it unknown, and which are stored."""
 
 import pytest
 
@@ -19,7 +19,7 @@ def test_the_defaults(retry_after):
 
 
 def test_a_policy_has_the_defaults():
-    """An operator who says nothing gets them, and at most once."""
+    """A policy without statuses and mode has the defaults, and executes at most once."""
     assert Policy.__dataclass_fields__["statuses"].default is DEFAULT_STATUSES
     assert Policy.__dataclass_fields__["mode"].default == b"hold"
 
@@ -64,7 +64,7 @@ def test_a_policy_has_the_defaults():
     ],
 )
 def test_a_condition_beats_a_code_and_a_code_beats_a_class(release, ambiguous, status, retry_after, disposition):
-    """The closest entry of both lists decides; what is in neither is stored."""
+    """The most specific entry of both lists decides. A status in neither list is stored."""
     assert Statuses(release, ambiguous).disposition(status, retry_after) is disposition
 
 
@@ -79,7 +79,7 @@ def test_a_condition_beats_a_code_and_a_code_beats_a_class(release, ambiguous, s
     ],
 )
 def test_the_same_entry_in_both_lists_is_an_error(release, ambiguous):
-    """Nobody can say which was meant; the message names the entry."""
+    """An entry in both lists is an error, and the message has the entry."""
     with pytest.raises(ValueError, match="is in both lists"):
         Statuses(release, ambiguous)
 
@@ -98,7 +98,7 @@ def test_the_same_entry_in_both_lists_is_an_error(release, ambiguous):
     ids=lambda value: repr(value)[:24],
 )  # fmt: skip
 def test_a_malformed_entry_is_an_error(place, entry):
-    """In either list: an entry is a final status, a class of them, or a status on condition."""
+    """An entry of either list is a final status, a class of statuses, or a status with a condition."""
     lists: list[list[str]] = [["429"], ["502"]]
     lists[place].append(entry)
     with pytest.raises(ValueError, match="is not a status such as"):

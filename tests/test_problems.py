@@ -1,4 +1,4 @@
-"""The answers that the proxy gives itself, as the table of DESIGN.md states them."""
+"""The problems: oncegate's own error responses."""
 
 import json
 from email.utils import parsedate_to_datetime
@@ -56,13 +56,13 @@ def fields(answer: Problem) -> dict[str, str]:
 
 
 def test_the_table_has_a_row_for_each_problem():
-    """There is no slug beside the table's, and none is missing."""
+    """The problems are exactly those of this table."""
     assert list(KINDS) == list(TABLE)
 
 
 @pytest.mark.parametrize("slug", TABLE)
 def test_a_problem_is_what_its_row_says(slug):
-    """Status, whether a retry helps, and whether it may carry the same key."""
+    """A problem has the status and the retry advice of its row."""
     status, retryable, reuse_key = TABLE[slug]
     answer = made(slug)
     members = json.loads(answer.body())
@@ -73,7 +73,7 @@ def test_a_problem_is_what_its_row_says(slug):
 
 @pytest.mark.parametrize("slug", TABLE)
 def test_a_problem_has_the_members_of_rfc_9457(slug):
-    """Its type names the slug, the title the kind, the detail this one; the status is an integer."""
+    """A problem has type, title, detail and an integer as status (RFC 9457, section 3.1)."""
     members = json.loads(made(slug).body())
     assert members["type"] == f"urn:oncegate:{slug}"
     assert members["detail"] == "why"
@@ -84,7 +84,7 @@ def test_a_problem_has_the_members_of_rfc_9457(slug):
 
 @pytest.mark.parametrize("slug", TABLE)
 def test_a_type_is_a_link_where_the_docs_are_served(slug):
-    """With a docs URL the type names the page's file and the slug's anchor; nothing else changes."""
+    """With a docs URL, the type is a link to the slug's anchor. Nothing else changes."""
     linked, plain = json.loads(made(slug).body("https://git.test/docs")), json.loads(made(slug).body())
     assert linked.pop("type") == f"https://git.test/docs/reference/answers.md#{slug}"
     assert plain.pop("type") == f"urn:oncegate:{slug}"
@@ -93,18 +93,18 @@ def test_a_type_is_a_link_where_the_docs_are_served(slug):
 
 @pytest.mark.parametrize("slug", TABLE)
 def test_a_code_is_the_slug_with_underscores(slug):
-    """Logs and metrics name the outcome by it."""
+    """A problem's code, its name in logs and metrics, is the slug with underscores."""
     assert made(slug).code == slug.replace("-", "_")
 
 
 def test_each_kind_has_a_title_of_its_own():
-    """RFC 9457: a title tells the type, not the occurrence."""
+    """Each problem has its own title (RFC 9457, section 3.1.3)."""
     assert len({json.loads(made(slug).body())["title"] for slug in TABLE}) == len(TABLE)
 
 
 @pytest.mark.parametrize("slug", TABLE)
 def test_a_problem_says_the_same_in_the_member_that_sdks_read(slug):
-    """error: {type, code, message}, from which Stripe's, OpenAI's and Mollie's clients take their messages."""
+    """`error: {type, code, message}`, which the SDKs of Stripe, OpenAI and Mollie read, repeats the problem."""
     members = json.loads(made(slug).body())
     assert set(members["error"]) == {"type", "code", "message"}
     assert members["error"]["code"] == slug.replace("-", "_")
@@ -113,14 +113,14 @@ def test_a_problem_says_the_same_in_the_member_that_sdks_read(slug):
 
 
 def test_what_concerns_the_key_is_an_idempotency_error():
-    """The rest is an error of the API as a whole."""
+    """Problems of the key are idempotency errors. All others are errors of the API."""
     of_the_key = {slug for slug in TABLE if json.loads(made(slug).body())["error"]["type"] == "idempotency_error"}
     assert of_the_key == set(list(TABLE)[:7])
 
 
 @pytest.mark.parametrize("slug", TABLE)
 def test_the_advice_is_the_same_in_every_dialect(slug):
-    """x-should-retry and Stripe-Should-Retry say what the member says."""
+    """x-should-retry and Stripe-Should-Retry are equal to the member `retryable`."""
     answer = made(slug)
     advice = "true" if json.loads(answer.body())["retryable"] else "false"
     assert fields(answer)["x-should-retry"] == fields(answer)["Stripe-Should-Retry"] == advice
@@ -128,21 +128,21 @@ def test_the_advice_is_the_same_in_every_dialect(slug):
 
 @pytest.mark.parametrize("slug", TABLE)
 def test_a_time_to_come_again_stands_where_the_table_says_so(slug):
-    """In flight as given, 503 at least 1 second; on nothing else, and never where a retry does not help."""
+    """Retry-After is as given for in-flight and at least 1 s for a 503. Other problems do not have it."""
     answer = made(slug)
     assert fields(answer).get("Retry-After") == {"in-flight": "7"}.get(slug, "1" if slug in COME_AGAIN else None)
     assert "Retry-After" not in fields(answer) or TABLE[slug][1]
 
 
 def test_a_time_to_come_again_can_be_given():
-    """It stands as it was given, in whole seconds."""
+    """A given time is sent as Retry-After, in whole seconds."""
     assert fields(problem("overloaded", "why", 30))["Retry-After"] == "30"
     assert fields(problem("in-flight", "why", 1))["Retry-After"] == "1"
 
 
 @pytest.mark.parametrize("slug", TABLE)
 def test_a_problem_has_these_fields_and_no_others(slug):
-    """It is problem+json, not to be cached, dated; framing and connection are the writer's."""
+    """A problem is application/problem+json, has a Date and must not be cached. It has no framing fields."""
     answer = made(slug)
     found = fields(answer)
     assert found.pop("Content-Type") == "application/problem+json"
@@ -153,7 +153,7 @@ def test_a_problem_has_these_fields_and_no_others(slug):
 
 
 def test_further_facts_are_further_members():
-    """The original's status stands beside the others, in a body that was not kept."""
+    """Further members, such as the original's status, are added to the body."""
     members = json.loads(problem("response-not-kept", "why", original_status=201).body())
     assert members["original_status"] == 201
     assert members["status"] == 409
@@ -161,26 +161,26 @@ def test_further_facts_are_further_members():
 
 @pytest.mark.parametrize("answer", [problem("key-invalid", NASTY), refusal(400, NASTY)])
 def test_a_detail_never_leaves_the_body(answer):
-    """Whatever it says, it is JSON in ASCII, and the head is untouched by it."""
+    """Any detail is written as JSON in ASCII, and never appears in the head."""
     members = json.loads(answer.body().decode("ascii"))
     assert members["detail"] == members["error"]["message"] == NASTY
     assert b"Evil" not in answer.head_fields() + answer.reason
 
 
 def test_an_unknown_slug_is_no_problem():
-    """A slip of the pen fails where it is made."""
+    """An unknown slug raises KeyError."""
     with pytest.raises(KeyError):
         problem("in_flight", "why")
 
 
 def test_the_refusals_have_a_row_each():
-    """Requests that never get as far as a key are refused with these statuses alone."""
+    """The refusals of requests are exactly these statuses."""
     assert set(REFUSALS) == set(REFUSED)
 
 
 @pytest.mark.parametrize("status", REFUSED)
 def test_a_refusal_is_a_problem_without_a_slug(status):
-    """It says the same things, and to come again only where that helps."""
+    """A refusal has the members of a problem, the type about:blank, and Retry-After only if a retry can help."""
     answer = refusal(status, "why")
     members = json.loads(answer.body("https://git.test/docs"))
     assert answer.code == "request_refused"
@@ -195,14 +195,14 @@ def test_a_refusal_is_a_problem_without_a_slug(status):
 
 
 def test_a_refusal_of_any_other_kind_is_a_bad_request():
-    """A status without a row is answered with 400, in line and body alike."""
+    """A refusal with a status that has no row is a 400."""
     answer = refusal(414, "why")
     assert answer.status == json.loads(answer.body())["status"] == 400
 
 
 @pytest.mark.parametrize("status", sorted({row[0] for row in TABLE.values()} | set(REFUSED)))
 def test_the_reason_is_the_registered_one(status):
-    """Nothing of the detail, ASCII, never empty."""
+    """The reason phrase is the registered one, in ASCII and never empty."""
     answers = [made(slug) for slug, row in TABLE.items() if row[0] == status] or [refusal(status, "why")]
     for answer in answers:
         assert answer.reason

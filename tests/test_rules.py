@@ -1,4 +1,4 @@
-"""What a rules file can say: every field, every mistake, and which rule a request meets."""
+"""The rules file: every field, every mistake, and which rule matches a request."""
 
 from pathlib import Path
 
@@ -55,7 +55,7 @@ def head(target: bytes = b"/", method: str = "POST", host: bytes = b"api.test", 
     return RequestHead(method, target, False, host, pairs, by_name(pairs))
 
 
-# field: as written; what to look at, and its value then and by default; as written wrongly, and what is said of it
+# field: as written; what to look at, and its value then and by default; as written wrongly, and what is expected of it
 CASES = {
     "name": ('name = "a b"', lambda rule: rule.name, "a b", "r", 'name = ""', "1 to 64 visible"),
     "host": ('host = "*.Test"', lambda rule: rule.match.host, "*.test", None, 'host = "a/b"', "must be a host"),
@@ -248,7 +248,7 @@ def test_every_field_has_its_row():
 
 @pytest.mark.parametrize("field", CASES)
 def test_a_field(rules, field):
-    """It sets what it says; without it the environment's value holds."""
+    """A field sets its part of the policy. Without it, the value of the settings holds."""
     written, look, value, default, _, _ = CASES[field]
     assert look(rules(one(written) if field != "name" else f"[[rule]]\n{written}").rules[0]) == value
     assert look(rules(one('path = "/"' if field != "path" else "")).rules[0]) == default
@@ -256,21 +256,21 @@ def test_a_field(rules, field):
 
 @pytest.mark.parametrize("field", CASES)
 def test_a_bad_field(errors, field):
-    """It is refused with file, line, rule, field and reason."""
-    *_, wrong, said = CASES[field]
+    """A bad field is refused with file, line, rule, field and reason."""
+    *_, wrong, expected = CASES[field]
     if field == "name":
         (error,) = errors(f"[[rule]]\n{wrong}")
         assert error.startswith('rules.toml:2: rule "": name: ')
     else:
         (error,) = errors(one(wrong))
         assert error.startswith(f'rules.toml:3: rule "r": {field}: ')
-    assert said in error
+    assert expected in error
 
 
 @pytest.mark.parametrize("name", [name for name in RULE if name not in ("headers", "name")])
 @pytest.mark.parametrize("value", ["{ a = 1 }", "1979-05-27", "[[1]]", "-7"])
 def test_a_field_of_another_kind(errors, name, value):
-    """Whatever TOML can say where something else is meant is a complaint, never a crash."""
+    """A TOML value of the wrong type is a complaint, never a crash."""
     assert errors(one(f"{name} = {value}"))[0].startswith(f'rules.toml:3: rule "r": {name}: ')
 
 
@@ -295,12 +295,12 @@ UPSTREAM_CASES = {
 
 @pytest.mark.parametrize("field", UPSTREAM_CASES)
 def test_a_field_of_an_upstream(rules, errors, tmp_path, field):
-    """An upstream has its own address and limits; the environment's are the defaults, but for its TLS files."""
+    """An [[upstream]] has its own address and limits. The settings are its defaults, except for TLS files."""
     assert UPSTREAM_CASES.keys() == UPSTREAM.keys()
     (tmp_path / "a.pem").write_text("x")
     (tmp_path / "env.pem").write_text("x")
     env = {"upstream": "https://api.test", "upstream_ca_file": "env.pem"}
-    written, value, default, wrong, said = UPSTREAM_CASES[field]
+    written, value, default, wrong, expected = UPSTREAM_CASES[field]
     base = {"name": 'name = "b"', "url": 'url = "https://b.test"'}
     rule = '\n[[rule]]\nname = "r"\nupstream = "b"'
 
@@ -313,12 +313,12 @@ def test_a_field_of_an_upstream(rules, errors, tmp_path, field):
         assert getattr(rules(text(), **env).rules[0].upstream, attribute) == default
         assert OF_UPSTREAMS.get(field, field) in Settings.model_fields or field in ("ca_file", "cert_file", "key_file")
     found = errors(text(wrong), **env)
-    assert any(f" {field}: " in error and said in error for error in found), found
+    assert any(f" {field}: " in error and expected in error for error in found), found
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset(rules, name):
-    """Each preset can be used with nothing else; its fields are in effect, and a rule's own beat them."""
+    """A rule can have a preset alone. The preset's fields are in effect, and the rule's own override them."""
     (rule,) = rules(one(f'preset = "{name}"')).rules
     fields = PRESETS[name].fields
     assert rule.policy.preset == name
@@ -332,7 +332,7 @@ def test_a_preset(rules, name):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_says_no_more_than_a_rule_could(name):
-    """Its fields are a rule's fields; only the mark of a client's retries is a preset's alone."""
+    """A preset has the fields of a rule. Only the header with the retry count is reserved for presets."""
     preset = PRESETS[name]
     assert preset.fields.keys() <= RULE.keys() - {"name", "path", "host", "methods", "headers", "preset", "upstream"}
     for field, value in preset.fields.items():
@@ -344,7 +344,7 @@ def test_a_preset_says_no_more_than_a_rule_could(name):
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if PRESETS[name].fields.get("scope") == []])
 def test_what_holds_for_every_webhook(rules, name):
-    """The id alone decides, for all; what is no 2xx releases it; a duplicate waits and then hears 503."""
+    """For a webhook, the id alone is the key, any status but 2xx releases it, and duplicates wait, then get 503."""
     policy = rules(one(f'preset = "{name}"')).rules[0].policy
     assert (policy.scope_headers, policy.fingerprint, policy.mode) == ((), frozenset(), b"retry")
     assert {policy.statuses.disposition(status, False) for status in range(300, 600)} == {Disposition.RELEASE}
@@ -354,7 +354,7 @@ def test_what_holds_for_every_webhook(rules, name):
 
 
 def test_every_problem_at_once(errors):
-    """All mistakes of a file are named together, in the order of its lines."""
+    """All mistakes of a file are reported together, in the order of its lines."""
     text = """
 [[upstream]]
 name = "shop"
@@ -449,12 +449,12 @@ CONTRADICTIONS = {
 
 @pytest.mark.parametrize("case", CONTRADICTIONS)
 def test_what_does_not_fit_together(errors, case):
-    """A rule that contradicts itself or the environment is refused, and named."""
-    text, said = CONTRADICTIONS[case]
+    """A rule that contradicts itself or the settings is refused by its name."""
+    text, expected = CONTRADICTIONS[case]
     found = errors(one(text))
     assert len(found) == 1
     assert ': rule "r": ' in found[0]
-    assert said in found[0]
+    assert expected in found[0]
 
 
 NEVER = {
@@ -476,7 +476,7 @@ NEVER = {
 
 @pytest.mark.parametrize("case", NEVER)
 def test_a_rule_that_can_never_match(rules, errors, case):
-    """It is refused, with the rule that takes all its requests; overlapping alone is fine."""
+    """A rule that can never match is refused, with the rule that matches all its requests. Rules may overlap."""
     first, second, never = NEVER[case]
     text = f'[[rule]]\nname = "first"\n{first}\n\n[[rule]]\nname = "second"\n{second}\n'
     if never:
@@ -490,7 +490,7 @@ def test_a_rule_that_can_never_match(rules, errors, case):
 
 
 def test_a_host_that_is_not_ours(rules, errors):
-    """A rule for a host that is refused before it, by ONCEGATE_HOSTS, can never match either."""
+    """A rule for a host that ONCEGATE_HOSTS does not have can never match, and is refused."""
     (error,) = errors(one('host = "b.test"'), hosts="a.test,c.test:80")
     assert "ONCEGATE_HOSTS does not have this host" in error
     for host in ("a.test", "a.test:80", "*.test", "c.test:80"):
@@ -531,19 +531,19 @@ FILES = {
 
 @pytest.mark.parametrize("case", FILES)
 def test_a_file(rules, errors, case):
-    """What is no rules file is refused with its place; an empty one has no rules."""
-    text, said = FILES[case]
-    if not said:
+    """A file that is not a rules file is refused with the place. An empty file has no rules."""
+    text, expected = FILES[case]
+    if not expected:
         assert rules(text).rules == ()
         return
     found = errors(text)
-    assert len(found) == len(said)
-    for line, start in zip(found, said, strict=True):
+    assert len(found) == len(expected)
+    for line, start in zip(found, expected, strict=True):
         assert line.startswith(start)
 
 
 def test_a_file_that_cannot_be_read(tmp_path):
-    """It may vanish between two reloads."""
+    """A file that vanished or is too large is refused."""
     settings = Settings(upstream=URL).model_copy(update={"rules_file": tmp_path / "none.toml"})
     with pytest.raises(SettingsError, match=r"none\.toml: cannot be read: No such file"):
         load(settings)
@@ -557,7 +557,7 @@ def chosen(rules: Rules, *asked: RequestHead) -> list[str]:
 
 
 def test_the_first_that_matches_decides(rules):
-    """On all of host, path, methods and headers; the environment holds where none does."""
+    """The first rule that matches host, path, methods and headers decides. Where none does, the settings hold."""
     found = rules(
         """
 [[rule]]
@@ -590,7 +590,7 @@ path = "/**/x"
 
 
 def test_every_line_of_a_header_has_to_match(rules):
-    """A second line cannot lead past a rule, nor into one."""
+    """A header matches only if each of its lines does."""
     found = rules(one('headers = { A = "1" }'))
     twice = [(b"a", b"1"), (b"A", b"2")]
     assert chosen(found, head(a=b"1"), head()._replace(pairs=twice, fields=by_name(twice))) == ["r", ""]
@@ -608,14 +608,14 @@ METHODS = {
 
 @pytest.mark.parametrize("text", METHODS)
 def test_what_a_rule_guards(rules, text):
-    """The methods it names, of those that can be guarded; without any, those of the environment."""
+    """A rule guards those of its methods that can be guarded. Without `methods`, it guards those of the settings."""
     (rule,) = rules(one(text)).rules
     assert rule.policy.methods == METHODS[text]
     assert rule.policy.methods <= set(GUARDABLE)
 
 
 def test_the_environment_gives_the_defaults(rules):
-    """For a rule that says nothing everything holds as without it."""
+    """A rule without fields has the policy of the settings."""
     env = {"key_required": True, "namespace": "n", "methods": "PUT", "key_header": "K", "scope_headers": "S"}
     found = rules(one(""), retention_s=40, on_duplicate="wait", **env)
     assert found.rules[0].policy == found.default.policy.__class__(
@@ -625,7 +625,7 @@ def test_the_environment_gives_the_defaults(rules):
 
 
 def test_statuses_of_one_list_leave_the_other_alone(rules):
-    """What a rule says of a status beats what is usual for it."""
+    """A status in one list of a rule is no longer in the other default list."""
     statuses = rules(one('release_statuses = ["502"]')).rules[0].policy.statuses
     assert statuses.disposition(502, False) is Disposition.RELEASE
     assert statuses.disposition(504, False) is Disposition.AMBIGUOUS
@@ -635,7 +635,7 @@ def test_statuses_of_one_list_leave_the_other_alone(rules):
 
 
 def test_one_header_alone_is_the_plain_key(rules):
-    """It costs no more than without a rule, and names the same keys."""
+    """A rule whose key is one header has a plain key header, and the same keys as without a rule."""
     policy = rules(one('key = "header:X-Id"')).rules[0].policy
     assert (policy.sources, policy.key_header) == (None, b"x-id")
     assert rules(one('key = [["header:X-Id"]]')).rules[0].policy == policy
@@ -643,7 +643,7 @@ def test_one_header_alone_is_the_plain_key(rules):
 
 
 def test_all_fields_that_rules_act_on(rules):
-    """What keys, scopes and matches read may neither be nominated in Connection nor imitated."""
+    """`acted_on` has all header fields that keys, scopes and matches of the rules read."""
     found = rules(
         '[[rule]]\nname = "a"\nkey = [["header:A"], ["derived:1"]]\nheaders = { B = "*" }\nscope = ["header:C"]\n'
         '[[rule]]\nname = "b"\nkey = "header:D"\n[[rule]]\nname = "c"\npreset = "openai"\npath = "/c"'.replace(
@@ -654,7 +654,7 @@ def test_all_fields_that_rules_act_on(rules):
 
 
 def test_upstreams_with_equal_limits_are_one(rules):
-    """A URL takes the environment's limits; the same URL twice is the same pool, a named one its own."""
+    """A URL has the limits of the settings. Equal URLs share a pool, and a named upstream has its own."""
     found = rules(
         '[[upstream]]\nname = "b"\nurl = "http://b.test"\n'
         '[[rule]]\nname = "1"\npath = "/1"\nupstream = "http://b.test"\n'
@@ -709,7 +709,7 @@ OTHER_NAMES = {
 
 
 def test_what_names_keys_is_told_from_what_does_not(rules):
-    """Two replicas name keys alike exactly if the digests of their rules are equal."""
+    """Two sets of rules have the same identity digest exactly if they name keys alike."""
     usual = rules(USUAL).identity_digest
     for case, text in SAME_NAMES.items():
         assert rules(text).identity_digest == usual, case

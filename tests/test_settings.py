@@ -1,4 +1,4 @@
-"""What the operator can say, and what he hears when it makes no sense."""
+"""The settings: defaults, valid and invalid values, and the messages about them."""
 
 import os
 import tempfile
@@ -19,7 +19,7 @@ UPSTREAM = "http://upstream:9000"
 FAULTS = (Fault("kill", "claimed", 1, 0), Fault("pause", "sent", 2, 300))
 PEM = Path("file.pem")  # in the working directory, which is a fresh one for each test
 
-# name: default; an override and what it becomes; a bad value and what is said about it
+# name: default; an override and what it becomes; a bad value and a part of its message
 CASES: dict[str, tuple[object, str, object, str, str]] = {
     "upstream": (
         Origin("http", "upstream", 9000),
@@ -167,7 +167,7 @@ def test_override(name, given):
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[4]])
 def test_bad_value(name, given):
-    """A bad value is one error, which opens with the variable's name and says what would be right."""
+    """A bad value is one error, which begins with the variable's name and says what the value must be."""
     given(**{name: CASES[name][3]})
     (error,) = errors()
     assert error.startswith(f"{variable(name)}: ")
@@ -176,7 +176,7 @@ def test_bad_value(name, given):
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "upstream"])
 def test_empty_counts_as_unset(name, given):
-    """An empty variable counts as unset, as compose files pass what nobody named."""
+    """An empty variable counts as unset, because compose files pass unset variables as empty ones."""
     given(**{name: ""})
     assert getattr(load(), name) == CASES[name][0]
 
@@ -240,7 +240,7 @@ def test_upstream_forms(text, origin, authority, given):
     ],
 )
 def test_upstream_refused(text, given):
-    """An upstream that is no plain base URL is refused, and not repeated in the error."""
+    """An upstream that is not a plain base URL is refused, and not repeated in the error."""
     given(upstream=text)
     (error,) = errors()
     assert error.startswith("ONCEGATE_UPSTREAM: ")
@@ -271,7 +271,7 @@ def test_upstream_refused(text, given):
     ],
 )
 def test_store_urls(url, shown, given):
-    """A store URL is kept as it is, and shown with its user but without its password."""
+    """A store URL stays unchanged, and is shown with its user and without its password."""
     given(store_url=url)
     settings = load()
     assert settings.store_url.get_secret_value() == url
@@ -319,14 +319,14 @@ def test_store_urls_refused(url, given):
 
 
 def test_lists_do_not_repeat_or_end_empty(given):
-    """A list that names nothing, or the same twice, is a slip and not a choice."""
+    """An empty list and a list with the same name twice are refused."""
     given(hosts=" , ", scope_headers="X-Tenant,x-tenant")
     assert errors() == ("ONCEGATE_HOSTS: is an empty list", "ONCEGATE_SCOPE_HEADERS: has the same name twice")
 
 
 @pytest.mark.parametrize("name", ["Connection", "te", "Content-Length", "Host", "Cookie", "a b", "é", ","])
 def test_key_headers_refused(name, given):
-    """A field that is hop-by-hop, framing, the tenant's or no field name at all cannot carry a key."""
+    """A hop-by-hop field, a framing field, a credential and a malformed name cannot carry a key."""
     given(key_header=name)
     (error,) = errors()
     assert error.startswith("ONCEGATE_KEY_HEADER: must ")
@@ -409,13 +409,13 @@ def test_unknown_variable(name, nearest, place, given, monkeypatch):
     ],
 )
 def test_injected_names_are_ignored(name, monkeypatch):
-    """What Kubernetes and Docker inject for a service called oncegate is no setting."""
+    """Variables that Kubernetes and Docker set for a service with the name oncegate are ignored."""
     monkeypatch.setenv(name, "tcp://10.0.0.1:8080")
     assert load().listen == Address("127.0.0.1", 8080)
 
 
 def test_names_beside_the_prefix_are_ignored(monkeypatch):
-    """Variables of other programs are none of our business, in the environment and in .env."""
+    """Variables of other programs are ignored, in the environment and in .env."""
     monkeypatch.setenv("ONCE_GATE", "x")
     Path(".env").write_text("LEASE_MS=1\nDATABASE_URL=x\n")
     assert load().lease_ms == 10_000
@@ -428,7 +428,7 @@ def test_names_in_lower_case(monkeypatch):
 
 
 def test_env_file(given):
-    """.env in the working directory sets what the environment leaves open; an empty variable leaves it open."""
+    """.env in the working directory sets variables that the environment does not set, or sets to nothing."""
     Path(".env").write_text('ONCEGATE_LEASE_MS=300\nexport ONCEGATE_NAMESPACE="mine"  # why\nONCEGATE_DRAIN_S=3\n')
     given(lease_ms="400", drain_s="")
     settings = load()
@@ -464,7 +464,7 @@ def test_content_of_a_file_is_checked(given):
 
 @pytest.mark.parametrize("name", ["secret", "store_url"])
 def test_secret_named_twice(name, given):
-    """A secret that is set and also named by a file is a contradiction, wherever each stands."""
+    """A secret that is set both directly and by a file is a contradiction, in the environment and in .env."""
     Path("held").write_text("redis://redis")
     Path(".env").write_text(f"{variable(name)}=redis://redis\n")
     given(**{f"{name}_file": "held"})
@@ -512,14 +512,14 @@ CLASHES = [
 
 @pytest.mark.parametrize(("values", "first", "second"), CLASHES)
 def test_contradiction(values, first, second, given):
-    """Settings that do not fit together are an error that names both."""
+    """Two settings that contradict each other are an error that names both."""
     given(**values)
     found = [error for error in errors() if error.startswith(f"{variable(first)}: ")]
     assert any(error.endswith(f" {variable(second)}") for error in found)
 
 
 def test_every_contradiction_has_a_case():
-    """Every contradiction that is looked for is tested."""
+    """Each row of the table of contradictions has a test."""
     assert {(first, second) for _, first, second in CLASHES} == {(row[0], row[2]) for row in CONTRADICTIONS}
 
 
@@ -535,13 +535,13 @@ def test_every_contradiction_has_a_case():
     ],
 )
 def test_limits_that_just_fit(values, given):
-    """What just fits together is no contradiction."""
+    """Values at the limit of a contradiction are accepted."""
     given(**values)
     load()
 
 
 def test_no_temporary_folder(monkeypatch, given):
-    """Where no temporary folder can be used, the setting that would name one is the error."""
+    """Without a usable temporary folder, the error names the setting for that folder."""
     monkeypatch.setattr("tempfile.gettempdir", lambda: (_ for _ in ()).throw(FileNotFoundError()))
     monkeypatch.setattr("os.access", lambda *_: False)
     assert errors() == ("ONCEGATE_SPOOL_DIR: must be a writable folder to hold ONCEGATE_MAX_SPOOL_BYTES",)
@@ -554,21 +554,21 @@ RESERVED_VALUES = {
 
 @pytest.mark.parametrize("row", RESERVED)
 def test_later(row, given):
-    """What comes later is refused, with what to use now."""
+    """A reserved value is refused, with advice on what to use now."""
     name, _, word = row.partition("=")
     given(**{name: RESERVED_VALUES.get(row, word)})
     assert errors() == (f"{variable(name)}: is not available in this version; {RESERVED[row]}",)
 
 
 def test_later_is_complete():
-    """Every choice that the design names and this version lacks has its refusal."""
+    """Each reserved value has its refusal."""
     assert set(RESERVED) == {
         *("store_url=postgresql", "on_duplicate=join"),
     }
 
 
 def test_describe(given):
-    """What is in effect is said one variable a line, in the form in which it could be set."""
+    """`describe` has one line for each variable, in the form in which it can be set."""
     given(hosts="b.example,a.example", retention_s="3600", secret=CANARY, trusted_proxies="10.0.0.0/8")
     lines = describe(load()).splitlines()
     assert [line.partition(" = ")[0] for line in lines] == [variable(name) for name in Settings.model_fields]
@@ -601,7 +601,7 @@ def test_no_secret_is_shown(given):
 
 
 def test_table():
-    """The README's table has one row a setting, each with its default and a sentence."""
+    """The reference table has one row for each setting, with its default and its description."""
     head, rule, *rows = table().splitlines()
     assert (head, rule) == ("| variable | default | meaning |", "|---|---|---|")
     assert [row.split("`")[1] for row in rows] == [variable(name) for name in Settings.model_fields]
@@ -615,7 +615,7 @@ def test_table():
 
 
 def test_table_does_not_depend_on_the_environment(given):
-    """The table is the same whatever is set."""
+    """The reference table does not depend on the environment."""
     before = table()
     given(secret=CANARY, lease_ms="300")
     assert table() == before

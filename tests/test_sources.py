@@ -1,4 +1,4 @@
-"""Where a key is found: each source, joined, one in place of another; and never another key by silence."""
+"""Key sources: each alone, joined, and as alternatives; and how a request is identified under a policy."""
 
 import random
 
@@ -57,7 +57,7 @@ SINGLE = {
 
 @pytest.mark.parametrize("case", SINGLE)
 def test_each_source_alone(case):
-    """A header alone names the same key as without a rule; every other kind names one that no header can."""
+    """A single header yields the same key as without a rule. Other sources yield keys that no header can have."""
     text, request, body, key = SINGLE[case]
     found = extract_key(sources(text), SourceInput(request, body, derived=b"D"))
     assert isinstance(found, ExtractedKey)
@@ -105,7 +105,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_what_cannot_be_a_key(case):
-    """Malformed, repeated, too long, or only a part of it: no key, and not the next alternative's either."""
+    """A malformed, repeated, too long or incomplete value is a bad key, and no alternative is tried after it."""
     text, request, body = BAD[case]
     assert isinstance(extract_key(sources(text), SourceInput(request, body)), BadKey)
     assert isinstance(extract_key(sources(text, "path:1"), SourceInput(request, body)), BadKey)
@@ -116,7 +116,7 @@ def test_a_spooled_body_is_not_looked_into():
 
 
 def test_joined_parts_keep_their_limits():
-    """("a", "bc") and ("ab", "c") are two keys; a header's quotes do not count, and any value can be a part."""
+    """("a", "bc") and ("ab", "c") are two keys. A header's quotes do not count, and any value can be a part."""
     two = sources("header:A + header:B")
     keys = {
         extract_key(two, SourceInput(head((b"a", one), (b"b", other)))).key  # type: ignore[union-attr]
@@ -128,7 +128,7 @@ def test_joined_parts_keep_their_limits():
 
 
 def test_alternatives_in_their_order():
-    """The first that is there is taken, whatever the later ones would say."""
+    """The first alternative with a value is the key, whatever the later ones have."""
     either = sources("header:ce-source + header:ce-id", "body:/source + body:/id")
     binary = head((b"ce-source", b"/s"), (b"ce-id", b"1"))
     structured = b'{"source": "/s", "id": "1"}'
@@ -152,7 +152,7 @@ LLM = sources("header:Idempotency-Key", "derived:3600", mark=MARK)
     [(b"0", (1, True)), (b"1", (0, False)), (b" 2 ", (0, False)), (b"00", (1, True)), (b"9999", (0, False))],
 )
 def test_a_marked_request(mark, expected):
-    """Try 0 is a new intent that takes over what is complete; later ones are answered by the newest, however old."""
+    """Retry count 0 is a new request and takes over a complete record. A higher one gets that record, however old."""
     found = extract_key(LLM, SourceInput(head((MARK, mark)), b"", derived=b"D"))
     assert isinstance(found, ExtractedKey)
     assert (found.window_ms, found.fresh) == expected
@@ -160,7 +160,7 @@ def test_a_marked_request(mark, expected):
 
 @pytest.mark.parametrize("pairs", [[], [(MARK, b"")], [(MARK, b"x")], [(MARK, b"-1")], [(MARK, b"0"), (MARK, b"1")]])
 def test_an_unmarked_request_has_no_derived_key(pairs):
-    """Without knowing which try it is, two equal prompts cannot be told from a retry; not even the body is needed."""
+    """Without a retry count a request has no derived key, and its body is not needed to know that."""
     assert isinstance(extract_key(LLM, SourceInput(head(*pairs))), Missing)
 
 
@@ -245,7 +245,7 @@ PARTS = {
     "parts", PARTS, ids=lambda parts: "all" if parts is None else "+".join(sorted(parts)) or "none"
 )
 def test_the_parts_of_a_fingerprint(parts):
-    """What a rule leaves out may differ under the same key, everything else may not."""
+    """Parts that a rule leaves out of the fingerprint can differ under the same key; all others cannot."""
     policy = changed(fingerprint=parts)
     usual = named(policy, head(), b"body", b"k").fingerprint
     differs = set()
@@ -263,7 +263,7 @@ def test_the_parts_of_a_fingerprint(parts):
 
 
 def test_what_a_connection_says_again_is_named_as_if_it_were_new():
-    """Whatever was said on it before, under whichever rule."""
+    """With the memo of a connection, each request has the same scope and fingerprint as without it."""
     dice, familiar = random.Random(3), ScopeMemo(DIGESTS)
     policies = [
         POLICY,
@@ -301,7 +301,7 @@ def test_the_host_counts_where_it_is_passed_on():
 
 @pytest.mark.parametrize("parts", [None, frozenset(), frozenset({"method"})])
 def test_a_derived_key_is_the_whole_request(parts):
-    """Whatever enters the fingerprint: another body, method, target or type is another derived key."""
+    """A derived key depends on body, method, target and type, whatever the fingerprint leaves out."""
     policy = changed(sources=sources("derived:10"), fingerprint=parts)
     usual = named(policy, head(), b"body")
     assert usual.window_ms == 10_000
@@ -329,7 +329,8 @@ def test_a_derived_key_is_the_whole_request(parts):
     ],
 )
 def test_what_becomes_of_a_request_without_a_key(key, required, pass_bad, missing_passes, bad_passes):
-    """Headers are optional where the rule does not require them; all else is refused unless the rule lets it pass."""
+    """A missing header is allowed unless the rule requires a key. Any other lack of a key is refused unless the rule
+    passes it."""
     for policy in (
         changed(sources=sources(key), key_required=required, pass_bad_keys=pass_bad),
         *([changed(key_required=required, pass_bad_keys=pass_bad)] if key == "header:A" else []),
@@ -347,7 +348,7 @@ def test_without_a_rule_the_head_has_the_key():
 
 
 def test_scopes_beyond_headers():
-    """A segment or a parameter tells tenants apart, in its place among the headers; ambiguity is refused."""
+    """A path segment or a query parameter can identify the tenant. An ambiguous value is refused."""
     policy = changed(scope_headers=(b"authorization", b"path:1"), scope_sources=(parse_source("path:1"),))
     scopes = [
         scope_of(policy, DIGESTS, head(*pairs, target=target))
