@@ -443,6 +443,13 @@ async def test_a_credential_of_one_attempt_cannot_be_a_scope(standing, behind, v
     assert through.status == 200
 
 
+async def test_the_type_of_a_problem_is_a_link_to_the_docs(proxies, upstream, valkey):
+    """With DOCS_URL the `type` of a problem is a link to its section; a slash at the URL's end does not matter."""
+    gate = proxies(upstream, valkey.url, KEY_REQUIRED="true", DOCS_URL="https://git.test/oncegate/docs/")
+    answer = await ask(gate.port, request(key=None))
+    assert answer.problem["type"] == "https://git.test/oncegate/docs/reference/answers.md#key-missing"
+
+
 async def test_a_required_key_that_is_missing_is_asked_for(proxies, upstream, valkey):
     """With KEY_REQUIRED a guarded method without a key gets 400 key-missing; other methods pass."""
     gate = proxies(upstream, valkey.url, KEY_REQUIRED="true", KEY_HEADER="X-Once", METHODS="POST,PUT")
