@@ -18,7 +18,7 @@ from oncegate.downstream.minimum_rate import MinimumRate
 from oncegate.downstream.request import Request
 from oncegate.downstream.response import ResponseWriter
 from oncegate.service.service import Service
-from oncegate.settings.loading import load
+from oncegate.settings.loading import load_settings
 from tests.parts import RawClient, ask, chunk, read_answer, request, until
 
 LIMIT = 3 << 20
@@ -239,7 +239,7 @@ async def service(upstream, valkey, tmp_path, monkeypatch) -> AsyncIterator[Serv
         "CLIENT_STALL_S": "0.5",
     }.items():
         monkeypatch.setenv(f"ONCEGATE_{name}", value)
-    settings = load()
+    settings = load_settings()
     service = Service(settings, settings.store_url.get_secret_value(), structlog.testing.CapturingLogger())
     await service.start()
     yield service

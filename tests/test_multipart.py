@@ -9,7 +9,7 @@ import pytest
 import requests
 
 from oncegate.keys.documents import MAX_FIELDS, MAX_VALUE_BYTES, Missing
-from oncegate.keys.multipart import MAX_HEAD_BYTES, multipart_value
+from oncegate.keys.multipart import MAX_PART_HEAD_BYTES, multipart_value
 from oncegate.keys.syntax import BadKey
 
 TYPE = b"multipart/form-data; boundary=XyZ"
@@ -112,7 +112,7 @@ BAD = {
     "a name in single quotes": named(b"name='token'") + TOKEN + END,
     "a form in a form": part(TYPED + b"Content-Type: Multipart/mixed; boundary=a") + END,
     "lines of LF alone": TOKEN.replace(b"\r\n", b"\n") + END,
-    "a long head": named(b'name="token"; x="%s"' % (b"y" * MAX_HEAD_BYTES)) + END,
+    "a long head": named(b'name="token"; x="%s"' % (b"y" * MAX_PART_HEAD_BYTES)) + END,
     "too many": named(b'name="a"') * MAX_FIELDS + TOKEN + END,
 }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from oncegate.keys.sources import KINDS as SOURCES
 from oncegate.messages.problems import KINDS
 from oncegate.rules.fields import RULE, UPSTREAM
-from oncegate.rules.loading import load
+from oncegate.rules.loading import load_rules
 from oncegate.rules.presets import pages
 from oncegate.settings.loading import table
 from oncegate.settings.settings import Settings
@@ -48,4 +48,4 @@ def test_the_rules_that_are_shown_can_be_used(tmp_path):
     example = RULES.partition("```toml\n")[2].partition("```")[0]
     (tmp_path / "rules.toml").write_text(example)
     settings = Settings(upstream="http://api.test", rules_file=str(tmp_path / "rules.toml"))
-    assert [rule.name for rule in load(settings).rules] == ["stripe events", "orders"]
+    assert [rule.name for rule in load_rules(settings).rules] == ["stripe events", "orders"]

@@ -9,7 +9,7 @@ from oncegate.keys.sources import KeySources, parse_source
 from oncegate.messages.fields import by_name
 from oncegate.messages.request_head import RequestHead
 from oncegate.rules.fields import OF_UPSTREAMS, RULE, SHARED, UPSTREAM
-from oncegate.rules.loading import load
+from oncegate.rules.loading import load_rules
 from oncegate.rules.model import Rule, Rules
 from oncegate.rules.presets import PRESETS
 from oncegate.settings.addresses import Origin
@@ -29,7 +29,7 @@ def rules(tmp_path: Path, monkeypatch):
     def read(text: str | bytes, **settings: object) -> Rules:
         file = Path("rules.toml")
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return load(Settings(**{"upstream": URL, "rules_file": str(file), **settings}))
+        return load_rules(Settings(**{"upstream": URL, "rules_file": str(file), **settings}))
 
     return read
 
@@ -546,10 +546,10 @@ def test_a_file_that_cannot_be_read(tmp_path):
     """A file that vanished or is too large is refused."""
     settings = Settings(upstream=URL).model_copy(update={"rules_file": tmp_path / "none.toml"})
     with pytest.raises(SettingsError, match=r"none\.toml: cannot be read: No such file"):
-        load(settings)
+        load_rules(settings)
     (tmp_path / "big.toml").write_bytes(b"#" * 5_000_000)
     with pytest.raises(SettingsError, match="is over"):
-        load(settings.model_copy(update={"rules_file": tmp_path / "big.toml"}))
+        load_rules(settings.model_copy(update={"rules_file": tmp_path / "big.toml"}))
 
 
 def chosen(rules: Rules, *asked: RequestHead) -> list[str]:

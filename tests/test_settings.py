@@ -10,7 +10,7 @@ from pydantic import SecretStr, ValidationError
 
 from oncegate.settings.addresses import Address, Origin
 from oncegate.settings.contradictions import CONTRADICTIONS
-from oncegate.settings.loading import describe, load, table
+from oncegate.settings.loading import describe, load_settings, table
 from oncegate.settings.settings import RESERVED, Settings, SettingsError
 from oncegate.testing.faults import Fault
 
@@ -139,7 +139,7 @@ def given(monkeypatch):
 
 def errors() -> tuple[str, ...]:
     with pytest.raises(SettingsError) as caught:
-        load()
+        load_settings()
     return caught.value.errors
 
 
@@ -151,7 +151,7 @@ def test_every_setting_has_a_case():
 @pytest.mark.parametrize("name", CASES)
 def test_default(name):
     """With nothing but the upstream named, a setting has its documented default."""
-    value = getattr(load(), name)
+    value = getattr(load_settings(), name)
     assert value == CASES[name][0]
     assert type(value) is type(CASES[name][0])
 
@@ -160,7 +160,7 @@ def test_default(name):
 def test_override(name, given):
     """A variable sets its setting, parsed for use."""
     given(**BESIDE.get(name, {}), **{name: CASES[name][1]})
-    value = getattr(load(), name)
+    value = getattr(load_settings(), name)
     assert value == CASES[name][2]
     assert type(value) is type(CASES[name][2])
 
@@ -178,7 +178,7 @@ def test_bad_value(name, given):
 def test_empty_counts_as_unset(name, given):
     """An empty variable counts as unset, because compose files pass unset variables as empty ones."""
     given(**{name: ""})
-    assert getattr(load(), name) == CASES[name][0]
+    assert getattr(load_settings(), name) == CASES[name][0]
 
 
 def test_upstream_is_required(monkeypatch):
@@ -190,7 +190,7 @@ def test_upstream_is_required(monkeypatch):
 def test_settings_do_not_change():
     """Settings are frozen."""
     with pytest.raises(ValidationError, match="frozen"):
-        load().lease_ms = 5
+        load_settings().lease_ms = 5
 
 
 @pytest.mark.parametrize(
@@ -207,10 +207,10 @@ def test_settings_do_not_change():
 def test_upstream_forms(text, origin, authority, given):
     """An upstream is a name or an address, with or without port and path prefix, and reads back the same."""
     given(upstream=text)
-    assert load().upstream == origin
+    assert load_settings().upstream == origin
     assert origin.authority == authority
     given(upstream=str(origin))
-    assert load().upstream == origin
+    assert load_settings().upstream == origin
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_upstream_refused(text, given):
 def test_store_urls(url, shown, given):
     """A store URL stays unchanged, and is shown with its user and without its password."""
     given(store_url=url)
-    settings = load()
+    settings = load_settings()
     assert settings.store_url.get_secret_value() == url
     assert f"ONCEGATE_STORE_URL = {shown}\n" in describe(settings)
     assert CANARY not in describe(settings) + repr(settings) + str(settings)
@@ -355,7 +355,7 @@ def test_the_exception_reads_as_its_errors(given):
     """The exception's text is its errors, one a line."""
     given(lease_ms="1", drain_s="x")
     with pytest.raises(SettingsError) as caught:
-        load()
+        load_settings()
     assert str(caught.value) == ("ONCEGATE_LEASE_MS: must be at least 200\nONCEGATE_DRAIN_S: must be a number")
 
 
@@ -411,27 +411,27 @@ def test_unknown_variable(name, nearest, place, given, monkeypatch):
 def test_injected_names_are_ignored(name, monkeypatch):
     """Variables that Kubernetes and Docker set for a service with the name oncegate are ignored."""
     monkeypatch.setenv(name, "tcp://10.0.0.1:8080")
-    assert load().listen == Address("127.0.0.1", 8080)
+    assert load_settings().listen == Address("127.0.0.1", 8080)
 
 
 def test_names_beside_the_prefix_are_ignored(monkeypatch):
     """Variables of other programs are ignored, in the environment and in .env."""
     monkeypatch.setenv("ONCE_GATE", "x")
     Path(".env").write_text("LEASE_MS=1\nDATABASE_URL=x\n")
-    assert load().lease_ms == 10_000
+    assert load_settings().lease_ms == 10_000
 
 
 def test_names_in_lower_case(monkeypatch):
     """A variable's name may be in lower case."""
     monkeypatch.setenv("oncegate_lease_ms", "300")
-    assert load().lease_ms == 300
+    assert load_settings().lease_ms == 300
 
 
 def test_env_file(given):
     """.env in the working directory sets variables that the environment does not set, or sets to nothing."""
     Path(".env").write_text('ONCEGATE_LEASE_MS=300\nexport ONCEGATE_NAMESPACE="mine"  # why\nONCEGATE_DRAIN_S=3\n')
     given(lease_ms="400", drain_s="")
-    settings = load()
+    settings = load_settings()
     assert (settings.lease_ms, settings.namespace, settings.drain_s) == (400, "mine", 3.0)
 
 
@@ -450,7 +450,7 @@ def test_secret_from_a_file(name, place, given):
         Path(".env").write_text(f"{variable(name)}_FILE=held\n")
     else:
         given(**{f"{name}_file": "held"})
-    assert getattr(load(), name).get_secret_value() == "redis://:pass@redis"
+    assert getattr(load_settings(), name).get_secret_value() == "redis://:pass@redis"
 
 
 def test_content_of_a_file_is_checked(given):
@@ -537,7 +537,7 @@ def test_every_contradiction_has_a_case():
 def test_limits_that_just_fit(values, given):
     """Values at the limit of a contradiction are accepted."""
     given(**values)
-    load()
+    load_settings()
 
 
 def test_no_temporary_folder(monkeypatch, given):
@@ -570,7 +570,7 @@ def test_later_is_complete():
 def test_describe(given):
     """`describe` has one line for each variable, in the form in which it can be set."""
     given(hosts="b.example,a.example", retention_s="3600", secret=CANARY, trusted_proxies="10.0.0.0/8")
-    lines = describe(load()).splitlines()
+    lines = describe(load_settings()).splitlines()
     assert [line.partition(" = ")[0] for line in lines] == [variable(name) for name in Settings.model_fields]
     for line in (
         "ONCEGATE_UPSTREAM = http://upstream:9000",
@@ -588,11 +588,11 @@ def test_describe(given):
 def test_no_secret_is_shown(given):
     """A secret appears in no description, error or repr."""
     given(secret=CANARY, store_url=f"redis://app:{CANARY}@redis")
-    settings = load()
+    settings = load_settings()
     assert CANARY not in describe(settings) + repr(settings) + str(settings)
     given(lease_ms="1", store_url=f"redis://app:{CANARY}@redis/x")
     with pytest.raises(SettingsError) as caught:
-        load()
+        load_settings()
     assert CANARY not in str(caught.value) + repr(caught.value)
     assert caught.value.__cause__ is None
     with pytest.raises(ValidationError) as raw:

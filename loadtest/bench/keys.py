@@ -17,8 +17,8 @@ from oncegate.keys.digests import Digests, Scope
 from oncegate.keys.syntax import parse_key
 from oncegate.messages.fields import by_name
 from oncegate.messages.request_head import RequestHead
-from oncegate.rules.identity import Identity, asked, key_in_head, name
-from oncegate.rules.loading import load
+from oncegate.rules.identity import Identity, ScopedRequest, fingerprint_parts, identify, key_in_head
+from oncegate.rules.loading import load_rules
 from oncegate.rules.policy import Policy
 from oncegate.settings.settings import Settings
 
@@ -34,7 +34,7 @@ def policies() -> dict[str, Policy]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "rules.toml")
         file.write_text(text)
-        rules = load(Settings(upstream="http://127.0.0.1:9", rules_file=str(file)))  # type: ignore[arg-type]
+        rules = load_rules(Settings(upstream="http://127.0.0.1:9", rules_file=str(file)))  # type: ignore[arg-type]
     return {rule.name: rule.policy for rule in rules.rules}
 
 
@@ -44,13 +44,13 @@ def document(size: int) -> bytes:
     return json.dumps({"id": ID, "type": "invoice.paid", "data": {"lines": lines}}).encode()
 
 
-def named(policy: Policy, digests: Digests, head: RequestHead, scope: Scope, body: Body) -> object:
+def identity(policy: Policy, digests: Digests, head: RequestHead, scope: Scope, body: Body) -> object:
     """Compute a request's digests as the request path does, from its head and its body."""
     plain = policy.sources is None and (lines := head.fields.get(policy.key_header)) is not None
     key = parse_key(lines) if plain else key_in_head(policy, head)
     if isinstance(key, bytes):
-        return digests.key(scope, key), digests.fingerprint(asked(policy, head), body.blocks())
-    return name(policy, digests, head, scope, None, body)
+        return digests.key(scope, key), digests.fingerprint(fingerprint_parts(policy, head), body.blocks())
+    return identify(policy, digests, ScopedRequest(head, scope, None, body))
 
 
 def turn(work: Callable[[], object]) -> float:
@@ -69,7 +69,7 @@ def measure(size: int) -> dict[str, float]:
     scope = digests.scope(b"default", head.fields, (b"authorization",))
     assert isinstance(scope, Scope)
     works = {
-        source: (lambda policy=policy: named(policy, digests, head, scope, body))
+        source: (lambda policy=policy: identity(policy, digests, head, scope, body))
         for source, policy in policies().items()
     }
     assert all(isinstance(work(), tuple | Identity) for work in works.values())

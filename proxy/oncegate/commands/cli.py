@@ -11,9 +11,9 @@ from typing import Any
 
 from oncegate import __version__
 from oncegate.commands import explain
-from oncegate.rules.loading import load as load_rules
+from oncegate.rules.loading import load_rules
 from oncegate.rules.model import Rules
-from oncegate.settings.loading import describe, load
+from oncegate.settings.loading import describe, load_settings
 from oncegate.settings.settings import Settings, SettingsError
 
 PROBE_TIMEOUT_S = 3.0
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command == "demo":
         return _demo(options)
     try:
-        settings = load()
+        settings = load_settings()
         rules = load_rules(settings)
     except SettingsError as error:
         print(error, file=sys.stderr)

@@ -16,11 +16,11 @@ from oncegate.keys.sources import (
     FormField,
     Header,
     KeySources,
-    Kind,
     Member,
     Parameter,
     Segment,
     Source,
+    SourceKind,
     longest_window_ms,
 )
 from oncegate.keys.syntax import BadKey, parse_key
@@ -106,7 +106,7 @@ def _header_key(header: Header, head: RequestHead) -> ExtractedKey | Missing | B
     return key if isinstance(key, BadKey) else ExtractedKey(key)
 
 
-def _read(kind: Kind, given: SourceInput) -> bytes | Missing | BadKey:
+def _read(kind: SourceKind, given: SourceInput) -> bytes | Missing | BadKey:
     head = given.head
     match kind:
         case Header():

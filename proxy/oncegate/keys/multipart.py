@@ -10,7 +10,7 @@ from oncegate.keys.documents import MAX_BYTES, MAX_FIELDS, MAX_VALUE_BYTES, Miss
 from oncegate.keys.syntax import BadKey
 
 # Of the head of one part.
-MAX_HEAD_BYTES = 4096
+MAX_PART_HEAD_BYTES = 4096
 
 # `; name="quoted"` or `; name=bare` (RFC 9110, section 5.6.6). Without a bare value that begins with ', and
 # possessive, so that matching takes linear time.
@@ -102,7 +102,7 @@ def _split(part: bytes) -> tuple[dict[bytes, bytes], bytes] | None:
     # Spaces may stand between a boundary and its line end (RFC 2046, section 5.1.1).
     padding, line_end, rest = part.partition(b"\r\n")
     head, head_end, body = rest.partition(b"\r\n\r\n")
-    if padding.strip(b" \t") or not line_end or not head_end or len(head) > MAX_HEAD_BYTES:
+    if padding.strip(b" \t") or not line_end or not head_end or len(head) > MAX_PART_HEAD_BYTES:
         return None
     if _NOT_IN_A_HEAD.search(head.replace(b"\r\n", b"")):
         return None

@@ -56,7 +56,7 @@ class Derived:
     window_ms: int
 
 
-Kind = Header | Member | FormField | Parameter | Segment | Derived
+SourceKind = Header | Member | FormField | Parameter | Segment | Derived
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +64,14 @@ class Source:
     """One source. `text`: its spelling in the rule, which enters joined keys: two kinds never yield the same key."""
 
     text: str
-    kind: Kind
+    kind: SourceKind
 
     @property
     def needs_body(self) -> bool:
         return isinstance(self.kind, Member | FormField | Derived)
 
 
-def longest_window_ms(kinds: Iterable[Kind]) -> int:
+def longest_window_ms(kinds: Iterable[SourceKind]) -> int:
     """Return the longest window of the derived keys among these sources, 0 without any."""
     return max((kind.window_ms for kind in kinds if isinstance(kind, Derived)), default=0)
 
@@ -95,7 +95,7 @@ class KeySources:
         return all(isinstance(kind, Header) or (counts_retries and isinstance(kind, Derived)) for kind in self._kinds)
 
     @property
-    def _kinds(self) -> list[Kind]:
+    def _kinds(self) -> list[SourceKind]:
         return [source.kind for sources in self.alternatives for source in sources]
 
     @property
@@ -140,7 +140,7 @@ def _derived(text: str) -> Derived:
     return Derived(round(float(text) * 1000))
 
 
-KINDS: dict[str, Callable[[str], Kind]] = {
+KINDS: dict[str, Callable[[str], SourceKind]] = {
     "header": _header,
     "body": lambda text: Member(parse_pointer(text)),
     "form": lambda text: FormField(_name(text)),

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class ProblemKind:
     """One row of the table of problems.
 
     `retryable`: whether sending the request again can help. `reuse_key`: whether the retry may carry the same
@@ -33,36 +33,42 @@ class Kind:
 
 
 KINDS = {
-    "key-missing": Kind(400, "This request needs an idempotency key", False, None),
-    "key-invalid": Kind(400, "The idempotency key cannot be used", False, False),
-    "scope-unstable": Kind(400, "The credential changes with every request", False, False),
-    "key-reused": Kind(422, "The idempotency key was used for another request", False, False),
-    "in-flight": Kind(409, "The original request is still running", True, True),
-    "outcome-unknown": Kind(409, "The outcome of the original request is not known", False, None),
-    "response-not-kept": Kind(409, "The original request completed; its response was not stored", False, False),
-    "body-too-large": Kind(413, "The request's body is too large", False, True, idempotency=False),
-    "store-unavailable": Kind(503, "The store did not confirm the claim; nothing was sent", True, True, False),
-    "overloaded": Kind(503, "The proxy is at its limit; nothing was sent", True, True, False),
-    "upstream-unreachable": Kind(502, "The upstream could not be reached; nothing was sent", True, True, False),
-    "upstream-lost": Kind(502, "The upstream got the request and sent no complete response", False, None, False),
-    "upstream-timeout": Kind(504, "The upstream got the request and did not respond in time", False, None, False),
-    "record-corrupt": Kind(500, "The stored record fails its own checks", False, None, False),
-    "answer-not-stored": Kind(
+    # oncegate cannot use the key or the credential. Nothing was sent.
+    "key-missing": ProblemKind(400, "This request needs an idempotency key", False, None),
+    "key-invalid": ProblemKind(400, "The idempotency key cannot be used", False, False),
+    "scope-unstable": ProblemKind(400, "The credential changes with every request", False, False),
+    # A record under the same key decided. This request was not sent.
+    "key-reused": ProblemKind(422, "The idempotency key was used for another request", False, False),
+    "in-flight": ProblemKind(409, "The original request is still running", True, True),
+    "outcome-unknown": ProblemKind(409, "The outcome of the original request is not known", False, None),
+    "response-not-kept": ProblemKind(409, "The original request completed; its response was not stored", False, False),
+    # Nothing was sent, so that the same key can be used again.
+    "body-too-large": ProblemKind(413, "The request's body is too large", False, True, idempotency=False),
+    "store-unavailable": ProblemKind(503, "The store did not confirm the claim; nothing was sent", True, True, False),
+    "overloaded": ProblemKind(503, "The proxy is at its limit; nothing was sent", True, True, False),
+    "upstream-unreachable": ProblemKind(502, "The upstream could not be reached; nothing was sent", True, True, False),
+    # The upstream may have executed the request, so that the key is unknown.
+    "upstream-lost": ProblemKind(502, "The upstream got the request but sent no full response", False, None, False),
+    "upstream-timeout": ProblemKind(504, "The upstream got the request but sent nothing in time", False, None, False),
+    # Only an operator can say whether the request was executed.
+    "record-corrupt": ProblemKind(500, "The stored record fails its own checks", False, None, False),
+    # The request was executed. A retry gets the response if it is stored by then, else `outcome-unknown`.
+    "answer-not-stored": ProblemKind(
         502, "The upstream responded; the store did not confirm the response in time", True, True, False
     ),
 }
 # Requests that are refused before oncegate looks for a key, by status. They share one code and have no slug.
 REFUSALS = {
-    400: Kind(400, "The request cannot be understood", False, None, False),
-    405: Kind(405, "This method is not served", False, None, False),
-    408: Kind(408, "The request did not arrive in time", True, True, False),
-    417: Kind(417, "This expectation cannot be met", False, None, False),
-    421: Kind(421, "This host is not served here", False, None, False),
-    431: Kind(431, "The header section is too large", False, None, False),
-    500: Kind(500, "The proxy failed", False, None, False),
-    501: Kind(501, "This is not supported", False, None, False),
-    503: Kind(503, "The proxy is at its limit; nothing was sent", True, True, False),
-    505: Kind(505, "This version of HTTP is not supported", False, None, False),
+    400: ProblemKind(400, "The request cannot be understood", False, None, False),
+    405: ProblemKind(405, "This method is not served", False, None, False),
+    408: ProblemKind(408, "The request did not arrive in time", True, True, False),
+    417: ProblemKind(417, "This expectation cannot be met", False, None, False),
+    421: ProblemKind(421, "This host is not served here", False, None, False),
+    431: ProblemKind(431, "The header section is too large", False, None, False),
+    500: ProblemKind(500, "The proxy failed", False, None, False),
+    501: ProblemKind(501, "This is not supported", False, None, False),
+    503: ProblemKind(503, "The proxy is at its limit; nothing was sent", True, True, False),
+    505: ProblemKind(505, "This version of HTTP is not supported", False, None, False),
 }
 _ONE_SECOND = 1
 
@@ -74,7 +80,7 @@ class Problem:
     `retry_after_s`: the value of Retry-After, None for no such field. `members`: further members of the body.
     """
 
-    kind: Kind
+    kind: ProblemKind
     slug: str
     detail: str
     retry_after_s: int | None = None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 TABLES = ("rule", "upstream")
-MAX_BYTES = 4_194_304
+MAX_FILE_BYTES = 4_194_304
 
 # `[[rule]]`, or `[rule.headers]` with `headers` as the nested table.
 _HEADER = re.compile(r"\s*\[\[?\s*[\"']?(?P<table>[\w-]+)[\"']?\s*(?:\.\s*(?P<nested>[^\]]+?)\s*)?\]\]?")
@@ -51,15 +51,15 @@ class Table:
         return f"{place}: {self.label}: {field + ': ' if field else ''}{reason}"
 
 
-def read(file: Path) -> list[Table]:
+def read_tables(file: Path) -> list[Table]:
     """Return all tables of a rules file, the rules and the upstreams each in their order. Raises FileError."""
     try:
         with file.open("rb") as opened:
-            content = opened.read(MAX_BYTES + 1)
+            content = opened.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise FileError([f"{file}: cannot be read: {error.strerror}"]) from None
-    if len(content) > MAX_BYTES:
-        raise FileError([f"{file}: is over {MAX_BYTES} bytes"])
+    if len(content) > MAX_FILE_BYTES:
+        raise FileError([f"{file}: is over {MAX_FILE_BYTES} bytes"])
     try:
         text = content.decode()
         document = tomllib.loads(text)

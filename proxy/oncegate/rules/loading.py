@@ -4,23 +4,23 @@ A rule's fields override those of its preset, which override the settings. Loadi
 all problems at once; while requests run, only `Rules.choose` is used.
 """
 
-from oncegate.rules.file import FileError, read
+from oncegate.rules.file import FileError, read_tables
 from oncegate.rules.model import Rules
-from oncegate.rules.reading import Reading
+from oncegate.rules.reading import RulesReader
 from oncegate.rules.resolution import default_rule
 from oncegate.settings.settings import Settings, SettingsError
 
 
-def load(settings: Settings) -> Rules:
+def load_rules(settings: Settings) -> Rules:
     """Return the rules in effect. Raises SettingsError with all problems of the file."""
     default = default_rule(settings)
     if settings.rules_file is None:
         return Rules((), default)
     try:
-        tables = read(settings.rules_file)
+        tables = read_tables(settings.rules_file)
     except FileError as error:
         raise SettingsError(error.errors) from None
-    reading = Reading(settings, settings.rules_file, default)
+    reading = RulesReader(settings, settings.rules_file, default)
     rules = reading.rules(tables)
     if reading.complaints:
         raise SettingsError(reading.complaints)

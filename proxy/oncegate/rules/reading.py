@@ -19,8 +19,8 @@ from oncegate.settings.settings import Settings
 from oncegate.settings.wording import variable_name
 
 
-class Reading:
-    """Reads the tables of one rules file. A reading serves once.
+class RulesReader:
+    """Reads the tables of one rules file. A reader serves one file.
 
     A problem does not end it, so that an operator sees all of them at once.
     """

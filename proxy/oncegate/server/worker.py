@@ -25,7 +25,7 @@ from oncegate.server.processes import die_with_parent
 from oncegate.server.signals import ExitCode, stop_events
 from oncegate.server.tuning import freeze_garbage_collection, grow_descriptor_table
 from oncegate.service.service import Service, Unsupported
-from oncegate.settings.loading import load
+from oncegate.settings.loading import load_settings
 from oncegate.settings.settings import Settings, SettingsError
 
 # A worker that is killed loses what it counted in this time.
@@ -56,7 +56,7 @@ def main(number: int, supervisor_pid: int, link: int, listeners: list[int], stor
     # By default SIGHUP would end the process: the supervisor forwards it to all workers for a reload.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        settings = load()
+        settings = load_settings()
     except SettingsError as error:
         print(error, file=sys.stderr)
         return ExitCode.CANNOT_START

@@ -27,7 +27,7 @@ from oncegate.observe.labels import STORE_LOSSES
 from oncegate.observe.logs import AccessLog
 from oncegate.observe.metrics import Metrics
 from oncegate.observe.outcome import RequestReport
-from oncegate.rules.loading import load as load_rules
+from oncegate.rules.loading import load_rules
 from oncegate.rules.model import Rule, Rules, Upstream
 from oncegate.service.drain import POLL_S, Drain, unless
 from oncegate.settings.settings import Settings, SettingsError

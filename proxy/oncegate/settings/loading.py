@@ -33,7 +33,7 @@ _SHOWN = {
 }
 
 
-def load() -> Settings:
+def load_settings() -> Settings:
     """Return the settings in effect. Raises SettingsError with all problems."""
     variables = _variables()
     contents, problems = _secrets_from_files(variables)

@@ -1,6 +1,6 @@
 """The settings: one field for each variable, with its type, its default and its description.
 
-The descriptions are the reference page. `loading.load` reads the environment and reports all problems at once,
+The descriptions are the reference page. `loading.load_settings` reads the environment and reports all problems at once,
 without repeating a secret; no other module reads the environment.
 """
 
@@ -66,7 +66,7 @@ class Settings(BaseSettings):
         env_ignore_empty=True,
         # Lists are comma lists, not JSON.
         enable_decoding=False,
-        # A .env serves other programs, too. `load` reports unknown names under our own prefix.
+        # A .env serves other programs, too. `load_settings` reports unknown names under our own prefix.
         extra="ignore",
         frozen=True,
         hide_input_in_errors=True,
