@@ -126,7 +126,7 @@ def ending(disposition: Disposition, body_stored: bool) -> Ending:
     if disposition is _RELEASE:
         return _DECLINED
     if disposition is _AMBIGUOUS:
-        return _LEFT_AMBIGUOUS
+        return _UNCLEAR
     assert_never(disposition)
 
 
@@ -141,7 +141,7 @@ _AMBIGUOUS: Final = Disposition.AMBIGUOUS
 _WHOLE: Final = Ending.COMPLETE
 _TOO_LARGE: Final = Ending.TOO_LARGE
 _DECLINED: Final = Ending.DECLINED
-_LEFT_AMBIGUOUS: Final = Ending.AMBIGUOUS
+_UNCLEAR: Final = Ending.AMBIGUOUS
 
 
 def must_reclaim(age_s: float, lease_ms: int) -> bool:

@@ -90,6 +90,7 @@ def _setting(name: str) -> Check:
         if isinstance(value, float) and value in (float("inf"), float("-inf")):
             raise ValueError("must be a finite number")
         try:
+            # Strict, because TOML has types: the text "5" is not the number 5.
             return adapter.validate_python(value, strict=True)
         except ValidationError as error:
             raise ValueError(complaint(error.errors(include_input=False)[0])) from None

@@ -68,6 +68,7 @@ def _variables() -> dict[str, str]:
         variables = [*dotenv_values(ENV_FILE, encoding="utf-8").items(), *os.environ.items()]
     except (OSError, UnicodeDecodeError):
         raise SettingsError([f"{ENV_FILE}: cannot be read as UTF-8 text"]) from None
+    # Pydantic accepts names in any case, too.
     return {name.upper(): value for name, value in variables if value and name.upper().startswith(PREFIX)}
 
 

@@ -166,8 +166,8 @@ class Settings(BaseSettings):
     )
     on_unknown: Literal["hold", "retry"] = Field(
         "hold",
-        description="What a retry does if the outcome of the original is unknown. `hold`: it is never executed (at "
-        "most once). `retry`: it is executed (at least once).",
+        description="What happens to a retry if the outcome of the original is unknown. `hold`: oncegate never "
+        "executes it (at most once). `retry`: oncegate executes it (at least once).",
     )
     on_store_down: Literal["refuse", "bypass"] = Field(
         "refuse",
@@ -187,7 +187,7 @@ class Settings(BaseSettings):
     )
     on_store_loss: Literal["continue", "quarantine"] = Field(
         "continue",
-        description="What happens after the store lost data, or may have. `continue`: oncegate serves on. "
+        description="What happens after the store lost data, or may have. `continue`: oncegate continues to serve. "
         "`quarantine`: it refuses keys without a record for `ONCEGATE_QUARANTINE_S`.",
     )
     quarantine_s: Seconds = Field(
@@ -241,7 +241,7 @@ class Settings(BaseSettings):
         1, ge=1, le=MAX_WORKERS, description="Processes that share the port. `auto`: one for each usable core."
     )
     drain_delay_s: SecondsOrZero = Field(
-        0, description="After SIGTERM, oncegate first serves on for this time while `/readyz` reports not ready."
+        0, description="After SIGTERM, oncegate continues to serve for this time, while `/readyz` reports not ready."
     )
     drain_s: SecondsOrZero = Field(
         25, description="After `ONCEGATE_DRAIN_DELAY_S`, running requests have this time to finish."
@@ -254,7 +254,7 @@ class Settings(BaseSettings):
     )
     access_log: Literal["off", "notable", "all"] = Field(
         "notable",
-        description="Which requests are logged. `off`: none. `notable`: all but first executions and forwarded "
+        description="Which requests are logged. `off`: none. `notable`: all but executions and forwarded "
         "requests without a key. `all`: every one.",
     )
     docs_url: OptionalUrl = Field(
