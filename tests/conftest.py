@@ -23,7 +23,7 @@ from tests.zygote import Forked, Zygote
 IN_PROCESS = (
     *(
         "test_body.py",
-        "test_client.py",
+        "test_response.py",
         "test_cluster.py",
         "test_durable.py",
         "test_leases.py",

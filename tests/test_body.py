@@ -16,7 +16,9 @@ from oncegate.downstream.body import MEMORY_BYTES, Bodies, Body, BrokenOff, NoRo
 from oncegate.downstream.listener import Listener
 from oncegate.downstream.minimum_rate import MinimumRate
 from oncegate.downstream.request import Request
-from oncegate.downstream.response import ResponseWriter
+from oncegate.known_heads.requests import HeadCache
+from oncegate.messages.fields import by_name
+from oncegate.messages.framing import COUNTED
 from oncegate.service.service import Service
 from oncegate.settings.loading import load_settings
 from tests.parts import RawClient, ask, chunk, read_answer, request, until
@@ -51,16 +53,12 @@ class Reading:
     def __post_init__(self) -> None:
         self.bodies = Bodies(self.memory, self.spool, str(self.spool_dir), LIMIT, self.pace)
 
-    async def __call__(self, asked: Request) -> ResponseWriter:
+    async def __call__(self, asked: Request) -> None:
         self.begun += 1
-        length = asked.message.headers.get("Content-Length")
-        chunked = "Transfer-Encoding" in asked.message.headers
-        here = self.bodies.here(asked.content, None if chunked else int(length or 0))
+        here = self.bodies.take(asked.content, by_name(asked.message.raw_headers))
         read = here or await self.bodies.read(asked.content)
         self.came.append(read)
-        client = ResponseWriter(asked, MinimumRate(5, 1))
-        client.send(200, b"OK", b"", type(read).__name__.encode())
-        return client
+        asked.response.send(200, b"OK", b"", type(read).__name__.encode(), COUNTED)
 
     async def one(self, port: int, raw: bytes) -> Body | TooLarge | NoRoom | BrokenOff:
         """Send one request and return what became of its body."""
@@ -82,7 +80,9 @@ def reading(tmp_path: Path) -> Reading:
 @asynccontextmanager
 async def listening(handler: object) -> AsyncIterator[int]:
     """Serve with a real listener on a port of its own, and yield it."""
-    listener = Listener(handler, max_connections=100, pace=MinimumRate(5, 1), observe=lambda _: None)
+    listener = Listener(
+        handler, max_connections=100, minimum_rate=MinimumRate(5, 1), observe=lambda _: None, head_cache=HeadCache()
+    )
     server = await asyncio.get_running_loop().create_server(listener, "127.0.0.1", 0)
     try:
         yield server.sockets[0].getsockname()[1]
@@ -203,15 +203,14 @@ async def test_a_streamed_body_says_how_it_broke():
     """Pass-through yields the bytes as they come; a pause too long and a break are different errors."""
     came: list[object] = []
 
-    async def handler(asked: Request) -> ResponseWriter:
-        client = ResponseWriter(asked, MinimumRate(5, 1))
+    async def handler(asked: Request) -> None:
+        client = asked.response
         try:
             async for block in stream(asked.content, MinimumRate(0.5, 1)):
                 came.append(block)
         except (TimeoutError, ConnectionError) as error:
             came.append(type(error))
-        client.send(200, b"OK", b"Connection: close\r\n", b"")
-        return client
+        client.send(200, b"OK", b"Connection: close\r\n", b"", COUNTED)
 
     async with listening(handler) as port:
         for rest, error in ((b"", TimeoutError), (b"no size\r\n", ConnectionError), (b"0\r\n\r\n", None)):

@@ -108,8 +108,8 @@ def test_a_kill_leaves_no_chance():
     code = (
         "from oncegate.testing.faults import *; import oncegate.keys.digests\n"
         "install([parse_fault('kill@head:1')], lambda event, **more: print(event))\n"
-        "import oncegate.gateway.handler\n"
-        "try: oncegate.gateway.handler.Gateway._enter(None)\n"
+        "import oncegate.gateway.first_step\n"
+        "try: oncegate.gateway.first_step.FirstStep.__call__(None, None)\n"
         "finally: print('alive')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)

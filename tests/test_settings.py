@@ -100,6 +100,7 @@ CASES: dict[str, tuple[object, str, object, str, str]] = {
         "must be http:// or https://",
     ),
     "rules_file": (None, "file.pem", PEM, "none.toml", "cannot be read: No such file"),
+    "head_cache": (True, "false", False, "maybe", "must be true or false"),
     "testing": (False, "1", True, "2", "must be true or false"),
     "fault": ((), "kill@claimed:1, pause@sent:2:300", FAULTS, "kill@nowhere:1", "has an unknown point"),
 }

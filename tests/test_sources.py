@@ -9,12 +9,12 @@ from oncegate.keys.documents import Missing
 from oncegate.keys.extraction import ExtractedKey, SourceInput, extract_key, scope_fields
 from oncegate.keys.sources import KeySources, parse_source
 from oncegate.keys.syntax import BadKey
+from oncegate.known_heads.memo import ConnectionMemo
 from oncegate.messages.fields import by_name
 from oncegate.messages.request_head import RequestHead
 from oncegate.rules.identity import (
     Identity,
     ScopedRequest,
-    ScopeMemo,
     fingerprint_parts,
     identify,
     key_in_head,
@@ -264,7 +264,7 @@ def test_the_parts_of_a_fingerprint(parts):
 
 def test_what_a_connection_says_again_is_named_as_if_it_were_new():
     """With the memo of a connection, each request has the same scope and fingerprint as without it."""
-    dice, familiar = random.Random(3), ScopeMemo(DIGESTS)
+    dice, memo = random.Random(3), ConnectionMemo()
     policies = [
         POLICY,
         changed(namespace=b"other"),
@@ -284,8 +284,8 @@ def test_what_a_connection_says_again_is_named_as_if_it_were_new():
         named = [name for name in values for _ in range(dice.choice((0, 0, 1, 1, 2)))]
         request = head(*[(name, dice.choice(values[name])) for name in named], target=dice.choice((b"/a", b"/b")))
         content = Content(dice.choice((b"", b"1")))
-        scope = familiar.scope(policy, request.fields)
-        fingerprint = finish_fingerprint(familiar.fingerprint_prefix(policy, request), content.blocks())
+        scope = memo.scope(DIGESTS, policy, request.fields)
+        fingerprint = finish_fingerprint(memo.fingerprint_prefix(DIGESTS, policy, request), content.blocks())
         assert scope == scope_of(policy, Digests(b""), request)
         assert fingerprint == DIGESTS.fingerprint(fingerprint_parts(policy, request), content.blocks())
         seen.add((scope if isinstance(scope, Scope) else None, fingerprint))

@@ -1,4 +1,4 @@
-"""Request bodies: whole before the claim where a key guards them, streamed where none does.
+"""Request bodies: read whole before the claim where a key guards them, streamed where none does.
 
 The bytes that are digested are the bytes that are sent: one buffer, or one spool file.
 """
@@ -14,11 +14,13 @@ from aiohttp import StreamReader
 
 from oncegate.buffers.memory import MemoryBudget
 from oncegate.downstream.minimum_rate import MinimumRate, RateWatch
-from oncegate.messages.head_cache import BufferedBody
+from oncegate.messages.fields import Fields
 
-MEMORY_BYTES = 1048576  # of one body; what is longer is spooled
+# Of one body. A longer one is spooled to disk.
+MEMORY_BYTES = 1048576
 BLOCK_BYTES = 262144
-AT_ONCE_BYTES = 65536
+# Up to this, aiohttp's buffer is taken directly where it is in one piece.
+ONE_PIECE_BYTES = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,29 +35,63 @@ class NoRoom:
 
 @dataclass(frozen=True, slots=True)
 class BrokenOff:
-    """The client left, was too slow or broke its own framing before the body was whole."""
+    """The client left, was too slow (`stalled`) or broke its own framing before the body was whole."""
 
     stalled: bool = False
 
 
+NoBody = TooLarge | NoRoom | BrokenOff
+
+
+class BufferedBody:
+    """A body that came in one segment with its head, in the place of aiohttp's StreamReader.
+
+    It is complete, so that nothing that happens to its client afterwards matters to it.
+    """
+
+    __slots__ = ("data",)
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def is_eof(self) -> bool:
+        return True
+
+    def exception(self) -> BaseException | None:
+        return None
+
+    def set_exception(self, exc: BaseException) -> None:
+        pass
+
+    def read_nowait(self) -> bytes:
+        data, self.data = self.data, b""
+        return data
+
+    def at_eof(self) -> bool:
+        return not self.data
+
+    async def readany(self) -> bytes:
+        return self.read_nowait()
+
+
 class Body:
-    """A whole request body, in memory or in an unlinked spool file; `close` gives its room back."""
+    """A whole request body, in memory or in an unlinked spool file. `close` gives its room back.
+
+    `data` are its bytes where it is in memory (not `spooled`), `size` their number in either case.
+    """
 
     def __init__(self, data: bytes, memory: MemoryBudget, spool: MemoryBudget, file: IO[bytes] | None = None) -> None:
         self.data, self._file = data, file
         self._memory, self._spool = memory, spool
+        self.spooled = file is not None
         self.size = len(data) if file is None else file.tell()
-
-    @property
-    def spooled(self) -> bool:
-        return self._file is not None
 
     def blocks(self) -> Iterable[bytes]:
         """Return the body from its start, in blocks."""
-        return (self.data,) if self._file is None else self._spooled(self._file.fileno())
+        return (self.data,) if self._file is None else self._spooled_blocks(self._file.fileno())
 
-    def _spooled(self, descriptor: int) -> Iterator[bytes]:
-        """Yield what was spooled; it is still in the page cache."""
+    def _spooled_blocks(self, descriptor: int) -> Iterator[bytes]:
+        """Yield what was spooled. It is still in the page cache."""
         offset = 0
         while block := os.pread(descriptor, BLOCK_BYTES, offset):
             offset += len(block)
@@ -67,6 +103,7 @@ class Body:
             yield block
 
     def close(self) -> None:
+        """Give its memory or its spool file back. A second call does nothing."""
         if self._file is not None:
             self._file.close()
             self._spool.give(self.size)
@@ -76,79 +113,85 @@ class Body:
 
 
 class Bodies:
-    """Reads request bodies within the worker's limits (all in bytes), as fast as `pace` asks for."""
+    """Reads request bodies within the worker's limits (in bytes), no slower than `minimum_rate` allows."""
 
     def __init__(
-        self, memory: MemoryBudget, spool: MemoryBudget, spool_dir: str | None, max_bytes: int, pace: MinimumRate
+        self,
+        memory: MemoryBudget,
+        spool: MemoryBudget,
+        spool_dir: str | None,
+        max_bytes: int,
+        minimum_rate: MinimumRate,
     ) -> None:
         self._memory, self._spool, self._spool_dir, self.max_bytes = memory, spool, spool_dir, max_bytes
-        self._pace = pace
+        self._minimum_rate = minimum_rate
 
-    def here(
-        self, content: StreamReader | BufferedBody, length: int | None, most: int | None = None
+    def take(
+        self, content: StreamReader | BufferedBody, fields: Fields, max_bytes: int | None = None
     ) -> Body | TooLarge | NoRoom | None:
-        """Return the whole body where it came with the head, as small ones do, or why there will be none.
+        """Return the body if it came with the head, as small ones do, or why there will be none.
 
-        None: it has to be read. `length`: what Content-Length states; `most`: another limit than the usual.
+        None: it has to be read first. `fields` are the head's; `max_bytes` replaces the usual limit.
         """
-        most = self.max_bytes if most is None else most
-        if length is not None and length > most:
+        stated_bytes = stated_length(fields)
+        max_bytes = self.max_bytes if max_bytes is None else max_bytes
+        if stated_bytes is not None and stated_bytes > max_bytes:
             return TooLarge()
         if not content.is_eof():
             return None
-        # Most are small, came in one piece and paused nothing; read_nowait takes 100 bytecodes to find that out.
-        if isinstance(content, StreamReader) and length and length <= AT_ONCE_BYTES and len(content._buffer) == 1:
+        # Most are small, came in one piece and paused nothing. read_nowait takes 100 bytecodes to find that out.
+        one_piece = isinstance(content, StreamReader) and stated_bytes and stated_bytes <= ONE_PIECE_BYTES
+        if one_piece and isinstance(content, StreamReader) and len(content._buffer) == 1:
             data = content._buffer.popleft()
         else:
             data = content.read_nowait()
-        if len(data) > most:
+        if len(data) > max_bytes:
             return TooLarge()
-        return Body(data, self._memory, self._spool) if self._memory.take(len(data)) else NoRoom()
+        body = Body(data, self._memory, self._spool)
+        return body if self._memory.take(len(data)) else NoRoom()
 
-    def again(self, content: StreamReader | BufferedBody) -> Body | NoRoom:
-        """Return the body of a request that came whole, as long as one that was within the limit."""
-        data = content.read_nowait()
-        return Body(data, self._memory, self._spool) if self._memory.take(len(data)) else NoRoom()
+    def take_buffered(self, content: BufferedBody) -> Body | NoRoom:
+        """Return the body of a request under a known head, which has the size of one that was within the limit."""
+        body = Body(content.data, self._memory, self._spool)
+        return body if self._memory.take(body.size) else NoRoom()
 
-    async def read(
-        self, content: StreamReader | BufferedBody, most: int | None = None
-    ) -> Body | TooLarge | NoRoom | BrokenOff:
-        """Return the whole body, which is still to come, or why there is none; `most`: another limit than the usual."""
-        most = self.max_bytes if most is None else most
+    async def read(self, content: StreamReader | BufferedBody, max_bytes: int | None = None) -> Body | NoBody:
+        """Wait for a body that is still to come and return it, or why there is none."""
+        max_bytes = self.max_bytes if max_bytes is None else max_bytes
         parts: list[bytes] = []
         size = 0
-        watch = RateWatch(self._pace)
+        watch = RateWatch(self._minimum_rate)
         while block := await read_block(content, watch):
             if isinstance(block, BrokenOff):
-                return self._give_up(size, block)
-            if size + len(block) > most:
-                return self._give_up(size, TooLarge())
+                return self._give_back(size, block)
+            if size + len(block) > max_bytes:
+                return self._give_back(size, TooLarge())
             if size + len(block) > MEMORY_BYTES:
                 self._memory.give(size)
-                return await self._spool_rest(content, [*parts, block], most, watch)
+                return await self._spool_rest(content, [*parts, block], max_bytes, watch)
             if not self._memory.take(len(block)):
-                return self._give_up(size, NoRoom())
+                return self._give_back(size, NoRoom())
             parts.append(block)
             size += len(block)
         return Body(b"".join(parts), self._memory, self._spool)
 
-    def _give_up(self, size: int, why: "TooLarge | NoRoom | BrokenOff") -> "TooLarge | NoRoom | BrokenOff":
+    def _give_back(self, size: int, reason: NoBody) -> NoBody:
         self._memory.give(size)
-        return why
+        return reason
 
     async def _spool_rest(
-        self, content: StreamReader | BufferedBody, begun: list[bytes], most: int, watch: RateWatch
-    ) -> Body | TooLarge | NoRoom | BrokenOff:
+        self, content: StreamReader | BufferedBody, begun: list[bytes], max_bytes: int, watch: RateWatch
+    ) -> Body | NoBody:
         file: IO[bytes] | None = None
         size = 0
-        outcome: TooLarge | NoRoom | BrokenOff | None = None
+        outcome: NoBody | None = None
         try:
             file = tempfile.TemporaryFile(dir=self._spool_dir, buffering=0)  # noqa: SIM115 - the Body closes it
             block: bytes | BrokenOff = b"".join(begun)
             while block and outcome is None:
                 if isinstance(block, BrokenOff):
                     outcome = block
-                elif size + len(block) > most:
+                elif size + len(block) > max_bytes:
                     outcome = TooLarge()
                 elif not self._spool.take(len(block)):
                     outcome = NoRoom()
@@ -172,6 +215,13 @@ class Bodies:
             file.close()
 
 
+def stated_length(fields: Fields) -> int | None:
+    """Return the size of a request's body in bytes, None where only its end will tell (RFC 9112, section 6.3)."""
+    if b"transfer-encoding" in fields:
+        return None
+    return int((fields.get(b"content-length") or [b"0"])[0])
+
+
 def _write_all(file: IO[bytes], block: bytes) -> None:
     view = memoryview(block)
     while view:
@@ -187,7 +237,8 @@ async def read_block(content: StreamReader | BufferedBody, watch: RateWatch) -> 
             async with asyncio.timeout(watch.left_s):
                 block = await content.readany()
         except Exception as error:  # what aiohttp made of the client's framing or leaving, or our own timeout
-            error.with_traceback(None)  # the content keeps it, and it would keep all of this
+            # The content keeps the error, whose traceback would keep every frame of this request.
+            error.with_traceback(None)
             if not isinstance(error, TimeoutError) or content.exception() is not None:
                 return BrokenOff()
         if not watch.keeps_up(now() - began, len(block)) and not content.at_eof():
@@ -196,16 +247,19 @@ async def read_block(content: StreamReader | BufferedBody, watch: RateWatch) -> 
             return block
 
 
-def arrived(content: StreamReader | BufferedBody | Body) -> bytes | None:
-    """Return the body where all of it is in memory already, None where it comes in blocks."""
+def buffered_bytes(content: StreamReader | BufferedBody | Body) -> bytes | None:
+    """Return the body if all of it is in memory already, None if it comes in blocks."""
     if isinstance(content, Body):
         return None if content.spooled else content.data
     return content.read_nowait() if content.is_eof() and content.exception() is None else None
 
 
-async def stream(content: StreamReader | BufferedBody, pace: MinimumRate) -> AsyncIterator[bytes]:
-    """Yield the bytes of a body as they come. Raises ConnectionError where it breaks off, TimeoutError if slowly."""
-    watch = RateWatch(pace)
+async def stream(content: StreamReader | BufferedBody, minimum_rate: MinimumRate) -> AsyncIterator[bytes]:
+    """Yield the bytes of a body as they come.
+
+    Raises ConnectionError where it breaks off, TimeoutError where the client sends too slowly.
+    """
+    watch = RateWatch(minimum_rate)
     while block := await read_block(content, watch):
         if isinstance(block, BrokenOff):
             raise TimeoutError if block.stalled else ConnectionError("the client's body broke off")

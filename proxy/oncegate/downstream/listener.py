@@ -1,32 +1,34 @@
-"""The public listener's connections: aiohttp's low-level server, with the deadlines and manners it lacks.
-
-aiohttp parses requests and keeps connections; here it learns to answer a client that half-closed, to
-time out slow heads and slow takers, to take any byte in a target, to count connections, and to refuse in
-our own words.
-"""
+"""The public listener: makes the connections of one worker and holds them to their limits."""
 
 import asyncio
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from ipaddress import ip_address
+from typing import Any
 
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from oncegate.downstream.connection import HEAD_S, KEEP_ALIVE_S, ClientConnection, Handler
 from oncegate.downstream.minimum_rate import MinimumRate
-from oncegate.downstream.response import ResponseWriter, untaken_bytes
-from oncegate.messages.head_cache import HeadCache
+from oncegate.downstream.response import closing_response, unsent_bytes
+from oncegate.known_heads.requests import HeadCache
 from oncegate.messages.problems import refusal
+from oncegate.messages.request_head import ForwardedInfo
 from oncegate.observe.outcome import Observe, Outcome, RequestReport
+from oncegate.settings.addresses import Network
 
-LINGER_S = 10.0  # for which the rest of a refused body is read and dropped, so that the answer is seen
+# How long the rest of a refused body is read and dropped, so that its sender reads the response.
+LINGER_S = 10.0
 SWEEP_S = 0.5
-READ_BYTES = 65536  # of a body that wait for whoever reads it, twice as many at most
-UNSENT_BYTES = 131072  # of one connection in the kernel, which would take up to 4 MiB from a slow client's answer
+# Of a body that waits for its reader; at most twice as much is buffered.
+READ_BYTES = 65536
+# Of one connection in the kernel, which would take up to 4 MiB of a slow client's response.
+UNSENT_BYTES = 131072
 
 
 def bound_unsent(server: asyncio.Server) -> None:
-    """Bound what the kernel holds unsent for each connection that `server` accepts: it hands the option down."""
+    """Bound what the kernel holds unsent for each connection that `server` accepts. They inherit the option."""
     if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # Linux, macOS
         for listening in server.sockets:
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
@@ -35,30 +37,38 @@ def bound_unsent(server: asyncio.Server) -> None:
 class Listener(web.Server):
     """Makes the connections of one public listener and holds them to their limits.
 
-    `observe` is told of what never becomes a request for the handler.
+    `observe` takes the reports of what never becomes a request for `handler`. Clients in the networks `trusted` are
+    proxies whose forwarding fields are kept.
     """
 
     def __init__(
-        self, handler: Handler, *, max_connections: int, pace: MinimumRate, observe: Observe, docs_url: str = ""
+        self,
+        handler: Handler,
+        *,
+        max_connections: int,
+        minimum_rate: MinimumRate,
+        observe: Observe,
+        head_cache: HeadCache,
+        trusted: Sequence[Network] = (),
+        docs_url: str = "",
     ) -> None:
         super().__init__(
             handler,  # type: ignore[arg-type]  # called by ClientConnection alone
             keepalive_timeout=KEEP_ALIVE_S,
-            lingering_time=min(LINGER_S, pace.window_s),
+            lingering_time=min(LINGER_S, minimum_rate.window_s),
             auto_decompress=False,
             access_log=None,
             read_bufsize=READ_BYTES,
             max_line_size=16384,
             max_field_size=16384,
         )
-        self._max_connections, self._pace, self.observe = max_connections, pace, observe
-        self.head_s = min(HEAD_S, pace.window_s)
-        # Closed on our side with bytes that the peer has still to take: since when, and how many.
-        self._leaving: dict[asyncio.Transport, tuple[float, int]] = {}
-        self.retiring = False
-        self.docs_url = docs_url
-        self.heads: HeadCache | None = None  # what new connections begin with
-        self.label = b""
+        self._max_connections, self.minimum_rate, self.observe = max_connections, minimum_rate, observe
+        self.head_cache, self._trusted = head_cache, trusted
+        self.head_s = min(HEAD_S, minimum_rate.window_s)
+        # Connections that this side closed, with bytes that the peer has not received yet: since when (the loop's
+        # time) a window of the minimum rate runs, and how many bytes were unsent then.
+        self._closing: dict[asyncio.Transport, tuple[float, int]] = {}
+        self.retiring, self.docs_url = False, docs_url
 
     def __call__(self) -> RequestHandler:
         return ClientConnection(self, loop=self._loop, **self._kwargs)
@@ -67,60 +77,65 @@ class Listener(web.Server):
         """Return whether the newest connection still fits."""
         return len(self._connections) <= self._max_connections
 
-    def _ours(self) -> Iterator[ClientConnection]:
+    def forwarded_info(self, peername: Any, is_tls: bool) -> ForwardedInfo:
+        """Return what requests of a connection say about their client when they are forwarded."""
+        address = str(peername[0]) if isinstance(peername, tuple) else "unknown"
+        is_trusted = isinstance(peername, tuple) and any(ip_address(address) in one for one in self._trusted)
+        return ForwardedInfo(address.encode(), b"https" if is_tls else b"http", is_trusted)
+
+    def _client_connections(self) -> Iterator[ClientConnection]:
         return (one for one in self.connections if isinstance(one, ClientConnection))
 
-    def owing(self) -> int:
-        """Return how many connections have not taken all of their answer yet."""
-        return sum(one.owes for one in self._ours())
+    def count_unsent(self) -> int:
+        """Return how many connections have not received all of their response yet."""
+        return sum(one.has_unsent_bytes for one in self._client_connections())
 
     def abort_stalled(self) -> None:
-        """Close the connections that wait for their client, not for us."""
-        for one in self._ours():
-            if one.stalled:
+        """Close the connections that wait for their client."""
+        for one in self._client_connections():
+            if one.waits_for_client:
                 one.abort()
 
     def abort(self) -> None:
-        """Close every connection on which something is under way."""
-        for one in self._ours():
+        """Close every connection, so that no response looks complete that is not."""
+        for one in self._client_connections():
             one.abort()
 
     def retire(self) -> None:
-        """Let each connection end with its next answer; a successor takes those that come instead.
+        """Let each connection end with its next response; a successor of this process takes new ones.
 
-        An idle one stays until then: closed at once, it could meet a request that its client has just sent.
+        An idle connection stays until then. Closed at once, it could meet a request that its client has just sent.
         """
         self.retiring = True
-        for one in self._ours():
+        for one in self._client_connections():
             one.retiring = True
 
     async def sweep(self) -> None:
-        """Close connections whose head takes too long, and those whose end nobody takes, until cancelled."""
+        """Close connections whose head takes too long, and those whose last bytes nobody receives, until cancelled."""
         while True:
             await asyncio.sleep(min(SWEEP_S, self.head_s / 4))
             now = self._loop.time()
-            late = now - self.head_s
-            leaving = []
+            latest_start = now - self.head_s
+            closing = []
             for connection, transport in list(self._connections.items()):
-                if isinstance(connection, ClientConnection) and (connection.head_since or late + 1) < late:
-                    self.cut_off(connection, 408, "the head took too long")
+                if isinstance(connection, ClientConnection) and (connection.head_since_s or now) < latest_start:
+                    self.refuse_head(connection, 408, "the head took too long")
                 if transport.is_closing() and transport.get_write_buffer_size():
-                    leaving.append(transport)
-            self._leaving = {transport: self._hurry(transport, now) for transport in leaving}
+                    closing.append(transport)
+            self._closing = {transport: self._check_closing(transport, now) for transport in closing}
 
-    def _hurry(self, transport: asyncio.Transport, now: float) -> tuple[float, int]:
-        """Return since when a closed connection keeps up the pace and what it had to take then; cut off one that
-        does not."""
-        untaken = untaken_bytes(transport)
-        since, before = self._leaving.get(transport, (now, untaken))
-        if now - since < self._pace.window_s:
+    def _check_closing(self, transport: asyncio.Transport, now: float) -> tuple[float, int]:
+        """Return since when a closed connection's window runs and what was unsent then; abort one that is too slow."""
+        unsent = unsent_bytes(transport)
+        since, before = self._closing.get(transport, (now, unsent))
+        if now - since < self.minimum_rate.window_s:
             return since, before
-        if before - untaken < self._pace.least:
+        if before - unsent < self.minimum_rate.least:
             transport.abort()
-        return now, untaken
+        return now, unsent
 
-    def cut_off(self, connection: ClientConnection, status: int, detail: str) -> None:
-        """Refuse a head before its end, and with it the connection."""
+    def refuse_head(self, connection: ClientConnection, status: int, detail: str) -> None:
+        """Refuse a head before its end, and close the connection."""
         self.observe(RequestReport(Outcome.REQUEST_REFUSED, status, ""))
-        connection.tell(ResponseWriter.closing_answer(refusal(status, detail)))
+        connection.send_closing(closing_response(refusal(status, detail)))
         connection.force_close()

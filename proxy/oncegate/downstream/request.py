@@ -1,48 +1,40 @@
-"""A client's request as it was parsed."""
+"""A client's request: as it was parsed, with the connection it came on and the response it gets."""
 
 import asyncio
-import ssl
 from typing import Any, Protocol
 
 from aiohttp import StreamReader
 
 from oncegate.buffers.write_batcher import WriteBatcher
-from oncegate.messages.head_cache import BufferedBody, HeadCache, KnownHead
+from oncegate.downstream.body import BufferedBody
+from oncegate.downstream.minimum_rate import MinimumRate
+from oncegate.downstream.response import ResponseWriter
+from oncegate.known_heads.memo import ConnectionMemo
+from oncegate.known_heads.requests import KnownHead
 from oncegate.messages.request_head import ForwardedInfo, RequestHead
-from oncegate.rules.identity import ScopeMemo
 
 
-class ConnectionView(Protocol):
+class RequestConnection(Protocol):
     """A client's connection, as far as a request and its response deal with it."""
 
     write_batcher: WriteBatcher
     transport: asyncio.Transport | None
-    hop: ForwardedInfo | None
-    familiar: ScopeMemo | None
-    prepared: object
-    around_key: tuple[bytes, bytes]
-    room: "asyncio.Future[None] | None"
-    gone: "asyncio.Future[None] | None"
+    minimum_rate: MinimumRate
+    forwarded: ForwardedInfo
+    memo: ConnectionMemo
+    room_waiter: "asyncio.Future[None] | None"
+    leave_waiter: "asyncio.Future[None] | None"
 
     @property
     def docs_url(self) -> str: ...
 
     @property
-    def ssl_context(self) -> ssl.SSLContext | None: ...
-
-    @property
-    def peername(self) -> Any: ...
-
-    @property
     def writing_paused(self) -> bool: ...
 
     @property
-    def over(self) -> bool: ...
+    def is_last_response(self) -> bool: ...
 
-    @property
-    def asks_no_more(self) -> bool: ...
-
-    def remember(self, heads: HeadCache, message: Any, head: RequestHead) -> None: ...
+    def remember_head(self, message: Any, head: RequestHead) -> KnownHead | None: ...
 
     def set_parser(self, parser: Any) -> None: ...
 
@@ -54,42 +46,34 @@ class ConnectionView(Protocol):
 
 
 class Request:
-    """One request as aiohttp's parser gives it; `content` is its body.
+    """One request. `message` is its head as aiohttp parsed it, `content` its body.
 
-    Where its head came before, `seen` is that and `key` the plain value of its key's field, which may differ.
+    `head` is the head that passed all checks, None until then. Where the head came before, `known` is that head, and
+    `key` the value of its key field, which may differ from last time; `checked_head` then makes `head` on demand.
     """
 
-    __slots__ = ("_head", "content", "key", "message", "protocol", "seen")
+    __slots__ = ("connection", "content", "head", "key", "known", "message", "response")
 
     def __init__(
         self,
         message: Any,
         content: StreamReader | BufferedBody,
-        protocol: ConnectionView,
-        seen: KnownHead | None = None,
+        connection: RequestConnection,
+        known: KnownHead | None = None,
         key: bytes = b"",
     ) -> None:
-        self.message, self.content, self.protocol = message, content, protocol
-        self.seen, self.key = seen, key
-        self._head: RequestHead | None = None
+        self.message, self.content, self.connection = message, content, connection
+        self.known, self.key = known, key
+        self.head: RequestHead | None = None
+        self.response = ResponseWriter(connection, message, known is not None)
 
-    @property
-    def head(self) -> RequestHead | None:
-        """What passed all checks, None where they are still to be made."""
-        if self._head is None and self.seen is not None:
-            self._head = self.seen.again(self.key)
-        return self._head
-
-    @head.setter
-    def head(self, head: RequestHead) -> None:
-        self._head = head
-
-    @property
-    def remote(self) -> str:
-        """The peer's address, without its port."""
-        peer = self.protocol.peername
-        return str(peer[0]) if isinstance(peer, tuple) else "unknown"
+    def checked_head(self) -> RequestHead:
+        """Return the head, of a request that passed all checks."""
+        if self.head is None:
+            assert self.known is not None
+            self.head = self.known.with_key(self.key)
+        return self.head
 
     def _cancel(self, exc: BaseException) -> None:
-        """Hear from aiohttp that the connection is gone: nobody waits for more of the body."""
+        """Called by aiohttp once the connection is lost: whoever waits for more of the body stops waiting."""
         self.content.set_exception(exc)

@@ -1,6 +1,6 @@
-"""The client's side: its request as parsed, its answer as bytes, with an end that is clean only when we say so.
+"""Writes the response to one request, byte for byte, with an end that looks complete only when it is.
 
-aiohttp's own responses re-encode values, rewrite the reason and title-case names; a replay must not.
+aiohttp's own response classes re-encode values, rewrite the reason and title-case names. A replay must change nothing.
 """
 
 import asyncio
@@ -8,236 +8,259 @@ import fcntl
 import socket
 import struct
 import termios
+from typing import Any, Protocol
 
+from oncegate.buffers.write_batcher import WriteBatcher
 from oncegate.downstream.minimum_rate import MinimumRate
-from oncegate.downstream.request import Request
+from oncegate.messages.framing import COUNTED, STATED, Framing
 from oncegate.messages.problems import Problem
 from oncegate.messages.response_head import status_line
 
-# How the kernel closes the socket, also that of a process that died: with a reset, or with its usual FIN.
+# SO_LINGER values. They decide how the kernel closes the socket, also that of a process that died.
 _RESET, _FIN = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
-
+# Unsent bytes of one response in this process, above which no more of it should be fetched.
 BACKLOG_BYTES = 65536
 
 
+class ResponseConnection(Protocol):
+    """A client's connection, as far as a response deals with it."""
+
+    write_batcher: WriteBatcher
+    transport: asyncio.Transport | None
+    minimum_rate: MinimumRate
+    room_waiter: "asyncio.Future[None] | None"
+    leave_waiter: "asyncio.Future[None] | None"
+
+    @property
+    def docs_url(self) -> str: ...
+
+    @property
+    def writing_paused(self) -> bool: ...
+
+    @property
+    def is_last_response(self) -> bool: ...
+
+    def force_close(self) -> None: ...
+
+
 class ResponseWriter:
-    """Who asked, and what goes to it. A client that left takes everything and keeps nothing."""
+    """Writes the response to one request. Writing to a client that left does nothing and raises nothing.
+
+    `started`: the head was written. `finished`: the end was, too. `cut_off`: the client took its response too slowly
+    and was disconnected. `closes`: the connection takes no request after this one.
+    """
 
     awaits_continue = False
     started = False
     finished = False
     cut_off = False
-    _http10 = _close = _head_only = False
-    _frame = b""  # how the body's end is told: "chunked", "length" or "eof"
-    _owed = 0  # bytes still to come, by length
-    _held = b""
+    closes = False
+    _http10 = _head_only = False
+    # How the client sees the end of a body that is written in pieces: "chunked", "length" or "close".
+    _body_end = ""
+    _bytes_left = 0  # of a body with a stated length
+    _last_byte = b""  # of such a body, held back until `end`
 
-    def __init__(self, request: Request, pace: MinimumRate) -> None:
-        message = request.message
-        self._connection = request.protocol
-        self.pace = pace
-        if request.seen is not None:  # such heads alone are remembered
-            self._head_only = message.method == "HEAD"
+    def __init__(self, connection: ResponseConnection, message: Any, is_known: bool) -> None:
+        """`message` is the request as aiohttp parsed it; `is_known`: its head came before."""
+        self._connection = connection
+        self._head_only = message.method == "HEAD"
+        if is_known:  # such a request is HTTP/1.1, and another one may follow it
             return
         self._http10 = message.version < (1, 1)
-        # What a client sends behind an upgrade is lost with the upgrade. aiohttp's parser (3.14.5) takes the last
-        # trailer of a chunked body for the first field of the next request: there must be none.
-        self._close = message.should_close or message.upgrade or message.chunked
-        self._head_only = message.method == "HEAD"
+        # What a client sends behind an upgrade is lost with the upgrade. aiohttp's parser (3.14.5) puts the last
+        # trailer of a chunked body in front of the next request's fields, so there must be no next request.
+        self.closes = message.should_close or message.upgrade or message.chunked
+
+    # The client ...
 
     @property
-    def keep_alive(self) -> bool:
-        """Whether the connection can take another request: also one that retires, if this answer began before."""
-        return self.finished and not self._close and not self._connection.over
-
-    # Where it is ...
-
-    @property
-    def gone(self) -> bool:
-        """Whether nobody takes the answer any more."""
+    def client_gone(self) -> bool:
+        """Whether nobody receives the response any more."""
         return self._connection.transport is None
 
-    def asks_no_more(self) -> bool:
-        """Whether the client closed its side: it left, or it waits for this answer as its last."""
-        return self._connection.asks_no_more
+    def client_half_closed(self) -> bool:
+        """Return whether the client closed its side: it left, or it waits for this response as its last."""
+        return self._connection.is_last_response
 
-    def leaving(self) -> "asyncio.Future[None]":
+    def client_leaves(self) -> "asyncio.Future[None]":
         """Return a future that is done once the client has left."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if self.gone:
+        if self.client_gone:
             future.set_result(None)
-        self._connection.gone = future
+        self._connection.leave_waiter = future
         return future
 
     def send_continue(self) -> None:
-        """Tell a client that waits for it to send its body."""
+        """Tell a client that waits for a 100 (Continue) to send its body."""
         if self.awaits_continue:
             self.awaits_continue = False
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    # A whole answer ...
+    # A response that is here whole ...
 
-    def answer(self, problem: "Problem", extra: bytes = b"", close: bool = False) -> None:
-        """Send an answer of our own."""
-        self._close = self._close or close
-        body = b"" if self._head_only else problem.body(self._connection.docs_url)
-        self.send(problem.status, problem.reason, problem.head_fields() + extra, body, bodiless=self._head_only)
+    def send_problem(self, problem: Problem, fields: bytes = b"", *, close: bool = False) -> None:
+        """Send a response of oncegate itself; `fields` are further ones, each line ended. `close`: then close."""
+        self.closes = self.closes or close
+        body, framing = b"", STATED
+        if not self._head_only:
+            body, framing = problem.body(self._connection.docs_url), COUNTED
+        self.send(problem.status, problem.reason, problem.head_fields() + fields, body, framing)
 
-    @staticmethod
-    def closing_answer(problem: "Problem") -> bytes:
-        """Return an answer for a connection that has no request."""
-        body = problem.body()
-        length = b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(body)
-        return status_line(problem.status, problem.reason) + problem.head_fields() + length + body
-
-    def send(
-        self,
-        status: int,
-        reason: bytes,
-        block: bytes,
-        body: bytes,
-        *,
-        stated_length: bool = False,
-        bodiless: bool = False,
-        close_delimited: bool = False,
-    ) -> None:
-        """Send an answer that is here whole, in one write. `stated_length`: `block` has a Content-Length."""
-        if close_delimited:
+    def send(self, status: int, reason: bytes, block: bytes, body: bytes, framing: Framing) -> None:
+        """Send a whole response in one write. `block` has its fields, each line ended."""
+        if framing.closes:
             self._end_by_closing()
-        framing = b"" if stated_length or bodiless or close_delimited else b"Content-Length: %d\r\n" % len(body)
-        self._write(b"".join((status_line(status, reason), block, framing, self._connection_field(), b"\r\n", body)))
+        length = b"Content-Length: %d\r\n" % len(body) if framing.adds_length else b""
+        self._write(b"".join((status_line(status, reason), block, length, self._connection_field(), b"\r\n", body)))
         self.started = self.finished = True
 
     def _connection_field(self) -> bytes:
         # A client that was not told to send its body may send the next request in its place.
-        if self._close or self._connection.asks_no_more or self.awaits_continue:
-            self._close = True
+        if self.closes or self._connection.is_last_response or self.awaits_continue:
+            self.closes = True
             return b"Connection: close\r\n"
         return b"Connection: keep-alive\r\n" if self._http10 else b""
 
-    # An answer that comes bit by bit ...
+    # A response that comes in pieces ...
 
-    def begin(self, status: int, reason: bytes, block: bytes, *, length: int | None, stated: bool, eof: bool) -> None:
-        """Send the head of an answer whose body follows. `stated`: `block` has the Content-Length already.
+    def begin(self, status: int, reason: bytes, block: bytes, length: int | None, framing: Framing) -> None:
+        """Send the head of a response whose body follows; `length` is the body's size in bytes where it is known.
 
-        Without a length it is chunked, or ended by closing for HTTP/1.0 and where the upstream did so.
+        Without a length the body is chunked, or ended by closing: for HTTP/1.0, and where `framing` says so.
         """
-        self._frame = b"length" if length is not None else b"eof" if eof or self._http10 else b"chunked"
-        self._owed = length or 0
-        if self._frame == b"eof":
+        if length is not None:
+            self._body_end, self._bytes_left = "length", length
+            framing_field = b"Content-Length: %d\r\n" % length if framing.adds_length else b""
+        elif framing.closes or self._http10:
             self._end_by_closing()
-        framing = b"Transfer-Encoding: chunked\r\n" if self._frame == b"chunked" else b""
-        if length is not None and not stated:
-            framing = b"Content-Length: %d\r\n" % length
-        self._write(b"".join((status_line(status, reason), block, framing, self._connection_field(), b"\r\n")))
+            framing_field = b""
+        else:
+            self._body_end, framing_field = "chunked", b"Transfer-Encoding: chunked\r\n"
+        self._write(b"".join((status_line(status, reason), block, framing_field, self._connection_field(), b"\r\n")))
         self.started = True
 
-    def switch(self, block: bytes) -> None:
-        """Send the head after which the connection speaks another protocol, bytes as they are, to its end."""
+    def switch_protocols(self, block: bytes) -> None:
+        """Send a 101 head. What follows is another protocol, written as it comes, until the connection closes."""
         self._end_by_closing()
         self._write(b"HTTP/1.1 101 Switching Protocols\r\n" + block + b"\r\n")
         self.started = True
 
     def write(self, data: bytes) -> None:
-        """Send the next bytes of the body, all but what would tell a client that it is whole."""
-        if self._frame == b"chunked":
+        """Write body bytes.
+
+        The last byte of a Content-Length body is held back until `end()`: it tells the client that the response is
+        complete, and the store has not confirmed yet.
+        """
+        if self._body_end == "chunked":
             self._write(b"%x\r\n%s\r\n" % (len(data), data))
             return
-        if self._frame == b"length":
-            self._owed -= len(data)
-            if self._owed <= 0:
-                data, self._held = data[:-1], data[-1:]
+        if self._body_end == "length":
+            self._bytes_left -= len(data)
+            if self._bytes_left <= 0:
+                data, self._last_byte = data[:-1], data[-1:]
         self._write(data)
 
     def end(self) -> None:
-        """Send the end: from here on the client knows that the answer is whole."""
-        self._write(b"0\r\n\r\n" if self._frame == b"chunked" else self._held)
+        """Write the end: from here on the client knows that the response is complete."""
+        self._write(b"0\r\n\r\n" if self._body_end == "chunked" else self._last_byte)
         self.finished = True
 
     def abort(self) -> None:
-        """Close so that the client cannot take what it has for the whole answer."""
+        """Close the connection so that the client cannot take what it has for a complete response."""
         transport = self._connection.transport
         if transport is None:
             return
-        self._close = True
-        self._connection.write_batcher.flush()  # a whole answer before this one may be in it
+        self.closes = True
+        # A complete response to an earlier request may still wait in the batcher.
+        self._connection.write_batcher.flush()
         transport.abort()
         self._connection.force_close()
 
     def _end_by_closing(self) -> None:
-        """A FIN is the clean end of such an answer: until it is whole, whatever closes the connection resets it."""
-        self._frame, self._close = b"eof", True
-        self._closes_with(_RESET)
+        """Let closing be the end. A FIN is its clean form: until the body is whole, any closing resets instead."""
+        self._body_end, self.closes = "close", True
+        self._set_linger(_RESET)
 
-    def _closes_with(self, how: bytes) -> None:
+    def _set_linger(self, option: bytes) -> None:
         transport = self._connection.transport
         if transport is not None and (raw := transport.get_extra_info("socket")) is not None:
-            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, how)
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
 
     @property
-    def ends_by_closing(self) -> bool:
-        """Whether `close_cleanly` is still owed."""
-        return self.finished and self._frame == b"eof"
+    def owes_clean_close(self) -> bool:
+        """Whether `close_cleanly` is still due."""
+        return self.finished and self._body_end == "close"
 
     async def close_cleanly(self) -> None:
-        """Let the closing be the clean end, once the last byte has left the process."""
+        """Let the connection close with a FIN once the last byte has left the process."""
         if (transport := self._connection.transport) is not None:
-            transport.set_write_buffer_limits(0)  # from here on, room is when nothing is left
-            while not await self.taken():
-                pass
+            # From here on, there is room only when nothing is left to send.
+            transport.set_write_buffer_limits(0)
+            await self.wait_room()
         if not self.cut_off:
-            self._closes_with(_FIN)
-
-    async def all_taken(self) -> None:
-        """Wait until there is room to write more, or the client is cut off."""
-        while not await self.taken():
-            pass
+            self._set_linger(_FIN)
 
     def _write(self, data: bytes) -> None:
         connection = self._connection
         transport = connection.transport
         if transport is None or transport.is_closing():
             return
-        if self._close:  # at once, as what closes it may come next
+        if self.closes:  # at once, as what closes the connection may come next
             connection.write_batcher.flush()
             transport.write(data)
         else:
             connection.write_batcher.write(transport, data)
 
+    # A client that is slow ...
+
     @property
-    def backlog(self) -> bool:
-        """Whether so much is still to be written that no more should be fetched."""
+    def has_backlog(self) -> bool:
+        """Whether so much is still unsent that no more should be fetched."""
         transport = self._connection.transport
         return transport is not None and transport.get_write_buffer_size() > BACKLOG_BYTES
 
-    async def taken(self) -> bool:
-        """Wait until there is room to write more, for a window of its pace at most; return whether there is.
+    async def wait_room(self) -> None:
+        """Wait until there is room to write more, or the client is cut off."""
+        while not await self.has_room():
+            pass
 
-        False: not yet, but the client goes on taking. One that took too little is cut off.
+    async def has_room(self) -> bool:
+        """Wait for room to write more, for at most one window of the minimum rate; return whether there is room.
+
+        False: not yet, but the client keeps receiving. A client that received too little in the window is cut off.
         """
         connection = self._connection
-        if not connection.writing_paused and self.backlog:
-            await asyncio.sleep(0)  # it may pause only once the transport has tried
+        if not connection.writing_paused and self.has_backlog:
+            await asyncio.sleep(0)  # the protocol is paused only once the transport has tried to write
         if not connection.writing_paused or (transport := connection.transport) is None:
             return True
-        before = untaken_bytes(transport)
-        connection.room = asyncio.get_running_loop().create_future()
-        await asyncio.wait([connection.room], timeout=self.pace.window_s)
+        before = unsent_bytes(transport)
+        connection.room_waiter = asyncio.get_running_loop().create_future()
+        await asyncio.wait([connection.room_waiter], timeout=connection.minimum_rate.window_s)
         if not connection.writing_paused or connection.transport is None:
             return True
-        if before - untaken_bytes(transport) < self.pace.least:
+        if before - unsent_bytes(transport) < connection.minimum_rate.least:
             self.cut_off = True
             self.abort()
         return self.cut_off
 
 
-def untaken_bytes(transport: asyncio.Transport) -> int:
-    """Return what was written and the peer does not have yet.
+def closing_response(problem: Problem) -> bytes:
+    """Return a problem as the last response of a connection, for what never became a request."""
+    body = problem.body()
+    length = b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(body)
+    return status_line(problem.status, problem.reason) + problem.head_fields() + length + body
 
-    The kernel's part of it counts: it frees its room in lumps of a third, which a slow peer takes minutes for.
+
+def unsent_bytes(transport: asyncio.Transport) -> int:
+    """Return how many written bytes the peer does not have yet.
+
+    The kernel's part counts, too: it reports room only in steps of a third of its buffer, for which a slow peer takes
+    minutes.
     """
-    untaken = transport.get_write_buffer_size()
+    unsent = transport.get_write_buffer_size()
     raw = transport.get_extra_info("socket")
-    if raw is not None and (untaken or not transport.is_closing()):
-        untaken += struct.unpack("i", fcntl.ioctl(raw.fileno(), termios.TIOCOUTQ, bytes(4)))[0]
-    return untaken
+    if raw is not None and (unsent or not transport.is_closing()):
+        unsent += struct.unpack("i", fcntl.ioctl(raw.fileno(), termios.TIOCOUTQ, bytes(4)))[0]
+    return unsent

@@ -1,11 +1,13 @@
-"""What a request is told that is neither executed nor replayed: refused at the door, or a duplicate."""
+"""Oncegate's own responses: every refusal that a client gets is a value made here, and is sent here."""
 
+from dataclasses import dataclass, replace
 from typing import assert_never
 
 from oncegate.decision import Decision, decide, effective_state, retry_after_s
-from oncegate.downstream.body import BrokenOff, NoRoom, TooLarge
-from oncegate.downstream.response import ResponseWriter
+from oncegate.downstream.body import BrokenOff, NoBody, NoRoom, TooLarge
+from oncegate.downstream.request import Request
 from oncegate.keys.digests import UnstableScope
+from oncegate.keys.documents import Missing
 from oncegate.keys.syntax import BadKey
 from oncegate.messages.admission import Refused
 from oncegate.messages.problems import Problem, problem, refusal
@@ -14,24 +16,96 @@ from oncegate.rules.policy import Policy
 from oncegate.store.record import Corrupt, Record
 from oncegate.store.results import ClaimsSuspended, Unconfirmed
 
+# What became of the request's key, for the client.
 REFUSED = b"Oncegate-Status: refused\r\n"
 UNKNOWN = b"Oncegate-Status: unknown\r\n"
+UNGUARDED = b"Oncegate-Status: unguarded\r\n"
+
+# What the store has for a key that another request claimed; None: the record vanished.
+Taken = Record | Corrupt | Unconfirmed | None
 
 
-def no_scope(why: UnstableScope | BadKey) -> Problem:
-    """Return what a request is told whose tenant cannot be named."""
-    if isinstance(why, BadKey):
-        return problem("key-invalid", f"what tells tenants apart cannot be used: {why.detail}")
-    return problem("scope-unstable", "name a header that stays the same from try to try as the scope")
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """A response of oncegate itself. `fields` are further header fields, each line ended.
+
+    `closes`: no other request is taken on the connection. `outcome` is reported instead of the problem's own.
+    """
+
+    problem: Problem
+    fields: bytes = REFUSED
+    closes: bool = False
+    rule: str = ""
+    outcome: Outcome | None = None
 
 
-def judge(found: Record | Corrupt | Unconfirmed | None, fingerprint: bytes) -> Decision | Outcome:
-    """Return what is to be done with what was found, or the outcome where that cannot be decided."""
-    match found:
+def send(request: Request, answer: Refuse) -> None:
+    """Send a response of oncegate itself."""
+    request.response.send_problem(answer.problem, answer.fields, close=answer.closes)
+
+
+def refuse(request: Request, answer: Refuse) -> RequestReport:
+    """Send a response of oncegate itself, and return the request's report."""
+    send(request, answer)
+    outcome = answer.outcome or BY_LABEL[answer.problem.code]
+    status = 0 if outcome is Outcome.CLIENT_GONE else answer.problem.status
+    return RequestReport(outcome, status, request.message.method, rule=answer.rule)
+
+
+# Before the claim ...
+
+
+def malformed(refused: Refused) -> Refuse:
+    """Return the answer to a request that no rule lets in."""
+    return Refuse(refusal(refused.status, refused.detail), closes=True)
+
+
+def overloaded() -> Refuse:
+    """Return the answer to a request for which there is no room now."""
+    return Refuse(problem("overloaded", "too many requests in flight"))
+
+
+def scope_refusal(reason: UnstableScope | BadKey, rule: str) -> Refuse:
+    """Return the answer to a request whose tenant cannot be named."""
+    if isinstance(reason, BadKey):
+        return Refuse(problem("key-invalid", f"what tells tenants apart cannot be used: {reason.detail}"), rule=rule)
+    return Refuse(
+        problem("scope-unstable", "name a header that stays the same from try to try as the scope"), rule=rule
+    )
+
+
+def key_refusal(reason: Missing | BadKey, rule: str) -> Refuse:
+    """Return the answer to a request that has no key, or none that can be used."""
+    slug = "key-missing" if isinstance(reason, Missing) else "key-invalid"
+    return Refuse(problem(slug, reason.detail), rule=rule)
+
+
+def body_refusal(reason: NoBody, *, client_gone: bool = False) -> Refuse:
+    """Return the answer to a request without a whole body. Its connection cannot be used any more."""
+    match reason:
+        case TooLarge():
+            return Refuse(problem("body-too-large", "send less"), closes=True)
+        case NoRoom():
+            return Refuse(problem("overloaded", "no room for the body"), closes=True)
+        case BrokenOff(stalled=True):
+            return Refuse(refusal(408, "the body paused for too long"), closes=True)
+        case BrokenOff():
+            outcome = Outcome.CLIENT_GONE if client_gone else None
+            return Refuse(refusal(400, "the body is not well-formed"), closes=True, outcome=outcome)
+        case _:
+            assert_never(reason)
+
+
+# Duplicates ...
+
+
+def decide_duplicate(taken: Taken, fingerprint: bytes) -> Decision | Outcome:
+    """Return what a duplicate gets, or the outcome where the record cannot be decided on."""
+    match taken:
         case Record():
-            same = found.fingerprint == fingerprint
-            kept = found.answer is not None and found.answer.kept
-            return decide(effective_state(found.state, found.lease_left_ms), same, kept)
+            is_same = taken.fingerprint == fingerprint
+            has_body = taken.answer is not None and taken.answer.kept
+            return decide(effective_state(taken.state, taken.lease_left_ms), is_same, has_body)
         case Corrupt():
             return Outcome.RECORD_CORRUPT
         case Unconfirmed():
@@ -39,64 +113,63 @@ def judge(found: Record | Corrupt | Unconfirmed | None, fingerprint: bytes) -> D
         case None:
             return Decision.OUTCOME_UNKNOWN
         case _:
-            assert_never(found)
+            assert_never(taken)
 
 
-def explain(decision: Decision | Outcome, found: Record | Corrupt | Unconfirmed | None, policy: Policy) -> Problem:
-    """Return what a duplicate is told that gets no answer from the store; its code is the label of the outcome."""
+def duplicate_refusal(decision: Decision | Outcome, taken: Taken, policy: Policy) -> Refuse:
+    """Return the answer to a duplicate that gets no stored response."""
     match decision:
         case Decision.KEY_REUSED:
-            return problem("key-reused", "use a new key for a new request")
-        case Decision.IN_FLIGHT if isinstance(found, Record):
-            after_s = retry_after_s(found.now_ms - found.created_ms, policy.lease_ms)
-            detail = "come again with the same key"
-            return problem("in-flight", detail, after_s).with_status(policy.in_flight_status)
-        case Decision.RESPONSE_NOT_KEPT if isinstance(found, Record) and found.answer is not None:
+            return Refuse(problem("key-reused", "use a new key for a new request"))
+        case Decision.IN_FLIGHT if isinstance(taken, Record):
+            after_s = retry_after_s(taken.now_ms - taken.created_ms, policy.lease_ms)
+            in_flight = problem("in-flight", "come again with the same key", after_s)
+            return Refuse(in_flight.with_status(policy.in_flight_status))
+        case Decision.RESPONSE_NOT_KEPT if isinstance(taken, Record) and taken.answer is not None:
             detail = "it was executed; its answer was too large to be kept"
-            return problem("response-not-kept", detail, original_status=found.answer.status)
+            return Refuse(problem("response-not-kept", detail, original_status=taken.answer.status))
         case Outcome.RECORD_CORRUPT:
-            return problem("record-corrupt", "the operator has to look at this key")
+            return Refuse(problem("record-corrupt", "the operator has to look at this key"))
         case Outcome.STORE_UNAVAILABLE:
-            after = found.retry_after_s if isinstance(found, ClaimsSuspended) else None
-            return problem("store-unavailable", "come again with the same key", after)
+            after = taken.retry_after_s if isinstance(taken, ClaimsSuspended) else None
+            return Refuse(problem("store-unavailable", "come again with the same key", after))
         case _:
             detail = "it was sent, and nobody can say what became of it; look there before you try again"
-            return problem("outcome-unknown", detail)
+            return Refuse(problem("outcome-unknown", detail), UNKNOWN)
 
 
-def refuse(client: ResponseWriter, method: str, refused: Refused) -> RequestReport:
-    """Answer a request that goes no further, and take no other on its connection."""
-    client.answer(refusal(refused.status, refused.detail), REFUSED, close=True)
-    return RequestReport(Outcome.REQUEST_REFUSED, refused.status, method)
+def with_fields(answer: Refuse, fields: bytes) -> Refuse:
+    """Return an answer with further header fields."""
+    return replace(answer, fields=answer.fields + fields) if fields else answer
 
 
-def reject(client: ResponseWriter, method: str, answer: Problem) -> RequestReport:
-    """Answer a request that goes no further."""
-    client.answer(answer, REFUSED)
-    return RequestReport(BY_LABEL[answer.code], answer.status, method)
+# After the claim ...
 
 
-def overloaded(client: ResponseWriter, method: str) -> RequestReport:
-    """Answer a request for which there is no room now."""
-    return reject(client, method, problem("overloaded", "too many requests in flight"))
+def not_sent(reason: str) -> Refuse:
+    """Return the answer to a request of which no byte reached the upstream."""
+    return Refuse(problem("upstream-unreachable", reason))
 
 
-def no_body(client: ResponseWriter, method: str, why: TooLarge | NoRoom | BrokenOff) -> RequestReport:
-    """Answer a request whose body is not to be had. The connection cannot be used any more."""
-    match why:
-        case TooLarge():
-            client.answer(problem("body-too-large", "send less"), REFUSED, close=True)
-            return RequestReport(Outcome.BODY_TOO_LARGE, 413, method)
-        case NoRoom():
-            client.answer(problem("overloaded", "no room for the body"), REFUSED, close=True)
-            return RequestReport(Outcome.OVERLOADED, 503, method)
-        case BrokenOff(stalled=True):
-            client.answer(refusal(408, "the body paused for too long"), REFUSED, close=True)
-            return RequestReport(Outcome.REQUEST_REFUSED, 408, method)
-        case BrokenOff() if client.gone:
-            return RequestReport(Outcome.CLIENT_GONE, 0, method)
-        case BrokenOff():
-            client.answer(refusal(400, "the body is not well-formed"), REFUSED, close=True)
-            return RequestReport(Outcome.REQUEST_REFUSED, 400, method)
-        case _:
-            assert_never(why)
+def not_confirmed() -> Refuse:
+    """Return the answer to a request whose claim was no longer certain when it was about to be sent."""
+    return Refuse(problem("store-unavailable", "the claim could not be confirmed before sending"))
+
+
+def upstream_lost(*, timeout: bool, mode: bytes = b"hold") -> Refuse:
+    """Return the answer to a request that was sent and got no whole response; `mode` is its key's."""
+    slug, subject = (
+        ("upstream-timeout", "no answer came in time") if timeout else ("upstream-lost", "no whole answer came")
+    )
+    return Refuse(problem(slug, f"{subject}; the request may have been executed").for_mode(mode), UNKNOWN)
+
+
+def response_not_stored() -> Refuse:
+    """Return the answer to a request whose response the store did not confirm."""
+    detail = "the answer is not stored yet; a retry with the same key shows what became of it"
+    return Refuse(problem("answer-not-stored", detail), UNKNOWN)
+
+
+def failed(fields: bytes) -> Refuse:
+    """Return the answer to a request on which oncegate itself failed; `fields` say what became of its key."""
+    return Refuse(refusal(500, "see the log"), fields, closes=True, outcome=Outcome.FAILED)

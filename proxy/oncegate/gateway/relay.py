@@ -1,107 +1,117 @@
-"""Pass-through: a request that no key guards, streamed both ways, untouched but for hop and forwarding fields."""
+"""Pass-through: a request that no key guards, streamed both ways.
+
+Nothing of it changes but hop-by-hop and forwarding fields.
+"""
 
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from aiohttp import StreamReader
-
-from oncegate.downstream.body import Body, arrived, stream
+from oncegate.downstream.body import Body, buffered_bytes, stated_length, stream
+from oncegate.downstream.request import Request
 from oncegate.downstream.response import ResponseWriter
-from oncegate.messages.head_cache import BufferedBody
-from oncegate.messages.problems import problem, refusal
+from oncegate.gateway.answers import UNGUARDED, Refuse, not_sent, upstream_lost
+from oncegate.gateway.routes import Route
+from oncegate.messages.problems import refusal
+from oncegate.messages.request_head import RequestHead
 from oncegate.messages.response_head import ResponseHead
-from oncegate.observe.outcome import BY_LABEL, Outcome
+from oncegate.observe.outcome import Outcome
 from oncegate.upstream.connection import Connection
 from oncegate.upstream.errors import NotSent, UpstreamLost
-from oncegate.upstream.pool import REUSE_IDLE_S, Pool
+from oncegate.upstream.pool import REUSE_IDLE_S
+
+
+class Relay(NamedTuple):
+    """Pass the request through. `body` is its body if it was read already.
+
+    `unguarded`: it wanted a key's protection and does not get it, which its response says.
+    """
+
+    route: Route
+    head: RequestHead
+    body: Body | None = None
+    unguarded: bool = False
+
+    @property
+    def fields(self) -> bytes:
+        """What oncegate adds to the response's fields."""
+        return UNGUARDED if self.unguarded else b""
 
 
 @dataclass(frozen=True, slots=True)
 class Relayed:
-    """How it went, and the time spent on the upstream."""
+    """How it ended. `status` is the upstream's, 0 for none; `refuse` is to be sent if the upstream gave no response."""
 
     outcome: Outcome
-    status: int = 0  # the upstream's, 0 where none came
+    status: int = 0
     upstream_s: float = 0.0
+    refuse: Refuse | None = None
 
 
-async def relay(
-    client: ResponseWriter,
-    pool: Pool,
-    head: bytes,
-    method: str,
-    content: StreamReader | BufferedBody | Body,
-    length: int | None,
-    silence_s: float,
-    mark: bytes = b"",
-) -> Relayed:
-    """Forward one request and its answer. `length`: of the request's body, None where it is chunked.
-
-    `mark`: a field that the answer gets.
-    """
+async def relay(request: Request, step: Relay) -> Relayed:
+    """Forward a request, and its response as it comes."""
+    deps = step.route.deps
     try:
-        connection = await pool.acquire(REUSE_IDLE_S)
-    except NotSent as why:
-        client.answer(problem("upstream-unreachable", str(why)), mark)
-        return Relayed(Outcome.UPSTREAM_UNREACHABLE)
+        connection = await deps.pool.acquire(REUSE_IDLE_S)
+    except NotSent as reason:
+        return Relayed(Outcome.UPSTREAM_UNREACHABLE, refuse=Refuse(not_sent(str(reason)).problem, step.fields))
     began = time.perf_counter()
+    refuse: Refuse | None = None
     try:
-        # In one write: an upstream that answers at the head could not keep the connection otherwise.
-        body = b"" if length == 0 else arrived(content) if length is not None else None
-        if body is not None:
-            connection.send(head, body, head_only=method == "HEAD")
-        else:
-            blocks = content.stream() if isinstance(content, Body) else stream(content, client.pace)
-            connection.send_stream(head, blocks, chunked=length is None, head_only=method == "HEAD")
-        outcome = await pass_on(client, connection, await connection.wait_for_head(silence_s), silence_s, mark)
+        _send(connection, request, step)
+        head = await connection.wait_for_head(deps.silence_s)
+        await forward_response(request.response, connection, head, step)
+        outcome = Outcome.UNGUARDED if step.unguarded else Outcome.PASSTHROUGH
     except UpstreamLost as lost:
-        outcome = fail(client, lost, mark)
+        outcome, refuse = lost_outcome(request.response, lost, step.fields)
     finally:
-        pool.release(connection)
-    return Relayed(
-        outcome, connection.response.head.status if connection.response.head else 0, time.perf_counter() - began
-    )
+        deps.pool.release(connection)
+    final = connection.response.head
+    return Relayed(outcome, final.status if final else 0, time.perf_counter() - began, refuse)
 
 
-async def pass_on(
-    client: ResponseWriter, connection: Connection, head: ResponseHead, silence_s: float, mark: bytes = b""
-) -> Outcome:
-    """Hand an answer on as it comes and return how it went. Raises UpstreamLost."""
-    block = head.forwarded_block + mark
+def _send(connection: Connection, request: Request, step: Relay) -> None:
+    head, content = step.head, step.body or request.content
+    size = step.body.size if step.body is not None else stated_length(head.fields)
+    is_stated = step.body is not None or b"content-length" in head.fields
+    request.response.send_continue()
+    info = request.connection.forwarded
+    forwarded = step.route.forwarded_head(head, info, size if is_stated else -1 if size == 0 else None)
+    # In one write where possible: an upstream that answers at the head could not keep the connection otherwise.
+    body = b"" if size == 0 else buffered_bytes(content) if size is not None else None
+    head_only = head.method == "HEAD"
+    if body is not None:
+        connection.send(forwarded, body, head_only=head_only)
+    else:
+        blocks = content.stream() if isinstance(content, Body) else stream(content, request.connection.minimum_rate)
+        connection.send_stream(forwarded, blocks, chunked=size is None, head_only=head_only)
+
+
+async def forward_response(response: ResponseWriter, connection: Connection, head: ResponseHead, step: Relay) -> None:
+    """Hand a response on as it comes. Raises UpstreamLost."""
+    block = head.forwarded_block + step.fields
     if connection.response.is_complete:
-        client.send(
-            head.status,
-            head.reason,
-            block,
-            connection.take_body(),
-            stated_length=head.length is not None,
-            bodiless=head.bodiless,
-            close_delimited=head.close_delimited,
-        )
-        return Outcome.PASSTHROUGH
-    client.begin(head.status, head.reason, block, length=head.length, stated=True, eof=head.close_delimited)
-    while data := await connection.next_chunk(silence_s):
-        client.write(data)
-        if client.backlog:
+        response.send(head.status, head.reason, block, connection.take_body(), head.framing)
+        return
+    response.begin(head.status, head.reason, block, head.length, head.framing)
+    while data := await connection.next_chunk(step.route.deps.silence_s):
+        response.write(data)
+        if response.has_backlog:
             connection.pause_reading()  # a slow client holds one piece, not two
-            while not await client.taken():
-                pass
-        if client.gone:
-            return Outcome.PASSTHROUGH  # nobody takes the rest, and nobody stores it
-    client.end()
-    return Outcome.PASSTHROUGH
+            await response.wait_room()
+        if response.client_gone:
+            return  # nobody receives the rest, and nobody stores it
+    response.end()
 
 
-def fail(client: ResponseWriter, lost: UpstreamLost, mark: bytes = b"") -> Outcome:
-    """Tell the client that the exchange was lost, and return the outcome."""
-    if client.started:
-        client.abort()
-        return Outcome.TRUNCATED
+def lost_outcome(response: ResponseWriter, lost: UpstreamLost, fields: bytes) -> tuple[Outcome, Refuse | None]:
+    """Return the outcome of an exchange that was lost, and the answer to it; abort a response that has begun."""
+    if response.started:
+        response.abort()
+        return Outcome.TRUNCATED, None
     if lost.body:
         status, detail = (408, "paused for too long") if lost.timeout else (400, "is not well-formed")
-        client.answer(refusal(status, f"the body {detail}"), close=True)
-        return Outcome.CLIENT_GONE if client.gone else Outcome.REQUEST_REFUSED
-    slug = "upstream-timeout" if lost.timeout else "upstream-lost"
-    told = problem(slug, "no whole answer came; the request may have been executed")
-    client.answer(told, mark)
-    return BY_LABEL[told.code]
+        outcome = Outcome.CLIENT_GONE if response.client_gone else Outcome.REQUEST_REFUSED
+        return outcome, Refuse(refusal(status, f"the body {detail}"), b"", closes=True)
+    outcome = Outcome.UPSTREAM_TIMEOUT if lost.timeout else Outcome.UPSTREAM_LOST
+    return outcome, Refuse(upstream_lost(timeout=lost.timeout).problem, fields)

@@ -1,95 +1,86 @@
-"""Answers from the store: a small one in one write, a large one as fast as the client takes it."""
+"""Sends stored responses: a small one in one write, a large one at the client's pace.
 
-from collections.abc import Callable, Coroutine
+A replay ends in one of four outcomes. REPLAYED: all of it was written. RECORD_CORRUPT: the stored bytes are not those
+that were stored. STORE_UNAVAILABLE: they could not be read. In both cases nothing was sent yet. TRUNCATED: either of
+them, with the head already out, so that the connection was aborted.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 from oncegate.downstream.response import ResponseWriter
+from oncegate.messages.framing import COUNTED, STATED
 from oncegate.messages.response_head import response_digest
 from oncegate.observe.outcome import Outcome
 from oncegate.store.record import Record, StoredResponse, intact
 from oncegate.store.results import ReadFailure
 from oncegate.store.store import Store
 
-Along = Callable[[bytes], None]
-
 MARK = b"Idempotent-Replayed: true\r\nOncegate-Status: replayed\r\n"
 
 
-def _block(record: Record, answer: StoredResponse, extra: bytes) -> bytes:
-    age_s = answer.age_s + max(0, record.now_ms - answer.completed_ms) // 1000
-    return b"%sAge: %d\r\n%s%s" % (answer.block, age_s, MARK, extra)
+class Replay(NamedTuple):
+    """A complete record to be replayed. `fields` are further header fields; `on_body` is given all body bytes."""
+
+    key: bytes
+    record: Record
+    stored: StoredResponse
+    fields: bytes
+    on_body: Callable[[bytes], None] | None = None
+
+    @property
+    def block(self) -> bytes:
+        """The header fields of the replay, each line ended. Age counts from the original response (RFC 9111, 5.1)."""
+        stored = self.stored
+        age_s = stored.age_s + max(0, self.record.now_ms - stored.completed_ms) // 1000
+        return b"%sAge: %d\r\n%s%s" % (stored.block, age_s, MARK, self.fields)
 
 
-def replay(
-    client: ResponseWriter, store: Store, key: bytes, record: Record, extra: bytes, along: Along | None = None
-) -> Outcome | Coroutine[None, None, Outcome]:
-    """Send a stored answer and return the outcome, or what will return it; `extra`: further fields; `along`
-    hears of all of the body.
-
-    RECORD_CORRUPT: the record's bytes are not those that were stored, and nothing was sent. STORE_UNAVAILABLE:
-    they could not be read, and nothing was sent. TRUNCATED: either of them, with the head already out.
-    """
-    answer = record.answer
-    assert answer is not None
-    if answer.size == 0 or record.body is not None:
-        outcome = _replay_small(client, record, answer, record.body or b"", extra)
-        if along is not None:  # once it has left
-            along(record.body or b"")
-        return outcome
-    return _replay_large(client, store, key, record, answer, extra, along)
-
-
-def _replay_small(client: ResponseWriter, record: Record, answer: StoredResponse, body: bytes, extra: bytes) -> Outcome:
-    if not intact(answer, body):
+def replay_small(response: ResponseWriter, replay: Replay) -> Outcome:
+    """Send a stored response whose body is at hand."""
+    stored, body, block = replay.stored, replay.record.body or b"", replay.block
+    if not intact(stored, body):
         return Outcome.RECORD_CORRUPT
-    stated = answer.stated_length
-    block, bodiless = _block(record, answer, extra), stated and not body
-    client.send(answer.status, answer.reason, block, body, stated_length=stated, bodiless=bodiless)
+    framing = STATED if stored.stated_length else COUNTED
+    response.send(stored.status, stored.reason, block, body, framing)
+    if replay.on_body is not None:  # after the response has left
+        replay.on_body(body)
     return Outcome.REPLAYED
 
 
-async def _replay_large(
-    client: ResponseWriter,
-    store: Store,
-    key: bytes,
-    record: Record,
-    answer: StoredResponse,
-    extra: bytes,
-    along: Along | None,
-) -> Outcome:
-    """Copy chunk after chunk; the last byte is held back until size and digest agree."""
-    digest = response_digest(answer.status, answer.reason, answer.block)
+async def replay_large(response: ResponseWriter, store: Store, replay: Replay) -> Outcome:
+    """Copy chunk after chunk. The last byte is held back until size and digest agree."""
+    stored = replay.stored
+    digest = response_digest(stored.status, stored.reason, stored.block)
     first = sent = 0
-    while first < answer.chunks and not client.gone:
-        chunks = await store.read(key, record.token, first)
+    while first < stored.chunks and not response.client_gone:
+        chunks = await store.read(replay.key, replay.record.token, first)
         if isinstance(chunks, ReadFailure):
-            incomplete = chunks is ReadFailure.INCOMPLETE
-            return _broken(client, Outcome.RECORD_CORRUPT if incomplete else Outcome.STORE_UNAVAILABLE)
-        if not client.started:
-            block = _block(record, answer, extra)
-            client.begin(
-                answer.status, answer.reason, block, length=answer.size, stated=answer.stated_length, eof=False
-            )
+            is_corrupt = chunks is ReadFailure.INCOMPLETE
+            return _broken(response, Outcome.RECORD_CORRUPT if is_corrupt else Outcome.STORE_UNAVAILABLE)
+        if not response.started:
+            framing = STATED if stored.stated_length else COUNTED
+            response.begin(stored.status, stored.reason, replay.block, stored.size, framing)
         for chunk in chunks:
             digest.update(chunk)
             sent += len(chunk)
-            if sent > answer.size:
-                return _broken(client, Outcome.RECORD_CORRUPT)
-            client.write(chunk)
-            if along is not None:
-                along(chunk)
+            if sent > stored.size:
+                return _broken(response, Outcome.RECORD_CORRUPT)
+            response.write(chunk)
+            if replay.on_body is not None:
+                replay.on_body(chunk)
         first += len(chunks)
-        while not await client.taken():
-            pass
-    if client.gone:
+        await response.wait_room()
+    if response.client_gone:
         return Outcome.REPLAYED
-    if sent != answer.size or digest.digest() != answer.digest:
-        return _broken(client, Outcome.RECORD_CORRUPT)
-    client.end()
+    if sent != stored.size or digest.digest() != stored.digest:
+        return _broken(response, Outcome.RECORD_CORRUPT)
+    response.end()
     return Outcome.REPLAYED
 
 
-def _broken(client: ResponseWriter, unsent: Outcome) -> Outcome:
-    if client.started:
-        client.abort()
+def _broken(response: ResponseWriter, outcome: Outcome) -> Outcome:
+    if response.started:
+        response.abort()
         return Outcome.TRUNCATED
-    return unsent
+    return outcome

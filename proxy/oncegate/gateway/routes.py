@@ -1,40 +1,81 @@
 """Where a request goes and how it is treated there: a policy with what carries it out."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from oncegate.gateway.exchange import ExchangeDeps
-from oncegate.messages.request_head import RequestHead
+from oncegate.buffers.memory import MemoryBudget
+from oncegate.gateway.waiters import Waiters
+from oncegate.messages.request_head import ForwardedInfo, RequestHead, renamed, request_head
 from oncegate.rules.model import Rules
 from oncegate.rules.policy import Policy
+from oncegate.store.leases import Leases
+from oncegate.store.store import Store
+from oncegate.upstream.pool import Pool
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeDeps:
+    """What every exchange on a route works with. Times in seconds; `clock` is the event loop's.
+
+    `background` finishes work after its request was answered. `silence_s` is the longest silence of the upstream,
+    `reuse_idle_s` the longest idle time of a connection that is used again, `settle_timeout_s` how long the store is
+    asked again to take a response, `store_timeout_s` the same for all that nobody waits for. `longest_s`: no await of
+    an exchange takes longer.
+    """
+
+    store: Store
+    leases: Leases
+    waiters: Waiters
+    pool: Pool
+    memory: MemoryBudget
+    background: Callable[[Coroutine[Any, Any, Any]], None]
+    clock: Callable[[], float]
+    silence_s: float
+    reuse_idle_s: float
+    store_timeout_s: float
+    settle_timeout_s: float
+    longest_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One way through the proxy. `host`: what the upstream's Host field says; `prefix`: of its paths."""
+    """One way through the proxy. `host` is the upstream's Host field, `prefix` the beginning of its paths."""
 
     policy: Policy
     deps: ExchangeDeps
     host: bytes
     prefix: bytes
+    # Whether a head decides the same about its request whatever its key is.
+    is_key_independent: bool
+
+    def forwarded_head(self, head: RequestHead, info: ForwardedInfo, body_bytes: int | None) -> bytes:
+        """Return the head of a request for the upstream; `body_bytes` None: chunked, negative: no body."""
+        policy = self.policy
+        if policy.forward_key is not None:
+            head = head._replace(pairs=renamed(head.pairs, policy.key_header, policy.forward_key))
+        host = head.host if policy.pass_host and head.host else self.host
+        return request_head(head, info, host, self.prefix, body_bytes)
 
 
 class Routes:
-    """The routes of a rules file; by the rules' names, the default's is empty."""
+    """The routes of a rules file, by the names of their rules. The default's name is empty."""
 
     def __init__(self, rules: Rules, by_name: Mapping[str, Route]) -> None:
         self._rules, self._by_name = rules, by_name
         self.default = by_name[""]
+        self.has_rules = len(by_name) > 1
 
-    def __call__(self, head: RequestHead) -> Route:
+    def choose(self, head: RequestHead) -> Route:
+        """Return the route of the first rule that matches a request."""
         return self._by_name[self._rules.choose(head).name]
 
-    @property
-    def headers(self) -> frozenset[bytes]:
-        """The header fields, in lower case, that are looked at to choose."""
-        return self._rules.matched
 
-    @property
-    def chosen(self) -> bool:
-        """Whether there is anything to choose from."""
-        return len(self._by_name) > 1
+def is_key_independent(policy: Policy, rules: Rules) -> bool:
+    """Return whether a policy treats requests alike that differ in the value of the default key header alone.
+
+    Not so where the key is elsewhere, where the header is forwarded under another name, or where it chooses the rule.
+    """
+    key_header = rules.default.policy.key_header
+    plain = policy.sources is None and policy.forward_key is None and policy.key_header == key_header
+    return plain and key_header not in rules.matched

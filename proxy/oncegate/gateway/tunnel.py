@@ -3,27 +3,30 @@
 import asyncio
 import contextlib
 import time
+from typing import NamedTuple
 
 from oncegate.downstream.request import Request
-from oncegate.downstream.response import ResponseWriter
-from oncegate.gateway.relay import Relayed, fail, pass_on
-from oncegate.messages.problems import problem
-from oncegate.messages.request_head import SWITCHING
+from oncegate.gateway.answers import Refuse, not_sent
+from oncegate.gateway.relay import Relay, Relayed, forward_response, lost_outcome
+from oncegate.gateway.routes import Route
+from oncegate.messages.request_head import SWITCHING, RequestHead
 from oncegate.observe.outcome import Outcome
 from oncegate.upstream.connection import Connection
 from oncegate.upstream.errors import NotSent, UpstreamLost
-from oncegate.upstream.pool import REUSE_IDLE_S, Pool
+from oncegate.upstream.pool import REUSE_IDLE_S
 
-HIGH_WATER = 65536  # bytes of a client that wait for the upstream, at which reading pauses
-LAST_S = 1.0  # for the client's last bytes to leave
+# Bytes of a client that wait for the upstream, above which reading pauses.
+HIGH_WATER = 65536
+# How long the client's last bytes have to leave the process.
+LAST_S = 1.0
 CLOSES_NOW = UpstreamLost("the client ended it")
 
 
-class _Upstreamward:
-    """What the client sends, as aiohttp hands it over in place of parsing it; and its way to the upstream."""
+class _ToUpstream:
+    """Takes what the client sends, in the place of aiohttp's parser, and passes it on to the upstream."""
 
     def __init__(self, request: Request) -> None:
-        self._connection = request.protocol
+        self._connection = request.connection
         self._waiting = bytearray()
         self._ended = False
         self._changed = asyncio.Event()
@@ -40,7 +43,7 @@ class _Upstreamward:
         self._changed.set()
 
     async def run(self, connection: Connection, silence_s: float) -> None:
-        """Pass on what comes; at its end, end the tunnel."""
+        """Pass on what comes. When the client ends, end the tunnel."""
         while self._waiting or not self._ended:
             data = bytes(self._waiting)
             self._waiting.clear()
@@ -56,50 +59,60 @@ class _Upstreamward:
         connection.fail(CLOSES_NOW)
 
 
-async def tunnel(request: Request, client: ResponseWriter, pool: Pool, head: bytes, silence_s: float) -> Relayed:
-    """Ask the upstream for a WebSocket and stay in between, as long as either says something within `silence_s`.
+class Tunnel(NamedTuple):
+    """Let a WebSocket through. It has no end of its own: a drain does not wait for it, and closes it at its start."""
 
-    An upstream that declines is passed on as it answers. `head`: the request's, without what is this hop's own.
+    route: Route
+    head: RequestHead
+
+
+async def tunnel(request: Request, step: Tunnel) -> Relayed:
+    """Ask the upstream for a WebSocket and stay in between, as long as either side says something within its silence.
+
+    An upstream that declines is passed on as it answers.
     """
+    deps, response = step.route.deps, request.response
     try:
-        connection = await pool.acquire(REUSE_IDLE_S)
-    except NotSent as why:
-        client.answer(problem("upstream-unreachable", str(why)))
-        return Relayed(Outcome.UPSTREAM_UNREACHABLE)
+        connection = await deps.pool.acquire(REUSE_IDLE_S)
+    except NotSent as reason:
+        return Relayed(Outcome.UPSTREAM_UNREACHABLE, refuse=Refuse(not_sent(str(reason)).problem, b""))
     began = time.perf_counter()
+    refuse: Refuse | None = None
     try:
+        # Without what is this hop's own.
+        head = step.route.forwarded_head(step.head, request.connection.forwarded, -1)
         connection.send_upgrade(head.removesuffix(b"\r\n") + SWITCHING + b"\r\n")
-        answer = await connection.wait_for_head(silence_s)
+        answer = await connection.wait_for_head(deps.silence_s)
+        outcome = Outcome.PASSTHROUGH
         if answer.status == 101:
-            client.switch(answer.forwarded_block + SWITCHING)
-            outcome = await _splice(request, client, connection, silence_s)
+            response.switch_protocols(answer.forwarded_block + SWITCHING)
+            outcome = await _splice(request, connection, deps.silence_s)
         else:
-            outcome = await pass_on(client, connection, answer, silence_s)
+            await forward_response(response, connection, answer, Relay(step.route, step.head))
     except UpstreamLost as lost:
-        outcome = fail(client, lost)
+        outcome, refuse = lost_outcome(response, lost, b"")
     finally:
-        pool.release(connection)
-    return Relayed(
-        outcome, connection.response.head.status if connection.response.head else 0, time.perf_counter() - began
-    )
+        deps.pool.release(connection)
+    final = connection.response.head
+    return Relayed(outcome, final.status if final else 0, time.perf_counter() - began, refuse)
 
 
-async def _splice(request: Request, client: ResponseWriter, connection: Connection, silence_s: float) -> Outcome:
-    upstreamward = _Upstreamward(request)
-    sending = asyncio.get_running_loop().create_task(upstreamward.run(connection, silence_s))
-    request.protocol.set_parser(upstreamward)  # all that is called is there
+async def _splice(request: Request, connection: Connection, silence_s: float) -> Outcome:
+    response = request.response
+    to_upstream = _ToUpstream(request)
+    sending = asyncio.get_running_loop().create_task(to_upstream.run(connection, silence_s))
+    request.connection.set_parser(to_upstream)
     try:
         while data := await connection.next_chunk(silence_s):
-            client.write(data)
-            while not await client.taken():
-                pass
-            if client.gone:
+            response.write(data)
+            await response.wait_room()
+            if response.client_gone:
                 break
     except UpstreamLost as lost:
         if lost is not CLOSES_NOW:
-            client.abort()
+            response.abort()
             return Outcome.TRUNCATED
     finally:
         sending.cancel()
-    client.end()
+    response.end()
     return Outcome.PASSTHROUGH

@@ -9,7 +9,6 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from oncegate.messages.fields import HOP_BY_HOP, Fields, Pairs, by_name, nominated, remember, tokens
-from oncegate.messages.head_cache import HeadCache
 from oncegate.messages.request_head import ACTED_ON, RequestHead
 
 # The path and query of origin-form (RFC 9112, section 3.2.1), with the bytes above 0x7F that real clients send.
@@ -43,8 +42,6 @@ class Admission:
         self._acted_on = ACTED_ON.union((key_header,), scope_headers)
         # An upstream that maps "_" to "-" (CGI, WSGI) would take X_Api_Key for X-Api-Key.
         self._imitated = self._acted_on | HOP_BY_HOP
-        # The heads that passed. They belong to these checks: with other hosts or fields, others might pass.
-        self.heads = HeadCache(key_header)
         # Field names and hosts that pass whatever else the request says: a look-up instead of the checks. Bounded.
         self._harmless_names: set[bytes] = set()
         self._well_formed_hosts: set[bytes] = set()

@@ -17,6 +17,7 @@ from oncegate.messages.fields import (
     remember,
     tokens,
 )
+from oncegate.messages.framing import CLOSING, COUNTED, STATED, Framing
 
 # Meant for one exchange or one browser alone. Age is written anew for each replay.
 NOT_REPLAYED = frozenset((b"set-cookie", b"www-authenticate", b"authentication-info", b"age"))
@@ -50,12 +51,16 @@ class ResponseHead:
     replayed_block: bytes
     is_event_stream: bool = field(init=False)
     age_s: int = field(init=False)
+    # How the client is told where the body ends.
+    framing: Framing = field(init=False)
     _digest: blake2b | None = field(init=False, default=None, compare=False)
 
     def __post_init__(self) -> None:
         kinds = self.fields.get(b"content-type")
         self.is_event_stream = kinds is not None and kinds[-1].lower().startswith(b"text/event-stream")
         self.age_s = _number(self.fields[b"age"][0]) if b"age" in self.fields else 0
+        states_length = self.length is not None or self.bodiless
+        self.framing = CLOSING if self.close_delimited else STATED if states_length else COUNTED
 
     def digest(self) -> blake2b:
         """Return the digest of the response as it is replayed, to be updated with its body."""

@@ -133,7 +133,9 @@ class Metrics(Collector):
     def observe(self, report: RequestReport, seconds: float) -> None:
         """Count one request that took `seconds`."""
         # One unpacking instead of a look-up for each field: every request comes this way.
-        outcome, _, _, key, upstream_s, saved_s, replayed_bytes, common_tenant, _, _, tokens = report
+        outcome, _, _, key, upstream_s, saved_s, replayed_bytes, common_tenant, _, _, tokens, settlements, closed = (
+            report
+        )
         label = outcome.label
         self._requests.by_value[label] += 1
         self._add_request(seconds)
@@ -150,6 +152,10 @@ class Metrics(Collector):
                 self._save_tokens(tokens)
         if common_tenant:
             self._unscoped.add()
+        for settlement in settlements:
+            self._settled.by_value[settlement.label] += 1
+        if closed:
+            self._close_delimited.add()
         if len(self._by_request[0].unsorted) >= MAX_UNSORTED:
             for histogram in self._by_request:
                 histogram.sort()
@@ -160,10 +166,6 @@ class Metrics(Collector):
         for kind, count in tokens.items():
             self._tokens_saved.add(kind, count)
 
-    def settled(self, settlement: SettlementLabel) -> None:
-        """Count how a claim ended."""
-        self._settled.by_value[settlement.label] += 1
-
     @property
     def unsure(self) -> int:
         """How many claims ended without a stored response and without a key that is surely free."""
@@ -171,10 +173,6 @@ class Metrics(Collector):
             self._settled.by_value[SettlementLabel.UNKNOWN.label]
             + self._settled.by_value[SettlementLabel.UNCONFIRMED.label]
         )
-
-    def close_delimited(self) -> None:
-        """Count a response that ended by closing alone and was stored as complete."""
-        self._close_delimited.add()
 
     def store_call(self, verb: str, seconds: float) -> None:
         """Count one call to the store; `verb` is one of VERBS."""

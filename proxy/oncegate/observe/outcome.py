@@ -3,6 +3,7 @@
 from enum import Enum
 from typing import Final, NamedTuple, Protocol
 
+from oncegate.observe.labels import SettlementLabel
 from oncegate.observe.usage import Tokens
 
 
@@ -73,7 +74,8 @@ class RequestReport(NamedTuple):
     `saved_s` is the upstream time that a replay saved and `replayed_bytes` the size of the body that it sent.
     `tokens` are those that a replay saved at an LLM's API, None where they are not counted.
     `common_tenant`: the request had no credential, so that it shares its tenant with all such requests.
-    `rule` is the name of the rule that decided, empty for none.
+    `rule` is the name of the rule that decided, empty for none. `settlements` say how its claim ended, and whether it
+    was lost; `close_delimited`: a response that ended by closing alone was stored as complete.
     """
 
     outcome: Outcome
@@ -87,6 +89,8 @@ class RequestReport(NamedTuple):
     detail: str = ""
     rule: str = ""
     tokens: Tokens | None = None
+    settlements: tuple[SettlementLabel, ...] = ()
+    close_delimited: bool = False
 
 
 class Observe(Protocol):

@@ -4,14 +4,12 @@ The request path and `oncegate check --explain` use the same functions, so that 
 """
 
 from collections.abc import Iterable
-from hashlib import blake2b
 from typing import NamedTuple, Protocol
 
 from oncegate.keys.digests import Digests, Scope, UnstableScope
 from oncegate.keys.documents import Missing
 from oncegate.keys.extraction import ExtractedKey, SourceInput, extract_key, scope_fields
 from oncegate.keys.syntax import BadKey, parse_key
-from oncegate.messages.fields import Fields
 from oncegate.messages.request_head import RequestHead
 from oncegate.rules.policy import Policy
 
@@ -50,38 +48,6 @@ class Identity(NamedTuple):
     fingerprint: bytes
     window_ms: int = 0
     fresh: bool = False
-
-
-class ScopeMemo:
-    """The scope and the fingerprint prefix of a connection's last request, with the input that they were made of.
-
-    The requests of one connection mostly differ in key and body alone. Without the memo, digesting the same
-    input again takes 2 % of an execution (measured).
-    """
-
-    __slots__ = ("_digests", "_names", "_parts", "_policy", "_prefix", "_scope", "_values")
-
-    def __init__(self, digests: Digests) -> None:
-        self._digests = digests
-        self._policy: Policy | None = None
-        self._values: list[list[bytes] | None] = []
-        self._parts: tuple[bytes, ...] = ()
-
-    def scope(self, policy: Policy, fields: Fields) -> Scope | UnstableScope:
-        """Return the scope of a request under a policy without `scope_sources`."""
-        if policy is not self._policy:
-            self._policy, self._names, self._values = policy, (*policy.scope_headers, b"cookie"), []
-        values = list(map(fields.get, self._names))
-        if values != self._values:
-            self._scope, self._values = self._digests.scope(policy.namespace, fields, policy.scope_headers), values
-        return self._scope
-
-    def fingerprint_prefix(self, policy: Policy, head: RequestHead) -> blake2b:
-        """Return the fingerprint without the body, under a policy whose fingerprint has all parts. Copy before use."""
-        parts = fingerprint_parts(policy, head)
-        if parts != self._parts:
-            self._parts, self._prefix = parts, self._digests.fingerprint_prefix(parts)
-        return self._prefix
 
 
 def key_in_head(policy: Policy, head: RequestHead) -> bytes | Missing | BadKey | None:

@@ -61,7 +61,7 @@ class Drain:
 
     def _cut_off_all(self) -> None:
         """Close the connections to the upstreams and to stalled clients, so that their requests end."""
-        self.cut_off = max(self._requests(), self._listener.owing())
+        self.cut_off = max(self._requests(), self._listener.count_unsent())
         self._pools.cut("the proxy was shut down")
         self._listener.abort_stalled()
 
@@ -85,7 +85,7 @@ class Drain:
         return self._gateway.in_flight + self._gateway.relaying + len(self._waiters)
 
     def _in_progress(self) -> int:
-        return self._requests() + len(self._background) + self._listener.owing()
+        return self._requests() + len(self._background) + self._listener.count_unsent()
 
 
 async def unless(stop: asyncio.Event | None, work: Coroutine[Any, Any, Any], seconds: float | None = None) -> Any:

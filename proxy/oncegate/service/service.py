@@ -1,10 +1,7 @@
-"""Builds the service from its settings and runs its parts; the only place where they are constructed."""
+"""Runs the parts of one worker: from its start, through reloads, to its drain and end."""
 
 import asyncio
-import os
 import socket
-import ssl
-import tempfile
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -12,32 +9,19 @@ from aiohttp import web
 from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
 
 from oncegate import __version__
-from oncegate.buffers.memory import MemoryBudget
-from oncegate.downstream.body import Bodies
-from oncegate.downstream.listener import Listener, bound_unsent
-from oncegate.downstream.minimum_rate import MinimumRate
-from oncegate.gateway.exchange import ExchangeDeps
-from oncegate.gateway.handler import Gateway
-from oncegate.gateway.routes import Route, Routes
-from oncegate.gateway.waiters import Waiters
-from oncegate.keys.digests import Digests, identity_settings, key_id
-from oncegate.messages.admission import Admission
+from oncegate.downstream.listener import bound_unsent
+from oncegate.keys.digests import key_id
 from oncegate.observe.admin import serve_admin
 from oncegate.observe.labels import STORE_LOSSES
 from oncegate.observe.logs import AccessLog
 from oncegate.observe.metrics import Metrics
 from oncegate.observe.outcome import RequestReport
 from oncegate.rules.loading import load_rules
-from oncegate.rules.model import Rule, Rules, Upstream
 from oncegate.service.drain import POLL_S, Drain, unless
+from oncegate.service.wiring import Parts, Reporting, server_tls
 from oncegate.settings.settings import Settings, SettingsError
-from oncegate.store.leases import Leases
 from oncegate.store.record import Claim
-from oncegate.store.redis.health_monitor import Membership
-from oncegate.store.store import Store
 from oncegate.testing import faults
-from oncegate.upstream.pool import REUSE_IDLE_S, Pool, client_tls
-from oncegate.upstream.pools import Pools
 
 CANCEL_S = 0.05  # for what did not end by itself; it comes twice
 BACKLOG = 1024
@@ -57,25 +41,6 @@ def _require_strict_parser() -> None:
         raise Unsupported("aiohttp runs without its C extensions: unset AIOHTTP_NO_EXTENSIONS or install its wheel")
 
 
-def _member(
-    settings: Settings, durable: bool, report: Callable[[str, str], None], rules: Callable[[], str]
-) -> Membership:
-    """Return what this proxy says of itself to the others on its store."""
-    digests = Digests(settings.secret.get_secret_value().encode())
-    return Membership(
-        token_prefix=b"",
-        replica=f"{socket.gethostname()} pid {os.getpid()}",
-        described=identity_settings(digests, settings.namespace, settings.key_header, settings.scope_headers),
-        accept=settings.identity_change == "accept",
-        retention_ms=int(settings.retention_s * 1000),
-        quarantine_ms=int(settings.quarantine_s * 1000) if settings.on_store_loss == "quarantine" else 0,
-        notice_s=settings.quarantine_s,
-        durable=durable,
-        report=report,
-        rules=rules,
-    )
-
-
 class Service:
     """One worker: its listeners, its store and upstream, and the tasks that keep them."""
 
@@ -90,125 +55,36 @@ class Service:
         self._draining = self._retired = False
         self.metrics = Metrics(__version__, self._gauges())
         self._access = AccessLog(logger, settings.access_log, settings.log_level, settings.log_format, self._loop)
-        self._buffered = MemoryBudget(settings.max_buffered_bytes)
-        self.store = Store(
-            store_url,
-            timeout_ms=settings.store_timeout_ms,
-            patience_s=settings.settle_timeout_s,
-            observe=self.metrics.store_call,
-            repeated=self.metrics.store_retried,
-            background=self._in_background,
-            log=logger.warning,
-            durability=settings.durability,
-            member=_member(settings, _durable(settings), self._watched, lambda: self._naming),
-            broke=self._broke,
-        )
-        self._leases = Leases(self.store, settings.lease_ms, self._report, self._loop.time)
-        self._waiters = Waiters(self.store, settings.max_waiters, settings.lease_ms, self._leases.__contains__)
-        self._pools = Pools(self._make_pool)
-        self._pace = MinimumRate(settings.client_stall_s, settings.client_min_bytes_per_s)
-        rules = load_rules(settings)
-        self._naming = rules.identity_digest
-        self._gateway = self._make_gateway(rules)
-        self._listener = Listener(
-            self._gateway,
-            max_connections=settings.max_connections,
-            pace=self._pace,
+        reporting = Reporting(
+            metrics=self.metrics,
+            log=logger,
             observe=self._observe,
-            docs_url=str(settings.docs_url or ""),
+            failed=lambda error: self._log.error("request failed", exc_info=error),
+            claim_lost=self._report_claim,
+            store_finding=self._report_store,
+            store_broke=self._report_broken_store,
+            background=self._in_background,
         )
-        self._drain = Drain(self._gateway, self._listener, self._waiters, self._pools, self.store, self._background)
+        self._parts = parts = Parts(settings, store_url, load_rules(settings), reporting)
+        self.store, self._listener = parts.store, parts.listener
+        self._drain = Drain(parts.gateway, parts.listener, parts.waiters, parts.pools, parts.store, self._background)
         self._servers: list[asyncio.Server] = []
         self._admin: web.AppRunner | None = None
 
     def _gauges(self) -> dict[str, Callable[[], float]]:
         """Return what is asked at each scrape."""
         return {
-            "in_flight": lambda: self._gateway.in_flight,
-            "waiting": lambda: len(self._waiters),
+            "in_flight": lambda: self._parts.gateway.in_flight,
+            "waiting": lambda: len(self._parts.waiters),
             "store_memory_ratio": lambda: self.store.memory_ratio,
             "store_full": lambda: self.store.refuses_new,
             "store_breaker_open": lambda: self.store.broken,
             "rules_differ": lambda: self.store.rules_differ,
             "quarantine_seconds": lambda: self.store.quarantine_left_s,
             "ready": lambda: not self.problems(),
-            "buffered_bytes": lambda: self._buffered.used,
+            "buffered_bytes": lambda: self._parts.memory.used,
             "workers": lambda: 1.0,
         }
-
-    def _make_pool(self, upstream: Upstream) -> Pool:
-        files = (upstream.ca_file, upstream.cert_file, upstream.key_file)
-        tls = (
-            client_tls(*(str(path) if path else None for path in files)) if upstream.origin.scheme == "https" else None
-        )
-        return Pool(
-            upstream.origin.host,
-            upstream.origin.port,
-            tls,
-            connect_timeout_s=upstream.connect_timeout_s,
-            connect_retries=upstream.connect_retries,
-            max_connections=upstream.max_connections,
-            keep_idle_s=max(REUSE_IDLE_S, upstream.reuse_idle_s),
-            buffered=self._buffered,
-        )
-
-    def _make_gateway(self, rules: Rules) -> Gateway:
-        settings = self._settings
-        routes = self._routes(rules)
-        spool_dir = str(settings.spool_dir or tempfile.gettempdir())
-        return Gateway(
-            routes.default.deps,
-            gate=self._gate(rules),
-            routes=routes,
-            digests=Digests(settings.secret.get_secret_value().encode()),
-            bodies=Bodies(
-                self._buffered,
-                MemoryBudget(settings.max_spool_bytes),
-                spool_dir,
-                settings.max_request_bytes,
-                self._pace,
-            ),
-            trusted=settings.trusted_proxies,
-            max_in_flight=settings.max_in_flight,
-            observe=self._observe,
-            failed=lambda error: self._log.error("request failed", exc_info=error),
-        )
-
-    def _gate(self, rules: Rules) -> Admission:
-        hosts = [host.encode() for host in self._settings.hosts]
-        return Admission(hosts, rules.default.policy.key_header, rules.acted_on)
-
-    def _routes(self, rules: Rules) -> Routes:
-        return Routes(rules, {rule.name: self._route(rule) for rule in rules})
-
-    def _route(self, rule: Rule) -> Route:
-        origin = rule.upstream.origin
-        host = rule.set_host or origin.authority
-        return Route(rule.policy, self._deps(rule), host.encode(), origin.path_prefix.encode())
-
-    def _deps(self, rule: Rule) -> ExchangeDeps:
-        settings = rule.settings
-        return ExchangeDeps(
-            store=self.store,
-            leases=self._leases,
-            waiters=self._waiters,
-            pool=self._pools.of(rule.upstream),
-            buffered=self._buffered,
-            background=self._in_background,
-            settled=self.metrics.settled,
-            close_delimited=self.metrics.close_delimited,
-            silence_s=settings.upstream_timeout_s,
-            reuse_idle_s=rule.upstream.reuse_idle_s,
-            store_timeout_s=settings.store_timeout_ms / 1000,
-            patience_s=settings.settle_timeout_s,
-            pace=self._pace,
-            # Sent on the last moment of the queue for a connection, and answered on the last one of the silence.
-            longest_s=settings.connect_timeout_s
-            + settings.upstream_timeout_s
-            + settings.client_stall_s
-            + 2 * settings.settle_timeout_s
-            + 10,
-        )
 
     def reload(self) -> None:
         """Read the rules file again. What is under way keeps its rules; a file with a mistake changes nothing."""
@@ -217,14 +93,12 @@ class Service:
             return
         try:
             rules = load_rules(self._settings)
-            routes = self._routes(rules)
+            routes = self._parts.routes(rules)
         except (SettingsError, OSError) as error:  # OSError: what OpenSSL makes of a certificate
             reasons = error.errors if isinstance(error, SettingsError) else [str(error)]
             self._log.error("rules file rejected, previous rules stay", reasons=reasons)
             return
-        self._gateway.follow(self._gate(rules), routes)
-        self._naming = rules.identity_digest
-        self._pools.keep(rule.upstream for rule in rules)
+        self._parts.follow(rules, routes)
         self._log.info("rules loaded", rules=[rule.name for rule in rules.rules])
 
     # What the parts report ...
@@ -233,12 +107,12 @@ class Service:
         self.metrics.observe(report, seconds)
         self._access(report, seconds, client_gone)
 
-    def _report(self, what: str, claim: Claim) -> None:
+    def _report_claim(self, what: str, claim: Claim) -> None:
         """Report a running claim whose record vanished (`lost`) or was taken (`fenced`): its key may execute twice."""
         self.metrics.claim_lost()
         self._log.error(f"claim {what}", key_id=key_id(claim.key), fence=claim.fence.decode())
 
-    def _watched(self, kind: str, detail: str) -> None:
+    def _report_store(self, kind: str, detail: str) -> None:
         """Log a problem of the store: a loss of data, or proxies that name keys in another way."""
         if (loss := STORE_LOSSES.get(kind)) is not None:
             self.metrics.store_lost(loss)
@@ -247,7 +121,7 @@ class Service:
         write = self._log.error if kind in ALARMING else self._log.warning
         write("store problem", kind=kind, detail=detail)
 
-    def _broke(self) -> None:
+    def _report_broken_store(self) -> None:
         self.metrics.breaker_opened()
         self._log.error("store circuit breaker opened")
 
@@ -279,7 +153,13 @@ class Service:
         """
         settings = self._settings
         self.store.start()
-        keepers = (self.store.watch, self.store.probe, self._leases.run, self._waiters.run, self._listener.sweep)
+        keepers = (
+            self.store.watch,
+            self.store.probe,
+            self._parts.leases.run,
+            self._parts.waiters.run,
+            self._listener.sweep,
+        )
         self._tasks = [self._loop.create_task(self._keep(keeper)) for keeper in keepers]
         address: dict[str, Any] = {"host": settings.listen.host, "port": settings.listen.port}
         for place in [{"sock": one} for one in shared] or [address]:
@@ -289,7 +169,7 @@ class Service:
         await self.store.wait_up(1.0)
 
     async def _listen(self, place: dict[str, Any]) -> asyncio.Server:
-        tls = _server_tls(self._settings)
+        tls = server_tls(self._settings)
         handshake_s = self._listener.head_s if tls else None
         server = await self._loop.create_server(
             self._listener, **place, ssl=tls, ssl_handshake_timeout=handshake_s, backlog=BACKLOG
@@ -367,21 +247,6 @@ class Service:
         await asyncio.gather(*left, return_exceptions=True)
         if self._admin:
             await self._admin.cleanup()
-        self._pools.close()
+        self._parts.pools.close()
         await self.store.close()
         self._access.flush()
-
-
-def _durable(settings: Settings) -> bool:
-    """Return whether the store confirms a claim only once it survives a restart or a failover."""
-    return settings.store_url.get_secret_value() == "embedded" or settings.durability != "memory"
-
-
-def _server_tls(settings: Settings) -> ssl.SSLContext | None:
-    if settings.tls_cert_file is None:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols(["http/1.1"])
-    context.load_cert_chain(settings.tls_cert_file, settings.tls_key_file)
-    return context

@@ -266,6 +266,11 @@ class Settings(BaseSettings):
     rules_file: ReadableFile = Field(
         None, description="File with rules for single routes (TOML). SIGHUP makes oncegate read it again."
     )
+    head_cache: bool = Field(
+        True,
+        description="Remember the heads of requests and responses that came before. It saves a third of the processor "
+        "time where they repeat. `false` is for tests, and to rule the cache out when you look for a fault.",
+    )
     testing: bool = Field(False, description="Allow `ONCEGATE_FAULT`. For oncegate's own tests only.")
     fault: Annotated[tuple[Fault, ...], list_of(parse_fault)] = Field(
         (),

@@ -2,18 +2,19 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
+from oncegate.decision import must_reclaim
+from oncegate.keys.digests import Scope
 from oncegate.store.record import Claim
-from oncegate.store.results import RenewStatus
+from oncegate.store.results import RenewStatus, Unconfirmed
 from oncegate.store.store import Store
 
-
-def suspended_clock_s() -> float:
-    """Return seconds on a clock that goes on while the machine sleeps, as leases do."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
+# Returns seconds on a clock that goes on while the machine sleeps, as leases do.
+suspended_clock_s = partial(time.clock_gettime, time.CLOCK_BOOTTIME)
 
 
 @dataclass(slots=True, eq=False)
@@ -75,6 +76,35 @@ class Leases:
         if not held.reported:
             held.reported = True
             self._report(what, held.claim)
+
+    async def reclaim(self, held: LeasedClaim, scope: Scope) -> bool:
+        """Ask the store whether a key is still ours, and claim it again where it is free; return whether it is ours."""
+        asked_s = suspended_clock_s()
+        claimed = await self._store.reclaim(held.claim, scope)
+        if not isinstance(claimed, Claim):
+            held.fenced = held.fenced or not isinstance(claimed, Unconfirmed)
+            return False
+        # With another fence the record had vanished, and nobody can say what happened meanwhile.
+        if claimed.fence != held.claim.fence:
+            self.report("lost", held)
+        held.claim, held.confirmed_s = claimed, asked_s
+        return True
+
+    async def while_ours(self, held: LeasedClaim, scope: Scope, blocks: Iterable[bytes]) -> AsyncIterator[bytes]:
+        """Yield blocks for as long as a key is ours. A process that was suspended may have lost it meanwhile.
+
+        A store that does not answer stops nothing before the retention is over, for which the record exists. Raises
+        ConnectionError once the key is lost.
+        """
+        asked_s, claim = 0.0, held.claim
+        for block in blocks:
+            age_s = min(held.age_s(), suspended_clock_s() - asked_s)
+            if must_reclaim(age_s, claim.lease_ms):
+                asked_s = suspended_clock_s()
+                is_ours = await self.reclaim(held, scope)
+                if not is_ours and (held.fenced or held.age_s() * 1000 >= claim.retention_ms):
+                    raise ConnectionError("the key is not ours any more")
+            yield block
 
     async def run(self) -> None:
         """Renew every lease three times in its length, until cancelled. All leave in one write."""

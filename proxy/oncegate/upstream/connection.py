@@ -12,8 +12,8 @@ from typing import Protocol
 
 from oncegate.buffers.memory import MemoryBudget
 from oncegate.buffers.write_batcher import WriteBatcher
+from oncegate.known_heads.recent import RecentHeads
 from oncegate.messages.fields import MAX_HEAD_BYTES
-from oncegate.messages.head_cache import RecentHeads
 from oncegate.messages.response_head import ResponseHead
 from oncegate.upstream.errors import UpstreamLost
 from oncegate.upstream.request import OutgoingRequest
@@ -162,7 +162,7 @@ class Connection(asyncio.Protocol):
         response, chunks = self.response, self.response.chunks
         data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         chunks.clear()
-        self._pool.buffered.give(response.buffered_bytes)
+        self._pool.buffered.used -= response.buffered_bytes
         response.buffered_bytes = 0
         if self._is_reading_paused:
             self._resume_reading()

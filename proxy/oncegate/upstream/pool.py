@@ -12,7 +12,7 @@ from aiohappyeyeballs import start_connection
 
 from oncegate.buffers.memory import MemoryBudget
 from oncegate.buffers.write_batcher import write_batcher
-from oncegate.messages.head_cache import RecentHeads
+from oncegate.known_heads.recent import RecentHeads
 from oncegate.messages.response_head import ResponseHead
 from oncegate.upstream.connection import Connection
 from oncegate.upstream.errors import NotSent, UpstreamLost
@@ -45,11 +45,12 @@ class Pool:
         max_connections: int,
         keep_idle_s: float = REUSE_IDLE_S,
         buffered: MemoryBudget,
+        head_cache: bool = True,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.buffered, self.write_batcher = buffered, write_batcher(self.loop)
         # Heads of responses that came before.
-        self.recent_heads = RecentHeads[ResponseHead]()
+        self.recent_heads = RecentHeads[ResponseHead](enabled=head_cache)
         self._host, self._port, self._tls = host, port, tls
         self._connect_timeout_s, self._connect_retries = connect_timeout_s, connect_retries
         self._max_connections, self._keep_idle_s = max_connections, keep_idle_s

@@ -6,8 +6,8 @@ them says is the reason that `feed` returns.
 
 import httptools
 
+from oncegate.known_heads.recent import RecentHeads
 from oncegate.messages.fields import tokens
-from oncegate.messages.head_cache import RecentHeads
 from oncegate.messages.response_head import ResponseHead, read_response_head
 
 # Interim responses (1xx, RFC 9110, section 15.2) that may come before the final one.
@@ -53,7 +53,7 @@ class IncomingResponse:
         head = recent_heads.find(data[:end])
         if head is None or head.length != len(data) - end or self._head_only:
             return False
-        recent_heads.paid()
+        recent_heads.misses = 0
         self.head = head
         if head.length:
             self.chunks.append(data[end:])
@@ -66,9 +66,9 @@ class IncomingResponse:
     def remember(self, data: bytes, recent_heads: RecentHeads[ResponseHead]) -> None:
         """Remember the head of a response that came whole in `data`: what is made of the next depends on it alone."""
         head = self.head
-        if head is not None and head.length is not None and not head.bodiless and recent_heads.wants():
+        if head is not None and head.length is not None and not head.bodiless and recent_heads.wants_more():
             end = len(data) - head.length
-            recent_heads.keep(data[:end], end, head)
+            recent_heads.store(data[:end], end, head)
 
     # Parsing ...
 

@@ -14,9 +14,10 @@ from oncegate.buffers.memory import MemoryBudget
 from oncegate.downstream.listener import Listener
 from oncegate.downstream.minimum_rate import MinimumRate
 from oncegate.downstream.request import Request
-from oncegate.downstream.response import ResponseWriter
+from oncegate.known_heads.recent import MAX_HEAD_BYTES, MAX_HEADS, MISSES_BEFORE_SAMPLING, RecentHeads
+from oncegate.known_heads.requests import HeadCache
 from oncegate.messages.admission import Admission, Refused
-from oncegate.messages.head_cache import IN_VAIN, MOST, MOST_BYTES, RecentHeads
+from oncegate.messages.framing import COUNTED
 from oncegate.messages.problems import refusal
 from oncegate.messages.response_head import ResponseHead
 from oncegate.upstream.connection import Connection
@@ -76,30 +77,34 @@ async def read(content: Any) -> bytes | str:
 
 
 class Side:
-    """A listener behind a gate, and what its handler saw."""
+    """A listener behind the checks of admission, and what its handler saw."""
 
     def __init__(self, remembers: bool) -> None:
-        self.remembers, self.found = remembers, 0
-        self.gate = Admission((), b"idempotency-key", [b"authorization"])
+        self.found = 0
+        self.admission = Admission((), b"idempotency-key", [b"authorization"])
+        cache = HeadCache(enabled=remembers)
+        cache.reset(b"idempotency-key")
         self.saw: list[object] = []
-        self.listener = Listener(self.answer, max_connections=100, pace=MinimumRate(5, 1), observe=self.saw.append)
+        self.listener = Listener(
+            self.answer, max_connections=100, minimum_rate=MinimumRate(5, 1), observe=self.saw.append, head_cache=cache
+        )
 
-    async def answer(self, request: Request) -> ResponseWriter:
-        client, message, head = ResponseWriter(request, MinimumRate(5, 1)), request.message, request.head
-        self.found += head is not None
-        if head is None:
+    async def answer(self, request: Request) -> None:
+        client, message = request.response, request.message
+        if request.known is not None:
+            self.found += 1
+            head = request.checked_head()
+        else:
             target = (message.path or "").encode("utf-8", "surrogateescape")
-            entered = self.gate.admit(message.method, target, message.version, message.raw_headers)
-            if isinstance(entered, Refused):
-                self.saw.append(entered)
-                client.answer(refusal(entered.status, entered.detail), close=True)
-                return client
-            head = entered
-            if self.remembers:
-                request.protocol.remember(self.gate.heads, message, head)
+            admitted = self.admission.admit(message.method, target, message.version, message.raw_headers)
+            if isinstance(admitted, Refused):
+                self.saw.append(admitted)
+                client.send_problem(refusal(admitted.status, admitted.detail), close=True)
+                return
+            head = admitted
+            request.known = request.connection.remember_head(message, head)
         self.saw.append((*head[:4], [*map(tuple, head.pairs)], head.fields, await read(request.content)))
-        client.send(200, b"OK", b"", b"%d" % len(self.saw))
-        return client
+        client.send(200, b"OK", b"", b"%d" % len(self.saw), COUNTED)
 
     async def take(self, segments: Sequence[Segment]) -> list[tuple[bytes, bool]]:
         """Feed segments to connections by their number; return what each was told, and whether it was closed."""
@@ -285,13 +290,6 @@ ANSWERS = [
 ]
 
 
-class Deaf(RecentHeads[ResponseHead]):
-    """A table that never has anything."""
-
-    def wants(self) -> bool:
-        return False
-
-
 def answered(came: list[tuple[list[bytes], bool]], table: RecentHeads[ResponseHead]) -> list[object]:
     """Feed answers (segments, to HEAD or not) to connections of one pool; return what became of each."""
 
@@ -359,7 +357,7 @@ def test_a_known_answer_within_an_answer_is_its_body():
     within = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(ANSWERS[0])
     came = [([ANSWERS[0]], False), ([within, ANSWERS[0]], False), ([within[:-2], within[-2:], ANSWERS[0]], False)]
     came += [([b"HTTP/1.1 100 Continue\r\nX: ", ANSWERS[0]], False)]
-    assert answered(came, RecentHeads()) == answered(came, Deaf())
+    assert answered(came, RecentHeads()) == answered(came, RecentHeads(enabled=False))
 
 
 def test_answers_are_read_as_without_the_table():
@@ -367,14 +365,17 @@ def test_answers_are_read_as_without_the_table():
     found = 0
 
     class Counting(RecentHeads[ResponseHead]):
-        def paid(self) -> None:
+        """Counts its hits: after each, `misses` is set to 0."""
+
+        def __setattr__(self, name: str, value: object) -> None:
             nonlocal found
-            found += 1
+            found += name == "misses" and value == 0
+            super().__setattr__(name, value)
 
     @settings(max_examples=500, deadline=None, database=None, derandomize=True)
     @given(answers())
     def compare(came: list[tuple[list[bytes], bool]]) -> None:
-        assert answered(came, Counting()) == answered(came, Deaf())
+        assert answered(came, Counting()) == answered(came, RecentHeads(enabled=False))
 
     compare()
     assert found > 200, "the table was hardly used"
@@ -393,7 +394,7 @@ def test_answers_are_read_as_without_the_table():
 def test_what_a_known_answer_is_in_the_midst_of_another_stays_a_part_of_it(came):
     """Only what begins an answer is looked up, or remembered."""
     told = [(segments, False) for segments in [[ANSWERS[0]], [ANSWERS[0]], *came]]
-    assert answered(told, RecentHeads[ResponseHead]()) == answered(told, Deaf())
+    assert answered(told, RecentHeads[ResponseHead]()) == answered(told, RecentHeads(enabled=False))
 
 
 def test_an_answer_before_its_request_was_sent_ends_the_connection(monkeypatch):
@@ -402,7 +403,7 @@ def test_an_answer_before_its_request_was_sent_ends_the_connection(monkeypatch):
     table = RecentHeads[ResponseHead]()
     assert [reusable for _, _, _, reusable, _, _ in answered(told, table)] == [True] * 3
     monkeypatch.setattr(Wire, "get_write_buffer_size", lambda _: 1)
-    assert answered(told, table) == answered(told, Deaf())
+    assert answered(told, table) == answered(told, RecentHeads(enabled=False))
     assert not any(reusable for _, _, _, reusable, _, _ in answered(told, table))
 
 
@@ -412,17 +413,17 @@ def test_an_answer_before_its_request_was_sent_ends_the_connection(monkeypatch):
 def test_the_table_is_bounded():
     """So many heads, of so many bytes, and no more."""
     table = RecentHeads[int]()
-    for number in range(3 * MOST):
-        table.keep(number, 10, number)
-    assert len([number for number in range(3 * MOST) if table.find(number) is not None]) <= MOST
-    table.keep("long", MOST_BYTES + 1, 1)
+    for number in range(3 * MAX_HEADS):
+        table.store(number, 10, number)
+    assert len([number for number in range(3 * MAX_HEADS) if table.find(number) is not None]) <= MAX_HEADS
+    table.store("long", MAX_HEAD_BYTES + 1, 1)
     assert table.find("long") is None
 
 
 def test_few_are_kept_where_none_comes_again():
     """After so many in vain one in so many is wanted, until one pays."""
     table = RecentHeads[int]()
-    assert all(table.wants() for _ in range(IN_VAIN))
-    assert sum(table.wants() for _ in range(10 * IN_VAIN)) == 10
-    table.paid()
-    assert table.wants()
+    assert all(table.wants_more() for _ in range(MISSES_BEFORE_SAMPLING))
+    assert sum(table.wants_more() for _ in range(10 * MISSES_BEFORE_SAMPLING)) == 10
+    table.misses = 0
+    assert table.wants_more()

@@ -11,6 +11,9 @@ from oncegate.downstream.listener import Listener
 from oncegate.downstream.minimum_rate import MinimumRate
 from oncegate.downstream.request import Request
 from oncegate.downstream.response import ResponseWriter
+from oncegate.known_heads.requests import HeadCache
+from oncegate.messages.framing import CLOSING as BY_CLOSING
+from oncegate.messages.framing import COUNTED, STATED, Framing
 from oncegate.messages.problems import problem
 from tests.parts import RawClient, answers_in, ask, read_answer, request, until
 
@@ -28,12 +31,16 @@ async def answering(*scripts: Script, stall_s: float = 5) -> AsyncIterator[int]:
     """Serve the n-th request with the n-th script, the last one for all that follow; yield the port."""
     left = list(scripts)
 
-    async def handler(asked: Request) -> ResponseWriter:
-        client = ResponseWriter(asked, MinimumRate(stall_s, 1))
-        await (left.pop(0) if len(left) > 1 else left[0])(client)
-        return client
+    async def handler(asked: Request) -> None:
+        await (left.pop(0) if len(left) > 1 else left[0])(asked.response)
 
-    listener = Listener(handler, max_connections=100, pace=MinimumRate(5, 1), observe=lambda _: None)
+    listener = Listener(
+        handler,
+        max_connections=100,
+        minimum_rate=MinimumRate(stall_s, 1),
+        observe=lambda _: None,
+        head_cache=HeadCache(),
+    )
     server = await asyncio.get_running_loop().create_server(listener, "127.0.0.1", 0)
     try:
         yield server.sockets[0].getsockname()[1]
@@ -42,9 +49,9 @@ async def answering(*scripts: Script, stall_s: float = 5) -> AsyncIterator[int]:
         await listener.shutdown(0.1)
 
 
-def whole(block: bytes = b"", body: bytes = b"ok", **options: bool) -> Script:
+def whole(block: bytes = b"", body: bytes = b"ok", framing: Framing = COUNTED) -> Script:
     async def script(client: ResponseWriter) -> None:
-        client.send(200, b"OK", block, body, **options)
+        client.send(200, b"OK", block, body, framing)
 
     return script
 
@@ -59,7 +66,8 @@ class Piecewise:
 
     async def __call__(self, client: ResponseWriter) -> None:
         block = b"Content-Length: %d\r\n" % (self._length or 0) if self._stated else b""
-        client.begin(200, b"OK", block, length=self._length, stated=self._stated, eof=self._eof)
+        framing = BY_CLOSING if self._eof else STATED if self._stated else COUNTED
+        client.begin(200, b"OK", block, self._length, framing)
         self.client = client
         await self._over.wait()
 
@@ -85,10 +93,10 @@ WHOLE = [
     (CLOSING, whole(), b"Content-Length: 2\r\nConnection: close\r\n\r\nok"),
     (OLD, whole(), b"Content-Length: 2\r\nConnection: close\r\n\r\nok"),
     (CLOSING, whole(b"A: \xff\r\na: b\r\n"), b"A: \xff\r\na: b\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok"),
-    (CLOSING, whole(b"content-length: 2\r\n", stated_length=True), b"content-length: 2\r\nConnection: close\r\n\r\nok"),
-    (CLOSING, whole(body=b"", bodiless=True), b"Connection: close\r\n\r\n"),
-    (GET, whole(close_delimited=True), b"Connection: close\r\n\r\nok"),
-    (KEPT, whole(close_delimited=True), b"Connection: close\r\n\r\nok"),
+    (CLOSING, whole(b"content-length: 2\r\n", framing=STATED), b"content-length: 2\r\nConnection: close\r\n\r\nok"),
+    (CLOSING, whole(body=b"", framing=STATED), b"Connection: close\r\n\r\n"),
+    (GET, whole(framing=BY_CLOSING), b"Connection: close\r\n\r\nok"),
+    (KEPT, whole(framing=BY_CLOSING), b"Connection: close\r\n\r\nok"),
 ]
 
 
@@ -119,7 +127,7 @@ async def test_a_problem_answers_head_without_a_body():
     """An answer of our own to HEAD has no body: the next answer on the connection would be read from it."""
 
     async def refuse(client: ResponseWriter) -> None:
-        client.answer(problem("overloaded", "later"), b"Oncegate-Status: refused\r\n")
+        client.send_problem(problem("overloaded", "later"), b"Oncegate-Status: refused\r\n")
 
     async with answering(refuse) as port:
         with closing(await RawClient.open(port)) as client:
@@ -134,8 +142,8 @@ async def test_an_answer_may_end_the_connection():
     """With `close` an answer of our own is the last one on its connection."""
 
     async def refuse(client: ResponseWriter) -> None:
-        client.answer(problem("overloaded", "later"), close=True)
-        assert not client.keep_alive
+        client.send_problem(problem("overloaded", "later"), close=True)
+        assert client.closes
 
     async with answering(refuse) as port:
         with closing(await RawClient.open(port)) as client:
@@ -151,7 +159,7 @@ async def test_a_client_is_told_to_go_on_at_most_once(asked):
         client.awaits_continue = asked
         client.send_continue()
         client.send_continue()
-        client.send(200, b"OK", b"", b"ok")
+        client.send(200, b"OK", b"", b"ok", COUNTED)
 
     async with answering(script) as port:
         answer = await ask(port, GET)
@@ -163,7 +171,7 @@ async def test_a_client_that_was_not_told_to_go_on_is_not_kept():
 
     async def script(client: ResponseWriter) -> None:
         client.awaits_continue = True
-        client.answer(problem("overloaded", "later"))
+        client.send_problem(problem("overloaded", "later"))
 
     async with answering(script) as port:
         with closing(await RawClient.open(port)) as client:
@@ -201,7 +209,7 @@ async def test_the_end_of_an_answer_is_withheld(frame):
             assert await client.reader.readexactly(len(early)) == early
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(client.reader.read(1), 0.2)
-            assert (ours.started, ours.finished, ours.keep_alive) == (True, False, False)
+            assert (ours.started, ours.finished) == (True, False)
             ours.end()
             answer.over()
             late = {"chunked": b"0\r\n\r\n", "length": b"d", "stated length": b"d"}.get(frame, b"")
@@ -231,8 +239,8 @@ async def test_an_aborted_answer_never_looks_whole(frame):
                     await client.reader.read()
             else:
                 assert await client.reader.read() in (b"", b"\r\n", b"d\r\n")
-            assert ours.gone
-            assert not ours.keep_alive
+            assert ours.client_gone
+            assert ours.closes or not ours.finished
             ours.write(b"to nobody")
             ours.end()
 
@@ -241,7 +249,7 @@ async def test_an_empty_answer_by_length_ends_at_once():
     """A length of zero needs no byte, and the connection goes on."""
 
     async def script(client: ResponseWriter) -> None:
-        client.begin(200, b"OK", b"", length=0, stated=False, eof=False)
+        client.begin(200, b"OK", b"", 0, COUNTED)
         client.end()
 
     async with answering(script) as port:
@@ -259,13 +267,13 @@ async def test_a_client_that_takes_nothing_is_cut_off():
     states: list[tuple[bool, bool]] = []
 
     async def script(client: ResponseWriter) -> None:
-        client.begin(200, b"OK", b"", length=None, stated=False, eof=False)
+        client.begin(200, b"OK", b"", None, COUNTED)
         for _ in range(64):
             client.write(bytes(1 << 20))
-            while not await client.taken():
+            while not await client.has_room():
                 pass
         client.end()
-        states.append((client.cut_off, client.gone))
+        states.append((client.cut_off, client.client_gone))
 
     async with answering(script, stall_s=0.5) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)  # it reads no further
@@ -283,12 +291,12 @@ async def test_a_slow_client_slows_the_writer_down():
 
     async def script(client: ResponseWriter) -> None:
         nonlocal most
-        client.begin(200, b"OK", b"", length=32 << 20, stated=False, eof=False)
+        client.begin(200, b"OK", b"", 32 << 20, COUNTED)
         for _ in range(128):
             client.write(bytes(256 << 10))
             transport = client._connection.transport
             most = max(most, transport.get_write_buffer_size() if transport else 0)
-            while not await client.taken():
+            while not await client.has_room():
                 pass
         client.end()
 
@@ -309,12 +317,12 @@ async def test_who_waits_for_a_client_to_leave_is_told(leave):
     gone: list[bool] = []
 
     async def script(client: ResponseWriter) -> None:
-        gone.append(client.gone)
-        await client.leaving()
-        gone.append(client.gone)
-        await client.leaving()
-        client.send(200, b"OK", b"", b"late")
-        assert await client.taken()
+        gone.append(client.client_gone)
+        await client.client_leaves()
+        gone.append(client.client_gone)
+        await client.client_leaves()
+        client.send(200, b"OK", b"", b"late", COUNTED)
+        assert await client.has_room()
         client.abort()
 
     async with answering(script, whole()) as port:
@@ -338,7 +346,7 @@ async def test_a_half_closed_client_gets_its_last_answer_as_the_last():
 
     async def script(client: ResponseWriter) -> None:
         await go.wait()
-        client.send(200, b"OK", b"", b"ok")
+        client.send(200, b"OK", b"", b"ok", COUNTED)
 
     async with answering(script) as port:
         with closing(await RawClient.open(port)) as client:
@@ -357,7 +365,7 @@ async def test_what_waits_to_leave_stays_before_what_closes_the_connection(last)
 
     async def hold(client: ResponseWriter) -> None:
         write_batcher(asyncio.get_running_loop()).hold()
-        client.send(200, b"OK", b"", b"first")
+        client.send(200, b"OK", b"", b"first", COUNTED)
 
     async with answering(hold, hold, whole(body=b"last")) as port:
         client = await RawClient.open(port)
@@ -372,10 +380,10 @@ async def test_an_answer_that_waits_to_leave_is_not_lost_with_the_next_one():
 
     async def hold(client: ResponseWriter) -> None:
         write_batcher(asyncio.get_running_loop()).hold()
-        client.send(200, b"OK", b"", b"first")
+        client.send(200, b"OK", b"", b"first", COUNTED)
 
     async def broken(client: ResponseWriter) -> None:
-        client.begin(200, b"OK", b"", length=None, stated=False, eof=False)
+        client.begin(200, b"OK", b"", None, COUNTED)
         client.abort()
 
     async with answering(hold, broken) as port:
@@ -388,19 +396,20 @@ async def test_a_connection_that_retires_in_the_midst_of_an_answer_takes_one_mor
     """The answer under way did not say that it is the last: the next one does."""
     begun, over = asyncio.Event(), asyncio.Event()
 
-    async def handler(asked: Request) -> ResponseWriter:
-        client = ResponseWriter(asked, MinimumRate(5, 1))
+    async def handler(asked: Request) -> None:
+        client = asked.response
         if begun.is_set():
-            client.send(200, b"OK", b"", b"last")
+            client.send(200, b"OK", b"", b"last", COUNTED)
         else:
-            client.begin(200, b"OK", b"", length=2, stated=False, eof=False)
+            client.begin(200, b"OK", b"", 2, COUNTED)
             client.write(b"ok")
             begun.set()
             await over.wait()
             client.end()
-        return client
 
-    listener = Listener(handler, max_connections=100, pace=MinimumRate(5, 1), observe=lambda _: None)
+    listener = Listener(
+        handler, max_connections=100, minimum_rate=MinimumRate(5, 1), observe=lambda _: None, head_cache=HeadCache()
+    )
     server = await asyncio.get_running_loop().create_server(listener, "127.0.0.1", 0)
     client = await RawClient.open(server.sockets[0].getsockname()[1])
     first = asyncio.ensure_future(client.ask(GET))

@@ -1,0 +1,165 @@
+"""The first step of the request path: what is to be done with a request, as a value.
+
+Nothing is sent, awaited or claimed here. `Gateway` does what the value says.
+"""
+
+from typing import NamedTuple
+
+from oncegate.downstream.body import Bodies, Body, BufferedBody, NoBody
+from oncegate.downstream.request import Request
+from oncegate.gateway.answers import Refuse, body_refusal, key_refusal, malformed, scope_refusal
+from oncegate.gateway.keyed_request import KEY_PLACE, HeadPlan, KeyedRequest
+from oncegate.gateway.relay import Relay
+from oncegate.gateway.routes import Route, Routes
+from oncegate.gateway.tunnel import Tunnel
+from oncegate.keys.digests import Digests, Scope, finish_fingerprint, finish_key
+from oncegate.keys.documents import Missing
+from oncegate.keys.syntax import BadKey, parse_key
+from oncegate.messages.admission import Admission, Refused
+from oncegate.messages.fields import tokens
+from oncegate.messages.request_head import RequestHead, is_websocket, preferred_wait_s
+from oncegate.rules.identity import (
+    Identity,
+    ScopedRequest,
+    identify,
+    key_in_head,
+    may_forward_unkeyed,
+    scope_of,
+    uses_no_key,
+)
+from oncegate.store.record import ClaimRequest
+
+
+class ReadBody(NamedTuple):
+    """The body is still on its way: read it, then identify the request. `key` None: the body has it."""
+
+    route: Route
+    head: RequestHead
+    scope: Scope
+    key: bytes | None
+
+
+Step = Refuse | Relay | Tunnel | KeyedRequest
+
+
+class FirstStep:
+    """Decides the first step of each request, by the rules in effect."""
+
+    def __init__(self, admission: Admission, routes: Routes, digests: Digests, bodies: Bodies) -> None:
+        self._digests, self._bodies = digests, bodies
+        self.follow(admission, routes)
+
+    def follow(self, admission: Admission, routes: Routes) -> None:
+        """Decide by these rules from now on."""
+        self._admission, self._routes = admission, routes
+
+    def __call__(self, request: Request) -> Step | ReadBody:
+        known, content, message = request.known, request.content, request.message
+        if known is not None:
+            if isinstance(plan := known.plan, HeadPlan) and isinstance(content, BufferedBody):
+                body = self._bodies.take_buffered(content)
+                return _planned_step(request, plan, body) if isinstance(body, Body) else body_refusal(body)
+            return self._step_for(request, request.checked_head())
+        # CONNECT may come without a target.
+        target = (message.path or "").encode("utf-8", "surrogateescape")
+        head = self._admission.admit(message.method, target, message.version, message.raw_headers)
+        if isinstance(head, Refused):
+            return malformed(head)
+        request.head = head
+        request.known = request.connection.remember_head(message, head)
+        return self._step_for(request, head)
+
+    def _step_for(self, request: Request, head: RequestHead) -> Step | ReadBody:
+        """Return the step for a request that was admitted."""
+        route = self._routes.choose(head) if self._routes.has_rules else self._routes.default
+        policy, fields = route.policy, head.fields
+        # An offer of h2c may be ignored (RFC 9110, section 7.8).
+        if request.message.upgrade and tokens(fields.get(b"upgrade", ())) != [b"h2c"]:
+            if is_websocket(head) and head.method not in policy.methods:
+                return Tunnel(route, head)
+            return malformed(Refused(501, "the only protocol switched to is WebSocket, by GET"))
+        if b"expect" in fields:
+            request.response.awaits_continue = not head.http10 and not request.content.is_eof()
+        if head.method not in policy.methods:
+            return Relay(route, head)
+        # Most keys are in the header of their own.
+        if policy.sources is None and (lines := fields.get(policy.key_header)) is not None:
+            key: bytes | Missing | BadKey | None = parse_key(lines)
+        else:
+            key = key_in_head(policy, head)
+        if isinstance(key, Missing | BadKey):
+            return _without_key(route, head, key)
+        if policy.scope_sources:
+            scope = scope_of(policy, self._digests, head)
+        else:
+            scope = request.connection.memo.scope(self._digests, policy, fields)
+        if not isinstance(scope, Scope):
+            return scope_refusal(scope, policy.rule)
+        pending = ReadBody(route, head, scope, key)
+        body = self._bodies.take(request.content, fields, policy.max_request_bytes)
+        return pending if body is None else self.with_body(request, pending, body)
+
+    def with_body(self, request: Request, pending: ReadBody, body: Body | NoBody) -> Step:
+        """Return the step for a request whose body is here, or the reason why it is not."""
+        if not isinstance(body, Body):
+            return body_refusal(body, client_gone=request.response.client_gone)
+        try:
+            step = self._identify(request, pending, body)
+        except Exception:
+            body.close()
+            raise
+        if isinstance(step, KeyedRequest):
+            return step
+        return _without_key(pending.route, pending.head, step, body)
+
+    def _identify(self, request: Request, pending: ReadBody, body: Body) -> KeyedRequest | Missing | BadKey:
+        """Return the request with its key and fingerprint, and how long it may wait if it is a duplicate."""
+        route, head, scope, key = pending
+        policy, digests, memo = route.policy, self._digests, request.connection.memo
+        wait_s, fields = policy.wait_max_s if policy.wait_for_duplicates else 0.0, b""
+        if b"prefer" in head.fields and (preferred_s := preferred_wait_s(head.fields[b"prefer"])) is not None:
+            wait_s = min(preferred_s, policy.wait_max_s)
+            fields = b"Preference-Applied: wait=%d\r\n" % wait_s
+        identity: Identity | Missing | BadKey
+        if key is None or policy.fingerprint is not None:
+            identity = identify(policy, digests, ScopedRequest(head, scope, key, body))
+            if not isinstance(identity, Identity):
+                return identity
+        else:
+            # Most requests: all of the request enters the fingerprint.
+            prefix = memo.fingerprint_prefix(digests, policy, head)
+            key_prefix = digests.key_prefix(scope)
+            if (known := request.known) is not None and route.is_key_independent:
+                unkeyed = known.with_key(KEY_PLACE)
+                known.plan = HeadPlan(route, scope, key_prefix, prefix, wait_s, fields, unkeyed)
+            blocks = body.blocks() if body.spooled else (body.data,)
+            identity = Identity(finish_key(key_prefix, key), finish_fingerprint(prefix, blocks))
+        claim = ClaimRequest(
+            identity.key,
+            scope,
+            identity.fingerprint,
+            policy.mode,
+            policy.lease_ms,
+            policy.retention_ms,
+            identity.window_ms,
+        )
+        return KeyedRequest(route, claim, body, wait_s, fields, identity.fresh)
+
+
+def _planned_step(request: Request, plan: HeadPlan, body: Body) -> KeyedRequest:
+    """Return the step for a request under a known head."""
+    try:
+        return plan.keyed_request(request, body)
+    except Exception:
+        body.close()
+        raise
+
+
+def _without_key(route: Route, head: RequestHead, reason: Missing | BadKey, body: Body | None = None) -> Relay | Refuse:
+    """Forward a request that has no key, or none that can be used, or refuse it, as its rule says."""
+    policy = route.policy
+    if may_forward_unkeyed(policy, reason):
+        return Relay(route, head, body, unguarded=not uses_no_key(policy, reason))
+    if body is not None:
+        body.close()
+    return key_refusal(reason, policy.rule)

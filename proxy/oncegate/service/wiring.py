@@ -1,0 +1,191 @@
+"""Builds the parts of one worker from its settings. They are constructed nowhere else."""
+
+import asyncio
+import os
+import socket
+import ssl
+import tempfile
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from oncegate.buffers.memory import MemoryBudget
+from oncegate.downstream.body import Bodies
+from oncegate.downstream.listener import Listener
+from oncegate.downstream.minimum_rate import MinimumRate
+from oncegate.gateway.first_step import FirstStep
+from oncegate.gateway.handler import Gateway
+from oncegate.gateway.routes import ExchangeDeps, Route, Routes, is_key_independent
+from oncegate.gateway.waiters import Waiters
+from oncegate.keys.digests import Digests, identity_settings
+from oncegate.known_heads.requests import HeadCache
+from oncegate.messages.admission import Admission
+from oncegate.observe.metrics import Metrics
+from oncegate.observe.outcome import Observe
+from oncegate.rules.model import Rule, Rules, Upstream
+from oncegate.settings.settings import Settings
+from oncegate.store.leases import Leases, Report
+from oncegate.store.redis.health_monitor import Membership
+from oncegate.store.store import Store
+from oncegate.upstream.pool import REUSE_IDLE_S, Pool, client_tls
+from oncegate.upstream.pools import Pools
+
+
+@dataclass(frozen=True, slots=True)
+class Reporting:
+    """What the parts report to: a request's end, a failure in here, a claim that was lost or fenced, a finding about
+    the store, and a store that confirms no claims any more. `background` runs what nobody waits for."""
+
+    metrics: Metrics
+    log: Any
+    observe: Observe
+    failed: Callable[[BaseException], None]
+    claim_lost: Report
+    store_finding: Callable[[str, str], None]
+    store_broke: Callable[[], None]
+    background: Callable[[Coroutine[Any, Any, Any]], None]
+
+
+class Parts:
+    """The parts of one worker, wired together. `rules` are those in effect."""
+
+    def __init__(self, settings: Settings, store_url: str, rules: Rules, reporting: Reporting) -> None:
+        self._settings, self._reporting, self.rules = settings, reporting, rules
+        metrics, clock = reporting.metrics, asyncio.get_running_loop().time
+        self.memory = MemoryBudget(settings.max_buffered_bytes)
+        self.store = Store(
+            store_url,
+            timeout_ms=settings.store_timeout_ms,
+            patience_s=settings.settle_timeout_s,
+            observe=metrics.store_call,
+            repeated=metrics.store_retried,
+            background=reporting.background,
+            log=reporting.log.warning,
+            durability=settings.durability,
+            member=self._membership(),
+            broke=reporting.store_broke,
+        )
+        self.leases = Leases(self.store, settings.lease_ms, reporting.claim_lost, clock)
+        self.waiters = Waiters(self.store, settings.max_waiters, settings.lease_ms, self.leases.__contains__)
+        self.pools = Pools(self._pool)
+        self.head_cache = HeadCache(enabled=settings.head_cache)
+        minimum_rate = MinimumRate(settings.client_stall_s, settings.client_min_bytes_per_s)
+        spool = MemoryBudget(settings.max_spool_bytes)
+        spool_dir = str(settings.spool_dir or tempfile.gettempdir())
+        bodies = Bodies(self.memory, spool, spool_dir, settings.max_request_bytes, minimum_rate)
+        digests = Digests(settings.secret.get_secret_value().encode())
+        self.head_cache.reset(rules.default.policy.key_header)
+        self._first_step = FirstStep(self._admission(rules), self.routes(rules), digests, bodies)
+        self.gateway = Gateway(
+            self._first_step,
+            bodies,
+            max_in_flight=settings.max_in_flight,
+            observe=reporting.observe,
+            on_failure=reporting.failed,
+        )
+        self.listener = Listener(
+            self.gateway,
+            max_connections=settings.max_connections,
+            minimum_rate=minimum_rate,
+            observe=reporting.observe,
+            head_cache=self.head_cache,
+            trusted=settings.trusted_proxies,
+            docs_url=str(settings.docs_url or ""),
+        )
+
+    def follow(self, rules: Rules, routes: Routes) -> None:
+        """Treat requests that come from now on by these rules; those under way keep theirs."""
+        self.rules = rules
+        # Heads that are known passed the checks of other rules.
+        self.head_cache.reset(rules.default.policy.key_header)
+        self._first_step.follow(self._admission(rules), routes)
+        self.pools.keep(rule.upstream for rule in rules)
+
+    def routes(self, rules: Rules) -> Routes:
+        """Return the routes of rules. Raises OSError for a certificate that cannot be used."""
+        return Routes(rules, {rule.name: self._route(rule, rules) for rule in rules})
+
+    def _admission(self, rules: Rules) -> Admission:
+        hosts = [host.encode() for host in self._settings.hosts]
+        return Admission(hosts, rules.default.policy.key_header, rules.acted_on)
+
+    def _route(self, rule: Rule, rules: Rules) -> Route:
+        origin = rule.upstream.origin
+        host = rule.set_host or origin.authority
+        return Route(
+            rule.policy,
+            self._exchange_deps(rule),
+            host.encode(),
+            origin.path_prefix.encode(),
+            is_key_independent(rule.policy, rules),
+        )
+
+    def _exchange_deps(self, rule: Rule) -> ExchangeDeps:
+        settings, reporting = rule.settings, self._reporting
+        return ExchangeDeps(
+            store=self.store,
+            leases=self.leases,
+            waiters=self.waiters,
+            pool=self.pools.of(rule.upstream),
+            memory=self.memory,
+            background=reporting.background,
+            clock=asyncio.get_running_loop().time,
+            silence_s=settings.upstream_timeout_s,
+            reuse_idle_s=rule.upstream.reuse_idle_s,
+            store_timeout_s=settings.store_timeout_ms / 1000,
+            settle_timeout_s=settings.settle_timeout_s,
+            # Sent on the last moment of the queue for a connection, and answered on the last one of the silence.
+            longest_s=settings.connect_timeout_s
+            + settings.upstream_timeout_s
+            + settings.client_stall_s
+            + 2 * settings.settle_timeout_s
+            + 10,
+        )
+
+    def _pool(self, upstream: Upstream) -> Pool:
+        files = (upstream.ca_file, upstream.cert_file, upstream.key_file)
+        is_tls = upstream.origin.scheme == "https"
+        return Pool(
+            upstream.origin.host,
+            upstream.origin.port,
+            client_tls(*(str(path) if path else None for path in files)) if is_tls else None,
+            connect_timeout_s=upstream.connect_timeout_s,
+            connect_retries=upstream.connect_retries,
+            max_connections=upstream.max_connections,
+            keep_idle_s=max(REUSE_IDLE_S, upstream.reuse_idle_s),
+            buffered=self.memory,
+            head_cache=self.head_cache.enabled,
+        )
+
+    def _membership(self) -> Membership:
+        """Return what this proxy tells the others on its store about itself."""
+        settings = self._settings
+        digests = Digests(settings.secret.get_secret_value().encode())
+        return Membership(
+            token_prefix=b"",
+            replica=f"{socket.gethostname()} pid {os.getpid()}",
+            described=identity_settings(digests, settings.namespace, settings.key_header, settings.scope_headers),
+            accept=settings.identity_change == "accept",
+            retention_ms=int(settings.retention_s * 1000),
+            quarantine_ms=int(settings.quarantine_s * 1000) if settings.on_store_loss == "quarantine" else 0,
+            notice_s=settings.quarantine_s,
+            durable=is_durable(settings),
+            report=self._reporting.store_finding,
+            rules=lambda: self.rules.identity_digest,
+        )
+
+
+def is_durable(settings: Settings) -> bool:
+    """Return whether the store confirms a claim only once it survives a restart or a failover."""
+    return settings.store_url.get_secret_value() == "embedded" or settings.durability != "memory"
+
+
+def server_tls(settings: Settings) -> ssl.SSLContext | None:
+    """Return the TLS side of the public listener, None for plain HTTP. Raises OSError for unusable files."""
+    if settings.tls_cert_file is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    context.load_cert_chain(settings.tls_cert_file, settings.tls_key_file)
+    return context

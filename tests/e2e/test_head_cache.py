@@ -1,0 +1,99 @@
+"""With the head cache off nothing changes but the time: responses, forwarded requests and records are the same."""
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+
+from oncegate.store.record import _FIXED
+from tests.e2e.test_again import EXTRA, FORMS, PATHS, RULES
+from tests.parts import RawClient, RawUpstream, Received, answering, request
+
+# Different in each run, and not by the cache: times, fences, ports.
+MASKED = (
+    (re.compile(rb"(?i)^(date: )[^\r]*", re.MULTILINE), rb"\1MASKED"),
+    (re.compile(rb"(?i)^(idempotency-fence: )\d+", re.MULTILINE), rb"\1MASKED"),
+    (re.compile(rb"(?i)^(host: 127\.0\.0\.1):\d+", re.MULTILINE), rb"\1:PORT"),
+    (re.compile(rb"(?i)^(age: )\d+", re.MULTILINE), rb"\1MASKED"),
+)
+RESPONSES = (
+    b"HTTP/1.1 201 Created\r\nContent-Length: 2\r\nX-Id: %d\r\n\r\nok",
+    b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 0\r\nRetry-After: 1\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+    b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 3\r\n\r\nbad",
+)
+# In a record: its token, its fence and all times of the store.
+VOLATILE = (b"token", b"fence", b"lease", b"created", b"self", b"why")
+
+
+def masked(data: bytes) -> bytes:
+    for pattern, instead in MASKED:
+        data = pattern.sub(instead, data)
+    return data
+
+
+def asked() -> list[bytes]:
+    """Return requests of which each head comes three times, and one key of each twice."""
+    numbers = itertools.count()
+    requests = []
+    for path, form, extra in itertools.product(PATHS, FORMS, EXTRA):
+        for _ in range(3):
+            raw = request("POST", path, form.format(f"key-{next(numbers)}"), b"abc", *extra)
+            requests.append(raw)
+        requests.append(requests[-1])  # a duplicate
+        requests.append(request("GET", path, None, b"", *extra))
+    return requests
+
+
+def stored(fields: dict[bytes, bytes]) -> list[tuple[bytes, bytes]]:
+    """Return what a record holds; of a complete one, the response."""
+    meta = fields.get(b"meta", b"")
+    kept = {name: value for name, value in fields.items() if name not in VOLATILE} | {b"meta": meta[_FIXED.size : -8]}
+    return sorted(kept.items())
+
+
+async def run(proxies, valkey, tmp_path: Path, head_cache: str) -> tuple[list[bytes], list[bytes], list[object]]:
+    """Return what the clients got, what the upstream got and what the store has, masked."""
+    with valkey.client() as client:
+        client.flushall()
+    upstream = RawUpstream()
+    await upstream.start()
+    numbers = itertools.count()
+
+    async def script(server, reader, writer, received: Received) -> None:
+        number = next(numbers)
+        answer = RESPONSES[number % len(RESPONSES)]
+        await answering(answer % number if b"%d" in answer else answer)(server, reader, writer, received)
+
+    upstream.script = script
+    proxy = proxies(upstream, valkey.url, RULES_FILE="rules.toml", HEAD_CACHE=head_cache, UPSTREAM_REUSE_IDLE_S=60)
+    responses, connection = [], await RawClient.open(proxy.port)
+    for raw in asked():
+        answer = await connection.ask(raw)
+        while answer is not None and answer.status == 100:
+            answer = await connection.ask(b"")
+        assert answer is not None
+        fields = b"".join(b"%s: %s\r\n" % field for field in answer.headers)
+        responses.append(masked(b"%d %s\r\n%s\r\n%s" % (answer.status, answer.reason, fields, answer.body)))
+        if answer.header("connection") == b"close":
+            connection.close()
+            connection = await RawClient.open(proxy.port)
+    connection.close()
+    received = [masked(one.head + b"\r\n" + one.body) for one in upstream.received]
+    records = [(name, stored(fields)) for name, fields in sorted(valkey.records().items())]
+    proxy.close()
+    await upstream.close()
+    return responses, received, records
+
+
+@pytest.mark.timeout(120)
+async def test_without_the_head_cache_every_byte_is_the_same(proxies, own_valkey, tmp_path: Path):
+    """For clients, the upstream and the store, under every rule; Date, Age, fences, tokens and times are masked."""
+    (tmp_path / "rules.toml").write_text(RULES)
+    with_cache = await run(proxies, own_valkey, tmp_path, "true")
+    without = await run(proxies, own_valkey, tmp_path, "false")
+    assert with_cache[0] == without[0]
+    assert with_cache[1] == without[1]
+    assert with_cache[2] == without[2]
+    assert len(with_cache[0]) > 200
