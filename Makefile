@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 COMPILE := UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --no-config --universal --python-version 3.11 \
 	--generate-hashes --no-annotate --no-emit-index-url $(UPGRADE)
 
-.PHONY: install demo run test check bench soak chaos faults storm lint lock readme clean
+.PHONY: install demo run test check bench soak chaos faults storm lint lock docs clean
 
 install: .venv/.dev                 ## everything for working on it
 
@@ -52,9 +52,8 @@ chaos: .venv/.dev                   ## the proof: 10 minutes of faults under loa
 storm: .venv/.dev                   ## what retries cost, with and without: a minute; make storm ARGS="--seed 7 --quick"
 	$(BIN)/python -m loadtest.retry_storm $(ARGS)
 
-readme: .venv/.runtime              ## write the settings table and the presets' pages anew
-	$(BIN)/python -c 'import re, pathlib; from oncegate.settings.loading import table; p = pathlib.Path("README.md"); p.write_text(re.sub(r"(<!-- settings: .*? -->\n).*?(<!-- end)", lambda m: m[1] + table() + m[2], p.read_text(), flags=re.S))'
-	$(BIN)/python -c 'import re, pathlib; from oncegate.rules.presets import pages; p = pathlib.Path("RULES.md"); p.write_text(re.sub(r"(<!-- presets: .*? -->\n).*?(<!-- end)", lambda m: m[1] + "\n" + pages() + m[2], p.read_text(), flags=re.S))'
+docs: .venv/.runtime                ## write the generated parts of the pages, and the examples' copies in config/
+	$(BIN)/python docs/generate.py
 
 lock: .venv/.dev                    ## make lock UPGRADE=--upgrade moves every pin to the newest release
 	$(COMPILE) --group build --output-file requirements-build.lock

@@ -22,13 +22,13 @@ import pytest
 from config.clients.jobs import Job, Jobs, work
 from config.clients.sending import Answer, Outcome, Patience, Result, judge, send
 from oncegate.commands.cli import main
+from oncegate.commands.init import CASES
 from oncegate.messages.problems import KINDS, problem
 from oncegate.rules.presets import PRESETS
 from oncegate.settings.settings import Settings
 from tests.parts import CHUNKED, LAST_CHUNK, OK, RawUpstream, Tap, abort, answering, ask, chunk, holding, request, until
 
 ROOT = Path(__file__).parent.parent
-CASES = ("payments", "webhooks", "consumers", "llm", "double-click")
 
 
 def environment(case: str) -> dict[str, str]:
@@ -42,8 +42,8 @@ def environment(case: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_check_accepts_it(monkeypatch, capsys, case):
-    """From the project's folder, as the page says; every rule is in the table, with a preset that exists."""
-    monkeypatch.chdir(ROOT)
+    """From the case's folder, as the page says; every rule is in the table, with a preset that exists."""
+    monkeypatch.chdir(ROOT / "config" / case)
     for name in Settings.model_fields:
         monkeypatch.delenv(f"ONCEGATE_{name.upper()}", raising=False)
     for name, value in environment(case).items():
@@ -58,7 +58,7 @@ def test_check_accepts_it(monkeypatch, capsys, case):
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_commented_out_can_be_switched_on(monkeypatch, capsys, case):
     """The settings that a case's file only mentions are settings, too, with values that are taken."""
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(ROOT / "config" / case)
     for name in Settings.model_fields:
         monkeypatch.delenv(f"ONCEGATE_{name.upper()}", raising=False)
     text = (ROOT / "config" / case / "oncegate.env").read_text()
@@ -210,7 +210,7 @@ def front(fork, upstream, valkey, tmp_path: Path):
 
     async def start(case: str, url: str | None = None):
         settings = {name.removeprefix("ONCEGATE_"): value for name, value in environment(case).items()}
-        rules = (ROOT / settings["RULES_FILE"]).read_text()
+        rules = (ROOT / "config" / case / settings["RULES_FILE"]).read_text()
         (tmp_path / "rules.toml").write_text(rules.replace("https://api.anthropic.com", upstream.url))
         settings |= {"RULES_FILE": str(tmp_path / "rules.toml")}
         settings.pop("UPSTREAM")

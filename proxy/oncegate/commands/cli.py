@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from oncegate import __version__
-from oncegate.commands import explain
+from oncegate.commands import explain, init
 from oncegate.rules.loading import load_rules
 from oncegate.rules.model import Rules
 from oncegate.settings.loading import describe, load_settings
@@ -40,6 +40,8 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", title="commands", metavar="COMMAND")
     commands.add_parser("serve", help="run the proxy, with the settings in the environment")
     _add_check(commands)
+    start = commands.add_parser("init", help="write a rules file and an environment file to start from")
+    start.add_argument("case", nargs="?", choices=init.CASES, help="a use case; without one, a general start")
     _add_demo(commands)
     health = commands.add_parser("healthcheck", help="ask the running proxy whether it is alive")
     health.add_argument("--ready", action="store_true", help="ask whether it is ready for traffic instead")
@@ -118,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command is None:
         top.print_help()
         return 0
+    if options.command == "init":
+        return init.run(options.case or init.GENERAL, Path())
     if options.command == "demo":
         return _demo(options)
     try:

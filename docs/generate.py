@@ -1,0 +1,139 @@
+"""Writes the generated parts of the pages and the copies of the examples in config/: `make docs`.
+
+A page marks such a part with two lines. What is between them is written anew:
+
+    <!-- generated: by make docs from SOURCE -->
+    <!-- end -->
+
+SOURCE is a key of `SOURCES`, or a file of an example, such as oncegate/examples/payments/rules.toml.
+"""
+
+import argparse
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from prometheus_client.core import Metric
+
+from oncegate.commands import init
+from oncegate.commands.cli import parser
+from oncegate.messages.problems import KINDS
+from oncegate.observe.metrics import GAUGES, Metrics
+from oncegate.rules import presets
+from oncegate.settings import loading
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("*.md", "docs/**/*.md", "config/**/*.md")
+BLOCK = re.compile(r"(<!-- generated: by make docs from (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+EXAMPLE = re.compile(r"oncegate/examples/([\w-]+)/([\w.]+)")
+LANGUAGES = {".toml": "toml", ".env": "ini"}
+
+
+def problems() -> str:
+    """Return the table of oncegate's own answers that have a type."""
+    words = {True: "yes", False: "no", None: ""}
+    rows = [
+        f"| `{slug}` | {kind.status} | {kind.title} | {words[kind.retryable]} | {words[kind.reuse_key]} |"
+        for slug, kind in KINDS.items()
+    ]
+    return _table("| type | status | title | retry? | with the same key? |", rows)
+
+
+def metrics() -> str:
+    """Return the table of the metrics, with their labels and the labels' values."""
+    empty = Metrics("0", {name: lambda: 0.0 for name in GAUGES})
+    rows = [f"| `{_full_name(one)}` | {one.type} | {_labels(one)} | {one.documentation} |" for one in empty.collect()]
+    return _table("| metric | type | labels | meaning |", rows)
+
+
+def _full_name(family: Metric) -> str:
+    return family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
+
+
+def _labels(family: Metric) -> str:
+    values: dict[str, list[str]] = {}
+    for sample in family.samples:
+        for label, value in sample.labels.items():
+            if label not in ("le", "version"):
+                values.setdefault(label, []).append(f"`{value}`")
+    return "; ".join(f"`{label}`: {', '.join(dict.fromkeys(each))}" for label, each in values.items())
+
+
+def command_line() -> str:
+    """Return the help of every command, each under a heading of its own."""
+    pages = [f"### `{one.prog}`\n\n```text\n{_help(one)}```\n" for one in _commands(parser())]
+    return "\n" + "\n".join(pages) + "\n"
+
+
+def _commands(top: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield top
+    for action in top._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for one in action.choices.values():
+                yield from _commands(one)
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Writes the same text on every version of Python and in every terminal."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=100)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        return f"{', '.join(action.option_strings)} {self._format_args(action, action.dest.upper())}"
+
+
+def _help(one: argparse.ArgumentParser) -> str:
+    one.formatter_class = _Formatter
+    return one.format_help()
+
+
+def _table(header: str, rows: list[str]) -> str:
+    return "\n".join([header, re.sub(r"[^|]+", "---", header), *rows, ""])
+
+
+SOURCES: dict[str, Callable[[], str]] = {
+    "oncegate.settings.loading": loading.table,
+    "oncegate.rules.presets": lambda: f"\n{presets.pages()}",
+    "oncegate.messages.problems": problems,
+    "oncegate.observe.metrics": metrics,
+    "oncegate.commands.cli": command_line,
+}
+
+
+def content(source: str) -> str:
+    """Return what belongs between the markers; KeyError for a source that does not exist."""
+    if example := EXAMPLE.fullmatch(source):
+        text = init.example(*example.groups()).decode()
+        return f"```{LANGUAGES[Path(source).suffix]}\n{text}```\n"
+    return SOURCES[source]()
+
+
+def pages() -> list[Path]:
+    """Return every page that may have generated parts."""
+    return sorted({path for pattern in PAGES for path in ROOT.glob(pattern)})
+
+
+def filled(text: str) -> str:
+    """Return the text of a page with its generated parts as they should be."""
+    return BLOCK.sub(lambda match: match[1] + content(match[2]) + match[4], text)
+
+
+def copies() -> dict[Path, bytes]:
+    """Return what the files of the examples in config/ should hold."""
+    return {ROOT / "config" / case / name: init.example(case, name) for case in init.CASES for name in init.FILES}
+
+
+def main() -> None:
+    """Write all of it, and say which files changed."""
+    wanted = {page: filled(page.read_text()).encode() for page in pages()} | copies()
+    for path, data in wanted.items():
+        if not path.exists() or path.read_bytes() != data:
+            path.write_bytes(data)
+            print(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()
