@@ -9,7 +9,7 @@ COPY requirements-build.lock requirements-image.lock ./
 RUN pip install --require-hashes -r requirements-build.lock \
     && python -m venv --without-pip /opt/oncegate \
     && pip --python /opt/oncegate/bin/python install --require-hashes --only-binary=:all: -r requirements-image.lock
-COPY pyproject.toml README.md ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY proxy proxy
 RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheels . \
     && pip --python /opt/oncegate/bin/python install --no-deps --no-index /wheels/oncegate-*.whl

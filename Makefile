@@ -62,7 +62,7 @@ lock: .venv/.dev                    ## make lock UPGRADE=--upgrade moves every p
 	$(COMPILE) pyproject.toml --constraint requirements-dev.lock --output-file requirements-image.lock
 
 clean:                              ## all but the embedded store's data in .oncegate
-	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv build proxy/*.egg-info .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 .venv/.runtime: pyproject.toml requirements-build.lock requirements.lock | $(BIN)/python
 	$(PIP) install --require-hashes -r requirements-build.lock -r requirements.lock

@@ -5,12 +5,10 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import sysconfig
 import time
-import zipfile
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -91,32 +89,6 @@ def test_copied_paths() -> None:
 def test_user_is_a_number() -> None:
     """The image runs as a user that is not root, named by number."""
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", instructions("USER")[-1])
-
-
-def test_wheel_carries_the_package(tmp_path: Path) -> None:
-    """The wheel that the image installs carries every module and script of proxy/."""
-    for path in ["pyproject.toml", "README.md"]:
-        shutil.copy(ROOT / path, tmp_path)
-    shutil.copytree(ROOT / "proxy", tmp_path / "proxy", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    build = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-index",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        ".",
-        ".",
-    ]
-    subprocess.run(build, cwd=tmp_path, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("oncegate-*.whl")
-    carried = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("oncegate/")}
-    sources = {
-        str(path.relative_to(tmp_path / "proxy")) for path in (tmp_path / "proxy/oncegate").rglob("*") if path.is_file()
-    }
-    assert carried == sources
 
 
 def test_imports_are_installed() -> None:

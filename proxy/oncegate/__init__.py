@@ -9,4 +9,4 @@ Claim it goes through `exchange`: forwarded once over `upstream`, passed on and 
 all from `settings`; `server` is the life of the process; `cli` has the commands.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
