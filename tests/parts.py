@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parent.parent
+
 
 class Proxy:
     """`oncegate serve` as a process. Settings are given without their prefix."""
@@ -547,3 +549,10 @@ def parsed(path: Path) -> ast.Module:
         return ast.parse(path.read_text())
     finally:
         gc.enable()
+
+
+def tracked() -> list[str]:
+    """Return the files of the tree that git knows, or would take: what a clean copy has."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return sorted(name for name in listed.stdout.splitlines() if (ROOT / name).is_file())

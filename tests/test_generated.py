@@ -32,7 +32,7 @@ def test_sources_write_whole_lines(source: str) -> None:
 
 def test_an_unknown_source_is_an_error() -> None:
     with pytest.raises(KeyError):
-        generate.filled("<!-- generated: by make docs from oncegate.nothing -->\n<!-- end -->\n")
+        generate.filled("<!-- generated: by make docs from nothing -->\n<!-- end -->\n")
 
 
 def test_the_settings_and_presets_are_generated_somewhere() -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from oncegate import __version__
 from oncegate.commands.init import CASES, GENERAL
-from tests.parts import ask, request, until
+from tests.parts import ask, request, tracked, until
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "proxy/oncegate"
@@ -39,18 +39,6 @@ def outside(**env: str) -> dict[str, str]:
     """Return the environment variables of somebody who has no checkout."""
     ours = ("ONCEGATE_", "PYTHON")
     return {name: value for name, value in os.environ.items() if not name.startswith(ours)} | env
-
-
-def tracked() -> list[str]:
-    """Return the files of the tree that git knows, or would take: what a clean copy has."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
 
 
 @pytest.fixture(scope="module")
@@ -133,10 +121,16 @@ def test_the_command(home: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+PROXY_PY = """
+from importlib.metadata import entry_points
+(command,) = entry_points(group="console_scripts", name="proxy")
+command.load()()
+"""
+
+
 def test_beside_proxy_py(home: Path, tmp_path: Path) -> None:
     """proxy.py's own command still works."""
-    call = "import sys; from proxy import entry_point; sys.argv = ['proxy', '--version']; entry_point()"
-    said = run(home / "bin/python", "-c", call, cwd=tmp_path).stdout
+    said = run(home / "bin/python", "-c", PROXY_PY, "--version", cwd=tmp_path).stdout
     assert said.strip() == distribution("proxy.py").version
 
 

@@ -27,15 +27,18 @@ atexit.register(say)
 """
 EVENTS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 # Of what is made for each request, what may be large or refers to it.
-PARTS = "body exchange recording upstream pace"
-HEAVY = (*(f"proxy.{name}." for name in PARTS.split()), "httptools.", "aiohttp.web_protocol.")
+HEAVY = (
+    "oncegate.downstream.body.", "oncegate.downstream.minimum_rate.", "oncegate.gateway.exchange.",
+    "oncegate.gateway.recording.", "oncegate.upstream.", "httptools.", "aiohttp.web_protocol.",
+)  # fmt: skip
 
 
 @pytest.fixture
 def watched(upstream, valkey, tmp_path, monkeypatch):
     """Start a proxy whose processes leave files about their garbage."""
     (tmp_path / "sitecustomize.py").write_text(SITE)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[2]}")
+    root = Path(__file__).parents[2]
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{root}/proxy:{root}")
     started = []
 
     def start(**settings: object) -> Proxy:
