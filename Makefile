@@ -6,7 +6,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 COMPILE := UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --no-config --universal --python-version 3.11 \
 	--generate-hashes --no-annotate --no-emit-index-url $(UPGRADE)
 
-.PHONY: install demo run test check bench soak chaos faults storm lint lock docs clean
+.PHONY: help install demo run quick test check bench soak chaos faults storm lint lock docs clean
+
+help:                               ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: .venv/.dev                 ## everything for working on it
 
@@ -19,15 +22,44 @@ run: .venv/.runtime                 ## make run UPSTREAM=http://127.0.0.1:9000
 test: lint                          ## the static checks and the tests; make test ARGS="-k lease" for some
 	$(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
 
+# The tests of each room, for `make quick PART=room`. Without PART: the pure ones of all rooms but for the searches
+# that hypothesis makes, and the main job.
+PART_commands := test_explain test_init test_keys test_operate e2e/test_demo e2e/test_operate
+PART_server := test_embedded e2e/test_pauses e2e/test_shutdown e2e/test_workers
+PART_service := e2e/test_limits e2e/test_shutdown
+PART_gateway := e2e/test_again e2e/test_duplicates e2e/test_endings e2e/test_fidelity e2e/test_main_job e2e/test_streams \
+	e2e/test_websockets
+PART_downstream := test_body test_client test_minimum_rate e2e/test_clients_leave e2e/test_listener
+PART_upstream := test_pools test_upstream e2e/test_forwarding
+PART_store := test_breaker test_cluster test_durable test_health_monitor test_leases test_link test_lua test_record \
+	test_sentinel test_store model/test_scripts
+PART_rules := test_patterns test_policy test_rules e2e/test_rules
+PART_keys := test_documents test_keys test_multipart test_sources
+PART_observe := test_usage e2e/test_admin
+PART_messages := test_headers test_problems test_recurring
+PART_buffers := test_body test_write_batcher
+PART_settings := test_settings
+PART_decision := test_decision model/test_model
+PART_testing := test_fault_points test_faults e2e/test_faults
+PART_docs := test_contributing test_generated test_names test_readme
+PURE := $(PART_keys) $(PART_messages) $(PART_settings) $(PART_docs) test_breaker test_decision test_explain test_fault_points \
+	test_init test_lua test_minimum_rate test_patterns test_policy test_record test_rules test_usage test_write_batcher
+QUICK := $(if $(PART),$(PART_$(PART)),$(PURE) e2e/test_main_job e2e/test_demo)
+
+quick: lint                         ## lint, the pure tests and the main job; make quick PART=store for one room
+	@test -n "$(QUICK)" || { echo "no room is called $(PART)" >&2; exit 2; }
+	$(BIN)/pytest -q -n 2 --dist loadgroup $(if $(PART),,-m 'not full and not packages and not hypothesis') $(QUICK:%=tests/%.py) $(ARGS)
+
 # Debian starts the broker that it installs; the tests run one of their own.
 .PHONY: test-real
-test-real: .venv/.dev               ## the tests with real parts, also those that need RabbitMQ and Node's packages
+test-real: .venv/.dev               ## the tests that need programs of Debian and npm: brokers, SDKs, the model checker spin
+	command -v spin >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends spin gcc libc6-dev; }
 	test -x /usr/lib/rabbitmq/bin/rabbitmq-server || { apt-get update -qq && \
 		apt-get install -y -qq --no-install-recommends rabbitmq-server && { service rabbitmq-server stop || true; }; }
 	command -v npm >/dev/null || { echo "make test-real needs Node 20 or newer, with npm" >&2; exit 1; }
 	mkdir -p .venv/node && cp tests/real/node/package*.json .venv/node
 	npm ci --prefix .venv/node --no-audit --no-fund --loglevel error
-	$(BIN)/pytest -n 0 -m "not full" tests/real $(ARGS)
+	$(BIN)/pytest -n 0 -m "not full" tests/real tests/model/test_model.py $(ARGS)
 
 check: test                         ## the same: format, lint, types, layers, tests
 
