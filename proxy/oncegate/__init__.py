@@ -1,12 +1,10 @@
 """oncegate: a reverse proxy that makes unsafe HTTP requests safe to retry.
 
-The map. A request enters in `handler` (read it first, it reads top to bottom), is let in by
-`gate.Gate`, named by `keys`, read whole by `body`, and claimed by `store` (`lua/claim.lua`). With a
-Claim it goes through `exchange`: forwarded once over `upstream`, passed on and stored at the same time
-(`recording`), settled, and only then ended. Without one, `decision` says what it gets: a `replay`, a
-`problems` answer, or a wait in `waiters`. `leases` keeps the claims of a worker alive.
-`listener` and `client` are the public side; `relay` is everything that no key guards. `app` builds it
-all from `settings`; `server` is the life of the process; `cli` has the commands.
+A request enters in `downstream` (the client's connection) and goes through `gateway`, which reads top to bottom from
+`gateway.handler`. `rules` and `keys` say which policy and which key it has, `store` claims the key, `upstream` forwards
+the request once, and `decision` has every rule about what a duplicate gets. `messages`, `buffers`, `settings` and
+`observe` serve all of them. `service` builds one worker of these parts, `server` is the life of the process, and
+`commands` is what a person types. `examples` are the files that `oncegate init` writes.
 """
 
 __version__ = "0.2.0.dev0"
