@@ -114,11 +114,11 @@ def _add_record_arguments(command: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Without a command, print the help."""
-    top = parser()
-    options = top.parse_args(argv)
+    # No name holds the parser: `serve` would keep its cycles of references alive as long as the process.
+    options = parser().parse_args(argv)
     # Commands that need no settings come first.
     if options.command is None:
-        top.print_help()
+        parser().print_help()
         return 0
     if options.command == "init":
         return init.run(options.case or init.GENERAL, Path())

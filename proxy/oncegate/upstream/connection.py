@@ -49,7 +49,7 @@ class Connection(asyncio.Protocol):
         self.descriptor = -1
         self.idle_since = 0.0
         self.deadline = float("inf")
-        self._request = OutgoingRequest(pool.loop, pool.write_batcher, self._body_failed)
+        self._request = OutgoingRequest(pool.loop, pool.write_batcher)
         self.response = IncomingResponse()
         self._failure: UpstreamLost | None = None
         # The head came after the whole request had left, and allows another request.
@@ -71,7 +71,7 @@ class Connection(asyncio.Protocol):
     def send_stream(self, head: bytes, body: AsyncIterator[bytes], chunked: bool, head_only: bool = False) -> None:
         """Send a request whose body comes in blocks. Its response may begin before the body ends."""
         self.response.begin(head_only)
-        self._request.send_blocks(head, body, chunked)
+        self._request.send_blocks(head, body, chunked, self._body_failed)
 
     def send_upgrade(self, head: bytes) -> None:
         """Send a request for another protocol. After a 101 all that comes is the body of the response."""

@@ -13,13 +13,10 @@ class OutgoingRequest:
     """Writes the requests of a connection, one after the other, no faster than the transport takes them.
 
     `transport` is None before the connection is made and once it is lost; what is written then is dropped.
-    `body_failed` is called with what broke a body that came in blocks.
     """
 
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, batcher: WriteBatcher, body_failed: Callable[[Exception], None]
-    ) -> None:
-        self._loop, self._batcher, self._body_failed = loop, batcher, body_failed
+    def __init__(self, loop: asyncio.AbstractEventLoop, batcher: WriteBatcher) -> None:
+        self._loop, self._batcher = loop, batcher
         self.transport: asyncio.Transport | None = None
         self._sending: asyncio.Task[None] | None = None
         self._is_paused = False
@@ -35,12 +32,21 @@ class OutgoingRequest:
             else:
                 self._batcher.write(transport, head + body if body else head)
 
-    def send_blocks(self, head: bytes, body: AsyncIterator[bytes], chunked: bool) -> None:
-        """Write a head, then from a task the blocks of its body. `chunked`: as chunks (RFC 9112, section 7.1)."""
-        self.write(head)
-        self._sending = self._loop.create_task(self._send_blocks(body, chunked))
+    def send_blocks(
+        self, head: bytes, body: AsyncIterator[bytes], chunked: bool, failed: Callable[[Exception], None]
+    ) -> None:
+        """Write a head, then from a task the blocks of its body. `chunked`: as chunks (RFC 9112, section 7.1).
 
-    async def _send_blocks(self, body: AsyncIterator[bytes], chunked: bool) -> None:
+        `failed` is called with what broke the body.
+        """
+        self.write(head)
+        # Only the task refers to `failed`: as an attribute, a connection's own method would make a cycle of each
+        # connection, to be found by a garbage collection.
+        self._sending = self._loop.create_task(self._send_blocks(body, chunked, failed))
+
+    async def _send_blocks(
+        self, body: AsyncIterator[bytes], chunked: bool, failed: Callable[[Exception], None]
+    ) -> None:
         try:
             async for block in body:
                 await self.wait_for_room()
@@ -50,7 +56,7 @@ class OutgoingRequest:
             if chunked:
                 self.write(b"0\r\n\r\n")
         except Exception as error:
-            self._body_failed(error)
+            failed(error)
 
     def write(self, data: bytes) -> None:
         """Write bytes as they are."""
