@@ -35,15 +35,15 @@ PART_store := test_breaker test_cluster test_durable test_health_monitor test_le
 	test_sentinel test_store model/test_scripts
 PART_rules := test_patterns test_policy test_rules e2e/test_rules
 PART_keys := test_documents test_keys test_multipart test_sources
-PART_observe := test_usage e2e/test_admin
+PART_observe := test_families test_logs test_outcome test_usage e2e/test_admin
 PART_messages := test_headers test_problems test_recurring
 PART_buffers := test_body test_write_batcher
 PART_settings := test_settings
 PART_decision := test_decision model/test_model
 PART_testing := test_fault_points test_faults e2e/test_faults
 PART_docs := test_contributing test_generated test_names test_readme
-PURE := $(PART_keys) $(PART_messages) $(PART_settings) $(PART_docs) test_breaker test_decision test_explain test_fault_points \
-	test_init test_lua test_minimum_rate test_patterns test_policy test_record test_rules test_usage test_write_batcher
+PURE := $(PART_keys) $(PART_messages) $(PART_settings) $(PART_docs) test_breaker test_decision test_explain test_families test_fault_points \
+	test_init test_logs test_outcome test_lua test_minimum_rate test_patterns test_policy test_record test_rules test_usage test_write_batcher
 QUICK := $(if $(PART),$(PART_$(PART)),$(PURE) e2e/test_main_job e2e/test_demo)
 
 quick: lint                         ## lint, the pure tests and the main job; make quick PART=store for one room
