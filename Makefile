@@ -29,20 +29,21 @@ PART_server := test_embedded e2e/test_pauses e2e/test_shutdown e2e/test_workers
 PART_service := e2e/test_limits e2e/test_shutdown
 PART_gateway := e2e/test_again e2e/test_duplicates e2e/test_endings e2e/test_fidelity e2e/test_main_job e2e/test_streams \
 	e2e/test_websockets
-PART_downstream := test_body test_client test_minimum_rate e2e/test_clients_leave e2e/test_listener
+PART_downstream := test_body test_minimum_rate test_response e2e/test_clients_leave e2e/test_listener
 PART_upstream := test_pools test_upstream e2e/test_forwarding
 PART_store := test_breaker test_cluster test_durable test_health_monitor test_leases test_link test_lua test_record \
 	test_sentinel test_store model/test_scripts
 PART_rules := test_patterns test_policy test_rules e2e/test_rules
 PART_keys := test_documents test_keys test_multipart test_sources
 PART_observe := test_families test_logs test_outcome test_usage e2e/test_admin
-PART_messages := test_headers test_problems test_recurring
+PART_known_heads := test_known_heads e2e/test_again
+PART_messages := test_headers test_problems
 PART_buffers := test_body test_write_batcher
 PART_settings := test_settings
 PART_decision := test_decision model/test_model
 PART_testing := test_fault_points test_faults e2e/test_faults
 PART_docs := test_contributing test_generated test_names test_readme
-PURE := $(PART_keys) $(PART_messages) $(PART_settings) $(PART_docs) test_breaker test_decision test_explain test_families test_fault_points \
+PURE := $(PART_keys) $(PART_messages) test_known_heads $(PART_settings) $(PART_docs) test_breaker test_decision test_explain test_families test_fault_points \
 	test_init test_logs test_outcome test_lua test_minimum_rate test_patterns test_policy test_record test_rules test_usage test_write_batcher
 QUICK := $(if $(PART),$(PART_$(PART)),$(PURE) e2e/test_main_job e2e/test_demo)
 
