@@ -42,8 +42,8 @@ PART_buffers := test_body test_write_batcher
 PART_settings := test_settings
 PART_decision := test_decision model/test_model
 PART_testing := test_fault_points test_faults e2e/test_faults
-PART_docs := test_contributing test_generated test_names test_readme
-PURE := $(PART_keys) $(PART_messages) test_known_heads $(PART_settings) $(PART_docs) test_breaker test_decision test_explain test_families test_fault_points \
+PART_docs := test_contributing test_generated test_names test_docs e2e/test_pages
+PURE := $(PART_keys) $(PART_messages) test_known_heads $(PART_settings) $(filter-out e2e/%,$(PART_docs)) test_breaker test_decision test_explain test_families test_fault_points \
 	test_init test_logs test_outcome test_lua test_minimum_rate test_patterns test_policy test_record test_rules test_usage test_write_batcher
 QUICK := $(if $(PART),$(PART_$(PART)),$(PURE) e2e/test_main_job e2e/test_demo)
 

@@ -21,12 +21,39 @@ from oncegate.messages.problems import KINDS
 from oncegate.observe.metrics import GAUGES, Metrics
 from oncegate.rules import presets
 from oncegate.settings import loading
+from oncegate.settings.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("*.md", "docs/**/*.md", "config/**/*.md")
 BLOCK = re.compile(r"(<!-- generated: by make docs from (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 EXAMPLE = re.compile(r"oncegate/examples/([\w-]+)/([\w.]+)")
 LANGUAGES = {".toml": "toml", ".env": "ini"}
+
+
+# The settings by what an operator wants to do, in the order of the page.
+GROUPS = {
+    "Where to listen and where to forward": """upstream listen tls_cert_file tls_key_file admin_listen hosts
+        trusted_proxies pass_host upstream_ca_file upstream_cert_file upstream_key_file rules_file docs_url""",
+    "The store": """store_url data_dir embedded_max_bytes store_timeout_ms settle_timeout_s durability
+        on_store_down on_store_loss quarantine_s""",
+    "What names a key": "methods key_header key_required scope_headers namespace secret identity_change",
+    "What happens to a key": "retention_s lease_ms on_duplicate wait_max_s on_unknown max_stored_bytes",
+    "The upstream": """connect_timeout_s connect_retries upstream_timeout_s upstream_reuse_idle_s
+        max_upstream_connections""",
+    "Limits of a worker": """max_in_flight max_connections max_waiters max_request_bytes max_buffered_bytes spool_dir
+        max_spool_bytes client_stall_s client_min_bytes_per_s""",
+    "Processes": "workers drain_delay_s drain_s",
+    "Logs": "log_level log_format access_log",
+    "For tests of oncegate": "head_cache testing fault",
+}
+
+
+def settings() -> str:
+    """Return a table of settings for each group; those that no group names come last."""
+    fields = Settings.model_fields
+    groups = {title: [name for name in names.split() if name in fields] for title, names in GROUPS.items()}
+    groups["Others"] = [name for name in fields if not any(name in names for names in groups.values())]
+    return "\n".join(f"\n### {title}\n\n{loading.table(names)}" for title, names in groups.items() if names) + "\n"
 
 
 def problems() -> str:
@@ -95,7 +122,7 @@ def _table(header: str, rows: list[str]) -> str:
 
 
 SOURCES: dict[str, Callable[[], str]] = {
-    "oncegate.settings.loading": loading.table,
+    "oncegate.settings.loading": settings,
     "oncegate.rules.presets": lambda: f"\n{presets.pages()}",
     "oncegate.messages.problems": problems,
     "oncegate.observe.metrics": metrics,

@@ -286,7 +286,7 @@ async def test_any_server_is_enough(cluster):
 
 async def test_over_tls_with_a_password(monkeypatch, tmp_path):
     """Named and announced servers are reached over TLS, and their certificates are checked; so is the user, who
-    has the rights that README names."""
+    has the rights that the page on settings names."""
     authority = trustme.CA()
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("localhost").configure_cert(context)

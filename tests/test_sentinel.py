@@ -173,8 +173,8 @@ async def test_one_sentinel_is_enough(group):
 
 
 async def test_with_passwords():
-    """Servers and sentinels have passwords of their own, the servers' user the rights that README names; what is
-    wrong is said."""
+    """Servers and sentinels have passwords of their own, the servers' user the rights that the page on settings
+    names; what is wrong is said."""
     config = f"requirepass secret\nmasterauth secret\n{ACL}\n"
     group = Sentineled(replicas=1, config=config, password="secret", sentinel_password="watch")
     try:

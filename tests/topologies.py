@@ -31,9 +31,9 @@ OPTIONS = ("--save", "", "--maxmemory-policy", "noeviction", "--repl-diskless-sy
 FAST_REPLICAS = ("--repl-timeout", "5", "--repl-ping-replica-period", "1")
 
 
-README = Path(__file__).parent.parent / "README.md"
-# The user that README shows: what it may do is enough.
-ACL = re.search(r"^user oncegate on >PASSWORD .*$", README.read_text(), re.MULTILINE)[0]  # type: ignore[index]
+SETTINGS = Path(__file__).parent.parent / "docs/reference/settings.md"
+# The user that this page shows: what it may do is enough.
+ACL = re.search(r"^user oncegate on >PASSWORD .*$", SETTINGS.read_text(), re.MULTILINE)[0]  # type: ignore[index]
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 40, what: str = "it") -> None:

@@ -18,7 +18,7 @@ class Preset:
     """One preset. `about` says when to use it, `caution` what can still go wrong.
 
     `fields`: those of a rule, as TOML has them. `counts_tokens`: the API's responses state the tokens they used, as
-    those of OpenAI and Anthropic do.
+    those of OpenAI and Anthropic do. `family`: a key of FAMILIES, empty where no other preset is much like this one.
     """
 
     about: str
@@ -26,6 +26,11 @@ class Preset:
     fields: Mapping[str, Any]
     retry_count_header: str | None = None
     counts_tokens: bool = False
+    family: str = ""
+
+
+# Presets that share most of their fields, by the title of their common page.
+FAMILIES = {"webhook": "Webhooks", "llm": "LLM calls"}
 
 
 def _webhook(key: Any, *, namespace: str, wait_max_s: float, retention_s: float, about: str) -> Preset:
@@ -53,7 +58,7 @@ def _webhook(key: Any, *, namespace: str, wait_max_s: float, retention_s: float,
         "twice. It forwards a delivery without an id, and does not protect it. Your service must still check the "
         "sender's signature: whoever can send unsigned events can also use up their ids."
     )
-    return Preset(about, caution, fields)
+    return Preset(about, caution, fields, family="webhook")
 
 
 def _llm(namespace: str) -> Preset:
@@ -81,6 +86,7 @@ def _llm(namespace: str) -> Preset:
         fields,
         retry_count_header="x-stainless-retry-count",
         counts_tokens=True,
+        family="llm",
     )
 
 
@@ -188,13 +194,38 @@ COUNTING = frozenset(name for name, preset in PRESETS.items() if preset.counts_t
 
 
 def pages() -> str:
-    """Return the reference pages of all presets, as Markdown."""
-    return "\n".join(_page(name, preset) for name, preset in PRESETS.items())
+    """Return the reference of all presets, as Markdown: one section for each family, one for each other preset."""
+    families = {family: {name: one for name, one in PRESETS.items() if one.family == family} for family in FAMILIES}
+    alone = {name: one for name, one in PRESETS.items() if not one.family}
+    sections = [*map(_section, alone, alone.values()), *map(_family_section, families, families.values())]
+    return "\n".join(sections)
 
 
-def _page(name: str, preset: Preset) -> str:
+def _section(name: str, preset: Preset) -> str:
     lines = [f"{field} = {_toml(value)}" for field, value in preset.fields.items()]
-    return "\n".join([f"### `{name}`", "", preset.about, "", "```toml", *lines, "```", "", preset.caution, ""])
+    return "\n".join([f"### {name}", "", preset.about, "", "```toml", *lines, "```", "", preset.caution, ""])
+
+
+def _family_section(family: str, presets: Mapping[str, Preset]) -> str:
+    """Return one section for presets that have most fields in common, with a table of their differences."""
+    first = next(iter(presets.values()))
+    common = [
+        name for name, value in first.fields.items() if all(one.fields[name] == value for one in presets.values())
+    ]
+    differing = [name for name in first.fields if name not in common]
+    texts = {one.about for one in presets.values()}
+    fields = [f"{name} = {_toml(first.fields[name])}" for name in common]
+    header = ["preset", *(f"`{name}`" for name in differing), *(["for"] if len(texts) > 1 else [])]
+    rows = [
+        [f'<a id="{name}"></a>`{name}`', *(f"`{_toml(one.fields[field])}`" for field in differing), one.about]
+        for name, one in presets.items()
+    ]
+    table = [f"| {' | '.join(row[: len(header)])} |" for row in (header, ["---"] * len(header), *rows)]
+    about = [first.about, ""] if len(texts) == 1 else []
+    same = ["These fields are the same in all of them:", "", "```toml", *fields, "```", ""]
+    return "\n".join(
+        [f"### {FAMILIES[family]}", "", *about, *same, "They differ in these:", "", *table, "", first.caution, ""]
+    )
 
 
 def _toml(value: Any) -> str:

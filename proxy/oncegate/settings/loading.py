@@ -49,11 +49,12 @@ def describe(settings: Settings) -> str:
     return "\n".join(f"{variable_name(name)} = {_text(name, value)}" for name, value in settings)
 
 
-def table() -> str:
-    """Return the reference table of settings, as Markdown."""
+def table(names: Iterable[str] = tuple(Settings.model_fields)) -> str:
+    """Return the reference table of these settings, as Markdown."""
+    fields = Settings.model_fields
     rows = [
-        f"| `{variable_name(name)}` | {_default(name, field.default)} | {field.description} |"
-        for name, field in Settings.model_fields.items()
+        f"| `{variable_name(name)}` | {_default(name, fields[name].default)} | {fields[name].description} |"
+        for name in names
     ]
     return "\n".join(["| variable | default | meaning |", "|---|---|---|", *rows, ""])
 
