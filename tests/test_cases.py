@@ -68,16 +68,21 @@ def test_what_is_commented_out_can_be_switched_on(monkeypatch, capsys, case):
     capsys.readouterr()
 
 
+GUIDES = {case: f"docs/how-to/{'forms' if case == 'double-click' else case}.md" for case in CASES}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_page_shows_the_files(case):
-    """The page has the rules as they stand in the file, names what it links to, and is linked from the README."""
+    """The how-to page has the rules as they stand in the file and every part; the case's page links to it, names the
+    files that are there, and is linked from the README."""
     folder = ROOT / "config" / case
-    page = (folder / "README.md").read_text()
-    assert (folder / "rules.toml").read_text().strip() in page
+    page, guide = (folder / "README.md").read_text(), (ROOT / GUIDES[case]).read_text()
+    assert (folder / "rules.toml").read_text().strip() in guide
     for link in re.findall(r"\]\((?!http)([^)#]+)", page):
         assert (folder / link).exists(), link
+    assert f"(../../{GUIDES[case]})" in page
     for part in ("## The rule", "## The client", "## Retention", "## What can still go wrong"):
-        assert part in page.replace("## The receiver", "## The client")
+        assert part in guide.replace("## The receiver", "## The client")
     assert f"(config/{case}/README.md)" in (ROOT / "README.md").read_text()
 
 
