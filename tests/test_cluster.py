@@ -16,7 +16,7 @@ from redis.exceptions import ResponseError
 from oncegate.keys.digests import store_key
 from oncegate.store.record import Claim
 from oncegate.store.record_view import StoreError, look_at, scan
-from oncegate.store.redis.cluster import tag_within, view_of
+from oncegate.store.redis.cluster_map import tag_within, view_of
 from oncegate.store.results import AppendStatus, RenewStatus, SettleResult, SettleStatus, Unconfirmed
 from oncegate.store.store import Store
 from tests.parts import until

@@ -296,7 +296,7 @@ async def test_a_server_without_waitaof(scripted):
 
 async def assert_unreachable_for(url: str, durability: str, because: str) -> None:
     behind = Behind()
-    store = Store(url, timeout_ms=300, patience_s=1, observe=lambda *_: None, repeated=lambda: None, background=behind,
+    store = Store(url, timeout_ms=300, patience_s=1, observe=lambda *_: None, retried=lambda: None, background=behind,
                   durability=durability)  # fmt: skip
     store.start()
     try:

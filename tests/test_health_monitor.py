@@ -2,11 +2,14 @@
 
 import asyncio
 
+from oncegate.store.events import StoreEvent
 from oncegate.store.record import PREFIX_BYTES
 from oncegate.store.redis import health_monitor as watching
-from oncegate.store.redis.health_monitor import HealthMonitor, Membership, OverLink
+from oncegate.store.redis.health_monitor import HealthMonitor
 from oncegate.store.redis.link import Link
+from oncegate.store.redis.membership import Membership
 from oncegate.store.redis.server import load_scripts, opener
+from oncegate.store.redis.talk import LinkTalk
 
 
 async def nothing(_: object) -> None:
@@ -15,20 +18,20 @@ async def nothing(_: object) -> None:
 
 async def test_two_looks_at_once_are_no_loss(own_valkey):
     """A server that claims wait at is looked at over two connections, which may come up together."""
-    reported: list[str] = []
+    reported: list[StoreEvent] = []
     member = Membership(
-        bytes(PREFIX_BYTES), "one", "namespace=a", False, 60_000, 0, 60.0, True, lambda what, _: reported.append(what)
+        bytes(PREFIX_BYTES), "one", "namespace=a", False, 60_000, 0, 60.0, True, lambda event, _: reported.append(event)
     )
     link = Link(opener(own_valkey.url, 5.0), nothing, 5.0)
     link.start()
     try:
         assert await link.wait_up(asyncio.get_running_loop().time() + 20)
-        watch, talk = HealthMonitor(load_scripts(), member, {}), OverLink(link, 5.0)
+        watch, talk = HealthMonitor(load_scripts(), member, {}), LinkTalk(link, 5.0)
         for _ in range(3):
             await asyncio.gather(*[watch.attend(talk, b"") for _ in range(5)])
     finally:
         await link.close()
-    assert reported == ["founded"]
+    assert reported == [StoreEvent.FOUNDED]
 
 
 class Replica:
@@ -38,9 +41,9 @@ class Replica:
         self.rules, self.reported = rules, []
         member = Membership(
             bytes([number]) * PREFIX_BYTES, "one", "namespace=a", accept, 60_000, 0, 60.0, True,
-            lambda what, _: self.reported.append(what), lambda: self.rules,
+            lambda event, _: self.reported.append(event), lambda: self.rules,
         )  # fmt: skip
-        self.watch, self._talk = HealthMonitor(load_scripts(), member, {}), OverLink(link, 5.0)
+        self.watch, self._talk = HealthMonitor(load_scripts(), member, {}), LinkTalk(link, 5.0)
 
     async def looks(self) -> bool:
         """Look once, and return whether it has something to say of rules."""
@@ -80,13 +83,13 @@ async def test_rules_that_differ_are_noticed(own_valkey, monkeypatch):
         two.rules = "R2"
         await looked([False, False])
         assert one.watch.notice() is None
-        assert [replica.reported.count("rules") for replica in both] == [1, 1]
+        assert [replica.reported.count(StoreEvent.RULES) for replica in both] == [1, 1]
         two.rules = "R1"
         await looked([True, True])
         both = (one,)
         await looked([False])  # the other one is gone
         both = (declared, one)
         await looked([False, True])  # a declared change is no news to the one that has it
-        assert declared.reported.count("rules") == 0
+        assert declared.reported.count(StoreEvent.RULES) == 0
     finally:
         await link.close()

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from oncegate.store.events import ClaimEvent
 from oncegate.store.leases import Leases, suspended_clock_s
 from oncegate.store.record import Claim
 from oncegate.store.results import SettleStatus
@@ -11,16 +12,16 @@ from tests.conftest import Valkey
 from tests.test_store import claimed, connected
 
 
-@pytest.mark.parametrize(("freeing", "reports"), [(False, ["lost"]), (True, [])])
+@pytest.mark.parametrize(("freeing", "reports"), [(False, [ClaimEvent.LOST]), (True, [])])
 async def test_a_claim_that_is_being_released_is_not_reported_as_lost(
-    valkey: Valkey, freeing: bool, reports: list[str]
+    valkey: Valkey, freeing: bool, reports: list[ClaimEvent]
 ) -> None:
     """A renewal finds nothing: a loss, unless the release is under way, whose reply may be on its way or lost."""
-    reported: list[str] = []
+    reported: list[ClaimEvent] = []
     async with connected(valkey.url) as store:
 
-        def report(what: str, _: Claim) -> None:
-            reported.append(what)
+        def report(event: ClaimEvent, _: Claim) -> None:
+            reported.append(event)
 
         leases = Leases(store, 60, report, asyncio.get_running_loop().time)
         held = leases.hold(await claimed(store), suspended_clock_s(), 60)

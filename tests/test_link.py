@@ -8,9 +8,10 @@ from contextlib import asynccontextmanager
 import pytest
 from redis.asyncio.connection import AbstractConnection
 
-from oncegate.store.redis.link import ErrorReply, Link, Script
-from oncegate.store.redis.link import resp as resp_words
+from oncegate.store.redis.link import Link
 from oncegate.store.redis.server import load_scripts, opener, preparer
+from oncegate.store.redis.wire import ErrorReply, Script, ScriptCall
+from oncegate.store.redis.wire import resp as resp_words
 from oncegate.store.results import Unconfirmed
 from tests.parts import until
 from tests.resp import Connection, RespServer, Words, echo, resp
@@ -50,7 +51,7 @@ def in_s(seconds: float) -> float:
 
 def say(link: Link, *args: object, seconds: float = PATIENT_S) -> "asyncio.Future[object]":
     """Issue a script with these arguments, which `echo` gives back."""
-    return link.script(SCRIPT, b"key", resp_words(*args), len(args), in_s(seconds))
+    return link.script(ScriptCall(SCRIPT, b"key", resp_words(*args), len(args), in_s(seconds)))
 
 
 async def is_well(link: Link, server: RespServer, connections: int) -> None:

@@ -20,8 +20,9 @@ from oncegate.decision import decide, effective_state
 from oncegate.keys.digests import Digests, Scope, store_key
 from oncegate.messages.response_head import response_digest
 from oncegate.store.record import Claim, ClaimRequest, Corrupt, Record, StoredResponse, intact, pack, self_check
-from oncegate.store.redis.node import ORDINARY
+from oncegate.store.redis.arguments import PLAIN_TAIL
 from oncegate.store.redis.server import load_scripts
+from oncegate.store.redis.wire import ClaimCall
 from oncegate.store.results import (
     AppendStatus,
     ReadFailure,
@@ -130,7 +131,7 @@ async def connected(
         timeout_ms=timeout_ms,
         patience_s=patience_s,
         observe=lambda verb, seconds: None,
-        repeated=lambda: None,
+        retried=lambda: None,
         background=behind,
         **options,
     )
@@ -731,9 +732,9 @@ async def test_a_takeover_needs_the_record_that_was_checked(relay, valkey, becam
             owner = await at(elsewhere, client, "lapsed", b"retry")
             asked = store._servers.claim
 
-            async def meanwhile(*args: Any, **more: Any) -> Any:
-                reply = await asked(*args, **more)
-                if args[2] == ORDINARY:  # nothing seen yet
+            async def meanwhile(call: ClaimCall) -> Any:
+                reply = await asked(call)
+                if call.tail == PLAIN_TAIL:  # nothing seen yet
                     match became:
                         case "renewed":
                             assert await elsewhere.renew(owner) == RenewStatus.RENEWED
@@ -1692,7 +1693,7 @@ async def assert_unreachable(url: str, because: str) -> None:
         timeout_ms=500,
         patience_s=1.0,
         observe=lambda verb, seconds: None,
-        repeated=lambda: None,
+        retried=lambda: None,
         background=behind,
     )
     store.start()

@@ -102,7 +102,7 @@ def _open_store(settings: Settings) -> Store:
         patience_s=TIMEOUT_MS / 1000,
         # A command has no metrics, and nothing that goes on after it.
         observe=lambda *_: None,
-        repeated=lambda: None,
+        retried=lambda: None,
         background=lambda work: work.close(),
     )
 

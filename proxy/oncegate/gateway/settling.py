@@ -8,6 +8,7 @@ from oncegate.gateway.routes import ExchangeDeps
 from oncegate.gateway.waiters import Woken
 from oncegate.messages.response_head import ResponseHead
 from oncegate.observe.labels import SETTLEMENTS, SettlementLabel
+from oncegate.store.events import ClaimEvent
 from oncegate.store.leases import LeasedClaim
 from oncegate.store.record import StoredResponse
 from oncegate.store.results import SettleResult, SettleStatus
@@ -93,9 +94,9 @@ def conclude_claim(progress: Progress, reached: Ending, result: SettleResult) ->
         progress.settlements = (SETTLEMENTS[settlement.label],)
     if result.record_was_gone:
         progress.settlements += (SettlementLabel.LOST,)
-        deps.leases.report("lost", held)
+        deps.leases.report(ClaimEvent.LOST, held)
     if status is SettleStatus.FENCED:
-        deps.leases.report("fenced", held)
+        deps.leases.report(ClaimEvent.FENCED, held)
     if reached is Ending.NOT_SENT and status is SettleStatus.RELEASED:
         deps.waiters.nothing_was_sent(held.claim.key)
     else:

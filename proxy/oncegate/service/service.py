@@ -20,6 +20,7 @@ from oncegate.rules.loading import load_rules
 from oncegate.service.drain import POLL_S, Drain, unless
 from oncegate.service.wiring import Parts, Reporting, server_tls
 from oncegate.settings.settings import Settings, SettingsError
+from oncegate.store.events import ClaimEvent, StoreEvent
 from oncegate.store.record import Claim
 from oncegate.testing import faults
 
@@ -107,16 +108,17 @@ class Service:
         self.metrics.observe(report, seconds)
         self._access(report, seconds, client_gone)
 
-    def _report_claim(self, what: str, claim: Claim) -> None:
+    def _report_claim(self, event: ClaimEvent, claim: Claim) -> None:
         """Report a running claim whose record vanished (`lost`) or was taken (`fenced`): its key may execute twice."""
         self.metrics.claim_lost()
-        self._log.error(f"claim {what}", key_id=key_id(claim.key), fence=claim.fence.decode())
+        self._log.error(f"claim {event.value}", key_id=key_id(claim.key), fence=claim.fence.decode())
 
-    def _report_store(self, kind: str, detail: str) -> None:
+    def _report_store(self, event: StoreEvent, detail: str) -> None:
         """Log a problem of the store: a loss of data, or proxies that name keys in another way."""
+        kind = event.value
         if (loss := STORE_LOSSES.get(kind)) is not None:
             self.metrics.store_lost(loss)
-        elif kind == "accepted":
+        elif event is StoreEvent.IDENTITY_ACCEPTED:
             self.metrics.identity_accepted()
         write = self._log.error if kind in ALARMING else self._log.warning
         write("store problem", kind=kind, detail=detail)

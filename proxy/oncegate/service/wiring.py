@@ -24,8 +24,9 @@ from oncegate.observe.metrics import Metrics
 from oncegate.observe.outcome import Observe
 from oncegate.rules.model import Rule, Rules, Upstream
 from oncegate.settings.settings import Settings
+from oncegate.store.events import StoreEvent
 from oncegate.store.leases import Leases, Report
-from oncegate.store.redis.health_monitor import Membership
+from oncegate.store.redis.membership import Membership
 from oncegate.store.store import Store
 from oncegate.upstream.pool import REUSE_IDLE_S, Pool, client_tls
 from oncegate.upstream.pools import Pools
@@ -41,7 +42,7 @@ class Reporting:
     observe: Observe
     failed: Callable[[BaseException], None]
     claim_lost: Report
-    store_finding: Callable[[str, str], None]
+    store_finding: Callable[[StoreEvent, str], None]
     store_broke: Callable[[], None]
     background: Callable[[Coroutine[Any, Any, Any]], None]
 
@@ -58,12 +59,12 @@ class Parts:
             timeout_ms=settings.store_timeout_ms,
             patience_s=settings.settle_timeout_s,
             observe=metrics.store_call,
-            repeated=metrics.store_retried,
+            retried=metrics.store_retried,
             background=reporting.background,
             log=reporting.log.warning,
             durability=settings.durability,
             member=self._membership(),
-            broke=reporting.store_broke,
+            breaker_opened=reporting.store_broke,
         )
         self.leases = Leases(self.store, settings.lease_ms, reporting.claim_lost, clock)
         self.waiters = Waiters(self.store, settings.max_waiters, settings.lease_ms, self.leases.__contains__)

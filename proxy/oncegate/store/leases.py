@@ -1,14 +1,15 @@
-"""The claims of this worker: one task keeps all their leases alive, one list says what is in flight."""
+"""The leases of a worker's claims: one background task renews all of them."""
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 from oncegate.decision import must_reclaim
 from oncegate.keys.digests import Scope
+from oncegate.store.events import ClaimEvent
 from oncegate.store.record import Claim
 from oncegate.store.results import RenewStatus, Unconfirmed
 from oncegate.store.store import Store
@@ -19,37 +20,40 @@ suspended_clock_s = partial(time.clock_gettime, time.CLOCK_BOOTTIME)
 
 @dataclass(slots=True, eq=False)
 class LeasedClaim:
-    """A claim and how it is doing.
-
-    `confirmed_s`: when the store was last asked and said yes (suspended_clock_s). `until_s`: how long the
-    code that holds it may take before it counts as hung and the lease is let go (the loop's time).
-    """
+    """A claim that this worker holds, and the state of its lease."""
 
     claim: Claim
+    # When the last call that confirmed the claim was sent (suspended_clock_s).
     confirmed_s: float
+    # The exchange's watchdog deadline (the loop's time). Past it the exchange counts as hung, and the lease ends.
     until_s: float
-    stage: bytes = b"claimed"  # how far the exchange got: claimed, sent or answered
+    # How far the exchange got, for operators: claimed, sent or answered.
+    stage: bytes = b"claimed"
     lost: bool = False
     fenced: bool = False
-    freeing: bool = False  # its release is under way: that the record is gone, or another's, is no loss any more
+    # While a release is under way, a record that is gone or has another owner is no loss.
+    freeing: bool = False
     settled: bool = False
-    reported: bool = field(default=False)
+    reported: bool = False
 
     def age_s(self) -> float:
+        """Return the seconds since the claim was last confirmed."""
         return suspended_clock_s() - self.confirmed_s
 
 
 class Report(Protocol):
-    """Hears of a claim that is no longer what it was: `what` is lost or fenced."""
+    """Called when a claim was lost or fenced."""
 
-    def __call__(self, what: str, claim: Claim) -> None: ...
+    def __call__(self, event: ClaimEvent, claim: Claim) -> None: ...
 
 
 class Leases:
-    """What this worker has claimed and not settled."""
+    """The claims that this worker holds and has not settled. `clock` returns the loop's time."""
 
     def __init__(self, store: Store, lease_ms: int, report: Report, clock: Callable[[], float]) -> None:
-        self._store, self._period_s, self._report, self._clock = store, lease_ms / 3000, report, clock
+        self._store, self._report, self._clock = store, report, clock
+        # Three renewals in the length of a lease, so that two may fail.
+        self._period_s = lease_ms / 3000
         self._held: dict[bytes, LeasedClaim] = {}
 
     def __len__(self) -> int:
@@ -59,42 +63,47 @@ class Leases:
         return key in self._held
 
     def hold(self, claim: Claim, asked_s: float, longest_s: float) -> LeasedClaim:
-        """Keep a claim's lease alive from now on. `asked_s`: when the store was asked for it; `longest_s`: how long
-        whoever holds it may take until it says so again."""
+        """Renew a claim's lease from now on.
+
+        `asked_s`: when the claim was sent (suspended_clock_s). `longest_s`: the first watchdog deadline from now.
+        """
         held = LeasedClaim(claim, asked_s, self._clock() + longest_s)
         self._held[claim.key] = held
         return held
 
     def drop(self, held: LeasedClaim) -> None:
-        """Let a claim go; it is settled, or nothing more can be done for it."""
+        """Stop renewing a claim. It is settled, or nothing more can be done for it."""
         held.settled = True
         if self._held.get(held.claim.key) is held:
             del self._held[held.claim.key]
 
-    def report(self, what: str, held: LeasedClaim) -> None:
-        """Say once that a claim is lost or fenced."""
+    def report(self, event: ClaimEvent, held: LeasedClaim) -> None:
+        """Report that a claim was lost or fenced, once for each claim."""
         if not held.reported:
             held.reported = True
-            self._report(what, held.claim)
+            self._report(event, held.claim)
 
     async def reclaim(self, held: LeasedClaim, scope: Scope) -> bool:
-        """Ask the store whether a key is still ours, and claim it again where it is free; return whether it is ours."""
+        """Claim a held key again with its token. Return whether this worker still holds it.
+
+        A key that is free is claimed anew. Another owner's record marks the claim as fenced.
+        """
         asked_s = suspended_clock_s()
         claimed = await self._store.reclaim(held.claim, scope)
         if not isinstance(claimed, Claim):
             held.fenced = held.fenced or not isinstance(claimed, Unconfirmed)
             return False
-        # With another fence the record had vanished, and nobody can say what happened meanwhile.
+        # With another fence the record had vanished, so another request may have executed the key meanwhile.
         if claimed.fence != held.claim.fence:
-            self.report("lost", held)
+            self.report(ClaimEvent.LOST, held)
         held.claim, held.confirmed_s = claimed, asked_s
         return True
 
     async def while_ours(self, held: LeasedClaim, scope: Scope, blocks: Iterable[bytes]) -> AsyncIterator[bytes]:
-        """Yield blocks for as long as a key is ours. A process that was suspended may have lost it meanwhile.
+        """Yield blocks while this worker holds the key. A process that was suspended may have lost it.
 
-        A store that does not answer stops nothing before the retention is over, for which the record exists. Raises
-        ConnectionError once the key is lost.
+        A store that does not reply stops nothing before the retention is over, because the record exists until then.
+        Raises ConnectionError once the key is lost.
         """
         asked_s, claim = 0.0, held.claim
         for block in blocks:
@@ -107,23 +116,24 @@ class Leases:
             yield block
 
     async def run(self) -> None:
-        """Renew every lease three times in its length, until cancelled. All leave in one write."""
+        """Renew every lease three times in its length, until cancelled. The renewals leave in one write."""
         while True:
             await asyncio.sleep(self._period_s)
             now = self._clock()
-            alive = [held for held in self._held.values() if held.until_s > now and not held.fenced]
-            await asyncio.gather(*[self._renew(held) for held in alive])
+            live = [held for held in self._held.values() if held.until_s > now and not held.fenced]
+            await asyncio.gather(*[self._renew(held) for held in live])
 
     async def _renew(self, held: LeasedClaim) -> None:
         asked_s = suspended_clock_s()
         status = await self._store.renew(held.claim, held.stage)
+        # A settle that overtook the renewal explains whatever the renewal found.
         if held.settled or held.freeing:
-            return  # its settle went ahead; what the renewal found is that
+            return
         if status is RenewStatus.RENEWED:
             held.confirmed_s = asked_s
         elif status is RenewStatus.ABSENT:
             held.lost = True
-            self.report("lost", held)
+            self.report(ClaimEvent.LOST, held)
         elif status is RenewStatus.FENCED:
             held.fenced = True
-            self.report("fenced", held)
+            self.report(ClaimEvent.FENCED, held)

@@ -1,7 +1,7 @@
-"""Claims that count only once replicas or disks have them: how far, and the connection on which they wait.
+"""Claims that take effect only once replicas or disks have them: the level, and the connection on which they wait.
 
-WAIT stops everything behind it, so these claims have a connection of their own. What is asked while one
-WAIT runs leaves together in the next write, with one WAIT for all of it.
+WAIT and WAITAOF hold up every command behind them, so these claims have a connection of their own. Claims that come
+while one WAIT runs leave together in the next write, with one WAIT for all of them.
 """
 
 import asyncio
@@ -12,31 +12,39 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from oncegate.store.redis.link import Link
+from oncegate.store.redis.wire import ScriptCall
 from oncegate.store.results import Unconfirmed, UnderReplicated
 
-WAIT_SHARE = 0.75  # of what is left of the budget; the rest is for giving the claim back
-LEAST_SHARE = 0.1  # a claim with less of its budget left is not sent: it would cut the WAIT of the others short
+# The share of the time left that a claim waits. The rest is for releasing a claim that too few replicas have.
+WAIT_SHARE = 0.75
+# A claim with less of its time left is not sent, as it would cut the WAIT of the others short.
+LEAST_SHARE = 0.1
+# The Redis that has WAITAOF.
 AOF_SINCE = (7, 2)
-# How long claims do not count once a replica has left: it may have been promoted, while others still confirm to the
-# old master. By then the sentinels have told so: a leader sees a promotion within a second, and is asked each second.
+# After a replica left, claims do not count for so long: the replica may have been promoted, while others still confirm
+# to the old master. The sentinels report a promotion within a second, and are asked every second.
 LEFT_S = 5.0
-ALL_MS = 20  # for which claims wait for every replica: one that is leaving is not seen to have left at once
+# How long claims wait for every replica there is, so that a replica that is leaving is noticed.
+ALL_MS = 20
 _CONNECTED = re.compile(rb"connected_slaves:(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
 class DurabilityLevel:
-    """How far a claim must have come: on `replicas` replicas, and on the disk of each where `fsync`."""
+    """Where a claim has to be before it counts: on `replicas` replicas, and with `fsync` on the disk of each server."""
 
     replicas: int
     fsync: bool
 
-    def words(self, wait_ms: int) -> tuple[str | int, ...]:
-        """Return the command that waits for it."""
+    def wait_command(self, wait_ms: int) -> tuple[str | int, ...]:
+        """Return the command that waits until the server has this level, or `wait_ms` are over."""
         return ("WAITAOF", 1, self.replicas, wait_ms) if self.fsync else ("WAIT", self.replicas, wait_ms)
 
     def lacking(self, reply: object) -> str | None:
-        """Return what a reply to that command lacks, None for nothing. It is a count also when the time is over."""
+        """Return what is missing by the reply to `wait_command`, or None.
+
+        WAIT and WAITAOF reply with counts also when their time is over, so the counts have to be compared.
+        """
         match reply:
             case int(replicas) if not self.fsync:
                 disk = True
@@ -51,13 +59,13 @@ class DurabilityLevel:
         return None
 
     def unable_by_version(self, version: tuple[int, ...]) -> str | None:
-        """Return why a server of a version cannot give this level, None where it can."""
+        """Return why a server of this version cannot give the level, or None."""
         if not self.fsync or version >= AOF_SINCE:
             return None
         return "has no WAITAOF, which the durability fsync needs: Redis 7.2 or newer, or Valkey"
 
     def unable(self, info: dict[str, str]) -> str | None:
-        """Return why a server cannot give this level, by its INFO; None where it can."""
+        """Return why a server with this INFO cannot give the level, or None."""
         if self.fsync and info.get("aof_enabled", "1") == "0":
             return "has no append-only file, which the durability fsync needs (appendonly yes)"
         online = sum("state=online" in value for name, value in info.items() if name.startswith("slave"))
@@ -67,7 +75,10 @@ class DurabilityLevel:
 
 
 def level(durability: str, several: bool) -> DurabilityLevel | None:
-    """Return what a setting asks of a store, None for nothing: its memory. A single server has no replicas of ours."""
+    """Return the level of a durability setting, or None if a claim in the server's memory is enough.
+
+    `several`: the store has several servers. Behind a single one no replicas are expected.
+    """
     match durability:
         case "replicated":
             return DurabilityLevel(1, fsync=False)
@@ -77,62 +88,75 @@ def level(durability: str, several: bool) -> DurabilityLevel | None:
             return None
 
 
-class _Asked(NamedTuple):
-    future: "asyncio.Future[Any]"
-    asking: bool
-    call: tuple[Any, ...]  # of Link.script
+class _PendingClaim(NamedTuple):
+    """A claim that is to be sent with the next WAIT. `future` gets its reply."""
 
-    @property
-    def deadline(self) -> float:
-        return float(self.call[4])
+    future: "asyncio.Future[Any]"
+    call: ScriptCall
+    asking: bool
 
     def resolve(self, result: object) -> None:
         if not self.future.done():
             self.future.set_result(result)
 
 
-class WaitingLink(Link):
-    """A connection for claims. `script` gives Below for a claim that too few have; replies that are no claims
-    come at once. `heard(now_ms)` is told the server's time before the waiting."""
+# Claims that took their key, with their replies, until the WAIT behind them is over.
+_Claimed = list[tuple[_PendingClaim, Any]]
 
-    def __init__(self, *args: Any, level: DurabilityLevel, heard: Callable[[int], None]) -> None:
+
+class WaitingLink(Link):
+    """A connection for claims that wait for replicas or disks.
+
+    `script` gives UnderReplicated for a claim that too few servers have. Replies that are no claims come at once.
+    `note_time(now_ms)` is called with the server's time before the wait.
+    """
+
+    def __init__(self, *args: Any, level: DurabilityLevel, note_time: Callable[[int], None]) -> None:
         super().__init__(*args)
-        self._level, self._heard = level, heard
-        self._asked: list[_Asked] = []
+        self._level, self._note_time = level, note_time
+        self._pending: list[_PendingClaim] = []
         self._committing = False
+        # Replicas when last counted, the server they were counted on, and when one left (the loop's time).
         self._replicas, self._counted_at, self._left_at = 0, self.at, float("-inf")
 
-    def script(self, *call: Any) -> "asyncio.Future[Any]":
-        return self._ask(False, call)
+    def script(self, call: ScriptCall) -> "asyncio.Future[Any]":
+        return self._add(call, asking=False)
 
-    def script_asking(self, *call: Any) -> "asyncio.Future[Any]":
-        return self._ask(True, call)
+    def script_asking(self, call: ScriptCall) -> "asyncio.Future[Any]":
+        return self._add(call, asking=True)
 
-    def _ask(self, asking: bool, call: tuple[Any, ...]) -> "asyncio.Future[Any]":
-        one = _Asked(self._loop.create_future(), asking, call)
-        self._asked.append(one)
+    def _add(self, call: ScriptCall, asking: bool) -> "asyncio.Future[Any]":
+        pending = _PendingClaim(self._loop.create_future(), call, asking)
+        self._pending.append(pending)
         if not self._committing:
             self._committing = True
             self._loop.call_soon(self._commit)
-        return one.future
+        return pending.future
 
     def _commit(self) -> None:
-        """Send what was asked so far, and one WAIT behind it."""
-        asked, self._asked = self._asked, []
-        latest = self._loop.time() + self._stall_s * LEAST_SHARE
-        batch = [one for one in asked if one.deadline >= latest]
-        for one in asked:
-            if one.deadline < latest:
-                one.resolve(Unconfirmed("no time was left to wait for replicas", maybe_executed=False))
+        """Send all pending claims, and one WAIT behind them."""
+        batch = self._take_batch()
         self._committing = bool(batch)
         if not batch:
             return
-        claimed: list[tuple[_Asked, Any]] = []
-        for one in batch:
-            call = super().script_asking if one.asking else super().script
-            call(*one.call).add_done_callback(partial(self._replied, one, claimed))
-        left_s = min(one.deadline for one in batch) - self._loop.time()
-        words = self._level.words(max(1, int(left_s * WAIT_SHARE * 1000)))
+        claimed: _Claimed = []
+        for pending in batch:
+            issue = super().script_asking if pending.asking else super().script
+            issue(pending.call).add_done_callback(partial(self._claim_replied, pending, claimed))
+        self._wait_for_replicas(claimed, min(pending.call.deadline for pending in batch) - self._loop.time())
+
+    def _take_batch(self) -> list[_PendingClaim]:
+        """Return the pending claims that have time left for a wait. The others are not sent."""
+        pending_claims, self._pending = self._pending, []
+        latest = self._loop.time() + self._stall_s * LEAST_SHARE
+        for pending in pending_claims:
+            if pending.call.deadline < latest:
+                pending.resolve(Unconfirmed("no time was left to wait for replicas", maybe_executed=False))
+        return [pending for pending in pending_claims if pending.call.deadline >= latest]
+
+    def _wait_for_replicas(self, claimed: _Claimed, left_s: float) -> None:
+        """Send the WAIT behind a batch whose first deadline is `left_s` from now."""
+        words = self._level.wait_command(max(1, int(left_s * WAIT_SHARE * 1000)))
         deadline = self._loop.time() + left_s
         if self._replicas > self._level.replicas:
             self.command("WAIT", self._replicas, ALL_MS, deadline=deadline)
@@ -143,39 +167,40 @@ class WaitingLink(Link):
         else:
             waited.add_done_callback(partial(self._waited, claimed))
 
-    def _replied(self, one: _Asked, claimed: list[tuple[_Asked, Any]], future: "asyncio.Future[Any]") -> None:
+    def _claim_replied(self, pending: _PendingClaim, claimed: _Claimed, future: "asyncio.Future[Any]") -> None:
         reply = future.result()
         if isinstance(reply, list):
-            self._heard(reply[1])
+            self._note_time(reply[1])
         if isinstance(reply, list) and reply[0] == b"claimed":
-            claimed.append((one, reply))
+            claimed.append((pending, reply))
         else:
-            one.resolve(reply)
+            pending.resolve(reply)
 
     def _waited(
         self,
-        claimed: list[tuple[_Asked, Any]],
+        claimed: _Claimed,
         waited: "asyncio.Future[Any]",
         counted: "asyncio.Future[Any] | None" = None,
     ) -> None:
-        """Give the claims of a write their replies, and go on with what was asked meanwhile."""
+        """Resolve the claims of a batch after its WAIT, and send those that came meanwhile."""
         reply = waited.result() if waited.done() else Unconfirmed("the store counts replicas before it waits for them")
+        failure: Unconfirmed | None = None
         if isinstance(reply, Unconfirmed):
-            instead: Unconfirmed | None = Unconfirmed(reply.detail)
-        else:
-            lacking = self._level.lacking(reply) or (counted and self._left(counted.result()))
-            instead = UnderReplicated(lacking) if lacking else None
-        for one, answer in claimed:
-            one.resolve(answer if instead is None else instead)
+            failure = Unconfirmed(reply.detail)
+        elif lacking := self._level.lacking(reply) or (counted and self._replica_left(counted.result())):
+            failure = UnderReplicated(lacking)
+        for pending, claim_reply in claimed:
+            pending.resolve(claim_reply if failure is None else failure)
         self._commit()
 
-    def _left(self, info: object) -> str | None:
-        """Return why a claim that enough replicas have does not count all the same, None where it does."""
+    def _replica_left(self, info: object) -> str | None:
+        """Return why a claim does not count though enough replicas have it, or None."""
         found = _CONNECTED.search(info) if isinstance(info, bytes) else None
         if found is None:
             return None
         now, before, self._replicas = self._loop.time(), self._replicas, int(found[1])
-        if self._counted_at != self.at:  # another server
+        if self._counted_at != self.at:
+            # The connection leads to another server now, so the counts do not compare.
             self._counted_at, self._left_at = self.at, float("-inf")
         elif self._replicas < before:
             self._left_at = now

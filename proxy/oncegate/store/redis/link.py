@@ -1,16 +1,17 @@
 """One connection to a Redis server, shared by all concurrent requests.
 
-redis-py opens it (it knows AUTH, TLS, RESP); from then on the socket is ours: what is issued in one
-turn of the event loop leaves together, one reader resolves the replies in order. A call costs a third
-of what it costs through redis-py's own call. No command is cancelled half-way: a caller that
-stops waiting leaves its place in the queue, so that the next reply still finds its owner.
+redis-py opens the connection (it knows AUTH, TLS and RESP), and `Link` takes its socket over. Commands that are issued
+in one turn of the event loop leave together, and one reader resolves the replies in order. A call costs a third of a
+call through redis-py (measured).
+
+No command is cancelled half-way. A caller that stops waiting leaves its place in the queue, so the next reply still
+goes to the right caller.
 """
 
 import asyncio
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable
-from hashlib import sha1
 from time import perf_counter
 from typing import Any, cast
 
@@ -18,68 +19,20 @@ import hiredis
 from redis.asyncio.connection import AbstractConnection
 
 from oncegate.buffers.write_batcher import write_batcher
+from oncegate.store.redis.wire import COMMAND, SIZE, TAG_COUNT, TAGS, ErrorReply, ScriptCall, resp
 from oncegate.store.results import Unconfirmed
 
-BATCH = 8  # commands that leave at once, so that the store works on them while the turn issues more
-SWEEP_S = 0.05  # how late a deadline may be noticed
+# Commands that leave at once, so that the server works on them while the loop's turn issues more.
+BATCH = 8
+# How late a deadline may be noticed.
+SWEEP_S = 0.05
 RECONNECT_FIRST_S, RECONNECT_MOST_S = 0.02, 1.0
 CANCEL_AGAIN_S = 0.1
-DEMOTED = ("READONLY", "MASTERDOWN")  # what a server says to writes that is, or became, a replica
+# Errors that a replica returns for writes.
+DEMOTED = ("READONLY", "MASTERDOWN")
 
-
-class ErrorReply(Exception):
-    """The server answered with an error; the first word of its text is the kind."""
-
-
-class _Sizes(dict[int, bytes]):
-    """How RESP announces a word of so many bytes. Bounded: a value may have any size."""
-
-    def __missing__(self, size: int) -> bytes:
-        announced = b"$%d\r\n" % size
-        if size < 4096:
-            self[size] = announced
-        return announced
-
-
-class _Numbers(dict[int, bytes]):
-    """Numbers as words of a command. Bounded."""
-
-    def __missing__(self, number: int) -> bytes:
-        if len(self) >= 4096:
-            self.clear()
-        written = self[number] = resp(number)
-        return written
-
-
-SIZE = _Sizes()
-NUMBER = _Numbers()
-_COUNT = [b"*%d\r\n" % count for count in range(16)]
-TAGS = 4096  # that a connection gives in turn; far more than commands wait on one
-
-
-def resp(*words: bytes | str | int) -> bytes:
-    """Return words of a command as they are written: RESP's bulk strings."""
-    written = [word if isinstance(word, bytes) else str(word).encode() for word in words]
-    return b"".join([SIZE[len(word)] + word + b"\r\n" for word in written])
-
-
-# Each as it comes back, and as a word of a command. Numbers of one length: a reply says which command it answers.
-_TAGS = [(tag, resp(tag)) for tag in (b"%04d" % number for number in range(TAGS))]
-
-
-class Script:
-    """One verb. `sha` is the name under which a server that has it runs it; `by_sha` and `by_body` are how a call
-    with one key begins, by the number of its arguments."""
-
-    def __init__(self, verb: str, body: bytes) -> None:
-        self.verb, self.body = verb, body
-        self.sha = sha1(body).hexdigest().encode()
-        by_sha, by_body = resp(b"EVALSHA", self.sha, 1), resp(b"EVAL", body, 1)
-        self.by_sha, self.by_body = [words + by_sha for words in _COUNT[5:]], [words + by_body for words in _COUNT[5:]]
-
-
-# A command whose reply has not come: its future, the tag that comes back in the reply of a script, the verb, the
-# deadline (the loop's time) and when it was issued (perf_counter's). A plain tuple: made twice for an execution.
+# A command that waits for its reply: its future, the tag that a script returns in its reply, the verb, the deadline
+# (the loop's time) and when it was issued (perf_counter's). A plain tuple, as every execution makes two of them.
 _Waiting = tuple["asyncio.Future[Any]", bytes, str, float, float]
 
 
@@ -89,12 +42,13 @@ def _resolve(future: "asyncio.Future[Any]", result: object) -> None:
 
 
 class Link(asyncio.Protocol):
-    """The shared connection. `open_connection` makes a fresh, unconnected redis-py connection;
-    `prepare` talks over it once it is connected (and raises what makes it unusable). `observe(verb, seconds)`
-    hears of every script's reply.
+    """The shared connection.
 
-    A server that has not answered the oldest command for `stall_s` seconds is given up: the connection
-    is closed, everything on it is unconfirmed, and a new one is made.
+    `open_connection` makes a fresh, unconnected redis-py connection. `prepare` talks over it once it is connected, and
+    raises if the server cannot be used. `observe(verb, seconds)` is called with every reply to a script.
+
+    If the oldest command gets no reply for `stall_s` seconds, the connection is closed, every command on it becomes
+    unconfirmed, and a new connection is made.
     """
 
     def __init__(
@@ -110,33 +64,36 @@ class Link(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._write_batcher = write_batcher(self._loop)
         self._transport: asyncio.Transport | None = None
-        self.up = False  # whether it stands
-        self._streams: object = None  # redis-py's, over the same transport
+        self.up = False
+        # redis-py's streams over the same transport. They are referenced so that they do not close it.
+        self._streams: object = None
         self._reader = hiredis.Reader(replyError=ErrorReply)
         self._out: list[bytes] = []
         self._waiting: deque[_Waiting] = deque()
-        self._tags = 0
+        self._tag_number = 0
         self._up = asyncio.Event()
         self._lost = asyncio.Event()
         self._sweeper: asyncio.TimerHandle | None = None
         self._keeper: asyncio.Task[None] | None = None
         self.down_because = "not connected yet"
-        self.at: tuple[str, int] | None = None  # the host and port it was connected to last, as they were named
+        # Host and port of the last connection, as the URL or the sentinels named them.
+        self.at: tuple[str, int] | None = None
 
     # Its life ...
 
     def start(self) -> None:
-        """Connect, and connect anew whenever the connection is lost, until closed."""
+        """Connect, and reconnect whenever the connection is lost, until `close`."""
         self._keeper = self._loop.create_task(self._keep())
 
     async def close(self) -> None:
         while self._keeper and not self._keeper.done():
-            self._keeper.cancel()  # again where redis-py, while it connects, took the cancellation for an error
+            # Repeated, because redis-py may take a cancellation during a connect for a connection error.
+            self._keeper.cancel()
             await asyncio.wait([self._keeper], timeout=CANCEL_AGAIN_S)
         self._drop("closed")
 
     async def wait_up(self, deadline: float) -> bool:
-        """Return whether the connection stands, waiting for it until `deadline` (the loop's time)."""
+        """Wait for the connection until `deadline` (the loop's time), and return whether it is up."""
         try:
             async with asyncio.timeout_at(deadline):
                 await self._up.wait()
@@ -149,7 +106,8 @@ class Link(asyncio.Protocol):
         while True:
             try:
                 await self._connect()
-            except Exception as error:  # whatever it is: without this task the store would stay down for good
+            except Exception as error:
+                # Any error: if this task ended, the store would stay down for good.
                 self.down_because = str(error) or type(error).__name__
                 await asyncio.sleep(random.uniform(0.5, 1) * pause_s)
                 pause_s = min(pause_s * 2, RECONNECT_MOST_S)
@@ -169,7 +127,10 @@ class Link(asyncio.Protocol):
         self._adopt(connection)
 
     def _adopt(self, connection: AbstractConnection) -> None:
-        """Take the socket over. redis-py has no public way to hand it out, and would close it with its streams."""
+        """Take the socket over from redis-py.
+
+        redis-py has no public way to hand a socket out, and would close it together with its streams.
+        """
         writer = cast(asyncio.StreamWriter, connection._writer)
         transport = cast(asyncio.Transport, writer.transport)
         self._streams, connection._reader, connection._writer = (connection._reader, writer), None, None
@@ -182,7 +143,7 @@ class Link(asyncio.Protocol):
         self._up.set()
 
     def _drop(self, why: str) -> None:
-        """Forget the connection; what was on it may or may not be executed."""
+        """Close the connection. Commands that wait on it become unconfirmed: the server may execute them or not."""
         if self._transport is None:
             return
         transport, self._transport, self.up = self._transport, None, False
@@ -196,42 +157,39 @@ class Link(asyncio.Protocol):
         self._lost.set()
 
     def renew(self, why: str) -> None:
-        """Leave this connection and make a new one."""
+        """Close this connection and make a new one. `why` is what the commands on it report."""
         self._drop(why)
 
     def give_up(self) -> None:
-        """Wait for nothing any more: whatever was asked or will be asked is unconfirmed at once."""
+        """Stop waiting. Commands that wait, and commands still to come, are unconfirmed at once."""
         if self._keeper is not None:
             self._keeper.cancel()
         self._drop("given up")
-        self._up.set()  # nobody waits for a connection, and without one nothing is sent
+        # Callers must not wait for a connection. Without one nothing is sent, so they get Unconfirmed.
+        self._up.set()
 
     # Commands ...
 
-    def script(
-        self, script: Script, key: bytes, args: bytes, count: int, deadline: float, whole: bool = False
-    ) -> "asyncio.Future[Any]":
-        """Issue a script with one key and `count` arguments in RESP: by its sha, or `whole` by its body.
+    def script(self, call: ScriptCall) -> "asyncio.Future[Any]":
+        """Issue a call of a script.
 
-        The future gives the reply without its tag, or Unconfirmed, or ErrorReply; it never raises.
-
-        The command is written here because hiredis formats each word anew: 23k instructions for a claim, 4k so
-        (measured).
+        The future gives the reply without its tag, an ErrorReply or an Unconfirmed. It never raises.
         """
-        self._tags = number = (self._tags + 1) % TAGS
-        tag, tag_word = _TAGS[number]
-        begin = script.by_body if whole else script.by_sha
-        command = b"".join((begin[count], SIZE[len(key)], key, b"\r\n", tag_word, args))
+        script, key, args, arg_count, deadline, by_body = call
+        self._tag_number = number = (self._tag_number + 1) % TAG_COUNT
+        tag, tag_word = TAGS[number]
+        begin = script.by_body if by_body else script.by_sha
+        command = b"".join((begin[arg_count], SIZE[len(key)], key, b"\r\n", tag_word, args))
         return self._issue(command, deadline, tag, script.verb)
 
-    def script_asking(self, *call: Any) -> "asyncio.Future[Any]":
-        """Issue a script on a server of a cluster that is only just taking the key over."""
-        self.command("ASKING", deadline=call[4])
-        return self.script(*call)
+    def script_asking(self, call: ScriptCall) -> "asyncio.Future[Any]":
+        """Issue a call on a cluster node that is importing the key's slot (Redis Cluster's ASK redirection)."""
+        self.command("ASKING", deadline=call.deadline)
+        return self.script(call)
 
     def command(self, *words: bytes | str | int, deadline: float) -> "asyncio.Future[Any]":
-        """Issue a plain command; its reply comes as it is."""
-        return self._issue(_COUNT[len(words)] + resp(*words), deadline)
+        """Issue a plain command. The future gives the reply, an ErrorReply or an Unconfirmed; it never raises."""
+        return self._issue(COMMAND[len(words)] + resp(*words), deadline)
 
     def _issue(self, command: bytes, deadline: float, tag: bytes = b"", verb: str = "") -> "asyncio.Future[Any]":
         future, out = self._loop.create_future(), self._out
@@ -254,13 +212,13 @@ class Link(asyncio.Protocol):
         self._out.clear()
 
     def _sweep(self) -> None:
-        """End the waits whose time is over, and the connection if nothing comes at all."""
+        """Resolve commands past their deadline, and close the connection if the server has stalled."""
         self._sweeper = None
         now = self._loop.time()
         for future, _, _, deadline, _ in self._waiting:
             if deadline <= now:
                 _resolve(future, Unconfirmed("no reply in time"))
-        if self._waiting and perf_counter() - self._waiting[0][-1] > self._stall_s:
+        if self._waiting and perf_counter() - self._waiting[0][4] > self._stall_s:
             self._drop("the store does not answer")
         elif self._waiting:
             self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
@@ -272,33 +230,37 @@ class Link(asyncio.Protocol):
         reader.feed(data)
         try:
             while (reply := reader.gets()) is not False:
-                if not self._give(reply):
+                if not self._resolve_oldest(reply):
                     self._drop("a reply that answers another command")
                     return
                 replies += 1
         except hiredis.ProtocolError:
             self._drop("a reply that is no RESP")
-        if replies > 1:  # what they wake writes
+        if replies > 1:
+            # The callers that these replies wake will write in this turn, so their writes are sent together.
             self._write_batcher.hold()
 
-    def _give(self, reply: Any) -> bool:
-        """Give a reply to the oldest command; a script's reply must name the command it answers, in its first word.
+    def _resolve_oldest(self, reply: Any) -> bool:
+        """Resolve the oldest command with a reply. False: the reply belongs to another command.
 
-        A reply given to another's question is how shared connections leak data between users.
+        A script's reply must begin with the tag of its call. Shared connections that give a reply to the wrong caller
+        leak data between users.
         """
         if not self._waiting:
             return False
         future, tag, verb, _, issued = self._waiting.popleft()
-        if tag and type(reply) is list:  # as nearly all are
+        # The usual reply comes first.
+        if tag and type(reply) is list:
             if not reply or reply.pop(0) != tag:
-                return self._refuse(future)
+                return self._reject(future)
         elif isinstance(reply, ErrorReply):
             if str(reply).startswith(DEMOTED):
                 _resolve(future, reply)
-                self._drop("the store's server is a replica")  # the address may lead to another one by now
+                # The address may lead to another server by now.
+                self._drop("the store's server is a replica")
                 return True
         elif tag:
-            return self._refuse(future)
+            return self._reject(future)
         if verb:
             self._observe(verb, perf_counter() - issued)
         if not future.done():
@@ -306,7 +268,7 @@ class Link(asyncio.Protocol):
         return True
 
     @staticmethod
-    def _refuse(future: "asyncio.Future[Any]") -> bool:
+    def _reject(future: "asyncio.Future[Any]") -> bool:
         _resolve(future, Unconfirmed("a reply that answers another command"))
         return False
 

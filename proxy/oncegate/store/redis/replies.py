@@ -1,20 +1,32 @@
-"""The reply words of the Lua scripts, and the statuses that they mean.
+"""What the replies of the scripts about records mean.
 
-The words are part of the format that proxies of several versions share, so they never change. This is the only module
-that maps them. `claim` and `settle` also depend on what was asked: see `store/store.py`.
+Proxies of several versions share a store, so the reply words never change. This is the only module that maps them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
-from oncegate.store.redis.link import ErrorReply
-from oncegate.store.results import AppendStatus, ReadFailure, RenewStatus, ResolveStatus, SettleStatus, Unconfirmed
+from oncegate.store.record import Claim, Corrupt, running, unpack
+from oncegate.store.redis.wire import ErrorReply
+from oncegate.store.results import (
+    AppendStatus,
+    ClaimResult,
+    NotAttempted,
+    ReadFailure,
+    RenewStatus,
+    ResolveStatus,
+    SettleResult,
+    SettleStatus,
+    StoreFull,
+    Unconfirmed,
+)
 
 SETTLE = {
     b"stored": SettleStatus.STORED,
     b"released": SettleStatus.RELEASED,
     b"unknown": SettleStatus.MARKED_UNKNOWN,
     b"torn": SettleStatus.INCOMPLETE,
-    # The token is ours, and the record has another response of ours: nothing was changed, as behind a fence.
+    # The token is ours, but the record has another response of ours. As behind a fence, nothing was changed.
     b"complete": SettleStatus.FENCED,
     b"fenced": SettleStatus.FENCED,
 }
@@ -43,6 +55,61 @@ RESOLVE = {
     b"complete": ResolveStatus.COMPLETE,
     b"fenced": ResolveStatus.FENCED,
 }
+
+# The usual end of an exchange, made once.
+STORED = SettleResult(SettleStatus.STORED)
+# A claim that the server executed after its deadline. The reply has the server's time, so the next try is not late.
+LATE = Unconfirmed("the store was reached too late", maybe_executed=False)
+
+
+def claim_result(claim: Claim, tenant: bytes, reply: Any, note_time: Callable[[int], None]) -> ClaimResult:
+    """Return what a reply to `claim` means: LATE where the key is free, and the deadline had passed.
+
+    `note_time(now_ms)` is called with the server's time.
+    """
+    # By its length, too: in a damaged record the state may be any word.
+    word = reply[0] if isinstance(reply, list) and len(reply) == 4 else b""
+    if word == b"claimed":
+        _, now_ms, fence, created = reply
+        note_time(now_ms)
+        key, token, _, mode, fingerprint, self_check, _, lease_ms, retention_ms = claim
+        # By position, in the order of the line before: keyword arguments cost 0.4 us more (measured).
+        return Claim(key, token, fence, mode, fingerprint, self_check, int(created), lease_ms, retention_ms)
+    if word == b"complete":
+        _, now_ms, meta, body = reply
+        note_time(now_ms)
+        return unpack(claim.key, tenant, meta, body, now_ms)
+    match reply:
+        case [b"late", int(now_ms)]:
+            note_time(now_ms)
+            return LATE
+        case [state, int(now_ms), *fields] if len(fields) == 7:
+            return running(claim.key, tenant, [state, *fields], now_ms)
+        case ErrorReply() if str(reply).startswith("WRONGTYPE"):
+            return Corrupt("the record is of another type")
+        case Unconfirmed():
+            return reply
+        case _ if is_out_of_memory(reply):
+            return StoreFull(str(reply))
+        case _:
+            # Any other error: nothing was written.
+            return Unconfirmed(str(reply), maybe_executed=False)
+
+
+def settle_result(reply: Any, releases: bool, retried: bool) -> SettleResult:
+    """Return what a reply to `settle` means.
+
+    `releases`: the settle frees the key. `retried`: an earlier try of it may have been executed.
+    """
+    if not isinstance(reply, list):
+        return SettleResult(SettleStatus.UNCONFIRMED)
+    if reply == [b"stored", b"found"]:
+        return STORED
+    # A retried release says little of its own: the first try may have removed the record, and another claim may have
+    # taken the free key since.
+    if releases and retried:
+        return SettleResult(SettleStatus.RELEASED)
+    return SettleResult(SETTLE[reply[0]], record_was_gone=reply[1:] == [b"absent"])
 
 
 def append_status(reply: Any) -> AppendStatus:
@@ -86,6 +153,11 @@ def is_noscript(reply: object) -> bool:
 def is_final(reply: object) -> bool:
     """Return whether repeating the call cannot bring another reply."""
     return isinstance(reply, list) or is_out_of_memory(reply)
+
+
+def is_final_claim(result: ClaimResult) -> bool:
+    """Return whether another try of a claim within its deadline cannot end otherwise."""
+    return not isinstance(result, Unconfirmed) or isinstance(result, NotAttempted | StoreFull)
 
 
 def may_have_run(reply: object) -> bool:

@@ -1,7 +1,7 @@
-"""The master that Redis Sentinel names: asked for on every new connection, and watched for a change.
+"""The master that Redis Sentinel names. It is asked for on every new connection, and watched for a change.
 
-Sentinels are asked all at once and the highest configuration epoch wins: one that was cut off does not know
-of a failover yet. A server that says it is a replica is not used, whoever named it.
+All sentinels are asked at once, and the reply with the highest configuration epoch wins, because a sentinel that was
+cut off does not know of a failover yet. A server that says it is a replica is not used, whoever named it.
 """
 
 import asyncio
@@ -13,16 +13,19 @@ from redis.exceptions import RedisError
 
 from oncegate.settings.store_url import ServerGroup
 from oncegate.store.redis.node import Node, NodeConfig
-from oncegate.store.redis.server import OPTIONS, Opener, Unfit, ask, opener, parse_info
+from oncegate.store.redis.server import OPTIONS, Opener, Unfit, opener, parse_info
+from oncegate.store.redis.talk import ask
 
-ASK_SHARE = 0.4  # of the time for a new connection that the sentinels may take to answer
-FOLLOW_S = 1.0  # how often they are asked whether the master has changed
+# The share of the time for a new connection that the sentinels may take to reply.
+ASK_SHARE = 0.4
+# How often the sentinels are asked whether the master has changed.
+FOLLOW_S = 1.0
 
 Place = tuple[str, int]
 
 
-class Word(NamedTuple):
-    """What one sentinel says of the master. `down`: that the sentinels agree on it, and nobody has taken its place."""
+class MasterView(NamedTuple):
+    """What one sentinel says of the master. `down`: the sentinels agree that it is, and it is not replaced yet."""
 
     epoch: int
     place: Place
@@ -30,17 +33,17 @@ class Word(NamedTuple):
 
 
 class Sentinel:
-    """One of them, on a connection that is kept."""
+    """One sentinel, over a connection that stays open."""
 
     def __init__(self, open_connection: Opener, service: str) -> None:
         self._open_connection, self._service = open_connection, service
         self._connection: AbstractConnection | None = None
 
-    async def ask(self) -> Word:
-        """Return what it says of the master. Raises RedisError and OSError.
+    async def ask(self) -> MasterView:
+        """Return what the sentinel says of the master. Raises RedisError and OSError.
 
-        In two answers: while its failover waits for the other replicas, which can take minutes, the first has the new
-        epoch and the old place, and only the second the new place.
+        It takes two replies. A failover may wait for the other replicas for minutes; until then SENTINEL MASTER has
+        the new epoch with the old address, and only GET-MASTER-ADDR-BY-NAME has the new address.
         """
         try:
             if self._connection is None:
@@ -52,10 +55,10 @@ class Sentinel:
         except BaseException:
             await self.close()
             raise
-        said = dict(zip(reply[::2], reply[1::2], strict=True))
-        replaced = (said[b"ip"], said[b"port"]) != (host, port)
-        down = b"o_down" in said[b"flags"].split(b",") and not replaced
-        return Word(int(said[b"config-epoch"]), (host.decode(), int(port)), down)
+        fields = dict(zip(reply[::2], reply[1::2], strict=True))
+        replaced = (fields[b"ip"], fields[b"port"]) != (host, port)
+        down = b"o_down" in fields[b"flags"].split(b",") and not replaced
+        return MasterView(int(fields[b"config-epoch"]), (host.decode(), int(port)), down)
 
     async def close(self) -> None:
         connection, self._connection = self._connection, None
@@ -64,7 +67,7 @@ class Sentinel:
 
 
 class Sentinels:
-    """The sentinels of a service. The name of the method is the one redis-py calls."""
+    """The sentinels of a service. redis-py calls `discover_master` by this name."""
 
     def __init__(self, several: ServerGroup, timeout_s: float) -> None:
         self._several, self._timeout_s = several, timeout_s * ASK_SHARE
@@ -73,7 +76,7 @@ class Sentinels:
         self._question: asyncio.Task[Place] | None = None
 
     async def discover_master(self, _service: str = "") -> Place:
-        """Return where the master is. One question at a time: who comes meanwhile gets its answer too."""
+        """Return where the master is. Callers that come while the sentinels are asked share the reply."""
         if self._question is None or self._question.done():
             self._question = asyncio.ensure_future(self._ask())
         return await asyncio.shield(self._question)
@@ -90,9 +93,9 @@ class Sentinels:
             if failure is not None and not isinstance(failure, RedisError | OSError):
                 raise failure
         if not answers:
-            said = next((str(failure) for failure in failures if failure), "no answer in time")
-            raise MasterNotFoundError(f"no sentinel names the master of {self._several.service}: {said}")
-        newest = max(answers, key=lambda word: word.epoch)
+            why = next((str(failure) for failure in failures if failure), "no answer in time")
+            raise MasterNotFoundError(f"no sentinel names the master of {self._several.service}: {why}")
+        newest = max(answers, key=lambda view: view.epoch)
         if newest.down:
             raise MasterNotFoundError(f"the master of {self._several.service} is down, as the sentinels agree")
         return newest.place
@@ -105,7 +108,7 @@ class Sentinels:
 
 
 def master_opener(several: ServerGroup, sentinels: Sentinels, timeout_s: float) -> Opener:
-    """Return what makes connections that ask the sentinels where to connect to."""
+    """Return a function that makes connections which ask the sentinels where to connect to."""
     options: dict[str, Any] = dict(parse_url(several.server_url("localhost:1")))
     del options["host"], options["port"]
     if options.get("connection_class") is SSLConnection:
@@ -120,18 +123,18 @@ def master_opener(several: ServerGroup, sentinels: Sentinels, timeout_s: float) 
 class SentinelNode(Node):
     """The master of a service, whichever server that is."""
 
-    def __init__(self, several: ServerGroup, terms: NodeConfig) -> None:
-        self._sentinels = Sentinels(several, terms.timeout_s)
-        self._service, self._log = several.service, terms.log
+    def __init__(self, several: ServerGroup, config: NodeConfig) -> None:
+        self._sentinels = Sentinels(several, config.timeout_s)
+        self._service, self._log = several.service, config.log
         self._at: Place | None = None
-        open_connection = master_opener(several, self._sentinels, terms.timeout_s)
-        super().__init__(open_connection, terms, f"the master of {several.service}", self._is_master)
+        open_connection = master_opener(several, self._sentinels, config.timeout_s)
+        super().__init__(open_connection, config, f"the master of {several.service}", self._is_master)
 
     async def _is_master(self, connection: AbstractConnection) -> None:
-        """Note where a new connection leads to. Raises Unfit for a server that is a replica, or the master no more.
+        """Note the server that a new connection leads to. Raises Unfit for a replica and for a former master.
 
-        A master that stood still goes on as one when it wakes up, until the sentinels tell it. Those who were
-        connecting to it meanwhile would claim there what others claim at its successor: so they ask again.
+        A master that was paused goes on as a master when it wakes up, until the sentinels reach it. A proxy that was
+        connecting to it meanwhile would claim keys there that others claim at its successor, so it asks once more.
         """
         role = parse_info(await ask(connection, "INFO", "replication")).get("role")
         at = (connection.host, connection.port)  # type: ignore[attr-defined]
@@ -142,13 +145,14 @@ class SentinelNode(Node):
         self._moved(at)
 
     def _moved(self, at: Place) -> None:
-        was, self._at = self._at, at
-        if was is not None and was != at:
-            self._log("store failed over", service=self._service, was=f"{was[0]}:{was[1]}", now=f"{at[0]}:{at[1]}")
+        former, self._at = self._at, at
+        if former is not None and former != at:
+            was, now = (f"{host}:{port}" for host, port in (former, at))
+            self._log("store failed over", service=self._service, was=was, now=now)
             self._leave_others(at)
 
     def _leave_others(self, named: Place) -> None:
-        """Leave every other server at once: what is claimed at one must not be settled at another."""
+        """Close connections to every other server: a claim of one server must not be settled at another."""
         for link in self.links:
             if link.up and link.at != named:
                 link.renew(f"the sentinels name another master of {self._service}")
@@ -157,7 +161,7 @@ class SentinelNode(Node):
         await asyncio.gather(super().watch(), self._follow())
 
     async def _follow(self) -> None:
-        """Leave a server that the sentinels no longer name, though it still answers: it may have been cut off."""
+        """Leave a server that the sentinels no longer name. It may be cut off from them, and still reply."""
         while True:
             await asyncio.sleep(FOLLOW_S)
             try:

@@ -1,0 +1,226 @@
+"""The tries of a claim, and the withdrawal of claims that nobody holds.
+
+A claim is repeated with the same token, so that a repeat finds its own record and takes it over. No claim may take its
+key after the caller was told otherwise, though a try whose reply was lost may reach the store at any later time:
+
+- every try carries a deadline in the server's own time, after which the script takes no key;
+- a claim that may have been executed, and that nobody holds, is released in the background once its deadline is over.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from typing import Any
+
+from oncegate.decision import State, effective_state, may_take_over
+from oncegate.keys.digests import store_key
+from oncegate.store.breaker import Breaker
+from oncegate.store.record import Claim, Record
+from oncegate.store.redis import arguments
+from oncegate.store.redis.durable import WAIT_SHARE
+from oncegate.store.redis.replies import LATE, claim_result, is_noscript
+from oncegate.store.redis.topology import StoreServers
+from oncegate.store.redis.wire import ClaimCall, Script, ScriptCall
+from oncegate.store.results import (
+    ClaimResult,
+    ClaimsSuspended,
+    NotAttempted,
+    NotClaimed,
+    SettleResult,
+    SettleStatus,
+    StoreFull,
+    Unconfirmed,
+    UnderReplicated,
+)
+
+# The pauses between the tries of one call, which double from the first to the longest.
+PAUSE_FIRST_S, PAUSE_MOST_S = 0.01, 0.5
+
+Background = Callable[[Coroutine[Any, Any, Any]], None]
+Release = Callable[[Claim, float], Coroutine[Any, Any, SettleResult]]
+
+
+class Claims:
+    """Claims keys at the servers of a store.
+
+    `timeout_s`: how long a claim may take. `patience_s`: how long one try of a withdrawal may take.
+    `release(claim, patience_s)` frees a key. `background(work)` finishes work that nobody waits for.
+    """
+
+    def __init__(
+        self,
+        servers: StoreServers,
+        script: Script,
+        release: Release,
+        background: Background,
+        *,
+        timeout_s: float,
+        patience_s: float,
+    ) -> None:
+        self._servers, self._script, self._release, self._background = servers, script, release, background
+        self._timeout_s, self._patience_s = timeout_s, patience_s
+        # What a claim that waited for replicas in vain keeps for its release.
+        self._release_s = timeout_s * (1 - WAIT_SHARE)
+        self._loop = asyncio.get_running_loop()
+        # The loop's time after which nothing is repeated any more.
+        self._patience_ends = float("inf")
+        # The breakers of servers where a claim has failed since one last succeeded.
+        self._strained: set[Breaker] = set()
+        # Tokens of claims that may be in the store though nobody holds them.
+        self._given_up: set[bytes] = set()
+        # Tokens of held claims of which another copy may still reach the store.
+        self._doubled: set[bytes] = set()
+
+    def give_up(self) -> None:
+        """Repeat nothing from now on."""
+        self._patience_ends = self._loop.time()
+
+    async def run(self, claim: Claim, tenant: bytes, window_ms: int = 0, reclaims: bool = False) -> ClaimResult:
+        """Try with the claim's token until the store replies, or the time is over.
+
+        `window_ms`: see ClaimRequest. `reclaims`: the key is this claim's already, so it is not freed after a failure.
+        """
+        loop, servers = self._loop, self._servers
+        left_s = self._timeout_s
+        deadline, pause_s = loop.time() + left_s, PAUSE_FIRST_S
+        key, head = store_key(claim.key), arguments.claim_head(claim)
+        tail = arguments.claim_tail(window_ms, b"") if window_ms else arguments.PLAIN_TAIL
+        expected, held, maybe_executed = b"", False, False
+        try:
+            while True:
+                call = ClaimCall(key, head, tail, deadline, left_s)
+                reply = await servers.claim(call)
+                if not isinstance(reply, list) and is_noscript(reply):
+                    reply = await servers.claim(call._replace(by_body=True))
+                found = claim_result(claim, tenant, reply, servers.note_time)
+                if self._strained and not isinstance(found, Unconfirmed):
+                    self._relieve(servers.breaker_of(claim.key))
+                if isinstance(found, Record) and found.token != expected:
+                    # Most records are complete and stay so. Only the others may be open to this claim.
+                    uncertain = found.state is not State.COMPLETE or window_ms > 0 or self._given_up
+                    if uncertain and await self._may_take_over(found, claim, window_ms):
+                        expected, left_s = found.token, deadline - loop.time()
+                        tail = arguments.claim_tail(window_ms, expected)
+                        continue
+                if not isinstance(found, Unconfirmed):
+                    if maybe_executed:
+                        self._leave_copy(claim, held=reclaims or isinstance(found, Claim))
+                    return found
+                held |= isinstance(found, UnderReplicated)
+                maybe_executed |= found.maybe_executed
+                ends = min(deadline - held * self._release_s, self._patience_ends)
+                if loop.time() + pause_s >= ends or isinstance(found, NotAttempted | StoreFull):
+                    self._note_failure(found, claim, deadline)
+                    found = replace(found, maybe_executed=maybe_executed)
+                    if reclaims:
+                        return self._end_reclaim(claim, found)
+                    return await self._end(claim, tenant, found, held)
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, PAUSE_MOST_S)
+                left_s = deadline - loop.time()
+        except (Exception, asyncio.CancelledError):
+            self._leave_copy(claim, held=reclaims)
+            raise
+
+    async def look(self, key: bytes, tenant: bytes, lease_ms: int) -> NotClaimed | None:
+        """Return the record of a key, or None for no record. It is a claim whose deadline has passed."""
+        nobody = arguments.claim_of_nobody(key, lease_ms)
+        deadline = self._loop.time() + self._timeout_s
+        args = arguments.look(nobody)
+        call = ScriptCall(self._script, store_key(key), args, arguments.CLAIM_COUNT, deadline)
+        reply = await self._servers.run(call)
+        if is_noscript(reply):
+            reply = await self._servers.run(call._replace(by_body=True))
+        found = claim_result(nobody, tenant, reply, self._servers.note_time)
+        return None if found is LATE or isinstance(found, Claim) else found
+
+    def copy_may_come(self, claim: Claim) -> bool:
+        """Return whether another copy of a held claim may still reach the store.
+
+        It would take the key as soon as the key is free.
+        """
+        return claim.token in self._doubled
+
+    def withdraw_copy(self, claim: Claim) -> None:
+        """Release a claim that is being released once more, when no copy of it can take the key any more."""
+        self._doubled.discard(claim.token)
+        self._withdraw_later(claim)
+
+    # Open records ...
+
+    async def _may_take_over(self, found: Record, claim: Claim, window_ms: int) -> bool:
+        """Return whether another try may take the key with the record's token as the expected one."""
+        if found.token in self._given_up:
+            # It is a claim of this proxy that nobody holds, and for which nothing was sent. Free it now.
+            freed = await self._release(claim._replace(token=found.token), self._timeout_s)
+            return freed.status is SettleStatus.RELEASED
+        past_window = window_ms > 0 and found.created_ms + window_ms < found.now_ms
+        state = effective_state(found.state, found.lease_left_ms)
+        return may_take_over(state, found.fingerprint == claim.fingerprint, found.mode, past_window)
+
+    # Failures ...
+
+    async def _end(self, claim: Claim, tenant: bytes, why: Unconfirmed, held: bool) -> NotClaimed:
+        """End a claim that was not confirmed, so that nothing of it stays in the store.
+
+        `held`: the store has the claim, but too few replicas do. While claims are suspended, an existing record is
+        returned instead.
+        """
+        if held and not why.maybe_executed:
+            freed = await self._release(claim, self._release_s)
+            why = replace(why, maybe_executed=freed.status is SettleStatus.UNCONFIRMED)
+        if why.maybe_executed:
+            self._withdraw_later(claim)
+        elif isinstance(why, ClaimsSuspended) and why.replays:
+            record = await self.look(claim.key, tenant, claim.lease_ms)
+            return why if record is None or isinstance(record, Unconfirmed) else record
+        return why
+
+    def _end_reclaim(self, claim: Claim, why: Unconfirmed) -> Unconfirmed:
+        """End a reclaim that was not confirmed. The key stays this claim's, and is settled later."""
+        if why.maybe_executed:
+            self._note_copy(claim)
+        return why
+
+    def _note_failure(self, why: Unconfirmed, claim: Claim, deadline: float) -> None:
+        """Note that the server is full, or may be down."""
+        if isinstance(why, StoreFull):
+            if (node := self._servers.node_of(store_key(claim.key))) is not None:
+                node.losses.note_full()
+        elif not isinstance(why, NotAttempted):
+            breaker = self._servers.breaker_of(claim.key)
+            breaker.failed(deadline - self._timeout_s)
+            self._strained.add(breaker)
+
+    def _relieve(self, breaker: Breaker) -> None:
+        """Note a reply to a claim, and forget the breakers of servers that are no longer in use."""
+        breaker.succeeded()
+        self._strained &= {node.breaker for node in self._servers.nodes} - {breaker}
+
+    # Copies that may still reach the store ...
+
+    def _leave_copy(self, claim: Claim, held: bool) -> None:
+        """Handle a copy of a claim that may still reach the store. `held`: the caller has the claim itself."""
+        if held:
+            self._note_copy(claim)
+        else:
+            self._withdraw_later(claim)
+
+    def _note_copy(self, claim: Claim) -> None:
+        """Remember the copy for as long as it can take the key, for a release that comes meanwhile."""
+        self._doubled.add(claim.token)
+        self._loop.call_later(self._timeout_s, self._doubled.discard, claim.token)
+
+    def _withdraw_later(self, claim: Claim) -> None:
+        """Free a key in the background whose claim may have been executed, or may be executed later."""
+        self._given_up.add(claim.token)
+        self._background(self._withdraw(claim))
+
+    async def _withdraw(self, claim: Claim) -> None:
+        ends = self._loop.time() + claim.retention_ms / 1000
+        # After this pause no copy can take the key any more, so one release is enough.
+        await asyncio.sleep(self._timeout_s)
+        while (await self._release(claim, self._patience_s)).status is SettleStatus.UNCONFIRMED:
+            if self._loop.time() >= min(ends, self._patience_ends):
+                break
+        self._given_up.discard(claim.token)

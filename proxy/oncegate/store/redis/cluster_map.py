@@ -1,0 +1,115 @@
+"""The map of a Redis Cluster: which master has which slots, as its servers see it."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from itertools import count
+from typing import Any, NamedTuple
+
+from redis.cluster import parse_cluster_slots
+from redis.crc import key_slot
+
+from oncegate.keys.digests import store_key
+from oncegate.settings.addresses import bracketed
+from oncegate.settings.store_url import ServerGroup
+from oncegate.store.redis.node import Node, NodeConfig
+from oncegate.store.redis.server import Unfit, opener, parse_info
+from oncegate.store.redis.talk import ask
+from oncegate.store.redis.wire import ErrorReply
+from oncegate.store.results import Unconfirmed
+
+# The share of the timeout that servers may take to reply.
+ASK_SHARE = 0.4
+
+# host:port
+Place = str
+
+
+class View(NamedTuple):
+    """How one server sees the cluster. `epoch` grows with every election; `masters` has ranges of slots."""
+
+    works: bool
+    epoch: int
+    masters: dict[Place, list[tuple[int, int]]]
+    replicas: frozenset[Place]
+
+
+def view_of(info: bytes, slots: list[Any], host: str) -> View:
+    """Return the view in the replies to CLUSTER INFO and CLUSTER SLOTS of a server on `host`."""
+    fields = parse_info(info)
+    masters: dict[Place, list[tuple[int, int]]] = {}
+    replicas: set[Place] = set()
+    for slot_range, servers in parse_cluster_slots(slots, current_host=host).items():
+        primary, *others = (_place(server) for server in (servers["primary"], *servers["replicas"]))
+        masters.setdefault(primary, []).append(slot_range)
+        replicas.update(others)
+    works = fields.get("cluster_state") == "ok"
+    return View(works, int(fields.get("cluster_current_epoch", 0)), masters, frozenset(replicas))
+
+
+def _place(server: tuple[str, int]) -> Place:
+    return f"{bracketed(server[0].strip('[]'))}:{server[1]}"
+
+
+def slot_of(key: bytes) -> int:
+    """Return the slot that holds the record of a key digest."""
+    return key_slot(store_key(key))
+
+
+def tag_within(ranges: list[tuple[int, int]], current: bytes) -> bytes:
+    """Return a hash tag whose keys lie within these slots: the current one, if it still does."""
+
+    def within(tag: bytes) -> bool:
+        slot = key_slot(tag)
+        return any(first <= slot <= last for first, last in ranges)
+
+    if current and within(current):
+        return current
+    return next(tag for tag in (b"{%d}" % number for number in count()) if within(tag))
+
+
+class ClusterViews:
+    """Collects the views of several servers at once. `failed(why)` is called for each server that gave none."""
+
+    def __init__(self, several: ServerGroup, config: NodeConfig, failed: Callable[[str], None]) -> None:
+        self._several, self._config, self._failed = several, config, failed
+        self._clock = asyncio.get_running_loop().time
+
+    async def of_nodes(self, nodes: list[Node]) -> list[View]:
+        """Return the views of connected servers that came in time."""
+        return await self._gather([self._ask_node(node) for node in nodes])
+
+    async def of_places(self, places: list[Place]) -> list[View]:
+        """Return the views that came in time, over connections made for this alone."""
+        return await self._gather([self._ask_place(place) for place in places])
+
+    async def _gather(self, questions: list[Coroutine[Any, Any, View]]) -> list[View]:
+        if not questions:
+            return []
+        asked = [asyncio.ensure_future(question) for question in questions]
+        done, late = await asyncio.wait(asked, timeout=self._config.timeout_s * ASK_SHARE)
+        for one in late:
+            one.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+        for one in done:
+            if (failure := one.exception()) is not None:
+                self._failed(str(failure))
+        return [one.result() for one in done if one.exception() is None]
+
+    async def _ask_node(self, node: Node) -> View:
+        deadline = self._clock() + self._config.timeout_s
+        replies = [node.link.command("CLUSTER", part, deadline=deadline) for part in ("INFO", "SLOTS")]
+        info, slots = await asyncio.gather(*replies)
+        for reply in (info, slots):
+            if isinstance(reply, ErrorReply | Unconfirmed):
+                raise Unfit(f"{node.name}: {reply}")
+        return view_of(info, slots, node.name.rpartition(":")[0])
+
+    async def _ask_place(self, place: Place) -> View:
+        connection = opener(self._several.server_url(place), self._config.timeout_s)()
+        try:
+            await connection.connect()  # type: ignore[no-untyped-call]
+            self._config.check(parse_info(await ask(connection, "INFO", "server")))
+            info, slots = await ask(connection, "CLUSTER", "INFO"), await ask(connection, "CLUSTER", "SLOTS")
+            return view_of(info, slots, place.rpartition(":")[0])
+        finally:
+            await connection.disconnect(nowait=True)

@@ -1,0 +1,76 @@
+"""The servers of a store: what the verbs need of them, and which kind a URL names."""
+
+from collections.abc import Awaitable
+from dataclasses import replace
+from typing import Any, Protocol
+
+from oncegate.settings.store_url import parse_server_group
+from oncegate.store.breaker import Breaker
+from oncegate.store.redis.cluster import Cluster
+from oncegate.store.redis.durable import level
+from oncegate.store.redis.node import Node, NodeConfig
+from oncegate.store.redis.sentinel import SentinelNode
+from oncegate.store.redis.server import opener
+from oncegate.store.redis.wire import ClaimCall, ScriptCall
+
+
+class StoreServers(Protocol):
+    """Runs the scripts: one server, or the masters of a cluster, each for its keys.
+
+    Replies come as from `Link.script`. Deadlines are the loop's time in seconds.
+    """
+
+    @property
+    def nodes(self) -> list[Node]:
+        """The servers that take writes now."""
+
+    @property
+    def memory_ratio(self) -> float:
+        """The used share of the memory limit, of the fullest server."""
+
+    def start(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    async def wait_up(self, deadline: float) -> bool:
+        """Wait until every server is connected, and return whether it is."""
+
+    def give_up(self) -> None:
+        """Stop waiting: every call ends unconfirmed now, also those still to come."""
+
+    def problem(self) -> str | None:
+        """Return why the servers cannot be relied on now, or None."""
+
+    async def watch(self) -> None:
+        """Inspect the servers, until cancelled."""
+
+    async def probe(self) -> None:
+        """Close open breakers once their servers take claims again, until cancelled."""
+
+    def node_of(self, name: bytes) -> Node | None:
+        """Return the server that has the Redis key `name` now, or None where that is not known."""
+
+    def breaker_of(self, key: bytes) -> Breaker:
+        """Return the breaker of the server that has the record of a key digest."""
+
+    def claim(self, call: ClaimCall) -> Awaitable[Any]:
+        """Run the script `claim`."""
+
+    def run(self, call: ScriptCall) -> Awaitable[Any]:
+        """Run a script."""
+
+    def note_time(self, now_ms: int) -> None:
+        """Note the server's time in a reply to `claim`."""
+
+    def now_ms(self, key: bytes) -> int:
+        """Return the time of the server that has the record of a key digest."""
+
+
+def servers_of(url: str, durability: str, config: NodeConfig) -> StoreServers:
+    """Return the servers that a URL names: a single one, a master behind Sentinel, or a cluster."""
+    several = parse_server_group(url)
+    clustered = several is not None and several.kind == "cluster"
+    config = replace(config, level=level(durability, several is not None), cluster=clustered)
+    if several is None:
+        return Node(opener(url, config.timeout_s), config)
+    return Cluster(several, config) if clustered else SentinelNode(several, config)
