@@ -51,7 +51,7 @@ def in_s(seconds: float) -> float:
 
 def say(link: Link, *args: object, seconds: float = PATIENT_S) -> "asyncio.Future[object]":
     """Issue a script with these arguments, which `echo` gives back."""
-    return link.script(ScriptCall(SCRIPT, b"key", resp_words(*args), len(args), in_s(seconds)))
+    return link.script(ScriptCall(SCRIPT, b"key", len(args), in_s(seconds)), resp_words(*args))
 
 
 async def is_well(link: Link, server: RespServer, connections: int) -> None:

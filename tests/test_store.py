@@ -22,7 +22,7 @@ from oncegate.messages.response_head import response_digest
 from oncegate.store.record import Claim, ClaimRequest, Corrupt, Record, StoredResponse, intact, pack, self_check
 from oncegate.store.redis.arguments import PLAIN_TAIL
 from oncegate.store.redis.server import load_scripts
-from oncegate.store.redis.wire import ClaimCall
+from oncegate.store.redis.wire import ScriptCall
 from oncegate.store.results import (
     AppendStatus,
     ReadFailure,
@@ -732,9 +732,9 @@ async def test_a_takeover_needs_the_record_that_was_checked(relay, valkey, becam
             owner = await at(elsewhere, client, "lapsed", b"retry")
             asked = store._servers.claim
 
-            async def meanwhile(call: ClaimCall) -> Any:
-                reply = await asked(call)
-                if call.tail == PLAIN_TAIL:  # nothing seen yet
+            async def meanwhile(call: ScriptCall, head: bytes, tail: bytes, left_s: float) -> Any:
+                reply = await asked(call, head, tail, left_s)
+                if tail == PLAIN_TAIL:  # nothing seen yet
                     match became:
                         case "renewed":
                             assert await elsewhere.renew(owner) == RenewStatus.RENEWED

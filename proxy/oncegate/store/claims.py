@@ -20,7 +20,7 @@ from oncegate.store.redis import arguments
 from oncegate.store.redis.durable import WAIT_SHARE
 from oncegate.store.redis.replies import LATE, claim_result, is_noscript
 from oncegate.store.redis.topology import StoreServers
-from oncegate.store.redis.wire import ClaimCall, Script, ScriptCall
+from oncegate.store.redis.wire import Script, ScriptCall
 from oncegate.store.results import (
     ClaimResult,
     ClaimsSuspended,
@@ -83,15 +83,15 @@ class Claims:
         loop, servers = self._loop, self._servers
         left_s = self._timeout_s
         deadline, pause_s = loop.time() + left_s, PAUSE_FIRST_S
-        key, head = store_key(claim.key), arguments.claim_head(claim)
+        call = ScriptCall(self._script, store_key(claim.key), arguments.CLAIM_COUNT, deadline)
+        head = arguments.claim_head(claim)
         tail = arguments.claim_tail(window_ms, b"") if window_ms else arguments.PLAIN_TAIL
         expected, held, maybe_executed = b"", False, False
         try:
             while True:
-                call = ClaimCall(key, head, tail, deadline, left_s)
-                reply = await servers.claim(call)
+                reply = await servers.claim(call, head, tail, left_s)
                 if not isinstance(reply, list) and is_noscript(reply):
-                    reply = await servers.claim(call._replace(by_body=True))
+                    reply = await servers.claim(call._replace(by_body=True), head, tail, left_s)
                 found = claim_result(claim, tenant, reply, servers.note_time)
                 if self._strained and not isinstance(found, Unconfirmed):
                     self._relieve(servers.breaker_of(claim.key))
@@ -127,10 +127,10 @@ class Claims:
         nobody = arguments.claim_of_nobody(key, lease_ms)
         deadline = self._loop.time() + self._timeout_s
         args = arguments.look(nobody)
-        call = ScriptCall(self._script, store_key(key), args, arguments.CLAIM_COUNT, deadline)
-        reply = await self._servers.run(call)
+        call = ScriptCall(self._script, store_key(key), arguments.CLAIM_COUNT, deadline)
+        reply = await self._servers.run(call, args)
         if is_noscript(reply):
-            reply = await self._servers.run(call._replace(by_body=True))
+            reply = await self._servers.run(call._replace(by_body=True), args)
         found = claim_result(nobody, tenant, reply, self._servers.note_time)
         return None if found is LATE or isinstance(found, Claim) else found
 

@@ -180,7 +180,7 @@ class Store:
     def claim(self, request: ClaimRequest) -> Claiming:
         """Claim a key, or return the record that it has. After Unconfirmed no copy of the claim keeps the key."""
         key, scope, fingerprint, mode, lease_ms, retention_ms, window_ms = request
-        token = self.token()
+        token = self._prefix + next(self._count).to_bytes(6, "big")
         described = self_check(key, scope.tenant, token, mode, fingerprint)
         # The fence and the time of creation come with the reply.
         claim = Claim(key, token, b"", mode, fingerprint, described, 0, lease_ms, retention_ms)
@@ -205,8 +205,8 @@ class Store:
         """Store chunk `index` of a response, and extend the lease."""
         args = resp(claim.token, index, chunk, claim.lease_ms)
         ends = self._loop.time() + patience_s
-        call = ScriptCall(self._scripts["append"], store_key(claim.key), args, arguments.APPEND_COUNT, ends)
-        reply, _ = await self._repeat(call, ends)
+        call = ScriptCall(self._scripts["append"], store_key(claim.key), arguments.APPEND_COUNT, ends)
+        reply, _ = await self._repeat(call, args, ends)
         return append_status(reply)
 
     def store(self, claim: Claim, response: StoredResponse, last_chunk: bytes, patience_s: float) -> Settling:
@@ -226,17 +226,17 @@ class Store:
         return self._settle(claim, args, arguments.MARK_UNKNOWN_COUNT, patience_s)
 
     async def _settle(
-        self, claim: Claim, args: bytes, count: int, patience_s: float, releases: bool = False
+        self, claim: Claim, args: bytes, arg_count: int, patience_s: float, releases: bool = False
     ) -> SettleResult:
         now = self._loop.time()
         deadline = now + min(self._timeout_s, patience_s)
-        call = ScriptCall(self._scripts["settle"], store_key(claim.key), args, count, deadline)
-        reply, retried = await self._servers.run(call), False
+        call = ScriptCall(self._scripts["settle"], store_key(claim.key), arg_count, deadline)
+        reply, retried = await self._servers.run(call, args), False
         # The usual reply is a list. Any other is looked at only then: this is the hot path.
         if not isinstance(reply, list) and not is_final(reply):
             retried = may_have_run(reply)
             self._retried()
-            reply, maybe_executed = await self._repeat(call, now + patience_s)
+            reply, maybe_executed = await self._repeat(call, args, now + patience_s)
             retried |= maybe_executed
         return settle_result(reply, releases, retried)
 
@@ -265,17 +265,17 @@ class Store:
 
     # Calls ...
 
-    def _run(self, verb: str, key: bytes, args: bytes, count: int) -> Coroutine[Any, Any, Any]:
+    def _run(self, verb: str, key: bytes, args: bytes, arg_count: int) -> Coroutine[Any, Any, Any]:
         """Run a script once, within the timeout."""
         deadline = self._loop.time() + self._timeout_s
-        return self._call(ScriptCall(self._scripts[verb], store_key(key), args, count, deadline))
+        return self._call(ScriptCall(self._scripts[verb], store_key(key), arg_count, deadline), args)
 
-    async def _call(self, call: ScriptCall) -> Any:
+    async def _call(self, call: ScriptCall, args: bytes) -> Any:
         """Run a script by its sha, and by its body if the server does not know it."""
-        reply = await self._servers.run(call)
-        return await self._servers.run(call._replace(by_body=True)) if is_noscript(reply) else reply
+        reply = await self._servers.run(call, args)
+        return await self._servers.run(call._replace(by_body=True), args) if is_noscript(reply) else reply
 
-    async def _repeat(self, call: ScriptCall, ends: float) -> tuple[Any, bool]:
+    async def _repeat(self, call: ScriptCall, args: bytes, ends: float) -> tuple[Any, bool]:
         """Repeat a call until a final reply, or until `ends` (the loop's time).
 
         Return the last reply, and whether a try before it may have been executed.
@@ -284,7 +284,7 @@ class Store:
         maybe_executed = False
         while True:
             deadline = min(loop.time() + self._timeout_s, max(ends, loop.time() + TRY_LEAST_S))
-            reply = await self._call(call._replace(deadline=deadline))
+            reply = await self._call(call._replace(deadline=deadline), args)
             if is_final(reply) or loop.time() + pause_s >= min(ends, self._patience_ends):
                 return reply, maybe_executed
             maybe_executed |= may_have_run(reply)

@@ -71,13 +71,9 @@ def store(claim: Claim, response: StoredResponse, last_chunk: bytes) -> bytes:
     meta, number, size = pack(claim, response), NUMBER, SIZE
     # The script expects no chunks where the body is not stored.
     counts = number[response.chunks] + number[response.size] if response.kept else number[0] * 2
-    return b"".join(
-        (
-            *(_16, claim.token, b"\r\n", _STORE, number[claim.retention_ms]),
-            *(size[len(meta)], meta, _NEXT_16, response.digest, b"\r\n", counts),
-            *(size[len(last_chunk)], last_chunk, b"\r\n"),
-        )
-    )
+    chunk_size = size[len(last_chunk)]
+    head = (_16, claim.token, b"\r\n", _STORE, number[claim.retention_ms], size[len(meta)], meta)
+    return b"".join((*head, _NEXT_16, response.digest, b"\r\n", counts, chunk_size, last_chunk, b"\r\n"))
 
 
 def release(claim: Claim) -> bytes:

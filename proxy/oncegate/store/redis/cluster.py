@@ -21,7 +21,7 @@ from oncegate.store.redis.cluster_map import ClusterViews, Place, View, slot_of,
 from oncegate.store.redis.health_monitor import HEALTH_S
 from oncegate.store.redis.node import PROBE_MOST_S, Node, NodeConfig
 from oncegate.store.redis.server import opener
-from oncegate.store.redis.wire import ClaimCall, ErrorReply, ScriptCall
+from oncegate.store.redis.wire import ErrorReply, ScriptCall
 from oncegate.store.results import NotAttempted, Unconfirmed
 
 # How many redirections one call follows. After that it fails, and is repeated like any other.
@@ -39,8 +39,8 @@ IDLE_S = 60.0
 # Errors after which the map may be about to change.
 ASTRAY = ("CLUSTERDOWN", "TRYAGAIN", "MASTERDOWN", "READONLY", "LOADING")
 
-# Calls one node, with or without ASKING.
-Call = Callable[[Node, bool], Awaitable[Any]]
+# Issues a call at one node.
+Issue = Callable[[Node, ScriptCall], Awaitable[Any]]
 
 
 class Cluster:
@@ -156,35 +156,38 @@ class Cluster:
 
     # Scripts ...
 
-    async def claim(self, call: ClaimCall) -> Any:
-        def issue(node: Node, asking: bool) -> Awaitable[Any]:
-            return node.claim(call._replace(left_s=call.deadline - self._loop.time()), asking)
+    async def claim(self, call: ScriptCall, head: bytes, tail: bytes, _left_s: float) -> Any:
+        def issue(node: Node, call: ScriptCall) -> Awaitable[Any]:
+            return node.claim(call, head, tail, call.deadline - self._loop.time())
 
-        slot = key_slot(call.key)
-        first = self._slots[slot]
+        first = self._slots[key_slot(call.key)]
         # Without this the claim would wait for the master until its deadline.
         if (first.breaker if first else self._unmapped).open:
             return (first and first.losses.suspended()) or NotAttempted(self._down_because)
-        node, reply = await self._call(slot, call.deadline, issue)
+        node, reply = await self._call(call, issue)
         if node is not None and isinstance(reply, list):
             node.note_time(reply[1])
         return reply
 
-    async def run(self, call: ScriptCall) -> Any:
-        def issue(node: Node, asking: bool) -> Awaitable[Any]:
-            return node.run(call, asking)
+    async def run(self, call: ScriptCall, args: bytes) -> Any:
+        def issue(node: Node, call: ScriptCall) -> Awaitable[Any]:
+            return node.run(call, args)
 
-        return (await self._call(key_slot(call.key), call.deadline, issue))[1]
+        return (await self._call(call, issue))[1]
 
-    async def _call(self, slot: int, deadline: float, issue: Call) -> tuple[Node | None, Any]:
-        """Call the master of a slot, and follow its redirections. Return the server that replied, and the reply."""
+    async def _call(self, call: ScriptCall, issue: Issue) -> tuple[Node | None, Any]:
+        """Call the master of the key's slot, and follow its redirections.
+
+        Return the server that replied and its reply, or None and an Unconfirmed if no server was reached.
+        """
+        slot = key_slot(call.key)
         node, asking, reply = self._slots[slot], False, None
         for _ in range(HOPS):
             if node is None or not node.up:
-                node = await self._reach(slot, node if asking else None, deadline)
+                node = await self._reach(slot, node if asking else None, call.deadline)
                 if node is None:
                     return None, Unconfirmed(self._down_because, maybe_executed=False)
-            reply = await issue(node, asking)
+            reply = await issue(node, call._replace(asking=True) if asking else call)
             if isinstance(reply, list):
                 break
             redirection = self._redirection(slot, node, reply)

@@ -93,7 +93,7 @@ class _PendingClaim(NamedTuple):
 
     future: "asyncio.Future[Any]"
     call: ScriptCall
-    asking: bool
+    args: bytes
 
     def resolve(self, result: object) -> None:
         if not self.future.done():
@@ -119,14 +119,8 @@ class WaitingLink(Link):
         # Replicas when last counted, the server they were counted on, and when one left (the loop's time).
         self._replicas, self._counted_at, self._left_at = 0, self.at, float("-inf")
 
-    def script(self, call: ScriptCall) -> "asyncio.Future[Any]":
-        return self._add(call, asking=False)
-
-    def script_asking(self, call: ScriptCall) -> "asyncio.Future[Any]":
-        return self._add(call, asking=True)
-
-    def _add(self, call: ScriptCall, asking: bool) -> "asyncio.Future[Any]":
-        pending = _PendingClaim(self._loop.create_future(), call, asking)
+    def script(self, call: ScriptCall, args: bytes) -> "asyncio.Future[Any]":
+        pending = _PendingClaim(self._loop.create_future(), call, args)
         self._pending.append(pending)
         if not self._committing:
             self._committing = True
@@ -141,8 +135,8 @@ class WaitingLink(Link):
             return
         claimed: _Claimed = []
         for pending in batch:
-            issue = super().script_asking if pending.asking else super().script
-            issue(pending.call).add_done_callback(partial(self._claim_replied, pending, claimed))
+            reply = super().script(pending.call, pending.args)
+            reply.add_done_callback(partial(self._claim_replied, pending, claimed))
         self._wait_for_replicas(claimed, min(pending.call.deadline for pending in batch) - self._loop.time())
 
     def _take_batch(self) -> list[_PendingClaim]:

@@ -170,22 +170,19 @@ class Link(asyncio.Protocol):
 
     # Commands ...
 
-    def script(self, call: ScriptCall) -> "asyncio.Future[Any]":
-        """Issue a call of a script.
+    def script(self, call: ScriptCall, args: bytes) -> "asyncio.Future[Any]":
+        """Issue a call of a script. `args`: the arguments after the tag, as RESP bulk strings.
 
         The future gives the reply without its tag, an ErrorReply or an Unconfirmed. It never raises.
         """
-        script, key, args, arg_count, deadline, by_body = call
+        script, key, arg_count, deadline, by_body, asking = call
+        if asking:
+            self.command("ASKING", deadline=deadline)
         self._tag_number = number = (self._tag_number + 1) % TAG_COUNT
         tag, tag_word = TAGS[number]
         begin = script.by_body if by_body else script.by_sha
         command = b"".join((begin[arg_count], SIZE[len(key)], key, b"\r\n", tag_word, args))
         return self._issue(command, deadline, tag, script.verb)
-
-    def script_asking(self, call: ScriptCall) -> "asyncio.Future[Any]":
-        """Issue a call on a cluster node that is importing the key's slot (Redis Cluster's ASK redirection)."""
-        self.command("ASKING", deadline=call.deadline)
-        return self.script(call)
 
     def command(self, *words: bytes | str | int, deadline: float) -> "asyncio.Future[Any]":
         """Issue a plain command. The future gives the reply, an ErrorReply or an Unconfirmed; it never raises."""

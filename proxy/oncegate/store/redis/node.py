@@ -18,7 +18,7 @@ from oncegate.store.redis.membership import Membership, Memory
 from oncegate.store.redis.replies import is_out_of_memory
 from oncegate.store.redis.server import Info, Opener, Prepare, Unfit, check_mode, preparer, version_of
 from oncegate.store.redis.talk import LinkTalk, Talk
-from oncegate.store.redis.wire import ClaimCall, Script, ScriptCall, resp
+from oncegate.store.redis.wire import Script, ScriptCall, resp
 from oncegate.store.results import NotAttempted, Unconfirmed
 
 PROBE_FIRST_S, PROBE_MOST_S = 0.05, 0.5
@@ -219,50 +219,46 @@ class Node:
         token, timeout_s = os.urandom(TOKEN_BYTES), self._config.timeout_s
         name, deadline = store_key(key), self._loop.time() + timeout_s
         head = resp(token, b"", b"", b"hold", int(timeout_s * 1000), PROBE_RETENTION_MS)
-        claim = ClaimCall(name, head, PLAIN_TAIL, deadline, timeout_s)
         # By body in a second try, for a server that does not know the script.
-        for call in (claim, claim._replace(by_body=True)):
-            reply = await self.claim(call, probe=True)
+        for by_body in (False, True):
+            call = ScriptCall(self._claim, name, CLAIM_COUNT, deadline, by_body)
+            reply = await self.claim(call, head, PLAIN_TAIL, timeout_s, probe=True)
             if isinstance(reply, list):
                 args = resp(token, b"release", PROBE_RETENTION_MS)
-                await self.run(ScriptCall(self._settle, name, args, RELEASE_COUNT, deadline))
+                await self.run(ScriptCall(self._settle, name, RELEASE_COUNT, deadline), args)
                 return True
         return is_out_of_memory(reply)
 
     # Scripts ...
 
-    def claim(self, call: ClaimCall, asking: bool = False, probe: bool = False) -> Awaitable[Any]:
+    def claim(self, call: ScriptCall, head: bytes, tail: bytes, left_s: float, probe: bool = False) -> Awaitable[Any]:
+        """Run `claim`. See StoreServers; a `probe` is sent also while claims are refused."""
         link = self.claims
         if self._may_refuse and not probe and (refusal := self._refusal()) is not None:
             return _resolved(self._loop, refusal)
         if not link.up:
-            return self._claim_when_up(call, asking, probe)
-        key, head, tail, deadline, left_s, by_body = call
+            return self._claim_when_up(call, head, tail, probe)
         # The deadline in the time of the server that is connected now: after a failover it is another server.
         not_after = b"$13\r\n%013d" % (self.now_ms() + int(left_s * 1000))
-        args = b"".join((head, not_after, tail))
-        script_call = ScriptCall(self._claim, key, args, CLAIM_COUNT, deadline, by_body)
-        return link.script_asking(script_call) if asking else link.script(script_call)
+        return link.script(call, b"".join((head, not_after, tail)))
 
-    async def _claim_when_up(self, call: ClaimCall, asking: bool, probe: bool) -> Any:
+    async def _claim_when_up(self, call: ScriptCall, head: bytes, tail: bytes, probe: bool) -> Any:
         await self.claims.wait_up(call.deadline)
         left_s = call.deadline - self._loop.time()
         if not self.claims.up or left_s <= 0:
             return Unconfirmed(self.claims.down_because, maybe_executed=False)
-        return await self.claim(call._replace(left_s=left_s), asking, probe)
+        return await self.claim(call, head, tail, left_s, probe)
 
-    def run(self, call: ScriptCall, asking: bool = False) -> Awaitable[Any]:
+    def run(self, call: ScriptCall, args: bytes) -> Awaitable[Any]:
         link = self.reads if call.script is self._read else self.link
-        # While the connection is up, the reply is a plain future. A coroutine would cost a task step more.
-        if not link.up:
-            return self._run_when_up(link, call, asking)
-        return link.script_asking(call) if asking else link.script(call)
+        # While the connection is up, the reply is a plain future. A coroutine would cost a step of a task more.
+        return link.script(call, args) if link.up else self._run_when_up(link, call, args)
 
-    async def _run_when_up(self, link: Link, call: ScriptCall, asking: bool) -> Any:
+    async def _run_when_up(self, link: Link, call: ScriptCall, args: bytes) -> Any:
         await link.wait_up(call.deadline)
         if not link.up:
             return Unconfirmed(link.down_because, maybe_executed=False)
-        return await self.run(call, asking)
+        return await self.run(call, args)
 
 
 def _resolved(loop: asyncio.AbstractEventLoop, reply: object) -> "asyncio.Future[Any]":

@@ -57,7 +57,7 @@ RESOLVE = {
 }
 
 # The usual end of an exchange, made once.
-STORED = SettleResult(SettleStatus.STORED)
+STORED_REPLY, STORED = [b"stored", b"found"], SettleResult(SettleStatus.STORED)
 # A claim that the server executed after its deadline. The reply has the server's time, so the next try is not late.
 LATE = Unconfirmed("the store was reached too late", maybe_executed=False)
 
@@ -101,10 +101,10 @@ def settle_result(reply: Any, releases: bool, retried: bool) -> SettleResult:
 
     `releases`: the settle frees the key. `retried`: an earlier try of it may have been executed.
     """
+    if reply == STORED_REPLY:
+        return STORED
     if not isinstance(reply, list):
         return SettleResult(SettleStatus.UNCONFIRMED)
-    if reply == [b"stored", b"found"]:
-        return STORED
     # A retried release says little of its own: the first try may have removed the record, and another claim may have
     # taken the free key since.
     if releases and retried:

@@ -33,7 +33,7 @@ class LinkTalk:
 
     def script(self, script: Script, key: bytes, *args: Any) -> Awaitable[Any]:
         deadline = self._clock() + self._timeout_s
-        return self._link.script(ScriptCall(script, key, resp(*args), len(args), deadline, by_body=True))
+        return self._link.script(ScriptCall(script, key, len(args), deadline, by_body=True), resp(*args))
 
 
 class ConnectionTalk:

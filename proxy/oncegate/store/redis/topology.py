@@ -11,7 +11,7 @@ from oncegate.store.redis.durable import level
 from oncegate.store.redis.node import Node, NodeConfig
 from oncegate.store.redis.sentinel import SentinelNode
 from oncegate.store.redis.server import opener
-from oncegate.store.redis.wire import ClaimCall, ScriptCall
+from oncegate.store.redis.wire import ScriptCall
 
 
 class StoreServers(Protocol):
@@ -53,11 +53,15 @@ class StoreServers(Protocol):
     def breaker_of(self, key: bytes) -> Breaker:
         """Return the breaker of the server that has the record of a key digest."""
 
-    def claim(self, call: ClaimCall) -> Awaitable[Any]:
-        """Run the script `claim`."""
+    def claim(self, call: ScriptCall, head: bytes, tail: bytes, left_s: float) -> Awaitable[Any]:
+        """Run `claim`, which takes the key only until the call's deadline, by the clock of the server.
 
-    def run(self, call: ScriptCall) -> Awaitable[Any]:
-        """Run a script."""
+        `head` and `tail` are the arguments before and after that deadline, as RESP bulk strings. The server that
+        executes the claim writes the deadline, `left_s` from now, in its own time.
+        """
+
+    def run(self, call: ScriptCall, args: bytes) -> Awaitable[Any]:
+        """Run a script. `args`: the arguments after the tag, as RESP bulk strings."""
 
     def note_time(self, now_ms: int) -> None:
         """Note the server's time in a reply to `claim`."""

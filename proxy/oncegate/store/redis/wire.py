@@ -71,26 +71,15 @@ class Script:
 
 
 class ScriptCall(NamedTuple):
-    """One call of a script that has one key."""
+    """A call of a script that has one key, without its arguments."""
 
     script: Script
     key: bytes
-    args: bytes  # after the tag, as RESP bulk strings
+    # Arguments after the tag.
     arg_count: int
-    deadline: float  # the loop's time in seconds
-    by_body: bool = False  # send the script itself, to a server that does not know its sha
-
-
-class ClaimCall(NamedTuple):
-    """One try of a claim. Its script takes the key only until `deadline`, measured by the server's clock.
-
-    The arguments after the deadline are `tail`, those before it `head`, both as RESP bulk strings: the node that
-    executes the claim writes the deadline in between, in its server's time.
-    """
-
-    key: bytes
-    head: bytes
-    tail: bytes
-    deadline: float  # the loop's time in seconds
-    left_s: float  # until `deadline`, when the call was made
+    # The loop's time in seconds.
+    deadline: float
+    # Send the script itself, to a server that does not know its sha.
     by_body: bool = False
+    # Send ASKING first, to a cluster node that is importing the key's slot.
+    asking: bool = False
