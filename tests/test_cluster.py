@@ -15,7 +15,7 @@ from redis.exceptions import ResponseError
 
 from oncegate.keys.digests import store_key
 from oncegate.store.record import Claim
-from oncegate.store.record_view import StoreError, look_at, scan
+from oncegate.store.record_view import StoreError, read_record, scan
 from oncegate.store.redis.cluster_map import tag_within, view_of
 from oncegate.store.results import AppendStatus, RenewStatus, SettleResult, SettleStatus, Unconfirmed
 from oncegate.store.store import Store
@@ -85,7 +85,7 @@ async def life(store: Store, of: bytes) -> None:
     assert await store.renew(owner) == RenewStatus.RENEWED
     assert await store.store(owner, answer(b"ab", b"cd"), b"cd", PATIENCE_S) == SettleResult(SettleStatus.STORED)
     assert told(await claim(store, of)) == "replay"
-    assert told(await store.look(of, SCOPE, 300)) == "replay"
+    assert told(await store.peek(of, SCOPE, 300)) == "replay"
     assert await store.read(of, owner.token, 0) == [b"ab", b"cd"]
 
 
@@ -206,7 +206,7 @@ async def test_what_operators_see_of_a_slot_that_moves():
             cluster.carry(slot, source, target)
             await claimed(store, key=staying)
             assert {seen.key async for seen in scan(store)} == {carried, staying}
-            assert [(await look_at(store, of)).state for of in (carried, staying)] == ["in_flight"] * 2
+            assert [(await read_record(store, of)).state for of in (carried, staying)] == ["in_flight"] * 2
             for server in cluster.servers:
                 with suppress(ResponseError):  # it knows already
                     server.ask("CLUSTER", "DELSLOTS", 16000)

@@ -46,7 +46,7 @@ def test_an_answer_by_hand(tmp_path):
     answer, body = operator_response(options("--status", "201", "--body-file", str(tmp_path / "body"), *words))
     assert (answer.status, answer.reason, body) == (201, b"Created", b"abc")
     assert answer.block == b"X-One: 1\r\nX-Two: 2\r\n"
-    assert (answer.chunks, answer.size, answer.kept) == (1, 3, True)
+    assert (answer.chunks, answer.size, answer.body_stored) == (1, 3, True)
     empty, body = operator_response(options("--status", "204"))
     assert (empty.chunks, empty.size, empty.stated_length, body) == (0, 0, True, b"")
 

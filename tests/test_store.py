@@ -196,7 +196,7 @@ def answer(*chunks: bytes, kept: bool = True) -> StoredResponse:
         digest=digest.digest(),
         chunks=len(chunks),
         size=sum(map(len, chunks)),
-        kept=kept,
+        body_stored=kept,
         close_delimited=False,
         stated_length=True,
         completed_ms=1_763_960_000_000,
@@ -251,7 +251,7 @@ def told(found: Claim | Record | Corrupt | Unconfirmed, fingerprint: bytes = SAM
         case Claim():
             return "claimed"
         case Record():
-            kept = found.answer is not None and found.answer.kept
+            kept = found.response is not None and found.response.body_stored
             now = effective_state(found.state, found.lease_left_ms)
             decided = decide(now, found.fingerprint == fingerprint, kept).value
             return SHORT.get(decided, decided)
@@ -474,7 +474,7 @@ async def test_what_a_duplicate_finds(store, client, state, same, other):
     before = fields(client)
     assert told(await claim(store)) == same
     assert told(await claim(store, fingerprint=OTHER), OTHER) == other
-    found = await store.look(KEY, SCOPE, LEASE_MS)
+    found = await store.peek(KEY, SCOPE, LEASE_MS)
     assert (told(found), told(found, OTHER)) == (same, other)
     assert fields(client) == before
     assert client.pttl(NAME) <= RETENTION_MS // 2
@@ -482,7 +482,7 @@ async def test_what_a_duplicate_finds(store, client, state, same, other):
 
 async def test_looking_at_a_free_key_does_not_take_it(store, client):
     """Nothing is there, and nothing is there afterwards."""
-    assert await store.look(KEY, SCOPE, LEASE_MS) is None
+    assert await store.peek(KEY, SCOPE, LEASE_MS) is None
     assert client.dbsize() == 0
 
 
@@ -491,8 +491,8 @@ async def test_a_replay_takes_one_round_trip(store, client):
     await at(store, client, "complete")
     found = await claim(store)
     assert isinstance(found, Record)
-    assert (found.answer, found.body) == (answer(BODY), BODY)
-    assert intact(found.answer, found.body)
+    assert (found.response, found.body) == (answer(BODY), BODY)
+    assert intact(found.response, found.body)
 
 
 @pytest.mark.parametrize("state", ["in flight", "lapsed", "unknown"])
@@ -620,7 +620,9 @@ async def test_a_record_that_lacks_chunks_is_not_made_complete(store, client, ap
     before = fields(client)
     assert await store.store(owner, stored, last, PATIENCE_S) == SettleResult(SettleStatus.INCOMPLETE)
     assert fields(client) == before
-    assert await store.store(owner, stored._replace(kept=False), b"", PATIENCE_S) == SettleResult(SettleStatus.STORED)
+    assert await store.store(owner, stored._replace(body_stored=False), b"", PATIENCE_S) == SettleResult(
+        SettleStatus.STORED
+    )
     assert told(await claim(store)) == "not_kept"
 
 
@@ -897,7 +899,7 @@ async def test_whichever_reply_is_lost_the_key_is_executed_once_and_replayed(rel
         )
         found = await claim(store)
         assert isinstance(found, Record)
-        assert found.answer == answer(b"ab", b"cd", b"e")
+        assert found.response == answer(b"ab", b"cd", b"e")
         chunks = await store.read(KEY, found.token, 0)
         assert chunks == (ReadFailure.UNCONFIRMED if LIFE[number] == "read" else [b"ab", b"cd", b"e"])
         assert relay.lost == (LIFE[number] != "none")
@@ -1097,11 +1099,11 @@ async def test_the_servers_clock_steps_back(store, client):
     owner = await at(store, client, "in flight")
     client.hincrby(NAME, "lease", HOUR_MS)
     client.hincrby(NAME, "created", HOUR_MS)
-    for found in (await claim(store), await store.look(KEY, SCOPE, LEASE_MS)):
+    for found in (await claim(store), await store.peek(KEY, SCOPE, LEASE_MS)):
         assert isinstance(found, Record)
         assert found.lease_left_ms == LEASE_MS
-    assert isinstance(await store.look(KEY, SCOPE, 500), Record)
-    assert (await store.look(KEY, SCOPE, 500)).lease_left_ms == 500
+    assert isinstance(await store.peek(KEY, SCOPE, 500), Record)
+    assert (await store.peek(KEY, SCOPE, 500)).lease_left_ms == 500
     assert await store.renew(owner) == RenewStatus.RENEWED
     assert started_anew(int(fields(client)["lease"]) - server_ms(client), LEASE_MS)
 
@@ -1195,7 +1197,7 @@ async def test_a_full_server_still_tells_what_it_has(store, client, state, same,
     assert told(found) == same
     assert told(await claim(store, fingerprint=OTHER), OTHER) == other
     if state == "complete":
-        assert (found.answer, found.body) == (answer(BODY), BODY)
+        assert (found.response, found.body) == (answer(BODY), BODY)
         assert await store.read(KEY, found.token, 0) == [BODY]
 
 
@@ -1346,11 +1348,11 @@ async def test_a_stored_body_that_was_damaged_is_not_intact(store, client):
         client.hset(NAME, "b0", wrong)
         found = await claim(store)
         assert isinstance(found, Record)
-        assert not intact(found.answer, found.body)
+        assert not intact(found.response, found.body)
     client.hdel(NAME, "b0")
     found = await claim(store)
     assert isinstance(found, Record)
-    assert not intact(found.answer, found.body or b"")
+    assert not intact(found.response, found.body or b"")
 
 
 @pytest.mark.fault(55)
@@ -1412,7 +1414,7 @@ async def test_what_is_no_record_is_corrupt(store, client, put):
     before = client.dump(NAME)
     assert isinstance(await claim(store), Corrupt)
     assert isinstance(await claim(store, mode=b"retry"), Corrupt)
-    assert isinstance(await store.look(KEY, SCOPE, LEASE_MS), Corrupt)
+    assert isinstance(await store.peek(KEY, SCOPE, LEASE_MS), Corrupt)
     assert client.dump(NAME) == before
 
 
@@ -1427,7 +1429,7 @@ async def test_a_record_found_in_another_place_is_corrupt(store, client, state, 
     before = fields(client, store_key(elsewhere))
     assert isinstance(await claim(store, elsewhere, window_ms=1), Corrupt)
     assert isinstance(await claim(store, scope=Scope(b"default", b"N" * 16), window_ms=1), Corrupt)
-    assert isinstance(await store.look(elsewhere, SCOPE, LEASE_MS), Corrupt)
+    assert isinstance(await store.peek(elsewhere, SCOPE, LEASE_MS), Corrupt)
     assert fields(client, store_key(elsewhere)) == before
     assert not isinstance(await claim(store), Corrupt)
 
@@ -1516,7 +1518,7 @@ AFTER_ERRORS = {
         True,
     ),
     "read": (lambda store: store.read(KEY, OWNER.token, 0), ReadFailure.UNCONFIRMED, False),
-    "look": (lambda store: store.look(KEY, SCOPE, 300), Unconfirmed, False),
+    "peek": (lambda store: store.peek(KEY, SCOPE, 300), Unconfirmed, False),
 }
 
 
@@ -1632,7 +1634,7 @@ async def test_every_call_ends_when_the_store_is_given_up(own_valkey, state):
             for call in (
                 store.release(owner, 1000.0),
                 claim(store, fingerprint=OTHER),
-                store.look(owner.key, SCOPE, 1000),
+                store.peek(owner.key, SCOPE, 1000),
             )
         ]
         done, _ = await asyncio.wait(calls, timeout=0.3)
@@ -1828,7 +1830,7 @@ async def test_what_an_operator_decides(store, client, state, how):
     assert (await store_small(store, owner)).status is SettleStatus.FENCED
     assert (await store.release(owner, PATIENCE_S)).status is SettleStatus.FENCED
     assert await store.renew(owner) == RenewStatus.FENCED
-    assert await store.look(KEY, SCOPE, LEASE_MS) is None or how == "resolve"
+    assert await store.peek(KEY, SCOPE, LEASE_MS) is None or how == "resolve"
     found = await claim(store)
     if how == "set_free":
         assert isinstance(found, Claim)

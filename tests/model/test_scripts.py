@@ -85,8 +85,8 @@ class Server:
         if "meta" in found:
             chunks = b"".join(found[name] for name in sorted(found) if name != "meta")
             known = unpack(KEY, TENANT, found["meta"], None, 0)
-            answer, who = known.answer, WHO[known.token]
-            held = BARE if not answer.kept and not chunks else WHOLE if chunks == b"".join(pieces(who)) else TORN
+            answer, who = known.response, WHO[known.token]
+            held = BARE if not answer.body_stored and not chunks else WHOLE if chunks == b"".join(pieces(who)) else TORN
             return Record(COMPLETE, who, answer=who, body=held)
         appended = next((who for who in (1, 2) if first == pieces(who)[0]), NOBODY)
         runs = found["state"] == b"in_flight" and int(found["lease"]) > self.now_ms()
@@ -131,7 +131,7 @@ class Server:
         first, last = pieces(me)
         chunks = {"store": 1, "stream": 2, "bare": 0}[how]
         meta, answer = packed(me, chunks, kept=how != "bare")
-        size = answer.size if answer.kept else 0
+        size = answer.size if answer.body_stored else 0
         return [*head, meta, answer.digest, chunks, size, {"store": first + last, "stream": last, "bare": b""}[how]]
 
     def _resolve(self, seen: int, how: str) -> list[Any]:
@@ -183,8 +183,8 @@ def tells(state: str, rest: list[Any]) -> tuple[str, bool]:
     """Return what the proxy makes of a claim's reply about somebody else's record: what is said, whether it is open."""
     if state == "complete":
         _now_ms, meta, _body = rest
-        answer = unpack(KEY, TENANT, meta, None, 0).answer
-        return decide(State.COMPLETE, True, answer.kept).value, may_take_over(State.COMPLETE, True, b"", False)
+        answer = unpack(KEY, TENANT, meta, None, 0).response
+        return decide(State.COMPLETE, True, answer.body_stored).value, may_take_over(State.COMPLETE, True, b"", False)
     _now_ms, _token, _fence, mode, _fingerprint, _self, left_ms, _created = rest
     now = effective_state(State(state), left_ms)
     return decide(now, True, False).value, may_take_over(now, True, mode, False)

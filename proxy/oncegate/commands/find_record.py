@@ -8,7 +8,7 @@ from oncegate.keys.digests import Digests, Scope, UnstableScope, identity_settin
 from oncegate.keys.syntax import BadKey, parse_key
 from oncegate.messages.fields import by_name
 from oncegate.settings.settings import Settings
-from oncegate.store.record_view import RecordView, identities, look_at, scan
+from oncegate.store.record_view import RecordView, identities, read_record, scan
 from oncegate.store.store import Store
 
 MIN_ID_CHARACTERS = 8
@@ -23,7 +23,7 @@ async def find_record(settings: Settings, store: Store, options: argparse.Namesp
         key = await _digest_by_id(store, options.id)
     else:
         key = await _digest_by_key(settings, store, options)
-    record = await look_at(store, key)
+    record = await read_record(store, key)
     if record is None:
         is_scoped = options.id or options.scope or options.credential
         tenant = "" if is_scoped else ", for the tenant without a credential"

@@ -158,14 +158,14 @@ async def _facts(store: Store, record: RecordView) -> dict[str, Any]:
     facts["owner"] = owner
     if silent_ms is not None:
         facts["owner_reported_s_ago"] = silent_ms // 1000
-    return facts | (_unfinished_facts(record) if record.answer is None else _response_facts(record.answer))
+    return facts | (_unfinished_facts(record) if record.response is None else _response_facts(record.response))
 
 
 def _response_facts(response: StoredResponse) -> dict[str, Any]:
     return {
         "status": response.status,
         "bytes": response.size,
-        "body_stored": response.kept,
+        "body_stored": response.body_stored,
         "completed": _iso_time(response.completed_ms),
     }
 
@@ -174,8 +174,8 @@ def _unfinished_facts(record: RecordView) -> dict[str, Any]:
     """Return why the outcome is unknown, how far the request got, and whether its owner may still work on it."""
     facts = {
         "reason": record.why,
-        "progress": record.far,
-        "bytes_stored": record.bytes_kept,
+        "progress": record.progress,
+        "bytes_stored": record.bytes_stored,
         "lease_left_ms": record.lease_left_ms,
     }
     known = {name: value for name, value in facts.items() if value}
@@ -221,7 +221,7 @@ def _claim(session: Session, record: RecordView, token: bytes) -> Claim:
         fence=record.fence,
         mode=record.mode,
         fingerprint=record.fingerprint,
-        self_check=record.described,
+        self_check=record.self_check,
         created_ms=record.created_ms,
         lease_ms=0,
         retention_ms=session.retention_ms,

@@ -35,7 +35,7 @@ def operator_response(options: argparse.Namespace) -> OperatorResponse:
         digest=b"",
         chunks=1 if body else 0,
         size=len(body),
-        kept=True,
+        body_stored=True,
         close_delimited=False,
         stated_length=head.bodiless,
         completed_ms=0,

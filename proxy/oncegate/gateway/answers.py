@@ -104,7 +104,7 @@ def decide_duplicate(taken: Taken, fingerprint: bytes) -> Decision | Outcome:
     match taken:
         case Record():
             is_same = taken.fingerprint == fingerprint
-            has_body = taken.answer is not None and taken.answer.kept
+            has_body = taken.response is not None and taken.response.body_stored
             return decide(effective_state(taken.state, taken.lease_left_ms), is_same, has_body)
         case Corrupt():
             return Outcome.RECORD_CORRUPT
@@ -125,9 +125,9 @@ def duplicate_refusal(decision: Decision | Outcome, taken: Taken, policy: Policy
             after_s = retry_after_s(taken.now_ms - taken.created_ms, policy.lease_ms)
             in_flight = problem("in-flight", "come again with the same key", after_s)
             return Refuse(in_flight.with_status(policy.in_flight_status))
-        case Decision.RESPONSE_NOT_KEPT if isinstance(taken, Record) and taken.answer is not None:
+        case Decision.RESPONSE_NOT_KEPT if isinstance(taken, Record) and taken.response is not None:
             detail = "it was executed; its answer was too large to be kept"
-            return Refuse(problem("response-not-kept", detail, original_status=taken.answer.status))
+            return Refuse(problem("response-not-kept", detail, original_status=taken.response.status))
         case Outcome.RECORD_CORRUPT:
             return Refuse(problem("record-corrupt", "the operator has to look at this key"))
         case Outcome.STORE_UNAVAILABLE:

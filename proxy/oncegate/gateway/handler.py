@@ -150,7 +150,7 @@ class Gateway:
             send(request, end.refuse)
         elif end.outcome is Outcome.FENCED and not request.response.started:  # the record has the answer
             policy = keyed.route.policy
-            found = await keyed.route.deps.store.look(claim.key, keyed.claim_request.scope, policy.lease_ms)
+            found = await keyed.route.deps.store.peek(claim.key, keyed.claim_request.scope, policy.lease_ms)
             await self._answer_duplicate(request, keyed, found)
         return _exchange_report(request, keyed, end.outcome, progress.head.status if progress.head else 0, progress)
 
@@ -196,8 +196,8 @@ class Gateway:
     async def _answer_duplicate(self, request: Request, keyed: KeyedRequest, taken: Taken) -> RequestReport:
         """Answer a request whose key is taken, by what the store has for it."""
         decision = decide_duplicate(taken, keyed.claim_request.fingerprint)
-        if decision is Decision.REPLAY and isinstance(taken, Record) and taken.answer is not None:
-            report = await self._replay(request, keyed, taken, taken.answer)
+        if decision is Decision.REPLAY and isinstance(taken, Record) and taken.response is not None:
+            report = await self._replay(request, keyed, taken, taken.response)
             if report.outcome is Outcome.REPLAYED or request.response.started:
                 return report
             decision = report.outcome

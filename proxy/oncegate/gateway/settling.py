@@ -75,7 +75,7 @@ def settle(progress: Progress, settlement: Settlement, last: bytes, timeout_s: f
         digest,
         chunks,
         size,
-        kept=has_body,
+        body_stored=has_body,
         close_delimited=head.close_delimited,
         stated_length=head.length is not None or head.bodiless,
         completed_ms=store.now_ms(held.claim.key),

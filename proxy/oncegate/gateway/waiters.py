@@ -134,7 +134,7 @@ class Waiters:
             await asyncio.gather(*[self._ask(key, scope) for key, scope in elsewhere])
 
     async def _ask(self, key: bytes, scope: Scope) -> None:
-        found = await self._store.look(key, scope, self._lease_ms)
+        found = await self._store.peek(key, scope, self._lease_ms)
         if isinstance(found, Unconfirmed) or self._ours(key):
             return
         if found is None:

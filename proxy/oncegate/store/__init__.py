@@ -1,6 +1,6 @@
 """The store: one record for each key, and the verbs on it.
 
-- `store.py` has `Store`, the verbs: claim, reclaim, look, renew, append, store, release, mark_unknown, read.
+- `store.py` has `Store`, the verbs: claim, reclaim, peek, renew, append, store, release, mark_unknown, read.
 - `claims.py` tries a claim until it is confirmed, and withdraws claims that nobody holds.
 - `record.py` is what a record holds and its bytes; `results.py` is what the verbs return.
 - `leases.py` renews the claims of a worker; `breaker.py` stops claims that fail one after the other.

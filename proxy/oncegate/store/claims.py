@@ -122,11 +122,11 @@ class Claims:
             self._leave_copy(claim, held=reclaims)
             raise
 
-    async def look(self, key: bytes, tenant: bytes, lease_ms: int) -> NotClaimed | None:
+    async def peek(self, key: bytes, tenant: bytes, lease_ms: int) -> NotClaimed | None:
         """Return the record of a key, or None for no record. It is a claim whose deadline has passed."""
         nobody = arguments.claim_of_nobody(key, lease_ms)
         deadline = self._loop.time() + self._timeout_s
-        args = arguments.look(nobody)
+        args = arguments.peek(nobody)
         call = ScriptCall(self._script, store_key(key), arguments.CLAIM_COUNT, deadline)
         reply = await self._servers.run(call, args)
         if is_noscript(reply):
@@ -172,7 +172,7 @@ class Claims:
         if why.maybe_executed:
             self._withdraw_later(claim)
         elif isinstance(why, ClaimsSuspended) and why.replays:
-            record = await self.look(claim.key, tenant, claim.lease_ms)
+            record = await self.peek(claim.key, tenant, claim.lease_ms)
             return why if record is None or isinstance(record, Unconfirmed) else record
         return why
 

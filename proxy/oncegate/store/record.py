@@ -1,7 +1,11 @@
-"""What a record holds, and its bytes: a complete one is packed into one value and checks itself.
+"""What a record holds, and its bytes.
 
-The first 65 bytes of `meta` have a fixed place because the scripts read them:
-version (1), token (16), fence (16 digits), created (16 digits, ms), digest of the answer (16).
+A record is one Redis hash. While it is in flight or unknown, its fields are separate. A complete one has them packed
+into `meta`, beside the chunks of the body (`b0`, `b1` and so on).
+
+`meta` is a fixed part, the reason phrase, the block of header fields, and a check of 8 bytes over all of them. The
+scripts read the first 65 bytes of the fixed part, so their places never change: version (1 byte), token (16), fence
+(16 digits), time of creation (16 digits, ms), digest of the response (16).
 """
 
 import struct
@@ -15,79 +19,84 @@ from oncegate.messages.response_head import response_digest
 
 VERSION = b"\x01"
 TOKEN_BYTES = 16
-PREFIX_BYTES = 10  # of a token: whose it is; the rest counts
+# The first bytes of a token name the proxy that made it; the others count.
+PREFIX_BYTES = 10
 _FIXED = struct.Struct(">c16s16s16s16s16s16sBHHIIQQII")
 _CHECK_BYTES = 8
-KEPT, CLOSE_DELIMITED, STATED_LENGTH = 1, 2, 4
-_COMPLETE = State.COMPLETE
+# Flags of the fixed part.
+BODY_STORED, CLOSE_DELIMITED, STATED_LENGTH = 1, 2, 4
 
 
 class ClaimRequest(NamedTuple):
-    """What `Store.claim` asks for."""
+    """What `Store.claim` asks for. Times in milliseconds."""
 
     key: bytes  # digest
     scope: Scope
-    fingerprint: bytes
+    fingerprint: bytes  # digest of the request
     mode: bytes  # of the policy: hold or retry
     lease_ms: int
     retention_ms: int
-    window_ms: int = 0  # of a derived key: the age past which a complete record no longer counts; 0 for any other key
+    # Of a derived key: the age at which a complete record no longer counts. 0 for any other key.
+    window_ms: int = 0
 
 
 class Claim(NamedTuple):
-    """The right to execute one key. Only the store makes one; without it nothing is forwarded or settled."""
+    """The right to execute one key. Only the store makes one, and without it nothing is forwarded or settled."""
 
     key: bytes  # digest
-    token: bytes
-    fence: bytes
-    mode: bytes
+    token: bytes  # of this claim alone
+    fence: bytes  # a number in digits that grows with every claim of the key
+    mode: bytes  # hold or retry
     fingerprint: bytes
     self_check: bytes
-    created_ms: int  # the store's clock
+    created_ms: int  # by the store's clock
     lease_ms: int
     retention_ms: int
 
 
 class StoredResponse(NamedTuple):
-    """A complete answer. `block` holds its end-to-end fields as they are written on a replay."""
+    """A complete response."""
 
     status: int
     reason: bytes
-    block: bytes
-    digest: bytes
+    block: bytes  # the end-to-end header fields, as a replay writes them
+    digest: bytes  # of status, reason, block and body
     chunks: int
-    size: int  # bytes of the body
-    kept: bool
-    close_delimited: bool
+    size: int  # of the body, in bytes
+    body_stored: bool
+    close_delimited: bool  # the upstream ended the body by closing the connection (RFC 9112, section 6.3)
     stated_length: bool  # `block` has the upstream's own Content-Length
-    completed_ms: int  # the store's clock
-    took_ms: int  # of the upstream
-    age_s: int  # that it had when it came
+    completed_ms: int  # by the store's clock
+    took_ms: int  # until the upstream had responded
+    age_s: int  # the Age that the upstream sent (RFC 9111, section 5.1)
 
 
 class Record(NamedTuple):
-    """What stands in the store for a key that is not ours; `now_ms` is the store's clock when it was read."""
+    """The record of a key that another claim has, or had."""
 
     state: State
     token: bytes
     fingerprint: bytes
     created_ms: int
+    # The store's clock when the record was read.
     now_ms: int
     lease_left_ms: int = 0
-    answer: StoredResponse | None = None
-    body: bytes | None = None  # of a small answer
-    mode: bytes = b""  # under which a running one was claimed
+    response: StoredResponse | None = None
+    # The body of a small response, which comes with the record.
+    body: bytes | None = None
+    # The mode of a claim that is not complete.
+    mode: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
 class Corrupt:
-    """A record that fails its own checks: never forwarded, never replayed."""
+    """A record that fails its own checks. It is never forwarded and never replayed."""
 
     detail: str
 
 
 def self_check(key: bytes, tenant: bytes, token: bytes, mode: bytes, fingerprint: bytes) -> bytes:
-    """Return what a running record says of itself: its tenant, and a digest over what must not change."""
+    """Return the self check of a record that is not complete: its tenant, and a digest over what must not change."""
     return tenant + blake2b(b"".join((key, tenant, token, mode, fingerprint)), digest_size=16).digest()
 
 
@@ -95,13 +104,14 @@ def _check(key: bytes, packed: bytes) -> bytes:
     return blake2b(packed, key=key, digest_size=_CHECK_BYTES).digest()
 
 
-def pack(claim: Claim, answer: StoredResponse) -> bytes:
+def pack(claim: Claim, response: StoredResponse) -> bytes:
     """Return `meta` of a complete record."""
     key, token, fence, _, fingerprint, described, created_ms, _, _ = claim
-    status, reason, block, digest, chunks, size, kept, close_delimited, stated_length, completed_ms, took_ms, age_s = (
-        answer
-    )
-    flags = (kept and KEPT) | (close_delimited and CLOSE_DELIMITED) | (stated_length and STATED_LENGTH)
+    (
+        status, reason, block, digest, chunks, size,
+        body_stored, close_delimited, stated_length, completed_ms, took_ms, age_s,
+    ) = response  # fmt: skip
+    flags = (body_stored and BODY_STORED) | (close_delimited and CLOSE_DELIMITED) | (stated_length and STATED_LENGTH)
     fixed = _FIXED.pack(
         VERSION,
         token,
@@ -125,7 +135,7 @@ def pack(claim: Claim, answer: StoredResponse) -> bytes:
 
 
 def unpack(key: bytes, tenant: bytes, meta: bytes, body: bytes | None, now_ms: int) -> Record | Corrupt:
-    """Return the complete record in `meta`, checked against the key and tenant it was asked for."""
+    """Return the complete record in `meta`, checked against the key and tenant that it was read for."""
     packed = meta[:-_CHECK_BYTES]
     if len(packed) < _FIXED.size or meta[:1] != VERSION:
         return Corrupt("unknown layout")
@@ -139,41 +149,40 @@ def unpack(key: bytes, tenant: bytes, meta: bytes, body: bytes | None, now_ms: i
     if owner != tenant or reason_end + block_size != len(packed):
         return Corrupt("the record describes another key")
     reason, block = packed[_FIXED.size : reason_end], packed[reason_end:]
-    kept, close_delimited, stated = flags & KEPT != 0, flags & CLOSE_DELIMITED != 0, flags & STATED_LENGTH != 0
-    answer = StoredResponse(
+    response = StoredResponse(
         status=status,
         reason=reason,
         block=block,
         digest=digest,
         chunks=chunks,
         size=size,
-        kept=kept,
-        close_delimited=close_delimited,
-        stated_length=stated,
+        body_stored=flags & BODY_STORED != 0,
+        close_delimited=flags & CLOSE_DELIMITED != 0,
+        stated_length=flags & STATED_LENGTH != 0,
         completed_ms=completed_ms,
         took_ms=took_ms,
         age_s=age_s,
     )
-    return Record(_COMPLETE, token, fingerprint, int(created), now_ms, answer=answer, body=body)
+    return Record(State.COMPLETE, token, fingerprint, int(created), now_ms, response=response, body=body)
 
 
 def tenant_of(meta: bytes) -> bytes:
-    """Return whose complete record this is, by its own word."""
+    """Return the tenant that a complete record names."""
     return meta[81:97]
 
 
-def intact(answer: StoredResponse, body: bytes) -> bool:
-    """Return whether a whole body is the one that was stored."""
-    if len(body) != answer.size:
+def intact(response: StoredResponse, body: bytes) -> bool:
+    """Return whether a complete body is the one that was stored."""
+    if len(body) != response.size:
         return False
-    status, reason, block, expected, *_ = answer
+    status, reason, block, expected, *_ = response
     digest = response_digest(status, reason, block)
     digest.update(body)
     return digest.digest() == expected
 
 
 def running(key: bytes, tenant: bytes, fields: list[bytes | int | None], now_ms: int) -> Record | Corrupt:
-    """Return the record of a key in flight or unknown, from claim's reply after the time."""
+    """Return the record of a key in flight or unknown. `fields`: the reply to `claim`, without the time."""
     state, token, _fence, mode, fingerprint, self_described, lease_left_ms, created = fields
     try:
         found = State(bytes(state or b"").decode())

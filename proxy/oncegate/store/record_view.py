@@ -1,6 +1,7 @@
-"""A record as an operator sees it: whose, how far it got, why nobody knows more. Never what was asked or answered.
+"""Records as operators see them: whose they are, how far they got, and why an outcome is unknown.
 
-Looking changes nothing. `scan` goes through a store page by page, so that nobody else waits for it.
+Nothing here shows what was requested or responded, and nothing changes a record. `scan` goes through a store page by
+page, so that it does not hold up requests.
 """
 
 import asyncio
@@ -16,10 +17,12 @@ from oncegate.store.redis.wire import ErrorReply
 from oncegate.store.results import Unconfirmed
 from oncegate.store.store import Store
 
-ASK_S = 5.0  # for one reply
-PAGE = 500  # names that a server looks through before others have their turn
+# For one reply.
+TIMEOUT_S = 5.0
+# Keys that a server looks through before it serves others.
+PAGE = 500
 FIELDS = ("meta", "state", "token", "fence", "mode", "fingerprint", "self", "lease", "created", "why", "stage", "bytes")
-STAGES = {
+PROGRESS = {
     "claimed": "claimed; nothing was sent when its lease was renewed last",
     "sent": "the request was being sent, or sent, when its lease was renewed last",
     "answered": "an answer had begun when its lease was renewed last",
@@ -28,13 +31,14 @@ STAGES = {
 
 
 class StoreError(Exception):
-    """The store does not answer, or not as it should."""
+    """The store does not reply, or replies with an error."""
 
 
 class RecordView(NamedTuple):
-    """One record. `state`: a word of State, released (by an operator) or corrupt. Times are the store's, in ms."""
+    """One record. Times are the store's, in milliseconds."""
 
     key: bytes  # digest
+    # The value of a State, or released (by an operator), or corrupt.
     state: str
     token: bytes
     now_ms: int
@@ -42,24 +46,30 @@ class RecordView(NamedTuple):
     mode: bytes = b""
     fingerprint: bytes = b""
     tenant: bytes = b""
-    described: bytes = b""
+    self_check: bytes = b""
     created_ms: int = 0
     lease_left_ms: int = 0
-    lapsed: bool = False  # its owner stopped renewing: it died, or sleeps
+    # The owner has stopped renewing its lease: it ended, or is paused.
+    lapsed: bool = False
+    # Why the outcome is unknown, and how far the exchange got.
     why: str = ""
-    far: str = ""
-    bytes_kept: int = 0  # of an answer that had begun
-    answer: StoredResponse | None = None
+    progress: str = ""
+    # Of a response that is not complete.
+    bytes_stored: int = 0
+    response: StoredResponse | None = None
 
     @property
     def owner_may_live(self) -> bool:
-        """Whether somebody may still be at it: a lease that passed may be that of an owner that will wake up."""
+        """Whether the owner may still work on the key. An owner whose lease has lapsed may be paused, and go on."""
         return self.lease_left_ms > 0 or self.lapsed or self.state == "corrupt"
 
 
-def read_fields(key: bytes, found: list[bytes | None], now_ms: int) -> RecordView | None:
-    """Return the record in these FIELDS, None where there is none."""
-    fields = {name: value for name, value in zip(FIELDS, found, strict=True) if value is not None}
+# One record from its fields ...
+
+
+def read_fields(key: bytes, values: list[bytes | None], now_ms: int) -> RecordView | None:
+    """Return the record with these values of FIELDS, or None for no record."""
+    fields = {name: value for name, value in zip(FIELDS, values, strict=True) if value is not None}
     if not fields:
         return None
     if (meta := fields.get("meta")) is not None:
@@ -68,7 +78,7 @@ def read_fields(key: bytes, found: list[bytes | None], now_ms: int) -> RecordVie
     if fields.get("state") == b"released":
         return RecordView(key, "released", token, now_ms, fields.get("fence", b"0"))
     try:
-        return _running(key, token, fields, now_ms)
+        return _unfinished(key, token, fields, now_ms)
     except (KeyError, ValueError):
         return RecordView(key, "corrupt", token, now_ms)
 
@@ -85,18 +95,19 @@ def _complete(key: bytes, meta: bytes, now_ms: int) -> RecordView:
         fingerprint=record.fingerprint,
         tenant=tenant_of(meta),
         created_ms=record.created_ms,
-        answer=record.answer,
+        response=record.response,
     )
 
 
-def _running(key: bytes, token: bytes, fields: dict[str, bytes], now_ms: int) -> RecordView:
-    """Raise KeyError or ValueError for what is no record."""
-    written = State(fields["state"].decode())
+def _unfinished(key: bytes, token: bytes, fields: dict[str, bytes], now_ms: int) -> RecordView:
+    """Return a record in flight or unknown. Raises KeyError or ValueError for fields that are no such record."""
+    stored_state = State(fields["state"].decode())
     left_ms = int(fields["lease"]) - now_ms
-    state = effective_state(written, left_ms)
-    lapsed = state is not written
+    state = effective_state(stored_state, left_ms)
+    lapsed = state is not stored_state
     described, mode, fingerprint = fields["self"], fields["mode"], fields["fingerprint"]
-    if described != self_check(key, described[:16], token, mode, fingerprint):
+    tenant = described[:16]
+    if described != self_check(key, tenant, token, mode, fingerprint):
         raise ValueError
     return RecordView(
         key,
@@ -106,78 +117,45 @@ def _running(key: bytes, token: bytes, fields: dict[str, bytes], now_ms: int) ->
         fence=fields["fence"],
         mode=mode,
         fingerprint=fingerprint,
-        tenant=described[:16],
-        described=described,
+        tenant=tenant,
+        self_check=described,
         created_ms=int(fields["created"]),
         lease_left_ms=max(0, left_ms),
         lapsed=lapsed,
         why="its owner stopped renewing its lease" if lapsed else fields.get("why", b"").decode("utf-8", "replace"),
-        far="" if "why" in fields else STAGES.get(fields.get("stage", b"").decode(), ""),
-        bytes_kept=int(fields.get("bytes", 0)),
+        progress="" if "why" in fields else PROGRESS.get(fields.get("stage", b"").decode(), ""),
+        bytes_stored=int(fields.get("bytes", 0)),
     )
 
 
+# Commands of their own ...
+
+
 def checked(reply: Any) -> Any:
-    """Return a reply; StoreError where there is none."""
+    """Return a reply. Raises StoreError for an error, and where no reply came."""
     if isinstance(reply, Unconfirmed | ErrorReply):
         raise StoreError(reply.detail if isinstance(reply, Unconfirmed) else str(reply))
     return reply
 
 
-async def look_at(store: Store, key: bytes) -> RecordView | None:
-    """Return the record of a key."""
-    node = store.node_of(key)
-    if node is None:
-        raise StoreError("nobody is known to have this key")
-    reply = await ask(node, *_fields_of(key))
-    if begins(reply, "ASK "):  # its slot is on its way, and the key is there already
-        place = str(reply).split(" ")[2]
-        node = next((one for one in store.nodes if one.name == place), node)
-        reply = await ask_arriving(node, *_fields_of(key))
-    if begins(reply, "WRONGTYPE"):
-        return RecordView(key, "corrupt", b"", 0)
-    return read_fields(key, checked(reply), await _time_ms(node))
-
-
 def ask(node: Node, *words: bytes | str | int) -> Awaitable[Any]:
     """Return the reply to a plain command."""
-    return node.link.command(*words, deadline=asyncio.get_running_loop().time() + ASK_S)
+    return node.link.command(*words, deadline=asyncio.get_running_loop().time() + TIMEOUT_S)
 
 
-def ask_arriving(node: Node, *words: bytes | str | int) -> Awaitable[Any]:
-    """Return the reply of a server on which a key is before its slot, which is on its way there."""
+def ask_importing(node: Node, *words: bytes | str | int) -> Awaitable[Any]:
+    """Return the reply of a cluster node that is importing the key's slot."""
     ask(node, "ASKING")
     return ask(node, *words)
 
 
-def begins(reply: object, word: str) -> bool:
-    """Return whether a reply is an error that begins like that."""
-    return isinstance(reply, ErrorReply) and str(reply).startswith(word)
+def is_error(reply: object, kind: str) -> bool:
+    """Return whether a reply is an error whose text begins with `kind`."""
+    return isinstance(reply, ErrorReply) and str(reply).startswith(kind)
 
 
 def _fields_of(key: bytes) -> tuple[bytes | str, ...]:
     return ("HMGET", store_key(key), *FIELDS)
-
-
-async def scan(store: Store, prefix: str = "") -> AsyncIterator[RecordView]:
-    """Yield the records whose id begins like that; those that come or go meanwhile may be left out or come twice."""
-    for node in store.nodes:
-        cursor = b"0"
-        while True:
-            cursor, names = checked(await ask(node, "SCAN", cursor, "MATCH", f"once:{{{prefix}*", "COUNT", PAGE))
-            keys = {digest for name in names if (digest := parse_record_id(name.decode("ascii", "replace")))}
-            now_ms = await _time_ms(node)
-            replies = await asyncio.gather(*[ask(node, *_fields_of(key)) for key in keys])
-            for key, first in zip(keys, replies, strict=True):
-                reply = await ask_arriving(node, *_fields_of(key)) if begins(first, "MOVED") else first
-                if begins(reply, "WRONGTYPE"):
-                    yield RecordView(key, "corrupt", b"", now_ms)
-                elif begins(reply, "MOVED") or begins(reply, "ASK "):  # it went meanwhile
-                    continue
-                elif seen := read_fields(key, checked(reply), now_ms):
-                    yield seen
-            if cursor == b"0":
-                break
 
 
 async def _time_ms(node: Node) -> int:
@@ -185,25 +163,79 @@ async def _time_ms(node: Node) -> int:
     return int(seconds) * 1000 + int(micros) // 1000
 
 
+# Records ...
+
+
+async def read_record(store: Store, key: bytes) -> RecordView | None:
+    """Return the record of a key, or None. Raises StoreError."""
+    node = store.node_of(key)
+    if node is None:
+        raise StoreError("nobody is known to have this key")
+    reply = await ask(node, *_fields_of(key))
+    if is_error(reply, "ASK "):
+        # Its slot is being moved, and the key is at the new server already.
+        place = str(reply).split(" ")[2]
+        node = next((one for one in store.nodes if one.name == place), node)
+        reply = await ask_importing(node, *_fields_of(key))
+    if is_error(reply, "WRONGTYPE"):
+        return RecordView(key, "corrupt", b"", 0)
+    return read_fields(key, checked(reply), await _time_ms(node))
+
+
+async def scan(store: Store, prefix: str = "") -> AsyncIterator[RecordView]:
+    """Yield the records whose id begins with `prefix`. Raises StoreError.
+
+    A record that comes or goes meanwhile may be left out, and any record may come twice.
+    """
+    for node in store.nodes:
+        cursor = b"0"
+        while True:
+            cursor, names = checked(await ask(node, "SCAN", cursor, "MATCH", f"once:{{{prefix}*", "COUNT", PAGE))
+            keys = {key for name in names if (key := parse_record_id(name.decode("ascii", "replace")))}
+            for record in await _read_page(node, list(keys)):
+                yield record
+            if cursor == b"0":
+                break
+
+
+async def _read_page(node: Node, keys: list[bytes]) -> list[RecordView]:
+    now_ms = await _time_ms(node)
+    replies = await asyncio.gather(*[ask(node, *_fields_of(key)) for key in keys])
+    records: list[RecordView] = []
+    for key, first in zip(keys, replies, strict=True):
+        reply = await ask_importing(node, *_fields_of(key)) if is_error(first, "MOVED") else first
+        if is_error(reply, "WRONGTYPE"):
+            records.append(RecordView(key, "corrupt", b"", now_ms))
+        elif is_error(reply, "MOVED") or is_error(reply, "ASK "):
+            # The key was moved to another server since.
+            continue
+        elif record := read_fields(key, checked(reply), now_ms):
+            records.append(record)
+    return records
+
+
+# Proxies on the store ...
+
+
 async def replica_of(store: Store, token: bytes) -> tuple[str, int | None]:
-    """Return whose token this is, as that one said of itself, and the ms since it said so last (None: not known)."""
+    """Return the name of the proxy that made a token, and the ms since it last wrote its name (None: not known)."""
     for node in store.nodes:
         name = replica_key(token) + node.tag
-        if (said := checked(await ask(node, "GET", name))) is not None:
-            _, retention_ms, who = said.split(b" ", 2)
+        if (value := checked(await ask(node, "GET", name))) is not None:
+            _, retention_ms, replica = value.split(b" ", 2)
             left_ms = checked(await ask(node, "PTTL", name))
-            return who.decode("utf-8", "replace"), max(0, int(retention_ms) - left_ms)
+            return replica.decode("utf-8", "replace"), max(0, int(retention_ms) - left_ms)
     return "unknown", None
 
 
-async def introduce(store: Store, token: bytes, who: str, retention_ms: int) -> None:
-    """Leave word of whose token this is, for those who look at the record later."""
+async def introduce(store: Store, token: bytes, replica: str, retention_ms: int) -> None:
+    """Write the name behind a token, for operators who look at its record later."""
     for node in store.nodes:
-        value = replica_value(0, retention_ms, who)
+        value = replica_value(0, retention_ms, replica)
         await ask(node, "SET", replica_key(token) + node.tag, value, "PX", retention_ms)
 
 
 async def identities(store: Store) -> list[str]:
-    """Return by which settings proxies on this store name keys."""
-    said = [one for node in store.nodes for one in checked(await ask(node, "HVALS", IDENTITIES + node.tag))]
-    return [one.split(b" ", 1)[1].decode() for one in said]
+    """Return the settings by which the proxies on this store name keys."""
+    values = [one for node in store.nodes for one in checked(await ask(node, "HVALS", IDENTITIES + node.tag))]
+    return [one.split(b" ", 1)[1].decode() for one in values]

@@ -1,6 +1,6 @@
 """What the verbs of a store return.
 
-`claim` and `look` return a `Claim`, a `Record`, a `Corrupt` or an `Unconfirmed`; every other verb returns a status of
+`claim` and `peek` return a `Claim`, a `Record`, a `Corrupt` or an `Unconfirmed`; every other verb returns a status of
 its own. No verb raises for a store that is down: the outcome is a value. A store of another kind returns the same.
 """
 

@@ -190,9 +190,9 @@ class Store:
         """Claim again with the same token. A Claim means that the key is this claim's, with the fence that it has."""
         return self._claims.run(claim, scope.tenant, reclaims=True)
 
-    def look(self, key: bytes, scope: Scope, lease_ms: int) -> Coroutine[Any, Any, NotClaimed | None]:
+    def peek(self, key: bytes, scope: Scope, lease_ms: int) -> Coroutine[Any, Any, NotClaimed | None]:
         """Return the record of a key, or None for no record."""
-        return self._claims.look(key, scope.tenant, lease_ms)
+        return self._claims.peek(key, scope.tenant, lease_ms)
 
     # What the owner of a claim does ...
 

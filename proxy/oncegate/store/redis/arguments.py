@@ -61,7 +61,7 @@ def claim_of_nobody(key: bytes, lease_ms: int) -> Claim:
     )
 
 
-def look(nobody: Claim) -> bytes:
+def peek(nobody: Claim) -> bytes:
     """Return the arguments of a `claim` whose deadline has passed: it reads the record and changes nothing."""
     return claim_head(nobody) + b"$1\r\n0" + PLAIN_TAIL
 
@@ -70,7 +70,7 @@ def store(claim: Claim, response: StoredResponse, last_chunk: bytes) -> bytes:
     """Return the arguments of `settle` for a response: STORE_COUNT."""
     meta, number, size = pack(claim, response), NUMBER, SIZE
     # The script expects no chunks where the body is not stored.
-    counts = number[response.chunks] + number[response.size] if response.kept else number[0] * 2
+    counts = number[response.chunks] + number[response.size] if response.body_stored else number[0] * 2
     chunk_size = size[len(last_chunk)]
     head = (_16, claim.token, b"\r\n", _STORE, number[claim.retention_ms], size[len(meta)], meta)
     return b"".join((*head, _NEXT_16, response.digest, b"\r\n", counts, chunk_size, last_chunk, b"\r\n"))
