@@ -15,7 +15,7 @@ STORE_VERBS = {
     "rules": "rules",
 }  # about a whole store; what they call their key
 VERBS = (*RECORD_VERBS, *STORE_VERBS)
-VARIANTS = ("store", "release", "unknown", "answer")  # of `how`
+VARIANTS = ("store", "release", "unknown", "answer")  # of `action`
 ALLOW_OOM = "#!lua flags=allow-oom"
 TEXTS = {verb: (files("oncegate.store.redis.lua") / f"{verb}.lua").read_text() for verb in VERBS}
 KEY = "once:{test}"
@@ -55,7 +55,7 @@ def section(verb: str, name: str) -> list[str]:
 
 
 def arguments(verb: str, variant: str = "") -> list[str]:
-    """Return the names of the arguments in their order, for one value of `how` where that matters."""
+    """Return the names of the arguments in their order, for one value of `action` where that matters."""
     common, *more = [re.sub(r" *\(.*| *, then$", "", line) for line in section(verb, "ARGV")]
     variants = dict(line.strip().split(": ", 1) for line in more)
     return common.split() + variants.get(variant, "").split()
@@ -66,7 +66,7 @@ def longest(verb: str) -> int:
 
 
 def names_at(verb: str, position: int) -> set[str]:
-    """Return what the header calls one argument: several names where `how` decides."""
+    """Return what the header calls one argument: several names where `action` decides."""
     every = [arguments(verb, variant) for variant in ("", *VARIANTS)]
     return {names[position - 1] for names in every if len(names) >= position}
 
@@ -211,7 +211,7 @@ CLAIM = {
     "retention_ms": 500_000,
     "inline_bytes": 100,
     "window_ms": 0,
-    "seen": "",
+    "expected_token": "",
     "not_after_ms": 2**52,
 }
 OWNER = {"tag": "8", "token": "T" * 16}
@@ -262,14 +262,14 @@ def test_claim_as_its_header_says(called):
 @pytest.mark.parametrize("state", ["in_flight", "unknown"])
 @pytest.mark.parametrize("mode", ["hold", "retry"])
 def test_claim_takes_over_from_the_token_that_was_seen_alone(called, state, mode):
-    """Where the record's mode is retry and its lease is over; without `seen`, or with another's, it is only told."""
+    """Where the record's mode is retry and its lease is over; otherwise the record is returned and stays as it is."""
     called("claim", **{**CLAIM, "mode": mode})
     called.client.hset(KEY, mapping={"state": state, "lease": 1})
     before = record(called)
     for seen in ("", "U" * 16):
-        assert called("claim", **{**CLAIM, "token": "V" * 16, "seen": seen})[1] == state.encode()
+        assert called("claim", **{**CLAIM, "token": "V" * 16, "expected_token": seen})[1] == state.encode()
     assert record(called) == before
-    word = called("claim", **{**CLAIM, "token": "V" * 16, "seen": "T" * 16})[1]
+    word = called("claim", **{**CLAIM, "token": "V" * 16, "expected_token": "T" * 16})[1]
     assert word == (b"claimed" if mode == "retry" else state.encode())
     assert record(called)["token"] == (b"V" if mode == "retry" else b"T") * 16
 
@@ -297,13 +297,13 @@ def test_claim_brings_a_small_answer_along(called, chunks, brought):
 
 def test_append_as_its_header_says(called):
     """A chunk is kept under its index, the lease extended; the replies are those of the header."""
-    chunk = {**OWNER, "index": 0, "bytes": "abc", "lease_ms": 90_000}
+    chunk = {**OWNER, "index": 0, "chunk": "abc", "lease_ms": 90_000}
     assert called("append", **chunk) == [b"8", b"absent"]
     now_ms = called("claim", **CLAIM)[2]
     assert called("append", **chunk) == [b"8", b"appended"]
-    assert called("append", **{**chunk, "index": 1, "bytes": "de"}) == [b"8", b"appended"]
+    assert called("append", **{**chunk, "index": 1, "chunk": "de"}) == [b"8", b"appended"]
     assert called("append", **chunk) == [b"8", b"appended"]
-    assert called("append", **{**chunk, "bytes": "abd"}) == [b"8", b"torn"]
+    assert called("append", **{**chunk, "chunk": "abd"}) == [b"8", b"torn"]
     assert called("append", **{**chunk, "token": "U" * 16}) == [b"8", b"fenced"]
     found = record(called)
     assert (found["b0"], found["b1"], found["bytes"]) == (b"abc", b"de", b"5")
@@ -335,7 +335,7 @@ def test_renew_as_its_header_says(called):
 
 
 SETTLE = {**OWNER, "retention_ms": 900_000}
-ANSWER = {"how": "store", "meta": meta(), "digest": "D" * 16, "chunks": 1, "bytes": 3, "last": "abc"}
+ANSWER = {"action": "store", "meta": meta(), "digest": "D" * 16, "chunks": 1, "bytes": 3, "last": "abc"}
 
 
 def test_settle_stores_as_its_header_says(called):
@@ -358,8 +358,8 @@ def test_settle_stores_as_its_header_says(called):
 def test_settle_stores_appended_chunks_as_its_header_says(called, renewed):
     """chunks and bytes count them all, last is the one that was not appended."""
     called("claim", **CLAIM)
-    called("append", **OWNER, index=0, bytes="abc", lease_ms=40_000)
-    called("append", **OWNER, index=1, bytes="de", lease_ms=40_000)
+    called("append", **OWNER, index=0, chunk="abc", lease_ms=40_000)
+    called("append", **OWNER, index=1, chunk="de", lease_ms=40_000)
     if renewed:
         called("renew", **OWNER, lease_ms=40_000, retention_ms=900_000, stage="answered")
     answer = {**ANSWER, "chunks": 3, "bytes": 6, "last": "f"}
@@ -372,18 +372,18 @@ def test_settle_stores_appended_chunks_as_its_header_says(called, renewed):
 def test_settle_releases_as_its_header_says(called):
     """The key is free, and a repeat finds nothing."""
     called("claim", **CLAIM)
-    assert called("settle", "release", **{**SETTLE, "token": "U" * 16}, how="release") == [b"8", b"fenced"]
-    assert called("settle", "release", **SETTLE, how="release") == [b"8", b"released", b"found"]
+    assert called("settle", "release", **{**SETTLE, "token": "U" * 16}, action="release") == [b"8", b"fenced"]
+    assert called("settle", "release", **SETTLE, action="release") == [b"8", b"released", b"found"]
     assert record(called) == {}
-    assert called("settle", "release", **SETTLE, how="release") == [b"8", b"released", b"absent"]
+    assert called("settle", "release", **SETTLE, action="release") == [b"8", b"released", b"absent"]
     called.client.hset(KEY, "meta", meta())
-    assert called("settle", "release", **SETTLE, how="release") == [b"8", b"complete"]
+    assert called("settle", "release", **SETTLE, action="release") == [b"8", b"complete"]
 
 
 def test_settle_marks_unknown_as_its_header_says(called):
     """The record keeps what is given, and drops the chunks."""
     given = {"fence": "12", "mode": "retry", "fingerprint": "G" * 16, "self": "s" * 32, "created": 99, "why": "lost"}
-    marked = {**SETTLE, "how": "unknown", **given}
+    marked = {**SETTLE, "action": "unknown", **given}
     expected = {
         **{name: str(value).encode() for name, value in given.items()},
         "state": b"unknown",
@@ -394,7 +394,7 @@ def test_settle_marks_unknown_as_its_header_says(called):
     assert record(called) == expected
     called.client.delete(KEY)
     called("claim", **CLAIM)
-    called("append", **OWNER, index=0, bytes="abc", lease_ms=40_000)
+    called("append", **OWNER, index=0, chunk="abc", lease_ms=40_000)
     assert called("settle", "unknown", **{**marked, "token": "U" * 16}) == [b"8", b"fenced"]
     assert called("settle", "unknown", **marked) == [b"8", b"unknown", b"found"]
     assert record(called) == expected
@@ -431,7 +431,7 @@ def test_read_gives_nothing_of_another_answer(called):
     asked = {**OWNER, "first": 0, "limit_bytes": 100}
     assert called("read", **asked) == [b"8", b"gone"]
     called("claim", **CLAIM)
-    called("append", **OWNER, index=0, bytes="abc", lease_ms=40_000)
+    called("append", **OWNER, index=0, chunk="abc", lease_ms=40_000)
     assert called("read", **asked) == [b"8", b"gone"]
     called.client.delete(KEY)
     called.client.hset(KEY, mapping={"meta": meta("U" * 16), "b0": "ab"})
@@ -471,20 +471,20 @@ def test_an_epoch_that_asks_for_no_quarantine(called):
     assert record(called)["until"] == before
 
 
-IDENTITY = {"tag": "8", "identity": "I1", "described": "a=1", "how": "found", "retention_ms": 60_000}
+IDENTITY = {"tag": "8", "identity": "I1", "described": "a=1", "consent": "found", "retention_ms": 60_000}
 
 
 def test_identity_as_its_header_says(called):
     """The first is noted, its like is the same, another differs unless it is accepted."""
-    assert called("identity", **{**IDENTITY, "how": "ask"}) == [b"8", b"free"]
+    assert called("identity", **{**IDENTITY, "consent": "ask"}) == [b"8", b"free"]
     assert called("identity", **IDENTITY) == [b"8", b"same"]
-    assert called("identity", **{**IDENTITY, "how": "ask"}) == [b"8", b"same"]
+    assert called("identity", **{**IDENTITY, "consent": "ask"}) == [b"8", b"same"]
     other = {**IDENTITY, "identity": "I2", "described": "a=2"}
     assert called("identity", **other) == [b"8", b"differs", b"a=1"]
-    assert called("identity", **{**other, "how": "ask"}) == [b"8", b"differs", b"a=1"]
+    assert called("identity", **{**other, "consent": "ask"}) == [b"8", b"differs", b"a=1"]
     assert set(record(called)) == {"I1"}
-    assert called("identity", **{**other, "how": "accept"}) == [b"8", b"accepted"]
-    assert called("identity", **{**other, "how": "accept"}) == [b"8", b"same"]
+    assert called("identity", **{**other, "consent": "accept"}) == [b"8", b"accepted"]
+    assert called("identity", **{**other, "consent": "accept"}) == [b"8", b"same"]
     assert called("identity", **IDENTITY) == called("identity", **other) == [b"8", b"same"]
     third = called("identity", **{**IDENTITY, "identity": "I3", "described": "a=3"})
     assert (third[:2], sorted(third[2:])) == ([b"8", b"differs"], [b"a=1", b"a=2"])
@@ -515,8 +515,8 @@ def test_rules_as_its_header_says(called):
     assert about(called.client.pttl(KEY), 5000)
 
 
-ANSWERED = {**OWNER, "how": "answer", "retention_ms": 900_000, "meta": meta("O" * 16), "body": "abc"}
-FREED = {**OWNER, "how": "release", "operator": "O" * 16, "fence": "99"}
+ANSWERED = {**OWNER, "action": "answer", "retention_ms": 900_000, "meta": meta("O" * 16), "body": "abc"}
+FREED = {**OWNER, "action": "release", "operator": "O" * 16, "fence": "99"}
 
 
 @pytest.mark.parametrize(("variant", "given"), [("answer", ANSWERED), ("release", FREED)])
@@ -536,7 +536,7 @@ def test_resolve_changes_only_what_the_operator_saw(called, variant, given):
 def test_resolve_answers_as_its_header_says(called, body_given, kept):
     """The record becomes complete under the operator's token; its owner is fenced in whatever it does."""
     called("claim", **CLAIM)
-    called("append", **OWNER, index=0, bytes="xyz", lease_ms=40_000)
+    called("append", **OWNER, index=0, chunk="xyz", lease_ms=40_000)
     assert called("resolve", "answer", **{**ANSWERED, "body": body_given}) == [b"8", b"resolved"]
     whole = {"meta": ANSWERED["meta"].encode(), **kept}
     assert record(called) == whole
@@ -551,12 +551,12 @@ def test_resolve_answers_as_its_header_says(called, body_given, kept):
 def owners_tries(called) -> list:
     """Whatever an owner may try that wakes up."""
     return [
-        called("append", **OWNER, index=1, bytes="abc", lease_ms=40_000),
+        called("append", **OWNER, index=1, chunk="abc", lease_ms=40_000),
         called("renew", **OWNER, lease_ms=90_000, retention_ms=900_000, stage="sent"),
         called("settle", "store", **SETTLE, **ANSWER),
-        called("settle", "release", **SETTLE, how="release"),
+        called("settle", "release", **SETTLE, action="release"),
         called(
-            "settle", "unknown", **SETTLE, how="unknown",
+            "settle", "unknown", **SETTLE, action="unknown",
             fence="1", mode="hold", fingerprint="F" * 16, self="S" * 32, created=1, why="lost",
         ),
     ]  # fmt: skip
@@ -565,7 +565,7 @@ def owners_tries(called) -> list:
 def test_resolve_releases_as_its_header_says(called):
     """The key is free for anybody, under a higher fence; its owner is fenced before and after that."""
     fence = called("claim", **CLAIM)[3]
-    called("append", **OWNER, index=0, bytes="xyz", lease_ms=40_000)
+    called("append", **OWNER, index=0, chunk="xyz", lease_ms=40_000)
     assert called("resolve", "release", **{**FREED, "fence": fence}) == [b"8", b"released"]
     assert record(called) == {"state": b"released", "token": b"O" * 16, "fence": fence}
     assert about(called.client.pttl(KEY), 500_000)

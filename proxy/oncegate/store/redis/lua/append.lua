@@ -1,6 +1,6 @@
--- Keeps one more chunk of an answer for the owner and extends its lease; a repeat with the same bytes is fine.
+-- Stores one more chunk of a response for the owner and extends its lease; a repeat with the same bytes changes nothing.
 -- KEYS: record
--- ARGV: tag token index bytes lease_ms
+-- ARGV: tag token index chunk lease_ms
 -- Returns: {tag, 'appended' or 'torn' or 'absent' or 'complete' or 'fenced'}
 local tag, token, field = ARGV[1], ARGV[2], 'b' .. ARGV[3]
 local found = redis.call('HMGET', KEYS[1], 'token', 'state', 'meta', field)
@@ -16,7 +16,7 @@ end
 local time = redis.call('TIME')
 local lease = time[1] * 1000 + math.floor(time[2] / 1000) + ARGV[5]
 if not found[4] then
-  -- One write for both, so that a refusal at the memory limit leaves chunk and count agreeing.
+  -- One write for both: if it is refused at the memory limit, chunks and count still agree.
   local bytes = tonumber(redis.call('HGET', KEYS[1], 'bytes')) or 0
   redis.call('HSET', KEYS[1], field, ARGV[4], 'bytes', bytes + #ARGV[4], 'lease', lease)
 else

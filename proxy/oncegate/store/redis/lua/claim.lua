@@ -1,12 +1,12 @@
--- Claims a key that is free, or open and still of the token `seen`; else, and after not_after, tells what stands there.
+-- Claims a key that is free, or open and still of the expected token; otherwise, and after not_after, returns its record.
 -- KEYS: record
--- ARGV: tag token fingerprint self mode lease_ms retention_ms not_after_ms inline_bytes window_ms seen
+-- ARGV: tag token fingerprint self mode lease_ms retention_ms not_after_ms inline_bytes window_ms expected_token
 -- Returns: {tag, 'claimed', now_ms, fence, created_ms}
 --        | {tag, 'late', now_ms}
 --        | {tag, 'complete', now_ms, meta, body or false}
 --        | {tag, state, now_ms, token, fence, mode, fingerprint, self, lease_left_ms, created_ms}
 local tag, token, fingerprint, self = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local lease_ms, window_ms, seen = tonumber(ARGV[6]), tonumber(ARGV[10]), ARGV[11]
+local lease_ms, window_ms, expected_token = tonumber(ARGV[6]), tonumber(ARGV[10]), ARGV[11]
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local late = now > tonumber(ARGV[8])
@@ -15,12 +15,12 @@ local found = redis.call('HMGET', KEYS[1], 'meta', 'state', 'token', 'fence', 'm
 local meta, state, fence, created = found[1], found[2], found[4], now
 local ours = found[3] == token and state == 'in_flight'
 
--- Whether a record is open is asked twice: by the caller, who also checks what it says of itself, and here, as of now.
+-- The caller has decided that the record is open, after checking it as a whole. It is decided here again, as of now.
 if meta then
-  -- The layout of meta's first bytes is fixed for this: version, token, fence, created (see store/record.py).
+  -- The first bytes of meta have fixed places: version, token, fence, created (see store/record.py).
   local past = window_ms > 0 and (tonumber(meta:sub(34, 49)) or now) + window_ms < now
-  if not past or late or seen == '' or meta:sub(2, 17) ~= seen then
-    -- A body of one chunk comes along; of several, the first alone would be no use.
+  if not past or late or expected_token == '' or meta:sub(2, 17) ~= expected_token then
+    -- A body of one chunk comes along. The first of several chunks alone would be of no use.
     local small = redis.call('HLEN', KEYS[1]) <= 2 and redis.call('HSTRLEN', KEYS[1], 'b0') <= tonumber(ARGV[9])
     local body = small and redis.call('HGET', KEYS[1], 'b0')
     return {tag, 'complete', now, meta, body}
@@ -29,10 +29,10 @@ if meta then
 elseif ours then
   created = tonumber(found[9])
 elseif state ~= 'released' and (state or redis.call('EXISTS', KEYS[1]) == 1) then
-  -- A deadline further off than a whole lease means that the clock stepped back.
+  -- An end of the lease further off than a whole lease means that the clock stepped back.
   local left = math.min((tonumber(found[8]) or 0) - now, lease_ms)
-  local over = state == 'unknown' or (state == 'in_flight' and left <= 0)
-  local open = over and found[5] == 'retry' and found[6] == fingerprint and seen ~= '' and found[3] == seen
+  local ended = state == 'unknown' or (state == 'in_flight' and left <= 0)
+  local open = ended and found[5] == 'retry' and found[6] == fingerprint and expected_token ~= '' and found[3] == expected_token
   if not open or late then
     return {tag, state, now, found[3], fence, found[5], found[6], found[7], left, found[9]}
   end
@@ -44,10 +44,10 @@ end
 if ours then
   redis.call('HSET', KEYS[1], 'lease', now + lease_ms)
 else
-  -- Past every fence given before, also across releases, which leave nothing behind.
+  -- Greater than every fence given before, also across releases, which leave no record behind.
   fence = string.format('%.0f', math.max((tonumber(fence) or 0) + 1, time[1] * 1000000 + time[2]))
   if meta or state then
-    -- UNLINK is allowed at the memory limit, and whatever follows it in a script: first a write that is refused there.
+    -- UNLINK is allowed at the memory limit, and so is every command behind it in a script. A write first is refused.
     redis.call('HSET', KEYS[1], 'lease', 0)
     redis.call('UNLINK', KEYS[1])
   end

@@ -1,8 +1,8 @@
 #!lua flags=allow-oom
--- Says which data set this is, founds it where there is none, and keeps until when unseen keys are refused.
+-- Returns the epoch of the data set, founding one where there is none, and keeps the end of the quarantine.
 -- KEYS: epoch
--- ARGV: tag fresh run quarantine_ms begin (fresh: the id of a new one; run: the server's replication id, or '';
---   begin: 1 where the caller knows of a loss)
+-- ARGV: tag fresh run quarantine_ms begin (fresh: the id of a new epoch; run: the server's replication id, or '';
+--   begin: 1 if the caller has found a loss)
 -- Returns: {tag, 'founded' or 'moved' or 'stands', id, left_ms}
 local tag, fresh, run, quarantine_ms = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local time = redis.call('TIME')
@@ -17,7 +17,7 @@ if founded or moved or ARGV[5] == '1' then
 elseif run ~= '' and found[2] ~= run then
   redis.call('HSET', KEYS[1], 'run', run)
 end
--- A deadline further off than a whole quarantine means that the clock stepped back.
+-- An end further off than a whole quarantine means that the clock stepped back.
 local left = math.min(math.max(ends - now, 0), quarantine_ms)
 if founded then
   return {tag, 'founded', id, left}

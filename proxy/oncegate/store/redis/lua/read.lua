@@ -1,8 +1,8 @@
--- Returns the next chunks of a complete answer, as many as fit (at least one).
+-- Returns the next chunks of a complete response, as many as fit (at least one).
 -- KEYS: record
 -- ARGV: tag token first limit_bytes
 -- Returns: {tag, 'chunks', chunk, ...} | {tag, 'gone'} | {tag, 'torn'}
---   gone: another record stands there, or none; torn: the record lacks the chunk
+--   gone: the key has another record, or none; torn: the record lacks the chunk
 local tag, token, index = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local room = tonumber(ARGV[4])
 local meta = redis.call('HGET', KEYS[1], 'meta')

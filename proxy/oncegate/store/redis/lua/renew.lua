@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- Extends the owner's lease and the record's retention; a lease that lapsed comes back if the key is still ours.
+-- Extends the owner's lease and the record's retention; a lapsed lease comes back if the token still owns the key.
 -- KEYS: record
 -- ARGV: tag token lease_ms retention_ms stage (how far its exchange got, for operators)
 -- Returns: {tag, 'renewed' or 'absent' or 'unknown' or 'complete' or 'fenced'}

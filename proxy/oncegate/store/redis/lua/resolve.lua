@@ -1,11 +1,11 @@
 #!lua flags=allow-oom
--- Ends a key for an operator who saw this token: gives it an answer or frees it; its owner is fenced from then on.
+-- Decides a key for an operator, if this token still owns it: completes or frees it, and fences the owner.
 -- KEYS: record
--- ARGV: tag token how (how is 'answer' or 'release'), then
+-- ARGV: tag token action (action is 'answer' or 'release'), then
 --   answer: retention_ms meta body
 --   release: operator fence (operator: a token that fences the owner)
 -- Returns: {tag, 'resolved' or 'released' or 'absent' or 'complete' or 'fenced'}
-local tag, token, how = ARGV[1], ARGV[2], ARGV[3]
+local tag, token, action = ARGV[1], ARGV[2], ARGV[3]
 local found = redis.call('HMGET', KEYS[1], 'token', 'state', 'meta')
 if found[3] then
   return {tag, 'complete'}
@@ -14,7 +14,7 @@ elseif not found[1] or found[2] == 'released' then
 elseif found[1] ~= token then
   return {tag, 'fenced'}
 end
-if how == 'answer' then
+if action == 'answer' then
   local meta, body = ARGV[5], ARGV[6]
   redis.call('UNLINK', KEYS[1])
   redis.call('HSET', KEYS[1], 'meta', meta)
@@ -24,7 +24,7 @@ if how == 'answer' then
   redis.call('PEXPIRE', KEYS[1], ARGV[4])
   return {tag, 'resolved'}
 end
--- Something has to stay: an owner that finds nothing writes its record.
+-- A record has to stay, because an owner that finds none writes its own.
 local operator = ARGV[4]
 local left = redis.call('PTTL', KEYS[1])
 redis.call('UNLINK', KEYS[1])

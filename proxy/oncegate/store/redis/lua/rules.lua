@@ -1,13 +1,13 @@
 #!lua flags=allow-oom
--- Notes by which rules a replica names keys, and tells whether others are about whose rules name them otherwise.
+-- Writes the rules by which a proxy names keys, and returns whether other live proxies name them by other rules.
 -- KEYS: rules
--- ARGV: tag rules before live_ms (digests; before: what this replica noted until now, or '')
+-- ARGV: tag rules before live_ms (digests; before: what this proxy wrote last)
 -- Returns: {tag, 'same' or 'differ'}
 local tag, rules, before, live_ms = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 if before ~= rules then
-  -- Others that still have it note it again.
+  -- Proxies that still have these rules write them again.
   redis.call('HDEL', KEYS[1], before)
 end
 redis.call('HSET', KEYS[1], rules, string.format('%.0f', now))

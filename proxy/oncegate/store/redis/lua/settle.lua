@@ -1,12 +1,12 @@
 #!lua flags=allow-oom
--- Ends a claim: stores the answer, frees the key, or marks it unknown; repeated, it changes nothing more.
+-- Ends a claim: stores the response, frees the key, or marks it unknown; a repeat changes nothing more.
 -- KEYS: record
--- ARGV: tag token how retention_ms (how is 'store', 'release' or 'unknown'), then
+-- ARGV: tag token action retention_ms (action is 'store', 'release' or 'unknown'), then
 --   store: meta digest chunks bytes last (last: the bytes of the last chunk if it was not appended, else '')
 --   unknown: fence mode fingerprint self created why
 -- Returns: {tag, 'stored' or 'released' or 'unknown', 'found' or 'absent'}
 --        | {tag, 'torn' or 'complete' or 'fenced'}
-local tag, token, how, retention = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local tag, token, action, retention = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local found = redis.call('HMGET', KEYS[1], 'token', 'state', 'meta', 'bytes', 'why', 'stage')
 local owner, state, meta = found[1], found[2], found[3]
 if meta then
@@ -17,7 +17,7 @@ if owner and owner ~= token then
 end
 local before = owner and 'found' or 'absent'
 
-if how == 'store' then
+if action == 'store' then
   local digest, chunks, bytes, last = ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8]), ARGV[9]
   if state == 'complete' then
     if meta:sub(50, 65) == digest then
@@ -26,15 +26,15 @@ if how == 'store' then
     return {tag, 'complete'}
   end
   if chunks == 0 or (chunks == 1 and #last == bytes) then
-    -- Written anew, so that a small record keeps the compact encoding.
+    -- A new hash, because one that has been large does not return to the compact encoding.
     redis.call('UNLINK', KEYS[1])
     redis.call('HSET', KEYS[1], 'meta', ARGV[5])
   else
-    -- Eight fields of a claim and 'bytes' stand beside the chunks, 'stage' after a renewal, 'why' where it was given up.
+    -- Beside the chunks there are eight fields of a claim and 'bytes', 'stage' after a renewal, and 'why' if unknown.
     local appended = chunks - (last ~= '' and 1 or 0)
-    local kept = tonumber(found[4]) or 0
+    local stored = tonumber(found[4]) or 0
     local others = 9 + (found[5] and 1 or 0) + (found[6] and 1 or 0)
-    if redis.call('HLEN', KEYS[1]) ~= appended + others or kept + #last ~= bytes then
+    if redis.call('HLEN', KEYS[1]) ~= appended + others or stored + #last ~= bytes then
       return {tag, 'torn'}
     end
     redis.call('HDEL', KEYS[1], 'state', 'token', 'fence', 'mode', 'fingerprint', 'self', 'lease', 'created',
@@ -50,7 +50,7 @@ end
 
 if state == 'complete' then
   return {tag, 'complete'}
-elseif how == 'release' then
+elseif action == 'release' then
   redis.call('UNLINK', KEYS[1])
   return {tag, 'released', before}
 end
