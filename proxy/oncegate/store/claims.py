@@ -92,29 +92,29 @@ class Claims:
                 reply = await servers.claim(call, head, tail, left_s)
                 if not isinstance(reply, list) and is_noscript(reply):
                     reply = await servers.claim(call._replace(by_body=True), head, tail, left_s)
-                found = claim_result(claim, tenant, reply, servers.note_time)
-                if self._strained and not isinstance(found, Unconfirmed):
+                result = claim_result(claim, tenant, reply, servers.note_time)
+                if self._strained and not isinstance(result, Unconfirmed):
                     self._relieve(servers.breaker_of(claim.key))
-                if isinstance(found, Record) and found.token != expected:
+                if isinstance(result, Record) and result.token != expected:
                     # Most records are complete and stay so. Only the others may be open to this claim.
-                    uncertain = found.state is not State.COMPLETE or window_ms > 0 or self._given_up
-                    if uncertain and await self._may_take_over(found, claim, window_ms):
-                        expected, left_s = found.token, deadline - loop.time()
+                    uncertain = result.state is not State.COMPLETE or window_ms > 0 or self._given_up
+                    if uncertain and await self._may_take_over(result, claim, window_ms):
+                        expected, left_s = result.token, deadline - loop.time()
                         tail = arguments.claim_tail(window_ms, expected)
                         continue
-                if not isinstance(found, Unconfirmed):
+                if not isinstance(result, Unconfirmed):
                     if maybe_executed:
-                        self._leave_copy(claim, held=reclaims or isinstance(found, Claim))
-                    return found
-                held |= isinstance(found, UnderReplicated)
-                maybe_executed |= found.maybe_executed
+                        self._leave_copy(claim, held=reclaims or isinstance(result, Claim))
+                    return result
+                held |= isinstance(result, UnderReplicated)
+                maybe_executed |= result.maybe_executed
                 ends = min(deadline - held * self._release_s, self._patience_ends)
-                if loop.time() + pause_s >= ends or isinstance(found, NotAttempted | StoreFull):
-                    self._note_failure(found, claim, deadline)
-                    found = replace(found, maybe_executed=maybe_executed)
+                if loop.time() + pause_s >= ends or isinstance(result, NotAttempted | StoreFull):
+                    self._note_failure(result, claim, deadline)
+                    result = replace(result, maybe_executed=maybe_executed)
                     if reclaims:
-                        return self._end_reclaim(claim, found)
-                    return await self._end(claim, tenant, found, held)
+                        return self._end_reclaim(claim, result)
+                    return await self._end(claim, tenant, result, held)
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 2, PAUSE_MOST_S)
                 left_s = deadline - loop.time()
@@ -131,8 +131,8 @@ class Claims:
         reply = await self._servers.run(call, args)
         if is_noscript(reply):
             reply = await self._servers.run(call._replace(by_body=True), args)
-        found = claim_result(nobody, tenant, reply, self._servers.note_time)
-        return None if found is LATE or isinstance(found, Claim) else found
+        result = claim_result(nobody, tenant, reply, self._servers.note_time)
+        return None if result is LATE or isinstance(result, Claim) else result
 
     def copy_may_come(self, claim: Claim) -> bool:
         """Return whether another copy of a held claim may still reach the store.
@@ -148,15 +148,15 @@ class Claims:
 
     # Open records ...
 
-    async def _may_take_over(self, found: Record, claim: Claim, window_ms: int) -> bool:
+    async def _may_take_over(self, record: Record, claim: Claim, window_ms: int) -> bool:
         """Return whether another try may take the key with the record's token as the expected one."""
-        if found.token in self._given_up:
+        if record.token in self._given_up:
             # It is a claim of this proxy that nobody holds, and for which nothing was sent. Free it now.
-            freed = await self._release(claim._replace(token=found.token), self._timeout_s)
+            freed = await self._release(claim._replace(token=record.token), self._timeout_s)
             return freed.status is SettleStatus.RELEASED
-        past_window = window_ms > 0 and found.created_ms + window_ms < found.now_ms
-        state = effective_state(found.state, found.lease_left_ms)
-        return may_take_over(state, found.fingerprint == claim.fingerprint, found.mode, past_window)
+        past_window = window_ms > 0 and record.created_ms + window_ms < record.now_ms
+        state = effective_state(record.state, record.lease_left_ms)
+        return may_take_over(state, record.fingerprint == claim.fingerprint, record.mode, past_window)
 
     # Failures ...
 

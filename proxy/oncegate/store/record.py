@@ -30,10 +30,13 @@ BODY_STORED, CLOSE_DELIMITED, STATED_LENGTH = 1, 2, 4
 class ClaimRequest(NamedTuple):
     """What `Store.claim` asks for. Times in milliseconds."""
 
-    key: bytes  # digest
+    # Digest.
+    key: bytes
     scope: Scope
-    fingerprint: bytes  # digest of the request
-    mode: bytes  # of the policy: hold or retry
+    # Digest of the request.
+    fingerprint: bytes
+    # Of the policy: hold or retry.
+    mode: bytes
     lease_ms: int
     retention_ms: int
     # Of a derived key: the age at which a complete record no longer counts. 0 for any other key.
@@ -43,13 +46,18 @@ class ClaimRequest(NamedTuple):
 class Claim(NamedTuple):
     """The right to execute one key. Only the store makes one, and without it nothing is forwarded or settled."""
 
-    key: bytes  # digest
-    token: bytes  # of this claim alone
-    fence: bytes  # a number in digits that grows with every claim of the key
-    mode: bytes  # hold or retry
+    # Digest.
+    key: bytes
+    # Of this claim alone.
+    token: bytes
+    # A number in digits that grows with every claim of the key.
+    fence: bytes
+    # Hold or retry.
+    mode: bytes
     fingerprint: bytes
     self_check: bytes
-    created_ms: int  # by the store's clock
+    # By the store's clock.
+    created_ms: int
     lease_ms: int
     retention_ms: int
 
@@ -59,16 +67,24 @@ class StoredResponse(NamedTuple):
 
     status: int
     reason: bytes
-    block: bytes  # the end-to-end header fields, as a replay writes them
-    digest: bytes  # of status, reason, block and body
+    # The end-to-end header fields, as a replay writes them.
+    block: bytes
+    # Of status, reason, block and body.
+    digest: bytes
     chunks: int
-    size: int  # of the body, in bytes
+    # Of the body, in bytes.
+    size: int
     body_stored: bool
-    close_delimited: bool  # the upstream ended the body by closing the connection (RFC 9112, section 6.3)
-    stated_length: bool  # `block` has the upstream's own Content-Length
-    completed_ms: int  # by the store's clock
-    took_ms: int  # until the upstream had responded
-    age_s: int  # the Age that the upstream sent (RFC 9111, section 5.1)
+    # The upstream ended the body by closing the connection (RFC 9112, section 6.3).
+    close_delimited: bool
+    # `block` has the upstream's own Content-Length.
+    stated_length: bool
+    # By the store's clock.
+    completed_ms: int
+    # Until the upstream had responded.
+    took_ms: int
+    # The Age that the upstream sent (RFC 9111, section 5.1).
+    age_s: int
 
 
 class Record(NamedTuple):
@@ -185,15 +201,15 @@ def running(key: bytes, tenant: bytes, fields: list[bytes | int | None], now_ms:
     """Return the record of a key in flight or unknown. `fields`: the reply to `claim`, without the time."""
     state, token, _fence, mode, fingerprint, self_described, lease_left_ms, created = fields
     try:
-        found = State(bytes(state or b"").decode())
+        stored_state = State(bytes(state or b"").decode())
         created_ms = int(created or b"")
     except ValueError:
         return Corrupt("unknown state")
-    if found is State.COMPLETE:
+    if stored_state is State.COMPLETE:
         return Corrupt("a complete record without an answer")
     if not (isinstance(token, bytes) and isinstance(mode, bytes) and isinstance(fingerprint, bytes)):
         return Corrupt("the record is not whole")
     if self_described != self_check(key, tenant, token, mode, fingerprint):
         return Corrupt("the record does not match its check")
     left = lease_left_ms if isinstance(lease_left_ms, int) else 0
-    return Record(found, token, fingerprint, created_ms, now_ms, lease_left_ms=left, mode=mode)
+    return Record(stored_state, token, fingerprint, created_ms, now_ms, lease_left_ms=left, mode=mode)

@@ -66,12 +66,18 @@ ClaimResult = Claim | NotClaimed
 class SettleStatus(Enum):
     """How a settle ended."""
 
-    STORED = "stored"  # the record is complete and has this response
-    RELEASED = "released"  # the key is free
-    MARKED_UNKNOWN = "unknown"  # the record says that nobody knows the outcome
-    INCOMPLETE = "incomplete"  # nothing was changed: the record lacks chunks of the response
-    FENCED = "fenced"  # nothing was changed: the key has another owner, or another response of ours
-    UNCONFIRMED = "unconfirmed"  # the store did not confirm in time; the settle may have been executed
+    # The record is complete and has this response.
+    STORED = "stored"
+    # The key is free.
+    RELEASED = "released"
+    # The record says that nobody knows the outcome.
+    MARKED_UNKNOWN = "unknown"
+    # Nothing was changed: the record lacks chunks of the response.
+    INCOMPLETE = "incomplete"
+    # Nothing was changed: the key has another owner, or another response of ours.
+    FENCED = "fenced"
+    # The store did not confirm in time; the settle may have been executed.
+    UNCONFIRMED = "unconfirmed"
 
 
 class SettleResult(NamedTuple):
@@ -85,11 +91,16 @@ class AppendStatus(Enum):
     """How the append of one chunk ended. The record has the chunk only after APPENDED."""
 
     APPENDED = "appended"
-    INCOMPLETE = "incomplete"  # the record has another chunk at this index
-    ABSENT = "absent"  # there is no record
-    COMPLETE = "complete"  # the owner's own response is complete already
-    FENCED = "fenced"  # the key has another owner
-    NO_MEMORY = "no_memory"  # the store is at its memory limit
+    # The record has another chunk at this index.
+    INCOMPLETE = "incomplete"
+    # There is no record.
+    ABSENT = "absent"
+    # The owner's own response is complete already.
+    COMPLETE = "complete"
+    # The key has another owner.
+    FENCED = "fenced"
+    # The store is at its memory limit.
+    NO_MEMORY = "no_memory"
     UNCONFIRMED = "unconfirmed"
 
 
@@ -97,18 +108,24 @@ class RenewStatus(Enum):
     """How the renewal of a lease ended. The lease is extended only after RENEWED."""
 
     RENEWED = "renewed"
-    ABSENT = "absent"  # there is no record
-    UNKNOWN = "unknown"  # the record is marked unknown
-    COMPLETE = "complete"  # the owner's own response is complete
-    FENCED = "fenced"  # the key has another owner
+    # There is no record.
+    ABSENT = "absent"
+    # The record is marked unknown.
+    UNKNOWN = "unknown"
+    # The owner's own response is complete.
+    COMPLETE = "complete"
+    # The key has another owner.
+    FENCED = "fenced"
     UNCONFIRMED = "unconfirmed"
 
 
 class ReadFailure(Enum):
     """Why a read returns no chunks."""
 
-    INCOMPLETE = "incomplete"  # the record lacks the chunk
-    GONE = "gone"  # the record has another owner, or there is none
+    # The record lacks the chunk.
+    INCOMPLETE = "incomplete"
+    # The record has another owner, or there is none.
+    GONE = "gone"
     UNCONFIRMED = "unconfirmed"
 
 
@@ -117,7 +134,10 @@ class ResolveStatus(Enum):
 
     RESOLVED = "resolved"
     RELEASED = "released"
-    ABSENT = "absent"  # there is no record
-    COMPLETE = "complete"  # the owner's response is complete
-    FENCED = "fenced"  # the key has another owner than the operator saw
+    # There is no record.
+    ABSENT = "absent"
+    # The owner's response is complete.
+    COMPLETE = "complete"
+    # The key has another owner than the operator saw.
+    FENCED = "fenced"
     UNCONFIRMED = "unconfirmed"

@@ -189,10 +189,10 @@ class WaitingLink(Link):
 
     def _replica_left(self, info: object) -> str | None:
         """Return why a claim does not count though enough replicas have it, or None."""
-        found = _CONNECTED.search(info) if isinstance(info, bytes) else None
-        if found is None:
+        connected = _CONNECTED.search(info) if isinstance(info, bytes) else None
+        if connected is None:
             return None
-        now, before, self._replicas = self._loop.time(), self._replicas, int(found[1])
+        now, before, self._replicas = self._loop.time(), self._replicas, int(connected[1])
         if self._counted_at != self.at:
             # The connection leads to another server now, so the counts do not compare.
             self._counted_at, self._left_at = self.at, float("-inf")

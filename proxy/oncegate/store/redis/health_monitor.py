@@ -64,9 +64,11 @@ class _Inspection(NamedTuple):
 
     talk: Talk
     member: Membership
-    place: bytes  # a hash tag whose keys lie on the server; empty where the server has all keys
+    # A hash tag whose keys lie on the server; empty where the server has all keys.
+    place: bytes
     memory: Memory
-    quarantine_ms: int  # of a loss found by this inspection
+    # Of a loss found by this inspection.
+    quarantine_ms: int
 
 
 class HealthMonitor:
@@ -209,15 +211,15 @@ class HealthMonitor:
         if not isinstance(reply, list):
             # In a cluster: the slot of the epoch is being moved away.
             return StoreEvent.FLUSHED if self._was_flushed else None
-        word, epoch, left_ms = reply
+        verdict, epoch, left_ms = reply
         self._quarantine_ends = self._clock() + left_ms / 1000
         known, memory.epoch = memory.epoch, epoch
         run_before, memory.run = memory.run, run
         if known and known != epoch:
             return StoreEvent.FLUSHED
-        if word == b"moved" or (run_before and run and run_before != run):
+        if verdict == b"moved" or (run_before and run and run_before != run):
             return StoreEvent.MOVED
-        return StoreEvent.FOUNDED if word == b"founded" else None
+        return StoreEvent.FOUNDED if verdict == b"founded" else None
 
     async def _ask_counters(self, inspection: _Inspection) -> StoreEvent | None:
         """Return the loss that the server's counter of evictions and this proxy's counter show."""
@@ -225,12 +227,12 @@ class HealthMonitor:
         before, self._evicted = self._evicted, int(self.info.get("evicted_keys", 0))
         forgotten = StoreEvent.EVICTED if before is not None and self._evicted > before else None
         value = replica_value(memory.mark + 1, member.retention_ms, member.replica)
-        found = await talk.command("SET", self._replica_key + place, value, "PX", member.retention_ms, "GET")
+        previous = await talk.command("SET", self._replica_key + place, value, "PX", member.retention_ms, "GET")
         # Any other reply leaves open whether the counter was written. The next inspection shows it.
-        if isinstance(found, bytes | None):
+        if isinstance(previous, bytes | None):
             now_s = time.clock_gettime(time.CLOCK_BOOTTIME)
-            expired = found is None and now_s - memory.marked_s > 0.9 * member.retention_ms / 1000
-            if memory.mark > (int(found.split(b" ", 1)[0]) if found else 0) and not expired:
+            expired = previous is None and now_s - memory.marked_s > 0.9 * member.retention_ms / 1000
+            if memory.mark > (int(previous.split(b" ", 1)[0]) if previous else 0) and not expired:
                 # Where keys were evicted, the counter itself may be one of them.
                 forgotten = forgotten or StoreEvent.ROLLED_BACK
             memory.mark, memory.marked_s = memory.mark + 1, now_s

@@ -40,9 +40,12 @@ class Memory:
 
     since: float
     epoch: bytes = b""
-    run: str = ""  # the server's replication id
-    mark: int = 0  # this proxy's counter
-    marked_s: float = 0.0  # when the counter was written, on a clock that runs while the machine sleeps
+    # The server's replication id.
+    run: str = ""
+    # This proxy's counter.
+    mark: int = 0
+    # When the counter was written, on a clock that runs while the machine sleeps.
+    marked_s: float = 0.0
 
 
 def replica_key(token: bytes) -> bytes:

@@ -68,14 +68,14 @@ def claim_result(claim: Claim, tenant: bytes, reply: Any, note_time: Callable[[i
     `note_time(now_ms)` is called with the server's time.
     """
     # By its length, too: in a damaged record the state may be any word.
-    word = reply[0] if isinstance(reply, list) and len(reply) == 4 else b""
-    if word == b"claimed":
+    kind = reply[0] if isinstance(reply, list) and len(reply) == 4 else b""
+    if kind == b"claimed":
         _, now_ms, fence, created = reply
         note_time(now_ms)
         key, token, _, mode, fingerprint, self_check, _, lease_ms, retention_ms = claim
         # By position, in the order of the line before: keyword arguments cost 0.4 us more (measured).
         return Claim(key, token, fence, mode, fingerprint, self_check, int(created), lease_ms, retention_ms)
-    if word == b"complete":
+    if kind == b"complete":
         _, now_ms, meta, body = reply
         note_time(now_ms)
         return unpack(claim.key, tenant, meta, body, now_ms)
