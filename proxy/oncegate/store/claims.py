@@ -93,7 +93,8 @@ class Claims:
                 if not isinstance(reply, list) and is_noscript(reply):
                     reply = await servers.claim(call._replace(by_body=True), head, tail, left_s)
                 result = claim_result(claim, tenant, reply, servers.note_time)
-                if self._strained and not isinstance(result, Unconfirmed):
+                # Any reply relieves the breaker, also that the claim came too late.
+                if self._strained and (result is LATE or not isinstance(result, Unconfirmed)):
                     self._relieve(servers.breaker_of(claim.key))
                 if isinstance(result, Record) and result.token != expected:
                     # Most records are complete and stay so. Only the others may be open to this claim.
@@ -106,6 +107,7 @@ class Claims:
                     if maybe_executed:
                         self._leave_copy(claim, held=reclaims or isinstance(result, Claim))
                     return result
+                # From here on the claim is not confirmed: try again, or end it.
                 held |= isinstance(result, UnderReplicated)
                 maybe_executed |= result.maybe_executed
                 ends = min(deadline - held * self._release_s, self._patience_ends)
@@ -119,6 +121,7 @@ class Claims:
                 pause_s = min(pause_s * 2, PAUSE_MOST_S)
                 left_s = deadline - loop.time()
         except (Exception, asyncio.CancelledError):
+            # The caller is gone, and the last try may still reach the store.
             self._leave_copy(claim, held=reclaims)
             raise
 
@@ -142,7 +145,7 @@ class Claims:
         return claim.token in self._doubled
 
     def withdraw_copy(self, claim: Claim) -> None:
-        """Release a claim that is being released once more, when no copy of it can take the key any more."""
+        """Release a claim once more later, when no copy of it can take the key any more."""
         self._doubled.discard(claim.token)
         self._withdraw_later(claim)
 

@@ -180,6 +180,7 @@ class Store:
     def claim(self, request: ClaimRequest) -> Claiming:
         """Claim a key, or return the record that it has. After Unconfirmed no copy of the claim keeps the key."""
         key, scope, fingerprint, mode, lease_ms, retention_ms, window_ms = request
+        # `token()` without its frame, as this is the hot path.
         token = self._prefix + next(self._count).to_bytes(6, "big")
         described = self_check(key, scope.tenant, token, mode, fingerprint)
         # The fence and the time of creation come with the reply.
@@ -281,6 +282,7 @@ class Store:
         Return the last reply, and whether a try before it may have been executed.
         """
         loop, pause_s = self._loop, PAUSE_FIRST_S
+        # Whether a try without a reply may have done its work: it decides what a later reply means.
         maybe_executed = False
         while True:
             deadline = min(loop.time() + self._timeout_s, max(ends, loop.time() + TRY_LEAST_S))

@@ -59,6 +59,7 @@ class Cluster:
         # The breaker of slots whose master is not known.
         self._unmapped = Breaker(self._loop.time, config.breaker_opened)
         self._views = ClusterViews(several, config, self._note_failure)
+        # Set when the map may be wrong, and once it is known.
         self._surprised = asyncio.Event()
         self._mapped = asyncio.Event()
         self._closing: set[asyncio.Task[None]] = set()
@@ -117,6 +118,7 @@ class Cluster:
         while True:
             nodes = [node for node in self.nodes if node.link.up]
             await asyncio.gather(*[node.inspect() for node in nodes])
+            # A master that became a replica: a failover has happened.
             if any(node.info.get("role") == "slave" for node in nodes):
                 self._surprised.set()
             await asyncio.sleep(HEALTH_S)
@@ -135,6 +137,7 @@ class Cluster:
 
     def _key_on(self, node: Node) -> bytes:
         """Return a random digest whose record would lie on this server."""
+        # Random digests fall on every master, unless it has lost its slots meanwhile.
         while self.node_of(store_key(key := os.urandom(KEY_DIGEST_BYTES))) is not node:
             if node not in self._slots:
                 break
@@ -188,6 +191,7 @@ class Cluster:
                 if node is None:
                     return None, Unconfirmed(self._down_because, maybe_executed=False)
             reply = await issue(node, call._replace(asking=True) if asking else call)
+            # A list is a script's reply, whatever it says.
             if isinstance(reply, list):
                 break
             redirection = self._redirection(slot, node, reply)
@@ -218,6 +222,7 @@ class Cluster:
             named = self._slots[slot] = self._visit(words[2], node)
             self._surprised.set()
             return named, False
+        # These may pass without a redirection. The call is repeated by its verb.
         if words[0] in ASTRAY or isinstance(reply, Unconfirmed):
             self._surprised.set()
         return None
@@ -250,6 +255,7 @@ class Cluster:
             complete = await self._refresh()
             asked_at = self._loop.time()
             await asyncio.sleep(pause_s)
+            # An incomplete map is fetched again without waiting for a surprise.
             if complete:
                 await asyncio.wait({asyncio.ensure_future(self._surprised.wait())}, timeout=REFRESH_S)
             quiet = self._loop.time() - asked_at > 2 * REFRESH_MOST_S
@@ -257,6 +263,7 @@ class Cluster:
 
     async def _refresh(self) -> bool:
         """Fetch the map. Return whether every slot has a master that is connected."""
+        # Masters are asked over their shared connections, other places only if none of them replies.
         up = [node for node in self.nodes if node.link.up]
         views = await self._views.of_nodes(random.sample(up, min(len(up), ASKED)))
         if not views:

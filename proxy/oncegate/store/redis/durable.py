@@ -130,6 +130,7 @@ class WaitingLink(Link):
     def _commit(self) -> None:
         """Send all pending claims, and one WAIT behind them."""
         batch = self._take_batch()
+        # Claims that come while this batch waits are sent after it: WAIT would hold them up anyway.
         self._committing = bool(batch)
         if not batch:
             return

@@ -109,6 +109,7 @@ class Link(asyncio.Protocol):
             except Exception as error:
                 # Any error: if this task ended, the store would stay down for good.
                 self.down_because = str(error) or type(error).__name__
+                # With jitter, so that all proxies do not come at once when the server is back.
                 await asyncio.sleep(random.uniform(0.5, 1) * pause_s)
                 pause_s = min(pause_s * 2, RECONNECT_MOST_S)
             else:
@@ -146,6 +147,7 @@ class Link(asyncio.Protocol):
         """Close the connection. Commands that wait on it become unconfirmed: the server may execute them or not."""
         if self._transport is None:
             return
+        # Commands that are issued from here on, also by the callers woken below, are not sent.
         transport, self._transport, self.up = self._transport, None, False
         transport.abort()
         self.down_because = why
@@ -193,12 +195,14 @@ class Link(asyncio.Protocol):
         if self._transport is None:
             future.set_result(Unconfirmed(self.down_because, maybe_executed=False))
             return future
+        # The first command of a turn schedules the write; the others of the turn join it.
         if not out:
             self._loop.call_soon(self._flush)
         out.append(command)
         if len(out) >= BATCH:
             self._flush()
         self._waiting.append((future, tag, verb, deadline, perf_counter()))
+        # One timer for all commands: a timer for each would cost every request.
         if self._sweeper is None:
             self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
         return future
@@ -258,8 +262,10 @@ class Link(asyncio.Protocol):
                 return True
         elif tag:
             return self._reject(future)
+        # Plain commands and the health checks have no verb, and are not measured.
         if verb:
             self._observe(verb, perf_counter() - issued)
+        # The caller may have stopped waiting, or the deadline may have passed.
         if not future.done():
             future.set_result(reply)
         return True
