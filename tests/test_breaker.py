@@ -1,4 +1,4 @@
-"""When claims are given up on, and when not."""
+"""When the circuit breaker opens, and when it closes."""
 
 import pytest
 
@@ -24,14 +24,14 @@ def breaker(clock: Clock) -> Breaker:
 
 
 def fail(breaker: Breaker, clock: Clock, seconds: float = 1.0) -> None:
-    """A claim that takes so long and fails."""
+    """Fail a claim that takes so many seconds."""
     began = clock.now
     clock.now += seconds
     breaker.failed(began)
 
 
 def test_failures_in_a_row_open_it(breaker, clock):
-    """FAILURES of them, one after the other; it says so once."""
+    """FAILURES claims that fail one after the other open the breaker, which reports it once."""
     opened = []
     breaker = Breaker(clock, lambda: opened.append(clock.now))
     for n in range(FAILURES + 2):
@@ -41,7 +41,7 @@ def test_failures_in_a_row_open_it(breaker, clock):
 
 
 def test_failures_at_once_are_one(breaker, clock):
-    """A hundred claims that wait for the same slow reply."""
+    """A hundred claims that wait for one slow reply count as one failure."""
     clock.now += 1
     for n in range(100):
         breaker.failed(100 + n / 1000)
@@ -52,7 +52,7 @@ def test_failures_at_once_are_one(breaker, clock):
 
 
 def test_a_constant_stream_of_failures_opens_it(breaker, clock):
-    """Claims that overlap all the time, each for its whole budget: it opens after as many budgets."""
+    """Overlapping claims that fail open the breaker after FAILURES times their duration."""
     while not breaker.open:
         clock.now += 0.01
         breaker.failed(clock.now - 1.0)
@@ -60,7 +60,7 @@ def test_a_constant_stream_of_failures_opens_it(breaker, clock):
 
 
 def test_a_success_in_between_starts_anew(breaker, clock):
-    """Whatever the reply says: the store confirms."""
+    """Any reply starts the count of failures anew."""
     for _ in range(5):
         for _ in range(FAILURES - 1):
             fail(breaker, clock)
@@ -69,7 +69,7 @@ def test_a_success_in_between_starts_anew(breaker, clock):
 
 
 def test_it_closes_when_a_probe_succeeds(breaker, clock):
-    """And it takes as many failures as before to open it again."""
+    """A probe that succeeds closes the breaker, and it takes as many failures to open it again."""
     for _ in range(FAILURES):
         fail(breaker, clock)
     breaker.succeeded()

@@ -1,4 +1,4 @@
-"""A cluster: every key finds its master, while slots move, masters die and replicas take over."""
+"""A cluster: every key reaches its master while slots move, masters fail and replicas take over."""
 
 import asyncio
 import random
@@ -46,7 +46,7 @@ def keys_on(first: int, last: int, number: int) -> list[bytes]:
 
 @pytest.fixture(scope="module")
 def standing() -> Iterator[Clustered]:
-    """Three masters, each with a replica, for what leaves them as they are."""
+    """Three masters with a replica each, for tests that leave them as they are."""
     cluster = Clustered()
     yield cluster
     cluster.close()
@@ -62,7 +62,7 @@ def cluster(standing: Clustered) -> Clustered:
 
 @pytest.fixture
 def fragile() -> Iterator[Clustered]:
-    """Three masters, each with a replica, for what breaks them."""
+    """Three masters with a replica each, for tests that break them."""
     cluster = Clustered()
     yield cluster
     cluster.close()
@@ -79,7 +79,7 @@ async def watching(url: str, log: Log, **options: Any) -> AsyncIterator[Store]:
 
 
 async def life(store: Store, of: bytes) -> None:
-    """One key's whole life."""
+    """Run every verb of one key's life."""
     owner = await claimed(store, key=of)
     assert await store.append(owner, 0, b"ab", PATIENCE_S) == AppendStatus.APPENDED
     assert await store.renew(owner) == RenewStatus.RENEWED
@@ -93,7 +93,7 @@ async def life(store: Store, of: bytes) -> None:
 
 
 async def test_every_verb_on_every_master(cluster):
-    """Keys of all masters live their lives at once; each record is where its slot is."""
+    """Keys on all masters are claimed and stored at once; each record is where its slot is."""
     async with watching(cluster.url, []) as store:
         assert len(store.nodes) == len(store.links) == 3
         await asyncio.gather(*[life(store, key(number)) for number in range(60)])
@@ -105,7 +105,7 @@ async def test_every_verb_on_every_master(cluster):
 
 
 async def test_one_write_a_master(cluster):
-    """Thirty renewals at once go to each master as one batch, on one connection each."""
+    """Thirty renewals at once go to each master as one batch on one connection."""
     async with watching(cluster.url, []) as store:
         owners = [await claimed(store, key=key(number)) for number in range(30)]
         masters = cluster.servers[:3]
@@ -115,7 +115,7 @@ async def test_one_write_a_master(cluster):
 
 
 async def test_a_claims_deadline_is_in_its_masters_time(cluster):
-    """What the store believes of one master's clock never reaches another's."""
+    """A wrong idea of one master's clock does not affect another's claims."""
     async with watching(cluster.url, []) as store:
         nodes = store.nodes
         for node, hours in zip(nodes, (-1, 0, 1), strict=True):
@@ -125,7 +125,7 @@ async def test_a_claims_deadline_is_in_its_masters_time(cluster):
 
 
 async def test_tags_lie_on_their_masters(cluster):
-    """Each master has a hash tag of its own, for keys that are to lie on it."""
+    """Each master has a hash tag whose keys lie on it."""
     async with watching(cluster.url, []) as store:
         for node in store.nodes:
             assert node.name == f"127.0.0.1:{cluster.master_of(b'once:epoch' + node.tag).port}"
@@ -136,7 +136,7 @@ async def test_tags_lie_on_their_masters(cluster):
 
 @pytest.mark.fault(12)
 async def test_a_slot_that_moves(cluster):
-    """Its keys are claimed, found and settled before, during and after: ASK and MOVED cost no call."""
+    """Keys are claimed, read and settled before, during and after a move: ASK and MOVED fail no call."""
     source, target = cluster.servers[0], cluster.servers[1]
     first, second, third = keys_on(0, 5000, 3)
     slot = key_slot(store_key(first))
@@ -168,7 +168,7 @@ async def test_a_slot_that_moves(cluster):
 
 @pytest.mark.fault(12)
 async def test_resharding_under_load(cluster):
-    """While 40 slots wander from master to master, 16 lives at once go on, and not one call fails for it."""
+    """While 40 slots move between masters, 16 clients at once see no call fail."""
     dice, moved = random.Random(7), 0
     masters = cluster.servers[:3]
     slots = {slot for part in range(3) for slot in range(part * 5500, part * 5500 + 40)}
@@ -194,7 +194,7 @@ async def test_resharding_under_load(cluster):
 
 
 async def test_what_operators_see_of_a_slot_that_moves():
-    """Keys that are on their way are listed and shown like any other; a cluster that tells nothing is no empty one."""
+    """Keys that are being moved are listed and shown; a cluster that does not reply is not shown as empty."""
     cluster = Clustered(replicas=0)
     try:
         source, target = cluster.servers[:2]
@@ -261,7 +261,7 @@ async def test_masters_that_change_while_keys_are_claimed(fragile):
 
 
 async def test_a_cluster_with_a_hole(cluster, monkeypatch):
-    """Keys whose master is gone for good are unconfirmed within the budget; the others are served."""
+    """Keys without a master are unconfirmed within their time; the others are served."""
     async with watching(cluster.url, [], timeout_ms=400) as store:
         lost = store.nodes[0]
         monkeypatch.setattr(store._servers, "_refresh", lambda: asyncio.sleep(0, True))
@@ -279,7 +279,7 @@ async def test_a_cluster_with_a_hole(cluster, monkeypatch):
 
 
 async def test_any_server_is_enough(cluster):
-    """A replica beside a place where nobody is: the rest is found out."""
+    """A URL with a dead place and one replica is enough to find all masters."""
     replica = cluster.servers[5]
     await live(f"redis+cluster://127.0.0.1:1,127.0.0.1:{replica.port}")
 
@@ -312,7 +312,7 @@ async def test_over_tls_with_a_password(monkeypatch, tmp_path):
 
 
 async def test_the_wrong_kind_of_url(cluster, valkey):
-    """Who names a cluster as a server, or a server as a cluster, is told so."""
+    """A cluster named as a server, or a server as a cluster, is refused with the right form of URL."""
     await assert_unreachable(
         f"redis://127.0.0.1:{cluster.servers[0].port}", "this is a cluster: name it as redis.cluster"
     )
@@ -324,7 +324,7 @@ async def test_the_wrong_kind_of_url(cluster, valkey):
 
 
 def test_a_view():
-    """A host that is not told is the one that was asked; IPv6 stands in brackets; replicas are known, too."""
+    """A missing host is the one that was asked; IPv6 addresses get brackets; replicas are part of the view."""
     slots = [
         [0, 99, [b"", 7000, b"id"], [b"10.0.0.2", 7001, b"id"]],
         [100, 199, [None, 7000, b"id"]],
@@ -337,7 +337,7 @@ def test_a_view():
 
 @pytest.mark.parametrize("slot", [0, 1, 8191, 16383])
 def test_a_tag_of_any_slot(slot):
-    """There is one for each slot, and it stays while the slot does."""
+    """Every slot has a hash tag, which stays the same while the slot does not move."""
     tag = tag_within([(slot, slot)], b"")
     assert key_slot(b"once:epoch" + tag) == slot
     assert tag_within([(0, 16383)], tag) == tag

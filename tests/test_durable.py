@@ -1,4 +1,4 @@
-"""Claims that count only once a replica or a disk has them."""
+"""Claims that take effect only once a replica or a disk has them."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -48,7 +48,7 @@ def key(number: int) -> bytes:
     ],
 )
 def test_levels(durability, several, asked):
-    """What each setting asks of a store: with replicas of its own, `fsync` asks for one of them, too."""
+    """The level of each setting; `fsync` includes one replica where the store has replicas."""
     assert level(durability, several) == asked
 
 
@@ -69,7 +69,7 @@ def test_levels(durability, several, asked):
     ],
 )
 def test_the_count_is_checked(asked, reply, lacking):
-    """WAIT answers with a count also when its time is over."""
+    """WAIT returns a count also when its time is over, so the count decides."""
     assert asked.lacking(reply) == lacking
 
 
@@ -85,7 +85,7 @@ async def scripted() -> AsyncIterator[RespServer]:
 
 
 class Counting:
-    """Answers claims at once, and each WAIT once it is told to."""
+    """A server that answers claims at once, and each WAIT when the test says so."""
 
     def __init__(self) -> None:
         self.waits: list[tuple[Connection, Words]] = []
@@ -106,7 +106,7 @@ class Counting:
 
 
 async def test_all_claims_of_a_write_share_one_wait(scripted):
-    """What comes meanwhile leaves together, too, when the first WAIT is answered: with the second."""
+    """Claims that come during a WAIT leave together after it, with one WAIT for all of them."""
     scripted.script = counting = Counting()
     async with connected(scripted.url, durability="replicated") as store:
         first = [asyncio.ensure_future(claimed(store, key=key(number))) for number in range(20)]
@@ -127,7 +127,7 @@ async def test_all_claims_of_a_write_share_one_wait(scripted):
 
 
 async def test_other_commands_do_not_wait(scripted):
-    """Renewals, settles and looks have the other connection, and are answered while a WAIT runs."""
+    """Renewals, settles and peeks use the other connection, and get their replies while a WAIT runs."""
     scripted.script = counting = Counting()
     async with connected(scripted.url, durability="replicated") as store:
         owner = asyncio.ensure_future(claimed(store))
@@ -143,7 +143,7 @@ async def test_other_commands_do_not_wait(scripted):
 @pytest.mark.parametrize("reply", [b":0\r\n", b"-UNBLOCKED force unblock from blocking operation\r\n", b"$-1\r\n"])
 @pytest.mark.fault(15)
 async def test_a_claim_below_its_level_is_given_back(scripted, reply):
-    """It is asked for again while there is time, with the same token; then the key is freed, and nothing is claimed."""
+    """A claim that too few replicas have is repeated with its token, then released, and not held."""
     counting, behind = Counting(), Behind()
 
     def script(connection: Connection, words: Words) -> bytes | None:
@@ -161,7 +161,7 @@ async def test_a_claim_below_its_level_is_given_back(scripted, reply):
 
 
 async def test_a_replica_that_left_may_have_been_promoted(scripted, monkeypatch):
-    """Claims that the others have do not count for a while: until the sentinels would have told of a new master."""
+    """After a replica left, claims do not count until the sentinels would have named a new master."""
     monkeypatch.setattr("oncegate.store.redis.durable.LEFT_S", 0.8)
     counting = Counting()
     scripted.script = lambda connection, words: b":1\r\n" if words[0] == b"WAIT" else counting(connection, words)
@@ -184,7 +184,7 @@ async def test_a_replica_that_left_may_have_been_promoted(scripted, monkeypatch)
 
 
 async def test_a_claim_that_nobody_confirms_is_withdrawn(scripted):
-    """The connection is lost while it waits: it may stand or not, and is freed behind the client's back."""
+    """A claim whose connection is lost during its WAIT may exist, and is released in the background."""
     counting, behind = Counting(), Behind()
     scripted.script = counting
     async with connected(scripted.url, durability="replicated", timeout_ms=300, behind=behind) as store:
@@ -228,7 +228,7 @@ async def watched(url: str, durability: str, **options: Any) -> AsyncIterator[St
 
 
 async def claimed_at_last(store: Store, of: bytes) -> Claim:
-    """Claim a key that is free, as often as it takes a replica to follow."""
+    """Claim a free key as often as it takes until a replica follows."""
     async with asyncio.timeout(15):
         while not isinstance(found := await claim(store, of), Claim):
             assert isinstance(found, Unconfirmed), found
@@ -242,7 +242,7 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.fault(15)
 async def test_a_replica_that_hangs(often):
-    """No claim counts without it, within the budget, and each key is free afterwards; stored answers are replayed."""
+    """Without a replica no claim counts, each key is free afterwards, and stored responses are replayed."""
     master, replica = pair()
     behind = Behind()
     async with running(master, replica):
@@ -268,13 +268,13 @@ async def test_a_replica_that_hangs(often):
 
 
 async def test_no_replica_at_all(own_valkey, often):
-    """A store that cannot replicate is not ready, and says why."""
+    """A store without the replicas that it needs is not ready, and says why."""
     async with watched(own_valkey.url, "replicated") as store:
         await until(lambda: store.problem() == "the store has 0 replicas, and the durability needs 1")
 
 
 async def test_on_disk(often):
-    """With an append-only file each claim is on the disk when it counts; without one the store is not ready."""
+    """With an append-only file a claim is on disk once it counts; without one the store is not ready."""
     (port,) = free_ports(1)
     server = Server(port, "--save", "", "--appendonly", "yes", "--appendfsync", "always")
     async with running(server), watched(f"redis://127.0.0.1:{port}", "fsync") as store:
@@ -289,7 +289,7 @@ async def test_on_disk(often):
 
 
 async def test_a_server_without_waitaof(scripted):
-    """A server older than 7.2 is not used, and the reason is said."""
+    """With fsync a server older than 7.2 is refused with its reason."""
     scripted.greeting[b"INFO"] = GREETING[b"INFO"].replace(b"7.2.0", b"7.0.9")
     await assert_unreachable_for(scripted.url, "fsync", "has no WAITAOF, which the durability fsync needs")
 

@@ -1,4 +1,4 @@
-"""The watch of one server; what it finds in a running service is in tests/e2e/test_store_losses.py."""
+"""The health monitor of one server; tests/e2e/test_store_losses.py has its effects in a running service."""
 
 import asyncio
 
@@ -13,11 +13,11 @@ from oncegate.store.redis.talk import LinkTalk
 
 
 async def nothing(_: object) -> None:
-    """Prepare a connection for nothing in particular."""
+    """Prepare a connection without doing anything."""
 
 
 async def test_two_looks_at_once_are_no_loss(own_valkey):
-    """A server that claims wait at is looked at over two connections, which may come up together."""
+    """Inspections at once over several connections do not take each other's counter for a loss."""
     reported: list[StoreEvent] = []
     member = Membership(
         bytes(PREFIX_BYTES), "one", "namespace=a", False, 60_000, 0, 60.0, True, lambda event, _: reported.append(event)
@@ -35,7 +35,7 @@ async def test_two_looks_at_once_are_no_loss(own_valkey):
 
 
 class Replica:
-    """A proxy's watch alone, with rules that may change."""
+    """A proxy's health monitor alone, with rules that may change."""
 
     def __init__(self, link: Link, number: int, rules: str, accept: bool = False) -> None:
         self.rules, self.reported = rules, []
@@ -46,13 +46,13 @@ class Replica:
         self.watch, self._talk = HealthMonitor(load_scripts(), member, {}), LinkTalk(link, 5.0)
 
     async def looks(self) -> bool:
-        """Look once, and return whether it has something to say of rules."""
+        """Inspect once, and return whether rules differ."""
         await self.watch.attend(self._talk, b"")
         return self.watch.rules_differ
 
 
 async def test_rules_that_differ_are_noticed(own_valkey, monkeypatch):
-    """After a while, by both, once, and until one changes or goes; a reload that reaches all in time is none."""
+    """Different rules are reported after DIFFER_S, once by each proxy, until one changes; a quick reload is not."""
     monkeypatch.setattr(watching, "DIFFER_S", 0.3)
     monkeypatch.setattr(watching, "LIVE_S", 0.6)
     link = Link(opener(own_valkey.url, 5.0), nothing, 5.0)

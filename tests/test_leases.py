@@ -1,4 +1,4 @@
-"""The leases of a worker's claims against a real store: what is kept alive, and what is reported."""
+"""The leases of a worker's claims against a real store."""
 
 import asyncio
 
@@ -16,7 +16,7 @@ from tests.test_store import claimed, connected
 async def test_a_claim_that_is_being_released_is_not_reported_as_lost(
     valkey: Valkey, freeing: bool, reports: list[ClaimEvent]
 ) -> None:
-    """A renewal finds nothing: a loss, unless the release is under way, whose reply may be on its way or lost."""
+    """A renewal that finds no record is a loss, unless the release of the claim is under way."""
     reported: list[ClaimEvent] = []
     async with connected(valkey.url) as store:
 

@@ -1,4 +1,4 @@
-"""The shared connection: one write a turn, replies in order, nothing cancelled half-way, nothing given to another."""
+"""The shared connection: few writes, replies in order, and no reply for the wrong caller."""
 
 import asyncio
 import random
@@ -21,7 +21,7 @@ SCRIPT = Script("echo", b"return ARGV")
 
 
 async def nothing(_: AbstractConnection) -> None:
-    """Prepare a connection for nothing in particular."""
+    """Prepare a connection without doing anything."""
 
 
 @pytest.fixture
@@ -50,12 +50,12 @@ def in_s(seconds: float) -> float:
 
 
 def say(link: Link, *args: object, seconds: float = PATIENT_S) -> "asyncio.Future[object]":
-    """Issue a script with these arguments, which `echo` gives back."""
+    """Issue a script with these arguments, which `echo` returns."""
     return link.script(ScriptCall(SCRIPT, b"key", len(args), in_s(seconds)), resp_words(*args))
 
 
 async def is_well(link: Link, server: RespServer, connections: int) -> None:
-    """The link works, over its `connections`th connection."""
+    """Check that the link works over its `connections`th connection."""
     server.script = echo
     assert await link.wait_up(in_s(PATIENT_S))
     assert await say(link, b"well") == [b"well"]
@@ -66,7 +66,7 @@ async def is_well(link: Link, server: RespServer, connections: int) -> None:
 
 
 async def test_what_is_issued_in_one_turn_leaves_in_few_writes(server):
-    """The commands of one turn of the event loop leave eight at a time, and what is left at its end."""
+    """The commands of one turn of the event loop leave eight at a time, and the rest at its end."""
     async with linked(server) as link:
         for number in range(3):
             server.segments.clear()
@@ -80,7 +80,7 @@ async def test_what_is_issued_in_one_turn_leaves_in_few_writes(server):
 
 
 async def test_scripts_and_plain_commands_share_the_line(server):
-    """A plain command has no tag; its reply comes as it is, in its place."""
+    """A plain command has no tag, and gets its reply in its place."""
     server.greeting[b"INFO"] = resp(b"here")
     async with linked(server) as link:
         replies = await asyncio.gather(say(link, 1), link.command("INFO", deadline=in_s(PATIENT_S)), say(link, 2))
@@ -165,7 +165,7 @@ WRONG_REPLIES = {
 
 @pytest.mark.parametrize("wrong", WRONG_REPLIES.values(), ids=WRONG_REPLIES.keys())
 async def test_a_reply_that_answers_another_command_ends_the_connection(server, wrong):
-    """The replies before it are given out; from it on everything is unconfirmed, and a new connection is made."""
+    """From a reply with a wrong tag on, every command is unconfirmed, and the link reconnects."""
 
     def script(connection: Connection, words: Words) -> bytes:
         return wrong(words) if words[5] == b"2" else echo(connection, words)
@@ -183,7 +183,7 @@ async def test_a_reply_that_answers_another_command_ends_the_connection(server, 
 
 
 async def test_a_reply_that_nobody_asked_for_ends_the_connection(server):
-    """Bytes on an idle connection are never the next command's reply."""
+    """Bytes on an idle connection are not the next command's reply."""
     async with linked(server) as link:
         assert await say(link, 1) == [b"1"]
         server.connections[0].transport.write(resp([b"2", b"leak"]))
@@ -192,7 +192,7 @@ async def test_a_reply_that_nobody_asked_for_ends_the_connection(server):
 
 
 async def test_a_dropped_reply_is_never_made_up_for_by_the_next_one(server):
-    """A server that leaves one reply out: its caller and all after it are unconfirmed."""
+    """After a reply that the server left out, its caller and all later ones are unconfirmed."""
     server.script = lambda connection, words: None if words[5] == b"1" else echo(connection, words)
     async with linked(server) as link:
         first, *others = await asyncio.gather(*[say(link, number) for number in range(4)])
@@ -202,7 +202,7 @@ async def test_a_dropped_reply_is_never_made_up_for_by_the_next_one(server):
 
 
 async def test_an_error_is_the_reply_of_the_command_that_caused_it(server):
-    """An error carries no tag; it goes to the caller in whose place it comes, and the connection goes on."""
+    """An error has no tag; it goes to the caller in whose place it comes, and the connection stays."""
 
     def script(connection: Connection, words: Words) -> bytes:
         return b"-LOADING wait a little\r\n" if words[5] == b"1" else echo(connection, words)
@@ -220,7 +220,7 @@ async def test_an_error_is_the_reply_of_the_command_that_caused_it(server):
 
 
 async def test_a_server_that_never_answers_is_given_up(server):
-    """Its callers are unconfirmed within the time they gave, and a new connection is made."""
+    """Callers of a server that does not reply are unconfirmed by their deadlines, and the link reconnects."""
     async with linked(server, stall_s=0.3) as link:
         server.script = lambda connection, words: None
         began = in_s(0)
@@ -232,7 +232,7 @@ async def test_a_server_that_never_answers_is_given_up(server):
 
 
 async def test_a_late_reply_is_not_the_next_ones(server):
-    """A caller's time is over while the server is still working: the reply comes late and to nobody."""
+    """A reply that comes after its caller's deadline goes to nobody."""
     held: list[Callable[[], None]] = []
 
     def script(connection: Connection, words: Words) -> None:
@@ -265,7 +265,7 @@ ENDS = {
 
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS.keys())
 async def test_a_connection_that_is_lost_half_way(server, end):
-    """What had no reply yet is unconfirmed at once, what is issued meanwhile never left, then it goes on."""
+    """On a lost connection commands without a reply are unconfirmed at once, and later ones are not sent."""
 
     def script(connection: Connection, words: Words) -> bytes | None:
         if words[5] == b"2":
@@ -287,7 +287,7 @@ async def test_a_connection_that_is_lost_half_way(server, end):
 
 
 async def test_a_closed_link_is_closed(server):
-    """After close, what is under way and what comes is unconfirmed, and no new connection is made."""
+    """After close, every command is unconfirmed, and no connection is made."""
     server.script = lambda connection, words: None
     async with linked(server) as link:
         waiting = say(link, b"x")
@@ -319,7 +319,7 @@ UNFIT = {
 
 @pytest.mark.parametrize(("greeting", "because"), UNFIT.values(), ids=UNFIT.keys())
 async def test_a_server_that_is_not_fit_is_asked_again_until_it_is(server, greeting, because):
-    """Whatever a server says on a new connection, the link stays down, says why, and comes up once it is well."""
+    """While a server is unfit the link stays down with the reason, and comes up once the server is fit."""
     well, stall_s = dict(server.greeting), 0.3
     server.greeting.update(greeting)
     link = Link(opener(server.url, stall_s), preparer(load_scripts(), lambda now_ms: None), stall_s)
@@ -337,7 +337,7 @@ async def test_a_server_that_is_not_fit_is_asked_again_until_it_is(server, greet
 
 
 async def test_a_server_that_hangs_up_on_everybody(server):
-    """Connections that end at once are made again, ever less often, and nothing is issued meanwhile."""
+    """Connections that end at once are made again with growing pauses, and nothing is issued meanwhile."""
     server.closes_at_once = True
     link = Link(opener(server.url, PATIENT_S), preparer(load_scripts(), lambda now_ms: None), PATIENT_S)
     link.start()

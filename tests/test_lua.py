@@ -1,4 +1,4 @@
-"""The store's scripts: each opens with its contract, and header and body agree."""
+"""The scripts: each opens with its contract, and header and body agree."""
 
 import re
 import time
@@ -66,7 +66,7 @@ def longest(verb: str) -> int:
 
 
 def names_at(verb: str, position: int) -> set[str]:
-    """Return what the header calls one argument: several names where `action` decides."""
+    """Return the names that the header gives one argument: several where `action` decides."""
     every = [arguments(verb, variant) for variant in ("", *VARIANTS)]
     return {names[position - 1] for names in every if len(names) >= position}
 
@@ -89,7 +89,7 @@ def replies(text: str, more: dict[str, str]) -> dict[str, set[tuple[int, str]]]:
 
 
 def test_there_is_a_script_for_each_verb():
-    """One verb a file, all of them loaded."""
+    """Every verb is one file, and all of them are loaded."""
     assert sorted(load_scripts()) == sorted(VERBS)
     for verb, script in load_scripts().items():
         assert script.body.decode() == TEXTS[verb]
@@ -107,7 +107,7 @@ def test_a_script_opens_with_its_contract(verb):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_what_may_exceed_the_memory_limit(verb):
-    """Running work completes there (renew, settle); a `#!lua` line on the others would stop replays as well."""
+    """Running work (renew, settle) may exceed it; a `#!lua` line on the others would stop replays as well."""
     first = TEXTS[verb].splitlines()[0]
     if verb in ("renew", "resolve", "settle", *STORE_VERBS):
         assert first == ALLOW_OOM
@@ -175,7 +175,7 @@ def test_the_header_names_every_reply(verb):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_reply_begins_with_the_tag(verb):
-    """So that a reply is known to belong to its question."""
+    """Every reply begins with the tag of its call."""
     code = body(verb)
     named = set(re.findall(r"local (\w+) = \{tag,", code))
     returned = re.findall(r"\breturn\b *(.*)", code)
@@ -232,7 +232,7 @@ def about(value: object, most: int) -> bool:
 
 
 def test_claim_as_its_header_says(called):
-    """A free key is claimed with these arguments; another token is told of them; a late claim changes nothing."""
+    """A free key is claimed with these arguments; another token gets the record; a late claim changes nothing."""
     tag, word, now_ms, fence, created_ms = called("claim", **CLAIM)
     assert (tag, word) == (b"7", b"claimed")
     assert abs(now_ms - time.time() * 1000) < 20_000
@@ -262,7 +262,7 @@ def test_claim_as_its_header_says(called):
 @pytest.mark.parametrize("state", ["in_flight", "unknown"])
 @pytest.mark.parametrize("mode", ["hold", "retry"])
 def test_claim_takes_over_from_the_token_that_was_seen_alone(called, state, mode):
-    """Where the record's mode is retry and its lease is over; otherwise the record is returned and stays as it is."""
+    """A takeover needs the mode retry, a lease that is over, and the token of the record."""
     called("claim", **{**CLAIM, "mode": mode})
     called.client.hset(KEY, mapping={"state": state, "lease": 1})
     before = record(called)
@@ -286,7 +286,7 @@ def test_claim_takes_over_from_the_token_that_was_seen_alone(called, state, mode
     ids=["none", "small", "at the limit", "over the limit", "two"],
 )
 def test_claim_brings_a_small_answer_along(called, chunks, brought):
-    """Up to inline_bytes in one chunk; a complete record is told, never touched."""
+    """A body up to inline_bytes in one chunk comes with a complete record."""
     called.client.hset(KEY, mapping={"meta": meta(), **chunks})
     before = record(called)
     tag, word, _, told, body = called("claim", **CLAIM)
@@ -296,7 +296,7 @@ def test_claim_brings_a_small_answer_along(called, chunks, brought):
 
 
 def test_append_as_its_header_says(called):
-    """A chunk is kept under its index, the lease extended; the replies are those of the header."""
+    """A chunk is stored under its index and the lease extended; the replies are those of the header."""
     chunk = {**OWNER, "index": 0, "chunk": "abc", "lease_ms": 90_000}
     assert called("append", **chunk) == [b"8", b"absent"]
     now_ms = called("claim", **CLAIM)[2]
@@ -339,7 +339,7 @@ ANSWER = {"action": "store", "meta": meta(), "digest": "D" * 16, "chunks": 1, "b
 
 
 def test_settle_stores_as_its_header_says(called):
-    """A small answer becomes meta and one chunk; another one under the same token changes nothing."""
+    """A small response becomes meta and one chunk; another one under the same token changes nothing."""
     assert called("settle", "store", **SETTLE, **ANSWER) == [b"8", b"stored", b"absent"]
     called.client.delete(KEY)
     called("claim", **CLAIM)
@@ -356,7 +356,7 @@ def test_settle_stores_as_its_header_says(called):
 
 @pytest.mark.parametrize("renewed", [False, True])
 def test_settle_stores_appended_chunks_as_its_header_says(called, renewed):
-    """chunks and bytes count them all, last is the one that was not appended."""
+    """chunks and bytes count every chunk; last is the one that was not appended."""
     called("claim", **CLAIM)
     called("append", **OWNER, index=0, chunk="abc", lease_ms=40_000)
     called("append", **OWNER, index=1, chunk="de", lease_ms=40_000)
@@ -370,7 +370,7 @@ def test_settle_stores_appended_chunks_as_its_header_says(called, renewed):
 
 
 def test_settle_releases_as_its_header_says(called):
-    """The key is free, and a repeat finds nothing."""
+    """The key is free, and a repeat finds no record."""
     called("claim", **CLAIM)
     assert called("settle", "release", **{**SETTLE, "token": "U" * 16}, action="release") == [b"8", b"fenced"]
     assert called("settle", "release", **SETTLE, action="release") == [b"8", b"released", b"found"]
@@ -381,7 +381,7 @@ def test_settle_releases_as_its_header_says(called):
 
 
 def test_settle_marks_unknown_as_its_header_says(called):
-    """The record keeps what is given, and drops the chunks."""
+    """The record has the given fields, and its chunks are gone."""
     given = {"fence": "12", "mode": "retry", "fingerprint": "G" * 16, "self": "s" * 32, "created": 99, "why": "lost"}
     marked = {**SETTLE, "action": "unknown", **given}
     expected = {
@@ -420,14 +420,14 @@ def test_settle_marks_unknown_as_its_header_says(called):
     ],
 )
 def test_read_as_its_header_says(called, first, limit_bytes, chunks):
-    """The chunks from the first on that fit, at least one; torn where there is none."""
+    """The chunks from the first on that fit, at least one; torn where the first is missing."""
     called.client.hset(KEY, mapping={"meta": meta(), "b0": "ab", "b1": "cde", "b2": "f"})
     expected = [b"8", b"torn"] if chunks is None else [b"8", b"chunks", *map(str.encode, chunks)]
     assert called("read", **OWNER, first=first, limit_bytes=limit_bytes) == expected
 
 
 def test_read_gives_nothing_of_another_answer(called):
-    """Another token, a key in flight and a free key are gone alike."""
+    """For another token, a key in flight and a free key the reply is gone."""
     asked = {**OWNER, "first": 0, "limit_bytes": 100}
     assert called("read", **asked) == [b"8", b"gone"]
     called("claim", **CLAIM)
@@ -442,7 +442,7 @@ EPOCH = {"tag": "8", "fresh": "E1", "run": "R1", "quarantine_ms": 5000, "begin":
 
 
 def test_epoch_as_its_header_says(called):
-    """Founded once, then it stands; another run or a loss that the caller knows of begins a quarantine."""
+    """An epoch is founded once; another run, or a loss that the caller has found, begins a quarantine."""
     assert called("epoch", **EPOCH) == [b"8", b"founded", b"E1", 5000]
     other = {**EPOCH, "fresh": "E2"}
     tag, word, epoch, left_ms = called("epoch", **other)
@@ -462,7 +462,7 @@ def test_epoch_as_its_header_says(called):
 
 
 def test_an_epoch_that_asks_for_no_quarantine(called):
-    """A replica that goes on after losses founds an epoch, and leaves a quarantine of others alone."""
+    """A proxy without a quarantine founds an epoch, and leaves the quarantine of others alone."""
     assert called("epoch", **{**EPOCH, "quarantine_ms": 0}) == [b"8", b"founded", b"E1", 0]
     called.client.delete(KEY)
     called("epoch", **EPOCH)
@@ -475,7 +475,7 @@ IDENTITY = {"tag": "8", "identity": "I1", "described": "a=1", "consent": "found"
 
 
 def test_identity_as_its_header_says(called):
-    """The first is noted, its like is the same, another differs unless it is accepted."""
+    """The first identity is written, an equal one is the same, another differs unless it is accepted."""
     assert called("identity", **{**IDENTITY, "consent": "ask"}) == [b"8", b"free"]
     assert called("identity", **IDENTITY) == [b"8", b"same"]
     assert called("identity", **{**IDENTITY, "consent": "ask"}) == [b"8", b"same"]
@@ -492,7 +492,7 @@ def test_identity_as_its_header_says(called):
 
 
 def test_an_identity_is_forgotten_with_its_keys(called):
-    """Whoever was not seen for the retention has no record left: another one may come."""
+    """An identity that was not renewed for the retention has no records left, and is forgotten."""
     called("identity", **IDENTITY)
     called.client.hset(KEY, "I1", f"{int(time.time() * 1000) - 61_000} a=1")
     assert called("identity", **{**IDENTITY, "identity": "I2", "described": "a=2"}) == [b"8", b"same"]
@@ -503,7 +503,7 @@ RULES = {"tag": "8", "rules": "R1", "before": "R1", "live_ms": 5000}
 
 
 def test_rules_as_its_header_says(called):
-    """Those of others count while they are about; a replica that has new ones takes its old ones back."""
+    """Rules of other proxies count while they are live; a proxy with new rules removes its old ones."""
     assert called("rules", **RULES) == [b"8", b"same"]
     other = {**RULES, "rules": "R2", "before": "R2"}
     assert called("rules", **other) == called("rules", **RULES) == [b"8", b"differ"]
@@ -521,7 +521,7 @@ FREED = {**OWNER, "action": "release", "operator": "O" * 16, "fence": "99"}
 
 @pytest.mark.parametrize(("variant", "given"), [("answer", ANSWERED), ("release", FREED)])
 def test_resolve_changes_only_what_the_operator_saw(called, variant, given):
-    """Nothing stands there, another token does, it is complete by now: each is said, and changes nothing."""
+    """Without a record, with another token or a complete record, each has its reply and nothing changes."""
     assert called("resolve", variant, **given) == [b"8", b"absent"]
     called("claim", **CLAIM)
     before = record(called)
@@ -534,7 +534,7 @@ def test_resolve_changes_only_what_the_operator_saw(called, variant, given):
 
 @pytest.mark.parametrize(("body_given", "kept"), [("abc", {"b0": b"abc"}), ("", {})])
 def test_resolve_answers_as_its_header_says(called, body_given, kept):
-    """The record becomes complete under the operator's token; its owner is fenced in whatever it does."""
+    """The record becomes complete under the operator's token; its owner is fenced in every verb."""
     called("claim", **CLAIM)
     called("append", **OWNER, index=0, chunk="xyz", lease_ms=40_000)
     assert called("resolve", "answer", **{**ANSWERED, "body": body_given}) == [b"8", b"resolved"]
@@ -549,7 +549,7 @@ def test_resolve_answers_as_its_header_says(called, body_given, kept):
 
 
 def owners_tries(called) -> list:
-    """Whatever an owner may try that wakes up."""
+    """Return the replies to everything that a paused owner may try when it wakes up."""
     return [
         called("append", **OWNER, index=1, chunk="abc", lease_ms=40_000),
         called("renew", **OWNER, lease_ms=90_000, retention_ms=900_000, stage="sent"),
@@ -563,7 +563,7 @@ def owners_tries(called) -> list:
 
 
 def test_resolve_releases_as_its_header_says(called):
-    """The key is free for anybody, under a higher fence; its owner is fenced before and after that."""
+    """The key is free for anybody, under a greater fence; its owner is fenced before and after that."""
     fence = called("claim", **CLAIM)[3]
     called("append", **OWNER, index=0, chunk="xyz", lease_ms=40_000)
     assert called("resolve", "release", **{**FREED, "fence": fence}) == [b"8", b"released"]

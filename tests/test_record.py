@@ -1,4 +1,4 @@
-"""What a record holds and its bytes: it describes itself, and whatever does not fit its own checks is corrupt."""
+"""The bytes of a record, which checks itself: a record that fails its checks is corrupt."""
 
 import pytest
 from hypothesis import given
@@ -74,13 +74,13 @@ def read(meta: bytes, key: bytes = KEY, tenant: bytes = TENANT) -> Record | Corr
     )
 )
 def test_an_answer_comes_back_as_it_was_packed(stored):
-    """Whatever the answer, its record says the same, and whose it is, and when it was claimed."""
+    """Whatever the response, its record returns it, with its owner and its time."""
     found = unpack(KEY, TENANT, pack(CLAIM, stored), None, NOW_MS)
     assert found == Record(State.COMPLETE, TOKEN, FINGERPRINT, CLAIM.created_ms, NOW_MS, 0, stored, None)
 
 
 def test_the_scripts_find_their_fields_in_fixed_places():
-    """The layout of the first 65 bytes is what the scripts cut out of it."""
+    """The first 65 bytes have the layout that the scripts expect."""
     assert META[0:1] == b"\x01"
     assert META[1:17] == TOKEN
     assert META[17:33] == CLAIM.fence
@@ -91,7 +91,7 @@ def test_the_scripts_find_their_fields_in_fixed_places():
 
 @pytest.mark.parametrize("place", range(len(META)))
 def test_no_byte_of_a_complete_record_can_change_unnoticed(place):
-    """Each bit flipped, each byte left out or doubled: corrupt."""
+    """With any bit flipped, or any byte removed or doubled, the record is corrupt."""
     for bit in range(8):
         flipped = META[:place] + bytes([META[place] ^ 1 << bit]) + META[place + 1 :]
         assert isinstance(read(flipped), Corrupt)
@@ -101,14 +101,14 @@ def test_no_byte_of_a_complete_record_can_change_unnoticed(place):
 
 
 def test_a_complete_record_of_another_key_or_tenant_is_corrupt():
-    """A record that was copied does not describe the place where it is found."""
+    """A record copied to another key, or read for another tenant, is corrupt."""
     assert isinstance(read(META), Record)
     assert isinstance(read(META, key=b"K" * 24), Corrupt)
     assert isinstance(read(META, tenant=b"N" * 16), Corrupt)
 
 
 def test_a_layout_of_another_version_is_corrupt(monkeypatch):
-    """Also where it passes its own check."""
+    """A record of another version is corrupt, also if it passes its own check."""
     with monkeypatch.context() as newer:
         newer.setattr(record, "VERSION", b"\x02")
         meta = pack(CLAIM, answer())
@@ -117,7 +117,7 @@ def test_a_layout_of_another_version_is_corrupt(monkeypatch):
 
 
 def test_a_body_that_is_not_the_stored_one_is_not_intact():
-    """Its size and digest decide, and the digest covers status, reason and fields as well."""
+    """Size and digest decide, and the digest also covers status, reason and fields."""
     stored = answer()
     assert intact(stored, BODY)
     for place in range(len(BODY)):
@@ -141,14 +141,14 @@ STATE, TOKEN_AT, FENCE, MODE, FINGERPRINT_AT, SELF, LEASE_LEFT, CREATED = range(
     ("state", "found"), [(b"in_flight", State.IN_FLIGHT), (b"unknown", State.UNKNOWN)], ids=["in flight", "unknown"]
 )
 def test_a_running_record_comes_back_as_it_stands(state, found):
-    """State, owner, fingerprint, when it was claimed, and what is left of its lease."""
+    """A record in flight returns its state, owner, fingerprint, time and the rest of its lease."""
     read_back = running(KEY, TENANT, [state, *RUNNING[1:]], NOW_MS)
     assert read_back == Record(found, TOKEN, FINGERPRINT, CLAIM.created_ms, NOW_MS, lease_left_ms=7000, mode=b"hold")
 
 
 @pytest.mark.parametrize("field", [STATE, TOKEN_AT, MODE, FINGERPRINT_AT, SELF], ids=lambda n: f"field {n}")
 def test_no_byte_of_a_running_record_can_change_unnoticed(field):
-    """Each byte of each field that must not change: flipped, left out, or the whole field gone, it is corrupt."""
+    """With any byte of a fixed field flipped or removed, or a field gone, the record is corrupt."""
     value = RUNNING[field]
     wrong = [value[:place] + bytes([value[place] ^ 1 << bit]) + value[place + 1 :] for place in range(len(value))
              for bit in range(8)]  # fmt: skip
@@ -160,23 +160,23 @@ def test_no_byte_of_a_running_record_can_change_unnoticed(field):
 
 @pytest.mark.parametrize("created", [None, b"", b"soon", b"\xff" * 13, b"1e3", b"1.5"])
 def test_a_running_record_without_a_time_is_corrupt(created):
-    """When it was claimed must be a number."""
+    """The time of a claim must be a number."""
     assert isinstance(running(KEY, TENANT, [*RUNNING[:CREATED], created], NOW_MS), Corrupt)
 
 
 def test_a_running_record_cannot_say_that_it_is_complete():
-    """Complete is what has an answer, not what calls itself so."""
+    """A record without a response is not complete, whatever its state says."""
     assert isinstance(running(KEY, TENANT, [b"complete", *RUNNING[1:]], NOW_MS), Corrupt)
 
 
 def test_a_running_record_of_another_key_or_tenant_is_corrupt():
-    """A record that was copied does not describe the place where it is found."""
+    """A record copied to another key, or read for another tenant, is corrupt."""
     assert isinstance(running(b"K" * 24, TENANT, RUNNING, NOW_MS), Corrupt)
     assert isinstance(running(KEY, b"N" * 16, RUNNING, NOW_MS), Corrupt)
 
 
 def test_a_lease_that_cannot_be_read_has_passed():
-    """Then the record is unknown, which executes nothing."""
+    """A damaged lease has ended: the key is unknown, which executes nothing."""
     fields = [*RUNNING[:LEASE_LEFT], None, RUNNING[CREATED]]
     found = running(KEY, TENANT, fields, NOW_MS)
     assert isinstance(found, Record)
@@ -185,7 +185,7 @@ def test_a_lease_that_cannot_be_read_has_passed():
 
 @given(st.tuples(*[st.binary(max_size=40)] * 5), st.tuples(*[st.binary(max_size=40)] * 5))
 def test_what_a_running_record_says_of_itself_is_its_own(one, other):
-    """Two different records never describe themselves alike."""
+    """Two different records never have the same self check."""
     fixed = (24, 16, 16, 4, 16)  # the sizes of key, tenant, token, mode, fingerprint
     first, second = (
         [part.ljust(size)[:size] for part, size in zip(parts, fixed, strict=True)] for parts in (one, other)

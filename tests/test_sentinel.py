@@ -1,4 +1,4 @@
-"""The master that sentinels name: found, left and found again, while claims and settles go on."""
+"""The master that sentinels name: found, left and found anew, while claims and settles go on."""
 
 import asyncio
 import ssl
@@ -44,7 +44,7 @@ def group() -> Iterator[Sentineled]:
 
 @asynccontextmanager
 async def watching(url: str, log: Log, **options: Any) -> AsyncIterator[Store]:
-    """A store that is up and watches its servers."""
+    """Yield a store that is up and watches its servers."""
     options = {"timeout_ms": 1000, **options}
     async with connected(url, log=lambda event, **fields: log.append((event, fields)), **options) as store:
         watch = asyncio.ensure_future(store.watch())
@@ -54,7 +54,7 @@ async def watching(url: str, log: Log, **options: Any) -> AsyncIterator[Store]:
 
 
 async def claimed_at_last(store: Store, of: bytes, seconds: float = 15) -> Claim:
-    """Claim a key that is free, as often as it takes."""
+    """Claim a free key as often as it takes."""
     async with asyncio.timeout(seconds):
         while not isinstance(found := await claim(store, of), Claim):
             assert isinstance(found, Unconfirmed), found
@@ -66,7 +66,7 @@ async def claimed_at_last(store: Store, of: bytes, seconds: float = 15) -> Claim
 
 
 async def test_every_verb(group):
-    """One key's whole life on the master that the sentinels name."""
+    """Every verb of a key's life works on the master that the sentinels name."""
     await live(group.url)
 
 
@@ -107,7 +107,7 @@ async def test_the_master_changes_while_a_key_is_claimed(group, how):
 
 @pytest.mark.fault(36, 59)
 async def test_a_claim_that_a_failover_lost(group):
-    """The replicas never got it: its renewal says absent, and its settle writes the answer and reports the loss."""
+    """A claim that no replica had: its renewal is absent, its settle stores the response and reports the loss."""
     async with watching(group.url, []) as store:
         before = group.master
         for replica in group.replicas:
@@ -129,7 +129,7 @@ async def test_a_claim_that_a_failover_lost(group):
 
 @pytest.mark.fault(36)
 async def test_no_claim_is_lost_beside_a_master_that_lives(group):
-    """A failover of the operator's promotes one replica while the other still confirms to the old master."""
+    """A manual failover promotes one replica while the other still confirms to the old master: no claim is lost."""
     before, numbers, confirmed, taking = group.master, count(1), [], True
     async with watching(group.url, [], durability="replicated") as store:
 
@@ -151,7 +151,7 @@ async def test_no_claim_is_lost_beside_a_master_that_lives(group):
 
 
 async def test_on_the_disks():
-    """With `fsync` a claim counts once a replica has it on its disk, too: one that keeps no file does not count."""
+    """With fsync a claim counts once a replica has it on disk; a replica without a file does not count."""
     group = Sentineled("--appendonly", "yes", "--appendfsync", "always", replicas=1)
     try:
         async with connected(group.url, timeout_ms=1000, durability="fsync") as store:
@@ -165,7 +165,7 @@ async def test_on_the_disks():
 
 
 async def test_one_sentinel_is_enough(group):
-    """A sentinel that hangs and one that is gone cost no claim, and the third still tells of a failover."""
+    """With one sentinel paused and one gone, no claim fails, and the third still reports a failover."""
     group.sentinels[0].pause()
     async with watching(group.url, []) as store:
         await claimed(store)
@@ -192,7 +192,7 @@ async def test_with_passwords():
 
 
 class Saying:
-    """A sentinel that names what it is told to; `promoted` is the port of a server that takes the master's place."""
+    """A sentinel that names a given master; `promoted` is the port of a server that takes the master's place."""
 
     def __init__(self, host: str, port: int, epoch: int = 1, flags: str = "master") -> None:
         self.host, self.port, self.epoch, self.flags = host, port, epoch, flags
@@ -213,7 +213,7 @@ class Saying:
 
 @asynccontextmanager
 async def saying(*sentinels: Saying, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:
-    """The URL of these sentinels."""
+    """Return the URL of these sentinels."""
     async with AsyncExitStack() as stack:
         for sentinel in sentinels:
             await sentinel.server.start(tls)
@@ -223,7 +223,7 @@ async def saying(*sentinels: Saying, tls: ssl.SSLContext | None = None) -> Async
 
 @pytest.fixture
 def two() -> Iterator[tuple[Server, Server]]:
-    """Two servers that both believe to be masters."""
+    """Two servers that both believe to be the master."""
     servers = [Server(port, "--save", "") for port in free_ports(2)]
     for server in servers:
         wait_for(lambda server=server: server.ask("PING"))
@@ -233,7 +233,7 @@ def two() -> Iterator[tuple[Server, Server]]:
 
 
 async def test_a_master_that_was_cut_off_is_left(two):
-    """It still answers and takes claims: the store goes to the one that the sentinels name, without being asked."""
+    """A master that still replies is left for the one that the sentinels name, without a new connection."""
     old, new = two
     sentinel = Saying("127.0.0.1", old.port)
     log: Log = []
@@ -248,7 +248,7 @@ async def test_a_master_that_was_cut_off_is_left(two):
 
 
 async def test_a_master_that_stood_still_while_it_was_replaced_is_not_used(two):
-    """Who was connecting to it meanwhile would claim there what others claim at its successor."""
+    """A proxy that was connecting to a paused master does not claim keys there after its replacement."""
     old, new = two
     sentinel = Saying("127.0.0.1", old.port)
     log: Log = []
@@ -277,7 +277,7 @@ async def _log_of(url: str, log: Log) -> set[tuple[str, int] | None]:
 
 
 async def test_the_newest_word_wins(two):
-    """A sentinel that was cut off names the old master: the one with the higher epoch is believed."""
+    """The sentinel with the higher epoch is believed; one that was cut off names the old master."""
     old, new = two
     sentinels = Saying("127.0.0.1", old.port, 3), Saying("127.0.0.1", new.port, 10), Saying("127.0.0.1", old.port, 9)
     async with saying(*sentinels) as url, connected(url) as store:
@@ -287,7 +287,7 @@ async def test_the_newest_word_wins(two):
 
 @pytest.mark.parametrize("flags", ["master,failover_in_progress", "s_down,o_down,master,failover_in_progress"])
 async def test_a_sentinel_in_the_middle_of_its_failover(two, flags):
-    """It has promoted a server and waits for the other replicas: the old master is left, dead or alive."""
+    """The old master is left while the sentinel waits for the other replicas, dead or alive."""
     old, new = two
     leader, other = Saying("127.0.0.1", old.port, 2, flags), Saying("127.0.0.1", new.port, 2)
     leader.promoted = new.port
@@ -303,7 +303,7 @@ async def test_a_sentinel_in_the_middle_of_its_failover(two, flags):
 
 
 async def test_a_replica_is_not_used(two):
-    """Named as the master too early: the store says so, and uses it once it is promoted."""
+    """A replica that is named as the master is refused, and used once it is promoted."""
     old, new = two
     new.ask("REPLICAOF", "127.0.0.1", old.port)
     async with saying(Saying("127.0.0.1", new.port)) as url:
@@ -327,7 +327,7 @@ async def test_a_replica_is_not_used(two):
     ],
 )
 async def test_no_master(two, said: Callable[[Saying], None], because):
-    """What the sentinels do not tell is a reason, not a hang."""
+    """Sentinels that name no master make the store unreachable with a reason, and no call hangs."""
     sentinel = Saying("127.0.0.1", two[0].port)
     async with saying(sentinel) as url:
         said(sentinel)
@@ -349,7 +349,7 @@ async def test_over_tls(valkey, monkeypatch, tmp_path):
 
 
 async def test_a_sentinel_is_not_a_store(group):
-    """Who names a sentinel as the store is told how to name it."""
+    """A URL that names a sentinel as the store is refused with the right form of URL."""
     await assert_unreachable(
         f"redis://127.0.0.1:{group.sentinel_ports[0]}", "this is a sentinel: name it as redis.sentinel"
     )

@@ -1,4 +1,4 @@
-"""The store against real servers: each verb in each state, and what delays, repeats, losses and damage may not do."""
+"""The store and real servers: every verb in every state, and what delays, retries, losses and damage may not do."""
 
 import asyncio
 import random
@@ -103,7 +103,7 @@ def client(server: Valkey) -> Iterator[Redis]:
 
 
 class Behind:
-    """What a store leaves to the background. It runs when a test asks for it, else never."""
+    """The background of a store. Its work runs when a test asks for it, or never."""
 
     def __init__(self) -> None:
         self.works: list[Coroutine[Any, Any, Any]] = []
@@ -147,7 +147,7 @@ async def connected(
 
 @pytest.fixture
 async def relay(valkey: Valkey) -> AsyncIterator[Relay]:
-    """What stands between a store and a real server, and loses what it is told to lose."""
+    """A relay between a store and a real server, which drops replies on demand."""
     async with relaying(valkey.socket) as relay:
         yield relay
 
@@ -215,7 +215,7 @@ def server_ms(client: Redis) -> int:
 
 
 async def at(store: Store, client: Redis, state: str, mode: bytes = b"hold") -> Claim:
-    """Bring the record into a state, half its lease and half its retention over, and return its owner's claim."""
+    """Bring the record into a state with half its lease and retention left, and return its owner's claim."""
     owner = await claimed(store, mode)
     match state:
         case "absent":
@@ -237,7 +237,7 @@ def fields(client: Redis, name: bytes = NAME) -> dict[str, bytes]:
 
 
 def started_anew(left_ms: int, whole_ms: int) -> bool:
-    """Whether a time was set to a whole one a moment ago, rather than half of it before."""
+    """Return whether a time has just been set to its full length, rather than to half of it before."""
     return whole_ms * 3 // 4 < left_ms <= whole_ms
 
 
@@ -246,7 +246,7 @@ SHORT = {"key_reused": "mismatch", "response_not_kept": "not_kept", "outcome_unk
 
 
 def told(found: Claim | Record | Corrupt | Unconfirmed, fingerprint: bytes = SAME) -> str:
-    """Return what a request gets from what was found, as the handler decides it."""
+    """Return the decision that a request gets from the result of its claim."""
     match found:
         case Claim():
             return "claimed"
@@ -276,7 +276,7 @@ def claim_raw(
     window_ms: int = 0,
     seen: bytes = b"",
 ) -> list[Any]:
-    """Run claim.lua with what `Store.claim` has no argument for."""
+    """Run claim.lua with arguments that `Store.claim` does not offer."""
     described = self_check(KEY, TENANT, token, mode, fingerprint)
     times = (LEASE_MS, RETENTION_MS, not_after_ms, 65536, window_ms)
     return raw(client, "claim", token, fingerprint, described, mode, *times, seen)
@@ -286,7 +286,7 @@ def claim_raw(
 
 
 async def act(store: Store, verb: str, owner: Claim, own: bool) -> str:
-    """Do one thing with a record, as its owner or as somebody else, and return what came of it."""
+    """Run one verb on a record, as its owner or as somebody else, and return its result."""
     who = owner if own else owner._replace(token=FOREIGN)
     match verb:
         case "claim":
@@ -446,7 +446,7 @@ def assert_became(client: Redis, became: str, before: dict[str, bytes], owner: C
 
 @pytest.mark.parametrize(("verb", "state", "own", "result", "became"), ROWS)
 async def test_every_verb_in_every_state(store, client, verb, state, own, result, became):
-    """What a verb answers and what it makes of the record is what the table says, to the last field."""
+    """The result of every verb in every state, and every field of the record after it, are those of the table."""
     owner = await at(store, client, state)
     before = fields(client)
     assert await act(store, verb, owner, own) == result
@@ -454,7 +454,7 @@ async def test_every_verb_in_every_state(store, client, verb, state, own, result
 
 
 def test_the_table_is_whole():
-    """Each verb stands in it with each state; storing another answer is a case of the complete one alone."""
+    """The table has every verb in every state; only a complete record can meet another response."""
     for verb, states in TABLE.items():
         assert tuple(states) == (("complete",) if verb == "store another" else STATES)
 
@@ -469,7 +469,7 @@ def test_the_table_is_whole():
     ],
 )
 async def test_what_a_duplicate_finds(store, client, state, same, other):
-    """The table of the design: state and fingerprint decide, a mismatch comes first, and nothing is changed."""
+    """State and fingerprint decide what a duplicate gets; a mismatch comes first, and nothing is changed."""
     await at(store, client, state)
     before = fields(client)
     assert told(await claim(store)) == same
@@ -481,13 +481,13 @@ async def test_what_a_duplicate_finds(store, client, state, same, other):
 
 
 async def test_looking_at_a_free_key_does_not_take_it(store, client):
-    """Nothing is there, and nothing is there afterwards."""
+    """A peek at a key without a record writes none."""
     assert await store.peek(KEY, SCOPE, LEASE_MS) is None
     assert client.dbsize() == 0
 
 
 async def test_a_replay_takes_one_round_trip(store, client):
-    """The claim of a complete key brings its small answer and body along."""
+    """The claim of a complete key returns its small response with the body."""
     await at(store, client, "complete")
     found = await claim(store)
     assert isinstance(found, Record)
@@ -498,7 +498,7 @@ async def test_a_replay_takes_one_round_trip(store, client):
 @pytest.mark.parametrize("state", ["in flight", "lapsed", "unknown"])
 @pytest.mark.parametrize("drop", ["mark unknown", "store bare", "release"])
 async def test_what_is_not_kept_leaves_no_chunks_behind(store, client, state, drop):
-    """Unknown, too large and released: the chunks that were appended are gone."""
+    """Marking unknown, storing without a body and releasing remove the chunks that were appended."""
     owner = await at(store, client, state)
     for index in range(3):
         assert await store.append(owner, index, b"x" * 1000, PATIENCE_S) == AppendStatus.APPENDED
@@ -507,7 +507,7 @@ async def test_what_is_not_kept_leaves_no_chunks_behind(store, client, state, dr
 
 
 async def test_the_fence_only_grows(store, client):
-    """Also across a release, which leaves nothing behind, and past a fence that is ahead of the clock."""
+    """Each claim has a greater fence, also after a release, and after a fence that is ahead of the clock."""
     fences = []
     for _ in range(5):
         owner = await claimed(store, b"retry")
@@ -522,7 +522,7 @@ async def test_the_fence_only_grows(store, client):
 
 
 async def test_a_running_record_is_small(store, client):
-    """In flight, no value is so long that it costs the compact encoding."""
+    """No value of a record in flight is so long that the hash leaves the compact encoding."""
     await claimed(store)
     assert client.object("encoding", NAME) == b"listpack"
     assert client.memory_usage(NAME) < 512
@@ -530,7 +530,7 @@ async def test_a_running_record_is_small(store, client):
 
 @pytest.mark.parametrize("appended", [0, 1], ids=["at once", "after chunks"])
 async def test_a_small_complete_record_is_written_anew(store, client, appended):
-    """It has two fields, and the compact encoding where the server allows it for values of their size."""
+    """A small complete record has two fields, and the compact encoding where the server allows it for their sizes."""
     client.config_set("hash-max-listpack-value", 512)
     try:
         owner = await claimed(store)
@@ -556,7 +556,7 @@ CHUNKS = (b"a" * 200_000, b"b" * 100_000, b"c" * 100_000, b"d" * 7)
 @pytest.mark.parametrize("last", [True, False], ids=["last with the settle", "all appended"])
 @pytest.mark.parametrize("state", ["in flight", "lapsed", "unknown"])
 async def test_a_large_answer_is_stored_in_chunks(store, client, state, last):
-    """Appended one by one, counted by the settle, and read back as many at a time as fit."""
+    """Chunks are appended one by one, counted by the settle, and read back as many at a time as fit."""
     owner = await at(store, client, state)
     for index, chunk in enumerate(CHUNKS[: -1 if last else None]):
         assert await store.append(owner, index, chunk, PATIENCE_S) == AppendStatus.APPENDED
@@ -576,7 +576,7 @@ async def test_a_large_answer_is_stored_in_chunks(store, client, state, last):
 
 
 async def test_a_repeated_append_is_harmless(store, client):
-    """The same index with the same bytes is fine and counts once; with other bytes it is torn and changes nothing."""
+    """An append with the same index and bytes counts once; with other bytes it is incomplete and changes nothing."""
     owner = await claimed(store)
     assert await store.append(owner, 0, b"abc", PATIENCE_S) == AppendStatus.APPENDED
     client.hset(NAME, "lease", server_ms(client))
@@ -591,7 +591,7 @@ async def test_a_repeated_append_is_harmless(store, client):
 
 
 async def test_chunks_may_come_in_any_order(store, client):
-    """A chunk that overtook another is no different in the end."""
+    """A chunk that overtook another gives the same record."""
     owner = await claimed(store)
     for index in (2, 0, 1):
         assert await store.append(owner, index, b"%d" % index, PATIENCE_S) == AppendStatus.APPENDED
@@ -613,7 +613,7 @@ TORN = {
 
 @pytest.mark.parametrize(("appended", "stored", "last"), TORN.values(), ids=TORN.keys())
 async def test_a_record_that_lacks_chunks_is_not_made_complete(store, client, appended, stored, last):
-    """The settle answers torn and changes nothing; without the body the answer can still be stored."""
+    """The settle is incomplete and changes nothing; the response can still be stored without its body."""
     owner = await claimed(store)
     for index, chunk in appended:
         assert await store.append(owner, index, chunk, PATIENCE_S) == AppendStatus.APPENDED
@@ -631,7 +631,7 @@ async def test_a_record_that_lacks_chunks_is_not_made_complete(store, client, ap
 
 @pytest.mark.parametrize("gone", ["whole", "appended before", "appended since"])
 async def test_a_large_answer_whose_record_vanished_is_torn(store, client, gone):
-    """Its chunks went with it: nothing is stored under a key that has only some of them."""
+    """A record that vanished took its chunks along: nothing is stored under a key that has only some of them."""
     owner = await claimed(store)
     if gone == "appended before":
         await store.append(owner, 0, b"ab", PATIENCE_S)
@@ -649,7 +649,7 @@ async def test_a_large_answer_whose_record_vanished_is_torn(store, client, gone)
 @pytest.mark.parametrize("verb", ["append", "renew", "store", "store bare", "release", "mark unknown"])
 @pytest.mark.parametrize("by_then", ["in flight", "lapsed", "unknown", "complete"])
 async def test_a_record_that_vanished_and_was_claimed_by_another(store, client, verb, by_then):
-    """Whatever the first owner does then, it is fenced, and the other's record stands."""
+    """The first owner is fenced by every verb, and the other's record stays as it is."""
     owner = await at(store, client, "absent")
     await at(store, client, by_then)
     before = fields(client)
@@ -658,7 +658,7 @@ async def test_a_record_that_vanished_and_was_claimed_by_another(store, client, 
 
 
 async def test_a_claim_is_claimed_again_before_sending(store, client):
-    """The same token: ours where it still stands or nothing does, the other's record where it was taken."""
+    """A reclaim gets its own record back, or a new one if there is none; another's record is returned."""
     owner = await claimed(store)
     again = await store.reclaim(owner, SCOPE)
     assert again == owner
@@ -691,7 +691,7 @@ RETRY = [
 async def test_an_unknown_key_is_claimed_anew_where_its_record_allows_it(
     store, client, mode, state, same, other, asked
 ):
-    """The record's mode counts, not the newcomer's: new token, higher fence, the same fingerprint only."""
+    """The record's mode decides, not the newcomer's: a new token, a greater fence, the same fingerprint only."""
     owner = await at(store, client, state, mode.encode())
     if state in ("in flight", "lapsed"):
         await store.append(owner, 0, b"x", PATIENCE_S)
@@ -717,7 +717,7 @@ async def test_an_unknown_key_is_claimed_anew_where_its_record_allows_it(
 
 
 async def test_the_owner_itself_claims_anew_what_it_had_given_up(store, client):
-    """Its own unknown record, where the mode is retry: in flight again, with a higher fence."""
+    """An owner takes its own unknown record over where the mode is retry, with a greater fence."""
     owner = await at(store, client, "unknown", b"retry")
     again = await store.reclaim(owner, SCOPE)
     assert isinstance(again, Claim)
@@ -728,7 +728,7 @@ async def test_the_owner_itself_claims_anew_what_it_had_given_up(store, client):
 
 @pytest.mark.parametrize("became", ["renewed", "taken", "stored", "damaged"])
 async def test_a_takeover_needs_the_record_that_was_checked(relay, valkey, became):
-    """What happens between the look and the takeover counts: nothing that changed meanwhile is overwritten."""
+    """A record that changed between the check and the takeover is not overwritten."""
     async with connected(relay.url) as store, connected(valkey.url) as elsewhere:
         with valkey.client() as client:
             owner = await at(elsewhere, client, "lapsed", b"retry")
@@ -757,7 +757,7 @@ async def test_a_takeover_needs_the_record_that_was_checked(relay, valkey, becam
 
 
 async def test_of_many_newcomers_one_takes_an_open_key_over(store, client):
-    """All of them checked the same record; the others find the one that came first."""
+    """Of fifty claims that checked the same open record, one takes it over; the others get the new record."""
     await at(store, client, "unknown", b"retry")
     found = await asyncio.gather(*[claim(store, mode=b"retry") for _ in range(50)])
     assert sorted(map(told, found)) == ["claimed"] + ["in_flight"] * 49
@@ -778,7 +778,7 @@ WINDOWED = [
 
 @pytest.mark.parametrize(("state", "window_ms", "age_ms", "result"), WINDOWED)
 async def test_a_derived_key_is_free_again_after_its_window(store, client, state, window_ms, age_ms, result):
-    """Only a complete record, whose claim is older than the window; nothing of the old answer is left."""
+    """Only a complete record older than the window is replaced, and nothing of its response is left."""
     owner = await at(store, client, state)
     created_ms = server_ms(client) - age_ms
     if state == "complete":
@@ -821,7 +821,7 @@ LATE = [
 
 @pytest.mark.parametrize(("settle", "late", "word"), LATE)
 async def test_what_comes_after_a_settle_changes_nothing(store, client, settle, late, word):
-    """The owner's own command, held up on its way until the key was settled: the record stays, and its retention."""
+    """A delayed command of the owner that arrives after its settle changes neither record nor retention."""
     owner = await claimed(store)
     await act(store, settle, owner, own=True)
     client.pexpire(NAME, RETENTION_MS // 2)
@@ -832,7 +832,7 @@ async def test_what_comes_after_a_settle_changes_nothing(store, client, settle, 
 
 
 async def test_a_late_append_brings_nothing_back(store, client):
-    """A chunk that comes after its key was given up as unknown: duplicates still find it unknown, nothing to read."""
+    """A chunk that arrives after its key was marked unknown leaves it unknown, and cannot be read."""
     owner = await at(store, client, "unknown")
     await store.append(owner, 0, b"late", PATIENCE_S)
     assert told(await claim(store)) == "unknown"
@@ -843,7 +843,7 @@ async def test_a_late_append_brings_nothing_back(store, client):
 @pytest.mark.parametrize("own", [True, False], ids=["own", "foreign"])
 @pytest.mark.parametrize("state", STATES)
 async def test_a_claim_after_its_time_changes_nothing(store, client, state, own, mode):
-    """Executed after not_after it answers late, or what stands there."""
+    """A claim executed after not_after returns late, or the record that exists."""
     owner = await at(store, client, state, mode)
     before, left_ms = fields(client), client.pttl(NAME)
     token = owner.token if own else FOREIGN
@@ -857,7 +857,7 @@ async def test_a_claim_after_its_time_changes_nothing(store, client, state, own,
 
 @pytest.mark.fault(10)
 async def test_a_claim_that_was_held_up_on_its_way_never_lands(relay, valkey):
-    """Given up by the store, executed by the server afterwards: the key stays free."""
+    """A claim that the server executes after the store gave it up leaves the key free."""
     async with connected(relay.url, timeout_ms=300) as store:
         relay.hold()
         found = await claim(store)
@@ -887,7 +887,7 @@ LIFE = {
 @pytest.mark.fault(8, 49)
 @pytest.mark.parametrize("number", LIFE, ids=LIFE.values())
 async def test_whichever_reply_is_lost_the_key_is_executed_once_and_replayed(relay, number):
-    """Each of the calls of a key's life loses its reply once: the repeat finds what was done, and nothing is lost."""
+    """Each call of a key's life loses its reply once; its retry finds what was done, and nothing is lost."""
     async with connected(relay.url) as store:
         relay.lose_reply(number)
         owner = await claimed(store)
@@ -911,7 +911,7 @@ async def test_whichever_reply_is_lost_the_key_is_executed_once_and_replayed(rel
     [("store", "replay"), ("store bare", "not_kept"), ("mark unknown", "unknown"), ("release", "claimed")],
 )
 async def test_a_settle_whose_reply_was_lost_is_repeated(relay, verb, became):
-    """The repeat says what was done, and reports no loss: the record was there."""
+    """The retry returns what was done and reports no loss, because the record was there."""
     async with connected(relay.url) as store:
         owner = await claimed(store)
         relay.lose_reply()
@@ -924,7 +924,7 @@ async def test_a_settle_whose_reply_was_lost_is_repeated(relay, verb, became):
 @pytest.mark.fault(11, 21)
 @pytest.mark.parametrize("verb", ["store", "release", "mark unknown"])
 async def test_a_settle_that_gets_noscript_and_then_loses_its_reply(relay, valkey, verb):
-    """A script the server did not know, then was given, and whose reply was lost: no loss is reported."""
+    """A settle that is sent by its body, and loses its reply then, reports no loss."""
     async with connected(relay.url) as store:
         owner = await claimed(store)
         with valkey.client() as client:
@@ -959,7 +959,7 @@ async def test_a_key_that_was_given_to_another_before_the_repeat(relay, valkey, 
 
 @pytest.mark.fault(9)
 async def test_a_claim_without_a_reply_from_a_store_that_stays_away(relay, valkey):
-    """It is unconfirmed within the budget though it was executed; the key is freed once the store is back."""
+    """A claim whose reply was lost is unconfirmed within its time, and is freed once the store is back."""
     behind = Behind()
     async with connected(relay.url, timeout_ms=400, behind=behind) as store:
         relay.lose_reply(then_unreachable=True)
@@ -979,7 +979,7 @@ async def test_a_claim_without_a_reply_from_a_store_that_stays_away(relay, valke
 
 @pytest.mark.fault(9)
 async def test_a_claim_that_was_given_up_is_withdrawn_however_long_the_store_stays_away(relay, valkey):
-    """An outage longer than the patience: once the store is back, the key is free, for nothing was sent."""
+    """After an outage longer than the patience the key is free, because nothing was sent for it."""
     behind = Behind()
     async with connected(relay.url, timeout_ms=200, patience_s=0.2, behind=behind) as store:
         relay.lose_reply(then_unreachable=True)
@@ -996,7 +996,7 @@ async def test_a_claim_that_was_given_up_is_withdrawn_however_long_the_store_sta
 @pytest.mark.fault(9)
 @pytest.mark.parametrize("lapsed", [False, True], ids=["in flight", "lapsed"])
 async def test_a_claim_that_was_given_up_stands_in_nobodys_way(relay, valkey, lapsed):
-    """The retry comes before the withdrawal: the same worker knows that nothing was sent, and claims the key."""
+    """A retry before the withdrawal gets the key: the same worker knows that nothing was sent for it."""
     behind = Behind()
     async with connected(relay.url, timeout_ms=300, behind=behind) as store:
         relay.lose_reply(then_unreachable=True)
@@ -1015,7 +1015,7 @@ async def test_a_claim_that_was_given_up_stands_in_nobodys_way(relay, valkey, la
 
 @pytest.mark.fault(9)
 async def test_a_claim_whose_caller_was_cancelled_is_withdrawn(relay, valkey):
-    """Nobody has it, so nothing is sent for it: the key is freed behind its back."""
+    """A cancelled claim is held by nobody, so its key is freed in the background."""
     behind = Behind()
     async with connected(relay.url, timeout_ms=300, behind=behind) as store:
         relay.hold()
@@ -1031,7 +1031,7 @@ async def test_a_claim_whose_caller_was_cancelled_is_withdrawn(relay, valkey):
 
 
 async def held_up(relay: Relay, claiming: Coroutine[Any, Any, Any]) -> str:
-    """Claim so that the first command is held up on its way and a repeat on another connection is answered."""
+    """Claim so that the first command is delayed, and a retry on another connection gets its reply."""
     relay.hold()
     task = asyncio.ensure_future(claiming)
     await asyncio.sleep(0.05)
@@ -1040,7 +1040,7 @@ async def held_up(relay: Relay, claiming: Coroutine[Any, Any, Any]) -> str:
 
 
 async def arrives(relay: Relay, valkey: Valkey) -> None:
-    """Let what is held up reach the server."""
+    """Let the delayed command reach the server."""
     with valkey.client() as client:
         client.config_resetstat()
         relay.let_go()
@@ -1049,7 +1049,7 @@ async def arrives(relay: Relay, valkey: Valkey) -> None:
 
 @pytest.mark.fault(10)
 async def test_a_claim_that_was_held_up_while_its_repeat_was_refused(relay, valkey):
-    """The repeat is told that somebody has the key; what arrives when the key is free again does not keep it."""
+    """The retry finds another owner; the delayed first try, arriving when the key is free, does not keep it."""
     behind = Behind()
     async with connected(relay.url, timeout_ms=1000, behind=behind) as store, connected(valkey.url) as other:
         owner = await claimed(other)
@@ -1063,7 +1063,7 @@ async def test_a_claim_that_was_held_up_while_its_repeat_was_refused(relay, valk
 @pytest.mark.fault(10)
 @pytest.mark.parametrize("again", [False, True], ids=["claimed", "claimed again"])
 async def test_a_claim_that_was_held_up_while_its_repeat_went_through(relay, valkey, again):
-    """Nothing could be sent, the key was released: what arrives after that does not keep it."""
+    """The retry gets the key and releases it; the delayed first try does not keep it."""
     behind = Behind()
     async with connected(relay.url, timeout_ms=1000, behind=behind) as store:
         if again:
@@ -1085,7 +1085,7 @@ async def test_a_claim_that_was_held_up_while_its_repeat_went_through(relay, val
 @pytest.mark.fault(58)
 @pytest.mark.parametrize(("mode", "result"), [(b"hold", "unknown"), (b"retry", "claimed")])
 async def test_the_servers_clock_steps_forward(store, client, mode, result):
-    """Its leases have passed early: unknown, or claimed anew where the mode is retry; the old owner is fenced then."""
+    """Leases end early: the key is unknown, or claimed anew where the mode is retry, and the old owner is fenced."""
     owner = await at(store, client, "in flight", mode)
     client.hincrby(NAME, "lease", -HOUR_MS)
     client.hincrby(NAME, "created", -HOUR_MS)
@@ -1095,7 +1095,7 @@ async def test_the_servers_clock_steps_forward(store, client, mode, result):
 
 @pytest.mark.fault(58)
 async def test_the_servers_clock_steps_back(store, client):
-    """A lease that seems to last for an hour lasts for a whole lease, for each one who asks."""
+    """A lease that seems to last for an hour lasts for one lease from every claim or peek."""
     owner = await at(store, client, "in flight")
     client.hincrby(NAME, "lease", HOUR_MS)
     client.hincrby(NAME, "created", HOUR_MS)
@@ -1111,7 +1111,7 @@ async def test_the_servers_clock_steps_back(store, client):
 @pytest.mark.fault(57, 58)
 @pytest.mark.parametrize("step_ms", [-HOUR_MS, HOUR_MS])
 async def test_what_the_store_believes_of_the_servers_clock_may_be_wrong(store, client, step_ms):
-    """An hour off either way: the first reply puts it right, and the claim succeeds within its budget."""
+    """An hour off either way, the first reply corrects the clock, and the claim succeeds within its time."""
     store._servers._clock.offset_ms += step_ms
     await claimed(store)
     assert abs(store.now_ms(KEY) - server_ms(client)) < 5000
@@ -1123,7 +1123,7 @@ async def test_what_the_store_believes_of_the_servers_clock_may_be_wrong(store, 
 @pytest.mark.fault(11)
 @pytest.mark.parametrize(("verb", "state", "own", "result", "became"), [row for row in ROWS if row.values[2]])
 async def test_a_server_without_the_scripts_is_given_them(store, client, verb, state, own, result, became):
-    """After SCRIPT FLUSH each verb does the same."""
+    """After SCRIPT FLUSH every verb works as before."""
     owner = await at(store, client, state)
     before = fields(client)
     client.script_flush()
@@ -1133,7 +1133,7 @@ async def test_a_server_without_the_scripts_is_given_them(store, client, verb, s
 
 @pytest.mark.fault(11)
 async def test_scripts_that_vanish_at_any_moment(store, client):
-    """300 keys live their lives while the scripts are flushed all the time: each is stored, once, as its own."""
+    """300 keys are claimed and stored while the scripts are flushed all the time: each has its own response, once."""
     going = True
 
     async def flush() -> None:
@@ -1158,7 +1158,7 @@ async def test_scripts_that_vanish_at_any_moment(store, client):
 
 
 async def test_callers_that_stop_waiting_do_not_shift_the_others(store, client):
-    """200 concurrent claims, some cancelled at any moment: each of the others gets its own key."""
+    """Of 200 concurrent claims some are cancelled at any moment; each of the others gets its own key."""
     dice = random.Random(11)
 
     async def one(number: int) -> Claim:
@@ -1190,7 +1190,7 @@ async def test_callers_that_stop_waiting_do_not_shift_the_others(store, client):
     ],
 )
 async def test_a_full_server_still_tells_what_it_has(store, client, state, same, other):
-    """Replays, mismatches and running keys are answered; there is nothing to write."""
+    """At the memory limit existing records are replayed and compared, because that writes nothing."""
     await at(store, client, state)
     client.config_set("maxmemory", 1)
     found = await claim(store)
@@ -1212,7 +1212,7 @@ async def test_a_full_server_still_tells_what_it_has(store, client, state, same,
     ],
 )
 async def test_a_full_server_lets_running_work_complete(store, client, verb, state, own, result, became, forgotten):
-    """Renewal and settle do the same there as anywhere."""
+    """At the memory limit renew and settle work as anywhere."""
     owner = await at(store, client, state)
     before = fields(client)
     client.config_set("maxmemory", 1)
@@ -1224,7 +1224,7 @@ async def test_a_full_server_lets_running_work_complete(store, client, verb, sta
 
 
 async def test_a_full_server_stores_the_end_of_a_streamed_answer(store, client):
-    """What was appended before it was full, with the last chunk, becomes complete."""
+    """Chunks appended before the memory limit, and the last chunk, become a complete record."""
     owner = await claimed(store)
     assert await store.append(owner, 0, b"ab", PATIENCE_S) == AppendStatus.APPENDED
     client.config_set("maxmemory", 1)
@@ -1233,7 +1233,7 @@ async def test_a_full_server_stores_the_end_of_a_streamed_answer(store, client):
 
 
 async def test_a_full_server_takes_no_more_chunks(store, client):
-    """The append is refused as a whole; the answer can then be stored without its body."""
+    """At the memory limit an append is refused as a whole; the response can then be stored without its body."""
     owner = await claimed(store)
     assert await store.append(owner, 0, b"ab", PATIENCE_S) == AppendStatus.APPENDED
     before = fields(client)
@@ -1248,7 +1248,7 @@ async def test_a_full_server_takes_no_more_chunks(store, client):
 
 @pytest.mark.fault(13)
 async def test_a_full_server_refuses_new_claims(server, client):
-    """Its first write is the one that is refused: unconfirmed at once, nothing written, nothing left to clean up."""
+    """A claim's first write is refused at the memory limit: nothing is written, and nothing is to be cleaned up."""
     behind = Behind()
     async with connected(server.url, behind=behind) as store:
         client.config_set("maxmemory", 1)
@@ -1267,7 +1267,7 @@ async def test_a_full_server_refuses_new_claims(server, client):
 @pytest.mark.fault(13)
 @pytest.mark.parametrize("state", ["lapsed", "unknown", "complete"])
 async def test_a_full_server_refuses_takeovers_too(store, client, state):
-    """A takeover is a new claim: unconfirmed at once, and the record stands as it was."""
+    """A takeover is refused at the memory limit like a new claim, and the record stays as it was."""
     owner = await at(store, client, state, b"retry")
     if state == "complete":
         client.hset(NAME, "meta", pack(owner._replace(created_ms=1), answer(BODY)))
@@ -1283,7 +1283,7 @@ async def test_a_full_server_refuses_takeovers_too(store, client, state):
 
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Look at the server's health more often than every two seconds."""
+    """Inspect the server's health more often than every two seconds."""
     monkeypatch.setattr("oncegate.store.redis.node.HEALTH_S", 0.05)
 
 
@@ -1296,7 +1296,7 @@ async def watched(store: Store, often: None) -> AsyncIterator[Store]:
 
 
 async def test_above_nine_tenths_of_its_memory_the_store_is_full(watched, client):
-    """Then answers are stored without their body; below it, and without a limit, with it."""
+    """Above 90 % of the memory limit the store is full; below it, and without a limit, it is not."""
     used = client.info("memory")["used_memory"]
     for limit, full in ((0, False), (used * 2, False), (int(used / 0.96), True), (1, True), (used * 2, False)):
         client.config_set("maxmemory", limit)
@@ -1308,7 +1308,7 @@ async def test_above_nine_tenths_of_its_memory_the_store_is_full(watched, client
 
 @pytest.mark.fault(14)
 async def test_a_server_that_may_forget_keys_is_a_problem(watched, client):
-    """Any policy but noeviction, for as long as it is set."""
+    """Any eviction policy but noeviction is a problem for as long as it is set."""
     await until(lambda: watched.problem() is None)
     client.config_set("maxmemory-policy", "allkeys-lru")
     try:
@@ -1332,7 +1332,7 @@ def damaged(value: bytes) -> Iterator[bytes]:
 
 @pytest.mark.fault(55)
 async def test_a_complete_record_that_was_damaged_is_corrupt(store, client):
-    """Whichever byte of it: never a replay, never a claim, and nothing is changed."""
+    """Whichever byte was damaged, the record is never replayed, never claimed, and not changed."""
     await at(store, client, "complete")
     meta = client.hget(NAME, "meta")
     for wrong in damaged(meta):
@@ -1342,7 +1342,7 @@ async def test_a_complete_record_that_was_damaged_is_corrupt(store, client):
 
 
 async def test_a_stored_body_that_was_damaged_is_not_intact(store, client):
-    """Whichever byte of it, and where it is gone."""
+    """A body with any byte changed, or without one, is not intact."""
     await at(store, client, "complete")
     for wrong in damaged(BODY):
         client.hset(NAME, "b0", wrong)
@@ -1360,7 +1360,7 @@ async def test_a_stored_body_that_was_damaged_is_not_intact(store, client):
 @pytest.mark.parametrize("state", ["in flight", "lapsed", "unknown"])
 @pytest.mark.parametrize("field", ["state", "token", "mode", "fingerprint", "self"])
 async def test_a_running_record_that_was_damaged_is_corrupt(store, client, state, field, mode):
-    """Whichever byte of what must not change, and where the field is gone: nobody claims it, whatever the mode."""
+    """A record in flight or unknown with a damaged or missing field is never claimed, whatever its mode."""
     await at(store, client, state, mode)
     value = client.hget(NAME, field)
     for wrong in [*damaged(value), None]:
@@ -1373,7 +1373,7 @@ async def test_a_running_record_that_was_damaged_is_corrupt(store, client, state
 @pytest.mark.parametrize("state", ["in flight", "lapsed", "unknown"])
 @pytest.mark.parametrize("field", ["lease", "created", "fence"])
 async def test_a_damaged_time_or_fence_frees_no_key(store, client, state, field):
-    """What changes in a record, or only orders it, may read as another number, never as a free or complete key."""
+    """Damage to a time or a fence may read as another number, never as a free or complete key."""
     await at(store, client, state)
     value = client.hget(NAME, field)
     for wrong in [*damaged(value), b"-1", b"nan", b"inf", b"-inf", b"1e300", b"9" * 40, None]:
@@ -1385,7 +1385,7 @@ async def test_a_damaged_time_or_fence_frees_no_key(store, client, state, field)
 
 @pytest.mark.parametrize("state", ["lapsed", "unknown"])
 async def test_a_state_that_nobody_knows_is_not_claimed_anew(store, client, state):
-    """Where the mode is retry, too."""
+    """A record in an unknown state is corrupt, also where its mode is retry."""
     await at(store, client, state, b"retry")
     value = client.hget(NAME, "state")
     for wrong in [*damaged(value), b"complete", b"claimed", b"late", None]:
@@ -1409,7 +1409,7 @@ OTHER_TYPES: dict[str, Callable[[Redis], object]] = {
 
 @pytest.mark.parametrize("put", OTHER_TYPES.values(), ids=OTHER_TYPES.keys())
 async def test_what_is_no_record_is_corrupt(store, client, put):
-    """Something else under the key's name: it is neither claimed nor removed."""
+    """A value of another type under the key's name is neither claimed nor removed."""
     put(client)
     before = client.dump(NAME)
     assert isinstance(await claim(store), Corrupt)
@@ -1422,7 +1422,7 @@ async def test_what_is_no_record_is_corrupt(store, client, put):
 @pytest.mark.parametrize("mode", [b"hold", b"retry"])
 @pytest.mark.parametrize("state", ["in flight", "lapsed", "unknown", "complete"])
 async def test_a_record_found_in_another_place_is_corrupt(store, client, state, mode):
-    """Copied under another key, or asked for by another tenant, it is nobody's answer, and open to nobody."""
+    """A record copied to another key, or read for another tenant, is never replayed and never claimed."""
     await at(store, client, state, mode)
     elsewhere = Digests(b"").key(SCOPE, b"key-2")
     client.copy(NAME, store_key(elsewhere))
@@ -1436,7 +1436,7 @@ async def test_a_record_found_in_another_place_is_corrupt(store, client, state, 
 
 @pytest.mark.fault(55)
 async def test_a_record_of_a_newer_layout_is_corrupt(store, client):
-    """A replica that is older than the one that wrote it does not guess."""
+    """A proxy does not guess the layout of a newer version."""
     await at(store, client, "complete")
     client.hset(NAME, "meta", b"\x02" + client.hget(NAME, "meta")[1:])
     assert await claim(store) == Corrupt("unknown layout")
@@ -1475,7 +1475,7 @@ def tokens(scripted: RespServer) -> list[bytes]:
 @pytest.mark.fault(12)
 @pytest.mark.parametrize("error", ERRORS, ids=ERROR_NAMES)
 async def test_a_claim_that_gets_errors_is_repeated_within_its_budget(scripted, error):
-    """With the same token, until the time is over: unconfirmed, nothing claimed, nothing to clean up."""
+    """A claim that gets errors is repeated with one token until its time is over, and leaves nothing behind."""
     behind, demoted = Behind(), error.startswith((b"-READONLY", b"-MASTERDOWN"))
     full = error.startswith(b"-OOM")
     scripted.script = lambda connection, words: error
@@ -1493,7 +1493,7 @@ async def test_a_claim_that_gets_errors_is_repeated_within_its_budget(scripted, 
 @pytest.mark.fault(12)
 @pytest.mark.parametrize("error", [one for one in ERRORS if not one.startswith(b"-OOM")])
 async def test_a_claim_survives_errors_that_pass(scripted, error):
-    """The repeat that is answered gets the claim, with the token of the first try."""
+    """A retry that succeeds gets the claim with the token of the first try."""
 
     def script(connection: Connection, words: Words) -> bytes:
         if len(scripted.calls) < 3:
@@ -1526,7 +1526,7 @@ AFTER_ERRORS = {
 @pytest.mark.parametrize(("call", "result", "repeats"), AFTER_ERRORS.values(), ids=AFTER_ERRORS.keys())
 @pytest.mark.parametrize("error", ERRORS, ids=ERROR_NAMES)
 async def test_every_other_verb_that_gets_errors_is_unconfirmed(scripted, call, result, repeats, error):
-    """Never done, never refused: repeated with the same token for its patience, where it has one."""
+    """Every other verb is unconfirmed, after retries with the same token where it has patience."""
     scripted.script = lambda connection, words: error
     full = error.startswith(b"-OOM")
     async with connected(scripted.url) as store:
@@ -1542,7 +1542,7 @@ async def test_every_other_verb_that_gets_errors_is_unconfirmed(scripted, call, 
 
 @pytest.mark.parametrize("reply", [b"+OK\r\n", b"$-1\r\n", b":1\r\n", b"*0\r\n", b"*-1\r\n", resp([b"0", b"claimed"])])
 async def test_a_reply_that_is_no_answer_confirms_nothing(scripted, reply):
-    """The command may have been executed: a claim is then withdrawn, the others are unconfirmed."""
+    """An unexpected reply leaves open whether the command ran: the claim is withdrawn, other verbs are unconfirmed."""
     behind = Behind()
     scripted.script = lambda connection, words: reply
     async with connected(scripted.url, timeout_ms=200, behind=behind) as store:
@@ -1557,7 +1557,7 @@ async def test_a_reply_that_is_no_answer_confirms_nothing(scripted, reply):
 
 
 async def test_a_server_that_refuses_to_tell_its_health_is_not_pestered(scripted, often):
-    """An error on INFO is no reason to ask again at once."""
+    """After an error on INFO the server is asked again at the usual pace."""
     async with connected(scripted.url) as store:
         scripted.greeting[b"INFO"] = b"-BUSY Redis is busy running a script.\r\n"
         scripted.segments.clear()
@@ -1569,7 +1569,7 @@ async def test_a_server_that_refuses_to_tell_its_health_is_not_pestered(scripted
 
 
 async def test_a_replica_that_takes_no_writes(own_valkey):
-    """A claim there is unconfirmed and leaves nothing; once it is promoted, it is confirmed."""
+    """A claim on a replica is unconfirmed and leaves nothing; once it is promoted, claims succeed."""
     with own_valkey.client() as client:
         async with connected(own_valkey.url, timeout_ms=300) as store:
             client.replicaof("127.0.0.1", 1)
@@ -1587,7 +1587,7 @@ async def test_a_replica_that_takes_no_writes(own_valkey):
 
 @pytest.mark.fault(7)
 async def test_a_server_that_stands_still_costs_no_more_than_the_budget(own_valkey):
-    """Claims are unconfirmed within about the timeout, and none of them lands when it goes on."""
+    """Claims on a paused server are unconfirmed within about their timeout, and none takes effect later."""
     behind, clock = Behind(), asyncio.get_running_loop().time
     async with connected(own_valkey.url, timeout_ms=500, behind=behind) as store:
         own_valkey.pause()
@@ -1607,7 +1607,7 @@ async def test_a_server_that_stands_still_costs_no_more_than_the_budget(own_valk
 
 
 async def test_a_settle_outlasts_a_server_that_is_restarted(own_valkey):
-    """It is repeated for its patience: the answer is stored where the record was lost, and that is said."""
+    """A settle is repeated through a restart; where the record was lost, it is stored and the loss reported."""
     async with connected(own_valkey.url, timeout_ms=300) as store:
         owner = await claimed(store)
         own_valkey.kill()
@@ -1621,7 +1621,7 @@ async def test_a_settle_outlasts_a_server_that_is_restarted(own_valkey):
 
 @pytest.mark.parametrize("state", ["hangs", "is down"])
 async def test_every_call_ends_when_the_store_is_given_up(own_valkey, state):
-    """The drain ends every patience at once, also that of calls under way and of those that still come."""
+    """Once the store is given up, calls under way and calls still to come end at once."""
     async with connected(own_valkey.url, timeout_ms=20_000) as store:
         owner = await claimed(store)
         if state == "hangs":
@@ -1650,7 +1650,7 @@ async def test_every_call_ends_when_the_store_is_given_up(own_valkey, state):
 @pytest.mark.fault(50)
 @pytest.mark.parametrize("patience_s", [0.2, 1.0, 1.4])
 async def test_a_settle_waits_for_its_patience_and_no_longer(own_valkey, patience_s):
-    """Whatever the budget of a single call is: its first try counts as well."""
+    """A settle's patience bounds it, its first try included, whatever the timeout of one call is."""
     async with connected(own_valkey.url, timeout_ms=1000) as store:
         owner = await claimed(store)
         own_valkey.pause()
@@ -1672,7 +1672,7 @@ ACL = (
 
 
 async def live(url: str) -> None:
-    """One key's whole life through a connection: every verb works."""
+    """Run every verb of one key's life through a connection."""
     async with connected(url) as store:
         owner = await claimed(store)
         assert await store.append(owner, 0, b"ab", PATIENCE_S) == AppendStatus.APPENDED
@@ -1688,7 +1688,7 @@ async def live(url: str) -> None:
 
 
 async def assert_unreachable(url: str, because: str) -> None:
-    """A store at this URL stays down and says why; a claim through it is unconfirmed."""
+    """Check that a store at this URL stays down with a reason, and that a claim through it is unconfirmed."""
     behind = Behind()
     store = Store(
         url,
@@ -1711,7 +1711,7 @@ async def assert_unreachable(url: str, because: str) -> None:
 
 @pytest.mark.parametrize("url", ["redis+unix://{socket}", "redis+unix://{socket}?db=0"])
 async def test_over_a_unix_socket(server, url):
-    """Every verb works."""
+    """Every verb works over a Unix socket."""
     await live(url.format(socket=server.socket))
 
 
@@ -1720,14 +1720,14 @@ async def test_over_a_unix_socket(server, url):
     [("redis+unix://{socket}?db=3", 3), ("redis://127.0.0.1:{port}/5", 5), ("redis://127.0.0.1:{port}/?db=7", 7)],
 )
 async def test_in_a_database_of_its_number(relay, valkey, url, number):
-    """The records are there and nowhere else, also over a new connection."""
+    """The records are in the database that the URL names and in no other, also after a reconnect."""
     await live(url.format(socket=valkey.socket, port=relay.port))
     with valkey.client() as client:
         assert list(client.info("keyspace")) == [f"db{number}"]
 
 
 async def test_over_tcp_with_a_user_of_few_rights(own_valkey):
-    """A password, and a user that may run the scripts on the keys of the store alone: every verb works."""
+    """Every verb works with a password and a user that may run scripts on the store's keys alone."""
     password = "p@ss:w/rd%?#"
     async with relaying(own_valkey.socket) as relay:
         with own_valkey.client() as client:
@@ -1757,7 +1757,7 @@ async def over_tls(valkey: Valkey, authority: trustme.CA) -> AsyncIterator[Relay
 
 
 async def test_over_tls(over_tls, authority, monkeypatch, tmp_path):
-    """Every verb works; the certificate is checked against the system's authorities, which SSL_CERT_FILE names."""
+    """Every verb works over TLS; the certificate is checked against the authorities that SSL_CERT_FILE names."""
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
     await live(f"rediss://localhost:{over_tls.port}/1")
@@ -1768,7 +1768,7 @@ async def test_over_tls(over_tls, authority, monkeypatch, tmp_path):
 
 
 async def test_a_certificate_that_is_not_right_is_refused(over_tls, authority, monkeypatch, tmp_path):
-    """Another authority, another name, or no TLS at all: nothing is sent, and the reason is said."""
+    """With another authority, another name or no TLS, nothing is sent, and the reason is reported."""
     await assert_unreachable(f"rediss://localhost:{over_tls.port}", "(?i)certificate verify failed")
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
@@ -1781,7 +1781,7 @@ async def test_a_certificate_that_is_not_right_is_refused(over_tls, authority, m
 
 
 async def test_no_key_and_no_credential_is_in_the_store(gate, upstream, valkey):
-    """Of a running and of a complete key, only digests are in names and values."""
+    """Names and values of records have digests, and neither keys nor credentials."""
     key, credential = "canary-key-41c9", "canary-credential-7d02"
     tap = Tap()
     upstream.script = tap.script
@@ -1810,7 +1810,7 @@ async def test_no_key_and_no_credential_is_in_the_store(gate, upstream, valkey):
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("how", ["resolve", "set_free"])
 async def test_what_an_operator_decides(store, client, state, how):
-    """Only what is in flight, lapsed or unknown, and only for the token that was seen; the owner is fenced."""
+    """An operator decides only keys in flight, lapsed or unknown, by the token that was shown; the owner is fenced."""
     owner = await at(store, client, state)
     before = client.hgetall(NAME)
 
@@ -1841,7 +1841,7 @@ async def test_what_an_operator_decides(store, client, state, how):
 
 
 async def test_a_settle_and_a_decision_at_once(store, server):
-    """Over two connections, hundreds of times: exactly one of them changes the record, and it is read as such."""
+    """Of a settle and a decision at once, exactly one changes the record, hundreds of times over."""
     won = {SettleStatus.STORED: 0, SettleStatus.FENCED: 0}
     outcomes = ((SettleStatus.STORED, ResolveStatus.COMPLETE), (SettleStatus.FENCED, ResolveStatus.RESOLVED))
     async with connected(server.url) as desk:
