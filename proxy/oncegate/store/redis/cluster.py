@@ -46,8 +46,8 @@ Issue = Callable[[Node, ScriptCall], Awaitable[Any]]
 class Cluster:
     """The masters of a cluster. They are known once one of the servers in the URL has replied."""
 
-    def __init__(self, several: ServerGroup, config: NodeConfig) -> None:
-        self._several, self._config = several, config
+    def __init__(self, group: ServerGroup, config: NodeConfig) -> None:
+        self._group, self._config = group, config
         self._loop = asyncio.get_running_loop()
         self._slots: list[Node | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
         self._masters: dict[Place, Node] = {}
@@ -55,10 +55,10 @@ class Cluster:
         self._visited: dict[Place, Node] = {}
         self._visits: dict[Place, float] = {}
         # Every place of the cluster, in the order in which they are asked for the map.
-        self._known: dict[Place, None] = dict.fromkeys(several.places)
+        self._known: dict[Place, None] = dict.fromkeys(group.places)
         # The breaker of slots whose master is not known.
         self._unmapped = Breaker(self._loop.time, config.breaker_opened)
-        self._views = ClusterViews(several, config, self._note_failure)
+        self._views = ClusterViews(group, config, self._note_failure)
         # Set when the map may be wrong, and once it is known.
         self._surprised = asyncio.Event()
         self._mapped = asyncio.Event()
@@ -239,7 +239,7 @@ class Cluster:
         return self._visited[place]
 
     def _make(self, place: Place) -> Node:
-        node = Node(opener(self._several.server_url(place), self._config.timeout_s), self._config, place)
+        node = Node(opener(self._group.server_url(place), self._config.timeout_s), self._config, place)
         node.start()
         if self._given_up:
             node.give_up()
@@ -287,7 +287,7 @@ class Cluster:
             place: former.get(place) or self._visited.pop(place, None) or self._make(place) for place in view.masters
         }
         self._slots = self._assign(view)
-        self._known = dict.fromkeys((*self._several.places, *view.masters, *view.replicas))
+        self._known = dict.fromkeys((*self._group.places, *view.masters, *view.replicas))
         for place in former.keys() - self._masters.keys():
             self._log_failover(place, former[place], view)
             self._leave(former[place])

@@ -70,8 +70,8 @@ def tag_within(ranges: list[tuple[int, int]], current: bytes) -> bytes:
 class ClusterViews:
     """Collects the views of several servers at once. `failed(why)` is called for each server that gave none."""
 
-    def __init__(self, several: ServerGroup, config: NodeConfig, failed: Callable[[str], None]) -> None:
-        self._several, self._config, self._failed = several, config, failed
+    def __init__(self, group: ServerGroup, config: NodeConfig, failed: Callable[[str], None]) -> None:
+        self._group, self._config, self._failed = group, config, failed
         self._clock = asyncio.get_running_loop().time
 
     async def of_nodes(self, nodes: list[Node]) -> list[View]:
@@ -105,7 +105,7 @@ class ClusterViews:
         return view_of(info, slots, node.name.rpartition(":")[0])
 
     async def _ask_place(self, place: Place) -> View:
-        connection = opener(self._several.server_url(place), self._config.timeout_s)()
+        connection = opener(self._group.server_url(place), self._config.timeout_s)()
         try:
             await connection.connect()  # type: ignore[no-untyped-call]
             self._config.check(parse_info(await ask(connection, "INFO", "server")))

@@ -69,10 +69,10 @@ class Sentinel:
 class Sentinels:
     """The sentinels of a service. redis-py calls `discover_master` by this name."""
 
-    def __init__(self, several: ServerGroup, timeout_s: float) -> None:
-        self._several, self._timeout_s = several, timeout_s * ASK_SHARE
-        openers = [opener(several.sentinel_url(place), self._timeout_s) for place in several.places]
-        self._all = [Sentinel(open_connection, several.service) for open_connection in openers]
+    def __init__(self, group: ServerGroup, timeout_s: float) -> None:
+        self._group, self._timeout_s = group, timeout_s * ASK_SHARE
+        openers = [opener(group.sentinel_url(place), self._timeout_s) for place in group.places]
+        self._all = [Sentinel(open_connection, group.service) for open_connection in openers]
         self._question: asyncio.Task[Place] | None = None
 
     async def discover_master(self, _service: str = "") -> Place:
@@ -94,10 +94,10 @@ class Sentinels:
                 raise failure
         if not answers:
             why = next((str(failure) for failure in failures if failure), "no answer in time")
-            raise MasterNotFoundError(f"no sentinel names the master of {self._several.service}: {why}")
+            raise MasterNotFoundError(f"no sentinel names the master of {self._group.service}: {why}")
         newest = max(answers, key=lambda view: view.epoch)
         if newest.down:
-            raise MasterNotFoundError(f"the master of {self._several.service} is down, as the sentinels agree")
+            raise MasterNotFoundError(f"the master of {self._group.service} is down, as the sentinels agree")
         return newest.place
 
     async def close(self) -> None:
@@ -107,15 +107,15 @@ class Sentinels:
         await asyncio.gather(*[sentinel.close() for sentinel in self._all])
 
 
-def master_opener(several: ServerGroup, sentinels: Sentinels, timeout_s: float) -> Opener:
+def master_opener(group: ServerGroup, sentinels: Sentinels, timeout_s: float) -> Opener:
     """Return a function that makes connections which ask the sentinels where to connect to."""
-    options: dict[str, Any] = dict(parse_url(several.server_url("localhost:1")))
+    options: dict[str, Any] = dict(parse_url(group.server_url("localhost:1")))
     del options["host"], options["port"]
     if options.get("connection_class") is SSLConnection:
         options["connection_class"] = SentinelManagedSSLConnection
     limits = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
     pool = SentinelConnectionPool(  # type: ignore[no-untyped-call]
-        several.service, sentinels, **OPTIONS, **options, **limits
+        group.service, sentinels, **OPTIONS, **options, **limits
     )
     return pool.make_connection
 
@@ -123,12 +123,12 @@ def master_opener(several: ServerGroup, sentinels: Sentinels, timeout_s: float) 
 class SentinelNode(Node):
     """The master of a service, whichever server that is."""
 
-    def __init__(self, several: ServerGroup, config: NodeConfig) -> None:
-        self._sentinels = Sentinels(several, config.timeout_s)
-        self._service, self._log = several.service, config.log
+    def __init__(self, group: ServerGroup, config: NodeConfig) -> None:
+        self._sentinels = Sentinels(group, config.timeout_s)
+        self._service, self._log = group.service, config.log
         self._at: Place | None = None
-        open_connection = master_opener(several, self._sentinels, config.timeout_s)
-        super().__init__(open_connection, config, f"the master of {several.service}", self._is_master)
+        open_connection = master_opener(group, self._sentinels, config.timeout_s)
+        super().__init__(open_connection, config, f"the master of {group.service}", self._is_master)
 
     async def _is_master(self, connection: AbstractConnection) -> None:
         """Note the server that a new connection leads to. Raises Unfit for a replica and for a former master.

@@ -72,9 +72,9 @@ class StoreServers(Protocol):
 
 def servers_of(url: str, durability: str, config: NodeConfig) -> StoreServers:
     """Return the servers that a URL names: a single one, a master behind Sentinel, or a cluster."""
-    several = parse_server_group(url)
-    clustered = several is not None and several.kind == "cluster"
-    config = replace(config, level=level(durability, several is not None), cluster=clustered)
-    if several is None:
+    group = parse_server_group(url)
+    clustered = group is not None and group.kind == "cluster"
+    config = replace(config, level=level(durability, group is not None), cluster=clustered)
+    if group is None:
         return Node(opener(url, config.timeout_s), config)
-    return Cluster(several, config) if clustered else SentinelNode(several, config)
+    return Cluster(group, config) if clustered else SentinelNode(group, config)
