@@ -13,8 +13,8 @@ import trustme
 from redis.crc import key_slot
 from redis.exceptions import ResponseError
 
-from oncegate.keys.digests import store_key
 from oncegate.store.record import Claim
+from oncegate.store.record_name import store_key
 from oncegate.store.record_view import StoreError, read_record, scan
 from oncegate.store.redis.cluster_map import tag_within, view_of
 from oncegate.store.results import AppendStatus, RenewStatus, SettleResult, SettleStatus, Unconfirmed

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from loadtest.ports import free_ports
-from oncegate.keys.digests import Digests, store_key
+from oncegate.keys.digests import Digests
 from oncegate.store.record import Claim
+from oncegate.store.record_name import store_key
 from oncegate.store.redis.durable import DurabilityLevel, level
 from oncegate.store.results import SettleResult, SettleStatus, Unconfirmed, UnderReplicated
 from oncegate.store.store import Store
@@ -296,7 +297,7 @@ async def test_a_server_without_waitaof(scripted):
 
 async def assert_unreachable_for(url: str, durability: str, because: str) -> None:
     behind = Behind()
-    store = Store(url, timeout_ms=300, patience_s=1, observe=lambda *_: None, retried=lambda: None, background=behind,
+    store = Store(url, timeout_ms=300, patience_s=1, observers={}, retried=lambda: None, background=behind,
                   durability=durability)  # fmt: skip
     store.start()
     try:

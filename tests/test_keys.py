@@ -7,8 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from oncegate.keys.digests import Digests, Scope, UnstableScope, key_id, store_key
+from oncegate.keys.digests import Digests, Scope, UnstableScope, key_id
 from oncegate.keys.syntax import BadKey, parse_key
+from oncegate.store.record_name import store_key
 
 many = settings(max_examples=800, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 

@@ -7,7 +7,7 @@ import pytest
 from oncegate.commands.cli import main, parser
 from oncegate.commands.errors import CommandError, KeysExit
 from oncegate.commands.operator_response import operator_response
-from oncegate.keys.digests import parse_record_id, record_id, store_key
+from oncegate.store.record_name import parse_record_id, record_id, store_key
 
 
 def options(*words: str) -> argparse.Namespace:

@@ -11,8 +11,8 @@ import pytest
 import trustme
 
 from loadtest.ports import free_ports
-from oncegate.keys.digests import store_key
 from oncegate.store.record import Claim
+from oncegate.store.record_name import store_key
 from oncegate.store.redis.sentinel import FOLLOW_S
 from oncegate.store.results import AppendStatus, RenewStatus, SettleResult, SettleStatus, Unconfirmed, UnderReplicated
 from oncegate.store.store import Store

@@ -17,9 +17,10 @@ import trustme
 from redis import Redis
 
 from oncegate.decision import decide, effective_state
-from oncegate.keys.digests import Digests, Scope, store_key
+from oncegate.keys.digests import Digests, Scope
 from oncegate.messages.response_head import response_digest
 from oncegate.store.record import Claim, ClaimRequest, Corrupt, Record, StoredResponse, intact, pack, self_check
+from oncegate.store.record_name import store_key
 from oncegate.store.redis.arguments import PLAIN_TAIL
 from oncegate.store.redis.server import load_scripts
 from oncegate.store.redis.wire import ScriptCall
@@ -130,7 +131,7 @@ async def connected(
         url,
         timeout_ms=timeout_ms,
         patience_s=patience_s,
-        observe=lambda verb, seconds: None,
+        observers={},
         retried=lambda: None,
         background=behind,
         **options,
@@ -308,7 +309,7 @@ async def act(store: Store, verb: str, owner: Claim, own: bool) -> str:
             settled = await store.release(who, PATIENCE_S)
         case _:
             settled = await store.mark_unknown(who, "cut off", PATIENCE_S)
-    return settled.status.value + (", lost" if settled.record_was_gone else "")
+    return settled.status.label + (", lost" if settled.record_was_gone else "")
 
 
 # (what came of it, what became of the record), for the owner and for anybody else.
@@ -1694,7 +1695,7 @@ async def assert_unreachable(url: str, because: str) -> None:
         url,
         timeout_ms=500,
         patience_s=1.0,
-        observe=lambda verb, seconds: None,
+        observers={},
         retried=lambda: None,
         background=behind,
     )

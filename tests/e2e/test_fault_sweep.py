@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from oncegate.keys.digests import Digests, Scope, store_key
+from oncegate.keys.digests import Digests, Scope
+from oncegate.store.record_name import store_key
 from oncegate.testing.faults import POINTS
 from tests.conftest import Valkey
 from tests.parts import CHUNKED, LAST_CHUNK, Answer, RawClient, RawUpstream, Received, ask, chunk, request, until

@@ -9,9 +9,9 @@ import pytest
 from redis import Redis
 
 from oncegate.decision import Ending, State, decide, effective_state, may_take_over
-from oncegate.keys.digests import store_key
 from oncegate.messages.response_head import response_digest
 from oncegate.store.record import Claim, StoredResponse, pack, self_check, unpack
+from oncegate.store.record_name import store_key
 from oncegate.store.redis.server import load_scripts
 from tests.conftest import Valkey
 from tests.model import rules

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from oncegate.decision import Disposition
-from oncegate.keys.digests import Digests, Scope, UnstableScope, key_id, store_key
+from oncegate.keys.digests import Digests, Scope, UnstableScope, key_id
 from oncegate.keys.documents import Missing
 from oncegate.keys.syntax import BadKey
 from oncegate.messages.admission import Admission, Refused
@@ -17,6 +17,7 @@ from oncegate.rules.identity import Identity, ScopedRequest, identify, key_in_he
 from oncegate.rules.model import Rule, Rules
 from oncegate.rules.policy import Policy
 from oncegate.settings.settings import Settings
+from oncegate.store.record_name import store_key
 
 LABEL_WIDTH = 18
 _URL = re.compile(r"(?:[a-z]+://(?P<host>[^/?#]+))?(?P<target>[/?][^#]*)?")

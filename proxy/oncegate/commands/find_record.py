@@ -4,10 +4,11 @@ import argparse
 import sys
 
 from oncegate.commands.errors import CommandError, usage_error
-from oncegate.keys.digests import Digests, Scope, UnstableScope, identity_settings, parse_record_id
+from oncegate.keys.digests import Digests, Scope, UnstableScope, identity_settings
 from oncegate.keys.syntax import BadKey, parse_key
 from oncegate.messages.fields import by_name
 from oncegate.settings.settings import Settings
+from oncegate.store.record_name import parse_record_id
 from oncegate.store.record_view import RecordView, identities, read_record, scan
 from oncegate.store.store import Store
 

@@ -21,11 +21,11 @@ from typing import Any
 from oncegate.commands.errors import CommandError, KeysExit
 from oncegate.commands.find_record import find_record
 from oncegate.commands.operator_response import operator_response
-from oncegate.keys.digests import record_id
 from oncegate.messages.response_head import response_digest
 from oncegate.server.embedded import socket_url
 from oncegate.settings.settings import Settings
 from oncegate.store.record import Claim, StoredResponse, pack
+from oncegate.store.record_name import record_id
 from oncegate.store.record_view import RecordView, StoreError, introduce, replica_of, scan
 from oncegate.store.results import ResolveStatus
 from oncegate.store.store import Store
@@ -101,7 +101,7 @@ def _open_store(settings: Settings) -> Store:
         timeout_ms=TIMEOUT_MS,
         patience_s=TIMEOUT_MS / 1000,
         # A command has no metrics, and nothing that goes on after it.
-        observe=lambda *_: None,
+        observers={},
         retried=lambda: None,
         background=lambda work: work.close(),
     )

@@ -14,7 +14,7 @@ from oncegate.downstream.response import ResponseWriter
 from oncegate.gateway.answers import Refuse, not_confirmed, not_sent, response_not_stored, upstream_lost
 from oncegate.gateway.keyed_request import KeyedRequest
 from oncegate.gateway.recording import Recording
-from oncegate.gateway.settling import Progress, clean_up, conclude_claim, settle
+from oncegate.gateway.settling import Progress, clean_up, note_settlement, settle
 from oncegate.messages.request_head import with_fence
 from oncegate.messages.response_head import ResponseHead
 from oncegate.observe.outcome import BY_LABEL, Outcome
@@ -30,8 +30,8 @@ SMALL_S = 0.05
 # How often a lost request is sent again to an upstream that is idempotent, and the longest pauses before that.
 RESENDS, FIRST_PAUSE_S, MAX_PAUSE_S = 3, 0.2, 2.0
 LOST = (Ending.NO_RESPONSE, Ending.TRUNCATED)
-# By how a response settles its key: the outcome, and the field that says so.
-OUTCOMES = {one: (BY_LABEL[one.label], f"Oncegate-Status: {one.label}\r\n".encode()) for one in Disposition}
+# By how a response settles its key (a disposition's label): the outcome, and the field that says so.
+OUTCOMES = {one.label: (BY_LABEL[one.label], f"Oncegate-Status: {one.label}\r\n".encode()) for one in Disposition}
 
 
 class ExchangeEnd(NamedTuple):
@@ -50,14 +50,14 @@ class Exchange:
     # Tries that are left after this one, while a lost request is sent again.
     _resends_left: int | None = None
     _refuse: Refuse | None = None
+    _disposition = Disposition.STORE
+    _outcome, _status_field = OUTCOMES[Disposition.STORE.label]
 
     def __init__(self, keyed: KeyedRequest, held: LeasedClaim, head: bytes, response: ResponseWriter) -> None:
         self._deps, self._policy = keyed.route.deps, keyed.route.policy
         self._scope, self._body = keyed.claim_request.scope, keyed.body
         self._held, self._request, self._response = held, head, response
         self.progress = Progress(self._deps, held)
-        self._disposition = Disposition.STORE
-        self._outcome, self._status_field = OUTCOMES[self._disposition]
 
     async def run(self) -> ExchangeEnd:
         """Forward, settle, conclude."""
@@ -69,16 +69,22 @@ class Exchange:
             if self._policy.upstream_idempotent:
                 reached = await self._resend(reached)
             settlement, last = reached.settlement, progress.whole
-            if progress.recording is not None and settlement is Settlement.STORE:
+            if progress.recording is not None and settlement.stores_body:
                 reached, last = await self._finish_recording(progress.recording)
                 settlement = reached.settlement
             # A response is worth waiting for. That there is none can be settled after the client was answered.
             timeout_s = deps.settle_timeout_s if settlement.completes else deps.store_timeout_s
             result = await settle(progress, settlement, last, timeout_s)
-            if result.status is SettleStatus.INCOMPLETE:
+            if not result.status.is_done and result.status is SettleStatus.INCOMPLETE:
                 result = await settle(progress, Settlement.STORE_WITHOUT_BODY, b"", timeout_s)
             deps.leases.drop(self._held)
-            conclude_claim(progress, reached, result)
+            frees = reached.settlement.frees
+            deps.waiters.claim_ended(
+                self._held.claim.key,
+                not_sent=frees and reached is Ending.NOT_SENT and result.status.is_done,
+                declined=frees and reached is Ending.DECLINED,
+            )
+            note_settlement(progress, result)
             return self._conclude(reached, result)
         finally:
             clean_up(progress, reached, result)
@@ -160,13 +166,13 @@ class Exchange:
 
     def _may_be_small(self, head: ResponseHead) -> bool:
         """Note a response's head; return whether its body may be small."""
-        disposition = self._policy.statuses.disposition(head.status, b"retry-after" in head.fields)
+        disposition = self._policy.statuses.by_retry_after[b"retry-after" in head.fields][head.status]
         if self._resends_left is not None and head.status == 409:  # the first request is still running there
             if self._resends_left:
                 raise UpstreamLost("the upstream is still busy with the first request")
             disposition = Disposition.AMBIGUOUS
         self.progress.head, self._disposition, self._held.stage = head, disposition, b"answered"
-        self._outcome, self._status_field = OUTCOMES[disposition]
+        self._outcome, self._status_field = OUTCOMES[disposition.label]
         return head.bodiless or ((head.length or 0) <= SMALL_BYTES and not head.is_event_stream)
 
     async def _stream(self, connection: Connection, head: ResponseHead) -> Ending:
@@ -224,7 +230,7 @@ class Exchange:
 
     def _conclude(self, reached: Ending, result: SettleResult) -> ExchangeEnd:
         status = result.status
-        if status is SettleStatus.STORED:
+        if status.is_done and reached.settlement.completes:
             self._deliver()
             return ExchangeEnd(self._outcome)
         if status is SettleStatus.FENCED:

@@ -127,10 +127,11 @@ class FirstStep:
                 return identity
         else:
             # Most requests: all of the request enters the fingerprint.
+            known = request.known if route.is_key_independent else None
+            unkeyed = known.with_key(KEY_PLACE) if known is not None else head
             prefix = memo.fingerprint_prefix(digests, policy, head)
             key_prefix = digests.key_prefix(scope)
-            if (known := request.known) is not None and route.is_key_independent:
-                unkeyed = known.with_key(KEY_PLACE)
+            if known is not None:
                 known.plan = HeadPlan(route, scope, key_prefix, prefix, wait_s, fields, unkeyed)
             blocks = body.blocks() if body.spooled else (body.data,)
             identity = Identity(finish_key(key_prefix, key), finish_fingerprint(prefix, blocks))

@@ -26,12 +26,12 @@ from oncegate.gateway.relay import Relay, Relayed, relay
 from oncegate.gateway.replay import Replay, replay_large, replay_small
 from oncegate.gateway.settling import Progress
 from oncegate.gateway.tunnel import Tunnel, tunnel
-from oncegate.gateway.waiters import Woken
 from oncegate.observe.outcome import BY_LABEL, Observe, Outcome, RequestReport
 from oncegate.observe.usage import usage_reader
 from oncegate.store.leases import suspended_clock_s
 from oncegate.store.record import Claim, Corrupt, Record, StoredResponse
 from oncegate.store.results import ClaimsSuspended, Unconfirmed
+from oncegate.store.waiters import Woken
 
 
 class Gateway:
@@ -127,7 +127,9 @@ class Gateway:
                     return await self._relay_unguarded(request, keyed)
                 if route.policy.bypass and self._may_bypass(taken, keyed, waited):
                     return (await self._relay_unguarded(request, keyed))._replace(key=claim_request.key)
-                woken = await self._wait_for_original(request, keyed, taken, deadline) if keyed.wait_s else Woken.BUSY
+                if not keyed.wait_s:
+                    return await self._answer_duplicate(request, keyed, taken)
+                woken = await self._wait_for_original(request, keyed, taken, deadline)
                 if woken is Woken.GONE:
                     return keyed.report(request, Outcome.CLIENT_GONE, 0)
                 if woken is Woken.BUSY or woken is Woken.FULL:
@@ -148,7 +150,7 @@ class Gateway:
             return _exchange_report(request, keyed, Outcome.FAILED, 500, progress)
         if end.refuse is not None:
             send(request, end.refuse)
-        elif end.outcome is Outcome.FENCED and not request.response.started:  # the record has the answer
+        elif not request.response.started and end.outcome is Outcome.FENCED:  # the record has the answer
             policy = keyed.route.policy
             found = await keyed.route.deps.store.peek(claim.key, keyed.claim_request.scope, policy.lease_ms)
             await self._answer_duplicate(request, keyed, found)
@@ -218,17 +220,11 @@ class Gateway:
             outcome = await replay_large(request.response, route.deps.store, replay)
         if outcome is not Outcome.REPLAYED:
             return keyed.report(request, outcome, stored.status)
+        tokens = None if usage is None else usage.tokens()
         return RequestReport(
-            outcome,
-            stored.status,
-            request.message.method,
-            key,
-            saved_s=stored.took_ms / 1000,
-            replayed_bytes=stored.size,
-            common_tenant=scope.common,
-            rule=route.policy.rule,
-            tokens=None if usage is None else usage.tokens(),
-        )
+            outcome, stored.status, request.message.method, key, 0.0, stored.took_ms / 1000, stored.size,
+            scope.common, "", route.policy.rule, tokens,
+        )  # fmt: skip
 
 
 def _exchange_report(
@@ -236,18 +232,11 @@ def _exchange_report(
 ) -> RequestReport:
     """Return the report of a request that was executed, or was to be."""
     key, scope, *_ = keyed.claim_request
+    detail = "" if progress.lost is None or outcome is Outcome.FAILED else str(progress.lost)
     return RequestReport(
-        outcome,
-        status,
-        request.message.method,
-        key,
-        progress.upstream_s,
-        common_tenant=scope.common,
-        detail="" if progress.lost is None or outcome is Outcome.FAILED else str(progress.lost),
-        rule=keyed.route.policy.rule,
-        settlements=progress.settlements,
-        close_delimited=progress.close_delimited,
-    )
+        outcome, status, request.message.method, key, progress.upstream_s, 0.0, 0, scope.common, detail,
+        keyed.route.policy.rule, None, progress.settlements, progress.close_delimited,
+    )  # fmt: skip
 
 
 def _pass_through_report(request: Request, step: Relay | Tunnel, relayed: Relayed) -> RequestReport:

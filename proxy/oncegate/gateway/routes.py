@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from oncegate.buffers.memory import MemoryBudget
-from oncegate.gateway.waiters import Waiters
 from oncegate.messages.request_head import ForwardedInfo, RequestHead, renamed, request_head
 from oncegate.rules.model import Rules
 from oncegate.rules.policy import Policy
 from oncegate.store.leases import Leases
 from oncegate.store.store import Store
+from oncegate.store.waiters import Waiters
 from oncegate.upstream.pool import Pool
 
 

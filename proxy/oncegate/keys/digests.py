@@ -6,11 +6,9 @@ fingerprint: what the request asks for. Every part that enters one is length-pre
 """
 
 import re
-from base64 import urlsafe_b64decode
 from binascii import b2a_base64
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -19,9 +17,8 @@ KEY_DIGEST_BYTES = 24
 DIGEST_BYTES = 16
 
 # From plain base64, as `binascii` writes it, to base64url (RFC 4648, section 5).
-_URL_SAFE = bytes.maketrans(b"+/", b"-_")
+URL_SAFE = bytes.maketrans(b"+/", b"-_")
 
-RECORD_ID = re.compile(r"[A-Za-z0-9_-]{32}")
 
 # Authorization schemes whose credential differs in each attempt: with it in the scope, a retry would belong to
 # another tenant and never find its original.
@@ -164,28 +161,11 @@ def identity_settings(digests: Digests, namespace: str, key_header: str, scope_h
     return f"namespace={namespace} secret={digests.secret_id} scope={scope} key_header={key_header.lower()}"
 
 
-# Cached: a claim and its settlement ask for the same name.
-@lru_cache(1024)
-def store_key(digest: bytes) -> bytes:
-    """Return the name of a key's record in the store. The braces put all of it in one slot of a Redis Cluster."""
-    return b"once:{" + _base64(digest) + b"}"
-
-
-def record_id(digest: bytes) -> str:
-    """Return the record's id for operators: 32 characters, its name in the store without the frame."""
-    return _base64(digest).decode()
-
-
-def parse_record_id(text: str) -> bytes | None:
-    """Return the digest of a record's id, or of its name in the store; None for any other text."""
-    text = text.removeprefix("once:{").removesuffix("}")
-    return urlsafe_b64decode(text) if RECORD_ID.fullmatch(text) else None
-
-
 def key_id(digest: bytes) -> str:
     """Return the id of a key in logs, 12 characters: enough to find the key, too little to guess it."""
-    return _base64(digest[:9]).decode()
+    return url_safe_base64(digest[:9]).decode()
 
 
-def _base64(digest: bytes) -> bytes:
-    return b2a_base64(digest, newline=False).translate(_URL_SAFE)
+def url_safe_base64(data: bytes) -> bytes:
+    """Return base64url (RFC 4648, section 5). For whole groups of three bytes, which need no padding."""
+    return b2a_base64(data, newline=False).translate(URL_SAFE)

@@ -49,7 +49,8 @@ class Admission:
     def admit(self, method: str, target: bytes, version: tuple[int, int], pairs: Pairs) -> RequestHead | Refused:
         """Return the head of a request that passes all checks. `version`: of HTTP, such as (1, 1)."""
         fields = by_name(pairs)
-        if refused := self._refuse_line(method, target, version):
+        is_usual = version == (1, 1) and target != b"*" and method not in _NOT_SERVED
+        if not is_usual and (refused := self._refuse_line(method, target, version)):
             return refused
         if not self._harmless_names.issuperset(fields):
             if refused := self._refuse_fields(version, fields):

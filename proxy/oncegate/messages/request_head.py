@@ -84,7 +84,7 @@ def request_head(head: RequestHead, hop: ForwardedInfo, host: bytes, prefix: byt
     body in bytes; None for a chunked body, negative for none.
     """
     method, target, http10, client_host, pairs, fields = head
-    if names := nominated(fields):
+    if b"connection" in fields and (names := nominated(fields)):
         pairs = [pair for pair in pairs if pair[0].lower() not in names]
     lines = [start + value for name, value in pairs if (start := _LINE_PREFIXES[name])]
     lines += _extended_forwarding(head, hop) if hop.trusted else hop.lines[http10]

@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from oncegate.observe.families import MAX_UNSORTED, Counters, FamilySnapshot, Histograms
+from oncegate.observe.families import MAX_UNSORTED, Counters, FamilySnapshot, Histogram, Histograms
 from oncegate.observe.labels import SettlementLabel, StoreLoss
 from oncegate.observe.outcome import SUPPRESSED, Outcome, RequestReport
 from oncegate.observe.usage import KINDS, Tokens
@@ -96,7 +96,13 @@ class Metrics(Collector):
         self._breaker_opened = Counters("store_breaker_opened", "Times the circuit breaker of the store opened.")
         self._retries = Counters("store_retries", "Calls to append or settle that were repeated.")
         self._store_s = Histograms("store_seconds", "Time of one call to the store.", "verb", VERBS)
-        self._by_verb = self._store_s.by_value
+        # Called with the seconds of a call to the store, by its verb.
+        self.store_observers: dict[str, Callable[[float], None]] = {
+            verb: self._observer(histogram) for verb, histogram in self._store_s.by_value.items()
+        }
+        # Each request has one claim and one settle, so their observations are sorted with the requests'.
+        self._by_request += [self._store_s.by_value[verb] for verb in ("claim", "settle")]
+        self.store_observers |= {verb: self._store_s.by_value[verb].add for verb in ("claim", "settle")}
 
     # What a scrape gets, and other processes ...
 
@@ -127,6 +133,15 @@ class Metrics(Collector):
         for name, family in self._families().items():
             if name in counts:
                 family.merge(counts[name])
+
+    @staticmethod
+    def _observer(histogram: Histogram) -> Callable[[float], None]:
+        def observe_s(seconds: float) -> None:
+            histogram.add(seconds)
+            if len(histogram.unsorted) >= MAX_UNSORTED:
+                histogram.sort()
+
+        return observe_s
 
     # What is counted ...
 
@@ -173,13 +188,6 @@ class Metrics(Collector):
             self._settled.by_value[SettlementLabel.UNKNOWN.label]
             + self._settled.by_value[SettlementLabel.UNCONFIRMED.label]
         )
-
-    def store_call(self, verb: str, seconds: float) -> None:
-        """Count one call to the store; `verb` is one of VERBS."""
-        histogram = self._by_verb[verb]
-        histogram.add(seconds)
-        if len(histogram.unsorted) >= MAX_UNSORTED:
-            histogram.sort()
 
     def store_retried(self) -> None:
         """Count a repeated call to append or settle."""

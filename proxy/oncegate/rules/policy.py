@@ -20,8 +20,8 @@ class Statuses:
         for entries, disposition in ((release, Disposition.RELEASE), (ambiguous, Disposition.AMBIGUOUS)):
             for entry in entries:
                 self._add(entry.lower(), disposition)
-        # By whether there is a Retry-After, then by status: each response looks up one entry.
-        self._by_status = tuple(
+        # By whether there is a Retry-After, then by status (200 to 599). The request path looks it up itself.
+        self.by_retry_after = tuple(
             {status: self._look_up(status, retry_after) for status in range(200, 600)} for retry_after in (False, True)
         )
 
@@ -36,7 +36,7 @@ class Statuses:
 
     def disposition(self, status: int, retry_after: bool) -> Disposition:
         """Return what a status (200 to 599) means for the key; `retry_after`: the response has a Retry-After."""
-        return self._by_status[retry_after][status]
+        return self.by_retry_after[retry_after][status]
 
     def entries(self, disposition: Disposition) -> list[str]:
         """Return the entries of one list, as they are written."""

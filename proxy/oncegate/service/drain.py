@@ -11,8 +11,8 @@ from typing import Any
 
 from oncegate.downstream.listener import Listener
 from oncegate.gateway.handler import Gateway
-from oncegate.gateway.waiters import Waiters
 from oncegate.store.store import Store
+from oncegate.store.waiters import Waiters
 from oncegate.upstream.pools import Pools
 
 # Progress is polled: it is a sum of counts that several parts keep.

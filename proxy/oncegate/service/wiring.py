@@ -16,7 +16,6 @@ from oncegate.downstream.minimum_rate import MinimumRate
 from oncegate.gateway.first_step import FirstStep
 from oncegate.gateway.handler import Gateway
 from oncegate.gateway.routes import ExchangeDeps, Route, Routes, is_key_independent
-from oncegate.gateway.waiters import Waiters
 from oncegate.keys.digests import Digests, identity_settings
 from oncegate.known_heads.requests import HeadCache
 from oncegate.messages.admission import Admission
@@ -28,6 +27,7 @@ from oncegate.store.events import StoreEvent
 from oncegate.store.leases import Leases, Report
 from oncegate.store.redis.membership import Membership
 from oncegate.store.store import Store
+from oncegate.store.waiters import Waiters
 from oncegate.upstream.pool import REUSE_IDLE_S, Pool, client_tls
 from oncegate.upstream.pools import Pools
 
@@ -58,7 +58,7 @@ class Parts:
             store_url,
             timeout_ms=settings.store_timeout_ms,
             patience_s=settings.settle_timeout_s,
-            observe=metrics.store_call,
+            observers=metrics.store_observers,
             retried=metrics.store_retried,
             background=reporting.background,
             log=reporting.log.warning,

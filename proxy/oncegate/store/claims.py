@@ -13,9 +13,9 @@ from dataclasses import replace
 from typing import Any
 
 from oncegate.decision import State, effective_state, may_take_over
-from oncegate.keys.digests import store_key
 from oncegate.store.breaker import Breaker
 from oncegate.store.record import Claim, Record
+from oncegate.store.record_name import store_key
 from oncegate.store.redis import arguments
 from oncegate.store.redis.durable import WAIT_SHARE
 from oncegate.store.redis.replies import LATE, claim_result, is_noscript

@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator, Awaitable
 from typing import Any, NamedTuple
 
 from oncegate.decision import State, effective_state
-from oncegate.keys.digests import parse_record_id, store_key
 from oncegate.store.record import Corrupt, StoredResponse, self_check, tenant_of, unpack
+from oncegate.store.record_name import parse_record_id, store_key
 from oncegate.store.redis.membership import IDENTITIES, replica_key, replica_value
 from oncegate.store.redis.node import Node
 from oncegate.store.redis.wire import ErrorReply

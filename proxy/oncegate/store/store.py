@@ -11,9 +11,10 @@ from dataclasses import replace
 from itertools import count
 from typing import Any
 
-from oncegate.keys.digests import Scope, store_key
+from oncegate.keys.digests import Scope
 from oncegate.store.claims import PAUSE_FIRST_S, PAUSE_MOST_S, Background, Claims
 from oncegate.store.record import PREFIX_BYTES, Claim, ClaimRequest, StoredResponse, self_check
+from oncegate.store.record_name import store_key
 from oncegate.store.redis import arguments
 from oncegate.store.redis.link import Link
 from oncegate.store.redis.membership import Membership
@@ -30,7 +31,7 @@ from oncegate.store.redis.replies import (
 )
 from oncegate.store.redis.server import FULL_RATIO, load_scripts
 from oncegate.store.redis.topology import servers_of
-from oncegate.store.redis.wire import ScriptCall, resp
+from oncegate.store.redis.wire import Observers, ScriptCall, resp
 from oncegate.store.results import (
     AppendStatus,
     ClaimResult,
@@ -52,7 +53,7 @@ class Store:
     """The store behind one URL. Times in the unit of their name.
 
     `timeout_ms`: of a claim, and of one try of every other call. `patience_s`: of a release in the background.
-    `observe(verb, seconds)` is called with every reply, `retried()` with every call that is repeated, and
+    `observers` are called with the seconds of each call, by its verb, `retried()` with every call that is repeated, and
     `log(event, **fields)` with failovers. `background(work)` finishes work that nobody waits for. `durability`: where a
     claim has to be before it counts. With a `member` the store is watched for losses and for proxies that name keys in
     another way; its token prefix is filled in here. `breaker_opened()` is called when claims stop for a while.
@@ -64,7 +65,7 @@ class Store:
         *,
         timeout_ms: int,
         patience_s: float,
-        observe: Callable[[str, float], None],
+        observers: Observers,
         retried: Callable[[], None],
         background: Background,
         log: Callable[..., None] = lambda *_, **__: None,
@@ -80,7 +81,7 @@ class Store:
         config = NodeConfig(
             scripts=self._scripts,
             timeout_s=self._timeout_s,
-            observe=observe,
+            observers=observers,
             log=log,
             member=replace(member, token_prefix=self._prefix) if member else None,
             breaker_opened=breaker_opened,

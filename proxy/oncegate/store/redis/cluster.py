@@ -13,10 +13,11 @@ from typing import Any
 
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
-from oncegate.keys.digests import KEY_DIGEST_BYTES, store_key
+from oncegate.keys.digests import KEY_DIGEST_BYTES
 from oncegate.settings.addresses import bracketed
 from oncegate.settings.store_url import ServerGroup
 from oncegate.store.breaker import Breaker
+from oncegate.store.record_name import store_key
 from oncegate.store.redis.cluster_map import ClusterViews, Place, View, slot_of, tag_within
 from oncegate.store.redis.health_monitor import HEALTH_S
 from oncegate.store.redis.node import PROBE_MOST_S, Node, NodeConfig

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from redis.cluster import parse_cluster_slots
 from redis.crc import key_slot
 
-from oncegate.keys.digests import store_key
 from oncegate.settings.addresses import bracketed
 from oncegate.settings.store_url import ServerGroup
+from oncegate.store.record_name import store_key
 from oncegate.store.redis.node import Node, NodeConfig
 from oncegate.store.redis.server import Unfit, opener, parse_info
 from oncegate.store.redis.talk import ask

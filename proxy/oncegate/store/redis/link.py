@@ -13,13 +13,14 @@ import random
 from collections import deque
 from collections.abc import Awaitable, Callable
 from time import perf_counter
+from types import MappingProxyType
 from typing import Any, cast
 
 import hiredis
 from redis.asyncio.connection import AbstractConnection
 
 from oncegate.buffers.write_batcher import write_batcher
-from oncegate.store.redis.wire import COMMAND, SIZE, TAG_COUNT, TAGS, ErrorReply, ScriptCall, resp
+from oncegate.store.redis.wire import COMMAND, SIZE, TAG_COUNT, TAGS, ErrorReply, Observers, ScriptCall, resp
 from oncegate.store.results import Unconfirmed
 
 # Commands that leave at once, so that the server works on them while the loop's turn issues more.
@@ -45,7 +46,7 @@ class Link(asyncio.Protocol):
     """The shared connection.
 
     `open_connection` makes a fresh, unconnected redis-py connection. `prepare` talks over it once it is connected, and
-    raises if the server cannot be used. `observe(verb, seconds)` is called with every reply to a script.
+    raises if the server cannot be used. `observers`, by a script's verb, are called with the seconds of each call.
 
     If the oldest command gets no reply for `stall_s` seconds, the connection is closed, every command on it becomes
     unconfirmed, and a new connection is made.
@@ -56,11 +57,11 @@ class Link(asyncio.Protocol):
         open_connection: Callable[[], AbstractConnection],
         prepare: Callable[[AbstractConnection], Awaitable[None]],
         stall_s: float,
-        observe: Callable[[str, float], None] = lambda _, __: None,
+        observers: Observers = MappingProxyType({}),
     ) -> None:
         self._open_connection = open_connection
         self._prepare = prepare
-        self._stall_s, self._observe = stall_s, observe
+        self._stall_s, self._observers = stall_s, observers
         self._loop = asyncio.get_running_loop()
         self._write_batcher = write_batcher(self._loop)
         self._transport: asyncio.Transport | None = None
@@ -263,8 +264,8 @@ class Link(asyncio.Protocol):
         elif tag:
             return self._reject(future)
         # Plain commands and the health checks have no verb, and are not measured.
-        if verb:
-            self._observe(verb, perf_counter() - issued)
+        if (observe_s := self._observers.get(verb)) is not None:
+            observe_s(perf_counter() - issued)
         # The caller may have stopped waiting, or the deadline may have passed.
         if not future.done():
             future.set_result(reply)

@@ -7,9 +7,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from oncegate.keys.digests import KEY_DIGEST_BYTES, store_key
+from oncegate.keys.digests import KEY_DIGEST_BYTES
 from oncegate.store.breaker import Breaker
 from oncegate.store.record import TOKEN_BYTES
+from oncegate.store.record_name import store_key
 from oncegate.store.redis.arguments import CLAIM_COUNT, PLAIN_TAIL, RELEASE_COUNT
 from oncegate.store.redis.durable import DurabilityLevel, WaitingLink
 from oncegate.store.redis.health_monitor import HEALTH_S, HealthMonitor
@@ -18,7 +19,7 @@ from oncegate.store.redis.membership import Membership, Memory
 from oncegate.store.redis.replies import is_out_of_memory
 from oncegate.store.redis.server import Info, Opener, Prepare, Unfit, check_mode, preparer, version_of
 from oncegate.store.redis.talk import LinkTalk, Talk
-from oncegate.store.redis.wire import Script, ScriptCall, resp
+from oncegate.store.redis.wire import Observers, Script, ScriptCall, resp
 from oncegate.store.results import NotAttempted, Unconfirmed
 
 PROBE_FIRST_S, PROBE_MOST_S = 0.05, 0.5
@@ -54,14 +55,14 @@ def _ignore_breaker() -> None:
 class NodeConfig:
     """What all servers of a store have in common.
 
-    `observe(verb, seconds)` is called with every reply of a script, `log(event, **fields)` with what operators should
-    know, and `breaker_opened()` when claims are no longer tried for a while. `memories` are shared, because after a
-    failover another server is compared with what this one had.
+    `observers`, by a script's verb, are called with the seconds of each call, `log(event, **fields)` with what
+    operators should know, and `breaker_opened()` when claims are no longer tried for a while. `memories` are shared,
+    because after a failover another server is compared with what this one had.
     """
 
     scripts: dict[str, Script]
     timeout_s: float
-    observe: Callable[[str, float], None]
+    observers: Observers
     log: Callable[..., None]
     level: DurabilityLevel | None = None
     cluster: bool = False
@@ -100,20 +101,20 @@ class Node:
         self._may_refuse = False
         with_clock = preparer(config.scripts, self._clock.note, config.check, accept, self._attend)
         without_clock = preparer(config.scripts, _ignore_time, config.check, accept)
-        self.reads = Link(open_connection, without_clock, config.timeout_s, config.observe)
+        self.reads = Link(open_connection, without_clock, config.timeout_s, config.observers)
         self.note_time: Callable[[int], None] = self._clock.note
         if config.level is None:
-            self.link = self.claims = Link(open_connection, with_clock, config.timeout_s, config.observe)
+            self.link = self.claims = Link(open_connection, with_clock, config.timeout_s, config.observers)
             return
         # The clock has to be the one of the server that executes the claims. WaitingLink reports it before the claims
         # wait for replicas; when their results arrive, that time is old.
         self.note_time = _ignore_time
-        self.link = Link(open_connection, without_clock, config.timeout_s, config.observe)
+        self.link = Link(open_connection, without_clock, config.timeout_s, config.observers)
         self.claims = WaitingLink(
             open_connection,
             with_clock,
             config.timeout_s,
-            config.observe,
+            config.observers,
             level=config.level,
             note_time=self._clock.note,
         )

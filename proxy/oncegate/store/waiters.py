@@ -103,11 +103,25 @@ class Waiters:
         if not line:
             self._by_key.pop(key, None)
 
-    def wake(self, key: bytes, why: Woken) -> None:
-        """Wake everybody who waits for a key."""
-        for waiter in self._by_key.get(key, ()):
-            if not waiter.future.done():
-                waiter.future.set_result(why)
+    def claim_ended(self, key: bytes, *, not_sent: bool, declined: bool) -> None:
+        """Wake those who wait for a key whose claim this worker has settled.
+
+        `not_sent`: it is free, and nothing was sent, so that one of them may claim it. `declined`: it is free, and the
+        upstream wants no retry now.
+        """
+        if key in self._by_key:
+            if not_sent:
+                self.nothing_was_sent(key)
+            else:
+                self.wake(key, declined=declined)
+
+    def wake(self, key: bytes, *, declined: bool = False) -> None:
+        """Wake everybody who waits for a key: to look at its record, or (`declined`) to come again later."""
+        if waiters := self._by_key.get(key):
+            reason = Woken.BUSY if declined else Woken.LOOK
+            for waiter in waiters:
+                if not waiter.future.done():
+                    waiter.future.set_result(reason)
 
     def nothing_was_sent(self, key: bytes) -> None:
         """Let one of those who wait for a key claim it; the others go on waiting, now for that one."""
@@ -120,7 +134,7 @@ class Waiters:
         """Send everybody away, also those who still come."""
         self._closed = True
         for key in list(self._by_key):
-            self.wake(key, Woken.BUSY)
+            self.wake(key, declined=True)
 
     async def run(self) -> None:
         """Ask for all keys whose original runs elsewhere, until cancelled."""
@@ -139,6 +153,6 @@ class Waiters:
             return
         if found is None:
             # Declined or not sent, over there: which one cannot be seen, and a storm must not follow a 429.
-            self.wake(key, Woken.BUSY)
+            self.wake(key, declined=True)
         elif not isinstance(found, Record) or effective_state(found.state, found.lease_left_ms) is not State.IN_FLIGHT:
-            self.wake(key, Woken.LOOK)
+            self.wake(key)
