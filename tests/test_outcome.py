@@ -44,7 +44,7 @@ def test_a_suppressed_duplicate_met_a_record():
 def test_every_end_of_a_claim_has_its_label():
     """Each settlement, and each status that replaces one: it was not confirmed, or another owner was in the way."""
     ends = {settlement.label for settlement in Settlement} | {
-        status.value for status in (SettleStatus.FENCED, SettleStatus.UNCONFIRMED)
+        status.label for status in (SettleStatus.FENCED, SettleStatus.UNCONFIRMED)
     }
     assert set(SETTLEMENTS) == ends | {"lost"}
 

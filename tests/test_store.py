@@ -8,6 +8,7 @@ import ssl
 import subprocess
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -288,7 +289,7 @@ def claim_raw(
 
 async def act(store: Store, verb: str, owner: Claim, own: bool) -> str:
     """Run one verb on a record, as its owner or as somebody else, and return its result."""
-    who = owner if own else owner._replace(token=FOREIGN)
+    who = owner if own else replace(owner, token=FOREIGN)
     match verb:
         case "claim":
             return told(await (store.reclaim(owner, SCOPE) if own else claim(store)))
@@ -425,7 +426,7 @@ def assert_became(client: Redis, became: str, before: dict[str, bytes], owner: C
             assert not retention_anew
         case "complete" | "complete, no body":
             kept = became == "complete"
-            who = owner._replace(token=token)
+            who = replace(owner, token=token)
             assert after == {"meta": pack(who, answer(BODY, kept=kept))} | ({"b0": BODY} if kept else {})
             assert retention_anew
         case "unknown":
@@ -621,7 +622,7 @@ async def test_a_record_that_lacks_chunks_is_not_made_complete(store, client, ap
     before = fields(client)
     assert await store.store(owner, stored, last, PATIENCE_S) == SettleResult(SettleStatus.INCOMPLETE)
     assert fields(client) == before
-    assert await store.store(owner, stored._replace(body_stored=False), b"", PATIENCE_S) == SettleResult(
+    assert await store.store(owner, replace(stored, body_stored=False), b"", PATIENCE_S) == SettleResult(
         SettleStatus.STORED
     )
     assert told(await claim(store)) == "not_kept"
@@ -783,7 +784,7 @@ async def test_a_derived_key_is_free_again_after_its_window(store, client, state
     owner = await at(store, client, state)
     created_ms = server_ms(client) - age_ms
     if state == "complete":
-        client.hset(NAME, "meta", pack(owner._replace(created_ms=created_ms), answer(BODY)))
+        client.hset(NAME, "meta", pack(replace(owner, created_ms=created_ms), answer(BODY)))
     else:
         client.hset(NAME, "created", created_ms)
     before = fields(client)
@@ -1271,7 +1272,7 @@ async def test_a_full_server_refuses_takeovers_too(store, client, state):
     """A takeover is refused at the memory limit like a new claim, and the record stays as it was."""
     owner = await at(store, client, state, b"retry")
     if state == "complete":
-        client.hset(NAME, "meta", pack(owner._replace(created_ms=1), answer(BODY)))
+        client.hset(NAME, "meta", pack(replace(owner, created_ms=1), answer(BODY)))
     before = fields(client)
     client.config_set("maxmemory", 1)
     found = await claim(store, window_ms=WINDOW_MS)
@@ -1818,7 +1819,7 @@ async def test_what_an_operator_decides(store, client, state, how):
     async def decide(seen: bytes) -> ResolveStatus:
         if how == "set_free":
             return await store.set_free(KEY, seen, store.token(), b"5")
-        meta = pack(owner._replace(token=store.token()), answer(b"by hand"))
+        meta = pack(replace(owner, token=store.token()), answer(b"by hand"))
         return await store.resolve(KEY, seen, meta, b"by hand", RETENTION_MS)
 
     if state in ("absent", "complete"):
@@ -1849,7 +1850,7 @@ async def test_a_settle_and_a_decision_at_once(store, server):
         for n in range(300):
             key = Digests(b"").key(SCOPE, b"race-%d" % n)
             owner = await claimed(store, key=key)
-            meta = pack(owner._replace(token=desk.token()), answer(b"by hand"))
+            meta = pack(replace(owner, token=desk.token()), answer(b"by hand"))
             settle = store_small(store, owner)
             decide_ = desk.resolve(key, owner.token, meta, b"by hand", RETENTION_MS)
             if n % 2:

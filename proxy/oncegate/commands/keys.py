@@ -14,7 +14,7 @@ import pwd
 import socket
 import sys
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -206,7 +206,7 @@ async def _resolve(session: Session, options: argparse.Namespace) -> KeysExit:
     token = await _introduce(session)
     digest = response_digest(response.status, response.reason, response.block)
     digest.update(body)
-    stored = response._replace(digest=digest.digest(), completed_ms=record.now_ms)
+    stored = replace(response, digest=digest.digest(), completed_ms=record.now_ms)
     meta = pack(_claim(session, record, token), stored)
     status = await session.store.resolve(record.key, record.token, meta, body, session.retention_ms)
     details = {"status": response.status, "bytes": len(body)}

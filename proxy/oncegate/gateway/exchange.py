@@ -7,7 +7,6 @@ chunk, the closing) is held back until the store has confirmed the settle.
 import asyncio
 import random
 import time
-from typing import NamedTuple
 
 from oncegate.decision import Disposition, Ending, Settlement, ending, must_reclaim
 from oncegate.downstream.response import ResponseWriter
@@ -34,22 +33,17 @@ LOST = (Ending.NO_RESPONSE, Ending.TRUNCATED)
 OUTCOMES = {one.label: (BY_LABEL[one.label], f"Oncegate-Status: {one.label}\r\n".encode()) for one in Disposition}
 
 
-class ExchangeEnd(NamedTuple):
-    """How an exchange ended. `refuse`: the client has nothing yet and gets this.
+class Exchange:
+    """One claim's exchange with the upstream. `run` is called once; `progress` says how far it got.
 
-    FENCED with no response begun means that the record has the answer.
+    `refuse`: the client has nothing yet, and gets this. Outcome FENCED with no response begun means that the record
+    has the answer.
     """
 
-    outcome: Outcome
     refuse: Refuse | None = None
-
-
-class Exchange:
-    """One claim's exchange with the upstream. `run` is called once; `progress` says how far it got."""
-
     # Tries that are left after this one, while a lost request is sent again.
     _resends_left: int | None = None
-    _refuse: Refuse | None = None
+    _not_sent: Refuse | None = None
     _disposition = Disposition.STORE
     _outcome, _status_field = OUTCOMES[Disposition.STORE.label]
 
@@ -59,8 +53,8 @@ class Exchange:
         self._held, self._request, self._response = held, head, response
         self.progress = Progress(self._deps, held)
 
-    async def run(self) -> ExchangeEnd:
-        """Forward, settle, conclude."""
+    async def run(self) -> Outcome:
+        """Forward, settle, conclude; return the outcome."""
         deps, progress = self._deps, self.progress
         reached: Ending | None = None
         result: SettleResult | None = None
@@ -144,13 +138,13 @@ class Exchange:
             try:
                 connection = await deps.pool.acquire(deps.reuse_idle_s)
             except NotSent as reason:
-                self._refuse = not_sent(str(reason))
+                self._not_sent = not_sent(str(reason))
                 return None
             if not must_reclaim(self._held.age_s(), self._policy.lease_ms):
                 return connection
             deps.pool.release(connection)
             if not await deps.leases.reclaim(self._held, self._scope):
-                self._refuse = not_confirmed()
+                self._not_sent = not_confirmed()
                 return None
 
     def _send(self, connection: Connection) -> None:
@@ -228,16 +222,16 @@ class Exchange:
 
     # What the client gets ...
 
-    def _conclude(self, reached: Ending, result: SettleResult) -> ExchangeEnd:
+    def _conclude(self, reached: Ending, result: SettleResult) -> Outcome:
         status = result.status
         if status.is_done and reached.settlement.completes:
             self._deliver()
-            return ExchangeEnd(self._outcome)
+            return self._outcome
         if status is SettleStatus.FENCED:
             return self._refused(Outcome.FENCED, None)
         match reached:
             case Ending.NOT_SENT:
-                refuse = self._refuse or not_sent("nothing was sent")
+                refuse = self._not_sent or not_sent("nothing was sent")
                 return self._refused(BY_LABEL[refuse.problem.code], refuse)
             case Ending.NO_RESPONSE | Ending.TRUNCATED if self._response.started:
                 return self._refused(Outcome.TRUNCATED, None)
@@ -248,14 +242,15 @@ class Exchange:
             case Ending.COMPLETE | Ending.TOO_LARGE if status is SettleStatus.UNCONFIRMED:
                 return self._refused(Outcome.ANSWER_NOT_STORED, response_not_stored())
         self._deliver()
-        return ExchangeEnd(self._outcome)
+        return self._outcome
 
-    def _refused(self, outcome: Outcome, refuse: Refuse | None) -> ExchangeEnd:
-        """Return the end of an exchange without a whole response; abort a response that has begun."""
+    def _refused(self, outcome: Outcome, refuse: Refuse | None) -> Outcome:
+        """End an exchange without a whole response; abort a response that has begun."""
         if self._response.started:
             self._response.abort()
-            return ExchangeEnd(outcome)
-        return ExchangeEnd(outcome, refuse)
+        else:
+            self.refuse = refuse
+        return outcome
 
     def _deliver(self) -> None:
         """Send the end of a streamed response, or all of a small one."""

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from oncegate.decision import Decision
 from oncegate.downstream.body import Bodies
@@ -110,7 +111,7 @@ class Gateway:
 
     async def _execute_once(self, request: Request, keyed: KeyedRequest) -> RequestReport:
         """Claim the key and execute the request, or answer it as a duplicate."""
-        route, claim_request, body, *_ = keyed
+        route, claim_request, body = keyed.route, keyed.claim_request, keyed.body
         if self.in_flight >= self._max_in_flight:
             body.close()
             return refuse(request, overloaded())
@@ -126,7 +127,7 @@ class Gateway:
                 if keyed.fresh and isinstance(taken, Record):
                     return await self._relay_unguarded(request, keyed)
                 if route.policy.bypass and self._may_bypass(taken, keyed, waited):
-                    return (await self._relay_unguarded(request, keyed))._replace(key=claim_request.key)
+                    return replace(await self._relay_unguarded(request, keyed), key=claim_request.key)
                 if not keyed.wait_s:
                     return await self._answer_duplicate(request, keyed, taken)
                 woken = await self._wait_for_original(request, keyed, taken, deadline)
@@ -144,17 +145,17 @@ class Gateway:
         exchange = self._exchange(request, keyed, claim, asked_s)
         progress = exchange.progress
         try:
-            end = await exchange.run()
+            outcome = await exchange.run()
         except Exception as error:
             self._break_off(error, request, UNKNOWN if progress.sent else REFUSED)
             return _exchange_report(request, keyed, Outcome.FAILED, 500, progress)
-        if end.refuse is not None:
-            send(request, end.refuse)
-        elif not request.response.started and end.outcome is Outcome.FENCED:  # the record has the answer
+        if exchange.refuse is not None:
+            send(request, exchange.refuse)
+        elif not request.response.started and outcome is Outcome.FENCED:  # the record has the answer
             policy = keyed.route.policy
             found = await keyed.route.deps.store.peek(claim.key, keyed.claim_request.scope, policy.lease_ms)
             await self._answer_duplicate(request, keyed, found)
-        return _exchange_report(request, keyed, end.outcome, progress.head.status if progress.head else 0, progress)
+        return _exchange_report(request, keyed, outcome, progress.head.status if progress.head else 0, progress)
 
     def _exchange(self, request: Request, keyed: KeyedRequest, claim: Claim, asked_s: float) -> Exchange:
         """Return the exchange that a claim is for. If that fails, nothing was sent, and the key is freed."""
@@ -185,13 +186,15 @@ class Gateway:
         self, request: Request, keyed: KeyedRequest, taken: Record | Corrupt | Unconfirmed, deadline: float
     ) -> Woken:
         """Wait while the original runs, not counted as in flight; BUSY at once where it does not run."""
-        key, scope, fingerprint, *_ = keyed.claim_request
-        if decide_duplicate(taken, fingerprint) is not Decision.IN_FLIGHT:
+        claim_request = keyed.claim_request
+        if decide_duplicate(taken, claim_request.fingerprint) is not Decision.IN_FLIGHT:
             return Woken.BUSY
         response, waiters = request.response, keyed.route.deps.waiters
         self.in_flight -= 1
         try:
-            return await waiters.wait(key, scope, deadline, response.client_leaves(), response.client_half_closed)
+            return await waiters.wait(
+                claim_request.key, claim_request.scope, deadline, response.client_leaves(), response.client_half_closed
+            )
         finally:
             self.in_flight += 1
 
@@ -211,7 +214,7 @@ class Gateway:
         self, request: Request, keyed: KeyedRequest, record: Record, stored: StoredResponse
     ) -> RequestReport:
         """Send a stored response; a report with another outcome than REPLAYED says why that failed."""
-        route, (key, scope, *_) = keyed.route, keyed.claim_request
+        route, key, scope = keyed.route, keyed.claim_request.key, keyed.claim_request.scope
         usage = usage_reader(stored.status, stored.block, stored.size) if route.policy.counts_tokens else None
         replay = Replay(key, record, stored, keyed.fields, usage.add if usage is not None else None)
         if stored.size == 0 or record.body is not None:  # the body came with the record
@@ -231,7 +234,7 @@ def _exchange_report(
     request: Request, keyed: KeyedRequest, outcome: Outcome, status: int, progress: Progress
 ) -> RequestReport:
     """Return the report of a request that was executed, or was to be."""
-    key, scope, *_ = keyed.claim_request
+    key, scope = keyed.claim_request.key, keyed.claim_request.scope
     detail = "" if progress.lost is None or outcome is Outcome.FAILED else str(progress.lost)
     return RequestReport(
         outcome, status, request.message.method, key, progress.upstream_s, 0.0, 0, scope.common, detail,

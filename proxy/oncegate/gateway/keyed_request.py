@@ -1,5 +1,6 @@
 """A request whose key is known: what the rest of the request path needs, and what its head alone decides."""
 
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -15,7 +16,8 @@ from oncegate.store.record import ClaimRequest
 KEY_PLACE = b"\0"
 
 
-class KeyedRequest(NamedTuple):
+@dataclass(slots=True)
+class KeyedRequest:
     """A request with its body, its key and all that the store needs to claim it.
 
     `wait_s` is how long it may wait for its original; `fields` are further ones of its response as a duplicate.
@@ -31,9 +33,8 @@ class KeyedRequest(NamedTuple):
 
     def report(self, request: Request, outcome: Outcome, status: int) -> RequestReport:
         """Return the report of a request that was not executed; `status` is what its client got."""
-        key, scope, *_ = self.claim_request
-        method, rule = request.message.method, self.route.policy.rule
-        return RequestReport(outcome, status, method, key, common_tenant=scope.common, rule=rule)
+        claim, method, rule = self.claim_request, request.message.method, self.route.policy.rule
+        return RequestReport(outcome, status, method, claim.key, common_tenant=claim.scope.common, rule=rule)
 
 
 class HeadPlan(NamedTuple):

@@ -6,7 +6,7 @@ them, with the head already out, so that the connection was aborted.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from oncegate.downstream.response import ResponseWriter
 from oncegate.messages.framing import COUNTED, STATED
@@ -19,7 +19,8 @@ from oncegate.store.store import Store
 MARK = b"Idempotent-Replayed: true\r\nOncegate-Status: replayed\r\n"
 
 
-class Replay(NamedTuple):
+@dataclass(slots=True)
+class Replay:
     """A complete record to be replayed. `fields` are further header fields; `on_body` is given all body bytes."""
 
     key: bytes

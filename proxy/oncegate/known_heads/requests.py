@@ -1,7 +1,8 @@
 """Request heads that came before, whatever idempotency key they carried."""
 
 import re
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from oncegate.known_heads.recent import RecentHeads
 from oncegate.messages.request_head import RequestHead
@@ -37,7 +38,8 @@ class KnownHead:
         return RequestHead(method, target, http10, host, with_key, {**fields, self.key_field: [key]})
 
 
-class KnownRequest(NamedTuple):
+@dataclass(slots=True)
+class KnownRequest:
     """A whole request under a known head: the value of its key field and its body."""
 
     known: KnownHead

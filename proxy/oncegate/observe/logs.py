@@ -68,8 +68,9 @@ class AccessLog:
         level = "error" if label in ALARMING else "info"
         if label in self._left_out or level not in self._levels:
             return
-        _, status, method, key, upstream_s, _, _, _, detail, rule, *_ = report
-        values = (label, method, status, key_id(key) if key else "", seconds * 1000, upstream_s * 1000, client_gone)
+        upstream_s, detail, rule = report.upstream_s, report.detail, report.rule
+        key = key_id(report.key) if report.key else ""
+        values = (label, report.method, report.status, key, seconds * 1000, upstream_s * 1000, client_gone)
         more = {name: value for name, value in (("detail", detail), ("rule", rule)) if value} if detail or rule else {}
         if self._is_json:
             self._add(_as_json(values, more, level, self._timestamp()))

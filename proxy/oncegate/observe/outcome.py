@@ -1,7 +1,8 @@
 """What became of one request: the outcome, and the record that metrics and the access log read."""
 
+from dataclasses import dataclass
 from enum import Enum
-from typing import Final, NamedTuple, Protocol
+from typing import Final, Protocol
 
 from oncegate.observe.labels import SettlementLabel
 from oncegate.observe.usage import Tokens
@@ -67,7 +68,8 @@ SUPPRESSED: Final = (
 )
 
 
-class RequestReport(NamedTuple):
+@dataclass(slots=True)
+class RequestReport:
     """What became of one request.
 
     `key` is the digest of its key, empty without one. `upstream_s` is the time spent on the upstream.

@@ -91,7 +91,7 @@ class Claims:
             while True:
                 reply = await servers.claim(call, head, tail, left_s)
                 if not isinstance(reply, list) and is_noscript(reply):
-                    reply = await servers.claim(call._replace(by_body=True), head, tail, left_s)
+                    reply = await servers.claim(replace(call, by_body=True), head, tail, left_s)
                 result = claim_result(claim, tenant, reply, servers.note_time)
                 # Any reply relieves the breaker, also that the claim came too late.
                 if self._strained and (result is LATE or not isinstance(result, Unconfirmed)):
@@ -133,7 +133,7 @@ class Claims:
         call = ScriptCall(self._script, store_key(key), arguments.CLAIM_COUNT, deadline)
         reply = await self._servers.run(call, args)
         if is_noscript(reply):
-            reply = await self._servers.run(call._replace(by_body=True), args)
+            reply = await self._servers.run(replace(call, by_body=True), args)
         result = claim_result(nobody, tenant, reply, self._servers.note_time)
         return None if result is LATE or isinstance(result, Claim) else result
 
@@ -155,7 +155,7 @@ class Claims:
         """Return whether another try may take the key with the record's token as the expected one."""
         if record.token in self._given_up:
             # It is a claim of this proxy that nobody holds, and for which nothing was sent. Free it now.
-            freed = await self._release(claim._replace(token=record.token), self._timeout_s)
+            freed = await self._release(replace(claim, token=record.token), self._timeout_s)
             return freed.status is SettleStatus.RELEASED
         past_window = window_ms > 0 and record.created_ms + window_ms < record.now_ms
         state = effective_state(record.state, record.lease_left_ms)

@@ -180,13 +180,13 @@ class Store:
 
     def claim(self, request: ClaimRequest) -> Claiming:
         """Claim a key, or return the record that it has. After Unconfirmed no copy of the claim keeps the key."""
-        key, scope, fingerprint, mode, lease_ms, retention_ms, window_ms = request
+        key, tenant, fingerprint, mode = request.key, request.scope.tenant, request.fingerprint, request.mode
         # `token()` without its frame, as this is the hot path.
         token = self._prefix + next(self._count).to_bytes(6, "big")
-        described = self_check(key, scope.tenant, token, mode, fingerprint)
+        described = self_check(key, tenant, token, mode, fingerprint)
         # The fence and the time of creation come with the reply.
-        claim = Claim(key, token, b"", mode, fingerprint, described, 0, lease_ms, retention_ms)
-        return self._claims.run(claim, scope.tenant, window_ms)
+        claim = Claim(key, token, b"", mode, fingerprint, described, 0, request.lease_ms, request.retention_ms)
+        return self._claims.run(claim, tenant, request.window_ms)
 
     def reclaim(self, claim: Claim, scope: Scope) -> Claiming:
         """Claim again with the same token. A Claim means that the key is this claim's, with the fence that it has."""
@@ -275,7 +275,7 @@ class Store:
     async def _call(self, call: ScriptCall, args: bytes) -> Any:
         """Run a script by its sha, and by its body if the server does not know it."""
         reply = await self._servers.run(call, args)
-        return await self._servers.run(call._replace(by_body=True), args) if is_noscript(reply) else reply
+        return await self._servers.run(replace(call, by_body=True), args) if is_noscript(reply) else reply
 
     async def _repeat(self, call: ScriptCall, args: bytes, ends: float) -> tuple[Any, bool]:
         """Repeat a call until a final reply, or until `ends` (the loop's time).
@@ -287,7 +287,7 @@ class Store:
         maybe_executed = False
         while True:
             deadline = min(loop.time() + self._timeout_s, max(ends, loop.time() + TRY_LEAST_S))
-            reply = await self._call(call._replace(deadline=deadline), args)
+            reply = await self._call(replace(call, deadline=deadline), args)
             if is_final(reply) or loop.time() + pause_s >= min(ends, self._patience_ends):
                 return reply, maybe_executed
             maybe_executed |= may_have_run(reply)

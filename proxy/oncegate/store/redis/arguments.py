@@ -26,12 +26,12 @@ _terms: dict[tuple[bytes, int, int], bytes] = {}
 
 def claim_head(claim: Claim) -> bytes:
     """Return the arguments of `claim` before its deadline. The node that executes the claim writes the deadline."""
-    _, token, _, mode, fingerprint, self_check, _, lease_ms, retention_ms = claim
+    mode, lease_ms, retention_ms = claim.mode, claim.lease_ms, claim.retention_ms
     terms = _terms.get((mode, lease_ms, retention_ms))
     if terms is None:
         terms = _terms[mode, lease_ms, retention_ms] = b"\r\n" + resp(mode, lease_ms, retention_ms)
     # Joined here: this takes 15k instructions less than writing word by word (measured).
-    return b"".join((_16, token, _NEXT_16, fingerprint, _NEXT_32, self_check, terms))
+    return b"".join((_16, claim.token, _NEXT_16, claim.fingerprint, _NEXT_32, claim.self_check, terms))
 
 
 def claim_tail(window_ms: int, expected_token: bytes) -> bytes:
@@ -83,6 +83,5 @@ def release(claim: Claim) -> bytes:
 
 def mark_unknown(claim: Claim, why: str) -> bytes:
     """Return the arguments of `settle` that mark the key unknown: MARK_UNKNOWN_COUNT."""
-    _, token, fence, mode, fingerprint, self_check, created_ms, _, retention_ms = claim
-    rest = resp(retention_ms, fence, mode, fingerprint, self_check, created_ms, why)
-    return b"".join((_16, token, b"\r\n", _UNKNOWN, rest))
+    written = (claim.retention_ms, claim.fence, claim.mode, claim.fingerprint, claim.self_check, claim.created_ms)
+    return b"".join((_16, claim.token, b"\r\n", _UNKNOWN, resp(*written, why)))

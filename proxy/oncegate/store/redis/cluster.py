@@ -9,6 +9,7 @@ import asyncio
 import os
 import random
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
@@ -191,7 +192,7 @@ class Cluster:
                 node = await self._reach(slot, node if asking else None, call.deadline)
                 if node is None:
                     return None, Unconfirmed(self._down_because, maybe_executed=False)
-            reply = await issue(node, call._replace(asking=True) if asking else call)
+            reply = await issue(node, replace(call, asking=True) if asking else call)
             # A list is a script's reply, whatever it says.
             if isinstance(reply, list):
                 break

@@ -178,14 +178,14 @@ class Link(asyncio.Protocol):
 
         The future gives the reply without its tag, an ErrorReply or an Unconfirmed. It never raises.
         """
-        script, key, arg_count, deadline, by_body, asking = call
-        if asking:
-            self.command("ASKING", deadline=deadline)
+        script, key = call.script, call.key
+        if call.asking:
+            self.command("ASKING", deadline=call.deadline)
         self._tag_number = number = (self._tag_number + 1) % TAG_COUNT
         tag, tag_word = TAGS[number]
-        begin = script.by_body if by_body else script.by_sha
-        command = b"".join((begin[arg_count], SIZE[len(key)], key, b"\r\n", tag_word, args))
-        return self._issue(command, deadline, tag, script.verb)
+        begin = script.by_body if call.by_body else script.by_sha
+        command = b"".join((begin[call.arg_count], SIZE[len(key)], key, b"\r\n", tag_word, args))
+        return self._issue(command, call.deadline, tag, script.verb)
 
     def command(self, *words: bytes | str | int, deadline: float) -> "asyncio.Future[Any]":
         """Issue a plain command. The future gives the reply, an ErrorReply or an Unconfirmed; it never raises."""

@@ -6,8 +6,8 @@ first element of its reply, so a reply says which call it belongs to.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from hashlib import sha1
-from typing import NamedTuple
 
 # Tags that a connection gives in turn: far more than the calls that wait on one connection.
 TAG_COUNT = 4096
@@ -75,7 +75,8 @@ class Script:
 Observers = Mapping[str, Callable[[float], None]]
 
 
-class ScriptCall(NamedTuple):
+@dataclass(slots=True)
+class ScriptCall:
     """A call of a script that has one key, without its arguments."""
 
     script: Script
