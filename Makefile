@@ -21,6 +21,7 @@ run: .venv/.runtime                 ## make run UPSTREAM=http://127.0.0.1:9000
 
 test: lint                          ## the static checks and the tests; make test ARGS="-k lease" for some
 	$(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
+	$(if $(ARGS),,TEST_HEAD_CACHE=off $(BIN)/pytest -q -n 2 --dist loadgroup $(WITHOUT_HEAD_CACHE:%=tests/%.py))
 
 # The tests of each room, for `make quick PART=room`. Without PART: the pure ones of all rooms but for the searches
 # that hypothesis makes, and the main job.
@@ -47,6 +48,10 @@ PURE := $(PART_keys) $(PART_messages) test_known_heads $(PART_settings) $(filter
 	test_init test_logs test_outcome test_lua test_minimum_rate test_patterns test_policy test_record test_rules test_usage test_write_batcher
 QUICK := $(if $(PART),$(PART_$(PART)),$(PURE) e2e/test_main_job e2e/test_demo)
 
+# What is run once more with the head cache off, which may change nothing but the time. The tests that count system
+# calls and instructions (test_costs) are the only ones that need it on.
+WITHOUT_HEAD_CACHE := $(PART_messages) test_keys test_sources e2e/test_fidelity e2e/test_forwarding e2e/test_main_job
+
 quick: lint                         ## lint, the pure tests and the main job; make quick PART=store for one room
 	@test -n "$(QUICK)" || { echo "no room is called $(PART)" >&2; exit 2; }
 	$(BIN)/pytest -q -n 2 --dist loadgroup $(if $(PART),,-m 'not full and not packages and not hypothesis') $(QUICK:%=tests/%.py) $(ARGS)
@@ -66,6 +71,7 @@ check: test                         ## the same: format, lint, types, layers, te
 
 faults: .venv/.dev                  ## fault points in the counts that take minutes; needs Debian's faketime, too
 	$(BIN)/pytest -n 2 -m full $(ARGS)
+	$(if $(ARGS),,TEST_HEAD_CACHE=off $(BIN)/pytest -q -n 2 --dist loadgroup tests/e2e --ignore tests/e2e/test_costs.py)
 
 soak: .venv/.dev                    ## five minutes of mixed and hostile traffic: does all come back; make soak SECONDS=60
 	$(BIN)/python -m loadtest.soak $(SECONDS)

@@ -38,6 +38,8 @@ class Proxy:
             "ONCEGATE_ADMIN_LISTEN": "127.0.0.1:0",
             "ONCEGATE_ACCESS_LOG": "all",
             "ONCEGATE_IDENTITY_CHANGE": "accept",  # tests share a store, and its proxies may differ as they like
+            # `TEST_HEAD_CACHE=off make …` runs the same tests without the head cache.
+            **({"ONCEGATE_HEAD_CACHE": "false"} if os.environ.get("TEST_HEAD_CACHE") == "off" else {}),
             **{f"ONCEGATE_{name}": str(value) for name, value in settings.items()},
         }
 

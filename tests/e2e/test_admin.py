@@ -373,6 +373,23 @@ async def test_an_alarm_is_an_error_in_the_log(proxies, upstream, valkey):
     assert len(upstream.received) == 1
 
 
+async def hang_up(_: object, __: object, writer: asyncio.StreamWriter, ___: object) -> None:
+    writer.close()
+
+
+@pytest.mark.parametrize("key", ["k", None], ids=["with a key", "without"])
+async def test_the_log_has_the_status_that_the_client_got(proxies, upstream, valkey, key):
+    """Where the upstream sends no whole response, `status` is that of the problem: a search for 5xx finds it."""
+    upstream.script = hang_up
+    gate = proxies(upstream, valkey.url, CONNECT_TIMEOUT_S=1)
+    answers = [await ask(gate.port, request(key=key))]
+    await upstream.close()
+    answers.append(await ask(gate.port, request(key=key and "other")))
+    assert [answer.slug for answer in answers] == ["upstream-lost", "upstream-unreachable"]
+    await until(lambda: len(gate.events("request")) == 2)
+    assert [line["status"] for line in gate.events("request")] == [answer.status for answer in answers]
+
+
 class ConsoleProxy(Proxy):
     """A proxy that logs for people."""
 

@@ -182,6 +182,7 @@ async def test_an_answer_that_could_not_be_stored(proxies, upstream, own_valkey,
         assert (answer.status, answer.slug) == (502, "answer-not-stored")
         assert (answer.problem["retryable"], answer.problem["reuse_key"]) == (True, True)
         assert answer.header("x-should-retry") == b"true"
+        await until(lambda: [line["status"] for line in proxy.events("request")] == [502])
     assert proxy.metric('requests_total{outcome="answer_not_stored"}') == 1
     assert proxy.metric('settled_total{settlement="unconfirmed"}') == 1
     await until(lambda: proxy.admin("/readyz")[0] == 200)

@@ -81,7 +81,8 @@ class ClientConnection(RequestReader):
         """Take no further request. aiohttp's own method would also drop the rest of a body that is on its way."""
         self._stops = True
         if self._payload_parser is not None:
-            self._payload_parser.feed_eof()  # a tunnel has no end of its own to wait for
+            # A tunnel has no end of its own to wait for.
+            self._payload_parser.feed_eof()
         if self._body is None or self._body.is_eof():
             super().close()
         else:

@@ -22,7 +22,8 @@ class RateWatch:
 
     def __init__(self, pace: MinimumRate) -> None:
         self._pace, self._moved = pace, 0
-        self.left_s = pace.window_s  # of this window
+        # Of this window.
+        self.left_s = pace.window_s
 
     def keeps_up(self, waited_s: float, moved: int) -> bool:
         """Count what moved within a time of waiting; return False once a window is over that moved too little."""

@@ -165,12 +165,14 @@ class RequestReader(RequestHandler):
     def eof_received(self) -> bool | None:  # type: ignore[override]
         """Keep the connection for the response: the client has nothing more to say, which is not that it left."""
         if not self._request_count or (self._waiter is not None and not self._waiter.done()):
-            return None  # no request is unanswered
+            # No request is unanswered.
+            return None
         self._half_closed = True
         self._end_body()
         if self._payload_parser is not None:
             self._payload_parser.feed_eof()
-        return not self.ssl_context  # TLS has no half-closed connections
+        # TLS has no half-closed connections.
+        return not self.ssl_context
 
 
 def wake(future: "asyncio.Future[None] | None") -> None:

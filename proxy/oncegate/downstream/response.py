@@ -58,8 +58,9 @@ class ResponseWriter:
     _http10 = _head_only = False
     # How the client sees the end of a body that is written in pieces: "chunked", "length" or "close".
     _body_end = ""
-    _bytes_left = 0  # of a body with a stated length
-    _last_byte = b""  # of such a body, held back until `end`
+    # Of a body with a stated length: how much is to come, and its last byte, held back until `end`.
+    _bytes_left = 0
+    _last_byte = b""
 
     def __init__(self, connection: ResponseConnection, message: Any, is_known: bool) -> None:
         """`message` is the request as aiohttp parsed it; `is_known`: its head came before."""
@@ -232,7 +233,8 @@ class ResponseWriter:
         """
         connection = self._connection
         if not connection.writing_paused and self.has_backlog:
-            await asyncio.sleep(0)  # the protocol is paused only once the transport has tried to write
+            # The protocol is paused only once the transport has tried to write.
+            await asyncio.sleep(0)
         if not connection.writing_paused or (transport := connection.transport) is None:
             return True
         before = unsent_bytes(transport)

@@ -56,7 +56,7 @@ def refuse(request: Request, answer: Refuse) -> RequestReport:
 
 
 def malformed(refused: Refused) -> Refuse:
-    """Return the answer to a request that no rule lets in."""
+    """Return the answer to a request that did not pass the checks of admission."""
     return Refuse(refusal(refused.status, refused.detail), closes=True)
 
 
@@ -68,10 +68,8 @@ def overloaded() -> Refuse:
 def scope_refusal(reason: UnstableScope | BadKey, rule: str) -> Refuse:
     """Return the answer to a request whose tenant cannot be named."""
     if isinstance(reason, BadKey):
-        return Refuse(problem("key-invalid", f"what tells tenants apart cannot be used: {reason.detail}"), rule=rule)
-    return Refuse(
-        problem("scope-unstable", "name a header that stays the same from try to try as the scope"), rule=rule
-    )
+        return Refuse(problem("key-invalid", f"the scope cannot be read: {reason.detail}"), rule=rule)
+    return Refuse(problem("scope-unstable", "configure a scope header that stays the same across retries"), rule=rule)
 
 
 def key_refusal(reason: Missing | BadKey, rule: str) -> Refuse:
@@ -84,7 +82,7 @@ def body_refusal(reason: NoBody, *, client_gone: bool = False) -> Refuse:
     """Return the answer to a request without a whole body. Its connection cannot be used any more."""
     match reason:
         case TooLarge():
-            return Refuse(problem("body-too-large", "send less"), closes=True)
+            return Refuse(problem("body-too-large", "send a smaller body"), closes=True)
         case NoRoom():
             return Refuse(problem("overloaded", "no room for the body"), closes=True)
         case BrokenOff(stalled=True):
@@ -123,18 +121,18 @@ def duplicate_refusal(decision: Decision | Outcome, taken: Taken, policy: Policy
             return Refuse(problem("key-reused", "use a new key for a new request"))
         case Decision.IN_FLIGHT if isinstance(taken, Record):
             after_s = retry_after_s(taken.now_ms - taken.created_ms, policy.lease_ms)
-            in_flight = problem("in-flight", "come again with the same key", after_s)
+            in_flight = problem("in-flight", "retry with the same key", after_s)
             return Refuse(in_flight.with_status(policy.in_flight_status))
         case Decision.RESPONSE_NOT_KEPT if isinstance(taken, Record) and taken.response is not None:
-            detail = "it was executed; its answer was too large to be kept"
+            detail = "it was executed; its response was too large to store"
             return Refuse(problem("response-not-kept", detail, original_status=taken.response.status))
         case Outcome.RECORD_CORRUPT:
-            return Refuse(problem("record-corrupt", "the operator has to look at this key"))
+            return Refuse(problem("record-corrupt", "ask the operator to inspect this key"))
         case Outcome.STORE_UNAVAILABLE:
             after = taken.retry_after_s if isinstance(taken, ClaimsSuspended) else None
-            return Refuse(problem("store-unavailable", "come again with the same key", after))
+            return Refuse(problem("store-unavailable", "retry with the same key", after))
         case _:
-            detail = "it was sent, and nobody can say what became of it; look there before you try again"
+            detail = "the request may have been executed; check the API's own data before you use a new key"
             return Refuse(problem("outcome-unknown", detail), UNKNOWN)
 
 
@@ -146,9 +144,9 @@ def with_fields(answer: Refuse, fields: bytes) -> Refuse:
 # After the claim ...
 
 
-def not_sent(reason: str) -> Refuse:
+def not_sent(reason: str, fields: bytes = REFUSED) -> Refuse:
     """Return the answer to a request of which no byte reached the upstream."""
-    return Refuse(problem("upstream-unreachable", reason))
+    return Refuse(problem("upstream-unreachable", reason), fields)
 
 
 def not_confirmed() -> Refuse:
@@ -156,17 +154,18 @@ def not_confirmed() -> Refuse:
     return Refuse(problem("store-unavailable", "the claim could not be confirmed before sending"))
 
 
-def upstream_lost(*, timeout: bool, mode: bytes = b"hold") -> Refuse:
+def upstream_lost(*, timeout: bool, mode: bytes = b"hold", fields: bytes = UNKNOWN) -> Refuse:
     """Return the answer to a request that was sent and got no whole response; `mode` is its key's."""
     slug, subject = (
-        ("upstream-timeout", "no answer came in time") if timeout else ("upstream-lost", "no whole answer came")
+        ("upstream-timeout", "no response came in time") if timeout else ("upstream-lost", "no whole response came")
     )
-    return Refuse(problem(slug, f"{subject}; the request may have been executed").for_mode(mode), UNKNOWN)
+    detail = f"{subject}; the request may have been executed"
+    return Refuse(problem(slug, detail).for_mode(mode), fields)
 
 
 def response_not_stored() -> Refuse:
     """Return the answer to a request whose response the store did not confirm."""
-    detail = "the answer is not stored yet; a retry with the same key shows what became of it"
+    detail = "the response is not stored yet; a retry with the same key shows what became of it"
     return Refuse(problem("answer-not-stored", detail), UNKNOWN)
 
 

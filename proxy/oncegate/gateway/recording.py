@@ -112,7 +112,8 @@ class Recording:
         """Give the room back, whatever happened."""
         if self._writer is not None:
             self._writer.cancel()
-            self._writer = None  # it refers back to this
+            # It refers back to this.
+            self._writer = None
         self._memory.give(self._unconfirmed)
         self._unconfirmed = 0
         self._batch.clear()
@@ -128,7 +129,8 @@ class Recording:
         try:
             await self._append_batches()
         except Exception:
-            self._stop(RecordingState.FAILED)  # whoever waits for room must not wait for ever
+            # Whoever waits for room must not wait for ever.
+            self._stop(RecordingState.FAILED)
             raise
 
     async def _append_batches(self) -> None:

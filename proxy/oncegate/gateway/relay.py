@@ -4,18 +4,17 @@ Nothing of it changes but hop-by-hop and forwarding fields.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from oncegate.downstream.body import Body, buffered_bytes, stated_length, stream
+from oncegate.downstream.body import Body, BrokenOff, buffered_bytes, stated_length, stream
 from oncegate.downstream.request import Request
 from oncegate.downstream.response import ResponseWriter
-from oncegate.gateway.answers import UNGUARDED, Refuse, not_sent, upstream_lost
+from oncegate.gateway.answers import UNGUARDED, Refuse, body_refusal, not_sent, upstream_lost
 from oncegate.gateway.routes import Route
-from oncegate.messages.problems import refusal
 from oncegate.messages.request_head import RequestHead
 from oncegate.messages.response_head import ResponseHead
-from oncegate.observe.outcome import Outcome
+from oncegate.observe.outcome import BY_LABEL, Outcome
 from oncegate.upstream.connection import Connection
 from oncegate.upstream.errors import NotSent, UpstreamLost
 from oncegate.upstream.pool import REUSE_IDLE_S
@@ -54,7 +53,7 @@ async def relay(request: Request, step: Relay) -> Relayed:
     try:
         connection = await deps.pool.acquire(REUSE_IDLE_S)
     except NotSent as reason:
-        return Relayed(Outcome.UPSTREAM_UNREACHABLE, refuse=Refuse(not_sent(str(reason)).problem, step.fields))
+        return Relayed(Outcome.UPSTREAM_UNREACHABLE, refuse=not_sent(str(reason), step.fields))
     began = time.perf_counter()
     refuse: Refuse | None = None
     try:
@@ -97,10 +96,12 @@ async def forward_response(response: ResponseWriter, connection: Connection, hea
     while data := await connection.next_chunk(step.route.deps.silence_s):
         response.write(data)
         if response.has_backlog:
-            connection.pause_reading()  # a slow client holds one piece, not two
+            # A slow client holds one piece, not two.
+            connection.pause_reading()
             await response.wait_room()
         if response.client_gone:
-            return  # nobody receives the rest, and nobody stores it
+            # Nobody receives the rest, and nobody stores it.
+            return
     response.end()
 
 
@@ -110,8 +111,7 @@ def lost_outcome(response: ResponseWriter, lost: UpstreamLost, fields: bytes) ->
         response.abort()
         return Outcome.TRUNCATED, None
     if lost.body:
-        status, detail = (408, "paused for too long") if lost.timeout else (400, "is not well-formed")
-        outcome = Outcome.CLIENT_GONE if response.client_gone else Outcome.REQUEST_REFUSED
-        return outcome, Refuse(refusal(status, f"the body {detail}"), b"", closes=True)
-    outcome = Outcome.UPSTREAM_TIMEOUT if lost.timeout else Outcome.UPSTREAM_LOST
-    return outcome, Refuse(upstream_lost(timeout=lost.timeout).problem, fields)
+        refuse = replace(body_refusal(BrokenOff(stalled=lost.timeout)), fields=b"")
+        return Outcome.CLIENT_GONE if response.client_gone else Outcome.REQUEST_REFUSED, refuse
+    refuse = upstream_lost(timeout=lost.timeout, fields=fields)
+    return BY_LABEL[refuse.problem.code], refuse

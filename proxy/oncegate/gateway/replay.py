@@ -44,7 +44,8 @@ def replay_small(response: ResponseWriter, replay: Replay) -> Outcome:
         return Outcome.RECORD_CORRUPT
     framing = STATED if stored.stated_length else COUNTED
     response.send(stored.status, stored.reason, block, body, framing)
-    if replay.on_body is not None:  # after the response has left
+    # After the response has left.
+    if replay.on_body is not None:
         replay.on_body(body)
     return Outcome.REPLAYED
 

@@ -75,7 +75,7 @@ async def tunnel(request: Request, step: Tunnel) -> Relayed:
     try:
         connection = await deps.pool.acquire(REUSE_IDLE_S)
     except NotSent as reason:
-        return Relayed(Outcome.UPSTREAM_UNREACHABLE, refuse=Refuse(not_sent(str(reason)).problem, b""))
+        return Relayed(Outcome.UPSTREAM_UNREACHABLE, refuse=not_sent(str(reason), b""))
     began = time.perf_counter()
     refuse: Refuse | None = None
     try:

@@ -24,12 +24,13 @@ from oncegate.store.events import ClaimEvent, StoreEvent
 from oncegate.store.record import Claim
 from oncegate.testing import faults
 
-CANCEL_S = 0.05  # for what did not end by itself; it comes twice
+# For what did not end by itself; it is waited for twice.
+CANCEL_S = 0.05
 BACKLOG = 1024
 # Kinds of store problems that are errors; the others are warnings.
 ALARMING = ("flushed", "rolled_back", "evicted", "identity")
-
-KEEP_AGAIN_S = 0.05
+# The pause before a background task that failed is started again.
+TASK_RESTART_S = 0.05
 
 
 class Unsupported(Exception):
@@ -128,7 +129,7 @@ class Service:
         self._log.error("store circuit breaker opened")
 
     def _in_background(self, work: Coroutine[Any, Any, Any]) -> None:
-        """Finish something behind the client's back; the drain waits for it."""
+        """Run work that no client waits for any more; the drain waits for it."""
         task = self._loop.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
@@ -189,13 +190,13 @@ class Service:
         return self.notices()
 
     async def _keep(self, keeper: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Run what must never end: without it leases lapse and waiters sleep on."""
+        """Run a task that must never end: without it, leases expire and waiters are never woken."""
         while True:
             try:
                 await keeper()
             except Exception as error:
                 self._log.error("background task failed, restarting it", exc_info=error)
-                await asyncio.sleep(KEEP_AGAIN_S)
+                await asyncio.sleep(TASK_RESTART_S)
 
     @property
     def listens_on(self) -> dict[str, str]:
@@ -205,12 +206,13 @@ class Service:
         return {"public": f"{public[0]}:{public[1]}", "admin": f"{admin[0]}:{admin[1]}"}
 
     async def retire(self) -> None:
-        """Leave newcomers to a successor; return when the last client has its answer, however long that takes."""
+        """Accept no more connections, as a successor does; return when the last client has left."""
         self._retired = True
         self._stop_accepting()
         self._listener.retire()
         await unless(None, self._gone(), self._settings.drain_s)
-        self._listener.pre_shutdown()  # those that asked nothing for so long
+        # Connections without a request for so long are closed.
+        self._listener.pre_shutdown()
         await self._gone()
         await self._drain.idle()
 
@@ -222,17 +224,18 @@ class Service:
         while self._listener.connections:
             await asyncio.sleep(POLL_S)
 
-    async def drain(self, hurry: asyncio.Event) -> bool:
-        """Serve on for the delay, stop accepting, let what is in flight finish, cut off the rest. `hurry`: at once.
+    async def drain(self, immediate: asyncio.Event) -> bool:
+        """Serve on for the delay, stop accepting, let what is in flight finish, and cut off the rest.
 
-        Return whether everything in flight was stored or released.
+        Once `immediate` is set, neither the delay nor the grace is waited for any longer. Return whether everything in
+        flight was stored or released.
         """
         self._draining = True
         unsure = self.metrics.unsure
         if self._settings.drain_delay_s and not self._retired:
-            await unless(hurry, asyncio.sleep(self._settings.drain_delay_s))
+            await unless(immediate, asyncio.sleep(self._settings.drain_delay_s))
         self._stop_accepting()
-        finished = await self._drain.run(hurry, self._settings.drain_s)
+        finished = await self._drain.run(immediate, self._settings.drain_s)
         return finished and self.metrics.unsure == unsure
 
     @property
@@ -241,7 +244,7 @@ class Service:
         return self._drain.cut_off
 
     async def close(self) -> None:
-        """End what is left; nothing in here waits for anybody for long."""
+        """End what is left, within a second."""
         await self._listener.shutdown(CANCEL_S)
         left = [*self._tasks, *self._background]
         for task in left:
