@@ -297,17 +297,21 @@ async def test_listing_many_keys_keeps_nobody_waiting(gate, upstream, valkey, de
     assert len(await desk.listed("--limit", "2")) == 2
     text = await desk("list")
     assert len(text.stdout.splitlines()) == 3
-    assert "3 keys" in text.stderr
+    assert "3 keys in state unknown" in text.stderr
 
 
 async def test_the_embedded_store_has_its_desk(proxies, upstream, tmp_path):
-    """Without a store's URL the commands use the embedded store in the data folder, while the proxy runs."""
+    """Without a store's URL the commands use the embedded store in the data folder, while the proxy runs.
+
+    After that, the error says which folder was looked in, and what to do."""
     proxy = proxies(upstream)
     await make_unknown(proxy, upstream)
     desk = Desk("embedded", tmp_path, DATA_DIR=tmp_path / "data")
     assert (await desk.show(CANARY))["state"] == "unknown"
     assert proxy.stop() == 0
-    assert "not reachable" in (await desk("show", CANARY, code=1)).stderr
+    error = (await desk("show", CANARY, code=1)).stderr
+    assert "not reachable" in error
+    assert f"the embedded store in {tmp_path / 'data'} runs while `oncegate serve` does" in error
 
 
 async def test_a_confirmation_on_a_terminal(fork, upstream, own_valkey, tmp_path):

@@ -100,7 +100,7 @@ def _add_record_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--id",
         metavar="ID",
-        help="the record's id instead of a key, as `list` and the logs show it (or its first 12 characters)",
+        help="the record's id instead of a key, as `list` and the logs show it (its first 8 characters are enough)",
     )
     command.add_argument("--namespace", help="the namespace of the key, if a rule sets another than the settings")
     scope = command.add_mutually_exclusive_group()

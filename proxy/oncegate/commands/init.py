@@ -9,7 +9,8 @@ GENERAL = "general"
 FILES = ("rules.toml", "oncegate.env")
 
 NEXT = """\
-Wrote {names} ({case}). Set ONCEGATE_UPSTREAM in oncegate.env to your API, then run:
+Wrote {names} ({case}). Set ONCEGATE_UPSTREAM in oncegate.env to your API and the paths in rules.toml to its own,
+then run:
 
   set -a; . ./oncegate.env; set +a
   oncegate check && oncegate serve

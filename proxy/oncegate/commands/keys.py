@@ -81,7 +81,8 @@ async def _run(settings: Settings, options: argparse.Namespace) -> KeysExit:
     store.start()
     try:
         if not await store.wait_up(TIMEOUT_MS / 1000):
-            raise CommandError(store.problem() or "the store is not reachable")
+            problem = store.problem() or "the store is not reachable"
+            raise CommandError(f"{problem}{_embedded_hint(settings)}")
         session = Session(settings, store, _user(), socket.gethostname())
         commands: dict[str, Callable[[Session, argparse.Namespace], Awaitable[KeysExit]]] = {
             "list": _list,
@@ -105,6 +106,14 @@ def _open_store(settings: Settings) -> Store:
         retried=lambda: None,
         background=lambda work: work.close(),
     )
+
+
+def _embedded_hint(settings: Settings) -> str:
+    """Return where the embedded store is looked for, as it runs only while its proxy does; empty for another store."""
+    if settings.store_url.get_secret_value() != "embedded":
+        return ""
+    folder = settings.data_dir.absolute()
+    return f"; the embedded store in {folder} runs while `oncegate serve` does, with the same ONCEGATE_DATA_DIR"
 
 
 def _user() -> str:
@@ -134,7 +143,9 @@ async def _list(session: Session, options: argparse.Namespace) -> KeysExit:
         if len(listed) == options.limit:
             break
     if not options.json:
-        print(f"{len(listed)} keys", file=sys.stderr)
+        count = "1 key" if len(listed) == 1 else f"{len(listed)} keys"
+        state = "" if options.state == "any" else f" in state {options.state} (--state any lists all)"
+        print(f"{count}{state}", file=sys.stderr)
     return KeysExit.DONE
 
 
