@@ -114,7 +114,7 @@ class FirstStep:
 
     def _identify(self, request: Request, pending: ReadBody, body: Body) -> KeyedRequest | Missing | BadKey:
         """Return the request with its key and fingerprint, and how long it may wait if it is a duplicate."""
-        route, head, scope, key = pending
+        route, head, scope, key = pending.route, pending.head, pending.scope, pending.key
         policy, digests, memo = route.policy, self._digests, request.connection.memo
         wait_s, fields = policy.wait_max_s if policy.wait_for_duplicates else 0.0, b""
         if b"prefer" in head.fields and (preferred_s := preferred_wait_s(head.fields[b"prefer"])) is not None:
@@ -132,17 +132,25 @@ class FirstStep:
             prefix = memo.fingerprint_prefix(digests, policy, head)
             key_prefix = digests.key_prefix(scope)
             if known is not None:
-                known.plan = HeadPlan(route, scope, key_prefix, prefix, wait_s, fields, unkeyed)
+                known.plan = HeadPlan(
+                    route=route,
+                    scope=scope,
+                    key_prefix=key_prefix,
+                    fingerprint_prefix=prefix,
+                    wait_s=wait_s,
+                    fields=fields,
+                    head=unkeyed,
+                )
             blocks = body.blocks() if body.spooled else (body.data,)
             identity = Identity(finish_key(key_prefix, key), finish_fingerprint(prefix, blocks))
         claim = ClaimRequest(
-            identity.key,
-            scope,
-            identity.fingerprint,
-            policy.mode,
-            policy.lease_ms,
-            policy.retention_ms,
-            identity.window_ms,
+            key=identity.key,
+            scope=scope,
+            fingerprint=identity.fingerprint,
+            mode=policy.mode,
+            lease_ms=policy.lease_ms,
+            retention_ms=policy.retention_ms,
+            window_ms=identity.window_ms,
         )
         return KeyedRequest(route, claim, body, wait_s, fields, identity.fresh)
 

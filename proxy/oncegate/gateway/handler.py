@@ -228,11 +228,17 @@ class Gateway:
         if outcome is not Outcome.REPLAYED:
             return keyed.report(request, outcome, stored.status) if request.response.started else outcome
         tokens = None if usage is None else usage.tokens()
-        # Positions, not names, here and below: arguments by name cost six times as much (Python 3.11, measured).
         return RequestReport(
-            outcome, stored.status, request.message.method, key, 0.0, stored.took_ms / 1000, stored.size,
-            scope.common, "", route.policy.rule, tokens,
-        )  # fmt: skip
+            outcome,
+            stored.status,
+            request.message.method,
+            key,
+            saved_s=stored.took_ms / 1000,
+            replayed_bytes=stored.size,
+            common_tenant=scope.common,
+            rule=route.policy.rule,
+            tokens=tokens,
+        )
 
 
 def _exchange_report(
@@ -242,9 +248,17 @@ def _exchange_report(
     key, scope = keyed.claim_request.key, keyed.claim_request.scope
     detail = "" if progress.lost is None or outcome is Outcome.FAILED else str(progress.lost)
     return RequestReport(
-        outcome, status, request.message.method, key, progress.upstream_s, 0.0, 0, scope.common, detail,
-        keyed.route.policy.rule, None, progress.settlements, progress.close_delimited,
-    )  # fmt: skip
+        outcome,
+        status,
+        request.message.method,
+        key,
+        upstream_s=progress.upstream_s,
+        common_tenant=scope.common,
+        detail=detail,
+        rule=keyed.route.policy.rule,
+        settlements=progress.settlements,
+        close_delimited=progress.close_delimited,
+    )
 
 
 def _pass_through_report(request: Request, step: Relay | Tunnel, relayed: Relayed) -> RequestReport:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import NamedTuple
 
 from oncegate.downstream.body import Body
 from oncegate.downstream.request import Request
@@ -37,7 +36,8 @@ class KeyedRequest:
         return RequestReport(outcome, status, method, claim.key, common_tenant=claim.scope.common, rule=rule)
 
 
-class HeadPlan(NamedTuple):
+@dataclass(slots=True)
+class HeadPlan:
     """What a known head alone decides about its requests, whatever their key and body.
 
     `key_prefix` and `fingerprint_prefix` are running digests to copy, so that a repeated head costs two digests. `head`
@@ -54,12 +54,18 @@ class HeadPlan(NamedTuple):
 
     def keyed_request(self, request: Request, body: Body) -> KeyedRequest:
         """Return the request with its key. The body of a request under a known head is in memory."""
-        route, scope, key_prefix, fingerprint_prefix, wait_s, fields, _ = self
-        fingerprint = fingerprint_prefix.copy()
+        fingerprint = self.fingerprint_prefix.copy()
         fingerprint.update(body.data)
-        policy, key = route.policy, finish_key(key_prefix, request.key.strip(b'"'))
-        claim = ClaimRequest(key, scope, fingerprint.digest(), policy.mode, policy.lease_ms, policy.retention_ms)
-        return KeyedRequest(route, claim, body, wait_s, fields)
+        policy, key = self.route.policy, finish_key(self.key_prefix, request.key.strip(b'"'))
+        claim = ClaimRequest(
+            key=key,
+            scope=self.scope,
+            fingerprint=fingerprint.digest(),
+            mode=policy.mode,
+            lease_ms=policy.lease_ms,
+            retention_ms=policy.retention_ms,
+        )
+        return KeyedRequest(self.route, claim, body, self.wait_s, self.fields)
 
 
 def forwarded_head(request: Request, route: Route, body_bytes: int) -> bytes:

@@ -69,7 +69,14 @@ class Service:
         )
         self._parts = parts = Parts(settings, store_url, load_rules(settings), reporting)
         self.store, self._listener = parts.store, parts.listener
-        self._drain = Drain(parts.gateway, parts.listener, parts.waiters, parts.pools, parts.store, self._background)
+        self._drain = Drain(
+            gateway=parts.gateway,
+            listener=parts.listener,
+            waiters=parts.waiters,
+            pools=parts.pools,
+            store=parts.store,
+            background=self._background,
+        )
         self._servers: list[asyncio.Server] = []
         self._admin: web.AppRunner | None = None
 

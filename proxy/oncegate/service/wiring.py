@@ -114,11 +114,11 @@ class Parts:
         origin = rule.upstream.origin
         host = rule.set_host or origin.authority
         return Route(
-            rule.policy,
-            self._exchange_deps(rule),
-            host.encode(),
-            origin.path_prefix.encode(),
-            is_key_independent(rule.policy, rules),
+            policy=rule.policy,
+            deps=self._exchange_deps(rule),
+            host=host.encode(),
+            prefix=origin.path_prefix.encode(),
+            is_key_independent=is_key_independent(rule.policy, rules),
         )
 
     def _exchange_deps(self, rule: Rule) -> ExchangeDeps:
