@@ -131,9 +131,9 @@ class Gateway:
                 if not keyed.wait_s:
                     return await self._answer_duplicate(request, keyed, taken)
                 woken = await self._wait_for_original(request, keyed, taken, deadline)
-                if woken is Woken.GONE:
+                if woken is Woken.CLIENT_LEFT:
                     return keyed.report(request, Outcome.CLIENT_GONE, 0)
-                if woken is Woken.BUSY or woken is Woken.FULL:
+                if woken is not Woken.RECORD_CHANGED and woken is not Woken.MAY_CLAIM:
                     return await self._answer_duplicate(request, keyed, taken)
                 waited = True
         finally:
@@ -188,10 +188,10 @@ class Gateway:
     async def _wait_for_original(
         self, request: Request, keyed: KeyedRequest, taken: Record | Corrupt | Unconfirmed, deadline: float
     ) -> Woken:
-        """Wait while the original runs, not counted as in flight; BUSY at once where it does not run."""
+        """Wait while the original runs, not counted as in flight. NOT_RUNNING at once where it does not run."""
         claim_request = keyed.claim_request
         if decide_duplicate(taken, claim_request.fingerprint) is not Decision.IN_FLIGHT:
-            return Woken.BUSY
+            return Woken.NOT_RUNNING
         response, waiters = request.response, keyed.route.deps.waiters
         self.in_flight -= 1
         try:

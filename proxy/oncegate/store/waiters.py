@@ -1,4 +1,7 @@
-"""Duplicates that wait for the original: woken by this worker's own settles, asked for together else."""
+"""Duplicates waiting for the original.
+
+If it runs in this worker, its completion wakes them; otherwise one poll loop checks their keys in the store.
+"""
 
 import asyncio
 from collections.abc import Callable
@@ -12,35 +15,49 @@ from oncegate.store.record import Record
 from oncegate.store.results import Unconfirmed
 from oncegate.store.store import Store
 
-A_KEY = 64
-POLL_FIRST_S, POLL_MOST_S = 0.05, 0.5
+MAX_WAITERS_PER_KEY = 64
+# The pauses between polls: they grow from the first to the longest, and start anew with every new waiter.
+FIRST_POLL_S, MAX_POLL_S = 0.05, 0.5
 
 
 class Woken(Enum):
     """Why a wait ended."""
 
-    LOOK = "look"  # the key changed: ask the store again
-    CLAIM = "claim"  # nothing was sent for it: this one may try
-    BUSY = "busy"  # declined, or the time is over: come again later
-    GONE = "gone"  # the client left
-    FULL = "full"  # too many wait already
+    # The record changed: read it again.
+    RECORD_CHANGED = "record_changed"
+    # The key is free and nothing was sent for it: this duplicate may claim it.
+    MAY_CLAIM = "may_claim"
+    # The upstream wants no retry now, or this worker ends its waits: the client retries later.
+    DECLINED = "declined"
+    # The deadline passed.
+    TIMED_OUT = "timed_out"
+    # The original does not run, so there is nothing to wait for.
+    NOT_RUNNING = "not_running"
+    CLIENT_LEFT = "client_left"
+    # Too many duplicates wait already.
+    NO_ROOM = "no_room"
 
 
 @dataclass(eq=False, slots=True)
 class _Waiter:
     scope: Scope
-    asks_no_more: Callable[[], bool]
+    is_half_closed: Callable[[], bool]
     future: "asyncio.Future[Woken]"
 
 
 class Waiters:
-    """The waiting duplicates of one worker. `ours(key)`: whether the original runs in this worker."""
+    """The waiting duplicates of one worker, at most `max_waiters` of them.
 
-    def __init__(self, store: Store, most: int, lease_ms: int, ours: Callable[[bytes], bool]) -> None:
-        self._store, self._most, self._lease_ms, self._ours = store, most, lease_ms, ours
+    `lease_ms`: the length of a lease, for the poll. `is_held_here(key)` returns whether the original runs in this
+    worker.
+    """
+
+    def __init__(self, store: Store, max_waiters: int, lease_ms: int, is_held_here: Callable[[bytes], bool]) -> None:
+        self._store, self._max_waiters, self._lease_ms = store, max_waiters, lease_ms
+        self._is_held_here = is_held_here
         self._by_key: dict[bytes, list[_Waiter]] = {}
         self._count = 0
-        self._poll_s = POLL_FIRST_S
+        self._poll_s = FIRST_POLL_S
         self._closed = False
         self._arrived = asyncio.Event()
 
@@ -51,108 +68,117 @@ class Waiters:
         self,
         key: bytes,
         scope: Scope,
-        until: float,
-        leaving: "asyncio.Future[None]",
-        asks_no_more: Callable[[], bool],
+        deadline_s: float,
+        client_left: "asyncio.Future[None]",
+        is_half_closed: Callable[[], bool],
     ) -> Woken:
-        """Wait for a key until the loop's time `until`, or until the client leaves.
+        """Wait for a key until `deadline_s` (the loop's time), or until `client_left` is done.
 
-        `asks_no_more`: whether it closed its side. It may have left, or wait for its answer like that;
-        it waits while there is room.
+        `is_half_closed()` returns whether the client closed its side of the connection. Such a client may have left,
+        or may still read its response. It waits while there is room.
         """
         if self._closed or not (self._has_room(key) or self._make_room(key)):
-            return Woken.FULL
-        line = self._by_key.setdefault(key, [])
+            return Woken.NO_ROOM
+        queue = self._by_key.setdefault(key, [])
         loop = asyncio.get_running_loop()
-        waiter = _Waiter(scope, asks_no_more, loop.create_future())
-        line.append(waiter)
+        waiter = _Waiter(scope, is_half_closed, loop.create_future())
+        queue.append(waiter)
         self._count += 1
-        self._poll_s = POLL_FIRST_S
+        self._poll_s = FIRST_POLL_S
         self._arrived.set()
         try:
             await asyncio.wait(
-                (waiter.future, leaving), timeout=until - loop.time(), return_when=asyncio.FIRST_COMPLETED
+                (waiter.future, client_left), timeout=deadline_s - loop.time(), return_when=asyncio.FIRST_COMPLETED
             )
         finally:
             self._leave(key, waiter)
         if waiter.future.done():
-            if waiter.future.result() is Woken.CLAIM and leaving.done():
-                self.nothing_was_sent(key)  # its turn goes to the next
+            if waiter.future.result() is Woken.MAY_CLAIM and client_left.done():
+                # Its turn goes to the next waiter.
+                self.let_one_claim(key)
             else:
                 return waiter.future.result()
-        return Woken.GONE if leaving.done() else Woken.BUSY
+        return Woken.CLIENT_LEFT if client_left.done() else Woken.TIMED_OUT
 
     def _has_room(self, key: bytes) -> bool:
-        return self._count < self._most and len(self._by_key.get(key, ())) < A_KEY
+        return self._count < self._max_waiters and len(self._by_key.get(key, ())) < MAX_WAITERS_PER_KEY
 
     def _make_room(self, key: bytes) -> bool:
-        """Send one away that asks no more; it gets its answer, and nobody is shut out by clients that left."""
-        line = self._by_key.get(key, [])
-        lines = [line] if len(line) >= A_KEY else self._by_key.values()
-        for waiter in chain.from_iterable(lines):
-            if waiter.asks_no_more() and not waiter.future.done():
-                waiter.future.set_result(Woken.BUSY)
+        """End the wait of one half-closed client, and return whether there was one.
+
+        It gets its response now, and clients that have left keep nobody out.
+        """
+        queue = self._by_key.get(key, [])
+        queues = [queue] if len(queue) >= MAX_WAITERS_PER_KEY else self._by_key.values()
+        for waiter in chain.from_iterable(queues):
+            if waiter.is_half_closed() and not waiter.future.done():
+                waiter.future.set_result(Woken.DECLINED)
                 return True
         return False
 
     def _leave(self, key: bytes, waiter: _Waiter) -> None:
         self._count -= 1
-        line = self._by_key.get(key, [])
-        if waiter in line:
-            line.remove(waiter)
-        if not line:
+        queue = self._by_key.get(key, [])
+        if waiter in queue:
+            queue.remove(waiter)
+        if not queue:
             self._by_key.pop(key, None)
 
     def claim_ended(self, key: bytes, *, not_sent: bool, declined: bool) -> None:
-        """Wake those who wait for a key whose claim this worker has settled.
+        """Wake the waiters of a key whose claim this worker has settled.
 
-        `not_sent`: it is free, and nothing was sent, so that one of them may claim it. `declined`: it is free, and the
-        upstream wants no retry now.
+        `not_sent`: the key is free and nothing was sent, so one waiter may claim it. `declined`: the key is free, and
+        the upstream wants no retry now.
         """
         if key in self._by_key:
             if not_sent:
-                self.nothing_was_sent(key)
+                self.let_one_claim(key)
             else:
                 self.wake(key, declined=declined)
 
     def wake(self, key: bytes, *, declined: bool = False) -> None:
-        """Wake everybody who waits for a key: to look at its record, or (`declined`) to come again later."""
+        """Wake every waiter of a key: to read the record again, or with `declined` to refuse the client."""
         if waiters := self._by_key.get(key):
-            reason = Woken.BUSY if declined else Woken.LOOK
+            reason = Woken.DECLINED if declined else Woken.RECORD_CHANGED
             for waiter in waiters:
                 if not waiter.future.done():
                     waiter.future.set_result(reason)
 
-    def nothing_was_sent(self, key: bytes) -> None:
-        """Let one of those who wait for a key claim it; the others go on waiting, now for that one."""
+    def let_one_claim(self, key: bytes) -> None:
+        """Let one waiter of a key claim it. The others go on waiting, now for that one."""
         for waiter in self._by_key.get(key, ()):
             if not waiter.future.done():
-                waiter.future.set_result(Woken.CLAIM)
+                waiter.future.set_result(Woken.MAY_CLAIM)
                 return
 
     def close(self) -> None:
-        """Send everybody away, also those who still come."""
+        """End every wait, and refuse new ones."""
         self._closed = True
         for key in list(self._by_key):
             self.wake(key, declined=True)
 
     async def run(self) -> None:
-        """Ask for all keys whose original runs elsewhere, until cancelled."""
+        """Poll all keys whose original runs in another worker, until cancelled."""
         while True:
             self._arrived.clear()
             if not self._by_key:
                 await self._arrived.wait()
             await asyncio.sleep(self._poll_s)
-            self._poll_s = min(self._poll_s * 1.5, POLL_MOST_S)
-            elsewhere = [(key, line[0].scope) for key, line in self._by_key.items() if line and not self._ours(key)]
-            await asyncio.gather(*[self._ask(key, scope) for key, scope in elsewhere])
+            self._poll_s = min(self._poll_s * 1.5, MAX_POLL_S)
+            polled = [
+                (key, queue[0].scope) for key, queue in self._by_key.items() if queue and not self._is_held_here(key)
+            ]
+            await asyncio.gather(*[self._poll_key(key, scope) for key, scope in polled])
 
-    async def _ask(self, key: bytes, scope: Scope) -> None:
-        found = await self._store.peek(key, scope, self._lease_ms)
-        if isinstance(found, Unconfirmed) or self._ours(key):
+    async def _poll_key(self, key: bytes, scope: Scope) -> None:
+        record = await self._store.peek(key, scope, self._lease_ms)
+        if isinstance(record, Unconfirmed) or self._is_held_here(key):
             return
-        if found is None:
-            # Declined or not sent, over there: which one cannot be seen, and a storm must not follow a 429.
+        if record is None:
+            # In another worker the request was declined, or not sent. The store does not show which of the two, and
+            # a burst of claims must not follow a 429.
             self.wake(key, declined=True)
-        elif not isinstance(found, Record) or effective_state(found.state, found.lease_left_ms) is not State.IN_FLIGHT:
+            return
+        state = effective_state(record.state, record.lease_left_ms) if isinstance(record, Record) else None
+        if state is not State.IN_FLIGHT:
             self.wake(key)
