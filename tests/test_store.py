@@ -1623,7 +1623,7 @@ async def test_a_settle_outlasts_a_server_that_is_restarted(own_valkey):
 
 @pytest.mark.parametrize("state", ["hangs", "is down"])
 async def test_every_call_ends_when_the_store_is_given_up(own_valkey, state):
-    """Once the store is given up, calls under way and calls still to come end at once."""
+    """After `end_calls`, calls under way and calls still to come end at once."""
     async with connected(own_valkey.url, timeout_ms=20_000) as store:
         owner = await claimed(store)
         if state == "hangs":
@@ -1641,7 +1641,7 @@ async def test_every_call_ends_when_the_store_is_given_up(own_valkey, state):
         ]
         done, _ = await asyncio.wait(calls, timeout=0.3)
         assert not done
-        store.give_up()
+        store.end_calls()
         settled, *asked = await asyncio.wait_for(asyncio.gather(*calls), 5)
         assert settled == SettleResult(SettleStatus.UNCONFIRMED)
         assert all(isinstance(found, Unconfirmed) for found in asked)

@@ -53,7 +53,7 @@ class Drain:
         self._cut_off_all()
         await self._wait_for_settling()
         # From here on the store's calls fail at once, and clients hear that the outcome is unknown.
-        self._store.give_up()
+        self._store.end_calls()
         await unless(None, self.idle(), NOTIFY_S)
         self._listener.abort()
         await unless(None, self.idle(), UNWIND_S)

@@ -62,18 +62,18 @@ class Claims:
         # What a claim that waited for replicas in vain keeps for its release.
         self._release_s = timeout_s * (1 - WAIT_SHARE)
         self._loop = asyncio.get_running_loop()
-        # The loop's time after which nothing is repeated any more.
-        self._patience_ends = float("inf")
+        # The loop's time after which no call is repeated, of a claim or of any other verb.
+        self.retries_end = float("inf")
         # The breakers of servers where a claim has failed since one last succeeded.
-        self._strained: set[Breaker] = set()
-        # Tokens of claims that may be in the store though nobody holds them.
-        self._given_up: set[bytes] = set()
+        self._failing_breakers: set[Breaker] = set()
+        # Tokens of claims that are being withdrawn: they may be in the store though nobody holds them.
+        self._withdrawn_tokens: set[bytes] = set()
         # Tokens of held claims of which another copy may still reach the store.
-        self._doubled: set[bytes] = set()
+        self._tokens_with_late_copies: set[bytes] = set()
 
-    def give_up(self) -> None:
-        """Repeat nothing from now on."""
-        self._patience_ends = self._loop.time()
+    def stop_retrying(self) -> None:
+        """Repeat no call from now on."""
+        self.retries_end = self._loop.time()
 
     async def run(self, claim: Claim, tenant: bytes, window_ms: int = 0, reclaims: bool = False) -> ClaimResult:
         """Try with the claim's token until the store replies, or the time is over.
@@ -86,7 +86,7 @@ class Claims:
         call = ScriptCall(self._script, store_key(claim.key), arguments.CLAIM_COUNT, deadline)
         head = arguments.claim_head(claim)
         tail = arguments.claim_tail(window_ms, b"") if window_ms else arguments.PLAIN_TAIL
-        expected, held, maybe_executed = b"", False, False
+        expected, is_under_replicated, maybe_executed = b"", False, False
         try:
             while True:
                 reply = await servers.claim(call, head, tail, left_s)
@@ -94,35 +94,35 @@ class Claims:
                     reply = await servers.claim(replace(call, by_body=True), head, tail, left_s)
                 result = claim_result(claim, tenant, reply, servers.note_time)
                 # Any reply relieves the breaker, also that the claim came too late.
-                if self._strained and (result is LATE or not isinstance(result, Unconfirmed)):
+                if self._failing_breakers and (result is LATE or not isinstance(result, Unconfirmed)):
                     self._relieve(servers.breaker_of(claim.key))
                 if isinstance(result, Record) and result.token != expected:
                     # Most records are complete and stay so. Only the others may be open to this claim.
-                    uncertain = result.state is not State.COMPLETE or window_ms > 0 or self._given_up
+                    uncertain = result.state is not State.COMPLETE or window_ms > 0 or self._withdrawn_tokens
                     if uncertain and await self._may_take_over(result, claim, window_ms):
                         expected, left_s = result.token, deadline - loop.time()
                         tail = arguments.claim_tail(window_ms, expected)
                         continue
                 if not isinstance(result, Unconfirmed):
                     if maybe_executed:
-                        self._leave_copy(claim, held=reclaims or isinstance(result, Claim))
+                        self._leave_copy(claim, caller_holds=reclaims or isinstance(result, Claim))
                     return result
                 # From here on the claim is not confirmed: try again, or end it.
-                held |= isinstance(result, UnderReplicated)
+                is_under_replicated |= isinstance(result, UnderReplicated)
                 maybe_executed |= result.maybe_executed
-                ends = min(deadline - held * self._release_s, self._patience_ends)
+                ends = min(deadline - is_under_replicated * self._release_s, self.retries_end)
                 if loop.time() + pause_s >= ends or isinstance(result, NotAttempted | StoreFull):
                     self._note_failure(result, claim, deadline)
                     result = replace(result, maybe_executed=maybe_executed)
                     if reclaims:
                         return self._end_reclaim(claim, result)
-                    return await self._end(claim, tenant, result, held)
+                    return await self._end(claim, tenant, result, is_under_replicated)
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 2, PAUSE_MOST_S)
                 left_s = deadline - loop.time()
         except (Exception, asyncio.CancelledError):
             # The caller is gone, and the last try may still reach the store.
-            self._leave_copy(claim, held=reclaims)
+            self._leave_copy(claim, caller_holds=reclaims)
             raise
 
     async def peek(self, key: bytes, tenant: bytes, lease_ms: int) -> NotClaimed | None:
@@ -142,18 +142,18 @@ class Claims:
 
         It would take the key as soon as the key is free.
         """
-        return claim.token in self._doubled
+        return claim.token in self._tokens_with_late_copies
 
     def withdraw_copy(self, claim: Claim) -> None:
         """Release a claim once more later, when no copy of it can take the key any more."""
-        self._doubled.discard(claim.token)
+        self._tokens_with_late_copies.discard(claim.token)
         self._withdraw_later(claim)
 
     # Open records ...
 
     async def _may_take_over(self, record: Record, claim: Claim, window_ms: int) -> bool:
         """Return whether another try may take the key with the record's token as the expected one."""
-        if record.token in self._given_up:
+        if record.token in self._withdrawn_tokens:
             # It is a claim of this proxy that nobody holds, and for which nothing was sent. Free it now.
             freed = await self._release(replace(claim, token=record.token), self._timeout_s)
             return freed.status is SettleStatus.RELEASED
@@ -163,60 +163,60 @@ class Claims:
 
     # Failures ...
 
-    async def _end(self, claim: Claim, tenant: bytes, why: Unconfirmed, held: bool) -> NotClaimed:
+    async def _end(self, claim: Claim, tenant: bytes, reason: Unconfirmed, is_under_replicated: bool) -> NotClaimed:
         """End a claim that was not confirmed, so that nothing of it stays in the store.
 
-        `held`: the store has the claim, but too few replicas do. While claims are suspended, an existing record is
-        returned instead.
+        `is_under_replicated`: the store has the claim, but too few replicas do. While claims are suspended, an existing
+        record is returned instead.
         """
-        if held and not why.maybe_executed:
+        if is_under_replicated and not reason.maybe_executed:
             freed = await self._release(claim, self._release_s)
-            why = replace(why, maybe_executed=freed.status is SettleStatus.UNCONFIRMED)
-        if why.maybe_executed:
+            reason = replace(reason, maybe_executed=freed.status is SettleStatus.UNCONFIRMED)
+        if reason.maybe_executed:
             self._withdraw_later(claim)
-        elif isinstance(why, ClaimsSuspended) and why.replays:
+        elif isinstance(reason, ClaimsSuspended) and reason.replays:
             record = await self.peek(claim.key, tenant, claim.lease_ms)
-            return why if record is None or isinstance(record, Unconfirmed) else record
-        return why
+            return reason if record is None or isinstance(record, Unconfirmed) else record
+        return reason
 
-    def _end_reclaim(self, claim: Claim, why: Unconfirmed) -> Unconfirmed:
+    def _end_reclaim(self, claim: Claim, reason: Unconfirmed) -> Unconfirmed:
         """End a reclaim that was not confirmed. The key stays this claim's, and is settled later."""
-        if why.maybe_executed:
+        if reason.maybe_executed:
             self._note_copy(claim)
-        return why
+        return reason
 
-    def _note_failure(self, why: Unconfirmed, claim: Claim, deadline: float) -> None:
+    def _note_failure(self, reason: Unconfirmed, claim: Claim, deadline: float) -> None:
         """Note that the server is full, or may be down."""
-        if isinstance(why, StoreFull):
+        if isinstance(reason, StoreFull):
             if (node := self._servers.node_of(store_key(claim.key))) is not None:
                 node.losses.note_full()
-        elif not isinstance(why, NotAttempted):
+        elif not isinstance(reason, NotAttempted):
             breaker = self._servers.breaker_of(claim.key)
             breaker.failed(deadline - self._timeout_s)
-            self._strained.add(breaker)
+            self._failing_breakers.add(breaker)
 
     def _relieve(self, breaker: Breaker) -> None:
         """Note a reply to a claim, and forget the breakers of servers that are no longer in use."""
         breaker.succeeded()
-        self._strained &= {node.breaker for node in self._servers.nodes} - {breaker}
+        self._failing_breakers &= {node.breaker for node in self._servers.nodes} - {breaker}
 
     # Copies that may still reach the store ...
 
-    def _leave_copy(self, claim: Claim, held: bool) -> None:
-        """Handle a copy of a claim that may still reach the store. `held`: the caller has the claim itself."""
-        if held:
+    def _leave_copy(self, claim: Claim, caller_holds: bool) -> None:
+        """Handle a copy of a claim that may still reach the store. `caller_holds`: the caller has the claim itself."""
+        if caller_holds:
             self._note_copy(claim)
         else:
             self._withdraw_later(claim)
 
     def _note_copy(self, claim: Claim) -> None:
         """Remember the copy for as long as it can take the key, for a release that comes meanwhile."""
-        self._doubled.add(claim.token)
-        self._loop.call_later(self._timeout_s, self._doubled.discard, claim.token)
+        self._tokens_with_late_copies.add(claim.token)
+        self._loop.call_later(self._timeout_s, self._tokens_with_late_copies.discard, claim.token)
 
     def _withdraw_later(self, claim: Claim) -> None:
         """Free a key in the background whose claim may have been executed, or may be executed later."""
-        self._given_up.add(claim.token)
+        self._withdrawn_tokens.add(claim.token)
         self._background(self._withdraw(claim))
 
     async def _withdraw(self, claim: Claim) -> None:
@@ -224,6 +224,6 @@ class Claims:
         # After this pause no copy can take the key any more, so one release is enough.
         await asyncio.sleep(self._timeout_s)
         while (await self._release(claim, self._patience_s)).status is SettleStatus.UNCONFIRMED:
-            if self._loop.time() >= min(ends, self._patience_ends):
+            if self._loop.time() >= min(ends, self.retries_end):
                 break
-        self._given_up.discard(claim.token)
+        self._withdrawn_tokens.discard(claim.token)

@@ -97,8 +97,6 @@ class Store:
             timeout_s=self._timeout_s,
             patience_s=patience_s,
         )
-        # The loop's time after which nothing is repeated any more.
-        self._patience_ends = float("inf")
 
     # Its life ...
 
@@ -111,11 +109,10 @@ class Store:
     async def wait_up(self, seconds: float) -> bool:
         return await self._servers.wait_up(self._loop.time() + seconds)
 
-    def give_up(self) -> None:
+    def end_calls(self) -> None:
         """End every call now, also those still to come. Calls that are not confirmed stay unconfirmed."""
-        self._patience_ends = self._loop.time()
-        self._claims.give_up()
-        self._servers.give_up()
+        self._claims.stop_retrying()
+        self._servers.end_calls()
 
     async def watch(self) -> None:
         """Inspect the servers for their health and for losses, until cancelled."""
@@ -288,7 +285,7 @@ class Store:
         while True:
             deadline = min(loop.time() + self._timeout_s, max(ends, loop.time() + TRY_LEAST_S))
             reply = await self._call(replace(call, deadline=deadline), args)
-            if is_final(reply) or loop.time() + pause_s >= min(ends, self._patience_ends):
+            if is_final(reply) or loop.time() + pause_s >= min(ends, self._claims.retries_end):
                 return reply, maybe_executed
             maybe_executed |= may_have_run(reply)
             self._retried()

@@ -66,7 +66,7 @@ class Cluster:
         self._mapped = asyncio.Event()
         self._closing: set[asyncio.Task[None]] = set()
         self._keeper: asyncio.Task[None] | None = None
-        self._given_up = False
+        self._calls_ended = False
         self._down_because = "not connected yet"
 
     # Its life ...
@@ -94,10 +94,10 @@ class Cluster:
             return False
         return all(await asyncio.gather(*[node.wait_up(deadline) for node in self.nodes]))
 
-    def give_up(self) -> None:
-        self._given_up = True
+    def end_calls(self) -> None:
+        self._calls_ended = True
         for node in (*self._masters.values(), *self._visited.values()):
-            node.give_up()
+            node.end_calls()
 
     def problem(self) -> str | None:
         """Return why nothing can be claimed, or what makes one of the masters unfit; None otherwise.
@@ -204,7 +204,7 @@ class Cluster:
 
     async def _reach(self, slot: int, node: Node | None, deadline: float) -> Node | None:
         """Wait until `node`, or without one the master of the slot, is connected. Return it, or None."""
-        while (now := self._loop.time()) < deadline and not self._given_up:
+        while (now := self._loop.time()) < deadline and not self._calls_ended:
             self._surprised.set()
             target = node or self._slots[slot]
             if target is None:
@@ -243,8 +243,8 @@ class Cluster:
     def _make(self, place: Place) -> Node:
         node = Node(opener(self._group.server_url(place), self._config.timeout_s), self._config, place)
         node.start()
-        if self._given_up:
-            node.give_up()
+        if self._calls_ended:
+            node.end_calls()
         return node
 
     # The map ...

@@ -163,11 +163,11 @@ class Link(asyncio.Protocol):
         """Close this connection and make a new one. `why` is what the commands on it report."""
         self._drop(why)
 
-    def give_up(self) -> None:
+    def end_calls(self) -> None:
         """Stop waiting. Commands that wait, and commands still to come, are unconfirmed at once."""
         if self._keeper is not None:
             self._keeper.cancel()
-        self._drop("given up")
+        self._drop("calls were ended")
         # Callers must not wait for a connection. Without one nothing is sent, so they get Unconfirmed.
         self._up.set()
 

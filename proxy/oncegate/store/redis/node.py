@@ -140,9 +140,9 @@ class Node:
     async def close(self) -> None:
         await asyncio.gather(*[link.close() for link in self.links])
 
-    def give_up(self) -> None:
+    def end_calls(self) -> None:
         for link in self.links:
-            link.give_up()
+            link.end_calls()
 
     async def wait_up(self, deadline: float) -> bool:
         return await self.link.wait_up(deadline) and await self.claims.wait_up(deadline)

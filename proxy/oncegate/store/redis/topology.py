@@ -35,7 +35,7 @@ class StoreServers(Protocol):
     async def wait_up(self, deadline: float) -> bool:
         """Wait until every server is connected, and return whether it is."""
 
-    def give_up(self) -> None:
+    def end_calls(self) -> None:
         """Stop waiting: every call ends unconfirmed now, also those still to come."""
 
     def problem(self) -> str | None:
