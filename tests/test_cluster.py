@@ -101,7 +101,7 @@ async def test_every_verb_on_every_master(cluster):
         for master in masters:
             assert {cluster.master_of(name).port for name in master.records()} == {master.port}
         assert sum(len(master.records()) for master in masters) == 60
-        assert store.problem() is None
+        assert store.not_ready_reason() is None
 
 
 async def test_one_write_a_master(cluster):
@@ -246,7 +246,7 @@ async def test_masters_that_change_while_keys_are_claimed(fragile):
         unaffected = [asyncio.ensure_future(life(store, of)) for of in keys_on(6000, 10000, 12)[2:]]
         async with asyncio.timeout(1):
             await asyncio.gather(*unaffected)
-        assert store.problem() is None
+        assert store.not_ready_reason() is None
         assert await asyncio.gather(*settling) == [SettleResult(SettleStatus.STORED)] * 3
         await asyncio.to_thread(wait_for, lambda: fragile.owner_of_slot(0) is not killed)
         paused.pause()
@@ -257,7 +257,7 @@ async def test_masters_that_change_while_keys_are_claimed(fragile):
             assert await store.renew(owner) == RenewStatus.RENEWED
         was = {fields["was"] for event, fields in log if event == "store failed over"}
         assert was == {f"127.0.0.1:{server.port}" for server in (killed, paused, told_to)}
-        await until(lambda: store.problem() is None)
+        await until(lambda: store.not_ready_reason() is None)
 
 
 async def test_a_cluster_with_a_hole(cluster, monkeypatch):
@@ -270,9 +270,9 @@ async def test_a_cluster_with_a_hole(cluster, monkeypatch):
         first = next(of for of in (key(n) for n in count()) if store._servers._slots[key_slot(store_key(of))] is None)
         began = asyncio.get_running_loop().time()
         found = await claim(store, first)
-        assert found == Unconfirmed(found.detail, maybe_executed=False)
+        assert found == Unconfirmed(found.reason, maybe_executed=False)
         assert asyncio.get_running_loop().time() - began < 1
-        assert store.problem() is None
+        assert store.not_ready_reason() is None
 
 
 # How it is reached ...

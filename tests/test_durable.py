@@ -176,7 +176,7 @@ async def test_a_replica_that_left_may_have_been_promoted(scripted, monkeypatch)
         connected_replicas(1)
         found = await claim(store, key(2))
         assert (type(found), found.maybe_executed) == (UnderReplicated, False)
-        assert "a replica has left the master" in found.detail
+        assert "a replica has left the master" in found.reason
         assert scripted.calls[-1][6] == b"release"
         await asyncio.sleep(0.8)
         await claimed(store, key=key(3))
@@ -249,7 +249,7 @@ async def test_a_replica_that_hangs(often):
     async with running(master, replica):
         await asyncio.to_thread(wait_for, lambda: replicated(master, 1))
         async with watched(f"redis://127.0.0.1:{master.port}", "replicated", behind=behind) as store:
-            await until(lambda: store.problem() is None)
+            await until(lambda: store.not_ready_reason() is None)
             stored = await claimed_at_last(store, key(1))
             assert await store_small(store, stored) == SettleResult(SettleStatus.STORED)
             assert store_key(stored.key) in replica.records()
@@ -258,20 +258,20 @@ async def test_a_replica_that_hangs(often):
             found = await asyncio.gather(*[claim(store, key(number)) for number in range(100, 150)])
             assert asyncio.get_running_loop().time() - began < 1.5
             assert {type(one) for one in found} == {UnderReplicated}
-            assert {one.detail for one in found} == {"the claim reached 0 of 1 replicas in time"}
+            assert {one.reason for one in found} == {"the claim reached 0 of 1 replicas in time"}
             assert behind.works == []
             assert master.records().keys() == {store_key(stored.key)}
             assert told(await claim(store, stored.key)) == "replay"
             replica.resume()
             await claimed_at_last(store, key(100))
             replica.kill()
-            await until(lambda: "has 0 replicas, and the durability needs 1" in (store.problem() or ""))
+            await until(lambda: "has 0 replicas, and the durability needs 1" in (store.not_ready_reason() or ""))
 
 
 async def test_no_replica_at_all(own_valkey, often):
     """A store without the replicas that it needs is not ready, and says why."""
     async with watched(own_valkey.url, "replicated") as store:
-        await until(lambda: store.problem() == "the store has 0 replicas, and the durability needs 1")
+        await until(lambda: store.not_ready_reason() == "the store has 0 replicas, and the durability needs 1")
 
 
 async def test_on_disk(often):
@@ -280,12 +280,14 @@ async def test_on_disk(often):
     server = Server(port, "--save", "", "--appendonly", "yes", "--appendfsync", "always")
     async with running(server), watched(f"redis://127.0.0.1:{port}", "fsync") as store:
         await asyncio.gather(*[claimed(store, key=key(number)) for number in range(50)])
-        assert store.problem() is None
+        assert store.not_ready_reason() is None
         server.ask("CONFIG", "SET", "appendonly", "no")
-        await until(lambda: "has no append-only file, which the durability fsync needs" in (store.problem() or ""))
+        await until(
+            lambda: "has no append-only file, which the durability fsync needs" in (store.not_ready_reason() or "")
+        )
         found = await claim(store, key(99))
         assert isinstance(found, Unconfirmed)
-        assert "WAITAOF" in found.detail
+        assert "WAITAOF" in found.reason
         assert len(server.records()) == 50
 
 
@@ -301,7 +303,7 @@ async def assert_unreachable_for(url: str, durability: str, because: str) -> Non
                   durability=durability)  # fmt: skip
     store.start()
     try:
-        await until(lambda: because in (store.problem() or ""))
+        await until(lambda: because in (store.not_ready_reason() or ""))
         assert isinstance(await claim(store), Unconfirmed)
     finally:
         await store.close()

@@ -28,7 +28,7 @@ async def test_two_looks_at_once_are_no_loss(own_valkey):
         assert await link.wait_up(asyncio.get_running_loop().time() + 20)
         watch, talk = HealthMonitor(load_scripts(), member, {}), LinkTalk(link, 5.0)
         for _ in range(3):
-            await asyncio.gather(*[watch.attend(talk, b"") for _ in range(5)])
+            await asyncio.gather(*[watch.inspect(talk, b"") for _ in range(5)])
     finally:
         await link.close()
     assert reported == [StoreEvent.FOUNDED]
@@ -47,7 +47,7 @@ class Replica:
 
     async def looks(self) -> bool:
         """Inspect once, and return whether rules differ."""
-        await self.watch.attend(self._talk, b"")
+        await self.watch.inspect(self._talk, b"")
         return self.watch.rules_differ
 
 
@@ -79,7 +79,7 @@ async def test_rules_that_differ_are_noticed(own_valkey, monkeypatch):
         two.rules = "R1"
         await looked([True, True])
         assert "by other rules" in (one.watch.notice() or "")
-        assert one.watch.problem() is None
+        assert one.watch.not_ready_reason() is None
         two.rules = "R2"
         await looked([False, False])
         assert one.watch.notice() is None

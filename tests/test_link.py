@@ -277,7 +277,7 @@ async def test_a_connection_that_is_lost_half_way(server, end):
         replies = [say(link, number) for number in range(5)]
         assert isinstance(await replies[4], Unconfirmed)
         meanwhile = await say(link, b"meanwhile")
-        assert meanwhile == Unconfirmed(link.down_because, maybe_executed=False)
+        assert meanwhile == Unconfirmed(link.down_reason, maybe_executed=False)
         assert not link.up
         unconfirmed = [one for one in await asyncio.gather(*replies) if isinstance(one, Unconfirmed)]
         assert len(unconfirmed) >= 3
@@ -327,8 +327,8 @@ async def test_a_server_that_is_not_fit_is_asked_again_until_it_is(server, greet
     try:
         await until(lambda: len(server.connections) >= 2)
         assert not link.up
-        assert because in link.down_because
-        assert link.down_because not in ("", "not connected yet")
+        assert because in link.down_reason
+        assert link.down_reason not in ("", "not connected yet")
         server.greeting = well
         assert await link.wait_up(in_s(PATIENT_S))
         assert await say(link, b"well") == [b"well"]

@@ -100,7 +100,7 @@ async def test_the_master_changes_while_a_key_is_claimed(group, how):
         assert {store_key(owner.key), store_key(key(2))} <= now.records().keys()
         assert told(await claim(store)) == "replay"
         assert await store.read(stored.key, stored.token, 0) == [b"ab", b"cd"]
-        await until(lambda: store.problem() is None)
+        await until(lambda: store.not_ready_reason() is None)
         place = f"127.0.0.1:{before.port}", f"127.0.0.1:{now.port}"
         assert ("store failed over", {"service": SERVICE, "was": place[0], "now": place[1]}) in log
 

@@ -140,7 +140,7 @@ async def connected(
     store.start()
     try:
         async with asyncio.timeout(60):
-            assert await store.wait_up(PATIENCE_S), store.problem()
+            assert await store.wait_up(PATIENCE_S), store.not_ready_reason()
             yield store
     finally:
         await store.close()
@@ -1257,7 +1257,7 @@ async def test_a_full_server_refuses_new_claims(server, client):
         began = asyncio.get_running_loop().time()
         found = await claim(store)
         assert isinstance(found, Unconfirmed)
-        assert found.detail.startswith("OOM")
+        assert found.reason.startswith("OOM")
         assert not found.maybe_executed
         assert asyncio.get_running_loop().time() - began < 5
         assert behind.works == []
@@ -1277,7 +1277,7 @@ async def test_a_full_server_refuses_takeovers_too(store, client, state):
     client.config_set("maxmemory", 1)
     found = await claim(store, window_ms=WINDOW_MS)
     assert isinstance(found, Unconfirmed)
-    assert (found.detail[:3], found.maybe_executed) == ("OOM", False)
+    assert (found.reason[:3], found.maybe_executed) == ("OOM", False)
     assert fields(client) == before
     client.config_set("maxmemory", 0)
     assert told(await claim(store, window_ms=WINDOW_MS)) == "claimed"
@@ -1311,14 +1311,14 @@ async def test_above_nine_tenths_of_its_memory_the_store_is_full(watched, client
 @pytest.mark.fault(14)
 async def test_a_server_that_may_forget_keys_is_a_problem(watched, client):
     """Any eviction policy but noeviction is a problem for as long as it is set."""
-    await until(lambda: watched.problem() is None)
+    await until(lambda: watched.not_ready_reason() is None)
     client.config_set("maxmemory-policy", "allkeys-lru")
     try:
-        await until(lambda: watched.problem() is not None)
-        assert "allkeys-lru" in watched.problem()
+        await until(lambda: watched.not_ready_reason() is not None)
+        assert "allkeys-lru" in watched.not_ready_reason()
     finally:
         client.config_set("maxmemory-policy", "noeviction")
-    await until(lambda: watched.problem() is None)
+    await until(lambda: watched.not_ready_reason() is None)
 
 
 # Damaged records ...
@@ -1483,7 +1483,7 @@ async def test_a_claim_that_gets_errors_is_repeated_within_its_budget(scripted, 
     scripted.script = lambda connection, words: error
     async with connected(scripted.url, timeout_ms=150, behind=behind) as store:
         found = await claim(store)
-        detail = found.detail if demoted else error[1:-2].decode()
+        detail = found.reason if demoted else error[1:-2].decode()
         assert found == (StoreFull if full else Unconfirmed)(detail, maybe_executed=False)
         assert behind.works == []
     assert len(set(tokens(scripted))) == 1
@@ -1577,7 +1577,7 @@ async def test_a_replica_that_takes_no_writes(own_valkey):
             client.replicaof("127.0.0.1", 1)
             found = await claim(store)
             assert isinstance(found, Unconfirmed)
-            assert found.detail.startswith(("READONLY", "MASTERDOWN", "UNKILLABLE"))
+            assert found.reason.startswith(("READONLY", "MASTERDOWN", "UNKILLABLE"))
             assert not found.maybe_executed
             client.replicaof("no", "one")
             assert client.dbsize() == 0
@@ -1614,8 +1614,8 @@ async def test_a_settle_outlasts_a_server_that_is_restarted(own_valkey):
         owner = await claimed(store)
         own_valkey.kill()
         settling = asyncio.ensure_future(store_small(store, owner))
-        await until(lambda: store.problem() is not None)
-        assert "not reachable" in store.problem()
+        await until(lambda: store.not_ready_reason() is not None)
+        assert "not reachable" in store.not_ready_reason()
         own_valkey.start()
         assert await settling == SettleResult(SettleStatus.STORED, record_was_gone=True)
         assert told(await claim(store)) == "replay"
@@ -1630,7 +1630,7 @@ async def test_every_call_ends_when_the_store_is_given_up(own_valkey, state):
             own_valkey.pause()
         else:
             own_valkey.kill()
-            await until(lambda: store.problem() is not None)
+            await until(lambda: store.not_ready_reason() is not None)
         calls = [
             asyncio.ensure_future(call)
             for call in (
@@ -1705,7 +1705,7 @@ async def assert_unreachable(url: str, because: str) -> None:
         found = await claim(store)
         assert isinstance(found, Unconfirmed)
         assert not found.maybe_executed
-        await until(lambda: re.search(because, store.problem() or ""))
+        await until(lambda: re.search(because, store.not_ready_reason() or ""))
     finally:
         await store.close()
         behind.close()
@@ -1810,17 +1810,17 @@ async def test_no_key_and_no_credential_is_in_the_store(gate, upstream, valkey):
 
 
 @pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("how", ["resolve", "set_free"])
+@pytest.mark.parametrize("how", ["resolve", "release_by_operator"])
 async def test_what_an_operator_decides(store, client, state, how):
     """An operator decides only keys in flight, lapsed or unknown, by the token that was shown; the owner is fenced."""
     owner = await at(store, client, state)
     before = client.hgetall(NAME)
 
     async def decide(seen: bytes) -> ResolveStatus:
-        if how == "set_free":
-            return await store.set_free(KEY, seen, store.token(), b"5")
+        if how == "release_by_operator":
+            return await store.release_by_operator(KEY, seen, store.token(), b"5")
         meta = pack(replace(owner, token=store.token()), answer(b"by hand"))
-        return await store.resolve(KEY, seen, meta, b"by hand", RETENTION_MS)
+        return await store.resolve_by_operator(KEY, seen, meta, b"by hand", RETENTION_MS)
 
     if state in ("absent", "complete"):
         assert await decide(owner.token) == await decide(FOREIGN) == ResolveStatus(state)
@@ -1828,13 +1828,15 @@ async def test_what_an_operator_decides(store, client, state, how):
         return
     assert await decide(FOREIGN) is ResolveStatus.FENCED
     assert client.hgetall(NAME) == before
-    assert await decide(owner.token) is (ResolveStatus.RELEASED if how == "set_free" else ResolveStatus.RESOLVED)
+    assert await decide(owner.token) is (
+        ResolveStatus.RELEASED if how == "release_by_operator" else ResolveStatus.RESOLVED
+    )
     assert (await store_small(store, owner)).status is SettleStatus.FENCED
     assert (await store.release(owner, PATIENCE_S)).status is SettleStatus.FENCED
     assert await store.renew(owner) == RenewStatus.FENCED
     assert await store.peek(KEY, SCOPE, LEASE_MS) is None or how == "resolve"
     found = await claim(store)
-    if how == "set_free":
+    if how == "release_by_operator":
         assert isinstance(found, Claim)
         assert int(found.fence) > int(owner.fence)
     else:
@@ -1852,7 +1854,7 @@ async def test_a_settle_and_a_decision_at_once(store, server):
             owner = await claimed(store, key=key)
             meta = pack(replace(owner, token=desk.token()), answer(b"by hand"))
             settle = store_small(store, owner)
-            decide_ = desk.resolve(key, owner.token, meta, b"by hand", RETENTION_MS)
+            decide_ = desk.resolve_by_operator(key, owner.token, meta, b"by hand", RETENTION_MS)
             if n % 2:
                 settled, decided = await asyncio.gather(settle, decide_)
             else:

@@ -62,8 +62,8 @@ async def test_a_flush_is_noticed_and_requests_go_on(fork, upstream, own_valkey)
 
 
 @pytest.mark.fault(59)
-async def test_a_loss_quarantines_unseen_keys_everywhere(fork, upstream, own_valkey):
-    """unseen keys are refused for a while, by all proxies and by one that starts meanwhile."""
+async def test_a_loss_quarantines_first_time_keys_everywhere(fork, upstream, own_valkey):
+    """First-time keys are refused for a while, by all proxies and by one that starts meanwhile."""
     with own_valkey.client() as client:
         client.hset("once:epoch", mapping={"id": "old", "run": "", "until": 0})
     settings = {"ON_STORE_LOSS": "quarantine", "QUARANTINE_S": 5}
@@ -81,7 +81,7 @@ async def test_a_loss_quarantines_unseen_keys_everywhere(fork, upstream, own_val
         one.kill()
         three = await fork(upstream, own_valkey.url, **settings)
         assert await status(three, "unseen") == (503, REFUSED)
-        assert "unseen keys are refused" in reasons(three)[0]
+        assert "first-time keys are refused" in reasons(three)[0]
         await until(lambda: three.admin("/readyz")[0] == 200, 12)
     assert time.monotonic() - began > 4
     assert await status(three, "unseen") == (200, b"executed")
@@ -90,7 +90,7 @@ async def test_a_loss_quarantines_unseen_keys_everywhere(fork, upstream, own_val
 
 
 async def test_known_records_are_told_in_quarantine(fork, upstream, own_valkey):
-    """A running key is settled and replayed, its mismatch refused, while unseen keys wait."""
+    """A running key is settled and replayed, its mismatch refused, while first-time keys wait."""
     tap = Tap()
     upstream.script = tap.script
     proxy = await fork(upstream, own_valkey.url, ON_STORE_LOSS="quarantine", QUARANTINE_S=1)

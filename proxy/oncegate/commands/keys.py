@@ -26,7 +26,7 @@ from oncegate.server.embedded import socket_url
 from oncegate.settings.settings import Settings
 from oncegate.store.record import Claim, StoredResponse, pack
 from oncegate.store.record_name import record_id
-from oncegate.store.record_view import RecordView, StoreError, introduce, replica_of, scan
+from oncegate.store.record_view import RecordView, StoreError, introduce, proxy_of, scan
 from oncegate.store.results import ResolveStatus
 from oncegate.store.store import Store
 
@@ -81,8 +81,8 @@ async def _run(settings: Settings, options: argparse.Namespace) -> KeysExit:
     store.start()
     try:
         if not await store.wait_up(TIMEOUT_MS / 1000):
-            problem = store.problem() or "the store is not reachable"
-            raise CommandError(f"{problem}{_embedded_hint(settings)}")
+            reason = store.not_ready_reason() or "the store is not reachable"
+            raise CommandError(f"{reason}{_embedded_hint(settings)}")
         session = Session(settings, store, _user(), socket.gethostname())
         commands: dict[str, Callable[[Session, argparse.Namespace], Awaitable[KeysExit]]] = {
             "list": _list,
@@ -161,7 +161,7 @@ async def _show(session: Session, options: argparse.Namespace) -> KeysExit:
 
 async def _facts(store: Store, record: RecordView) -> dict[str, Any]:
     """Return what the store knows of a record; facts that it does not know are left out. Times are the store's."""
-    owner, silent_ms = await replica_of(store, record.token)
+    owner, silent_ms = await proxy_of(store, record.token)
     facts: dict[str, Any] = {"id": record_id(record.key), "state": record.state, "scope": record.tenant.hex()}
     if record.created_ms:
         facts["claimed"] = _iso_time(record.created_ms)
@@ -184,7 +184,7 @@ def _response_facts(response: StoredResponse) -> dict[str, Any]:
 def _unfinished_facts(record: RecordView) -> dict[str, Any]:
     """Return why the outcome is unknown, how far the request got, and whether its owner may still work on it."""
     facts = {
-        "reason": record.why,
+        "reason": record.reason,
         "progress": record.progress,
         "bytes_stored": record.bytes_stored,
         "lease_left_ms": record.lease_left_ms,
@@ -219,7 +219,7 @@ async def _resolve(session: Session, options: argparse.Namespace) -> KeysExit:
     digest.update(body)
     stored = replace(response, digest=digest.digest(), completed_ms=record.now_ms)
     meta = pack(_claim(session, record, token), stored)
-    status = await session.store.resolve(record.key, record.token, meta, body, session.retention_ms)
+    status = await session.store.resolve_by_operator(record.key, record.token, meta, body, session.retention_ms)
     details = {"status": response.status, "bytes": len(body)}
     return _report(session, Decision("resolve", record, status, details))
 
@@ -249,7 +249,7 @@ async def _release(session: Session, options: argparse.Namespace) -> KeysExit:
     warning = "Its owner may still live: its request may be executed, and the next one executes again."
     _confirm(options, record.owner_may_live, warning)
     token = await _introduce(session)
-    status = await session.store.set_free(record.key, record.token, token, record.fence)
+    status = await session.store.release_by_operator(record.key, record.token, token, record.fence)
     return _report(session, Decision("release", record, status))
 
 
@@ -281,7 +281,7 @@ def _report(session: Session, decision: Decision) -> KeysExit:
         "outcome": decision.status.value,
         "key_id": record_id(record.key),
         "state_before": record.state,
-        "reason": record.why,
+        "reason": record.reason,
         "owner_token": record.token.hex(),
         "user": session.user,
         "host": session.host,

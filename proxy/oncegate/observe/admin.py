@@ -15,11 +15,11 @@ MetricsText = Callable[[], Awaitable[bytes]]
 Reasons = Callable[[], Awaitable[list[str]]]
 
 
-def admin_app(metrics: MetricsText, problems: Reasons, notices: Reasons) -> web.Application:
+def admin_app(metrics: MetricsText, not_ready_reasons: Reasons, notices: Reasons) -> web.Application:
     """Return the admin application.
 
-    `metrics` returns the text of a scrape. `problems` returns why the proxy is not ready, an empty list if it is.
-    `notices` returns what an operator should look at although it is ready.
+    `metrics` returns the text of a scrape. `not_ready_reasons` returns why the proxy is not ready, an empty
+    list if it is. `notices` returns what an operator should look at although it is ready.
     """
 
     async def show_metrics(_: web.Request) -> web.Response:
@@ -29,7 +29,7 @@ def admin_app(metrics: MetricsText, problems: Reasons, notices: Reasons) -> web.
         return web.json_response({"alive": True})
 
     async def readyz(_: web.Request) -> web.Response:
-        reasons = await problems()
+        reasons = await not_ready_reasons()
         content = {"ready": not reasons, "reasons": [*reasons, *await notices()]}
         return web.json_response(content, status=503 if reasons else 200, dumps=json.dumps)
 
@@ -40,9 +40,11 @@ def admin_app(metrics: MetricsText, problems: Reasons, notices: Reasons) -> web.
     return app
 
 
-async def serve_admin(address: Address, metrics: MetricsText, problems: Reasons, notices: Reasons) -> web.AppRunner:
+async def serve_admin(
+    address: Address, metrics: MetricsText, not_ready_reasons: Reasons, notices: Reasons
+) -> web.AppRunner:
     """Open the admin listener; the caller cleans the runner up. Raises OSError where the port is taken."""
-    runner = web.AppRunner(admin_app(metrics, problems, notices), access_log=None, shutdown_timeout=SHUTDOWN_S)
+    runner = web.AppRunner(admin_app(metrics, not_ready_reasons, notices), access_log=None, shutdown_timeout=SHUTDOWN_S)
     await runner.setup()
     await web.TCPSite(runner, address.host, address.port).start()
     return runner

@@ -59,7 +59,9 @@ async def _serve(settings: Settings, store_url: str, embedded: EmbeddedStore | N
             grow_descriptor_table(settings)
             freeze_garbage_collection()
             await service.start()
-            logger.info("serving", upstream=str(settings.upstream), ready=not service.problems(), **service.listens_on)
+            logger.info(
+                "serving", upstream=str(settings.upstream), ready=not service.not_ready_reasons(), **service.listens_on
+            )
             await stop.requested.wait()
             logger.info("shutting down", grace_s=settings.drain_s)
             drained = await service.drain(stop.immediate)

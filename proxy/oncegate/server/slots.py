@@ -37,7 +37,7 @@ class Worker:
     def __init__(self, slot: "Slot", store_url: str) -> None:
         self.slot = slot
         self.is_serving = False
-        self.report: dict[str, Any] = {"counts": {}, "gauges": {}, "problems": [], "cut_off": 0}
+        self.report: dict[str, Any] = {"counts": {}, "gauges": {}, "not_ready_reasons": [], "cut_off": 0}
         self._loop = asyncio.get_running_loop()
         self._started: asyncio.Future[bool] = self._loop.create_future()
         self._report_requests: dict[int, asyncio.Future[bool]] = {}
@@ -58,7 +58,7 @@ class Worker:
 
     async def _run(self, link: socket.socket) -> int:
         """Receive reports until the process exits; return its exit status."""
-        # A line is a whole report: some kilobytes, and more with long sentences in `problems`.
+        # A line is a whole report: some kilobytes, and more with long sentences in `not_ready_reasons`.
         reader, self._writer = await asyncio.open_unix_connection(sock=link, limit=1 << 20)
         with contextlib.suppress(OSError, ValueError):
             async for line in reader:

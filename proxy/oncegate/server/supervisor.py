@@ -43,7 +43,7 @@ class Supervisor:
     async def run(self) -> ExitCode:
         """Serve until SIGTERM or SIGINT; return the exit code, which covers all workers that ever ran."""
         stop = stop_events()
-        admin = await serve_admin(self._settings.admin_listen, self._metrics, self._problems, self._notices)
+        admin = await serve_admin(self._settings.admin_listen, self._metrics, self._not_ready_reasons, self._notices)
         try:
             self._handle_signals()
             self._is_serving = await self._start(stop)
@@ -84,7 +84,7 @@ class Supervisor:
         """Log the addresses in use: the system may have chosen the ports."""
         host, port = self._slots[0].sockets[0].getsockname()[:2]
         listens_on = {"public": f"{host}:{port}", "admin": f"{admin_host}:{admin_port}"}
-        ready = not await self._problems()
+        ready = not await self._not_ready_reasons()
         facts = {"upstream": str(self._settings.upstream), "workers": len(self._slots)}
         self._log.info("serving", ready=ready, **facts, **listens_on)
 
@@ -215,12 +215,12 @@ class Supervisor:
             total.merge(counts)
         return total.text()
 
-    async def _problems(self) -> list[str]:
+    async def _not_ready_reasons(self) -> list[str]:
         """Return why this service should get no traffic now; empty only if every worker is ready."""
         if not self._is_serving:
             return ["the proxy is starting or shutting down"]
-        of_workers = await asyncio.gather(*(self._problems_of(slot) for slot in self._slots))
-        return list(dict.fromkeys(problem for problems in of_workers for problem in problems))
+        of_workers = await asyncio.gather(*(self._not_ready_reasons_of(slot) for slot in self._slots))
+        return list(dict.fromkeys(reason for reasons in of_workers for reason in reasons))
 
     async def _notices(self) -> list[str]:
         """Return what an operator should look at, from the workers' last reports."""
@@ -228,13 +228,13 @@ class Supervisor:
         return list(dict.fromkeys(str(notice) for report in reports for notice in report.get("notices", ())))
 
     @staticmethod
-    async def _problems_of(slot: Slot) -> list[str]:
+    async def _not_ready_reasons_of(slot: Slot) -> list[str]:
         worker = slot.worker
         if worker is None or not worker.is_serving or worker.exited.done():
             return [f"worker {slot.number} does not serve"]
         if not await worker.refresh():
             return [f"worker {slot.number} does not answer"]
-        return [str(problem) for problem in worker.report["problems"]]
+        return [str(reason) for reason in worker.report["not_ready_reasons"]]
 
 
 def _next_delay(last_delay_s: float, lived_s: float) -> float:

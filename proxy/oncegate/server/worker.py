@@ -4,8 +4,8 @@ The link between both is a stream of lines. The worker sends JSON: `{"serving": 
 a second and one for each request. The supervisor sends `report NUMBER` and `retire`. The end of the stream means that
 the supervisor is dead: the worker then drains and exits.
 
-A report has `counts` and `gauges` (of `Metrics.snapshot`), `problems` and `notices` (lists of sentences), `cut_off`
-(how many requests a drain cut off) and `request` (the NUMBER that it answers, 0 for none).
+A report has `counts` and `gauges` (of `Metrics.snapshot`), `not_ready_reasons` and `notices` (lists of sentences),
+`cut_off` (how many requests a drain cut off) and `request` (the NUMBER that it answers, 0 for none).
 """
 
 import asyncio
@@ -141,7 +141,7 @@ class Reporter:
         service = self._service
         report = service.metrics.snapshot() | {
             "request": request,
-            "problems": service.problems(),
+            "not_ready_reasons": service.not_ready_reasons(),
             "notices": service.notices(),
             "cut_off": service.cut_off,
         }

@@ -90,7 +90,7 @@ class Service:
             "store_breaker_open": lambda: self.store.broken,
             "rules_differ": lambda: self.store.rules_differ,
             "quarantine_seconds": lambda: self.store.quarantine_left_s,
-            "ready": lambda: not self.problems(),
+            "ready": lambda: not self.not_ready_reasons(),
             "buffered_bytes": lambda: self._parts.memory.used,
             "workers": lambda: 1.0,
         }
@@ -141,12 +141,12 @@ class Service:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    def problems(self) -> list[str]:
+    def not_ready_reasons(self) -> list[str]:
         """Return why this worker should get no traffic now."""
-        found = ["the proxy is shutting down"] if self._draining and not self._retired else []
-        if problem := self.store.problem():
-            found.append(problem)
-        return found
+        reasons = ["the proxy is shutting down"] if self._draining and not self._retired else []
+        if reason := self.store.not_ready_reason():
+            reasons.append(reason)
+        return reasons
 
     def notices(self) -> list[str]:
         """Return what an operator should look at although the worker serves."""
@@ -175,7 +175,9 @@ class Service:
         for place in [{"sock": one} for one in shared] or [address]:
             self._servers.append(await self._listen(place))
         if not shared:
-            self._admin = await serve_admin(settings.admin_listen, self._metrics_text, self._problems, self._notices)
+            self._admin = await serve_admin(
+                settings.admin_listen, self._metrics_text, self._not_ready_reasons, self._notices
+            )
         await self.store.wait_up(1.0)
 
     async def _listen(self, place: dict[str, Any]) -> asyncio.Server:
@@ -190,8 +192,8 @@ class Service:
     async def _metrics_text(self) -> bytes:
         return self.metrics.text()
 
-    async def _problems(self) -> list[str]:
-        return self.problems()
+    async def _not_ready_reasons(self) -> list[str]:
+        return self.not_ready_reasons()
 
     async def _notices(self) -> list[str]:
         return self.notices()

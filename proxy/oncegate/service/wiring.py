@@ -24,7 +24,7 @@ from oncegate.observe.outcome import Observe
 from oncegate.rules.model import Rule, Rules, Upstream
 from oncegate.settings.settings import Settings
 from oncegate.store.events import StoreEvent
-from oncegate.store.leases import Leases, Report
+from oncegate.store.leases import Leases, OnClaimEvent
 from oncegate.store.redis.membership import Membership
 from oncegate.store.store import Store
 from oncegate.store.waiters import Waiters
@@ -41,7 +41,7 @@ class Reporting:
     log: Any
     observe: Observe
     failed: Callable[[BaseException], None]
-    claim_lost: Report
+    claim_lost: OnClaimEvent
     store_finding: Callable[[StoreEvent, str], None]
     store_broke: Callable[[], None]
     background: Callable[[Coroutine[Any, Any, Any]], None]
@@ -164,8 +164,8 @@ class Parts:
         digests = Digests(settings.secret.get_secret_value().encode())
         return Membership(
             token_prefix=b"",
-            replica=f"{socket.gethostname()} pid {os.getpid()}",
-            described=identity_settings(digests, settings.namespace, settings.key_header, settings.scope_headers),
+            proxy_name=f"{socket.gethostname()} pid {os.getpid()}",
+            identity_text=identity_settings(digests, settings.namespace, settings.key_header, settings.scope_headers),
             accept=settings.identity_change == "accept",
             retention_ms=int(settings.retention_s * 1000),
             quarantine_ms=int(settings.quarantine_s * 1000) if settings.on_store_loss == "quarantine" else 0,

@@ -34,7 +34,7 @@ from oncegate.store.results import (
 )
 
 # The pauses between the tries of one call, which double from the first to the longest.
-PAUSE_FIRST_S, PAUSE_MOST_S = 0.01, 0.5
+MIN_PAUSE_S, MAX_PAUSE_S = 0.01, 0.5
 
 Background = Callable[[Coroutine[Any, Any, Any]], None]
 Release = Callable[[Claim, float], Coroutine[Any, Any, SettleResult]]
@@ -82,7 +82,7 @@ class Claims:
         """
         loop, servers = self._loop, self._servers
         left_s = self._timeout_s
-        deadline, pause_s = loop.time() + left_s, PAUSE_FIRST_S
+        deadline, pause_s = loop.time() + left_s, MIN_PAUSE_S
         call = ScriptCall(self._script, store_key(claim.key), arguments.CLAIM_COUNT, deadline)
         head = arguments.claim_head(claim)
         tail = arguments.claim_tail(window_ms, b"") if window_ms else arguments.PLAIN_TAIL
@@ -118,7 +118,7 @@ class Claims:
                         return self._end_reclaim(claim, result)
                     return await self._end(claim, tenant, result, is_under_replicated)
                 await asyncio.sleep(pause_s)
-                pause_s = min(pause_s * 2, PAUSE_MOST_S)
+                pause_s = min(pause_s * 2, MAX_PAUSE_S)
                 left_s = deadline - loop.time()
         except (Exception, asyncio.CancelledError):
             # The caller is gone, and the last try may still reach the store.
@@ -127,14 +127,14 @@ class Claims:
 
     async def peek(self, key: bytes, tenant: bytes, lease_ms: int) -> NotClaimed | None:
         """Return the record of a key, or None for no record. It is a claim whose deadline has passed."""
-        nobody = arguments.claim_of_nobody(key, lease_ms)
+        unowned = arguments.unowned_claim(key, lease_ms)
         deadline = self._loop.time() + self._timeout_s
-        args = arguments.peek(nobody)
+        args = arguments.peek(unowned)
         call = ScriptCall(self._script, store_key(key), arguments.CLAIM_COUNT, deadline)
         reply = await self._servers.run(call, args)
         if is_noscript(reply):
             reply = await self._servers.run(replace(call, by_body=True), args)
-        result = claim_result(nobody, tenant, reply, self._servers.note_time)
+        result = claim_result(unowned, tenant, reply, self._servers.note_time)
         return None if result is LATE or isinstance(result, Claim) else result
 
     def copy_may_come(self, claim: Claim) -> bool:
@@ -189,7 +189,7 @@ class Claims:
         """Note that the server is full, or may be down."""
         if isinstance(reason, StoreFull):
             if (node := self._servers.node_of(store_key(claim.key))) is not None:
-                node.losses.note_full()
+                node.health.note_full()
         elif not isinstance(reason, NotAttempted):
             breaker = self._servers.breaker_of(claim.key)
             breaker.failed(deadline - self._timeout_s)

@@ -41,7 +41,7 @@ class LeasedClaim:
         return suspended_clock_s() - self.confirmed_s
 
 
-class Report(Protocol):
+class OnClaimEvent(Protocol):
     """Called when a claim was lost or fenced."""
 
     def __call__(self, event: ClaimEvent, claim: Claim) -> None: ...
@@ -50,7 +50,7 @@ class Report(Protocol):
 class Leases:
     """The claims that this worker holds and has not settled. `clock` returns the loop's time."""
 
-    def __init__(self, store: Store, lease_ms: int, report: Report, clock: Callable[[], float]) -> None:
+    def __init__(self, store: Store, lease_ms: int, report: OnClaimEvent, clock: Callable[[], float]) -> None:
         self._store, self._report, self._clock = store, report, clock
         # Three renewals in the length of a lease, so that two may fail.
         self._period_s = lease_ms / 3000

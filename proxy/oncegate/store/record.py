@@ -115,7 +115,7 @@ class Record:
 class Corrupt:
     """A record that fails its own checks. It is never forwarded and never replayed."""
 
-    detail: str
+    reason: str
 
 
 def self_check(key: bytes, tenant: bytes, token: bytes, mode: bytes, fingerprint: bytes) -> bytes:
@@ -194,7 +194,7 @@ def intact(response: StoredResponse, body: bytes) -> bool:
 
 def running(key: bytes, tenant: bytes, fields: list[bytes | int | None], now_ms: int) -> Record | Corrupt:
     """Return the record of a key in flight or unknown. `fields`: the reply to `claim`, without the time."""
-    state, token, _fence, mode, fingerprint, self_described, lease_left_ms, created = fields
+    state, token, _fence, mode, fingerprint, stored_check, lease_left_ms, created = fields
     try:
         stored_state = State(bytes(state or b"").decode())
         created_ms = int(created or b"")
@@ -204,7 +204,7 @@ def running(key: bytes, tenant: bytes, fields: list[bytes | int | None], now_ms:
         return Corrupt("a complete record without an answer")
     if not (isinstance(token, bytes) and isinstance(mode, bytes) and isinstance(fingerprint, bytes)):
         return Corrupt("the record is not whole")
-    if self_described != self_check(key, tenant, token, mode, fingerprint):
+    if stored_check != self_check(key, tenant, token, mode, fingerprint):
         return Corrupt("the record does not match its check")
     left = lease_left_ms if isinstance(lease_left_ms, int) else 0
     return Record(stored_state, token, fingerprint, created_ms, now_ms, lease_left_ms=left, mode=mode)

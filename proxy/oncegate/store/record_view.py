@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from oncegate.decision import State, effective_state
 from oncegate.store.record import Corrupt, StoredResponse, self_check, tenant_of, unpack
 from oncegate.store.record_name import parse_record_id, store_key
-from oncegate.store.redis.membership import IDENTITIES, replica_key, replica_value
+from oncegate.store.redis.membership import IDENTITIES, proxy_record_key, proxy_record_value
 from oncegate.store.redis.node import Node
 from oncegate.store.redis.wire import ErrorReply
 from oncegate.store.results import Unconfirmed
@@ -52,7 +52,7 @@ class RecordView(NamedTuple):
     # The owner has stopped renewing its lease: it ended, or is paused.
     lapsed: bool = False
     # Why the outcome is unknown, and how far the exchange got.
-    why: str = ""
+    reason: str = ""
     progress: str = ""
     # Of a response that is not complete.
     bytes_stored: int = 0
@@ -105,9 +105,9 @@ def _unfinished(key: bytes, token: bytes, fields: dict[str, bytes], now_ms: int)
     left_ms = int(fields["lease"]) - now_ms
     state = effective_state(stored_state, left_ms)
     lapsed = state is not stored_state
-    described, mode, fingerprint = fields["self"], fields["mode"], fields["fingerprint"]
-    tenant = described[:16]
-    if described != self_check(key, tenant, token, mode, fingerprint):
+    stored_check, mode, fingerprint = fields["self"], fields["mode"], fields["fingerprint"]
+    tenant = stored_check[:16]
+    if stored_check != self_check(key, tenant, token, mode, fingerprint):
         raise ValueError
     return RecordView(
         key,
@@ -118,11 +118,11 @@ def _unfinished(key: bytes, token: bytes, fields: dict[str, bytes], now_ms: int)
         mode=mode,
         fingerprint=fingerprint,
         tenant=tenant,
-        self_check=described,
+        self_check=stored_check,
         created_ms=int(fields["created"]),
         lease_left_ms=max(0, left_ms),
         lapsed=lapsed,
-        why="its owner stopped renewing its lease" if lapsed else fields.get("why", b"").decode("utf-8", "replace"),
+        reason="its owner stopped renewing its lease" if lapsed else fields.get("why", b"").decode("utf-8", "replace"),
         progress="" if "why" in fields else PROGRESS.get(fields.get("stage", b"").decode(), ""),
         bytes_stored=int(fields.get("bytes", 0)),
     )
@@ -134,7 +134,7 @@ def _unfinished(key: bytes, token: bytes, fields: dict[str, bytes], now_ms: int)
 def checked(reply: Any) -> Any:
     """Return a reply. Raises StoreError for an error, and where no reply came."""
     if isinstance(reply, Unconfirmed | ErrorReply):
-        raise StoreError(reply.detail if isinstance(reply, Unconfirmed) else str(reply))
+        raise StoreError(reply.reason if isinstance(reply, Unconfirmed) else str(reply))
     return reply
 
 
@@ -174,8 +174,8 @@ async def read_record(store: Store, key: bytes) -> RecordView | None:
     reply = await ask(node, *_fields_of(key))
     if is_error(reply, "ASK "):
         # Its slot is being moved, and the key is at the new server already.
-        place = str(reply).split(" ")[2]
-        node = next((one for one in store.nodes if one.name == place), node)
+        address = str(reply).split(" ")[2]
+        node = next((one for one in store.nodes if one.name == address), node)
         reply = await ask_importing(node, *_fields_of(key))
     if is_error(reply, "WRONGTYPE"):
         return RecordView(key, "corrupt", b"", 0)
@@ -217,22 +217,22 @@ async def _read_page(node: Node, keys: list[bytes]) -> list[RecordView]:
 # Proxies on the store ...
 
 
-async def replica_of(store: Store, token: bytes) -> tuple[str, int | None]:
+async def proxy_of(store: Store, token: bytes) -> tuple[str, int | None]:
     """Return the name of the proxy that made a token, and the ms since it last wrote its name (None: not known)."""
     for node in store.nodes:
-        name = replica_key(token) + node.tag
+        name = proxy_record_key(token) + node.tag
         if (value := checked(await ask(node, "GET", name))) is not None:
-            _, retention_ms, replica = value.split(b" ", 2)
+            _, retention_ms, proxy_name = value.split(b" ", 2)
             left_ms = checked(await ask(node, "PTTL", name))
-            return replica.decode("utf-8", "replace"), max(0, int(retention_ms) - left_ms)
+            return proxy_name.decode("utf-8", "replace"), max(0, int(retention_ms) - left_ms)
     return "unknown", None
 
 
-async def introduce(store: Store, token: bytes, replica: str, retention_ms: int) -> None:
+async def introduce(store: Store, token: bytes, proxy_name: str, retention_ms: int) -> None:
     """Write the name behind a token, for operators who look at its record later."""
     for node in store.nodes:
-        value = replica_value(0, retention_ms, replica)
-        await ask(node, "SET", replica_key(token) + node.tag, value, "PX", retention_ms)
+        value = proxy_record_value(0, retention_ms, proxy_name)
+        await ask(node, "SET", proxy_record_key(token) + node.tag, value, "PX", retention_ms)
 
 
 async def identities(store: Store) -> list[str]:

@@ -20,7 +20,7 @@ class Unconfirmed:
     `maybe_executed`: the command left the proxy, so the store may have executed it, or may execute it later.
     """
 
-    detail: str
+    reason: str
     maybe_executed: bool = True
 
 

@@ -12,7 +12,7 @@ from itertools import count
 from typing import Any
 
 from oncegate.keys.digests import Scope
-from oncegate.store.claims import PAUSE_FIRST_S, PAUSE_MOST_S, Background, Claims
+from oncegate.store.claims import MAX_PAUSE_S, MIN_PAUSE_S, Background, Claims
 from oncegate.store.record import PREFIX_BYTES, Claim, ClaimRequest, StoredResponse, self_check
 from oncegate.store.record_name import store_key
 from oncegate.store.redis import arguments
@@ -46,7 +46,7 @@ Settling = Coroutine[Any, Any, SettleResult]
 Claiming = Coroutine[Any, Any, ClaimResult]
 
 # The least time for one try of a call that is repeated.
-TRY_LEAST_S = 0.05
+MIN_TRY_S = 0.05
 
 
 class Store:
@@ -124,13 +124,13 @@ class Store:
 
     # Its health ...
 
-    def problem(self) -> str | None:
+    def not_ready_reason(self) -> str | None:
         """Return why the store cannot be relied on now, or None."""
-        return self._servers.problem()
+        return self._servers.not_ready_reason()
 
     def notice(self) -> str | None:
         """Return what an operator should look at though the store works, or None: a recent loss, or different rules."""
-        return next((notice for node in self.nodes if (notice := node.losses.notice())), None)
+        return next((notice for node in self.nodes if (notice := node.health.notice())), None)
 
     def full(self) -> bool:
         """Return whether responses are to be stored without their body."""
@@ -153,16 +153,16 @@ class Store:
     @property
     def rules_differ(self) -> bool:
         """Whether other proxies on this store name keys by other rules."""
-        return any(node.losses.rules_differ for node in self.nodes)
+        return any(node.health.rules_differ for node in self.nodes)
 
     @property
     def refuses_new(self) -> bool:
-        """Whether a server refuses new keys at its memory limit."""
-        return any(node.losses.full for node in self.nodes)
+        """Whether a server refuses first-time keys at its memory limit."""
+        return any(node.health.full for node in self.nodes)
 
     @property
     def quarantine_left_s(self) -> float:
-        return max((node.losses.quarantine_left_s for node in self.nodes), default=0.0)
+        return max((node.health.quarantine_left_s for node in self.nodes), default=0.0)
 
     @property
     def broken(self) -> bool:
@@ -180,9 +180,9 @@ class Store:
         key, tenant, fingerprint, mode = request.key, request.scope.tenant, request.fingerprint, request.mode
         # `token()` without its frame, as this is the hot path.
         token = self._prefix + next(self._count).to_bytes(6, "big")
-        described = self_check(key, tenant, token, mode, fingerprint)
+        check = self_check(key, tenant, token, mode, fingerprint)
         # The fence and the time of creation come with the reply.
-        claim = Claim(key, token, b"", mode, fingerprint, described, 0, request.lease_ms, request.retention_ms)
+        claim = Claim(key, token, b"", mode, fingerprint, check, 0, request.lease_ms, request.retention_ms)
         return self._claims.run(claim, tenant, request.window_ms)
 
     def reclaim(self, claim: Claim, scope: Scope) -> Claiming:
@@ -219,9 +219,9 @@ class Store:
             self._claims.withdraw_copy(claim)
         return self._settle(claim, arguments.release(claim), arguments.RELEASE_COUNT, patience_s, releases=True)
 
-    def mark_unknown(self, claim: Claim, why: str, patience_s: float) -> Settling:
-        """Settle: note that the request was sent and that its outcome is unknown. `why` is for operators."""
-        args = arguments.mark_unknown(claim, why)
+    def mark_unknown(self, claim: Claim, reason: str, patience_s: float) -> Settling:
+        """Settle: note that the request was sent and that its outcome is unknown. `reason` is for operators."""
+        args = arguments.mark_unknown(claim, reason)
         return self._settle(claim, args, arguments.MARK_UNKNOWN_COUNT, patience_s)
 
     async def _settle(
@@ -252,15 +252,17 @@ class Store:
         """Return the server that has a key now, or None where that is not known."""
         return self._servers.node_of(store_key(key))
 
-    async def resolve(self, key: bytes, token: bytes, meta: bytes, body: bytes, retention_ms: int) -> ResolveStatus:
+    async def resolve_by_operator(
+        self, key: bytes, token: bytes, meta: bytes, body: bytes, retention_ms: int
+    ) -> ResolveStatus:
         """Give a key its response, if `token` still owns it."""
         args = resp(token, b"answer", retention_ms, meta, body)
         return resolve_status(await self._run("resolve", key, args, arguments.RESOLVE_COUNT))
 
-    async def set_free(self, key: bytes, token: bytes, operator: bytes, fence: bytes) -> ResolveStatus:
+    async def release_by_operator(self, key: bytes, token: bytes, operator: bytes, fence: bytes) -> ResolveStatus:
         """Free a key, if `token` still owns it. The token `operator` fences the owner from then on."""
         args = resp(token, b"release", operator, fence)
-        return resolve_status(await self._run("resolve", key, args, arguments.SET_FREE_COUNT))
+        return resolve_status(await self._run("resolve", key, args, arguments.RELEASE_BY_OPERATOR_COUNT))
 
     # Calls ...
 
@@ -279,15 +281,15 @@ class Store:
 
         Return the last reply, and whether a try before it may have been executed.
         """
-        loop, pause_s = self._loop, PAUSE_FIRST_S
+        loop, pause_s = self._loop, MIN_PAUSE_S
         # Whether a try without a reply may have done its work: it decides what a later reply means.
         maybe_executed = False
         while True:
-            deadline = min(loop.time() + self._timeout_s, max(ends, loop.time() + TRY_LEAST_S))
+            deadline = min(loop.time() + self._timeout_s, max(ends, loop.time() + MIN_TRY_S))
             reply = await self._call(replace(call, deadline=deadline), args)
             if is_final(reply) or loop.time() + pause_s >= min(ends, self._claims.retries_end):
                 return reply, maybe_executed
             maybe_executed |= may_have_run(reply)
             self._retried()
             await asyncio.sleep(pause_s)
-            pause_s = min(pause_s * 2, PAUSE_MOST_S)
+            pause_s = min(pause_s * 2, MAX_PAUSE_S)

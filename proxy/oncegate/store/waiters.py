@@ -17,7 +17,7 @@ from oncegate.store.store import Store
 
 MAX_WAITERS_PER_KEY = 64
 # The pauses between polls: they grow from the first to the longest, and start anew with every new waiter.
-FIRST_POLL_S, MAX_POLL_S = 0.05, 0.5
+MIN_POLL_S, MAX_POLL_S = 0.05, 0.5
 
 
 class Woken(Enum):
@@ -57,7 +57,7 @@ class Waiters:
         self._is_held_here = is_held_here
         self._by_key: dict[bytes, list[_Waiter]] = {}
         self._count = 0
-        self._poll_s = FIRST_POLL_S
+        self._poll_s = MIN_POLL_S
         self._closed = False
         self._arrived = asyncio.Event()
 
@@ -84,7 +84,7 @@ class Waiters:
         waiter = _Waiter(scope, is_half_closed, loop.create_future())
         queue.append(waiter)
         self._count += 1
-        self._poll_s = FIRST_POLL_S
+        self._poll_s = MIN_POLL_S
         self._arrived.set()
         try:
             await asyncio.wait(

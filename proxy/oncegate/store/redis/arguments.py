@@ -18,7 +18,7 @@ _STORE, _RELEASE, _UNKNOWN = resp(b"store"), resp(b"release"), resp(b"unknown")
 
 CLAIM_COUNT, APPEND_COUNT, RENEW_COUNT, READ_COUNT = 10, 4, 4, 3
 STORE_COUNT, RELEASE_COUNT, MARK_UNKNOWN_COUNT = 8, 3, 9
-RESOLVE_COUNT, SET_FREE_COUNT = 5, 4
+RESOLVE_COUNT, RELEASE_BY_OPERATOR_COUNT = 5, 4
 
 # mode, lease_ms and retention_ms of a claim as bulk strings. There is one entry for each policy.
 _terms: dict[tuple[bytes, int, int], bytes] = {}
@@ -46,7 +46,7 @@ def claim_tail(window_ms: int, expected_token: bytes) -> bytes:
 PLAIN_TAIL = claim_tail(0, b"")
 
 
-def claim_of_nobody(key: bytes, lease_ms: int) -> Claim:
+def unowned_claim(key: bytes, lease_ms: int) -> Claim:
     """Return a claim whose token nobody has."""
     return Claim(
         key=key,
@@ -61,9 +61,9 @@ def claim_of_nobody(key: bytes, lease_ms: int) -> Claim:
     )
 
 
-def peek(nobody: Claim) -> bytes:
+def peek(unowned: Claim) -> bytes:
     """Return the arguments of a `claim` whose deadline has passed: it reads the record and changes nothing."""
-    return claim_head(nobody) + b"$1\r\n0" + PLAIN_TAIL
+    return claim_head(unowned) + b"$1\r\n0" + PLAIN_TAIL
 
 
 def store(claim: Claim, response: StoredResponse, last_chunk: bytes) -> bytes:
@@ -81,7 +81,7 @@ def release(claim: Claim) -> bytes:
     return b"".join((_16, claim.token, b"\r\n", _RELEASE, resp(claim.retention_ms)))
 
 
-def mark_unknown(claim: Claim, why: str) -> bytes:
+def mark_unknown(claim: Claim, reason: str) -> bytes:
     """Return the arguments of `settle` that mark the key unknown: MARK_UNKNOWN_COUNT."""
     written = (claim.retention_ms, claim.fence, claim.mode, claim.fingerprint, claim.self_check, claim.created_ms)
-    return b"".join((_16, claim.token, b"\r\n", _UNKNOWN, resp(*written, why)))
+    return b"".join((_16, claim.token, b"\r\n", _UNKNOWN, resp(*written, reason)))

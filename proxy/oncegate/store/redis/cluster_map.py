@@ -21,7 +21,7 @@ from oncegate.store.results import Unconfirmed
 ASK_SHARE = 0.4
 
 # host:port
-Place = str
+Address = str
 
 
 class View(NamedTuple):
@@ -29,24 +29,24 @@ class View(NamedTuple):
 
     works: bool
     epoch: int
-    masters: dict[Place, list[tuple[int, int]]]
-    replicas: frozenset[Place]
+    masters: dict[Address, list[tuple[int, int]]]
+    replicas: frozenset[Address]
 
 
 def view_of(info: bytes, slots: list[Any], host: str) -> View:
     """Return the view in the replies to CLUSTER INFO and CLUSTER SLOTS of a server on `host`."""
     fields = parse_info(info)
-    masters: dict[Place, list[tuple[int, int]]] = {}
-    replicas: set[Place] = set()
+    masters: dict[Address, list[tuple[int, int]]] = {}
+    replicas: set[Address] = set()
     for slot_range, servers in parse_cluster_slots(slots, current_host=host).items():
-        primary, *others = (_place(server) for server in (servers["primary"], *servers["replicas"]))
+        primary, *others = (_address(server) for server in (servers["primary"], *servers["replicas"]))
         masters.setdefault(primary, []).append(slot_range)
         replicas.update(others)
     works = fields.get("cluster_state") == "ok"
     return View(works, int(fields.get("cluster_current_epoch", 0)), masters, frozenset(replicas))
 
 
-def _place(server: tuple[str, int]) -> Place:
+def _address(server: tuple[str, int]) -> Address:
     return f"{bracketed(server[0].strip('[]'))}:{server[1]}"
 
 
@@ -68,7 +68,7 @@ def tag_within(ranges: list[tuple[int, int]], current: bytes) -> bytes:
 
 
 class ClusterViews:
-    """Collects the views of several servers at once. `failed(why)` is called for each server that gave none."""
+    """Collects the views of several servers at once. `failed(reason)` is called for each server that gave none."""
 
     def __init__(self, group: ServerGroup, config: NodeConfig, failed: Callable[[str], None]) -> None:
         self._group, self._config, self._failed = group, config, failed
@@ -78,9 +78,9 @@ class ClusterViews:
         """Return the views of connected servers that came in time."""
         return await self._gather([self._ask_node(node) for node in nodes])
 
-    async def of_places(self, places: list[Place]) -> list[View]:
+    async def of_addresses(self, addresses: list[Address]) -> list[View]:
         """Return the views that came in time, over connections made for this alone."""
-        return await self._gather([self._ask_place(place) for place in places])
+        return await self._gather([self._ask_address(address) for address in addresses])
 
     async def _gather(self, questions: list[Coroutine[Any, Any, View]]) -> list[View]:
         if not questions:
@@ -104,12 +104,12 @@ class ClusterViews:
                 raise Unfit(f"{node.name}: {reply}")
         return view_of(info, slots, node.name.rpartition(":")[0])
 
-    async def _ask_place(self, place: Place) -> View:
-        connection = opener(self._group.server_url(place), self._config.timeout_s)()
+    async def _ask_address(self, address: Address) -> View:
+        connection = opener(self._group.server_url(address), self._config.timeout_s)()
         try:
             await connection.connect()  # type: ignore[no-untyped-call]
             self._config.check(parse_info(await ask(connection, "INFO", "server")))
             info, slots = await ask(connection, "CLUSTER", "INFO"), await ask(connection, "CLUSTER", "SLOTS")
-            return view_of(info, slots, place.rpartition(":")[0])
+            return view_of(info, slots, address.rpartition(":")[0])
         finally:
             await connection.disconnect(nowait=True)

@@ -18,7 +18,7 @@ from oncegate.store.results import Unconfirmed, UnderReplicated
 # The share of the time left that a claim waits. The rest is for releasing a claim that too few replicas have.
 WAIT_SHARE = 0.75
 # A claim with less of its time left is not sent, as it would cut the WAIT of the others short.
-LEAST_SHARE = 0.1
+MIN_SHARE = 0.1
 # The Redis that has WAITAOF.
 AOF_SINCE = (7, 2)
 # After a replica left, claims do not count for so long: the replica may have been promoted, while others still confirm
@@ -143,7 +143,7 @@ class WaitingLink(Link):
     def _take_batch(self) -> list[_PendingClaim]:
         """Return the pending claims that have time left for a wait. The others are not sent."""
         pending_claims, self._pending = self._pending, []
-        latest = self._loop.time() + self._stall_s * LEAST_SHARE
+        latest = self._loop.time() + self._stall_s * MIN_SHARE
         for pending in pending_claims:
             if pending.call.deadline < latest:
                 pending.resolve(Unconfirmed("no time was left to wait for replicas", maybe_executed=False))
@@ -181,7 +181,7 @@ class WaitingLink(Link):
         reply = waited.result() if waited.done() else Unconfirmed("the store counts replicas before it waits for them")
         failure: Unconfirmed | None = None
         if isinstance(reply, Unconfirmed):
-            failure = Unconfirmed(reply.detail)
+            failure = Unconfirmed(reply.reason)
         elif lacking := self._level.lacking(reply) or (counted and self._replica_left(counted.result())):
             failure = UnderReplicated(lacking)
         for pending, claim_reply in claimed:

@@ -25,13 +25,13 @@ from oncegate.store.redis.membership import (
     EPOCH,
     IDENTITIES,
     RULES,
+    InspectionHistory,
     Membership,
-    Memory,
     differing_names,
-    replica_key,
-    replica_value,
+    proxy_record_key,
+    proxy_record_value,
 )
-from oncegate.store.redis.server import is_refusal, memory_ratio, parse_info, problem
+from oncegate.store.redis.server import is_refusal, memory_ratio, not_ready_reason, parse_info
 from oncegate.store.redis.talk import Talk
 from oncegate.store.redis.wire import ErrorReply, Script
 from oncegate.store.results import ClaimsSuspended
@@ -39,7 +39,7 @@ from oncegate.store.results import ClaimsSuspended
 HEALTH_S = 1.0
 # How long the store counts as full after it refused a claim for want of memory.
 FULL_S = 2.5 * HEALTH_S
-# After so long without a loss, a new place of a cluster is no new store.
+# After so long without a loss, a new hash tag in a cluster is no new store.
 SETTLED_S = 10.0
 # How long a proxy counts as live after it last reported its rules.
 LIVE_S = 5 * HEALTH_S
@@ -65,8 +65,8 @@ class _Inspection(NamedTuple):
     talk: Talk
     member: Membership
     # A hash tag whose keys lie on the server; empty where the server has all keys.
-    place: bytes
-    memory: Memory
+    hash_tag: bytes
+    history: InspectionHistory
     # Of a loss found by this inspection.
     quarantine_ms: int
 
@@ -74,20 +74,22 @@ class _Inspection(NamedTuple):
 class HealthMonitor:
     """Watches one server.
 
-    `memories` by place belong to all servers of a store: after a failover the new master is compared with what the
-    former one had.
+    `histories`, by hash tag, belong to all servers of a store: after a failover the new master is compared with
+    what the former one had.
     """
 
-    def __init__(self, scripts: dict[str, Script], member: Membership | None, memories: dict[bytes, Memory]) -> None:
+    def __init__(
+        self, scripts: dict[str, Script], member: Membership | None, histories: dict[bytes, InspectionHistory]
+    ) -> None:
         # Copies without a verb, so that metrics do not count these calls among the request path's.
         self._epoch_script, self._identity_script, self._rules_script = (
             Script("", scripts[verb].body) for verb in ("epoch", "identity", "rules")
         )
         self._member = member
-        self._identity = blake2b(member.described.encode(), digest_size=16).hexdigest() if member else ""
+        self._identity = blake2b(member.identity_text.encode(), digest_size=16).hexdigest() if member else ""
         self._clock = asyncio.get_running_loop().time
-        self._memories = memories
-        self._replica_key = replica_key(member.token_prefix) if member else b""
+        self._histories = histories
+        self._proxy_record_key = proxy_record_key(member.token_prefix) if member else b""
         self.info: dict[str, str] = {}
         self.memory_ratio = 0.0
         self._info_refused = False
@@ -103,20 +105,20 @@ class HealthMonitor:
         # Whether `suspended` has to be asked before a claim.
         self.may_suspend = False
         # Two inspections at once would each take the other's increment of the counter for a loss.
-        self._attending = asyncio.Lock()
+        self._inspecting = asyncio.Lock()
 
     # What is known ...
 
-    def problem(self) -> str | None:
+    def not_ready_reason(self) -> str | None:
         """Return why this server cannot be relied on, or None."""
         if self._differs:
             return f"this proxy names keys in another way than others on this store ({self._differs})"
         if self.quarantine_left_s:
             lost = self._lost or "the store lost data"
-            return f"{lost}; unseen keys are refused for {ceil(self.quarantine_left_s)} s more"
+            return f"{lost}; first-time keys are refused for {ceil(self.quarantine_left_s)} s more"
         if self.full:
-            return "the store's memory is full: new keys are refused"
-        return problem(self.info)
+            return "the store's memory is full: first-time keys are refused"
+        return not_ready_reason(self.info)
 
     def notice(self) -> str | None:
         """Return what was lost lately, or that rules differ, or None."""
@@ -135,7 +137,7 @@ class HealthMonitor:
 
     @property
     def full(self) -> bool:
-        """Whether the server refuses new keys at its memory limit."""
+        """Whether the server refuses first-time keys at its memory limit."""
         return self.memory_ratio >= 1 or self._clock() < self._full_until
 
     def note_full(self) -> None:
@@ -153,17 +155,17 @@ class HealthMonitor:
 
     # Inspections ...
 
-    async def attend(self, talk: Talk, place: bytes | None) -> None:
+    async def inspect(self, talk: Talk, hash_tag: bytes | None) -> None:
         """Inspect the server once.
 
-        `place`: a hash tag whose keys lie on it, empty for a server with all keys, None where none is known yet.
+        `hash_tag`: a hash tag whose keys lie on it, empty for a server with all keys, None where none is known yet.
         """
-        async with self._attending:
+        async with self._inspecting:
             await self._ask_info(talk)
-            if self._member is not None and place is not None:
-                await self._ask_identity(talk, self._member, place)
-                await self._ask_rules(talk, self._member, place)
-                await self._ask_losses(talk, self._member, place)
+            if self._member is not None and hash_tag is not None:
+                await self._ask_identity(talk, self._member, hash_tag)
+                await self._ask_rules(talk, self._member, hash_tag)
+                await self._ask_losses(talk, self._member, hash_tag)
                 self.may_suspend = bool(self._differs or self.quarantine_left_s)
 
     async def _ask_info(self, talk: Talk) -> None:
@@ -179,21 +181,21 @@ class HealthMonitor:
         before, self._flushes = self._flushes, count_flushes(self.info)
         self._was_flushed = self._flushes > before >= 0
 
-    async def _ask_losses(self, talk: Talk, member: Membership, place: bytes) -> None:
+    async def _ask_losses(self, talk: Talk, member: Membership, hash_tag: bytes) -> None:
         """Find out whether anything was lost, report it, and begin a quarantine if the settings ask for one."""
         now = self._clock()
-        # A new place of a store that is known got its records from a known place: a cluster moved slots.
-        newly_placed = place not in self._memories and any(
-            now - one.since > SETTLED_S for one in self._memories.values()
+        # The keys of a new hash tag came from a known one, if the store is known: the cluster moved slots.
+        is_new_tag = hash_tag not in self._histories and any(
+            now - one.since > SETTLED_S for one in self._histories.values()
         )
-        memory = self._memories.setdefault(place, Memory(now))
-        quarantine_ms = 0 if newly_placed else member.quarantine_ms
-        inspection = _Inspection(talk, member, place, memory, quarantine_ms)
+        history = self._histories.setdefault(hash_tag, InspectionHistory(now))
+        quarantine_ms = 0 if is_new_tag else member.quarantine_ms
+        inspection = _Inspection(talk, member, hash_tag, history, quarantine_ms)
         change = await self._ask_epoch(inspection)
         forgotten = await self._ask_counters(inspection)
         flushed = change is StoreEvent.FLUSHED and forgotten is not StoreEvent.EVICTED
         loss = change if flushed else forgotten or change
-        if loss is None or (loss is StoreEvent.FOUNDED and newly_placed):
+        if loss is None or (loss is StoreEvent.FOUNDED and is_new_tag):
             return
         self._report(member, loss)
         if member.quarantine_ms and (forgotten or (change is not StoreEvent.MOVED and not self.quarantine_left_s)):
@@ -201,41 +203,41 @@ class HealthMonitor:
 
     async def _ask_epoch(self, inspection: _Inspection, begin_quarantine: bool = False) -> StoreEvent | None:
         """Read the epoch and the quarantine of the data set, and return the loss that they show."""
-        talk, member, place, memory, quarantine_ms = inspection
-        run = self.info.get("master_replid", "")
-        fresh = f"{member.token_prefix.hex()}-{memory.mark}"
+        talk, member, hash_tag, history, quarantine_ms = inspection
+        replication_id = self.info.get("master_replid", "")
+        fresh = f"{member.token_prefix.hex()}-{history.counter}"
         # A new run of a durable store has lost nothing.
-        durable_run = "" if member.durable else run
-        args = (fresh, durable_run, quarantine_ms, int(begin_quarantine))
-        reply = await talk.script(self._epoch_script, EPOCH + place, *args)
+        durable_id = "" if member.durable else replication_id
+        args = (fresh, durable_id, quarantine_ms, int(begin_quarantine))
+        reply = await talk.script(self._epoch_script, EPOCH + hash_tag, *args)
         if not isinstance(reply, list):
             # In a cluster: the slot of the epoch is being moved away.
             return StoreEvent.FLUSHED if self._was_flushed else None
         verdict, epoch, left_ms = reply
         self._quarantine_ends = self._clock() + left_ms / 1000
-        known, memory.epoch = memory.epoch, epoch
-        run_before, memory.run = memory.run, run
+        known, history.epoch = history.epoch, epoch
+        id_before, history.replication_id = history.replication_id, replication_id
         if known and known != epoch:
             return StoreEvent.FLUSHED
-        if verdict == b"moved" or (run_before and run and run_before != run):
+        if verdict == b"moved" or (id_before and replication_id and id_before != replication_id):
             return StoreEvent.MOVED
         return StoreEvent.FOUNDED if verdict == b"founded" else None
 
     async def _ask_counters(self, inspection: _Inspection) -> StoreEvent | None:
         """Return the loss that the server's counter of evictions and this proxy's counter show."""
-        talk, member, place, memory, _ = inspection
+        talk, member, hash_tag, history, _ = inspection
         before, self._evicted = self._evicted, int(self.info.get("evicted_keys", 0))
         forgotten = StoreEvent.EVICTED if before is not None and self._evicted > before else None
-        value = replica_value(memory.mark + 1, member.retention_ms, member.replica)
-        previous = await talk.command("SET", self._replica_key + place, value, "PX", member.retention_ms, "GET")
+        value = proxy_record_value(history.counter + 1, member.retention_ms, member.proxy_name)
+        previous = await talk.command("SET", self._proxy_record_key + hash_tag, value, "PX", member.retention_ms, "GET")
         # Any other reply leaves open whether the counter was written. The next inspection shows it.
         if isinstance(previous, bytes | None):
             now_s = time.clock_gettime(time.CLOCK_BOOTTIME)
-            expired = previous is None and now_s - memory.marked_s > 0.9 * member.retention_ms / 1000
-            if memory.mark > (int(previous.split(b" ", 1)[0]) if previous else 0) and not expired:
+            expired = previous is None and now_s - history.counter_written_s > 0.9 * member.retention_ms / 1000
+            if history.counter > (int(previous.split(b" ", 1)[0]) if previous else 0) and not expired:
                 # Where keys were evicted, the counter itself may be one of them.
                 forgotten = forgotten or StoreEvent.ROLLED_BACK
-            memory.mark, memory.marked_s = memory.mark + 1, now_s
+            history.counter, history.counter_written_s = history.counter + 1, now_s
         return forgotten
 
     def _report(self, member: Membership, loss: StoreEvent) -> None:
@@ -244,12 +246,12 @@ class HealthMonitor:
             self._lost_until = self._clock() + member.notice_s
         member.report(loss, self._lost)
 
-    async def _ask_identity(self, talk: Talk, member: Membership, place: bytes) -> None:
+    async def _ask_identity(self, talk: Talk, member: Membership, hash_tag: bytes) -> None:
         """Find out whether other proxies on this store name keys by the same settings."""
         waits = self._clock() - self._refused_at < FOUND_AFTER_S
-        consent = "accept" if member.accept else "ask" if waits else "found"
-        args = (self._identity, member.described, consent, member.retention_ms)
-        match await talk.script(self._identity_script, IDENTITIES + place, *args):
+        write_mode = "accept" if member.accept else "ask" if waits else "found"
+        args = (self._identity, member.identity_text, write_mode, member.retention_ms)
+        match await talk.script(self._identity_script, IDENTITIES + hash_tag, *args):
             case [b"same"]:
                 self._differs = ""
             case [b"accepted"]:
@@ -259,18 +261,18 @@ class HealthMonitor:
             case [b"differs", *others]:
                 self._refused_at = self._clock()
                 if not self._differs:
-                    self._differs = differing_names(member.described, others[0].decode())
+                    self._differs = differing_names(member.identity_text, others[0].decode())
                     text = f"this proxy names keys in another way than others: {self._differs}"
                     member.report(StoreEvent.IDENTITY, text)
             case _:
                 # No proxy has written its settings, or there was no reply.
                 pass
 
-    async def _ask_rules(self, talk: Talk, member: Membership, place: bytes) -> None:
+    async def _ask_rules(self, talk: Talk, member: Membership, hash_tag: bytes) -> None:
         """Find out whether other live proxies name keys by other rules. A declared change is not reported."""
         rules = member.rules()
         args = (rules, self._rules or rules, int(LIVE_S * 1000))
-        match await talk.script(self._rules_script, RULES + place, *args):
+        match await talk.script(self._rules_script, RULES + hash_tag, *args):
             case [b"differ"] if not member.accept:
                 self._rules = rules
                 self._rules_differ_since = min(self._rules_differ_since, self._clock())

@@ -27,8 +27,8 @@ from oncegate.store.results import Unconfirmed
 BATCH = 8
 # How late a deadline may be noticed.
 SWEEP_S = 0.05
-RECONNECT_FIRST_S, RECONNECT_MOST_S = 0.02, 1.0
-CANCEL_AGAIN_S = 0.1
+MIN_RECONNECT_PAUSE_S, MAX_RECONNECT_PAUSE_S = 0.02, 1.0
+CANCEL_RETRY_S = 0.1
 # Errors that a replica returns for writes.
 DEMOTED = ("READONLY", "MASTERDOWN")
 
@@ -75,8 +75,8 @@ class Link(asyncio.Protocol):
         self._up = asyncio.Event()
         self._lost = asyncio.Event()
         self._sweeper: asyncio.TimerHandle | None = None
-        self._keeper: asyncio.Task[None] | None = None
-        self.down_because = "not connected yet"
+        self._reconnect_task: asyncio.Task[None] | None = None
+        self.down_reason = "not connected yet"
         # Host and port of the last connection, as the URL or the sentinels named them.
         self.at: tuple[str, int] | None = None
 
@@ -84,13 +84,13 @@ class Link(asyncio.Protocol):
 
     def start(self) -> None:
         """Connect, and reconnect whenever the connection is lost, until `close`."""
-        self._keeper = self._loop.create_task(self._keep())
+        self._reconnect_task = self._loop.create_task(self._reconnect_loop())
 
     async def close(self) -> None:
-        while self._keeper and not self._keeper.done():
+        while self._reconnect_task and not self._reconnect_task.done():
             # Repeated, because redis-py may take a cancellation during a connect for a connection error.
-            self._keeper.cancel()
-            await asyncio.wait([self._keeper], timeout=CANCEL_AGAIN_S)
+            self._reconnect_task.cancel()
+            await asyncio.wait([self._reconnect_task], timeout=CANCEL_RETRY_S)
         self._drop("closed")
 
     async def wait_up(self, deadline: float) -> bool:
@@ -102,19 +102,19 @@ class Link(asyncio.Protocol):
             return False
         return True
 
-    async def _keep(self) -> None:
-        pause_s = RECONNECT_FIRST_S
+    async def _reconnect_loop(self) -> None:
+        pause_s = MIN_RECONNECT_PAUSE_S
         while True:
             try:
                 await self._connect()
             except Exception as error:
                 # Any error: if this task ended, the store would stay down for good.
-                self.down_because = str(error) or type(error).__name__
+                self.down_reason = str(error) or type(error).__name__
                 # With jitter, so that all proxies do not come at once when the server is back.
                 await asyncio.sleep(random.uniform(0.5, 1) * pause_s)
-                pause_s = min(pause_s * 2, RECONNECT_MOST_S)
+                pause_s = min(pause_s * 2, MAX_RECONNECT_PAUSE_S)
             else:
-                pause_s = RECONNECT_FIRST_S
+                pause_s = MIN_RECONNECT_PAUSE_S
                 await self._lost.wait()
 
     async def _connect(self) -> None:
@@ -144,29 +144,29 @@ class Link(asyncio.Protocol):
         self.at = (host, connection.port) if host else None  # type: ignore[attr-defined]
         self._up.set()
 
-    def _drop(self, why: str) -> None:
+    def _drop(self, reason: str) -> None:
         """Close the connection. Commands that wait on it become unconfirmed: the server may execute them or not."""
         if self._transport is None:
             return
         # Commands that are issued from here on, also by the callers woken below, are not sent.
         transport, self._transport, self.up = self._transport, None, False
         transport.abort()
-        self.down_because = why
+        self.down_reason = reason
         self._up.clear()
         self._out.clear()
         waiting, self._waiting = self._waiting, deque()
         for future, *_ in waiting:
-            _resolve(future, Unconfirmed(why))
+            _resolve(future, Unconfirmed(reason))
         self._lost.set()
 
-    def renew(self, why: str) -> None:
-        """Close this connection and make a new one. `why` is what the commands on it report."""
-        self._drop(why)
+    def renew(self, reason: str) -> None:
+        """Close this connection and make a new one. `reason` is what the commands on it report."""
+        self._drop(reason)
 
     def end_calls(self) -> None:
         """Stop waiting. Commands that wait, and commands still to come, are unconfirmed at once."""
-        if self._keeper is not None:
-            self._keeper.cancel()
+        if self._reconnect_task is not None:
+            self._reconnect_task.cancel()
         self._drop("calls were ended")
         # Callers must not wait for a connection. Without one nothing is sent, so they get Unconfirmed.
         self._up.set()
@@ -194,7 +194,7 @@ class Link(asyncio.Protocol):
     def _issue(self, command: bytes, deadline: float, tag: bytes = b"", verb: str = "") -> "asyncio.Future[Any]":
         future, out = self._loop.create_future(), self._out
         if self._transport is None:
-            future.set_result(Unconfirmed(self.down_because, maybe_executed=False))
+            future.set_result(Unconfirmed(self.down_reason, maybe_executed=False))
             return future
         # The first command of a turn schedules the write; the others of the turn join it.
         if not out:

@@ -1,4 +1,4 @@
-"""How the proxies on one store know each other, and the keys that they use for it beside the records."""
+"""How the proxies on one store know each other, and the Redis keys that they use for it beside the records."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ class Membership:
     # The beginning of the proxy's tokens. `Store` fills it in.
     token_prefix: bytes
     # Names the proxy to operators who look at a record.
-    replica: str
+    proxy_name: str
     # The settings that decide how keys are named, as `name=value name=value`.
-    described: str
+    identity_text: str
     # Whether to claim keys beside proxies whose settings name keys in another way.
     accept: bool
     retention_ms: int
@@ -35,30 +35,34 @@ class Membership:
 
 
 @dataclass(slots=True)
-class Memory:
-    """What one place of the store held when this proxy last asked. `since`: the loop's time of the first inspection."""
+class InspectionHistory:
+    """What the store held under one hash tag when this proxy last asked."""
 
+    # The loop's time of the first inspection.
     since: float
     epoch: bytes = b""
     # The server's replication id.
-    run: str = ""
+    replication_id: str = ""
     # This proxy's counter.
-    mark: int = 0
+    counter: int = 0
     # When the counter was written, on a clock that runs while the machine sleeps.
-    marked_s: float = 0.0
+    counter_written_s: float = 0.0
 
 
-def replica_key(token: bytes) -> bytes:
-    """Return the Redis key of the proxy that made a token. The token's prefix is enough."""
+def proxy_record_key(token: bytes) -> bytes:
+    """Return the Redis key under which the proxy that made a token writes its name and counter.
+
+    The token's prefix is enough.
+    """
     return b"once:replica:" + token[:PREFIX_BYTES].hex().encode()
 
 
-def replica_value(mark: int, retention_ms: int, name: str) -> bytes:
-    """Return the value under `replica_key`: counter, retention and name.
+def proxy_record_value(counter: int, retention_ms: int, proxy_name: str) -> bytes:
+    """Return the value under `proxy_record_key`: counter, retention and name.
 
     The retention minus the key's remaining time to live is the age of the value.
     """
-    return b"%d %d %s" % (mark, retention_ms, name.encode())
+    return b"%d %d %s" % (counter, retention_ms, proxy_name.encode())
 
 
 def differing_names(ours: str, theirs: str) -> str:

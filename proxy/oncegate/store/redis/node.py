@@ -15,14 +15,14 @@ from oncegate.store.redis.arguments import CLAIM_COUNT, PLAIN_TAIL, RELEASE_COUN
 from oncegate.store.redis.durable import DurabilityLevel, WaitingLink
 from oncegate.store.redis.health_monitor import HEALTH_S, HealthMonitor
 from oncegate.store.redis.link import Link
-from oncegate.store.redis.membership import Membership, Memory
+from oncegate.store.redis.membership import InspectionHistory, Membership
 from oncegate.store.redis.replies import is_out_of_memory
 from oncegate.store.redis.server import Info, Opener, Prepare, Unfit, check_mode, preparer, version_of
 from oncegate.store.redis.talk import LinkTalk, Talk
 from oncegate.store.redis.wire import Observers, Script, ScriptCall, resp
 from oncegate.store.results import NotAttempted, Unconfirmed
 
-PROBE_FIRST_S, PROBE_MOST_S = 0.05, 0.5
+MIN_PROBE_PAUSE_S, MAX_PROBE_PAUSE_S = 0.05, 0.5
 # Retention of a probe's record, should its release be lost.
 PROBE_RETENTION_MS = 10_000
 
@@ -56,7 +56,7 @@ class NodeConfig:
     """What all servers of a store have in common.
 
     `observers`, by a script's verb, are called with the seconds of each call, `log(event, **fields)` with what
-    operators should know, and `breaker_opened()` when claims are no longer tried for a while. `memories` are shared,
+    operators should know, and `breaker_opened()` when claims are no longer tried for a while. `histories` are shared,
     because after a failover another server is compared with what this one had.
     """
 
@@ -68,7 +68,7 @@ class NodeConfig:
     cluster: bool = False
     member: Membership | None = None
     breaker_opened: Callable[[], None] = _ignore_breaker
-    memories: dict[bytes, Memory] = field(default_factory=dict)
+    histories: dict[bytes, InspectionHistory] = field(default_factory=dict)
 
     def check(self, info: Info) -> None:
         """Raise Unfit for a server of another kind than the URL says, or too old for the durability."""
@@ -78,7 +78,7 @@ class NodeConfig:
 
 
 class Node:
-    """One server, or whichever server has one place, such as the master that Sentinel names.
+    """One server, or whichever server has one role, such as the master that Sentinel names.
 
     It has up to three connections. `link` carries everything short. `reads` carries large replies, which would hold up
     the others. `claims` carries the claims: it is `link`, unless claims wait for replicas or disks. A new connection is
@@ -95,11 +95,11 @@ class Node:
         self._loop = asyncio.get_running_loop()
         self._clock = Clock()
         self.now_ms = self._clock.now_ms
-        self.losses = HealthMonitor(config.scripts, config.member, config.memories)
+        self.health = HealthMonitor(config.scripts, config.member, config.histories)
         self.breaker = Breaker(self._loop.time, self._breaker_opened)
         # Whether `_refusal` has to be asked before a claim.
         self._may_refuse = False
-        with_clock = preparer(config.scripts, self._clock.note, config.check, accept, self._attend)
+        with_clock = preparer(config.scripts, self._clock.note, config.check, accept, self._inspect_over)
         without_clock = preparer(config.scripts, _ignore_time, config.check, accept)
         self.reads = Link(open_connection, without_clock, config.timeout_s, config.observers)
         self.note_time: Callable[[int], None] = self._clock.note
@@ -149,24 +149,24 @@ class Node:
 
     # Health ...
 
-    def problem(self) -> str | None:
+    def not_ready_reason(self) -> str | None:
         """Return why this server cannot be relied on now, or None."""
         for link in (self.link, self.claims):
             if not link.up:
-                return f"{self.name} is not reachable: {link.down_because}"
+                return f"{self.name} is not reachable: {link.down_reason}"
         unable = self._config.level.unable(self.info) if self._config.level else None
         if self.breaker.open:
             return f"{self.name} does not confirm claims"
-        return f"{self.name} {unable}" if unable else self.losses.problem()
+        return f"{self.name} {unable}" if unable else self.health.not_ready_reason()
 
     @property
     def info(self) -> Info:
         """The server's last INFO."""
-        return self.losses.info
+        return self.health.info
 
     @property
     def memory_ratio(self) -> float:
-        return self.losses.memory_ratio
+        return self.health.memory_ratio
 
     def node_of(self, _name: bytes) -> "Node | None":
         return self
@@ -184,11 +184,11 @@ class Node:
 
     async def inspect(self) -> None:
         """Ask the server for its INFO once, and for losses of what it acknowledged."""
-        await self._attend(LinkTalk(self.link, self._config.timeout_s))
+        await self._inspect_over(LinkTalk(self.link, self._config.timeout_s))
 
-    async def _attend(self, talk: Talk) -> None:
-        await self.losses.attend(talk, None if self._config.cluster and not self.tag else self.tag)
-        self._may_refuse = self.losses.may_suspend or self.breaker.open
+    async def _inspect_over(self, talk: Talk) -> None:
+        await self.health.inspect(talk, None if self._config.cluster and not self.tag else self.tag)
+        self._may_refuse = self.health.may_suspend or self.breaker.open
 
     def _breaker_opened(self) -> None:
         self._may_refuse = True
@@ -196,7 +196,7 @@ class Node:
 
     def _refusal(self) -> NotAttempted | None:
         """Return why claims are not sent now, or None."""
-        if (suspended := self.losses.suspended()) is not None:
+        if (suspended := self.health.suspended()) is not None:
             return suspended
         if self.breaker.open:
             return NotAttempted(f"{self.name} does not confirm claims")
@@ -205,17 +205,17 @@ class Node:
 
     async def probe(self) -> None:
         """While the breaker is open, claim a random key now and then, and close the breaker once that succeeds."""
-        pause_s = PROBE_FIRST_S
+        pause_s = MIN_PROBE_PAUSE_S
         while True:
-            await asyncio.sleep(pause_s if self.breaker.open else PROBE_MOST_S)
-            pause_s = min(pause_s * 2, PROBE_MOST_S) if self.breaker.open else PROBE_FIRST_S
+            await asyncio.sleep(pause_s if self.breaker.open else MAX_PROBE_PAUSE_S)
+            pause_s = min(pause_s * 2, MAX_PROBE_PAUSE_S) if self.breaker.open else MIN_PROBE_PAUSE_S
             if self.breaker.open and await self.takes_claims(os.urandom(KEY_DIGEST_BYTES)):
                 self.breaker.succeeded()
 
     async def takes_claims(self, key: bytes) -> bool:
         """Claim the digest of no key and free it again. Return whether the server replied to the claim.
 
-        A server at its memory limit counts as well: it refuses new keys, but it works.
+        A server at its memory limit counts as well: it refuses first-time keys, but it works.
         """
         token, timeout_s = os.urandom(TOKEN_BYTES), self._config.timeout_s
         name, deadline = store_key(key), self._loop.time() + timeout_s
@@ -247,7 +247,7 @@ class Node:
         await self.claims.wait_up(call.deadline)
         left_s = call.deadline - self._loop.time()
         if not self.claims.up or left_s <= 0:
-            return Unconfirmed(self.claims.down_because, maybe_executed=False)
+            return Unconfirmed(self.claims.down_reason, maybe_executed=False)
         return await self.claim(call, head, tail, left_s, probe)
 
     def run(self, call: ScriptCall, args: bytes) -> Awaitable[Any]:
@@ -258,7 +258,7 @@ class Node:
     async def _run_when_up(self, link: Link, call: ScriptCall, args: bytes) -> Any:
         await link.wait_up(call.deadline)
         if not link.up:
-            return Unconfirmed(link.down_because, maybe_executed=False)
+            return Unconfirmed(link.down_reason, maybe_executed=False)
         return await self.run(call, args)
 
 

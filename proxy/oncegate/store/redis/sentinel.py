@@ -21,14 +21,14 @@ ASK_SHARE = 0.4
 # How often the sentinels are asked whether the master has changed.
 FOLLOW_S = 1.0
 
-Place = tuple[str, int]
+Address = tuple[str, int]
 
 
 class MasterView(NamedTuple):
     """What one sentinel says of the master. `down`: the sentinels agree that it is, and it is not replaced yet."""
 
     epoch: int
-    place: Place
+    address: Address
     down: bool
 
 
@@ -71,17 +71,17 @@ class Sentinels:
 
     def __init__(self, group: ServerGroup, timeout_s: float) -> None:
         self._group, self._timeout_s = group, timeout_s * ASK_SHARE
-        openers = [opener(group.sentinel_url(place), self._timeout_s) for place in group.places]
+        openers = [opener(group.sentinel_url(address), self._timeout_s) for address in group.places]
         self._all = [Sentinel(open_connection, group.service) for open_connection in openers]
-        self._question: asyncio.Task[Place] | None = None
+        self._question: asyncio.Task[Address] | None = None
 
-    async def discover_master(self, _service: str = "") -> Place:
+    async def discover_master(self, _service: str = "") -> Address:
         """Return where the master is. Callers that come while the sentinels are asked share the reply."""
         if self._question is None or self._question.done():
             self._question = asyncio.ensure_future(self._ask())
         return await asyncio.shield(self._question)
 
-    async def _ask(self) -> Place:
+    async def _ask(self) -> Address:
         asked = [asyncio.ensure_future(sentinel.ask()) for sentinel in self._all]
         done, late = await asyncio.wait(asked, timeout=self._timeout_s)
         for one in late:
@@ -93,12 +93,12 @@ class Sentinels:
             if failure is not None and not isinstance(failure, RedisError | OSError):
                 raise failure
         if not answers:
-            why = next((str(failure) for failure in failures if failure), "no answer in time")
-            raise MasterNotFoundError(f"no sentinel names the master of {self._group.service}: {why}")
+            reason = next((str(failure) for failure in failures if failure), "no answer in time")
+            raise MasterNotFoundError(f"no sentinel names the master of {self._group.service}: {reason}")
         newest = max(answers, key=lambda view: view.epoch)
         if newest.down:
             raise MasterNotFoundError(f"the master of {self._group.service} is down, as the sentinels agree")
-        return newest.place
+        return newest.address
 
     async def close(self) -> None:
         if self._question is not None:
@@ -126,7 +126,7 @@ class SentinelNode(Node):
     def __init__(self, group: ServerGroup, config: NodeConfig) -> None:
         self._sentinels = Sentinels(group, config.timeout_s)
         self._service, self._log = group.service, config.log
-        self._at: Place | None = None
+        self._at: Address | None = None
         open_connection = master_opener(group, self._sentinels, config.timeout_s)
         super().__init__(open_connection, config, f"the master of {group.service}", self._is_master)
 
@@ -144,14 +144,14 @@ class SentinelNode(Node):
             raise Unfit(f"{at[0]}:{at[1]} is the master of {self._service} no more")
         self._moved(at)
 
-    def _moved(self, at: Place) -> None:
+    def _moved(self, at: Address) -> None:
         former, self._at = self._at, at
         if former is not None and former != at:
             was, now = (f"{host}:{port}" for host, port in (former, at))
             self._log("store failed over", service=self._service, was=was, now=now)
             self._leave_others(at)
 
-    def _leave_others(self, named: Place) -> None:
+    def _leave_others(self, named: Address) -> None:
         """Close connections to every other server: a claim of one server must not be settled at another."""
         for link in self.links:
             if link.up and link.at != named:

@@ -77,7 +77,7 @@ def check_mode(info: Info, cluster: bool = False) -> None:
         )
 
 
-def problem(info: Info) -> str | None:
+def not_ready_reason(info: Info) -> str | None:
     """Return why the server takes no claims, or may forget them by itself; None for a fit server."""
     if info.get("role", "master") != "master":
         return "the store is a replica, which takes no writes"
@@ -97,12 +97,12 @@ def preparer(
     on_time: Callable[[int], None],
     check: Callable[[Info], None] = check_mode,
     accept: Prepare | None = None,
-    attend: Callable[[ConnectionTalk], Awaitable[None]] | None = None,
+    inspect: Callable[[ConnectionTalk], Awaitable[None]] | None = None,
 ) -> Prepare:
     """Return a function that prepares a new connection.
 
     It checks the version, calls `check` with the INFO, loads the scripts, and calls `on_time` with the server's clock
-    in ms. Then it calls `accept`, and last `attend`, so that losses are known before the first claim.
+    in ms. Then it calls `accept`, and last `inspect`, so that losses are known before the first claim.
     """
 
     async def prepare(connection: AbstractConnection) -> None:
@@ -120,7 +120,7 @@ def preparer(
         on_time(int(seconds) * 1000 + int(micros) // 1000)
         if accept is not None:
             await accept(connection)
-        if attend is not None:
-            await attend(talk)
+        if inspect is not None:
+            await inspect(talk)
 
     return prepare

@@ -38,7 +38,7 @@ class StoreServers(Protocol):
     def end_calls(self) -> None:
         """Stop waiting: every call ends unconfirmed now, also those still to come."""
 
-    def problem(self) -> str | None:
+    def not_ready_reason(self) -> str | None:
         """Return why the servers cannot be relied on now, or None."""
 
     async def watch(self) -> None:
