@@ -13,7 +13,7 @@ import trustme
 from redis.crc import key_slot
 from redis.exceptions import ResponseError
 
-from oncegate.store.record import Claim
+from oncegate.store.record import Claim, ViewState
 from oncegate.store.record_name import store_key
 from oncegate.store.record_view import StoreError, read_record, scan
 from oncegate.store.redis.cluster_map import tag_within, view_of
@@ -206,7 +206,7 @@ async def test_what_operators_see_of_a_slot_that_moves():
             cluster.carry(slot, source, target)
             await claimed(store, key=staying)
             assert {seen.key async for seen in scan(store)} == {carried, staying}
-            assert [(await read_record(store, of)).state for of in (carried, staying)] == ["in_flight"] * 2
+            assert [(await read_record(store, of)).state for of in (carried, staying)] == [ViewState.IN_FLIGHT] * 2
             for server in cluster.servers:
                 with suppress(ResponseError):  # it knows already
                     server.ask("CLUSTER", "DELSLOTS", 16000)

@@ -4,8 +4,11 @@ import pytest
 
 from oncegate.decision import Disposition, Settlement
 from oncegate.messages.problems import KINDS, REFUSALS, problem, refusal
-from oncegate.observe.labels import SETTLEMENTS, STORE_LOSSES, StoreLoss
+from oncegate.observe.labels import SETTLEMENTS, StoreLoss
 from oncegate.observe.outcome import BY_LABEL, SUPPRESSED, Outcome
+from oncegate.service.service import LOSSES
+from oncegate.store.events import StoreEvent
+from oncegate.store.redis.health_monitor import LOSSES as HEALTH_LOSSES
 from oncegate.store.results import SettleStatus
 
 
@@ -51,4 +54,10 @@ def test_every_end_of_a_claim_has_its_label():
 
 def test_a_move_of_the_store_is_no_certain_loss():
     """Every other kind may have taken claims along."""
-    assert [loss for loss in STORE_LOSSES.values() if not loss.is_certain] == [StoreLoss.MOVED]
+    assert [loss for loss in StoreLoss if not loss.is_certain] == [StoreLoss.MOVED]
+
+
+def test_every_loss_of_the_store_is_counted_under_its_kind():
+    """Logs and metrics have one name for a loss; only a new store is no loss to count."""
+    assert {event.kind: loss.label for event, loss in LOSSES.items()} == {loss.label: loss.label for loss in StoreLoss}
+    assert [event for event in HEALTH_LOSSES if event not in LOSSES] == [StoreEvent.FOUNDED]

@@ -15,11 +15,12 @@ from oncegate.rules.loading import load_rules
 from oncegate.rules.model import Rules
 from oncegate.settings.loading import describe, load_settings
 from oncegate.settings.settings import Settings, SettingsError
+from oncegate.store.record import ViewState
 
 PROBE_TIMEOUT_S = 3.0
 # Exit codes.
 FAILED, USAGE_ERROR = 1, 2
-STATES = ("unknown", "in_flight", "complete", "released", "corrupt", "any")
+STATES = (*[state.value for state in ViewState], "any")
 
 DESCRIPTION = "oncegate is a reverse proxy that makes unsafe HTTP requests safe to retry."
 EPILOG = """\

@@ -24,7 +24,7 @@ from oncegate.commands.operator_response import operator_response
 from oncegate.messages.response_head import response_digest
 from oncegate.server.embedded import socket_url
 from oncegate.settings.settings import Settings
-from oncegate.store.record import Claim, StoredResponse, pack
+from oncegate.store.record import Claim, StoredResponse, ViewState, pack
 from oncegate.store.record_name import record_id
 from oncegate.store.record_view import RecordView, StoreError, introduce, proxy_of, scan
 from oncegate.store.results import ResolveStatus
@@ -134,7 +134,7 @@ async def _list(session: Session, options: argparse.Namespace) -> KeysExit:
     # A scan may return a record twice.
     listed: set[bytes] = set()
     async for record in scan(session.store):
-        if record.key in listed or options.state not in (record.state, "any"):
+        if record.key in listed or options.state not in (record.state.value, "any"):
             continue
         listed.add(record.key)
         facts = await _facts(session.store, record)
@@ -162,7 +162,7 @@ async def _show(session: Session, options: argparse.Namespace) -> KeysExit:
 async def _facts(store: Store, record: RecordView) -> dict[str, Any]:
     """Return what the store knows of a record; facts that it does not know are left out. Times are the store's."""
     owner, silent_ms = await proxy_of(store, record.token)
-    facts: dict[str, Any] = {"id": record_id(record.key), "state": record.state, "scope": record.tenant.hex()}
+    facts: dict[str, Any] = {"id": record_id(record.key), "state": record.state.value, "scope": record.tenant.hex()}
     if record.created_ms:
         facts["claimed"] = _iso_time(record.created_ms)
         facts["age_s"] = max(0, record.now_ms - record.created_ms) // 1000
@@ -209,8 +209,8 @@ async def _resolve(session: Session, options: argparse.Namespace) -> KeysExit:
     """Complete an unfinished key with the operator's response, which later requests with the key get as a replay."""
     response, body = operator_response(options)
     record = await find_record(session.settings, session.store, options)
-    if record.state in ("complete", "released", "corrupt"):
-        raise CommandError(f"this key is {record.state}; only a key that is unknown or in flight can be resolved")
+    if record.state in (ViewState.COMPLETE, ViewState.RELEASED, ViewState.CORRUPT):
+        raise CommandError(f"this key is {record.state.value}; only a key that is unknown or in flight can be resolved")
     # An owner whose lease has lapsed is fenced by the decision; no question is needed.
     is_running = record.lease_left_ms > 0
     _confirm(options, is_running, "Its owner is still working on it; your response would replace the owner's.")
@@ -243,8 +243,8 @@ async def _release(session: Session, options: argparse.Namespace) -> KeysExit:
     """Free an unfinished key: the next request with it executes."""
     record = await find_record(session.settings, session.store, options)
     # A record without a token was not written by oncegate: it is not removed either.
-    if record.state in ("complete", "released") or not record.token:
-        raise CommandError(f"this key is {record.state}; only a key that is unknown or in flight can be released")
+    if record.state in (ViewState.COMPLETE, ViewState.RELEASED) or not record.token:
+        raise CommandError(f"this key is {record.state.value}; only a key that is unknown or in flight can be released")
     # Fencing stops the owner's response, but not a request that it has sent already.
     warning = "Its owner may still live: its request may be executed, and the next one executes again."
     _confirm(options, record.owner_may_live, warning)
@@ -280,7 +280,7 @@ def _report(session: Session, decision: Decision) -> KeysExit:
         "action": decision.action,
         "outcome": decision.status.value,
         "key_id": record_id(record.key),
-        "state_before": record.state,
+        "state_before": record.state.value,
         "reason": record.reason,
         "owner_token": record.token.hex(),
         "user": session.user,

@@ -17,6 +17,7 @@ from oncegate.gateway.settling import Progress, clean_up, note_settlement, settl
 from oncegate.messages.request_head import with_fence
 from oncegate.messages.response_head import ResponseHead
 from oncegate.observe.outcome import BY_LABEL, Outcome
+from oncegate.store import stages
 from oncegate.store.leases import LeasedClaim, suspended_clock_s
 from oncegate.store.results import SettleResult, SettleStatus
 from oncegate.upstream.connection import Connection
@@ -150,7 +151,7 @@ class Exchange:
                 return None
 
     def _send(self, connection: Connection) -> None:
-        self.progress.sent, self._held.stage = True, b"sent"
+        self.progress.sent, self._held.stage = True, stages.SENT
         claim, request, body = self._held.claim, self._request, self._body
         if claim.mode == b"retry":
             request = with_fence(request, claim.fence)
@@ -168,7 +169,7 @@ class Exchange:
             if self._resends_left:
                 raise UpstreamLost("the upstream is still busy with the first request")
             disposition = Disposition.AMBIGUOUS
-        self.progress.head, self._disposition, self._held.stage = head, disposition, b"answered"
+        self.progress.head, self._disposition, self._held.stage = head, disposition, stages.RESPONSE_BEGUN
         self._outcome, self._status_field = OUTCOMES[disposition.label]
         return head.bodiless or ((head.length or 0) <= SMALL_BYTES and not head.is_event_stream)
 

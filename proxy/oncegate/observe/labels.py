@@ -38,4 +38,3 @@ class StoreLoss(Enum):
 
 
 SETTLEMENTS: Final = {settlement.label: settlement for settlement in SettlementLabel}
-STORE_LOSSES: Final = {loss.label: loss for loss in StoreLoss}

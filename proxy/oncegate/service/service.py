@@ -12,7 +12,7 @@ from oncegate import __version__
 from oncegate.downstream.listener import bound_unsent
 from oncegate.keys.digests import key_id
 from oncegate.observe.admin import serve_admin
-from oncegate.observe.labels import STORE_LOSSES
+from oncegate.observe.labels import StoreLoss
 from oncegate.observe.logs import AccessLog
 from oncegate.observe.metrics import Metrics
 from oncegate.observe.outcome import RequestReport
@@ -27,10 +27,15 @@ from oncegate.testing import faults
 # For what did not end by itself; it is waited for twice.
 CANCEL_S = 0.05
 BACKLOG = 1024
-# Kinds of store problems that are errors; the others are warnings.
-ALARMING = ("flushed", "rolled_back", "evicted", "identity")
 # The pause before a background task that failed is started again.
 TASK_RESTART_S = 0.05
+# The events of the store that metrics count as losses.
+LOSSES = {
+    StoreEvent.FLUSHED: StoreLoss.FLUSHED,
+    StoreEvent.ROLLED_BACK: StoreLoss.ROLLED_BACK,
+    StoreEvent.EVICTED: StoreLoss.EVICTED,
+    StoreEvent.MOVED: StoreLoss.MOVED,
+}
 
 
 class Unsupported(Exception):
@@ -123,13 +128,12 @@ class Service:
 
     def _report_store(self, event: StoreEvent, detail: str) -> None:
         """Log a problem of the store: a loss of data, or proxies that name keys in another way."""
-        kind = event.value
-        if (loss := STORE_LOSSES.get(kind)) is not None:
+        if (loss := LOSSES.get(event)) is not None:
             self.metrics.store_lost(loss)
         elif event is StoreEvent.IDENTITY_ACCEPTED:
             self.metrics.identity_accepted()
-        write = self._log.error if kind in ALARMING else self._log.warning
-        write("store problem", kind=kind, detail=detail)
+        write = self._log.error if event.is_error else self._log.warning
+        write("store problem", kind=event.kind, detail=detail)
 
     def _report_broken_store(self) -> None:
         self.metrics.breaker_opened()

@@ -12,6 +12,7 @@ from oncegate.keys.digests import Scope
 from oncegate.store.events import ClaimEvent
 from oncegate.store.record import Claim
 from oncegate.store.results import RenewStatus, Unconfirmed
+from oncegate.store.stages import CLAIMED, Stage
 from oncegate.store.store import Store
 
 # Returns seconds on a clock that goes on while the machine sleeps, as leases do.
@@ -27,8 +28,8 @@ class LeasedClaim:
     confirmed_s: float
     # The exchange's watchdog deadline (the loop's time). Past it the exchange counts as hung, and the lease ends.
     until_s: float
-    # How far the exchange got, for operators: claimed, sent or answered.
-    stage: bytes = b"claimed"
+    # How far the exchange got, for operators.
+    stage: Stage = CLAIMED
     lost: bool = False
     fenced: bool = False
     # While a release is under way, a record that is gone or has another owner is no loss.

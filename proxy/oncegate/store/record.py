@@ -10,6 +10,7 @@ scripts read the first 65 bytes of the fixed part, so their places never change:
 
 import struct
 from dataclasses import dataclass
+from enum import Enum
 from hashlib import blake2b
 
 from oncegate.decision import State
@@ -109,6 +110,18 @@ class Record:
     body: bytes | None = None
     # The mode of a claim that is not complete.
     mode: bytes = b""
+
+
+class ViewState(Enum):
+    """The state of a record as operators see it: a State, or one of two that no request meets."""
+
+    UNKNOWN = "unknown"
+    IN_FLIGHT = "in_flight"
+    COMPLETE = "complete"
+    # An operator released the key.
+    RELEASED = "released"
+    # The record fails its own checks.
+    CORRUPT = "corrupt"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,13 @@ from collections.abc import AsyncIterator, Awaitable
 from typing import Any, NamedTuple
 
 from oncegate.decision import State, effective_state
-from oncegate.store.record import Corrupt, StoredResponse, self_check, tenant_of, unpack
+from oncegate.store.record import Corrupt, StoredResponse, ViewState, self_check, tenant_of, unpack
 from oncegate.store.record_name import parse_record_id, store_key
 from oncegate.store.redis.membership import IDENTITIES, proxy_record_key, proxy_record_value
 from oncegate.store.redis.node import Node
 from oncegate.store.redis.wire import ErrorReply
 from oncegate.store.results import Unconfirmed
+from oncegate.store.stages import describe_stage
 from oncegate.store.store import Store
 
 # For one reply.
@@ -22,12 +23,6 @@ TIMEOUT_S = 5.0
 # Keys that a server looks through before it serves others.
 PAGE = 500
 FIELDS = ("meta", "state", "token", "fence", "mode", "fingerprint", "self", "lease", "created", "why", "stage", "bytes")
-PROGRESS = {
-    "claimed": "claimed; nothing was sent when its lease was renewed last",
-    "sent": "the request was being sent, or sent, when its lease was renewed last",
-    "answered": "an answer had begun when its lease was renewed last",
-    "": "claimed; it ended before its lease was renewed, so nobody knows whether anything was sent",
-}
 
 
 class StoreError(Exception):
@@ -37,9 +32,9 @@ class StoreError(Exception):
 class RecordView(NamedTuple):
     """One record. Times are the store's, in milliseconds."""
 
-    key: bytes  # digest
-    # The value of a State, or released (by an operator), or corrupt.
-    state: str
+    # Digest.
+    key: bytes
+    state: ViewState
     token: bytes
     now_ms: int
     fence: bytes = b"0"
@@ -61,7 +56,7 @@ class RecordView(NamedTuple):
     @property
     def owner_may_live(self) -> bool:
         """Whether the owner may still work on the key. An owner whose lease has lapsed may be paused, and go on."""
-        return self.lease_left_ms > 0 or self.lapsed or self.state == "corrupt"
+        return self.lease_left_ms > 0 or self.lapsed or self.state is ViewState.CORRUPT
 
 
 # One record from its fields ...
@@ -76,20 +71,20 @@ def read_fields(key: bytes, values: list[bytes | None], now_ms: int) -> RecordVi
         return _complete(key, meta, now_ms)
     token = fields.get("token", b"")
     if fields.get("state") == b"released":
-        return RecordView(key, "released", token, now_ms, fields.get("fence", b"0"))
+        return RecordView(key, ViewState.RELEASED, token, now_ms, fields.get("fence", b"0"))
     try:
         return _unfinished(key, token, fields, now_ms)
     except (KeyError, ValueError):
-        return RecordView(key, "corrupt", token, now_ms)
+        return RecordView(key, ViewState.CORRUPT, token, now_ms)
 
 
 def _complete(key: bytes, meta: bytes, now_ms: int) -> RecordView:
     record = unpack(key, tenant_of(meta), meta, None, now_ms)
     if isinstance(record, Corrupt):
-        return RecordView(key, "corrupt", meta[1:17], now_ms)
+        return RecordView(key, ViewState.CORRUPT, meta[1:17], now_ms)
     return RecordView(
         key,
-        State.COMPLETE.value,
+        ViewState.COMPLETE,
         record.token,
         now_ms,
         fingerprint=record.fingerprint,
@@ -111,7 +106,7 @@ def _unfinished(key: bytes, token: bytes, fields: dict[str, bytes], now_ms: int)
         raise ValueError
     return RecordView(
         key,
-        state.value,
+        ViewState(state.value),
         token,
         now_ms,
         fence=fields["fence"],
@@ -123,7 +118,7 @@ def _unfinished(key: bytes, token: bytes, fields: dict[str, bytes], now_ms: int)
         lease_left_ms=max(0, left_ms),
         lapsed=lapsed,
         reason="its owner stopped renewing its lease" if lapsed else fields.get("why", b"").decode("utf-8", "replace"),
-        progress="" if "why" in fields else PROGRESS.get(fields.get("stage", b"").decode(), ""),
+        progress="" if "why" in fields else describe_stage(fields.get("stage")),
         bytes_stored=int(fields.get("bytes", 0)),
     )
 
@@ -178,7 +173,7 @@ async def read_record(store: Store, key: bytes) -> RecordView | None:
         node = next((one for one in store.nodes if one.name == address), node)
         reply = await ask_importing(node, *_fields_of(key))
     if is_error(reply, "WRONGTYPE"):
-        return RecordView(key, "corrupt", b"", 0)
+        return RecordView(key, ViewState.CORRUPT, b"", 0)
     return read_fields(key, checked(reply), await _time_ms(node))
 
 
@@ -205,7 +200,7 @@ async def _read_page(node: Node, keys: list[bytes]) -> list[RecordView]:
     for key, first in zip(keys, replies, strict=True):
         reply = await ask_importing(node, *_fields_of(key)) if is_error(first, "MOVED") else first
         if is_error(reply, "WRONGTYPE"):
-            records.append(RecordView(key, "corrupt", b"", now_ms))
+            records.append(RecordView(key, ViewState.CORRUPT, b"", now_ms))
         elif is_error(reply, "MOVED") or is_error(reply, "ASK "):
             # The key was moved to another server since.
             continue

@@ -41,6 +41,7 @@ from oncegate.store.results import (
     ResolveStatus,
     SettleResult,
 )
+from oncegate.store.stages import CLAIMED, Stage
 
 Settling = Coroutine[Any, Any, SettleResult]
 Claiming = Coroutine[Any, Any, ClaimResult]
@@ -195,9 +196,9 @@ class Store:
 
     # What the owner of a claim does ...
 
-    async def renew(self, claim: Claim, stage: bytes = b"claimed") -> RenewStatus:
+    async def renew(self, claim: Claim, stage: Stage = CLAIMED) -> RenewStatus:
         """Extend the lease, and note how far the exchange got (`stage`). One try: the next renewal is the retry."""
-        args = resp(claim.token, claim.lease_ms, claim.retention_ms, stage)
+        args = resp(claim.token, claim.lease_ms, claim.retention_ms, stage.wire)
         return renew_status(await self._run("renew", claim.key, args, arguments.RENEW_COUNT))
 
     async def append(self, claim: Claim, index: int, chunk: bytes, patience_s: float) -> AppendStatus:

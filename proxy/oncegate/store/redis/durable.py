@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from oncegate.store.redis.link import Link
+from oncegate.store.redis.replies import is_claimed
 from oncegate.store.redis.wire import ScriptCall
 from oncegate.store.results import Unconfirmed, UnderReplicated
 
@@ -166,7 +167,7 @@ class WaitingLink(Link):
         reply = future.result()
         if isinstance(reply, list):
             self._note_time(reply[1])
-        if isinstance(reply, list) and reply[0] == b"claimed":
+        if is_claimed(reply):
             claimed.append((pending, reply))
         else:
             pending.resolve(reply)

@@ -56,6 +56,8 @@ RESOLVE = {
     b"fenced": ResolveStatus.FENCED,
 }
 
+# The first word of the reply to a claim that took its key.
+CLAIMED = b"claimed"
 # The usual end of an exchange, made once.
 STORED_REPLY, STORED = [b"stored", b"found"], SettleResult(SettleStatus.STORED)
 # A claim that the server executed after its deadline. The reply has the server's time, so the next try is not late.
@@ -69,7 +71,7 @@ def claim_result(claim: Claim, tenant: bytes, reply: Any, note_time: Callable[[i
     """
     # By its length, too: in a damaged record the state may be any word.
     kind = reply[0] if isinstance(reply, list) and len(reply) == 4 else b""
-    if kind == b"claimed":
+    if kind == CLAIMED:
         _, now_ms, fence, created = reply
         note_time(now_ms)
         return Claim(
@@ -96,6 +98,11 @@ def claim_result(claim: Claim, tenant: bytes, reply: Any, note_time: Callable[[i
         case _:
             # Any other error: nothing was written.
             return Unconfirmed(str(reply), maybe_executed=False)
+
+
+def is_claimed(reply: object) -> bool:
+    """Return whether a reply to `claim` says that the claim took its key."""
+    return isinstance(reply, list) and reply[0] == CLAIMED
 
 
 def settle_result(reply: Any, releases: bool, retried: bool) -> SettleResult:
