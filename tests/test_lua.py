@@ -246,11 +246,11 @@ def test_claim_as_its_header_says(called):
         "fence": fence,
         "created": b"%d" % created_ms,
     }
-    tag, state, _, token, fence_told, mode, fingerprint, described, left_ms, created_told = called(
+    tag, state, _, token, fence_told, mode, fingerprint, self_check, left_ms, created_told = called(
         "claim", **{**CLAIM, "tag": "9", "token": "U" * 16}
     )
     assert (tag, state, token, fence_told) == (b"9", b"in_flight", b"T" * 16, fence)
-    assert (mode, fingerprint, described) == (b"hold", b"F" * 16, b"S" * 32)
+    assert (mode, fingerprint, self_check) == (b"hold", b"F" * 16, b"S" * 32)
     assert about(left_ms, 40_000)
     assert created_told == b"%d" % created_ms
     called.client.delete(KEY)
@@ -471,22 +471,22 @@ def test_an_epoch_that_asks_for_no_quarantine(called):
     assert record(called)["until"] == before
 
 
-IDENTITY = {"tag": "8", "identity": "I1", "described": "a=1", "consent": "found", "retention_ms": 60_000}
+IDENTITY = {"tag": "8", "identity": "I1", "settings": "a=1", "write_mode": "found", "retention_ms": 60_000}
 
 
 def test_identity_as_its_header_says(called):
     """The first identity is written, an equal one is the same, another differs unless it is accepted."""
-    assert called("identity", **{**IDENTITY, "consent": "ask"}) == [b"8", b"free"]
+    assert called("identity", **{**IDENTITY, "write_mode": "ask"}) == [b"8", b"free"]
     assert called("identity", **IDENTITY) == [b"8", b"same"]
-    assert called("identity", **{**IDENTITY, "consent": "ask"}) == [b"8", b"same"]
-    other = {**IDENTITY, "identity": "I2", "described": "a=2"}
+    assert called("identity", **{**IDENTITY, "write_mode": "ask"}) == [b"8", b"same"]
+    other = {**IDENTITY, "identity": "I2", "settings": "a=2"}
     assert called("identity", **other) == [b"8", b"differs", b"a=1"]
-    assert called("identity", **{**other, "consent": "ask"}) == [b"8", b"differs", b"a=1"]
+    assert called("identity", **{**other, "write_mode": "ask"}) == [b"8", b"differs", b"a=1"]
     assert set(record(called)) == {"I1"}
-    assert called("identity", **{**other, "consent": "accept"}) == [b"8", b"accepted"]
-    assert called("identity", **{**other, "consent": "accept"}) == [b"8", b"same"]
+    assert called("identity", **{**other, "write_mode": "accept"}) == [b"8", b"accepted"]
+    assert called("identity", **{**other, "write_mode": "accept"}) == [b"8", b"same"]
     assert called("identity", **IDENTITY) == called("identity", **other) == [b"8", b"same"]
-    third = called("identity", **{**IDENTITY, "identity": "I3", "described": "a=3"})
+    third = called("identity", **{**IDENTITY, "identity": "I3", "settings": "a=3"})
     assert (third[:2], sorted(third[2:])) == ([b"8", b"differs"], [b"a=1", b"a=2"])
     assert about(called.client.pttl(KEY), 60_000)
 
@@ -495,7 +495,7 @@ def test_an_identity_is_forgotten_with_its_keys(called):
     """An identity that was not renewed for the retention has no records left, and is forgotten."""
     called("identity", **IDENTITY)
     called.client.hset(KEY, "I1", f"{int(time.time() * 1000) - 61_000} a=1")
-    assert called("identity", **{**IDENTITY, "identity": "I2", "described": "a=2"}) == [b"8", b"same"]
+    assert called("identity", **{**IDENTITY, "identity": "I2", "settings": "a=2"}) == [b"8", b"same"]
     assert set(record(called)) == {"I2"}
 
 

@@ -10,10 +10,10 @@ local lease_ms, window_ms, expected_token = tonumber(ARGV[6]), tonumber(ARGV[10]
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local late = now > tonumber(ARGV[8])
-local found = redis.call('HMGET', KEYS[1], 'meta', 'state', 'token', 'fence', 'mode', 'fingerprint', 'self',
+local fields = redis.call('HMGET', KEYS[1], 'meta', 'state', 'token', 'fence', 'mode', 'fingerprint', 'self',
   'lease', 'created')
-local meta, state, fence, created = found[1], found[2], found[4], now
-local ours = found[3] == token and state == 'in_flight'
+local meta, state, fence, created = fields[1], fields[2], fields[4], now
+local ours = fields[3] == token and state == 'in_flight'
 
 -- The caller has decided that the record is open, after checking it as a whole. It is decided here again, as of now.
 if meta then
@@ -27,14 +27,14 @@ if meta then
   end
   fence = meta:sub(18, 33)
 elseif ours then
-  created = tonumber(found[9])
+  created = tonumber(fields[9])
 elseif state ~= 'released' and (state or redis.call('EXISTS', KEYS[1]) == 1) then
   -- An end of the lease further off than a whole lease means that the clock stepped back.
-  local left = math.min((tonumber(found[8]) or 0) - now, lease_ms)
+  local left = math.min((tonumber(fields[8]) or 0) - now, lease_ms)
   local ended = state == 'unknown' or (state == 'in_flight' and left <= 0)
-  local open = ended and found[5] == 'retry' and found[6] == fingerprint and expected_token ~= '' and found[3] == expected_token
+  local open = ended and fields[5] == 'retry' and fields[6] == fingerprint and expected_token ~= '' and fields[3] == expected_token
   if not open or late then
-    return {tag, state, now, found[3], fence, found[5], found[6], found[7], left, found[9]}
+    return {tag, state, now, fields[3], fence, fields[5], fields[6], fields[7], left, fields[9]}
   end
 end
 

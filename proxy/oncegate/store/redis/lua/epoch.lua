@@ -7,14 +7,14 @@
 local tag, fresh, run, quarantine_ms = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local found = redis.call('HMGET', KEYS[1], 'id', 'run', 'until')
-local id, ends = found[1] or fresh, tonumber(found[3]) or 0
-local founded = not found[1]
-local moved = not founded and run ~= '' and (found[2] or '') ~= '' and found[2] ~= run
+local fields = redis.call('HMGET', KEYS[1], 'id', 'run', 'until')
+local id, ends = fields[1] or fresh, tonumber(fields[3]) or 0
+local founded = not fields[1]
+local moved = not founded and run ~= '' and (fields[2] or '') ~= '' and fields[2] ~= run
 if founded or moved or ARGV[5] == '1' then
   ends = math.max(ends, now + quarantine_ms)
   redis.call('HSET', KEYS[1], 'id', id, 'run', run, 'until', ends)
-elseif run ~= '' and found[2] ~= run then
+elseif run ~= '' and fields[2] ~= run then
   redis.call('HSET', KEYS[1], 'run', run)
 end
 -- An end further off than a whole quarantine means that the clock stepped back.

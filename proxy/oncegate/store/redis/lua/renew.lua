@@ -4,14 +4,14 @@
 -- ARGV: tag token lease_ms retention_ms stage (how far its exchange got, for operators)
 -- Returns: {tag, 'renewed' or 'absent' or 'unknown' or 'complete' or 'fenced'}
 local tag, token = ARGV[1], ARGV[2]
-local found = redis.call('HMGET', KEYS[1], 'token', 'state', 'meta')
-if found[3] then
-  return {tag, found[3]:sub(2, 17) == token and 'complete' or 'fenced'}
-elseif not found[1] then
+local fields = redis.call('HMGET', KEYS[1], 'token', 'state', 'meta')
+if fields[3] then
+  return {tag, fields[3]:sub(2, 17) == token and 'complete' or 'fenced'}
+elseif not fields[1] then
   return {tag, 'absent'}
-elseif found[1] ~= token then
+elseif fields[1] ~= token then
   return {tag, 'fenced'}
-elseif found[2] ~= 'in_flight' then
+elseif fields[2] ~= 'in_flight' then
   return {tag, 'unknown'}
 end
 local time = redis.call('TIME')

@@ -6,12 +6,12 @@
 --   release: operator fence (operator: a token that fences the owner)
 -- Returns: {tag, 'resolved' or 'released' or 'absent' or 'complete' or 'fenced'}
 local tag, token, action = ARGV[1], ARGV[2], ARGV[3]
-local found = redis.call('HMGET', KEYS[1], 'token', 'state', 'meta')
-if found[3] then
+local fields = redis.call('HMGET', KEYS[1], 'token', 'state', 'meta')
+if fields[3] then
   return {tag, 'complete'}
-elseif not found[1] or found[2] == 'released' then
+elseif not fields[1] or fields[2] == 'released' then
   return {tag, 'absent'}
-elseif found[1] ~= token then
+elseif fields[1] ~= token then
   return {tag, 'fenced'}
 end
 if action == 'answer' then

@@ -13,11 +13,11 @@ end
 redis.call('HSET', KEYS[1], rules, string.format('%.0f', now))
 redis.call('PEXPIRE', KEYS[1], live_ms)
 local differ = false
-local found = redis.call('HGETALL', KEYS[1])
-for at = 1, #found, 2 do
-  if now - (tonumber(found[at + 1]) or 0) > live_ms then
-    redis.call('HDEL', KEYS[1], found[at])
-  elseif found[at] ~= rules then
+local entries = redis.call('HGETALL', KEYS[1])
+for at = 1, #entries, 2 do
+  if now - (tonumber(entries[at + 1]) or 0) > live_ms then
+    redis.call('HDEL', KEYS[1], entries[at])
+  elseif entries[at] ~= rules then
     differ = true
   end
 end

@@ -7,8 +7,8 @@
 -- Returns: {tag, 'stored' or 'released' or 'unknown', 'found' or 'absent'}
 --        | {tag, 'torn' or 'complete' or 'fenced'}
 local tag, token, action, retention = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local found = redis.call('HMGET', KEYS[1], 'token', 'state', 'meta', 'bytes', 'why', 'stage')
-local owner, state, meta = found[1], found[2], found[3]
+local fields = redis.call('HMGET', KEYS[1], 'token', 'state', 'meta', 'bytes', 'why', 'stage')
+local owner, state, meta = fields[1], fields[2], fields[3]
 if meta then
   owner, state = meta:sub(2, 17), 'complete'
 end
@@ -32,8 +32,8 @@ if action == 'store' then
   else
     -- Beside the chunks there are eight fields of a claim and 'bytes', 'stage' after a renewal, and 'why' if unknown.
     local appended = chunks - (last ~= '' and 1 or 0)
-    local stored = tonumber(found[4]) or 0
-    local others = 9 + (found[5] and 1 or 0) + (found[6] and 1 or 0)
+    local stored = tonumber(fields[4]) or 0
+    local others = 9 + (fields[5] and 1 or 0) + (fields[6] and 1 or 0)
     if redis.call('HLEN', KEYS[1]) ~= appended + others or stored + #last ~= bytes then
       return {tag, 'torn'}
     end
