@@ -155,7 +155,7 @@ def finish_fingerprint(prefix: blake2b, body: Iterable[bytes]) -> bytes:
 def identity_settings(digests: Digests, namespace: str, key_header: str, scope_headers: Iterable[str]) -> str:
     """Return the settings that decide how keys are named, as text for people.
 
-    Two replicas with different texts do not find each other's records.
+    Two proxies with different texts do not find each other's records.
     """
     scope = ",".join(name.lower() for name in scope_headers)
     return f"namespace={namespace} secret={digests.secret_id} scope={scope} key_header={key_header.lower()}"
