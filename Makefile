@@ -6,20 +6,20 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 COMPILE := UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --no-config --universal --python-version 3.11 \
 	--generate-hashes --no-annotate --no-emit-index-url $(UPGRADE)
 
-.PHONY: help install demo run quick test check bench soak chaos faults storm lint lock docs clean
+.PHONY: help install demo run quick test bench soak chaos faults storm lint lock docs clean
 
 help:                               ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: .venv/.dev                 ## everything for working on it
 
-demo: .venv/.runtime                ## the main job, told as a short story
+demo: .venv/.runtime                ## a short story: a lost response, ten duplicates at once, a broken stream
 	$(BIN)/oncegate demo
 
 run: .venv/.runtime                 ## make run UPSTREAM=http://127.0.0.1:9000
 	exec env $(if $(UPSTREAM),ONCEGATE_UPSTREAM='$(UPSTREAM)') $(BIN)/oncegate serve
 
-test: lint                          ## the static checks and the tests; make test ARGS="-k lease" for some
+test: lint                          ## everything: format, lint, types, layers, tests; make test ARGS="-k lease" for some
 	$(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
 	$(if $(ARGS),,TEST_HEAD_CACHE=off $(BIN)/pytest -q -n 2 --dist loadgroup $(WITHOUT_HEAD_CACHE:%=tests/%.py))
 
@@ -33,17 +33,17 @@ PART_gateway := e2e/test_again e2e/test_duplicates e2e/test_endings e2e/test_fid
 PART_downstream := test_body test_minimum_rate test_response e2e/test_clients_leave e2e/test_listener
 PART_upstream := test_pools test_upstream e2e/test_forwarding
 PART_store := test_breaker test_cluster test_durable test_health_monitor test_leases test_link test_lua test_record \
-	test_sentinel test_store model/test_scripts
+	test_sentinel test_store e2e/test_duplicates model/test_scripts
 PART_rules := test_patterns test_policy test_rules e2e/test_rules
 PART_keys := test_documents test_keys test_multipart test_sources
 PART_observe := test_families test_logs test_outcome test_usage e2e/test_admin
-PART_known_heads := test_known_heads e2e/test_again
+PART_known_heads := test_known_heads e2e/test_again e2e/test_head_cache
 PART_messages := test_headers test_problems
 PART_buffers := test_body test_write_batcher
 PART_settings := test_settings
 PART_decision := test_decision model/test_model
 PART_testing := test_fault_points test_faults e2e/test_faults
-PART_docs := test_contributing test_generated test_names test_docs e2e/test_pages
+PART_docs := test_contributing test_doc_paths test_docs test_generated test_names e2e/test_pages
 PURE := $(PART_keys) $(PART_messages) test_known_heads $(PART_settings) $(filter-out e2e/%,$(PART_docs)) test_breaker test_decision test_explain test_families test_fault_points \
 	test_init test_logs test_outcome test_lua test_minimum_rate test_patterns test_policy test_record test_rules test_usage test_write_batcher
 QUICK := $(if $(PART),$(PART_$(PART)),$(PURE) e2e/test_main_job e2e/test_demo)
@@ -67,13 +67,11 @@ test-real: .venv/.dev               ## the tests that need programs of Debian an
 	npm ci --prefix .venv/node --no-audit --no-fund --loglevel error
 	$(BIN)/pytest -n 0 -m "not full" tests/real tests/model/test_model.py $(ARGS)
 
-check: test                         ## the same: format, lint, types, layers, tests
-
 faults: .venv/.dev                  ## fault points in the counts that take minutes; needs Debian's faketime, too
 	$(BIN)/pytest -n 2 -m full $(ARGS)
 	$(if $(ARGS),,TEST_HEAD_CACHE=off $(BIN)/pytest -q -n 2 --dist loadgroup tests/e2e --ignore tests/e2e/test_costs.py)
 
-soak: .venv/.dev                    ## five minutes of mixed and hostile traffic: does all come back; make soak SECONDS=60
+soak: .venv/.dev                    ## five minutes of mixed and hostile traffic, memory, files and keys must be as before; make soak SECONDS=60
 	$(BIN)/python -m loadtest.soak $(SECONDS)
 
 bench: .venv/.runtime               ## against its peers, on two cores; make bench ARGS=--quick
