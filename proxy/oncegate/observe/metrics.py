@@ -18,7 +18,7 @@ GAUGES = {
     "in_flight": "Guarded requests in progress, without the duplicates that wait for their original.",
     "waiting": "Duplicates that wait for their original request.",
     "store_memory_ratio": "Memory that the store uses, as a share of its limit.",
-    "store_full": "1 while the store is at its memory limit, so that new keys are refused.",
+    "store_full": "1 while the store is at its memory limit, so that first-time keys are refused.",
     "store_breaker_open": "1 while the circuit breaker is open: claims are refused without asking the store.",
     "rules_differ": "1 while other proxies on the store name keys by other rules.",
     "quarantine_seconds": "Time until first-time keys are accepted, after the store lost data.",

@@ -122,13 +122,13 @@ class Settings(BaseSettings):
     )
     secret: Annotated[SecretStr, from_text(parse_secret)] = Field(
         SecretStr(""),
-        description="Secret of the digests of keys, tenants and bodies. All replicas need the same one. After a change "
+        description="Secret of the digests of keys, tenants and bodies. All proxies need the same one. After a change "
         "oncegate does not find any earlier key. `ONCEGATE_SECRET_FILE` names a file that contains the secret.",
     )
     identity_change: Literal["refuse", "accept"] = Field(
         "refuse",
-        description="What a replica does if its namespace, secret, scope headers or key header differ from those of "
-        "other replicas on its store. `refuse`: it is not ready and refuses requests with keys. `accept`: it serves.",
+        description="What a proxy does if its namespace, secret, scope headers or key header differ from those of "
+        "other proxies on its store. `refuse`: it is not ready and refuses requests with keys. `accept`: it serves.",
     )
     methods: Annotated[tuple[str, ...], list_of(parse_method)] = Field(
         ("POST", "PATCH"), description="Comma list of the guarded methods, from POST, PATCH, PUT and DELETE."
@@ -268,8 +268,9 @@ class Settings(BaseSettings):
     )
     head_cache: bool = Field(
         True,
-        description="Remember the heads of requests and responses that came before. It saves a third of the processor "
-        "time where they repeat. `false` is for tests, and to rule the cache out when you look for a fault.",
+        description="Remember the heads of requests and responses that came before. It saves two fifths of "
+        "an execution's instructions where heads repeat. `false` is for tests, and to rule the cache out when you look "
+        "for a fault.",
     )
     testing: bool = Field(False, description="Allow `ONCEGATE_FAULT`. For oncegate's own tests only.")
     fault: Annotated[tuple[Fault, ...], list_of(parse_fault)] = Field(
