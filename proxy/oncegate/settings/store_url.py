@@ -5,13 +5,13 @@ Messages never repeat the refused text: a malformed URL may still contain a pass
 
 import re
 from dataclasses import dataclass
+from enum import Enum
 from urllib.parse import parse_qsl, quote
 
 from oncegate.settings.addresses import parse_host_and_port
 from oncegate.settings.names import parse_list
 
 _REDIS_PORT = 6379
-_DEFAULT_PORTS = {"sentinel": 26379, "cluster": _REDIS_PORT}
 
 # What redis-py's own urlsplit takes apart in the same way; any other character is percent-encoded.
 _USER = r"(?:[^:@/?#\[\]]*(?::[^/?#\[\]]*)?@)?"
@@ -24,15 +24,26 @@ _GROUP = re.compile(
 _PASSWORD = re.compile(r"(://[^:@/]*:)[^/]*@|((?<=[?&])sentinel_password=)[^&]*")
 
 
+class GroupKind(Enum):
+    """How the servers of a store find each other. The value is its spelling in the URL."""
+
+    SENTINEL = "sentinel"
+    CLUSTER = "cluster"
+
+
+# The ports that the Redis documentation gives sentinels and servers.
+_DEFAULT_PORTS = {GroupKind.SENTINEL: 26379, GroupKind.CLUSTER: _REDIS_PORT}
+
+
 @dataclass(frozen=True, slots=True)
 class ServerGroup:
     """A store of several servers.
 
-    `kind`: `sentinel` or `cluster`. `scheme`: `redis` or `rediss`. `places`: `host:port` of the sentinels, or of any
+    `scheme`: `redis` or `rediss`. `places`: `host:port` of the sentinels, or of any
     servers of the cluster. `user` and `sentinel_user`: percent-encoded `name:password@`, or empty.
     """
 
-    kind: str
+    kind: GroupKind
     scheme: str
     user: str
     places: tuple[str, ...]
@@ -70,12 +81,12 @@ def parse_server_group(text: str) -> ServerGroup | None:
     match = _GROUP.fullmatch(text)
     if match is None:
         return None
-    kind, query = match["kind"], dict(parse_qsl(match["query"] or "", keep_blank_values=True))
+    kind, query = GroupKind(match["kind"]), dict(parse_qsl(match["query"] or "", keep_blank_values=True))
     sentinel_user = query.pop("sentinel_user", ""), query.pop("sentinel_password", "")
     db = query.pop("db", "0")
-    if kind == "sentinel" and not match["service"]:
+    if kind is GroupKind.SENTINEL and not match["service"]:
         raise ValueError("must name the service that the sentinels watch, such as redis+sentinel://h1:26379/mymaster")
-    if kind == "cluster" and (match["service"] or match["query"]):
+    if kind is GroupKind.CLUSTER and (match["service"] or match["query"]):
         raise ValueError("must end after the hosts: a cluster has neither a service nor a number of a database")
     if query or not db.isdecimal():
         raise ValueError("can only have db, sentinel_user and sentinel_password after its question mark")

@@ -4,7 +4,7 @@ from collections.abc import Awaitable
 from dataclasses import replace
 from typing import Any, Protocol
 
-from oncegate.settings.store_url import parse_server_group
+from oncegate.settings.store_url import GroupKind, parse_server_group
 from oncegate.store.breaker import Breaker
 from oncegate.store.redis.cluster import Cluster
 from oncegate.store.redis.durable import level
@@ -73,7 +73,7 @@ class StoreServers(Protocol):
 def servers_of(url: str, durability: str, config: NodeConfig) -> StoreServers:
     """Return the servers that a URL names: a single one, a master behind Sentinel, or a cluster."""
     group = parse_server_group(url)
-    clustered = group is not None and group.kind == "cluster"
+    clustered = group is not None and group.kind is GroupKind.CLUSTER
     config = replace(config, level=level(durability, group is not None), cluster=clustered)
     if group is None:
         return Node(opener(url, config.timeout_s), config)
