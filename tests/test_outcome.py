@@ -5,7 +5,7 @@ import pytest
 from oncegate.decision import Disposition, Settlement
 from oncegate.messages.problems import KINDS, REFUSALS, problem, refusal
 from oncegate.observe.labels import SETTLEMENTS, StoreLoss
-from oncegate.observe.outcome import BY_LABEL, SUPPRESSED, Outcome
+from oncegate.observe.outcome import BY_LABEL, SUPPRESSED, Outcome, outcome_of
 from oncegate.service.service import LOSSES
 from oncegate.store.events import StoreEvent
 from oncegate.store.redis.health_monitor import LOSSES as HEALTH_LOSSES
@@ -15,14 +15,14 @@ from oncegate.store.results import SettleStatus
 @pytest.mark.parametrize("slug", KINDS)
 def test_a_problem_has_the_outcome_of_its_code(slug):
     """The label is the slug with underscores."""
-    outcome = BY_LABEL[problem(slug, "a detail").code]
+    outcome = outcome_of(problem(slug, "a detail"))
     assert outcome.label == slug.replace("-", "_")
 
 
 @pytest.mark.parametrize("status", REFUSALS)
 def test_a_refusal_has_one_outcome(status):
     """Requests that never get as far as a key are counted together, whatever their status."""
-    assert BY_LABEL[refusal(status, "a detail").code] is Outcome.REQUEST_REFUSED
+    assert outcome_of(refusal(status, "a detail")) is Outcome.REQUEST_REFUSED
 
 
 @pytest.mark.parametrize("disposition", Disposition)

@@ -11,7 +11,7 @@ from oncegate.keys.documents import Missing
 from oncegate.keys.syntax import BadKey
 from oncegate.messages.admission import Refused
 from oncegate.messages.problems import Problem, problem, refusal
-from oncegate.observe.outcome import BY_LABEL, Outcome, RequestReport
+from oncegate.observe.outcome import Outcome, RequestReport, outcome_of
 from oncegate.rules.policy import Policy
 from oncegate.store.record import Corrupt, Record
 from oncegate.store.results import ClaimsSuspended, Unconfirmed
@@ -47,7 +47,7 @@ def send(request: Request, answer: Refuse) -> None:
 def refuse(request: Request, answer: Refuse) -> RequestReport:
     """Send a response of oncegate itself, and return the request's report."""
     send(request, answer)
-    outcome = answer.outcome or BY_LABEL[answer.problem.code]
+    outcome = answer.outcome or outcome_of(answer.problem)
     status = 0 if outcome is Outcome.CLIENT_GONE else answer.problem.status
     return RequestReport(outcome, status, request.message.method, rule=answer.rule)
 

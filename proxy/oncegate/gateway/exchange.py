@@ -16,7 +16,7 @@ from oncegate.gateway.recording import Recording
 from oncegate.gateway.settling import Progress, clean_up, note_settlement, settle
 from oncegate.messages.request_head import with_fence
 from oncegate.messages.response_head import ResponseHead
-from oncegate.observe.outcome import BY_LABEL, Outcome
+from oncegate.observe.outcome import BY_LABEL, Outcome, outcome_of
 from oncegate.store import stages
 from oncegate.store.leases import LeasedClaim, suspended_clock_s
 from oncegate.store.results import SettleResult, SettleStatus
@@ -237,13 +237,13 @@ class Exchange:
         match reached:
             case Ending.NOT_SENT:
                 refuse = self._not_sent or not_sent("nothing was sent")
-                return self._refused(BY_LABEL[refuse.problem.code], refuse)
+                return self._refused(outcome_of(refuse.problem), refuse)
             case Ending.NO_RESPONSE | Ending.TRUNCATED if self._response.started:
                 return self._refused(Outcome.TRUNCATED, None)
             case Ending.NO_RESPONSE | Ending.TRUNCATED:
                 timeout = self.progress.lost is not None and self.progress.lost.timeout
                 refuse = upstream_lost(timeout=timeout, mode=self._held.claim.mode)
-                return self._refused(BY_LABEL[refuse.problem.code], refuse)
+                return self._refused(outcome_of(refuse.problem), refuse)
             case Ending.COMPLETE | Ending.TOO_LARGE if status is SettleStatus.UNCONFIRMED:
                 return self._refused(Outcome.ANSWER_NOT_STORED, response_not_stored())
         self._deliver()

@@ -27,7 +27,7 @@ from oncegate.gateway.relay import Relay, Relayed, relay
 from oncegate.gateway.replay import Replay, replay_large, replay_small
 from oncegate.gateway.settling import Progress
 from oncegate.gateway.tunnel import Tunnel, tunnel
-from oncegate.observe.outcome import BY_LABEL, Observe, Outcome, RequestReport
+from oncegate.observe.outcome import Observe, Outcome, RequestReport, outcome_of
 from oncegate.observe.usage import usage_reader
 from oncegate.store.leases import suspended_clock_s
 from oncegate.store.record import Claim, Corrupt, Record, StoredResponse
@@ -211,7 +211,7 @@ class Gateway:
             decision = replayed
         answer = duplicate_refusal(decision, taken, keyed.route.policy)
         send(request, with_fields(answer, keyed.fields))
-        return keyed.report(request, BY_LABEL[answer.problem.code], answer.problem.status)
+        return keyed.report(request, outcome_of(answer.problem), answer.problem.status)
 
     async def _replay(
         self, request: Request, keyed: KeyedRequest, record: Record, stored: StoredResponse
