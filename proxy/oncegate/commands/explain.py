@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from oncegate.decision import Disposition
+from oncegate.decision import RETRY, Disposition
 from oncegate.keys.digests import Digests, Scope, UnstableScope, key_id
 from oncegate.keys.documents import Missing
 from oncegate.keys.syntax import BadKey
@@ -185,7 +185,7 @@ def _by_state(policy: Policy, head: RequestHead, identity: Identity) -> Iterable
         window_s, retention_s = identity.window_ms / 1000, policy.retention_ms / 1000
         period = f"{window_s:g} s from its claim, then executed" if window_s else f"{retention_s:g} s"
         yield "complete", f"replayed for {period}"
-    yield "unknown", "executed again" if policy.mode == b"retry" else "409 outcome-unknown"
+    yield "unknown", "executed again" if policy.mode == RETRY else "409 outcome-unknown"
     if policy.fingerprint != frozenset():
         yield "other content", "422 key-reused, if the fingerprint differs"
     yield "released on", _statuses(policy, Disposition.RELEASE)

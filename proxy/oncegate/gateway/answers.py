@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import assert_never
 
-from oncegate.decision import Decision, decide, effective_state, retry_after_s
+from oncegate.decision import HOLD, Decision, decide, effective_state, retry_after_s
 from oncegate.downstream.body import BrokenOff, NoBody, NoRoom, TooLarge
 from oncegate.downstream.request import Request
 from oncegate.keys.digests import UnstableScope
@@ -154,7 +154,7 @@ def not_confirmed() -> Refuse:
     return Refuse(problem("store-unavailable", "the claim could not be confirmed before sending"))
 
 
-def upstream_lost(*, timeout: bool, mode: bytes = b"hold", fields: bytes = UNKNOWN) -> Refuse:
+def upstream_lost(*, timeout: bool, mode: bytes = HOLD, fields: bytes = UNKNOWN) -> Refuse:
     """Return the answer to a request that was sent and got no whole response; `mode` is its key's."""
     slug, subject = (
         ("upstream-timeout", "no response came in time") if timeout else ("upstream-lost", "no whole response came")

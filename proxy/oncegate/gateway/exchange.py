@@ -8,7 +8,7 @@ import asyncio
 import random
 import time
 
-from oncegate.decision import Disposition, Ending, Settlement, ending, must_reclaim
+from oncegate.decision import RETRY, Disposition, Ending, Settlement, ending, must_reclaim
 from oncegate.downstream.response import ResponseWriter
 from oncegate.gateway.answers import Refuse, not_confirmed, not_sent, response_not_stored, upstream_lost
 from oncegate.gateway.keyed_request import KeyedRequest
@@ -153,7 +153,7 @@ class Exchange:
     def _send(self, connection: Connection) -> None:
         self.progress.sent, self._held.stage = True, stages.SENT
         claim, request, body = self._held.claim, self._request, self._body
-        if claim.mode == b"retry":
+        if claim.mode == RETRY:
             request = with_fence(request, claim.fence)
         if body.spooled:
             blocks = self._deps.leases.while_ours(self._held, self._scope, body.blocks())

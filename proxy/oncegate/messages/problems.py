@@ -15,6 +15,8 @@ from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any, Self
 
+from oncegate.decision import RETRY
+
 
 @dataclass(frozen=True, slots=True)
 class ProblemKind:
@@ -106,11 +108,11 @@ class Problem:
         return replace(self, kind=replace(self.kind, status=status), retry_after_s=after_s)
 
     def for_mode(self, mode: bytes) -> Self:
-        """Return this problem for a key in the mode `hold` or `retry`.
+        """Return this problem for a key whose mode is the wire value of an UnknownMode.
 
         Under `retry` the same key may be sent again, whatever the row says.
         """
-        if mode != b"retry":
+        if mode != RETRY:
             return self
         return replace(self, kind=replace(self.kind, retryable=True, reuse_key=True))
 

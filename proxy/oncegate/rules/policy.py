@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from oncegate.decision import Disposition
+from oncegate.decision import HOLD, Disposition
 from oncegate.keys.sources import KeySources, Source
 
 
@@ -59,7 +59,7 @@ DEFAULT_STATUSES = Statuses(RELEASE_STATUSES, AMBIGUOUS_STATUSES)
 class Policy:
     """What happens to the requests of a rule, or of the settings alone. Header names are lower-case.
 
-    `methods`: those that are guarded. `mode`: `hold` or `retry`, for keys whose outcome is unknown.
+    `methods`: those that are guarded. `mode`: the wire value of an UnknownMode.
     `max_request_bytes`: 0 for the worker's own limit. `bypass`: a request that the store cannot claim is forwarded
     without protection. `rule`, `preset`: their names, empty without one.
 
@@ -83,7 +83,7 @@ class Policy:
     wait_max_s: float
     max_stored_bytes: int
     statuses: Statuses = DEFAULT_STATUSES
-    mode: bytes = b"hold"
+    mode: bytes = HOLD
     rule: str = ""
     preset: str = ""
     sources: KeySources | None = None

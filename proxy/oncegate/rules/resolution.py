@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from oncegate.decision import UnknownMode
 from oncegate.keys.sources import Header, KeySources, Source
 from oncegate.rules.fields import PARTS, SHARED, TREATING
 from oncegate.rules.model import Match, Rule, Upstream
@@ -28,7 +29,7 @@ def policy_of(settings: Settings) -> Policy:
         wait_max_s=settings.wait_max_s,
         max_stored_bytes=settings.max_stored_bytes,
         max_request_bytes=settings.max_request_bytes,
-        mode=settings.on_unknown.encode(),
+        mode=UnknownMode(settings.on_unknown.encode()).wire,
         bypass=settings.on_store_down == "bypass",
     )
 

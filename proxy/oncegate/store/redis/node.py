@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from oncegate.decision import HOLD
 from oncegate.keys.digests import KEY_DIGEST_BYTES
 from oncegate.store.breaker import Breaker
 from oncegate.store.record import TOKEN_BYTES
@@ -219,7 +220,7 @@ class Node:
         """
         token, timeout_s = os.urandom(TOKEN_BYTES), self._config.timeout_s
         name, deadline = store_key(key), self._loop.time() + timeout_s
-        head = resp(token, b"", b"", b"hold", int(timeout_s * 1000), PROBE_RETENTION_MS)
+        head = resp(token, b"", b"", HOLD, int(timeout_s * 1000), PROBE_RETENTION_MS)
         # By body in a second try, for a server that does not know the script.
         for by_body in (False, True):
             call = ScriptCall(self._claim, name, CLAIM_COUNT, deadline, by_body)
