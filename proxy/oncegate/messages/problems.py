@@ -10,7 +10,7 @@ So nothing between them has to know that URL.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any, Self
@@ -23,54 +23,81 @@ class ProblemKind:
     """One row of the table of problems.
 
     `retryable`: whether sending the request again can help. `reuse_key`: whether the retry may carry the same
-    key; None where that depends on what the client wants. `idempotency`: whether `error.type` is
-    `idempotency_error`, rather than `api_error`.
+    key; None where that depends on what the client wants. `about_key`: whether `error.type` is `idempotency_error`,
+    rather than `api_error`.
     """
 
     status: int
     title: str
+    _: KW_ONLY
     retryable: bool
     reuse_key: bool | None
-    idempotency: bool = True
+    about_key: bool = True
 
 
 KINDS = {
     # oncegate cannot use the key or the credential. Nothing was sent.
-    "key-missing": ProblemKind(400, "This request needs an idempotency key", False, None),
-    "key-invalid": ProblemKind(400, "The idempotency key cannot be used", False, False),
-    "scope-unstable": ProblemKind(400, "The credential changes with every request", False, False),
+    "key-missing": ProblemKind(400, "This request needs an idempotency key", retryable=False, reuse_key=None),
+    "key-invalid": ProblemKind(400, "The idempotency key cannot be used", retryable=False, reuse_key=False),
+    "scope-unstable": ProblemKind(400, "The credential changes with every request", retryable=False, reuse_key=False),
     # A record under the same key decided. This request was not sent.
-    "key-reused": ProblemKind(422, "The idempotency key was used for another request", False, False),
-    "in-flight": ProblemKind(409, "The original request is still running", True, True),
-    "outcome-unknown": ProblemKind(409, "The outcome of the original request is not known", False, None),
-    "response-not-kept": ProblemKind(409, "The original request completed; its response was not stored", False, False),
+    "key-reused": ProblemKind(
+        422, "The idempotency key was used for another request", retryable=False, reuse_key=False
+    ),
+    "in-flight": ProblemKind(409, "The original request is still running", retryable=True, reuse_key=True),
+    "outcome-unknown": ProblemKind(
+        409, "The outcome of the original request is not known", retryable=False, reuse_key=None
+    ),
+    "response-not-kept": ProblemKind(
+        409, "The original request completed; its response was not stored", retryable=False, reuse_key=False
+    ),
     # Nothing was sent, so that the same key can be used again.
-    "body-too-large": ProblemKind(413, "The request's body is too large", False, True, idempotency=False),
-    "store-unavailable": ProblemKind(503, "The store did not confirm the claim; nothing was sent", True, True, False),
-    "overloaded": ProblemKind(503, "The proxy is at its limit; nothing was sent", True, True, False),
-    "upstream-unreachable": ProblemKind(502, "The upstream could not be reached; nothing was sent", True, True, False),
+    "body-too-large": ProblemKind(
+        413, "The request's body is too large", retryable=False, reuse_key=True, about_key=False
+    ),
+    "store-unavailable": ProblemKind(
+        503, "The store did not confirm the claim; nothing was sent", retryable=True, reuse_key=True, about_key=False
+    ),
+    "overloaded": ProblemKind(
+        503, "The proxy is at its limit; nothing was sent", retryable=True, reuse_key=True, about_key=False
+    ),
+    "upstream-unreachable": ProblemKind(
+        502, "The upstream could not be reached; nothing was sent", retryable=True, reuse_key=True, about_key=False
+    ),
     # The upstream may have executed the request, so that the key is unknown.
-    "upstream-lost": ProblemKind(502, "The upstream got the request but sent no full response", False, None, False),
-    "upstream-timeout": ProblemKind(504, "The upstream got the request but sent nothing in time", False, None, False),
+    "upstream-lost": ProblemKind(
+        502, "The upstream got the request but sent no full response", retryable=False, reuse_key=None, about_key=False
+    ),
+    "upstream-timeout": ProblemKind(
+        504, "The upstream got the request but sent nothing in time", retryable=False, reuse_key=None, about_key=False
+    ),
     # Only an operator can say whether the request was executed.
-    "record-corrupt": ProblemKind(500, "The stored record fails its own checks", False, None, False),
+    "record-corrupt": ProblemKind(
+        500, "The stored record fails its own checks", retryable=False, reuse_key=None, about_key=False
+    ),
     # The request was executed. A retry gets the response if it is stored by then, else `outcome-unknown`.
     "answer-not-stored": ProblemKind(
-        502, "The upstream responded; the store did not confirm the response in time", True, True, False
+        502,
+        "The upstream responded; the store did not confirm the response in time",
+        retryable=True,
+        reuse_key=True,
+        about_key=False,
     ),
 }
 # Requests that are refused before oncegate looks for a key, by status. They share one code and have no slug.
 REFUSALS = {
-    400: ProblemKind(400, "The request cannot be understood", False, None, False),
-    405: ProblemKind(405, "This method is not served", False, None, False),
-    408: ProblemKind(408, "The request did not arrive in time", True, True, False),
-    417: ProblemKind(417, "This expectation cannot be met", False, None, False),
-    421: ProblemKind(421, "This host is not served here", False, None, False),
-    431: ProblemKind(431, "The header section is too large", False, None, False),
-    500: ProblemKind(500, "The proxy failed", False, None, False),
-    501: ProblemKind(501, "This is not supported", False, None, False),
-    503: ProblemKind(503, "The proxy is at its limit; nothing was sent", True, True, False),
-    505: ProblemKind(505, "This version of HTTP is not supported", False, None, False),
+    400: ProblemKind(400, "The request cannot be understood", retryable=False, reuse_key=None, about_key=False),
+    405: ProblemKind(405, "This method is not served", retryable=False, reuse_key=None, about_key=False),
+    408: ProblemKind(408, "The request did not arrive in time", retryable=True, reuse_key=True, about_key=False),
+    417: ProblemKind(417, "This expectation cannot be met", retryable=False, reuse_key=None, about_key=False),
+    421: ProblemKind(421, "This host is not served here", retryable=False, reuse_key=None, about_key=False),
+    431: ProblemKind(431, "The header section is too large", retryable=False, reuse_key=None, about_key=False),
+    500: ProblemKind(500, "The proxy failed", retryable=False, reuse_key=None, about_key=False),
+    501: ProblemKind(501, "This is not supported", retryable=False, reuse_key=None, about_key=False),
+    503: ProblemKind(
+        503, "The proxy is at its limit; nothing was sent", retryable=True, reuse_key=True, about_key=False
+    ),
+    505: ProblemKind(505, "This version of HTTP is not supported", retryable=False, reuse_key=None, about_key=False),
 }
 _ONE_SECOND = 1
 
@@ -139,7 +166,7 @@ class Problem:
             "reuse_key": kind.reuse_key,
             **self.members,
             "error": {
-                "type": "idempotency_error" if kind.idempotency else "api_error",
+                "type": "idempotency_error" if kind.about_key else "api_error",
                 "code": self.code,
                 "message": self.detail,
             },
