@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from docs.generate import BLOCK, GROUPS
-from oncegate.keys.sources import KINDS as SOURCES
+from oncegate.keys.sources import SOURCE_KINDS as SOURCES
 from oncegate.messages.fields import HOP_BY_HOP
-from oncegate.messages.problems import KINDS, REFUSALS, problem
+from oncegate.messages.problems import PROBLEM_KINDS, REFUSALS, problem
 from oncegate.messages.request_head import ACTED_ON, FORWARDING
 from oncegate.messages.response_head import NOT_REPLAYED
 from oncegate.observe.logs import FIELDS
@@ -153,11 +153,11 @@ def test_every_problem_has_its_anchor():
     text = text_of("docs/reference/answers.md")
     section = text.partition("\n## Problems\n")[2].partition("\n## ")[0]
     headings = re.findall(r"^### (\S+)$", section, re.MULTILINE)
-    assert headings == list(KINDS)
+    assert headings == list(PROBLEM_KINDS)
     bodies = re.split(r"^### \S+$", section, flags=re.MULTILINE)[1:]
     statuses = [int(body.strip()[:3]) for body in bodies]
-    assert statuses == [kind.status for kind in KINDS.values()]
-    assert [kind.retryable for kind in KINDS.values()] == ["not retryable" not in body for body in bodies]
+    assert statuses == [kind.status for kind in PROBLEM_KINDS.values()]
+    assert [kind.retryable for kind in PROBLEM_KINDS.values()] == ["not retryable" not in body for body in bodies]
 
 
 def test_the_problem_that_is_shown_is_one():
@@ -170,7 +170,7 @@ def test_the_problem_that_is_shown_is_one():
 def test_every_problem_is_in_the_table_of_answers():
     """With the status that it has."""
     table = text_of("docs/reference/answers.md").partition("## What arrives")[2].partition("\n## ")[0]
-    assert [slug for slug in KINDS if f"(#{slug})" not in table] == []
+    assert [slug for slug in PROBLEM_KINDS if f"(#{slug})" not in table] == []
 
 
 def test_every_refusal_is_explained():
@@ -286,6 +286,7 @@ def test_every_event_is_explained():
 
 OLD = (
     "oncegate_eof_framed_total",
+    "oncegate_unscoped_total",
     "oncegate_settle_repeated_total",
     "client_left",
     "settled_total{how",

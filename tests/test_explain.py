@@ -178,7 +178,7 @@ def test_a_request_is_explained(check):
             {
                 "complete": "replayed for 10 s from its claim, then executed",
                 "in flight": "409 in-flight",
-                "scope": "namespace default, tenant common",
+                "scope": "namespace default, tenant without credential",
             },
         ),
         (["POST", "/click", "-H", "Prefer: wait=3"], {"in flight": "waits up to 3 s, then 409"}),

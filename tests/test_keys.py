@@ -244,7 +244,7 @@ def test_nothing_but_the_credential_tells_the_tenant(fields, more):
 
 
 @pytest.mark.parametrize(
-    ("fields", "names", "common"),
+    ("fields", "names", "without_credential"),
     [
         ({b"authorization": [A]}, NAMES, False),
         ({b"x-api-key": [b"k"]}, NAMES, False),
@@ -258,12 +258,12 @@ def test_nothing_but_the_credential_tells_the_tenant(fields, more):
         ({}, (), False),
     ],
 )
-def test_who_sends_no_credential_shares_the_common_tenant(fields, names, common):
-    """A request without a credential belongs to the common tenant, and is marked so if there are scope headers."""
+def test_requests_without_a_credential_share_one_tenant(fields, names, without_credential):
+    """All requests without a credential have one tenant, and are marked if there are scope headers."""
     scope = DIGESTS.scope(b"default", fields, names)
     assert isinstance(scope, Scope)
-    assert scope.common is common
-    assert (scope.tenant == tenant({})) is (common or not names)
+    assert scope.without_credential is without_credential
+    assert (scope.tenant == tenant({})) is (without_credential or not names)
 
 
 def test_the_namespace_is_passed_on_as_it_is():
@@ -328,7 +328,7 @@ def test_a_credential_that_stays_is_a_scope(value):
     """Bearer, Basic and every other scheme whose credential stays the same identify a tenant."""
     scope = DIGESTS.scope(b"default", {b"authorization": [value]}, NAMES)
     assert isinstance(scope, Scope)
-    assert not scope.common
+    assert not scope.without_credential
 
 
 # How they are composed ...

@@ -356,7 +356,7 @@ def test_scopes_beyond_headers():
         for pairs in ([], [(b"authorization", b"1")])
     ]
     assert len({scope.tenant for scope in scopes if isinstance(scope, Scope)}) == 6
-    assert scopes[4].common
+    assert scopes[4].without_credential
     assert isinstance(scope_of(policy, DIGESTS, head((b"authorization", b"Digest x"))), UnstableScope)
     query = changed(scope_headers=(b"query:t",), scope_sources=(parse_source("query:t"),))
     assert isinstance(scope_of(query, DIGESTS, head(target=b"/?t=1&t=2")), BadKey)

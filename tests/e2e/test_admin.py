@@ -46,7 +46,7 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "identity_accepted": ("counter", "", ()),
     "store_breaker_opened": ("counter", "", ()),
     "store_retries": ("counter", "", ()),
-    "unscoped": ("counter", "", ()),
+    "without_credential": ("counter", "", ()),
     "close_delimited": ("counter", "", ()),
     "worker_restarts": ("counter", "", ()),
     "request_seconds": ("histogram", "", ()),
@@ -175,7 +175,7 @@ async def test_every_request_is_counted_once_under_its_outcome(proxies, upstream
     for outcome in SUPPRESSED:
         assert gate.metric(f'duplicates_suppressed_total{{outcome="{outcome}"}}') == wanted[outcome]
     assert gate.metric("replayed_bytes_total") == 2 * len("ok")
-    assert gate.metric("unscoped_total") > 0
+    assert gate.metric("without_credential_total") > 0
     assert gate.metric('settled_total{settlement="released"}') == 1
     assert gate.metric('settled_total{settlement="stored_without_body"}') == 1
     assert gate.metric('settled_total{settlement="unknown"}') == 3

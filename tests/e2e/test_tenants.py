@@ -43,7 +43,7 @@ async def test_one_key_of_many_tenants_is_many_keys(gate, upstream, valkey):
         again = await ask(gate.port, whose(tenant))
         assert (again.header("oncegate-status"), again.body) == (b"replayed", first.body), tenant
     assert len(upstream.received) == len(valkey.records()) == len(TENANTS)
-    assert gate.metric("unscoped_total") == 2
+    assert gate.metric("without_credential_total") == 2
 
 
 async def test_a_cookie_counts_only_without_a_credential(gate, upstream):

@@ -160,7 +160,8 @@ class Explanation:
 
     def _add_identity(self, policy: Policy, head: RequestHead, scope: Scope, identity: Identity) -> None:
         """Add the digests of a guarded request, and the response in each state that its key may have."""
-        tenant = "all" if not policy.scope_headers else "common" if scope.common else scope.tenant.hex()
+        tenant = "without credential" if scope.without_credential else scope.tenant.hex()
+        tenant = tenant if policy.scope_headers else "all"
         self._add("scope", f"namespace {scope.namespace.decode()}, tenant {tenant}")
         self._add("digest", f"{key_id(identity.key)} in logs, {store_key(identity.key).decode()} in the store")
         parts = policy.fingerprint

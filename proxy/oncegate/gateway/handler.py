@@ -231,7 +231,7 @@ class Gateway:
         # Positions, not names: arguments by name cost twice as much (Python 3.11, measured).
         return RequestReport(
             outcome, stored.status, request.message.method, key, 0.0, stored.took_ms / 1000, stored.size,
-            scope.common, "", route.policy.rule, tokens,
+            scope.without_credential, "", route.policy.rule, tokens,
         )  # fmt: skip
 
 
@@ -247,7 +247,7 @@ def _exchange_report(
         request.message.method,
         key,
         upstream_s=progress.upstream_s,
-        common_tenant=scope.common,
+        without_credential=scope.without_credential,
         detail=detail,
         rule=keyed.route.policy.rule,
         settlements=progress.settlements,

@@ -33,7 +33,9 @@ class KeyedRequest:
     def report(self, request: Request, outcome: Outcome, status: int) -> RequestReport:
         """Return the report of a request that was not executed; `status` is what its client got."""
         claim, method, rule = self.claim_request, request.message.method, self.route.policy.rule
-        return RequestReport(outcome, status, method, claim.key, common_tenant=claim.scope.common, rule=rule)
+        return RequestReport(
+            outcome, status, method, claim.key, without_credential=claim.scope.without_credential, rule=rule
+        )
 
 
 @dataclass(slots=True)

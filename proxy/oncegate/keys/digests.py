@@ -30,11 +30,14 @@ def _is_stable(credential: bytes) -> bool:
 
 
 class Scope(NamedTuple):
-    """Whose key it is. `tenant` is a digest of 16 bytes; `common`: the request has no credential."""
+    """Whose key it is. `tenant` is a digest of 16 bytes.
+
+    `without_credential`: the request has neither a scope header nor a cookie, so that all such requests are one tenant.
+    """
 
     namespace: bytes
     tenant: bytes
-    common: bool = False
+    without_credential: bool = False
 
 
 @dataclass(frozen=True, slots=True)

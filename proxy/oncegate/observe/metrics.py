@@ -67,7 +67,9 @@ class Metrics(Collector):
         self._without_usage = Counters(
             "llm_replays_without_usage", "Replays of LLM responses that do not state the tokens they used."
         )
-        self._unscoped = Counters("unscoped", "Guarded requests without a credential. They share one tenant.")
+        self._without_credential = Counters(
+            "without_credential", "Guarded requests without a credential. They share one tenant."
+        )
         self._close_delimited = Counters(
             "close_delimited", "Responses that ended only by closing the connection and were stored as complete."
         )
@@ -161,8 +163,8 @@ class Metrics(Collector):
             self._replayed_bytes.by_value[""] += report.replayed_bytes
             if report.tokens is not None:
                 self._save_tokens(report.tokens)
-        if report.common_tenant:
-            self._unscoped.add()
+        if report.without_credential:
+            self._without_credential.add()
         for settlement in report.settlements:
             self._settled.by_value[settlement.label] += 1
         if report.close_delimited:

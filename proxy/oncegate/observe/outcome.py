@@ -82,7 +82,7 @@ class RequestReport:
     `key` is the digest of its key, empty without one. `upstream_s` is the time spent on the upstream.
     `saved_s` is the upstream time that a replay saved and `replayed_bytes` the size of the body that it sent.
     `tokens` are those that a replay saved at an LLM's API, None where they are not counted.
-    `common_tenant`: the request had no credential, so that it shares its tenant with all such requests.
+    `without_credential`: the request had none, so that it shares its tenant with all such requests.
     `rule` is the name of the rule that decided, empty for none. `settlements` say how its claim ended, and whether it
     was lost; `close_delimited`: a response that ended by closing alone was stored as complete.
     """
@@ -94,7 +94,7 @@ class RequestReport:
     upstream_s: float = 0.0
     saved_s: float = 0.0
     replayed_bytes: int = 0
-    common_tenant: bool = False
+    without_credential: bool = False
     detail: str = ""
     rule: str = ""
     tokens: Tokens | None = None
