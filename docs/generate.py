@@ -17,7 +17,7 @@ from prometheus_client.core import Metric
 
 from oncegate.commands import init
 from oncegate.commands.cli import parser
-from oncegate.messages.problems import KINDS
+from oncegate.messages.problems import PROBLEM_KINDS
 from oncegate.observe.metrics import GAUGES, Metrics
 from oncegate.rules import presets
 from oncegate.settings import loading
@@ -61,7 +61,7 @@ def problems() -> str:
     words = {True: "yes", False: "no", None: ""}
     rows = [
         f"| `{slug}` | {kind.status} | {kind.title} | {words[kind.retryable]} | {words[kind.reuse_key]} |"
-        for slug, kind in KINDS.items()
+        for slug, kind in PROBLEM_KINDS.items()
     ]
     return _table("| type | status | title | retry? | with the same key? |", rows)
 

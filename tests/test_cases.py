@@ -23,7 +23,7 @@ from config.clients.jobs import Job, Jobs, work
 from config.clients.sending import Answer, Outcome, Patience, Result, judge, send
 from oncegate.commands.cli import main
 from oncegate.commands.init import CASES
-from oncegate.messages.problems import KINDS, problem
+from oncegate.messages.problems import PROBLEM_KINDS, problem
 from oncegate.rules.presets import PRESETS
 from oncegate.settings.settings import Settings
 from tests.parts import CHUNKED, LAST_CHUNK, OK, RawUpstream, Tap, abort, answering, ask, chunk, holding, request, until
@@ -148,7 +148,7 @@ def test_what_an_answer_settles(answer, outcome):
     assert judge(answer) is outcome
 
 
-@pytest.mark.parametrize("slug", KINDS)
+@pytest.mark.parametrize("slug", PROBLEM_KINDS)
 def test_what_a_problem_settles(slug):
     """Each of oncegate's own answers has one meaning for the clients, too; in the mode retry, lost is no end."""
     word, outcome = OF_SLUGS[slug]

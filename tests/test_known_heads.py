@@ -14,7 +14,7 @@ from oncegate.buffers.memory import MemoryBudget
 from oncegate.downstream.listener import Listener
 from oncegate.downstream.minimum_rate import MinimumRate
 from oncegate.downstream.request import Request
-from oncegate.known_heads.recent import MAX_HEAD_BYTES, MAX_HEADS, MISSES_BEFORE_SAMPLING, RecentHeads
+from oncegate.known_heads.recent import MAX_HEADS, MAX_STORED_HEAD_BYTES, MISSES_BEFORE_SAMPLING, RecentHeads
 from oncegate.known_heads.requests import HeadCache
 from oncegate.messages.admission import Admission, Refused
 from oncegate.messages.framing import COUNTED
@@ -416,7 +416,7 @@ def test_the_table_is_bounded():
     for number in range(3 * MAX_HEADS):
         table.store(number, 10, number)
     assert len([number for number in range(3 * MAX_HEADS) if table.find(number) is not None]) <= MAX_HEADS
-    table.store("long", MAX_HEAD_BYTES + 1, 1)
+    table.store("long", MAX_STORED_HEAD_BYTES + 1, 1)
     assert table.find("long") is None
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from oncegate.observe.logs import ALARMING, FIELDS, PLAIN, AccessLog
+from oncegate.observe.logs import ERROR_OUTCOMES, FIELDS, PLAIN, AccessLog
 from oncegate.observe.outcome import Outcome, RequestReport
 
 
@@ -45,10 +45,10 @@ def test_a_line_is_json_whatever_is_in_it(capsys, text):
 def test_which_lines_are_written(capsys, outcome):
     """`notable` leaves plain outcomes out, `off` leaves all out; at the level error only alarming ones are left."""
     report = RequestReport(outcome, 200, "POST")
-    assert [line["level"] for line in lines(capsys, report)] == ["error" if outcome.label in ALARMING else "info"]
+    assert [line["level"] for line in lines(capsys, report)] == ["error" if outcome.label in ERROR_OUTCOMES else "info"]
     assert len(lines(capsys, report, selection="notable")) == (outcome.label not in PLAIN)
     assert lines(capsys, report, selection="off") == []
-    assert len(lines(capsys, report, level="error")) == (outcome.label in ALARMING)
+    assert len(lines(capsys, report, level="error")) == (outcome.label in ERROR_OUTCOMES)
 
 
 def test_lines_of_one_turn_keep_their_order(capsys):

@@ -3,7 +3,7 @@
 import pytest
 
 from oncegate.decision import Disposition, Settlement
-from oncegate.messages.problems import KINDS, REFUSALS, problem, refusal
+from oncegate.messages.problems import PROBLEM_KINDS, REFUSALS, problem, refusal
 from oncegate.observe.labels import SETTLEMENTS, StoreLoss
 from oncegate.observe.outcome import BY_LABEL, SUPPRESSED, Outcome, outcome_of
 from oncegate.service.service import LOSSES
@@ -12,7 +12,7 @@ from oncegate.store.redis.health_monitor import LOSSES as HEALTH_LOSSES
 from oncegate.store.results import SettleStatus
 
 
-@pytest.mark.parametrize("slug", KINDS)
+@pytest.mark.parametrize("slug", PROBLEM_KINDS)
 def test_a_problem_has_the_outcome_of_its_code(slug):
     """The label is the slug with underscores."""
     outcome = outcome_of(problem(slug, "a detail"))

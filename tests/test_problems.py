@@ -5,7 +5,7 @@ from email.utils import parsedate_to_datetime
 
 import pytest
 
-from oncegate.messages.problems import KINDS, REFUSALS, Problem, problem, refusal
+from oncegate.messages.problems import PROBLEM_KINDS, REFUSALS, Problem, problem, refusal
 
 NO, YES, NULL = False, True, None
 
@@ -57,7 +57,7 @@ def fields(answer: Problem) -> dict[str, str]:
 
 def test_the_table_has_a_row_for_each_problem():
     """The problems are exactly those of this table."""
-    assert list(KINDS) == list(TABLE)
+    assert list(PROBLEM_KINDS) == list(TABLE)
 
 
 @pytest.mark.parametrize("slug", TABLE)

@@ -10,7 +10,15 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from oncegate.observe.usage import HEAD_BYTES, KINDS, MAX_INFLATED_BYTES, MAX_TOKENS, TAIL_BYTES, Tokens, usage_reader
+from oncegate.observe.usage import (
+    HEAD_BYTES,
+    MAX_INFLATED_BYTES,
+    MAX_TOKENS,
+    TAIL_BYTES,
+    TOKEN_KINDS,
+    Tokens,
+    usage_reader,
+)
 
 many = settings(max_examples=300, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -28,7 +36,7 @@ def read(body: bytes, block: bytes = JSON, piece: int = 1 << 30) -> Tokens:
 
 
 def told(fresh: int = 0, cached: int = 0, written: int = 0, said: int = 0) -> Tokens:
-    return dict(zip(KINDS, (fresh, cached, written, said), strict=True))
+    return dict(zip(TOKEN_KINDS, (fresh, cached, written, said), strict=True))
 
 
 def events(*documents: Any, end: bytes = b"\n", last: bytes = b"") -> bytes:
@@ -286,7 +294,7 @@ def test_any_bytes_are_read(body, block, piece):
     assert one is not None
     for first in range(0, len(body), piece):
         one.add(body[first : first + piece])
-    assert all(kind in KINDS and 0 <= count <= MAX_TOKENS for kind, count in one.tokens().items())
+    assert all(kind in TOKEN_KINDS and 0 <= count <= MAX_TOKENS for kind, count in one.tokens().items())
 
 
 def test_what_is_kept_is_little():

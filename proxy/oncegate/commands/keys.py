@@ -55,7 +55,7 @@ class Session:
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class OperatorDecision:
     """An operator's decision about a record. `action` is resolve or release."""
 
     action: str
@@ -221,7 +221,7 @@ async def _resolve(session: Session, options: argparse.Namespace) -> KeysExit:
     meta = pack(_claim(session, record, token), stored)
     status = await session.store.resolve_by_operator(record.key, record.token, meta, body, session.retention_ms)
     details = {"status": response.status, "bytes": len(body)}
-    return _report(session, Decision("resolve", record, status, details))
+    return _report(session, OperatorDecision("resolve", record, status, details))
 
 
 def _claim(session: Session, record: RecordView, token: bytes) -> Claim:
@@ -250,7 +250,7 @@ async def _release(session: Session, options: argparse.Namespace) -> KeysExit:
     _confirm(options, record.owner_may_live, warning)
     token = await _introduce(session)
     status = await session.store.release_by_operator(record.key, record.token, token, record.fence)
-    return _report(session, Decision("release", record, status))
+    return _report(session, OperatorDecision("release", record, status))
 
 
 async def _introduce(session: Session) -> bytes:
@@ -270,7 +270,7 @@ def _confirm(options: argparse.Namespace, is_risky: bool, warning: str) -> None:
         raise CommandError("nothing was changed")
 
 
-def _report(session: Session, decision: Decision) -> KeysExit:
+def _report(session: Session, decision: OperatorDecision) -> KeysExit:
     """Write the audit line, tell the operator the outcome, and return the exit code."""
     record = decision.record
     line = {

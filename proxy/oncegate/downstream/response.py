@@ -19,7 +19,7 @@ from oncegate.messages.response_head import status_line
 # SO_LINGER values. They decide how the kernel closes the socket, also that of a process that died.
 _RESET, _FIN = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
 # Unsent bytes of one response in this process, above which no more of it should be fetched.
-BACKLOG_BYTES = 65536
+WRITE_BACKLOG_BYTES = 65536
 
 
 class ResponseConnection(Protocol):
@@ -219,7 +219,7 @@ class ResponseWriter:
     def has_backlog(self) -> bool:
         """Whether so much is still unsent that no more should be fetched."""
         transport = self._connection.transport
-        return transport is not None and transport.get_write_buffer_size() > BACKLOG_BYTES
+        return transport is not None and transport.get_write_buffer_size() > WRITE_BACKLOG_BYTES
 
     async def wait_room(self) -> None:
         """Wait until there is room to write more, or the client is cut off."""

@@ -140,7 +140,7 @@ def _derived(text: str) -> Derived:
     return Derived(round(float(text) * 1000))
 
 
-KINDS: dict[str, Callable[[str], SourceKind]] = {
+SOURCE_KINDS: dict[str, Callable[[str], SourceKind]] = {
     "header": _header,
     "body": lambda text: Member(parse_pointer(text)),
     "form": lambda text: FormField(_name(text)),
@@ -153,10 +153,12 @@ KINDS: dict[str, Callable[[str], SourceKind]] = {
 def parse_source(text: str) -> Source:
     """Return the source with this spelling in a rule. Raises ValueError for an unknown or malformed one."""
     kind, colon, rest = text.partition(":")
-    if not colon or kind not in KINDS:
-        raise ValueError(f"{text!r} is not a source; sources begin with {', '.join(f'{kind}:' for kind in KINDS)}")
+    if not colon or kind not in SOURCE_KINDS:
+        raise ValueError(
+            f"{text!r} is not a source; sources begin with {', '.join(f'{kind}:' for kind in SOURCE_KINDS)}"
+        )
     try:
         # Header names are case-insensitive, and the spelling enters joined keys.
-        return Source(text.lower() if kind == "header" else text, KINDS[kind](rest))
+        return Source(text.lower() if kind == "header" else text, SOURCE_KINDS[kind](rest))
     except ValueError as error:
         raise ValueError(f"{text!r} {error}") from None

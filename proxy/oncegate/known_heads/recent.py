@@ -4,7 +4,7 @@ from collections.abc import Hashable
 from typing import Generic, TypeVar
 
 MAX_HEADS = 256
-MAX_HEAD_BYTES = 4096
+MAX_STORED_HEAD_BYTES = 4096
 # From so many misses in a row on, only one head in so many is stored: most traffic there never repeats a head.
 MISSES_BEFORE_SAMPLING = 64
 
@@ -33,7 +33,7 @@ class RecentHeads(Generic[Parsed]):
 
     def store(self, head: Hashable, size: int, parsed: Parsed) -> None:
         """Remember what was made of a head of `size` bytes; one that is too large is ignored."""
-        if size <= MAX_HEAD_BYTES:
+        if size <= MAX_STORED_HEAD_BYTES:
             if len(self._by_head) >= MAX_HEADS:
                 self.clear()
             self._by_head[head] = parsed

@@ -35,7 +35,7 @@ class ProblemKind:
     about_key: bool = True
 
 
-KINDS = {
+PROBLEM_KINDS = {
     # oncegate cannot use the key or the credential. Nothing was sent.
     "key-missing": ProblemKind(400, "This request needs an idempotency key", retryable=False, reuse_key=None),
     "key-invalid": ProblemKind(400, "The idempotency key cannot be used", retryable=False, reuse_key=False),
@@ -104,7 +104,7 @@ _ONE_SECOND = 1
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """An error response as a value. `slug` names its row of `KINDS`, or is empty for a refusal.
+    """An error response as a value. `slug` names its row of `PROBLEM_KINDS`, or is empty for a refusal.
 
     `retry_after_s`: the value of Retry-After, None for no such field. `members`: further members of the body.
     """
@@ -182,12 +182,12 @@ class Problem:
 
 
 def problem(slug: str, detail: str, retry_after_s: int | None = None, **members: Any) -> Problem:
-    """Return the problem of a row of `KINDS`; KeyError for an unknown slug.
+    """Return the problem of a row of `PROBLEM_KINDS`; KeyError for an unknown slug.
 
     `members` are further members of the body. `Problem.with_status` and `Problem.for_mode` apply what a rule
     or a key's mode changes about a row.
     """
-    kind = KINDS[slug]
+    kind = PROBLEM_KINDS[slug]
     return Problem(kind, slug, detail, _retry_after_s(kind.status, retry_after_s), members)
 
 

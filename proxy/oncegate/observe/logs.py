@@ -19,7 +19,7 @@ FIELDS = ("outcome", "method", "status", "key_id", "duration_ms", "upstream_ms",
 # Outcomes that `notable` leaves out.
 PLAIN = frozenset(outcome.label for outcome in (Outcome.EXECUTED, Outcome.PASSTHROUGH))
 # Outcomes that deserve a person's attention beyond the request itself; their lines are errors.
-ALARMING = frozenset(
+ERROR_OUTCOMES = frozenset(
     outcome.label for outcome in (Outcome.RECORD_CORRUPT, Outcome.FAILED, Outcome.FENCED, Outcome.ANSWER_NOT_STORED)
 )
 
@@ -65,7 +65,7 @@ class AccessLog:
     def __call__(self, report: RequestReport, seconds: float, client_gone: bool) -> None:
         """Log one request that took `seconds`, unless its outcome or level is left out."""
         label = report.outcome.label
-        level = "error" if label in ALARMING else "info"
+        level = "error" if label in ERROR_OUTCOMES else "info"
         if label in self._left_out or level not in self._levels:
             return
         upstream_s, detail, rule = report.upstream_s, report.detail, report.rule

@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 from oncegate.observe.families import MAX_UNSORTED, Counters, FamilySnapshot, Histogram, Histograms
 from oncegate.observe.labels import SettlementLabel, StoreLoss
 from oncegate.observe.outcome import SUPPRESSED, Outcome, RequestReport
-from oncegate.observe.usage import KINDS, Tokens
+from oncegate.observe.usage import TOKEN_KINDS, Tokens
 
 VERBS = ("claim", "append", "renew", "settle", "read")
 
@@ -63,7 +63,7 @@ class Metrics(Collector):
         )
         self._saved_s = Counters("upstream_seconds_saved", "Upstream time that replays saved.")
         self._replayed_bytes = Counters("replayed_bytes", "Bytes of response bodies sent from the store.")
-        self._tokens_saved = Counters("llm_tokens_saved", "LLM tokens that replays saved.", "kind", KINDS)
+        self._tokens_saved = Counters("llm_tokens_saved", "LLM tokens that replays saved.", "kind", TOKEN_KINDS)
         self._without_usage = Counters(
             "llm_replays_without_usage", "Replays of LLM responses that do not state the tokens they used."
         )

@@ -18,7 +18,7 @@ from typing import Any
 
 # The kinds of tokens that vendors price apart; each token is of one kind. `input` was read anew, `cached` came from the
 # vendor's prompt cache, `cache_write` was written to it, `output` was generated.
-KINDS = ("input", "cached", "cache_write", "output")
+TOKEN_KINDS = ("input", "cached", "cache_write", "output")
 
 # The first event of an Anthropic stream has less than 1 KiB.
 HEAD_BYTES = 8192
@@ -174,7 +174,7 @@ def _tokens_by_kind(usage: Mapping[str, Any]) -> Tokens:
     else:
         cached = _number(usage, "cache_read_input_tokens") or 0
         written = _number(usage, "cache_creation_input_tokens") or 0
-    return dict(zip(KINDS, (input_, cached, written, output or 0), strict=True))
+    return dict(zip(TOKEN_KINDS, (input_, cached, written, output or 0), strict=True))
 
 
 def _number(values: Mapping[str, Any], *names: str) -> int | None:

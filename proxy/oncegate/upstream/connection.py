@@ -20,7 +20,7 @@ from oncegate.upstream.request import OutgoingRequest
 from oncegate.upstream.response import IncomingResponse
 
 # Buffered bytes of a response at which reading pauses: usually, and while memory is tight.
-HIGH_WATER, TIGHT_HIGH_WATER = 131072, 65536
+BODY_HIGH_WATER, TIGHT_HIGH_WATER = 131072, 65536
 
 
 class OwningPool(Protocol):
@@ -226,7 +226,7 @@ class Connection(asyncio.Protocol):
             return
         if self._head_bytes > MAX_HEAD_BYTES:
             self.fail(UpstreamLost("the upstream's head is too large"))
-        elif self.response.buffered_bytes > (TIGHT_HIGH_WATER if self._pool.buffered.tight else HIGH_WATER):
+        elif self.response.buffered_bytes > (TIGHT_HIGH_WATER if self._pool.buffered.tight else BODY_HIGH_WATER):
             self.pause_reading()
 
     def pause_reading(self) -> None:
@@ -260,7 +260,7 @@ class Connection(asyncio.Protocol):
         tls = self.transport.get_extra_info("ssl_object") if self.transport is not None else None
         # SSLError: it wants more bytes, as there was no close_notify.
         with contextlib.suppress(ssl.SSLError):
-            while tls is not None and (data := tls.read(HIGH_WATER)):
+            while tls is not None and (data := tls.read(BODY_HIGH_WATER)):
                 self.data_received(data)
             if tls is not None:
                 self.eof_received()
