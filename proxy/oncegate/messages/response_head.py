@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import blake2b
 from itertools import chain
+from typing import NamedTuple
 
 from oncegate.messages.fields import (
     HOP_BY_HOP,
@@ -22,8 +23,8 @@ from oncegate.messages.framing import CLOSING, COUNTED, STATED, Framing
 # Meant for one exchange or one browser alone. Age is written anew for each replay.
 NOT_REPLAYED = frozenset((b"set-cookie", b"www-authenticate", b"authentication-info", b"age"))
 
-# The prefix of this proxy's own response fields: an upstream must not send them in its name.
-OURS = b"oncegate-"
+# An upstream's fields with this prefix are dropped: a client would take them for statements of oncegate.
+OWN_FIELD_PREFIX = b"oncegate-"
 
 # What no field value can contain (RFC 9110, section 5.5): all controls but the tab.
 _CONTROLS = bytes(code for code in (*range(32), 127) if code != 9)
@@ -77,8 +78,8 @@ def response_digest(status: int, reason: bytes, block: bytes) -> blake2b:
 def read_response_head(status: int, reason: bytes, pairs: Pairs, head_only: bool) -> ResponseHead | str:
     """Return the head of a final response, or the reason why it cannot be used.
 
-    101 is final as well: what follows is another protocol, up to the end of the connection. `head_only`: the
-    request was a HEAD. Framing follows RFC 9112, section 6.3.
+    101 is final as well: another protocol follows it, up to the end of the connection. `head_only`: the request was
+    a HEAD.
     """
     if not (200 <= status <= 599 or status == 101):
         return f"status {status}"
@@ -92,9 +93,35 @@ def read_response_head(status: int, reason: bytes, pairs: Pairs, head_only: bool
     # A 204 has no body (RFC 9110, section 8.6): a client that believes its length would wait for one.
     if status == 204:
         pairs = [pair for pair in pairs if pair[0].lower() != b"content-length"]
+    body = _body_framing(status, fields, head_only)
+    if isinstance(body, str):
+        return body
     forwarded, replayed = response_blocks(pairs, fields)
+    return ResponseHead(
+        status=status,
+        reason=reason,
+        pairs=pairs,
+        fields=fields,
+        length=body.length,
+        bodiless=body.bodiless,
+        close_delimited=body.close_delimited,
+        forwarded_block=forwarded,
+        replayed_block=replayed,
+    )
+
+
+class _BodyFraming(NamedTuple):
+    """The members of `ResponseHead` that say where the body ends."""
+
+    length: int | None = None
+    bodiless: bool = False
+    close_delimited: bool = False
+
+
+def _body_framing(status: int, fields: Fields, head_only: bool) -> _BodyFraming | str:
+    """Return how the body is framed (RFC 9112, section 6.3), or the reason why the response cannot be used."""
     if status == 101:
-        return ResponseHead(status, reason, pairs, fields, None, False, True, forwarded, replayed)
+        return _BodyFraming(close_delimited=True)
     bodiless = head_only or status in (204, 304)
     length = None
     if b"content-length" in fields:
@@ -102,11 +129,11 @@ def read_response_head(status: int, reason: bytes, pairs: Pairs, head_only: bool
         if length is None:
             return "a Content-Length that is not a number"
     if b"transfer-encoding" in fields:
+        # With both fields, two readers could disagree on where the response ends (RFC 9112, section 11.2).
         if tokens(fields[b"transfer-encoding"]) != [b"chunked"] or length is not None:
             return "a transfer coding other than chunked alone"
-        return ResponseHead(status, reason, pairs, fields, None, bodiless, False, forwarded, replayed)
-    close_delimited = length is None and not bodiless
-    return ResponseHead(status, reason, pairs, fields, length, bodiless, close_delimited, forwarded, replayed)
+        return _BodyFraming(bodiless=bodiless)
+    return _BodyFraming(length=length, bodiless=bodiless, close_delimited=length is None and not bodiless)
 
 
 def _stated_length(lengths: Sequence[bytes]) -> int | None:
@@ -115,7 +142,7 @@ def _stated_length(lengths: Sequence[bytes]) -> int | None:
     return int(length) if len(lengths) == 1 and length.isdigit() and len(length) <= 18 else None
 
 
-_LINE_PREFIXES = LinePrefixes(HOP_BY_HOP | {b"idempotent-replayed"}, OURS)
+_LINE_PREFIXES = LinePrefixes(HOP_BY_HOP | {b"idempotent-replayed"}, OWN_FIELD_PREFIX)
 
 
 def response_blocks(pairs: Pairs, fields: Fields) -> tuple[bytes, bytes]:

@@ -111,7 +111,12 @@ class RulesReader:
         """Return the rule of a table, None where one of its fields has a problem or two contradict each other."""
         errors = len(self._errors)
         values = self._checked(table, RULE)
-        match = Match(values.get("host"), values.get("path"), values.get("methods"), values.get("headers", ()))
+        match = Match(
+            host=values.get("host"),
+            path=values.get("path"),
+            methods=values.get("methods"),
+            headers=values.get("headers", ()),
+        )
         # A rule with a problem elsewhere can still hide a later one.
         if MATCHING.keys().isdisjoint(table.fields.keys() - values.keys()):
             self._matches.append((table, match))
@@ -128,7 +133,14 @@ class RulesReader:
             return None
         upstream = self._upstream_of(table, values.get("upstream"))
         policy = rule_policy(settings, values, key)
-        return Rule(match, policy, upstream, settings, values.get("set_host"), table.lines.get("", 1))
+        return Rule(
+            match=match,
+            policy=policy,
+            upstream=upstream,
+            settings=settings,
+            set_host=values.get("set_host"),
+            line=table.lines.get("", 1),
+        )
 
     def _report_contradictions(
         self, table: Table, values: dict[str, Any], settings: Settings, key: KeySources | None

@@ -47,7 +47,7 @@ def default_rule(settings: Settings) -> Rule:
         max_connections=settings.max_upstream_connections,
         reuse_idle_s=settings.upstream_reuse_idle_s,
     )
-    return Rule(Match(), policy_of(settings), upstream, settings)
+    return Rule(match=Match(), policy=policy_of(settings), upstream=upstream, settings=settings)
 
 
 def preset_values(fields: Mapping[str, Any]) -> dict[str, Any]:
