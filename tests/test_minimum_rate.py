@@ -39,6 +39,6 @@ def test_what_is_left_of_a_window_is_told():
     """Nobody has to wait for longer than to the end of the window."""
     watch = RateWatch(PACE)
     watch.keeps_up(4.0, 1)
-    assert watch.left_s == 6.0
+    assert watch.window_left_s == 6.0
     watch.keeps_up(6.0, 1000)
-    assert watch.left_s == 10.0
+    assert watch.window_left_s == 10.0

@@ -29,7 +29,7 @@ def test_a_forgotten_pool_is_still_reached_while_it_is_used():
     """The drain cuts what is under way on it; the same upstream named anew has a new one."""
     pools = Pools(Named)
     used, unused, kept = pools.of("a"), pools.of("b"), pools.of("c")
-    pools.keep(["c"])
+    pools.retain_only(["c"])
     del unused
     gc.collect()
     assert pools.of("c") is kept

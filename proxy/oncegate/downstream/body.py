@@ -234,7 +234,7 @@ async def read_block(content: StreamReader | BufferedBody, watch: RateWatch) -> 
     while True:
         began, block = now(), b""
         try:
-            async with asyncio.timeout(watch.left_s):
+            async with asyncio.timeout(watch.window_left_s):
                 block = await content.readany()
         except Exception as error:  # what aiohttp made of the client's framing or leaving, or our own timeout
             # The content keeps the error, whose traceback would keep every frame of this request.

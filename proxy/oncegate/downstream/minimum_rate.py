@@ -16,21 +16,20 @@ class MinimumRate(NamedTuple):
 
 
 class RateWatch:
-    """Holds one body to a pace. Only the time that was spent waiting for the client counts."""
+    """Holds one body to a minimum rate. Only the time that was spent waiting for the client counts."""
 
-    __slots__ = ("_moved", "_pace", "left_s")
+    __slots__ = ("_minimum_rate", "_moved", "window_left_s")
 
-    def __init__(self, pace: MinimumRate) -> None:
-        self._pace, self._moved = pace, 0
-        # Of this window.
-        self.left_s = pace.window_s
+    def __init__(self, minimum_rate: MinimumRate) -> None:
+        self._minimum_rate, self._moved = minimum_rate, 0
+        self.window_left_s = minimum_rate.window_s
 
     def keeps_up(self, waited_s: float, moved: int) -> bool:
         """Count what moved within a time of waiting; return False once a window is over that moved too little."""
         self._moved += moved
-        self.left_s -= waited_s
-        if self.left_s > 0:
+        self.window_left_s -= waited_s
+        if self.window_left_s > 0:
             return True
-        fast = self._moved >= self._pace.least
-        self._moved, self.left_s = 0, self._pace.window_s
+        fast = self._moved >= self._minimum_rate.least
+        self._moved, self.window_left_s = 0, self._minimum_rate.window_s
         return fast

@@ -83,7 +83,7 @@ class UsageReader:
         if self._inflater is not None:
             self._inflate(self._inflater, data)
         else:
-            self._keep(data)
+            self._buffer(data)
 
     def tokens(self) -> Tokens:
         """Return what the whole response used, by kind; empty where it does not say, or was not read to its end."""
@@ -103,14 +103,14 @@ class UsageReader:
                 piece = inflater.decompress(data, _PIECE_BYTES)
                 data = inflater.unconsumed_tail
                 self._inflated_bytes += len(piece)
-                self._keep(piece)
+                self._buffer(piece)
                 if self._inflated_bytes > MAX_INFLATED_BYTES:
                     self._is_unreadable = True
                     return
         except zlib.error:
             self._is_unreadable = True
 
-    def _keep(self, data: bytes) -> None:
+    def _buffer(self, data: bytes) -> None:
         if self._is_stream and len(self._head) < HEAD_BYTES:
             self._head += data[: HEAD_BYTES - len(self._head)]
         self._tail = (self._tail + data[-TAIL_BYTES:])[-TAIL_BYTES:]

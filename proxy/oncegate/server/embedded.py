@@ -32,8 +32,8 @@ ANSWER_WAIT_S = 10.0
 LOAD_WAIT_S = 60.0
 # From SHUTDOWN to SIGKILL.
 STOP_WAIT_S = 5.0
-# The pause before a restart doubles from the first to the longest. It starts again after a life of STABLE_S.
-FIRST_RESTART_S, LONGEST_RESTART_S = 0.05, 10.0
+# The delay before a restart doubles from the least to the most, and is the least again after a life of STABLE_S.
+MIN_RESTART_DELAY_S, MAX_RESTART_DELAY_S = 0.05, 10.0
 STABLE_S = 30.0
 
 OLDEST_VERSION = 7
@@ -95,18 +95,18 @@ class EmbeddedStore:
 
     async def watch(self) -> None:
         """Restart the server whenever it dies, until cancelled or `stop` is called. Main thread only."""
-        delay_s = FIRST_RESTART_S
+        delay_s = MIN_RESTART_DELAY_S
         while (process := self._process) is not None:
             exit_status = await wait_for_exit(process)
             # `stop` was called, and ended the server.
             if self._process is None:
                 return
             if time.monotonic() - self._spawned_at > STABLE_S:
-                delay_s = FIRST_RESTART_S
+                delay_s = MIN_RESTART_DELAY_S
             facts = {"exit_status": exit_status, "restart_delay_s": delay_s}
             self._log("embedded store died", **facts, log_tail=" | ".join(self._log_tail(3)))
             await asyncio.sleep(delay_s)
-            delay_s = min(2 * delay_s, LONGEST_RESTART_S)
+            delay_s = min(2 * delay_s, MAX_RESTART_DELAY_S)
             self._restart()
 
     def stop(self) -> None:

@@ -17,8 +17,8 @@ from oncegate.server.signals import ExitCode, StopEvents, stop_events
 from oncegate.server.slots import Slot, Worker
 from oncegate.settings.settings import Settings
 
-# The pause before a restart doubles from the first to the longest. It starts again after a life of STABLE_S.
-FIRST_RESTART_S, LONGEST_RESTART_S = 0.05, 10.0
+# The delay before a restart doubles from the least to the most, and is the least again after a life of STABLE_S.
+MIN_RESTART_DELAY_S, MAX_RESTART_DELAY_S = 0.05, 10.0
 STABLE_S = 30.0
 # A successor that does not serve within this time is killed, and its predecessor stays.
 START_TIMEOUT_S = 30.0
@@ -240,8 +240,8 @@ class Supervisor:
 def _next_delay(last_delay_s: float, lived_s: float) -> float:
     """Return the pause before the next restart of a worker that lived for `lived_s` seconds."""
     if lived_s > STABLE_S or not last_delay_s:
-        return FIRST_RESTART_S
-    return min(2 * last_delay_s, LONGEST_RESTART_S)
+        return MIN_RESTART_DELAY_S
+    return min(2 * last_delay_s, MAX_RESTART_DELAY_S)
 
 
 def _constant(value: float) -> Any:

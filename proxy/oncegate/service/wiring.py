@@ -100,7 +100,7 @@ class Parts:
         # Heads that are known passed the checks of other rules.
         self.head_cache.reset(rules.default.policy.key_header)
         self._first_step.follow(self._admission(rules), routes)
-        self.pools.keep(rule.upstream for rule in rules)
+        self.pools.retain_only(rule.upstream for rule in rules)
 
     def routes(self, rules: Rules) -> Routes:
         """Return the routes of rules. Raises OSError for a certificate that cannot be used."""

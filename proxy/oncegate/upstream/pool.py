@@ -19,8 +19,8 @@ from oncegate.upstream.errors import NotSent, UpstreamLost
 
 # How often deadlines are checked.
 SWEEP_S = 0.05
-# The longest pause before the second attempt to connect, and before any.
-BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.05, 1.0
+# The upper bound of the random pause before an attempt to connect: it doubles from the first to the second of these.
+MIN_BACKOFF_S, MAX_BACKOFF_S = 0.05, 1.0
 # How long the next address of a name waits for the one before (RFC 8305, section 8).
 HAPPY_EYEBALLS_DELAY_S = 0.25
 # Many servers (Node, uvicorn) close a connection after 5 s of idleness; a request must not meet that.
@@ -258,7 +258,7 @@ class Pool:
             except (OSError, ssl.SSLError, asyncio.IncompleteReadError) as error:
                 if attempt == self._connect_retries:
                     raise NotSent(f"the upstream cannot be reached: {type(error).__name__}") from error
-                longest_s = min(BACKOFF_FIRST_S * 2**attempt, BACKOFF_MAX_S)
+                longest_s = min(MIN_BACKOFF_S * 2**attempt, MAX_BACKOFF_S)
                 await asyncio.sleep(random.uniform(0, longest_s))
         raise AssertionError("unreachable")
 

@@ -26,7 +26,7 @@ class Pools:
             self._all.add(pool)
         return pool
 
-    def keep(self, upstreams: Iterable[Hashable]) -> None:
+    def retain_only(self, upstreams: Iterable[Hashable]) -> None:
         """Forget all upstreams but these."""
         named = set(upstreams)
         self._named = {upstream: pool for upstream, pool in self._named.items() if upstream in named}
