@@ -1,12 +1,16 @@
 """Outcomes of requests: each problem has its own, and each value of `Oncegate-Status` that is not `refused`."""
 
+from typing import get_args
+
 import pytest
 
-from oncegate.decision import Disposition, Settlement
+from oncegate.decision import Decision, Disposition, Settlement, UnknownMode
+from oncegate.gateway.exchange import OUTCOMES
 from oncegate.messages.problems import PROBLEM_KINDS, REFUSALS, problem, refusal
 from oncegate.observe.labels import SETTLEMENTS, StoreLoss
 from oncegate.observe.outcome import BY_LABEL, SUPPRESSED, Outcome, outcome_of
 from oncegate.service.service import LOSSES
+from oncegate.settings.settings import Settings
 from oncegate.store.events import StoreEvent
 from oncegate.store.redis.health_monitor import LOSSES as HEALTH_LOSSES
 from oncegate.store.results import SettleStatus
@@ -46,10 +50,36 @@ def test_a_suppressed_duplicate_met_a_record():
 
 def test_every_end_of_a_claim_has_its_label():
     """Each settlement, and each status that replaces one: it was not confirmed, or another owner was in the way."""
-    ends = {settlement.label for settlement in Settlement} | {
-        status.label for status in (SettleStatus.FENCED, SettleStatus.UNCONFIRMED)
-    }
+    # A record that lacks chunks is settled once more, without its body: that end is counted.
+    refused = {status for status in SettleStatus if not status.is_done} - {SettleStatus.INCOMPLETE}
+    ends = {settlement.label for settlement in Settlement} | {status.label for status in refused}
     assert set(SETTLEMENTS) == ends | {"lost"}
+
+
+def test_every_confirmed_settle_is_a_settlement():
+    """The store's words for a settle that was carried out are labels of settlements."""
+    confirmed = {status.label for status in SettleStatus if status.is_done}
+    assert confirmed <= {settlement.label for settlement in Settlement}
+
+
+def test_every_disposition_has_its_outcome():
+    """An exchange reports the outcome that its Oncegate-Status names."""
+    assert set(OUTCOMES) == {disposition.label for disposition in Disposition}
+    for label, (outcome, field) in OUTCOMES.items():
+        assert (outcome.label, field) == (label, f"Oncegate-Status: {label}\r\n".encode())
+
+
+def test_every_decision_is_the_code_of_a_problem():
+    """A duplicate that gets no replay is counted under the outcome that refused it."""
+    decisions = {decision.value for decision in Decision} - {Decision.REPLAY.value}
+    assert decisions <= {slug.replace("-", "_") for slug in PROBLEM_KINDS} & set(BY_LABEL)
+    assert {outcome.label for outcome in SUPPRESSED} == decisions | {"replayed"}
+
+
+def test_the_setting_has_the_modes_of_the_record():
+    """ONCEGATE_ON_UNKNOWN has a value for each mode that a record can have."""
+    values = get_args(Settings.model_fields["on_unknown"].annotation)
+    assert [value.encode() for value in values] == [mode.wire for mode in UnknownMode]
 
 
 def test_a_move_of_the_store_is_no_certain_loss():
