@@ -4,7 +4,7 @@ The rules of this file:
 1. Every function is total and synchronous: it takes what was read, returns a value, and awaits nothing.
 2. A comparison of fingerprints comes first. A request with another fingerprint never learns the key's state.
 3. In doubt a key is unknown. Only a request that was surely not executed frees its key.
-4. Time counts as of now: a record in flight whose lease has passed is unknown, though nobody wrote that.
+4. Time counts as of now: a record in flight whose lease has passed is unknown, though the store still says in_flight.
 
 Which record decides what for a new request (`decide`):
 
@@ -43,7 +43,7 @@ class State(Enum):
 
 
 class UnknownMode(Enum):
-    """What a later request gets whose key is unknown: a refusal, or the key. `wire` is the record's spelling.
+    """What a later request with an unknown key gets: a refusal, or the key. `wire` is the record's spelling.
 
     Policies, claims and records carry `wire`, because the store reads and writes it with every claim.
     """
@@ -61,7 +61,7 @@ RETRY: Final = UnknownMode.RETRY.wire
 
 
 class Decision(Enum):
-    """What a request gets whose key is taken. All but REPLAY are the code of a problem."""
+    """What a request with a taken key gets. All but REPLAY are the code of a problem."""
 
     REPLAY = "replay"
     RESPONSE_NOT_KEPT = "response_not_kept"
@@ -89,7 +89,7 @@ class Settlement(Enum):
 class Ending(Enum):
     """How far the exchange with the upstream got, from the worst to the best, and how that settles its claim."""
 
-    # The upstream may have executed the request, so nobody may run it again.
+    # The upstream may have executed the request, so no other request may execute it.
     NO_RESPONSE = "no_response", Settlement.UNKNOWN
     TRUNCATED = "truncated", Settlement.UNKNOWN
     # Not one byte was sent.

@@ -85,6 +85,8 @@ def _free_port() -> int:
 @contextlib.asynccontextmanager
 async def _proxy(upstream: str, folder: Path) -> AsyncIterator[str]:
     """Run `oncegate serve` on an embedded store, yield its URL, and stop it at the end."""
+    # Another process may take a free port before the proxy binds it: the demo then fails to start, and can be
+    # repeated.
     public, admin = (f"127.0.0.1:{_free_port()}" for _ in range(2))
     # The settings of the shell that runs the demo do not apply to it.
     env = {name: value for name, value in os.environ.items() if not name.startswith("ONCEGATE_")}
@@ -108,6 +110,7 @@ async def _proxy(upstream: str, folder: Path) -> AsyncIterator[str]:
 async def _until_ready(url: str, process: asyncio.subprocess.Process) -> None:
     async with asyncio.timeout(START_TIMEOUT_S), aiohttp.ClientSession() as session:
         while process.returncode is None:
+            # Until the proxy has bound the port, connections are refused.
             with contextlib.suppress(aiohttp.ClientConnectionError):
                 async with session.get(url) as response:
                     if response.status == 200:

@@ -116,6 +116,7 @@ class Explanation:
         self._add("rule", place if rule.name else "none matches; the settings apply")
         policy, origin = rule.policy, rule.upstream.origin
         host = head.host.decode() if policy.pass_host and head.host else rule.set_host or origin.authority
+        # latin-1, because a target may have any bytes.
         line = f"{origin.scheme}://{origin.authority}{origin.path_prefix}{head.target.decode('latin-1')}, Host: {host}"
         self._add("upstream", line)
 
@@ -187,6 +188,7 @@ def _by_state(policy: Policy, head: RequestHead, identity: Identity) -> Iterable
         period = f"{window_s:g} s from its claim, then executed" if window_s else f"{retention_s:g} s"
         yield "complete", f"replayed for {period}"
     yield "unknown", "executed again" if policy.mode == RETRY else "409 outcome-unknown"
+    # A fingerprint without any part is the same for all requests.
     if policy.fingerprint != frozenset():
         yield "other content", "422 key-reused, if the fingerprint differs"
     yield "released on", _statuses(policy, Disposition.RELEASE)
@@ -218,4 +220,5 @@ def _request(url: str, headers: Sequence[str], body: bytes) -> tuple[list[tuple[
         pairs.insert(0, (b"Host", (match["host"] or "localhost").encode()))
     if body and b"content-length" not in names:
         pairs.append((b"Content-Length", b"%d" % len(body)))
+    # A URL without a path has the path / (RFC 9110, section 4.2.3).
     return pairs, ("/" + target if target.startswith("?") else target).encode()

@@ -12,6 +12,7 @@ from oncegate.store.record_name import parse_record_id
 from oncegate.store.record_view import RecordView, identities, read_record, scan
 from oncegate.store.store import Store
 
+# 48 bits: with a million records, the chance that any two share them is 0.2 %.
 MIN_ID_CHARACTERS = 8
 SCOPE_BYTES = 16
 # base64url, RFC 4648, section 5
@@ -38,6 +39,7 @@ async def _digest_by_id(store: Store, record_id: str) -> bytes:
         return digest
     if len(record_id) < MIN_ID_CHARACTERS or not set(record_id) <= _ID_CHARACTERS:
         raise usage_error(f"an id has 32 characters; give at least its first {MIN_ID_CHARACTERS}")
+    # SCAN may return a record more than once, so that a list would count it twice.
     matches = {record.key async for record in scan(store, record_id)}
     if not matches:
         raise CommandError("there is no record with this id")
@@ -50,6 +52,7 @@ async def _digest_by_key(settings: Settings, store: Store, options: argparse.Nam
     """Return the digest of the key that `KEY` and the scope options name, as the proxies on this store compute it."""
     if options.key is None:
         raise usage_error("give a key, or a record's id with --id")
+    # A key may have bytes that are not UTF-8: Python passes those of an argument on as surrogates (PEP 383).
     key = parse_key([options.key.encode("utf-8", "surrogateescape")])
     if isinstance(key, BadKey):
         raise usage_error(key.detail)

@@ -46,6 +46,7 @@ def _write_all(contents: dict[Path, bytes]) -> None:
                 written.append(path)
                 file.write(content)
     except OSError:
+        # One file without the other would look like a complete example.
         for path in written:
             path.unlink()
         raise

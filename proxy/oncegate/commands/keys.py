@@ -31,7 +31,7 @@ from oncegate.store.results import ResolveStatus
 from oncegate.store.store import Store
 
 TIMEOUT_MS = 5000
-# What to tell an operator whose decision the store did not carry out.
+# Messages for decisions that the store did not carry out.
 NOT_CARRIED_OUT = {
     ResolveStatus.ABSENT: "the record is gone by now; nothing was changed",
     ResolveStatus.COMPLETE: "the owner completed it meanwhile, with its own response; nothing was changed",
@@ -165,6 +165,7 @@ async def _facts(store: Store, record: RecordView) -> dict[str, Any]:
     facts: dict[str, Any] = {"id": record_id(record.key), "state": record.state.value, "scope": record.tenant.hex()}
     if record.created_ms:
         facts["claimed"] = _iso_time(record.created_ms)
+        # After a failover the time comes from another server, whose clock may be behind.
         facts["age_s"] = max(0, record.now_ms - record.created_ms) // 1000
     facts["owner"] = owner
     if silent_ms is not None:
@@ -190,6 +191,7 @@ def _unfinished_facts(record: RecordView) -> dict[str, Any]:
         "lease_left_ms": record.lease_left_ms,
     }
     known = {name: value for name, value in facts.items() if value}
+    # A damaged record may have any bytes in this field, and must not end the list.
     return known | {"mode": record.mode.decode("ascii", "replace"), "owner_may_live": record.owner_may_live}
 
 
@@ -234,6 +236,7 @@ def _claim(session: Session, record: RecordView, token: bytes) -> Claim:
         fingerprint=record.fingerprint,
         self_check=record.self_check,
         created_ms=record.created_ms,
+        # A complete record has no lease.
         lease_ms=0,
         retention_ms=session.retention_ms,
     )

@@ -27,6 +27,7 @@ def operator_response(options: argparse.Namespace) -> OperatorResponse:
     body = _read_body(options.body_file)
     head = _head(options)
     if head.bodiless and body:
+        # A client takes bytes behind a 204 or a 304 for the next response (RFC 9112, section 6.3).
         raise usage_error(f"a response with status {options.status} has no body")
     stored = StoredResponse(
         status=options.status,

@@ -71,6 +71,7 @@ def _retry_count(sources: KeySources, alternative: Sequence[Source], given: Sour
     if sources.retry_count_header is None or not any(isinstance(source.kind, Derived) for source in alternative):
         return None
     lines = given.head.fields.get(sources.retry_count_header, ())
+    # SDKs retry a few times: a larger number is no count of retries.
     if len(lines) != 1 or not re.fullmatch(rb"[0-9]{1,4}", lines[0].strip(b" \t")):
         return Missing("neither a key nor a retry count was sent")
     return int(lines[0])
@@ -128,6 +129,7 @@ def _read(kind: SourceKind, given: SourceInput) -> bytes | Missing | BadKey:
 def _field(fields: Fields, name: bytes) -> bytes | Missing | BadKey:
     """Return the value of a header that is a part of a key: without its quotes where it is well-formed as a key."""
     lines = fields.get(name, ())
+    # With two values, the proxy and the upstream could act on different ones.
     if len(lines) > 1:
         return BadKey("a header with a part of the key was sent more than once")
     value = lines[0].strip(b" \t") if lines else b""

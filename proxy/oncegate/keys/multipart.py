@@ -62,7 +62,7 @@ def _boundary(content_type: bytes) -> bytes | None:
 
 
 def _only(values: list[bytes | None]) -> bytes | Missing | BadKey:
-    """Return the only value; None in the list stands for a file."""
+    """Return the only value; None in the list marks a file."""
     if len(values) > 1:
         return BadKey("the form has the field that holds the key twice")
     if not values or values[0] == b"":

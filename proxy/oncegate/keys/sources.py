@@ -137,6 +137,7 @@ def _derived(text: str) -> Derived:
         raise ValueError("must be followed by its window in seconds")
     if not 0 < float(text) <= MAX_WINDOW_S:
         raise ValueError(f"has a window that is not over 0 and up to {MAX_WINDOW_S} seconds")
+    # Rounded: 1.001 * 1000 is 1000.9999999999999 in floating point.
     return Derived(round(float(text) * 1000))
 
 

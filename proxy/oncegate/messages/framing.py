@@ -1,4 +1,4 @@
-"""How a client is told where a response's body ends. Pure."""
+"""How a response to a client marks the end of its body. Pure."""
 
 from typing import Final, NamedTuple
 

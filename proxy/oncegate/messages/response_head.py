@@ -52,7 +52,7 @@ class ResponseHead:
     replayed_block: bytes
     is_event_stream: bool = field(init=False)
     age_s: int = field(init=False)
-    # How the client is told where the body ends.
+    # How the response to the client marks the end of its body.
     framing: Framing = field(init=False)
     _digest: blake2b | None = field(init=False, default=None, compare=False)
 

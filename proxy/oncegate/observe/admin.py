@@ -26,11 +26,13 @@ def admin_app(metrics: MetricsText, not_ready_reasons: Reasons, notices: Reasons
         return web.Response(body=await metrics(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def healthz(_: web.Request) -> web.Response:
+        # The event loop runs. Nothing else counts here, because a restart does not repair a store that is down.
         return web.json_response({"alive": True})
 
     async def readyz(_: web.Request) -> web.Response:
         reasons = await not_ready_reasons()
         content = {"ready": not reasons, "reasons": [*reasons, *await notices()]}
+        # A load balancer reads the status alone; the reasons are for people.
         return web.json_response(content, status=503 if reasons else 200, dumps=json.dumps)
 
     app = web.Application()

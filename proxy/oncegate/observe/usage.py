@@ -1,8 +1,8 @@
 """What a stored response of an LLM's API says it used, read while the response is replayed. Pure.
 
-Only the beginning and the end of a body are kept, and only the objects named `usage` in it are parsed. A JSON response
-of either vendor has its usage near the end. A stream has it in one of its last events and, with Anthropic, a part of
-it in the first.
+Only the beginning and the end of a body are buffered, and only the objects named `usage` in it are parsed. A JSON
+response of either vendor has its usage near the end. A stream has it in one of its last events and, with Anthropic, a
+part of it in the first.
 
 A model can write an object named `usage` as well, for example into the arguments of a tool. The depth tells them
 apart: the response's own is at a depth that only it can have, and the depth follows from the brackets that close after
@@ -62,7 +62,7 @@ def usage_reader(status: int, block: bytes, size: int) -> "UsageReader | None":
 
 
 class UsageReader:
-    """Reads along with a replay, and keeps 40 KiB of the body at most.
+    """Reads along with a replay, and buffers 40 KiB of the body at most.
 
     A body in a content coding other than gzip or deflate is not read, nor is one in several codings.
     """

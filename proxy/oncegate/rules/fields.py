@@ -21,6 +21,7 @@ from oncegate.settings.wording import complaint
 # The parts of a fingerprint.
 PARTS = ("method", "host", "target", "type", "body")
 # The statuses that a duplicate can get while its original is running.
+# 409 is that of draft-ietf-httpapi-idempotency-key-header; many clients retry a 429 or a 503 by themselves.
 IN_FLIGHT = (409, 429, 503)
 # Settings that a rule or a preset can set for its requests, under the same name in lower case.
 SHARED = (
@@ -109,6 +110,7 @@ def _file(value: Any) -> Any:
 
 
 def _name(text: str) -> str:
+    # A name appears in log lines and messages, where a control character could forge a line.
     if not re.fullmatch(r"[!-~](?:[ -~]{0,62}[!-~])?", text):
         raise ValueError("must be 1 to 64 visible ASCII characters")
     return text
@@ -122,6 +124,7 @@ def _methods(value: Any) -> frozenset[str]:
 
 
 def _method(text: str) -> str:
+    # CONNECT would open a tunnel to any host, and TRACE returns credentials (RFC 9110, sections 9.3.6 and 9.3.8).
     if not re.fullmatch(r"[A-Z]{1,32}", text.upper()) or text.upper() in ("CONNECT", "TRACE"):
         raise ValueError(f"{text!r} is not a method that oncegate serves")
     return text.upper()
@@ -130,6 +133,7 @@ def _method(text: str) -> str:
 def _headers(value: Any) -> tuple[tuple[bytes, str], ...]:
     if not isinstance(value, dict) or not all(isinstance(glob, str) for glob in value.values()):
         raise ValueError('must be a table of names and patterns, such as { "User-Agent" = "Stripe/*" }')
+    # Field names are case-insensitive (RFC 9110, section 5.1), but keys of a TOML table are not.
     if len({name.lower() for name in value}) < len(value):
         raise ValueError("has the same header twice")
     return tuple((parse_header(name).lower().encode(), glob) for name, glob in value.items())
@@ -160,6 +164,7 @@ def _key(value: Any) -> tuple[tuple[Source, ...], ...]:
 
 def _scope(text: str) -> Source:
     source = parse_source(text)
+    # The tenant has to be known before the body arrives, so that no source in the body can name it.
     if text.partition(":")[0] not in ("header", "query", "path"):
         raise ValueError(f"{text!r} cannot identify a tenant; header:, query: and path: can")
     return source

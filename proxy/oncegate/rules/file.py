@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 TABLES = ("rule", "upstream")
+# A path to the wrong file, such as a log, must not fill the memory.
 MAX_FILE_BYTES = 4_194_304
 
 # `[[rule]]`, or `[rule.headers]` with `headers` as the nested table.
 _HEADER = re.compile(r"\s*\[\[?\s*[\"']?(?P<table>[\w-]+)[\"']?\s*(?:\.\s*(?P<nested>[^\]]+?)\s*)?\]\]?")
+# A dotted name, such as `headers.User-Agent`, belongs to the field before its first dot.
 _FIELD = re.compile(r"\s*[\"']?(?P<name>[\w-]+)[\"']?\s*(?:\.[^=]*)?=")
 
 
@@ -67,6 +69,7 @@ def read_tables(file: Path) -> list[Table]:
         raise FileError([f"{file}: is not UTF-8 text"]) from None
     except tomllib.TOMLDecodeError as error:
         raise FileError([_not_toml(file, str(error), text.count("\n") + 1)]) from None
+    # tomllib parses nested arrays and tables by recursion.
     except RecursionError:
         raise FileError([f"{file}: is nested too deeply"]) from None
     return _tables(file, document, _lines(text))

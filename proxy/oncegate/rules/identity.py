@@ -97,6 +97,7 @@ def fingerprint_parts(policy: Policy, head: RequestHead) -> tuple[bytes, ...]:
         # Without pass_host the upstream never sees the client's Host, so it is no part of the request.
         head.host.lower() if policy.pass_host else b"",
         head.target,
+        # Lines of one field have the same meaning as their comma list (RFC 9110, section 5.2).
         b",".join(fields.get(b"content-type", ())),
         b",".join(fields.get(b"content-encoding", ())),
     )

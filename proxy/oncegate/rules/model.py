@@ -47,6 +47,7 @@ class Match:
             return False
         for name, pattern in self._headers:
             values = head.fields.get(name)
+            # A field may come in several lines, and an upstream may act on any one of them.
             if values is None or not all(pattern.fullmatch(value.strip(b" \t")) for value in values):
                 return False
         return True
@@ -54,6 +55,7 @@ class Match:
     @property
     def conditions(self) -> tuple[object, ...]:
         """All conditions in a fixed order, for comparison."""
+        # Sorted: the order of a set differs from process to process, and replicas compare these values.
         return self.host, self.path, self.methods and sorted(self.methods), sorted(self.headers.items())
 
     def includes(self, other: "Match") -> bool:
@@ -112,6 +114,7 @@ class Rules:
 
     def choose(self, head: RequestHead) -> Rule:
         """Return the first rule that matches a request, else the default."""
+        # The normalized path (RFC 3986, section 6.2.2): `/x/../v1/charges` must not evade the rule for `/v1/charges`.
         path = normalized_path(head.target)
         return next((rule for rule in self.rules if rule.match(head, path)), self.default)
 

@@ -9,7 +9,7 @@ from functools import cache
 
 from oncegate.messages.target import normalized_path
 
-# A whole segment that stands for any number of segments, or for none.
+# A whole segment that matches any number of segments, or none.
 MANY = "**"
 
 _PATH = re.compile(r"(?:/[!-~]*)+")

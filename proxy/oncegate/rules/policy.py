@@ -21,6 +21,7 @@ class Statuses:
             for entry in entries:
                 self._add(entry.lower(), disposition)
         # By whether there is a Retry-After, then by status (200 to 599). The request path looks it up itself.
+        # A 1xx is interim and decides nothing (RFC 9110, section 15.2).
         self.by_retry_after = tuple(
             {status: self._look_up(status, retry_after) for status in range(200, 600)} for retry_after in (False, True)
         )

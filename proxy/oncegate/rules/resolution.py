@@ -18,11 +18,13 @@ def policy_of(settings: Settings) -> Policy:
     """Return the policy of the settings alone, without any rule."""
     return Policy(
         methods=frozenset(settings.methods),
+        # Field names are case-insensitive (RFC 9110, section 5.1); heads have them in lower case.
         key_header=settings.key_header.lower().encode(),
         key_required=settings.key_required,
         namespace=settings.namespace.encode(),
         scope_headers=tuple(name.lower().encode() for name in settings.scope_headers),
         pass_host=settings.pass_host,
+        # Redis takes whole milliseconds (PEXPIRE).
         retention_ms=int(settings.retention_s * 1000),
         lease_ms=settings.lease_ms,
         wait_for_duplicates=settings.on_duplicate == "wait",
@@ -70,12 +72,14 @@ def rule_policy(settings: Settings, values: dict[str, Any], key: KeySources | No
         "in_flight_status": values.get("in_flight_status", 409),
     }
     if key is not None:
+        # One header alone is looked up by its name, without the cost of sources.
         header = key.only_header
         changes |= {"key_header": header} if header else {"sources": key}
     if "namespace" in values:
         changes["namespace"] = values["namespace"].encode()
     if "scope" in values:
         changes |= _scope(values["scope"])
+    # All parts are no choice: with None, a derived key is the fingerprint and costs no second digest.
     if "fingerprint" in values and set(values["fingerprint"]) != set(PARTS):
         changes["fingerprint"] = frozenset(values["fingerprint"])
     if "forward_key" in values:

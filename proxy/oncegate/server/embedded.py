@@ -32,7 +32,7 @@ ANSWER_WAIT_S = 10.0
 LOAD_WAIT_S = 60.0
 # From SHUTDOWN to SIGKILL.
 STOP_WAIT_S = 5.0
-# The delay before a restart doubles from the least to the most, and is the least again after a life of STABLE_S.
+# The delay before a restart doubles from the minimum to the maximum. A life of STABLE_S resets it.
 MIN_RESTART_DELAY_S, MAX_RESTART_DELAY_S = 0.05, 10.0
 STABLE_S = 30.0
 
@@ -55,7 +55,7 @@ def socket_url(data_dir: Path) -> str:
 
 
 class EmbeddedStoreError(Exception):
-    """The embedded store cannot run; the text tells the operator the reason and what to do."""
+    """The embedded store cannot run; the text states the reason and the remedy for the operator."""
 
 
 class EmbeddedStore:
@@ -233,7 +233,7 @@ def _make_executable(server: Path) -> bool:
 
 
 def _major_version(server: str) -> int:
-    """Return 7 for `Redis server v=7.0.15 sha=...`; 0 if the binary does not tell its version."""
+    """Return 7 for `Redis server v=7.0.15 sha=...`; 0 if the binary does not state its version."""
     try:
         output = subprocess.run([server, "--version"], capture_output=True, timeout=5, check=False).stdout
     except (OSError, subprocess.SubprocessError):

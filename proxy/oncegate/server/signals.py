@@ -1,4 +1,4 @@
-"""Stop signals, and the exit codes that tell an init system how the process ended."""
+"""Stop signals, and the exit codes that show an init system how the process ended."""
 
 import asyncio
 import signal

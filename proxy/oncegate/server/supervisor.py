@@ -17,7 +17,7 @@ from oncegate.server.signals import ExitCode, StopEvents, stop_events
 from oncegate.server.slots import Slot, Worker
 from oncegate.settings.settings import Settings
 
-# The delay before a restart doubles from the least to the most, and is the least again after a life of STABLE_S.
+# The delay before a restart doubles from the minimum to the maximum. A life of STABLE_S resets it.
 MIN_RESTART_DELAY_S, MAX_RESTART_DELAY_S = 0.05, 10.0
 STABLE_S = 30.0
 # A successor that does not serve within this time is killed, and its predecessor stays.

@@ -50,7 +50,7 @@ def main(number: int, supervisor_pid: int, link: int, listeners: list[int], stor
     a store.
     """
     # Until the worker serves, the default action of this signal ends the process. If the supervisor is dead already,
-    # the end of the link tells so.
+    # the end of the link shows it.
     with contextlib.suppress(OSError):
         die_with_parent(supervisor_pid, SUPERVISOR_DIED)()
     # By default SIGHUP would end the process: the supervisor forwards it to all workers for a reload.

@@ -9,6 +9,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_net
 
 Network = IPv4Network | IPv6Network
 
+# RFC 9110, sections 4.2.1 and 4.2.2.
 DEFAULT_PORTS = {"http": 80, "https": 443}
 WILDCARDS = frozenset(("0.0.0.0", "::"))
 
@@ -36,6 +37,7 @@ class Address:
     def overlaps(self, other: "Address") -> bool:
         """Return whether a connection to one address could reach the listener of the other."""
         hosts = {self.host, other.host}
+        # A listener on a wildcard takes the connections to every address of the machine.
         return self.port == other.port != 0 and (len(hosts) == 1 or not hosts.isdisjoint(WILDCARDS))
 
 
@@ -83,6 +85,7 @@ def parse_host_and_port(authority: str, default_port: int) -> str:
     host, port = split_authority(authority)
     host = normalized_host(host)
     if port == 0:
+        # With port 0 the system chooses a port, which makes no sense for a server to connect to.
         raise ValueError("has the port 0")
     return f"{bracketed(host)}:{port or default_port}"
 
@@ -106,6 +109,7 @@ def parse_origin(text: str) -> Origin:
     host, port = split_authority(match["authority"])
     if port == 0:
         raise ValueError("has the port 0")
+    # A target begins with a slash: with another one before it, the upstream would get another path.
     return Origin(scheme, normalized_host(host), port or DEFAULT_PORTS[scheme], match["path"].rstrip("/"))
 
 
@@ -115,6 +119,7 @@ def split_authority(authority: str) -> tuple[str, int | None]:
     if match is None:
         raise ValueError("must be a host with an optional port; an IPv6 address needs brackets")
     port = None if match["port"] is None else int(match["port"])
+    # A TCP port has 16 bits (RFC 9293, section 3.1).
     if port is not None and port > 65535:
         raise ValueError("has a port over 65535")
     return match["host"], port
@@ -140,6 +145,7 @@ def _ipv6(text: str) -> str:
 
 
 def _host_name(name: str) -> str:
+    # 253 characters and a final dot, which make 255 octets in DNS (RFC 1035, section 2.3.4).
     if len(name) > 254 or _NAME.fullmatch(name) is None:
         raise ValueError("not a host name")
     return name

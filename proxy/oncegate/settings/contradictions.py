@@ -53,12 +53,15 @@ def _without_testing(fault: object, testing: bool) -> bool:
 
 
 CONTRADICTIONS = (
+    # A record that expires before its lease frees the key of a request that still runs.
     Contradiction("retention_s", "must not be shorter than", "lease_ms", _shorter_than_lease),
+    # The response would expire before the last duplicate that waits for it can read it.
     Contradiction("retention_s", "must not be shorter than", "wait_max_s", lt),
     Contradiction("tls_cert_file", "is missing beside", "tls_key_file", _missing),
     Contradiction("tls_key_file", "is missing beside", "tls_cert_file", _missing),
     Contradiction("upstream_cert_file", "is missing beside", "upstream_key_file", _missing),
     Contradiction("upstream_key_file", "is missing beside", "upstream_cert_file", _missing),
+    # Over plain HTTP these files have no effect, and an operator would believe that the connection is encrypted.
     Contradiction("upstream_ca_file", "needs https in", "upstream", _without_tls),
     Contradiction("upstream_cert_file", "needs https in", "upstream", _without_tls),
     Contradiction("upstream_key_file", "needs https in", "upstream", _without_tls),
@@ -67,7 +70,9 @@ CONTRADICTIONS = (
     Contradiction("key_header", "must not be one of", "scope_headers", _among),
     Contradiction("max_request_bytes", "must not be larger than", "max_spool_bytes", gt),
     Contradiction("max_stored_bytes", "must not be larger than", "max_buffered_bytes", gt),
+    # A fault kills or pauses the process, so that a stray variable must not have one in production.
     Contradiction("fault", "is accepted only together with", "testing", _without_testing),
+    # The embedded store has no replica: it would never confirm a claim.
     Contradiction("durability", "replicated needs a store with replicas in", "store_url", _cannot_replicate),
     Contradiction("spool_dir", "must be a writable folder to hold", "max_spool_bytes", _unwritable),
 )

@@ -9,6 +9,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 def usable(cgroup: Path = CGROUP) -> int:
     """Return the number of cores, at least 1: the process's affinity, or the container's quota where that is less."""
+    # Rounded up: with half a core there is still one worker.
     return math.ceil(min(len(os.sched_getaffinity(0)), _quota(cgroup)))
 
 

@@ -70,6 +70,7 @@ def _variables() -> dict[str, str]:
     except (OSError, UnicodeDecodeError):
         raise SettingsError([f"{ENV_FILE}: cannot be read as UTF-8 text"]) from None
     # Pydantic accepts names in any case, too.
+    # A Compose file with `${NAME}` passes an unset variable on as an empty one.
     return {name.upper(): value for name, value in variables if value and name.upper().startswith(PREFIX)}
 
 
@@ -92,11 +93,14 @@ def _secrets_from_files(variables: Mapping[str, str]) -> tuple[dict[str, Any], l
 
 def _content(path: str) -> str:
     try:
+        # Editors and `echo` write a line end, which is not part of the secret.
         text = Path(path).read_text(encoding="utf-8").rstrip("\r\n")
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
+        # Without its cause: the decoder's error contains the bytes of the secret.
         raise ValueError("cannot be read as UTF-8 text") from None
+    # An empty file is a mount that failed: as ONCEGATE_SECRET it would switch the keyed digests off.
     if not text:
         raise ValueError("the file is empty")
     return text
@@ -113,7 +117,7 @@ def _unknown(variables: Iterable[str]) -> list[str]:
 def _validate(contents: dict[str, Any]) -> tuple[Settings, dict[str, str]]:
     """Return the settings, and the problem of each invalid one by its name.
 
-    An invalid setting has a valid substitute, so that contradictions among the others are found as well.
+    An invalid setting has a valid substitute, so that contradictions among the others are reported as well.
     """
     try:
         return Settings(**contents), {}

@@ -86,6 +86,7 @@ def parse_server_group(text: str) -> ServerGroup | None:
     db = query.pop("db", "0")
     if kind is GroupKind.SENTINEL and not match["service"]:
         raise ValueError("must name the service that the sentinels watch, such as redis+sentinel://h1:26379/mymaster")
+    # Redis Cluster has the database 0 alone.
     if kind is GroupKind.CLUSTER and (match["service"] or match["query"]):
         raise ValueError("must end after the hosts: a cluster has neither a service nor a number of a database")
     if query or not db.isdecimal():
@@ -97,6 +98,7 @@ def parse_server_group(text: str) -> ServerGroup | None:
         places=tuple(parse_host_and_port(place, _DEFAULT_PORTS[kind]) for place in parse_list(match["places"])),
         service=match["service"] or "",
         db=int(db),
+        # In a URL, `@`, `/` or `:` would end a password (RFC 3986, section 3.2.1).
         sentinel_user=":".join(quote(part, safe="") for part in sentinel_user) + "@" if any(sentinel_user) else "",
     )
 

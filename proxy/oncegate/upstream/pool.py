@@ -57,8 +57,8 @@ class Pool:
         # The longest idle first.
         self._idle: list[Connection] = []
         self._epoll = select.epoll()
-        # The sockets that had something to read when this turn of the loop asked, and how many connections at the
-        # beginning of `_idle` that answer covers. 0: it has to be asked again.
+        # The sockets with something to read, as epoll reported them in this turn of the loop, and how many connections
+        # at the beginning of `_idle` that report covers. 0: epoll has to report first.
         self._readable, self._checked = set[int](), 0
         self._is_recheck_due = False
         self._open_count = 0
@@ -93,7 +93,7 @@ class Pool:
         return None if self._queue or self.shut else self._reuse(reuse_idle_s)
 
     def release(self, connection: Connection) -> None:
-        """Take a connection back: kept for the next request if this one left it clean, else closed."""
+        """Take a connection back. It stays open for the next request if this one left it clean."""
         self._active.discard(connection)
         if connection.is_reusable:
             connection.become_idle()
@@ -167,7 +167,7 @@ class Pool:
     def _reuse(self, reuse_idle_s: float) -> Connection | None:
         """Return the connection that became idle last, if it is clean and young enough; close those that are not clean.
 
-        A request must not be sent on a connection that the upstream has closed: nobody could tell whether it arrived.
+        A request must not be sent on a connection that the upstream has closed: nobody could know whether it arrived.
         """
         idle, now = self._idle, self.loop.time()
         while idle:

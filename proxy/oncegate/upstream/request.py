@@ -40,8 +40,8 @@ class OutgoingRequest:
         `failed` is called with what broke the body.
         """
         self.write(head)
-        # Only the task refers to `failed`: as an attribute, a connection's own method would make a cycle of each
-        # connection, to be found by a garbage collection.
+        # Only the task refers to `failed`: as an attribute, a connection's own method would make each connection a
+        # reference cycle, which only a garbage collection frees.
         self._sending = self._loop.create_task(self._send_blocks(body, chunked, failed))
 
     async def _send_blocks(
