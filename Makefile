@@ -16,7 +16,7 @@ install: .venv/.dev                 ## everything for working on it
 demo: .venv/.runtime                ## a short story: a lost response, ten duplicates at once, a broken stream
 	$(BIN)/oncegate demo
 
-run: .venv/.runtime                 ## make run UPSTREAM=http://127.0.0.1:9000
+run: .venv/.runtime                 ## serve in front of an API; make run UPSTREAM=http://127.0.0.1:9000
 	exec env $(if $(UPSTREAM),ONCEGATE_UPSTREAM='$(UPSTREAM)') $(BIN)/oncegate serve
 
 test: lint                          ## everything: format, lint, types, layers, tests; make test ARGS="-k lease" for some
@@ -71,7 +71,7 @@ faults: .venv/.dev                  ## fault points in the counts that take minu
 	$(BIN)/pytest -n 2 -m full $(ARGS)
 	$(if $(ARGS),,TEST_HEAD_CACHE=off $(BIN)/pytest -q -n 2 --dist loadgroup tests/e2e --ignore tests/e2e/test_costs.py)
 
-soak: .venv/.dev                    ## five minutes of mixed and hostile traffic, memory, files and keys must be as before; make soak SECONDS=60
+soak: .venv/.dev                    ## five minutes of mixed and hostile traffic; then memory, files and keys must be as before; make soak SECONDS=60
 	$(BIN)/python -m loadtest.soak $(SECONDS)
 
 bench: .venv/.runtime               ## against its peers, on two cores; make bench ARGS=--quick
