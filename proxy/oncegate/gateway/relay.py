@@ -14,7 +14,7 @@ from oncegate.gateway.answers import UNGUARDED, Refuse, body_refusal, not_sent, 
 from oncegate.gateway.routes import Route
 from oncegate.messages.request_head import RequestHead
 from oncegate.messages.response_head import ResponseHead
-from oncegate.observe.outcome import BY_LABEL, Outcome
+from oncegate.observe.outcome import Outcome, outcome_of
 from oncegate.upstream.connection import Connection
 from oncegate.upstream.errors import NotSent, UpstreamLost
 from oncegate.upstream.pool import REUSE_IDLE_S
@@ -114,4 +114,4 @@ def lost_outcome(response: ResponseWriter, lost: UpstreamLost, fields: bytes) ->
         refuse = replace(body_refusal(BrokenOff(stalled=lost.timeout)), fields=b"")
         return Outcome.CLIENT_GONE if response.client_gone else Outcome.REQUEST_REFUSED, refuse
     refuse = upstream_lost(timeout=lost.timeout, fields=fields)
-    return BY_LABEL[refuse.problem.code], refuse
+    return outcome_of(refuse.problem), refuse
