@@ -26,6 +26,7 @@ class WriteBatcher:
     def hold(self) -> None:
         """Let writes wait until every callback that is due now has run."""
         self._holds += 1
+        # The loop runs callbacks in the order in which they were added: this one after all that are due.
         self._loop.call_soon(self._end_hold)
 
     def write(self, transport: asyncio.WriteTransport, data: bytes) -> None:

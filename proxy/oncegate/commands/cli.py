@@ -17,8 +17,9 @@ from oncegate.settings.loading import describe, load_settings
 from oncegate.settings.settings import Settings, SettingsError
 from oncegate.store.record import ViewState
 
+# As long as the HEALTHCHECK of the image gives the command.
 PROBE_TIMEOUT_S = 3.0
-# Exit codes.
+# Exit codes. argparse exits with 2 as well.
 FAILED, USAGE_ERROR = 1, 2
 STATES = (*[state.value for state in ViewState], "any")
 
@@ -199,6 +200,7 @@ def _probe(settings: Settings, path: str) -> int:
         with opener.open(f"http://{host}:{address.port}{path}", timeout=PROBE_TIMEOUT_S) as response:
             print(response.read().decode())
             return 0
+    # urllib raises for the 503 of a proxy that is not ready.
     except urllib.error.HTTPError as error:
         print(error.read().decode(), file=sys.stderr)
     except OSError as error:

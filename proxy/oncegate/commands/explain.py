@@ -175,16 +175,19 @@ class Explanation:
 
 def _by_state(policy: Policy, head: RequestHead, identity: Identity) -> Iterable[tuple[str, str]]:
     """Yield the states that the key of a guarded request may have, each with what the request gets."""
+    # The client counts no retry: an equal request that runs is another one (docs/decisions/008).
     if identity.fresh:
         yield "in flight", "forwarded unguarded, as a request of its own"
         yield "complete", "executed, and takes the key over"
     else:
         wait_s = policy.wait_max_s if policy.wait_for_duplicates else 0.0
+        # RFC 7240, section 4.3. A client may ask for less than the limit, not for more.
         preferred = preferred_wait_s(head.fields.get(b"prefer", ()))
         wait_s = wait_s if preferred is None else min(preferred, policy.wait_max_s)
         refused = f"{policy.in_flight_status} in-flight"
         yield "in flight", f"waits up to {wait_s:g} s, then {refused}" if wait_s else refused
         window_s, retention_s = identity.window_ms / 1000, policy.retention_ms / 1000
+        # The window of a derived key runs from the claim, retention from the completion.
         period = f"{window_s:g} s from its claim, then executed" if window_s else f"{retention_s:g} s"
         yield "complete", f"replayed for {period}"
     yield "unknown", "executed again" if policy.mode == RETRY else "409 outcome-unknown"

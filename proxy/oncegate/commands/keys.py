@@ -267,6 +267,7 @@ def _confirm(options: argparse.Namespace, is_risky: bool, warning: str) -> None:
     """Ask the operator before a risky decision. Raises CommandError without a yes."""
     if not is_risky or options.yes:
         return
+    # A script cannot answer a question.
     if not sys.stdin.isatty():
         raise CommandError(f"{warning} Repeat the command with --yes to do it all the same.")
     if input(f"{warning} Do it? [y/N] ").strip().lower() not in ("y", "yes"):

@@ -32,6 +32,7 @@ MERGED: dict[str, Callable[[Iterable[float]], float]] = {
     **dict.fromkeys(
         ("store_memory_ratio", "store_full", "store_breaker_open", "rules_differ", "quarantine_seconds"), max
     ),
+    # A worker that is not ready gets its share of the connections all the same.
     "ready": min,
 }
 

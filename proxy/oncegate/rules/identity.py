@@ -112,6 +112,7 @@ def _only(chosen: frozenset[str], every_part: tuple[bytes, ...]) -> tuple[bytes,
 
 def uses_no_key(policy: Policy, why: Missing | BadKey) -> bool:
     """Return whether the client simply does not use keys: keys are read from headers alone, and none was sent."""
+    # A missing header is a client without keys, a missing member of a body a bad request (docs/decisions/008).
     return isinstance(why, Missing) and (policy.sources is None or policy.sources.headers_only)
 
 

@@ -47,10 +47,12 @@ def _webhook(key: Any, *, namespace: str, wait_max_s: float, retention_s: float,
         "ambiguous_statuses": [],
         "on_unknown": "retry",
         "on_duplicate": "wait",
+        # Less than the sender waits for a response, so that it still gets the 503.
         "wait_max_s": wait_max_s,
         # Every sender delivers again after a 503; some give an event up after a 409.
         "in_flight_status": 503,
         "on_bad_key": "pass",
+        # Longer than the sender delivers an event again.
         "retention_s": retention_s,
     }
     caution = (
@@ -64,11 +66,13 @@ def _webhook(key: Any, *, namespace: str, wait_max_s: float, retention_s: float,
 def _llm(namespace: str) -> Preset:
     """Return the preset of an LLM's API, whose SDKs send no key but count their retries."""
     fields = {
+        # Two equal prompts in a row are often meant: the retry count decides, not the window (docs/decisions/008).
         "key": [["header:Idempotency-Key"], ["derived:3600"]],
         "namespace": namespace,
         "on_duplicate": "wait",
         "wait_max_s": 600,
         "on_unknown": "retry",
+        # The SDKs retry 408, 409, 429 and 5xx. A stored error would answer each of their retries.
         "release_statuses": ["401", "403", "408", "409", "425", "429", "5xx"],
         "ambiguous_statuses": [],
         "retention_s": 3600,

@@ -70,7 +70,6 @@ def _variables() -> dict[str, str]:
     except (OSError, UnicodeDecodeError):
         raise SettingsError([f"{ENV_FILE}: cannot be read as UTF-8 text"]) from None
     # Pydantic accepts names in any case, too.
-    # A Compose file with `${NAME}` passes an unset variable on as an empty one.
     return {name.upper(): value for name, value in variables if value and name.upper().startswith(PREFIX)}
 
 

@@ -125,11 +125,13 @@ class Settings(BaseSettings):
         description="Secret of the digests of keys, tenants and bodies. All proxies need the same one. After a change "
         "oncegate does not find any earlier key. `ONCEGATE_SECRET_FILE` names a file that contains the secret.",
     )
+    # Two replicas that name keys differently would each execute the same request.
     identity_change: Literal["refuse", "accept"] = Field(
         "refuse",
         description="What a proxy does if its namespace, secret, scope headers or key header differ from those of "
         "other proxies on its store. `refuse`: it is not ready and refuses requests with keys. `accept`: it serves.",
     )
+    # PUT and DELETE are idempotent by definition (RFC 9110, section 9.2.2), POST and PATCH are not.
     methods: Annotated[tuple[str, ...], list_of(parse_method)] = Field(
         ("POST", "PATCH"), description="Comma list of the guarded methods, from POST, PATCH, PUT and DELETE."
     )
@@ -197,11 +199,13 @@ class Settings(BaseSettings):
     upstream_timeout_s: Seconds = Field(
         300, description="Longest time without a byte from the upstream while oncegate waits for its response."
     )
+    # Node and uvicorn close an idle connection after 5 s. A request that meets the close has an unknown outcome.
     upstream_reuse_idle_s: SecondsOrZero = Field(
         1,
         description="A request with a key uses an open connection to the upstream only if it has been idle for less "
         "than this time. 0: it always opens a new one.",
     )
+    # 512 could not carry 1,000 live streams (docs/decisions/004).
     max_upstream_connections: Count = Field(1200, description="Open connections to the upstream, for each worker.")
     connect_retries: int = Field(
         3, ge=0, le=20, description="Retries after a failed connection attempt, while nothing has been sent."
@@ -230,6 +234,7 @@ class Settings(BaseSettings):
         description="oncegate closes the connection of a client that sends or takes no byte for this time while "
         "oncegate waits for it. A request's head must arrive within 10 s.",
     )
+    # As in Kestrel (docs/decisions/003).
     client_min_bytes_per_s: int = Field(
         240,
         ge=0,
@@ -243,6 +248,7 @@ class Settings(BaseSettings):
     drain_delay_s: SecondsOrZero = Field(
         0, description="After SIGTERM, oncegate continues to serve for this time, while `/readyz` reports not ready."
     )
+    # Kubernetes kills a pod 30 s after SIGTERM by default.
     drain_s: SecondsOrZero = Field(
         25, description="After `ONCEGATE_DRAIN_DELAY_S`, running requests have this time to finish."
     )
