@@ -54,17 +54,22 @@ class Metrics(Collector):
 
     def _count_requests(self) -> None:
         self._requests = Counters(
-            "requests", "Requests, by their outcome.", "outcome", [outcome.label for outcome in Outcome]
+            "requests",
+            "Requests, by their outcome.",
+            label="outcome",
+            values=[outcome.label for outcome in Outcome],
         )
         self._suppressed = Counters(
             "duplicates_suppressed",
             "Duplicates that were not executed a second time, by their outcome.",
-            "outcome",
-            [outcome.label for outcome in SUPPRESSED],
+            label="outcome",
+            values=[outcome.label for outcome in SUPPRESSED],
         )
         self._saved_s = Counters("upstream_seconds_saved", "Upstream time that replays saved.")
         self._replayed_bytes = Counters("replayed_bytes", "Bytes of response bodies sent from the store.")
-        self._tokens_saved = Counters("llm_tokens_saved", "LLM tokens that replays saved.", "kind", TOKEN_KINDS)
+        self._tokens_saved = Counters(
+            "llm_tokens_saved", "LLM tokens that replays saved.", label="kind", values=TOKEN_KINDS
+        )
         self._without_usage = Counters(
             "llm_replays_without_usage", "Replays of LLM responses that do not state the tokens they used."
         )
@@ -82,7 +87,10 @@ class Metrics(Collector):
 
     def _count_the_store(self) -> None:
         self._settled = Counters(
-            "settled", "Claims, by how they ended.", "settlement", [settlement.label for settlement in SettlementLabel]
+            "settled",
+            "Claims, by how they ended.",
+            label="settlement",
+            values=[settlement.label for settlement in SettlementLabel],
         )
         self._claims_lost = Counters(
             "claims_lost", "Running claims whose record vanished or was taken, and certain losses of the store."
@@ -90,15 +98,15 @@ class Metrics(Collector):
         self._store_losses = Counters(
             "store_losses",
             "Times the store lost data. Kind moved: it restarted or failed over, and may have lost the last writes.",
-            "kind",
-            [loss.label for loss in StoreLoss],
+            label="kind",
+            values=[loss.label for loss in StoreLoss],
         )
         self._identity_accepted = Counters(
             "identity_accepted", "Starts beside proxies that name keys in another way, which the settings accept."
         )
         self._breaker_opened = Counters("store_breaker_opened", "Times the circuit breaker of the store opened.")
         self._retries = Counters("store_retries", "Calls to append or settle that were repeated.")
-        self._store_s = Histograms("store_seconds", "Time of one call to the store.", "verb", VERBS)
+        self._store_s = Histograms("store_seconds", "Time of one call to the store.", label="verb", values=VERBS)
         # Called with the seconds of a call to the store, by its verb.
         self.store_observers: dict[str, Callable[[float], None]] = {
             verb: self._observer(histogram) for verb, histogram in self._store_s.by_value.items()
