@@ -177,6 +177,16 @@ async def test_workers_are_replaced_under_load_without_a_refused_or_reset_connec
     assert proxy.stop() == 0
 
 
+async def test_a_stop_while_replaced_workers_end_cuts_nothing_off(proxies, upstream, valkey):
+    """SIGTERM right after a replacement meets the old workers at any point of their end: the exit code stays 0."""
+    for delay_s in (0, 0.05, 0.1):
+        proxy = proxies(upstream, valkey.url, WORKERS=4)
+        proxy.signal(signal.SIGUSR2)
+        await until(lambda proxy=proxy: proxy.events("workers replaced"), 30)
+        await asyncio.sleep(delay_s)
+        assert proxy.stop() == 0
+
+
 async def test_what_is_in_flight_in_any_worker_is_finished(proxies, upstream, valkey):
     """SIGTERM: new connections are refused, each worker finishes its requests, and then all exit: exit 0."""
     tap = Tap()

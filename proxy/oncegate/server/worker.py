@@ -98,6 +98,9 @@ async def _serve(settings: Settings, store_url: str, sockets: Sockets, logger: A
         # The last report carries the final counters, and what the drain cut off.
         reporter.send()
         await _flush(writer)
+        # A closed loop has no signal handlers. A stop signal between here and the exit would kill the process, as if
+        # requests had been cut off.
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, SUPERVISOR_DIED))
 
 
 async def _wait_for_first(*works: Awaitable[Any]) -> None:
