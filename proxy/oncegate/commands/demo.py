@@ -95,6 +95,7 @@ async def _proxy(upstream: str, folder: Path) -> AsyncIterator[str]:
         "ONCEGATE_LISTEN": public,
         "ONCEGATE_ADMIN_LISTEN": admin,
         "ONCEGATE_DATA_DIR": str(folder / "store"),
+        # Lines for single requests would hide the story.
         "ONCEGATE_LOG_LEVEL": "warning",
     }
     process = await asyncio.create_subprocess_exec(sys.executable, "-m", "oncegate", "serve", env=env)

@@ -203,6 +203,7 @@ TREATING: Mapping[str, Check] = {
     "ambiguous_statuses": _list_of(_text(_status), "statuses"),
     "in_flight_status": _one_of(*IN_FLIGHT),
     "upstream_idempotent": _one_of(True, False),
+    # An empty text: the upstream gets no key.
     "forward_key": _text(lambda text: parse_key_header(text) if text else ""),
     "on_bad_key": _one_of("refuse", "pass"),
     **{name: _setting(name) for name in SHARED},

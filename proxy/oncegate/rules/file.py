@@ -119,5 +119,6 @@ def _lines(text: str) -> dict[tuple[str, int], dict[str, int]]:
             else:
                 current.setdefault(nested, number)
         elif (field := _FIELD.match(line)) and not nested:
+            # `headers.A` and `headers.B` are one field: the first of its lines counts.
             current.setdefault(field["name"], number)
     return lines

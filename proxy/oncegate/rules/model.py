@@ -153,5 +153,6 @@ def _identity(policy: Policy) -> tuple[object, ...]:
         if sources
         else policy.key_header
     )
+    # Retention, waits and upstreams are left out: they name no key, and may differ while a change is rolled out.
     scope = (policy.scope_headers, [source.text for source in policy.scope_sources])
     return sorted(policy.methods), key, policy.namespace, scope

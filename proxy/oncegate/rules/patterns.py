@@ -98,6 +98,7 @@ def host_matches(pattern: str, host: str) -> bool:
     # The colons of an IPv6 address are within its brackets.
     if ":" not in pattern.rpartition("]")[2]:
         host = host[: host.index("]") + 1] if host.startswith("[") else host.partition(":")[0]
+    # `*.example.com` needs a subdomain: it does not match example.com itself.
     return host.endswith(pattern[1:]) and len(host) >= len(pattern) if pattern.startswith("*.") else host == pattern
 
 

@@ -108,6 +108,7 @@ def guarded_methods(values: Mapping[str, Any], settings: Settings) -> frozenset[
 
 def _scope(sources: Iterable[Source]) -> dict[str, Any]:
     """Return the policy's fields for a scope: all names in order, and the sources that are not header fields."""
+    # In the order of the rule, because the order enters the digest of the tenant.
     names = [source.kind.name if isinstance(source.kind, Header) else source.text.encode() for source in sources]
     others = tuple(source for source in sources if not isinstance(source.kind, Header))
     return {"scope_headers": tuple(names), "scope_sources": others}

@@ -63,6 +63,7 @@ class Origin:
 
 def bracketed(host: str) -> str:
     """Return a host as it is written before a port: an IPv6 address in brackets."""
+    # RFC 3986, section 3.2.2.
     return f"[{host}]" if ":" in host else host
 
 

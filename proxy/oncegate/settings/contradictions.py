@@ -33,6 +33,7 @@ def _without_tls(file: Path | None, upstream: Origin) -> bool:
 
 
 def _unwritable(folder: Path, _max_bytes: int) -> bool:
+    # X_OK: a file can be created only in a folder that can be entered.
     return not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK))
 
 
@@ -68,6 +69,7 @@ CONTRADICTIONS = (
     Contradiction("admin_listen", "must not share its port with", "listen", Address.overlaps),
     # Each request would be its own tenant, and no retry would find its original.
     Contradiction("key_header", "must not be one of", "scope_headers", _among),
+    # The largest accepted body must fit on the disk space for bodies.
     Contradiction("max_request_bytes", "must not be larger than", "max_spool_bytes", gt),
     Contradiction("max_stored_bytes", "must not be larger than", "max_buffered_bytes", gt),
     # A fault kills or pauses the process, so that a stray variable must not have one in production.

@@ -110,6 +110,7 @@ def _unknown(variables: Iterable[str]) -> list[str]:
         f"{variable_name(name)}_FILE" for name in SECRETS
     ]
     unknown = sorted(name for name in set(variables).difference(known) if not _INJECTED.fullmatch(name))
+    # With a cutoff of 0 there always is a nearest name.
     return [f"{name}: is unknown; did you mean {get_close_matches(name, known, 1, 0)[0]}?" for name in unknown]
 
 

@@ -69,7 +69,9 @@ class Settings(BaseSettings):
         # A .env serves other programs, too. `load_settings` reports unknown names under our own prefix.
         extra="ignore",
         frozen=True,
+        # Without this, an error message would repeat an invalid secret.
         hide_input_in_errors=True,
+        # An infinite time would fail only when a timer uses it.
         allow_inf_nan=False,
     )
 

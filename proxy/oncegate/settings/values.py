@@ -31,6 +31,7 @@ def list_of(parse: Callable[[str], object]) -> BeforeValidator:
 
 def _readable(text: str) -> Path:
     try:
+        # Opened once now: a missing permission stops the start, rather than the first connection.
         Path(text).open("rb").close()
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
