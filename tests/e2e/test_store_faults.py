@@ -8,7 +8,6 @@ from tests.parts import (
     CHUNKED,
     LAST_CHUNK,
     OK,
-    Blackhole,
     RawClient,
     Tap,
     answering,
@@ -197,34 +196,6 @@ async def test_an_answer_that_could_not_be_stored(proxies, upstream, own_valkey,
     else:
         assert again.header("oncegate-status") == b"replayed"
     assert len(upstream.received) == 1
-
-
-@pytest.mark.parametrize("ending", ["declined", "not sent"])
-async def test_a_key_that_was_said_to_be_free_becomes_free(proxies, upstream, own_valkey, ending):
-    """However long the store is away: its key is never unknown, because nothing was executed."""
-    with own_valkey.client() as client:
-        client.config_set("appendonly", "yes")
-    gone = asyncio.Event()
-    upstream.script = holding(gone, b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 0\r\n\r\n")
-    hole = Blackhole()
-    url = upstream.url if ending == "declined" else hole.url
-    proxy = proxies(url, own_valkey.url, LEASE_MS=300, STORE_TIMEOUT_MS=300, SETTLE_TIMEOUT_S=1, CONNECT_TIMEOUT_S=1)
-    original = asyncio.ensure_future(ask(proxy.port, request()))
-    await until(own_valkey.records)
-    if ending == "declined":
-        await until(lambda: upstream.received)
-    own_valkey.kill()
-    gone.set()
-    answer = await original
-    wanted = (429, b"released") if ending == "declined" else (502, b"refused")
-    assert (answer.status, answer.header("oncegate-status")) == wanted
-    # Longer than the lease and than the first tries of the release.
-    await asyncio.sleep(3)
-    own_valkey.start("--appendonly", "yes")
-    await until(lambda: proxy.admin("/readyz")[0] == 200)
-    retry = await ask(proxy.port, request())
-    assert (retry.status, retry.header("oncegate-status")) == wanted
-    hole.close()
 
 
 # While the answer streams ...

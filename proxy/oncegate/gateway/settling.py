@@ -104,10 +104,7 @@ def clean_up(progress: Progress, reached: Ending | None, result: SettleResult | 
         if reached is None:
             reached = Ending.NO_RESPONSE if progress.sent else Ending.NOT_SENT
         settlement = reached.settlement
-        if result is not None and settlement.frees:
-            # The client was told that the key is free. However long the store is away, it becomes so.
-            deps.store.withdraw(held.claim)
-        elif result is None or not settlement.completes:
+        if result is None or not settlement.completes:
             # A response whose settle was interrupted is not delivered either: unknown says no more than is known.
             settlement = Settlement.UNKNOWN if settlement.completes else settlement
             deps.background(settle(progress, settlement, b"", deps.settle_timeout_s))

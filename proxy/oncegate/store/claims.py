@@ -5,9 +5,6 @@ key after the caller was told otherwise, though a try whose reply was lost may r
 
 - every try carries a deadline in the server's own time, after which the script takes no key;
 - a claim that may have been executed, and that nobody holds, is released in the background once its deadline is over.
-
-The same background release takes care of a held claim that was to be released while the store was away: its client was
-told that the key is free.
 """
 
 import asyncio
@@ -150,23 +147,14 @@ class Claims:
     def withdraw_copy(self, claim: Claim) -> None:
         """Release a claim once more later, when no copy of it can take the key any more."""
         self._tokens_with_late_copies.discard(claim.token)
-        self.withdraw(claim)
-
-    def withdraw(self, claim: Claim) -> None:
-        """Free the key of a claim that nobody holds, in the background, once the store can be reached.
-
-        It may still be executed after its caller gave up, or its release could not be confirmed. Tried for as long as
-        its record may live.
-        """
-        self._withdrawn_tokens.add(claim.token)
-        self._background(self._withdraw(claim))
+        self._withdraw_later(claim)
 
     # Open records ...
 
     async def _may_take_over(self, record: Record, claim: Claim, window_ms: int) -> bool:
         """Return whether another try may take the key with the record's token as the expected one."""
         if record.token in self._withdrawn_tokens:
-            # It is a claim of this proxy that nobody holds, and that was to be released. Free it now.
+            # It is a claim of this proxy that nobody holds, and for which nothing was sent. Free it now.
             freed = await self._release(replace(claim, token=record.token), self._timeout_s)
             return freed.status is SettleStatus.RELEASED
         past_window = window_ms > 0 and record.created_ms + window_ms < record.now_ms
@@ -185,7 +173,7 @@ class Claims:
             freed = await self._release(claim, self._release_s)
             reason = replace(reason, maybe_executed=freed.status is SettleStatus.UNCONFIRMED)
         if reason.maybe_executed:
-            self.withdraw(claim)
+            self._withdraw_later(claim)
         elif isinstance(reason, ClaimsSuspended) and reason.replays:
             record = await self.peek(claim.key, tenant, claim.lease_ms)
             return reason if record is None or isinstance(record, Unconfirmed) else record
@@ -219,12 +207,17 @@ class Claims:
         if caller_holds:
             self._note_copy(claim)
         else:
-            self.withdraw(claim)
+            self._withdraw_later(claim)
 
     def _note_copy(self, claim: Claim) -> None:
         """Remember the copy for as long as it can take the key, for a release that comes meanwhile."""
         self._tokens_with_late_copies.add(claim.token)
         self._loop.call_later(self._timeout_s, self._tokens_with_late_copies.discard, claim.token)
+
+    def _withdraw_later(self, claim: Claim) -> None:
+        """Free a key in the background whose claim may have been executed, or may be executed later."""
+        self._withdrawn_tokens.add(claim.token)
+        self._background(self._withdraw(claim))
 
     async def _withdraw(self, claim: Claim) -> None:
         ends = self._loop.time() + claim.retention_ms / 1000

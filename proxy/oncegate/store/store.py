@@ -220,10 +220,6 @@ class Store:
             self._claims.withdraw_copy(claim)
         return self._settle(claim, arguments.release(claim), arguments.RELEASE_COUNT, patience_s, releases=True)
 
-    def withdraw(self, claim: Claim) -> None:
-        """Free the key of a claim that nobody holds any more, in the background; tried for one retention."""
-        self._claims.withdraw(claim)
-
     def mark_unknown(self, claim: Claim, reason: str, patience_s: float) -> Settling:
         """Settle: note that the request was sent and that its outcome is unknown. `reason` is for operators."""
         args = arguments.mark_unknown(claim, reason)
