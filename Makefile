@@ -23,8 +23,8 @@ test: lint                          ## everything: format, lint, types, layers, 
 	$(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
 	$(if $(ARGS),,TEST_HEAD_CACHE=off $(BIN)/pytest -q -n 2 --dist loadgroup $(WITHOUT_HEAD_CACHE:%=tests/%.py))
 
-# The tests of each room, for `make quick PART=room`. Without PART: the pure ones of all rooms but for the searches
-# that hypothesis makes, and the main job.
+# The tests of each room, for `make quick PART=room`. Without PART: the pure ones of all rooms but for searches (of
+# hypothesis and of test_known_heads), and the main job.
 PART_commands := test_explain test_init test_keys test_operate e2e/test_demo e2e/test_operate
 PART_server := test_embedded e2e/test_pauses e2e/test_shutdown e2e/test_workers
 PART_service := e2e/test_limits e2e/test_shutdown
@@ -44,9 +44,9 @@ PART_settings := test_settings
 PART_decision := test_decision model/test_model
 PART_testing := test_fault_points test_faults e2e/test_faults
 PART_docs := test_contributing test_doc_paths test_docs test_generated test_names e2e/test_pages
-PURE := $(PART_keys) $(PART_messages) test_known_heads $(PART_settings) $(filter-out e2e/%,$(PART_docs)) test_breaker test_decision test_explain test_families test_fault_points \
+PURE := $(PART_keys) $(PART_messages) $(PART_settings) $(filter-out e2e/%,$(PART_docs)) test_breaker test_decision test_explain test_families test_fault_points \
 	test_init test_logs test_outcome test_lua test_minimum_rate test_patterns test_policy test_record test_rules test_usage test_write_batcher
-QUICK := $(if $(PART),$(PART_$(PART)),$(PURE) e2e/test_main_job e2e/test_demo)
+QUICK := $(if $(PART),$(PART_$(PART)),$(PURE) e2e/test_main_job)
 
 # What is run once more with the head cache off, which may change nothing but the time. The tests that count system
 # calls and instructions (test_costs) are the only ones that need it on.
