@@ -122,7 +122,7 @@ def test_a_request_is_explained(check):
     assert words["key"] == "header:x-user + body:/cart/id"
     assert words["scope"].startswith("namespace default, tenant ")
     assert words["digest"].split()[3].startswith("once:{")
-    assert words["fingerprint"].endswith("of body")
+    assert words["fingerprint"].endswith("of destination, body")
     assert words["result"] == "executed if the key is free"
     assert words["in flight"] == "waits up to 7 s, then 409 in-flight"
     assert words["complete"] == "replayed for 86400 s"

@@ -290,6 +290,7 @@ UPSTREAM_CASES = {
     "connect_retries": ("connect_retries = 0", 0, 3, "connect_retries = 21", "at most 20"),
     "max_connections": ("max_connections = 2", 2, 1200, "max_connections = 0", "at least 1"),
     "reuse_idle_s": ("reuse_idle_s = 0", 0, 1, "reuse_idle_s = -1", "at least 0"),
+    "was": ('was = ["a", "c"]', "a", "b", 'was = "a"', "must be a list of names"),
 }
 
 
@@ -307,11 +308,16 @@ def test_a_field_of_an_upstream(rules, errors, tmp_path, field):
     def text(*lines: str) -> str:
         return "[[upstream]]\n" + "\n".join([line for name, line in base.items() if name != field] + list(lines)) + rule
 
-    attribute = {"url": "origin"}.get(field, field)
+    attribute = {"url": "origin", "was": "known_as"}.get(field, field)
     assert getattr(rules(text(written), **env).rules[0].upstream, attribute) == value
     if field not in base:
         assert getattr(rules(text(), **env).rules[0].upstream, attribute) == default
-        assert OF_UPSTREAMS.get(field, field) in Settings.model_fields or field in ("ca_file", "cert_file", "key_file")
+        assert OF_UPSTREAMS.get(field, field) in Settings.model_fields or field in (
+            "was",
+            "ca_file",
+            "cert_file",
+            "key_file",
+        )
     found = errors(text(wrong), **env)
     assert any(f" {field}: " in error and expected in error for error in found), found
 
@@ -667,6 +673,41 @@ def test_upstreams_with_equal_limits_are_one(rules):
     assert hash(one_) == hash(two)
     assert len({one_, three, four}) == 3
     assert four == found.default.upstream
+
+
+# Where a rule leads its requests; two with the same letter lead them to one place.
+PLACES = {
+    "the settings'": ("", "a"),
+    "the settings' once more": ("retention_s = 90", "a"),
+    "a URL": ('upstream = "http://b.test"', "b"),
+    "the same URL": ('upstream = "http://B.test:80/"', "b"),
+    "a path of it": ('upstream = "http://b.test/v1"', "c"),
+    "a name": ('upstream = "shop"', "d"),
+    "another name of the same URL": ('upstream = "stock"', "e"),
+    "a new name": ('upstream = "green"', "d"),
+    "a name for what was a URL": ('upstream = "named"', "b"),
+    "a name for what was the settings'": ('upstream = "moved"', "a"),
+    "another Host": ('upstream = "shop"\nset_host = "a.test"', "f"),
+    "a third Host": ('upstream = "shop"\nset_host = "b.test"', "g"),
+    "a Host for the settings' upstream": ('set_host = "a.test"', "h"),
+}
+
+
+def test_where_requests_go_is_known_by_upstream_and_host(rules):
+    """Two rules lead to one place if upstream and Host are the same. A renamed upstream is known by its oldest name."""
+    upstreams = {
+        "shop": 'url = "http://d.test"',
+        "stock": 'url = "http://d.test"',
+        "green": 'url = "http://new.test"\nwas = ["shop", "blue"]',
+        "named": 'url = "http://new.test"\nwas = ["http://b.test:80"]',
+        "moved": 'url = "http://new.test"\nwas = [""]',
+    }
+    text = "".join(f'[[upstream]]\nname = "{name}"\n{fields}\n' for name, fields in upstreams.items())
+    text += "".join(f'[[rule]]\nname = "{n}"\npath = "/{n}"\n{one}\n' for n, (one, _) in enumerate(PLACES.values()))
+    places = {}
+    for (case, (_, letter)), rule in zip(PLACES.items(), rules(text).rules, strict=True):
+        assert places.setdefault(letter, rule.policy.destination) == rule.policy.destination, case
+    assert len(set(places.values())) == len(places)
 
 
 def test_shared_fields_are_settings():

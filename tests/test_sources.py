@@ -293,10 +293,21 @@ def test_what_a_connection_says_again_is_named_as_if_it_were_new():
 
 
 def test_the_host_counts_where_it_is_passed_on():
-    passed = changed(pass_host=True, fingerprint=frozenset({"host"}))
+    """A Host that is passed on decides where a request goes, so it counts whatever the fingerprint leaves out."""
     other = head()._replace(host=b"other.test")
-    assert named(passed, head(), key=b"k").fingerprint != named(passed, other, key=b"k").fingerprint
+    for parts in (frozenset({"host"}), frozenset(), None):
+        passed = changed(pass_host=True, fingerprint=parts)
+        assert named(passed, head(), key=b"k").fingerprint != named(passed, other, key=b"k").fingerprint
     assert named(POLICY, head(), key=b"k").fingerprint == named(POLICY, other, key=b"k").fingerprint
+
+
+@pytest.mark.parametrize("parts", [None, frozenset(), frozenset({"method"})])
+def test_where_a_request_goes_counts_always(parts):
+    """A response of one upstream is no answer to a request for another, and two such requests have two derived keys."""
+    here, there = (changed(fingerprint=parts, destination=name) for name in (b"a", b"b"))
+    assert named(here, head(), key=b"k").fingerprint != named(there, head(), key=b"k").fingerprint
+    here, there = (changed(sources=sources("derived:10"), fingerprint=parts, destination=name) for name in (b"a", b"b"))
+    assert named(here, head()).key != named(there, head()).key
 
 
 @pytest.mark.parametrize("parts", [None, frozenset(), frozenset({"method"})])

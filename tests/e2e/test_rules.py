@@ -87,6 +87,12 @@ host = "other.test"
 upstream = "other"
 
 [[rule]]
+name = "canary"
+path = "/canary"
+headers = {{ "X-Canary" = "1" }}
+upstream = "other"
+
+[[rule]]
 name = "renamed"
 path = "/renamed"
 forward_key = "X-Request-Id"
@@ -419,6 +425,18 @@ async def test_each_upstream_has_its_own(ruled, behind, other):
     assert len(other.received) == 4
     done.set()
     await asyncio.gather(*asks)
+
+
+async def test_one_key_is_not_for_two_upstreams(ruled, behind, other):
+    """A header or a host leads the same request elsewhere: it never gets the response of the first upstream."""
+    for key, path, line in (("k1", "/x", "Host: other.test"), ("k2", "/canary", "X-Canary: 1")):
+        assert await post(ruled, path, b"x", key=key) == EXECUTED
+        raw = request("POST", path, key, b"x", line) if "Canary" in line else (
+            b"POST /x HTTP/1.1\r\nHost: other.test\r\nIdempotency-Key: k1\r\nContent-Length: 1\r\n\r\nx"
+        )  # fmt: skip
+        assert (await ask(ruled.port, raw)).slug == "key-reused"
+        assert await post(ruled, path, b"x", key=key) == REPLAYED
+    assert (len(behind.received), other.received) == (2, [])
 
 
 async def test_how_host_and_key_go_on(ruled, behind):

@@ -166,7 +166,7 @@ class Explanation:
         self._add("scope", f"namespace {scope.namespace.decode()}, tenant {tenant}")
         self._add("digest", f"{key_id(identity.key)} in logs, {store_key(identity.key).decode()} in the store")
         parts = policy.fingerprint
-        covered = "all parts" if parts is None else ", ".join(sorted(parts)) or "no part: only the key counts"
+        covered = "all parts" if parts is None else ", ".join(["destination", *sorted(parts)])
         self._add("fingerprint", f"{identity.fingerprint.hex()} of {covered}")
         self._add("result", "executed if the key is free")
         for state, text in _by_state(policy, head, identity):
@@ -191,9 +191,7 @@ def _by_state(policy: Policy, head: RequestHead, identity: Identity) -> Iterable
         period = f"{window_s:g} s from its claim, then executed" if window_s else f"{retention_s:g} s"
         yield "complete", f"replayed for {period}"
     yield "unknown", "executed again" if policy.mode == RETRY else "409 outcome-unknown"
-    # A fingerprint without any part is the same for all requests.
-    if policy.fingerprint != frozenset():
-        yield "other content", "422 key-reused, if the fingerprint differs"
+    yield "other content", "422 key-reused, if the fingerprint differs"
     yield "released on", _statuses(policy, Disposition.RELEASE)
     yield "unknown on", _statuses(policy, Disposition.AMBIGUOUS)
     if policy.upstream_idempotent:

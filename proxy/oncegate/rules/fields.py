@@ -149,6 +149,11 @@ def _upstream(text: str) -> Origin | str:
     return parse_origin(text) if "://" in text else _name(text)
 
 
+def _earlier_name(text: str) -> str:
+    # The upstream of the settings has no name.
+    return str(_upstream(text)) if text else ""
+
+
 def _key(value: Any) -> tuple[tuple[Source, ...], ...]:
     """Return the alternatives of a key: one source, a list of sources to join, or a list of such lists."""
     if isinstance(value, str):
@@ -212,6 +217,7 @@ RULE = {**MATCHING, **TREATING}
 UPSTREAM: Mapping[str, Check] = {
     "name": _text(_name),
     "url": _text(parse_origin),
+    "was": _list_of(_text(_earlier_name), "names"),
     **dict.fromkeys(FILES, _file),
     **{name: _setting(setting) for name, setting in OF_UPSTREAMS.items()},
 }

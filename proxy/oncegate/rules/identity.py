@@ -90,12 +90,14 @@ def identify(policy: Policy, digests: Digests, request: ScopedRequest) -> Identi
 
 
 def fingerprint_parts(policy: Policy, head: RequestHead) -> tuple[bytes, ...]:
-    """Return what enters a fingerprint beside the body: method, host, target, type and coding."""
+    """Return what enters a fingerprint beside the body: destination, host, method, target, type and coding."""
     fields = head.fields
     return (
-        head.method.encode(),
+        # A response of one upstream is no answer to a request for another, whatever made its rule match.
+        policy.destination,
         # Without pass_host the upstream never sees the client's Host, so it is no part of the request.
         head.host.lower() if policy.pass_host else b"",
+        head.method.encode(),
         head.target,
         # Lines of one field have the same meaning as their comma list (RFC 9110, section 5.2).
         b",".join(fields.get(b"content-type", ())),
@@ -105,9 +107,11 @@ def fingerprint_parts(policy: Policy, head: RequestHead) -> tuple[bytes, ...]:
 
 def _only(chosen: frozenset[str], every_part: tuple[bytes, ...]) -> tuple[bytes, ...]:
     """Return the parts of a fingerprint with those emptied that are not chosen."""
-    # The coding has no name of its own: it enters together with the body that it describes.
-    names = ("method", "host", "target", "type", "body")
-    return tuple(value if name in chosen else b"" for name, value in zip(names, every_part, strict=True))
+    # Where a request goes is no choice. The coding has no name of its own: it enters together with the body that it
+    # describes.
+    names = ("method", "target", "type", "body")
+    chosen_parts = (value if name in chosen else b"" for name, value in zip(names, every_part[2:], strict=True))
+    return (*every_part[:2], *chosen_parts)
 
 
 def uses_no_key(policy: Policy, why: Missing | BadKey) -> bool:

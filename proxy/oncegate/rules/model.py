@@ -73,7 +73,11 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class Upstream:
-    """An API behind the proxy. Equal upstreams share one connection pool."""
+    """An API behind the proxy. Equal upstreams share one connection pool.
+
+    `known_as`: what tells it from others in fingerprints: its oldest name, or its URL where it has no name. Empty for
+    the upstream of the settings, whose URL may change.
+    """
 
     name: str
     origin: Origin
@@ -84,6 +88,7 @@ class Upstream:
     connect_retries: int
     max_connections: int
     reuse_idle_s: float
+    known_as: str = ""
 
 
 @dataclass(frozen=True, slots=True)

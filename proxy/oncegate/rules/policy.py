@@ -60,7 +60,8 @@ DEFAULT_STATUSES = Statuses(RELEASE_STATUSES, AMBIGUOUS_STATUSES)
 class Policy:
     """What happens to the requests of a rule, or of the settings alone. Header names are lower-case.
 
-    `methods`: those that are guarded. `mode`: the wire value of an UnknownMode.
+    `methods`: those that are guarded. `mode`: the wire value of an UnknownMode. `destination`: where requests go, as
+    far as it is known without one: the upstream's name and a Host that is set. Empty for the upstream of the settings.
     `max_request_bytes`: 0 for the worker's own limit. `bypass`: a request that the store cannot claim is forwarded
     without protection. `rule`, `preset`: their names, empty without one.
 
@@ -97,3 +98,4 @@ class Policy:
     max_request_bytes: int = 0
     counts_tokens: bool = False
     bypass: bool = False
+    destination: bytes = b""

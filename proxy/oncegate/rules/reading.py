@@ -11,7 +11,7 @@ from oncegate.rules.fields import FILES, MATCHING, RULE, SHARED, UPSTREAM, Check
 from oncegate.rules.file import Table
 from oncegate.rules.model import Match, Rule, Upstream
 from oncegate.rules.presets import PRESETS
-from oncegate.rules.resolution import guarded_methods, preset_values, rule_policy, statuses_of
+from oncegate.rules.resolution import destination_of, guarded_methods, preset_values, rule_policy, statuses_of
 from oncegate.settings.addresses import Origin
 from oncegate.settings.contradictions import contradictions_in
 from oncegate.settings.names import GUARDABLE
@@ -92,15 +92,19 @@ class RulesReader:
         for field, path in files.items():
             if path is not None and values["url"].scheme == "http":
                 self._complain(table, field, "needs https in url")
-        own = {name: value for name, value in values.items() if name != "url"} | files
-        self._upstreams[values["name"]] = replace(self._default.upstream, origin=values["url"], **own)
+        own = {name: value for name, value in values.items() if name not in ("url", "was")} | files
+        # The oldest name: while a file with a new name is rolled out, proxies with either file agree.
+        known_as = (*values.get("was", ()), values["name"])[0]
+        self._upstreams[values["name"]] = replace(
+            self._default.upstream, origin=values["url"], known_as=known_as, **own
+        )
 
     def _upstream_of(self, table: Table, value: Origin | str | None) -> Upstream:
         """Return the upstream of a rule: that of the settings, one at a URL, or one with a name."""
         if value is None:
             return self._default.upstream
         if isinstance(value, Origin):
-            return replace(self._default.upstream, origin=value)
+            return replace(self._default.upstream, origin=value, known_as=str(value))
         if value not in self._upstreams:
             self._complain(table, "upstream", "is neither a URL nor the name of an [[upstream]]")
         return self._upstreams.get(value, self._default.upstream)
@@ -132,7 +136,7 @@ class RulesReader:
         if len(self._errors) > errors:
             return None
         upstream = self._upstream_of(table, values.get("upstream"))
-        policy = rule_policy(settings, values, key)
+        policy = rule_policy(settings, values, key, destination_of(upstream, values.get("set_host")))
         return Rule(
             match=match,
             policy=policy,

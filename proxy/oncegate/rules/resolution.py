@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from oncegate.decision import UnknownMode
+from oncegate.keys.digests import length_prefixed
 from oncegate.keys.sources import Header, KeySources, Source
 from oncegate.rules.fields import PARTS, SHARED, TREATING
 from oncegate.rules.model import Match, Rule, Upstream
@@ -57,11 +58,19 @@ def preset_values(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value if name in SHARED else TREATING[name](value) for name, value in fields.items()}
 
 
-def rule_policy(settings: Settings, values: dict[str, Any], key: KeySources | None) -> Policy:
+def destination_of(upstream: Upstream, set_host: str | None) -> bytes:
+    """Return where the requests of a rule go, for their fingerprints. A Host that is passed on comes beside it."""
+    # Equal for two rules that lead to one place: requests may move from one to the other while they are retried.
+    parts = (upstream.known_as, set_host or "")
+    return length_prefixed(part.encode() for part in parts) if any(parts) else b""
+
+
+def rule_policy(settings: Settings, values: dict[str, Any], key: KeySources | None, destination: bytes) -> Policy:
     """Return the policy of a rule: that of its settings, with what only a rule can say."""
     policy = policy_of(settings)
     changes: dict[str, Any] = {
         "rule": values["name"],
+        "destination": destination,
         "preset": values.get("preset", ""),
         "counts_tokens": values.get("preset") in COUNTING,
         "methods": guarded_methods(values, settings),
