@@ -48,7 +48,7 @@ path = "/renamed"
 forward_key = "X-Id"
 set_host = "b.test"
 """
-SECRET = "hunter2-canary"
+SECRET = "hunter2-the-canary"
 
 
 @pytest.fixture

@@ -504,10 +504,12 @@ def test_a_host_that_is_not_ours(rules, errors):
 
 
 FILES = {
-    "nothing": ("", []),
+    "nothing": (" \n", ["rules.toml: is empty; to serve without rules"]),
+    "comments alone": ("# nothing yet\n", []),
+    "a byte order mark": (b"\xef\xbb\xbf# nothing yet", []),
     "no TOML": ("[[rule]]\nname = ", ["rules.toml:2: is not TOML: "]),
     "a field twice": ('[[rule]]\nname = "a"\nname = "b"', ["rules.toml:3: is not TOML: "]),
-    "no UTF-8": (b'[[rule]]\nname = "\xff"', ["rules.toml: is not UTF-8 text"]),
+    "no UTF-8": (b'[[rule]]\nname = "\xff"', ["rules.toml: cannot be read as UTF-8 text"]),
     "another table": ("[[rules]]\nname = 1", ["rules.toml:1: rules is unknown; a rules file has"]),
     "a loose field": ('\nupstream_x = "a"', ["rules.toml:2: upstream_x is unknown"]),
     "one rule alone": ('[rule]\nname = "a"', ["rules.toml:1: rule must be written as [[rule]]"]),
@@ -537,7 +539,7 @@ FILES = {
 
 @pytest.mark.parametrize("case", FILES)
 def test_a_file(rules, errors, case):
-    """A file that is not a rules file is refused with the place. An empty file has no rules."""
+    """A file that is not a rules file is refused with the place. A file of comments has no rules."""
     text, expected = FILES[case]
     if not expected:
         assert rules(text).rules == ()
@@ -724,7 +726,7 @@ SAME_NAMES = {
     "where they go and how long": USUAL + 'upstream = "http://u.test"\nretention_s = 99\non_unknown = "retry"',
     "what is required": USUAL + 'guard = "required"\nfingerprint = []\nrelease_statuses = ["5xx"]',
     "what the settings say anyway": USUAL + 'key = "header:Idempotency-Key"\nnamespace = "default"',
-    "no rule": "",
+    "no rule": "# none",
     "spaces and order": '[[rule]]\n\npath = "/a"\nname = "a"\nheaders = {}',
 }
 OTHER_NAMES = {

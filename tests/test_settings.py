@@ -14,7 +14,7 @@ from oncegate.settings.loading import describe, load_settings, table
 from oncegate.settings.settings import RESERVED, Settings, SettingsError
 from oncegate.testing.faults import Fault
 
-CANARY = "hunter2-canary"
+CANARY = "hunter2-the-canary"
 UPSTREAM = "http://upstream:9000"
 FAULTS = (Fault("kill", "claimed", 1, 0), Fault("pause", "sent", 2, 300))
 PEM = Path("file.pem")  # in the working directory, which is a fresh one for each test
@@ -54,7 +54,13 @@ CASES: dict[str, tuple[object, str, object, str, str]] = {
     "data_dir": (Path(".oncegate"), "/var/lib/oncegate", Path("/var/lib/oncegate"), "", ""),
     "embedded_max_bytes": (268_435_456, "8388608", 8_388_608, "1000", "must be at least 2097152"),
     "namespace": ("default", "orders", "orders", "two words", "visible ASCII"),
-    "secret": (SecretStr(""), "s3cret", SecretStr("s3cret"), "\udcff", "must be UTF-8 text"),
+    "secret": (
+        SecretStr(""),
+        "sixteen bytes 16",
+        SecretStr("sixteen bytes 16"),
+        "fifteen bytes 1",
+        "must have at least 16 bytes",
+    ),
     "identity_change": ("refuse", "accept", "accept", "never", "must be 'refuse' or 'accept'"),
     "methods": (("POST", "PATCH"), "post,put,", ("POST", "PUT"), "POST,GET", "can only name POST, PATCH, PUT, DELETE"),
     "key_header": ("Idempotency-Key", "X-Request-Id", "X-Request-Id", "Transfer-Encoding", "can carry a key"),
@@ -436,6 +442,51 @@ def test_env_file(given):
     assert (settings.lease_ms, settings.namespace, settings.drain_s) == (400, "mine", 3.0)
 
 
+@pytest.mark.parametrize(
+    ("text", "line", "reason"),
+    [
+        (f'\n \nONCEGATE_SECRET="{CANARY}\n', 3, "is not NAME=value"),
+        (f"# why\nONCEGATE_SECRET='{CANARY}'s'\n", 2, "is not NAME=value"),
+        (f"ONCEGATE_SECRET {CANARY}\n", 1, "is not NAME=value"),
+        (f'OTHER="{CANARY}', 1, "is not NAME=value"),
+        ("ONCEGATE_SECRET\n", 1, "has a name without ="),
+        (f'ONCEGATE_SECRET="{CANARY}\nONCEGATE_LISTEN=it"\n', 1, "has a value of several lines"),
+    ],
+)
+def test_env_file_with_a_line_that_is_none(text, line, reason):
+    """A line of .env that cannot be read is an error that names the line and repeats nothing of it."""
+    Path(".env").write_text(text)
+    (error,) = errors()
+    assert error.startswith(f".env:{line}: {reason}")
+    assert CANARY not in error
+
+
+def test_env_file_with_lines_of_others():
+    """Names of other programs may have no value, or several lines."""
+    Path(".env").write_text('PATH_ONLY\nCERT="one\ntwo"\n\n# end\nONCEGATE_LEASE_MS=300')
+    assert load_settings().lease_ms == 300
+
+
+@pytest.mark.parametrize("quote", ["", '"', "'"])
+def test_env_file_replaces_no_variables(quote, monkeypatch):
+    """A value in .env stays as it is written: `${NAME}` may be a part of a secret."""
+    monkeypatch.setenv("HOME", "/root")
+    Path(".env").write_text(f"ONCEGATE_SECRET={quote}${{HOME}}-${{NONE}}-{CANARY}{quote}\n")
+    assert load_settings().secret.get_secret_value() == f"${{HOME}}-${{NONE}}-{CANARY}"
+
+
+@pytest.mark.parametrize(("kind", "complaint"), [("fifo", "is not a regular file"), ("folder", "Is a directory")])
+def test_env_file_that_is_no_file(kind, complaint):
+    """An .env that is no regular file is an error, and nobody waits for its writer."""
+    if kind == "fifo":
+        os.mkfifo(".env")
+    else:
+        Path(".env").mkdir()
+    (error,) = errors()
+    assert error.startswith(".env: ")
+    assert error.endswith(complaint)
+
+
 def test_env_file_that_is_no_text():
     """An .env that cannot be decoded is an error, not a crash."""
     Path(".env").write_bytes(b"ONCEGATE_SECRET=\xff\n")
@@ -464,10 +515,32 @@ def test_content_of_a_file_is_checked(given):
 
 
 @pytest.mark.parametrize("name", ["secret", "store_url"])
+def test_secret_after_a_byte_order_mark(name, given):
+    """The mark that some editors write at a file's beginning is no part of the secret, nor of a name in .env."""
+    Path("held").write_text("redis://:pass@redis", encoding="utf-8-sig")
+    Path(".env").write_text(f"{variable(name)}_FILE=held\n", encoding="utf-8-sig")
+    assert getattr(load_settings(), name).get_secret_value() == "redis://:pass@redis"
+
+
+@pytest.mark.parametrize("name", [name for name in Settings.model_fields if name.endswith("_file")])
+@pytest.mark.parametrize(
+    ("path", "complaint"),
+    [("fifo", "is not a regular file"), ("/dev/zero", "is not a regular file"), ("large", "is over 4194304 bytes")],
+)
+def test_files_refused(name, path, complaint, given):
+    """A setting names a regular file of a bounded size: a pipe or a device would hang or never end."""
+    os.mkfifo("fifo")
+    with Path("large").open("wb") as file:
+        file.truncate(4_194_305)
+    given(**{name: path})
+    assert f"{variable(name)}: {complaint}" in errors()
+
+
+@pytest.mark.parametrize("name", ["secret", "store_url"])
 def test_secret_named_twice(name, given):
     """A secret that is set both directly and by a file is a contradiction, in the environment and in .env."""
-    Path("held").write_text("redis://redis")
-    Path(".env").write_text(f"{variable(name)}=redis://redis\n")
+    Path("held").write_text("redis://redis:6379")
+    Path(".env").write_text(f"{variable(name)}=redis://redis:6379\n")
     given(**{f"{name}_file": "held"})
     assert errors() == (f"{variable(name)}_FILE: contradicts {variable(name)}, which is also set",)
 
@@ -479,6 +552,10 @@ def test_secret_named_twice(name, given):
         (CANARY * 100, "cannot be read: File name too long"),
         (".", "cannot be read: Is a directory"),
         ("empty", "the file is empty"),
+        ("mark", "the file is empty"),
+        ("fifo", "is not a regular file"),
+        ("/dev/zero", "is not a regular file"),
+        ("large", "is over 65536 bytes"),
         ("bytes", "cannot be read as UTF-8 text"),
     ],
 )
@@ -486,6 +563,9 @@ def test_secret_files_refused(path, complaint, given):
     """A secret's file that cannot be used is an error, which does not repeat what may be the secret itself."""
     Path("empty").write_text("\n")
     Path("bytes").write_bytes(b"\xff")
+    Path("mark").write_text("\n", encoding="utf-8-sig")
+    Path("large").write_text("x" * 65_537)
+    os.mkfifo("fifo")
     given(secret_file=path)
     assert errors() == (f"ONCEGATE_SECRET_FILE: {complaint}",)
 

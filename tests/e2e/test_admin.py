@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.parts import OK, Proxy, RawClient, RawUpstream, answering, ask, holding, request, until
 
-CANARY = "c4n4ry"
+CANARY = "c4n4ry-of-16-bytes"
 
 # DESIGN.md, section 8: every metric with its type and the closed set of its label's values.
 OUTCOMES = (

@@ -156,7 +156,7 @@ async def test_whose_key_it_is(gate, upstream, valkey, desk):
 async def test_settings_that_are_not_the_proxies(gate, upstream, valkey, tmp_path):
     """With settings that compute other digests, the command says so, instead of `no record`."""
     await make_unknown(gate, upstream)
-    told = await Desk(valkey.url, tmp_path, SECRET="other")("show", CANARY, code=1)
+    told = await Desk(valkey.url, tmp_path, SECRET="another proxy's secret")("show", CANARY, code=1)
     assert "other settings" in told.stderr
 
 

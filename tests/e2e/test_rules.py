@@ -531,7 +531,12 @@ async def test_rules_are_read_again(proxies, upstream, valkey, tmp_path: Path):
 
     done.set()
     assert await first == (418, "released")  # as its rule says, which is no more
-    file.write_text("")
+    for number, text in enumerate(("", "# no rule any more\n"), 2):
+        file.write_text(text)
+        proxy.signal(signal.SIGHUP)
+        await until(lambda number=number: len(proxy.events(bad)) == number)
+        assert await post(proxy, "/a", b"x", key=f"empty{number}") == (418, "executed")
+    file.write_text('[[rule]]\nname = "d"\npath = "/b"\n')
     proxy.signal(signal.SIGHUP)
     await until(lambda: len(proxy.events("rules loaded")) == 2)
     assert await post(proxy, "/a", b"x", key="k4") == EXECUTED
@@ -550,7 +555,7 @@ async def test_a_drain_reaches_every_upstream(proxies, upstream, valkey, tmp_pat
     proxy = proxies(upstream, valkey.url, RULES_FILE=file, DRAIN_S=0.3)
     first = asyncio.ensure_future(post(proxy, "/a", b"x", key="k1"))
     await until(lambda: second.received)
-    file.write_text("")
+    file.write_text('[[rule]]\nname = "c"\npath = "/c"\n')
     proxy.signal(signal.SIGHUP)
     await until(lambda: proxy.events("rules loaded"))
     assert await asyncio.to_thread(proxy.stop, 10) == 1

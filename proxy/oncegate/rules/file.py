@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from oncegate.settings.files import read_text
+
 TABLES = ("rule", "upstream")
-# A path to the wrong file, such as a log, must not fill the memory.
-MAX_FILE_BYTES = 4_194_304
 
 # `[[rule]]`, or `[rule.headers]` with `headers` as the nested table.
 _HEADER = re.compile(r"\s*\[\[?\s*[\"']?(?P<table>[\w-]+)[\"']?\s*(?:\.\s*(?P<nested>[^\]]+?)\s*)?\]\]?")
@@ -56,17 +56,14 @@ class Table:
 def read_tables(file: Path) -> list[Table]:
     """Return all tables of a rules file, the rules and the upstreams each in their order. Raises FileError."""
     try:
-        with file.open("rb") as opened:
-            content = opened.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise FileError([f"{file}: cannot be read: {error.strerror}"]) from None
-    if len(content) > MAX_FILE_BYTES:
-        raise FileError([f"{file}: is over {MAX_FILE_BYTES} bytes"])
+        text = read_text(file)
+    except ValueError as error:
+        raise FileError([f"{file}: {error}"]) from None
+    # A writer may be about to fill it, or a mount failed. Without its rules, requests would get other keys.
+    if not text.strip():
+        raise FileError([f"{file}: is empty; to serve without rules, unset ONCEGATE_RULES_FILE"])
     try:
-        text = content.decode()
         document = tomllib.loads(text)
-    except UnicodeDecodeError:
-        raise FileError([f"{file}: is not UTF-8 text"]) from None
     except tomllib.TOMLDecodeError as error:
         raise FileError([_not_toml(file, str(error), text.count("\n") + 1)]) from None
     # tomllib parses nested arrays and tables by recursion.

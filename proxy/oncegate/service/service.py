@@ -29,6 +29,8 @@ CANCEL_S = 0.05
 BACKLOG = 1024
 # The pause before a background task that failed is started again.
 TASK_RESTART_S = 0.05
+# Somebody may be about to write the file, or a mount failed.
+NO_RULES_LEFT = "the file has no rule any more; a restart takes it, a reload does not"
 # The events of the store that metrics count as losses.
 LOSSES = {
     StoreEvent.FLUSHED: StoreLoss.FLUSHED,
@@ -108,8 +110,10 @@ class Service:
         try:
             rules = load_rules(self._settings)
             routes = self._parts.routes(rules)
+            reasons = [] if rules.rules or not self._parts.rules.rules else [NO_RULES_LEFT]
         except (SettingsError, OSError) as error:  # OSError: what OpenSSL makes of a certificate
-            reasons = error.errors if isinstance(error, SettingsError) else [str(error)]
+            reasons = list(error.errors) if isinstance(error, SettingsError) else [str(error)]
+        if reasons:
             self._log.error("rules file rejected, previous rules stay", reasons=reasons)
             return
         self._parts.follow(rules, routes)

@@ -4,15 +4,15 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
-from dotenv import dotenv_values
 from pydantic import SecretStr, ValidationError
 from pydantic_core import ErrorDetails
 
 from oncegate.settings.addresses import Origin
 from oncegate.settings.contradictions import contradictions_in
+from oncegate.settings.env_file import read_env_file
+from oncegate.settings.files import MAX_SECRET_BYTES, read_text
 from oncegate.settings.settings import ENV_FILE, PREFIX, SECRETS, Settings, SettingsError
 from oncegate.settings.store_url import masked
 from oncegate.settings.wording import complaint, number_text, variable_name
@@ -35,10 +35,11 @@ _SHOWN = {
 
 def load_settings() -> Settings:
     """Return the settings in effect. Raises SettingsError with all problems."""
-    variables = _variables()
-    contents, problems = _secrets_from_files(variables)
-    settings, invalid = _validate(contents)
-    problems += [*_unknown(variables), *invalid.values(), *_contradictions(settings, invalid)]
+    variables, problems = _variables()
+    contents, of_files = _secrets_from_files(variables)
+    given = {name: variables[variable_name(name)] for name in Settings.model_fields if variable_name(name) in variables}
+    settings, invalid = _validate(given | contents)
+    problems += [*of_files, *_unknown(variables), *invalid.values(), *_contradictions(settings, invalid)]
     if problems:
         raise SettingsError(problems)
     return settings
@@ -63,14 +64,15 @@ def _default(name: str, value: object) -> str:
     return _SHOWN.get(name) or ("none" if _is_none(value) else f"`{_text(name, value)}`")
 
 
-def _variables() -> dict[str, str]:
-    """Return the variables with our prefix. The environment overrides `.env`; an empty variable counts as unset."""
-    try:
-        variables = [*dotenv_values(ENV_FILE, encoding="utf-8").items(), *os.environ.items()]
-    except (OSError, UnicodeDecodeError):
-        raise SettingsError([f"{ENV_FILE}: cannot be read as UTF-8 text"]) from None
-    # Pydantic accepts names in any case, too.
-    return {name.upper(): value for name, value in variables if value and name.upper().startswith(PREFIX)}
+def _variables() -> tuple[dict[str, str], list[str]]:
+    """Return the variables with our prefix, and the problems of `.env`.
+
+    The environment overrides `.env`; an empty variable counts as unset.
+    """
+    of_file, problems = read_env_file(ENV_FILE, PREFIX)
+    variables = [*of_file, *os.environ.items()]
+    # A name may be in any case.
+    return {name.upper(): value for name, value in variables if value and name.upper().startswith(PREFIX)}, problems
 
 
 def _secrets_from_files(variables: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
@@ -91,14 +93,8 @@ def _secrets_from_files(variables: Mapping[str, str]) -> tuple[dict[str, Any], l
 
 
 def _content(path: str) -> str:
-    try:
-        # Editors and `echo` write a line end, which is not part of the secret.
-        text = Path(path).read_text(encoding="utf-8").rstrip("\r\n")
-    except OSError as error:
-        raise ValueError(f"cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        # Without its cause: the decoder's error contains the bytes of the secret.
-        raise ValueError("cannot be read as UTF-8 text") from None
+    # Editors and `echo` write a line end, which is not part of the secret.
+    text = read_text(path, MAX_SECRET_BYTES).rstrip("\r\n")
     # An empty file is a mount that failed: as ONCEGATE_SECRET it would switch the keyed digests off.
     if not text:
         raise ValueError("the file is empty")
@@ -114,16 +110,16 @@ def _unknown(variables: Iterable[str]) -> list[str]:
     return [f"{name}: is unknown; did you mean {get_close_matches(name, known, 1, 0)[0]}?" for name in unknown]
 
 
-def _validate(contents: dict[str, Any]) -> tuple[Settings, dict[str, str]]:
+def _validate(given: dict[str, Any]) -> tuple[Settings, dict[str, str]]:
     """Return the settings, and the problem of each invalid one by its name.
 
     An invalid setting has a valid substitute, so that contradictions among the others are reported as well.
     """
     try:
-        return Settings(**contents), {}
+        return Settings(**given), {}
     except ValidationError as error:
         invalid = {str(detail["loc"][0]): _problem(detail) for detail in error.errors(include_input=False)}
-    return Settings(**contents | {name: _substitute(name) for name in invalid}), invalid
+    return Settings(**given | {name: _substitute(name) for name in invalid}), invalid
 
 
 def _substitute(name: str) -> Any:

@@ -12,6 +12,8 @@ NO_KEY_HEADERS = frozenset(
         *("proxy-authenticate", "proxy-authorization"),
     )
 )
+# Whoever can read the store can try secrets as fast as digests are computed: 128 bits are beyond that.
+MIN_SECRET_BYTES = 16
 # RFC 9110, section 5.6.2.
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 
@@ -55,9 +57,14 @@ def parse_namespace(text: str) -> str:
 
 
 def parse_secret(text: str) -> str:
-    """Return a secret that can be encoded: an environment may have bytes that are not UTF-8."""
+    """Return a secret that can be encoded and is not guessed: an environment may have bytes that are not UTF-8."""
     try:
-        text.encode()
+        size = len(text.encode())
     except UnicodeEncodeError:
         raise ValueError("must be UTF-8 text") from None
+    if size < MIN_SECRET_BYTES:
+        raise ValueError(
+            f"must have at least {MIN_SECRET_BYTES} bytes, such as the output of `openssl rand -hex 32`; a shorter one "
+            "can be guessed"
+        )
     return text

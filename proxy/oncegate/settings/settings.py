@@ -60,8 +60,6 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
-        env_file=ENV_FILE,
-        env_file_encoding="utf-8",
         # Compose files pass "${NAME:-}" for an unset variable.
         env_ignore_empty=True,
         # Lists are comma lists, not JSON.
@@ -124,8 +122,9 @@ class Settings(BaseSettings):
     )
     secret: Annotated[SecretStr, from_text(parse_secret)] = Field(
         SecretStr(""),
-        description="Secret of the digests of keys, tenants and bodies. All proxies need the same one. After a change "
-        "oncegate does not find any earlier key. `ONCEGATE_SECRET_FILE` names a file that contains the secret.",
+        description="Secret of the digests of keys, tenants and bodies, of at least 16 bytes. All proxies need the "
+        "same one. After a change oncegate does not find any earlier key. Without one, whoever reads the store can "
+        "test guesses of keys. `ONCEGATE_SECRET_FILE` names a file that contains the secret.",
     )
     # Two replicas that name keys differently would each execute the same request.
     identity_change: Literal["refuse", "accept"] = Field(

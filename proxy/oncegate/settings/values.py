@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from oncegate.settings.addresses import Address, Origin, parse_address, parse_origin
 from oncegate.settings.cores import usable
+from oncegate.settings.files import read_file
 from oncegate.settings.names import parse_list
 
 # A longer time is a mistaken unit, and comes near the limit of Redis's expiry.
@@ -30,11 +31,8 @@ def list_of(parse: Callable[[str], object]) -> BeforeValidator:
 
 
 def _readable(text: str) -> Path:
-    try:
-        # Opened once now: a missing permission stops the start, rather than the first connection.
-        Path(text).open("rb").close()
-    except OSError as error:
-        raise ValueError(f"cannot be read: {error.strerror}") from None
+    # Read once now: a missing permission stops the start, rather than the first connection.
+    read_file(text)
     return Path(text)
 
 
