@@ -33,7 +33,7 @@ PART_gateway := e2e/test_again e2e/test_duplicates e2e/test_endings e2e/test_fid
 PART_downstream := test_body test_minimum_rate test_response e2e/test_clients_leave e2e/test_listener
 PART_upstream := test_pools test_upstream e2e/test_forwarding
 PART_store := test_breaker test_cluster test_durable test_health_monitor test_leases test_link test_lua test_record \
-	test_sentinel test_store e2e/test_duplicates model/test_scripts
+	test_sentinel test_store test_unknown_keys e2e/test_duplicates model/test_scripts
 PART_rules := test_patterns test_policy test_rules e2e/test_rules
 PART_keys := test_documents test_keys test_multipart test_sources
 PART_observe := test_families test_logs test_outcome test_usage e2e/test_admin

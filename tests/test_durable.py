@@ -134,7 +134,7 @@ async def test_other_commands_do_not_wait(scripted):
         owner = asyncio.ensure_future(claimed(store))
         await until(lambda: counting.waits)
         scripted.script = lambda connection, words: resp([words[4], b"released", b"found"])
-        other = Claim(key(2), b"t" * 16, b"1", b"hold", b"", b"", 1, 300, 1000)
+        other = Claim(key(2), b"t" * 16, b"1", b"hold", b"", b"", 1, 300, 1000, 1000)
         assert await store.release(other, 1.0) == SettleResult(SettleStatus.RELEASED)
         assert not owner.done()
         counting.answer(b":1\r\n")

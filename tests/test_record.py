@@ -23,6 +23,7 @@ CLAIM = Claim(
     created_ms=NOW_MS - 5000,
     lease_ms=10_000,
     retention_ms=86_400_000,
+    unknown_retention_ms=7_776_000_000,
 )
 BODY = b'{"id": 1}'
 

@@ -66,6 +66,7 @@ CASES: dict[str, tuple[object, str, object, str, str]] = {
     "key_header": ("Idempotency-Key", "X-Request-Id", "X-Request-Id", "Transfer-Encoding", "can carry a key"),
     "key_required": (False, "1", True, "2", "must be true or false"),
     "scope_headers": (("Authorization", "X-Api-Key"), "X-Tenant", ("X-Tenant",), "X Tenant", "must name header"),
+    "unknown_retention_s": (7_776_000.0, "0", 0.0, "-1", "must be at least 0"),
     "retention_s": (86_400.0, "3600.5", 3600.5, "0", "must be greater than 0"),
     "lease_ms": (10_000, "200", 200, "199", "must be at least 200"),
     "on_duplicate": ("reject", "wait", "wait", "ignore", "must be 'reject' or 'wait'"),

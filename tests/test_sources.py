@@ -196,6 +196,7 @@ POLICY = Policy(
     scope_headers=(b"authorization",),
     pass_host=False,
     retention_ms=1000,
+    unknown_retention_ms=1000,
     lease_ms=1000,
     wait_for_duplicates=False,
     wait_max_s=1,

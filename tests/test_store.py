@@ -40,7 +40,7 @@ from tests.conftest import Valkey
 from tests.parts import OK, Tap, ask, request, until
 from tests.resp import Connection, Relay, RespServer, Words, relaying, resp
 
-LEASE_MS, RETENTION_MS = 60_000, 3_600_000
+LEASE_MS, RETENTION_MS, UNKNOWN_RETENTION_MS = 60_000, 3_600_000, 36_000_000
 PATIENCE_S = 20.0
 HOUR_MS = 3_600_000
 WINDOW_MS = 10_000  # of a derived key
@@ -176,6 +176,7 @@ def claim(
             mode=mode,
             lease_ms=LEASE_MS,
             retention_ms=RETENTION_MS,
+            unknown_retention_ms=UNKNOWN_RETENTION_MS,
             window_ms=window_ms,
         )
     )
@@ -399,12 +400,14 @@ def assert_became(client: Redis, became: str, before: dict[str, bytes], owner: C
     """Check the whole record, its lease and its retention."""
     after, now_ms = fields(client), server_ms(client)
     lease_anew = started_anew(int(after.get("lease", b"0")) - now_ms, LEASE_MS)
-    retention_anew = started_anew(client.pttl(NAME), RETENTION_MS)
+    left_ms = client.pttl(NAME)
+    retention_anew, unknown_anew = started_anew(left_ms, RETENTION_MS), started_anew(left_ms, UNKNOWN_RETENTION_MS)
     token = owner.token if own else FOREIGN
     match became:
         case "as before":
             assert after == before
             assert not retention_anew
+            assert not unknown_anew
         case "absent":
             assert after == {}
         case "claimed":
@@ -415,15 +418,16 @@ def assert_became(client: Redis, became: str, before: dict[str, bytes], owner: C
             assert int(after["fence"]) > int(owner.fence)
             assert now_ms - LEASE_MS < int(after["created"]) <= now_ms
             assert lease_anew
-            assert retention_anew
+            assert unknown_anew
         case "lease and retention anew":
             assert {**after, "lease": b"", "stage": b""} == {**before, "lease": b"", "stage": b""}
             assert lease_anew
-            assert retention_anew
+            assert unknown_anew
         case "chunk and lease anew":
             assert {**after, "lease": b""} == {**before, "lease": b"", "b0": b"chunk", "bytes": b"5"}
             assert lease_anew
             assert not retention_anew
+            assert not unknown_anew
         case "complete" | "complete, no body":
             kept = became == "complete"
             who = replace(owner, token=token)
@@ -441,7 +445,7 @@ def assert_became(client: Redis, became: str, before: dict[str, bytes], owner: C
                 "lease": b"0",
                 "why": b"cut off",
             }
-            assert retention_anew
+            assert unknown_anew
         case _:
             raise AssertionError(became)
 
@@ -712,7 +716,7 @@ async def test_an_unknown_key_is_claimed_anew_where_its_record_allows_it(
     assert after.keys() == {"state", "token", "fence", "mode", "fingerprint", "self", "lease", "created"}
     assert (after["state"], after["token"], after["mode"]) == (b"in_flight", found.token, asked)
     assert started_anew(int(after["lease"]) - server_ms(client), LEASE_MS)
-    assert started_anew(client.pttl(NAME), RETENTION_MS)
+    assert started_anew(client.pttl(NAME), UNKNOWN_RETENTION_MS)
     for verb in ("append", "renew", "store", "store bare", "release", "mark unknown"):
         assert await act(store, verb, owner, own=True) == "fenced"
     assert fields(client) == after
@@ -1074,7 +1078,9 @@ async def test_a_claim_that_was_held_up_while_its_repeat_went_through(relay, val
         else:
             assert await held_up(relay, claim(store)) == "claimed"
             (record,) = valkey.records().values()
-            owner = Claim(KEY, record[b"token"], b"", b"hold", SAME, b"", 0, LEASE_MS, RETENTION_MS)
+            owner = Claim(
+                KEY, record[b"token"], b"", b"hold", SAME, b"", 0, LEASE_MS, RETENTION_MS, UNKNOWN_RETENTION_MS
+            )
         assert await store.release(owner, PATIENCE_S) == SettleResult(SettleStatus.RELEASED)
         await arrives(relay, valkey)
         await behind.run()
@@ -1508,7 +1514,9 @@ async def test_a_claim_survives_errors_that_pass(scripted, error):
         assert tokens(scripted) == [owner.token] * 3
 
 
-OWNER = Claim(KEY, b"t" * 16, b"1", b"hold", SAME, self_check(KEY, TENANT, b"t" * 16, b"hold", SAME), 1, 300, 1000)
+OWNER = Claim(
+    KEY, b"t" * 16, b"1", b"hold", SAME, self_check(KEY, TENANT, b"t" * 16, b"hold", SAME), 1, 300, 1000, 2000
+)
 AFTER_ERRORS = {
     "append": (lambda store: store.append(OWNER, 0, b"x", 0.15), AppendStatus.UNCONFIRMED, True),
     "renew": (lambda store: store.renew(OWNER), RenewStatus.UNCONFIRMED, False),

@@ -59,6 +59,8 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "store_full": ("gauge", "", ()),
     "store_breaker_open": ("gauge", "", ()),
     "rules_differ": ("gauge", "", ()),
+    "unknown_keys": ("gauge", "", ()),
+    "unknown_keys_expiring": ("gauge", "", ()),
     "quarantine_seconds": ("gauge", "", ()),
     "ready": ("gauge", "", ()),
     "buffered_bytes": ("gauge", "", ()),

@@ -301,6 +301,38 @@ async def test_a_running_key_outlives_its_retention(proxies, upstream, valkey):
     assert (await ask(two[0].port, request())).header("oncegate-status") == b"executed"
 
 
+BAD_GATEWAY = b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n"
+
+
+@pytest.mark.parametrize("ends", ["ambiguous", "killed"])
+async def test_an_unknown_key_outlives_its_retention(fork, upstream, valkey, ends):
+    """With 1 s of retention the key is still refused after it: an outcome that nobody knows is not forgotten."""
+    settings = {"LEASE_MS": 300, "RETENTION_S": 1, "WAIT_MAX_S": 1}
+    first, second = [await fork(upstream, valkey.url, **settings) for _ in range(2)]
+    upstream.script = answering(BAD_GATEWAY) if ends == "ambiguous" else answering(OK, delay_s=60)
+    original = asyncio.ensure_future(ask(first.port, request()))
+    await until(lambda: upstream.received)
+    if ends == "killed":
+        first.kill()
+    await asyncio.wait([original])
+    await until(lambda: valkey.states() == [b"unknown"] or ends == "killed")
+    await asyncio.sleep(1.5)
+    upstream.script = answering(OK)
+    answer = await ask(second.port, request())
+    assert (answer.status, answer.slug) == (409, "outcome-unknown")
+    assert len(upstream.received) == 1
+
+
+async def test_an_unknown_key_is_kept_for_ever(fork, upstream, valkey):
+    gate = await fork(upstream, valkey.url, UNKNOWN_RETENTION_S=0)
+    upstream.script = answering(BAD_GATEWAY)
+    await ask(gate.port, request())
+    await until(lambda: valkey.states() == [b"unknown"])
+    with valkey.client() as client:
+        (name,) = client.keys("once:{*")
+        assert client.pttl(name) > 99 * 365 * 86_400_000
+
+
 @pytest.mark.timeout(60)
 async def test_however_long_the_wait_for_a_connection_it_is_in_flight(upstream, valkey, proxies):
     """A request may wait for a free connection as long as the connect timeout says; meanwhile its lease is kept, and

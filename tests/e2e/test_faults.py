@@ -42,7 +42,7 @@ async def test_an_upload_that_was_suspended_beyond_the_retention(fork, upstream,
                 writer.write(OK)
 
     async with serving(slow) as beyond:
-        still = await fork(beyond.url, valkey.url, LEASE_MS=300, RETENTION_S=1.5, WAIT_MAX_S=1)
+        still = await fork(beyond.url, valkey.url, LEASE_MS=300, RETENTION_S=1.5, UNKNOWN_RETENTION_S=1.5, WAIT_MAX_S=1)
         other = await fork(upstream, valkey.url, LEASE_MS=300)
         raw = request(body=BIG + b"end")
         original = asyncio.ensure_future(ask(still.port, raw))

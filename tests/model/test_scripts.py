@@ -47,7 +47,7 @@ def pieces(who: int) -> tuple[bytes, bytes]:
 def claim_of(who: int, mode: str) -> Claim:
     token = TOKENS[who]
     described = self_check(KEY, TENANT, token, mode.encode(), FINGERPRINT)
-    return Claim(KEY, token, b"7", mode.encode(), FINGERPRINT, described, 1_000, LEASE_MS, RETENTION_MS)
+    return Claim(KEY, token, b"7", mode.encode(), FINGERPRINT, described, 1_000, LEASE_MS, RETENTION_MS, RETENTION_MS)
 
 
 def packed(who: int, chunks: int, kept: bool = True) -> tuple[bytes, StoredResponse]:

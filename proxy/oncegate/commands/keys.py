@@ -239,6 +239,7 @@ def _claim(session: Session, record: RecordView, token: bytes) -> Claim:
         # A complete record has no lease.
         lease_ms=0,
         retention_ms=session.retention_ms,
+        unknown_retention_ms=session.retention_ms,
     )
 
 

@@ -150,6 +150,8 @@ class FirstStep:
             mode=policy.mode,
             lease_ms=policy.lease_ms,
             retention_ms=policy.retention_ms,
+            # A derived key stands for a window: a form that is refused for months would help nobody.
+            unknown_retention_ms=policy.retention_ms if identity.window_ms else policy.unknown_retention_ms,
             window_ms=identity.window_ms,
         )
         return KeyedRequest(route, claim, body, wait_s, fields, identity.fresh)

@@ -22,6 +22,8 @@ GAUGES = {
     "store_breaker_open": "1 while the circuit breaker is open: claims are refused without asking the store.",
     "rules_differ": "1 while other proxies on the store name keys by other rules.",
     "quarantine_seconds": "Time until first-time keys are accepted, after the store lost data.",
+    "unknown_keys": "Keys whose outcome is unknown, if this replica was the last to look. One looks each hour.",
+    "unknown_keys_expiring": "Those of them that expire within a week. After that a retry executes.",
     "ready": "1 while /readyz answers 200.",
     "buffered_bytes": "Bytes of request and response bodies held in memory.",
     "workers": "Worker processes that serve.",
@@ -30,7 +32,16 @@ GAUGES = {
 MERGED: dict[str, Callable[[Iterable[float]], float]] = {
     # All workers use one store, so each of these describes the same thing.
     **dict.fromkeys(
-        ("store_memory_ratio", "store_full", "store_breaker_open", "rules_differ", "quarantine_seconds"), max
+        (
+            "store_memory_ratio",
+            "store_full",
+            "store_breaker_open",
+            "rules_differ",
+            "quarantine_seconds",
+            "unknown_keys",
+            "unknown_keys_expiring",
+        ),
+        max,
     ),
     # A worker that is not ready gets its share of the connections all the same.
     "ready": min,

@@ -60,10 +60,11 @@ DEFAULT_STATUSES = Statuses(RELEASE_STATUSES, AMBIGUOUS_STATUSES)
 class Policy:
     """What happens to the requests of a rule, or of the settings alone. Header names are lower-case.
 
-    `methods`: those that are guarded. `mode`: the wire value of an UnknownMode. `destination`: where requests go, as
-    far as it is known without one: the upstream's name and a Host that is set. Empty for the upstream of the settings.
-    `max_request_bytes`: 0 for the worker's own limit. `bypass`: a request that the store cannot claim is forwarded
-    without protection. `rule`, `preset`: their names, empty without one.
+    `methods`: those that are guarded. `mode`: the wire value of an UnknownMode. `unknown_retention_ms`: how long a key
+    that is in flight or unknown is kept. `destination`: where requests go, as far as it is known without one: the
+    upstream's name and a Host that is set. Empty for the upstream of the settings. `max_request_bytes`: 0 for the
+    worker's own limit. `bypass`: a request that the store cannot claim is forwarded without protection. `rule`,
+    `preset`: their names, empty without one.
 
     Only a rule can set the following. `sources`: the key, where it is not `key_header` alone. `scope_sources`:
     sources beside the headers that identify the tenant. `fingerprint`: the parts that enter it, None for all.
@@ -80,6 +81,7 @@ class Policy:
     scope_headers: tuple[bytes, ...]
     pass_host: bool
     retention_ms: int
+    unknown_retention_ms: int
     lease_ms: int
     wait_for_duplicates: bool
     wait_max_s: float

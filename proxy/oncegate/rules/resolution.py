@@ -13,6 +13,10 @@ from oncegate.rules.policy import AMBIGUOUS_STATUSES, DEFAULT_STATUSES, RELEASE_
 from oncegate.rules.presets import COUNTING
 from oncegate.settings.names import GUARDABLE
 from oncegate.settings.settings import Settings
+from oncegate.settings.values import DAY_MS
+
+# Longer than any installation lives. A time, so that the scripts need no case of their own for it.
+FOREVER_MS = 100 * 365 * DAY_MS
 
 
 def policy_of(settings: Settings) -> Policy:
@@ -27,6 +31,7 @@ def policy_of(settings: Settings) -> Policy:
         pass_host=settings.pass_host,
         # Redis takes whole milliseconds (PEXPIRE).
         retention_ms=int(settings.retention_s * 1000),
+        unknown_retention_ms=unknown_retention_ms(settings),
         lease_ms=settings.lease_ms,
         wait_for_duplicates=settings.on_duplicate == "wait",
         wait_max_s=settings.wait_max_s,
@@ -35,6 +40,15 @@ def policy_of(settings: Settings) -> Policy:
         mode=UnknownMode(settings.on_unknown.encode()).wire,
         bypass=settings.on_store_down == "bypass",
     )
+
+
+def unknown_retention_ms(settings: Settings) -> int:
+    """Return how long a key is kept that is in flight or unknown. A derived key has the ordinary retention instead."""
+    retention_ms = int(settings.retention_s * 1000)
+    # A retry of an unknown key executes in this mode, so that nothing is gained by keeping it longer.
+    if settings.on_unknown == "retry":
+        return retention_ms
+    return max(retention_ms, int(settings.unknown_retention_s * 1000)) if settings.unknown_retention_s else FOREVER_MS
 
 
 def default_rule(settings: Settings) -> Rule:

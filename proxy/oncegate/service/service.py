@@ -97,6 +97,8 @@ class Service:
             "store_breaker_open": lambda: self.store.broken,
             "rules_differ": lambda: self.store.rules_differ,
             "quarantine_seconds": lambda: self.store.quarantine_left_s,
+            "unknown_keys": lambda: self._parts.unknown_keys.count,
+            "unknown_keys_expiring": lambda: self._parts.unknown_keys.expiring,
             "ready": lambda: not self.not_ready_reasons(),
             "buffered_bytes": lambda: self._parts.memory.used,
             "workers": lambda: 1.0,
@@ -176,6 +178,7 @@ class Service:
             self.store.probe,
             self._parts.leases.run,
             self._parts.waiters.run,
+            self._parts.unknown_keys.run,
             self._listener.sweep,
         )
         self._tasks = [self._loop.create_task(self._keep(keeper)) for keeper in keepers]

@@ -22,11 +22,13 @@ from oncegate.messages.admission import Admission
 from oncegate.observe.metrics import Metrics
 from oncegate.observe.outcome import Observe
 from oncegate.rules.model import Rule, Rules, Upstream
+from oncegate.rules.resolution import unknown_retention_ms
 from oncegate.settings.settings import Settings
 from oncegate.store.events import StoreEvent
 from oncegate.store.leases import Leases, OnClaimEvent
 from oncegate.store.redis.membership import Membership
 from oncegate.store.store import Store
+from oncegate.store.unknown_keys import UnknownKeys
 from oncegate.store.waiters import Waiters
 from oncegate.upstream.pool import REUSE_IDLE_S, Pool, client_tls
 from oncegate.upstream.pools import Pools
@@ -68,6 +70,9 @@ class Parts:
         )
         self.leases = Leases(self.store, settings.lease_ms, reporting.claim_lost, clock)
         self.waiters = Waiters(self.store, settings.max_waiters, settings.lease_ms, self.leases.__contains__)
+        self.unknown_keys = UnknownKeys(
+            self.store, int(settings.retention_s * 1000), unknown_retention_ms(settings), reporting.log.warning
+        )
         self.pools = Pools(self._pool)
         self.head_cache = HeadCache(enabled=settings.head_cache)
         minimum_rate = MinimumRate(settings.client_stall_s, settings.client_min_bytes_per_s)
@@ -167,7 +172,7 @@ class Parts:
             proxy_name=f"{socket.gethostname()} pid {os.getpid()}",
             identity_text=identity_settings(digests, settings.namespace, settings.key_header, settings.scope_headers),
             accept=settings.identity_change == "accept",
-            retention_ms=int(settings.retention_s * 1000),
+            retention_ms=unknown_retention_ms(settings),
             quarantine_ms=int(settings.quarantine_s * 1000) if settings.on_store_loss == "quarantine" else 0,
             notice_s=settings.quarantine_s,
             durable=is_durable(settings),

@@ -26,6 +26,7 @@ from oncegate.settings.values import (
     OptionalUrl,
     ReadableFile,
     Seconds,
+    SecondsOrForever,
     SecondsOrZero,
     from_text,
     list_of,
@@ -148,6 +149,12 @@ class Settings(BaseSettings):
         86_400,
         description="How long oncegate replays a response, counted from its completion. Choose more than the longest "
         "time for which your clients retry.",
+    )
+    unknown_retention_s: SecondsOrForever = Field(
+        90 * 86_400,
+        description="How long oncegate refuses a key whose outcome is unknown, with `ONCEGATE_ON_UNKNOWN=hold`. After "
+        "that time a retry executes. 0: for ever. A shorter time than the rule's retention counts as that retention. "
+        "Derived keys always keep `ONCEGATE_RETENTION_S`.",
     )
     lease_ms: int = Field(
         10_000,

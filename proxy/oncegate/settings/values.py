@@ -59,6 +59,8 @@ BaseUrl = Annotated[Origin, from_text(parse_origin)]
 OptionalUrl = Annotated[Origin | None, from_text(parse_origin)]
 ReadableFile = Annotated[Path | None, from_text(_readable)]
 Seconds = Annotated[float, Field(gt=0, le=TEN_YEARS_S)]
+# 0 for ever.
+SecondsOrForever = Annotated[float, Field(ge=0, le=TEN_YEARS_S)]
 SecondsOrZero = Annotated[float, Field(ge=0, le=TEN_YEARS_S)]
 Bytes = Annotated[int, Field(ge=1, le=PIBIBYTE)]
 Count = Annotated[int, Field(ge=1, le=MILLION)]

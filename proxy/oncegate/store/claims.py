@@ -220,7 +220,7 @@ class Claims:
         self._background(self._withdraw(claim))
 
     async def _withdraw(self, claim: Claim) -> None:
-        ends = self._loop.time() + claim.retention_ms / 1000
+        ends = self._loop.time() + claim.unknown_retention_ms / 1000
         # After this pause no copy can take the key any more, so one release is enough.
         await asyncio.sleep(self._timeout_s)
         while (await self._release(claim, self._patience_s)).status is SettleStatus.UNCONFIRMED:

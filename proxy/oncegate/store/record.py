@@ -43,7 +43,10 @@ class ClaimRequest:
     # Of the policy: hold or retry.
     mode: bytes
     lease_ms: int
+    # Of a complete response.
     retention_ms: int
+    # Of a key that is in flight or unknown. Never shorter than that of a complete one.
+    unknown_retention_ms: int
     # Of a derived key: the age at which a complete record no longer counts. 0 for any other key.
     window_ms: int = 0
 
@@ -66,6 +69,7 @@ class Claim:
     created_ms: int
     lease_ms: int
     retention_ms: int
+    unknown_retention_ms: int
 
 
 @dataclass(slots=True)

@@ -44,8 +44,8 @@ class RecordView(NamedTuple):
     self_check: bytes = b""
     created_ms: int = 0
     lease_left_ms: int = 0
-    # The owner has stopped renewing its lease: it ended, or is paused.
-    lapsed: bool = False
+    # Since the lease of an owner ended that stopped renewing it, because it died or is paused. Else 0.
+    lapsed_ms: int = 0
     # Why the outcome is unknown, and how far the exchange got.
     reason: str = ""
     progress: str = ""
@@ -56,7 +56,7 @@ class RecordView(NamedTuple):
     @property
     def owner_may_live(self) -> bool:
         """Whether the owner may still work on the key. An owner whose lease has lapsed may be paused, and go on."""
-        return self.lease_left_ms > 0 or self.lapsed or self.state is ViewState.CORRUPT
+        return self.lease_left_ms > 0 or self.lapsed_ms > 0 or self.state is ViewState.CORRUPT
 
 
 # One record from its fields ...
@@ -116,7 +116,7 @@ def _unfinished(key: bytes, token: bytes, fields: dict[str, bytes], now_ms: int)
         self_check=stored_check,
         created_ms=int(fields["created"]),
         lease_left_ms=max(0, left_ms),
-        lapsed=lapsed,
+        lapsed_ms=max(1, -left_ms) if lapsed else 0,
         reason="its owner stopped renewing its lease" if lapsed else fields.get("why", b"").decode("utf-8", "replace"),
         progress="" if "why" in fields else describe_stage(fields.get("stage")),
         bytes_stored=int(fields.get("bytes", 0)),
@@ -183,14 +183,21 @@ async def scan(store: Store, prefix: str = "") -> AsyncIterator[RecordView]:
     A record that comes or goes meanwhile may be left out, and any record may come twice.
     """
     for node in store.nodes:
-        cursor = b"0"
-        while True:
-            cursor, names = checked(await ask(node, "SCAN", cursor, "MATCH", f"once:{{{prefix}*", "COUNT", PAGE))
-            keys = {key for name in names if (key := parse_record_id(name.decode("ascii", "replace")))}
-            for record in await _read_page(node, list(keys)):
-                yield record
-            if cursor == b"0":
-                break
+        async for record in scan_node(node, prefix):
+            yield record
+
+
+async def scan_node(node: Node, prefix: str = "", pause_s: float = 0.0) -> AsyncIterator[RecordView]:
+    """Yield the records of one server as `scan` does. `pause_s`: the pause after each page."""
+    cursor = b"0"
+    while True:
+        cursor, names = checked(await ask(node, "SCAN", cursor, "MATCH", f"once:{{{prefix}*", "COUNT", PAGE))
+        keys = {key for name in names if (key := parse_record_id(name.decode("ascii", "replace")))}
+        for record in await _read_page(node, list(keys)):
+            yield record
+        if cursor == b"0":
+            break
+        await asyncio.sleep(pause_s)
 
 
 async def _read_page(node: Node, keys: list[bytes]) -> list[RecordView]:

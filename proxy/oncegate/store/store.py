@@ -183,7 +183,8 @@ class Store:
         token = self._prefix + next(self._count).to_bytes(6, "big")
         check = self_check(key, tenant, token, mode, fingerprint)
         # The fence and the time of creation come with the reply.
-        claim = Claim(key, token, b"", mode, fingerprint, check, 0, request.lease_ms, request.retention_ms)
+        times = request.lease_ms, request.retention_ms, request.unknown_retention_ms
+        claim = Claim(key, token, b"", mode, fingerprint, check, 0, *times)
         return self._claims.run(claim, tenant, request.window_ms)
 
     def reclaim(self, claim: Claim, scope: Scope) -> Claiming:
@@ -198,7 +199,7 @@ class Store:
 
     async def renew(self, claim: Claim, stage: Stage = CLAIMED) -> RenewStatus:
         """Extend the lease, and note how far the exchange got (`stage`). One try: the next renewal is the retry."""
-        args = resp(claim.token, claim.lease_ms, claim.retention_ms, stage.wire)
+        args = resp(claim.token, claim.lease_ms, claim.unknown_retention_ms, stage.wire)
         return renew_status(await self._run("renew", claim.key, args, arguments.RENEW_COUNT))
 
     async def append(self, claim: Claim, index: int, chunk: bytes, patience_s: float) -> AppendStatus:

@@ -20,13 +20,14 @@ CLAIM_COUNT, APPEND_COUNT, RENEW_COUNT, READ_COUNT = 10, 4, 4, 3
 STORE_COUNT, RELEASE_COUNT, MARK_UNKNOWN_COUNT = 8, 3, 9
 RESOLVE_COUNT, RELEASE_BY_OPERATOR_COUNT = 5, 4
 
-# mode, lease_ms and retention_ms of a claim as bulk strings. There is one entry for each policy.
+# mode, lease_ms and unknown_retention_ms of a claim as bulk strings. There is one entry for each policy.
 _terms: dict[tuple[bytes, int, int], bytes] = {}
 
 
 def claim_head(claim: Claim) -> bytes:
     """Return the arguments of `claim` before its deadline. The node that executes the claim writes the deadline."""
-    mode, lease_ms, retention_ms = claim.mode, claim.lease_ms, claim.retention_ms
+    # A claim may end unknown without anybody to say so, so that its record has to last as long as an unknown one.
+    mode, lease_ms, retention_ms = claim.mode, claim.lease_ms, claim.unknown_retention_ms
     terms = _terms.get((mode, lease_ms, retention_ms))
     if terms is None:
         terms = _terms[mode, lease_ms, retention_ms] = b"\r\n" + resp(mode, lease_ms, retention_ms)
@@ -58,6 +59,7 @@ def unowned_claim(key: bytes, lease_ms: int) -> Claim:
         created_ms=0,
         lease_ms=lease_ms,
         retention_ms=0,
+        unknown_retention_ms=0,
     )
 
 
@@ -83,5 +85,12 @@ def release(claim: Claim) -> bytes:
 
 def mark_unknown(claim: Claim, reason: str) -> bytes:
     """Return the arguments of `settle` that mark the key unknown: MARK_UNKNOWN_COUNT."""
-    written = (claim.retention_ms, claim.fence, claim.mode, claim.fingerprint, claim.self_check, claim.created_ms)
+    written = (
+        claim.unknown_retention_ms,
+        claim.fence,
+        claim.mode,
+        claim.fingerprint,
+        claim.self_check,
+        claim.created_ms,
+    )
     return b"".join((_16, claim.token, b"\r\n", _UNKNOWN, resp(*written, reason)))

@@ -21,6 +21,7 @@ class Membership:
     identity_text: str
     # Whether to claim keys beside proxies whose settings name keys in another way.
     accept: bool
+    # The longest life of a record: so long does it matter by which settings it was named, and whose it is.
     retention_ms: int
     # How long first-time keys are refused after a loss; 0 for not at all.
     quarantine_ms: int

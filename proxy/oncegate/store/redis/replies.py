@@ -77,7 +77,7 @@ def claim_result(claim: Claim, tenant: bytes, reply: Any, note_time: Callable[[i
         return Claim(
             # Positions, not names: arguments by name cost twice as much here (Python 3.11, measured).
             claim.key, claim.token, fence, claim.mode, claim.fingerprint, claim.self_check, int(created),
-            claim.lease_ms, claim.retention_ms,
+            claim.lease_ms, claim.retention_ms, claim.unknown_retention_ms,
         )  # fmt: skip
     if kind == b"complete":
         _, now_ms, meta, body = reply

@@ -1,0 +1,115 @@
+"""Looks through the store for unknown keys, so that an operator hears of them before they expire.
+
+All replicas share one look an hour at each server. It also gives a key whose owner died its final form: nobody wrote
+that its outcome is unknown, and the part of a response that was stored would otherwise stay as long as the key.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from oncegate.decision import HOLD
+from oncegate.store.record import Claim, ViewState
+from oncegate.store.record_name import record_id, store_key
+from oncegate.store.record_view import RecordView, StoreError, ask, checked, scan_node
+from oncegate.store.redis.node import Node
+from oncegate.store.store import Store
+
+# Between two looks, and after a start.
+PERIOD_S, START_S = 3600.0, 10.0
+# Between two pages of keys: a store of a million records is looked through within two minutes.
+PAGE_PAUSE_S = 0.05
+# How long before its end a key is reported, and how many keys of one look are named.
+WARN_MS = 7 * 86_400_000
+NAMED = 20
+# For marking one key.
+MARK_S = 1.0
+LOOK_KEY = b"once:look"
+
+
+@dataclass(slots=True)
+class Found:
+    """What one look at a server found: how many keys are unknown, and which of them expire soon."""
+
+    unknown: int = 0
+    expiring: int = 0
+
+
+class UnknownKeys:
+    """The unknown keys of a store, as of this replica's last look; none while another replica looks.
+
+    Keys in the mode `retry` do not count: the next request with such a key executes.
+    `retention_ms`: of a complete response; a partial one is removed after as long. `warn(event, **fields)` is called
+    with every key that expires soon, and where the store does not let this replica look.
+    """
+
+    def __init__(self, store: Store, retention_ms: int, unknown_retention_ms: int, warn: Callable[..., None]) -> None:
+        self._store, self._retention_ms, self._warn = store, retention_ms, warn
+        # Where unknown keys live for less than a few weeks, a week would be most of their life.
+        self._warn_ms = min(WARN_MS, unknown_retention_ms // 4)
+        self._found: dict[str, Found] = {}
+        self._could_not_look = False
+
+    @property
+    def count(self) -> int:
+        return sum(found.unknown for found in self._found.values())
+
+    @property
+    def expiring(self) -> int:
+        return sum(found.expiring for found in self._found.values())
+
+    async def run(self) -> None:
+        """Look once an hour, until cancelled."""
+        pause_s = START_S
+        while True:
+            await asyncio.sleep(pause_s)
+            await self.look()
+            pause_s = PERIOD_S
+
+    async def look(self) -> None:
+        """Look at each server at which no other replica looked within the hour."""
+        found: dict[str, Found] = {}
+        for node in self._store.nodes:
+            try:
+                lasts_ms = int(PERIOD_S * 900)
+                if checked(await ask(node, "SET", LOOK_KEY + node.tag, "", "NX", "PX", lasts_ms)) is not None:
+                    found[node.name] = await self._look_at(node)
+            except StoreError as error:
+                self._report_failure(node, error)
+        self._found = found
+
+    async def _look_at(self, node: Node) -> Found:
+        found = Found()
+        async for record in scan_node(node, pause_s=PAGE_PAUSE_S):
+            if record.state is not ViewState.UNKNOWN or record.mode != HOLD:
+                continue
+            found.unknown += 1
+            left_ms = int(checked(await ask(node, "PTTL", store_key(record.key))))
+            if left_ms > 0 and record.bytes_stored and record.lapsed_ms > self._retention_ms:
+                await self._store.mark_unknown(_claim_of(record, left_ms), record.reason, MARK_S)
+            if 0 <= left_ms < self._warn_ms:
+                found.expiring += 1
+                if found.expiring <= NAMED:
+                    self._warn("unknown outcome expires soon", key_id=record_id(record.key), hours=left_ms // 3_600_000)
+        return found
+
+    def _report_failure(self, node: Node, error: StoreError) -> None:
+        if not self._could_not_look:
+            self._could_not_look = True
+            self._warn("cannot look for unknown keys", server=node.name, reason=str(error))
+
+
+def _claim_of(record: RecordView, left_ms: int) -> Claim:
+    """Return the claim that its dead owner had, with the time that is left."""
+    return Claim(
+        key=record.key,
+        token=record.token,
+        fence=record.fence,
+        mode=record.mode,
+        fingerprint=record.fingerprint,
+        self_check=record.self_check,
+        created_ms=record.created_ms,
+        lease_ms=0,
+        retention_ms=left_ms,
+        unknown_retention_ms=left_ms,
+    )
