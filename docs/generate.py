@@ -37,8 +37,8 @@ GROUPS = {
     "The store": """store_url data_dir embedded_max_bytes store_timeout_ms settle_timeout_s durability
         on_store_down on_store_loss quarantine_s""",
     "What names a key": "methods key_header key_required scope_headers namespace secret identity_change",
-    "What happens to a key": """retention_s lease_ms on_duplicate wait_max_s on_unknown unknown_retention_s
-        max_stored_bytes""",
+    "What happens to a key": """retention_s lease_ms on_duplicate wait_max_s on_unknown release_statuses
+        unknown_retention_s max_stored_bytes""",
     "The upstream": """connect_timeout_s connect_retries upstream_timeout_s upstream_reuse_idle_s
         max_upstream_connections""",
     "Limits of a worker": """max_in_flight max_connections max_waiters max_request_bytes max_buffered_bytes spool_dir

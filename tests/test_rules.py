@@ -12,6 +12,7 @@ from oncegate.rules.fields import OF_UPSTREAMS, RULE, SHARED, UPSTREAM
 from oncegate.rules.loading import load_rules
 from oncegate.rules.model import Rule, Rules
 from oncegate.rules.presets import PRESETS
+from oncegate.rules.statuses import AMBIGUOUS_STATUSES, RELEASE_STATUSES
 from oncegate.settings.addresses import Origin
 from oncegate.settings.names import GUARDABLE
 from oncegate.settings.settings import Settings, SettingsError
@@ -171,7 +172,7 @@ CASES = {
         'release_statuses = ["418"]',
         lambda rule: rule.policy.statuses.entries(Disposition.RELEASE),
         ["418"],
-        ["401", "425", "429", "503+retry-after"],
+        list(RELEASE_STATUSES),
         'release_statuses = ["42"]',
         "is not a status",
     ),
@@ -179,7 +180,7 @@ CASES = {
         'ambiguous_statuses = ["5xx"]',
         lambda rule: rule.policy.statuses.entries(Disposition.AMBIGUOUS),
         ["5xx"],
-        ["502", "504"],
+        list(AMBIGUOUS_STATUSES),
         'ambiguous_statuses = "502"',
         "must be a list of statuses",
     ),
@@ -291,6 +292,8 @@ UPSTREAM_CASES = {
     "max_connections": ("max_connections = 2", 2, 1200, "max_connections = 0", "at least 1"),
     "reuse_idle_s": ("reuse_idle_s = 0", 0, 1, "reuse_idle_s = -1", "at least 0"),
     "was": ('was = ["a", "c"]', "a", "b", 'was = "a"', "must be a list of names"),
+    "direct": ("direct = true", True, False, "direct = 1", "must be True or False"),
+    "via": ('via = ["Edge"]', ("edge",), (), 'via = ["1.1 edge"]', "must be a name as Via has it"),
 }
 
 
@@ -313,10 +316,8 @@ def test_a_field_of_an_upstream(rules, errors, tmp_path, field):
     if field not in base:
         assert getattr(rules(text(), **env).rules[0].upstream, attribute) == default
         assert OF_UPSTREAMS.get(field, field) in Settings.model_fields or field in (
-            "was",
-            "ca_file",
-            "cert_file",
-            "key_file",
+            *("was", "direct", "via"),
+            *("ca_file", "cert_file", "key_file"),
         )
     found = errors(text(wrong), **env)
     assert any(f" {field}: " in error and expected in error for error in found), found
@@ -353,11 +354,10 @@ def test_what_holds_for_every_webhook(rules, name):
     """For a webhook, the id alone is the key, any status but 2xx releases it, and duplicates wait, then get 503."""
     policy = rules(one(f'preset = "{name}"')).rules[0].policy
     assert (policy.scope_headers, policy.fingerprint, policy.mode) == ((), frozenset(), b"retry")
-    assert {policy.statuses.disposition(status, False) for status in range(300, 600)} == {Disposition.RELEASE}
-    assert {policy.statuses.disposition(status, False) for status in range(200, 300)} == {Disposition.STORE}
+    assert {policy.statuses.read(status, {}) for status in range(300, 600)} == {Disposition.RELEASE}
+    assert {policy.statuses.read(status, {}) for status in range(200, 300)} == {Disposition.STORE}
     assert (policy.in_flight_status, policy.wait_for_duplicates, policy.pass_bad_keys) == (503, True, True)
     assert policy.namespace == name.encode()
-    assert all("receiver" in [source.text for source in one] for one in policy.sources.alternatives)
 
 
 def test_every_problem_at_once(errors):
@@ -446,8 +446,6 @@ CONTRADICTIONS = {
     "one status in both lists": ('release_statuses = ["500"]\nambiguous_statuses = ["500"]', "is in both lists"),
     "an upstream that is not there": ('upstream = "shop"', "neither a URL nor the name"),
     "a source twice": ('key = ["header:A", "header:a"]', "has the same member twice"),
-    "an identity twice": ('key = ["id=header:A", "id=body:/a"]', "names one identity twice in one list"),
-    "a receiver alone": ('key = [["header:A"], ["receiver"]]', "has receiver without a source beside it"),
     "no source": ("key = []", "names no source"),
     "an empty alternative": ('key = [["header:A"], []]', "names no source"),
     "no methods": ("methods = []", "is an empty list; leave it out for all methods"),
@@ -638,11 +636,58 @@ def test_the_environment_gives_the_defaults(rules):
 def test_statuses_of_one_list_leave_the_other_alone(rules):
     """A status in one list of a rule is no longer in the other default list."""
     statuses = rules(one('release_statuses = ["502"]')).rules[0].policy.statuses
-    assert statuses.disposition(502, False) is Disposition.RELEASE
-    assert statuses.disposition(504, False) is Disposition.AMBIGUOUS
+    assert statuses.read(502, {}) is Disposition.RELEASE
+    assert statuses.read(504, {}) is Disposition.AMBIGUOUS
     statuses = rules(one('ambiguous_statuses = ["429", "5xx"]')).rules[0].policy.statuses
-    assert statuses.disposition(429, False) is Disposition.AMBIGUOUS
-    assert statuses.disposition(401, False) is Disposition.RELEASE
+    assert statuses.read(429, {}) is Disposition.AMBIGUOUS
+    assert statuses.read(401, {}) is Disposition.RELEASE
+
+
+def test_default_stands_for_the_list_without_it(rules):
+    """`default` is the settings' list, there and in a rule; an entry of the other list still leaves it."""
+    env = {"release_statuses": "default,418"}
+    text = one('release_statuses = ["default", "419"]\nambiguous_statuses = ["429", "default"]')
+    found = rules(text, **env)
+    assert found.default.policy.statuses.entries(Disposition.RELEASE) == [*RELEASE_STATUSES, "418"]
+    statuses = found.rules[0].policy.statuses
+    release = [entry for entry in RELEASE_STATUSES if entry != "429"]
+    assert statuses.entries(Disposition.RELEASE) == [*release, "418", "419"]
+    assert statuses.entries(Disposition.AMBIGUOUS) == ["429", *AMBIGUOUS_STATUSES]
+    only = rules(one(""), release_statuses="502").rules[0].policy.statuses
+    assert only.entries(Disposition.RELEASE) == ["502"]
+    assert "502" not in only.entries(Disposition.AMBIGUOUS)
+
+
+def test_a_503_is_released_where_the_api_itself_answers(rules):
+    """`direct = true` on its upstream says so, for a preset that adds to the default as well; a rule can object."""
+    fields = {b"retry-after": [b"1"]}
+
+    def meaning(rule: str, upstream: str = "direct = true", **more: list[bytes]) -> Disposition:
+        text = f'[[upstream]]\nname = "b"\nurl = "http://b.test"\n{upstream}\n{one("upstream = " + repr("b") + rule)}'
+        statuses = rules(text).rules[0].policy.statuses
+        return statuses.read(503, fields | {name.encode(): value for name, value in more.items()})
+
+    assert meaning("", upstream="") is meaning('\npreset = "payments"', upstream="") is Disposition.AMBIGUOUS
+    assert meaning("") is meaning('\npreset = "payments"') is Disposition.RELEASE
+    assert meaning("\nambiguous_statuses = ['default', '503+retry-after']") is Disposition.AMBIGUOUS
+    assert meaning("\nrelease_statuses = ['429']") is Disposition.AMBIGUOUS
+    assert meaning("", via=[b"1.1 B-side"]) is Disposition.AMBIGUOUS
+    assert meaning("", upstream="direct = true\nvia = ['B-Side']", via=[b"1.1 b-side"]) is Disposition.RELEASE
+
+
+def test_an_idempotent_api_may_ask_for_a_retry(rules):
+    """`x-should-retry: true` releases where the API is said to execute a key only once."""
+    for text, expected in (("", Disposition.STORE), ("upstream_idempotent = true", Disposition.RELEASE)):
+        statuses = rules(one(text)).rules[0].policy.statuses
+        assert statuses.read(500, {b"x-should-retry": [b"true"]}) is expected
+
+
+def test_payments_release_a_key_in_use(rules):
+    """The API says that it still executes an earlier request: no result for a day."""
+    statuses = rules(one('preset = "payments"')).rules[0].policy.statuses
+    fields = {b"content-type": [b"application/json"]}
+    assert statuses.read(409, fields, b'{"error":{"code":"idempotency_key_in_use"}}') is Disposition.RELEASE
+    assert statuses.read(409, fields, b'{"error":{"code":"lock_timeout"}}') is Disposition.STORE
 
 
 def test_one_header_alone_is_the_plain_key(rules):
@@ -740,11 +785,6 @@ OTHER_NAMES = {
     "alternatives": USUAL + 'key = [["body:/id"], ["body:/id2"]]',
     "marked": USUAL + 'preset = "openai"',
     "a window": USUAL + 'key = "derived:3600"\nnamespace = "openai"',
-    "a window for another upstream": USUAL + 'key = "derived:3600"\nnamespace = "openai"\nset_host = "u.test"',
-    "an identity": USUAL + 'key = "id=header:X-Key"',
-    "a receiver": USUAL + 'key = ["receiver", "header:X-Key"]',
-    "another receiver": USUAL + 'key = ["receiver", "header:X-Key"]\nupstream = "http://u.test"',
-    "a receiver of any host": USUAL + 'key = ["receiver", "header:X-Key"]\npass_host = true',
     "a namespace": USUAL + 'namespace = "n"',
     "no scope": USUAL + "scope = []",
     "a scope": USUAL + 'scope = ["header:X-Org"]',

@@ -69,6 +69,7 @@ CASES: dict[str, tuple[object, str, object, str, str]] = {
     "unknown_retention_s": (7_776_000.0, "0", 0.0, "-1", "must be at least 0"),
     "retention_s": (86_400.0, "3600.5", 3600.5, "0", "must be greater than 0"),
     "lease_ms": (10_000, "200", 200, "199", "must be at least 200"),
+    "release_statuses": (("default",), "429,503+Retry-After", ("429", "503+retry-after"), "42", "is not a status"),
     "on_duplicate": ("reject", "wait", "wait", "ignore", "must be 'reject' or 'wait'"),
     "wait_max_s": (30.0, "0.5", 0.5, "inf", "must be a finite number"),
     "max_waiters": (1024, "0", 0, "-1", "must be at least 0"),

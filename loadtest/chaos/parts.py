@@ -87,6 +87,8 @@ class Replica(Part):
             "ONCEGATE_STORE_URL": f"redis://127.0.0.1:{self.store_link.port}",
             "ONCEGATE_LISTEN": f"127.0.0.1:{self.port}",
             "ONCEGATE_ADMIN_LISTEN": f"127.0.0.1:{self.admin_port}",
+            # The API itself answers.
+            "ONCEGATE_RELEASE_STATUSES": "default,503+retry-after",
             **{f"ONCEGATE_{name}": str(value) for name, value in settings.items()},
         }
         self._settings = settings

@@ -47,6 +47,8 @@ class Gateway(Part):
             "ONCEGATE_LISTEN": f"127.0.0.1:{port}",
             "ONCEGATE_ADMIN_LISTEN": f"127.0.0.1:{free_port()}",
             "ONCEGATE_RULES_FILE": str(RULES),
+            # The API itself answers, and a 503 of it is "not done".
+            "ONCEGATE_RELEASE_STATUSES": "default,503+retry-after",
             "ONCEGATE_ACCESS_LOG": "off",
         }
         self._spawn([sys.executable, "-m", "oncegate", "serve"], env)

@@ -69,14 +69,13 @@ class Made:
     head_size: int  # of them belong to the head
 
     @property
-    def retry_after(self) -> bool:
-        return any(name.lower() == b"retry-after" for name, _ in self.pairs)
-
-    @property
     def disposition(self) -> bytes:
-        if self.status in (401, 425, 429) or (self.status == 503 and self.retry_after):
+        if self.status in (307, 308, 401, 421, 425, 429):
             return b"released"
-        return b"unknown" if self.status in (502, 504) else b"executed"
+        gateways = (408, 502, 503, 504, *range(520, 528), 530, 598, 599)
+        # As TELLING has it.
+        says_it_itself = self.status >= 500 and any(name == b"PROXY-Status" for name, _ in self.pairs)
+        return b"unknown" if self.status in gateways or says_it_itself else b"executed"
 
 
 def visible(rng: random.Random, most: int) -> bytes:

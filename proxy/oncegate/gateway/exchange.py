@@ -27,6 +27,8 @@ from oncegate.upstream.errors import NotSent, UpstreamLost
 # one write.
 SMALL_BYTES = 65536
 SMALL_S = 0.05
+# The same for a response whose body decides what becomes of its key (docs/reference/rules.md): its client waits.
+TELLING_S = 5.0
 # How often a lost request is sent again to an upstream that is idempotent, and the longest pauses before that.
 RESENDS, FIRST_PAUSE_S, MAX_PAUSE_S = 3, 0.2, 2.0
 LOST = (Ending.NO_RESPONSE, Ending.TRUNCATED)
@@ -46,6 +48,8 @@ class Exchange:
     _resends_left: int | None = None
     _not_sent: Refuse | None = None
     _disposition = Disposition.STORE
+    # Whether a member of the body decides, too.
+    _body_tells = False
     _outcome, _status_field = OUTCOMES[Disposition.STORE.label]
 
     def __init__(self, keyed: KeyedRequest, held: LeasedClaim, head: bytes, response: ResponseWriter) -> None:
@@ -102,9 +106,12 @@ class Exchange:
                 await connection.next_arrival(silence_s)
             head = connection.response.head or await connection.wait_for_head(silence_s, self._extend_watchdog)
             if self._may_be_small(head) and (
-                connection.is_complete_in(SMALL_BYTES) or await connection.completes_within(SMALL_S, SMALL_BYTES)
+                connection.is_complete_in(SMALL_BYTES)
+                or await connection.completes_within(self._window_s(), SMALL_BYTES)
             ):
                 progress.whole = whole = connection.take_body()
+                if self._body_tells:
+                    self._dispose(self._policy.statuses.read(head.status, head.fields, whole))
                 return ending(self._disposition, len(whole) <= self._policy.max_stored_bytes)
             return await self._stream(connection, head)
         except UpstreamLost as lost:
@@ -163,15 +170,28 @@ class Exchange:
 
     def _may_be_small(self, head: ResponseHead) -> bool:
         """Note a response's head; return whether its body may be small."""
-        disposition = self._policy.statuses.by_retry_after[b"retry-after" in head.fields][head.status]
+        disposition = self._policy.statuses.by_status.get(head.status) or self._read(head)
         # The first request is still running there.
         if self._resends_left is not None and head.status == 409:
             if self._resends_left:
                 raise UpstreamLost("the upstream is still busy with the first request")
-            disposition = Disposition.AMBIGUOUS
-        self.progress.head, self._disposition, self._held.stage = head, disposition, stages.RESPONSE_BEGUN
-        self._outcome, self._status_field = OUTCOMES[disposition.label]
+            disposition, self._body_tells = Disposition.AMBIGUOUS, False
+        self.progress.head, self._held.stage = head, stages.RESPONSE_BEGUN
+        self._dispose(disposition)
         return head.bodiless or ((head.length or 0) <= SMALL_BYTES and not head.is_event_stream)
+
+    def _read(self, head: ResponseHead) -> Disposition:
+        """Return what a response means for the key, as far as its head says it."""
+        statuses = self._policy.statuses
+        self._body_tells = not head.bodiless and statuses.reads_body(head.status, head.fields)
+        return statuses.read(head.status, head.fields)
+
+    def _window_s(self) -> float:
+        return min(TELLING_S, self._deps.silence_s) if self._body_tells else SMALL_S
+
+    def _dispose(self, disposition: Disposition) -> None:
+        self._disposition = disposition
+        self._outcome, self._status_field = OUTCOMES[disposition.label]
 
     async def _stream(self, connection: Connection, head: ResponseHead) -> Ending:
         recording = self.progress.recording = self._new_recording(head)

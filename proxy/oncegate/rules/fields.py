@@ -9,13 +9,13 @@ from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from oncegate.keys.sources import RECEIVER, Receiver, Source, parse_source
+from oncegate.keys.sources import Source, parse_source
 from oncegate.rules.patterns import parse_host_pattern, parse_path
-from oncegate.rules.policy import Statuses
 from oncegate.rules.presets import PRESETS
 from oncegate.settings.addresses import Origin, parse_host, parse_origin
 from oncegate.settings.names import parse_header, parse_key_header, parse_namespace
 from oncegate.settings.settings import RESERVED, Settings
+from oncegate.settings.statuses import parse_status
 from oncegate.settings.wording import complaint
 
 # The parts of a fingerprint.
@@ -157,24 +157,14 @@ def _earlier_name(text: str) -> str:
 def _key(value: Any) -> tuple[tuple[Source, ...], ...]:
     """Return the alternatives of a key: one source, a list of sources to join, or a list of such lists."""
     if isinstance(value, str):
-        value = [value]
+        return ((parse_source(value),),)
     # A member of a list of lists is itself checked as a list.
     sources = _list_of(_text(parse_source), "sources")
     nested = isinstance(value, list) and any(isinstance(one, list) for one in value)
     alternatives = _list_of(sources, "lists of sources")(value) if nested else (sources(value),)
     if not all(alternatives) or not alternatives:
         raise ValueError("names no source")
-    for sources_of_one in alternatives:
-        _check_joined(sources_of_one)
     return alternatives
-
-
-def _check_joined(alternative: tuple[Source, ...]) -> None:
-    if len({source.name for source in alternative}) < len(alternative):
-        raise ValueError("names one identity twice in one list")
-    # All requests to one path would be one.
-    if all(isinstance(source.kind, Receiver) for source in alternative):
-        raise ValueError(f"has {RECEIVER} without a source beside it")
 
 
 def _scope(text: str) -> Source:
@@ -191,8 +181,10 @@ def _part(text: str) -> str:
     return text
 
 
-def _status(text: str) -> str:
-    Statuses((text,), ())
+def _received_by(text: str) -> str:
+    # RFC 9110, section 7.6.3: a pseudonym, or a host with or without a port.
+    if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~:\[\]-]{1,255}", text):
+        raise ValueError("must be a name as Via has it, such as varnish or gateway.internal:8080")
     return text.lower()
 
 
@@ -214,8 +206,8 @@ TREATING: Mapping[str, Check] = {
     "namespace": _text(parse_namespace),
     "scope": _list_of(_text(_scope), "sources"),
     "fingerprint": _list_of(_text(_part), "parts"),
-    "release_statuses": _list_of(_text(_status), "statuses"),
-    "ambiguous_statuses": _list_of(_text(_status), "statuses"),
+    "release_statuses": _list_of(_text(parse_status), "statuses"),
+    "ambiguous_statuses": _list_of(_text(parse_status), "statuses"),
     "in_flight_status": _one_of(*IN_FLIGHT),
     "upstream_idempotent": _one_of(True, False),
     # An empty text: the upstream gets no key.
@@ -228,6 +220,8 @@ UPSTREAM: Mapping[str, Check] = {
     "name": _text(_name),
     "url": _text(parse_origin),
     "was": _list_of(_text(_earlier_name), "names"),
+    "direct": _one_of(True, False),
+    "via": _list_of(_text(_received_by), "names"),
     **dict.fromkeys(FILES, _file),
     **{name: _setting(setting) for name, setting in OF_UPSTREAMS.items()},
 }

@@ -77,6 +77,8 @@ class Upstream:
 
     `known_as`: what tells it from others in fingerprints: its oldest name, or its URL where it has no name. Empty for
     the upstream of the settings, whose URL may change.
+    `direct`: nothing stands between, so that its responses are those of the API. `via`: the names that the API itself
+    writes into `Via`.
     """
 
     name: str
@@ -89,6 +91,8 @@ class Upstream:
     max_connections: int
     reuse_idle_s: float
     known_as: str = ""
+    direct: bool = False
+    via: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,5 +164,4 @@ def _identity(policy: Policy) -> tuple[object, ...]:
     )
     # Retention, waits and upstreams are left out: they name no key, and may differ while a change is rolled out.
     scope = (policy.scope_headers, [source.text for source in policy.scope_sources])
-    where = (policy.destination, policy.pass_host) if sources and sources.reads_destination else None
-    return sorted(policy.methods), key, policy.namespace, scope, where
+    return sorted(policy.methods), key, policy.namespace, scope

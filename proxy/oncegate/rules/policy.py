@@ -1,58 +1,11 @@
 """The policy for a request: the choices of settings, preset and rule, resolved to one record. Pure."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from oncegate.decision import HOLD, Disposition
+from oncegate.decision import HOLD
 from oncegate.keys.sources import KeySources, Source
+from oncegate.rules.statuses import AMBIGUOUS_STATUSES, RELEASE_STATUSES, Statuses
 
-
-class Statuses:
-    """Which statuses of a response release a key, and which leave it unknown. Responses of all others are stored.
-
-    An entry is a code ("429"), a class ("5xx"), or a code that counts only beside a Retry-After field
-    ("503+retry-after"). Of several that match, the last of these forms decides, then the code, then the class.
-    Raises ValueError for a malformed entry and for one in both lists.
-    """
-
-    def __init__(self, release: Iterable[str], ambiguous: Iterable[str]) -> None:
-        self._table: dict[str, Disposition] = {}
-        for entries, disposition in ((release, Disposition.RELEASE), (ambiguous, Disposition.AMBIGUOUS)):
-            for entry in entries:
-                self._add(entry.lower(), disposition)
-        # By whether there is a Retry-After, then by status (200 to 599). The request path looks it up itself.
-        # A 1xx is interim and decides nothing (RFC 9110, section 15.2).
-        self.by_retry_after = tuple(
-            {status: self._look_up(status, retry_after) for status in range(200, 600)} for retry_after in (False, True)
-        )
-
-    def _add(self, entry: str, disposition: Disposition) -> None:
-        code = entry.removesuffix("+retry-after")
-        is_code = len(code) == 3 and code.isascii() and code.isdigit() and 200 <= int(code) <= 599
-        is_class = code == entry and code in {"2xx", "3xx", "4xx", "5xx"}
-        if not (is_code or is_class):
-            raise ValueError(f"{entry!r} is not a status such as 429, 5xx or 503+retry-after")
-        if self._table.setdefault(entry, disposition) is not disposition:
-            raise ValueError(f"{entry!r} is in both lists")
-
-    def disposition(self, status: int, retry_after: bool) -> Disposition:
-        """Return what a status (200 to 599) means for the key; `retry_after`: the response has a Retry-After."""
-        return self.by_retry_after[retry_after][status]
-
-    def entries(self, disposition: Disposition) -> list[str]:
-        """Return the entries of one list, as they are written."""
-        return [entry for entry, meaning in self._table.items() if meaning is disposition]
-
-    def _look_up(self, status: int, retry_after: bool) -> Disposition:
-        table = self._table
-        conditional = table.get(f"{status}+retry-after") if retry_after else None
-        return conditional or table.get(str(status)) or table.get(f"{status // 100}xx") or Disposition.STORE
-
-
-# A status that says "not executed, retry" releases the key. Behind a gateway's 502 or 504 the request may have been
-# executed.
-RELEASE_STATUSES = ("401", "425", "429", "503+retry-after")
-AMBIGUOUS_STATUSES = ("502", "504")
 DEFAULT_STATUSES = Statuses(RELEASE_STATUSES, AMBIGUOUS_STATUSES)
 
 

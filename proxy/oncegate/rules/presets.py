@@ -36,8 +36,7 @@ FAMILIES = {"webhook": "Webhooks", "llm": "LLM calls"}
 def _webhook(key: Any, *, namespace: str, wait_max_s: float, retention_s: float, about: str) -> Preset:
     """Return the preset of a sender that delivers an event again until it gets a 2xx."""
     fields = {
-        # The id names the event, and several receivers may get it.
-        "key": ["receiver", key] if isinstance(key, str) else [["receiver", *sources] for sources in key],
+        "key": key,
         "namespace": namespace,
         # Senders have no credential that identifies a tenant, or a new one for each delivery.
         "scope": [],
@@ -104,6 +103,8 @@ PRESETS: dict[str, Preset] = {
             "key": "header:Idempotency-Key",
             "on_unknown": "hold",
             "on_duplicate": "wait",
+            # The API still executes an earlier request: its answer to this one is no result.
+            "release_statuses": ["default", "409+/error/code=idempotency_key_in_use"],
             "retention_s": DAY_S,
         },
     ),
@@ -147,7 +148,7 @@ PRESETS: dict[str, Preset] = {
         "deletes the subscription.",
     ),
     "standard-webhooks": _webhook(
-        [["id=header:webhook-id"], ["id=header:svix-id"]],
+        [["header:webhook-id"], ["header:svix-id"]],
         namespace="standard-webhooks",
         wait_max_s=10,
         retention_s=7 * DAY_S,
@@ -166,8 +167,7 @@ PRESETS: dict[str, Preset] = {
         wait_max_s=10,
         retention_s=2 * DAY_S,
         about="Amazon SNS with an HTTP endpoint. It waits 15 s for a response, and gives a message up after most 4xx. "
-        "With raw delivery, the body is the message alone: set "
-        '`key = ["receiver", "header:x-amz-sns-message-id"]`.',
+        'With raw delivery, the body is the message alone: set `key = "header:x-amz-sns-message-id"`.',
     ),
     "pubsub-push": _webhook(
         "body:/message/messageId",
@@ -176,15 +176,15 @@ PRESETS: dict[str, Preset] = {
         retention_s=8 * DAY_S,
         about="Google Pub/Sub with a push endpoint. It delivers again for up to 7 days. Without its wrapper, the body "
         "is the message alone: make the subscription write metadata, and set "
-        '`key = ["receiver", "header:x-goog-pubsub-message-id"]`.',
+        '`key = "header:x-goog-pubsub-message-id"`.',
     ),
     "cloudevents": _webhook(
-        [["source=cloudevent:source", "id=cloudevent:id"], ["source=body:/source", "id=body:/id"]],
+        [["header:ce-source", "header:ce-id"], ["body:/source", "body:/id"]],
         namespace="cloudevents",
         wait_max_s=10,
         retention_s=7 * DAY_S,
-        about="CloudEvents: the key is the source and the id of an event, the same in binary and structured mode. "
-        "Batches are forwarded without protection.",
+        about="CloudEvents in binary or structured mode: the key is the source and the id of an event. Batches are "
+        "forwarded without protection.",
     ),
     "openai": _llm("openai"),
     "anthropic": _llm("anthropic"),

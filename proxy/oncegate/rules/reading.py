@@ -11,7 +11,7 @@ from oncegate.rules.fields import FILES, MATCHING, RULE, SHARED, UPSTREAM, Check
 from oncegate.rules.file import Table
 from oncegate.rules.model import Match, Rule, Upstream
 from oncegate.rules.presets import PRESETS
-from oncegate.rules.resolution import destination_of, guarded_methods, preset_values, rule_policy, statuses_of
+from oncegate.rules.resolution import guarded_methods, preset_values, rule_policy, statuses_of
 from oncegate.settings.addresses import Origin
 from oncegate.settings.contradictions import contradictions_in
 from oncegate.settings.names import GUARDABLE
@@ -136,7 +136,7 @@ class RulesReader:
         if len(self._errors) > errors:
             return None
         upstream = self._upstream_of(table, values.get("upstream"))
-        policy = rule_policy(settings, values, key, destination_of(upstream, values.get("set_host")))
+        policy = rule_policy(settings, values, key, upstream)
         return Rule(
             match=match,
             policy=policy,
@@ -156,7 +156,7 @@ class RulesReader:
             else:
                 self._complain(table, second, f"{first_name} {complaint} {second_name}")
         try:
-            statuses_of(values)
+            statuses_of(settings, values)
         except ValueError as error:
             self._complain(table, "release_statuses", str(error))
         for field, reason in _contradictions(values, settings, key):

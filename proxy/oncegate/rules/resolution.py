@@ -9,10 +9,12 @@ from oncegate.keys.digests import length_prefixed
 from oncegate.keys.sources import Header, KeySources, Source
 from oncegate.rules.fields import PARTS, SHARED, TREATING
 from oncegate.rules.model import Match, Rule, Upstream
-from oncegate.rules.policy import AMBIGUOUS_STATUSES, DEFAULT_STATUSES, RELEASE_STATUSES, Policy, Statuses
+from oncegate.rules.policy import Policy
 from oncegate.rules.presets import COUNTING
+from oncegate.rules.statuses import AMBIGUOUS_STATUSES, DIRECT_STATUS, RELEASE_STATUSES, Statuses
 from oncegate.settings.names import GUARDABLE
 from oncegate.settings.settings import Settings
+from oncegate.settings.statuses import DEFAULT
 from oncegate.settings.values import DAY_MS
 
 # Longer than any installation lives. A time, so that the scripts need no case of their own for it.
@@ -37,6 +39,7 @@ def policy_of(settings: Settings) -> Policy:
         wait_max_s=settings.wait_max_s,
         max_stored_bytes=settings.max_stored_bytes,
         max_request_bytes=settings.max_request_bytes,
+        statuses=statuses_of(settings, {}),
         mode=UnknownMode(settings.on_unknown.encode()).wire,
         bypass=settings.on_store_down == "bypass",
     )
@@ -72,24 +75,24 @@ def preset_values(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value if name in SHARED else TREATING[name](value) for name, value in fields.items()}
 
 
-def destination_of(upstream: Upstream, set_host: str | None) -> bytes:
+def _destination(upstream: Upstream, set_host: str | None) -> bytes:
     """Return where the requests of a rule go, for their fingerprints. A Host that is passed on comes beside it."""
     # Equal for two rules that lead to one place: requests may move from one to the other while they are retried.
     parts = (upstream.known_as, set_host or "")
     return length_prefixed(part.encode() for part in parts) if any(parts) else b""
 
 
-def rule_policy(settings: Settings, values: dict[str, Any], key: KeySources | None, destination: bytes) -> Policy:
-    """Return the policy of a rule: that of its settings, with what only a rule can say."""
+def rule_policy(settings: Settings, values: dict[str, Any], key: KeySources | None, upstream: Upstream) -> Policy:
+    """Return the policy of a rule: that of its settings, with what only a rule and its upstream can say."""
     policy = policy_of(settings)
     changes: dict[str, Any] = {
         "rule": values["name"],
-        "destination": destination,
+        "destination": _destination(upstream, values.get("set_host")),
         "preset": values.get("preset", ""),
         "counts_tokens": values.get("preset") in COUNTING,
         "methods": guarded_methods(values, settings),
         "key_required": values.get("guard", "required" if settings.key_required else "optional") == "required",
-        "statuses": statuses_of(values),
+        "statuses": statuses_of(settings, values, upstream),
         "pass_bad_keys": values.get("on_bad_key") == "pass",
         "upstream_idempotent": values.get("upstream_idempotent", False),
         "in_flight_status": values.get("in_flight_status", 409),
@@ -110,16 +113,27 @@ def rule_policy(settings: Settings, values: dict[str, Any], key: KeySources | No
     return replace(policy, **changes)
 
 
-def statuses_of(values: dict[str, Any]) -> Statuses:
-    """Return the two lists of statuses. An entry of the rule moves a status out of the other default list."""
-    release, ambiguous = values.get("release_statuses"), values.get("ambiguous_statuses")
-    if release is None and ambiguous is None:
-        return DEFAULT_STATUSES
-    if release is None:
-        release = [entry for entry in RELEASE_STATUSES if entry not in (ambiguous or ())]
-    if ambiguous is None:
-        ambiguous = [entry for entry in AMBIGUOUS_STATUSES if entry not in release]
-    return Statuses(release, ambiguous)
+def statuses_of(settings: Settings, values: Mapping[str, Any], upstream: Upstream | None = None) -> Statuses:
+    """Return both lists of statuses: those of a rule, those of the settings, and the defaults.
+
+    An entry that is written in one list leaves the other one's default.
+    """
+    written, ambiguous = (values.get(name, (DEFAULT,)) for name in ("release_statuses", "ambiguous_statuses"))
+    direct = (DIRECT_STATUS,) if upstream is not None and upstream.direct else ()
+    release = _expanded((*settings.release_statuses, *direct), RELEASE_STATUSES, ())
+    release = _expanded(written, release, ambiguous)
+    return Statuses(
+        release,
+        _expanded(ambiguous, AMBIGUOUS_STATUSES, release),
+        frozenset(name.lower().encode() for name in upstream.via) if upstream is not None else frozenset(),
+        values.get("upstream_idempotent", False),
+    )
+
+
+def _expanded(entries: Iterable[str], default: Iterable[str], other: Iterable[str]) -> list[str]:
+    """Return a list's entries with those of its default in their place, but for those in the `other` list."""
+    default = [entry for entry in default if entry not in other]
+    return [one for entry in entries for one in (default if entry == DEFAULT else (entry,))]
 
 
 def guarded_methods(values: Mapping[str, Any], settings: Settings) -> frozenset[str]:

@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from oncegate.settings.addresses import Address, Network, parse_host, parse_network
 from oncegate.settings.names import parse_header, parse_key_header, parse_method, parse_namespace, parse_secret
+from oncegate.settings.statuses import DEFAULT, parse_status
 from oncegate.settings.store_url import parse_store_url
 from oncegate.settings.values import (
     DAY_MS,
@@ -178,6 +179,12 @@ class Settings(BaseSettings):
         "hold",
         description="What happens to a retry if the outcome of the original is unknown. `hold`: oncegate never "
         "executes it (at most once). `retry`: oncegate executes it (at least once).",
+    )
+    release_statuses: Annotated[tuple[str, ...], list_of(parse_status)] = Field(
+        (DEFAULT,),
+        description="Comma list of the [statuses](rules.md#statuses) by which your API says that it executed nothing: "
+        "they free the key. `default`: 307, 308, 401, 421, 425 and 429. Add `503+retry-after` if no gateway answers "
+        "for your API.",
     )
     on_store_down: Literal["refuse", "bypass"] = Field(
         "refuse",
