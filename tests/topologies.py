@@ -27,6 +27,7 @@ from oncegate.server.embedded import find_server
 SERVICE = "orders"
 DOWN_AFTER_MS = 1000  # for a sentinel to call a server down
 NODE_TIMEOUT_MS = 1000  # for the servers of a cluster
+START_S = 20  # for a cluster to be in sync; it takes less than a second on an idle machine
 OPTIONS = ("--save", "", "--maxmemory-policy", "noeviction", "--repl-diskless-sync-delay", "0")
 FAST_REPLICAS = ("--repl-timeout", "5", "--repl-ping-replica-period", "1")
 
@@ -116,6 +117,25 @@ def replicated(master: Server, replicas: int) -> bool:
         return client.wait(replicas, 1000) >= replicas  # type: ignore[no-any-return]
 
 
+class NotInSync(Exception):
+    """The servers of a topology did not find each other: one may have lost its port to another program."""
+
+
+def start_anew(start: Callable[[], None], servers: Callable[[], Iterable[Server]]) -> None:
+    """Start a topology, and if its servers do not find each other, once more on other ports."""
+    for left in (2, 1, 0):
+        try:
+            start()
+        except BaseException as error:
+            logs = [f"port {server.port}, runs: {server.runs}\n{server.log()[-2000:]}" for server in servers()]
+            for server in servers():
+                server.close()
+            if not (left and isinstance(error, AssertionError)):
+                raise NotInSync("\n".join(logs)) from error
+        else:
+            return
+
+
 class Sentineled:
     """A master, replicas of it, and three sentinels that agree by two. `config` is for every server, `password`
     what the sentinels and replicas need to know of it."""
@@ -126,14 +146,12 @@ class Sentineled:
         self._arguments, self._config, self._password = arguments, config, password
         self.servers: list[Server] = []
         self.sentinels: list[Server] = []
-        try:
-            self._start(1 + replicas, sentinel_password)
-        except BaseException:
-            self.close()
-            raise
+        start_anew(lambda: self._start(1 + replicas, sentinel_password), lambda: (*self.sentinels, *self.servers))
 
     def _start(self, size: int, sentinel_password: str) -> None:
-        ports, self.sentinel_ports = free_ports(size), free_ports(3)
+        self.servers, self.sentinels = [], []
+        ports = free_ports(size + 3)
+        ports, self.sentinel_ports = ports[:size], ports[size:]
         for port in ports:
             replicaof = ("--replicaof", f"127.0.0.1 {ports[0]}") if self.servers else ()
             options = (*OPTIONS, *FAST_REPLICAS, *replicaof, *self._arguments)
@@ -212,15 +230,12 @@ class Clustered:
     ) -> None:
         self.ids = [secrets.token_hex(20) for _ in range(masters * (1 + replicas))]
         self.servers: list[Server] = []
-        try:
-            self._start(arguments, masters, config, password)
-            wait_for(self.in_sync, what="a cluster in sync")
-        except BaseException:
-            self.close()
-            raise
+        start_anew(lambda: self._start(arguments, masters, config, password), lambda: self.servers)
 
     def _start(self, arguments: Iterable[str], masters: int, config: str, password: str) -> None:
-        ports, buses = free_ports(len(self.ids)), free_ports(len(self.ids))
+        self.servers = []
+        ports = free_ports(2 * len(self.ids))
+        ports, buses = ports[: len(self.ids)], ports[len(self.ids) :]
         for number, port in enumerate(ports):
             nodes = [self._line(other, number, masters, ports, buses) for other in range(len(ports))]
             nodes.append(f"vars currentEpoch {masters} lastVoteEpoch 0\n")
@@ -232,6 +247,7 @@ class Clustered:
             every = (*options, *OPTIONS, *FAST_REPLICAS, *arguments)
             self.servers.append(Server(port, *every, config=config, nodes="\n".join(nodes)))
             self.servers[-1].credentials = {"password": password} if password else {}
+        wait_for(self.in_sync, START_S, what="a cluster in sync")
 
     def _line(self, other: int, number: int, masters: int, ports: list[int], buses: list[int]) -> str:
         """Return what a server's nodes.conf says of another, or of itself."""
