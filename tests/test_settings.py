@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 from pydantic import SecretStr, ValidationError
+from redis.asyncio.connection import parse_url
 
 from oncegate.settings.addresses import Address, Origin
 from oncegate.settings.contradictions import CONTRADICTIONS
 from oncegate.settings.loading import describe, load_settings, table
 from oncegate.settings.settings import RESERVED, Settings, SettingsError
+from oncegate.settings.store_url import parse_server_group
 from oncegate.testing.faults import Fault
 
 CANARY = "hunter2-the-canary"
@@ -312,6 +314,10 @@ def test_store_urls(url, shown, given):
         f"redis+sentinel://h1/service?password={CANARY}",
         f"redis+sentinel://h1/service?{CANARY}",
         f"redis+sentinel://h1/service?db={CANARY}",
+        f"redis+sentinel://h1/service?sentinel_password=a&sentinel_password={CANARY}",
+        f"redis+sentinel://h1/service?sentinel%5Fpassword={CANARY}",
+        f"redis://:%ff{CANARY}@redis",
+        f"redis+sentinel://h1/service?sentinel_password=%ff{CANARY}",
         f"redis+sentinel://h1/{CANARY} ",
         f"redis+cluster://:{CANARY}@h1,h2/1",
         f"redis+cluster://h1,h2?db={CANARY}",
@@ -325,6 +331,29 @@ def test_store_urls_refused(url, given):
     (error,) = errors()
     assert error.startswith("ONCEGATE_STORE_URL: ")
     assert CANARY not in error
+
+
+SPELLED = ("p+w%2Bx%20y%25%zz", "p+w+x y%%zz")  # as a URL spells a password, and what it is
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"redis://u+s%2B:{SPELLED[0]}@h",
+        f"rediss://u+s%2B:{SPELLED[0]}@h:1/2",
+        f"unix://u+s%2B:{SPELLED[0]}@/a+b%2B%20c?db=1",
+        parse_server_group(f"redis+cluster://u+s%2B:{SPELLED[0]}@h").server_url("h:1"),
+        parse_server_group(f"redis+sentinel://u+s%2B:{SPELLED[0]}@h/m").server_url("h:1"),
+        parse_server_group(f"redis+sentinel://h/m?sentinel_user=u+s%2B&sentinel_password={SPELLED[0]}").sentinel_url(
+            "h:1"
+        ),
+    ],
+)
+def test_a_plus_in_a_store_url_is_a_plus(url):
+    """Every part of a store URL is percent-decoded once, and a plus stays a plus: also in a query."""
+    found = parse_url(url)
+    assert (found["username"], found["password"]) == ("u+s+", SPELLED[1])
+    assert found.get("path", "/a+b+ c") == "/a+b+ c"
 
 
 def test_lists_do_not_repeat_or_end_empty(given):

@@ -6,7 +6,7 @@ Messages never repeat the refused text: a malformed URL may still contain a pass
 import re
 from dataclasses import dataclass
 from enum import Enum
-from urllib.parse import parse_qsl, quote
+from urllib.parse import quote, unquote
 
 from oncegate.settings.addresses import parse_host_and_port
 from oncegate.settings.names import parse_list
@@ -63,6 +63,11 @@ class ServerGroup:
 def parse_store_url(text: str) -> str:
     """Return a store URL unchanged, if it is well-formed."""
     visible = text.isascii() and text.isprintable() and " " not in text
+    try:
+        unquote(text, errors="strict")
+    except UnicodeDecodeError:
+        # A client would put another character in the place of such an escape: another password.
+        raise ValueError("has a percent escape that is not UTF-8") from None
     if text == "embedded" or (visible and (_SOCKET.fullmatch(text) or parse_server_group(text))):
         return text
     match = _REDIS.fullmatch(text)
@@ -81,7 +86,7 @@ def parse_server_group(text: str) -> ServerGroup | None:
     match = _GROUP.fullmatch(text)
     if match is None:
         return None
-    kind, query = GroupKind(match["kind"]), dict(parse_qsl(match["query"] or "", keep_blank_values=True))
+    kind, query = GroupKind(match["kind"]), _parse_query(match["query"] or "")
     sentinel_user = query.pop("sentinel_user", ""), query.pop("sentinel_password", "")
     db = query.pop("db", "0")
     if kind is GroupKind.SENTINEL and not match["service"]:
@@ -101,6 +106,18 @@ def parse_server_group(text: str) -> ServerGroup | None:
         # In a URL, `@`, `/` or `:` would end a password (RFC 3986, section 3.2.1).
         sentinel_user=":".join(quote(part, safe="") for part in sentinel_user) + "@" if any(sentinel_user) else "",
     )
+
+
+def _parse_query(text: str) -> dict[str, str]:
+    """Return the values of a query by their names.
+
+    A `+` is a plus as in the rest of a URL (RFC 3986); only forms have it for a space. A name is never decoded, because
+    `masked` would not know it.
+    """
+    parts = [part.partition("=") for part in text.split("&") if part]
+    if len({name for name, _, _ in parts}) < len(parts):
+        raise ValueError("has the same name twice after its question mark")
+    return {name: unquote(value) for name, _, value in parts}
 
 
 def masked(store_url: str) -> str:
