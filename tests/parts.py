@@ -489,6 +489,26 @@ def open_files(pid: int) -> list[str]:
     return found
 
 
+def store_process(proxy: Proxy) -> int:
+    """Return the process id of a proxy's embedded store: its one child."""
+    children = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, fields = status.read_text().rpartition(") ")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields.split()[1]) == proxy.process.pid and "server" in name:
+            children.append(int(status.parent.name))
+    assert len(children) == 1
+    return children[0]
+
+
+def signals_of(pid: int, field: str) -> set[int]:
+    """Return the signals that a process catches (SigCgt) or blocks (SigBlk)."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return {number for number in range(1, 65) if int(status[field], 16) >> (number - 1) & 1}
+
+
 async def until(condition: Callable[[], Any], seconds: float = 10) -> None:
     """Wait until something holds."""
     deadline = time.monotonic() + seconds

@@ -4,7 +4,6 @@ import asyncio
 import os
 import random
 import signal
-from pathlib import Path
 
 import pytest
 
@@ -14,7 +13,6 @@ from tests.parts import (
     OK,
     Answer,
     Blackhole,
-    Proxy,
     RawClient,
     RawUpstream,
     Received,
@@ -25,6 +23,7 @@ from tests.parts import (
     holding,
     read_answer,
     request,
+    store_process,
     until,
 )
 
@@ -295,20 +294,6 @@ async def test_a_request_under_way_outlives_no_kill_of_the_proxy(proxies, upstre
     proxy.start()
     await becomes_unknown(proxy.port, LEASE_S + 1)
     assert len(upstream.received) == 1
-
-
-def store_process(proxy: Proxy) -> int:
-    """Return the process id of a proxy's embedded store: its one child."""
-    children = []
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            name, _, fields = status.read_text().rpartition(") ")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(fields.split()[1]) == proxy.process.pid and "server" in name:
-            children.append(int(status.parent.name))
-    assert len(children) == 1
-    return children[0]
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["small", "streamed"])

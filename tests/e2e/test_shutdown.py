@@ -1,11 +1,14 @@
 """Shutdown: requests in flight finish or become unknown, and the exit code tells which."""
 
 import asyncio
+import fcntl
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +27,8 @@ from tests.parts import (
     lazy,
     read_answer,
     request,
+    signals_of,
+    store_process,
     until,
 )
 
@@ -439,6 +444,77 @@ async def test_told_twice_it_ends_at_once(proxies, upstream, valkey, number, del
     assert answer is not None
     assert (answer.status, answer.slug) == (502, "upstream-lost")
     assert valkey.states() == [b"complete"] + [b"unknown"] * 26
+
+
+def starts_to(moment: str, proxy: Proxy) -> bool:
+    """Return whether a proxy that starts has come as far as that."""
+    match moment:
+        case "import":
+            return signal.SIGTERM in signals_of(proxy.process.pid, "SigCgt")
+        case "embedded store":
+            return (proxy.folder / "data" / "store.log").exists()
+        case _:
+            return bool(proxy.events(moment))
+
+
+def is_free(folder: Path) -> bool:
+    """Return whether no process has the data folder any more, neither a proxy nor a store."""
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(lock)
+    return True
+
+
+@pytest.mark.fault(61)
+@pytest.mark.parametrize(
+    ("moment", "count", "number"),
+    [
+        ("import", 1, signal.SIGTERM),
+        ("import", 1, signal.SIGINT),
+        ("embedded store", 1, signal.SIGTERM),
+        ("worker started", 2, signal.SIGTERM),
+    ],
+)
+async def test_a_stop_in_the_first_half_second_ends_cleanly(upstream, tmp_path, moment, count, number):
+    """A stop signal before it serves: exit 0, no traceback, and no process of it is left."""
+    proxy = Proxy(upstream.url, "embedded", tmp_path, {"WORKERS": count})
+    proxy._begin()
+    try:
+        await until(lambda: starts_to(moment, proxy), 30)
+        for reload in (signal.SIGHUP, signal.SIGUSR2):
+            proxy.signal(reload)
+        proxy.signal(number)
+        assert await exit_code(proxy, 40) == 0, proxy.log()
+        assert "Traceback" not in proxy.log()
+        assert not proxy.events("worker died")
+        for worker in proxy.events("worker started"):
+            assert not Path(f"/proc/{worker['pid']}").exists()
+        (tmp_path / "data").mkdir(exist_ok=True)
+        assert is_free(tmp_path / "data")
+    finally:
+        proxy.close()
+
+
+@pytest.mark.fault(61)
+@pytest.mark.parametrize("count", [1, 2])
+async def test_signals_at_the_very_end_change_nothing(proxies, upstream, count):
+    """A signal after the drain, while the embedded store ends, does not kill the process: exit 0."""
+    proxy = proxies(upstream, WORKERS=count)
+    store = store_process(proxy)
+    os.kill(store, signal.SIGSTOP)  # its SHUTDOWN has to wait
+    proxy.signal(signal.SIGTERM)
+    await until(lambda: proxy.events("stopped"), 30)
+    pid = proxy.process.pid
+    await until(lambda: signal.SIGTERM in signals_of(pid, "SigBlk") or signal.SIGTERM not in signals_of(pid, "SigCgt"))
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
+        proxy.signal(number)
+    os.kill(store, signal.SIGCONT)
+    assert await exit_code(proxy) == 0
+    assert is_free(proxy.folder / "data")
 
 
 @pytest.mark.fault(61)

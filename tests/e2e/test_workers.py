@@ -9,9 +9,12 @@ import sys
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from oncegate.server.signals import StopEvents
+from oncegate.server.supervisor import Supervisor
 from oncegate.settings.cores import usable
 from tests.parts import (
     CHUNKED,
@@ -26,8 +29,10 @@ from tests.parts import (
     open_files,
     read_answer,
     request,
+    signals_of,
     until,
 )
+from tests.zygote import Forked
 
 
 def workers(proxy: Proxy) -> list[int]:
@@ -177,6 +182,85 @@ async def test_workers_are_replaced_under_load_without_a_refused_or_reset_connec
     assert proxy.stop() == 0
 
 
+async def successor_of(proxy: Proxy, known: int) -> int:
+    """Return the pid of the next worker that is started after `known` ones."""
+    await until(lambda: len(proxy.events("worker started")) > known, 30)
+    return proxy.events("worker started")[known]["pid"]
+
+
+async def test_a_worker_that_dies_while_it_is_replaced_leaves_no_third_one(proxies, upstream, valkey):
+    """SIGUSR2, and SIGKILL of a worker whose successor starts: the successor takes the slot, and nobody else does."""
+    proxy = proxies(upstream, valkey.url, WORKERS=2)
+    first = workers(proxy)
+    proxy.signal(signal.SIGUSR2)
+    successor = await successor_of(proxy, 2)
+    os.kill(first[0], signal.SIGKILL)
+    await until(lambda: proxy.events("workers replaced"), 30)
+    await until(lambda: not set(first) & set(workers(proxy)))
+    assert successor in workers(proxy)
+    started = [line["worker"] for line in proxy.events("worker started")]
+    assert started == [1, 2, 1, 2]
+    assert ready(proxy)
+    assert proxy.stop() == 1, "nobody knows what the killed one had in flight"
+
+
+async def test_a_successor_that_dies_leaves_its_predecessor(proxies, upstream, valkey):
+    """SIGKILL of a successor that starts: the roll stops and says so, its predecessor serves on, a line is left."""
+    proxy = proxies(upstream, valkey.url, WORKERS=2)
+    first = workers(proxy)
+    proxy.signal(signal.SIGUSR2)
+    successor = await successor_of(proxy, 2)
+    os.kill(successor, signal.SIGKILL)
+    await until(lambda: proxy.events("workers not replaced"), 30)
+    assert proxy.events("workers not replaced")[0]["reason"] == "the successor of worker 1 did not start"
+    assert [(line["pid"], line["exit_status"]) for line in proxy.events("worker died")] == [(successor, -9)]
+    assert workers(proxy) == first
+    assert ready(proxy)
+    assert proxy.stop() == 0
+
+
+async def test_a_roll_stops_at_the_first_successor_that_is_not_ready(proxies, upstream, valkey, tmp_path):
+    """SIGUSR2 with another secret in .env: the first successor takes no connection, and the old workers serve on."""
+    (tmp_path / ".env").write_text("ONCEGATE_SECRET='the secret of before'\n")
+    proxy = proxies(upstream, valkey.url, WORKERS=2, IDENTITY_CHANGE="refuse")
+    first = workers(proxy)
+    (tmp_path / ".env").write_text("ONCEGATE_SECRET='the secret of after'\n")
+    proxy.signal(signal.SIGUSR2)
+    await successor_of(proxy, 2)
+    load = Load(proxy.port, 4)
+    await until(lambda: proxy.events("workers not replaced"), 30)
+    await load.end()
+    assert load.broken == {}
+    assert load.answered
+    (line,) = proxy.events("workers not replaced")
+    assert line["reason"].startswith("the successor of worker 1 is not ready: this proxy names keys in another way")
+    assert line["replaced"] == []
+    await until(lambda: workers(proxy) == first)
+    assert ready(proxy)
+    assert not proxy.events("worker died")
+    assert proxy.stop() == 0
+
+
+async def test_a_hangup_reaches_a_worker_that_starts(proxies, upstream, own_valkey, tmp_path):
+    """SIGHUP after a successor has read the rules file and before it serves: it reads the file again."""
+    rules = tmp_path / "rules.toml"
+    rules.write_text('[[rule]]\nname = "a"\n')
+    proxy = proxies(upstream, own_valkey.url, WORKERS=2, RULES_FILE=rules)
+    own_valkey.pause()
+    proxy.signal(signal.SIGUSR2)
+    successor = await successor_of(proxy, 2)
+    # It waits for the store once it has read the file.
+    await until(lambda: signal.SIGHUP in signals_of(successor, "SigCgt"), 30)
+    rules.write_text('[[rule]]\nname = "b"\n')
+    proxy.signal(signal.SIGHUP)
+    await until(lambda: len(proxy.events("rules loaded")) == 2)
+    own_valkey.resume()
+    await until(lambda: proxy.events("workers replaced"), 30)
+    await until(lambda: len(proxy.events("rules loaded")) >= 3)
+    assert proxy.events("rules loaded")[2]["worker"] == 1
+    assert proxy.stop() == 0
+
+
 async def test_a_stop_while_replaced_workers_end_cuts_nothing_off(proxies, upstream, valkey):
     """SIGTERM right after a replacement meets the old workers at any point of their end: the exit code stays 0."""
     for delay_s in (0, 0.05):
@@ -316,6 +400,31 @@ def test_workers_that_cannot_start_end_it_all(tmp_path):
     assert done.returncode == 2, done.stderr
     assert "cannot start" in done.stderr
     assert done.stderr.count("worker started") == 2
+
+
+@pytest.fixture
+def starting(zygote, upstream, valkey, tmp_path):
+    """A proxy with two workers that nobody waits for."""
+    proxy = Forked(zygote, upstream.url, valkey.url, tmp_path, {"WORKERS": 2})
+    proxy._begin()
+    yield proxy
+    proxy.close()
+
+
+async def test_a_worker_that_dies_before_it_serves_leaves_a_line(starting):
+    """SIGKILL of a worker in its first start: a line says which one and how, and the process ends: exit 2."""
+    victim = await successor_of(starting, 0)
+    os.kill(victim, signal.SIGKILL)
+    assert await finished(starting) == 2
+    assert (victim, -9) in [(line["pid"], line["exit_status"]) for line in starting.events("worker died")]
+    assert starting.events("cannot start")
+
+
+async def test_a_stop_while_every_worker_is_dead_waits_for_nobody():
+    """A stop while all workers are dead and wait for their restart ends at once, not after the grace."""
+    settings = SimpleNamespace(drain_s=60, drain_delay_s=0)
+    supervisor = Supervisor(settings, [], "", SimpleNamespace(info=lambda *_, **__: None))
+    await asyncio.wait_for(supervisor._stop(StopEvents()), 10)
 
 
 @pytest.mark.parametrize(

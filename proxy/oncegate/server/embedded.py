@@ -13,7 +13,6 @@ import importlib.util
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import threading
@@ -22,7 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
 
+from oncegate.server import early_signals
 from oncegate.server.processes import die_with_parent, wait_for_exit
+from oncegate.server.signals import stops_blocked
 
 # A predecessor that was stopped or killed releases the folder within this time.
 LOCK_WAIT_S = 5.0
@@ -125,10 +126,9 @@ class EmbeddedStore:
         # The folder's lock is held from start() to stop(), across all restarts.
         assert self._lock is not None
         log = self._open_log()
-        # The server inherits the blocked signals and keeps them blocked. Blocking after the fork would be too late:
-        # a Ctrl-C could hit the child before its exec.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-        try:
+        # The server keeps the signals blocked. Blocking after the fork would be too late: a Ctrl-C could hit the child
+        # before its exec.
+        with open(log, "ab"), stops_blocked():
             self._process = subprocess.Popen(
                 [self._server, *OPTIONS, str(self._max_bytes)],
                 cwd=self._folder,
@@ -144,9 +144,6 @@ class EmbeddedStore:
                 pass_fds=(self._lock,),
                 preexec_fn=die_with_parent(os.getpid()),
             )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            os.close(log)
         self._spawned_at = time.monotonic()
         return self._process
 
@@ -164,6 +161,7 @@ class EmbeddedStore:
         deadline = time.monotonic() + ANSWER_WAIT_S
         loading = False
         while not (reply := _call(self._socket_path, b"PING")).startswith(b"+PONG"):
+            early_signals.check()
             if process.poll() is not None:
                 raise self._failed(f"ended with status {process.returncode} instead of starting")
             if reply.startswith(b"-LOADING") and not loading:
@@ -259,6 +257,7 @@ def _lock_folder(folder: Path) -> int:
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     deadline = time.monotonic() + LOCK_WAIT_S
     while not _try_lock(lock):
+        early_signals.check()
         if time.monotonic() > deadline:
             holder = os.pread(lock, 20, 0).decode(errors="replace") or "unknown"
             os.close(lock)

@@ -8,8 +8,9 @@ from typing import Any
 
 import uvloop
 
+from oncegate.server import early_signals
 from oncegate.server.embedded import EmbeddedStore, EmbeddedStoreError
-from oncegate.server.signals import ExitCode, stop_events
+from oncegate.server.signals import ExitCode, block_signals, stop_events
 from oncegate.server.slots import Slot, open_slots
 from oncegate.server.supervisor import Supervisor
 from oncegate.server.tuning import (
@@ -24,11 +25,13 @@ from oncegate.settings.settings import Settings
 
 def serve(settings: Settings, logger: Any) -> ExitCode:
     """Serve until SIGTERM or SIGINT; return the process's exit code. Blocks; main thread only."""
+    early_signals.catch_signals()
     open_standard_files()
     raise_open_file_limit(settings, logger)
     embedded = None
     store_url = settings.store_url.get_secret_value()
     try:
+        early_signals.check()
         if store_url == "embedded":
             embedded = EmbeddedStore(settings.data_dir, settings.embedded_max_bytes, logger.warning)
             embedded.start()
@@ -36,6 +39,9 @@ def serve(settings: Settings, logger: Any) -> ExitCode:
         if settings.workers > 1:
             return uvloop.run(_supervise(settings, open_slots(settings.listen, settings.workers), embedded, logger))
         return uvloop.run(_serve(settings, store_url, embedded, logger))
+    except early_signals.StoppedEarly:
+        logger.info("stopped", cut_off=0)
+        return ExitCode.OK
     except (EmbeddedStoreError, Unsupported, OSError) as error:
         logger.error("cannot start", reason=str(error))
         return ExitCode.CANNOT_START
@@ -69,12 +75,16 @@ async def _serve(settings: Settings, store_url: str, embedded: EmbeddedStore | N
             return ExitCode.OK if drained else ExitCode.CUT_OFF
         finally:
             await service.close()
+            block_signals()
 
 
 async def _supervise(settings: Settings, slots: list[Slot], embedded: EmbeddedStore | None, logger: Any) -> ExitCode:
     """Serve with one worker process for each slot."""
     async with _restarted_when_dead(embedded):
-        return await Supervisor(settings, slots, embedded.url if embedded else "", logger).run()
+        try:
+            return await Supervisor(settings, slots, embedded.url if embedded else "", logger).run()
+        finally:
+            block_signals()
 
 
 @contextlib.asynccontextmanager

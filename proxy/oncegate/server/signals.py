@@ -1,9 +1,15 @@
 """Stop signals, and the exit codes that show an init system how the process ended."""
 
 import asyncio
+import contextlib
 import signal
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
+
+from oncegate.server import early_signals
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class ExitCode(IntEnum):
@@ -25,12 +31,41 @@ class StopEvents:
 
 
 def stop_events() -> StopEvents:
-    """Handle SIGTERM and SIGINT: the first sets `requested`, the second sets `immediate`. Needs a running loop."""
+    """Handle SIGTERM and SIGINT: the first sets `requested`, the second sets `immediate`. Needs a running loop.
+
+    Those that came before count.
+    """
     stop = StopEvents()
 
     def on_signal() -> None:
         (stop.immediate if stop.requested.is_set() else stop.requested).set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    for _ in early_signals.received:
+        on_signal()
     return stop
+
+
+@contextlib.contextmanager
+def stops_blocked() -> Iterator[None]:
+    """Block the stop signals in this context. A child that is started in it has them blocked from its first moment."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def unblock_stops() -> None:
+    """Take the stop signals that came while they were blocked, and those to come."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def block_signals(*others: int) -> None:
+    """Block the signals that a loop handled, at the end of its work. `others` are those beside the usual ones.
+
+    A closed loop has no signal handlers. A signal between there and the exit would kill the process, as if requests had
+    been cut off.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, (*STOP_SIGNALS, signal.SIGHUP, signal.SIGUSR2, *others))

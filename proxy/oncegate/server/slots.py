@@ -9,13 +9,16 @@ import contextlib
 import errno
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from typing import Any
 
+from oncegate.server import early_signals
 from oncegate.server.processes import wait_for_exit
+from oncegate.server.signals import stops_blocked
 from oncegate.settings.addresses import Address
 
 REPORT_TIMEOUT_S = 1.0
@@ -24,19 +27,23 @@ PORT_RELEASE_S = 2.0
 BACKLOG = 1024
 
 # The program of a worker: this installation of oncegate, whatever lies in the working folder.
-_PROGRAM = "import sys; sys.path[:] = {path!r}; from oncegate.server.worker import main; sys.exit(main(*{arguments!r}))"
+_PROGRAM = (
+    "import sys; sys.path[:] = {path!r}; "
+    "from oncegate.server.worker import Assignment, main; sys.exit(main(Assignment(*{arguments!r})))"
+)
 
 
 class Worker:
     """One worker process. Start it on the main thread: the kernel ties its life to the thread that forked it.
 
     `report` is the last one received. `exited` is a task that returns the exit status, or minus the number of the
-    signal that killed the process.
+    signal that killed the process. `refusal`: why a successor that is not ready ended instead of serving.
     """
 
-    def __init__(self, slot: "Slot", store_url: str) -> None:
+    def __init__(self, slot: "Slot", store_url: str, is_successor: bool = False) -> None:
         self.slot = slot
-        self.is_serving = False
+        self.is_serving = self._reload_wanted = False
+        self.refusal: list[str] = []
         self.report: dict[str, Any] = {"counts": {}, "gauges": {}, "not_ready_reasons": [], "cut_off": 0}
         self._loop = asyncio.get_running_loop()
         self._started: asyncio.Future[bool] = self._loop.create_future()
@@ -44,8 +51,9 @@ class Worker:
         self._last_request = 0
         ours, theirs = socket.socketpair()
         descriptors = [listener.fileno() for listener in slot.sockets]
-        arguments = (slot.number, os.getpid(), theirs.fileno(), descriptors, store_url)
-        with theirs:
+        arguments = (slot.number, os.getpid(), theirs.fileno(), descriptors, store_url, is_successor)
+        # It takes a stop signal once it can: until then the signal would kill it.
+        with theirs, stops_blocked():
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _PROGRAM.format(path=sys.path, arguments=arguments)],
                 pass_fds=(theirs.fileno(), *descriptors),
@@ -73,6 +81,11 @@ class Worker:
         if "serving" in message:
             self.is_serving = True
             _complete(self._started, True)
+            if self._reload_wanted:
+                self.signal(signal.SIGHUP)
+            return
+        if "refusal" in message:
+            self.refusal = message["refusal"]
             return
         self.report = message
         if (request := self._report_requests.pop(message["request"], None)) is not None:
@@ -96,6 +109,13 @@ class Worker:
         finally:
             self._report_requests.pop(number, None)
 
+    def reload(self) -> None:
+        """Let the worker read the rules file again: once it serves, because it may have read it already."""
+        if self.is_serving:
+            self.signal(signal.SIGHUP)
+        else:
+            self._reload_wanted = True
+
     def retire(self) -> None:
         """Let the worker finish its open connections and requests, and accept no new connection."""
         self._send(b"retire\n")
@@ -115,13 +135,15 @@ class Worker:
 class Slot:
     """A place for one worker: listening sockets that outlive it, and the worker that uses them now.
 
-    `restart_delay_s` is the pause before the last restart; 0 before the first.
+    `restart_delay_s` is the pause before the last restart; 0 before the first. `changing` is held by whoever puts
+    another worker into the slot, from the start of the other one on.
     """
 
     def __init__(self, number: int, sockets: list[socket.socket]) -> None:
         self.number, self.sockets = number, sockets
         self.worker: Worker | None = None
         self.restart_delay_s = 0.0
+        self.changing = asyncio.Lock()
 
     def close(self) -> None:
         """Close the supervisor's copies of the sockets; workers keep theirs."""
@@ -159,6 +181,7 @@ def _wait_until_free(family: int, sockaddr: Any) -> tuple[int, Any]:
     """Return the family and the address with its port, once nobody listens on it. Raises OSError after a while."""
     deadline = time.monotonic() + PORT_RELEASE_S
     while True:
+        early_signals.check()
         try:
             # Bound without SO_REUSEPORT, which would hide another service on the same port.
             with _bind(family, sockaddr) as probe:

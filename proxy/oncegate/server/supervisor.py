@@ -46,8 +46,9 @@ class Supervisor:
         admin = await serve_admin(self._settings.admin_listen, self._metrics, self._not_ready_reasons, self._notices)
         try:
             self._handle_signals()
-            self._is_serving = await self._start(stop)
+            self._is_serving = not stop.requested.is_set() and await self._start(stop)
             if not self._is_serving and not stop.requested.is_set():
+                self._log.error("cannot start", reason="a worker ended before it served")
                 return ExitCode.CANNOT_START
             if self._is_serving:
                 await self._log_serving(*admin.addresses[0][:2])
@@ -89,7 +90,7 @@ class Supervisor:
         self._log.info("serving", ready=ready, **facts, **listens_on)
 
     def _spawn(self, slot: Slot) -> Worker:
-        worker = Worker(slot, self._store_url)
+        worker = Worker(slot, self._store_url, is_successor=slot.worker is not None)
         # A successor takes the slot only once it serves.
         slot.worker = slot.worker or worker
         self._workers.add(worker)
@@ -103,16 +104,21 @@ class Supervisor:
         self._workers.discard(worker)
         self._account(worker, status)
         slot = worker.slot
+        facts = {"worker": slot.number, "pid": worker.pid, "exit_status": status}
         if not self._is_serving or slot.worker is not worker:
+            # A drain and a refusal end in other exit codes than 0, too.
+            if status < 0 or not (worker.is_serving or worker.refusal or status == ExitCode.OK):
+                self._log.error("worker died", **facts)
             return
         slot.restart_delay_s = _next_delay(slot.restart_delay_s, time.monotonic() - worker.started_at)
-        facts = {"pid": worker.pid, "exit_status": status, "restart_delay_s": slot.restart_delay_s}
-        self._log.error("worker died", worker=slot.number, **facts)
+        self._log.error("worker died", **facts, restart_delay_s=slot.restart_delay_s)
         await asyncio.sleep(slot.restart_delay_s)
-        if self._is_serving and slot.worker is worker:
-            slot.worker = None
-            self._ended.restarted()
-            self._spawn(slot)
+        # A successor that is about to serve takes the slot: a third worker would be in no slot.
+        async with slot.changing:
+            if self._is_serving and slot.worker is worker:
+                slot.worker = None
+                self._ended.restarted()
+                self._spawn(slot)
 
     def _account(self, worker: Worker, status: int) -> None:
         """Add what an exited worker counted, and note whether it cut anything off."""
@@ -126,14 +132,12 @@ class Supervisor:
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGHUP, self._forward, signal.SIGHUP)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
         loop.add_signal_handler(signal.SIGUSR2, self._start_replacing)
 
-    def _forward(self, number: int) -> None:
-        # Before it serves, a worker has read the current rules file anyway.
+    def _reload(self) -> None:
         for worker in self._workers:
-            if worker.is_serving:
-                worker.signal(number)
+            worker.reload()
 
     def _start_replacing(self) -> None:
         if self._is_replacing or not self._is_serving:
@@ -144,33 +148,37 @@ class Supervisor:
         self._run_task(self._replace_all())
 
     async def _replace_all(self) -> None:
-        """Replace the workers one after the other."""
+        """Replace the workers one after the other. The first successor that is not ready ends it."""
+        replaced: list[int] = []
         try:
             for slot in self._slots:
                 if not self._is_serving:
                     return
-                if not await self._replace(slot):
-                    reason = f"the successor of worker {slot.number} did not start"
-                    self._log.error("workers not replaced", reason=reason)
+                if reason := await self._replace(slot):
+                    reason = f"the successor of worker {slot.number} {reason}"
+                    self._log.error("workers not replaced", reason=reason, replaced=replaced)
                     return
+                replaced.append(slot.number)
             self._log.info("workers replaced")
         finally:
             self._is_replacing = False
 
-    async def _replace(self, slot: Slot) -> bool:
-        """Start a successor and retire the present worker once it serves; return False if it does not serve."""
-        predecessor, successor = slot.worker, self._spawn(slot)
-        try:
-            serves = await asyncio.wait_for(successor.wait_until_serving(), START_TIMEOUT_S)
-        except TimeoutError:
-            serves = False
-        if not serves:
-            successor.signal(signal.SIGKILL)
-            return False
-        slot.worker = successor
+    async def _replace(self, slot: Slot) -> str:
+        """Start a successor and retire the present worker once it serves; return what kept it from that, or nothing."""
+        async with slot.changing:
+            successor = self._spawn(slot)
+            try:
+                await asyncio.wait_for(successor.wait_until_serving(), START_TIMEOUT_S)
+            except TimeoutError:
+                successor.signal(signal.SIGKILL)
+                return "did not start in time"
+            if not successor.is_serving or successor.exited.done():
+                return f"is not ready: {'; '.join(successor.refusal)}" if successor.refusal else "did not start"
+            # The predecessor may have died meanwhile, and found its slot being changed.
+            predecessor, slot.worker = slot.worker, successor
         if predecessor is not None:
             predecessor.retire()
-        return True
+        return ""
 
     # Stopping ...
 
@@ -183,9 +191,12 @@ class Supervisor:
         self._signal_all(signal.SIGTERM)
         grace_s = self._settings.drain_delay_s + self._settings.drain_s + OVERTIME_S
         forwarding = asyncio.ensure_future(self._forward_immediate(stop))
-        _, late = await asyncio.wait([worker.exited for worker in self._workers] or [forwarding], timeout=grace_s)
+        late: set[asyncio.Task[int]] = set()
+        # All of them may be dead, and wait for their restart.
+        if exits := [worker.exited for worker in self._workers]:
+            _, late = await asyncio.wait(exits, timeout=grace_s)
         forwarding.cancel()
-        if self._workers and late:
+        if late:
             self._log.error("workers did not end", workers=[worker.slot.number for worker in self._workers])
             self._signal_all(signal.SIGKILL)
         await asyncio.gather(*self._tasks)

@@ -1,8 +1,9 @@
 """One worker of several: a process that serves on its supervisor's sockets and reports to the supervisor.
 
 The link between both is a stream of lines. The worker sends JSON: `{"serving": true}` once it serves, then one report
-a second and one for each request. The supervisor sends `report NUMBER` and `retire`. The end of the stream means that
-the supervisor is dead: the worker then drains and exits.
+a second and one for each request. A worker that is to succeed another serves only if it is ready; otherwise it sends
+`{"refusal": [sentence, ...]}` and exits. The supervisor sends `report NUMBER` and `retire`. The end of the stream means
+that the supervisor is dead: the worker then drains and exits.
 
 A report has `counts` and `gauges` (of `Metrics.snapshot`), `not_ready_reasons` and `notices` (lists of sentences),
 `cut_off` (how many requests a drain cut off) and `request` (the NUMBER that it answers, 0 for none).
@@ -15,15 +16,15 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import uvloop
 
 from oncegate.observe import logs
 from oncegate.server.processes import die_with_parent
-from oncegate.server.signals import ExitCode, stop_events
+from oncegate.server.signals import ExitCode, block_signals, stop_events, unblock_stops
 from oncegate.server.tuning import freeze_garbage_collection, grow_descriptor_table
+from oncegate.service.drain import unless
 from oncegate.service.service import Service, Unsupported
 from oncegate.settings.loading import load_settings
 from oncegate.settings.settings import Settings, SettingsError
@@ -33,26 +34,30 @@ REPORT_INTERVAL_S = 1.0
 # The kernel sends this signal when the supervisor dies.
 SUPERVISOR_DIED = signal.SIGUSR1
 FLUSH_TIMEOUT_S = 1.0
+# How long a successor tries to become ready.
+READY_TIMEOUT_S = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class Sockets:
-    """What a worker inherits: its end of the link to the supervisor, and the listening sockets."""
+class Assignment(NamedTuple):
+    """What a supervisor tells a worker that it starts."""
 
-    link: socket.socket
-    listeners: list[socket.socket]
+    number: int
+    supervisor_pid: int
+    # File descriptors.
+    link: int
+    listeners: list[int]
+    # The embedded store's, empty where the settings name a store.
+    store_url: str
+    # Another worker serves in the same slot, and leaves once this one serves.
+    is_successor: bool
 
 
-def main(number: int, supervisor_pid: int, link: int, listeners: list[int], store_url: str) -> ExitCode:
-    """Serve until a stop signal, a retirement or the supervisor's death; return the process's exit code.
-
-    `link` and `listeners` are file descriptors. `store_url` is the embedded store's, empty where the settings name
-    a store.
-    """
+def main(assignment: Assignment) -> ExitCode:
+    """Serve until a stop signal, a retirement or the supervisor's death; return the process's exit code."""
     # Until the worker serves, the default action of this signal ends the process. If the supervisor is dead already,
     # the end of the link shows it.
     with contextlib.suppress(OSError):
-        die_with_parent(supervisor_pid, SUPERVISOR_DIED)()
+        die_with_parent(assignment.supervisor_pid, SUPERVISOR_DIED)()
     # By default SIGHUP would end the process: the supervisor forwards it to all workers for a reload.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -60,29 +65,32 @@ def main(number: int, supervisor_pid: int, link: int, listeners: list[int], stor
     except SettingsError as error:
         print(error, file=sys.stderr)
         return ExitCode.CANNOT_START
-    logger = logs.configure(settings.log_level, settings.log_format).bind(worker=number)
-    sockets = Sockets(socket.socket(fileno=link), [socket.socket(fileno=listener) for listener in listeners])
+    logger = logs.configure(settings.log_level, settings.log_format).bind(worker=assignment.number)
     try:
-        return uvloop.run(_serve(settings, store_url or settings.store_url.get_secret_value(), sockets, logger))
+        return uvloop.run(_serve(settings, assignment, logger))
     except (Unsupported, SettingsError, OSError) as error:
         logger.error("cannot start", reason=str(error))
         return ExitCode.CANNOT_START
 
 
-async def _serve(settings: Settings, store_url: str, sockets: Sockets, logger: Any) -> ExitCode:
+async def _serve(settings: Settings, assignment: Assignment, logger: Any) -> ExitCode:
     stop, retire = stop_events(), asyncio.Event()
-    service = Service(settings, store_url, logger)
+    unblock_stops()
+    service = Service(settings, assignment.store_url or settings.store_url.get_secret_value(), logger)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(SUPERVISOR_DIED, stop.requested.set)
     loop.add_signal_handler(signal.SIGHUP, service.reload)
-    reader, writer = await asyncio.open_unix_connection(sock=sockets.link)
+    reader, writer = await asyncio.open_unix_connection(sock=socket.socket(fileno=assignment.link))
     reporter = Reporter(service, writer)
     following = _follow_supervisor(reader, reporter, stop.requested, retire)
     tasks = [asyncio.ensure_future(work) for work in (reporter.run(), following)]
     try:
         grow_descriptor_table(settings)
         freeze_garbage_collection()
-        await service.start(sockets.listeners)
+        if assignment.is_successor and (refusal := await _refusal(service, stop.requested)):
+            writer.write(json.dumps({"refusal": refusal}).encode() + b"\n")
+            return ExitCode.CANNOT_START
+        await service.start([socket.socket(fileno=listener) for listener in assignment.listeners])
         writer.write(b'{"serving": true}\n')
         await _wait_for_first(stop.requested.wait(), retire.wait())
         # Retired, it serves open connections to their end, however long that takes; a stop signal ends this.
@@ -98,9 +106,13 @@ async def _serve(settings: Settings, store_url: str, sockets: Sockets, logger: A
         # The last report carries the final counters, and what the drain cut off.
         reporter.send()
         await _flush(writer)
-        # A closed loop has no signal handlers. A stop signal between here and the exit would kill the process, as if
-        # requests had been cut off.
-        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, SUPERVISOR_DIED))
+        block_signals(SUPERVISOR_DIED)
+
+
+async def _refusal(service: Service, stop: asyncio.Event) -> list[str]:
+    """Return why a successor must not serve. Its predecessor goes on then; both would share the connections."""
+    reasons = await unless(stop, service.connect(READY_TIMEOUT_S))
+    return ["it was asked to stop"] if reasons is None else list(reasons)
 
 
 async def _wait_for_first(*works: Awaitable[Any]) -> None:

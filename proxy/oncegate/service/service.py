@@ -29,6 +29,8 @@ CANCEL_S = 0.05
 BACKLOG = 1024
 # The pause before a background task that failed is started again.
 TASK_RESTART_S = 0.05
+# How long the reasons against a store that is connected may take to go: one and a half inspections.
+SETTLE_POLLS = int(1.5 / POLL_S)
 # Somebody may be about to write the file, or a mount failed.
 NO_RULES_LEFT = "the file has no rule any more; a restart takes it, a reload does not"
 # The events of the store that metrics count as losses.
@@ -165,13 +167,20 @@ class Service:
 
     # Its life ...
 
-    async def start(self, shared: Sequence[socket.socket] = ()) -> None:
-        """Listen; the store may still be down. Raises OSError where a port is taken.
+    async def connect(self, seconds: float) -> list[str]:
+        """Connect to the store, without listening. Return why this worker is not ready after `seconds`, or nothing."""
+        self._start_tasks()
+        await self.store.wait_up(seconds)
+        # What an inspection finds at once may be over after the next one.
+        for _ in range(SETTLE_POLLS):
+            if not self.not_ready_reasons():
+                break
+            await asyncio.sleep(POLL_S)
+        return self.not_ready_reasons()
 
-        A worker of several listens on the sockets that it shares with its predecessor and successor; the admin
-        listener is its supervisor's.
-        """
-        settings = self._settings
+    def _start_tasks(self) -> None:
+        if self._tasks:
+            return
         self.store.start()
         keepers = (
             self.store.watch,
@@ -182,6 +191,15 @@ class Service:
             self._listener.sweep,
         )
         self._tasks = [self._loop.create_task(self._keep(keeper)) for keeper in keepers]
+
+    async def start(self, shared: Sequence[socket.socket] = ()) -> None:
+        """Listen; the store may still be down. Raises OSError where a port is taken.
+
+        A worker of several listens on the sockets that it shares with its predecessor and successor; the admin
+        listener is its supervisor's.
+        """
+        settings = self._settings
+        self._start_tasks()
         address: dict[str, Any] = {"host": settings.listen.host, "port": settings.listen.port}
         for place in [{"sock": one} for one in shared] or [address]:
             self._servers.append(await self._listen(place))
