@@ -84,7 +84,7 @@ def test_what_is_no_pointer(text):
         (b'{"i\\u0064": "a"}', b"sa"),
         (b' \r\n\t{"id"\n:\t"a"} ', b"sa"),
         (b'{"other": [1, 1], "other": 2, "id": "a"}', b"sa"),
-        (b'{"id": "' + b"a" * 1023 + b'"}', b"s" + b"a" * 1023),
+        (b'{"id": "' + b"a" * 1024 + b'"}', b"s" + b"a" * 1024),
     ],
 )
 def test_how_values_are_read(body, value):

@@ -90,11 +90,52 @@ def test_the_table_of_rules(check):
     assert [" ".join(line.split()) for line in lines[1:4]] == [
         "orders GET,POST api.test/v1/orders/** shop = https://shop.test:444/api required POST "
         "header:x-user + body:/cart/id default / x-org 86400 wait 7 s hold",
-        "events (stripe-webhook) * /events http://up.test optional PATCH,POST body:/id stripe-webhook / all 604800 "
-        "wait 8 s retry",
+        "events (stripe-webhook) * /events http://up.test optional PATCH,POST receiver + body:/id stripe-webhook / all "
+        "604800 wait 8 s retry",
         "llm (openai) * /llm http://up.test optional PATCH,POST header:idempotency-key else derived:3600 "
         "openai / authorization, x-api-key 3600 wait 600 s retry",
     ]
+
+
+PAIR = '[[rule]]\nname = "a"\npath = "/a"\n{0}\n[[rule]]\nname = "b"\npath = "/b"\n{0}\n{1}\n'
+SHARED = (
+    """warning: rules "a" and "b" share the namespace "default", and neither their keys nor their fingerprints have"""
+)
+SEVERAL = 'warning: rule "a" matches several paths, and neither its key nor its fingerprint has the path'
+# Rules that may swallow the event of a second receiver, and such that do not.
+RECEIVERS = {
+    "one header": (PAIR.format("fingerprint = []", ""), SHARED),
+    "a member": (PAIR.format('fingerprint = ["body"]\nkey = "body:/id"', ""), SHARED),
+    "a preset with a key of its own": (
+        PAIR.format('preset = "sns"\nkey = "body:/id"', ""),
+        SHARED.replace("default", "sns"),
+    ),
+    "alternatives": (PAIR.format('fingerprint = []\nkey = [["body:/id"], ["header:A"]]', ""), SHARED),
+    "several paths": ('[[rule]]\nname = "a"\npath = "/a/*"\nfingerprint = []', SEVERAL),
+    "any path": ('[[rule]]\nname = "a"\npreset = "sns"\nkey = "body:/id"', SEVERAL),
+    "other namespaces": (PAIR.format("fingerprint = []", 'namespace = "n"'), None),
+    "other sources": (PAIR.format("fingerprint = []", 'key = "body:/id"'), None),
+    "receivers": (PAIR.format('fingerprint = []\nkey = ["receiver", "body:/id"]', ""), None),
+    "presets": (PAIR.format('preset = "sns"', ""), None),
+    "one with a target": (PAIR.format("", "fingerprint = []"), None),
+    "the usual fingerprint": (PAIR.format("", ""), None),
+    "one not guarded": (PAIR.format("fingerprint = []", 'guard = "off"'), None),
+    "several paths told by a segment": (
+        '[[rule]]\nname = "a"\npath = "/a/*"\nfingerprint = []\nkey = ["path:2", "header:A"]',
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RECEIVERS)
+def test_a_warning_of_two_receivers(check, case):
+    """`check` warns of rules that would take one event for two receivers as the same."""
+    text, said = RECEIVERS[case]
+    Path("rules.toml").write_text(text)
+    code, out, err = check()
+    assert code == 0
+    assert "ONCEGATE_RULES_FILE" in out
+    assert err.startswith(said) and err.count("\n") == 1 if said else err == ""
 
 
 def test_without_rules_there_is_no_table(check, monkeypatch):

@@ -358,6 +358,7 @@ def test_what_holds_for_every_webhook(rules, name):
     assert {policy.statuses.read(status, {}) for status in range(200, 300)} == {Disposition.STORE}
     assert (policy.in_flight_status, policy.wait_for_duplicates, policy.pass_bad_keys) == (503, True, True)
     assert policy.namespace == name.encode()
+    assert all("receiver" in [source.text for source in one] for one in policy.sources.alternatives)
 
 
 def test_every_problem_at_once(errors):
@@ -446,6 +447,8 @@ CONTRADICTIONS = {
     "one status in both lists": ('release_statuses = ["500"]\nambiguous_statuses = ["500"]', "is in both lists"),
     "an upstream that is not there": ('upstream = "shop"', "neither a URL nor the name"),
     "a source twice": ('key = ["header:A", "header:a"]', "has the same member twice"),
+    "an identity twice": ('key = ["id=header:A", "id=body:/a"]', "names one identity twice in one list"),
+    "a receiver alone": ('key = [["header:A"], ["receiver"]]', "has receiver without a source beside it"),
     "no source": ("key = []", "names no source"),
     "an empty alternative": ('key = [["header:A"], []]', "names no source"),
     "no methods": ("methods = []", "is an empty list; leave it out for all methods"),
@@ -785,6 +788,11 @@ OTHER_NAMES = {
     "alternatives": USUAL + 'key = [["body:/id"], ["body:/id2"]]',
     "marked": USUAL + 'preset = "openai"',
     "a window": USUAL + 'key = "derived:3600"\nnamespace = "openai"',
+    "a window for another upstream": USUAL + 'key = "derived:3600"\nnamespace = "openai"\nset_host = "u.test"',
+    "an identity": USUAL + 'key = "id=header:X-Key"',
+    "a receiver": USUAL + 'key = ["receiver", "header:X-Key"]',
+    "another receiver": USUAL + 'key = ["receiver", "header:X-Key"]\nupstream = "http://u.test"',
+    "a receiver of any host": USUAL + 'key = ["receiver", "header:X-Key"]\npass_host = true',
     "a namespace": USUAL + 'namespace = "n"',
     "no scope": USUAL + "scope = []",
     "a scope": USUAL + 'scope = ["header:X-Org"]',

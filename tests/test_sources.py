@@ -39,7 +39,7 @@ def sources(*alternatives: str, mark: bytes | None = None) -> KeySources:
 
 
 def joined(*parts: tuple[str, bytes]) -> bytes:
-    return b"\0" + length_prefixed([word for source, value in parts for word in (source.encode(), value)])
+    return b"\0" + length_prefixed([word for source, value in sorted(parts) for word in (source.encode(), value)])
 
 
 SINGLE = {
@@ -95,8 +95,6 @@ BAD = {
     "a form with files that was cut": ("form:id", head(FILES), PARTS[:-5]),
     "an encoded body": ("body:/id", head((b"content-encoding", b"gzip")), b'{"id": "a"}'),
     "two parameters": ("query:id", head(target=b"/?id=1&id=2"), b""),
-    "a part missing in the body": ("header:X-Id + body:/id", head((b"x-id", b"a")), b"{}"),
-    "a part missing in the head": ("header:X-Id + body:/id", head(), b'{"id": 1}'),
     "a part bad": ("header:X-Id + body:/id", head((b"x-id", b"a")), b"{"),
     "a part twice": ("header:X-Id + query:token", head((b"x-id", b"a"), (b"x-id", b"a")), b""),
     "a long part": ("header:X-Id + query:token", head((b"x-id", b"a" * 1025)), b""),
@@ -105,10 +103,36 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_what_cannot_be_a_key(case):
-    """A malformed, repeated, too long or incomplete value is a bad key, and no alternative is tried after it."""
+    """A malformed, repeated or too long value is a bad key, and no alternative is tried after it."""
     text, request, body = BAD[case]
     assert isinstance(extract_key(sources(text), SourceInput(request, body)), BadKey)
     assert isinstance(extract_key(sources(text, "path:1"), SourceInput(request, body)), BadKey)
+
+
+@pytest.mark.parametrize(
+    ("request_", "body"), [(head((b"x-id", b"a")), b"{}"), (head(), b'{"id": 1}')], ids=["in the body", "in the head"]
+)
+def test_a_part_that_is_missing(request_, body):
+    """An alternative without all its parts is no key: the next ones are tried. Without one, it is a bad key."""
+    given = SourceInput(request_, body)
+    assert isinstance(extract_key(sources("header:X-Id + body:/id"), given), BadKey)
+    assert isinstance(extract_key(sources("header:X-Id + body:/id", "header:Y"), given), BadKey)
+    assert extract_key(sources("header:X-Id + body:/id", "path:2"), given) == ExtractedKey(
+        joined(("path:2", b"orders"))
+    )
+
+
+def test_a_shorter_alternative_is_tried():
+    """`[["A", "B"], ["A"]]`: with both the key is joined, with the first alone it is the first."""
+    both_or_one = sources("header:A + header:B", "header:A")
+    found = [extract_key(both_or_one, SourceInput(head(*pairs))) for pairs in (
+        [(b"a", b"1"), (b"b", b"2")], [(b"a", b"1")], [(b"b", b"2")], [],
+    )]  # fmt: skip
+    assert found[:2] == [
+        ExtractedKey(joined(("header:a", b"1"), ("header:b", b"2"))),
+        ExtractedKey(joined(("header:a", b"1"))),
+    ]
+    assert [type(one) for one in found[2:]] == [BadKey, Missing]
 
 
 def test_a_spooled_body_is_not_looked_into():
@@ -143,6 +167,104 @@ def test_alternatives_in_their_order():
     assert extract_key(either, SourceInput(head())) is None  # the body has to tell
 
 
+def key_of(rule: KeySources, *pairs: tuple[bytes, bytes], body: bytes = b"", **given: bytes) -> bytes:
+    found = extract_key(rule, SourceInput(head(*pairs), body, **given))  # type: ignore[arg-type]
+    assert isinstance(found, ExtractedKey), found
+    return found.key
+
+
+def test_two_ways_to_one_identity():
+    """Sources that name one identity yield one key for one text. The number 1 is not the text 1."""
+    either = sources("id=header:X-Id", "id=body:/id", "other=query:token")
+    assert key_of(either, (b"x-id", b"1")) == key_of(either, (b"x-id", b'"1"')) == key_of(either, body=b'{"id": "1"}')
+    assert len({key_of(either, body=body) for body in (b'{"id": "1"}', b'{"id": 1}', b'{"id": 1.0}', b"{}")}) == 4
+    values = [b'{"id": "true"}', b'{"id": true}', b'{"id": "n1"}', b'{"id": 1}']
+    assert len({key_of(either, body=body) for body in values}) == 4
+    pair = sources("a=header:A + b=header:B", "b=body:/b + a=body:/a", "a=path:1 + b=path:2")
+    assert key_of(pair, (b"a", b"1"), (b"b", b"2")) == key_of(pair, body=b'{"a": "1", "b": "2"}')
+    assert key_of(pair, (b"a", b"1"), (b"b", b"2")) != key_of(pair, body=b'{"a": "2", "b": "1"}')
+    assert key_of(pair, body=b'{"a": "v1", "b": "orders"}') == key_of(pair, body=b"{}")
+
+
+def test_values_of_different_sources_are_different_keys():
+    """Where a rule names no identity, one value in two places is two keys."""
+    lists = [
+        ("header:A", "header:B"),
+        ("header:A", "body:/id"),
+        ("a=header:A", "b=header:B"),
+        ("id=header:A", "body:/id"),
+        ("header:A + path:1", "header:B + path:1"),
+    ]
+    for first, second in lists:
+        rule = sources(first, second)
+        keys = {key_of(rule, (b"a", b"1")), key_of(rule, (b"b", b"1"), body=b'{"id": "1"}')}
+        assert len(keys) == 2, (first, second)
+
+
+EVENTS = sources("source=cloudevent:source + id=cloudevent:id", "source=body:/source + id=body:/id")
+# The id in the header of a binary event -> in the body of the same structured one.
+ATTRIBUTES = {
+    b"1": '"1"',
+    b"a%20b": '"a b"',
+    b'"a b"': '"a b"',
+    rb'"a\"%22\\"': r'"a\"\"\\"',
+    b"Euro%20%E2%82%AC%20%F0%9F%98%80": r'"Euro \u20ac \ud83d\ude00"',
+    b"%e2%82%ac": '"€"',
+    "€".encode(): '"€"',
+    b"100%25": '"100%"',
+    b"a%2520b": '"a%20b"',
+    b"100%": '"100%"',
+    b"%zz%4": '"%zz%4"',
+    b"%C0%A0": '"%C0%A0"',
+    b"a%20%FF": '"a%20%FF"',
+    b'"': r'"\""',
+    b"%00": r'"\u0000"',
+    b"a,b": '"a,b"',
+    b"%C3%A4" * 512: f'"{"ä" * 512}"',
+}
+
+
+@pytest.mark.parametrize("value", ATTRIBUTES, ids=lambda value: value[:16].decode("latin-1"))
+def test_an_event_has_one_key_in_both_modes(value):
+    """An attribute in a header is decoded as the HTTP binding of CloudEvents says; a bad escape stays as it came."""
+    binary = key_of(EVENTS, (b"ce-source", b"/s%C3%A4"), (b"ce-id", value), body=b'{"id": "d", "source": "d"}')
+    structured = key_of(EVENTS, body=b'{"source": "/s\\u00e4", "id": %s}' % ATTRIBUTES[value].encode())
+    assert binary == structured
+
+
+def test_only_attributes_are_decoded():
+    """An escape in any other header is a part of its value."""
+    rule = sources("id=header:ce-id", "id=body:/id")
+    assert key_of(rule, (b"ce-id", b"a%20b")) == key_of(rule, body=b'{"id": "a%20b"}')
+    assert key_of(sources("id=cloudevent:id"), (b"ce-id", b"a%20b")) == key_of(rule, body=b'{"id": "a b"}')
+
+
+@pytest.mark.parametrize("value", [b"", b'""', b"x" * 1025, b"%41" * 1025])
+def test_an_attribute_that_is_no_key(value):
+    found = extract_key(sources("cloudevent:id"), SourceInput(head((b"ce-id", value))))
+    assert isinstance(found, Missing if len(value) < 3 else BadKey)
+
+
+def test_a_receiver_is_a_part_of_the_key():
+    """The same id for another upstream, Host or path is another key. A receiver alone is no lack of a part."""
+    rule = sources("receiver + header:X-Id")
+    paths = (b"/a", b"/b", b"/a/b", b"/a?x")
+    keys = {
+        (path, place): extract_key(rule, SourceInput(head((b"x-id", b"1"), target=path), destination=place))
+        for path in paths
+        for place in (b"", b"a", b"a/b")
+    }
+    assert len(set(keys.values())) == 9
+    assert keys[b"/a", b"a"] == keys[b"/a?x", b"a"]
+    assert isinstance(extract_key(rule, SourceInput(head())), Missing)
+    assert rule.headers_only
+    policy = changed(sources=rule, destination=b"u", pass_host=True)
+    hosts = [head((b"x-id", b"1"))._replace(host=host) for host in (b"a.test", b"A.test", b"b.test")]
+    one, same, other = (key_in_head(policy, request) for request in hosts)
+    assert one == same != other
+    assert key_in_head(changed(sources=rule), hosts[0]) == key_in_head(changed(sources=rule), hosts[2])
+
+
 MARK = b"x-stainless-retry-count"
 LLM = sources("header:Idempotency-Key", "derived:3600", mark=MARK)
 
@@ -173,7 +295,9 @@ def test_a_key_beats_the_mark():
     [
         "", "Idempotency-Key", "header:", "header:a b", "header:Content-Length", "cookie:a", "body:", "body:id",
         "body:/a~3", "form:", "query:", "path:", "path:0", "path:-1", "path:x", "path:100", "derived:", "derived:0",
-        "derived:0.0", "derived:-1", "derived:1e3", "derived:86401", "derived:x", "Header:a", "header",
+        "derived:0.0", "derived:-1", "derived:1e3", "derived:86401", "derived:x", "Header:a", "header", "receiver:",
+        "id=", "id=a=header:A", "id=derived:10", "id=receiver", "Id=header:A", "=header:A", "cloudevent:",
+        "cloudevent:a-b", "cloudevent:ID", "id= header:A",
     ],
 )  # fmt: skip
 def test_what_is_no_source(text):

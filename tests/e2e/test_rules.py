@@ -54,9 +54,14 @@ key = "derived:0.6"
 
 [[rule]]
 name = "events"
-path = "/events"
+path = "/events/**"
 preset = "stripe-webhook"
 wait_max_s = 0.5
+
+[[rule]]
+name = "cloud"
+path = "/cloud"
+preset = "cloudevents"
 
 [[rule]]
 name = "llm"
@@ -320,6 +325,24 @@ async def test_a_webhook_is_delivered_again_until_it_is_done(ruled, behind):
     assert await post(ruled, "/events", b'{ "id" : "e1", "n": 2 }', "Stripe-Signature: t=2") == (202, "replayed")
     assert await post(ruled, "/events", b'{"id":"e1"}', "Authorization: Bearer x") == (202, "replayed")
     assert len(behind.received) == 7
+
+
+async def test_each_receiver_of_an_event_gets_it(ruled, behind):
+    """A sender's two webhooks under one path each get the event, once."""
+    for path in ("/events/a", "/events/b", "/events/a/b"):
+        assert [await post(ruled, path, b'{"id":"e1"}') for _ in range(2)] == [EXECUTED, REPLAYED]
+    assert await post(ruled, "/events/x/../a", b'{"id":"e1"}') == REPLAYED
+    assert len(behind.received) == 3
+
+
+async def test_an_event_is_one_in_binary_and_structured_mode(ruled, behind):
+    """A redelivery of a CloudEvent in the other mode gets the first one's response, also where its id is encoded."""
+    binary = ["ce-specversion: 1.0", "ce-source: /s", "ce-id: a%20b", "Content-Type: application/json"]
+    structured = b'{"specversion": "1.0", "source": "/s", "id": "a b", "data": {"id": 1}}'
+    assert await post(ruled, "/cloud", b'{"id": 1, "source": 2}', *binary) == EXECUTED
+    assert await post(ruled, "/cloud", structured, "Content-Type: application/cloudevents+json") == REPLAYED
+    assert await post(ruled, "/cloud", structured.replace(b"a b", b"a%20b")) == EXECUTED
+    assert len(behind.received) == 2
 
 
 async def test_a_webhook_in_flight_waits_and_then_comes_again(ruled, behind):

@@ -13,6 +13,7 @@ from oncegate import __version__
 from oncegate.commands import explain, init
 from oncegate.rules.loading import load_rules
 from oncegate.rules.model import Rules
+from oncegate.rules.receivers import receiver_warnings
 from oncegate.settings.loading import describe, load_settings
 from oncegate.settings.settings import Settings, SettingsError
 from oncegate.store.record import ViewState
@@ -157,6 +158,8 @@ def _check(settings: Settings, rules: Rules, options: argparse.Namespace) -> int
         print(describe(settings))
         if settings.rules_file is not None:
             print(f"\n{explain.table(rules)}")
+        for warning in receiver_warnings(rules):
+            print(f"warning: {warning}", file=sys.stderr)
         return 0
     try:
         body = options.body_file.read_bytes() if options.body_file else b""

@@ -81,7 +81,9 @@ def json_value(body: bytes, pointer: Sequence[str]) -> bytes | Missing | BadKey:
 def _checked_length(tagged: bytes) -> bytes | Missing | BadKey:
     if len(tagged) == 1:
         return Missing("the key in the body is empty")
-    return tagged if len(tagged) <= MAX_VALUE_BYTES else BadKey(f"the key in the body is over {MAX_VALUE_BYTES} bytes")
+    if len(tagged) > 1 + MAX_VALUE_BYTES:
+        return BadKey(f"the key in the body is over {MAX_VALUE_BYTES} bytes")
+    return tagged
 
 
 def _parse(body: bytes) -> tuple[Any] | BadKey:

@@ -1,12 +1,13 @@
 """Reads the key of a request from the sources that its rule names. Pure.
 
 A source yields a value, Missing, or BadKey where its value cannot be a key. The alternatives of a rule are tried
-in its order; there is no other fallback.
+in its order, until one has all its parts or a part that cannot be a key; there is no other fallback.
 """
 
 import re
 from collections.abc import Sequence
 from typing import NamedTuple, assert_never
+from urllib.parse import unquote_to_bytes
 
 from oncegate.keys.digests import length_prefixed
 from oncegate.keys.documents import MAX_VALUE_BYTES, Missing, form_value, json_value
@@ -18,6 +19,7 @@ from oncegate.keys.sources import (
     KeySources,
     Member,
     Parameter,
+    Receiver,
     Segment,
     Source,
     SourceKind,
@@ -27,6 +29,12 @@ from oncegate.keys.syntax import BadKey, parse_key
 from oncegate.messages.fields import Fields
 from oncegate.messages.request_head import RequestHead
 from oncegate.messages.target import normalized_path
+
+_NOT_SENT = Missing("a header with a part of the key was not sent")
+_PART_MISSING = BadKey("a part of the key is missing")
+# A quoted string (RFC 9110, section 5.6.4).
+_QUOTED = re.compile(rb'"((?:[^"\\]|\\.)*+)"')
+_ESCAPED = re.compile(rb"\\(.)")
 
 
 class ExtractedKey(NamedTuple):
@@ -43,27 +51,36 @@ class ExtractedKey(NamedTuple):
 class SourceInput(NamedTuple):
     """What sources read. `derived`: the digest of the whole request. While `body` is None, it has not arrived yet.
 
-    `spooled`: the body is too long to be read, and empty here.
+    `spooled`: the body is too long to be read, and empty here. `destination`: where the request goes, without its path.
     """
 
     head: RequestHead
     body: bytes | None = None
     spooled: bool = False
     derived: bytes = b""
+    destination: bytes = b""
 
 
 def extract_key(sources: KeySources, given: SourceInput) -> ExtractedKey | Missing | BadKey | None:
     """Return the key of a request, or why it has none; None where that depends on a body that is still to come."""
     key: ExtractedKey | Missing | BadKey | None = Missing("no key was sent")
-    for alternative in sources.alternatives:
+    incomplete: BadKey | None = None
+    for number, alternative in enumerate(sources.alternatives):
         retries = _retry_count(sources, alternative, given)
-        key = retries if isinstance(retries, Missing) else _join(alternative, given)
+        if isinstance(retries, Missing):
+            key = retries
+        elif number == 0 and len(alternative) == 1 and (header := alternative[0].plain_header) is not None:
+            key = _header_key(header, given.head)
+        else:
+            key = _join(alternative, given)
         if isinstance(key, ExtractedKey) and isinstance(retries, int):
             # A new request (no retries yet) takes over any complete record; a retry gets its response, however old.
             key = key._replace(window_ms=0 if retries else 1, fresh=retries == 0)
-        if not isinstance(key, Missing):
+        if key is _PART_MISSING:
+            incomplete = _PART_MISSING
+        elif not isinstance(key, Missing):
             return key
-    return key
+    return incomplete or key
 
 
 def _retry_count(sources: KeySources, alternative: Sequence[Source], given: SourceInput) -> int | Missing | None:
@@ -78,29 +95,42 @@ def _retry_count(sources: KeySources, alternative: Sequence[Source], given: Sour
 
 
 def _join(alternative: Sequence[Source], given: SourceInput) -> ExtractedKey | Missing | BadKey | None:
-    """Return the key that the sources of one alternative make together; BadKey where only some have a value."""
+    """Return the key that the sources of one alternative make together; _PART_MISSING where only some have a value."""
     if given.body is None and any(source.needs_body for source in alternative):
         return None
-    if len(alternative) == 1 and isinstance(alternative[0].kind, Header):
-        return _header_key(alternative[0].kind, given.head)
-    values = [_read(source.kind, given) for source in alternative]
-    bad = [value for value in values if isinstance(value, BadKey)]
-    missing = [value for value in values if isinstance(value, Missing)]
-    if bad:
-        return bad[0]
+    parts: list[tuple[bytes, bytes]] = []
+    missing: list[Missing] = []
+    for source in alternative:
+        value = _part(source, given)
+        if isinstance(value, BadKey):
+            return value
+        if isinstance(value, Missing):
+            missing.append(value)
+        else:
+            parts.append((source.name, value))
     if missing:
-        return missing[0] if len(missing) == len(values) else BadKey("a part of the key is missing")
-    pairs = zip(alternative, values, strict=True)
+        # Every request has a receiver.
+        is_absent = len(missing) + sum(isinstance(source.kind, Receiver) for source in alternative) == len(alternative)
+        return missing[0] if is_absent else _PART_MISSING
+    # Sorted: alternatives may name the same identities in any order.
+    parts.sort()
     # No key in a header has a zero byte, so that none can be made to equal a joined key.
-    joined = b"\0" + length_prefixed(
-        part for source, value in pairs for part in (source.text.encode(), value) if isinstance(part, bytes)
-    )
+    joined = b"\0" + length_prefixed(word for part in parts for word in part)
     return ExtractedKey(joined, longest_window_ms([source.kind for source in alternative]))
 
 
-def _header_key(header: Header, head: RequestHead) -> ExtractedKey | Missing | BadKey:
+def _part(source: Source, given: SourceInput) -> bytes | Missing | BadKey:
+    """Return the value of a source as it enters a joined key."""
+    value = _read(source.kind, given)
+    # Beside a text in a body, which has this tag, any other value is a text (`json_value`).
+    if source.identity and isinstance(value, bytes) and not isinstance(source.kind, Member):
+        return b"s" + value
+    return value
+
+
+def _header_key(name: bytes, head: RequestHead) -> ExtractedKey | Missing | BadKey:
     """Return the key of one header alone: the same key as without any rule."""
-    lines = head.fields.get(header.name)
+    lines = head.fields.get(name)
     if lines is None:
         return Missing("no idempotency key was sent")
     key = parse_key(lines)
@@ -111,7 +141,9 @@ def _read(kind: SourceKind, given: SourceInput) -> bytes | Missing | BadKey:
     head = given.head
     match kind:
         case Header():
-            return _field(head.fields, kind.name)
+            return (_attribute if kind.cloudevent else _field)(head.fields, kind.name)
+        case Receiver():
+            return length_prefixed((given.destination, normalized_path(head.target)))
         case Parameter():
             return form_value(head.target.partition(b"?")[2], kind.name, "query")
         case Segment():
@@ -128,17 +160,43 @@ def _read(kind: SourceKind, given: SourceInput) -> bytes | Missing | BadKey:
 
 def _field(fields: Fields, name: bytes) -> bytes | Missing | BadKey:
     """Return the value of a header that is a part of a key: without its quotes where it is well-formed as a key."""
+    value = _only_line(fields, name)
+    if isinstance(value, bytes):
+        key = parse_key([value])
+        return _checked_length(value if isinstance(key, BadKey) else key)
+    return value
+
+
+def _attribute(fields: Fields, name: bytes) -> bytes | Missing | BadKey:
+    """Return an attribute of a CloudEvent from its header (HTTP binding 1.0.2, section 3.1.3.2).
+
+    Escapes that are malformed, or yield no UTF-8, stay as they came: some senders do not encode at all.
+    """
+    value = _only_line(fields, name)
+    if not isinstance(value, bytes):
+        return value
+    if quoted := _QUOTED.fullmatch(value):
+        value = _ESCAPED.sub(rb"\1", quoted[1])
+    decoded = unquote_to_bytes(value)
+    try:
+        decoded.decode()
+    except UnicodeDecodeError:
+        decoded = value
+    return _checked_length(decoded)
+
+
+def _only_line(fields: Fields, name: bytes) -> bytes | Missing | BadKey:
     lines = fields.get(name, ())
     # With two values, the proxy and the upstream could act on different ones.
     if len(lines) > 1:
         return BadKey("a header with a part of the key was sent more than once")
-    value = lines[0].strip(b" \t") if lines else b""
-    if not value:
-        return Missing("a header with a part of the key was not sent")
+    return (lines[0].strip(b" \t") if lines else b"") or _NOT_SENT
+
+
+def _checked_length(value: bytes) -> bytes | Missing | BadKey:
     if len(value) > MAX_VALUE_BYTES:
         return BadKey(f"a header with a part of the key is over {MAX_VALUE_BYTES} bytes")
-    key = parse_key(lines)
-    return value if isinstance(key, BadKey) else key
+    return value or _NOT_SENT
 
 
 def _in_body(kind: Member | FormField, given: SourceInput) -> bytes | Missing | BadKey:

@@ -12,13 +12,23 @@ from oncegate.settings.names import parse_key_header
 
 # Of derived keys: a day.
 MAX_WINDOW_S = 86_400
+RECEIVER = "receiver"
+
+
+# An identity that a rule names, such as `id` in `id=header:X-Id`. No kind of source has `=` in its own name.
+_IDENTITY = re.compile(r"([a-z][a-z0-9_-]{0,31})=(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """`header:NAME`, a header field that was sent once. `name` is in lower case."""
+    """`header:NAME`, a header field that was sent once. `name` is in lower case.
+
+    `cloudevent`: `cloudevent:NAME`, an attribute of a CloudEvent in binary mode: the header ce-NAME, decoded as the
+    HTTP binding says.
+    """
 
     name: bytes
+    cloudevent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +66,39 @@ class Derived:
     window_ms: int
 
 
-SourceKind = Header | Member | FormField | Parameter | Segment | Derived
+@dataclass(frozen=True, slots=True)
+class Receiver:
+    """`receiver`, where the request goes: the upstream, the Host if it is set or passed on, and the path.
+
+    A sender's id names an event, and several receivers may get it. Every request has a receiver.
+    """
+
+
+SourceKind = Header | Member | FormField | Parameter | Segment | Derived | Receiver
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One source. `text`: its spelling in the rule, which enters joined keys: two kinds never yield the same key."""
+    """One source. `text`: its spelling in the rule.
+
+    `identity`: the name of what it reads, where the rule says one (`id=header:X-Id`). Sources of one identity yield one
+    key for one text; all others are told apart by their spelling.
+    """
 
     text: str
     kind: SourceKind
+    identity: str = ""
+
+    @property
+    def name(self) -> bytes:
+        """What names the source in joined keys."""
+        return (f"{self.identity}=" if self.identity else self.text).encode()
+
+    @property
+    def plain_header(self) -> bytes | None:
+        """The name of a header that is read as the header of a key is without any rule."""
+        kind = self.kind
+        return kind.name if isinstance(kind, Header) and not (kind.cloudevent or self.identity) else None
 
     @property
     def needs_body(self) -> bool:
@@ -91,8 +125,13 @@ class KeySources:
     @property
     def headers_only(self) -> bool:
         """Whether only header fields decide if a request has a key, so that a client without keys sends none."""
-        counts_retries = self.retry_count_header is not None
-        return all(isinstance(kind, Header) or (counts_retries and isinstance(kind, Derived)) for kind in self._kinds)
+        kinds = (Header, Receiver) if self.retry_count_header is None else (Header, Receiver, Derived)
+        return all(isinstance(kind, kinds) for kind in self._kinds)
+
+    @property
+    def reads_destination(self) -> bool:
+        """Whether the key depends on where the request goes."""
+        return any(isinstance(kind, Receiver | Derived) for kind in self._kinds)
 
     @property
     def _kinds(self) -> list[SourceKind]:
@@ -101,8 +140,8 @@ class KeySources:
     @property
     def only_header(self) -> bytes | None:
         """The lower-case name of the header, where the key is one header alone."""
-        kinds = self._kinds
-        return kinds[0].name if len(kinds) == 1 and isinstance(kinds[0], Header) else None
+        sources = [source for alternative in self.alternatives for source in alternative]
+        return sources[0].plain_header if len(sources) == 1 else None
 
     @property
     def headers(self) -> tuple[bytes, ...]:
@@ -118,6 +157,13 @@ class KeySources:
 
 def _header(text: str) -> Header:
     return Header(parse_key_header(text).lower().encode())
+
+
+def _attribute(text: str) -> Header:
+    # CloudEvents 1.0.2, "Naming Conventions".
+    if not re.fullmatch(r"[a-z0-9]{1,64}", text):
+        raise ValueError("must be followed by an attribute, in lower-case letters and digits")
+    return Header(b"ce-" + text.encode(), cloudevent=True)
 
 
 def _name(text: str) -> bytes:
@@ -143,6 +189,7 @@ def _derived(text: str) -> Derived:
 
 SOURCE_KINDS: dict[str, Callable[[str], SourceKind]] = {
     "header": _header,
+    "cloudevent": _attribute,
     "body": lambda text: Member(parse_pointer(text)),
     "form": lambda text: FormField(_name(text)),
     "query": lambda text: Parameter(_name(text)),
@@ -153,11 +200,17 @@ SOURCE_KINDS: dict[str, Callable[[str], SourceKind]] = {
 
 def parse_source(text: str) -> Source:
     """Return the source with this spelling in a rule. Raises ValueError for an unknown or malformed one."""
+    if named := _IDENTITY.fullmatch(text):
+        source = parse_source(named[2])
+        if source.identity or isinstance(source.kind, Receiver | Derived):
+            raise ValueError(f"{text!r} names the identity of what is none")
+        return Source(f"{named[1]}={source.text}", source.kind, named[1])
+    if text == RECEIVER:
+        return Source(text, Receiver())
     kind, colon, rest = text.partition(":")
     if not colon or kind not in SOURCE_KINDS:
-        raise ValueError(
-            f"{text!r} is not a source; sources begin with {', '.join(f'{kind}:' for kind in SOURCE_KINDS)}"
-        )
+        kinds = ", ".join(f"{kind}:" for kind in SOURCE_KINDS)
+        raise ValueError(f"{text!r} is not a source; sources are {RECEIVER}, and those that begin with {kinds}")
     try:
         # Header names are case-insensitive, and the spelling enters joined keys.
         return Source(text.lower() if kind == "header" else text, SOURCE_KINDS[kind](rest))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from oncegate.keys.sources import Source, parse_source
+from oncegate.keys.sources import RECEIVER, Receiver, Source, parse_source
 from oncegate.rules.patterns import parse_host_pattern, parse_path
 from oncegate.rules.presets import PRESETS
 from oncegate.settings.addresses import Origin, parse_host, parse_origin
@@ -157,14 +157,24 @@ def _earlier_name(text: str) -> str:
 def _key(value: Any) -> tuple[tuple[Source, ...], ...]:
     """Return the alternatives of a key: one source, a list of sources to join, or a list of such lists."""
     if isinstance(value, str):
-        return ((parse_source(value),),)
+        value = [value]
     # A member of a list of lists is itself checked as a list.
     sources = _list_of(_text(parse_source), "sources")
     nested = isinstance(value, list) and any(isinstance(one, list) for one in value)
     alternatives = _list_of(sources, "lists of sources")(value) if nested else (sources(value),)
     if not all(alternatives) or not alternatives:
         raise ValueError("names no source")
+    for sources_of_one in alternatives:
+        _check_joined(sources_of_one)
     return alternatives
+
+
+def _check_joined(alternative: tuple[Source, ...]) -> None:
+    if len({source.name for source in alternative}) < len(alternative):
+        raise ValueError("names one identity twice in one list")
+    # All requests to one path would be one.
+    if all(isinstance(source.kind, Receiver) for source in alternative):
+        raise ValueError(f"has {RECEIVER} without a source beside it")
 
 
 def _scope(text: str) -> Source:

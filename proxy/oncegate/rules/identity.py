@@ -6,7 +6,7 @@ The request path and `oncegate check --explain` use the same functions, so that 
 from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
-from oncegate.keys.digests import Digests, Scope, UnstableScope
+from oncegate.keys.digests import Digests, Scope, UnstableScope, length_prefixed
 from oncegate.keys.documents import Missing
 from oncegate.keys.extraction import ExtractedKey, SourceInput, extract_key, scope_fields
 from oncegate.keys.syntax import BadKey, parse_key
@@ -55,7 +55,7 @@ def key_in_head(policy: Policy, head: RequestHead) -> bytes | Missing | BadKey |
     if policy.sources is None:
         lines = head.fields.get(policy.key_header)
         return NO_KEY if lines is None else parse_key(lines)
-    key = extract_key(policy.sources, SourceInput(head))
+    key = extract_key(policy.sources, SourceInput(head, destination=destination(policy, head)))
     return key.key if isinstance(key, ExtractedKey) else key
 
 
@@ -83,10 +83,16 @@ def identify(policy: Policy, digests: Digests, request: ScopedRequest) -> Identi
     # A derived key is the digest of the whole request, even where the fingerprint leaves parts out.
     derives = bool(sources.window_ms) and chosen is not None
     derived = digests.fingerprint(every_part, body.blocks()) if derives else fingerprint
-    extracted = extract_key(sources, SourceInput(head, body.data, body.spooled, derived))
+    given = SourceInput(head, body.data, body.spooled, derived, destination(policy, head))
+    extracted = extract_key(sources, given)
     if not isinstance(extracted, ExtractedKey):
         return extracted or NO_KEY
     return Identity(digests.key(scope, extracted.key), fingerprint, extracted.window_ms, extracted.fresh)
+
+
+def destination(policy: Policy, head: RequestHead) -> bytes:
+    """Return where a request goes, without its path: the upstream, and the Host that is set or passed on."""
+    return length_prefixed((policy.destination, head.host.lower())) if policy.pass_host else policy.destination
 
 
 def fingerprint_parts(policy: Policy, head: RequestHead) -> tuple[bytes, ...]:

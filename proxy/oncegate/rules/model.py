@@ -164,4 +164,5 @@ def _identity(policy: Policy) -> tuple[object, ...]:
     )
     # Retention, waits and upstreams are left out: they name no key, and may differ while a change is rolled out.
     scope = (policy.scope_headers, [source.text for source in policy.scope_sources])
-    return sorted(policy.methods), key, policy.namespace, scope
+    where = (policy.destination, policy.pass_host) if sources and sources.reads_destination else None
+    return sorted(policy.methods), key, policy.namespace, scope, where

@@ -36,7 +36,8 @@ FAMILIES = {"webhook": "Webhooks", "llm": "LLM calls"}
 def _webhook(key: Any, *, namespace: str, wait_max_s: float, retention_s: float, about: str) -> Preset:
     """Return the preset of a sender that delivers an event again until it gets a 2xx."""
     fields = {
-        "key": key,
+        # The id names the event, and several receivers may get it.
+        "key": ["receiver", key] if isinstance(key, str) else [["receiver", *sources] for sources in key],
         "namespace": namespace,
         # Senders have no credential that identifies a tenant, or a new one for each delivery.
         "scope": [],
@@ -148,7 +149,7 @@ PRESETS: dict[str, Preset] = {
         "deletes the subscription.",
     ),
     "standard-webhooks": _webhook(
-        [["header:webhook-id"], ["header:svix-id"]],
+        [["id=header:webhook-id"], ["id=header:svix-id"]],
         namespace="standard-webhooks",
         wait_max_s=10,
         retention_s=7 * DAY_S,
@@ -167,7 +168,8 @@ PRESETS: dict[str, Preset] = {
         wait_max_s=10,
         retention_s=2 * DAY_S,
         about="Amazon SNS with an HTTP endpoint. It waits 15 s for a response, and gives a message up after most 4xx. "
-        'With raw delivery, the body is the message alone: set `key = "header:x-amz-sns-message-id"`.',
+        "With raw delivery, the body is the message alone: set "
+        '`key = ["receiver", "header:x-amz-sns-message-id"]`.',
     ),
     "pubsub-push": _webhook(
         "body:/message/messageId",
@@ -176,15 +178,15 @@ PRESETS: dict[str, Preset] = {
         retention_s=8 * DAY_S,
         about="Google Pub/Sub with a push endpoint. It delivers again for up to 7 days. Without its wrapper, the body "
         "is the message alone: make the subscription write metadata, and set "
-        '`key = "header:x-goog-pubsub-message-id"`.',
+        '`key = ["receiver", "header:x-goog-pubsub-message-id"]`.',
     ),
     "cloudevents": _webhook(
-        [["header:ce-source", "header:ce-id"], ["body:/source", "body:/id"]],
+        [["source=cloudevent:source", "id=cloudevent:id"], ["source=body:/source", "id=body:/id"]],
         namespace="cloudevents",
         wait_max_s=10,
         retention_s=7 * DAY_S,
-        about="CloudEvents in binary or structured mode: the key is the source and the id of an event. Batches are "
-        "forwarded without protection.",
+        about="CloudEvents: the key is the source and the id of an event, the same in binary and structured mode. "
+        "Batches are forwarded without protection.",
     ),
     "openai": _llm("openai"),
     "anthropic": _llm("anthropic"),
