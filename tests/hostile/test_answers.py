@@ -16,6 +16,8 @@ from tests.test_upstream import MALFORMED
 
 TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]")
 IN_A_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]")
+# A line end would be another line, and a NUL an end of the text for some clients.
+NEVER_IN_A_VALUE = (b"\0", b"\n", b"\r")
 
 
 def resident_bytes(pid: int) -> int:
@@ -32,8 +34,9 @@ async def raw_head(port: int, raw: bytes) -> bytes:
 
 @pytest.mark.parametrize("position", ["name", "value", "reason"])
 async def test_no_byte_of_an_answer_splits_it(standing, behind, position):
-    """T2: each of the 256 bytes in a name, value or reason is passed on as it is, now and in the replay, or the
-    answer is refused as a whole: there is never a field that the upstream did not send."""
+    """T2: each of the 256 bytes in a name, value or reason is passed on as it is, now and in the replay, a control
+    character in a value or reason as a space, or the answer is refused as a whole: there is never a field that the
+    upstream did not send."""
     line = {"name": b"Na%sX-Split: v", "value": b"Name: va%sX-Split: v", "reason": b""}[position]
     for byte in (bytes((code,)) for code in range(256)):
         if position == "name" and byte == b":":
@@ -44,9 +47,11 @@ async def test_no_byte_of_an_answer_splits_it(standing, behind, position):
         behind.script = answering(head + b"ok")
         raw = request("POST", "/x", f"split-{position}-{byte.hex()}", b"")
         heads = [await raw_head(standing.port, raw) for _ in range(2)]
-        sound = TOKEN.match(byte) if position == "name" else IN_A_VALUE.match(byte)
+        sound = TOKEN.match(byte) if position == "name" else byte not in NEVER_IN_A_VALUE
         if heads[0].startswith(b"HTTP/1.1 200 "):
             assert sound, byte
+            if position != "name" and not IN_A_VALUE.match(byte):
+                reason, field = reason.replace(byte, b" "), field.replace(byte, b" ")
             first, *lines = heads[0].split(b"\r\n")
             assert position != "reason" or first == b"HTTP/1.1 200 " + reason
             assert not field or field in lines

@@ -81,7 +81,8 @@ def read_response_head(status: int, reason: bytes, pairs: Pairs, head_only: bool
     101 is final as well: another protocol follows it, up to the end of the connection. `head_only`: the request was
     a HEAD.
     """
-    if not (200 <= status <= 599 or status == 101):
+    # RFC 9110, section 15, knows none above 599. Clients take such a response for a 5xx.
+    if not (200 <= status <= 999 or status == 101):
         return f"status {status}"
     text = b"".join(chain((reason,), *pairs))
     if len(text) + 4 * len(pairs) > MAX_HEAD_BYTES:

@@ -9,9 +9,7 @@ import httptools
 from oncegate.known_heads.recent import RecentHeads
 from oncegate.messages.fields import tokens
 from oncegate.messages.response_head import ResponseHead, read_response_head
-
-# Interim responses (1xx, RFC 9110, section 15.2) that may come before the final one.
-MAX_INTERIM = 16
+from oncegate.messages.strict_head import HEAD_END, MAX_INTERIM, stated_status, strict_response
 
 
 class IncomingResponse:
@@ -31,12 +29,22 @@ class IncomingResponse:
         # `begin` made the parser for the first request.
         self._spare, self.parser = self.parser, None
 
+    def _new_parser(self) -> httptools.HttpResponseParser:
+        parser = httptools.HttpResponseParser(self)
+        # Apache pads chunk sizes (RFC 9112, section 7.1.1, allows blanks before an extension).
+        parser.set_dangerous_leniencies(lenient_spaces_after_chunk_size=True)
+        return parser
+
     def begin(self, head_only: bool, may_switch: bool = False) -> None:
         """Expect the response to a new request. `head_only`: to HEAD. `may_switch`: it may be a 101 to WebSocket."""
-        self.parser, self._spare = self._spare or httptools.HttpResponseParser(self), None
+        self.parser, self._spare = self._spare or self._new_parser(), None
         self._head_only, self._may_switch = head_only, may_switch
         self._pairs: list[tuple[bytes, bytes]] = []
         self._reason = b""
+        # What came before the head was whole, for a head that llhttp refuses.
+        self._head_pieces: list[bytes] = []
+        # llhttp refused the head, which is not whole yet; and: a strict one is parsed in its place.
+        self._is_doubtful = self._is_rewritten = False
         self.interim_count = 0
         self.head: ResponseHead | None = None
         self.chunks: list[bytes] = []
@@ -74,20 +82,50 @@ class IncomingResponse:
 
     def feed(self, data: bytes) -> str:
         """Parse bytes. Return why they are no response that can be passed on, empty where they are or may be one."""
-        parser, reason = self.parser, ""
-        assert parser is not None
-        try:
-            parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            reason = self._switch(data[upgrade.args[0] :])
-        except httptools.HttpParserError as error:
-            self.has_surplus = True
-            # An exception of a callback is the context of llhttp's own.
-            reason = f"the upstream's answer is unusable: {error.__context__ or error}"
+        pieces = self._head_pieces
+        if self.head is None:
+            pieces.append(data)
+        reason = self._parse_whole_head(data) if self._is_doubtful else self._parse(data)
+        if self.head is not None:
+            pieces.clear()
         if self.is_complete:
             is_clean = self._is_parsed and self.keep_alive and not self.has_surplus
-            self._spare, self.parser = parser if is_clean else None, None
+            self._spare, self.parser = self.parser if is_clean else None, None
         return reason
+
+    def _parse(self, data: bytes) -> str:
+        assert self.parser is not None
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            return self._switch(data[upgrade.args[0] :])
+        except httptools.HttpParserError as error:
+            if self.head is None and not self._is_rewritten:
+                return self._rewrite_head()
+            self.has_surplus = True
+            # An exception of a callback is the context of llhttp's own.
+            return f"the upstream's answer is unusable: {error.__context__ or error}"
+        return ""
+
+    # A head that llhttp refuses ...
+
+    def _rewrite_head(self) -> str:
+        """Parse a strict head in the place of one that llhttp refused, if that can mean only one thing."""
+        strict = strict_response(b"".join(self._head_pieces))
+        self._is_doubtful = strict is None
+        if isinstance(strict, bytes):
+            self._is_rewritten, self.interim_count, self.parser = True, 0, self._new_parser()
+            return self._parse(strict)
+        return f"the upstream's answer is unusable: {strict}" if strict else ""
+
+    def _parse_whole_head(self, data: bytes) -> str:
+        """Go on with a doubtful head once its end may have come: the end of a line is not worth a look at all of it."""
+        before = b"".join(self._head_pieces[-3:-1])
+        return self._rewrite_head() if HEAD_END.search(before[-2:] + data) else ""
+
+    def came_status(self) -> int:
+        """Return the status that came, also in a head that cannot be used or is not whole; 0 for none."""
+        return self.head.status if self.head is not None else stated_status(b"".join(self._head_pieces))
 
     def _switch(self, rest: bytes) -> str:
         """Begin the other protocol after a 101; `rest` are its first bytes. From now on all bytes are the body."""
@@ -143,7 +181,8 @@ class IncomingResponse:
         if status == 101 and tokens(head.fields.get(b"upgrade", ())) != [b"websocket"]:
             raise httptools.HttpParserError("another protocol than was asked for")
         self.head = head
-        self.keep_alive = parser.should_keep_alive() and not head.close_delimited
+        # Whoever writes such a head may frame the next one differently than we read it.
+        self.keep_alive = parser.should_keep_alive() and not (head.close_delimited or self._is_rewritten)
         self.is_complete = head.bodiless
 
     def on_body(self, data: bytes) -> None:
