@@ -1290,6 +1290,99 @@ async def test_an_answer_before_the_request_was_sent_is_whole_and_the_connection
         released.set()
 
 
+class EarlyAnswer:
+    """A server in a thread that answers one request with its body unread, and closes: the kernel sends a RST."""
+
+    def __init__(self, answer: bytes, context: ssl.SSLContext | None) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._answer, self._context = answer, context
+        # Something of the body is unread; the connection is over.
+        self.body_came, self.ended = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._serve)
+
+    def _serve(self) -> None:
+        sock, _ = self._listener.accept()
+        sock.settimeout(20)
+        # All of the answer arrives before the reset, which discards what has not left.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self._context is not None:
+            sock = self._context.wrap_socket(sock, server_side=True)
+        with sock:
+            sock.recv(1)
+            self.body_came.wait(20)
+            sock.sendall(self._answer)
+        self.ended.set()
+
+    def __enter__(self) -> "EarlyAnswer":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.close()
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+
+
+NO = b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno"
+EARLY = {
+    "small": (NO, b"no"),
+    "in chunks": (b"HTTP/1.1 413 No\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk(b"no") + LAST_CHUNK, b"no"),
+    "after 100": (b"HTTP/1.1 100 Continue\r\n\r\n" + NO, b"no"),
+    "large": (b"HTTP/1.1 413 No\r\nContent-Length: 40000\r\n\r\n" + b"n" * 40_000, b"n" * 40_000),
+}
+
+
+@pytest.mark.fault(27)
+@pytest.mark.parametrize("secure", [False, True])
+@pytest.mark.parametrize("name", EARLY)
+async def test_a_failed_write_loses_no_answer_that_came_before_it(name, secure, anyone, trusting):
+    """The upstream answers and closes with the upload unread. The write that meets its reset comes before anything was
+    read: the answer is whole all the same, over TLS as well."""
+    answer, body = EARLY[name]
+    ours, theirs = (trusting, server_tls(anyone)) if secure else (None, None)
+    with EarlyAnswer(answer, theirs) as server:
+
+        async def upload() -> AsyncIterator[bytes]:
+            yield b"a" * BATCH
+            server.body_came.set()
+            server.ended.wait(20)  # nothing of ours runs, so that nothing is read meanwhile
+            for _ in range(8):
+                yield b"a" * BATCH
+
+        async with pool_to(server.port, ours) as pool:
+            connection = await pool.acquire(60)
+            head = b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % (9 * BATCH)
+            connection.send_stream(head, upload(), chunked=False)
+            got, text = await answer_of(connection)
+            assert (got.status, text) == (413, body)
+            assert not connection.is_reusable
+            pool.release(connection)
+            assert pool.buffered.used == 0
+
+
+@pytest.mark.fault(27)
+@pytest.mark.parametrize("secure", [False, True])
+@pytest.mark.parametrize("answer", [NO[:-1], HEAD + b"\r\nok"], ids=["cut", "ended by closing"])
+async def test_a_failed_write_completes_no_answer(answer, secure, anyone, trusting):
+    """What came before a reset is not whole because of it: a reset is no end of an answer."""
+    ours, theirs = (trusting, server_tls(anyone)) if secure else (None, None)
+    with EarlyAnswer(answer, theirs) as server:
+
+        async def upload() -> AsyncIterator[bytes]:
+            yield b"a" * BATCH
+            server.body_came.set()
+            server.ended.wait(20)
+            yield b"a" * BATCH
+
+        async with pool_to(server.port, ours) as pool:
+            connection = await pool.acquire(60)
+            connection.send_stream(b"POST / HTTP/1.1\r\n\r\n", upload(), chunked=True)
+            with pytest.raises(UpstreamLost):
+                await answer_of(connection)
+            pool.release(connection)
+
+
 async def test_an_answer_before_a_whole_head_was_sent_closes_the_connection():
     """An early answer to a request whose bytes are still in our own buffer counts the same."""
 

@@ -539,8 +539,9 @@ async def test_an_early_answer_counts(size, standing, valkey, counts):
 
 @pytest.mark.fault(27)
 @pytest.mark.parametrize("reset", [False, True])
-async def test_an_early_answer_that_is_cut_off_is_stored_or_unknown(reset, standing, valkey):
-    """If the upstream also leaves, its answer may get lost: the retry says the same, and nothing is sent again."""
+@pytest.mark.parametrize("size", [MIB // 2, 4 * MIB])
+async def test_an_early_answer_is_not_lost_with_its_connection(reset, size, standing, valkey, counts):
+    """The upstream answers and leaves with the upload unread: what arrived before its reset is stored and replayed."""
 
     async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         raw.requests.append(await reader.readuntil(b"\r\n\r\n"))
@@ -552,15 +553,44 @@ async def test_an_early_answer_that_is_cut_off_is_stored_or_unknown(reset, stand
 
     async with talking(talk, standing) as raw:
         for number in range(10):
-            keyed = request(key=f"k{number}", body=b"a" * 4 * MIB)
-            first = await ask(standing.port, keyed)
-            again = await ask(standing.port, keyed)
-            if first.status == 413:
-                assert (again.status, again.header("Oncegate-Status")) == (413, b"replayed")
-            else:
-                assert_problem(first, "upstream-lost", b"unknown")
-                assert again.slug == "outcome-unknown"
+            keyed = request(key=f"k{number}", body=b"a" * size)
+            for says in (b"executed", b"replayed"):
+                answer = await ask(standing.port, keyed)
+                assert (answer.status, answer.body, answer.header("Oncegate-Status")) == (413, b"no", says)
         assert raw.accepted == len(raw.requests) == 10
+    await counts.are(executed=10, stored__settled=10, replayed=10)
+
+
+@pytest.mark.fault(27)
+@pytest.mark.parametrize("framing", [f"Content-Length: {4 * MIB}", "Transfer-Encoding: chunked"])
+async def test_an_early_answer_to_a_streamed_upload_reaches_its_client(framing, standing, valkey, counts):
+    """A client that sends all of its upload before it reads gets the answer that came in the middle of it."""
+    answered = asyncio.Event()
+
+    async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.transport.pause_reading()
+        writer.write(b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno")
+        await writer.drain()
+        answered.set()
+
+    block = b"a" * 65536 if "Length" in framing else chunk(b"a" * 65536)
+    async with talking(talk, standing):
+        for _ in range(3):
+            answered.clear()
+            with contextlib.closing(await RawClient.open(standing.port)) as client:
+                client.writer.write(request("PUT", "/x", None, b"", framing) + block)
+                await answered.wait()
+                for _ in range(4 * MIB // 65536 - 1):
+                    client.writer.write(block)
+                    await client.writer.drain()
+                    await asyncio.sleep(0)
+                if "Length" not in framing:
+                    client.writer.write(LAST_CHUNK)
+                answer = await read_answer(client.reader)
+                assert answer is not None
+                assert (answer.status, answer.body) == (413, b"no")
+    await counts.are(passthrough=3)
 
 
 # The limit of what is stored ...

@@ -197,6 +197,8 @@ class ClientConnection(RequestReader):
 
     async def _drop_rest(self, content: StreamReader | BufferedBody) -> None:
         """Read the rest of a refused body for a while, so that its sender reads the response; then close."""
+        # The body's sender, cancelled just now, still waits for the next bytes. There is room for one reader.
+        await asyncio.sleep(0)
         try:
             async with asyncio.timeout(self._lingering_time):
                 while not content.is_eof() and not self._force_close:

@@ -18,6 +18,7 @@ from oncegate.messages.response_head import ResponseHead
 from oncegate.upstream.errors import UpstreamLost
 from oncegate.upstream.request import OutgoingRequest
 from oncegate.upstream.response import IncomingResponse
+from oncegate.upstream.tls import unread_bytes
 
 # Buffered bytes of a response at which reading pauses: usually, and while memory is tight.
 BODY_HIGH_WATER, TIGHT_HIGH_WATER = 131072, 65536
@@ -247,23 +248,30 @@ class Connection(asyncio.Protocol):
         self.fail(UpstreamLost("the upstream closed the connection"))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self.response.parser is not None:
-            self._read_tls_rest()
+        if self.response.parser is not None and self.transport is not None:
+            self._read_rest(self.transport, exc)
         self.transport = None
         # A sender that waits for room would wait for ever.
         self._request.transport_lost()
         self._pool.forget(self)
         self.fail(UpstreamLost(f"the upstream's connection broke: {exc or 'closed'}"))
 
-    def _read_tls_rest(self) -> None:
-        """Read what uvloop's TLS side still holds: it drops that when the connection ends after a pause."""
-        tls = self.transport.get_extra_info("ssl_object") if self.transport is not None else None
+    def _read_rest(self, transport: asyncio.Transport, exc: Exception | None) -> None:
+        """Read what came before the connection broke and nobody has read: it may be the whole response.
+
+        A write that fails ends the transport at once, and so does the end of a TLS session that is paused.
+        """
+        tls = transport.get_extra_info("ssl_object")
+        if tls is None:
+            # After a reset the kernel says "end of file", too. It is never the end of a response.
+            if exc is not None and (data := unread_bytes(self.descriptor)):
+                self.data_received(data)
+            return
         # SSLError: it wants more bytes, as there was no close_notify.
         with contextlib.suppress(ssl.SSLError):
-            while tls is not None and (data := tls.read(BODY_HIGH_WATER)):
+            while data := tls.read(BODY_HIGH_WATER):
                 self.data_received(data)
-            if tls is not None:
-                self.eof_received()
+            self.eof_received()
 
     # The end of the exchange, and of the connection ...
 

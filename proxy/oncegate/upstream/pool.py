@@ -16,6 +16,7 @@ from oncegate.known_heads.recent import RecentHeads
 from oncegate.messages.response_head import ResponseHead
 from oncegate.upstream.connection import Connection
 from oncegate.upstream.errors import NotSent, UpstreamLost
+from oncegate.upstream.tls import connect_tls
 
 # How often deadlines are checked.
 SWEEP_S = 0.05
@@ -279,10 +280,11 @@ class Pool:
 
     async def _open_connection(self, **where: Any) -> Connection:
         """Connect to an address, or over a connected socket, for which uvloop needs the help of a thread."""
-        name = self._host if self._tls else None
-        _, connection = await self.loop.create_connection(
-            lambda: Connection(self), ssl=self._tls, server_hostname=name, **where
-        )
+        connection = Connection(self)
+        if self._tls is None:
+            await self.loop.create_connection(lambda: connection, **where)
+        else:
+            await connect_tls(self.loop, connection, self._tls, self._host, **where)
         return connection
 
 
