@@ -245,6 +245,7 @@ def test_claim_as_its_header_says(called):
         "state": b"in_flight",
         "fence": fence,
         "created": b"%d" % created_ms,
+        "lease_ms": b"40000",
     }
     tag, state, _, token, fence_told, mode, fingerprint, self_check, left_ms, created_told = called(
         "claim", **{**CLAIM, "tag": "9", "token": "U" * 16}

@@ -22,7 +22,21 @@ from oncegate.store.store import Store
 TIMEOUT_S = 5.0
 # Keys that a server looks through before it serves others.
 PAGE = 500
-FIELDS = ("meta", "state", "token", "fence", "mode", "fingerprint", "self", "lease", "created", "why", "stage", "bytes")
+FIELDS = (
+    "meta",
+    "state",
+    "token",
+    "fence",
+    "mode",
+    "fingerprint",
+    "self",
+    "lease",
+    "created",
+    "why",
+    "stage",
+    "bytes",
+    "lease_ms",
+)
 
 
 class StoreError(Exception):
@@ -97,7 +111,8 @@ def _complete(key: bytes, meta: bytes, now_ms: int) -> RecordView:
 def _unfinished(key: bytes, token: bytes, fields: dict[str, bytes], now_ms: int) -> RecordView:
     """Return a record in flight or unknown. Raises KeyError or ValueError for fields that are no such record."""
     stored_state = State(fields["state"].decode())
-    left_ms = int(fields["lease"]) - now_ms
+    # Further off than a whole lease: the clock stepped back.
+    left_ms = min(int(fields["lease"]) - now_ms, int(fields.get("lease_ms", fields["lease"])))
     state = effective_state(stored_state, left_ms)
     lapsed = state is not stored_state
     stored_check, mode, fingerprint = fields["self"], fields["mode"], fields["fingerprint"]

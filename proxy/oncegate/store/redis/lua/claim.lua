@@ -11,7 +11,7 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local late = now > tonumber(ARGV[8])
 local fields = redis.call('HMGET', KEYS[1], 'meta', 'state', 'token', 'fence', 'mode', 'fingerprint', 'self',
-  'lease', 'created')
+  'lease', 'created', 'lease_ms')
 local meta, state, fence, created = fields[1], fields[2], fields[4], now
 local ours = fields[3] == token and state == 'in_flight'
 
@@ -29,8 +29,14 @@ if meta then
 elseif ours then
   created = tonumber(fields[9])
 elseif state ~= 'released' and (state or redis.call('EXISTS', KEYS[1]) == 1) then
-  -- An end of the lease further off than a whole lease means that the clock stepped back.
-  local left = math.min((tonumber(fields[8]) or 0) - now, lease_ms)
+  local left, whole = (tonumber(fields[8]) or 0) - now, tonumber(fields[10]) or lease_ms
+  if state == 'in_flight' and left > whole then
+    -- The clock stepped back. The lease begins anew, so that a dead owner's ends after one lease: a live one renews it.
+    -- HDEL is allowed at the memory limit, and so is every command behind it in a script. A write first is refused.
+    left = whole
+    redis.call('HDEL', KEYS[1], 'lease')
+    redis.call('HSET', KEYS[1], 'lease', now + whole)
+  end
   local ended = state == 'unknown' or (state == 'in_flight' and left <= 0)
   local open = ended and fields[5] == 'retry' and fields[6] == fingerprint and expected_token ~= '' and fields[3] == expected_token
   if not open or late then
@@ -52,7 +58,7 @@ else
     redis.call('UNLINK', KEYS[1])
   end
   redis.call('HSET', KEYS[1], 'state', 'in_flight', 'token', token, 'fence', fence, 'mode', ARGV[5],
-    'fingerprint', fingerprint, 'self', self, 'lease', now + lease_ms, 'created', now)
+    'fingerprint', fingerprint, 'self', self, 'lease', now + lease_ms, 'created', now, 'lease_ms', lease_ms)
 end
 redis.call('PEXPIRE', KEYS[1], ARGV[7])
 return {tag, 'claimed', now, fence, created}

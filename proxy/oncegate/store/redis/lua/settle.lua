@@ -7,7 +7,7 @@
 -- Returns: {tag, 'stored' or 'released' or 'unknown', 'found' or 'absent'}
 --        | {tag, 'torn' or 'complete' or 'fenced'}
 local tag, token, action, retention = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local fields = redis.call('HMGET', KEYS[1], 'token', 'state', 'meta', 'bytes', 'why', 'stage')
+local fields = redis.call('HMGET', KEYS[1], 'token', 'state', 'meta', 'bytes', 'why', 'stage', 'lease_ms')
 local owner, state, meta = fields[1], fields[2], fields[3]
 if meta then
   owner, state = meta:sub(2, 17), 'complete'
@@ -30,15 +30,16 @@ if action == 'store' then
     redis.call('UNLINK', KEYS[1])
     redis.call('HSET', KEYS[1], 'meta', ARGV[5])
   else
-    -- Beside the chunks there are eight fields of a claim and 'bytes', 'stage' after a renewal, and 'why' if unknown.
+    -- Beside the chunks there are eight fields of a claim and 'bytes', 'lease_ms' and after a renewal 'stage' if in flight, and 'why'
+    -- if unknown.
     local appended = chunks - (last ~= '' and 1 or 0)
     local stored = tonumber(fields[4]) or 0
-    local others = 9 + (fields[5] and 1 or 0) + (fields[6] and 1 or 0)
+    local others = 9 + (fields[5] and 1 or 0) + (fields[6] and 1 or 0) + (fields[7] and 1 or 0)
     if redis.call('HLEN', KEYS[1]) ~= appended + others or stored + #last ~= bytes then
       return {tag, 'torn'}
     end
     redis.call('HDEL', KEYS[1], 'state', 'token', 'fence', 'mode', 'fingerprint', 'self', 'lease', 'created',
-      'bytes', 'why', 'stage')
+      'lease_ms', 'bytes', 'why', 'stage')
     redis.call('HSET', KEYS[1], 'meta', ARGV[5])
   end
   if last ~= '' then
