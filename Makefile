@@ -58,10 +58,13 @@ quick: lint                         ## lint, the pure tests and the main job; ma
 
 # Debian starts the broker that it installs; the tests run one of their own.
 .PHONY: test-real
-test-real: .venv/.dev               ## the tests that need programs of Debian and npm: brokers, SDKs, the model checker spin
+test-real: .venv/.dev               ## the tests that need programs of Debian and npm: brokers, gateways, SDKs, the model checker spin
 	command -v spin >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends spin gcc libc6-dev; }
 	test -x /usr/lib/rabbitmq/bin/rabbitmq-server || { apt-get update -qq && \
 		apt-get install -y -qq --no-install-recommends rabbitmq-server && { service rabbitmq-server stop || true; }; }
+	test -x /usr/sbin/varnishd -a -x /usr/sbin/lighttpd || { apt-get update -qq && \
+		apt-get install -y -qq --no-install-recommends varnish lighttpd gcc libc6-dev && \
+		{ service varnish stop; service lighttpd stop; true; }; }
 	command -v npm >/dev/null || { echo "make test-real needs Node 20 or newer, with npm" >&2; exit 1; }
 	mkdir -p .venv/node && cp tests/real/node/package*.json .venv/node
 	npm ci --prefix .venv/node --no-audit --no-fund --loglevel error
