@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from oncegate.decision import Disposition
-from oncegate.keys.sources import KeySources, parse_source
+from oncegate.keys.sources import Header, KeySources, Member, parse_source
 from oncegate.messages.fields import by_name
 from oncegate.messages.request_head import RequestHead
 from oncegate.rules.fields import OF_UPSTREAMS, RULE, SHARED, UPSTREAM
@@ -726,6 +726,36 @@ def test_upstreams_with_equal_limits_are_one(rules):
     assert hash(one_) == hash(two)
     assert len({one_, three, four}) == 3
     assert four == found.default.upstream
+
+
+def test_the_parts_of_a_fingerprint(rules, errors):
+    """A fingerprint names parts of the head, headers, and values of the body. The order of the list does not count."""
+    wanted = 'fingerprint = ["method", "header:X-Account", "body:/a~1b", "body:/c"]'
+    found = rules(one(wanted))
+    policy = found.rules[0].policy
+    assert policy.fingerprint == {"method", "header:x-account", "body:/a~1b", "body:/c"}
+    assert [source.kind for source in policy.fingerprint_sources] == [
+        Member(("a/b",)), Member(("c",)), Header(b"x-account"),
+    ]  # fmt: skip
+    assert b"x-account" in found.acted_on
+    assert rules(one('fingerprint = ["body:/c", "body:/a~1b", "header:x-ACCOUNT", "method"]')).rules[0].policy == policy
+    (document,) = rules(one('fingerprint = ["body-json"]')).rules[0].policy.fingerprint_sources
+    assert document.kind == Member(())
+    for wrong, said in {
+        '"header:"': "must name header fields",
+        '"header"': "is not a part of a fingerprint; the parts are method, host, target, type, body, body-json, ",
+        '"header:a b"': "must name header fields",
+        '"body:"': "is not a part",
+        '"body:a"': "must be a JSON pointer",
+        '"query:a"': "is not a part",
+        '"body", "body-json"': "has body, which has all of body-json",
+        '"body:/a", "body"': "has body, which has all of body:/a",
+        '"body-json", "body:/a"': "has body-json, which has all of body:/a",
+        '"header:A", "header:a"': "has the same member twice",
+    }.items():
+        (error,) = errors(one(f"fingerprint = [{wrong}]"))
+        assert error.startswith('rules.toml:3: rule "r": fingerprint: ')
+        assert said in error
 
 
 # Where a rule leads its requests; two with the same letter lead them to one place.

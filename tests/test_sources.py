@@ -7,6 +7,8 @@ import pytest
 from oncegate.keys.digests import Digests, Scope, UnstableScope, finish_fingerprint, length_prefixed
 from oncegate.keys.documents import Missing
 from oncegate.keys.extraction import ExtractedKey, SourceInput, extract_key, scope_fields
+from oncegate.keys.forms import form_of
+from oncegate.keys.parts import fingerprint_source
 from oncegate.keys.sources import KeySources, parse_source
 from oncegate.keys.syntax import BadKey
 from oncegate.known_heads.memo import ConnectionMemo
@@ -433,6 +435,58 @@ def test_where_a_request_goes_counts_always(parts):
     assert named(here, head(), key=b"k").fingerprint != named(there, head(), key=b"k").fingerprint
     here, there = (changed(sources=sources("derived:10"), fingerprint=parts, destination=name) for name in (b"a", b"b"))
     assert named(here, head()).key != named(there, head()).key
+
+
+def upload(boundary: bytes, value: bytes = b"1") -> tuple[RequestHead, bytes]:
+    body = b'--%b\r\nContent-Disposition: form-data; name="a"\r\n\r\n%b\r\n--%b--\r\n' % (boundary, value, boundary)
+    return head((b"content-type", b"multipart/form-data; boundary=" + boundary)), body
+
+
+@pytest.mark.parametrize(
+    "parts", [None, frozenset({"body"}), frozenset({"type", "body"}), frozenset({"type"})],
+    ids=["all", "body", "type and body", "type"],
+)  # fmt: skip
+@pytest.mark.parametrize("key", [b"k", None], ids=["sent", "derived"])
+def test_a_form_that_is_sent_again_is_the_same_request(parts, key):
+    """The boundary of a multipart body is no part of a fingerprint or a derived key; its content is."""
+    policy = changed(sources=sources("derived:10"), fingerprint=parts)
+    one, again, other = upload(b"a1"), upload(b"b2"), upload(b"a1", b"2")
+    assert named(policy, *one, key) == named(policy, *again, key)
+    assert (named(policy, *one, key) == named(policy, *other, key)) is (key is not None and parts == {"type"})
+    # A form that cannot be read counts as it came, with its boundary.
+    cut = [(request, body[:-4]) for request, body in (one, again)]
+    assert named(policy, *cut[0], key) != named(policy, *cut[1], key)
+    # What stands for a form in its fingerprint is no body that a client could send.
+    form = form_of(one[0].fields, [one[1]])
+    assert form is not None
+    disguised = head((b"content-type", form.kind[1:]), (b"content-encoding", b"form"))
+    assert named(policy, *one, key) != named(policy, disguised, form.digest, key)
+
+
+def test_the_parts_that_a_rule_names():
+    """A header and values of a JSON body can be parts of a fingerprint. Derived keys have the whole request."""
+    names = {"method", "header:x-account", "body:/amount"}
+    ordered = tuple(source for name in sorted(names) if (source := fingerprint_source(name)))
+    policy = changed(fingerprint=frozenset(names), fingerprint_sources=ordered, sources=sources("derived:10"))
+    account = (b"x-account", b"a")
+    one = named(policy, head(account), b'{"amount": 1, "at": 2}', b"k")
+    assert one == named(policy, head(account, (b"x", b"y")), b'{"at": 3, "amount": 1}', b"k")
+    for request, body in [
+        (head(account), b'{"amount": 2, "at": 2}'),
+        (head(account), b'{"amount": 1, "amount": 1}'),
+        (head(), b'{"amount": 1, "at": 2}'),
+        (head(account, (b"content-encoding", b"gzip")), b'{"amount": 1, "at": 2}'),
+        (head(account, method="PUT"), b'{"amount": 1, "at": 2}'),
+    ]:
+        assert named(policy, request, body, b"k").fingerprint != one.fingerprint
+    assert (
+        named(policy, head(account), b'{"amount": 1}').key != named(policy, head(account), b'{"amount": 1, "b": 1}').key
+    )
+    spooled = [
+        identify(policy, DIGESTS, ScopedRequest(head(account), SCOPE, b"k", Content(data, spooled=True)))
+        for data in (b'{"amount": 1}', b'{"amount":  1}')
+    ]
+    assert spooled[0] != spooled[1]
 
 
 @pytest.mark.parametrize("parts", [None, frozenset(), frozenset({"method"})])

@@ -53,6 +53,11 @@ path = "/click"
 key = "derived:0.6"
 
 [[rule]]
+name = "parts"
+path = "/parts"
+fingerprint = ["target", "header:X-Account", "body:/amount"]
+
+[[rule]]
 name = "events"
 path = "/events/**"
 preset = "stripe-webhook"
@@ -171,10 +176,12 @@ EXECUTED, REPLAYED, UNGUARDED, REFUSED = (200, "executed"), (200, "replayed"), (
 FORM = "Content-Type: application/x-www-form-urlencoded"
 
 
-def upload(boundary: str, token: str) -> tuple[str, bytes, str]:
+def upload(boundary: str, token: str, content: str = "x") -> tuple[str, bytes, str]:
     """Return a form as a browser sends it with a file; it takes another boundary each time."""
     field = f'--{boundary}\r\nContent-Disposition: form-data; name="token"\r\n\r\n{token}\r\n'
-    file = f'--{boundary}\r\nContent-Disposition: form-data; name="f"; filename="a"\r\n\r\nx\r\n--{boundary}--\r\n'
+    file = (
+        f'--{boundary}\r\nContent-Disposition: form-data; name="f"; filename="a"\r\n\r\n{content}\r\n--{boundary}--\r\n'
+    )
     return "/upload", (field + file).encode(), f"Content-Type: multipart/form-data; boundary={boundary}"
 
 
@@ -266,6 +273,28 @@ async def test_a_window_does_not_end_what_is_running(ruled, behind):
     assert await first == EXECUTED
     assert await post(ruled, "/click", b"slow") == EXECUTED
     assert len(behind.received) == 2
+
+
+@pytest.mark.parametrize("file", ["x", "y" * 1_500_000], ids=["in memory", "spooled"])
+async def test_two_clicks_on_a_form_with_a_file_are_one(ruled, behind, file):
+    """A browser makes a new boundary for each click. With the same content it is the same request, keyed or not."""
+    forms = [upload(boundary, token, file) for boundary, token in (("a1", "1"), ("b2", "1"), ("a1", "2"))]
+    answers = [await post(ruled, "/click", *form[1:]) for form in forms]
+    assert answers == [EXECUTED, REPLAYED, EXECUTED]
+    answers = [await post(ruled, "/keyed", *form[1:], key="k") for form in forms]
+    assert answers == [EXECUTED, REPLAYED, (422, "refused")]
+    assert [len(one.body) for one in behind.received] == [len(forms[n][1]) for n in (0, 2, 0)]
+
+
+async def test_what_must_be_equal_is_what_the_rule_names(ruled, behind):
+    """A retry may have another time in its body. With another amount or account, the key was used before."""
+    account = "X-Account: a"
+    assert await post(ruled, "/parts", b'{"amount": 1, "at": 2}', account, key="k") == EXECUTED
+    assert await post(ruled, "/parts", b'{"at": 3, "amount": 1}', account, "X: y", key="k") == REPLAYED
+    assert await post(ruled, "/parts", b'{"amount": 2, "at": 2}', account, key="k") == (422, "refused")
+    assert await post(ruled, "/parts", b'{"amount": 1, "at": 2}', "X-Account: b", key="k") == (422, "refused")
+    assert await post(ruled, "/parts", b'{"amount": 1}', "Connection: X-Account", key="k") == REFUSED
+    assert len(behind.received) == 1
 
 
 def mark(count: int) -> str:

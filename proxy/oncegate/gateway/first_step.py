@@ -14,6 +14,7 @@ from oncegate.gateway.routes import Route, Routes
 from oncegate.gateway.tunnel import Tunnel
 from oncegate.keys.digests import Digests, Scope, finish_fingerprint, finish_key
 from oncegate.keys.documents import Missing
+from oncegate.keys.forms import is_multipart
 from oncegate.keys.syntax import BadKey, parse_key
 from oncegate.messages.admission import Admission, Refused
 from oncegate.messages.fields import tokens
@@ -121,7 +122,7 @@ class FirstStep:
             wait_s = min(preferred_s, policy.wait_max_s)
             fields = b"Preference-Applied: wait=%d\r\n" % wait_s
         identity: Identity | Missing | BadKey
-        if key is None or policy.fingerprint is not None:
+        if key is None or policy.fingerprint is not None or is_multipart(head.fields):
             identity = identify(policy, digests, ScopedRequest(head, scope, key, body))
             if not isinstance(identity, Identity):
                 return identity

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from urllib.parse import unquote_to_bytes
 
 from oncegate.keys.syntax import BadKey
+from oncegate.messages.fields import Fields
 
 # The longest body that is parsed. A longer one is spooled to disk, and no key is read from it.
 MAX_BYTES = 1_048_576
@@ -51,15 +52,20 @@ def parse_pointer(text: str) -> tuple[str, ...]:
     return tuple(token.replace("~1", "/").replace("~0", "~") for token in text[1:].split("/"))
 
 
+def is_encoded(fields: Fields) -> bool:
+    """Return whether a body is encoded. It is not read then: a small one can decompress to an enormous one."""
+    return fields.get(b"content-encoding", [b"identity"]) != [b"identity"]
+
+
 def json_value(body: bytes, pointer: Sequence[str]) -> bytes | Missing | BadKey:
     """Return the value at a pointer in a JSON document, tagged with its type: the string 1 is not the number 1.
 
     `n` and the number as written, `s` and the string in UTF-8, `true` or `false`; `null` counts as Missing.
     """
-    document = _parse(body)
+    document = parse_document(body)
     if isinstance(document, BadKey):
         return document
-    value = _follow(document[0], pointer)
+    value = follow_pointer(document[0], pointer)
     match value:
         case bytes():
             return _checked_length(b"n" + value)
@@ -86,8 +92,11 @@ def _checked_length(tagged: bytes) -> bytes | Missing | BadKey:
     return tagged
 
 
-def _parse(body: bytes) -> tuple[Any] | BadKey:
-    """Return the document in a tuple of one. Objects are tuples of pairs, which keep doubled names."""
+def parse_document(body: bytes) -> tuple[Any] | BadKey:
+    """Return a JSON document in a tuple of one. Objects are tuples of pairs, which keep doubled names.
+
+    Numbers are bytes, as they are written.
+    """
     if len(body) > MAX_BYTES:
         return BadKey(f"the body is over {MAX_BYTES} bytes, too long to read a key from")
     brackets = body.count(b"[") + body.count(b"{")
@@ -122,7 +131,7 @@ _DECODER = json.JSONDecoder(
 )
 
 
-def _follow(value: Any, pointer: Sequence[str]) -> Any:
+def follow_pointer(value: Any, pointer: Sequence[str]) -> Any:
     """Return the value at a pointer (RFC 6901, section 4), or Missing or BadKey."""
     for token in pointer:
         if isinstance(value, tuple):

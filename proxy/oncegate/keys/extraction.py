@@ -10,7 +10,7 @@ from typing import NamedTuple, assert_never
 from urllib.parse import unquote_to_bytes
 
 from oncegate.keys.digests import length_prefixed
-from oncegate.keys.documents import MAX_VALUE_BYTES, Missing, form_value, json_value
+from oncegate.keys.documents import MAX_VALUE_BYTES, Missing, form_value, is_encoded, json_value
 from oncegate.keys.multipart import multipart_value
 from oncegate.keys.sources import (
     Derived,
@@ -203,8 +203,7 @@ def _in_body(kind: Member | FormField, given: SourceInput) -> bytes | Missing | 
     fields = given.head.fields
     if given.spooled:
         return BadKey("the body is too long to read a key from")
-    # A small body can decompress to an enormous one.
-    if fields.get(b"content-encoding", [b"identity"]) != [b"identity"]:
+    if is_encoded(fields):
         return BadKey("the body is encoded, so no key can be read from it")
     body = given.body or b""
     if isinstance(kind, Member):

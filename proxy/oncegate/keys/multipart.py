@@ -28,7 +28,7 @@ _MALFORMED = BadKey("the form in the body is malformed")
 
 def multipart_value(content_type: bytes, body: bytes, name: bytes) -> bytes | Missing | BadKey:
     """Return the one value of a field. `content_type`: the request's, with the boundary."""
-    boundary = _boundary(content_type)
+    boundary = boundary_of(content_type)
     if boundary is None:
         return BadKey("the form in the body has no valid boundary")
     delimiter = b"\r\n--" + boundary
@@ -50,9 +50,9 @@ def multipart_value(content_type: bytes, body: bytes, name: bytes) -> bytes | Mi
     return _only(values)
 
 
-def _boundary(content_type: bytes) -> bytes | None:
+def boundary_of(content_type: bytes) -> bytes | None:
     """Return the boundary, None where it is invalid, or where some parsers would find another one."""
-    others = _parameters(content_type.partition(b";")) or {}
+    others = parameters_of(content_type.partition(b";")) or {}
     boundary = others.pop(b"boundary", b"")
     if not _BOUNDARY.fullmatch(boundary) or any(
         b"boundary" in b"%b=%b" % (name, others[name].lower()) for name in others
@@ -117,7 +117,7 @@ def _split(part: bytes) -> tuple[dict[bytes, bytes], bytes] | None:
 def _disposition(value: bytes) -> dict[bytes, bytes] | None:
     """Return the parameters of a part's Content-Disposition (RFC 7578, section 4.2), a name among them, or None."""
     kind = value.partition(b";")
-    parameters = _parameters(kind)
+    parameters = parameters_of(kind)
     # Parsers differ in which backslashes of a quoted name they drop.
     if parameters is None or kind[0].strip().lower() != b"form-data" or b"\\" in parameters.get(b"name", b"\\"):
         return None
@@ -127,7 +127,7 @@ def _disposition(value: bytes) -> dict[bytes, bytes] | None:
     return parameters
 
 
-def _parameters(value: tuple[bytes, bytes, bytes]) -> dict[bytes, bytes] | None:
+def parameters_of(value: tuple[bytes, bytes, bytes]) -> dict[bytes, bytes] | None:
     """Return the parameters of a header's value that was split at its first semicolon; None where malformed."""
     text, end = value[1] + value[2], 0
     parameters: dict[bytes, bytes] = {}

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from oncegate.keys.parts import BODY_JSON, fingerprint_source
 from oncegate.keys.sources import RECEIVER, Receiver, Source, parse_source
 from oncegate.rules.patterns import parse_host_pattern, parse_path
 from oncegate.rules.presets import PRESETS
@@ -186,9 +187,24 @@ def _scope(text: str) -> Source:
 
 
 def _part(text: str) -> str:
-    if text not in PARTS:
-        raise ValueError(f"{text!r} is not a part of a fingerprint; the parts are {', '.join(PARTS)}")
+    kind, colon, name = text.partition(":")
+    if kind == "header" and colon:
+        # Header names are case-insensitive, and the spelling enters fingerprints.
+        text = f"header:{parse_header(name).lower()}"
+    if text not in PARTS and fingerprint_source(text) is None:
+        parts = ", ".join((*PARTS, BODY_JSON, "header:Name", "body:/pointer"))
+        raise ValueError(f"{text!r} is not a part of a fingerprint; the parts are {parts}")
     return text
+
+
+def _fingerprint(value: Any) -> tuple[str, ...]:
+    parts: tuple[str, ...] = _list_of(_text(_part), "parts")(value)
+    whole = next((part for part in ("body", BODY_JSON) if part in parts), None)
+    other = next((part for part in parts if part != whole and part.startswith("body")), None)
+    # Whoever wrote the second part expects that the rest of the body does not count.
+    if whole and other:
+        raise ValueError(f"has {whole}, which has all of {other}")
+    return parts
 
 
 def _received_by(text: str) -> str:
@@ -215,7 +231,7 @@ TREATING: Mapping[str, Check] = {
     "key": _key,
     "namespace": _text(parse_namespace),
     "scope": _list_of(_text(_scope), "sources"),
-    "fingerprint": _list_of(_text(_part), "parts"),
+    "fingerprint": _fingerprint,
     "release_statuses": _list_of(_text(parse_status), "statuses"),
     "ambiguous_statuses": _list_of(_text(parse_status), "statuses"),
     "in_flight_status": _one_of(*IN_FLIGHT),

@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 from oncegate.keys.digests import Digests, Scope, UnstableScope, length_prefixed
-from oncegate.keys.documents import Missing
+from oncegate.keys.documents import Missing, is_encoded
 from oncegate.keys.extraction import ExtractedKey, SourceInput, extract_key, scope_fields
+from oncegate.keys.forms import form_of, is_multipart
+from oncegate.keys.parts import named_parts
 from oncegate.keys.syntax import BadKey, parse_key
 from oncegate.messages.request_head import RequestHead
 from oncegate.rules.policy import Policy
@@ -70,19 +72,16 @@ def scope_of(policy: Policy, digests: Digests, head: RequestHead) -> Scope | Uns
 def identify(policy: Policy, digests: Digests, request: ScopedRequest) -> Identity | Missing | BadKey:
     """Return the identity of a request, or why it has no usable key."""
     head, scope, key, body = request
-    every_part, chosen = fingerprint_parts(policy, head), policy.fingerprint
-    if chosen is None:
-        fingerprint = digests.fingerprint(every_part, body.blocks())
-    else:
-        fingerprint = digests.fingerprint(_only(chosen, every_part), body.blocks() if "body" in chosen else ())
+    parts, blocks = _whole(policy, head, body) if policy.fingerprint is None else _chosen(policy, head, body)
+    fingerprint = digests.fingerprint(parts, blocks)
     if key is not None:
         return Identity(digests.key(scope, key), fingerprint)
     sources = policy.sources
     if sources is None:
         return NO_KEY
     # A derived key is the digest of the whole request, even where the fingerprint leaves parts out.
-    derives = bool(sources.window_ms) and chosen is not None
-    derived = digests.fingerprint(every_part, body.blocks()) if derives else fingerprint
+    derives = bool(sources.window_ms) and policy.fingerprint is not None
+    derived = digests.fingerprint(*_whole(policy, head, body)) if derives else fingerprint
     given = SourceInput(head, body.data, body.spooled, derived, destination(policy, head))
     extracted = extract_key(sources, given)
     if not isinstance(extracted, ExtractedKey):
@@ -111,13 +110,38 @@ def fingerprint_parts(policy: Policy, head: RequestHead) -> tuple[bytes, ...]:
     )
 
 
-def _only(chosen: frozenset[str], every_part: tuple[bytes, ...]) -> tuple[bytes, ...]:
-    """Return the parts of a fingerprint with those emptied that are not chosen."""
-    # Where a request goes is no choice. The coding has no name of its own: it enters together with the body that it
-    # describes.
-    names = ("method", "target", "type", "body")
-    chosen_parts = (value if name in chosen else b"" for name, value in zip(names, every_part[2:], strict=True))
-    return (*every_part[:2], *chosen_parts)
+def _whole(policy: Policy, head: RequestHead, body: Content) -> tuple[tuple[bytes, ...], Iterable[bytes]]:
+    """Return what enters the fingerprint of a whole request: parts of its head, and its body in blocks."""
+    parts = fingerprint_parts(policy, head)
+    form = form_of(head.fields, body.blocks()) if is_multipart(head.fields) else None
+    # No field has a zero byte, so that no other request can be made to equal a form.
+    return (parts, body.blocks()) if form is None else ((*parts[:4], form.kind, b"\0form"), (form.digest,))
+
+
+def _chosen(policy: Policy, head: RequestHead, body: Content) -> tuple[tuple[bytes, ...], Iterable[bytes]]:
+    """Return what enters the fingerprint of a request under a rule that says which parts do."""
+    chosen = policy.fingerprint or frozenset()
+    with_body = "body" in chosen
+    more: tuple[bytes, ...] = ()
+    if policy.fingerprint_sources:
+        is_readable = not (body.spooled or is_encoded(head.fields))
+        named = named_parts(policy.fingerprint_sources, head.fields, body.data if is_readable else None)
+        with_body, more = with_body or named.with_body, (named.joined,)
+    # A long form is read only where it counts.
+    needs_form = with_body or "type" in chosen
+    whole, blocks = _whole(policy, head, body) if needs_form else (fingerprint_parts(policy, head), ())
+    *where, method, target, kind, coding = whole
+    parts = (
+        # Where a request goes is no choice.
+        *where,
+        method if "method" in chosen else b"",
+        target if "target" in chosen else b"",
+        kind if "type" in chosen else b"",
+        # The coding has no name of its own: it enters together with the body that it describes.
+        coding if with_body else b"",
+        *more,
+    )
+    return parts, blocks if with_body else ()
 
 
 def uses_no_key(policy: Policy, why: Missing | BadKey) -> bool:

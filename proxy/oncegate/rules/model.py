@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
+from oncegate.keys.sources import Header
 from oncegate.messages.request_head import RequestHead
 from oncegate.messages.target import normalized_path
 from oncegate.rules.patterns import (
@@ -146,7 +147,13 @@ class Rules:
         policies = [rule.policy for rule in self]
         keys = {name for policy in policies if policy.sources for name in policy.sources.headers}
         headers = {name for policy in policies for name in (policy.key_header, *policy.scope_headers)}
-        return self.matched | keys | headers
+        parts = {
+            source.kind.name
+            for one in policies
+            for source in one.fingerprint_sources
+            if isinstance(source.kind, Header)
+        }
+        return self.matched | keys | headers | parts
 
     @property
     def matched(self) -> frozenset[bytes]:

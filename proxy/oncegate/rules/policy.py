@@ -20,7 +20,8 @@ class Policy:
     `preset`: their names, empty without one.
 
     Only a rule can set the following. `sources`: the key, where it is not `key_header` alone. `scope_sources`:
-    sources beside the headers that identify the tenant. `fingerprint`: the parts that enter it, None for all.
+    sources beside the headers that identify the tenant. `fingerprint`: the parts that enter it, None for all;
+    `fingerprint_sources`: those of them that name a header or a value of the body.
     `forward_key`: the name under which the upstream gets the key's header, empty for none, None for the same name.
     `pass_bad_keys`: a request without a usable key is forwarded without protection. `upstream_idempotent`: the
     upstream recognizes keys itself, so that a lost request can be sent again. `in_flight_status`: for a duplicate
@@ -46,6 +47,7 @@ class Policy:
     sources: KeySources | None = None
     scope_sources: tuple[Source, ...] = ()
     fingerprint: frozenset[str] | None = None
+    fingerprint_sources: tuple[Source, ...] = ()
     pass_bad_keys: bool = False
     forward_key: bytes | None = None
     upstream_idempotent: bool = False

@@ -6,6 +6,7 @@ from typing import Any
 
 from oncegate.decision import UnknownMode
 from oncegate.keys.digests import length_prefixed
+from oncegate.keys.parts import fingerprint_source
 from oncegate.keys.sources import Header, KeySources, Source
 from oncegate.rules.fields import PARTS, SHARED, TREATING
 from oncegate.rules.model import Match, Rule, Upstream
@@ -108,6 +109,9 @@ def rule_policy(settings: Settings, values: dict[str, Any], key: KeySources | No
     # All parts are no choice: with None, a derived key is the fingerprint and costs no second digest.
     if "fingerprint" in values and set(values["fingerprint"]) != set(PARTS):
         changes["fingerprint"] = frozenset(values["fingerprint"])
+        # Sorted: the order of the list does not count.
+        sources = (fingerprint_source(part) for part in sorted(values["fingerprint"]))
+        changes["fingerprint_sources"] = tuple(source for source in sources if source is not None)
     if "forward_key" in values:
         changes["forward_key"] = values["forward_key"].encode()
     return replace(policy, **changes)
