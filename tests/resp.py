@@ -140,6 +140,12 @@ class Relay:
     def let_go(self) -> None:
         self._passing.set()
 
+    def silence(self) -> None:
+        """Let nothing more pass on the connections that there are, without an end; new ones pass everything."""
+        silenced, self._passing = self._passing, asyncio.Event()
+        self._passing.set()
+        silenced.clear()
+
     def cut(self) -> None:
         """End all connections on the store's side. What was held on them is held on; new ones pass everything."""
         held, self._passing = self._passing, asyncio.Event()

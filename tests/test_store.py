@@ -1893,3 +1893,19 @@ async def test_a_settle_and_a_decision_at_once(store, server):
             assert found.body == (BODY if settled.status is SettleStatus.STORED else b"by hand")
             won[settled.status] += 1
     assert all(won.values()), won
+
+
+async def test_a_connection_that_went_silent_is_replaced_before_a_large_replay_needs_it(relay, client):
+    """A firewall that forgets idle connections says nothing. Each connection is used often enough to notice that."""
+    async with connected(relay.url, timeout_ms=500) as store:
+        (node,) = store.nodes
+        owner = await claimed(store)
+        for index, chunk in enumerate(CHUNKS[:-1]):
+            await store.append(owner, index, chunk, PATIENCE_S)
+        await store.store(owner, answer(*CHUNKS), CHUNKS[-1], PATIENCE_S)
+        assert await store.read(KEY, owner.token, 0) == [CHUNKS[0]]
+        silent, watching = node.reads._transport, asyncio.ensure_future(store.watch())
+        relay.silence()
+        await until(lambda: node.reads.up and node.reads._transport is not silent, 10)
+        assert await store.read(KEY, owner.token, 0) == [CHUNKS[0]]
+        watching.cancel()

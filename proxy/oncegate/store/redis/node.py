@@ -184,7 +184,13 @@ class Node:
                 await asyncio.sleep(HEALTH_S)
 
     async def inspect(self) -> None:
-        """Ask the server for its INFO once, and for losses of what it acknowledged."""
+        """Ask the server for its INFO once, and for losses of what it acknowledged. Every connection is used.
+
+        One that is idle for hours may be gone without a sign. The first large replay would wait for it in vain.
+        """
+        for link in self.links - {self.link}:
+            if link.up:
+                link.command("PING", deadline=self._loop.time() + self._config.timeout_s)
         await self._inspect_over(LinkTalk(self.link, self._config.timeout_s))
 
     async def _inspect_over(self, talk: Talk) -> None:
