@@ -26,13 +26,13 @@ test: lint                          ## everything: format, lint, types, layers, 
 # The tests of each room, for `make quick PART=room`. Without PART: the pure ones of all rooms but for searches (of
 # hypothesis and of test_known_heads), and the main job.
 PART_commands := test_explain test_init test_keys test_operate e2e/test_demo e2e/test_operate
-PART_server := test_embedded e2e/test_pauses e2e/test_shutdown e2e/test_workers
+PART_server := test_embedded test_owners e2e/test_pauses e2e/test_shutdown e2e/test_workers
 PART_service := e2e/test_limits e2e/test_shutdown
 PART_gateway := e2e/test_again e2e/test_duplicates e2e/test_endings e2e/test_fidelity e2e/test_main_job e2e/test_streams \
 	e2e/test_websockets
 PART_downstream := test_body test_minimum_rate test_response e2e/test_clients_leave e2e/test_listener
 PART_upstream := test_pools test_upstream e2e/test_forwarding
-PART_store := test_breaker test_cluster test_durable test_health_monitor test_leases test_link test_lua test_record \
+PART_store := test_breaker test_cluster test_durable test_health_monitor test_leases test_link test_lua test_orphans test_record \
 	test_sentinel test_store test_unknown_keys e2e/test_duplicates model/test_scripts
 PART_rules := test_patterns test_policy test_rules test_statuses e2e/test_rules
 PART_keys := test_documents test_forms test_keys test_multipart test_parts test_sources

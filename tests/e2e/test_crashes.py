@@ -282,7 +282,7 @@ async def test_an_execution_outlives_a_kill_of_the_proxy(proxies, upstream):
 
 
 async def test_a_request_under_way_outlives_no_kill_of_the_proxy(proxies, upstream):
-    """With the embedded store, SIGKILL in mid-flight: after the start it is in flight, then unknown, never run."""
+    """With the embedded store, SIGKILL in mid-flight: after the start it is unknown, and never run."""
     upstream.script = holding(asyncio.Event())
     proxy = proxies(upstream, LEASE_MS=500)
     client = await RawClient.open(proxy.port)
@@ -294,6 +294,84 @@ async def test_a_request_under_way_outlives_no_kill_of_the_proxy(proxies, upstre
     proxy.start()
     await becomes_unknown(proxy.port, LEASE_S + 1)
     assert len(upstream.received) == 1
+
+
+FOUND = "keys of a killed proxy are unknown"
+
+
+@pytest.mark.fault(19, 32)
+@pytest.mark.parametrize("on_unknown", ["hold", "retry"])
+async def test_a_successor_on_an_embedded_store_marks_the_keys_of_a_killed_proxy(proxies, upstream, on_unknown):
+    """SIGKILL of the only proxy of an embedded store: its keys are unknown from the next start on."""
+    upstream.script = holding(asyncio.Event())
+    proxy = proxies(upstream, LEASE_MS=60_000, ON_UNKNOWN=on_unknown)
+    clients = [await RawClient.open(proxy.port) for _ in range(3)]
+    for number, client in enumerate(clients):
+        client.writer.write(request(key=f"k{number}"))
+    await until(lambda: len(upstream.received) == 3)
+    proxy.kill()
+    for client in clients:
+        client.close()
+    upstream.script = answering(OK)
+    proxy.start()
+    (line,) = proxy.events(FOUND)
+    assert line["keys"] == 3
+    answer = await ask(proxy.port, request(key="k0"))
+    assert answer.status == (409 if on_unknown == "hold" else 200)
+    assert answer.header("oncegate-status") == (b"unknown" if on_unknown == "hold" else b"executed")
+    assert await asyncio.to_thread(proxy.stop) == 0
+    proxy.start()
+    assert not proxy.events(FOUND)
+
+
+async def test_a_key_of_a_proxy_that_lives_is_not_marked(proxies, upstream):
+    """The keys of another proxy on the same embedded store stay in flight when the store's own proxy is killed."""
+    tap = Tap()
+    upstream.script = tap.script
+    proxy = proxies(upstream, LEASE_MS=60_000)
+    other = proxies(upstream, f"redis+unix://{proxy.folder}/data/store.sock?db=0", LEASE_MS=60_000)
+    running = asyncio.ensure_future(ask(other.port, request()))
+    await until(lambda: upstream.received)
+    proxy.kill()
+    proxy.start()
+    assert (await ask(proxy.port, request())).slug == "in-flight"
+    tap.end(OK)
+    assert (await running).body == b"ok"
+    assert (await ask(proxy.port, request())).header("oncegate-status") == b"replayed"
+    assert not proxy.events(FOUND)
+
+
+async def test_a_key_of_a_worker_that_outlives_its_supervisor_is_not_marked(proxies, upstream):
+    """SIGKILL of a supervisor: its worker still drains, and the key that it finishes is in flight for a successor."""
+    tap = Tap()
+    upstream.script = tap.script
+    proxy = proxies(upstream, WORKERS=2, LEASE_MS=60_000)
+    running = asyncio.ensure_future(ask(proxy.port, request()))
+    await until(lambda: upstream.received)
+    proxy.kill()
+    proxy.start()
+    assert (await ask(proxy.port, request())).slug == "in-flight"
+    tap.end(OK)
+    assert (await running).body == b"ok"
+    assert (await ask(proxy.port, request())).header("oncegate-status") == b"replayed"
+    assert not proxy.events(FOUND)
+
+
+async def test_the_keys_of_a_killed_worker_are_marked(proxies, upstream):
+    """SIGKILL of one worker of several on an embedded store: its keys are unknown at once, those of others go on."""
+    upstream.script = holding(asyncio.Event())
+    proxy = proxies(upstream, WORKERS=2, LEASE_MS=60_000)
+    clients = [await RawClient.open(proxy.port) for _ in range(20)]
+    for number, client in enumerate(clients):
+        client.writer.write(request(key=f"k{number}"))
+    await until(lambda: len(upstream.received) == 20)
+    os.kill(proxy.events("worker started")[0]["pid"], signal.SIGKILL)
+    await until(lambda: proxy.events(FOUND), 30)
+    slugs = [(await ask(proxy.port, request(key=f"k{number}"))).slug for number in range(20)]
+    assert slugs.count("outcome-unknown") == proxy.events(FOUND)[0]["keys"]
+    assert set(slugs) == {"outcome-unknown", "in-flight"}, "each worker has some of twenty, but for once in 500,000"
+    for client in clients:
+        client.close()
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["small", "streamed"])

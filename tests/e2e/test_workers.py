@@ -423,7 +423,7 @@ async def test_a_worker_that_dies_before_it_serves_leaves_a_line(starting):
 async def test_a_stop_while_every_worker_is_dead_waits_for_nobody():
     """A stop while all workers are dead and wait for their restart ends at once, not after the grace."""
     settings = SimpleNamespace(drain_s=60, drain_delay_s=0)
-    supervisor = Supervisor(settings, [], "", SimpleNamespace(info=lambda *_, **__: None))
+    supervisor = Supervisor(settings, [], None, SimpleNamespace(info=lambda *_, **__: None))
     await asyncio.wait_for(supervisor._stop(StopEvents()), 10)
 
 

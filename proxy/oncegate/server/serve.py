@@ -10,6 +10,7 @@ import uvloop
 
 from oncegate.server import early_signals
 from oncegate.server.embedded import EmbeddedStore, EmbeddedStoreError
+from oncegate.server.owners import Owners
 from oncegate.server.signals import ExitCode, block_signals, stop_events
 from oncegate.server.slots import Slot, open_slots
 from oncegate.server.supervisor import Supervisor
@@ -60,8 +61,12 @@ async def _serve(settings: Settings, store_url: str, embedded: EmbeddedStore | N
     loop.add_signal_handler(signal.SIGUSR2, logger.warning, "no workers to replace: ONCEGATE_WORKERS is 1")
     service = Service(settings, store_url, logger)
     loop.add_signal_handler(signal.SIGHUP, service.reload)
+    owners = Owners(embedded.url, logger.warning) if embedded else None
     async with _restarted_when_dead(embedded):
         try:
+            if owners:
+                await owners.mark_orphans()
+                owners.register(service.store.token_prefix)
             grow_descriptor_table(settings)
             freeze_garbage_collection()
             await service.start()
@@ -72,6 +77,8 @@ async def _serve(settings: Settings, store_url: str, embedded: EmbeddedStore | N
             logger.info("shutting down", grace_s=settings.drain_s)
             drained = await service.drain(stop.immediate)
             logger.info("stopped", cut_off=service.cut_off)
+            if owners and drained:
+                owners.unregister()
             return ExitCode.OK if drained else ExitCode.CUT_OFF
         finally:
             await service.close()
@@ -80,9 +87,12 @@ async def _serve(settings: Settings, store_url: str, embedded: EmbeddedStore | N
 
 async def _supervise(settings: Settings, slots: list[Slot], embedded: EmbeddedStore | None, logger: Any) -> ExitCode:
     """Serve with one worker process for each slot."""
+    owners = Owners(embedded.url, logger.warning) if embedded else None
     async with _restarted_when_dead(embedded):
         try:
-            return await Supervisor(settings, slots, embedded.url if embedded else "", logger).run()
+            if owners:
+                await owners.mark_orphans()
+            return await Supervisor(settings, slots, owners, logger).run()
         finally:
             block_signals()
 

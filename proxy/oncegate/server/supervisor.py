@@ -13,6 +13,7 @@ from typing import Any
 from oncegate import __version__
 from oncegate.observe.admin import serve_admin
 from oncegate.observe.metrics import MERGED, Metrics
+from oncegate.server.owners import Owners
 from oncegate.server.signals import ExitCode, StopEvents, stop_events
 from oncegate.server.slots import Slot, Worker
 from oncegate.settings.settings import Settings
@@ -27,10 +28,10 @@ OVERTIME_S = 5.0
 
 
 class Supervisor:
-    """The workers of one service, one for each slot. `store_url` is the embedded store's, empty without one."""
+    """The workers of one service, one for each slot. `owners`: of claims in the embedded store, where there is one."""
 
-    def __init__(self, settings: Settings, slots: list[Slot], store_url: str, logger: Any) -> None:
-        self._settings, self._slots, self._store_url, self._log = settings, slots, store_url, logger
+    def __init__(self, settings: Settings, slots: list[Slot], owners: Owners | None, logger: Any) -> None:
+        self._settings, self._slots, self._owners, self._log = settings, slots, owners, logger
         self._workers: set[Worker] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_serving = self._is_replacing = False
@@ -90,7 +91,7 @@ class Supervisor:
         self._log.info("serving", ready=ready, **facts, **listens_on)
 
     def _spawn(self, slot: Slot) -> Worker:
-        worker = Worker(slot, self._store_url, is_successor=slot.worker is not None)
+        worker = Worker(slot, self._owners.url if self._owners else "", is_successor=slot.worker is not None)
         # A successor takes the slot only once it serves.
         slot.worker = slot.worker or worker
         self._workers.add(worker)
@@ -103,6 +104,8 @@ class Supervisor:
         status = await worker.exited
         self._workers.discard(worker)
         self._account(worker, status)
+        if self._owners and status != ExitCode.OK:
+            self._run_task(self._owners.mark_orphans())
         slot = worker.slot
         facts = {"worker": slot.number, "pid": worker.pid, "exit_status": status}
         if not self._is_serving or slot.worker is not worker:

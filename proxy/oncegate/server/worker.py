@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import uvloop
 
 from oncegate.observe import logs
+from oncegate.server.owners import Owners
 from oncegate.server.processes import die_with_parent
 from oncegate.server.signals import ExitCode, block_signals, stop_events, unblock_stops
 from oncegate.server.tuning import freeze_garbage_collection, grow_descriptor_table
@@ -77,6 +78,7 @@ async def _serve(settings: Settings, assignment: Assignment, logger: Any) -> Exi
     stop, retire = stop_events(), asyncio.Event()
     unblock_stops()
     service = Service(settings, assignment.store_url or settings.store_url.get_secret_value(), logger)
+    owners = Owners(assignment.store_url, logger.warning) if assignment.store_url else None
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(SUPERVISOR_DIED, stop.requested.set)
     loop.add_signal_handler(signal.SIGHUP, service.reload)
@@ -90,6 +92,8 @@ async def _serve(settings: Settings, assignment: Assignment, logger: Any) -> Exi
         if assignment.is_successor and (refusal := await _refusal(service, stop.requested)):
             writer.write(json.dumps({"refusal": refusal}).encode() + b"\n")
             return ExitCode.CANNOT_START
+        if owners:
+            owners.register(service.store.token_prefix)
         await service.start([socket.socket(fileno=listener) for listener in assignment.listeners])
         writer.write(b'{"serving": true}\n')
         await _wait_for_first(stop.requested.wait(), retire.wait())
@@ -98,6 +102,8 @@ async def _serve(settings: Settings, assignment: Assignment, logger: Any) -> Exi
             await _wait_for_first(stop.requested.wait(), service.retire())
         drained = await service.drain(stop.immediate)
         logger.debug("worker stopped", cut_off=service.cut_off)
+        if owners and drained:
+            owners.unregister()
         return ExitCode.OK if drained else ExitCode.CUT_OFF
     finally:
         await service.close()

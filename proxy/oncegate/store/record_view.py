@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable
 from typing import Any, NamedTuple
 
 from oncegate.decision import State, effective_state
-from oncegate.store.record import Corrupt, StoredResponse, ViewState, self_check, tenant_of, unpack
+from oncegate.store.record import Claim, Corrupt, StoredResponse, ViewState, self_check, tenant_of, unpack
 from oncegate.store.record_name import parse_record_id, store_key
 from oncegate.store.redis.membership import IDENTITIES, proxy_record_key, proxy_record_value
 from oncegate.store.redis.node import Node
@@ -135,6 +135,22 @@ def _unfinished(key: bytes, token: bytes, fields: dict[str, bytes], now_ms: int)
         reason="its owner stopped renewing its lease" if lapsed else fields.get("why", b"").decode("utf-8", "replace"),
         progress="" if "why" in fields else describe_stage(fields.get("stage")),
         bytes_stored=int(fields.get("bytes", 0)),
+    )
+
+
+def claim_of(record: RecordView, left_ms: int) -> Claim:
+    """Return the claim that the dead owner of a record had, with the time that is left."""
+    return Claim(
+        key=record.key,
+        token=record.token,
+        fence=record.fence,
+        mode=record.mode,
+        fingerprint=record.fingerprint,
+        self_check=record.self_check,
+        created_ms=record.created_ms,
+        lease_ms=0,
+        retention_ms=left_ms,
+        unknown_retention_ms=left_ms,
     )
 
 

@@ -172,6 +172,11 @@ class Store:
 
     # Claiming ...
 
+    @property
+    def token_prefix(self) -> bytes:
+        """The beginning of every token that this store gives, and no other: it names the owner of a claim."""
+        return self._prefix
+
     def token(self) -> bytes:
         """Return a new token of this store's own."""
         return self._prefix + next(self._count).to_bytes(6, "big")

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from oncegate.decision import HOLD
-from oncegate.store.record import Claim, ViewState
+from oncegate.store.record import ViewState
 from oncegate.store.record_name import record_id, store_key
-from oncegate.store.record_view import RecordView, StoreError, ask, checked, scan_node
+from oncegate.store.record_view import StoreError, ask, checked, claim_of, scan_node
 from oncegate.store.redis.node import Node
 from oncegate.store.store import Store
 
@@ -86,7 +86,7 @@ class UnknownKeys:
             found.unknown += 1
             left_ms = int(checked(await ask(node, "PTTL", store_key(record.key))))
             if left_ms > 0 and record.bytes_stored and record.lapsed_ms > self._retention_ms:
-                await self._store.mark_unknown(_claim_of(record, left_ms), record.reason, MARK_S)
+                await self._store.mark_unknown(claim_of(record, left_ms), record.reason, MARK_S)
             if 0 <= left_ms < self._warn_ms:
                 found.expiring += 1
                 if found.expiring <= NAMED:
@@ -97,19 +97,3 @@ class UnknownKeys:
         if not self._could_not_look:
             self._could_not_look = True
             self._warn("cannot look for unknown keys", server=node.name, reason=str(error))
-
-
-def _claim_of(record: RecordView, left_ms: int) -> Claim:
-    """Return the claim that its dead owner had, with the time that is left."""
-    return Claim(
-        key=record.key,
-        token=record.token,
-        fence=record.fence,
-        mode=record.mode,
-        fingerprint=record.fingerprint,
-        self_check=record.self_check,
-        created_ms=record.created_ms,
-        lease_ms=0,
-        retention_ms=left_ms,
-        unknown_retention_ms=left_ms,
-    )
