@@ -1,11 +1,12 @@
 """Stripe's own SDK, with the keys, retries and timeouts it has by itself, at an API that ignores keys."""
 
 import asyncio
+from typing import Any
 
 import pytest
 import stripe
 
-from tests.parts import RawUpstream
+from tests.parts import RawUpstream, answering
 from tests.real.parts import ACCOUNT, CHARGES, CUSTOMERS, Slow, listed
 
 CARD = {"number": "4242424242424242", "exp_month": "12", "exp_year": "2040", "cvc": "123"}
@@ -66,6 +67,24 @@ async def test_an_answer_lost_on_the_way_to_the_client(shop_gate, api, slow):
     await way.close()
     assert [one["id"] for one in await listed(api, "customers")] == [made.id]
     assert len(way.received) == 2
+
+
+IN_USE = b'{"error": {"code": "idempotency_key_in_use", "message": "...", "type": "idempotency_error"}}'
+IN_USE_HEAD = b"HTTP/1.1 409 Conflict\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(IN_USE)
+
+
+async def test_a_key_that_the_api_still_works_on(shop_gate, api, slow, upstream):
+    """The API answers 409 `idempotency_key_in_use` once: the SDK's retry with the same key is executed."""
+
+    async def busy_once(*arguments: Any) -> None:
+        script = slow.script if len(upstream.received) > 1 else answering(IN_USE_HEAD + IN_USE)
+        await script(*arguments)
+
+    upstream.script = busy_once
+    made = await asyncio.to_thread(client(shop_gate.port).v1.customers.create, {"email": "g@example.com"})
+    assert [one["id"] for one in await listed(api, "customers")] == [made.id]
+    assert len({got.header("idempotency-key")[0] for got in upstream.received}) == 1
+    assert shop_gate.metric('requests_total{outcome="released"}') == 1
 
 
 async def test_an_outcome_that_nobody_knows_is_not_tried_again(shop_gate, api, slow, upstream):

@@ -74,7 +74,7 @@ def _llm(namespace: str) -> Preset:
         "wait_max_s": 600,
         "on_unknown": "retry",
         # The SDKs retry 408, 409, 429 and 5xx. A stored error would answer each of their retries.
-        "release_statuses": ["401", "403", "408", "409", "425", "429", "5xx"],
+        "release_statuses": ["default", "403", "408", "409", "5xx"],
         "ambiguous_statuses": [],
         "retention_s": 3600,
         "upstream_timeout_s": 600,
