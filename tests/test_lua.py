@@ -247,13 +247,15 @@ def test_claim_as_its_header_says(called):
         "created": b"%d" % created_ms,
         "lease_ms": b"40000",
     }
-    tag, state, _, token, fence_told, mode, fingerprint, self_check, left_ms, created_told = called(
+    tag, state, _, token, fence_told, mode, fingerprint, self_check, left_ms, created_told, status = called(
         "claim", **{**CLAIM, "tag": "9", "token": "U" * 16}
     )
     assert (tag, state, token, fence_told) == (b"9", b"in_flight", b"T" * 16, fence)
     assert (mode, fingerprint, self_check) == (b"hold", b"F" * 16, b"S" * 32)
     assert about(left_ms, 40_000)
-    assert created_told == b"%d" % created_ms
+    assert (created_told, status) == (b"%d" % created_ms, None)
+    called.client.hset(KEY, mapping={"state": "unknown", "status": "200"})
+    assert called("claim", **{**CLAIM, "token": "U" * 16})[-1] == b"200"
     called.client.delete(KEY)
     tag, word, _ = called("claim", **{**CLAIM, "not_after_ms": now_ms - 1})
     assert (tag, word) == (b"7", b"late")
@@ -384,6 +386,7 @@ def test_settle_releases_as_its_header_says(called):
 def test_settle_marks_unknown_as_its_header_says(called):
     """The record has the given fields, and its chunks are gone."""
     given = {"fence": "12", "mode": "retry", "fingerprint": "G" * 16, "self": "s" * 32, "created": 99, "why": "lost"}
+    given["status"] = 200
     marked = {**SETTLE, "action": "unknown", **given}
     expected = {
         **{name: str(value).encode() for name, value in given.items()},
@@ -400,6 +403,8 @@ def test_settle_marks_unknown_as_its_header_says(called):
     assert called("settle", "unknown", **marked) == [b"8", b"unknown", b"found"]
     assert record(called) == expected
     assert about(called.client.pttl(KEY), 900_000)
+    assert called("settle", "unknown", **{**marked, "status": 0}) == [b"8", b"unknown", b"found"]
+    assert record(called) == {name: value for name, value in expected.items() if name != "status"}
     called.client.delete(KEY)
     called.client.hset(KEY, "meta", meta())
     assert called("settle", "unknown", **marked) == [b"8", b"complete"]
@@ -558,7 +563,7 @@ def owners_tries(called) -> list:
         called("settle", "release", **SETTLE, action="release"),
         called(
             "settle", "unknown", **SETTLE, action="unknown",
-            fence="1", mode="hold", fingerprint="F" * 16, self="S" * 32, created=1, why="lost",
+            fence="1", mode="hold", fingerprint="F" * 16, self="S" * 32, created=1, why="lost", status=0,
         ),
     ]  # fmt: skip
 

@@ -96,12 +96,14 @@ def then(*answers: bytes, close: bool = True, reset: bool = False) -> Script:
     return script
 
 
-async def assert_unknown(port: int, raw: bytes) -> None:
-    """The retry is told that nobody knows, and that it need not come again."""
+async def assert_unknown(port: int, raw: bytes, status: int | None = None) -> None:
+    """The retry is told that nobody knows, and that it need not come again; and which status came."""
     answer = await ask(port, raw)
     assert (answer.status, answer.slug) == (409, "outcome-unknown")
     assert answer.header("Retry-After") is None
     assert answer.header("Oncegate-Status") == b"unknown"
+    assert answer.problem.get("original_status") == status
+    assert (f"status {status} came" in answer.problem["detail"]) is (status is not None)
 
 
 def assert_problem(answer: Answer, slug: str, says: bytes) -> None:
@@ -215,7 +217,7 @@ async def test_silence_within_a_body_aborts_the_client(upstream, valkey, proxies
     upstream.script = then(HEAD + b"Content-Length: 5\r\n\r\nhe", close=False)
     answer = await ask(proxy.port, request())
     assert (answer.status, answer.body, answer.complete) == (200, b"he", False)
-    await assert_unknown(proxy.port, request())
+    await assert_unknown(proxy.port, request(), 200)
     assert len(upstream.received) == 1
     await counts.are(truncated=1, unknown__settled=1, outcome_unknown=1)
 
@@ -269,12 +271,12 @@ UNUSABLE = {
     "interim flood": b"HTTP/1.1 100 Continue\r\n\r\n" * 30 + OK,
     "101": b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n",
     "length and coding": HEAD + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
-    "two lengths": HEAD + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\nok",
+    "two lengths": HEAD + b"Content-Length: 2\r\nContent-Length: 02\r\n\r\nok",
     "obs-fold": HEAD + b"X: a\r\n b\r\nContent-Length: 2\r\n\r\nok",
     "another coding": HEAD + b"Transfer-Encoding: gzip\r\n\r\nok",
-    "control character": HEAD + b"X: a\x01b\r\nContent-Length: 2\r\n\r\nok",
+    "control character": HEAD + b"Content-Length: 2\x01\r\n\r\nok",
     "head too large": HEAD + b"X: y\r\n" * 20000 + b"Content-Length: 2\r\n\r\nok",
-    "status 600": b"HTTP/1.1 600 No\r\nContent-Length: 2\r\n\r\nok",
+    "bare LF in a head": HEAD + b"X: a\nContent-Length: 2\r\n\r\nok",
     "HTTP/2.0": b"HTTP/2.0 200 OK\r\nContent-Length: 2\r\n\r\nok",
     "HTTP/0.9": b"ok",
     "another protocol": b"SSH-2.0-OpenSSH_9.6\r\n",
@@ -285,7 +287,7 @@ UNUSABLE = {
     "status of four digits": b"HTTP/1.1 2000 OK\r\nContent-Length: 2\r\n\r\nok",
     "status 000": b"HTTP/1.1 000 OK\r\nContent-Length: 2\r\n\r\nok",
     "no version": b"HTTP 200 OK\r\nContent-Length: 2\r\n\r\nok",
-    "lengths in a list": HEAD + b"Content-Length: 2, 2\r\n\r\nok",
+    "lengths in a list": HEAD + b"Content-Length: 2, 3\r\n\r\nok",
     "lengths that differ": HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\nok",
     "negative length": HEAD + b"Content-Length: -2\r\n\r\nok",
     "signed length": HEAD + b"Content-Length: +2\r\n\r\nok",
@@ -294,7 +296,7 @@ UNUSABLE = {
     "length of 30 digits": HEAD + b"Content-Length: " + b"9" * 30 + b"\r\n\r\nok",
     "coding twice": HEAD + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
     "coding with more": HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
-    "space before the colon": HEAD + b"Content-Length : 2\r\n\r\nok",
+    "space before a second length": HEAD + b"Content-Length : 2\r\nContent-Length: 3\r\n\r\nok",
     "no colon": HEAD + b"Content-Length 2\r\n\r\nok",
     "no name": HEAD + b": 2\r\nContent-Length: 2\r\n\r\nok",
     "NUL in a value": HEAD + b"X: a\x00b\r\nContent-Length: 2\r\n\r\nok",
@@ -304,14 +306,25 @@ UNUSABLE = {
 }
 
 
+# Of the others, 200 came.
+WITHOUT_STATUS = {
+    *("closed", "garbage", "interim only", "HTTP/0.9", "another protocol", "TLS alert", "a request", "no status"),
+    *("status of two digits", "status of four digits", "status 000", "no version"),
+}
+
+
 @pytest.mark.fault(31)
 async def test_an_unusable_answer_makes_the_key_unknown(standing, behind, valkey, counts):
-    """Without a usable head the request may have been executed all the same: 502 upstream-lost, never sent again."""
+    """Without a usable head the request may have been executed all the same: 502 upstream-lost, never sent again. What
+    came of a status is told, now and to every retry."""
     for name, answer in UNUSABLE.items():
         behind.script = then(answer)
         keyed = request(key=name.replace(" ", "-"))
-        assert_problem(await ask(standing.port, keyed), "upstream-lost", b"unknown")
-        await assert_unknown(standing.port, keyed)
+        status = None if name in WITHOUT_STATUS else 101 if name == "101" else 200
+        first = await ask(standing.port, keyed)
+        assert_problem(first, "upstream-lost", b"unknown")
+        assert first.problem.get("original_status") == status
+        await assert_unknown(standing.port, keyed, status)
     many = len(UNUSABLE)
     assert (len(behind.received), behind.connections) == (many, many)
     assert valkey.states() == [b"unknown"] * many
@@ -339,7 +352,7 @@ async def test_an_answer_cut_before_its_head_was_passed_on(name, standing, behin
     rest, reset = CUT[name]
     behind.script = then(HEAD + rest, reset=reset)
     assert_problem(await ask(standing.port, request()), "upstream-lost", b"unknown")
-    await assert_unknown(standing.port, request())
+    await assert_unknown(standing.port, request(), 200)
     assert len(behind.received) == 1
     assert all(b"hel" not in value for fields in valkey.records().values() for value in fields.values())
     await counts.are(upstream_lost=1, unknown__settled=1, outcome_unknown=1)
@@ -372,7 +385,7 @@ async def test_an_answer_cut_after_its_head_was_passed_on(name, version, standin
             left = await client.reader.read()
             assert b"0\r\n" not in left
     client.close()
-    await assert_unknown(standing.port, keyed)
+    await assert_unknown(standing.port, keyed, 200)
     assert (len(behind.received), valkey.states()) == (1, [b"unknown"])
     await counts.are(truncated=1, unknown__settled=1, outcome_unknown=1)
 
@@ -383,7 +396,7 @@ async def test_a_large_answer_cut_leaves_nothing_behind(standing, behind, valkey
     behind.script = then(HEAD + b"Content-Length: 4000000\r\n\r\n" + b"a" * 3_000_000)
     answer = await ask(standing.port, request())
     assert (answer.complete, answer.body) == (False, b"a" * len(answer.body))
-    await assert_unknown(standing.port, request())
+    await assert_unknown(standing.port, request(), 200)
     [record] = valkey.records().values()
     assert sum(map(len, record.values())) < 1000
     await counts.are(truncated=1, unknown__settled=1, outcome_unknown=1)
@@ -494,7 +507,11 @@ async def test_what_a_status_means(status, field, settled, large, standing, behi
             assert (len(behind.received), valkey.states()) == (2, [])
             await counts.are(released=2, released__settled=2)
         case "unknown":
-            assert (again.status, again.slug) == (409, "outcome-unknown")
+            assert (again.status, again.slug, again.problem["original_status"]) == (
+                409,
+                "outcome-unknown",
+                first.status,
+            )
             assert (len(behind.received), valkey.states()) == (1, [b"unknown"])
             assert all(b"aaaa" not in value for fields in valkey.records().values() for value in fields.values())
             await counts.are(unknown=1, outcome_unknown=1, unknown__settled=1)

@@ -87,7 +87,7 @@ async def test_an_unknown_key_gets_its_answer(gate, upstream, valkey, desk, tmp_
     seen = await desk.show(CANARY)
     assert listed | {"age_s": 0, "owner_reported_s_ago": 0} == seen | {"age_s": 0, "owner_reported_s_ago": 0}
     assert (seen["state"], seen["owner_may_live"], seen["mode"]) == ("unknown", False, "hold")
-    assert seen["reason"] == "status 502 came"
+    assert (seen["reason"], seen["response_status"]) == ("status 502 came", 502)
     assert f"pid {gate.process.pid}" in seen["owner"]
     body = tmp_path / "answer.json"
     body.write_bytes(b'{"id": "ch_1"}')

@@ -127,7 +127,7 @@ class Server:
             return head
         if how == "unknown":
             claim = claim_of(me, mode)
-            return [*head, claim.fence, mode, FINGERPRINT, claim.self_check, claim.created_ms, "no answer came"]
+            return [*head, claim.fence, mode, FINGERPRINT, claim.self_check, claim.created_ms, "no answer came", 0]
         first, last = pieces(me)
         chunks = {"store": 1, "stream": 2, "bare": 0}[how]
         meta, answer = packed(me, chunks, kept=how != "bare")
@@ -185,7 +185,7 @@ def tells(state: str, rest: list[Any]) -> tuple[str, bool]:
         _now_ms, meta, _body = rest
         answer = unpack(KEY, TENANT, meta, None, 0).response
         return decide(State.COMPLETE, True, answer.body_stored).value, may_take_over(State.COMPLETE, True, b"", False)
-    _now_ms, _token, _fence, mode, _fingerprint, _self, left_ms, _created = rest
+    _now_ms, _token, _fence, mode, _fingerprint, _self, left_ms, _created, _status = rest
     now = effective_state(State(state), left_ms)
     return decide(now, True, False).value, may_take_over(now, True, mode, False)
 

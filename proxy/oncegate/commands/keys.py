@@ -185,6 +185,7 @@ def _response_facts(response: StoredResponse) -> dict[str, Any]:
 def _unfinished_facts(record: RecordView) -> dict[str, Any]:
     """Return why the outcome is unknown, how far the request got, and whether its owner may still work on it."""
     facts = {
+        "response_status": record.status,
         "reason": record.reason,
         "progress": record.progress,
         "bytes_stored": record.bytes_stored,

@@ -20,6 +20,7 @@ from oncegate.store.results import ClaimsSuspended, Unconfirmed
 REFUSED = b"Oncegate-Status: refused\r\n"
 UNKNOWN = b"Oncegate-Status: unknown\r\n"
 UNGUARDED = b"Oncegate-Status: unguarded\r\n"
+MAYBE = "the request may have been executed"
 
 # What the store has for a key that another request claimed; None: the record vanished.
 Taken = Record | Corrupt | Unconfirmed | None
@@ -132,8 +133,10 @@ def duplicate_refusal(decision: Decision | Outcome, taken: Taken, policy: Policy
             after = taken.retry_after_s if isinstance(taken, ClaimsSuspended) else None
             return Refuse(problem("store-unavailable", "retry with the same key", after))
         case _:
-            detail = "the request may have been executed; check the API's own data before you use a new key"
-            return Refuse(problem("outcome-unknown", detail), UNKNOWN)
+            status = taken.status if isinstance(taken, Record) else 0
+            doubt = f"a response with status {status} came, which does not tell the outcome" if status else MAYBE
+            detail = f"{doubt}; check the API's own data before you use a new key"
+            return Refuse(problem("outcome-unknown", detail, **_original(status)), UNKNOWN)
 
 
 def with_fields(answer: Refuse, fields: bytes) -> Refuse:
@@ -154,13 +157,22 @@ def not_confirmed() -> Refuse:
     return Refuse(problem("store-unavailable", "the claim could not be confirmed before sending"))
 
 
-def upstream_lost(*, timeout: bool, mode: bytes = HOLD, fields: bytes = UNKNOWN) -> Refuse:
-    """Return the answer to a request that was sent and got no whole response; `mode` is its key's."""
-    slug, subject = (
-        ("upstream-timeout", "no response came in time") if timeout else ("upstream-lost", "no whole response came")
-    )
-    detail = f"{subject}; the request may have been executed"
-    return Refuse(problem(slug, detail).for_mode(mode), fields)
+def upstream_lost(*, timeout: bool, mode: bytes = HOLD, fields: bytes = UNKNOWN, status: int = 0) -> Refuse:
+    """Return the answer to a request that was sent and got no whole response.
+
+    `mode` is its key's. `status`: of a response that came and is not whole or cannot be passed on; 0 for none.
+    """
+    slug = "upstream-timeout" if timeout else "upstream-lost"
+    lack = "its end did not come in time" if timeout else "it is not whole, or not well-formed"
+    nothing = "no response came in time" if timeout else "no whole response came"
+    subject = f"a response with status {status} came, but {lack}" if status else nothing
+    lost = problem(slug, f"{subject}; {MAYBE}", **_original(status))
+    return Refuse(lost.for_mode(mode), fields)
+
+
+def _original(status: int) -> dict[str, int]:
+    """Return the member of a problem for the status of a response which does not tell the outcome; 0 for none."""
+    return {"original_status": status} if status else {}
 
 
 def response_not_stored() -> Refuse:

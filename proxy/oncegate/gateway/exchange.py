@@ -261,8 +261,9 @@ class Exchange:
             case Ending.NO_RESPONSE | Ending.TRUNCATED if self._response.started:
                 return self._refused(Outcome.TRUNCATED, None)
             case Ending.NO_RESPONSE | Ending.TRUNCATED:
-                timeout = self.progress.lost is not None and self.progress.lost.timeout
-                refuse = upstream_lost(timeout=timeout, mode=self._held.claim.mode)
+                progress = self.progress
+                timeout = progress.lost is not None and progress.lost.timeout
+                refuse = upstream_lost(timeout=timeout, mode=self._held.claim.mode, status=progress.status)
                 return self._refused(outcome_of(refuse.problem), refuse)
             case Ending.COMPLETE | Ending.TOO_LARGE if status is SettleStatus.UNCONFIRMED:
                 return self._refused(Outcome.ANSWER_NOT_STORED, response_not_stored())

@@ -113,5 +113,5 @@ def lost_outcome(response: ResponseWriter, lost: UpstreamLost, fields: bytes) ->
     if lost.body:
         refuse = replace(body_refusal(BrokenOff(stalled=lost.timeout)), fields=b"")
         return Outcome.CLIENT_GONE if response.client_gone else Outcome.REQUEST_REFUSED, refuse
-    refuse = upstream_lost(timeout=lost.timeout, fields=fields)
+    refuse = upstream_lost(timeout=lost.timeout, fields=fields, status=lost.status)
     return outcome_of(refuse.problem), refuse

@@ -43,9 +43,14 @@ class Progress:
         return self.head is not None and self.head.close_delimited and self.settlement is Settlement.STORE
 
     @property
+    def status(self) -> int:
+        """The status of the response, also of one that is not whole or cannot be used; 0 for none."""
+        return self.head.status if self.head else self.lost.status if self.lost else 0
+
+    @property
     def reason(self) -> str:
         """How far it got and what ended it, for operators; nothing of the request or its response."""
-        reached = f"status {self.head.status} came" if self.head else "no answer came"
+        reached = f"status {self.status} came" if self.status else "no answer came"
         return f"{reached}: {self.lost}" if self.lost else reached if self.head else "the proxy failed"
 
 
@@ -57,7 +62,7 @@ def settle(progress: Progress, settlement: Settlement, last: bytes, timeout_s: f
         held.freeing = True
         return store.release(held.claim, timeout_s)
     if head is None or not settlement.completes:
-        return store.mark_unknown(held.claim, progress.reason, timeout_s)
+        return store.mark_unknown(held.claim, progress.reason, timeout_s, progress.status)
     recording, whole = progress.recording, progress.whole
     if recording is not None:
         digest, chunks, size = recording.digest(), recording.chunks, recording.size

@@ -114,6 +114,8 @@ class Record:
     body: bytes | None = None
     # The mode of a claim that is not complete.
     mode: bytes = b""
+    # Of a response that came and does not tell the outcome; 0 for none.
+    status: int = 0
 
 
 class ViewState(Enum):
@@ -209,9 +211,14 @@ def intact(response: StoredResponse, body: bytes) -> bool:
     return digest.digest() == response.digest
 
 
+def read_status(text: bytes) -> int:
+    """Return the status in an unknown record, 0 for anything else: no check covers this field."""
+    return int(text) if len(text) == 3 and text.isdigit() else 0
+
+
 def running(key: bytes, tenant: bytes, fields: list[bytes | int | None], now_ms: int) -> Record | Corrupt:
     """Return the record of a key in flight or unknown. `fields`: the reply to `claim`, without the time."""
-    state, token, _fence, mode, fingerprint, stored_check, lease_left_ms, created = fields
+    state, token, _fence, mode, fingerprint, stored_check, lease_left_ms, created, status = fields
     try:
         stored_state = State(bytes(state or b"").decode())
         created_ms = int(created or b"")
@@ -224,4 +231,5 @@ def running(key: bytes, tenant: bytes, fields: list[bytes | int | None], now_ms:
     if stored_check != self_check(key, tenant, token, mode, fingerprint):
         return Corrupt("the record does not match its check")
     left = lease_left_ms if isinstance(lease_left_ms, int) else 0
-    return Record(stored_state, token, fingerprint, created_ms, now_ms, lease_left_ms=left, mode=mode)
+    came = read_status(status) if isinstance(status, bytes) else 0
+    return Record(stored_state, token, fingerprint, created_ms, now_ms, lease_left_ms=left, mode=mode, status=came)

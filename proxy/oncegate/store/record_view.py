@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable
 from typing import Any, NamedTuple
 
 from oncegate.decision import State, effective_state
-from oncegate.store.record import Claim, Corrupt, StoredResponse, ViewState, self_check, tenant_of, unpack
+from oncegate.store.record import Claim, Corrupt, StoredResponse, ViewState, read_status, self_check, tenant_of, unpack
 from oncegate.store.record_name import parse_record_id, store_key
 from oncegate.store.redis.membership import IDENTITIES, proxy_record_key, proxy_record_value
 from oncegate.store.redis.node import Node
@@ -36,6 +36,7 @@ FIELDS = (
     "stage",
     "bytes",
     "lease_ms",
+    "status",
 )
 
 
@@ -65,6 +66,8 @@ class RecordView(NamedTuple):
     progress: str = ""
     # Of a response that is not complete.
     bytes_stored: int = 0
+    # Of a response that came and does not tell the outcome; 0 for none.
+    status: int = 0
     response: StoredResponse | None = None
 
     @property
@@ -135,6 +138,7 @@ def _unfinished(key: bytes, token: bytes, fields: dict[str, bytes], now_ms: int)
         reason="its owner stopped renewing its lease" if lapsed else fields.get("why", b"").decode("utf-8", "replace"),
         progress="" if "why" in fields else describe_stage(fields.get("stage")),
         bytes_stored=int(fields.get("bytes", 0)),
+        status=read_status(fields.get("status", b"")),
     )
 
 

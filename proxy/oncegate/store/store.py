@@ -226,9 +226,12 @@ class Store:
             self._claims.withdraw_copy(claim)
         return self._settle(claim, arguments.release(claim), arguments.RELEASE_COUNT, patience_s, releases=True)
 
-    def mark_unknown(self, claim: Claim, reason: str, patience_s: float) -> Settling:
-        """Settle: note that the request was sent and that its outcome is unknown. `reason` is for operators."""
-        args = arguments.mark_unknown(claim, reason)
+    def mark_unknown(self, claim: Claim, reason: str, patience_s: float, status: int = 0) -> Settling:
+        """Settle: note that the request was sent and that its outcome is unknown.
+
+        `reason` is for operators. `status`: of a response that came and does not tell the outcome; 0 for none.
+        """
+        args = arguments.mark_unknown(claim, reason, status)
         return self._settle(claim, args, arguments.MARK_UNKNOWN_COUNT, patience_s)
 
     async def _settle(

@@ -178,6 +178,7 @@ class Connection(asyncio.Protocol):
     def fail(self, failure: UpstreamLost) -> None:
         """End the exchange with this failure, unless its response is complete already. Closes the connection."""
         if not self.response.is_complete and self._failure is None:
+            failure.status = self.response.came_status()
             self._failure = failure
         self.deadline = float("inf")
         if self._arrival is not None and not self._arrival.done() and self._failure is not None:

@@ -8,8 +8,11 @@ class NotSent(Exception):
 class UpstreamLost(Exception):
     """The request was sent, at least in part, and no whole response came.
 
-    `timeout`: it took too long. `body`: the request's own body broke off or stalled.
+    `timeout`: it took too long. `body`: the request's own body broke off or stalled. `status`: of the response, if
+    that much of it came; 0 for none.
     """
+
+    status = 0
 
     def __init__(self, detail: str, timeout: bool = False, body: bool = False) -> None:
         super().__init__(detail)

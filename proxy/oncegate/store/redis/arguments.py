@@ -17,7 +17,7 @@ _16, _NEXT_16, _NEXT_32 = b"$16\r\n", b"\r\n$16\r\n", b"\r\n$32\r\n"
 _STORE, _RELEASE, _UNKNOWN = resp(b"store"), resp(b"release"), resp(b"unknown")
 
 CLAIM_COUNT, APPEND_COUNT, RENEW_COUNT, READ_COUNT = 10, 4, 4, 3
-STORE_COUNT, RELEASE_COUNT, MARK_UNKNOWN_COUNT = 8, 3, 9
+STORE_COUNT, RELEASE_COUNT, MARK_UNKNOWN_COUNT = 8, 3, 10
 RESOLVE_COUNT, RELEASE_BY_OPERATOR_COUNT = 5, 4
 
 # mode, lease_ms and unknown_retention_ms of a claim as bulk strings. There is one entry for each policy.
@@ -83,7 +83,7 @@ def release(claim: Claim) -> bytes:
     return b"".join((_16, claim.token, b"\r\n", _RELEASE, resp(claim.retention_ms)))
 
 
-def mark_unknown(claim: Claim, reason: str) -> bytes:
+def mark_unknown(claim: Claim, reason: str, status: int) -> bytes:
     """Return the arguments of `settle` that mark the key unknown: MARK_UNKNOWN_COUNT."""
     written = (
         claim.unknown_retention_ms,
@@ -93,4 +93,4 @@ def mark_unknown(claim: Claim, reason: str) -> bytes:
         claim.self_check,
         claim.created_ms,
     )
-    return b"".join((_16, claim.token, b"\r\n", _UNKNOWN, resp(*written, reason)))
+    return b"".join((_16, claim.token, b"\r\n", _UNKNOWN, resp(*written, reason, status)))

@@ -87,7 +87,7 @@ def claim_result(claim: Claim, tenant: bytes, reply: Any, note_time: Callable[[i
         case [b"late", int(now_ms)]:
             note_time(now_ms)
             return LATE
-        case [state, int(now_ms), *fields] if len(fields) == 7:
+        case [state, int(now_ms), *fields] if len(fields) == 8:
             return running(claim.key, tenant, [state, *fields], now_ms)
         case ErrorReply() if str(reply).startswith("WRONGTYPE"):
             return Corrupt("the record is of another type")

@@ -4,14 +4,14 @@
 -- Returns: {tag, 'claimed', now_ms, fence, created_ms}
 --        | {tag, 'late', now_ms}
 --        | {tag, 'complete', now_ms, meta, body or false}
---        | {tag, state, now_ms, token, fence, mode, fingerprint, self, lease_left_ms, created_ms}
+--        | {tag, state, now_ms, token, fence, mode, fingerprint, self, lease_left_ms, created_ms, status or false}
 local tag, token, fingerprint, self = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local lease_ms, window_ms, expected_token = tonumber(ARGV[6]), tonumber(ARGV[10]), ARGV[11]
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local late = now > tonumber(ARGV[8])
 local fields = redis.call('HMGET', KEYS[1], 'meta', 'state', 'token', 'fence', 'mode', 'fingerprint', 'self',
-  'lease', 'created', 'lease_ms')
+  'lease', 'created', 'lease_ms', 'status')
 local meta, state, fence, created = fields[1], fields[2], fields[4], now
 local ours = fields[3] == token and state == 'in_flight'
 
@@ -40,7 +40,7 @@ elseif state ~= 'released' and (state or redis.call('EXISTS', KEYS[1]) == 1) the
   local ended = state == 'unknown' or (state == 'in_flight' and left <= 0)
   local open = ended and fields[5] == 'retry' and fields[6] == fingerprint and expected_token ~= '' and fields[3] == expected_token
   if not open or late then
-    return {tag, state, now, fields[3], fence, fields[5], fields[6], fields[7], left, fields[9]}
+    return {tag, state, now, fields[3], fence, fields[5], fields[6], fields[7], left, fields[9], fields[11]}
   end
 end
 

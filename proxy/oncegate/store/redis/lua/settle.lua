@@ -3,11 +3,11 @@
 -- KEYS: record
 -- ARGV: tag token action retention_ms (action is 'store', 'release' or 'unknown'), then
 --   store: meta digest chunks bytes last (last: the bytes of the last chunk if it was not appended, else '')
---   unknown: fence mode fingerprint self created why
+--   unknown: fence mode fingerprint self created why status (status: of the response that came, 0 for none)
 -- Returns: {tag, 'stored' or 'released' or 'unknown', 'found' or 'absent'}
 --        | {tag, 'torn' or 'complete' or 'fenced'}
 local tag, token, action, retention = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local fields = redis.call('HMGET', KEYS[1], 'token', 'state', 'meta', 'bytes', 'why', 'stage', 'lease_ms')
+local fields = redis.call('HMGET', KEYS[1], 'token', 'state', 'meta', 'bytes', 'why', 'stage', 'lease_ms', 'status')
 local owner, state, meta = fields[1], fields[2], fields[3]
 if meta then
   owner, state = meta:sub(2, 17), 'complete'
@@ -30,16 +30,16 @@ if action == 'store' then
     redis.call('UNLINK', KEYS[1])
     redis.call('HSET', KEYS[1], 'meta', ARGV[5])
   else
-    -- Beside the chunks there are eight fields of a claim and 'bytes', 'lease_ms' and after a renewal 'stage' if in flight, and 'why'
-    -- if unknown.
+    -- Beside the chunks there are eight fields of a claim and 'bytes', 'lease_ms' and after a renewal 'stage' if in
+    -- flight, 'why' and perhaps 'status' if unknown.
     local appended = chunks - (last ~= '' and 1 or 0)
     local stored = tonumber(fields[4]) or 0
-    local others = 9 + (fields[5] and 1 or 0) + (fields[6] and 1 or 0) + (fields[7] and 1 or 0)
+    local others = 9 + (fields[5] and 1 or 0) + (fields[6] and 1 or 0) + (fields[7] and 1 or 0) + (fields[8] and 1 or 0)
     if redis.call('HLEN', KEYS[1]) ~= appended + others or stored + #last ~= bytes then
       return {tag, 'torn'}
     end
     redis.call('HDEL', KEYS[1], 'state', 'token', 'fence', 'mode', 'fingerprint', 'self', 'lease', 'created',
-      'lease_ms', 'bytes', 'why', 'stage')
+      'lease_ms', 'bytes', 'why', 'stage', 'status')
     redis.call('HSET', KEYS[1], 'meta', ARGV[5])
   end
   if last ~= '' then
@@ -58,5 +58,8 @@ end
 redis.call('UNLINK', KEYS[1])
 redis.call('HSET', KEYS[1], 'state', 'unknown', 'token', token, 'fence', ARGV[5], 'mode', ARGV[6],
   'fingerprint', ARGV[7], 'self', ARGV[8], 'lease', 0, 'created', ARGV[9], 'why', ARGV[10])
+if ARGV[11] ~= '0' then
+  redis.call('HSET', KEYS[1], 'status', ARGV[11])
+end
 redis.call('PEXPIRE', KEYS[1], retention)
 return {tag, 'unknown', before}
