@@ -96,7 +96,6 @@ HEADS = [
     (b"P", b"OST /x HTTP/1.1\r\n"),
     (b"POST /x HTTP/1.1\r\nHost: a\r\n", b"A: b\r\n"),
     (b"POST /x HTTP/1.1\r\nHost: a\r\nIdempotency-Key: ", b"k"),
-    (b"\r\n", b"\r\n"),
     (b"GET /\xe9", b"\xe9"),
     (b"GET /x HTTP/1.1\r\nHost: a\r\n\r\nGET /y HT", b""),  # the next one begins and never ends
 ]
@@ -105,9 +104,9 @@ HEADS = [
 async def test_slow_heads_are_closed(proxies, upstream, valkey):
     """T12: 1,000 heads that come by the byte, or never to an end, get 408 and the end once their time is over."""
     gate = proxies(upstream, valkey.url, CLIENT_STALL_S=STALL_S, ACCESS_LOG="off")
-    slow = await sloths(gate.port, HEADS[:-1])
+    slow = await sloths(gate.port, HEADS)
     await besieged(gate, slow, STALL_S)
-    assert {sloth.came[:12] for sloth in slow} == {b"HTTP/1.1 408"}
+    assert all(sloth.came.count(b"HTTP/1.1 408") == 1 for sloth in slow)
 
 
 async def test_a_head_that_begins_behind_a_request_is_timed(proxies, upstream, valkey):

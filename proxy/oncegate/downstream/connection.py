@@ -9,11 +9,10 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from aiohttp import StreamReader
-from aiohttp.web_protocol import _ErrInfo
 
 from oncegate.buffers.write_batcher import write_batcher
 from oncegate.downstream.body import BufferedBody
-from oncegate.downstream.reader import ConnectionOwner, RequestReader, wake
+from oncegate.downstream.reader import KEPT_HEAD_BYTES, ConnectionOwner, Malformed, RequestReader, wake
 from oncegate.downstream.request import Request
 from oncegate.downstream.response import ResponseWriter, closing_response
 from oncegate.known_heads.memo import ConnectionMemo
@@ -68,14 +67,19 @@ class ClientConnection(RequestReader):
     # Its end ...
 
     @property
+    def _has_more(self) -> bool:
+        """Whether further requests came already."""
+        return bool(self._messages or self._rest)
+
+    @property
     def is_over(self) -> bool:
         """Whether no further request is answered: this side closes, or the client half-closed and sent no more."""
-        return self._stops or (self._half_closed and not self._messages)
+        return self._stops or (self._half_closed and not self._has_more)
 
     @property
     def is_last_response(self) -> bool:
         """Whether a response that begins now must say that it is the last."""
-        return self._stops or ((self._half_closed or self.retiring) and not self._messages)
+        return self._stops or ((self._half_closed or self.retiring) and not self._has_more)
 
     def close(self) -> None:
         """Take no further request. aiohttp's own method would also drop the rest of a body that is on its way."""
@@ -127,12 +131,14 @@ class ClientConnection(RequestReader):
         """
         try:
             while not (self._force_close or self._close):
+                if self._rest and not self._messages:
+                    self._read_on()
                 if not self._messages:
                     await self._next_request()
                     self._waiter = None
                 request = self._pop_request()
-                if isinstance(request, _ErrInfo):
-                    self._refuse(request.status)
+                if isinstance(request, Malformed):
+                    self._refuse(request)
                     break
                 self._request_in_progress, self._current_request = True, request  # type: ignore[assignment]
                 try:
@@ -151,24 +157,24 @@ class ClientConnection(RequestReader):
                 if not self._keepalive:
                     break
                 self._expect_more()
+                # Else an idle connection would keep its last request.
+                del request, response
         finally:
             self._task_handler = None
             if self.transport is not None:
                 self.write_batcher.flush()
                 self.transport.close()
 
-    def _pop_request(self) -> Request | _ErrInfo:
-        """Return the next request, or what aiohttp could not parse."""
+    def _pop_request(self) -> Request | Malformed:
+        """Return the next request, or what came in its place."""
         message, content = self._messages.popleft()
         if isinstance(message, KnownRequest):
             return Request(message.known.message, content, self, message.known, message.key)
         if self._parser is not None:
             self._parser.message_consumed()
-        if self._buffer_paused and len(self._messages) <= self._msg_queue_resume_size:
-            self._resume_reading_if_drained()
         if not self.owner.head_cache.enabled:
             self.memo = ConnectionMemo()
-        return message if isinstance(message, _ErrInfo) else Request(message, content, self)
+        return message if isinstance(message, Malformed) else Request(message, content, self)
 
     async def _finish(self, response: ResponseWriter) -> None:
         """Wait until a response is out of the process far enough."""
@@ -179,15 +185,15 @@ class ClientConnection(RequestReader):
 
     def _next_request(self) -> "asyncio.Future[None]":
         """Return a future that is done when the next request's head is complete."""
-        if self._next_head_begun:
-            self._next_head_begun, self.head_since_s = False, self._loop.time()
+        if self._due or self._head_bytes > KEPT_HEAD_BYTES:
+            self._go_idle()
         self._waiter = self._loop.create_future()
         return self._waiter
 
-    def _refuse(self, status: int) -> None:
-        """Answer what aiohttp could not parse, with nothing of it."""
-        self.owner.observe(RequestReport(Outcome.REQUEST_REFUSED, status, ""))
-        self.send_closing(closing_response(refusal(status, "the request is not well-formed HTTP")))
+    def _refuse(self, malformed: Malformed) -> None:
+        """Answer what is no request, with nothing of it."""
+        self.owner.observe(RequestReport(Outcome.REQUEST_REFUSED, malformed.status, ""))
+        self.send_closing(closing_response(refusal(malformed.status, malformed.detail)))
 
     def send_closing(self, response: bytes) -> None:
         """Write a response to what is no request, behind those to requests."""

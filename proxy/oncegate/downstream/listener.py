@@ -119,7 +119,7 @@ class Listener(web.Server):
             closing = []
             for connection, transport in list(self._connections.items()):
                 if isinstance(connection, ClientConnection) and (connection.head_since_s or now) < latest_start:
-                    self.refuse_head(connection, 408, "the head took too long")
+                    self._refuse_slow_head(connection)
                 if transport.is_closing() and transport.get_write_buffer_size():
                     closing.append(transport)
             self._closing = {transport: self._check_closing(transport, now) for transport in closing}
@@ -134,8 +134,8 @@ class Listener(web.Server):
             transport.abort()
         return now, unsent
 
-    def refuse_head(self, connection: ClientConnection, status: int, detail: str) -> None:
+    def _refuse_slow_head(self, connection: ClientConnection) -> None:
         """Refuse a head before its end, and close the connection."""
-        self.observe(RequestReport(Outcome.REQUEST_REFUSED, status, ""))
-        connection.send_closing(closing_response(refusal(status, detail)))
+        self.observe(RequestReport(Outcome.REQUEST_REFUSED, 408, ""))
+        connection.send_closing(closing_response(refusal(408, "the head took too long")))
         connection.force_close()

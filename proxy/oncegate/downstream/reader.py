@@ -1,25 +1,37 @@
 """The incoming side of a client's connection: bytes become requests.
 
-aiohttp's parser reads them. Around it, heads that came before are not parsed again, targets may have any byte, and the
-bytes of a head are bounded and timed.
+aiohttp's parser reads them, one message at a time: a head up to its end, then as many bytes as its body has, and only
+then the beginning of the next head. So every byte is known to belong to a line, a field or a body before the parser
+sees it, wherever the bytes were cut into segments. Around the parser, heads that came before are not parsed again,
+targets may have any byte, and the bytes of a head are bounded and timed.
 """
 
 import asyncio
-from typing import Any, Protocol
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 from aiohttp import StreamReader
-from aiohttp.http import HttpProcessingError
+from aiohttp.hdrs import CONTENT_LENGTH
+from aiohttp.http import HttpProcessingError, HttpRequestParser
 from aiohttp.streams import EMPTY_PAYLOAD
-from aiohttp.web_protocol import RequestHandler, _ErrInfo
+from aiohttp.web_protocol import RequestHandler, RequestPayloadError
 
 from oncegate.downstream.body import BufferedBody
+from oncegate.downstream.incoming_head import HEAD_END, IncomingHead
 from oncegate.downstream.minimum_rate import MinimumRate
-from oncegate.downstream.request_line import RequestLine
 from oncegate.known_heads.memo import ConnectionMemo
 from oncegate.known_heads.requests import HeadCache, KnownHead, KnownRequest, is_whole
 from oncegate.messages.fields import MAX_HEAD_BYTES
 from oncegate.messages.request_head import ForwardedInfo, RequestHead
 from oncegate.observe.outcome import Observe
+
+# What is due before the next message begins, where no number of bytes tells: a head's end came not yet, or no further
+# request is taken.
+IN_HEAD, NO_NEXT = -1, -2
+# A parser keeps the head that it parsed last. One over this size is not kept by an idle connection.
+KEPT_HEAD_BYTES = 4096
+_EMPTY_LINES = re.compile(rb"[\r\n]*")
 
 
 class ConnectionOwner(Protocol):
@@ -35,7 +47,15 @@ class ConnectionOwner(Protocol):
 
     def forwarded_info(self, peername: Any, is_tls: bool) -> ForwardedInfo: ...
 
-    def refuse_head(self, connection: Any, status: int, detail: str) -> None: ...
+
+class Malformed(NamedTuple):
+    """What came in the place of a request: it is refused with `status`, and nothing behind it is read."""
+
+    status: int
+    detail: str
+
+
+NOT_WELL_FORMED = Malformed(400, "the request is not well-formed HTTP")
 
 
 class RequestReader(RequestHandler):
@@ -45,7 +65,7 @@ class RequestReader(RequestHandler):
     """
 
     __slots__ = (
-        "_body", "_half_closed", "_head_bytes", "_line", "_next_head_begun", "_parser_is_empty", "_whole_segment",
+        "_body", "_due", "_half_closed", "_head", "_head_bytes", "_queued_bytes", "_rest", "_whole_segment",
         "head_since_s", "memo", "owner",
     )  # fmt: skip
 
@@ -54,53 +74,34 @@ class RequestReader(RequestHandler):
         self.owner = owner
         self.memo = ConnectionMemo(owner.head_cache.key_label)
         self.head_since_s: float | None = None
+        # So many bytes of the newest message are still to come; 0: the next byte surely begins a message.
+        self._due = 0
+        # The head that is on its way, if any, and the size of the one that the parser has seen last.
+        self._head: IncomingHead | None = None
         self._head_bytes = 0
-        # The next head began while a request is being answered.
-        self._next_head_begun = False
-        self._line = RequestLine()
-        # The parser surely holds nothing of a next request, as it was given whole ones alone; and the newest of them.
-        self._parser_is_empty = True
+        # What waits behind the requests that wait, and how many bytes those have.
+        self._rest, self._queued_bytes = b"", 0
+        # The newest segment, if it began with a message while nothing was being answered.
         self._whole_segment = b""
         self._half_closed = False
         # The body of the last request whose head came.
         self._body: StreamReader | BufferedBody | None = None
 
     def data_received(self, data: bytes) -> None:
-        if self._request_count and (self._waiter is None or self._waiter.done()):
-            self._receive_behind(data)
+        # Nothing is being answered.
+        is_idle = not self._request_count or (self._waiter is not None and not self._waiter.done())
+        if is_idle and not self._due:
+            if (known := self.owner.head_cache.find(data, self.memo.key_label)) is not None:
+                self._take_known(known)
+                return
+            self._whole_segment = data
+        else:
+            self._whole_segment = b""
+        if self._force_close or self._close:
             return
-        if self._parser_is_empty and (known := self.owner.head_cache.find(data, self.memo.key_label)) is not None:
-            self._take_known(known)
-            return
-        self._parser_is_empty, self._whole_segment = False, data if self._parser_is_empty else b""
-        if self._line.is_open or (self.head_since_s is None and not data.isascii()):
-            data = self._line.hide(data)
-        if self._parse(data):
-            self.head_since_s = None
-            if self._line.line:
-                self._restore_target()
-            self._note_newest()
-        elif data:
-            self._begin_head(data)
-
-    def _parse(self, data: bytes) -> bool:
-        """Parse bytes while nothing is being answered; return whether a request, or a malformed one, is complete.
-
-        In the place of aiohttp's own method, which provides for a body or another protocol to go on here.
-        """
-        if self._force_close or self._close or self._parser is None:
-            return False
-        try:
-            messages, self._upgraded, self._message_tail = self._parser.feed_data(data)
-        except HttpProcessingError as error:
-            messages = [(_ErrInfo(400, error.with_traceback(None), error.message), EMPTY_PAYLOAD)]
-        if messages:
-            self._messages.extend(messages)
-            self._request_count += len(messages)
-            wake(self._waiter)
-            if len(self._messages) >= self._max_msg_queue_size and not self._buffer_paused:
-                self._pause_reading_for_buffer()
-        return bool(messages)
+        self._receive(data)
+        if self._due == IN_HEAD and is_idle and not self._messages and self.head_since_s is None:
+            self.head_since_s = self._loop.time()
 
     def _take_known(self, known: KnownRequest) -> None:
         """Take a request under a known head, which the parser need not see."""
@@ -117,44 +118,140 @@ class RequestReader(RequestHandler):
         cache = self.owner.head_cache
         if not (cache.enabled and segment and is_whole(segment, message, head)):
             return None
-        self._parser_is_empty = True
         known = cache.store(segment, message, head)
         if known is not None:
             self.memo.key_label = cache.key_label
         return known
 
-    def _begin_head(self, data: bytes) -> None:
-        """Count the bytes of an incomplete head. aiohttp bounds its fields alone: 128 of 16 KiB."""
-        if self.head_since_s is None:
-            self.head_since_s, self._head_bytes = self._loop.time(), 0
-            if not self._line.line:
-                self._line.hide(data)
-        self._head_bytes += len(data)
-        if self._head_bytes > MAX_HEAD_BYTES:
-            self.owner.refuse_head(self, 431, "the head is too large")
+    def _receive(self, data: bytes) -> None:
+        """Give the parser what came, message by message, as long as there is room for more requests."""
+        if not data:  # after a pause, in which the parser kept what it had
+            self._continue(data)
+        data, self._rest, at = self._rest + data, b"", 0
+        while at < len(data):
+            if self._due > 0:
+                part = data[at : at + self._due]
+                at += len(part)
+                self._due -= len(part)
+                self._queued_bytes += len(part)
+                self._parse(part)
+            elif self._due == NO_NEXT:
+                self._continue(data[at:])
+                return
+            elif self._due == IN_HEAD or self._has_room():
+                at = self._take_head(data, at)
+            else:
+                self._rest = data[at:]
+                if not self._buffer_paused:
+                    self._pause_reading_for_buffer()
+                return
 
-    def _receive_behind(self, data: bytes) -> None:
-        """Take bytes while a request is being answered: more of its body, or requests behind it."""
-        self._parser_is_empty, self._whole_segment = False, b""
-        count, body_is_whole = self._request_count, self._body is None or self._body.is_eof()
-        super().data_received(data)
-        if self._request_count > count:
-            self._note_newest()
-        self._next_head_begun = body_is_whole and self._request_count == count
+    def _has_room(self) -> bool:
+        """Return whether one more request may wait for its turn."""
+        if not self._messages:
+            self._queued_bytes = 0
+        return self._queued_bytes <= MAX_HEAD_BYTES and len(self._messages) < self._max_msg_queue_size
 
-    def _restore_target(self) -> None:
-        """Give the newest request its real target back."""
-        message, content = self._messages[0]
-        restored = self._line.restore(message) if not isinstance(message, _ErrInfo) else message
-        self._messages[0] = (restored, content)
+    def _read_on(self) -> None:
+        """Take what waited behind the requests that waited, which are being answered now."""
+        self.data_received(b"")
+        if not self._rest:
+            self._resume_reading_for_buffer()
 
-    def _note_newest(self) -> None:
-        """Note the newest request's body; framing that turned out to be broken ends the one before it."""
-        message, content = self._messages[-1]
-        if isinstance(message, _ErrInfo):
-            self._end_body()
+    def _take_head(self, data: bytes, at: int) -> int:
+        """Take what `data` has of the next head from `at` on; return where that ends."""
+        if self._head is None:
+            at = skip_empty_lines(data, at)
+            end = data.find(HEAD_END, at, at + MAX_HEAD_BYTES) + len(HEAD_END)
+            part = data[at:end]
+            if end >= len(HEAD_END) and part.isascii():  # as nearly all come
+                self._head_bytes = len(part)
+                self._take_message(self._parse(part))
+                return end
+            if at == len(data):
+                return at
+            self._head, self._head_bytes, self._due = IncomingHead(), 0, IN_HEAD
+        head = self._head
+        part = head.take(data[at : at + MAX_HEAD_BYTES])
+        self._head_bytes += len(part)
+        messages = self._parse(part)
+        if head.is_whole:
+            self._head = None
+            self._take_message([(head.restore(message), content) for message, content in messages])
+        elif head.is_too_large:
+            self._refuse_message(Malformed(431, "the head is too large"))
+        return at + len(part)
+
+    def _take_message(self, messages: Sequence[tuple[Any, StreamReader]]) -> None:
+        """Take the request whose head is whole now."""
+        if not messages:
+            if self._due != NO_NEXT:  # the beginning of HTTP/2, of which the parser wants more
+                self._refuse_message(NOT_WELL_FORMED)
+            return
+        message, self._body = messages[0]
+        self._messages.append(messages[0])
+        self._request_count += 1
+        self._queued_bytes += self._head_bytes
+        self.head_since_s = None
+        wake(self._waiter)
+        if message.should_close or message.upgrade or message.chunked:  # see ResponseWriter.closes
+            self._due = NO_NEXT
         else:
-            self._body = content
+            self._due = 0 if self._body is EMPTY_PAYLOAD else int(message.headers[CONTENT_LENGTH])
+
+    def _continue(self, data: bytes) -> None:
+        """Take more of the body, or of the other protocol, that the newest request has begun, and of nothing else."""
+        if self._upgraded or self._payload_parser is not None:
+            super().data_received(data)
+        elif self._body is not None and not self._body.is_eof():
+            self._parse(data)
+
+    def _parse(self, data: bytes) -> Sequence[tuple[Any, StreamReader]]:
+        """Return what the parser makes of bytes. Where they are malformed, that is answered in its turn."""
+        if self._parser is None:
+            return ()
+        try:
+            messages, self._upgraded, self._message_tail = self._parser.feed_data(data)
+        except HttpProcessingError:
+            self._refuse_message(NOT_WELL_FORMED)
+            return ()
+        return messages
+
+    def _refuse_message(self, malformed: Malformed) -> None:
+        """Let the newest message be refused in its turn, and ignore whatever is behind it."""
+        self._due, self._head, self.head_since_s = NO_NEXT, None, None
+        refused: Any = (malformed, EMPTY_PAYLOAD)
+        if self._body is None or self._body.is_eof():
+            self._messages.append(refused)
+            self._request_count += 1
+            wake(self._waiter)
+        elif self._messages and self._messages[-1][1] is self._body:
+            # The body of a request that nobody has begun to answer.
+            self._messages[-1] = refused
+        else:
+            self._end_body()
+
+    def _go_idle(self) -> None:
+        """Time the head that began behind a request, from now on, and keep nothing of one that was large."""
+        if self._due == IN_HEAD:
+            self.head_since_s = self._loop.time()
+        elif self._head_bytes > KEPT_HEAD_BYTES and self._parser is not None:
+            self._head_bytes = 0
+            self._parser = self._new_parser()
+
+    def _new_parser(self) -> HttpRequestParser:
+        """Return a parser like the one that aiohttp made for the connection."""
+        return HttpRequestParser(
+            self,
+            self._loop,
+            self._read_bufsize,
+            max_line_size=self.max_line_size,
+            max_field_size=self.max_field_size,
+            max_headers=self.max_headers,
+            payload_exception=RequestPayloadError,
+            auto_decompress=False,
+            max_msg_queue_size=self._max_msg_queue_size,
+        )
 
     def _end_body(self) -> None:
         """Wake whoever waits for more of a body that cannot become whole."""
@@ -173,6 +270,11 @@ class RequestReader(RequestHandler):
             self._payload_parser.feed_eof()
         # TLS has no half-closed connections.
         return not self.ssl_context
+
+
+def skip_empty_lines(data: bytes, at: int) -> int:
+    """Return where a head begins in `data`: RFC 9112, section 2.2, has empty lines before it ignored."""
+    return at if data[at] not in b"\r\n" else _EMPTY_LINES.match(data, at).end()  # type: ignore[union-attr]
 
 
 def wake(future: "asyncio.Future[None] | None") -> None:

@@ -26,7 +26,7 @@ HOP_BY_HOP = frozenset(
         b"proxy-authorization",
     )
 )
-# The limit for the head of a response, and of a request that comes in several reads.
+# The limit for the head of a request or a response.
 MAX_HEAD_BYTES = 65536
 
 # Values of Connection that nominate no field.
