@@ -141,6 +141,16 @@ async def test_what_is_handed_on_again_is_handled_once(gate, upstream, bridge, k
     assert gate.metric('requests_total{outcome="passthrough"}') == 0
 
 
+async def test_an_event_that_comes_in_the_other_mode_is_the_same(gate, upstream, bridge):
+    """The events' own library writes both modes: a bridge that is changed from one to the other repeats nothing."""
+    path, messages = MESSAGES["binary"]
+    for kind in ("binary", "structured", "binary"):
+        consumer = bridge(kind, path, messages)
+        consumer.start()
+        assert await consumer.end() == 0
+    assert len(upstream.received) == len(messages)
+
+
 async def test_a_batch_of_events_has_no_key(gate, upstream):
     """It goes on, each time, and the answer says that it was not guarded."""
     events = json.dumps([one["attributes"] for one in MESSAGES["structured"][1]]).encode()

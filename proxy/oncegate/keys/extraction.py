@@ -112,8 +112,9 @@ def _join(alternative: Sequence[Source], given: SourceInput) -> ExtractedKey | M
         # Every request has a receiver.
         is_absent = len(missing) + sum(isinstance(source.kind, Receiver) for source in alternative) == len(alternative)
         return missing[0] if is_absent else _PART_MISSING
-    # Sorted: alternatives may name the same identities in any order.
-    parts.sort()
+    # Alternatives may name the same identities in any order.
+    if any(source.identity for source in alternative):
+        parts.sort()
     # No key in a header has a zero byte, so that none can be made to equal a joined key.
     joined = b"\0" + length_prefixed(word for part in parts for word in part)
     return ExtractedKey(joined, longest_window_ms([source.kind for source in alternative]))

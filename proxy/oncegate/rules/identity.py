@@ -95,19 +95,20 @@ def destination(policy: Policy, head: RequestHead) -> bytes:
 
 
 def fingerprint_parts(policy: Policy, head: RequestHead) -> tuple[bytes, ...]:
-    """Return what enters a fingerprint beside the body: destination, host, method, target, type and coding."""
+    """Return what enters a fingerprint beside the body: method, host, target, type, coding, and any destination."""
     fields = head.fields
-    return (
-        # A response of one upstream is no answer to a request for another, whatever made its rule match.
-        policy.destination,
+    parts = (
+        head.method.encode(),
         # Without pass_host the upstream never sees the client's Host, so it is no part of the request.
         head.host.lower() if policy.pass_host else b"",
-        head.method.encode(),
         head.target,
         # Lines of one field have the same meaning as their comma list (RFC 9110, section 5.2).
         b",".join(fields.get(b"content-type", ())),
         b",".join(fields.get(b"content-encoding", ())),
     )
+    # A response of one upstream is no answer to a request for another, whatever made its rule match. Without a
+    # destination, which is the upstream of the settings, fingerprints are those of version 0.1.
+    return (*parts, policy.destination) if policy.destination else parts
 
 
 def _whole(policy: Policy, head: RequestHead, body: Content) -> tuple[tuple[bytes, ...], Iterable[bytes]]:
@@ -115,26 +116,26 @@ def _whole(policy: Policy, head: RequestHead, body: Content) -> tuple[tuple[byte
     parts = fingerprint_parts(policy, head)
     form = form_of(head.fields, body.blocks()) if is_multipart(head.fields) else None
     # No field has a zero byte, so that no other request can be made to equal a form.
-    return (parts, body.blocks()) if form is None else ((*parts[:4], form.kind, b"\0form"), (form.digest,))
+    return (parts, body.blocks()) if form is None else ((*parts[:3], form.kind, b"\0form", *parts[5:]), (form.digest,))
 
 
 def _chosen(policy: Policy, head: RequestHead, body: Content) -> tuple[tuple[bytes, ...], Iterable[bytes]]:
     """Return what enters the fingerprint of a request under a rule that says which parts do."""
     chosen = policy.fingerprint or frozenset()
     with_body = "body" in chosen
-    more: tuple[bytes, ...] = ()
+    # Where a request goes is no choice.
+    more: tuple[bytes, ...] = (policy.destination,) if policy.destination else ()
     if policy.fingerprint_sources:
         is_readable = not (body.spooled or is_encoded(head.fields))
         named = named_parts(policy.fingerprint_sources, head.fields, body.data if is_readable else None)
-        with_body, more = with_body or named.with_body, (named.joined,)
+        with_body, more = with_body or named.with_body, (policy.destination, named.joined)
     # A long form is read only where it counts.
     needs_form = with_body or "type" in chosen
     whole, blocks = _whole(policy, head, body) if needs_form else (fingerprint_parts(policy, head), ())
-    *where, method, target, kind, coding = whole
+    method, host, target, kind, coding = whole[:5]
     parts = (
-        # Where a request goes is no choice.
-        *where,
         method if "method" in chosen else b"",
+        host,
         target if "target" in chosen else b"",
         kind if "type" in chosen else b"",
         # The coding has no name of its own: it enters together with the body that it describes.
