@@ -6,6 +6,7 @@ import pytest
 
 from oncegate.commands.cli import main
 from oncegate.commands.init import CASES, FILES, GENERAL, example
+from oncegate.settings.settings import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +22,18 @@ def test_it_writes_both_files(case: str | None, tmp_path: Path, capsys: pytest.C
         name: example(case or GENERAL, name) for name in FILES
     }
     assert "\n  oncegate check && oncegate serve\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", [GENERAL, *CASES])
+def test_no_example_draws_a_warning(case: str, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    """The rules of each example pass the check without a word on standard error."""
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"ONCEGATE_{name.upper()}", raising=False)
+    monkeypatch.setenv("ONCEGATE_UPSTREAM", "http://127.0.0.1:9000")
+    monkeypatch.setenv("ONCEGATE_RULES_FILE", "rules.toml")
+    Path("rules.toml").write_bytes(example(case, "rules.toml"))
+    assert main(["check"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("name", FILES)

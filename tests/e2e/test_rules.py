@@ -286,6 +286,18 @@ async def test_two_clicks_on_a_form_with_a_file_are_one(ruled, behind, file):
     assert [len(one.body) for one in behind.received] == [len(forms[n][1]) for n in (0, 2, 0)]
 
 
+async def test_a_form_under_a_known_head_is_the_same_form(ruled, behind):
+    """A client with one boundary for all forms repeats its head; its forms are known by their parts all the same."""
+    same, other = (upload(boundary, "1") for boundary in ("a1", "b2"))
+    kept = await RawClient.open(ruled.port)
+    for number in range(4):
+        answer = await kept.ask(request("POST", "/keyed", f"k{number}", *same[1:]))
+        assert answer is not None
+        assert told(answer) == EXECUTED
+    kept.close()
+    assert [await post(ruled, "/keyed", *other[1:], key=f"k{number}") for number in range(4)] == [REPLAYED] * 4
+
+
 async def test_what_must_be_equal_is_what_the_rule_names(ruled, behind):
     """A retry may have another time in its body. With another amount or account, the key was used before."""
     account = "X-Account: a"
