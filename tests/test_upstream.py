@@ -278,7 +278,8 @@ async def test_an_own_ca_is_trusted(anyone, trusting):
 
 @pytest.mark.parametrize(("tls12", "shown"), [(True, True), (False, True), (True, False), (False, False)])
 async def test_a_client_certificate(tls12, shown, anyone, tmp_path):
-    """A demanded client certificate is shown; without one, TLS 1.2 refuses before the request, 1.3 after it."""
+    """A demanded client certificate is shown; without one, TLS 1.2 refuses before the request, and 1.3 after it, which
+    this server does without an alert."""
     anyone.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     ours = anyone.issue_cert("oncegate.test")
     ours.private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "our.pem"))
@@ -296,6 +297,121 @@ async def test_a_client_certificate(tls12, shown, anyone, tmp_path):
             with pytest.raises(NotSent if tls12 else UpstreamLost):
                 await ask(pool)
             assert raw.requests == []
+
+
+class EarlyAnswer:
+    """A server in a thread that answers one request with its body unread, and closes: the kernel sends a RST."""
+
+    def __init__(self, answer: bytes, context: ssl.SSLContext | None, listener: socket.socket | None = None) -> None:
+        self._listener = listener or socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._answer, self._context = answer, context
+        # Something of the body is unread; the connection is over.
+        self.body_came, self.ended = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._serve)
+
+    def _serve(self) -> None:
+        sock, _ = self._listener.accept()
+        sock.settimeout(20)
+        # All of the answer arrives before the reset, which discards what has not left.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(ssl.SSLError), sock:
+            tls = self._context.wrap_socket(sock, server_side=True) if self._context is not None else sock
+            with tls:
+                tls.recv(1)
+                self.body_came.wait(20)
+                tls.sendall(self._answer)
+        self.ended.set()
+
+    def __enter__(self) -> "EarlyAnswer":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.close()
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+
+
+@pytest.mark.fault(20)
+@pytest.mark.parametrize("late", [False, True])
+async def test_a_refused_certificate_is_not_sent(late, anyone, tmp_path):
+    """Under TLS 1.3 the server refuses our certificate when the request is on its way, and says so before it reads
+    anything: NotSent, with the reason. Also where a write to the closed connection fails before that was read."""
+    anyone.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    tls = server_tls(anyone)
+    tls.verify_mode = ssl.CERT_REQUIRED
+    anyone.configure_trust(tls)
+    with EarlyAnswer(OK, tls) as server:
+
+        async def upload() -> AsyncIterator[bytes]:
+            server.ended.wait(20)  # nothing of ours runs
+            for _ in range(3):
+                yield b"a" * BATCH
+                time.sleep(0.01)
+
+        async with pool_to(server.port, client_tls(str(tmp_path / "ca.pem"), None, None)) as pool:
+            connection = await pool.acquire(60)
+            if late:
+                connection.send_stream(b"POST / HTTP/1.1\r\n\r\n", upload(), chunked=True)
+            else:
+                connection.send(REQUEST, b"")
+            with pytest.raises(NotSent, match="certificate_required"):
+                await answer_of(connection)
+            pool.release(connection)
+
+
+def alert(reason: str) -> ssl.SSLError:
+    error = ssl.SSLError(1, f"[SSL: {reason}]")
+    error.reason = reason
+    return error
+
+
+@pytest.mark.parametrize(
+    ("reason", "before", "tls12", "ending"),
+    [
+        ("TLSV13_ALERT_CERTIFICATE_REQUIRED", "", False, NotSent),
+        ("SSLV3_ALERT_BAD_CERTIFICATE", "", False, NotSent),
+        ("TLSV1_ALERT_UNKNOWN_CA", "", False, NotSent),
+        # A server of TLS 1.2 may read the request, and then ask for another handshake.
+        ("SSLV3_ALERT_HANDSHAKE_FAILURE", "", True, UpstreamLost),
+        # What the server says of itself, or of a record.
+        ("TLSV1_ALERT_INTERNAL_ERROR", "", False, UpstreamLost),
+        ("TLSV1_ALERT_ACCESS_DENIED", "", False, UpstreamLost),
+        ("SSLV3_ALERT_BAD_RECORD_MAC", "", False, UpstreamLost),
+        # Our own judgement, no alert of the server.
+        ("CERTIFICATE_VERIFY_FAILED", "", False, UpstreamLost),
+        # The handshake had ended: something came, in this exchange or in one before it.
+        ("TLSV13_ALERT_CERTIFICATE_REQUIRED", "interim", False, UpstreamLost),
+        ("TLSV13_ALERT_CERTIFICATE_REQUIRED", "part of a head", False, UpstreamLost),
+        ("TLSV13_ALERT_CERTIFICATE_REQUIRED", "an exchange", False, UpstreamLost),
+    ],
+)
+async def test_only_an_alert_of_the_handshake_is_not_sent(reason, before, tls12, ending, anyone, trusting):
+    """A fatal alert frees the key only where the server can have read nothing before it: a refused certificate, under
+    TLS 1.3, on a connection that nothing else came on."""
+
+    async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await raw.request(reader)
+        writer.write({"interim": b"HTTP/1.1 102 P\r\n\r\n", "part of a head": HEAD, "an exchange": OK}.get(before, b""))
+        await raw.request(reader)
+        await reader.read()
+
+    async with serving(talk, tls=server_tls(anyone, tls12=tls12)) as raw, pool_to(raw.port, trusting) as pool:
+        if before == "an exchange":
+            await ask(pool)
+        async with sent(pool) as connection:
+            await until(lambda: len(raw.requests) == 1 + (before == "an exchange"))
+            if before in ("interim", "part of a head"):
+                await until(lambda: connection.response._head_pieces)
+            transport = connection.transport
+            assert transport is not None
+            connection.connection_lost(alert(reason))
+            with pytest.raises(ending) as ended:
+                await answer_of(connection)
+            assert type(ended.value) is ending
+            transport.abort()
+        assert raw.accepted == 1
 
 
 class TlsOnce:
@@ -347,6 +463,46 @@ async def test_over_tls_an_answer_ended_by_closing_needs_close_notify(notify, tl
             else:
                 with pytest.raises(UpstreamLost):
                     await ask(pool)
+
+
+def end_by_alert(listener: socket.socket, context: ssl.SSLContext, answer: bytes) -> None:
+    """Answer one connection by TLS, and end it with a fatal alert: as if a record of it had come damaged."""
+    sock, _ = listener.accept()
+    sock.settimeout(20)
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context.wrap_bio(incoming, outgoing, server_side=True)
+
+    def run(step: Any) -> None:
+        while True:
+            try:
+                return step()
+            except ssl.SSLWantReadError:
+                sock.sendall(outgoing.read())
+                incoming.write(sock.recv(65536))
+
+    with sock:
+        run(tls.do_handshake)
+        run(lambda: tls.read(65536))
+        tls.write(answer)
+        sock.sendall(outgoing.read())
+        time.sleep(0.05)
+        incoming.write(b"\x17\x03\x03\x00\x20" + bytes(32))
+        with contextlib.suppress(ssl.SSLError):
+            tls.read(65536)
+        sock.sendall(outgoing.read())
+        sock.recv(1)
+
+
+async def test_over_tls_an_alert_is_no_end(anyone, trusting):
+    """A fatal alert never completes an answer that ends by closing: the rest of it may not have come."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=end_by_alert, args=(listener, server_tls(anyone), HEAD + b"\r\nok"))
+        thread.start()
+        async with pool_to(listener.getsockname()[1], trusting) as pool:
+            with pytest.raises(UpstreamLost, match="bad_record_mac"):
+                await ask(pool)
+        thread.join(20)
+        assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("notify", [True, False])
@@ -1288,40 +1444,6 @@ async def test_an_answer_before_the_request_was_sent_is_whole_and_the_connection
             pool.release(connection)
             assert raw.accepted == number
         released.set()
-
-
-class EarlyAnswer:
-    """A server in a thread that answers one request with its body unread, and closes: the kernel sends a RST."""
-
-    def __init__(self, answer: bytes, context: ssl.SSLContext | None) -> None:
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        self._answer, self._context = answer, context
-        # Something of the body is unread; the connection is over.
-        self.body_came, self.ended = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._serve)
-
-    def _serve(self) -> None:
-        sock, _ = self._listener.accept()
-        sock.settimeout(20)
-        # All of the answer arrives before the reset, which discards what has not left.
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self._context is not None:
-            sock = self._context.wrap_socket(sock, server_side=True)
-        with sock:
-            sock.recv(1)
-            self.body_came.wait(20)
-            sock.sendall(self._answer)
-        self.ended.set()
-
-    def __enter__(self) -> "EarlyAnswer":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._listener.close()
-        self._thread.join(20)
-        assert not self._thread.is_alive()
 
 
 NO = b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno"

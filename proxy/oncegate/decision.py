@@ -92,7 +92,7 @@ class Ending(Enum):
     # The upstream may have executed the request, so no other request may execute it.
     NO_RESPONSE = "no_response", Settlement.UNKNOWN
     TRUNCATED = "truncated", Settlement.UNKNOWN
-    # Not one byte was sent.
+    # The upstream has read nothing of it.
     NOT_SENT = "not_sent", Settlement.RELEASE
     # A complete response whose status says: perhaps executed, or surely not.
     AMBIGUOUS = "ambiguous", Settlement.UNKNOWN

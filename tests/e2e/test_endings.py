@@ -5,11 +5,13 @@ import contextlib
 import random
 import re
 import socket
+import ssl
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import trustme
 
 from tests.conftest import Valkey
 from tests.parts import (
@@ -34,6 +36,7 @@ from tests.parts import (
     serving,
     until,
 )
+from tests.test_upstream import EarlyAnswer, server_tls
 
 HEAD = b"HTTP/1.1 200 OK\r\n"
 EVENTS = HEAD + b"Content-Type: text/event-stream\r\n"
@@ -142,6 +145,29 @@ async def test_a_refused_upstream_frees_the_key(closed_port, valkey, proxies):
     assert len(upstream.received) == 1
     await upstream.close()
     await counts.are(upstream_unreachable=3, released__settled=3, executed=1, stored__settled=1)
+
+
+@pytest.mark.fault(20)
+async def test_a_refused_client_certificate_frees_the_key(valkey, proxies, tmp_path):
+    """Under TLS 1.3 the refusal comes when the request is on its way, before any of it was read: nothing ran, and the
+    problem names the reason, for a keyed request and for one without a key."""
+    ca = trustme.CA()
+    ca.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    tls = server_tls(ca)
+    tls.verify_mode = ssl.CERT_REQUIRED
+    ca.configure_trust(tls)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}"
+        proxy = proxies(url, valkey.url, UPSTREAM_CA_FILE=str(tmp_path / "ca.pem"))
+        counts = Counts(proxy)
+        for raw in (request(), request(), request("PUT", key=None)):
+            asking = asyncio.ensure_future(ask(proxy.port, raw))
+            with EarlyAnswer(OK, tls, listener.dup()):
+                answer = await asking
+            assert (answer.status, answer.slug) == (502, "upstream-unreachable")
+            assert "certificate_required" in answer.problem["detail"]
+            assert valkey.states() == []
+    await counts.are(upstream_unreachable=3, released__settled=2)
 
 
 @pytest.mark.fault(20)

@@ -148,7 +148,7 @@ def with_fields(answer: Refuse, fields: bytes) -> Refuse:
 
 
 def not_sent(reason: str, fields: bytes = REFUSED) -> Refuse:
-    """Return the answer to a request of which no byte reached the upstream."""
+    """Return the answer to a request of which the upstream has read nothing."""
     return Refuse(problem("upstream-unreachable", reason), fields)
 
 

@@ -114,6 +114,9 @@ class Exchange:
                     self._dispose(self._policy.statuses.read(head.status, head.fields, whole))
                 return ending(self._disposition, len(whole) <= self._policy.max_stored_bytes)
             return await self._stream(connection, head)
+        except NotSent as reason:
+            self._not_sent = not_sent(str(reason))
+            return Ending.NOT_SENT
         except UpstreamLost as lost:
             # Its traceback would refer back to all of this.
             progress.lost = lost.with_traceback(None)

@@ -61,6 +61,8 @@ async def relay(request: Request, step: Relay) -> Relayed:
         head = await connection.wait_for_head(deps.silence_s)
         await forward_response(request.response, connection, head, step)
         outcome = Outcome.UNGUARDED if step.unguarded else Outcome.PASSTHROUGH
+    except NotSent as reason:
+        outcome, refuse = Outcome.UPSTREAM_UNREACHABLE, not_sent(str(reason), step.fields)
     except UpstreamLost as lost:
         outcome, refuse = lost_outcome(request.response, lost, step.fields)
     finally:

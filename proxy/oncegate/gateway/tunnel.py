@@ -89,6 +89,8 @@ async def tunnel(request: Request, step: Tunnel) -> Relayed:
             outcome = await _splice(request, connection, deps.silence_s)
         else:
             await forward_response(response, connection, answer, Relay(step.route, step.head))
+    except NotSent as reason:
+        outcome, refuse = Outcome.UPSTREAM_UNREACHABLE, not_sent(str(reason), b"")
     except UpstreamLost as lost:
         outcome, refuse = lost_outcome(response, lost, b"")
     finally:

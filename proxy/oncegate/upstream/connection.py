@@ -1,12 +1,10 @@
 """One connection to the upstream, and the one request that is on it. Nothing is ever sent twice.
 
-A request ends in exactly one of three ways, and which one is certain: NotSent (no byte of it left the process),
-UpstreamLost (some bytes did, and no whole response came), or a response that is complete by its own framing.
+A request ends in exactly one of three ways, and which one is certain: NotSent (the upstream has read no byte of it),
+UpstreamLost (it may have, and no whole response came), or a response that is complete by its own framing.
 """
 
 import asyncio
-import contextlib
-import ssl
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
@@ -15,10 +13,10 @@ from oncegate.buffers.write_batcher import WriteBatcher
 from oncegate.known_heads.recent import RecentHeads
 from oncegate.messages.fields import MAX_HEAD_BYTES
 from oncegate.messages.response_head import ResponseHead
-from oncegate.upstream.errors import UpstreamLost
+from oncegate.upstream.errors import NotSent, UpstreamLost
 from oncegate.upstream.request import OutgoingRequest
 from oncegate.upstream.response import IncomingResponse
-from oncegate.upstream.tls import unread_bytes
+from oncegate.upstream.tls import alert_of, is_handshake_refused, read_rest
 
 # Buffered bytes of a response at which reading pauses: usually, and while memory is tight.
 BODY_HIGH_WATER, TIGHT_HIGH_WATER = 131072, 65536
@@ -52,7 +50,7 @@ class Connection(asyncio.Protocol):
         self.deadline = float("inf")
         self._request = OutgoingRequest(pool.loop, pool.write_batcher)
         self.response = IncomingResponse()
-        self._failure: UpstreamLost | None = None
+        self._failure: UpstreamLost | NotSent | None = None
         # The head came after the whole request had left, and allows another request.
         self._keep_alive = False
         # Bytes that came since the last byte of a body.
@@ -103,7 +101,7 @@ class Connection(asyncio.Protocol):
     # Waiting for the response ...
 
     def next_arrival(self, silence_s: float) -> "asyncio.Future[None]":
-        """Return a future that is done when something arrives. It raises UpstreamLost when nothing will."""
+        """Return a future that is done when something arrives. It raises UpstreamLost or NotSent when nothing will."""
         if self._failure is not None:
             raise self._failure
         self.deadline = self._loop.time() + silence_s
@@ -175,7 +173,7 @@ class Connection(asyncio.Protocol):
         if self._arrival is not None and not self._arrival.done():
             self._arrival.set_result(None)
 
-    def fail(self, failure: UpstreamLost) -> None:
+    def fail(self, failure: UpstreamLost | NotSent) -> None:
         """End the exchange with this failure, unless its response is complete already. Closes the connection."""
         if not self.response.is_complete and self._failure is None:
             failure.status = self.response.came_status()
@@ -249,30 +247,28 @@ class Connection(asyncio.Protocol):
         self.fail(UpstreamLost("the upstream closed the connection"))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self.response.parser is not None and self.transport is not None:
-            self._read_rest(self.transport, exc)
-        self.transport = None
+        transport, self.transport = self.transport, None
+        failure: UpstreamLost | NotSent | None = None
+        if self.response.parser is not None and transport is not None:
+            failure = self._take_rest(transport, exc)
         # A sender that waits for room would wait for ever.
         self._request.transport_lost()
         self._pool.forget(self)
-        self.fail(UpstreamLost(f"the upstream's connection broke: {exc or 'closed'}"))
+        self.fail(failure or UpstreamLost(f"the upstream's connection broke: {exc or 'closed'}"))
 
-    def _read_rest(self, transport: asyncio.Transport, exc: Exception | None) -> None:
-        """Read what came before the connection broke and nobody has read: it may be the whole response.
-
-        A write that fails ends the transport at once, and so does the end of a TLS session that is paused.
-        """
-        tls = transport.get_extra_info("ssl_object")
-        if tls is None:
-            # After a reset the kernel says "end of file", too. It is never the end of a response.
-            if exc is not None and (data := unread_bytes(self.descriptor)):
-                self.data_received(data)
-            return
-        # SSLError: it wants more bytes, as there was no close_notify.
-        with contextlib.suppress(ssl.SSLError):
-            while data := tls.read(BODY_HIGH_WATER):
-                self.data_received(data)
+    def _take_rest(self, transport: asyncio.Transport, exc: Exception | None) -> UpstreamLost | NotSent:
+        """Take what came before the connection broke: it may be the whole response. Return what broke it."""
+        rest = read_rest(transport, exc)
+        if rest.data:
+            self.data_received(rest.data)
+        if rest.ended:
             self.eof_received()
+        alert = alert_of(rest.error)
+        # Nothing ever came on this connection.
+        is_new = not (self.idle_since or self._head_bytes or self.response.head)
+        if is_new and is_handshake_refused(transport, alert):
+            return NotSent(f"the upstream refused the TLS handshake: {alert}")
+        return UpstreamLost(f"the upstream's connection broke: {alert or rest.error or 'closed'}")
 
     # The end of the exchange, and of the connection ...
 

@@ -2,7 +2,12 @@
 
 
 class NotSent(Exception):
-    """No byte of the request left the process, so that it may be sent again."""
+    """The upstream has read no byte of the request, so that it may be sent again.
+
+    No byte left the process, or the upstream refused the TLS handshake, before which it can read nothing.
+    """
+
+    status = 0
 
 
 class UpstreamLost(Exception):
