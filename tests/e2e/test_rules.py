@@ -652,6 +652,31 @@ async def test_rules_are_read_again(proxies, upstream, valkey, tmp_path: Path):
     await second.close()
 
 
+async def test_a_renamed_upstream_refuses_no_retry(proxies, upstream, valkey, tmp_path: Path):
+    """While blue becomes green, retries of what blue answered are replayed. An upstream that never was blue: 422."""
+    second = RawUpstream()
+    await second.start()
+    file = tmp_path / "rules.toml"
+
+    def text(name: str, url: str, more: str = "") -> str:
+        rule = f'[[rule]]\nname = "a"\npath = "/a"\nupstream = "{name}"\n'
+        return f'[[upstream]]\nname = "{name}"\nurl = "{url}"\n{more}\n{rule}'
+
+    file.write_text(text("blue", upstream.url))
+    proxy = proxies(upstream, valkey.url, RULES_FILE=file)
+    assert await post(proxy, "/a", b"x", key="k1") == EXECUTED
+    for count, (name, more, expected) in enumerate(
+        [("blue", "", REPLAYED), ("green", 'was = ["blue"]', REPLAYED), ("red", "", (422, "refused"))], 1
+    ):
+        file.write_text(text(name, second.url, more))
+        proxy.signal(signal.SIGHUP)
+        await until(lambda count=count: len(proxy.events("rules loaded")) == count)
+        assert await post(proxy, "/a", b"x", key="k1") == expected
+        assert await post(proxy, "/a", b"x", key=f"new-{name}") == EXECUTED
+    assert (len(upstream.received), len(second.received)) == (1, 3)
+    await second.close()
+
+
 async def test_a_drain_reaches_every_upstream(proxies, upstream, valkey, tmp_path: Path):
     """What is under way on a pool that no rule names any more is settled as well when the process ends."""
     second = RawUpstream()
