@@ -291,6 +291,14 @@ def test_check_prints_what_is_in_effect(tmp_path):
     assert CANARY not in check.stdout
 
 
+@pytest.mark.parametrize("secret", ["", CANARY])
+def test_a_shared_store_without_a_secret_is_said(proxies, upstream, valkey, secret):
+    """A store of one's own has readers of its own: without a secret they can test guesses, and the log says so."""
+    gate = proxies(upstream, valkey.url, SECRET=secret)
+    assert len(gate.events("store without a secret")) == (0 if secret else 1)
+    assert not proxies(upstream, SECRET=secret).events("store without a secret")
+
+
 def test_check_and_serve_report_all_errors_at_once(tmp_path):
     """Every variable that is wrong has its line, no secret is repeated, and nothing starts: exit code 2."""
     env = {
@@ -333,6 +341,10 @@ async def test_the_access_log_has_what_was_asked_for(proxies, upstream, valkey, 
     assert sorted(access_lines(gate)) == sorted(wanted[which])
 
 
+# What depends on the requests, and on the store that all tests share.
+AT_ANY_TIME = ("request", "store problem", "store without a secret")
+
+
 async def test_log_lines_are_objects_that_tell_and_keep_secrets(proxies, upstream, valkey):
     """Each line is one JSON object with event, level and time; no key, path, query or body is in any."""
     gate = proxies(upstream, valkey.url, **SMALL)
@@ -343,7 +355,7 @@ async def test_log_lines_are_objects_that_tell_and_keep_secrets(proxies, upstrea
     for line in lines:
         assert {"event", "level", "timestamp"} <= line.keys()
         assert time.strptime(line["timestamp"][:19], "%Y-%m-%dT%H:%M:%S")
-    assert [line["event"] for line in lines if line["event"] not in ("request", "store problem")] == [
+    assert [line["event"] for line in lines if line["event"] not in AT_ANY_TIME] == [
         "serving", "shutting down", "stopped",
     ]  # fmt: skip
     requests = [line for line in lines if line["event"] == "request"]

@@ -271,6 +271,20 @@ async def test_a_stop_while_replaced_workers_end_cuts_nothing_off(proxies, upstr
         assert proxy.stop() == 0
 
 
+async def test_a_stop_while_a_successor_starts_is_no_failed_replacement(proxies, upstream, own_valkey):
+    """SIGTERM while a successor starts, or waits for the store: both it and its predecessor end in order: exit 0."""
+    proxy = proxies(upstream, own_valkey.url, WORKERS=2)
+    own_valkey.pause()
+    proxy.signal(signal.SIGUSR2)
+    successor = await successor_of(proxy, 2)
+    await until(lambda: signal.SIGHUP in signals_of(successor, "SigCgt"), 30)
+    proxy.signal(signal.SIGTERM)
+    assert await finished(proxy) == 0
+    assert not alive(successor)
+    assert not proxy.events("workers not replaced")
+    assert not proxy.events("worker died")
+
+
 async def test_what_is_in_flight_in_any_worker_is_finished(proxies, upstream, valkey):
     """SIGTERM: new connections are refused, each worker finishes its requests, and then all exit: exit 0."""
     tap = Tap()

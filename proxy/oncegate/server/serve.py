@@ -21,7 +21,7 @@ from oncegate.server.tuning import (
     raise_open_file_limit,
 )
 from oncegate.service.service import Service, Unsupported
-from oncegate.settings.settings import Settings
+from oncegate.settings.settings import Settings, SettingsError
 
 
 def serve(settings: Settings, logger: Any) -> ExitCode:
@@ -38,13 +38,16 @@ def serve(settings: Settings, logger: Any) -> ExitCode:
             embedded.start()
             logger.info("embedded store started", **embedded.facts)
             store_url = embedded.url
+        elif not settings.secret.get_secret_value():
+            # The embedded store is private to this user. Another one has readers of its own.
+            logger.warning("store without a secret", consequence="whoever reads the store can test guesses of keys")
         if settings.workers > 1:
             return uvloop.run(_supervise(settings, open_slots(settings.listen, settings.workers), embedded, logger))
         return uvloop.run(_serve(settings, store_url, embedded, logger))
     except early_signals.StoppedEarly:
         logger.info("stopped", cut_off=0)
         return ExitCode.OK
-    except (EmbeddedStoreError, Unsupported, OSError) as error:
+    except (EmbeddedStoreError, Unsupported, SettingsError, OSError) as error:
         logger.error("cannot start", reason=str(error))
         return ExitCode.CANNOT_START
     finally:

@@ -155,9 +155,10 @@ class Supervisor:
         replaced: list[int] = []
         try:
             for slot in self._slots:
+                reason = await self._replace(slot)
                 if not self._is_serving:
                     return
-                if reason := await self._replace(slot):
+                if reason:
                     reason = f"the successor of worker {slot.number} {reason}"
                     self._log.error("workers not replaced", reason=reason, replaced=replaced)
                     return
