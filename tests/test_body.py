@@ -137,7 +137,7 @@ async def test_a_small_body_over_the_limit_is_none(reading):
 
 @FRAMINGS
 @pytest.mark.parametrize(
-    ("memory", "spool", "size"), [(99, 9 << 20, 100), (5000, 9 << 20, 400_000), (2 << 20, 999, 2 << 20)]
+    ("memory", "spool", "size"), [(99, 50, 100), (5000, 399_999, 400_000), (2 << 20, 999, 2 << 20)]
 )
 async def test_without_room_there_is_no_body(reading, framed, memory, spool, size):
     """Where memory or spool have no room for a body, it is given up with everything that was taken for it."""
@@ -146,6 +146,20 @@ async def test_without_room_there_is_no_body(reading, framed, memory, spool, siz
         for _ in range(2):
             assert await reading.one(port, framed(bytes_of(size))) == NoRoom()
             assert reading.held == (0, 0)
+
+
+@FRAMINGS
+async def test_bodies_that_are_on_their_way_leave_half_of_the_memory(reading, framed):
+    """Above half of the memory a body that comes in parts is spooled, and one that came with its head is not."""
+    reading.memory.limit = 1 << 20
+    reading.memory.used = (1 << 19) + 1
+    async with listening(reading) as port:
+        parts, whole = await reading.one(port, framed(bytes_of(400_000))), await reading.one(port, framed(b"x" * 100))
+    assert isinstance(parts, Body)
+    assert isinstance(whole, Body)
+    assert (parts.spooled, whole.spooled) == (True, False)
+    assert b"".join(parts.blocks()) == bytes_of(400_000)
+    parts.close()
 
 
 async def test_a_spool_folder_that_is_gone_is_no_room(reading):

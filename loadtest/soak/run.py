@@ -41,7 +41,7 @@ class Sample:
             with suppress(OSError):
                 links.append(os.readlink(f"{folder}/fd/{name}"))
         fields = Path(f"{folder}/status").read_text().split()
-        held = proxy.metric("in_flight") + proxy.metric("waiting") + proxy.metric("buffered_bytes")
+        held = sum(map(proxy.metric, ("in_flight", "reading_bodies", "waiting", "buffered_bytes")))
         with valkey.client() as store:
             keys = sum(1 for _ in store.scan_iter("once:{*", count=10_000))
         return cls(

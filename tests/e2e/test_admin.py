@@ -54,6 +54,7 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "upstream_seconds": ("histogram", "", ()),
     "store_seconds": ("histogram", "verb", VERBS),
     "in_flight": ("gauge", "", ()),
+    "reading_bodies": ("gauge", "", ()),
     "waiting": ("gauge", "", ()),
     "store_memory_ratio": ("gauge", "", ()),
     "store_full": ("gauge", "", ()),

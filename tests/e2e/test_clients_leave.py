@@ -159,7 +159,7 @@ async def test_a_request_that_does_not_arrive_whole_leaves_nothing(gate, upstrea
         client = await RawClient.open(gate.port)
         client.writer.write(raw[:offset])
         LEAVING["RST" if offset % 2 else "FIN"](client)
-    await until(lambda: gate.metric("in_flight") == 0)
+    await until(lambda: gate.metric("in_flight") == gate.metric("reading_bodies") == 0)
     assert (await ask(gate.port, raw)).header("oncegate-status") == b"executed"
     assert len(upstream.received) == upstream.connections == 1
     assert valkey.states() == [b"complete"]
@@ -177,9 +177,9 @@ async def test_a_request_broken_off_after_a_pause_leaves_nothing(gate, upstream,
             assert answer.body == b"ok"
             client.writer.write(raw[:offset])
             if offset > 20:
-                await until(lambda: gate.metric("in_flight") == 1)
+                await until(lambda: gate.metric("reading_bodies") == 1)
             leave(client)
-            await until(lambda: gate.metric("in_flight") == 0)
+            await until(lambda: gate.metric("in_flight") == gate.metric("reading_bodies") == 0)
     assert valkey.states() == []
     assert all(not received.header("idempotency-key") for received in upstream.received)
 
@@ -202,7 +202,7 @@ async def test_a_spooled_request_that_breaks_off_leaves_no_file(proxies, upstrea
         await until(lambda: spooled(proxy.process.pid, spool))
         leave(client)
         await until(lambda: not spooled(proxy.process.pid, spool))
-        await until(lambda: proxy.metric("in_flight") == 0)
+        await until(lambda: proxy.metric("in_flight") == proxy.metric("reading_bodies") == 0)
     assert valkey.states() == []
     assert upstream.connections == 0
     assert (await ask(proxy.port, raw)).status == 200

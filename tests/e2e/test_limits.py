@@ -62,7 +62,7 @@ def spool(tmp_path: Path) -> Path:
 
 async def assert_at_rest(proxy, spool: Path | None = None) -> None:
     """Nothing is held any more: no room, no slot, no file."""
-    await until(lambda: proxy.metric("in_flight") == 0 and proxy.metric("buffered_bytes") == 0)
+    await until(lambda: not any(map(proxy.metric, ("in_flight", "reading_bodies", "buffered_bytes"))))
     assert spool is None or list(spool.iterdir()) == []
     assert open_spools(proxy, spool) == 0
 
@@ -222,18 +222,22 @@ async def test_the_spool_of_a_worker_is_limited(proxies, upstream, valkey, spool
 
 
 @pytest.mark.fault(5)
-async def test_the_memory_of_a_worker_is_limited(proxies, upstream, valkey):
-    """Bodies that together are over MAX_BUFFERED_BYTES are refused with overloaded, and taken when there is room."""
-    gate = proxies(upstream, valkey.url, MAX_BUFFERED_BYTES=2 * MIB, MAX_STORED_BYTES=MIB)
+async def test_the_memory_of_a_worker_is_limited(proxies, upstream, valkey, spool):
+    """Bodies that come in parts have half of MAX_BUFFERED_BYTES, and are spooled beyond; without room there they are
+    refused with overloaded, and taken when there is room."""
+    limits = {"MAX_BUFFERED_BYTES": 2 * MIB, "MAX_STORED_BYTES": MIB, "MAX_REQUEST_BYTES": MIB, "MAX_SPOOL_BYTES": MIB}
+    gate = proxies(upstream, valkey.url, SPOOL_DIR=spool, **limits)
     go = asyncio.Event()
     upstream.script = holding(go)
-    half = [asyncio.ensure_future(ask(gate.port, by_length(f"mem-{number}", body_of(700_000)))) for number in range(2)]
-    await until(lambda: len(upstream.received) == 2)
-    assert gate.metric("buffered_bytes") == 1_400_000
+    half = []
+    for number in range(2):
+        half.append(asyncio.ensure_future(ask(gate.port, by_length(f"mem-{number}", body_of(700_000)))))
+        await until(lambda: len(upstream.received) == len(half))
+    assert (gate.metric("buffered_bytes"), open_spools(gate, spool)) == (700_000, 1)
     for framed in (by_length, in_chunks):
         answer = await ask(gate.port, framed("mem-over", body_of(900_000)))
         assert (answer.status, answer.slug, answer.header("retry-after")) == (503, "overloaded", b"1")
-    assert gate.metric("buffered_bytes") == 1_400_000
+    assert gate.metric("buffered_bytes") == 700_000
     assert (len(upstream.received), len(valkey.records())) == (2, 2)
     go.set()
     assert [answer.status for answer in await asyncio.gather(*half)] == [200, 200]
@@ -286,6 +290,22 @@ async def test_requests_in_flight_are_limited(proxies, upstream, valkey):
     go.set()
     assert [answer.status for answer in await asyncio.gather(*running, through)] == [200] * 4
     assert (await ask(gate.port, request(key="one-more"))).header("oncegate-status") == b"executed"
+    await assert_at_rest(gate)
+
+
+async def test_bodies_that_come_slowly_hold_no_place(proxies, upstream, valkey):
+    """However many clients send a body bit by bit: keyed requests are executed, and theirs once they are whole."""
+    gate = proxies(upstream, valkey.url, MAX_IN_FLIGHT=2)
+    slow = [await RawClient.open(gate.port) for _ in range(6)]
+    for number, client in enumerate(slow):
+        client.writer.write(request("POST", "/slow", f"slow-{number}", b"", "Content-Length: 3") + b"1")
+    await until(lambda: gate.metric("reading_bodies") == 6)
+    assert gate.metric("in_flight") == 0
+    assert (await ask(gate.port, request(key="quick"))).header("oncegate-status") == b"executed"
+    for client in slow:
+        assert (await client.ask(b"23")).header("oncegate-status") == b"executed"
+        client.close()
+    assert gate.metric("reading_bodies") == 0
     await assert_at_rest(gate)
 
 

@@ -70,7 +70,7 @@ async def test_what_is_in_flight_is_finished(proxies, upstream, valkey, number):
     uploading.writer.write(whole[:50_000])
     waiting = asyncio.ensure_future(ask(proxy.port, request(key="small")))
     await until(lambda: proxy.metric("waiting") == 1)
-    await until(lambda: proxy.metric("in_flight") == 3)
+    await until(lambda: (proxy.metric("in_flight"), proxy.metric("reading_bodies")) == (2, 1))
 
     proxy.signal(number)
     await until(lambda: refuses(proxy.port))
@@ -334,7 +334,7 @@ async def test_an_upload_that_ends_in_the_grace_does_not_wait_for_its_original(p
     await until(lambda: upstream.received)
     late = await RawClient.open(proxy.port)
     late.writer.write(request()[:-4])
-    await until(lambda: proxy.metric("in_flight") == 2)
+    await until(lambda: (proxy.metric("in_flight"), proxy.metric("reading_bodies")) == (1, 1))
     proxy.signal(signal.SIGTERM)
     await until(lambda: refuses(proxy.port))
     late.writer.write(request()[-4:])

@@ -166,14 +166,19 @@ class Bodies:
                 return self._give_back(size, block)
             if size + len(block) > max_bytes:
                 return self._give_back(size, TooLarge())
-            if size + len(block) > MEMORY_BYTES:
+            if size + len(block) > MEMORY_BYTES or not self._take_memory(len(block)):
                 self._memory.give(size)
                 return await self._spool_rest(content, [*parts, block], max_bytes, watch)
-            if not self._memory.take(len(block)):
-                return self._give_back(size, NoRoom())
             parts.append(block)
             size += len(block)
         return Body(b"".join(parts), self._memory, self._spool)
+
+    def _take_memory(self, size: int) -> bool:
+        """Reserve memory for a body that is still on its way, if there is enough.
+
+        Such bodies have half of it: clients that send slowly leave room for whole requests and for responses.
+        """
+        return not self._memory.tight and self._memory.take(size)
 
     def _give_back(self, size: int, reason: NoBody) -> NoBody:
         self._memory.give(size)

@@ -38,8 +38,9 @@ from oncegate.store.waiters import Woken
 class Gateway:
     """Answers every request of the public listener.
 
-    `in_flight` counts the keyed requests under way, without the duplicates that wait; `relaying` those that are passed
-    through. `on_failure` is given what made a request fail in here.
+    `in_flight` counts the keyed requests under way, without the duplicates that wait and without those whose body is
+    still on its way, which `reading` counts; `relaying` counts the requests that are passed through. `on_failure` is
+    given what made a request fail in here.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Gateway:
     ) -> None:
         self._first_step, self._bodies = first_step, bodies
         self._max_in_flight, self._observe, self._on_failure = max_in_flight, observe, on_failure
-        self.in_flight = self.relaying = 0
+        self.in_flight = self.reading = self.relaying = 0
 
     async def __call__(self, request: Request) -> None:
         """Answer one request. Whatever fails in here closes the connection without a clean end."""
@@ -85,15 +86,18 @@ class Gateway:
             request.response.abort()
 
     async def _read_body(self, request: Request, step: ReadBody) -> Step:
-        """Read the body whole and return the next step. Meanwhile the request counts as in flight."""
+        """Read the body whole and return the next step.
+
+        The request is not in flight yet: else clients that send slowly could hold every place.
+        """
         if self.in_flight >= self._max_in_flight:
             return overloaded()
-        self.in_flight += 1
+        self.reading += 1
         try:
             request.response.send_continue()
             body = await self._bodies.read(request.content, step.route.policy.max_request_bytes)
         finally:
-            self.in_flight -= 1
+            self.reading -= 1
         return self._first_step.with_body(request, step, body)
 
     async def _relay(self, request: Request, step: Relay) -> RequestReport:

@@ -37,6 +37,8 @@ ACTED_ON = FORWARDING | frozenset(
         b"x-api-key",
     )
 )
+# Stands for every longer `Prefer: wait`.
+LONGEST_WAIT_S = 999_999_999
 # This hop's own fields of a switch to WebSocket, in the request and in the response (RFC 6455, section 4).
 SWITCHING = b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
 
@@ -145,5 +147,6 @@ def preferred_wait_s(values: Iterable[bytes]) -> int | None:
         name, _, value = preference.partition(b";")[0].partition(b"=")
         value = value.strip().strip(b'"')
         if name.strip() == b"wait":
-            return int(value) if value.isdigit() and len(value) < 10 else None
+            # Python takes no more than 4,300 digits.
+            return min(int(value.lstrip(b"0")[:10] or 0), LONGEST_WAIT_S) if value.isdigit() else None
     return None

@@ -16,6 +16,7 @@ VERBS = ("claim", "append", "renew", "settle", "read")
 
 GAUGES = {
     "in_flight": "Guarded requests in progress, without the duplicates that wait for their original.",
+    "reading_bodies": "Guarded requests whose body is still on its way. They are not in flight yet.",
     "waiting": "Duplicates that wait for their original request.",
     "store_memory_ratio": "Memory that the store uses, as a share of its limit.",
     "store_full": "1 while the store is at its memory limit, so that first-time keys are refused.",

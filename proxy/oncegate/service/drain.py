@@ -82,7 +82,8 @@ class Drain:
         return True
 
     def _requests(self) -> int:
-        return self._gateway.in_flight + self._gateway.relaying + len(self._waiters)
+        gateway = self._gateway
+        return gateway.in_flight + gateway.reading + gateway.relaying + len(self._waiters)
 
     def _in_progress(self) -> int:
         return self._requests() + len(self._background) + self._listener.count_unsent()

@@ -93,6 +93,7 @@ class Service:
         """Return what is asked at each scrape."""
         return {
             "in_flight": lambda: self._parts.gateway.in_flight,
+            "reading_bodies": lambda: self._parts.gateway.reading,
             "waiting": lambda: len(self._parts.waiters),
             "store_memory_ratio": lambda: self.store.memory_ratio,
             "store_full": lambda: self.store.refuses_new,
