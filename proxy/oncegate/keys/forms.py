@@ -15,7 +15,7 @@ from oncegate.keys.multipart import boundary_of, parameters_of
 from oncegate.messages.fields import Fields
 
 # What stands behind a boundary: the end of its line, or of the form.
-_LINE_END, _FORM_END = b"\r\n", b"--"
+_LINE_END, _FORM_END, _LAST_LINE = b"\r\n", b"--", b"--\r\n"
 _PART_BYTES = 32
 
 
@@ -54,7 +54,7 @@ class _Parts:
         self._dashes = b"--" + boundary
         self._digests: list[bytes] = []
         self._part = blake2b(digest_size=_PART_BYTES)
-        # Nothing of the part was added yet: its first two bytes say what it is. The text before the first boundary may
+        # Nothing of the part was added yet: its first bytes say what it is. The text before the first boundary may
         # begin in any way.
         self._begins = self._ended = False
 
@@ -71,7 +71,7 @@ class _Parts:
                 # Behind the end of the form stands no other boundary.
                 if not self._add_end(text) or self._ended:
                     return None
-            if (cut := len(rest) - kept) >= len(_FORM_END):
+            if (cut := len(rest) - kept) >= len(_LAST_LINE):
                 # A boundary that begins before the cut ends before this place.
                 if self._dashes in rest[: cut + len(self._dashes) - 1] or not self._add(rest[:cut]):
                     return None
@@ -84,7 +84,8 @@ class _Parts:
         """Add some bytes of a part. Returns False where they cannot be those of a plain form."""
         if self._begins:
             self._begins = False
-            self._ended = text.startswith(_FORM_END)
+            # Some parsers take a line that goes on behind the end for content, with the boundary in it.
+            self._ended = text == _FORM_END or text.startswith(_LAST_LINE)
             if not self._ended and not text.startswith(_LINE_END):
                 return False
         self._part.update(text)
