@@ -21,6 +21,7 @@ from oncegate.messages.problems import PROBLEM_KINDS
 from oncegate.observe.metrics import GAUGES, Metrics
 from oncegate.rules import presets
 from oncegate.settings import loading
+from oncegate.settings.credentials import ACCOUNTS, CREDENTIALS
 from oncegate.settings.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +37,8 @@ GROUPS = {
         trusted_proxies pass_host upstream_ca_file upstream_cert_file upstream_key_file rules_file docs_url""",
     "The store": """store_url data_dir embedded_max_bytes store_timeout_ms settle_timeout_s durability
         on_store_down on_store_loss quarantine_s""",
-    "What names a key": "methods key_header key_required scope_headers namespace secret identity_change",
+    "What names a key": """methods key_header key_required scope_headers stable_schemes namespace secret
+        identity_change""",
     "What happens to a key": """retention_s lease_ms on_duplicate wait_max_s on_unknown release_statuses
         unknown_retention_s max_stored_bytes""",
     "The upstream": """connect_timeout_s connect_retries upstream_timeout_s upstream_reuse_idle_s
@@ -65,6 +67,16 @@ def problems() -> str:
         for slug, kind in PROBLEM_KINDS.items()
     ]
     return _table("| type | status | title | retry? | with the same key? |", rows)
+
+
+def credentials() -> str:
+    """Return the table of the header fields that are known to identify a tenant."""
+    rows = [
+        f"| `{name}` | {kind} | {sender} |"
+        for kind, names in (("credential", CREDENTIALS), ("account", ACCOUNTS))
+        for name, sender in names.items()
+    ]
+    return _table("| header | kind | sent by clients of |", rows)
 
 
 def metrics() -> str:
@@ -125,6 +137,7 @@ def _table(header: str, rows: list[str]) -> str:
 SOURCES: dict[str, Callable[[], str]] = {
     "oncegate.settings.loading": settings,
     "oncegate.rules.presets": lambda: f"\n{presets.pages()}",
+    "oncegate.settings.credentials": credentials,
     "oncegate.messages.problems": problems,
     "oncegate.observe.metrics": metrics,
     "oncegate.commands.cli": command_line,

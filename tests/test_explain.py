@@ -93,7 +93,7 @@ def test_the_table_of_rules(check):
         "events (stripe-webhook) * /events http://up.test optional PATCH,POST receiver + body:/id stripe-webhook / all "
         "604800 wait 8 s retry",
         "llm (openai) * /llm http://up.test optional PATCH,POST header:idempotency-key else derived:3600 "
-        "openai / authorization, x-api-key 3600 wait 600 s retry",
+        "openai / known 3600 wait 600 s retry",
     ]
 
 
@@ -231,7 +231,7 @@ def test_a_request_is_explained(check):
         (["POST", "/x", "-H", 'Idempotency-Key: "k'], {"result": "400 key-invalid: the key is neither"}),
         (
             ["POST", "/x", "-H", "Idempotency-Key: k", "-H", "Authorization: Digest a"],
-            {"result": "400 scope-unstable: the credential"},
+            {"result": "400 scope-unstable: the scheme of Authorization"},
         ),
         (["POST", "/a b"], {"result": "400: the target is neither"}),
         (["TRACE", "/"], {"result": "405: TRACE is not served"}),
@@ -253,6 +253,20 @@ def test_what_is_explained_is_what_is_done(check):
     assert digests[0] == digests[1] != digests[2]
 
 
+def test_whose_key_it_is_is_explained(check):
+    """The explanation names what identifies the tenant, and says where nothing does."""
+    asked = ["POST", "/x", "-H", "Idempotency-Key: k", "-H", "Cookie: visits=1"]
+    assert explained(check, *asked)["scope"].endswith(" of cookie")
+    asked += ["-H", "Stripe-Account: acct_1", "-H", "Authorization: Bearer a"]
+    assert explained(check, *asked)["scope"].endswith(" of authorization, stripe-account")
+    nobody = explained(check, "POST", "/x", "-H", "Idempotency-Key: k")["scope"]
+    assert nobody.startswith("namespace default, tenant without credential: all requests that have none of")
+    Path("rules.toml").write_text('[[rule]]\nname = "a"\nscope = ["known", "cookie:session", "path:1"]')
+    asked = ["POST", "/x", "-H", "Idempotency-Key: k", "-H", "Cookie: visits=1; session=2", "-H", "api-key: 1"]
+    assert explained(check, *asked)["scope"].endswith(" of api-key, cookie:session, path:1")
+    assert "default / known, cookie:session, path:1" in check()[1]
+
+
 def test_a_body_over_the_limit(check, monkeypatch):
     monkeypatch.setenv("ONCEGATE_MAX_REQUEST_BYTES", "10")
     words = explained(check, "POST", "/x", "-H", "Idempotency-Key: k", "--body-file", "body.json")
@@ -262,10 +276,11 @@ def test_a_body_over_the_limit(check, monkeypatch):
 def test_no_secret_is_shown(check, monkeypatch):
     """The explanation shows neither the request's key, nor its credential, nor the digests' secret."""
     monkeypatch.setenv("ONCEGATE_SECRET", SECRET)
-    arguments = ["-H", f"Idempotency-Key: {SECRET}", "-H", f"Authorization: {SECRET}"]
-    _, out, err = check("--explain", "POST", "/x", *arguments)
-    assert SECRET not in out + err
-    assert "executed if the key is free" in out
+    for scheme, result in (("Bearer ", "executed if the key is free"), ("", "scope-unstable")):
+        arguments = ["-H", f"Idempotency-Key: {SECRET}", "-H", f"Authorization: {scheme}{SECRET}"]
+        _, out, err = check("--explain", "POST", "/x", *arguments)
+        assert SECRET not in out + err
+        assert result in out
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The rules file: every field, every mistake, and which rule matches a request."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ from oncegate.rules.model import Rule, Rules
 from oncegate.rules.presets import PRESETS
 from oncegate.rules.statuses import AMBIGUOUS_STATUSES, RELEASE_STATUSES
 from oncegate.settings.addresses import Origin
+from oncegate.settings.credentials import expanded
 from oncegate.settings.names import GUARDABLE
 from oncegate.settings.settings import Settings, SettingsError
 
 URL = "http://api.test"
+KNOWN_HEADERS = tuple(name.lower().encode() for name in expanded(["known"]))
 
 
 @pytest.fixture
@@ -123,9 +126,17 @@ CASES = {
         'scope = ["header:X-Org", "path:2"]',
         lambda rule: rule.policy.scope_headers,
         (b"x-org", b"path:2"),
-        (b"authorization", b"x-api-key"),
+        KNOWN_HEADERS,
         'scope = ["body:/org"]',
         "cannot identify a tenant",
+    ),
+    "stable_schemes": (
+        'stable_schemes = ["DPoP", "bare"]',
+        lambda rule: rule.policy.stable_schemes,
+        (b"dpop", b"bare"),
+        (),
+        'stable_schemes = ["a b"]',
+        "must name schemes of Authorization",
     ),
     "fingerprint": (
         'fingerprint = ["method", "body"]',
@@ -442,8 +453,13 @@ CONTRADICTIONS = {
     "a body's key forwarded": ('key = "body:/id"\nforward_key = ""', "one header alone"),
     "idempotent without the key": ('upstream_idempotent = true\nforward_key = ""', "gets the key"),
     "idempotent with a derived key": ('upstream_idempotent = true\nkey = "derived:1"', "gets the key"),
-    "the key as scope": ('key = "header:A"\nscope = ["header:a"]', "header of the key"),
-    "the usual key as scope": ('scope = ["header:idempotency-key"]', "header of the key"),
+    "the key as scope": ('key = "header:A"\nscope = ["header:a"]', "one header for the key and"),
+    "the usual key as scope": ('scope = ["header:idempotency-key"]', "say whose request it is"),
+    "a known credential as key": ('key = "header:X-Goog-Api-Key"', "one header for the key and for the tenant"),
+    "a cookie as key": ('key = "cookie:session"', "is not a source"),
+    "a field of this hop as key": ('key = ["header:Via", "path:1"]', "can carry a key"),
+    "a field of the message as scope": ('scope = ["header:Content-Type"]', "say whose request it is"),
+    "a scope twice": ('scope = ["known", "known"]', "has the same member twice"),
     "one status in both lists": ('release_statuses = ["500"]\nambiguous_statuses = ["500"]', "is in both lists"),
     "an upstream that is not there": ('upstream = "shop"', "neither a URL nor the name"),
     "a source twice": ('key = ["header:A", "header:a"]', "has the same member twice"),
@@ -630,9 +646,7 @@ def test_the_environment_gives_the_defaults(rules):
     """A rule without fields has the policy of the settings."""
     env = {"key_required": True, "namespace": "n", "methods": "PUT", "key_header": "K", "scope_headers": "S"}
     found = rules(one(""), retention_s=40, on_duplicate="wait", **env)
-    assert found.rules[0].policy == found.default.policy.__class__(
-        **{**{name: getattr(found.default.policy, name) for name in found.default.policy.__slots__}, "rule": "r"}
-    )
+    assert found.rules[0].policy == replace(found.default.policy, rule="r")
     assert found.rules[0].upstream == found.default.upstream
 
 
@@ -806,7 +820,8 @@ SAME_NAMES = {
     "a name": USUAL.replace('"a"', '"other"', 1),
     "where they go and how long": USUAL + 'upstream = "http://u.test"\nretention_s = 99\non_unknown = "retry"',
     "what is required": USUAL + 'guard = "required"\nfingerprint = []\nrelease_statuses = ["5xx"]',
-    "what the settings say anyway": USUAL + 'key = "header:Idempotency-Key"\nnamespace = "default"',
+    "what the settings say anyway": USUAL + 'key = "header:Idempotency-Key"\nnamespace = "default"\nscope = ["known"]',
+    "what is refused": USUAL + 'stable_schemes = ["DPoP"]',
     "no rule": "# none",
     "spaces and order": '[[rule]]\n\npath = "/a"\nname = "a"\nheaders = {}',
 }
@@ -827,6 +842,7 @@ OTHER_NAMES = {
     "no scope": USUAL + "scope = []",
     "a scope": USUAL + 'scope = ["header:X-Org"]',
     "another kind of scope": USUAL + 'scope = ["query:X-Org"]',
+    "a cookie as scope": USUAL + 'scope = ["cookie:X-Org"]',
     "nothing guarded": USUAL + 'guard = "off"',
     "another method": USUAL + 'methods = ["PUT"]',
     "before another": USUAL + '[[rule]]\nname = "b"\nkey = "header:X-Key"',

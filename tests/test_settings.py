@@ -12,8 +12,9 @@ from redis.asyncio.connection import parse_url
 from oncegate.settings.addresses import Address, Origin
 from oncegate.settings.contradictions import CONTRADICTIONS
 from oncegate.settings.loading import describe, load_settings, table
-from oncegate.settings.settings import RESERVED, Settings, SettingsError
+from oncegate.settings.settings import Settings, SettingsError
 from oncegate.settings.store_url import parse_server_group
+from oncegate.settings.values import RESERVED
 from oncegate.testing.faults import Fault
 
 CANARY = "hunter2-the-canary"
@@ -67,7 +68,8 @@ CASES: dict[str, tuple[object, str, object, str, str]] = {
     "methods": (("POST", "PATCH"), "post,put,", ("POST", "PUT"), "POST,GET", "can only name POST, PATCH, PUT, DELETE"),
     "key_header": ("Idempotency-Key", "X-Request-Id", "X-Request-Id", "Transfer-Encoding", "can carry a key"),
     "key_required": (False, "1", True, "2", "must be true or false"),
-    "scope_headers": (("Authorization", "X-Api-Key"), "X-Tenant", ("X-Tenant",), "X Tenant", "must name header"),
+    "scope_headers": (("known",), "Known,X-Tenant", ("known", "X-Tenant"), "Via", "must name header"),
+    "stable_schemes": ((), "DPoP, Bare", ("dpop", "bare"), "a b", "must name schemes of Authorization"),
     "unknown_retention_s": (7_776_000.0, "0", 0.0, "-1", "must be at least 0"),
     "retention_s": (86_400.0, "3600.5", 3600.5, "0", "must be greater than 0"),
     "lease_ms": (10_000, "200", 200, "199", "must be at least 200"),

@@ -550,7 +550,7 @@ def test_scopes_beyond_headers():
     scopes = [
         scope_of(policy, DIGESTS, head(*pairs, target=target))
         for target in (b"/a/x", b"/b/x", b"/")
-        for pairs in ([], [(b"authorization", b"1")])
+        for pairs in ([], [(b"authorization", b"Bearer 1")])
     ]
     assert len({scope.tenant for scope in scopes if isinstance(scope, Scope)}) == 6
     assert scopes[4].without_credential

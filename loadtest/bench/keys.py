@@ -15,6 +15,7 @@ from oncegate.buffers.memory import MemoryBudget
 from oncegate.downstream.body import Body
 from oncegate.keys.digests import Digests, Scope
 from oncegate.keys.syntax import parse_key
+from oncegate.keys.tenants import TenantFields
 from oncegate.messages.fields import by_name
 from oncegate.messages.request_head import RequestHead
 from oncegate.rules.identity import Identity, ScopedRequest, fingerprint_parts, identify, key_in_head
@@ -66,7 +67,7 @@ def measure(size: int) -> dict[str, float]:
     digests, pairs = Digests(b""), [(b"Idempotency-Key", ID.encode()), (b"Content-Type", b"application/json")]
     head = RequestHead("POST", b"/v1/events", False, b"api.test", pairs, by_name(pairs))
     body = Body(document(size), MemoryBudget(1 << 20), MemoryBudget(1 << 20))
-    scope = digests.scope(b"default", head.fields, (b"authorization",))
+    scope = digests.scope(b"default", head.fields, TenantFields((b"authorization",)))
     assert isinstance(scope, Scope)
     works = {
         source: (lambda policy=policy: identity(policy, digests, head, scope, body))

@@ -357,7 +357,7 @@ async def test_log_lines_are_objects_that_tell_and_keep_secrets(proxies, upstrea
         assert {"event", "level", "timestamp"} <= line.keys()
         assert time.strptime(line["timestamp"][:19], "%Y-%m-%dT%H:%M:%S")
     assert [line["event"] for line in lines if line["event"] not in AT_ANY_TIME] == [
-        "serving", "shutting down", "stopped",
+        "serving", "requests without a credential", "shutting down", "stopped",
     ]  # fmt: skip
     requests = [line for line in lines if line["event"] == "request"]
     keyed = [line for line in requests if line["outcome"] in ("executed", "replayed", "key_reused")]

@@ -206,18 +206,18 @@ async def test_what_is_too_large_stays_too_large(proxies, upstream, valkey, tmp_
 
 async def test_new_rules_hold_for_what_was_prepared_under_the_old_ones(proxies, upstream, valkey, tmp_path: Path):
     """After a reload the same bytes on the same connections follow the new rules."""
-    (tmp_path / "rules.toml").write_text("")
+    (tmp_path / "rules.toml").write_text("# none\n")
     gate = proxies(upstream, valkey.url, RULES_FILE="rules.toml")
     ways = Ways(gate.port, upstream)
     for number in range(6):
-        assert (await ways.whole(request("POST", "/a", f"a{number}", b"x", "X-Org: 1")))[1] == b"executed"
+        assert (await ways.whole(request("POST", "/a", f"a{number}", b"x", "X-Shop: 1")))[1] == b"executed"
     (tmp_path / "rules.toml").write_text(
-        '[[rule]]\nname = "a"\npath = "/a"\nforward_key = ""\nscope = ["header:X-Org"]'
+        '[[rule]]\nname = "a"\npath = "/a"\nforward_key = ""\nscope = ["header:X-Shop"]'
     )
     gate.signal(signal.SIGHUP)
     await until(lambda: gate.events("rules loaded"))
     for number in range(6):
-        status, said, heads = await ways.whole(request("POST", "/a", f"a{number}", b"x", "X-Org: 1"))
+        status, said, heads = await ways.whole(request("POST", "/a", f"a{number}", b"x", "X-Shop: 1"))
         assert (status, said, len(heads)) == (200, b"executed", 1)  # of another tenant now
         assert b"Idempotency-Key" not in heads[0]
     ways.close()
@@ -270,7 +270,7 @@ async def test_answers_of_one_turn_are_each_their_own(proxies, valkey):
                 answer = await client.ask(b"")
                 assert answer is not None
                 assert answer.body == key.encode()
-        client.writer.write(request("POST", "/a", "last", b"x", f"Authorization: {number}", "Connection: close"))
+        client.writer.write(request("POST", "/a", "last", b"x", f"Authorization: Bearer {number}", "Connection: close"))
         assert (await client.reader.read()).endswith(b"\r\n\r\nlast")
         client.close()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from oncegate.keys.digests import Digests, Scope
+from oncegate.keys.tenants import TenantFields
 from oncegate.store.record_name import store_key
 from oncegate.testing.faults import POINTS
 from tests.conftest import Valkey
@@ -153,7 +154,7 @@ class Sweep:
 
     def state(self, key: str) -> str:
         digests = Digests(b"")
-        scope = digests.scope(b"default", {}, ())
+        scope = digests.scope(b"default", {}, TenantFields(()))
         assert isinstance(scope, Scope)
         with self.valkey.client() as client:
             state, meta = client.hmget(store_key(digests.key(scope, key.encode())), "state", "meta")

@@ -4,6 +4,7 @@
 what reached it. What stands there with a 200 is what would have been paid.
 """
 
+import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -13,7 +14,7 @@ import anthropic
 import openai
 import pytest
 
-from tests.parts import Proxy, until
+from tests.parts import Proxy, Received, until
 
 pytestmark = pytest.mark.xdist_group("llm")
 
@@ -224,6 +225,40 @@ async def test_only_these_presets_count_tokens(gate, llmock):
     counted = await since.once(replayed=1)
     assert (counted.asked, counted.untold) == (0, 0)
     assert paid(llmock) == [(200, 0)]
+
+
+# Whose answer it is ...
+
+
+async def test_users_of_the_client_of_azure_get_their_own_answers(proxies, upstream, valkey, tmp_path):
+    """The real client has its credential in `api-key` alone."""
+
+    async def answer(_, __, writer: asyncio.StreamWriter, received: Received) -> None:
+        text = b'{"id": "%s", "object": "chat.completion", "choices": []}' % received.header("api-key")[0]
+        writer.write(
+            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(text) + text
+        )
+
+    upstream.script = answer
+    (tmp_path / "rules.toml").write_text('[[rule]]\nname = "llm"\npreset = "openai"\n')
+    gate = proxies(upstream, valkey.url, RULES_FILE="rules.toml")
+    heard = []
+    for user in ("alice", "bob", "alice"):
+        url = f"http://127.0.0.1:{gate.port}"
+        async with openai.AsyncAzureOpenAI(api_key=user, azure_endpoint=url, api_version="2024-10-21") as client:
+            call = client.chat.completions.create
+            said = await call(model="gpt-4o", messages=[], extra_headers={"Idempotency-Key": "job-1"})
+            heard.append(said.id)
+    assert heard == ["alice", "bob", "alice"]
+    assert len(upstream.received) == 2
+
+
+@pytest.mark.parametrize("chosen", ["organization", "project"])
+async def test_accounts_of_one_credential_get_their_own_answers(gate, llmock, chosen):
+    """A call for another organization or project is another call, though credential and key are the same."""
+    for account in ("one", "two", "one"):
+        CALLS["chat"](gate.port, **{chosen: account})
+    assert paid(llmock) == [(200, 0), (200, 0)]
 
 
 # The SDK's own retries, which carry no key ...

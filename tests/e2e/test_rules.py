@@ -55,7 +55,7 @@ key = "derived:0.6"
 [[rule]]
 name = "parts"
 path = "/parts"
-fingerprint = ["target", "header:X-Account", "body:/amount"]
+fingerprint = ["target", "header:X-Branch", "body:/amount"]
 
 [[rule]]
 name = "events"
@@ -300,12 +300,12 @@ async def test_a_form_under_a_known_head_is_the_same_form(ruled, behind):
 
 async def test_what_must_be_equal_is_what_the_rule_names(ruled, behind):
     """A retry may have another time in its body. With another amount or account, the key was used before."""
-    account = "X-Account: a"
+    account = "X-Branch: a"
     assert await post(ruled, "/parts", b'{"amount": 1, "at": 2}', account, key="k") == EXECUTED
     assert await post(ruled, "/parts", b'{"at": 3, "amount": 1}', account, "X: y", key="k") == REPLAYED
     assert await post(ruled, "/parts", b'{"amount": 2, "at": 2}', account, key="k") == (422, "refused")
-    assert await post(ruled, "/parts", b'{"amount": 1, "at": 2}', "X-Account: b", key="k") == (422, "refused")
-    assert await post(ruled, "/parts", b'{"amount": 1}', "Connection: X-Account", key="k") == REFUSED
+    assert await post(ruled, "/parts", b'{"amount": 1, "at": 2}', "X-Branch: b", key="k") == (422, "refused")
+    assert await post(ruled, "/parts", b'{"amount": 1}', "Connection: X-Branch", key="k") == REFUSED
     assert len(behind.received) == 1
 
 
@@ -507,7 +507,11 @@ async def test_limits_of_a_rule(ruled, behind):
 
 async def test_a_segment_as_scope(ruled, behind):
     """The same key in two segments is two keys, whatever credential comes along."""
-    keys = [("/tenants/a", "Authorization: 1"), ("/tenants/b", "Authorization: 1"), ("/tenants/a", "Authorization: 2")]
+    keys = [
+        ("/tenants/a", "Authorization: Bearer 1"),
+        ("/tenants/b", "Authorization: Bearer 1"),
+        ("/tenants/a", "Authorization: Bearer 2"),
+    ]
     answers = [await post(ruled, path, b"x", line, key="k") for path, line in keys]
     assert answers == [EXECUTED, EXECUTED, REPLAYED]
 
@@ -607,12 +611,12 @@ async def test_rules_are_read_again(proxies, upstream, valkey, tmp_path: Path):
     first = asyncio.ensure_future(post(proxy, "/a", b"x", key="k1"))
     await until(lambda: upstream.received)
 
-    nominated = request("POST", "/a", "k0", b"x", "X-Org: a", "Connection: X-Org")
+    nominated = request("POST", "/a", "k0", b"x", "X-Shop: a", "Connection: X-Shop")
     upstream.script = answering(OK)
     assert told(await ask(proxy.port, nominated)) == EXECUTED
     kept = await RawClient.open(proxy.port)
     assert [(await kept.ask(nominated.replace(b"k0", key))).status for key in (b"k8", b"k9")] == [200, 200]
-    file.write_text(f'[[rule]]\nname = "b"\npath = "/a"\nupstream = "{second.url}"\nscope = ["header:X-Org"]')
+    file.write_text(f'[[rule]]\nname = "b"\npath = "/a"\nupstream = "{second.url}"\nscope = ["header:X-Shop"]')
     proxy.signal(signal.SIGHUP)
     await until(lambda: proxy.events("rules loaded"))
     assert proxy.events("rules loaded")[-1]["rules"] == ["b"]

@@ -237,7 +237,7 @@ async def test_a_server_that_refuses_info(fork, upstream, own_valkey):
 
 IDENTITIES = [
     ("NAMESPACE", "other", "namespace"),
-    ("SECRET", "other-secret", "secret"),
+    ("SECRET", "another-secret-of-32-bytes-or-so", "secret"),
     ("SCOPE_HEADERS", "X-Tenant", "scope"),
     ("KEY_HEADER", "X-Key", "key_header"),
 ]
@@ -261,7 +261,7 @@ async def test_a_replica_with_another_identity_accepts_nothing(fork, upstream, o
     assert first.admin("/readyz")[0] == 200
     with own_valkey.client() as client:
         stored = b" ".join(client.hvals("once:identities"))
-    assert b"other-secret" not in stored
+    assert b"another-secret" not in stored
     assert len(upstream.received) == len(IDENTITIES) + 1
 
 

@@ -1,6 +1,7 @@
 """Whose key it is: tenants do not meet, and what is secret is found nowhere."""
 
 import asyncio
+import signal
 
 import pytest
 
@@ -30,6 +31,10 @@ TENANTS = [
     "Authorization: Bearer bob\r\nX-Api-Key: alice",
     "Cookie: session=alice",
     "Cookie: session=bob",
+    "Api-Key: alice",
+    "X-Goog-Api-Key: alice",
+    "Authorization: Bearer alice\r\nStripe-Account: acct_1",
+    "Authorization: Bearer alice\r\nStripe-Account: acct_2",
     "",
 ]
 
@@ -44,6 +49,24 @@ async def test_one_key_of_many_tenants_is_many_keys(gate, upstream, valkey):
         assert (again.header("oncegate-status"), again.body) == (b"replayed", first.body), tenant
     assert len(upstream.received) == len(valkey.records()) == len(TENANTS)
     assert gate.metric("without_credential_total") == 2
+    await until(lambda: len(gate.events("requests without a credential")) == 1)
+
+
+async def test_who_has_no_credential_is_reported_once_a_rule(proxies, upstream, valkey, tmp_path):
+    """The first guarded request of a rule without any credential leaves a line, further ones are counted alone."""
+    (tmp_path / "rules.toml").write_text(
+        '[[rule]]\nname = "open"\npath = "/open"\n[[rule]]\nname = "events"\npath = "/events"\nscope = []\n'
+    )
+    gate = proxies(upstream, valkey.url, RULES_FILE="rules.toml")
+    for path in ("/open", "/open", "/v1", "/events", "/open"):
+        assert (await ask(gate.port, request("POST", path, path, b"1"))).status == 200
+    await until(lambda: gate.metric("without_credential_total") == 4)
+    lines = gate.events("requests without a credential")
+    assert [(line["rule"], line["level"]) for line in lines] == [("open", "warning"), ("", "warning")]
+    gate.signal(signal.SIGHUP)
+    await until(lambda: gate.events("rules loaded"))
+    assert (await ask(gate.port, request("POST", "/open", "/open", b"1"))).status == 200
+    await until(lambda: len(gate.events("requests without a credential")) == 3)
 
 
 async def test_a_cookie_counts_only_without_a_credential(gate, upstream):
@@ -77,9 +100,62 @@ async def test_another_tenants_request_shows_in_nothing(gate, upstream):
     assert len(upstream.received) == 3
 
 
+# What each SDK sends of its user, and a prompt of it.
+AZURE = ("/openai/deployments/gpt-4o/chat/completions?api-version=2024-10-21", "api-key: {user}")
+GEMINI = ("/v1beta/models/gemini-2.5-flash:generateContent", "x-goog-api-key: {user}")
+PROJECT = ("/v1/chat/completions", "Authorization: Bearer sk-1\r\nOpenAI-Project: {user}")
+
+
+@pytest.mark.parametrize("key", ["key-1", None], ids=["with a key", "without"])
+@pytest.mark.parametrize(("path", "credential"), [AZURE, GEMINI, PROJECT], ids=["azure", "gemini", "project"])
+async def test_two_users_of_an_llm_get_their_own_answers(proxies, upstream, valkey, tmp_path, path, credential, key):
+    """Under the preset `openai` one prompt of two users is two calls, whatever header tells the users apart."""
+    (tmp_path / "rules.toml").write_text('[[rule]]\nname = "llm"\npreset = "openai"\n')
+    gate = proxies(upstream, valkey.url, RULES_FILE="rules.toml")
+    said = []
+    for user, count in (("alice", 0), ("bob", 0), ("alice", 1), ("bob", 1)):
+        lines = (credential.format(user=user), f"x-stainless-retry-count: {count}")
+        said.append((await ask(gate.port, request("POST", path, key, b"why?", *lines))).header("oncegate-status"))
+    assert said == [b"executed", b"executed", b"replayed", b"replayed"]
+    assert gate.metric("without_credential_total") == 0
+
+
+async def test_one_cookie_may_be_the_tenant(proxies, upstream, valkey, tmp_path):
+    """With `cookie:session` as scope, other cookies change without a second execution, and sessions do not meet."""
+    (tmp_path / "rules.toml").write_text('[[rule]]\nname = "site"\nscope = ["known", "cookie:session"]\n')
+    gate = proxies(upstream, valkey.url, RULES_FILE="rules.toml")
+    said = [
+        (await ask(gate.port, whose(f"Cookie: {cookies}"))).header("oncegate-status")
+        for cookies in ("_ga=1; session=a", "session=a; _ga=2; flash=x", "_ga=1; session=b", "_ga=1; session=a")
+    ]
+    assert said == [b"executed", b"replayed", b"executed", b"replayed"]
+
+
+async def test_a_scheme_is_refused_until_it_is_named(proxies, upstream, valkey, tmp_path):
+    """A scheme that oncegate does not know is a scope once the settings or the rule name it."""
+    (tmp_path / "rules.toml").write_text(
+        '[[rule]]\nname = "bare"\npath = "/bare"\nstable_schemes = ["bare"]\n[[rule]]\nname = "other"\npath = "/o"\n'
+    )
+    gate = proxies(upstream, valkey.url, RULES_FILE="rules.toml", STABLE_SCHEMES="DPoP")
+    told = {
+        (path, value): (await ask(gate.port, request("POST", path, path, b"1", f"Authorization: {value}"))).status
+        for path in ("/v1", "/o", "/bare")
+        for value in ("DPoP abc", "sk_live_1", "Negotiate abc")
+    }
+    fine = {("/v1", "DPoP abc"), ("/o", "DPoP abc"), ("/bare", "sk_live_1")}
+    assert told == {asked: 200 if asked in fine else 400 for asked in told}
+
+
 @pytest.mark.parametrize(
     "credential",
-    ["AWS4-HMAC-SHA256 Credential=a", "Digest username=a", "OAuth oauth_nonce=1", "Signature keyId=a", "hawk id=a"],
+    [
+        "AWS4-HMAC-SHA256 Credential=a",
+        "Digest username=a",
+        "OAuth oauth_nonce=1",
+        "Signature keyId=a",
+        "hawk id=a",
+        "NTLM TlRM",
+    ],
 )
 async def test_a_credential_made_for_each_request_is_refused(gate, upstream, valkey, credential):
     """Such a scheme would make each retry another tenant's, so a guarded request with it is refused; others pass."""

@@ -10,16 +10,19 @@ from dataclasses import dataclass
 from oncegate.decision import RETRY, Disposition
 from oncegate.keys.digests import Digests, Scope, UnstableScope, key_id
 from oncegate.keys.documents import Missing
+from oncegate.keys.extraction import scope_fields
 from oncegate.keys.syntax import BadKey
 from oncegate.messages.admission import Admission, Refused
 from oncegate.messages.request_head import RequestHead, preferred_wait_s, renamed
 from oncegate.rules.identity import Identity, ScopedRequest, identify, key_in_head, may_forward_unkeyed, scope_of
 from oncegate.rules.model import Rule, Rules
 from oncegate.rules.policy import Policy
+from oncegate.settings.credentials import KNOWN, expanded
 from oncegate.settings.settings import Settings
 from oncegate.store.record_name import store_key
 
 LABEL_WIDTH = 18
+_KNOWN = frozenset(name.lower() for name in expanded([KNOWN]))
 _URL = re.compile(r"(?:[a-z]+://(?P<host>[^/?#]+))?(?P<target>[/?][^#]*)?")
 
 
@@ -81,7 +84,10 @@ def _key(policy: Policy) -> str:
 
 
 def _scope(policy: Policy) -> str:
-    return f"{policy.namespace.decode()} / {', '.join(name.decode() for name in policy.scope_headers) or 'all'}"
+    names = [name.decode() for name in policy.scope_headers]
+    if _KNOWN.issubset(names):
+        names = [KNOWN, *(name for name in names if name not in _KNOWN)]
+    return f"{policy.namespace.decode()} / {', '.join(names) or 'all'}"
 
 
 class Explanation:
@@ -134,7 +140,7 @@ class Explanation:
             return
         scope = scope_of(policy, self._digests, head)
         if isinstance(scope, UnstableScope):
-            self._add("result", "400 scope-unstable: the credential changes with every request")
+            self._add("result", "400 scope-unstable: the scheme of Authorization is not known to stay the same")
         elif isinstance(scope, BadKey):
             self._add("result", f"400: {scope.detail}")
         # The request path enforces the limit while it reads the body, before it computes the digests.
@@ -161,9 +167,7 @@ class Explanation:
 
     def _add_identity(self, policy: Policy, head: RequestHead, scope: Scope, identity: Identity) -> None:
         """Add the digests of a guarded request, and the response in each state that its key may have."""
-        tenant = "without credential" if scope.without_credential else scope.tenant.hex()
-        tenant = tenant if policy.scope_headers else "all"
-        self._add("scope", f"namespace {scope.namespace.decode()}, tenant {tenant}")
+        self._add("scope", f"namespace {scope.namespace.decode()}, tenant {_tenant(policy, head, scope)}")
         self._add("digest", f"{key_id(identity.key)} in logs, {store_key(identity.key).decode()} in the store")
         parts = policy.fingerprint
         covered = "all parts" if parts is None else ", ".join(["destination", *sorted(parts)])
@@ -171,6 +175,17 @@ class Explanation:
         self._add("result", "executed if the key is free")
         for state, text in _by_state(policy, head, identity):
             self._add(f"  {state}", text)
+
+
+def _tenant(policy: Policy, head: RequestHead, scope: Scope) -> str:
+    """Return the digest of a request's tenant, and what of the request identifies the tenant."""
+    if not policy.scope_headers:
+        return "all"
+    if scope.without_credential:
+        return "without credential: all requests that have none of the scope's fields are this one tenant"
+    fields = scope_fields(policy.scope_sources, head)
+    names = [] if isinstance(fields, BadKey) else policy.tenant.counted(fields)
+    return f"{scope.tenant.hex()} of {', '.join(name.decode() for name in names)}"
 
 
 def _by_state(policy: Policy, head: RequestHead, identity: Identity) -> Iterable[tuple[str, str]]:

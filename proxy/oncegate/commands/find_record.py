@@ -6,7 +6,9 @@ import sys
 from oncegate.commands.errors import CommandError, usage_error
 from oncegate.keys.digests import Digests, Scope, UnstableScope, identity_settings
 from oncegate.keys.syntax import BadKey, parse_key
+from oncegate.keys.tenants import TenantFields
 from oncegate.messages.fields import by_name
+from oncegate.settings.credentials import expanded
 from oncegate.settings.settings import Settings
 from oncegate.store.record_name import parse_record_id
 from oncegate.store.record_view import RecordView, identities, read_record, scan
@@ -70,12 +72,13 @@ def _scope(settings: Settings, options: argparse.Namespace, digests: Digests) ->
     namespace = (options.namespace or settings.namespace).encode()
     if options.scope:
         return Scope(namespace, _scope_digest(options.scope))
-    names = [name.lower().encode() for name in settings.scope_headers]
+    names = [name.lower().encode() for name in expanded(settings.scope_headers)]
+    tenant = TenantFields(names, [scheme.encode() for scheme in settings.stable_schemes])
     # Standard input, because every process of the machine can read the arguments.
     lines = sys.stdin.buffer.read().splitlines() if options.credential else []
-    scope = digests.scope(namespace, by_name(_credential(lines, names)), names)
+    scope = digests.scope(namespace, by_name(_credential(lines, tenant)), tenant)
     if isinstance(scope, UnstableScope):
-        raise usage_error("this credential changes with every request; the proxies refuse it as a scope")
+        raise usage_error("the proxies refuse this credential as a scope: its scheme is not known to stay the same")
     return scope
 
 
@@ -89,11 +92,9 @@ def _scope_digest(text: str) -> bytes:
     return digest
 
 
-def _credential(lines: list[bytes], names: list[bytes]) -> list[tuple[bytes, bytes]]:
+def _credential(lines: list[bytes], tenant: TenantFields) -> list[tuple[bytes, bytes]]:
     """Return the header fields in `lines`. Raises CommandError if one of them is not part of a scope."""
     pairs = [(name.strip(), value.strip()) for name, _, value in (line.partition(b":") for line in lines if line)]
-    # Without a scope header the Cookie field is the scope.
-    if lines and not all(name.lower() in (*names, b"cookie") for name, _ in pairs):
-        wanted = ", ".join(name.decode() for name in names)
-        raise usage_error(f"standard input must have lines `Name: value` of the scope headers ({wanted})")
+    if not all(name.lower() in tenant.read for name, _ in pairs):
+        raise usage_error("standard input must have lines `Name: value` of headers that identify the tenant")
     return pairs

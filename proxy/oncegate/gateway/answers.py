@@ -70,7 +70,8 @@ def scope_refusal(reason: UnstableScope | BadKey, rule: str) -> Refuse:
     """Return the answer to a request whose tenant cannot be named."""
     if isinstance(reason, BadKey):
         return Refuse(problem("key-invalid", f"the scope cannot be read: {reason.detail}"), rule=rule)
-    return Refuse(problem("scope-unstable", "configure a scope header that stays the same across retries"), rule=rule)
+    detail = "the operator has to name the scheme of Authorization as stable, or a header that is the same in a retry"
+    return Refuse(problem("scope-unstable", detail), rule=rule)
 
 
 def key_refusal(reason: Missing | BadKey, rule: str) -> Refuse:

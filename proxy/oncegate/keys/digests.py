@@ -5,12 +5,19 @@ fingerprint: what the request asks for. Every part that enters one is length-pre
 ("ab", "c") differ.
 """
 
-import re
 from binascii import b2a_base64
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import NamedTuple
+
+from oncegate.keys.tenants import TenantFields
+
+# The version of how requests are named, which proxies on one store compare. Raise it with every change by which any
+# request gets another tenant, key or fingerprint than before: in this room, in `settings/credentials.py`, in what a
+# preset takes for its key. A proxy that names otherwise would execute again what another one has executed, and so it
+# is refused until its operator declares the change. `tests/test_naming.py` pins names of this version.
+NAMING = 2
 
 # 32 characters in the name of a record; a second preimage costs 2^192.
 KEY_DIGEST_BYTES = 24
@@ -20,19 +27,10 @@ DIGEST_BYTES = 16
 URL_SAFE = bytes.maketrans(b"+/", b"-_")
 
 
-# Authorization schemes whose credential differs in each attempt: with it in the scope, a retry would belong to
-# another tenant and never find its original.
-_PER_REQUEST = re.compile(rb"\s*(?:AWS4-[^\s]*|Digest|OAuth|Signature|Hawk)(?:\s|$)", re.IGNORECASE)
-
-
-def _is_stable(credential: bytes) -> bool:
-    return credential.startswith((b"Bearer ", b"Basic ")) or not _PER_REQUEST.match(credential)
-
-
 class Scope(NamedTuple):
     """Whose key it is. `tenant` is a digest of 16 bytes.
 
-    `without_credential`: the request has neither a scope header nor a cookie, so that all such requests are one tenant.
+    `without_credential`: no field of the request says whose it is, so that all such requests are one tenant.
     """
 
     namespace: bytes
@@ -42,7 +40,7 @@ class Scope(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class UnstableScope:
-    """The credential changes with every request, so that it cannot identify a tenant."""
+    """The credential is of a scheme that may make one for each request, so that it cannot identify a tenant."""
 
 
 class _FormattedNumbers(dict[int, bytes]):
@@ -94,26 +92,20 @@ class Digests:
         self._fingerprint = blake2b(key=digest_key, digest_size=DIGEST_BYTES, person=b"fingerprint")
 
     def scope(
-        self, namespace: bytes, headers: Mapping[bytes, Sequence[bytes]], names: Sequence[bytes]
+        self, namespace: bytes, fields: Mapping[bytes, Sequence[bytes]], tenant: TenantFields
     ) -> Scope | UnstableScope:
-        """Return the scope of a request with these `headers` (by lower-case name).
-
-        `names`: the scope headers, in lower case. Those that are present identify the tenant; where none of them
-        has a value, Cookie does.
-        """
+        """Return the scope of a request with these header `fields` (by lower-case name)."""
         parts: list[bytes] = []
-        has_credential = False
-        for name in names:
-            if (values := headers.get(name)) is not None:
-                if name == b"authorization" and not all(map(_is_stable, values)):
-                    return UnstableScope()
-                parts += _field_parts(name, values)
-                has_credential = has_credential or any(values)
-        if not has_credential and names and b"cookie" in headers:
-            parts += _field_parts(b"cookie", headers[b"cookie"])
+        is_known = not tenant.names
+        for name in tenant.counted(fields):
+            values = fields[name]
+            if name == b"authorization" and not all(map(tenant.is_stable, values)):
+                return UnstableScope()
+            parts += _field_parts(name, values)
+            is_known = is_known or any(values)
         digest = self._tenant.copy()
         digest.update(b"".join(parts))
-        return Scope(namespace, digest.digest(), bool(names) and not parts)
+        return Scope(namespace, digest.digest(), not is_known)
 
     def key(self, scope: Scope, key: bytes) -> bytes:
         """Return the digest (24 bytes) of a key in its scope: the record's name in the store."""
@@ -161,7 +153,8 @@ def identity_settings(digests: Digests, namespace: str, key_header: str, scope_h
     Two proxies with different texts do not find each other's records.
     """
     scope = ",".join(name.lower() for name in scope_headers)
-    return f"namespace={namespace} secret={digests.secret_id} scope={scope} key_header={key_header.lower()}"
+    named = f"naming={NAMING} namespace={namespace} secret={digests.secret_id}"
+    return f"{named} scope={scope} key_header={key_header.lower()}"
 
 
 def key_id(digest: bytes) -> str:

@@ -13,6 +13,7 @@ from oncegate.keys.digests import length_prefixed
 from oncegate.keys.documents import MAX_VALUE_BYTES, Missing, form_value, is_encoded, json_value
 from oncegate.keys.multipart import multipart_value
 from oncegate.keys.sources import (
+    Cookie,
     Derived,
     FormField,
     Header,
@@ -147,6 +148,8 @@ def _read(kind: SourceKind, given: SourceInput) -> bytes | Missing | BadKey:
             return length_prefixed((given.destination, normalized_path(head.target)))
         case Parameter():
             return form_value(head.target.partition(b"?")[2], kind.name, "query")
+        case Cookie():
+            return _cookie(head.fields, kind.name)
         case Segment():
             segments = normalized_path(head.target).split(b"/")
             value = segments[kind.number] if kind.number < len(segments) else b""
@@ -198,6 +201,15 @@ def _checked_length(value: bytes) -> bytes | Missing | BadKey:
     if len(value) > MAX_VALUE_BYTES:
         return BadKey(f"a header with a part of the key is over {MAX_VALUE_BYTES} bytes")
     return value or _NOT_SENT
+
+
+def _cookie(fields: Fields, name: bytes) -> bytes | Missing:
+    """Return all values of a cookie, joined by `; `, which no value contains."""
+    # Several lines are one list (RFC 9113, section 8.2.3). Servers differ in which of two values they take, so that
+    # each pair of values is a tenant of its own.
+    pairs = [one.partition(b"=") for line in fields.get(b"cookie", ()) for one in line.split(b";")]
+    values = [value.strip(b" \t") for field, _, value in pairs if field.strip(b" \t") == name]
+    return b"; ".join(values) if any(values) else Missing("the cookie that names the tenant was not sent")
 
 
 def _in_body(kind: Member | FormField, given: SourceInput) -> bytes | Missing | BadKey:

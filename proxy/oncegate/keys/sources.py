@@ -4,11 +4,11 @@
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from oncegate.keys.documents import parse_pointer
-from oncegate.settings.names import parse_key_header
+from oncegate.settings.names import parse_key_header, parse_scope_header
 
 # Of derived keys: a day.
 MAX_WINDOW_S = 86_400
@@ -53,6 +53,13 @@ class Parameter:
 
 
 @dataclass(frozen=True, slots=True)
+class Cookie:
+    """`cookie:NAME`, all values of one cookie. Only of scopes: a cookie is the same for all requests of a session."""
+
+    name: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Segment:
     """`path:NUMBER`, a segment of the path. The first is 1."""
 
@@ -74,7 +81,7 @@ class Receiver:
     """
 
 
-SourceKind = Header | Member | FormField | Parameter | Segment | Derived | Receiver
+SourceKind = Header | Member | FormField | Parameter | Cookie | Segment | Derived | Receiver
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +173,17 @@ def _attribute(text: str) -> Header:
     return Header(b"ce-" + text.encode(), cloudevent=True)
 
 
+def _scope_header(text: str) -> Header:
+    return Header(parse_scope_header(text).lower().encode())
+
+
+def _cookie(text: str) -> Cookie:
+    # RFC 6265, section 4.1.1: a token.
+    if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", text):
+        raise ValueError("must be followed by the name of a cookie")
+    return Cookie(text.encode())
+
+
 def _name(text: str) -> bytes:
     if not text:
         raise ValueError("must be followed by a name")
@@ -196,10 +214,17 @@ SOURCE_KINDS: dict[str, Callable[[str], SourceKind]] = {
     "path": _segment,
     "derived": _derived,
 }
+# The tenant has to be known before the body arrives, so that no source in the body can name it.
+SCOPE_KINDS: dict[str, Callable[[str], SourceKind]] = {
+    "header": _scope_header,
+    "cookie": _cookie,
+    "query": SOURCE_KINDS["query"],
+    "path": _segment,
+}
 
 
 def parse_source(text: str) -> Source:
-    """Return the source with this spelling in a rule. Raises ValueError for an unknown or malformed one."""
+    """Return the source of a key with this spelling. Raises ValueError for an unknown or malformed one."""
     if named := _IDENTITY.fullmatch(text):
         source = parse_source(named[2])
         if source.identity or isinstance(source.kind, Receiver | Derived):
@@ -207,12 +232,23 @@ def parse_source(text: str) -> Source:
         return Source(f"{named[1]}={source.text}", source.kind, named[1])
     if text == RECEIVER:
         return Source(text, Receiver())
+    return _parsed(text, SOURCE_KINDS, f"are {RECEIVER}, and those that begin with")
+
+
+def parse_scope_source(text: str) -> Source:
+    """Return the source of a scope with this spelling. Raises ValueError for an unknown or malformed one."""
+    if text.partition(":")[0] in SOURCE_KINDS.keys() - SCOPE_KINDS:
+        raise ValueError(f"{text!r} cannot identify a tenant; {', '.join(f'{kind}:' for kind in SCOPE_KINDS)} can")
+    return _parsed(text, SCOPE_KINDS, "begin with")
+
+
+def _parsed(text: str, kinds: Mapping[str, Callable[[str], SourceKind]], which: str) -> Source:
     kind, colon, rest = text.partition(":")
-    if not colon or kind not in SOURCE_KINDS:
-        kinds = ", ".join(f"{kind}:" for kind in SOURCE_KINDS)
-        raise ValueError(f"{text!r} is not a source; sources are {RECEIVER}, and those that begin with {kinds}")
+    if not colon or kind not in kinds:
+        beginnings = ", ".join(f"{kind}:" for kind in kinds)
+        raise ValueError(f"{text!r} is not a source; sources {which} {beginnings}")
     try:
         # Header names are case-insensitive, and the spelling enters joined keys.
-        return Source(text.lower() if kind == "header" else text, SOURCE_KINDS[kind](rest))
+        return Source(text.lower() if kind == "header" else text, kinds[kind](rest))
     except ValueError as error:
         raise ValueError(f"{text!r} {error}") from None

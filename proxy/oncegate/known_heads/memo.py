@@ -17,7 +17,7 @@ class ConnectionMemo:
     """
 
     __slots__ = (
-        "_fingerprint_parts", "_fingerprint_prefix", "_policy", "_scope", "_scope_names", "_scope_values",
+        "_fingerprint_parts", "_fingerprint_prefix", "_policy", "_scope", "_scope_values",
         "forwarded_around_key", "key_label", "plan",
     )  # fmt: skip
 
@@ -27,18 +27,17 @@ class ConnectionMemo:
         self.plan: object = None
         self.forwarded_around_key = (b"", b"")
         self._policy: Policy | None = None
-        self._scope_values: list[list[bytes] | None] = []
+        self._scope_values: Fields = {}
         self._fingerprint_parts: tuple[bytes, ...] = ()
 
     def scope(self, digests: Digests, policy: Policy, fields: Fields) -> Scope | UnstableScope:
         """Return whose key a request carries, where header fields name the tenant."""
-        if policy is not self._policy:
-            self._policy, self._scope_values = policy, []
-            self._scope_names = (*policy.scope_headers, b"cookie")
-        values = list(map(fields.get, self._scope_names))
-        if values != self._scope_values:
-            self._scope = digests.scope(policy.namespace, fields, policy.scope_headers)
-            self._scope_values = values
+        # One pass over the few fields of a request, not over the many that could identify a tenant.
+        read = policy.tenant.read
+        values = {name: lines for name, lines in fields.items() if name in read}
+        if policy is not self._policy or values != self._scope_values:
+            self._scope = digests.scope(policy.namespace, values, policy.tenant)
+            self._policy, self._scope_values = policy, values
         return self._scope
 
     def fingerprint_prefix(self, digests: Digests, policy: Policy, head: RequestHead) -> blake2b:

@@ -39,7 +39,9 @@ PROBLEM_KINDS = {
     # oncegate cannot use the key or the credential. Nothing was sent.
     "key-missing": ProblemKind(400, "This request needs an idempotency key", retryable=False, reuse_key=None),
     "key-invalid": ProblemKind(400, "The idempotency key cannot be used", retryable=False, reuse_key=False),
-    "scope-unstable": ProblemKind(400, "The credential changes with every request", retryable=False, reuse_key=False),
+    "scope-unstable": ProblemKind(
+        400, "The credential may change with every request", retryable=False, reuse_key=False
+    ),
     # A record under the same key decided. This request was not sent.
     "key-reused": ProblemKind(
         422, "The idempotency key was used for another request", retryable=False, reuse_key=False

@@ -10,13 +10,15 @@ from typing import Annotated, Any
 from pydantic import TypeAdapter, ValidationError
 
 from oncegate.keys.parts import BODY_JSON, fingerprint_source
-from oncegate.keys.sources import RECEIVER, Receiver, Source, parse_source
+from oncegate.keys.sources import RECEIVER, Receiver, Source, parse_scope_source, parse_source
 from oncegate.rules.patterns import parse_host_pattern, parse_path
 from oncegate.rules.presets import PRESETS
 from oncegate.settings.addresses import Origin, parse_host, parse_origin
+from oncegate.settings.credentials import KNOWN, expanded, parse_scheme
 from oncegate.settings.names import parse_header, parse_key_header, parse_namespace
-from oncegate.settings.settings import RESERVED, Settings
+from oncegate.settings.settings import Settings
 from oncegate.settings.statuses import parse_status
+from oncegate.settings.values import RESERVED
 from oncegate.settings.wording import complaint
 
 # The parts of a fingerprint.
@@ -178,12 +180,15 @@ def _check_joined(alternative: tuple[Source, ...]) -> None:
         raise ValueError(f"has {RECEIVER} without a source beside it")
 
 
-def _scope(text: str) -> Source:
-    source = parse_source(text)
-    # The tenant has to be known before the body arrives, so that no source in the body can name it.
-    if text.partition(":")[0] not in ("header", "query", "path"):
-        raise ValueError(f"{text!r} cannot identify a tenant; header:, query: and path: can")
-    return source
+def _scope(value: Any) -> tuple[Source, ...]:
+    """Return the sources of a scope, with the headers for which `known` stands in its place."""
+    members = _list_of(_text(_scope_member), "sources")(value)
+    return tuple(dict.fromkeys(source for sources in members for source in sources))
+
+
+def _scope_member(text: str) -> tuple[Source, ...]:
+    known = [f"header:{name}" for name in expanded([KNOWN])]
+    return tuple(map(parse_scope_source, known if text == KNOWN else [text]))
 
 
 def _part(text: str) -> str:
@@ -230,7 +235,8 @@ TREATING: Mapping[str, Check] = {
     "guard": _one_of("off", "optional", "required"),
     "key": _key,
     "namespace": _text(parse_namespace),
-    "scope": _list_of(_text(_scope), "sources"),
+    "scope": _scope,
+    "stable_schemes": _list_of(_text(parse_scheme), "schemes"),
     "fingerprint": _fingerprint,
     "release_statuses": _list_of(_text(parse_status), "statuses"),
     "ambiguous_statuses": _list_of(_text(parse_status), "statuses"),

@@ -64,9 +64,9 @@ def key_in_head(policy: Policy, head: RequestHead) -> bytes | Missing | BadKey |
 def scope_of(policy: Policy, digests: Digests, head: RequestHead) -> Scope | UnstableScope | BadKey:
     """Return the scope of a request's key; BadKey where one of the policy's `scope_sources` cannot be read."""
     if not policy.scope_sources:
-        return digests.scope(policy.namespace, head.fields, policy.scope_headers)
+        return digests.scope(policy.namespace, head.fields, policy.tenant)
     fields = scope_fields(policy.scope_sources, head)
-    return fields if isinstance(fields, BadKey) else digests.scope(policy.namespace, fields, policy.scope_headers)
+    return fields if isinstance(fields, BadKey) else digests.scope(policy.namespace, fields, policy.tenant)
 
 
 def identify(policy: Policy, digests: Digests, request: ScopedRequest) -> Identity | Missing | BadKey:

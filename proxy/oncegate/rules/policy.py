@@ -1,9 +1,10 @@
 """The policy for a request: the choices of settings, preset and rule, resolved to one record. Pure."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from oncegate.decision import HOLD
 from oncegate.keys.sources import KeySources, Source
+from oncegate.keys.tenants import TenantFields
 from oncegate.rules.statuses import AMBIGUOUS_STATUSES, RELEASE_STATUSES, Statuses
 
 DEFAULT_STATUSES = Statuses(RELEASE_STATUSES, AMBIGUOUS_STATUSES)
@@ -17,7 +18,8 @@ class Policy:
     that is in flight or unknown is kept. `destination`: where requests go, as far as it is known without one: the
     upstream's name and a Host that is set. Empty for the upstream of the settings. `max_request_bytes`: 0 for the
     worker's own limit. `bypass`: a request that the store cannot claim is forwarded without protection. `rule`,
-    `preset`: their names, empty without one.
+    `preset`: their names, empty without one. `stable_schemes`: lower-case Authorization schemes whose credentials
+    stay the same, beside the known ones.
 
     Only a rule can set the following. `sources`: the key, where it is not `key_header` alone. `scope_sources`:
     sources beside the headers that identify the tenant. `fingerprint`: the parts that enter it, None for all;
@@ -56,3 +58,9 @@ class Policy:
     counts_tokens: bool = False
     bypass: bool = False
     destination: bytes = b""
+    stable_schemes: tuple[bytes, ...] = ()
+    # What `scope_headers`, `scope_sources` and `stable_schemes` come to for a request.
+    tenant: TenantFields = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tenant", TenantFields(self.scope_headers, self.stable_schemes))

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from oncegate.keys.sources import Header, KeySources, Source
+from oncegate.keys.sources import Header, KeySources
 from oncegate.rules.fields import FILES, MATCHING, RULE, SHARED, UPSTREAM, Check
 from oncegate.rules.file import Table
 from oncegate.rules.model import Match, Rule, Upstream
@@ -14,6 +14,7 @@ from oncegate.rules.presets import PRESETS
 from oncegate.rules.resolution import guarded_methods, preset_values, rule_policy, statuses_of
 from oncegate.settings.addresses import Origin
 from oncegate.settings.contradictions import contradictions_in
+from oncegate.settings.credentials import expanded
 from oncegate.settings.names import GUARDABLE
 from oncegate.settings.settings import Settings
 from oncegate.settings.wording import variable_name
@@ -197,9 +198,13 @@ def _contradictions(values: dict[str, Any], settings: Settings, key: KeySources 
     if values.get("upstream_idempotent") and (forward == "" or (key and key.window_ms)):
         yield "upstream_idempotent", "needs an upstream that gets the key"
     # Each request would be a tenant of its own, and no retry would find its original.
-    if header is not None and header in {source.kind.name for source in _header_sources(values.get("scope", ()))}:
-        yield "scope", "must not name the header of the key"
+    named = next((field for field in ("scope", "key") if field in values), None)
+    if named and header in _scope_headers(values, settings):
+        yield named, "takes one header for the key and for the tenant"
 
 
-def _header_sources(scope: Iterable[Source]) -> list[Any]:
-    return [source for source in scope if isinstance(source.kind, Header)]
+def _scope_headers(values: dict[str, Any], settings: Settings) -> set[bytes]:
+    """Return the lower-case names of the headers that identify the tenant of a rule's requests."""
+    if "scope" not in values:
+        return {name.lower().encode() for name in expanded(settings.scope_headers)}
+    return {source.kind.name for source in values["scope"] if isinstance(source.kind, Header)}

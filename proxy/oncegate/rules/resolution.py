@@ -13,6 +13,7 @@ from oncegate.rules.model import Match, Rule, Upstream
 from oncegate.rules.policy import Policy
 from oncegate.rules.presets import COUNTING
 from oncegate.rules.statuses import AMBIGUOUS_STATUSES, DIRECT_STATUS, RELEASE_STATUSES, Statuses
+from oncegate.settings.credentials import expanded
 from oncegate.settings.names import GUARDABLE
 from oncegate.settings.settings import Settings
 from oncegate.settings.statuses import DEFAULT
@@ -30,7 +31,8 @@ def policy_of(settings: Settings) -> Policy:
         key_header=settings.key_header.lower().encode(),
         key_required=settings.key_required,
         namespace=settings.namespace.encode(),
-        scope_headers=tuple(name.lower().encode() for name in settings.scope_headers),
+        scope_headers=tuple(name.lower().encode() for name in expanded(settings.scope_headers)),
+        stable_schemes=tuple(scheme.encode() for scheme in settings.stable_schemes),
         pass_host=settings.pass_host,
         # Redis takes whole milliseconds (PEXPIRE).
         retention_ms=int(settings.retention_s * 1000),
@@ -106,6 +108,8 @@ def rule_policy(settings: Settings, values: dict[str, Any], key: KeySources | No
         changes["namespace"] = values["namespace"].encode()
     if "scope" in values:
         changes |= _scope(values["scope"])
+    if "stable_schemes" in values:
+        changes["stable_schemes"] = tuple(scheme.encode() for scheme in values["stable_schemes"])
     # All parts are no choice: with None, a derived key is the fingerprint and costs no second digest.
     if "fingerprint" in values and set(values["fingerprint"]) != set(PARTS):
         changes["fingerprint"] = frozenset(values["fingerprint"])

@@ -40,6 +40,7 @@ LOSSES = {
     StoreEvent.EVICTED: StoreLoss.EVICTED,
     StoreEvent.MOVED: StoreLoss.MOVED,
 }
+_SHARED_TENANT = "all such requests are one tenant and can get each other's responses; name what identifies a client"
 
 
 class Unsupported(Exception):
@@ -64,6 +65,8 @@ class Service:
         self._background: set[asyncio.Task[Any]] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._draining = self._retired = False
+        # The rules of which a request without a credential was reported.
+        self._warned_of: set[str] = set()
         self.metrics = Metrics(__version__, self._gauges())
         self._access = AccessLog(logger, settings.access_log, settings.log_level, settings.log_format, self._loop)
         reporting = Reporting(
@@ -122,6 +125,7 @@ class Service:
             self._log.error("rules file rejected, previous rules stay", reasons=reasons)
             return
         self._parts.follow(rules, routes)
+        self._warned_of.clear()
         self._log.info("rules loaded", rules=[rule.name for rule in rules.rules])
 
     # What the parts report ...
@@ -129,6 +133,9 @@ class Service:
     def _observe(self, report: RequestReport, seconds: float = 0.0, client_gone: bool = False) -> None:
         self.metrics.observe(report, seconds)
         self._access(report, seconds, client_gone)
+        if report.without_credential and report.rule not in self._warned_of:
+            self._warned_of.add(report.rule)
+            self._log.warning("requests without a credential", rule=report.rule, detail=_SHARED_TENANT)
 
     def _report_claim(self, event: ClaimEvent, claim: Claim) -> None:
         """Report a running claim whose record vanished (`lost`) or was taken (`fenced`): its key may execute twice."""

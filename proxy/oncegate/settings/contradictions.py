@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from pydantic import SecretStr
 
 from oncegate.settings.addresses import Address, Origin
+from oncegate.settings.credentials import expanded
 from oncegate.settings.settings import Settings
 
 
@@ -46,7 +47,7 @@ def _shorter_than_lease(retention_s: float, lease_ms: int) -> bool:
 
 
 def _among(key_header: str, scope_headers: Iterable[str]) -> bool:
-    return key_header.lower() in map(str.lower, scope_headers)
+    return key_header.lower() in map(str.lower, expanded(scope_headers))
 
 
 def _without_testing(fault: object, testing: bool) -> bool:

@@ -4,13 +4,30 @@ import re
 
 # The methods that can be guarded: those that can change something. A GET is safe to repeat (RFC 9110, section 9.2).
 GUARDABLE = ("POST", "PATCH", "PUT", "DELETE")
-# A key must reach this proxy end to end (RFC 9110, section 7.6.1), and be neither framing nor a credential.
-NO_KEY_HEADERS = frozenset(
+# Fields that end at this hop or frame the message (RFC 9110, section 7.6.1), that oncegate writes anew, that describe
+# the message or what the client wants back, or that follow one try through several servers.
+_NO_KEY_OR_SCOPE = frozenset(
     (
         *("connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"),
-        *("content-length", "cookie", "expect", "host", "http2-settings"),
-        *("proxy-authenticate", "proxy-authorization"),
+        *("content-length", "expect", "http2-settings", "proxy-authenticate", "proxy-authorization"),
+        *("forwarded", "idempotency-fence", "max-forwards", "via", "x-real-ip"),
+        *("content-disposition", "content-encoding", "content-language", "content-location", "content-range"),
+        *("age", "cache-control", "content-type", "date", "expires", "last-modified", "pragma", "range", "warning"),
+        *("accept", "dnt", "early-data", "origin", "prefer", "priority", "referer", "user-agent"),
+        *("baggage", "elastic-apm-traceparent", "sentry-trace", "traceparent", "tracestate", "uber-trace-id"),
+        *("b3", "x-amzn-trace-id", "x-cloud-trace-context", "x-ot-span-context", "x-stainless-retry-count"),
     )
+)
+_NO_KEY_OR_SCOPE_PREFIXES = ("accept-", "if-", "oncegate-", "sec-", "x-b3-", "x-datadog-", "x-forwarded-")
+# A key names one operation. These are the same for all of a client's.
+_NO_KEY = frozenset(("authorization", "cookie", "host"))
+# A scope is the same for all of a client's operations. These name one of them, or one try.
+_NO_SCOPE = frozenset(
+    ("correlation-id", "idempotency-key", "request-id", "x-correlation-id", "x-idempotency-key", "x-request-id")
+)
+# What a proxy in front writes about a user, not about the connection. oncegate does not write these.
+_FORWARDED_USERS = frozenset(
+    ("x-forwarded-access-token", "x-forwarded-email", "x-forwarded-preferred-username", "x-forwarded-user")
 )
 # Whoever can read the store can try secrets as fast as digests are computed: 128 bits are beyond that.
 MIN_SECRET_BYTES = 16
@@ -44,9 +61,21 @@ def parse_header(text: str) -> str:
 
 def parse_key_header(text: str) -> str:
     """Return the name of a header field that can carry a key."""
-    if text.lower() in NO_KEY_HEADERS:
+    if text.lower() in _NO_KEY or _is_of_the_message(text.lower()):
         raise ValueError("must be a header field that can carry a key, such as Idempotency-Key")
     return parse_header(text)
+
+
+def parse_scope_header(text: str) -> str:
+    """Return the name of a header field that can identify a tenant."""
+    name = text.lower()
+    if name in _NO_SCOPE or (_is_of_the_message(name) and name not in _FORWARDED_USERS):
+        raise ValueError("must name header fields that say whose request it is, such as Authorization")
+    return parse_header(text)
+
+
+def _is_of_the_message(name: str) -> bool:
+    return name in _NO_KEY_OR_SCOPE or name.startswith(_NO_KEY_OR_SCOPE_PREFIXES)
 
 
 def parse_namespace(text: str) -> str:

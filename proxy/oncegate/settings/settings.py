@@ -12,7 +12,8 @@ from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from oncegate.settings.addresses import Address, Network, parse_host, parse_network
-from oncegate.settings.names import parse_header, parse_key_header, parse_method, parse_namespace, parse_secret
+from oncegate.settings.credentials import KNOWN, parse_scheme, parse_scope
+from oncegate.settings.names import parse_key_header, parse_method, parse_namespace, parse_secret
 from oncegate.settings.statuses import DEFAULT, parse_status
 from oncegate.settings.store_url import parse_store_url
 from oncegate.settings.values import (
@@ -20,6 +21,7 @@ from oncegate.settings.values import (
     MAX_WORKERS,
     MILLION,
     PIBIBYTE,
+    RESERVED,
     BaseUrl,
     Bytes,
     Count,
@@ -40,13 +42,6 @@ PREFIX = "ONCEGATE_"
 ENV_FILE = ".env"
 # Settings that <NAME>_FILE can hold as well.
 SECRETS = ("secret", "store_url")
-
-# Values that are reserved for a later version, as `name=value`, or as `name` where only its default works. What to
-# use now is a part of the message. Whoever implements one deletes its row.
-RESERVED = {
-    "store_url=postgresql": "use redis:// or rediss://",
-    "on_duplicate=join": "use reject or wait",
-}
 
 
 class SettingsError(Exception):
@@ -142,9 +137,15 @@ class Settings(BaseSettings):
         "Idempotency-Key", description="Header that carries the key."
     )
     key_required: bool = Field(False, description="Answer 400 to a request with a guarded method and no key.")
-    scope_headers: Annotated[tuple[str, ...], list_of(parse_header)] = Field(
-        ("Authorization", "X-Api-Key"),
-        description="Comma list of the headers that identify the tenant. Two tenants can use the same key.",
+    scope_headers: Annotated[tuple[str, ...], list_of(parse_scope)] = Field(
+        (KNOWN,),
+        description="Comma list of the headers that identify the tenant. Two tenants can use the same key. `known`: "
+        "[those that oncegate knows](headers.md#credentials-and-accounts).",
+    )
+    stable_schemes: Annotated[tuple[str, ...], list_of(parse_scheme)] = Field(
+        (),
+        description="Comma list of further [schemes of `Authorization`](headers.md#schemes-of-authorization) whose "
+        "credential is the same in a retry. Others than `Basic`, `Bearer`, `Token` and `ApiKey` get 400 otherwise.",
     )
     retention_s: Seconds = Field(
         86_400,

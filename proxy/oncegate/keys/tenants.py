@@ -1,0 +1,50 @@
+"""Which fields of a request identify its tenant, and which credentials stay the same from try to try. Pure."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from oncegate.settings.credentials import ACCOUNTS, BARE, STABLE_SCHEMES
+
+# They choose among what a credential may do, and prove nothing: beside them alone, a cookie still counts.
+_NO_CREDENTIALS = frozenset((*(name.lower().encode() for name in ACCOUNTS), b"host"))
+_STABLE = frozenset(scheme.lower().encode() for scheme in STABLE_SCHEMES)
+_BARE = BARE.encode()
+
+
+class TenantFields:
+    """The fields and further sources that identify a tenant, as far as a request has them.
+
+    `names`: lower-case names of header fields, and spellings of other sources, in the order in which they enter the
+    tenant's digest. `schemes`: lower-case Authorization schemes that are stable beside the known ones. Where a request
+    has no credential, all of its Cookie counts as well: a cookie that changes too often makes a retry execute again,
+    but without it one user could get another's response.
+    """
+
+    __slots__ = ("_credentials", "_positions", "_stable", "names", "read")
+
+    def __init__(self, names: Iterable[bytes], schemes: Iterable[bytes] = ()) -> None:
+        self.names = tuple(names)
+        self._stable = _STABLE.union(schemes)
+        chosen = frozenset(self.names)
+        # An operator who names nothing but accounts says that these do.
+        self._credentials = chosen - _NO_CREDENTIALS or chosen
+        self._positions = {name: at for at, name in enumerate((*self.names, b"cookie"))}
+        # What of a request's fields has to be looked at.
+        self.read = chosen | {b"cookie"} if chosen else chosen
+
+    def counted(self, fields: Mapping[bytes, Sequence[bytes]]) -> list[bytes]:
+        """Return the names of those `fields` that identify the tenant, in their order."""
+        names = [name for name in fields if name in self.read]
+        if b"cookie" in names and b"cookie" not in self.names and self._has_credential(fields, names):
+            names.remove(b"cookie")
+        # In the order of the scope, however the client orders its fields.
+        return names if len(names) < 2 else sorted(names, key=self._positions.__getitem__)
+
+    def _has_credential(self, fields: Mapping[bytes, Sequence[bytes]], names: Iterable[bytes]) -> bool:
+        return any(name in self._credentials and any(fields[name]) for name in names)
+
+    def is_stable(self, credential: bytes) -> bool:
+        """Return whether a value of Authorization is the same when its request is sent again."""
+        if credential.startswith((b"Bearer ", b"Basic ")):
+            return True
+        scheme, space, _ = credential.strip(b" \t").replace(b"\t", b" ").lower().partition(b" ")
+        return not scheme or scheme in self._stable or (not space and _BARE in self._stable)
