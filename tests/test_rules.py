@@ -734,12 +734,13 @@ def test_upstreams_with_equal_limits_are_one(rules):
         '[[rule]]\nname = "2"\npath = "/2"\nupstream = "http://B.test:80/"\n'
         '[[rule]]\nname = "3"\npath = "/3"\nupstream = "b"\n'
         '[[rule]]\nname = "4"\npath = "/4"\n'
+        f'[[rule]]\nname = "5"\npath = "/5"\nupstream = "{URL}"\n'
     )
-    one_, two, three, four = (rule.upstream for rule in found.rules)
+    one_, two, three, four, five = (rule.upstream for rule in found.rules)
     assert one_ == two
     assert hash(one_) == hash(two)
     assert len({one_, three, four}) == 3
-    assert four == found.default.upstream
+    assert four == five == found.default.upstream
 
 
 def test_the_parts_of_a_fingerprint(rules, errors):
@@ -776,6 +777,7 @@ def test_the_parts_of_a_fingerprint(rules, errors):
 PLACES = {
     "the settings'": ("", "a"),
     "the settings' once more": ("retention_s = 90", "a"),
+    "the URL of the settings": (f'upstream = "{URL}"', "a"),
     "a URL": ('upstream = "http://b.test"', "b"),
     "the same URL": ('upstream = "http://B.test:80/"', "b"),
     "a path of it": ('upstream = "http://b.test/v1"', "c"),

@@ -102,7 +102,7 @@ class RulesReader:
 
     def _upstream_of(self, table: Table, value: Origin | str | None) -> Upstream:
         """Return the upstream of a rule: that of the settings, one at a URL, or one with a name."""
-        if value is None:
+        if value is None or value == self._default.upstream.origin:
             return self._default.upstream
         if isinstance(value, Origin):
             return replace(self._default.upstream, origin=value, known_as=str(value))
