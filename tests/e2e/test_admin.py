@@ -17,7 +17,9 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.parts import OK, Proxy, RawClient, RawUpstream, answering, ask, holding, request, until
+from oncegate.observe import admin
+from oncegate.settings.addresses import Address
+from tests.parts import OK, Proxy, RawClient, RawUpstream, answering, ask, holding, lazy, request, until
 
 CANARY = "c4n4ry-of-16-bytes"
 
@@ -258,6 +260,34 @@ async def test_a_draining_proxy_is_alive_and_not_ready(proxies, upstream, valkey
     assert gate.admin("/healthz")[0] == 200
     assert (await ask(gate.port, request())).header("oncegate-status") == b"executed"
     assert gate.process.wait(20) == 0
+
+
+async def test_an_admin_connection_ends_however_slow_its_client(monkeypatch):
+    """Whoever sends nothing, half a head, a body by the byte, or reads nothing of its answers is cut off; each
+    connection serves one request, so that nobody else is."""
+
+    async def text() -> bytes:
+        return b"x" * (8 << 20)
+
+    async def nothing() -> list[str]:
+        return []
+
+    monkeypatch.setattr(admin, "CONNECTION_S", 2.0)
+    runner = await admin.serve_admin(Address("127.0.0.1", 0), text, nothing, nothing)
+    port = runner.addresses[0][1]
+    get = request("GET", "/metrics", None, b"")
+    slow = [await lazy(port) for _ in range(4)]
+    sent = (b"", get[:20], request("GET", "/metrics", None, b"", "Content-Length: 9"), get * 9)
+    for client, raw in zip(slow, sent, strict=True):
+        client.writer.write(raw)
+    await until(lambda: len(runner.server.connections) == 4)
+    for path, size in (("/metrics", 8 << 20), ("/nothing", 14), ("/healthz", 15)):
+        answer = await ask(port, request("GET", path, None, b""))
+        assert (len(answer.body), answer.complete, answer.header("connection")) == (size, True, b"close")
+    await until(lambda: not runner.server.connections)
+    for client in slow:
+        client.reset()
+    await runner.cleanup()
 
 
 async def test_healthcheck_without_a_proxy_fails(tmp_path):
