@@ -11,11 +11,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from loadtest.bench import keys, tools
+from loadtest.bench import contenders, keys, tools
 from loadtest.bench.extras import goals
 from loadtest.bench.machine import ROOT, Process, family, share, two_cores
 from loadtest.bench.plot import write_plot
-from loadtest.bench.scenarios import Run
+from loadtest.bench.scenarios import SCENARIOS, Run
 from loadtest.bench.table import Figure, Table, write_csv
 
 
@@ -42,6 +42,17 @@ def test_what_keys_cost_is_measured_of_keys_that_are_found():
     found = keys.measure(2000)
     assert set(found) == set(keys.SOURCES)
     assert 0 < found["header"] < found["body"]
+
+
+def test_the_rest_of_connections_is_a_row_of_its_own(monkeypatch):
+    """An execution is measured with a rest, without one and with spare connections, which differ in that alone."""
+    asked = []
+    monkeypatch.setattr(contenders, "oncegate", lambda site, **settings: asked.append(settings))
+    for name in ("no-rest", "spare"):
+        assert name in SCENARIOS["execution"].contenders
+        assert name in SCENARIOS["pass-through"].contenders
+        contenders.CONTENDERS[name](None)
+    assert asked == [{"UPSTREAM_REST_S": 0}, {"UPSTREAM_SPARE_CONNECTIONS": 1000}]
 
 
 def test_medians_and_ratios():

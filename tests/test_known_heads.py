@@ -208,7 +208,6 @@ def answered(came: list[tuple[list[bytes], bool]], table: RecentHeads[ResponseHe
                 if connection is None:
                     connection = Connection(pool)
                     connection.connection_made(Wire(ours))
-                    pool._epoll.unregister(ours)
                 connection.send(b"GET / HTTP/1.1\r\n\r\n", b"", head_only)
                 for segment in segments:
                     connection.data_received(segment)
@@ -230,7 +229,7 @@ def answered(came: list[tuple[list[bytes], bool]], table: RecentHeads[ResponseHe
                 )
                 connection = connection if reusable else None
                 if connection is not None:
-                    connection.become_idle()
+                    connection.become_idle(0.0)
         pool.close()
         return saw
 

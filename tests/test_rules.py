@@ -305,6 +305,8 @@ UPSTREAM_CASES = {
     "was": ('was = ["a", "c"]', "a", "b", 'was = "a"', "must be a list of names"),
     "direct": ("direct = true", True, False, "direct = 1", "must be True or False"),
     "via": ('via = ["Edge"]', ("edge",), (), 'via = ["1.1 edge"]', "must be a name as Via has it"),
+    "rest_s": ("rest_s = 0", 0, 0.2, "rest_s = -1", "at least 0"),
+    "spare_connections": ("spare_connections = 8", 8, None, "spare_connections = -1", "at least 0"),
 }
 
 

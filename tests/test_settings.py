@@ -87,6 +87,8 @@ CASES: dict[str, tuple[object, str, object, str, str]] = {
     "connect_timeout_s": (5.0, "0.2", 0.2, "fast", "must be a number"),
     "upstream_timeout_s": (300.0, "60", 60.0, "nan", "must be a finite number"),
     "upstream_reuse_idle_s": (1.0, "0", 0.0, "-0.1", "must be at least 0"),
+    "upstream_rest_s": (0.2, "0", 0.0, "-0.1", "must be at least 0"),
+    "upstream_spare_connections": (None, "64", 64, "-1", "must be at least 0"),
     "max_upstream_connections": (1200, "1", 1, "0", "must be at least 1"),
     "connect_retries": (3, "0", 0, "21", "must be at most 20"),
     "max_request_bytes": (33_554_432, "1024", 1024, "32MiB", "must be a whole number"),

@@ -23,8 +23,10 @@ from oncegate.buffers.memory import MemoryBudget
 from oncegate.messages.response_head import ResponseHead
 from oncegate.messages.strict_head import strict_response
 from oncegate.upstream.connection import Connection
+from oncegate.upstream.connector import client_tls
 from oncegate.upstream.errors import NotSent, UpstreamLost
-from oncegate.upstream.pool import Pool, client_tls
+from oncegate.upstream.idle import MAX_REST_S
+from oncegate.upstream.pool import REUSE_IDLE_S, Pool
 from oncegate.upstream.response import IncomingResponse
 from tests.parts import CHUNKED, LAST_CHUNK, Blackhole, Raw, Talk, abort, chunk, serving, until
 
@@ -639,7 +641,7 @@ async def test_connections_that_nobody_uses_again_are_closed():
         async with asyncio.timeout(10):
             while pool._open_count:
                 await asyncio.sleep(0.02)
-        assert pool._idle == []
+        assert not pool._idle
         await ask(pool)
         assert raw.accepted == 6
 
@@ -764,6 +766,161 @@ async def test_bytes_right_after_an_answer_close_the_connection():
             await until(lambda: connection.transport is None or not connection.is_reusable)
         assert await ask(pool) == (200, b"ok")
         assert raw.accepted == 2
+
+
+# Rest ...
+
+
+async def idle_port(pool: Pool, reuse_idle_s: float = 60) -> int | None:
+    """Send REQUEST on an idle connection alone; return our port of it, None where none may be used."""
+    if (connection := pool.ready(reuse_idle_s)) is None:
+        return None
+    assert connection.transport
+    connection.send(REQUEST, b"")
+    await answer_of(connection)
+    port = connection.transport.get_extra_info("sockname")[1]
+    pool.release(connection)
+    return port
+
+
+async def test_a_connection_rests_before_it_is_used_again():
+    """A request that finds a resting connection alone closes it and connects; once it has rested it is used again."""
+    async with serving(says(OK)) as raw, pool_to(raw.port, rest_s=0.2) as pool:
+        await ask(pool)
+        assert await idle_port(pool) is None
+        await ask(pool)
+        await until(lambda: raw.finished == 1)
+        assert raw.accepted == 2
+        await until(lambda: pool.loop.time() >= pool._idle.by_rest[0].rested_at)
+        await ask(pool)
+        assert raw.accepted == 2
+
+
+async def test_what_comes_within_the_rest_closes_the_connection():
+    """A second answer that comes within the rest is nobody's, and the next request goes to another connection."""
+    late: list[asyncio.StreamWriter] = []
+
+    async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        late.append(writer)
+        await says(OK)(raw, reader, writer)
+
+    async with serving(talk) as raw, pool_to(raw.port, rest_s=0.1) as pool:
+        await ask(pool)
+        late[0].write(HEAD + b"Content-Length: 5\r\n\r\nWRONG")
+        await until(lambda: not pool._idle)
+        assert (await ask(pool), raw.accepted) == ((200, b"ok"), 2)
+
+
+async def test_the_longest_rested_is_used_first_and_the_last_to_rest_makes_room():
+    """Connections are used in the order in which their rest ended; the one that is closed is the last in that order."""
+    async with serving(says(OK)) as raw, pool_to(raw.port, rest_s=0.2) as pool:
+        made = [await pool.acquire(60) for _ in range(4)]
+        ports = [one.transport.get_extra_info("sockname")[1] for one in made if one.transport]
+        for connection in made:
+            connection.send(REQUEST, b"")
+            await answer_of(connection)
+            pool.release(connection)
+            await asyncio.sleep(0.01)
+        async with sent(pool) as fifth:
+            await answer_of(fifth)
+            await until(lambda: raw.finished == 1)
+            assert made[3].transport is None or made[3].transport.is_closing()
+            await until(lambda: pool.loop.time() >= pool._idle.by_rest[-1].rested_at)
+            assert [await idle_port(pool) for _ in range(3)] == ports[:3]
+
+
+async def test_a_connection_rests_as_long_as_its_longest_exchange_took():
+    """After an exchange that took longer than the least rest, each rest of its connection is as long, up to a limit."""
+    took_s = 0.25
+
+    async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            await raw.request(reader)
+            await asyncio.sleep(took_s)
+            writer.write(OK)
+
+    async with serving(talk) as raw, pool_to(raw.port, rest_s=0.05) as pool:
+        rests = []
+        for took_s in (0.25, 0.0, 0.7):  # noqa: B007 - the talk reads it
+            await ask(pool)
+            rests.append(pool._idle.by_rest[0].rested_at - pool._idle.by_rest[0].idle_since)
+            await until(lambda: pool.loop.time() >= pool._idle.by_rest[0].rested_at)
+        assert raw.accepted == 1
+        assert 0.24 <= rests[0] == rests[1] < rests[2] == MAX_REST_S
+
+
+@pytest.mark.parametrize(
+    ("clients", "options"),
+    [
+        (4, {"rest_s": 0.1}),
+        (9, {"rest_s": 0.1}),
+        (9, {"rest_s": 0}),
+        (9, {"keep_idle_s": 0}),
+    ],
+)
+async def test_an_upstream_that_serves_one_connection_with_one_process(clients, options):
+    """No request waits for long for a process that an idle connection holds: with as many requests as processes, with
+    more, without a rest, and where no connection is kept."""
+    processes, most, open_now = asyncio.Semaphore(4), 0, 0
+
+    async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal most, open_now
+        open_now += 1
+        most = max(most, open_now)
+        try:
+            async with processes:
+                await says(OK)(raw, reader, writer)
+        finally:
+            open_now -= 1
+
+    async with serving(talk) as raw, pool_to(raw.port, max_connections=64, **options) as pool:
+
+        async def client() -> None:
+            for _ in range(25):
+                assert await ask(pool) == (200, b"ok")
+
+        # Less than the time after which an idle connection is closed.
+        await asyncio.wait_for(asyncio.gather(*[client() for _ in range(clients)]), REUSE_IDLE_S * 0.9)
+    # Beside them, ends that are on their way to the upstream.
+    assert most <= 2 * clients
+
+
+async def test_spare_connections_rest_beside_those_in_use():
+    """Up to the number of spare connections none is closed for a new one; all of them are used again after their rest,
+    and one more makes room."""
+    async with serving(says(OK)) as raw, pool_to(raw.port, rest_s=0.1, spare_connections=3) as pool:
+        for _ in range(4):
+            await ask(pool)
+        assert (raw.accepted, raw.finished, len(pool._idle)) == (4, 0, 4)
+        await ask(pool)
+        assert (raw.accepted, len(pool._idle)) == (5, 4)
+        await until(lambda: pool.loop.time() >= pool._idle.by_rest[-1].rested_at)
+        for _ in range(4):
+            assert await idle_port(pool) is not None
+        assert raw.accepted == 5
+
+
+async def test_a_new_connection_that_gets_no_response_has_an_idle_one_closed():
+    """A spare connection that holds the only process of an upstream is closed for a new one that waits."""
+    process = asyncio.Semaphore(1)
+
+    async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async with process:
+            await says(OK)(raw, reader, writer)
+
+    async with serving(talk) as raw, pool_to(raw.port, rest_s=0.5, spare_connections=1) as pool:
+        await ask(pool)
+        await asyncio.wait_for(ask(pool), REUSE_IDLE_S / 2)
+        assert (raw.accepted, raw.finished) == (2, 1)
+
+
+async def test_a_pool_that_keeps_nothing_idle_closes_each_connection():
+    """With nothing kept, a connection is closed after its response, whoever may reuse one."""
+    async with serving(says(OK)) as raw, pool_to(raw.port, keep_idle_s=0) as pool:
+        for number in (1, 2, 3):
+            await ask(pool)
+            await until(lambda number=number: raw.finished == number)
+            assert (raw.accepted, pool._open_count) == (number, 0)
 
 
 # Answers ...

@@ -106,6 +106,16 @@ def embedded(site: Site) -> Running:
     return oncegate(site, store_url="embedded")
 
 
+def no_rest(site: Site) -> Running:
+    """oncegate whose upstream connections do not rest before they are used again."""
+    return oncegate(site, UPSTREAM_REST_S=0)
+
+
+def spare(site: Site) -> Running:
+    """oncegate that opens more upstream connections than requests run at once, so that each can rest."""
+    return oncegate(site, UPSTREAM_SPARE_CONNECTIONS=1000)
+
+
 def obvious(site: Site) -> Running:
     """aiohttp, its client and redis-py."""
     return _python_peer(site, "obvious", f"redis://127.0.0.1:{site.redis.port}/0")
@@ -144,5 +154,6 @@ def direct(site: Site) -> Running:
 
 Start = Callable[[Site], Running]
 KEYED: dict[str, Start] = {"oncegate": oncegate, "obvious": obvious, "nginx+lua": nginx_lua, "embedded": embedded}
+RESTS: dict[str, Start] = {"no-rest": no_rest, "spare": spare}
 PASSING: dict[str, Start] = {"nginx": nginx_pass, "aiohttp": aiohttp_pass, "direct": direct}
-CONTENDERS = KEYED | PASSING
+CONTENDERS = KEYED | RESTS | PASSING

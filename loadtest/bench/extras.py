@@ -26,6 +26,8 @@ BLOCK = 50  # executions between two looks at a metric
 RATIOS: tuple[tuple[str, str, str, float | None, bool], ...] = (
     ("execution", "obvious", "rate", 4.0, True),
     ("execution", "nginx+lua", "cpu_us", 1.7, False),
+    ("execution", "no-rest", "cpu_us", None, False),
+    ("execution", "spare", "cpu_us", None, False),
     ("new-heads", "obvious", "rate", None, True),
     ("new-heads", "nginx+lua", "cpu_us", None, False),
     ("replay", "obvious", "rate", 3.0, True),

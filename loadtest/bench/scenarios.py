@@ -26,15 +26,15 @@ class Scenario(NamedTuple):
     refused: bool = False
 
 
-KEYED = tuple(contenders.KEYED)
+KEYED, RESTS = tuple(contenders.KEYED), tuple(contenders.RESTS)
 SCENARIOS = {
     one.name: one
     for one in (
-        Scenario("execution", (*KEYED, "direct"), mode="unique"),
+        Scenario("execution", (*KEYED, *RESTS, "direct"), mode="unique"),
         Scenario("new-heads", KEYED, mode="new"),  # executions, none with a head, or an answer's head, that came before
         Scenario("replay", KEYED),
         Scenario("409", KEYED, refused=True),
-        Scenario("pass-through", ("oncegate", "nginx", "aiohttp", "direct")),
+        Scenario("pass-through", ("oncegate", *RESTS, "nginx", "aiohttp", "direct")),
     )
 }
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import struct
 import subprocess
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,21 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.conftest import Valkey
-from tests.parts import OK, Answer, Proxy, RawClient, RawUpstream, answering, ask, holding, request, until
+from tests.parts import (
+    CHUNKED,
+    LAST_CHUNK,
+    OK,
+    Answer,
+    Proxy,
+    RawClient,
+    RawUpstream,
+    Tap,
+    answering,
+    ask,
+    chunk,
+    request,
+    until,
+)
 
 REQUESTS = 40
 TRIES = 3
@@ -54,6 +69,18 @@ TABLE: dict[str, tuple[dict[str, Any], bytes, int, Costs]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def standing(shared_valkey: Valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    """One proxy that uses its connections at once again, as it does everywhere with what has rested."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        url, folder = f"http://127.0.0.1:{sock.getsockname()[1]}", tmp_path_factory.mktemp("standing")
+        proxy = Proxy(url, shared_valkey.url, folder, {"UPSTREAM_REST_S": 0})
+        proxy.upstream_socket = sock
+        proxy.start()
+        yield proxy
+        proxy.close()
+
+
 def segments_in(writer: asyncio.StreamWriter) -> int:
     """Return how many segments with data came on a TCP connection: as nobody delays them, the peer's writes."""
     raw = writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
@@ -84,8 +111,10 @@ def minus(one: Costs, other: Costs) -> list[int]:
 async def test_round_trips_writes_and_connections(standing, behind, valkey, what):
     """An execution asks the store twice, all else once or never; each answer is one write; connections are kept."""
     options, script, status, costs = TABLE[what]
-    release = asyncio.Event()
-    behind.script = holding(release)
+    # It has begun to answer: for a request without any response an idle connection would be closed.
+    tap = Tap()
+    behind.script = tap.script
+    tap.send(CHUNKED)
     running = asyncio.ensure_future(ask(standing.port, request(key="running")))
     await until(lambda: behind.received)
     for key, answer in (("known", OK), ("lost", AMBIGUOUS)):
@@ -104,7 +133,7 @@ async def test_round_trips_writes_and_connections(standing, behind, valkey, what
         assert {answer.status for answer in answers} == {status}
         assert Costs(*map(round, each)) == costs, each
         assert each[:1] + each[2:] == [*costs[:1], *costs[2:]], "some cost more than others"
-    release.set()
+    tap.end(chunk(b"ok"), LAST_CHUNK)
     await running
 
 
@@ -116,20 +145,35 @@ async def send(client: RawClient, n: object, options: dict[str, Any]) -> Answer:
     return answer
 
 
-async def test_an_upstream_connection_is_kept_for_many_executions(gate, upstream):
-    """One client at a time needs one connection to the upstream, however many executions there are."""
+@pytest.mark.parametrize("rest_s", [0, 0.02])
+async def test_an_upstream_connection_is_kept_for_many_executions(proxies, upstream, valkey, rest_s):
+    """One client at a time needs one connection to the upstream, however many executions there are: without a rest, or
+    if each comes after the rest."""
+    proxy = proxies(upstream, valkey.url, UPSTREAM_REST_S=rest_s, UPSTREAM_REUSE_IDLE_S=60)
+    with closing(await RawClient.open(proxy.port)) as client:
+        for n in range(REQUESTS):
+            assert (await send(client, n, {"key": "k-*"})).status == 200
+            # An exchange that took longer rests longer.
+            await asyncio.sleep(rest_s * 4)
+    assert upstream.connections == (1 if rest_s == 0 else pytest.approx(1, abs=2))
+
+
+async def test_one_client_at_a_time_has_one_connection_open(gate, upstream):
+    """A request that finds a resting connection alone closes it: one after the other, no two stay open."""
     with closing(await RawClient.open(gate.port)) as client:
         for n in range(REQUESTS):
             assert (await send(client, n, {"key": "k-*"})).status == 200
-    assert upstream.connections == 1
+            await until(lambda: len(upstream.writers) == 1)
+    assert upstream.connections > 1
 
 
 # Of the proxy alone, without its access log: what it is to write and to read, and how often it may go to sleep.
 # An execution writes the claim, the request, the settlement and the answer, and reads as often.
 CALLS = {
-    "execution": ({"key": "traced-*"}, {"write": 4, "read": 4, "sleep": 6, "all": 16}),
-    "replay": ({"key": "traced"}, {"write": 2, "read": 2, "sleep": 3, "all": 8}),
-    "pass-through": ({"key": None}, {"write": 2, "read": 2, "sleep": 3, "all": 9}),
+    "execution": ({"key": "traced-*"}, 0, {"write": 4, "read": 4, "sleep": 6, "all": 16}),
+    "execution that connects": ({"key": "traced-*"}, 10, {"write": 4, "read": 4, "sleep": 8, "all": 32}),
+    "replay": ({"key": "traced"}, 0.1, {"write": 2, "read": 2, "sleep": 3, "all": 8}),
+    "pass-through": ({"key": None}, 0, {"write": 2, "read": 2, "sleep": 3, "all": 9}),
 }
 CLASSES = {
     "write": r"write|writev|send|sendto|sendmsg",
@@ -143,8 +187,8 @@ CLASSES = {
 @pytest.mark.parametrize("what", CALLS)
 async def test_system_calls(proxies, upstream, valkey, tmp_path, what):
     """A request makes no more system calls of each class than it needs."""
-    options, limits = CALLS[what]
-    proxy = proxies(upstream, valkey.url, ACCESS_LOG="off")
+    options, rest_s, limits = CALLS[what]
+    proxy = proxies(upstream, valkey.url, ACCESS_LOG="off", UPSTREAM_REST_S=rest_s)
     with closing(await RawClient.open(proxy.port)) as client:
         for n in range(5):
             await send(client, f"before{n}", options)

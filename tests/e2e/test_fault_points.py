@@ -211,7 +211,7 @@ async def test_connections_that_close_just_as_they_are_used_again(fork, valkey, 
             writer.close()
 
     async with serving(quiet) as raw:
-        proxy = await fork(raw.url, valkey.url, UPSTREAM_REUSE_IDLE_S=idle_s * 1.5)
+        proxy = await fork(raw.url, valkey.url, UPSTREAM_REUSE_IDLE_S=idle_s * 1.5, UPSTREAM_REST_S=0)
 
         async def line(name: int) -> list[bytes | None]:
             client, found = await RawClient.open(proxy.port), []
@@ -244,7 +244,7 @@ async def test_no_method_is_sent_twice(fork, valkey, key):
         abort(writer)
 
     async with serving(talk) as raw:
-        proxy = await fork(raw.url, valkey.url, METHODS="POST,PATCH,PUT,DELETE")
+        proxy = await fork(raw.url, valkey.url, METHODS="POST,PATCH,PUT,DELETE", UPSTREAM_REST_S=0)
         for method in ("POST", "PATCH", "PUT", "DELETE", *([] if key else ["GET", "HEAD", "OPTIONS"])):
             for number in (1, 2):
                 name = key and f"{method}-{number}"

@@ -358,7 +358,7 @@ async def test_an_upstream_that_answers_at_the_head_keeps_its_connection(proxies
             await read_body(reader, Received(head[:-2], b"", 0).headers)
 
     async with serving(hasty) as upstream:
-        proxy = proxies(upstream.url, valkey.url)
+        proxy = proxies(upstream.url, valkey.url, UPSTREAM_REST_S=0)
         client = await RawClient.open(proxy.port)
         for _ in range(5):
             answer = await client.ask(request(key=None, body=b"x" * 1000))

@@ -67,7 +67,14 @@ async def run(proxies, valkey, tmp_path: Path, head_cache: str) -> tuple[list[by
         await answering(answer % number if b"%d" in answer else answer)(server, reader, writer, received)
 
     upstream.script = script
-    proxy = proxies(upstream, valkey.url, RULES_FILE="rules.toml", HEAD_CACHE=head_cache, UPSTREAM_REUSE_IDLE_S=60)
+    proxy = proxies(
+        upstream,
+        valkey.url,
+        RULES_FILE="rules.toml",
+        HEAD_CACHE=head_cache,
+        UPSTREAM_REUSE_IDLE_S=60,
+        UPSTREAM_REST_S=0,
+    )
     responses, connection = [], await RawClient.open(proxy.port)
     for raw in asked():
         answer = await connection.ask(raw)

@@ -105,6 +105,8 @@ class Exchange:
             if connection.response.head is None:
                 await connection.next_arrival(silence_s)
             head = connection.response.head or await connection.wait_for_head(silence_s, self._extend_watchdog)
+            if head.status == 408:
+                self._check_idle_timeout(connection, head)
             if self._may_be_small(head) and (
                 connection.is_complete_in(SMALL_BYTES)
                 or await connection.completes_within(self._window_s(), SMALL_BYTES)
@@ -182,6 +184,15 @@ class Exchange:
         self.progress.head, self._held.stage = head, stages.RESPONSE_BEGUN
         self._dispose(disposition)
         return head.bodiless or ((head.length or 0) <= SMALL_BYTES and not head.is_event_stream)
+
+    def _check_idle_timeout(self, connection: Connection, head: ResponseHead) -> None:
+        """Raise UpstreamLost if a 408 may be about the idle connection (RFC 9110, section 15.5.9), not this request.
+
+        It may have been on its way before the request. Whether the request was read after it, nobody can tell.
+        """
+        is_released = self._policy.statuses.read(408, head.fields) is Disposition.RELEASE
+        if connection.is_reused and not connection.response.keep_alive and not is_released:
+            raise UpstreamLost("the upstream ended an idle connection with a 408")
 
     def _read(self, head: ResponseHead) -> Disposition:
         """Return what a response means for the key, as far as its head says it."""

@@ -13,7 +13,6 @@ from oncegate.messages.request_head import SWITCHING, RequestHead
 from oncegate.observe.outcome import Outcome
 from oncegate.upstream.connection import Connection
 from oncegate.upstream.errors import NotSent, UpstreamLost
-from oncegate.upstream.pool import REUSE_IDLE_S
 
 # Bytes of a client that wait for the upstream, above which reading pauses.
 HIGH_WATER = 65536
@@ -73,7 +72,8 @@ async def tunnel(request: Request, step: Tunnel) -> Relayed:
     """
     deps, response = step.route.deps, request.response
     try:
-        connection = await deps.pool.acquire(REUSE_IDLE_S)
+        # A connection of its own: it will not come back, and nobody was there before.
+        connection = await deps.pool.acquire(0)
     except NotSent as reason:
         return Relayed(Outcome.UPSTREAM_UNREACHABLE, refuse=not_sent(str(reason), b""))
     began = time.perf_counter()

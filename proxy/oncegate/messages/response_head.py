@@ -7,6 +7,7 @@ from hashlib import blake2b
 from itertools import chain
 from typing import NamedTuple
 
+from oncegate.messages.bound_authentication import challenge_binds_connection
 from oncegate.messages.fields import (
     HOP_BY_HOP,
     MAX_HEAD_BYTES,
@@ -54,6 +55,8 @@ class ResponseHead:
     age_s: int = field(init=False)
     # How the response to the client marks the end of its body.
     framing: Framing = field(init=False)
+    # Whether its user is, or would be, authenticated for the whole connection.
+    binds_connection: bool = field(init=False)
     _digest: blake2b | None = field(init=False, default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -61,6 +64,8 @@ class ResponseHead:
         self.is_event_stream = kinds is not None and kinds[-1].lower().startswith(b"text/event-stream")
         self.age_s = _number(self.fields[b"age"][0]) if b"age" in self.fields else 0
         states_length = self.length is not None or self.bodiless
+        challenges = self.fields.get(b"www-authenticate")
+        self.binds_connection = challenges is not None and challenge_binds_connection(challenges)
         self.framing = CLOSING if self.close_delimited else STATED if states_length else COUNTED
 
     def digest(self) -> blake2b:

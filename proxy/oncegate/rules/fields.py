@@ -44,6 +44,8 @@ OF_UPSTREAMS = {
     "connect_retries": "connect_retries",
     "max_connections": "max_upstream_connections",
     "reuse_idle_s": "upstream_reuse_idle_s",
+    "rest_s": "upstream_rest_s",
+    "spare_connections": "upstream_spare_connections",
 }
 FILES = ("ca_file", "cert_file", "key_file")
 

@@ -91,6 +91,8 @@ class Upstream:
     connect_retries: int
     max_connections: int
     reuse_idle_s: float
+    rest_s: float
+    spare_connections: int | None
     known_as: str = ""
     direct: bool = False
     via: tuple[str, ...] = ()

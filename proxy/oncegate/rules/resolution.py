@@ -69,6 +69,8 @@ def default_rule(settings: Settings) -> Rule:
         connect_retries=settings.connect_retries,
         max_connections=settings.max_upstream_connections,
         reuse_idle_s=settings.upstream_reuse_idle_s,
+        rest_s=settings.upstream_rest_s,
+        spare_connections=settings.upstream_spare_connections,
     )
     return Rule(match=Match(), policy=policy_of(settings), upstream=upstream, settings=settings)
 

@@ -219,7 +219,19 @@ class Settings(BaseSettings):
     upstream_reuse_idle_s: SecondsOrZero = Field(
         1,
         description="A request with a key uses an open connection to the upstream only if it has been idle for less "
-        "than this time. 0: it always opens a new one.",
+        "than this time. 0: every request, with or without a key, opens a connection and closes it after the response. "
+        "Choose 0 if your API serves each connection with a process of its own.",
+    )
+    upstream_rest_s: SecondsOrZero = Field(
+        0.2,
+        description="A connection to the upstream rests for this time before another request uses it. If your API "
+        "answers a request twice, the second response comes within the rest and closes the connection. 0: no rest.",
+    )
+    # A TLS handshake costs 40 executions (docs/decisions/004).
+    upstream_spare_connections: Annotated[int | None, Field(ge=0, le=MILLION)] = Field(
+        None,
+        description="Idle connections that a request leaves open when it opens another. They save CPU time if your API "
+        "serves many connections in one process. By default 0 for `http://`, 256 for `https://`.",
     )
     # 512 could not carry 1,000 live streams (docs/decisions/004).
     max_upstream_connections: Count = Field(1200, description="Open connections to the upstream, for each worker.")

@@ -14,6 +14,7 @@ from oncegate.known_heads.recent import RecentHeads
 from oncegate.messages.fields import MAX_HEAD_BYTES
 from oncegate.messages.response_head import ResponseHead
 from oncegate.upstream.errors import NotSent, UpstreamLost
+from oncegate.upstream.notes import NEVER, PoolNotes
 from oncegate.upstream.request import OutgoingRequest
 from oncegate.upstream.response import IncomingResponse
 from oncegate.upstream.tls import alert_of, is_handshake_refused, read_rest
@@ -30,24 +31,20 @@ class OwningPool(Protocol):
     write_batcher: WriteBatcher
     recent_heads: RecentHeads[ResponseHead]
 
-    def opened(self, descriptor: int) -> None: ...
-
     def forget(self, connection: "Connection") -> None: ...
 
 
-class Connection(asyncio.Protocol):
+class Connection(PoolNotes, asyncio.Protocol):
     """One connection and the one request that is on it. Between requests it is idle in the pool.
 
-    `response` is what has arrived of the response. `deadline` and `idle_since` are times of the loop; the pool fails
-    connections whose deadline is over.
+    `response` is what has arrived of the response. `deadline` is a time of the loop; the pool fails connections whose
+    deadline is over.
     """
 
     def __init__(self, pool: OwningPool) -> None:
         self._pool, self._loop = pool, pool.loop
         self.transport: asyncio.Transport | None = None
-        self.descriptor = -1
-        self.idle_since = 0.0
-        self.deadline = float("inf")
+        self.deadline = NEVER
         self._request = OutgoingRequest(pool.loop, pool.write_batcher)
         self.response = IncomingResponse()
         self._failure: UpstreamLost | NotSent | None = None
@@ -75,7 +72,7 @@ class Connection(asyncio.Protocol):
     def send_upgrade(self, head: bytes) -> None:
         """Send a request for another protocol. After a 101 all that comes is the body of the response."""
         self.response.begin(head_only=False, may_switch=True)
-        self._request.write(head)
+        self._request.send(head, b"")
 
     async def write(self, data: bytes, silence_s: float) -> None:
         """Send bytes of the other protocol. They count as a sign of life, so the deadline moves by `silence_s`."""
@@ -187,8 +184,6 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = self._request.transport = transport  # type: ignore[assignment]
-        self.descriptor = transport.get_extra_info("socket").fileno()
-        self._pool.opened(self.descriptor)
 
     def data_received(self, data: bytes) -> None:
         response = self.response
@@ -253,8 +248,9 @@ class Connection(asyncio.Protocol):
             failure = self._take_rest(transport, exc)
         # A sender that waits for room would wait for ever.
         self._request.transport_lost()
-        self._pool.forget(self)
-        self.fail(failure or UpstreamLost(f"the upstream's connection broke: {exc or 'closed'}"))
+        if not self.is_discarded:
+            self._pool.forget(self)
+            self.fail(failure or UpstreamLost(f"the upstream's connection broke: {exc or 'closed'}"))
 
     def _take_rest(self, transport: asyncio.Transport, exc: Exception | None) -> UpstreamLost | NotSent:
         """Take what came before the connection broke: it may be the whole response. Return what broke it."""
@@ -275,10 +271,13 @@ class Connection(asyncio.Protocol):
     @property
     def is_reusable(self) -> bool:
         """Whether the exchange left the connection clean, so that another request may be sent on it."""
-        is_clean = self.response.is_complete and self._keep_alive and not self.response.has_surplus
-        return is_clean and self.transport is not None and not self.transport.is_closing()
+        response = self.response
+        is_clean = response.is_complete and self._keep_alive and not response.has_surplus
+        if not is_clean or self._request.binds_connection or response.head is None or response.head.binds_connection:
+            return False
+        return self.transport is not None and not self.transport.is_closing()
 
-    def become_idle(self) -> None:
+    def become_idle(self, now: float) -> None:
         """Forget the exchange, keep the connection."""
         if self.response.buffered_bytes:
             self.discard_body()
@@ -287,7 +286,7 @@ class Connection(asyncio.Protocol):
             self._resume_reading()
         self.response.parser = None
         self._head_bytes = 0
-        self.idle_since = self._loop.time()
+        self.note_idle(now)
 
     @property
     def is_alive(self) -> bool:
@@ -304,6 +303,7 @@ class Connection(asyncio.Protocol):
     def discard(self) -> None:
         """Close the connection for good, and forget its failure: an exception refers to frames that refer to this."""
         self.close()
+        self.is_discarded = True
         self._failure = self._arrival = None
 
     def discard_body(self) -> None:

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 
 from oncegate.buffers.write_batcher import WriteBatcher
+from oncegate.messages.bound_authentication import request_binds_connection
 
 # The most bytes of a body that are copied behind the head for one write. A copy of more would take too much memory.
 MAX_JOINED_BYTES = 65536
@@ -13,7 +14,10 @@ class OutgoingRequest:
     """Writes the requests of a connection, one after the other, no faster than the transport takes them.
 
     `transport` is None before the connection is made and once it is lost; what is written then is dropped.
+    `binds_connection`: a request authenticated its user for the whole connection, which nobody else may use.
     """
+
+    binds_connection = False
 
     def __init__(self, loop: asyncio.AbstractEventLoop, batcher: WriteBatcher) -> None:
         self._loop, self._batcher = loop, batcher
@@ -25,6 +29,8 @@ class OutgoingRequest:
 
     def send(self, head: bytes, body: bytes) -> None:
         """Write a whole request. A small one leaves in one write with those of other connections."""
+        if request_binds_connection(head):
+            self.binds_connection = True
         transport = self.transport
         if transport is not None and not transport.is_closing():
             if len(body) > MAX_JOINED_BYTES:
@@ -39,6 +45,8 @@ class OutgoingRequest:
 
         `failed` is called with what broke the body.
         """
+        if request_binds_connection(head):
+            self.binds_connection = True
         self.write(head)
         # Only the task refers to `failed`: as an attribute, a connection's own method would make each connection a
         # reference cycle, which only a garbage collection frees.

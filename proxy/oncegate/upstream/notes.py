@@ -1,0 +1,24 @@
+"""What a pool notes about each of its connections."""
+
+NEVER = float("inf")
+
+
+class PoolNotes:
+    """The notes of a pool about one connection. Times are those of the loop.
+
+    `taken_at`: a request got it. `longest_s`: how long its longest exchange took. `idle_since`, `rested_at`: it is idle
+    since the one, and may be used again from the other. `makes_room_at`: an idle one is closed if it has no response
+    by then. `checks_before`: how many checks by the kernel were made before it became idle.
+    """
+
+    taken_at = longest_s = idle_since = rested_at = 0.0
+    makes_room_at = NEVER
+    checks_before = 0
+    # Of its socket, once epoll watches that.
+    descriptor = -1
+    is_reused = is_idle = is_discarded = False
+
+    def note_idle(self, now: float) -> None:
+        """Note the end of an exchange that left the connection clean."""
+        self.idle_since = now
+        self.longest_s = max(self.longest_s, now - self.taken_at)
