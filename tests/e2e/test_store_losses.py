@@ -279,6 +279,32 @@ async def test_a_declared_change_of_identity(fork, upstream, own_valkey):
     assert second.metric("identity_accepted_total") == 1
 
 
+async def test_a_version_that_names_otherwise_is_refused_until_it_is_declared(fork, upstream, own_valkey):
+    """On a store whose keys another version of naming made, a proxy is ready only where the change is declared."""
+    with own_valkey.client() as client:
+        seconds, _ = client.time()
+        others = "namespace=default secret=none scope=known key_header=idempotency-key"
+        for naming in ("", "naming=1 "):
+            client.delete("once:identities")
+            client.hset("once:identities", "0" * 32, f"{seconds * 1000} {naming}{others}")
+            refused = await fork(upstream, own_valkey.url, IDENTITY_CHANGE="refuse")
+            assert "(naming)" in reasons(refused)[0]
+            assert await status(refused) == (503, REFUSED)
+            refused.kill()
+    declared = await fork(upstream, own_valkey.url, IDENTITY_CHANGE="accept")
+    assert await status(declared) == (200, b"executed")
+
+
+async def test_an_identity_is_known_as_long_as_its_longest_key(fork, upstream, own_valkey, tmp_path):
+    """How a proxy names keys is remembered for the longest retention that any of its rules has."""
+    file = tmp_path / "rules.toml"
+    file.write_text('[[rule]]\nname = "a"\npath = "/a"\nretention_s = 20000000\n')
+    proxy = await fork(upstream, own_valkey.url, RULES_FILE=file)
+    assert await status(proxy) == (200, b"executed")
+    with own_valkey.client() as client:
+        assert client.pttl("once:identities") > 19_000_000_000
+
+
 async def test_a_refused_replica_does_not_found_what_the_others_lost(fork, upstream, own_valkey):
     """After a flush those who served before come first; the one that was refused goes on being refused."""
     first = await fork(upstream, own_valkey.url, IDENTITY_CHANGE="refuse")

@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+from oncegate.commands import init
 from tests.parts import CHUNKED, LAST_CHUNK, Received, Tap, ask, chunk, holding, request, until
 
 ALICE, BOB = "Authorization: Bearer alice", "Authorization: Bearer bob"
@@ -129,6 +130,21 @@ async def test_one_cookie_may_be_the_tenant(proxies, upstream, valkey, tmp_path)
         for cookies in ("_ga=1; session=a", "session=a; _ga=2; flash=x", "_ga=1; session=b", "_ga=1; session=a")
     ]
     assert said == [b"executed", b"replayed", b"executed", b"replayed"]
+
+
+@pytest.mark.parametrize(("path", "form"), [("/checkout", b"item=7&token=4711"), ("/orders", b"item=7")])
+async def test_a_form_is_sent_once_while_other_cookies_change(proxies, upstream, valkey, tmp_path, path, form):
+    """With the rules that `oncegate init double-click` writes: a token needs no scope, a session's cookie is one."""
+    (tmp_path / "rules.toml").write_bytes(init.example("double-click", "rules.toml"))
+    gate = proxies(upstream, valkey.url, RULES_FILE="rules.toml")
+    kind = "Content-Type: application/x-www-form-urlencoded"
+    for visits in (1, 2):
+        cookies = f"Cookie: _ga=GA1.{visits}; session=a; flash=v{visits}"
+        answer = await ask(gate.port, request("POST", path, None, form, kind, cookies))
+        assert answer.header("oncegate-status") == (b"executed" if visits == 1 else b"replayed")
+    other = await ask(gate.port, request("POST", "/orders", None, b"item=7", kind, "Cookie: session=b"))
+    assert other.header("oncegate-status") == b"executed"
+    assert gate.metric("without_credential_total") == 0
 
 
 async def test_a_scheme_is_refused_until_it_is_named(proxies, upstream, valkey, tmp_path):

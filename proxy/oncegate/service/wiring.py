@@ -179,7 +179,8 @@ class Parts:
             proxy_name=f"{socket.gethostname()} pid {os.getpid()}",
             identity_text=identity_settings(digests, settings.namespace, settings.key_header, settings.scope_headers),
             accept=settings.identity_change == "accept",
-            retention_ms=unknown_retention_ms(settings),
+            # As long as the last key that is named so may be there: rules have retentions of their own.
+            retention_ms=max(unknown_retention_ms(rule.settings) for rule in self.rules),
             quarantine_ms=int(settings.quarantine_s * 1000) if settings.on_store_loss == "quarantine" else 0,
             notice_s=settings.quarantine_s,
             durable=is_durable(settings),
