@@ -587,6 +587,20 @@ def test_the_store_holds_the_lock_itself(store: EmbeddedStore, folder: Path) -> 
     assert str(folder / "lock") in open_files(pid_of(store.url))
 
 
+def test_a_server_that_outlives_its_proxy_keeps_the_folder(
+    store: EmbeddedStore, new_store: Callable[[], EmbeddedStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the server of a proxy that is gone lives, nobody starts on its folder or takes its keys for orphans."""
+    monkeypatch.setattr(embedded, "LOCK_WAIT_S", 0.1)
+    assert store._lock is not None
+    os.close(store._lock)  # as the end of the proxy does
+    store._lock = None
+    with pytest.raises(EmbeddedStoreError, match="in use by another proxy .* or by its server"):
+        new_store().start()
+    store.stop()
+    new_store().start()
+
+
 def test_a_dead_store_keeps_its_folder(
     store: EmbeddedStore, new_store: Callable[[], EmbeddedStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -279,7 +279,7 @@ def _lock_folder(folder: Path) -> int:
             holder = os.pread(lock, 20, 0).decode(errors="replace") or "unknown"
             os.close(lock)
             raise EmbeddedStoreError(
-                f"the data folder {folder} is in use by another proxy (process {holder}): give each proxy its own "
+                f"the data folder {folder} is in use by another proxy (process {holder}) or by its server: give each proxy its own "
                 "ONCEGATE_DATA_DIR, or let them share one store through ONCEGATE_STORE_URL"
             )
         time.sleep(0.02)
