@@ -595,7 +595,7 @@ def test_a_server_that_outlives_its_proxy_keeps_the_folder(
     assert store._lock is not None
     os.close(store._lock)  # as the end of the proxy does
     store._lock = None
-    with pytest.raises(EmbeddedStoreError, match="in use by another proxy .* or by its server"):
+    with pytest.raises(EmbeddedStoreError, match=r"in use by another proxy .* or by its server"):
         new_store().start()
     store.stop()
     new_store().start()

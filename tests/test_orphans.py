@@ -70,7 +70,8 @@ async def test_the_keys_in_flight_of_dead_owners_are_marked(valkey, stores):
     with valkey.client() as client:
         client.set("once:epoch", "no hash")
         client.hset("once:identities", "a", "b")
-    assert await mark_orphans(valkey.url, [dead.token_prefix]) == 50
+    others = [bytes([number]) * 10 for number in range(100)]
+    assert await mark_orphans(valkey.url, [*others, dead.token_prefix]) == 50
     records = [await seen(alive, number) for number in range(101)]
     assert [record.state.value for record in records] == ["unknown"] * 50 + ["in_flight"] * 50 + ["unknown"]
     assert {record.reason for record in records[:50]} == {"its proxy was killed"}

@@ -279,8 +279,8 @@ def _lock_folder(folder: Path) -> int:
             holder = os.pread(lock, 20, 0).decode(errors="replace") or "unknown"
             os.close(lock)
             raise EmbeddedStoreError(
-                f"the data folder {folder} is in use by another proxy (process {holder}) or by its server: give each proxy its own "
-                "ONCEGATE_DATA_DIR, or let them share one store through ONCEGATE_STORE_URL"
+                f"the data folder {folder} is in use by another proxy (process {holder}) or by its server: give each "
+                "proxy its own ONCEGATE_DATA_DIR, or let them share one store through ONCEGATE_STORE_URL"
             )
         time.sleep(0.02)
     os.ftruncate(lock, 0)

@@ -20,7 +20,7 @@ import hiredis
 from redis.asyncio.connection import AbstractConnection
 
 from oncegate.buffers.write_batcher import write_batcher
-from oncegate.store.redis.wire import COMMAND, SIZE, TAG_COUNT, TAGS, ErrorReply, Observers, ScriptCall, resp
+from oncegate.store.redis.wire import SIZE, TAG_COUNT, TAGS, ErrorReply, Observers, ScriptCall, resp
 from oncegate.store.results import Unconfirmed
 
 # Commands that leave at once, so that the server works on them while the loop's turn issues more.
@@ -189,7 +189,7 @@ class Link(asyncio.Protocol):
 
     def command(self, *words: bytes | str | int, deadline: float) -> "asyncio.Future[Any]":
         """Issue a plain command. The future gives the reply, an ErrorReply or an Unconfirmed; it never raises."""
-        return self._issue(COMMAND[len(words)] + resp(*words), deadline)
+        return self._issue(b"*%d\r\n" % len(words) + resp(*words), deadline)
 
     def _issue(self, command: bytes, deadline: float, tag: bytes = b"", verb: str = "") -> "asyncio.Future[Any]":
         future, out = self._loop.create_future(), self._out
