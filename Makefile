@@ -31,7 +31,7 @@ PART_service := e2e/test_limits e2e/test_shutdown
 PART_gateway := e2e/test_again e2e/test_duplicates e2e/test_endings e2e/test_fidelity e2e/test_main_job e2e/test_streams \
 	e2e/test_websockets
 PART_downstream := test_body test_minimum_rate test_response e2e/test_clients_leave e2e/test_listener
-PART_upstream := test_pools test_upstream e2e/test_forwarding
+PART_upstream := test_pools test_upstream e2e/test_forwarding e2e/test_reused_connections
 PART_store := test_breaker test_cluster test_durable test_health_monitor test_leases test_link test_lua test_orphans test_record \
 	test_sentinel test_store test_unknown_keys e2e/test_duplicates model/test_scripts
 PART_rules := test_patterns test_policy test_rules test_statuses e2e/test_rules
@@ -39,7 +39,7 @@ PART_keys := e2e/test_tenants test_documents test_forms test_keys test_multipart
 	test_tenants
 PART_observe := test_families test_logs test_outcome test_usage e2e/test_admin
 PART_known_heads := test_known_heads e2e/test_again e2e/test_head_cache
-PART_messages := test_headers test_problems test_strict_head
+PART_messages := test_bound_authentication test_headers test_problems test_strict_head
 PART_buffers := test_body test_write_batcher
 PART_settings := test_settings
 PART_decision := test_decision model/test_model

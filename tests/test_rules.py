@@ -16,8 +16,9 @@ from oncegate.rules.presets import PRESETS
 from oncegate.rules.statuses import AMBIGUOUS_STATUSES, RELEASE_STATUSES
 from oncegate.settings.addresses import Origin
 from oncegate.settings.credentials import expanded
+from oncegate.settings.errors import SettingsError
 from oncegate.settings.names import GUARDABLE
-from oncegate.settings.settings import Settings, SettingsError
+from oncegate.settings.settings import Settings
 
 URL = "http://api.test"
 KNOWN_HEADERS = tuple(name.lower().encode() for name in expanded(["known"]))

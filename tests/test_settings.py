@@ -11,8 +11,9 @@ from redis.asyncio.connection import parse_url
 
 from oncegate.settings.addresses import Address, Origin
 from oncegate.settings.contradictions import CONTRADICTIONS
+from oncegate.settings.errors import SettingsError
 from oncegate.settings.loading import describe, load_settings, table
-from oncegate.settings.settings import Settings, SettingsError
+from oncegate.settings.settings import Settings
 from oncegate.settings.store_url import parse_server_group
 from oncegate.settings.values import RESERVED
 from oncegate.testing.faults import Fault

@@ -14,8 +14,9 @@ from oncegate.commands import explain, init
 from oncegate.rules.loading import load_rules
 from oncegate.rules.model import Rules
 from oncegate.rules.receivers import receiver_warnings
+from oncegate.settings.errors import SettingsError
 from oncegate.settings.loading import describe, load_settings
-from oncegate.settings.settings import Settings, SettingsError
+from oncegate.settings.settings import Settings
 from oncegate.store.record import ViewState
 
 # As long as the HEALTHCHECK of the image gives the command.

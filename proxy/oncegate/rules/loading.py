@@ -8,7 +8,8 @@ from oncegate.rules.file import FileError, read_tables
 from oncegate.rules.model import Rules
 from oncegate.rules.reading import RulesReader
 from oncegate.rules.resolution import default_rule
-from oncegate.settings.settings import Settings, SettingsError
+from oncegate.settings.errors import SettingsError
+from oncegate.settings.settings import Settings
 
 
 def load_rules(settings: Settings) -> Rules:

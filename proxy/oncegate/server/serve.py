@@ -21,7 +21,8 @@ from oncegate.server.tuning import (
     raise_open_file_limit,
 )
 from oncegate.service.service import Service, Unsupported
-from oncegate.settings.settings import Settings, SettingsError
+from oncegate.settings.errors import SettingsError
+from oncegate.settings.settings import Settings
 
 
 def serve(settings: Settings, logger: Any) -> ExitCode:

@@ -27,8 +27,9 @@ from oncegate.server.signals import ExitCode, block_signals, stop_events, unbloc
 from oncegate.server.tuning import freeze_garbage_collection, grow_descriptor_table
 from oncegate.service.drain import unless
 from oncegate.service.service import Service, Unsupported
+from oncegate.settings.errors import SettingsError
 from oncegate.settings.loading import load_settings
-from oncegate.settings.settings import Settings, SettingsError
+from oncegate.settings.settings import Settings
 
 # A worker that is killed loses what it counted in this time.
 REPORT_INTERVAL_S = 1.0

@@ -19,7 +19,8 @@ from oncegate.observe.outcome import RequestReport
 from oncegate.rules.loading import load_rules
 from oncegate.service.drain import POLL_S, Drain, unless
 from oncegate.service.wiring import Parts, Reporting, server_tls
-from oncegate.settings.settings import Settings, SettingsError
+from oncegate.settings.errors import SettingsError
+from oncegate.settings.settings import Settings
 from oncegate.store.events import ClaimEvent, StoreEvent
 from oncegate.store.record import Claim
 from oncegate.testing import faults

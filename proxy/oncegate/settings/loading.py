@@ -12,8 +12,9 @@ from pydantic_core import ErrorDetails
 from oncegate.settings.addresses import Origin
 from oncegate.settings.contradictions import contradictions_in
 from oncegate.settings.env_file import read_env_file
+from oncegate.settings.errors import SettingsError
 from oncegate.settings.files import MAX_SECRET_BYTES, read_text
-from oncegate.settings.settings import ENV_FILE, PREFIX, SECRETS, Settings, SettingsError
+from oncegate.settings.settings import ENV_FILE, PREFIX, SECRETS, Settings
 from oncegate.settings.store_url import masked
 from oncegate.settings.wording import complaint, number_text, variable_name
 

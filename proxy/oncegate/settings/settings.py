@@ -4,7 +4,6 @@ The descriptions are the reference page. `loading.load_settings` reads the envir
 without repeating a secret; no other module reads the environment.
 """
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -42,14 +41,6 @@ PREFIX = "ONCEGATE_"
 ENV_FILE = ".env"
 # Settings that <NAME>_FILE can hold as well.
 SECRETS = ("secret", "store_url")
-
-
-class SettingsError(Exception):
-    """The settings cannot be used. Each of `errors` begins with the name of its variable."""
-
-    def __init__(self, errors: Iterable[str]) -> None:
-        self.errors = tuple(errors)
-        super().__init__("\n".join(self.errors))
 
 
 class Settings(BaseSettings):
