@@ -76,7 +76,7 @@ def credentials() -> str:
         for kind, names in (("credential", CREDENTIALS), ("account", ACCOUNTS))
         for name, sender in names.items()
     ]
-    return _table("| header | kind | sent by clients of |", rows)
+    return _table("| header | kind | used by |", rows)
 
 
 def metrics() -> str:

@@ -15,7 +15,7 @@ BARE = "bare"
 
 # Field -> who sends it. A field with a credential in it: each value is another client.
 CREDENTIALS = {
-    "Authorization": "HTTP authentication",
+    "Authorization": "all of HTTP",
     "X-Api-Key": "Anthropic, AWS API Gateway and many others",
     "Api-Key": "Azure OpenAI, New Relic, Pinecone",
     # Beside the one above, because it would pass for an imitation of it, and be refused.
