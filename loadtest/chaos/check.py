@@ -26,7 +26,9 @@ NO_ANSWER = frozenset(("none", "timeout", "refused", "left", "cut"))
 FINAL = frozenset(("outcome-unknown", "response-not-kept", "key-reused"))
 NO_OWNER = frozenset(("in-flight", "key-reused", "response-not-kept"))
 # Answers of the upstream after which nobody can know.
-BAD = frozenset(("cut-length", "cut-chunks", "cut-head", "garbage", "silent", "gateway", "part"))
+BAD = frozenset(("cut-length", "cut-chunks", "cut-head", "garbage", "silent", "gateway", "made-up", "part"))
+# Answers that somebody between the proxy and the API makes up, though the API ran.
+MADE_UP = frozenset(("gateway", "made-up"))
 # Faults that make no outcome unknown, by contract: a client that leaves, a slow wire, a store without its scripts.
 HARMLESS = ("client-link", "script-flush", "upstream-link-slow", "store-full")
 # Faults that may end a connection cleanly in the middle of an answer that is ended by closing.
@@ -117,7 +119,7 @@ def faithful(case: Case, history: History) -> Iterator[Found]:
     for a in case.attempts:
         if a.how == "garbage":
             yield Found("I6", "bytes that are no answer", a.begun, a.ended)
-        if not a.whole or a.slug or (a.status == 502 and not a.execution):
+        if not a.whole or a.slug or _is_made_up(a, case):
             continue
         one = history.executions.get(a.execution)
         if one is None:
@@ -127,6 +129,11 @@ def faithful(case: Case, history: History) -> Iterator[Found]:
         elif one.digest != a.digest and not _ended_by_closing(case, history):
             what = "differs from" if one.how in ("whole", "declined") else f"({one.how}) is told as complete:"
             yield Found("I6", f"the upstream's answer {one.id} {what} {_brief(a)}", a.begun, a.ended)
+
+
+def _is_made_up(a: Attempt, case: Case) -> bool:
+    """Return whether a client got the answer of a gateway, and was told that the outcome is unknown."""
+    return not a.execution and a.word == "unknown" and any(one.kind in MADE_UP for one in case.executions)
 
 
 def _ended_by_closing(case: Case, history: History) -> bool:

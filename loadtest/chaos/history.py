@@ -93,12 +93,13 @@ class History:
         self.facts: dict[str, Any] = json.loads((folder / "run.json").read_text())
         self.faults = _faults(folder / "faults.jsonl")
         self.stalls = _faults(folder / "stalls.jsonl")  # times in which the machine gave a process no processor
-        self._disturbances = sorted([*self.faults, *self.stalls], key=lambda one: one.begun)
         self.reports = [float(line["at"]) for line in _json_lines(folder / "reports.jsonl")]
         self.mixed: list[str] = []
+        self.idle: list[Fault] = []  # times at which the API ended an idle connection with a 408
         self.executions: dict[str, Execution] = {}
         self.cases: dict[Name, Case] = {}
         self._read_upstream(folder / "upstream.log")
+        self._disturbances = sorted([*self.faults, *self.stalls, *self.idle], key=lambda one: one.begun)
         for path in sorted(folder.glob("client-*.tsv")):
             self._read_client(path)
         for case in self.cases.values():
@@ -119,6 +120,8 @@ class History:
             elif kind == "end":
                 one = self.executions[words[0]]
                 one.ended, one.how, one.digest = float(at), words[1], words[2]
+            elif kind == "idle":
+                self.idle.append(Fault("upstream-idle", "upstream", int(words[0]), float(at), float(at), "a 408"))
             else:
                 self.mixed.append(" ".join([at, *words]))
 

@@ -16,6 +16,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from loadtest.chaos.link import Link
+from loadtest.chaos.plan import EVENT_RULES
 from loadtest.ports import free_port
 from oncegate.server.embedded import find_server
 
@@ -89,10 +90,17 @@ class Replica(Part):
             "ONCEGATE_ADMIN_LISTEN": f"127.0.0.1:{self.admin_port}",
             # The API itself answers.
             "ONCEGATE_RELEASE_STATUSES": "default,503+retry-after",
+            "ONCEGATE_RULES_FILE": str(self._rules()),
             **{f"ONCEGATE_{name}": str(value) for name, value in settings.items()},
         }
         self._settings = settings
         self._spawn([sys.executable, "-m", "oncegate", "serve"], env)
+
+    def _rules(self) -> Path:
+        """Write the rule for events, and return its file."""
+        path = self._folder / "rules.toml"
+        path.write_text(EVENT_RULES)
+        return path
 
     def start_again(self) -> None:
         self.start(self._settings)

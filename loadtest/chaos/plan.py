@@ -4,7 +4,29 @@ import random
 from hashlib import blake2b
 from typing import NamedTuple
 
-TENANTS = ("ant", "bee", "cat", "dog")
+# Who asks, and how the proxy can see it: by a credential in one of several headers, or by the account that it chooses.
+CREDENTIALS = {
+    "ant": b"Authorization: Bearer ant",
+    "bee": b"X-Api-Key: bee",
+    "cat": b"x-goog-api-key: cat",
+    "dog": b"Authorization: Bearer ant\r\nStripe-Account: dog",
+}
+TENANTS = tuple(CREDENTIALS)
+# Receivers of events without a credential. One event goes to each of them under the same id.
+RECEIVERS = ("hook-a", "hook-b")
+# One rule for each of them, as an operator writes them.
+EVENT_RULES = "".join(
+    f"""
+[[rule]]
+name = "{receiver}"
+path = "/{receiver}/*"
+preset = "standard-webhooks"
+on_unknown = "hold"
+release_statuses = ["default", "503+retry-after"]
+ambiguous_statuses = ["default"]
+"""
+    for receiver in RECEIVERS
+)
 LARGE_BYTES = 150_000  # over what comes along with a claim's reply
 STORED_BYTES = 200_000  # ONCEGATE_MAX_STORED_BYTES of a run
 OVERSIZE_BYTES = 260_000
@@ -20,14 +42,20 @@ ANSWERS = {
     "failed": 10,  # 500, a stored answer as any other
     "busy": 8,  # 429: declined
     "later": 4,  # 503 with Retry-After: declined
+    "twice": 30,  # and the same again, some milliseconds later: nobody asked for that
+    "idle-408": 20,  # and a 408 as soon as the connection is idle for a while
     "gateway": 3,  # 502: ambiguous
     "cut-length": 3,  # the answer is shorter than it said
     "cut-chunks": 3,  # the last chunk never comes
+    "made-up": 3,  # 503 with Retry-After of a gateway, though the API ran: ambiguous
     "cut-head": 2,
     "garbage": 1,
     "silent": 1,  # longer than the proxy waits
 }
 DECLINED = frozenset(("busy", "later"))
+# Of uploads that do not come in one piece, the share that gets its answer, 413, before its end.
+EARLY_SHARE = 0.3
+EARLY_BYTES = 10_000
 
 
 def _number(*words: object) -> int:
@@ -42,6 +70,11 @@ def answer_kind(seed: int, tenant: str, key: str, nth: int) -> str:
             return kind
         at -= share
     return "small"
+
+
+def is_answered_early(seed: int, tenant: str, key: str, nth: int) -> bool:
+    """Return whether the upstream refuses the `nth` request for a key before it has read it."""
+    return _number("early", seed, tenant, key, nth) % 1000 < EARLY_SHARE * 1000
 
 
 def filler(execution: str, size: int) -> bytes:
@@ -72,7 +105,9 @@ def operation(seed: int, client: int, number: int) -> list[Operation]:
     key = f"{seed}-{client}-{number}"
     racers = rng.choices((1, 2, 3, 6), (82, 12, 4, 2))[0]
     mutant = rng.choice((1, 2, 3)) if rng.random() < 0.04 else 0
-    size = rng.choices((24, 300, 20_000, 300_000), (700, 270, 28, 2))[0]
+    size = rng.choices((24, 300, 20_000, 300_000), (700, 260, 28, 12))[0]
+    if rng.random() < 0.04:
+        return [Operation(receiver, key, racers, size=size) for receiver in RECEIVERS]
     tenants = rng.sample(TENANTS, 3) if rng.random() < 0.05 else [rng.choice(TENANTS)]
     late, chunked = rng.random() < 0.6, rng.random() < 0.02
     return [Operation(tenant, key, racers, mutant, late, size, chunked) for tenant in tenants]
@@ -81,6 +116,13 @@ def operation(seed: int, client: int, number: int) -> list[Operation]:
 def shared_operation(seed: int, slot: int) -> Operation:
     """Return the operation that all clients perform in this slot of time."""
     return Operation(TENANTS[slot % len(TENANTS)], f"{seed}-all-{slot}", 2)
+
+
+def identification(tenant: str, key: bytes, quoted: bool = False) -> bytes:
+    """Return the fields that say who asks and under which key."""
+    if tenant in RECEIVERS:
+        return b"webhook-id: " + key
+    return CREDENTIALS[tenant] + (b'\r\nIdempotency-Key: "%b"' if quoted else b"\r\nIdempotency-Key: %b") % key
 
 
 def request(op: Operation, variant: int, extra: bytes = b"") -> bytes:
@@ -94,12 +136,11 @@ def request(op: Operation, variant: int, extra: bytes = b"") -> bytes:
         body = b"%x\r\n%b\r\n%x\r\n%b\r\n0\r\n\r\n" % (half, body[:half], len(body) - half, body[half:])
     else:
         framing = b"Content-Length: %d\r\n" % len(body)
-    return b"%b /%b/%b HTTP/1.1\r\nHost: api.test\r\nAuthorization: Bearer %b\r\n%b%b%bContent-Type: %b\r\n\r\n%b" % (
+    return b"%b /%b/%b HTTP/1.1\r\nHost: api.test\r\n%b\r\n%b%bContent-Type: %b\r\n\r\n%b" % (
         b"PATCH" if variant == 2 else b"POST",
         op.tenant.encode(),
         key,
-        op.tenant.encode(),
-        b'Idempotency-Key: "%b"\r\n' % key if variant % 2 else b"Idempotency-Key: %b\r\n" % key,
+        identification(op.tenant, key, quoted=variant % 2 == 1),
         extra,
         framing,
         b"text/plain" if variant == 3 else b"application/json",

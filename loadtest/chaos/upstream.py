@@ -4,6 +4,7 @@ Lines (tab separated; times of CLOCK_MONOTONIC in seconds):
   begin  time execution tenant key variant replica kind
   end    time execution how digest       (how: whole, declined, cut: as planned; lost: the connection broke)
   mixed  time replica text               (a request that contradicts itself: bytes of two requests in one)
+  idle   time replica                    (a connection that was idle was ended with a 408)
 A request that arrived only in part is an execution too; its unknown fields are `?`.
 """
 
@@ -18,13 +19,40 @@ from typing import cast
 import uvloop
 
 from loadtest.chaos.link import reset
-from loadtest.chaos.plan import DECLINED, LARGE_BYTES, OVERSIZE_BYTES, answer_kind, filler
+from loadtest.chaos.plan import (
+    DECLINED,
+    EARLY_BYTES,
+    LARGE_BYTES,
+    OVERSIZE_BYTES,
+    RECEIVERS,
+    answer_kind,
+    filler,
+    identification,
+    is_answered_early,
+)
 from loadtest.chaos.wire import answer_digest
 
 SILENCE_S = 30.0
-STATUS = {"failed": b"500 It Failed", "empty": b"204 Done", "busy": b"429 Too Many", "later": b"503 Later"}
+# How late the second copy of an answer comes: not later than what a proxy promises to notice.
+SURPLUS_S = 0.04
+STATUS = {
+    "failed": b"500 It Failed",
+    "empty": b"204 Done",
+    "busy": b"429 Too Many",
+    "later": b"503 Later",
+    "early": b"413 Too Large",
+}
 SIZES = {"large": LARGE_BYTES, "oversize": OVERSIZE_BYTES, "streamed": 3000, "cut-chunks": 3000}
+AT_ONCE = frozenset(("small", "failed", "empty", "busy", "later", "twice", "idle-408"))
 CHUNKED = frozenset(("streamed", "cut-chunks"))
+
+
+IDLE = b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+# As Varnish writes it when the answer of the API was lost.
+MADE_UP = (
+    b"HTTP/1.1 503 Backend fetch failed\r\nX-Varnish: 7\r\nVia: 1.1 cache (Varnish/7.1)\r\nRetry-After: 5\r\n"
+    b"Content-Length: 0\r\n\r\n"
+)
 
 
 class Log:
@@ -47,6 +75,9 @@ class Log:
     def end(self, execution: str, how: str, digest: str = "-") -> None:
         self._line("end", f"{time.monotonic():.6f}", execution, how, digest)
 
+    def idle(self, replica: int) -> None:
+        self._line("idle", f"{time.monotonic():.6f}", replica)
+
     def mixed(self, replica: int, what: bytes) -> None:
         self._line("mixed", f"{time.monotonic():.6f}", replica, repr(what))
 
@@ -66,21 +97,25 @@ class Request:
         self.whole = bool(separator) and len(rest) >= self.length
         self.size = len(head) + 4 + self.length
         self.body = rest[: self.length]
-        self.variant = self._variant(method)
+        # Of a request that is there in part: what its beginning says.
+        self.likely_variant = self._variant(method)
+        self.variant = self.likely_variant if self.whole else "?"
 
     def _variant(self, method: bytes) -> str:
-        if not self.whole:
-            return "?"
         typed = 3 if self.fields.get(b"content-type") == b"text/plain" else int(self.body[:1] or b"0")
         return str(2 if method == b"PATCH" else typed)
 
     def consistent(self) -> bool:
         """Return whether request line, header fields and body belong to one request."""
         return (
-            self.fields.get(b"authorization") == b"Bearer " + self.tenant.encode()
-            and self.fields.get(b"idempotency-key", b"").strip(b'"') == self.key.encode()
+            all(self._says(field) for field in identification(self.tenant, self.key.encode()).split(b"\r\n"))
+            and (b"idempotency-key" in self.fields) == (self.tenant not in RECEIVERS)
             and self.body[2 : 3 + len(self.key)] == self.key.encode() + b":"
         )
+
+    def _says(self, field: bytes) -> bool:
+        name, _, value = field.partition(b": ")
+        return self.fields.get(name.lower(), b"").strip(b'"') == value
 
 
 class Service(asyncio.Protocol):
@@ -88,7 +123,7 @@ class Service(asyncio.Protocol):
 
     def __init__(self, log: Log, seed: int, replica: int, times: dict[tuple[str, str], int]) -> None:
         self._log, self._seed, self._replica, self._times = log, seed, replica, times
-        self._data = b""
+        self._data = self._written = b""
         self._task: asyncio.Task[None] | None = None
         self._running: str | None = None  # the execution that is being answered
 
@@ -102,22 +137,55 @@ class Service(asyncio.Protocol):
 
     def _next(self) -> None:
         request = Request(self._data)
+        at = (request.tenant, request.key)
+        nth = self._times.get(at, 0) + 1
         if not request.whole:
+            if request.size > EARLY_BYTES and request.body and is_answered_early(self._seed, *at, nth):
+                self._refuse_early(request, nth)
             return
         self._data = self._data[request.size :]
         if not request.consistent():
             self._log.mixed(self._replica, request.body[:80])
-        at = (request.tenant, request.key)
-        self._times[at] = nth = self._times.get(at, 0) + 1
+        self._times[at] = nth
         kind = answer_kind(self._seed, *at, nth)
         execution = self._running = self._log.begin(request, self._replica, kind)
         echo = f"{request.tenant} {request.key} {request.variant}"
-        if kind in ("small", "failed", "empty", "busy", "later"):
+        if kind in AT_ONCE:
             self._whole(execution, kind, echo)
+            self._go_wrong_later(kind, time.monotonic())
             if self._data:
                 self._next()
         else:
             self._task = asyncio.ensure_future(self._answer(execution, kind, echo))
+
+    def _refuse_early(self, request: Request, nth: int) -> None:
+        """Respond before the request is whole, and close with the rest of it unread, as gunicorn does."""
+        request.variant = request.likely_variant
+        self._times[request.tenant, request.key] = nth
+        execution = self._running = self._log.begin(request, self._replica, "early")
+        self._transport.pause_reading()
+        self._data = b""
+        self._whole(execution, "early", f"{request.tenant} {request.key} {request.variant}")
+        asyncio.get_running_loop().call_later(0.02, self._transport.close)
+
+    def _go_wrong_later(self, kind: str, answered: float) -> None:
+        """Say something that nobody asked for, some time after an answer."""
+        loop, written = asyncio.get_running_loop(), self._written
+        if kind == "twice":
+            loop.call_later(random.uniform(0, SURPLUS_S * 0.8), self._repeat, written, answered)
+        elif kind == "idle-408":
+            loop.call_later(random.uniform(0.005, 0.6), self._end_idle)
+
+    def _repeat(self, written: bytes, answered: float) -> None:
+        # On a busy machine a timer may be late, and a copy that comes too late is no fair test.
+        if time.monotonic() - answered < SURPLUS_S and not self._transport.is_closing():
+            self._transport.write(written)
+
+    def _end_idle(self) -> None:
+        if self._running is None and self._task is None and not self._data and not self._transport.is_closing():
+            self._log.idle(self._replica)
+            self._transport.write(IDLE)
+            self._transport.close()
 
     def connection_lost(self, _: Exception | None) -> None:
         if self._running is not None:
@@ -137,7 +205,8 @@ class Service(asyncio.Protocol):
             b"x-Twice: one",
             b"X-twice: \xc3\xa4 two",
         ]
-        return [*lines, b"Retry-After: 1"] if kind in DECLINED else lines
+        more = [b"Retry-After: 1"] if kind in DECLINED else [b"Connection: close"] if kind == "early" else []
+        return lines + more
 
     def _whole(self, execution: str, kind: str, echo: str) -> None:
         """Respond at once, in one piece."""
@@ -145,7 +214,8 @@ class Service(asyncio.Protocol):
         body = b"" if kind == "empty" else filler(execution, SIZES.get(kind, 120))
         self._done(execution, "declined" if kind in DECLINED else "whole", answer_digest(lines, body))
         length = [] if kind == "empty" else [b"Content-Length: %d" % len(body)]
-        self._transport.write(b"\r\n".join([*lines, *length, b"", body]))
+        self._written = b"\r\n".join([*lines, *length, b"", body])
+        self._transport.write(self._written)
 
     def _done(self, execution: str, how: str, digest: str = "-") -> None:
         self._running = None
@@ -195,6 +265,8 @@ class Service(asyncio.Protocol):
         match kind:
             case "gateway":
                 self._transport.write(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n")
+            case "made-up":
+                self._transport.write(MADE_UP)
             case "cut-length":
                 self._transport.write(head + b"\r\nContent-Length: 500\r\n\r\n" + filler(execution, 300))
                 self._transport.close()

@@ -110,6 +110,15 @@ def well() -> Story:
     story.ask(19.9, "ant", "killed", how="none", status=0, word="")
     story.told(20.5, "ant", "killed", "in-flight", replica=1)
     story.told(21.6, "ant", "killed", "outcome-unknown", replica=1)
+    made_up = story.execute(25.05, "ant", "made-up", kind="made-up", how="cut")
+    assert made_up
+    story.ask(25, "ant", "made-up", status=503, word="unknown", digest="dg")
+    story.told(26, "ant", "made-up", "outcome-unknown")
+    story.upstream.append(("idle", 27.0, 0))
+    story.ask(27, "ant", "met-a-408", status=502, word="unknown", slug="upstream-lost")
+    story.told(28, "ant", "met-a-408", "outcome-unknown")
+    early = story.execute(29.05, "ant", "early", kind="early")
+    story.ask(29, "ant", "early", status=413, execution=early)
     kept = story.execute(30.05, "ant", "oversize", kind="oversize")
     story.ask(30, "ant", "oversize", execution=kept)
     story.told(31, "ant", "oversize", "response-not-kept")
@@ -133,7 +142,7 @@ def test_nothing_is_found_where_nothing_is(tmp_path: Path) -> None:
     code, verdict = judged(well(), tmp_path)
     assert verdict["violations"] == []
     assert code == 0
-    assert verdict["figures"]["keys"] == 209
+    assert verdict["figures"]["keys"] == 212
 
 
 def execute_twice(story: Story) -> None:
@@ -226,6 +235,55 @@ def of_another_tenant(story: Story) -> None:
 
 def of_another_key(story: Story) -> None:
     story.ask(40, "ant", "plain-500", execution="u0.8", word="replayed", replayed=1, echo="ant plain-7 0", digest="d8")
+
+
+def shifted_by_one(story: Story) -> None:
+    """A surplus answer shifts a connection: each key gets the answer of the key before it."""
+    names = [story.execute(40.05 + number, "ant", f"shifted-{number}") for number in range(3)]
+    story.ask(40, "ant", "shifted-0", execution=names[0])
+    for number in (1, 2):
+        name, echo = names[number - 1], f"ant shifted-{number - 1} 0"
+        story.ask(40 + number, "ant", f"shifted-{number}", execution=name, digest=f"d{name[3:]}", echo=echo)
+
+
+def of_an_idle_connection(story: Story) -> None:
+    """The 408 that ends an idle connection is told as the answer to a request."""
+    story.upstream.append(("idle", 40.0, 0))
+    story.ask(40, "ant", "timed-out", status=408, digest="dx")
+
+
+def of_a_gateway_as_executed(story: Story) -> None:
+    """A gateway's own answer is stored as if the API had given it."""
+    story.execute(40.05, "ant", "gateway", kind="gateway", how="cut")
+    story.ask(40, "ant", "gateway", status=502, digest="dx")
+
+
+def executed_again_after_a_made_up_answer(story: Story) -> None:
+    story.execute(40.05, "ant", "again", kind="made-up", how="cut")
+    story.ask(40, "ant", "again", status=503, word="unknown", digest="dx")
+    again = story.execute(41.05, "ant", "again")
+    story.ask(41, "ant", "again", execution=again)
+
+
+def an_early_answer_lost(story: Story) -> None:
+    story.execute(40.05, "ant", "upload", kind="early")
+    story.told(40, "ant", "upload", "upstream-lost", status=502)
+    story.told(41, "ant", "upload", "outcome-unknown")
+
+
+def unknown_for_a_408_elsewhere(story: Story) -> None:
+    """The idle connection was another replica's."""
+    story.upstream.append(("idle", 40.0, 1))
+    story.execute(40.05, "ant", "lightly")
+    story.ask(40, "ant", "lightly", how="left", status=0, word="")
+    story.told(40.2, "ant", "lightly", "outcome-unknown")
+
+
+def swallowed_by_another_receiver(story: Story) -> None:
+    """One event goes to two receivers, and the second gets the answer of the first."""
+    name = story.once(40, "hook-a", "event")
+    story.ask(41, "hook-b", "event", word="replayed", replayed=1, execution=name, echo="hook-a event 0",
+              digest=f"d{name[3:]}")  # fmt: skip
 
 
 def two_requests_in_one(story: Story) -> None:
@@ -338,6 +396,13 @@ PLANTED: list[tuple[str, Callable[[Story], None]]] = [
     ("I6", garbage),
     ("I4", of_another_tenant),
     ("I4", of_another_key),
+    ("I4", shifted_by_one),
+    ("I6", of_an_idle_connection),
+    ("I6", of_a_gateway_as_executed),
+    ("I1", executed_again_after_a_made_up_answer),
+    ("unknown", an_early_answer_lost),
+    ("unknown", unknown_for_a_408_elsewhere),
+    ("I4", swallowed_by_another_receiver),
     ("I4", two_requests_in_one),
     ("I7", executed_for_another_body),
     ("I7", replayed_to_another_body),

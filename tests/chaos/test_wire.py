@@ -2,7 +2,7 @@
 
 import pytest
 
-from loadtest.chaos.plan import ANSWERS, Operation, answer_kind, operation, request
+from loadtest.chaos.plan import ANSWERS, RECEIVERS, TENANTS, Operation, answer_kind, identification, operation, request
 from loadtest.chaos.upstream import Request
 from loadtest.chaos.wire import Answer
 
@@ -64,6 +64,17 @@ def test_a_problem_is_known_by_its_type() -> None:
     assert read(raw + PROBLEM, 1000).got("whole").slug == "in-flight"
 
 
+@pytest.mark.parametrize("who", [*TENANTS, *RECEIVERS])
+def test_the_upstream_knows_who_asked(who: str) -> None:
+    """By each way in which a tenant is told apart, and by none of another's."""
+    raw = request(Operation(who, "1-2-3"), 0)
+    assert Request(raw).consistent()
+    for other in (*TENANTS, *RECEIVERS):
+        mine, theirs = identification(who, b"1-2-3"), identification(other, b"1-2-3")
+        says_the_same = set(mine.split(b"\r\n")) <= set(theirs.split(b"\r\n"))
+        assert Request(raw.replace(mine, theirs)).consistent() == says_the_same
+
+
 @pytest.mark.parametrize("variant", [0, 1, 2, 3])
 def test_the_upstream_knows_what_it_was_asked(variant: int) -> None:
     """Whole, it tells tenant, key and variant; the requests of two operations are not mixed up."""
@@ -83,6 +94,7 @@ def test_of_a_part_it_knows_what_is_there() -> None:
         part = Request(raw[:size])
         assert part.key == ("1-2-3" if size > named else "?")
         assert part.variant == "?"
+        assert part.likely_variant == "0"
 
 
 def test_the_seed_decides() -> None:
