@@ -171,20 +171,27 @@ LONG_AGO = datetime.datetime(2001, 1, 1, tzinfo=datetime.UTC)
 
 
 @pytest.mark.parametrize(
-    ("of_another_ca", "names", "issue"),
+    ("of_another_ca", "names", "issue", "reason"),
     [
-        (True, ("127.0.0.1",), {}),
-        (False, ("other.test",), {}),
-        (False, ("127.0.0.1",), {"not_before": LONG_AGO, "not_after": LONG_AGO + datetime.timedelta(days=1)}),
+        (True, ("127.0.0.1",), {}, "accepted: unable to get local issuer certificate"),
+        (False, ("other.test",), {}, "accepted: it has another name"),
+        (
+            False,
+            ("127.0.0.1",),
+            {"not_before": LONG_AGO, "not_after": LONG_AGO + datetime.timedelta(days=1)},
+            "accepted: certificate has expired",
+        ),
     ],
     ids=["unknown CA", "another name", "expired"],
 )
-async def test_a_wrong_certificate_is_not_sent(of_another_ca, names, issue, anyone, trusting):
-    """A certificate of an unknown CA, of another name or past its date is NotSent: the server sees no request."""
+async def test_a_wrong_certificate_is_not_sent(of_another_ca, names, issue, reason, anyone, trusting):
+    """A certificate of an unknown CA, of another name or past its date is NotSent, with the reason: the server sees no
+    request."""
     tls = server_tls(trustme.CA() if of_another_ca else anyone, *names, **issue)
     async with serving(says(OK), tls=tls) as raw, pool_to(raw.port, trusting) as pool:
-        with pytest.raises(NotSent):
+        with pytest.raises(NotSent, match=reason) as ended:
             await ask(pool)
+        assert "127.0.0.1" not in str(ended.value)
         assert raw.requests == []
 
 

@@ -13,7 +13,7 @@ from aiohappyeyeballs import start_connection
 
 from oncegate.upstream.connection import Connection
 from oncegate.upstream.errors import NotSent
-from oncegate.upstream.tls import connect_tls
+from oncegate.upstream.tls import connect_failure, connect_tls
 
 # The upper bound of the random pause before an attempt to connect: it doubles from the first to the second of these.
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.05, 1.0
@@ -38,7 +38,7 @@ class Connector:
                 return await self._connect_by_name(make)
             except (OSError, ssl.SSLError, asyncio.IncompleteReadError) as error:
                 if attempt == self._retries:
-                    raise NotSent(f"the upstream cannot be reached: {type(error).__name__}") from error
+                    raise NotSent(f"the upstream cannot be reached: {connect_failure(error)}") from error
                 longest_s = min(MIN_BACKOFF_S * 2**attempt, MAX_BACKOFF_S)
                 await asyncio.sleep(random.uniform(0, longest_s))
         raise AssertionError("unreachable")

@@ -22,6 +22,8 @@ _REFUSALS = frozenset(
         "unsupported_certificate",
     )
 )
+# OpenSSL's codes for a certificate of another host or address. Its message would have ours.
+_OTHER_NAME_CODES = (62, 64)
 
 
 class Rest(NamedTuple):
@@ -64,6 +66,16 @@ def alert_of(error: BaseException | None) -> str:
     """Return the name of the fatal alert that the other side sent, as RFC 8446 has it; empty for any other error."""
     reason = error.reason if isinstance(error, ssl.SSLError) else None
     return (reason or "").partition("_ALERT_")[2].lower()
+
+
+def connect_failure(error: Exception) -> str:
+    """Return why a connection did not come about, for a client: nothing in it names the upstream."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        is_other_name = error.verify_code in _OTHER_NAME_CODES
+        return f"certificate not accepted: {'it has another name' if is_other_name else error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        return alert_of(error) or (error.reason or "TLS failed").lower()
+    return type(error).__name__
 
 
 def is_handshake_refused(transport: asyncio.Transport, alert: str) -> bool:
