@@ -311,10 +311,17 @@ async def test_a_client_certificate(tls12, shown, anyone, tmp_path):
 class EarlyAnswer:
     """A server in a thread that answers one request with its body unread, and closes: the kernel sends a RST."""
 
-    def __init__(self, answer: bytes, context: ssl.SSLContext | None, listener: socket.socket | None = None) -> None:
+    def __init__(
+        self,
+        answer: bytes,
+        context: ssl.SSLContext | None,
+        listener: socket.socket | None = None,
+        before: bytes = b"",
+    ) -> None:
         self._listener = listener or socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
-        self._answer, self._context = answer, context
+        # `before` leaves at once, `answer` once something of the body is there.
+        self._before, self._answer, self._context = before, answer, context
         # Something of the body is unread; the connection is over.
         self.body_came, self.ended = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._serve)
@@ -327,7 +334,8 @@ class EarlyAnswer:
         with contextlib.suppress(ssl.SSLError), sock:
             tls = self._context.wrap_socket(sock, server_side=True) if self._context is not None else sock
             with tls:
-                tls.recv(1)
+                tls.recv(1 if not self._before else 65536)
+                tls.sendall(self._before)
                 self.body_came.wait(20)
                 tls.sendall(self._answer)
         self.ended.set()
@@ -1667,6 +1675,27 @@ async def test_a_failed_write_completes_no_answer(answer, secure, anyone, trusti
             with pytest.raises(UpstreamLost):
                 await answer_of(connection)
             pool.release(connection)
+
+
+@pytest.mark.parametrize("secure", [False, True])
+async def test_a_failed_write_loses_nothing_of_another_protocol(secure, anyone, trusting):
+    """What a WebSocket's upstream said before it reset the connection arrives, and is not its clean end."""
+    switch = b"HTTP/1.1 101 S\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"
+    ours, theirs = (trusting, server_tls(anyone)) if secure else (None, None)
+    with EarlyAnswer(b"goodbye", theirs, before=switch) as server:
+        async with pool_to(server.port, ours) as pool:
+            connection = await pool.acquire(60)
+            connection.send_upgrade(REQUEST)
+            assert (await connection.wait_for_head(20)).status == 101
+            await connection.write(b"a" * BATCH, 20)
+            server.body_came.set()
+            server.ended.wait(20)  # nothing of ours runs
+            await connection.write(b"a", 20)
+            assert await connection.next_chunk(20) == b"goodbye"
+            with pytest.raises(UpstreamLost):
+                await connection.next_chunk(20)
+            pool.release(connection)
+            assert pool.buffered.used == 0
 
 
 async def test_an_answer_before_a_whole_head_was_sent_closes_the_connection():

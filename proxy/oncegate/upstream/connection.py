@@ -244,7 +244,9 @@ class Connection(PoolNotes, asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         transport, self.transport = self.transport, None
         failure: UpstreamLost | NotSent | None = None
-        if self.response.parser is not None and transport is not None:
+        # The response may be another protocol by now.
+        expects_more = self.response.parser is not None or (self.response.is_switched and not self.is_discarded)
+        if expects_more and transport is not None:
             failure = self._take_rest(transport, exc)
         # A sender that waits for room would wait for ever.
         self._request.transport_lost()
