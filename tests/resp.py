@@ -97,6 +97,8 @@ class RespServer:
     def answer(self, connection: Connection, words: Words) -> bytes | None:
         if words[0] in self.greeting:
             return self.greeting[words[0]]
+        if words[0] in (b"WAIT", b"WAITAOF") and words[1] == b"0":
+            return resp(0)  # asked on a new connection: may this user wait?
         self.calls.append(words)
         return self.script(connection, words)
 

@@ -4,16 +4,21 @@ import asyncio
 
 from oncegate.store.events import StoreEvent
 from oncegate.store.record import PREFIX_BYTES
-from oncegate.store.redis import health_monitor as watching
+from oncegate.store.redis import membership
 from oncegate.store.redis.health_monitor import HealthMonitor
 from oncegate.store.redis.link import Link
 from oncegate.store.redis.membership import Membership
-from oncegate.store.redis.server import load_scripts, opener
-from oncegate.store.redis.talk import LinkTalk
+from oncegate.store.redis.server import INFO, load_scripts, opener
+from oncegate.store.redis.talk import Talk
 
 
-async def nothing(_: object) -> None:
+async def nothing(_: Link, __: object) -> None:
     """Prepare a connection without doing anything."""
+
+
+async def inspect(watch: HealthMonitor, talk: Talk) -> None:
+    (info,) = await talk.ask(INFO)
+    await watch.inspect(talk, b"", info)
 
 
 async def test_two_looks_at_once_are_no_loss(own_valkey):
@@ -26,9 +31,9 @@ async def test_two_looks_at_once_are_no_loss(own_valkey):
     link.start()
     try:
         assert await link.wait_up(asyncio.get_running_loop().time() + 20)
-        watch, talk = HealthMonitor(load_scripts(), member, {}), LinkTalk(link, 5.0)
+        watch, talk = HealthMonitor(load_scripts(), member, {}), Talk(link)
         for _ in range(3):
-            await asyncio.gather(*[watch.inspect(talk, b"") for _ in range(5)])
+            await asyncio.gather(*[inspect(watch, talk) for _ in range(5)])
     finally:
         await link.close()
     assert reported == [StoreEvent.FOUNDED]
@@ -43,18 +48,18 @@ class Replica:
             bytes([number]) * PREFIX_BYTES, "one", "namespace=a", accept, 60_000, 0, 60.0, True,
             lambda event, _: self.reported.append(event), lambda: self.rules,
         )  # fmt: skip
-        self.watch, self._talk = HealthMonitor(load_scripts(), member, {}), LinkTalk(link, 5.0)
+        self.watch, self._talk = HealthMonitor(load_scripts(), member, {}), Talk(link)
 
     async def looks(self) -> bool:
         """Inspect once, and return whether rules differ."""
-        await self.watch.inspect(self._talk, b"")
+        await inspect(self.watch, self._talk)
         return self.watch.rules_differ
 
 
 async def test_rules_that_differ_are_noticed(own_valkey, monkeypatch):
     """Different rules are reported after DIFFER_S, once by each proxy, until one changes; a quick reload is not."""
-    monkeypatch.setattr(watching, "DIFFER_S", 0.3)
-    monkeypatch.setattr(watching, "LIVE_S", 0.6)
+    monkeypatch.setattr(membership, "DIFFER_S", 0.3)
+    monkeypatch.setattr(membership, "LIVE_S", 0.6)
     link = Link(opener(own_valkey.url, 5.0), nothing, 5.0)
     link.start()
     try:

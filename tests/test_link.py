@@ -9,7 +9,8 @@ import pytest
 from redis.asyncio.connection import AbstractConnection
 
 from oncegate.store.redis.link import Link
-from oncegate.store.redis.server import load_scripts, opener, preparer
+from oncegate.store.redis.server import check_mode, greet, load_scripts, opener, set_up
+from oncegate.store.redis.talk import Talk
 from oncegate.store.redis.wire import ErrorReply, Script, ScriptCall
 from oncegate.store.redis.wire import resp as resp_words
 from oncegate.store.results import Unconfirmed
@@ -20,8 +21,15 @@ PATIENT_S = 20.0
 SCRIPT = Script("echo", b"return ARGV")
 
 
-async def nothing(_: AbstractConnection) -> None:
+async def nothing(_: Link, __: AbstractConnection) -> None:
     """Prepare a connection without doing anything."""
+
+
+async def prepare(link: Link, connection: AbstractConnection) -> None:
+    """Prepare a connection as for a server that is watched by nobody."""
+    talk = Talk(link)
+    await greet(talk, connection)
+    await set_up(talk, load_scripts(), check_mode)
 
 
 @pytest.fixture
@@ -322,7 +330,7 @@ async def test_a_server_that_is_not_fit_is_asked_again_until_it_is(server, greet
     """While a server is unfit the link stays down with the reason, and comes up once the server is fit."""
     well, stall_s = dict(server.greeting), 0.3
     server.greeting.update(greeting)
-    link = Link(opener(server.url, stall_s), preparer(load_scripts(), lambda now_ms: None), stall_s)
+    link = Link(opener(server.url, stall_s), prepare, stall_s)
     link.start()
     try:
         await until(lambda: len(server.connections) >= 2)
@@ -339,7 +347,7 @@ async def test_a_server_that_is_not_fit_is_asked_again_until_it_is(server, greet
 async def test_a_server_that_hangs_up_on_everybody(server):
     """Connections that end at once are made again with growing pauses, and nothing is issued meanwhile."""
     server.closes_at_once = True
-    link = Link(opener(server.url, PATIENT_S), preparer(load_scripts(), lambda now_ms: None), PATIENT_S)
+    link = Link(opener(server.url, PATIENT_S), prepare, PATIENT_S)
     link.start()
     try:
         await until(lambda: len(server.connections) >= 4)

@@ -24,6 +24,7 @@ from oncegate.store.redis.wire import Script, ScriptCall
 from oncegate.store.results import (
     ClaimResult,
     ClaimsSuspended,
+    Forbidden,
     NotAttempted,
     NotClaimed,
     SettleResult,
@@ -111,7 +112,7 @@ class Claims:
                 is_under_replicated |= isinstance(result, UnderReplicated)
                 maybe_executed |= result.maybe_executed
                 ends = min(deadline - is_under_replicated * self._release_s, self.retries_end)
-                if loop.time() + pause_s >= ends or isinstance(result, NotAttempted | StoreFull):
+                if loop.time() + pause_s >= ends or isinstance(result, NotAttempted | StoreFull | Forbidden):
                     self._note_failure(result, claim, deadline)
                     result = replace(result, maybe_executed=maybe_executed)
                     if reclaims:
@@ -186,10 +187,10 @@ class Claims:
         return reason
 
     def _note_failure(self, reason: Unconfirmed, claim: Claim, deadline: float) -> None:
-        """Note that the server is full, or may be down."""
-        if isinstance(reason, StoreFull):
+        """Note that the server is full, forbids claims, or may be down."""
+        if isinstance(reason, StoreFull | Forbidden):
             if (node := self._servers.node_of(store_key(claim.key))) is not None:
-                node.health.note_full()
+                node.note_refusal(reason)
         elif not isinstance(reason, NotAttempted):
             breaker = self._servers.breaker_of(claim.key)
             breaker.failed(deadline - self._timeout_s)

@@ -39,6 +39,11 @@ class StoreFull(Unconfirmed):
 
 
 @dataclass(frozen=True, slots=True)
+class Forbidden(Unconfirmed):
+    """The store's user may not do all that a claim needs. A part of it may have been done."""
+
+
+@dataclass(frozen=True, slots=True)
 class NotAttempted(Unconfirmed):
     """The store was not contacted, because the call could not succeed. Retrying within the deadline would not help."""
 

@@ -4,8 +4,15 @@ Each function names its script and the number of arguments that it writes after 
 what they mean.
 """
 
+import os
+from dataclasses import replace
+
+from oncegate.decision import HOLD
 from oncegate.store.record import TOKEN_BYTES, Claim, StoredResponse, pack
-from oncegate.store.redis.wire import NUMBER, SIZE, resp
+from oncegate.store.record_name import store_key
+from oncegate.store.redis.talk import Question, call
+from oncegate.store.redis.wire import NUMBER, SIZE, Script, resp
+from oncegate.store.stages import CLAIMED
 
 # A stored body up to this size comes with the reply to `claim`.
 INLINE_BYTES = 65536
@@ -94,3 +101,50 @@ def mark_unknown(claim: Claim, reason: str, status: int) -> bytes:
         claim.created_ms,
     )
     return b"".join((_16, claim.token, b"\r\n", _UNKNOWN, resp(*written, reason, status)))
+
+
+# A probe ...
+
+# Retention of a probe's record, should its release be lost.
+PROBE_RETENTION_MS = 10_000
+# A deadline that is not over by any server's clock: nobody waits for a probe that comes late.
+NO_DEADLINE = b"$15\r\n" + b"9" * 15
+
+
+def probe_claim(key: bytes) -> Claim:
+    """Return the claim of a digest that no request has."""
+    token, empty = os.urandom(TOKEN_BYTES), bytes(16)
+    return Claim(key, token, b"%016d" % 1, HOLD, empty, empty * 2, 0, *(3 * [PROBE_RETENTION_MS]))
+
+
+def claim_and_free(scripts: dict[str, Script], claim: Claim) -> list[Question]:
+    """Return what claims a probe's key and frees it again, also where the claim failed half-way."""
+    head = claim_head(claim) + NO_DEADLINE + PLAIN_TAIL
+    return [
+        _call(scripts, "claim", claim, CLAIM_COUNT, head),
+        _call(scripts, "settle", claim, RELEASE_COUNT, release(claim)),
+    ]
+
+
+def execute(scripts: dict[str, Script], claim: Claim) -> list[Question]:
+    """Return what an exchange does with a probe's key. It is freed in the end, where it could not be stored."""
+    response = StoredResponse(200, b"", b"", bytes(16), 2, 2, True, False, True, 0, 0, 0)
+    brief, name = replace(claim, retention_ms=1), store_key(claim.key)
+    claims, frees = claim_and_free(scripts, claim)
+    return [
+        claims,
+        call(_silent(scripts, "renew"), name, claim.token, claim.lease_ms, claim.retention_ms, CLAIMED.wire),
+        call(_silent(scripts, "append"), name, claim.token, 0, b"1", claim.lease_ms),
+        _call(scripts, "settle", claim, STORE_COUNT, store(brief, response, b"2")),
+        call(_silent(scripts, "read"), name, claim.token, 0, READ_BYTES),
+        frees,
+    ]
+
+
+def _call(scripts: dict[str, Script], verb: str, claim: Claim, count: int, args: bytes) -> Question:
+    return Question((), _silent(scripts, verb), store_key(claim.key), count, args)
+
+
+def _silent(scripts: dict[str, Script], verb: str) -> Script:
+    """Return a copy without a verb, so that metrics do not count a probe among the request path's calls."""
+    return Script("", scripts[verb].body)

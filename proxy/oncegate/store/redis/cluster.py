@@ -6,22 +6,21 @@ that it may be stale, and at least every REFRESH_S seconds.
 """
 
 import asyncio
-import os
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
-from oncegate.keys.digests import KEY_DIGEST_BYTES
 from oncegate.settings.addresses import bracketed
 from oncegate.settings.store_url import ServerGroup
 from oncegate.store.breaker import Breaker
 from oncegate.store.record_name import store_key
 from oncegate.store.redis.cluster_map import Address, ClusterViews, View, slot_of, tag_within
-from oncegate.store.redis.health_monitor import HEALTH_S
-from oncegate.store.redis.node import MAX_PROBE_PAUSE_S, Node, NodeConfig
+from oncegate.store.redis.membership import HEALTH_S
+from oncegate.store.redis.node import MAX_PROBE_PAUSE_S, Node, NodeConfig, random_key
 from oncegate.store.redis.server import opener
 from oncegate.store.redis.wire import ErrorReply, ScriptCall
 from oncegate.store.results import NotAttempted, Unconfirmed
@@ -140,7 +139,7 @@ class Cluster:
     def _key_on(self, node: Node) -> bytes:
         """Return a random digest whose record would lie on this server."""
         # Random digests fall on every master, unless it has lost its slots meanwhile.
-        while self.node_of(store_key(key := os.urandom(KEY_DIGEST_BYTES))) is not node:
+        while self.node_of(store_key(key := random_key())) is not node:
             if node not in self._slots:
                 break
         return key
@@ -242,6 +241,7 @@ class Cluster:
 
     def _make(self, address: Address) -> Node:
         node = Node(opener(self._group.server_url(address), self._config.timeout_s), self._config, address)
+        node.key_for_probe = partial(self._key_on, node)
         node.start()
         if self._calls_ended:
             node.end_calls()

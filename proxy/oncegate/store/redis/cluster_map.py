@@ -11,13 +11,14 @@ from redis.crc import key_slot
 from oncegate.settings.addresses import bracketed
 from oncegate.settings.store_url import ServerGroup
 from oncegate.store.record_name import store_key
+from oncegate.store.redis.link import CONNECT_S
 from oncegate.store.redis.node import Node, NodeConfig
 from oncegate.store.redis.server import Unfit, opener, parse_info
-from oncegate.store.redis.talk import ask
+from oncegate.store.redis.talk import accepted, ask, first_answers
 from oncegate.store.redis.wire import ErrorReply
 from oncegate.store.results import Unconfirmed
 
-# The share of the timeout that servers may take to reply.
+# The share of the timeout that the others may take to reply, once one server has, or none is far away.
 ASK_SHARE = 0.4
 
 # host:port
@@ -86,10 +87,8 @@ class ClusterViews:
         if not questions:
             return []
         asked = [asyncio.ensure_future(question) for question in questions]
-        done, late = await asyncio.wait(asked, timeout=self._config.timeout_s * ASK_SHARE)
-        for one in late:
-            one.cancel()
-        await asyncio.gather(*late, return_exceptions=True)
+        timeout_s = self._config.timeout_s
+        done = await first_answers(asked, timeout_s * ASK_SHARE, max(CONNECT_S, timeout_s))
         for one in done:
             if (failure := one.exception()) is not None:
                 self._failed(str(failure))
@@ -105,11 +104,14 @@ class ClusterViews:
         return view_of(info, slots, node.name.rpartition(":")[0])
 
     async def _ask_address(self, address: Address) -> View:
-        connection = opener(self._group.server_url(address), self._config.timeout_s)()
+        connection = opener(self._group.server_url(address), self._config.timeout_s, greets=True)()
         try:
             await connection.connect()  # type: ignore[no-untyped-call]
-            self._config.check(parse_info(await ask(connection, "INFO", "server")))
-            info, slots = await ask(connection, "CLUSTER", "INFO"), await ask(connection, "CLUSTER", "SLOTS")
+            commands = ("INFO", "server"), ("CLUSTER", "INFO"), ("CLUSTER", "SLOTS")
+            server, *views = await ask(connection, *commands)
+            # First, because a server of another kind does not know the other commands.
+            self._config.check(parse_info(*accepted([server])))
+            info, slots = accepted(views)
             return view_of(info, slots, address.rpartition(":")[0])
         finally:
             await connection.disconnect(nowait=True)

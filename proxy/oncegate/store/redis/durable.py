@@ -6,14 +6,16 @@ while one WAIT runs leave together in the next write, with one WAIT for all of t
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+from oncegate.store.redis import arguments
 from oncegate.store.redis.link import Link
-from oncegate.store.redis.replies import is_claimed
-from oncegate.store.redis.wire import ScriptCall
+from oncegate.store.redis.replies import first_error, is_claimed, is_out_of_memory, is_passing
+from oncegate.store.redis.talk import Question, command
+from oncegate.store.redis.wire import ErrorReply, Script, ScriptCall
 from oncegate.store.results import Unconfirmed, UnderReplicated
 
 # The share of the time left that a claim waits. The rest is for releasing a claim that too few replicas have.
@@ -27,6 +29,10 @@ AOF_SINCE = (7, 2)
 LEFT_S = 5.0
 # How long claims wait for every replica there is, so that a replica that is leaving is noticed.
 ALL_MS = 20
+# What decides whether a server that says "always" writes to its disk before it replies. During a rewrite of its file it
+# does not, where the second one is "yes".
+_POLICY = (b"appendfsync", b"always"), (b"no-appendfsync-on-rewrite", b"no")
+_ASK_POLICY = ("CONFIG", "GET", *(name.decode() for name, _ in _POLICY))
 _CONNECTED = re.compile(rb"connected_slaves:(\d+)")
 
 
@@ -40,6 +46,18 @@ class DurabilityLevel:
     def wait_command(self, wait_ms: int) -> tuple[str | int, ...]:
         """Return the command that waits until the server has this level, or `wait_ms` are over."""
         return ("WAITAOF", 1, self.replicas, wait_ms) if self.fsync else ("WAIT", self.replicas, wait_ms)
+
+    def questions(self) -> list[Question]:
+        """Return what a server has to be asked to find out whether it can give the level, besides its INFO."""
+        # A wait for no replica and no disk ends at once: it shows whether the user may wait.
+        wait = ("WAITAOF", 0, 0, 1) if self.fsync else ("WAIT", 0, 1)
+        return [command(*wait), *([command(*_ASK_POLICY)] if self.fsync else ())]
+
+    def unable_by(self, replies: Sequence[object]) -> str | None:
+        """Return why a server with these replies to `questions` cannot give the level, or None."""
+        if isinstance(replies[0], ErrorReply):
+            return f"cannot be waited for: {replies[0]}"
+        return unsafe_policy(replies[1]) if self.fsync else None
 
     def lacking(self, reply: object) -> str | None:
         """Return what is missing by the reply to `wait_command`, or None.
@@ -75,6 +93,27 @@ class DurabilityLevel:
         return None
 
 
+def unsafe_policy(reply: object) -> str | None:
+    """Return why a server that replied so to CONFIG GET may confirm what is not on its disk, or None.
+
+    WAITAOF is not believed: Valkey 9.1 confirms at once with `appendfsync everysec`. No probe can tell the policies
+    apart either, because a write without fsync takes no longer than one with it on a fast disk.
+    """
+    if not isinstance(reply, list):
+        return f"does not say whether it has appendfsync always, which the durability fsync needs: {_reason(reply)}"
+    values = dict(zip(reply[::2], reply[1::2], strict=True))
+    for name, needed in _POLICY:
+        if (value := values.get(name, b"unknown")) != needed:
+            found = f"{name.decode()} {value.decode(errors='replace')}"
+            return f"has {found}, and the durability fsync needs {name.decode()} {needed.decode()}"
+    return None
+
+
+def _reason(reply: object) -> str:
+    """Return why there is no usable reply, for operators."""
+    return reply.reason if isinstance(reply, Unconfirmed) else f"{reply} (the user needs +config|get)"
+
+
 def level(durability: str, several: bool) -> DurabilityLevel | None:
     """Return the level of a durability setting, or None if a claim in the server's memory is enough.
 
@@ -89,6 +128,54 @@ def level(durability: str, several: bool) -> DurabilityLevel | None:
             return None
 
 
+class ClaimCheck:
+    """Whether claims at one server can succeed: it gives the level, and its user may do all that a request needs.
+
+    A probe claims and frees keys of nobody's. The replies to `questions` decide about the `rest`, and both are noted.
+    """
+
+    def __init__(self, scripts: dict[str, Script], level: DurabilityLevel | None) -> None:
+        self._scripts, self._level = scripts, level
+        self._level_questions = level.questions() if level else []
+        # Why the server cannot give the level, and why the last probe failed; empty where all is well.
+        self.below_level = self.failure = ""
+        # Whether probes will fail until somebody changes the server.
+        self._forbidden = False
+
+    @property
+    def refusal(self) -> str:
+        """Why claims are not even tried, or empty."""
+        return self.below_level or (self.failure if self._forbidden else "")
+
+    def questions(self, key: bytes) -> list[Question]:
+        """Return what the server is asked about the level, and a claim of `key` with its release; empty for none."""
+        probe = arguments.claim_and_free(self._scripts, arguments.probe_claim(key)) if key else []
+        return [*self._level_questions, *probe]
+
+    def rest(self, replies: Sequence[object], key: bytes) -> list[Question]:
+        """Return the rest of an exchange, for a server that claimed and freed: it leaves a record that expires."""
+        probed = replies[len(self._level_questions) :]
+        if not probed or first_error(probed):
+            return []
+        return arguments.execute(self._scripts, arguments.probe_claim(key))
+
+    def note(self, replies: Sequence[object], rest: Sequence[object]) -> None:
+        count = len(self._level_questions)
+        self.below_level = (self._level.unable_by(replies[:count]) or "") if self._level else ""
+        if not (probed := [*replies[count:], *rest]):
+            return
+        error = first_error(probed)
+        # At its memory limit a server refuses first-time keys, but it works.
+        if error is None or is_out_of_memory(error):
+            self.failure, self._forbidden = "", False
+        else:
+            self.failure, self._forbidden = f"cannot take claims: {error}", not is_passing(error)
+
+    def note_forbidden(self, reason: str) -> None:
+        """Note a claim of a request that the server's user may not execute."""
+        self.failure, self._forbidden = f"cannot take claims: {reason}", True
+
+
 class _PendingClaim(NamedTuple):
     """A claim that is to be sent with the next WAIT. `future` gets its reply."""
 
@@ -100,6 +187,9 @@ class _PendingClaim(NamedTuple):
         if not self.future.done():
             self.future.set_result(result)
 
+
+# Replies come in order, so the last one of several comes last.
+_OUT_OF_ORDER = Unconfirmed("the store replies out of order")
 
 # Claims that took their key, with their replies, until the WAIT behind them is over.
 _Claimed = list[tuple[_PendingClaim, Any]]
@@ -144,7 +234,7 @@ class WaitingLink(Link):
     def _take_batch(self) -> list[_PendingClaim]:
         """Return the pending claims that have time left for a wait. The others are not sent."""
         pending_claims, self._pending = self._pending, []
-        latest = self._loop.time() + self._stall_s * MIN_SHARE
+        latest = self._loop.time() + self.stall_s * MIN_SHARE
         for pending in pending_claims:
             if pending.call.deadline < latest:
                 pending.resolve(Unconfirmed("no time was left to wait for replicas", maybe_executed=False))
@@ -156,12 +246,13 @@ class WaitingLink(Link):
         deadline = self._loop.time() + left_s
         if self._replicas > self._level.replicas:
             self.command("WAIT", self._replicas, ALL_MS, deadline=deadline)
-        waited = self.command(*words, deadline=deadline)
+        replies = [self.command(*words, deadline=deadline)]
+        if self._level.fsync:
+            # Somebody may have changed it since the last inspection.
+            replies.append(self.command(*_ASK_POLICY, deadline=deadline))
         if self._level.replicas:
-            counted = self.command("INFO", "replication", deadline=deadline)
-            counted.add_done_callback(lambda _: self._waited(claimed, waited, counted))
-        else:
-            waited.add_done_callback(partial(self._waited, claimed))
+            replies.append(self.command("INFO", "replication", deadline=deadline))
+        replies[-1].add_done_callback(lambda _: self._waited(claimed, replies))
 
     def _claim_replied(self, pending: _PendingClaim, claimed: _Claimed, future: "asyncio.Future[Any]") -> None:
         reply = future.result()
@@ -172,22 +263,25 @@ class WaitingLink(Link):
         else:
             pending.resolve(reply)
 
-    def _waited(
-        self,
-        claimed: _Claimed,
-        waited: "asyncio.Future[Any]",
-        counted: "asyncio.Future[Any] | None" = None,
-    ) -> None:
+    def _waited(self, claimed: _Claimed, replies: list["asyncio.Future[Any]"]) -> None:
         """Resolve the claims of a batch after its WAIT, and send those that came meanwhile."""
-        reply = waited.result() if waited.done() else Unconfirmed("the store counts replicas before it waits for them")
-        failure: Unconfirmed | None = None
-        if isinstance(reply, Unconfirmed):
-            failure = Unconfirmed(reply.reason)
-        elif lacking := self._level.lacking(reply) or (counted and self._replica_left(counted.result())):
-            failure = UnderReplicated(lacking)
+        failure = self._failure([reply.result() if reply.done() else _OUT_OF_ORDER for reply in replies])
         for pending, claim_reply in claimed:
             pending.resolve(claim_reply if failure is None else failure)
         self._commit()
+
+    def _failure(self, replies: list[Any]) -> Unconfirmed | None:
+        """Return why the claims before a WAIT do not count, or None, by the replies to it and to what came with it."""
+        waited, *others = replies
+        if isinstance(waited, Unconfirmed):
+            return Unconfirmed(waited.reason)
+        lacking = self._level.lacking(waited)
+        if self._level.fsync:
+            lacking = lacking or unsafe_policy(others.pop(0))
+        if self._level.replicas:
+            left = self._replica_left(others.pop())
+            lacking = lacking or left
+        return UnderReplicated(lacking) if lacking else None
 
     def _replica_left(self, info: object) -> str | None:
         """Return why a claim does not count though enough replicas have it, or None."""

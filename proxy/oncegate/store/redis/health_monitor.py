@@ -16,40 +16,30 @@ import asyncio
 import re
 import time
 from collections.abc import Mapping
-from hashlib import blake2b
 from math import ceil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from oncegate.store.events import StoreEvent
 from oncegate.store.redis.membership import (
     EPOCH,
-    IDENTITIES,
-    RULES,
+    HEALTH_S,
+    RULES_DIFFER,
     InspectionHistory,
     Membership,
-    differing_names,
+    OtherProxies,
     proxy_record_key,
     proxy_record_value,
 )
+from oncegate.store.redis.replies import first_error, is_passing
 from oncegate.store.redis.server import is_refusal, memory_ratio, not_ready_reason, parse_info
-from oncegate.store.redis.talk import Talk
+from oncegate.store.redis.talk import Question, Talk, call, command
 from oncegate.store.redis.wire import ErrorReply, Script
 from oncegate.store.results import ClaimsSuspended
 
-HEALTH_S = 1.0
 # How long the store counts as full after it refused a claim for want of memory.
 FULL_S = 2.5 * HEALTH_S
 # After so long without a loss, a new hash tag in a cluster is no new store.
 SETTLED_S = 10.0
-# How long a proxy counts as live after it last reported its rules.
-LIVE_S = 5 * HEALTH_S
-# How long rules may differ before it is reported, because proxies reload their file one after the other.
-DIFFER_S = 2 * LIVE_S
-# A proxy whose settings were refused waits so long before it writes them to an empty store, so that the others, if the
-# store has forgotten them, write theirs first.
-FOUND_AFTER_S = 5 * HEALTH_S
-
-RULES_DIFFER = "other proxies on this store name keys by other rules: a retry that meets one of them executes again"
 LOSSES = {
     StoreEvent.FLUSHED: "the store lost everything, or is another one: its epoch is gone",
     StoreEvent.ROLLED_BACK: "the store lost acknowledged writes: its counter of this proxy went back",
@@ -69,6 +59,8 @@ class _Inspection(NamedTuple):
     history: InspectionHistory
     # Of a loss found by this inspection.
     quarantine_ms: int
+    # Whether the hash tag is new on a store that is known.
+    is_new_tag: bool
 
 
 class HealthMonitor:
@@ -81,12 +73,10 @@ class HealthMonitor:
     def __init__(
         self, scripts: dict[str, Script], member: Membership | None, histories: dict[bytes, InspectionHistory]
     ) -> None:
-        # Copies without a verb, so that metrics do not count these calls among the request path's.
-        self._epoch_script, self._identity_script, self._rules_script = (
-            Script("", scripts[verb].body) for verb in ("epoch", "identity", "rules")
-        )
+        # A copy without a verb, so that metrics do not count these calls among the request path's.
+        self._epoch_script = Script("", scripts["epoch"].body)
         self._member = member
-        self._identity = blake2b(member.identity_text.encode(), digest_size=16).hexdigest() if member else ""
+        self._others = OtherProxies(scripts, member) if member else None
         self._clock = asyncio.get_running_loop().time
         self._histories = histories
         self._proxy_record_key = proxy_record_key(member.token_prefix) if member else b""
@@ -95,15 +85,10 @@ class HealthMonitor:
         self._info_refused = False
         self._evicted: int | None = None
         self._flushes, self._was_flushed = -1, False
-        # The settings that differ from the others', and the rules that were last reported to the store.
-        self._differs = self._rules = ""
-        self._rules_differ_since = float("inf")
-        self._rules_reported = False
-        self._refused_at = float("-inf")
         self._quarantine_ends = self._lost_until = self._full_until = float("-inf")
         self._lost = ""
-        # Whether `suspended` has to be asked before a claim.
-        self.may_suspend = False
+        # Why what shows losses and other proxies could not be asked for.
+        self._unwatched = ""
         # Two inspections at once would each take the other's increment of the counter for a loss.
         self._inspecting = asyncio.Lock()
 
@@ -111,8 +96,10 @@ class HealthMonitor:
 
     def not_ready_reason(self) -> str | None:
         """Return why this server cannot be relied on, or None."""
-        if self._differs:
-            return f"this proxy names keys in another way than others on this store ({self._differs})"
+        if self._others and self._others.differs:
+            return f"this proxy names keys in another way than others on this store ({self._others.differs})"
+        if self._unwatched:
+            return self._unwatched
         if self.quarantine_left_s:
             lost = self._lost or "the store lost data"
             return f"{lost}; first-time keys are refused for {ceil(self.quarantine_left_s)} s more"
@@ -128,8 +115,8 @@ class HealthMonitor:
 
     @property
     def rules_differ(self) -> bool:
-        """Whether other proxies on this store have named keys by other rules for longer than DIFFER_S."""
-        return self._clock() - self._rules_differ_since > DIFFER_S
+        """Whether other proxies on this store have named keys by other rules for a while."""
+        return self._others is not None and self._others.rules_differ
 
     @property
     def quarantine_left_s(self) -> float:
@@ -145,31 +132,43 @@ class HealthMonitor:
         self._full_until = self._clock() + FULL_S
 
     def suspended(self) -> ClaimsSuspended | None:
-        """Return why first-time keys are refused now, or None. Needed only while `may_suspend` is set."""
-        if self._differs:
-            return ClaimsSuspended("this proxy names keys in another way than others", replays=False)
+        """Return why first-time keys are refused now, or None."""
+        if self._others and self._others.differs:
+            return ClaimsSuspended("this proxy names keys in another way than others")
+        if self._unwatched:
+            return ClaimsSuspended(self._unwatched)
         if left_s := self.quarantine_left_s:
             return ClaimsSuspended("the store lost data", retry_after_s=ceil(left_s))
-        self.may_suspend = False
         return None
 
     # Inspections ...
 
-    async def inspect(self, talk: Talk, hash_tag: bytes | None) -> None:
-        """Inspect the server once.
+    async def inspect(self, talk: Talk, hash_tag: bytes | None, info: object, *others: Question) -> list[Any]:
+        """Inspect the server once, and return the replies to `others`, which are asked in the same write.
 
         `hash_tag`: a hash tag whose keys lie on it, empty for a server with all keys, None where none is known yet.
+        `info`: its reply to INFO.
         """
         async with self._inspecting:
-            await self._ask_info(talk)
-            if self._member is not None and hash_tag is not None:
-                await self._ask_identity(talk, self._member, hash_tag)
-                await self._ask_rules(talk, self._member, hash_tag)
-                await self._ask_losses(talk, self._member, hash_tag)
-                self.may_suspend = bool(self._differs or self.quarantine_left_s)
+            self._note_info(info)
+            if self._member is None or self._others is None or hash_tag is None:
+                return await talk.ask(*others)
+            inspection = self._begin(talk, self._member, hash_tag)
+            # In one write: the reply to one decides nothing about the next.
+            identity, rules, epoch, counter, *replies = await talk.ask(
+                self._others.identity_question(hash_tag),
+                self._others.rules_question(hash_tag),
+                self._epoch_question(inspection),
+                self._counter_question(inspection),
+                *others,
+            )
+            self._note_refusals(identity, rules, epoch, counter)
+            self._others.note_identity(identity)
+            self._others.note_rules(rules)
+            await self._note_losses(inspection, epoch, counter)
+            return replies
 
-    async def _ask_info(self, talk: Talk) -> None:
-        reply = await talk.command("INFO", "memory", "replication", "persistence", "stats", "commandstats")
+    def _note_info(self, reply: object) -> None:
         if isinstance(reply, bytes):
             self._info_refused, self.info = False, parse_info(reply)
         elif isinstance(reply, ErrorReply) and is_refusal(reply):
@@ -181,35 +180,48 @@ class HealthMonitor:
         before, self._flushes = self._flushes, count_flushes(self.info)
         self._was_flushed = self._flushes > before >= 0
 
-    async def _ask_losses(self, talk: Talk, member: Membership, hash_tag: bytes) -> None:
-        """Find out whether anything was lost, report it, and begin a quarantine if the settings ask for one."""
+    def _note_refusals(self, *replies: object) -> None:
+        """Claim nothing while the store does not say what it lost, or who else uses it."""
+        error = first_error(reply for reply in replies if not (isinstance(reply, ErrorReply) and is_passing(reply)))
+        self._unwatched = f"the store's keys for losses and other proxies cannot be used: {error}" if error else ""
+
+    # Losses ...
+
+    def _begin(self, talk: Talk, member: Membership, hash_tag: bytes) -> _Inspection:
+        """Return what an inspection compares with."""
         now = self._clock()
         # The keys of a new hash tag came from a known one, if the store is known: the cluster moved slots.
         is_new_tag = hash_tag not in self._histories and any(
             now - one.since > SETTLED_S for one in self._histories.values()
         )
         history = self._histories.setdefault(hash_tag, InspectionHistory(now))
-        quarantine_ms = 0 if is_new_tag else member.quarantine_ms
-        inspection = _Inspection(talk, member, hash_tag, history, quarantine_ms)
-        change = await self._ask_epoch(inspection)
-        forgotten = await self._ask_counters(inspection)
+        return _Inspection(talk, member, hash_tag, history, 0 if is_new_tag else member.quarantine_ms, is_new_tag)
+
+    async def _note_losses(self, inspection: _Inspection, epoch: object, counter: object) -> None:
+        """Find out whether anything was lost, report it, and begin a quarantine if the settings ask for one."""
+        member = inspection.member
+        change = self._note_epoch(inspection, epoch)
+        forgotten = self._note_counter(inspection, counter)
         flushed = change is StoreEvent.FLUSHED and forgotten is not StoreEvent.EVICTED
         loss = change if flushed else forgotten or change
-        if loss is None or (loss is StoreEvent.FOUNDED and is_new_tag):
+        if loss is None or (loss is StoreEvent.FOUNDED and inspection.is_new_tag):
             return
         self._report(member, loss)
         if member.quarantine_ms and (forgotten or (change is not StoreEvent.MOVED and not self.quarantine_left_s)):
-            await self._ask_epoch(inspection, begin_quarantine=True)
+            (reply,) = await inspection.talk.ask(self._epoch_question(inspection, begin_quarantine=True))
+            self._note_epoch(inspection, reply)
 
-    async def _ask_epoch(self, inspection: _Inspection, begin_quarantine: bool = False) -> StoreEvent | None:
-        """Read the epoch and the quarantine of the data set, and return the loss that they show."""
-        talk, member, hash_tag, history, quarantine_ms = inspection
-        replication_id = self.info.get("master_replid", "")
+    def _epoch_question(self, inspection: _Inspection, begin_quarantine: bool = False) -> Question:
+        member, history = inspection.member, inspection.history
         fresh = f"{member.token_prefix.hex()}-{history.counter}"
         # A new run of a durable store has lost nothing.
-        durable_id = "" if member.durable else replication_id
-        args = (fresh, durable_id, quarantine_ms, int(begin_quarantine))
-        reply = await talk.script(self._epoch_script, EPOCH + hash_tag, *args)
+        durable_id = "" if member.durable else self.info.get("master_replid", "")
+        args = (fresh, durable_id, inspection.quarantine_ms, int(begin_quarantine))
+        return call(self._epoch_script, EPOCH + inspection.hash_tag, *args)
+
+    def _note_epoch(self, inspection: _Inspection, reply: object) -> StoreEvent | None:
+        """Note the epoch and the quarantine of the data set, and return the loss that they show."""
+        history, replication_id = inspection.history, self.info.get("master_replid", "")
         if not isinstance(reply, list):
             # In a cluster: the slot of the epoch is being moved away.
             return StoreEvent.FLUSHED if self._was_flushed else None
@@ -223,13 +235,16 @@ class HealthMonitor:
             return StoreEvent.MOVED
         return StoreEvent.FOUNDED if verdict == b"founded" else None
 
-    async def _ask_counters(self, inspection: _Inspection) -> StoreEvent | None:
+    def _counter_question(self, inspection: _Inspection) -> Question:
+        member = inspection.member
+        value = proxy_record_value(inspection.history.counter + 1, member.retention_ms, member.proxy_name)
+        return command("SET", self._proxy_record_key + inspection.hash_tag, value, "PX", member.retention_ms, "GET")
+
+    def _note_counter(self, inspection: _Inspection, previous: object) -> StoreEvent | None:
         """Return the loss that the server's counter of evictions and this proxy's counter show."""
-        talk, member, hash_tag, history, _ = inspection
+        member, history = inspection.member, inspection.history
         before, self._evicted = self._evicted, int(self.info.get("evicted_keys", 0))
         forgotten = StoreEvent.EVICTED if before is not None and self._evicted > before else None
-        value = proxy_record_value(history.counter + 1, member.retention_ms, member.proxy_name)
-        previous = await talk.command("SET", self._proxy_record_key + hash_tag, value, "PX", member.retention_ms, "GET")
         # Any other reply leaves open whether the counter was written. The next inspection shows it.
         if isinstance(previous, bytes | None):
             now_s = time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -245,45 +260,6 @@ class HealthMonitor:
         if loss is not StoreEvent.FOUNDED:
             self._lost_until = self._clock() + member.notice_s
         member.report(loss, self._lost)
-
-    async def _ask_identity(self, talk: Talk, member: Membership, hash_tag: bytes) -> None:
-        """Find out whether other proxies on this store name keys by the same settings."""
-        waits = self._clock() - self._refused_at < FOUND_AFTER_S
-        write_mode = "accept" if member.accept else "ask" if waits else "found"
-        args = (self._identity, member.identity_text, write_mode, member.retention_ms)
-        match await talk.script(self._identity_script, IDENTITIES + hash_tag, *args):
-            case [b"same"]:
-                self._differs = ""
-            case [b"accepted"]:
-                self._differs = ""
-                text = "this proxy names keys in another way than others on this store"
-                member.report(StoreEvent.IDENTITY_ACCEPTED, text)
-            case [b"differs", *others]:
-                self._refused_at = self._clock()
-                if not self._differs:
-                    self._differs = differing_names(member.identity_text, others[0].decode())
-                    text = f"this proxy names keys in another way than others: {self._differs}"
-                    member.report(StoreEvent.IDENTITY, text)
-            case _:
-                # No proxy has written its settings, or there was no reply.
-                pass
-
-    async def _ask_rules(self, talk: Talk, member: Membership, hash_tag: bytes) -> None:
-        """Find out whether other live proxies name keys by other rules. A declared change is not reported."""
-        rules = member.rules()
-        args = (rules, self._rules or rules, int(LIVE_S * 1000))
-        match await talk.script(self._rules_script, RULES + hash_tag, *args):
-            case [b"differ"] if not member.accept:
-                self._rules = rules
-                self._rules_differ_since = min(self._rules_differ_since, self._clock())
-            case [b"differ" | b"same"]:
-                self._rules, self._rules_differ_since, self._rules_reported = rules, float("inf"), False
-            case _:
-                # There was no reply.
-                pass
-        if self.rules_differ and not self._rules_reported:
-            self._rules_reported = True
-            member.report(StoreEvent.RULES, RULES_DIFFER)
 
 
 def count_flushes(info: Mapping[str, str]) -> int:

@@ -1,8 +1,8 @@
 """One connection to a Redis server, shared by all concurrent requests.
 
-redis-py opens the connection (it knows AUTH, TLS and RESP), and `Link` takes its socket over. Commands that are issued
-in one turn of the event loop leave together, and one reader resolves the replies in order. A call costs a third of a
-call through redis-py (measured).
+redis-py opens the connection (it knows addresses and TLS), and `Link` takes its socket over before the first command.
+Commands that are issued in one turn of the event loop leave together, and one reader resolves the replies in order. A
+call costs a third of a call through redis-py (measured).
 
 No command is cancelled half-way. A caller that stops waiting leaves its place in the queue, so the next reply still
 goes to the right caller.
@@ -29,6 +29,12 @@ BATCH = 8
 SWEEP_S = 0.05
 MIN_RECONNECT_PAUSE_S, MAX_RECONNECT_PAUSE_S = 0.02, 1.0
 CANCEL_RETRY_S = 0.1
+# How long connecting may take, TLS included: three round trips to a server that is far away, and a lost packet.
+CONNECT_S = 2.0
+# How many replies one after the other a new connection may wait for until it is used.
+PREPARE_STEPS = 4
+# The share of `stall_s` for which a server may owe a reply and still count as one that answers.
+RESPONSIVE_SHARE = 0.25
 # Errors that a replica returns for writes.
 DEMOTED = ("READONLY", "MASTERDOWN")
 
@@ -45,8 +51,9 @@ def _resolve(future: "asyncio.Future[Any]", result: object) -> None:
 class Link(asyncio.Protocol):
     """The shared connection.
 
-    `open_connection` makes a fresh, unconnected redis-py connection. `prepare` talks over it once it is connected, and
-    raises if the server cannot be used. `observers`, by a script's verb, are called with the seconds of each call.
+    `open_connection` makes a fresh, unconnected redis-py connection. `prepare(link, connection)` talks over the link
+    once it is connected, and raises if the server cannot be used. `observers`, by a script's verb, are called with the
+    seconds of each call.
 
     If the oldest command gets no reply for `stall_s` seconds, the connection is closed, every command on it becomes
     unconfirmed, and a new connection is made.
@@ -55,16 +62,17 @@ class Link(asyncio.Protocol):
     def __init__(
         self,
         open_connection: Callable[[], AbstractConnection],
-        prepare: Callable[[AbstractConnection], Awaitable[None]],
+        prepare: "Callable[[Link, AbstractConnection], Awaitable[None]]",
         stall_s: float,
         observers: Observers = MappingProxyType({}),
     ) -> None:
         self._open_connection = open_connection
         self._prepare = prepare
-        self._stall_s, self._observers = stall_s, observers
+        self.stall_s, self._observers = stall_s, observers
         self._loop = asyncio.get_running_loop()
         self._write_batcher = write_batcher(self._loop)
         self._transport: asyncio.Transport | None = None
+        # Whether the connection is prepared, so that it carries requests.
         self.up = False
         # redis-py's streams over the same transport. They are referenced so that they do not close it.
         self._streams: object = None
@@ -120,13 +128,19 @@ class Link(asyncio.Protocol):
     async def _connect(self) -> None:
         connection = self._open_connection()
         try:
-            async with asyncio.timeout(self._stall_s):
+            # A server that does not answer is noticed after `stall_s`, whatever it was asked.
+            async with asyncio.timeout(max(CONNECT_S, self.stall_s) + PREPARE_STEPS * self.stall_s):
                 await connection.connect()  # type: ignore[no-untyped-call]
-                await self._prepare(connection)
-        except BaseException:
+                self._adopt(connection)
+                await self._prepare(self, connection)
+        except BaseException as error:
             await connection.disconnect(nowait=True)
+            self._drop(str(error) or type(error).__name__)
             raise
-        self._adopt(connection)
+        if self._transport is None:
+            raise ConnectionError(self.down_reason)
+        self.up = True
+        self._up.set()
 
     def _adopt(self, connection: AbstractConnection) -> None:
         """Take the socket over from redis-py.
@@ -137,12 +151,11 @@ class Link(asyncio.Protocol):
         transport = cast(asyncio.Transport, writer.transport)
         self._streams, connection._reader, connection._writer = (connection._reader, writer), None, None
         self._lost = asyncio.Event()
-        self._transport, self.up = transport, True
+        self._transport = transport
         self._reader = hiredis.Reader(replyError=ErrorReply)
         transport.set_protocol(self)
         host = getattr(connection, "host", None)
         self.at = (host, connection.port) if host else None  # type: ignore[attr-defined]
-        self._up.set()
 
     def _drop(self, reason: str) -> None:
         """Close the connection. Commands that wait on it become unconfirmed: the server may execute them or not."""
@@ -158,6 +171,17 @@ class Link(asyncio.Protocol):
         for future, *_ in waiting:
             _resolve(future, Unconfirmed(reason))
         self._lost.set()
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection, be it one that is still being prepared."""
+        return self._transport is not None
+
+    @property
+    def responsive(self) -> bool:
+        """Whether the connection is up and the server owes no reply for long."""
+        owes_for_s = perf_counter() - self._waiting[0][4] if self._waiting else 0.0
+        return self.up and owes_for_s < RESPONSIVE_SHARE * self.stall_s
 
     def renew(self, reason: str) -> None:
         """Close this connection and make a new one. `reason` is what the commands on it report."""
@@ -220,7 +244,7 @@ class Link(asyncio.Protocol):
         for future, _, _, deadline, _ in self._waiting:
             if deadline <= now:
                 _resolve(future, Unconfirmed("no reply in time"))
-        if self._waiting and perf_counter() - self._waiting[0][4] > self._stall_s:
+        if self._waiting and perf_counter() - self._waiting[0][4] > self.stall_s:
             self._drop("the store does not answer")
         elif self._waiting:
             self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
@@ -256,7 +280,8 @@ class Link(asyncio.Protocol):
             if not reply or reply.pop(0) != tag:
                 return self._reject(future)
         elif isinstance(reply, ErrorReply):
-            if str(reply).startswith(DEMOTED):
+            # A connection that is being prepared is judged by who prepares it.
+            if self.up and str(reply).startswith(DEMOTED):
                 _resolve(future, reply)
                 # The address may lead to another server by now.
                 self._drop("the store's server is a replica")

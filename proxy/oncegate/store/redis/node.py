@@ -2,50 +2,53 @@
 
 import asyncio
 import os
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from oncegate.decision import HOLD
+from redis.asyncio.connection import AbstractConnection
+
 from oncegate.keys.digests import KEY_DIGEST_BYTES
 from oncegate.store.breaker import Breaker
-from oncegate.store.record import TOKEN_BYTES
 from oncegate.store.record_name import store_key
-from oncegate.store.redis.arguments import CLAIM_COUNT, PLAIN_TAIL, RELEASE_COUNT
-from oncegate.store.redis.durable import DurabilityLevel, WaitingLink
-from oncegate.store.redis.health_monitor import HEALTH_S, HealthMonitor
+from oncegate.store.redis import arguments
+from oncegate.store.redis.durable import ClaimCheck, DurabilityLevel, WaitingLink
+from oncegate.store.redis.health_monitor import HealthMonitor
 from oncegate.store.redis.link import Link
-from oncegate.store.redis.membership import InspectionHistory, Membership
+from oncegate.store.redis.membership import HEALTH_S, InspectionHistory, Membership
 from oncegate.store.redis.replies import is_out_of_memory
-from oncegate.store.redis.server import Info, Opener, Prepare, Unfit, check_mode, preparer, version_of
-from oncegate.store.redis.talk import LinkTalk, Talk
-from oncegate.store.redis.wire import Observers, Script, ScriptCall, resp
-from oncegate.store.results import NotAttempted, Unconfirmed
+from oncegate.store.redis.server import (
+    INFO,
+    Clock,
+    Info,
+    Opener,
+    Unfit,
+    check_mode,
+    greet,
+    parse_info,
+    set_up,
+    version_of,
+)
+from oncegate.store.redis.talk import Talk
+from oncegate.store.redis.wire import Observers, Script, ScriptCall
+from oncegate.store.results import Forbidden, NotAttempted, StoreFull, Unconfirmed
 
 MIN_PROBE_PAUSE_S, MAX_PROBE_PAUSE_S = 0.05, 0.5
-# Retention of a probe's record, should its release be lost.
-PROBE_RETENTION_MS = 10_000
-
-
-class Clock:
-    """A server's clock, as its replies report it. It may lag behind, and never runs ahead."""
-
-    __slots__ = ("offset_ms",)
-
-    def __init__(self) -> None:
-        self.offset_ms = 0.0
-
-    def note(self, now_ms: int) -> None:
-        """Take over the server's time from a reply."""
-        self.offset_ms = now_ms - time.monotonic() * 1000
-
-    def now_ms(self, _key: bytes = b"") -> int:
-        return int(time.monotonic() * 1000 + self.offset_ms)
+# Asked before a new connection to this address is used, with the server's INFO; raises if it is not to be used.
+Accept = Callable[[tuple[str, int] | None, Info], Awaitable[None]]
 
 
 def _ignore_time(_now_ms: int) -> None:
     """Take no time over: another connection reports it."""
+
+
+async def _accept_any(_at: tuple[str, int] | None, _info: Info) -> None:
+    """Use whichever server a connection leads to."""
+
+
+def random_key() -> bytes:
+    """Return a digest that no request has."""
+    return os.urandom(KEY_DIGEST_BYTES)
 
 
 def _ignore_breaker() -> None:
@@ -87,12 +90,12 @@ class Node:
     """
 
     def __init__(
-        self, open_connection: Opener, config: NodeConfig, name: str = "the store", accept: Prepare | None = None
+        self, open_connection: Opener, config: NodeConfig, name: str = "the store", accept: Accept = _accept_any
     ) -> None:
-        self.name, self._config = name, config
-        # In a cluster: a hash tag whose keys lie on this server.
-        self.tag = b""
-        self._claim, self._settle, self._read = (config.scripts[verb] for verb in ("claim", "settle", "read"))
+        self.name, self._config, self._accept = name, config, accept
+        # In a cluster: a hash tag whose keys lie on this server, and a function that returns digests that do.
+        self.tag, self.key_for_probe = b"", random_key
+        self._claim, self._read = config.scripts["claim"], config.scripts["read"]
         self._loop = asyncio.get_running_loop()
         self._clock = Clock()
         self.now_ms = self._clock.now_ms
@@ -100,25 +103,18 @@ class Node:
         self.breaker = Breaker(self._loop.time, self._breaker_opened)
         # Whether `_refusal` has to be asked before a claim.
         self._may_refuse = False
-        with_clock = preparer(config.scripts, self._clock.note, config.check, accept, self._inspect_over)
-        without_clock = preparer(config.scripts, _ignore_time, config.check, accept)
-        self.reads = Link(open_connection, without_clock, config.timeout_s, config.observers)
+        self._check = ClaimCheck(config.scripts, config.level)
+        links: Any = (open_connection, self._prepare, config.timeout_s, config.observers)
+        self.reads = Link(*links)
         self.note_time: Callable[[int], None] = self._clock.note
         if config.level is None:
-            self.link = self.claims = Link(open_connection, with_clock, config.timeout_s, config.observers)
+            self.link = self.claims = Link(*links)
             return
         # The clock has to be the one of the server that executes the claims. WaitingLink reports it before the claims
         # wait for replicas; when their results arrive, that time is old.
         self.note_time = _ignore_time
-        self.link = Link(open_connection, without_clock, config.timeout_s, config.observers)
-        self.claims = WaitingLink(
-            open_connection,
-            with_clock,
-            config.timeout_s,
-            config.observers,
-            level=config.level,
-            note_time=self._clock.note,
-        )
+        self.link = Link(*links)
+        self.claims = WaitingLink(*links, level=config.level, note_time=self._clock.note)
 
     # Life of the connections ...
 
@@ -129,6 +125,11 @@ class Node:
     @property
     def up(self) -> bool:
         return self.link.up and self.claims.up
+
+    @property
+    def readable(self) -> bool:
+        """Whether the server answers now, be it only to reads."""
+        return self.link.responsive
 
     @property
     def links(self) -> set[Link]:
@@ -148,6 +149,28 @@ class Node:
     async def wait_up(self, deadline: float) -> bool:
         return await self.link.wait_up(deadline) and await self.claims.wait_up(deadline)
 
+    # A new connection ...
+
+    async def _prepare(self, link: Link, connection: AbstractConnection) -> None:
+        """Make a new connection fit for calls, in at most PREPARE_STEPS round trips.
+
+        Losses and refusals are known before the first claim. Raises for a server that cannot be used.
+        """
+        talk, config, carries_claims = Talk(link), self._config, link is self.claims
+        await greet(talk, connection)
+        key = self._probe_key() if carries_claims else b""
+        asked = self._check.questions(key) if carries_claims else []
+        info, now_ms, replies = await set_up(talk, config.scripts, config.check, *asked)
+        await self._accept(link.at, parse_info(info) if isinstance(info, bytes) else {})
+        if carries_claims:
+            self._clock.note(now_ms)
+            await self._judge(talk, info, replies)
+
+    def _probe_key(self) -> bytes:
+        """Return a digest for a probe, empty where this proxy does not claim keys, or not at this server."""
+        claims = self._config.member is not None and (self.tag or not self._config.cluster)
+        return self.key_for_probe() if claims else b""
+
     # Health ...
 
     def not_ready_reason(self) -> str | None:
@@ -155,10 +178,13 @@ class Node:
         for link in (self.link, self.claims):
             if not link.up:
                 return f"{self.name} is not reachable: {link.down_reason}"
-        unable = self._config.level.unable(self.info) if self._config.level else None
-        if self.breaker.open:
-            return f"{self.name} does not confirm claims"
-        return f"{self.name} {unable}" if unable else self.health.not_ready_reason()
+        unable = (self._config.level.unable(self.info) if self._config.level else None) or self._check.below_level
+        if not unable and self.breaker.open:
+            unable = "does not confirm claims"
+        if not unable and (reason := self.health.not_ready_reason()):
+            return reason
+        unable = unable or self._check.failure
+        return f"{self.name} {unable}" if unable else None
 
     @property
     def info(self) -> Info:
@@ -184,18 +210,32 @@ class Node:
                 await asyncio.sleep(HEALTH_S)
 
     async def inspect(self) -> None:
-        """Ask the server for its INFO once, and for losses of what it acknowledged. Every connection is used.
+        """Ask the server for its INFO, for losses of what it acknowledged, and whether claims can succeed.
 
-        One that is idle for hours may be gone without a sign. The first large replay would wait for it in vain.
+        Every connection is used. One that is idle for hours may be gone without a sign, and the first large replay
+        would wait for it in vain.
         """
         for link in self.links - {self.link}:
             if link.up:
                 link.command("PING", deadline=self._loop.time() + self._config.timeout_s)
-        await self._inspect_over(LinkTalk(self.link, self._config.timeout_s))
+        talk, key = Talk(self.link), self._probe_key() if self._check.failure else b""
+        info, *replies = await talk.ask(INFO, *self._check.questions(key))
+        await self._judge(talk, info, replies)
 
-    async def _inspect_over(self, talk: Talk) -> None:
-        await self.health.inspect(talk, None if self._config.cluster and not self.tag else self.tag)
-        self._may_refuse = self.health.may_suspend or self.breaker.open
+    async def _judge(self, talk: Talk, info: object, replies: list[Any]) -> None:
+        """Inspect the server with its replies to INFO and to the questions of ClaimCheck."""
+        hash_tag = None if self._config.cluster and not self.tag else self.tag
+        rest = self._check.rest(replies, self._probe_key())
+        self._check.note(replies, await self.health.inspect(talk, hash_tag, info, *rest))
+        self._may_refuse = True
+
+    def note_refusal(self, refusal: StoreFull | Forbidden) -> None:
+        """Note that the server refused a claim. Inspections find out when that has changed."""
+        if isinstance(refusal, StoreFull):
+            self.health.note_full()
+        else:
+            self._check.note_forbidden(refusal.reason)
+            self._may_refuse = True
 
     def _breaker_opened(self) -> None:
         self._may_refuse = True
@@ -207,6 +247,8 @@ class Node:
             return suspended
         if self.breaker.open:
             return NotAttempted(f"{self.name} does not confirm claims")
+        if reason := self._check.refusal:
+            return NotAttempted(f"{self.name} {reason}")
         self._may_refuse = False
         return None
 
@@ -224,16 +266,16 @@ class Node:
 
         A server at its memory limit counts as well: it refuses first-time keys, but it works.
         """
-        token, timeout_s = os.urandom(TOKEN_BYTES), self._config.timeout_s
+        probe, timeout_s = arguments.probe_claim(key), self._config.timeout_s
         name, deadline = store_key(key), self._loop.time() + timeout_s
-        head = resp(token, b"", b"", HOLD, int(timeout_s * 1000), PROBE_RETENTION_MS)
         # By body in a second try, for a server that does not know the script.
         for by_body in (False, True):
-            call = ScriptCall(self._claim, name, CLAIM_COUNT, deadline, by_body)
-            reply = await self.claim(call, head, PLAIN_TAIL, timeout_s, probe=True)
+            call = ScriptCall(self._claim, name, arguments.CLAIM_COUNT, deadline, by_body)
+            reply = await self.claim(call, arguments.claim_head(probe), arguments.PLAIN_TAIL, timeout_s, probe=True)
             if isinstance(reply, list):
-                args = resp(token, b"release", PROBE_RETENTION_MS)
-                await self.run(ScriptCall(self._settle, name, RELEASE_COUNT, deadline), args)
+                args = arguments.release(probe)
+                settle = self._config.scripts["settle"]
+                await self.run(ScriptCall(settle, name, arguments.RELEASE_COUNT, deadline), args)
                 return True
         return is_out_of_memory(reply)
 

@@ -3,14 +3,16 @@
 Proxies of several versions share a store, so the reply words never change. This is the only module that maps them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from oncegate.store.record import Claim, Corrupt, running, unpack
+from oncegate.store.redis.server import is_refusal
 from oncegate.store.redis.wire import ErrorReply
 from oncegate.store.results import (
     AppendStatus,
     ClaimResult,
+    Forbidden,
     NotAttempted,
     ReadFailure,
     RenewStatus,
@@ -56,6 +58,11 @@ RESOLVE = {
     b"fenced": ResolveStatus.FENCED,
 }
 
+# Errors that pass by themselves, or whose cause is watched for itself.
+PASSING = (
+    *("ASK", "BUSY", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MISCONF", "MOVED", "NOREPLICAS"),
+    *("NOSCRIPT", "OOM", "READONLY", "TRYAGAIN", "UNBLOCKED"),
+)
 # The first word of the reply to a claim that took its key.
 CLAIMED = b"claimed"
 # The usual end of an exchange, made once.
@@ -93,8 +100,10 @@ def claim_result(claim: Claim, tenant: bytes, reply: Any, note_time: Callable[[i
             return Corrupt("the record is of another type")
         case Unconfirmed():
             return reply
-        case _ if is_out_of_memory(reply):
+        case ErrorReply() if is_out_of_memory(reply):
             return StoreFull(str(reply))
+        case ErrorReply() if is_refusal(reply):
+            return Forbidden(str(reply))
         case _:
             # Any other error: nothing was written.
             return Unconfirmed(str(reply), maybe_executed=False)
@@ -154,6 +163,16 @@ def is_out_of_memory(reply: object) -> bool:
     return isinstance(reply, ErrorReply) and str(reply).startswith("OOM")
 
 
+def first_error(replies: Iterable[object]) -> ErrorReply | None:
+    """Return the first of these replies that is an error of the server, or None."""
+    return next((reply for reply in replies if isinstance(reply, ErrorReply)), None)
+
+
+def is_passing(reply: ErrorReply) -> bool:
+    """Return whether an error passes by itself, as in a failover, or has a cause that is watched for itself."""
+    return str(reply).startswith(PASSING)
+
+
 def is_noscript(reply: object) -> bool:
     """Return whether the server does not know the script: it is a new master, or its scripts were flushed."""
     return isinstance(reply, ErrorReply) and str(reply).startswith("NOSCRIPT")
@@ -166,7 +185,7 @@ def is_final(reply: object) -> bool:
 
 def is_final_claim(result: ClaimResult) -> bool:
     """Return whether another try of a claim within its deadline cannot end otherwise."""
-    return not isinstance(result, Unconfirmed) or isinstance(result, NotAttempted | StoreFull)
+    return not isinstance(result, Unconfirmed) or isinstance(result, NotAttempted | StoreFull | Forbidden)
 
 
 def may_have_run(reply: object) -> bool:

@@ -12,14 +12,18 @@ from redis.asyncio.sentinel import MasterNotFoundError, SentinelConnectionPool, 
 from redis.exceptions import RedisError
 
 from oncegate.settings.store_url import ServerGroup
+from oncegate.store.redis.link import CONNECT_S
 from oncegate.store.redis.node import Node, NodeConfig
-from oncegate.store.redis.server import OPTIONS, Opener, Unfit, opener, parse_info
-from oncegate.store.redis.talk import ask
+from oncegate.store.redis.server import OPTIONS, Info, Opener, Unfit, limits, opener, say_nothing
+from oncegate.store.redis.talk import accepted, ask, first_answers
 
-# The share of the time for a new connection that the sentinels may take to reply.
+# The share of the timeout that the others may take to reply, once one sentinel has, or none is far away.
 ASK_SHARE = 0.4
 # How often the sentinels are asked whether the master has changed.
 FOLLOW_S = 1.0
+
+# What a server is that does not say it is a master.
+ROLES = {"slave": "a replica", "sentinel": "a sentinel", "": "a server that does not say what it is"}
 
 Address = tuple[str, int]
 
@@ -50,8 +54,8 @@ class Sentinel:
                 connection = self._open_connection()
                 await connection.connect()  # type: ignore[no-untyped-call]
                 self._connection = connection
-            reply: list[bytes] = await ask(self._connection, "SENTINEL", "MASTER", self._service)
-            host, port = await ask(self._connection, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._service)
+            commands = [("SENTINEL", word, self._service) for word in ("MASTER", "GET-MASTER-ADDR-BY-NAME")]
+            reply, (host, port) = accepted(await ask(self._connection, *commands))
         except BaseException:
             await self.close()
             raise
@@ -70,8 +74,8 @@ class Sentinels:
     """The sentinels of a service. redis-py calls `discover_master` by this name."""
 
     def __init__(self, group: ServerGroup, timeout_s: float) -> None:
-        self._group, self._timeout_s = group, timeout_s * ASK_SHARE
-        openers = [opener(group.sentinel_url(address), self._timeout_s) for address in group.places]
+        self._group, self._timeout_s = group, timeout_s
+        openers = [opener(group.sentinel_url(address), timeout_s, greets=True) for address in group.places]
         self._all = [Sentinel(open_connection, group.service) for open_connection in openers]
         self._question: asyncio.Task[Address] | None = None
 
@@ -83,12 +87,11 @@ class Sentinels:
 
     async def _ask(self) -> Address:
         asked = [asyncio.ensure_future(sentinel.ask()) for sentinel in self._all]
-        done, late = await asyncio.wait(asked, timeout=self._timeout_s)
-        for one in late:
-            one.cancel()
-        await asyncio.gather(*late, return_exceptions=True)
+        done = await first_answers(asked, self._timeout_s * ASK_SHARE, max(CONNECT_S, self._timeout_s))
         failures = [one.exception() for one in done]
-        answers = [one.result() for one, failure in zip(done, failures, strict=True) if failure is None]
+        answers: list[MasterView] = [
+            one.result() for one, failure in zip(done, failures, strict=True) if failure is None
+        ]
         for failure in failures:
             if failure is not None and not isinstance(failure, RedisError | OSError):
                 raise failure
@@ -113,10 +116,8 @@ def master_opener(group: ServerGroup, sentinels: Sentinels, timeout_s: float) ->
     del options["host"], options["port"]
     if options.get("connection_class") is SSLConnection:
         options["connection_class"] = SentinelManagedSSLConnection
-    limits = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
-    pool = SentinelConnectionPool(  # type: ignore[no-untyped-call]
-        group.service, sentinels, **OPTIONS, **options, **limits
-    )
+    options.update(OPTIONS, redis_connect_func=say_nothing, **limits(timeout_s))
+    pool = SentinelConnectionPool(group.service, sentinels, **options)  # type: ignore[no-untyped-call]
     return pool.make_connection
 
 
@@ -130,16 +131,15 @@ class SentinelNode(Node):
         open_connection = master_opener(group, self._sentinels, config.timeout_s)
         super().__init__(open_connection, config, f"the master of {group.service}", self._is_master)
 
-    async def _is_master(self, connection: AbstractConnection) -> None:
+    async def _is_master(self, at: Address | None, info: Info) -> None:
         """Note the server that a new connection leads to. Raises Unfit for a replica and for a former master.
 
         A master that was paused goes on as a master when it wakes up, until the sentinels reach it. A proxy that was
         connecting to it meanwhile would claim keys there that others claim at its successor, so it asks once more.
         """
-        role = parse_info(await ask(connection, "INFO", "replication")).get("role")
-        at = (connection.host, connection.port)  # type: ignore[attr-defined]
-        if role != "master":
-            raise Unfit(f"{at[0]}:{at[1]} is named as the master, and is a replica")
+        assert at is not None
+        if info.get("role") != "master":
+            raise Unfit(f"{at[0]}:{at[1]} is named as the master, and is {ROLES.get(info.get('role', ''), 'none')}")
         if at != await self._sentinels.discover_master():
             raise Unfit(f"{at[0]}:{at[1]} is the master of {self._service} no more")
         self._moved(at)
@@ -154,7 +154,8 @@ class SentinelNode(Node):
     def _leave_others(self, named: Address) -> None:
         """Close connections to every other server: a claim of one server must not be settled at another."""
         for link in self.links:
-            if link.up and link.at != named:
+            # Also one that is being prepared: the server may have been paused in the midst of it.
+            if link.connected and link.at != named:
                 link.renew(f"the sentinels name another master of {self._service}")
 
     async def watch(self) -> None:

@@ -1,5 +1,6 @@
 """A server by itself: how to connect to it, and what its INFO says of its fitness and its memory."""
 
+import time
 from collections.abc import Awaitable, Callable
 from importlib.resources import files
 from typing import Any
@@ -7,15 +8,19 @@ from typing import Any
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
 from redis.exceptions import RedisError
 
-from oncegate.store.redis.talk import ConnectionTalk, ask
+from oncegate import __version__
+from oncegate.store.redis.link import CONNECT_S, Link
+from oncegate.store.redis.talk import Question, Talk, checked, command
 from oncegate.store.redis.wire import ErrorReply, Script
 
 Opener = Callable[[], AbstractConnection]
-Prepare = Callable[[AbstractConnection], Awaitable[None]]
+Prepare = Callable[[Link, AbstractConnection], Awaitable[None]]
 Info = dict[str, str]
 
+INFO = command("INFO", "server", "memory", "replication", "persistence", "stats", "commandstats")
+
 # redis-py repeats no command: `Store` does, with the same token.
-OPTIONS: dict[str, Any] = {"protocol": 2, "retry": None, "retry_on_error": []}
+OPTIONS: dict[str, Any] = {"protocol": 2, "retry": None, "retry_on_error": [], "driver_info": None}
 OLDEST = (7, 0)
 # Above this share of the memory limit, responses are stored without their body.
 FULL_RATIO = 0.9
@@ -23,6 +28,22 @@ FULL_RATIO = 0.9
 
 class Unfit(RedisError):
     """The server cannot be used as this store: it is of another kind, too old, or lacks what the durability needs."""
+
+
+class Clock:
+    """A server's clock, as its replies report it. It may lag behind, and never runs ahead."""
+
+    __slots__ = ("offset_ms",)
+
+    def __init__(self) -> None:
+        self.offset_ms = 0.0
+
+    def note(self, now_ms: int) -> None:
+        """Take over the server's time from a reply."""
+        self.offset_ms = now_ms - time.monotonic() * 1000
+
+    def now_ms(self, _key: bytes = b"") -> int:
+        return int(time.monotonic() * 1000 + self.offset_ms)
 
 
 def load_scripts() -> dict[str, Script]:
@@ -35,18 +56,32 @@ def load_scripts() -> dict[str, Script]:
     return {verb: Script(verb, body) for verb, body in bodies.items()}
 
 
-def opener(url: str, timeout_s: float) -> Opener:
-    """Return a function that makes unconnected redis-py connections to `url`."""
+def limits(timeout_s: float) -> dict[str, float]:
+    """Return the time limits of a redis-py connection whose replies take up to `timeout_s`."""
+    return {"socket_timeout": timeout_s, "socket_connect_timeout": max(CONNECT_S, timeout_s)}
+
+
+async def say_nothing(_connection: AbstractConnection) -> None:
+    """Leave AUTH and SELECT to `greet`: redis-py waits for each of its own greetings."""
+
+
+def opener(url: str, timeout_s: float, greets: bool = False) -> Opener:
+    """Return a function that makes unconnected redis-py connections to `url`.
+
+    `greets`: redis-py authenticates, for a connection that no `Link` takes over.
+    """
     if url.startswith("redis+unix://"):
         url = url.removeprefix("redis+")
-    pool = ConnectionPool.from_url(url, **OPTIONS, socket_timeout=timeout_s, socket_connect_timeout=timeout_s)
-    return pool.make_connection
+    options = OPTIONS if greets else {**OPTIONS, "redis_connect_func": say_nothing}
+    return ConnectionPool.from_url(url, **options, **limits(timeout_s)).make_connection
 
 
 def is_refusal(reply: ErrorReply) -> bool:
     """Return whether the server has no such command or forbids it, as managed servers do with INFO."""
     text = str(reply).lower()
-    return "no permissions" in text or text.startswith(("noperm", "err unknown", "unknown command", "err command"))
+    # Redis 7.0 says the second and third of what a script may not do.
+    denied = ("no permissions", "can't run this command", "can't access at least one of the keys")
+    return any(one in text for one in denied) or text.startswith(("noperm", "err unknown command"))
 
 
 def parse_info(text: bytes) -> Info:
@@ -92,35 +127,43 @@ def memory_ratio(info: Info) -> float:
     return used / limit if limit else 0.0
 
 
-def preparer(
-    scripts: dict[str, Script],
-    on_time: Callable[[int], None],
-    check: Callable[[Info], None] = check_mode,
-    accept: Prepare | None = None,
-    inspect: Callable[[ConnectionTalk], Awaitable[None]] | None = None,
-) -> Prepare:
-    """Return a function that prepares a new connection.
+async def greet(talk: Talk, connection: AbstractConnection) -> None:
+    """Authenticate a new connection and select its database, as its URL says. Raises ErrorReply and OSError."""
+    asked: list[Question] = []
+    if connection.username or connection.password:
+        # Redis knows a password without a user as the default user's.
+        names = (connection.username,) if connection.username else ()
+        asked.append(command("AUTH", *names, connection.password or ""))
+    if connection.db:
+        asked.append(command("SELECT", connection.db))
+    for reply in await talk.ask(*asked):
+        checked(reply)
 
-    It checks the version, calls `check` with the INFO, loads the scripts, and calls `on_time` with the server's clock
-    in ms. Then it calls `accept`, and last `inspect`, so that losses are known before the first claim.
+
+async def set_up(
+    talk: Talk, scripts: dict[str, Script], check: Callable[[Info], None], *others: Question
+) -> tuple[Any, int, list[Any]]:
+    """Load the scripts on a new connection. Return the reply to INFO, the server's time in ms, and the other replies.
+
+    `check` gets its INFO. Raises ErrorReply, Unfit and OSError for a server that cannot be used.
     """
+    loads = [command("SCRIPT", "LOAD", script.body) for script in scripts.values()]
+    names = [command("CLIENT", "SETINFO", "LIB-NAME", "oncegate"), command("CLIENT", "SETINFO", "LIB-VER", __version__)]
+    info, clock, *replies = await talk.ask(INFO, command("TIME"), *loads, *others, *names)
+    # First, because a server of another kind does not know the other commands.
+    _check_info(info, check)
+    for loaded in replies[: len(loads)]:
+        checked(loaded)
+    seconds, micros = checked(clock)
+    return info, int(seconds) * 1000 + int(micros) // 1000, replies[len(loads) : len(loads) + len(others)]
 
-    async def prepare(connection: AbstractConnection) -> None:
-        talk = ConnectionTalk(connection)
-        reply = await talk.command("INFO", "server")
-        if isinstance(reply, bytes):
-            info = parse_info(reply)
-            check_version(info)
-            check(info)
-        elif not is_refusal(reply):
-            raise reply
-        for script in scripts.values():
-            await ask(connection, "SCRIPT", "LOAD", script.body)
-        seconds, micros = await ask(connection, "TIME")
-        on_time(int(seconds) * 1000 + int(micros) // 1000)
-        if accept is not None:
-            await accept(connection)
-        if inspect is not None:
-            await inspect(talk)
 
-    return prepare
+def _check_info(reply: Any, check: Callable[[Info], None]) -> None:
+    """Raise for a server whose INFO says that it cannot be used. Managed servers refuse INFO, and are taken."""
+    if isinstance(reply, ErrorReply) and is_refusal(reply):
+        return
+    if not isinstance(checked(reply), bytes):
+        raise Unfit("the store has no INFO")
+    info = parse_info(reply)
+    check_version(info)
+    check(info)
