@@ -66,6 +66,7 @@ test-real: .venv/.dev               ## the tests that need programs of Debian an
 	test -x /usr/sbin/varnishd -a -x /usr/sbin/lighttpd || { apt-get update -qq && \
 		apt-get install -y -qq --no-install-recommends varnish lighttpd gcc libc6-dev && \
 		{ service varnish stop; service lighttpd stop; true; }; }
+	command -v strace >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends strace; }
 	command -v npm >/dev/null || { echo "make test-real needs Node 20 or newer, with npm" >&2; exit 1; }
 	mkdir -p .venv/node && cp tests/real/node/package*.json .venv/node
 	npm ci --prefix .venv/node --no-audit --no-fund --loglevel error

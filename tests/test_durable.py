@@ -11,8 +11,9 @@ from loadtest.ports import free_ports
 from oncegate.keys.digests import Digests
 from oncegate.store.record import Claim
 from oncegate.store.record_name import store_key
-from oncegate.store.redis.durable import DurabilityLevel, level
-from oncegate.store.results import SettleResult, SettleStatus, Unconfirmed, UnderReplicated
+from oncegate.store.redis.durable import DurabilityLevel, level, unsafe_policy
+from oncegate.store.redis.wire import ErrorReply
+from oncegate.store.results import NotAttempted, SettleResult, SettleStatus, Unconfirmed, UnderReplicated
 from oncegate.store.store import Store
 from tests.parts import until
 from tests.resp import GREETING, Connection, RespServer, Words, resp
@@ -274,11 +275,18 @@ async def test_no_replica_at_all(own_valkey, often):
         await until(lambda: store.not_ready_reason() == "the store has 0 replicas, and the durability needs 1")
 
 
+@asynccontextmanager
+async def on_disk(appendfsync: str) -> AsyncIterator[tuple[Server, str]]:
+    """A server with an append-only file, and its URL."""
+    (port,) = free_ports(1)
+    server = Server(port, "--save", "", "--appendonly", "yes", "--appendfsync", appendfsync)
+    async with running(server):
+        yield server, f"redis://127.0.0.1:{port}"
+
+
 async def test_on_disk(often):
     """With an append-only file a claim is on disk once it counts; without one the store is not ready."""
-    (port,) = free_ports(1)
-    server = Server(port, "--save", "", "--appendonly", "yes", "--appendfsync", "always")
-    async with running(server), watched(f"redis://127.0.0.1:{port}", "fsync") as store:
+    async with on_disk("always") as (server, url), watched(url, "fsync") as store:
         await asyncio.gather(*[claimed(store, key=key(number)) for number in range(50)])
         assert store.not_ready_reason() is None
         server.ask("CONFIG", "SET", "appendonly", "no")
@@ -289,6 +297,85 @@ async def test_on_disk(often):
         assert isinstance(found, Unconfirmed)
         assert "WAITAOF" in found.reason
         assert len(server.records()) == 50
+
+
+@pytest.mark.parametrize(
+    ("reply", "unsafe"),
+    [
+        ([b"appendfsync", b"always", b"no-appendfsync-on-rewrite", b"no"], None),
+        ([b"no-appendfsync-on-rewrite", b"no", b"appendfsync", b"always"], None),
+        ([b"appendfsync", b"everysec", b"no-appendfsync-on-rewrite", b"no"], "has appendfsync everysec"),
+        ([b"appendfsync", b"no", b"no-appendfsync-on-rewrite", b"no"], "has appendfsync no,"),
+        ([b"appendfsync", b"always", b"no-appendfsync-on-rewrite", b"yes"], "has no-appendfsync-on-rewrite yes"),
+        ([b"appendfsync", b"always"], "has no-appendfsync-on-rewrite unknown"),
+        ([], "has appendfsync unknown"),
+        (ErrorReply("NOPERM no permissions to run the 'config|get' command"), "the user needs +config|get"),
+        (ErrorReply("ERR unknown command 'CONFIG'"), "the user needs +config|get"),
+        (Unconfirmed("no reply in time"), "no reply in time"),
+    ],
+)
+def test_when_a_disk_is_believed(reply, unsafe):
+    """Only a server that says that it writes to its disk before each reply, also while it rewrites its file."""
+    found = unsafe_policy(reply)
+    assert (found is None) == (unsafe is None)
+    assert (unsafe or "") in (found or "")
+
+
+@pytest.mark.parametrize("unsafe", [("appendfsync", "everysec"), ("no-appendfsync-on-rewrite", "yes")])
+async def test_a_server_that_replies_before_its_disk_has_the_claim(often, unsafe):
+    """WAITAOF confirms on such a server, and is not believed: no claim is sent, until the setting is in force."""
+    async with on_disk("always") as (server, url):
+        server.ask("CONFIG", "SET", *unsafe)
+        async with watched(url, "fsync") as store:
+            needs = f"has {' '.join(unsafe)}, and the durability fsync needs"
+            await until(lambda: needs in (store.not_ready_reason() or ""))
+            found = await claim(store, key(1))
+            assert isinstance(found, NotAttempted)
+            assert needs in found.reason
+            assert server.records() == {}
+            server.ask("CONFIG", "SET", unsafe[0], "always" if unsafe[1] == "everysec" else "no")
+            await until(lambda: store.not_ready_reason() is None)
+            await claimed(store, key=key(1))
+
+
+async def test_a_disk_is_checked_with_each_claim_and_each_connection():
+    """A setting that changes is noticed by the next claim, which is given back, and by the next connection."""
+    async with on_disk("always") as (server, url), connected(url, durability="fsync", timeout_ms=1000) as store:
+        await claimed(store, key=key(1))
+        server.ask("CONFIG", "SET", "appendfsync", "everysec")
+        found = await claim(store, key(2))
+        assert isinstance(found, UnderReplicated)
+        assert "has appendfsync everysec" in found.reason
+        assert server.records().keys() == {store_key(key(1))}
+        assert store.not_ready_reason() is None  # nobody inspects this one
+        lost = store.nodes[0].claims.at
+        server.ask("CLIENT", "KILL", "TYPE", "normal")
+        await until(lambda: "has appendfsync everysec" in (store.not_ready_reason() or ""))
+        assert store.nodes[0].claims.at == lost
+
+
+async def test_a_server_that_hides_its_disk(often):
+    """Where the user may not read the setting, the store is not ready and says what the user needs."""
+    async with on_disk("always") as (server, url):
+        server.ask("ACL", "SETUSER", "plain", "on", ">pw", "~once:*", "+@all", "-config")
+        async with watched(url.replace("//", "//plain:pw@"), "fsync") as store:
+            await until(lambda: "the user needs +config|get" in (store.not_ready_reason() or ""))
+            assert isinstance(await claim(store), NotAttempted)
+            server.ask("ACL", "SETUSER", "plain", "+config|get")
+            await until(lambda: store.not_ready_reason() is None)
+            await claimed(store)
+
+
+@pytest.mark.parametrize(("durability", "denied"), [("replicated", "wait"), ("fsync", "waitaof")])
+async def test_a_user_who_may_not_wait(often, durability, denied):
+    """The store is not ready where the user may not wait for replicas or disks."""
+    async with on_disk("always") as (server, url):
+        server.ask("ACL", "SETUSER", "plain", "on", ">pw", "~once:*", "+@all", f"-{denied}")
+        async with watched(url.replace("//", "//plain:pw@"), durability) as store:
+            because = "has 0 replicas" if durability == "replicated" else "cannot be waited for"
+            await until(lambda: because in (store.not_ready_reason() or ""))
+            assert isinstance(found := await claim(store), NotAttempted)
+            assert f"'{denied}'" in found.reason
 
 
 async def test_a_server_without_waitaof(scripted):

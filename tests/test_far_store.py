@@ -2,7 +2,8 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager
+from contextlib import closing, contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -32,10 +33,10 @@ class Far:
         self._serving: set[asyncio.Task[None]] = set()
 
     async def open_connection(self, host: str, port: int, **options: Any) -> Any:
-        if port not in self._relays:
-            self._relays[port] = await asyncio.start_server(
-                lambda *ends: self._serve(host, port, *ends), "127.0.0.1", 0
-            )
+        async with self._starting:
+            if port not in self._relays:
+                serve = partial(self._serve, host, port)
+                self._relays[port] = await asyncio.start_server(serve, "127.0.0.1", 0)
         await asyncio.sleep(ROUND_TRIP_S)
         return await self._open(host=host, port=self._relays[port].sockets[0].getsockname()[1], **options)
 
@@ -43,26 +44,28 @@ class Far:
         task = asyncio.current_task()
         assert task is not None
         self._serving.add(task)
-        trips = self.trips.setdefault(port, [])
-        number, server_spoke = len(trips), True
-        trips.append(0)
-        from_server, to_server = await self._open(host=host, port=port)
-
-        def asked() -> None:
-            nonlocal server_spoke
-            trips[number] += server_spoke
-            server_spoke = False
-
-        def answered() -> None:
-            nonlocal server_spoke
-            server_spoke = True
-
+        ends = [writer]
         try:
+            from_server, to_server = await self._open(host=host, port=port)
+            ends.append(to_server)
+            trips = self.trips.setdefault(port, [])
+            trips.append(0)
+            number, server_spoke = len(trips) - 1, True
+
+            def asked() -> None:
+                nonlocal server_spoke
+                trips[number] += server_spoke
+                server_spoke = False
+
+            def answered() -> None:
+                nonlocal server_spoke
+                server_spoke = True
+
             await asyncio.gather(_pass(reader, to_server, asked), _pass(from_server, writer, answered))
         except asyncio.CancelledError:
             pass  # by `close`; the callback of start_server would report it
         finally:
-            for end in (to_server, writer):
+            for end in ends:
                 end.transport.abort()
 
     async def close(self) -> None:
@@ -71,6 +74,7 @@ class Far:
         for task in self._serving:
             task.cancel()
         await asyncio.gather(*self._serving, return_exceptions=True)
+        await asyncio.sleep(ROUND_TRIP_S / 2)  # what is under way meets closed connections
 
 
 async def _pass(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, note: Callable[[], None]) -> None:
@@ -121,24 +125,14 @@ def clustered() -> Iterator[tuple[str, list[Server]]]:
         yield group.url, group.servers
 
 
-@asynccontextmanager
-async def topology(kind: Callable[[], Any]) -> AsyncIterator[tuple[str, list[Server]]]:
-    manager = kind()
-    entered = await asyncio.to_thread(manager.__enter__)
-    try:
-        yield entered
-    finally:
-        await asyncio.to_thread(manager.__exit__, None, None, None)
-
-
 @pytest.mark.parametrize(
     ("kind", "durability"), [(single, "memory"), (sentineled, "replicated"), (clustered, "memory")]
 )
 async def test_a_store_that_is_far_away(far, kind, durability):
     """At 250 ms a round trip the store is ready with the default timeout: it is waited for four times at most."""
-    async with topology(kind) as (url, servers):
+    with kind() as (url, servers):
         if durability == "replicated":
-            await asyncio.to_thread(wait_for, lambda: replicated(servers[0], 1))
+            wait_for(lambda: replicated(servers[0], 1))
         async with connected(url, timeout_ms=1000, member=member(), durability=durability) as store:
             waited = [trips for server in servers for trips in far.trips.get(server.port, [])]
             assert len(waited) >= 2
@@ -151,10 +145,11 @@ async def test_a_store_that_is_far_away(far, kind, durability):
 
 async def test_a_loss_that_is_far_away(far):
     """What a new connection finds out about a loss, and the begin of a quarantine, take no more than four waits."""
-    async with topology(single) as (url, servers), connected(url, timeout_ms=1000, member=member(60_000)) as store:
-        assert "no epoch" in (store.not_ready_reason() or "")
-        assert max(far.trips[servers[0].port]) <= 4
-        servers[0].ask("CLIENT", "KILL", "TYPE", "normal")
-        await until(lambda: not store.nodes[0].up)
-        await until(lambda: store.nodes[0].up)
-        assert max(far.trips[servers[0].port]) <= 4
+    with single() as (url, servers):
+        async with connected(url, timeout_ms=1000, member=member(60_000)) as store:
+            assert "no epoch" in (store.not_ready_reason() or "")
+            assert max(far.trips[servers[0].port]) <= 4
+            servers[0].ask("CLIENT", "KILL", "TYPE", "normal")
+            await until(lambda: not store.nodes[0].up)
+            await until(lambda: store.nodes[0].up)
+            assert max(far.trips[servers[0].port]) <= 4

@@ -1,0 +1,118 @@
+"""A store's user who may not do all that a request needs: the proxy is not ready, and no key is lost to it."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from redis import Redis
+
+from oncegate.store.events import StoreEvent
+from oncegate.store.record import PREFIX_BYTES, Claim
+from oncegate.store.redis.membership import Membership
+from oncegate.store.results import ClaimsSuspended, Forbidden, NotAttempted
+from oncegate.store.store import Store
+from tests.conftest import Valkey
+from tests.parts import until
+from tests.test_store import ACL, Behind, claim, claimed, connected, key
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("oncegate.store.redis.node.HEALTH_S", 0.05)
+
+
+def member(quarantine_ms: int = 0) -> Membership:
+    def ignore(_event: StoreEvent, _text: str) -> None: ...
+
+    return Membership(bytes(PREFIX_BYTES), "one", "namespace=a", False, 60_000, quarantine_ms, 60.0, True, ignore)
+
+
+@asynccontextmanager
+async def used_by(
+    valkey: Valkey, *rights: str, quarantine_ms: int = 0, behind: Behind | None = None
+) -> AsyncIterator[Store]:
+    """A store that is watched by a proxy whose user has the rights of the documents, and these."""
+    with valkey.client() as client:
+        client.execute_command("ACL", "SETUSER", "gate", "reset", ">pw", *ACL, *rights)
+    url = valkey.url.replace("redis+unix://", "redis+unix://gate:pw@")
+    async with connected(url, timeout_ms=500, member=member(quarantine_ms), behind=behind) as store:
+        watch = asyncio.ensure_future(store.watch())
+        yield store
+        watch.cancel()
+        await asyncio.gather(watch, return_exceptions=True)
+
+
+def records(valkey: Valkey) -> list[bytes]:
+    with valkey.client() as client:
+        return list(client.scan_iter("once:{*"))
+
+
+def permit(client: Redis, *rights: str) -> None:
+    client.execute_command("ACL", "SETUSER", "gate", *rights)
+
+
+async def test_a_user_with_the_rights_of_the_documents(valkey):
+    """The probe of a new connection succeeds and leaves nothing."""
+    async with used_by(valkey) as store:
+        assert store.not_ready_reason() is None
+        assert isinstance(await claim(store), Claim)
+    await until(lambda: len(records(valkey)) == 1)
+
+
+@pytest.mark.parametrize("verb", ["hset", "pexpire", "hmget", "exists", "unlink", "hdel", "hlen", "hget"])
+async def test_a_user_without_one_right(valkey, verb):
+    """Without one command of a claim or a settle the store is not ready, and takes no claims until it is given."""
+    with valkey.client() as client:
+        async with used_by(valkey, f"-{verb}") as store:
+            assert verb in (store.not_ready_reason() or "")
+            found = await claim(store)
+            assert isinstance(found, NotAttempted | ClaimsSuspended)
+            if verb != "unlink":  # without it nothing can be freed: the probe's record expires
+                await until(lambda: records(valkey) == [])
+            permit(client, f"+{verb}")
+            await until(lambda: store.not_ready_reason() is None)
+            await claimed(store)
+
+
+async def test_a_user_who_may_only_read(valkey):
+    """A read-only user makes the store not ready from the start."""
+    async with used_by(valkey, "resetkeys", "%R~once:*") as store:
+        assert "cannot be used" in (store.not_ready_reason() or "")
+        assert isinstance(await claim(store), ClaimsSuspended)
+    assert records(valkey) == []
+
+
+@pytest.mark.parametrize("denied", ["once:epoch", "once:replica:*", "once:identities", "once:rules"])
+@pytest.mark.parametrize("quarantine_ms", [0, 60_000])
+async def test_a_user_who_may_not_touch_what_shows_losses(valkey, denied, quarantine_ms):
+    """First-time keys are refused while losses or other proxies cannot be seen, whatever is to happen after one."""
+    every = {"once:{*", "once:epoch", "once:replica:*", "once:identities", "once:rules"}
+    allowed = [f"~{one}" for one in every - {denied}]
+    async with used_by(valkey, "resetkeys", *allowed, quarantine_ms=quarantine_ms) as store:
+        assert "losses and other proxies" in (store.not_ready_reason() or "")
+        assert isinstance(await claim(store), ClaimsSuspended)
+        with valkey.client() as client:
+            permit(client, f"~{denied}")
+        await until(lambda: "losses and other proxies" not in (store.not_ready_reason() or ""))
+        assert isinstance(await claim(store), ClaimsSuspended if quarantine_ms else Claim)
+
+
+async def test_a_right_that_is_taken_away(valkey):
+    """The first claim that fails for want of a right is withdrawn, and from then on none is sent."""
+    behind = Behind()
+    async with used_by(valkey, behind=behind) as store:
+        await claimed(store, key=key(1))
+        with valkey.client() as client:
+            permit(client, "-pexpire")
+            found = await claim(store, key(2))
+            assert isinstance(found, Forbidden)
+            assert len(records(valkey)) == 2  # HSET was executed, PEXPIRE was not
+            await behind.run()
+            assert len(records(valkey)) == 1
+            assert "pexpire" in (store.not_ready_reason() or "")
+            assert isinstance(await claim(store, key(3)), NotAttempted)
+            assert len(records(valkey)) == 1
+            permit(client, "+pexpire")
+            await until(lambda: store.not_ready_reason() is None)
+            await claimed(store, key=key(2))
