@@ -49,8 +49,7 @@ class Supervisor:
             self._handle_signals()
             self._is_serving = not stop.requested.is_set() and await self._start(stop)
             if not self._is_serving and not stop.requested.is_set():
-                self._log.error("cannot start", reason="a worker ended before it served")
-                return ExitCode.CANNOT_START
+                return await self._explain_failed_start()
             if self._is_serving:
                 await self._log_serving(*admin.addresses[0][:2])
                 await stop.requested.wait()
@@ -82,6 +81,16 @@ class Supervisor:
         stopped.cancel()
         return not stop.requested.is_set() and all(worker.is_serving and not worker.exited.done() for worker in workers)
 
+    async def _explain_failed_start(self) -> ExitCode:
+        """Log which worker ended before all served, and return the exit code. A killed one may start another time."""
+        exits = {slot.worker.exited: slot.number for slot in self._slots if slot.worker is not None}
+        ended, _ = await asyncio.wait(exits, return_when=asyncio.FIRST_COMPLETED)
+        statuses = {exits[exit_]: exit_.result() for exit_ in ended}
+        for number, status in statuses.items():
+            reason = f"worker {number} ended with status {status} before all workers served"
+            self._log.error("cannot start", reason=reason)
+        return ExitCode.CUT_OFF if max(statuses.values()) < 0 else ExitCode.CANNOT_START
+
     async def _log_serving(self, admin_host: str, admin_port: int) -> None:
         """Log the addresses in use: the system may have chosen the ports."""
         host, port = self._slots[0].sockets[0].getsockname()[:2]
@@ -104,7 +113,8 @@ class Supervisor:
         status = await worker.exited
         self._workers.discard(worker)
         self._account(worker, status)
-        if self._owners and status != ExitCode.OK:
+        # While everything stops, the next start finds what is left: a store that hangs must not delay the end.
+        if self._owners and self._is_serving and status != ExitCode.OK:
             self._run_task(self._owners.mark_orphans())
         slot = worker.slot
         facts = {"worker": slot.number, "pid": worker.pid, "exit_status": status}
