@@ -1230,6 +1230,20 @@ async def test_an_answer_that_is_not_strict_is_read_in_the_one_way_it_can_be(nam
             assert raw.accepted == number
 
 
+async def test_a_switch_that_is_not_strict_is_one():
+    """After a 101 whose head was written anew, the other protocol begins with the byte behind the head."""
+    switch = b"HTTP/1.1 101 S\nConnection: upgrade\nUpgrade : websocket\n\n\x81\x05he"
+    async with serving(says(switch, b"llo")) as raw, pool_to(raw.port) as pool:
+        connection = await pool.acquire(60)
+        connection.send_upgrade(REQUEST)
+        assert (await connection.wait_for_head(20)).status == 101
+        got = b""
+        while len(got) < 7:
+            got += await connection.next_chunk(20)
+        assert got == b"\x81\x05hello"
+        pool.release(connection)
+
+
 @pytest.mark.parametrize("start", [b"HTTP/1.1 200 OK\nX: ", b"HTTP/1.1 200 OK\n", b"HTTP/1.1 103 H\n\n" * 17])
 async def test_a_head_that_is_not_strict_is_looked_at_a_few_times_alone(start, monkeypatch):
     """However such a head is cut, it is read as a whole once, and once more for each interim head before it."""

@@ -189,10 +189,10 @@ async def test_an_upstream_that_declines_is_passed_on(standing, behind):
     [
         (b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n", 502),
         (b"HTTP/1.1 101 Switching Protocols\r\n\r\n", 502),
-        (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nX: a\x01b\r\n\r\n", 502),
+        (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nX: a\x00b\r\n\r\n", 502),
         (b"HTTP/1.1 100 Continue\r\n\r\n" + OK, 200),
     ],
-    ids=["another protocol", "no protocol", "a control character", "an interim answer first"],
+    ids=["another protocol", "no protocol", "a NUL", "an interim answer first"],
 )
 async def test_what_is_no_switch_to_it(standing, first, status):
     """An upstream that switches to something else is not followed."""
