@@ -26,6 +26,7 @@ IN_PROCESS = (
         "test_response.py",
         "test_cluster.py",
         "test_durable.py",
+        "test_known_keys.py",
         "test_store_user.py",
         "test_leases.py",
         "test_link.py",

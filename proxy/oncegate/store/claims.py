@@ -14,7 +14,7 @@ from typing import Any
 
 from oncegate.decision import State, effective_state, may_take_over
 from oncegate.store.breaker import Breaker
-from oncegate.store.record import Claim, Record
+from oncegate.store.record import Claim, Corrupt, Record
 from oncegate.store.record_name import store_key
 from oncegate.store.redis import arguments
 from oncegate.store.redis.durable import WAIT_SHARE
@@ -36,6 +36,8 @@ from oncegate.store.results import (
 
 # The pauses between the tries of one call, which double from the first to the longest.
 MIN_PAUSE_S, MAX_PAUSE_S = 0.01, 0.5
+# The share of the timeout for reading what is known of a key that could not be claimed.
+READ_SHARE = 0.5
 
 Background = Callable[[Coroutine[Any, Any, Any]], None]
 Release = Callable[[Claim, float], Coroutine[Any, Any, SettleResult]]
@@ -117,7 +119,8 @@ class Claims:
                     result = replace(result, maybe_executed=maybe_executed)
                     if reclaims:
                         return self._end_reclaim(claim, result)
-                    return await self._end(claim, tenant, result, is_under_replicated)
+                    ended = await self._end(claim, result, is_under_replicated)
+                    return await self._known(claim, tenant, window_ms, ended) or ended
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 2, MAX_PAUSE_S)
                 left_s = deadline - loop.time()
@@ -126,10 +129,13 @@ class Claims:
             self._leave_copy(claim, caller_holds=reclaims)
             raise
 
-    async def peek(self, key: bytes, tenant: bytes, lease_ms: int) -> NotClaimed | None:
-        """Return the record of a key, or None for no record. It is a claim whose deadline has passed."""
+    async def peek(self, key: bytes, tenant: bytes, lease_ms: int, share: float = 1.0) -> NotClaimed | None:
+        """Return the record of a key, or None for no record. It is a claim whose deadline has passed.
+
+        `share`: of the timeout, for the reply.
+        """
         unowned = arguments.unowned_claim(key, lease_ms)
-        deadline = self._loop.time() + self._timeout_s
+        deadline = self._loop.time() + self._timeout_s * share
         args = arguments.peek(unowned)
         call = ScriptCall(self._script, store_key(key), arguments.CLAIM_COUNT, deadline)
         reply = await self._servers.run(call, args)
@@ -164,21 +170,33 @@ class Claims:
 
     # Failures ...
 
-    async def _end(self, claim: Claim, tenant: bytes, reason: Unconfirmed, is_under_replicated: bool) -> NotClaimed:
+    async def _end(self, claim: Claim, reason: Unconfirmed, is_under_replicated: bool) -> Unconfirmed:
         """End a claim that was not confirmed, so that nothing of it stays in the store.
 
-        `is_under_replicated`: the store has the claim, but too few replicas do. While claims are suspended, an existing
-        record is returned instead.
+        `is_under_replicated`: the store has the claim, but too few replicas do.
         """
         if is_under_replicated and not reason.maybe_executed:
             freed = await self._release(claim, self._release_s)
             reason = replace(reason, maybe_executed=freed.status is SettleStatus.UNCONFIRMED)
         if reason.maybe_executed:
             self._withdraw_later(claim)
-        elif isinstance(reason, ClaimsSuspended) and reason.replays:
-            record = await self.peek(claim.key, tenant, claim.lease_ms)
-            return reason if record is None or isinstance(record, Unconfirmed) else record
         return reason
+
+    async def _known(self, claim: Claim, tenant: bytes, window_ms: int, reason: Unconfirmed) -> NotClaimed | None:
+        """Return what the store has for a key that cannot be claimed now. Only first-time keys are refused.
+
+        None: there is no record, or none that belongs to this request, or the store does not answer reads either.
+        """
+        node = self._servers.node_of(store_key(claim.key))
+        # A claim that was executed has found no record. A store that does not answer must not cost a second wait.
+        if isinstance(reason, UnderReplicated) or not (isinstance(reason, ClaimsSuspended) or (node and node.readable)):
+            return None
+        found = await self.peek(claim.key, tenant, claim.lease_ms, READ_SHARE)
+        if not isinstance(found, Record):
+            return found if isinstance(found, Corrupt) else None
+        # A claim of this proxy that nobody holds, or a response to the request of a former window.
+        is_past = 0 < window_ms < found.now_ms - found.created_ms and found.state is State.COMPLETE
+        return None if is_past or found.token in self._withdrawn_tokens else found
 
     def _end_reclaim(self, claim: Claim, reason: Unconfirmed) -> Unconfirmed:
         """End a reclaim that was not confirmed. The key stays this claim's, and is settled later."""

@@ -40,7 +40,7 @@ class StoreFull(Unconfirmed):
 
 @dataclass(frozen=True, slots=True)
 class Forbidden(Unconfirmed):
-    """The store's user may not do all that a claim needs. A part of it may have been done."""
+    """The script of a claim met a command that the store's user may not execute, perhaps behind its first write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +54,10 @@ class NotAttempted(Unconfirmed):
 class ClaimsSuspended(NotAttempted):
     """The proxy refuses first-time keys on purpose, for example while the store is in quarantine after a loss.
 
-    `retry_after_s`: when that may be over. `replays`: records that exist are still read and replayed.
+    `retry_after_s`: when that may be over.
     """
 
     retry_after_s: int = 1
-    replays: bool = True
 
 
 NotClaimed = Record | Corrupt | Unconfirmed

@@ -168,7 +168,7 @@ class Cluster:
         # Without this the claim would wait for the master until its deadline.
         if (first.breaker if first else self._unmapped).open:
             return (first and first.health.suspended()) or NotAttempted(self._down_reason)
-        node, reply = await self._call(call, issue)
+        node, reply = await self._call(call, issue, claims=True)
         if node is not None and isinstance(reply, list):
             node.note_time(reply[1])
         return reply
@@ -179,7 +179,7 @@ class Cluster:
 
         return (await self._call(call, issue))[1]
 
-    async def _call(self, call: ScriptCall, issue: Issue) -> tuple[Node | None, Any]:
+    async def _call(self, call: ScriptCall, issue: Issue, claims: bool = False) -> tuple[Node | None, Any]:
         """Call the master of the key's slot, and follow its redirections.
 
         Return the server that replied and its reply, or None and an Unconfirmed if no server was reached.
@@ -187,7 +187,7 @@ class Cluster:
         slot = key_slot(call.key)
         node, asking, reply = self._slots[slot], False, None
         for _ in range(HOPS):
-            if node is None or not node.up:
+            if node is None or not (node.up if claims else node.link.up):
                 node = await self._reach(slot, node if asking else None, call.deadline)
                 if node is None:
                     return None, Unconfirmed(self._down_reason, maybe_executed=False)

@@ -102,7 +102,7 @@ def claim_result(claim: Claim, tenant: bytes, reply: Any, note_time: Callable[[i
             return reply
         case ErrorReply() if is_out_of_memory(reply):
             return StoreFull(str(reply))
-        case ErrorReply() if is_refusal(reply):
+        case ErrorReply() if is_refusal(reply) and "script" in str(reply):
             return Forbidden(str(reply))
         case _:
             # Any other error: nothing was written.
