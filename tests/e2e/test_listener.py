@@ -132,7 +132,8 @@ async def test_a_client_that_resets_at_any_moment_is_no_error(proxies, upstream,
     # What else is on the store, which other tests use too, is no concern of the client's.
     events = {line["event"] for line in lines if line["level"] != "warning"}
     assert events == {"serving", "request"}
-    assert not [line for line in lines if line["level"] == "warning" and "store" not in line["event"]], lines
+    warnings = {line["event"] for line in lines if line["level"] == "warning" and "store" not in line["event"]}
+    assert warnings <= {"requests without a credential"}, lines
 
 
 async def test_http_1_0_is_answered_in_its_own_terms(standing, behind):
@@ -370,4 +371,4 @@ async def test_a_client_that_closes_tls_during_its_request_is_one_that_left(prox
     async with over_tls(gate.port, context) as again:
         assert (await again.ask(request())).header("oncegate-status") == b"replayed"
     warnings = {line["event"] for line in map(json.loads, gate.log().splitlines()) if line["level"] == "warning"}
-    assert warnings <= {"store problem", "store without a secret"}
+    assert warnings <= {"store problem", "store without a secret", "requests without a credential"}
