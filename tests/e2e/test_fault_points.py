@@ -296,8 +296,9 @@ async def test_a_store_that_is_lost_between_two_appends(fork, upstream, valkey, 
     upstream.script = in_pieces
     async with relaying(valkey.socket) as relay:
         proxy = await fork(upstream, relay.url, LEASE_MS=600)
+        at_start = relay.scripts  # a probe claims and frees
         original = asyncio.ensure_future(ask(proxy.port, request()))
-        await until(lambda: relay.scripts > appended)
+        await until(lambda: relay.scripts > at_start + appended)
         relay.unreachable = True
         relay.cut()
         await asyncio.sleep(lost_s)
@@ -324,8 +325,9 @@ async def test_an_answer_whose_pieces_were_not_stored_in_time_is_no_stored_one(f
     upstream.script = script
     async with relaying(valkey.socket) as relay:
         proxy = await fork(upstream, relay.url, SETTLE_TIMEOUT_S=1.5, LEASE_MS=4000)
+        at_start = relay.scripts
         original = asyncio.ensure_future(ask(proxy.port, request()))
-        await until(lambda: relay.scripts > 1)
+        await until(lambda: relay.scripts > at_start + 1)
         relay.unreachable = True
         relay.cut()
         done.set()
@@ -345,8 +347,9 @@ async def test_a_store_that_is_lost_for_longer_than_the_patience(fork, upstream,
     upstream.script = in_pieces
     async with relaying(valkey.socket) as relay:
         proxy = await fork(upstream, relay.url)
+        at_start = relay.scripts
         original = asyncio.ensure_future(ask(proxy.port, request(), 120))
-        await until(lambda: relay.scripts > appended)
+        await until(lambda: relay.scripts > at_start + appended)
         relay.unreachable = True
         relay.cut()
         await asyncio.sleep(70)
