@@ -79,7 +79,7 @@ class RequestReader(RequestHandler):
         # The head that is on its way, if any, and the size of the one that the parser has seen last.
         self._head: IncomingHead | None = None
         self._head_bytes = 0
-        # What waits behind the requests that wait, and how many bytes those have.
+        # What waits behind the requests that wait, and how many bytes those have with their bodies.
         self._rest, self._queued_bytes = b"", 0
         # The newest segment, if it began with a message while nothing was being answered.
         self._whole_segment = b""
@@ -127,18 +127,20 @@ class RequestReader(RequestHandler):
         """Give the parser what came, message by message, as long as there is room for more requests."""
         if not data:  # after a pause, in which the parser kept what it had
             self._continue(data)
-        data, self._rest, at = self._rest + data, b"", 0
-        while at < len(data):
-            if self._due > 0:
-                part = data[at : at + self._due]
+        if self._rest:
+            data, self._rest = self._rest + data, b""
+        at, size = 0, len(data)
+        while at < size:
+            due = self._due
+            if due > 0:
+                part = data[at : at + due]
                 at += len(part)
-                self._due -= len(part)
-                self._queued_bytes += len(part)
+                self._due = due - len(part)
                 self._parse(part)
-            elif self._due == NO_NEXT:
+            elif due == NO_NEXT:
                 self._continue(data[at:])
                 return
-            elif self._due == IN_HEAD or self._has_room():
+            elif not self._messages or due == IN_HEAD or self._has_room():
                 at = self._take_head(data, at)
             else:
                 self._rest = data[at:]
@@ -147,9 +149,7 @@ class RequestReader(RequestHandler):
                 return
 
     def _has_room(self) -> bool:
-        """Return whether one more request may wait for its turn."""
-        if not self._messages:
-            self._queued_bytes = 0
+        """Return whether one more request may wait for its turn, with those that do."""
         return self._queued_bytes <= MAX_HEAD_BYTES and len(self._messages) < self._max_msg_queue_size
 
     def _read_on(self) -> None:
@@ -161,7 +161,8 @@ class RequestReader(RequestHandler):
     def _take_head(self, data: bytes, at: int) -> int:
         """Take what `data` has of the next head from `at` on; return where that ends."""
         if self._head is None:
-            at = skip_empty_lines(data, at)
+            if data[at] in b"\r\n":
+                at = skip_empty_lines(data, at)
             end = data.find(HEAD_END, at, at + MAX_HEAD_BYTES) + len(HEAD_END)
             part = data[at:end]
             if end >= len(HEAD_END) and part.isascii():  # as nearly all come
@@ -189,15 +190,17 @@ class RequestReader(RequestHandler):
                 self._refuse_message(NOT_WELL_FORMED)
             return
         message, self._body = messages[0]
+        if not self._messages:
+            self._queued_bytes = 0
         self._messages.append(messages[0])
         self._request_count += 1
-        self._queued_bytes += self._head_bytes
         self.head_since_s = None
         wake(self._waiter)
         if message.should_close or message.upgrade or message.chunked:  # see ResponseWriter.closes
             self._due = NO_NEXT
         else:
             self._due = 0 if self._body is EMPTY_PAYLOAD else int(message.headers[CONTENT_LENGTH])
+            self._queued_bytes += self._head_bytes + self._due
 
     def _continue(self, data: bytes) -> None:
         """Take more of the body, or of the other protocol, that the newest request has begun, and of nothing else."""
@@ -274,7 +277,7 @@ class RequestReader(RequestHandler):
 
 def skip_empty_lines(data: bytes, at: int) -> int:
     """Return where a head begins in `data`: RFC 9112, section 2.2, has empty lines before it ignored."""
-    return at if data[at] not in b"\r\n" else _EMPTY_LINES.match(data, at).end()  # type: ignore[union-attr]
+    return _EMPTY_LINES.match(data, at).end()  # type: ignore[union-attr]  # it matches anything
 
 
 def wake(future: "asyncio.Future[None] | None") -> None:
