@@ -17,7 +17,7 @@ from oncegate.store.record import Claim, ViewState
 from oncegate.store.record_name import store_key
 from oncegate.store.record_view import StoreError, read_record, scan
 from oncegate.store.redis.cluster_map import tag_within, view_of
-from oncegate.store.results import AppendStatus, RenewStatus, SettleResult, SettleStatus, Unconfirmed
+from oncegate.store.results import AppendStatus, NotAttempted, RenewStatus, SettleResult, SettleStatus, Unconfirmed
 from oncegate.store.store import Store
 from tests.parts import until
 from tests.resp import relaying
@@ -341,3 +341,24 @@ def test_a_tag_of_any_slot(slot):
     tag = tag_within([(slot, slot)], b"")
     assert key_slot(b"once:epoch" + tag) == slot
     assert tag_within([(0, 16383)], tag) == tag
+
+
+async def test_each_master_has_to_sync(cluster):
+    """With fsync every master is asked for its `appendfsync`; one that does not sync takes no claims."""
+    masters = [server for server in cluster.servers if server.info()["role"] == "master"]
+    for server in masters:
+        server.ask("CONFIG", "SET", "appendonly", "yes", "appendfsync", "always")
+    unsafe = masters[1]
+    unsafe.ask("CONFIG", "SET", "appendfsync", "everysec")
+    try:
+        async with watching(cluster.url, [], durability="fsync") as store:
+            await until(lambda: "has appendfsync everysec" in (store.not_ready_reason() or ""))
+            assert f":{unsafe.port}" in store.not_ready_reason()
+            refused = next(one for one in map(key, range(1000)) if cluster.master_of(store_key(one)) is unsafe)
+            assert isinstance(found := await claim(store, refused), NotAttempted)
+            assert "everysec" in found.reason
+            unsafe.ask("CONFIG", "SET", "appendfsync", "always")
+            await until(lambda: "appendfsync" not in (store.not_ready_reason() or ""))
+    finally:
+        for server in masters:
+            server.ask("CONFIG", "SET", "appendonly", "no")

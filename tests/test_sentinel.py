@@ -14,7 +14,15 @@ from loadtest.ports import free_ports
 from oncegate.store.record import Claim
 from oncegate.store.record_name import store_key
 from oncegate.store.redis.sentinel import FOLLOW_S
-from oncegate.store.results import AppendStatus, RenewStatus, SettleResult, SettleStatus, Unconfirmed, UnderReplicated
+from oncegate.store.results import (
+    AppendStatus,
+    NotAttempted,
+    RenewStatus,
+    SettleResult,
+    SettleStatus,
+    Unconfirmed,
+    UnderReplicated,
+)
 from oncegate.store.store import Store
 from tests.parts import until
 from tests.resp import Connection, RespServer, Words, relaying, resp
@@ -160,6 +168,25 @@ async def test_on_the_disks():
             found = await claim(store, key(2))
             assert found == UnderReplicated("the claim reached 0 of 1 replicas in time", maybe_executed=False)
             assert store_key(key(2)) not in group.master.records()
+    finally:
+        group.close()
+
+
+async def test_a_new_master_that_does_not_sync():
+    """A replica with another `appendfsync` takes no claims once it is the master; known keys are told."""
+    group = Sentineled("--appendonly", "yes", "--appendfsync", "always", replicas=1)
+    try:
+        async with watching(group.url, [], durability="fsync") as store:
+            await store_small(store, await claimed_at_last(store, key(1)))
+            await asyncio.to_thread(group.wait_replicated)
+            former = group.master
+            group.replicas[0].ask("CONFIG", "SET", "appendfsync", "everysec")
+            group.sentinels[0].ask("SENTINEL", "FAILOVER", SERVICE)
+            await asyncio.to_thread(group.wait_failed_over, former)
+            await until(lambda: "has appendfsync everysec" in (store.not_ready_reason() or ""))
+            assert isinstance(await claim(store, key(2)), NotAttempted)
+            for _ in range(20):
+                assert told(await claim(store, key(1))) == "replay"
     finally:
         group.close()
 

@@ -178,7 +178,8 @@ class Node:
         for link in (self.link, self.claims):
             if not link.up:
                 return f"{self.name} is not reachable: {link.down_reason}"
-        unable = (self._config.level.unable(self.info) if self._config.level else None) or self._check.below_level
+        level = self._config.level
+        unable = self._check.below_level or (level.unable(self.info) if level else None)
         if not unable and self.breaker.open:
             unable = "does not confirm claims"
         if not unable and (reason := self.health.not_ready_reason()):
