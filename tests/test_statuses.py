@@ -261,6 +261,32 @@ def test_a_packed_body_is_unpacked_within_a_limit():
     assert IN_USE.read(409, fields, gzip.compress(answer + b" " * 10_000_000)) is STORE
 
 
+UNLESS_MAYBE = Statuses(["409", "409+retry-after"], ["4xx+/code=maybe", "409+/code=maybe"])
+UNREADABLE = {
+    "not here": (None, JSON),
+    "cut": (b'{"code":"maybe"', JSON),
+    "doubled": (b'{"code":"no","code":"maybe"}', JSON),
+    "too long": (b'{"code":"maybe"}' + b" " * MAX_BODY_BYTES, JSON),
+    "coded": (b'{"code":"maybe"}', JSON | {b"content-encoding": [b"br"]}),
+    "half unpacked": (gzip.compress(b'{"code":"no"') + gzip.compress(b"}"), JSON | {b"content-encoding": [b"gzip"]}),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_a_body_that_cannot_be_read_frees_no_key_that_it_could_forbid(case):
+    """Where a member of the body would make the key unknown, a body that cannot be read leaves it unknown."""
+    body, fields = UNREADABLE[case]
+    for more in ({}, RETRY_AFTER):
+        assert UNLESS_MAYBE.read(409, fields | more, body) is AMBIGUOUS
+        # It has no such member.
+        assert UNLESS_MAYBE.read(409, JSON | more, b'{"code":"no"}') is RELEASE
+        assert UNLESS_MAYBE.read(409, JSON | more, b"{}") is RELEASE
+        assert UNLESS_MAYBE.read(409, {b"content-type": [b"text/html"]} | more, body) is RELEASE
+    # A condition on a code beats one on a class, and what is stored stays stored.
+    assert Statuses(["409+retry-after"], ["4xx+/code=maybe"]).read(409, fields | RETRY_AFTER, body) is RELEASE
+    assert Statuses([], ["409+/code=maybe"]).read(409, fields, body) is STORE
+
+
 def test_only_the_named_statuses_wait_for_their_body():
     """A body is read for a status that a list names with a member, and for no other."""
     assert not any(IN_USE.reads_body(status, JSON) for status in range(200, 600) if status != 409)

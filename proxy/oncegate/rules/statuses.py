@@ -106,14 +106,19 @@ class Statuses:
 
     def _listed(self, status: int, fields: Fields, body: bytes | None) -> Disposition:
         """Return what the lists say. A condition beats a code, and a code beats a class."""
-        names = _names(status)
+        names, in_doubt = _names(status), False
         for name in names:
-            entries = self._conditional.get(name, ())
-            met = [self._entries[entry] for entry in entries if _is_met(entry, fields, body)]
+            met: set[Disposition] = set()
+            for entry in self._conditional.get(name, ()):
+                disposition, is_met = self._entries[entry], _is_met(entry, fields, body)
+                if is_met:
+                    met.add(disposition)
+                in_doubt = in_doubt or (is_met is None and disposition is _AMBIGUOUS)
             # In doubt a key is unknown.
             if met:
-                return _AMBIGUOUS if _AMBIGUOUS in met else _RELEASE
-        return self._plain.get(names[0]) or self._plain.get(names[1]) or _STORE
+                return _AMBIGUOUS if in_doubt or _AMBIGUOUS in met else _RELEASE
+        plain = self._plain.get(names[0]) or self._plain.get(names[1]) or _STORE
+        return _AMBIGUOUS if in_doubt and plain is _RELEASE else plain
 
     def _came_through_gateway(self, status: int, fields: Fields) -> bool:
         """Return whether somebody between oncegate and the API may have made a response up."""
@@ -150,9 +155,11 @@ def _is_made_up(status: int, fields: Fields) -> bool:
 # Conditions ...
 
 
-def _is_met(entry: StatusEntry, fields: Fields, body: bytes | None) -> bool:
+def _is_met(entry: StatusEntry, fields: Fields, body: bytes | None) -> bool | None:
+    """Return whether a response meets the condition of an entry, None where its body cannot be read for that."""
     if entry.pointer:
-        return body is not None and _member(fields, body, entry.pointer) == (entry.value or "").encode()
+        member = _member(fields, body, entry.pointer)
+        return None if member is None else member == (entry.value or "").encode()
     lines = fields.get(entry.field.encode(), ())
     # A field may come in several lines, and its reader may take any one of them.
     value = None if entry.value is None else entry.value.encode()
@@ -165,12 +172,19 @@ def _is_json(fields: Fields) -> bool:
     return kind == b"application/json" or kind.endswith(b"+json")
 
 
-def _member(fields: Fields, body: bytes, pointer: str) -> bytes | None:
-    """Return the text of a string, a number or a truth value in a JSON body, None where there is none to be read."""
-    plain = _unpacked(fields, body) if _is_json(fields) else None
-    value = json_value(plain, parse_pointer(pointer)) if plain is not None else None
-    if value is None or isinstance(value, (Missing, BadKey)):
+def _member(fields: Fields, body: bytes | None, pointer: str) -> bytes | None:
+    """Return the text of a string, a number or a truth value in a JSON body, empty for none.
+
+    None: the body cannot be read, or not in one way alone.
+    """
+    if not _is_json(fields):
+        return b""
+    plain = None if body is None else _unpacked(fields, body)
+    value = None if plain is None else json_value(plain, parse_pointer(pointer))
+    if value is None or isinstance(value, BadKey):
         return None
+    if isinstance(value, Missing):
+        return b""
     # `json_value` tells the text "1" from the number 1 by a letter before them.
     return value if value in (b"true", b"false") else value[1:]
 
@@ -184,5 +198,5 @@ def _unpacked(fields: Fields, body: bytes) -> bytes | None:
             body = unpacker.decompress(body, MAX_BODY_BYTES)
         except zlib.error:
             return None
-        return body if unpacker.eof else None
+        return body if unpacker.eof and not unpacker.unused_data else None
     return body if not codings and len(body) <= MAX_BODY_BYTES else None
