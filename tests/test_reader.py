@@ -177,6 +177,26 @@ async def test_a_head_is_bounded_whenever_and_however_it_comes(size, busy, ends)
     assert wire.closed
 
 
+@pytest.mark.parametrize(
+    "head",
+    [
+        GET[:-2] + b"Cookie: a=" + b"b" * 16_384 + b"\r\n\r\n",
+        GET.replace(b"GET /", b"GET /" + b"a" * 16_384),
+        GET[:-2] + b"".join(b"A%d: b\r\n" % number for number in range(128)) + b"\r\n",
+    ],
+    ids=["a long field", "a long target", "many fields"],
+)
+async def test_a_line_and_the_number_of_fields_are_bounded(head):
+    """A head that is well-formed but too large is refused with 431, not as malformed, in whatever parts it comes."""
+    for size in (len(head), 1000):
+        connection, wire = connect(Holding())
+        for start in range(0, len(head), size):
+            connection.data_received(head[start : start + size])
+        await settle()
+        assert re.findall(rb"HTTP/1.1 (\d+)", wire.written) == [b"431"]
+        assert wire.closed
+
+
 async def test_what_waits_behind_a_request_is_bounded():
     """While one request is answered, heads and bodies behind it are taken up to a limit; then nothing is read."""
     for behind in (

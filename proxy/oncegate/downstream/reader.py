@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from aiohttp import StreamReader
 from aiohttp.hdrs import CONTENT_LENGTH
 from aiohttp.http import HttpProcessingError, HttpRequestParser
+from aiohttp.http_exceptions import LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import RequestHandler, RequestPayloadError
 
@@ -215,8 +216,8 @@ class RequestReader(RequestHandler):
             return ()
         try:
             messages, self._upgraded, self._message_tail = self._parser.feed_data(data)
-        except HttpProcessingError:
-            self._refuse_message(NOT_WELL_FORMED)
+        except HttpProcessingError as error:
+            self._refuse_message(_malformed(error))
             return ()
         return messages
 
@@ -273,6 +274,14 @@ class RequestReader(RequestHandler):
             self._payload_parser.feed_eof()
         # TLS has no half-closed connections.
         return not self.ssl_context
+
+
+def _malformed(error: HttpProcessingError) -> Malformed:
+    """Return what is wrong with bytes that the parser refused."""
+    is_too_large = isinstance(error, LineTooLong) or "Too many headers" in error.message
+    return (
+        Malformed(431, "the head has too many fields, or a line that is too long") if is_too_large else NOT_WELL_FORMED
+    )
 
 
 def skip_empty_lines(data: bytes, at: int) -> int:
