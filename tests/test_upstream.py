@@ -938,6 +938,53 @@ async def test_a_pool_that_keeps_nothing_idle_closes_each_connection():
             assert (raw.accepted, pool._open_count) == (number, 0)
 
 
+@pytest.mark.parametrize("options", [{"rest_s": 60.0}, {"keep_idle_s": 0}], ids=["makes room", "keeps none"])
+@pytest.mark.parametrize("is_tls", [False, True])
+async def test_a_connection_that_is_closed_between_requests_keeps_no_port(anyone, trusting, options, is_tls):
+    """It is closed by a reset: the side that closes by a FIN keeps the port for a minute, and soon has none left."""
+    ends: list[BaseException] = []
+
+    async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await says(OK)(raw, reader, writer)
+        except (OSError, asyncio.IncompleteReadError) as end:
+            ends.append(end)
+
+    tls = server_tls(anyone) if is_tls else None
+    async with serving(talk, tls=tls) as raw, pool_to(raw.port, trusting if is_tls else None, **options) as pool:
+        for _ in range(3):
+            await ask(pool)
+        await until(lambda: len(ends) >= 2)
+        assert raw.accepted == 3
+        assert {type(end) for end in ends} == {ConnectionResetError}
+
+
+async def test_a_request_that_was_answered_early_is_not_cut_by_the_close():
+    """While the upstream's kernel has not taken the whole request, its connection is closed by a FIN behind it."""
+    answered, body, came = asyncio.Event(), b"x" * 60_000, []
+
+    async def talk(_: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        writer.write(OK)
+        await answered.wait()
+        writer.transport.resume_reading()  # type: ignore[attr-defined]
+        came.append(len(head + await reader.read(-1)))
+
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    listener.bind(("127.0.0.1", 0))
+    async with serving(talk, sock=listener) as raw, pool_to(raw.port, keep_idle_s=0) as pool:
+        connection = await pool.acquire(0)
+        connection.send(REQUEST, body)
+        await answer_of(connection)
+        pool.release(connection)
+        await asyncio.sleep(0.01)
+        answered.set()
+        await until(lambda: came)
+    assert came == [len(REQUEST + body)]
+
+
 # Answers ...
 
 
@@ -1414,7 +1461,8 @@ async def test_what_waits_for_us_is_not_silence(size):
                 resting.wait(20)
                 sock.sendall(OK[:size])
                 rested.wait(20)
-                sock.sendall(OK[size:])
+                if size < len(OK):
+                    sock.sendall(OK[size:])
 
         asked, resting, rested = threading.Event(), threading.Event(), threading.Event()
         thread = threading.Thread(target=answer)

@@ -304,6 +304,8 @@ class Connection(PoolNotes, asyncio.Protocol):
 
     def discard(self) -> None:
         """Close the connection for good, and forget its failure: an exception refers to frames that refer to this."""
+        if self.response.is_complete:
+            self._request.end_with_reset()
         self.close()
         self.is_discarded = True
         self._failure = self._arrival = None
