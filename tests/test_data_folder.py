@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from oncegate.server.data_folder import Program, note_writer, parse_program, program_at, reads, writer_of
+from oncegate.server.data_folder import Program, can_read, note_writer, parse_program, program_at, writer_of
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_a_program_says_what_it_is(text, program):
 )
 def test_which_program_reads_what(program, writer, is_read):
     """The same program in the same or a later version reads it; Valkey reads Redis up to 7.2; Redis reads no Valkey."""
-    assert reads(parse_program(program), parse_program(writer)) is is_read
+    assert can_read(parse_program(program), parse_program(writer)) is is_read
 
 
 def test_the_writer_is_noted(tmp_path: Path):

@@ -7,8 +7,8 @@ import pytest
 from oncegate.keys.digests import Digests, Scope, UnstableScope, finish_fingerprint, length_prefixed
 from oncegate.keys.documents import Missing
 from oncegate.keys.extraction import ExtractedKey, SourceInput, extract_key, scope_fields
+from oncegate.keys.fingerprint_parts import fingerprint_source
 from oncegate.keys.forms import form_of
-from oncegate.keys.parts import fingerprint_source
 from oncegate.keys.sources import KeySources, parse_source
 from oncegate.keys.syntax import BadKey
 from oncegate.known_heads.memo import ConnectionMemo

@@ -60,7 +60,7 @@ class Looks:
         )
 
     async def counts(self) -> tuple[int, int]:
-        await self.keys.look()
+        await self.keys.scan()
         return self.keys.count, self.keys.expiring
 
 
@@ -96,9 +96,9 @@ async def test_replicas_share_one_look_an_hour(store, client):
     await store.mark_unknown(await claimed(store, 1), "cut off", 2)
     first, second = Looks(store), Looks(store)
     assert (await first.counts(), await second.counts()) == ((1, 0), (0, 0))
-    assert 0 < client.pttl(unknown_keys.LOOK_KEY) <= unknown_keys.PERIOD_S * 1000
+    assert 0 < client.pttl(unknown_keys.SCAN_KEY) <= unknown_keys.PERIOD_S * 1000
     # Whoever looked an hour ago no longer speaks of it.
-    client.pexpire(unknown_keys.LOOK_KEY, 1)
+    client.pexpire(unknown_keys.SCAN_KEY, 1)
     await asyncio.sleep(0.01)
     assert (await second.counts(), await first.counts()) == ((1, 0), (0, 0))
 
@@ -128,7 +128,7 @@ async def test_a_user_who_may_not_look_is_reported_once(store, client, server):
     try:
         looks = Looks(store)
         assert await looks.counts() == (0, 0)
-        client.delete(unknown_keys.LOOK_KEY)
+        client.delete(unknown_keys.SCAN_KEY)
         assert await looks.counts() == (0, 0)
     finally:
         client.execute_command("ACL", "SETUSER", "default", "+scan")

@@ -10,7 +10,7 @@ MAX_INTERIM = 16
 # The end of a head, wherever it is: an empty line.
 HEAD_END = re.compile(rb"\n\r?\n")
 _BEGINNING = re.compile(rb"HTTP/1\.[01] ([1-9][0-9]{2})[ \r\n]")
-# A whole beginning: what came of one is completed with the end of this.
+# Completes a status line of which only the first bytes have come, so that `_BEGINNING` can check these.
 _ANY_BEGINNING = b"HTTP/1.1 200 "
 _FINAL_STATUS = re.compile(rb"^HTTP/[0-9](?:\.[0-9])? (101|[2-9][0-9]{2})(?=[ \r\n])", re.MULTILINE)
 

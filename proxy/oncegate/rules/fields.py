@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from oncegate.keys.parts import BODY_JSON, fingerprint_source
+from oncegate.keys.fingerprint_parts import BODY_JSON, fingerprint_source
 from oncegate.keys.sources import RECEIVER, Receiver, Source, parse_scope_source, parse_source
 from oncegate.rules.patterns import parse_host_pattern, parse_path
 from oncegate.rules.presets import PRESETS

@@ -9,8 +9,8 @@ from typing import NamedTuple, Protocol
 from oncegate.keys.digests import Digests, Scope, UnstableScope, length_prefixed
 from oncegate.keys.documents import Missing, is_encoded
 from oncegate.keys.extraction import ExtractedKey, SourceInput, extract_key, scope_fields
+from oncegate.keys.fingerprint_parts import named_parts
 from oncegate.keys.forms import form_of, is_multipart
-from oncegate.keys.parts import named_parts
 from oncegate.keys.syntax import BadKey, parse_key
 from oncegate.messages.request_head import RequestHead
 from oncegate.rules.policy import Policy

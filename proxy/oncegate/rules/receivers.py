@@ -20,7 +20,7 @@ def receiver_warnings(rules: Rules) -> Iterator[str]:
                 f'an event with one id on two paths is executed once. Add "receiver" to its key.'
             )
     for one, other in combinations(blind, 2):
-        if one.policy.namespace == other.policy.namespace and not _shapes(one).isdisjoint(_shapes(other)):
+        if one.policy.namespace == other.policy.namespace and not _joined_names(one).isdisjoint(_joined_names(other)):
             yield (
                 f'rules "{one.name}" and "{other.name}" share the namespace "{one.policy.namespace.decode()}", and '
                 "neither their keys nor their fingerprints have the path: an event with one id for both is executed "
@@ -41,6 +41,6 @@ def _keys(rule: Rule) -> tuple[tuple[Source, ...], ...]:
     return ((),) if sources is None else sources.alternatives
 
 
-def _shapes(rule: Rule) -> set[tuple[bytes, ...]]:
+def _joined_names(rule: Rule) -> set[tuple[bytes, ...]]:
     """Return the names of the parts that each alternative of a key joins. Keys of other names never equal."""
     return {tuple(sorted(source.name for source in alternative)) for alternative in _keys(rule)}

@@ -6,7 +6,7 @@ from typing import Any
 
 from oncegate.decision import UnknownMode
 from oncegate.keys.digests import length_prefixed
-from oncegate.keys.parts import fingerprint_source
+from oncegate.keys.fingerprint_parts import fingerprint_source
 from oncegate.keys.sources import Header, KeySources, Source
 from oncegate.rules.fields import PARTS, SHARED, TREATING
 from oncegate.rules.model import Match, Rule, Upstream

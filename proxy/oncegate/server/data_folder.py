@@ -39,7 +39,7 @@ def program_at(path: str | Path) -> Program | None:
     return parse_program(done.stdout.decode("ascii", "replace"))
 
 
-def reads(program: Program, writer: Program) -> bool:
+def can_read(program: Program, writer: Program) -> bool:
     """Return whether a program reads what another one wrote: a later version does, and Valkey reads old Redis files."""
     if program.name == writer.name:
         return program.version[:2] >= writer.version[:2]
@@ -58,7 +58,7 @@ def foreign_data(folder: Path) -> str:
 def unreadable_data(folder: Path, program: Program) -> str:
     """Return why a program must not open the data in a folder; empty if it may."""
     writer = writer_of(folder)
-    if writer is None or reads(program, writer):
+    if writer is None or can_read(program, writer):
         return ""
     advice = f"start it with {writer} or later, or name another folder in ONCEGATE_DATA_DIR"
     return f"the data in {folder} were written by {writer}, which {program} cannot be trusted to read: {advice}"

@@ -23,7 +23,7 @@ def catch_signals() -> None:
         signal.signal(number, lambda *_: None)
 
 
-def check() -> None:
+def raise_if_stopped() -> None:
     """Raise StoppedEarly if the process was asked to stop."""
     if received:
         raise StoppedEarly

@@ -181,7 +181,7 @@ class EmbeddedStore:
         deadline = time.monotonic() + ANSWER_WAIT_S
         loading = False
         while not (reply := _call(self._socket_path, b"PING")).startswith(b"+PONG"):
-            early_signals.check()
+            early_signals.raise_if_stopped()
             if process.poll() is not None:
                 raise self._failed(f"ended with status {process.returncode} instead of starting")
             if reply.startswith(b"-LOADING") and not loading:
@@ -274,7 +274,7 @@ def _lock_folder(folder: Path) -> int:
     lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     deadline = time.monotonic() + LOCK_WAIT_S
     while not _try_lock(lock):
-        early_signals.check()
+        early_signals.raise_if_stopped()
         if time.monotonic() > deadline:
             holder = os.pread(lock, 20, 0).decode(errors="replace") or "unknown"
             os.close(lock)

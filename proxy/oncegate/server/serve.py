@@ -33,7 +33,7 @@ def serve(settings: Settings, logger: Any) -> ExitCode:
     embedded = None
     store_url = settings.store_url.get_secret_value()
     try:
-        early_signals.check()
+        early_signals.raise_if_stopped()
         if store_url == "embedded":
             embedded = EmbeddedStore(settings.data_dir, settings.embedded_max_bytes, logger.warning)
             embedded.start()

@@ -181,7 +181,7 @@ def _wait_until_free(family: int, sockaddr: Any) -> tuple[int, Any]:
     """Return the family and the address with its port, once nobody listens on it. Raises OSError after a while."""
     deadline = time.monotonic() + PORT_RELEASE_S
     while True:
-        early_signals.check()
+        early_signals.raise_if_stopped()
         try:
             # Bound without SO_REUSEPORT, which would hide another service on the same port.
             with _bind(family, sockaddr) as probe:

@@ -1,7 +1,7 @@
-"""Looks through the store for unknown keys, so that an operator hears of them before they expire.
+"""Scans the store for unknown keys, so that an operator hears of them before they expire.
 
-All replicas share one look an hour at each server. It also gives a key whose owner died its final form: nobody wrote
-that its outcome is unknown, and the part of a response that was stored would otherwise stay as long as the key.
+Each server is scanned once an hour, by one of the replicas. The scan also marks keys unknown whose owner died while it
+stored a response: otherwise the stored part would stay as long as the key.
 """
 
 import asyncio
@@ -15,32 +15,34 @@ from oncegate.store.record_view import StoreError, ask, checked, claim_of, scan_
 from oncegate.store.redis.node import Node
 from oncegate.store.store import Store
 
-# Between two looks, and after a start.
+# Between two scans, and after a start.
 PERIOD_S, START_S = 3600.0, 10.0
-# Between two pages of keys: a store of a million records is looked through within two minutes.
+# How long a scan keeps other replicas from another one. Less than the period, so that each period has one.
+SHARED_MS = int(PERIOD_S * 900)
+# Between two pages of keys: a scan of a million records takes up to two minutes.
 PAGE_PAUSE_S = 0.05
-# How long before its end a key is reported, and how many keys of one look are named.
+# How long before its end a key is reported, and how many keys of one scan are named.
 WARN_MS = 7 * 86_400_000
 NAMED = 20
 # For marking one key.
 MARK_S = 1.0
-LOOK_KEY = b"once:look"
+SCAN_KEY = b"once:look"
 
 
 @dataclass(slots=True)
 class Found:
-    """What one look at a server found: how many keys are unknown, and which of them expire soon."""
+    """What one scan of a server found: how many keys are unknown, and which of them expire soon."""
 
     unknown: int = 0
     expiring: int = 0
 
 
 class UnknownKeys:
-    """The unknown keys of a store, as of this replica's last look; none while another replica looks.
+    """The unknown keys of a store, as of this replica's last scan; none while another replica scans.
 
     Keys in the mode `retry` do not count: the next request with such a key executes.
     `retention_ms`: of a complete response; a partial one is removed after as long. `warn(event, **fields)` is called
-    with every key that expires soon, and where the store does not let this replica look.
+    with keys that expire soon, and when a scan fails for the first time.
     """
 
     def __init__(self, store: Store, retention_ms: int, unknown_retention_ms: int, warn: Callable[..., None]) -> None:
@@ -48,7 +50,7 @@ class UnknownKeys:
         # Where unknown keys live for less than a few weeks, a week would be most of their life.
         self._warn_ms = min(WARN_MS, unknown_retention_ms // 4)
         self._found: dict[str, Found] = {}
-        self._could_not_look = False
+        self._has_failed = False
 
     @property
     def count(self) -> int:
@@ -59,26 +61,25 @@ class UnknownKeys:
         return sum(found.expiring for found in self._found.values())
 
     async def run(self) -> None:
-        """Look once an hour, until cancelled."""
+        """Scan once an hour, until cancelled."""
         pause_s = START_S
         while True:
             await asyncio.sleep(pause_s)
-            await self.look()
+            await self.scan()
             pause_s = PERIOD_S
 
-    async def look(self) -> None:
-        """Look at each server at which no other replica looked within the hour."""
+    async def scan(self) -> None:
+        """Scan each server that no other replica scanned within the hour."""
         found: dict[str, Found] = {}
         for node in self._store.nodes:
             try:
-                lasts_ms = int(PERIOD_S * 900)
-                if checked(await ask(node, "SET", LOOK_KEY + node.tag, "", "NX", "PX", lasts_ms)) is not None:
-                    found[node.name] = await self._look_at(node)
+                if checked(await ask(node, "SET", SCAN_KEY + node.tag, "", "NX", "PX", SHARED_MS)) is not None:
+                    found[node.name] = await self._scan_server(node)
             except StoreError as error:
                 self._report_failure(node, error)
         self._found = found
 
-    async def _look_at(self, node: Node) -> Found:
+    async def _scan_server(self, node: Node) -> Found:
         found = Found()
         async for record in scan_node(node, pause_s=PAGE_PAUSE_S):
             if record.state is not ViewState.UNKNOWN or record.mode != HOLD:
@@ -94,6 +95,6 @@ class UnknownKeys:
         return found
 
     def _report_failure(self, node: Node, error: StoreError) -> None:
-        if not self._could_not_look:
-            self._could_not_look = True
+        if not self._has_failed:
+            self._has_failed = True
             self._warn("cannot look for unknown keys", server=node.name, reason=str(error))

@@ -14,10 +14,10 @@ from oncegate.known_heads.recent import RecentHeads
 from oncegate.messages.fields import MAX_HEAD_BYTES
 from oncegate.messages.response_head import ResponseHead
 from oncegate.upstream.errors import NotSent, UpstreamLost
-from oncegate.upstream.notes import NEVER, PoolNotes
+from oncegate.upstream.pool_entry import NEVER, PoolEntry
 from oncegate.upstream.request import OutgoingRequest
 from oncegate.upstream.response import IncomingResponse
-from oncegate.upstream.tls import alert_of, is_handshake_refused, read_rest
+from oncegate.upstream.tls import alert_of, is_handshake_refused, read_remainder
 
 # Buffered bytes of a response at which reading pauses: usually, and while memory is tight.
 BODY_HIGH_WATER, TIGHT_HIGH_WATER = 131072, 65536
@@ -34,7 +34,7 @@ class OwningPool(Protocol):
     def forget(self, connection: "Connection") -> None: ...
 
 
-class Connection(PoolNotes, asyncio.Protocol):
+class Connection(PoolEntry, asyncio.Protocol):
     """One connection and the one request that is on it. Between requests it is idle in the pool.
 
     `response` is what has arrived of the response. `deadline` is a time of the loop; the pool fails connections whose
@@ -247,26 +247,26 @@ class Connection(PoolNotes, asyncio.Protocol):
         # The response may be another protocol by now.
         expects_more = self.response.parser is not None or (self.response.is_switched and not self.is_discarded)
         if expects_more and transport is not None:
-            failure = self._take_rest(transport, exc)
+            failure = self._take_remainder(transport, exc)
         # A sender that waits for room would wait for ever.
         self._request.transport_lost()
         if not self.is_discarded:
             self._pool.forget(self)
             self.fail(failure or UpstreamLost(f"the upstream's connection broke: {exc or 'closed'}"))
 
-    def _take_rest(self, transport: asyncio.Transport, exc: Exception | None) -> UpstreamLost | NotSent:
+    def _take_remainder(self, transport: asyncio.Transport, exc: Exception | None) -> UpstreamLost | NotSent:
         """Take what came before the connection broke: it may be the whole response. Return what broke it."""
-        rest = read_rest(transport, exc)
-        if rest.data:
-            self.data_received(rest.data)
-        if rest.ended:
+        remainder = read_remainder(transport, exc)
+        if remainder.data:
+            self.data_received(remainder.data)
+        if remainder.ended:
             self.eof_received()
-        alert = alert_of(rest.error)
+        alert = alert_of(remainder.error)
         # Nothing ever came on this connection.
         is_new = not (self.idle_since or self._head_bytes or self.response.head)
         if is_new and is_handshake_refused(transport, alert):
             return NotSent(f"the upstream refused the TLS handshake: {alert}")
-        return UpstreamLost(f"the upstream's connection broke: {alert or rest.error or 'closed'}")
+        return UpstreamLost(f"the upstream's connection broke: {alert or remainder.error or 'closed'}")
 
     # The end of the exchange, and of the connection ...
 

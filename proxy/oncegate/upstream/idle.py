@@ -7,7 +7,7 @@ from collections import deque
 from operator import attrgetter
 
 from oncegate.upstream.connection import Connection
-from oncegate.upstream.notes import NEVER
+from oncegate.upstream.pool_entry import NEVER
 
 # A connection rests for as long as its longest exchange took, but not for longer than this.
 MAX_REST_S = 0.5

@@ -22,11 +22,11 @@ _REFUSALS = frozenset(
         "unsupported_certificate",
     )
 )
-# OpenSSL's codes for a certificate of another host or address. Its message would have ours.
+# OpenSSL's codes for a certificate of another host or address. Its message would show clients the upstream's name.
 _OTHER_NAME_CODES = (62, 64)
 
 
-class Rest(NamedTuple):
+class Remainder(NamedTuple):
     """What came on a connection before it broke and was not read. `ended`: TLS says that nothing is missing.
 
     `error`: why nothing more can be read, or what broke the connection.
@@ -37,7 +37,7 @@ class Rest(NamedTuple):
     error: Exception | None = None
 
 
-def read_rest(transport: asyncio.Transport, error: Exception | None) -> Rest:
+def read_remainder(transport: asyncio.Transport, error: Exception | None) -> Remainder:
     """Return what came before a connection broke by `error`, None for a close of our own or a clean one.
 
     A write that fails ends the transport at once, and so does the end of a TLS session that is paused. To be called
@@ -46,20 +46,20 @@ def read_rest(transport: asyncio.Transport, error: Exception | None) -> Rest:
     tls = transport.get_extra_info("ssl_object")
     if tls is None:
         # After a reset the kernel says "end of file", too. It is never the end of a response.
-        return Rest(_unread_bytes(transport) if error is not None else b"", error=error)
+        return Remainder(_unread_bytes(transport) if error is not None else b"", error=error)
     if isinstance(error, ssl.SSLError):
         # After an alert OpenSSL says "end of data", too.
-        return Rest(error=error)
+        return Remainder(error=error)
     pieces: list[bytes] = []
     try:
         while data := tls.read(_READ_BYTES):
             pieces.append(data)
     except (ssl.SSLWantReadError, ssl.SSLEOFError):
         # There was no close_notify.
-        return Rest(b"".join(pieces), error=error)
+        return Remainder(b"".join(pieces), error=error)
     except ssl.SSLError as alert:
-        return Rest(b"".join(pieces), error=alert.with_traceback(None))
-    return Rest(b"".join(pieces), True, error)
+        return Remainder(b"".join(pieces), error=alert.with_traceback(None))
+    return Remainder(b"".join(pieces), True, error)
 
 
 def alert_of(error: BaseException | None) -> str:

@@ -1,10 +1,10 @@
-"""What a pool notes about each of its connections."""
+"""A connection as its pool sees it: when it was used, and from when on it may be used again."""
 
 NEVER = float("inf")
 
 
-class PoolNotes:
-    """The notes of a pool about one connection. Times are those of the loop.
+class PoolEntry:
+    """What the pool knows about one connection. Times are those of the loop.
 
     `taken_at`: a request got it. `longest_s`: how long its longest exchange took. `idle_since`, `rested_at`: it is idle
     since the one, and may be used again from the other. `makes_room_at`: an idle one is closed if it has no response

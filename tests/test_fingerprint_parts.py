@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from oncegate.keys.parts import BODY_JSON, MAX_COMMAS, NamedParts, fingerprint_source, named_parts
+from oncegate.keys.fingerprint_parts import BODY_JSON, MAX_COMMAS, NamedParts, fingerprint_source, named_parts
 
 many = settings(max_examples=120, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 
