@@ -28,7 +28,7 @@ COLUMNS = {
     "running": (RUNNING, SAME),
     "complete": (COMPLETE, SAME),
     "unknown": (UNKNOWN, SAME),
-    "mismatch": (COMPLETE, OTHER),
+    "used for another request": (COMPLETE, OTHER),
 }
 KNOWN = ["409 `in-flight`", "replay", "409 `outcome-unknown`", "422 `key-reused`"]
 REFUSED = "503 `store-unavailable`"
