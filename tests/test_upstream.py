@@ -811,6 +811,26 @@ async def test_a_connection_rests_before_it_is_used_again():
         assert raw.accepted == 2
 
 
+async def test_a_connection_that_makes_room_keeps_no_port():
+    """It ends with a reset. After an orderly close its port would be taken for a minute, and ports would run out."""
+    ends: list[BaseException | None] = []
+
+    async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await raw.request(reader)
+        writer.write(OK)
+        try:
+            assert await reader.read() == b""
+            ends.append(None)
+        except ConnectionError as error:
+            ends.append(error)
+
+    async with serving(talk) as raw, pool_to(raw.port, rest_s=60) as pool:
+        await ask(pool)
+        await ask(pool)
+        await until(lambda: ends)
+        assert isinstance(ends[0], ConnectionResetError)
+
+
 async def test_what_comes_within_the_rest_closes_the_connection():
     """A second answer that comes within the rest is nobody's, and the next request goes to another connection."""
     late: list[asyncio.StreamWriter] = []

@@ -2,6 +2,8 @@
 
 import asyncio
 import select
+import socket
+import struct
 from bisect import insort
 from collections import deque
 from operator import attrgetter
@@ -11,6 +13,8 @@ from oncegate.upstream.pool_entry import NEVER
 
 # A connection rests for as long as its longest exchange took, but not for longer than this.
 MAX_REST_S = 0.5
+# SO_LINGER: the kernel ends the connection with a reset. Nothing is under way on an idle one.
+_RESET = struct.pack("ii", 1, 0)
 
 
 class IdleConnections:
@@ -62,9 +66,20 @@ class IdleConnections:
             connection.discard()
         return None
 
-    def close_one(self) -> None:
-        """Close the connection that would rest longest from now on."""
-        self._discard(self.by_rest.pop())
+    def make_room(self) -> None:
+        """Close the connection that would rest longest from now on, so that its port is free at once.
+
+        An orderly close keeps the port for a minute (TIME-WAIT). 28,000 ports last for 470 new connections a second.
+        """
+        connection = self.by_rest.pop()
+        if connection.transport is not None:
+            connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        self._discard(connection)
+
+    def close(self) -> None:
+        """Close all connections."""
+        while self.by_rest:
+            self._discard(self.by_rest.pop())
 
     def close_those_idle_for(self, seconds: float) -> None:
         """Close connections that have been idle for so long."""

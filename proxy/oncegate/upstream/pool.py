@@ -127,8 +127,7 @@ class Pool:
 
     def close(self) -> None:
         """Close all connections."""
-        while self._idle:
-            self._idle.close_one()
+        self._idle.close()
         for connection in self._active:
             connection.close()
         for timer in (self._sweeper, self._reaper):
@@ -164,7 +163,7 @@ class Pool:
             if self._idle and connection.response.head is None:
                 # The process that is free then may go to another that waits: once more, after three times the time.
                 connection.makes_room_at = now + 2 * (now - connection.taken_at)
-                self._idle.close_one()
+                self._idle.make_room()
         self._sweeper = self.loop.call_later(SWEEP_S, self._sweep) if self._active else None
 
     # Reuse ...
@@ -188,7 +187,7 @@ class Pool:
     async def _connect(self) -> Connection:
         """Return a new connection. None of the idle ones may be used, and there is room for one more."""
         if len(self._idle) > self._spare_connections or self._open_count >= self._max_connections:
-            self._idle.close_one()
+            self._idle.make_room()
         self._connecting_count += 1
         self._wake_first()
         try:
