@@ -92,6 +92,15 @@ async def test_a_key_that_expires_within_a_week_is_named(store, client):
     assert looks.warnings == [("unknown outcome expires soon", {"key_id": record_id(soon.key), "hours": 166})]
 
 
+async def test_a_key_with_a_short_life_is_not_named(store, client):
+    """The key of a form stands for a window of seconds and is kept for minutes: nobody could decide it in time."""
+    form = await store.claim(ClaimRequest(b"%024d" % 1, SCOPE, b"f" * 16, b"hold", 60_000, 300_000, 300_000, 10_000))
+    await store.mark_unknown(form, "cut off", 2)
+    looks = Looks(store)
+    assert await looks.counts() == (1, 0)
+    assert looks.warnings == []
+
+
 async def test_replicas_share_one_look_an_hour(store, client):
     await store.mark_unknown(await claimed(store, 1), "cut off", 2)
     first, second = Looks(store), Looks(store)

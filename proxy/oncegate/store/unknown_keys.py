@@ -88,7 +88,9 @@ class UnknownKeys:
             left_ms = int(checked(await ask(node, "PTTL", store_key(record.key))))
             if left_ms > 0 and record.bytes_stored and record.lapsed_ms > self._retention_ms:
                 await self._store.mark_unknown(claim_of(record, left_ms), record.reason, MARK_S)
-            if 0 <= left_ms < self._warn_ms:
+            # The key of a form is kept for minutes: nobody could decide it in time.
+            is_short_lived = record.now_ms - record.created_ms + left_ms < self._retention_ms
+            if 0 <= left_ms < self._warn_ms and not is_short_lived:
                 found.expiring += 1
                 if found.expiring <= NAMED:
                     self._warn("unknown outcome expires soon", key_id=record_id(record.key), hours=left_ms // 3_600_000)
