@@ -141,6 +141,8 @@ async def test_whose_key_it_is(gate, upstream, valkey, desk):
     [line] = [line for line in gate.events("request") if line["outcome"] == "unknown"]
     assert (await desk.show("--id", line["key_id"]))["id"] == listed["id"]
     assert "no record" in (await desk("show", CANARY, code=1)).stderr
+    # An id that was copied from the list is well-formed as a key.
+    assert "--id" in (await desk("show", listed["id"], code=1)).stderr
     assert (
         "no record" in (await desk("show", CANARY, "--credential", stdin="Authorization: Bearer other", code=1)).stderr
     )

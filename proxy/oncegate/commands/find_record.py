@@ -31,7 +31,9 @@ async def find_record(settings: Settings, store: Store, options: argparse.Namesp
     if record is None:
         is_scoped = options.id or options.scope or options.credential
         tenant = "" if is_scoped else ", for the tenant without a credential"
-        raise CommandError(f"there is no record of this key{tenant}")
+        # Lists and logs show ids, which are well-formed as keys, too.
+        is_id = not options.id and parse_record_id(options.key) is not None
+        raise CommandError(f"there is no record of this key{tenant}{'; name a record by its id with --id' * is_id}")
     return record
 
 
