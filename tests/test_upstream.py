@@ -9,10 +9,11 @@ import subprocess
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import trustme
@@ -308,7 +309,29 @@ async def test_a_client_certificate(tls12, shown, anyone, tmp_path):
             assert raw.requests == []
 
 
-class EarlyAnswer:
+class OneConnection(ABC):
+    """A server in a thread that takes one connection."""
+
+    def __init__(self, listener: socket.socket | None = None) -> None:
+        self._listener = listener or socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._thread = threading.Thread(target=self._serve)
+
+    @abstractmethod
+    def _serve(self) -> None:
+        """Accept and serve the connection."""
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.close()
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+
+
+class EarlyAnswer(OneConnection):
     """A server in a thread that answers one request with its body unread, and closes: the kernel sends a RST."""
 
     def __init__(
@@ -318,13 +341,11 @@ class EarlyAnswer:
         listener: socket.socket | None = None,
         before: bytes = b"",
     ) -> None:
-        self._listener = listener or socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
+        super().__init__(listener)
         # `before` leaves at once, `answer` once something of the body is there.
         self._before, self._answer, self._context = before, answer, context
         # Something of the body is unread; the connection is over.
         self.body_came, self.ended = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._serve)
 
     def _serve(self) -> None:
         sock, _ = self._listener.accept()
@@ -339,15 +360,6 @@ class EarlyAnswer:
                 self.body_came.wait(20)
                 tls.sendall(self._answer)
         self.ended.set()
-
-    def __enter__(self) -> "EarlyAnswer":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._listener.close()
-        self._thread.join(20)
-        assert not self._thread.is_alive()
 
 
 @pytest.mark.fault(20)
@@ -431,17 +443,15 @@ async def test_only_an_alert_of_the_handshake_is_not_sent(reason, before, tls12,
         assert raw.accepted == 1
 
 
-class TlsOnce:
+class TlsOnce(OneConnection):
     """A TLS server in a thread that answers one connection and ends it with or without close_notify.
 
     `patient`: after its close_notify it waits for the other's before it closes, as few servers do.
     """
 
     def __init__(self, context: ssl.SSLContext, answer: bytes, *, notify: bool, patient: bool = True) -> None:
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
+        super().__init__()
         self._context, self._answer, self._notify, self._patient = context, answer, notify, patient
-        self._thread = threading.Thread(target=self._serve)
 
     def _serve(self) -> None:
         plain, _ = self._listener.accept()
@@ -456,15 +466,6 @@ class TlsOnce:
                 tls.settimeout(20)
             tls.shutdown(socket.SHUT_WR)  # a FIN; of the TLS session it says nothing
             tls.recv(1)
-
-    def __enter__(self) -> "TlsOnce":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._listener.close()
-        self._thread.join(20)
-        assert not self._thread.is_alive()
 
 
 @pytest.mark.parametrize("size", [0, 5, MIB])

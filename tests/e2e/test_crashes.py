@@ -4,6 +4,7 @@ import asyncio
 import os
 import random
 import signal
+from typing import Any
 
 import pytest
 
@@ -324,6 +325,17 @@ async def test_a_successor_on_an_embedded_store_marks_the_keys_of_a_killed_proxy
     assert not proxy.events(FOUND)
 
 
+async def ends_after_a_kill_of(proxy: Any, running: "asyncio.Future[Answer]", tap: Tap) -> None:
+    """Kill and start a proxy while another process executes: its successor leaves the key to that one."""
+    proxy.kill()
+    proxy.start()
+    assert (await ask(proxy.port, request())).slug == "in-flight"
+    tap.end(OK)
+    assert (await running).body == b"ok"
+    assert (await ask(proxy.port, request())).header("oncegate-status") == b"replayed"
+    assert not proxy.events(FOUND)
+
+
 async def test_a_key_of_a_proxy_that_lives_is_not_marked(proxies, upstream):
     """The keys of another proxy on the same embedded store stay in flight when the store's own proxy is killed."""
     tap = Tap()
@@ -332,13 +344,7 @@ async def test_a_key_of_a_proxy_that_lives_is_not_marked(proxies, upstream):
     other = proxies(upstream, f"redis+unix://{proxy.folder}/data/store.sock?db=0", LEASE_MS=60_000)
     running = asyncio.ensure_future(ask(other.port, request()))
     await until(lambda: upstream.received)
-    proxy.kill()
-    proxy.start()
-    assert (await ask(proxy.port, request())).slug == "in-flight"
-    tap.end(OK)
-    assert (await running).body == b"ok"
-    assert (await ask(proxy.port, request())).header("oncegate-status") == b"replayed"
-    assert not proxy.events(FOUND)
+    await ends_after_a_kill_of(proxy, running, tap)
 
 
 async def test_a_key_of_a_worker_that_outlives_its_supervisor_is_not_marked(proxies, upstream):
@@ -348,13 +354,7 @@ async def test_a_key_of_a_worker_that_outlives_its_supervisor_is_not_marked(prox
     proxy = proxies(upstream, WORKERS=2, LEASE_MS=60_000)
     running = asyncio.ensure_future(ask(proxy.port, request()))
     await until(lambda: upstream.received)
-    proxy.kill()
-    proxy.start()
-    assert (await ask(proxy.port, request())).slug == "in-flight"
-    tap.end(OK)
-    assert (await running).body == b"ok"
-    assert (await ask(proxy.port, request())).header("oncegate-status") == b"replayed"
-    assert not proxy.events(FOUND)
+    await ends_after_a_kill_of(proxy, running, tap)
 
 
 async def test_the_keys_of_a_killed_worker_are_marked(proxies, upstream):

@@ -24,9 +24,9 @@ from oncegate.commands.operator_response import operator_response
 from oncegate.messages.response_head import response_digest
 from oncegate.server.embedded import socket_url
 from oncegate.settings.settings import Settings
-from oncegate.store.record import Claim, StoredResponse, ViewState, pack
+from oncegate.store.record import StoredResponse, ViewState, pack
 from oncegate.store.record_name import record_id
-from oncegate.store.record_view import RecordView, StoreError, introduce, proxy_of, scan
+from oncegate.store.record_view import RecordView, StoreError, claim_of, introduce, proxy_of, scan
 from oncegate.store.results import ResolveStatus
 from oncegate.store.store import Store
 
@@ -221,27 +221,12 @@ async def _resolve(session: Session, options: argparse.Namespace) -> KeysExit:
     digest = response_digest(response.status, response.reason, response.block)
     digest.update(body)
     stored = replace(response, digest=digest.digest(), completed_ms=record.now_ms)
-    meta = pack(_claim(session, record, token), stored)
+    # The owner's claim, with the operator's token.
+    claim = replace(claim_of(record, session.retention_ms), token=token)
+    meta = pack(claim, stored)
     status = await session.store.resolve_by_operator(record.key, record.token, meta, body, session.retention_ms)
     details = {"status": response.status, "bytes": len(body)}
     return _report(session, OperatorDecision("resolve", record, status, details))
-
-
-def _claim(session: Session, record: RecordView, token: bytes) -> Claim:
-    """Return the claim under which an operator's response is stored: the owner's, with the operator's token."""
-    return Claim(
-        key=record.key,
-        token=token,
-        fence=record.fence,
-        mode=record.mode,
-        fingerprint=record.fingerprint,
-        self_check=record.self_check,
-        created_ms=record.created_ms,
-        # A complete record has no lease.
-        lease_ms=0,
-        retention_ms=session.retention_ms,
-        unknown_retention_ms=session.retention_ms,
-    )
 
 
 async def _release(session: Session, options: argparse.Namespace) -> KeysExit:

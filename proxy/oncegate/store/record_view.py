@@ -143,7 +143,7 @@ def _unfinished(key: bytes, token: bytes, fields: dict[str, bytes], now_ms: int)
 
 
 def claim_of(record: RecordView, left_ms: int) -> Claim:
-    """Return the claim that the dead owner of a record had, with the time that is left."""
+    """Return the claim that the owner of a record had, without its lease. `left_ms`: how long the record is kept."""
     return Claim(
         key=record.key,
         token=record.token,
