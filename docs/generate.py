@@ -56,7 +56,7 @@ def settings() -> str:
     fields = Settings.model_fields
     groups = {title: [name for name in names.split() if name in fields] for title, names in GROUPS.items()}
     groups["Others"] = [name for name in fields if not any(name in names for names in groups.values())]
-    return "\n".join(f"\n### {title}\n\n{loading.table(names)}" for title, names in groups.items() if names) + "\n"
+    return "".join(f"\n### {title}\n\n{loading.table(names)}" for title, names in groups.items() if names) + "\n"
 
 
 def problems() -> str:

@@ -23,7 +23,7 @@ GAUGES = {
     "store_breaker_open": "1 while the circuit breaker is open: claims are refused without asking the store.",
     "rules_differ": "1 while other proxies on the store name keys by other rules.",
     "quarantine_seconds": "Time until first-time keys are accepted, after the store lost data.",
-    "unknown_keys": "Keys whose outcome is unknown, if this replica was the last to look. One looks each hour.",
+    "unknown_keys": "Keys whose outcome is unknown, if this replica scanned last. One of them scans each hour.",
     "unknown_keys_expiring": "Those of them that expire within a week. After that a retry executes.",
     "ready": "1 while /readyz answers 200.",
     "buffered_bytes": "Bytes of request and response bodies held in memory.",

@@ -117,8 +117,9 @@ class Settings(BaseSettings):
     # Two replicas that name keys differently would each execute the same request.
     identity_change: Literal["refuse", "accept"] = Field(
         "refuse",
-        description="What a proxy does if its namespace, secret, scope headers or key header differ from those of "
-        "other proxies on its store. `refuse`: it is not ready and refuses requests with keys. `accept`: it serves.",
+        description="What a proxy does if its namespace, secret, scope headers, key header or version of naming differ "
+        "from those of other proxies on its store. `refuse`: it is not ready and refuses requests with keys. `accept`: "
+        "it serves.",
     )
     # PUT and DELETE are idempotent by definition (RFC 9110, section 9.2.2), POST and PATCH are not.
     methods: Annotated[tuple[str, ...], list_of(parse_method)] = Field(
@@ -169,8 +170,8 @@ class Settings(BaseSettings):
     )
     on_unknown: Literal["hold", "retry"] = Field(
         "hold",
-        description="What happens to a retry if the outcome of the original is unknown. `hold`: oncegate never "
-        "executes it (at most once). `retry`: oncegate executes it (at least once).",
+        description="What happens to a retry if the outcome of the original is unknown. `hold`: oncegate does not "
+        "execute it for `ONCEGATE_UNKNOWN_RETENTION_S` (at most once). `retry`: oncegate executes it (at least once).",
     )
     release_statuses: Annotated[tuple[str, ...], list_of(parse_status)] = Field(
         (DEFAULT,),
