@@ -131,7 +131,8 @@ def level(durability: str, several: bool) -> DurabilityLevel | None:
 class ClaimCheck:
     """Whether claims at one server can succeed: it gives the level, and its user may do all that a request needs.
 
-    A probe claims and frees keys of nobody's. The replies to `questions` decide about the `rest`, and both are noted.
+    A probe claims and frees keys that no request has. The replies to `questions` decide whether an `exchange` follows.
+    Both are noted.
     """
 
     def __init__(self, scripts: dict[str, Script], level: DurabilityLevel | None) -> None:
@@ -152,17 +153,17 @@ class ClaimCheck:
         probe = arguments.claim_and_free(self._scripts, arguments.probe_claim(key)) if key else []
         return [*self._level_questions, *probe]
 
-    def rest(self, replies: Sequence[object], key: bytes) -> list[Question]:
-        """Return the rest of an exchange, for a server that claimed and freed: it leaves a record that expires."""
+    def exchange(self, replies: Sequence[object], key: bytes) -> list[Question]:
+        """Return the calls of an exchange, for a server that claimed and freed a key; none for any other."""
         probed = replies[len(self._level_questions) :]
         if not probed or first_error(probed):
             return []
         return arguments.execute(self._scripts, arguments.probe_claim(key))
 
-    def note(self, replies: Sequence[object], rest: Sequence[object]) -> None:
+    def note(self, replies: Sequence[object], exchanged: Sequence[object]) -> None:
         count = len(self._level_questions)
         self.below_level = (self._level.unable_by(replies[:count]) or "") if self._level else ""
-        if not (probed := [*replies[count:], *rest]):
+        if not (probed := [*replies[count:], *exchanged]):
             return
         error = first_error(probed)
         # At its memory limit a server refuses first-time keys, but it works.

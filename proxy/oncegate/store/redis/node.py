@@ -226,8 +226,8 @@ class Node:
     async def _judge(self, talk: Talk, info: object, replies: list[Any]) -> None:
         """Inspect the server with its replies to INFO and to the questions of ClaimCheck."""
         hash_tag = None if self._config.cluster and not self.tag else self.tag
-        rest = self._check.rest(replies, self._probe_key())
-        self._check.note(replies, await self.health.inspect(talk, hash_tag, info, *rest))
+        exchange = self._check.exchange(replies, self._probe_key())
+        self._check.note(replies, await self.health.inspect(talk, hash_tag, info, *exchange))
         self._may_refuse = True
 
     def note_refusal(self, refusal: StoreFull | Forbidden) -> None:
