@@ -82,10 +82,10 @@ LINES: list[Row] = [
     ("a space after the line", message(b"GET /x HTTP/1.1 ", HOST), 400),
     ("two spaces in the line", message(b"GET  /x  HTTP/1.1", HOST), GOT),
     ("empty lines before the line", b"\r\n\r\n" + get(), GOT),
-    ("a target of 20,000 bytes", get(b"/" + b"x" * 20_000), 400),
-    ("a value of 20,000 bytes", get(b"/x", b"A: " + b"b" * 20_000), 400),
-    ("a name of 20,000 bytes", get(b"/x", b"A" * 20_000 + b": b"), 400),
-    ("200 fields", get(b"/x", *[b"A: b"] * 200), 400),
+    ("a target of 20,000 bytes", get(b"/" + b"x" * 20_000), 431),
+    ("a value of 20,000 bytes", get(b"/x", b"A: " + b"b" * 20_000), 431),
+    ("a name of 20,000 bytes", get(b"/x", b"A" * 20_000 + b": b"), 431),
+    ("200 fields", get(b"/x", *[b"A: b"] * 200), 431),
 ]
 
 FRAMING: list[Row] = [

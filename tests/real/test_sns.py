@@ -38,11 +38,14 @@ async def gate(fork, upstream: RawUpstream, valkey, tmp_path: Path) -> Forked:
     return await fork(upstream, valkey.url, RULES_FILE="rules.toml")
 
 
-def publish(sns: Any, gate: Forked, subscriptions: int, *texts: str) -> None:
-    """Publish to a new topic that delivers each message as often as it has subscriptions, all to one receiver."""
+def publish(sns: Any, gate: Forked, subscriptions: int, *texts: str, receiver: str = "orders?subscription=") -> None:
+    """Publish to a new topic that delivers each message as often as it has subscriptions, all to one receiver.
+
+    A topic has each endpoint once, and a query makes no other receiver.
+    """
     topic = sns.create_topic(Name=f"orders-{uuid4()}")["TopicArn"]
     for number in range(subscriptions):
-        endpoint = f"http://127.0.0.1:{gate.port}/sns/{number}"
+        endpoint = f"http://127.0.0.1:{gate.port}/sns/{receiver}{number}"
         sns.subscribe(TopicArn=topic, Protocol="http", Endpoint=endpoint)
     for text in texts:
         sns.publish(TopicArn=topic, Message=text)
@@ -57,6 +60,11 @@ async def test_a_message_that_is_delivered_twice_is_handled_once(gate, upstream,
     await asyncio.to_thread(publish, sns, gate, 2, "paid", "paid", "sent")
     assert messages(upstream) == ["paid", "paid", "sent"]
     assert gate.metric('requests_total{outcome="replayed"}') == 3
+
+
+async def test_each_receiver_of_a_message_handles_it(gate, upstream, sns):
+    await asyncio.to_thread(publish, sns, gate, 2, "paid", receiver="")
+    assert sorted(got.line.split()[1] for got in upstream.received) == [b"/sns/0", b"/sns/1"]
 
 
 async def test_a_delivery_that_fails_is_made_good_by_the_next(gate, upstream, sns):
