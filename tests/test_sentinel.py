@@ -61,7 +61,7 @@ async def watching(url: str, log: Log, **options: Any) -> AsyncIterator[Store]:
         await asyncio.gather(watch, return_exceptions=True)
 
 
-async def claimed_at_last(store: Store, of: bytes, seconds: float = 15) -> Claim:
+async def claimed_at_last(store: Store, of: bytes, seconds: float = 30) -> Claim:
     """Claim a free key as often as it takes."""
     async with asyncio.timeout(seconds):
         while not isinstance(found := await claim(store, of), Claim):

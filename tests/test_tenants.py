@@ -2,7 +2,7 @@
 
 import pytest
 
-from oncegate.keys.digests import Digests, Scope
+from oncegate.keys.digests import Digests, Scope, UnstableScope
 from oncegate.keys.extraction import scope_fields
 from oncegate.keys.sources import Cookie, parse_scope_source
 from oncegate.keys.tenants import TenantFields
@@ -80,6 +80,18 @@ def test_an_operator_may_say_that_an_account_is_enough():
     # Where the cookie that is named is absent, all of it is safer than none.
     assert named.counted({b"cookie": [b"visits=1"]}) == [b"cookie"]
     assert TenantFields(()).counted({b"cookie": [b"visits=1"]}) == []
+
+
+@pytest.mark.parametrize("named", [b"x-account", b"cookie:session", b"x-shop"])
+def test_a_request_without_what_the_scope_names_is_nobody_elses(named):
+    """Users whose requests lack it are told apart by all that is known to identify one."""
+    tenant = TenantFields((named,))
+    without = {b"authorization": [b"Bearer a"], b"stripe-account": [b"1"], b"cookie": [b"visits=1"], b"accept": [b"*"]}
+    assert tenant.counted(without) == [b"cookie", b"authorization", b"stripe-account"]
+    assert tenant.counted({**without, named: [b"n"]}) == [named]
+    alike = [DIGESTS.scope(b"default", {b"authorization": [f"Bearer {who}".encode()]}, tenant) for who in "aab"]
+    assert (alike[0] == alike[1], alike[0] == alike[2]) == (True, False)
+    assert isinstance(DIGESTS.scope(b"default", {b"authorization": [b"AWS4-HMAC-SHA256 x"]}, tenant), UnstableScope)
 
 
 # Cookies ...

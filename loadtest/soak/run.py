@@ -201,7 +201,8 @@ async def soak(seconds: float, readers: int = READERS, stall_s: float = 2.0) -> 
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as spool_folder:
         spool = Path(spool_folder)
         settings = {
-            "RETENTION_S": RETENTION_S, "LEASE_MS": LEASE_MS, "WAIT_MAX_S": 1, "CLIENT_STALL_S": stall_s,
+            "RETENTION_S": RETENTION_S, "UNKNOWN_RETENTION_S": RETENTION_S,
+            "LEASE_MS": LEASE_MS, "WAIT_MAX_S": 1, "CLIENT_STALL_S": stall_s,
             "SPOOL_DIR": spool, "ACCESS_LOG": "off", "UPSTREAM_TIMEOUT_S": 20, "MAX_STORED_BYTES": 4 * MIB,
             "MAX_BUFFERED_BYTES": MAX_BUFFERED_BYTES, "MAX_UPSTREAM_CONNECTIONS": READERS + 100,
             "UPSTREAM_REUSE_IDLE_S": 0.5,

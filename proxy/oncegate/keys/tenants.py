@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from oncegate.settings.credentials import ACCOUNTS, BARE, STABLE_SCHEMES
+from oncegate.settings.credentials import ACCOUNTS, BARE, CREDENTIALS, STABLE_SCHEMES
 
 # They choose among what a credential may do, and prove nothing: beside them alone, a cookie still counts.
 _NO_CREDENTIALS = frozenset((*(name.lower().encode() for name in ACCOUNTS), b"host"))
+# What counts where a scope finds no credential.
+_LAST_RESORT = (b"cookie", *(name.lower().encode() for name in (*CREDENTIALS, *ACCOUNTS)))
 _STABLE = frozenset(scheme.lower().encode() for scheme in STABLE_SCHEMES)
 _BARE = BARE.encode()
 
@@ -15,27 +17,33 @@ class TenantFields:
 
     `names`: lower-case names of header fields, and spellings of other sources, in the order in which they enter the
     tenant's digest. `schemes`: lower-case Authorization schemes that are stable beside the known ones. Where a request
-    has no credential, all of its Cookie counts as well: a cookie that changes too often makes a retry execute again,
-    but without it one user could get another's response.
+    has no credential among these, all of its Cookie counts as well, and the known credentials: one that changes too
+    often makes a retry execute again, but without it one user could get another's response.
     """
 
-    __slots__ = ("_credentials", "_positions", "_stable", "names", "read")
+    __slots__ = ("_chosen", "_credentials", "_last_resort", "_positions", "_stable", "names", "read")
 
     def __init__(self, names: Iterable[bytes], schemes: Iterable[bytes] = ()) -> None:
         self.names = tuple(names)
         self._stable = _STABLE.union(schemes)
-        chosen = frozenset(self.names)
+        self._chosen = chosen = frozenset(self.names)
+        # A scope without any name is one tenant for all.
+        self._last_resort = frozenset(_LAST_RESORT) - chosen if chosen else chosen
         # An operator who names nothing but accounts says that these do.
         self._credentials = chosen - _NO_CREDENTIALS or chosen
-        self._positions = {name: at for at, name in enumerate((*self.names, b"cookie"))}
+        self._positions = {
+            name: at
+            for at, name in enumerate((*self.names, *_LAST_RESORT))
+            if name not in chosen or at < len(self.names)
+        }
         # What of a request's fields has to be looked at.
-        self.read = chosen | {b"cookie"} if chosen else chosen
+        self.read = chosen | self._last_resort
 
     def counted(self, fields: Mapping[bytes, Sequence[bytes]]) -> list[bytes]:
         """Return the names of those `fields` that identify the tenant, in their order."""
         names = [name for name in fields if name in self.read]
-        if b"cookie" in names and b"cookie" not in self.names and self._has_credential(fields, names):
-            names.remove(b"cookie")
+        if not self._last_resort.isdisjoint(names) and self._has_credential(fields, names):
+            names = [name for name in names if name in self._chosen]
         # In the order of the scope, however the client orders its fields.
         return names if len(names) < 2 else sorted(names, key=self._positions.__getitem__)
 

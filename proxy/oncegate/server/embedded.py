@@ -90,7 +90,9 @@ class EmbeddedStore:
             undo.callback(self.stop)
             try:
                 self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                self._lock = _lock_folder(self._folder)
+                # Known to `stop` before it is locked, so that an interruption leaves no lock behind.
+                self._lock = os.open(self._folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+                _lock_folder(self._folder, self._lock)
                 _refuse(unreadable_data(self._folder, program))
                 is_new = not (self._folder / "appendonlydir").exists()
                 self._remove_leftovers()
@@ -266,18 +268,16 @@ def _check_length(socket_path: Path) -> None:
         )
 
 
-def _lock_folder(folder: Path) -> int:
-    """Lock the folder and return the lock's descriptor. Raises EmbeddedStoreError after LOCK_WAIT_S.
+def _lock_folder(folder: Path, lock: int) -> None:
+    """Lock the folder by the descriptor of its lock file. Raises EmbeddedStoreError after LOCK_WAIT_S.
 
     The lock is released when every process that inherited the descriptor has exited (flock(2)).
     """
-    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     deadline = time.monotonic() + LOCK_WAIT_S
     while not _try_lock(lock):
         early_signals.raise_if_stopped()
         if time.monotonic() > deadline:
             holder = os.pread(lock, 20, 0).decode(errors="replace") or "unknown"
-            os.close(lock)
             raise EmbeddedStoreError(
                 f"the data folder {folder} is in use by another proxy (process {holder}) or by its server: give each "
                 "proxy its own ONCEGATE_DATA_DIR, or let them share one store through ONCEGATE_STORE_URL"
@@ -285,7 +285,6 @@ def _lock_folder(folder: Path) -> int:
         time.sleep(0.02)
     os.ftruncate(lock, 0)
     os.pwrite(lock, str(os.getpid()).encode(), 0)
-    return lock
 
 
 def _try_lock(lock: int) -> bool:
