@@ -49,15 +49,21 @@ headers = { "webhook-id" = "*" }
 key = "header:webhook-id"
 fingerprint = []
 """
+WITHOUT_TENANTS = """
+[[rule]]
+name = "all"
+path = "/*/*"
+scope = []
+"""
 BROKEN: dict[str, tuple[dict[str, Any], set[str]]] = {
     # The store forgets what it acknowledged, and nobody admits that it may.
     "forgetful": ({"store_options": ("--appendonly", "no"), "kinds": kinds("store-kill")}, {"I1"}),
     # Each replica has its own store.
     "apart": ({"settings": [{}, {"STORE_URL": "embedded"}], "kinds": kinds("client-link-slow")}, {"I1"}),
     # The id alone names an event, whoever receives it.
-    "swallowed": ({"settings": [{"RULES_FILE": "rules.toml"}], "kinds": kinds("client-link-slow")}, {"I4"}),
-    # No header tells the tenants apart.
-    "mixed": ({"settings": [{"SCOPE_HEADERS": "X-Nobody"}], "kinds": kinds("client-link-slow")}, {"I7"}),
+    "swallowed": ({"rules": WITHOUT_RECEIVER, "kinds": kinds("client-link-slow")}, {"I4"}),
+    # Nothing tells the tenants apart.
+    "mixed": ({"rules": WITHOUT_TENANTS, "kinds": kinds("client-link-slow")}, {"I7"}),
 }
 
 
@@ -66,14 +72,15 @@ def test_a_broken_system_is_found_out(broken: str, tmp_path: Path) -> None:
     """Where the promise is broken for real, a few seconds are enough to see it."""
     options, invariants = BROKEN[broken]
     folder = tmp_path / "run"
-    (tmp_path / "rules.toml").write_text(WITHOUT_RECEIVER)
-    settings = [
-        {"DATA_DIR": tmp_path / "data", **one}
-        | ({"RULES_FILE": tmp_path / "rules.toml"} if "RULES_FILE" in one else {})
-        for one in options.get("settings", [{}])
-    ]
+    common = {"DATA_DIR": tmp_path / "data"}
+    if rules := options.get("rules"):
+        (tmp_path / "rules.toml").write_text(rules)
+        common["RULES_FILE"] = tmp_path / "rules.toml"
+    settings = [{**common, **one} for one in options.get("settings", [{}])]
     plan = Plan(folder, 5, 3.0, replicas=2, workers=8, sample=50, settings=tuple(settings))
-    uvloop.run(run(replace(plan, **{name: value for name, value in options.items() if name != "settings"})))
+    uvloop.run(
+        run(replace(plan, **{name: value for name, value in options.items() if name not in ("settings", "rules")}))
+    )
     done = program("loadtest.chaos.check", folder)
     assert done.returncode == 1, done.stdout + done.stderr
     found = {one["invariant"] for one in json.loads((folder / "verdict.json").read_text())["violations"]}

@@ -149,7 +149,8 @@ async def test_a_replicated_cluster_changes_under_load(proxies, upstream, cluste
         successor.ask("CLUSTER", "FAILOVER")
         await asyncio.to_thread(wait_for, lambda: clustered.owner_of_slot(15000) is successor)
         await until(lambda: failovers(both) == 2)
-        assert [proxy.admin("/readyz")[0] for proxy in both] == [200, 200]
+        # The replicas of new masters have to follow first.
+        await until(lambda: [proxy.admin("/readyz")[0] for proxy in both] == [200, 200], 20)
     await load.assert_once()
 
 
