@@ -142,5 +142,5 @@ async def test_a_user_who_may_not_look_is_reported_once(store, client, server):
     finally:
         client.execute_command("ACL", "SETUSER", "default", "+scan")
     ((event, fields),) = looks.warnings
-    assert event == "cannot look for unknown keys"
+    assert event == "cannot scan for unknown keys"
     assert "scan" in str(fields["reason"])

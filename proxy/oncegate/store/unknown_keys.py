@@ -26,7 +26,7 @@ WARN_MS = 7 * 86_400_000
 NAMED = 20
 # For marking one key.
 MARK_S = 1.0
-SCAN_KEY = b"once:look"
+SCAN_KEY = b"once:scan"
 
 
 @dataclass(slots=True)
@@ -99,4 +99,4 @@ class UnknownKeys:
     def _report_failure(self, node: Node, error: StoreError) -> None:
         if not self._has_failed:
             self._has_failed = True
-            self._warn("cannot look for unknown keys", server=node.name, reason=str(error))
+            self._warn("cannot scan for unknown keys", server=node.name, reason=str(error))
