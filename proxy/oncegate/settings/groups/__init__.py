@@ -1,0 +1,1 @@
+"""The settings by what they are about; `settings.Settings` is all of them."""

@@ -1,0 +1,52 @@
+"""What clients meet: the listeners, and the limits of a client's connection."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, Field
+
+from oncegate.settings.addresses import Address, Network, parse_host, parse_network
+from oncegate.settings.values import PIBIBYTE, Bytes, Count, ListenAddress, ReadableFile, Seconds, list_of
+
+
+class ClientSettings(BaseModel):
+    """A group of `Settings`."""
+
+    listen: ListenAddress = Field(
+        Address("127.0.0.1", 8080),
+        description="Address of the public listener. The container image sets `0.0.0.0:8080`.",
+    )
+    tls_cert_file: ReadableFile = Field(None, description="Certificate chain (PEM) of the public listener.")
+    tls_key_file: ReadableFile = Field(None, description="Private key (PEM) of the public listener.")
+    admin_listen: ListenAddress = Field(
+        Address("127.0.0.1", 8081),
+        description="Address of the listener for `/metrics`, `/healthz` and `/readyz`. Keep it private. The container "
+        "image sets `0.0.0.0:8081`.",
+    )
+    hosts: Annotated[tuple[str, ...], list_of(parse_host)] = Field(
+        (), description="Comma list of the served hosts, as `host` or `host:port`. Requests for other hosts get 421."
+    )
+    trusted_proxies: Annotated[tuple[Network, ...], list_of(parse_network)] = Field(
+        (),
+        description="Comma list of networks. oncegate forwards the `Forwarded`, `X-Forwarded-*`, `Via` and `X-Real-IP` "
+        "headers of clients in them, and drops those of all other clients.",
+    )
+    max_request_bytes: Bytes = Field(
+        33_554_432, description="Largest body of a request with a key. Larger ones get 413."
+    )
+    max_in_flight: Count = Field(
+        4096, description="Requests with keys that run at the same time, for each worker. Others get 503."
+    )
+    max_connections: Count = Field(8192, description="Open client connections, for each worker.")
+    client_stall_s: Seconds = Field(
+        30,
+        description="oncegate closes the connection of a client that sends or takes no byte for this time while "
+        "oncegate waits for it. A request's head must arrive within 10 s.",
+    )
+    # As in Kestrel (docs/decisions/003).
+    client_min_bytes_per_s: int = Field(
+        240,
+        ge=0,
+        le=PIBIBYTE,
+        description="Slowest accepted client, as an average over `ONCEGATE_CLIENT_STALL_S`. oncegate closes the "
+        "connection of a slower one while it waits for it. 0: any byte is enough.",
+    )

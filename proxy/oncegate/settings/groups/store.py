@@ -1,0 +1,53 @@
+"""The store, and what it is trusted with."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field, SecretStr
+
+from oncegate.settings.store_url import parse_store_url
+from oncegate.settings.values import DAY_MS, PIBIBYTE, Bytes, Seconds, from_text
+
+
+class StoreSettings(BaseModel):
+    """A group of `Settings`."""
+
+    store_url: Annotated[SecretStr, from_text(parse_store_url)] = Field(
+        SecretStr("embedded"),
+        description="`embedded`, `redis://host:port/db`, `redis+unix:///path/to.sock?db=0`, "
+        "`redis+sentinel://h1:p,h2:p/service` or `redis+cluster://h1:p,h2:p`. Write `rediss` instead of `redis` for "
+        "TLS. `ONCEGATE_STORE_URL_FILE` names a file that contains the URL.",
+    )
+    data_dir: Path = Field(Path(".oncegate"), description="Folder in which the embedded store keeps its data.")
+    embedded_max_bytes: int = Field(
+        268_435_456, ge=2_097_152, le=PIBIBYTE, description="Memory limit of the embedded store."
+    )
+    on_store_down: Literal["refuse", "bypass"] = Field(
+        "refuse",
+        description="What happens to requests with keys while the store accepts no claims. `refuse`: they get 503. "
+        "`bypass`: oncegate forwards them without protection, so that a retry may be executed again.",
+    )
+    store_timeout_ms: int = Field(
+        1000, ge=1, le=DAY_MS, description="Longest wait for the store to confirm a claim, retries included."
+    )
+    settle_timeout_s: Seconds = Field(
+        30, description="How long oncegate retries to store a response before it gives up."
+    )
+    durability: Literal["memory", "replicated", "fsync"] = Field(
+        "memory",
+        description="Where a claim must be before the request is sent. `memory`: on the Redis server. `replicated`: "
+        "also on a replica. `fsync`: on their disks.",
+    )
+    on_store_loss: Literal["continue", "quarantine"] = Field(
+        "continue",
+        description="What happens after the store lost data, or may have. `continue`: oncegate continues to serve. "
+        "`quarantine`: it refuses keys without a record for `ONCEGATE_QUARANTINE_S`.",
+    )
+    quarantine_s: Seconds = Field(
+        60, description="Length of a quarantine, and how long `/readyz` reports a loss with `continue`."
+    )
+    max_stored_bytes: Bytes = Field(
+        16_777_216,
+        description="Largest response body that is stored. oncegate forwards a larger one, and answers its retries "
+        "with 409 `response-not-kept`.",
+    )
