@@ -10,6 +10,7 @@ import struct
 import termios
 from typing import Any, Protocol
 
+from oncegate.adaptation.adaptation import Requester
 from oncegate.buffers.write_batcher import WriteBatcher
 from oncegate.downstream.minimum_rate import MinimumRate
 from oncegate.messages.framing import COUNTED, STATED, Framing
@@ -48,6 +49,7 @@ class ResponseWriter:
 
     `started`: the head was written. `finished`: the end was, too. `cut_off`: the client took its response too slowly
     and was disconnected. `closes`: the connection takes no request after this one.
+    `requester`: for whom whoever sends a head adapts it first, None where nothing is adapted.
     """
 
     awaits_continue = False
@@ -55,6 +57,7 @@ class ResponseWriter:
     finished = False
     cut_off = False
     closes = False
+    requester: Requester | None = None
     _http10 = _head_only = False
     # How the client sees the end of a body that is written in pieces: "chunked", "length" or "close".
     _body_end = ""

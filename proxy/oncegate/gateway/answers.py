@@ -42,7 +42,10 @@ class Refuse:
 
 def send(request: Request, answer: Refuse) -> None:
     """Send a response of oncegate itself."""
-    request.response.send_problem(answer.problem, answer.fields, close=answer.closes)
+    response, fields = request.response, answer.fields
+    if response.requester is not None:
+        fields += response.requester.own_fields()
+    response.send_problem(answer.problem, fields, close=answer.closes)
 
 
 def refuse(request: Request, answer: Refuse) -> RequestReport:

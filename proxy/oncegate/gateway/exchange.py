@@ -210,7 +210,7 @@ class Exchange:
     async def _stream(self, connection: Connection, head: ResponseHead) -> Ending:
         recording = self.progress.recording = self._new_recording(head)
         response, silence_s = self._response, self._deps.silence_s
-        response.begin(head.status, head.reason, head.forwarded_block + self._status_field, head.length, head.framing)
+        response.begin(head.status, head.reason, self._block(head), head.length, head.framing)
         while data := await connection.next_chunk(silence_s):
             response.write(data)
             if recording is not None:
@@ -298,5 +298,9 @@ class Exchange:
         if response.started or head is None:
             response.end()
             return
-        block = head.forwarded_block + self._status_field
-        response.send(head.status, head.reason, block, self.progress.whole, head.framing)
+        response.send(head.status, head.reason, self._block(head), self.progress.whole, head.framing)
+
+    def _block(self, head: ResponseHead) -> bytes:
+        """Return the header fields that the client gets."""
+        block, requester = head.forwarded_block + self._status_field, self._response.requester
+        return block if requester is None else requester.forwarded(block)

@@ -5,6 +5,7 @@ Nothing is sent, awaited or claimed here. `Gateway` does what the value says.
 
 from typing import NamedTuple
 
+from oncegate.adaptation.adaptation import Adaptation
 from oncegate.downstream.body import Bodies, Body, BufferedBody, NoBody
 from oncegate.downstream.request import Request
 from oncegate.gateway.answers import Refuse, body_refusal, key_refusal, malformed, scope_refusal
@@ -58,6 +59,8 @@ class FirstStep:
         known, content, message = request.known, request.content, request.message
         if known is not None:
             if isinstance(plan := known.plan, HeadPlan) and isinstance(content, BufferedBody):
+                if plan.route.policy.adaptation is not None:
+                    set_requester(request, plan.route.policy.adaptation)
                 body = self._bodies.take_buffered(content)
                 return _planned_step(request, plan, body) if isinstance(body, Body) else body_refusal(body)
             return self._step_for(request, request.checked_head())
@@ -74,6 +77,8 @@ class FirstStep:
         """Return the step for a request that was admitted."""
         route = self._routes.choose(head) if self._routes.has_rules else self._routes.default
         policy, fields = route.policy, head.fields
+        if policy.adaptation is not None:
+            set_requester(request, policy.adaptation)
         # An offer of h2c may be ignored (RFC 9110, section 7.8).
         if request.message.upgrade and tokens(fields.get(b"upgrade", ())) != [b"h2c"]:
             if is_websocket(head) and head.method not in policy.methods:
@@ -156,6 +161,11 @@ class FirstStep:
             window_ms=identity.window_ms,
         )
         return KeyedRequest(route, claim, body, wait_s, fields, identity.fresh)
+
+
+def set_requester(request: Request, adaptation: Adaptation) -> None:
+    """Let the response to a request be adapted, whatever it will be: an answer of oncegate's own as well."""
+    request.response.requester = adaptation.for_request(request.checked_head(), request.connection.forwarded)
 
 
 def _planned_step(request: Request, plan: HeadPlan, body: Body) -> KeyedRequest:

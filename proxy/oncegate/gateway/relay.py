@@ -91,6 +91,8 @@ def _send(connection: Connection, request: Request, step: Relay) -> None:
 async def forward_response(response: ResponseWriter, connection: Connection, head: ResponseHead, step: Relay) -> None:
     """Hand a response on as it comes. Raises UpstreamLost."""
     block = head.forwarded_block + step.fields
+    if response.requester is not None:
+        block = response.requester.forwarded(block)
     if connection.response.is_complete:
         response.send(head.status, head.reason, block, connection.take_body(), head.framing)
         return

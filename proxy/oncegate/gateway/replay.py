@@ -8,6 +8,7 @@ them, with the head already out, so that the connection was aborted.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from oncegate.adaptation.adaptation import Requester
 from oncegate.downstream.response import ResponseWriter
 from oncegate.messages.framing import COUNTED, STATED
 from oncegate.messages.response_head import response_digest
@@ -21,12 +22,16 @@ MARK = b"Idempotent-Replayed: true\r\nOncegate-Status: replayed\r\n"
 
 @dataclass(slots=True)
 class Replay:
-    """A complete record to be replayed. `fields` are further header fields; `on_body` is given all body bytes."""
+    """A complete record to be replayed, to `requester` if its head is adapted.
+
+    `fields` are further header fields; `on_body` is given all body bytes.
+    """
 
     key: bytes
     record: Record
     stored: StoredResponse
     fields: bytes
+    requester: Requester | None
     on_body: Callable[[bytes], None] | None = None
 
     @property
@@ -34,7 +39,8 @@ class Replay:
         """The header fields of the replay, each line ended. Age counts from the original response (RFC 9111, 5.1)."""
         stored = self.stored
         age_s = stored.age_s + max(0, self.record.now_ms - stored.completed_ms) // 1000
-        return b"%sAge: %d\r\n%s%s" % (stored.block, age_s, MARK, self.fields)
+        block = b"%sAge: %d\r\n%s%s" % (stored.block, age_s, MARK, self.fields)
+        return block if self.requester is None else self.requester.replayed(block)
 
 
 def replay_small(response: ResponseWriter, replay: Replay) -> Outcome:

@@ -155,7 +155,8 @@ class Rules:
             for source in one.fingerprint_sources
             if isinstance(source.kind, Header)
         }
-        return self.matched | keys | headers | parts
+        adapted = {name for policy in policies if policy.adaptation for name in policy.adaptation.acted_on}
+        return self.matched | keys | headers | parts | adapted
 
     @property
     def matched(self) -> frozenset[bytes]:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from oncegate.adaptation.adaptation import Adaptation
 from oncegate.decision import HOLD
 from oncegate.keys.sources import KeySources, Source
 from oncegate.keys.tenants import TenantFields
@@ -19,7 +20,7 @@ class Policy:
     upstream's name and a Host that is set. Empty for the upstream of the settings. `max_request_bytes`: 0 for the
     worker's own limit. `bypass`: a request that the store cannot claim is forwarded without protection. `rule`,
     `preset`: their names, empty without one. `stable_schemes`: lower-case Authorization schemes whose credentials
-    stay the same, beside the known ones.
+    stay the same, beside the known ones. `adaptation`: what its responses say otherwise for each requester.
 
     Only a rule can set the following. `sources`: the key, where it is not `key_header` alone. `scope_sources`:
     sources beside the headers that identify the tenant. `fingerprint`: the parts that enter it, None for all;
@@ -59,6 +60,7 @@ class Policy:
     bypass: bool = False
     destination: bytes = b""
     stable_schemes: tuple[bytes, ...] = ()
+    adaptation: Adaptation | None = None
     # What `scope_headers`, `scope_sources` and `stable_schemes` come to for a request.
     tenant: TenantFields = field(init=False, repr=False, compare=False)
 
