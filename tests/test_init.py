@@ -1,12 +1,16 @@
 """`oncegate init` writes both files of a case, or nothing. (Used as a person does: tests/test_wheel.py.)"""
 
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from oncegate.commands.cli import main
 from oncegate.commands.init import CASES, FILES, GENERAL, example
+from oncegate.rules.presets import PRESETS
 from oncegate.settings.settings import Settings
+from tests.parts import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +38,29 @@ def test_no_example_draws_a_warning(case: str, capsys: pytest.CaptureFixture[str
     Path("rules.toml").write_bytes(example(case, "rules.toml"))
     assert main(["check"]) == 0
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_duplicates_wait_in_every_example(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each rule of an example for SDKs, forms or senders lets duplicates wait, and what is printed says so."""
+    rules = tomllib.loads(example(case, "rules.toml").decode())["rule"]
+    assert {PRESETS[rule["preset"]].fields["on_duplicate"] for rule in rules} == {"wait"}
+    assert not [rule for rule in rules if "on_duplicate" in rule]
+    assert main(["init", case]) == 0
+    assert "its duplicates wait for the response" in capsys.readouterr().out
+
+
+def test_which_to_choose_is_said_in_the_same_two_sentences(capsys: pytest.CaptureFixture[str]) -> None:
+    """`oncegate init`, its general example and the start page say the same about `wait` and `reject`, and why."""
+    assert main(["init"]) == 0
+    printed, page = capsys.readouterr().out, (ROOT / "docs" / "start.md").read_text()
+    assert "its duplicates get 409 at once" in printed
+    comments = example(GENERAL, "oncegate.env").decode().replace("\n# ", " ")
+    for text in (printed, page, comments):
+        words = " ".join(re.sub(r'[`"]|on_duplicate = ', "", text).split())
+        assert re.search(
+            r"Choose wait where an SDK.*most of them give up.*\. Choose reject, the default \(409 at", words
+        )
 
 
 @pytest.mark.parametrize("name", FILES)

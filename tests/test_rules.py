@@ -363,6 +363,14 @@ def test_a_preset_says_no_more_than_a_rule_could(name):
     assert (preset.retry_count_header is not None) is (name in ("openai", "anthropic"))
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_duplicate_waits_under_every_preset(rules, name):
+    """Presets are for SDKs, agents, forms and webhooks, which take a 409 for a failure: under each, duplicates wait."""
+    policy = rules(one(f'preset = "{name}"')).rules[0].policy
+    assert policy.wait_for_duplicates
+    assert policy.wait_max_s > 0
+
+
 @pytest.mark.parametrize("name", [name for name in PRESETS if PRESETS[name].fields.get("scope") == []])
 def test_what_holds_for_every_webhook(rules, name):
     """For a webhook, the id alone is the key, any status but 2xx releases it, and duplicates wait, then get 503."""

@@ -213,6 +213,32 @@ async def test_a_client_may_ask_to_wait(proxies, upstream, valkey):
     assert len(upstream.received) == 1
 
 
+async def test_one_rule_lets_the_clients_wait_that_it_names(proxies, upstream, valkey, tmp_path):
+    """A rule by User-Agent makes one client wait, others get 409 at once, and `Prefer: wait=0` asks for that."""
+    done = asyncio.Event()
+    upstream.script = holding(done)
+    file = tmp_path / "rules.toml"
+    file.write_text(
+        '[[rule]]\nname = "curl waits"\nheaders = { "User-Agent" = "curl/*" }\non_duplicate = "wait"\n', "utf-8"
+    )
+    proxy = proxies(upstream, valkey.url, RULES_FILE=file)
+    original = asyncio.ensure_future(ask(proxy.port, request()))
+    await until(lambda: upstream.received)
+    assert_in_flight(await ask(proxy.port, request(), seconds=5))
+    curl = "User-Agent: curl/7.88.1"
+    for _ in range(2):  # the second time the head is known
+        at_once = await ask(
+            proxy.port, request("POST", "/v1/charges", "key-1", b'{"amount": 1}', curl, "Prefer: wait=0"), seconds=5
+        )
+        assert_in_flight(at_once)
+        assert at_once.header("preference-applied") == b"wait=0"
+    held = asyncio.ensure_future(ask(proxy.port, request("POST", "/v1/charges", "key-1", b'{"amount": 1}', curl)))
+    await until(lambda: waiting(proxy) == 1)
+    done.set()
+    assert ((await held).header("oncegate-status"), (await original).status) == (b"replayed", 200)
+    assert len(upstream.received) == 1
+
+
 async def test_a_wait_that_is_over_ends_in_flight(proxies, upstream, valkey):
     """A duplicate that waited WAIT_MAX_S gets in-flight, on the proxy of the original and on another."""
     done = asyncio.Event()

@@ -8,13 +8,23 @@ CASES = ("payments", "webhooks", "consumers", "llm", "double-click")
 GENERAL = "general"
 FILES = ("rules.toml", "oncegate.env")
 
+# Also in docs/start.md and in the general example.
+WHICH = """\
+Choose on_duplicate = "wait" where an SDK, an agent, a form or a webhook sender calls: most of them give up within 3 s
+on a 409, and a duplicate that waits gets the response. Choose "reject", the default (409 at once), where you write the
+clients yourself and they obey Retry-After: then no duplicate holds a connection.
+"""
 NEXT = """\
 Wrote {names} ({case}). Set ONCEGATE_UPSTREAM in oncegate.env to your API and the paths in rules.toml to its own,
 then run:
 
   set -a; . ./oncegate.env; set +a
   oncegate check && oncegate serve
+
+While the first request with a key is running: {waits}
 """
+# What an example does with a duplicate.
+WAITS, REJECTS = "its duplicates wait for the response.", "its duplicates get 409 at once."
 
 
 def example(case: str, name: str) -> bytes:
@@ -32,7 +42,8 @@ def run(case: str, folder: Path) -> int:
     except OSError as error:
         print(f"{error.filename} cannot be written: {error.strerror}", file=sys.stderr)
         return 2
-    print(NEXT.format(names=" and ".join(FILES), case=case), end="")
+    waits = REJECTS if case == GENERAL else WAITS
+    print(NEXT.format(names=" and ".join(FILES), case=case, waits=waits) + WHICH, end="")
     return 0
 
 

@@ -1,5 +1,7 @@
 """Presets: sets of fields for a rule that names one. The rule's own fields override them.
 
+Every preset lets a duplicate wait: SDKs and senders of webhooks take a 409 for a failure, at once or after a few tries.
+
 A preset has the fields of a rule, so that an operator could write the same. The exception is
 `retry_count_header`, by which a client's count of its retries tells equal requests apart. That is right only where
 a mistaken match costs little, and so no rule can set it.
@@ -112,12 +114,23 @@ PRESETS: dict[str, Preset] = {
     "square": Preset(
         "The API of Square: the key is the member `idempotency_key` of the JSON body.",
         "Requests whose body does not have this member, such as searches, are forwarded without protection.",
-        {"key": "body:/idempotency_key", "on_bad_key": "pass", "on_unknown": "hold", "retention_s": DAY_S},
+        {
+            "key": "body:/idempotency_key",
+            "on_bad_key": "pass",
+            "on_unknown": "hold",
+            "on_duplicate": "wait",
+            "retention_s": DAY_S,
+        },
     ),
     "paypal": Preset(
         "The API of PayPal: the key is the header PayPal-Request-Id.",
         "The PayPal SDK does not retry a POST by itself. Your code has to send it again with the same id.",
-        {"key": "header:PayPal-Request-Id", "on_unknown": "hold", "retention_s": 3 * DAY_S},
+        {
+            "key": "header:PayPal-Request-Id",
+            "on_unknown": "hold",
+            "on_duplicate": "wait",
+            "retention_s": 3 * DAY_S,
+        },
     ),
     "stripe-webhook": _webhook(
         "body:/id",
