@@ -60,7 +60,7 @@ quick: lint                         ## lint, the pure tests and the main job; ma
 
 # Debian starts the broker that it installs; the tests run one of their own.
 .PHONY: test-real
-test-real: .venv/.dev               ## the tests that need programs of Debian and npm: brokers, gateways, SDKs, the model checker spin
+test-real: .venv/.dev .venv/clients/.installed .venv/clients-mcp1/.installed  ## the tests that need programs of Debian and npm: brokers, gateways, SDKs, the model checker spin
 	command -v spin >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends spin gcc libc6-dev; }
 	test -x /usr/lib/rabbitmq/bin/rabbitmq-server || { apt-get update -qq && \
 		apt-get install -y -qq --no-install-recommends rabbitmq-server && { service rabbitmq-server stop || true; }; }
@@ -68,6 +68,8 @@ test-real: .venv/.dev               ## the tests that need programs of Debian an
 		apt-get install -y -qq --no-install-recommends varnish lighttpd gcc libc6-dev && \
 		{ service varnish stop; service lighttpd stop; true; }; }
 	command -v strace >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends strace; }
+	command -v curl >/dev/null && command -v wget >/dev/null || { apt-get update -qq && \
+		apt-get install -y -qq --no-install-recommends curl wget; }
 	command -v npm >/dev/null || { echo "make test-real needs Node 20 or newer, with npm" >&2; exit 1; }
 	mkdir -p .venv/node && cp tests/real/node/package*.json .venv/node
 	npm ci --prefix .venv/node --no-audit --no-fund --loglevel error
@@ -101,6 +103,8 @@ docs: .venv/.runtime                ## write the generated parts of the pages, a
 lock: .venv/.dev                    ## make lock UPGRADE=--upgrade moves every pin to the newest release
 	$(COMPILE) --group build --output-file requirements-build.lock
 	$(COMPILE) pyproject.toml --extra embedded --group dev --output-file requirements-dev.lock
+	$(COMPILE) --group clients --output-file requirements-clients.lock
+	$(COMPILE) --group clients-mcp1 --output-file requirements-clients-mcp1.lock
 	$(COMPILE) pyproject.toml --extra embedded --constraint requirements-dev.lock --output-file requirements.lock
 	$(COMPILE) pyproject.toml --constraint requirements-dev.lock --output-file requirements-image.lock
 
@@ -114,6 +118,12 @@ clean:                              ## all but the embedded store's data in .onc
 
 .venv/.dev: requirements-dev.lock .venv/.runtime
 	$(PIP) install --require-hashes -r requirements-dev.lock
+	touch $@
+
+# The SDKs that tests/real runs as clients. Two versions of one SDK cannot be in one environment.
+.venv/%/.installed: requirements-%.lock | $(BIN)/python
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes -r $<
 	touch $@
 
 # Debian splits ensurepip off into a package of its own, without which `python3 -m venv` fails half-way.

@@ -1,5 +1,6 @@
 """What is installed is what pyproject.toml asks for, pinned and hashed."""
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -20,6 +21,8 @@ ASKED_FOR = {
     "requirements-image.lock": RUNTIME,
     "requirements.lock": RUNTIME + EMBEDDED,
     "requirements-dev.lock": RUNTIME + EMBEDDED + GROUPS["dev"],
+    "requirements-clients.lock": GROUPS["clients"],
+    "requirements-clients-mcp1.lock": GROUPS["clients-mcp1"],
 }
 
 
@@ -66,6 +69,16 @@ def test_image_has_no_embedded_store() -> None:
     embedded = {canonicalize_name(Requirement(asked).name) for asked in EMBEDDED}
     assert embedded.isdisjoint(pins("requirements-image.lock"))
     assert embedded <= pins("requirements.lock").keys()
+
+
+def test_packages_of_npm_are_pinned() -> None:
+    """Each package of npm has one version and its hash, and no address of a registry."""
+    folder = ROOT / "tests/real/node"
+    asked_for = json.loads((folder / "package.json").read_text())["dependencies"]
+    locked = json.loads((folder / "package-lock.json").read_text())["packages"]
+    assert {name: locked[f"node_modules/{name}"]["version"] for name in asked_for} == asked_for
+    packages = [package for path, package in locked.items() if path]
+    assert [one for one in packages if "resolved" in one or not one["integrity"].startswith("sha512-")] == []
 
 
 def test_build_requirements_are_locked() -> None:

@@ -17,7 +17,10 @@ import pytest
 from tests.parts import RawUpstream, Received, answering, ask
 
 # What `make test-real` installs first, and the tests that need it.
-INSTALLED = pytest.mark.packages  # of Debian and npm
+INSTALLED = pytest.mark.packages  # of Debian and npm, and the SDKs of Python that are clients
+# Beside what the tests themselves run with, which is in .venv.
+CLIENTS, CLIENTS_MCP1 = (Path(sys.prefix) / name / "bin/python" for name in ("clients", "clients-mcp1"))
+NODE_MODULES = Path(sys.prefix) / "node/node_modules"
 # Each gets its listening socket as a descriptor, so that it can be reached before it has started.
 LOCALSTRIPE = """
 import socket, sys

@@ -9,17 +9,16 @@ from typing import Any
 import pytest
 
 from tests.parts import RawUpstream
-from tests.real.parts import ACCOUNT, CHARGES, CUSTOMERS, INSTALLED, Slow, listed
+from tests.real.parts import ACCOUNT, CHARGES, CUSTOMERS, INSTALLED, NODE_MODULES, Slow, listed
 
 HERE = Path(__file__).parent
-PACKAGES = HERE.parents[1] / ".venv/node/node_modules"
 pytestmark = INSTALLED
 
 
 async def buy(port: int, retries: int, seconds: int) -> dict[str, Any]:
     """Run the shop, and return what it made."""
     command = ["node", HERE / "node/shop.cjs", str(port), ACCOUNT, str(retries), str(seconds)]
-    environment = {"PATH": os.environ["PATH"], "NODE_PATH": str(PACKAGES)}
+    environment = {"PATH": os.environ["PATH"], "NODE_PATH": str(NODE_MODULES)}
     process = await asyncio.create_subprocess_exec(*command, env=environment, stdout=asyncio.subprocess.PIPE)
     try:
         output, _ = await asyncio.wait_for(process.communicate(), 60)
