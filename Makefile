@@ -35,7 +35,7 @@ PART_upstream := test_pools test_upstream e2e/test_forwarding e2e/test_reused_co
 PART_store := test_breaker test_cluster test_durable test_health_monitor test_leases test_link test_lua test_orphans test_record \
 	test_sentinel test_store test_unknown_keys e2e/test_duplicates model/test_scripts
 PART_rules := test_patterns test_policy test_rules test_statuses e2e/test_rules
-PART_adaptation := test_adaptation
+PART_adaptation := test_adaptation e2e/test_error_pages
 PART_keys := e2e/test_tenants test_documents test_fingerprint_parts test_forms test_keys test_multipart test_naming test_sources \
 	test_tenants
 PART_observe := test_families test_logs test_outcome test_usage e2e/test_admin
@@ -46,7 +46,7 @@ PART_settings := test_settings
 PART_decision := test_decision model/test_model
 PART_testing := test_fault_points test_faults e2e/test_faults
 PART_docs := test_contributing test_doc_paths test_docs test_generated test_names e2e/test_pages
-PURE := $(PART_adaptation) $(PART_keys) $(PART_messages) $(PART_settings) $(filter-out e2e/%,$(PART_docs)) test_breaker test_decision test_explain test_families test_fault_points \
+PURE := $(filter-out e2e/%,$(PART_adaptation)) $(PART_keys) $(PART_messages) $(PART_settings) $(filter-out e2e/%,$(PART_docs)) test_breaker test_decision test_explain test_families test_fault_points \
 	test_init test_logs test_outcome test_lua test_minimum_rate test_patterns test_policy test_record test_rules test_statuses test_usage test_write_batcher
 QUICK := $(if $(PART),$(PART_$(PART)),$(PURE) e2e/test_main_job)
 

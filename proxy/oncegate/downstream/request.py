@@ -11,6 +11,7 @@ from oncegate.downstream.minimum_rate import MinimumRate
 from oncegate.downstream.response import ResponseWriter
 from oncegate.known_heads.memo import ConnectionMemo
 from oncegate.known_heads.requests import KnownHead
+from oncegate.messages.problems import Render
 from oncegate.messages.request_head import ForwardedInfo, RequestHead
 
 
@@ -50,9 +51,10 @@ class Request:
 
     `head` is the head that passed all checks, None until then. Where the head came before, `known` is that head, and
     `key` the value of its key field, which may differ from last time; `checked_head` then makes `head` on demand.
+    `render` writes a response of oncegate itself for this client; None for the usual problem in JSON.
     """
 
-    __slots__ = ("connection", "content", "head", "key", "known", "message", "response")
+    __slots__ = ("connection", "content", "head", "key", "known", "message", "render", "response")
 
     def __init__(
         self,
@@ -65,6 +67,7 @@ class Request:
         self.message, self.content, self.connection = message, content, connection
         self.known, self.key = known, key
         self.head: RequestHead | None = None
+        self.render: Render | None = None
         self.response = ResponseWriter(connection, message, known is not None)
 
     def checked_head(self) -> RequestHead:

@@ -14,7 +14,7 @@ from oncegate.adaptation.adaptation import Requester
 from oncegate.buffers.write_batcher import WriteBatcher
 from oncegate.downstream.minimum_rate import MinimumRate
 from oncegate.messages.framing import COUNTED, STATED, Framing
-from oncegate.messages.problems import Problem
+from oncegate.messages.problems import Problem, Render, as_problem_json, reason_of
 from oncegate.messages.response_head import status_line
 
 # SO_LINGER values. They decide how the kernel closes the socket, also that of a process that died.
@@ -103,13 +103,14 @@ class ResponseWriter:
 
     # A response that is here whole ...
 
-    def send_problem(self, problem: Problem, fields: bytes = b"", *, close: bool = False) -> None:
+    def send_problem(
+        self, problem: Problem, fields: bytes = b"", *, close: bool = False, render: Render = as_problem_json
+    ) -> None:
         """Send a response of oncegate itself; `fields` are further ones, each line ended. `close`: then close."""
         self.closes = self.closes or close
-        body, framing = b"", STATED
-        if not self._head_only:
-            body, framing = problem.body(self._connection.docs_url), COUNTED
-        self.send(problem.status, problem.reason, problem.head_fields() + fields, body, framing)
+        status, own_fields, body = render(problem, self._connection.docs_url)
+        body, framing = (b"", STATED) if self._head_only else (body, COUNTED)
+        self.send(status, reason_of(status), own_fields + fields, body, framing)
 
     def send(self, status: int, reason: bytes, block: bytes, body: bytes, framing: Framing) -> None:
         """Send a whole response in one write. `block` has its fields, each line ended."""

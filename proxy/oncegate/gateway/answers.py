@@ -10,7 +10,7 @@ from oncegate.keys.digests import UnstableScope
 from oncegate.keys.documents import Missing
 from oncegate.keys.syntax import BadKey
 from oncegate.messages.admission import Refused
-from oncegate.messages.problems import Problem, problem, refusal
+from oncegate.messages.problems import Problem, as_problem_json, problem, refusal
 from oncegate.observe.outcome import Outcome, RequestReport, outcome_of
 from oncegate.rules.policy import Policy
 from oncegate.store.record import Corrupt, Record
@@ -41,11 +41,11 @@ class Refuse:
 
 
 def send(request: Request, answer: Refuse) -> None:
-    """Send a response of oncegate itself."""
+    """Send a response of oncegate itself, as the request's client reads it."""
     response, fields = request.response, answer.fields
     if response.requester is not None:
         fields += response.requester.own_fields()
-    response.send_problem(answer.problem, fields, close=answer.closes)
+    response.send_problem(answer.problem, fields, close=answer.closes, render=request.render or as_problem_json)
 
 
 def refuse(request: Request, answer: Refuse) -> RequestReport:

@@ -6,6 +6,7 @@ Nothing is sent, awaited or claimed here. `Gateway` does what the value says.
 from typing import NamedTuple
 
 from oncegate.adaptation.adaptation import Adaptation
+from oncegate.adaptation.error_pages import as_page, is_navigation
 from oncegate.downstream.body import Bodies, Body, BufferedBody, NoBody
 from oncegate.downstream.request import Request
 from oncegate.gateway.answers import Refuse, body_refusal, key_refusal, malformed, scope_refusal
@@ -79,6 +80,8 @@ class FirstStep:
         policy, fields = route.policy, head.fields
         if policy.adaptation is not None:
             set_requester(request, policy.adaptation)
+        if is_navigation(fields):
+            request.render = as_page
         # An offer of h2c may be ignored (RFC 9110, section 7.8).
         if request.message.upgrade and tokens(fields.get(b"upgrade", ())) != [b"h2c"]:
             if is_websocket(head) and head.method not in policy.methods:
@@ -133,7 +136,8 @@ class FirstStep:
                 return identity
         else:
             # Most requests: all of the request enters the fingerprint.
-            known = request.known if route.is_key_independent else None
+            # A plan names no rendering: who navigates goes the long way.
+            known = request.known if route.is_key_independent and request.render is None else None
             unkeyed = known.with_key(KEY_PLACE) if known is not None else head
             prefix = memo.fingerprint_prefix(digests, policy, head)
             key_prefix = digests.key_prefix(scope)

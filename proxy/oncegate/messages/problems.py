@@ -2,18 +2,18 @@
 
 Code that refuses a request builds a `Problem`, a plain value, with `problem()` or `refusal()`. Only the code
 that writes to a client renders it: `head_fields()`, and `body(docs_url)` with the operator's `ONCEGATE_DOCS_URL`.
-So nothing between them has to know that URL.
+So nothing between them has to know that URL. `as_problem_json` does it for every client that asked for nothing else.
 
 - `error: {type, code, message}` is where the SDKs of Stripe, OpenAI and Mollie look for the message.
 - `Retry-After`, `x-should-retry` and `Stripe-Should-Retry` are the fields that those SDKs obey.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from email.utils import formatdate
 from http import HTTPStatus
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from oncegate.decision import RETRY
 
@@ -129,7 +129,7 @@ class Problem:
     @property
     def reason(self) -> bytes:
         """The registered reason phrase of the status."""
-        return HTTPStatus(self.kind.status).phrase.encode()
+        return reason_of(self.kind.status)
 
     def with_status(self, status: int) -> Self:
         """Return this problem with another status than its row has: a rule can set that of `in-flight`."""
@@ -145,10 +145,10 @@ class Problem:
             return self
         return replace(self, kind=replace(self.kind, retryable=True, reuse_key=True))
 
-    def head_fields(self) -> bytes:
+    def head_fields(self, media_type: bytes = b"application/problem+json") -> bytes:
         """Return the header fields, each line ended, without Content-Length."""
         retry = b"true" if self.kind.retryable else b"false"
-        lines = b"Content-Type: application/problem+json\r\nCache-Control: no-store\r\n"
+        lines = b"Content-Type: %s\r\nCache-Control: no-store\r\n" % media_type
         lines += b"Date: %s\r\nx-should-retry: %s\r\nStripe-Should-Retry: %s\r\n" % (
             formatdate(usegmt=True).encode(),
             retry,
@@ -181,6 +181,28 @@ class Problem:
             return "about:blank"
         # With the suffix, the link works where a forge or a file server shows docs/ as Markdown files.
         return f"{docs_url}/reference/answers.md#{self.slug}" if docs_url else f"urn:oncegate:{self.slug}"
+
+
+def reason_of(status: int) -> bytes:
+    """Return the registered reason phrase of a status."""
+    return HTTPStatus(status).phrase.encode()
+
+
+class Rendering(NamedTuple):
+    """A problem as a client gets it. `fields`: each line ended, without Content-Length."""
+
+    status: int
+    fields: bytes
+    body: bytes
+
+
+# Writes a problem for the client of one request; the text is `ONCEGATE_DOCS_URL`, empty for none.
+Render = Callable[[Problem, str], Rendering]
+
+
+def as_problem_json(problem: Problem, docs_url: str) -> Rendering:
+    """Return a problem as RFC 9457 has it."""
+    return Rendering(problem.status, problem.head_fields(), problem.body(docs_url))
 
 
 def problem(slug: str, detail: str, retry_after_s: int | None = None, **members: Any) -> Problem:

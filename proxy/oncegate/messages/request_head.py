@@ -33,6 +33,7 @@ ACTED_ON = FORWARDING | frozenset(
         b"host",
         FENCE,
         b"prefer",
+        b"sec-fetch-mode",
         b"transfer-encoding",
         b"x-api-key",
     )
