@@ -186,7 +186,7 @@ def names(rules: Rules, rule: str, lines: list[str], body: bytes) -> str:
     pairs = [(name.encode(), value.encode()) for name, _, value in (line.partition(": ") for line in lines)]
     target = f"/{rule.replace(' ', '-')}/x?q=1".encode()
     head = RequestHead("POST", target, False, b"api.test", pairs, by_name(pairs))
-    policy = rules.choose(head).policy
+    policy = (rules.choose(head, None) or rules.default).policy
     assert policy.rule == rule
     scope = scope_of(policy, digests, head)
     key = key_in_head(policy, head)

@@ -1,5 +1,6 @@
 """The rules file: every field, every mistake, and which rule matches a request."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from oncegate.decision import Disposition
 from oncegate.keys.sources import Header, KeySources, Member, parse_source
 from oncegate.messages.fields import by_name
 from oncegate.messages.request_head import RequestHead
+from oncegate.rules.body_conditions import NO_BODY, read_document, unread_document
 from oncegate.rules.fields import OF_UPSTREAMS, RULE, SHARED, UPSTREAM
 from oncegate.rules.loading import load_rules
 from oncegate.rules.model import Rule, Rules
@@ -80,6 +82,14 @@ CASES = {
         {},
         'headers = { "User Agent" = "a" }',
         "must name header fields",
+    ),
+    "when": (
+        'when = { "body:/method" = "tools/call", "body:/params/name" = ["pay*", "refund"] }',
+        lambda rule: rule.match.when and rule.match.when.globs,
+        {"/method": ("tools/call",), "/params/name": ("pay*", "refund")},
+        None,
+        'when = { "header:X-A" = "1" }',
+        "is no place in a body",
     ),
     "preset": (
         'preset = "sns"',
@@ -581,6 +591,85 @@ def test_a_file(rules, errors, case):
         assert line.startswith(start)
 
 
+WHEN = """
+[[rule]]
+name = "payments"
+path = "/mcp"
+when = { "body:/method" = "tools/call", "body:/params/name" = "pay*" }
+[[rule]]
+name = "calls"
+path = "/mcp"
+when = { "body:/method" = ["tools/call", "prompts/get"] }
+[[rule]]
+name = "all"
+path = "/mcp"
+"""
+
+
+def test_a_body_chooses_the_rule(rules):
+    """A rule with `when` waits for the body; a body that does not meet it, or cannot be read, falls to the next."""
+    loaded, asked = rules(WHEN), head(b"/mcp")
+    assert loaded.choose(asked) is None
+    assert loaded.choose(head(b"/other")) is loaded.default
+
+    def name(document: object) -> str:
+        return loaded.choose(asked, read_document({}, json.dumps(document).encode())).name
+
+    call = {"method": "tools/call", "params": {"name": "pay_bill"}}
+    assert name(call) == "payments"
+    assert name([{"method": "ping"}, call]) == "payments"  # one of a batch is enough
+    assert name([{"method": "tools/call"}, {"params": {"name": "pay"}}]) == "calls"  # not two that share them
+    assert name({"method": "tools/call", "params": {"name": 1}}) == "calls"
+    assert name({"method": "ping"}) == name([]) == name("tools/call") == name({"method": ["tools/call"]}) == "all"
+    assert loaded.choose(asked, NO_BODY).name == "all"
+    why = [(rule.name, reason) for rule, reason in loaded.passed_over(asked, read_document({}, b'{"method":"a"}'))]
+    assert why == [
+        ("payments", "the value at /method is another one"),
+        ("calls", "the value at /method is another one"),
+    ]
+
+
+UNREAD = {
+    b'{"method":"tools/call","method":"ping"}': "the body has no single value at /method",
+    b"{": "the body is not JSON in UTF-8",
+    b'{"method":"\\ud800"}': "the value at /method is another one",
+    b"[" * 100 + b"]" * 100: "the body is nested deeper than 64",
+}
+
+
+@pytest.mark.parametrize("body", UNREAD)
+def test_a_body_that_meets_no_condition(rules, body):
+    """A body that can be read in two ways, or not at all, meets no condition, and `check` says why."""
+    loaded, asked = rules(WHEN), head(b"/mcp")
+    document = read_document({}, body)
+    assert loaded.choose(asked, document).name == "all"
+    assert {reason for _, reason in loaded.passed_over(asked, document)} == {UNREAD[body]}
+
+
+def test_a_body_that_need_not_be_read():
+    """A body over 1 MiB, or one that is encoded, chooses no rule: the request is not held back for it."""
+    assert unread_document({}, 0) is NO_BODY
+    assert unread_document({}, 10) is None
+    assert unread_document({}, None) is None  # of unknown length
+    assert "over 1048576 bytes" in unread_document({}, 1_048_577).detail
+    assert "encoded" in unread_document({b"content-encoding": [b"gzip"]}, None).detail
+    assert "over" in read_document({}, b"", spooled=True).detail
+
+
+def test_which_rules_hide_another(rules, errors):
+    """A rule without `when` hides a later one with it, and so does a wider condition; a narrower one does not."""
+    assert len(rules(WHEN).rules) == 3
+    for first, second in (
+        ("", 'when = { "body:/a" = "x" }'),
+        ('when = { "body:/a" = "x*" }', 'when = { "body:/a" = "xy" }'),
+    ):
+        text = one(f'path = "/a"\n{first}\n') + one(f'path = "/a"\n{second}').replace('"r"', '"s"')
+        assert "can never match" in errors(text)[0]
+    # Which body has which key depends on it, so that proxies compare it.
+    plain, by_body = (rules(one(f'path = "/a"\nkey = "header:A"\n{when}')) for when in ("", second))
+    assert plain.identity_digest != by_body.identity_digest
+
+
 def test_a_file_that_cannot_be_read(tmp_path):
     """A file that vanished or is too large is refused."""
     settings = Settings(upstream=URL).model_copy(update={"rules_file": tmp_path / "none.toml"})
@@ -592,7 +681,7 @@ def test_a_file_that_cannot_be_read(tmp_path):
 
 
 def chosen(rules: Rules, *asked: RequestHead) -> list[str]:
-    return [rules.choose(one).name for one in asked]
+    return [(rules.choose(one) or rules.default).name for one in asked]
 
 
 def test_the_first_that_matches_decides(rules):

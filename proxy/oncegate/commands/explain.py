@@ -14,6 +14,7 @@ from oncegate.keys.extraction import scope_fields
 from oncegate.keys.syntax import BadKey
 from oncegate.messages.admission import Admission, Refused
 from oncegate.messages.request_head import RequestHead, preferred_wait_s, renamed
+from oncegate.rules.body_conditions import read_document
 from oncegate.rules.identity import Identity, ScopedRequest, identify, key_in_head, may_forward_unkeyed, scope_of
 from oncegate.rules.model import Rule, Rules
 from oncegate.rules.policy import Policy
@@ -68,7 +69,10 @@ def _matches(rule: Rule) -> str:
     match = rule.match
     methods = ",".join(sorted(match.methods)) if match.methods else "*"
     headers = [f"{header.decode()}: {glob}" for header, glob in match.headers.items()]
-    return " ".join([methods, (match.host or "") + (match.path or "/**"), *headers])
+    bodies = [
+        f"body:{place}: {' or '.join(globs)}" for place, globs in (match.when.globs if match.when else {}).items()
+    ]
+    return " ".join([methods, (match.host or "") + (match.path or "/**"), *headers, *bodies])
 
 
 def _guard(policy: Policy) -> str:
@@ -111,13 +115,16 @@ class Explanation:
         if isinstance(head, Refused):
             self._add("result", f"{head.status}: {head.detail}")
         else:
-            self._add_routing(head)
-            self._add_guard(self._rules.choose(head).policy, head, WholeBody(body))
+            document = read_document(head.fields, body)
+            rule = self._rules.choose(head, document) or self._rules.default
+            for other, reason in self._rules.passed_over(head, document):
+                self._add("passed over", f"{other.name} ({self._settings.rules_file}:{other.line}): {reason}")
+            self._add_routing(head, rule)
+            self._add_guard(rule.policy, head, WholeBody(body))
         return "\n".join(self._lines)
 
-    def _add_routing(self, head: RequestHead) -> None:
+    def _add_routing(self, head: RequestHead, rule: Rule) -> None:
         """Add the rule that matches, and where the request goes."""
-        rule = self._rules.choose(head)
         place = f"{rule.name} ({self._settings.rules_file}:{rule.line})"
         self._add("rule", place if rule.name else "none matches; the settings apply")
         policy, origin = rule.policy, rule.upstream.origin

@@ -3,11 +3,11 @@
 Nothing is sent, awaited or claimed here. `Gateway` does what the value says.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from oncegate.adaptation.adaptation import Adaptation
 from oncegate.adaptation.error_pages import as_page, is_navigation
-from oncegate.downstream.body import Bodies, Body, BufferedBody, NoBody
+from oncegate.downstream.body import Bodies, Body, BufferedBody, NoBody, TooLarge, stated_length
 from oncegate.downstream.request import Request
 from oncegate.gateway.answers import Refuse, body_refusal, key_refusal, malformed, scope_refusal
 from oncegate.gateway.keyed_request import KEY_PLACE, HeadPlan, KeyedRequest
@@ -21,6 +21,7 @@ from oncegate.keys.syntax import BadKey, parse_key
 from oncegate.messages.admission import Admission, Refused
 from oncegate.messages.fields import tokens
 from oncegate.messages.request_head import RequestHead, is_websocket, preferred_wait_s
+from oncegate.rules.body_conditions import NO_BODY, read_document, unread_document
 from oncegate.rules.identity import (
     Identity,
     ScopedRequest,
@@ -34,12 +35,17 @@ from oncegate.store.record import ClaimRequest
 
 
 class ReadBody(NamedTuple):
-    """The body is still on its way: read it, then identify the request. `key` None: the body has it."""
+    """The body is still on its way: read it, then identify the request.
+
+    `key` None: the body has it. `scope` None: the body decides which rule matches; `route` is that of the first that
+    may. `by_body`: the body has decided it.
+    """
 
     route: Route
     head: RequestHead
-    scope: Scope
+    scope: Scope | None
     key: bytes | None
+    by_body: bool = False
 
 
 Step = Refuse | Relay | Tunnel | KeyedRequest
@@ -77,6 +83,21 @@ class FirstStep:
     def _step_for(self, request: Request, head: RequestHead) -> Step | ReadBody:
         """Return the step for a request that was admitted."""
         route = self._routes.choose(head) if self._routes.has_rules else self._routes.default
+        return self._step_on(request, route, head) if route is not None else self._step_by_body(request, head)
+
+    def _step_by_body(self, request: Request, head: RequestHead) -> Step | ReadBody:
+        """Return the step for a request whose body decides which rule matches it."""
+        fields = head.fields
+        unread = NO_BODY if request.message.upgrade else unread_document(fields, stated_length(fields))
+        if unread is not None:
+            return self._step_on(request, self._routes.chosen(head, unread), head)
+        _note_expectation(request, head)
+        pending = ReadBody(self._routes.first_possible(head), head, None, None)
+        body = self._bodies.take(request.content, fields, pending.route.policy.max_request_bytes)
+        return pending if body is None else self.with_body(request, pending, body)
+
+    def _step_on(self, request: Request, route: Route, head: RequestHead, body: Body | None = None) -> Step | ReadBody:
+        """Return the step for a request on its route. `body`: it is here, because it has decided the route."""
         policy, fields = route.policy, head.fields
         if policy.adaptation is not None:
             set_requester(request, policy.adaptation)
@@ -88,32 +109,42 @@ class FirstStep:
                 return Tunnel(route, head)
             return malformed(Refused(501, "the only protocol switched to is WebSocket, by GET"))
         if b"expect" in fields:
-            request.response.awaits_continue = not head.http10 and not request.content.is_eof()
+            _note_expectation(request, head)
         if head.method not in policy.methods:
-            return Relay(route, head)
+            return Relay(route, head, body)
         # Most keys are in the header of their own.
         if policy.sources is None and (lines := fields.get(policy.key_header)) is not None:
             key: bytes | Missing | BadKey | None = parse_key(lines)
         else:
             key = key_in_head(policy, head)
         if isinstance(key, Missing | BadKey):
-            return _without_key(route, head, key)
+            return _without_key(route, head, key, body)
         if policy.scope_sources:
             scope = scope_of(policy, self._digests, head)
         else:
             scope = request.connection.memo.scope(self._digests, policy, fields)
         if not isinstance(scope, Scope):
+            if body is not None:
+                body.close()
             return scope_refusal(scope, policy.rule)
-        pending = ReadBody(route, head, scope, key)
-        body = self._bodies.take(request.content, fields, policy.max_request_bytes)
-        return pending if body is None else self.with_body(request, pending, body)
+        pending = ReadBody(route, head, scope, key, body is not None)
+        if body is not None and body.size > policy.max_request_bytes:
+            body.close()
+            return body_refusal(TooLarge())
+        taken = body or self._bodies.take(request.content, fields, policy.max_request_bytes)
+        return pending if taken is None else self.with_body(request, pending, taken)
 
     def with_body(self, request: Request, pending: ReadBody, body: Body | NoBody) -> Step:
         """Return the step for a request whose body is here, or the reason why it is not."""
         if not isinstance(body, Body):
             return body_refusal(body, client_gone=request.response.client_gone)
         try:
-            step = self._identify(request, pending, body)
+            if pending.scope is None:
+                document = read_document(pending.head.fields, body.data, body.spooled)
+                route = self._routes.chosen(pending.head, document)
+                # The body is here: there is nothing left to read.
+                return cast(Step, self._step_on(request, route, pending.head, body))
+            step = self._identify(request, pending, pending.scope, body)
         except Exception:
             body.close()
             raise
@@ -121,9 +152,11 @@ class FirstStep:
             return step
         return _without_key(pending.route, pending.head, step, body)
 
-    def _identify(self, request: Request, pending: ReadBody, body: Body) -> KeyedRequest | Missing | BadKey:
+    def _identify(
+        self, request: Request, pending: ReadBody, scope: Scope, body: Body
+    ) -> KeyedRequest | Missing | BadKey:
         """Return the request with its key and fingerprint, and how long it may wait if it is a duplicate."""
-        route, head, scope, key = pending.route, pending.head, pending.scope, pending.key
+        route, head, key = pending.route, pending.head, pending.key
         policy, digests, memo = route.policy, self._digests, request.connection.memo
         wait_s, fields = policy.wait_max_s if policy.wait_for_duplicates else 0.0, b""
         if b"prefer" in head.fields and (preferred_s := preferred_wait_s(head.fields[b"prefer"])) is not None:
@@ -136,8 +169,9 @@ class FirstStep:
                 return identity
         else:
             # Most requests: all of the request enters the fingerprint.
-            # A plan names no rendering: who navigates goes the long way.
-            known = request.known if route.is_key_independent and request.render is None else None
+            # A plan names no rendering: who navigates goes the long way. Nor does a head decide where a body does.
+            is_planned = route.is_key_independent and request.render is None and not pending.by_body
+            known = request.known if is_planned else None
             unkeyed = known.with_key(KEY_PLACE) if known is not None else head
             prefix = memo.fingerprint_prefix(digests, policy, head)
             key_prefix = digests.key_prefix(scope)
@@ -165,6 +199,12 @@ class FirstStep:
             window_ms=identity.window_ms,
         )
         return KeyedRequest(route, claim, body, wait_s, fields, identity.fresh)
+
+
+def _note_expectation(request: Request, head: RequestHead) -> None:
+    """Note whether the client waits for a 100 (Continue) before it sends its body (RFC 9110, section 10.1.1)."""
+    if b"expect" in head.fields:
+        request.response.awaits_continue = not head.http10 and not request.content.is_eof()
 
 
 def set_requester(request: Request, adaptation: Adaptation) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 from oncegate.buffers.memory import MemoryBudget
 from oncegate.messages.request_head import ForwardedInfo, RequestHead, renamed, request_head
+from oncegate.messages.target import normalized_path
+from oncegate.rules.body_conditions import Document
 from oncegate.rules.model import Rules
 from oncegate.rules.policy import Policy
 from oncegate.store.leases import Leases
@@ -66,9 +68,21 @@ class Routes:
         self.default = by_name[""]
         self.has_rules = len(by_name) > 1
 
-    def choose(self, head: RequestHead) -> Route:
-        """Return the route of the first rule that matches a request."""
-        return self._by_name[self._rules.choose(head).name]
+    def choose(self, head: RequestHead, document: Document | None = None) -> Route | None:
+        """Return the route of the first rule that matches a request; None where its body decides and is not here."""
+        rule = self._rules.choose(head, document)
+        return None if rule is None else self._by_name[rule.name]
+
+    def chosen(self, head: RequestHead, document: Document) -> Route:
+        """Return the route of a request whose body is here, or will not be read."""
+        route = self.choose(head, document)
+        assert route is not None
+        return route
+
+    def first_possible(self, head: RequestHead) -> Route:
+        """Return the route of the first rule that a request matches, if its body meets the conditions."""
+        path = normalized_path(head.target)
+        return next(self._by_name[rule.name] for rule in self._rules if rule.match(head, path))
 
 
 def is_key_independent(policy: Policy, rules: Rules) -> bool:

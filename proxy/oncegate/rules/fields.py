@@ -9,8 +9,10 @@ from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from oncegate.keys.documents import parse_pointer
 from oncegate.keys.fingerprint_parts import BODY_JSON, fingerprint_source
 from oncegate.keys.sources import RECEIVER, Receiver, Source, parse_scope_source, parse_source
+from oncegate.rules.body_conditions import BodyConditions
 from oncegate.rules.patterns import parse_host_pattern, parse_path
 from oncegate.rules.presets import PRESETS
 from oncegate.settings.addresses import Origin, parse_host, parse_origin
@@ -144,6 +146,23 @@ def _headers(value: Any) -> tuple[tuple[bytes, str], ...]:
     return tuple((parse_header(name).lower().encode(), glob) for name, glob in value.items())
 
 
+def _when(value: Any) -> BodyConditions | None:
+    """Return the conditions on a body; None for an empty table, which takes away those of a preset."""
+    if not isinstance(value, dict):
+        raise ValueError('must be a table of body:/pointer and texts, such as { "body:/method" = "tools/call" }')
+    globs = []
+    for name, some in value.items():
+        if not name.startswith("body:"):
+            raise ValueError(f"{name!r} is no place in a body, such as body:/method; match heads by headers")
+        texts = (some,) if isinstance(some, str) else _list_of(_text(str), "texts")(some)
+        if not texts:
+            raise ValueError(f"{name!r} has an empty list, which no body meets")
+        pointer = name.removeprefix("body:")
+        parse_pointer(pointer)
+        globs.append((pointer, texts))
+    return BodyConditions(globs) if globs else None
+
+
 def _preset(text: str) -> str:
     if text not in PRESETS:
         raise ValueError(f"{text!r} is not a preset; the presets are {', '.join(PRESETS)}")
@@ -228,6 +247,7 @@ MATCHING: Mapping[str, Check] = {
     "path": _text(parse_path),
     "methods": _methods,
     "headers": _headers,
+    "when": _when,
     "preset": _text(_preset),
 }
 # The fields that say what happens to those requests.

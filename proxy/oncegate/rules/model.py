@@ -3,11 +3,13 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import takewhile
 from pathlib import Path
 
 from oncegate.keys.sources import Header
 from oncegate.messages.request_head import RequestHead
 from oncegate.messages.target import normalized_path
+from oncegate.rules.body_conditions import BodyConditions, Document
 from oncegate.rules.patterns import (
     host_includes,
     host_matches,
@@ -24,7 +26,8 @@ from oncegate.settings.settings import Settings
 class Match:
     """The conditions by which a rule matches a request. None, or no headers: any request.
 
-    `host`, `path` and the values of `headers` are patterns of `patterns.py`; header names are lower-case.
+    `host`, `path` and the values of `headers` are patterns of `patterns.py`; header names are lower-case. `when`: what
+    the body must say, beside the head.
     """
 
     def __init__(
@@ -33,13 +36,15 @@ class Match:
         path: str | None = None,
         methods: frozenset[str] | None = None,
         headers: Iterable[tuple[bytes, str]] = (),
+        when: BodyConditions | None = None,
     ) -> None:
+        self.when = when
         self.host, self.path, self.methods, self.headers = host, path, methods, dict(headers)
         self._path = path_matcher(path) if path is not None else None
         self._headers = [(name, text_matcher(glob)) for name, glob in self.headers.items()]
 
     def __call__(self, head: RequestHead, path: bytes) -> bool:
-        """Return whether a request matches. `path`: its normalized path. A header must match in each of its lines."""
+        """Return whether a request's head matches. `path`: its normalized path. A header must match in each line."""
         if self.methods is not None and head.method not in self.methods:
             return False
         if self._path is not None and self._path.fullmatch(path) is None:
@@ -57,7 +62,9 @@ class Match:
     def conditions(self) -> tuple[object, ...]:
         """All conditions in a fixed order, for comparison."""
         # Sorted: the order of a set differs from process to process, and replicas compare these values.
-        return self.host, self.path, self.methods and sorted(self.methods), sorted(self.headers.items())
+        of_head = self.host, self.path, self.methods and sorted(self.methods), sorted(self.headers.items())
+        # Without `when` the conditions are those of the versions that did not have it.
+        return of_head if self.when is None else (*of_head, sorted(self.when.globs.items()))
 
     def includes(self, other: "Match") -> bool:
         """Return whether each request that `other` matches is surely matched here, too; False where not certain."""
@@ -66,6 +73,7 @@ class Match:
         return (
             methods
             and headers
+            and (self.when is None or (other.when is not None and self.when.includes(other.when)))
             and host_includes(self.host, other.host)
             and path_includes(self.path, other.path)
             and all(text_includes(glob, other.headers[name]) for name, glob in self.headers.items())
@@ -124,11 +132,30 @@ class Rules:
     def __iter__(self) -> Iterator[Rule]:
         return iter((*self.rules, self.default))
 
-    def choose(self, head: RequestHead) -> Rule:
-        """Return the first rule that matches a request, else the default."""
+    def choose(self, head: RequestHead, document: Document | None = None) -> Rule | None:
+        """Return the first rule that matches a request, else the default.
+
+        `document`: that of its body. None: it is not here yet; the result is None then where it decides.
+        """
         # The normalized path (RFC 3986, section 6.2.2): `/x/../v1/charges` must not evade the rule for `/v1/charges`.
         path = normalized_path(head.target)
-        return next((rule for rule in self.rules if rule.match(head, path)), self.default)
+        for rule in self.rules:
+            if not rule.match(head, path):
+                continue
+            if (when := rule.match.when) is None:
+                return rule
+            if document is None:
+                return None
+            if not when.unmet(document):
+                return rule
+        return self.default
+
+    def passed_over(self, head: RequestHead, document: Document) -> Iterator[tuple[Rule, str]]:
+        """Yield the rules that match a request's head but not its body, before the one that is chosen; and why."""
+        path, chosen = normalized_path(head.target), self.choose(head, document)
+        for rule in takewhile(lambda rule: rule is not chosen, self.rules):
+            if rule.match.when is not None and rule.match(head, path):
+                yield rule, rule.match.when.unmet(document)
 
     @property
     def identity_digest(self) -> str:

@@ -11,7 +11,7 @@ from oncegate.rules.fields import FILES, MATCHING, RULE, SHARED, UPSTREAM, Check
 from oncegate.rules.file import Table
 from oncegate.rules.model import Match, Rule, Upstream
 from oncegate.rules.presets import PRESETS
-from oncegate.rules.resolution import guarded_methods, preset_values, rule_policy, statuses_of
+from oncegate.rules.resolution import guarded_methods, preset_values, preset_when, rule_policy, statuses_of
 from oncegate.settings.addresses import Origin
 from oncegate.settings.contradictions import contradictions_in
 from oncegate.settings.credentials import expanded
@@ -121,6 +121,7 @@ class RulesReader:
             path=values.get("path"),
             methods=values.get("methods"),
             headers=values.get("headers", ()),
+            when=values["when"] if "when" in values else preset_when(values.get("preset", "")),
         )
         # A rule with a problem elsewhere can still hide a later one.
         if MATCHING.keys().isdisjoint(table.fields.keys() - values.keys()):

@@ -8,10 +8,11 @@ from oncegate.decision import UnknownMode
 from oncegate.keys.digests import length_prefixed
 from oncegate.keys.fingerprint_parts import fingerprint_source
 from oncegate.keys.sources import Header, KeySources, Source
-from oncegate.rules.fields import PARTS, SHARED, TREATING
+from oncegate.rules.body_conditions import BodyConditions
+from oncegate.rules.fields import MATCHING, PARTS, RULE, SHARED
 from oncegate.rules.model import Match, Rule, Upstream
 from oncegate.rules.policy import Policy
-from oncegate.rules.presets import COUNTING
+from oncegate.rules.presets import COUNTING, PRESETS
 from oncegate.rules.statuses import AMBIGUOUS_STATUSES, DIRECT_STATUS, RELEASE_STATUSES, Statuses
 from oncegate.settings.credentials import expanded
 from oncegate.settings.names import GUARDABLE
@@ -77,7 +78,14 @@ def default_rule(settings: Settings) -> Rule:
 
 def preset_values(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return a preset's fields as values. Those that are settings as well are values already."""
-    return {name: value if name in SHARED else TREATING[name](value) for name, value in fields.items()}
+    return {name: value if name in SHARED else RULE[name](value) for name, value in fields.items()}
+
+
+def preset_when(name: str) -> BodyConditions | None:
+    """Return what a preset says of the bodies of its requests. It matches nothing else by itself."""
+    fields = PRESETS[name].fields if name else {}
+    when: BodyConditions | None = MATCHING["when"](fields["when"]) if "when" in fields else None
+    return when
 
 
 def _destination(upstream: Upstream, set_host: str | None) -> bytes:
