@@ -32,7 +32,9 @@ def assert_in_flight(answer: Answer) -> None:
     assert answer.header("oncegate-status") == b"refused"
     problem = answer.problem
     assert (problem["retryable"], problem["reuse_key"], problem["status"]) == (True, True, 409)
-    assert problem["error"]["code"] == "in_flight"
+    assert problem["title"] == "The first request with this key is still running"
+    assert problem["detail"] == problem["error"]["message"] == "the first request with this key is still running"
+    assert (problem["error"]["code"], problem["error"]["type"]) == ("in_flight", "idempotency_error")
 
 
 def count(answers: list[Answer], status: bytes) -> int:
@@ -211,6 +213,69 @@ async def test_a_client_may_ask_to_wait(proxies, upstream, valkey):
     assert (answer.status, answer.body, answer.header("preference-applied")) == (200, b"ok", b"wait=1")
     assert (await original).header("preference-applied") is None
     assert len(upstream.received) == 1
+
+
+SHOWN_RULES = """
+[[rule]]
+name = "carts"
+path = "/carts"
+key = "body:/id"
+[[rule]]
+name = "either"
+path = "/either"
+key = [["header:X-First"], ["header:X-Second"], ["body:/cart"], ["header:X-Third"]]
+[[rule]]
+name = "events"
+path = "/events"
+preset = "github-webhook"
+wait_max_s = 0.1
+[[rule]]
+name = "prompts"
+path = "/prompts"
+preset = "openai"
+wait_max_s = 0.1
+"""
+CART = b'{"cart": "secret", "id": "secret 2"}'
+# Each: the target, the header lines, and the key that the problem shows.
+SHOWN = {
+    "bare": ("/", ["Idempotency-Key: order-42"], "order-42"),
+    "quoted": ("/", ['Idempotency-Key: "<b>&\\\\ \\"x\\""'], '<b>&\\ "x"'),
+    "longest": ("/", [f"Idempotency-Key: {'k' * 255}"], "k" * 255),
+    "in the body": ("/carts", [], None),
+    "first of several": ("/either", ["X-First: one", "X-Second: two"], "one"),
+    "second of several": ("/either", ["X-Second: two"], "two"),
+    "behind a body": ("/either", ["X-Third: three"], None),
+    "joined": ("/events", ["X-GitHub-Delivery: d-1"], None),
+    "sent for a prompt": ("/prompts", ["Idempotency-Key: p-1"], "p-1"),
+    "derived": ("/prompts", ["x-stainless-retry-count: 1"], None),
+}
+
+
+async def test_the_problem_names_the_key_that_the_client_wrote(proxies, upstream, valkey, tmp_path):
+    """The caller's own key is in each problem about it, if it came alone in a header; one from a body never is."""
+    done = asyncio.Event()
+    upstream.script = holding(done)
+    file = tmp_path / "rules.toml"
+    file.write_text(SHOWN_RULES)
+    proxy = proxies(upstream, valkey.url, RULES_FILE=file)
+    sent = {name: request("POST", target, None, CART, *lines) for name, (target, lines, _) in SHOWN.items()}
+    originals = [asyncio.ensure_future(ask(proxy.port, raw)) for raw in sent.values()]
+    await until(lambda: len(upstream.received) == len(SHOWN))
+    answers = await asyncio.gather(*[ask(proxy.port, raw) for raw in sent.values()])
+    shown = {name: answer.problem.get("key") for name, answer in zip(SHOWN, answers, strict=True)}
+    assert shown == {name: key for name, (_, _, key) in SHOWN.items()}
+    assert not [answer for answer in answers if b"secret" in answer.body]
+    reused = await ask(proxy.port, request("POST", "/", None, b"other", "Idempotency-Key: order-42"))
+    assert (reused.slug, reused.problem["key"]) == ("key-reused", "order-42")
+    done.set()
+    await asyncio.gather(*originals)
+
+
+async def test_a_lost_request_names_its_key(gate, upstream):
+    """The problem that the first request itself gets has its key, too: it is what a person gives to the operator."""
+    upstream.script = answering(b"HTTP/9.9 200 OK\r\n\r\n")
+    lost = await ask(gate.port, request(key="order-43"))
+    assert (lost.slug, lost.problem["key"]) == ("upstream-lost", "order-43")
 
 
 async def test_one_rule_lets_the_clients_wait_that_it_names(proxies, upstream, valkey, tmp_path):

@@ -21,6 +21,8 @@ REFUSED = b"Oncegate-Status: refused\r\n"
 UNKNOWN = b"Oncegate-Status: unknown\r\n"
 UNGUARDED = b"Oncegate-Status: unguarded\r\n"
 MAYBE = "the request may have been executed"
+# SDKs show it to people. Advice for programs is in the other members and in the header.
+RUNNING = "the first request with this key is still running"
 
 # What the store has for a key that another request claimed; None: the record vanished.
 Taken = Record | Corrupt | Unconfirmed | None
@@ -126,8 +128,7 @@ def duplicate_refusal(decision: Decision | Outcome, taken: Taken, policy: Policy
             return Refuse(problem("key-reused", "use a new key for a new request"))
         case Decision.IN_FLIGHT if isinstance(taken, Record):
             after_s = retry_after_s(taken.now_ms - taken.created_ms, policy.lease_ms)
-            in_flight = problem("in-flight", "retry with the same key", after_s)
-            return Refuse(in_flight.with_status(policy.in_flight_status))
+            return Refuse(problem("in-flight", RUNNING, after_s).with_status(policy.in_flight_status))
         case Decision.RESPONSE_NOT_KEPT if isinstance(taken, Record) and taken.response is not None:
             detail = "it was executed; its response was too large to store"
             return Refuse(problem("response-not-kept", detail, original_status=taken.response.status))
@@ -135,12 +136,17 @@ def duplicate_refusal(decision: Decision | Outcome, taken: Taken, policy: Policy
             return Refuse(problem("record-corrupt", "ask the operator to inspect this key"))
         case Outcome.STORE_UNAVAILABLE:
             after = taken.retry_after_s if isinstance(taken, ClaimsSuspended) else None
-            return Refuse(problem("store-unavailable", "retry with the same key", after))
+            return Refuse(problem("store-unavailable", "the store cannot say now what became of this key", after))
         case _:
             status = taken.status if isinstance(taken, Record) else 0
             doubt = f"a response with status {status} came, which does not tell the outcome" if status else MAYBE
             detail = f"{doubt}; check the API's own data before you use a new key"
             return Refuse(problem("outcome-unknown", detail, **_original(status)), UNKNOWN)
+
+
+def with_key(answer: Refuse, key: str | None) -> Refuse:
+    """Return an answer whose problem names the client's own key; None: the key is not to be shown."""
+    return answer if key is None else replace(answer, problem=answer.problem.with_members(key=key))
 
 
 def with_fields(answer: Refuse, fields: bytes) -> Refuse:
@@ -181,7 +187,7 @@ def _original(status: int) -> dict[str, int]:
 
 def response_not_stored() -> Refuse:
     """Return the answer to a request whose response the store did not confirm."""
-    detail = "the response is not stored yet; a retry with the same key shows what became of it"
+    detail = "the request was executed, but its response is not stored yet; a later try shows what became of it"
     return Refuse(problem("answer-not-stored", detail), UNKNOWN)
 
 

@@ -19,6 +19,7 @@ from oncegate.gateway.answers import (
     refuse,
     send,
     with_fields,
+    with_key,
 )
 from oncegate.gateway.exchange import Exchange
 from oncegate.gateway.first_step import FirstStep, ReadBody, Step
@@ -155,7 +156,7 @@ class Gateway:
             return _exchange_report(request, keyed, Outcome.FAILED, 500, progress)
         status = progress.head.status if progress.head else 0
         if exchange.refuse is not None:
-            send(request, exchange.refuse)
+            send(request, with_key(exchange.refuse, keyed.plain_key(request)))
             status = exchange.refuse.problem.status
         elif not request.response.started and outcome is Outcome.FENCED:
             # The claim that took the key decides what this client gets.
@@ -214,7 +215,7 @@ class Gateway:
                 return replayed
             decision = replayed
         answer = duplicate_refusal(decision, taken, keyed.route.policy)
-        send(request, with_fields(answer, keyed.fields))
+        send(request, with_key(with_fields(answer, keyed.fields), keyed.plain_key(request)))
         return keyed.report(request, outcome_of(answer.problem), answer.problem.status)
 
     async def _replay(

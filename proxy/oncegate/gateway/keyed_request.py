@@ -7,6 +7,7 @@ from oncegate.downstream.body import Body
 from oncegate.downstream.request import Request
 from oncegate.gateway.routes import Route
 from oncegate.keys.digests import Scope, finish_key
+from oncegate.keys.syntax import parse_key
 from oncegate.messages.request_head import RequestHead
 from oncegate.observe.outcome import Outcome, RequestReport
 from oncegate.store.record import ClaimRequest
@@ -29,6 +30,19 @@ class KeyedRequest:
     wait_s: float
     fields: bytes = b""
     fresh: bool = False
+
+    def plain_key(self, request: Request) -> str | None:
+        """Return the key as the client wrote it, None unless it came alone in a header.
+
+        A key in a body, a form or a path may be private: whoever reads an answer in a log must not find it there.
+        """
+        policy, head = self.route.policy, request.checked_head()
+        names = (policy.key_header,) if policy.sources is None else policy.sources.leading_headers
+        for name in names:
+            if (lines := head.fields.get(name)) is not None:
+                key = parse_key(lines)
+                return key.decode("ascii") if isinstance(key, bytes) else None
+        return None
 
     def report(self, request: Request, outcome: Outcome, status: int) -> RequestReport:
         """Return the report of a request that was not executed; `status` is what its client got."""

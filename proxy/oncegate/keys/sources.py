@@ -6,6 +6,7 @@
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 
 from oncegate.keys.documents import parse_pointer
 from oncegate.settings.names import parse_key_header, parse_scope_header
@@ -149,6 +150,15 @@ class KeySources:
         """The lower-case name of the header, where the key is one header alone."""
         sources = [source for alternative in self.alternatives for source in alternative]
         return sources[0].plain_header if len(sources) == 1 else None
+
+    @property
+    def leading_headers(self) -> tuple[bytes, ...]:
+        """The lower-case names of the headers that are a key alone, up to the first alternative that is anything else.
+
+        The first of them that is present is the key, so that it can be shown to the client as the client wrote it.
+        """
+        alone = (sources[0].plain_header if len(sources) == 1 else None for sources in self.alternatives)
+        return tuple(name for name in takewhile(lambda name: name is not None, alone) if name is not None)
 
     @property
     def headers(self) -> tuple[bytes, ...]:

@@ -46,7 +46,7 @@ PROBLEM_KINDS = {
     "key-reused": ProblemKind(
         422, "The idempotency key was used for another request", retryable=False, reuse_key=False
     ),
-    "in-flight": ProblemKind(409, "The original request is still running", retryable=True, reuse_key=True),
+    "in-flight": ProblemKind(409, "The first request with this key is still running", retryable=True, reuse_key=True),
     "outcome-unknown": ProblemKind(
         409, "The outcome of the original request is not known", retryable=False, reuse_key=None
     ),
@@ -135,6 +135,10 @@ class Problem:
         """Return this problem with another status than its row has: a rule can set that of `in-flight`."""
         after_s = _retry_after_s(status, self.retry_after_s)
         return replace(self, kind=replace(self.kind, status=status), retry_after_s=after_s)
+
+    def with_members(self, **members: Any) -> Self:
+        """Return this problem with further members of the body."""
+        return replace(self, members={**self.members, **members})
 
     def for_mode(self, mode: bytes) -> Self:
         """Return this problem for a key whose mode is the wire value of an UnknownMode.
