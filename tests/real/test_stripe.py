@@ -1,12 +1,13 @@
 """Stripe's own SDK, with the keys, retries and timeouts it has by itself, at an API that ignores keys."""
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import pytest
 import stripe
 
-from tests.parts import RawUpstream, answering
+from tests.parts import OK, RawUpstream, answering, holding, until
 from tests.real.parts import ACCOUNT, CHARGES, CUSTOMERS, Slow, listed
 
 CARD = {"number": "4242424242424242", "exp_month": "12", "exp_year": "2040", "cvc": "123"}
@@ -107,6 +108,48 @@ async def test_another_request_under_a_used_key(shop_gate, api, slow):
     assert told.value.http_status == 422
     assert "key" in str(told.value)
     assert len(await listed(api, "customers")) == 1
+
+
+RUNNING = "the first request with this key is still running"
+
+
+async def test_what_the_sdk_says_while_the_first_request_runs(shop_gate, api, slow):
+    """The SDK finds `type`, `code` and `message` where it looks for those of Stripe, and the caller's key beside."""
+    done: list[bool] = []
+    slow.held[CUSTOMERS] = lambda: done
+    create = client(shop_gate.port).v1.customers.create
+    options: Any = {"idempotency_key": "order-18", "max_network_retries": 0}
+    original = asyncio.ensure_future(asyncio.to_thread(create, {"email": "h@example.com"}, options))
+    await until(lambda: slow.held == {})
+    at_once = options | {"headers": {"Prefer": "wait=0"}}
+    with pytest.raises(stripe.APIError) as told:
+        await asyncio.to_thread(create, {"email": "h@example.com"}, at_once)
+    error: Any = told.value
+    assert (error.http_status, str(error), error.user_message) == (409, RUNNING, RUNNING)
+    assert (error.error.type, error.error.code, error.error.message) == ("idempotency_error", "in_flight", RUNNING)
+    assert error.json_body["key"] == "order-18"
+    held = asyncio.ensure_future(asyncio.to_thread(create, {"email": "h@example.com"}, options))
+    await until(lambda: shop_gate.metric("waiting") == 1)
+    done.append(True)
+    assert await held == await original
+    assert len(await listed(api, "customers")) == 1
+
+
+async def test_its_newer_api_has_an_error_class_for_it(fork, upstream, valkey):
+    """Under /v2 the same answer is the SDK's own IdempotencyError, with our code."""
+    done = asyncio.Event()
+    upstream.script = holding(done, OK)
+    proxy = await fork(upstream, valkey.url)
+    shop = client(proxy.port)
+    options: Any = {"idempotency_key": "event-1", "max_network_retries": 0}
+    send = partial(shop.raw_request, "post", "/v2/core/event_destinations", name="one", **options)
+    original = asyncio.ensure_future(asyncio.to_thread(send))
+    await until(lambda: upstream.received)
+    with pytest.raises(stripe.IdempotencyError, match=RUNNING) as told:
+        await asyncio.to_thread(send)
+    assert (told.value.http_status, told.value.code) == (409, "in_flight")
+    done.set()
+    await asyncio.gather(original, return_exceptions=True)
 
 
 async def test_a_request_of_another_account(shop_gate, api, slow):

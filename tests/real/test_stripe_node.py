@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.parts import RawUpstream
+from tests.parts import OK, RawUpstream, holding, until
 from tests.real.parts import ACCOUNT, CHARGES, CUSTOMERS, INSTALLED, NODE_MODULES, Slow, listed
 
 HERE = Path(__file__).parent
@@ -17,7 +17,12 @@ pytestmark = INSTALLED
 
 async def buy(port: int, retries: int, seconds: int) -> dict[str, Any]:
     """Run the shop, and return what it made."""
-    command = ["node", HERE / "node/shop.cjs", str(port), ACCOUNT, str(retries), str(seconds)]
+    return await run("shop.cjs", str(port), ACCOUNT, str(retries), str(seconds))
+
+
+async def run(program: str, *arguments: str) -> dict[str, Any]:
+    """Run a program of `node/`, and return what it says."""
+    command = ["node", HERE / "node" / program, *arguments]
     environment = {"PATH": os.environ["PATH"], "NODE_PATH": str(NODE_MODULES)}
     process = await asyncio.create_subprocess_exec(*command, env=environment, stdout=asyncio.subprocess.PIPE)
     try:
@@ -50,3 +55,20 @@ async def test_a_connection_that_breaks_before_the_answer(shop_gate, api, slow, 
     await way.close()
     assert made.get("charge"), made
     assert (len(await listed(api, "customers")), len(await listed(api, "charges"))) == (charges, charges)
+
+
+async def test_what_the_sdk_says_while_the_first_request_runs(fork, upstream, valkey):
+    """It finds `code`, `type` and `message` where it looks for those of Stripe."""
+    done = asyncio.Event()
+    upstream.script = holding(done, OK)
+    proxy = await fork(upstream, valkey.url)
+    original = asyncio.ensure_future(run("customer.cjs", str(proxy.port), ACCOUNT, "order-18"))
+    await until(lambda: upstream.received)
+    assert await run("customer.cjs", str(proxy.port), ACCOUNT, "order-18") == {
+        "statusCode": 409,
+        "code": "in_flight",
+        "rawType": "idempotency_error",
+        "message": "the first request with this key is still running",
+    }
+    done.set()
+    await original
