@@ -112,6 +112,11 @@ class FirstStep:
             _note_expectation(request, head)
         if head.method not in policy.methods:
             return Relay(route, head, body)
+        return self._guarded_step(request, route, head, body)
+
+    def _guarded_step(self, request: Request, route: Route, head: RequestHead, body: Body | None) -> Step | ReadBody:
+        """Return the step for a request whose method is guarded."""
+        policy, fields = route.policy, head.fields
         # Most keys are in the header of their own.
         if policy.sources is None and (lines := fields.get(policy.key_header)) is not None:
             key: bytes | Missing | BadKey | None = parse_key(lines)
