@@ -1,6 +1,9 @@
 """The decisions about a key: what a duplicate gets, and how a claim ends."""
 
+from collections.abc import Iterable
+from functools import reduce
 from itertools import product
+from random import Random
 
 import pytest
 
@@ -16,6 +19,7 @@ from oncegate.decision import (
     may_take_over,
     must_reclaim,
     retry_after_s,
+    usual_s,
 )
 
 RUNNING, PASSED = 1, 0  # what is left of a lease, in ms
@@ -148,32 +152,66 @@ def test_a_claim_older_than_half_a_lease_is_claimed_again(age_s, lease_ms, must)
 
 
 @pytest.mark.parametrize(
-    ("running_ms", "lease_ms", "seconds"),
+    ("running_s", "usually_s", "seconds"),
     [
-        (0, 10_000, 1),
-        (1, 10_000, 1),
-        (1000, 10_000, 1),
-        (1001, 10_000, 2),
-        (4200, 10_000, 5),
-        (9999, 10_000, 10),
-        (10_000, 10_000, 10),
-        (3_600_000, 10_000, 10),
-        (3_600_000, 2500, 2),
-        (5000, 200, 1),
-        (5000, 999, 1),
-        (-5000, 10_000, 1),
+        # Nothing is known of such requests: as long as this one has been running.
+        (0, 0, 1),
+        (1, 0, 1),
+        (1.001, 0, 2),
+        (4.2, 0, 5),
+        (3600, 0, 60),
+        # Within the usual time: what is left of it.
+        (0, 0.02, 1),
+        (2, 12, 10),
+        (11.5, 12, 1),
+        (0.5, 20.2, 20),
+        (5, 600, 60),
+        # Past it: as long as it is overdue.
+        (12, 12, 1),
+        (12.5, 12, 1),
+        (14, 12, 2),
+        (20, 12, 8),
+        (600, 12, 60),
+        # The store's clock went back.
+        (-5, 0, 1),
+        (-5, 8, 8),
     ],
 )
-def test_a_duplicate_comes_again_after_as_long_as_its_original_has_been_running(running_ms, lease_ms, seconds):
-    """Retry-After is the time for which the original has been running, at least 1 s and at most one lease."""
-    assert retry_after_s(running_ms, lease_ms) == seconds
+def test_a_duplicate_comes_again_when_its_original_is_probably_done(running_s, usually_s, seconds):
+    """Retry-After is what is left of the usual time, and past that as long as the original is overdue."""
+    assert retry_after_s(running_s, usually_s) == seconds
 
 
 def test_the_time_to_come_again_is_bounded():
-    """For any running time and any lease, Retry-After is at least 1 s and never longer than the lease."""
-    for running_ms, lease_ms in product(
-        (-(10**9), -1, 0, 1, 999, 10**4, 10**6, 10**12), (200, 999, 10**3, 10**4, 10**7)
-    ):
-        seconds = retry_after_s(running_ms, lease_ms)
+    """For any running time and any usual time, Retry-After is a whole number of seconds from 1 to 60."""
+    times = (-(10.0**9), -1, 0, 0.001, 1, 59.5, 61, 10**4, 10.0**12)
+    for running_s, usually_s in product(times, times):
+        seconds = retry_after_s(running_s, usually_s)
         assert isinstance(seconds, int)
-        assert 1 <= seconds <= max(1, lease_ms // 1000)
+        assert 1 <= seconds <= 60
+
+
+def settled(times: Iterable[float], usually_s: float = 0.0) -> float:
+    """Return the usual time after requests that took so long, one after the other."""
+    return reduce(usual_s, times, usually_s)
+
+
+def test_the_usual_time_is_what_nine_requests_in_ten_keep():
+    """Where times vary, about one request in ten takes longer than the usual time; a single outlier moves it little."""
+    random = Random(7)
+    assert settled([3.0] * 50) == 3.0
+    times = [random.uniform(0, 10) for _ in range(4000)]
+    usually_s = settled(times[:2000])
+    longer = 0
+    for took_s in times[2000:]:
+        longer += took_s > usually_s
+        usually_s = usual_s(usually_s, took_s)
+    assert 0.08 < longer / 2000 < 0.2
+    assert settled([300.0], 3.0) == pytest.approx(3.6)
+
+
+@pytest.mark.parametrize(("before_s", "now_s"), [(0.05, 20.0), (20.0, 0.05)])
+def test_the_usual_time_follows_an_api_that_changes(before_s, now_s):
+    """It rises to four hundred times as much within 40 requests, and falls as far within 300."""
+    requests = 40 if now_s > before_s else 300
+    assert settled([now_s] * requests, before_s) == pytest.approx(now_s)

@@ -1,6 +1,7 @@
 """A request whose key is taken: what it gets while the original runs, and for how long afterwards."""
 
 import asyncio
+import signal
 import socket
 from typing import Any
 
@@ -276,6 +277,38 @@ async def test_a_lost_request_names_its_key(gate, upstream):
     upstream.script = answering(b"HTTP/9.9 200 OK\r\n\r\n")
     lost = await ask(gate.port, request(key="order-43"))
     assert (lost.slug, lost.problem["key"]) == ("upstream-lost", "order-43")
+
+
+async def test_retry_after_follows_what_such_requests_usually_take(proxies, upstream, valkey, tmp_path):
+    """Once a rule's request took 2.1 s, a duplicate of the next one is told to come after what is left of that.
+
+    Each rule has its own times, also where it answers 503 or 429, and they outlive a reload of the rules.
+    """
+    file = tmp_path / "rules.toml"
+    file.write_text(
+        "".join(
+            f'[[rule]]\nname = "{name}"\npath = "/{name}"\nin_flight_status = {status}\n'
+            for name, status in (("slow", 503), ("quick", 429))
+        )
+    )
+    proxy = proxies(upstream, valkey.url, RULES_FILE=file)
+    upstream.script = answering(OK, delay_s=2.1)
+    assert (await ask(proxy.port, request(target="/slow", key="slow-1"))).status == 200
+    upstream.script = answering(OK)
+    assert (await ask(proxy.port, request(target="/quick", key="quick-1"))).status == 200
+    proxy.signal(signal.SIGHUP)
+    await until(lambda: proxy.events("rules loaded"))
+    done = asyncio.Event()
+    upstream.script = holding(done)
+    sent = [request(target=f"/{name}", key=f"{name}-2") for name in ("slow", "quick", "other")]
+    originals = [asyncio.ensure_future(ask(proxy.port, raw)) for raw in sent]
+    await until(lambda: len(upstream.received) == 5)
+    slow, quick, other = [await ask(proxy.port, raw) for raw in sent]
+    assert (slow.status, quick.status, other.status) == (503, 429, 409)
+    assert slow.header("retry-after") in (b"2", b"3")
+    assert quick.header("retry-after") == other.header("retry-after") == b"1"
+    done.set()
+    await asyncio.gather(*originals)
 
 
 async def test_one_rule_lets_the_clients_wait_that_it_names(proxies, upstream, valkey, tmp_path):

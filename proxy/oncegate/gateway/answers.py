@@ -121,13 +121,13 @@ def decide_duplicate(taken: Taken, fingerprint: bytes) -> Decision | Outcome:
             assert_never(taken)
 
 
-def duplicate_refusal(decision: Decision | Outcome, taken: Taken, policy: Policy) -> Refuse:
-    """Return the answer to a duplicate that gets no stored response."""
+def duplicate_refusal(decision: Decision | Outcome, taken: Taken, policy: Policy, usually_s: float) -> Refuse:
+    """Return the answer to a duplicate that gets no stored response. `usually_s`: how long such requests take."""
     match decision:
         case Decision.KEY_REUSED:
             return Refuse(problem("key-reused", "use a new key for a new request"))
         case Decision.IN_FLIGHT if isinstance(taken, Record):
-            after_s = retry_after_s(taken.now_ms - taken.created_ms, policy.lease_ms)
+            after_s = retry_after_s((taken.now_ms - taken.created_ms) / 1000, usually_s)
             return Refuse(problem("in-flight", RUNNING, after_s).with_status(policy.in_flight_status))
         case Decision.RESPONSE_NOT_KEPT if isinstance(taken, Record) and taken.response is not None:
             detail = "it was executed; its response was too large to store"

@@ -214,7 +214,7 @@ class Gateway:
             if isinstance(replayed, RequestReport):
                 return replayed
             decision = replayed
-        answer = duplicate_refusal(decision, taken, keyed.route.policy)
+        answer = duplicate_refusal(decision, taken, keyed.route.policy, keyed.route.deps.usual.seconds)
         send(request, with_key(with_fields(answer, keyed.fields), keyed.plain_key(request)))
         return keyed.report(request, outcome_of(answer.problem), answer.problem.status)
 

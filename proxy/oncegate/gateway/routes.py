@@ -16,6 +16,16 @@ from oncegate.store.waiters import Waiters
 from oncegate.upstream.pool import Pool
 
 
+@dataclass(slots=True)
+class UsualTime:
+    """How long the executed requests of one rule usually take, by those that this worker has seen; 0 before the first.
+
+    It outlives a reload of the rules, under the rule's name.
+    """
+
+    seconds: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class ExchangeDeps:
     """What every exchange on a route works with. Times in seconds; `clock` is the event loop's.
@@ -23,7 +33,7 @@ class ExchangeDeps:
     `background` finishes work after its request was answered. `silence_s` is the longest silence of the upstream,
     `reuse_idle_s` the longest idle time of a connection that is used again, `settle_timeout_s` how long the store is
     asked again to take a response, `store_timeout_s` the same for all that nobody waits for. `longest_s`: no await of
-    an exchange takes longer.
+    an exchange takes longer. `usual`: how long the rule's requests usually take, for Retry-After.
     """
 
     store: Store
@@ -38,6 +48,7 @@ class ExchangeDeps:
     store_timeout_s: float
     settle_timeout_s: float
     longest_s: float
+    usual: UsualTime
 
 
 @dataclass(frozen=True, slots=True)

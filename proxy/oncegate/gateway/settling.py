@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from oncegate.decision import Ending, Settlement
+from oncegate.decision import Ending, Settlement, usual_s
 from oncegate.gateway.recording import Recording
 from oncegate.gateway.routes import ExchangeDeps
 from oncegate.messages.response_head import ResponseHead
@@ -84,14 +84,16 @@ def settle(progress: Progress, settlement: Settlement, last: bytes, timeout_s: f
 
 
 def note_settlement(progress: Progress, result: SettleResult) -> None:
-    """Note how a claim ended, for the request's report, and report a claim that was lost or fenced."""
-    leases, held = progress.deps.leases, progress.held
+    """Note how a claim ended, for the request's report and for the usual time, and report a lost or fenced claim."""
+    leases, held, usual = progress.deps.leases, progress.held, progress.deps.usual
     if not result.status.is_done or progress.settlement is None:
         progress.settlements = (SETTLEMENTS[result.status.label],)
         if result.status is SettleStatus.FENCED:
             leases.report(ClaimEvent.FENCED, held)
         return
     progress.settlements = (SETTLEMENTS[progress.settlement.label],)
+    if progress.settlement.completes:
+        usual.seconds = usual_s(usual.seconds, progress.upstream_s)
     if result.record_was_gone:
         progress.settlements += (SettlementLabel.LOST,)
         leases.report(ClaimEvent.LOST, held)

@@ -5,6 +5,7 @@ import os
 import socket
 import ssl
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from oncegate.downstream.listener import Listener
 from oncegate.downstream.minimum_rate import MinimumRate
 from oncegate.gateway.first_step import FirstStep
 from oncegate.gateway.handler import Gateway
-from oncegate.gateway.routes import ExchangeDeps, Route, Routes, is_key_independent
+from oncegate.gateway.routes import ExchangeDeps, Route, Routes, UsualTime, is_key_independent
 from oncegate.keys.digests import Digests, identity_settings
 from oncegate.known_heads.requests import HeadCache
 from oncegate.messages.admission import Admission
@@ -58,6 +59,7 @@ class Parts:
 
     def __init__(self, settings: Settings, store_url: str, rules: Rules, reporting: Reporting) -> None:
         self._settings, self._reporting, self.rules = settings, reporting, rules
+        self._usual_times: defaultdict[str, UsualTime] = defaultdict(UsualTime)
         metrics, clock = reporting.metrics, asyncio.get_running_loop().time
         self.memory = MemoryBudget(settings.max_buffered_bytes)
         self.store = Store(
@@ -150,6 +152,7 @@ class Parts:
             + settings.client_stall_s
             + 2 * settings.settle_timeout_s
             + 10,
+            usual=self._usual_times[rule.name],
         )
 
     def _pool(self, upstream: Upstream) -> Pool:
