@@ -28,8 +28,8 @@ test: lint                          ## everything: format, lint, types, layers, 
 PART_commands := test_explain test_init test_keys test_operate e2e/test_demo e2e/test_operate
 PART_server := test_data_folder test_embedded test_owners e2e/test_pauses e2e/test_shutdown e2e/test_workers
 PART_service := e2e/test_limits e2e/test_shutdown
-PART_gateway := e2e/test_again e2e/test_duplicates e2e/test_endings e2e/test_fidelity e2e/test_main_job e2e/test_streams \
-	e2e/test_websockets
+PART_gateway := test_cancelling e2e/test_again e2e/test_cancelling e2e/test_duplicates e2e/test_endings e2e/test_fidelity \
+	e2e/test_main_job e2e/test_streams e2e/test_websockets
 PART_downstream := test_body test_minimum_rate test_response e2e/test_clients_leave e2e/test_listener
 PART_upstream := test_pools test_upstream e2e/test_forwarding e2e/test_reused_connections
 PART_store := test_breaker test_cluster test_durable test_health_monitor test_leases test_link test_lua test_orphans test_record \

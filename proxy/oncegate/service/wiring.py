@@ -14,6 +14,7 @@ from oncegate.buffers.memory import MemoryBudget
 from oncegate.downstream.body import Bodies
 from oncegate.downstream.listener import Listener
 from oncegate.downstream.minimum_rate import MinimumRate
+from oncegate.gateway.cancelling import Cancellations
 from oncegate.gateway.first_step import FirstStep
 from oncegate.gateway.handler import Gateway
 from oncegate.gateway.routes import ExchangeDeps, Route, Routes, UsualTime, is_key_independent
@@ -76,6 +77,8 @@ class Parts:
         )
         self.leases = Leases(self.store, settings.lease_ms, reporting.claim_lost, clock)
         self.waiters = Waiters(self.store, settings.max_waiters, settings.lease_ms, self.leases.__contains__)
+        self.cancellations = Cancellations(self.store, reporting.background)
+        self.leases.note_unknown = self.cancellations.note_unknown
         self.unknown_keys = UnknownKeys(
             self.store, int(settings.retention_s * 1000), unknown_retention_ms(settings), reporting.log.warning
         )
@@ -138,6 +141,7 @@ class Parts:
             store=self.store,
             leases=self.leases,
             waiters=self.waiters,
+            cancellations=self.cancellations,
             pool=self.pools.of(rule.upstream),
             memory=self.memory,
             background=reporting.background,
