@@ -141,7 +141,10 @@ class Gateway:
                     return keyed.report(request, Outcome.CLIENT_GONE, 0)
                 if woken is not Woken.RECORD_CHANGED and woken is not Woken.MAY_CLAIM:
                     return await self._answer_duplicate(request, keyed, taken)
-                waited = True
+                if not waited:
+                    waited = True
+                    # The original's response is this request's own by now, however long ago it began.
+                    claim_request = replace(claim_request, window_ms=0)
         finally:
             self.in_flight -= 1
             body.close()
