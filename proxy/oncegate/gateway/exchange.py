@@ -22,6 +22,7 @@ from oncegate.store.leases import LeasedClaim, suspended_clock_s
 from oncegate.store.results import SettleResult, SettleStatus
 from oncegate.upstream.connection import Connection
 from oncegate.upstream.errors import NotSent, UpstreamLost
+from oncegate.upstream.window import completes_within
 
 # A response of at most so many bytes whose end comes within so many seconds of its head is stored first, and sent in
 # one write.
@@ -123,7 +124,7 @@ class Exchange:
                 self._check_idle_timeout(connection, head)
             if self._may_be_small(head) and (
                 connection.is_complete_in(SMALL_BYTES)
-                or await connection.completes_within(self._window_s(), SMALL_BYTES)
+                or await completes_within(connection, self._window_s(), SMALL_BYTES)
             ):
                 progress.whole = whole = connection.take_body()
                 if self._body_tells:

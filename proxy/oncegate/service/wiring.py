@@ -18,6 +18,7 @@ from oncegate.gateway.cancelling import Cancellations
 from oncegate.gateway.first_step import FirstStep
 from oncegate.gateway.handler import Gateway
 from oncegate.gateway.routes import ExchangeDeps, Route, Routes, UsualTime, is_key_independent
+from oncegate.hostnames.resolver import Resolver
 from oncegate.keys.digests import Digests, identity_settings
 from oncegate.known_heads.requests import HeadCache
 from oncegate.messages.admission import Admission
@@ -63,6 +64,7 @@ class Parts:
         self._usual_times: defaultdict[str, UsualTime] = defaultdict(UsualTime)
         metrics, clock = reporting.metrics, asyncio.get_running_loop().time
         self.memory = MemoryBudget(settings.max_buffered_bytes)
+        self._resolver = Resolver(settings.dns_ttl_s)
         self.store = Store(
             store_url,
             timeout_ms=settings.store_timeout_ms,
@@ -174,6 +176,7 @@ class Parts:
             rest_s=upstream.rest_s,
             spare_connections=spare_connections(upstream),
             buffered=self.memory,
+            resolver=self._resolver,
             head_cache=self.head_cache.enabled,
         )
 
