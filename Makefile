@@ -41,6 +41,7 @@ PART_keys := e2e/test_tenants test_documents test_fingerprint_parts test_forms t
 PART_observe := test_families test_logs test_outcome test_usage e2e/test_admin
 PART_known_heads := test_known_heads e2e/test_again e2e/test_head_cache
 PART_messages := test_bound_authentication test_headers test_problems test_strict_head
+PART_hostnames := test_hostnames
 PART_buffers := test_body test_write_batcher
 PART_settings := test_settings
 PART_decision := test_decision model/test_model

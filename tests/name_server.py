@@ -19,7 +19,7 @@ class NameServer:
 
     def __init__(self, *addresses: str) -> None:
         self.addresses = addresses
-        self.error: Exception | None = None
+        self.error: OSError | None = None
         self.delay_s = 0.0
         self.open = threading.Event()
         self.open.set()

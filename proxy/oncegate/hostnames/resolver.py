@@ -2,6 +2,8 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
+from ipaddress import ip_address
 from typing import Any
 
 from oncegate.hostnames.system import AddressInfo, Found, LookUp, look_up_in_thread, says_no_address, system_look_up
@@ -29,19 +31,25 @@ class HostName:
         self.hosts = frozenset[str]()
         self._answered_at = self._failed_at = -float("inf")
         # Why the last look-up failed; None once one has an answer.
-        self._failure: Exception | None = None
+        self._failure: OSError | None = None
         self._began_at = 0.0
         # Done when the look-up ends that is under way.
         self._pending: asyncio.Future[None] | None = None
         # Called with the addresses after every answer.
         self.observers: list[Callable[[frozenset[str]], None]] = []
 
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether nothing can be connected to before a look-up ends that is under way."""
+        return self._pending is not None and not self._answer
+
     async def addresses(self, port: int) -> list[AddressInfo]:
         """Return where to connect for this port, in the system's order. Raises OSError where nobody can tell."""
         if not self._is_fresh():
             await self._renew()
         if not self._answer or self._loop.time() - self._answered_at > STALE_S:
-            raise self._failure or OSError(f"{self.host} has no address")
+            # One exception for all who ask: each raise would add its frames to those before.
+            raise (self._failure or OSError("a name without an address")).with_traceback(None)
         return [_with_port(one, port) for one in self._answer]
 
     def _is_fresh(self) -> bool:
@@ -72,12 +80,12 @@ class HostName:
         """Take the end of the look-up that is under way."""
         pending, self._pending = self._pending, None
         now = self._loop.time()
-        if isinstance(found, Exception):
+        if isinstance(found, OSError):
             self._failure, self._failed_at = found, now
         else:
             self._failure = None
-        if not isinstance(found, Exception) or says_no_address(found):
-            self._answer, self._answered_at = (() if isinstance(found, Exception) else tuple(found)), now
+        if not isinstance(found, OSError) or says_no_address(found):
+            self._answer, self._answered_at = (() if isinstance(found, OSError) else tuple(found)), now
             self.hosts = frozenset(one[4][0] for one in self._answer)
             for observer in self.observers:
                 observer(self.hosts)
@@ -88,7 +96,7 @@ class HostName:
 class Resolver:
     """All names of a worker. `ttl_s`: how long an answer is kept. `look_up` blocks in a thread of its own."""
 
-    def __init__(self, ttl_s: float, look_up: LookUp = system_look_up) -> None:
+    def __init__(self, ttl_s: float = 1.0, look_up: LookUp = system_look_up) -> None:
         self._ttl_s, self._look_up = ttl_s, look_up
         # Names stand in settings and rules, or come from the servers of a cluster: there are few.
         self._names: dict[str, HostName] = {}
@@ -99,6 +107,13 @@ class Resolver:
         if found is None:
             found = self._names[host] = HostName(host, self._ttl_s, self._look_up)
         return found
+
+
+def is_address(host: str) -> bool:
+    """Return whether a host is an address that needs no look-up: no name, and without a scope."""
+    with suppress(ValueError):
+        return not getattr(ip_address(host), "scope_id", None)
+    return False
 
 
 def _with_port(info: AddressInfo, port: int) -> AddressInfo:

@@ -15,7 +15,7 @@ from typing import Any
 # As getaddrinfo gives it: family, type, protocol, canonical name and socket address.
 AddressInfo = tuple[int, int, int, str, tuple[Any, ...]]
 LookUp = Callable[[str], list[AddressInfo]]
-Found = list[AddressInfo] | Exception
+Found = list[AddressInfo] | OSError
 
 # What getaddrinfo says of a name that is known to have no address; every other error leaves that open.
 _NO_ADDRESS = frozenset((socket.EAI_NONAME, socket.EAI_NODATA, socket.EAI_ADDRFAMILY))
@@ -40,8 +40,11 @@ def look_up_in_thread(
     def run() -> None:
         try:
             found: Found = look_up(host)
-        except Exception as error:
+        except OSError as error:
             found = error.with_traceback(None)
+        except Exception as error:
+            # A name that cannot be encoded.
+            found = OSError(str(error))
         # The loop may be closed by now.
         with suppress(RuntimeError):
             loop.call_soon_threadsafe(done, found)
@@ -53,6 +56,11 @@ def look_up_in_thread(
         loop.call_soon(done, OSError(str(error)))
 
 
-def says_no_address(error: Exception) -> bool:
+def look_up_failure(error: socket.gaierror) -> str:
+    """Return why a look-up failed, without the name."""
+    return "the host name has no address" if says_no_address(error) else "no name server could look the host name up"
+
+
+def says_no_address(error: OSError) -> bool:
     """Return whether a look-up failed because the name has no address, and not because nobody could tell."""
     return isinstance(error, socket.gaierror) and error.errno in _NO_ADDRESS

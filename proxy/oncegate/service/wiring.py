@@ -76,6 +76,7 @@ class Parts:
             durability=settings.durability,
             member=self._membership(),
             breaker_opened=reporting.store_broke,
+            resolver=self._resolver,
         )
         self.leases = Leases(self.store, settings.lease_ms, reporting.claim_lost, clock)
         self.waiters = Waiters(self.store, settings.max_waiters, settings.lease_ms, self.leases.__contains__)

@@ -5,13 +5,12 @@ import random
 import socket
 import ssl
 from collections.abc import Callable
-from contextlib import suppress
-from ipaddress import ip_address
 from typing import Any
 
 from aiohappyeyeballs import start_connection
 
-from oncegate.hostnames.resolver import HostName, Resolver
+from oncegate.hostnames.resolver import HostName, Resolver, is_address
+from oncegate.hostnames.system import look_up_failure
 from oncegate.upstream.connection import Connection
 from oncegate.upstream.errors import NotSent
 from oncegate.upstream.rotation import Rotation
@@ -30,7 +29,7 @@ class Connector:
         self._host, self._port, self._tls, self._retries = host, port, tls, retries
         # The dot of an absolute name is for its look-up alone (RFC 6066, section 3).
         self._tls_name = host.removesuffix(".")
-        self.name = None if _is_address(host) else resolver.name(host)
+        self.name = None if is_address(host) else resolver.name(host)
         self._rotation = Rotation()
         self._loop = asyncio.get_running_loop()
 
@@ -43,7 +42,9 @@ class Connector:
                 return await self._connect_by_name(make, self.name)
             except (OSError, ssl.SSLError, asyncio.IncompleteReadError) as error:
                 if attempt == self._retries:
-                    raise NotSent(f"the upstream cannot be reached: {connect_failure(error)}") from error
+                    is_name = isinstance(error, socket.gaierror)
+                    reason = look_up_failure(error) if is_name else connect_failure(error)
+                    raise NotSent(f"the upstream cannot be reached: {reason}") from error
                 longest_s = min(MIN_BACKOFF_S * 2**attempt, MAX_BACKOFF_S)
                 await asyncio.sleep(random.uniform(0, longest_s))
         raise AssertionError("unreachable")
@@ -78,13 +79,6 @@ class Connector:
         else:
             await connect_tls(self._loop, connection, self._tls, self._tls_name, **where)
         return connection
-
-
-def _is_address(host: str) -> bool:
-    """Return whether a host is an address that needs no look-up: no name, and without a scope."""
-    with suppress(ValueError):
-        return not getattr(ip_address(host), "scope_id", None)
-    return False
 
 
 def client_tls(ca_file: str | None, cert_file: str | None, key_file: str | None) -> ssl.SSLContext:

@@ -94,7 +94,10 @@ class Pool:
                         return connection
                 return await self._connect()
         except TimeoutError:
-            raise NotSent("no connection to the upstream in time") from None
+            name = self._connector.name
+            is_silent = name is not None and name.is_waited_for
+            detail = "no name server answered" if is_silent else "no connection to the upstream"
+            raise NotSent(f"{detail} in time") from None
         finally:
             self._connecting.discard(limit)
 
