@@ -303,10 +303,10 @@ async def test_many_requests_at_once_look_a_name_up_once():
     """300 requests at once, by a name whose look-up takes 50 ms: all are answered."""
     names = NameServer("127.0.0.1")
     names.delay_s = 0.05
-    options = {"host": "api.test", "resolver": Resolver(1.0, names), "max_connections": 300}
+    options = {"host": "api.test", "resolver": Resolver(60.0, names), "max_connections": 300}
     async with serving(says(OK)) as raw, pool_to(raw.port, **options) as pool:
         assert await asyncio.gather(*[ask(pool) for _ in range(300)]) == [(200, b"ok")] * 300
-    assert len(names.asked) <= 2
+    assert len(names.asked) == 1
 
 
 async def test_a_silent_name_server_stalls_no_other_upstream():

@@ -42,8 +42,9 @@ class Connector:
                 return await self._connect_by_name(make, self.name)
             except (OSError, ssl.SSLError, asyncio.IncompleteReadError) as error:
                 if attempt == self._retries:
-                    is_name = isinstance(error, socket.gaierror)
-                    reason = look_up_failure(error) if is_name else connect_failure(error)
+                    reason = (
+                        connect_failure(error) if not isinstance(error, socket.gaierror) else look_up_failure(error)
+                    )
                     raise NotSent(f"the upstream cannot be reached: {reason}") from error
                 longest_s = min(MIN_BACKOFF_S * 2**attempt, MAX_BACKOFF_S)
                 await asyncio.sleep(random.uniform(0, longest_s))
