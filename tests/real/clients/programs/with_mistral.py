@@ -1,0 +1,17 @@
+"""mistralai: a chat completion, also streamed."""
+
+from calls import headers, run
+from mistralai.client import Mistral
+
+
+def call(order):
+    client = Mistral(server_url=order["url"], api_key="m-1", timeout_ms=int(1000 * order["timeout_s"]))
+    messages = [{"role": "user", "content": order["prompt"]}]
+    asked = {"model": "m", "messages": messages, "http_headers": headers(order)}
+    if order["stream"]:
+        with client.chat.stream(**asked) as events:
+            return "".join(one.data.choices[0].delta.content or "" for one in events)
+    return client.chat.complete(**asked).choices[0].message.content
+
+
+run(call, "mistralai")
