@@ -41,11 +41,13 @@ DECISIONS = [
     (State.UNKNOWN, PASSED, False, Decision.OUTCOME_UNKNOWN, Decision.KEY_REUSED),
 ]
 
+# The modes of records, and what a damaged one may have. A request that was cancelled is never executed by a retry.
+MODES = (b"hold", b"retry", b"cancelled", b"")
 # As of now: what was found, the same fingerprint, the record's own mode, past its window -> whether it is open.
 OPEN = {
     (State.UNKNOWN, True, b"retry", False),
     (State.UNKNOWN, True, b"retry", True),
-    *product([State.COMPLETE], (True, False), (b"hold", b"retry", b""), [True]),
+    *product([State.COMPLETE], (True, False), MODES, [True]),
 }
 
 # How far the exchange got -> what becomes of its claim.
@@ -53,6 +55,7 @@ ENDINGS = {
     Ending.NOT_SENT: Settlement.RELEASE,
     Ending.NO_RESPONSE: Settlement.UNKNOWN,
     Ending.TRUNCATED: Settlement.UNKNOWN,
+    Ending.CANCELLED: Settlement.CANCELLED,
     Ending.DECLINED: Settlement.RELEASE,
     Ending.AMBIGUOUS: Settlement.UNKNOWN,
     Ending.TOO_LARGE: Settlement.STORE_WITHOUT_BODY,
@@ -84,7 +87,7 @@ def test_the_decision_table_is_whole():
     assert {decision for row in DECISIONS for decision in row[3:]} == set(Decision)
 
 
-@pytest.mark.parametrize("found", [*product(State, (True, False), (b"hold", b"retry", b""), (True, False))])
+@pytest.mark.parametrize("found", [*product(State, (True, False), MODES, (True, False))])
 def test_which_keys_are_open_to_a_newcomer(found):
     """Only two keys can be taken over: unknown in the mode retry by the same request, and complete after its window."""
     assert may_take_over(*found) is (found in OPEN)

@@ -2,13 +2,14 @@
 
 import asyncio
 
+from oncegate.hostnames.resolver import Resolver
 from oncegate.store.events import StoreEvent
 from oncegate.store.record import PREFIX_BYTES
 from oncegate.store.redis import membership
 from oncegate.store.redis.health_monitor import HealthMonitor
 from oncegate.store.redis.link import Link
 from oncegate.store.redis.membership import Membership
-from oncegate.store.redis.server import INFO, load_scripts, opener
+from oncegate.store.redis.server import INFO, Openers, load_scripts
 from oncegate.store.redis.talk import Talk
 
 
@@ -27,7 +28,7 @@ async def test_two_looks_at_once_are_no_loss(own_valkey):
     member = Membership(
         bytes(PREFIX_BYTES), "one", "namespace=a", False, 60_000, 0, 60.0, True, lambda event, _: reported.append(event)
     )
-    link = Link(opener(own_valkey.url, 5.0), nothing, 5.0)
+    link = Link(Openers(5.0, Resolver()).to(own_valkey.url), nothing, 5.0)
     link.start()
     try:
         assert await link.wait_up(asyncio.get_running_loop().time() + 20)
@@ -60,7 +61,7 @@ async def test_rules_that_differ_are_noticed(own_valkey, monkeypatch):
     """Different rules are reported after DIFFER_S, once by each proxy, until one changes; a quick reload is not."""
     monkeypatch.setattr(membership, "DIFFER_S", 0.3)
     monkeypatch.setattr(membership, "LIVE_S", 0.6)
-    link = Link(opener(own_valkey.url, 5.0), nothing, 5.0)
+    link = Link(Openers(5.0, Resolver()).to(own_valkey.url), nothing, 5.0)
     link.start()
     try:
         assert await link.wait_up(asyncio.get_running_loop().time() + 20)

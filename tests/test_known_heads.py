@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oncegate.buffers.memory import MemoryBudget
+from oncegate.hostnames.resolver import Resolver
 from oncegate.known_heads.recent import MAX_HEADS, MAX_STORED_HEAD_BYTES, MISSES_BEFORE_SAMPLING, RecentHeads
 from oncegate.messages.response_head import ResponseHead
 from oncegate.upstream.connection import Connection
@@ -198,6 +199,7 @@ def answered(came: list[tuple[list[bytes], bool]], table: RecentHeads[ResponseHe
             connect_retries=0,
             max_connections=9,
             buffered=MemoryBudget(1 << 20),
+            resolver=Resolver(1.0),
         )
         pool.recent_heads = table
         saw: list[object] = []

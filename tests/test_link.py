@@ -8,12 +8,14 @@ from contextlib import asynccontextmanager
 import pytest
 from redis.asyncio.connection import AbstractConnection
 
+from oncegate.hostnames.resolver import Resolver
 from oncegate.store.redis.link import Link
-from oncegate.store.redis.server import check_mode, greet, load_scripts, opener, set_up
+from oncegate.store.redis.server import Openers, check_mode, greet, load_scripts, set_up
 from oncegate.store.redis.talk import Talk
 from oncegate.store.redis.wire import ErrorReply, Script, ScriptCall
 from oncegate.store.redis.wire import resp as resp_words
 from oncegate.store.results import Unconfirmed
+from tests.name_server import NameServer
 from tests.parts import until
 from tests.resp import Connection, RespServer, Words, echo, resp
 
@@ -43,7 +45,7 @@ async def server() -> AsyncIterator[RespServer]:
 @asynccontextmanager
 async def linked(server: RespServer, stall_s: float = PATIENT_S) -> AsyncIterator[Link]:
     """A link that is up."""
-    link = Link(opener(server.url, stall_s), nothing, stall_s)
+    link = Link(Openers(stall_s, Resolver()).to(server.url), nothing, stall_s)
     link.start()
     try:
         async with asyncio.timeout(2 * PATIENT_S):
@@ -68,6 +70,47 @@ async def is_well(link: Link, server: RespServer, connections: int) -> None:
     assert await link.wait_up(in_s(PATIENT_S))
     assert await say(link, b"well") == [b"well"]
     assert len(server.connections) == connections
+
+
+# By name ...
+
+
+async def by_name(server: RespServer, names: NameServer, host: str = "redis.test") -> Link:
+    """A link to a server by a name that `names` knows, which is being connected."""
+    link = Link(Openers(PATIENT_S, Resolver(1.0, names)).to(f"redis://{host}:{server.port}"), nothing, PATIENT_S)
+    link.start()
+    return link
+
+
+async def test_a_server_is_reached_at_the_addresses_of_its_name(server):
+    """All addresses of a name are tried, in the system's order; one look-up serves connection after connection."""
+    names = NameServer("127.0.0.7", "127.0.0.1")
+    link = await by_name(server, names)
+    try:
+        await is_well(link, server, 1)
+        assert link.at == ("redis.test", server.port)
+        link.renew("again")
+        await is_well(link, server, 2)
+        assert names.asked == ["redis.test"]
+    finally:
+        await link.close()
+
+
+async def test_silent_names_stall_no_store(server):
+    """However many look-ups get no answer, a store whose name is answered for is connected, and one that is waited for
+    can be left at once."""
+    silent, quick = NameServer(), NameServer("127.0.0.1")
+    silent.open.clear()
+    try:
+        stalled = [await by_name(server, silent, f"silent-{number}.test") for number in range(12)]
+        await until(lambda: silent.running == 12)
+        link = await by_name(server, quick)
+        async with asyncio.timeout(2):
+            assert await link.wait_up(in_s(PATIENT_S))
+        async with asyncio.timeout(2):
+            await asyncio.gather(*[one.close() for one in (*stalled, link)])
+    finally:
+        silent.open.set()
 
 
 # One write, one order ...
@@ -330,7 +373,7 @@ async def test_a_server_that_is_not_fit_is_asked_again_until_it_is(server, greet
     """While a server is unfit the link stays down with the reason, and comes up once the server is fit."""
     well, stall_s = dict(server.greeting), 0.3
     server.greeting.update(greeting)
-    link = Link(opener(server.url, stall_s), prepare, stall_s)
+    link = Link(Openers(stall_s, Resolver()).to(server.url), prepare, stall_s)
     link.start()
     try:
         await until(lambda: len(server.connections) >= 2)
@@ -347,7 +390,7 @@ async def test_a_server_that_is_not_fit_is_asked_again_until_it_is(server, greet
 async def test_a_server_that_hangs_up_on_everybody(server):
     """Connections that end at once are made again with growing pauses, and nothing is issued meanwhile."""
     server.closes_at_once = True
-    link = Link(opener(server.url, PATIENT_S), prepare, PATIENT_S)
+    link = Link(Openers(PATIENT_S, Resolver()).to(server.url), prepare, PATIENT_S)
     link.start()
     try:
         await until(lambda: len(server.connections) >= 4)

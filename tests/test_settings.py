@@ -91,6 +91,7 @@ CASES: dict[str, tuple[object, str, object, str, str]] = {
     "upstream_rest_s": (0.2, "0", 0.0, "-0.1", "must be at least 0"),
     "upstream_spare_connections": (None, "64", 64, "-1", "must be at least 0"),
     "max_upstream_connections": (1200, "1", 1, "0", "must be at least 1"),
+    "dns_ttl_s": (1.0, "0.5", 0.5, "0", "must be at least 0.1"),
     "connect_retries": (3, "0", 0, "21", "must be at most 20"),
     "max_request_bytes": (33_554_432, "1024", 1024, "32MiB", "must be a whole number"),
     "max_buffered_bytes": (268_435_456, "33554432", 33_554_432, "0", "must be at least 1"),
@@ -218,6 +219,7 @@ def test_settings_do_not_change():
         ("http://[2001:DB8:0::1]:8080/x", Origin("http", "2001:db8::1", 8080, "/x"), "[2001:db8::1]:8080"),
         ("http://münchen.example", Origin("http", "xn--mnchen-3ya.example", 80), "xn--mnchen-3ya.example"),
         ("http://my_service", Origin("http", "my_service", 80), "my_service"),
+        ("https://api.test.", Origin("https", "api.test.", 443), "api.test"),
     ],
 )
 def test_upstream_forms(text, origin, authority, given):

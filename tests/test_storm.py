@@ -1,5 +1,6 @@
 """A small retry storm: what retries cost without oncegate, and that they cost nothing with it."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,12 @@ from loadtest.retry_storm.run import Side, run
 
 pytestmark = pytest.mark.xdist_group("storm")
 PLAN = Plan(seed=7, seconds=1.5, rate=70.0, patience_s=0.5)
+
+
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="not distributed")
+def test_a_group_stays_together(request: pytest.FixtureRequest):
+    """Groups share what took long to make, and do not run beside themselves. Some releases of pytest ignore them."""
+    assert request.node.nodeid.endswith("@storm")
 
 
 def test_a_seed_is_a_run():

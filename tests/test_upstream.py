@@ -21,6 +21,7 @@ import uvloop
 
 from loadtest.ports import free_port
 from oncegate.buffers.memory import MemoryBudget
+from oncegate.hostnames.resolver import Resolver
 from oncegate.messages.response_head import ResponseHead
 from oncegate.messages.strict_head import strict_response
 from oncegate.upstream.connection import Connection
@@ -29,6 +30,8 @@ from oncegate.upstream.errors import NotSent, UpstreamLost
 from oncegate.upstream.idle import MAX_REST_S
 from oncegate.upstream.pool import REUSE_IDLE_S, Pool
 from oncegate.upstream.response import IncomingResponse
+from oncegate.upstream.window import completes_within
+from tests.name_server import NameServer
 from tests.parts import CHUNKED, LAST_CHUNK, Blackhole, Raw, Talk, abort, chunk, serving, until
 
 REQUEST = b"POST /v1/charges HTTP/1.1\r\nHost: api.test\r\nContent-Length: 2\r\n\r\n{}"
@@ -60,7 +63,7 @@ def says(*pieces: bytes, then_close: bool = False) -> Talk:
 async def pool_to(port: int, tls: ssl.SSLContext | None = None, **options: Any) -> AsyncIterator[Pool]:
     options = {
         "host": "127.0.0.1", "connect_timeout_s": 10.0, "connect_retries": 0, "max_connections": 8,
-        "buffered": MemoryBudget(1 << 28), **options,
+        "buffered": MemoryBudget(1 << 28), "resolver": Resolver(1.0), **options,
     }  # fmt: skip
     pool = Pool(options.pop("host"), port, tls, **options)
     try:
@@ -260,20 +263,187 @@ async def test_an_address_is_not_looked_up():
 import asyncio, sys, uvloop
 from pathlib import Path
 from oncegate.buffers.memory import MemoryBudget
+from oncegate.hostnames.resolver import Resolver
 from oncegate.upstream.pool import Pool
 async def main(port):
     options = dict(connect_timeout_s=10.0, connect_retries=0, max_connections=8, buffered=MemoryBudget(1 << 20))
-    pool = Pool("127.0.0.1", port, None, **options)
+    pool = Pool("127.0.0.1", port, None, resolver=Resolver(1.0), **options)
     connection = await pool.acquire(60)
     print(connection.transport.get_extra_info("peername")[1] == port, len([*Path("/proc/self/task").iterdir()]))
 uvloop.run(main(int(sys.argv[1])))
 """
     async with serving(says(OK)) as raw:
         child = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", program, str(raw.port), stdout=subprocess.PIPE, env={"PYTHONPATH": str(ROOT)}
+            sys.executable,
+            "-c",
+            program,
+            str(raw.port),
+            stdout=subprocess.PIPE,
+            env={"PYTHONPATH": str(ROOT / "proxy")},
         )
         said, _ = await child.communicate()
     assert said == b"True 1\n"
+
+
+# Names ...
+
+
+@asynccontextmanager
+async def serving_at(*addresses: str, port: int, talk: Talk) -> AsyncIterator[dict[str, Raw]]:
+    """Servers on several addresses of this machine, at one port."""
+    async with contextlib.AsyncExitStack() as stack:
+        served = {}
+        for address in addresses:
+            sock = socket.create_server((address, port))
+            served[address] = await stack.enter_async_context(serving(talk, sock=sock))
+        yield served
+
+
+async def test_many_requests_at_once_look_a_name_up_once():
+    """300 requests at once, by a name whose look-up takes 50 ms: all are answered."""
+    names = NameServer("127.0.0.1")
+    names.delay_s = 0.05
+    options = {"host": "api.test", "resolver": Resolver(60.0, names), "max_connections": 300}
+    async with serving(says(OK)) as raw, pool_to(raw.port, **options) as pool:
+        assert await asyncio.gather(*[ask(pool) for _ in range(300)]) == [(200, b"ok")] * 300
+    assert len(names.asked) == 1
+
+
+async def test_a_silent_name_server_stalls_no_other_upstream():
+    """Requests to an upstream whose name nobody answers for are not sent; those to another are answered meanwhile."""
+    silent, quick = NameServer(), NameServer("127.0.0.1")
+    silent.open.clear()
+    names = Resolver(1.0, lambda host: silent(host) if host == "silent.test" else quick(host))
+    try:
+        async with (
+            serving(says(OK)) as raw,
+            pool_to(raw.port, host="silent.test", resolver=names, connect_timeout_s=0.4) as stalled,
+            pool_to(raw.port, host="quick.test", resolver=names) as pool,
+        ):
+            refused = asyncio.gather(*[ask(stalled) for _ in range(8)], return_exceptions=True)
+            async with asyncio.timeout(0.35):
+                assert await ask(pool) == (200, b"ok")
+            assert {str(one) for one in await refused} == {"no name server answered in time"}
+            assert silent.most_running == 1
+    finally:
+        silent.open.set()
+
+
+async def test_connections_are_spread_over_the_addresses():
+    """Each address of a name gets its share of new connections."""
+    port, addresses = free_port(), ("127.0.0.1", "127.0.0.2", "127.0.0.3")
+    names = Resolver(1.0, NameServer(*addresses))
+    async with (
+        serving_at(*addresses, port=port, talk=says(OK)) as served,
+        pool_to(port, host="api.test", resolver=names, keep_idle_s=0) as pool,
+    ):
+        for _ in range(12):
+            await ask(pool)
+        assert [raw.accepted for raw in served.values()] == [4, 4, 4]
+
+
+async def test_an_address_that_fails_is_left_for_the_others():
+    """What one address refuses goes to the next within the same attempt, and for a while none is tried first that
+    failed."""
+    port, addresses = free_port(), ("127.0.0.1", "127.0.0.2", "127.0.0.3")
+    names = Resolver(1.0, NameServer(*addresses))
+    async with (
+        serving_at("127.0.0.2", "127.0.0.3", port=port, talk=says(OK)) as served,
+        pool_to(port, host="api.test", resolver=names, keep_idle_s=0) as pool,
+    ):
+        for _ in range(12):
+            assert await ask(pool) == (200, b"ok")
+        assert all(raw.accepted >= 5 for raw in served.values())
+
+
+async def test_a_handshake_that_fails_at_one_address_is_tried_at_the_next(anyone, trusting):
+    """An address without TLS does not keep a request from the others."""
+    port = free_port()
+    names = Resolver(1.0, NameServer("127.0.0.1", "127.0.0.2"))
+    sock = socket.create_server(("127.0.0.2", port))
+    options = {"host": "localhost", "resolver": names, "connect_retries": 1, "keep_idle_s": 0}
+
+    async def talk(_: Raw, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"no TLS here\r\n\r\n")
+
+    async with (
+        serving_at("127.0.0.1", port=port, talk=talk),
+        serving(says(OK), sock=sock, tls=server_tls(anyone, "localhost")),
+        pool_to(port, trusting, **options) as pool,
+    ):
+        assert [await ask(pool) for _ in range(4)] == [(200, b"ok")] * 4
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
+async def test_both_families_are_reached():
+    """A name with an IPv6 and an IPv4 address is reached at the one that is served, whichever the system prefers."""
+    for address in ("127.0.0.1", "::1"):
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        sock = socket.create_server((address, 0), family=family)
+        port = sock.getsockname()[1]
+        names = Resolver(1.0, NameServer("::1", "127.0.0.1"))
+        async with serving(says(OK), sock=sock), pool_to(port, host="api.test", resolver=names) as pool:
+            assert await ask(pool) == (200, b"ok")
+
+
+async def test_a_moved_name_is_followed_under_steady_traffic():
+    """Within the time that an answer is kept, requests go to the new address, though the connections to the old one
+    are open and in use. A request under way is left alone."""
+    ttl_s, port = 0.3, free_port()
+    names = NameServer("127.0.0.1")
+    slow = asyncio.Event()
+
+    async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            if b"/slow" in await raw.request(reader):
+                await slow.wait()
+            writer.write(OK)
+
+    async with (
+        serving_at("127.0.0.1", "127.0.0.2", port=port, talk=talk) as served,
+        pool_to(port, host="api.test", resolver=Resolver(ttl_s, names)) as pool,
+    ):
+        running = await pool.acquire(60)
+        running.send(b"GET /slow HTTP/1.1\r\nHost: api.test\r\n\r\n", b"")
+        assert await ask(pool) == (200, b"ok")
+        names.addresses = ("127.0.0.2",)
+        moved = asyncio.get_running_loop().time()
+        while asyncio.get_running_loop().time() < moved + ttl_s:
+            await ask(pool)
+            await asyncio.sleep(0.01)
+        before, new = len(served["127.0.0.1"].requests), len(served["127.0.0.2"].requests)
+        for _ in range(10):
+            await ask(pool)
+        assert len(served["127.0.0.1"].requests) == before
+        assert len(served["127.0.0.2"].requests) == new + 10
+        slow.set()
+        assert (await answer_of(running))[1] == b"ok"
+        pool.release(running)
+        assert running.is_discarded
+
+
+async def test_a_name_is_watched_only_while_connections_are_open():
+    """Without connections nobody is asked."""
+    names = NameServer("127.0.0.1")
+    options = {"host": "api.test", "resolver": Resolver(0.1, names), "keep_idle_s": 0.3}
+    async with serving(says(OK)) as raw, pool_to(raw.port, **options) as pool:
+        await ask(pool)
+        await asyncio.sleep(0.25)
+        assert len(names.asked) > 1
+        await until(lambda: not pool._open_count)
+        await asyncio.sleep(0.1)
+        asked = len(names.asked)
+        await asyncio.sleep(0.25)
+        assert len(names.asked) == asked
+
+
+async def test_the_dot_of_an_absolute_name_is_not_in_the_handshake(anyone, trusting):
+    """Neither the server name nor the check of the certificate has it (RFC 6066, section 3)."""
+    tls, told = server_tls(anyone, "localhost"), []
+    tls.sni_callback = lambda _, name, __: told.append(name)
+    async with serving(says(OK), tls=tls) as raw, pool_to(raw.port, trusting, host="localhost.") as pool:
+        assert await ask(pool) == (200, b"ok")
+    assert told == ["localhost"]
 
 
 # TLS ...
@@ -1515,7 +1685,7 @@ async def test_an_answer_that_does_not_end_within_the_window_goes_on(pause_s):
             await asyncio.sleep(number / 1000)  # windows that end at different fractions of a second
             async with sent(pool) as connection:
                 await connection.wait_for_head(20)
-                assert await connection.completes_within(0.05, 65536) is (pause_s == 0)
+                assert await completes_within(connection, 0.05, 65536) is (pause_s == 0)
                 assert await connection.next_chunk(20) == b"ok"
 
         await asyncio.gather(*[one(number) for number in range(40)])
@@ -1527,7 +1697,7 @@ async def test_a_small_answer_is_whole_only_up_to_a_size():
         answer = CHUNKED + chunk(b"a" * size) + LAST_CHUNK
         async with serving(says(answer)) as raw, pool_to(raw.port) as pool, sent(pool) as connection:
             await connection.wait_for_head(20)
-            assert await connection.completes_within(10, 1000) is small
+            assert await completes_within(connection, 10, 1000) is small
 
 
 # Back-pressure ...

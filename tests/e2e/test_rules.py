@@ -275,6 +275,19 @@ async def test_a_window_does_not_end_what_is_running(ruled, behind):
     assert len(behind.received) == 2
 
 
+async def test_a_click_that_waited_gets_the_answer_of_the_first_one_also_past_the_window(ruled, behind):
+    """A slow form: the second click waits for longer than the window, and is still no second order."""
+    done = asyncio.Event()
+    behind.script = holding(done)
+    clicks = [asyncio.ensure_future(post(ruled, "/click", b"slow", "Prefer: wait=10"))]
+    await until(lambda: behind.received)
+    clicks.append(asyncio.ensure_future(post(ruled, "/click", b"slow", "Prefer: wait=10")))
+    await asyncio.sleep(0.7)
+    done.set()
+    assert await asyncio.gather(*clicks) == [EXECUTED, REPLAYED]
+    assert len(behind.received) == 1
+
+
 @pytest.mark.parametrize("file", ["x", "y" * 1_500_000], ids=["in memory", "spooled"])
 async def test_two_clicks_on_a_form_with_a_file_are_one(ruled, behind, file):
     """A browser makes a new boundary for each click. With the same content it is the same request, keyed or not."""

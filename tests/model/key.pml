@@ -7,7 +7,7 @@
  *   spin -a -DWITHOUT=NOT_AFTER -DLOST_CLAIMS=1 key.pml && ...            one safeguard less: a promise breaks
  *
  * Who takes part: -DOWNERS=n, -DRETRIERS=b (bit i: owner i claims under `retry`), -DOPERATORS, -DSTREAMS, -DLOST_CLAIMS,
- * -DLATE_SETTLES, -DHANGS (0 or 1). -DONLY=P_TWICE looks at one promise alone. With -DCHOSEN_LATER all of them come from
+ * -DLATE_SETTLES, -DHANGS, -DCANCELS (0 or 1). -DONLY=P_TWICE looks at one promise alone. With -DCHOSEN_LATER all of them come from
  * the environment of ./pan, in numbers: one verifier for every variant.
  */
 #ifndef OWNERS
@@ -30,6 +30,9 @@
 #endif
 #ifndef HANGS
 #define HANGS 0
+#endif
+#ifndef CANCELS
+#define CANCELS 0
 #endif
 #ifndef WITHOUT
 #define WITHOUT 0
@@ -68,6 +71,7 @@
 #define WITHDRAWN_LATE 24
 #define COPIES_WITHDRAWN 25
 #define RENEWED_ALIVE 26
+#define CANCELLED_STAYS 27
 #define HAS(safeguard) (without != safeguard && and_without != safeguard)
 
 /* The promises; world.py says what each means. */
@@ -102,15 +106,16 @@
 #define STREAM 12
 #define BARE 13
 #define RELEASE 14
-#define UNKNOWN 15 /* ... to here its leases are renewed */
-#define HUNG 16
-#define WITHDRAWN 17
-#define TOLD 18
-#define ENDED 19
-#define DEAD 20
+#define UNKNOWN 15
+#define CANCELLED 16 /* ... to here its leases are renewed */
+#define HUNG 17
+#define WITHDRAWN 18
+#define TOLD 19
+#define ENDED 20
+#define DEAD 21
 #define at place[me]
-#define IS_ACTIVE(who) (place[who] >= CLAIMED && place[who] <= UNKNOWN)
-#define IS_SETTLING (at >= STORE && at <= UNKNOWN)
+#define IS_ACTIVE(who) (place[who] >= CLAIMED && place[who] <= CANCELLED)
+#define IS_SETTLING (at >= STORE && at <= CANCELLED)
 #define HAS_LEFT(who) (place[who] == TOLD || place[who] == WITHDRAWN)
 #define RETRIES(who) ((retriers >> who) & 1)
 #define OPERATOR 9
@@ -121,17 +126,19 @@ mtype = { claimed, found, late, told, appended, renewed, stored, freed_, marked,
 
 /* What was chosen. */
 byte owners = OWNERS, retriers = RETRIERS, without = WITHOUT, and_without = AND_WITHOUT, only = ONLY;
-bool operators = OPERATORS, streams = STREAMS, lost_claims = LOST_CLAIMS, late_settles = LATE_SETTLES, hangs = HANGS;
+bool operators = OPERATORS, streams = STREAMS, lost_claims = LOST_CLAIMS, late_settles = LATE_SETTLES, hangs = HANGS,
+	cancels = CANCELS;
 /* The record. */
 mtype state = absent;
 byte token, piece, answer;
 bool retry, lease;
+bool cancelled;             /* its mode is `cancelled`, whatever that of its claim was */
 mtype body;
 /* The owners, from 1. */
 byte place[MOST + 1], seen[MOST + 1];
 byte claim_copy[MOST + 1];  /* a claim on its way: what it had seen, plus one */
 byte settle_copy[MOST + 1]; /* a settle on its way */
-bool counts[MOST + 1];      /* executed under hold, not declined, not released by an operator */
+bool counts[MOST + 1];      /* executed under hold or cancelled, not declined, not released by an operator */
 bool freed[MOST + 1];       /* an operator ended its claim */
 byte saw;                   /* the operator: the token that was seen */
 byte truth;                 /* whose answer was delivered first */
@@ -148,7 +155,8 @@ mtype word;                 /* the reply to the last verb; 0 between two steps *
 /* The store's verbs ... */
 
 inline become(a_state, a_token, a_mode, a_lease, an_answer, a_body) {
-	state = a_state; token = a_token; retry = a_mode; lease = a_lease; piece = 0; answer = an_answer; body = a_body
+	state = a_state; token = a_token; retry = a_mode; lease = a_lease; piece = 0; answer = an_answer; body = a_body;
+	cancelled = false
 }
 inline claim(what, is_late, split) {
 	if
@@ -213,8 +221,11 @@ inline renew() {
 	:: else /* whatever it is told, it does nothing about it */
 	fi
 }
-#define GUARDED(how) ((how == RELEASE && HAS(TOKEN_ON_RELEASE)) || (how == UNKNOWN && HAS(TOKEN_ON_UNKNOWN)) \
+#define GUARDED(how) ((how == RELEASE && HAS(TOKEN_ON_RELEASE)) || (how >= UNKNOWN && HAS(TOKEN_ON_UNKNOWN)) \
 	|| (how <= BARE && HAS(TOKEN_ON_STORE)))
+#define STAYS(how) (how == CANCELLED && HAS(CANCELLED_STAYS))
+#define IS_MARKED(how) (state == unknown && token == me && retry == (RETRIES(me) && !STAYS(how)) \
+	&& cancelled == STAYS(how) && piece == 0)
 #define LACKS(how) (how == STREAM && piece == 0)
 inline settle(how) {
 	if
@@ -229,13 +240,15 @@ inline settle(how) {
 			:: else
 			fi;
 			become(absent, 0, 0, false, 0, 0)
-		:: (state != complete || !HAS(FINAL)) && how == UNKNOWN ->
+		:: (state != complete || !HAS(FINAL)) && how >= UNKNOWN ->
 			word = marked;
 			if
-			:: state != unknown || token != me || retry != RETRIES(me) || piece != 0 -> changes()
+			:: !IS_MARKED(how) -> changes()
 			:: else
 			fi;
-			become(unknown, me, RETRIES(me), false, 0, 0)
+			become(unknown, me, (RETRIES(me) && !STAYS(how)), false, 0, 0);
+			cancelled = STAYS(how);
+			counts[me] = (counts[me] || how == CANCELLED)
 		:: (state != complete || !HAS(FINAL)) && how <= BARE && LACKS(how) && HAS(COUNTED) -> word = torn
 		:: (state != complete || !HAS(FINAL)) && how <= BARE && !(LACKS(how) && HAS(COUNTED)) ->
 			word = stored;
@@ -245,7 +258,7 @@ inline settle(how) {
 			:: state == complete -> KEEPS(P_FINAL, token == me && body == (how == BARE -> bare : (LACKS(how) -> torn : whole)))
 			fi;
 			body = (how == BARE -> bare : (LACKS(how) -> torn : whole));
-			state = complete; token = me; retry = 0; lease = false; piece = 0; answer = me
+			state = complete; token = me; retry = 0; cancelled = false; lease = false; piece = 0; answer = me
 		fi
 	fi
 }
@@ -341,6 +354,7 @@ end:
 	:: atomic { at == SENT -> has_all(STORE) }
 	:: atomic { at == SENT && streams -> has_all(BARE) } /* too large */
 	:: atomic { at == SENT && streams -> at = STREAMING }
+	:: atomic { (at == SENT || at == STREAMED) && cancels -> at = CANCELLED }
 	:: atomic { at == STREAMING ->
 		append();
 		if
@@ -428,7 +442,7 @@ init {
 		c_code {
 			now.owners = chosen("OWNERS"); now.retriers = chosen("RETRIERS"); now.operators = chosen("OPERATORS");
 			now.streams = chosen("STREAMS"); now.lost_claims = chosen("LOST_CLAIMS");
-			now.late_settles = chosen("LATE_SETTLES"); now.hangs = chosen("HANGS");
+			now.late_settles = chosen("LATE_SETTLES"); now.hangs = chosen("HANGS"); now.cancels = chosen("CANCELS");
 			now.without = chosen("WITHOUT"); now.and_without = chosen("AND_WITHOUT"); now.only = chosen("ONLY");
 		};
 #endif

@@ -165,9 +165,14 @@ class Key:
         yield Step(f"{me} gets no answer", put(world, me, owner, lost), certain=True)
         yield Step(f"{me} is declined", put(world, me, owner, ENDINGS["declined"], counts=False))
         yield self._has_all(world, me, owner, ENDINGS["complete"])
+        yield from self._is_cancelled(world, me, owner)
         if self.setting.streams:
             yield self._has_all(world, me, owner, ENDINGS["too_large"])
             yield Step(f"{me} gets the first piece", put(world, me, owner, STREAMING))
+
+    def _is_cancelled(self, world: World, me: int, owner: Owner) -> Iterator[Step]:
+        if self.setting.cancels:
+            yield Step(f"{me} is cancelled", put(world, me, owner, ENDINGS["cancelled"]))
 
     def _appends(self, world: World, me: int, owner: Owner) -> Iterator[Step]:
         word, record = self._call("append", world.record, me)
@@ -178,6 +183,7 @@ class Key:
 
     def _hears_the_end(self, world: World, me: int, owner: Owner) -> Iterator[Step]:
         yield Step(f"the answer to {me} breaks off", put(world, me, owner, ENDINGS["truncated"]), certain=True)
+        yield from self._is_cancelled(world, me, owner)
         yield self._has_all(world, me, owner, "stream")
 
     def _has_all(self, world: World, me: int, owner: Owner, how: str) -> Step:
@@ -192,10 +198,13 @@ class Key:
         how = owner.place
         word, record = self._call("settle", world.record, me, self._mode(me), how)
         after, broken = world._replace(record=record), written(world.record, record, me)
+        if how == "cancelled" and word == "unknown":
+            after = put(after, me, owner, counts=True)
+        settled = after.owners[me - 1]
         if word == "torn":
-            yield Step(f"{me} settles {how}: torn", put(after, me, owner, "bare"), certain=True)
+            yield Step(f"{me} settles {how}: torn", put(after, me, settled, "bare"), certain=True)
         else:
-            ended = self._concludes(after, me, owner, word)
+            ended = self._concludes(after, me, settled, word)
             yield ended._replace(broken=broken or ended.broken)
         yield Step(f"{me} settles {how}; the reply is lost", after, broken=broken)
         if self.setting.late_settles and not owner.settle_copy:
@@ -239,8 +248,9 @@ class Key:
             after = put(world._replace(record=record), me, owner, claim_copy=-1)
             yield Step(f"an old claim of {me} arrives", after, broken=broken)
         if owner.settle_copy:
-            _, record = self._call("settle", world.record, me, self._mode(me), owner.settle_copy)
-            after = put(world._replace(record=record), me, owner, settle_copy="")
+            word, record = self._call("settle", world.record, me, self._mode(me), owner.settle_copy)
+            counts = owner.counts or (owner.settle_copy == "cancelled" and word == "unknown")
+            after = put(world._replace(record=record), me, owner, settle_copy="", counts=counts)
             yield Step(f"an old settle of {me} arrives", after, broken=written(world.record, record, me))
 
     def _renews(self, world: World, me: int, owner: Owner) -> Iterator[Step]:

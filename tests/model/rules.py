@@ -8,7 +8,7 @@ Owners are small numbers, times are gone: a lease runs or has passed, a claim is
 from typing import NamedTuple
 
 ABSENT, IN_FLIGHT, UNKNOWN, COMPLETE, RELEASED = "absent", "in_flight", "unknown", "complete", "released"
-HOLD, RETRY = "hold", "retry"
+HOLD, RETRY, CANCELLED = "hold", "retry", "cancelled"
 NOBODY, OPERATOR = 0, 9  # beside the owners 1, 2, 3
 # What a complete record has of its body.
 WHOLE, BARE, TORN = "whole", "bare", "torn"
@@ -28,12 +28,14 @@ HOW = {  # of a settle: its word, and how much of an answer it stores
     "bare": "store",  # nothing of it
     "release": "release",
     "unknown": "unknown",
+    "cancelled": "unknown",  # in a mode that no setting has
 }
 # How an exchange ended, and how its claim is settled.
 ENDINGS = {
     "not_sent": "release",
     "no_response": "unknown",
     "truncated": "unknown",
+    "cancelled": "cancelled",
     "ambiguous": "unknown",
     "declined": "release",
     "too_large": "bare",
@@ -123,7 +125,8 @@ def settle(record: Record, me: int, mode: str, how: str, cut: Cut) -> Done:
     if word == "release":
         return "released", Record()
     if word == "unknown":
-        return "unknown", Record(UNKNOWN, me, mode)
+        stays = how == "cancelled" and "CANCELLED_STAYS" not in cut
+        return "unknown", Record(UNKNOWN, me, CANCELLED if stays else mode)
     kept = {"store": WHOLE, "bare": BARE, "stream": WHOLE if record.piece else TORN}[how]
     if kept == TORN and "COUNTED" not in cut:
         return "torn", record

@@ -119,6 +119,7 @@ def choices(name: str) -> dict[str, int]:
         "LOST_CLAIMS": setting.lost_claims + 0,
         "LATE_SETTLES": setting.late_settles + 0,
         "HANGS": setting.hangs + 0,
+        "CANCELS": setting.cancels + 0,
         "ONLY": numbers[promise(breaks)] if breaks else 0,
         **{which: numbers[safeguard] for which, safeguard in zip(("WITHOUT", "AND_WITHOUT"), cut, strict=False)},
     }

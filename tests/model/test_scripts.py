@@ -10,7 +10,7 @@ from redis import Redis
 
 from oncegate.decision import Ending, State, decide, effective_state, may_take_over
 from oncegate.messages.response_head import response_digest
-from oncegate.store.record import Claim, StoredResponse, pack, self_check, unpack
+from oncegate.store.record import Claim, StoredResponse, cancelled_claim, pack, self_check, unpack
 from oncegate.store.record_name import store_key
 from oncegate.store.redis.server import load_scripts
 from tests.conftest import Valkey
@@ -125,9 +125,18 @@ class Server:
         head = [TOKENS[me], rules.HOW[how], RETENTION_MS]
         if how == "release":
             return head
-        if how == "unknown":
-            claim = claim_of(me, mode)
-            return [*head, claim.fence, mode, FINGERPRINT, claim.self_check, claim.created_ms, "no answer came", 0]
+        if rules.HOW[how] == "unknown":
+            claim = cancelled_claim(claim_of(me, mode)) if how == "cancelled" else claim_of(me, mode)
+            return [
+                *head,
+                claim.fence,
+                claim.mode,
+                FINGERPRINT,
+                claim.self_check,
+                claim.created_ms,
+                "no answer came",
+                0,
+            ]
         first, last = pieces(me)
         chunks = {"store": 1, "stream": 2, "bare": 0}[how]
         meta, answer = packed(me, chunks, kept=how != "bare")

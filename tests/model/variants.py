@@ -15,6 +15,9 @@ SETTINGS = {
     "retry, streams": Setting((RETRY, RETRY), streams=True, late_settles=True, hangs=True),
     "retry, three": Setting((RETRY, RETRY, RETRY)),
     "retry, operator": Setting((RETRY, RETRY), operator=True, streams=True),
+    "hold, cancels": Setting((HOLD, HOLD), streams=True, late_settles=True, cancels=True),
+    "retry, cancels": Setting((RETRY, RETRY), streams=True, late_settles=True, cancels=True),
+    "retry, operator, cancels": Setting((RETRY, RETRY), operator=True, cancels=True),
     "hold, then retry": Setting((HOLD, RETRY), streams=True, late_settles=True),
     "retry, then hold": Setting((RETRY, HOLD), streams=True, late_settles=True),
 }
@@ -44,6 +47,7 @@ WITHOUT = {
     "TOKEN_ON_STORE": ("retry, streams", "zombie"),
     "TOKEN_ON_RELEASE": ("hold, three", "twice"),
     "TOKEN_ON_UNKNOWN": ("retry", "zombie"),
+    "CANCELLED_STAYS": ("retry, cancels", "twice"),  # a request that was cancelled is not executed by a retry
     "COUNTED": ("retry, streams", "torn"),  # a settle says how many pieces there have to be
     "FINAL": ("hold", "final"),  # a complete record stays what it is
     "OPERATOR_COMPARES": ("hold, operator, three", "twice"),  # an operator ends the claim that was looked at

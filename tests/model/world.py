@@ -6,7 +6,7 @@ from tests.model import rules
 from tests.model.rules import ABSENT, COMPLETE, IN_FLIGHT, NOBODY, RELEASED, TORN, UNKNOWN, Record
 
 PROMISES = {
-    "twice": "an execution begins though there was one under `hold`, not declined and not released by an operator",
+    "twice": "an execution begins though one was under `hold` or cancelled, not declined, not released by an operator",
     "differ": "two complete answers that were delivered differ",
     "unbacked": "an owner delivers its own answer as complete and the record does not hold it",
     "zombie": "a write of somebody who is not the owner changes the record",
@@ -36,7 +36,7 @@ class Owner(NamedTuple):
     seen: int = NOBODY  # the token of the record that it found open
     claim_copy: int = -1  # a claim that is still on its way, with what it had seen
     settle_copy: str = ""  # a settle that is still on its way
-    counts: bool = False  # executed under hold, not declined, not released by an operator
+    counts: bool = False  # executed under hold or cancelled, not declined, not released by an operator
     freed: bool = False  # an operator ended its claim
 
 
@@ -63,6 +63,7 @@ class Setting(NamedTuple):
     lost_claims: bool = False  # their replies get lost, and they may arrive late
     late_settles: bool = False
     hangs: bool = False
+    cancels: bool = False
 
 
 def put(world: World, me: int, owner: Owner, place: str | None = None, **more: object) -> World:

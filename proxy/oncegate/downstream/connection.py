@@ -36,7 +36,8 @@ class ClientConnection(RequestReader):
     """
 
     __slots__ = (
-        "_stops", "forwarded", "leave_waiter", "minimum_rate", "retiring", "room_waiter", "write_batcher",
+        "_stops", "forwarded", "leave_waiter", "minimum_rate", "reader_waiter", "retiring", "room_waiter",
+        "write_batcher",
     )  # fmt: skip
 
     def __init__(self, owner: ConnectionOwner, **kwargs: Any) -> None:
@@ -47,9 +48,10 @@ class ClientConnection(RequestReader):
         # No further request is taken.
         self._stops = False
         self.retiring = owner.retiring
-        # Done when more can be written, and when the client left.
+        # Done when more can be written, when the client left, and when it left or closed its side.
         self.room_waiter: asyncio.Future[None] | None = None
         self.leave_waiter: asyncio.Future[None] | None = None
+        self.reader_waiter: asyncio.Future[None] | None = None
 
     @property
     def docs_url(self) -> str:
@@ -80,6 +82,11 @@ class ClientConnection(RequestReader):
     def is_last_response(self) -> bool:
         """Whether a response that begins now must say that it is the last."""
         return self._stops or ((self._half_closed or self.retiring) and not self._has_more)
+
+    @property
+    def is_half_closed(self) -> bool:
+        """Whether the client closed its side of the connection."""
+        return self._half_closed
 
     def close(self) -> None:
         """Take no further request. aiohttp's own method would also drop the rest of a body that is on its way."""
@@ -121,6 +128,12 @@ class ClientConnection(RequestReader):
         super().connection_lost(exc)
         wake(self.room_waiter)
         wake(self.leave_waiter)
+        wake(self.reader_waiter)
+
+    def eof_received(self) -> bool | None:  # type: ignore[override]  # as in RequestReader
+        keeps_open = super().eof_received()
+        wake(self.reader_waiter)
+        return keeps_open
 
     # Requests are answered ...
 

@@ -25,6 +25,7 @@ class RequestConnection(Protocol):
     memo: ConnectionMemo
     room_waiter: "asyncio.Future[None] | None"
     leave_waiter: "asyncio.Future[None] | None"
+    reader_waiter: "asyncio.Future[None] | None"
 
     @property
     def docs_url(self) -> str: ...
@@ -34,6 +35,9 @@ class RequestConnection(Protocol):
 
     @property
     def is_last_response(self) -> bool: ...
+
+    @property
+    def is_half_closed(self) -> bool: ...
 
     def remember_head(self, message: Any, head: RequestHead) -> KnownHead | None: ...
 

@@ -31,6 +31,7 @@ class ResponseConnection(Protocol):
     minimum_rate: MinimumRate
     room_waiter: "asyncio.Future[None] | None"
     leave_waiter: "asyncio.Future[None] | None"
+    reader_waiter: "asyncio.Future[None] | None"
 
     @property
     def docs_url(self) -> str: ...
@@ -40,6 +41,9 @@ class ResponseConnection(Protocol):
 
     @property
     def is_last_response(self) -> bool: ...
+
+    @property
+    def is_half_closed(self) -> bool: ...
 
     def force_close(self) -> None: ...
 
@@ -93,6 +97,18 @@ class ResponseWriter:
         if self.client_gone:
             future.set_result(None)
         self._connection.leave_waiter = future
+        return future
+
+    def reader_has_left(self) -> bool:
+        """Return whether the client has left, or closed its side: nearly all that close their side have left."""
+        return self.client_gone or self._connection.is_half_closed
+
+    def reader_leaves(self) -> "asyncio.Future[None]":
+        """Return a future that is done once `reader_has_left`."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if self.reader_has_left():
+            future.set_result(None)
+        self._connection.reader_waiter = future
         return future
 
     def send_continue(self) -> None:

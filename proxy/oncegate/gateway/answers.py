@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import assert_never
 
-from oncegate.decision import HOLD, Decision, decide, effective_state, retry_after_s
+from oncegate.decision import CANCELLED, HOLD, Decision, decide, effective_state, retry_after_s
 from oncegate.downstream.body import BrokenOff, NoBody, NoRoom, TooLarge
 from oncegate.downstream.request import Request
 from oncegate.keys.digests import UnstableScope
@@ -137,6 +137,8 @@ def duplicate_refusal(decision: Decision | Outcome, taken: Taken, policy: Policy
         case Outcome.STORE_UNAVAILABLE:
             after = taken.retry_after_s if isinstance(taken, ClaimsSuspended) else None
             return Refuse(problem("store-unavailable", "the store cannot say now what became of this key", after))
+        case Decision.OUTCOME_UNKNOWN if isinstance(taken, Record) and taken.mode == CANCELLED:
+            return cancelled(status=taken.status)
         case _:
             status = taken.status if isinstance(taken, Record) else 0
             doubt = f"a response with status {status} came, which does not tell the outcome" if status else MAYBE
@@ -183,6 +185,18 @@ def upstream_lost(*, timeout: bool, mode: bytes = HOLD, fields: bytes = UNKNOWN,
 def _original(status: int) -> dict[str, int]:
     """Return the member of a problem for the status of a response which does not tell the outcome; 0 for none."""
     return {"original_status": status} if status else {}
+
+
+def cancelled(*, sent: bool = True, status: int = 0) -> Refuse:
+    """Return the answer to a request that was cancelled, and to its duplicates.
+
+    `sent`: a part of it, at least. `status`: of a response that came and is not whole; 0 for none.
+    """
+    if not sent:
+        return Refuse(problem("upstream-unreachable", "it was cancelled before it was sent"), outcome=Outcome.CANCELLED)
+    detail = f"the client stopped it, so that it is not sent again; {MAYBE}"
+    unknown = problem("outcome-unknown", detail, reason="cancelled", **_original(status))
+    return Refuse(unknown, UNKNOWN, outcome=Outcome.CANCELLED)
 
 
 def response_not_stored() -> Refuse:

@@ -10,18 +10,19 @@ import time
 
 from oncegate.decision import RETRY, Disposition, Ending, Settlement, ending, must_reclaim
 from oncegate.downstream.response import ResponseWriter
-from oncegate.gateway.answers import Refuse, not_confirmed, not_sent, response_not_stored, upstream_lost
+from oncegate.gateway.answers import Refuse, cancelled, not_confirmed, not_sent
 from oncegate.gateway.keyed_request import KeyedRequest
 from oncegate.gateway.recording import Recording
-from oncegate.gateway.settling import Progress, clean_up, note_settlement, settle
+from oncegate.gateway.settling import LOST, Progress, clean_up, note_settlement, settle, without_response
 from oncegate.messages.request_head import with_fence
 from oncegate.messages.response_head import ResponseHead
-from oncegate.observe.outcome import BY_LABEL, Outcome, outcome_of
+from oncegate.observe.outcome import BY_LABEL, Outcome
 from oncegate.store import stages
 from oncegate.store.leases import LeasedClaim, suspended_clock_s
 from oncegate.store.results import SettleResult, SettleStatus
 from oncegate.upstream.connection import Connection
 from oncegate.upstream.errors import NotSent, UpstreamLost
+from oncegate.upstream.window import completes_within
 
 # A response of at most so many bytes whose end comes within so many seconds of its head is stored first, and sent in
 # one write.
@@ -31,7 +32,6 @@ SMALL_S = 0.05
 TELLING_S = 5.0
 # How often a lost request is sent again to an upstream that is idempotent, and the longest pauses before that.
 RESENDS, FIRST_PAUSE_S, MAX_PAUSE_S = 3, 0.2, 2.0
-LOST = (Ending.NO_RESPONSE, Ending.TRUNCATED)
 # By how a response settles its key (a disposition's label): the outcome, and the field that says so.
 OUTCOMES = {one.label: (BY_LABEL[one.label], f"Oncegate-Status: {one.label}\r\n".encode()) for one in Disposition}
 
@@ -47,6 +47,8 @@ class Exchange:
     # Tries that are left after this one, while a lost request is sent again.
     _resends_left: int | None = None
     _not_sent: Refuse | None = None
+    # The one that the request is on now.
+    _connection: Connection | None = None
     _disposition = Disposition.STORE
     # Whether a member of the body decides, too.
     _body_tells = False
@@ -57,6 +59,16 @@ class Exchange:
         self._scope, self._body = keyed.claim_request.scope, keyed.body
         self._held, self._request, self._response = held, head, response
         self.progress = Progress(self._deps, held)
+
+    def cancel(self, reason: str) -> None:
+        """End the exchange: close the upstream connection, and leave the key unknown in the mode `cancelled`.
+
+        `reason` is for operators. A response that is complete is still stored, and a request of which nothing was sent
+        frees its key.
+        """
+        self.progress.cancelled = reason
+        if self._connection is not None:
+            self._connection.fail(UpstreamLost(f"cancelled: {reason}"))
 
     async def run(self) -> Outcome:
         """Forward, settle, conclude; return the outcome."""
@@ -71,6 +83,8 @@ class Exchange:
             if progress.recording is not None and settlement.stores_body:
                 reached, last = await self._finish_recording(progress.recording)
                 settlement = reached.settlement
+            if progress.cancelled and reached in LOST:
+                reached, settlement = Ending.CANCELLED, Settlement.CANCELLED
             # A response is worth waiting for. That there is none can be settled after the client was answered.
             timeout_s = deps.settle_timeout_s if settlement.completes else deps.store_timeout_s
             result = await settle(progress, settlement, last, timeout_s)
@@ -100,6 +114,7 @@ class Exchange:
         if connection is None:
             return Ending.NOT_SENT
         began, silence_s = time.perf_counter(), deps.silence_s
+        self._connection = connection
         try:
             self._send(connection)
             if connection.response.head is None:
@@ -109,7 +124,7 @@ class Exchange:
                 self._check_idle_timeout(connection, head)
             if self._may_be_small(head) and (
                 connection.is_complete_in(SMALL_BYTES)
-                or await connection.completes_within(self._window_s(), SMALL_BYTES)
+                or await completes_within(connection, self._window_s(), SMALL_BYTES)
             ):
                 progress.whole = whole = connection.take_body()
                 if self._body_tells:
@@ -125,6 +140,7 @@ class Exchange:
             return Ending.NO_RESPONSE if progress.head is None else Ending.TRUNCATED
         finally:
             progress.upstream_s = time.perf_counter() - began
+            self._connection = None
             deps.pool.release(connection)
 
     async def _resend(self, reached: Ending) -> Ending:
@@ -134,7 +150,7 @@ class Exchange:
         """
         max_pause_s = FIRST_PAUSE_S
         for left in reversed(range(RESENDS)):
-            if reached not in LOST or self._response.started or self._deps.pool.shut:
+            if reached not in LOST or self._response.started or self._deps.pool.shut or self.progress.cancelled:
                 break
             self._extend_watchdog()
             await asyncio.sleep(random.uniform(0, max_pause_s))
@@ -154,6 +170,10 @@ class Exchange:
                 connection = await deps.pool.acquire(deps.reuse_idle_s)
             except NotSent as reason:
                 self._not_sent = not_sent(str(reason))
+                return None
+            if self.progress.cancelled:
+                deps.pool.release(connection)
+                self._not_sent = cancelled(sent=False)
                 return None
             if not must_reclaim(self._held.age_s(), self._policy.lease_ms):
                 return connection
@@ -262,35 +282,19 @@ class Exchange:
     # What the client gets ...
 
     def _conclude(self, reached: Ending, result: SettleResult) -> Outcome:
-        status = result.status
-        if status.is_done and reached.settlement.completes:
+        if result.status.is_done and reached.settlement.completes:
             self._deliver()
             return self._outcome
-        if status is SettleStatus.FENCED:
-            return self._refused(Outcome.FENCED, None)
-        match reached:
-            case Ending.NOT_SENT:
-                refuse = self._not_sent or not_sent("nothing was sent")
-                return self._refused(outcome_of(refuse.problem), refuse)
-            case Ending.NO_RESPONSE | Ending.TRUNCATED if self._response.started:
-                return self._refused(Outcome.TRUNCATED, None)
-            case Ending.NO_RESPONSE | Ending.TRUNCATED:
-                progress = self.progress
-                timeout = progress.lost is not None and progress.lost.timeout
-                refuse = upstream_lost(timeout=timeout, mode=self._held.claim.mode, status=progress.status)
-                return self._refused(outcome_of(refuse.problem), refuse)
-            case Ending.COMPLETE | Ending.TOO_LARGE if status is SettleStatus.UNCONFIRMED:
-                return self._refused(Outcome.ANSWER_NOT_STORED, response_not_stored())
-        self._deliver()
-        return self._outcome
-
-    def _refused(self, outcome: Outcome, refuse: Refuse | None) -> Outcome:
-        """End an exchange without a whole response; abort a response that has begun."""
+        ended = without_response(self.progress, reached, result.status, self._not_sent)
+        if ended is None:
+            self._deliver()
+            return self._outcome
+        # A response that has begun is aborted: what there is of it must not look complete.
         if self._response.started:
             self._response.abort()
-        else:
-            self.refuse = refuse
-        return outcome
+            return Outcome.TRUNCATED if ended.refuse is not None and reached in LOST else ended.outcome
+        self.refuse = ended.refuse
+        return ended.outcome
 
     def _deliver(self) -> None:
         """Send the end of a streamed response, or all of a small one."""

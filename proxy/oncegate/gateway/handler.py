@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from oncegate.decision import Decision
@@ -140,7 +141,10 @@ class Gateway:
                     return keyed.report(request, Outcome.CLIENT_GONE, 0)
                 if woken is not Woken.RECORD_CHANGED and woken is not Woken.MAY_CLAIM:
                     return await self._answer_duplicate(request, keyed, taken)
-                waited = True
+                if not waited:
+                    waited = True
+                    # The original's response is this request's own by now, however long ago it began.
+                    claim_request = replace(claim_request, window_ms=0)
         finally:
             self.in_flight -= 1
             body.close()
@@ -150,7 +154,12 @@ class Gateway:
         exchange = self._exchange(request, keyed, claim, asked_s)
         progress = exchange.progress
         try:
-            outcome = await exchange.run()
+            grace_s = keyed.route.policy.cancel_grace_s
+            if grace_s is None:
+                outcome = await exchange.run()
+            else:
+                cancellations = keyed.route.deps.cancellations
+                outcome = await cancellations.run(exchange, claim.key, request.response, grace_s)
         except Exception as error:
             self._break_off(error, request, UNKNOWN if progress.sent else REFUSED)
             return _exchange_report(request, keyed, Outcome.FAILED, 500, progress)
@@ -197,12 +206,21 @@ class Gateway:
         claim_request = keyed.claim_request
         if decide_duplicate(taken, claim_request.fingerprint) is not Decision.IN_FLIGHT:
             return Woken.NOT_RUNNING
-        response, waiters = request.response, keyed.route.deps.waiters
+        response, deps = request.response, keyed.route.deps
+        grace_s = keyed.route.policy.cancel_grace_s
+        reads: AbstractContextManager[None] = nullcontext()
+        if grace_s is not None:
+            reads = deps.cancellations.readers.waiting(claim_request.key, grace_s, response.reader_has_left)
         self.in_flight -= 1
         try:
-            return await waiters.wait(
-                claim_request.key, claim_request.scope, deadline, response.client_leaves(), response.client_half_closed
-            )
+            with reads:
+                return await deps.waiters.wait(
+                    claim_request.key,
+                    claim_request.scope,
+                    deadline,
+                    response.client_leaves(),
+                    response.client_half_closed,
+                )
         finally:
             self.in_flight += 1
 

@@ -3,6 +3,7 @@
 Nothing of it changes but hop-by-hop and forwarding fields.
 """
 
+import asyncio
 import time
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -56,6 +57,12 @@ async def relay(request: Request, step: Relay) -> Relayed:
         return Relayed(Outcome.UPSTREAM_UNREACHABLE, refuse=not_sent(str(reason), step.fields))
     began = time.perf_counter()
     refuse: Refuse | None = None
+    leaving = None
+    if step.route.policy.cancel_grace_s is not None:
+        if request.response.reader_has_left():
+            deps.pool.release(connection)
+            return Relayed(Outcome.CANCELLED)
+        leaving = _end_with_client(request.response, connection)
     try:
         _send(connection, request, step)
         head = await connection.wait_for_head(deps.silence_s)
@@ -65,10 +72,29 @@ async def relay(request: Request, step: Relay) -> Relayed:
         outcome, refuse = Outcome.UPSTREAM_UNREACHABLE, not_sent(str(reason), step.fields)
     except UpstreamLost as lost:
         outcome, refuse = lost_outcome(request.response, lost, step.fields)
+        if leaving is not None and leaving.done():
+            outcome, refuse = Outcome.CANCELLED, None
     finally:
+        if leaving is not None:
+            leaving.cancel()
         deps.pool.release(connection)
     final = connection.response.head
     return Relayed(outcome, final.status if final else 0, time.perf_counter() - began, refuse)
+
+
+def _end_with_client(response: ResponseWriter, connection: Connection) -> "asyncio.Future[None]":
+    """Close the upstream connection as soon as the client leaves, until the future is cancelled.
+
+    Nothing of the response is stored and no duplicate can wait for it, so there is no grace.
+    """
+    leaving = response.reader_leaves()
+
+    def close(leaving: "asyncio.Future[None]") -> None:
+        if not leaving.cancelled():
+            connection.fail(UpstreamLost("the client left"))
+
+    leaving.add_done_callback(close)
+    return leaving
 
 
 def _send(connection: Connection, request: Request, step: Relay) -> None:

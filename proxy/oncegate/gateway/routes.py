@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from oncegate.buffers.memory import MemoryBudget
+from oncegate.gateway.cancelling import Cancellations
 from oncegate.messages.request_head import ForwardedInfo, RequestHead, renamed, request_head
 from oncegate.messages.target import normalized_path
 from oncegate.rules.body_conditions import Document
@@ -39,6 +40,7 @@ class ExchangeDeps:
     store: Store
     leases: Leases
     waiters: Waiters
+    cancellations: Cancellations
     pool: Pool
     memory: MemoryBudget
     background: Callable[[Coroutine[Any, Any, Any]], None]

@@ -1,19 +1,24 @@
 """What becomes of a claim at the end of its exchange: stored, released, or unknown."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from oncegate.decision import Ending, Settlement, usual_s
+from oncegate.gateway.answers import Refuse, cancelled, not_sent, response_not_stored, upstream_lost
 from oncegate.gateway.recording import Recording
 from oncegate.gateway.routes import ExchangeDeps
 from oncegate.messages.response_head import ResponseHead
 from oncegate.observe.labels import SETTLEMENTS, SettlementLabel
+from oncegate.observe.outcome import Outcome, outcome_of
 from oncegate.store.events import ClaimEvent
 from oncegate.store.leases import LeasedClaim
-from oncegate.store.record import StoredResponse
+from oncegate.store.record import StoredResponse, cancelled_claim
 from oncegate.store.results import SettleResult, SettleStatus
 from oncegate.store.store import Settling
 from oncegate.upstream.errors import UpstreamLost
 
+# Endings in which the request was sent and no whole response came.
+LOST = (Ending.NO_RESPONSE, Ending.TRUNCATED)
 # A record has room for no more (4 bytes).
 MAX_TOOK_MS = 2**32 - 1
 
@@ -23,7 +28,8 @@ class Progress:
     """How far an exchange got. It starts from the worst, and improves.
 
     `sent`: a byte of the request may have left. `head` is the upstream's, `whole` the body of a small response,
-    `recording` that of a streamed one. `settlement` is the last one tried, `settlements` are what is counted of it.
+    `recording` that of a streamed one. `cancelled`: why the exchange was ended, empty where it was not. `settlement` is
+    the last one tried, `settlements` are what is counted of it.
     """
 
     deps: ExchangeDeps
@@ -32,6 +38,7 @@ class Progress:
     head: ResponseHead | None = None
     whole: bytes = b""
     recording: Recording | None = None
+    cancelled: str = ""
     lost: UpstreamLost | None = None
     upstream_s: float = 0.0
     settlement: Settlement | None = None
@@ -51,6 +58,8 @@ class Progress:
     def reason(self) -> str:
         """How far it got and what ended it, for operators; nothing of the request or its response."""
         reached = f"status {self.status} came" if self.status else "no answer came"
+        if self.settlement is Settlement.CANCELLED:
+            return f"cancelled: {self.cancelled}; {reached}"
         return f"{reached}: {self.lost}" if self.lost else reached if self.head else "the proxy failed"
 
 
@@ -62,7 +71,8 @@ def settle(progress: Progress, settlement: Settlement, last: bytes, timeout_s: f
         held.freeing = True
         return store.release(held.claim, timeout_s)
     if head is None or not settlement.completes:
-        return store.mark_unknown(held.claim, progress.reason, timeout_s, progress.status)
+        claim = cancelled_claim(held.claim) if settlement is Settlement.CANCELLED else held.claim
+        return store.mark_unknown(claim, progress.reason, timeout_s, progress.status)
     recording, whole = progress.recording, progress.whole
     if recording is not None:
         digest, chunks, size = recording.digest(), recording.chunks, recording.size
@@ -99,6 +109,37 @@ def note_settlement(progress: Progress, result: SettleResult) -> None:
         leases.report(ClaimEvent.LOST, held)
 
 
+class WithoutResponse(NamedTuple):
+    """What becomes of a client that gets no whole response. `refuse` None: its record has the answer."""
+
+    outcome: Outcome
+    refuse: Refuse | None
+
+
+def without_response(
+    progress: Progress, reached: Ending, status: SettleStatus, unsent: Refuse | None
+) -> WithoutResponse | None:
+    """Return how an exchange ended for its client, or None where the upstream's response is passed on.
+
+    `status`: how the claim was settled. `unsent`: the answer to a request of which nothing was sent.
+    """
+    if status is SettleStatus.FENCED:
+        return WithoutResponse(Outcome.FENCED, None)
+    match reached:
+        case Ending.NOT_SENT:
+            refuse = unsent or not_sent("nothing was sent")
+        case Ending.CANCELLED:
+            refuse = cancelled(status=progress.status)
+        case Ending.NO_RESPONSE | Ending.TRUNCATED:
+            timeout = progress.lost is not None and progress.lost.timeout
+            refuse = upstream_lost(timeout=timeout, mode=progress.held.claim.mode, status=progress.status)
+        case Ending.COMPLETE | Ending.TOO_LARGE if status is SettleStatus.UNCONFIRMED:
+            refuse = response_not_stored()
+        case _:
+            return None
+    return WithoutResponse(refuse.outcome or outcome_of(refuse.problem), refuse)
+
+
 def clean_up(progress: Progress, reached: Ending | None, result: SettleResult | None) -> None:
     """Hold nothing, whatever happened, and settle in the background what is not settled yet.
 
@@ -109,7 +150,8 @@ def clean_up(progress: Progress, reached: Ending | None, result: SettleResult | 
         progress.recording.close()
     if result is None or (not result.status.is_done and result.status is SettleStatus.UNCONFIRMED):
         if reached is None:
-            reached = Ending.NO_RESPONSE if progress.sent else Ending.NOT_SENT
+            lost = Ending.CANCELLED if progress.cancelled else Ending.NO_RESPONSE
+            reached = lost if progress.sent else Ending.NOT_SENT
         settlement = reached.settlement
         if result is None or not settlement.completes:
             # A response whose settle was interrupted is not delivered either: unknown says no more than is known.

@@ -12,6 +12,8 @@ class SettlementLabel(Enum):
     STORED_WITHOUT_BODY = "stored_without_body"
     RELEASED = "released"
     UNKNOWN = "unknown"
+    # Unknown as well: the client stopped the request, so that no retry executes it.
+    CANCELLED = "cancelled"
     # The store did not confirm in time; the settlement is tried again in the background.
     UNCONFIRMED = "unconfirmed"
     # The record had vanished from the store.

@@ -45,6 +45,7 @@ class Outcome(Enum):
     UPSTREAM_LOST = "upstream_lost"
     UPSTREAM_TIMEOUT = "upstream_timeout"
     TRUNCATED = "truncated"
+    CANCELLED = "cancelled"
     ANSWER_NOT_STORED = "answer_not_stored"
     FENCED = "fenced"
     FAILED = "failed"

@@ -86,6 +86,16 @@ def _one_of(*choices: Any) -> Check:
     return check
 
 
+def _seconds(least: float, most: float) -> Check:
+    def check(value: Any) -> float:
+        # In Python True is a number, and comparisons with a NaN are false.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+            raise ValueError(f"must be a number of seconds from {least:g} to {most:g}")
+        return float(value)
+
+    return check
+
+
 def _setting(name: str) -> Check:
     """Return the check of a field that is a setting as well, with the same limits and messages."""
     field = Settings.model_fields[name]
@@ -267,6 +277,8 @@ TREATING: Mapping[str, Check] = {
     # An empty text: the upstream gets no key.
     "forward_key": _text(lambda text: parse_key_header(text) if text else ""),
     "on_bad_key": _one_of("refuse", "pass"),
+    "on_client_gone": _one_of("finish", "cancel"),
+    "cancel_grace_s": _seconds(0, 86_400),
     **{name: _setting(name) for name in SHARED},
 }
 RULE = {**MATCHING, **TREATING}

@@ -29,6 +29,7 @@ class Policy:
     `pass_bad_keys`: a request without a usable key is forwarded without protection. `upstream_idempotent`: the
     upstream recognizes keys itself, so that a lost request can be sent again. `in_flight_status`: for a duplicate
     while the original is running. `counts_tokens`: metrics count the tokens in its responses as saved by replays.
+    `cancel_grace_s`: an exchange ends after so long without readers, None for never.
     """
 
     methods: frozenset[str]
@@ -61,6 +62,7 @@ class Policy:
     destination: bytes = b""
     stable_schemes: tuple[bytes, ...] = ()
     adaptation: Adaptation | None = None
+    cancel_grace_s: float | None = None
     # What `scope_headers`, `scope_sources` and `stable_schemes` come to for a request.
     tenant: TenantFields = field(init=False, repr=False, compare=False)
 

@@ -185,6 +185,8 @@ def _contradictions(values: dict[str, Any], settings: Settings, key: KeySources 
     # Such a rule looks as if it protected its requests, and would forward all of them.
     if (guard in ("optional", "required") or key) and guard != "off" and not guarded_methods(values, settings):
         yield "methods", f"has none that can be guarded; these can: {', '.join(GUARDABLE)}"
+    if "cancel_grace_s" in values and values.get("on_client_gone") != "cancel":
+        yield "cancel_grace_s", 'needs on_client_gone = "cancel"'
     if values.get("pass_host") and values.get("set_host"):
         yield "set_host", "contradicts pass_host"
     # The record would expire within its window.

@@ -20,6 +20,8 @@ from oncegate.settings.settings import Settings
 from oncegate.settings.statuses import DEFAULT
 from oncegate.settings.values import DAY_MS
 
+# How long a client may be away until its request is cancelled, under `on_client_gone = "cancel"`.
+CANCEL_GRACE_S = 30.0
 # Longer than any installation lives. A time, so that the scripts need no case of their own for it.
 FOREVER_MS = 100 * 365 * DAY_MS
 
@@ -110,6 +112,8 @@ def rule_policy(settings: Settings, values: dict[str, Any], key: KeySources | No
         "upstream_idempotent": values.get("upstream_idempotent", False),
         "in_flight_status": values.get("in_flight_status", 409),
     }
+    if values.get("on_client_gone") == "cancel":
+        changes["cancel_grace_s"] = values.get("cancel_grace_s", CANCEL_GRACE_S)
     if key is not None:
         # One header alone is looked up by its name, without the cost of sources.
         header = key.only_header

@@ -14,9 +14,11 @@ from oncegate.buffers.memory import MemoryBudget
 from oncegate.downstream.body import Bodies
 from oncegate.downstream.listener import Listener
 from oncegate.downstream.minimum_rate import MinimumRate
+from oncegate.gateway.cancelling import Cancellations
 from oncegate.gateway.first_step import FirstStep
 from oncegate.gateway.handler import Gateway
 from oncegate.gateway.routes import ExchangeDeps, Route, Routes, UsualTime, is_key_independent
+from oncegate.hostnames.resolver import Resolver
 from oncegate.keys.digests import Digests, identity_settings
 from oncegate.known_heads.requests import HeadCache
 from oncegate.messages.admission import Admission
@@ -62,6 +64,7 @@ class Parts:
         self._usual_times: defaultdict[str, UsualTime] = defaultdict(UsualTime)
         metrics, clock = reporting.metrics, asyncio.get_running_loop().time
         self.memory = MemoryBudget(settings.max_buffered_bytes)
+        self._resolver = Resolver(settings.dns_ttl_s)
         self.store = Store(
             store_url,
             timeout_ms=settings.store_timeout_ms,
@@ -73,9 +76,12 @@ class Parts:
             durability=settings.durability,
             member=self._membership(),
             breaker_opened=reporting.store_broke,
+            resolver=self._resolver,
         )
         self.leases = Leases(self.store, settings.lease_ms, reporting.claim_lost, clock)
         self.waiters = Waiters(self.store, settings.max_waiters, settings.lease_ms, self.leases.__contains__)
+        self.cancellations = Cancellations(self.store, reporting.background)
+        self.leases.note_unknown = self.cancellations.note_unknown
         self.unknown_keys = UnknownKeys(
             self.store, int(settings.retention_s * 1000), unknown_retention_ms(settings), reporting.log.warning
         )
@@ -138,6 +144,7 @@ class Parts:
             store=self.store,
             leases=self.leases,
             waiters=self.waiters,
+            cancellations=self.cancellations,
             pool=self.pools.of(rule.upstream),
             memory=self.memory,
             background=reporting.background,
@@ -170,6 +177,7 @@ class Parts:
             rest_s=upstream.rest_s,
             spare_connections=spare_connections(upstream),
             buffered=self.memory,
+            resolver=self._resolver,
             head_cache=self.head_cache.enabled,
         )
 

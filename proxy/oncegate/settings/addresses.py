@@ -53,12 +53,19 @@ class Origin:
 
     @property
     def authority(self) -> str:
-        """The value of a Host field for this URL: without the port where it is the scheme's default."""
-        port = "" if self.port == DEFAULT_PORTS[self.scheme] else f":{self.port}"
-        return bracketed(self.host) + port
+        """The value of a Host field for this URL: without the port where it is the scheme's default.
+
+        Also without the dot at the end of an absolute name, which says how to look it up, not whose it is.
+        """
+        return bracketed(self.host.removesuffix(".")) + self._port
+
+    @property
+    def _port(self) -> str:
+        return "" if self.port == DEFAULT_PORTS[self.scheme] else f":{self.port}"
 
     def __str__(self) -> str:
-        return f"{self.scheme}://{self.authority}{self.path_prefix}"
+        # With the dot: a fingerprint may contain this text.
+        return f"{self.scheme}://{bracketed(self.host)}{self._port}{self.path_prefix}"
 
 
 def bracketed(host: str) -> str:

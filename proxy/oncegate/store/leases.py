@@ -55,6 +55,8 @@ class Leases:
         self._store, self._report, self._clock = store, report, clock
         # Three renewals in the length of a lease, so that two may fail.
         self._period_s = lease_ms / 3000
+        # Called with a claim whose record somebody else has marked unknown.
+        self.note_unknown: Callable[[Claim], None] = lambda _: None
         self._held: dict[bytes, LeasedClaim] = {}
 
     def __len__(self) -> int:
@@ -138,3 +140,5 @@ class Leases:
         elif status is RenewStatus.FENCED:
             held.fenced = True
             self.report(ClaimEvent.FENCED, held)
+        elif status is RenewStatus.UNKNOWN:
+            self.note_unknown(held.claim)

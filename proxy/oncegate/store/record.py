@@ -9,11 +9,11 @@ scripts read the first 65 bytes of the fixed part, so their places never change:
 """
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from hashlib import blake2b
 
-from oncegate.decision import State
+from oncegate.decision import CANCELLED, State
 from oncegate.keys.digests import Scope
 from oncegate.messages.response_head import response_digest
 
@@ -140,6 +140,12 @@ class Corrupt:
 def self_check(key: bytes, tenant: bytes, token: bytes, mode: bytes, fingerprint: bytes) -> bytes:
     """Return the self check of a record that is not complete: its tenant, and a digest over what must not change."""
     return tenant + blake2b(b"".join((key, tenant, token, mode, fingerprint)), digest_size=16).digest()
+
+
+def cancelled_claim(claim: Claim) -> Claim:
+    """Return a claim in the mode `cancelled`, for the record that its cancellation leaves."""
+    check = self_check(claim.key, claim.self_check[:16], claim.token, CANCELLED, claim.fingerprint)
+    return replace(claim, mode=CANCELLED, self_check=check)
 
 
 def _check(key: bytes, packed: bytes) -> bytes:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from itertools import count
 from typing import Any
 
+from oncegate.hostnames.resolver import Resolver
 from oncegate.keys.digests import Scope
 from oncegate.store.claims import MAX_PAUSE_S, MIN_PAUSE_S, Background, Claims
 from oncegate.store.record import PREFIX_BYTES, Claim, ClaimRequest, StoredResponse, self_check
@@ -29,7 +30,7 @@ from oncegate.store.redis.replies import (
     resolve_status,
     settle_result,
 )
-from oncegate.store.redis.server import FULL_RATIO, load_scripts
+from oncegate.store.redis.server import FULL_RATIO, Openers, load_scripts
 from oncegate.store.redis.topology import servers_of
 from oncegate.store.redis.wire import Observers, ScriptCall, resp
 from oncegate.store.results import (
@@ -58,6 +59,7 @@ class Store:
     `log(event, **fields)` with failovers. `background(work)` finishes work that nobody waits for. `durability`: where a
     claim has to be before it counts. With a `member` the store is watched for losses and for proxies that name keys in
     another way; its token prefix is filled in here. `breaker_opened()` is called when claims stop for a while.
+    `resolver` looks up the host names of the servers.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Store:
         durability: str = "memory",
         member: Membership | None = None,
         breaker_opened: Callable[[], None] = lambda: None,
+        resolver: Resolver | None = None,
     ) -> None:
         self._timeout_s = timeout_ms / 1000
         self._retried = retried
@@ -84,6 +87,7 @@ class Store:
             timeout_s=self._timeout_s,
             observers=observers,
             log=log,
+            openers=Openers(self._timeout_s, resolver or Resolver()),
             member=replace(member, token_prefix=self._prefix) if member else None,
             breaker_opened=breaker_opened,
         )

@@ -52,7 +52,6 @@ class Connection(PoolEntry, asyncio.Protocol):
         self._keep_alive = False
         # Bytes that came since the last byte of a body.
         self._head_bytes = 0
-        self._is_window_over = False
         # Done when something arrives; fails with the exchange.
         self._arrival: asyncio.Future[None] | None = None
         self._is_reading_paused = False
@@ -122,27 +121,14 @@ class Connection(PoolEntry, asyncio.Protocol):
             await self.next_arrival(until - now())
         return self.response.head
 
-    async def completes_within(self, window_s: float, max_bytes: int) -> bool:
-        """Wait for `window_s` at most; return whether the response is complete, with no more than `max_bytes`."""
-        # A timer of its own: the pool's sweep of deadlines is too coarse, and would fail the exchange.
-        self._is_window_over = False
-        closing = self._loop.call_later(window_s, self._close_window)
-        response = self.response
-        try:
-            while not (response.is_complete or self._is_window_over or response.buffered_bytes > max_bytes):
-                # No deadline: the window ends the wait.
-                await self.next_arrival(float("inf"))
-        finally:
-            closing.cancel()
-        return self.is_complete_in(max_bytes)
+    @property
+    def is_unanswered(self) -> bool:
+        """Whether not one byte has come of the response."""
+        return not (self._head_bytes or self.response.head or self.response.interim_count)
 
     def is_complete_in(self, max_bytes: int) -> bool:
         """Return whether the whole response is here, with no more than `max_bytes` of body."""
         return self.response.is_complete and self.response.buffered_bytes <= max_bytes
-
-    def _close_window(self) -> None:
-        self._is_window_over = True
-        self._wake()
 
     async def next_chunk(self, silence_s: float) -> bytes:
         """Return the next bytes of the body, empty at its end. Raises UpstreamLost where it broke off."""
@@ -164,7 +150,8 @@ class Connection(PoolEntry, asyncio.Protocol):
             self._resume_reading()
         return data
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Let whoever waits for something to arrive look at what there is."""
         # The pool's sweep may come before whoever waits has run.
         self.deadline = float("inf")
         if self._arrival is not None and not self._arrival.done():
@@ -197,7 +184,7 @@ class Connection(PoolEntry, asyncio.Protocol):
         if is_first and response.take_known(data, self._pool.recent_heads):
             self._pool.buffered.used += response.buffered_bytes
             self._keep_alive = self._request.is_sent
-            self._wake()
+            self.wake()
             return
         if response.is_switched:
             response.on_body(data)
@@ -208,7 +195,7 @@ class Connection(PoolEntry, asyncio.Protocol):
         if not had_head and response.head is not None:
             self._keep_alive = response.keep_alive and self._request.is_sent
         self._count(len(data), response.buffered_bytes - buffered_before)
-        self._wake()
+        self.wake()
         if is_first and self.is_reusable:
             response.remember(data, self._pool.recent_heads)
 
@@ -238,8 +225,8 @@ class Connection(PoolEntry, asyncio.Protocol):
     def eof_received(self) -> None:
         # The only end of a response without a length and without chunks. Any other response is cut short by it.
         if self.response.end_by_closing():
-            self._wake()
-        self.fail(UpstreamLost("the upstream closed the connection"))
+            self.wake()
+        self.fail(UpstreamLost("the upstream closed the connection", closed=True))
 
     def connection_lost(self, exc: Exception | None) -> None:
         transport, self.transport = self.transport, None
@@ -252,7 +239,8 @@ class Connection(PoolEntry, asyncio.Protocol):
         self._request.transport_lost()
         if not self.is_discarded:
             self._pool.forget(self)
-            self.fail(failure or UpstreamLost(f"the upstream's connection broke: {exc or 'closed'}"))
+            detail = f"the upstream's connection broke: {exc or 'closed'}"
+            self.fail(failure or UpstreamLost(detail, closed=True))
 
     def _take_remainder(self, transport: asyncio.Transport, exc: Exception | None) -> UpstreamLost | NotSent:
         """Take what came before the connection broke: it may be the whole response. Return what broke it."""
@@ -263,10 +251,10 @@ class Connection(PoolEntry, asyncio.Protocol):
             self.eof_received()
         alert = alert_of(remainder.error)
         # Nothing ever came on this connection.
-        is_new = not (self.idle_since or self._head_bytes or self.response.head)
-        if is_new and is_handshake_refused(transport, alert):
+        if not self.idle_since and self.is_unanswered and is_handshake_refused(transport, alert):
             return NotSent(f"the upstream refused the TLS handshake: {alert}")
-        return UpstreamLost(f"the upstream's connection broke: {alert or remainder.error or 'closed'}")
+        detail = f"the upstream's connection broke: {alert or remainder.error or 'closed'}"
+        return UpstreamLost(detail, closed=not alert)
 
     # The end of the exchange, and of the connection ...
 

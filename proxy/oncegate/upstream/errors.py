@@ -13,12 +13,12 @@ class NotSent(Exception):
 class UpstreamLost(Exception):
     """The request was sent, at least in part, and no whole response came.
 
-    `timeout`: it took too long. `body`: the request's own body broke off or stalled. `status`: of the response, if
-    that much of it came; 0 for none.
+    `timeout`: it took too long. `body`: the request's own body broke off or stalled. `closed`: the upstream closed the
+    connection. `status`: of the response, if that much of it came; 0 for none.
     """
 
     status = 0
 
-    def __init__(self, detail: str, timeout: bool = False, body: bool = False) -> None:
+    def __init__(self, detail: str, timeout: bool = False, body: bool = False, closed: bool = False) -> None:
         super().__init__(detail)
-        self.timeout, self.body = timeout, body
+        self.timeout, self.body, self.closed = timeout, body, closed

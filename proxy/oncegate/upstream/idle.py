@@ -77,8 +77,14 @@ class IdleConnections:
         while self.by_rest and now - self.by_rest[0].idle_since >= seconds:
             self._discard(self.by_rest.popleft())
 
+    def close_those_elsewhere(self, hosts: frozenset[str]) -> None:
+        """Close the connections to any other address than these."""
+        elsewhere = [one for one in self.by_rest if one.address not in hosts]
+        for connection in elsewhere:
+            self.remove(connection)
+
     def remove(self, connection: Connection) -> None:
-        """Close an idle connection on which something came."""
+        """Close an idle connection, such as one on which something came."""
         self.by_rest.remove(connection)
         self._discard(connection)
 

@@ -6,12 +6,14 @@ from collections import deque
 
 from oncegate.buffers.memory import MemoryBudget
 from oncegate.buffers.write_batcher import write_batcher
+from oncegate.hostnames.resolver import Resolver
 from oncegate.known_heads.recent import RecentHeads
 from oncegate.messages.response_head import ResponseHead
 from oncegate.upstream.connection import Connection
 from oncegate.upstream.connector import Connector
 from oncegate.upstream.errors import NotSent, UpstreamLost
 from oncegate.upstream.idle import IdleConnections
+from oncegate.upstream.name_watch import NameWatch
 
 # How often deadlines are checked.
 SWEEP_S = 0.05
@@ -48,13 +50,16 @@ class Pool:
         rest_s: float = 0.0,
         spare_connections: int = 0,
         buffered: MemoryBudget,
+        resolver: Resolver,
         head_cache: bool = True,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.buffered, self.write_batcher = buffered, write_batcher(self.loop)
         # Heads of responses that came before.
         self.recent_heads = RecentHeads[ResponseHead](enabled=head_cache)
-        self._connector = Connector(host, port, tls, connect_retries)
+        self._connector = Connector(host, port, tls, connect_retries, resolver)
+        name = self._connector.name
+        self._name_watch = None if name is None else NameWatch(name, lambda: self._open_count > 0, self._follow)
         self._connect_timeout_s = connect_timeout_s
         self._max_connections, self._keep_idle_s = max_connections, keep_idle_s
         self._spare_connections = spare_connections
@@ -89,7 +94,10 @@ class Pool:
                         return connection
                 return await self._connect()
         except TimeoutError:
-            raise NotSent("no connection to the upstream in time") from None
+            name = self._connector.name
+            is_silent = name is not None and name.is_waited_for
+            detail = "no name server answered" if is_silent else "no connection to the upstream"
+            raise NotSent(f"{detail} in time") from None
         finally:
             self._connecting.discard(limit)
 
@@ -100,7 +108,7 @@ class Pool:
     def release(self, connection: Connection) -> None:
         """Take a connection back. It stays open for the next request if this one left it clean."""
         self._active.discard(connection)
-        if self._keep_idle_s and connection.is_reusable:
+        if self._keep_idle_s and connection.is_reusable and not connection.is_retired:
             self._idle.add(connection)
             if connection.is_reused:
                 # On a new one the request may have waited for a process.
@@ -130,9 +138,20 @@ class Pool:
         self._idle.close()
         for connection in self._active:
             connection.close()
+        if self._name_watch is not None:
+            self._name_watch.stop()
         for timer in (self._sweeper, self._reaper):
             if timer is not None:
                 timer.cancel()
+
+    # A name that moves ...
+
+    def _follow(self, hosts: frozenset[str]) -> None:
+        """Send nothing more to addresses that the origin's name has no more. Requests under way are left alone."""
+        self._idle.close_those_elsewhere(hosts)
+        for connection in self._active:
+            connection.is_retired = connection.address not in hosts
+        self._wake_first()
 
     # What connections report ...
 
@@ -197,6 +216,10 @@ class Pool:
             self._wake_first()
             raise
         self._connecting_count -= 1
+        if self._name_watch is not None:
+            self._name_watch.start()
+            # The name may have moved meanwhile.
+            connection.is_retired = connection.address not in self._name_watch.hosts
         connection.taken_at = self.loop.time()
         connection.makes_room_at = connection.taken_at + max(MAKE_ROOM_S, 2 * self._usual_s)
         self._activate(connection)

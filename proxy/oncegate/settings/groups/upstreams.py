@@ -47,6 +47,11 @@ class UpstreamSettings(BaseModel):
     )
     # 512 could not carry 1,000 live streams (docs/decisions/004).
     max_upstream_connections: Count = Field(1200, description="Open connections to the upstream, for each worker.")
+    dns_ttl_s: Annotated[float, Field(ge=0.1, le=3600)] = Field(
+        1,
+        description="How long oncegate uses the addresses that a host name had, of an upstream or of the store. A name "
+        "that moves is followed within this time, also by connections that are open.",
+    )
     connect_retries: int = Field(
         3, ge=0, le=20, description="Retries after a failed connection attempt, while nothing has been sent."
     )

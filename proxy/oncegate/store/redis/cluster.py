@@ -21,7 +21,6 @@ from oncegate.store.record_name import store_key
 from oncegate.store.redis.cluster_map import Address, ClusterViews, View, slot_of, tag_within
 from oncegate.store.redis.membership import HEALTH_S
 from oncegate.store.redis.node import MAX_PROBE_PAUSE_S, Node, NodeConfig, random_key
-from oncegate.store.redis.server import opener
 from oncegate.store.redis.wire import ErrorReply, ScriptCall
 from oncegate.store.results import NotAttempted, Unconfirmed
 
@@ -240,7 +239,7 @@ class Cluster:
         return self._visited[address]
 
     def _make(self, address: Address) -> Node:
-        node = Node(opener(self._group.server_url(address), self._config.timeout_s), self._config, address)
+        node = Node(self._config.openers.to(self._group.server_url(address)), self._config, address)
         node.key_for_probe = partial(self._key_on, node)
         node.start()
         if self._calls_ended:

@@ -13,7 +13,7 @@ from oncegate.settings.store_url import ServerGroup
 from oncegate.store.record_name import store_key
 from oncegate.store.redis.link import CONNECT_S
 from oncegate.store.redis.node import Node, NodeConfig
-from oncegate.store.redis.server import Unfit, opener, parse_info
+from oncegate.store.redis.server import Unfit, parse_info
 from oncegate.store.redis.talk import accepted, ask, first_answers
 from oncegate.store.redis.wire import ErrorReply
 from oncegate.store.results import Unconfirmed
@@ -104,7 +104,7 @@ class ClusterViews:
         return view_of(info, slots, node.name.rpartition(":")[0])
 
     async def _ask_address(self, address: Address) -> View:
-        connection = opener(self._group.server_url(address), self._config.timeout_s, greets=True)()
+        connection = self._config.openers.to(self._group.server_url(address), greets=True)()
         try:
             await connection.connect()  # type: ignore[no-untyped-call]
             commands = ("INFO", "server"), ("CLUSTER", "INFO"), ("CLUSTER", "SLOTS")

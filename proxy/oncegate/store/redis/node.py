@@ -22,6 +22,7 @@ from oncegate.store.redis.server import (
     Clock,
     Info,
     Opener,
+    Openers,
     Unfit,
     check_mode,
     greet,
@@ -51,27 +52,24 @@ def random_key() -> bytes:
     return os.urandom(KEY_DIGEST_BYTES)
 
 
-def _ignore_breaker() -> None:
-    """Nobody is to know that a breaker opened."""
-
-
 @dataclass(frozen=True, slots=True)
 class NodeConfig:
     """What all servers of a store have in common.
 
     `observers`, by a script's verb, are called with the seconds of each call, `log(event, **fields)` with what
-    operators should know, and `breaker_opened()` when claims are no longer tried for a while. `histories` are shared,
-    because after a failover another server is compared with what this one had.
+    operators should know, and `breaker_opened()` when claims are no longer tried for a while. `histories` are shared:
+    after a failover another server is compared with what this one had.
     """
 
     scripts: dict[str, Script]
     timeout_s: float
     observers: Observers
     log: Callable[..., None]
+    breaker_opened: Callable[[], None]
+    openers: Openers
     level: DurabilityLevel | None = None
     cluster: bool = False
     member: Membership | None = None
-    breaker_opened: Callable[[], None] = _ignore_breaker
     histories: dict[bytes, InspectionHistory] = field(default_factory=dict)
 
     def check(self, info: Info) -> None:

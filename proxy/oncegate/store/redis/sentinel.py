@@ -5,16 +5,16 @@ cut off does not know of a failover yet. A server that says it is a replica is n
 """
 
 import asyncio
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from redis.asyncio.connection import AbstractConnection, SSLConnection, parse_url
-from redis.asyncio.sentinel import MasterNotFoundError, SentinelConnectionPool, SentinelManagedSSLConnection
+from redis.asyncio.connection import AbstractConnection
+from redis.asyncio.sentinel import MasterNotFoundError, SentinelConnectionPool
 from redis.exceptions import RedisError
 
 from oncegate.settings.store_url import ServerGroup
 from oncegate.store.redis.link import CONNECT_S
 from oncegate.store.redis.node import Node, NodeConfig
-from oncegate.store.redis.server import OPTIONS, Info, Opener, Unfit, limits, opener, say_nothing
+from oncegate.store.redis.server import OPTIONS, Info, Opener, Openers, Unfit, connection_options, limits, say_nothing
 from oncegate.store.redis.talk import accepted, ask, first_answers
 
 # The share of the timeout that the others may take to reply, once one sentinel has, or none is far away.
@@ -73,10 +73,10 @@ class Sentinel:
 class Sentinels:
     """The sentinels of a service. redis-py calls `discover_master` by this name."""
 
-    def __init__(self, group: ServerGroup, timeout_s: float) -> None:
-        self._group, self._timeout_s = group, timeout_s
-        openers = [opener(group.sentinel_url(address), timeout_s, greets=True) for address in group.places]
-        self._all = [Sentinel(open_connection, group.service) for open_connection in openers]
+    def __init__(self, group: ServerGroup, openers: Openers) -> None:
+        self._group, self._timeout_s = group, openers.timeout_s
+        urls = [group.sentinel_url(address) for address in group.places]
+        self._all = [Sentinel(openers.to(url, greets=True), group.service) for url in urls]
         self._question: asyncio.Task[Address] | None = None
 
     async def discover_master(self, _service: str = "") -> Address:
@@ -110,13 +110,11 @@ class Sentinels:
         await asyncio.gather(*[sentinel.close() for sentinel in self._all])
 
 
-def master_opener(group: ServerGroup, sentinels: Sentinels, timeout_s: float) -> Opener:
+def master_opener(group: ServerGroup, sentinels: Sentinels, openers: Openers) -> Opener:
     """Return a function that makes connections which ask the sentinels where to connect to."""
-    options: dict[str, Any] = dict(parse_url(group.server_url("localhost:1")))
+    options = connection_options(group.server_url("localhost:1"), openers.resolver, to_master=True)
     del options["host"], options["port"]
-    if options.get("connection_class") is SSLConnection:
-        options["connection_class"] = SentinelManagedSSLConnection
-    options.update(OPTIONS, redis_connect_func=say_nothing, **limits(timeout_s))
+    options.update(OPTIONS, redis_connect_func=say_nothing, **limits(openers.timeout_s))
     pool = SentinelConnectionPool(group.service, sentinels, **options)  # type: ignore[no-untyped-call]
     return pool.make_connection
 
@@ -125,10 +123,10 @@ class SentinelNode(Node):
     """The master of a service, whichever server that is."""
 
     def __init__(self, group: ServerGroup, config: NodeConfig) -> None:
-        self._sentinels = Sentinels(group, config.timeout_s)
+        self._sentinels = Sentinels(group, config.openers)
         self._service, self._log = group.service, config.log
         self._at: Address | None = None
-        open_connection = master_opener(group, self._sentinels, config.timeout_s)
+        open_connection = master_opener(group, self._sentinels, config.openers)
         super().__init__(open_connection, config, f"the master of {group.service}", self._is_master)
 
     async def _is_master(self, at: Address | None, info: Info) -> None:

@@ -1,14 +1,18 @@
 """A server by itself: how to connect to it, and what its INFO says of its fitness and its memory."""
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from importlib.resources import files
-from typing import Any
+from typing import Any, NamedTuple
 
-from redis.asyncio.connection import AbstractConnection, ConnectionPool
+from redis.asyncio.connection import AbstractConnection, Connection, ConnectionPool, SSLConnection, parse_url
+from redis.asyncio.sentinel import SentinelManagedConnection, SentinelManagedSSLConnection
 from redis.exceptions import RedisError
 
 from oncegate import __version__
+from oncegate.hostnames.resolver import Resolver, is_address
 from oncegate.store.redis.link import CONNECT_S, Link
 from oncegate.store.redis.talk import Question, Talk, checked, command
 from oncegate.store.redis.wire import ErrorReply, Script
@@ -61,19 +65,89 @@ def limits(timeout_s: float) -> dict[str, float]:
     return {"socket_timeout": timeout_s, "socket_connect_timeout": max(CONNECT_S, timeout_s)}
 
 
+class _ByName:
+    """A connection of redis-py whose host name a `Resolver` looks up.
+
+    redis-py leaves that to threads of the loop, which all names share. Addresses are tried one after the other, in the
+    system's order: all connections of a store have to lead to the same server.
+    """
+
+    host: str
+    port: int
+
+    def __init__(self, *, resolver: Resolver, **options: Any) -> None:
+        self._resolver = resolver
+        self._address = ""
+        super().__init__(**options)
+
+    async def _connect(self) -> None:
+        if is_address(self.host):
+            addresses = [self.host]
+        else:
+            async with asyncio.timeout(self.socket_connect_timeout):  # type: ignore[attr-defined]
+                found = await self._resolver.name(self.host.lower()).addresses(self.port)
+            addresses = [one[4][0] for one in found]
+        *others, last = addresses
+        for self._address in others:
+            with suppress(OSError):
+                return await super()._connect()  # type: ignore[misc,no-any-return]
+        self._address = last
+        return await super()._connect()  # type: ignore[misc,no-any-return]
+
+    def _connection_arguments(self) -> dict[str, Any]:
+        arguments = {**super()._connection_arguments(), "host": self._address}  # type: ignore[misc]
+        if "ssl" in arguments:
+            arguments["server_hostname"] = self.host.removesuffix(".")
+        return arguments
+
+
+class _Connection(_ByName, Connection):
+    """A connection to a server."""
+
+
+class _TlsConnection(_ByName, SSLConnection):
+    """A connection to a server over TLS."""
+
+
+class _MasterConnection(_ByName, SentinelManagedConnection):
+    """A connection to the master that the sentinels name."""
+
+
+class _TlsMasterConnection(_ByName, SentinelManagedSSLConnection):
+    """The same over TLS."""
+
+
+def connection_options(url: str, resolver: Resolver, to_master: bool = False) -> dict[str, Any]:
+    """Return the options of redis-py's connections to a URL. `to_master`: to the master that sentinels name."""
+    options: dict[str, Any] = dict(parse_url(url))
+    if "path" in options:
+        return options
+    secure = options.get("connection_class") is SSLConnection
+    kinds = (_MasterConnection, _TlsMasterConnection) if to_master else (_Connection, _TlsConnection)
+    return {**options, "connection_class": kinds[secure], "resolver": resolver}
+
+
 async def say_nothing(_connection: AbstractConnection) -> None:
     """Leave AUTH and SELECT to `greet`: redis-py waits for each of its own greetings."""
 
 
-def opener(url: str, timeout_s: float, greets: bool = False) -> Opener:
-    """Return a function that makes unconnected redis-py connections to `url`.
+class Openers(NamedTuple):
+    """Makes the functions that make unconnected redis-py connections. Replies may take up to `timeout_s`."""
 
-    `greets`: redis-py authenticates, for a connection that no `Link` takes over.
-    """
-    if url.startswith("redis+unix://"):
-        url = url.removeprefix("redis+")
-    options = OPTIONS if greets else {**OPTIONS, "redis_connect_func": say_nothing}
-    return ConnectionPool.from_url(url, **options, **limits(timeout_s)).make_connection
+    timeout_s: float
+    resolver: Resolver
+
+    def to(self, url: str, greets: bool = False) -> Opener:
+        """Return the function for the server at `url`.
+
+        `greets`: redis-py authenticates, for a connection that no `Link` takes over.
+        """
+        if url.startswith("redis+unix://"):
+            url = url.removeprefix("redis+")
+        options = {**OPTIONS, **connection_options(url, self.resolver), **limits(self.timeout_s)}
+        if not greets:
+            options["redis_connect_func"] = say_nothing
+        return ConnectionPool(**options).make_connection
 
 
 def is_refusal(reply: ErrorReply) -> bool:

@@ -10,7 +10,6 @@ from oncegate.store.redis.cluster import Cluster
 from oncegate.store.redis.durable import level
 from oncegate.store.redis.node import Node, NodeConfig
 from oncegate.store.redis.sentinel import SentinelNode
-from oncegate.store.redis.server import opener
 from oncegate.store.redis.wire import ScriptCall
 
 
@@ -76,5 +75,5 @@ def servers_of(url: str, durability: str, config: NodeConfig) -> StoreServers:
     clustered = group is not None and group.kind is GroupKind.CLUSTER
     config = replace(config, level=level(durability, group is not None), cluster=clustered)
     if group is None:
-        return Node(opener(url, config.timeout_s), config)
+        return Node(config.openers.to(url), config)
     return Cluster(group, config) if clustered else SentinelNode(group, config)

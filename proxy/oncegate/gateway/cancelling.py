@@ -1,0 +1,103 @@
+"""Ends exchanges that nobody wants any more: the upstream connection is closed, and the key is unknown, `cancelled`.
+
+`run` is the way in for an exchange whose policy allows it. It ends when its last reader has been away for the grace of
+the policy. Readers are its own client, as long as it has not closed its side of the connection, and the duplicates that
+wait for its response, in any process.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
+
+from oncegate.decision import CANCELLED
+from oncegate.downstream.response import ResponseWriter
+from oncegate.observe.outcome import Outcome
+from oncegate.store.readers import Readers
+from oncegate.store.record import Claim, ViewState, cancelled_claim
+from oncegate.store.record_name import store_key
+from oncegate.store.record_view import RecordView, StoreError, ask, checked, claim_of, read_record
+from oncegate.store.results import SettleStatus
+from oncegate.store.store import Store
+
+NO_READER = "its last reader left"
+# For marking the record of another process.
+MARK_S = 1.0
+
+
+class Cancellable(Protocol):
+    """An exchange, as far as its cancellation deals with it."""
+
+    async def run(self) -> Outcome: ...
+
+    def cancel(self, reason: str) -> None: ...
+
+
+class Cancellations:
+    """The exchanges of one worker that can be cancelled, by the digest of their key."""
+
+    def __init__(self, store: Store, background: Callable[[Coroutine[Any, Any, Any]], None]) -> None:
+        self._store, self._background = store, background
+        self.readers = Readers(store)
+        self._running: dict[bytes, Cancellable] = {}
+
+    async def run(
+        self, exchange: Cancellable, key: bytes, response: ResponseWriter, grace_s: float | None = None
+    ) -> Outcome:
+        """Run an exchange so that `cancel` finds it. `grace_s`: it ends after so long without readers; None: never."""
+        self._running[key] = exchange
+        watch = None
+        if grace_s is not None:
+            watch = asyncio.get_running_loop().create_task(self._cancel_unread(exchange, key, response, grace_s))
+        try:
+            return await exchange.run()
+        finally:
+            if watch is not None:
+                watch.cancel()
+            if self._running.get(key) is exchange:
+                del self._running[key]
+
+    async def _cancel_unread(self, exchange: Cancellable, key: bytes, response: ResponseWriter, grace_s: float) -> None:
+        await response.reader_leaves()
+        await asyncio.sleep(grace_s)
+        while (pause_s := await self.readers.expected_s(key)) > 0:
+            await asyncio.sleep(pause_s)
+        exchange.cancel(NO_READER)
+
+    async def cancel(self, key: bytes, reason: str) -> bool:
+        """Cancel the exchange of a key, in whichever process it runs; return whether there was one.
+
+        Another process hears of it with the next renewal of its lease. From now on no retry executes the key.
+        """
+        if (exchange := self._running.get(key)) is not None:
+            exchange.cancel(reason)
+            return True
+        try:
+            record = await read_record(self._store, key)
+            return record is not None and record.state is ViewState.IN_FLIGHT and await self._mark(record, reason)
+        except StoreError:
+            return False
+
+    async def _mark(self, record: RecordView, reason: str) -> bool:
+        """Mark a record as cancelled in its owner's name, unless the owner has settled it meanwhile."""
+        node = self._store.node_of(record.key)
+        if node is None:
+            return False
+        left_ms = int(checked(await ask(node, "PTTL", store_key(record.key))))
+        claim = cancelled_claim(claim_of(record, max(left_ms, 1)))
+        result = await self._store.mark_unknown(claim, f"cancelled: {reason}", MARK_S, record.status)
+        return result.status is SettleStatus.MARKED_UNKNOWN
+
+    def note_unknown(self, claim: Claim) -> None:
+        """Take note that somebody else marked the record of a claim of this worker unknown."""
+        if claim.key in self._running:
+            self._background(self._follow(claim))
+
+    async def _follow(self, claim: Claim) -> None:
+        """Cancel an exchange whose record was cancelled by another process."""
+        try:
+            record = await read_record(self._store, claim.key)
+        except StoreError:
+            return
+        exchange = self._running.get(claim.key)
+        if exchange is not None and record is not None and (record.token, record.mode) == (claim.token, CANCELLED):
+            exchange.cancel(record.reason.removeprefix("cancelled: "))

@@ -1,0 +1,78 @@
+"""Who waits for the response to a key, in every process: a mark in the store, beside the record.
+
+The owner of an exchange knows its own client alone. A duplicate may wait in another worker or replica, so each process
+marks the keys for which its duplicates wait. A mark outlasts such a wait by the grace of its rule: once it has expired,
+nobody has waited for as long.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from oncegate.store.record_name import store_key
+from oncegate.store.store import Store
+
+# The pauses between two looks at the duplicates that wait for a key: a sixth of the grace, within these limits.
+MIN_PAUSE_S, MAX_PAUSE_S = 0.5, 5.0
+# Until the store is asked again where it did not say whether somebody waits, and how long one question may take.
+AGAIN_S, TIMEOUT_S = 1.0, 1.0
+
+
+class Readers:
+    """The duplicates of one process that wait for a response under rules that cancel without readers."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._waiting: dict[bytes, list[Callable[[], bool]]] = {}
+        self._marking: dict[bytes, asyncio.Task[None]] = {}
+
+    @contextmanager
+    def waiting(self, key: bytes, grace_s: float, has_left: Callable[[], bool]) -> Iterator[None]:
+        """Count a duplicate as a reader of a key until the end of the block, or until `has_left()`."""
+        readers = self._waiting.setdefault(key, [])
+        readers.append(has_left)
+        if key not in self._marking:
+            self._marking[key] = asyncio.get_running_loop().create_task(self._mark(key, grace_s))
+        try:
+            yield
+        finally:
+            readers.remove(has_left)
+            if not readers:
+                del self._waiting[key]
+                self._marking.pop(key).cancel()
+
+    async def _mark(self, key: bytes, grace_s: float) -> None:
+        pause_s = min(MAX_PAUSE_S, max(MIN_PAUSE_S, grace_s / 6))
+        # Two pauses longer than the grace: a mark that comes late must not let a running one expire.
+        lasts_ms = int((grace_s + 2 * pause_s) * 1000)
+        while True:
+            if self._waits_here(key):
+                await self._ask(key, "SET", b"", "PX", lasts_ms)
+            await asyncio.sleep(pause_s)
+
+    def _waits_here(self, key: bytes) -> bool:
+        return any(not has_left() for has_left in self._waiting.get(key, ()))
+
+    async def expected_s(self, key: bytes) -> float:
+        """Return for how many seconds somebody may still wait for a key, 0 if nobody has for a whole grace.
+
+        Where the store does not say, somebody may: a response that is paid for is not given up on a guess.
+        """
+        left_ms = await self._ask(key, "PTTL")
+        if not isinstance(left_ms, int):
+            return AGAIN_S
+        return left_ms / 1000 if left_ms > 0 else AGAIN_S if self._waits_here(key) else 0.0
+
+    async def _ask(self, key: bytes, verb: str, *words: bytes | str | int) -> int | bytes | None:
+        """Return the reply to a command about a key's mark, None for no reply and for an error."""
+        node = self._store.node_of(key)
+        if node is None:
+            return None
+        ends = asyncio.get_running_loop().time() + TIMEOUT_S
+        reply: object = await node.link.command(verb, mark_name(key), *words, deadline=ends)
+        return reply if isinstance(reply, int | bytes) else None
+
+
+def mark_name(key: bytes) -> bytes:
+    """Return the name of a key's mark, in the slot of its record."""
+    return store_key(key) + b":readers"
