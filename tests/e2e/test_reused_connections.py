@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 
-from tests.parts import OK, RawClient, RawUpstream, Received, answering, ask, request, until
+from tests.parts import OK, RawClient, RawUpstream, Received, abort, answering, ask, request, until
 
 CLIENTS, EXCHANGES = 8, 400
 LATEST_S = 0.05
@@ -231,3 +231,75 @@ async def test_a_connection_with_a_user_of_its_own_is_nobody_elses(proxies, upst
     assert [at for at in bound if used[at] in used[at + 1 :]] == []
     # The others share one.
     assert all(used[at + 1] == used[at + 2] for at in bound)
+
+
+# A kept connection that the upstream closes ...
+
+
+def closing_used_ones(*, after: bytes = b"", reset: bool = False) -> object:
+    """Return a script that answers the first request of a connection. At the next it writes `after`, then closes."""
+    used = set[asyncio.StreamWriter]()
+
+    async def script(_: RawUpstream, __: object, writer: asyncio.StreamWriter, ___: Received) -> None:
+        if writer not in used:
+            used.add(writer)
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+            return
+        writer.write(after)
+        await writer.drain()
+        if reset:
+            abort(writer)
+        writer.close()
+
+    return script
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_a_read_that_meets_the_close_of_a_kept_connection_is_sent_once_more(
+    proxies, upstream, valkey, method, reset
+):
+    """Without a byte of a response, a GET or HEAD without a key is sent again on a new connection, once."""
+    gate = proxies(upstream, valkey.url, UPSTREAM_REST_S=0)
+    upstream.script = closing_used_ones(reset=reset)
+    asked = request(method, "/read", None, b"")
+    with closing(await RawClient.open(gate.port)) as client:
+        for count in (1, 3, 5):
+            answer = await client.ask(asked, method == "HEAD")
+            assert answer is not None
+            assert (answer.status, len(upstream.received)) == (200, count)
+    assert [one.connection for one in upstream.received] == [1, 1, 2, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("asked", "after", "sent"),
+    [
+        (request("POST", "/", None, b""), b"", 2),
+        (request("DELETE", "/", None, b""), b"", 2),
+        (request("OPTIONS", "/", None, b""), b"", 2),
+        (request("GET", "/", None, b"with a body"), b"", 2),
+        (request("POST", "/", "a-key-*", b"{}"), b"", 2),
+        (request("GET", "/", None, b""), b"HTTP/1.1 2", 2),
+        (request("GET", "/", None, b""), b"HTTP/1.1 100 Continue\r\n\r\n", 2),
+    ],
+    ids=["POST", "DELETE", "OPTIONS", "a body", "a key", "a byte came", "an interim response came"],
+)
+async def test_nothing_else_is_sent_twice(proxies, upstream, valkey, asked, after, sent):
+    """A request that may change something, one with a body or a key, and one whose response has begun are lost."""
+    gate = proxies(upstream, valkey.url, UPSTREAM_REST_S=0)
+    upstream.script = closing_used_ones(after=after)
+    assert (await ask(gate.port, asked.replace(b"*", b"1"))).status == 200
+    assert (await ask(gate.port, asked.replace(b"*", b"2"))).slug == "upstream-lost"
+    assert len(upstream.received) == sent
+
+
+async def test_a_new_connection_that_closes_is_no_reason_to_send_again(proxies, upstream, valkey):
+    """A GET on a connection that was not used before is sent once."""
+    gate = proxies(upstream, valkey.url)
+
+    async def script(_: RawUpstream, __: object, writer: asyncio.StreamWriter, ___: Received) -> None:
+        writer.close()
+
+    upstream.script = script
+    assert (await ask(gate.port, request("GET", "/", None, b""))).slug == "upstream-lost"
+    assert len(upstream.received) == 1

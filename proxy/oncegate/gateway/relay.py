@@ -40,19 +40,32 @@ class Relay(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Relayed:
-    """How it ended. `status` is the upstream's, 0 for none; `refuse` is to be sent if the upstream gave no response."""
+    """How it ended. `status` is the upstream's, 0 for none; `refuse` is to be sent if the upstream gave no response.
+
+    `met_idle_close`: it may be sent once more.
+    """
 
     outcome: Outcome
     status: int = 0
     upstream_s: float = 0.0
     refuse: Refuse | None = None
+    met_idle_close: bool = False
 
 
 async def relay(request: Request, step: Relay) -> Relayed:
-    """Forward a request, and its response as it comes."""
+    """Forward a request, and its response as it comes.
+
+    A GET or HEAD is sent once more if the upstream closed a connection that was used before without a byte of a
+    response: it was idle for too long there (RFC 9112, section 9.3.1). The second time, the connection is a new one.
+    """
+    relayed = await _relay_once(request, step, REUSE_IDLE_S)
+    return await _relay_once(request, step, 0.0) if relayed.met_idle_close else relayed
+
+
+async def _relay_once(request: Request, step: Relay, reuse_idle_s: float) -> Relayed:
     deps = step.route.deps
     try:
-        connection = await deps.pool.acquire(REUSE_IDLE_S)
+        connection = await deps.pool.acquire(reuse_idle_s)
     except NotSent as reason:
         return Relayed(Outcome.UPSTREAM_UNREACHABLE, refuse=not_sent(str(reason), step.fields))
     began = time.perf_counter()
@@ -71,6 +84,8 @@ async def relay(request: Request, step: Relay) -> Relayed:
     except NotSent as reason:
         outcome, refuse = Outcome.UPSTREAM_UNREACHABLE, not_sent(str(reason), step.fields)
     except UpstreamLost as lost:
+        if lost.closed and _may_repeat(request, step, connection):
+            return Relayed(Outcome.UPSTREAM_LOST, met_idle_close=True)
         outcome, refuse = lost_outcome(request.response, lost, step.fields)
         if leaving is not None and leaving.done():
             outcome, refuse = Outcome.CANCELLED, None
@@ -80,6 +95,17 @@ async def relay(request: Request, step: Relay) -> Relayed:
         deps.pool.release(connection)
     final = connection.response.head
     return Relayed(outcome, final.status if final else 0, time.perf_counter() - began, refuse)
+
+
+def _may_repeat(request: Request, step: Relay, connection: Connection) -> bool:
+    """Return whether the close of its connection may have crossed a request that changes nothing, and has no body.
+
+    Not one that wanted a key's protection: its method is what a rule guards.
+    """
+    head, is_idle_close = step.head, connection.is_reused and connection.is_unanswered
+    is_bodiless = step.body is None and stated_length(head.fields) == 0
+    is_safe = head.method in ("GET", "HEAD") and is_bodiless and not step.unguarded
+    return is_idle_close and is_safe and not request.response.client_gone
 
 
 def _end_with_client(response: ResponseWriter, connection: Connection) -> "asyncio.Future[None]":
@@ -116,7 +142,7 @@ def _send(connection: Connection, request: Request, step: Relay) -> None:
 
 async def forward_response(response: ResponseWriter, connection: Connection, head: ResponseHead, step: Relay) -> None:
     """Hand a response on as it comes. Raises UpstreamLost."""
-    block = head.forwarded_block + step.fields
+    block = head.forwarded_block + head.passed_statements(says_own=step.fields != b"") + step.fields
     if response.requester is not None:
         block = response.requester.forwarded(block)
     if connection.response.is_complete:

@@ -24,7 +24,7 @@ from oncegate.messages.framing import CLOSING, COUNTED, STATED, Framing
 # Meant for one exchange or one browser alone. Age is written anew for each replay.
 NOT_REPLAYED = frozenset((b"set-cookie", b"www-authenticate", b"authentication-info", b"age"))
 
-# An upstream's fields with this prefix are dropped: a client would take them for statements of oncegate.
+# An upstream's fields with this prefix are dropped: a client would take them for statements of this oncegate.
 OWN_FIELD_PREFIX = b"oncegate-"
 
 # What no field value can contain (RFC 9110, section 5.5): all controls but the tab.
@@ -57,6 +57,8 @@ class ResponseHead:
     framing: Framing = field(init=False)
     # Whether its user is, or would be, authenticated for the whole connection.
     binds_connection: bool = field(init=False)
+    # What `passed_statements` found; None before.
+    _statements: tuple[bytes, bytes] | None = field(init=False, default=None, compare=False)
     _digest: blake2b | None = field(init=False, default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -67,6 +69,17 @@ class ResponseHead:
         challenges = self.fields.get(b"www-authenticate")
         self.binds_connection = challenges is not None and challenge_binds_connection(challenges)
         self.framing = CLOSING if self.close_delimited else STATED if states_length else COUNTED
+
+    def passed_statements(self, says_own: bool) -> bytes:
+        """Return what an upstream states of its own replays, for a response that this proxy neither guards nor stores.
+
+        Its `Idempotent-Replayed`, and where this proxy says nothing of its own (`says_own`) its `Oncegate-*` fields:
+        it may be another oncegate.
+        """
+        if self._statements is None:
+            self._statements = _statements(self.pairs, self.fields)
+        replayed, others = self._statements
+        return replayed if says_own else replayed + others
 
     def digest(self) -> blake2b:
         """Return the digest of the response as it is replayed, to be updated with its body."""
@@ -163,6 +176,22 @@ def response_blocks(pairs: Pairs, fields: Fields) -> tuple[bytes, bytes]:
     replayed = set(filter(_is_replayed, fields))
     remember(_REPLAYED_NAMES, replayed)
     return forwarded, _block([pair for pair in pairs if pair[0].lower() in replayed])
+
+
+def _statements(pairs: Pairs, fields: Fields) -> tuple[bytes, bytes]:
+    """Return the lines of Idempotent-Replayed, and those of the `Oncegate-*` fields."""
+    replayed = others = b""
+    if b"idempotent-replayed" in fields or any(name.startswith(OWN_FIELD_PREFIX) for name in fields):
+        names = nominated(fields)
+        for name, value in pairs:
+            lower, line = name.lower(), b"%s: %s\r\n" % (name, value)
+            if lower in names:
+                continue
+            if lower == b"idempotent-replayed":
+                replayed += line
+            elif lower.startswith(OWN_FIELD_PREFIX):
+                others += line
+    return replayed, others
 
 
 def _block(pairs: Pairs) -> bytes:

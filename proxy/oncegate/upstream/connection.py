@@ -1,4 +1,4 @@
-"""One connection to the upstream, and the one request that is on it. Nothing is ever sent twice.
+"""One connection to the upstream, and the one request that is on it, which is sent once.
 
 A request ends in exactly one of three ways, and which one is certain: NotSent (the upstream has read no byte of it),
 UpstreamLost (it may have, and no whole response came), or a response that is complete by its own framing.
