@@ -30,7 +30,7 @@ PART_server := test_data_folder test_embedded test_owners e2e/test_pauses e2e/te
 PART_service := e2e/test_limits e2e/test_shutdown
 PART_gateway := test_cancelling e2e/test_again e2e/test_cancelling e2e/test_duplicates e2e/test_endings e2e/test_fidelity \
 	e2e/test_main_job e2e/test_streams e2e/test_websockets
-PART_downstream := test_body test_minimum_rate test_response e2e/test_clients_leave e2e/test_listener
+PART_downstream := test_body test_minimum_rate test_response e2e/test_clients_leave e2e/test_listener e2e/test_manners
 PART_upstream := test_hostnames test_pools test_upstream e2e/test_forwarding e2e/test_reused_connections
 PART_store := test_breaker test_cluster test_durable test_health_monitor test_leases test_link test_lua test_orphans test_record \
 	test_sentinel test_store test_unknown_keys e2e/test_duplicates model/test_scripts
@@ -40,7 +40,7 @@ PART_keys := e2e/test_tenants test_documents test_fingerprint_parts test_forms t
 	test_tenants
 PART_observe := test_families test_logs test_outcome test_usage e2e/test_admin
 PART_known_heads := test_known_heads e2e/test_again e2e/test_head_cache
-PART_messages := test_bound_authentication test_headers test_problems test_strict_head
+PART_messages := test_bound_authentication test_headers test_problems test_request_line test_strict_head
 PART_hostnames := test_hostnames
 PART_buffers := test_body test_write_batcher
 PART_settings := test_settings

@@ -213,8 +213,10 @@ def test_the_settings_of_the_readme_have_their_defaults():
 
 def test_the_limits_have_their_defaults():
     """Where a limit is a setting, the number beside it is its default."""
-    units = {"MiB": 1 << 20, "GiB": 1 << 30, "h": 3600, "s": 1, "": 1}
-    rows = re.findall(r"`(ONCEGATE_\w+)`(?:, | \()([\d,.]*\d) ?(MiB|GiB|s|h|)\b", text_of("docs/reference/limits.md"))
+    units = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "h": 3600, "s": 1, "": 1}
+    rows = re.findall(
+        r"`(ONCEGATE_\w+)`(?:, | \()([\d,.]*\d) ?(KiB|MiB|GiB|s|h|)\b", text_of("docs/reference/limits.md")
+    )
     assert len(rows) > 15
     shown = {name: float(number.replace(",", "")) * units[unit] for name, number, unit in rows}
     milliseconds = {name: value * 1000 if name.endswith("_MS") else value for name, value in shown.items()}

@@ -185,16 +185,10 @@ def test_a_body_is_chunked_or_has_a_length(lines):
 @pytest.mark.parametrize(
     "lines",
     [
-        [b"Transfer-Encoding: gzip"],
-        [b"Transfer-Encoding: identity"],
-        [b"Transfer-Encoding: gzip, chunked"],
         [b"Transfer-Encoding: chunked, gzip"],
         [b"Transfer-Encoding: chunked, chunked"],
         [b"Transfer-Encoding: chunked", b"Transfer-Encoding: chunked"],
         [b"Transfer-Encoding: chunked", b"Transfer-Encoding: identity"],
-        [b"Transfer-Encoding: gzip", b"transfer-encoding: chunked"],
-        [b"Transfer-Encoding: xchunked"],
-        [b"Transfer-Encoding: chunkedx"],
         [b"Transfer-Encoding: chunked;q=1"],
         [b'Transfer-Encoding: "chunked"'],
         [b"Transfer-Encoding: chun\x0bked"],
@@ -210,6 +204,22 @@ def test_a_body_is_chunked_or_has_a_length(lines):
 def test_any_other_framing_is_refused(lines):
     """A request is refused where two parsers could disagree about the end of its body."""
     assert refused(*lines) == 400
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [b"Transfer-Encoding: gzip"],
+        [b"Transfer-Encoding: identity"],
+        [b"Transfer-Encoding: gzip, chunked"],
+        [b"Transfer-Encoding: gzip", b"transfer-encoding: Chunked"],
+        [b"Transfer-Encoding: gzip;q=1 , chunked"],
+        [b"Transfer-Encoding: chunkedx"],
+    ],
+)
+def test_a_coding_that_is_unknown_is_not_implemented(lines):
+    """RFC 9112, section 6.1: 501 for a well-formed coding that nobody here understands."""
+    assert refused(*lines) == 501
 
 
 @pytest.mark.parametrize("coding", [b"chunked", b"identity", b"gzip", b""])
@@ -301,7 +311,7 @@ def test_an_underscore_imitates_no_field_that_we_act_on(name, spelled):
     imitations = {name.replace(b"-", b"_"), name.replace(b"-", b"_", 1), head + b"_" + tail}
     for imitation in sorted(imitations):
         assert refused(spelled(imitation) + b": 1") == 400
-        assert refused(name + b": 1", spelled(imitation) + b": 1", b"X: 1") in (400, 417)
+        assert refused(name + b": 1", spelled(imitation) + b": 1", b"X: 1") in (400, 417, 501)
 
 
 @pytest.mark.parametrize("name", [b"X_Custom", b"_", b"my_key", b"idempotency_keys", b"x__forwarded_for", b"_host"])

@@ -42,23 +42,34 @@ class Patient(Side):
 
 LINES = [
     *[b"POST /pay", b"GET /a", b"PUT /caf\xc3\xa9", b"PUT /\xff?\xe9", b"HEAD /a", b"POST http://a/\xc3\xa9"],
+    *[b"BREW /a", b"MKROOM /caf\xc3\xa9", b"get /a", b"M" * 80 + b" /a", b"GET /a" + b"b" * 17_000],
     *[b"\r\nPOST /a", b"\r\n\r\n\r\nGET /\xc3\xa9", b"\nGET /a", b"GET /a /theirs", b"G\xc9T /a", b"GET a"],
 ]
 FIELDS = [
     *[b"", b"X-Note: \xc3\xa9 /theirs x\r\n", b"X-Note: \xff\r\n", b"Authorization: Bearer x /pay\r\n"],
     *[b"Authorization: Bearer \xc3\xa9 /pay\r\n", b"X: \r\n", b"Expect: 100-continue\r\n", b"Connection: close\r\n"],
-    *[b"Connection: Upgrade\r\nUpgrade: h2c\r\n", b"X\xc3\xa9: 1\r\n", b"A: 1\nB: 2\r\n", b"Host: b\r\n"],
+    *[
+        b"Connection: Upgrade\r\nUpgrade: h2c\r\n",
+        b"Connection: upgrade\r\nUpgrade: websocket\r\n",
+        b"X\xc3\xa9: 1\r\n",
+        b"A: 1\nB: 2\r\n",
+        b"Host: b\r\n",
+    ],
     *[b"Idempotency-Key: k\r\n", b"".join(LONG[:5]), b"".join(LONG)],
 ]
 BODIES = [None, None, b"", b"{}", b"\r\n\r\n", b"\xc3\xa9 /theirs x\r\n\r\n", GET, b"\r\n" + GET * 3, b"x" * 200_000]
-ORDINARY = st.sampled_from([0] * 8 + [*range(15)])
+ORDINARY = st.sampled_from([0] * 8 + [*range(18)])
 
 
 @st.composite
 def asked(draw: st.DrawFn) -> bytes:
     """Return a request, by length or in chunks; some are odd, some malformed."""
     line, field = LINES[draw(ORDINARY) % len(LINES)], FIELDS[draw(ORDINARY) % len(FIELDS)]
-    version = draw(st.sampled_from([b" HTTP/1.1\r\n"] * 12 + [b" HTTP/1.0\r\n", b" HTTP/2.0\r\n", b"\r\n"]))
+    version = draw(
+        st.sampled_from(
+            [b" HTTP/1.1\r\n"] * 12 + [b" HTTP/1.0\r\n", b" HTTP/2.0\r\n", b"\r\n", b" RTSP/1.0\r\n", b" HTTP/1.1\n"]
+        )
+    )
     body, framing = draw(st.sampled_from(BODIES)), b""
     if body is not None and draw(st.integers(0, 7)):
         framing = b"Content-Length: %d\r\n" % len(body)
@@ -178,23 +189,35 @@ async def test_a_head_is_bounded_whenever_and_however_it_comes(size, busy, ends)
 
 
 @pytest.mark.parametrize(
-    "head",
+    ("head", "status"),
     [
-        GET[:-2] + b"Cookie: a=" + b"b" * 16_384 + b"\r\n\r\n",
-        GET.replace(b"GET /", b"GET /" + b"a" * 16_384),
-        GET[:-2] + b"".join(b"A%d: b\r\n" % number for number in range(128)) + b"\r\n",
+        (GET[:-2] + b"Cookie: a=" + b"b" * 16_384 + b"\r\n\r\n", b"431"),
+        (GET.replace(b"GET /", b"GET /" + b"a" * 16_384), b"414"),
+        (GET[:-2] + b"".join(b"A%d: b\r\n" % number for number in range(128)) + b"\r\n", b"431"),
     ],
     ids=["a long field", "a long target", "many fields"],
 )
-async def test_a_line_and_the_number_of_fields_are_bounded(head):
-    """A head that is well-formed but too large is refused with 431, not as malformed, in whatever parts it comes."""
+async def test_a_line_and_the_number_of_fields_are_bounded(head, status):
+    """A well-formed head is refused with 414 or 431 where it is too large, in whatever parts it comes."""
     for size in (len(head), 1000):
         connection, wire = connect(Holding())
         for start in range(0, len(head), size):
             connection.data_received(head[start : start + size])
         await settle()
-        assert re.findall(rb"HTTP/1.1 (\d+)", wire.written) == [b"431"]
+        assert re.findall(rb"HTTP/1.1 (\d+)", wire.written) == [status]
         assert wire.closed
+
+
+@pytest.mark.parametrize("size", [65_536, 1 << 20])
+async def test_reading_goes_on_behind_a_large_body(size):
+    """Requests that came behind a body for which reading paused are answered, and so is whatever comes later."""
+    connection, wire = connect(Patient(3))
+    raw = GET * 2 + b"PUT /a HTTP/1.1\r\nHost: a\r\nContent-Length: 200000\r\n\r\n" + b"x" * 200_000 + GET * 3
+    for start in range(0, len(raw), size):
+        connection.data_received(raw[start : start + size])
+    for _ in range(6):
+        await settle()
+    assert (wire.written.count(b"HTTP/1.1 200"), wire.paused) == (6, False)
 
 
 async def test_what_waits_behind_a_request_is_bounded():

@@ -49,7 +49,7 @@ Row = tuple[str, bytes, "int | Forwarded"]  # name, what the client sends, what 
 
 
 HOP_BY_HOP = ("connection", "keep-alive", "proxy-connection", "te", "trailer", "upgrade", "http2-settings", "expect")
-LINE = re.compile(rb"[A-Z]+ /[!-~\x80-\xff]* HTTP/1\.1")
+LINE = re.compile(rb"[A-Z][A-Z0-9_-]* /[!-~\x80-\xff]* HTTP/1\.1")
 FIELD = re.compile(rb"[A-Za-z0-9!#$%&'*+.^_`|~-]+: [^\x00-\x08\x0a-\x1f\x7f]*")
 
 

@@ -33,15 +33,18 @@ VERSIONS: list[Row] = [
     ("HTTP 0.9", b"GET /%s\r\n\r\n" % CANARY, 505),
     ("HTTP 0.9 named", get(version=b"HTTP/0.9"), 505),
     ("HTTP 2.0", get(version=b"HTTP/2.0"), 505),
-    ("HTTP 1.2", get(version=b"HTTP/1.2"), 400),
-    ("HTTP 3.0", get(version=b"HTTP/3.0"), 400),
+    ("HTTP 1.2", get(version=b"HTTP/1.2"), 505),
+    ("HTTP 3.0", get(version=b"HTTP/3.0"), 505),
     ("HTTP 1", get(version=b"HTTP/1"), 400),
     ("HTTP 11", get(version=b"HTTP/11"), 400),
     ("HTTP 1.10", get(version=b"HTTP/1.10"), 400),
     ("a version in lower case", get(version=b"http/1.1"), 400),
+    ("RTSP", get(version=b"RTSP/1.0"), 400),
+    ("ICE", message(b"SOURCE /x ICE/1.1", HOST), 400),
+    ("a method of RTSP in its protocol", message(b"DESCRIBE /x RTSP/1.0", HOST), 400),
     ("a version with a tail", get(version=b"HTTP/1.1x"), 400),
     ("no version with fields", message(b"GET /x", HOST), 505),
-    ("HTTP/2 prior knowledge", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + CANARY, 400),
+    ("HTTP/2 prior knowledge", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + CANARY, 505),
     ("a TLS hello", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + CANARY, 400),
     ("HTTP 1.0", get(version=b"HTTP/1.0"), GOT),
 ]
@@ -73,16 +76,29 @@ LINES: list[Row] = [
     ("obs-text in a name", get(b"/x", b"A\xe9: c"), 400),
     ("a quote in a name", get(b"/x", b'A": c'), 400),
     ("a slash in a name", get(b"/x", b"A/b: c"), 400),
-    ("a method in lower case", message(b"get /x HTTP/1.1", HOST), 400),
+    ("a method in lower case", message(b"get /x HTTP/1.1", HOST), 501),
     ("a method with a space before it", b" " + get(), 400),
     ("a method that is no token", message(b"G@T /x HTTP/1.1", HOST), 400),
-    ("an unknown method", message(b"%s /x HTTP/1.1" % CANARY.upper(), HOST), 400),
-    ("a method of 300 bytes", message(b"G" * 300 + b" /x HTTP/1.1", HOST), 400),
+    ("an unknown method", message(b"BREW-2 /x HTTP/1.1", HOST), Forwarded(b"BREW-2 /x HTTP/1.1")),
+    (
+        "an unknown method with a body",
+        message(b"BREW /x HTTP/1.1", HOST, b"Content-Length: 5", body=b"hello"),
+        Forwarded(b"BREW /x HTTP/1.1", b"hello"),
+    ),
+    (
+        "an unknown method with a target beyond ASCII",
+        message(b"BREW /\xc3\xa9 HTTP/1.1", HOST),
+        Forwarded(b"BREW /\xc3\xa9 HTTP/1.1"),
+    ),
+    ("a method of RTSP", message(b"DESCRIBE /x HTTP/1.1", HOST), Forwarded(b"DESCRIBE /x HTTP/1.1")),
+    ("an unknown method in small letters", message(b"brew /x HTTP/1.1", HOST), 501),
+    ("a method of 300 bytes", message(b"G" * 300 + b" /x HTTP/1.1", HOST), 501),
     ("tabs in the line", message(b"GET\t/x\tHTTP/1.1", HOST), 400),
     ("a space after the line", message(b"GET /x HTTP/1.1 ", HOST), 400),
     ("two spaces in the line", message(b"GET  /x  HTTP/1.1", HOST), GOT),
     ("empty lines before the line", b"\r\n\r\n" + get(), GOT),
-    ("a target of 20,000 bytes", get(b"/" + b"x" * 20_000), 431),
+    ("a target of 20,000 bytes", get(b"/" + b"x" * 20_000), 414),
+    ("a target of 70,000 bytes", get(b"/" + b"x" * 70_000), 414),
     ("a value of 20,000 bytes", get(b"/x", b"A: " + b"b" * 20_000), 431),
     ("a name of 20,000 bytes", get(b"/x", b"A" * 20_000 + b": b"), 431),
     ("200 fields", get(b"/x", *[b"A: b"] * 200), 431),
@@ -154,20 +170,25 @@ ONE_CODING = (
     b"Transfer-Encoding: \tchunked ",
     b"Transfer-Encoding: , chunked",
 )
+# Well-formed, and unknown.
+OTHER_CODINGS = (
+    *(b"identity", b"cow", b"xchunked", b"chunkedx", b"chunke", b"hunked", b"gzip;q=1, chunked"),
+    *(b"identity, chunked", b"gzip, chunked", b"gzip, cow", b"'chunked'"),
+)
 CODINGS: dict[bytes, int | Forwarded] = dict.fromkeys(ONE_CODING, POSTED_HELLO) | {
     b"%s: %s" % (name, value): 400
     for name, value in [
         *[
             (b"Transfer-Encoding", value)
             for value in (
-                b"", b"identity", b"cow", b"xchunked", b"chunkedx", b"x chunked", b"chunked x", b"chunke", b"hunked",
-                b"chunked, identity", b"identity, chunked", b"gzip, chunked", b"chunked, chunked", b"chunked,",
-                b"chunked;q=1", b"chunked; a=b", b'"chunked"', b"'chunked'", b"\x0bchunked", b"\x0cchunked",
+                b"", b"x chunked", b"chunked x", b"chunked, identity", b"chunked, chunked", b"chunked,",
+                b"chunked;q=1", b"chunked; a=b", b'"chunked"', b"\x0bchunked", b"\x0cchunked",
                 b"\xa0chunked", b"\x00chunked", b"chunked\x00", b"chunked\x0b", b"chunked \t",
                 b"chunk\xe9d", b"\xefchunked",
                 b"chun ked", b"chunked\rX: y", b"\rchunked", b"\nchunked", b"gzip\r\nTransfer-Encoding: chunked",
+                b"identity\r\ntransfer-encoding: chunked",
                 b"chunked\r\nTransfer-Encoding: chunked", b"chunked\r\nTransfer-Encoding: identity",
-                b"identity\r\ntransfer-encoding: chunked", b"\r\n chunked", b"\r\n\tchunked", b" \r\n chunked",
+                b"\r\n chunked", b"\r\n\tchunked", b" \r\n chunked",
             )
         ],
         *[
@@ -180,7 +201,7 @@ CODINGS: dict[bytes, int | Forwarded] = dict.fromkeys(ONE_CODING, POSTED_HELLO) 
             )
         ],
     ]
-}  # fmt: skip
+} | {b"Transfer-Encoding: " + coding: 501 for coding in OTHER_CODINGS}  # fmt: skip
 CODED: list[Row] = [
     *((f"coding {line!r}", post(line, body=HELLO), expected) for line, expected in CODINGS.items()),
     *((f"length and coding {line!r}", post(b"Content-Length: 15", line, body=HELLO), 400) for line in CODINGS),
@@ -197,18 +218,22 @@ METHODS_AND_UPGRADES: list[Row] = [
     ("CONNECT", message(b"CONNECT evil.test:443 HTTP/1.1", b"Host: evil.test:443"), 405),
     ("CONNECT of a path", message(b"CONNECT /x HTTP/1.1", HOST), 405),
     ("CONNECT with a tunnel begun", message(b"CONNECT api.test:80 HTTP/1.1", b"Host: api.test:80", body=HIDDEN), 405),
-    ("CONNECT of nothing", message(b"CONNECT ", HOST), 505),
+    ("CONNECT of nothing", message(b"CONNECT ", HOST), 400),
     ("TRACE", message(b"TRACE /x HTTP/1.1", HOST), 405),
     ("OPTIONS *", message(b"OPTIONS * HTTP/1.1", HOST), 400),
     ("POST *", message(b"POST * HTTP/1.1", HOST, KEY), 400),
     ("h2c offered to a GET", get(b"/x", *H2C), GOT),
     ("h2c offered to a keyed POST", post(*H2C, b"Content-Length: 5", body=b"hello"), POSTED_HELLO),
-    ("h2c with a request behind it", get(b"/x", *H2C) + HIDDEN, GOT),
     ("h2c without Connection", get(b"/x", *H2C[1:]), GOT),
-    ("websocket beside h2c", get(b"/x", b"Connection: Upgrade", b"Upgrade: h2c, websocket"), 501),
-    ("websocket with a body", post(*WEBSOCKET, b"Content-Length: %d" % len(HIDDEN), body=HIDDEN), 501),
-    ("websocket with a chunked body", post(*WEBSOCKET, CHUNKED, body=HELLO + HIDDEN), 501),
-    ("another protocol", get(b"/x", b"Connection: Upgrade", b"Upgrade: TLS/1.0"), 501),
+    ("websocket beside h2c", get(b"/x", b"Connection: Upgrade", b"Upgrade: h2c, websocket"), GOT),
+    ("websocket without a key", get(b"/x", *WEBSOCKET[:3]), GOT),
+    ("websocket in HTTP/1.0", get(b"/x", *WEBSOCKET, version=b"HTTP/1.0"), GOT),
+    ("websocket with a body", post(*WEBSOCKET, b"Content-Length: %d" % len(HIDDEN), body=HIDDEN),
+     Forwarded(b"POST /x HTTP/1.1", HIDDEN)),
+    ("websocket with a chunked body", post(*WEBSOCKET, CHUNKED, body=HELLO + HIDDEN), POSTED_HELLO),
+    ("websocket with a streamed body", put(*WEBSOCKET, b"Content-Length: %d" % len(HIDDEN), body=HIDDEN),
+     Forwarded(b"PUT /x HTTP/1.1", HIDDEN)),
+    ("another protocol", get(b"/x", b"Connection: Upgrade", b"Upgrade: TLS/1.0"), GOT),
     ("an expectation that nobody knows", post(b"Expect: 200-ok", b"Content-Length: 5", body=b"hello"), 417),
     ("two expectations", post(b"Expect: 100-continue, x", b"Content-Length: 5", body=b"hello"), 417),
     ("an expectation with a parameter", post(b"Expect: 100-continue;q=1", b"Content-Length: 5", body=b"hello"), 417),

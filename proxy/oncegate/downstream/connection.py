@@ -12,19 +12,22 @@ from aiohttp import StreamReader
 
 from oncegate.buffers.write_batcher import write_batcher
 from oncegate.downstream.body import BufferedBody
-from oncegate.downstream.reader import KEPT_HEAD_BYTES, ConnectionOwner, Malformed, RequestReader, wake
+from oncegate.downstream.reader import KEPT_HEAD_BYTES, ConnectionOwner, RequestReader, wake
 from oncegate.downstream.request import Request
 from oncegate.downstream.response import ResponseWriter, closing_response
 from oncegate.known_heads.memo import ConnectionMemo
 from oncegate.known_heads.requests import KnownRequest
 from oncegate.messages.problems import refusal
 from oncegate.messages.request_head import ForwardedInfo
+from oncegate.messages.request_line import Malformed
 from oncegate.observe.outcome import Outcome, RequestReport
 
 # For a request's head, from its first byte; a shorter window of the minimum rate replaces it.
 HEAD_S = 10.0
 # Between requests.
 KEEP_ALIVE_S = 75.0
+# How long the client of a connection over TLS has to read its last response and close.
+TLS_LINGER_S = 1.0
 
 Handler = Callable[[Request], Awaitable[None]]
 
@@ -36,7 +39,7 @@ class ClientConnection(RequestReader):
     """
 
     __slots__ = (
-        "_stops", "forwarded", "leave_waiter", "minimum_rate", "reader_waiter", "retiring", "room_waiter",
+        "_lingering", "_stops", "forwarded", "leave_waiter", "minimum_rate", "reader_waiter", "retiring", "room_waiter",
         "write_batcher",
     )  # fmt: skip
 
@@ -47,6 +50,8 @@ class ClientConnection(RequestReader):
         self.forwarded: ForwardedInfo
         # No further request is taken.
         self._stops = False
+        # Done when the client ends a connection whose last response is out.
+        self._lingering: asyncio.Future[None] | None = None
         self.retiring = owner.retiring
         # Done when more can be written, when the client left, and when it left or closed its side.
         self.room_waiter: asyncio.Future[None] | None = None
@@ -124,8 +129,13 @@ class ClientConnection(RequestReader):
         super().resume_writing()
         wake(self.room_waiter)
 
+    def eof_received(self) -> bool | None:  # type: ignore[override]
+        wake(self._lingering)
+        return super().eof_received()
+
     def connection_lost(self, exc: BaseException | None) -> None:
         super().connection_lost(exc)
+        wake(self._lingering)
         wake(self.room_waiter)
         wake(self.leave_waiter)
         wake(self.reader_waiter)
@@ -144,7 +154,7 @@ class ClientConnection(RequestReader):
         """
         try:
             while not (self._force_close or self._close):
-                if self._rest and not self._messages:
+                if (self._rest or self._buffer_paused) and not self._messages:
                     self._read_on()
                 if not self._messages:
                     await self._next_request()
@@ -152,6 +162,7 @@ class ClientConnection(RequestReader):
                 request = self._pop_request()
                 if isinstance(request, Malformed):
                     self._refuse(request)
+                    await self._linger()
                     break
                 self._request_in_progress, self._current_request = True, request  # type: ignore[assignment]
                 try:
@@ -168,6 +179,9 @@ class ClientConnection(RequestReader):
                 if request.known is None and not request.content.is_eof():
                     await self._drop_rest(request.content)
                 if not self._keepalive:
+                    # A client that asked for the end sends nothing more.
+                    if response.finished and not request.message.should_close:
+                        await self._linger(ends_by_closing=response.owes_clean_close)
                     break
                 self._expect_more()
                 # Else an idle connection would keep its last request.
@@ -225,6 +239,29 @@ class ClientConnection(RequestReader):
         except Exception:  # broken off, malformed, or too long: all the same now
             self._keepalive = False
         content.set_exception(ConnectionError("the body was dropped"))
+
+    async def _linger(self, *, ends_by_closing: bool = False) -> None:
+        """End this side, and read on for a while: a client that is still sending gets to read its last response.
+
+        Closed at once, the connection would be reset by what comes, and the response lost (RFC 9112, section 9.6).
+        `ends_by_closing`: the client waits for the end of the connection as that of its response.
+        """
+        if (transport := self.transport) is None or self._half_closed:
+            return
+        time_s = self._lingering_time
+        if not transport.can_write_eof():  # TLS has no half-closed connections
+            if ends_by_closing:
+                return
+            time_s = min(time_s, TLS_LINGER_S)
+        # Whatever comes is dropped.
+        self._close = True
+        self._lingering = self._loop.create_future()
+        self.write_batcher.flush()
+        self._reading_paused = self._buffer_paused = False
+        self._resume_transport_reading()
+        if transport.can_write_eof():
+            transport.write_eof()
+        await asyncio.wait([self._lingering], timeout=time_s)
 
     def _expect_more(self) -> None:
         self._next_keepalive_close_time = close_at = self._loop.time() + self._keepalive_timeout

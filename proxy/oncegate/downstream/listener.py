@@ -11,16 +11,17 @@ from aiohttp.web_protocol import RequestHandler
 
 from oncegate.downstream.connection import HEAD_S, KEEP_ALIVE_S, ClientConnection, Handler
 from oncegate.downstream.minimum_rate import MinimumRate
-from oncegate.downstream.response import closing_response, unsent_bytes
+from oncegate.downstream.response import unsent_bytes
 from oncegate.known_heads.requests import HeadCache
-from oncegate.messages.problems import refusal
 from oncegate.messages.request_head import ForwardedInfo
-from oncegate.observe.outcome import Observe, Outcome, RequestReport
+from oncegate.messages.request_line import USUAL_LIMITS, HeadLimits, Malformed
+from oncegate.observe.outcome import Observe
 from oncegate.settings.addresses import Network
 
 # How long the rest of a refused body is read and dropped, so that its sender reads the response.
 LINGER_S = 10.0
 SWEEP_S = 0.5
+SLOW_HEAD = Malformed(408, "the head took too long")
 # Of a body that waits for its reader; at most twice as much is buffered.
 READ_BYTES = 65536
 # Of one connection in the kernel, which would take up to 4 MiB of a slow client's response.
@@ -51,6 +52,7 @@ class Listener(web.Server):
         head_cache: HeadCache,
         trusted: Sequence[Network] = (),
         docs_url: str = "",
+        head_limits: HeadLimits = USUAL_LIMITS,
     ) -> None:
         super().__init__(
             handler,  # type: ignore[arg-type]  # called by ClientConnection alone
@@ -59,8 +61,9 @@ class Listener(web.Server):
             auto_decompress=False,
             access_log=None,
             read_bufsize=READ_BYTES,
-            max_line_size=16384,
-            max_field_size=16384,
+            max_line_size=head_limits.line_bytes,
+            max_field_size=head_limits.line_bytes,
+            max_headers=head_limits.fields,
         )
         self._max_connections, self.minimum_rate, self.observe = max_connections, minimum_rate, observe
         self.head_cache, self._trusted = head_cache, trusted
@@ -68,7 +71,7 @@ class Listener(web.Server):
         # Connections that this side closed, with bytes that the peer has not received yet: since when (the loop's
         # time) a window of the minimum rate runs, and how many bytes were unsent then.
         self._closing: dict[asyncio.Transport, tuple[float, int]] = {}
-        self.retiring, self.docs_url = False, docs_url
+        self.retiring, self.docs_url, self.head_limits = False, docs_url, head_limits
 
     def __call__(self) -> RequestHandler:
         return ClientConnection(self, loop=self._loop, **self._kwargs)
@@ -119,7 +122,7 @@ class Listener(web.Server):
             closing = []
             for connection, transport in list(self._connections.items()):
                 if isinstance(connection, ClientConnection) and (connection.head_since_s or now) < latest_start:
-                    self._refuse_slow_head(connection)
+                    connection.refuse_message(SLOW_HEAD)
                 if transport.is_closing() and transport.get_write_buffer_size():
                     closing.append(transport)
             self._closing = {transport: self._check_closing(transport, now) for transport in closing}
@@ -133,9 +136,3 @@ class Listener(web.Server):
         if before - unsent < self.minimum_rate.least:
             transport.abort()
         return now, unsent
-
-    def _refuse_slow_head(self, connection: ClientConnection) -> None:
-        """Refuse a head before its end, and close the connection."""
-        self.observe(RequestReport(Outcome.REQUEST_REFUSED, 408, ""))
-        connection.send_closing(closing_response(refusal(408, "the head took too long")))
-        connection.force_close()

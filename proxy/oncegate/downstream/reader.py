@@ -9,22 +9,21 @@ targets may have any byte, and the bytes of a head are bounded and timed.
 import asyncio
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from aiohttp import StreamReader
 from aiohttp.hdrs import CONTENT_LENGTH
 from aiohttp.http import HttpProcessingError, HttpRequestParser
-from aiohttp.http_exceptions import LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import RequestHandler, RequestPayloadError
 
 from oncegate.downstream.body import BufferedBody
-from oncegate.downstream.incoming_head import HEAD_END, IncomingHead
+from oncegate.downstream.incoming_head import HEAD_END, IncomingHead, malformed, opens_websocket
 from oncegate.downstream.minimum_rate import MinimumRate
 from oncegate.known_heads.memo import ConnectionMemo
 from oncegate.known_heads.requests import HeadCache, KnownHead, KnownRequest, is_whole
-from oncegate.messages.fields import MAX_HEAD_BYTES
 from oncegate.messages.request_head import ForwardedInfo, RequestHead
+from oncegate.messages.request_line import NOT_WELL_FORMED, HeadLimits, Malformed, usual_line_bytes
 from oncegate.observe.outcome import Observe
 
 # What is due before the next message begins, where no number of bytes tells: a head's end came not yet, or no further
@@ -32,6 +31,10 @@ from oncegate.observe.outcome import Observe
 IN_HEAD, NO_NEXT = -1, -2
 # A parser keeps the head that it parsed last. One over this size is not kept by an idle connection.
 KEPT_HEAD_BYTES = 4096
+# Of the requests that wait for their turn, with their bodies: above this, no further one is read.
+MAX_QUEUED_BYTES = 65536
+# The beginning of a field that the parser must not see.
+_UPGRADE = re.compile(rb"\nu(?=pgrade:)", re.IGNORECASE)
 _EMPTY_LINES = re.compile(rb"[\r\n]*")
 
 
@@ -43,20 +46,11 @@ class ConnectionOwner(Protocol):
     observe: Observe
     retiring: bool
     docs_url: str
+    head_limits: HeadLimits
 
     def has_room(self) -> bool: ...
 
     def forwarded_info(self, peername: Any, is_tls: bool) -> ForwardedInfo: ...
-
-
-class Malformed(NamedTuple):
-    """What came in the place of a request: it is refused with `status`, and nothing behind it is read."""
-
-    status: int
-    detail: str
-
-
-NOT_WELL_FORMED = Malformed(400, "the request is not well-formed HTTP")
 
 
 class RequestReader(RequestHandler):
@@ -151,11 +145,12 @@ class RequestReader(RequestHandler):
 
     def _has_room(self) -> bool:
         """Return whether one more request may wait for its turn, with those that do."""
-        return self._queued_bytes <= MAX_HEAD_BYTES and len(self._messages) < self._max_msg_queue_size
+        return self._queued_bytes <= MAX_QUEUED_BYTES and len(self._messages) < self._max_msg_queue_size
 
     def _read_on(self) -> None:
-        """Take what waited behind the requests that waited, which are being answered now."""
-        self.data_received(b"")
+        """Take what waited behind the requests that waited, which are being answered now, and read on."""
+        if self._rest:  # else it was taken when a body was read on
+            self.data_received(b"")
         if not self._rest:
             self._resume_reading_for_buffer()
 
@@ -164,36 +159,40 @@ class RequestReader(RequestHandler):
         if self._head is None:
             if data[at] in b"\r\n":
                 at = skip_empty_lines(data, at)
-            end = data.find(HEAD_END, at, at + MAX_HEAD_BYTES) + len(HEAD_END)
-            part = data[at:end]
-            if end >= len(HEAD_END) and part.isascii():  # as nearly all come
-                self._head_bytes = len(part)
-                self._take_message(self._parse(part))
+            limits = self.owner.head_limits
+            end = data.find(HEAD_END, at, at + limits.head_bytes) + len(HEAD_END)
+            if end >= len(HEAD_END) and 0 < usual_line_bytes(data, at) <= limits.line_bytes:  # as nearly all come
+                self._head_bytes = end - at
+                shown = data[at:end]
+                self._take_message(self._parse(shown), shown)
                 return end
             if at == len(data):
                 return at
-            self._head, self._head_bytes, self._due = IncomingHead(), 0, IN_HEAD
+            self._head, self._head_bytes, self._due = IncomingHead(limits), 0, IN_HEAD
         head = self._head
-        part = head.take(data[at : at + MAX_HEAD_BYTES])
-        self._head_bytes += len(part)
-        messages = self._parse(part)
-        if head.is_whole:
+        size, shown = head.take(data[at : at + self.owner.head_limits.head_bytes])
+        self._head_bytes += size
+        messages = self._parse(shown) if shown else ()
+        if head.refused is not None and self._due != NO_NEXT:
+            self.refuse_message(head.refused)
+        elif head.is_whole:
             self._head = None
-            self._take_message([(head.restore(message), content) for message, content in messages])
-        elif head.is_too_large:
-            self._refuse_message(Malformed(431, "the head is too large"))
-        return at + len(part)
+            messages = [(head.restore(message), content) for message, content in messages]
+            self._take_message(messages, b"".join(head.shown))
+        return at + size
 
-    def _take_message(self, messages: Sequence[tuple[Any, StreamReader]]) -> None:
-        """Take the request whose head is whole now."""
+    def _take_message(self, messages: Sequence[tuple[Any, StreamReader]], shown: bytes) -> None:
+        """Take the request whose head is whole now. `shown` is what the parser saw of it."""
         if not messages:
             if self._due != NO_NEXT:  # the beginning of HTTP/2, of which the parser wants more
-                self._refuse_message(NOT_WELL_FORMED)
+                self.refuse_message(NOT_WELL_FORMED)
             return
         message, self._body = messages[0]
+        if message.upgrade and message.method != "CONNECT" and not opens_websocket(message, self._body):
+            message = self._ignore_upgrade(message, shown)
         if not self._messages:
             self._queued_bytes = 0
-        self._messages.append(messages[0])
+        self._messages.append((message, self._body))
         self._request_count += 1
         self.head_since_s = None
         wake(self._waiter)
@@ -202,6 +201,15 @@ class RequestReader(RequestHandler):
         else:
             self._due = 0 if self._body is EMPTY_PAYLOAD else int(message.headers[CONTENT_LENGTH])
             self._queued_bytes += self._head_bytes + self._due
+
+    def _ignore_upgrade(self, message: Any, shown: bytes) -> Any:
+        """Return a request without its wish for another protocol, which may be ignored (RFC 9110, section 7.8).
+
+        A parser that saw the wish drops what comes behind the request, so another one reads the body and goes on.
+        """
+        self._parser, self._upgraded, self._message_tail = self._new_parser(), False, b""
+        ((_, self._body),) = self._parse(_UPGRADE.sub(b"\nx", shown))
+        return message._replace(upgrade=False)
 
     def _continue(self, data: bytes) -> None:
         """Take more of the body, or of the other protocol, that the newest request has begun, and of nothing else."""
@@ -217,11 +225,11 @@ class RequestReader(RequestHandler):
         try:
             messages, self._upgraded, self._message_tail = self._parser.feed_data(data)
         except HttpProcessingError as error:
-            self._refuse_message(_malformed(error))
+            self.refuse_message(malformed(error, b"".join(self._head.shown) if self._head else data))
             return ()
         return messages
 
-    def _refuse_message(self, malformed: Malformed) -> None:
+    def refuse_message(self, malformed: Malformed) -> None:
         """Let the newest message be refused in its turn, and ignore whatever is behind it."""
         self._due, self._head, self.head_since_s = NO_NEXT, None, None
         refused: Any = (malformed, EMPTY_PAYLOAD)
@@ -274,14 +282,6 @@ class RequestReader(RequestHandler):
             self._payload_parser.feed_eof()
         # TLS has no half-closed connections.
         return not self.ssl_context
-
-
-def _malformed(error: HttpProcessingError) -> Malformed:
-    """Return what is wrong with bytes that the parser refused."""
-    is_too_large = isinstance(error, LineTooLong) or "Too many headers" in error.message
-    return (
-        Malformed(431, "the head has too many fields, or a line that is too long") if is_too_large else NOT_WELL_FORMED
-    )
 
 
 def skip_empty_lines(data: bytes, at: int) -> int:

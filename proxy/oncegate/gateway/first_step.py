@@ -19,7 +19,6 @@ from oncegate.keys.documents import Missing
 from oncegate.keys.forms import is_multipart
 from oncegate.keys.syntax import BadKey, parse_key
 from oncegate.messages.admission import Admission, Refused
-from oncegate.messages.fields import tokens
 from oncegate.messages.request_head import RequestHead, is_websocket, preferred_wait_s
 from oncegate.rules.body_conditions import NO_BODY, read_document, unread_document
 from oncegate.rules.identity import (
@@ -103,11 +102,9 @@ class FirstStep:
             set_requester(request, policy.adaptation)
         if is_navigation(fields):
             request.render = as_page
-        # An offer of h2c may be ignored (RFC 9110, section 7.8).
-        if request.message.upgrade and tokens(fields.get(b"upgrade", ())) != [b"h2c"]:
-            if is_websocket(head) and head.method not in policy.methods:
-                return Tunnel(route, head)
-            return malformed(Refused(501, "the only protocol switched to is WebSocket, by GET"))
+        # A wish for any other protocol is ignored (RFC 9110, section 7.8).
+        if request.message.upgrade and head.method not in policy.methods and is_websocket(head):
+            return Tunnel(route, head)
         if b"expect" in fields:
             _note_expectation(request, head)
         if head.method not in policy.methods:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from oncegate.messages import transfer_coding
 from oncegate.messages.fields import HOP_BY_HOP, Fields, Pairs, by_name, nominated, remember, tokens
 from oncegate.messages.request_head import ACTED_ON, RequestHead
 
@@ -72,6 +73,8 @@ class Admission:
         # RFC 9112, section 6.1: a length beside a transfer coding is a sign of request smuggling.
         coding = fields.get(b"transfer-encoding")
         if coding and (version == (1, 0) or tokens(coding) != [b"chunked"] or b"content-length" in fields):
+            if version == (1, 1) and b"content-length" not in fields and transfer_coding.are_unknown(coding):
+                return Refused(501, transfer_coding.UNKNOWN)
             return Refused(400, "the only transfer coding understood is chunked, in HTTP/1.1, without a length")
         if b"expect" in fields and tokens(fields[b"expect"]) != [b"100-continue"]:
             return Refused(417, "the only expectation understood is 100-continue")

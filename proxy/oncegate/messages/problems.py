@@ -91,6 +91,7 @@ REFUSALS = {
     400: ProblemKind(400, "The request cannot be understood", retryable=False, reuse_key=None, about_key=False),
     405: ProblemKind(405, "This method is not served", retryable=False, reuse_key=None, about_key=False),
     408: ProblemKind(408, "The request did not arrive in time", retryable=True, reuse_key=True, about_key=False),
+    414: ProblemKind(414, "The target is too long", retryable=False, reuse_key=None, about_key=False),
     417: ProblemKind(417, "This expectation cannot be met", retryable=False, reuse_key=None, about_key=False),
     421: ProblemKind(421, "This host is not served here", retryable=False, reuse_key=None, about_key=False),
     431: ProblemKind(431, "The header section is too large", retryable=False, reuse_key=None, about_key=False),

@@ -22,6 +22,7 @@ from oncegate.hostnames.resolver import Resolver
 from oncegate.keys.digests import Digests, identity_settings
 from oncegate.known_heads.requests import HeadCache
 from oncegate.messages.admission import Admission
+from oncegate.messages.request_line import HeadLimits
 from oncegate.observe.metrics import Metrics
 from oncegate.observe.outcome import Observe
 from oncegate.rules.model import Rule, Rules, Upstream
@@ -109,6 +110,7 @@ class Parts:
             head_cache=self.head_cache,
             trusted=settings.trusted_proxies,
             docs_url=str(settings.docs_url or ""),
+            head_limits=HeadLimits(settings.max_head_bytes, settings.max_head_line_bytes, settings.max_head_fields),
         )
 
     def follow(self, rules: Rules, routes: Routes) -> None:

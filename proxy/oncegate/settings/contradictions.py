@@ -72,6 +72,7 @@ CONTRADICTIONS = (
     Contradiction("key_header", "must not be one of", "scope_headers", _among),
     # The largest accepted body must fit on the disk space for bodies.
     Contradiction("max_request_bytes", "must not be larger than", "max_spool_bytes", gt),
+    Contradiction("max_head_line_bytes", "must not be larger than", "max_head_bytes", gt),
     Contradiction("max_stored_bytes", "must not be larger than", "max_buffered_bytes", gt),
     # A fault kills or pauses the process, so that a stray variable must not have one in production.
     Contradiction("fault", "is accepted only together with", "testing", _without_testing),

@@ -15,6 +15,7 @@ from oncegate.settings.names import parse_list
 # A longer time is a mistaken unit, and comes near the limit of Redis's expiry.
 TEN_YEARS_S = 315_360_000
 DAY_MS = 86_400_000
+MEBIBYTE = 1 << 20
 PIBIBYTE = 1 << 50
 MILLION = 1_000_000
 MAX_WORKERS = 1024

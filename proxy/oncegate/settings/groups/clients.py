@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import BaseModel, Field
 
 from oncegate.settings.addresses import Address, Network, parse_host, parse_network
-from oncegate.settings.values import PIBIBYTE, Bytes, Count, ListenAddress, ReadableFile, Seconds, list_of
+from oncegate.settings.values import MEBIBYTE, PIBIBYTE, Bytes, Count, ListenAddress, ReadableFile, Seconds, list_of
 
 
 class ClientSettings(BaseModel):
@@ -32,6 +32,20 @@ class ClientSettings(BaseModel):
     )
     max_request_bytes: Bytes = Field(
         33_554_432, description="Largest body of a request with a key. Larger ones get 413."
+    )
+    max_head_bytes: int = Field(
+        65_536, ge=8192, le=MEBIBYTE, description="Largest head of a request, its line included. Larger ones get 431."
+    )
+    # RFC 9112, section 3, recommends to take lines of 8,000 bytes.
+    max_head_line_bytes: int = Field(
+        16_384,
+        ge=1024,
+        le=MEBIBYTE,
+        description="Longest target of a request, and longest field of its head. A longer target gets 414, a longer "
+        "field 431.",
+    )
+    max_head_fields: int = Field(
+        128, ge=16, le=4096, description="Most fields in the head of a request. More of them get 431."
     )
     max_in_flight: Count = Field(
         4096, description="Requests with keys that run at the same time, for each worker. Others get 503."
