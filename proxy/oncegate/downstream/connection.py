@@ -129,10 +129,6 @@ class ClientConnection(RequestReader):
         super().resume_writing()
         wake(self.room_waiter)
 
-    def eof_received(self) -> bool | None:  # type: ignore[override]
-        wake(self._lingering)
-        return super().eof_received()
-
     def connection_lost(self, exc: BaseException | None) -> None:
         super().connection_lost(exc)
         wake(self._lingering)
@@ -142,6 +138,7 @@ class ClientConnection(RequestReader):
 
     def eof_received(self) -> bool | None:  # type: ignore[override]  # as in RequestReader
         keeps_open = super().eof_received()
+        wake(self._lingering)
         wake(self.reader_waiter)
         return keeps_open
 
