@@ -34,7 +34,8 @@ LANGUAGES = {".toml": "toml", ".env": "ini"}
 # The settings by what an operator wants to do, in the order of the page.
 GROUPS = {
     "Where to listen and where to forward": """upstream listen tls_cert_file tls_key_file admin_listen hosts
-        trusted_proxies pass_host upstream_ca_file upstream_cert_file upstream_key_file rules_file docs_url""",
+        trusted_proxies pass_host upstream_ca_file upstream_cert_file upstream_key_file rules_file pages_dir
+        docs_url""",
     "The store": """store_url data_dir embedded_max_bytes store_timeout_ms settle_timeout_s durability
         on_store_down on_store_loss quarantine_s""",
     "What names a key": """methods key_header key_required scope_headers stable_schemes namespace secret

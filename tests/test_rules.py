@@ -238,6 +238,7 @@ CASES = {
         "upstream_idempotent = 1",
         "must be True or False",
     ),
+    "pages": ("pages = true", lambda rule: rule.policy.pages, True, None, 'pages = "yes"', "must be True or False"),
     "forward_key": (
         'forward_key = "X-Id"',
         lambda rule: rule.policy.forward_key,

@@ -55,6 +55,7 @@ CASES: dict[str, tuple[object, str, object, str, str]] = {
         "http://redis",
         "must be embedded, redis://",
     ),
+    "pages_dir": (None, "pages", Path("pages"), "", ""),
     "data_dir": (Path(".oncegate"), "/var/lib/oncegate", Path("/var/lib/oncegate"), "", ""),
     "embedded_max_bytes": (268_435_456, "8388608", 8_388_608, "1000", "must be at least 2097152"),
     "namespace": ("default", "orders", "orders", "two words", "visible ASCII"),

@@ -6,7 +6,7 @@ Nothing is sent, awaited or claimed here. `Gateway` does what the value says.
 from typing import NamedTuple, cast
 
 from oncegate.adaptation.adaptation import Adaptation
-from oncegate.adaptation.error_pages import as_page, is_navigation
+from oncegate.adaptation.error_pages import wants_page
 from oncegate.downstream.body import Bodies, Body, BufferedBody, NoBody, TooLarge, stated_length
 from oncegate.downstream.request import Request
 from oncegate.gateway.answers import Refuse, body_refusal, key_refusal, malformed, scope_refusal
@@ -30,6 +30,7 @@ from oncegate.rules.identity import (
     scope_of,
     uses_no_key,
 )
+from oncegate.rules.policy import Policy
 from oncegate.store.record import ClaimRequest
 
 
@@ -98,10 +99,7 @@ class FirstStep:
     def _step_on(self, request: Request, route: Route, head: RequestHead, body: Body | None = None) -> Step | ReadBody:
         """Return the step for a request on its route. `body`: it is here, because it has decided the route."""
         policy, fields = route.policy, head.fields
-        if policy.adaptation is not None:
-            set_requester(request, policy.adaptation)
-        if is_navigation(fields):
-            request.render = as_page
+        self._prepare_answer(request, policy, head)
         # A wish for any other protocol is ignored (RFC 9110, section 7.8).
         if request.message.upgrade and head.method not in policy.methods and is_websocket(head):
             return Tunnel(route, head)
@@ -135,6 +133,14 @@ class FirstStep:
             return body_refusal(TooLarge())
         taken = body or self._bodies.take(request.content, fields, policy.max_request_bytes)
         return pending if taken is None else self.with_body(request, pending, taken)
+
+    def _prepare_answer(self, request: Request, policy: Policy, head: RequestHead) -> None:
+        """Note for whom the response is, whatever it will be."""
+        if policy.adaptation is not None:
+            set_requester(request, policy.adaptation)
+        if wants_page(policy.pages, head.fields):
+            has_window = policy.sources is not None and policy.sources.window_ms > 0
+            request.render = self._routes.pages.renderer(head, reload_is_safe=not has_window)
 
     def with_body(self, request: Request, pending: ReadBody, body: Body | NoBody) -> Step:
         """Return the step for a request whose body is here, or the reason why it is not."""

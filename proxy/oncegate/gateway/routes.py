@@ -78,6 +78,7 @@ class Routes:
 
     def __init__(self, rules: Rules, by_name: Mapping[str, Route]) -> None:
         self._rules, self._by_name = rules, by_name
+        self.pages = rules.pages
         self.default = by_name[""]
         self.has_rules = len(by_name) > 1
 

@@ -1,14 +1,16 @@
 """Reads the key of a request from the sources that its rule names. Pure.
 
 A source yields a value, Missing, or BadKey where its value cannot be a key. The alternatives of a rule are tried
-in its order, until one has all its parts or a part that cannot be a key; there is no other fallback.
+in its order, until one has all its parts or a part that cannot be a key; there is no other fallback. A key that the
+browser made by itself is tried last.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, assert_never
 from urllib.parse import unquote_to_bytes
 
+from oncegate.keys import automatic
 from oncegate.keys.digests import length_prefixed
 from oncegate.keys.documents import MAX_VALUE_BYTES, Missing, form_value, is_encoded, json_value
 from oncegate.keys.multipart import multipart_value
@@ -66,7 +68,7 @@ def extract_key(sources: KeySources, given: SourceInput) -> ExtractedKey | Missi
     """Return the key of a request, or why it has none; None where that depends on a body that is still to come."""
     key: ExtractedKey | Missing | BadKey | None = Missing("no key was sent")
     incomplete: BadKey | None = None
-    for number, alternative in enumerate(sources.alternatives):
+    for number, alternative in _in_order(sources, given.head):
         retries = _retry_count(sources, alternative, given)
         if isinstance(retries, Missing):
             key = retries
@@ -82,6 +84,19 @@ def extract_key(sources: KeySources, given: SourceInput) -> ExtractedKey | Missi
         elif not isinstance(key, Missing):
             return key
     return incomplete or key
+
+
+def _in_order(sources: KeySources, head: RequestHead) -> Iterable[tuple[int, Sequence[Source]]]:
+    """Return the alternatives with their numbers, in the order in which they count for a request."""
+    numbered = tuple(enumerate(sources.alternatives))
+    if len(numbered) > 1 and automatic.HEADER in sources.headers and automatic.is_automatic(head.fields):
+        # Any other alternative says more about what the user means: two clicks have two such keys.
+        return sorted(numbered, key=lambda one: _reads(one[1], automatic.HEADER))
+    return numbered
+
+
+def _reads(alternative: Sequence[Source], header: bytes) -> bool:
+    return any(isinstance(source.kind, Header) and source.kind.name == header for source in alternative)
 
 
 def _retry_count(sources: KeySources, alternative: Sequence[Source], given: SourceInput) -> int | Missing | None:

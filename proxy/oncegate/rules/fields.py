@@ -279,6 +279,7 @@ TREATING: Mapping[str, Check] = {
     "on_bad_key": _one_of("refuse", "pass"),
     "on_client_gone": _one_of("finish", "cancel"),
     "cancel_grace_s": _seconds(0, 86_400),
+    "pages": _one_of(True, False),
     **{name: _setting(name) for name in SHARED},
 }
 RULE = {**MATCHING, **TREATING}

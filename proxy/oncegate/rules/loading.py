@@ -4,19 +4,35 @@ A rule's fields override those of its preset, which override the settings. Loadi
 all problems at once; while requests run, only `Rules.choose` is used.
 """
 
+from pathlib import Path
+
+from oncegate.adaptation.error_pages import TEMPLATES, ErrorPages
+from oncegate.adaptation.page_template import MAX_PAGE_BYTES, BadTemplate, PageTemplate
 from oncegate.rules.file import FileError, read_tables
-from oncegate.rules.model import Rules
+from oncegate.rules.model import Rule, Rules
 from oncegate.rules.reading import RulesReader
 from oncegate.rules.resolution import default_rule
 from oncegate.settings.errors import SettingsError
+from oncegate.settings.files import read_text
 from oncegate.settings.settings import Settings
 
 
 def load_rules(settings: Settings) -> Rules:
-    """Return the rules in effect. Raises SettingsError with all problems of the file."""
+    """Return the rules in effect, and the pages. Raises SettingsError with all problems of their files."""
+    pages, complaints = _error_pages(settings.pages_dir)
+    try:
+        rules, default = _rules(settings)
+    except SettingsError as error:
+        complaints = [*error.errors, *complaints]
+    if complaints:
+        raise SettingsError(complaints)
+    return Rules(rules, default, pages)
+
+
+def _rules(settings: Settings) -> tuple[tuple[Rule, ...], Rule]:
     default = default_rule(settings)
     if settings.rules_file is None:
-        return Rules((), default)
+        return (), default
     try:
         tables = read_tables(settings.rules_file)
     except FileError as error:
@@ -25,4 +41,40 @@ def load_rules(settings: Settings) -> Rules:
     rules = reading.rules(tables)
     if reading.complaints:
         raise SettingsError(reading.complaints)
-    return Rules(tuple(rules), default)
+    return tuple(rules), default
+
+
+def _error_pages(folder: Path | None) -> tuple[ErrorPages, list[str]]:
+    """Return the pages with the templates of a folder, and what is wrong with those."""
+    if folder is None:
+        return ErrorPages(), []
+    templates, complaints = {}, []
+    try:
+        names = sorted(path.stem for path in folder.iterdir() if path.suffix == ".html")
+    except OSError as error:
+        return ErrorPages(), [f"{folder}: cannot be read: {error.strerror}"]
+    # A mount may have failed.
+    if not names:
+        complaints.append(f"{folder}: has no template; the names of templates are {_names()}")
+    for name in names:
+        try:
+            templates[name] = _template(folder / f"{name}.html")
+        except ValueError as error:
+            complaints.append(str(error))
+    return ErrorPages(templates), complaints
+
+
+def _template(file: Path) -> PageTemplate:
+    """Return the template in a file. Raises ValueError with the place and the reason."""
+    if file.stem not in TEMPLATES:
+        raise ValueError(f"{file}: no page has this name; the names of templates are {_names()}")
+    try:
+        return PageTemplate(read_text(file, MAX_PAGE_BYTES))
+    except BadTemplate as error:
+        raise ValueError(f"{file}:{error.line}: {error.reason}") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def _names() -> str:
+    return ", ".join(f"{name}.html" for name in TEMPLATES)

@@ -1,11 +1,12 @@
 """Rules as requests use them: which requests a rule matches, and its policy and upstream. Pure."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import takewhile
 from pathlib import Path
 
+from oncegate.adaptation.error_pages import ErrorPages
 from oncegate.keys.sources import Header
 from oncegate.messages.request_head import RequestHead
 from oncegate.messages.target import normalized_path
@@ -124,10 +125,11 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """All rules in order, and the default for requests that none matches."""
+    """All rules in order, and the default for requests that none matches. `pages`: what people read, under any rule."""
 
     rules: tuple[Rule, ...]
     default: Rule
+    pages: ErrorPages = field(default_factory=ErrorPages)
 
     def __iter__(self) -> Iterator[Rule]:
         return iter((*self.rules, self.default))

@@ -30,6 +30,7 @@ class Policy:
     upstream recognizes keys itself, so that a lost request can be sent again. `in_flight_status`: for a duplicate
     while the original is running. `counts_tokens`: metrics count the tokens in its responses as saved by replays.
     `cancel_grace_s`: an exchange ends after so long without readers, None for never.
+    `pages`: whether people read oncegate's own answers, None where each request tells.
     """
 
     methods: frozenset[str]
@@ -59,6 +60,7 @@ class Policy:
     max_request_bytes: int = 0
     counts_tokens: bool = False
     bypass: bool = False
+    pages: bool | None = None
     destination: bytes = b""
     stable_schemes: tuple[bytes, ...] = ()
     adaptation: Adaptation | None = None

@@ -111,6 +111,7 @@ def rule_policy(settings: Settings, values: dict[str, Any], key: KeySources | No
         "pass_bad_keys": values.get("on_bad_key") == "pass",
         "upstream_idempotent": values.get("upstream_idempotent", False),
         "in_flight_status": values.get("in_flight_status", 409),
+        "pages": values.get("pages"),
     }
     if values.get("on_client_gone") == "cancel":
         changes["cancel_grace_s"] = values.get("cancel_grace_s", CANCEL_GRACE_S)

@@ -112,8 +112,8 @@ class Service:
         }
 
     def reload(self) -> None:
-        """Read the rules file again. What is under way keeps its rules; a file with a mistake changes nothing."""
-        if self._draining or self._settings.rules_file is None:
+        """Read rules and pages again. What is under way keeps its rules; a file with a mistake changes nothing."""
+        if self._draining or not (self._settings.rules_file or self._settings.pages_dir):
             self._log.info("nothing to reload")
             return
         try:

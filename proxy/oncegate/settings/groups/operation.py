@@ -25,6 +25,11 @@ class OperationSettings(BaseModel):
     rules_file: ReadableFile = Field(
         None, description="File with rules for single routes (TOML). SIGHUP makes oncegate read it again."
     )
+    pages_dir: Path | None = Field(
+        None,
+        description="Folder with templates of the [pages](../how-to/pages.md) that people get instead of problems in "
+        "JSON. SIGHUP makes oncegate read it again.",
+    )
     max_buffered_bytes: Bytes = Field(
         268_435_456, description="Memory for buffered bodies of requests and responses together, for each worker."
     )
