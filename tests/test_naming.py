@@ -9,6 +9,7 @@ from oncegate.keys.digests import NAMING, Digests, Scope, identity_settings
 from oncegate.keys.sources import SCOPE_KINDS, SOURCE_KINDS
 from oncegate.messages.fields import by_name
 from oncegate.messages.request_head import RequestHead
+from oncegate.rules.body_conditions import read_document
 from oncegate.rules.identity import Identity, ScopedRequest, identify, key_in_head, scope_of
 from oncegate.rules.loading import load_rules
 from oncegate.rules.model import Rules
@@ -31,6 +32,7 @@ RULES = {
     "cookie": 'scope = ["cookie:session"]',
     "fingerprint": 'fingerprint = ["method", "body"]',
     "host": "pass_host = true",
+    "mcp derived": 'preset = "mcp"\nkey = "derived:60"',
 } | {preset: f'preset = "{preset}"' for preset in PRESETS}
 
 FIELDS = [
@@ -45,8 +47,17 @@ JSON = (
 WHO = ["Authorization: Bearer a", "Stripe-Account: acct_1", "x-goog-api-key: g"]
 BOUNDARY = "Content-Type: multipart/form-data; boundary=b"
 MULTIPART = b'--b\r\nContent-Disposition: form-data; name="token"\r\n\r\nt\r\n--b--\r\n'
+CALL = b"""{"id": 7, "method": "tools/call", "params": {"name": "pay", "arguments": {"amount": 1}, "_meta": {
+    "idempotencyKey": "k", "progressToken": 7}}}"""
+MESSAGE = b"""{"id": 7, "method": "message/send", "params": {"message": {"messageId": "m", "parts": []}}}"""
 # What is special about some requests: other fields, and another body.
 SPECIAL = {
+    "mcp": ("mcp", WHO, CALL),
+    "mcp header": ("mcp", ["Idempotency-Key: key-1"], CALL),
+    "mcp derived": ("mcp derived", WHO, CALL),
+    "mcp another id": ("mcp derived", WHO, CALL.replace(b"7", b"8")),
+    "a2a": ("a2a", WHO, MESSAGE),
+    "json-rpc": ("json-rpc", ["Idempotency-Key: key-1"], CALL),
     "header quoted": ("header", ['Idempotency-Key: "key-1"'], JSON),
     "header alone": ("header", ["Idempotency-Key: key-1"], b""),
     "alternatives body": ("alternatives", [*WHO, "Content-Type: application/json"], JSON),
@@ -69,12 +80,19 @@ SAME = [
     ("no scope", "header quoted", "header alone"),
     ("standard-webhooks", "svix"),
     ("cloudevents", "structured event"),
+    ("mcp derived", "mcp another id"),
 ]
 
 # Other names here mean that retries across an upgrade execute again: raise NAMING, say so in the changelog, and write
 # the new names here. Each is the beginning of the key's digest and of the fingerprint.
 VERSION = 2
 NAMES: dict[str, str] = {
+    "mcp derived": "6a2468d1802a 61db5c02bd4b",
+    "mcp": "e8633d6cebbf b7693e58588a",
+    "a2a": "8eb3e6ca101e 02f46164e653",
+    "json-rpc": "9cd203bd2221 009079e4484a",
+    "mcp header": "697d94e607d8 b7693e58588a",
+    "mcp another id": "6a2468d1802a 61db5c02bd4b",
     "header": "eda29674362a c0f615a5fd95",
     "joined": "9ae887d907d1 ecd43e44232a",
     "alternatives": "334b7b0b40c0 411b273d49c0",
@@ -186,7 +204,7 @@ def names(rules: Rules, rule: str, lines: list[str], body: bytes) -> str:
     pairs = [(name.encode(), value.encode()) for name, _, value in (line.partition(": ") for line in lines)]
     target = f"/{rule.replace(' ', '-')}/x?q=1".encode()
     head = RequestHead("POST", target, False, b"api.test", pairs, by_name(pairs))
-    policy = (rules.choose(head, None) or rules.default).policy
+    policy = (rules.choose(head, read_document(head.fields, body)) or rules.default).policy
     assert policy.rule == rule
     scope = scope_of(policy, digests, head)
     key = key_in_head(policy, head)

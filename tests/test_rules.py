@@ -148,6 +148,14 @@ CASES = {
         'key = "body:id"',
         "must be a JSON pointer",
     ),
+    "protocol": (
+        'protocol = "json-rpc"\nfingerprint = ["body:/method"]',
+        lambda rule: (rule.policy.json_rpc, rule.policy.statuses.by_message),
+        (True, True),
+        (False, False),
+        'protocol = "soap"',
+        "must be 'http' or 'json-rpc'",
+    ),
     "namespace": ('namespace = "n"', lambda rule: rule.policy.namespace, b"n", b"default", 'namespace = ""', "1 to 64"),
     "scope": (
         'scope = ["header:X-Org", "path:2"]',
@@ -484,6 +492,17 @@ CONTRADICTIONS = {
     ),
     "a window of zero": ('key = "derived:0"', "not over 0"),
     "required and pass": ('guard = "required"\non_bad_key = "pass"', "a request without a key cannot pass"),
+    "the id of a JSON-RPC request as key": ('preset = "json-rpc"\nkey = "body:/id"', "key: names the id of a JSON-RPC"),
+    "the id as a part of a key": ('preset = "mcp"\nkey = ["header:A", "a=body:/id"]', "which is new in each try"),
+    "a whole JSON-RPC body": ('protocol = "json-rpc"', "fingerprint: has the id of a JSON-RPC request"),
+    "all values of a JSON-RPC body": (
+        'preset = "mcp"\nfingerprint = ["body-json"]',
+        "has the id of a JSON-RPC request",
+    ),
+    "a derived key of nothing": (
+        'preset = "mcp"\nkey = "derived:9"\nfingerprint = ["target"]',
+        "names nothing of the body",
+    ),
     "a host passed and set": ('pass_host = true\nset_host = "a.test"', "contradicts pass_host"),
     "a guard of what cannot be": ('methods = ["GET"]\nguard = "required"', "none that can be guarded"),
     "a key of what cannot be": ('methods = ["GET"]\nkey = "header:A"', "none that can be guarded"),

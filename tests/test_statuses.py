@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from oncegate.adaptation.json_rpc import ResponseReader
 from oncegate.decision import Disposition
 from oncegate.rules.policy import DEFAULT_STATUSES
 from oncegate.rules.statuses import AMBIGUOUS_STATUSES, MAX_BODY_BYTES, RELEASE_STATUSES, Statuses
@@ -292,3 +293,47 @@ def test_only_the_named_statuses_wait_for_their_body():
     assert not any(IN_USE.reads_body(status, JSON) for status in range(200, 600) if status != 409)
     assert not any(DIRECT.reads_body(status, JSON) for status in range(200, 600))
     assert Statuses(["4xx+/a=b"], []).reads_body(422, JSON)
+
+
+# Messages of JSON-RPC ...
+
+CALL = Statuses(
+    [*RELEASE_STATUSES, "2xx+/result/resultType=input_required"],
+    [*AMBIGUOUS_STATUSES, "2xx+/error/code=-32602"],
+    by_message=True,
+)
+MESSAGES: list[tuple[int, dict[bytes, list[bytes]], str, Disposition]] = [
+    (200, {}, '{"id":1,"result":{}}', STORE),
+    (400, {}, '{"id":1,"result":{}}', AMBIGUOUS),
+    (200, {}, '{"id":1,"error":{"code":-32601}}', RELEASE),
+    (404, {}, '{"id":1,"error":{"code":-32601}}', RELEASE),
+    (200, {}, '{"id":1,"error":{"code":"-32601"}}', AMBIGUOUS),  # a text is no code
+    (200, {}, '{"id":1,"error":-32601}', AMBIGUOUS),
+    (200, {b"x-should-retry": [b"false"]}, '{"id":1,"error":{"code":-32601}}', AMBIGUOUS),
+    (200, {}, '{"id":1,"error":{"code":-32602}}', AMBIGUOUS),  # the operator's list comes first
+    (400, {}, '{"id":1,"error":{"code":-32602}}', RELEASE),
+    (200, {}, '{"id":1,"result":{"resultType":"input_required"}}', RELEASE),
+    (200, {}, '{"id":1,"result":{"resultType":"input_required","x":"' + "a" * 100_000 + '"}}', RELEASE),
+    (429, {}, '{"id":1,"error":{"code":-32000}}', RELEASE),
+    (502, {}, '{"id":1,"error":{"code":-32601}}', AMBIGUOUS),
+    (200, {}, "", AMBIGUOUS),
+    (401, {}, "", RELEASE),
+    (404, {}, "", AMBIGUOUS),
+]
+
+
+@pytest.mark.parametrize("kind", [b"application/json", b"text/event-stream"])
+@pytest.mark.parametrize("case", range(len(MESSAGES)))
+def test_what_a_message_means(case, kind):
+    """A result is stored and a refusal of JSON-RPC's own frees the key; the lists come first, and doubt is unknown."""
+    status, fields, message, expected = MESSAGES[case]
+    fields = {**fields, b"content-type": [kind]}
+    reader = ResponseReader(fields, b"1")
+    reader.add((message if kind == b"application/json" else f"data: {message}\n\n").encode())
+    assert CALL.read_message(status, fields, reader.final()) is expected
+
+
+def test_no_status_decides_alone_about_a_message():
+    """With messages, no 2xx is stored without a look at them."""
+    assert CALL.by_status == {}
+    assert Statuses(CALL.entries(RELEASE), CALL.entries(AMBIGUOUS)) != CALL

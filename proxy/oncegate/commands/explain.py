@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from oncegate.adaptation.json_rpc import Caller
 from oncegate.decision import RETRY, Disposition
 from oncegate.keys.digests import Digests, Scope, UnstableScope, key_id
 from oncegate.keys.documents import Missing
@@ -15,7 +16,15 @@ from oncegate.keys.syntax import BadKey
 from oncegate.messages.admission import Admission, Refused
 from oncegate.messages.request_head import RequestHead, preferred_wait_s, renamed
 from oncegate.rules.body_conditions import read_document
-from oncegate.rules.identity import Identity, ScopedRequest, identify, key_in_head, may_forward_unkeyed, scope_of
+from oncegate.rules.identity import (
+    Identity,
+    ScopedRequest,
+    caller_of,
+    identify,
+    key_in_head,
+    may_forward_unkeyed,
+    scope_of,
+)
 from oncegate.rules.model import Rule, Rules
 from oncegate.rules.policy import Policy
 from oncegate.settings.credentials import KNOWN, expanded
@@ -141,7 +150,10 @@ class Explanation:
             self._add("result", f"forwarded unguarded: the rule does not guard {head.method}")
             return
         self._add("key", _key(policy))
-        key = key_in_head(policy, head)
+        caller = caller_of(policy, head, body)
+        if isinstance(caller, Caller):
+            self._add("JSON-RPC id", f"{caller.id.decode()}: a replay has that of its own request")
+        key = caller if isinstance(caller, Missing | BadKey) else key_in_head(policy, head)
         if isinstance(key, Missing | BadKey):
             self._add_keyless(policy, key)
             return
@@ -216,6 +228,8 @@ def _by_state(policy: Policy, head: RequestHead, identity: Identity) -> Iterable
     if policy.cancel_grace_s is not None:
         yield "client gone", f"cancelled after {policy.cancel_grace_s:g} s without readers; then 409 outcome-unknown"
     yield "other content", "422 key-reused, if the fingerprint differs"
+    if policy.json_rpc:
+        yield "by message", "a result is stored; -32700, -32600, -32601 and -32602 free the key; all else is unknown"
     yield "released on", _statuses(policy, Disposition.RELEASE)
     yield "unknown on", _statuses(policy, Disposition.AMBIGUOUS)
     if policy.upstream_idempotent:

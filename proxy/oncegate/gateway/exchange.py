@@ -13,6 +13,7 @@ from oncegate.downstream.response import ResponseWriter
 from oncegate.gateway.answers import Refuse, cancelled, not_confirmed, not_sent
 from oncegate.gateway.keyed_request import KeyedRequest
 from oncegate.gateway.recording import Recording
+from oncegate.gateway.response_reading import TELLING_S, ResponseReading
 from oncegate.gateway.settling import LOST, Progress, clean_up, note_settlement, settle, without_response
 from oncegate.messages.request_head import with_fence
 from oncegate.messages.response_head import ResponseHead
@@ -28,8 +29,6 @@ from oncegate.upstream.window import completes_within
 # one write.
 SMALL_BYTES = 65536
 SMALL_S = 0.05
-# The same for a response whose body decides what becomes of its key (docs/reference/rules.md): its client waits.
-TELLING_S = 5.0
 # How often a lost request is sent again to an upstream that is idempotent, and the longest pauses before that.
 RESENDS, FIRST_PAUSE_S, MAX_PAUSE_S = 3, 0.2, 2.0
 # By how a response settles its key (a disposition's label): the outcome, and the field that says so.
@@ -50,15 +49,16 @@ class Exchange:
     # The one that the request is on now.
     _connection: Connection | None = None
     _disposition = Disposition.STORE
-    # Whether a member of the body decides, too.
-    _body_tells = False
+    # Of a response whose status alone does not tell.
+    _reading: ResponseReading | None = None
     _outcome, _status_field = OUTCOMES[Disposition.STORE.label]
 
     def __init__(self, keyed: KeyedRequest, held: LeasedClaim, head: bytes, response: ResponseWriter) -> None:
         self._deps, self._policy = keyed.route.deps, keyed.route.policy
         self._scope, self._body = keyed.claim_request.scope, keyed.body
         self._held, self._request, self._response = held, head, response
-        self.progress = Progress(self._deps, held)
+        caller = keyed.caller
+        self.progress = Progress(self._deps, held, b"" if caller is None else caller.id)
 
     def cancel(self, reason: str) -> None:
         """End the exchange: close the upstream connection, and leave the key unknown in the mode `cancelled`.
@@ -127,8 +127,8 @@ class Exchange:
                 or await completes_within(connection, self._window_s(), SMALL_BYTES)
             ):
                 progress.whole = whole = connection.take_body()
-                if self._body_tells:
-                    self._dispose(self._policy.statuses.read(head.status, head.fields, whole))
+                if self._reading is not None and self._reading.body_tells:
+                    self._dispose(self._reading.end(whole))
                 return ending(self._disposition, len(whole) <= self._policy.max_stored_bytes)
             return await self._stream(connection, head)
         except NotSent as reason:
@@ -200,7 +200,7 @@ class Exchange:
         if self._resends_left is not None and head.status == 409:
             if self._resends_left:
                 raise UpstreamLost("the upstream is still busy with the first request")
-            disposition, self._body_tells = Disposition.AMBIGUOUS, False
+            disposition, self._reading = Disposition.AMBIGUOUS, None
         self.progress.head, self._held.stage = head, stages.RESPONSE_BEGUN
         self._dispose(disposition)
         return head.bodiless or ((head.length or 0) <= SMALL_BYTES and not head.is_event_stream)
@@ -216,12 +216,12 @@ class Exchange:
 
     def _read(self, head: ResponseHead) -> Disposition:
         """Return what a response means for the key, as far as its head says it."""
-        statuses = self._policy.statuses
-        self._body_tells = not head.bodiless and statuses.reads_body(head.status, head.fields)
-        return statuses.read(head.status, head.fields)
+        self._reading = ResponseReading(self._policy.statuses, head, self.progress.request_id)
+        return self._reading.disposition
 
     def _window_s(self) -> float:
-        return min(TELLING_S, self._deps.silence_s) if self._body_tells else SMALL_S
+        is_telling = self._reading is not None and self._reading.body_tells
+        return min(TELLING_S, self._deps.silence_s) if is_telling else SMALL_S
 
     def _dispose(self, disposition: Disposition) -> None:
         self._disposition = disposition
@@ -230,9 +230,15 @@ class Exchange:
     async def _stream(self, connection: Connection, head: ResponseHead) -> Ending:
         recording = self.progress.recording = self._new_recording(head)
         response, silence_s = self._response, self._deps.silence_s
+        passing = self._reading.passing if self._reading is not None else None
+        if passing is not None:
+            # The head leaves before it is known.
+            self._status_field = b""
         response.begin(head.status, head.reason, self._block(head), head.length, head.framing)
         while data := await connection.next_chunk(silence_s):
             response.write(data)
+            if passing is not None:
+                passing.add(data)
             if recording is not None:
                 recording.add(data)
                 await recording.wait_room()
@@ -244,6 +250,8 @@ class Exchange:
                 while not await response.has_room():
                     self._extend_watchdog()
             self._extend_watchdog()
+        if passing is not None and self._reading is not None:
+            self._dispose(self._reading.end())
         return ending(self._disposition, recording is not None and recording.is_storing)
 
     def _new_recording(self, head: ResponseHead) -> Recording | None:

@@ -7,6 +7,7 @@ from typing import NamedTuple, cast
 
 from oncegate.adaptation.adaptation import Adaptation
 from oncegate.adaptation.error_pages import wants_page
+from oncegate.adaptation.json_rpc import Caller
 from oncegate.downstream.body import Bodies, Body, BufferedBody, NoBody, TooLarge, stated_length
 from oncegate.downstream.request import Request
 from oncegate.gateway.answers import Refuse, body_refusal, key_refusal, malformed, scope_refusal
@@ -24,6 +25,7 @@ from oncegate.rules.body_conditions import NO_BODY, read_document, unread_docume
 from oncegate.rules.identity import (
     Identity,
     ScopedRequest,
+    caller_of,
     identify,
     key_in_head,
     may_forward_unkeyed,
@@ -112,6 +114,8 @@ class FirstStep:
     def _guarded_step(self, request: Request, route: Route, head: RequestHead, body: Body | None) -> Step | ReadBody:
         """Return the step for a request whose method is guarded."""
         policy, fields = route.policy, head.fields
+        if body is not None:
+            _set_caller(request, caller_of(policy, head, body))
         # Most keys are in the header of their own.
         if policy.sources is None and (lines := fields.get(policy.key_header)) is not None:
             key: bytes | Missing | BadKey | None = parse_key(lines)
@@ -166,6 +170,10 @@ class FirstStep:
         """Return the request with its key and fingerprint, and how long it may wait if it is a duplicate."""
         route, head, key = pending.route, pending.head, pending.key
         policy, digests, memo = route.policy, self._digests, request.connection.memo
+        caller = caller_of(policy, head, body) if policy.json_rpc else None
+        if isinstance(caller, Missing | BadKey):
+            return caller
+        _set_caller(request, caller)
         wait_s, fields = policy.wait_max_s if policy.wait_for_duplicates else 0.0, b""
         if b"prefer" in head.fields and (preferred_s := preferred_wait_s(head.fields[b"prefer"])) is not None:
             wait_s = min(preferred_s, policy.wait_max_s)
@@ -206,13 +214,19 @@ class FirstStep:
             unknown_retention_ms=policy.retention_ms if identity.window_ms else policy.unknown_retention_ms,
             window_ms=identity.window_ms,
         )
-        return KeyedRequest(route, claim, body, wait_s, fields, identity.fresh)
+        return KeyedRequest(route, claim, body, wait_s, fields, identity.fresh, caller)
 
 
 def _note_expectation(request: Request, head: RequestHead) -> None:
     """Note whether the client waits for a 100 (Continue) before it sends its body (RFC 9110, section 10.1.1)."""
     if b"expect" in head.fields:
         request.response.awaits_continue = not head.http10 and not request.content.is_eof()
+
+
+def _set_caller(request: Request, caller: Caller | Missing | BadKey | None) -> None:
+    """Let the answers of oncegate's own to a JSON-RPC request be JSON-RPC errors."""
+    if isinstance(caller, Caller):
+        request.render = caller.render
 
 
 def set_requester(request: Request, adaptation: Adaptation) -> None:

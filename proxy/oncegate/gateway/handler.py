@@ -242,8 +242,8 @@ class Gateway:
         """Send a stored response. A bare outcome: nothing was sent, because the record is corrupt or unreadable."""
         route, key, scope = keyed.route, keyed.claim_request.key, keyed.claim_request.scope
         usage = usage_reader(stored.status, stored.block, stored.size) if route.policy.counts_tokens else None
-        requester = request.response.requester
-        replay = Replay(key, record, stored, keyed.fields, requester, usage.add if usage is not None else None)
+        requester, on_body = request.response.requester, usage.add if usage is not None else None
+        replay = Replay(key, record, stored, keyed.fields, requester, keyed.caller, on_body)
         # A small body came with the record.
         if stored.size == 0 or record.body is not None:
             outcome = replay_small(request.response, replay)

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from hashlib import blake2b
 
+from oncegate.adaptation.json_rpc import Caller
 from oncegate.downstream.body import Body
 from oncegate.downstream.request import Request
 from oncegate.gateway.routes import Route
 from oncegate.keys.digests import Scope, finish_key
 from oncegate.keys.syntax import parse_key
-from oncegate.messages.request_head import RequestHead
+from oncegate.messages.request_head import RequestHead, uncoded
 from oncegate.observe.outcome import Outcome, RequestReport
 from oncegate.store.record import ClaimRequest
 
@@ -21,7 +22,8 @@ class KeyedRequest:
     """A request with its body, its key and all that the store needs to claim it.
 
     `wait_s` is how long it may wait for its original; `fields` are further ones of its response as a duplicate.
-    `fresh`: it is no duplicate, however equal, so that a record under its key belongs to another request.
+    `fresh`: it is no duplicate, however equal, so that a record under its key belongs to another request. `caller`:
+    whoever sent a JSON-RPC request.
     """
 
     route: Route
@@ -30,6 +32,7 @@ class KeyedRequest:
     wait_s: float
     fields: bytes = b""
     fresh: bool = False
+    caller: Caller | None = None
 
     def plain_key(self, request: Request) -> str | None:
         """Return the key as the client wrote it, None unless it came alone in a header.
@@ -82,6 +85,9 @@ class HeadPlan:
 def forwarded_head(request: Request, route: Route, body_bytes: int) -> bytes:
     """Return the head for the upstream. A connection that repeats a head has all of it ready but the key."""
     connection, known, head = request.connection, request.known, request.head
+    if route.policy.json_rpc:
+        # A response that is coded cannot be read, and its key would be unknown.
+        return route.forwarded_head(uncoded(request.checked_head()), connection.forwarded, body_bytes)
     if head is not None or known is None or not isinstance(plan := known.plan, HeadPlan):
         return route.forwarded_head(head or request.checked_head(), connection.forwarded, body_bytes)
     memo = connection.memo

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from oncegate.adaptation.adaptation import Requester
+from oncegate.adaptation.json_rpc import Caller, Replayed
 from oncegate.downstream.response import ResponseWriter
 from oncegate.messages.framing import COUNTED, STATED
 from oncegate.messages.response_head import response_digest
@@ -22,7 +23,7 @@ MARK = b"Idempotent-Replayed: true\r\nOncegate-Status: replayed\r\n"
 
 @dataclass(slots=True)
 class Replay:
-    """A complete record to be replayed, to `requester` if its head is adapted.
+    """A complete record to be replayed, to `requester` if its head is adapted, and to `caller` if its messages are.
 
     `fields` are further header fields; `on_body` is given all body bytes.
     """
@@ -32,23 +33,32 @@ class Replay:
     stored: StoredResponse
     fields: bytes
     requester: Requester | None
+    caller: Caller | None
     on_body: Callable[[bytes], None] | None = None
 
-    @property
-    def block(self) -> bytes:
-        """The header fields of the replay, each line ended. Age counts from the original response (RFC 9111, 5.1)."""
+    def adapted(self) -> Replayed | None:
+        """Return what adapts the messages for the caller, None where they are replayed as they were stored."""
+        stored = self.stored
+        return None if self.caller is None else Replayed(stored.block, stored.request_id, self.caller)
+
+    def head_block(self, adapted: Replayed | None) -> bytes:
+        """Return the header fields of the replay. Age counts from the original response (RFC 9111, section 5.1)."""
         stored = self.stored
         age_s = stored.age_s + max(0, self.record.now_ms - stored.completed_ms) // 1000
-        block = b"%sAge: %d\r\n%s%s" % (stored.block, age_s, MARK, self.fields)
+        stored_block = stored.block if adapted is None else adapted.block
+        block = b"%sAge: %d\r\n%s%s" % (stored_block, age_s, MARK, self.fields)
         return block if self.requester is None else self.requester.replayed(block)
 
 
 def replay_small(response: ResponseWriter, replay: Replay) -> Outcome:
     """Send a stored response whose body is at hand."""
-    stored, body, block = replay.stored, replay.record.body or b"", replay.block
+    stored, body, adapted = replay.stored, replay.record.body or b"", replay.adapted()
+    block = replay.head_block(adapted)
     if not intact(stored, body):
         return Outcome.RECORD_CORRUPT
-    framing = STATED if stored.stated_length else COUNTED
+    framing = STATED if stored.stated_length and adapted is None else COUNTED
+    if adapted is not None:
+        body = adapted.feed(body) + adapted.rest()
     response.send(stored.status, stored.reason, block, body, framing)
     # After the response has left.
     if replay.on_body is not None:
@@ -58,7 +68,7 @@ def replay_small(response: ResponseWriter, replay: Replay) -> Outcome:
 
 async def replay_large(response: ResponseWriter, store: Store, replay: Replay) -> Outcome:
     """Copy chunk after chunk. The last byte is held back until size and digest agree."""
-    stored = replay.stored
+    stored, adapted = replay.stored, replay.adapted()
     digest = response_digest(stored.status, stored.reason, stored.block)
     first = sent = 0
     while first < stored.chunks and not response.client_gone:
@@ -67,14 +77,17 @@ async def replay_large(response: ResponseWriter, store: Store, replay: Replay) -
             is_corrupt = chunks is ReadFailure.INCOMPLETE
             return _broken(response, Outcome.RECORD_CORRUPT if is_corrupt else Outcome.STORE_UNAVAILABLE)
         if not response.started:
-            framing = STATED if stored.stated_length else COUNTED
-            response.begin(stored.status, stored.reason, replay.block, stored.size, framing)
+            framing = STATED if stored.stated_length and adapted is None else COUNTED
+            # How long the adapted body will be is not known yet.
+            size = stored.size if adapted is None else None
+            response.begin(stored.status, stored.reason, replay.head_block(adapted), size, framing)
         for chunk in chunks:
             digest.update(chunk)
             sent += len(chunk)
             if sent > stored.size:
                 return _broken(response, Outcome.RECORD_CORRUPT)
-            response.write(chunk)
+            if data := chunk if adapted is None else adapted.feed(chunk):
+                response.write(data)
             if replay.on_body is not None:
                 replay.on_body(chunk)
         first += len(chunks)
@@ -83,6 +96,8 @@ async def replay_large(response: ResponseWriter, store: Store, replay: Replay) -
         return Outcome.REPLAYED
     if sent != stored.size or digest.digest() != stored.digest:
         return _broken(response, Outcome.RECORD_CORRUPT)
+    if adapted is not None and (rest := adapted.rest()):
+        response.write(rest)
     response.end()
     return Outcome.REPLAYED
 

@@ -25,7 +25,7 @@ MAX_TOOK_MS = 2**32 - 1
 
 @dataclass(slots=True)
 class Progress:
-    """How far an exchange got. It starts from the worst, and improves.
+    """How far an exchange got. It starts from the worst, and improves. `request_id`: of a JSON-RPC request.
 
     `sent`: a byte of the request may have left. `head` is the upstream's, `whole` the body of a small response,
     `recording` that of a streamed one. `cancelled`: why the exchange was ended, empty where it was not. `settlement` is
@@ -34,6 +34,7 @@ class Progress:
 
     deps: ExchangeDeps
     held: LeasedClaim
+    request_id: bytes = b""
     sent: bool = False
     head: ResponseHead | None = None
     whole: bytes = b""
@@ -88,7 +89,7 @@ def settle(progress: Progress, settlement: Settlement, last: bytes, timeout_s: f
     response = StoredResponse(
         # Positions, not names: arguments by name cost 7,000 instructions more (Python 3.11, measured).
         head.status, head.reason, head.replayed_block, digest, chunks, size, has_body, head.close_delimited,
-        states_length, completed_ms, took_ms, head.age_s,
+        states_length, completed_ms, took_ms, head.age_s, progress.request_id,
     )  # fmt: skip
     return store.store(held.claim, response, last if has_body else b"", timeout_s)
 

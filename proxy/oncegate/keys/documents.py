@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 from urllib.parse import unquote_to_bytes
 
 from oncegate.keys.syntax import BadKey
@@ -29,6 +29,7 @@ _DEPTH_CHANGES = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _NOT_BRACKETS = bytes(code for code in range(256) if code not in _DEPTH_CHANGES)
 # An array index (RFC 6901, section 4), of at most 9 digits: a longer one is past the end of any document here.
 _INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
+_SPACE = re.compile(r"[ \t\r\n]*")
 _BAD_ESCAPE = re.compile(r"~(?![01])")
 
 
@@ -63,9 +64,12 @@ def json_value(body: bytes, pointer: Sequence[str]) -> bytes | Missing | BadKey:
     `n` and the number as written, `s` and the string in UTF-8, `true` or `false`; `null` counts as Missing.
     """
     document = parse_document(body)
-    if isinstance(document, BadKey):
-        return document
-    value = follow_pointer(document[0], pointer)
+    return document if isinstance(document, BadKey) else value_at(document[0], pointer)
+
+
+def value_at(document: Any, pointer: Sequence[str]) -> bytes | Missing | BadKey:
+    """Return the value at a pointer in a document that is parsed, tagged as by `json_value`."""
+    value = follow_pointer(document, pointer)
     match value:
         case bytes():
             return _checked_length(b"n" + value)
@@ -97,6 +101,17 @@ def parse_document(body: bytes) -> tuple[Any] | BadKey:
 
     Numbers are bytes, as they are written.
     """
+    if refused := _refuse_size(body):
+        return refused
+    try:
+        return (_DECODER.decode(body.decode()),)
+    # UnicodeDecodeError and JSONDecodeError are ValueErrors.
+    except (ValueError, RecursionError):
+        return BadKey("the body is not JSON in UTF-8")
+
+
+def _refuse_size(body: bytes) -> BadKey | None:
+    """Return why a document is too large to be parsed, None where it is not."""
     if len(body) > MAX_BYTES:
         return BadKey(f"the body is over {MAX_BYTES} bytes, too long to read a key from")
     brackets = body.count(b"[") + body.count(b"{")
@@ -105,11 +120,61 @@ def parse_document(body: bytes) -> tuple[Any] | BadKey:
     # Checked before parsing: the parser recurses, and a deep document would exhaust its stack.
     if brackets > MAX_DEPTH and _depth(body) > MAX_DEPTH:
         return BadKey(f"the body is nested deeper than {MAX_DEPTH}")
+    return None
+
+
+class PlacedMember(NamedTuple):
+    """A member of an object in a text, and where its value lies there. `value` is as `parse_document` has it."""
+
+    name: str
+    value: Any
+    start: int
+    end: int
+
+
+def placed_members(text: str, at: int = 0) -> list[PlacedMember] | None:
+    """Return the members of the object that begins at a place of a text, None where there is no whole object.
+
+    From place 0 the object has to be all of the text.
+    """
+    if at == 0 and _refuse_size(text.encode("utf-8", "surrogatepass")):
+        return None
     try:
-        return (_DECODER.decode(body.decode()),)
-    # UnicodeDecodeError and JSONDecodeError are ValueErrors.
-    except (ValueError, RecursionError):
-        return BadKey("the body is not JSON in UTF-8")
+        members, end = _members(text, _skip_space(text, at))
+    except (ValueError, IndexError, RecursionError):
+        return None
+    return members if at or not text[end:].strip(" \t\r\n") else None
+
+
+def _members(text: str, at: int) -> tuple[list[PlacedMember], int]:
+    """Return the members of an object and its end. Raises ValueError or IndexError where it is malformed."""
+    members: list[PlacedMember] = []
+    at = _past(text, at, "{")
+    if text[at] == "}":
+        return members, at + 1
+    while True:
+        name, at = _DECODER.raw_decode(text, at)
+        if not isinstance(name, str):
+            raise ValueError("a name that is no string")
+        start = _past(text, _skip_space(text, at), ":")
+        value, end = _DECODER.raw_decode(text, start)
+        members.append(PlacedMember(name, value, start, end))
+        at = _skip_space(text, end)
+        if text[at] == "}":
+            return members, at + 1
+        at = _past(text, at, ",")
+
+
+def _past(text: str, at: int, mark: str) -> int:
+    """Return the place behind a mark and the space that follows it."""
+    if text[at] != mark:
+        raise ValueError(f"{mark} is missing")
+    return _skip_space(text, at + 1)
+
+
+def _skip_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    return found.end() if found else at
 
 
 def _depth(body: bytes) -> int:

@@ -118,6 +118,12 @@ def renamed(pairs: Pairs, name: bytes, to: bytes) -> Pairs:
     ]
 
 
+def uncoded(head: RequestHead) -> RequestHead:
+    """Return a head that asks for a response without a content coding (RFC 9110, section 12.5.3)."""
+    pairs = [(name, value) for name, value in head.pairs if name.lower() != b"accept-encoding"]
+    return head._replace(pairs=[*pairs, (b"Accept-Encoding", b"identity")])
+
+
 def is_websocket(head: RequestHead) -> bool:
     """Return whether a request is a WebSocket's opening handshake and nothing else (RFC 6455, section 4.1)."""
     fields = head.fields

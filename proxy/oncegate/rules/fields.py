@@ -265,6 +265,7 @@ TREATING: Mapping[str, Check] = {
     "upstream": _text(_upstream),
     "set_host": _text(parse_host),
     "guard": _one_of("off", "optional", "required"),
+    "protocol": _one_of("http", "json-rpc"),
     "key": _key,
     "namespace": _text(parse_namespace),
     "scope": _scope,

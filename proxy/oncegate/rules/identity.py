@@ -6,6 +6,7 @@ The request path and `oncegate check --explain` use the same functions, so that 
 from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
+from oncegate.adaptation.json_rpc import Caller, read_caller
 from oncegate.keys.digests import Digests, Scope, UnstableScope, length_prefixed
 from oncegate.keys.documents import Missing, is_encoded
 from oncegate.keys.extraction import ExtractedKey, SourceInput, extract_key, scope_fields
@@ -79,14 +80,26 @@ def identify(policy: Policy, digests: Digests, request: ScopedRequest) -> Identi
     sources = policy.sources
     if sources is None:
         return NO_KEY
-    # A derived key is the digest of the whole request, even where the fingerprint leaves parts out.
-    derives = bool(sources.window_ms) and policy.fingerprint is not None
+    # A derived key is the digest of the whole request, even where the fingerprint leaves parts out. With JSON-RPC it is
+    # the fingerprint: the id is new in each try.
+    derives = bool(sources.window_ms) and policy.fingerprint is not None and not policy.json_rpc
     derived = digests.fingerprint(*_whole(policy, head, body)) if derives else fingerprint
     given = SourceInput(head, body.data, body.spooled, derived, destination(policy, head))
     extracted = extract_key(sources, given)
     if not isinstance(extracted, ExtractedKey):
         return extracted or NO_KEY
     return Identity(digests.key(scope, extracted.key), fingerprint, extracted.window_ms, extracted.fresh)
+
+
+def caller_of(policy: Policy, head: RequestHead, body: Content) -> Caller | Missing | BadKey | None:
+    """Return who sent a JSON-RPC request, or why nobody can be answered; None where the policy is about other ones."""
+    if not policy.json_rpc:
+        return None
+    if body.spooled:
+        return BadKey("the body is too long to read a JSON-RPC request from")
+    if is_encoded(head.fields):
+        return BadKey("the body is encoded, so no JSON-RPC request can be read from it")
+    return read_caller(body.data)
 
 
 def destination(policy: Policy, head: RequestHead) -> bytes:

@@ -26,6 +26,7 @@ class Policy:
     sources beside the headers that identify the tenant. `fingerprint`: the parts that enter it, None for all;
     `fingerprint_sources`: those of them that name a header or a value of the body.
     `forward_key`: the name under which the upstream gets the key's header, empty for none, None for the same name.
+    `json_rpc`: bodies are messages of JSON-RPC, so that a request has an id, and a response says what it means.
     `pass_bad_keys`: a request without a usable key is forwarded without protection. `upstream_idempotent`: the
     upstream recognizes keys itself, so that a lost request can be sent again. `in_flight_status`: for a duplicate
     while the original is running. `counts_tokens`: metrics count the tokens in its responses as saved by replays.
@@ -53,6 +54,7 @@ class Policy:
     scope_sources: tuple[Source, ...] = ()
     fingerprint: frozenset[str] | None = None
     fingerprint_sources: tuple[Source, ...] = ()
+    json_rpc: bool = False
     pass_bad_keys: bool = False
     forward_key: bytes | None = None
     upstream_idempotent: bool = False

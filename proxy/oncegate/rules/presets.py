@@ -97,6 +97,26 @@ def _llm(namespace: str) -> Preset:
     )
 
 
+def _json_rpc(about: str, caution: str, **fields: Any) -> Preset:
+    """Return the preset of a JSON-RPC API over HTTP."""
+    common = {
+        "protocol": "json-rpc",
+        # A call without a key is the client's own concern, and so is a body that is no call.
+        "on_bad_key": "pass",
+        "on_duplicate": "wait",
+        "wait_max_s": 600,
+        "on_unknown": "hold",
+        "retention_s": DAY_S,
+        "upstream_timeout_s": 600,
+    }
+    return Preset(about, caution, {**fields, **common})
+
+
+_CALL_CAUTION = (
+    "A call without the key is forwarded without protection, and so is a batch. A call whose outcome is unknown is not "
+    "made again: an operator has to resolve its key."
+)
+
 PRESETS: dict[str, Preset] = {
     "payments": Preset(
         "An API like that of Stripe: clients send an Idempotency-Key, and retry with the same one.",
@@ -203,6 +223,42 @@ PRESETS: dict[str, Preset] = {
     ),
     "openai": _llm("openai"),
     "anthropic": _llm("anthropic"),
+    "mcp": _json_rpc(
+        "Tools of the Model Context Protocol. A call is guarded if its `_meta` has the member `idempotencyKey`, or its "
+        "HTTP request the header Idempotency-Key. All else passes through: other methods, streams, notifications.",
+        _CALL_CAUTION,
+        when={"body:/method": "tools/call"},
+        key=[["header:Idempotency-Key"], ["body:/params/_meta/idempotencyKey"]],
+        namespace="mcp",
+        fingerprint=["target", "body:/method", "body:/params/name", "body:/params/arguments"],
+        release_statuses=[
+            "default",
+            # The headers contradict the body (HEADER_MISMATCH of the protocol 2026-07-28).
+            "2xx+/error/code=-32020",
+            "4xx+/error/code=-32020",
+            # The TypeScript SDK's answer to a session that it does not have.
+            "404+/error/code=-32001",
+            # The tool asks back: the next round carries the answer, and the same key.
+            "2xx+/result/resultType=input_required",
+        ],
+    ),
+    "a2a": _json_rpc(
+        "Agents that speak A2A over JSON-RPC. The key is the id of the message, which the protocol requires. Other "
+        "methods pass through.",
+        _CALL_CAUTION,
+        when={"body:/method": ["message/send", "message/stream", "SendMessage", "SendStreamingMessage"]},
+        key="body:/params/message/messageId",
+        namespace="a2a",
+        fingerprint=["target", "body:/method", "body:/params/message"],
+    ),
+    "json-rpc": _json_rpc(
+        "Any other API that speaks JSON-RPC 2.0 over HTTP. Requests are guarded if they have the header "
+        "Idempotency-Key; set `when` to the methods that change something.",
+        "A request without the key is forwarded without protection, and so is a batch.",
+        key="header:Idempotency-Key",
+        namespace="json-rpc",
+        fingerprint=["target", "body:/method", "body:/params"],
+    ),
     "double-click": Preset(
         "Forms, and other clients without keys: two equal requests of the same tenant within 10 s are one request.",
         "If a user really wants the same thing twice within 10 s, it is done once. Without a header that identifies "

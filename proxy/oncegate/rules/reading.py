@@ -6,7 +6,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from oncegate.keys.sources import Header, KeySources
+from oncegate.keys.fingerprint_parts import BODY_JSON
+from oncegate.keys.sources import Header, KeySources, Member
 from oncegate.rules.fields import FILES, MATCHING, RULE, SHARED, UPSTREAM, Check
 from oncegate.rules.file import Table
 from oncegate.rules.model import Match, Rule, Upstream
@@ -200,10 +201,24 @@ def _contradictions(values: dict[str, Any], settings: Settings, key: KeySources 
     # oncegate sends a lost request again, which is safe only where the upstream recognizes it by its key.
     if values.get("upstream_idempotent") and (forward == "" or (key and key.window_ms)):
         yield "upstream_idempotent", "needs an upstream that gets the key"
+    if values.get("protocol") == "json-rpc":
+        yield from _json_rpc_contradictions(values, key)
     # Each request would be a tenant of its own, and no retry would find its original.
     named = next((field for field in ("scope", "key") if field in values), None)
     if named and header in _scope_headers(values, settings):
         yield named, "takes one header for the key and for the tenant"
+
+
+def _json_rpc_contradictions(values: dict[str, Any], key: KeySources | None) -> Iterable[tuple[str, str]]:
+    """Yield what would make each try of a JSON-RPC request another request: its id is new in each of them."""
+    sources = [source for one in key.alternatives for source in one] if key else []
+    if any(isinstance(source.kind, Member) and source.kind.pointer == ("id",) for source in sources):
+        yield "key", "names the id of a JSON-RPC request, which is new in each try, and the same for other clients"
+    parts = values.get("fingerprint")
+    if parts is None or {"body", BODY_JSON, "body:/id"}.intersection(parts):
+        yield "fingerprint", 'has the id of a JSON-RPC request; list what must be equal, such as "body:/method"'
+    elif key and key.window_ms and not any(part.startswith("body:") for part in parts):
+        yield "fingerprint", "is what a derived key is made of, and names nothing of the body"
 
 
 def _scope_headers(values: dict[str, Any], settings: Settings) -> set[bytes]:

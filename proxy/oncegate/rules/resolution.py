@@ -107,6 +107,7 @@ def rule_policy(settings: Settings, values: dict[str, Any], key: KeySources | No
         "counts_tokens": values.get("preset") in COUNTING,
         "methods": guarded_methods(values, settings),
         "key_required": values.get("guard", "required" if settings.key_required else "optional") == "required",
+        "json_rpc": values.get("protocol") == "json-rpc",
         "statuses": statuses_of(settings, values, upstream),
         "pass_bad_keys": values.get("on_bad_key") == "pass",
         "upstream_idempotent": values.get("upstream_idempotent", False),
@@ -150,6 +151,7 @@ def statuses_of(settings: Settings, values: Mapping[str, Any], upstream: Upstrea
         _expanded(ambiguous, AMBIGUOUS_STATUSES, release),
         frozenset(name.lower().encode() for name in upstream.via) if upstream is not None else frozenset(),
         values.get("upstream_idempotent", False),
+        values.get("protocol") == "json-rpc",
     )
 
 

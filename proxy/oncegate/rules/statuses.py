@@ -10,9 +10,11 @@ The lists of an operator come first. A response can take a release back, or allo
 
 import zlib
 from collections.abc import Iterable
+from typing import Any
 
+from oncegate.adaptation.json_rpc import FinalMessage
 from oncegate.decision import Disposition
-from oncegate.keys.documents import Missing, json_value, parse_pointer
+from oncegate.keys.documents import Missing, json_value, parse_pointer, value_at
 from oncegate.keys.syntax import BadKey
 from oncegate.messages.fields import Fields, tokens
 from oncegate.settings.statuses import StatusEntry, read_status
@@ -30,6 +32,9 @@ DIRECT_STATUS = "503+retry-after"
 # The longest body that is read for a condition, before and after it is unpacked.
 MAX_BODY_BYTES = 65536
 
+# A JSON body that is parsed, in a tuple of one.
+Parsed = tuple[Any]
+
 _STORE, _RELEASE, _AMBIGUOUS = Disposition.STORE, Disposition.RELEASE, Disposition.AMBIGUOUS
 _ADVICE = (b"x-should-retry", b"stripe-should-retry")
 # What every policy without an entry for a 2xx says of them: they are stored, without a look at the response.
@@ -40,7 +45,8 @@ class Statuses:
     """Which responses release a key, and which leave it unknown. All others are stored.
 
     `via`: the names that the API itself writes into `Via`, in lower case. `runs_once`: the API itself executes a key
-    only once. Raises ValueError for a malformed entry, and for one in both lists.
+    only once. `by_message`: messages of JSON-RPC decide (`read_message`). Raises ValueError for a malformed entry, and
+    for one in both lists.
 
     `by_status`: what a status means whatever its response says; one that is missing is for `read`.
     """
@@ -51,8 +57,9 @@ class Statuses:
         ambiguous: Iterable[str],
         via: frozenset[bytes] = frozenset(),
         runs_once: bool = False,
+        by_message: bool = False,
     ) -> None:
-        self._via, self._runs_once = via, runs_once
+        self._via, self._runs_once, self.by_message = via, runs_once, by_message
         self._entries: dict[StatusEntry, Disposition] = {}
         # Those with and without a condition, by the status or the class that they name.
         self._conditional: dict[str, list[StatusEntry]] = {}
@@ -60,7 +67,7 @@ class Statuses:
         for texts, disposition in ((release, _RELEASE), (ambiguous, _AMBIGUOUS)):
             for text in texts:
                 self._add(read_status(text), disposition)
-        named = {*self._conditional, *self._plain}
+        named = {*self._conditional, *self._plain, *(("2xx",) if by_message else ())}
         self.by_status = (
             {status: _STORE for status in _SUCCESSES if named.isdisjoint(_names(status))}
             if any(name.startswith("2") for name in named)
@@ -82,13 +89,30 @@ class Statuses:
         return hash(self._compared())
 
     def _compared(self) -> tuple[object, ...]:
-        return frozenset(self._entries.items()), self._via, self._runs_once
+        return frozenset(self._entries.items()), self._via, self._runs_once, self.by_message
 
     def entries(self, disposition: Disposition) -> list[str]:
         """Return the entries of one list, as they are written."""
         return [entry.text for entry, meaning in self._entries.items() if meaning is disposition]
 
-    def read(self, status: int, fields: Fields, body: bytes | None = None) -> Disposition:
+    def read_message(self, status: int, fields: Fields, final: FinalMessage | None) -> Disposition:
+        """Return what a response to a JSON-RPC request means for its key; `final`: None where it cannot be read.
+
+        The lists come first. Then a result is stored, an error by which JSON-RPC says that nothing ran frees the key,
+        and all else is unknown.
+        """
+        # A stream has the message in one of its events, and its conditions are those of a document.
+        listed = self.read(status, {**fields, b"content-type": [b"application/json"]}, final and final.document)
+        if listed is _AMBIGUOUS or final is None:
+            return _RELEASE if listed is _RELEASE else _AMBIGUOUS
+        # What came before it was executed.
+        if listed is _RELEASE:
+            return _RELEASE if final.is_only else _AMBIGUOUS
+        if final.is_error:
+            return _RELEASE if final.proves_nothing_ran and _advice(fields) is not False else _AMBIGUOUS
+        return _STORE if 200 <= status < 300 else _AMBIGUOUS
+
+    def read(self, status: int, fields: Fields, body: bytes | Parsed | None = None) -> Disposition:
         """Return what a response means for its key. `body`: as it came, None where it is not known."""
         listed, advice = self._listed(status, fields, body), _advice(fields)
         if listed is _RELEASE:
@@ -104,7 +128,7 @@ class Statuses:
         pointers = (entry.pointer for name in _names(status) for entry in self._conditional.get(name, ()))
         return any(pointers) and _is_json(fields)
 
-    def _listed(self, status: int, fields: Fields, body: bytes | None) -> Disposition:
+    def _listed(self, status: int, fields: Fields, body: bytes | Parsed | None) -> Disposition:
         """Return what the lists say. A condition beats a code, and a code beats a class."""
         names, in_doubt = _names(status), False
         for name in names:
@@ -155,7 +179,7 @@ def _is_made_up(status: int, fields: Fields) -> bool:
 # Conditions ...
 
 
-def _is_met(entry: StatusEntry, fields: Fields, body: bytes | None) -> bool | None:
+def _is_met(entry: StatusEntry, fields: Fields, body: bytes | Parsed | None) -> bool | None:
     """Return whether a response meets the condition of an entry, None where its body cannot be read for that."""
     if entry.pointer:
         member = _member(fields, body, entry.pointer)
@@ -172,15 +196,19 @@ def _is_json(fields: Fields) -> bool:
     return kind == b"application/json" or kind.endswith(b"+json")
 
 
-def _member(fields: Fields, body: bytes | None, pointer: str) -> bytes | None:
+def _member(fields: Fields, body: bytes | Parsed | None, pointer: str) -> bytes | None:
     """Return the text of a string, a number or a truth value in a JSON body, empty for none.
 
     None: the body cannot be read, or not in one way alone.
     """
     if not _is_json(fields):
         return b""
-    plain = None if body is None else _unpacked(fields, body)
-    value = None if plain is None else json_value(plain, parse_pointer(pointer))
+    place = parse_pointer(pointer)
+    if isinstance(body, tuple):
+        value: bytes | Missing | BadKey | None = value_at(body[0], place)
+    else:
+        plain = None if body is None else _unpacked(fields, body)
+        value = None if plain is None else json_value(plain, place)
     if value is None or isinstance(value, BadKey):
         return None
     if isinstance(value, Missing):

@@ -3,9 +3,9 @@
 A record is one Redis hash. While it is in flight or unknown, its fields are separate. A complete one has them packed
 into `meta`, beside the chunks of the body (`b0`, `b1` and so on).
 
-`meta` is a fixed part, the reason phrase, the block of header fields, and a check of 8 bytes over all of them. The
-scripts read the first 65 bytes of the fixed part, so their places never change: version (1 byte), token (16), fence
-(16 digits), time of creation (16 digits, ms), digest of the response (16).
+`meta` is a fixed part, the reason phrase, the block of header fields, the id of a JSON-RPC request, and a check of 8
+bytes over all of them. The scripts read the first 65 bytes of the fixed part, so their places never change: version
+(1 byte), token (16), fence (16 digits), time of creation (16 digits, ms), digest of the response (16).
 """
 
 import struct
@@ -24,7 +24,7 @@ PREFIX_BYTES = 10
 _FIXED = struct.Struct(">c16s16s16s16s16s16sBHHIIQQII")
 _CHECK_BYTES = 8
 # Flags of the fixed part.
-BODY_STORED, CLOSE_DELIMITED, STATED_LENGTH = 1, 2, 4
+BODY_STORED, CLOSE_DELIMITED, STATED_LENGTH, HAS_REQUEST_ID = 1, 2, 4, 8
 
 
 # Every request makes some of these. They are values, never changed once they are made; `frozen=True`, which would say
@@ -96,6 +96,8 @@ class StoredResponse:
     took_ms: int
     # The Age that the upstream sent (RFC 9111, section 5.1).
     age_s: int
+    # Of the JSON-RPC request that was executed, as it was written; empty for any other request.
+    request_id: bytes = b""
 
 
 @dataclass(slots=True)
@@ -157,6 +159,8 @@ def pack(claim: Claim, response: StoredResponse) -> bytes:
     reason, block = response.reason, response.block
     flags = response.body_stored and BODY_STORED
     flags |= (response.close_delimited and CLOSE_DELIMITED) | (response.stated_length and STATED_LENGTH)
+    if response.request_id:
+        flags |= HAS_REQUEST_ID
     fixed = _FIXED.pack(
         VERSION,
         claim.token,
@@ -175,7 +179,7 @@ def pack(claim: Claim, response: StoredResponse) -> bytes:
         response.age_s,
         len(block),
     )
-    packed = b"".join((fixed, reason, block))
+    packed = b"".join((fixed, reason, block, response.request_id))
     return packed + _check(claim.key, packed)
 
 
@@ -191,14 +195,16 @@ def unpack(key: bytes, tenant: bytes, meta: bytes, body: bytes | None, now_ms: i
         flags, reason_size, status, chunks, took_ms, size, completed_ms, age_s, block_size,
     ) = _FIXED.unpack_from(packed)  # fmt: skip
     reason_end = _FIXED.size + reason_size
-    if owner != tenant or reason_end + block_size != len(packed):
+    block_end = reason_end + block_size
+    request_id = packed[block_end:] if flags & HAS_REQUEST_ID else b""
+    if owner != tenant or block_end + len(request_id) != len(packed):
         return Corrupt("the record describes another key")
-    reason, block = packed[_FIXED.size : reason_end], packed[reason_end:]
+    reason, block = packed[_FIXED.size : reason_end], packed[reason_end:block_end]
     body_stored, close_delimited = flags & BODY_STORED != 0, flags & CLOSE_DELIMITED != 0
     response = StoredResponse(
         # Positions, not names: arguments by name cost twice as much here (Python 3.11, measured).
         status, reason, block, digest, chunks, size, body_stored, close_delimited, flags & STATED_LENGTH != 0,
-        completed_ms, took_ms, age_s,
+        completed_ms, took_ms, age_s, request_id,
     )  # fmt: skip
     return Record(State.COMPLETE, token, fingerprint, int(created), now_ms, 0, response, body)
 
