@@ -366,7 +366,8 @@ async def test_what_was_claimed_at_the_very_end_is_not_sent(proxies, upstream, o
 
 @pytest.mark.parametrize("taken", [True, False])
 async def test_answers_that_are_not_taken_yet_hold_the_end_up(proxies, upstream, valkey, taken):
-    """Unread responses leave within the grace (exit 0); if the client does not read them, they are cut off (exit 1)."""
+    """Pipelined requests are answered within the grace and their responses leave (exit 0); if the client does not read
+    them, they are cut off (exit 1)."""
     upstream.script = answering(
         OK.replace(b"Content-Length: 2\r\n\r\nok", b"Content-Length: 60000\r\n\r\n") + bytes(60000)
     )
@@ -387,7 +388,7 @@ async def test_answers_that_are_not_taken_yet_hold_the_end_up(proxies, upstream,
             whole += 1
     assert await exit_code(proxy) == (0 if taken else 1)
     client.writer.transport.abort()
-    assert whole == (int(seen) if taken else 0)
+    assert whole == (200 if taken else 0)
     assert (proxy.events("stopped")[0]["cut_off"] > 0) is not taken
 
 
@@ -538,7 +539,8 @@ async def test_a_hangup_changes_nothing(proxies, upstream, valkey):
 
 
 async def test_it_serves_on_for_the_delay(proxies, upstream, valkey):
-    """During DRAIN_DELAY_S it is not ready but serves as before; a second signal ends the delay (exit 0)."""
+    """During DRAIN_DELAY_S it is not ready but serves, and each answer says that it is the last of its connection; a
+    second signal ends the delay (exit 0)."""
     tap = Tap()
     proxy = proxies(upstream, valkey.url, DRAIN_DELAY_S=60)
     assert proxy.admin("/readyz")[0] == 200
@@ -547,11 +549,11 @@ async def test_it_serves_on_for_the_delay(proxies, upstream, valkey):
     await until(lambda: proxy.admin("/readyz")[0] == 503)
     assert "shutting down" in proxy.admin("/readyz")[1]
     assert proxy.admin("/healthz")[0] == 200
-    assert (await ask(proxy.port, request())).header("oncegate-status") == b"executed"
-    for _ in range(2):
-        answer = await kept.ask(request())
-        assert answer is not None
-        assert (answer.header("oncegate-status"), answer.header("connection")) == (b"replayed", None)
+    first = await ask(proxy.port, request())
+    assert (first.header("oncegate-status"), first.header("connection")) == (b"executed", b"close")
+    answer = await kept.ask(request())
+    assert answer is not None
+    assert (answer.header("oncegate-status"), answer.header("connection")) == (b"replayed", b"close")
     upstream.script = tap.script
     original = asyncio.ensure_future(ask(proxy.port, request(key="waited-for")))
     await until(lambda: len(upstream.received) == 2)
@@ -565,6 +567,43 @@ async def test_it_serves_on_for_the_delay(proxies, upstream, valkey):
     proxy.signal(signal.SIGTERM)
     assert await asyncio.wait_for(kept.reader.read(), 20) == b""
     kept.close()
+    assert await exit_code(proxy) == 0
+
+
+async def test_kept_connections_lose_no_request(proxies, upstream, valkey):
+    """A request that comes on a kept connection just after SIGTERM is answered, and told that it is the last one."""
+    proxy = proxies(upstream, valkey.url)
+    idle = [await RawClient.open(proxy.port) for _ in range(12)]
+    for client in idle:
+        answer = await client.ask(request("GET", "/x", None, b""))
+        assert answer is not None
+        assert answer.header("connection") is None
+    tap = Tap()
+    upstream.script = tap.script
+    streaming = await RawClient.open(proxy.port)
+    streaming.writer.write(request("GET", "/stream", None, b""))
+    await until(lambda: len(upstream.received) == 13)
+    tap.send(CHUNKED, chunk(b"begun"))
+    head = await streaming.reader.readuntil(b"begun")
+    assert b"Connection: close" not in head
+    upstream.script = answering(OK)
+    proxy.signal(signal.SIGTERM)
+    await until(lambda: refuses(proxy.port))
+    # The second of two that came together is answered as well.
+    twice = request("GET", "/y", None, b"") * 2
+    for client in idle:
+        client.writer.write(twice)
+    for client in idle:
+        answers = [await read_answer(client.reader) for _ in range(2)]
+        got = [(answer.status, answer.header("connection")) for answer in answers if answer]
+        assert got == [(200, None), (200, b"close")]
+        client.close()
+    tap.end(LAST_CHUNK)
+    await streaming.reader.readuntil(LAST_CHUNK)
+    answer = await streaming.ask(request("GET", "/z", None, b""))
+    assert answer is not None
+    assert (answer.status, answer.header("connection")) == (200, b"close")
+    streaming.close()
     assert await exit_code(proxy) == 0
 
 

@@ -105,6 +105,20 @@ class ClientConnection(RequestReader):
             self._keepalive = False
 
     @property
+    def is_tunnel(self) -> bool:
+        """Whether another protocol than HTTP is spoken."""
+        return self._payload_parser is not None
+
+    def close_quiet(self, latest_s: float) -> None:
+        """Close if no request is being answered, and the last response was out by `latest_s` (the loop's time)."""
+        if self._next_keepalive_close_time - self._keepalive_timeout > latest_s:
+            return
+        if self._lingering is not None:
+            wake(self._lingering)
+        elif self._waiter is not None and not self._waiter.done():
+            self.close()
+
+    @property
     def has_unsent_bytes(self) -> bool:
         """Whether bytes of a response are still to leave the process."""
         return self.transport is not None and self.transport.get_write_buffer_size() > 0
@@ -252,6 +266,7 @@ class ClientConnection(RequestReader):
             time_s = min(time_s, TLS_LINGER_S)
         # Whatever comes is dropped.
         self._close = True
+        self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
         self._lingering = self._loop.create_future()
         self.write_batcher.flush()
         self._reading_paused = self._buffer_paused = False

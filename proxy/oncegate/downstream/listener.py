@@ -71,6 +71,7 @@ class Listener(web.Server):
         # Connections that this side closed, with bytes that the peer has not received yet: since when (the loop's
         # time) a window of the minimum rate runs, and how many bytes were unsent then.
         self._closing: dict[asyncio.Transport, tuple[float, int]] = {}
+        self._retired_s = 0.0
         self.retiring, self.docs_url, self.head_limits = False, docs_url, head_limits
 
     def __call__(self) -> RequestHandler:
@@ -109,9 +110,23 @@ class Listener(web.Server):
 
         An idle connection stays until then. Closed at once, it could meet a request that its client has just sent.
         """
-        self.retiring = True
+        if not self.retiring:
+            self.retiring, self._retired_s = True, self._loop.time()
         for one in self._client_connections():
             one.retiring = True
+
+    def close_tunnels(self) -> None:
+        """Close the WebSockets, which have no end of their own to wait for."""
+        for one in self._client_connections():
+            if one.is_tunnel:
+                one.close()
+
+    def close_quiet(self, quiet_s: float) -> None:
+        """Close the connections on which nothing is answered, and was not for `quiet_s` seconds since they retired."""
+        latest = self._loop.time() - quiet_s
+        if latest >= self._retired_s:
+            for one in list(self._client_connections()):
+                one.close_quiet(latest)
 
     async def sweep(self) -> None:
         """Close connections whose head takes too long, and those whose last bytes nobody receives, until cancelled."""

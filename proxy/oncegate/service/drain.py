@@ -17,6 +17,8 @@ from oncegate.upstream.pools import Pools
 
 # Progress is polled: it is a sum of counts that several parts keep.
 POLL_S = 0.02
+# How long a connection stays open without a request: its client may have sent one just now.
+LAST_CALL_S = 1.0
 # After so many polls without progress, and after so many in all, the drain waits no longer for keys to settle.
 IDLE_POLLS, MAX_POLLS = 20, 150
 # After that: for clients to receive their problem responses, and then for aborted connections to end their requests.
@@ -41,13 +43,16 @@ class Drain:
         self.cut_off = 0
 
     async def run(self, immediate: asyncio.Event, grace_s: float) -> bool:
-        """Accept no further request and wait until all work is done; return whether nothing had to be cut off.
+        """Let each connection end with its next response and wait until all work is done; return whether nothing had
+        to be cut off.
 
         The wait ends after `grace_s` seconds, or once `immediate` is set; what is still in flight is cut off then.
         """
-        self._listener.pre_shutdown()
+        self._listener.retire()
+        self._listener.close_tunnels()
         self._waiters.close()
-        if await unless(immediate, self.idle(), grace_s):
+        await unless(immediate, self._finish(), grace_s)
+        if not self._in_progress():
             return True
         # A cut connection ends its request, which then settles its key as unknown, or frees it if nothing was sent.
         self._cut_off_all()
@@ -74,6 +79,12 @@ class Drain:
             await asyncio.sleep(POLL_S)
             before, remaining = remaining, self._in_progress()
             idle_polls = 0 if remaining < before else idle_polls + 1
+
+    async def _finish(self) -> None:
+        """Wait until nothing is in progress and no client is left that could send a request, or reads its response."""
+        while self._in_progress() or self._listener.connections:
+            self._listener.close_quiet(LAST_CALL_S)
+            await asyncio.sleep(POLL_S)
 
     async def idle(self) -> bool:
         """Return True once nothing is in progress."""

@@ -274,11 +274,14 @@ class Service:
     async def drain(self, immediate: asyncio.Event) -> bool:
         """Serve on for the delay, stop accepting, let what is in flight finish, and cut off the rest.
 
+        From the beginning on, each response ends its connection and says so: clients that keep connections move on.
+
         Once `immediate` is set, neither the delay nor the grace is waited for any longer. Return whether everything in
         flight was stored or released.
         """
         self._draining = True
         unsure = self.metrics.unsure
+        self._listener.retire()
         if self._settings.drain_delay_s and not self._retired:
             await unless(immediate, asyncio.sleep(self._settings.drain_delay_s))
         self._stop_accepting()
