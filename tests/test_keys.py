@@ -67,6 +67,9 @@ def splits(whole: bytes, parts: int) -> list[tuple[bytes, ...]]:
         (b'" "', b" "),
         (b'"a, b"', b"a, b"),
         (b'"a;b=c"', b"a;b=c"),
+        (b'"abc";v=1', b"abc"),
+        (b'"abc"; v', b"abc"),
+        (b'"abc";v=?1;w=:YQ==:;x=@1;y=-1.5;z="a;\\"b";t=a/b:c;d=%"%e2%82%ac"', b"abc"),
         (b"a;b=c", b"a;b=c"),
         (rb'"a\"b"', b'a"b'),
         (rb'"a\\b"', rb"a\b"),
@@ -87,7 +90,19 @@ def test_a_key_is_what_stands_in_the_quotes_or_the_bare_word(value, key):
     [
         *(b"", b" ", b"\t", b'""', b' "" '),
         *(b"a, b", b"a,b", b",", b"a,", b'"a", "b"', b'"a","b"', b'"a", b'),
-        *(b'"abc";v=1', b'"abc"; v', b'"abc" ;v=1', b'"abc";', b'"abc"x', b'x"abc"', b'"abc" "abc"', b'("abc")'),
+        *(
+            b'"abc" ;v=1',
+            b'"abc";',
+            b'"abc";V=1',
+            b'"abc";v=',
+            b'"abc";v="',
+            b'"abc";v=1,',
+            b'"";v=1',
+            b'"abc"x',
+            b'x"abc"',
+            b'"abc" "abc"',
+            b'("abc")',
+        ),
         *(b'"abc', b'abc"', b'"', b'"""', b'a"b'),
         *(rb'"a\b"', rb'"\x41"', b'"\\', rb'"\"', rb'"\\\"', b"a\\b", b"\\"),
         *(b"a b", b"a\tb", b'"a\tb"', b'"a\nb"', b"a\r\nb", b'"a\x00b"', b"a\x00", b'"a\x7f"', b"\x7f"),
@@ -95,7 +110,7 @@ def test_a_key_is_what_stands_in_the_quotes_or_the_bare_word(value, key):
     ],
 )
 def test_what_is_neither_a_plain_string_nor_a_bare_word_is_refused(value):
-    """Lists, parameters, open quotes, unknown escapes, control characters and non-ASCII are not keys."""
+    """Lists, broken parameters, open quotes, unknown escapes, control characters and non-ASCII are not keys."""
     assert isinstance(parse_key([value]), BadKey)
 
 
@@ -156,6 +171,19 @@ def test_a_bare_key_is_the_same_key_quoted(key):
     assert parse_key([key]) == parse_key([quote(key)]) == key
 
 
+def are_parameters(rest: bytes) -> bool:
+    """Read parameters without values, as RFC 9651, section 4.2.3.2, tells it."""
+    while rest:
+        if rest[:1] != b";":
+            return False
+        rest = rest[1:].lstrip(b" ")
+        without_name = rest.lstrip(b"abcdefghijklmnopqrstuvwxyz")
+        if without_name == rest:
+            return False
+        rest = without_name
+    return True
+
+
 def reference(value: bytes) -> bytes | None:
     """Read a key byte by byte, as RFC 9651, section 4.2.5, tells it; a bare word is a word of BARE."""
     value = value.strip(b" \t")
@@ -169,7 +197,7 @@ def reference(value: bytes) -> bytes | None:
                 return None
             key.append(rest.pop(0))
         elif byte == ord('"'):
-            return bytes(key) if key and not rest else None
+            return bytes(key) if key and are_parameters(bytes(rest)) else None
         elif byte in PRINTABLE:
             key.append(byte)
         else:

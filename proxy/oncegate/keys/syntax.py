@@ -10,7 +10,17 @@ MAX_KEY_BYTES = 255
 # with a digit.
 _BARE = re.compile(rb"[!#-+\--\[\]-~]+")
 # A String of RFC 9651, section 3.3.3.
-_QUOTED = re.compile(rb'"((?:[ !#-\[\]-~]|\\["\\])*)"')
+_STRING = rb'"((?:[ !#-\[\]-~]|\\["\\])*)"'
+# The value of a parameter (RFC 9651, sections 3.3.1 to 3.3.8): a number or date, a string of either kind, a token, a
+# byte sequence, a boolean.
+_BARE_ITEM = (
+    rb"@?-?[0-9]{1,15}(?:\.[0-9]{1,3})?|%?"
+    + _STRING.replace(b"((?:", b"(?:(?:")
+    + rb"|[A-Za-z*][!#$%&'*+.^_`|~:/0-9A-Za-z-]*"
+    rb"|:[A-Za-z0-9+/=]*:|\?[01]"
+)
+# An Item of RFC 9651 that is a String. A parameter says something about the key and is no part of it (section 3.1.2).
+_QUOTED = re.compile(_STRING + rb"(?:; *[a-z*][a-z0-9_.*-]*(?:=(?:" + _BARE_ITEM + rb"))?)*")
 _ESCAPED = re.compile(rb'\\(["\\])')
 
 
@@ -22,9 +32,9 @@ class BadKey:
 
 
 def parse_key(lines: Sequence[bytes]) -> bytes | BadKey:
-    """Return the key in the values of its header; the quoted `"abc"` and the bare `abc` are the same key.
+    """Return the key in the values of its header; `"abc"`, `"abc";v=1` and the bare `abc` are the same key.
 
-    Quoted: a String of RFC 9651 without parameters. Bare: 0x21 to 0x7E without `"`, `\\` and `,`.
+    Quoted: a String of RFC 9651, whose parameters do not count. Bare: 0x21 to 0x7E without `"`, `\\` and `,`.
     """
     if len(lines) != 1:
         return BadKey("the key header was sent more than once")
