@@ -108,6 +108,7 @@ JUDGED = [
     (told(201, "replayed"), Outcome.ANSWERED),
     (told(402, "replayed"), Outcome.ANSWERED),
     (told(200, "unguarded"), Outcome.ANSWERED),
+    (told(200, "unguarded; reason=name"), Outcome.ANSWERED),
     (told(401, "released"), Outcome.REFUSED),
     (told(400, "released"), Outcome.REFUSED),
     (told(425, "released"), None),

@@ -203,6 +203,11 @@ def test_a_request_is_explained(check):
         ),
         (["POST", "/events"], {"result": "forwarded unguarded: the body is not JSON"}),
         (
+            ["PUT", "/", "-H", "Idempotency-Key: a"],
+            {"unguarded key": "a header looks like a key, and nothing reads it"},
+        ),
+        (["POST", "/", "-H", "X-Idempotency-Key: a"], {"unguarded key": "a header looks like a key"}),
+        (
             ["POST", "/llm", "-H", "x-stainless-retry-count: 0"],
             {
                 "in flight": "forwarded unguarded, as a request of its own",

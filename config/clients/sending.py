@@ -76,7 +76,8 @@ def judge(answer: Answer) -> Outcome | None:
         return None
     again = answer.headers.get("x-should-retry") == "true"
     transient = answer.status in TRY_AGAIN or answer.status >= 500
-    match answer.headers.get("oncegate-status"):
+    # A parameter, such as the reason of `unguarded`, says more of the word.
+    match answer.headers.get("oncegate-status", "").partition(";")[0]:
         case "executed" | "replayed" | "unguarded":
             return Outcome.ANSWERED
         case "released":  # the API declined, and the key is free again

@@ -49,6 +49,7 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "store_breaker_opened": ("counter", "", ()),
     "store_retries": ("counter", "", ()),
     "without_credential": ("counter", "", ()),
+    "unguarded_keys": ("counter", "reason", ("method", "name")),
     "close_delimited": ("counter", "", ()),
     "worker_restarts": ("counter", "", ()),
     "request_seconds": ("histogram", "", ()),

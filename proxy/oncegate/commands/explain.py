@@ -12,6 +12,7 @@ from oncegate.decision import RETRY, Disposition
 from oncegate.keys.digests import Digests, Scope, UnstableScope, key_id
 from oncegate.keys.documents import Missing
 from oncegate.keys.extraction import scope_fields
+from oncegate.keys.key_names import has_key_name
 from oncegate.keys.syntax import BadKey
 from oncegate.messages.admission import Admission, Refused
 from oncegate.messages.request_head import RequestHead, preferred_wait_s, renamed
@@ -24,10 +25,12 @@ from oncegate.rules.identity import (
     key_in_head,
     may_forward_unkeyed,
     scope_of,
+    uses_no_key,
 )
 from oncegate.rules.model import Rule, Rules
 from oncegate.rules.policy import Policy
 from oncegate.settings.credentials import KNOWN, expanded
+from oncegate.settings.names import GUARDABLE
 from oncegate.settings.settings import Settings
 from oncegate.store.record_name import store_key
 
@@ -148,6 +151,7 @@ class Explanation:
             self._add_forwarded_key(policy, head)
         if head.method not in policy.methods:
             self._add("result", f"forwarded unguarded: the rule does not guard {head.method}")
+            self._add_unguarded_key(policy, head)
             return
         self._add("key", _key(policy))
         caller = caller_of(policy, head, body)
@@ -155,7 +159,7 @@ class Explanation:
             self._add("JSON-RPC id", f"{caller.id.decode()}: a replay has that of its own request")
         key = caller if isinstance(caller, Missing | BadKey) else key_in_head(policy, head)
         if isinstance(key, Missing | BadKey):
-            self._add_keyless(policy, key)
+            self._add_keyless(policy, head, key)
             return
         scope = scope_of(policy, self._digests, head)
         if isinstance(scope, UnstableScope):
@@ -170,7 +174,7 @@ class Explanation:
             if isinstance(identified, Identity):
                 self._add_identity(policy, head, scope, identified)
             else:
-                self._add_keyless(policy, identified)
+                self._add_keyless(policy, head, identified)
 
     def _add_forwarded_key(self, policy: Policy, head: RequestHead) -> None:
         assert policy.forward_key is not None
@@ -179,10 +183,16 @@ class Explanation:
         added = [field.decode("latin-1") for field, _ in forwarded if field not in received]
         self._add("key sent as", added[0] if added else "not sent")
 
-    def _add_keyless(self, policy: Policy, why: Missing | BadKey) -> None:
+    def _add_unguarded_key(self, policy: Policy, head: RequestHead) -> None:
+        if policy.methods and head.method in GUARDABLE and has_key_name(head.fields):
+            self._add("unguarded key", "a header looks like a key, and nothing reads it")
+
+    def _add_keyless(self, policy: Policy, head: RequestHead, why: Missing | BadKey) -> None:
         slug = "key-missing" if isinstance(why, Missing) else "key-invalid"
         is_forwarded = may_forward_unkeyed(policy, why)
         self._add("result", f"forwarded unguarded: {why.detail}" if is_forwarded else f"400 {slug}: {why.detail}")
+        if is_forwarded and uses_no_key(policy, why):
+            self._add_unguarded_key(policy, head)
 
     def _add_identity(self, policy: Policy, head: RequestHead, scope: Scope, identity: Identity) -> None:
         """Add the digests of a guarded request, and the response in each state that its key may have."""

@@ -11,6 +11,7 @@ from oncegate.keys.documents import Missing
 from oncegate.keys.syntax import BadKey
 from oncegate.messages.admission import Refused
 from oncegate.messages.problems import Problem, as_problem_json, problem, refusal
+from oncegate.observe.labels import UnguardedKey
 from oncegate.observe.outcome import Outcome, RequestReport, outcome_of
 from oncegate.rules.policy import Policy
 from oncegate.store.record import Corrupt, Record
@@ -20,6 +21,8 @@ from oncegate.store.results import ClaimsSuspended, Unconfirmed
 REFUSED = b"Oncegate-Status: refused\r\n"
 UNKNOWN = b"Oncegate-Status: unknown\r\n"
 UNGUARDED = b"Oncegate-Status: unguarded\r\n"
+# An Item of RFC 9651 with a parameter, so that the word can be read alone.
+UNGUARDED_KEY = {one: b"Oncegate-Status: unguarded; reason=%s\r\n" % one.label.encode() for one in UnguardedKey}
 MAYBE = "the request may have been executed"
 # SDKs show it to people. Advice for programs is in the other members and in the header.
 RUNNING = "the first request with this key is still running"

@@ -12,7 +12,7 @@ from oncegate.downstream.body import Bodies, Body, BufferedBody, NoBody, TooLarg
 from oncegate.downstream.request import Request
 from oncegate.gateway.answers import Refuse, body_refusal, key_refusal, malformed, scope_refusal
 from oncegate.gateway.keyed_request import KEY_PLACE, HeadPlan, KeyedRequest
-from oncegate.gateway.relay import Relay
+from oncegate.gateway.relay import Relay, pass_through
 from oncegate.gateway.routes import Route, Routes
 from oncegate.gateway.tunnel import Tunnel
 from oncegate.keys.digests import Digests, Scope, finish_fingerprint, finish_key
@@ -108,7 +108,7 @@ class FirstStep:
         if b"expect" in fields:
             _note_expectation(request, head)
         if head.method not in policy.methods:
-            return Relay(route, head, body)
+            return pass_through(route, head, body)
         return self._guarded_step(request, route, head, body)
 
     def _guarded_step(self, request: Request, route: Route, head: RequestHead, body: Body | None) -> Step | ReadBody:
@@ -247,7 +247,9 @@ def _without_key(route: Route, head: RequestHead, reason: Missing | BadKey, body
     """Forward a request that has no key, or none that can be used, or refuse it, as its rule says."""
     policy = route.policy
     if may_forward_unkeyed(policy, reason):
-        return Relay(route, head, body, unguarded=not uses_no_key(policy, reason))
+        if uses_no_key(policy, reason):
+            return pass_through(route, head, body)
+        return Relay(route, head, body, unguarded=True)
     if body is not None:
         body.close()
     return key_refusal(reason, policy.rule)

@@ -284,4 +284,5 @@ def _pass_through_report(request: Request, step: Relay | Tunnel, relayed: Relaye
         request.message.method,
         upstream_s=relayed.upstream_s,
         rule=step.route.policy.rule,
+        unguarded_key=step.unguarded_key if isinstance(step, Relay) else None,
     )

@@ -11,11 +11,14 @@ from typing import NamedTuple
 from oncegate.downstream.body import Body, BrokenOff, buffered_bytes, stated_length, stream
 from oncegate.downstream.request import Request
 from oncegate.downstream.response import ResponseWriter
-from oncegate.gateway.answers import UNGUARDED, Refuse, body_refusal, not_sent, upstream_lost
+from oncegate.gateway.answers import UNGUARDED, UNGUARDED_KEY, Refuse, body_refusal, not_sent, upstream_lost
 from oncegate.gateway.routes import Route
+from oncegate.keys.key_names import has_key_name
 from oncegate.messages.request_head import RequestHead
 from oncegate.messages.response_head import ResponseHead
+from oncegate.observe.labels import UnguardedKey
 from oncegate.observe.outcome import Outcome, outcome_of
+from oncegate.settings.names import GUARDABLE
 from oncegate.upstream.connection import Connection
 from oncegate.upstream.errors import NotSent, UpstreamLost
 from oncegate.upstream.pool import REUSE_IDLE_S
@@ -24,18 +27,32 @@ from oncegate.upstream.pool import REUSE_IDLE_S
 class Relay(NamedTuple):
     """Pass the request through. `body` is its body if it was read already.
 
-    `unguarded`: it wanted a key's protection and does not get it, which its response says.
+    `unguarded`: it wanted a key's protection and does not get it, which its response says. `unguarded_key`: it seems
+    to carry a key, which guards nothing for this reason.
     """
 
     route: Route
     head: RequestHead
     body: Body | None = None
     unguarded: bool = False
+    unguarded_key: UnguardedKey | None = None
 
     @property
     def fields(self) -> bytes:
         """What oncegate adds to the response's fields."""
-        return UNGUARDED if self.unguarded else b""
+        if self.unguarded:
+            return UNGUARDED
+        return b"" if self.unguarded_key is None else UNGUARDED_KEY[self.unguarded_key]
+
+
+def pass_through(route: Route, head: RequestHead, body: Body | None = None) -> Relay:
+    """Return the relay of a request in which no key was found. One that seems to carry a key is told so."""
+    methods = route.policy.methods
+    # A rule with `guard = "off"` leaves keys to the API. Reads change nothing, whatever they carry.
+    if not methods or head.method not in GUARDABLE or not has_key_name(head.fields):
+        return Relay(route, head, body)
+    reason = UnguardedKey.NAME if head.method in methods else UnguardedKey.METHOD
+    return Relay(route, head, body, unguarded_key=reason)
 
 
 @dataclass(frozen=True, slots=True)

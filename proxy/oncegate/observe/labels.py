@@ -26,6 +26,18 @@ class SettlementLabel(Enum):
         self.label = label
 
 
+class UnguardedKey(Enum):
+    """Why the key that a request seems to carry guards nothing."""
+
+    # The method is none that the rule guards, such as PUT.
+    METHOD = "method"
+    # The header is none that the rule reads a key from, such as X-Idempotency-Key.
+    NAME = "name"
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+
+
 class StoreLoss(Enum):
     """How a store lost data. `is_certain`: it may have taken claims along; MOVED may have lost nothing."""
 

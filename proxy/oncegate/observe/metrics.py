@@ -8,7 +8,7 @@ from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from oncegate.observe.families import MAX_UNSORTED, Counters, FamilySnapshot, Histogram, Histograms
-from oncegate.observe.labels import SettlementLabel, StoreLoss
+from oncegate.observe.labels import SettlementLabel, StoreLoss, UnguardedKey
 from oncegate.observe.outcome import SUPPRESSED, Outcome, RequestReport
 from oncegate.observe.usage import TOKEN_KINDS, Tokens
 
@@ -87,6 +87,12 @@ class Metrics(Collector):
         )
         self._without_credential = Counters(
             "without_credential", "Guarded requests without a credential. They share one tenant."
+        )
+        self._unguarded_keys = Counters(
+            "unguarded_keys",
+            "Requests that seem to carry a key, which guards nothing because of their method or of its header's name.",
+            label="reason",
+            values=[reason.label for reason in UnguardedKey],
         )
         self._close_delimited = Counters(
             "close_delimited", "Responses that ended only by closing the connection and were stored as complete."
@@ -188,6 +194,8 @@ class Metrics(Collector):
             self._without_credential.add()
         for settlement in report.settlements:
             self._settled.by_value[settlement.label] += 1
+        if report.unguarded_key is not None:
+            self._unguarded_keys.add(report.unguarded_key.label)
         if report.close_delimited:
             self._close_delimited.add()
         if len(self._by_request[0].unsorted) >= MAX_UNSORTED:

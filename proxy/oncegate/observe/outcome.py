@@ -5,7 +5,7 @@ from enum import Enum
 from typing import Final, Protocol
 
 from oncegate.messages.problems import Problem
-from oncegate.observe.labels import SettlementLabel
+from oncegate.observe.labels import SettlementLabel, UnguardedKey
 from oncegate.observe.usage import Tokens
 
 
@@ -85,7 +85,8 @@ class RequestReport:
     `tokens` are those that a replay saved at an LLM's API, None where they are not counted.
     `without_credential`: the request had none, so that it shares its tenant with all such requests.
     `rule` is the name of the rule that decided, empty for none. `settlements` say how its claim ended, and whether it
-    was lost; `close_delimited`: a response that ended by closing alone was stored as complete.
+    was lost; `close_delimited`: a response that ended by closing alone was stored as complete. `unguarded_key`: why
+    the key that a request seems to carry guards nothing, None without such a key.
     """
 
     outcome: Outcome
@@ -101,6 +102,7 @@ class RequestReport:
     tokens: Tokens | None = None
     settlements: tuple[SettlementLabel, ...] = ()
     close_delimited: bool = False
+    unguarded_key: UnguardedKey | None = None
 
 
 class Observe(Protocol):
