@@ -159,7 +159,10 @@ def _send(connection: Connection, request: Request, step: Relay) -> None:
 
 async def forward_response(response: ResponseWriter, connection: Connection, head: ResponseHead, step: Relay) -> None:
     """Hand a response on as it comes. Raises UpstreamLost."""
-    block = head.forwarded_block + head.passed_statements(says_own=step.fields != b"") + step.fields
+    fields = step.fields
+    if step.unguarded_key is not None and b"oncegate-status" in head.fields:
+        fields = b""  # Another oncegate behind this one knows what became of the key.
+    block = head.forwarded_block + head.passed_statements(says_own=fields != b"") + fields
     if response.requester is not None:
         block = response.requester.forwarded(block)
     if connection.response.is_complete:
