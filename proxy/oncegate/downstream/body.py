@@ -19,6 +19,8 @@ from oncegate.messages.fields import Fields
 # Of one body. A longer one is spooled to disk.
 MEMORY_BYTES = 1048576
 BLOCK_BYTES = 262144
+# Of the body of a duplicate that waits: 1,024 of them are 16 MiB.
+WAITING_BYTES = 16384
 # Up to this, aiohttp's buffer is taken directly where it is in one piece.
 ONE_PIECE_BYTES = 65536
 
@@ -102,6 +104,11 @@ class Body:
         for block in self.blocks():
             yield block
 
+    def move_to(self, file: IO[bytes]) -> None:
+        """Give the memory back: from now on the body is in a spool file that has all of it."""
+        self._memory.give(self.size)
+        self.data, self._file, self.spooled = b"", file, True
+
     def close(self) -> None:
         """Give its memory or its spool file back. A second call does nothing."""
         if self._file is not None:
@@ -152,7 +159,7 @@ class Bodies:
 
     def take_buffered(self, content: BufferedBody) -> Body | NoRoom:
         """Return the body of a request under a known head, which has the size of one that was within the limit."""
-        body = Body(content.data, self._memory, self._spool)
+        body = Body(content.read_nowait(), self._memory, self._spool)
         return body if self._memory.take(body.size) else NoRoom()
 
     async def read(self, content: StreamReader | BufferedBody, max_bytes: int | None = None) -> Body | NoBody:
@@ -172,6 +179,25 @@ class Bodies:
             parts.append(block)
             size += len(block)
         return Body(b"".join(parts), self._memory, self._spool)
+
+    def set_aside(self, body: Body) -> bool:
+        """Move a body to the spool that may be needed only much later, unless it is small.
+
+        Return False and change nothing where the spool has no room for it.
+        """
+        if body.spooled or body.size <= WAITING_BYTES:
+            return True
+        if not self._spool.take(body.size):
+            return False
+        file: IO[bytes] | None = None
+        try:
+            file = tempfile.TemporaryFile(dir=self._spool_dir, buffering=0)  # noqa: SIM115 - the Body closes it
+            _write_all(file, body.data)
+        except OSError:  # as in `_spool_rest`
+            self._discard(file, body.size)
+            return False
+        body.move_to(file)
+        return True
 
     def _take_memory(self, size: int) -> bool:
         """Reserve memory for a body that is still on its way, if there is enough.

@@ -149,6 +149,15 @@ def duplicate_refusal(decision: Decision | Outcome, taken: Taken, policy: Policy
             return Refuse(problem("outcome-unknown", detail, **_original(status)), UNKNOWN)
 
 
+def original_declined(policy: Policy) -> Refuse:
+    """Return the answer to a duplicate whose original ended while it waited, without a result and with a free key.
+
+    It does not execute in its place: a burst of requests must not follow a 429 (docs/decisions/002).
+    """
+    detail = "the first request with this key ended without being executed"
+    return Refuse(problem("in-flight", detail, 1).with_status(policy.in_flight_status))
+
+
 def with_key(answer: Refuse, key: str | None) -> Refuse:
     """Return an answer whose problem names the client's own key; None: the key is not to be shown."""
     return answer if key is None else replace(answer, problem=answer.problem.with_members(key=key))

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from oncegate.decision import Decision
@@ -16,6 +15,7 @@ from oncegate.gateway.answers import (
     decide_duplicate,
     duplicate_refusal,
     failed,
+    original_declined,
     overloaded,
     refuse,
     send,
@@ -29,6 +29,7 @@ from oncegate.gateway.relay import Relay, Relayed, relay
 from oncegate.gateway.replay import Replay, replay_large, replay_small
 from oncegate.gateway.settling import Progress
 from oncegate.gateway.tunnel import Tunnel, tunnel
+from oncegate.gateway.waiting import CLAIMS_AGAIN, after_wait, may_wait, wait_for_original
 from oncegate.observe.outcome import Observe, Outcome, RequestReport, outcome_of
 from oncegate.observe.usage import usage_reader
 from oncegate.store.leases import suspended_clock_s
@@ -134,13 +135,16 @@ class Gateway:
                     return await self._relay_unguarded(request, keyed)
                 if route.policy.bypass and self._may_bypass(taken, keyed, waited):
                     return replace(await self._relay_unguarded(request, keyed), key=claim_request.key)
-                if not keyed.wait_s:
+                if not may_wait(keyed, taken):
                     return await self._answer_duplicate(request, keyed, taken)
-                woken = await self._wait_for_original(request, keyed, taken, deadline)
+                began_s = route.deps.clock()
+                woken = await self._wait_for_original(request, keyed, deadline)
                 if woken is Woken.CLIENT_LEFT:
                     return keyed.report(request, Outcome.CLIENT_GONE, 0)
-                if woken is not Woken.RECORD_CHANGED and woken is not Woken.MAY_CLAIM:
-                    return await self._answer_duplicate(request, keyed, taken)
+                if woken is Woken.DECLINED:
+                    return self._refuse_duplicate(request, keyed, original_declined(route.policy))
+                if woken not in CLAIMS_AGAIN:
+                    return await self._answer_duplicate(request, keyed, after_wait(taken, route.deps.clock() - began_s))
                 if not waited:
                     waited = True
                     # The original's response is this request's own by now, however long ago it began.
@@ -199,28 +203,11 @@ class Gateway:
 
     # A duplicate ...
 
-    async def _wait_for_original(
-        self, request: Request, keyed: KeyedRequest, taken: Record | Corrupt | Unconfirmed, deadline: float
-    ) -> Woken:
-        """Wait while the original runs, not counted as in flight. NOT_RUNNING at once where it does not run."""
-        claim_request = keyed.claim_request
-        if decide_duplicate(taken, claim_request.fingerprint) is not Decision.IN_FLIGHT:
-            return Woken.NOT_RUNNING
-        response, deps = request.response, keyed.route.deps
-        grace_s = keyed.route.policy.cancel_grace_s
-        reads: AbstractContextManager[None] = nullcontext()
-        if grace_s is not None:
-            reads = deps.cancellations.readers.waiting(claim_request.key, grace_s, response.reader_has_left)
+    async def _wait_for_original(self, request: Request, keyed: KeyedRequest, deadline_s: float) -> Woken:
+        """Wait for the original, not counted as in flight."""
         self.in_flight -= 1
         try:
-            with reads:
-                return await deps.waiters.wait(
-                    claim_request.key,
-                    claim_request.scope,
-                    deadline,
-                    response.client_leaves(),
-                    response.client_half_closed,
-                )
+            return await wait_for_original(request, keyed, self._bodies, deadline_s)
         finally:
             self.in_flight += 1
 
@@ -233,6 +220,10 @@ class Gateway:
                 return replayed
             decision = replayed
         answer = duplicate_refusal(decision, taken, keyed.route.policy, keyed.route.deps.usual.seconds)
+        return self._refuse_duplicate(request, keyed, answer)
+
+    def _refuse_duplicate(self, request: Request, keyed: KeyedRequest, answer: Refuse) -> RequestReport:
+        """Send an answer of oncegate's own to a duplicate."""
         send(request, with_key(with_fields(answer, keyed.fields), keyed.plain_key(request)))
         return keyed.report(request, outcome_of(answer.problem), answer.problem.status)
 

@@ -35,12 +35,14 @@ class ExchangeDeps:
     `reuse_idle_s` the longest idle time of a connection that is used again, `settle_timeout_s` how long the store is
     asked again to take a response, `store_timeout_s` the same for all that nobody waits for. `longest_s`: no await of
     an exchange takes longer. `usual`: how long the rule's requests usually take, for Retry-After.
+    `wait_ended` counts a wait by how it ended (the label of a Woken).
     """
 
     store: Store
     leases: Leases
     waiters: Waiters
     cancellations: Cancellations
+    wait_ended: Callable[[str], None]
     pool: Pool
     memory: MemoryBudget
     background: Callable[[Coroutine[Any, Any, Any]], None]

@@ -12,6 +12,11 @@ from oncegate.observe.labels import SettlementLabel, StoreLoss, UnguardedKey
 from oncegate.observe.outcome import SUPPRESSED, Outcome, RequestReport
 from oncegate.observe.usage import TOKEN_KINDS, Tokens
 
+# The labels of `store.waiters.Woken`.
+WAIT_ENDS = (
+    *("record_changed", "may_claim", "declined", "sent_away", "timed_out", "client_left"),
+    *("no_room", "no_room_for_body"),
+)
 VERBS = ("claim", "append", "renew", "settle", "read")
 
 GAUGES = {
@@ -85,6 +90,11 @@ class Metrics(Collector):
         self._without_usage = Counters(
             "llm_replays_without_usage", "Replays of LLM responses that do not state the tokens they used."
         )
+        self._waits = Counters("waits", "Waits of duplicates, by how they ended.", label="end", values=WAIT_ENDS)
+        # Called for each wait with how it ended, and for each poll.
+        self.wait_ended: Callable[[str], None] = self._waits.add
+        self._polls = Counters("wait_polls", "Times that the store was asked for duplicates that wait.")
+        self.duplicate_polled: Callable[[], None] = self._polls.add
         self._without_credential = Counters(
             "without_credential", "Guarded requests without a credential. They share one tenant."
         )

@@ -33,7 +33,7 @@ from oncegate.store.leases import Leases, OnClaimEvent
 from oncegate.store.redis.membership import Membership
 from oncegate.store.store import Store
 from oncegate.store.unknown_keys import UnknownKeys
-from oncegate.store.waiters import Waiters
+from oncegate.store.waiters import MAX_POLLS_PER_S, Waiters
 from oncegate.upstream.connector import client_tls
 from oncegate.upstream.pool import REUSE_IDLE_S, Pool
 from oncegate.upstream.pools import Pools
@@ -80,7 +80,14 @@ class Parts:
             resolver=self._resolver,
         )
         self.leases = Leases(self.store, settings.lease_ms, reporting.claim_lost, clock)
-        self.waiters = Waiters(self.store, settings.max_waiters, settings.lease_ms, self.leases.__contains__)
+        self.waiters = Waiters(
+            self.store,
+            self.leases.__contains__,
+            max_waiters=settings.max_waiters,
+            lease_ms=settings.lease_ms,
+            polls_per_s=MAX_POLLS_PER_S / settings.workers,
+            polled=metrics.duplicate_polled,
+        )
         self.cancellations = Cancellations(self.store, reporting.background)
         self.leases.note_unknown = self.cancellations.note_unknown
         self.unknown_keys = UnknownKeys(
@@ -147,6 +154,7 @@ class Parts:
             leases=self.leases,
             waiters=self.waiters,
             cancellations=self.cancellations,
+            wait_ended=reporting.metrics.wait_ended,
             pool=self.pools.of(rule.upstream),
             memory=self.memory,
             background=reporting.background,

@@ -1,13 +1,15 @@
 """Duplicates waiting for the original.
 
-If it runs in this worker, its completion wakes them; otherwise one poll loop checks their keys in the store.
+If it runs in this worker, its completion wakes them; otherwise one poll loop checks their keys in the store, each after
+a pause of its own and within a limit for all together (`PollSchedule`).
 """
 
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from itertools import chain
+from heapq import heappop, heappush
+from itertools import chain, count
 
 from oncegate.decision import State, effective_state
 from oncegate.keys.digests import Scope
@@ -16,26 +18,37 @@ from oncegate.store.results import Unconfirmed
 from oncegate.store.store import Store
 
 MAX_WAITERS_PER_KEY = 64
-# The pauses between polls: they grow from the first to the longest, and start anew with every new waiter.
-MIN_POLL_S, MAX_POLL_S = 0.05, 0.5
+# Of one replica, all its workers together. A poll costs Valkey about as much as a claim of a key that is taken.
+MAX_POLLS_PER_S = 500
+# The pauses between the polls of one key: each is half as long again as the last.
+MIN_PAUSE_S, MAX_PAUSE_S, GROWTH = 0.05, 0.5, 1.5
+# Polls that are due within so many seconds leave together.
+TICK_S = 0.01
+# The share of a second's polls that may leave at once. The rest of the second gets the rest: no second has more.
+BURST_SHARE = 1 / 20
 
 
 class Woken(Enum):
-    """Why a wait ended."""
+    """Why a wait ended, or why there was none. `label` names it in metrics."""
 
     # The record changed: read it again.
     RECORD_CHANGED = "record_changed"
     # The key is free and nothing was sent for it: this duplicate may claim it.
     MAY_CLAIM = "may_claim"
-    # The upstream wants no retry now, or this worker ends its waits: the client retries later.
+    # The key is free, and the upstream may want no retry now: the client retries later.
     DECLINED = "declined"
+    # This worker ends its waits, or this one: the client retries later.
+    SENT_AWAY = "sent_away"
     # The deadline passed.
     TIMED_OUT = "timed_out"
-    # The original does not run, so there is nothing to wait for.
-    NOT_RUNNING = "not_running"
     CLIENT_LEFT = "client_left"
     # Too many duplicates wait already.
     NO_ROOM = "no_room"
+    # The spool has no room for the body of another one.
+    NO_ROOM_FOR_BODY = "no_room_for_body"
+
+    def __init__(self, label: str) -> None:
+        self.label = label
 
 
 @dataclass(eq=False, slots=True)
@@ -48,21 +61,37 @@ class _Waiter:
 class Waiters:
     """The waiting duplicates of one worker, at most `max_waiters` of them.
 
-    `lease_ms`: the length of a lease, for the poll. `is_held_here(key)` returns whether the original runs in this
-    worker.
+    `is_held_here(key)` returns whether the original runs in this worker. `lease_ms`: the length of a lease, for the
+    poll. `polls_per_s`: this worker's share of the polls. `polled()` is called for each of them.
     """
 
-    def __init__(self, store: Store, max_waiters: int, lease_ms: int, is_held_here: Callable[[bytes], bool]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        is_held_here: Callable[[bytes], bool],
+        *,
+        max_waiters: int,
+        lease_ms: int,
+        polls_per_s: float,
+        polled: Callable[[], None],
+    ) -> None:
         self._store, self._max_waiters, self._lease_ms = store, max_waiters, lease_ms
-        self._is_held_here = is_held_here
+        self._is_held_here, self._polled = is_held_here, polled
         self._by_key: dict[bytes, list[_Waiter]] = {}
+        self._schedule = PollSchedule(polls_per_s)
+        self._clock = asyncio.get_running_loop().time
         self._count = 0
-        self._poll_s = MIN_POLL_S
         self._closed = False
         self._arrived = asyncio.Event()
 
     def __len__(self) -> int:
         return self._count
+
+    def refusal(self, key: bytes) -> Woken | None:
+        """Return why one more duplicate of a key may not wait. None: it may, if `wait` is the next thing awaited."""
+        if self._closed:
+            return Woken.SENT_AWAY
+        return None if self._has_room(key) or self._make_room(key) else Woken.NO_ROOM
 
     async def wait(
         self,
@@ -72,23 +101,21 @@ class Waiters:
         client_left: "asyncio.Future[None]",
         is_half_closed: Callable[[], bool],
     ) -> Woken:
-        """Wait for a key until `deadline_s` (the loop's time), or until `client_left` is done.
+        """Wait for a key without `refusal`, until `deadline_s` (the loop's time) or until `client_left` is done.
 
         `is_half_closed()` returns whether the client closed its side of the connection. Such a client may have left,
         or may still read its response. It waits while there is room.
         """
-        if self._closed or not (self._has_room(key) or self._make_room(key)):
-            return Woken.NO_ROOM
-        queue = self._by_key.setdefault(key, [])
-        loop = asyncio.get_running_loop()
-        waiter = _Waiter(scope, is_half_closed, loop.create_future())
-        queue.append(waiter)
+        if key not in self._by_key:
+            self._by_key[key] = []
+            self._schedule.add(key, self._clock())
+            self._arrived.set()
+        waiter = _Waiter(scope, is_half_closed, asyncio.get_running_loop().create_future())
+        self._by_key[key].append(waiter)
         self._count += 1
-        self._poll_s = MIN_POLL_S
-        self._arrived.set()
         try:
             await asyncio.wait(
-                (waiter.future, client_left), timeout=deadline_s - loop.time(), return_when=asyncio.FIRST_COMPLETED
+                (waiter.future, client_left), timeout=deadline_s - self._clock(), return_when=asyncio.FIRST_COMPLETED
             )
         finally:
             self._leave(key, waiter)
@@ -112,7 +139,7 @@ class Waiters:
         queues = [queue] if len(queue) >= MAX_WAITERS_PER_KEY else self._by_key.values()
         for waiter in chain.from_iterable(queues):
             if waiter.is_half_closed() and not waiter.future.done():
-                waiter.future.set_result(Woken.DECLINED)
+                waiter.future.set_result(Woken.SENT_AWAY)
                 return True
         return False
 
@@ -123,6 +150,7 @@ class Waiters:
             queue.remove(waiter)
         if not queue:
             self._by_key.pop(key, None)
+            self._schedule.remove(key)
 
     def claim_ended(self, key: bytes, *, not_sent: bool, declined: bool) -> None:
         """Wake the waiters of a key whose claim this worker has settled.
@@ -134,15 +162,13 @@ class Waiters:
             if not_sent:
                 self.let_one_claim(key)
             else:
-                self.wake(key, declined=declined)
+                self._wake(key, Woken.DECLINED if declined else Woken.RECORD_CHANGED)
 
-    def wake(self, key: bytes, *, declined: bool = False) -> None:
-        """Wake every waiter of a key: to read the record again, or with `declined` to refuse the client."""
-        if waiters := self._by_key.get(key):
-            reason = Woken.DECLINED if declined else Woken.RECORD_CHANGED
-            for waiter in waiters:
-                if not waiter.future.done():
-                    waiter.future.set_result(reason)
+    def _wake(self, key: bytes, reason: Woken) -> None:
+        """Wake every waiter of a key."""
+        for waiter in self._by_key.get(key, ()):
+            if not waiter.future.done():
+                waiter.future.set_result(reason)
 
     def let_one_claim(self, key: bytes) -> None:
         """Let one waiter of a key claim it. The others go on waiting, now for that one."""
@@ -155,20 +181,30 @@ class Waiters:
         """End every wait, and refuse new ones."""
         self._closed = True
         for key in list(self._by_key):
-            self.wake(key, declined=True)
+            self._wake(key, Woken.SENT_AWAY)
 
     async def run(self) -> None:
         """Poll all keys whose original runs in another worker, until cancelled."""
-        while True:
-            self._arrived.clear()
-            if not self._by_key:
-                await self._arrived.wait()
-            await asyncio.sleep(self._poll_s)
-            self._poll_s = min(self._poll_s * 1.5, MAX_POLL_S)
-            polled = [
-                (key, queue[0].scope) for key, queue in self._by_key.items() if queue and not self._is_held_here(key)
-            ]
-            await asyncio.gather(*[self._poll_key(key, scope) for key, scope in polled])
+        schedule = self._schedule
+        # A failure of one poll ends all of them, and the caller starts this anew.
+        async with asyncio.TaskGroup() as polls:
+            while True:
+                self._arrived.clear()
+                if not schedule:
+                    await self._arrived.wait()
+                await asyncio.sleep(schedule.pause_s(self._clock()))
+                for key in schedule.take_due(self._clock(), self._needs_poll):
+                    polls.create_task(self._poll(key, self._by_key[key][0].scope))
+
+    def _needs_poll(self, key: bytes) -> bool:
+        return not self._is_held_here(key)
+
+    async def _poll(self, key: bytes, scope: Scope) -> None:
+        self._polled()
+        try:
+            await self._poll_key(key, scope)
+        finally:
+            self._schedule.polled(key, self._clock())
 
     async def _poll_key(self, key: bytes, scope: Scope) -> None:
         record = await self._store.peek(key, scope, self._lease_ms)
@@ -177,8 +213,72 @@ class Waiters:
         if record is None:
             # In another worker the request was declined, or not sent. The store does not show which of the two, and
             # a burst of claims must not follow a 429.
-            self.wake(key, declined=True)
+            self._wake(key, Woken.DECLINED)
             return
         state = effective_state(record.state, record.lease_left_ms) if isinstance(record, Record) else None
         if state is not State.IN_FLIGHT:
-            self.wake(key)
+            self._wake(key, Woken.RECORD_CHANGED)
+
+
+class PollSchedule:
+    """The keys to poll, at most `polls_per_s` of them in any second. Times are those of one clock, in seconds."""
+
+    def __init__(self, polls_per_s: float) -> None:
+        self._burst = max(1.0, polls_per_s * BURST_SHARE)
+        self._per_s = max(polls_per_s - self._burst, polls_per_s / 2)
+        self._allowed, self._counted_s = self._burst, 0.0
+        # The pause of each key, and the number of its place in `_due`. A place with another number is left over.
+        self._keys: dict[bytes, tuple[float, int]] = {}
+        self._due: list[tuple[float, int, bytes]] = []
+        self._number = count()
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def add(self, key: bytes, now_s: float) -> None:
+        """Poll a key from now on, first after the shortest pause."""
+        self._place(key, MIN_PAUSE_S, now_s)
+
+    def remove(self, key: bytes) -> None:
+        """Poll a key no more."""
+        self._keys.pop(key, None)
+
+    def polled(self, key: bytes, now_s: float) -> None:
+        """Poll a key that `take_due` returned once more, after a longer pause."""
+        if key in self._keys:
+            pause_s, _ = self._keys[key]
+            self._place(key, min(pause_s * GROWTH, MAX_PAUSE_S), now_s)
+
+    def take_due(self, now_s: float, needs_poll: Callable[[bytes], bool]) -> list[bytes]:
+        """Return the keys that are due now, those that are due longest first, as far as the limit allows.
+
+        A key without need of a poll uses nothing up, and is asked about after the longest pause.
+        """
+        self._allowed = min(self._burst, self._allowed + max(0.0, now_s - self._counted_s) * self._per_s)
+        self._counted_s = now_s
+        taken = []
+        while self._due and self._due[0][0] <= now_s:
+            _, number, key = self._due[0]
+            is_left_over = self._keys.get(key, (0.0, -1))[1] != number
+            if not is_left_over and self._allowed < 1:
+                break
+            heappop(self._due)
+            if is_left_over:
+                continue
+            if needs_poll(key):
+                self._allowed -= 1
+                taken.append(key)
+            else:
+                self._place(key, MAX_PAUSE_S, now_s)
+        return taken
+
+    def pause_s(self, now_s: float) -> float:
+        """Return when to call `take_due` again. A key that is added meanwhile is due no sooner."""
+        if not self._due:
+            return MIN_PAUSE_S
+        return min(max(self._due[0][0] - now_s, TICK_S), MIN_PAUSE_S)
+
+    def _place(self, key: bytes, pause_s: float, now_s: float) -> None:
+        number = next(self._number)
+        self._keys[key] = (pause_s, number)
+        heappush(self._due, (now_s + pause_s, number, key))
