@@ -12,7 +12,7 @@ import pytest
 import structlog
 
 from oncegate.buffers.memory import MemoryBudget
-from oncegate.downstream.body import MEMORY_BYTES, Bodies, Body, BrokenOff, NoRoom, TooLarge, stream
+from oncegate.downstream.body import MEMORY_BYTES, WAITING_BYTES, Bodies, Body, BrokenOff, NoRoom, TooLarge, stream
 from oncegate.downstream.listener import Listener
 from oncegate.downstream.minimum_rate import MinimumRate
 from oncegate.downstream.request import Request
@@ -160,6 +160,45 @@ async def test_bodies_that_are_on_their_way_leave_half_of_the_memory(reading, fr
     assert (parts.spooled, whole.spooled) == (True, False)
     assert b"".join(parts.blocks()) == bytes_of(400_000)
     parts.close()
+
+
+def aside(reading: Reading, size: int) -> tuple[Body, bool]:
+    """Return a body in memory, and whether it was set aside."""
+    assert reading.memory.take(size)
+    body = Body(bytes_of(size), reading.memory, reading.spool)
+    return body, reading.bodies.set_aside(body)
+
+
+@pytest.mark.parametrize("size", [0, 1, WAITING_BYTES, WAITING_BYTES + 1, MEMORY_BYTES])
+def test_a_body_that_is_set_aside_leaves_the_memory(reading, size):
+    """Unless it is small it is in an unlinked file, with the same bytes; once more changes nothing."""
+    body, done = aside(reading, size)
+    assert done
+    assert reading.bodies.set_aside(body)
+    assert (body.size, body.spooled) == (size, size > WAITING_BYTES)
+    assert reading.held == ((0, size) if body.spooled else (size, 0))
+    assert list(reading.spool_dir.iterdir()) == []
+    assert b"".join(body.blocks()) == bytes_of(size)
+    body.close()
+    body.close()
+    assert reading.held == (0, 0)
+
+
+def test_bodies_that_are_set_aside_leave_half_of_the_spool(reading):
+    """Above half of the spool a body stays where it is; so it does where the folder is gone."""
+    reading.spool.limit = 1_000_000
+    bodies = [aside(reading, 200_000) for _ in range(5)]
+    assert [done for _, done in bodies] == [True, True, True, False, False]
+    assert reading.held == (400_000, 600_000)
+    assert {b"".join(body.blocks()) for body, _ in bodies} == {bytes_of(200_000)}
+    for body, _ in bodies:
+        body.close()
+    reading.spool_dir.rmdir()
+    body, done = aside(reading, 200_000)
+    assert not done
+    assert reading.held == (200_000, 0)
+    body.close()
+    assert reading.held == (0, 0)
 
 
 async def test_a_spool_folder_that_is_gone_is_no_room(reading):

@@ -33,6 +33,9 @@ OUTCOMES = (
 SETTLEMENTS = ("stored", "stored_without_body", "released", "unknown", "unconfirmed", "lost", "fenced")
 SUPPRESSED = ("replayed", "in_flight", "key_reused", "outcome_unknown", "response_not_kept")
 LOSSES = ("flushed", "rolled_back", "evicted", "moved")
+WAIT_ENDS = (
+    "record_changed", "may_claim", "declined", "sent_away", "timed_out", "client_gone", "no_room", "no_room_for_body",
+)  # fmt: skip
 TOKENS = ("input", "cached", "cache_write", "output")
 VERBS = ("claim", "append", "renew", "settle", "read")
 METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
@@ -50,6 +53,8 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "store_retries": ("counter", "", ()),
     "without_credential": ("counter", "", ()),
     "unguarded_keys": ("counter", "reason", ("method", "name")),
+    "waits": ("counter", "end", WAIT_ENDS),
+    "wait_polls": ("counter", "", ()),
     "close_delimited": ("counter", "", ()),
     "worker_restarts": ("counter", "", ()),
     "request_seconds": ("histogram", "", ()),

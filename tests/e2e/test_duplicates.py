@@ -25,7 +25,10 @@ from tests.parts import (
 BUSY = b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 7\r\nContent-Length: 4\r\n\r\nslow"
 
 
-def assert_in_flight(answer: Answer) -> None:
+RUNNING = "the first request with this key is still running"
+
+
+def assert_in_flight(answer: Answer, detail: str = RUNNING) -> None:
     """It is the whole answer of the table, with the advice that client libraries obey."""
     assert (answer.status, answer.slug) == (409, "in-flight")
     assert int(answer.header("retry-after") or 0) >= 1
@@ -34,7 +37,7 @@ def assert_in_flight(answer: Answer) -> None:
     problem = answer.problem
     assert (problem["retryable"], problem["reuse_key"], problem["status"]) == (True, True, 409)
     assert problem["title"] == "The first request with this key is still running"
-    assert problem["detail"] == problem["error"]["message"] == "the first request with this key is still running"
+    assert problem["detail"] == problem["error"]["message"] == detail
     assert (problem["error"]["code"], problem["error"]["type"]) == ("in_flight", "idempotency_error")
 
 
@@ -101,6 +104,7 @@ async def test_waiters_over_a_limit_are_told_at_once(proxies, upstream, valkey, 
         if answer.status != 200:
             assert_in_flight(answer)
     assert count(answers, b"replayed") == held
+    assert proxy.metric('waits_total{end="no_room"}') == keys * duplicates - held
     assert {answer.body for answer in await asyncio.gather(*originals)} == {b"ok"}
 
 
@@ -163,8 +167,9 @@ async def test_a_declined_original_starts_no_storm(proxies, upstream, valkey):
     first = await original
     assert (first.status, first.header("oncegate-status")) == (429, b"released")
     for answer in await asyncio.gather(*asks):
-        assert_in_flight(answer)
+        assert_in_flight(answer, "the first request with this key has ended without a response that is stored")
     assert len(upstream.received) == 1
+    assert sum(proxy.metric('waits_total{end="declined"}') for proxy in two) == 40
     upstream.script = answering(OK)
     assert (await ask(two[1].port, request())).header("oncegate-status") == b"executed"
 

@@ -5,6 +5,7 @@ import os
 import random
 import resource
 import shutil
+import socket
 from contextlib import closing
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tests.parts import (
     OK,
     Answer,
     RawClient,
+    RawUpstream,
     answering,
     ask,
     chunk,
@@ -244,6 +246,40 @@ async def test_the_memory_of_a_worker_is_limited(proxies, upstream, valkey, spoo
     assert (await ask(gate.port, by_length("mem-over", body_of(900_000)))).header("oncegate-status") == b"executed"
     await assert_at_rest(gate)
     assert gate.metric('requests_total{outcome="overloaded"}') == 2
+
+
+@pytest.mark.fault(5)
+async def test_duplicates_that_wait_leave_the_memory(proxies, valkey, spool):
+    """Their bodies are in the spool, half of which they may use; one more gets 409 at once, and is counted.
+
+    New requests go on, and one that waited executes with its very body where the original was not sent.
+    """
+    size, spool_bytes = 100_000, 500_000
+    limits = {"MAX_BUFFERED_BYTES": 2 * MIB, "MAX_STORED_BYTES": MIB}
+    limits |= {"MAX_SPOOL_BYTES": spool_bytes, "MAX_REQUEST_BYTES": spool_bytes}
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))  # refuses until it listens
+        url = f"http://127.0.0.1:{place.getsockname()[1]}"
+        connecting = {"CONNECT_TIMEOUT_S": 1.5, "CONNECT_RETRIES": 20}
+        gate = proxies(url, valkey.url, ON_DUPLICATE="wait", SPOOL_DIR=spool, **limits, **connecting)
+        original = asyncio.ensure_future(ask(gate.port, by_length("key", body_of(size))))
+        await until(valkey.states)
+        asks = [asyncio.ensure_future(ask(gate.port, by_length("key", body_of(size)))) for _ in range(10)]
+        await until(lambda: sum(one.done() for one in asks) == 7)
+        assert (gate.metric("waiting"), gate.metric("buffered_bytes"), open_spools(gate, spool)) == (3, size, 3)
+        assert gate.metric('waits_total{end="no_room_for_body"}') == 7
+        refused = [one.result() for one in asks if one.done()]
+        assert {(answer.status, answer.slug) for answer in refused} == {(409, "in-flight")}
+        assert (await original).slug == "upstream-unreachable"
+        upstream = RawUpstream()
+        await upstream.start(place)
+        try:
+            served = [answer for answer in await asyncio.gather(*asks) if answer.status == 200]
+        finally:
+            await upstream.close()
+    assert sorted(answer.header("oncegate-status") for answer in served) == [b"executed", b"replayed", b"replayed"]
+    assert [received.body for received in upstream.received] == [body_of(size)]
+    await assert_at_rest(gate, spool)
 
 
 async def test_answers_that_nobody_reads_are_not_heaped_up(proxies, upstream, valkey):

@@ -183,11 +183,12 @@ class Bodies:
     def set_aside(self, body: Body) -> bool:
         """Move a body to the spool that may be needed only much later, unless it is small.
 
-        Return False and change nothing where the spool has no room for it.
+        Such bodies have half of the spool: the rest is for requests that execute. Return False and change nothing where
+        that is used up.
         """
         if body.spooled or body.size <= WAITING_BYTES:
             return True
-        if not self._spool.take(body.size):
+        if self._spool.tight or not self._spool.take(body.size):
             return False
         file: IO[bytes] | None = None
         try:

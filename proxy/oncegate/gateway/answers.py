@@ -154,7 +154,7 @@ def original_declined(policy: Policy) -> Refuse:
 
     It does not execute in its place: a burst of requests must not follow a 429 (docs/decisions/002).
     """
-    detail = "the first request with this key ended without being executed"
+    detail = "the first request with this key has ended without a response that is stored"
     return Refuse(problem("in-flight", detail, 1).with_status(policy.in_flight_status))
 
 

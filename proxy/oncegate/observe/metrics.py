@@ -14,7 +14,7 @@ from oncegate.observe.usage import TOKEN_KINDS, Tokens
 
 # The labels of `store.waiters.Woken`.
 WAIT_ENDS = (
-    *("record_changed", "may_claim", "declined", "sent_away", "timed_out", "client_left"),
+    *("record_changed", "may_claim", "declined", "sent_away", "timed_out", "client_gone"),
     *("no_room", "no_room_for_body"),
 )
 VERBS = ("claim", "append", "renew", "settle", "read")

@@ -60,4 +60,5 @@ def freeze_garbage_collection() -> None:
 
 
 def _wanted_files(settings: Settings) -> int:
-    return settings.max_connections + settings.max_upstream_connections + SPARE_FILES
+    # A duplicate that waits has its body in a spool file.
+    return settings.max_connections + settings.max_upstream_connections + settings.max_waiters + SPARE_FILES

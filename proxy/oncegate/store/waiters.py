@@ -41,7 +41,7 @@ class Woken(Enum):
     SENT_AWAY = "sent_away"
     # The deadline passed.
     TIMED_OUT = "timed_out"
-    CLIENT_LEFT = "client_left"
+    CLIENT_LEFT = "client_gone"
     # Too many duplicates wait already.
     NO_ROOM = "no_room"
     # The spool has no room for the body of another one.

@@ -70,13 +70,18 @@ class KeySettings(BaseModel):
     on_duplicate: Literal["reject", "wait"] = Field(
         "reject",
         description="What a duplicate gets while the original is running. `reject`: 409. `wait`: the response of the "
-        "original, or 409 after `ONCEGATE_WAIT_MAX_S`.",
+        "original, or 409 after `ONCEGATE_WAIT_MAX_S`. "
+        "[Which to choose](rules.md#while-the-original-is-running).",
     )
     wait_max_s: Seconds = Field(
         30, description="Longest wait of a duplicate, with `ONCEGATE_ON_DUPLICATE=wait` or `Prefer: wait`."
     )
     max_waiters: int = Field(
-        1024, ge=0, le=MILLION, description="Duplicates that wait at the same time, for each worker. Others get 409."
+        1024,
+        ge=0,
+        le=MILLION,
+        description="Duplicates that wait at the same time, for each worker, and at most 64 for one key. Others get "
+        "409 at once.",
     )
     on_unknown: Literal["hold", "retry"] = Field(
         "hold",
