@@ -30,7 +30,8 @@ PART_server := test_data_folder test_embedded test_owners e2e/test_pauses e2e/te
 PART_service := e2e/test_limits e2e/test_shutdown
 PART_gateway := test_cancelling e2e/test_again e2e/test_cancelling e2e/test_duplicates e2e/test_endings e2e/test_fidelity \
 	e2e/test_main_job e2e/test_streams e2e/test_unguarded_keys e2e/test_websockets
-PART_downstream := test_body test_minimum_rate test_response e2e/test_clients_leave e2e/test_listener e2e/test_manners
+PART_downstream := test_body test_minimum_rate test_response e2e/test_clients_leave e2e/test_interim e2e/test_listener \
+	e2e/test_manners
 PART_upstream := test_hostnames test_pools test_upstream e2e/test_forwarding e2e/test_reused_connections
 PART_store := test_breaker test_cluster test_durable test_health_monitor test_leases test_link test_lua test_orphans test_record \
 	test_sentinel test_store test_unknown_keys test_waiters e2e/test_duplicates model/test_scripts
@@ -71,6 +72,8 @@ test-real: .venv/.dev .venv/clients/.installed .venv/clients-mcp1/.installed  ##
 	command -v strace >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends strace; }
 	command -v curl >/dev/null && command -v wget >/dev/null || { apt-get update -qq && \
 		apt-get install -y -qq --no-install-recommends curl wget; }
+	command -v php >/dev/null && command -v javac >/dev/null || { apt-get update -qq && \
+		apt-get install -y -qq --no-install-recommends php-cli default-jdk-headless; }
 	command -v npm >/dev/null || { echo "make test-real needs Node 20 or newer, with npm" >&2; exit 1; }
 	mkdir -p .venv/node && cp tests/real/node/package*.json .venv/node
 	npm ci --prefix .venv/node --no-audit --no-fund --loglevel error

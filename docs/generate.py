@@ -42,7 +42,8 @@ GROUPS = {
         identity_change""",
     "What happens to a key": """retention_s lease_ms on_duplicate wait_max_s on_unknown release_statuses
         unknown_retention_s max_stored_bytes""",
-    "The upstream": """connect_timeout_s connect_retries dns_ttl_s upstream_timeout_s upstream_reuse_idle_s
+    "The upstream": """connect_timeout_s connect_retries dns_ttl_s upstream_timeout_s pass_interim
+        upstream_reuse_idle_s
         upstream_rest_s max_upstream_connections upstream_spare_connections""",
     "Limits of a worker": """max_in_flight max_connections max_waiters max_request_bytes max_buffered_bytes spool_dir
         max_spool_bytes max_head_bytes max_head_line_bytes max_head_fields client_stall_s client_min_bytes_per_s""",

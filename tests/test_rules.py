@@ -14,6 +14,7 @@ from oncegate.rules.body_conditions import NO_BODY, read_document, unread_docume
 from oncegate.rules.fields import OF_UPSTREAMS, RULE, SHARED, UPSTREAM
 from oncegate.rules.loading import load_rules
 from oncegate.rules.model import Rule, Rules
+from oncegate.rules.patterns import text_matcher
 from oncegate.rules.presets import PRESETS
 from oncegate.rules.statuses import AMBIGUOUS_STATUSES, RELEASE_STATUSES
 from oncegate.settings.addresses import Origin
@@ -90,6 +91,30 @@ CASES = {
         None,
         'when = { "header:X-A" = "1" }',
         "is no place in a body",
+    ),
+    "pass_interim": (
+        "pass_interim = true",
+        lambda rule: rule.policy.pass_interim,
+        True,
+        False,
+        "pass_interim = 1",
+        "must be true or false",
+    ),
+    "heartbeat_s": (
+        "heartbeat_s = 25",
+        lambda rule: rule.policy.heartbeats and rule.policy.heartbeats.period_s,
+        25,
+        None,
+        "heartbeat_s = 0",
+        "must be a number of seconds from 0.1 to 3600",
+    ),
+    "heartbeat_agents": (
+        'heartbeat_s = 25\nheartbeat_agents = ["curl/*"]',
+        lambda rule: rule.policy.heartbeats and [one.pattern for one in rule.policy.heartbeats.agents],
+        [text_matcher("curl/*").pattern],
+        None,
+        'heartbeat_agents = ["*"]',
+        "names no User-Agent; write one such as curl/*",
     ),
     "on_client_gone": (
         'on_client_gone = "cancel"',
@@ -513,6 +538,8 @@ CONTRADICTIONS = {
     "the key as scope": ('key = "header:A"\nscope = ["header:a"]', "one header for the key and"),
     "the usual key as scope": ('scope = ["header:idempotency-key"]', "say whose request it is"),
     "a known credential as key": ('key = "header:X-Goog-Api-Key"', "one header for the key and for the tenant"),
+    "agents without a heartbeat": ('heartbeat_agents = ["curl/*"]', "needs heartbeat_s beside it"),
+    "no agents": ("heartbeat_s = 5\nheartbeat_agents = []", "is an empty list"),
     "a grace of nothing": ('on_client_gone = "finish"\ncancel_grace_s = 5', 'needs on_client_gone = "cancel"'),
     "a cookie as key": ('key = "cookie:session"', "is not a source"),
     "a field of this hop as key": ('key = ["header:Via", "path:1"]', "can carry a key"),

@@ -44,6 +44,7 @@ CASES: dict[str, tuple[object, str, object, str, str]] = {
         "10.0.0.1/8",
         "must be networks",
     ),
+    "pass_interim": (False, "true", True, "some", "must be true or false"),
     "pass_host": (False, "true", True, "maybe", "must be true or false"),
     "upstream_ca_file": (None, "file.pem", PEM, "none.pem", "cannot be read"),
     "upstream_cert_file": (None, "file.pem", PEM, "none.pem", "cannot be read"),

@@ -235,6 +235,10 @@ def _by_state(policy: Policy, head: RequestHead, identity: Identity) -> Iterable
         period = f"{window_s:g} s from its claim, then executed" if window_s else f"{retention_s:g} s"
         yield "complete", f"replayed for {period}"
     yield "unknown", "executed again" if policy.mode == RETRY else "409 outcome-unknown"
+    if policy.heartbeats is not None:
+        period = f"after each {policy.heartbeats.period_s:g} s"
+        gets_102 = "102, and " if policy.heartbeats.takes_interim(head) else ""
+        yield "in silence", f"{gets_102}comments in a stream of events, {period}"
     if policy.cancel_grace_s is not None:
         yield "client gone", f"cancelled after {policy.cancel_grace_s:g} s without readers; then 409 outcome-unknown"
     yield "other content", "422 key-reused, if the fingerprint differs"

@@ -10,8 +10,8 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from oncegate.downstream.connection import HEAD_S, KEEP_ALIVE_S, ClientConnection, Handler
+from oncegate.downstream.kernel import unsent_bytes
 from oncegate.downstream.minimum_rate import MinimumRate
-from oncegate.downstream.response import unsent_bytes
 from oncegate.known_heads.requests import HeadCache
 from oncegate.messages.request_head import ForwardedInfo
 from oncegate.messages.request_line import USUAL_LIMITS, HeadLimits, Malformed

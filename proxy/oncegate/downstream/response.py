@@ -4,21 +4,17 @@ aiohttp's own response classes re-encode values, rewrite the reason and title-ca
 """
 
 import asyncio
-import fcntl
-import socket
-import struct
-import termios
 from typing import Any, Protocol
 
 from oncegate.adaptation.adaptation import Requester
 from oncegate.buffers.write_batcher import WriteBatcher
+from oncegate.downstream.heartbeat import EventComments
+from oncegate.downstream.kernel import FIN, RESET, set_linger, unsent_bytes
 from oncegate.downstream.minimum_rate import MinimumRate
 from oncegate.messages.framing import COUNTED, STATED, Framing
 from oncegate.messages.problems import Problem, Render, as_problem_json, reason_of
 from oncegate.messages.response_head import status_line
 
-# SO_LINGER values. They decide how the kernel closes the socket, also that of a process that died.
-_RESET, _FIN = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
 # Unsent bytes of one response in this process, above which no more of it should be fetched.
 WRITE_BACKLOG_BYTES = 65536
 
@@ -62,6 +58,10 @@ class ResponseWriter:
     cut_off = False
     closes = False
     requester: Requester | None = None
+    # The period of 102 (Processing) in seconds, 0 for a client that gets none; and how many interim responses it got.
+    heartbeat_s = 0.0
+    interim_count = 0
+    _comments: EventComments | None = None
     _http10 = _head_only = False
     # How the client sees the end of a body that is written in pieces: "chunked", "length" or "close".
     _body_end = ""
@@ -117,6 +117,18 @@ class ResponseWriter:
             self.awaits_continue = False
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
+    def send_interim(self, head: bytes) -> bool:
+        """Send an interim response (RFC 9110, section 15.2); return whether the client can take one, and more of them.
+
+        None goes to HTTP/1.0 (section 15.2), and none after the final head.
+        """
+        connection = self._connection
+        if self.started or self._http10 or self.awaits_continue or self.client_gone or connection.writing_paused:
+            return False
+        self.interim_count += 1
+        self._write(head)
+        return True
+
     # A response that is here whole ...
 
     def send_problem(
@@ -167,14 +179,27 @@ class ResponseWriter:
         self._write(b"HTTP/1.1 101 Switching Protocols\r\n" + block + b"\r\n")
         self.started = True
 
+    def comment_every(self, period_s: float) -> None:
+        """Write a comment between the events of this response wherever it is silent for so long."""
+        self._comments = EventComments(self, period_s)
+
+    def write_between(self, data: bytes) -> None:
+        """Write bytes that are no part of the response, unless the client is slow anyway."""
+        if not (self.finished or self.client_gone or self.has_backlog or self._connection.writing_paused):
+            self._write_body(data)
+
     def write(self, data: bytes) -> None:
         """Write body bytes.
 
         The last byte of a Content-Length body is held back until `end()`: it tells the client that the response is
         complete, and the store has not confirmed yet.
         """
+        self._write_body(data if self._comments is None else self._comments.note(data))
+
+    def _write_body(self, data: bytes) -> None:
         if self._body_end == "chunked":
-            self._write(b"%x\r\n%s\r\n" % (len(data), data))
+            if data:  # an empty chunk is the end
+                self._write(b"%x\r\n%s\r\n" % (len(data), data))
             return
         if self._body_end == "length":
             self._bytes_left -= len(data)
@@ -184,11 +209,13 @@ class ResponseWriter:
 
     def end(self) -> None:
         """Write the end: from here on the client knows that the response is complete."""
+        self._stop_comments()
         self._write(b"0\r\n\r\n" if self._body_end == "chunked" else self._last_byte)
         self.finished = True
 
     def abort(self) -> None:
         """Close the connection so that the client cannot take what it has for a complete response."""
+        self._stop_comments()
         transport = self._connection.transport
         if transport is None:
             return
@@ -198,15 +225,14 @@ class ResponseWriter:
         transport.abort()
         self._connection.force_close()
 
+    def _stop_comments(self) -> None:
+        if self._comments is not None:
+            self._comments.stop()
+
     def _end_by_closing(self) -> None:
         """Let closing be the end. A FIN is its clean form: until the body is whole, any closing resets instead."""
         self._body_end, self.closes = "close", True
-        self._set_linger(_RESET)
-
-    def _set_linger(self, option: bytes) -> None:
-        transport = self._connection.transport
-        if transport is not None and (raw := transport.get_extra_info("socket")) is not None:
-            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
+        set_linger(self._connection.transport, RESET)
 
     @property
     def owes_clean_close(self) -> bool:
@@ -220,7 +246,7 @@ class ResponseWriter:
             transport.set_write_buffer_limits(0)
             await self.wait_room()
         if not self.cut_off:
-            self._set_linger(_FIN)
+            set_linger(self._connection.transport, FIN)
 
     def _write(self, data: bytes) -> None:
         connection = self._connection
@@ -273,16 +299,3 @@ def closing_response(problem: Problem) -> bytes:
     body = problem.body()
     length = b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(body)
     return status_line(problem.status, problem.reason) + problem.head_fields() + length + body
-
-
-def unsent_bytes(transport: asyncio.Transport) -> int:
-    """Return how many written bytes the peer does not have yet.
-
-    The kernel's part counts, too: it reports room only in steps of a third of its buffer, for which a slow peer takes
-    minutes.
-    """
-    unsent = transport.get_write_buffer_size()
-    raw = transport.get_extra_info("socket")
-    if raw is not None and (unsent or not transport.is_closing()):
-        unsent += struct.unpack("i", fcntl.ioctl(raw.fileno(), termios.TIOCOUTQ, bytes(4)))[0]
-    return unsent

@@ -8,13 +8,23 @@ import asyncio
 import random
 import time
 
+from oncegate.adaptation.heartbeats import takes_comments
 from oncegate.decision import RETRY, Disposition, Ending, Settlement, ending, must_reclaim
 from oncegate.downstream.response import ResponseWriter
 from oncegate.gateway.answers import Refuse, cancelled, not_confirmed, not_sent
 from oncegate.gateway.keyed_request import KeyedRequest
 from oncegate.gateway.recording import Recording
-from oncegate.gateway.response_reading import TELLING_S, ResponseReading
-from oncegate.gateway.settling import LOST, Progress, clean_up, note_settlement, settle, without_response
+from oncegate.gateway.relay import pass_interims
+from oncegate.gateway.response_reading import TELLING_S, ResponseReading, check_idle_timeout
+from oncegate.gateway.settling import (
+    LOST,
+    Progress,
+    clean_up,
+    new_recording,
+    note_settlement,
+    settle,
+    without_response,
+)
 from oncegate.messages.request_head import with_fence
 from oncegate.messages.response_head import ResponseHead
 from oncegate.observe.outcome import BY_LABEL, Outcome
@@ -119,9 +129,11 @@ class Exchange:
             self._send(connection)
             if connection.response.head is None:
                 await connection.next_arrival(silence_s)
-            head = connection.response.head or await connection.wait_for_head(silence_s, self._extend_watchdog)
+            head = connection.response.head or await connection.wait_for_head(silence_s, self._note_interim)
+            if connection.response.interims:
+                self._note_interim()
             if head.status == 408:
-                self._check_idle_timeout(connection, head)
+                check_idle_timeout(connection, head, self._policy.statuses)
             if self._may_be_small(head) and (
                 connection.is_complete_in(SMALL_BYTES)
                 or await completes_within(connection, self._window_s(), SMALL_BYTES)
@@ -205,15 +217,6 @@ class Exchange:
         self._dispose(disposition)
         return head.bodiless or ((head.length or 0) <= SMALL_BYTES and not head.is_event_stream)
 
-    def _check_idle_timeout(self, connection: Connection, head: ResponseHead) -> None:
-        """Raise UpstreamLost if a 408 may be about the idle connection (RFC 9110, section 15.5.9), not this request.
-
-        It may have been on its way before the request. Whether the request was read after it, nobody can tell.
-        """
-        is_released = self._policy.statuses.read(408, head.fields) is Disposition.RELEASE
-        if connection.is_reused and not connection.response.keep_alive and not is_released:
-            raise UpstreamLost("the upstream ended an idle connection with a 408")
-
     def _read(self, head: ResponseHead) -> Disposition:
         """Return what a response means for the key, as far as its head says it."""
         self._reading = ResponseReading(self._policy.statuses, head, self.progress.request_id)
@@ -228,13 +231,17 @@ class Exchange:
         self._outcome, self._status_field = OUTCOMES[disposition.label]
 
     async def _stream(self, connection: Connection, head: ResponseHead) -> Ending:
-        recording = self.progress.recording = self._new_recording(head)
+        recording = None
+        if self._disposition is Disposition.STORE:
+            recording = self.progress.recording = new_recording(self.progress, head, self._policy.max_stored_bytes)
         response, silence_s = self._response, self._deps.silence_s
         passing = self._reading.passing if self._reading is not None else None
         if passing is not None:
             # The head leaves before it is known.
             self._status_field = b""
         response.begin(head.status, head.reason, self._block(head), head.length, head.framing)
+        if self._policy.heartbeats is not None and takes_comments(head):
+            response.comment_every(self._policy.heartbeats.period_s)
         while data := await connection.next_chunk(silence_s):
             response.write(data)
             if passing is not None:
@@ -254,23 +261,15 @@ class Exchange:
             self._dispose(self._reading.end())
         return ending(self._disposition, recording is not None and recording.is_storing)
 
-    def _new_recording(self, head: ResponseHead) -> Recording | None:
-        """Return the recording of a response that is to be stored and may fit."""
-        deps, max_bytes = self._deps, self._policy.max_stored_bytes
-        if self._disposition is not Disposition.STORE or (head.length or 0) > max_bytes or deps.store.full():
-            return None
-        return Recording(
-            deps.store,
-            self._held,
-            head.digest(),
-            max_bytes=max_bytes,
-            settle_timeout_s=deps.settle_timeout_s,
-            memory=deps.memory,
-        )
-
     def _extend_watchdog(self) -> None:
         """Push back the watchdog: past this deadline `Leases` treats the exchange as hung and stops renewing."""
         self._held.until_s = self._deps.clock() + self._deps.longest_s
+
+    def _note_interim(self) -> None:
+        """Take note of interim responses: the upstream is alive, and the client may get them."""
+        self._extend_watchdog()
+        if self._policy.pass_interim and self._connection is not None:
+            pass_interims(self._connection, self._response)
 
     # Settling ...
 

@@ -7,6 +7,7 @@ from typing import NamedTuple, cast
 
 from oncegate.adaptation.adaptation import Adaptation
 from oncegate.adaptation.error_pages import wants_page
+from oncegate.adaptation.heartbeats import Heartbeats
 from oncegate.adaptation.json_rpc import Caller
 from oncegate.downstream.body import Bodies, Body, BufferedBody, NoBody, TooLarge, stated_length
 from oncegate.downstream.request import Request
@@ -68,8 +69,11 @@ class FirstStep:
         known, content, message = request.known, request.content, request.message
         if known is not None:
             if isinstance(plan := known.plan, HeadPlan) and isinstance(content, BufferedBody):
-                if plan.route.policy.adaptation is not None:
-                    set_requester(request, plan.route.policy.adaptation)
+                policy = plan.route.policy
+                if policy.adaptation is not None:
+                    set_requester(request, policy.adaptation)
+                if policy.heartbeats is not None:
+                    set_heartbeat(request, policy.heartbeats)
                 body = self._bodies.take_buffered(content)
                 return _planned_step(request, plan, body) if isinstance(body, Body) else body_refusal(body)
             return self._step_for(request, request.checked_head())
@@ -142,6 +146,8 @@ class FirstStep:
         """Note for whom the response is, whatever it will be."""
         if policy.adaptation is not None:
             set_requester(request, policy.adaptation)
+        if policy.heartbeats is not None:
+            set_heartbeat(request, policy.heartbeats)
         if wants_page(policy.pages, head.fields):
             has_window = policy.sources is not None and policy.sources.window_ms > 0
             request.render = self._routes.pages.renderer(head, reload_is_safe=not has_window)
@@ -232,6 +238,12 @@ def _set_caller(request: Request, caller: Caller | Missing | BadKey | None) -> N
 def set_requester(request: Request, adaptation: Adaptation) -> None:
     """Let the response to a request be adapted, whatever it will be: an answer of oncegate's own as well."""
     request.response.requester = adaptation.for_request(request.checked_head(), request.connection.forwarded)
+
+
+def set_heartbeat(request: Request, heartbeats: Heartbeats) -> None:
+    """Let the client of a request have a sign of life until its response begins, if it is known to take one."""
+    if heartbeats.takes_interim(request.checked_head()):
+        request.response.heartbeat_s = heartbeats.period_s
 
 
 def _planned_step(request: Request, plan: HeadPlan, body: Body) -> KeyedRequest:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from oncegate.decision import Decision
 from oncegate.downstream.body import Bodies
+from oncegate.downstream.heartbeat import Heartbeat
 from oncegate.downstream.request import Request
 from oncegate.gateway.answers import (
     REFUSED,
@@ -61,11 +62,13 @@ class Gateway:
 
     async def __call__(self, request: Request) -> None:
         """Answer one request. Whatever fails in here closes the connection without a clean end."""
-        began = time.perf_counter()
+        began, beating = time.perf_counter(), None
         try:
             step = self._first_step(request)
             if isinstance(step, ReadBody):
                 step = await self._read_body(request, step)
+            if request.response.heartbeat_s:
+                beating = Heartbeat(request.response, request.response.heartbeat_s, request.content.is_eof)
             match step:
                 case KeyedRequest():
                     report = await self._execute_once(request, step)
@@ -78,6 +81,8 @@ class Gateway:
         except Exception as error:
             report = RequestReport(Outcome.FAILED, 500, request.message.method)
             self._break_off(error, request, REFUSED)
+        if beating is not None:
+            beating.stop()
         self._observe(report, time.perf_counter() - began, request.response.client_gone)
 
     def _break_off(self, error: Exception, request: Request, fields: bytes) -> None:

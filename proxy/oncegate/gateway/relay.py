@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from oncegate.adaptation.heartbeats import takes_comments
 from oncegate.downstream.body import Body, BrokenOff, buffered_bytes, stated_length, stream
 from oncegate.downstream.request import Request
 from oncegate.downstream.response import ResponseWriter
@@ -95,7 +96,7 @@ async def _relay_once(request: Request, step: Relay, reuse_idle_s: float) -> Rel
         leaving = _end_with_client(request.response, connection)
     try:
         _send(connection, request, step)
-        head = await connection.wait_for_head(deps.silence_s)
+        head = await _final_head(connection, request.response, step)
         await forward_response(request.response, connection, head, step)
         outcome = Outcome.UNGUARDED if step.unguarded else Outcome.PASSTHROUGH
     except NotSent as reason:
@@ -157,6 +158,22 @@ def _send(connection: Connection, request: Request, step: Relay) -> None:
         connection.send_stream(forwarded, blocks, chunked=size is None, head_only=head_only)
 
 
+async def _final_head(connection: Connection, response: ResponseWriter, step: Relay) -> ResponseHead:
+    silence_s = step.route.deps.silence_s
+    if not step.route.policy.pass_interim:
+        return await connection.wait_for_head(silence_s)
+    head = await connection.wait_for_head(silence_s, lambda: pass_interims(connection, response))
+    pass_interims(connection, response)
+    return head
+
+
+def pass_interims(connection: Connection, response: ResponseWriter) -> None:
+    """Pass on the interim responses that have come since the last time."""
+    for interim in connection.response.take_interims():
+        if forwarded := interim.forwarded():
+            response.send_interim(forwarded)
+
+
 async def forward_response(response: ResponseWriter, connection: Connection, head: ResponseHead, step: Relay) -> None:
     """Hand a response on as it comes. Raises UpstreamLost."""
     fields = step.fields
@@ -169,6 +186,9 @@ async def forward_response(response: ResponseWriter, connection: Connection, hea
         response.send(head.status, head.reason, block, connection.take_body(), head.framing)
         return
     response.begin(head.status, head.reason, block, head.length, head.framing)
+    heartbeats = step.route.policy.heartbeats
+    if heartbeats is not None and takes_comments(head):
+        response.comment_every(heartbeats.period_s)
     while data := await connection.next_chunk(step.route.deps.silence_s):
         response.write(data)
         if response.has_backlog:

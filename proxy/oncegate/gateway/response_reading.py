@@ -4,6 +4,8 @@ from oncegate.adaptation.json_rpc import ResponseReader
 from oncegate.decision import Disposition
 from oncegate.messages.response_head import ResponseHead
 from oncegate.rules.statuses import Statuses
+from oncegate.upstream.connection import Connection
+from oncegate.upstream.errors import UpstreamLost
 
 # A response whose body decides what becomes of its key (docs/reference/rules.md) is held back for so long: its client
 # waits.
@@ -32,3 +34,13 @@ class ResponseReading:
             return self._statuses.read(status, fields, body)
         self.passing.add(body)
         return self._statuses.read_message(status, fields, self.passing.final())
+
+
+def check_idle_timeout(connection: Connection, head: ResponseHead, statuses: Statuses) -> None:
+    """Raise UpstreamLost if a 408 may be about the idle connection (RFC 9110, section 15.5.9), not this request.
+
+    It may have been on its way before the request. Whether the request was read after it, nobody can tell.
+    """
+    is_released = statuses.read(408, head.fields) is Disposition.RELEASE
+    if connection.is_reused and not connection.response.keep_alive and not is_released:
+        raise UpstreamLost("the upstream ended an idle connection with a 408")

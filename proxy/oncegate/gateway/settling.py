@@ -64,6 +64,21 @@ class Progress:
         return f"{reached}: {self.lost}" if self.lost else reached if self.head else "the proxy failed"
 
 
+def new_recording(progress: Progress, head: ResponseHead, max_bytes: int) -> Recording | None:
+    """Return the recording of a response that is to be stored, None where it is too large or the store too full."""
+    deps = progress.deps
+    if (head.length or 0) > max_bytes or deps.store.full():
+        return None
+    return Recording(
+        deps.store,
+        progress.held,
+        head.digest(),
+        max_bytes=max_bytes,
+        settle_timeout_s=deps.settle_timeout_s,
+        memory=deps.memory,
+    )
+
+
 def settle(progress: Progress, settlement: Settlement, last: bytes, timeout_s: float) -> Settling:
     """Return the settle of a claim. `last` are the bytes of a streamed response that the record does not have yet."""
     store, held, head = progress.deps.store, progress.held, progress.head

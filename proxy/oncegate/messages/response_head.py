@@ -129,6 +129,27 @@ def read_response_head(status: int, reason: bytes, pairs: Pairs, head_only: bool
     )
 
 
+class Interim(NamedTuple):
+    """The head of an interim response."""
+
+    status: int
+    reason: bytes
+    pairs: Pairs
+
+    def forwarded(self) -> bytes:
+        """Return the head as it is passed on, or nothing where it is not.
+
+        100 is between two neighbours, as they agree on it (RFC 9110, section 10.1.1); no protocol is switched by 101.
+        """
+        text = b"".join(chain((self.reason,), *self.pairs))
+        if self.status in (100, 101) or len(text.translate(None, _CONTROLS)) != len(text):
+            return b""
+        # It has no content (RFC 9110, section 8.6).
+        pairs = [pair for pair in self.pairs if pair[0].lower() != b"content-length"]
+        block, _ = response_blocks(pairs, by_name(pairs))
+        return b"%s%s\r\n" % (status_line(self.status, self.reason), block)
+
+
 class _BodyFraming(NamedTuple):
     """The members of `ResponseHead` that say where the body ends."""
 

@@ -13,7 +13,7 @@ from oncegate.keys.documents import parse_pointer
 from oncegate.keys.fingerprint_parts import BODY_JSON, fingerprint_source
 from oncegate.keys.sources import RECEIVER, Receiver, Source, parse_scope_source, parse_source
 from oncegate.rules.body_conditions import BodyConditions
-from oncegate.rules.patterns import parse_host_pattern, parse_path
+from oncegate.rules.patterns import parse_host_pattern, parse_path, text_matcher
 from oncegate.rules.presets import PRESETS
 from oncegate.settings.addresses import Origin, parse_host, parse_origin
 from oncegate.settings.credentials import KNOWN, expanded, parse_scheme
@@ -37,6 +37,7 @@ SHARED = (
     "on_unknown",
     "on_store_down",
     "upstream_timeout_s",
+    "pass_interim",
     "max_request_bytes",
     "max_stored_bytes",
 )
@@ -243,6 +244,19 @@ def _fingerprint(value: Any) -> tuple[str, ...]:
     return parts
 
 
+def _agents(value: Any) -> tuple[re.Pattern[bytes], ...]:
+    agents = _list_of(_text(_agent), "patterns")(value)
+    if not agents:
+        raise ValueError("is an empty list; leave it out for clients that ask by themselves")
+    return tuple(map(text_matcher, agents))
+
+
+def _agent(text: str) -> str:
+    if not text.strip("* ") or not text.isascii() or not text.isprintable():
+        raise ValueError(f"{text!r} names no User-Agent; write one such as curl/*")
+    return text
+
+
 def _received_by(text: str) -> str:
     # RFC 9110, section 7.6.3: a pseudonym, or a host with or without a port.
     if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~:\[\]-]{1,255}", text):
@@ -280,6 +294,8 @@ TREATING: Mapping[str, Check] = {
     "on_bad_key": _one_of("refuse", "pass"),
     "on_client_gone": _one_of("finish", "cancel"),
     "cancel_grace_s": _seconds(0, 86_400),
+    "heartbeat_s": _seconds(0.1, 3600),
+    "heartbeat_agents": _agents,
     "pages": _one_of(True, False),
     **{name: _setting(name) for name in SHARED},
 }

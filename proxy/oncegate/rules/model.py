@@ -185,7 +185,8 @@ class Rules:
             if isinstance(source.kind, Header)
         }
         adapted = {name for policy in policies if policy.adaptation for name in policy.adaptation.acted_on}
-        return self.matched | keys | headers | parts | adapted
+        beaten = {name for policy in policies if policy.heartbeats for name in policy.heartbeats.acted_on}
+        return self.matched | beaten | keys | headers | parts | adapted
 
     @property
     def matched(self) -> frozenset[bytes]:

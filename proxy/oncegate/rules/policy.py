@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from oncegate.adaptation.adaptation import Adaptation
+from oncegate.adaptation.heartbeats import Heartbeats
 from oncegate.decision import HOLD
 from oncegate.keys.sources import KeySources, Source
 from oncegate.keys.tenants import TenantFields
@@ -30,6 +31,7 @@ class Policy:
     `pass_bad_keys`: a request without a usable key is forwarded without protection. `upstream_idempotent`: the
     upstream recognizes keys itself, so that a lost request can be sent again. `in_flight_status`: for a duplicate
     while the original is running. `counts_tokens`: metrics count the tokens in its responses as saved by replays.
+    `pass_interim`: the upstream's interim responses go on to the client. `heartbeats`: signs of life in silence.
     `cancel_grace_s`: an exchange ends after so long without readers, None for never.
     `pages`: whether people read oncegate's own answers, None where each request tells.
     """
@@ -67,6 +69,8 @@ class Policy:
     stable_schemes: tuple[bytes, ...] = ()
     adaptation: Adaptation | None = None
     cancel_grace_s: float | None = None
+    pass_interim: bool = False
+    heartbeats: Heartbeats | None = None
     # What `scope_headers`, `scope_sources` and `stable_schemes` come to for a request.
     tenant: TenantFields = field(init=False, repr=False, compare=False)
 

@@ -188,6 +188,8 @@ def _contradictions(values: dict[str, Any], settings: Settings, key: KeySources 
         yield "methods", f"has none that can be guarded; these can: {', '.join(GUARDABLE)}"
     if "cancel_grace_s" in values and values.get("on_client_gone") != "cancel":
         yield "cancel_grace_s", 'needs on_client_gone = "cancel"'
+    if "heartbeat_agents" in values and "heartbeat_s" not in values:
+        yield "heartbeat_agents", "needs heartbeat_s beside it"
     if values.get("pass_host") and values.get("set_host"):
         yield "set_host", "contradicts pass_host"
     # The record would expire within its window.

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from oncegate.adaptation.heartbeats import Heartbeats
 from oncegate.decision import UnknownMode
 from oncegate.keys.digests import length_prefixed
 from oncegate.keys.fingerprint_parts import fingerprint_source
@@ -47,6 +48,7 @@ def policy_of(settings: Settings) -> Policy:
         max_request_bytes=settings.max_request_bytes,
         statuses=statuses_of(settings, {}),
         mode=UnknownMode(settings.on_unknown.encode()).wire,
+        pass_interim=settings.pass_interim,
         bypass=settings.on_store_down == "bypass",
     )
 
@@ -116,6 +118,8 @@ def rule_policy(settings: Settings, values: dict[str, Any], key: KeySources | No
     }
     if values.get("on_client_gone") == "cancel":
         changes["cancel_grace_s"] = values.get("cancel_grace_s", CANCEL_GRACE_S)
+    if "heartbeat_s" in values:
+        changes["heartbeats"] = Heartbeats(values["heartbeat_s"], values.get("heartbeat_agents", ()))
     if key is not None:
         # One header alone is looked up by its name, without the cost of sources.
         header = key.only_header

@@ -113,8 +113,8 @@ class Connection(PoolEntry, asyncio.Protocol):
         # The time may have passed while our own process stood still, with the response in the socket.
         extensions = 1
         while self.response.head is None:
-            if self.response.interim_count > interim_count:
-                until, interim_count = now() + silence_s, self.response.interim_count
+            if len(self.response.interims) > interim_count:
+                until, interim_count = now() + silence_s, len(self.response.interims)
                 on_progress()
             elif extensions and now() >= until:
                 until, extensions = now() + silence_s, 0
@@ -124,7 +124,7 @@ class Connection(PoolEntry, asyncio.Protocol):
     @property
     def is_unanswered(self) -> bool:
         """Whether not one byte has come of the response."""
-        return not (self._head_bytes or self.response.head or self.response.interim_count)
+        return not (self._head_bytes or self.response.head or self.response.interims)
 
     def is_complete_in(self, max_bytes: int) -> bool:
         """Return whether the whole response is here, with no more than `max_bytes` of body."""

@@ -8,7 +8,7 @@ import httptools
 
 from oncegate.known_heads.recent import RecentHeads
 from oncegate.messages.fields import tokens
-from oncegate.messages.response_head import ResponseHead, read_response_head
+from oncegate.messages.response_head import Interim, ResponseHead, read_response_head
 from oncegate.messages.strict_head import HEAD_END, MAX_INTERIM, stated_status, strict_response
 
 
@@ -17,7 +17,7 @@ class IncomingResponse:
 
     One object serves all requests of a connection: `begin` resets it. `head` is None until the final head has come.
     `chunks` are the bytes of the body that nobody took yet, `buffered_bytes` is their size. `has_surplus`: bytes came
-    that belong to no request, so that the connection is not to be used again.
+    that belong to no request, so that the connection is not to be used again. `interims` came before the head.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,9 @@ class IncomingResponse:
         self._head_pieces: list[bytes] = []
         # llhttp refused the head, which is not whole yet; and: a strict one is parsed in its place.
         self._is_doubtful = self._is_rewritten = False
-        self.interim_count = 0
+        self.interims: list[Interim] = []
+        # So many of them were taken.
+        self._taken = 0
         self.head: ResponseHead | None = None
         self.chunks: list[bytes] = []
         self.buffered_bytes = 0
@@ -114,7 +116,7 @@ class IncomingResponse:
         strict = strict_response(b"".join(self._head_pieces))
         self._is_doubtful = strict is None
         if isinstance(strict, bytes):
-            self._is_rewritten, self.interim_count, self.parser = True, 0, self._new_parser()
+            self._is_rewritten, self.interims, self.parser = True, [], self._new_parser()
             return self._parse(strict)
         return f"the upstream's answer is unusable: {strict}" if strict else ""
 
@@ -122,6 +124,11 @@ class IncomingResponse:
         """Go on with a doubtful head once its end may have come: the end of a line is not worth a look at all of it."""
         before = b"".join(self._head_pieces[-3:-1])
         return self._rewrite_head() if HEAD_END.search(before[-2:] + data) else ""
+
+    def take_interims(self) -> list[Interim]:
+        """Return the interim responses that nobody took yet."""
+        new, self._taken = self.interims[self._taken :], len(self.interims)
+        return new
 
     def came_status(self) -> int:
         """Return the status that came, also in a head that cannot be used or is not whole; 0 for none."""
@@ -171,8 +178,8 @@ class IncomingResponse:
             raise httptools.HttpParserError("another version of HTTP")
         status = parser.get_status_code()
         if 100 <= status < 200 and not (status == 101 and self._may_switch):
-            self.interim_count += 1
-            if self.interim_count > MAX_INTERIM:
+            self.interims.append(Interim(status, self._reason, self._pairs))
+            if len(self.interims) > MAX_INTERIM:
                 raise httptools.HttpParserError("too many interim answers")
             return
         head = read_response_head(status, self._reason, self._pairs, self._head_only)

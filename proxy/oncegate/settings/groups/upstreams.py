@@ -27,6 +27,11 @@ class UpstreamSettings(BaseModel):
     upstream_timeout_s: Seconds = Field(
         300, description="Longest time without a byte from the upstream while oncegate waits for its response."
     )
+    pass_interim: bool = Field(
+        False,
+        description="Pass the interim responses of the upstream on (102, 103 and others; 100 and 101 are answered as "
+        "ever). [Some clients](interim.md) take one for the answer, and mix up all that follows.",
+    )
     # Node and uvicorn close an idle connection after 5 s. A request that meets the close has an unknown outcome.
     upstream_reuse_idle_s: SecondsOrZero = Field(
         1,
