@@ -250,6 +250,38 @@ def test_other_requests_are_explained(check, arguments, said):
         assert words[word].startswith(text)
 
 
+PREFLIGHT = ("OPTIONS", "/x", "-H", "Access-Control-Request-Method: POST", "-H")
+
+
+@pytest.mark.parametrize(
+    ("cors_by", "arguments", "said"),
+    [
+        ("auto", ["POST", "/x"], {"page": "no Origin"}),
+        ("auto", ["POST", "/x", "-H", "Origin: https://a.test"], {"page": "https://a.test may read oncegate's own"}),
+        ("api", ["GET", "/x", "-H", "Origin: https://a.test"], {"page": "https://a.test may read"}),
+        ("auto", ["POST", "/x", "-H", "Origin: null"], {"page": "null may not read"}),
+        ("auto", [*PREFLIGHT, "Origin: https://a.test"], {"result": "preflight passed on, and granted by oncegate if"}),
+        ("api", [*PREFLIGHT, "Origin: https://a.test"], {"result": "preflight passed on: the API decides"}),
+        ("oncegate", [*PREFLIGHT, "Origin: https://a.test"], {"result": "preflight granted by oncegate"}),
+        ("auto", [*PREFLIGHT, "Origin: https://b.test"], {"result": "preflight passed on: a rule that"}),
+    ],
+)
+def test_a_page_is_explained(check, monkeypatch, cors_by, arguments, said):
+    """What a page of another origin may read, and who answers its preflight."""
+    monkeypatch.setenv("ONCEGATE_CORS_ORIGINS", "https://a.test")
+    monkeypatch.setenv("ONCEGATE_CORS_BY", cors_by)
+    words = explained(check, *arguments)
+    for word, text in said.items():
+        assert words[word].startswith(text)
+
+
+def test_replayed_cookies_are_explained(check):
+    """How long a duplicate gets the cookies of its original."""
+    Path("rules.toml").write_text('[[rule]]\nname = "a"\nreplay_cookies = true\n')
+    words = explained(check, "POST", "/", "-H", "Idempotency-Key: k")
+    assert words["complete"] == "replayed for 86400 s, with its cookies for 60 s"
+
+
 def test_what_is_explained_is_what_is_done(check):
     """The digests come from the request path's code: equal keys have one digest, other keys another."""
     digests = [

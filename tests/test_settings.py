@@ -46,6 +46,18 @@ CASES: dict[str, tuple[object, str, object, str, str]] = {
     ),
     "pass_interim": (False, "true", True, "some", "must be true or false"),
     "pass_host": (False, "true", True, "maybe", "must be true or false"),
+    "cors_origins": (
+        (),
+        "https://SHOP.example:443, http://localhost:3000,https://*.shop.example, moz-extension://a-b",
+        ("https://shop.example", "http://localhost:3000", "https://*.shop.example", "moz-extension://a-b"),
+        "shop.example",
+        "must be origins such as https://shop.example",
+    ),
+    "cors_credentials": (False, "true", True, "maybe", "must be true or false"),
+    "cors_by": ("auto", "api", "api", "me", "must be 'auto', 'api' or 'oncegate'"),
+    "rewrite_location": (True, "false", False, "maybe", "must be true or false"),
+    "rewrite_cookie_path": (False, "true", True, "maybe", "must be true or false"),
+    "cookie_domain": ("", ".Shop.example", ".shop.example", "a b", "must be a domain such as shop.example, or drop"),
     "upstream_ca_file": (None, "file.pem", PEM, "none.pem", "cannot be read"),
     "upstream_cert_file": (None, "file.pem", PEM, "none.pem", "cannot be read"),
     "upstream_key_file": (None, "file.pem", PEM, "none.pem", "cannot be read"),
@@ -207,6 +219,40 @@ def test_upstream_is_required(monkeypatch):
     """The upstream is the one setting without a default."""
     monkeypatch.delenv("ONCEGATE_UPSTREAM")
     assert errors() == ("ONCEGATE_UPSTREAM: is required",)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("null", "every page without an origin"),
+        ("Null", "every page without an origin"),
+        ("file://a", "such pages have the origin null"),
+        ("https://shop.example/", "not even a slash"),
+        ("https://shop.example/a", "and no path"),
+        ("https://user@shop.example", "an origin has a scheme"),
+        ("https://shop.example:0", "has the port 0"),
+        ("https://shop.example:65536", "over 65535"),
+        ("https://shop.*", "an origin has a scheme"),
+        ("https://*shop.example", "an origin has a scheme"),
+        ("https://*.*.example", "an origin has a scheme"),
+        ("https://*", "an origin has a scheme"),
+        ("*.shop.example", "an origin has a scheme"),
+        ("https://", "an origin has a scheme"),
+        ("https://shop_.example.", ""),
+        ("https://10.1", "neither a name nor an address"),
+        ("https://[::1", "an IPv6 address needs brackets"),
+        ("https://a.test,https://a.test", "same name twice"),
+    ],
+)
+def test_an_origin_of_pages_is_an_origin(text, reason, given):
+    """What browsers would never send is refused: a list with it would look as if it granted something."""
+    given(cors_origins=text)
+    if reason:
+        (error,) = errors()
+        assert error.startswith("ONCEGATE_CORS_ORIGINS: ")
+        assert reason in error
+    else:
+        load_settings()
 
 
 def test_settings_do_not_change():
@@ -626,6 +672,7 @@ CLASHES = [
     ({"listen": "127.0.0.1:8081"}, "admin_listen", "listen"),
     ({"listen": "0.0.0.0:8081"}, "admin_listen", "listen"),
     ({"key_header": "x-api-key"}, "key_header", "scope_headers"),
+    ({"cors_origins": "*", "cors_credentials": "true"}, "cors_credentials", "cors_origins"),
     ({"max_spool_bytes": "33554431"}, "max_request_bytes", "max_spool_bytes"),
     ({"max_head_line_bytes": "65537"}, "max_head_line_bytes", "max_head_bytes"),
     ({"max_buffered_bytes": "16777215"}, "max_stored_bytes", "max_buffered_bytes"),

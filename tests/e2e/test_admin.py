@@ -25,10 +25,10 @@ CANARY = "c4n4ry-of-16-bytes"
 
 # DESIGN.md, section 8: every metric with its type and the closed set of its label's values.
 OUTCOMES = (
-    "executed", "replayed", "released", "unknown", "passthrough", "unguarded", "key_missing", "key_invalid",
-    "scope_unstable", "request_refused", "body_too_large", "overloaded", "store_unavailable", "upstream_unreachable",
-    "in_flight", "key_reused", "outcome_unknown", "response_not_kept", "record_corrupt", "upstream_lost",
-    "upstream_timeout", "truncated", "answer_not_stored", "fenced", "failed", "client_gone",
+    "executed", "replayed", "released", "unknown", "passthrough", "unguarded", "preflight", "key_missing",
+    "key_invalid", "scope_unstable", "request_refused", "body_too_large", "overloaded", "store_unavailable",
+    "upstream_unreachable", "in_flight", "key_reused", "outcome_unknown", "response_not_kept", "record_corrupt",
+    "upstream_lost", "upstream_timeout", "truncated", "answer_not_stored", "fenced", "failed", "client_gone",
 )  # fmt: skip
 SETTLEMENTS = ("stored", "stored_without_body", "released", "unknown", "unconfirmed", "lost", "fenced")
 SUPPRESSED = ("replayed", "in_flight", "key_reused", "outcome_unknown", "response_not_kept")

@@ -7,7 +7,9 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from oncegate.adaptation.cookies import REPLAYED_MS
 from oncegate.adaptation.json_rpc import Caller
+from oncegate.commands.explain_pages import page_right, preflight_result
 from oncegate.decision import RETRY, Disposition
 from oncegate.keys.digests import Digests, Scope, UnstableScope, key_id
 from oncegate.keys.documents import Missing
@@ -127,6 +129,8 @@ class Explanation:
         if isinstance(head, Refused):
             self._add("result", f"{head.status}: {head.detail}")
         else:
+            if self._add_preflight(head):
+                return "\n".join(self._lines)
             document = read_document(head.fields, body)
             rule = self._rules.choose(head, document) or self._rules.default
             for other, reason in self._rules.passed_over(head, document):
@@ -134,6 +138,15 @@ class Explanation:
             self._add_routing(head, rule)
             self._add_guard(rule.policy, head, WholeBody(body))
         return "\n".join(self._lines)
+
+    def _add_preflight(self, head: RequestHead) -> bool:
+        """Add who answers a preflight, and return whether the request is one."""
+        found = self._rules.for_preflight(head) if any(rule.policy.adaptation.cors for rule in self._rules) else None
+        if found is None:
+            return False
+        self._add_routing(head, found[0])
+        self._add("result", preflight_result(found[1]))
+        return True
 
     def _add_routing(self, head: RequestHead, rule: Rule) -> None:
         """Add the rule that matches, and where the request goes."""
@@ -144,6 +157,8 @@ class Explanation:
         # latin-1, because a target may have any bytes.
         line = f"{origin.scheme}://{origin.authority}{origin.path_prefix}{head.target.decode('latin-1')}, Host: {host}"
         self._add("upstream", line)
+        if policy.adaptation.cors is not None:
+            self._add("page", page_right(policy.adaptation.cors, head.fields))
 
     def _add_guard(self, policy: Policy, head: RequestHead, body: WholeBody) -> None:
         """Add how the request is guarded, or why it is not."""
@@ -233,6 +248,8 @@ def _by_state(policy: Policy, head: RequestHead, identity: Identity) -> Iterable
         window_s, retention_s = identity.window_ms / 1000, policy.retention_ms / 1000
         # The window of a derived key runs from the claim, retention from the completion.
         period = f"{window_s:g} s from its claim, then executed" if window_s else f"{retention_s:g} s"
+        if policy.adaptation.replays_cookies:
+            period += f", with its cookies for {REPLAYED_MS // 1000} s"
         yield "complete", f"replayed for {period}"
     yield "unknown", "executed again" if policy.mode == RETRY else "409 outcome-unknown"
     if policy.heartbeats is not None:

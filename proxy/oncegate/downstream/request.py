@@ -5,6 +5,8 @@ from typing import Any, Protocol
 
 from aiohttp import StreamReader
 
+from oncegate.adaptation.adaptation import NOTHING, Requester
+from oncegate.adaptation.cookies import names_a_person
 from oncegate.buffers.write_batcher import WriteBatcher
 from oncegate.downstream.body import BufferedBody
 from oncegate.downstream.minimum_rate import MinimumRate
@@ -13,6 +15,7 @@ from oncegate.known_heads.memo import ConnectionMemo
 from oncegate.known_heads.requests import KnownHead
 from oncegate.messages.problems import Render
 from oncegate.messages.request_head import ForwardedInfo, RequestHead
+from oncegate.messages.response_head import ResponseHead
 
 
 class RequestConnection(Protocol):
@@ -55,10 +58,11 @@ class Request:
 
     `head` is the head that passed all checks, None until then. Where the head came before, `known` is that head, and
     `key` the value of its key field, which may differ from last time; `checked_head` then makes `head` on demand.
+    `adaptation`: what its responses say otherwise for this client, known with the rule that matches.
     `render` writes a response of oncegate itself for this client; None for the usual problem in JSON.
     """
 
-    __slots__ = ("connection", "content", "head", "key", "known", "message", "render", "response")
+    __slots__ = ("adaptation", "connection", "content", "head", "key", "known", "message", "render", "response")
 
     def __init__(
         self,
@@ -71,6 +75,7 @@ class Request:
         self.message, self.content, self.connection = message, content, connection
         self.known, self.key = known, key
         self.head: RequestHead | None = None
+        self.adaptation = NOTHING
         self.render: Render | None = None
         self.response = ResponseWriter(connection, message, known is not None)
 
@@ -80,6 +85,24 @@ class Request:
             assert self.known is not None
             self.head = self.known.with_key(self.key)
         return self.head
+
+    @property
+    def requester(self) -> Requester:
+        """Who is answered, as far as the response depends on it; of a request that passed all checks."""
+        return self.adaptation.for_request(self.checked_head(), self.connection.forwarded)
+
+    def kept_head(self, head: ResponseHead) -> ResponseHead:
+        """Return a response's head as it is stored: with its cookies where a duplicate may get them."""
+        keeps_cookies = self.adaptation.replays_cookies and names_a_person(self.checked_head().fields)
+        return head.with_cookies() if keeps_cookies else head
+
+    def adapted_block(self, head: ResponseHead, block: bytes) -> bytes:
+        """Return the fields of a response that comes from the upstream now, as this client gets them.
+
+        `block`: those of `head`, with what oncegate adds.
+        """
+        is_adapted = head.names_address or self.adaptation.adapts_all
+        return self.requester.forwarded(block) if is_adapted else block
 
     def _cancel(self, exc: BaseException) -> None:
         """Called by aiohttp once the connection is lost: whoever waits for more of the body stops waiting."""

@@ -6,7 +6,6 @@ aiohttp's own response classes re-encode values, rewrite the reason and title-ca
 import asyncio
 from typing import Any, Protocol
 
-from oncegate.adaptation.adaptation import Requester
 from oncegate.buffers.write_batcher import WriteBatcher
 from oncegate.downstream.heartbeat import EventComments
 from oncegate.downstream.kernel import FIN, RESET, set_linger, unsent_bytes
@@ -49,7 +48,6 @@ class ResponseWriter:
 
     `started`: the head was written. `finished`: the end was, too. `cut_off`: the client took its response too slowly
     and was disconnected. `closes`: the connection takes no request after this one.
-    `requester`: for whom whoever sends a head adapts it first, None where nothing is adapted.
     """
 
     awaits_continue = False
@@ -57,7 +55,6 @@ class ResponseWriter:
     finished = False
     cut_off = False
     closes = False
-    requester: Requester | None = None
     # The period of 102 (Processing) in seconds, 0 for a client that gets none; and how many interim responses it got.
     heartbeat_s = 0.0
     interim_count = 0

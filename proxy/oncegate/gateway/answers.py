@@ -47,10 +47,11 @@ class Refuse:
 
 def send(request: Request, answer: Refuse) -> None:
     """Send a response of oncegate itself, as the request's client reads it."""
-    response, fields = request.response, answer.fields
-    if response.requester is not None:
-        fields += response.requester.own_fields()
-    response.send_problem(answer.problem, fields, close=answer.closes, render=request.render or as_problem_json)
+    fields = answer.fields
+    if request.adaptation.cors is not None:
+        fields += request.requester.own_fields()
+    render = request.render or as_problem_json
+    request.response.send_problem(answer.problem, fields, close=answer.closes, render=render)
 
 
 def refuse(request: Request, answer: Refuse) -> RequestReport:

@@ -10,7 +10,7 @@ import time
 
 from oncegate.adaptation.heartbeats import takes_comments
 from oncegate.decision import RETRY, Disposition, Ending, Settlement, ending, must_reclaim
-from oncegate.downstream.response import ResponseWriter
+from oncegate.downstream.request import Request
 from oncegate.gateway.answers import Refuse, cancelled, not_confirmed, not_sent
 from oncegate.gateway.keyed_request import KeyedRequest
 from oncegate.gateway.recording import Recording
@@ -63,10 +63,11 @@ class Exchange:
     _reading: ResponseReading | None = None
     _outcome, _status_field = OUTCOMES[Disposition.STORE.label]
 
-    def __init__(self, keyed: KeyedRequest, held: LeasedClaim, head: bytes, response: ResponseWriter) -> None:
+    def __init__(self, keyed: KeyedRequest, held: LeasedClaim, head: bytes, client: Request) -> None:
+        """`client` is the request as the client sent it, `head` its head for the upstream."""
         self._deps, self._policy = keyed.route.deps, keyed.route.policy
         self._scope, self._body = keyed.claim_request.scope, keyed.body
-        self._held, self._request, self._response = held, head, response
+        self._held, self._request, self._client, self._response = held, head, client, client.response
         caller = keyed.caller
         self.progress = Progress(self._deps, held, b"" if caller is None else caller.id)
 
@@ -134,6 +135,7 @@ class Exchange:
                 self._note_interim()
             if head.status == 408:
                 check_idle_timeout(connection, head, self._policy.statuses)
+            head = self._client.kept_head(head)
             if self._may_be_small(head) and (
                 connection.is_complete_in(SMALL_BYTES)
                 or await completes_within(connection, self._window_s(), SMALL_BYTES)
@@ -313,5 +315,4 @@ class Exchange:
 
     def _block(self, head: ResponseHead) -> bytes:
         """Return the header fields that the client gets."""
-        block, requester = head.forwarded_block + self._status_field, self._response.requester
-        return block if requester is None else requester.forwarded(block)
+        return self._client.adapted_block(head, head.forwarded_block + self._status_field)

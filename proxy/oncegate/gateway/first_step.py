@@ -5,7 +5,6 @@ Nothing is sent, awaited or claimed here. `Gateway` does what the value says.
 
 from typing import NamedTuple, cast
 
-from oncegate.adaptation.adaptation import Adaptation
 from oncegate.adaptation.error_pages import wants_page
 from oncegate.adaptation.heartbeats import Heartbeats
 from oncegate.adaptation.json_rpc import Caller
@@ -70,8 +69,7 @@ class FirstStep:
         if known is not None:
             if isinstance(plan := known.plan, HeadPlan) and isinstance(content, BufferedBody):
                 policy = plan.route.policy
-                if policy.adaptation is not None:
-                    set_requester(request, policy.adaptation)
+                request.adaptation = policy.adaptation
                 if policy.heartbeats is not None:
                     set_heartbeat(request, policy.heartbeats)
                 body = self._bodies.take_buffered(content)
@@ -88,6 +86,9 @@ class FirstStep:
 
     def _step_for(self, request: Request, head: RequestHead) -> Step | ReadBody:
         """Return the step for a request that was admitted."""
+        if head.method == "OPTIONS" and (found := self._routes.for_preflight(head)) is not None:
+            # What is not listed is answered by the API, as it answers.
+            return Relay(found[0], head, preflight=found[1])
         route = self._routes.choose(head) if self._routes.has_rules else self._routes.default
         return self._step_on(request, route, head) if route is not None else self._step_by_body(request, head)
 
@@ -99,6 +100,7 @@ class FirstStep:
             return self._step_on(request, self._routes.chosen(head, unread), head)
         _note_expectation(request, head)
         pending = ReadBody(self._routes.first_possible(head), head, None, None)
+        request.adaptation = pending.route.policy.adaptation
         body = self._bodies.take(request.content, fields, pending.route.policy.max_request_bytes)
         return pending if body is None else self.with_body(request, pending, body)
 
@@ -144,8 +146,7 @@ class FirstStep:
 
     def _prepare_answer(self, request: Request, policy: Policy, head: RequestHead) -> None:
         """Note for whom the response is, whatever it will be."""
-        if policy.adaptation is not None:
-            set_requester(request, policy.adaptation)
+        request.adaptation = policy.adaptation
         if policy.heartbeats is not None:
             set_heartbeat(request, policy.heartbeats)
         if wants_page(policy.pages, head.fields):
@@ -233,11 +234,6 @@ def _set_caller(request: Request, caller: Caller | Missing | BadKey | None) -> N
     """Let the answers of oncegate's own to a JSON-RPC request be JSON-RPC errors."""
     if isinstance(caller, Caller):
         request.render = caller.render
-
-
-def set_requester(request: Request, adaptation: Adaptation) -> None:
-    """Let the response to a request be adapted, whatever it will be: an answer of oncegate's own as well."""
-    request.response.requester = adaptation.for_request(request.checked_head(), request.connection.forwarded)
 
 
 def set_heartbeat(request: Request, heartbeats: Heartbeats) -> None:

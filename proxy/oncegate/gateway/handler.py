@@ -26,7 +26,7 @@ from oncegate.gateway.answers import (
 from oncegate.gateway.exchange import Exchange
 from oncegate.gateway.first_step import FirstStep, ReadBody, Step
 from oncegate.gateway.keyed_request import KeyedRequest, forwarded_head
-from oncegate.gateway.relay import Relay, Relayed, relay
+from oncegate.gateway.relay import Relay, Relayed, answer_preflight, relay
 from oncegate.gateway.replay import Replay, replay_large, replay_small
 from oncegate.gateway.settling import Progress
 from oncegate.gateway.tunnel import Tunnel, tunnel
@@ -112,7 +112,10 @@ class Gateway:
         """Pass a request through."""
         self.relaying += 1
         try:
-            relayed = await relay(request, step)
+            if step.preflight is not None:
+                relayed = await answer_preflight(request, step, step.preflight)
+            else:
+                relayed = await relay(request, step)
         finally:
             self.relaying -= 1
             if step.body is not None:
@@ -189,7 +192,7 @@ class Gateway:
         try:
             head = forwarded_head(request, keyed.route, keyed.body.size)
             held = deps.leases.hold(claim, asked_s, deps.longest_s)
-            return Exchange(keyed, held, head, request.response)
+            return Exchange(keyed, held, head, request)
         except Exception:
             if held is not None:
                 deps.leases.drop(held)
@@ -238,8 +241,8 @@ class Gateway:
         """Send a stored response. A bare outcome: nothing was sent, because the record is corrupt or unreadable."""
         route, key, scope = keyed.route, keyed.claim_request.key, keyed.claim_request.scope
         usage = usage_reader(stored.status, stored.block, stored.size) if route.policy.counts_tokens else None
-        requester, on_body = request.response.requester, usage.add if usage is not None else None
-        replay = Replay(key, record, stored, keyed.fields, requester, keyed.caller, on_body)
+        on_body = usage.add if usage is not None else None
+        replay = Replay(key, record, stored, keyed.fields, request, keyed.caller, on_body)
         # A small body came with the record.
         if stored.size == 0 or record.body is not None:
             outcome = replay_small(request.response, replay)

@@ -5,16 +5,19 @@ Nothing of it changes but hop-by-hop and forwarding fields.
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from oncegate.adaptation.heartbeats import takes_comments
+from oncegate.adaptation.preflight import MAX_AGE_S, Preflight
 from oncegate.downstream.body import Body, BrokenOff, buffered_bytes, stated_length, stream
 from oncegate.downstream.request import Request
 from oncegate.downstream.response import ResponseWriter
 from oncegate.gateway.answers import UNGUARDED, UNGUARDED_KEY, Refuse, body_refusal, not_sent, upstream_lost
 from oncegate.gateway.routes import Route
 from oncegate.keys.key_names import has_key_name
+from oncegate.messages.framing import STATED
 from oncegate.messages.request_head import RequestHead
 from oncegate.messages.response_head import ResponseHead
 from oncegate.observe.labels import UnguardedKey
@@ -23,6 +26,9 @@ from oncegate.settings.names import GUARDABLE
 from oncegate.upstream.connection import Connection
 from oncegate.upstream.errors import NotSent, UpstreamLost
 from oncegate.upstream.pool import REUSE_IDLE_S
+
+# The outcomes in which the upstream said nothing.
+_NO_ANSWER = (Outcome.UPSTREAM_UNREACHABLE, Outcome.UPSTREAM_LOST, Outcome.UPSTREAM_TIMEOUT)
 
 
 class Relay(NamedTuple):
@@ -37,6 +43,8 @@ class Relay(NamedTuple):
     body: Body | None = None
     unguarded: bool = False
     unguarded_key: UnguardedKey | None = None
+    # What is granted where the request is a preflight that may be granted.
+    preflight: Preflight | None = None
 
     @property
     def fields(self) -> bytes:
@@ -70,17 +78,21 @@ class Relayed:
     met_idle_close: bool = False
 
 
-async def relay(request: Request, step: Relay) -> Relayed:
-    """Forward a request, and its response as it comes.
+# Hands a response on, as `forward_response` does.
+Forward = Callable[[Request, Connection, ResponseHead, Relay], Awaitable[Outcome]]
+
+
+async def relay(request: Request, step: Relay, forward: Forward | None = None) -> Relayed:
+    """Forward a request, and its response as it comes, or as `forward` hands it on.
 
     A GET or HEAD is sent once more if the upstream closed a connection that was used before without a byte of a
     response: it was idle for too long there (RFC 9112, section 9.3.1). The second time, the connection is a new one.
     """
-    relayed = await _relay_once(request, step, REUSE_IDLE_S)
-    return await _relay_once(request, step, 0.0) if relayed.met_idle_close else relayed
+    relayed = await _relay_once(request, step, REUSE_IDLE_S, forward or forward_response)
+    return await _relay_once(request, step, 0.0, forward or forward_response) if relayed.met_idle_close else relayed
 
 
-async def _relay_once(request: Request, step: Relay, reuse_idle_s: float) -> Relayed:
+async def _relay_once(request: Request, step: Relay, reuse_idle_s: float, forward: Forward) -> Relayed:
     deps = step.route.deps
     try:
         connection = await deps.pool.acquire(reuse_idle_s)
@@ -97,8 +109,7 @@ async def _relay_once(request: Request, step: Relay, reuse_idle_s: float) -> Rel
     try:
         _send(connection, request, step)
         head = await _final_head(connection, request.response, step)
-        await forward_response(request.response, connection, head, step)
-        outcome = Outcome.UNGUARDED if step.unguarded else Outcome.PASSTHROUGH
+        outcome = await forward(request, connection, head, step)
     except NotSent as reason:
         outcome, refuse = Outcome.UPSTREAM_UNREACHABLE, not_sent(str(reason), step.fields)
     except UpstreamLost as lost:
@@ -174,17 +185,25 @@ def pass_interims(connection: Connection, response: ResponseWriter) -> None:
             response.send_interim(forwarded)
 
 
-async def forward_response(response: ResponseWriter, connection: Connection, head: ResponseHead, step: Relay) -> None:
-    """Hand a response on as it comes. Raises UpstreamLost."""
+def _passed_block(request: Request, head: ResponseHead, step: Relay) -> bytes:
+    """Return the fields of a response that passes through, as the client gets them."""
     fields = step.fields
     if step.unguarded_key is not None and b"oncegate-status" in head.fields:
         fields = b""  # Another oncegate behind this one knows what became of the key.
     block = head.forwarded_block + head.passed_statements(says_own=fields != b"") + fields
-    if response.requester is not None:
-        block = response.requester.forwarded(block)
+    return request.adapted_block(head, block)
+
+
+async def forward_response(
+    request: Request, connection: Connection, head: ResponseHead, step: Relay, block: bytes | None = None
+) -> Outcome:
+    """Hand a response on as it comes, with `block` as its fields if that is given. Raises UpstreamLost."""
+    response, outcome = request.response, Outcome.UNGUARDED if step.unguarded else Outcome.PASSTHROUGH
+    if block is None:
+        block = _passed_block(request, head, step)
     if connection.response.is_complete:
         response.send(head.status, head.reason, block, connection.take_body(), head.framing)
-        return
+        return outcome
     response.begin(head.status, head.reason, block, head.length, head.framing)
     heartbeats = step.route.policy.heartbeats
     if heartbeats is not None and takes_comments(head):
@@ -197,8 +216,9 @@ async def forward_response(response: ResponseWriter, connection: Connection, hea
             await response.wait_room()
         if response.client_gone:
             # Nobody receives the rest, and nobody stores it.
-            return
+            return outcome
     response.end()
+    return outcome
 
 
 def lost_outcome(response: ResponseWriter, lost: UpstreamLost, fields: bytes) -> tuple[Outcome, Refuse | None]:
@@ -211,3 +231,55 @@ def lost_outcome(response: ResponseWriter, lost: UpstreamLost, fields: bytes) ->
         return Outcome.CLIENT_GONE if response.client_gone else Outcome.REQUEST_REFUSED, refuse
     refuse = upstream_lost(timeout=lost.timeout, fields=fields, status=lost.status)
     return outcome_of(refuse.problem), refuse
+
+
+async def answer_preflight(request: Request, step: Relay, preflight: Preflight) -> Relayed:
+    """Answer a preflight of a listed origin."""
+    if not preflight.asks_api:
+        return _answer(request, preflight.granted(MAX_AGE_S))
+
+    async def forward(request: Request, connection: Connection, head: ResponseHead, step: Relay) -> Outcome:
+        if preflight.is_open(head.status, head.forwarded_block):
+            # It is answered below, when this connection is free again.
+            connection.discard_body()
+            return Outcome.PREFLIGHT
+        return await forward_response(request, connection, head, step, preflight.forwarded(head.forwarded_block))
+
+    relayed = await relay(request, step, forward)
+    if relayed.outcome is Outcome.PREFLIGHT:
+        is_refused = await _grants_another(request, step, preflight)
+        return _answer(request, preflight.refused() if is_refused else preflight.granted(MAX_AGE_S))
+    if relayed.outcome in _NO_ANSWER and relayed.refuse is not None and not preflight.is_decided_by_api:
+        # The page then reads why its request fails, or gets a stored response. It asks again for the next one.
+        return _answer(request, preflight.granted(0))
+    return relayed
+
+
+def _answer(request: Request, block: bytes) -> Relayed:
+    request.response.send(204, b"No Content", block, b"", STATED)
+    return Relayed(Outcome.PREFLIGHT, 204)
+
+
+async def _grants_another(request: Request, step: Relay, preflight: Preflight) -> bool:
+    """Return whether the API grants the same to another listed origin: then it has CORS code, which said nothing."""
+    for origin, head in preflight.for_others(step.head):
+        response = await _ask(request, step, head)
+        if response is not None and preflight.is_grant(response.forwarded_block, origin):
+            return True
+    return False
+
+
+async def _ask(request: Request, step: Relay, head: RequestHead) -> ResponseHead | None:
+    """Return the head of the API's response to another preflight, None without one."""
+    deps = step.route.deps
+    try:
+        connection = await deps.pool.acquire(REUSE_IDLE_S)
+    except NotSent:
+        return None
+    try:
+        connection.send(step.route.forwarded_head(head, request.connection.forwarded, -1), b"")
+        return await connection.wait_for_head(deps.silence_s)
+    except (NotSent, UpstreamLost):
+        return None
+    finally:
+        deps.pool.release(connection)

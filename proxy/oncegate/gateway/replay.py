@@ -8,8 +8,8 @@ them, with the head already out, so that the connection was aborted.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from oncegate.adaptation.adaptation import Requester
 from oncegate.adaptation.json_rpc import Caller, Replayed
+from oncegate.downstream.request import Request
 from oncegate.downstream.response import ResponseWriter
 from oncegate.messages.framing import COUNTED, STATED
 from oncegate.messages.response_head import response_digest
@@ -23,7 +23,8 @@ MARK = b"Idempotent-Replayed: true\r\nOncegate-Status: replayed\r\n"
 
 @dataclass(slots=True)
 class Replay:
-    """A complete record to be replayed, to `requester` if its head is adapted, and to `caller` if its messages are.
+    """A complete record to be replayed to `request`, which may be another client's than the original, and to
+    `caller` if its messages are adapted.
 
     `fields` are further header fields; `on_body` is given all body bytes.
     """
@@ -32,7 +33,7 @@ class Replay:
     record: Record
     stored: StoredResponse
     fields: bytes
-    requester: Requester | None
+    request: Request
     caller: Caller | None
     on_body: Callable[[bytes], None] | None = None
 
@@ -43,11 +44,11 @@ class Replay:
 
     def head_block(self, adapted: Replayed | None) -> bytes:
         """Return the header fields of the replay. Age counts from the original response (RFC 9111, section 5.1)."""
-        stored = self.stored
-        age_s = stored.age_s + max(0, self.record.now_ms - stored.completed_ms) // 1000
+        stored, request = self.stored, self.request
+        age_ms = max(0, self.record.now_ms - stored.completed_ms)
         stored_block = stored.block if adapted is None else adapted.block
-        block = b"%sAge: %d\r\n%s%s" % (stored_block, age_s, MARK, self.fields)
-        return block if self.requester is None else self.requester.replayed(block)
+        block = b"%sAge: %d\r\n%s%s" % (stored_block, stored.age_s + age_ms // 1000, MARK, self.fields)
+        return request.requester.replayed(block, age_ms) if request.adaptation.adapts_replay(stored_block) else block
 
 
 def replay_small(response: ResponseWriter, replay: Replay) -> Outcome:

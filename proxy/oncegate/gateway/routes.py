@@ -4,6 +4,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from oncegate.adaptation.preflight import Preflight
 from oncegate.buffers.memory import MemoryBudget
 from oncegate.gateway.cancelling import Cancellations
 from oncegate.messages.request_head import ForwardedInfo, RequestHead, renamed, request_head
@@ -83,6 +84,7 @@ class Routes:
         self.pages = rules.pages
         self.default = by_name[""]
         self.has_rules = len(by_name) > 1
+        self._has_cors = any(rule.policy.adaptation.cors is not None for rule in rules)
 
     def choose(self, head: RequestHead, document: Document | None = None) -> Route | None:
         """Return the route of the first rule that matches a request; None where its body decides and is not here."""
@@ -94,6 +96,11 @@ class Routes:
         route = self.choose(head, document)
         assert route is not None
         return route
+
+    def for_preflight(self, head: RequestHead) -> tuple[Route, Preflight | None] | None:
+        """Return the route of what a preflight asks for, and what may be granted; None for any other request."""
+        found = self._rules.for_preflight(head) if self._has_cors else None
+        return (self._by_name[found[0].name], found[1]) if found is not None else None
 
     def first_possible(self, head: RequestHead) -> Route:
         """Return the route of the first rule that a request matches, if its body meets the conditions."""

@@ -85,10 +85,10 @@ async def tunnel(request: Request, step: Tunnel) -> Relayed:
         answer = await connection.wait_for_head(deps.silence_s)
         outcome = Outcome.PASSTHROUGH
         if answer.status == 101:
-            response.switch_protocols(answer.forwarded_block + SWITCHING)
+            response.switch_protocols(request.adapted_block(answer, answer.forwarded_block) + SWITCHING)
             outcome = await _splice(request, connection, deps.silence_s)
         else:
-            await forward_response(response, connection, answer, Relay(step.route, step.head))
+            await forward_response(request, connection, answer, Relay(step.route, step.head))
     except NotSent as reason:
         outcome, refuse = Outcome.UPSTREAM_UNREACHABLE, not_sent(str(reason), b"")
     except UpstreamLost as lost:

@@ -1,7 +1,7 @@
 """A response's head: how its body is framed, what is forwarded to the client, and what a replay repeats. Pure."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from hashlib import blake2b
 from itertools import chain
@@ -24,6 +24,9 @@ from oncegate.messages.framing import CLOSING, COUNTED, STATED, Framing
 # Meant for one exchange or one browser alone. Age is written anew for each replay.
 NOT_REPLAYED = frozenset((b"set-cookie", b"www-authenticate", b"authentication-info", b"age"))
 
+# The fields that name an address (RFC 9110, sections 10.2.2 and 8.7; the HTML standard has Refresh).
+ADDRESS_FIELDS = frozenset((b"location", b"content-location", b"refresh"))
+
 # An upstream's fields with this prefix are dropped: a client would take them for statements of this oncegate.
 OWN_FIELD_PREFIX = b"oncegate-"
 
@@ -40,6 +43,7 @@ class ResponseHead:
     `forwarded_block`, `replayed_block`: the end-to-end fields as they are written now, and on a replay. Each line
     is ended; a Content-Length of the upstream stays in its place among them.
     `is_event_stream`: a client waits for single events of the body. `age_s`: its Age in seconds, 0 without one.
+    `names_address`: fields of it lead a client to another address.
     """
 
     status: int
@@ -53,6 +57,7 @@ class ResponseHead:
     replayed_block: bytes
     is_event_stream: bool = field(init=False)
     age_s: int = field(init=False)
+    names_address: bool = field(init=False)
     # How the response to the client marks the end of its body.
     framing: Framing = field(init=False)
     # Whether its user is, or would be, authenticated for the whole connection.
@@ -65,6 +70,7 @@ class ResponseHead:
         kinds = self.fields.get(b"content-type")
         self.is_event_stream = kinds is not None and kinds[-1].lower().startswith(b"text/event-stream")
         self.age_s = _number(self.fields[b"age"][0]) if b"age" in self.fields else 0
+        self.names_address = not ADDRESS_FIELDS.isdisjoint(self.fields)
         states_length = self.length is not None or self.bodiless
         challenges = self.fields.get(b"www-authenticate")
         self.binds_connection = challenges is not None and challenge_binds_connection(challenges)
@@ -80,6 +86,15 @@ class ResponseHead:
             self._statements = _statements(self.pairs, self.fields)
         replayed, others = self._statements
         return replayed if says_own else replayed + others
+
+    def with_cookies(self) -> "ResponseHead":
+        """Return this head with its cookies among the fields that a replay repeats."""
+        lines = [
+            line
+            for line in self.forwarded_block.split(b"\r\n")
+            if _is_replayed(name := _name(line)) or name == b"set-cookie"
+        ]
+        return replace(self, replayed_block=b"\r\n".join(lines))
 
     def digest(self) -> blake2b:
         """Return the digest of the response as it is replayed, to be updated with its body."""
@@ -219,6 +234,10 @@ def _block(pairs: Pairs) -> bytes:
     lines = [start + value for name, value in pairs if (start := _LINE_PREFIXES[name])]
     lines.append(b"")
     return b"\r\n".join(lines)
+
+
+def _name(line: bytes) -> bytes:
+    return line.partition(b":")[0].lower()
 
 
 def _is_replayed(name: bytes) -> bool:

@@ -17,7 +17,7 @@ from oncegate.observe.outcome import Outcome, RequestReport
 # The fields that every access line has, in their order; `detail` and `rule` follow where they are known.
 FIELDS = ("outcome", "method", "status", "key_id", "duration_ms", "upstream_ms", "client_gone")
 # Outcomes that `notable` leaves out.
-PLAIN = frozenset(outcome.label for outcome in (Outcome.EXECUTED, Outcome.PASSTHROUGH))
+PLAIN = frozenset(outcome.label for outcome in (Outcome.EXECUTED, Outcome.PASSTHROUGH, Outcome.PREFLIGHT))
 # Outcomes that deserve a person's attention beyond the request itself; their lines are errors.
 ERROR_OUTCOMES = frozenset(
     outcome.label for outcome in (Outcome.RECORD_CORRUPT, Outcome.FAILED, Outcome.FENCED, Outcome.ANSWER_NOT_STORED)

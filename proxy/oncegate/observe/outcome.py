@@ -23,6 +23,8 @@ class Outcome(Enum):
     UNKNOWN = "unknown"
     PASSTHROUGH = "passthrough"
     UNGUARDED = "unguarded"
+    # oncegate itself allowed a page of another origin to send a request.
+    PREFLIGHT = "preflight"
 
     # oncegate refused the request; the upstream did not get it.
     KEY_MISSING = "key_missing"

@@ -15,8 +15,9 @@ from oncegate.keys.sources import RECEIVER, Receiver, Source, parse_scope_source
 from oncegate.rules.body_conditions import BodyConditions
 from oncegate.rules.patterns import parse_host_pattern, parse_path, text_matcher
 from oncegate.rules.presets import PRESETS
-from oncegate.settings.addresses import Origin, parse_host, parse_origin
+from oncegate.settings.addresses import Origin, parse_cors_origin, parse_host, parse_origin
 from oncegate.settings.credentials import KNOWN, expanded, parse_scheme
+from oncegate.settings.groups.browsers import BrowserSettings
 from oncegate.settings.names import parse_header, parse_key_header, parse_namespace
 from oncegate.settings.settings import Settings
 from oncegate.settings.statuses import parse_status
@@ -40,6 +41,7 @@ SHARED = (
     "pass_interim",
     "max_request_bytes",
     "max_stored_bytes",
+    *BrowserSettings.model_fields,
 )
 # The fields of an [[upstream]] that are settings as well -> the name of the setting.
 OF_UPSTREAMS = {
@@ -298,6 +300,9 @@ TREATING: Mapping[str, Check] = {
     "heartbeat_agents": _agents,
     "pages": _one_of(True, False),
     **{name: _setting(name) for name in SHARED},
+    # A list in TOML, where the environment has a comma list.
+    "cors_origins": _list_of(_text(parse_cors_origin), "origins"),
+    "replay_cookies": _one_of(True, False),
 }
 RULE = {**MATCHING, **TREATING}
 UPSTREAM: Mapping[str, Check] = {

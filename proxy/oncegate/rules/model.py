@@ -1,12 +1,13 @@
 """Rules as requests use them: which requests a rule matches, and its policy and upstream. Pure."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import takewhile
 from pathlib import Path
 
 from oncegate.adaptation.error_pages import ErrorPages
+from oncegate.adaptation.preflight import Preflight, read_preflight
 from oncegate.keys.sources import Header
 from oncegate.messages.request_head import RequestHead
 from oncegate.messages.target import normalized_path
@@ -58,6 +59,11 @@ class Match:
             if values is None or not all(pattern.fullmatch(value.strip(b" \t")) for value in values):
                 return False
         return True
+
+    def is_possible(self, head: RequestHead, path: bytes, others: Collection[bytes]) -> bool:
+        """Return whether a head may match that is known in part. `others`: fields that it may have with any value."""
+        headers = [(name, glob) for name, glob in self.headers.items() if name not in others]
+        return Match(self.host, self.path, self.methods, headers)(head, path)
 
     @property
     def conditions(self) -> tuple[object, ...]:
@@ -152,6 +158,31 @@ class Rules:
                 return rule
         return self.default
 
+    def possible(self, head: RequestHead, others: Collection[bytes]) -> Iterator[Rule]:
+        """Yield the rules that a request may match whose head is known in part, up to the one that it surely matches.
+
+        `others`: the lower-case names of fields that it may have with any value.
+        """
+        path = normalized_path(head.target)
+        for rule in self.rules:
+            if rule.match.is_possible(head, path, others):
+                yield rule
+                if rule.match.when is None and not rule.match.headers:
+                    return
+        yield self.default
+
+    def for_preflight(self, head: RequestHead) -> tuple[Rule, Preflight | None] | None:
+        """Return the rule of what a preflight asks for, and what may be granted; None for any other request.
+
+        A page gets no leave to send a request that could fall under a rule which does not list its origin.
+        """
+        asked = read_preflight(head)
+        if asked is None:
+            return None
+        rules = list(self.possible(head._replace(method=asked.method.decode()), asked.names))
+        cors = [one for rule in rules if (one := rule.policy.adaptation.cors) and asked.origin in one.origins]
+        return rules[-1], Preflight(asked, tuple(cors)) if len(cors) == len(rules) else None
+
     def passed_over(self, head: RequestHead, document: Document) -> Iterator[tuple[Rule, str]]:
         """Yield the rules that match a request's head but not its body, before the one that is chosen; and why."""
         path, chosen = normalized_path(head.target), self.choose(head, document)
@@ -184,7 +215,7 @@ class Rules:
             for source in one.fingerprint_sources
             if isinstance(source.kind, Header)
         }
-        adapted = {name for policy in policies if policy.adaptation for name in policy.adaptation.acted_on}
+        adapted = {name for policy in policies for name in policy.adaptation.acted_on}
         beaten = {name for policy in policies if policy.heartbeats for name in policy.heartbeats.acted_on}
         return self.matched | beaten | keys | headers | parts | adapted
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from oncegate.adaptation.adaptation import Adaptation
+from oncegate.adaptation.adaptation import NOTHING, Adaptation
 from oncegate.adaptation.heartbeats import Heartbeats
 from oncegate.decision import HOLD
 from oncegate.keys.sources import KeySources, Source
@@ -67,7 +67,7 @@ class Policy:
     pages: bool | None = None
     destination: bytes = b""
     stable_schemes: tuple[bytes, ...] = ()
-    adaptation: Adaptation | None = None
+    adaptation: Adaptation = NOTHING
     cancel_grace_s: float | None = None
     pass_interim: bool = False
     heartbeats: Heartbeats | None = None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from oncegate.keys.fingerprint_parts import BODY_JSON
-from oncegate.keys.sources import Header, KeySources, Member
+from oncegate.keys.sources import Cookie, Header, KeySources, Member
 from oncegate.rules.fields import FILES, MATCHING, RULE, SHARED, UPSTREAM, Check
 from oncegate.rules.file import Table
 from oncegate.rules.model import Match, Rule, Upstream
@@ -15,7 +15,7 @@ from oncegate.rules.presets import PRESETS
 from oncegate.rules.resolution import guarded_methods, preset_values, preset_when, rule_policy, statuses_of
 from oncegate.settings.addresses import Origin
 from oncegate.settings.contradictions import contradictions_in
-from oncegate.settings.credentials import expanded
+from oncegate.settings.credentials import ACCOUNTS, CREDENTIALS, expanded
 from oncegate.settings.names import GUARDABLE
 from oncegate.settings.settings import Settings
 from oncegate.settings.wording import variable_name
@@ -190,6 +190,9 @@ def _contradictions(values: dict[str, Any], settings: Settings, key: KeySources 
         yield "cancel_grace_s", 'needs on_client_gone = "cancel"'
     if "heartbeat_agents" in values and "heartbeat_s" not in values:
         yield "heartbeat_agents", "needs heartbeat_s beside it"
+    # One person's session would be given to another.
+    if values.get("replay_cookies") and not _is_personal(values, settings):
+        yield "replay_cookies", "needs a scope of credentials and cookies alone: several people may share any other"
     if values.get("pass_host") and values.get("set_host"):
         yield "set_host", "contradicts pass_host"
     # The record would expire within its window.
@@ -221,6 +224,16 @@ def _json_rpc_contradictions(values: dict[str, Any], key: KeySources | None) -> 
         yield "fingerprint", 'has the id of a JSON-RPC request; list what must be equal, such as "body:/method"'
     elif key and key.window_ms and not any(part.startswith("body:") for part in parts):
         yield "fingerprint", "is what a derived key is made of, and names nothing of the body"
+
+
+def _is_personal(values: dict[str, Any], settings: Settings) -> bool:
+    """Return whether the scope of a rule names what one person has, and nothing else beside accounts."""
+    headers = _scope_headers(values, settings)
+    cookies = {source for source in values.get("scope", ()) if not isinstance(source.kind, Header)}
+    known = {name.lower().encode() for name in (*CREDENTIALS, "Cookie")}
+    accounts = {name.lower().encode() for name in ACCOUNTS}
+    is_known = headers <= known | accounts and all(isinstance(source.kind, Cookie) for source in cookies)
+    return is_known and bool(cookies or headers - accounts)
 
 
 def _scope_headers(values: dict[str, Any], settings: Settings) -> set[bytes]:

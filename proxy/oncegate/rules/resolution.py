@@ -4,7 +4,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from oncegate.adaptation.adaptation import Adaptation
+from oncegate.adaptation.addresses import Addresses, own_authorities
+from oncegate.adaptation.cookies import Cookies
+from oncegate.adaptation.cors import Cors, DecidedBy
 from oncegate.adaptation.heartbeats import Heartbeats
+from oncegate.adaptation.origins import Origins
 from oncegate.decision import UnknownMode
 from oncegate.keys.digests import length_prefixed
 from oncegate.keys.fingerprint_parts import fingerprint_source
@@ -15,6 +20,7 @@ from oncegate.rules.model import Match, Rule, Upstream
 from oncegate.rules.policy import Policy
 from oncegate.rules.presets import COUNTING, PRESETS
 from oncegate.rules.statuses import AMBIGUOUS_STATUSES, DIRECT_STATUS, RELEASE_STATUSES, Statuses
+from oncegate.settings.addresses import Origin
 from oncegate.settings.credentials import expanded
 from oncegate.settings.names import GUARDABLE
 from oncegate.settings.settings import Settings
@@ -49,7 +55,27 @@ def policy_of(settings: Settings) -> Policy:
         statuses=statuses_of(settings, {}),
         mode=UnknownMode(settings.on_unknown.encode()).wire,
         pass_interim=settings.pass_interim,
+        adaptation=adaptation_of(settings, settings.upstream),
         bypass=settings.on_store_down == "bypass",
+    )
+
+
+def adaptation_of(
+    settings: Settings, upstream: Origin, set_host: str | None = None, key_headers: Iterable[bytes] = ()
+) -> Adaptation:
+    """Return what is adapted in responses of an upstream; `set_host` is the Host that it gets instead of its own.
+
+    `key_headers`: those of a rule's keys, without any that of the settings.
+    """
+    names = [name.title() for name in key_headers] or [settings.key_header.encode()]
+    origins, decided_by = Origins(settings.cors_origins), DecidedBy(settings.cors_by)
+    own = own_authorities((upstream.authority, *([set_host] if set_host else ())), upstream.scheme)
+    prefix = upstream.path_prefix.encode()
+    cookies = Cookies(settings.cookie_domain, settings.rewrite_cookie_path, prefix)
+    return Adaptation(
+        cors=Cors(origins, settings.cors_credentials, decided_by, tuple(names)) if settings.cors_origins else None,
+        addresses=Addresses(upstream.scheme, own, prefix) if settings.rewrite_location else None,
+        cookies=cookies if settings.cookie_domain or settings.rewrite_cookie_path else None,
     )
 
 
@@ -120,6 +146,9 @@ def rule_policy(settings: Settings, values: dict[str, Any], key: KeySources | No
         changes["cancel_grace_s"] = values.get("cancel_grace_s", CANCEL_GRACE_S)
     if "heartbeat_s" in values:
         changes["heartbeats"] = Heartbeats(values["heartbeat_s"], values.get("heartbeat_agents", ()))
+    keys = key.headers if key is not None else ()
+    adaptation = adaptation_of(settings, upstream.origin, values.get("set_host"), keys)
+    changes["adaptation"] = replace(adaptation, replays_cookies=values.get("replay_cookies", False))
     if key is not None:
         # One header alone is looked up by its name, without the cost of sources.
         header = key.only_header

@@ -22,6 +22,8 @@ _NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*\.?")
 # RFC 3986, section 3.3.
 _PATH = r"(?:/(?:[A-Za-z0-9._~!$&'()*+,;=:@-]|%[0-9A-Fa-f]{2})*)*"
 _ORIGIN = re.compile(rf"(?P<scheme>(?i:https?))://(?P<authority>[^/?#@\\\s]+)(?P<path>{_PATH})")
+# `moz-extension://…` and `capacitor://localhost` are origins, too.
+_PAGE_ORIGIN = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<any>\*\.)?(?P<authority>[^/?#@\\\s*]+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,3 +169,33 @@ def _ascii(name: str) -> str:
     if encoded.decode("idna") != name:
         raise ValueError("ambiguous in IDNA")
     return encoded.decode("ascii")
+
+
+def parse_cors_origin(text: str) -> str:
+    """Return the origin of pages as browsers send it (RFC 6454, section 6.2), with `*.` for any labels; or `*`."""
+    if text == "*":
+        return text
+    if text.lower() == "null":
+        raise ValueError("must not have null: every page without an origin of its own has that one")
+    match = _PAGE_ORIGIN.fullmatch(text)
+    if match is None:
+        raise ValueError(
+            "must be origins such as https://shop.example, https://*.shop.example or http://localhost:3000, or *; an "
+            "origin has a scheme, a host and maybe a port, and no path, not even a slash"
+        )
+    scheme = match["scheme"].lower()
+    if scheme == "file":
+        raise ValueError("must not have file: such pages have the origin null")
+    host, port = split_authority(match["authority"])
+    if port == 0:
+        raise ValueError("has the port 0")
+    # Browsers leave the default port out.
+    shown = "" if port is None or port == DEFAULT_PORTS.get(scheme) else f":{port}"
+    return f"{scheme}://{match['any'] or ''}{bracketed(normalized_host(host))}{shown}"
+
+
+def parse_cookie_domain(text: str) -> str:
+    """Return the Domain of cookies: a host name, or `drop`."""
+    if text and (not text.isascii() or _NAME.fullmatch(text.lower().removeprefix(".")) is None):
+        raise ValueError("must be a domain such as shop.example, or drop")
+    return text.lower()

@@ -54,6 +54,10 @@ def _without_testing(fault: object, testing: bool) -> bool:
     return bool(fault) and not testing
 
 
+def _with_any(credentials: bool, origins: Iterable[str]) -> bool:
+    return credentials and "*" in origins
+
+
 CONTRADICTIONS = (
     # A record that expires before its lease frees the key of a request that still runs.
     Contradiction("retention_s", "must not be shorter than", "lease_ms", _shorter_than_lease),
@@ -78,6 +82,8 @@ CONTRADICTIONS = (
     Contradiction("fault", "is accepted only together with", "testing", _without_testing),
     # The embedded store has no replica: it would never confirm a claim.
     Contradiction("durability", "replicated needs a store with replicas in", "store_url", _cannot_replicate),
+    # Any site could act as the user, with the user's cookies.
+    Contradiction("cors_credentials", "must not be set beside * in", "cors_origins", _with_any),
     Contradiction("spool_dir", "must be a writable folder to hold", "max_spool_bytes", _unwritable),
 )
 

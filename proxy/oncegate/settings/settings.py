@@ -7,6 +7,7 @@ without repeating a secret; no other module reads the environment.
 from pydantic import ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from oncegate.settings.groups.browsers import BrowserSettings
 from oncegate.settings.groups.clients import ClientSettings
 from oncegate.settings.groups.keys import KeySettings
 from oncegate.settings.groups.operation import OperationSettings
@@ -21,7 +22,9 @@ SECRETS = ("secret", "store_url")
 
 
 # Pydantic takes the fields of the last base first.
-class Settings(OperationSettings, UpstreamSettings, StoreSettings, KeySettings, ClientSettings, BaseSettings):
+class Settings(
+    BrowserSettings, OperationSettings, UpstreamSettings, StoreSettings, KeySettings, ClientSettings, BaseSettings
+):
     """The operator's choices."""
 
     model_config = SettingsConfigDict(
