@@ -580,6 +580,10 @@ CONTRADICTIONS = {
         'preset = "mcp"\nfingerprint = ["body-json"]',
         "has the id of a JSON-RPC request",
     ),
+    "a grace that is too short for a call": (
+        'preset = "mcp"\non_client_gone = "cancel"\ncancel_grace_s = 59',
+        "at least 60",
+    ),
     "a derived key of nothing": (
         'preset = "mcp"\nkey = "derived:9"\nfingerprint = ["target"]',
         "names nothing of the body",

@@ -14,6 +14,7 @@ from tests.parts import (
     LAST_CHUNK,
     Answer,
     Proxy,
+    RawClient,
     RawUpstream,
     Received,
     Script,
@@ -324,3 +325,38 @@ async def test_own_answers_are_json_rpc_errors(ruled, behind):
     answer = await ask(ruled.port, call(None, 3))
     assert json.loads(answer.body)["error"]["data"]["error"]["code"] == "upstream_lost"
     assert len(behind.received) == 2
+
+
+async def test_a_client_that_leaves(ruled, behind):
+    """A call without a key ends at once when its client leaves, half-closed or gone. A call with one goes on."""
+    for key, leave in (("comes-back", RawClient.close), (None, RawClient.close), (None, RawClient.reset)):
+        tap, ended = Tap(), asyncio.Event()
+
+        async def script(
+            upstream: RawUpstream,
+            reader: asyncio.StreamReader,
+            writer: asyncio.StreamWriter,
+            got: Received,
+            tap: Tap = tap,
+            ended: asyncio.Event = ended,
+        ) -> None:
+            answering_it = asyncio.ensure_future(tap.script(upstream, reader, writer, got))
+            await reader.read(1)  # the end of the connection: there is no second request
+            ended.set()
+            answering_it.cancel()
+
+        behind.script = script
+        client = await RawClient.open(ruled.port)
+        client.writer.write(call(key, 1))
+        tap.send(SSE, chunk(b": ping\n\n"))
+        assert await client.reader.readuntil(b"ping")
+        leave(client)
+        if key is None:
+            await asyncio.wait_for(ended.wait(), 5)
+            continue
+        await asyncio.sleep(0.2)
+        assert not ended.is_set()
+        tap.end(chunk(b'data: {"id":1,"result":{"number":1}}\n\n'), LAST_CHUNK)
+        answer = await ask(ruled.port, call(key, 2))
+        assert b'"id":2,"result"' in answer.body
+    assert len(behind.received) == 3

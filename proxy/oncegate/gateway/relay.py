@@ -101,7 +101,7 @@ async def _relay_once(request: Request, step: Relay, reuse_idle_s: float, forwar
     began = time.perf_counter()
     refuse: Refuse | None = None
     leaving = None
-    if step.route.policy.cancel_grace_s is not None:
+    if step.route.policy.ends_with_client:
         if request.response.reader_has_left():
             deps.pool.release(connection)
             return Relayed(Outcome.CANCELLED)

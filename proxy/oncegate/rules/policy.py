@@ -74,5 +74,13 @@ class Policy:
     # What `scope_headers`, `scope_sources` and `stable_schemes` come to for a request.
     tenant: TenantFields = field(init=False, repr=False, compare=False)
 
+    @property
+    def ends_with_client(self) -> bool:
+        """Whether a request that passes through ends when its client leaves. With JSON-RPC that cancels a call.
+
+        On the wire of MCP's protocol 2026-07-28 nothing else does.
+        """
+        return self.json_rpc or self.cancel_grace_s is not None
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "tenant", TenantFields(self.scope_headers, self.stable_schemes))

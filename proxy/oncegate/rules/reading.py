@@ -12,7 +12,14 @@ from oncegate.rules.fields import FILES, MATCHING, RULE, SHARED, UPSTREAM, Check
 from oncegate.rules.file import Table
 from oncegate.rules.model import Match, Rule, Upstream
 from oncegate.rules.presets import PRESETS
-from oncegate.rules.resolution import guarded_methods, preset_values, preset_when, rule_policy, statuses_of
+from oncegate.rules.resolution import (
+    CALL_GRACE_S,
+    guarded_methods,
+    preset_values,
+    preset_when,
+    rule_policy,
+    statuses_of,
+)
 from oncegate.settings.addresses import Origin
 from oncegate.settings.contradictions import contradictions_in
 from oncegate.settings.credentials import ACCOUNTS, CREDENTIALS, expanded
@@ -219,6 +226,11 @@ def _json_rpc_contradictions(values: dict[str, Any], key: KeySources | None) -> 
     sources = [source for one in key.alternatives for source in one] if key else []
     if any(isinstance(source.kind, Member) and source.kind.pointer == ("id",) for source in sources):
         yield "key", "names the id of a JSON-RPC request, which is new in each try, and the same for other clients"
+    if values.get("cancel_grace_s", CALL_GRACE_S) < CALL_GRACE_S:
+        yield (
+            "cancel_grace_s",
+            f"must be at least {CALL_GRACE_S:g} with JSON-RPC: a key says that the client comes back",
+        )
     parts = values.get("fingerprint")
     if parts is None or {"body", BODY_JSON, "body:/id"}.intersection(parts):
         yield "fingerprint", 'has the id of a JSON-RPC request; list what must be equal, such as "body:/method"'

@@ -29,6 +29,8 @@ from oncegate.settings.values import DAY_MS
 
 # How long a client may be away until its request is cancelled, under `on_client_gone = "cancel"`.
 CANCEL_GRACE_S = 30.0
+# The same for JSON-RPC, where it is the least: a call with a key says that its client comes back.
+CALL_GRACE_S = 60.0
 # Longer than any installation lives. A time, so that the scripts need no case of their own for it.
 FOREVER_MS = 100 * 365 * DAY_MS
 
@@ -143,7 +145,8 @@ def rule_policy(settings: Settings, values: dict[str, Any], key: KeySources | No
         "pages": values.get("pages"),
     }
     if values.get("on_client_gone") == "cancel":
-        changes["cancel_grace_s"] = values.get("cancel_grace_s", CANCEL_GRACE_S)
+        default = CALL_GRACE_S if values.get("protocol") == "json-rpc" else CANCEL_GRACE_S
+        changes["cancel_grace_s"] = values.get("cancel_grace_s", default)
     if "heartbeat_s" in values:
         changes["heartbeats"] = Heartbeats(values["heartbeat_s"], values.get("heartbeat_agents", ()))
     keys = key.headers if key is not None else ()
