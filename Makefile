@@ -62,13 +62,15 @@ quick: lint                         ## lint, the pure tests and the main job; ma
 
 # Debian starts the broker that it installs; the tests run one of their own.
 .PHONY: test-real
-test-real: .venv/.dev .venv/clients/.installed .venv/clients-mcp1/.installed  ## the tests that need programs of Debian and npm: brokers, gateways, SDKs, the model checker spin
+test-real: .venv/.dev .venv/clients/.installed .venv/clients-mcp1/.installed  ## the tests that need programs of Debian and npm: brokers, gateways, browsers, SDKs, the model checker spin
 	command -v spin >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends spin gcc libc6-dev; }
 	test -x /usr/lib/rabbitmq/bin/rabbitmq-server || { apt-get update -qq && \
 		apt-get install -y -qq --no-install-recommends rabbitmq-server && { service rabbitmq-server stop || true; }; }
 	test -x /usr/sbin/varnishd -a -x /usr/sbin/lighttpd || { apt-get update -qq && \
 		apt-get install -y -qq --no-install-recommends varnish lighttpd gcc libc6-dev && \
 		{ service varnish stop; service lighttpd stop; true; }; }
+	test -x /usr/bin/chromium -a -x /usr/bin/chromedriver -a -x /usr/bin/firefox-esr || { apt-get update -qq && \
+		apt-get install -y -qq --no-install-recommends chromium chromium-driver firefox-esr; }
 	command -v strace >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends strace; }
 	command -v curl >/dev/null && command -v wget >/dev/null || { apt-get update -qq && \
 		apt-get install -y -qq --no-install-recommends curl wget; }

@@ -38,8 +38,17 @@ ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 START_S = 60
 
 
+class BrowserError(Exception):
+    """The browser could not do it."""
+
+
 class Browser:
-    """One window. `call` is one command of the WebDriver protocol, with the name that Marionette gives it."""
+    """One window, which waits for no page by itself: else nobody could click twice.
+
+    `call` is one command of the WebDriver protocol, with the name that Marionette gives it.
+    """
+
+    name = ""
 
     def call(self, command: str, **parameters: Any) -> Any:
         raise NotImplementedError
@@ -48,7 +57,13 @@ class Browser:
         raise NotImplementedError
 
     def go(self, url: str) -> None:
-        self.call("Navigate", url=url)
+        """Leave the page there is, and begin with another one."""
+        for one in ("about:blank", url):
+            self.call("Navigate", url=one)
+            deadline = time.monotonic() + START_S
+            while self.call("GetCurrentURL") != one:
+                assert time.monotonic() < deadline, f"{self.name} does not get to {one}"
+                time.sleep(0.02)
 
     def reload(self) -> None:
         self.call("Refresh")
@@ -59,8 +74,37 @@ class Browser:
     def click(self, selector: str) -> None:
         self.call("ElementClick", id=self._element(selector))
 
+    def click_twice(self, selector: str, pause_s: float) -> None:
+        """Click, and once more after a pause, whatever the first click led to by then."""
+        element = {ELEMENT: self._element(selector)}
+        down, up = {"type": "pointerDown", "button": 0}, {"type": "pointerUp", "button": 0}
+        pause = {"type": "pause", "duration": int(pause_s * 1000)}
+        moves = [{"type": "pointerMove", "x": 0, "y": 0, "origin": element}, down, up, pause, down, up]
+        self.call("PerformActions", actions=[{"type": "pointer", "id": "mouse", "actions": moves}])
+
     def text(self, selector: str = "body") -> str:
         return str(self.call("GetElementText", id=self._element(selector)))
+
+    def await_text(self, selector: str, wanted: str, seconds: float = START_S) -> None:
+        """Wait until an element of the page has this text."""
+        deadline, seen = time.monotonic() + seconds, ""
+        while time.monotonic() < deadline:
+            try:
+                seen = self.text(selector)
+            except BrowserError as error:  # there is another page by now, or none yet
+                seen = str(error)
+            if seen == wanted:
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"{selector} has {seen!r}, not {wanted!r}")
+
+    def set_scripts(self, *, enabled: bool) -> None:
+        """Let pages run scripts or not, from the next page on."""
+        raise NotImplementedError
+
+    def set_dark(self, *, dark: bool) -> None:
+        """Prefer dark colours or light ones."""
+        raise NotImplementedError
 
     def evaluate(self, script: str) -> Any:
         """Return what the body of an async function returns, in the page."""
@@ -79,6 +123,8 @@ class Browser:
 class Firefox(Browser):
     """Firefox with an empty profile."""
 
+    name = "firefox"
+
     def __init__(self, prefs: Mapping[str, object] | None = None, arguments: tuple[str, ...] = ()) -> None:
         self._profile = Path(tempfile.mkdtemp(prefix="ff"))
         port = free_port()
@@ -86,17 +132,40 @@ class Firefox(Browser):
         lines = [f"user_pref({json.dumps(name)}, {json.dumps(value)});" for name, value in chosen.items()]
         (self._profile / "user.js").write_text("\n".join(lines))
         self._process = subprocess.Popen(
-            ["firefox-esr", "--headless", "--no-remote", "--profile", str(self._profile), "--marionette", *arguments],
+            [
+                "firefox-esr",
+                "--headless",
+                "--no-remote",
+                "--profile",
+                str(self._profile),
+                "--marionette",
+                "--remote-allow-system-access",
+                *arguments,
+            ],
             **quiet(self._profile),
         )
         self._number = 0
         self._socket = connect(port)
         self._receive()  # its greeting
-        self.session = self._command("WebDriver:NewSession", {})
+        self.session = self._command("WebDriver:NewSession", {"pageLoadStrategy": "none"})
 
     def call(self, command: str, **parameters: Any) -> Any:
         result = self._command(f"WebDriver:{command}", parameters)
         return result.get("value", result) if isinstance(result, dict) and set(result) <= {"value"} else result
+
+    def set_scripts(self, *, enabled: bool) -> None:
+        self.set_pref("javascript.enabled", enabled)
+
+    def set_dark(self, *, dark: bool) -> None:
+        self.set_pref("layout.css.prefers-color-scheme.content-override", 0 if dark else 1)
+
+    def set_pref(self, name: str, value: bool | int) -> None:
+        """Change a preference of the running browser."""
+        kind = "Bool" if isinstance(value, bool) else "Int"
+        self._command("Marionette:SetContext", {"value": "chrome"})
+        script = f"Services.prefs.set{kind}Pref(arguments[0], arguments[1])"
+        self.call("ExecuteScript", script=script, args=[name, value])
+        self._command("Marionette:SetContext", {"value": "content"})
 
     def _command(self, name: str, parameters: Mapping[str, Any]) -> Any:
         self._number += 1
@@ -134,6 +203,8 @@ PATHS = {
     "ElementClick": ("POST", "element/{id}/click"),
     "GetElementText": ("GET", "element/{id}/text"),
     "ExecuteAsyncScript": ("POST", "execute/async"),
+    "PerformActions": ("POST", "actions"),
+    "GetCurrentURL": ("GET", "url"),
     "TakeScreenshot": ("GET", "screenshot"),
     "SetWindowRect": ("POST", "window/rect"),
     "GetCookies": ("GET", "cookie"),
@@ -145,6 +216,8 @@ PATHS = {
 class Chromium(Browser):
     """Chromium with an empty profile."""
 
+    name = "chromium"
+
     def __init__(self, arguments: tuple[str, ...] = (), options: Mapping[str, object] | None = None) -> None:
         self._profile = Path(tempfile.mkdtemp(prefix="cr"))
         port = free_port()
@@ -152,7 +225,10 @@ class Chromium(Browser):
         connect(port).close()
         self._url = f"http://127.0.0.1:{port}/session"
         args = [*CHROMIUM_FLAGS, f"--user-data-dir={self._profile / 'data'}", *arguments]
-        chosen = {"goog:chromeOptions": {"args": args, "binary": "/usr/bin/chromium", **(options or {})}}
+        chosen = {
+            "pageLoadStrategy": "none",
+            "goog:chromeOptions": {"args": args, "binary": "/usr/bin/chromium", **(options or {})},
+        }
         self.session = self._ask("POST", "", {"capabilities": {"alwaysMatch": chosen}})
         self._url += f"/{self.session['sessionId']}"
 
@@ -161,6 +237,13 @@ class Chromium(Browser):
         if "{id}" in path:
             path = path.format(id=parameters.pop("id"))
         return self._ask(method, f"/{path}", parameters)
+
+    def set_scripts(self, *, enabled: bool) -> None:
+        self.devtools("Emulation.setScriptExecutionDisabled", value=not enabled)
+
+    def set_dark(self, *, dark: bool) -> None:
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.devtools("Emulation.setEmulatedMedia", features=[scheme])
 
     def devtools(self, command: str, **parameters: Any) -> Any:
         """Send a command of the DevTools protocol."""
@@ -182,10 +265,6 @@ class Chromium(Browser):
         finally:
             end(self._process)
             shutil.rmtree(self._profile, ignore_errors=True)
-
-
-class BrowserError(Exception):
-    """The browser could not do it."""
 
 
 def quiet(home: Path) -> dict[str, Any]:
