@@ -346,12 +346,17 @@ async def test_a_wait_that_is_over_ends_in_flight(proxies, upstream, valkey):
     """A duplicate that waited WAIT_MAX_S gets in-flight, on the proxy of the original and on another."""
     done = asyncio.Event()
     upstream.script = holding(done)
-    two = [proxies(upstream, valkey.url, ON_DUPLICATE="wait", WAIT_MAX_S=0.4) for _ in range(2)]
+    two = [proxies(upstream, valkey.url, ON_DUPLICATE="wait", WAIT_MAX_S=1.1) for _ in range(2)]
     original = asyncio.ensure_future(ask(two[0].port, request()))
     await until(lambda: upstream.received)
     for answer in await asyncio.gather(*[ask(proxy.port, request()) for proxy in two]):
         assert_in_flight(answer)
         assert answer.header("preference-applied") is None
+        # As long as the original has been running by now, which is longer than when the wait began.
+        assert answer.header("retry-after") in (b"2", b"3")
+    assert [proxy.metric('waits_total{end="timed_out"}') for proxy in two] == [1, 1]
+    # The original's worker has no need to poll.
+    assert two[0].metric("wait_polls_total") == 0 < two[1].metric("wait_polls_total") < 10
     done.set()
     assert (await original).status == 200
 
