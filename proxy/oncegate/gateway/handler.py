@@ -67,7 +67,7 @@ class Gateway:
             step = self._first_step(request)
             if isinstance(step, ReadBody):
                 step = await self._read_body(request, step)
-            if request.response.heartbeat_s:
+            if request.response.heartbeat_s and isinstance(step, KeyedRequest | Relay):
                 beating = Heartbeat(request.response, request.response.heartbeat_s, request.content.is_eof)
             match step:
                 case KeyedRequest():
