@@ -59,6 +59,7 @@ def check(tmp_path: Path, monkeypatch, capsys):
         monkeypatch.delenv(f"ONCEGATE_{name.upper()}", raising=False)
     monkeypatch.setenv("ONCEGATE_UPSTREAM", "http://up.test")
     monkeypatch.setenv("ONCEGATE_RULES_FILE", "rules.toml")
+    monkeypatch.setenv("ONCEGATE_LISTEN", "0.0.0.0:8080")
     Path("rules.toml").write_text(RULES)
     Path("other.json").write_text("{}")
     Path("body.json").write_text('{"cart": {"id": 7}, "id": "evt_1"}')
@@ -136,6 +137,24 @@ def test_a_warning_of_two_receivers(check, case):
     assert code == 0
     assert "ONCEGATE_RULES_FILE" in out
     assert err.startswith(said) and err.count("\n") == 1 if said else err == ""
+
+
+@pytest.mark.parametrize(
+    ("listen", "settings", "warns"),
+    [
+        *[(listen, {}, True) for listen in ("127.0.0.1:8080", "127.8.8.8:1", "[::1]:8080", "localhost:8080")],
+        *[(listen, {}, False) for listen in ("0.0.0.0:8080", "[::]:8080", "192.0.2.1:8080", "gateway:8080")],
+        ("127.0.0.1:8080", {"HOSTS": "localhost"}, False),
+        ("127.0.0.1:8080", {"PASS_HOST": "true"}, False),
+    ],
+)
+def test_a_warning_of_any_host_on_loopback(check, monkeypatch, listen, settings, warns):
+    """A local API that checks its Host sees none of a page's: `check` says so where the hosts are not limited."""
+    monkeypatch.delenv("ONCEGATE_RULES_FILE")
+    for name, value in {"LISTEN": listen, **settings}.items():
+        monkeypatch.setenv(f"ONCEGATE_{name}", value)
+    code, _, err = check()
+    assert (code, err.startswith("warning: ONCEGATE_HOSTS is empty"), err != "") == (0, warns, warns)
 
 
 def test_without_rules_there_is_no_table(check, monkeypatch):

@@ -35,6 +35,7 @@ def test_no_example_draws_a_warning(case: str, capsys: pytest.CaptureFixture[str
         monkeypatch.delenv(f"ONCEGATE_{name.upper()}", raising=False)
     monkeypatch.setenv("ONCEGATE_UPSTREAM", "http://127.0.0.1:9000")
     monkeypatch.setenv("ONCEGATE_RULES_FILE", "rules.toml")
+    monkeypatch.setenv("ONCEGATE_HOSTS", "localhost")
     Path("rules.toml").write_bytes(example(case, "rules.toml"))
     assert main(["check"]) == 0
     assert capsys.readouterr().err == ""

@@ -317,6 +317,7 @@ def test_check_prints_what_is_in_effect(tmp_path):
     """One `NAME = value` a line for every setting, defaults and overrides, with the secrets masked."""
     env = {"PATH": os.environ["PATH"], "ONCEGATE_UPSTREAM": "HTTPS://Api.Test/v1/", "ONCEGATE_LEASE_MS": "2500"}
     env |= {"ONCEGATE_SECRET": CANARY, "ONCEGATE_STORE_URL": f"rediss://me:{CANARY}@redis:6379/2"}
+    env |= {"ONCEGATE_HOSTS": "api.test"}
     check = oncegate("check", env=env, cwd=tmp_path)
     assert (check.returncode, check.stderr) == (0, "")
     lines = dict(line.split(" = ", 1) for line in check.stdout.splitlines())

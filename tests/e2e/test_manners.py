@@ -1,12 +1,13 @@
 """Manners on the wire: other protocols, limits of heads, and ends of connections that cost nobody an answer."""
 
 import asyncio
+import itertools
 import socket
 from contextlib import closing
 
 import pytest
 
-from tests.parts import RawClient, converse, read_answer, request, rest, until
+from tests.parts import RawClient, ask, converse, read_answer, request, rest, until
 
 TLS = "Upgrade: TLS/1.2"  # what Apache's HttpClient 5.4 offers with every GET
 H2C = (
@@ -131,3 +132,86 @@ async def test_requests_before_one_that_says_close_are_answered(standing, behind
         assert [answer.status for answer in answers] == [200] * (before + 1)
         assert [answer.header("connection") for answer in answers] == [None] * before + [b"close"]
     assert b"/never" not in b"".join(one.line for one in behind.received)
+
+
+# Hosts, targets and hops ...
+
+
+async def test_a_url_as_target_names_the_host(proxies, upstream, valkey):
+    """RFC 9112, section 3.2.2: Host is ignored beside it; a final dot names the same host, and 0.0.0.0 is not it."""
+    gate = proxies(upstream, valkey.url, PASS_HOST="true", HOSTS="shop.test")
+    for target, host, status in (
+        ("http://shop.test/a", "other.test", 200),
+        ("http://shop.test:8080/b", "shop.test", 200),
+        ("/c", "Shop.Test.", 200),
+        ("http://shop.test.:80/d", "x", 200),
+        ("http://other.test/e", "shop.test", 421),
+        ("/f", "shop.test..", 421),
+    ):
+        answer = await ask(gate.port, request("GET", target, None, b"", host=host))
+        assert answer.status == status, target
+    assert [(one.line.split()[1], *one.header("host")) for one in upstream.received] == [
+        (b"/a", b"shop.test"),
+        (b"/b", b"shop.test:8080"),
+        (b"/c", b"Shop.Test."),
+        (b"/d", b"shop.test.:80"),
+    ]
+    # It is one request under one key, whichever way the host is written.
+    keyed = [await ask(gate.port, request("POST", "/pay", "k", host=host)) for host in ("shop.test", "Shop.test.")]
+    assert [answer.header("oncegate-status") for answer in keyed] == [b"executed", b"replayed"]
+
+
+async def test_options_are_forwarded_as_often_as_they_may_be(standing, behind):
+    """Max-Forwards counts down; at 0 the answer is ours, and the connection goes on. Other methods ignore it."""
+    with closing(await RawClient.open(standing.port)) as client:
+        for method, value in (("OPTIONS", "0"), ("OPTIONS", "3"), ("OPTIONS", "3"), ("OPTIONS", "x"), ("GET", "0")):
+            answer = await client.ask(request(method, "/x", None, b"", f"Max-Forwards: {value}"))
+            assert answer is not None
+            assert (answer.status, answer.header("connection")) == (200, None)
+            assert answer.body == (b"" if (method, value) == ("OPTIONS", "0") else b"ok")
+    forwarded = [one.header("max-forwards") for one in behind.received]
+    assert forwarded == [[b"2"], [b"2"], [b"x"], [b"0"]]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6")
+async def test_the_ipv6_wildcard_serves_both_families(proxies, upstream, valkey, workers):
+    """On [::] clients of IPv4 are served as well, under their own addresses, and so is the admin listener."""
+    gate = proxies(
+        upstream, valkey.url, LISTEN="[::]:0", ADMIN_LISTEN="[::]:0", WORKERS=workers, TRUSTED_PROXIES="127.0.0.0/8"
+    )
+    for host, client, shown in (("127.0.0.1", b"127.0.0.1", b"9.9.9.9, 127.0.0.1"), ("::1", b"::1", b"::1")):
+        reader, writer = await asyncio.open_connection(host, gate.port)
+        writer.write(request("GET", "/x", None, b"", "X-Forwarded-For: 9.9.9.9"))
+        answer = await read_answer(reader)
+        writer.close()
+        assert answer is not None
+        assert answer.status == 200
+        assert upstream.received[-1].header("x-forwarded-for") == [shown], client
+    assert gate.admin("/healthz")[0] == 200
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"RTSP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok",
+        b"ICE/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok",
+        b"HTTP/1.1 100 Continue\r\n\r\nRTSP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok",
+        b"RTSP/1.0 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok",
+    ],
+    ids=["RTSP", "ICE", "RTSP behind a 100", "a 100 of RTSP"],
+)
+@pytest.mark.parametrize("cuts", [[], [2], [30]])
+async def test_an_answer_of_another_protocol_is_none(standing, behind, answer, cuts):
+    """The API got the request, so that nobody knows what became of it; nothing of the answer is passed on or stored."""
+
+    async def script(_, __, writer, ___):
+        for start, end in itertools.pairwise([0, *cuts, len(answer)]):
+            writer.write(answer[start:end])
+            await asyncio.sleep(0.01)
+
+    behind.script = script
+    lost = await ask(standing.port, request(key="rtsp"))
+    assert (lost.status, lost.slug, lost.header("oncegate-status")) == (502, "upstream-lost", b"unknown")
+    assert (await ask(standing.port, request(key="rtsp"))).slug == "outcome-unknown"
+    assert len(behind.received) == 1

@@ -11,6 +11,7 @@ from typing import Any
 
 from oncegate import __version__
 from oncegate.commands import explain, init
+from oncegate.commands.listener_warnings import listener_warnings
 from oncegate.rules.loading import load_rules
 from oncegate.rules.model import Rules
 from oncegate.rules.receivers import receiver_warnings
@@ -159,7 +160,7 @@ def _check(settings: Settings, rules: Rules, options: argparse.Namespace) -> int
         print(describe(settings))
         if settings.rules_file is not None:
             print(f"\n{explain.table(rules)}")
-        for warning in receiver_warnings(rules):
+        for warning in (*receiver_warnings(rules), *listener_warnings(settings, rules)):
             print(f"warning: {warning}", file=sys.stderr)
         return 0
     try:

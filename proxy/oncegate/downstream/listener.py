@@ -83,8 +83,11 @@ class Listener(web.Server):
 
     def forwarded_info(self, peername: Any, is_tls: bool) -> ForwardedInfo:
         """Return what requests of a connection say about their client when they are forwarded."""
-        address = str(peername[0]) if isinstance(peername, tuple) else "unknown"
-        is_trusted = isinstance(peername, tuple) and any(ip_address(address) in one for one in self._trusted)
+        address, is_trusted = "unknown", False
+        if isinstance(peername, tuple):
+            # On [::] a client of IPv4 has an address of IPv6 that stands for its own.
+            address = str(peername[0]).removeprefix("::ffff:") if "." in peername[0] else str(peername[0])
+            is_trusted = any(ip_address(address) in one for one in self._trusted)
         return ForwardedInfo(address.encode(), b"https" if is_tls else b"http", is_trusted)
 
     def _client_connections(self) -> Iterator[ClientConnection]:

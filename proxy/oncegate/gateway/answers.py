@@ -1,7 +1,8 @@
 """Oncegate's own responses: every refusal that a client gets is a value made here, and is sent here."""
 
 from dataclasses import dataclass, replace
-from typing import assert_never
+from email.utils import formatdate
+from typing import NamedTuple, assert_never
 
 from oncegate.decision import CANCELLED, HOLD, Decision, decide, effective_state, retry_after_s
 from oncegate.downstream.body import BrokenOff, NoBody, NoRoom, TooLarge
@@ -10,6 +11,7 @@ from oncegate.keys.digests import UnstableScope
 from oncegate.keys.documents import Missing
 from oncegate.keys.syntax import BadKey
 from oncegate.messages.admission import Refused
+from oncegate.messages.framing import COUNTED
 from oncegate.messages.problems import Problem, as_problem_json, problem, refusal
 from oncegate.observe.labels import UnguardedKey
 from oncegate.observe.outcome import Outcome, RequestReport, outcome_of
@@ -60,6 +62,16 @@ def refuse(request: Request, answer: Refuse) -> RequestReport:
     outcome = answer.outcome or outcome_of(answer.problem)
     status = 0 if outcome is Outcome.CLIENT_GONE else answer.problem.status
     return RequestReport(outcome, status, request.message.method, rule=answer.rule)
+
+
+class AnswerOptions(NamedTuple):
+    """Answer an OPTIONS request that is not to be forwarded any further (RFC 9110, section 7.6.2)."""
+
+
+def answer_options(request: Request) -> RequestReport:
+    """Say that the way to here works. What the API serves is not known here."""
+    request.response.send(200, b"OK", b"Date: %s\r\n" % formatdate(usegmt=True).encode(), b"", COUNTED)
+    return RequestReport(Outcome.PASSTHROUGH, 200, request.message.method)
 
 
 # Before the claim ...

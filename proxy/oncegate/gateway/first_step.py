@@ -10,7 +10,7 @@ from oncegate.adaptation.heartbeats import Heartbeats
 from oncegate.adaptation.json_rpc import Caller
 from oncegate.downstream.body import Bodies, Body, BufferedBody, NoBody, TooLarge, stated_length
 from oncegate.downstream.request import Request
-from oncegate.gateway.answers import Refuse, body_refusal, key_refusal, malformed, scope_refusal
+from oncegate.gateway.answers import AnswerOptions, Refuse, body_refusal, key_refusal, malformed, scope_refusal
 from oncegate.gateway.keyed_request import KEY_PLACE, HeadPlan, KeyedRequest
 from oncegate.gateway.relay import Relay, pass_through
 from oncegate.gateway.routes import Route, Routes
@@ -20,7 +20,7 @@ from oncegate.keys.documents import Missing
 from oncegate.keys.forms import is_multipart
 from oncegate.keys.syntax import BadKey, parse_key
 from oncegate.messages.admission import Admission, Refused
-from oncegate.messages.request_head import RequestHead, is_websocket, preferred_wait_s
+from oncegate.messages.request_head import RequestHead, is_websocket, one_forward_less, preferred_wait_s
 from oncegate.rules.body_conditions import NO_BODY, read_document, unread_document
 from oncegate.rules.identity import (
     Identity,
@@ -50,7 +50,7 @@ class ReadBody(NamedTuple):
     by_body: bool = False
 
 
-Step = Refuse | Relay | Tunnel | KeyedRequest
+Step = AnswerOptions | Refuse | Relay | Tunnel | KeyedRequest
 
 
 class FirstStep:
@@ -80,6 +80,11 @@ class FirstStep:
         head = self._admission.admit(message.method, target, message.version, message.raw_headers)
         if isinstance(head, Refused):
             return malformed(head)
+        if head.method == "OPTIONS" and b"max-forwards" in head.fields:
+            forwarded = one_forward_less(head)
+            if forwarded is None:
+                return AnswerOptions()
+            head = forwarded
         request.head = head
         request.known = request.connection.remember_head(message, head)
         return self._step_for(request, head)

@@ -11,8 +11,10 @@ from oncegate.downstream.request import Request
 from oncegate.gateway.answers import (
     REFUSED,
     UNKNOWN,
+    AnswerOptions,
     Refuse,
     Taken,
+    answer_options,
     decide_duplicate,
     duplicate_refusal,
     failed,
@@ -76,6 +78,8 @@ class Gateway:
                     report = await self._relay(request, step)
                 case Tunnel():
                     report = _pass_through_report(request, step, await tunnel(request, step))
+                case AnswerOptions():
+                    report = answer_options(request)
                 case Refuse():
                     report = refuse(request, step)
         except Exception as error:

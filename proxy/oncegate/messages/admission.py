@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from oncegate.messages import transfer_coding
 from oncegate.messages.fields import HOP_BY_HOP, Fields, Pairs, by_name, nominated, remember, tokens
 from oncegate.messages.request_head import ACTED_ON, RequestHead
+from oncegate.messages.target import normalized_host
 
 # The path and query of origin-form (RFC 9112, section 3.2.1), with the bytes above 0x7F that real clients send.
 _TARGET = re.compile(rb'/[!"$-~\x80-\xff]*')
@@ -39,7 +40,7 @@ class Admission:
     """
 
     def __init__(self, hosts: Collection[bytes], key_header: bytes, scope_headers: Iterable[bytes]) -> None:
-        self._hosts = frozenset(hosts)
+        self._hosts = frozenset(map(normalized_host, hosts))
         self._acted_on = ACTED_ON.union((key_header,), scope_headers)
         # An upstream that maps "_" to "-" (CGI, WSGI) would take X_Api_Key for X-Api-Key.
         self._imitated = self._acted_on | HOP_BY_HOP
@@ -101,14 +102,17 @@ class Admission:
             if not _HOST.fullmatch(host):
                 return Refused(400, "the Host field is not a host with an optional port")
             remember(self._well_formed_hosts, hosts)
-        # A Host that contradicts an absolute target would let rules and upstream see two hosts.
+        # The authority of an absolute target counts in the place of Host (RFC 9112, section 3.2.2).
         if not target.startswith(b"/") and (absolute := _ABSOLUTE.fullmatch(target)):
-            if absolute[1].lower() != host.lower():
-                return Refused(400, "the target's authority is not the Host")
+            host = absolute[1]
+            if not _HOST.fullmatch(host):
+                return Refused(400, "the target's authority is not a host with an optional port")
+            if hosts != [host]:
+                fields = {**fields, b"host": [host]}
             target = absolute[2] if absolute[2].startswith(b"/") else b"/" + absolute[2]
         if not _TARGET.fullmatch(target):
             return Refused(400, "the target is neither a path nor a URL of this host")
-        if self._hosts and host.lower() not in self._hosts and _without_port(host.lower()) not in self._hosts:
+        if self._hosts and self._hosts.isdisjoint((name := normalized_host(host), _without_port(name))):
             return Refused(421, "this host is not served here")
         return RequestHead(method, target, http10, host, pairs, fields)
 

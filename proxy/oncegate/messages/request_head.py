@@ -40,6 +40,8 @@ ACTED_ON = FORWARDING | frozenset(
 )
 # Stands for every longer `Prefer: wait`.
 LONGEST_WAIT_S = 999_999_999
+# Stands for every larger `Max-Forwards`.
+MOST_FORWARDS = 999_999_999
 # This hop's own fields of a switch to WebSocket, in the request and in the response (RFC 6455, section 4).
 SWITCHING = b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
 
@@ -122,6 +124,22 @@ def uncoded(head: RequestHead) -> RequestHead:
     """Return a head that asks for a response without a content coding (RFC 9110, section 12.5.3)."""
     pairs = [(name, value) for name, value in head.pairs if name.lower() != b"accept-encoding"]
     return head._replace(pairs=[*pairs, (b"Accept-Encoding", b"identity")])
+
+
+def one_forward_less(head: RequestHead) -> RequestHead | None:
+    """Return an OPTIONS request with its Max-Forwards counted down; None where it is 0, so that it is answered here.
+
+    RFC 9110, section 7.6.2. A malformed value is passed on as it is.
+    """
+    values = head.fields.get(b"max-forwards", ())
+    if len(values) != 1 or not values[0].isdigit():
+        return head
+    left = min(int(values[0].lstrip(b"0")[:10] or 0), MOST_FORWARDS)
+    if not left:
+        return None
+    value = b"%d" % (left - 1)
+    pairs = [(name, value if name.lower() == b"max-forwards" else other) for name, other in head.pairs]
+    return head._replace(pairs=pairs, fields={**head.fields, b"max-forwards": [value]})
 
 
 def is_websocket(head: RequestHead) -> bool:

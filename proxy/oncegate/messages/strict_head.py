@@ -27,6 +27,15 @@ def stated_status(data: bytes) -> int:
     return int(status[1]) if status else 0
 
 
+def names_http(data: bytes, heads_before: int) -> bool:
+    """Return whether the head that follows so many others in these bytes is one of HTTP."""
+    at = 0
+    for _ in range(heads_before):
+        end = HEAD_END.search(data, at)
+        at = end.end() if end else at
+    return data[at : at + 16].lstrip(b"\r\n").startswith(b"HTTP/")
+
+
 def strict_response(data: bytes) -> bytes | str | None:
     """Return a response with the same meaning and strict heads, interim ones and its body included.
 

@@ -1,11 +1,20 @@
-"""The path of a request's target, in the normal form that rules compare. Pure."""
+"""The path of a request's target and its host, in the normal forms that rules compare. Pure."""
 
 import re
 from urllib.parse import unquote_to_bytes
 
 # Escapes of unreserved characters: letters, digits, "-", ".", "_" and "~" (RFC 3986, section 2.3).
 _UNRESERVED = re.compile(rb"%(?:2[DdEe]|3[0-9]|[46][1-9A-Fa-f]|[57][0-9AaEe]|5[Ff])")
+_FINAL_DOT = re.compile(rb"\.(?=(?::[0-9]*)?\Z)")
 _SLASHES = re.compile(rb"/{2,}")
+
+
+def normalized_host(host: bytes) -> bytes:
+    """Return a host, with or without a port, in small letters and without the dot that ends a full name.
+
+    `api.test.` and `api.test` are the same host (RFC 3986, section 3.2.2).
+    """
+    return _FINAL_DOT.sub(b"", host.lower())
 
 
 def normalized_path(target: bytes) -> bytes:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from aiohttp import web
@@ -52,6 +53,12 @@ def admin_app(metrics: MetricsText, not_ready_reasons: Reasons, notices: Reasons
     return app
 
 
+def both_families(address: Address) -> socket.socket:
+    """Return a socket that listens on every address of this machine, of IPv6 and of IPv4. Raises OSError."""
+    place = (address.host, address.port)
+    return socket.create_server(place, family=socket.AF_INET6, dualstack_ipv6=socket.has_dualstack_ipv6())
+
+
 async def serve_admin(
     address: Address, metrics: MetricsText, not_ready_reasons: Reasons, notices: Reasons
 ) -> web.AppRunner:
@@ -66,7 +73,10 @@ async def serve_admin(
 
     app.cleanup_ctx.append(limit_connections)
     await runner.setup()
-    await web.TCPSite(runner, address.host, address.port).start()
+    if address.host == "::":
+        await web.SockSite(runner, both_families(address)).start()
+    else:
+        await web.TCPSite(runner, address.host, address.port).start()
     return runner
 
 

@@ -14,6 +14,7 @@ from oncegate.keys.fingerprint_parts import named_parts
 from oncegate.keys.forms import form_of, is_multipart
 from oncegate.keys.syntax import BadKey, parse_key
 from oncegate.messages.request_head import RequestHead
+from oncegate.messages.target import normalized_host
 from oncegate.rules.policy import Policy
 
 NO_KEY = Missing("no idempotency key was sent")
@@ -104,7 +105,7 @@ def caller_of(policy: Policy, head: RequestHead, body: Content) -> Caller | Miss
 
 def destination(policy: Policy, head: RequestHead) -> bytes:
     """Return where a request goes, without its path: the upstream, and the Host that is set or passed on."""
-    return length_prefixed((policy.destination, head.host.lower())) if policy.pass_host else policy.destination
+    return length_prefixed((policy.destination, normalized_host(head.host))) if policy.pass_host else policy.destination
 
 
 def fingerprint_parts(policy: Policy, head: RequestHead) -> tuple[bytes, ...]:
@@ -113,7 +114,7 @@ def fingerprint_parts(policy: Policy, head: RequestHead) -> tuple[bytes, ...]:
     parts = (
         head.method.encode(),
         # Without pass_host the upstream never sees the client's Host, so it is no part of the request.
-        head.host.lower() if policy.pass_host else b"",
+        normalized_host(head.host) if policy.pass_host else b"",
         head.target,
         # Lines of one field have the same meaning as their comma list (RFC 9110, section 5.2).
         b",".join(fields.get(b"content-type", ())),

@@ -10,7 +10,7 @@ from oncegate.adaptation.error_pages import ErrorPages
 from oncegate.adaptation.preflight import Preflight, read_preflight
 from oncegate.keys.sources import Header
 from oncegate.messages.request_head import RequestHead
-from oncegate.messages.target import normalized_path
+from oncegate.messages.target import normalized_host, normalized_path
 from oncegate.rules.body_conditions import BodyConditions, Document
 from oncegate.rules.patterns import (
     host_includes,
@@ -51,7 +51,7 @@ class Match:
             return False
         if self._path is not None and self._path.fullmatch(path) is None:
             return False
-        if self.host is not None and not host_matches(self.host, head.host.decode("latin-1").lower()):
+        if self.host is not None and not host_matches(self.host, normalized_host(head.host).decode("latin-1")):
             return False
         for name, pattern in self._headers:
             values = head.fields.get(name)

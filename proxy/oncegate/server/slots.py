@@ -197,9 +197,9 @@ def _bind(family: int, sockaddr: Any, *options: int) -> socket.socket:
     try:
         for option in (socket.SO_REUSEADDR, *options):
             bound.setsockopt(socket.SOL_SOCKET, option, 1)
-        # Otherwise `::` would take the IPv4 port as well, and the bind to 0.0.0.0 would fail.
+        # `::` serves clients of both families.
         if family == socket.AF_INET6:
-            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, sockaddr[0] != "::")
         bound.bind(sockaddr)
     except OSError:
         bound.close()

@@ -11,7 +11,7 @@ from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
 from oncegate import __version__
 from oncegate.downstream.listener import bound_unsent
 from oncegate.keys.digests import key_id
-from oncegate.observe.admin import serve_admin
+from oncegate.observe.admin import both_families, serve_admin
 from oncegate.observe.labels import StoreLoss
 from oncegate.observe.logs import AccessLog
 from oncegate.observe.metrics import Metrics
@@ -210,6 +210,8 @@ class Service:
         settings = self._settings
         self._start_tasks()
         address: dict[str, Any] = {"host": settings.listen.host, "port": settings.listen.port}
+        if not shared and settings.listen.host == "::":
+            address = {"sock": both_families(settings.listen)}
         for place in [{"sock": one} for one in shared] or [address]:
             self._servers.append(await self._listen(place))
         if not shared:

@@ -9,7 +9,7 @@ import httptools
 from oncegate.known_heads.recent import RecentHeads
 from oncegate.messages.fields import tokens
 from oncegate.messages.response_head import Interim, ResponseHead, read_response_head
-from oncegate.messages.strict_head import HEAD_END, MAX_INTERIM, stated_status, strict_response
+from oncegate.messages.strict_head import HEAD_END, MAX_INTERIM, names_http, stated_status, strict_response
 
 
 class IncomingResponse:
@@ -176,6 +176,9 @@ class IncomingResponse:
         # llhttp takes 0.9 and 2.0 as well.
         if parser.get_http_version() not in ("1.1", "1.0"):
             raise httptools.HttpParserError("another version of HTTP")
+        # llhttp takes answers of RTSP and ICE as well.
+        if not (self._is_rewritten or names_http(b"".join(self._head_pieces), len(self.interims))):
+            raise httptools.HttpParserError("another protocol than HTTP")
         status = parser.get_status_code()
         if 100 <= status < 200 and not (status == 101 and self._may_switch):
             self.interims.append(Interim(status, self._reason, self._pairs))

@@ -13,7 +13,8 @@ class ClientSettings(BaseModel):
 
     listen: ListenAddress = Field(
         Address("127.0.0.1", 8080),
-        description="Address of the public listener. The container image sets `0.0.0.0:8080`.",
+        description="Address of the public listener. `[::]` serves clients of IPv6 and IPv4. The container image sets "
+        "`0.0.0.0:8080`.",
     )
     tls_cert_file: ReadableFile = Field(None, description="Certificate chain (PEM) of the public listener.")
     tls_key_file: ReadableFile = Field(None, description="Private key (PEM) of the public listener.")
@@ -23,7 +24,9 @@ class ClientSettings(BaseModel):
         "image sets `0.0.0.0:8081`.",
     )
     hosts: Annotated[tuple[str, ...], list_of(parse_host)] = Field(
-        (), description="Comma list of the served hosts, as `host` or `host:port`. Requests for other hosts get 421."
+        (),
+        description="Comma list of the served hosts, as `host` or `host:port`. Requests for other hosts get 421. Set "
+        "it where oncegate runs on a machine with a browser.",
     )
     trusted_proxies: Annotated[tuple[Network, ...], list_of(parse_network)] = Field(
         (),
