@@ -9,9 +9,11 @@ SOURCE is a key of `SOURCES`, or a file of an example, such as oncegate/examples
 """
 
 import argparse
+import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from prometheus_client.core import Metric
 
@@ -19,7 +21,7 @@ from oncegate.commands import init
 from oncegate.commands.cli import parser
 from oncegate.messages.problems import PROBLEM_KINDS
 from oncegate.observe.metrics import GAUGES, Metrics
-from oncegate.rules import presets
+from oncegate.rules.presets import FAMILIES, PRESETS, Preset
 from oncegate.settings import loading
 from oncegate.settings.credentials import ACCOUNTS, CREDENTIALS
 from oncegate.settings.settings import Settings
@@ -133,13 +135,56 @@ def _help(one: argparse.ArgumentParser) -> str:
     return one.format_help()
 
 
+# Presets ...
+
+
+def preset_sections() -> str:
+    """Return the reference of all presets, as Markdown: one section for each family, one for each other preset."""
+    families = {family: {name: one for name, one in PRESETS.items() if one.family == family} for family in FAMILIES}
+    alone = {name: one for name, one in PRESETS.items() if not one.family}
+    sections = [*map(_section, alone, alone.values()), *map(_family_section, families, families.values())]
+    return "\n" + "\n".join(sections)
+
+
+def _section(name: str, preset: Preset) -> str:
+    lines = [f"{field} = {_toml(value)}" for field, value in preset.fields.items()]
+    return "\n".join([f"### {name}", "", preset.about, "", "```toml", *lines, "```", "", preset.caution, ""])
+
+
+def _family_section(family: str, presets: Mapping[str, Preset]) -> str:
+    """Return one section for presets that have most fields in common, with a table of their differences."""
+    first = next(iter(presets.values()))
+    common = [
+        name for name, value in first.fields.items() if all(one.fields[name] == value for one in presets.values())
+    ]
+    differing = [name for name in first.fields if name not in common]
+    texts = {one.about for one in presets.values()}
+    fields = [f"{name} = {_toml(first.fields[name])}" for name in common]
+    header = ["preset", *(f"`{name}`" for name in differing), *(["for"] if len(texts) > 1 else [])]
+    rows = [
+        [f'<a id="{name}"></a>`{name}`', *(f"`{_toml(one.fields[field])}`" for field in differing), one.about]
+        for name, one in presets.items()
+    ]
+    table = [f"| {' | '.join(row[: len(header)])} |" for row in (header, ["---"] * len(header), *rows)]
+    about = [first.about, ""] if len(texts) == 1 else []
+    same = ["These fields are the same in all of them:", "", "```toml", *fields, "```", ""]
+    return "\n".join(
+        [f"### {FAMILIES[family]}", "", *about, *same, "They differ in these:", "", *table, "", first.caution, ""]
+    )
+
+
+def _toml(value: Any) -> str:
+    """Return a value as TOML has it. JSON writes strings, numbers and lists in the same way."""
+    return json.dumps(value)
+
+
 def _table(header: str, rows: list[str]) -> str:
     return "\n".join([header, re.sub(r"[^|]+", "---", header), *rows, ""])
 
 
 SOURCES: dict[str, Callable[[], str]] = {
     "oncegate.settings.loading": settings,
-    "oncegate.rules.presets": lambda: f"\n{presets.pages()}",
+    "oncegate.rules.presets": preset_sections,
     "oncegate.settings.credentials": credentials,
     "oncegate.messages.problems": problems,
     "oncegate.observe.metrics": metrics,

@@ -121,6 +121,7 @@ NAMES: dict[str, str] = {
     "cloudevents": "fff83d2f03b3 1b2b0116d0fc",
     "openai": "83c69f793da1 d0c5412dfead",
     "anthropic": "64f8bfa591d5 40c379bca90d",
+    "gemini": "d2bf31fa9d3f 07482c637aa9",
     "double-click": "de8e95c6514e f76da160b092",
     "header quoted": "89da2dd38a74 573dc1520470",
     "header alone": "89da2dd38a74 75d827faaf80",

@@ -271,6 +271,14 @@ CASES = {
         "upstream_idempotent = 1",
         "must be True or False",
     ),
+    "retry_mark": (
+        'retry_mark = "header:Svix-Retry-Count"\nkey = "derived:60"',
+        lambda rule: rule.policy.sources and rule.policy.sources.retry_count_header,
+        b"svix-retry-count",
+        None,
+        'retry_mark = "Svix-Retry-Count"',
+        "must be header: and a name",
+    ),
     "pages": ("pages = true", lambda rule: rule.policy.pages, True, None, 'pages = "yes"', "must be True or False"),
     "forward_key": (
         'forward_key = "X-Id"',
@@ -469,7 +477,7 @@ def test_a_preset(rules, name):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_says_no_more_than_a_rule_could(name):
-    """A preset has the fields of a rule. Only the header with the retry count is reserved for presets."""
+    """A preset has the fields of a rule. Only SDKs that count each try are reserved for presets."""
     preset = PRESETS[name]
     assert preset.fields.keys() <= RULE.keys() - {"name", "path", "host", "methods", "headers", "preset", "upstream"}
     for field, value in preset.fields.items():
@@ -600,6 +608,12 @@ CONTRADICTIONS = {
     ),
     "cookies for a path": ('replay_cookies = true\nscope = ["known", "path:1"]', "credentials and cookies alone"),
     "cookies for a receiver": ('replay_cookies = true\npreset = "sns"', "credentials and cookies alone"),
+    "a mark without a window": ('retry_mark = "header:X-Retry"\nkey = "header:A"', "needs derived: in key"),
+    "a mark without a key": ('retry_mark = "header:X-Retry"', "needs derived: in key"),
+    "a mark that is the key": (
+        'retry_mark = "header:A"\nkey = [["header:a"], ["derived:9"]]',
+        "is a header that the key is read from",
+    ),
     "a host passed and set": ('pass_host = true\nset_host = "a.test"', "contradicts pass_host"),
     "a guard of what cannot be": ('methods = ["GET"]\nguard = "required"', "none that can be guarded"),
     "a key of what cannot be": ('methods = ["GET"]\nkey = "header:A"', "none that can be guarded"),

@@ -34,10 +34,10 @@ def head(*pairs: tuple[bytes, bytes], target: bytes = b"/v1/orders/42?token=q", 
     return RequestHead(method, target, False, b"api.test", list(pairs), by_name(pairs))
 
 
-def sources(*alternatives: str, mark: bytes | None = None) -> KeySources:
+def sources(*alternatives: str, mark: bytes | None = None, unmarked_is_new: bool = False) -> KeySources:
     """Return the sources of a rule; `a + b` are joined."""
     lists = [[parse_source(one.strip()) for one in text.split(" + ")] for text in alternatives]
-    return KeySources(tuple(map(tuple, lists)), mark)
+    return KeySources(tuple(map(tuple, lists)), mark, unmarked_is_new)
 
 
 def joined(*parts: tuple[str, bytes]) -> bytes:
@@ -286,6 +286,17 @@ def test_a_marked_request(mark, expected):
 def test_an_unmarked_request_has_no_derived_key(pairs):
     """Without a retry count a request has no derived key, and its body is not needed to know that."""
     assert isinstance(extract_key(LLM, SourceInput(head(*pairs))), Missing)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [([], (1, True)), ([(MARK, b"0")], (1, True)), ([(MARK, b"1")], (600_000, False)), ([(MARK, b"x")], None)],
+)
+def test_a_client_that_marks_its_retries_alone(pairs, expected):
+    """Without a mark a request is new. A retry gets the response within the window, and a mark that is none, no key."""
+    rule = sources("header:Idempotency-Key", "derived:600", mark=MARK, unmarked_is_new=True)
+    found = extract_key(rule, SourceInput(head(*pairs), b"", derived=b"D"))
+    assert (found[1:] if isinstance(found, ExtractedKey) else None) == expected
 
 
 def test_a_key_beats_the_mark():

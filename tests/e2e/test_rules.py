@@ -75,6 +75,13 @@ preset = "openai"
 wait_max_s = 20
 
 [[rule]]
+name = "marked"
+path = "/marked"
+key = [["header:Idempotency-Key"], ["derived:1.5"]]
+retry_mark = "header:X-Retry"
+on_duplicate = "wait"
+
+[[rule]]
 name = "idempotent"
 path = "/idempotent"
 upstream_idempotent = true
@@ -183,6 +190,34 @@ def upload(boundary: str, token: str, content: str = "x") -> tuple[str, bytes, s
         f'--{boundary}\r\nContent-Disposition: form-data; name="f"; filename="a"\r\n\r\n{content}\r\n--{boundary}--\r\n'
     )
     return "/upload", (field + file).encode(), f"Content-Type: multipart/form-data; boundary={boundary}"
+
+
+async def test_a_client_that_marks_its_retries_alone(ruled, behind):
+    """Unmarked requests are new, each of them; a retry gets the newest response, within the window of the rule."""
+    body = b'{"file": 1}'
+    for _ in range(3):  # the second time, and the third, under a known head
+        assert await post(ruled, "/marked", body) == EXECUTED
+    for count in (1, 2):
+        assert await post(ruled, "/marked", body, f"X-Retry: {count}") == REPLAYED
+    assert await post(ruled, "/marked", b"other", "X-Retry: 1") == EXECUTED
+    assert await post(ruled, "/marked", body, "X-Retry: soon") == (200, "")
+    await asyncio.sleep(1.6)
+    assert await post(ruled, "/marked", body, "X-Retry: 1") == EXECUTED
+    assert len(behind.received) == 6
+
+
+async def test_a_marked_retry_waits_for_its_request(ruled, behind):
+    """While the first try runs its retry waits, and an equal new request executes."""
+    done = asyncio.Event()
+    behind.script = holding(done)
+    first = asyncio.create_task(post(ruled, "/marked", b"slow"))
+    await until(lambda: len(behind.received) == 1)
+    retry = asyncio.create_task(post(ruled, "/marked", b"slow", "X-Retry: 1"))
+    await until(lambda: ruled.metric("waiting") == 1)
+    second = asyncio.create_task(post(ruled, "/marked", b"slow"))
+    await until(lambda: len(behind.received) == 2)
+    done.set()
+    assert await asyncio.gather(first, retry, second) == [EXECUTED, REPLAYED, UNGUARDED]
 
 
 # Two requests under one key, and one under another.

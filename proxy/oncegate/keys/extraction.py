@@ -77,8 +77,9 @@ def extract_key(sources: KeySources, given: SourceInput) -> ExtractedKey | Missi
         else:
             key = _join(alternative, given)
         if isinstance(key, ExtractedKey) and isinstance(retries, int):
-            # A new request (no retries yet) takes over any complete record; a retry gets its response, however old.
-            key = key._replace(window_ms=0 if retries else 1, fresh=retries == 0)
+            # A new request (no retries yet) takes over any complete record. A retry gets its response: however old
+            # under a preset, whose SDKs always count.
+            key = key._replace(window_ms=sources.retry_window_ms if retries else 1, fresh=retries == 0)
         if key is _PART_MISSING:
             incomplete = _PART_MISSING
         elif not isinstance(key, Missing):
@@ -104,6 +105,8 @@ def _retry_count(sources: KeySources, alternative: Sequence[Source], given: Sour
     if sources.retry_count_header is None or not any(isinstance(source.kind, Derived) for source in alternative):
         return None
     lines = given.head.fields.get(sources.retry_count_header, ())
+    if not lines and sources.unmarked_is_new:
+        return 0
     # SDKs retry a few times: a larger number is no count of retries.
     if len(lines) != 1 or not re.fullmatch(rb"[0-9]{1,4}", lines[0].strip(b" \t")):
         return Missing("neither a key nor a retry count was sent")

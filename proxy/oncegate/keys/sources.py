@@ -123,12 +123,14 @@ class KeySources:
     """The sources of a rule's key: alternatives, of which the first that yields a key counts.
 
     The sources of one alternative are joined to one key. `retry_count_header`: a header in which the client counts
-    its retries of one request, from 0. With it, derived keys follow that count instead of their window, and a
-    request without the header has no derived key.
+    its retries of one request, from 0. With it, derived keys follow that count: a new request executes, a retry gets
+    its response. A request without the header has no derived key, unless `unmarked_is_new`: then it is a new request,
+    and a response counts for its retries within the window of the derived key.
     """
 
     alternatives: tuple[tuple[Source, ...], ...]
     retry_count_header: bytes | None = None
+    unmarked_is_new: bool = False
 
     @property
     def headers_only(self) -> bool:
@@ -170,6 +172,11 @@ class KeySources:
     def window_ms(self) -> int:
         """The longest window of derived keys, 0 without any."""
         return longest_window_ms(self._kinds)
+
+    @property
+    def retry_window_ms(self) -> int:
+        """For how long a response counts for a retry that says that it is one; 0 for as long as it is kept."""
+        return self.window_ms if self.unmarked_is_new else 0
 
 
 def _header(text: str) -> Header:
@@ -243,6 +250,14 @@ def parse_source(text: str) -> Source:
     if text == RECEIVER:
         return Source(text, Receiver())
     return _parsed(text, SOURCE_KINDS, f"are {RECEIVER}, and those that begin with")
+
+
+def parse_retry_mark(text: str) -> bytes:
+    """Return the lower-case name of the header that marks a retry. Raises ValueError for another spelling."""
+    kind, _, name = text.partition(":")
+    if kind != "header":
+        raise ValueError("must be header: and a name, such as header:Svix-Retry-Count")
+    return _header(name).name
 
 
 def parse_scope_source(text: str) -> Source:

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from oncegate.keys.documents import parse_pointer
 from oncegate.keys.fingerprint_parts import BODY_JSON, fingerprint_source
-from oncegate.keys.sources import RECEIVER, Receiver, Source, parse_scope_source, parse_source
+from oncegate.keys.sources import RECEIVER, Receiver, Source, parse_retry_mark, parse_scope_source, parse_source
 from oncegate.rules.body_conditions import BodyConditions
 from oncegate.rules.patterns import parse_host_pattern, parse_path, text_matcher
 from oncegate.rules.presets import PRESETS
@@ -283,6 +283,7 @@ TREATING: Mapping[str, Check] = {
     "guard": _one_of("off", "optional", "required"),
     "protocol": _one_of("http", "json-rpc"),
     "key": _key,
+    "retry_mark": _text(parse_retry_mark),
     "namespace": _text(parse_namespace),
     "scope": _scope,
     "stable_schemes": _list_of(_text(parse_scheme), "schemes"),

@@ -229,7 +229,11 @@ def _identity(policy: Policy) -> tuple[object, ...]:
     """Return all of a policy that decides how a key is named."""
     sources = policy.sources
     key = (
-        ([[source.text for source in one] for one in sources.alternatives], sources.retry_count_header)
+        (
+            [[source.text for source in one] for one in sources.alternatives],
+            sources.retry_count_header,
+            *["unmarked is new"] * sources.unmarked_is_new,
+        )
         if sources
         else policy.key_header
     )

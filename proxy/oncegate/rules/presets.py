@@ -3,11 +3,11 @@
 Every preset lets a duplicate wait: SDKs and senders of webhooks take a 409 for a failure, at once or after a few tries.
 
 A preset has the fields of a rule, so that an operator could write the same. The exception is
-`retry_count_header`, by which a client's count of its retries tells equal requests apart. That is right only where
-a mistaken match costs little, and so no rule can set it.
+`retry_count_header`, by which a client's count of its retries tells equal requests apart. Its SDKs send that count
+with each try. Other clients mark their retries alone: for them a rule has `retry_mark`, which takes a request without
+a mark for a new one (docs/decisions/008).
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +94,17 @@ def _llm(namespace: str) -> Preset:
         retry_count_header="x-stainless-retry-count",
         counts_tokens=True,
         family="llm",
+    )
+
+
+def _gemini() -> Preset:
+    """Return the preset of Gemini's API, whose SDK neither sends a key nor marks its retries."""
+    return Preset(
+        "The API of Gemini. Its SDK sends no key and does not mark its retries: only a request with an "
+        "Idempotency-Key that your code gives is protected. Others are forwarded without protection.",
+        "A prompt with an unknown outcome is sent again. Tokens that replays save are not counted. "
+        "[LLM calls](../how-to/llm.md#the-client) shows how to give a key.",
+        {**_llm("gemini").fields, "key": "header:Idempotency-Key"},
     )
 
 
@@ -223,6 +234,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "openai": _llm("openai"),
     "anthropic": _llm("anthropic"),
+    "gemini": _gemini(),
     "mcp": _json_rpc(
         "Tools of the Model Context Protocol. A call is guarded if its `_meta` has the member `idempotencyKey`, or its "
         "HTTP request the header Idempotency-Key. All else passes through: other methods, streams, notifications.",
@@ -268,43 +280,3 @@ PRESETS: dict[str, Preset] = {
 }
 # The presets whose replays count saved tokens.
 COUNTING = frozenset(name for name, preset in PRESETS.items() if preset.counts_tokens)
-
-
-def pages() -> str:
-    """Return the reference of all presets, as Markdown: one section for each family, one for each other preset."""
-    families = {family: {name: one for name, one in PRESETS.items() if one.family == family} for family in FAMILIES}
-    alone = {name: one for name, one in PRESETS.items() if not one.family}
-    sections = [*map(_section, alone, alone.values()), *map(_family_section, families, families.values())]
-    return "\n".join(sections)
-
-
-def _section(name: str, preset: Preset) -> str:
-    lines = [f"{field} = {_toml(value)}" for field, value in preset.fields.items()]
-    return "\n".join([f"### {name}", "", preset.about, "", "```toml", *lines, "```", "", preset.caution, ""])
-
-
-def _family_section(family: str, presets: Mapping[str, Preset]) -> str:
-    """Return one section for presets that have most fields in common, with a table of their differences."""
-    first = next(iter(presets.values()))
-    common = [
-        name for name, value in first.fields.items() if all(one.fields[name] == value for one in presets.values())
-    ]
-    differing = [name for name in first.fields if name not in common]
-    texts = {one.about for one in presets.values()}
-    fields = [f"{name} = {_toml(first.fields[name])}" for name in common]
-    header = ["preset", *(f"`{name}`" for name in differing), *(["for"] if len(texts) > 1 else [])]
-    rows = [
-        [f'<a id="{name}"></a>`{name}`', *(f"`{_toml(one.fields[field])}`" for field in differing), one.about]
-        for name, one in presets.items()
-    ]
-    table = [f"| {' | '.join(row[: len(header)])} |" for row in (header, ["---"] * len(header), *rows)]
-    about = [first.about, ""] if len(texts) == 1 else []
-    same = ["These fields are the same in all of them:", "", "```toml", *fields, "```", ""]
-    return "\n".join(
-        [f"### {FAMILIES[family]}", "", *about, *same, "They differ in these:", "", *table, "", first.caution, ""]
-    )
-
-
-def _toml(value: Any) -> str:
-    """Return a value as TOML has it. JSON writes strings, numbers and lists in the same way."""
-    return json.dumps(value)

@@ -140,8 +140,7 @@ class RulesReader:
         # The rule's own fields override those of its preset.
         values = {**preset_values(preset.fields if preset else {}), **values}
         settings = self._settings.model_copy(update={name: values[name] for name in SHARED if name in values})
-        counts = preset.retry_count_header.encode() if preset and preset.retry_count_header else None
-        key = KeySources(values["key"], counts) if "key" in values else None
+        key = _key_sources(values, preset.retry_count_header if preset else None)
         self._report_contradictions(table, values, settings, key)
         if len(self._errors) > errors:
             return None
@@ -184,6 +183,15 @@ class RulesReader:
             self._complain(table, "host", "can never match: ONCEGATE_HOSTS does not have this host")
 
 
+def _key_sources(values: dict[str, Any], counted_in: str | None) -> KeySources | None:
+    """Return the sources of a rule's key. `counted_in`: where the SDKs of its preset count their retries."""
+    if "key" not in values:
+        return None
+    if mark := values.get("retry_mark"):
+        return KeySources(values["key"], mark, unmarked_is_new=True)
+    return KeySources(values["key"], counted_in.encode() if counted_in else None)
+
+
 def _contradictions(values: dict[str, Any], settings: Settings, key: KeySources | None) -> Iterable[tuple[str, str]]:
     """Yield the fields of a rule that contradict others, and why."""
     guard = values.get("guard")
@@ -205,6 +213,8 @@ def _contradictions(values: dict[str, Any], settings: Settings, key: KeySources 
     # The record would expire within its window.
     if key and key.window_ms > settings.retention_s * 1000:
         yield "key", "has a window longer than retention_s"
+    if "retry_mark" in values:
+        yield from _mark_contradictions(values["retry_mark"], key)
     header = settings.key_header.lower().encode() if key is None else key.only_header
     forward = values.get("forward_key")
     # Only a single header can be renamed or dropped.
@@ -219,6 +229,15 @@ def _contradictions(values: dict[str, Any], settings: Settings, key: KeySources 
     named = next((field for field in ("scope", "key") if field in values), None)
     if named and header in _scope_headers(values, settings):
         yield named, "takes one header for the key and for the tenant"
+
+
+def _mark_contradictions(mark: bytes, key: KeySources | None) -> Iterable[tuple[str, str]]:
+    """Yield what leaves the mark of a retry without use."""
+    if key is None or not key.window_ms:
+        yield "retry_mark", 'needs derived: in key, such as key = [["header:Idempotency-Key"], ["derived:600"]]'
+    # The last of the headers is the mark itself.
+    elif mark in key.headers[:-1]:
+        yield "retry_mark", "is a header that the key is read from"
 
 
 def _json_rpc_contradictions(values: dict[str, Any], key: KeySources | None) -> Iterable[tuple[str, str]]:
