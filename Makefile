@@ -36,12 +36,12 @@ PART_upstream := test_hostnames test_pools test_upstream e2e/test_forwarding e2e
 PART_store := test_breaker test_cluster test_durable test_health_monitor test_leases test_link test_lua test_orphans test_record \
 	test_sentinel test_store test_unknown_keys test_waiters e2e/test_duplicates model/test_scripts
 PART_rules := test_patterns test_policy test_rules test_statuses e2e/test_chosen_by_body e2e/test_rules
-PART_adaptation := test_adaptation test_error_pages test_heartbeats test_json_rpc e2e/test_error_pages e2e/test_json_rpc e2e/test_adapted e2e/test_cors
+PART_adaptation := test_content_codings test_adaptation test_error_pages test_heartbeats test_json_rpc e2e/test_error_pages e2e/test_json_rpc e2e/test_adapted e2e/test_cors
 PART_keys := e2e/test_tenants test_automatic test_documents test_fingerprint_parts test_forms test_key_names test_keys test_multipart test_naming test_sources \
 	test_tenants
 PART_observe := test_families test_logs test_outcome test_usage e2e/test_admin
 PART_known_heads := test_known_heads e2e/test_again e2e/test_head_cache
-PART_messages := test_bound_authentication test_headers test_problems test_request_line test_strict_head
+PART_messages := test_bound_authentication test_headers test_problems test_request_line test_strict_head test_trailers
 PART_hostnames := test_hostnames
 PART_buffers := test_body test_write_batcher
 PART_settings := test_settings

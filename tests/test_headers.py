@@ -563,8 +563,13 @@ def test_the_framing_is_ours(length, framing, sent):
 
 def test_expectations_and_the_hop_end_here():
     """Expect, hop-by-hop fields and nominated ones never reach the upstream."""
-    stripped = (b"Expect: 100-continue", b"Connection: x-custom", b"X-Custom: 1", b"Keep-Alive: 1", b"TE: trailers")
+    stripped = (b"Expect: 100-continue", b"Connection: x-custom", b"X-Custom: 1", b"Keep-Alive: 1", b"TE: gzip")
     assert written(*stripped, b"X: 1") == written(b"X: 1")
+
+
+def test_a_wish_for_trailers_is_repeated_as_ours():
+    """Trailers of the response are passed on, so the upstream is told of it on this hop, too."""
+    assert {b"TE: trailers", b"Connection: TE"} < set(written(b"te: gzip;q=0.5, Trailers", b"Connection: close, te"))
 
 
 @pytest.mark.parametrize("name", [b"traceparent", b"tracestate", b"baggage", b"Accept-Encoding", b"Idempotency-Key"])

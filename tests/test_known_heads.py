@@ -147,6 +147,12 @@ async def test_a_head_whose_body_comes_later_is_not_whole():
     assert await both([*apart, (0, head + b"{}"), (2, head + b"{}")]) == 1
 
 
+async def test_a_head_that_asks_for_trailers_is_not_remembered():
+    """Whether a client takes trailers is in its own head."""
+    asking = (REQUEST % b"k1").replace(b"Host:", b"TE: trailers\r\nHost:", 1)
+    assert await both([(0, asking), (0, asking), (1, asking)]) == 0
+
+
 async def test_a_switch_of_protocols_is_never_taken_from_the_table():
     """Only the parser knows that what comes next is no request."""
     switch = b"GET /a HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"

@@ -52,6 +52,13 @@ def answer(
 META = pack(CLAIM, answer())
 
 
+def with_trailers(trailers: bytes = b"X-Sum: 1\r\n") -> StoredResponse:
+    stored = answer()
+    digest = response_digest(stored.status, stored.reason, stored.block)
+    digest.update(BODY + trailers)
+    return replace(stored, trailers=trailers, digest=digest.digest())
+
+
 def read(meta: bytes, key: bytes = KEY, tenant: bytes = TENANT) -> Record | Corrupt:
     return unpack(key, tenant, meta, BODY, NOW_MS)
 
@@ -114,7 +121,7 @@ def test_a_complete_record_of_another_key_or_tenant_is_corrupt():
 def test_a_layout_of_another_version_is_corrupt(monkeypatch):
     """A record of another version is corrupt, also if it passes its own check."""
     with monkeypatch.context() as newer:
-        newer.setattr(record, "VERSION", b"\x02")
+        newer.setattr(record, "VERSION", b"\x03")
         meta = pack(CLAIM, answer())
         assert isinstance(read(meta), Record)
     assert read(meta) == Corrupt("unknown layout")
@@ -205,3 +212,24 @@ def test_what_a_running_record_says_of_itself_is_its_own(one, other):
         [part.ljust(size)[:size] for part, size in zip(parts, fixed, strict=True)] for parts in (one, other)
     )
     assert (self_check(*first) == self_check(*second)) == (first == second)
+
+
+# Trailers ...
+
+
+def test_trailers_come_back():
+    """Trailers are in the record behind the header fields, and the digest covers them."""
+    came = read(pack(CLAIM, with_trailers()))
+    assert isinstance(came, Record)
+    assert came.response == with_trailers()
+    assert intact(with_trailers(), BODY)
+    assert not intact(replace(with_trailers(), trailers=b"X-Sum: 2\r\n"), BODY)
+    assert not intact(replace(with_trailers(), trailers=b""), BODY)
+
+
+def test_only_a_record_with_trailers_has_another_version():
+    """An older oncegate reads every other record as before, and refuses this one as an unknown layout."""
+    assert (META[:1], pack(CLAIM, with_trailers())[:1]) == (b"\x01", b"\x02")
+    for meta in (META, pack(CLAIM, with_trailers())):
+        other = bytes([3 - meta[0]]) + meta[1:-8]
+        assert isinstance(read(other + record._check(KEY, other)), Corrupt)

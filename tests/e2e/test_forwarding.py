@@ -313,6 +313,40 @@ async def test_trailers_of_an_answer_are_dropped(standing, behind, key):
 
 
 @pytest.mark.fault(41)
+async def to_the_end(port: int, raw: bytes) -> bytes:
+    """Return all that comes for a request that ends its connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(raw)
+        return await asyncio.wait_for(reader.read(), 20)
+    finally:
+        writer.close()
+
+
+@pytest.mark.parametrize("size", [5, 90_000], ids=["small", "streamed"])
+async def test_trailers_reach_a_client_that_takes_them(standing, behind, key, size):
+    """Who says `TE: trailers` gets the trailers of an answer that is passed on, executed or replayed, and the upstream
+    learns it. Who does not gets the same body without them."""
+    body = b"x" * size
+    head = b"HTTP/1.1 200 OK\r\nTrailer: X-Sum, Date\r\nTransfer-Encoding: chunked\r\n\r\n"
+    behind.script = answering(head + chunk(body) + b"0\r\nX-Sum: 1\r\nDate: never\r\nX-Late: 2\r\n\r\n")
+    taking = request("POST", "/x", key and f"{key}-{size}", b"", "TE: trailers, deflate", "Connection: close, TE")
+    for number in range(2 if key else 1):
+        raw = await to_the_end(standing.port, taking)
+        fields, _, rest = raw.partition(b"\r\n\r\n")
+        assert rest.endswith(b"\r\n0\r\nX-Sum: 1\r\nX-Late: 2\r\n\r\n")
+        assert rest.count(b"x") == size
+        announced = b"Trailer: X-Sum, X-Late" if number else b"Trailer: x-sum"
+        assert announced in fields.split(b"\r\n")
+    assert behind.received[-1].header("TE") == [b"trailers"]
+    assert behind.received[-1].header("Connection") == [b"TE"]
+    (*_, plain) = await all_ways(standing.port, key and f"{key}-{size}")
+    assert (plain.body, plain.complete) == (body, True)
+    assert not names(plain) & {b"trailer", b"x-sum"}
+    old = taking.replace(b"HTTP/1.1", b"HTTP/1.0")
+    assert (await to_the_end(standing.port, old)).endswith(b"\r\n\r\n" + body)
+
+
 async def test_a_redirect_is_passed_on(standing, behind, key):
     """The proxy follows no redirect: each is an answer like any other. 307 and 308 free the key for it."""
     for status, number in zip((301, 302, 303, 307, 308), itertools.count()):
@@ -350,7 +384,7 @@ async def test_bodies_are_never_decoded(standing, behind, key, coding):
     body = CODED[coding]
     field = f"Content-Encoding: {coding}"
     behind.script = answering(f"HTTP/1.1 200 OK\r\n{field}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
-    raw = request("POST", "/x", key, body, field, "Accept-Encoding: gzip")
+    raw = request("POST", "/x", key, body, field, f"Accept-Encoding: gzip, {coding}")
     answers = [await ask(standing.port, raw) for _ in range(2)]
     for answer in answers:
         assert (answer.body == body, answer.header("content-encoding")) == (True, coding.encode())
@@ -358,6 +392,57 @@ async def test_bodies_are_never_decoded(standing, behind, key, coding):
     for received in behind.received:
         assert (received.body == body, received.header("content-encoding")) == (True, [coding.encode()])
     assert len(behind.received) == (1 if key else 2)
+
+
+@pytest.mark.parametrize("size", [300, 700_000], ids=["small", "large"])
+async def test_a_replay_is_decoded_for_a_client_that_does_not_accept_its_coding(standing, behind, size):
+    """A retry that accepts no gzip gets the body itself. Everybody else gets what was stored, byte for byte."""
+    plain = random.Random(3).randbytes(size) + b"a" * 3000
+    coded = gzip.compress(plain)
+    fields = b'Content-Encoding: gzip\r\nETag: "a"\r\nX-Kept: 1\r\nContent-Length: %d' % len(coded)
+    behind.script = answering(b"HTTP/1.1 200 OK\r\n%s\r\n\r\n" % fields + coded)
+    key = f"coded-{size}"
+    first = await ask(standing.port, request("POST", "/x", key, b"", "Accept-Encoding: identity"))
+    assert (first.body, first.header("content-encoding")) == (coded, b"gzip")
+    for accepted in ((), ("Accept-Encoding: gzip, br",), ("Accept-Encoding: identity;q=0",), ("Accept-Encoding: *",)):
+        again = await ask(standing.port, request("POST", "/x", key, b"", *accepted))
+        assert (again.body, again.header("content-encoding"), again.header("etag")) == (coded, b"gzip", b'"a"')
+        assert again.header("content-length") == b"%d" % len(coded)
+    for refused in ("identity", "gzip;q=0, *", ""):
+        again = await ask(standing.port, request("POST", "/x", key, b"", f"Accept-Encoding: {refused}"))
+        assert (again.status, again.body == plain, again.complete) == (200, True, True)
+        assert not names(again) & {b"content-encoding"}
+        assert (again.header("etag"), again.header("vary")) == (b'W/"a"', b"Accept-Encoding")
+        assert (again.header("x-kept"), again.header("idempotent-replayed")) == (b"1", b"true")
+        assert again.header("content-length") == (b"%d" % len(plain) if size < 1000 else None)
+    assert len(behind.received) == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"no gzip", gzip.compress(b"x" * 99)[:-1], gzip.compress(bytes(9 << 20))],
+    ids=["no gzip", "cut", "too large"],
+)
+async def test_a_body_that_cannot_be_decoded_is_replayed_as_it_is(standing, behind, body):
+    """Where the body is not in the coding that its head names, is cut, or would be too large, it stays what it is."""
+    fields = b"Content-Encoding: gzip\r\nContent-Length: %d" % len(body)
+    behind.script = answering(b"HTTP/1.1 200 OK\r\n%s\r\n\r\n" % fields + body)
+    for answer in await all_ways(standing.port, f"damaged-{len(body)}"):
+        assert (answer.body, answer.header("content-encoding")) == (body, b"gzip")
+    raw = request("POST", "/x", f"damaged-{len(body)}", b"", "Accept-Encoding: identity")
+    assert (await ask(standing.port, raw)).body == body
+
+
+async def test_a_large_body_that_is_damaged_is_never_ended_cleanly(standing, behind):
+    """Once a decoded body has begun, damage breaks the connection off."""
+    coded = gzip.compress(random.Random(4).randbytes(700_000))
+    body = coded[:600_000] + b"damage" + coded[600_006:]
+    behind.script = answering(
+        b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    )
+    await all_ways(standing.port, "damaged-later")
+    again = await ask(standing.port, request("POST", "/x", "damaged-later", b"", "Accept-Encoding: identity"))
+    assert not again.complete
 
 
 async def test_an_upstream_that_answers_at_the_head_keeps_its_connection(proxies, valkey):

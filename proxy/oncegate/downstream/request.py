@@ -16,6 +16,7 @@ from oncegate.known_heads.requests import KnownHead
 from oncegate.messages.problems import Render
 from oncegate.messages.request_head import ForwardedInfo, RequestHead
 from oncegate.messages.response_head import ResponseHead
+from oncegate.messages.trailers import announced
 
 
 class RequestConnection(Protocol):
@@ -101,6 +102,8 @@ class Request:
 
         `block`: those of `head`, with what oncegate adds.
         """
+        if self.response.takes_trailers:
+            block += announced(head)
         is_adapted = head.names_address or self.adaptation.adapts_all
         return self.requester.forwarded(block) if is_adapted else block
 

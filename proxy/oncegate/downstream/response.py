@@ -13,6 +13,7 @@ from oncegate.downstream.minimum_rate import MinimumRate
 from oncegate.messages.framing import COUNTED, STATED, Framing
 from oncegate.messages.problems import Problem, Render, as_problem_json, reason_of
 from oncegate.messages.response_head import status_line
+from oncegate.messages.trailers import takes_trailers
 
 # Unsent bytes of one response in this process, above which no more of it should be fetched.
 WRITE_BACKLOG_BYTES = 65536
@@ -60,6 +61,10 @@ class ResponseWriter:
     interim_count = 0
     _comments: EventComments | None = None
     _http10 = _head_only = False
+    # Whether the client said that it takes trailers. A head that says so is not remembered.
+    takes_trailers = False
+    # What follows the body of the response, each line ended; to be set before its end is written.
+    trailers = b""
     # How the client sees the end of a body that is written in pieces: "chunked", "length" or "close".
     _body_end = ""
     # Of a body with a stated length: how much is to come, and its last byte, held back until `end`.
@@ -76,6 +81,8 @@ class ResponseWriter:
         # What a client sends behind an upgrade is lost with the upgrade. aiohttp's parser (3.14.5) puts the last
         # trailer of a chunked body in front of the next request's fields, so there must be no next request.
         self.closes = message.should_close or message.upgrade or message.chunked
+        if "TE" in message.headers and not self._http10:
+            self.takes_trailers = takes_trailers(te.encode("latin-1", "replace") for te in message.headers.getall("TE"))
 
     # The client ...
 
@@ -139,6 +146,13 @@ class ResponseWriter:
 
     def send(self, status: int, reason: bytes, block: bytes, body: bytes, framing: Framing) -> None:
         """Send a whole response in one write. `block` has its fields, each line ended."""
+        if self.trailers and self.takes_trailers:
+            # Only a chunked body has a place for them.
+            self.begin(status, reason, block, None, COUNTED)
+            if body:
+                self.write(body)
+            self.end()
+            return
         if framing.closes:
             self._end_by_closing()
         length = b"Content-Length: %d\r\n" % len(body) if framing.adds_length else b""
@@ -207,7 +221,12 @@ class ResponseWriter:
     def end(self) -> None:
         """Write the end: from here on the client knows that the response is complete."""
         self._stop_comments()
-        self._write(b"0\r\n\r\n" if self._body_end == "chunked" else self._last_byte)
+        if self._body_end != "chunked":
+            self._write(self._last_byte)
+        elif self.trailers and self.takes_trailers:
+            self._write(b"0\r\n%s\r\n" % self.trailers)
+        else:
+            self._write(b"0\r\n\r\n")
         self.finished = True
 
     def abort(self) -> None:

@@ -141,6 +141,7 @@ class Exchange:
                 or await completes_within(connection, self._window_s(), SMALL_BYTES)
             ):
                 progress.whole = whole = connection.take_body()
+                progress.trailers = self._response.trailers = connection.response.trailers
                 if self._reading is not None and self._reading.body_tells:
                     self._dispose(self._reading.end(whole))
                 return ending(self._disposition, len(whole) <= self._policy.max_stored_bytes)
@@ -259,6 +260,7 @@ class Exchange:
                 while not await response.has_room():
                     self._extend_watchdog()
             self._extend_watchdog()
+        self.progress.trailers = response.trailers = connection.response.trailers
         if passing is not None and self._reading is not None:
             self._dispose(self._reading.end())
         return ending(self._disposition, recording is not None and recording.is_storing)

@@ -105,8 +105,11 @@ class Recording:
             self.chunks += 1
         return last
 
-    def digest(self) -> bytes:
-        return self._digest.digest()
+    def digest(self, trailers: bytes) -> bytes:
+        """Return the digest of the whole response. To be called once: `trailers` are added to it."""
+        digest = self._digest.copy()
+        digest.update(trailers)
+        return digest.digest()
 
     def close(self) -> None:
         """Give the room back, whatever happened."""

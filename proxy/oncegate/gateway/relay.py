@@ -190,8 +190,7 @@ def _passed_block(request: Request, head: ResponseHead, step: Relay) -> bytes:
     fields = step.fields
     if step.unguarded_key is not None and b"oncegate-status" in head.fields:
         fields = b""  # Another oncegate behind this one knows what became of the key.
-    block = head.forwarded_block + head.passed_statements(says_own=fields != b"") + fields
-    return request.adapted_block(head, block)
+    return request.adapted_block(head, head.passed_block(says_own=fields != b"") + fields)
 
 
 async def forward_response(
@@ -202,6 +201,7 @@ async def forward_response(
     if block is None:
         block = _passed_block(request, head, step)
     if connection.response.is_complete:
+        response.trailers = connection.response.trailers
         response.send(head.status, head.reason, block, connection.take_body(), head.framing)
         return outcome
     response.begin(head.status, head.reason, block, head.length, head.framing)
@@ -217,6 +217,7 @@ async def forward_response(
         if response.client_gone:
             # Nobody receives the rest, and nobody stores it.
             return outcome
+    response.trailers = connection.response.trailers
     response.end()
     return outcome
 

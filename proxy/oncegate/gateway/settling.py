@@ -28,8 +28,8 @@ class Progress:
     """How far an exchange got. It starts from the worst, and improves. `request_id`: of a JSON-RPC request.
 
     `sent`: a byte of the request may have left. `head` is the upstream's, `whole` the body of a small response,
-    `recording` that of a streamed one. `cancelled`: why the exchange was ended, empty where it was not. `settlement` is
-    the last one tried, `settlements` are what is counted of it.
+    `recording` that of a streamed one, `trailers` what follows either. `cancelled`: why the exchange was ended, empty
+    where it was not. `settlement` is the last one tried, `settlements` are what is counted of it.
     """
 
     deps: ExchangeDeps
@@ -38,6 +38,7 @@ class Progress:
     sent: bool = False
     head: ResponseHead | None = None
     whole: bytes = b""
+    trailers: bytes = b""
     recording: Recording | None = None
     cancelled: str = ""
     lost: UpstreamLost | None = None
@@ -91,10 +92,10 @@ def settle(progress: Progress, settlement: Settlement, last: bytes, timeout_s: f
         return store.mark_unknown(claim, progress.reason, timeout_s, progress.status)
     recording, whole = progress.recording, progress.whole
     if recording is not None:
-        digest, chunks, size = recording.digest(), recording.chunks, recording.size
+        digest, chunks, size = recording.digest(progress.trailers), recording.chunks, recording.size
     else:
         running_digest = head.digest()
-        running_digest.update(whole)
+        running_digest.update(whole + progress.trailers if progress.trailers else whole)
         digest, chunks, size = running_digest.digest(), 1 if whole else 0, len(whole)
     has_body = settlement.stores_body and (recording is not None or not store.full())
     if settlement.stores_body and not has_body:
@@ -104,7 +105,7 @@ def settle(progress: Progress, settlement: Settlement, last: bytes, timeout_s: f
     response = StoredResponse(
         # Positions, not names: arguments by name cost 7,000 instructions more (Python 3.11, measured).
         head.status, head.reason, head.replayed_block, digest, chunks, size, has_body, head.close_delimited,
-        states_length, completed_ms, took_ms, head.age_s, progress.request_id,
+        states_length, completed_ms, took_ms, head.age_s, progress.request_id, progress.trailers if has_body else b"",
     )  # fmt: skip
     return store.store(held.claim, response, last if has_body else b"", timeout_s)
 

@@ -109,6 +109,9 @@ def is_whole(data: bytes, message: Any, head: RequestHead) -> bool:
     """Return whether `data` is one whole request behind which another may come on the connection."""
     if message.should_close or message.upgrade or message.chunked or head.http10:
         return False
+    # Its response may have trailers, which no other has (ResponseWriter.takes_trailers).
+    if b"te" in head.fields:
+        return False
     # The parser skips empty lines before a request. The first of them would be taken for the end of the head.
     if not data.startswith(head.method.encode()):
         return False

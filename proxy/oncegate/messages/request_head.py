@@ -96,6 +96,9 @@ def request_head(head: RequestHead, hop: ForwardedInfo, host: bytes, prefix: byt
     # A trusted proxy's own X-Forwarded-Host is among the extended ones.
     if client_host and not hop.trusted:
         lines.append(b"X-Forwarded-Host: " + client_host)
+    if b"te" in fields and b"trailers" in tokens(fields[b"te"]) and not http10:
+        # For this hop, too: trailers of the response are passed on.
+        lines.append(b"TE: trailers\r\nConnection: TE")
     if length is None:
         lines.append(b"Transfer-Encoding: chunked\r\n\r\n")
     else:

@@ -62,8 +62,8 @@ class ResponseHead:
     framing: Framing = field(init=False)
     # Whether its user is, or would be, authenticated for the whole connection.
     binds_connection: bool = field(init=False)
-    # What `passed_statements` found; None before.
-    _statements: tuple[bytes, bytes] | None = field(init=False, default=None, compare=False)
+    # By `says_own` of `passed_block`; None before.
+    _passed_blocks: tuple[bytes, bytes] | None = field(init=False, default=None, compare=False)
     _digest: blake2b | None = field(init=False, default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -76,16 +76,18 @@ class ResponseHead:
         self.binds_connection = challenges is not None and challenge_binds_connection(challenges)
         self.framing = CLOSING if self.close_delimited else STATED if states_length else COUNTED
 
-    def passed_statements(self, says_own: bool) -> bytes:
-        """Return what an upstream states of its own replays, for a response that this proxy neither guards nor stores.
+    def passed_block(self, says_own: bool) -> bytes:
+        """Return the fields of a response that this proxy neither guards nor stores.
 
-        Its `Idempotent-Replayed`, and where this proxy says nothing of its own (`says_own`) its `Oncegate-*` fields:
-        it may be another oncegate.
+        An upstream's `Idempotent-Replayed` stays among them, and where this proxy says nothing of its own (`says_own`)
+        its `Oncegate-*` fields do: it may be another oncegate.
         """
-        if self._statements is None:
-            self._statements = _statements(self.pairs, self.fields)
-        replayed, others = self._statements
-        return replayed if says_own else replayed + others
+        if self._passed_blocks is None:
+            self._passed_blocks = self.forwarded_block, self.forwarded_block
+            if any(name == b"idempotent-replayed" or name.startswith(OWN_FIELD_PREFIX) for name in self.fields):
+                pairs = _end_to_end(self.pairs, self.fields)
+                self._passed_blocks = _block(pairs, _PASSED_PREFIXES), _block(pairs, _PASSED_BESIDE_OWN_PREFIXES)
+        return self._passed_blocks[says_own]
 
     def with_cookies(self) -> "ResponseHead":
         """Return this head with its cookies among the fields that a replay repeats."""
@@ -121,7 +123,7 @@ def read_response_head(status: int, reason: bytes, pairs: Pairs, head_only: bool
     if len(text) + 4 * len(pairs) > MAX_HEAD_BYTES:
         return "the head is too large"
     # A line end among them could split the message for the next reader.
-    if len(text.translate(None, _CONTROLS)) != len(text):
+    if has_controls(text):
         return "a control character in the head"
     fields = by_name(pairs)
     # A 204 has no body (RFC 9110, section 8.6): a client that believes its length would wait for one.
@@ -157,12 +159,17 @@ class Interim(NamedTuple):
         100 is between two neighbours, as they agree on it (RFC 9110, section 10.1.1); no protocol is switched by 101.
         """
         text = b"".join(chain((self.reason,), *self.pairs))
-        if self.status in (100, 101) or len(text.translate(None, _CONTROLS)) != len(text):
+        if self.status in (100, 101) or has_controls(text):
             return b""
         # It has no content (RFC 9110, section 8.6).
         pairs = [pair for pair in self.pairs if pair[0].lower() != b"content-length"]
         block, _ = response_blocks(pairs, by_name(pairs))
         return b"%s%s\r\n" % (status_line(self.status, self.reason), block)
+
+
+def has_controls(text: bytes) -> bool:
+    """Return whether a part of a message has control characters, which no field value can contain."""
+    return len(text.translate(None, _CONTROLS)) != len(text)
 
 
 class _BodyFraming(NamedTuple):
@@ -198,14 +205,12 @@ def _stated_length(lengths: Sequence[bytes]) -> int | None:
 
 
 _LINE_PREFIXES = LinePrefixes(HOP_BY_HOP | {b"idempotent-replayed"}, OWN_FIELD_PREFIX)
+_PASSED_PREFIXES, _PASSED_BESIDE_OWN_PREFIXES = LinePrefixes(HOP_BY_HOP), LinePrefixes(HOP_BY_HOP, OWN_FIELD_PREFIX)
 
 
 def response_blocks(pairs: Pairs, fields: Fields) -> tuple[bytes, bytes]:
     """Return the fields of a response that are forwarded, and those that a replay repeats."""
-    if names := nominated(fields):
-        # Without its length, the response would have no end on a connection that stays open.
-        dropped = {*names} - {b"content-length"}
-        pairs = [pair for pair in pairs if pair[0].lower() not in dropped]
+    pairs = _end_to_end(pairs, fields)
     forwarded = _block(pairs)
     if _REPLAYED_NAMES.issuperset(fields):
         return forwarded, forwarded
@@ -214,24 +219,17 @@ def response_blocks(pairs: Pairs, fields: Fields) -> tuple[bytes, bytes]:
     return forwarded, _block([pair for pair in pairs if pair[0].lower() in replayed])
 
 
-def _statements(pairs: Pairs, fields: Fields) -> tuple[bytes, bytes]:
-    """Return the lines of Idempotent-Replayed, and those of the `Oncegate-*` fields."""
-    replayed = others = b""
-    if b"idempotent-replayed" in fields or any(name.startswith(OWN_FIELD_PREFIX) for name in fields):
-        names = nominated(fields)
-        for name, value in pairs:
-            lower, line = name.lower(), b"%s: %s\r\n" % (name, value)
-            if lower in names:
-                continue
-            if lower == b"idempotent-replayed":
-                replayed += line
-            elif lower.startswith(OWN_FIELD_PREFIX):
-                others += line
-    return replayed, others
+def _end_to_end(pairs: Pairs, fields: Fields) -> Pairs:
+    """Return the fields without those that Connection nominates."""
+    if names := nominated(fields):
+        # Without its length, the response would have no end on a connection that stays open.
+        dropped = {*names} - {b"content-length"}
+        pairs = [pair for pair in pairs if pair[0].lower() not in dropped]
+    return pairs
 
 
-def _block(pairs: Pairs) -> bytes:
-    lines = [start + value for name, value in pairs if (start := _LINE_PREFIXES[name])]
+def _block(pairs: Pairs, prefixes: LinePrefixes = _LINE_PREFIXES) -> bytes:
+    lines = [start + value for name, value in pairs if (start := prefixes[name])]
     lines.append(b"")
     return b"\r\n".join(lines)
 

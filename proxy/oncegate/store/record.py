@@ -3,9 +3,9 @@
 A record is one Redis hash. While it is in flight or unknown, its fields are separate. A complete one has them packed
 into `meta`, beside the chunks of the body (`b0`, `b1` and so on).
 
-`meta` is a fixed part, the reason phrase, the block of header fields, the id of a JSON-RPC request, and a check of 8
-bytes over all of them. The scripts read the first 65 bytes of the fixed part, so their places never change: version
-(1 byte), token (16), fence (16 digits), time of creation (16 digits, ms), digest of the response (16).
+`meta` is a fixed part, the reason phrase, the block of header fields, the id of a JSON-RPC request, any trailers, and a
+check of 8 bytes over all of them. The scripts read the first 65 bytes of the fixed part, so their places never change:
+version (1 byte), token (16), fence (16 digits), time of creation (16 digits, ms), digest of the response (16).
 """
 
 import struct
@@ -17,7 +17,8 @@ from oncegate.decision import CANCELLED, State
 from oncegate.keys.digests import Scope
 from oncegate.messages.response_head import response_digest
 
-VERSION = b"\x01"
+# The second has trailers behind the header fields. An older oncegate refuses it as an unknown layout.
+VERSION, WITH_TRAILERS = b"\x01", b"\x02"
 TOKEN_BYTES = 16
 # The first bytes of a token name the proxy that made it; the others count.
 PREFIX_BYTES = 10
@@ -80,7 +81,7 @@ class StoredResponse:
     reason: bytes
     # The end-to-end header fields, as a replay writes them.
     block: bytes
-    # Of status, reason, block and body.
+    # Of status, reason, block, body and trailers.
     digest: bytes
     chunks: int
     # Of the body, in bytes.
@@ -98,6 +99,8 @@ class StoredResponse:
     age_s: int
     # Of the JSON-RPC request that was executed, as it was written; empty for any other request.
     request_id: bytes = b""
+    # As they are written behind the body, each line ended.
+    trailers: bytes = b""
 
 
 @dataclass(slots=True)
@@ -156,13 +159,13 @@ def _check(key: bytes, packed: bytes) -> bytes:
 
 def pack(claim: Claim, response: StoredResponse) -> bytes:
     """Return `meta` of a complete record."""
-    reason, block = response.reason, response.block
+    reason, block, trailers = response.reason, response.block, response.trailers
     flags = response.body_stored and BODY_STORED
     flags |= (response.close_delimited and CLOSE_DELIMITED) | (response.stated_length and STATED_LENGTH)
     if response.request_id:
         flags |= HAS_REQUEST_ID
     fixed = _FIXED.pack(
-        VERSION,
+        WITH_TRAILERS if trailers else VERSION,
         claim.token,
         claim.fence.rjust(16, b"0"),
         b"%016d" % claim.created_ms,
@@ -179,14 +182,16 @@ def pack(claim: Claim, response: StoredResponse) -> bytes:
         response.age_s,
         len(block),
     )
-    packed = b"".join((fixed, reason, block, response.request_id))
+    tail = b"%s\r\n%s" % (response.request_id, trailers) if trailers else response.request_id
+    packed = b"".join((fixed, reason, block, tail))
     return packed + _check(claim.key, packed)
 
 
 def unpack(key: bytes, tenant: bytes, meta: bytes, body: bytes | None, now_ms: int) -> Record | Corrupt:
     """Return the complete record in `meta`, checked against the key and tenant that it was read for."""
     packed = meta[:-_CHECK_BYTES]
-    if len(packed) < _FIXED.size or meta[:1] != VERSION:
+    version = meta[:1]
+    if len(packed) < _FIXED.size or version not in (VERSION, WITH_TRAILERS):
         return Corrupt("unknown layout")
     if _check(key, packed) != meta[-_CHECK_BYTES:]:
         return Corrupt("the record does not match its check")
@@ -196,15 +201,19 @@ def unpack(key: bytes, tenant: bytes, meta: bytes, body: bytes | None, now_ms: i
     ) = _FIXED.unpack_from(packed)  # fmt: skip
     reason_end = _FIXED.size + reason_size
     block_end = reason_end + block_size
-    request_id = packed[block_end:] if flags & HAS_REQUEST_ID else b""
-    if owner != tenant or block_end + len(request_id) != len(packed):
+    request_id, trailers = packed[block_end:], b""
+    if version == WITH_TRAILERS:
+        # The id is JSON on one line, or empty.
+        request_id, _, trailers = request_id.partition(b"\r\n")
+    is_whole = block_end <= len(packed) and bool(request_id) == (flags & HAS_REQUEST_ID != 0)
+    if owner != tenant or not is_whole or bool(trailers) != (version == WITH_TRAILERS):
         return Corrupt("the record describes another key")
     reason, block = packed[_FIXED.size : reason_end], packed[reason_end:block_end]
     body_stored, close_delimited = flags & BODY_STORED != 0, flags & CLOSE_DELIMITED != 0
     response = StoredResponse(
         # Positions, not names: arguments by name cost twice as much here (Python 3.11, measured).
         status, reason, block, digest, chunks, size, body_stored, close_delimited, flags & STATED_LENGTH != 0,
-        completed_ms, took_ms, age_s, request_id,
+        completed_ms, took_ms, age_s, request_id, trailers,
     )  # fmt: skip
     return Record(State.COMPLETE, token, fingerprint, int(created), now_ms, 0, response, body)
 
@@ -219,7 +228,7 @@ def intact(response: StoredResponse, body: bytes) -> bool:
     if len(body) != response.size:
         return False
     digest = response_digest(response.status, response.reason, response.block)
-    digest.update(body)
+    digest.update(body + response.trailers if response.trailers else body)
     return digest.digest() == response.digest
 
 

@@ -10,6 +10,7 @@ from oncegate.known_heads.recent import RecentHeads
 from oncegate.messages.fields import tokens
 from oncegate.messages.response_head import Interim, ResponseHead, read_response_head
 from oncegate.messages.strict_head import HEAD_END, MAX_INTERIM, names_http, stated_status, strict_response
+from oncegate.messages.trailers import trailer_block
 
 
 class IncomingResponse:
@@ -18,6 +19,7 @@ class IncomingResponse:
     One object serves all requests of a connection: `begin` resets it. `head` is None until the final head has come.
     `chunks` are the bytes of the body that nobody took yet, `buffered_bytes` is their size. `has_surplus`: bytes came
     that belong to no request, so that the connection is not to be used again. `interims` came before the head.
+    `trailers`: those that may be passed on, as they are written, once the response is complete.
     """
 
     def __init__(self) -> None:
@@ -40,7 +42,7 @@ class IncomingResponse:
         self.parser, self._spare = self._spare or self._new_parser(), None
         self._head_only, self._may_switch = head_only, may_switch
         self._pairs: list[tuple[bytes, bytes]] = []
-        self._reason = b""
+        self._reason = self.trailers = b""
         # What came before the head was whole, for a head that llhttp refuses.
         self._head_pieces: list[bytes] = []
         # llhttp refused the head, which is not whole yet; and: a strict one is parsed in its place.
@@ -165,9 +167,7 @@ class IncomingResponse:
         self._reason += reason
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        # Fields after the final head are trailers, which are dropped.
-        if self.head is None:
-            self._pairs.append((name, value))
+        self._pairs.append((name, value))
 
     def on_headers_complete(self) -> None:
         parser = self.parser
@@ -190,7 +190,8 @@ class IncomingResponse:
             raise httptools.HttpParserError(head)
         if status == 101 and tokens(head.fields.get(b"upgrade", ())) != [b"websocket"]:
             raise httptools.HttpParserError("another protocol than was asked for")
-        self.head = head
+        # Fields after the final head are trailers.
+        self.head, self._pairs = head, []
         # Whoever writes such a head may frame the next one differently than we read it.
         self.keep_alive = parser.should_keep_alive() and not (head.close_delimited or self._is_rewritten)
         self.is_complete = head.bodiless
@@ -208,4 +209,6 @@ class IncomingResponse:
     def on_message_complete(self) -> None:
         self._is_parsed = True
         if self.head is not None:
+            if self._pairs and not self.is_complete:
+                self.trailers = trailer_block(self._pairs, self.head.fields)
             self.is_complete = True
