@@ -1,4 +1,4 @@
-"""A Stripe to be charged at, for the clients that do."""
+"""A Stripe to be charged at, for the clients that do; browsers, and a shop for them."""
 
 import asyncio
 from collections.abc import Iterator
@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.parts import RawUpstream
+from tests.real.browsers import Browser, Chromium, Firefox
 from tests.real.parts import LOCALSTRIPE, Slow, asked, program
+from tests.real.shop import Shop, serving
 from tests.zygote import Forked
 
 SHOP = """
@@ -39,3 +41,18 @@ async def shop_gate(fork, upstream: RawUpstream, valkey, tmp_path: Path, slow: S
     """The proxy before the API, with a rule for payments."""
     (tmp_path / "rules.toml").write_text(SHOP)
     return await fork(upstream, valkey.url, RULES_FILE="rules.toml")
+
+
+@pytest.fixture(scope="session", params=[Chromium, Firefox], ids=["chromium", "firefox"])
+def browser(request: pytest.FixtureRequest) -> Iterator[Browser]:
+    """A real browser without a screen."""
+    browser: Browser = request.param()
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def shop() -> Iterator[Shop]:
+    """An application with forms, as a server of its own."""
+    with serving() as shop:
+        yield shop

@@ -24,11 +24,13 @@ KINDS = {"form": "application/x-www-form-urlencoded", "multipart": "multipart/fo
 @dataclass
 class Shop:
     """The shop's state. `orders` has the body of each execution; `delay_s` is how long one takes;
-    `breaks_off`: it gets no answer."""
+    `breaks_off`: it gets no answer. `grants`: the
+    origins that its own CORS code grants, None without such code."""
 
     url: str = ""
     delay_s: float = 0.0
     breaks_off: bool = False
+    grants: set[str] | None = None
     orders: list[bytes] = field(default_factory=list)
     fields: list[dict[str, str]] = field(default_factory=list)
 
@@ -87,12 +89,21 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self._answer(200, f"<!DOCTYPE html><title>Order</title><h1>Order {number}</h1>", [f"flash={number}; Path=/"])
 
+    def do_OPTIONS(self) -> None:
+        """A preflight, for a shop with CORS code."""
+        self._answer(405 if self.shop.grants is None else 200, "")
+
     def _answer(self, status: int, page: str, cookies: Any = ()) -> None:
         data = page.encode()
         self.send_response(status)
         self.send_header("Content-Type", "text/html; charset=utf-8")
         self.send_header("Content-Length", str(len(data)))
         self.send_header("Cache-Control", "no-cache")
+        if self.shop.grants is not None:
+            self.send_header("Vary", "Origin")
+            if (origin := self.headers.get("Origin", "")) in self.shop.grants:
+                self.send_header("Access-Control-Allow-Origin", origin)
+                self.send_header("Access-Control-Allow-Headers", "content-type")
         for cookie in cookies:
             self.send_header("Set-Cookie", cookie)
         self.end_headers()

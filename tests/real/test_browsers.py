@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.parts import Proxy
-from tests.real.browsers import Browser, BrowserError, Chromium, Firefox
+from tests.real.browsers import Browser, BrowserError, Firefox
 from tests.real.parts import INSTALLED
-from tests.real.shop import KINDS, Shop, serving
+from tests.real.shop import KINDS, Shop
 
 pytestmark = [INSTALLED, pytest.mark.timeout(180)]
 
@@ -39,6 +39,14 @@ key = [["header:Idempotency-Key"], ["derived:120"]]
 scope = ["cookie:session"]
 
 [[rule]]
+name = "login"
+path = "/login"
+preset = "double-click"
+key = "derived:120"
+scope = ["cookie:session"]
+replay_cookies = true
+
+[[rule]]
 name = "impatient"
 path = "/impatient"
 scope = ["cookie:session"]
@@ -55,19 +63,6 @@ name = "guarded"
 path = "/guarded"
 scope = []
 """
-
-
-@pytest.fixture(scope="module", params=[Chromium, Firefox], ids=["chromium", "firefox"])
-def browser(request: pytest.FixtureRequest) -> Iterator[Browser]:
-    browser: Browser = request.param()
-    yield browser
-    browser.close()
-
-
-@pytest.fixture
-def shop() -> Iterator[Shop]:
-    with serving() as shop:
-        yield shop
 
 
 @pytest.fixture
@@ -140,6 +135,18 @@ def test_a_new_page_is_a_new_order(browser, gate, shop):
         browser.click("#buy")
         browser.await_text("h1", f"Order {number}")
     assert len(shop.orders) == 2
+
+
+@pytest.mark.parametrize(("path", "is_kept"), [("/login", True), ("/orders", False)])
+def test_a_cookie_of_the_answer_that_the_browser_threw_away(browser, gate, shop, path, is_kept):
+    """The second click has the cookie of the first one's answer under `replay_cookies = true` alone."""
+    open_form(browser, gate, path)
+    shop.delay_s = 1.5
+    browser.click_twice("#buy", 0.5)
+    browser.await_text("h1", "Order 1")
+    names = {cookie["name"] for cookie in browser.call("GetCookies")}
+    assert ("flash" in names, "session" in names) == (is_kept, True)
+    assert len(shop.orders) == 1
 
 
 # Pages ...
