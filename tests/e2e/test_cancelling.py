@@ -145,3 +145,18 @@ async def test_a_request_without_a_key_ends_with_its_client(gates, upstream, api
     assert not api.gone.is_set()
     api.ends.set()
     await until(lambda: gate.metric('settled_total{settlement="stored"}') == 1)
+
+
+@pytest.mark.fault(35, 63)
+async def test_a_store_that_does_not_answer_ends_nothing(proxies, upstream, api, own_valkey, tmp_path):
+    """Nobody can say then who waits in another process, so the request goes on; it ends when the store is back."""
+    (tmp_path / "rules.toml").write_text(RULES)
+    gate = proxies(upstream, own_valkey.url, RULES_FILE="rules.toml")
+    client = await sent(gate, upstream, "paused")
+    own_valkey.pause()
+    client.close()
+    await asyncio.sleep(GRACE_S + 1.2)
+    assert not api.gone.is_set()
+    own_valkey.resume()
+    await asyncio.wait_for(api.gone.wait(), 10)
+    await until(lambda: gate.metric('settled_total{settlement="cancelled"}') == 1)

@@ -20,6 +20,8 @@ from oncegate.store.results import SettleStatus
 from oncegate.store.store import Store
 
 NO_READER = "its last reader left"
+# Until the store is asked again whether somebody waits.
+AGAIN_S = 1.0
 # For marking the record of another process.
 MARK_S = 1.0
 
@@ -59,8 +61,8 @@ class Cancellations:
     async def _cancel_unread(self, exchange: Cancellable, key: bytes, response: ResponseWriter, grace_s: float) -> None:
         await response.reader_leaves()
         await asyncio.sleep(grace_s)
-        while (pause_s := await self.readers.expected_s(key)) > 0:
-            await asyncio.sleep(pause_s)
+        while await self.readers.may_wait(key):
+            await asyncio.sleep(AGAIN_S)
         exchange.cancel(NO_READER)
 
     async def cancel(self, key: bytes, reason: str) -> bool:

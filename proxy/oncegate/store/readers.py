@@ -14,8 +14,8 @@ from oncegate.store.store import Store
 
 # The pauses between two looks at the duplicates that wait for a key: a sixth of the grace, within these limits.
 MIN_PAUSE_S, MAX_PAUSE_S = 0.5, 5.0
-# Until the store is asked again where it did not say whether somebody waits, and how long one question may take.
-AGAIN_S, TIMEOUT_S = 1.0, 1.0
+# How long one question to the store may take.
+TIMEOUT_S = 1.0
 
 
 class Readers:
@@ -53,15 +53,13 @@ class Readers:
     def _waits_here(self, key: bytes) -> bool:
         return any(not has_left() for has_left in self._waiting.get(key, ()))
 
-    async def expected_s(self, key: bytes) -> float:
-        """Return for how many seconds somebody may still wait for a key, 0 if nobody has for a whole grace.
+    async def may_wait(self, key: bytes) -> bool:
+        """Return whether somebody may wait for a key, or has within a grace.
 
         Where the store does not say, somebody may: a response that is paid for is not given up on a guess.
         """
-        left_ms = await self._ask(key, "PTTL")
-        if not isinstance(left_ms, int):
-            return AGAIN_S
-        return left_ms / 1000 if left_ms > 0 else AGAIN_S if self._waits_here(key) else 0.0
+        # EXISTS, not PTTL: a proxy must not need a right that the store's user can do without.
+        return await self._ask(key, "EXISTS") != 0 or self._waits_here(key)
 
     async def _ask(self, key: bytes, verb: str, *words: bytes | str | int) -> int | bytes | None:
         """Return the reply to a command about a key's mark, None for no reply and for an error."""
