@@ -143,7 +143,7 @@ def duplicate_refusal(decision: Decision | Outcome, taken: Taken, policy: Policy
         case Decision.KEY_REUSED:
             return Refuse(problem("key-reused", "use a new key for a new request"))
         case Decision.IN_FLIGHT if isinstance(taken, Record):
-            after_s = retry_after_s((taken.now_ms - taken.created_ms) / 1000, usually_s)
+            after_s = retry_after_s(_running_s(taken), usually_s)
             return Refuse(problem("in-flight", RUNNING, after_s).with_status(policy.in_flight_status))
         case Decision.RESPONSE_NOT_KEPT if isinstance(taken, Record) and taken.response is not None:
             detail = "it was executed; its response was too large to store"
@@ -162,13 +162,20 @@ def duplicate_refusal(decision: Decision | Outcome, taken: Taken, policy: Policy
             return Refuse(problem("outcome-unknown", detail, **_original(status)), UNKNOWN)
 
 
-def original_declined(policy: Policy) -> Refuse:
+def original_declined(taken: Taken, policy: Policy) -> Refuse:
     """Return the answer to a duplicate whose original ended while it waited, without a result and with a free key.
 
-    It does not execute in its place: a burst of requests must not follow a 429 (docs/decisions/002).
+    It does not execute in its place: a burst of requests must not follow a 429 (docs/decisions/002). For the same
+    reason its client is to come no sooner than after the time that the original took.
     """
     detail = "the first request with this key has ended without a response that is stored"
-    return Refuse(problem("in-flight", detail, 1).with_status(policy.in_flight_status))
+    after_s = retry_after_s(_running_s(taken), 0.0) if isinstance(taken, Record) else 1
+    return Refuse(problem("in-flight", detail, after_s).with_status(policy.in_flight_status))
+
+
+def _running_s(record: Record) -> float:
+    """Return for how long a record's request had been running when the record was read."""
+    return (record.now_ms - record.created_ms) / 1000
 
 
 def with_key(answer: Refuse, key: str | None) -> Refuse:

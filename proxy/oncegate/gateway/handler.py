@@ -153,10 +153,11 @@ class Gateway:
                 woken = await self._wait_for_original(request, keyed, deadline)
                 if woken is Woken.CLIENT_LEFT:
                     return keyed.report(request, Outcome.CLIENT_GONE, 0)
+                found = after_wait(taken, route.deps.clock() - began_s)
                 if woken is Woken.DECLINED:
-                    return self._refuse_duplicate(request, keyed, original_declined(route.policy))
+                    return self._refuse_duplicate(request, keyed, original_declined(found, route.policy))
                 if woken not in CLAIMS_AGAIN:
-                    return await self._answer_duplicate(request, keyed, after_wait(taken, route.deps.clock() - began_s))
+                    return await self._answer_duplicate(request, keyed, found)
                 if not waited:
                     waited = True
                     # The original's response is this request's own by now, however long ago it began.
