@@ -215,3 +215,31 @@ async def test_an_answer_of_another_protocol_is_none(standing, behind, answer, c
     assert (lost.status, lost.slug, lost.header("oncegate-status")) == (502, "upstream-lost", b"unknown")
     assert (await ask(standing.port, request(key="rtsp"))).slug == "outcome-unknown"
     assert len(behind.received) == 1
+
+
+@pytest.mark.parametrize(
+    "last", [request("GET", "/end", None, b"", "Connection: close"), request(key="end", host="a b")]
+)
+async def test_answers_are_not_lost_to_what_comes_behind_the_last_one(standing, behind, last):
+    """Whoever sends more behind a request that ends the connection still reads the answers up to that one."""
+    raw = request("GET", "/first", None, b"") * 3 + last + request("GET", "/never", None, b"") * 50_000
+    for _ in range(3):
+        came = await asyncio.to_thread(tell_all, standing.port, raw)
+        assert came.count(b"HTTP/1.1 ") == 4
+        assert came.endswith(b"ok" if b"/end" in last else b"}}")
+    assert {one.line.split()[1] for one in behind.received} <= {b"/first", b"/end"}
+
+
+async def test_a_response_that_ends_by_closing_ends_without_a_reset(standing, behind):
+    """Its clean end is a FIN, however much the client has sent behind its request."""
+    behind.script = answering_by_closing
+    raw = request("GET", "/first", None, b"") + request("GET", "/never", None, b"") * 50_000
+    for _ in range(5):
+        came = await asyncio.to_thread(tell_all, standing.port, raw)
+        assert came.endswith(b"\r\n\r\n" + b"x" * 300_000)
+
+
+async def answering_by_closing(_, __, writer, ___):
+    writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 300_000)
+    await writer.drain()
+    writer.close()

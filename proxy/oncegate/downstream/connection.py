@@ -190,8 +190,8 @@ class ClientConnection(RequestReader):
                 if request.known is None and not request.content.is_eof():
                     await self._drop_rest(request.content)
                 if not self._keepalive:
-                    # A client that asked for the end sends nothing more.
-                    if response.finished and not request.message.should_close:
+                    # A client that asked for the end sends nothing more, or should not.
+                    if response.finished and (self._ignores_more or not request.message.should_close):
                         await self._linger(ends_by_closing=response.owes_clean_close)
                     break
                 self._expect_more()

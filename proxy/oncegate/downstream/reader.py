@@ -60,8 +60,8 @@ class RequestReader(RequestHandler):
     """
 
     __slots__ = (
-        "_body", "_due", "_half_closed", "_head", "_head_bytes", "_queued_bytes", "_rest", "_whole_segment",
-        "head_since_s", "memo", "owner",
+        "_body", "_due", "_half_closed", "_head", "_head_bytes", "_ignores_more", "_queued_bytes", "_rest",
+        "_whole_segment", "head_since_s", "memo", "owner",
     )  # fmt: skip
 
     def __init__(self, owner: ConnectionOwner, **kwargs: Any) -> None:
@@ -79,6 +79,8 @@ class RequestReader(RequestHandler):
         # The newest segment, if it began with a message while nothing was being answered.
         self._whole_segment = b""
         self._half_closed = False
+        # Whether more came behind the last request that is taken.
+        self._ignores_more = False
         # The body of the last request whose head came.
         self._body: StreamReader | BufferedBody | None = None
 
@@ -217,6 +219,8 @@ class RequestReader(RequestHandler):
             super().data_received(data)
         elif self._body is not None and not self._body.is_eof():
             self._parse(data)
+        else:
+            self._ignores_more = self._ignores_more or bool(data)
 
     def _parse(self, data: bytes) -> Sequence[tuple[Any, StreamReader]]:
         """Return what the parser makes of bytes. Where they are malformed, that is answered in its turn."""
