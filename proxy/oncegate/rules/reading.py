@@ -213,8 +213,7 @@ def _contradictions(values: dict[str, Any], settings: Settings, key: KeySources 
     # The record would expire within its window.
     if key and key.window_ms > settings.retention_s * 1000:
         yield "key", "has a window longer than retention_s"
-    if "retry_mark" in values:
-        yield from _mark_contradictions(values["retry_mark"], key)
+    yield from _mark_contradictions(values.get("retry_mark"), key)
     header = settings.key_header.lower().encode() if key is None else key.only_header
     forward = values.get("forward_key")
     # Only a single header can be renamed or dropped.
@@ -231,8 +230,10 @@ def _contradictions(values: dict[str, Any], settings: Settings, key: KeySources 
         yield named, "takes one header for the key and for the tenant"
 
 
-def _mark_contradictions(mark: bytes, key: KeySources | None) -> Iterable[tuple[str, str]]:
+def _mark_contradictions(mark: bytes | None, key: KeySources | None) -> Iterable[tuple[str, str]]:
     """Yield what leaves the mark of a retry without use."""
+    if mark is None:
+        return
     if key is None or not key.window_ms:
         yield "retry_mark", 'needs derived: in key, such as key = [["header:Idempotency-Key"], ["derived:600"]]'
     # The last of the headers is the mark itself.
