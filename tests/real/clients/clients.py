@@ -48,7 +48,7 @@ CLIENTS = [
         Client("litellm", "Python", LLM, ("with_litellm.py",), "openai", MARKED),
         Client("mistralai", "Python", LLM, ("with_mistral.py",), "openai"),
         Client("cohere", "Python", LLM, ("with_cohere.py",), "openai"),
-        Client("google-genai", "Python", LLM, ("with_genai.py",), "openai"),
+        Client("google-genai", "Python", LLM, ("with_genai.py",), "gemini"),
         Client("ai", "npm", LLM, ("with_ai.mjs",), "openai"),
     ),
     *_with_and_without_key(
