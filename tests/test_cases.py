@@ -21,6 +21,7 @@ import pytest
 
 from config.clients.jobs import Job, Jobs, work
 from config.clients.sending import Answer, Outcome, Patience, Result, judge, send
+from oncegate.adaptation.json_rpc import Caller
 from oncegate.commands.cli import main
 from oncegate.commands.init import CASES
 from oncegate.messages.problems import PROBLEM_KINDS, problem
@@ -147,6 +148,16 @@ OF_SLUGS = {
 def test_what_an_answer_settles(answer, outcome):
     """Only what cannot have been executed, or can be asked again under its key, goes out again."""
     assert judge(answer) is outcome
+
+
+@pytest.mark.parametrize("slug", PROBLEM_KINDS)
+def test_what_a_json_rpc_error_settles(slug):
+    """The same answer to a JSON-RPC request has the same meaning."""
+    word, outcome = OF_SLUGS[slug]
+    rendering = Caller(b"1").render(problem(slug, "why"), "")
+    fields = [line.split(b": ", 1) for line in rendering.fields.split(b"\r\n") if line]
+    headers = {name.decode().lower(): value.decode() for name, value in fields} | {"oncegate-status": word}
+    assert judge(Answer(rendering.status, headers, rendering.body)) is outcome
 
 
 @pytest.mark.parametrize("slug", PROBLEM_KINDS)
@@ -463,6 +474,27 @@ async def test_prompts_of_anthropic(front, upstream):
         prompt = request("POST", "/v1/messages", None, b"{}", f"x-stainless-retry-count: {count}")
         assert (await ask(proxy.port, prompt)).header("oncegate-status") == word
     assert len(upstream.received) == 1
+
+
+async def test_agents(front, upstream, run, tmp_path):
+    """The program is killed while the tool runs and starts again with its key and another id: one call, one result."""
+    proxy, jobs, tap = await front("agents"), tmp_path / "jobs.db", Tap()
+    await (await run("agents.client", jobs, "add", "charge", '{"amount": 2000}')).ends()
+    upstream.script = tap.script
+    first = await run("agents.client", jobs, "run", f"http://127.0.0.1:{proxy.port}/mcp")
+    await until(lambda: upstream.received)
+    await first.dies()
+    sent = json.loads(upstream.received[0].body)
+    result = json.dumps({"id": sent["id"], "result": {"content": [{"type": "text", "text": "charged 2000"}]}})
+    tap.end(STREAM, chunk(b": ping\n\n"), chunk(f"data: {result}\n\n".encode()), LAST_CHUNK)
+    again = await run("agents.client", jobs, "run", f"http://127.0.0.1:{proxy.port}/mcp")
+    assert (await again.ends(), again.out.splitlines()[0]) == (0, "charged 2000")
+    assert len(upstream.received) == 1
+    message = {"jsonrpc": "2.0", "method": "message/send", "params": {"message": {"messageId": "m1"}}}
+    upstream.script = answering(OK)
+    for own_id in (1, 2):
+        await ask(proxy.port, request("POST", "/a2a", None, json.dumps({**message, "id": own_id}).encode()))
+    assert len(upstream.received) == 2
 
 
 async def test_double_click(front, upstream, run):

@@ -91,7 +91,10 @@ def judge(answer: Answer) -> Outcome | None:
 
 
 def _slug(answer: Answer) -> str:
-    return str(json.loads(answer.body)["type"]).rpartition(":")[2]
+    said = json.loads(answer.body)
+    # An answer to a JSON-RPC request has the problem as the data of its error.
+    problem = said if "type" in said else said["error"]["data"]
+    return str(problem["type"]).rpartition(":")[2]
 
 
 Read = Callable[[http.client.HTTPResponse], bytes]

@@ -6,7 +6,9 @@ A call whose answer is lost is issued again by the application, as the protocol 
 import asyncio
 import json
 import socket
+import sqlite3
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.parts import abort
+from tests.parts import ROOT, abort
 from tests.real.parts import CLIENTS, CLIENTS_MCP1, INSTALLED
 from tests.zygote import Forked
 
@@ -43,8 +45,8 @@ class Tools:
 
     proxy: Forked
 
-    def __init__(self, url: str, log: Path) -> None:
-        self.url, self._log = url, log
+    def __init__(self, name: str, url: str, log: Path) -> None:
+        self.name, self.url, self._log = name, url, log
 
     @property
     def at(self) -> str:
@@ -67,7 +69,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         command = [SERVERS[request.param], PROGRAMS / "server.py", str(sock.fileno()), folder / "runs"]
         process = subprocess.Popen(command, pass_fds=[sock.fileno()], stdout=output, stderr=output)
         url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-    yield Tools(url, folder / "runs")
+    yield Tools(request.param, url, folder / "runs")
     process.kill()
     process.wait()
 
@@ -212,3 +214,22 @@ async def test_a_client_that_leaves(tools, client):
     assert left == {"timeout": True}
     if client != "mcp 1":  # which says nothing, and whose protocol takes closing for no cancellation
         assert tools.runs == ["slow begins", "slow is cancelled"]
+
+
+async def test_the_example_calls_a_real_tool(tools, tmp_path):
+    """The client of config/agents, which has no SDK, calls a tool on the wire of 2026-07-28, and again with its key."""
+    if tools.name != "mcp 2":
+        pytest.skip("this server does not speak the protocol of 2026-07-28")
+    jobs = tmp_path / "jobs.db"
+
+    async def program(*words: str) -> list[str]:
+        command = [sys.executable, "-m", "config.agents.client", jobs, *words]
+        process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, cwd=ROOT)
+        return (await process.communicate())[0].decode().splitlines()
+
+    [key] = await program("add", "charge", '{"amount": 7}')
+    assert await program("run", tools.at) == ["charged 7", f"{key} answered 200"]
+    with sqlite3.connect(jobs) as rows:
+        rows.execute("UPDATE jobs SET outcome = NULL")
+    assert await program("run", tools.at) == ["charged 7", f"{key} answered 200"]
+    assert tools.runs == ["charge 7"]
