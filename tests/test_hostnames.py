@@ -34,8 +34,14 @@ def server():
     assert threading.active_count() == before
 
 
-def resolver(server: Callable[[str], list[AddressInfo]], ttl_s: float = TTL_S) -> Resolver:
-    return Resolver(ttl_s, server)
+def resolver(
+    server: Callable[[str], list[AddressInfo]], ttl_s: float = TTL_S, log: list[str] | None = None
+) -> Resolver:
+    def report(event: str, **fields: object) -> None:
+        if log is not None:
+            log.append(f"{event}: {fields}")
+
+    return Resolver(ttl_s, server, report)
 
 
 async def test_all_who_ask_at_once_share_a_look_up(server):
@@ -86,7 +92,8 @@ async def test_a_look_up_outlives_those_who_wait_for_it(server):
 async def test_an_older_answer_bridges_the_silence(server):
     """While the name server is silent the older answer is used after a moment, then at once, and a new one as soon as
     it is there."""
-    name = resolver(server, 0.1).name("api.test")
+    log: list[str] = []
+    name = resolver(server, 0.1, log).name("api.test")
     await name.addresses(80)
     await asyncio.sleep(0.1)
     server.addresses = ("192.0.2.2",)
@@ -97,9 +104,11 @@ async def test_an_older_answer_bridges_the_silence(server):
     began = time.monotonic()
     assert (await name.addresses(80))[0][4][0] == "192.0.2.1"
     assert time.monotonic() - began < PATIENCE_S / 2
+    assert log == ["host name not looked up: {'host': 'api.test', 'reason': 'no name server answers'}"]
     server.open.set()
     await name.look_up()
     assert (await name.addresses(80))[0][4][0] == "192.0.2.2"
+    assert log[1:] == ["host name looked up again: {'host': 'api.test'}"]
 
 
 async def test_an_older_answer_bridges_failures(server):

@@ -15,16 +15,25 @@ STALE_S = 3600.0
 # How long a failure is kept for those who ask next: the first pause before an attempt to connect is as long.
 FAILURE_KEPT_S = 0.05
 
+Report = Callable[..., None]
+
+
+def _tell_nobody(_event: str, **_fields: object) -> None:
+    """Report nothing."""
+
 
 class HostName:
     """One name. An answer is kept for `ttl_s`. Times are the loop's, in seconds.
 
     While a name server is silent, or says that it cannot tell, the answer before is used: after PATIENCE_S, and for
-    STALE_S at most. That a name has no address any more is an answer.
+    STALE_S at most. That a name has no address any more is an answer. `report(event, **fields)` is told of the first
+    look-up without addresses in a row, and of its end.
     """
 
-    def __init__(self, host: str, ttl_s: float, look_up: LookUp) -> None:
-        self.host, self.ttl_s = host, ttl_s
+    def __init__(self, host: str, ttl_s: float, look_up: LookUp, report: Report) -> None:
+        self.host, self.ttl_s, self._report = host, ttl_s, report
+        # Whether the last report was of a failure.
+        self._has_failed = False
         self._look_up, self._loop = look_up, asyncio.get_running_loop()
         self._answer: tuple[AddressInfo, ...] = ()
         # The same as text, without ports.
@@ -68,6 +77,13 @@ class HostName:
             patience_s = 0.0 if self._failure is not None else max(0.0, self._began_at + PATIENCE_S - now)
         # Not `wait_for`: whoever stops waiting leaves the look-up to the others.
         await asyncio.wait((pending,), timeout=patience_s)
+        if not pending.done():
+            self._note_failure("no name server answers")
+
+    def _note_failure(self, reason: str) -> None:
+        if not self._has_failed:
+            self._has_failed = True
+            self._report("host name not looked up", host=self.host, reason=reason)
 
     def look_up(self) -> "asyncio.Future[None]":
         """Begin a look-up, unless one is under way; return a future that is done at its end."""
@@ -82,8 +98,12 @@ class HostName:
         now = self._loop.time()
         if isinstance(found, OSError):
             self._failure, self._failed_at = found, now
+            self._note_failure(str(found))
         else:
             self._failure = None
+            if self._has_failed:
+                self._has_failed = False
+                self._report("host name looked up again", host=self.host)
         if not isinstance(found, OSError) or says_no_address(found):
             self._answer, self._answered_at = (() if isinstance(found, OSError) else tuple(found)), now
             self.hosts = frozenset(one[4][0] for one in self._answer)
@@ -94,10 +114,13 @@ class HostName:
 
 
 class Resolver:
-    """All names of a worker. `ttl_s`: how long an answer is kept. `look_up` blocks in a thread of its own."""
+    """All names of a worker. `ttl_s`: how long an answer is kept. `look_up` blocks in a thread of its own.
 
-    def __init__(self, ttl_s: float = 1.0, look_up: LookUp = system_look_up) -> None:
-        self._ttl_s, self._look_up = ttl_s, look_up
+    `report(event, **fields)` is told what operators should know.
+    """
+
+    def __init__(self, ttl_s: float = 1.0, look_up: LookUp = system_look_up, report: Report = _tell_nobody) -> None:
+        self._ttl_s, self._look_up, self._report = ttl_s, look_up, report
         # Names stand in settings and rules, or come from the servers of a cluster: there are few.
         self._names: dict[str, HostName] = {}
 
@@ -105,7 +128,7 @@ class Resolver:
         """Return the one `HostName` of a name; `host` is in lower case."""
         found = self._names.get(host)
         if found is None:
-            found = self._names[host] = HostName(host, self._ttl_s, self._look_up)
+            found = self._names[host] = HostName(host, self._ttl_s, self._look_up, self._report)
         return found
 
 

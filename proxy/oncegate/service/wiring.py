@@ -65,7 +65,7 @@ class Parts:
         self._usual_times: defaultdict[str, UsualTime] = defaultdict(UsualTime)
         metrics, clock = reporting.metrics, asyncio.get_running_loop().time
         self.memory = MemoryBudget(settings.max_buffered_bytes)
-        self._resolver = Resolver(settings.dns_ttl_s)
+        self._resolver = Resolver(settings.dns_ttl_s, report=reporting.log.warning)
         self.store = Store(
             store_url,
             timeout_ms=settings.store_timeout_ms,
