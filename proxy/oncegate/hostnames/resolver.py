@@ -76,9 +76,12 @@ class HostName:
             # The one before failed already: this one is not worth a wait.
             patience_s = 0.0 if self._failure is not None else max(0.0, self._began_at + PATIENCE_S - now)
         # Not `wait_for`: whoever stops waiting leaves the look-up to the others.
-        await asyncio.wait((pending,), timeout=patience_s)
-        if not pending.done():
-            self._note_failure("no name server answers")
+        try:
+            await asyncio.wait((pending,), timeout=patience_s)
+        finally:
+            # Also where whoever waits gives up.
+            if not pending.done() and self._loop.time() - self._began_at >= PATIENCE_S:
+                self._note_failure("no name server answers")
 
     def _note_failure(self, reason: str) -> None:
         if not self._has_failed:
