@@ -294,6 +294,22 @@ def test_a_page_is_explained(check, monkeypatch, cors_by, arguments, said):
         assert words[word].startswith(text)
 
 
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ("Sec-Fetch-Mode: navigate", {"own answers": "a page that people read", "browser's key": "a number that the"}),
+        ("Upgrade-Insecure-Requests: 1", {"browser's key": "a number that the browser made itself"}),
+        ("Sec-Fetch-Mode: cors", {}),
+    ],
+)
+def test_a_form_in_a_browser_is_explained(check, field, said):
+    """Who reads a page, and whose key it is."""
+    words = explained(check, "POST", "/x", "-H", 'Idempotency-Key: "182"', "-H", field)
+    told = {word: text for word, text in words.items() if word in ("own answers", "browser's key")}
+    assert told.keys() == said.keys()
+    assert all(told[word].startswith(text) for word, text in said.items())
+
+
 def test_replayed_cookies_are_explained(check):
     """How long a duplicate gets the cookies of its original."""
     Path("rules.toml").write_text('[[rule]]\nname = "a"\nreplay_cookies = true\n')

@@ -8,9 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from oncegate.adaptation.cookies import REPLAYED_MS
+from oncegate.adaptation.error_pages import wants_page
 from oncegate.adaptation.json_rpc import Caller
 from oncegate.commands.explain_pages import page_right, preflight_result
 from oncegate.decision import RETRY, Disposition
+from oncegate.keys.automatic import is_automatic
 from oncegate.keys.digests import Digests, Scope, UnstableScope, key_id
 from oncegate.keys.documents import Missing
 from oncegate.keys.extraction import scope_fields
@@ -159,6 +161,8 @@ class Explanation:
         self._add("upstream", line)
         if policy.adaptation.cors is not None:
             self._add("page", page_right(policy.adaptation.cors, head.fields))
+        if wants_page(policy.pages, head.fields):
+            self._add("own answers", "a page that people read, not a problem in JSON")
 
     def _add_guard(self, policy: Policy, head: RequestHead, body: WholeBody) -> None:
         """Add how the request is guarded, or why it is not."""
@@ -169,6 +173,8 @@ class Explanation:
             self._add_unguarded_key(policy, head)
             return
         self._add("key", _key(policy))
+        if is_automatic(head.fields):
+            self._add("browser's key", "a number that the browser made itself, which is the last of the sources")
         caller = caller_of(policy, head, body)
         if isinstance(caller, Caller):
             self._add("JSON-RPC id", f"{caller.id.decode()}: a replay has that of its own request")
