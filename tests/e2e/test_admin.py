@@ -28,9 +28,10 @@ OUTCOMES = (
     "executed", "replayed", "released", "unknown", "passthrough", "unguarded", "preflight", "key_missing",
     "key_invalid", "scope_unstable", "request_refused", "body_too_large", "overloaded", "store_unavailable",
     "upstream_unreachable", "in_flight", "key_reused", "outcome_unknown", "response_not_kept", "record_corrupt",
-    "upstream_lost", "upstream_timeout", "truncated", "answer_not_stored", "fenced", "failed", "client_gone",
+    "upstream_lost", "upstream_timeout", "truncated", "cancelled", "answer_not_stored", "fenced",
+    "failed", "client_gone",
 )  # fmt: skip
-SETTLEMENTS = ("stored", "stored_without_body", "released", "unknown", "unconfirmed", "lost", "fenced")
+SETTLEMENTS = ("stored", "stored_without_body", "released", "unknown", "cancelled", "unconfirmed", "lost", "fenced")
 SUPPRESSED = ("replayed", "in_flight", "key_reused", "outcome_unknown", "response_not_kept")
 LOSSES = ("flushed", "rolled_back", "evicted", "moved")
 WAIT_ENDS = (
