@@ -166,6 +166,20 @@ def test_a_replay_is_granted_to_the_page_that_asks_now(cors, block, origin, expe
     assert Requester(Adaptation(cors), origin).replayed(block, 0) == expected
 
 
+FIELDS = ("Location: https://up.test/", "Set-Cookie: a=b", "Content-Type: text/plain", "X-Variant: vary")
+
+
+@pytest.mark.parametrize("origin", [SHOP, UNLISTED, b""])
+@pytest.mark.parametrize("field", ["", *FIELDS])
+def test_what_is_only_added_is_what_the_rules_say(origin, field, monkeypatch):
+    """A response without any such field takes a shorter way, to the same fields."""
+    block = f"A: b\r\n{field}\r\n".encode().replace(b"\r\n\r\n", b"\r\n")
+    one = Requester(Adaptation(CORS, addresses=Addresses("https", frozenset(("up.test:443",)))), origin)
+    short = one.forwarded(block), one.replayed(block, 0)
+    monkeypatch.setattr("oncegate.adaptation.adaptation._says_nothing", lambda _: False)
+    assert short == (one.forwarded(block), one.replayed(block, 0))
+
+
 @pytest.mark.parametrize(
     ("cors", "origin", "expected"),
     [

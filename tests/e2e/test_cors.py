@@ -241,7 +241,12 @@ async def test_a_preflight_is_answered_for_an_api_without_cors_code(cross, behin
         b"content-type, idempotency-key, Prefer, Last-Event-ID, Range"
     )
     assert got.header("access-control-allow-credentials") is None
+    # The page of another listed origin would get no other answer.
     assert [one.line for one in behind.received] == [b"OPTIONS /orders HTTP/1.1"]
+    client = await RawClient.open(cross.port)
+    again = [await client.ask(preflight()) for _ in range(3)]
+    assert [one and (one.status, allowed(one)) for one in again] == [(204, SHOP)] * 3
+    client.close()
     for origin in (UNLISTED, "null"):
         refused = await ask(cross.port, preflight(origin))
         assert (refused.status, allowed(refused)) == (405, None)

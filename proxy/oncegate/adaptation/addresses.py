@@ -12,6 +12,7 @@ from oncegate.settings.addresses import DEFAULT_PORTS, parse_host_and_port
 # some of them, and would read another URL than this.
 _URL = re.compile(rb"(?:(https?):)?//([^/?#\\@\x00-\x20\x7f]+)([^\x00-\x20\x7f]*)", re.IGNORECASE)
 _REFRESH = re.compile(rb"([0-9.]+[ \t]*[;,][ \t]*url[ \t]*=[ \t]*)(['\"]?)([^'\"]*)\2", re.IGNORECASE)
+_LINE = re.compile(rb"^((?:content-)?location|refresh):[ \t]*([^\r\n]*)", re.IGNORECASE | re.MULTILINE)
 _PREFIX = re.compile(rb"(?:/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)+")
 
 
@@ -22,6 +23,16 @@ class Addresses:
     scheme: str
     authorities: frozenset[str]
     prefix: bytes = b""
+
+    def adapted(self, block: bytes, outer: bytes) -> bytes:
+        """Return a response's fields with the addresses that the client needs."""
+
+        def line(match: re.Match[bytes]) -> bytes:
+            name, value = match[1], match[2].rstrip(b" \t")
+            shown = self.refreshed(value, outer) if name.lower() == b"refresh" else self.shown(value, outer)
+            return b"%s: %s" % (name, shown)
+
+        return _LINE.sub(line, block)
 
     def shown(self, url: bytes, outer: bytes) -> bytes:
         """Return a URL as the client needs it: an absolute path where it names the upstream, else as it is.

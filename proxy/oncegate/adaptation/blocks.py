@@ -1,6 +1,6 @@
 """Header fields between the block that is stored or sent and the lines that are adapted."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 
 # (name, value) in order and spelling.
 Lines = list[tuple[bytes, bytes]]
@@ -25,11 +25,6 @@ def values(lines: Lines, name: bytes) -> list[bytes]:
 def without(lines: Lines, names: Collection[bytes]) -> Lines:
     """Return the lines of other fields; `names` are lower-case."""
     return [line for line in lines if line[0].lower() not in names]
-
-
-def changed(lines: Lines, names: Collection[bytes], change: Callable[[bytes], bytes]) -> Lines:
-    """Return the lines with the values of some fields changed; `names` are lower-case."""
-    return [(name, change(value)) if name.lower() in names else (name, value) for name, value in lines]
 
 
 def members(lines: Lines, name: bytes) -> list[bytes]:

@@ -1,12 +1,14 @@
 """The cookies of a response: where they are valid for the client, and when a replay may repeat them."""
 
+import re
 from dataclasses import dataclass
 
 from oncegate.adaptation.addresses import with_outer
 from oncegate.messages.fields import Fields
 from oncegate.settings.credentials import CREDENTIALS
 
-SET_COOKIE = b"set-cookie"
+_LINE = re.compile(rb"^(set-cookie):[ \t]*([^\r\n]*)", re.IGNORECASE | re.MULTILINE)
+_LINE_AND_END = re.compile(rb"^set-cookie:[^\n]*\n", re.IGNORECASE | re.MULTILINE)
 # A double click's second request comes within that. Later, a cookie may have been replaced by a newer one.
 REPLAYED_MS = 60_000
 # As a choice for `domain`: cookies then belong to the host that the client asked.
@@ -14,6 +16,11 @@ DROP = "drop"
 
 # The fields that say who a client is: a person's browser, or the holder of a credential.
 _PERSONAL = (b"cookie", *(name.lower().encode() for name in CREDENTIALS))
+
+
+def without_cookies(block: bytes) -> bytes:
+    """Return a response's fields without its cookies."""
+    return _LINE_AND_END.sub(b"", block)
 
 
 def names_a_person(fields: Fields) -> bool:
@@ -32,6 +39,10 @@ class Cookies:
     domain: str = ""
     rewrites_path: bool = False
     prefix: bytes = b""
+
+    def adapted(self, block: bytes, outer: bytes) -> bytes:
+        """Return a response's fields with the cookies that the client needs."""
+        return _LINE.sub(lambda line: b"%s: %s" % (line[1], self.shown(line[2], outer)), block)
 
     def shown(self, value: bytes, outer: bytes) -> bytes:
         """Return the value of a Set-Cookie; `outer` is the path prefix that proxies in front took off."""

@@ -43,7 +43,7 @@ class ResponseHead:
     `forwarded_block`, `replayed_block`: the end-to-end fields as they are written now, and on a replay. Each line
     is ended; a Content-Length of the upstream stays in its place among them.
     `is_event_stream`: a client waits for single events of the body. `age_s`: its Age in seconds, 0 without one.
-    `names_address`: fields of it lead a client to another address.
+    `names_address`: a field of it names a host to which a client goes.
     """
 
     status: int
@@ -70,7 +70,7 @@ class ResponseHead:
         kinds = self.fields.get(b"content-type")
         self.is_event_stream = kinds is not None and kinds[-1].lower().startswith(b"text/event-stream")
         self.age_s = _number(self.fields[b"age"][0]) if b"age" in self.fields else 0
-        self.names_address = not ADDRESS_FIELDS.isdisjoint(self.fields)
+        self.names_address = any(b"//" in value for name in ADDRESS_FIELDS for value in self.fields.get(name, ()))
         states_length = self.length is not None or self.bodiless
         challenges = self.fields.get(b"www-authenticate")
         self.binds_connection = challenges is not None and challenge_binds_connection(challenges)
