@@ -205,9 +205,6 @@ def _contradictions(values: dict[str, Any], settings: Settings, key: KeySources 
         yield "cancel_grace_s", 'needs on_client_gone = "cancel"'
     if "heartbeat_agents" in values and "heartbeat_s" not in values:
         yield "heartbeat_agents", "needs heartbeat_s beside it"
-    # One person's session would be given to another.
-    if values.get("replay_cookies") and not _is_personal(values, settings):
-        yield "replay_cookies", "needs a scope of credentials and cookies alone: several people may share any other"
     if values.get("pass_host") and values.get("set_host"):
         yield "set_host", "contradicts pass_host"
     # The record would expire within its window.
@@ -224,10 +221,20 @@ def _contradictions(values: dict[str, Any], settings: Settings, key: KeySources 
         yield "upstream_idempotent", "needs an upstream that gets the key"
     if values.get("protocol") == "json-rpc":
         yield from _json_rpc_contradictions(values, key)
+    yield from _tenant_contradictions(values, settings, header)
+
+
+def _tenant_contradictions(
+    values: dict[str, Any], settings: Settings, key_header: bytes | None
+) -> Iterable[tuple[str, str]]:
+    """Yield what would take one client's requests for several tenants', or several clients' for one."""
     # Each request would be a tenant of its own, and no retry would find its original.
     named = next((field for field in ("scope", "key") if field in values), None)
-    if named and header in _scope_headers(values, settings):
+    if named and key_header in _scope_headers(values, settings):
         yield named, "takes one header for the key and for the tenant"
+    # One person's session would be given to another.
+    if values.get("replay_cookies") and not _is_personal(values, settings):
+        yield "replay_cookies", "needs a scope of credentials and cookies alone: several people may share any other"
 
 
 def _mark_contradictions(mark: bytes | None, key: KeySources | None) -> Iterable[tuple[str, str]]:
