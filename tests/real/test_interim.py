@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.parts import ROOT, Proxy, RawUpstream, Received
-from tests.real.parts import INSTALLED
+from tests.parts import CHUNKED, LAST_CHUNK, ROOT, Proxy, RawUpstream, Received, ask, chunk, request
+from tests.real.parts import CLIENTS as SDKS
+from tests.real.parts import INSTALLED, NODE_MODULES
 
 PROGRAMS = Path(__file__).with_name("interim")
 PAGE = ROOT / "docs/reference/interim.md"
@@ -44,6 +45,11 @@ name = "beaten"
 path = "/beaten/**"
 heartbeat_s = 0.1
 heartbeat_agents = {json.dumps(NAMED)}
+
+[[rule]]
+name = "llm"
+path = "/v1/**"
+heartbeat_s = 0.1
 """
 RIGHT = "right"
 ASKED = ("first", "second", "third")
@@ -141,3 +147,54 @@ async def test_signs_of_life_to_the_clients_that_take_them(gate, upstream):
     """Those that the rule names get four, and the right answers; the others get none, and the right answers."""
     found = await each(lambda client: run(client, *urls(gate, client, "beaten/slow")))
     assert [described(one) for one in found] == [RIGHT] * len(CLIENTS), found
+
+
+def event(data: dict[str, Any]) -> bytes:
+    return b"event: %s\ndata: %s\n\n" % (str(data.get("type", "x")).encode(), json.dumps(data).encode())
+
+
+def chat(delta: dict[str, str]) -> bytes:
+    choice = {"index": 0, "delta": delta, "finish_reason": None}
+    one = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice]}
+    return b"data: %s\n\n" % json.dumps(one).encode()
+
+
+MESSAGE = {
+    "id": "m", "type": "message", "role": "assistant", "content": [], "model": "m", "stop_reason": None,
+    "stop_sequence": None, "usage": {"input_tokens": 1, "output_tokens": 1},
+}  # fmt: skip
+STREAMS = {
+    "completions": [chat({"content": "Hel"}), chat({"content": "lo"}), b"data: [DONE]\n\n"],
+    "messages": [
+        event({"type": "message_start", "message": MESSAGE}),
+        event({"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}),
+        event({"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "Hel"}}),
+        event({"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "lo"}}),
+        event({"type": "content_block_stop", "index": 0}),
+        event({"type": "message_stop"}),
+    ],
+}
+
+
+async def stream(_: RawUpstream, __: asyncio.StreamReader, writer: asyncio.StreamWriter, received: Received) -> None:
+    """Stream an answer as an LLM's API does, with a silence before each event."""
+    writer.write(CHUNKED.replace(b"text/plain", b"text/event-stream"))
+    for one in STREAMS[received.line.split(b" ")[1].partition(b"?")[0].rpartition(b"/")[2].decode()]:
+        await asyncio.sleep(0.15)
+        writer.write(chunk(one))
+    writer.write(LAST_CHUNK)
+
+
+async def test_sdks_read_past_comments(gate, upstream):
+    """Comments stand in the streams, and the SDKs of LLMs read the same text."""
+    upstream.script = stream
+    raw = await ask(gate.port, request("POST", "/v1/chat/completions", None, b"{}"))
+    assert raw.body.count(b":\n\n") >= 3
+    url, expected = f"http://127.0.0.1:{gate.port}", "Hello"
+    environment = {"PATH": os.environ["PATH"], "NODE_PATH": str(NODE_MODULES), "AI_SDK_LOG_WARNINGS": "false"}
+    for program, name in ((str(SDKS), "stream_text.py"), ("node", "stream_text.cjs")):
+        command = [program, str(PROGRAMS / name), url]
+        process = await asyncio.create_subprocess_exec(*command, env=environment, stdout=asyncio.subprocess.PIPE)
+        output, _ = await asyncio.wait_for(process.communicate(), 60)
+        read = json.loads(output.splitlines()[-1])
+        assert set(read.values()) == {expected}, read
