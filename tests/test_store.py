@@ -1469,7 +1469,7 @@ async def test_a_record_found_in_another_place_is_corrupt(store, client, state, 
 async def test_a_record_of_a_newer_layout_is_corrupt(store, client):
     """A proxy does not guess the layout of a newer version."""
     await at(store, client, "complete")
-    client.hset(NAME, "meta", b"\x02" + client.hget(NAME, "meta")[1:])
+    client.hset(NAME, "meta", b"\x03" + client.hget(NAME, "meta")[1:])
     assert await claim(store) == Corrupt("unknown layout")
 
 
