@@ -412,3 +412,77 @@ def test_what_is_refused_names_its_rule(check, capsys, case, command):
     place, _, complaint = line.partition(": ")
     assert place.removeprefix("rules.toml:").isdecimal()
     assert complaint.startswith(said)
+
+
+CALLS = """
+[[rule]]
+name = "refunds"
+path = "/mcp"
+preset = "mcp"
+when = { "body:/method" = "tools/call", "body:/params/name" = "refund" }
+
+[[rule]]
+name = "tools"
+path = "/mcp"
+preset = "mcp"
+
+[[rule]]
+name = "strict"
+path = "/strict"
+preset = "json-rpc"
+on_bad_key = "refuse"
+"""
+# path, body -> what is said under which label
+CALLED: dict[str, tuple[str, str, dict[str, str]]] = {
+    "a call": (
+        "/mcp",
+        '{"id": "seven", "method": "tools/call", "params": {"_meta": {"idempotencyKey": "k"}}}',
+        {
+            "passed over": "refunds (rules.toml:2): the body has no single value at /params/name",
+            "rule": "tools (rules.toml:8)",
+            "JSON-RPC id": '"seven": a replay has that of its own request',
+            "result": "executed if the key is free",
+            "by message": "a result is stored; -32700, -32600, -32601 and -32602 free the key; all else is unknown",
+        },
+    ),
+    "a pointer that is missing": (
+        "/mcp",
+        '{"id": 1, "method": "tools/call", "params": {"name": "refund"}}',
+        {"result": "forwarded unguarded: the body does not have the member that holds the key"},
+    ),
+    "another method": (
+        "/mcp",
+        '{"id": 1, "method": "ping"}',
+        {"passed over": "tools (rules.toml:8): the value at /method is another one", "rule": "none matches; the"},
+    ),
+    "an answer to the server": ("/mcp", '{"id": 1, "result": {}}', {"rule": "none matches; the settings apply"}),
+    "a batch with a call": (
+        "/mcp",
+        '[{"id": 1, "method": "tools/call"}]',
+        {"rule": "tools", "result": "forwarded unguarded: the body is a JSON-RPC batch"},
+    ),
+    "no JSON": ("/mcp", "{", {"passed over": "tools (rules.toml:8): the body is not JSON in UTF-8"}),
+    "an id of another kind": (
+        "/strict",
+        '{"id": [], "method": "a"}',
+        {"result": "400 key-invalid: the id of the JSON-RPC"},
+    ),
+    "a batch": ("/strict", "[]", {"result": "400 key-invalid: the body is a JSON-RPC batch"}),
+    "a notification": (
+        "/strict",
+        '{"method": "a"}',
+        {"result": "forwarded unguarded: the body is a JSON-RPC notification"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CALLED)
+def test_a_json_rpc_request(check, tmp_path, case):
+    """What becomes of a JSON-RPC body is said with its reason: rules passed over, its id, why it is no call."""
+    path, body, expected = CALLED[case]
+    (tmp_path / "rules.toml").write_text(CALLS)
+    (tmp_path / "call.json").write_text(body)
+    key = ("-H", "Idempotency-Key: k") if path == "/strict" else ()
+    found = explained(check, "POST", path, *key, "--body-file", "call.json")
+    for label, text in expected.items():
+        assert found[label].startswith(text), (label, found)

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from oncegate.adaptation.event_streams import MAX_EVENT_BYTES, EventCutter, event_data, with_data
 from oncegate.adaptation.json_rpc import Caller, Replayed, ResponseReader, read_caller, same_id
@@ -207,6 +209,27 @@ def test_a_response_of_an_operator():
     """Where the stored id is not known, the one response has the caller's."""
     replayed = Replayed(b"Content-Type: application/json\r\n", b"", CALLER)
     assert replayed.feed(b'{"id":0,"result":1}') + replayed.rest() == b'{"id":"mine","result":1}'
+
+
+@given(
+    st.lists(
+        st.sampled_from([b"data: ", b"data:", b'{"id":7,"result":1}', b"\r", b"\n", b"\r\n", b"id: 1", b": x", b"\xff"])
+    )
+)
+def test_what_is_for_another_id_stays_byte_for_byte(pieces):
+    """Whatever a stream is made of and however it is cut: without the stored id, nothing of it changes."""
+    stream = b"".join(pieces)
+    for size in (1, 3, max(1, len(stream))):
+        replayed = Replayed(b"Content-Type: text/event-stream\r\n", b'"7"', CALLER)
+        cut = [replayed.feed(stream[at : at + size]) for at in range(0, len(stream), size)]
+        assert b"".join(cut) + replayed.rest() == stream
+    # And with it, the same whatever the cut.
+    adapted = set()
+    for size in (1, 2, max(1, len(stream))):
+        replayed = Replayed(b"Content-Type: text/event-stream\r\n", b"7", CALLER)
+        cut = [replayed.feed(stream[at : at + size]) for at in range(0, len(stream), size)]
+        adapted.add(b"".join(cut) + replayed.rest())
+    assert len(adapted) == 1
 
 
 # Events ...

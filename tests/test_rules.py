@@ -820,6 +820,17 @@ def test_which_rules_hide_another(rules, errors):
     assert plain.identity_digest != by_body.identity_digest
 
 
+def test_the_fingerprint_of_json_rpc_names_derived_keys(rules):
+    """Proxies compare it where it makes keys, and there alone."""
+
+    def digest(key: str, part: str) -> str:
+        fingerprint = f'fingerprint = ["body:/method", "body:/{part}"]'
+        return rules(one(f'protocol = "json-rpc"\n{fingerprint}\nkey = "{key}"')).identity_digest
+
+    assert digest("derived:9", "a") != digest("derived:9", "b")
+    assert digest("header:A", "a") == digest("header:A", "b")
+
+
 def test_a_file_that_cannot_be_read(tmp_path):
     """A file that vanished or is too large is refused."""
     settings = Settings(upstream=URL).model_copy(update={"rules_file": tmp_path / "none.toml"})

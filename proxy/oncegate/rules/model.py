@@ -240,4 +240,7 @@ def _identity(policy: Policy) -> tuple[object, ...]:
     # Retention, waits and upstreams are left out: they name no key, and may differ while a change is rolled out.
     scope = (policy.scope_headers, [source.text for source in policy.scope_sources])
     where = (policy.destination, policy.pass_host) if sources and sources.reads_destination else None
-    return sorted(policy.methods), key, policy.namespace, scope, where
+    named = sorted(policy.methods), key, policy.namespace, scope, where
+    # A derived key of JSON-RPC is the fingerprint.
+    is_of_parts = policy.json_rpc and sources is not None and sources.window_ms
+    return (*named, sorted(policy.fingerprint or ())) if is_of_parts else named
