@@ -1,6 +1,10 @@
 """What one requester gets of a response: the fields of origin, the addresses and the cookies."""
 
+import re
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from oncegate.adaptation.adaptation import NOTHING, Adaptation, Requester
 from oncegate.adaptation.addresses import Addresses, outer_prefix, own_authorities
@@ -329,6 +333,14 @@ ROOT = Addresses("https", own_authorities(("up.test",), "https"))
 def test_the_upstream_s_own_address_becomes_a_path(addresses, url, shown):
     """Scheme, host, port and prefix have to be the upstream's; every other URL stays as it is."""
     assert addresses.shown(url, b"") == (url if shown is None else shown)
+
+
+@given(rest=st.binary(max_size=12), outer=st.sampled_from((b"", b"/shop")))
+def test_no_path_leads_to_another_host(rest, outer):
+    """Whatever the API puts behind its own address, it stays as it is or becomes a path of this host."""
+    url = b"https://up.test/" + rest
+    shown = ROOT.shown(url, outer)
+    assert shown == url or re.fullmatch(rb"/(?![/\\])[^\x00-\x20\x7f]*", shown)
 
 
 @pytest.mark.parametrize(

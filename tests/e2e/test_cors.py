@@ -1,6 +1,7 @@
 """Pages of another origin: what they may read, and which requests they may send."""
 
 import asyncio
+import json
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -67,6 +68,11 @@ name = "internal"
 path = "/v1/**"
 headers = {{ "X-Internal" = "*" }}
 cors_origins = []
+
+[[rule]]
+name = "tools"
+path = "/mcp"
+preset = "mcp"
 
 [[rule]]
 name = "closed"
@@ -203,6 +209,18 @@ async def test_own_answers_can_be_read(cross, behind, status, slug, target, key,
         got = await ask(cross.port, sent(origin, target, key, body))
         assert (got.status, got.slug) == (status, slug)
         assert may_read(got, origin) is (origin == SHOP)
+
+
+async def test_an_answer_in_another_form_can_be_read_too(cross, behind):
+    """A JSON-RPC error, and a page that a browser shows, which nobody reads but the person."""
+    call = b'{"jsonrpc":"2.0","id":%d,"method":"tools/call","params":{"name":"%b"}}'
+    await ask(cross.port, sent(SHOP, "/mcp", "call", call % (1, b"a")))
+    error = await ask(cross.port, sent(SHOP, "/mcp", "call", call % (2, b"b")))
+    assert (json.loads(error.body)["id"], may_read(error, SHOP)) == (2, True)
+    await ask(cross.port, sent(SHOP))
+    navigation = "Sec-Fetch-Mode: navigate", "Origin: null"
+    page = await ask(cross.port, request("POST", "/orders", "key-1", b"other", *navigation))
+    assert (page.header("content-type"), may_read(page, "null")) == (b"text/html; charset=utf-8", False)
 
 
 async def test_the_answers_of_a_busy_proxy_can_be_read(cross, behind):
