@@ -13,7 +13,6 @@ from oncegate.adaptation.content_codings import (
     accepts,
     coding_to_decode,
     decoded_block,
-    decoded_whole,
     may_be_coded,
 )
 
@@ -100,8 +99,6 @@ def test_a_body_is_decoded(coding, coded, body):
         assert decoder.is_at_end
         assert b"".join(pieces) == body
         assert max(map(len, pieces), default=0) <= PIECE_BYTES
-    assert decoded_whole(coding, coded, len(body)) == body
-    assert not body or decoded_whole(coding, coded, len(body) - 1) is None
 
 
 @pytest.mark.parametrize(
@@ -118,7 +115,6 @@ def test_a_body_is_decoded(coding, coded, body):
 )
 def test_a_damaged_body_is_noticed(coding, coded):
     """It is not taken for a whole one."""
-    assert decoded_whole(coding, coded, 1 << 20) is None
     decoder = Decoder(coding)
     try:
         list(decoder.feed(coded))

@@ -111,20 +111,6 @@ class Decoder:
         return zlib.MAX_WBITS if is_zlib else -zlib.MAX_WBITS
 
 
-def decoded_whole(coding: bytes, body: bytes, max_bytes: int) -> bytes | None:
-    """Return a whole body decoded; None where it is not in this coding, or becomes larger than `max_bytes`."""
-    decoder, pieces, size = Decoder(coding), list[bytes](), 0
-    try:
-        for piece in decoder.feed(body):
-            pieces.append(piece)
-            size += len(piece)
-            if size > max_bytes:
-                return None
-    except Undecodable:
-        return None
-    return b"".join(pieces) if decoder.is_at_end else None
-
-
 def decoded_block(block: bytes) -> bytes:
     """Return the header fields of a response whose body is decoded.
 
@@ -141,28 +127,3 @@ def decoded_block(block: bytes) -> bytes:
         varies = varies or (name == b"vary" and not {b"*", b"accept-encoding"}.isdisjoint(tokens((value,))))
         lines.append(line)
     return b"".join(lines) + (b"" if varies else _VARY)
-
-
-class Decoded:
-    """A stored response with its body decoded: `feed` all of the body, which raises Undecodable."""
-
-    def __init__(self, block: bytes, coding: bytes) -> None:
-        self.block, self.coding = decoded_block(block), coding
-        self._decoder = Decoder(coding)
-
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        """Return the pieces that these bytes decode to."""
-        return self._decoder.feed(data)
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether the body ended where it may end."""
-        return self._decoder.is_at_end
-
-    def begins_with(self, data: bytes) -> bool:
-        """Return whether a body that begins with these bytes may be in this coding."""
-        try:
-            next(Decoder(self.coding).feed(data), None)
-        except Undecodable:
-            return False
-        return True

@@ -29,7 +29,7 @@ from oncegate.gateway.exchange import Exchange
 from oncegate.gateway.first_step import FirstStep, ReadBody, Step
 from oncegate.gateway.keyed_request import KeyedRequest, forwarded_head
 from oncegate.gateway.relay import Relay, Relayed, answer_preflight, relay
-from oncegate.gateway.replay import Replay, replay_large, replay_small
+from oncegate.gateway.replay import Replay, replay_decoded, replay_large, replay_small
 from oncegate.gateway.settling import Progress
 from oncegate.gateway.tunnel import Tunnel, tunnel
 from oncegate.gateway.waiting import CLAIMS_AGAIN, after_wait, may_wait, wait_for_original
@@ -249,7 +249,9 @@ class Gateway:
         on_body = usage.add if usage is not None else None
         replay = Replay(key, record, stored, keyed.fields, request, keyed.caller, on_body)
         # A small body came with the record.
-        if stored.size == 0 or record.body is not None:
+        if coding := replay.coding():
+            outcome = await replay_decoded(request.response, route.deps.store, replay, coding)
+        elif stored.size == 0 or record.body is not None:
             outcome = replay_small(request.response, replay)
         else:
             outcome = await replay_large(request.response, route.deps.store, replay)

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from oncegate.adaptation.content_codings import (
-    Decoded,
+    PIECE_BYTES,
+    Decoder,
     Undecodable,
     coding_to_decode,
-    decoded_whole,
+    decoded_block,
     may_be_coded,
 )
 from oncegate.adaptation.json_rpc import Caller, Replayed
@@ -27,11 +28,10 @@ from oncegate.store.record import Record, StoredResponse, intact
 from oncegate.store.results import ReadFailure
 from oncegate.store.store import Store
 
-# A decoded body that is sent at once may have so many bytes. A larger one is replayed as it was stored.
-MAX_DECODED_BYTES = 8_388_608
+# A body is decoded if it has so many bytes at most, before and after. Any other is replayed as it was stored: a client
+# could make a worker inflate a gigabyte for every retry.
+MAX_CODED_BYTES, MAX_DECODED_BYTES = 1_048_576, 16_777_216
 MARK = b"Idempotent-Replayed: true\r\nOncegate-Status: replayed\r\n"
-
-Adapted = Replayed | Decoded
 
 
 @dataclass(slots=True)
@@ -50,22 +50,26 @@ class Replay:
     caller: Caller | None
     on_body: Callable[[bytes], None] | None = None
 
-    def adapted(self) -> Adapted | None:
-        """Return what adapts the body for the caller, None where it is replayed as it was stored."""
+    def adapted(self) -> Replayed | None:
+        """Return what adapts the messages for the caller, None where they are replayed as they were stored."""
         stored = self.stored
-        if self.caller is not None:
-            return Replayed(stored.block, stored.request_id, self.caller)
-        if not may_be_coded(stored.block):
-            return None
-        accepted = self.request.checked_head().fields.get(b"accept-encoding")
-        coding = coding_to_decode(stored.status, stored.block, accepted)
-        return Decoded(stored.block, coding) if coding else None
+        return None if self.caller is None else Replayed(stored.block, stored.request_id, self.caller)
 
-    def head_block(self, adapted: Adapted | None) -> bytes:
-        """Return the header fields of the replay. Age counts from the original response (RFC 9111, section 5.1)."""
+    def coding(self) -> bytes:
+        """Return the content coding that has to be decoded for this client, empty where none has."""
+        stored = self.stored
+        if not may_be_coded(stored.block) or self.caller is not None or stored.size > MAX_CODED_BYTES:
+            return b""
+        accepted = self.request.checked_head().fields.get(b"accept-encoding")
+        return coding_to_decode(stored.status, stored.block, accepted)
+
+    def head_block(self, stored_block: bytes) -> bytes:
+        """Return the header fields of the replay, made of those that are stored or of what was made of them.
+
+        Age counts from the original response (RFC 9111, section 5.1).
+        """
         stored, request = self.stored, self.request
         age_ms = max(0, self.record.now_ms - stored.completed_ms)
-        stored_block = stored.block if adapted is None else adapted.block
         block = b"%sAge: %d\r\n%s%s" % (stored_block, stored.age_s + age_ms // 1000, MARK, self.fields)
         return request.requester.replayed(block, age_ms) if request.adaptation.adapts_replay(stored_block) else block
 
@@ -75,17 +79,11 @@ def replay_small(response: ResponseWriter, replay: Replay) -> Outcome:
     stored, body, adapted = replay.stored, replay.record.body or b"", replay.adapted()
     if not intact(stored, body):
         return Outcome.RECORD_CORRUPT
-    whole = body
-    if isinstance(adapted, Decoded):
-        decoded = decoded_whole(adapted.coding, body, MAX_DECODED_BYTES)
-        # What is not in its coding is replayed as it came.
-        whole, adapted = (body, None) if decoded is None else (decoded, adapted)
-    elif adapted is not None:
-        whole = adapted.feed(body) + adapted.rest()
-    block = replay.head_block(adapted)
+    block = replay.head_block(stored.block if adapted is None else adapted.block)
     if stored.trailers and response.takes_trailers:
         response.trailers, block = stored.trailers, block + announcement(stored.trailers)
     framing = STATED if stored.stated_length and adapted is None else COUNTED
+    whole = body if adapted is None else adapted.feed(body) + adapted.rest()
     response.send(stored.status, stored.reason, block, whole, framing)
     # After the response has left.
     if replay.on_body is not None:
@@ -93,9 +91,70 @@ def replay_small(response: ResponseWriter, replay: Replay) -> Outcome:
     return Outcome.REPLAYED
 
 
+async def replay_decoded(response: ResponseWriter, store: Store, replay: Replay, coding: bytes) -> Outcome:
+    """Send a stored response with its body decoded, or as it is where that cannot be.
+
+    It is decoded twice: how long it is, and whether it is one at all, has to be known before the head leaves. What is
+    held in memory is the coded body, whatever it becomes.
+    """
+    stored = replay.stored
+    body = replay.record.body or await _gather(store, replay)
+    if not isinstance(body, bytes):
+        return body
+    replay.record.body = body
+    size = await _decoded_size(coding, body) if intact(stored, body) else None
+    if size is None:
+        return replay_small(response, replay)
+    block = replay.head_block(decoded_block(stored.block))
+    length: int | None = size
+    if stored.trailers and response.takes_trailers:
+        response.trailers, block, length = stored.trailers, block + announcement(stored.trailers), None
+    if size <= PIECE_BYTES:
+        response.send(stored.status, stored.reason, block, b"".join(Decoder(coding).feed(body)), COUNTED)
+    else:
+        response.begin(stored.status, stored.reason, block, length, COUNTED)
+        for piece in Decoder(coding).feed(body):
+            response.write(piece)
+            await response.wait_room()
+            # A client that takes all at once leaves no time for others.
+            await asyncio.sleep(0)
+        response.end()
+    if replay.on_body is not None:
+        replay.on_body(body)
+    return Outcome.REPLAYED
+
+
+async def _decoded_size(coding: bytes, body: bytes) -> int | None:
+    """Return how many bytes a whole body decodes to; None where it is not in this coding, or too large."""
+    decoder, size = Decoder(coding), 0
+    try:
+        for piece in decoder.feed(body):
+            size += len(piece)
+            if size > MAX_DECODED_BYTES:
+                return None
+            if len(piece) == PIECE_BYTES:
+                # Others have their turn.
+                await asyncio.sleep(0)
+    except Undecodable:
+        return None
+    return size if decoder.is_at_end else None
+
+
+async def _gather(store: Store, replay: Replay) -> bytes | Outcome:
+    """Return the whole body of a stored response, or the outcome where it cannot be read."""
+    pieces: list[bytes] = []
+    while len(pieces) < replay.stored.chunks:
+        chunks = await store.read(replay.key, replay.record.token, len(pieces))
+        if isinstance(chunks, ReadFailure):
+            is_corrupt = chunks is ReadFailure.INCOMPLETE
+            return Outcome.RECORD_CORRUPT if is_corrupt else Outcome.STORE_UNAVAILABLE
+        pieces += chunks
+    return b"".join(pieces)
+
+
 async def replay_large(response: ResponseWriter, store: Store, replay: Replay) -> Outcome:
     """Copy chunk after chunk. The last byte is held back until size and digest agree."""
-    stored, adapted = replay.stored, None
+    stored, adapted = replay.stored, replay.adapted()
     digest = response_digest(stored.status, stored.reason, stored.block)
     first = sent = 0
     while first < stored.chunks and not response.client_gone:
@@ -104,14 +163,14 @@ async def replay_large(response: ResponseWriter, store: Store, replay: Replay) -
             is_corrupt = chunks is ReadFailure.INCOMPLETE
             return _broken(response, Outcome.RECORD_CORRUPT if is_corrupt else Outcome.STORE_UNAVAILABLE)
         if not response.started:
-            adapted = _begin(response, replay, chunks[0])
+            _begin(response, replay, adapted)
         for chunk in chunks:
             digest.update(chunk)
             sent += len(chunk)
             if sent > stored.size:
                 return _broken(response, Outcome.RECORD_CORRUPT)
-            if not await _write(response, adapted, chunk):
-                return _broken(response, Outcome.RECORD_CORRUPT)
+            if data := chunk if adapted is None else adapted.feed(chunk):
+                response.write(data)
             if replay.on_body is not None:
                 replay.on_body(chunk)
         first += len(chunks)
@@ -121,15 +180,16 @@ async def replay_large(response: ResponseWriter, store: Store, replay: Replay) -
     digest.update(stored.trailers)
     if sent != stored.size or digest.digest() != stored.digest:
         return _broken(response, Outcome.RECORD_CORRUPT)
-    return _end(response, adapted)
+    if adapted is not None and (rest := adapted.rest()):
+        response.write(rest)
+    response.end()
+    return Outcome.REPLAYED
 
 
-def _begin(response: ResponseWriter, replay: Replay, beginning: bytes) -> Adapted | None:
-    """Send the head of a large response whose body begins so, and return what adapts the body."""
-    stored, adapted = replay.stored, replay.adapted()
-    if isinstance(adapted, Decoded) and not adapted.begins_with(beginning):
-        adapted = None
-    block = replay.head_block(adapted)
+def _begin(response: ResponseWriter, replay: Replay, adapted: Replayed | None) -> None:
+    """Send the head of a response whose body follows in pieces."""
+    stored = replay.stored
+    block = replay.head_block(stored.block if adapted is None else adapted.block)
     # How long the adapted body will be is not known yet.
     size = stored.size if adapted is None else None
     if stored.trailers and response.takes_trailers:
@@ -137,36 +197,6 @@ def _begin(response: ResponseWriter, replay: Replay, beginning: bytes) -> Adapte
         response.trailers, block, size = stored.trailers, block + announcement(stored.trailers), None
     framing = STATED if stored.stated_length and adapted is None else COUNTED
     response.begin(stored.status, stored.reason, block, size, framing)
-    return adapted
-
-
-async def _write(response: ResponseWriter, adapted: Adapted | None, chunk: bytes) -> bool:
-    """Write a chunk of the body as the client gets it; return False for one that cannot be decoded."""
-    if not isinstance(adapted, Decoded):
-        if data := chunk if adapted is None else adapted.feed(chunk):
-            response.write(data)
-        return True
-    try:
-        # It may be a thousand times as much.
-        for piece in adapted.feed(chunk):
-            response.write(piece)
-            await response.wait_room()
-            # A client that takes all at once leaves no time for others.
-            await asyncio.sleep(0)
-            if response.client_gone:
-                break
-    except Undecodable:
-        return False
-    return True
-
-
-def _end(response: ResponseWriter, adapted: Adapted | None) -> Outcome:
-    if isinstance(adapted, Decoded) and not adapted.is_whole:
-        return _broken(response, Outcome.RECORD_CORRUPT)
-    if isinstance(adapted, Replayed) and (rest := adapted.rest()):
-        response.write(rest)
-    response.end()
-    return Outcome.REPLAYED
 
 
 def _broken(response: ResponseWriter, outcome: Outcome) -> Outcome:
