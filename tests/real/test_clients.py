@@ -39,7 +39,7 @@ def seen(
 
     async def one(client: Client) -> Seen:
         folder = tmp_path_factory.mktemp("client")
-        async with limit, asyncio.timeout(300), bench(client, zygote, store, folder) as (at_bench, version):
+        async with limit, asyncio.timeout(600), bench(client, zygote, store, folder) as (at_bench, version):
             return Seen(version, {name: await SCENARIOS[name](at_bench) for name in scenarios_of(client)})
 
     async def all_of_them() -> list[Seen | BaseException]:

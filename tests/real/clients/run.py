@@ -47,7 +47,7 @@ class Program:
 
     async def said(self) -> dict[str, Any]:
         assert self.process.stdout
-        line = await asyncio.wait_for(self.process.stdout.readline(), 90)
+        line = await asyncio.wait_for(self.process.stdout.readline(), 180)
         return json.loads(line)  # type: ignore[no-any-return]
 
     async def call(self, order: dict[str, Any]) -> dict[str, Any]:

@@ -30,15 +30,29 @@ class Way:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._tasks.add(asyncio.current_task())  # type: ignore[arg-type]
-        with suppress(OSError, asyncio.CancelledError):
+        try:
             there, back = await self._connected()
-            out = asyncio.create_task(_pass(reader, back))
             try:
-                await self._answers(there, writer)
+                await self._relay(reader, writer, there, back)
             finally:
-                out.cancel()
                 back.close()
-                writer.close()
+        except (OSError, asyncio.CancelledError):
+            pass
+        finally:
+            writer.close()
+
+    async def _relay(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        there: asyncio.StreamReader,
+        back: asyncio.StreamWriter,
+    ) -> None:
+        out = asyncio.create_task(_pass(reader, back))
+        try:
+            await self._answers(there, writer)
+        finally:
+            out.cancel()
 
     async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         for _ in range(200):
