@@ -84,7 +84,11 @@ def test_carries_the_package(wheel: Path) -> None:
     carried = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("oncegate/")}
     ours = {name.removeprefix("proxy/") for name in tracked() if name.startswith("proxy/oncegate/")}
     assert carried == ours
-    assert {"oncegate/store/redis/lua/claim.lua", "oncegate/examples/general/oncegate.env"} <= carried
+    assert {
+        "oncegate/store/redis/lua/claim.lua",
+        "oncegate/examples/general/oncegate.env",
+        "oncegate/adaptation/page.html",
+    } <= carried
 
 
 def test_takes_one_name(wheel: Path) -> None:

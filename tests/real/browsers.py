@@ -15,6 +15,7 @@ from typing import Any
 
 CHROMIUM_FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--host-resolver-rules=MAP shop.test 127.0.0.1",
     "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
 )  # fmt: skip
 # Nothing but the pages under test is asked for.
@@ -31,6 +32,7 @@ FIREFOX_PREFS: Mapping[str, object] = {
     "extensions.update.enabled": False,
     "network.captive-portal-service.enabled": False,
     "network.connectivity-service.enabled": False,
+    "network.dns.localDomains": "shop.test",
     "services.settings.server": "http://127.0.0.1:9/",
     "toolkit.telemetry.server": "http://127.0.0.1:9/",
 }

@@ -54,6 +54,14 @@ key = "derived:120"
 on_duplicate = "reject"
 
 [[rule]]
+name = "plain"
+path = "/plain"
+key = [["header:Idempotency-Key"], ["derived:120"]]
+scope = ["cookie:session"]
+on_duplicate = "reject"
+pages = true
+
+[[rule]]
 name = "down"
 path = "/down"
 upstream = "http://127.0.0.1:1"
@@ -77,8 +85,8 @@ def gate(proxies, valkey, shop: Shop, tmp_path: Path, browser: Browser) -> Proxy
     return proxy
 
 
-def open_form(browser: Browser, proxy: Proxy, target: str) -> None:
-    browser.go(f"http://127.0.0.1:{proxy.port}{target}")
+def open_form(browser: Browser, proxy: Proxy, target: str, host: str = "127.0.0.1") -> None:
+    browser.go(f"http://{host}:{proxy.port}{target}")
     browser.await_text("h1", "Form")
 
 
@@ -273,3 +281,23 @@ def test_alone_such_a_key_is_good_for_a_reload(browser, numbering, gate, shop):
     browser.click("#buy")
     browser.await_text("h1", "Order 2")
     assert len(shop.orders) == 2
+
+
+@in_firefox
+def test_a_site_without_tls(browser, numbering, gate, shop):
+    """No browser says there that it navigates: the rule gives people pages, and another field shows a form."""
+    clicks_on_a_site_without_tls(browser, gate, shop)
+    assert shop.fields[0]["Idempotency-Key"].strip('"').isdecimal()
+
+
+def test_a_site_without_tls_and_without_keys(browser, gate, shop):
+    clicks_on_a_site_without_tls(browser, gate, shop)
+
+
+def clicks_on_a_site_without_tls(browser: Browser, gate: Proxy, shop: Shop) -> None:
+    open_form(browser, gate, "/plain", "shop.test")
+    shop.delay_s = 2.0
+    browser.click_twice("#buy", 0.5)
+    page_is_shown(browser, "Still working on it", LIGHT)
+    assert "Sec-Fetch-Mode" not in shop.fields[0]
+    assert len(shop.orders) == 1
