@@ -18,7 +18,7 @@ import pytest
 
 from oncegate import __version__
 from oncegate.commands.init import CASES, GENERAL
-from tests.parts import ask, request, tracked, until
+from tests.parts import answering, ask, request, tracked, until
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "proxy/oncegate"
@@ -146,6 +146,10 @@ FIRST = {
         *("POST", "/kafka/orders", None, b"{}"), "Kafka-Topic: orders", "Kafka-Partition: 0", "Kafka-Offset: 7"
     ),
     "llm": request("POST", "/v1/chat/completions"),
+    "agents": request(
+        *("POST", "/a2a", None, b'{"id": 1, "method": "message/send", "params": {"message": {"messageId": "m"}}}'),
+        "Content-Type: application/json",
+    ),
     "double-click": request(
         *("POST", "/orders", None, b"item=7"), "Content-Type: application/x-www-form-urlencoded", "Cookie: s=1"
     ),
@@ -211,6 +215,10 @@ async def test_init(case: str, home: Path, tmp_path: Path, shell: Shell, upstrea
     port = served_port(log)
     assert port is not None
     assert "ONCEGATE_RULES_FILE = rules.toml" in log.read_text()
+    if case == "agents":
+        result = b'{"jsonrpc": "2.0", "id": 1, "result": {}}'
+        fields = b"Content-Type: application/json\r\nContent-Length: %d" % len(result)
+        upstream.script = answering(b"HTTP/1.1 200 OK\r\n" + fields + b"\r\n\r\n" + result)
     for word in (b"executed", b"replayed"):
         answer = await ask(port, FIRST[case])
         assert (answer.status, answer.header("oncegate-status")) == (200, word)
