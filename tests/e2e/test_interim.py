@@ -91,7 +91,7 @@ async def raw(port: int, message: bytes, until_: bytes = b"") -> bytes:
 async def test_signs_of_life_before_the_answer(gate, upstream, api):
     """A client that asks, or that the rule names, gets four 102 at most while the API is silent, with or without a key.
     All others, and HTTP/1.0, get none."""
-    api.pieces = [7.5 * BEAT_S, OK]
+    api.pieces = [9 * BEAT_S, OK]
     asked = {
         "asks": (request("POST", "/v1/a", "a", b"1", ASKING), 4),
         "asks for more": (request("POST", "/v1/a", "b", b"1", 'Prefer: wait=1, Processing; x="1"'), 4),
@@ -113,13 +113,13 @@ async def test_signs_of_life_before_the_answer(gate, upstream, api):
 async def test_signs_of_life_for_a_duplicate_that_waits(gate, upstream, api):
     """A duplicate that asks gets them while it waits, also on a connection that repeats its head; the replay of a
     stored answer has none."""
-    api.pieces = [3.5 * BEAT_S, OK]
+    api.pieces = [5 * BEAT_S, OK]
     client = await RawClient.open(gate.port)
     await client.ask(request("POST", "/v1/a", "first", b"1", ASKING))
     first = asyncio.ensure_future(ask(gate.port, request("POST", "/v1/a", "one", b"1")))
     await until(lambda: len(upstream.received) == 2)
     duplicate = await client.ask(request("POST", "/v1/a", "one", b"1", ASKING))
-    assert (duplicate.interim[:2], duplicate.header("oncegate-status")) == ([102, 102], b"replayed")
+    assert (set(duplicate.interim), duplicate.header("oncegate-status")) == ({102}, b"replayed")
     replay = await client.ask(request("POST", "/v1/a", "one", b"1", ASKING))
     assert (replay.interim, replay.header("oncegate-status")) == ([], b"replayed")
     assert (await first).interim == []
@@ -178,7 +178,8 @@ async def test_interim_responses_are_passed_on_where_a_rule_says_so(gate, api, k
 async def test_comments_between_events(gate, upstream, api, key):
     """Once the head is out, comments stand between events wherever the stream is silent, never in an event, and the
     replay has none of them."""
-    pause_s = 1.5 * BEAT_S
+    # Long enough for a machine that is busy: one comment or several in each silence.
+    pause_s = 3 * BEAT_S
     api.pieces = [
         SSE, pause_s, chunk(b"\xef\xbb\xbfid: 1\ndata: a\n"), pause_s, chunk(b"data: b\n\n"), pause_s,
         chunk(b"data: c\r\n\r\n"), pause_s, chunk(b"data: d\r"), pause_s, chunk(b"\n\r\n"), LAST_CHUNK,
@@ -219,7 +220,7 @@ async def test_where_no_comment_stands(gate, api):
 
 async def test_a_stream_that_breaks_off_in_silence(gate, api):
     """Comments do not make a broken stream look whole, and end with it."""
-    api.pieces = [SSE, chunk(b"data: 1\n\n"), 1.5 * BEAT_S, b"x"]
+    api.pieces = [SSE, chunk(b"data: 1\n\n"), 3 * BEAT_S, b"x"]
     answer = await ask(gate.port, request("POST", "/v1/a", "broken", b"1"))
     assert (once(answer.body), answer.complete) == (b"data: 1\n\n" + COMMENT, False)
     await until(lambda: [one["outcome"] for one in gate.events("request")] == ["truncated"])
