@@ -265,6 +265,10 @@ async def test_a_preflight_is_answered_for_an_api_without_cors_code(cross, behin
     again = [await client.ask(preflight()) for _ in range(3)]
     assert [one and (one.status, allowed(one)) for one in again] == [(204, SHOP)] * 3
     client.close()
+    behind.script = answering(api(status="503 Service Unavailable"))
+    failing = await ask(cross.port, preflight())
+    assert (failing.status, failing.header("access-control-max-age")) == (204, b"0")
+    behind.script = answering(api(status="405 Method Not Allowed"))
     for origin in (UNLISTED, "null"):
         refused = await ask(cross.port, preflight(origin))
         assert (refused.status, allowed(refused)) == (405, None)

@@ -248,8 +248,11 @@ async def answer_preflight(request: Request, step: Relay, preflight: Preflight) 
 
     relayed = await relay(request, step, forward)
     if relayed.outcome is Outcome.PREFLIGHT:
-        is_refused = await _grants_another(request, step, preflight)
-        return _answer(request, preflight.refused() if is_refused else preflight.granted(MAX_AGE_S))
+        if await _grants_another(request, step, preflight):
+            return _answer(request, preflight.refused())
+        # Whoever fails has not decided.
+        is_failure = relayed.status >= 500 and relayed.status != 501
+        return _answer(request, preflight.granted(0 if is_failure else MAX_AGE_S))
     if relayed.outcome in _NO_ANSWER and relayed.refuse is not None and not preflight.is_decided_by_api:
         # The page then reads why its request fails, or gets a stored response. It asks again for the next one.
         return _answer(request, preflight.granted(0))
