@@ -8,6 +8,7 @@ from typing import Any
 from tests.parts import LAST_CHUNK, RawUpstream, Received, chunk
 
 SSE = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+PAGE = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 13\r\n\r\n<h1>Page</h1>"
 Meanwhile = Callable[[int, Received], Awaitable[None]]
 
 
@@ -29,6 +30,9 @@ class Api(RawUpstream):
         self.prompt, self.executions, self.meanwhile = prompt.encode(), 0, meanwhile or _at_once
 
     async def _answer(self, _: object, __: object, writer: asyncio.StreamWriter, got: Received) -> None:
+        if got.line.startswith(b"GET "):
+            writer.write(PAGE)
+            return
         assert self.prompt in got.body, got.body
         self.executions += 1
         number = self.executions

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 LLM = "LLM SDKs"
 PAYMENTS = "SDKs that make keys, and command lines"
 WORKERS = "Workers of queues"
+BROWSERS = "Browsers"
 NO_KEY, MARKED, OWN_KEYS, CALLERS_KEY = "no key", "marked retries", "keys of its own", "a caller's key"
 
 
@@ -59,6 +60,8 @@ CLIENTS = [
     ),
     Client("curl", "Debian", PAYMENTS, ("with_curl.py", "curl"), "payments", sends=CALLERS_KEY, streams=False),
     Client("wget", "Debian", PAYMENTS, ("with_curl.py", "wget"), "payments", sends=CALLERS_KEY, streams=False),
+    Client("Chromium", "Debian", BROWSERS, ("chromium",), "payments", CALLERS_KEY, streams=False),
+    Client("Firefox ESR", "Debian", BROWSERS, ("firefox",), "payments", CALLERS_KEY, streams=False),
     # The key is the id of the task: the caller cannot call again under it.
     Client("celery", "Python", WORKERS, ("with_celery.py",), "payments", "the id of its task", streams=False),
     Client("dramatiq", "Python", WORKERS, ("with_dramatiq.py",), "payments", "the id of its task", streams=False),

@@ -14,8 +14,9 @@ from typing import Any
 
 from tests.conftest import Valkey
 from tests.parts import Received
+from tests.real.browsers import Browser, Chromium, Firefox
 from tests.real.clients.api import Api, answer_of
-from tests.real.clients.clients import Client
+from tests.real.clients.clients import BROWSERS, Client
 from tests.real.clients.way import Way
 from tests.real.parts import CLIENTS, NODE_MODULES
 from tests.zygote import Forked, Zygote
@@ -26,6 +27,18 @@ SETTINGS = {"RULES_FILE": "rules.toml", "LEASE_MS": 2000}
 PATIENT_S, IMPATIENT_S = 30.0, 2.0
 # Longer than a client that was told to wait 2 s goes on asking.
 LONGEST_S = 12.0
+
+
+# What the page of a browser does.
+FETCH = """
+const order = ORDER;
+try {
+  const headers = { "Content-Type": "application/json", "Idempotency-Key": order.key };
+  const [body, signal] = [JSON.stringify({ prompt: order.prompt }), AbortSignal.timeout(1000 * order.timeout_s)];
+  const response = await fetch("/charges", { method: "POST", headers, body, signal });
+  return response.ok ? await response.json() : { error: "Response", status: response.status };
+} catch (error) { return { error: error.name, status: null }; }
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +70,37 @@ class Program:
         return await self.said()
 
 
+class Page:
+    """A page in a browser, whose script makes the calls."""
+
+    def __init__(self, browser: Browser) -> None:
+        self._browser = browser
+        browser.call("SetTimeouts", script=180_000)
+
+    async def said(self) -> dict[str, Any]:
+        return {"version": self._browser.session["capabilities"]["browserVersion"]}
+
+    async def call(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Open the page where the call goes to, and let it make one."""
+        return await asyncio.to_thread(self._call, order)
+
+    def _call(self, order: dict[str, Any]) -> dict[str, Any]:
+        self._browser.go(f"{order['url']}/page")
+        self._browser.await_text("h1", "Page")
+        found: dict[str, Any] = self._browser.evaluate(FETCH.replace("ORDER", json.dumps(order)))
+        return found
+
+
+@asynccontextmanager
+async def started_browser(name: str) -> AsyncIterator[Page]:
+    """Start a browser."""
+    browser = await asyncio.to_thread({"chromium": Chromium, "firefox": Firefox}[name])
+    try:
+        yield Page(browser)
+    finally:
+        await asyncio.to_thread(browser.close)
+
+
 @asynccontextmanager
 async def started(client: Client, broker: str, folder: Path) -> AsyncIterator[Program]:
     """Start a client, with a Redis on the unix socket `broker` for its tasks."""
@@ -86,7 +130,7 @@ async def started(client: Client, broker: str, folder: Path) -> AsyncIterator[Pr
 class Bench:
     """One client, its proxy and its API."""
 
-    def __init__(self, client: Client, program: Program, api: Api, proxy: Forked) -> None:
+    def __init__(self, client: Client, program: Program | Page, api: Api, proxy: Forked) -> None:
         self.client, self.program, self.api, self.proxy = client, program, api, proxy
 
     async def _called(self, prompt: str, way: Way, timeout_s: float = PATIENT_S) -> Cell:
@@ -179,7 +223,9 @@ async def bench(client: Client, zygote: Zygote, store: Valkey, folder: Path) -> 
     proxy = Forked(zygote, api.url, store.url, folder, settings)
     try:
         await proxy.begin()
-        async with started(client, store.socket, folder) as program:
+        is_browser = client.group == BROWSERS
+        start = started_browser(client.program[0]) if is_browser else started(client, store.socket, folder)
+        async with start as program:
             yield Bench(client, program, api, proxy), (await program.said())["version"]
     finally:
         proxy.close()

@@ -9,13 +9,15 @@ from tests.parts import abort
 class Way:
     """A relay of bytes to the port of a proxy, which waits while nothing listens there, as a balancer would.
 
-    `lost`: the first answer is lost on it. `cut`: that answer breaks off in its middle, a stream after an event.
+    `lost`: the first answer to a POST is lost on it. `cut`: that answer breaks off in its middle, a stream after an
+    event.
     """
 
     def __init__(self, port: int, *, lost: bool = False, cut: bool = False) -> None:
         self._proxy_port, self._lost, self._cut = port, lost, cut
         self.broken = False
         self._tasks: set[asyncio.Task[None]] = set()
+        self._posting: set[asyncio.StreamReader] = set()  # the proxy's side of connections on which a POST came
 
     async def __aenter__(self) -> "Way":
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -48,7 +50,7 @@ class Way:
         there: asyncio.StreamReader,
         back: asyncio.StreamWriter,
     ) -> None:
-        out = asyncio.create_task(_pass(reader, back))
+        out = asyncio.create_task(self._requests(reader, back, there))
         try:
             await self._answers(there, writer)
         finally:
@@ -61,10 +63,21 @@ class Way:
             await asyncio.sleep(0.05)
         raise ConnectionRefusedError
 
+    async def _requests(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, answers: asyncio.StreamReader
+    ) -> None:
+        with suppress(OSError):
+            while data := await reader.read(65536):
+                if data.startswith(b"POST "):
+                    self._posting.add(answers)
+                writer.write(data)
+                await writer.drain()
+            writer.write_eof()
+
     async def _answers(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         answer = b""
         while data := await reader.read(65536):
-            if (self._lost or self._cut) and not self.broken:
+            if (self._lost or self._cut) and not self.broken and reader in self._posting:
                 answer += data
                 if self._cut and not _is_begun(answer):
                     continue
@@ -87,11 +100,3 @@ def _is_begun(answer: bytes) -> bool:
     """Return whether an answer has a part of its body: of a stream, two events."""
     head, _, body = answer.partition(b"\r\n\r\n")
     return body.count(b"data: ") >= 2 if b"text/event-stream" in head else len(body) > 1
-
-
-async def _pass(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with suppress(OSError):
-        while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
-        writer.write_eof()
