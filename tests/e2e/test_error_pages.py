@@ -148,7 +148,7 @@ async def test_what_was_not_sent_can_be_sent_again(shop, behind):
 
 
 async def test_no_page_shows_a_token(shop, behind):
-    """A key that a form brought is a secret of whoever opened the form."""
+    """A key that a form brought is a secret of whoever opened the form (T25)."""
     assert (await post(shop, "/checkout", None, b"token=s3cret&item=7", NAVIGATION, FORM)).status == 200
     answer = await post(shop, "/checkout", None, b"token=s3cret&item=8", NAVIGATION, FORM)
     assert (answer.status, answer.header("content-type")) == (422, PAGE)
@@ -159,7 +159,7 @@ async def test_no_page_shows_a_token(shop, behind):
 
 
 async def test_a_key_is_escaped(shop, behind):
-    """Any visible character can be in a key."""
+    """Any visible character can be in a key (T25)."""
     key = "<script>alert('1')</script>"
     await post(shop, "/", key)
     answer = await post(shop, "/", key, b"other")
