@@ -103,7 +103,7 @@ def _gemini() -> Preset:
         "The API of Gemini. Its SDK sends no key and does not mark its retries: only a request with an "
         "Idempotency-Key that your code gives is protected. Others are forwarded without protection.",
         "A prompt with an unknown outcome is sent again. Tokens that replays save are not counted. "
-        "[LLM calls](../how-to/llm.md#the-client) shows how to give a key.",
+        "[LLM calls](../how-to/llm.md#a-key-from-each-sdk) shows how to give a key.",
         {**_llm("gemini").fields, "key": "header:Idempotency-Key"},
     )
 
