@@ -442,7 +442,7 @@ CALLED: dict[str, tuple[str, str, dict[str, str]]] = {
             "rule": "tools (rules.toml:8)",
             "JSON-RPC id": '"seven": a replay has that of its own request',
             "result": "executed if the key is free",
-            "by message": "a result is stored; -32700, -32600, -32601 and -32602 free the key; all else is unknown",
+            "by message": "a result is stored; -32700, -32600 and -32601 free the key; all else is unknown",
         },
     ),
     "a pointer that is missing": (

@@ -117,9 +117,12 @@ FINALS = {
     "stream without its last blank line": (SSE_FIELDS, b"data: " + RESULT, (False, False)),
     "stream without a final message": (SSE_FIELDS, OTHERS, None),
     "stream with an event over 1 MiB": (SSE_FIELDS, b":" * MAX_EVENT_BYTES + b"\n\n\ndata: " + RESULT + b"\n\n", None),
-    "stream, nothing ran": (SSE_FIELDS, b'data: {"id":7,"error":{"code":-32602}}\n\n', (True, True)),
+    "stream, nothing ran": (SSE_FIELDS, b'data: {"id":7,"error":{"code":-32601}}\n\n', (True, True)),
+    # Servers say it of a tool that ran, too.
+    "invalid params": (JSON_FIELDS, ERROR.replace(b"-32603", b"-32602"), (True, False)),
+    "a list as code": (JSON_FIELDS, ERROR.replace(b"-32603", b"[-32601]"), (True, False)),
     # A2A: every event is a response. What came before such an error was executed.
-    "two": (SSE_FIELDS, b"data: " + RESULT + b'\n\ndata: {"id":7,"error":{"code":-32602}}\n\n', (True, False)),
+    "two": (SSE_FIELDS, b"data: " + RESULT + b'\n\ndata: {"id":7,"error":{"code":-32601}}\n\n', (True, False)),
 }
 
 

@@ -299,7 +299,7 @@ def test_only_the_named_statuses_wait_for_their_body():
 
 CALL = Statuses(
     [*RELEASE_STATUSES, "2xx+/result/resultType=input_required"],
-    [*AMBIGUOUS_STATUSES, "2xx+/error/code=-32602"],
+    [*AMBIGUOUS_STATUSES, "2xx+/error/code=-32600"],
     by_message=True,
 )
 MESSAGES: list[tuple[int, dict[bytes, list[bytes]], str, Disposition]] = [
@@ -310,8 +310,10 @@ MESSAGES: list[tuple[int, dict[bytes, list[bytes]], str, Disposition]] = [
     (200, {}, '{"id":1,"error":{"code":"-32601"}}', AMBIGUOUS),  # a text is no code
     (200, {}, '{"id":1,"error":-32601}', AMBIGUOUS),
     (200, {b"x-should-retry": [b"false"]}, '{"id":1,"error":{"code":-32601}}', AMBIGUOUS),
-    (200, {}, '{"id":1,"error":{"code":-32602}}', AMBIGUOUS),  # the operator's list comes first
-    (400, {}, '{"id":1,"error":{"code":-32602}}', RELEASE),
+    (200, {}, '{"id":1,"error":{"code":-32600}}', AMBIGUOUS),  # the operator's list comes first
+    (400, {}, '{"id":1,"error":{"code":-32600}}', RELEASE),
+    (200, {}, '{"id":1,"error":{"code":-32602}}', AMBIGUOUS),  # also said after a tool ran
+    (200, {}, '{"id":1,"error":{"code":[-32601]}}', AMBIGUOUS),
     (200, {}, '{"id":1,"result":{"resultType":"input_required"}}', RELEASE),
     (200, {}, '{"id":1,"result":{"resultType":"input_required","x":"' + "a" * 100_000 + '"}}', RELEASE),
     (429, {}, '{"id":1,"error":{"code":-32000}}', RELEASE),

@@ -213,7 +213,9 @@ ENDINGS: dict[str, tuple[bytes, bytes]] = {
     "parse error": (saying(error(None, -32700), b"400 Bad Request"), FREES),
     "invalid request": (saying(error(1, -32600), b"400 Bad Request"), FREES),
     "no method": (saying(error(1, -32601), b"404 Not Found"), FREES),
-    "bad parameters": (saying(error(1, -32602)), FREES),
+    # Also of a tool that ran.
+    "bad parameters": (saying(error(1, -32602)), UNKNOWN),
+    "a code that is none": (saying(error(1, [-32601])), UNKNOWN),  # type: ignore[arg-type]
     "headers contradict the body": (saying(error(1, -32020), b"400 Bad Request"), FREES),
     "no session": (saying(error(1, -32001), b"404 Not Found"), FREES),
     "input required": (saying(result(1, resultType="input_required")), FREES),
@@ -255,7 +257,9 @@ STREAMS: dict[str, tuple[list[bytes], bytes]] = {
     "a result": ([b": ping\n\n", b'data: {"id":1,"result":{"number":5}}\n\n'], STORED),
     "two results": ([b'data: {"id":1,"result":{"number":5}}\n\n'] * 2, STORED),
     "an error": ([b'data: {"id":1,"error":{"code":-32000}}\n\n'], UNKNOWN),
-    "bad parameters": ([b'data: {"id":1,"error":{"code":-32602}}\n\n'], FREES),
+    "no method": ([b'data: {"id":1,"error":{"code":-32601}}\n\n'], FREES),
+    "bad parameters": ([b'data: {"id":1,"error":{"code":-32602}}\n\n'], UNKNOWN),
+    "a code that is none": ([b'data: {"id":1,"error":{"code":{"a":[1]}}}\n\n'], UNKNOWN),
     "input required": ([b'data: {"id":1,"result":{"resultType":"input_required"}}\n\n'], FREES),
     "no final message": ([b"id: 1\ndata:\n\n", b'data: {"method":"notifications/message"}\n\n'], UNKNOWN),
 }

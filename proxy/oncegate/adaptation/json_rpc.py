@@ -25,9 +25,10 @@ from oncegate.messages.problems import Problem, Rendering
 MAX_ID_BYTES = 256
 # Of an error that oncegate itself makes. JSON-RPC leaves -32000 to -32099 to servers; MCP, -32000 to -32019.
 OWN_ERROR = -32010
-# What JSON-RPC itself says of a request that was not executed: it could not be parsed, was no request, named no method
-# or parameters that the method does not take (section 5.1).
-NOTHING_RAN = frozenset((b"-32700", b"-32600", b"-32601", b"-32602"))
+# What JSON-RPC itself says of a request that was not executed: it could not be parsed, was no request, or named no
+# method (section 5.1). Not -32602 (invalid params), which servers also answer after a tool ran: MCP's SDK for
+# TypeScript up to 1.20 does so where the tool's result does not fit its output schema.
+NOTHING_RAN = frozenset((b"-32700", b"-32600", b"-32601"))
 PROGRESS = "notifications/progress"
 # Of a stored response: about the bytes that are adapted, or about the session of the request that was executed.
 _NOT_ADAPTED = frozenset(
@@ -131,7 +132,8 @@ class FinalMessage(NamedTuple):
     @property
     def proves_nothing_ran(self) -> bool:
         """Whether JSON-RPC itself says so."""
-        return self.is_only and follow_pointer(self.document[0], ("error", "code")) in NOTHING_RAN
+        code = follow_pointer(self.document[0], ("error", "code"))
+        return self.is_only and isinstance(code, bytes) and code in NOTHING_RAN
 
 
 class ResponseReader:

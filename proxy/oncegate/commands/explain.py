@@ -266,7 +266,7 @@ def _by_state(policy: Policy, head: RequestHead, identity: Identity) -> Iterable
         yield "client gone", f"cancelled after {policy.cancel_grace_s:g} s without readers; then 409 outcome-unknown"
     yield "other content", "422 key-reused, if the fingerprint differs"
     if policy.json_rpc:
-        yield "by message", "a result is stored; -32700, -32600, -32601 and -32602 free the key; all else is unknown"
+        yield "by message", "a result is stored; -32700, -32600 and -32601 free the key; all else is unknown"
     yield "released on", _statuses(policy, Disposition.RELEASE)
     yield "unknown on", _statuses(policy, Disposition.AMBIGUOUS)
     if policy.upstream_idempotent:
