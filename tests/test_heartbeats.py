@@ -10,6 +10,7 @@ from oncegate.messages.fields import by_name
 from oncegate.messages.request_head import RequestHead
 from oncegate.messages.response_head import Interim, ResponseHead, read_response_head
 from oncegate.rules.patterns import text_matcher
+from tests.parts import until
 
 EVENTS = (b"Content-Type", b"text/event-stream")
 HEARTBEATS = Heartbeats(25.0, (text_matcher("curl/*"), text_matcher("node")))
@@ -76,6 +77,7 @@ class Written:
     """What a response got beside its own bytes."""
 
     interim_count = 0
+    client_gone = False
 
     def __init__(self) -> None:
         self.between: list[bytes] = []
@@ -110,6 +112,16 @@ async def test_where_a_comment_stands(pieces, comment):
     await asyncio.sleep(0.05)
     comments.stop()
     assert set(written.between) == ({comment} if comment else set())
+
+
+async def test_comments_end_with_their_client():
+    """Nobody ends a response that is relayed to a client that left, so its comments end by themselves."""
+    written = Written()
+    comments = EventComments(written, 0.01)
+    await until(lambda: written.between)
+    written.client_gone = True
+    await asyncio.sleep(0.03)
+    assert comments._timer.when() < asyncio.get_running_loop().time()
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,9 @@ class BeatenResponse(Protocol):
 
     interim_count: int
 
+    @property
+    def client_gone(self) -> bool: ...
+
     def send_interim(self, head: bytes) -> bool: ...
 
     def write_between(self, data: bytes) -> None: ...
@@ -67,6 +70,9 @@ class EventComments:
         return data
 
     def _beat(self) -> None:
+        # Whoever relays a response stops at that, without an end of it.
+        if self._response.client_gone:
+            return
         silent_s = self._loop.time() - self._last_s
         if silent_s < self._period_s:
             self._timer = self._loop.call_later(self._period_s - silent_s, self._beat)
