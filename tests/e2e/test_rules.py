@@ -88,6 +88,12 @@ upstream_idempotent = true
 upstream_timeout_s = 1
 
 [[rule]]
+name = "idempotent, and told by a body"
+path = "/told"
+upstream_idempotent = true
+release_statuses = ["default", "422+/state=refused"]
+
+[[rule]]
 name = "charges"
 path = "/charges"
 preset = "payments"
@@ -487,6 +493,23 @@ async def test_sending_again_is_bounded(ruled, behind, valkey):
     assert valkey.states() == [b"unknown", b"unknown"]
     behind.script = answering(OK.replace(b"200 OK", b"409 Conflict"))
     assert await post(ruled, "/idempotent", b"x", key="k4") == (409, "executed")
+
+
+async def test_a_response_that_broke_off_says_nothing_of_the_next(ruled, behind):
+    """What is stored is the response to the last try, by its own status: the first one's condition is not its own."""
+    said = b"Content-Type: application/json\r\nContent-Length: 19\r\n\r\n"
+    scripts = [b"HTTP/1.1 422 X\r\n" + said + b'{"st', b"HTTP/1.1 200 OK\r\n" + said + b'{"state":"refused"}']
+
+    async def script(_: object, __: object, writer: asyncio.StreamWriter, ___: object) -> None:
+        writer.write(scripts.pop(0))
+        await writer.drain()
+        await asyncio.sleep(0.1)
+        writer.close()
+
+    behind.script = script
+    assert await post(ruled, "/told", b"x", key="told") == EXECUTED
+    assert await post(ruled, "/told", b"x", key="told") == REPLAYED
+    assert len(behind.received) == 2
 
 
 IN_USE = b'{"error": {"code": "idempotency_key_in_use"}}'

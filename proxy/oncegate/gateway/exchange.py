@@ -170,7 +170,7 @@ class Exchange:
             self._extend_watchdog()
             await asyncio.sleep(random.uniform(0, max_pause_s))
             max_pause_s = min(max_pause_s * 2, MAX_PAUSE_S)
-            self._resends_left, self.progress.head, self.progress.whole = left, None, b""
+            self._resends_left, self._reading, self.progress.head, self.progress.whole = left, None, None, b""
             resent = await self._forward()
             # That nothing could be sent this time says nothing about the time before.
             reached = Ending.NO_RESPONSE if resent is Ending.NOT_SENT else resent
