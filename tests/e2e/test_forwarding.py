@@ -448,6 +448,18 @@ async def test_a_body_that_cannot_be_decoded_is_replayed_as_it_is(standing, behi
     assert (await ask(standing.port, raw)).body == body
 
 
+@pytest.mark.parametrize("status", [b"204 No Content", b"200 OK"])
+async def test_a_coding_of_nothing_is_not_decoded(standing, behind, status):
+    """A response without a body is replayed as it is: a 204 has no Content-Length (RFC 9110, section 8.6)."""
+    length = b"" if status.startswith(b"204") else b"Content-Length: 0\r\n"
+    behind.script = answering(b"HTTP/1.1 %s\r\nContent-Encoding: gzip\r\n%s\r\n" % (status, length))
+    raw = request("POST", "/x", f"empty-{len(status)}", b"", "Accept-Encoding: identity")
+    first, again = await ask(standing.port, raw), await ask(standing.port, raw)
+    assert again.header("idempotent-replayed") == b"true"
+    for answer in (first, again):
+        assert (answer.header("content-encoding"), answer.header("content-length")) == (b"gzip", length[16:-2] or None)
+
+
 async def test_an_upstream_that_answers_at_the_head_keeps_its_connection(proxies, valkey):
     """A body that is here leaves with its head: an answer that comes before the rest costs no connection."""
 

@@ -58,7 +58,7 @@ class Replay:
     def coding(self) -> bytes:
         """Return the content coding that has to be decoded for this client, empty where none has."""
         stored = self.stored
-        if not may_be_coded(stored.block) or self.caller is not None or stored.size > MAX_CODED_BYTES:
+        if not (may_be_coded(stored.block) and 0 < stored.size <= MAX_CODED_BYTES) or self.caller is not None:
             return b""
         accepted = self.request.checked_head().fields.get(b"accept-encoding")
         return coding_to_decode(stored.status, stored.block, accepted)
