@@ -173,6 +173,13 @@ async def test_options_are_forwarded_as_often_as_they_may_be(standing, behind):
     assert forwarded == [[b"2"], [b"2"], [b"x"], [b"0"]]
 
 
+async def test_options_whose_body_is_never_asked_for(standing):
+    """The answer closes the connection: the next request might stand where the body should."""
+    expecting = ("Max-Forwards: 0", "Expect: 100-continue", "Content-Length: 5")
+    answer = await ask(standing.port, request("OPTIONS", "/x", None, b"", *expecting))
+    assert (answer.status, answer.interim, answer.header("connection")) == (200, [], b"close")
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6")
 async def test_the_ipv6_wildcard_serves_both_families(proxies, upstream, valkey, workers):

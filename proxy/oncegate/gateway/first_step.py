@@ -83,6 +83,7 @@ class FirstStep:
         if head.method == "OPTIONS" and b"max-forwards" in head.fields:
             forwarded = one_forward_less(head)
             if forwarded is None:
+                _note_expectation(request, head)
                 return AnswerOptions()
             head = forwarded
         request.head = head
@@ -92,6 +93,7 @@ class FirstStep:
     def _step_for(self, request: Request, head: RequestHead) -> Step | ReadBody:
         """Return the step for a request that was admitted."""
         if head.method == "OPTIONS" and (found := self._routes.for_preflight(head)) is not None:
+            _note_expectation(request, head)
             # What is not listed is answered by the API, as it answers.
             return Relay(found[0], head, preflight=found[1])
         route = self._routes.choose(head) if self._routes.has_rules else self._routes.default
