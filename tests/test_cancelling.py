@@ -5,10 +5,12 @@ import asyncio
 import pytest
 
 from oncegate.decision import CANCELLED
+from oncegate.gateway import cancelling
 from oncegate.gateway.cancelling import Cancellations
 from oncegate.keys.digests import Scope
 from oncegate.messages.response_head import response_digest
 from oncegate.observe.outcome import Outcome
+from oncegate.store import readers
 from oncegate.store.leases import Leases, suspended_clock_s
 from oncegate.store.readers import Readers, mark_name
 from oncegate.store.record import Claim, ClaimRequest, Record, StoredResponse
@@ -130,3 +132,28 @@ async def test_a_store_that_does_not_say_who_waits(stores):
     """Somebody may wait: the owner asks again."""
     await stores[0].close()
     assert await Readers(stores[0]).may_wait(KEY)
+
+
+async def test_a_call_is_taken_back_from_any_process(stores, monkeypatch):
+    """Its name leads to the execution that it names, and to no later one under the same key."""
+    monkeypatch.setattr(readers, "SHORT_CALL_S", 0.0)
+    monkeypatch.setattr(cancelling, "END_S", 0.05)
+    owner, other = (Cancellations(store, asyncio.ensure_future) for store in stores)
+    claim = await claimed(stores[0])
+    with owner.named(b"c" * 24, claim):
+        await asyncio.sleep(0.1)
+        await other.cancel_call(b"d" * 24)
+        record = await read_record(stores[0], KEY)
+        assert record is not None
+        assert record.mode == b"retry"
+        await other.cancel_call(b"c" * 24)
+    record = await read_record(stores[0], KEY)
+    assert record is not None
+    assert (record.mode, record.reason) == (CANCELLED, "cancelled: its client took it back")
+    await stores[0].release(claim, 1.0)
+    later = await claimed(stores[0])
+    assert later.token != claim.token
+    await other.cancel_call(b"c" * 24)
+    record = await read_record(stores[0], KEY)
+    assert record is not None
+    assert record.mode == b"retry"

@@ -51,6 +51,7 @@ preset = "json-rpc"
 guard = "required"
 on_bad_key = "refuse"
 """
+ACCEPTED = b"HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\n\r\n"
 SSE = CHUNKED.replace(b"text/plain", b"text/event-stream")
 
 
@@ -329,6 +330,41 @@ async def test_own_answers_are_json_rpc_errors(ruled, behind):
     answer = await ask(ruled.port, call(None, 3))
     assert json.loads(answer.body)["error"]["data"]["error"]["code"] == "upstream_lost"
     assert len(behind.received) == 2
+
+
+TAKEN_BACK = {"method": "notifications/cancelled", "params": {"requestId": 1}}
+
+
+async def test_a_call_that_its_client_takes_back(ruled, behind):
+    """Some servers never answer a call that was cancelled. Its key is unknown then, and nobody waits for it."""
+    tap, session = Tap(), b"Content-Type: application/json\r\nMcp-Session-Id: s"
+
+    async def script(
+        upstream: RawUpstream, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, got: Received
+    ) -> None:
+        is_call = b"tools/call" in got.body
+        await (tap.script if is_call else answering(ACCEPTED))(upstream, reader, writer, got)
+
+    behind.script = script
+    begun = [
+        asyncio.ensure_future(
+            ask(ruled.port, call(key, own_id).replace(b"Content-Type: application/json", session + one))
+        )
+        for key, own_id, one in (("taken-back", 1, b"1"), ("another id", 2, b"1"), ("another session", 1, b"2"))
+    ]
+    await until(lambda: len(behind.received) == 3)
+    for one in (b"1", b"3"):
+        answer = await ask(
+            ruled.port, post("/mcp", TAKEN_BACK).replace(b"Content-Type: application/json", session + one)
+        )
+        assert answer.status == 202
+    again = await ask(ruled.port, call("taken-back", 3))
+    assert json.loads(again.body)["error"]["data"]["reason"] == "cancelled"
+    assert json.loads((await begun[0]).body)["error"]["data"]["error"]["code"] == "outcome_unknown"
+    assert not begun[1].done()
+    assert not begun[2].done()
+    for one in begun[1:]:
+        one.cancel()
 
 
 async def test_a_client_that_leaves(ruled, behind):

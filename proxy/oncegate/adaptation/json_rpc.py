@@ -6,9 +6,11 @@ the request at hand when it is replayed. Nothing else of it changes.
 
 import json
 from collections.abc import Callable, Sequence
+from hashlib import blake2b
 from typing import Any, NamedTuple
 
 from oncegate.adaptation.event_streams import MAX_EVENT_BYTES, EventCutter, event_data, with_data
+from oncegate.keys.digests import length_prefixed
 from oncegate.keys.documents import (
     Missing,
     PlacedMember,
@@ -30,6 +32,9 @@ OWN_ERROR = -32010
 # TypeScript up to 1.20 does so where the tool's result does not fit its output schema.
 NOTHING_RAN = frozenset((b"-32700", b"-32600", b"-32601"))
 PROGRESS = "notifications/progress"
+# By which a client of MCP takes back a call (protocols before 2026-07-28): the session of both, and the call's id.
+CANCELLED, SESSION = "notifications/cancelled", b"mcp-session-id"
+NAME_BYTES = 24
 # Of a stored response: about the bytes that are adapted, or about the session of the request that was executed.
 _NOT_ADAPTED = frozenset(
     (b"content-length", b"content-md5", b"content-digest", b"repr-digest", b"digest", b"etag", b"mcp-session-id")
@@ -116,6 +121,25 @@ def same_id(one: bytes, other: bytes) -> bool:
     return type(first) is type(second) and bool(first == second) and first != float("inf")
 
 
+def call_name(fields: Fields, request_id: bytes) -> bytes:
+    """Return what names a call for `notifications/cancelled`; nothing where it has no session.
+
+    Without one, the ids of all clients are the same few numbers, and a server could not find the call either.
+    """
+    session = fields.get(SESSION, ())
+    if len(session) != 1 or not session[0]:
+        return b""
+    return blake2b(length_prefixed((session[0], _rewritten(request_id))), digest_size=NAME_BYTES).digest()
+
+
+def cancelled_call(fields: Fields, message: Any) -> bytes:
+    """Return the name of the call that a message takes back, nothing for any other message."""
+    if follow_pointer(message, ("method",)) != CANCELLED:
+        return b""
+    token = _written(follow_pointer(message, ("params", "requestId")))
+    return call_name(fields, token) if token else b""
+
+
 # What a response says ...
 
 
@@ -182,6 +206,11 @@ class ResponseReader:
         is_unnamed = answered is None and not isinstance(error, Missing)
         if is_unnamed or same_id(_written(answered), self._id):
             self._count, self._last = self._count + 1, document
+
+
+def _rewritten(token: bytes) -> bytes:
+    """Return an id as this module writes it: the same text may be escaped in more than one way."""
+    return json.dumps(json.loads(token)).encode() if token.startswith(b'"') else token
 
 
 def _written(value: Any) -> bytes:

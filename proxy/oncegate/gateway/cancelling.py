@@ -6,20 +6,25 @@ wait for its response, in any process.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 from oncegate.decision import CANCELLED
 from oncegate.downstream.response import ResponseWriter
 from oncegate.observe.outcome import Outcome
-from oncegate.store.readers import Readers
-from oncegate.store.record import Claim, ViewState, cancelled_claim
+from oncegate.store.readers import Calls, Readers
+from oncegate.store.record import TOKEN_BYTES, Claim, ViewState, cancelled_claim
 from oncegate.store.record_name import store_key
 from oncegate.store.record_view import RecordView, StoreError, ask, checked, claim_of, read_record
 from oncegate.store.results import SettleStatus
 from oncegate.store.store import Store
 
 NO_READER = "its last reader left"
+TAKEN_BACK = "its client took it back"
+# For a server to end a call that was taken back by itself. Some say nothing more about it (MCP asks for that), so that
+# its response would go on until the timeout.
+END_S = 1.0
 # Until the store is asked again whether somebody waits.
 AGAIN_S = 1.0
 # For marking the record of another process.
@@ -39,7 +44,7 @@ class Cancellations:
 
     def __init__(self, store: Store, background: Callable[[Coroutine[Any, Any, Any]], None]) -> None:
         self._store, self._background = store, background
-        self.readers = Readers(store)
+        self.readers, self._calls = Readers(store), Calls(store)
         self._running: dict[bytes, Cancellable] = {}
 
     async def run(
@@ -65,6 +70,21 @@ class Cancellations:
             await asyncio.sleep(AGAIN_S)
         exchange.cancel(NO_READER)
 
+    @contextmanager
+    def named(self, call: bytes, claim: Claim) -> Iterator[None]:
+        """Let `cancel_call` find the exchange of a claim by the name of its call, unless that is empty."""
+        with self._calls.named(call, claim.key + claim.token) if call else nullcontext():
+            yield
+
+    async def cancel_call(self, call: bytes) -> None:
+        """Cancel a call that its client took back, unless its server ends it by itself."""
+        await asyncio.sleep(END_S)
+        if here := self._calls.here(call):
+            await self.cancel(here[:-TOKEN_BYTES], TAKEN_BACK)
+        elif there := await self._calls.elsewhere(call):
+            # The mark outlasts the call, and another one may have its key by now.
+            await self._cancel_elsewhere(there[:-TOKEN_BYTES], TAKEN_BACK, there[-TOKEN_BYTES:])
+
     async def cancel(self, key: bytes, reason: str) -> bool:
         """Cancel the exchange of a key, in whichever process it runs; return whether there was one.
 
@@ -73,9 +93,15 @@ class Cancellations:
         if (exchange := self._running.get(key)) is not None:
             exchange.cancel(reason)
             return True
+        return await self._cancel_elsewhere(key, reason, None)
+
+    async def _cancel_elsewhere(self, key: bytes, reason: str, token: bytes | None) -> bool:
+        """Cancel the exchange of another process; `token`: that of its claim, where it must be this one."""
         try:
             record = await read_record(self._store, key)
-            return record is not None and record.state is ViewState.IN_FLIGHT and await self._mark(record, reason)
+            if record is None or record.state is not ViewState.IN_FLIGHT or token not in (None, record.token):
+                return False
+            return await self._mark(record, reason)
         except StoreError:
             return False
 

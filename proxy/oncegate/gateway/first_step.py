@@ -7,7 +7,7 @@ from typing import NamedTuple, cast
 
 from oncegate.adaptation.error_pages import wants_page
 from oncegate.adaptation.heartbeats import Heartbeats
-from oncegate.adaptation.json_rpc import Caller
+from oncegate.adaptation.json_rpc import Caller, cancelled_call
 from oncegate.downstream.body import Bodies, Body, BufferedBody, NoBody, TooLarge, stated_length
 from oncegate.downstream.request import Request
 from oncegate.gateway.answers import AnswerOptions, Refuse, body_refusal, key_refusal, malformed, scope_refusal
@@ -169,14 +169,17 @@ class FirstStep:
                 document = read_document(pending.head.fields, body.data, body.spooled)
                 route = self._routes.chosen(pending.head, document)
                 # The body is here: there is nothing left to read.
-                return cast(Step, self._step_on(request, route, pending.head, body))
-            step = self._identify(request, pending, pending.scope, body)
+                step = cast(Step, self._step_on(request, route, pending.head, body))
+                if isinstance(step, Relay) and pending.route.policy.json_rpc and isinstance(document, tuple):
+                    return step._replace(takes_back=cancelled_call(pending.head.fields, document[0]))
+                return step
+            identified = self._identify(request, pending, pending.scope, body)
         except Exception:
             body.close()
             raise
-        if isinstance(step, KeyedRequest):
-            return step
-        return _without_key(pending.route, pending.head, step, body)
+        if isinstance(identified, KeyedRequest):
+            return identified
+        return _without_key(pending.route, pending.head, identified, body)
 
     def _identify(
         self, request: Request, pending: ReadBody, scope: Scope, body: Body

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+from oncegate.adaptation.json_rpc import call_name
 from oncegate.decision import Decision
 from oncegate.downstream.body import Bodies
 from oncegate.downstream.heartbeat import Heartbeat
@@ -124,6 +125,9 @@ class Gateway:
             self.relaying -= 1
             if step.body is not None:
                 step.body.close()
+        if step.takes_back and 200 <= relayed.status < 300:
+            deps = step.route.deps
+            deps.background(deps.cancellations.cancel_call(step.takes_back))
         return _pass_through_report(request, step, relayed)
 
     # A request with a key ...
@@ -172,11 +176,13 @@ class Gateway:
         progress = exchange.progress
         try:
             grace_s = keyed.route.policy.cancel_grace_s
-            if grace_s is None:
+            call = b"" if keyed.caller is None else call_name(request.checked_head().fields, keyed.caller.id)
+            if grace_s is None and not call:
                 outcome = await exchange.run()
             else:
                 cancellations = keyed.route.deps.cancellations
-                outcome = await cancellations.run(exchange, claim.key, request.response, grace_s)
+                with cancellations.named(call, claim):
+                    outcome = await cancellations.run(exchange, claim.key, request.response, grace_s)
         except Exception as error:
             self._break_off(error, request, UNKNOWN if progress.sent else REFUSED)
             return _exchange_report(request, keyed, Outcome.FAILED, 500, progress)

@@ -35,7 +35,7 @@ class Relay(NamedTuple):
     """Pass the request through. `body` is its body if it was read already.
 
     `unguarded`: it wanted a key's protection and does not get it, which its response says. `unguarded_key`: it seems
-    to carry a key, which guards nothing for this reason.
+    to carry a key, which guards nothing for this reason. `takes_back`: the name of a call that it cancels.
     """
 
     route: Route
@@ -45,6 +45,7 @@ class Relay(NamedTuple):
     unguarded_key: UnguardedKey | None = None
     # What is granted where the request is a preflight that may be granted.
     preflight: Preflight | None = None
+    takes_back: bytes = b""
 
     @property
     def fields(self) -> bytes:

@@ -1,4 +1,4 @@
-"""Who waits for the response to a key, in every process: a mark in the store, beside the record.
+"""Marks in the store, from process to process: who waits for the response to a key, and which call runs under one.
 
 The owner of an exchange knows its own client alone. A duplicate may wait in another worker or replica, so each process
 marks the keys for which its duplicates wait. A mark outlasts such a wait by the grace of its rule: once it has expired,
@@ -16,6 +16,8 @@ from oncegate.store.store import Store
 MIN_PAUSE_S, MAX_PAUSE_S = 0.5, 5.0
 # How long one question to the store may take.
 TIMEOUT_S = 1.0
+# A call that ends sooner than this is known in its own process alone. The mark of a longer one is renewed.
+SHORT_CALL_S, RENEW_S, CALL_MS = 0.5, 20.0, 60_000
 
 
 class Readers:
@@ -62,13 +64,58 @@ class Readers:
         return await self._ask(key, "EXISTS") != 0 or self._waits_here(key)
 
     async def _ask(self, key: bytes, verb: str, *words: bytes | str | int) -> int | bytes | None:
-        """Return the reply to a command about a key's mark, None for no reply and for an error."""
-        node = self._store.node_of(key)
-        if node is None:
-            return None
-        ends = asyncio.get_running_loop().time() + TIMEOUT_S
-        reply: object = await node.link.command(verb, mark_name(key), *words, deadline=ends)
-        return reply if isinstance(reply, int | bytes) else None
+        return await _ask(self._store, key, verb, mark_name(key), *words)
+
+
+class Calls:
+    """The calls that run under keys and that their clients may take back by a name of their own."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._running: dict[bytes, bytes] = {}
+
+    @contextmanager
+    def named(self, call: bytes, execution: bytes) -> Iterator[None]:
+        """Let every process find an execution by the name of its call until the end of the block."""
+        self._running[call] = execution
+        marking = asyncio.get_running_loop().create_task(self._mark(call, execution))
+        try:
+            yield
+        finally:
+            marking.cancel()
+            if self._running.get(call) is execution:
+                del self._running[call]
+
+    async def _mark(self, call: bytes, execution: bytes) -> None:
+        pause_s = SHORT_CALL_S
+        while True:
+            await asyncio.sleep(pause_s)
+            await _ask(self._store, call, "SET", call_name(call), execution, "PX", CALL_MS)
+            pause_s = RENEW_S
+
+    def here(self, call: bytes) -> bytes:
+        """Return the execution of a call in this process, empty if there is none."""
+        return self._running.get(call, b"")
+
+    async def elsewhere(self, call: bytes) -> bytes:
+        """Return the execution of a call in another process, empty if none is known. It may have ended."""
+        found = await _ask(self._store, call, "GET", call_name(call))
+        return found if isinstance(found, bytes) else b""
+
+
+async def _ask(store: Store, key: bytes, verb: str, *words: bytes | str | int) -> int | bytes | None:
+    """Return the reply to a command about a mark in the slot of a key, None for no reply and for an error."""
+    node = store.node_of(key)
+    if node is None:
+        return None
+    ends = asyncio.get_running_loop().time() + TIMEOUT_S
+    reply: object = await node.link.command(verb, *words, deadline=ends)
+    return reply if isinstance(reply, int | bytes) else None
+
+
+def call_name(call: bytes) -> bytes:
+    """Return the name of a call's mark."""
+    return store_key(call) + b":call"
 
 
 def mark_name(key: bytes) -> bytes:
