@@ -191,10 +191,7 @@ class FirstStep:
         if isinstance(caller, Missing | BadKey):
             return caller
         _set_caller(request, caller)
-        wait_s, fields = policy.wait_max_s if policy.wait_for_duplicates else 0.0, b""
-        if b"prefer" in head.fields and (preferred_s := preferred_wait_s(head.fields[b"prefer"])) is not None:
-            wait_s = min(preferred_s, policy.wait_max_s)
-            fields = b"Preference-Applied: wait=%d\r\n" % wait_s
+        wait_s, fields = _waiting(policy, head)
         identity: Identity | Missing | BadKey
         if key is None or policy.fingerprint is not None or is_multipart(head.fields):
             identity = identify(policy, digests, ScopedRequest(head, scope, key, body))
@@ -220,18 +217,31 @@ class FirstStep:
                 )
             blocks = body.blocks() if body.spooled else (body.data,)
             identity = Identity(finish_key(key_prefix, key), finish_fingerprint(prefix, blocks))
-        claim = ClaimRequest(
-            key=identity.key,
-            scope=scope,
-            fingerprint=identity.fingerprint,
-            mode=policy.mode,
-            lease_ms=policy.lease_ms,
-            retention_ms=policy.retention_ms,
-            # A derived key stands for a window: a form that is refused for months would help nobody.
-            unknown_retention_ms=policy.retention_ms if identity.window_ms else policy.unknown_retention_ms,
-            window_ms=identity.window_ms,
+        return KeyedRequest(
+            route, _claim_request(policy, scope, identity), body, wait_s, fields, identity.fresh, caller
         )
-        return KeyedRequest(route, claim, body, wait_s, fields, identity.fresh, caller)
+
+
+def _waiting(policy: Policy, head: RequestHead) -> tuple[float, bytes]:
+    """Return for how many seconds a duplicate may wait, and the field that tells its client what became of its wish."""
+    if b"prefer" in head.fields and (preferred_s := preferred_wait_s(head.fields[b"prefer"])) is not None:
+        wait_s = min(preferred_s, policy.wait_max_s)
+        return wait_s, b"Preference-Applied: wait=%d\r\n" % wait_s
+    return policy.wait_max_s if policy.wait_for_duplicates else 0.0, b""
+
+
+def _claim_request(policy: Policy, scope: Scope, identity: Identity) -> ClaimRequest:
+    return ClaimRequest(
+        key=identity.key,
+        scope=scope,
+        fingerprint=identity.fingerprint,
+        mode=policy.mode,
+        lease_ms=policy.lease_ms,
+        retention_ms=policy.retention_ms,
+        # A derived key stands for a window: a form that is refused for months would help nobody.
+        unknown_retention_ms=policy.retention_ms if identity.window_ms else policy.unknown_retention_ms,
+        window_ms=identity.window_ms,
+    )
 
 
 def _note_expectation(request: Request, head: RequestHead) -> None:

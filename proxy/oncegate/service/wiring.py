@@ -66,19 +66,7 @@ class Parts:
         metrics, clock = reporting.metrics, asyncio.get_running_loop().time
         self.memory = MemoryBudget(settings.max_buffered_bytes)
         self._resolver = Resolver(settings.dns_ttl_s, report=reporting.log.warning)
-        self.store = Store(
-            store_url,
-            timeout_ms=settings.store_timeout_ms,
-            patience_s=settings.settle_timeout_s,
-            observers=metrics.store_observers,
-            retried=metrics.store_retried,
-            background=reporting.background,
-            log=reporting.log.warning,
-            durability=settings.durability,
-            member=self._membership(),
-            breaker_opened=reporting.store_broke,
-            resolver=self._resolver,
-        )
+        self.store = self._store(store_url)
         self.leases = Leases(self.store, settings.lease_ms, reporting.claim_lost, clock)
         self.waiters = Waiters(
             self.store,
@@ -118,6 +106,22 @@ class Parts:
             trusted=settings.trusted_proxies,
             docs_url=str(settings.docs_url or ""),
             head_limits=HeadLimits(settings.max_head_bytes, settings.max_head_line_bytes, settings.max_head_fields),
+        )
+
+    def _store(self, url: str) -> Store:
+        settings, reporting = self._settings, self._reporting
+        return Store(
+            url,
+            timeout_ms=settings.store_timeout_ms,
+            patience_s=settings.settle_timeout_s,
+            observers=reporting.metrics.store_observers,
+            retried=reporting.metrics.store_retried,
+            background=reporting.background,
+            log=reporting.log.warning,
+            durability=settings.durability,
+            member=self._membership(),
+            breaker_opened=reporting.store_broke,
+            resolver=self._resolver,
         )
 
     def follow(self, rules: Rules, routes: Routes) -> None:
