@@ -232,6 +232,15 @@ def test_files_that_the_design_names_exist():
     assert rooms - named == set()
 
 
+def test_the_decisions_are_counted():
+    """The list of the pages says how many entries each has, and lists every page."""
+    folder = ROOT / "docs/decisions"
+    listed = re.findall(r"^\| \[.*?\]\((\S+?)\).*\| (\d+) \|$", (folder / "README.md").read_text(), re.MULTILINE)
+    pages = [page for page in folder.glob("*.md") if page.name != "README.md"]
+    counted = {page.name: str(len(re.findall("^## ", page.read_text(), re.MULTILINE))) for page in pages}
+    assert dict(listed) == counted
+
+
 def test_every_header_is_explained():
     """All that the proxy acts on, strips or leaves out of a replay."""
     text = text_of("docs/reference/headers.md").lower()

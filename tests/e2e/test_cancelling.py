@@ -67,6 +67,10 @@ async def sent(gate: Proxy, upstream: RawUpstream, key: str, target: str = "/v1/
     return client
 
 
+def logged(gate: Proxy) -> list[dict]:
+    return [line for line in gate.events("request") if line["outcome"] == "cancelled"]
+
+
 @pytest.mark.fault(63)
 async def test_a_request_ends_with_its_last_reader(gates, upstream, valkey, tmp_path):
     """A client that leaves in any way, before the head or in the stream, ends its request after the grace. No retry
@@ -82,6 +86,8 @@ async def test_a_request_ends_with_its_last_reader(gates, upstream, valkey, tmp_
         assert asyncio.get_running_loop().time() - began > GRACE_S
         await until(lambda count=number: gate.metric('settled_total{settlement="cancelled"}') == count)
         assert gate.metric('requests_total{outcome="cancelled"}') == number
+        await until(lambda count=number: len(logged(gate)) == count)
+        assert logged(gate)[-1]["client_gone"]
         retry = await ask(gate.port, request(target="/v1/chat", key=key))
         assert (retry.status, retry.slug, retry.problem["reason"]) == (409, "outcome-unknown", "cancelled")
         assert retry.header("x-should-retry") == b"false"

@@ -88,7 +88,8 @@ class Gateway:
             self._break_off(error, request, REFUSED)
         if beating is not None:
             beating.stop()
-        self._observe(report, time.perf_counter() - began, request.response.client_gone)
+        gone = request.response.client_gone or report.outcome is Outcome.CANCELLED
+        self._observe(report, time.perf_counter() - began, gone)
 
     def _break_off(self, error: Exception, request: Request, fields: bytes) -> None:
         """End a request that failed in here, unless its response is out already."""

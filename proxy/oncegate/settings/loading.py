@@ -142,7 +142,7 @@ def _contradictions(settings: Settings, invalid: Iterable[str]) -> list[str]:
 
 
 def _is_none(value: object) -> bool:
-    return value is None or value == ()
+    return value is None or value in ((), "")
 
 
 def _text(name: str, value: object) -> str:
