@@ -257,7 +257,7 @@ async def test_a_client_that_leaves(tools, client):
     """Closing does not cancel a call with a key; a call without one is cancelled, and so is one that is named."""
     one = call("slow", "leaves", seconds=1.5)
     [left] = await calls(client, tools.at, {**one, "timeout": 0.4}, pause=1.5)
-    assert left == {"timeout": True}
+    assert left["timeout"]
     # `notifications/cancelled` reaches the server, and is not undone. That of TypeScript says no more about the call.
     is_named = client.name in NAMES_IT or (tools.name, client.name) == ("mcp 1", "2026-07-28")
     assert tools.runs == ["slow begins", "slow is cancelled" if is_named else "slow ends"]
@@ -265,7 +265,7 @@ async def test_a_client_that_leaves(tools, client):
     assert again.get("problem") == "outcome_unknown" if is_named else again["text"] == "done"
     tools.forget()
     [left] = await calls(client, tools.at, {**call("slow", seconds=5), "timeout": 0.4}, pause=1)
-    assert left == {"timeout": True}
+    assert left["timeout"]
     if client.name != "mcp 1":  # which says nothing, and whose protocol takes closing for no cancellation
         assert tools.runs == ["slow begins", "slow is cancelled"]
 

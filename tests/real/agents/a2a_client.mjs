@@ -27,7 +27,8 @@ async function send(client, one) {
       if (payload.$case === "task") texts.push(...payload.value.artifacts.map(artifactText));
     }
   } catch (error) {
-    return signal.aborted ? { timeout: true } : { error: String(error) };
+    const { name } = error.constructor;
+    return signal.aborted ? { timeout: true, name } : { error: String(error), name };
   }
   return { tasks: [...tasks], texts };
 }

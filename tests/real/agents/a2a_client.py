@@ -30,9 +30,9 @@ async def send(client: Client, one: dict[str, Any]) -> dict[str, Any]:
                 elif event.HasField("task"):
                     texts += map(get_artifact_text, update.artifacts)
     except TimeoutError:
-        return {"timeout": True}
+        return {"timeout": True, "name": "TimeoutError"}
     except A2AError as error:
-        return {"error": str(error)}
+        return {"error": str(error), "name": type(error).__name__}
     return {"tasks": sorted(set(tasks)), "texts": texts}
 
 

@@ -34,9 +34,10 @@ async function call(client, one) {
     const { content, isError } = await client.callTool(params, ...(isNew ? [options] : [undefined, options]));
     return { text: content[0].text, is_error: isError ?? false, progress: seen };
   } catch (error) {
-    if (/timed out/i.test(error.message)) return { timeout: true };
-    if (typeof error.code !== "number") return { broken: String(error) };
-    return { code: error.code, message: error.message, problem: error.data?.error?.code ?? null };
+    const name = error.constructor.name;
+    if (/timed out/i.test(error.message)) return { timeout: true, name };
+    if (typeof error.code !== "number") return { broken: String(error), name };
+    return { code: error.code, message: error.message, problem: error.data?.error?.code ?? null, name };
   }
 }
 
