@@ -4,7 +4,6 @@ import asyncio
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -17,7 +16,7 @@ import uvloop
 from redis import Redis
 
 from oncegate.server.embedded import find_server
-from tests.parts import Proxy, RawUpstream
+from tests.parts import Proxy, RawUpstream, standing_proxy, standing_upstream
 from tests.zygote import Forked, Zygote
 
 IN_PROCESS = (
@@ -192,22 +191,15 @@ def fork(zygote: Zygote, tmp_path: Path) -> Iterator[Callable[..., Awaitable[For
 @pytest.fixture(scope="module")
 def standing(shared_valkey: Valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     """One proxy with default settings for all tests of a module, for tables of requests; its upstream is `behind`."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-        proxy = Proxy(url, shared_valkey.url, tmp_path_factory.mktemp("standing"), {})
-        proxy.upstream_socket = sock
-        proxy.start()
+    with standing_proxy(shared_valkey.url, tmp_path_factory.mktemp("standing")) as proxy:
         yield proxy
-        proxy.close()
 
 
 @pytest.fixture
 async def behind(standing: Proxy, valkey: Valkey) -> AsyncIterator[RawUpstream]:
     """The upstream of `standing`, new for each test, with the store empty."""
-    server = RawUpstream()
-    await server.start(standing.upstream_socket.dup())
-    yield server
-    await server.close()
+    async with standing_upstream(standing) as server:
+        yield server
 
 
 @pytest.fixture

@@ -1,11 +1,10 @@
 """What another requester gets of a response: the address that it needs, its own grant, and no cookies of others."""
 
-import socket
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from tests.parts import Proxy, RawClient, RawUpstream, answering, ask, request
+from tests.parts import Proxy, RawClient, RawUpstream, answering, ask, request, standing_proxy, standing_upstream
 
 RULES = """
 [[rule]]
@@ -94,22 +93,14 @@ async def test_what_belongs_to_one_exchange_is_not_replayed(standing, behind):
 def fronted(shared_valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     """One proxy with those rules, whose upstream has a path prefix."""
     folder = tmp_path_factory.mktemp("fronted")
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        (folder / "rules.toml").write_text(RULES)
-        url = f"http://127.0.0.1:{sock.getsockname()[1]}/api"
-        proxy = Proxy(url, shared_valkey.url, folder, {"RULES_FILE": "rules.toml", "TRUSTED_PROXIES": "127.0.0.1"})
-        proxy.upstream_socket = sock
-        proxy.start()
+    with standing_proxy(shared_valkey.url, folder, {"TRUSTED_PROXIES": "127.0.0.1"}, rules=RULES, path="/api") as proxy:
         yield proxy
-        proxy.close()
 
 
 @pytest.fixture
 async def inner(fronted: Proxy, valkey) -> AsyncIterator[RawUpstream]:
-    server = RawUpstream()
-    await server.start(fronted.upstream_socket.dup())
-    yield server
-    await server.close()
+    async with standing_upstream(fronted) as server:
+        yield server
 
 
 async def test_a_replay_has_the_address_of_the_one_who_asks(fronted, inner):

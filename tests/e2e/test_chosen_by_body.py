@@ -1,12 +1,22 @@
 """Rules that match by the body: what is read for them, what falls to the next rule, and what streams on."""
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from tests.parts import OK, Proxy, RawClient, RawUpstream, answering, ask, request, until
+from tests.parts import (
+    OK,
+    Proxy,
+    RawClient,
+    RawUpstream,
+    answering,
+    ask,
+    request,
+    standing_proxy,
+    standing_upstream,
+    until,
+)
 
 RULES = """
 [[rule]]
@@ -34,22 +44,14 @@ def asked(body: bytes, key: str | None = None, *extra: str) -> bytes:
 def ruled(shared_valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     """One proxy with those rules for all tests of this file."""
     folder = tmp_path_factory.mktemp("ruled")
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        (folder / "rules.toml").write_text(RULES)
-        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-        proxy = Proxy(url, shared_valkey.url, folder, {"RULES_FILE": "rules.toml"})
-        proxy.upstream_socket = sock
-        proxy.start()
+    with standing_proxy(shared_valkey.url, folder, {}, rules=RULES) as proxy:
         yield proxy
-        proxy.close()
 
 
 @pytest.fixture
 async def behind(ruled: Proxy, valkey) -> AsyncIterator[RawUpstream]:
-    server = RawUpstream()
-    await server.start(ruled.upstream_socket.dup())
-    yield server
-    await server.close()
+    async with standing_upstream(ruled) as server:
+        yield server
 
 
 async def test_the_body_chooses_the_rule(ruled, behind):

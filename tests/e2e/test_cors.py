@@ -24,6 +24,8 @@ from tests.parts import (
     chunk,
     holding,
     request,
+    standing_proxy,
+    standing_upstream,
     until,
 )
 
@@ -92,28 +94,22 @@ EXPOSED = b"Oncegate-Status, Oncegate-Key-Id, Idempotent-Replayed, Retry-After, 
 def cross(shared_valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     """One proxy with those rules for all tests of this file."""
     folder = tmp_path_factory.mktemp("cross")
-    with socket.create_server(("127.0.0.1", 0)) as sock, socket.socket() as unheard:
+    with socket.socket() as unheard:
         unheard.bind(("127.0.0.1", 0))
-        (folder / "rules.toml").write_text(RULES.format(down=f"http://127.0.0.1:{unheard.getsockname()[1]}"))
+        rules = RULES.format(down=f"http://127.0.0.1:{unheard.getsockname()[1]}")
         settings = {
-            "RULES_FILE": "rules.toml",
             "CORS_ORIGINS": "https://shop.example, https://*.shop.example",
             "MAX_IN_FLIGHT": 2,
             "CONNECT_RETRIES": 0,
         }
-        proxy = Proxy(f"http://127.0.0.1:{sock.getsockname()[1]}", shared_valkey.url, folder, settings)
-        proxy.upstream_socket = sock
-        proxy.start()
-        yield proxy
-        proxy.close()
+        with standing_proxy(shared_valkey.url, folder, settings, rules=rules) as proxy:
+            yield proxy
 
 
 @pytest.fixture
 async def behind(cross: Proxy, valkey) -> AsyncIterator[RawUpstream]:
-    server = RawUpstream()
-    await server.start(cross.upstream_socket.dup())
-    yield server
-    await server.close()
+    async with standing_upstream(cross) as server:
+        yield server
 
 
 def sent(origin: str | None, target: str = "/orders", key: str | None = "key-1", body: bytes = b"{}") -> bytes:

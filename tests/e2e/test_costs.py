@@ -28,6 +28,7 @@ from tests.parts import (
     ask,
     chunk,
     request,
+    standing_proxy,
     until,
 )
 
@@ -72,13 +73,8 @@ TABLE: dict[str, tuple[dict[str, Any], bytes, int, Costs]] = {
 @pytest.fixture(scope="module")
 def standing(shared_valkey: Valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     """One proxy that uses its connections at once again, as it does everywhere with what has rested."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        url, folder = f"http://127.0.0.1:{sock.getsockname()[1]}", tmp_path_factory.mktemp("standing")
-        proxy = Proxy(url, shared_valkey.url, folder, {"UPSTREAM_REST_S": 0})
-        proxy.upstream_socket = sock
-        proxy.start()
+    with standing_proxy(shared_valkey.url, tmp_path_factory.mktemp("standing"), {"UPSTREAM_REST_S": 0}) as proxy:
         yield proxy
-        proxy.close()
 
 
 def segments_in(writer: asyncio.StreamWriter) -> int:

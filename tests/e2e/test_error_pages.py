@@ -2,12 +2,23 @@
 
 import asyncio
 import signal
-import socket
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from tests.parts import OK, Answer, Proxy, RawUpstream, abort, ask, holding, request, until
+from tests.parts import (
+    OK,
+    Answer,
+    Proxy,
+    RawUpstream,
+    abort,
+    ask,
+    holding,
+    request,
+    standing_proxy,
+    standing_upstream,
+    until,
+)
 
 NAVIGATION = "Sec-Fetch-Mode: navigate"
 FORM = "Content-Type: application/x-www-form-urlencoded"
@@ -50,24 +61,17 @@ PAGE, PROBLEM = b"text/html; charset=utf-8", b"application/problem+json"
 def shop(shared_valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     """One proxy with those rules and a template of its own for all tests of this file."""
     folder = tmp_path_factory.mktemp("shop")
-    (folder / "rules.toml").write_text(RULES)
     (folder / "pages").mkdir()
     (folder / "pages/body-too-large.html").write_text("<title>$title</title>first")
-    settings = {"RULES_FILE": "rules.toml", "PAGES_DIR": "pages", "CONNECT_RETRIES": 0, "MAX_REQUEST_BYTES": 1000}
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        proxy = Proxy(f"http://127.0.0.1:{sock.getsockname()[1]}", shared_valkey.url, folder, settings)
-        proxy.upstream_socket = sock
-        proxy.start()
+    settings = {"PAGES_DIR": "pages", "CONNECT_RETRIES": 0, "MAX_REQUEST_BYTES": 1000}
+    with standing_proxy(shared_valkey.url, folder, settings, rules=RULES) as proxy:
         yield proxy
-        proxy.close()
 
 
 @pytest.fixture
 async def behind(shop: Proxy, valkey) -> AsyncIterator[RawUpstream]:
-    server = RawUpstream()
-    await server.start(shop.upstream_socket.dup())
-    yield server
-    await server.close()
+    async with standing_upstream(shop) as server:
+        yield server
 
 
 async def post(proxy: Proxy, path: str, key: str | None = "key-1", body: bytes = b"x", *fields: str) -> Answer:

@@ -3,7 +3,6 @@
 import asyncio
 import gzip
 import json
-import socket
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -23,6 +22,8 @@ from tests.parts import (
     ask,
     chunk,
     request,
+    standing_proxy,
+    standing_upstream,
     until,
 )
 
@@ -59,22 +60,14 @@ SSE = CHUNKED.replace(b"text/plain", b"text/event-stream")
 def ruled(shared_valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     """One proxy with those rules for all tests of this file."""
     folder = tmp_path_factory.mktemp("ruled")
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        (folder / "rules.toml").write_text(RULES)
-        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-        proxy = Proxy(url, shared_valkey.url, folder, {"RULES_FILE": "rules.toml", "CONNECT_RETRIES": 0})
-        proxy.upstream_socket = sock
-        proxy.start()
+    with standing_proxy(shared_valkey.url, folder, {"CONNECT_RETRIES": 0}, rules=RULES) as proxy:
         yield proxy
-        proxy.close()
 
 
 @pytest.fixture
 async def behind(ruled: Proxy, valkey) -> AsyncIterator[RawUpstream]:
-    server = RawUpstream()
-    await server.start(ruled.upstream_socket.dup())
-    yield server
-    await server.close()
+    async with standing_upstream(ruled) as server:
+        yield server
 
 
 def call(key: str | None, own_id: object = 1, *, path: str = "/mcp", tool: str = "pay", **more: Any) -> bytes:

@@ -5,14 +5,13 @@ import hashlib
 import json
 import os
 import random
-import socket
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.parts import Proxy, RawUpstream, ask, chunk, request
+from tests.parts import Proxy, RawUpstream, ask, chunk, request, standing_proxy, standing_upstream
 
 MIB = 1 << 20
 BUDGET_S = 0.5  # of the processor, for the worst body that is looked into
@@ -140,22 +139,14 @@ UNUSABLE = {
 def looking(shared_valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     """One proxy with those rules for all that follows; its upstream is `beyond`."""
     folder = tmp_path_factory.mktemp("looking")
-    (folder / "rules.toml").write_text(LOOKED_INTO)
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-        proxy = Proxy(url, shared_valkey.url, folder, {"RULES_FILE": "rules.toml"})
-        proxy.upstream_socket = sock
-        proxy.start()
+    with standing_proxy(shared_valkey.url, folder, rules=LOOKED_INTO) as proxy:
         yield proxy
-        proxy.close()
 
 
 @pytest.fixture
 async def beyond(looking: Proxy, valkey) -> AsyncIterator[RawUpstream]:
-    server = RawUpstream()
-    await server.start(looking.upstream_socket.dup())
-    yield server
-    await server.close()
+    async with standing_upstream(looking) as server:
+        yield server
 
 
 @pytest.mark.parametrize("case", UNUSABLE)
