@@ -312,9 +312,13 @@ def test_a_form_in_a_browser_is_explained(check, field, said):
 
 def test_replayed_cookies_are_explained(check):
     """How long a duplicate gets the cookies of its original."""
-    Path("rules.toml").write_text('[[rule]]\nname = "a"\nreplay_cookies = true\n')
+    rule = '[[rule]]\nname = "a"\nreplay_cookies = true\n'
+    Path("rules.toml").write_text(rule)
     words = explained(check, "POST", "/", "-H", "Idempotency-Key: k")
-    assert words["complete"] == "replayed for 86400 s, with its cookies for 60 s"
+    assert words["complete"] == "replayed for 86400 s, with its cookies for 60 s at most"
+    Path("rules.toml").write_text(rule + 'key = "derived:10"\n')
+    words = explained(check, "POST", "/")
+    assert words["complete"] == "replayed for 10 s from its claim, with its cookies for 60 s at most, then executed"
 
 
 def test_what_is_explained_is_what_is_done(check):

@@ -253,10 +253,10 @@ def _by_state(policy: Policy, head: RequestHead, identity: Identity) -> Iterable
         yield "in flight", f"waits up to {wait_s:g} s, then {refused}" if wait_s else refused
         window_s, retention_s = identity.window_ms / 1000, policy.retention_ms / 1000
         # The window of a derived key runs from the claim, retention from the completion.
-        period = f"{window_s:g} s from its claim, then executed" if window_s else f"{retention_s:g} s"
+        period, then = (f"{window_s:g} s from its claim", ", then executed") if window_s else (f"{retention_s:g} s", "")
         if policy.adaptation.replays_cookies:
-            period += f", with its cookies for {REPLAYED_MS // 1000} s"
-        yield "complete", f"replayed for {period}"
+            period += f", with its cookies for {REPLAYED_MS // 1000} s at most"
+        yield "complete", f"replayed for {period}{then}"
     yield "unknown", "executed again" if policy.mode == RETRY else "409 outcome-unknown"
     if policy.heartbeats is not None:
         period = f"after each {policy.heartbeats.period_s:g} s"
