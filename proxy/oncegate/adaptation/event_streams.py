@@ -38,6 +38,11 @@ class EventCutter:
             events.append(self.rest())
         return events
 
+    @property
+    def kept_bytes(self) -> int:
+        """How many bytes of an event are kept that has no end yet."""
+        return len(self._buffer)
+
     def rest(self) -> bytes:
         """Return what has no end yet, and forget it."""
         rest = bytes(self._buffer)

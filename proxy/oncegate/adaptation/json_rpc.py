@@ -185,8 +185,14 @@ class ResponseReader:
             self._is_readable = not self._events.has_long
         elif len(self._document) + len(data) > MAX_EVENT_BYTES:
             self._is_readable = False
+            self._document.clear()
         else:
             self._document += data
+
+    @property
+    def kept_bytes(self) -> int:
+        """How many bytes of the body are kept until a message is whole."""
+        return len(self._document) if self._events is None else self._events.kept_bytes
 
     def final(self) -> FinalMessage | None:
         """Return the message that ends the call; None where none came, or where it cannot be read."""

@@ -59,8 +59,6 @@ class Exchange:
     # The one that the request is on now.
     _connection: Connection | None = None
     _disposition = Disposition.STORE
-    # Of a response whose status alone does not tell.
-    _reading: ResponseReading | None = None
     _outcome, _status_field = OUTCOMES[Disposition.STORE.label]
 
     def __init__(self, keyed: KeyedRequest, held: LeasedClaim, head: bytes, client: Request) -> None:
@@ -142,8 +140,8 @@ class Exchange:
             ):
                 progress.whole = whole = connection.take_body()
                 progress.trailers = self._response.trailers = connection.response.trailers
-                if self._reading is not None and self._reading.body_tells:
-                    self._dispose(self._reading.end(whole))
+                if progress.reading is not None and progress.reading.body_tells:
+                    self._dispose(progress.reading.end(whole))
                 return ending(self._disposition, len(whole) <= self._policy.max_stored_bytes)
             return await self._stream(connection, head)
         except NotSent as reason:
@@ -170,7 +168,8 @@ class Exchange:
             self._extend_watchdog()
             await asyncio.sleep(random.uniform(0, max_pause_s))
             max_pause_s = min(max_pause_s * 2, MAX_PAUSE_S)
-            self._resends_left, self._reading, self.progress.head, self.progress.whole = left, None, None, b""
+            self._resends_left, self.progress.head, self.progress.whole = left, None, b""
+            self.progress.note_reading(None)
             resent = await self._forward()
             # That nothing could be sent this time says nothing about the time before.
             reached = Ending.NO_RESPONSE if resent is Ending.NOT_SENT else resent
@@ -210,23 +209,23 @@ class Exchange:
 
     def _may_be_small(self, head: ResponseHead) -> bool:
         """Note a response's head; return whether its body may be small."""
-        disposition = self._policy.statuses.by_status.get(head.status) or self._read(head)
-        # The first request is still running there.
-        if self._resends_left is not None and head.status == 409:
-            if self._resends_left:
-                raise UpstreamLost("the upstream is still busy with the first request")
-            disposition, self._reading = Disposition.AMBIGUOUS, None
+        is_busy = self._resends_left is not None and head.status == 409
+        if is_busy and self._resends_left:
+            raise UpstreamLost("the upstream is still busy with the first request")
+        known = self._policy.statuses.by_status.get(head.status)
+        disposition = Disposition.AMBIGUOUS if is_busy else known or self._read(head)
         self.progress.head, self._held.stage = head, stages.RESPONSE_BEGUN
         self._dispose(disposition)
         return head.bodiless or ((head.length or 0) <= SMALL_BYTES and not head.is_event_stream)
 
     def _read(self, head: ResponseHead) -> Disposition:
         """Return what a response means for the key, as far as its head says it."""
-        self._reading = ResponseReading(self._policy.statuses, head, self.progress.request_id)
-        return self._reading.disposition
+        reading = ResponseReading(self._policy.statuses, head, self.progress.request_id, self._deps.memory)
+        self.progress.note_reading(reading)
+        return reading.disposition
 
     def _window_s(self) -> float:
-        is_telling = self._reading is not None and self._reading.body_tells
+        is_telling = self.progress.reading is not None and self.progress.reading.body_tells
         return min(TELLING_S, self._deps.silence_s) if is_telling else SMALL_S
 
     def _dispose(self, disposition: Disposition) -> None:
@@ -238,7 +237,7 @@ class Exchange:
         if self._disposition is Disposition.STORE:
             recording = self.progress.recording = new_recording(self.progress, head, self._policy.max_stored_bytes)
         response, silence_s = self._response, self._deps.silence_s
-        passing = self._reading.passing if self._reading is not None else None
+        passing = self.progress.passing
         if passing is not None:
             # The head leaves before it is known.
             self._status_field = b""
@@ -261,8 +260,8 @@ class Exchange:
                     self._extend_watchdog()
             self._extend_watchdog()
         self.progress.trailers = response.trailers = connection.response.trailers
-        if passing is not None and self._reading is not None:
-            self._dispose(self._reading.end())
+        if passing is not None:
+            self._dispose(passing.end())
         return ending(self._disposition, recording is not None and recording.is_storing)
 
     def _extend_watchdog(self) -> None:

@@ -1,6 +1,7 @@
 """What a response means for its key, as far as it has arrived: by its head, by its body, by its messages."""
 
 from oncegate.adaptation.json_rpc import ResponseReader
+from oncegate.buffers.memory import MemoryBudget
 from oncegate.decision import Disposition
 from oncegate.messages.response_head import ResponseHead
 from oncegate.rules.statuses import Statuses
@@ -16,16 +17,32 @@ class ResponseReading:
     """Reads one response whose status alone does not tell.
 
     `disposition`: what it means as far as it is read. `body_tells`: its body decides, too. `passing`: reads messages of
-    JSON-RPC while they pass, None where there are none; what they mean is certain at their end alone.
+    JSON-RPC while they pass, None where there are none; what they mean is certain at their end alone. What it keeps of
+    them counts in `memory` until `close`.
     """
 
-    def __init__(self, statuses: Statuses, head: ResponseHead, request_id: bytes) -> None:
+    def __init__(self, statuses: Statuses, head: ResponseHead, request_id: bytes, memory: MemoryBudget) -> None:
         self._statuses, self._head = statuses, head
+        self._memory, self._counted = memory, 0
         self.passing = ResponseReader(head.fields, request_id) if statuses.by_message else None
         reads_body = not head.bodiless and statuses.reads_body(head.status, head.fields)
         self.body_tells = statuses.by_message or reads_body
         # Until its messages say otherwise, a response is stored as it comes.
         self.disposition = Disposition.STORE if statuses.by_message else statuses.read(head.status, head.fields)
+
+    def add(self, data: bytes) -> None:
+        """Take the next bytes of a body that passes."""
+        if self.passing is not None:
+            self.passing.add(data)
+            self._count(self.passing.kept_bytes)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._count(0)
+
+    def _count(self, size: int) -> None:
+        self._memory.used += size - self._counted
+        self._counted = size
 
     def end(self, body: bytes = b"") -> Disposition:
         """Return what a response means whose body has ended; `body`: what of it was not read while it passed."""

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from oncegate.decision import Ending, Settlement, usual_s
 from oncegate.gateway.answers import Refuse, cancelled, not_sent, response_not_stored, upstream_lost
 from oncegate.gateway.recording import Recording
+from oncegate.gateway.response_reading import ResponseReading
 from oncegate.gateway.routes import ExchangeDeps
 from oncegate.messages.response_head import ResponseHead
 from oncegate.observe.labels import SETTLEMENTS, SettlementLabel
@@ -28,7 +29,8 @@ class Progress:
     """How far an exchange got. It starts from the worst, and improves. `request_id`: of a JSON-RPC request.
 
     `sent`: a byte of the request may have left. `head` is the upstream's, `whole` the body of a small response,
-    `recording` that of a streamed one, `trailers` what follows either. `cancelled`: why the exchange was ended, empty
+    `recording` that of a streamed one, `trailers` what follows either. `reading`: of a response whose status alone does
+    not tell. `cancelled`: why the exchange was ended, empty
     where it was not. `settlement` is the last one tried, `settlements` are what is counted of it.
     """
 
@@ -40,11 +42,23 @@ class Progress:
     whole: bytes = b""
     trailers: bytes = b""
     recording: Recording | None = None
+    reading: ResponseReading | None = None
     cancelled: str = ""
     lost: UpstreamLost | None = None
     upstream_s: float = 0.0
     settlement: Settlement | None = None
     settlements: tuple[SettlementLabel, ...] = ()
+
+    def note_reading(self, reading: ResponseReading | None) -> None:
+        """Read this response from now on, and the one before no more."""
+        if self.reading is not None:
+            self.reading.close()
+        self.reading = reading
+
+    @property
+    def passing(self) -> ResponseReading | None:
+        """The reading of a response whose messages are read while they pass."""
+        return self.reading if self.reading is not None and self.reading.passing is not None else None
 
     @property
     def close_delimited(self) -> bool:
@@ -165,6 +179,8 @@ def clean_up(progress: Progress, reached: Ending | None, result: SettleResult | 
     deps, held = progress.deps, progress.held
     if progress.recording is not None:
         progress.recording.close()
+    if progress.reading is not None:
+        progress.reading.close()
     if result is None or (not result.status.is_done and result.status is SettleStatus.UNCONFIRMED):
         if reached is None:
             lost = Ending.CANCELLED if progress.cancelled else Ending.NO_RESPONSE
