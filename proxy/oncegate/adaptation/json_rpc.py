@@ -121,23 +121,24 @@ def same_id(one: bytes, other: bytes) -> bool:
     return type(first) is type(second) and bool(first == second) and first != float("inf")
 
 
-def call_name(fields: Fields, request_id: bytes) -> bytes:
+def call_name(tenant: bytes, fields: Fields, request_id: bytes) -> bytes:
     """Return what names a call for `notifications/cancelled`; nothing where it has no session.
 
-    Without one, the ids of all clients are the same few numbers, and a server could not find the call either.
+    Without one, the ids of all clients are the same few numbers, and a server could not find the call either. `tenant`:
+    whose call it is, because who knows a session need not be its user (MCP authenticates nobody by it).
     """
     session = fields.get(SESSION, ())
     if len(session) != 1 or not session[0]:
         return b""
-    return blake2b(length_prefixed((session[0], _rewritten(request_id))), digest_size=NAME_BYTES).digest()
+    return blake2b(length_prefixed((tenant, session[0], _rewritten(request_id))), digest_size=NAME_BYTES).digest()
 
 
-def cancelled_call(fields: Fields, message: Any) -> bytes:
-    """Return the name of the call that a message takes back, nothing for any other message."""
+def cancelled_call(tenant: bytes, fields: Fields, message: Any) -> bytes:
+    """Return the name of the call that a tenant's message takes back, nothing for any other message."""
     if follow_pointer(message, ("method",)) != CANCELLED:
         return b""
     token = _written(follow_pointer(message, ("params", "requestId")))
-    return call_name(fields, token) if token else b""
+    return call_name(tenant, fields, token) if token else b""
 
 
 # What a response says ...

@@ -171,7 +171,7 @@ class FirstStep:
                 # The body is here: there is nothing left to read.
                 step = cast(Step, self._step_on(request, route, pending.head, body))
                 if isinstance(step, Relay) and pending.route.policy.json_rpc and isinstance(document, tuple):
-                    return step._replace(takes_back=cancelled_call(pending.head.fields, document[0]))
+                    return step._replace(takes_back=self._taken_back(pending, document[0]))
                 return step
             identified = self._identify(request, pending, pending.scope, body)
         except Exception:
@@ -180,6 +180,11 @@ class FirstStep:
         if isinstance(identified, KeyedRequest):
             return identified
         return _without_key(pending.route, pending.head, identified, body)
+
+    def _taken_back(self, pending: ReadBody, message: object) -> bytes:
+        """Return the name of the call that a JSON-RPC message takes back, nothing for any other message."""
+        scope = scope_of(pending.route.policy, self._digests, pending.head)
+        return cancelled_call(scope.tenant, pending.head.fields, message) if isinstance(scope, Scope) else b""
 
     def _identify(
         self, request: Request, pending: ReadBody, scope: Scope, body: Body

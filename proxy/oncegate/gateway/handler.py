@@ -177,7 +177,8 @@ class Gateway:
         progress = exchange.progress
         try:
             grace_s = keyed.route.policy.cancel_grace_s
-            call = b"" if keyed.caller is None else call_name(request.checked_head().fields, keyed.caller.id)
+            caller, tenant = keyed.caller, keyed.claim_request.scope.tenant
+            call = b"" if caller is None else call_name(tenant, request.checked_head().fields, caller.id)
             if grace_s is None and not call:
                 outcome = await exchange.run()
             else:
