@@ -234,7 +234,8 @@ async def test_connections_that_close_just_as_they_are_used_again(fork, valkey, 
 @pytest.mark.fault(26)
 @pytest.mark.parametrize("key", ["k", None], ids=["guarded", "passed through"])
 async def test_no_method_is_sent_twice(fork, valkey, key):
-    """On a connection used before, which breaks as the request is read: no method is sent again by itself."""
+    """On a connection used before, which breaks as the request is read: nothing is sent again but a GET or HEAD that
+    no key guards (test_reused_connections)."""
     lines: list[bytes] = []
 
     async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -245,12 +246,12 @@ async def test_no_method_is_sent_twice(fork, valkey, key):
 
     async with serving(talk) as raw:
         proxy = await fork(raw.url, valkey.url, METHODS="POST,PATCH,PUT,DELETE", UPSTREAM_REST_S=0)
-        for method in ("POST", "PATCH", "PUT", "DELETE", *([] if key else ["GET", "HEAD", "OPTIONS"])):
+        for method in ("POST", "PATCH", "PUT", "DELETE", *([] if key else ["OPTIONS"])):
             for number in (1, 2):
                 name = key and f"{method}-{number}"
                 used = method if number == 2 else "POST"
                 client = await RawClient.open(proxy.port)
-                answer = await client.ask(request(used, "/", name, b""), head_only=used == "HEAD")
+                answer = await client.ask(request(used, "/", name, b""))
                 client.close()
                 assert answer is not None
                 assert answer.status == (200 if number == 1 else 502)
@@ -511,7 +512,8 @@ async def test_a_jump_of_the_wall_clock_changes_nothing(upstream, valkey: Valkey
             unsteady.offset.write_text(str(hours * 3600))
             await asyncio.sleep(0.7)  # longer than a lease
             told = await ask(unsteady.port, request())
-            assert (told.slug, told.header("retry-after")) == ("in-flight", b"1")
+            assert told.slug == "in-flight"
+            assert 1 <= int(told.header("retry-after") or 0) <= 4
             assert abs(seconds_off(told) - hours * 3600) < 60
         assert not original.done()
         assert not waiting.done()

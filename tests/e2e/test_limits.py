@@ -441,7 +441,7 @@ BAD_KEYS = {
     "256 bytes quoted": [f'"{"k" * 256}"'],
     "a list": ["a,b"],
     "a list of strings": ['"a", "b"'],
-    "a parameter": ['"a";b=1'],
+    "a parameter without a name": ['"a";=1'],
     "an open quote": ['"a'],
     "a closing quote": ['a"'],
     "a quote within": ['a"b'],
