@@ -92,6 +92,13 @@ def test_a_problem():
     assert (error["data"]["status"], error["data"]["key"], error["data"]["error"]["code"]) == (409, "k", "in_flight")
 
 
+def test_a_message_says_nothing_twice():
+    """A detail that repeats the title is left out."""
+    title = "The first request with this key is still running"
+    rendering = Caller(b"1").render(problem("in-flight", title[0].lower() + title[1:]), "")
+    assert json.loads(rendering.body)["error"]["message"] == title
+
+
 # What a response says ...
 
 RESULT, ERROR = b'{"jsonrpc":"2.0","id":7,"result":{}}', b'{"id":7,"error":{"code":-32603}}'

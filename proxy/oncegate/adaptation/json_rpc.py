@@ -53,7 +53,9 @@ class Caller(NamedTuple):
         The status is 200, as it is for errors of any other JSON-RPC server: some SDKs take another one for a broken
         session, and some show nothing of its body (docs/how-to/agents.md).
         """
-        message = json.dumps(f"{problem.kind.title}: {problem.detail}").encode()
+        title, detail = problem.kind.title, problem.detail
+        # Some details say no more than the title.
+        message = json.dumps(title if detail.lower() == title.lower() else f"{title}: {detail}").encode()
         body = b'{"jsonrpc": "2.0", "id": %b, "error": {"code": %d, "message": %b, "data": %b}}'
         data = problem.body(docs_url)
         return Rendering(200, problem.head_fields(b"application/json"), body % (self.id, OWN_ERROR, message, data))
