@@ -61,6 +61,8 @@ def stream(status: int = 200, *more: tuple[bytes, bytes], kind: bytes = b"text/e
         (stream(200, (b"Content-Encoding", b"identity"), (b"Cache-Control", b"no-cache, no-store")), True),
         (stream(200, (b"Content-Encoding", b"gzip")), False),
         (stream(200, (b"Repr-Digest", b"sha-256=:x:")), False),
+        (stream(200, (b"Trailer", b"X-Sum, Content-Digest")), False),
+        (stream(200, (b"Trailer", b"X-Sum")), True),
         (stream(200, (b"Cache-Control", b"no-cache"), (b"Cache-Control", b"No-Transform")), False),
         (stream(206), False),
         (stream(kind=b"application/json"), False),

@@ -43,7 +43,9 @@ def takes_comments(head: ResponseHead) -> bool:
     section 7.7).
     """
     fields = head.fields
-    is_plain = set(tokens(fields.get(b"content-encoding", ()))) <= {b"identity"} and DIGESTS.isdisjoint(fields)
+    # A digest may follow as a trailer.
+    named = (*fields, *tokens(fields.get(b"trailer", ())))
+    is_plain = set(tokens(fields.get(b"content-encoding", ()))) <= {b"identity"} and DIGESTS.isdisjoint(named)
     if not (head.status == 200 and head.is_event_stream and is_plain) or head.bodiless or head.length is not None:
         return False
     return b"no-transform" not in tokens(fields.get(b"cache-control", ()))

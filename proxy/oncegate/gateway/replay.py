@@ -17,12 +17,13 @@ from oncegate.adaptation.content_codings import (
     decoded_block,
     may_be_coded,
 )
+from oncegate.adaptation.heartbeats import DIGESTS
 from oncegate.adaptation.json_rpc import Caller, Replayed
 from oncegate.downstream.request import Request
 from oncegate.downstream.response import ResponseWriter
 from oncegate.messages.framing import COUNTED, STATED
 from oncegate.messages.response_head import response_digest
-from oncegate.messages.trailers import announcement
+from oncegate.messages.trailers import announcement, without
 from oncegate.observe.outcome import Outcome
 from oncegate.store.record import Record, StoredResponse, intact
 from oncegate.store.results import ReadFailure
@@ -63,6 +64,11 @@ class Replay:
         accepted = self.request.checked_head().fields.get(b"accept-encoding")
         return coding_to_decode(stored.status, stored.block, accepted)
 
+    def trailers(self, *, is_changed: bool) -> bytes:
+        """Return the trailers for this client; behind a body that is changed for it, no digest of the stored one."""
+        stored = self.stored.trailers if self.request.response.takes_trailers else b""
+        return without(stored, DIGESTS) if stored and is_changed else stored
+
     def head_block(self, stored_block: bytes) -> bytes:
         """Return the header fields of the replay, made of those that are stored or of what was made of them.
 
@@ -80,8 +86,8 @@ def replay_small(response: ResponseWriter, replay: Replay) -> Outcome:
     if not intact(stored, body):
         return Outcome.RECORD_CORRUPT
     block = replay.head_block(stored.block if adapted is None else adapted.block)
-    if stored.trailers and response.takes_trailers:
-        response.trailers, block = stored.trailers, block + announcement(stored.trailers)
+    if trailers := replay.trailers(is_changed=adapted is not None):
+        response.trailers, block = trailers, block + announcement(trailers)
     framing = STATED if stored.stated_length and adapted is None else COUNTED
     whole = body if adapted is None else adapted.feed(body) + adapted.rest()
     response.send(stored.status, stored.reason, block, whole, framing)
@@ -107,8 +113,8 @@ async def replay_decoded(response: ResponseWriter, store: Store, replay: Replay,
         return replay_small(response, replay)
     block = replay.head_block(decoded_block(stored.block))
     length: int | None = size
-    if stored.trailers and response.takes_trailers:
-        response.trailers, block, length = stored.trailers, block + announcement(stored.trailers), None
+    if trailers := replay.trailers(is_changed=True):
+        response.trailers, block, length = trailers, block + announcement(trailers), None
     if size <= PIECE_BYTES:
         response.send(stored.status, stored.reason, block, b"".join(Decoder(coding).feed(body)), COUNTED)
     else:
@@ -192,9 +198,9 @@ def _begin(response: ResponseWriter, replay: Replay, adapted: Replayed | None) -
     block = replay.head_block(stored.block if adapted is None else adapted.block)
     # How long the adapted body will be is not known yet.
     size = stored.size if adapted is None else None
-    if stored.trailers and response.takes_trailers:
+    if trailers := replay.trailers(is_changed=adapted is not None):
         # Only a chunked body has a place for them.
-        response.trailers, block, size = stored.trailers, block + announcement(stored.trailers), None
+        response.trailers, block, size = trailers, block + announcement(trailers), None
     framing = STATED if stored.stated_length and adapted is None else COUNTED
     response.begin(stored.status, stored.reason, block, size, framing)
 

@@ -3,7 +3,7 @@
 A block has the trailers as they are written, each line ended.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from oncegate.messages.fields import HOP_BY_HOP, Fields, Pairs, nominated, tokens
 from oncegate.messages.framing import COUNTED
@@ -55,6 +55,12 @@ def trailer_block(pairs: Pairs, head: Fields) -> bytes:
         for name, value in pairs
         if _may_trail(name.lower()) and name.lower() not in dropped and not has_controls(name + value)
     )
+
+
+def without(block: bytes, names: Collection[bytes]) -> bytes:
+    """Return a block without some trailers; `names` are lower-case."""
+    lines = block.splitlines(keepends=True)
+    return b"".join(line for line in lines if line.partition(b":")[0].lower() not in names)
 
 
 def announcement(block: bytes) -> bytes:
