@@ -166,7 +166,7 @@ async def test_what_a_request_gets(valkey, state, column):
         elif (decision := decide_duplicate(found, fingerprint)) is Decision.REPLAY:
             answer = "replay"
         else:
-            problem = duplicate_refusal(decision, found, POLICY).problem
+            problem = duplicate_refusal(decision, found, POLICY, 1.0).problem
             answer = f"{problem.status} `{problem.slug}`"
     assert answer == CELLS[state, column]
 
@@ -187,7 +187,7 @@ async def test_a_response_of_a_former_window_is_not_told(valkey):
         now = await claim(store, COMPLETE, window_ms=3_600_000)
         assert decide_duplicate(now, SAME) is Decision.REPLAY
         past = await claim(store, COMPLETE, window_ms=1)
-        assert duplicate_refusal(decide_duplicate(past, SAME), past, POLICY).problem.slug == "store-unavailable"
+        assert duplicate_refusal(decide_duplicate(past, SAME), past, POLICY, 1.0).problem.slug == "store-unavailable"
 
 
 async def test_a_claim_that_nobody_holds_is_not_told(valkey):
@@ -198,4 +198,4 @@ async def test_a_claim_that_nobody_holds_is_not_told(valkey):
         for _ in range(FAILURES):
             store.nodes[0].breaker.failed(asyncio.get_running_loop().time())
         found = await claim(store, NEW)
-        assert duplicate_refusal(decide_duplicate(found, SAME), found, POLICY).problem.slug == "store-unavailable"
+        assert duplicate_refusal(decide_duplicate(found, SAME), found, POLICY, 1.0).problem.slug == "store-unavailable"

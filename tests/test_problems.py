@@ -32,6 +32,7 @@ REFUSED = {
     400: (NO, NULL),
     405: (NO, NULL),
     408: (YES, YES),
+    414: (NO, NULL),
     417: (NO, NULL),
     421: (NO, NULL),
     431: (NO, NULL),
@@ -196,7 +197,7 @@ def test_a_refusal_is_a_problem_without_a_slug(status):
 
 def test_a_refusal_of_any_other_kind_is_a_bad_request():
     """A refusal with a status that has no row is a 400."""
-    answer = refusal(414, "why")
+    answer = refusal(402, "why")
     assert answer.status == json.loads(answer.body())["status"] == 400
 
 
