@@ -20,8 +20,8 @@ run: .venv/.runtime                 ## serve in front of an API; make run UPSTRE
 	exec env $(if $(UPSTREAM),ONCEGATE_UPSTREAM='$(UPSTREAM)') $(BIN)/oncegate serve
 
 test: lint                          ## everything: format, lint, types, layers, tests; make test ARGS="-k lease" for some
-	$(BIN)/pytest -n 3 --dist loadgroup $(ARGS)
-	$(if $(ARGS),,TEST_HEAD_CACHE=off $(BIN)/pytest -q -n 3 --dist loadgroup $(WITHOUT_HEAD_CACHE:%=tests/%.py))
+	$(BIN)/pytest -n 4 --dist loadgroup $(ARGS)
+	$(if $(ARGS),,TEST_HEAD_CACHE=off $(BIN)/pytest -q -n 4 --dist loadgroup $(WITHOUT_HEAD_CACHE:%=tests/%.py))
 
 # The tests of each room, for `make quick PART=room`. Without PART: the pure ones of all rooms but for searches (of
 # hypothesis and of test_known_heads), and the main job.
