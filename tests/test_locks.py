@@ -15,12 +15,15 @@ PIN = re.compile(r"(?P<pin>[a-z0-9-]+==[^\s;]+( ; [^\\]+)?)(?P<hashes>( --hash=s
 
 RUNTIME = PYPROJECT["project"]["dependencies"]
 EMBEDDED = PYPROJECT["project"]["optional-dependencies"]["embedded"]
+POSTGRES = PYPROJECT["project"]["optional-dependencies"]["postgres"]
 GROUPS = PYPROJECT["dependency-groups"]
+DEV = [one for one in GROUPS["dev"] if isinstance(one, str)] + GROUPS["postgres-server"]
 ASKED_FOR = {
     "requirements-build.lock": GROUPS["build"],
-    "requirements-image.lock": RUNTIME,
-    "requirements.lock": RUNTIME + EMBEDDED,
-    "requirements-dev.lock": RUNTIME + EMBEDDED + GROUPS["dev"],
+    "requirements-image.lock": RUNTIME + POSTGRES,
+    "requirements.lock": RUNTIME + EMBEDDED + POSTGRES,
+    "requirements-postgres-server.lock": GROUPS["postgres-server"],
+    "requirements-dev.lock": RUNTIME + EMBEDDED + POSTGRES + DEV,
     "requirements-clients.lock": GROUPS["clients"],
     "requirements-clients-mcp1.lock": GROUPS["clients-mcp1"],
 }
@@ -57,7 +60,7 @@ def test_agrees_with_pyproject(lock: str) -> None:
         assert asked.specifier.contains(version(pin)), f"{lock} has {pin}, asked for is {asked}: make lock"
 
 
-@pytest.mark.parametrize("lock", ["requirements-image.lock", "requirements.lock"])
+@pytest.mark.parametrize("lock", ["requirements-image.lock", "requirements.lock", "requirements-postgres-server.lock"])
 def test_tests_run_what_is_shipped(lock: str) -> None:
     """The image and the demo have the very versions that the tests run with."""
     tested = pins("requirements-dev.lock")
