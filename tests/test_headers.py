@@ -308,7 +308,7 @@ ACTED_ON = (
     *(b"Idempotency-Key", b"Authorization", b"X-Api-Key", b"Cookie", b"Prefer"),
     *(b"Host", b"Content-Type", b"Content-Encoding", b"Content-Length", b"Transfer-Encoding", b"Expect"),
     *(b"Forwarded", b"Via", b"X-Real-Ip", b"X-Forwarded-For", b"X-Forwarded-Host", b"X-Forwarded-Port"),
-    *(b"X-Forwarded-Prefix", b"X-Forwarded-Proto", b"X-Forwarded-Server", b"Idempotency-Fence"),
+    *(b"X-Forwarded-Prefix", b"X-Forwarded-Proto", b"X-Forwarded-Server", b"Idempotency-Fence", b"Oncegate-Execution"),
 )
 
 

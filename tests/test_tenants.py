@@ -7,7 +7,7 @@ from oncegate.keys.extraction import scope_fields
 from oncegate.keys.sources import Cookie, parse_scope_source
 from oncegate.keys.tenants import TenantFields
 from oncegate.messages.fields import HOP_BY_HOP, by_name
-from oncegate.messages.request_head import FENCE, FORWARDING, RequestHead
+from oncegate.messages.request_head import EXECUTION, FENCE, FORWARDING, RequestHead
 from oncegate.rules.identity import scope_of
 from oncegate.rules.resolution import policy_of
 from oncegate.settings.credentials import ACCOUNTS, CREDENTIALS, expanded, parse_scope
@@ -152,7 +152,7 @@ def test_what_can_be_neither_key_nor_scope(name, spelled):
 
 def test_whatever_the_proxy_writes_is_refused():
     """No field that oncegate drops or writes anew can be a key or a scope."""
-    for name in HOP_BY_HOP | FORWARDING | {FENCE}:
+    for name in HOP_BY_HOP | FORWARDING | {FENCE, EXECUTION}:
         for parse in (parse_key_header, parse_scope_header):
             with pytest.raises(ValueError, match="must "):
                 parse(name.decode())

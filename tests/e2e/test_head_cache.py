@@ -13,7 +13,7 @@ from tests.parts import RawClient, RawUpstream, Received, answering, request
 # Different in each run, and not by the cache: times, fences, ports.
 MASKED = (
     (re.compile(rb"(?i)^(date: )[^\r]*", re.MULTILINE), rb"\1MASKED"),
-    (re.compile(rb"(?i)^(idempotency-fence: )\d+", re.MULTILINE), rb"\1MASKED"),
+    (re.compile(rb"(?i)^(idempotency-fence: |oncegate-execution: .{32}; fence=)\d+", re.MULTILINE), rb"\1MASKED"),
     (re.compile(rb"(?i)^(host: 127\.0\.0\.1):\d+", re.MULTILINE), rb"\1:PORT"),
     (re.compile(rb"(?i)^(age: )\d+", re.MULTILINE), rb"\1MASKED"),
 )

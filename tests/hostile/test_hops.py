@@ -11,7 +11,7 @@ ACTED_ON = (
     "Idempotency-Key", "Authorization", "X-Api-Key", "Cookie", "Host", "Content-Length", "Content-Type",
     "Content-Encoding", "Transfer-Encoding", "Expect", "Prefer", "Via", "Forwarded", "X-Real-IP", "X-Forwarded-For",
     "X-Forwarded-Host", "X-Forwarded-Proto", "X-Forwarded-Port", "X-Forwarded-Server", "X-Forwarded-Prefix",
-    "Idempotency-Fence",
+    "Idempotency-Fence", "Oncegate-Execution",
 )  # fmt: skip
 HOP_BY_HOP = ("Keep-Alive", "Proxy-Connection", "TE", "Trailer", "Upgrade", "HTTP2-Settings", "Proxy-Authorization")
 

@@ -13,7 +13,7 @@ HEADERS = (
     "Transfer-Encoding", "Content-Disposition", "Accept", "Accept-Encoding", "Range", "If-Match", "Prefer", "Date",
     "Max-Forwards", "Signature", "Signature-Input", "Stripe-Signature", "X-Amz-Security-Token", "X-CSRF-Token",
     "X-Auth-Token", "X-Request-Id", "Traceparent", "Tracestate", "Baggage", "Last-Event-ID", "Oncegate-Status",
-    "Idempotent-Replayed", "Idempotency-Fence", "Sec-WebSocket-Key", "HTTP2-Settings", "X-Custom",
+    "Idempotent-Replayed", "Idempotency-Fence", "Oncegate-Execution", "Sec-WebSocket-Key", "HTTP2-Settings", "X-Custom",
 )  # fmt: skip
 
 

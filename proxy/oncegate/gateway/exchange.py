@@ -25,7 +25,8 @@ from oncegate.gateway.settling import (
     settle,
     without_response,
 )
-from oncegate.messages.request_head import with_fence
+from oncegate.keys.digests import url_safe_base64
+from oncegate.messages.request_head import with_execution
 from oncegate.messages.response_head import ResponseHead
 from oncegate.observe.outcome import BY_LABEL, Outcome
 from oncegate.store import stages
@@ -62,7 +63,7 @@ class Exchange:
     _outcome, _status_field = OUTCOMES[Disposition.STORE.label]
 
     def __init__(self, keyed: KeyedRequest, held: LeasedClaim, head: bytes, client: Request) -> None:
-        """`client` is the request as the client sent it, `head` its head for the upstream."""
+        """`client` is the request as the client sent it, `head` its open head for the upstream."""
         self._deps, self._policy = keyed.route.deps, keyed.route.policy
         self._scope, self._body = keyed.claim_request.scope, keyed.body
         self._held, self._request, self._client, self._response = held, head, client, client.response
@@ -198,9 +199,8 @@ class Exchange:
 
     def _send(self, connection: Connection) -> None:
         self.progress.sent, self._held.stage = True, stages.SENT
-        claim, request, body = self._held.claim, self._request, self._body
-        if claim.mode == RETRY:
-            request = with_fence(request, claim.fence)
+        claim, body = self._held.claim, self._body
+        request = with_execution(self._request, url_safe_base64(claim.key), claim.fence, fenced=claim.mode == RETRY)
         if body.spooled:
             blocks = self._deps.leases.while_ours(self._held, self._scope, body.blocks())
             connection.send_stream(request, blocks, chunked=False)

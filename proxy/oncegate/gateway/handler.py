@@ -28,7 +28,7 @@ from oncegate.gateway.answers import (
 )
 from oncegate.gateway.exchange import Exchange
 from oncegate.gateway.first_step import FirstStep, ReadBody, Step
-from oncegate.gateway.keyed_request import KeyedRequest, forwarded_head
+from oncegate.gateway.keyed_request import KeyedRequest, open_head
 from oncegate.gateway.relay import Relay, Relayed, answer_preflight, relay
 from oncegate.gateway.replay import Replay, replay_decoded, replay_large, replay_small
 from oncegate.gateway.settling import Progress
@@ -203,7 +203,7 @@ class Gateway:
         """Return the exchange that a claim is for. If that fails, nothing was sent, and the key is freed."""
         deps, held = keyed.route.deps, None
         try:
-            head = forwarded_head(request, keyed.route, keyed.body.size)
+            head = open_head(request, keyed.route, keyed.body.size)
             held = deps.leases.hold(claim, asked_s, deps.longest_s)
             return Exchange(keyed, held, head, request)
         except Exception:

@@ -82,16 +82,19 @@ class HeadPlan:
         return KeyedRequest(self.route, claim, body, self.wait_s, self.fields)
 
 
-def forwarded_head(request: Request, route: Route, body_bytes: int) -> bytes:
-    """Return the head for the upstream. A connection that repeats a head has all of it ready but the key."""
+def open_head(request: Request, route: Route, body_bytes: int) -> bytes:
+    """Return the open head for the upstream: without its empty line, because the fields of the claim follow.
+
+    A connection that repeats a head has all of it ready but the key.
+    """
     connection, known, head = request.connection, request.known, request.head
     if route.policy.json_rpc:
         # A response that is coded cannot be read, and its key would be unknown.
-        return route.forwarded_head(uncoded(request.checked_head()), connection.forwarded, body_bytes)
-    if head is not None or known is None or not isinstance(plan := known.plan, HeadPlan):
-        return route.forwarded_head(head or request.checked_head(), connection.forwarded, body_bytes)
-    memo = connection.memo
-    if memo.plan is not plan:
-        before, after = route.forwarded_head(plan.head, connection.forwarded, body_bytes).split(KEY_PLACE)
-        memo.plan, memo.forwarded_around_key = plan, (before, after)
-    return request.key.join(memo.forwarded_around_key)
+        head = uncoded(request.checked_head())
+    elif head is None and known is not None and isinstance(plan := known.plan, HeadPlan):
+        memo = connection.memo
+        if memo.plan is not plan:
+            before, after = route.forwarded_head(plan.head, connection.forwarded, body_bytes)[:-2].split(KEY_PLACE)
+            memo.plan, memo.forwarded_around_key = plan, (before, after)
+        return request.key.join(memo.forwarded_around_key)
+    return route.forwarded_head(head or request.checked_head(), connection.forwarded, body_bytes)[:-2]

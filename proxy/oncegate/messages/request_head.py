@@ -19,8 +19,9 @@ FORWARDING = frozenset(
         b"x-forwarded-server",
     )
 )
-# Only oncegate sends it: an upstream that compares fences must never get one that a client made up.
-FENCE = b"idempotency-fence"
+# Only oncegate sends these: an upstream that compares fences, or records what it executed, must never get one that a
+# client made up.
+FENCE, EXECUTION = b"idempotency-fence", b"oncegate-execution"
 # The fields that this proxy reads and acts on. Nominating one in Connection, to have it stripped, is an attack.
 ACTED_ON = FORWARDING | frozenset(
     (
@@ -32,6 +33,7 @@ ACTED_ON = FORWARDING | frozenset(
         b"expect",
         b"host",
         FENCE,
+        EXECUTION,
         b"prefer",
         b"sec-fetch-mode",
         b"transfer-encoding",
@@ -79,7 +81,7 @@ class ForwardedInfo:
 
 
 # The fields that `request_head` writes itself, or that end here: 100 Continue is between the client and this proxy.
-_LINE_PREFIXES = LinePrefixes(HOP_BY_HOP | FORWARDING | {b"host", b"content-length", b"expect", FENCE})
+_LINE_PREFIXES = LinePrefixes(HOP_BY_HOP | FORWARDING | {b"host", b"content-length", b"expect", FENCE, EXECUTION})
 
 
 def request_head(head: RequestHead, hop: ForwardedInfo, host: bytes, prefix: bytes, length: int | None) -> bytes:
@@ -107,9 +109,15 @@ def request_head(head: RequestHead, hop: ForwardedInfo, host: bytes, prefix: byt
     return b"".join((method.encode(), b" ", prefix, target, b" HTTP/1.1\r\nHost: ", host, b"\r\n", b"\r\n".join(lines)))
 
 
-def with_fence(head: bytes, fence: bytes) -> bytes:
-    """Return a request's head with the fence of its claim, by which an upstream can refuse an older claim's request."""
-    return b"%sIdempotency-Fence: %d\r\n\r\n" % (head[:-2], int(fence))
+def with_execution(head: bytes, key_id: bytes, fence: bytes, *, fenced: bool) -> bytes:
+    """Return a request's whole head: an open one, with the id of its key and the fence of its claim.
+
+    An upstream that records both can tell that it has executed the key. `fenced`: with `Idempotency-Fence`, too, by
+    which an upstream can refuse an older claim's request.
+    """
+    end = b"\r\nIdempotency-Fence: %b\r\n\r\n" % fence if fenced else b"\r\n\r\n"
+    # Joined, not formatted with %b: half the time (measured).
+    return b"".join((head, b"Oncegate-Execution: ", key_id, b"; fence=", fence, end))
 
 
 def renamed(pairs: Pairs, name: bytes, to: bytes) -> Pairs:
