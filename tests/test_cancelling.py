@@ -14,9 +14,9 @@ from oncegate.store import readers
 from oncegate.store.leases import Leases, suspended_clock_s
 from oncegate.store.readers import Readers, mark_name
 from oncegate.store.record import Claim, ClaimRequest, Record, StoredResponse
-from oncegate.store.record_view import read_record
 from oncegate.store.results import SettleStatus
 from oncegate.store.store import Store
+from tests.stores import store_at
 
 KEY, SCOPE, FINGERPRINT = b"k" * 24, Scope(b"default", b"n" * 16), b"f" * 16
 LEASE_MS = 300
@@ -25,13 +25,7 @@ LEASE_MS = 300
 @pytest.fixture
 async def stores(valkey):
     """Two processes on one store."""
-    both = [
-        Store(
-            valkey.url, timeout_ms=2000, patience_s=2.0, observers={}, retried=lambda: None,
-            background=asyncio.ensure_future,
-        )
-        for _ in range(2)
-    ]  # fmt: skip
+    both = [store_at(valkey.url, timeout_ms=2000, patience_s=2.0, background=asyncio.ensure_future) for _ in range(2)]
     for store in both:
         store.start()
         assert await store.wait_up(5)
@@ -89,7 +83,7 @@ async def test_a_key_that_does_not_run_is_not_cancelled(stores):
     claim = await claimed(owner, b"hold")
     assert (await owner.mark_unknown(claim, "no answer came", 1.0)).status is SettleStatus.MARKED_UNKNOWN
     assert not await cancellations.cancel(KEY, "late")
-    record = await read_record(owner, KEY)
+    record = await owner.records.read(KEY)
     assert record is not None
     assert (record.mode, record.reason) == (b"hold", "no answer came")
 
@@ -110,7 +104,7 @@ async def test_a_cancelled_exchange_may_still_be_stored(stores):
 
 async def test_who_waits_is_known_in_every_process(stores, valkey):
     """A mark stands as long as somebody waits in some process, and for the grace after that."""
-    here, there = map(Readers, stores)
+    here, there = (Readers(store.marks) for store in stores)
     has_left = False
     with valkey.client() as client:
         assert not await here.may_wait(KEY)
@@ -131,7 +125,7 @@ async def test_who_waits_is_known_in_every_process(stores, valkey):
 async def test_a_store_that_does_not_say_who_waits(stores):
     """Somebody may wait: the owner asks again."""
     await stores[0].close()
-    assert await Readers(stores[0]).may_wait(KEY)
+    assert await Readers(stores[0].marks).may_wait(KEY)
 
 
 async def test_a_call_is_taken_back_from_any_process(stores, monkeypatch):
@@ -143,17 +137,17 @@ async def test_a_call_is_taken_back_from_any_process(stores, monkeypatch):
     with owner.named(b"c" * 24, claim):
         await asyncio.sleep(0.1)
         await other.cancel_call(b"d" * 24)
-        record = await read_record(stores[0], KEY)
+        record = await stores[0].records.read(KEY)
         assert record is not None
         assert record.mode == b"retry"
         await other.cancel_call(b"c" * 24)
-    record = await read_record(stores[0], KEY)
+    record = await stores[0].records.read(KEY)
     assert record is not None
     assert (record.mode, record.reason) == (CANCELLED, "cancelled: its client took it back")
     await stores[0].release(claim, 1.0)
     later = await claimed(stores[0])
     assert later.token != claim.token
     await other.cancel_call(b"c" * 24)
-    record = await read_record(stores[0], KEY)
+    record = await stores[0].records.read(KEY)
     assert record is not None
     assert record.mode == b"retry"

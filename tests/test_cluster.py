@@ -15,8 +15,8 @@ from redis.exceptions import ResponseError
 
 from oncegate.store.record import Claim, ViewState
 from oncegate.store.record_name import store_key
-from oncegate.store.record_view import StoreError, read_record, scan
-from oncegate.store.redis.cluster_map import tag_within, view_of
+from oncegate.store.record_view import StoreError
+from oncegate.store.redis.topologies.cluster_map import tag_within, view_of
 from oncegate.store.results import AppendStatus, NotAttempted, RenewStatus, SettleResult, SettleStatus, Unconfirmed
 from oncegate.store.store import Store
 from tests.parts import until
@@ -95,7 +95,7 @@ async def life(store: Store, of: bytes) -> None:
 async def test_every_verb_on_every_master(cluster):
     """Keys on all masters are claimed and stored at once; each record is where its slot is."""
     async with watching(cluster.url, []) as store:
-        assert len(store.nodes) == len(store.links) == 3
+        assert len(store.nodes) == 3
         await asyncio.gather(*[life(store, key(number)) for number in range(60)])
         masters = cluster.servers[:3]
         for master in masters:
@@ -205,14 +205,14 @@ async def test_what_operators_see_of_a_slot_that_moves():
             cluster.begin_move(slot, source, target)
             cluster.carry(slot, source, target)
             await claimed(store, key=staying)
-            assert {seen.key async for seen in scan(store)} == {carried, staying}
-            assert [(await read_record(store, of)).state for of in (carried, staying)] == [ViewState.IN_FLIGHT] * 2
+            assert {seen.key async for seen in store.records.scan()} == {carried, staying}
+            assert [(await store.records.read(of)).state for of in (carried, staying)] == [ViewState.IN_FLIGHT] * 2
             for server in cluster.servers:
                 with suppress(ResponseError):  # it knows already
                     server.ask("CLUSTER", "DELSLOTS", 16000)
             await asyncio.to_thread(wait_for, lambda: b"cluster_state:fail" in source.ask("CLUSTER", "INFO"))
             with pytest.raises(StoreError, match="CLUSTERDOWN"):
-                [seen async for seen in scan(store)]
+                [seen async for seen in store.records.scan()]
     finally:
         cluster.close()
 

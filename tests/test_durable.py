@@ -17,6 +17,7 @@ from oncegate.store.results import NotAttempted, SettleResult, SettleStatus, Unc
 from oncegate.store.store import Store
 from tests.parts import until
 from tests.resp import GREETING, Connection, RespServer, Words, resp
+from tests.stores import store_at
 from tests.test_store import (
     SCOPE,
     Behind,
@@ -385,8 +386,7 @@ async def test_a_server_without_waitaof(scripted):
 
 async def assert_unreachable_for(url: str, durability: str, because: str) -> None:
     behind = Behind()
-    store = Store(url, timeout_ms=300, patience_s=1, observers={}, retried=lambda: None, background=behind,
-                  durability=durability)  # fmt: skip
+    store = store_at(url, timeout_ms=300, patience_s=1, background=behind, durability=durability)
     store.start()
     try:
         await until(lambda: because in (store.not_ready_reason() or ""))

@@ -10,9 +10,9 @@ import pytest
 
 from loadtest.ports import free_ports
 from oncegate.store.events import StoreEvent
+from oncegate.store.membership import Membership
 from oncegate.store.record import PREFIX_BYTES, Claim
 from oncegate.store.redis.link import PREPARE_STEPS
-from oncegate.store.redis.membership import Membership
 from oncegate.store.results import SettleResult, SettleStatus
 from tests.parts import until
 from tests.test_store import claimed, connected, store_small

@@ -14,8 +14,8 @@ from oncegate.decision import Decision
 from oncegate.gateway.answers import decide_duplicate, duplicate_refusal
 from oncegate.store.breaker import FAILURES
 from oncegate.store.events import StoreEvent
+from oncegate.store.membership import Membership
 from oncegate.store.record import PREFIX_BYTES, Claim
-from oncegate.store.redis.membership import Membership
 from oncegate.store.store import Store
 from tests.conftest import Valkey
 from tests.test_store import ACL, OTHER, PATIENCE_S, SAME, Behind, claim, claimed, connected, key, store_small

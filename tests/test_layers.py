@@ -69,7 +69,7 @@ def by_contract() -> Iterator[Plant]:
 ONCE_UNNOTICED = [
     Plant("oncegate.rules.policy", "oncegate.rules.presets", "Inside oncegate.rules", for_types_alone=False),
     Plant("oncegate.rules.presets", "oncegate.rules.policy", "Inside oncegate.rules", for_types_alone=False),
-    Plant("oncegate.store.redis.node", "oncegate.store.record_view", "Inside oncegate.store", for_types_alone=False),
+    Plant("oncegate.store.record_view", "oncegate.store.redis.node", "Inside oncegate.store", for_types_alone=False),
     Plant("oncegate.downstream.response", "oncegate.downstream.listener", "Inside oncegate.downstream", True),
 ]
 

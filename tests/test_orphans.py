@@ -5,23 +5,13 @@ import asyncio
 import pytest
 
 from oncegate.keys.digests import Scope
-from oncegate.store.orphans import mark_orphans
 from oncegate.store.record import Claim, ClaimRequest
-from oncegate.store.record_view import RecordView, StoreError, read_record
+from oncegate.store.record_view import RecordView, StoreError
+from oncegate.store.redis.orphans import mark_orphans
 from oncegate.store.store import Store
+from tests.stores import store_at
 
 SCOPE = Scope(b"default", b"t" * 16)
-
-
-def store_at(url: str) -> Store:
-    return Store(
-        url,
-        timeout_ms=5000,
-        patience_s=5,
-        observers={},
-        retried=lambda: None,
-        background=lambda work: work.close(),
-    )
 
 
 @pytest.fixture
@@ -57,7 +47,7 @@ async def claimed(store: Store, number: int) -> Claim:
 
 
 async def seen(store: Store, number: int) -> RecordView | None:
-    return await read_record(store, key(number))
+    return await store.records.read(key(number))
 
 
 async def test_the_keys_in_flight_of_dead_owners_are_marked(valkey, stores):
@@ -84,6 +74,6 @@ async def test_the_keys_in_flight_of_dead_owners_are_marked(valkey, stores):
 
 async def test_a_store_that_is_away_is_an_error(tmp_path, monkeypatch):
     """Where no store answers, nothing is marked, and the caller hears of it."""
-    monkeypatch.setattr("oncegate.store.orphans.TIMEOUT_S", 0.1)
+    monkeypatch.setattr("oncegate.store.redis.orphans.TIMEOUT_S", 0.1)
     with pytest.raises(StoreError):
         await mark_orphans(f"unix://{tmp_path}/none.sock", [b"p" * 10])

@@ -13,7 +13,7 @@ import trustme
 from loadtest.ports import free_ports
 from oncegate.store.record import Claim
 from oncegate.store.record_name import store_key
-from oncegate.store.redis.sentinel import FOLLOW_S
+from oncegate.store.redis.topologies.sentinel import FOLLOW_S
 from oncegate.store.results import (
     AppendStatus,
     NotAttempted,

@@ -22,7 +22,6 @@ from oncegate.keys.digests import Digests, Scope
 from oncegate.messages.response_head import response_digest
 from oncegate.store.record import Claim, ClaimRequest, Corrupt, Record, StoredResponse, intact, pack, self_check
 from oncegate.store.record_name import store_key
-from oncegate.store.record_view import read_record
 from oncegate.store.redis.arguments import PLAIN_TAIL
 from oncegate.store.redis.server import load_scripts
 from oncegate.store.redis.wire import ScriptCall
@@ -40,6 +39,7 @@ from oncegate.store.store import Store
 from tests.conftest import Valkey
 from tests.parts import OK, Tap, ask, request, until
 from tests.resp import Connection, Relay, RespServer, Words, relaying, resp
+from tests.stores import store_at
 
 LEASE_MS, RETENTION_MS, UNKNOWN_RETENTION_MS = 60_000, 3_600_000, 36_000_000
 PATIENCE_S = 20.0
@@ -129,15 +129,7 @@ async def connected(
 ) -> AsyncIterator[Store]:
     """A store that is up."""
     behind = behind or Behind()
-    store = Store(
-        url,
-        timeout_ms=timeout_ms,
-        patience_s=patience_s,
-        observers={},
-        retried=lambda: None,
-        background=behind,
-        **options,
-    )
+    store = store_at(url, timeout_ms=timeout_ms, patience_s=patience_s, background=behind, **options)
     store.start()
     try:
         async with asyncio.timeout(60):
@@ -824,7 +816,7 @@ async def test_a_derived_key_is_free_again_after_its_window(store, client, state
 async def test_the_lease_of_a_view_does_not_grow_when_the_clock_steps_back(store, client):
     await claimed(store)
     client.hset(NAME, "lease", server_ms(client) + 3_600_000)
-    view = await read_record(store, KEY)
+    view = await store.records.read(KEY)
     assert view.lease_left_ms == LEASE_MS
 
 
@@ -1717,21 +1709,14 @@ async def live(url: str) -> None:
         for settle in (store.release, lambda owner, patience_s: store.mark_unknown(owner, "why", patience_s)):
             owner = await claimed(store, key=Digests(b"").key(SCOPE, b"key-3"))
             assert (await settle(owner, PATIENCE_S)).status in (SettleStatus.RELEASED, SettleStatus.MARKED_UNKNOWN)
-        reply = await store.links[0].command("INFO", "memory", deadline=asyncio.get_running_loop().time() + 10)
+        reply = await store.nodes[0].link.command("INFO", "memory", deadline=asyncio.get_running_loop().time() + 10)
         assert b"maxmemory_policy" in reply
 
 
 async def assert_unreachable(url: str, because: str) -> None:
     """Check that a store at this URL stays down with a reason, and that a claim through it is unconfirmed."""
     behind = Behind()
-    store = Store(
-        url,
-        timeout_ms=500,
-        patience_s=1.0,
-        observers={},
-        retried=lambda: None,
-        background=behind,
-    )
+    store = store_at(url, timeout_ms=500, patience_s=1.0, background=behind)
     store.start()
     try:
         found = await claim(store)

@@ -11,8 +11,10 @@ from oncegate.keys.digests import Scope
 from oncegate.store import unknown_keys
 from oncegate.store.record import Claim, ClaimRequest
 from oncegate.store.record_name import record_id, store_key
+from oncegate.store.redis.records import SCAN_KEY
 from oncegate.store.store import Store
 from oncegate.store.unknown_keys import WARN_MS, UnknownKeys
+from tests.stores import store_at
 from tests.topologies import Server, free_ports, wait_for
 
 RETENTION_MS, UNKNOWN_RETENTION_MS = 86_400_000, 90 * 86_400_000
@@ -36,14 +38,7 @@ def client(server) -> Iterator[Redis]:
 
 @pytest.fixture
 async def store(server):
-    store = Store(
-        f"redis://127.0.0.1:{server.port}",
-        timeout_ms=2000,
-        patience_s=2.0,
-        observers={},
-        retried=lambda: None,
-        background=lambda work: work.close(),
-    )
+    store = store_at(f"redis://127.0.0.1:{server.port}", timeout_ms=2000, patience_s=2.0)
     store.start()
     assert await store.wait_up(5)
     yield store
@@ -105,9 +100,9 @@ async def test_replicas_share_one_look_an_hour(store, client):
     await store.mark_unknown(await claimed(store, 1), "cut off", 2)
     first, second = Looks(store), Looks(store)
     assert (await first.counts(), await second.counts()) == ((1, 0), (0, 0))
-    assert 0 < client.pttl(unknown_keys.SCAN_KEY) <= unknown_keys.PERIOD_S * 1000
+    assert 0 < client.pttl(SCAN_KEY) <= unknown_keys.PERIOD_S * 1000
     # Whoever looked an hour ago no longer speaks of it.
-    client.pexpire(unknown_keys.SCAN_KEY, 1)
+    client.pexpire(SCAN_KEY, 1)
     await asyncio.sleep(0.01)
     assert (await second.counts(), await first.counts()) == ((1, 0), (0, 0))
 
@@ -137,7 +132,7 @@ async def test_a_user_who_may_not_look_is_reported_once(store, client, server):
     try:
         looks = Looks(store)
         assert await looks.counts() == (0, 0)
-        client.delete(unknown_keys.SCAN_KEY)
+        client.delete(SCAN_KEY)
         assert await looks.counts() == (0, 0)
     finally:
         client.execute_command("ACL", "SETUSER", "default", "+scan")

@@ -11,7 +11,7 @@ from oncegate.messages.fields import by_name
 from oncegate.settings.credentials import expanded
 from oncegate.settings.settings import Settings
 from oncegate.store.record_name import parse_record_id
-from oncegate.store.record_view import RecordView, identities, read_record, scan
+from oncegate.store.record_view import RecordView
 from oncegate.store.store import Store
 
 # 48 bits: with a million records, the chance that any two share them is 0.2 %.
@@ -27,7 +27,7 @@ async def find_record(settings: Settings, store: Store, options: argparse.Namesp
         key = await _digest_by_id(store, options.id)
     else:
         key = await _digest_by_key(settings, store, options)
-    record = await read_record(store, key)
+    record = await store.records.read(key)
     if record is None:
         is_scoped = options.id or options.scope or options.credential
         tenant = "" if is_scoped else ", for the tenant without a credential"
@@ -44,7 +44,7 @@ async def _digest_by_id(store: Store, record_id: str) -> bytes:
     if len(record_id) < MIN_ID_CHARACTERS or not set(record_id) <= _ID_CHARACTERS:
         raise usage_error(f"an id has 32 characters; give at least its first {MIN_ID_CHARACTERS}")
     # SCAN may return a record more than once, so that a list would count it twice.
-    matches = {record.key async for record in scan(store, record_id)}
+    matches = {record.key async for record in store.records.scan(record_id)}
     if not matches:
         raise CommandError("there is no record with this id")
     if len(matches) > 1:
@@ -63,7 +63,7 @@ async def _digest_by_key(settings: Settings, store: Store, options: argparse.Nam
     digests = Digests(settings.secret.get_secret_value().encode())
     ours = identity_settings(digests, settings.namespace, settings.key_header, settings.scope_headers)
     # With other settings the same key has another digest: "no such record" would be wrong.
-    theirs = await identities(store)
+    theirs = await store.records.identities()
     if theirs and ours not in theirs:
         raise CommandError("the proxies on this store compute digests with other settings: run this with theirs")
     return digests.key(_scope(settings, options, digests), key)

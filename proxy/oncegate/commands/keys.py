@@ -24,11 +24,12 @@ from oncegate.commands.operator_response import operator_response
 from oncegate.messages.response_head import response_digest
 from oncegate.server.embedded import socket_url
 from oncegate.settings.settings import Settings
+from oncegate.store.opening import open_store
 from oncegate.store.record import StoredResponse, ViewState, pack
 from oncegate.store.record_name import record_id
-from oncegate.store.record_view import RecordView, StoreError, claim_of, introduce, proxy_of, scan
+from oncegate.store.record_view import RecordView, StoreError, claim_of
 from oncegate.store.results import ResolveStatus
-from oncegate.store.store import Store
+from oncegate.store.store import Store, StoreConfig
 
 TIMEOUT_MS = 5000
 # Messages for decisions that the store did not carry out.
@@ -97,15 +98,14 @@ async def _run(settings: Settings, options: argparse.Namespace) -> KeysExit:
 
 def _open_store(settings: Settings) -> Store:
     url = settings.store_url.get_secret_value()
-    return Store(
-        socket_url(settings.data_dir) if url == "embedded" else url,
+    config = StoreConfig(
+        url=socket_url(settings.data_dir) if url == "embedded" else url,
         timeout_ms=TIMEOUT_MS,
         patience_s=TIMEOUT_MS / 1000,
-        # A command has no metrics, and nothing that goes on after it.
-        observers={},
-        retried=lambda: None,
+        # Nothing goes on after a command.
         background=lambda work: work.close(),
     )
+    return open_store(config)
 
 
 def _embedded_hint(settings: Settings) -> str:
@@ -133,7 +133,7 @@ def _user() -> str:
 async def _list(session: Session, options: argparse.Namespace) -> KeysExit:
     # A scan may return a record twice.
     listed: set[bytes] = set()
-    async for record in scan(session.store):
+    async for record in session.store.records.scan():
         if record.key in listed or options.state not in (record.state.value, "any"):
             continue
         listed.add(record.key)
@@ -161,7 +161,7 @@ async def _show(session: Session, options: argparse.Namespace) -> KeysExit:
 
 async def _facts(store: Store, record: RecordView) -> dict[str, Any]:
     """Return what the store knows of a record; facts that it does not know are left out. Times are the store's."""
-    owner, silent_ms = await proxy_of(store, record.token)
+    owner, silent_ms = await store.records.proxy_of(record.token)
     facts: dict[str, Any] = {"id": record_id(record.key), "state": record.state.value, "scope": record.tenant.hex()}
     if record.created_ms:
         facts["claimed"] = _iso_time(record.created_ms)
@@ -246,7 +246,8 @@ async def _release(session: Session, options: argparse.Namespace) -> KeysExit:
 async def _introduce(session: Session) -> bytes:
     """Return a new token, after `keys show` can name the operator behind it."""
     token = session.store.token()
-    await introduce(session.store, token, f"operator {session.user} on {session.host}", session.retention_ms)
+    name = f"operator {session.user} on {session.host}"
+    await session.store.records.introduce(token, name, session.retention_ms)
     return token
 
 

@@ -15,8 +15,7 @@ from oncegate.downstream.response import ResponseWriter
 from oncegate.observe.outcome import Outcome
 from oncegate.store.readers import Calls, Readers
 from oncegate.store.record import TOKEN_BYTES, Claim, ViewState, cancelled_claim
-from oncegate.store.record_name import store_key
-from oncegate.store.record_view import RecordView, StoreError, ask, checked, claim_of, read_record
+from oncegate.store.record_view import RecordView, StoreError, claim_of
 from oncegate.store.results import SettleStatus
 from oncegate.store.store import Store
 
@@ -44,7 +43,7 @@ class Cancellations:
 
     def __init__(self, store: Store, background: Callable[[Coroutine[Any, Any, Any]], None]) -> None:
         self._store, self._background = store, background
-        self.readers, self._calls = Readers(store), Calls(store)
+        self.readers, self._calls = Readers(store.marks), Calls(store.marks)
         self._running: dict[bytes, Cancellable] = {}
 
     async def run(
@@ -98,7 +97,7 @@ class Cancellations:
     async def _cancel_elsewhere(self, key: bytes, reason: str, token: bytes | None) -> bool:
         """Cancel the exchange of another process; `token`: that of its claim, where it must be this one."""
         try:
-            record = await read_record(self._store, key)
+            record = await self._store.records.read(key)
             if record is None or record.state is not ViewState.IN_FLIGHT or token not in (None, record.token):
                 return False
             return await self._mark(record, reason)
@@ -107,11 +106,9 @@ class Cancellations:
 
     async def _mark(self, record: RecordView, reason: str) -> bool:
         """Mark a record as cancelled in its owner's name, unless the owner has settled it meanwhile."""
-        node = self._store.node_of(record.key)
-        if node is None:
+        if record.left_ms <= 0:
             return False
-        left_ms = int(checked(await ask(node, "PTTL", store_key(record.key))))
-        claim = cancelled_claim(claim_of(record, max(left_ms, 1)))
+        claim = cancelled_claim(claim_of(record, record.left_ms))
         result = await self._store.mark_unknown(claim, f"cancelled: {reason}", MARK_S, record.status)
         return result.status is SettleStatus.MARKED_UNKNOWN
 
@@ -123,7 +120,7 @@ class Cancellations:
     async def _follow(self, claim: Claim) -> None:
         """Cancel an exchange whose record was cancelled by another process."""
         try:
-            record = await read_record(self._store, claim.key)
+            record = await self._store.records.read(claim.key)
         except StoreError:
             return
         exchange = self._running.get(claim.key)

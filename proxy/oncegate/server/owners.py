@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
-from oncegate.store.orphans import mark_orphans
 from oncegate.store.record_view import StoreError
+from oncegate.store.redis.orphans import mark_orphans
 
 
 class Owners:

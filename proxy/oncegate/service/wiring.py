@@ -30,8 +30,9 @@ from oncegate.rules.resolution import unknown_retention_ms
 from oncegate.settings.settings import Settings
 from oncegate.store.events import StoreEvent
 from oncegate.store.leases import Leases, OnClaimEvent
-from oncegate.store.redis.membership import Membership
-from oncegate.store.store import Store
+from oncegate.store.membership import Membership
+from oncegate.store.opening import open_store
+from oncegate.store.store import Store, StoreConfig
 from oncegate.store.unknown_keys import UnknownKeys
 from oncegate.store.waiters import MAX_POLLS_PER_S, Waiters
 from oncegate.upstream.connector import client_tls
@@ -110,8 +111,8 @@ class Parts:
 
     def _store(self, url: str) -> Store:
         settings, reporting = self._settings, self._reporting
-        return Store(
-            url,
+        config = StoreConfig(
+            url=url,
             timeout_ms=settings.store_timeout_ms,
             patience_s=settings.settle_timeout_s,
             observers=reporting.metrics.store_observers,
@@ -123,6 +124,7 @@ class Parts:
             breaker_opened=reporting.store_broke,
             resolver=self._resolver,
         )
+        return open_store(config)
 
     def follow(self, rules: Rules, routes: Routes) -> None:
         """Treat requests that come from now on by these rules; those under way keep theirs."""

@@ -10,12 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from oncegate.store.record_name import store_key
-from oncegate.store.store import Store
+from oncegate.store.store import Marks
 
 # The pauses between two looks at the duplicates that wait for a key: a sixth of the grace, within these limits.
 MIN_PAUSE_S, MAX_PAUSE_S = 0.5, 5.0
-# How long one question to the store may take.
-TIMEOUT_S = 1.0
 # A call that ends sooner than this is known in its own process alone. The mark of a longer one is renewed.
 SHORT_CALL_S, RENEW_S, CALL_MS = 0.5, 20.0, 60_000
 
@@ -23,8 +21,8 @@ SHORT_CALL_S, RENEW_S, CALL_MS = 0.5, 20.0, 60_000
 class Readers:
     """The duplicates of one process that wait for a response under rules that cancel without readers."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, marks: Marks) -> None:
+        self._marks = marks
         self._waiting: dict[bytes, list[Callable[[], bool]]] = {}
         self._marking: dict[bytes, asyncio.Task[None]] = {}
 
@@ -49,7 +47,7 @@ class Readers:
         lasts_ms = int((grace_s + 2 * pause_s) * 1000)
         while True:
             if self._waits_here(key):
-                await self._ask(key, "SET", b"", "PX", lasts_ms)
+                await self._marks.put(mark_name(key), b"", lasts_ms)
             await asyncio.sleep(pause_s)
 
     def _waits_here(self, key: bytes) -> bool:
@@ -60,18 +58,14 @@ class Readers:
 
         Where the store does not say, somebody may: a response that is paid for is not given up on a guess.
         """
-        # EXISTS, not PTTL: a proxy must not need a right that the store's user can do without.
-        return await self._ask(key, "EXISTS") != 0 or self._waits_here(key)
-
-    async def _ask(self, key: bytes, verb: str, *words: bytes | str | int) -> int | bytes | None:
-        return await _ask(self._store, key, verb, mark_name(key), *words)
+        return await self._marks.exists(mark_name(key)) is not False or self._waits_here(key)
 
 
 class Calls:
     """The calls that run under keys and that their clients may take back by a name of their own."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, marks: Marks) -> None:
+        self._marks = marks
         self._running: dict[bytes, bytes] = {}
 
     @contextmanager
@@ -90,7 +84,7 @@ class Calls:
         pause_s = SHORT_CALL_S
         while True:
             await asyncio.sleep(pause_s)
-            await _ask(self._store, call, "SET", call_name(call), execution, "PX", CALL_MS)
+            await self._marks.put(call_name(call), execution, CALL_MS)
             pause_s = RENEW_S
 
     def here(self, call: bytes) -> bytes:
@@ -99,18 +93,7 @@ class Calls:
 
     async def elsewhere(self, call: bytes) -> bytes:
         """Return the execution of a call in another process, empty if none is known. It may have ended."""
-        found = await _ask(self._store, call, "GET", call_name(call))
-        return found if isinstance(found, bytes) else b""
-
-
-async def _ask(store: Store, key: bytes, verb: str, *words: bytes | str | int) -> int | bytes | None:
-    """Return the reply to a command about a mark in the slot of a key, None for no reply and for an error."""
-    node = store.node_of(key)
-    if node is None:
-        return None
-    ends = asyncio.get_running_loop().time() + TIMEOUT_S
-    reply: object = await node.link.command(verb, *words, deadline=ends)
-    return reply if isinstance(reply, int | bytes) else None
+        return await self._marks.get(call_name(call))
 
 
 def call_name(call: bytes) -> bytes:

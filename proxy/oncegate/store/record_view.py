@@ -1,27 +1,15 @@
 """Records as operators see them: whose they are, how far they got, and why an outcome is unknown.
 
-Nothing here shows what was requested or responded, and nothing changes a record. `scan` goes through a store page by
-page, so that it does not hold up requests.
+Nothing here shows what was requested or responded, and nothing changes a record.
 """
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable
-from typing import Any, NamedTuple
+from collections.abc import AsyncIterator, Sequence
+from typing import NamedTuple, Protocol
 
 from oncegate.decision import State, effective_state
 from oncegate.store.record import Claim, Corrupt, StoredResponse, ViewState, read_status, self_check, tenant_of, unpack
-from oncegate.store.record_name import parse_record_id, store_key
-from oncegate.store.redis.membership import IDENTITIES, proxy_record_key, proxy_record_value
-from oncegate.store.redis.node import Node
-from oncegate.store.redis.wire import ErrorReply
-from oncegate.store.results import Unconfirmed
 from oncegate.store.stages import describe_stage
-from oncegate.store.store import Store
 
-# For one reply.
-TIMEOUT_S = 5.0
-# Keys that a server looks through before it serves others.
-PAGE = 500
 FIELDS = (
     "meta",
     "state",
@@ -61,6 +49,8 @@ class RecordView(NamedTuple):
     lease_left_ms: int = 0
     # Since the lease of an owner ended that stopped renewing it, because it died or is paused. Else 0.
     lapsed_ms: int = 0
+    # Until a record that is not complete is removed; -1 where the store does not say.
+    left_ms: int = -1
     # Why the outcome is unknown, and how far the exchange got.
     reason: str = ""
     progress: str = ""
@@ -142,8 +132,8 @@ def _unfinished(key: bytes, token: bytes, fields: dict[str, bytes], now_ms: int)
     )
 
 
-def claim_of(record: RecordView, left_ms: int) -> Claim:
-    """Return the claim that the owner of a record had, without its lease. `left_ms`: how long the record is kept."""
+def claim_of(record: RecordView, kept_ms: int) -> Claim:
+    """Return the claim that the owner of a record had, without its lease. `kept_ms`: how long the record is kept."""
     return Claim(
         key=record.key,
         token=record.token,
@@ -153,126 +143,48 @@ def claim_of(record: RecordView, left_ms: int) -> Claim:
         self_check=record.self_check,
         created_ms=record.created_ms,
         lease_ms=0,
-        retention_ms=left_ms,
-        unknown_retention_ms=left_ms,
+        retention_ms=kept_ms,
+        unknown_retention_ms=kept_ms,
     )
 
 
-# Commands of their own ...
+# All records ...
 
 
-def checked(reply: Any) -> Any:
-    """Return a reply. Raises StoreError for an error, and where no reply came."""
-    if isinstance(reply, Unconfirmed | ErrorReply):
-        raise StoreError(reply.reason if isinstance(reply, Unconfirmed) else str(reply))
-    return reply
+class ServerRecords(Protocol):
+    """The records on one server of a store. `name` is its address for operators. All raise StoreError."""
+
+    @property
+    def name(self) -> str: ...
+
+    async def reserve_scan(self, lasts_ms: int) -> bool:
+        """Return whether the scan that one of the replicas does is this one's. Nobody else gets it for `lasts_ms`."""
+
+    def scan(self, prefix: str = "", pause_s: float = 0.0) -> AsyncIterator[RecordView]:
+        """Yield records as `Records.scan` does. `pause_s`: the pause after each page."""
 
 
-def ask(node: Node, *words: bytes | str | int) -> Awaitable[Any]:
-    """Return the reply to a plain command."""
-    return node.link.command(*words, deadline=asyncio.get_running_loop().time() + TIMEOUT_S)
+class Records(Protocol):
+    """The records of a store for its operators. All raise StoreError."""
 
+    @property
+    def servers(self) -> Sequence[ServerRecords]:
+        """The servers that have records now, each with a part of them."""
 
-def ask_importing(node: Node, *words: bytes | str | int) -> Awaitable[Any]:
-    """Return the reply of a cluster node that is importing the key's slot."""
-    ask(node, "ASKING")
-    return ask(node, *words)
+    async def read(self, key: bytes) -> RecordView | None:
+        """Return the record of a key, or None."""
 
+    def scan(self, prefix: str = "") -> AsyncIterator[RecordView]:
+        """Yield the records whose id begins with `prefix`.
 
-def is_error(reply: object, kind: str) -> bool:
-    """Return whether a reply is an error whose text begins with `kind`."""
-    return isinstance(reply, ErrorReply) and str(reply).startswith(kind)
+        A record that comes or goes meanwhile may be left out, and any record may come twice.
+        """
 
+    async def proxy_of(self, token: bytes) -> tuple[str, int | None]:
+        """Return the name of the proxy that made a token, and the ms since it last wrote its name (None: unknown)."""
 
-def _fields_of(key: bytes) -> tuple[bytes | str, ...]:
-    return ("HMGET", store_key(key), *FIELDS)
+    async def introduce(self, token: bytes, name: str, retention_ms: int) -> None:
+        """Write the name behind a token, for operators who look at its record later."""
 
-
-async def _time_ms(node: Node) -> int:
-    seconds, micros = checked(await ask(node, "TIME"))
-    return int(seconds) * 1000 + int(micros) // 1000
-
-
-# Records ...
-
-
-async def read_record(store: Store, key: bytes) -> RecordView | None:
-    """Return the record of a key, or None. Raises StoreError."""
-    node = store.node_of(key)
-    if node is None:
-        raise StoreError("nobody is known to have this key")
-    reply = await ask(node, *_fields_of(key))
-    if is_error(reply, "ASK "):
-        # Its slot is being moved, and the key is at the new server already.
-        address = str(reply).split(" ")[2]
-        node = next((one for one in store.nodes if one.name == address), node)
-        reply = await ask_importing(node, *_fields_of(key))
-    if is_error(reply, "WRONGTYPE"):
-        return RecordView(key, ViewState.CORRUPT, b"", 0)
-    return read_fields(key, checked(reply), await _time_ms(node))
-
-
-async def scan(store: Store, prefix: str = "") -> AsyncIterator[RecordView]:
-    """Yield the records whose id begins with `prefix`. Raises StoreError.
-
-    A record that comes or goes meanwhile may be left out, and any record may come twice.
-    """
-    for node in store.nodes:
-        async for record in scan_node(node, prefix):
-            yield record
-
-
-async def scan_node(node: Node, prefix: str = "", pause_s: float = 0.0) -> AsyncIterator[RecordView]:
-    """Yield the records of one server as `scan` does. `pause_s`: the pause after each page."""
-    cursor = b"0"
-    while True:
-        cursor, names = checked(await ask(node, "SCAN", cursor, "MATCH", f"once:{{{prefix}*", "COUNT", PAGE))
-        keys = {key for name in names if (key := parse_record_id(name.decode("ascii", "replace")))}
-        for record in await _read_page(node, list(keys)):
-            yield record
-        if cursor == b"0":
-            break
-        await asyncio.sleep(pause_s)
-
-
-async def _read_page(node: Node, keys: list[bytes]) -> list[RecordView]:
-    now_ms = await _time_ms(node)
-    replies = await asyncio.gather(*[ask(node, *_fields_of(key)) for key in keys])
-    records: list[RecordView] = []
-    for key, first in zip(keys, replies, strict=True):
-        reply = await ask_importing(node, *_fields_of(key)) if is_error(first, "MOVED") else first
-        if is_error(reply, "WRONGTYPE"):
-            records.append(RecordView(key, ViewState.CORRUPT, b"", now_ms))
-        elif is_error(reply, "MOVED") or is_error(reply, "ASK "):
-            # The key was moved to another server since.
-            continue
-        elif record := read_fields(key, checked(reply), now_ms):
-            records.append(record)
-    return records
-
-
-# Proxies on the store ...
-
-
-async def proxy_of(store: Store, token: bytes) -> tuple[str, int | None]:
-    """Return the name of the proxy that made a token, and the ms since it last wrote its name (None: not known)."""
-    for node in store.nodes:
-        name = proxy_record_key(token) + node.tag
-        if (value := checked(await ask(node, "GET", name))) is not None:
-            _, retention_ms, proxy_name = value.split(b" ", 2)
-            left_ms = checked(await ask(node, "PTTL", name))
-            return proxy_name.decode("utf-8", "replace"), max(0, int(retention_ms) - left_ms)
-    return "unknown", None
-
-
-async def introduce(store: Store, token: bytes, proxy_name: str, retention_ms: int) -> None:
-    """Write the name behind a token, for operators who look at its record later."""
-    for node in store.nodes:
-        value = proxy_record_value(0, retention_ms, proxy_name)
-        await ask(node, "SET", proxy_record_key(token) + node.tag, value, "PX", retention_ms)
-
-
-async def identities(store: Store) -> list[str]:
-    """Return the settings by which the proxies on this store name keys."""
-    values = [one for node in store.nodes for one in checked(await ask(node, "HVALS", IDENTITIES + node.tag))]
-    return [one.split(b" ", 1)[1].decode() for one in values]
+    async def identities(self) -> list[str]:
+        """Return the settings by which the proxies on this store name keys."""

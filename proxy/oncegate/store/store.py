@@ -1,38 +1,19 @@
-"""The store: the verbs on the record of a key.
+"""The store: the verbs on the record of a key, whatever keeps it.
 
-`Store` is the only door to a store, and `claim` is the only function that makes a `Claim`. A call that was not
-confirmed is repeated with the same token within the caller's time; the scripts make a repeat safe.
+`Store` is the only door to a store, and `claim` is the only function that makes a `Claim`. No verb raises for a store
+that is down: the outcome is a value of `results.py`. A call that was not confirmed is repeated with the same token
+within the caller's time, so that each verb must be safe to repeat, and also safe when it arrives late.
 """
 
-import asyncio
-import os
-from collections.abc import Callable, Coroutine
-from dataclasses import replace
-from itertools import count
-from typing import Any
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from oncegate.hostnames.resolver import Resolver
 from oncegate.keys.digests import Scope
-from oncegate.store.claims import MAX_PAUSE_S, MIN_PAUSE_S, Background, Claims
-from oncegate.store.record import PREFIX_BYTES, Claim, ClaimRequest, StoredResponse, self_check
-from oncegate.store.record_name import store_key
-from oncegate.store.redis import arguments
-from oncegate.store.redis.link import Link
-from oncegate.store.redis.membership import Membership
-from oncegate.store.redis.node import Node, NodeConfig
-from oncegate.store.redis.replies import (
-    append_status,
-    is_final,
-    is_noscript,
-    may_have_run,
-    read_chunks,
-    renew_status,
-    resolve_status,
-    settle_result,
-)
-from oncegate.store.redis.server import FULL_RATIO, Openers, load_scripts
-from oncegate.store.redis.topology import servers_of
-from oncegate.store.redis.wire import Observers, ScriptCall, resp
+from oncegate.store.membership import Membership
+from oncegate.store.record import Claim, ClaimRequest, StoredResponse
+from oncegate.store.record_view import Records
 from oncegate.store.results import (
     AppendStatus,
     ClaimResult,
@@ -46,264 +27,180 @@ from oncegate.store.stages import CLAIMED, Stage
 
 Settling = Coroutine[Any, Any, SettleResult]
 Claiming = Coroutine[Any, Any, ClaimResult]
+Background = Callable[[Coroutine[Any, Any, Any]], None]
+# By a verb: called with the seconds that a call took.
+Observers = Mapping[str, Callable[[float], None]]
 
-# The least time for one try of a call that is repeated.
-MIN_TRY_S = 0.05
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PostgresOptions:
+    """What only a store in PostgreSQL is told. `audit_key`: of the digests in the audit trail; empty for none."""
+
+    schema: str = "oncegate"
+    audit: bool = True
+    audit_key: bytes = b""
+    # Of all that is stored; 0 for no limit.
+    max_bytes: int = 0
+    # Which standby a failover promotes: `any`, or `most-advanced`.
+    promotion: str = "any"
 
 
-class Store:
-    """The store behind one URL. Times in the unit of their name.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreConfig:
+    """What a store is told when it is opened. Times in the unit of their name."""
 
-    `timeout_ms`: of a claim, and of one try of every other call. `patience_s`: of a release in the background.
-    `observers` are called with the seconds of each call, by its verb, `retried()` with every call that is repeated, and
-    `log(event, **fields)` with failovers. `background(work)` finishes work that nobody waits for. `durability`: where a
-    claim has to be before it counts. With a `member` the store is watched for losses and for proxies that name keys in
-    another way; its token prefix is filled in here. `breaker_opened()` is called when claims stop for a while.
-    `resolver` looks up the host names of the servers.
+    url: str
+    # Of a claim, and of one try of every other call.
+    timeout_ms: int
+    # Of a release in the background.
+    patience_s: float
+    # Finishes work that nobody waits for.
+    background: Background
+    observers: Observers = field(default_factory=dict)
+    # Called with every call that is repeated.
+    retried: Callable[[], None] = lambda: None
+    # Called with an event and its fields, such as a failover.
+    log: Callable[..., None] = lambda *_, **__: None
+    # Where a claim has to be before it counts: memory, fsync, or replicated.
+    durability: str = "memory"
+    # With it the store is watched for losses, and for proxies that name keys in another way.
+    member: Membership | None = None
+    # Called when claims stop for a while.
+    breaker_opened: Callable[[], None] = lambda: None
+    # Looks up the host names of the servers.
+    resolver: Resolver = field(default_factory=Resolver)
+    postgres: PostgresOptions = PostgresOptions()
+
+
+class Marks(Protocol):
+    """Short values from process to process, which may be lost. Each call waits a second at most, and never raises.
+
+    `name` begins with the name of a record (`store_key`), in whose place the mark is kept.
     """
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        timeout_ms: int,
-        patience_s: float,
-        observers: Observers,
-        retried: Callable[[], None],
-        background: Background,
-        log: Callable[..., None] = lambda *_, **__: None,
-        durability: str = "memory",
-        member: Membership | None = None,
-        breaker_opened: Callable[[], None] = lambda: None,
-        resolver: Resolver | None = None,
-    ) -> None:
-        self._timeout_s = timeout_ms / 1000
-        self._retried = retried
-        self._loop = asyncio.get_running_loop()
-        self._prefix, self._count = os.urandom(PREFIX_BYTES), count(1)
-        self._scripts = load_scripts()
-        config = NodeConfig(
-            scripts=self._scripts,
-            timeout_s=self._timeout_s,
-            observers=observers,
-            log=log,
-            openers=Openers(self._timeout_s, resolver or Resolver()),
-            member=replace(member, token_prefix=self._prefix) if member else None,
-            breaker_opened=breaker_opened,
-        )
-        self._servers = servers_of(url, durability, config)
-        # The time of the server that has a key.
-        self.now_ms: Callable[[bytes], int] = self._servers.now_ms
-        self._claims = Claims(
-            self._servers,
-            self._scripts["claim"],
-            self.release,
-            background,
-            timeout_s=self._timeout_s,
-            patience_s=patience_s,
-        )
+    async def put(self, name: bytes, value: bytes, lasts_ms: int) -> None:
+        """Write a mark for `lasts_ms`, in place of one of this name."""
+
+    async def exists(self, name: bytes) -> bool | None:
+        """Return whether there is a mark; None where the store does not say."""
+
+    async def get(self, name: bytes) -> bytes:
+        """Return the value of a mark, empty if none is known."""
+
+
+class Store(Protocol):
+    """The verbs on records, and what a worker asks about the store's health.
+
+    `records`: the view of operators. `marks`: notes between processes.
+    """
+
+    @property
+    def records(self) -> Records: ...
+
+    @property
+    def marks(self) -> Marks: ...
 
     # Its life ...
 
     def start(self) -> None:
-        self._servers.start()
+        """Begin to connect."""
 
-    async def close(self) -> None:
-        await self._servers.close()
+    async def close(self) -> None: ...
 
     async def wait_up(self, seconds: float) -> bool:
-        return await self._servers.wait_up(self._loop.time() + seconds)
+        """Wait until the store is connected, and return whether it is."""
 
     def end_calls(self) -> None:
         """End every call now, also those still to come. Calls that are not confirmed stay unconfirmed."""
-        self._claims.stop_retrying()
-        self._servers.end_calls()
 
     async def watch(self) -> None:
-        """Inspect the servers for their health and for losses, until cancelled."""
-        await self._servers.watch()
+        """Inspect the store for its health and for losses, until cancelled."""
 
     async def probe(self) -> None:
-        """Find out when servers whose breaker is open take claims again, until cancelled."""
-        await self._servers.probe()
+        """While a breaker is open, find out when the store takes claims again, until cancelled."""
 
     # Its health ...
 
     def not_ready_reason(self) -> str | None:
         """Return why the store cannot be relied on now, or None."""
-        return self._servers.not_ready_reason()
 
     def notice(self) -> str | None:
         """Return what an operator should look at though the store works, or None: a recent loss, or different rules."""
-        return next((notice for node in self.nodes if (notice := node.health.notice())), None)
 
     def full(self) -> bool:
         """Return whether responses are to be stored without their body."""
-        return self._servers.memory_ratio > FULL_RATIO
-
-    @property
-    def nodes(self) -> list[Node]:
-        """The servers that take writes now: one, or the masters of a cluster."""
-        return self._servers.nodes
-
-    @property
-    def links(self) -> list[Link]:
-        """Their shared connections."""
-        return [node.link for node in self.nodes]
 
     @property
     def memory_ratio(self) -> float:
-        return self._servers.memory_ratio
+        """The used share of the store's limit."""
 
     @property
     def rules_differ(self) -> bool:
         """Whether other proxies on this store name keys by other rules."""
-        return any(node.health.rules_differ for node in self.nodes)
 
     @property
     def refuses_new(self) -> bool:
-        """Whether a server refuses first-time keys at its memory limit."""
-        return any(node.health.full for node in self.nodes)
+        """Whether the store refuses first-time keys at its limit."""
 
     @property
-    def quarantine_left_s(self) -> float:
-        return max((node.health.quarantine_left_s for node in self.nodes), default=0.0)
+    def quarantine_left_s(self) -> float: ...
 
     @property
     def broken(self) -> bool:
         """Whether a circuit breaker is open: claims are not even tried, because they failed one after the other."""
-        return any(node.breaker.open for node in self.nodes)
 
     # Claiming ...
 
     @property
     def token_prefix(self) -> bytes:
         """The beginning of every token that this store gives, and no other: it names the owner of a claim."""
-        return self._prefix
 
     def token(self) -> bytes:
         """Return a new token of this store's own."""
-        return self._prefix + next(self._count).to_bytes(6, "big")
+
+    def now_ms(self, key: bytes) -> int:
+        """Return the time of the server that has a key."""
 
     def claim(self, request: ClaimRequest) -> Claiming:
         """Claim a key, or return the record that it has. After Unconfirmed no copy of the claim keeps the key."""
-        key, tenant, fingerprint, mode = request.key, request.scope.tenant, request.fingerprint, request.mode
-        # `token()` without its frame, as this is the hot path.
-        token = self._prefix + next(self._count).to_bytes(6, "big")
-        check = self_check(key, tenant, token, mode, fingerprint)
-        # The fence and the time of creation come with the reply.
-        times = request.lease_ms, request.retention_ms, request.unknown_retention_ms
-        claim = Claim(key, token, b"", mode, fingerprint, check, 0, *times)
-        return self._claims.run(claim, tenant, request.window_ms)
 
     def reclaim(self, claim: Claim, scope: Scope) -> Claiming:
         """Claim again with the same token. A Claim means that the key is this claim's, with the fence that it has."""
-        return self._claims.run(claim, scope.tenant, reclaims=True)
 
     def peek(self, key: bytes, scope: Scope, lease_ms: int) -> Coroutine[Any, Any, NotClaimed | None]:
         """Return the record of a key, or None for no record."""
-        return self._claims.peek(key, scope.tenant, lease_ms)
 
     # What the owner of a claim does ...
 
     async def renew(self, claim: Claim, stage: Stage = CLAIMED) -> RenewStatus:
         """Extend the lease, and note how far the exchange got (`stage`). One try: the next renewal is the retry."""
-        args = resp(claim.token, claim.lease_ms, claim.unknown_retention_ms, stage.wire)
-        return renew_status(await self._run("renew", claim.key, args, arguments.RENEW_COUNT))
 
     async def append(self, claim: Claim, index: int, chunk: bytes, patience_s: float) -> AppendStatus:
         """Store chunk `index` of a response, and extend the lease."""
-        args = resp(claim.token, index, chunk, claim.lease_ms)
-        ends = self._loop.time() + patience_s
-        call = ScriptCall(self._scripts["append"], store_key(claim.key), arguments.APPEND_COUNT, ends)
-        reply, _ = await self._repeat(call, args, ends)
-        return append_status(reply)
 
     def store(self, claim: Claim, response: StoredResponse, last_chunk: bytes, patience_s: float) -> Settling:
         """Settle: make the record complete. `last_chunk` is empty if every chunk was appended."""
-        args = arguments.store(claim, response, last_chunk)
-        return self._settle(claim, args, arguments.STORE_COUNT, patience_s)
 
     def release(self, claim: Claim, patience_s: float) -> Settling:
         """Settle: free the key."""
-        if self._claims.copy_may_come(claim):
-            self._claims.withdraw_copy(claim)
-        return self._settle(claim, arguments.release(claim), arguments.RELEASE_COUNT, patience_s, releases=True)
 
     def mark_unknown(self, claim: Claim, reason: str, patience_s: float, status: int = 0) -> Settling:
         """Settle: note that the request was sent and that its outcome is unknown.
 
         `reason` is for operators. `status`: of a response that came and does not tell the outcome; 0 for none.
         """
-        args = arguments.mark_unknown(claim, reason, status)
-        return self._settle(claim, args, arguments.MARK_UNKNOWN_COUNT, patience_s)
-
-    async def _settle(
-        self, claim: Claim, args: bytes, arg_count: int, patience_s: float, releases: bool = False
-    ) -> SettleResult:
-        now = self._loop.time()
-        deadline = now + min(self._timeout_s, patience_s)
-        call = ScriptCall(self._scripts["settle"], store_key(claim.key), arg_count, deadline)
-        reply, retried = await self._servers.run(call, args), False
-        # The usual reply is a list. Any other is looked at only then: this is the hot path.
-        if not isinstance(reply, list) and not is_final(reply):
-            retried = may_have_run(reply)
-            self._retried()
-            reply, maybe_executed = await self._repeat(call, args, now + patience_s)
-            retried |= maybe_executed
-        return settle_result(reply, releases, retried)
 
     # Reading ...
 
     async def read(self, key: bytes, token: bytes, first: int) -> list[bytes] | ReadFailure:
         """Return chunks of a complete response from index `first` on: about 256 KiB, and at least one chunk."""
-        args = resp(token, first, arguments.READ_BYTES)
-        return read_chunks(await self._run("read", key, args, arguments.READ_COUNT))
 
     # For operators ...
-
-    def node_of(self, key: bytes) -> Node | None:
-        """Return the server that has a key now, or None where that is not known."""
-        return self._servers.node_of(store_key(key))
 
     async def resolve_by_operator(
         self, key: bytes, token: bytes, meta: bytes, body: bytes, retention_ms: int
     ) -> ResolveStatus:
         """Give a key its response, if `token` still owns it."""
-        args = resp(token, b"answer", retention_ms, meta, body)
-        return resolve_status(await self._run("resolve", key, args, arguments.RESOLVE_COUNT))
 
     async def release_by_operator(self, key: bytes, token: bytes, operator: bytes, fence: bytes) -> ResolveStatus:
         """Free a key, if `token` still owns it. The token `operator` fences the owner from then on."""
-        args = resp(token, b"release", operator, fence)
-        return resolve_status(await self._run("resolve", key, args, arguments.RELEASE_BY_OPERATOR_COUNT))
-
-    # Calls ...
-
-    def _run(self, verb: str, key: bytes, args: bytes, arg_count: int) -> Coroutine[Any, Any, Any]:
-        """Run a script once, within the timeout."""
-        deadline = self._loop.time() + self._timeout_s
-        return self._call(ScriptCall(self._scripts[verb], store_key(key), arg_count, deadline), args)
-
-    async def _call(self, call: ScriptCall, args: bytes) -> Any:
-        """Run a script by its sha, and by its body if the server does not know it."""
-        reply = await self._servers.run(call, args)
-        return await self._servers.run(replace(call, by_body=True), args) if is_noscript(reply) else reply
-
-    async def _repeat(self, call: ScriptCall, args: bytes, ends: float) -> tuple[Any, bool]:
-        """Repeat a call until a final reply, or until `ends` (the loop's time).
-
-        Return the last reply, and whether a try before it may have been executed.
-        """
-        loop, pause_s = self._loop, MIN_PAUSE_S
-        # Whether a try without a reply may have done its work: it decides what a later reply means.
-        maybe_executed = False
-        while True:
-            deadline = min(loop.time() + self._timeout_s, max(ends, loop.time() + MIN_TRY_S))
-            reply = await self._call(replace(call, deadline=deadline), args)
-            if is_final(reply) or loop.time() + pause_s >= min(ends, self._claims.retries_end):
-                return reply, maybe_executed
-            maybe_executed |= may_have_run(reply)
-            self._retried()
-            await asyncio.sleep(pause_s)
-            pause_s = min(pause_s * 2, MAX_PAUSE_S)

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 from oncegate.decision import HOLD
 from oncegate.store.record import ViewState
-from oncegate.store.record_name import record_id, store_key
-from oncegate.store.record_view import StoreError, ask, checked, claim_of, scan_node
-from oncegate.store.redis.node import Node
+from oncegate.store.record_name import record_id
+from oncegate.store.record_view import ServerRecords, StoreError, claim_of
 from oncegate.store.store import Store
 
 # Between two scans, and after a start.
@@ -26,7 +25,6 @@ WARN_MS = 7 * 86_400_000
 NAMED = 20
 # For marking one key.
 MARK_S = 1.0
-SCAN_KEY = b"once:scan"
 
 
 @dataclass(slots=True)
@@ -71,21 +69,21 @@ class UnknownKeys:
     async def scan(self) -> None:
         """Scan each server that no other replica scanned within the hour."""
         found: dict[str, Found] = {}
-        for node in self._store.nodes:
+        for server in self._store.records.servers:
             try:
-                if checked(await ask(node, "SET", SCAN_KEY + node.tag, "", "NX", "PX", SHARED_MS)) is not None:
-                    found[node.name] = await self._scan_server(node)
+                if await server.reserve_scan(SHARED_MS):
+                    found[server.name] = await self._scan_server(server)
             except StoreError as error:
-                self._report_failure(node, error)
+                self._report_failure(server, error)
         self._found = found
 
-    async def _scan_server(self, node: Node) -> Found:
+    async def _scan_server(self, server: ServerRecords) -> Found:
         found = Found()
-        async for record in scan_node(node, pause_s=PAGE_PAUSE_S):
+        async for record in server.scan(pause_s=PAGE_PAUSE_S):
             if record.state is not ViewState.UNKNOWN or record.mode != HOLD:
                 continue
             found.unknown += 1
-            left_ms = int(checked(await ask(node, "PTTL", store_key(record.key))))
+            left_ms = record.left_ms
             if left_ms > 0 and record.bytes_stored and record.lapsed_ms > self._retention_ms:
                 await self._store.mark_unknown(claim_of(record, left_ms), record.reason, MARK_S)
             # The key of a form is kept for minutes: nobody could decide it in time.
@@ -96,7 +94,7 @@ class UnknownKeys:
                     self._warn("unknown outcome expires soon", key_id=record_id(record.key), hours=left_ms // 3_600_000)
         return found
 
-    def _report_failure(self, node: Node, error: StoreError) -> None:
+    def _report_failure(self, server: ServerRecords, error: StoreError) -> None:
         if not self._has_failed:
             self._has_failed = True
-            self._warn("cannot scan for unknown keys", server=node.name, reason=str(error))
+            self._warn("cannot scan for unknown keys", server=server.name, reason=str(error))

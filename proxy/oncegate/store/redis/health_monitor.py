@@ -20,12 +20,12 @@ from math import ceil
 from typing import Any, NamedTuple
 
 from oncegate.store.events import StoreEvent
+from oncegate.store.membership import Membership
 from oncegate.store.redis.membership import (
     EPOCH,
     HEALTH_S,
     RULES_DIFFER,
     InspectionHistory,
-    Membership,
     OtherProxies,
     proxy_record_key,
     proxy_record_value,

@@ -20,8 +20,9 @@ import hiredis
 from redis.asyncio.connection import AbstractConnection
 
 from oncegate.buffers.write_batcher import write_batcher
-from oncegate.store.redis.wire import SIZE, TAG_COUNT, TAGS, ErrorReply, Observers, ScriptCall, resp
+from oncegate.store.redis.wire import SIZE, TAG_COUNT, TAGS, ErrorReply, ScriptCall, resp
 from oncegate.store.results import Unconfirmed
+from oncegate.store.store import Observers
 
 # Commands that leave at once, so that the server works on them while the loop's turn issues more.
 BATCH = 8

@@ -1,12 +1,12 @@
-"""How the proxies on one store know each other, and the Redis keys that they use for it beside the records."""
+"""How the proxies on one store know each other: the Redis keys that they use for it beside the records."""
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
 from oncegate.store.events import StoreEvent
+from oncegate.store.membership import Membership
 from oncegate.store.record import PREFIX_BYTES
 from oncegate.store.redis.talk import Question, call
 from oncegate.store.redis.wire import Script
@@ -24,32 +24,6 @@ DIFFER_S = 2 * LIVE_S
 FOUND_AFTER_S = 5 * HEALTH_S
 
 RULES_DIFFER = "other proxies on this store name keys by other rules: a retry that meets one of them executes again"
-
-
-@dataclass(frozen=True, slots=True)
-class Membership:
-    """What one proxy says of itself to the others, and how it handles a loss. Times in the unit of their name."""
-
-    # The beginning of the proxy's tokens. `Store` fills it in.
-    token_prefix: bytes
-    # Names the proxy to operators who look at a record.
-    proxy_name: str
-    # The settings that decide how keys are named, as `name=value name=value`.
-    identity_text: str
-    # Whether to claim keys beside proxies whose settings name keys in another way.
-    accept: bool
-    # The longest life of a record: so long does it matter by which settings it was named, and whose it is.
-    retention_ms: int
-    # How long first-time keys are refused after a loss; 0 for not at all.
-    quarantine_ms: int
-    # How long a loss is a notice on /readyz.
-    notice_s: float
-    # Whether the store confirms only what survives a restart.
-    durable: bool
-    # Called with an event and its description for operators.
-    report: Callable[[StoreEvent, str], None]
-    # Returns the digest of the rules that decide how keys are named now.
-    rules: Callable[[], str] = str
 
 
 @dataclass(slots=True)

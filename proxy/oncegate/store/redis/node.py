@@ -10,12 +10,13 @@ from redis.asyncio.connection import AbstractConnection
 
 from oncegate.keys.digests import KEY_DIGEST_BYTES
 from oncegate.store.breaker import Breaker
+from oncegate.store.membership import Membership
 from oncegate.store.record_name import store_key
 from oncegate.store.redis import arguments
 from oncegate.store.redis.durable import ClaimCheck, DurabilityLevel, WaitingLink
 from oncegate.store.redis.health_monitor import HealthMonitor
 from oncegate.store.redis.link import Link
-from oncegate.store.redis.membership import HEALTH_S, InspectionHistory, Membership
+from oncegate.store.redis.membership import HEALTH_S, InspectionHistory
 from oncegate.store.redis.replies import is_out_of_memory
 from oncegate.store.redis.server import (
     INFO,
@@ -31,8 +32,9 @@ from oncegate.store.redis.server import (
     version_of,
 )
 from oncegate.store.redis.talk import Talk
-from oncegate.store.redis.wire import Observers, Script, ScriptCall
+from oncegate.store.redis.wire import Script, ScriptCall
 from oncegate.store.results import Forbidden, NotAttempted, StoreFull, Unconfirmed
+from oncegate.store.store import Observers
 
 MIN_PROBE_PAUSE_S, MAX_PROBE_PAUSE_S = 0.05, 0.5
 # Asked before a new connection to this address is used, with the server's INFO; raises if it is not to be used.

@@ -5,7 +5,6 @@ instructions that way, and 4k this way (measured). Each script gets a tag as its
 first element of its reply, so a reply says which call it belongs to.
 """
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha1
 
@@ -69,10 +68,6 @@ class Script:
         # A call has five words besides its arguments: the command, the sha or body, the count of keys, key and tag.
         self.by_sha = [header + evalsha for header in COMMAND[5:]]
         self.by_body = [header + evaluate for header in COMMAND[5:]]
-
-
-# By a script's verb: called with the seconds that a call took.
-Observers = Mapping[str, Callable[[float], None]]
 
 
 @dataclass(slots=True)

@@ -6,10 +6,10 @@ from typing import Any, Protocol
 
 from oncegate.settings.store_url import GroupKind, parse_server_group
 from oncegate.store.breaker import Breaker
-from oncegate.store.redis.cluster import Cluster
 from oncegate.store.redis.durable import level
 from oncegate.store.redis.node import Node, NodeConfig
-from oncegate.store.redis.sentinel import SentinelNode
+from oncegate.store.redis.topologies.cluster import Cluster
+from oncegate.store.redis.topologies.sentinel import SentinelNode
 from oncegate.store.redis.wire import ScriptCall
 
 

@@ -6,10 +6,12 @@ Only for owners that surely live no more: an owner that goes on could complete a
 from collections.abc import Collection
 
 from oncegate.store.record import PREFIX_BYTES, ViewState
-from oncegate.store.record_name import parse_record_id, store_key
-from oncegate.store.record_view import StoreError, ask, checked, claim_of, read_record
+from oncegate.store.record_name import parse_record_id
+from oncegate.store.record_view import StoreError, claim_of
 from oncegate.store.redis.node import Node
-from oncegate.store.store import Store
+from oncegate.store.redis.records import ask, checked
+from oncegate.store.redis.store import RedisStore
+from oncegate.store.store import StoreConfig
 
 TIMEOUT_S = 5.0
 # Records that the server looks through in one call: about 2 ms.
@@ -42,13 +44,13 @@ async def mark_orphans(url: str, owners: Collection[bytes]) -> int:
 
     `url`: of a store of one server. `owners`: the token prefixes of the owners.
     """
-    store = Store(
-        url,
-        timeout_ms=int(TIMEOUT_S * 1000),
-        patience_s=TIMEOUT_S,
-        observers={},
-        retried=lambda: None,
-        background=lambda work: work.close(),
+    store = RedisStore(
+        StoreConfig(
+            url=url,
+            timeout_ms=int(TIMEOUT_S * 1000),
+            patience_s=TIMEOUT_S,
+            background=lambda work: work.close(),
+        )
     )
     store.start()
     try:
@@ -59,7 +61,7 @@ async def mark_orphans(url: str, owners: Collection[bytes]) -> int:
         await store.close()
 
 
-async def _mark_at(store: Store, node: Node, owners: Collection[bytes]) -> int:
+async def _mark_at(store: RedisStore, node: Node, owners: Collection[bytes]) -> int:
     # A scan may return a key twice.
     marked: set[bytes] = set()
     cursor = b"0"
@@ -67,17 +69,16 @@ async def _mark_at(store: Store, node: Node, owners: Collection[bytes]) -> int:
         cursor, names = checked(await ask(node, "EVAL", OWNED_PAGE, 0, cursor, PAGE, *owners))
         for name in names:
             key = parse_record_id(name.decode("ascii", "replace"))
-            if key is not None and key not in marked and await _mark(store, node, key):
+            if key is not None and key not in marked and await _mark(store, key):
                 marked.add(key)
         if cursor == b"0":
             return len(marked)
 
 
-async def _mark(store: Store, node: Node, key: bytes) -> bool:
+async def _mark(store: RedisStore, key: bytes) -> bool:
     """Mark a key unknown if it is in flight, and return whether it was. Its token makes a late call harmless."""
-    record = await read_record(store, key)
-    left_ms = int(checked(await ask(node, "PTTL", store_key(key))))
-    if record is None or record.state is not ViewState.IN_FLIGHT or left_ms <= 0:
+    record = await store.records.read(key)
+    if record is None or record.state is not ViewState.IN_FLIGHT or record.left_ms <= 0:
         return False
-    await store.mark_unknown(claim_of(record, left_ms), REASON, TIMEOUT_S)
+    await store.mark_unknown(claim_of(record, record.left_ms), REASON, TIMEOUT_S)
     return True

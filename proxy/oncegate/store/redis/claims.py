@@ -19,7 +19,7 @@ from oncegate.store.record_name import store_key
 from oncegate.store.redis import arguments
 from oncegate.store.redis.durable import WAIT_SHARE
 from oncegate.store.redis.replies import LATE, claim_result, is_noscript
-from oncegate.store.redis.topology import StoreServers
+from oncegate.store.redis.topologies.topology import StoreServers
 from oncegate.store.redis.wire import Script, ScriptCall
 from oncegate.store.results import (
     ClaimResult,
@@ -33,13 +33,13 @@ from oncegate.store.results import (
     Unconfirmed,
     UnderReplicated,
 )
+from oncegate.store.store import Background
 
 # The pauses between the tries of one call, which double from the first to the longest.
 MIN_PAUSE_S, MAX_PAUSE_S = 0.01, 0.5
 # The share of the timeout for reading what is known of a key that could not be claimed.
 READ_SHARE = 0.5
 
-Background = Callable[[Coroutine[Any, Any, Any]], None]
 Release = Callable[[Claim, float], Coroutine[Any, Any, SettleResult]]
 
 

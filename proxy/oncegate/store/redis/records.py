@@ -1,0 +1,184 @@
+"""Plain commands beside the scripts: records as operators see them, and marks.
+
+A scan goes through a server page by page, so that it does not hold up requests.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any
+
+from oncegate.store.record import ViewState
+from oncegate.store.record_name import parse_record_id, store_key
+from oncegate.store.record_view import FIELDS, RecordView, StoreError, read_fields
+from oncegate.store.redis.membership import IDENTITIES, proxy_record_key, proxy_record_value
+from oncegate.store.redis.node import Node
+from oncegate.store.redis.topologies.topology import StoreServers
+from oncegate.store.redis.wire import ErrorReply
+from oncegate.store.results import Unconfirmed
+
+# For one reply.
+TIMEOUT_S, MARK_TIMEOUT_S = 5.0, 1.0
+# Keys that a server looks through before it serves others.
+PAGE = 500
+# The mark of a scan that one of the replicas does.
+SCAN_KEY = b"once:scan"
+
+
+def checked(reply: Any) -> Any:
+    """Return a reply. Raises StoreError for an error, and where no reply came."""
+    if isinstance(reply, Unconfirmed | ErrorReply):
+        raise StoreError(reply.reason if isinstance(reply, Unconfirmed) else str(reply))
+    return reply
+
+
+def ask(node: Node, *words: bytes | str | int) -> Awaitable[Any]:
+    """Return the reply to a plain command."""
+    return node.link.command(*words, deadline=asyncio.get_running_loop().time() + TIMEOUT_S)
+
+
+def ask_importing(node: Node, *words: bytes | str | int) -> Awaitable[Any]:
+    """Return the reply of a cluster node that is importing the key's slot."""
+    ask(node, "ASKING")
+    return ask(node, *words)
+
+
+def is_error(reply: object, kind: str) -> bool:
+    """Return whether a reply is an error whose text begins with `kind`."""
+    return isinstance(reply, ErrorReply) and str(reply).startswith(kind)
+
+
+def _fields_of(key: bytes) -> tuple[bytes | str, ...]:
+    return ("HMGET", store_key(key), *FIELDS)
+
+
+async def _time_ms(node: Node) -> int:
+    seconds, micros = checked(await ask(node, "TIME"))
+    return int(seconds) * 1000 + int(micros) // 1000
+
+
+async def _left_ms(node: Node, key: bytes) -> Any:
+    """Return the reply to PTTL, also of a node that is importing the key's slot."""
+    reply = await ask(node, "PTTL", store_key(key))
+    return await ask_importing(node, "PTTL", store_key(key)) if is_error(reply, "MOVED") else reply
+
+
+class RedisRecords:
+    """The records on the servers of a store, as `Records`."""
+
+    def __init__(self, servers: StoreServers) -> None:
+        self._servers = servers
+
+    @property
+    def servers(self) -> list["NodeRecords"]:
+        return [NodeRecords(node) for node in self._servers.nodes]
+
+    async def read(self, key: bytes) -> RecordView | None:
+        node = self._servers.node_of(store_key(key))
+        if node is None:
+            raise StoreError("nobody is known to have this key")
+        reply = await ask(node, *_fields_of(key))
+        if is_error(reply, "ASK "):
+            # Its slot is being moved, and the key is at the new server already.
+            address = str(reply).split(" ")[2]
+            node = next((one for one in self._servers.nodes if one.name == address), node)
+            reply = await ask_importing(node, *_fields_of(key))
+        if is_error(reply, "WRONGTYPE"):
+            return RecordView(key, ViewState.CORRUPT, b"", 0)
+        record = read_fields(key, checked(reply), await _time_ms(node))
+        if record is None or record.response is not None:
+            return record
+        left_ms = await _left_ms(node, key)
+        # A user may lack the right: then nobody knows how long the record is kept.
+        return record._replace(left_ms=left_ms) if isinstance(left_ms, int) else record
+
+    async def scan(self, prefix: str = "") -> AsyncIterator[RecordView]:
+        for server in self.servers:
+            async for record in server.scan(prefix):
+                yield record
+
+    async def proxy_of(self, token: bytes) -> tuple[str, int | None]:
+        for node in self._servers.nodes:
+            name = proxy_record_key(token) + node.tag
+            if (value := checked(await ask(node, "GET", name))) is not None:
+                _, retention_ms, proxy_name = value.split(b" ", 2)
+                left_ms = checked(await ask(node, "PTTL", name))
+                return proxy_name.decode("utf-8", "replace"), max(0, int(retention_ms) - left_ms)
+        return "unknown", None
+
+    async def introduce(self, token: bytes, name: str, retention_ms: int) -> None:
+        for node in self._servers.nodes:
+            value = proxy_record_value(0, retention_ms, name)
+            await ask(node, "SET", proxy_record_key(token) + node.tag, value, "PX", retention_ms)
+
+    async def identities(self) -> list[str]:
+        replies = [checked(await ask(node, "HVALS", IDENTITIES + node.tag)) for node in self._servers.nodes]
+        return [value.split(b" ", 1)[1].decode() for reply in replies for value in reply]
+
+
+class NodeRecords:
+    """The records on one server, as `ServerRecords`."""
+
+    def __init__(self, node: Node) -> None:
+        self._node, self.name = node, node.name
+
+    async def reserve_scan(self, lasts_ms: int) -> bool:
+        name = SCAN_KEY + self._node.tag
+        return checked(await ask(self._node, "SET", name, "", "NX", "PX", lasts_ms)) is not None
+
+    async def scan(self, prefix: str = "", pause_s: float = 0.0) -> AsyncIterator[RecordView]:
+        cursor = b"0"
+        while True:
+            reply = await ask(self._node, "SCAN", cursor, "MATCH", f"once:{{{prefix}*", "COUNT", PAGE)
+            cursor, names = checked(reply)
+            keys = {key for name in names if (key := parse_record_id(name.decode("ascii", "replace")))}
+            for record in await self._read_page(list(keys)):
+                yield record
+            if cursor == b"0":
+                break
+            await asyncio.sleep(pause_s)
+
+    async def _read_page(self, keys: list[bytes]) -> list[RecordView]:
+        node, now_ms = self._node, await _time_ms(self._node)
+        replies = await asyncio.gather(*[ask(node, *_fields_of(key)) for key in keys])
+        records: list[RecordView] = []
+        for key, first in zip(keys, replies, strict=True):
+            reply = await ask_importing(node, *_fields_of(key)) if is_error(first, "MOVED") else first
+            if is_error(reply, "WRONGTYPE"):
+                records.append(RecordView(key, ViewState.CORRUPT, b"", now_ms))
+            elif is_error(reply, "MOVED") or is_error(reply, "ASK "):
+                # The key was moved to another server since.
+                continue
+            elif record := read_fields(key, checked(reply), now_ms):
+                records.append(record)
+        # How long they are kept is asked of unfinished ones alone: most records are complete.
+        unfinished = [record for record in records if record.response is None]
+        left = await asyncio.gather(*[_left_ms(node, record.key) for record in unfinished])
+        timed = [record._replace(left_ms=checked(ms)) for record, ms in zip(unfinished, left, strict=True)]
+        return [record for record in records if record.response is not None] + timed
+
+
+class RedisMarks:
+    """Marks in the slots of their records, as `Marks`."""
+
+    def __init__(self, servers: StoreServers) -> None:
+        self._servers = servers
+
+    async def put(self, name: bytes, value: bytes, lasts_ms: int) -> None:
+        await self._ask(name, "SET", name, value, "PX", lasts_ms)
+
+    async def exists(self, name: bytes) -> bool | None:
+        # EXISTS, not PTTL: a proxy must not need a right that the store's user can do without.
+        found = await self._ask(name, "EXISTS", name)
+        return found != 0 if isinstance(found, int) else None
+
+    async def get(self, name: bytes) -> bytes:
+        found = await self._ask(name, "GET", name)
+        return found if isinstance(found, bytes) else b""
+
+    async def _ask(self, name: bytes, *words: bytes | str | int) -> object:
+        """Return the reply to a command about a mark, None where nobody is known to have it."""
+        node = self._servers.node_of(name)
+        if node is None:
+            return None
+        reply: object = await node.link.command(*words, deadline=asyncio.get_running_loop().time() + MARK_TIMEOUT_S)
+        return reply
