@@ -5,6 +5,7 @@ A scan goes through a server page by page, so that it does not hold up requests.
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
+from contextlib import suppress
 from typing import Any
 
 from oncegate.store.record import ViewState
@@ -56,10 +57,12 @@ async def _time_ms(node: Node) -> int:
     return int(seconds) * 1000 + int(micros) // 1000
 
 
-async def _left_ms(node: Node, key: bytes) -> Any:
-    """Return the reply to PTTL, also of a node that is importing the key's slot."""
+async def _left_ms(node: Node, key: bytes) -> int:
+    """Return how long a record is kept, -1 where the key was moved to another server since. Raises StoreError."""
     reply = await ask(node, "PTTL", store_key(key))
-    return await ask_importing(node, "PTTL", store_key(key)) if is_error(reply, "MOVED") else reply
+    if is_error(reply, "MOVED"):
+        reply = await ask_importing(node, "PTTL", store_key(key))
+    return -1 if is_error(reply, "MOVED") or is_error(reply, "ASK ") else int(checked(reply))
 
 
 class RedisRecords:
@@ -87,9 +90,10 @@ class RedisRecords:
         record = read_fields(key, checked(reply), await _time_ms(node))
         if record is None or record.response is not None:
             return record
-        left_ms = await _left_ms(node, key)
-        # A user may lack the right: then nobody knows how long the record is kept.
-        return record._replace(left_ms=left_ms) if isinstance(left_ms, int) else record
+        # The store's user may lack the right: then nobody knows how long the record is kept.
+        with suppress(StoreError):
+            return record._replace(left_ms=await _left_ms(node, key))
+        return record
 
     async def scan(self, prefix: str = "") -> AsyncIterator[RecordView]:
         for server in self.servers:
@@ -153,7 +157,7 @@ class NodeRecords:
         # How long they are kept is asked of unfinished ones alone: most records are complete.
         unfinished = [record for record in records if record.response is None]
         left = await asyncio.gather(*[_left_ms(node, record.key) for record in unfinished])
-        timed = [record._replace(left_ms=checked(ms)) for record, ms in zip(unfinished, left, strict=True)]
+        timed = [record._replace(left_ms=ms) for record, ms in zip(unfinished, left, strict=True)]
         return [record for record in records if record.response is not None] + timed
 
 
