@@ -13,10 +13,12 @@ import sqlite3
 import sys
 import time
 import tomllib
+import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import asyncpg
 import pytest
 
 from config.clients.jobs import Job, Jobs, work
@@ -28,6 +30,7 @@ from oncegate.messages.problems import PROBLEM_KINDS, problem
 from oncegate.rules.presets import PRESETS
 from oncegate.settings.settings import Settings
 from tests.parts import CHUNKED, LAST_CHUNK, OK, RawUpstream, Tap, abort, answering, ask, chunk, holding, request, until
+from tests.postgres_server import shared_url
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,7 +72,8 @@ def test_what_is_commented_out_can_be_switched_on(monkeypatch, capsys, case):
     capsys.readouterr()
 
 
-GUIDES = {case: f"docs/how-to/{'forms' if case == 'double-click' else case}.md" for case in CASES}
+PAGE_NAMES = {"double-click": "forms", "payments-postgres": "exactly-once"}
+GUIDES = {case: f"docs/how-to/{PAGE_NAMES.get(case, case)}.md" for case in CASES}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -270,8 +274,9 @@ async def run() -> AsyncIterator[Run]:
     programs: list[Program] = []
 
     async def start(module: str, *words: object, **env: str) -> Program:
+        program = ("-c", module) if "\n" in module else ("-m", f"config.{module}")
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", f"config.{module}", *map(str, words)),
+            *(sys.executable, *program, *map(str, words)),
             cwd=ROOT,
             env={**os.environ, **env},
             stdout=asyncio.subprocess.PIPE,
@@ -322,6 +327,125 @@ async def test_a_payment_that_nobody_knows_of(front, upstream, run, tmp_path):
     refused = await ask(proxy.port, b"POST /v1/charges HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n{}")
     assert refused.slug == "key-missing"
     assert len(upstream.received) == 1
+
+
+# The API of payments-postgres, killed between its commit and its answer.
+DYING = """
+import asyncio, importlib, os, signal, sys
+api = importlib.import_module("config.payments-postgres.api")
+execute_once = api.execute_once
+async def die(*arguments):
+    await execute_once(*arguments)
+    os.kill(os.getpid(), signal.SIGKILL)
+api.execute_once = die
+asyncio.run(api.serve(os.environ["DATABASE_URL"], int(sys.argv[1])))
+"""
+
+
+class Shop:
+    """The API of payments-postgres and its database, which has one account with 10,000."""
+
+    def __init__(self, run: Run, name: str) -> None:
+        self._run, self._name = run, name
+        self._database = f"{shared_url()}?search_path={name}&application_name={name}"
+
+    @asynccontextmanager
+    async def opened(self) -> AsyncIterator["Shop"]:
+        async with self.user() as self.connection:
+            await self.connection.execute(f"CREATE SCHEMA {self._name}")
+            yield self
+            await self.connection.execute(f"DROP SCHEMA {self._name} CASCADE")
+
+    @asynccontextmanager
+    async def user(self) -> AsyncIterator[asyncpg.Connection]:
+        connection = await asyncpg.connect(self._database)
+        yield connection
+        await connection.close()
+
+    async def start(self, port: int = 0, program: str = "payments-postgres.api") -> tuple[Program, int]:
+        api = await self._run(program, port, DATABASE_URL=self._database)
+        await until(lambda: "listening" in api.out)
+        await self.connection.execute("INSERT INTO account VALUES ('acct_1', 10000) ON CONFLICT DO NOTHING")
+        return api, int(api.out.split()[2])
+
+    async def state(self) -> tuple[int, int]:
+        """Return the balance, and how many executions are recorded."""
+        row = await self.connection.fetchrow("SELECT (SELECT balance FROM account), count(*) FROM execution")
+        return tuple(row)
+
+    async def waiting(self) -> int:
+        """Return how many transactions wait for another one."""
+        users = "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1 AND wait_event_type = 'Lock'"
+        return await self.connection.fetchval(users, self._name)
+
+
+@pytest.fixture
+async def shop(run) -> AsyncIterator[Shop]:
+    async with Shop(run, f"shop_{uuid.uuid4().hex}").opened() as shop:
+        yield shop
+
+
+async def test_payments_postgres(front, run, shop, tmp_path):
+    """The API is killed between its commit and its answer, and the client tries until it has the answer: one charge."""
+    dying, port = await shop.start(program=DYING)
+    proxy, jobs = await front("payments-postgres", f"http://127.0.0.1:{port}"), tmp_path / "jobs.db"
+    added = await run("payments-postgres.client", jobs, "add", "acct_1", 2000)
+    assert await added.ends() == 0
+    client = await run("payments-postgres.client", jobs, "run", f"http://127.0.0.1:{proxy.port}")
+    assert await dying.ends() == -signal.SIGKILL
+    assert await shop.state() == (8000, 1)
+    await shop.start(port)
+    assert (await client.ends(), client.out) == (0, f"{added.out.strip()} answered 201\n")
+    assert await shop.state() == (8000, 1)
+
+
+def charge(amount: int, key: str = "order-1") -> bytes:
+    return request(key=key, body=b'{"account": "acct_1", "amount": %d}' % amount)
+
+
+async def test_a_claim_that_the_store_loses(front, shop, valkey):
+    """The key executes again, with a higher fence: the work is there once, and the answer is that of the row."""
+    _, port = await shop.start()
+    proxy = await front("payments-postgres", f"http://127.0.0.1:{port}")
+    first = await ask(proxy.port, charge(2000))
+    fence = await shop.connection.fetchval("SELECT fence FROM execution")
+    with valkey.client() as store:
+        store.flushall()
+        again = await ask(proxy.port, charge(2000))
+        assert (again.status, again.body) == (first.status, first.body) == (201, first.body)
+        assert first.header("oncegate-status") == again.header("oncegate-status") == b"executed"
+        assert json.loads(first.body)["balance"] == 8000
+        store.flushall()
+        other = await ask(proxy.port, charge(1))
+        assert (other.status, other.header("oncegate-status")) == (422, b"executed")
+    assert await shop.connection.fetchval("SELECT fence FROM execution") == fence
+    await shop.connection.execute("ALTER TABLE account RENAME TO away")
+    failed = await ask(proxy.port, charge(9000, "order-2"))
+    assert (failed.status, failed.header("oncegate-status")) == (503, b"released")
+    await shop.connection.execute("ALTER TABLE away RENAME TO account")
+    refused = await ask(proxy.port, charge(9000, "order-2"))
+    assert (refused.status, refused.header("oncegate-status")) == (402, b"executed")
+    assert await shop.state() == (8000, 2)
+    assert (await ask(port, charge(1))).status == 400
+
+
+async def test_two_executions_of_one_key_at_once(front, shop, valkey):
+    """The store loses a claim while its request runs: the second execution waits for the first one's transaction."""
+    _, port = await shop.start()
+    proxy = await front("payments-postgres", f"http://127.0.0.1:{port}")
+    asked = []
+    async with shop.user() as other, other.transaction():
+        await other.execute("SELECT FROM account FOR UPDATE")
+        for number in (1, 2):
+            asked.append(asyncio.ensure_future(ask(proxy.port, charge(2000))))
+            while await shop.waiting() < number:
+                await asyncio.sleep(0.01)
+            with valkey.client() as store:
+                store.flushall()
+    first, second = await asyncio.gather(*asked)
+    assert (first.status, first.body) == (second.status, second.body)
+    assert (first.status, json.loads(first.body)["balance"]) == (201, 8000)
+    assert await shop.state() == (8000, 1)
 
 
 SECRET = "whsec_" + base64.b64encode(b"0123456789abcdef01234567").decode()

@@ -141,6 +141,7 @@ def test_beside_proxy_py(home: Path, tmp_path: Path) -> None:
 FIRST = {
     GENERAL: request(),
     "payments": request(),
+    "payments-postgres": request(),
     "webhooks": request("POST", "/webhooks/standard", None, b"{}", "webhook-id: evt_1"),
     "consumers": request(
         *("POST", "/kafka/orders", None, b"{}"), "Kafka-Topic: orders", "Kafka-Partition: 0", "Kafka-Offset: 7"

@@ -4,7 +4,7 @@ import sys
 from importlib.resources import files
 from pathlib import Path
 
-CASES = ("payments", "webhooks", "consumers", "llm", "agents", "double-click")
+CASES = ("payments", "payments-postgres", "webhooks", "consumers", "llm", "agents", "double-click")
 GENERAL = "general"
 FILES = ("rules.toml", "oncegate.env")
 
