@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from redis import Redis
 
 from oncegate.server.embedded import find_server
 from tests.parts import Proxy, RawUpstream, standing_proxy, standing_upstream
+from tests.probes import Probe, RedisProbe
 from tests.zygote import Forked, Zygote
 
 IN_PROCESS = (
@@ -31,7 +33,7 @@ IN_PROCESS = (
         "test_link.py",
         "test_sentinel.py",
     ),
-    *("test_store.py", "test_upstream.py", "test_health_monitor.py"),
+    *("test_redis_store.py", "test_store.py", "test_upstream.py", "test_health_monitor.py"),
 )
 
 
@@ -128,6 +130,37 @@ def valkey(shared_valkey: Valkey) -> Valkey:
         client.flushall()
         client.config_set("maxmemory", 0)
     return shared_valkey
+
+
+def redis_server() -> Path | None:
+    """Return the redis-server on PATH, if there is one that is new enough."""
+    found = shutil.which("redis-server")
+    if found is None:
+        return None
+    said = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
+    version = re.search(r"v=(\d+)\.", said)
+    return Path(found) if version and int(version[1]) >= 7 else None
+
+
+REDIS = redis_server()
+REDIS_KINDS = ["valkey", "redis"] if REDIS else ["valkey"]
+
+
+@pytest.fixture(scope="session")
+def shared_redis() -> Iterator[Valkey]:
+    """The Redis of this system, if it has one."""
+    server = Valkey(binary=REDIS)
+    yield server
+    server.close()
+
+
+@pytest.fixture(params=REDIS_KINDS)
+def probe(request: pytest.FixtureRequest) -> Iterator[Probe]:
+    """An empty store of each kind."""
+    server: Valkey = request.getfixturevalue(f"shared_{request.param}")
+    with server.client() as client:
+        client.flushall()
+        yield RedisProbe(client, server.url)
 
 
 @pytest.fixture

@@ -21,20 +21,8 @@ from oncegate.store.results import AppendStatus, NotAttempted, RenewStatus, Sett
 from oncegate.store.store import Store
 from tests.parts import until
 from tests.resp import relaying
-from tests.test_store import (
-    PATIENCE_S,
-    SCOPE,
-    Log,
-    answer,
-    assert_unreachable,
-    claim,
-    claimed,
-    connected,
-    key,
-    live,
-    store_small,
-    told,
-)
+from tests.stores import PATIENCE_S, SCOPE, answer, claim, claimed, connected, key, store_small, told
+from tests.test_redis_store import Log, assert_unreachable, live
 from tests.topologies import ACL, Clustered, replicated, wait_for
 
 

@@ -17,16 +17,7 @@ from oncegate.store.results import NotAttempted, SettleResult, SettleStatus, Unc
 from oncegate.store.store import Store
 from tests.parts import until
 from tests.resp import GREETING, Connection, RespServer, Words, resp
-from tests.stores import store_at
-from tests.test_store import (
-    SCOPE,
-    Behind,
-    claim,
-    claimed,
-    connected,
-    store_small,
-    told,
-)
+from tests.stores import SCOPE, Behind, claim, claimed, connected, store_at, store_small, told
 from tests.topologies import Server, replicated, wait_for
 
 REPLICATED, ON_DISK, ON_BOTH_DISKS = (

@@ -15,7 +15,7 @@ from oncegate.store.record import PREFIX_BYTES, Claim
 from oncegate.store.redis.link import PREPARE_STEPS
 from oncegate.store.results import SettleResult, SettleStatus
 from tests.parts import until
-from tests.test_store import claimed, connected, store_small
+from tests.stores import claimed, connected, store_small
 from tests.topologies import Clustered, Sentineled, Server, replicated, wait_for
 
 ROUND_TRIP_S = 0.25

@@ -18,7 +18,8 @@ from oncegate.store.membership import Membership
 from oncegate.store.record import PREFIX_BYTES, Claim
 from oncegate.store.store import Store
 from tests.conftest import Valkey
-from tests.test_store import ACL, OTHER, PATIENCE_S, SAME, Behind, claim, claimed, connected, key, store_small
+from tests.stores import OTHER, PATIENCE_S, SAME, Behind, claim, claimed, connected, key, store_small
+from tests.test_redis_store import ACL
 
 REFERENCE = Path(__file__).parent.parent / "docs/reference/answers.md"
 NEW, RUNNING, COMPLETE, UNKNOWN = (key(number) for number in range(900, 904))

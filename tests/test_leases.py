@@ -9,7 +9,7 @@ from oncegate.store.leases import Leases, suspended_clock_s
 from oncegate.store.record import Claim
 from oncegate.store.results import SettleStatus
 from tests.conftest import Valkey
-from tests.test_store import claimed, connected
+from tests.stores import claimed, connected
 
 
 @pytest.mark.parametrize(("freeing", "reports"), [(False, [ClaimEvent.LOST]), (True, [])])

@@ -26,19 +26,8 @@ from oncegate.store.results import (
 from oncegate.store.store import Store
 from tests.parts import until
 from tests.resp import Connection, RespServer, Words, relaying, resp
-from tests.test_store import (
-    PATIENCE_S,
-    Log,
-    answer,
-    assert_unreachable,
-    claim,
-    claimed,
-    connected,
-    key,
-    live,
-    store_small,
-    told,
-)
+from tests.stores import PATIENCE_S, answer, claim, claimed, connected, key, store_small, told
+from tests.test_redis_store import Log, assert_unreachable, live
 from tests.topologies import ACL, SERVICE, Sentineled, Server, wait_for
 
 

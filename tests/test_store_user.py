@@ -14,7 +14,8 @@ from oncegate.store.results import ClaimsSuspended, Forbidden, NotAttempted
 from oncegate.store.store import Store
 from tests.conftest import Valkey
 from tests.parts import until
-from tests.test_store import ACL, Behind, claim, claimed, connected, key
+from tests.stores import Behind, claim, claimed, connected, key
+from tests.test_redis_store import ACL
 
 
 @pytest.fixture(autouse=True)

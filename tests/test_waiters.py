@@ -15,7 +15,7 @@ from oncegate.store.store import Store
 from oncegate.store.waiters import MAX_POLLS_PER_S, PollSchedule, Waiters, Woken
 from tests.conftest import Valkey
 from tests.parts import until
-from tests.test_store import connected
+from tests.stores import connected
 
 SCOPE = Scope(b"default", b"n" * 16)
 TICK_S = 0.001

@@ -8,7 +8,7 @@ from redis import Redis
 
 from tests.parts import OK, answering, ask, chunk, request, serving, until
 from tests.resp import relaying
-from tests.test_store import ACL
+from tests.test_redis_store import ACL
 
 STREAMED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk(bytes(300_000)) * 3 + b"0\r\n\r\n"
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from loadtest.ports import free_ports
 from oncegate.store.results import NotAttempted
 from tests.real.parts import INSTALLED
+from tests.stores import claim, claimed, connected
 from tests.test_durable import key
-from tests.test_store import claim, claimed, connected
 from tests.topologies import Server, wait_for
 
 pytestmark = INSTALLED

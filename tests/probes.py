@@ -1,0 +1,99 @@
+"""What tests see of a store and change in it behind the proxies' backs, in one way for every kind of store.
+
+A record is shown as the fields of its hash in Redis (docs/reference/record.md), whatever keeps it.
+"""
+
+from typing import Any, Protocol
+
+from redis import Redis
+
+from oncegate.store.record import self_check
+from oncegate.store.record_name import parse_record_id, store_key
+from oncegate.store.redis.server import load_scripts
+
+Fields = dict[str, bytes]
+SCRIPTS = load_scripts()
+
+
+class Probe(Protocol):
+    """A store, empty at first. `key`: the digest of a record."""
+
+    url: str
+    # Whether a renewal writes until when the record is kept; else it follows from the end of the lease.
+    renewals_write_expiry: bool
+
+    def now_ms(self) -> int:
+        """Return the server's time."""
+
+    def fields(self, key: bytes) -> Fields:
+        """Return the fields of a record, none if the key is free."""
+
+    def change(self, key: bytes, /, **values: bytes | int | None) -> None:
+        """Give fields of a record these values. None removes a field."""
+
+    def remove(self, key: bytes) -> None:
+        """Lose a record, as a failover may."""
+
+    def left_ms(self, key: bytes) -> int:
+        """Return how long a record is kept; negative if there is none."""
+
+    def expire(self, key: bytes, left_ms: int) -> None:
+        """Set how long a record is kept."""
+
+    def copy(self, key: bytes, other: bytes) -> None:
+        """Copy the record of one key to another."""
+
+    def keys(self) -> list[bytes]:
+        """Return the keys that have a record."""
+
+    def claim(
+        self, key: bytes, tenant: bytes, token: bytes, *, fingerprint: bytes, mode: bytes, lease_ms: int,
+        retention_ms: int, not_after_ms: int, window_ms: int, seen: bytes,
+    ) -> list[Any]:  # fmt: skip
+        """Claim as no proxy does. Return `claimed`, the time and the fence; or a state or `late`, and the time."""
+
+
+class RedisProbe:
+    renewals_write_expiry = True
+
+    def __init__(self, client: Redis, url: str) -> None:
+        self.client, self.url = client, url
+
+    def now_ms(self) -> int:
+        seconds, micros = self.client.time()
+        return int(seconds) * 1000 + int(micros) // 1000
+
+    def fields(self, key: bytes) -> Fields:
+        return {field.decode(): value for field, value in self.client.hgetall(store_key(key)).items()}
+
+    def change(self, key: bytes, /, **values: bytes | int | None) -> None:
+        for field, value in values.items():
+            if value is None:
+                self.client.hdel(store_key(key), field)
+            else:
+                self.client.hset(store_key(key), field, value)
+
+    def remove(self, key: bytes) -> None:
+        self.client.delete(store_key(key))
+
+    def left_ms(self, key: bytes) -> int:
+        return int(self.client.pttl(store_key(key)))
+
+    def expire(self, key: bytes, left_ms: int) -> None:
+        self.client.pexpire(store_key(key), left_ms)
+
+    def copy(self, key: bytes, other: bytes) -> None:
+        self.client.copy(store_key(key), store_key(other))
+
+    def keys(self) -> list[bytes]:
+        names = (parse_record_id(name.decode()) for name in self.client.scan_iter("once:{*"))
+        return [key for key in names if key is not None]
+
+    def claim(
+        self, key: bytes, tenant: bytes, token: bytes, *, fingerprint: bytes, mode: bytes, lease_ms: int,
+        retention_ms: int, not_after_ms: int, window_ms: int, seen: bytes,
+    ) -> list[Any]:  # fmt: skip
+        described = self_check(key, tenant, token, mode, fingerprint)
+        args = (token, fingerprint, described, mode, lease_ms, retention_ms, not_after_ms, 65536, window_ms, seen)
+        _tag, *reply = self.client.eval(SCRIPTS["claim"].body, 1, store_key(key), b"tag", *args)
+        return reply
