@@ -3,10 +3,10 @@
 import asyncio
 
 from oncegate.hostnames.resolver import Resolver
+from oncegate.store import membership
 from oncegate.store.events import StoreEvent
 from oncegate.store.membership import Membership
 from oncegate.store.record import PREFIX_BYTES
-from oncegate.store.redis import membership
 from oncegate.store.redis.health_monitor import HealthMonitor
 from oncegate.store.redis.link import Link
 from oncegate.store.redis.server import INFO, Openers, load_scripts

@@ -12,7 +12,7 @@ from oncegate.observe.outcome import BY_LABEL, SUPPRESSED, Outcome, outcome_of
 from oncegate.service.service import LOSSES
 from oncegate.settings.settings import Settings
 from oncegate.store.events import StoreEvent
-from oncegate.store.redis.health_monitor import LOSSES as HEALTH_LOSSES
+from oncegate.store.membership import LOSSES as HEALTH_LOSSES
 from oncegate.store.results import SettleStatus
 
 

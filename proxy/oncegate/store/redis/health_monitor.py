@@ -16,15 +16,12 @@ import asyncio
 import re
 import time
 from collections.abc import Mapping
-from math import ceil
 from typing import Any, NamedTuple
 
 from oncegate.store.events import StoreEvent
-from oncegate.store.membership import Membership
+from oncegate.store.membership import HEALTH_S, RULES_DIFFER, Losses, Membership
 from oncegate.store.redis.membership import (
     EPOCH,
-    HEALTH_S,
-    RULES_DIFFER,
     InspectionHistory,
     OtherProxies,
     proxy_record_key,
@@ -40,13 +37,6 @@ from oncegate.store.results import ClaimsSuspended
 FULL_S = 2.5 * HEALTH_S
 # After so long without a loss, a new hash tag in a cluster is no new store.
 SETTLED_S = 10.0
-LOSSES = {
-    StoreEvent.FLUSHED: "the store lost everything, or is another one: its epoch is gone",
-    StoreEvent.ROLLED_BACK: "the store lost acknowledged writes: its counter of this proxy went back",
-    StoreEvent.EVICTED: "the store evicted keys",
-    StoreEvent.MOVED: "the store restarted or failed over: unless it is durable, its last writes may be lost",
-    StoreEvent.FOUNDED: "the store has no epoch: it is new, or it lost everything",
-}
 
 
 class _Inspection(NamedTuple):
@@ -85,8 +75,7 @@ class HealthMonitor:
         self._info_refused = False
         self._evicted: int | None = None
         self._flushes, self._was_flushed = -1, False
-        self._quarantine_ends = self._lost_until = self._full_until = float("-inf")
-        self._lost = ""
+        self._losses, self._full_until = Losses(), float("-inf")
         # Why what shows losses and other proxies could not be asked for.
         self._unwatched = ""
         # Two inspections at once would each take the other's increment of the counter for a loss.
@@ -100,18 +89,15 @@ class HealthMonitor:
             return f"this proxy names keys in another way than others on this store ({self._others.differs})"
         if self._unwatched:
             return self._unwatched
-        if self.quarantine_left_s:
-            lost = self._lost or "the store lost data"
-            return f"{lost}; first-time keys are refused for {ceil(self.quarantine_left_s)} s more"
+        if reason := self._losses.not_ready_reason():
+            return reason
         if self.full:
             return "the store's memory is full: first-time keys are refused"
         return not_ready_reason(self.info)
 
     def notice(self) -> str | None:
         """Return what was lost lately, or that rules differ, or None."""
-        if self._clock() < self._lost_until:
-            return self._lost
-        return RULES_DIFFER if self.rules_differ else None
+        return self._losses.notice() or (RULES_DIFFER if self.rules_differ else None)
 
     @property
     def rules_differ(self) -> bool:
@@ -120,7 +106,7 @@ class HealthMonitor:
 
     @property
     def quarantine_left_s(self) -> float:
-        return max(0.0, self._quarantine_ends - self._clock())
+        return self._losses.quarantine_left_s
 
     @property
     def full(self) -> bool:
@@ -137,9 +123,7 @@ class HealthMonitor:
             return ClaimsSuspended("this proxy names keys in another way than others")
         if self._unwatched:
             return ClaimsSuspended(self._unwatched)
-        if left_s := self.quarantine_left_s:
-            return ClaimsSuspended("the store lost data", retry_after_s=ceil(left_s))
-        return None
+        return self._losses.suspended()
 
     # Inspections ...
 
@@ -206,7 +190,7 @@ class HealthMonitor:
         loss = change if flushed else forgotten or change
         if loss is None or (loss is StoreEvent.FOUNDED and inspection.is_new_tag):
             return
-        self._report(member, loss)
+        self._losses.report(member, loss)
         if member.quarantine_ms and (forgotten or (change is not StoreEvent.MOVED and not self.quarantine_left_s)):
             (reply,) = await inspection.talk.ask(self._epoch_question(inspection, begin_quarantine=True))
             self._note_epoch(inspection, reply)
@@ -226,7 +210,7 @@ class HealthMonitor:
             # In a cluster: the slot of the epoch is being moved away.
             return StoreEvent.FLUSHED if self._was_flushed else None
         verdict, epoch, left_ms = reply
-        self._quarantine_ends = self._clock() + left_ms / 1000
+        self._losses.note_quarantine(left_ms)
         known, history.epoch = history.epoch, epoch
         id_before, history.replication_id = history.replication_id, replication_id
         if known and known != epoch:
@@ -254,12 +238,6 @@ class HealthMonitor:
                 forgotten = forgotten or StoreEvent.ROLLED_BACK
             history.counter, history.counter_written_s = history.counter + 1, now_s
         return forgotten
-
-    def _report(self, member: Membership, loss: StoreEvent) -> None:
-        self._lost = LOSSES[loss]
-        if loss is not StoreEvent.FOUNDED:
-            self._lost_until = self._clock() + member.notice_s
-        member.report(loss, self._lost)
 
 
 def count_flushes(info: Mapping[str, str]) -> int:

@@ -10,13 +10,13 @@ from redis.asyncio.connection import AbstractConnection
 
 from oncegate.keys.digests import KEY_DIGEST_BYTES
 from oncegate.store.breaker import Breaker
-from oncegate.store.membership import Membership
+from oncegate.store.membership import HEALTH_S, Membership
 from oncegate.store.record_name import store_key
 from oncegate.store.redis import arguments
 from oncegate.store.redis.durable import ClaimCheck, DurabilityLevel, WaitingLink
 from oncegate.store.redis.health_monitor import HealthMonitor
 from oncegate.store.redis.link import Link
-from oncegate.store.redis.membership import HEALTH_S, InspectionHistory
+from oncegate.store.redis.membership import InspectionHistory
 from oncegate.store.redis.replies import is_out_of_memory
 from oncegate.store.redis.server import (
     INFO,
