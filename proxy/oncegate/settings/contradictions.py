@@ -10,6 +10,7 @@ from pydantic import SecretStr
 
 from oncegate.settings.addresses import Address, Origin
 from oncegate.settings.credentials import expanded
+from oncegate.settings.postgres_url import is_postgres
 from oncegate.settings.settings import Settings
 
 
@@ -40,6 +41,10 @@ def _unwritable(folder: Path, _max_bytes: int) -> bool:
 
 def _cannot_replicate(durability: str, store_url: SecretStr) -> bool:
     return durability == "replicated" and store_url.get_secret_value() == "embedded"
+
+
+def _needs_postgres(default: object) -> Callable[[Any, SecretStr], bool]:
+    return lambda value, store_url: value != default and not is_postgres(store_url.get_secret_value())
 
 
 def _shorter_than_lease(retention_s: float, lease_ms: int) -> bool:
@@ -82,6 +87,11 @@ CONTRADICTIONS = (
     Contradiction("fault", "is accepted only together with", "testing", _without_testing),
     # The embedded store has no replica: it would never confirm a claim.
     Contradiction("durability", "replicated needs a store with replicas in", "store_url", _cannot_replicate),
+    # They would have no effect, and an operator would rely on them.
+    Contradiction("audit", "needs postgresql:// in", "store_url", _needs_postgres(False)),
+    Contradiction("promotion", "needs postgresql:// in", "store_url", _needs_postgres("any")),
+    Contradiction("store_max_bytes", "needs postgresql:// in", "store_url", _needs_postgres(0)),
+    Contradiction("store_schema", "needs postgresql:// in", "store_url", _needs_postgres("oncegate")),
     # Any site could act as the user, with the user's cookies.
     Contradiction("cors_credentials", "must not be set beside * in", "cors_origins", _with_any),
     Contradiction("spool_dir", "must be a writable folder to hold", "max_spool_bytes", _unwritable),

@@ -11,9 +11,9 @@ from pydantic_core import ErrorDetails
 
 from oncegate.settings.addresses import Origin
 from oncegate.settings.contradictions import contradictions_in
-from oncegate.settings.env_file import read_env_file
 from oncegate.settings.errors import SettingsError
-from oncegate.settings.files import MAX_SECRET_BYTES, read_text
+from oncegate.settings.files import MAX_SECRET_BYTES, read_env_file, read_text
+from oncegate.settings.groups.postgres import POSTGRES_DEFAULTS
 from oncegate.settings.settings import ENV_FILE, PREFIX, SECRETS, Settings
 from oncegate.settings.store_url import masked
 from oncegate.settings.wording import complaint, number_text, variable_name
@@ -62,7 +62,8 @@ def table(names: Iterable[str] = tuple(Settings.model_fields)) -> str:
 
 
 def _default(name: str, value: object) -> str:
-    return _SHOWN.get(name) or ("none" if _is_none(value) else f"`{_text(name, value)}`")
+    shown = _SHOWN.get(name) or ("none" if _is_none(value) else f"`{_text(name, value)}`")
+    return f"{shown}; in PostgreSQL `{_text(name, POSTGRES_DEFAULTS[name])}`" if name in POSTGRES_DEFAULTS else shown
 
 
 def _variables() -> tuple[dict[str, str], list[str]]:

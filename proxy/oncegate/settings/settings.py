@@ -11,6 +11,7 @@ from oncegate.settings.groups.browsers import BrowserSettings
 from oncegate.settings.groups.clients import ClientSettings
 from oncegate.settings.groups.keys import KeySettings
 from oncegate.settings.groups.operation import OperationSettings
+from oncegate.settings.groups.postgres import PostgresSettings
 from oncegate.settings.groups.store import StoreSettings
 from oncegate.settings.groups.upstreams import UpstreamSettings
 from oncegate.settings.values import RESERVED
@@ -23,7 +24,14 @@ SECRETS = ("secret", "store_url")
 
 # Pydantic takes the fields of the last base first.
 class Settings(
-    BrowserSettings, OperationSettings, UpstreamSettings, StoreSettings, KeySettings, ClientSettings, BaseSettings
+    BrowserSettings,
+    OperationSettings,
+    UpstreamSettings,
+    PostgresSettings,
+    StoreSettings,
+    KeySettings,
+    ClientSettings,
+    BaseSettings,
 ):
     """The operator's choices."""
 

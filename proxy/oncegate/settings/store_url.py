@@ -1,4 +1,4 @@
-"""The URL of the store: one Redis server, a master behind sentinels, or a cluster. Pure.
+"""The URL of the store: one Redis server, a master behind sentinels, a cluster, or a PostgreSQL. Pure.
 
 Messages never repeat the refused text: a malformed URL may still contain a password.
 """
@@ -10,6 +10,7 @@ from urllib.parse import quote, unquote
 
 from oncegate.settings.addresses import parse_host_and_port
 from oncegate.settings.names import parse_list
+from oncegate.settings.postgres_url import is_postgres, parse_postgres_url
 
 _REDIS_PORT = 6379
 
@@ -68,14 +69,17 @@ def parse_store_url(text: str) -> str:
     except UnicodeDecodeError:
         # A client would put another character in the place of such an escape: another password.
         raise ValueError("has a percent escape that is not UTF-8") from None
+    if is_postgres(text):
+        return parse_postgres_url(text)
     if text == "embedded" or (visible and (_SOCKET.fullmatch(text) or parse_server_group(text))):
         return text
     match = _REDIS.fullmatch(text)
     if match is None or not visible:
         raise ValueError(
             "must be embedded, redis://host:port/db, rediss://host:port/db, redis+unix:///path?db=0, "
-            "redis+sentinel://host:port,host:port/service or redis+cluster://host:port,host:port; "
-            "special characters of a user or password are percent-encoded"
+            "redis+sentinel://host:port,host:port/service, redis+cluster://host:port,host:port or "
+            "postgresql://user:password@host:port/database; special characters of a user or password are "
+            "percent-encoded"
         )
     parse_host_and_port(match["authority"], _REDIS_PORT)
     return text

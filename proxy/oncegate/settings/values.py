@@ -23,7 +23,6 @@ MAX_WORKERS = 1024
 # Values that are reserved for a later version, as `name=value`, or as `name` where only its default works. What to
 # use now is a part of the message. Whoever implements one deletes its row.
 RESERVED = {
-    "store_url=postgresql": "use redis:// or rediss://",
     "on_duplicate=join": "use reject or wait",
 }
 
@@ -71,4 +70,6 @@ Seconds = Annotated[float, Field(gt=0, le=TEN_YEARS_S)]
 SecondsOrForever = Annotated[float, Field(ge=0, le=TEN_YEARS_S)]
 SecondsOrZero = Annotated[float, Field(ge=0, le=TEN_YEARS_S)]
 Bytes = Annotated[int, Field(ge=1, le=PIBIBYTE)]
+# 0 for no limit.
+BytesOrNone = Annotated[int, Field(ge=0, le=PIBIBYTE)]
 Count = Annotated[int, Field(ge=1, le=MILLION)]

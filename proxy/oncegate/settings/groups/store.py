@@ -5,18 +5,33 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, SecretStr
 
+from oncegate.settings.files import read_file
+from oncegate.settings.postgres_url import files_of, is_postgres
 from oncegate.settings.store_url import parse_store_url
 from oncegate.settings.values import DAY_MS, PIBIBYTE, Bytes, Seconds, from_text
+
+
+def _store_url(text: str) -> str:
+    """Return a store URL, if it is well-formed and the files that it names can be read."""
+    url = parse_store_url(text)
+    for name, path in files_of(url).items() if is_postgres(url) else ():
+        try:
+            read_file(path)
+        except ValueError as error:
+            raise ValueError(f"names a file as {name} that {error}") from None
+    return url
 
 
 class StoreSettings(BaseModel):
     """A group of `Settings`."""
 
-    store_url: Annotated[SecretStr, from_text(parse_store_url)] = Field(
+    store_url: Annotated[SecretStr, from_text(_store_url)] = Field(
         SecretStr("embedded"),
         description="`embedded`, `redis://host:port/db`, `redis+unix:///path/to.sock?db=0`, "
-        "`redis+sentinel://h1:p,h2:p/service` or `redis+cluster://h1:p,h2:p`. Write `rediss` instead of `redis` for "
-        "TLS. `ONCEGATE_STORE_URL_FILE` names a file that contains the URL.",
+        "`redis+sentinel://h1:p,h2:p/service`, `redis+cluster://h1:p,h2:p` or "
+        "`postgresql://user:password@h1:p,h2:p/db`. For TLS, write `rediss` instead of `redis`, or end with "
+        "`?sslmode=verify-full&sslrootcert=/path/to/ca.pem`. `ONCEGATE_STORE_URL_FILE` names a file that contains the "
+        "URL.",
     )
     data_dir: Path = Field(Path(".oncegate"), description="Folder in which the embedded store keeps its data.")
     embedded_max_bytes: int = Field(
@@ -35,8 +50,8 @@ class StoreSettings(BaseModel):
     )
     durability: Literal["memory", "replicated", "fsync"] = Field(
         "memory",
-        description="Where a claim must be before the request is sent. `memory`: on the Redis server. `replicated`: "
-        "also on a replica. `fsync`: on their disks.",
+        description="Where a claim must be before the request is sent. `memory`: on the store's server. `replicated`: "
+        "also on a replica; in PostgreSQL on the disk of a synchronous standby. `fsync`: on their disks.",
     )
     on_store_loss: Literal["continue", "quarantine"] = Field(
         "continue",

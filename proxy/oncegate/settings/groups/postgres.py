@@ -1,0 +1,41 @@
+"""What only a store in PostgreSQL has."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, model_validator
+
+from oncegate.settings.postgres_url import is_postgres, parse_schema
+from oncegate.settings.values import BytesOrNone, from_text
+
+# Defaults that a store in PostgreSQL has in place of those of the fields.
+POSTGRES_DEFAULTS = {"durability": "fsync", "audit": True}
+
+
+class PostgresSettings(BaseModel):
+    """A group of `Settings`."""
+
+    store_schema: Annotated[str, from_text(parse_schema)] = Field(
+        "oncegate", description="The schema of oncegate's tables in PostgreSQL."
+    )
+    promotion: Literal["any", "most-advanced"] = Field(
+        "any",
+        description="PostgreSQL with `replicated`: which standby a failover promotes. With `any`, every standby that "
+        "it could promote must be one that claims wait for, or oncegate is not ready.",
+    )
+    audit: bool = Field(
+        False,
+        description="PostgreSQL: writes each change of a key's state to the audit trail, in the same transaction.",
+    )
+    store_max_bytes: BytesOrNone = Field(
+        0,
+        description="PostgreSQL: limit of what oncegate stores. Above 90 % of it, responses are stored without their "
+        "bodies; above it, keys without a record are refused. 0: no limit. Redis has `maxmemory`.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_store(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        # Not as factories of defaults, which pydantic does not call when another field is invalid.
+        url = given.get("store_url")
+        return {**POSTGRES_DEFAULTS, **given} if isinstance(url, str) and is_postgres(url) else given
