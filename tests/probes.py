@@ -9,6 +9,7 @@ from redis import Redis
 
 from oncegate.store.record import self_check
 from oncegate.store.record_name import parse_record_id, store_key
+from oncegate.store.redis.records import SCAN_KEY
 from oncegate.store.redis.server import load_scripts
 
 Fields = dict[str, bytes]
@@ -45,6 +46,18 @@ class Probe(Protocol):
 
     def keys(self) -> list[bytes]:
         """Return the keys that have a record."""
+
+    def marks(self) -> dict[bytes, int]:
+        """Return the marks, each with the ms that it lasts."""
+
+    def remove_mark(self, name: bytes) -> None:
+        """Lose a mark."""
+
+    def scan_left_ms(self) -> int:
+        """Return how long the reserved scan is one replica's."""
+
+    def end_scan(self) -> None:
+        """Let the time of the reserved scan be over."""
 
     def claim(
         self, key: bytes, tenant: bytes, token: bytes, *, fingerprint: bytes, mode: bytes, lease_ms: int,
@@ -88,6 +101,18 @@ class RedisProbe:
     def keys(self) -> list[bytes]:
         names = (parse_record_id(name.decode()) for name in self.client.scan_iter("once:{*"))
         return [key for key in names if key is not None]
+
+    def marks(self) -> dict[bytes, int]:
+        return {name: self.client.pttl(name) for name in self.client.scan_iter("once:{*}:*")}
+
+    def remove_mark(self, name: bytes) -> None:
+        self.client.delete(name)
+
+    def scan_left_ms(self) -> int:
+        return int(self.client.pttl(SCAN_KEY))
+
+    def end_scan(self) -> None:
+        self.client.delete(SCAN_KEY)
 
     def claim(
         self, key: bytes, tenant: bytes, token: bytes, *, fingerprint: bytes, mode: bytes, lease_ms: int,

@@ -8,17 +8,17 @@ from oncegate.store.events import ClaimEvent
 from oncegate.store.leases import Leases, suspended_clock_s
 from oncegate.store.record import Claim
 from oncegate.store.results import SettleStatus
-from tests.conftest import Valkey
+from tests.probes import Probe
 from tests.stores import claimed, connected
 
 
 @pytest.mark.parametrize(("freeing", "reports"), [(False, [ClaimEvent.LOST]), (True, [])])
 async def test_a_claim_that_is_being_released_is_not_reported_as_lost(
-    valkey: Valkey, freeing: bool, reports: list[ClaimEvent]
+    probe: Probe, freeing: bool, reports: list[ClaimEvent]
 ) -> None:
     """A renewal that finds no record is a loss, unless the release of the claim is under way."""
     reported: list[ClaimEvent] = []
-    async with connected(valkey.url) as store:
+    async with connected(probe.url) as store:
 
         def report(event: ClaimEvent, _: Claim) -> None:
             reported.append(event)
