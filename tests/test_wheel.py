@@ -86,6 +86,7 @@ def test_carries_the_package(wheel: Path) -> None:
     assert carried == ours
     assert {
         "oncegate/store/redis/lua/claim.lua",
+        "oncegate/store/postgres/migrations/0001.sql",
         "oncegate/examples/general/oncegate.env",
         "oncegate/adaptation/page.html",
     } <= carried

@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     health = commands.add_parser("healthcheck", help="ask the running proxy whether it is alive")
     health.add_argument("--ready", action="store_true", help="ask whether it is ready for traffic instead")
     _add_keys(commands)
+    _add_migrate(commands)
     return top
 
 
@@ -99,6 +100,28 @@ def _add_keys(commands: Any) -> None:
         command.add_argument("--yes", action="store_true", help="do not ask, even if the owner may still live")
 
 
+def _add_migrate(commands: Any) -> None:
+    migrate = commands.add_parser(
+        "migrate", help="make the tables in PostgreSQL, or bring them to this release's version"
+    )
+    what = migrate.add_mutually_exclusive_group()
+    what.add_argument(
+        "--check", action="store_true", help="say whether a migration is due (exit code 3), change nothing"
+    )
+    what.add_argument("--sql", action="store_true", help="print a script for psql that does the same, connect nowhere")
+    what.add_argument("--wait", action="store_true", help="wait until another run has made the tables")
+    what.add_argument(
+        "--maintain", action="store_true", help="only make the partitions of the next 60 days, and drop those past use"
+    )
+    migrate.add_argument("--url", help="the URL to connect to, in place of ONCEGATE_MIGRATE_URL")
+    migrate.add_argument(
+        "--role", help="the role that the proxies connect as; by default the user of ONCEGATE_STORE_URL"
+    )
+    migrate.add_argument(
+        "--timeout", type=float, default=60.0, metavar="S", help="how long to wait and to try again (%(default)s)"
+    )
+
+
 def _add_record_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments that name one record: the key and its scope, or the record's id."""
     command.add_argument("key", nargs="?", metavar="KEY", help="the key, as the client sent it")
@@ -130,6 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command == "demo":
         return _demo(options)
     try:
+        if options.command == "migrate":
+            return _migrate(load_settings(optional=["upstream"]), options)
         settings = load_settings()
         rules = load_rules(settings)
     except SettingsError as error:
@@ -183,6 +208,14 @@ def _keys(settings: Settings, options: argparse.Namespace) -> int:
         # would fail once more: what is still buffered goes to /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+
+
+def _migrate(settings: Settings, options: argparse.Namespace) -> int:
+    try:
+        from oncegate.commands import migrate
+    except ModuleNotFoundError as error:
+        raise SettingsError([f"{error.name} is not installed: pip install 'oncegate[postgres]'"]) from error
+    return migrate.run(settings, options)
 
 
 def _serve(settings: Settings) -> int:

@@ -24,7 +24,7 @@ from oncegate.commands.operator_response import operator_response
 from oncegate.messages.response_head import response_digest
 from oncegate.server.embedded import socket_url
 from oncegate.settings.settings import Settings
-from oncegate.store.opening import open_store
+from oncegate.store.opening import open_store, postgres_options
 from oncegate.store.record import StoredResponse, ViewState, pack
 from oncegate.store.record_name import record_id
 from oncegate.store.record_view import RecordView, StoreError, claim_of
@@ -104,6 +104,7 @@ def _open_store(settings: Settings) -> Store:
         patience_s=TIMEOUT_MS / 1000,
         # Nothing goes on after a command.
         background=lambda work: work.close(),
+        postgres=postgres_options(settings),
     )
     return open_store(config)
 

@@ -31,7 +31,7 @@ from oncegate.settings.settings import Settings
 from oncegate.store.events import StoreEvent
 from oncegate.store.leases import Leases, OnClaimEvent
 from oncegate.store.membership import Membership
-from oncegate.store.opening import open_store
+from oncegate.store.opening import open_store, postgres_options
 from oncegate.store.store import Store, StoreConfig
 from oncegate.store.unknown_keys import UnknownKeys
 from oncegate.store.waiters import MAX_POLLS_PER_S, Waiters
@@ -123,6 +123,7 @@ class Parts:
             member=self._membership(),
             breaker_opened=reporting.store_broke,
             resolver=self._resolver,
+            postgres=postgres_options(settings),
         )
         return open_store(config)
 

@@ -30,16 +30,20 @@ _SHOWN = {
     "upstream_ca_file": "system",
     "data_dir": "`./.oncegate`",
     "secret": "empty",
+    "migrate_url": "`ONCEGATE_STORE_URL`",
     "spool_dir": "the temporary folder",
 }
 
 
-def load_settings() -> Settings:
-    """Return the settings in effect. Raises SettingsError with all problems."""
+def load_settings(optional: Iterable[str] = ()) -> Settings:
+    """Return the settings in effect. Raises SettingsError with all problems.
+
+    `optional`: required settings that the caller does not use. Where they are not set, they have some valid value.
+    """
     variables, problems = _variables()
     contents, of_files = _secrets_from_files(variables)
     given = {name: variables[variable_name(name)] for name in Settings.model_fields if variable_name(name) in variables}
-    settings, invalid = _validate(given | contents)
+    settings, invalid = _validate({name: _substitute(name) for name in optional} | given | contents)
     problems += [*of_files, *_unknown(variables), *invalid.values(), *_contradictions(settings, invalid)]
     if problems:
         raise SettingsError(problems)
@@ -152,7 +156,7 @@ def _text(name: str, value: object) -> str:
         return _SHOWN.get(name, "none")
     if isinstance(value, SecretStr):
         text = value.get_secret_value()
-        return masked(text) if name == "store_url" else "set" if text else "empty"
+        return "empty" if not text else masked(text) if name.endswith("_url") else "set"
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else number_text(value)

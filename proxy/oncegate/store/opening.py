@@ -1,9 +1,22 @@
 """Opens the store that a URL names."""
 
+from oncegate.keys.digests import Digests
+from oncegate.settings.settings import Settings
 from oncegate.store.redis.store import RedisStore
-from oncegate.store.store import Store, StoreConfig
+from oncegate.store.store import PostgresOptions, Store, StoreConfig
 
 
 def open_store(config: StoreConfig) -> Store:
     """Return the store of a URL, which connects once it is started."""
     return RedisStore(config)
+
+
+def postgres_options(settings: Settings) -> PostgresOptions:
+    """Return what the settings say of a store in PostgreSQL."""
+    return PostgresOptions(
+        schema=settings.store_schema,
+        audit=settings.audit,
+        audit_key=Digests(settings.secret.get_secret_value().encode()).audit_key,
+        max_bytes=settings.store_max_bytes,
+        promotion=settings.promotion,
+    )

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, SecretStr, model_validator
 
-from oncegate.settings.postgres_url import is_postgres, parse_schema
-from oncegate.settings.values import BytesOrNone, from_text
+from oncegate.settings.postgres_url import is_postgres, parse_postgres_url, parse_schema
+from oncegate.settings.values import BytesOrNone, Seconds, from_text
 
 # Defaults that a store in PostgreSQL has in place of those of the fields.
 POSTGRES_DEFAULTS = {"durability": "fsync", "audit": True}
@@ -26,6 +26,16 @@ class PostgresSettings(BaseModel):
     audit: bool = Field(
         False,
         description="PostgreSQL: writes each change of a key's state to the audit trail, in the same transaction.",
+    )
+    audit_retention_s: Seconds = Field(
+        34_560_000,
+        description="PostgreSQL: how long the audit trail is kept, 400 days by default. `oncegate migrate --maintain` "
+        "drops older days.",
+    )
+    migrate_url: Annotated[SecretStr, from_text(parse_postgres_url)] = Field(
+        SecretStr(""),
+        description="PostgreSQL: the URL by which `oncegate migrate` connects, of the role that owns the tables. "
+        "Proxies do not use it. Without it, `oncegate migrate` uses `ONCEGATE_STORE_URL`.",
     )
     store_max_bytes: BytesOrNone = Field(
         0,

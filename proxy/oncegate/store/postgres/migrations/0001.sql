@@ -1,0 +1,565 @@
+-- Schema version 1: tables, then one function a verb. Every statement is safe to run again.
+-- Names are unqualified: search_path is the schema. Times: ms of clock_timestamp() since 1970. Days: since 1970, UTC.
+
+-- The version of the schema is the highest one.
+CREATE TABLE IF NOT EXISTS schema_version (
+    version    int PRIMARY KEY,
+    applied_at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+
+CREATE OR REPLACE FUNCTION now_ms() RETURNS bigint LANGUAGE sql VOLATILE AS
+$$ SELECT floor(date_part('epoch', clock_timestamp()) * 1000)::bigint $$;
+
+-- The days (since 1970) that have a partition. CASE: a column may be computed before WHERE leaves its row out (seen).
+CREATE OR REPLACE FUNCTION partition_days(parent text) RETURNS SETOF int LANGUAGE sql STABLE AS $$
+    SELECT CASE WHEN child.relname ~ '_[0-9]{8}$' THEN to_date(right(child.relname, 8), 'YYYYMMDD') - date '1970-01-01' END
+    FROM pg_inherits JOIN pg_class child ON child.oid = inhrelid
+    WHERE inhparent = parent::regclass AND NOT inhdetachpending
+$$;
+
+-- The day whose partition takes rows of today: today where there is one, else the nearest day before, else the nearest
+-- after. So no claim fails for want of a partition.
+CREATE OR REPLACE FUNCTION partition_day(parent text, today int) RETURNS int LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    partition oid := to_regclass(parent || '_' || to_char(date '1970-01-01' + today, 'YYYYMMDD'));
+BEGIN
+    IF partition IS NOT NULL AND EXISTS (SELECT FROM pg_inherits WHERE inhrelid = partition AND NOT inhdetachpending) THEN
+        RETURN today;
+    END IF;
+    RETURN coalesce(
+        (SELECT max(day) FROM partition_days(parent) AS day WHERE day <= today),
+        (SELECT min(day) FROM partition_days(parent) AS day)
+    );
+END
+$$;
+
+-- The days from today to the last partition; negative where that is over.
+CREATE OR REPLACE FUNCTION partition_days_left(parent text) RETURNS int LANGUAGE sql STABLE AS $$
+    SELECT max(day) - (now_ms() / 86400000)::int FROM partition_days(parent) AS day
+$$;
+
+-- One row a key. No index but the primary key: an update of an indexed column cannot be HOT. Columns that a settle
+-- changes come last: an update writes only what differs to the WAL, from the first changed byte to the last.
+CREATE TABLE IF NOT EXISTS record (
+    key          bytea    NOT NULL,                -- 24 bytes
+    tenant       bytea    NOT NULL DEFAULT '',     -- 16 bytes
+    self         bytea    NOT NULL DEFAULT '',     -- 16 bytes: digest over what must not change
+    fingerprint  bytea    NOT NULL DEFAULT '',     -- 16 bytes
+    token        bytea    NOT NULL DEFAULT '',     -- 16 bytes; empty: the owner freed the key
+    fence        bigint   NOT NULL DEFAULT 0,
+    created      bigint   NOT NULL DEFAULT 0,
+    lease_ms     int      NOT NULL DEFAULT 0,
+    bucket       int      NOT NULL DEFAULT 0,      -- the partition of its chunks: `chunk.day`
+    mode         smallint NOT NULL DEFAULT 0,      -- 1 hold, 2 retry, 3 cancelled
+    lease        bigint   NOT NULL DEFAULT 0,      -- end of the lease; 0 of an unknown outcome
+    expires      bigint   NOT NULL DEFAULT 0,      -- end of the response's retention
+    frees        bigint   NOT NULL DEFAULT 0,      -- from then on the key is free
+    bytes        bigint   NOT NULL DEFAULT 0,      -- of the appended chunks
+    chunks       int      NOT NULL DEFAULT 0,      -- appended
+    stage        smallint NOT NULL DEFAULT 0,      -- 0 never renewed, 1 claimed, 2 sent, 3 answered
+    state        smallint NOT NULL,                -- 1 in flight, 2 unknown, 3 complete, 4 released, 5 expired
+    status       smallint NOT NULL DEFAULT 0,      -- of a response that does not tell the outcome
+    audit_no     bigint   NOT NULL DEFAULT 0,      -- the last entry: its number, time (which names its place), digest
+    audit_at     bigint   NOT NULL DEFAULT 0,
+    audit_digest bytea    NOT NULL DEFAULT '',
+    why          bytea,                            -- of an unknown outcome
+    meta         bytea,                            -- of a complete record: store/record.py
+    body         bytea,                            -- of a small response
+    PRIMARY KEY (key)
+) PARTITION BY HASH (key);
+DO $$
+BEGIN
+    FOR part IN 0..15 LOOP
+        EXECUTE format('CREATE TABLE IF NOT EXISTS record_%s PARTITION OF record FOR VALUES WITH (MODULUS 16, REMAINDER %s) '
+            'WITH (fillfactor = 30, toast_tuple_target = 8160, autovacuum_vacuum_scale_factor = 0.05)', part, part);
+    END LOOP;
+END $$;
+
+-- Bodies that do not fit into their record. Partitions by day (`chunk_20260101`), dropped as a whole.
+CREATE TABLE IF NOT EXISTS chunk (
+    day    int   NOT NULL,
+    key    bytea NOT NULL,
+    token  bytea NOT NULL,
+    index  int   NOT NULL,
+    bytes  bytea NOT NULL,
+    PRIMARY KEY (day, key, token, index)
+) PARTITION BY RANGE (day);
+ALTER TABLE chunk ALTER COLUMN bytes SET STORAGE EXTERNAL;
+
+-- Append-only. Partitions by day (`audit_20260101`). An entry is found by its time: `before_at` is that of the entry before.
+CREATE TABLE IF NOT EXISTS audit (
+    at        bigint   NOT NULL,
+    no        bigint   NOT NULL,                   -- of the key's entries, from 1
+    before_at bigint   NOT NULL,                   -- 0 of the first
+    fence     bigint   NOT NULL,
+    size      bigint   NOT NULL DEFAULT 0,
+    status    int      NOT NULL DEFAULT 0,
+    day       int      NOT NULL,                   -- the partition
+    -- 1 claimed 2 taken over 3 renewed from unknown 4 stored 5 released 6 unknown 7 cancelled 8 withdrawn 9 resolved
+    -- 10 freed 11 expired 12 purged
+    event     smallint NOT NULL,
+    key       bytea    NOT NULL,
+    token     bytea    NOT NULL,
+    actor     bytea    NOT NULL,
+    rule      bytea    NOT NULL DEFAULT '',
+    detail    bytea    NOT NULL DEFAULT '',
+    digest    bytea    NOT NULL
+) PARTITION BY RANGE (day);
+CREATE INDEX IF NOT EXISTS audit_at ON audit USING brin (at) WITH (pages_per_range = 32);
+
+-- Greater than every fence given before, also where the clock fell.
+CREATE SEQUENCE IF NOT EXISTS fence;
+SELECT setval('fence', greatest((SELECT last_value FROM fence), (extract(epoch FROM clock_timestamp()) * 1000000)::bigint));
+
+-- Work that one proxy at a time does.
+CREATE TABLE IF NOT EXISTS lease (
+    name  bytea  PRIMARY KEY,
+    owner bytea  NOT NULL,
+    until bigint NOT NULL
+);
+-- From process to process; may be lost.
+CREATE UNLOGGED TABLE IF NOT EXISTS mark (
+    name    bytea  PRIMARY KEY,
+    value   bytea  NOT NULL,
+    expires bigint NOT NULL
+);
+
+-- Functions. One a verb, its number the schema version that brought it; a change of its signature is a new name.
+-- A call is one statement and one transaction. Arrays have one element a key, in the order of the keys, and no key twice.
+-- No statement waits for a row: what another transaction holds is `busy`. Lookups are LATERAL with a LIMIT, so that they
+-- stay lookups whatever the planner believes of the tables' sizes.
+
+-- Whether a row says no more than a missing one. A renewal leaves `frees` alone, so its time is added.
+CREATE OR REPLACE FUNCTION is_free(
+    state smallint, created bigint, lease bigint, lease_ms int, frees bigint, now bigint
+) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
+    SELECT CASE state
+        WHEN 1 THEN lease < now AND frees + greatest(lease - lease_ms - created, 0) < now
+        WHEN 4 THEN true
+        ELSE frees <= now
+    END
+$$;
+
+-- The tag of a record in the results of claim_1 and take_1: its state, or 4 free, 5 expired, 8 in flight with a lease
+-- that is longer than a whole one, because the clock stepped back.
+CREATE OR REPLACE FUNCTION tag_of(
+    state smallint, created bigint, lease bigint, lease_ms int, expires bigint, frees bigint, now bigint
+) RETURNS int LANGUAGE sql IMMUTABLE AS $$
+    SELECT CASE
+        WHEN is_free(state, created, lease, lease_ms, frees, now) THEN 4
+        WHEN state = 3 AND expires <= now THEN 5
+        WHEN state = 1 AND lease - now > lease_ms THEN 8
+        ELSE state
+    END
+$$;
+
+-- The digest of an audit entry: over its fields and the digest of the key's entry before. `pads`: the secret's inner and
+-- outer block of HMAC-SHA-256 (RFC 2104), 64 bytes each; empty for a plain SHA-256.
+CREATE OR REPLACE FUNCTION audit_digest_of(
+    pads bytea, before bytea, key bytea, no bigint, at bigint, event int, token bytea, fence bigint, actor bytea,
+    rule bytea, status int, size bigint, detail bytea
+) RETURNS bytea LANGUAGE plpgsql IMMUTABLE AS $$
+DECLARE
+    entry bytea := before || key || int8send(no) || int8send(at) || int2send(event::smallint)
+        || int4send(octet_length(token)) || token || int8send(fence)
+        || int4send(octet_length(actor)) || actor || int4send(octet_length(rule)) || rule
+        || int4send(status) || int8send(size) || int4send(octet_length(detail)) || detail;
+BEGIN
+    IF octet_length(pads) = 0 THEN
+        RETURN sha256(entry);
+    END IF;
+    RETURN sha256(substr(pads, 65) || sha256(substr(pads, 1, 64) || entry));
+END
+$$;
+
+-- Claims keys that have no record, and reads the records of the others. Past `not_after` it only reads.
+-- tag: 0 claimed, 1 in flight, 2 unknown, 3 complete, 4 free but for take_1, 5 expired, 6 late (no record), 7 busy, 8 see
+-- tag_of. An insert would wait for one that is not committed: the lock says so first.
+CREATE OR REPLACE FUNCTION claim_1(
+    keys bytea[], locks bigint[], tokens bytea[], fingerprints bytea[], tenants bytea[], selves bytea[], modes bigint[],
+    leases bigint[], retentions bigint[], not_afters bigint[], rules bytea[],
+    actor bytea, audited boolean, pads bytea
+) RETURNS TABLE (
+    token bytea, tag int, now bigint, fence bigint, created bigint, owner bytea, mode smallint, fingerprint bytea,
+    self bytea, lease_left bigint, status smallint, meta bytea, body bytea
+) LANGUAGE plpgsql VOLATILE SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+#variable_conflict use_column
+DECLARE
+    began bigint := now_ms();
+    chunk_day int := partition_day('chunk', (began / 86400000)::int);
+    audit_day int := partition_day('audit', (began / 86400000)::int);
+BEGIN
+    RETURN QUERY
+    WITH asked AS MATERIALIZED (
+        SELECT u.*, r.state AS r_state, r.token AS r_token, r.fence AS r_fence, r.created AS r_created, r.mode AS r_mode,
+            r.fingerprint AS r_fingerprint, r.tenant || r.self AS r_self, r.lease AS r_lease, r.lease_ms AS r_lease_ms,
+            r.expires AS r_expires, r.frees AS r_frees, r.status AS r_status, r.meta AS r_meta, r.body AS r_body,
+            CASE WHEN r.state IS NULL AND began <= u.not_after THEN pg_try_advisory_xact_lock(u.lock) END AS is_ours
+        FROM unnest(keys, locks, tokens, fingerprints, tenants, selves, modes, leases, retentions, not_afters, rules)
+            AS u(key, lock, token, fingerprint, tenant, self, mode, lease_ms, retention, not_after, rule)
+        LEFT JOIN LATERAL (SELECT * FROM record WHERE record.key = u.key LIMIT 1) r ON true
+    ), made AS (
+        INSERT INTO record (key, tenant, self, fingerprint, token, fence, created, lease_ms, bucket, mode,
+            lease, expires, frees, state, audit_no, audit_at, audit_digest)
+        SELECT a.key, a.tenant, a.self, a.fingerprint, a.token, a.fence, began, a.lease_ms,
+            chunk_day, a.mode, began + a.lease_ms, began + a.retention, began + a.retention, 1, audited::int, CASE WHEN audited THEN began ELSE 0 END,
+            CASE WHEN audited THEN audit_digest_of(pads, '', a.key, 1, began, 1, a.token, a.fence, actor, a.rule, 0, 0, '')
+                ELSE '' END
+        FROM (SELECT *, nextval('fence') AS fence FROM asked WHERE is_ours OFFSET 0) a
+        ON CONFLICT (key) DO NOTHING
+        RETURNING key, token, fence, audit_digest
+    ), entries AS (
+        INSERT INTO audit (day, at, no, before_at, fence, event, key, token, actor, rule, digest)
+        SELECT audit_day, began, 1, 0, m.fence, 1, m.key, m.token, actor, a.rule, m.audit_digest
+        FROM made m JOIN asked a ON a.key = m.key WHERE audited
+    )
+    SELECT a.token,
+        CASE WHEN m.token IS NOT NULL THEN 0
+            WHEN a.r_state IS NOT NULL
+            THEN tag_of(a.r_state, a.r_created, a.r_lease, a.r_lease_ms, a.r_expires, a.r_frees, began)
+            WHEN a.is_ours IS NULL THEN 6
+            ELSE 7
+        END,
+        now_ms(), coalesce(m.fence, a.r_fence), coalesce(a.r_created, began), a.r_token, a.r_mode, a.r_fingerprint, a.r_self,
+        least(a.r_lease - began, a.r_lease_ms), a.r_status, a.r_meta, a.r_body
+    FROM asked a LEFT JOIN made m ON m.key = a.key;
+END
+$$;
+
+-- Locks the records of these keys, in their order, and returns the keys whose record is locked now. What another
+-- transaction holds is left out.
+CREATE OR REPLACE FUNCTION lock_1(keys bytea[]) RETURNS bytea[] LANGUAGE plpgsql VOLATILE AS $$
+BEGIN
+    RETURN ARRAY(
+        SELECT r.key FROM unnest(keys) AS u(key)
+        CROSS JOIN LATERAL (SELECT record.key FROM record WHERE record.key = u.key FOR NO KEY UPDATE SKIP LOCKED) r
+    );
+END
+$$;
+
+-- Takes over records that are open and of the expected token, which may be the claim's own: then its lease begins anew.
+-- The caller has decided that the record is open, after checking it as a whole. It is decided here again, as of now.
+-- Returns what claim_1 returns; tag 6 also for a key that has no record any more.
+CREATE OR REPLACE FUNCTION take_1(
+    keys bytea[], tokens bytea[], expected_tokens bytea[], fingerprints bytea[], tenants bytea[], selves bytea[], modes bigint[],
+    leases bigint[], retentions bigint[], not_afters bigint[], windows bigint[], rules bytea[],
+    actor bytea, audited boolean, pads bytea
+) RETURNS TABLE (
+    token bytea, tag int, now bigint, fence bigint, created bigint, owner bytea, mode smallint, fingerprint bytea,
+    self bytea, lease_left bigint, status smallint, meta bytea, body bytea
+) LANGUAGE plpgsql VOLATILE SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off
+  SET enable_hashjoin = off SET enable_mergejoin = off AS $$
+#variable_conflict use_column
+DECLARE
+    began bigint := now_ms();
+    chunk_day int := partition_day('chunk', (began / 86400000)::int);
+    audit_day int := partition_day('audit', (began / 86400000)::int);
+    locked bytea[] := lock_1(keys);
+BEGIN
+    RETURN QUERY
+    WITH asked AS MATERIALIZED (
+        SELECT u.*, r.state AS r_state, r.token AS r_token, r.fence AS r_fence, r.created AS r_created, r.mode AS r_mode,
+            r.fingerprint AS r_fingerprint, r.tenant || r.self AS r_self, r.lease AS r_lease, r.lease_ms AS r_lease_ms,
+            r.expires AS r_expires, r.frees AS r_frees, r.status AS r_status, r.meta AS r_meta, r.body AS r_body,
+            r.audit_at AS r_audit_at, u.key = ANY (locked) AS is_locked,
+            CASE
+                WHEN u.key <> ALL (locked) OR r.token <> u.expected OR began > u.not_after THEN 'keep'
+                WHEN r.state = 1 AND r.token = u.token THEN 'extend'
+                WHEN is_free(r.state, r.created, r.lease, r.lease_ms, r.frees, began) THEN 'claim'
+                WHEN r.state = 1 AND r.lease - began > r.lease_ms THEN 'restart'
+                WHEN r.state = 3 AND u.window_ms > 0 AND r.created + u.window_ms < began THEN 'take'
+                WHEN (r.state = 2 OR r.state = 1 AND r.lease <= began) AND r.mode = 2 AND r.fingerprint = u.fingerprint
+                THEN 'take'
+                ELSE 'keep'
+            END AS verdict
+        FROM unnest(keys, tokens, expected_tokens, fingerprints, tenants, selves, modes, leases, retentions,
+                not_afters, windows, rules)
+            AS u(key, token, expected, fingerprint, tenant, self, mode, lease_ms, retention, not_after, window_ms, rule)
+        LEFT JOIN LATERAL (SELECT * FROM record WHERE record.key = u.key LIMIT 1) r ON true
+    ), extended AS (
+        UPDATE record r SET lease = began + CASE a.verdict WHEN 'extend' THEN a.lease_ms ELSE r.lease_ms END
+        FROM asked a WHERE r.key = a.key AND a.verdict IN ('extend', 'restart')
+    ), taken AS (
+        UPDATE record r SET tenant = a.tenant, self = a.self, fingerprint = a.fingerprint, token = a.token, fence = a.fence,
+            created = began, lease_ms = a.lease_ms, bucket = chunk_day, mode = a.mode, lease = began + a.lease_ms,
+            expires = began + a.retention, frees = began + a.retention, bytes = 0, chunks = 0, stage = 0, state = 1, status = 0,
+            why = NULL, meta = NULL, body = NULL,
+            audit_no = r.audit_no + audited::int,
+            audit_at = CASE WHEN audited THEN began ELSE r.audit_at END,
+            audit_digest = CASE WHEN audited THEN audit_digest_of(pads, r.audit_digest, r.key, r.audit_no + 1, began, a.event,
+                a.token, a.fence, actor, a.rule, 0, 0, a.r_token) ELSE r.audit_digest END
+        FROM (
+            SELECT *, greatest(r_fence + 1, nextval('fence')) AS fence, CASE verdict WHEN 'take' THEN 2 ELSE 1 END AS event
+            FROM asked WHERE verdict IN ('take', 'claim') OFFSET 0
+        ) a
+        WHERE r.key = a.key
+        RETURNING r.key, r.token, r.fence, r.audit_no, r.audit_digest, a.event, a.rule, a.r_token, a.r_audit_at
+    ), entries AS (
+        INSERT INTO audit (day, at, no, before_at, fence, event, key, token, actor, rule, detail, digest)
+        SELECT audit_day, began, t.audit_no, t.r_audit_at, t.fence, t.event, t.key, t.token, actor, t.rule, t.r_token, t.audit_digest
+        FROM taken t WHERE audited
+    )
+    SELECT a.token,
+        CASE WHEN a.verdict IN ('extend', 'claim', 'take') THEN 0
+            WHEN a.r_state IS NULL THEN 6
+            WHEN NOT a.is_locked THEN 7
+            WHEN a.verdict = 'restart' THEN 1
+            ELSE tag_of(a.r_state, a.r_created, a.r_lease, a.r_lease_ms, a.r_expires, a.r_frees, began)
+        END,
+        now_ms(), coalesce(t.fence, a.r_fence), CASE WHEN t.key IS NULL THEN a.r_created ELSE began END, a.r_token, a.r_mode,
+        a.r_fingerprint, a.r_self, least(a.r_lease - began, a.r_lease_ms), a.r_status, a.r_meta, a.r_body
+    FROM asked a LEFT JOIN taken t ON t.key = a.key;
+END
+$$;
+
+
+-- Extends the leases of owners and notes how far their exchanges got. A lapsed lease comes back if the token still owns
+-- the key. tag: 1 renewed, 2 absent, 3 unknown, 4 complete, 5 fenced, 7 busy.
+CREATE OR REPLACE FUNCTION renew_1(
+    keys bytea[], tokens bytea[], leases bigint[], stages bigint[], actor bytea, audited boolean, pads bytea
+) RETURNS TABLE (token bytea, tag int, now bigint)
+LANGUAGE plpgsql VOLATILE SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off
+  SET enable_hashjoin = off SET enable_mergejoin = off AS $$
+#variable_conflict use_column
+DECLARE
+    began bigint := now_ms();
+    chunk_day int := partition_day('chunk', (began / 86400000)::int);
+    audit_day int := partition_day('audit', (began / 86400000)::int);
+    locked bytea[] := lock_1(keys);
+BEGIN
+    RETURN QUERY
+    WITH asked AS MATERIALIZED (
+        SELECT u.*, r.lease <= began AND audited AS is_back, r.audit_at AS r_audit_at,
+            CASE
+                WHEN r.state IS NULL OR r.token = '' THEN 2
+                WHEN r.token <> u.token THEN 5
+                WHEN r.state = 3 THEN 4
+                WHEN r.state <> 1 THEN 3
+                WHEN u.key <> ALL (locked) THEN 7
+                ELSE 1
+            END AS tag
+        FROM unnest(keys, tokens, leases, stages) AS u(key, token, lease_ms, stage)
+        LEFT JOIN LATERAL (SELECT * FROM record WHERE record.key = u.key LIMIT 1) r ON true
+    ), renewed AS (
+        UPDATE record r SET lease = began + a.lease_ms, stage = a.stage,
+            audit_no = r.audit_no + a.is_back::int,
+            audit_at = CASE WHEN a.is_back THEN began ELSE r.audit_at END,
+            audit_digest = CASE WHEN a.is_back THEN audit_digest_of(pads, r.audit_digest, r.key, r.audit_no + 1, began, 3,
+                r.token, r.fence, actor, '', 0, 0, '') ELSE r.audit_digest END
+        FROM asked a WHERE r.key = a.key AND a.tag = 1
+        RETURNING r.key, r.token, r.fence, r.audit_no, r.audit_digest, a.is_back, a.r_audit_at
+    ), entries AS (
+        INSERT INTO audit (day, at, no, before_at, fence, event, key, token, actor, digest)
+        SELECT audit_day, began, n.audit_no, n.r_audit_at, n.fence, 3, n.key, n.token, actor, n.audit_digest FROM renewed n WHERE n.is_back
+    )
+    SELECT a.token, a.tag, began FROM asked a;
+END
+$$;
+
+-- Ends claims: stores the response, frees the key, or marks it unknown; a repeat changes nothing more.
+-- event: 4 store, 5 release, 8 withdraw (a release), 6 unknown, 7 cancelled. A store has its body in `bodies` (null: none)
+-- if it lies in the record, or the last chunk in `tails` (null: it was appended).
+-- tag: 1 stored, 2 released, 3 unknown, 4 torn, 5 complete, 6 fenced, 7 busy; `found`: whether there was a record.
+CREATE OR REPLACE FUNCTION settle_1(
+    keys bytea[], locks bigint[], tokens bytea[], events bigint[], retentions bigint[], tombstones bigint[], statuses bigint[],
+    fences bigint[], createds bigint[], modes bigint[], fingerprints bytea[], tenants bytea[], selves bytea[],
+    metas bytea[], digests bytea[], chunk_counts bigint[], sizes bigint[], bodies bytea[], tails bytea[], whys bytea[],
+    actor bytea, audited boolean, pads bytea
+) RETURNS TABLE (token bytea, tag int, now bigint, found boolean)
+LANGUAGE plpgsql VOLATILE SET plan_cache_mode = force_generic_plan SET enable_seqscan = off SET enable_bitmapscan = off
+  SET enable_hashjoin = off SET enable_mergejoin = off AS $$
+#variable_conflict use_column
+DECLARE
+    began bigint := now_ms();
+    chunk_day int := partition_day('chunk', (began / 86400000)::int);
+    audit_day int := partition_day('audit', (began / 86400000)::int);
+    locked bytea[] := lock_1(keys);
+BEGIN
+    RETURN QUERY
+    WITH asked AS MATERIALIZED (
+        SELECT u.*, r.state IS NOT NULL AND r.token <> '' AS found, r.state IS NULL AS is_new, r.audit_at AS r_audit_at,
+            CASE
+                WHEN r.token <> u.token AND r.token <> '' THEN 6
+                WHEN u.event IN (5, 8) AND coalesce(r.token, '') = '' THEN 2
+                WHEN u.event = 4 AND r.state = 3 AND r.token <> '' AND substr(r.meta, 50, 16) = u.digest THEN 1
+                WHEN r.state = 3 AND r.token <> '' THEN 5
+                WHEN r.state IS NOT NULL AND u.key <> ALL (locked) THEN 7
+                WHEN u.event = 4 AND u.body IS NULL AND u.chunk_count > 0
+                    AND (coalesce(r.chunks, 0) <> u.chunk_count - (u.tail IS NOT NULL)::int
+                        OR coalesce(r.bytes, 0) + coalesce(octet_length(u.tail), 0) <> u.size)
+                    AND NOT (u.chunk_count = 1 AND octet_length(u.tail) = u.size) THEN 4
+                ELSE 0
+            END AS verdict
+        FROM unnest(keys, locks, tokens, events, retentions, tombstones, statuses, fences, createds, modes, fingerprints,
+                tenants, selves, metas, digests, chunk_counts, sizes, bodies, tails, whys)
+            AS u(key, lock, token, event, retention, tombstone, status, fence, created, mode, fingerprint,
+                tenant, self, meta, digest, chunk_count, size, body, tail, why)
+        LEFT JOIN LATERAL (SELECT * FROM record WHERE record.key = u.key LIMIT 1) r ON true
+    ), changed AS (
+        UPDATE record r SET tenant = a.tenant, self = a.self, fingerprint = a.fingerprint, mode = a.mode,
+            token = CASE WHEN a.event IN (5, 8) THEN '' ELSE a.token END,
+            fence = greatest(r.fence, a.fence), created = a.created, expires = began + a.retention,
+            frees = began + a.retention + a.tombstone,
+            state = CASE a.event WHEN 4 THEN 3 WHEN 6 THEN 2 WHEN 7 THEN 2 ELSE 4 END,
+            lease = CASE WHEN a.event IN (6, 7) THEN 0 ELSE r.lease END,
+            status = CASE WHEN a.event IN (6, 7) THEN a.status ELSE 0 END,
+            chunks = a.chunk_count, bytes = a.size, why = a.why, meta = a.meta, body = a.body,
+            audit_no = r.audit_no + audited::int,
+            audit_at = CASE WHEN audited THEN began ELSE r.audit_at END,
+            audit_digest = CASE WHEN audited THEN audit_digest_of(pads, r.audit_digest, r.key, r.audit_no + 1, began,
+                a.event::int, a.token, a.fence, actor, '', a.status::int, a.size, coalesce(a.why, '')) ELSE r.audit_digest END
+        FROM asked a WHERE r.key = a.key AND a.verdict = 0 AND NOT a.is_new
+        RETURNING r.key, r.bucket, r.audit_no, r.audit_digest
+    ), anew AS (
+        INSERT INTO record (key, tenant, self, fingerprint, token, fence, created, bucket, mode, expires, frees, state,
+            status, chunks, bytes, why, meta, body, audit_no, audit_at, audit_digest)
+        SELECT a.key, a.tenant, a.self, a.fingerprint, a.token, a.fence, a.created, chunk_day, a.mode,
+            began + a.retention, began + a.retention + a.tombstone, CASE a.event WHEN 4 THEN 3 ELSE 2 END, CASE a.event WHEN 4 THEN 0 ELSE a.status END,
+            a.chunk_count, a.size, a.why, a.meta, a.body, audited::int, CASE WHEN audited THEN began ELSE 0 END,
+            CASE WHEN audited THEN audit_digest_of(pads, '', a.key, 1, began, a.event::int, a.token, a.fence, actor, '',
+                a.status::int, a.size, coalesce(a.why, '')) ELSE '' END
+        FROM asked a WHERE a.verdict = 0 AND a.is_new AND pg_try_advisory_xact_lock(a.lock)
+        ON CONFLICT (key) DO NOTHING
+        RETURNING key, bucket, audit_no, audit_digest
+    ), written AS (
+        SELECT * FROM changed UNION ALL SELECT * FROM anew
+    ), tailed AS (
+        INSERT INTO chunk (day, key, token, index, bytes)
+        SELECT w.bucket, a.key, a.token, a.chunk_count - 1, a.tail FROM written w JOIN asked a ON a.key = w.key
+        WHERE a.tail IS NOT NULL
+        ON CONFLICT (day, key, token, index) DO UPDATE SET bytes = excluded.bytes
+    ), entries AS (
+        INSERT INTO audit (day, at, no, before_at, fence, size, status, event, key, token, actor, detail, digest)
+        SELECT audit_day, began, w.audit_no, coalesce(a.r_audit_at, 0), a.fence, a.size, a.status, a.event, a.key, a.token, actor,
+            coalesce(a.why, ''), w.audit_digest
+        FROM written w JOIN asked a ON a.key = w.key WHERE audited
+    )
+    SELECT a.token,
+        CASE
+            WHEN a.verdict > 0 THEN a.verdict
+            WHEN w.key IS NULL THEN 7
+            WHEN a.event = 4 THEN 1
+            WHEN a.event IN (6, 7) THEN 3
+            ELSE 2
+        END,
+        began, a.found
+    FROM asked a LEFT JOIN written w ON w.key = a.key;
+END
+$$;
+
+-- Stores one more chunk of a response for the owner and extends its lease; a repeat with the same bytes adds nothing.
+-- tag: 1 appended, 2 absent, 3 torn (another chunk is there), 4 complete, 5 fenced, 7 busy.
+CREATE OR REPLACE FUNCTION append_1(key bytea, token bytea, index bigint, bytes bytea, lease_ms bigint) RETURNS int
+LANGUAGE plpgsql VOLATILE SET plan_cache_mode = force_custom_plan SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+DECLARE
+    r record%ROWTYPE;
+    there bytea;
+BEGIN
+    SELECT * INTO r FROM record WHERE record.key = append_1.key FOR NO KEY UPDATE SKIP LOCKED;
+    IF NOT FOUND THEN
+        RETURN CASE WHEN EXISTS (SELECT FROM record WHERE record.key = append_1.key) THEN 7 ELSE 2 END;
+    ELSIF r.token <> append_1.token THEN
+        RETURN CASE WHEN r.token = '' THEN 2 ELSE 5 END;
+    ELSIF r.state = 3 THEN
+        RETURN 4;
+    END IF;
+    INSERT INTO chunk VALUES (r.bucket, append_1.key, append_1.token, append_1.index, append_1.bytes) ON CONFLICT DO NOTHING;
+    IF FOUND THEN
+        UPDATE record SET lease = now_ms() + append_1.lease_ms, chunks = chunks + 1,
+            bytes = record.bytes + octet_length(append_1.bytes)
+        WHERE record.key = append_1.key;
+        RETURN 1;
+    END IF;
+    SELECT c.bytes INTO there FROM chunk c
+    WHERE c.day = r.bucket AND c.key = append_1.key AND c.token = append_1.token AND c.index = append_1.index;
+    IF there <> append_1.bytes THEN
+        RETURN 3;
+    END IF;
+    UPDATE record SET lease = now_ms() + append_1.lease_ms WHERE record.key = append_1.key;
+    RETURN 1;
+END
+$$;
+
+-- Returns the next chunks of a complete response in their order, as many as fit in `room` bytes, at least one.
+-- tag: 1 a chunk, 2 gone (the key has another record, or none), 3 torn (the record lacks the chunk).
+CREATE OR REPLACE FUNCTION read_1(key bytea, token bytea, first bigint, room bigint) RETURNS TABLE (tag int, bytes bytea)
+LANGUAGE plpgsql VOLATILE SET plan_cache_mode = force_custom_plan SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+#variable_conflict use_column
+DECLARE
+    r record%ROWTYPE;
+    at int;
+    sent int := 0;
+BEGIN
+    SELECT * INTO r FROM record WHERE record.key = read_1.key AND record.token = read_1.token AND record.state = 3;
+    IF NOT FOUND THEN
+        tag := 2;
+        RETURN NEXT;
+        RETURN;
+    END IF;
+    tag := 1;
+    IF r.body IS NOT NULL AND first = 0 THEN
+        bytes := r.body;
+        RETURN NEXT;
+        RETURN;
+    END IF;
+    FOR at, bytes IN
+        SELECT c.index, c.bytes FROM chunk c
+        WHERE c.day = r.bucket AND c.key = read_1.key AND c.token = read_1.token AND c.index >= first AND c.index < r.chunks
+        ORDER BY c.index
+    LOOP
+        EXIT WHEN at <> first + sent OR sent > 0 AND octet_length(bytes) > room;
+        room := room - octet_length(bytes);
+        sent := sent + 1;
+        RETURN NEXT;
+    END LOOP;
+    IF sent = 0 THEN
+        tag := 3;
+        bytes := NULL;
+        RETURN NEXT;
+    END IF;
+END
+$$;
+
+-- Decides a key for an operator, if this token still owns it: completes it (`meta` is not null) or frees it, and fences
+-- the owner. A freed record stays: an owner that finds none would write its own. The digests name its new owner.
+-- tag: 1 resolved, 2 absent, 3 released, 4 complete, 5 fenced, 7 busy.
+CREATE OR REPLACE FUNCTION resolve_1(
+    key bytea, token bytea, new_token bytea, new_fence bigint, meta bytea, body bytea, tail bytea, retention bigint,
+    tombstone bigint, status bigint, actor bytea, audited boolean, pads bytea
+) RETURNS int
+LANGUAGE plpgsql VOLATILE SET plan_cache_mode = force_custom_plan SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+DECLARE
+    began bigint := now_ms();
+    r record%ROWTYPE;
+    event int := CASE WHEN meta IS NULL THEN 10 ELSE 9 END;
+    size bigint := coalesce(octet_length(body), octet_length(tail), 0);
+    digest bytea;
+BEGIN
+    SELECT * INTO r FROM record WHERE record.key = resolve_1.key FOR NO KEY UPDATE SKIP LOCKED;
+    IF NOT FOUND THEN
+        RETURN CASE WHEN EXISTS (SELECT FROM record WHERE record.key = resolve_1.key) THEN 7 ELSE 2 END;
+    ELSIF r.state = 3 THEN
+        RETURN 4;
+    ELSIF r.state > 3 THEN
+        RETURN 2;
+    ELSIF r.token <> resolve_1.token THEN
+        RETURN 5;
+    END IF;
+    UPDATE record SET token = new_token, fence = greatest(r.fence, new_fence), state = CASE event WHEN 9 THEN 3 ELSE 4 END,
+        expires = CASE event WHEN 9 THEN began + retention ELSE r.expires END,
+        frees = CASE event WHEN 9 THEN began + retention + tombstone ELSE r.frees END, lease = 0, bytes = size,
+        chunks = CASE WHEN size > 0 THEN 1 ELSE 0 END, status = 0, why = NULL, meta = resolve_1.meta, body = resolve_1.body
+    WHERE record.key = resolve_1.key;
+    IF tail IS NOT NULL THEN
+        INSERT INTO chunk VALUES (r.bucket, resolve_1.key, new_token, 0, tail) ON CONFLICT DO NOTHING;
+    END IF;
+    IF audited THEN
+        digest := audit_digest_of(pads, r.audit_digest, resolve_1.key, r.audit_no + 1, began, event, resolve_1.token, r.fence,
+            actor, '', status::int, size, '');
+        UPDATE record SET audit_no = r.audit_no + 1, audit_at = began, audit_digest = digest WHERE record.key = resolve_1.key;
+        INSERT INTO audit (day, at, no, before_at, fence, size, status, event, key, token, actor, digest)
+        VALUES (partition_day('audit', (began / 86400000)::int), began, r.audit_no + 1, r.audit_at, r.fence, size, status, event, resolve_1.key, resolve_1.token, actor, digest);
+    END IF;
+    RETURN CASE event WHEN 9 THEN 1 ELSE 3 END;
+END
+$$;
