@@ -18,6 +18,7 @@ from redis import Redis
 
 from oncegate.server.embedded import find_server
 from tests.parts import Proxy, RawUpstream, standing_proxy, standing_upstream
+from tests.postgres_database import Database
 from tests.probes import Probe, RedisProbe
 from tests.zygote import Forked, Zygote
 
@@ -161,6 +162,21 @@ def probe(request: pytest.FixtureRequest) -> Iterator[Probe]:
     with server.client() as client:
         client.flushall()
         yield RedisProbe(client, server.url)
+
+
+@pytest.fixture(scope="session")
+def shared_database() -> Iterator[Database]:
+    """The PostgreSQL database of this process, on the server of the test run."""
+    database = Database(f"tests_{os.getpid()}")
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def database(shared_database: Database) -> Database:
+    """A migrated PostgreSQL database without records: `url`, `schema`, and `connection` to look into it."""
+    shared_database.empty()
+    return shared_database
 
 
 @pytest.fixture
