@@ -34,7 +34,7 @@ IN_PROCESS = (
         "test_link.py",
         "test_sentinel.py",
     ),
-    *("test_redis_store.py", "test_store.py", "test_upstream.py", "test_health_monitor.py"),
+    *("test_postgres_store.py", "test_redis_store.py", "test_store.py", "test_upstream.py", "test_health_monitor.py"),
 )
 
 

@@ -8,6 +8,11 @@ from oncegate.store.store import PostgresOptions, Store, StoreConfig
 
 def open_store(config: StoreConfig) -> Store:
     """Return the store of a URL, which connects once it is started."""
+    if config.url.startswith(("postgresql://", "postgres://")):
+        # Its driver is an extra, which a store in Redis does not need.
+        from oncegate.store.postgres.store import PostgresStore
+
+        return PostgresStore(config)
     return RedisStore(config)
 
 

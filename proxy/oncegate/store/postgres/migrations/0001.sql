@@ -111,6 +111,17 @@ CREATE INDEX IF NOT EXISTS audit_at ON audit USING brin (at) WITH (pages_per_ran
 CREATE SEQUENCE IF NOT EXISTS fence;
 SELECT setval('fence', greatest((SELECT last_value FROM fence), (extract(epoch FROM clock_timestamp()) * 1000000)::bigint));
 
+-- The proxies that write here: `prefix` begins their tokens, `name` tells operators who they are.
+CREATE TABLE IF NOT EXISTS proxy (
+    prefix       bytea  PRIMARY KEY,
+    counter      bigint NOT NULL,
+    name         bytea  NOT NULL,
+    retention_ms bigint NOT NULL,
+    at_ms        bigint NOT NULL,
+    identity     bytea,
+    settings     bytea,
+    rules        bytea
+);
 -- Work that one proxy at a time does.
 CREATE TABLE IF NOT EXISTS lease (
     name  bytea  PRIMARY KEY,
@@ -380,6 +391,7 @@ BEGIN
         SELECT u.*, r.state IS NOT NULL AND r.token <> '' AS found, r.state IS NULL AS is_new, r.audit_at AS r_audit_at,
             CASE
                 WHEN r.token <> u.token AND r.token <> '' THEN 6
+                WHEN u.event = 8 AND r.token = '' AND u.key = ANY (locked) THEN -1
                 WHEN u.event IN (5, 8) AND coalesce(r.token, '') = '' THEN 2
                 WHEN u.event = 4 AND r.state = 3 AND r.token <> '' AND substr(r.meta, 50, 16) = u.digest THEN 1
                 WHEN r.state = 3 AND r.token <> '' THEN 5
@@ -395,6 +407,9 @@ BEGIN
             AS u(key, lock, token, event, retention, tombstone, status, fence, created, mode, fingerprint,
                 tenant, self, meta, digest, chunk_count, size, body, tail, why)
         LEFT JOIN LATERAL (SELECT * FROM record WHERE record.key = u.key LIMIT 1) r ON true
+    ), touched AS (
+        -- A withdrawal that is repeated needs a commit of its own, for standbys to confirm.
+        UPDATE record r SET expires = began + a.retention FROM asked a WHERE r.key = a.key AND a.verdict < 0
     ), changed AS (
         UPDATE record r SET tenant = a.tenant, self = a.self, fingerprint = a.fingerprint, mode = a.mode,
             token = CASE WHEN a.event IN (5, 8) THEN '' ELSE a.token END,
@@ -437,6 +452,7 @@ BEGIN
     SELECT a.token,
         CASE
             WHEN a.verdict > 0 THEN a.verdict
+            WHEN a.verdict < 0 THEN 2
             WHEN w.key IS NULL THEN 7
             WHEN a.event = 4 THEN 1
             WHEN a.event IN (6, 7) THEN 3

@@ -1,0 +1,203 @@
+"""Calls of one verb, made in batches: what a turn of the event loop asks for leaves as one statement.
+
+A statement is never cancelled. A caller stops waiting at its deadline, and the statement goes on: `Call.sent` says when
+it is over, which a withdrawal has to know.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from oncegate.store.postgres.durability import Level
+from oncegate.store.postgres.rows import Row, Verb
+from oncegate.store.postgres.servers import Servers
+from oncegate.store.postgres.session import Answer, Lost, Refused, Session
+from oncegate.store.results import Forbidden, NotAttempted, StoreFull, Unconfirmed
+
+MOST_ROWS, MOST_BYTES = 128, 262_144
+# What a row takes beside its bodies.
+_ROW_BYTES = 256
+NOT_SENT = Unconfirmed("no connection to the store was free in time", maybe_executed=False)
+NO_REPLY = Unconfirmed("the store did not reply in time")
+UNFIT = NotAttempted("the store cannot hold one of the values")
+# Disk full; insufficient privilege.
+_FULL, _FORBIDDEN = "53100", "42501"
+# Data exceptions, constraints and limits of the server: a repeat would not help. One row of a batch may cause them
+# alone, and a lack of memory and damage as well.
+_OF_VALUES = ("22", "23", "54")
+_BY_ONE_ROW = (*_OF_VALUES, "53200", "XX")
+
+
+class Sent:
+    """One statement. `is_over`: the server has ended it. `lost`: it has no reply, and may still be executed."""
+
+    __slots__ = ("is_over", "lost")
+
+    def __init__(self) -> None:
+        self.is_over = False
+        self.lost: Lost | None = None
+
+
+class Call:
+    """One row that waits for its place in a batch, and then for its reply.
+
+    `reply`: the row of the result and whether its commit is below the level, or Unconfirmed.
+    """
+
+    __slots__ = ("_timer", "began", "key", "reply", "row", "sent", "size", "token")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, row: Row, token: object, deadline: float) -> None:
+        self.key, self.token, self.row = row[0], token, row
+        self.size = _ROW_BYTES + sum(len(value) for value in row if isinstance(value, bytes))
+        self.began = loop.time()
+        self.sent: Sent | None = None
+        self.reply: asyncio.Future[tuple[Mapping[str, Any], bool] | Unconfirmed] = loop.create_future()
+        self._timer = loop.call_at(deadline, self._expire)
+
+    def _expire(self) -> None:
+        self.end(NOT_SENT if self.sent is None else NO_REPLY)
+
+    def end(self, reply: tuple[Mapping[str, Any], bool] | Unconfirmed) -> None:
+        self._timer.cancel()
+        if not self.reply.done():
+            self.reply.set_result(reply)
+
+
+def _key_of(call: Call) -> Any:
+    return call.key
+
+
+class Batches:
+    """The calls of one verb at one level. `tail`: the arguments behind the columns.
+
+    `observe(seconds)` is called with the time of each call.
+    """
+
+    def __init__(
+        self, servers: Servers, verb: Verb, level: Level, tail: tuple[object, ...], observe: Callable[[float], None]
+    ) -> None:
+        self._servers, self._verb, self._level, self._tail, self._observe = servers, verb, level, tail, observe
+        self._loop = asyncio.get_running_loop()
+        self._statement = verb.statement
+        self._queue: deque[Call] = deque()
+        # Parts of a refused batch.
+        self._parts: deque[list[Call]] = deque()
+        self._scheduled = False
+        self._waiter: asyncio.Task[None] | None = None
+        self._running: set[asyncio.Task[None]] = set()
+
+    def call(self, row: Row, deadline: float) -> Call:
+        """Ask for one row. `deadline`: the loop's time at which its caller stops waiting."""
+        call = Call(self._loop, row, row[self._verb.token_at], deadline)
+        if not self._verb.is_fit(row):
+            call.end(UNFIT)
+            return call
+        self._queue.append(call)
+        if not self._scheduled:
+            self._scheduled = True
+            # Behind all callbacks that are due in this turn of the loop.
+            self._loop.call_soon(self._send)
+        return call
+
+    def _send(self) -> None:
+        self._scheduled = False
+        if self._waiter is not None:
+            return
+        while self._queue or self._parts:
+            session = self._servers.session(self._level)
+            if session is None:
+                self._waiter = self._loop.create_task(self._wait())
+                return
+            self._send_batch(session)
+
+    async def _wait(self) -> None:
+        """Wait for a free connection, for as long as a caller waits."""
+        try:
+            while any(not call.reply.done() for call in self._queue) or self._parts:
+                session = await self._servers.free_session(self._level, self._loop.time() + 1.0)
+                if session is not None:
+                    self._send_batch(session)
+                    break
+        finally:
+            self._waiter = None
+        self._send()
+
+    def _send_batch(self, session: Session) -> None:
+        calls = self._parts.popleft() if self._parts else self._next_batch()
+        # In the order of their keys: rows are locked in it.
+        calls = sorted((call for call in calls if not call.reply.done()), key=_key_of)
+        if not calls:
+            session.free()
+            return
+        task = self._loop.create_task(self._run(session, calls))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    def _next_batch(self) -> list[Call]:
+        """Take what fits into one statement. A second call of a key waits for the next: one row would be lost."""
+        batch: dict[object, Call] = {}
+        later: list[Call] = []
+        size = 0
+        while self._queue and len(batch) < MOST_ROWS:
+            call = self._queue[0]
+            if call.reply.done():
+                self._queue.popleft()
+            elif call.key in batch:
+                later.append(self._queue.popleft())
+            elif batch and size + call.size > MOST_BYTES:
+                break
+            else:
+                batch[call.key] = self._queue.popleft()
+                size += call.size
+        self._queue.extendleft(reversed(later))
+        return list(batch.values())
+
+    async def _run(self, session: Session, calls: list[Call]) -> None:
+        sent = Sent()
+        for call in calls:
+            call.sent = sent
+        columns = zip(*[call.row for call in calls], strict=True)
+        try:
+            answer = await session.run(self._statement, *map(list, columns), *self._tail)
+        except Lost as lost:
+            if lost.maybe_executed:
+                sent.lost = lost
+            else:
+                sent.is_over = True
+            self._end_all(calls, Unconfirmed(lost.reason, lost.maybe_executed))
+        except Refused as refused:
+            sent.is_over = True
+            self._refuse(calls, refused)
+        else:
+            sent.is_over = True
+            self._answer(calls, answer)
+        if self._queue or self._parts:
+            self._send()
+
+    def _answer(self, calls: list[Call], answer: Answer) -> None:
+        rows = {row["token"]: row for row in answer.rows}
+        now = self._loop.time()
+        for call in calls:
+            row = rows.get(call.token)
+            call.end(NO_REPLY if row is None else (row, answer.is_below))
+            self._observe(now - call.began)
+
+    def _refuse(self, calls: list[Call], refused: Refused) -> None:
+        """End or repeat calls of a statement that the server has undone. Halved, a batch finds its bad row."""
+        if len(calls) > 1 and refused.sqlstate.startswith(_BY_ONE_ROW):
+            half = len(calls) // 2
+            self._parts += [calls[:half], calls[half:]]
+            return
+        if refused.sqlstate == _FULL:
+            self._end_all(calls, StoreFull(refused.reason))
+        elif refused.sqlstate == _FORBIDDEN:
+            self._end_all(calls, Forbidden(refused.reason, maybe_executed=False))
+        elif refused.sqlstate.startswith(_OF_VALUES):
+            self._end_all(calls, NotAttempted(refused.reason))
+        else:
+            self._end_all(calls, Unconfirmed(refused.reason, maybe_executed=False))
+
+    def _end_all(self, calls: list[Call], reply: Unconfirmed) -> None:
+        for call in calls:
+            call.end(reply)

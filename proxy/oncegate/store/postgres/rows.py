@@ -1,0 +1,284 @@
+"""The arguments and results of the functions in the database: one row for each key. Pure.
+
+Only bytes and whole numbers go in. A value that the server would refuse is refused here, before its row joins a batch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from oncegate.decision import CANCELLED, HOLD, RETRY, State
+from oncegate.keys.digests import DIGEST_BYTES, KEY_DIGEST_BYTES
+from oncegate.store.record import TOKEN_BYTES, Claim, Corrupt, Record, StoredResponse, pack, running, unpack
+from oncegate.store.results import (
+    AppendStatus,
+    ClaimResult,
+    ReadFailure,
+    RenewStatus,
+    ResolveStatus,
+    SettleResult,
+    SettleStatus,
+    Unconfirmed,
+)
+from oncegate.store.stages import CLAIMED, RESPONSE_BEGUN, SENT, Stage
+
+Row = tuple[bytes | int | None, ...]
+
+# A body up to this size lies in its record, and comes with the reply to a claim.
+ROW_BYTES = 4096
+# About how much of a larger body one read returns.
+READ_BYTES = 262144
+
+_SMALL: Final = range(1 << 15)
+_INT: Final = range(1 << 31)
+_BIG: Final = range(-(1 << 63), 1 << 63)
+# What a column may hold: whole numbers of a range, bytes of one size, or any bytes or none.
+_Kind = range | int | None
+_KEY: Final = KEY_DIGEST_BYTES
+_DIGEST: Final = DIGEST_BYTES
+_TOKEN: Final = TOKEN_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """A function that takes one array for each column, and returns rows.
+
+    `name`: of its metric. `token_at`: the column of the token, by which a row of the result is found.
+    """
+
+    name: str
+    function: str
+    token_at: int
+    kinds: tuple[_Kind, ...]
+
+    @property
+    def statement(self) -> str:
+        # Behind the columns: who acts, whether that is audited, and the secret's blocks.
+        marks = ", ".join(f"${number}" for number in range(1, len(self.kinds) + 4))
+        return f"SELECT * FROM {self.function}({marks})"
+
+    def is_fit(self, row: Row) -> bool:
+        """Return whether the server takes the values of a row."""
+        for kind, value in zip(self.kinds, row, strict=True):
+            if isinstance(kind, range):
+                if not isinstance(value, int) or value not in kind:
+                    return False
+            elif value is None:
+                if kind is not None:
+                    return False
+            elif not isinstance(value, bytes) or (kind is not None and len(value) != kind):
+                return False
+        return True
+
+
+# key, lock, token, fingerprint, tenant, self, mode, lease_ms, retention_ms, not_after, rule
+CLAIM = Verb(
+    "claim", "claim_1", 2, (_KEY, _BIG, _TOKEN, _DIGEST, _DIGEST, _DIGEST, _SMALL, _INT, _BIG, _BIG, None)
+)  # fmt: skip
+# key, token, expected, fingerprint, tenant, self, mode, lease_ms, retention_ms, not_after, window_ms, rule
+TAKE = Verb(
+    "claim", "take_1", 1, (_KEY, _TOKEN, None, _DIGEST, _DIGEST, _DIGEST, _SMALL, _INT, _BIG, _BIG, _BIG, None)
+)  # fmt: skip
+# key, token, lease_ms, stage
+RENEW = Verb("renew", "renew_1", 1, (_KEY, _TOKEN, _INT, _SMALL))
+# key, lock, token, event, retention_ms, tombstone_ms, status, fence, created, mode, fingerprint, tenant, self,
+# meta, digest, chunks, size, body, tail, why
+SETTLE = Verb(
+    "settle", "settle_1", 2,
+    (_KEY, _BIG, _TOKEN, _SMALL, _BIG, _BIG, _INT, _BIG, _BIG, _SMALL, _DIGEST, _DIGEST, _DIGEST,
+     None, None, _INT, _BIG, None, None, None),
+)  # fmt: skip
+
+_MODES = {b"": 0, HOLD: 1, RETRY: 2, CANCELLED: 3}
+MODE_OF = {number: mode for mode, number in _MODES.items()}
+STAGES: Mapping[Stage, int] = {CLAIMED: 1, SENT: 2, RESPONSE_BEGUN: 3}
+# By the tag of claim_1. The second is a record in flight whose lease ends later than a whole one from now.
+_STATES = {tag: state.value.encode() for tag, state in ((1, State.IN_FLIGHT), (8, State.IN_FLIGHT), (2, State.UNKNOWN))}
+# Events of the audit trail that a settle writes.
+STORED, RELEASED, UNKNOWN, CANCELLATION, WITHDRAWN = 4, 5, 6, 7, 8
+
+
+# Claims ...
+
+
+@dataclass(frozen=True, slots=True)
+class Takeable:
+    """A record that the claim may take with `token` as the expected one: freed, its own, or of a clock that fell."""
+
+    token: bytes
+
+
+# The key has no record, and the claim came after its deadline. The reply has the server's time, so that the next try
+# is not late.
+LATE = Unconfirmed("the store was reached too late", maybe_executed=False)
+# Another transaction is about to write the key.
+BUSY = Unconfirmed("another call holds the key", maybe_executed=False)
+
+
+def lock_of(key: bytes) -> int:
+    """Return the number of the advisory lock of a key."""
+    return int.from_bytes(key[:8], "big", signed=True)
+
+
+def claim_row(claim: Claim, not_after_ms: int) -> Row:
+    """Return the arguments of `claim_1`. A claim may end unknown without anybody to say so: it is kept as long."""
+    check = claim.self_check
+    return (
+        claim.key, lock_of(claim.key), claim.token, claim.fingerprint, check[:16], check[16:], _MODES[claim.mode],
+        claim.lease_ms, claim.unknown_retention_ms, not_after_ms, b"",
+    )  # fmt: skip
+
+
+def take_row(claim: Claim, not_after_ms: int, expected: bytes, window_ms: int) -> Row:
+    """Return the arguments of `take_1`."""
+    check = claim.self_check
+    return (
+        claim.key, claim.token, expected, claim.fingerprint, check[:16], check[16:], _MODES[claim.mode],
+        claim.lease_ms, claim.unknown_retention_ms, not_after_ms, window_ms, b"",
+    )  # fmt: skip
+
+
+def claim_result(claim: Claim, tenant: bytes, row: Mapping[str, Any]) -> ClaimResult | Takeable:
+    """Return what a row of `claim_1` or `take_1` means."""
+    tag, now_ms = row["tag"], row["now"]
+    if tag == 0:
+        return Claim(
+            # Positions, not names: arguments by name cost twice as much here (Python 3.11, measured).
+            claim.key, claim.token, b"%d" % row["fence"], claim.mode, claim.fingerprint, claim.self_check,
+            row["created"], claim.lease_ms, claim.retention_ms, claim.unknown_retention_ms,
+        )  # fmt: skip
+    if tag in (3, 5):
+        return unpack(claim.key, tenant, row["meta"] or b"", row["body"], now_ms)
+    if tag == 6:
+        return LATE
+    if tag == 7:
+        return BUSY
+    owner = row["owner"]
+    if tag in (4, 8) or (tag == 1 and owner == claim.token):
+        return Takeable(owner)
+    return _running(claim, tenant, row)
+
+
+def _running(claim: Claim, tenant: bytes, row: Mapping[str, Any]) -> Record | Corrupt:
+    state, now_ms = _STATES.get(row["tag"]), row["now"]
+    if state is None:
+        return Corrupt("unknown state")
+    fields = [
+        state, row["owner"], b"", MODE_OF.get(row["mode"], b"?"), row["fingerprint"], row["self"], row["lease_left"],
+        row["created"], b"%d" % row["status"],
+    ]  # fmt: skip
+    return running(claim.key, tenant, fields, now_ms)
+
+
+def peeked(claim: Claim, tenant: bytes, row: Mapping[str, Any]) -> Record | Corrupt | None:
+    """Return the record that a row of `claim_1` shows to one who claims nothing, or None for a key that is free."""
+    if row["tag"] in (4, 6):
+        return None
+    result = claim_result(claim, tenant, row)
+    return result if isinstance(result, Record | Corrupt) else _running(claim, tenant, row)
+
+
+def busy_record(claim: Claim, now_ms: int) -> Record:
+    """Return the record of a key that another claim is taking right now."""
+    return Record(State.IN_FLIGHT, bytes(16), claim.fingerprint, now_ms, now_ms, claim.lease_ms, mode=claim.mode)
+
+
+# Settles ...
+
+
+def _settle_row(claim: Claim, event: int, retention_ms: int, status: int, *outcome: bytes | int | None) -> Row:
+    check = claim.self_check
+    return (
+        claim.key, lock_of(claim.key), claim.token, event, retention_ms, 0, status, int(claim.fence or b"0"),
+        claim.created_ms, _MODES[claim.mode], claim.fingerprint, check[:16], check[16:], *outcome,
+    )  # fmt: skip
+
+
+def store_row(claim: Claim, response: StoredResponse, last_chunk: bytes) -> Row:
+    """Return the arguments of `settle_1` for a response."""
+    chunks, size = (response.chunks, response.size) if response.body_stored else (0, 0)
+    body, tail = None, last_chunk or None
+    if chunks <= 1 and response.body_stored and len(last_chunk) == size <= ROW_BYTES:
+        body, tail = last_chunk, None
+    outcome = (pack(claim, response), response.digest, chunks, size, body, tail, None)
+    return _settle_row(claim, STORED, claim.retention_ms, response.status, *outcome)
+
+
+def release_row(claim: Claim, event: int = RELEASED) -> Row:
+    """Return the arguments of `settle_1` that free the key."""
+    return _settle_row(claim, event, claim.retention_ms, 0, None, None, 0, 0, None, None, None)
+
+
+def unknown_row(claim: Claim, reason: str, status: int) -> Row:
+    """Return the arguments of `settle_1` that mark the key unknown."""
+    event = CANCELLATION if claim.mode == CANCELLED else UNKNOWN
+    why = reason.encode("utf-8", "replace")
+    return _settle_row(claim, event, claim.unknown_retention_ms, status, None, None, 0, 0, None, None, why)
+
+
+_SETTLE = {
+    1: SettleStatus.STORED,
+    2: SettleStatus.RELEASED,
+    3: SettleStatus.MARKED_UNKNOWN,
+    4: SettleStatus.INCOMPLETE,
+    # The token is ours, but the record has another response of ours. As behind a fence, nothing was changed.
+    5: SettleStatus.FENCED,
+    6: SettleStatus.FENCED,
+}
+_RENEW = {
+    1: RenewStatus.RENEWED,
+    2: RenewStatus.ABSENT,
+    3: RenewStatus.UNKNOWN,
+    4: RenewStatus.COMPLETE,
+    5: RenewStatus.FENCED,
+}
+_APPEND = {
+    1: AppendStatus.APPENDED,
+    2: AppendStatus.ABSENT,
+    3: AppendStatus.INCOMPLETE,
+    4: AppendStatus.COMPLETE,
+    5: AppendStatus.FENCED,
+}
+_RESOLVE = {
+    1: ResolveStatus.RESOLVED,
+    2: ResolveStatus.ABSENT,
+    3: ResolveStatus.RELEASED,
+    4: ResolveStatus.COMPLETE,
+    5: ResolveStatus.FENCED,
+}
+# The usual end of an exchange, made once.
+_DONE = SettleResult(SettleStatus.STORED)
+# Of a key that was freed, and of what another transaction holds: nothing was changed, and a repeat may find it free.
+RELEASED_TAG, BUSY_TAG = 2, 7
+
+
+def settle_result(row: Mapping[str, Any], retried: bool) -> SettleResult:
+    """Return what a row of `settle_1` means. `retried`: an earlier try of it may have been executed.
+
+    A retried release says little of its own: the first may have freed the key, and another claim may have it since.
+    """
+    tag, found = row["tag"], row["found"]
+    if tag == 1 and found:
+        return _DONE
+    status = _SETTLE.get(tag, SettleStatus.UNCONFIRMED)
+    return SettleResult(status, record_was_gone=not found and status.is_done and not (tag == 2 and retried))
+
+
+def renew_status(tag: int) -> RenewStatus:
+    return _RENEW.get(tag, RenewStatus.UNCONFIRMED)
+
+
+def append_status(tag: int) -> AppendStatus:
+    return _APPEND.get(tag, AppendStatus.UNCONFIRMED)
+
+
+def resolve_status(tag: int) -> ResolveStatus:
+    return _RESOLVE.get(tag, ResolveStatus.UNCONFIRMED)
+
+
+def read_chunks(rows: Sequence[Mapping[str, Any]]) -> list[bytes] | ReadFailure:
+    """Return the chunks in the rows of `read_1`, or why there are none."""
+    tag = rows[0]["tag"]
+    if tag == 1:
+        return [row["bytes"] for row in rows]
+    return ReadFailure.GONE if tag == 2 else ReadFailure.INCOMPLETE

@@ -1,0 +1,278 @@
+"""The store in PostgreSQL: each verb is a function of the database.
+
+A call that was not confirmed is repeated with the same token; the functions make a repeat safe.
+"""
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+from oncegate.keys.digests import Scope
+from oncegate.store.postgres import rows
+from oncegate.store.postgres.batches import Batches
+from oncegate.store.postgres.claims import MAX_PAUSE_S, MIN_PAUSE_S, ClaimBatches, Claims
+from oncegate.store.postgres.durability import Level
+from oncegate.store.postgres.marks import PostgresMarks
+from oncegate.store.postgres.records import PostgresRecords
+from oncegate.store.postgres.rows import BUSY_TAG, READ_BYTES, ROW_BYTES, Row, Verb
+from oncegate.store.postgres.servers import Servers, ServersConfig
+from oncegate.store.postgres.session import Lost, Refused
+from oncegate.store.record import (
+    PREFIX_BYTES,
+    Claim,
+    ClaimRequest,
+    Record,
+    StoredResponse,
+    self_check,
+    tenant_of,
+    unpack,
+)
+from oncegate.store.results import (
+    AppendStatus,
+    NotAttempted,
+    NotClaimed,
+    ReadFailure,
+    RenewStatus,
+    ResolveStatus,
+    SettleResult,
+    SettleStatus,
+    Unconfirmed,
+)
+from oncegate.store.stages import CLAIMED, Stage
+from oncegate.store.store import Claiming, Settling, StoreConfig
+
+# The least time for one try of a call that is repeated.
+MIN_TRY_S = 0.05
+# Above this share of the limit, responses are stored without their body.
+FULL_RATIO = 0.9
+_APPEND = "SELECT append_1($1, $2, $3, $4, $5) AS tag"
+_READ = "SELECT * FROM read_1($1, $2, $3, $4)"
+_RESOLVE = "SELECT resolve_1($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13) AS tag"
+_HMAC_BLOCK = 64
+
+
+def hmac_pads(secret: bytes) -> bytes:
+    """Return both blocks of HMAC-SHA-256 (RFC 2104) for a key of up to 64 bytes; empty without a key."""
+    block = secret.ljust(_HMAC_BLOCK, b"\0")
+    return bytes(byte ^ 0x36 for byte in block) + bytes(byte ^ 0x5C for byte in block) if secret else b""
+
+
+class PostgresStore:
+    """The store on the servers behind one URL: a primary, and standbys that may take its place. See `Store`."""
+
+    def __init__(self, config: StoreConfig) -> None:
+        self._timeout_s = config.timeout_ms / 1000
+        self._retried, self._observers = config.retried, config.observers
+        self._loop = asyncio.get_running_loop()
+        self._prefix, self._count = os.urandom(PREFIX_BYTES), count(1)
+        member = replace(config.member, token_prefix=self._prefix) if config.member else None
+        options = config.postgres
+        self._servers = Servers(
+            ServersConfig(
+                url=config.url,
+                timeout_s=self._timeout_s,
+                durability=config.durability,
+                schema=options.schema,
+                promotion=options.promotion,
+                log=config.log,
+                breaker_opened=config.breaker_opened,
+                member=member,
+                max_bytes=options.max_bytes,
+                resolver=config.resolver,
+            )
+        )
+        self._is_audited, self._pads = options.audit, hmac_pads(options.audit_key)
+        self.records, self.marks = PostgresRecords(self._servers), PostgresMarks(self._servers)
+        self._settles, self._renewals = self._batches(rows.SETTLE, Level.DISK), self._batches(rows.RENEW, Level.OFF)
+        claim_batches = ClaimBatches(self._batches)
+        self._releases = claim_batches.releases
+        self._claims = Claims(
+            self._servers,
+            claim_batches,
+            config.background,
+            token=self.token,
+            timeout_s=self._timeout_s,
+            patience_s=config.patience_s,
+        )
+
+    def _batches(self, verb: Verb, level: Level) -> Batches:
+        tail = (self._prefix, self._is_audited, self._pads)
+        return Batches(self._servers, verb, level, tail, self._observer(verb.name))
+
+    def _observer(self, verb: str) -> Callable[[float], None]:
+        return self._observers.get(verb, lambda _: None)
+
+    # Its life ...
+
+    def start(self) -> None:
+        self._servers.start()
+
+    async def close(self) -> None:
+        await self._servers.close()
+
+    async def wait_up(self, seconds: float) -> bool:
+        return await self._servers.wait_up(self._loop.time() + seconds)
+
+    def end_calls(self) -> None:
+        self._claims.stop_retrying()
+        self._servers.end_calls()
+
+    async def watch(self) -> None:
+        await self._servers.watch()
+
+    async def probe(self) -> None:
+        await self._servers.probe()
+
+    # Its health ...
+
+    def not_ready_reason(self) -> str | None:
+        return self._servers.not_ready_reason()
+
+    def notice(self) -> str | None:
+        return self._servers.notice()
+
+    def full(self) -> bool:
+        return self._servers.memory_ratio > FULL_RATIO
+
+    @property
+    def memory_ratio(self) -> float:
+        return self._servers.memory_ratio
+
+    @property
+    def rules_differ(self) -> bool:
+        return self._servers.rules_differ
+
+    @property
+    def refuses_new(self) -> bool:
+        return self._servers.is_full
+
+    @property
+    def quarantine_left_s(self) -> float:
+        return self._servers.quarantine_left_s
+
+    @property
+    def broken(self) -> bool:
+        return self._servers.breaker.open
+
+    # Claiming ...
+
+    @property
+    def token_prefix(self) -> bytes:
+        return self._prefix
+
+    def token(self) -> bytes:
+        return self._prefix + next(self._count).to_bytes(6, "big")
+
+    def now_ms(self, _key: bytes) -> int:
+        return self._servers.now_ms()
+
+    def claim(self, request: ClaimRequest) -> Claiming:
+        key, tenant, fingerprint, mode = request.key, request.scope.tenant, request.fingerprint, request.mode
+        token = self.token()
+        check = self_check(key, tenant, token, mode, fingerprint)
+        # The fence and the time of creation come with the reply.
+        times = request.lease_ms, request.retention_ms, request.unknown_retention_ms
+        claim = Claim(key, token, b"", mode, fingerprint, check, 0, *times)
+        return self._claims.run(claim, tenant, request.window_ms)
+
+    def reclaim(self, claim: Claim, scope: Scope) -> Claiming:
+        return self._claims.run(claim, scope.tenant, reclaims=True)
+
+    def peek(self, key: bytes, scope: Scope, lease_ms: int) -> Coroutine[Any, Any, NotClaimed | None]:
+        return self._claims.peek(key, scope.tenant, lease_ms)
+
+    # What the owner of a claim does ...
+
+    async def renew(self, claim: Claim, stage: Stage = CLAIMED) -> RenewStatus:
+        row = (claim.key, claim.token, claim.lease_ms, rows.STAGES[stage])
+        reply = await self._renewals.call(row, self._loop.time() + self._timeout_s).reply
+        return RenewStatus.UNCONFIRMED if isinstance(reply, Unconfirmed) else rows.renew_status(reply[0]["tag"])
+
+    async def append(self, claim: Claim, index: int, chunk: bytes, patience_s: float) -> AppendStatus:
+        args = (claim.key, claim.token, index, chunk, claim.lease_ms)
+        ends, pause_s = self._loop.time() + patience_s, MIN_PAUSE_S
+        while True:
+            reply = await self._ask("append", Level.OFF, _APPEND, args, ends)
+            if isinstance(reply, list) and (tag := reply[0]["tag"]) != BUSY_TAG:
+                return rows.append_status(tag)
+            if self._loop.time() + pause_s >= min(ends, self._claims.retries_end):
+                return AppendStatus.UNCONFIRMED
+            self._retried()
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, MAX_PAUSE_S)
+
+    def store(self, claim: Claim, response: StoredResponse, last_chunk: bytes, patience_s: float) -> Settling:
+        return self._settle(self._settles, rows.store_row(claim, response, last_chunk), patience_s)
+
+    def release(self, claim: Claim, patience_s: float) -> Settling:
+        return self._settle(self._releases, rows.release_row(claim), patience_s)
+
+    def mark_unknown(self, claim: Claim, reason: str, patience_s: float, status: int = 0) -> Settling:
+        return self._settle(self._settles, rows.unknown_row(claim, reason, status), patience_s)
+
+    async def _settle(self, batches: Batches, row: Row, patience_s: float) -> SettleResult:
+        """Repeat a settle until its reply, or until the caller's patience is over."""
+        loop, pause_s = self._loop, MIN_PAUSE_S
+        ends, retried = loop.time() + patience_s, False
+        while True:
+            deadline = min(loop.time() + self._timeout_s, max(ends, loop.time() + MIN_TRY_S))
+            reply = await batches.call(row, deadline).reply
+            if not isinstance(reply, Unconfirmed) and reply[0]["tag"] != BUSY_TAG:
+                return rows.settle_result(reply[0], retried)
+            is_vain = isinstance(reply, NotAttempted)
+            if is_vain or loop.time() + pause_s >= min(ends, self._claims.retries_end):
+                return SettleResult(SettleStatus.UNCONFIRMED)
+            retried |= isinstance(reply, Unconfirmed) and reply.maybe_executed
+            self._retried()
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, MAX_PAUSE_S)
+
+    # Reading ...
+
+    async def read(self, key: bytes, token: bytes, first: int) -> list[bytes] | ReadFailure:
+        reply = await self._ask("read", Level.OFF, _READ, (key, token, first, READ_BYTES))
+        return rows.read_chunks(reply) if isinstance(reply, list) else ReadFailure.UNCONFIRMED
+
+    # For operators ...
+
+    async def resolve_by_operator(
+        self, key: bytes, token: bytes, meta: bytes, body: bytes, retention_ms: int
+    ) -> ResolveStatus:
+        small, large = (body, None) if len(body) <= ROW_BYTES else (None, body)
+        record = unpack(key, tenant_of(meta), meta, None, 0)
+        status = record.response.status if isinstance(record, Record) and record.response else 0
+        owner = meta[1:17], int(meta[17:33])
+        return await self._resolve(key, token, *owner, meta, small, large, retention_ms, 0, status)
+
+    async def release_by_operator(self, key: bytes, token: bytes, operator: bytes, fence: bytes) -> ResolveStatus:
+        return await self._resolve(key, token, operator, int(fence), None, None, None, 0, 0, 0)
+
+    async def _resolve(self, *args: object) -> ResolveStatus:
+        tail = (self._prefix, self._is_audited, self._pads)
+        reply = await self._ask("resolve", Level.CLAIM, _RESOLVE, (*args, *tail))
+        return rows.resolve_status(reply[0]["tag"]) if isinstance(reply, list) else ResolveStatus.UNCONFIRMED
+
+    async def _ask(
+        self, verb: str, level: Level, statement: str, args: tuple[object, ...], ends: float = float("inf")
+    ) -> list[Any] | Unconfirmed:
+        """Return the rows of one call by itself, within the timeout and until `ends` (the loop's time)."""
+        began = self._loop.time()
+        deadline = min(began + self._timeout_s, ends)
+        try:
+            session = await self._servers.free_session(level, deadline)
+            if session is None:
+                return Unconfirmed("no connection to the store was free in time", maybe_executed=False)
+            running = self._loop.create_task(session.run(statement, *args))
+            await asyncio.wait([running], timeout=max(0.0, deadline - self._loop.time()))
+            if not running.done():
+                # Its end is nobody's any more.
+                running.add_done_callback(lambda task: task.exception())
+                return Unconfirmed("the store did not reply in time")
+            return (await running).rows
+        except (Lost, Refused) as failed:
+            return Unconfirmed(failed.reason)
+        finally:
+            self._observer(verb)(self._loop.time() - began)

@@ -1,0 +1,253 @@
+"""What the store in PostgreSQL does in its own way: batches, withdrawals, and rows that others hold.
+
+A second connection plays the other proxy: what it does in a transaction of its own, it holds until its end.
+"""
+
+import asyncio
+import itertools
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pytest
+
+from oncegate.decision import State
+from oncegate.store.postgres import rows
+from oncegate.store.postgres.migrations.partitions import missing_partitions
+from oncegate.store.postgres.migrations.run import Run, Target, connect
+from oncegate.store.postgres.rows import Row, Verb
+from oncegate.store.record import Claim, ClaimRequest, Record
+from oncegate.store.results import (
+    AppendStatus,
+    RenewStatus,
+    SettleResult,
+    SettleStatus,
+    Unconfirmed,
+)
+from oncegate.store.store import PostgresOptions, Store
+from tests.postgres_server import shared_url
+from tests.stores import (
+    BODY,
+    FOREIGN,
+    KEY,
+    LEASE_MS,
+    PATIENCE_S,
+    SAME,
+    SCOPE,
+    Behind,
+    answer,
+    claim,
+    claimed,
+    connected,
+    key,
+    store_small,
+)
+
+NUMBERS = itertools.count()
+STORED = SettleResult(SettleStatus.STORED)
+NEVER = 1 << 60
+
+
+class Schema(NamedTuple):
+    """A schema of its own in the run's server. `other`: a connection to it that is not the store's."""
+
+    url: str
+    name: str
+    other: Any
+
+    def connected(self, **options: Any) -> Any:
+        return connected(self.url, durability="fsync", postgres=PostgresOptions(schema=self.name), **options)
+
+    async def run(self, verb: Verb, *calls: Row) -> list[Any]:
+        """Run a verb on the other connection."""
+        columns = [list(column) for column in zip(*calls, strict=True)]
+        return list(await self.other.fetch(verb.statement, *columns, FOREIGN[:10], True, b""))
+
+
+@pytest.fixture
+async def schema() -> AsyncIterator[Schema]:
+    target = Target(shared_url(), f"core_{os.getpid()}_{next(NUMBERS)}")
+    other = await connect(target)
+    await other.execute("SET synchronous_commit = off")
+    run = Run(other, target)
+    await run.migrate()
+    await run.execute_each(missing_partitions(1))
+    yield Schema(target.url, target.schema, other)
+    await other.execute(f"DROP SCHEMA {target.schema} CASCADE")
+    await other.close()
+
+
+@pytest.fixture
+async def store(schema: Schema) -> AsyncIterator[Store]:
+    async with schema.connected() as store:
+        yield store
+
+
+@asynccontextmanager
+async def held(schema: Schema, verb: Verb, *calls: Row, commits: bool = True) -> AsyncIterator[list[Any]]:
+    """What the other connection does inside a transaction that goes on until the end of the block."""
+    transaction = schema.other.transaction()
+    await transaction.start()
+    yield await schema.run(verb, *calls)
+    await (transaction.commit if commits else transaction.rollback)()
+
+
+async def lapse(schema: Schema) -> None:
+    await schema.other.execute("UPDATE record SET lease = now_ms() - 1")
+
+
+def foreign(claim: Claim) -> Claim:
+    """Return the claim that another proxy makes of the same key."""
+    unowned = replace(claim, token=FOREIGN)
+    return replace(unowned, self_check=claim.self_check[:16] + bytes(16))
+
+
+# Batches ...
+
+
+async def test_of_many_claims_of_a_key_in_one_turn_one_has_it(store: Store) -> None:
+    found = await asyncio.gather(*[claim(store, key(number // 4)) for number in range(400)])
+    owners = [one for one in found if isinstance(one, Claim)]
+    assert len({owner.key for owner in owners}) == len(owners) == 100
+    assert all(one.state is State.IN_FLIGHT for one in found if isinstance(one, Record))
+    settled = await asyncio.gather(*[store_small(store, owner) for owner in owners])
+    assert set(settled) == {STORED}
+    told = await asyncio.gather(*[claim(store, owner.key) for owner in owners])
+    assert all(isinstance(one, Record) and one.body == BODY for one in told)
+
+
+async def test_of_two_settles_of_a_key_in_one_turn_one_counts(store: Store) -> None:
+    owner = await claimed(store)
+    settled = await asyncio.gather(store_small(store, owner), store_small(store, owner, b"another"))
+    assert sorted(one.status.label for one in settled) == ["fenced", "stored"]
+
+
+def asked(number: int, retention_ms: int) -> ClaimRequest:
+    return ClaimRequest(
+        key=key(number),
+        scope=SCOPE,
+        fingerprint=SAME,
+        mode=b"hold",
+        lease_ms=LEASE_MS,
+        retention_ms=retention_ms,
+        unknown_retention_ms=retention_ms,
+    )
+
+
+# The first is no bigint, and does not leave the proxy. The second is one, but no time has room for it.
+@pytest.mark.parametrize("bad", [1 << 70, (1 << 63) - 1])
+async def test_one_bad_row_fails_alone(store: Store, bad: int) -> None:
+    retentions = [bad if number == 37 else 1000 for number in range(100)]
+    found = await asyncio.gather(*[store.claim(asked(*one)) for one in enumerate(retentions)])
+    failed = [number for number, one in enumerate(found) if not isinstance(one, Claim)]
+    assert failed == [37]
+    assert isinstance(found[37], Unconfirmed)
+    assert not found[37].maybe_executed
+
+
+async def test_a_chunk_counts_once_however_often_it_is_appended(store: Store) -> None:
+    owner = await claimed(store)
+    for _ in range(3):
+        assert await store.append(owner, 0, b"first", PATIENCE_S) is AppendStatus.APPENDED
+    assert await store.append(owner, 0, b"other", PATIENCE_S) is AppendStatus.INCOMPLETE
+    assert await store.store(owner, answer(b"first", b"last"), b"last", PATIENCE_S) == STORED
+    assert await store.read(KEY, owner.token, 0) == [b"first", b"last"]
+
+
+@pytest.mark.parametrize("size", [rows.ROW_BYTES, rows.ROW_BYTES + 1, 200_000])
+async def test_a_body_of_any_size_comes_back(store: Store, size: int) -> None:
+    owner, body = await claimed(store), os.urandom(size)
+    assert await store_small(store, owner, body) == STORED
+    found = await claim(store)
+    assert isinstance(found, Record)
+    assert found.body == (body if size <= rows.ROW_BYTES else None)
+    assert await store.read(KEY, owner.token, 0) == [body]
+
+
+# Rows that another transaction holds ...
+
+
+async def test_nobody_waits_for_a_claim_that_is_not_committed(schema: Schema, store: Store) -> None:
+    owner = await claimed(store)
+    other = foreign(replace(owner, key=key(2)))
+    async with held(schema, rows.CLAIM, rows.claim_row(other, NEVER), commits=False) as (made,):
+        assert made["tag"] == 0
+        # Beside it in one batch, another key is claimed.
+        found, beside = await asyncio.gather(claim(store, key(2)), claim(store, key(3)))
+        assert isinstance(found, Record)
+        assert found.state is State.IN_FLIGHT
+        assert isinstance(beside, Claim)
+    assert isinstance(await claim(store, key(2)), Claim)
+
+
+async def test_a_takeover_meets_a_settle(schema: Schema, store: Store) -> None:
+    owner = await claimed(store, b"retry")
+    await lapse(schema)
+    async with held(schema, rows.SETTLE, rows.store_row(owner, answer(BODY), BODY)) as (settled,):
+        assert settled["tag"] == 1
+        found = await claim(store, mode=b"retry")
+        assert isinstance(found, Record)
+        assert found.state is State.IN_FLIGHT
+    # What was read before the settle says that the record is open. It is not any more.
+    (taken,) = await schema.run(rows.TAKE, rows.take_row(foreign(owner), NEVER, owner.token, 0))
+    assert (taken["tag"], taken["body"]) == (3, BODY)
+
+
+async def test_a_settle_meets_a_takeover(schema: Schema, store: Store) -> None:
+    owner = await claimed(store, b"retry")
+    await lapse(schema)
+    async with held(schema, rows.TAKE, rows.take_row(foreign(owner), NEVER, owner.token, 0)) as (taken,):
+        assert taken["tag"] == 0
+        settling = asyncio.ensure_future(store_small(store, owner))
+        await asyncio.sleep(0.05)
+        assert not settling.done()
+        # Other keys are settled meanwhile.
+        assert await store_small(store, await claimed(store, key=key(2))) == STORED
+    assert await settling == SettleResult(SettleStatus.FENCED)
+
+
+async def test_a_takeover_meets_a_renewal(schema: Schema, store: Store) -> None:
+    owner = await claimed(store, b"retry")
+    await lapse(schema)
+    async with held(schema, rows.RENEW, (owner.key, owner.token, LEASE_MS, 2)) as (renewed,):
+        assert renewed["tag"] == 1
+        assert isinstance(await claim(store, mode=b"retry"), Record)
+    (taken,) = await schema.run(rows.TAKE, rows.take_row(foreign(owner), NEVER, owner.token, 0))
+    assert taken["tag"] == 1
+    assert await store.renew(owner) is RenewStatus.RENEWED
+
+
+async def test_a_renewal_meets_a_takeover(schema: Schema, store: Store) -> None:
+    owner = await claimed(store, b"retry")
+    await lapse(schema)
+    async with held(schema, rows.TAKE, rows.take_row(foreign(owner), NEVER, owner.token, 0)):
+        assert await store.renew(owner) is RenewStatus.UNCONFIRMED
+    assert await store.renew(owner) is RenewStatus.FENCED
+
+
+# Claims that land late ...
+
+
+async def test_a_claim_that_lands_late_is_withdrawn(schema: Schema) -> None:
+    behind = Behind()
+    async with schema.connected(timeout_ms=300, behind=behind) as store:
+        transaction = schema.other.transaction()
+        await transaction.start()
+        # Without the lock of a claim: the store's own insert waits for the end of this one.
+        await schema.other.execute("INSERT INTO record (key, state) VALUES ($1, 1)", KEY)
+        found = await claim(store)
+        assert isinstance(found, Unconfirmed)
+        assert found.maybe_executed
+        withdrawing = asyncio.ensure_future(behind.run())
+        await asyncio.sleep(0.1)
+        # The key is free, as everybody sees it, and yet the claim is under way.
+        assert not withdrawing.done()
+        await transaction.rollback()
+        await asyncio.wait_for(withdrawing, PATIENCE_S)
+        row = await schema.other.fetchrow("SELECT state, token FROM record WHERE key = $1", KEY)
+        assert tuple(row) == (4, b"")
+        events = await schema.other.fetch("SELECT event FROM audit WHERE key = $1 ORDER BY no", KEY)
+        assert [row["event"] for row in events] == [1, 8]
+        assert isinstance(await claim(store), Claim)
