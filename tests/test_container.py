@@ -122,12 +122,17 @@ def test_commands_parse(where: str, arguments: list[str]) -> None:
     parser().parse_args(arguments)
 
 
-def test_settings_hold() -> None:
-    """`oncegate check` accepts what the image and the compose file set."""
-    settings = image_environment() | SERVICES["proxy"]["environment"]
+@pytest.mark.parametrize(
+    ("name", "command"), [("proxy", "check"), ("proxy-postgres", "check"), ("migrate", "migrate --sql")]
+)
+def test_settings_hold(name: str, command: str) -> None:
+    """The image and the compose file set what holds. `migrate` needs no upstream, and no folder to write to."""
+    settings = image_environment() | SERVICES[name]["environment"]
+    if "tmpfs" not in SERVICES[name]:
+        settings["ONCEGATE_SPOOL_DIR"] = "/proc"
     outside = {name: value for name, value in os.environ.items() if not name.startswith("ONCEGATE_")}
     check = subprocess.run(
-        [sys.executable, "-m", "oncegate", "check"],
+        [sys.executable, "-m", "oncegate", *command.split()],
         cwd=ROOT,
         env=outside | settings,
         capture_output=True,
@@ -164,6 +169,17 @@ def test_compose_dependencies() -> None:
 def test_compose_files() -> None:
     """Every file that a service mounts exists."""
     assert [path for path in mounted_files() if not (ROOT / path).is_file()] == []
+
+
+def test_compose_roles() -> None:
+    """The proxies' role is the one that is made, and `migrate` alone connects as another."""
+    (role,) = re.findall(r"CREATE ROLE (\w+) LOGIN PASSWORD '(\w+)'", (ROOT / "config/postgres-roles.sql").read_text())
+    proxies = SERVICES["proxy-postgres"]["environment"]
+    assert proxies["ONCEGATE_STORE_URL"].startswith(f"postgresql://{role[0]}:{role[1]}@postgres/")
+    owner = SERVICES["postgres"]["environment"]
+    migrate = SERVICES["migrate"]["environment"]
+    owner_url = f"postgresql://{owner['POSTGRES_USER']}:{owner['POSTGRES_PASSWORD']}@postgres/{owner['POSTGRES_DB']}"
+    assert migrate == {"ONCEGATE_MIGRATE_URL": owner_url, "ONCEGATE_STORE_URL": proxies["ONCEGATE_STORE_URL"]}
 
 
 def test_compose_outlasts_the_drain() -> None:

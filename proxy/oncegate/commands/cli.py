@@ -24,6 +24,8 @@ from oncegate.store.record import ViewState
 PROBE_TIMEOUT_S = 3.0
 # Exit codes. argparse exits with 2 as well.
 FAILED, USAGE_ERROR = 1, 2
+# `migrate` is a job of its own, which forwards and writes nothing.
+NOT_FOR_MIGRATE = ("upstream", "spool_dir")
 STATES = (*[state.value for state in ViewState], "any")
 
 DESCRIPTION = "oncegate is a reverse proxy that makes unsafe HTTP requests safe to retry."
@@ -154,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _demo(options)
     try:
         if options.command == "migrate":
-            return _migrate(load_settings(optional=["upstream"]), options)
+            return _migrate(load_settings(NOT_FOR_MIGRATE), options)
         settings = load_settings()
         rules = load_rules(settings)
     except SettingsError as error:

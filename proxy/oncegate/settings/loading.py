@@ -35,16 +35,16 @@ _SHOWN = {
 }
 
 
-def load_settings(optional: Iterable[str] = ()) -> Settings:
+def load_settings(unused: Iterable[str] = ()) -> Settings:
     """Return the settings in effect. Raises SettingsError with all problems.
 
-    `optional`: required settings that the caller does not use. Where they are not set, they have some valid value.
+    `unused`: settings that the caller does not use. They need not be set, and may contradict others.
     """
     variables, problems = _variables()
     contents, of_files = _secrets_from_files(variables)
     given = {name: variables[variable_name(name)] for name in Settings.model_fields if variable_name(name) in variables}
-    settings, invalid = _validate({name: _substitute(name) for name in optional} | given | contents)
-    problems += [*of_files, *_unknown(variables), *invalid.values(), *_contradictions(settings, invalid)]
+    settings, invalid = _validate({name: _substitute(name) for name in unused} | given | contents)
+    problems += [*of_files, *_unknown(variables), *invalid.values(), *_contradictions(settings, {*invalid, *unused})]
     if problems:
         raise SettingsError(problems)
     return settings
