@@ -21,7 +21,6 @@ run: .venv/.runtime                 ## serve in front of an API; make run UPSTRE
 
 test: lint                          ## everything: format, lint, types, layers, tests; make test ARGS="-k lease" for some
 	$(BIN)/pytest -n 4 --dist loadgroup $(ARGS)
-	$(if $(ARGS),,TEST_HEAD_CACHE=off $(BIN)/pytest -q -n 4 --dist loadgroup $(WITHOUT_HEAD_CACHE:%=tests/%.py))
 
 # The tests of each room, for `make quick PART=room`. Without PART: the pure ones of all rooms but for searches (of
 # hypothesis and of test_known_heads), and the main job.
@@ -51,10 +50,6 @@ PART_docs := test_contributing test_doc_paths test_docs test_generated test_name
 PURE := $(filter-out e2e/%,$(PART_adaptation)) $(PART_keys) $(PART_messages) $(PART_settings) $(filter-out e2e/%,$(PART_docs)) test_breaker test_decision test_explain test_families test_fault_points \
 	test_init test_logs test_outcome test_lua test_minimum_rate test_patterns test_policy test_record test_rules test_statuses test_usage test_write_batcher
 QUICK := $(if $(PART),$(PART_$(PART)),$(PURE) e2e/test_main_job)
-
-# What is run once more with the head cache off, which may change nothing but the time. The tests that count system
-# calls and instructions (test_costs) are the only ones that need it on.
-WITHOUT_HEAD_CACHE := $(PART_messages) test_keys test_sources e2e/test_fidelity e2e/test_forwarding e2e/test_main_job
 
 quick: lint                         ## lint, the pure tests and the main job; make quick PART=store for one room
 	@test -n "$(QUICK)" || { echo "no room is called $(PART)" >&2; exit 2; }

@@ -17,10 +17,10 @@ import uvloop
 from redis import Redis
 
 from oncegate.server.embedded import find_server
-from tests.parts import Proxy, RawUpstream, standing_proxy, standing_upstream
+from tests.parts import Proxy, RawUpstream, standing_upstream
 from tests.postgres_database import Database
 from tests.probes import Probe, RedisProbe
-from tests.zygote import Forked, Zygote
+from tests.zygote import Forked, Zygote, standing_proxy
 
 IN_PROCESS = (
     *(
@@ -196,8 +196,23 @@ async def upstream() -> AsyncIterator[RawUpstream]:
     await server.close()
 
 
+# A `pytestmark`: the head cache may change nothing but the time.
+with_and_without_head_cache = pytest.mark.parametrize(
+    "head_cache", ["head cache", "no head cache"], indirect=True, scope="module"
+)
+
+
+@pytest.fixture(scope="module")
+def head_cache(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Start proxies without the head cache where the parameter says so; else as TEST_HEAD_CACHE does."""
+    with pytest.MonkeyPatch.context() as patch:
+        if getattr(request, "param", "") == "no head cache":
+            patch.setenv("TEST_HEAD_CACHE", "off")
+        yield
+
+
 @pytest.fixture
-def proxies(zygote: Zygote, tmp_path: Path) -> Iterator[Callable[..., Proxy]]:
+def proxies(head_cache: None, zygote: Zygote, tmp_path: Path) -> Iterator[Callable[..., Proxy]]:
     """Start proxies as processes: `proxies(upstream, store_url, LEASE_MS=300)`; all end with the test."""
     started: list[Proxy] = []
 
@@ -238,9 +253,11 @@ def fork(zygote: Zygote, tmp_path: Path) -> Iterator[Callable[..., Awaitable[For
 
 
 @pytest.fixture(scope="module")
-def standing(shared_valkey: Valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+def standing(
+    head_cache: None, zygote: Zygote, shared_valkey: Valkey, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Proxy]:
     """One proxy with default settings for all tests of a module, for tables of requests; its upstream is `behind`."""
-    with standing_proxy(shared_valkey.url, tmp_path_factory.mktemp("standing")) as proxy:
+    with standing_proxy(zygote, shared_valkey.url, tmp_path_factory.mktemp("standing")) as proxy:
         yield proxy
 
 

@@ -13,8 +13,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -232,23 +232,6 @@ class RawUpstream:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-
-
-@contextmanager
-def standing_proxy(
-    store_url: str, folder: Path, settings: dict[str, object] | None = None, *, rules: str = "", path: str = ""
-) -> Iterator[Proxy]:
-    """A started proxy for all tests of a module; `standing_upstream` serves its upstream."""
-    settings = dict(settings or {})
-    if rules:
-        (folder / "rules.toml").write_text(rules)
-        settings["RULES_FILE"] = "rules.toml"
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        proxy = Proxy(f"http://127.0.0.1:{sock.getsockname()[1]}{path}", store_url, folder, settings)
-        proxy.upstream_socket = sock
-        proxy.start()
-        yield proxy
-        proxy.close()
 
 
 @asynccontextmanager

@@ -8,10 +8,12 @@ import gc
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import oncegate.server.serve  # what `serve` imports when it runs
@@ -92,6 +94,29 @@ class Forked(Proxy):
 
     def _spawn(self) -> None:
         self.process = self._zygote.fork(self._env, self.folder, self._log)  # type: ignore[assignment]
+
+
+@contextmanager
+def standing_proxy(
+    zygote: Zygote,
+    store_url: str,
+    folder: Path,
+    settings: dict[str, object] | None = None,
+    *,
+    rules: str = "",
+    path: str = "",
+) -> Iterator[Proxy]:
+    """A started proxy for all tests of a module; `standing_upstream` serves its upstream."""
+    settings = dict(settings or {})
+    if rules:
+        (folder / "rules.toml").write_text(rules)
+        settings["RULES_FILE"] = "rules.toml"
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        proxy = Forked(zygote, f"http://127.0.0.1:{sock.getsockname()[1]}{path}", store_url, folder, settings)
+        proxy.upstream_socket = sock
+        proxy.start()
+        yield proxy
+        proxy.close()
 
 
 def code_of(log: Path) -> Path:

@@ -4,7 +4,8 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from tests.parts import Proxy, RawClient, RawUpstream, answering, ask, request, standing_proxy, standing_upstream
+from tests.parts import Proxy, RawClient, RawUpstream, answering, ask, request, standing_upstream
+from tests.zygote import Zygote, standing_proxy
 
 RULES = """
 [[rule]]
@@ -90,10 +91,12 @@ async def test_what_belongs_to_one_exchange_is_not_replayed(standing, behind):
 
 
 @pytest.fixture(scope="module")
-def fronted(shared_valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+def fronted(zygote: Zygote, shared_valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     """One proxy with those rules, whose upstream has a path prefix."""
     folder = tmp_path_factory.mktemp("fronted")
-    with standing_proxy(shared_valkey.url, folder, {"TRUSTED_PROXIES": "127.0.0.1"}, rules=RULES, path="/api") as proxy:
+    with standing_proxy(
+        zygote, shared_valkey.url, folder, {"TRUSTED_PROXIES": "127.0.0.1"}, rules=RULES, path="/api"
+    ) as proxy:
         yield proxy
 
 

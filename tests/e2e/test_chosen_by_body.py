@@ -13,10 +13,10 @@ from tests.parts import (
     answering,
     ask,
     request,
-    standing_proxy,
     standing_upstream,
     until,
 )
+from tests.zygote import Zygote, standing_proxy
 
 RULES = """
 [[rule]]
@@ -41,10 +41,10 @@ def asked(body: bytes, key: str | None = None, *extra: str) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def ruled(shared_valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+def ruled(zygote: Zygote, shared_valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     """One proxy with those rules for all tests of this file."""
     folder = tmp_path_factory.mktemp("ruled")
-    with standing_proxy(shared_valkey.url, folder, {}, rules=RULES) as proxy:
+    with standing_proxy(zygote, shared_valkey.url, folder, {}, rules=RULES) as proxy:
         yield proxy
 
 

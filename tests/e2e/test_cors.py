@@ -24,10 +24,10 @@ from tests.parts import (
     chunk,
     holding,
     request,
-    standing_proxy,
     standing_upstream,
     until,
 )
+from tests.zygote import Zygote, standing_proxy
 
 SHOP, PAY, UNLISTED = "https://shop.example", "https://pay.shop.example", "https://evil.test"
 RULES = """
@@ -91,7 +91,7 @@ EXPOSED = b"Oncegate-Status, Oncegate-Key-Id, Idempotent-Replayed, Retry-After, 
 
 
 @pytest.fixture(scope="module")
-def cross(shared_valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+def cross(zygote: Zygote, shared_valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     """One proxy with those rules for all tests of this file."""
     folder = tmp_path_factory.mktemp("cross")
     with socket.socket() as unheard:
@@ -102,7 +102,7 @@ def cross(shared_valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
             "MAX_IN_FLIGHT": 2,
             "CONNECT_RETRIES": 0,
         }
-        with standing_proxy(shared_valkey.url, folder, settings, rules=rules) as proxy:
+        with standing_proxy(zygote, shared_valkey.url, folder, settings, rules=rules) as proxy:
             yield proxy
 
 

@@ -28,9 +28,9 @@ from tests.parts import (
     ask,
     chunk,
     request,
-    standing_proxy,
     until,
 )
+from tests.zygote import Zygote, standing_proxy
 
 REQUESTS = 40
 TRIES = 3
@@ -71,9 +71,11 @@ TABLE: dict[str, tuple[dict[str, Any], bytes, int, Costs]] = {
 
 
 @pytest.fixture(scope="module")
-def standing(shared_valkey: Valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+def standing(zygote: Zygote, shared_valkey: Valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     """One proxy that uses its connections at once again, as it does everywhere with what has rested."""
-    with standing_proxy(shared_valkey.url, tmp_path_factory.mktemp("standing"), {"UPSTREAM_REST_S": 0}) as proxy:
+    with standing_proxy(
+        zygote, shared_valkey.url, tmp_path_factory.mktemp("standing"), {"UPSTREAM_REST_S": 0}
+    ) as proxy:
         yield proxy
 
 

@@ -15,10 +15,10 @@ from tests.parts import (
     ask,
     holding,
     request,
-    standing_proxy,
     standing_upstream,
     until,
 )
+from tests.zygote import Zygote, standing_proxy
 
 NAVIGATION = "Sec-Fetch-Mode: navigate"
 FORM = "Content-Type: application/x-www-form-urlencoded"
@@ -58,13 +58,13 @@ PAGE, PROBLEM = b"text/html; charset=utf-8", b"application/problem+json"
 
 
 @pytest.fixture(scope="module")
-def shop(shared_valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+def shop(zygote: Zygote, shared_valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     """One proxy with those rules and a template of its own for all tests of this file."""
     folder = tmp_path_factory.mktemp("shop")
     (folder / "pages").mkdir()
     (folder / "pages/body-too-large.html").write_text("<title>$title</title>first")
     settings = {"PAGES_DIR": "pages", "CONNECT_RETRIES": 0, "MAX_REQUEST_BYTES": 1000}
-    with standing_proxy(shared_valkey.url, folder, settings, rules=RULES) as proxy:
+    with standing_proxy(zygote, shared_valkey.url, folder, settings, rules=RULES) as proxy:
         yield proxy
 
 

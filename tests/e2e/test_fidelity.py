@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import with_and_without_head_cache
 from tests.parts import Answer, Proxy, RawClient, RawUpstream, Received, request, serving, until
 
+pytestmark = with_and_without_head_cache
 MIB = 1 << 20
 AT_ONCE = 8
 Pairs = list[tuple[bytes, bytes]]

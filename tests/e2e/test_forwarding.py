@@ -9,6 +9,7 @@ from contextlib import closing
 
 import pytest
 
+from tests.conftest import with_and_without_head_cache
 from tests.parts import (
     OK,
     Answer,
@@ -24,6 +25,7 @@ from tests.parts import (
     serving,
 )
 
+pytestmark = with_and_without_head_cache
 HOP_BY_HOP = ("Keep-Alive", "Proxy-Connection", "TE", "Trailer", "Upgrade", "HTTP2-Settings", "Proxy-Authorization")
 PASSED = (
     ("traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"), ("tracestate", "a=1,b=2"),

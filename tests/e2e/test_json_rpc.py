@@ -22,10 +22,10 @@ from tests.parts import (
     ask,
     chunk,
     request,
-    standing_proxy,
     standing_upstream,
     until,
 )
+from tests.zygote import Zygote, standing_proxy
 
 RULES = """
 [[rule]]
@@ -57,10 +57,10 @@ SSE = CHUNKED.replace(b"text/plain", b"text/event-stream")
 
 
 @pytest.fixture(scope="module")
-def ruled(shared_valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+def ruled(zygote: Zygote, shared_valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     """One proxy with those rules for all tests of this file."""
     folder = tmp_path_factory.mktemp("ruled")
-    with standing_proxy(shared_valkey.url, folder, {"CONNECT_RETRIES": 0}, rules=RULES) as proxy:
+    with standing_proxy(zygote, shared_valkey.url, folder, {"CONNECT_RETRIES": 0}, rules=RULES) as proxy:
         yield proxy
 
 

@@ -2,8 +2,10 @@
 
 import pytest
 
+from tests.conftest import with_and_without_head_cache
 from tests.parts import answering, ask, request
 
+pytestmark = with_and_without_head_cache
 CREATED = (
     b"HTTP/1.1 201 Very Created\r\nX-Two: 1\r\nx-two: 2\r\nETag: \"a\"\r\nSet-Cookie: s=1\r\n"
     b"Content-Type: application/json\r\nContent-Length: 7\r\n\r\n{\"a\":1}"

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.parts import Proxy, RawUpstream, ask, chunk, request, standing_proxy, standing_upstream
+from tests.parts import Proxy, RawUpstream, ask, chunk, request, standing_upstream
+from tests.zygote import Zygote, standing_proxy
 
 MIB = 1 << 20
 BUDGET_S = 0.5  # of the processor, for the worst body that is looked into
@@ -136,10 +137,10 @@ UNUSABLE = {
 
 
 @pytest.fixture(scope="module")
-def looking(shared_valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+def looking(zygote: Zygote, shared_valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     """One proxy with those rules for all that follows; its upstream is `beyond`."""
     folder = tmp_path_factory.mktemp("looking")
-    with standing_proxy(shared_valkey.url, folder, rules=LOOKED_INTO) as proxy:
+    with standing_proxy(zygote, shared_valkey.url, folder, rules=LOOKED_INTO) as proxy:
         yield proxy
 
 
