@@ -19,6 +19,7 @@ demo: .venv/.runtime                ## a short story: a lost response, ten dupli
 run: .venv/.runtime                 ## serve in front of an API; make run UPSTREAM=http://127.0.0.1:9000
 	exec env $(if $(UPSTREAM),ONCEGATE_UPSTREAM='$(UPSTREAM)') $(BIN)/oncegate serve
 
+test: export PYTHONDONTWRITEBYTECODE :=  # hundreds of processes start
 test: lint                          ## everything: format, lint, types, layers, tests; make test ARGS="-k lease" for some
 	$(BIN)/pytest -n 4 --dist loadgroup $(ARGS)
 

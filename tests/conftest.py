@@ -1,6 +1,7 @@
 """The real parts that tests are made of: a Valkey, the proxy as a process, a scripted upstream, raw clients."""
 
 import asyncio
+import gc
 import os
 import re
 import shutil
@@ -48,6 +49,14 @@ LONG = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not any(part in item.nodeid for part in LONG))
+
+
+gc.disable()  # until all tests are collected: what that makes stays, and looking through it is a third of the time
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, object]:

@@ -8,10 +8,9 @@ import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
-import anthropic
-import openai
 import pytest
 
 from tests.parts import Proxy, Received, until
@@ -57,9 +56,9 @@ def gate(standing_gate: Proxy, valkey, llmock) -> Proxy:
 
 
 class Call(NamedTuple):
-    """A method of an SDK, and what streams its answer; `options` are those that it always has."""
+    """A method of an SDK, which is imported when it is used (a second); `options` are those that it always has."""
 
-    sdk: type
+    sdk: str
     base: str
     method: str
     options: dict[str, Any]
@@ -67,7 +66,7 @@ class Call(NamedTuple):
 
     def client(self, port: int, **options: Any) -> Any:
         options = {"api_key": "sk-1", "max_retries": 0, **options}
-        return closing(self.sdk(base_url=f"http://127.0.0.1:{port}{self.base}", **options))
+        return closing(resolve_name(self.sdk)(base_url=f"http://127.0.0.1:{port}{self.base}", **options))
 
     def made_with(self, client: Any, **options: Any) -> list[dict[str, Any]]:
         """Make the call and return all that the SDK makes of its answer; of a stream, each event."""
@@ -100,12 +99,12 @@ RESPONSE = {"model": "gpt-4o", "input": PROMPT[0]["content"]}
 MESSAGE = {"model": "claude-sonnet-4-6", "messages": PROMPT, "max_tokens": 500}
 WHOLE = {"stream": True, "stream_options": {"include_usage": True}}
 CALLS = {
-    "chat": Call(openai.OpenAI, "/v1", "chat.completions.create", CHAT),
-    "chat, streamed": Call(openai.OpenAI, "/v1", "chat.completions.create", CHAT | WHOLE, True),
-    "response": Call(openai.OpenAI, "/v1", "responses.create", RESPONSE),
-    "response, streamed": Call(openai.OpenAI, "/v1", "responses.create", RESPONSE | {"stream": True}, True),
-    "message": Call(anthropic.Anthropic, "/anthropic", "messages.create", MESSAGE),
-    "message, streamed": Call(anthropic.Anthropic, "/anthropic", "messages.create", MESSAGE | {"stream": True}, True),
+    "chat": Call("openai.OpenAI", "/v1", "chat.completions.create", CHAT),
+    "chat, streamed": Call("openai.OpenAI", "/v1", "chat.completions.create", CHAT | WHOLE, True),
+    "response": Call("openai.OpenAI", "/v1", "responses.create", RESPONSE),
+    "response, streamed": Call("openai.OpenAI", "/v1", "responses.create", RESPONSE | {"stream": True}, True),
+    "message": Call("anthropic.Anthropic", "/anthropic", "messages.create", MESSAGE),
+    "message, streamed": Call("anthropic.Anthropic", "/anthropic", "messages.create", MESSAGE | {"stream": True}, True),
 }
 STREAMED = [name for name, call in CALLS.items() if call.streamed]
 TWO = ["chat", "message"]
@@ -210,7 +209,7 @@ async def test_an_error_spares_no_tokens(gate, llmock):
     since = Since(gate)
     llmock.context_overflow()
     for _ in range(2):
-        with pytest.raises(openai.BadRequestError):
+        with pytest.raises(resolve_name("openai.BadRequestError")):
             CALLS["chat"](gate.port)
     counted = await since.once(replayed=1)
     assert (counted.asked, counted.said, counted.untold) == (0, 0, 0)
@@ -220,7 +219,7 @@ async def test_an_error_spares_no_tokens(gate, llmock):
 async def test_only_these_presets_count_tokens(gate, llmock):
     """Whatever the answers of another rule look like."""
     since = Since(gate)
-    embed = Call(openai.OpenAI, "/v1", "embeddings.create", {"model": "text-embedding-3-small", "input": "sky"})
+    embed = Call("openai.OpenAI", "/v1", "embeddings.create", {"model": "text-embedding-3-small", "input": "sky"})
     assert embed(gate.port) == embed(gate.port)
     counted = await since.once(replayed=1)
     assert (counted.asked, counted.untold) == (0, 0)
@@ -242,10 +241,10 @@ async def test_users_of_the_client_of_azure_get_their_own_answers(proxies, upstr
     upstream.script = answer
     (tmp_path / "rules.toml").write_text('[[rule]]\nname = "llm"\npreset = "openai"\n')
     gate = proxies(upstream, valkey.url, RULES_FILE="rules.toml")
-    heard = []
+    azure, heard = resolve_name("openai.AsyncAzureOpenAI"), []
     for user in ("alice", "bob", "alice"):
         url = f"http://127.0.0.1:{gate.port}"
-        async with openai.AsyncAzureOpenAI(api_key=user, azure_endpoint=url, api_version="2024-10-21") as client:
+        async with azure(api_key=user, azure_endpoint=url, api_version="2024-10-21") as client:
             call = client.chat.completions.create
             said = await call(model="gpt-4o", messages=[], extra_headers={"Idempotency-Key": "job-1"})
             heard.append(said.id)

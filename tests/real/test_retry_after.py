@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+from pkgutil import resolve_name
 from typing import Any
 
-import openai
+import pytest
 
 from tests.parts import answering
 
+pytestmark = pytest.mark.xdist_group("llm")  # of one process, which imports that SDK when it is used
 TEXT = json.dumps(
     {
         "id": "c-1",
@@ -29,7 +31,8 @@ async def test_a_409_says_when_the_original_is_done(fork, upstream, valkey):
     """
     upstream.script = answering(ANSWER, delay_s=TAKES_S)
     proxy = await fork(upstream, valkey.url)
-    client = openai.AsyncOpenAI(api_key="sk-test", base_url=f"http://127.0.0.1:{proxy.port}/v1", max_retries=2)
+    sdk = resolve_name("openai.AsyncOpenAI")
+    client = sdk(api_key="sk-test", base_url=f"http://127.0.0.1:{proxy.port}/v1", max_retries=2)
 
     async def write(key: str, seconds: float) -> Any:
         return await client.chat.completions.create(
