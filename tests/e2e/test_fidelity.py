@@ -433,7 +433,15 @@ async def test_a_target_that_no_url_can_hold_is_refused_and_never_rewritten(stan
     assert valkey.records() == {}
 
 
-ADDED = (b"host", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"via", *FRAMING)
+ADDED = (
+    b"host",
+    b"x-forwarded-for",
+    b"x-forwarded-proto",
+    b"x-forwarded-host",
+    b"via",
+    b"oncegate-execution",
+    *FRAMING,
+)
 
 
 async def test_request_fields_go_on_as_they_came(callers, behind):
