@@ -22,7 +22,7 @@ run: .venv/.runtime                 ## serve in front of an API; make run UPSTRE
 
 test: export PYTHONDONTWRITEBYTECODE :=  # hundreds of processes start
 test: lint                          ## everything: format, lint, types, layers, tests; make test ARGS="-k lease" for some
-	$(BIN)/pytest -n 4 --dist loadgroup $(ARGS)
+	$(BIN)/pytest -n 5 --dist loadgroup $(ARGS)
 
 # The tests of each room, for `make quick PART=room`. Without PART: the pure ones of all rooms but for searches (of
 # hypothesis and of test_known_heads), and the main job.
@@ -80,6 +80,7 @@ test-real: .venv/.dev .venv/clients/.installed .venv/clients-mcp1/.installed  ##
 
 faults: .venv/.dev                  ## fault points in the counts that take minutes; needs Debian's faketime, too
 	$(BIN)/pytest -n 2 -m full $(ARGS)
+	$(if $(ARGS),,TEST_SEARCHES=long $(BIN)/pytest -q -n 2 -m hypothesis)
 	$(if $(ARGS),,TEST_HEAD_CACHE=off $(BIN)/pytest -q -n 2 --dist loadgroup tests/e2e --ignore tests/e2e/test_costs.py)
 
 soak: .venv/.dev                    ## five minutes of mixed and hostile traffic; then memory, files and keys must be as before; make soak SECONDS=60

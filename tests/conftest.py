@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
-import hypothesis  # noqa: F401  # early: in Python 3.11 the parsing that its import does can fail late in a long run
+import hypothesis  # early: in Python 3.11 the parsing that its import does can fail late in a long run
 import pytest
 import uvloop
 from redis import Redis
@@ -37,6 +37,13 @@ IN_PROCESS = (
     ),
     *("test_postgres_store.py", "test_redis_store.py", "test_store.py", "test_upstream.py", "test_health_monitor.py"),
 )
+
+
+def searched(examples: int) -> hypothesis.settings:
+    """Settings of a search: all of its examples in `make faults`, a third of them here."""
+    most = examples if os.environ.get("TEST_SEARCHES") == "long" else examples // 3
+    slow = [hypothesis.HealthCheck.too_slow]
+    return hypothesis.settings(max_examples=most, deadline=None, database=None, suppress_health_check=slow)
 
 
 # What takes longest starts first, so that nobody waits for it at the end.

@@ -4,12 +4,13 @@ import json
 import time
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from oncegate.keys.fingerprint_parts import BODY_JSON, MAX_COMMAS, NamedParts, fingerprint_source, named_parts
+from tests.conftest import searched
 
-many = settings(max_examples=120, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+many = searched(120)
 
 
 def read(body: bytes | None, *parts: str, **fields: list[bytes]) -> NamedParts:

@@ -6,13 +6,14 @@ from itertools import permutations
 import aiohttp
 import pytest
 import requests
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from oncegate.keys.documents import MAX_FIELDS
 from oncegate.keys.forms import Form, form_of, is_multipart
+from tests.conftest import searched
 
-many = settings(max_examples=120, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+many = searched(120)
 
 BROWSERS = (b"----WebKitFormBoundary7MA4YWxkTrZu0gW1", b"---------------------------735323031399963166993862150")
 NAME = b'Content-Disposition: form-data; name="%b"\r\n\r\n%b'

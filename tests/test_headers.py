@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from oncegate.messages.admission import Admission, Refused
@@ -11,8 +11,9 @@ from oncegate.messages.fields import by_name, tokens
 from oncegate.messages.request_head import ForwardedInfo, RequestHead, one_forward_less, preferred_wait_s, request_head
 from oncegate.messages.response_head import ResponseHead, read_response_head, response_blocks, status_line
 from oncegate.rules.model import Match
+from tests.conftest import searched
 
-many = settings(max_examples=400, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+many = searched(400)
 
 HTTP10, HTTP11 = (1, 0), (1, 1)
 HOST = b"api.test"

@@ -4,15 +4,16 @@ import re
 from itertools import combinations_with_replacement, pairwise
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from oncegate.keys.digests import Digests, Scope, UnstableScope, key_id
 from oncegate.keys.syntax import BadKey, parse_key
 from oncegate.keys.tenants import TenantFields
 from oncegate.store.record_name import store_key
+from tests.conftest import searched
 
-many = settings(max_examples=800, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+many = searched(800)
 
 PRINTABLE = frozenset(range(0x20, 0x7F))
 BARE = frozenset(range(0x21, 0x7F)) - set(b'"\\,')
@@ -205,7 +206,7 @@ def reference(value: bytes) -> bytes | None:
     return None
 
 
-@settings(many, max_examples=2000)
+@searched(2000)
 @given(syntax)
 def test_a_key_is_parsed_as_the_standard_tells_it(value):
     """Any mixture of quotes, backslashes, separators and letters is parsed as RFC 9651 parses it."""
@@ -503,7 +504,7 @@ def test_a_tenant_a_key_and_a_fingerprint_of_the_same_bytes_differ():
 # Its name in the store ...
 
 
-@settings(many, max_examples=300)
+@searched(300)
 @given(st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E, exclude_characters='"\\,'), min_size=6))
 def test_the_name_in_the_store_is_a_digest_in_braces(text):
     """A record's name is in one Cluster slot, and does not reveal the key, the namespace or the tenant."""

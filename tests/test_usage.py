@@ -7,7 +7,7 @@ import zlib
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from oncegate.observe.usage import (
@@ -19,8 +19,9 @@ from oncegate.observe.usage import (
     Tokens,
     usage_reader,
 )
+from tests.conftest import searched
 
-many = settings(max_examples=300, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+many = searched(300)
 
 JSON = b"Content-Type: application/json\r\n"
 SSE = b"Server: x\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
