@@ -18,6 +18,7 @@ from oncegate.observe.metrics import Metrics
 from oncegate.observe.outcome import RequestReport
 from oncegate.rules.loading import load_rules
 from oncegate.service.drain import POLL_S, Drain, unless
+from oncegate.service.readiness import ReadinessLog
 from oncegate.service.wiring import Parts, Reporting, server_tls
 from oncegate.settings.errors import SettingsError
 from oncegate.settings.settings import Settings
@@ -198,6 +199,7 @@ class Service:
             self._parts.waiters.run,
             self._parts.unknown_keys.run,
             self._listener.sweep,
+            ReadinessLog(lambda: None if self._draining else self.not_ready_reasons(), self._log).run,
         )
         self._tasks = [self._loop.create_task(self._keep(keeper)) for keeper in keepers]
 
