@@ -3,6 +3,7 @@
 A record is shown as the fields of its hash in Redis (docs/reference/record.md), whatever keeps it.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from redis import Redis
@@ -14,6 +15,14 @@ from oncegate.store.redis.server import load_scripts
 
 Fields = dict[str, bytes]
 SCRIPTS = load_scripts()
+
+
+def damaged(value: bytes) -> Iterator[bytes]:
+    """Return the value with each byte changed, once a little and once entirely, and cut short."""
+    for place in range(len(value)):
+        for mask in (0x01, 0x80, 0xFF):
+            yield value[:place] + bytes([value[place] ^ mask]) + value[place + 1 :]
+        yield value[:place]
 
 
 class Probe(Protocol):
@@ -31,6 +40,9 @@ class Probe(Protocol):
 
     def change(self, key: bytes, /, **values: bytes | int | None) -> None:
         """Give fields of a record these values. None removes a field."""
+
+    def damages(self, field: str, value: bytes) -> Iterable[bytes | int | None]:
+        """Return what damage may make of a field of an unfinished record; None removes it."""
 
     def remove(self, key: bytes) -> None:
         """Lose a record, as a failover may."""
@@ -85,6 +97,14 @@ class RedisProbe:
                 self.client.hdel(store_key(key), field)
             else:
                 self.client.hset(store_key(key), field, value)
+
+    def damages(self, field: str, value: bytes) -> Iterable[bytes | int | None]:
+        yield from damaged(value)
+        if field in ("lease", "created", "fence"):
+            yield from (b"-1", b"nan", b"inf", b"-inf", b"1e300", b"9" * 40)
+        if field == "state":
+            yield from (b"complete", b"claimed", b"late")
+        yield None
 
     def remove(self, key: bytes) -> None:
         self.client.delete(store_key(key))
