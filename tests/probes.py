@@ -4,14 +4,16 @@ A record is shown as the fields of its hash in Redis (docs/reference/record.md),
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 from redis import Redis
 
-from oncegate.store.record import self_check
+from oncegate.store.record import Claim, self_check
 from oncegate.store.record_name import parse_record_id, store_key
 from oncegate.store.redis.records import SCAN_KEY
+from oncegate.store.redis.replies import claim_result
 from oncegate.store.redis.server import load_scripts
+from oncegate.store.results import ClaimResult
 
 Fields = dict[str, bytes]
 SCRIPTS = load_scripts()
@@ -74,8 +76,14 @@ class Probe(Protocol):
     def claim(
         self, key: bytes, tenant: bytes, token: bytes, *, fingerprint: bytes, mode: bytes, lease_ms: int,
         retention_ms: int, not_after_ms: int, window_ms: int, seen: bytes,
-    ) -> list[Any]:  # fmt: skip
-        """Claim as no proxy does. Return `claimed`, the time and the fence; or a state or `late`, and the time."""
+    ) -> ClaimResult:  # fmt: skip
+        """Claim as no proxy does, once, and return what a proxy makes of the reply."""
+
+    def save(self, key: bytes) -> object:
+        """Return the record of a key, for `restore`."""
+
+    def restore(self, key: bytes, saved: object) -> None:
+        """Give a key that is free the record that it had."""
 
 
 class RedisProbe:
@@ -137,8 +145,18 @@ class RedisProbe:
     def claim(
         self, key: bytes, tenant: bytes, token: bytes, *, fingerprint: bytes, mode: bytes, lease_ms: int,
         retention_ms: int, not_after_ms: int, window_ms: int, seen: bytes,
-    ) -> list[Any]:  # fmt: skip
+    ) -> ClaimResult:  # fmt: skip
         described = self_check(key, tenant, token, mode, fingerprint)
         args = (token, fingerprint, described, mode, lease_ms, retention_ms, not_after_ms, 65536, window_ms, seen)
         _tag, *reply = self.client.eval(SCRIPTS["claim"].body, 1, store_key(key), b"tag", *args)
-        return reply
+        claim = Claim(key, token, b"", mode, fingerprint, described, 0, lease_ms, retention_ms, retention_ms)
+        return claim_result(claim, tenant, reply, lambda _: None)
+
+    def save(self, key: bytes) -> object:
+        return self.client.dump(store_key(key)), self.client.pttl(store_key(key))
+
+    def restore(self, key: bytes, saved: object) -> None:
+        assert isinstance(saved, tuple)
+        dump, left_ms = saved
+        if dump is not None:
+            self.client.restore(store_key(key), left_ms, dump)

@@ -15,11 +15,13 @@ from oncegate.keys.digests import Digests, Scope
 from oncegate.store.record import Claim, Corrupt, Record, intact, pack, self_check
 from oncegate.store.results import (
     AppendStatus,
+    ClaimResult,
     ReadFailure,
     RenewStatus,
     ResolveStatus,
     SettleResult,
     SettleStatus,
+    Unconfirmed,
 )
 from oncegate.store.store import Store
 from tests.probes import Probe, damaged
@@ -66,10 +68,22 @@ def claim_raw(
     not_after_ms: int = 1 << 52,
     window_ms: int = 0,
     seen: bytes = b"",
-) -> list[Any]:
+) -> ClaimResult:
     """Claim with arguments that `Store.claim` does not offer."""
     who: dict[str, Any] = {"fingerprint": SAME, "mode": mode, "lease_ms": LEASE_MS, "retention_ms": RETENTION_MS}
     return probe.claim(KEY, TENANT, token, **who, not_after_ms=not_after_ms, window_ms=window_ms, seen=seen)
+
+
+def word(found: ClaimResult) -> str:
+    """Return in one word what came of a claim: that it took the key, that it came late, or the state that it found."""
+    match found:
+        case Claim():
+            return "claimed"
+        case Record():
+            return found.state.value
+        case Unconfirmed(reason="the store was reached too late"):
+            return "late"
+    raise AssertionError(found)
 
 
 def shift(probe: Probe, **by_ms: int) -> None:
@@ -512,19 +526,20 @@ async def test_a_derived_key_is_free_again_after_its_window(store, probe, state,
         probe.change(KEY, created=created_ms)
     before = probe.fields(KEY)
     late = claim_raw(probe, window_ms=window_ms, not_after_ms=probe.now_ms() - 1, seen=owner.token)
-    assert late[0].decode() == (state if state in ("unknown", "complete") else "in_flight")
+    assert word(late) == (state if state in ("unknown", "complete") else "in_flight")
     for seen in (b"", FOREIGN):  # unchecked, or checked and then replaced
-        assert claim_raw(probe, window_ms=window_ms, seen=seen)[0] == late[0]
+        assert word(claim_raw(probe, window_ms=window_ms, seen=seen)) == word(late)
     assert probe.fields(KEY) == before
-    word, _, *facts = claim_raw(probe, window_ms=window_ms, seen=owner.token)
-    assert word.decode() == result
+    found = claim_raw(probe, window_ms=window_ms, seen=owner.token)
+    assert word(found) == result
     if result != "claimed":
         assert probe.fields(KEY) == before
         return
-    assert int(facts[0]) > int(owner.fence)
+    assert isinstance(found, Claim)
+    assert int(found.fence) > int(owner.fence)
     after = probe.fields(KEY)
     assert after.keys() == {"state", "token", "fence", "mode", "fingerprint", "self", "lease", "created", "lease_ms"}
-    assert (after["token"], after["fence"]) == (FOREIGN, facts[0])
+    assert (after["token"], after["fence"]) == (FOREIGN, found.fence)
     assert started_anew(probe.left_ms(KEY), RETENTION_MS)
     assert await act(store, "store", owner, own=True) == "fenced"
 
@@ -579,9 +594,9 @@ async def test_a_claim_after_its_time_changes_nothing(store, probe, state, own, 
     owner = await at(store, probe, state, mode)
     before, left_ms = probe.fields(KEY), probe.left_ms(KEY)
     token = owner.token if own else FOREIGN
-    word = claim_raw(probe, token, mode=mode, not_after_ms=probe.now_ms() - 1)[0]
-    assert word in (b"late", before.get("state", b"complete"))
-    assert (word == b"late") == (state == "absent" or (own and state in ("in flight", "lapsed")))
+    found = word(claim_raw(probe, token, mode=mode, not_after_ms=probe.now_ms() - 1))
+    assert found in ("late", before.get("state", b"complete").decode())
+    assert (found == "late") == (state == "absent" or (own and state in ("in flight", "lapsed")))
     assert probe.fields(KEY) == before
     assert probe.left_ms(KEY) <= left_ms
     assert bool(probe.fields(KEY)) == (state != "absent")

@@ -1,19 +1,17 @@
 """The model's table is what the scripts do, and it knows every verb, state, word and ending that there is."""
 
 import re
-from collections.abc import Iterator
 from importlib.resources import files
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
-from redis import Redis
 
 from oncegate.decision import Ending, State, decide, effective_state, may_take_over
 from oncegate.messages.response_head import response_digest
 from oncegate.store.record import Claim, StoredResponse, cancelled_claim, pack, self_check, unpack
+from oncegate.store.record import Record as StoredRecord
 from oncegate.store.record_name import store_key
-from oncegate.store.redis.server import load_scripts
-from tests.conftest import Valkey
+from oncegate.store.results import ClaimResult, Unconfirmed
 from tests.model import rules
 from tests.model.rules import (
     ABSENT,
@@ -29,14 +27,14 @@ from tests.model.rules import (
     Record,
 )
 from tests.model.table import TABLE, WAYS, Call
+from tests.probes import SCRIPTS, Probe, RedisProbe
 from tests.test_lua import RECORD_VERBS, TEXTS, body, replies, section
 
-KEY, TENANT, FINGERPRINT = b"k" * 16, b"n" * 16, b"f" * 16
+KEY, TENANT, FINGERPRINT = b"k" * 24, b"n" * 16, b"f" * 16
 NAME = store_key(KEY)
 LEASE_MS, RETENTION_MS, NEVER_MS = 60_000, 3_600_000, 1 << 52
 TOKENS = {NOBODY: b"", 1: b"1" * 16, 2: b"2" * 16, OPERATOR: b"9" * 16}
 WHO = {token: who for who, token in TOKENS.items()}
-SCRIPTS = load_scripts()
 
 
 def pieces(who: int) -> tuple[bytes, bytes]:
@@ -59,61 +57,38 @@ def packed(who: int, chunks: int, kept: bool = True) -> tuple[bytes, StoredRespo
     return pack(claim_of(who, "hold"), answer), answer
 
 
-class Server:
-    """A record in a real server: put there by the scripts, changed by them, and read as the model sees it."""
+def claim_result(probe: Probe, me: int, mode: str, seen: int, late: bool) -> ClaimResult:
+    """Claim for somebody, in time or late."""
+    times: dict[str, Any] = {"lease_ms": LEASE_MS, "retention_ms": RETENTION_MS, "window_ms": 0}
+    who: dict[str, Any] = {"fingerprint": FINGERPRINT, "mode": mode.encode(), "seen": TOKENS[seen]}
+    return probe.claim(KEY, TENANT, TOKENS[me], **who, **times, not_after_ms=1 if late else NEVER_MS)
 
-    def __init__(self, client: Redis) -> None:
-        self._client = client
-        self._dumps: dict[Record, bytes | None] = {}
 
-    def put(self, record: Record) -> None:
-        """Make a record stand in the store; the first time in the way that leads to it."""
-        self._client.delete(NAME)
-        if record not in self._dumps:
-            for call in WAYS[record]:
-                self.run(call)
-            self._dumps[record] = self._client.dump(NAME)
-        elif (dump := self._dumps[record]) is not None:
-            self._client.restore(NAME, RETENTION_MS, dump)
+def stored(me: int, how: str) -> tuple[StoredResponse, bytes]:
+    """Return the answer that a settle stores, and the last piece that comes with it."""
+    first, last = pieces(me)
+    chunks = {"store": 1, "stream": 2, "bare": 0}[how]
+    return packed(me, chunks, kept=how != "bare")[1], {"store": first + last, "stream": last, "bare": b""}[how]
 
-    def record(self) -> Record:
-        """Return what stands in the store, reduced to what the model has of it."""
-        found = {name.decode(): value for name, value in self._client.hgetall(NAME).items()}
-        if not found:
-            return Record()
-        first = found.get("b0", b"")
-        if "meta" in found:
-            chunks = b"".join(found[name] for name in sorted(found) if name != "meta")
-            known = unpack(KEY, TENANT, found["meta"], None, 0)
-            answer, who = known.response, WHO[known.token]
-            held = BARE if not answer.body_stored and not chunks else WHOLE if chunks == b"".join(pieces(who)) else TORN
-            return Record(COMPLETE, who, answer=who, body=held)
-        appended = next((who for who in (1, 2) if first == pieces(who)[0]), NOBODY)
-        runs = found["state"] == b"in_flight" and int(found["lease"]) > self.now_ms()
-        mode = found.get("mode", b"").decode()
-        return Record(found["state"].decode(), WHO[found["token"]], mode, runs, appended)
 
-    def now_ms(self) -> int:
-        seconds, micros = self._client.time()
-        return seconds * 1000 + micros // 1000
+class Verbs(Protocol):
+    """The verbs of a store, called once each, without a proxy around them."""
 
-    def run(self, call: Call) -> tuple[str, list[Any]]:
-        """Run one call for real; return the word of its reply and the rest."""
+    def __call__(self, call: Call) -> str:
+        """Run a call of any verb but claim, and return the word for what came of it."""
+
+
+class Scripts:
+    """The Lua scripts on a server. Their replies begin with the model's words."""
+
+    def __init__(self, probe: RedisProbe) -> None:
+        self._client = probe.client
+
+    def __call__(self, call: Call) -> str:
         verb, _, *args = call
-        if verb == "lapse":
-            self._client.hset(NAME, "lease", self.now_ms() - 1)
-            return "", []
         words = getattr(self, f"_{verb}")(*args)
-        _tag, word, *rest = self._client.eval(SCRIPTS[str(verb)].body, 1, NAME, b"tag", *words)
-        return word.decode(), rest
-
-    # The arguments of each verb, as the model has them ...
-
-    def _claim(self, me: int, mode: str, seen: int, late: bool) -> list[Any]:
-        claim = claim_of(me, mode)
-        not_after_ms = 1 if late else NEVER_MS
-        who = [claim.token, FINGERPRINT, claim.self_check, mode]
-        return [*who, LEASE_MS, RETENTION_MS, not_after_ms, 65536, 0, TOKENS[seen]]
+        _tag, word, *_rest = self._client.eval(SCRIPTS[str(verb)].body, 1, NAME, b"tag", *words)
+        return str(word.decode())
 
     def _append(self, me: int) -> list[Any]:
         return [TOKENS[me], 0, pieces(me)[0], LEASE_MS]
@@ -127,21 +102,11 @@ class Server:
             return head
         if rules.HOW[how] == "unknown":
             claim = cancelled_claim(claim_of(me, mode)) if how == "cancelled" else claim_of(me, mode)
-            return [
-                *head,
-                claim.fence,
-                claim.mode,
-                FINGERPRINT,
-                claim.self_check,
-                claim.created_ms,
-                "no answer came",
-                0,
-            ]
-        first, last = pieces(me)
-        chunks = {"store": 1, "stream": 2, "bare": 0}[how]
-        meta, answer = packed(me, chunks, kept=how != "bare")
+            described = [claim.fence, claim.mode, FINGERPRINT, claim.self_check, claim.created_ms]
+            return [*head, *described, "no answer came", 0]
+        answer, last = stored(me, how)
         size = answer.size if answer.body_stored else 0
-        return [*head, meta, answer.digest, chunks, size, {"store": first + last, "stream": last, "bare": b""}[how]]
+        return [*head, pack(claim_of(me, "hold"), answer), answer.digest, answer.chunks, size, last]
 
     def _resolve(self, seen: int, how: str) -> list[Any]:
         if how == "release":
@@ -152,10 +117,62 @@ class Server:
         return [TOKENS[token], 0, 262144]
 
 
+class Server:
+    """A record in a real server: put there by the verbs, changed by them, and read as the model sees it."""
+
+    def __init__(self, probe: Probe, verbs: Verbs) -> None:
+        self._probe, self._verbs = probe, verbs
+        self._saved: dict[Record, object] = {}
+
+    def put(self, record: Record) -> None:
+        """Make a record stand in the store; the first time in the way that leads to it."""
+        self._probe.remove(KEY)
+        if record in self._saved:
+            self._probe.restore(KEY, self._saved[record])
+            return
+        for call in WAYS[record]:
+            self.run(call)
+        self._saved[record] = self._probe.save(KEY)
+
+    def record(self) -> Record:
+        """Return what stands in the store, reduced to what the model has of it."""
+        found = self._probe.fields(KEY)
+        if not found:
+            return Record()
+        first = found.get("b0", b"")
+        if "meta" in found:
+            chunks = b"".join(found[name] for name in sorted(found) if name != "meta")
+            known = unpack(KEY, TENANT, found["meta"], None, 0)
+            answer, who = known.response, WHO[known.token]
+            held = BARE if not answer.body_stored and not chunks else WHOLE if chunks == b"".join(pieces(who)) else TORN
+            return Record(COMPLETE, who, answer=who, body=held)
+        appended = next((who for who in (1, 2) if first == pieces(who)[0]), NOBODY)
+        runs = found["state"] == b"in_flight" and int(found["lease"]) > self._probe.now_ms()
+        mode = found.get("mode", b"").decode()
+        return Record(found["state"].decode(), WHO[found["token"]], mode, runs, appended)
+
+    def run(self, call: Call) -> tuple[str, StoredRecord | None]:
+        """Run one call for real; return the word for what came of it, and the record that a claim was told of."""
+        verb, _, *args = call
+        if verb == "lapse":
+            self._probe.change(KEY, lease=self._probe.now_ms() - 1)
+            return "", None
+        if verb != "claim":
+            return self._verbs(call), None
+        match claim_result(self._probe, *args):
+            case Claim():
+                return "claimed", None
+            case StoredRecord() as found:
+                return "told", found
+            case Unconfirmed():
+                return "late", None
+        raise AssertionError(call)
+
+
 @pytest.fixture
-def server(valkey: Valkey) -> Iterator[Server]:
-    with valkey.client() as client:
-        yield Server(client)
+def server(probe: Probe) -> Server:
+    assert isinstance(probe, RedisProbe)
+    return Server(probe, Scripts(probe))
 
 
 def test_what_is_tried():
@@ -175,10 +192,9 @@ def test_a_script_does_what_the_model_says(server, verb):
         word, became = TABLE[call]
         server.put(call[1])
         assert server.record() == call[1]
-        said, rest = server.run(call)
-        if verb == "claim" and said not in ("claimed", "late"):
-            assert tells(said, rest) == (rules.told(call[1]), rules.is_open(call[1], "hold", frozenset()))
-            said = "told"
+        said, found = server.run(call)
+        if found is not None:
+            assert tells(found) == (rules.told(call[1]), rules.is_open(call[1], "hold", frozenset()))
         assert (said, server.record()) == (word, became), call
         seen.add(word)
     assert seen == rules.WORDS[verb] - NOT_MET.get(verb, set())
@@ -188,15 +204,11 @@ def test_a_script_does_what_the_model_says(server, verb):
 NOT_MET = {"append": {"torn"}}
 
 
-def tells(state: str, rest: list[Any]) -> tuple[str, bool]:
+def tells(found: StoredRecord) -> tuple[str, bool]:
     """Return what the proxy makes of a claim's reply about somebody else's record: what is said, whether it is open."""
-    if state == "complete":
-        _now_ms, meta, _body = rest
-        answer = unpack(KEY, TENANT, meta, None, 0).response
-        return decide(State.COMPLETE, True, answer.body_stored).value, may_take_over(State.COMPLETE, True, b"", False)
-    _now_ms, _token, _fence, mode, _fingerprint, _self, left_ms, _created, _status = rest
-    now = effective_state(State(state), left_ms)
-    return decide(now, True, False).value, may_take_over(now, True, mode, False)
+    kept = found.response is not None and found.response.body_stored
+    now = effective_state(found.state, found.lease_left_ms)
+    return decide(now, True, kept).value, may_take_over(now, True, found.mode, False)
 
 
 def test_the_model_has_every_word():
