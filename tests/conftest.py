@@ -20,6 +20,7 @@ from redis import Redis
 from oncegate.server.embedded import find_server
 from tests.parts import Proxy, RawUpstream, standing_upstream
 from tests.postgres_database import Database
+from tests.postgres_probe import PostgresProbe
 from tests.probes import Probe, RedisProbe
 from tests.zygote import Forked, Zygote, standing_proxy
 
@@ -171,9 +172,12 @@ def shared_redis() -> Iterator[Valkey]:
     server.close()
 
 
-@pytest.fixture(params=REDIS_KINDS)
+@pytest.fixture(params=[*REDIS_KINDS, "postgres"])
 def probe(request: pytest.FixtureRequest) -> Iterator[Probe]:
     """An empty store of each kind."""
+    if request.param == "postgres":
+        yield PostgresProbe(request.getfixturevalue("database"))
+        return
     server: Valkey = request.getfixturevalue(f"shared_{request.param}")
     with server.client() as client:
         client.flushall()

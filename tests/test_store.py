@@ -784,11 +784,11 @@ async def test_what_an_operator_decides(store, probe, state, how):
 
 
 async def test_a_settle_and_a_decision_at_once(store, probe):
-    """Of a settle and a decision at once, exactly one changes the record, hundreds of times over."""
+    """Of a settle and a decision at once, exactly one changes the record, a hundred times over."""
     won = {SettleStatus.STORED: 0, SettleStatus.FENCED: 0}
     outcomes = ((SettleStatus.STORED, ResolveStatus.COMPLETE), (SettleStatus.FENCED, ResolveStatus.RESOLVED))
     async with connected(probe.url) as desk:
-        for n in range(300):
+        for n in range(100):
             key = Digests(b"").key(SCOPE, b"race-%d" % n)
             owner = await claimed(store, key=key)
             meta = pack(replace(owner, token=desk.token()), answer(b"by hand"))

@@ -8,10 +8,12 @@ import pytest
 
 from oncegate.decision import Ending, State, decide, effective_state, may_take_over
 from oncegate.messages.response_head import response_digest
+from oncegate.store.postgres import rows
 from oncegate.store.record import Claim, StoredResponse, cancelled_claim, pack, self_check, unpack
 from oncegate.store.record import Record as StoredRecord
 from oncegate.store.record_name import store_key
 from oncegate.store.results import ClaimResult, Unconfirmed
+from oncegate.store.stages import SENT
 from tests.model import rules
 from tests.model.rules import (
     ABSENT,
@@ -27,6 +29,7 @@ from tests.model.rules import (
     Record,
 )
 from tests.model.table import TABLE, WAYS, Call
+from tests.postgres_probe import ACTOR, PostgresProbe
 from tests.probes import SCRIPTS, Probe, RedisProbe
 from tests.test_lua import RECORD_VERBS, TEXTS, body, replies, section
 
@@ -117,6 +120,53 @@ class Scripts:
         return [TOKENS[token], 0, 262144]
 
 
+# By a function's tags, as its contract in 0001.sql has them.
+TAGS = {
+    "renew": {1: "renewed", 2: "absent", 3: "unknown", 4: "complete", 5: "fenced"},
+    "append": {1: "appended", 2: "absent", 3: "torn", 4: "complete", 5: "fenced"},
+    "settle": {1: "stored", 2: "released", 3: "unknown", 4: "torn", 5: "complete", 6: "fenced"},
+    "resolve": {1: "resolved", 2: "absent", 3: "released", 4: "complete", 5: "fenced"},
+    "read": {1: "chunks", 2: "gone", 3: "torn"},
+}
+
+
+class Functions:
+    """The functions of a database. Their tags stand for the model's words."""
+
+    def __init__(self, probe: PostgresProbe) -> None:
+        self._probe = probe
+
+    def __call__(self, call: Call) -> str:
+        verb, _, *args = call
+        return TAGS[str(verb)][getattr(self, f"_{verb}")(*args)]
+
+    def _append(self, me: int) -> int:
+        args = (KEY, TOKENS[me], 0, pieces(me)[0], LEASE_MS)
+        return int(self._probe.sql("SELECT append_1($1, $2, $3, $4, $5)", *args)[0][0])
+
+    def _renew(self, me: int) -> int:
+        return int(self._probe.call(rows.RENEW, (KEY, TOKENS[me], LEASE_MS, rows.STAGES[SENT]))["tag"])
+
+    def _settle(self, me: int, mode: str, how: str) -> int:
+        claim = cancelled_claim(claim_of(me, mode)) if how == "cancelled" else claim_of(me, mode)
+        if how == "release":
+            row = rows.release_row(claim)
+        elif rules.HOW[how] == "unknown":
+            row = rows.unknown_row(claim, "no answer came", 0)
+        else:
+            row = rows.store_row(claim_of(me, "hold"), *stored(me, how))
+        return int(self._probe.call(rows.SETTLE, row)["tag"])
+
+    def _resolve(self, seen: int, how: str) -> int:
+        meta, body = (packed(OPERATOR, 1)[0], b"".join(pieces(OPERATOR))) if how == "answer" else (None, None)
+        decision = (KEY, TOKENS[seen], TOKENS[OPERATOR], 8, meta, body, None, RETENTION_MS, 0, 200)
+        places = ", ".join(f"${number}" for number in range(1, 14))
+        return int(self._probe.sql(f"SELECT resolve_1({places})", *decision, ACTOR, True, b"")[0][0])
+
+    def _read(self, token: int) -> int:
+        return int(self._probe.sql("SELECT tag FROM read_1($1, $2, $3, $4)", KEY, TOKENS[token], 0, 262144)[0][0])
+
+
 class Server:
     """A record in a real server: put there by the verbs, changed by them, and read as the model sees it."""
 
@@ -132,6 +182,7 @@ class Server:
             return
         for call in WAYS[record]:
             self.run(call)
+        assert self.record() == record
         self._saved[record] = self._probe.save(KEY)
 
     def record(self) -> Record:
@@ -170,9 +221,8 @@ class Server:
 
 
 @pytest.fixture
-def server(probe: Probe) -> Server:
-    assert isinstance(probe, RedisProbe)
-    return Server(probe, Scripts(probe))
+def server(probe: RedisProbe | PostgresProbe) -> Server:
+    return Server(probe, Scripts(probe) if isinstance(probe, RedisProbe) else Functions(probe))
 
 
 def test_what_is_tried():
@@ -191,7 +241,6 @@ def test_a_script_does_what_the_model_says(server, verb):
     for call in (call for call in TABLE if call[0] == verb):
         word, became = TABLE[call]
         server.put(call[1])
-        assert server.record() == call[1]
         said, found = server.run(call)
         if found is not None:
             assert tells(found) == (rules.told(call[1]), rules.is_open(call[1], "hold", frozenset()))

@@ -170,6 +170,10 @@ class Claims:
             return reply
         row, _ = reply
         self._servers.note_time(row["now"])
+        if row["tag"] == rows.RESTARTS:
+            # Takes nothing, as it is late, but lets the lease begin anew.
+            deadline = self._loop.time() + self._timeout_s * share
+            await self._batches.take(rows.take_row(unowned, 0, row["owner"], 0), deadline).reply
         return rows.peeked(unowned, tenant, row)
 
     # Open records ...

@@ -92,8 +92,12 @@ SETTLE = Verb(
 _MODES = {b"": 0, HOLD: 1, RETRY: 2, CANCELLED: 3}
 MODE_OF = {number: mode for mode, number in _MODES.items()}
 STAGES: Mapping[Stage, int] = {CLAIMED: 1, SENT: 2, RESPONSE_BEGUN: 3}
-# By the tag of claim_1. The second is a record in flight whose lease ends later than a whole one from now.
-_STATES = {tag: state.value.encode() for tag, state in ((1, State.IN_FLIGHT), (8, State.IN_FLIGHT), (2, State.UNKNOWN))}
+# The tag of a record in flight whose lease ends later than a whole one from now, because the clock stepped back.
+RESTARTS = 8
+# By the tag of claim_1.
+_STATES = {
+    tag: state.value.encode() for tag, state in ((1, State.IN_FLIGHT), (RESTARTS, State.IN_FLIGHT), (2, State.UNKNOWN))
+}
 # Events of the audit trail that a settle writes.
 STORED, RELEASED, UNKNOWN, CANCELLATION, WITHDRAWN = 4, 5, 6, 7, 8
 
@@ -154,7 +158,7 @@ def claim_result(claim: Claim, tenant: bytes, row: Mapping[str, Any]) -> ClaimRe
     if tag == 7:
         return BUSY
     owner = row["owner"]
-    if tag in (4, 8) or (tag == 1 and owner == claim.token):
+    if tag in (4, RESTARTS) or (tag == 1 and owner == claim.token):
         return Takeable(owner)
     return _running(claim, tenant, row)
 

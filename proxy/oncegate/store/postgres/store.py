@@ -251,9 +251,17 @@ class PostgresStore:
         return await self._resolve(key, token, operator, int(fence), None, None, None, 0, 0, 0)
 
     async def _resolve(self, *args: object) -> ResolveStatus:
+        """Decide, again while another transaction holds the record: it ends soon, and nothing was changed."""
         tail = (self._prefix, self._is_audited, self._pads)
-        reply = await self._ask("resolve", Level.CLAIM, _RESOLVE, (*args, *tail))
-        return rows.resolve_status(reply[0]["tag"]) if isinstance(reply, list) else ResolveStatus.UNCONFIRMED
+        ends, pause_s = self._loop.time() + self._timeout_s, MIN_PAUSE_S
+        while True:
+            reply = await self._ask("resolve", Level.CLAIM, _RESOLVE, (*args, *tail), ends)
+            if not isinstance(reply, list):
+                return ResolveStatus.UNCONFIRMED
+            if (tag := reply[0]["tag"]) != BUSY_TAG or self._loop.time() + pause_s >= ends:
+                return rows.resolve_status(tag)
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, MAX_PAUSE_S)
 
     async def _ask(
         self, verb: str, level: Level, statement: str, args: tuple[object, ...], ends: float = float("inf")

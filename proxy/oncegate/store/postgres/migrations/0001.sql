@@ -152,7 +152,7 @@ CREATE OR REPLACE FUNCTION is_free(
 $$;
 
 -- The tag of a record in the results of claim_1 and take_1: its state, or 4 free, 5 expired, 8 in flight with a lease
--- that is longer than a whole one, because the clock stepped back.
+-- that is longer than a whole one, because the clock stepped back, 9 a state that nobody knows.
 CREATE OR REPLACE FUNCTION tag_of(
     state smallint, created bigint, lease bigint, lease_ms int, expires bigint, frees bigint, now bigint
 ) RETURNS int LANGUAGE sql IMMUTABLE AS $$
@@ -160,7 +160,8 @@ CREATE OR REPLACE FUNCTION tag_of(
         WHEN is_free(state, created, lease, lease_ms, frees, now) THEN 4
         WHEN state = 3 AND expires <= now THEN 5
         WHEN state = 1 AND lease - now > lease_ms THEN 8
-        ELSE state
+        WHEN state IN (1, 2, 3, 5) THEN state
+        ELSE 9
     END
 $$;
 
@@ -274,10 +275,12 @@ BEGIN
             r.expires AS r_expires, r.frees AS r_frees, r.status AS r_status, r.meta AS r_meta, r.body AS r_body,
             r.audit_at AS r_audit_at, u.key = ANY (locked) AS is_locked,
             CASE
-                WHEN u.key <> ALL (locked) OR r.token <> u.expected OR began > u.not_after THEN 'keep'
-                WHEN r.state = 1 AND r.token = u.token THEN 'extend'
-                WHEN is_free(r.state, r.created, r.lease, r.lease_ms, r.frees, began) THEN 'claim'
+                WHEN u.key <> ALL (locked) OR r.token <> u.expected THEN 'keep'
+                WHEN r.state = 1 AND r.token = u.token AND began <= u.not_after THEN 'extend'
+                -- Also for one who claims nothing: else nobody would see the end of the lease while duplicates wait.
                 WHEN r.state = 1 AND r.lease - began > r.lease_ms THEN 'restart'
+                WHEN began > u.not_after THEN 'keep'
+                WHEN is_free(r.state, r.created, r.lease, r.lease_ms, r.frees, began) THEN 'claim'
                 WHEN r.state = 3 AND u.window_ms > 0 AND r.created + u.window_ms < began THEN 'take'
                 WHEN (r.state = 2 OR r.state = 1 AND r.lease <= began) AND r.mode = 2 AND r.fingerprint = u.fingerprint
                 THEN 'take'
@@ -399,7 +402,7 @@ BEGIN
                 WHEN u.event = 4 AND u.body IS NULL AND u.chunk_count > 0
                     AND (coalesce(r.chunks, 0) <> u.chunk_count - (u.tail IS NOT NULL)::int
                         OR coalesce(r.bytes, 0) + coalesce(octet_length(u.tail), 0) <> u.size)
-                    AND NOT (u.chunk_count = 1 AND octet_length(u.tail) = u.size) THEN 4
+                    AND NOT (u.chunk_count = 1 AND coalesce(octet_length(u.tail), -1) = u.size) THEN 4
                 ELSE 0
             END AS verdict
         FROM unnest(keys, locks, tokens, events, retentions, tombstones, statuses, fences, createds, modes, fingerprints,
