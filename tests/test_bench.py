@@ -6,17 +6,22 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 from xml.etree import ElementTree
 
+import asyncpg
 import pytest
 
-from loadtest.bench import contenders, keys, tools
+from loadtest.bench import contenders, keys, postgres, tools
 from loadtest.bench.extras import goals
 from loadtest.bench.machine import ROOT, Process, family, share, two_cores
 from loadtest.bench.plot import write_plot
 from loadtest.bench.scenarios import SCENARIOS, Run
 from loadtest.bench.table import Figure, Table, write_csv
+from loadtest.ports import free_port
+from tests.parts import answering, ask, request
+from tests.postgres_server import Server, shared_url
 
 
 def run(
@@ -73,6 +78,59 @@ def test_goals():
     assert found["execution: requests a second, of obvious's"].met
     assert not found["execution: CPU a request, of nginx+lua's"].met
     assert "MISSED" in found["execution: CPU a request, of nginx+lua's"].line()
+
+
+def test_goals_of_durable_stores():
+    """Each callers' figure compares what was measured with as many, and says both values and how slow the disk was."""
+    runs = [
+        *(
+            run(name, rate, 100.0, many=many)
+            for many in (32, 256)
+            for name, rate in (("oncegate", 4000.0), ("recipe", 1e3))
+        ),
+        run("redis-sync", 6000.0, 50.0),
+    ]
+    faster, slower, of_redis, _ = postgres.RATIOS
+    found = postgres.compared(Table(runs), 32, faster, 2.5)
+    assert (found.value, found.met) == (4, True)
+    assert "4000 and 1000 a second; heads repeat, fdatasync 2.5 ms" in found.line()
+    assert postgres.compared(Table(runs), 32, of_redis, 2.5).met
+    assert postgres.compared(Table([*runs, run("oncegate", 100.0, 1.0, many=256)] * 3), 256, slower, 1.0).met
+
+
+async def test_the_recipe_claims_and_replays(upstream):
+    """The peer on PostgreSQL does the job that it is measured at: the second request is answered from the table."""
+    upstream.script = answering(b"HTTP/1.1 201 Made\r\nContent-Length: 2\r\nX-Id: 7\r\n\r\nok")
+    port, schema = free_port(), f"recipe_{uuid.uuid4().hex}"
+    connection = await asyncpg.connect(shared_url())
+    await connection.execute(f"CREATE SCHEMA {schema}")
+    peer = Process(
+        two_cores().proxy,
+        *(sys.executable, "-m", "loadtest.peers.obvious_postgres"),
+        *(port, upstream.url, f"{shared_url()}?search_path={schema}"),
+    )
+    try:
+        peer.await_port(port)
+        for replayed in (None, b"true"):
+            answer = await ask(port, request())
+            assert (answer.status, answer.body, answer.header("x-id")) == (201, b"ok", b"7")
+            assert answer.header("idempotent-replayed") == replayed
+    finally:
+        peer.stop()
+        await connection.execute(f"DROP SCHEMA {schema} CASCADE")
+        await connection.close()
+    assert len(upstream.received) == 1
+
+
+@pytest.mark.full
+async def test_what_a_store_in_postgres_writes():
+    """The goals for WAL and for HOT updates, on a server that nobody else uses."""
+    server = Server.started(postgres.OPTIONS)
+    try:
+        rows = await postgres.measure_rows(server.url)
+    finally:
+        server.close()
+    assert [figure.name for figure in postgres.of_rows(rows) if not figure.met] == []
 
 
 def test_files(tmp_path):

@@ -42,10 +42,11 @@ def open_site(cores: Cores) -> Site:
     return Site(cores, upstream, events, open_redis(cores))
 
 
-def open_redis(cores: Cores) -> Running:
-    """Start a Redis as the contenders use it: in memory alone."""
+def open_redis(cores: Cores, *, durable: bool = False) -> Running:
+    """Start a Redis as the contenders use it, in memory alone; a `durable` one syncs each write before it replies."""
     server = shutil.which("redis-server") or "valkey-server"
-    options = ("--bind", "127.0.0.1", "--save", "", "--appendonly", "no")
+    options = ["--bind", "127.0.0.1", "--save", "", "--appendonly", "yes" if durable else "no"]
+    options += ["--appendfsync", "always", "--auto-aof-rewrite-percentage", "0"] if durable else []
     return _listening(lambda port: Process(cores.other, server, "--port", port, *options))
 
 
@@ -130,6 +131,11 @@ def _python_peer(site: Site, name: str, *arguments: str) -> Running:
     upstream = f"http://127.0.0.1:{site.upstream.port}"
     module = f"loadtest.peers.{name}"
     return _listening(lambda port: Process(site.cores.proxy, PYTHON, "-m", module, port, upstream, *arguments))
+
+
+def obvious_postgres(site: Site, database: str) -> Running:
+    """aiohttp, its client and asyncpg, with the recipe of most articles."""
+    return _python_peer(site, "obvious_postgres", database)
 
 
 def nginx_lua(site: Site) -> Running:

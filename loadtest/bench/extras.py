@@ -13,6 +13,7 @@ from typing import Any
 from loadtest.bench import contenders, scenarios, wrk
 from loadtest.bench.contenders import Running, Site, await_ready
 from loadtest.bench.machine import PYTHON, ROOT, pinned
+from loadtest.bench.postgres import postgres
 from loadtest.bench.redis import command, fill, raw_answer_bytes
 from loadtest.bench.table import Figure, Table
 from loadtest.bench.workers import workers
@@ -266,6 +267,7 @@ EXTRAS: dict[str, Callable[[Site, bool], list[Figure]]] = {
     "thousand-streams": thousand_streams,
     "workers": workers,
     "full-store": full_store,
+    "postgres": postgres,
     "record": record,
     "start": start,
 }

@@ -1,11 +1,11 @@
--- For wrk: wrk ... URL PATH KEY unique|same|new AUTHORIZATION BODY. A request's text is made once; only the key changes,
--- and with new a field beside it, so that no head comes twice.
-local head, tail, unique, new, n
+-- For wrk: wrk ... URL PATH KEY unique|same|new|many AUTHORIZATION BODY. A request's text is made once; only the key
+-- changes, and with new a field beside it, so that no head comes twice. With many the same 500 keys come in turns.
+local head, tail, unique, new, n, most
 
 function init(args)
   local path, key, body
   path, key, unique, body, n = args[1], args[2], args[3] ~= "same", args[5], 0
-  new = args[3] == "new"
+  new, most = args[3] == "new", args[3] == "many" and 500 or math.huge
   head = "POST " .. path .. " HTTP/1.1\r\nHost: " .. wrk.host .. ":" .. wrk.port ..
     "\r\nContent-Type: application/json\r\nAuthorization: " .. args[4]
   if key ~= "" then head = head .. "\r\nIdempotency-Key: " .. key end
@@ -14,7 +14,7 @@ end
 
 function request()
   if not unique then return head .. tail end
-  n = n + 1
+  n = n < most and n + 1 or 1
   return head .. "-" .. n .. (new and "\r\nX-Request-Id: " .. n or "") .. tail
 end
 

@@ -85,7 +85,7 @@ class Process:
             self._popen = subprocess.Popen(
                 [str(word) for word in command],
                 cwd=self.folder,
-                env={"PATH": os.environ.get("PATH", ""), "PYTHONPATH": str(ROOT), **(env or {})},
+                env={"PATH": os.environ.get("PATH", ""), "PYTHONPATH": f"{ROOT / 'proxy'}:{ROOT}", **(env or {})},
                 stdout=log,
                 stderr=log,
                 preexec_fn=pinned(cores),

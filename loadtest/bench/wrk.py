@@ -7,6 +7,7 @@ from typing import NamedTuple
 from loadtest.bench.machine import pinned
 
 SCRIPT = Path(__file__).with_name("load.lua")
+MANY = 500
 CHARGE = b'{"amount":2000,"currency":"usd","source":"tok_visa"}'
 AUTHORIZATION = "Bearer sk_test_4eC39HqLyjWDarjtT1zdp7dc"
 
@@ -26,7 +27,7 @@ def run(port: int, path: str, key: str, *, mode: str, seconds: int, connections:
     """Send charges for `seconds`.
 
     `key` empty: without a key. Otherwise `mode` decides: the same key each time, another one each time (`unique`), or
-    another one under a head of which more is new each time (`new`).
+    another one under a head of which more is new each time (`new`), or MANY keys in turns (`many`).
     """
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "10s", "-s", str(SCRIPT)]
     words = [path, key, mode, AUTHORIZATION, CHARGE.decode()]
