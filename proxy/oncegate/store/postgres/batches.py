@@ -9,10 +9,10 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from oncegate.store.postgres.durability import Level
+from oncegate.store.postgres.connections.durability import Level
+from oncegate.store.postgres.connections.session import Answer, Lost, Refused, Session
 from oncegate.store.postgres.rows import Row, Verb
 from oncegate.store.postgres.servers import Servers
-from oncegate.store.postgres.session import Answer, Lost, Refused, Session
 from oncegate.store.results import Forbidden, NotAttempted, StoreFull, Unconfirmed
 
 MOST_ROWS, MOST_BYTES = 128, 262_144

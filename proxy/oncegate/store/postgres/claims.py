@@ -15,7 +15,7 @@ from dataclasses import replace
 from oncegate.decision import State, effective_state, may_take_over
 from oncegate.store.postgres import rows
 from oncegate.store.postgres.batches import Batches, Call, Sent
-from oncegate.store.postgres.durability import Level
+from oncegate.store.postgres.connections.durability import Level
 from oncegate.store.postgres.rows import BUSY, Row, Takeable, Verb
 from oncegate.store.postgres.servers import Servers
 from oncegate.store.record import Claim, Corrupt, Record

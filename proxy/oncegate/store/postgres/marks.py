@@ -1,6 +1,6 @@
 """Marks in a table that is not logged: a crash empties it, and a standby has none of it."""
 
-from oncegate.store.postgres.durability import Level
+from oncegate.store.postgres.connections.durability import Level
 from oncegate.store.postgres.records import fetch
 from oncegate.store.postgres.servers import Servers
 from oncegate.store.record_view import StoreError

@@ -6,10 +6,10 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from oncegate.keys.digests import KEY_DIGEST_BYTES
-from oncegate.store.postgres.durability import Level
+from oncegate.store.postgres.connections.durability import Level
+from oncegate.store.postgres.connections.session import Lost, Refused
 from oncegate.store.postgres.rows import MODE_OF, STAGES
 from oncegate.store.postgres.servers import Servers
-from oncegate.store.postgres.session import Lost, Refused
 from oncegate.store.record import PREFIX_BYTES
 from oncegate.store.record_name import record_id
 from oncegate.store.record_view import RecordView, StoreError, read_fields

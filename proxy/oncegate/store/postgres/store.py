@@ -14,12 +14,12 @@ from oncegate.keys.digests import Scope
 from oncegate.store.postgres import rows
 from oncegate.store.postgres.batches import Batches
 from oncegate.store.postgres.claims import MAX_PAUSE_S, MIN_PAUSE_S, ClaimBatches, Claims
-from oncegate.store.postgres.durability import Level
+from oncegate.store.postgres.connections.durability import Level
+from oncegate.store.postgres.connections.session import Lost, Refused
 from oncegate.store.postgres.marks import PostgresMarks
 from oncegate.store.postgres.records import PostgresRecords
 from oncegate.store.postgres.rows import BUSY_TAG, READ_BYTES, ROW_BYTES, Row, Verb
 from oncegate.store.postgres.servers import Servers, ServersConfig
-from oncegate.store.postgres.session import Lost, Refused
 from oncegate.store.record import (
     PREFIX_BYTES,
     Claim,
@@ -81,7 +81,6 @@ class PostgresStore:
                 breaker_opened=config.breaker_opened,
                 member=member,
                 max_bytes=options.max_bytes,
-                resolver=config.resolver,
             )
         )
         self._is_audited, self._pads = options.audit, hmac_pads(options.audit_key)
@@ -132,26 +131,26 @@ class PostgresStore:
         return self._servers.not_ready_reason()
 
     def notice(self) -> str | None:
-        return self._servers.notice()
+        return self._servers.health.notice()
 
     def full(self) -> bool:
-        return self._servers.memory_ratio > FULL_RATIO
+        return self._servers.health.memory_ratio > FULL_RATIO
 
     @property
     def memory_ratio(self) -> float:
-        return self._servers.memory_ratio
+        return self._servers.health.memory_ratio
 
     @property
     def rules_differ(self) -> bool:
-        return self._servers.rules_differ
+        return self._servers.health.rules_differ
 
     @property
     def refuses_new(self) -> bool:
-        return self._servers.is_full
+        return self._servers.health.is_full
 
     @property
     def quarantine_left_s(self) -> float:
-        return self._servers.quarantine_left_s
+        return self._servers.health.quarantine_left_s
 
     @property
     def broken(self) -> bool:

@@ -111,7 +111,8 @@ CREATE INDEX IF NOT EXISTS audit_at ON audit USING brin (at) WITH (pages_per_ran
 CREATE SEQUENCE IF NOT EXISTS fence;
 SELECT setval('fence', greatest((SELECT last_value FROM fence), (extract(epoch FROM clock_timestamp()) * 1000000)::bigint));
 
--- The proxies that write here: `prefix` begins their tokens, `name` tells operators who they are.
+-- The proxies that write here: `prefix` begins their tokens, `name` tells operators who they are, `counter` must never
+-- fall. `settings` and `rules` say how they name keys; `identity` is the digest of the settings.
 CREATE TABLE IF NOT EXISTS proxy (
     prefix       bytea  PRIMARY KEY,
     counter      bigint NOT NULL,
@@ -580,5 +581,74 @@ BEGIN
         VALUES (partition_day('audit', (began / 86400000)::int), began, r.audit_no + 1, r.audit_at, r.fence, size, status, event, resolve_1.key, resolve_1.token, actor, digest);
     END IF;
     RETURN CASE event WHEN 9 THEN 1 ELSE 3 END;
+END
+$$;
+
+-- One row: the data set, the run of the server that it was last seen on, and the end of its quarantine.
+CREATE TABLE IF NOT EXISTS epoch (
+    place smallint PRIMARY KEY DEFAULT 1 CHECK (place = 1),
+    id    bytea    NOT NULL,
+    run   bytea    NOT NULL,
+    until bigint   NOT NULL
+);
+
+-- What one proxy says of itself to the others, and what it is told. It writes its rules, its counter, and its settings
+-- (`mode` 1: only if others have the same, 2: if they or none have settings, 3: in any case).
+-- `run` names the run of the server; empty: another run has lost nothing. `begins`: the caller has found a loss.
+-- agreement: same, accepted, free, or differs with the settings of others. before: the counter as it was.
+CREATE OR REPLACE FUNCTION inspect_1(
+    prefix bytea, name bytea, counter bigint, retention bigint, identity bytea, settings bytea, mode int,
+    rules bytea, live bigint, fresh bytea, run bytea, quarantine bigint, begins boolean,
+    OUT agreement bytea[], OUT rules_differ boolean, OUT is_founded boolean, OUT is_moved boolean, OUT epoch bytea,
+    OUT left_ms bigint, OUT before bigint
+) LANGUAGE plpgsql VOLATILE AS $$
+DECLARE
+    began bigint := now_ms();
+    known epoch%ROWTYPE;
+    others bytea[];
+    is_known boolean;
+    agrees boolean;
+BEGIN
+    INSERT INTO epoch (id, run, until) VALUES (fresh, inspect_1.run, began + quarantine) ON CONFLICT DO NOTHING;
+    is_founded := FOUND;
+    SELECT * INTO known FROM epoch;
+    is_moved := inspect_1.run <> '' AND known.run <> '' AND known.run <> inspect_1.run;
+    IF is_moved OR begins OR known.run = '' AND inspect_1.run <> '' THEN
+        UPDATE epoch AS e SET run = inspect_1.run,
+            until = CASE WHEN is_moved OR begins THEN greatest(e.until, began + quarantine) ELSE e.until END
+        RETURNING e.* INTO known;
+    END IF;
+    inspect_1.epoch := known.id;
+    -- An end further off than a whole quarantine means that the clock stepped back.
+    left_ms := least(greatest(known.until - began, 0), quarantine);
+
+    SELECT p.counter, p.identity = inspect_1.identity INTO before, is_known FROM proxy p WHERE p.prefix = inspect_1.prefix;
+    IF is_known IS NOT TRUE THEN
+        -- One proxy at a time writes settings for the first time, and sees what those before it wrote.
+        PERFORM FROM epoch FOR UPDATE;
+        DELETE FROM proxy p WHERE began - p.at_ms > p.retention_ms AND p.prefix <> inspect_1.prefix;
+    END IF;
+    -- Settings by which no record is named any more are gone with their proxies.
+    SELECT coalesce(array_agg(DISTINCT p.settings) FILTER (WHERE p.identity <> inspect_1.identity), '{}'),
+           coalesce(bool_or(p.identity = inspect_1.identity), false)
+    INTO others, is_known
+    FROM proxy p WHERE began - p.at_ms <= p.retention_ms AND p.identity IS NOT NULL AND p.prefix <> inspect_1.prefix
+        OR p.prefix = inspect_1.prefix AND p.identity = inspect_1.identity;
+    IF NOT is_known AND others <> '{}' AND mode <> 3 THEN
+        agreement := array_prepend('differs'::bytea, others);
+    ELSIF NOT is_known AND others = '{}' AND mode = 1 THEN
+        agreement := ARRAY['free'::bytea];
+    ELSE
+        agrees := true;
+        agreement := ARRAY[CASE WHEN is_known OR others = '{}' THEN 'same' ELSE 'accepted' END::bytea];
+    END IF;
+    rules_differ := EXISTS (SELECT FROM proxy p WHERE p.prefix <> inspect_1.prefix AND p.rules <> inspect_1.rules
+        AND began - p.at_ms BETWEEN -live AND live);
+    INSERT INTO proxy (prefix, counter, name, retention_ms, at_ms, identity, settings, rules)
+    VALUES (inspect_1.prefix, inspect_1.counter, inspect_1.name, retention, began,
+        CASE WHEN agrees THEN inspect_1.identity END, CASE WHEN agrees THEN inspect_1.settings END, inspect_1.rules)
+    ON CONFLICT ON CONSTRAINT proxy_pkey DO UPDATE SET counter = excluded.counter, name = excluded.name,
+        retention_ms = excluded.retention_ms, at_ms = began, identity = excluded.identity, settings = excluded.settings,
+        rules = excluded.rules;
 END
 $$;
