@@ -4,7 +4,8 @@
 - `plan`: the requests and the upstream's responses, computed from the seed alone;
 - `wire`, `client`: clients that retry, race, disconnect and reuse keys, and log every response;
 - `upstream`: the API behind the proxy; it logs every execution, and responds well or badly;
-- `parts`: the processes; `faults`: what breaks, and when; `run`: all of it together;
+- `parts`: the processes; `redis_stores`, `postgres_stores`: the store and how it breaks; `faults`: what else does, and
+  when; `run`: all of it together;
 - `watch`: detects times in which the machine itself stalled a process;
 - `check`: the judge. It imports nothing of the above. It reads only the logs of clients and upstream, the list of
   faults, and the proxies' reports of lost claims;

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import uvloop
 
-from loadtest.chaos.run import Plan, run
+from loadtest.chaos.run import STORES, Plan, run
 
 
 def plan() -> Plan:
@@ -21,8 +21,10 @@ def plan() -> Plan:
     parser.add_argument("--clients", type=int, default=2, help="processes")
     parser.add_argument("--workers", type=int, default=64, help="operations at a time, for each of them")
     parser.add_argument("--sample", type=int, default=5000, help="keys that each asks for again at the end")
-    parser.add_argument("--failover", action="store_true", help="the store has a standby that may lag behind")
-    parser.add_argument("--durability", default="memory", help="ONCEGATE_DURABILITY")
+    parser.add_argument("--store", default="redis", choices=STORES)
+    parser.add_argument("--failover", action="store_true", help="the store has a standby that takes over")
+    parser.add_argument("--durability", default="", help="ONCEGATE_DURABILITY; without it what suits the store")
+    parser.add_argument("--kinds", nargs="*", default=(), help="these faults alone")
     parser.add_argument("--folder", type=Path, default=Path("build/chaos"), help="is emptied first")
     told = parser.parse_args()
     told.folder = told.folder.absolute()

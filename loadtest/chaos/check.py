@@ -36,6 +36,8 @@ CLEAN_ENDS = ("upstream-kill", "upstream-link-end", "upstream-link-cut-after", "
 
 # What a store's loss may lead to. An answer lost leaves its claim, so that nothing is executed again.
 EXCUSES = {"claims": ("I1", "I2", "I6", "I7", "I9", "I10"), "answers": ("I2", "I10")}
+# A store that promises to lose claims alone says nothing of an answer that was on one server: its key becomes unknown.
+TO_UNKNOWN = "answers to unknown"
 
 
 class Found(NamedTuple):
@@ -45,6 +47,7 @@ class Found(NamedTuple):
     text: str
     since: float = 0.0
     until: float = 0.0
+    is_forgotten: bool = False  # an answer has become unknown
 
 
 Rule = Callable[[Case, History], Iterator[Found]]
@@ -103,7 +106,8 @@ def kept(case: Case, history: History) -> Iterator[Found]:
             continue
         good = a.slug == "key-reused" if a.variant != first.variant else a.replayed and a.stored
         if not good and not (bare and a.slug == "response-not-kept"):
-            yield Found("I2", f"answered by {_brief(first)}, later by {_brief(a)}", first.ended, a.ended)
+            text = f"answered by {_brief(first)}, later by {_brief(a)}"
+            yield Found("I2", text, first.ended, a.ended, a.slug == "outcome-unknown")
 
 
 def _kept_bare(case: Case, until: float, history: History) -> bool:
@@ -259,13 +263,12 @@ def is_definite(case: Case) -> bool:
 
 
 def excused(found: Found, history: History) -> bool:
-    """Return whether a loss of the store explains it, and the proxies reported that loss afterwards."""
-    losses = [
-        fault
-        for fault in history.faults
-        if fault.touches(found.since, found.until) and found.invariant in EXCUSES.get(fault.loses, ())
-    ]
-    return any(at >= loss.begun for loss in losses for at in history.reports)
+    """Return whether a loss of the store explains it, and the proxies reported that loss afterwards if they must."""
+    losses = [fault for fault in history.faults if fault.loses and fault.touches(found.since, found.until)]
+    if found.is_forgotten and any(fault.loses == TO_UNKNOWN for fault in losses):
+        return True
+    told = [fault for fault in losses if found.invariant in EXCUSES.get(fault.loses, ())]
+    return any(at >= loss.begun for loss in told for at in history.reports)
 
 
 def judge(history: History) -> dict[str, Any]:
@@ -283,7 +286,7 @@ def judge(history: History) -> dict[str, Any]:
                     forgiven += 1
                 else:
                     found.append(("/".join(case.name), one))
-    if history.reports and not any(fault.loses for fault in history.faults):
+    if history.reports and not any(fault.loses in EXCUSES for fault in history.faults):
         found.append(("", Found("I1'", f"{len(history.reports)} claims reported as lost, and the store lost nothing")))
     asked = [case for case in history.cases.values() if case.attempts]
     definite = sum(map(is_definite, asked))

@@ -1,4 +1,4 @@
-"""The faults: a table of what can break, a scheduler that draws from it by a seed, and the timeline as it was.
+"""The faults: a table of what can break beside the store, a scheduler that draws by a seed, and the timeline as it was.
 
 A line of the timeline (JSON): kind, place, replica (or null), begun and ended in seconds of CLOCK_MONOTONIC, detail.
 A fault ends when the broken part works again; for a process that was restarted, when it serves.
@@ -10,21 +10,18 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from redis.exceptions import RedisError
-
 from loadtest.chaos.link import Link
-from loadtest.chaos.parts import Replica, Stores, Upstream
+from loadtest.chaos.parts import Replica, Upstream
 
 
 class World(NamedTuple):
-    """Everything that can be broken. Times are in seconds."""
+    """What can be broken beside the store. Times are in seconds."""
 
     replicas: list[Replica]
-    stores: Stores
     upstream: Upstream
     lease_s: float
 
@@ -33,14 +30,18 @@ Act = Callable[[World, Replica, random.Random], Awaitable[str]]
 
 
 class Kind(NamedTuple):
-    """One row of the table. `place`: the part that is busy with the fault; `each`: whether every replica has one."""
+    """One row of the table. `place`: the part that is busy with the fault; `each`: whether every replica has one.
+
+    `loses`: what the store had acknowledged and may have lost: `claims` (answers, too), `answers` alone, or `answers to
+    unknown`: those of keys that are unknown from then on, without a report.
+    """
 
     name: str
     weight: int
     place: str
     each: bool
     act: Act
-    loses: str = ""  # what the store had acknowledged and may have lost: claims (answers, too), or answers alone
+    loses: str = ""
 
 
 # Processes ...
@@ -71,72 +72,6 @@ async def proxy_term(_: World, replica: Replica, __: random.Random) -> str:
     replica.start_again()
     await replica.serving()
     return f"exit code {code}"
-
-
-async def store_kill(world: World, _: Replica, rng: random.Random) -> str:
-    world.stores.primary.kill()
-    away_s = rng.choice((0.0, 0.5, 1.5 * world.lease_s))
-    await asyncio.sleep(away_s)
-    world.stores.primary.start()
-    await world.stores.primary.serving()
-    return f"same file, after {away_s:.1f} s"
-
-
-async def store_pause(world: World, _: Replica, rng: random.Random) -> str:
-    world.stores.primary.signal(signal.SIGSTOP)
-    paused_s = rng.choice((0.3, 0.9, 2 * world.lease_s))
-    await asyncio.sleep(paused_s)
-    world.stores.primary.signal(signal.SIGCONT)
-    return f"suspended for {paused_s:.1f} s"
-
-
-async def script_flush(world: World, _: Replica, __: random.Random) -> str:
-    flushed = 0
-    for _time in range(10):
-        try:
-            with world.stores.primary.client() as client:
-                client.script_flush()
-            flushed += 1
-        except (RedisError, OSError):
-            pass  # it is being killed by another fault
-        await asyncio.sleep(0.1)
-    return f"{flushed} times"
-
-
-async def store_full(world: World, _: Replica, rng: random.Random) -> str:
-    full_s = rng.choice((0.3, 2.5))
-    await _limit(world, 1)
-    await asyncio.sleep(full_s)
-    await _limit(world, 0)
-    return f"at its memory limit for {full_s:.1f} s"
-
-
-async def _limit(world: World, limit: int) -> None:
-    with world.stores.primary.client() as client:
-        client.config_set("maxmemory", limit)
-
-
-async def store_failover(world: World, _: Replica, rng: random.Random) -> str:
-    """The standby lags behind, the primary dies, and the standby replaces it. Writes that it lacked are lost."""
-    stores = world.stores
-    old, new = stores.primary, stores.standby
-    assert new is not None
-    stores.link.hole()
-    behind_s = rng.choice((0.1, 0.5, 1.2))
-    await asyncio.sleep(behind_s)
-    old.kill()
-    stores.link.cut()
-    with new.client() as client:
-        client.replicaof("NO", "ONE")
-    stores.primary, stores.standby = new, old
-    stores.link.target = ("127.0.0.1", new.port)
-    for replica in world.replicas:
-        replica.store_link.target = stores.link.target
-        replica.store_link.cut()
-    stores.link.heal()
-    old.forget()
-    await stores.follow(old)
-    return f"the standby was {behind_s:.1f} s behind"
 
 
 async def upstream_kill(world: World, _: Replica, __: random.Random) -> str:
@@ -230,10 +165,6 @@ KINDS = (
     Kind("proxy-kill", 12, "proxy", True, proxy_kill),
     Kind("proxy-stop", 8, "proxy", True, proxy_stop),
     Kind("proxy-term", 4, "proxy", True, proxy_term),
-    Kind("store-kill", 6, "store", False, store_kill),
-    Kind("store-pause", 5, "store", False, store_pause),
-    Kind("store-full", 3, "store", False, store_full),
-    Kind("script-flush", 5, "scripts", False, script_flush),
     Kind("upstream-kill", 4, "upstream", False, upstream_kill),
     Kind("store-link-cut", 6, "store-link", True, _on("store", _cut)),
     Kind("store-link-cut-after", 6, "store-link", True, _on("store", _cut_after)),
@@ -254,13 +185,11 @@ KINDS = (
     Kind("client-link-slow", 4, "client-link", True, _on("client", _slow)),
 )
 
-FAILOVER = Kind("store-failover", 8, "store", False, store_failover, "claims")
-
 
 class Scheduler:
     """Breaks something at least every `pause_s[1]` seconds. The same seed draws the same faults."""
 
-    def __init__(self, world: World, seed: int, path: Path, kinds: tuple[Kind, ...] = KINDS) -> None:
+    def __init__(self, world: World, seed: int, path: Path, kinds: Sequence[Kind]) -> None:
         self._world, self._kinds = world, kinds
         self._rng = random.Random(f"faults {seed}")
         self._file = path.open("w")

@@ -66,7 +66,7 @@ class Fault(NamedTuple):
     begun: float
     ended: float
     detail: str
-    loses: str = ""  # what the store had acknowledged and may have lost: claims (answers, too), or answers alone
+    loses: str = ""  # as in `faults.Kind`
 
     def touches(self, since: float, until: float, tail_s: float = 0.3) -> bool:
         return self.begun <= until and since <= self.ended + tail_s

@@ -1,7 +1,6 @@
-"""The processes of a run: replicas of the proxy, the store, the upstream and the clients."""
+"""The processes of a run: replicas of the proxy, a Redis, the upstream and the clients."""
 
 import asyncio
-import contextlib
 import json
 import os
 import shutil
@@ -9,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -63,19 +63,33 @@ class Part:
 
 
 class Replica(Part):
-    """One proxy with a link on each of its sides."""
+    """One proxy with a link on each of its sides, and one to each server of the store.
 
-    def __init__(self, number: int, folder: Path, seed: int, upstream_port: int, store_port: int) -> None:
+    `store_url`: the store's, with a place for the hosts. `primary`: to which of its servers `store_link` leads.
+    """
+
+    primary = 0
+
+    def __init__(
+        self, number: int, folder: Path, seed: int, upstream_port: int, store_url: str, store_ports: Sequence[int]
+    ) -> None:
         super().__init__(f"proxy-{number}", folder)
         self.number = number
         self.port, self.admin_port = free_port(), free_port()
         self.client_link = Link(("127.0.0.1", self.port), seed * 100 + number)
         self.upstream_link = Link(("127.0.0.1", upstream_port), seed * 100 + 10 + number)
-        self.store_link = Link(("127.0.0.1", store_port), seed * 100 + 20 + number)
+        self.store_links = [
+            Link(("127.0.0.1", port), seed * 100 + 20 + 40 * place + number) for place, port in enumerate(store_ports)
+        ]
+        self._store_url = store_url
 
     @property
-    def links(self) -> tuple[Link, Link, Link]:
-        return self.client_link, self.upstream_link, self.store_link
+    def store_link(self) -> Link:
+        return self.store_links[self.primary]
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        return self.client_link, self.upstream_link, *self.store_links
 
     async def open(self) -> None:
         for link in self.links:
@@ -85,7 +99,7 @@ class Replica(Part):
         env = {name: value for name, value in os.environ.items() if not name.startswith("ONCEGATE_")}
         env |= {
             "ONCEGATE_UPSTREAM": f"http://127.0.0.1:{self.upstream_link.port}",
-            "ONCEGATE_STORE_URL": f"redis://127.0.0.1:{self.store_link.port}",
+            "ONCEGATE_STORE_URL": self._store_url.format(",".join(f"127.0.0.1:{one.port}" for one in self.store_links)),
             "ONCEGATE_LISTEN": f"127.0.0.1:{self.port}",
             "ONCEGATE_ADMIN_LISTEN": f"127.0.0.1:{self.admin_port}",
             # The API itself answers.
@@ -158,40 +172,6 @@ class Store(Part):
     def close(self) -> None:
         self.signal(signal.SIGCONT)
         self.kill()
-
-
-class Stores:
-    """The store, and a standby that replicates it over a link if the run has failovers."""
-
-    def __init__(self, folder: Path, seed: int, with_standby: bool, options: tuple[str, ...]) -> None:
-        self.primary = Store("store", folder, options)
-        self.standby = Store("standby", folder) if with_standby else None
-        self.link = Link(("127.0.0.1", self.primary.port), seed * 100 + 30)
-
-    async def start(self) -> None:
-        self.primary.start()
-        await self.primary.serving()
-        if self.standby is not None:
-            await self.link.start()
-            await self.follow(self.standby)
-
-    async def follow(self, standby: Store) -> None:
-        """Make a server the standby, and wait until it has all the data of the primary."""
-        standby.start("--replicaof", f"127.0.0.1 {self.link.port}", "--repl-timeout", "5")
-        await standby.serving()
-        until = time.monotonic() + START_S
-        while time.monotonic() < until:
-            with contextlib.suppress(RedisError, OSError), standby.client() as client:
-                if client.info("replication").get("master_link_status") == "up":
-                    return
-            await asyncio.sleep(0.05)
-        raise RuntimeError("the standby does not follow")
-
-    async def close(self) -> None:
-        self.primary.close()
-        if self.standby is not None:
-            self.standby.close()
-        await self.link.close()
 
 
 class Upstream(Part):

@@ -4,15 +4,17 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from loadtest.chaos.faults import FAILOVER, KINDS, Kind, Scheduler, World
-from loadtest.chaos.parts import ClientProcess, Replica, Stores, Upstream
+from loadtest.chaos.faults import KINDS, Kind, Scheduler, World
+from loadtest.chaos.parts import ClientProcess, Part, Replica, Upstream
 from loadtest.chaos.plan import STORED_BYTES
+from loadtest.chaos.postgres_stores import PostgresStores
+from loadtest.chaos.redis_stores import RedisStores
 from loadtest.chaos.watch import Watch
 
 LEASE_S = 1.0
@@ -27,12 +29,38 @@ VARIETY: tuple[dict[str, object], ...] = (
 )
 
 
+class Stores(Protocol):
+    """The servers of a store, and what may happen to them."""
+
+    url: str  # with a place for the hosts
+    ports: list[int]
+    durability: str
+
+    @property
+    def parts(self) -> list[Part]:
+        """Return the processes that the watch looks at."""
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]: ...
+
+    async def start(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+STORES: dict[str, Callable[[Path, int, bool, str, tuple[str, ...]], Stores]] = {
+    "redis": RedisStores,
+    "postgres": PostgresStores,
+}
+
+
 @dataclass
 class Plan:
     """The parameters of a run. It ends after `seconds` or `requests`, whichever comes first.
 
-    `sample`: how many known keys each client asks for again at the end. `durability`: with `replicated` a failover of
-    the store must lose no claim. `settings`: those of single replicas. `store_options`: the store's, to break it.
+    `sample`: how many known keys each client asks for again at the end. `durability`: ONCEGATE_DURABILITY, empty for
+    what suits the store; with `replicated` a failover must lose no claim. `kinds`: the names of the faults, empty for
+    all. `settings`: those of single replicas. `store_options`: the server's, to break it.
     """
 
     folder: Path
@@ -44,16 +72,12 @@ class Plan:
     workers: int = 64
     sample: int = 2000
     retention_s: float = 900.0
-    kinds: tuple[Kind, ...] = KINDS
+    store: str = "redis"
+    kinds: tuple[str, ...] = ()
     failover: bool = False
-    durability: str = "memory"
+    durability: str = ""
     settings: tuple[dict[str, object], ...] = VARIETY
     store_options: tuple[str, ...] = ()
-
-    @property
-    def all_kinds(self) -> tuple[Kind, ...]:
-        loses = "claims" if self.durability == "memory" else "answers"
-        return (*self.kinds, FAILOVER._replace(loses=loses)) if self.failover else self.kinds
 
     def settings_of(self, number: int) -> dict[str, object]:
         own = self.settings[number % len(self.settings)]
@@ -66,7 +90,6 @@ class Plan:
             "DRAIN_S": 4,
             "MAX_STORED_BYTES": STORED_BYTES,
             "ACCESS_LOG": "off",
-            "DURABILITY": self.durability,
             **own,
         }
 
@@ -77,17 +100,18 @@ class Run:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         folder, seed = plan.folder, plan.seed
-        self.stores = Stores(folder, seed, plan.failover, plan.store_options)
+        self.stores = STORES[plan.store](folder, seed, plan.failover, plan.durability, plan.store_options)
         self.upstream = Upstream(folder, seed, plan.replicas)
         self.replicas = [
-            Replica(number, folder, seed, self.upstream.ports[number], self.stores.primary.port)
+            Replica(number, folder, seed, self.upstream.ports[number], self.stores.url, self.stores.ports)
             for number in range(plan.replicas)
         ]
         self.clients = [ClientProcess(f"client-{number}", folder) for number in range(plan.clients)]
-        self.world = World(self.replicas, self.stores, self.upstream, LEASE_S)
-        self.scheduler = Scheduler(self.world, seed, folder / "faults.jsonl", plan.all_kinds)
-        stores = [self.stores.primary, *([self.stores.standby] if self.stores.standby else [])]
-        self.watch = Watch([*self.replicas, *stores, self.upstream, *self.clients], folder / "stalls.jsonl")
+        self.world = World(self.replicas, self.upstream, LEASE_S)
+        kinds = [one for one in (*KINDS, *self.stores.kinds) if not plan.kinds or one.name in plan.kinds]
+        self.scheduler = Scheduler(self.world, seed, folder / "faults.jsonl", kinds)
+        watched = [*self.replicas, *self.stores.parts, self.upstream, *self.clients]
+        self.watch = Watch(watched, folder / "stalls.jsonl")
         self.facts: dict[str, Any] = {
             "seed": seed,
             "lease_s": LEASE_S,
@@ -101,7 +125,7 @@ class Run:
         self.upstream.start()
         for replica in self.replicas:
             await replica.open()
-            replica.start(self.plan.settings_of(replica.number))
+            replica.start({"DURABILITY": self.stores.durability} | self.plan.settings_of(replica.number))
         await self.upstream.serving()
         for replica in self.replicas:
             await replica.serving()

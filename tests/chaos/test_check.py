@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from loadtest.chaos.check import judge
+from loadtest.chaos.check import TO_UNKNOWN, judge
 from loadtest.chaos.history import History
 from tests.parts import parsed
 
@@ -372,6 +372,26 @@ def executed_again_though_only_answers_were_lost(story: Story) -> None:
     execute_twice(story)
 
 
+def may_forget(story: Story) -> None:
+    """A failover without loss of claims: an answer may become unknown, and nobody has to say so."""
+    story.faults.append({**KILLED, "kind": "store-failover", "begun": 39.0, "ended": 39.5, "loses": TO_UNKNOWN})
+
+
+def executed_again_though_answers_may_be_forgotten(story: Story) -> None:
+    may_forget(story)
+    execute_twice(story)
+
+
+def another_answer_though_answers_may_be_forgotten(story: Story) -> None:
+    may_forget(story)
+    another_answer(story)
+
+
+def claims_reported_though_none_may_be_lost(story: Story) -> None:
+    may_forget(story)
+    story.reports.append({"at": 40.1})
+
+
 def reported_for_nothing(story: Story) -> None:
     story.reports.append({"at": 40.1})
 
@@ -419,6 +439,9 @@ PLANTED: list[tuple[str, Callable[[Story], None]]] = [
     ("I1", lost_and_not_reported),
     ("I1", reported_and_not_lost),
     ("I1", executed_again_though_only_answers_were_lost),
+    ("I1", executed_again_though_answers_may_be_forgotten),
+    ("I2", another_answer_though_answers_may_be_forgotten),
+    ("I1'", claims_reported_though_none_may_be_lost),
     ("I1'", reported_for_nothing),
 ]
 
@@ -448,6 +471,17 @@ def test_a_loss_that_was_reported_is_excused(tmp_path: Path) -> None:
     execute_twice(story)
     code, verdict = judged(story, tmp_path)
     assert (code, verdict["violations"], verdict["excused"]) == (0, [], 1)
+
+
+def test_an_answer_that_became_unknown_is_excused(tmp_path: Path) -> None:
+    """Where a failover may do that by contract, and at no other time."""
+    story = well()
+    may_forget(story)
+    forgotten(story)
+    verdict = judge(History(story.write(tmp_path)))
+    assert (verdict["violations"], verdict["excused"]) == ([], 1)
+    story.faults[-1].update(begun=50.0, ended=50.5)
+    assert len(judge(History(story.write(tmp_path)))["violations"]) == 1
 
 
 @pytest.mark.parametrize(
