@@ -243,30 +243,36 @@ async def test_a_run_that_waits_holds_no_snapshot(target: Target) -> None:
 
 
 EACH_PARTITION = """\
-SELECT format('CREATE INDEX CONCURRENTLY IF NOT EXISTS %1$s_expires ON %1$s (expires)', inhrelid::regclass)
-FROM pg_inherits WHERE inhparent = 'record'::regclass"""
+SELECT format('CREATE INDEX CONCURRENTLY IF NOT EXISTS %1$s_token ON %1$s (token)', inhrelid::regclass)
+FROM pg_inherits WHERE inhparent = 'chunk'::regclass ORDER BY inhrelid"""
+ADD_CHUNKS = """\
+INSERT INTO chunk SELECT day, int8send(number), $1, 0, ''
+FROM partition_days('chunk') day, generate_series(1, 99) AS number"""
+
+
+BREAK = """\
+UPDATE pg_index SET indisvalid = false WHERE indexrelid = (
+    SELECT max(indexrelid) FROM pg_index WHERE indexrelid::regclass::text LIKE '%_token')"""
 
 
 async def test_indexes_of_partitions(target: Target) -> None:
     """One partition at a time, without a lock that claims wait for. What a killed run left invalid is made anew."""
     await migrated(target)
-    valid = "SELECT count(*) FROM pg_index WHERE indexrelid::regclass::text LIKE '%_expires' AND indisvalid"
+    valid = "SELECT count(*) FROM pg_index WHERE indexrelid::regclass::text LIKE '%_token' AND indisvalid"
     async with connected(target) as connection, connected(target) as claims:
         one = Run(connection, target)
-        assert await one.execute_each(EACH_PARTITION) == 16
-        broken = "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'record_3_expires'::regclass"
-        await connection.execute(broken)
-        assert await connection.fetchval(valid) == 15
+        await one.execute_each(missing_partitions(3))
+        assert await one.execute_each(EACH_PARTITION) == 4
+        await connection.execute(BREAK)
+        assert await connection.fetchval(valid) == 3
         async with claims.transaction():
-            await claims.execute("INSERT INTO record (key, state) VALUES ('other', 1)")
+            await claims.execute(ADD_CHUNKS, b"other")
             making = asyncio.create_task(one.execute_each(EACH_PARTITION))
             # It waits for this transaction, and nobody waits for it.
             async with connected(target) as third:
-                await third.execute(
-                    "INSERT INTO record (key, state) SELECT int8send(i), 1 FROM generate_series(1, 99) i"
-                )
-        assert await asyncio.wait_for(making, 10) == 16
-        assert await connection.fetchval(valid) == 16
+                await third.execute(ADD_CHUNKS, b"third")
+        assert await asyncio.wait_for(making, 10) == 4
+        assert await connection.fetchval(valid) == 4
 
 
 async def test_a_long_reader_stops_no_claim(target: Target) -> None:

@@ -1,23 +1,14 @@
-"""What the store in PostgreSQL does in its own way: batches, withdrawals, and rows that others hold.
-
-A second connection plays the other proxy: what it does in a transaction of its own, it holds until its end.
-"""
+"""What the store in PostgreSQL does in its own way: batches, withdrawals, and rows that others hold."""
 
 import asyncio
-import itertools
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
 
 import pytest
 
 from oncegate.decision import State
 from oncegate.store.postgres import rows
-from oncegate.store.postgres.migrations.partitions import missing_partitions
-from oncegate.store.postgres.migrations.run import Run, Target, connect
-from oncegate.store.postgres.rows import Row, Verb
 from oncegate.store.record import Claim, ClaimRequest, Record
 from oncegate.store.results import (
     AppendStatus,
@@ -26,11 +17,10 @@ from oncegate.store.results import (
     SettleStatus,
     Unconfirmed,
 )
-from oncegate.store.store import PostgresOptions, Store
-from tests.postgres_server import shared_url
+from oncegate.store.store import Store
+from tests.postgres_schemas import NEVER, Schema, foreign, fresh_schema, held, lapse
 from tests.stores import (
     BODY,
-    FOREIGN,
     KEY,
     LEASE_MS,
     PATIENCE_S,
@@ -40,68 +30,23 @@ from tests.stores import (
     answer,
     claim,
     claimed,
-    connected,
     key,
     store_small,
 )
 
-NUMBERS = itertools.count()
 STORED = SettleResult(SettleStatus.STORED)
-NEVER = 1 << 60
-
-
-class Schema(NamedTuple):
-    """A schema of its own in the run's server. `other`: a connection to it that is not the store's."""
-
-    url: str
-    name: str
-    other: Any
-
-    def connected(self, **options: Any) -> Any:
-        return connected(self.url, durability="fsync", postgres=PostgresOptions(schema=self.name), **options)
-
-    async def run(self, verb: Verb, *calls: Row) -> list[Any]:
-        """Run a verb on the other connection."""
-        columns = [list(column) for column in zip(*calls, strict=True)]
-        return list(await self.other.fetch(verb.statement, *columns, FOREIGN[:10], True, b""))
 
 
 @pytest.fixture
 async def schema() -> AsyncIterator[Schema]:
-    target = Target(shared_url(), f"core_{os.getpid()}_{next(NUMBERS)}")
-    other = await connect(target)
-    await other.execute("SET synchronous_commit = off")
-    run = Run(other, target)
-    await run.migrate()
-    await run.execute_each(missing_partitions(1))
-    yield Schema(target.url, target.schema, other)
-    await other.execute(f"DROP SCHEMA {target.schema} CASCADE")
-    await other.close()
+    async with fresh_schema() as schema:
+        yield schema
 
 
 @pytest.fixture
 async def store(schema: Schema) -> AsyncIterator[Store]:
     async with schema.connected() as store:
         yield store
-
-
-@asynccontextmanager
-async def held(schema: Schema, verb: Verb, *calls: Row, commits: bool = True) -> AsyncIterator[list[Any]]:
-    """What the other connection does inside a transaction that goes on until the end of the block."""
-    transaction = schema.other.transaction()
-    await transaction.start()
-    yield await schema.run(verb, *calls)
-    await (transaction.commit if commits else transaction.rollback)()
-
-
-async def lapse(schema: Schema) -> None:
-    await schema.other.execute("UPDATE record SET lease = now_ms() - 1")
-
-
-def foreign(claim: Claim) -> Claim:
-    """Return the claim that another proxy makes of the same key."""
-    unowned = replace(claim, token=FOREIGN)
-    return replace(unowned, self_check=claim.self_check[:16] + bytes(16))
 
 
 # Batches ...

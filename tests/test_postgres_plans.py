@@ -1,0 +1,134 @@
+"""What the database does for a verb: how it finds rows, what it writes to its log, and whether it touches the index."""
+
+import asyncio
+import os
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from oncegate.store.postgres import rows
+from oncegate.store.postgres.rows import Row, Verb
+from oncegate.store.postgres.session import SETTINGS
+from oncegate.store.record import Claim
+from tests.postgres_schemas import NEVER, Schema, fresh_schema
+from tests.stores import LEASE_MS, answer
+
+ALL_PLANS = {
+    "auto_explain.log_min_duration": "0",
+    "auto_explain.log_nested_statements": "on",
+    "auto_explain.log_level": "notice",
+    "client_min_messages": "notice",
+}
+
+
+@pytest.fixture
+async def schema() -> AsyncIterator[Schema]:
+    async with fresh_schema() as schema:
+        for name, value in SETTINGS.items():
+            await schema.other.execute(f"SET {name} = '{value}'")
+        yield schema
+
+
+def claims(count: int) -> list[Claim]:
+    digest = bytes(16)
+    made = [
+        Claim(os.urandom(24), os.urandom(16), b"1", b"hold", digest, digest * 2, 0, LEASE_MS, 1000, 1000)
+        for _ in range(count)
+    ]
+    return sorted(made, key=lambda claim: claim.key)
+
+
+def store_row(claim: Claim, head_bytes: int) -> Row:
+    response = answer(b"b" * 300)
+    response.block = b"X: %s\r\n" % (b"x" * max(1, head_bytes - 5))
+    return rows.store_row(claim, response, b"b" * 300)
+
+
+def steps(claims: list[Claim], head_bytes: int = 0) -> list[tuple[Verb, list[Row]]]:
+    """Return the calls of an execution."""
+    return [
+        (rows.CLAIM, [rows.claim_row(one, NEVER) for one in claims]),
+        (rows.TAKE, [rows.take_row(one, NEVER, one.token, 0) for one in claims]),
+        (rows.RENEW, [(one.key, one.token, LEASE_MS, 2) for one in claims]),
+        (rows.SETTLE, [store_row(one, head_bytes) for one in claims]),
+    ]
+
+
+async def fill(schema: Schema, count: int) -> None:
+    await schema.other.execute(
+        "INSERT INTO record (key, state) SELECT substr(sha256(int4send(number)), 1, 24), 3"
+        " FROM generate_series(1, $1) AS number",
+        count,
+    )
+
+
+async def check_plans(schema: Schema) -> None:
+    """Check that each verb looks records up by their key, and nothing else, in a session that is new to the tables."""
+    other, plans = schema.other, list[str]()
+    await other.execute("LOAD 'auto_explain'; DISCARD PLANS")
+    for name, value in ALL_PLANS.items():
+        await other.execute(f"SET {name} = '{value}'")
+    other.add_log_listener(lambda _, message: plans.append(message.message))
+    for verb, calls in steps(claims(20)):
+        plans.clear()
+        assert {row["tag"] for row in await schema.run(verb, *calls)} <= {0, 1}
+        await asyncio.sleep(0)
+        scans = [scan for plan in plans for scan in re.findall(r"(\w[\w ]*?) (?:using \S+ )?on record", plan)]
+        lookups = [scan for scan in scans if "Scan" in scan]
+        assert lookups
+        assert set(lookups) <= {"Index Scan", "Index Only Scan"}, scans
+        conditions = [one for plan in plans for one in re.findall(r"Index Cond: \((.*)\)", plan)]
+        assert all(one.startswith(("key = ", "(key = ")) for one in conditions if "key" in one)
+
+
+@pytest.mark.parametrize("count", [0, 1000, pytest.param(1_000_000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("analyzed", [False, True])
+async def test_records_are_looked_up(schema: Schema, count: int, analyzed: bool) -> None:
+    await fill(schema, count)
+    if analyzed:
+        await schema.other.execute("ANALYZE record")
+    await check_plans(schema)
+
+
+async def test_how_much_is_logged(schema: Schema) -> None:
+    """An execution with a body of 300 bytes and a head of 150, its audit included, and a renewal."""
+    sizes: dict[str, list[float]] = {}
+    for _ in range(5):
+        for verb, calls in steps(claims(64), head_bytes=150):
+            explained = await schema.other.fetch(f"EXPLAIN (ANALYZE, WAL) {inlined(verb, calls)}")
+            size = re.search(r"WAL: .*bytes=(\d+)", "\n".join(row[0] for row in explained))
+            assert size is not None, explained
+            sizes.setdefault(verb.function, []).append(int(size[1]) / 64)
+    # The least: after a checkpoint, whole pages are logged.
+    assert min(sizes["claim_1"]) + min(sizes["settle_1"]) <= 1900, sizes
+    assert min(sizes["renew_1"]) <= 165, sizes
+
+
+async def test_most_updates_touch_no_index(schema: Schema) -> None:
+    """5,000 keys are in flight at once, and their responses have heads of 300 bytes."""
+    many = claims(5000)
+    for verb, calls in steps(many, head_bytes=300):
+        for first in range(0, len(calls), 100):
+            await schema.run(verb, *calls[first : first + 100])
+    await schema.other.execute("SELECT pg_stat_force_next_flush()")
+    row = await schema.other.fetchrow(
+        "SELECT n_tup_upd AS updates, n_tup_hot_upd AS hot FROM pg_stat_user_tables WHERE relid = 'record'::regclass"
+    )
+    assert row["updates"] == 15_000
+    assert row["hot"] / row["updates"] >= 0.95
+
+
+def inlined(verb: Verb, calls: list[Row]) -> str:
+    """Return a statement with its arguments in it."""
+
+    def literal(column: list[Any]) -> str:
+        kind = "bytea[]" if any(isinstance(value, bytes) for value in column) else "bigint[]"
+        if all(value is None for value in column):
+            kind = "bytea[]"
+        values = ["NULL" if v is None else f"'\\x{v.hex()}'" if isinstance(v, bytes) else str(v) for v in column]
+        return f"ARRAY[{', '.join(values)}]::{kind}"
+
+    columns = [literal(list(column)) for column in zip(*calls, strict=True)]
+    return f"SELECT * FROM {verb.function}({', '.join(columns)}, 'proxy', true, '')"
