@@ -185,6 +185,10 @@ BEGIN
 END
 $$;
 
+-- Takes the right to insert a key until the end of the transaction. A schema has locks of its own in its database.
+CREATE OR REPLACE FUNCTION is_ours(lock bigint) RETURNS boolean LANGUAGE sql VOLATILE AS
+$$ SELECT pg_try_advisory_xact_lock(lock # ('record'::regclass::oid::bigint << 32)) $$;
+
 -- Claims keys that have no record, and reads the records of the others. Past `not_after` it only reads.
 -- tag: 0 claimed, 1 in flight, 2 unknown, 3 complete, 4 free but for take_1, 5 expired, 6 late (no record), 7 busy, 8 see
 -- tag_of. An insert would wait for one that is not committed: the lock says so first.
@@ -207,7 +211,7 @@ BEGIN
         SELECT u.*, r.state AS r_state, r.token AS r_token, r.fence AS r_fence, r.created AS r_created, r.mode AS r_mode,
             r.fingerprint AS r_fingerprint, r.tenant || r.self AS r_self, r.lease AS r_lease, r.lease_ms AS r_lease_ms,
             r.expires AS r_expires, r.frees AS r_frees, r.status AS r_status, r.meta AS r_meta, r.body AS r_body,
-            CASE WHEN r.state IS NULL AND began <= u.not_after THEN pg_try_advisory_xact_lock(u.lock) END AS is_ours
+            CASE WHEN r.state IS NULL AND began <= u.not_after THEN is_ours(u.lock) END AS is_ours
         FROM unnest(keys, locks, tokens, fingerprints, tenants, selves, modes, leases, retentions, not_afters, rules)
             AS u(key, lock, token, fingerprint, tenant, self, mode, lease_ms, retention, not_after, rule)
         LEFT JOIN LATERAL (SELECT * FROM record WHERE record.key = u.key LIMIT 1) r ON true
@@ -438,7 +442,7 @@ BEGIN
             a.chunk_count, a.size, a.why, a.meta, a.body, audited::int, CASE WHEN audited THEN began ELSE 0 END,
             CASE WHEN audited THEN audit_digest_of(pads, '', a.key, 1, began, a.event::int, a.token, a.fence, actor, '',
                 a.status::int, a.size, coalesce(a.why, '')) ELSE '' END
-        FROM asked a WHERE a.verdict = 0 AND a.is_new AND pg_try_advisory_xact_lock(a.lock)
+        FROM asked a WHERE a.verdict = 0 AND a.is_new AND is_ours(a.lock)
         ON CONFLICT (key) DO NOTHING
         RETURNING key, bucket, audit_no, audit_digest
     ), written AS (
