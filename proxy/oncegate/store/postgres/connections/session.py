@@ -38,6 +38,7 @@ SETTINGS = {
     # Statements are planned while their tables are empty. All of them go by keys.
     "plan_cache_mode": "force_generic_plan",
     "enable_seqscan": "off",
+    "enable_bitmapscan": "off",
     "enable_hashjoin": "off",
     "enable_mergejoin": "off",
 }
