@@ -19,20 +19,21 @@ class Connection:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self._connection = self._call(asyncpg.connect(url, server_settings={"search_path": schema}))
+        self._connection = self.run(asyncpg.connect(url, server_settings={"search_path": schema}))
 
     def fetch(self, query: str, *args: object) -> list[asyncpg.Record]:
-        return self._call(self._connection.fetch(query, *args))
+        return self.run(self._connection.fetch(query, *args))
 
     def value(self, query: str, *args: object) -> Any:
         """Return the first column of the first row."""
-        return self._call(self._connection.fetchval(query, *args))
+        return self.run(self._connection.fetchval(query, *args))
 
     def execute(self, script: str) -> None:
         """Run statements without arguments, as one transaction."""
-        self._call(self._connection.execute(script))
+        self.run(self._connection.execute(script))
 
-    def _call(self, work: Coroutine[Any, Any, Any]) -> Any:
+    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Return the result of other work on the connection's loop."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(DEADLINE_S)
 
     def close(self) -> None:
@@ -52,7 +53,7 @@ class Database:
         server.close()
         self.url = shared_url().removesuffix("/postgres") + f"/{name}"
         self.connection = Connection(self.url, schema)
-        self.connection._call(migrated(self.url, schema))
+        self.connection.run(migrated(self.url, schema))
         tables = self.connection.fetch(_TABLES, schema)
         self._first = {one["name"]: self._rows(one["name"]) for one in tables}
 
