@@ -111,6 +111,31 @@ async def test_a_body_of_any_size_comes_back(store: Store, size: int) -> None:
     assert await store.read(KEY, owner.token, 0) == [body]
 
 
+async def test_calls_gather_while_a_batch_is_on_its_way(schema: Schema, store: Store, monkeypatch) -> None:
+    """What is asked for meanwhile leaves together, as soon as that batch is answered."""
+    monkeypatch.setattr("oncegate.store.postgres.batches.GATHERING_S", 60.0)
+    asked = []
+    for number in range(40):
+        asked.append(asyncio.ensure_future(claimed(store, key=key(number))))
+        await asyncio.sleep(0)
+    await asyncio.gather(*asked)
+    transactions = await schema.other.fetchval("SELECT count(DISTINCT xmin::text) FROM record")
+    assert transactions == 2
+
+
+async def test_calls_gather_behind_no_batch_that_is_stuck(schema: Schema, store: Store) -> None:
+    """A batch that takes long, such as one whose commit waits for a standby, holds no other call back."""
+    stuck = "SELECT count(*) FROM pg_locks WHERE relation = 'record'::regclass AND NOT granted"
+    async with schema.other.transaction():
+        await schema.other.execute("LOCK TABLE record IN EXCLUSIVE MODE")
+        asked = []
+        for number in (1, 2):
+            asked.append(asyncio.ensure_future(claimed(store, key=key(number))))
+            while await schema.other.fetchval(stuck) < number:
+                await asyncio.sleep(0.002)
+    await asyncio.gather(*asked)
+
+
 # Rows that another transaction holds ...
 
 
