@@ -8,7 +8,7 @@ from oncegate.store.postgres.connections.durability import Level
 from oncegate.store.postgres.connections.facts import Facts
 from oncegate.store.postgres.connections.hosts import Host
 from oncegate.store.postgres.connections.primary import Sighting
-from oncegate.store.postgres.connections.session import Lost, Refused, Session, SessionConfig, open_session
+from oncegate.store.postgres.connections.session import Lost, Refused, Session, SessionConfig, open_session, retrieve
 
 # How often a host is asked: at rest, and while no host is the primary.
 ASK_S, SEARCH_S = 1.0, 0.05
@@ -78,6 +78,7 @@ class Scout:
         while not session.is_lost:
             await self._wait(self.every_s)
             asking = asyncio.ensure_future(session.ask())
+            asking.add_done_callback(retrieve)
             await asyncio.wait([asking], timeout=ANSWER_S)
             if not asking.done():
                 # Its process may be paused. The connection stays, as its reply comes when it goes on.

@@ -112,6 +112,12 @@ def quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+def retrieve(task: "asyncio.Future[Any]") -> None:
+    """Note how a task ended, so that the loop does not complain where nobody waits for it any more."""
+    if not task.cancelled():
+        task.exception()
+
+
 class Session:
     """One connection. `changed(session)` is called when it is free again, and when it is lost.
 
@@ -171,6 +177,7 @@ class Session:
             raise Lost(self.lost_reason or "the connection is busy", self.facts.backend, maybe_executed=False)
         self._is_below, self.last_answer, self.busy_since = False, None, self._loop.time()
         self._task = task = self._loop.create_task(self._run(work))
+        task.add_done_callback(retrieve)
         return asyncio.shield(task)
 
     async def _fetch(self, statement: str, args: tuple[object, ...]) -> Answer:
