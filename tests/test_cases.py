@@ -17,6 +17,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import asyncpg
 import pytest
@@ -229,13 +230,13 @@ def test_a_job_that_is_too_old_is_not_sent(tmp_path, capsys):
 def front(fork, upstream, valkey, tmp_path: Path):
     """Start oncegate with a case's files as they are; only addresses are the test's."""
 
-    async def start(case: str, url: str | None = None):
+    async def start(case: str, url: str | None = None, store_url: str | None = None):
         settings = {name.removeprefix("ONCEGATE_"): value for name, value in environment(case).items()}
         rules = (ROOT / "config" / case / settings["RULES_FILE"]).read_text()
         (tmp_path / "rules.toml").write_text(rules.replace("https://api.anthropic.com", upstream.url))
         settings |= {"RULES_FILE": str(tmp_path / "rules.toml")}
         settings.pop("UPSTREAM")
-        return await fork(url or upstream.url, valkey.url, **settings)
+        return await fork(url or upstream.url, store_url or valkey.url, **settings)
 
     return start
 
@@ -399,25 +400,44 @@ async def test_payments_postgres(front, run, shop, tmp_path):
     assert await shop.state() == (8000, 1)
 
 
+class Losing(NamedTuple):
+    """A store that can lose its records."""
+
+    url: str
+    forget: Callable[[], object]
+
+
+@pytest.fixture(params=["valkey", "postgres"])
+def losing(request, valkey) -> Losing:
+    if request.param == "postgres":
+        database = request.getfixturevalue("database")
+        return Losing(database.url, lambda: database.connection.execute("DELETE FROM record"))
+
+    def forget() -> None:
+        with valkey.client() as client:
+            client.flushall()
+
+    return Losing(valkey.url, forget)
+
+
 def charge(amount: int, key: str = "order-1") -> bytes:
     return request(key=key, body=b'{"account": "acct_1", "amount": %d}' % amount)
 
 
-async def test_a_claim_that_the_store_loses(front, shop, valkey):
+async def test_a_claim_that_the_store_loses(front, shop, losing):
     """The key executes again, with a higher fence: the work is there once, and the answer is that of the row."""
     _, port = await shop.start()
-    proxy = await front("payments-postgres", f"http://127.0.0.1:{port}")
+    proxy = await front("payments-postgres", f"http://127.0.0.1:{port}", losing.url)
     first = await ask(proxy.port, charge(2000))
     fence = await shop.connection.fetchval("SELECT fence FROM execution")
-    with valkey.client() as store:
-        store.flushall()
-        again = await ask(proxy.port, charge(2000))
-        assert (again.status, again.body) == (first.status, first.body) == (201, first.body)
-        assert first.header("oncegate-status") == again.header("oncegate-status") == b"executed"
-        assert json.loads(first.body)["balance"] == 8000
-        store.flushall()
-        other = await ask(proxy.port, charge(1))
-        assert (other.status, other.header("oncegate-status")) == (422, b"executed")
+    losing.forget()
+    again = await ask(proxy.port, charge(2000))
+    assert (again.status, again.body) == (first.status, first.body) == (201, first.body)
+    assert first.header("oncegate-status") == again.header("oncegate-status") == b"executed"
+    assert json.loads(first.body)["balance"] == 8000
+    losing.forget()
+    other = await ask(proxy.port, charge(1))
+    assert (other.status, other.header("oncegate-status")) == (422, b"executed")
     assert await shop.connection.fetchval("SELECT fence FROM execution") == fence
     await shop.connection.execute("ALTER TABLE account RENAME TO away")
     failed = await ask(proxy.port, charge(9000, "order-2"))
@@ -429,10 +449,10 @@ async def test_a_claim_that_the_store_loses(front, shop, valkey):
     assert (await ask(port, charge(1))).status == 400
 
 
-async def test_two_executions_of_one_key_at_once(front, shop, valkey):
+async def test_two_executions_of_one_key_at_once(front, shop, losing):
     """The store loses a claim while its request runs: the second execution waits for the first one's transaction."""
     _, port = await shop.start()
-    proxy = await front("payments-postgres", f"http://127.0.0.1:{port}")
+    proxy = await front("payments-postgres", f"http://127.0.0.1:{port}", losing.url)
     asked = []
     async with shop.user() as other, other.transaction():
         await other.execute("SELECT FROM account FOR UPDATE")
@@ -440,8 +460,7 @@ async def test_two_executions_of_one_key_at_once(front, shop, valkey):
             asked.append(asyncio.ensure_future(ask(proxy.port, charge(2000))))
             while await shop.waiting() < number:
                 await asyncio.sleep(0.01)
-            with valkey.client() as store:
-                store.flushall()
+            losing.forget()
     first, second = await asyncio.gather(*asked)
     assert (first.status, first.body) == (second.status, second.body)
     assert (first.status, json.loads(first.body)["balance"]) == (201, 8000)
