@@ -42,7 +42,7 @@ GROUPS = {
         promotion audit audit_retention_s migrate_url store_max_bytes on_store_down on_store_loss quarantine_s""",
     "What names a key": """methods key_header key_required scope_headers stable_schemes namespace secret
         identity_change""",
-    "What happens to a key": """retention_s lease_ms on_duplicate wait_max_s on_unknown release_statuses
+    "What happens to a key": """retention_s tombstone_s lease_ms on_duplicate wait_max_s on_unknown release_statuses
         unknown_retention_s max_stored_bytes""",
     "The upstream": """connect_timeout_s connect_retries dns_ttl_s upstream_timeout_s pass_interim
         upstream_reuse_idle_s

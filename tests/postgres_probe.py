@@ -49,7 +49,10 @@ class PostgresProbe:
             body["b0"] = row["body"]
         state = STATES.get(row["state"], b"%d" % row["state"])
         if state == b"complete":
-            return {"meta": row["meta"], **body}
+            until = {"until": b"%d" % row["expires"]} if row["expires"] < row["frees"] else {}
+            return {"meta": row["meta"], **until, **body}
+        if state == b"expired":
+            return {"state": state, **{name: row[name] for name in ("token", "fingerprint")}}
         if state == b"released":
             return {"state": state, "token": row["token"], "fence": b"%d" % row["fence"]}
         found = {
@@ -83,7 +86,9 @@ class PostgresProbe:
                 self.sql(f"UPDATE record SET {column} = $2 WHERE key = $1", key, cell)
 
     def _cells(self, field: str, value: bytes | int | None) -> Iterator[tuple[str, object]]:
-        if isinstance(value, int):
+        if field == "until":
+            yield "expires", value
+        elif isinstance(value, int):
             yield field, value
         elif field == "self":
             whole = bytes(value or b"")

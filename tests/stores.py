@@ -12,11 +12,11 @@ from oncegate.messages.response_head import response_digest
 from oncegate.store.opening import open_store
 from oncegate.store.record import Claim, ClaimRequest, Corrupt, Record, StoredResponse
 from oncegate.store.record_name import store_key
-from oncegate.store.results import ReadFailure, SettleResult, SettleStatus, Unconfirmed
+from oncegate.store.results import DropStatus, ReadFailure, SettleResult, SettleStatus, Unconfirmed
 from oncegate.store.store import Store, StoreConfig
 from tests.probes import Probe
 
-LEASE_MS, RETENTION_MS, UNKNOWN_RETENTION_MS = 60_000, 3_600_000, 36_000_000
+LEASE_MS, RETENTION_MS, UNKNOWN_RETENTION_MS, TOMBSTONE_MS = 60_000, 3_600_000, 36_000_000, 7_200_000
 PATIENCE_S = 20.0
 TENANT, SAME, OTHER = b"n" * 16, b"f" * 16, b"o" * 16
 SCOPE = Scope(b"default", TENANT)
@@ -152,6 +152,14 @@ async def at(store: Store, probe: Probe, state: str, mode: bytes = b"hold") -> C
             assert await store.mark_unknown(owner, "lost", PATIENCE_S) == SettleResult(SettleStatus.MARKED_UNKNOWN)
         case "complete":
             assert await store_small(store, owner) == SettleResult(SettleStatus.STORED)
+        case "expired" | "tombstone":
+            with_tombstone = replace(owner, tombstone_ms=TOMBSTONE_MS)
+            assert await store_small(store, with_tombstone) == SettleResult(SettleStatus.STORED)
+            probe.change(KEY, until=probe.now_ms() - 1)
+            if state == "tombstone":
+                view = await store.records.read(KEY)
+                assert view is not None
+                assert await store.drop(view) is DropStatus.DROPPED
     probe.expire(KEY, RETENTION_MS // 2)
     return owner
 

@@ -138,6 +138,7 @@ OF_SLUGS = {
     "in-flight": ("refused", None),
     "outcome-unknown": ("unknown", Outcome.UNKNOWN),
     "response-not-kept": ("refused", Outcome.ANSWERED),
+    "key-expired": ("refused", Outcome.ANSWERED),
     "body-too-large": ("refused", Outcome.REFUSED),
     "store-unavailable": ("refused", None),
     "overloaded": ("refused", None),

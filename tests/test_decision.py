@@ -39,6 +39,10 @@ DECISIONS = [
     (State.UNKNOWN, RUNNING, False, Decision.OUTCOME_UNKNOWN, Decision.KEY_REUSED),
     (State.UNKNOWN, PASSED, True, Decision.OUTCOME_UNKNOWN, Decision.KEY_REUSED),
     (State.UNKNOWN, PASSED, False, Decision.OUTCOME_UNKNOWN, Decision.KEY_REUSED),
+    (State.EXPIRED, RUNNING, True, Decision.KEY_EXPIRED, Decision.KEY_REUSED),
+    (State.EXPIRED, PASSED, True, Decision.KEY_EXPIRED, Decision.KEY_REUSED),
+    (State.EXPIRED, RUNNING, False, Decision.KEY_EXPIRED, Decision.KEY_REUSED),
+    (State.EXPIRED, PASSED, False, Decision.KEY_EXPIRED, Decision.KEY_REUSED),
 ]
 
 # The modes of records, and what a damaged one may have. A request that was cancelled is never executed by a retry.
@@ -47,7 +51,7 @@ MODES = (b"hold", b"retry", b"cancelled", b"")
 OPEN = {
     (State.UNKNOWN, True, b"retry", False),
     (State.UNKNOWN, True, b"retry", True),
-    *product([State.COMPLETE], (True, False), MODES, [True]),
+    *product([State.COMPLETE, State.EXPIRED], (True, False), MODES, [True]),
 }
 
 # How far the exchange got -> what becomes of its claim.
@@ -89,7 +93,7 @@ def test_the_decision_table_is_whole():
 
 @pytest.mark.parametrize("found", [*product(State, (True, False), MODES, (True, False))])
 def test_which_keys_are_open_to_a_newcomer(found):
-    """Only two keys can be taken over: unknown in the mode retry by the same request, and complete after its window."""
+    """Unknown in the mode retry by the same request, and complete or expired after the window."""
     assert may_take_over(*found) is (found in OPEN)
 
 
@@ -100,6 +104,15 @@ def test_a_passed_lease_is_read_as_unknown(left_ms):
     assert effective_state(State.IN_FLIGHT, left_ms) is (State.IN_FLIGHT if left_ms > 0 else State.UNKNOWN)
     assert effective_state(State.COMPLETE, left_ms) is State.COMPLETE
     assert effective_state(State.UNKNOWN, left_ms) is State.UNKNOWN
+    assert effective_state(State.EXPIRED, left_ms) is State.EXPIRED
+
+
+@pytest.mark.parametrize("left_ms", [-(10**12), -1, 0, 1, 10**12])
+def test_a_complete_record_is_expired_after_its_retention(left_ms):
+    """No other state has a retention of its response, and nothing brings an expired record back."""
+    assert effective_state(State.COMPLETE, 0, left_ms) is (State.COMPLETE if left_ms > 0 else State.EXPIRED)
+    for state in (State.IN_FLIGHT, State.UNKNOWN, State.EXPIRED):
+        assert effective_state(state, 1, left_ms) is state
 
 
 @pytest.mark.parametrize("reached", Ending)

@@ -91,6 +91,7 @@ WORDS_OF = {
     "in-flight": ("The first request is still running", "Reload this page"),
     "answer-not-stored": ("was carried out", "Reload this page"),
     "response-not-kept": ("was carried out before", "Do not send it again"),
+    "key-expired": ("was carried out before", "Do not send it again"),
     "key-reused": ("sent before with other content", "Open the page with the form anew"),
     "key-missing": ("out of date or incomplete", "Open the page with the form anew"),
     "key-invalid": ("out of date or incomplete", "Open the page with the form anew"),

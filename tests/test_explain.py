@@ -164,6 +164,13 @@ def test_without_rules_there_is_no_table(check, monkeypatch):
     assert "none matches" not in out
 
 
+def test_a_tombstone_is_explained(check, monkeypatch):
+    """What a retry gets after the retention follows what it gets before."""
+    monkeypatch.setenv("ONCEGATE_TOMBSTONE_S", "60")
+    words = explained(check, "POST", "/v1/charges", "-H", "Idempotency-Key: a")
+    assert words["complete"] == "replayed for 86400 s, then 410 key-expired for 60 s"
+
+
 def test_a_request_is_explained(check):
     """The explanation has the rule, the key, the scope, and the response in each state of the key."""
     words = explained(

@@ -8,7 +8,7 @@ import pytest
 
 from oncegate.store.redis.server import load_scripts
 
-RECORD_VERBS = ("append", "claim", "read", "renew", "resolve", "settle")
+RECORD_VERBS = ("append", "claim", "drop", "read", "renew", "resolve", "settle")
 STORE_VERBS = {
     "epoch": "epoch",
     "identity": "identities",
@@ -109,7 +109,7 @@ def test_a_script_opens_with_its_contract(verb):
 def test_what_may_exceed_the_memory_limit(verb):
     """Running work (renew, settle) may exceed it; a `#!lua` line on the others would stop replays as well."""
     first = TEXTS[verb].splitlines()[0]
-    if verb in ("renew", "resolve", "settle", *STORE_VERBS):
+    if verb in ("drop", "renew", "resolve", "settle", *STORE_VERBS):
         assert first == ALLOW_OOM
         assert TEXTS[verb].count("#!") == 1
     else:
@@ -135,7 +135,7 @@ def test_the_commands_that_the_scripts_need():
     assert set().union(*commands.values()) == {
         *("TIME", "HGET", "HGETALL", "HMGET", "HLEN", "HSTRLEN", "EXISTS", "HSET", "HDEL", "UNLINK", "PEXPIRE", "PTTL"),
     }
-    assert commands["read"] == {"HGET", "HSTRLEN"}
+    assert commands["read"] == {"HGET", "HMGET", "HSTRLEN", "TIME"}
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -338,7 +338,15 @@ def test_renew_as_its_header_says(called):
 
 
 SETTLE = {**OWNER, "retention_ms": 900_000}
-ANSWER = {"action": "store", "meta": meta(), "digest": "D" * 16, "chunks": 1, "bytes": 3, "last": "abc"}
+ANSWER = {
+    "action": "store",
+    "meta": meta(),
+    "digest": "D" * 16,
+    "chunks": 1,
+    "bytes": 3,
+    "last": "abc",
+    "tombstone_ms": 0,
+}
 
 
 def test_settle_stores_as_its_header_says(called):
@@ -355,6 +363,50 @@ def test_settle_stores_as_its_header_says(called):
     other = {**ANSWER, "meta": meta(digest="E" * 16), "digest": "E" * 16, "last": "xyz"}
     assert called("settle", "store", **SETTLE, **other) == [b"8", b"complete"]
     assert record(called) == {"meta": meta().encode(), "b0": b"abc"}
+
+
+def test_what_has_a_tombstone_expires_with_its_retention(called):
+    """The record outlives its retention by tombstone_ms; from `until` on, the response is there for nobody."""
+    now_ms = called("claim", **CLAIM)[2]
+    kept = {**SETTLE, **ANSWER, "tombstone_ms": 500_000}
+    assert called("settle", "store", **kept) == [b"8", b"stored", b"found"]
+    found = record(called)
+    assert set(found) == {"meta", "b0", "until"}
+    assert 900_000 <= int(found["until"]) - now_ms < 920_000
+    assert about(called.client.pttl(KEY), 1_400_000)
+    # A small body still comes along.
+    assert called("claim", **CLAIM)[1::2] == [b"complete", meta().encode()]
+    assert called("claim", **CLAIM)[-1] == b"abc"
+    reading = {**OWNER, "first": 0, "limit_bytes": 9}
+    assert called("read", **reading) == [b"8", b"chunks", b"abc"]
+    assert called("settle", "store", **kept) == [b"8", b"stored", b"found"]
+    called.client.hset(KEY, "until", now_ms)
+    tag, word, _, told = called("claim", **CLAIM)
+    assert (tag, word, told) == (b"7", b"expired", meta().encode())
+    assert called("read", **reading) == [b"8", b"gone"]
+    assert called("settle", "store", **kept) == [b"8", b"complete"]
+
+
+@pytest.mark.parametrize("purge", [0, 1])
+def test_drop_as_its_header_says(called, purge):
+    """The tombstone alone is left, as long as the record was to be; a purge does not wait for the retention."""
+    tombstone = "\x03" + meta()[1:49] + "left"
+    dropping = {**OWNER, "meta": tombstone, "purge": purge}
+    assert called("drop", **dropping) == [b"8", b"absent"]
+    now_ms = called("claim", **CLAIM)[2]
+    assert called("drop", **dropping) == [b"8", b"absent"]
+    called("settle", "store", **{**SETTLE, **ANSWER, "tombstone_ms": 500_000})
+    before = record(called)
+    assert called("drop", **{**dropping, "token": "U" * 16}) == [b"8", b"fenced"]
+    if not purge:
+        assert called("drop", **dropping) == [b"8", b"kept"]
+        assert record(called) == before
+        called.client.hset(KEY, "until", now_ms)
+    for _ in range(2):
+        assert called("drop", **dropping) == [b"8", b"dropped"]
+        assert record(called) == {"meta": tombstone.encode()}
+        assert about(called.client.pttl(KEY), 1_400_000)
+    assert called("claim", **CLAIM)[1::2] == [b"expired", tombstone.encode()]
 
 
 @pytest.mark.parametrize("renewed", [False, True])
@@ -521,7 +573,14 @@ def test_rules_as_its_header_says(called):
     assert about(called.client.pttl(KEY), 5000)
 
 
-ANSWERED = {**OWNER, "action": "answer", "retention_ms": 900_000, "meta": meta("O" * 16), "body": "abc"}
+ANSWERED = {
+    **OWNER,
+    "action": "answer",
+    "retention_ms": 900_000,
+    "meta": meta("O" * 16),
+    "body": "abc",
+    "tombstone_ms": 0,
+}
 FREED = {**OWNER, "action": "release", "operator": "O" * 16, "fence": "99"}
 
 

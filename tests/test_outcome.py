@@ -45,6 +45,7 @@ def test_a_suppressed_duplicate_met_a_record():
     """What was executed, or may have been by this request, is none."""
     assert {outcome.label for outcome in SUPPRESSED} == {
         "replayed", "in_flight", "key_reused", "outcome_unknown", "response_not_kept",
+        "key_expired",
     }  # fmt: skip
 
 

@@ -9,10 +9,13 @@ import pytest
 
 from oncegate.decision import State
 from oncegate.store.postgres import rows
-from oncegate.store.record import Claim, ClaimRequest, Record
+from oncegate.store.record import Claim, ClaimRequest, Corrupt, Record, ViewState, pack
 from oncegate.store.results import (
     AppendStatus,
+    DropStatus,
+    ReadFailure,
     RenewStatus,
+    ResolveStatus,
     SettleResult,
     SettleStatus,
     Unconfirmed,
@@ -21,6 +24,7 @@ from oncegate.store.store import Store
 from tests.postgres_schemas import NEVER, Schema, foreign, fresh_schema, held, lapse
 from tests.stores import (
     BODY,
+    FOREIGN,
     KEY,
     LEASE_MS,
     PATIENCE_S,
@@ -221,3 +225,54 @@ async def test_a_claim_that_lands_late_is_withdrawn(schema: Schema) -> None:
         events = await schema.other.fetch("SELECT event FROM audit WHERE key = $1 ORDER BY no", KEY)
         assert [row["event"] for row in events] == [1, 8]
         assert isinstance(await claim(store), Claim)
+
+
+# What outlives its response ...
+
+
+@pytest.mark.parametrize("size", [9, 10_000])
+async def test_a_key_outlives_its_response(store, schema, size):
+    """After the retention the row says the same before and after its response is dropped; then the key is free."""
+    body = os.urandom(size)
+    owner = replace(await claimed(store), tombstone_ms=7_200_000)
+    if size > rows.ROW_BYTES:
+        assert await store.append(owner, 0, body, PATIENCE_S) is AppendStatus.APPENDED
+    stored = answer(body)
+    assert await store.store(owner, stored, b"" if size > rows.ROW_BYTES else body, PATIENCE_S) == STORED
+    view = await store.records.read(KEY)
+    assert await store.drop(view) is DropStatus.KEPT
+    await schema.other.execute(f"UPDATE {schema.name}.record SET expires = 1")
+    expired = await claim(store)
+    assert isinstance(expired, Record)
+    assert (expired.state, expired.status, expired.response) == (State.EXPIRED, 201, None)
+    assert await store.read(KEY, owner.token, 0) is ReadFailure.GONE
+    assert await store.drop(view._replace(token=FOREIGN)) is DropStatus.FENCED
+    assert [await store.drop(view) for _ in range(2)] == [DropStatus.DROPPED] * 2
+    dropped = await claim(store)
+    assert replace(dropped, now_ms=0) == replace(expired, now_ms=0)
+    assert (await store.records.read(KEY)).state is ViewState.EXPIRED
+    for table in ("chunk", "record WHERE meta IS NOT NULL OR body IS NOT NULL"):
+        assert await schema.other.fetchval(f"SELECT count(*) FROM {schema.name}.{table}") == 0
+    events = await schema.other.fetch(f"SELECT event FROM {schema.name}.audit ORDER BY no")
+    assert [row["event"] for row in events] == [1, 4, 11]
+    assert (await store.store(owner, stored, b"", PATIENCE_S)).status is SettleStatus.FENCED
+    assert await store.renew(owner) is RenewStatus.COMPLETE
+    await schema.other.execute(f"UPDATE {schema.name}.record SET frees = 1")
+    assert await store.records.read(KEY) is None
+    assert isinstance(await claim(store), Claim)
+
+
+async def test_a_purged_key_is_refused_for_the_rest_of_its_retention(store, schema):
+    """Also without a tombstone of its own, and also where an operator gave the response."""
+    owner = await claimed(store)
+    given = replace(owner, token=store.token())
+    meta = pack(given, answer(BODY))
+    assert await store.resolve_by_operator(given, owner.token, meta, BODY) is ResolveStatus.RESOLVED
+    frees = f"SELECT frees FROM {schema.name}.record"
+    before = await schema.other.fetchval(frees)
+    assert await store.drop(await store.records.read(KEY), purge=True) is DropStatus.DROPPED
+    refused = await claim(store)
+    assert (refused.state, refused.status, refused.token) == (State.EXPIRED, 201, given.token)
+    assert await schema.other.fetchval(frees) == before
+    await schema.other.execute(f"UPDATE {schema.name}.record SET fingerprint = '\\x00'")
+    assert isinstance(await claim(store), Corrupt)

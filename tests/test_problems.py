@@ -18,6 +18,7 @@ TABLE = {
     "in-flight": (409, YES, YES),
     "outcome-unknown": (409, NO, NULL),
     "response-not-kept": (409, NO, NO),
+    "key-expired": (410, NO, NO),
     "body-too-large": (413, NO, YES),
     "store-unavailable": (503, YES, YES),
     "overloaded": (503, YES, YES),
@@ -116,7 +117,7 @@ def test_a_problem_says_the_same_in_the_member_that_sdks_read(slug):
 def test_what_concerns_the_key_is_an_idempotency_error():
     """Problems of the key are idempotency errors. All others are errors of the API."""
     of_the_key = {slug for slug in TABLE if json.loads(made(slug).body())["error"]["type"] == "idempotency_error"}
-    assert of_the_key == set(list(TABLE)[:7])
+    assert of_the_key == set(list(TABLE)[:8])
 
 
 @pytest.mark.parametrize("slug", TABLE)

@@ -9,7 +9,20 @@ from hypothesis import strategies as st
 from oncegate.decision import State
 from oncegate.messages.response_head import response_digest
 from oncegate.store import record
-from oncegate.store.record import Claim, Corrupt, Record, StoredResponse, intact, pack, running, self_check, unpack
+from oncegate.store.record import (
+    Claim,
+    Corrupt,
+    Record,
+    StoredResponse,
+    intact,
+    pack,
+    pack_tombstone,
+    running,
+    self_check,
+    tenant_of,
+    unpack,
+    unpack_expired,
+)
 
 KEY, TENANT, TOKEN, FINGERPRINT = b"k" * 24, b"n" * 16, b"t" * 16, b"f" * 16
 NOW_MS = 1_763_960_000_000
@@ -111,6 +124,31 @@ def test_no_byte_of_a_complete_record_can_change_unnoticed(place):
     assert isinstance(read(META[:place]), Corrupt)
 
 
+TOMBSTONE = pack_tombstone(KEY, META)
+
+
+def test_a_tombstone_says_what_the_expired_record_said():
+    """Whatever reads an expired record cannot tell whether its response has been dropped."""
+    expired = Record(State.EXPIRED, TOKEN, FINGERPRINT, CLAIM.created_ms, NOW_MS, status=answer().status)
+    assert unpack_expired(KEY, TENANT, META, NOW_MS) == unpack_expired(KEY, TENANT, TOMBSTONE, NOW_MS) == expired
+    assert TOMBSTONE[1:49] == META[1:49]
+    assert len(b"meta" + TOMBSTONE) <= 80
+    assert pack_tombstone(KEY, pack(CLAIM, answer(reason=b"x" * 99)))[:-8] == TOMBSTONE[:-8]
+    assert tenant_of(TOMBSTONE) == b""
+    # An older version refuses it, and so does this one where it is not expired.
+    assert read(TOMBSTONE) == Corrupt("unknown layout")
+
+
+@pytest.mark.parametrize("place", range(len(TOMBSTONE)))
+def test_no_byte_of_a_tombstone_can_change_unnoticed(place):
+    """A tombstone that was damaged, or copied to another key, is corrupt: its key is not free."""
+    for bit in range(8):
+        flipped = TOMBSTONE[:place] + bytes([TOMBSTONE[place] ^ 1 << bit]) + TOMBSTONE[place + 1 :]
+        assert isinstance(unpack_expired(KEY, TENANT, flipped, NOW_MS), Corrupt)
+    assert isinstance(unpack_expired(KEY, TENANT, TOMBSTONE[:place], NOW_MS), Corrupt)
+    assert isinstance(unpack_expired(b"K" * 24, TENANT, TOMBSTONE, NOW_MS), Corrupt)
+
+
 def test_a_complete_record_of_another_key_or_tenant_is_corrupt():
     """A record copied to another key, or read for another tenant, is corrupt."""
     assert isinstance(read(META), Record)
@@ -121,7 +159,7 @@ def test_a_complete_record_of_another_key_or_tenant_is_corrupt():
 def test_a_layout_of_another_version_is_corrupt(monkeypatch):
     """A record of another version is corrupt, also if it passes its own check."""
     with monkeypatch.context() as newer:
-        newer.setattr(record, "VERSION", b"\x03")
+        newer.setattr(record, "VERSION", b"\x04")
         meta = pack(CLAIM, answer())
         assert isinstance(read(meta), Record)
     assert read(meta) == Corrupt("unknown layout")

@@ -16,6 +16,7 @@ from oncegate.rules.loading import load_rules
 from oncegate.rules.model import Rule, Rules
 from oncegate.rules.patterns import text_matcher
 from oncegate.rules.presets import PRESETS
+from oncegate.rules.resolution import FOREVER_MS, longest_ms
 from oncegate.rules.statuses import AMBIGUOUS_STATUSES, RELEASE_STATUSES
 from oncegate.settings.addresses import Origin
 from oncegate.settings.credentials import expanded
@@ -214,6 +215,14 @@ CASES = {
         "retention_s = 0",
         "greater than 0",
     ),
+    "tombstone_s": (
+        "tombstone_s = 90",
+        lambda rule: rule.policy.tombstone_ms,
+        90_000,
+        0,
+        "tombstone_s = -1",
+        "at least 0",
+    ),
     "on_duplicate": (
         'on_duplicate = "wait"',
         lambda rule: rule.policy.wait_for_duplicates,
@@ -389,6 +398,23 @@ def test_a_field(rules, field):
     written, look, value, default, _, _ = CASES[field]
     assert look(rules(one(written) if field != "name" else f"[[rule]]\n{written}").rules[0]) == value
     assert look(rules(one('path = "/"' if field != "path" else "")).rules[0]) == default
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused_s", "unknown_s", "longest_s"),
+    [
+        ({}, 0, 7_776_000, 7_776_000),
+        ({"tombstone_s": 9}, 9, 7_776_000, 7_776_000),
+        ({"tombstone_s": 10_000_000}, 10_000_000, 10_086_400, 10_086_400),
+        ({"tombstone_s": 9, "on_unknown": "retry"}, 9, 86_400, 86_409),
+        ({"tombstone_s": 9, "unknown_retention_s": 0}, 9, FOREVER_MS / 1000, FOREVER_MS / 1000),
+    ],
+)
+def test_an_unknown_key_is_not_free_before_a_complete_one(rules, settings, refused_s, unknown_s, longest_s):
+    """It is kept at least as long as a complete record and its tombstone, but where a retry executes anyway."""
+    (rule,) = rules(one(""), **settings).rules
+    assert (rule.policy.tombstone_ms, rule.policy.unknown_retention_ms) == (refused_s * 1000, unknown_s * 1000)
+    assert longest_ms(rule.settings) == longest_s * 1000
 
 
 @pytest.mark.parametrize("field", CASES)

@@ -94,6 +94,7 @@ CASES: dict[str, tuple[object, str, object, str, str]] = {
     "scope_headers": (("known",), "Known,X-Tenant", ("known", "X-Tenant"), "Via", "must name header"),
     "stable_schemes": ((), "DPoP, Bare", ("dpop", "bare"), "a b", "must name schemes of Authorization"),
     "unknown_retention_s": (7_776_000.0, "0", 0.0, "-1", "must be at least 0"),
+    "tombstone_s": (0.0, "3600.5", 3600.5, "-1", "must be at least 0"),
     "retention_s": (86_400.0, "3600.5", 3600.5, "0", "must be greater than 0"),
     "lease_ms": (10_000, "200", 200, "199", "must be at least 200"),
     "release_statuses": (("default",), "429,503+Retry-After", ("429", "503+retry-after"), "42", "is not a status"),

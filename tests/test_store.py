@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 from oncegate.keys.digests import Digests, Scope
-from oncegate.store.record import Claim, Corrupt, Record, intact, pack, self_check
+from oncegate.store.record import Claim, Corrupt, Record, ViewState, intact, pack, pack_tombstone, self_check
+from oncegate.store.record_view import RecordView
 from oncegate.store.results import (
     AppendStatus,
     ClaimResult,
+    DropStatus,
     ReadFailure,
     RenewStatus,
     ResolveStatus,
@@ -36,6 +38,7 @@ from tests.stores import (
     SAME,
     SCOPE,
     TENANT,
+    TOMBSTONE_MS,
     UNKNOWN_RETENTION_MS,
     act,
     answer,
@@ -51,7 +54,8 @@ from tests.stores import (
 
 HOUR_MS = 3_600_000
 WINDOW_MS = 10_000  # of a derived key
-STATES = ("absent", "in flight", "lapsed", "unknown", "complete")
+# A tombstone is what is left of an expired record once its response has been dropped.
+STATES = ("absent", "in flight", "lapsed", "unknown", "complete", "expired", "tombstone")
 
 
 @pytest.fixture
@@ -116,6 +120,8 @@ TABLE = {
         "lapsed": (AGAIN, no("unknown")),
         "unknown": (no("unknown"), no("unknown")),
         "complete": (no("replay"), no("replay")),
+        "expired": (no("key_expired"), no("key_expired")),
+        "tombstone": (no("key_expired"), no("key_expired")),
     },
     "append": {
         "absent": (no("absent"), no("absent")),
@@ -123,6 +129,8 @@ TABLE = {
         "lapsed": (KEPT, no("fenced")),
         "unknown": (KEPT, no("fenced")),
         "complete": (no("complete"), no("fenced")),
+        "expired": (no("complete"), no("fenced")),
+        "tombstone": (no("complete"), no("fenced")),
     },
     "renew": {
         "absent": (no("absent"), no("absent")),
@@ -130,6 +138,8 @@ TABLE = {
         "lapsed": (RENEWED, no("fenced")),
         "unknown": (no("unknown"), no("fenced")),
         "complete": (no("complete"), no("fenced")),
+        "expired": (no("complete"), no("fenced")),
+        "tombstone": (no("complete"), no("fenced")),
     },
     "store": {
         "absent": (STORED_LOST, STORED_LOST),
@@ -137,6 +147,8 @@ TABLE = {
         "lapsed": (STORED, no("fenced")),
         "unknown": (STORED, no("fenced")),
         "complete": (no("stored"), no("fenced")),
+        "expired": (no("fenced"), no("fenced")),
+        "tombstone": (no("fenced"), no("fenced")),
     },
     "store another": {"complete": (no("fenced"), no("fenced"))},
     "store bare": {
@@ -145,6 +157,8 @@ TABLE = {
         "lapsed": (BARE, no("fenced")),
         "unknown": (BARE, no("fenced")),
         "complete": (no("stored"), no("fenced")),
+        "expired": (no("fenced"), no("fenced")),
+        "tombstone": (no("fenced"), no("fenced")),
     },
     "release": {
         "absent": (RELEASED_LOST, RELEASED_LOST),
@@ -152,6 +166,8 @@ TABLE = {
         "lapsed": (RELEASED, no("fenced")),
         "unknown": (RELEASED, no("fenced")),
         "complete": (no("fenced"), no("fenced")),
+        "expired": (no("fenced"), no("fenced")),
+        "tombstone": (no("fenced"), no("fenced")),
     },
     "mark unknown": {
         "absent": (UNKNOWN_LOST, UNKNOWN_LOST),
@@ -159,6 +175,8 @@ TABLE = {
         "lapsed": (UNKNOWN, no("fenced")),
         "unknown": (UNKNOWN, no("fenced")),
         "complete": (no("fenced"), no("fenced")),
+        "expired": (no("fenced"), no("fenced")),
+        "tombstone": (no("fenced"), no("fenced")),
     },
     "read": {
         "absent": (no("gone"), no("gone")),
@@ -166,6 +184,8 @@ TABLE = {
         "lapsed": (no("gone"), no("gone")),
         "unknown": (no("gone"), no("gone")),
         "complete": (no("chunks"), no("gone")),
+        "expired": (no("gone"), no("gone")),
+        "tombstone": (no("gone"), no("gone")),
     },
 }
 
@@ -264,6 +284,8 @@ def test_the_table_is_whole():
         ("lapsed", "unknown", "mismatch"),
         ("complete", "replay", "mismatch"),
         ("unknown", "unknown", "mismatch"),
+        ("expired", "key_expired", "mismatch"),
+        ("tombstone", "key_expired", "mismatch"),
     ],
 )
 async def test_what_a_duplicate_finds(store, probe, state, same, other):
@@ -502,6 +524,50 @@ async def test_of_many_newcomers_one_takes_an_open_key_over(store, probe):
     assert sorted(map(told, found)) == ["claimed"] + ["in_flight"] * 49
 
 
+# What outlives its response ...
+
+
+async def test_a_response_is_dropped_once_its_retention_is_over(store, probe):
+    """A purge does not wait for it. Whoever asks is told the same before and after the drop, which frees no key."""
+    owner = replace(await claimed(store), tombstone_ms=TOMBSTONE_MS)
+    assert await store_small(store, owner) == SettleResult(SettleStatus.STORED)
+    left_ms = probe.left_ms(KEY)
+    assert RETENTION_MS < left_ms <= RETENTION_MS + TOMBSTONE_MS
+    view = await store.records.read(KEY)
+    before = probe.fields(KEY)
+    assert view.state is ViewState.COMPLETE
+    assert await store.drop(view) is DropStatus.KEPT
+    assert await store.drop(view._replace(token=FOREIGN), purge=True) is DropStatus.FENCED
+    assert probe.fields(KEY) == before
+    probe.change(KEY, until=probe.now_ms())
+    expired, seen = await claim(store), await store.records.read(KEY)
+    assert (seen.state, seen.response.status) == (ViewState.EXPIRED, 201)
+    assert await store.drop(view) is DropStatus.DROPPED
+    assert await store.drop(view) is DropStatus.DROPPED
+    dropped, seen = await claim(store), await store.records.read(KEY)
+    assert replace(dropped, now_ms=0) == replace(expired, now_ms=0)
+    assert (dropped.status, dropped.created_ms) == (201, owner.created_ms)
+    assert (seen.state, seen.response, seen.status) == (ViewState.EXPIRED, None, 201)
+    assert BODY not in b"".join(probe.fields(KEY).values())
+    assert left_ms - 60_000 < probe.left_ms(KEY) <= left_ms
+
+
+@pytest.mark.parametrize("state", ["absent", "in flight", "unknown", "complete"])
+async def test_a_purge_without_tombstones(store, probe, state):
+    """A complete record becomes a tombstone for the rest of its time; nothing else is touched."""
+    owner = await at(store, probe, state)
+    before, left_ms = probe.fields(KEY), probe.left_ms(KEY)
+    view = RecordView(KEY, ViewState.COMPLETE, owner.token, 0, meta=before.get("meta", b"m" * 130))
+    dropped = await store.drop(view, purge=True)
+    if state == "complete":
+        assert dropped is DropStatus.DROPPED
+        assert told(await claim(store)) == "key_expired"
+        assert left_ms - 60_000 < probe.left_ms(KEY) <= left_ms
+    else:
+        assert dropped is DropStatus.ABSENT
+        assert probe.fields(KEY) == before
+
+
 # Derived keys have a window ...
 
 WINDOWED = [
@@ -512,21 +578,26 @@ WINDOWED = [
     ("in flight", WINDOW_MS, WINDOW_MS + 1, "in_flight"),
     ("lapsed", WINDOW_MS, WINDOW_MS + 1, "in_flight"),
     ("unknown", WINDOW_MS, WINDOW_MS + 1, "unknown"),
+    ("expired", WINDOW_MS, WINDOW_MS // 2, "expired"),
+    ("expired", WINDOW_MS, WINDOW_MS + 1, "claimed"),
+    ("tombstone", WINDOW_MS, WINDOW_MS // 2, "expired"),
+    ("tombstone", WINDOW_MS, WINDOW_MS + 1, "claimed"),
 ]
 
 
 @pytest.mark.parametrize(("state", "window_ms", "age_ms", "result"), WINDOWED)
 async def test_a_derived_key_is_free_again_after_its_window(store, probe, state, window_ms, age_ms, result):
-    """Only a complete record older than the window is replaced, and nothing of its response is left."""
+    """Only a complete record older than the window is replaced, or its tombstone; nothing of its response is left."""
     owner = await at(store, probe, state)
     created_ms = probe.now_ms() - age_ms
-    if state == "complete":
-        probe.change(KEY, meta=pack(replace(owner, created_ms=created_ms), answer(BODY)))
+    if state in ("complete", "expired", "tombstone"):
+        meta = pack(replace(owner, created_ms=created_ms), answer(BODY))
+        probe.change(KEY, meta=pack_tombstone(KEY, meta) if state == "tombstone" else meta)
     else:
         probe.change(KEY, created=created_ms)
     before = probe.fields(KEY)
     late = claim_raw(probe, window_ms=window_ms, not_after_ms=probe.now_ms() - 1, seen=owner.token)
-    assert word(late) == (state if state in ("unknown", "complete") else "in_flight")
+    assert word(late) == {"in flight": "in_flight", "lapsed": "in_flight", "tombstone": "expired"}.get(state, state)
     for seen in (b"", FOREIGN):  # unchecked, or checked and then replaced
         assert word(claim_raw(probe, window_ms=window_ms, seen=seen)) == word(late)
     assert probe.fields(KEY) == before
@@ -595,7 +666,7 @@ async def test_a_claim_after_its_time_changes_nothing(store, probe, state, own, 
     before, left_ms = probe.fields(KEY), probe.left_ms(KEY)
     token = owner.token if own else FOREIGN
     found = word(claim_raw(probe, token, mode=mode, not_after_ms=probe.now_ms() - 1))
-    assert found in ("late", before.get("state", b"complete").decode())
+    assert found in ("late", before.get("state", b"complete" if state == "complete" else b"expired").decode())
     assert (found == "late") == (state == "absent" or (own and state in ("in flight", "lapsed")))
     assert probe.fields(KEY) == before
     assert probe.left_ms(KEY) <= left_ms
@@ -759,10 +830,11 @@ async def test_what_an_operator_decides(store, probe, state, how):
         if how == "release_by_operator":
             return await store.release_by_operator(KEY, seen, store.token(), b"5")
         meta = pack(replace(owner, token=store.token()), answer(b"by hand"))
-        return await store.resolve_by_operator(KEY, seen, meta, b"by hand", RETENTION_MS)
+        return await store.resolve_by_operator(owner, seen, meta, b"by hand")
 
-    if state in ("absent", "complete"):
-        assert await decide(owner.token) == await decide(FOREIGN) == ResolveStatus(state)
+    if state in ("absent", "complete", "expired", "tombstone"):
+        word = "absent" if state == "absent" else "complete"
+        assert await decide(owner.token) == await decide(FOREIGN) == ResolveStatus(word)
         assert probe.fields(KEY) == before
         return
     assert await decide(FOREIGN) is ResolveStatus.FENCED
@@ -793,7 +865,7 @@ async def test_a_settle_and_a_decision_at_once(store, probe):
             owner = await claimed(store, key=key)
             meta = pack(replace(owner, token=desk.token()), answer(b"by hand"))
             settle = store_small(store, owner)
-            decide_ = desk.resolve_by_operator(key, owner.token, meta, b"by hand", RETENTION_MS)
+            decide_ = desk.resolve_by_operator(owner, owner.token, meta, b"by hand")
             if n % 2:
                 settled, decided = await asyncio.gather(settle, decide_)
             else:

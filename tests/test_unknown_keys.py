@@ -1,13 +1,14 @@
 """Unknown keys that are about to expire are named, and what is left of a dead owner's response goes before its key."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
 from oncegate.decision import State
 from oncegate.keys.digests import Scope
 from oncegate.store import unknown_keys
-from oncegate.store.record import Claim, ClaimRequest
+from oncegate.store.record import Claim, ClaimRequest, StoredResponse
 from oncegate.store.record_name import record_id
 from oncegate.store.redis.records import SCAN_KEY
 from oncegate.store.store import Store
@@ -110,6 +111,22 @@ async def test_a_partial_response_does_not_stay_as_long_as_its_key(store, probe,
         ClaimRequest(owner.key, SCOPE, b"f" * 16, b"hold", 60_000, RETENTION_MS, UNKNOWN_RETENTION_MS)
     )
     assert (found.state, found.token) == (State.IN_FLIGHT if is_kept else State.UNKNOWN, owner.token)
+
+
+async def test_an_expired_response_is_dropped(store, probe):
+    """The tombstone stays for its time; a response whose retention is not over stays as well."""
+    made = StoredResponse(201, b"", b"", bytes(16), 1, 4, True, False, True, 0, 0, 0)
+    for number in (1, 2):
+        claim = replace(await claimed(store, number), tombstone_ms=60_000)
+        await store.store(claim, made, b"body", 2)
+    expired, kept = b"%024d" % 1, b"%024d" % 2
+    probe.change(expired, until=1)
+    assert await Looks(store).counts() == (0, 0)
+    assert [b"body" in probe.fields(key).values() for key in (expired, kept)] == [False, True]
+    assert RETENTION_MS < probe.left_ms(expired) <= RETENTION_MS + 60_000
+    for key, state in ((expired, State.EXPIRED), (kept, State.COMPLETE)):
+        found = await store.peek(key, SCOPE, 60_000)
+        assert found.state is state
 
 
 async def test_a_user_who_may_not_look_is_reported_once(server):

@@ -67,7 +67,11 @@ class Result:
 
 
 # Answers about an earlier try, which was executed.
-OF_KEYS = {"response-not-kept": Outcome.ANSWERED, "record-corrupt": Outcome.UNKNOWN}
+OF_KEYS = {
+    "response-not-kept": Outcome.ANSWERED,
+    "key-expired": Outcome.ANSWERED,
+    "record-corrupt": Outcome.UNKNOWN,
+}
 
 
 def judge(answer: Answer) -> Outcome | None:

@@ -5,6 +5,7 @@ The rules of this file:
 2. A comparison of fingerprints comes first. A request with another fingerprint never learns the key's state.
 3. In doubt a key is unknown. Only a request that was surely not executed frees its key.
 4. Time counts as of now: a record in flight whose lease has passed is unknown, though the store still says in_flight.
+   A complete record whose retention has passed is expired, though the store may still have the response.
 
 Which record decides what for a new request (`decide`):
 
@@ -14,6 +15,7 @@ Which record decides what for a new request (`decide`):
 | complete  | no                   | response_not_kept   | key_reused        |
 | in_flight |                      | in_flight           | key_reused        |
 | unknown   |                      | outcome_unknown     | key_reused        |
+| expired   |                      | key_expired         | key_reused        |
 
 How far an exchange got, and what becomes of its claim: the rows of `Ending`.
 """
@@ -40,6 +42,8 @@ class State(Enum):
     IN_FLIGHT = "in_flight"
     COMPLETE = "complete"
     UNKNOWN = "unknown"
+    # The tombstone of a complete record: it says that the request was executed, and no longer has the response.
+    EXPIRED = "expired"
 
 
 class UnknownMode(Enum):
@@ -70,6 +74,7 @@ class Decision(Enum):
     RESPONSE_NOT_KEPT = "response_not_kept"
     IN_FLIGHT = "in_flight"
     OUTCOME_UNKNOWN = "outcome_unknown"
+    KEY_EXPIRED = "key_expired"
     KEY_REUSED = "key_reused"
 
 
@@ -112,12 +117,15 @@ class Ending(Enum):
         self.label, self.settlement = label, settlement
 
 
-def effective_state(state: State, lease_left_ms: int) -> State:
+def effective_state(state: State, lease_left_ms: int, retention_left_ms: int = 1) -> State:
     """Return the state as of now. A record in flight without a running lease is unknown.
 
-    Its owner no longer renews the lease, and may have executed the request or not.
+    Its owner no longer renews the lease, and may have executed the request or not. A complete record is expired once
+    its retention is over. `retention_left_ms`: of a record with a tombstone; any other is removed when it is over.
     """
-    return _UNKNOWN if state is _IN_FLIGHT and lease_left_ms <= 0 else state
+    if state is _IN_FLIGHT and lease_left_ms <= 0:
+        return _UNKNOWN
+    return _EXPIRED if state is _COMPLETE and retention_left_ms <= 0 else state
 
 
 def decide(state: State, same_request: bool, body_stored: bool) -> Decision:
@@ -130,6 +138,8 @@ def decide(state: State, same_request: bool, body_stored: bool) -> Decision:
         return Decision.IN_FLIGHT
     if state is _UNKNOWN:
         return Decision.OUTCOME_UNKNOWN
+    if state is _EXPIRED:
+        return Decision.KEY_EXPIRED
     assert_never(state)
 
 
@@ -139,7 +149,8 @@ def may_take_over(state: State, same_request: bool, mode: bytes, past_window: bo
     `mode`: the wire value of the record's own UnknownMode, not the new request's. `past_window`: the record is older
     than the window of a derived key; only derived keys have one.
     """
-    if state is _COMPLETE:
+    # What opens a complete record opens its tombstone.
+    if state is _COMPLETE or state is _EXPIRED:
         return past_window
     if state is _UNKNOWN:
         return same_request and mode == RETRY
@@ -163,6 +174,7 @@ def ending(disposition: Disposition, body_stored: bool) -> Ending:
 _IN_FLIGHT: Final = State.IN_FLIGHT
 _COMPLETE: Final = State.COMPLETE
 _UNKNOWN: Final = State.UNKNOWN
+_EXPIRED: Final = State.EXPIRED
 _REPLAY: Final = Decision.REPLAY
 _STORE: Final = Disposition.STORE
 _RELEASE: Final = Disposition.RELEASE

@@ -27,12 +27,12 @@ CANARY = "c4n4ry-of-16-bytes"
 OUTCOMES = (
     "executed", "replayed", "released", "unknown", "passthrough", "unguarded", "preflight", "key_missing",
     "key_invalid", "scope_unstable", "request_refused", "body_too_large", "overloaded", "store_unavailable",
-    "upstream_unreachable", "in_flight", "key_reused", "outcome_unknown", "response_not_kept", "record_corrupt",
-    "upstream_lost", "upstream_timeout", "truncated", "cancelled", "answer_not_stored", "fenced",
+    "upstream_unreachable", "in_flight", "key_reused", "outcome_unknown", "response_not_kept", "key_expired",
+    "record_corrupt", "upstream_lost", "upstream_timeout", "truncated", "cancelled", "answer_not_stored", "fenced",
     "failed", "client_gone",
 )  # fmt: skip
 SETTLEMENTS = ("stored", "stored_without_body", "released", "unknown", "cancelled", "unconfirmed", "lost", "fenced")
-SUPPRESSED = ("replayed", "in_flight", "key_reused", "outcome_unknown", "response_not_kept")
+SUPPRESSED = ("replayed", "in_flight", "key_reused", "outcome_unknown", "response_not_kept", "key_expired")
 LOSSES = ("flushed", "rolled_back", "evicted", "moved")
 WAIT_ENDS = (
     "record_changed", "may_claim", "declined", "sent_away", "timed_out", "client_gone", "no_room", "no_room_for_body",

@@ -8,6 +8,7 @@ Owners are small numbers, times are gone: a lease runs or has passed, a claim is
 from typing import NamedTuple
 
 ABSENT, IN_FLIGHT, UNKNOWN, COMPLETE, RELEASED = "absent", "in_flight", "unknown", "complete", "released"
+EXPIRED = "expired"  # a tombstone
 HOLD, RETRY, CANCELLED = "hold", "retry", "cancelled"
 NOBODY, OPERATOR = 0, 9  # beside the owners 1, 2, 3
 # What a complete record has of its body.
@@ -20,6 +21,7 @@ WORDS = {
     "renew": {"renewed", "absent", "unknown", "complete", "fenced"},
     "settle": {"stored", "released", "unknown", "torn", "complete", "fenced"},
     "resolve": {"resolved", "released", "absent", "complete", "fenced"},
+    "drop": {"dropped", "kept", "absent", "fenced"},
     "read": {"chunks", "gone", "torn"},
 }
 HOW = {  # of a settle: its word, and how much of an answer it stores
@@ -58,6 +60,7 @@ class Record(NamedTuple):
 Done = tuple[str, Record]
 Cut = frozenset[str]  # the safeguards that are left out
 FREE = (ABSENT, RELEASED)
+FINAL = (COMPLETE, EXPIRED)
 
 
 def is_over(record: Record) -> bool:
@@ -90,7 +93,7 @@ def claim(record: Record, me: int, mode: str, seen: int, late: bool, cut: Cut) -
 
 def append(record: Record, me: int, cut: Cut) -> Done:
     """Keep the first piece of an answer of `me`, and extend the lease."""
-    if record.state == COMPLETE:
+    if record.state in FINAL:
         return "complete" if record.token == me else "fenced", record
     if record.state == ABSENT:
         return "absent", record
@@ -103,7 +106,7 @@ def append(record: Record, me: int, cut: Cut) -> Done:
 
 def renew(record: Record, me: int, cut: Cut) -> Done:
     """Extend the lease of `me`."""
-    if record.state == COMPLETE:
+    if record.state in FINAL:
         return "complete" if record.token == me else "fenced", record
     if record.state == ABSENT:
         return "absent", record
@@ -119,7 +122,7 @@ def settle(record: Record, me: int, mode: str, how: str, cut: Cut) -> Done:
     word = HOW[how]
     if record.state != ABSENT and record.token != me and f"TOKEN_ON_{word.upper()}" not in cut:
         return "fenced", record
-    if record.state == COMPLETE and "FINAL" not in cut:
+    if record.state in FINAL and "FINAL" not in cut:
         same = word == "store" and record.answer == me
         return "stored" if same else "complete", record
     if word == "release":
@@ -136,7 +139,7 @@ def settle(record: Record, me: int, mode: str, how: str, cut: Cut) -> Done:
 def resolve(record: Record, seen: int, how: str, cut: Cut) -> Done:
     """End the key for an operator who saw the token `seen`: how is answer or release."""
     blind = "OPERATOR_COMPARES" in cut
-    if record.state == COMPLETE and not blind:
+    if record.state in FINAL and not blind:
         return "complete", record
     if record.state in FREE:
         return "absent", record
@@ -146,6 +149,17 @@ def resolve(record: Record, seen: int, how: str, cut: Cut) -> Done:
     if how == "answer":
         return "resolved", Record(COMPLETE, token, answer=OPERATOR, body=WHOLE)
     return "released", Record(RELEASED, token)
+
+
+def drop(record: Record, seen: int, purge: bool, cut: Cut) -> Done:
+    """Leave the tombstone of the token `seen`. Its retention is never over here, so that only a purge does it."""
+    if record.state not in FINAL:
+        return "absent", record
+    if record.token != seen:
+        return "fenced", record
+    if record.state == COMPLETE and not purge:
+        return "kept", record
+    return "dropped", Record(EXPIRED, seen)
 
 
 def read(record: Record, token: int) -> Done:
@@ -159,4 +173,6 @@ def told(record: Record) -> str:
     """Return what a newcomer with the same request gets from a record that is not open."""
     if record.state == COMPLETE:
         return "replay" if record.body == WHOLE else "response_not_kept"
+    if record.state == EXPIRED:
+        return "key_expired"
     return "outcome_unknown" if is_over(record) else "in_flight"

@@ -19,7 +19,9 @@ def calls(record: Record) -> Iterator[Call]:
             yield from (("claim", record, me, mode, seen, late) for seen in (NOBODY, *OWNERS) for late in (False, True))
             yield from (("settle", record, me, mode, how) for how in HOW)
         yield from (("resolve", record, me, how) for how in ("answer", "release"))
-    yield from (("read", record, token) for token in (*OWNERS, OPERATOR))
+    for token in (*OWNERS, OPERATOR):
+        yield "read", record, token
+        yield from (("drop", record, token, purge) for purge in (False, True))
 
 
 def apply(call: Call) -> Done:

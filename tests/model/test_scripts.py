@@ -9,7 +9,17 @@ import pytest
 from oncegate.decision import Ending, State, decide, effective_state, may_take_over
 from oncegate.messages.response_head import response_digest
 from oncegate.store.postgres import rows
-from oncegate.store.record import Claim, StoredResponse, cancelled_claim, pack, self_check, unpack
+from oncegate.store.record import (
+    DROPPED,
+    Claim,
+    StoredResponse,
+    cancelled_claim,
+    pack,
+    pack_tombstone,
+    self_check,
+    unpack,
+    unpack_expired,
+)
 from oncegate.store.record import Record as StoredRecord
 from oncegate.store.record_name import store_key
 from oncegate.store.results import ClaimResult, Unconfirmed
@@ -19,6 +29,7 @@ from tests.model.rules import (
     ABSENT,
     BARE,
     COMPLETE,
+    EXPIRED,
     IN_FLIGHT,
     NOBODY,
     OPERATOR,
@@ -109,12 +120,15 @@ class Scripts:
             return [*head, *described, "no answer came", 0]
         answer, last = stored(me, how)
         size = answer.size if answer.body_stored else 0
-        return [*head, pack(claim_of(me, "hold"), answer), answer.digest, answer.chunks, size, last]
+        return [*head, pack(claim_of(me, "hold"), answer), answer.digest, answer.chunks, size, last, 0]
 
     def _resolve(self, seen: int, how: str) -> list[Any]:
         if how == "release":
             return [TOKENS[seen], how, TOKENS[OPERATOR], b"8"]
-        return [TOKENS[seen], how, RETENTION_MS, packed(OPERATOR, 1)[0], b"".join(pieces(OPERATOR))]
+        return [TOKENS[seen], how, RETENTION_MS, packed(OPERATOR, 1)[0], b"".join(pieces(OPERATOR)), 0]
+
+    def _drop(self, seen: int, purge: bool) -> list[Any]:
+        return [TOKENS[seen], pack_tombstone(KEY, packed(seen, 1)[0]), int(purge)]
 
     def _read(self, token: int) -> list[Any]:
         return [TOKENS[token], 0, 262144]
@@ -126,6 +140,7 @@ TAGS = {
     "append": {1: "appended", 2: "absent", 3: "torn", 4: "complete", 5: "fenced"},
     "settle": {1: "stored", 2: "released", 3: "unknown", 4: "torn", 5: "complete", 6: "fenced"},
     "resolve": {1: "resolved", 2: "absent", 3: "released", 4: "complete", 5: "fenced"},
+    "drop": {1: "dropped", 2: "kept", 3: "absent", 4: "fenced"},
     "read": {1: "chunks", 2: "gone", 3: "torn"},
 }
 
@@ -159,9 +174,15 @@ class Functions:
 
     def _resolve(self, seen: int, how: str) -> int:
         meta, body = (packed(OPERATOR, 1)[0], b"".join(pieces(OPERATOR))) if how == "answer" else (None, None)
-        decision = (KEY, TOKENS[seen], TOKENS[OPERATOR], 8, meta, body, None, RETENTION_MS, 0, 200)
-        places = ", ".join(f"${number}" for number in range(1, 14))
+        mode = self._probe.fields(KEY).get("mode", b"hold")
+        check = self_check(KEY, TENANT, TOKENS[OPERATOR], mode, FINGERPRINT)[16:]
+        decision = (KEY, TOKENS[seen], TOKENS[OPERATOR], 8, check, meta, body, None, RETENTION_MS, 0, 200)
+        places = ", ".join(f"${number}" for number in range(1, 15))
         return int(self._probe.sql(f"SELECT resolve_1({places})", *decision, ACTOR, True, b"")[0][0])
+
+    def _drop(self, seen: int, purge: bool) -> int:
+        args = (KEY, TOKENS[seen], purge, ACTOR, True, b"")
+        return int(self._probe.sql("SELECT drop_1($1, $2, $3, $4, $5, $6)", *args)[0][0])
 
     def _read(self, token: int) -> int:
         return int(self._probe.sql("SELECT tag FROM read_1($1, $2, $3, $4)", KEY, TOKENS[token], 0, 262144)[0][0])
@@ -193,10 +214,15 @@ class Server:
         first = found.get("b0", b"")
         if "meta" in found:
             chunks = b"".join(found[name] for name in sorted(found) if name != "meta")
+            if found["meta"][:1] == DROPPED:
+                assert set(found) == {"meta"}
+                return Record(EXPIRED, WHO[unpack_expired(KEY, TENANT, found["meta"], 0).token])
             known = unpack(KEY, TENANT, found["meta"], None, 0)
             answer, who = known.response, WHO[known.token]
             held = BARE if not answer.body_stored and not chunks else WHOLE if chunks == b"".join(pieces(who)) else TORN
             return Record(COMPLETE, who, answer=who, body=held)
+        if found["state"] == b"expired":
+            return Record(EXPIRED, WHO[found["token"]])
         appended = next((who for who in (1, 2) if first == pieces(who)[0]), NOBODY)
         runs = found["state"] == b"in_flight" and int(found["lease"]) > self._probe.now_ms()
         mode = found.get("mode", b"").decode()
@@ -227,7 +253,7 @@ def server(probe: RedisProbe | PostgresProbe) -> Server:
 
 def test_what_is_tried():
     """Every state, lapsed ones too, for the owner and for anybody else."""
-    assert {record.state for record in WAYS} == {ABSENT, IN_FLIGHT, UNKNOWN, COMPLETE, RELEASED}
+    assert {record.state for record in WAYS} == {ABSENT, IN_FLIGHT, UNKNOWN, COMPLETE, EXPIRED, RELEASED}
     assert {(record.lease, record.token, record.mode) for record in WAYS if record.state == IN_FLIGHT} == {
         (lease, token, mode) for lease in (True, False) for token in (1, 2) for mode in ("hold", "retry")
     }
@@ -264,9 +290,9 @@ def test_the_model_has_every_word():
     """All replies that the scripts' contracts name; "told" is a record that claim leaves alone."""
     for verb in RECORD_VERBS:
         words = set(replies(" ".join(section(verb, "Returns")), {}))
-        assert {"told" if word in ("complete", "state") and verb == "claim" else word for word in words} == rules.WORDS[
-            verb
-        ], verb
+        assert {
+            "told" if word in ("complete", "expired", "state") and verb == "claim" else word for word in words
+        } == rules.WORDS[verb], verb
     assert set(rules.WORDS) == set(RECORD_VERBS)
 
 
@@ -281,15 +307,16 @@ def test_the_model_has_every_verb():
 
 
 def test_the_model_has_every_state():
-    """What the scripts write or ask for, and what a proxy reads: released is known to the scripts alone."""
+    """What the scripts write or ask for, and what a proxy reads: released is known to the scripts alone. That a record
+    is expired is never written: its time says so, and then its `meta`."""
     named = set()
     for verb in RECORD_VERBS:
         code = body(verb)
         named |= set(re.findall(r"'HSET', KEYS\[1\], 'state', '(\w+)'", code))
         named |= set(re.findall(r"(?:state|found\[2\]) [=~]= '(\w+)'", code))
     assert named <= {IN_FLIGHT, UNKNOWN, COMPLETE, RELEASED}
-    assert named | {ABSENT} == {record.state for record in WAYS}
-    assert {state.value for state in State} == named - {RELEASED}
+    assert named | {ABSENT, EXPIRED} == {record.state for record in WAYS}
+    assert {state.value for state in State} == named - {RELEASED} | {EXPIRED}
     assert set(TEXTS) >= set(RECORD_VERBS)
 
 

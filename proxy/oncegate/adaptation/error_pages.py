@@ -72,6 +72,12 @@ _WORDS: Mapping[str, Words] = {
         "What you sent was carried out before. Its answer was too large to keep, so we cannot show it again.",
         "Do not send it again. Look at your orders or your account for the result.",
     ),
+    "key-expired": Words(
+        "done",
+        "This is done already",
+        "What you sent was carried out before. That was too long ago to show its answer again.",
+        "Do not send it again. Look at your orders or your account for the result.",
+    ),
     "body-too-large": _REFUSED._replace(
         title="This is too large",
         message="It is larger than this site accepts. Nothing was passed on.",

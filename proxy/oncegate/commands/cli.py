@@ -87,7 +87,7 @@ def _add_demo(commands: Any) -> None:
 
 
 def _add_keys(commands: Any) -> None:
-    keys = commands.add_parser("keys", help="list the keys in the store, and decide unknown outcomes")
+    keys = commands.add_parser("keys", help="list the keys in the store, decide unknown outcomes, purge tenants")
     keys_commands = keys.add_subparsers(dest="keys_command", required=True, metavar="COMMAND")
     listing = keys_commands.add_parser("list", help="list keys, without changing or blocking anything")
     listing.add_argument("--state", choices=STATES, default="unknown", help="the state to list (%(default)s)")
@@ -102,10 +102,15 @@ def _add_keys(commands: Any) -> None:
         "-H", "--header", action="append", default=[], metavar="'Name: value'", help="a header field of it"
     )
     release = keys_commands.add_parser("release", help="free a key: the next request with it executes, maybe again")
+    purge = keys_commands.add_parser("purge", help="drop the responses of one tenant: retries get 410 instead")
     for command in (show, resolve, release):
         _add_record_arguments(command)
-    for command in (resolve, release):
-        command.add_argument("--yes", action="store_true", help="do not ask, even if the owner may still live")
+    tenant = purge.add_mutually_exclusive_group(required=True)
+    tenant.add_argument("--tenant", dest="scope", metavar="DIGEST", help="its scope, as `list` and `show` print it")
+    _add_credential(tenant, "its header fields, one `Name: value` per line, from standard input")
+    purge.set_defaults(namespace="")
+    for command in (resolve, release, purge):
+        command.add_argument("--yes", action="store_true", help="do not ask before a risky decision")
 
 
 def _add_migrate(commands: Any) -> None:
@@ -141,11 +146,13 @@ def _add_record_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--namespace", help="the namespace of the key, if a rule sets another than the settings")
     scope = command.add_mutually_exclusive_group()
     scope.add_argument("--scope", metavar="DIGEST", help="the scope of the key, as `list` and `show` print it")
-    scope.add_argument(
-        "--credential",
-        action="store_true",
-        help="the scope of the key: read its header fields from standard input, one `Name: value` per line",
+    _add_credential(
+        scope, "the scope of the key: read its header fields from standard input, one `Name: value` per line"
     )
+
+
+def _add_credential(group: Any, text: str) -> None:
+    group.add_argument("--credential", action="store_true", help=text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -252,8 +252,12 @@ def _by_state(policy: Policy, head: RequestHead, identity: Identity) -> Iterable
         refused = f"{policy.in_flight_status} in-flight"
         yield "in flight", f"waits up to {wait_s:g} s, then {refused}" if wait_s else refused
         window_s, retention_s = identity.window_ms / 1000, policy.retention_ms / 1000
+        refused_s = policy.tombstone_ms / 1000
+        then = f", then 410 key-expired for {refused_s:g} s" if refused_s else ""
         # The window of a derived key runs from the claim, retention from the completion.
-        period, then = (f"{window_s:g} s from its claim", ", then executed") if window_s else (f"{retention_s:g} s", "")
+        period, then = (
+            (f"{window_s:g} s from its claim", ", then executed") if window_s else (f"{retention_s:g} s", then)
+        )
         if policy.adaptation.replays_cookies:
             period += f", with its cookies for {REPLAYED_MS // 1000} s at most"
         yield "complete", f"replayed for {period}{then}"

@@ -1,4 +1,4 @@
-"""Finds the record that an operator means: by the key and its scope, or by the id that lists and logs show."""
+"""Finds the record or tenant that an operator means: by key and scope, or by the id that lists and logs show."""
 
 import argparse
 import sys
@@ -60,13 +60,24 @@ async def _digest_by_key(settings: Settings, store: Store, options: argparse.Nam
     key = parse_key([options.key.encode("utf-8", "surrogateescape")])
     if isinstance(key, BadKey):
         raise usage_error(key.detail)
+    digests = await _digests(settings, store)
+    return digests.key(_scope(settings, options, digests), key)
+
+
+async def find_tenant(settings: Settings, store: Store, options: argparse.Namespace) -> bytes:
+    """Return the digest of the tenant that the arguments name. Raises CommandError, StoreError without a reply."""
+    return _scope(settings, options, await _digests(settings, store)).tenant
+
+
+async def _digests(settings: Settings, store: Store) -> Digests:
+    """Return what computes digests as the proxies on this store do. Raises CommandError if the settings differ."""
     digests = Digests(settings.secret.get_secret_value().encode())
     ours = identity_settings(digests, settings.namespace, settings.key_header, settings.scope_headers)
     # With other settings the same key has another digest: "no such record" would be wrong.
     theirs = await store.records.identities()
     if theirs and ours not in theirs:
         raise CommandError("the proxies on this store compute digests with other settings: run this with theirs")
-    return digests.key(_scope(settings, options, digests), key)
+    return digests
 
 
 def _scope(settings: Settings, options: argparse.Namespace, digests: Digests) -> Scope:

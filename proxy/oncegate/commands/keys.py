@@ -1,4 +1,4 @@
-"""`oncegate keys`: list and show the records in the store, and decide unknown outcomes (resolve, release).
+"""`oncegate keys`: list and show the records in the store, decide unknown outcomes (resolve, release), purge a tenant.
 
 Each decision is a compare-and-set: the store carries it out only if the record is still the one that the operator
 saw. It fences the owner, so that an owner that wakes up later neither stores nor delivers its own response. Each
@@ -14,24 +14,28 @@ import pwd
 import socket
 import sys
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
 from oncegate.commands.errors import CommandError, KeysExit
-from oncegate.commands.find_record import find_record
+from oncegate.commands.find_record import find_record, find_tenant
 from oncegate.commands.operator_response import operator_response
+from oncegate.commands.record_facts import facts_of, line_of
 from oncegate.messages.response_head import response_digest
+from oncegate.rules.resolution import tombstone_ms
 from oncegate.server.embedded import socket_url
 from oncegate.settings.settings import Settings
 from oncegate.store.opening import open_store, postgres_options
-from oncegate.store.record import StoredResponse, ViewState, pack
+from oncegate.store.record import ViewState, pack
 from oncegate.store.record_name import record_id
 from oncegate.store.record_view import RecordView, StoreError, claim_of
-from oncegate.store.results import ResolveStatus
+from oncegate.store.results import DropStatus, ResolveStatus
 from oncegate.store.store import Store, StoreConfig
 
 TIMEOUT_MS = 5000
+# States in which there is nothing to decide.
+DECIDED = (ViewState.COMPLETE, ViewState.EXPIRED, ViewState.RELEASED)
 # Messages for decisions that the store did not carry out.
 NOT_CARRIED_OUT = {
     ResolveStatus.ABSENT: "the record is gone by now; nothing was changed",
@@ -65,6 +69,15 @@ class OperatorDecision:
     details: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class Purged:
+    """How many responses, or parts of one, are gone; how many are still to come, and how many may still be there."""
+
+    dropped: int = 0
+    in_flight: int = 0
+    unconfirmed: int = 0
+
+
 def run(settings: Settings, options: argparse.Namespace) -> int:
     """Run one `oncegate keys` command and return its exit code."""
     try:
@@ -90,6 +103,7 @@ async def _run(settings: Settings, options: argparse.Namespace) -> KeysExit:
             "show": _show,
             "resolve": _resolve,
             "release": _release,
+            "purge": _purge,
         }
         return await commands[options.keys_command](session, options)
     finally:
@@ -138,9 +152,9 @@ async def _list(session: Session, options: argparse.Namespace) -> KeysExit:
         if record.key in listed or options.state not in (record.state.value, "any"):
             continue
         listed.add(record.key)
-        facts = await _facts(session.store, record)
+        facts = await facts_of(session.store, record)
         # Flushed line by line: a reader such as `head` then ends the scan early.
-        print(json.dumps(facts) if options.json else _line(facts), flush=True)
+        print(json.dumps(facts) if options.json else line_of(facts), flush=True)
         if len(listed) == options.limit:
             break
     if not options.json:
@@ -151,59 +165,13 @@ async def _list(session: Session, options: argparse.Namespace) -> KeysExit:
 
 
 async def _show(session: Session, options: argparse.Namespace) -> KeysExit:
-    facts = await _facts(session.store, await find_record(session.settings, session.store, options))
+    facts = await facts_of(session.store, await find_record(session.settings, session.store, options))
     if options.json:
         print(json.dumps(facts))
     else:
         for name, value in facts.items():
             print(f"{name.replace('_', ' '):20} {value}")
     return KeysExit.DONE
-
-
-async def _facts(store: Store, record: RecordView) -> dict[str, Any]:
-    """Return what the store knows of a record; facts that it does not know are left out. Times are the store's."""
-    owner, silent_ms = await store.records.proxy_of(record.token)
-    facts: dict[str, Any] = {"id": record_id(record.key), "state": record.state.value, "scope": record.tenant.hex()}
-    if record.created_ms:
-        facts["claimed"] = _iso_time(record.created_ms)
-        # After a failover the time comes from another server, whose clock may be behind.
-        facts["age_s"] = max(0, record.now_ms - record.created_ms) // 1000
-    facts["owner"] = owner
-    if silent_ms is not None:
-        facts["owner_reported_s_ago"] = silent_ms // 1000
-    return facts | (_unfinished_facts(record) if record.response is None else _response_facts(record.response))
-
-
-def _response_facts(response: StoredResponse) -> dict[str, Any]:
-    return {
-        "status": response.status,
-        "bytes": response.size,
-        "body_stored": response.body_stored,
-        "completed": _iso_time(response.completed_ms),
-    }
-
-
-def _unfinished_facts(record: RecordView) -> dict[str, Any]:
-    """Return why the outcome is unknown, how far the request got, and whether its owner may still work on it."""
-    facts = {
-        "response_status": record.status,
-        "reason": record.reason,
-        "progress": record.progress,
-        "bytes_stored": record.bytes_stored,
-        "lease_left_ms": record.lease_left_ms,
-    }
-    known = {name: value for name, value in facts.items() if value}
-    # A damaged record may have any bytes in this field, and must not end the list.
-    return known | {"mode": record.mode.decode("ascii", "replace"), "owner_may_live": record.owner_may_live}
-
-
-def _iso_time(ms: int) -> str:
-    return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds")
-
-
-def _line(facts: dict[str, Any]) -> str:
-    detail = facts.get("reason") or facts.get("progress") or facts.get("status") or ""
-    return f"{facts['id']}  {facts['state']:9}  {facts.get('claimed', '-'):29}  {facts['owner']}  {detail}"
 
 
 # Resolve and release ...
@@ -213,7 +181,7 @@ async def _resolve(session: Session, options: argparse.Namespace) -> KeysExit:
     """Complete an unfinished key with the operator's response, which later requests with the key get as a replay."""
     response, body = operator_response(options)
     record = await find_record(session.settings, session.store, options)
-    if record.state in (ViewState.COMPLETE, ViewState.RELEASED, ViewState.CORRUPT):
+    if record.state in (*DECIDED, ViewState.CORRUPT):
         raise CommandError(f"this key is {record.state.value}; only a key that is unknown or in flight can be resolved")
     # An owner whose lease has lapsed is fenced by the decision; no question is needed.
     is_running = record.lease_left_ms > 0
@@ -223,9 +191,9 @@ async def _resolve(session: Session, options: argparse.Namespace) -> KeysExit:
     digest.update(body)
     stored = replace(response, digest=digest.digest(), completed_ms=record.now_ms)
     # The owner's claim, with the operator's token.
-    claim = replace(claim_of(record, session.retention_ms), token=token)
+    claim = replace(claim_of(record, session.retention_ms), token=token, tombstone_ms=tombstone_ms(session.settings))
     meta = pack(claim, stored)
-    status = await session.store.resolve_by_operator(record.key, record.token, meta, body, session.retention_ms)
+    status = await session.store.resolve_by_operator(claim, record.token, meta, body)
     details = {"status": response.status, "bytes": len(body)}
     return _report(session, OperatorDecision("resolve", record, status, details))
 
@@ -234,7 +202,7 @@ async def _release(session: Session, options: argparse.Namespace) -> KeysExit:
     """Free an unfinished key: the next request with it executes."""
     record = await find_record(session.settings, session.store, options)
     # A record without a token was not written by oncegate: it is not removed either.
-    if record.state in (ViewState.COMPLETE, ViewState.RELEASED) or not record.token:
+    if record.state in DECIDED or not record.token:
         raise CommandError(f"this key is {record.state.value}; only a key that is unknown or in flight can be released")
     # Fencing stops the owner's response, but not a request that it has sent already.
     warning = "Its owner may still live: its request may be executed, and the next one executes again."
@@ -242,6 +210,53 @@ async def _release(session: Session, options: argparse.Namespace) -> KeysExit:
     token = await _introduce(session)
     status = await session.store.release_by_operator(record.key, record.token, token, record.fence)
     return _report(session, OperatorDecision("release", record, status))
+
+
+async def _purge(session: Session, options: argparse.Namespace) -> KeysExit:
+    """Drop the responses that are stored for one tenant. Their keys stay refused for as long as they were to be."""
+    tenant = await find_tenant(session.settings, session.store, options)
+    _confirm(options, True, "Retries of this tenant's requests will get 410 instead of their responses.")
+    await _introduce(session)
+    purged = await _purge_tenant(session.store, tenant)
+    _audit(session, "purge", scope=tenant.hex(), **asdict(purged))
+    print(f"{purged.dropped} responses dropped")
+    if purged.in_flight:
+        print(f"{purged.in_flight} requests are in flight: repeat the command when they are done", file=sys.stderr)
+    if purged.unconfirmed:
+        print(f"the store did not confirm {purged.unconfirmed} of them: repeat the command", file=sys.stderr)
+    return KeysExit.NOT_DONE if purged.in_flight or purged.unconfirmed else KeysExit.DONE
+
+
+async def _purge_tenant(store: Store, tenant: bytes) -> Purged:
+    """Drop every response that is stored for a tenant, whole or in part. Raises StoreError.
+
+    `tenant`: its digest. A damaged record names none and stays.
+    """
+    purged = Purged()
+    # A scan may return a record twice.
+    seen: set[bytes] = set()
+    async for record in store.records.scan():
+        if record.tenant != tenant or record.key in seen:
+            continue
+        seen.add(record.key)
+        if record.state is ViewState.IN_FLIGHT:
+            purged.in_flight += 1
+        elif record.response is not None or record.bytes_stored:
+            is_gone = await _drop_response(store, record)
+            purged.dropped += is_gone
+            purged.unconfirmed += not is_gone
+    return purged
+
+
+async def _drop_response(store: Store, record: RecordView) -> bool:
+    """Drop what a record has of a response, and return whether it is gone."""
+    if record.response is not None:
+        return await store.drop(record, purge=True) is not DropStatus.UNCONFIRMED
+    if record.left_ms <= 0:
+        return False
+    # An unknown outcome stays as it is, without the part of a response that came.
+    marked = await store.mark_unknown(claim_of(record, record.left_ms), record.reason, TIMEOUT_MS / 1000, record.status)
+    return marked.status.is_done
 
 
 async def _introduce(session: Session) -> bytes:
@@ -266,24 +281,33 @@ def _confirm(options: argparse.Namespace, is_risky: bool, warning: str) -> None:
 def _report(session: Session, decision: OperatorDecision) -> KeysExit:
     """Write the audit line, tell the operator the outcome, and return the exit code."""
     record = decision.record
-    line = {
-        "event": "audit",
-        "level": "warning",
-        "timestamp": datetime.now(UTC).isoformat(timespec="milliseconds"),
-        "action": decision.action,
-        "outcome": decision.status.value,
-        "key_id": record_id(record.key),
-        "state_before": record.state.value,
-        "reason": record.reason,
-        "owner_token": record.token.hex(),
-        "user": session.user,
-        "host": session.host,
+    _audit(
+        session,
+        decision.action,
+        outcome=decision.status.value,
+        key_id=record_id(record.key),
+        state_before=record.state.value,
+        reason=record.reason,
+        owner_token=record.token.hex(),
         **decision.details,
-    }
-    # Standard error, so that the audit trail is separate from output that scripts read.
-    print(json.dumps(line), file=sys.stderr)
+    )
     if decision.status in NOT_CARRIED_OUT:
         print(NOT_CARRIED_OUT[decision.status], file=sys.stderr)
         return KeysExit.NOT_DONE
     print(decision.status.value)
     return KeysExit.DONE
+
+
+def _audit(session: Session, action: str, **facts: Any) -> None:
+    """Write who did what."""
+    line = {
+        "event": "audit",
+        "level": "warning",
+        "timestamp": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "action": action,
+        **facts,
+        "user": session.user,
+        "host": session.host,
+    }
+    # Standard error, so that the audit trail is separate from output that scripts read.
+    print(json.dumps(line), file=sys.stderr)

@@ -1,6 +1,7 @@
 """Oncegate's own responses: every refusal that a client gets is a value made here, and is sent here."""
 
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from email.utils import formatdate
 from typing import NamedTuple, assert_never
 
@@ -148,6 +149,10 @@ def duplicate_refusal(decision: Decision | Outcome, taken: Taken, policy: Policy
         case Decision.RESPONSE_NOT_KEPT if isinstance(taken, Record) and taken.response is not None:
             detail = "it was executed; its response was too large to store"
             return Refuse(problem("response-not-kept", detail, original_status=taken.response.status))
+        case Decision.KEY_EXPIRED if isinstance(taken, Record):
+            executed = _iso_time(taken.created_ms)
+            detail = f"it was executed at {executed}; its response is no longer stored"
+            return Refuse(problem("key-expired", detail, executed_at=executed, **_original(taken.status)))
         case Outcome.RECORD_CORRUPT:
             return Refuse(problem("record-corrupt", "ask the operator to inspect this key"))
         case Outcome.STORE_UNAVAILABLE:
@@ -171,6 +176,11 @@ def original_declined(taken: Taken, policy: Policy) -> Refuse:
     detail = "the first request with this key has ended without a response that is stored"
     after_s = retry_after_s(_running_s(taken), 0.0) if isinstance(taken, Record) else 1
     return Refuse(problem("in-flight", detail, after_s).with_status(policy.in_flight_status))
+
+
+def _iso_time(ms: int) -> str:
+    """Return a time as RFC 3339 has it, in UTC."""
+    return datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _running_s(record: Record) -> float:

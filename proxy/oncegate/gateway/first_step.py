@@ -246,6 +246,7 @@ def _claim_request(policy: Policy, scope: Scope, identity: Identity) -> ClaimReq
         # A derived key stands for a window: a form that is refused for months would help nobody.
         unknown_retention_ms=policy.retention_ms if identity.window_ms else policy.unknown_retention_ms,
         window_ms=identity.window_ms,
+        tombstone_ms=0 if identity.window_ms else policy.tombstone_ms,
     )
 
 

@@ -53,6 +53,9 @@ PROBLEM_KINDS = {
     "response-not-kept": ProblemKind(
         409, "The original request completed; its response was not stored", retryable=False, reuse_key=False
     ),
+    "key-expired": ProblemKind(
+        410, "The original request completed; its response is no longer stored", retryable=False, reuse_key=False
+    ),
     # Nothing was sent, so that the same key can be used again.
     "body-too-large": ProblemKind(
         413, "The request's body is too large", retryable=False, reuse_key=True, about_key=False

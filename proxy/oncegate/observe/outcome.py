@@ -41,6 +41,7 @@ class Outcome(Enum):
     KEY_REUSED = "key_reused"
     OUTCOME_UNKNOWN = "outcome_unknown"
     RESPONSE_NOT_KEPT = "response_not_kept"
+    KEY_EXPIRED = "key_expired"
     RECORD_CORRUPT = "record_corrupt"
 
     # The request was sent, or may have been, and the client did not get the upstream's whole response.
@@ -75,6 +76,7 @@ SUPPRESSED: Final = (
     Outcome.KEY_REUSED,
     Outcome.OUTCOME_UNKNOWN,
     Outcome.RESPONSE_NOT_KEPT,
+    Outcome.KEY_EXPIRED,
 )
 
 

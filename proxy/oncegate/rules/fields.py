@@ -33,6 +33,7 @@ IN_FLIGHT = (409, 429, 503)
 SHARED = (
     "pass_host",
     "retention_s",
+    "tombstone_s",
     "on_duplicate",
     "wait_max_s",
     "on_unknown",

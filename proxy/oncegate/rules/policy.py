@@ -17,11 +17,12 @@ class Policy:
     """What happens to the requests of a rule, or of the settings alone. Header names are lower-case.
 
     `methods`: those that are guarded. `mode`: the wire value of an UnknownMode. `unknown_retention_ms`: how long a key
-    that is in flight or unknown is kept. `destination`: where requests go, as far as it is known without one: the
-    upstream's name and a Host that is set. Empty for the upstream of the settings. `max_request_bytes`: 0 for the
-    worker's own limit. `bypass`: a request that the store cannot claim is forwarded without protection. `rule`,
-    `preset`: their names, empty without one. `stable_schemes`: lower-case Authorization schemes whose credentials
-    stay the same, beside the known ones. `adaptation`: what its responses say otherwise for each requester.
+    that is in flight or unknown is kept. `tombstone_ms`: how long a key is refused after its retention. `destination`:
+    where requests go, as far as it is known without one: the upstream's name and a Host that is set. Empty for the
+    upstream of the settings. `max_request_bytes`: 0 for the worker's own limit. `bypass`: a request that the store
+    cannot claim is forwarded without protection. `rule`, `preset`: their names, empty without one. `stable_schemes`:
+    lower-case Authorization schemes whose credentials stay the same, beside the known ones. `adaptation`: what its
+    responses say otherwise for each requester.
 
     Only a rule can set the following. `sources`: the key, where it is not `key_header` alone. `scope_sources`:
     sources beside the headers that identify the tenant. `fingerprint`: the parts that enter it, None for all;
@@ -48,6 +49,7 @@ class Policy:
     wait_for_duplicates: bool
     wait_max_s: float
     max_stored_bytes: int
+    tombstone_ms: int = 0
     statuses: Statuses = DEFAULT_STATUSES
     mode: bytes = HOLD
     rule: str = ""

@@ -49,6 +49,7 @@ def policy_of(settings: Settings) -> Policy:
         # Redis takes whole milliseconds (PEXPIRE).
         retention_ms=int(settings.retention_s * 1000),
         unknown_retention_ms=unknown_retention_ms(settings),
+        tombstone_ms=tombstone_ms(settings),
         lease_ms=settings.lease_ms,
         wait_for_duplicates=settings.on_duplicate == "wait",
         wait_max_s=settings.wait_max_s,
@@ -87,7 +88,20 @@ def unknown_retention_ms(settings: Settings) -> int:
     # A retry of an unknown key executes in this mode, so that nothing is gained by keeping it longer.
     if settings.on_unknown == "retry":
         return retention_ms
-    return max(retention_ms, int(settings.unknown_retention_s * 1000)) if settings.unknown_retention_s else FOREVER_MS
+    if not settings.unknown_retention_s:
+        return FOREVER_MS
+    # A key must not be free sooner because its outcome is not known.
+    return max(retention_ms + tombstone_ms(settings), int(settings.unknown_retention_s * 1000))
+
+
+def tombstone_ms(settings: Settings) -> int:
+    """Return how long a key is refused after its retention. A derived key is not."""
+    return int(settings.tombstone_s * 1000)
+
+
+def longest_ms(settings: Settings) -> int:
+    """Return how long a record can be kept, whatever becomes of it."""
+    return max(unknown_retention_ms(settings), int(settings.retention_s * 1000) + tombstone_ms(settings))
 
 
 def default_rule(settings: Settings) -> Rule:

@@ -26,7 +26,7 @@ from oncegate.messages.request_line import HeadLimits
 from oncegate.observe.metrics import Metrics
 from oncegate.observe.outcome import Observe
 from oncegate.rules.model import Rule, Rules, Upstream
-from oncegate.rules.resolution import unknown_retention_ms
+from oncegate.rules.resolution import longest_ms, unknown_retention_ms
 from oncegate.settings.settings import Settings
 from oncegate.store.events import StoreEvent
 from oncegate.store.leases import Leases, OnClaimEvent
@@ -208,7 +208,7 @@ class Parts:
             identity_text=identity_settings(digests, settings.namespace, settings.key_header, settings.scope_headers),
             accept=settings.identity_change == "accept",
             # As long as the last key that is named so may be there: rules have retentions of their own.
-            retention_ms=max(unknown_retention_ms(rule.settings) for rule in self.rules),
+            retention_ms=max(longest_ms(rule.settings) for rule in self.rules),
             quarantine_ms=int(settings.quarantine_s * 1000) if settings.on_store_loss == "quarantine" else 0,
             notice_s=settings.quarantine_s,
             durable=is_durable(settings),

@@ -6,6 +6,9 @@ into `meta`, beside the chunks of the body (`b0`, `b1` and so on).
 `meta` is a fixed part, the reason phrase, the block of header fields, the id of a JSON-RPC request, any trailers, and a
 check of 8 bytes over all of them. The scripts read the first 65 bytes of the fixed part, so their places never change:
 version (1 byte), token (16), fence (16 digits), time of creation (16 digits, ms), digest of the response (16).
+
+A complete record with a tombstone has the end of its retention in `until`. After that time it is expired, and its
+tombstone is what counts: a shorter `meta` of 75 bytes, whose first 49 are the same, and no body.
 """
 
 import struct
@@ -19,10 +22,14 @@ from oncegate.messages.response_head import response_digest
 
 # The second has trailers behind the header fields. An older oncegate refuses it as an unknown layout.
 VERSION, WITH_TRAILERS = b"\x01", b"\x02"
+# Of a tombstone.
+DROPPED = b"\x03"
 TOKEN_BYTES = 16
 # The first bytes of a token name the proxy that made it; the others count.
 PREFIX_BYTES = 10
 _FIXED = struct.Struct(">c16s16s16s16s16s16sBHHIIQQII")
+# Version, token, fence, creation, fingerprint, status.
+_DROPPED = struct.Struct(">c16s16s16s16sH")
 _CHECK_BYTES = 8
 # Flags of the fixed part.
 BODY_STORED, CLOSE_DELIMITED, STATED_LENGTH, HAS_REQUEST_ID = 1, 2, 4, 8
@@ -50,6 +57,8 @@ class ClaimRequest:
     unknown_retention_ms: int
     # Of a derived key: the age at which a complete record no longer counts. 0 for any other key.
     window_ms: int = 0
+    # Of a complete record: how long its key is refused after the retention. 0 for a derived key.
+    tombstone_ms: int = 0
 
 
 @dataclass(slots=True)
@@ -71,6 +80,7 @@ class Claim:
     lease_ms: int
     retention_ms: int
     unknown_retention_ms: int
+    tombstone_ms: int = 0
 
 
 @dataclass(slots=True)
@@ -119,7 +129,7 @@ class Record:
     body: bytes | None = None
     # The mode of a claim that is not complete.
     mode: bytes = b""
-    # Of a response that came and does not tell the outcome; 0 for none.
+    # Of the response to an expired one, or of one that came and does not tell the outcome; 0 for none.
     status: int = 0
 
 
@@ -129,6 +139,7 @@ class ViewState(Enum):
     UNKNOWN = "unknown"
     IN_FLIGHT = "in_flight"
     COMPLETE = "complete"
+    EXPIRED = "expired"
     # An operator released the key.
     RELEASED = "released"
     # The record fails its own checks.
@@ -218,9 +229,36 @@ def unpack(key: bytes, tenant: bytes, meta: bytes, body: bytes | None, now_ms: i
     return Record(State.COMPLETE, token, fingerprint, int(created), now_ms, 0, response, body)
 
 
+def pack_tombstone(key: bytes, meta: bytes) -> bytes:
+    """Return `meta` of the tombstone that a complete record with this `meta` leaves: 75 bytes."""
+    # Token, fence and creation; fingerprint; status.
+    packed = DROPPED + meta[1:49] + meta[65:81] + meta[100:102]
+    return packed + _check(key, packed)
+
+
+def unpack_expired(key: bytes, tenant: bytes, meta: bytes, now_ms: int) -> Record | Corrupt:
+    """Return the expired record in `meta`, checked against the key that it was read for.
+
+    It says the same before its response is dropped and after that.
+    """
+    if meta[:1] != DROPPED:
+        found = unpack(key, tenant, meta, None, now_ms)
+        if isinstance(found, Record) and found.response is not None:
+            return replace(found, state=State.EXPIRED, status=found.response.status, response=None)
+        return found
+    packed = meta[:-_CHECK_BYTES]
+    if len(packed) != _DROPPED.size:
+        return Corrupt("unknown layout")
+    # The digest of the key is one over the tenant, too.
+    if _check(key, packed) != meta[-_CHECK_BYTES:]:
+        return Corrupt("the record does not match its check")
+    _, token, _, created, fingerprint, status = _DROPPED.unpack(packed)
+    return Record(State.EXPIRED, token, fingerprint, int(created), now_ms, status=status)
+
+
 def tenant_of(meta: bytes) -> bytes:
-    """Return the tenant that a complete record names."""
-    return meta[81:97]
+    """Return the tenant that a complete record names, empty for a tombstone."""
+    return b"" if meta[:1] == DROPPED else meta[81:97]
 
 
 def intact(response: StoredResponse, body: bytes) -> bool:

@@ -7,7 +7,18 @@ from collections.abc import AsyncIterator, Sequence
 from typing import NamedTuple, Protocol
 
 from oncegate.decision import State, effective_state
-from oncegate.store.record import Claim, Corrupt, StoredResponse, ViewState, read_status, self_check, tenant_of, unpack
+from oncegate.store.record import (
+    DROPPED,
+    Claim,
+    Corrupt,
+    StoredResponse,
+    ViewState,
+    read_status,
+    self_check,
+    tenant_of,
+    unpack,
+    unpack_expired,
+)
 from oncegate.store.stages import describe_stage
 
 FIELDS = (
@@ -25,6 +36,7 @@ FIELDS = (
     "bytes",
     "lease_ms",
     "status",
+    "until",
 )
 
 
@@ -56,9 +68,12 @@ class RecordView(NamedTuple):
     progress: str = ""
     # Of a response that is not complete.
     bytes_stored: int = 0
-    # Of a response that came and does not tell the outcome; 0 for none.
+    # Of the response to a tombstone, or of one that came and does not tell the outcome; 0 for none.
     status: int = 0
+    # Of a complete record, and of an expired one until it is dropped.
     response: StoredResponse | None = None
+    # Of either, as it is stored.
+    meta: bytes = b""
 
     @property
     def owner_may_live(self) -> bool:
@@ -75,7 +90,7 @@ def read_fields(key: bytes, values: list[bytes | None], now_ms: int) -> RecordVi
     if not fields:
         return None
     if (meta := fields.get("meta")) is not None:
-        return _complete(key, meta, now_ms)
+        return _complete(key, meta, fields.get("until", b""), now_ms)
     token = fields.get("token", b"")
     if fields.get("state") == b"released":
         return RecordView(key, ViewState.RELEASED, token, now_ms, fields.get("fence", b"0"))
@@ -85,19 +100,28 @@ def read_fields(key: bytes, values: list[bytes | None], now_ms: int) -> RecordVi
         return RecordView(key, ViewState.CORRUPT, token, now_ms)
 
 
-def _complete(key: bytes, meta: bytes, now_ms: int) -> RecordView:
-    record = unpack(key, tenant_of(meta), meta, None, now_ms)
+def _complete(key: bytes, meta: bytes, until: bytes, now_ms: int) -> RecordView:
+    """Return a complete record or a tombstone. `until`: the end of its retention, empty if it has no tombstone."""
+    tenant = tenant_of(meta)
+    if meta[:1] == DROPPED:
+        record = unpack_expired(key, tenant, meta, now_ms)
+    else:
+        record = unpack(key, tenant, meta, None, now_ms)
     if isinstance(record, Corrupt):
         return RecordView(key, ViewState.CORRUPT, meta[1:17], now_ms)
+    left_ms = int(until) - now_ms if until.isdigit() else 1
+    state = effective_state(record.state, 0, left_ms)
     return RecordView(
         key,
-        ViewState.COMPLETE,
+        ViewState(state.value),
         record.token,
         now_ms,
         fingerprint=record.fingerprint,
-        tenant=tenant_of(meta),
+        tenant=tenant,
         created_ms=record.created_ms,
+        status=record.status,
         response=record.response,
+        meta=meta,
     )
 
 

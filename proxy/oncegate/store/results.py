@@ -150,3 +150,16 @@ class ResolveStatus(Enum):
     # The key has another owner than the operator saw.
     FENCED = "fenced"
     UNCONFIRMED = "unconfirmed"
+
+
+class DropStatus(Enum):
+    """How the dropping of a response ended. Only DROPPED says that the record is a tombstone."""
+
+    DROPPED = "dropped"
+    # Its retention is not over.
+    KEPT = "kept"
+    # There is no complete record.
+    ABSENT = "absent"
+    # The key has another owner.
+    FENCED = "fenced"
+    UNCONFIRMED = "unconfirmed"

@@ -13,10 +13,11 @@ from oncegate.hostnames.resolver import Resolver
 from oncegate.keys.digests import Scope
 from oncegate.store.membership import Membership
 from oncegate.store.record import Claim, ClaimRequest, StoredResponse
-from oncegate.store.record_view import Records
+from oncegate.store.record_view import Records, RecordView
 from oncegate.store.results import (
     AppendStatus,
     ClaimResult,
+    DropStatus,
     NotClaimed,
     ReadFailure,
     RenewStatus,
@@ -197,10 +198,11 @@ class Store(Protocol):
 
     # For operators ...
 
-    async def resolve_by_operator(
-        self, key: bytes, token: bytes, meta: bytes, body: bytes, retention_ms: int
-    ) -> ResolveStatus:
-        """Give a key its response, if `token` still owns it."""
+    async def resolve_by_operator(self, claim: Claim, token: bytes, meta: bytes, body: bytes) -> ResolveStatus:
+        """Give the key of an operator's claim its response, if `token` still owns it."""
 
     async def release_by_operator(self, key: bytes, token: bytes, operator: bytes, fence: bytes) -> ResolveStatus:
         """Free a key, if `token` still owns it. The token `operator` fences the owner from then on."""
+
+    async def drop(self, record: RecordView, *, purge: bool = False) -> DropStatus:
+        """Drop the response of an expired record, and leave its tombstone. `purge`: of a complete one, too."""

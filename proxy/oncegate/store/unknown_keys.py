@@ -1,7 +1,7 @@
 """Scans the store for unknown keys, so that an operator hears of them before they expire.
 
-Each server is scanned once an hour, by one of the replicas. The scan also marks keys unknown whose owner died while it
-stored a response: otherwise the stored part would stay as long as the key.
+Each server is scanned once an hour, by one of the replicas. The scan also drops what nobody needs any more: responses
+of expired keys, whose tombstones stay, and what an owner that died had stored of a response.
 """
 
 import asyncio
@@ -80,6 +80,8 @@ class UnknownKeys:
     async def _scan_server(self, server: ServerRecords) -> Found:
         found = Found()
         async for record in server.scan(pause_s=PAGE_PAUSE_S):
+            if record.state is ViewState.EXPIRED and record.response is not None:
+                await self._store.drop(record)
             if record.state is not ViewState.UNKNOWN or record.mode != HOLD:
                 continue
             found.unknown += 1

@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field, SecretStr
 from oncegate.settings.credentials import KNOWN, parse_scheme, parse_scope
 from oncegate.settings.names import parse_key_header, parse_method, parse_namespace, parse_secret
 from oncegate.settings.statuses import DEFAULT, parse_status
-from oncegate.settings.values import DAY_MS, MILLION, Seconds, SecondsOrForever, from_text, list_of
+from oncegate.settings.values import DAY_MS, MILLION, Seconds, SecondsOrForever, SecondsOrZero, from_text, list_of
 
 
 class KeySettings(BaseModel):
@@ -59,6 +59,11 @@ class KeySettings(BaseModel):
         description="How long oncegate refuses a key whose outcome is unknown, with `ONCEGATE_ON_UNKNOWN=hold`. After "
         "that time a retry executes. 0: for ever. A shorter time than the rule's retention counts as that retention. "
         "Derived keys always keep `ONCEGATE_RETENTION_S`.",
+    )
+    tombstone_s: SecondsOrZero = Field(
+        0,
+        description="How long oncegate refuses a key after its retention: a retry gets 410 `key-expired` and is not "
+        "executed. The response is dropped, and the status and the time stay. Derived keys have no such time.",
     )
     lease_ms: int = Field(
         10_000,

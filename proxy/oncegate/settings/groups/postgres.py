@@ -9,7 +9,7 @@ from oncegate.settings.postgres_url import is_postgres, parse_postgres_url, pars
 from oncegate.settings.values import BytesOrNone, Seconds, from_text
 
 # Defaults that a store in PostgreSQL has in place of those of the fields.
-POSTGRES_DEFAULTS = {"durability": "fsync", "audit": True}
+POSTGRES_DEFAULTS = {"durability": "fsync", "audit": True, "tombstone_s": 30 * 86_400}
 
 
 class PostgresSettings(BaseModel):

@@ -229,7 +229,7 @@ class Claims:
         if not isinstance(found, Record):
             return found if isinstance(found, Corrupt) else None
         # A claim of this proxy that nobody holds, or a response to the request of a former window.
-        is_past = 0 < window_ms < found.now_ms - found.created_ms and found.state is State.COMPLETE
+        is_past = 0 < window_ms < found.now_ms - found.created_ms and found.state in (State.COMPLETE, State.EXPIRED)
         is_own = found.token in self._withdrawn_tokens or found.token == claim.token
         return None if is_past or is_own else found
 

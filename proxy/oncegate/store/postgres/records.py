@@ -10,7 +10,7 @@ from oncegate.store.postgres.connections.durability import Level
 from oncegate.store.postgres.connections.session import Lost, Refused
 from oncegate.store.postgres.rows import MODE_OF, STAGES
 from oncegate.store.postgres.servers import Servers
-from oncegate.store.record import PREFIX_BYTES
+from oncegate.store.record import PREFIX_BYTES, ViewState, self_check
 from oncegate.store.record_name import record_id
 from oncegate.store.record_view import RecordView, StoreError, read_fields
 
@@ -21,7 +21,7 @@ _ID_CHARACTERS = 32
 # Without the rows that say no more than a missing one; what an operator released is shown.
 _COLUMNS = """
 SELECT key, state, token, fence, mode, fingerprint, tenant || self AS self, lease, created, why, stage, bytes, lease_ms,
-       status, meta, frees, now_ms() AS now
+       status, meta, expires, frees, now_ms() AS now
 FROM record
 """
 _SEEN = "(state = 4 AND token <> '' OR NOT is_free(state, created, lease, lease_ms, frees, now_ms()))"
@@ -62,18 +62,39 @@ async def fetch(
 
 def view(row: Mapping[str, Any]) -> RecordView | None:
     """Return the record in a row."""
+    if row["state"] == 5:
+        return _tombstone(row)
     numbers = [b"%d" % row[name] for name in ("fence", "lease", "created", "bytes", "lease_ms", "status")]
     fence, lease, created, size, lease_ms, status = numbers
     fields: list[bytes | None] = [
         row["meta"], _STATES.get(row["state"], b"?"), row["token"], fence, MODE_OF.get(row["mode"], b"?"),
         row["fingerprint"], row["self"], lease, created, row["why"], _STAGES.get(row["stage"]), size, lease_ms, status,
+        b"%d" % row["expires"],
     ]  # fmt: skip
     record = read_fields(row["key"], fields, row["now"])
-    if record is None or record.response is not None:
-        return record
+    if record is None:
+        return None
     # A renewal leaves the end of the retention alone.
     renewed_ms = max(0, row["lease"] - row["lease_ms"] - row["created"]) if row["state"] == 1 else 0
     return record._replace(left_ms=max(0, row["frees"] + renewed_ms - row["now"]))
+
+
+def _tombstone(row: Mapping[str, Any]) -> RecordView:
+    """Return what stays of a record whose response was dropped."""
+    key, check, token = row["key"], row["self"], row["token"]
+    mode, fingerprint, tenant = MODE_OF.get(row["mode"], b"?"), row["fingerprint"], check[:16]
+    is_whole = check == self_check(key, tenant, token, mode, fingerprint)
+    return RecordView(
+        key,
+        ViewState.EXPIRED if is_whole else ViewState.CORRUPT,
+        token,
+        row["now"],
+        fingerprint=fingerprint,
+        tenant=tenant,
+        created_ms=row["created"],
+        status=row["status"],
+        left_ms=max(0, row["frees"] - row["now"]),
+    )
 
 
 class PostgresRecords:

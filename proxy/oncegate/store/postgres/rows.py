@@ -9,10 +9,21 @@ from typing import Any, Final
 
 from oncegate.decision import CANCELLED, HOLD, RETRY, State
 from oncegate.keys.digests import DIGEST_BYTES, KEY_DIGEST_BYTES
-from oncegate.store.record import TOKEN_BYTES, Claim, Corrupt, Record, StoredResponse, pack, running, unpack
+from oncegate.store.record import (
+    TOKEN_BYTES,
+    Claim,
+    Corrupt,
+    Record,
+    StoredResponse,
+    pack,
+    running,
+    self_check,
+    unpack,
+)
 from oncegate.store.results import (
     AppendStatus,
     ClaimResult,
+    DropStatus,
     ReadFailure,
     RenewStatus,
     ResolveStatus,
@@ -149,10 +160,12 @@ def claim_result(claim: Claim, tenant: bytes, row: Mapping[str, Any]) -> ClaimRe
         return Claim(
             # Positions, not names: arguments by name cost twice as much here (Python 3.11, measured).
             claim.key, claim.token, b"%d" % row["fence"], claim.mode, claim.fingerprint, claim.self_check,
-            row["created"], claim.lease_ms, claim.retention_ms, claim.unknown_retention_ms,
+            row["created"], claim.lease_ms, claim.retention_ms, claim.unknown_retention_ms, claim.tombstone_ms,
         )  # fmt: skip
-    if tag in (3, 5):
+    if tag == 3:
         return unpack(claim.key, tenant, row["meta"] or b"", row["body"], now_ms)
+    if tag == 5:
+        return _expired(claim.key, tenant, row)
     if tag == 6:
         return LATE
     if tag == 7:
@@ -174,6 +187,14 @@ def _running(claim: Claim, tenant: bytes, row: Mapping[str, Any]) -> Record | Co
     return running(claim.key, tenant, fields, now_ms)
 
 
+def _expired(key: bytes, tenant: bytes, row: Mapping[str, Any]) -> Record | Corrupt:
+    """Return a record whose retention is over, by what stays of it when its response is dropped."""
+    owner, fingerprint = row["owner"], row["fingerprint"]
+    if row["self"] != self_check(key, tenant, owner, MODE_OF.get(row["mode"], b"?"), fingerprint):
+        return Corrupt("the record does not match its check")
+    return Record(State.EXPIRED, owner, fingerprint, row["created"], row["now"], status=row["status"])
+
+
 def peeked(claim: Claim, tenant: bytes, row: Mapping[str, Any]) -> Record | Corrupt | None:
     """Return the record that a row of `claim_1` shows to one who claims nothing, or None for a key that is free."""
     if row["tag"] in (4, 6):
@@ -191,9 +212,9 @@ def busy_record(claim: Claim, now_ms: int) -> Record:
 
 
 def _settle_row(claim: Claim, event: int, retention_ms: int, status: int, *outcome: bytes | int | None) -> Row:
-    check = claim.self_check
+    check, tombstone_ms = claim.self_check, claim.tombstone_ms if event == STORED else 0
     return (
-        claim.key, lock_of(claim.key), claim.token, event, retention_ms, 0, status, int(claim.fence or b"0"),
+        claim.key, lock_of(claim.key), claim.token, event, retention_ms, tombstone_ms, status, int(claim.fence or b"0"),
         claim.created_ms, _MODES[claim.mode], claim.fingerprint, check[:16], check[16:], *outcome,
     )  # fmt: skip
 
@@ -250,6 +271,12 @@ _RESOLVE = {
     4: ResolveStatus.COMPLETE,
     5: ResolveStatus.FENCED,
 }
+_DROP = {
+    1: DropStatus.DROPPED,
+    2: DropStatus.KEPT,
+    3: DropStatus.ABSENT,
+    4: DropStatus.FENCED,
+}
 # The usual end of an exchange, made once.
 _DONE = SettleResult(SettleStatus.STORED)
 # Of a key that was freed, and of what another transaction holds: nothing was changed, and a repeat may find it free.
@@ -278,6 +305,10 @@ def append_status(tag: int) -> AppendStatus:
 
 def resolve_status(tag: int) -> ResolveStatus:
     return _RESOLVE.get(tag, ResolveStatus.UNCONFIRMED)
+
+
+def drop_status(tag: int) -> DropStatus:
+    return _DROP.get(tag, DropStatus.UNCONFIRMED)
 
 
 def read_chunks(rows: Sequence[Mapping[str, Any]]) -> list[bytes] | ReadFailure:

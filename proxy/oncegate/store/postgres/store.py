@@ -30,8 +30,10 @@ from oncegate.store.record import (
     tenant_of,
     unpack,
 )
+from oncegate.store.record_view import RecordView
 from oncegate.store.results import (
     AppendStatus,
+    DropStatus,
     NotAttempted,
     NotClaimed,
     ReadFailure,
@@ -50,7 +52,8 @@ MIN_TRY_S = 0.05
 FULL_RATIO = 0.9
 _APPEND = "SELECT append_1($1, $2, $3, $4, $5) AS tag"
 _READ = "SELECT * FROM read_1($1, $2, $3, $4)"
-_RESOLVE = "SELECT resolve_1($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13) AS tag"
+_RESOLVE = "SELECT resolve_1($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14) AS tag"
+_DROP = "SELECT drop_1($1, $2, $3, $4, $5, $6) AS tag"
 _HMAC_BLOCK = 64
 
 
@@ -174,7 +177,7 @@ class PostgresStore:
         check = self_check(key, tenant, token, mode, fingerprint)
         # The fence and the time of creation come with the reply.
         times = request.lease_ms, request.retention_ms, request.unknown_retention_ms
-        claim = Claim(key, token, b"", mode, fingerprint, check, 0, *times)
+        claim = Claim(key, token, b"", mode, fingerprint, check, 0, *times, request.tombstone_ms)
         return self._claims.run(claim, tenant, request.window_ms)
 
     def reclaim(self, claim: Claim, scope: Scope) -> Claiming:
@@ -237,17 +240,17 @@ class PostgresStore:
 
     # For operators ...
 
-    async def resolve_by_operator(
-        self, key: bytes, token: bytes, meta: bytes, body: bytes, retention_ms: int
-    ) -> ResolveStatus:
+    async def resolve_by_operator(self, claim: Claim, token: bytes, meta: bytes, body: bytes) -> ResolveStatus:
         small, large = (body, None) if len(body) <= ROW_BYTES else (None, body)
-        record = unpack(key, tenant_of(meta), meta, None, 0)
+        record = unpack(claim.key, tenant_of(meta), meta, None, 0)
         status = record.response.status if isinstance(record, Record) and record.response else 0
-        owner = meta[1:17], int(meta[17:33])
-        return await self._resolve(key, token, *owner, meta, small, large, retention_ms, 0, status)
+        operator, fence = meta[1:17], int(meta[17:33])
+        check = self_check(claim.key, tenant_of(meta), operator, claim.mode, claim.fingerprint)[16:]
+        response = meta, small, large, claim.retention_ms, claim.tombstone_ms, status
+        return await self._resolve(claim.key, token, operator, fence, check, *response)
 
     async def release_by_operator(self, key: bytes, token: bytes, operator: bytes, fence: bytes) -> ResolveStatus:
-        return await self._resolve(key, token, operator, int(fence), None, None, None, 0, 0, 0)
+        return await self._resolve(key, token, operator, int(fence), b"", None, None, None, 0, 0, 0)
 
     async def _resolve(self, *args: object) -> ResolveStatus:
         """Decide, again while another transaction holds the record: it ends soon, and nothing was changed."""
@@ -261,6 +264,12 @@ class PostgresStore:
                 return rows.resolve_status(tag)
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, MAX_PAUSE_S)
+
+    async def drop(self, record: RecordView, *, purge: bool = False) -> DropStatus:
+        tail = (self._prefix, self._is_audited, self._pads)
+        level = Level.CLAIM if purge else Level.OFF
+        reply = await self._ask("drop", level, _DROP, (record.key, record.token, purge, *tail))
+        return rows.drop_status(reply[0]["tag"]) if isinstance(reply, list) else DropStatus.UNCONFIRMED
 
     async def _ask(
         self, verb: str, level: Level, statement: str, args: tuple[object, ...], ends: float = float("inf")

@@ -24,8 +24,8 @@ _16, _NEXT_16, _NEXT_32 = b"$16\r\n", b"\r\n$16\r\n", b"\r\n$32\r\n"
 _STORE, _RELEASE, _UNKNOWN = resp(b"store"), resp(b"release"), resp(b"unknown")
 
 CLAIM_COUNT, APPEND_COUNT, RENEW_COUNT, READ_COUNT = 10, 4, 4, 3
-STORE_COUNT, RELEASE_COUNT, MARK_UNKNOWN_COUNT = 8, 3, 10
-RESOLVE_COUNT, RELEASE_BY_OPERATOR_COUNT = 5, 4
+STORE_COUNT, RELEASE_COUNT, MARK_UNKNOWN_COUNT = 9, 3, 10
+RESOLVE_COUNT, RELEASE_BY_OPERATOR_COUNT, DROP_COUNT = 6, 4, 3
 
 # mode, lease_ms and unknown_retention_ms of a claim as bulk strings. There is one entry for each policy.
 _terms: dict[tuple[bytes, int, int], bytes] = {}
@@ -82,7 +82,8 @@ def store(claim: Claim, response: StoredResponse, last_chunk: bytes) -> bytes:
     counts = number[response.chunks] + number[response.size] if response.body_stored else number[0] * 2
     chunk_size = size[len(last_chunk)]
     head = (_16, claim.token, b"\r\n", _STORE, number[claim.retention_ms], size[len(meta)], meta)
-    return b"".join((*head, _NEXT_16, response.digest, b"\r\n", counts, chunk_size, last_chunk, b"\r\n"))
+    tail = (counts, chunk_size, last_chunk, b"\r\n", number[claim.tombstone_ms])
+    return b"".join((*head, _NEXT_16, response.digest, b"\r\n", *tail))
 
 
 def release(claim: Claim) -> bytes:

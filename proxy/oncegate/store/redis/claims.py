@@ -195,7 +195,7 @@ class Claims:
         if not isinstance(found, Record):
             return found if isinstance(found, Corrupt) else None
         # A claim of this proxy that nobody holds, or a response to the request of a former window.
-        is_past = 0 < window_ms < found.now_ms - found.created_ms and found.state is State.COMPLETE
+        is_past = 0 < window_ms < found.now_ms - found.created_ms and found.state in (State.COMPLETE, State.EXPIRED)
         return None if is_past or found.token in self._withdrawn_tokens else found
 
     def _end_reclaim(self, claim: Claim, reason: Unconfirmed) -> Unconfirmed:

@@ -6,12 +6,13 @@ Proxies of several versions share a store, so the reply words never change. This
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from oncegate.store.record import Claim, Corrupt, running, unpack
+from oncegate.store.record import Claim, Corrupt, running, unpack, unpack_expired
 from oncegate.store.redis.server import is_refusal
 from oncegate.store.redis.wire import ErrorReply
 from oncegate.store.results import (
     AppendStatus,
     ClaimResult,
+    DropStatus,
     Forbidden,
     NotAttempted,
     ReadFailure,
@@ -57,6 +58,12 @@ RESOLVE = {
     b"complete": ResolveStatus.COMPLETE,
     b"fenced": ResolveStatus.FENCED,
 }
+DROP = {
+    b"dropped": DropStatus.DROPPED,
+    b"kept": DropStatus.KEPT,
+    b"absent": DropStatus.ABSENT,
+    b"fenced": DropStatus.FENCED,
+}
 
 # Errors that pass by themselves, or whose cause is watched for itself.
 PASSING = (
@@ -84,7 +91,7 @@ def claim_result(claim: Claim, tenant: bytes, reply: Any, note_time: Callable[[i
         return Claim(
             # Positions, not names: arguments by name cost twice as much here (Python 3.11, measured).
             claim.key, claim.token, fence, claim.mode, claim.fingerprint, claim.self_check, int(created),
-            claim.lease_ms, claim.retention_ms, claim.unknown_retention_ms,
+            claim.lease_ms, claim.retention_ms, claim.unknown_retention_ms, claim.tombstone_ms,
         )  # fmt: skip
     if kind == b"complete":
         _, now_ms, meta, body = reply
@@ -94,6 +101,9 @@ def claim_result(claim: Claim, tenant: bytes, reply: Any, note_time: Callable[[i
         case [b"late", int(now_ms)]:
             note_time(now_ms)
             return LATE
+        case [b"expired", int(now_ms), bytes(meta)]:
+            note_time(now_ms)
+            return unpack_expired(claim.key, tenant, meta, now_ms)
         case [state, int(now_ms), *fields] if len(fields) == 8:
             return running(claim.key, tenant, [state, *fields], now_ms)
         case ErrorReply() if str(reply).startswith("WRONGTYPE"):
@@ -145,6 +155,11 @@ def renew_status(reply: Any) -> RenewStatus:
 def resolve_status(reply: Any) -> ResolveStatus:
     """Return what a reply to `resolve` means."""
     return RESOLVE[reply[0]] if isinstance(reply, list) else ResolveStatus.UNCONFIRMED
+
+
+def drop_status(reply: Any) -> DropStatus:
+    """Return what a reply to `drop` means."""
+    return DROP[reply[0]] if isinstance(reply, list) else DropStatus.UNCONFIRMED
 
 
 def read_chunks(reply: Any) -> list[bytes] | ReadFailure:

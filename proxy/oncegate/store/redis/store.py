@@ -11,14 +11,16 @@ from itertools import count
 from typing import Any
 
 from oncegate.keys.digests import Scope
-from oncegate.store.record import PREFIX_BYTES, Claim, ClaimRequest, StoredResponse, self_check
+from oncegate.store.record import PREFIX_BYTES, Claim, ClaimRequest, StoredResponse, pack_tombstone, self_check
 from oncegate.store.record_name import store_key
+from oncegate.store.record_view import RecordView
 from oncegate.store.redis import arguments
 from oncegate.store.redis.claims import MAX_PAUSE_S, MIN_PAUSE_S, Claims
 from oncegate.store.redis.node import Node, NodeConfig
 from oncegate.store.redis.records import RedisMarks, RedisRecords
 from oncegate.store.redis.replies import (
     append_status,
+    drop_status,
     is_final,
     is_noscript,
     may_have_run,
@@ -32,6 +34,7 @@ from oncegate.store.redis.topologies.topology import servers_of
 from oncegate.store.redis.wire import ScriptCall, resp
 from oncegate.store.results import (
     AppendStatus,
+    DropStatus,
     NotClaimed,
     ReadFailure,
     RenewStatus,
@@ -153,7 +156,7 @@ class RedisStore:
         check = self_check(key, tenant, token, mode, fingerprint)
         # The fence and the time of creation come with the reply.
         times = request.lease_ms, request.retention_ms, request.unknown_retention_ms
-        claim = Claim(key, token, b"", mode, fingerprint, check, 0, *times)
+        claim = Claim(key, token, b"", mode, fingerprint, check, 0, *times, request.tombstone_ms)
         return self._claims.run(claim, tenant, request.window_ms)
 
     def reclaim(self, claim: Claim, scope: Scope) -> Claiming:
@@ -211,15 +214,17 @@ class RedisStore:
 
     # For operators ...
 
-    async def resolve_by_operator(
-        self, key: bytes, token: bytes, meta: bytes, body: bytes, retention_ms: int
-    ) -> ResolveStatus:
-        args = resp(token, b"answer", retention_ms, meta, body)
-        return resolve_status(await self._run("resolve", key, args, arguments.RESOLVE_COUNT))
+    async def resolve_by_operator(self, claim: Claim, token: bytes, meta: bytes, body: bytes) -> ResolveStatus:
+        args = resp(token, b"answer", claim.retention_ms, meta, body, claim.tombstone_ms)
+        return resolve_status(await self._run("resolve", claim.key, args, arguments.RESOLVE_COUNT))
 
     async def release_by_operator(self, key: bytes, token: bytes, operator: bytes, fence: bytes) -> ResolveStatus:
         args = resp(token, b"release", operator, fence)
         return resolve_status(await self._run("resolve", key, args, arguments.RELEASE_BY_OPERATOR_COUNT))
+
+    async def drop(self, record: RecordView, *, purge: bool = False) -> DropStatus:
+        args = resp(record.token, pack_tombstone(record.key, record.meta), int(purge))
+        return drop_status(await self._run("drop", record.key, args, arguments.DROP_COUNT))
 
     # Calls ...
 

@@ -60,7 +60,7 @@ CREATE TABLE IF NOT EXISTS record (
     bytes        bigint   NOT NULL DEFAULT 0,      -- of the appended chunks
     chunks       int      NOT NULL DEFAULT 0,      -- appended
     state        smallint NOT NULL,                -- 1 in flight, 2 unknown, 3 complete, 4 released, 5 expired
-    status       smallint NOT NULL DEFAULT 0,      -- of a response that does not tell the outcome
+    status       smallint NOT NULL DEFAULT 0,      -- of the response that came; 0 for none
     audit_no     bigint   NOT NULL DEFAULT 0,      -- the last entry: its number, time (which names its place), digest
     audit_at     bigint   NOT NULL DEFAULT 0,
     audit_digest bytea    NOT NULL DEFAULT '',
@@ -286,7 +286,7 @@ BEGIN
                 WHEN r.state = 1 AND r.lease - began > r.lease_ms THEN 'restart'
                 WHEN began > u.not_after THEN 'keep'
                 WHEN is_free(r.state, r.created, r.lease, r.lease_ms, r.frees, began) THEN 'claim'
-                WHEN r.state = 3 AND u.window_ms > 0 AND r.created + u.window_ms < began THEN 'take'
+                WHEN r.state IN (3, 5) AND u.window_ms > 0 AND r.created + u.window_ms < began THEN 'take'
                 WHEN (r.state = 2 OR r.state = 1 AND r.lease <= began) AND r.mode = 2 AND r.fingerprint = u.fingerprint
                 THEN 'take'
                 ELSE 'keep'
@@ -352,7 +352,7 @@ BEGIN
             CASE
                 WHEN r.state IS NULL OR r.token = '' THEN 2
                 WHEN r.token <> u.token THEN 5
-                WHEN r.state = 3 THEN 4
+                WHEN r.state IN (3, 5) THEN 4
                 WHEN r.state <> 1 THEN 3
                 WHEN u.key <> ALL (locked) THEN 7
                 ELSE 1
@@ -401,8 +401,9 @@ BEGIN
                 WHEN r.token <> u.token AND r.token <> '' THEN 6
                 WHEN u.event = 8 AND r.token = '' AND u.key = ANY (locked) THEN -1
                 WHEN u.event IN (5, 8) AND coalesce(r.token, '') = '' THEN 2
-                WHEN u.event = 4 AND r.state = 3 AND r.token <> '' AND substr(r.meta, 50, 16) = u.digest THEN 1
-                WHEN r.state = 3 AND r.token <> '' THEN 5
+                WHEN u.event = 4 AND r.state = 3 AND r.token <> '' AND substr(r.meta, 50, 16) = u.digest
+                    AND r.expires > began THEN 1
+                WHEN r.state IN (3, 5) AND r.token <> '' THEN 5
                 WHEN r.state IS NOT NULL AND u.key <> ALL (locked) THEN 7
                 WHEN u.event = 4 AND u.body IS NULL AND u.chunk_count > 0
                     AND (coalesce(r.chunks, 0) <> u.chunk_count - (u.tail IS NOT NULL)::int
@@ -425,7 +426,7 @@ BEGIN
             frees = began + a.retention + a.tombstone,
             state = CASE a.event WHEN 4 THEN 3 WHEN 6 THEN 2 WHEN 7 THEN 2 ELSE 4 END,
             lease = CASE WHEN a.event IN (6, 7) THEN 0 ELSE r.lease END,
-            status = CASE WHEN a.event IN (6, 7) THEN a.status ELSE 0 END,
+            status = CASE WHEN a.event IN (5, 8) THEN 0 ELSE a.status END,
             chunks = a.chunk_count, bytes = a.size, why = a.why, meta = a.meta, body = a.body,
             audit_no = r.audit_no + audited::int,
             audit_at = CASE WHEN audited THEN began ELSE r.audit_at END,
@@ -437,8 +438,7 @@ BEGIN
         INSERT INTO record (key, tenant, self, fingerprint, token, fence, created, bucket, mode, expires, frees, state,
             status, chunks, bytes, why, meta, body, audit_no, audit_at, audit_digest)
         SELECT a.key, a.tenant, a.self, a.fingerprint, a.token, a.fence, a.created, chunk_day, a.mode,
-            began + a.retention, began + a.retention + a.tombstone, CASE a.event WHEN 4 THEN 3 ELSE 2 END,
-            CASE a.event WHEN 4 THEN 0 ELSE a.status END,
+            began + a.retention, began + a.retention + a.tombstone, CASE a.event WHEN 4 THEN 3 ELSE 2 END, a.status,
             a.chunk_count, a.size, a.why, a.meta, a.body, audited::int, CASE WHEN audited THEN began ELSE 0 END,
             CASE WHEN audited THEN audit_digest_of(pads, '', a.key, 1, began, a.event::int, a.token, a.fence, actor, '',
                 a.status::int, a.size, coalesce(a.why, '')) ELSE '' END
@@ -485,7 +485,7 @@ BEGIN
         RETURN CASE WHEN EXISTS (SELECT FROM record WHERE record.key = append_1.key) THEN 7 ELSE 2 END;
     ELSIF r.token <> append_1.token THEN
         RETURN CASE WHEN r.token = '' THEN 2 ELSE 5 END;
-    ELSIF r.state = 3 THEN
+    ELSIF r.state IN (3, 5) THEN
         RETURN 4;
     END IF;
     INSERT INTO chunk VALUES (r.bucket, append_1.key, append_1.token, append_1.index, append_1.bytes) ON CONFLICT DO NOTHING;
@@ -506,7 +506,7 @@ END
 $$;
 
 -- Returns the next chunks of a complete response in their order, as many as fit in `room` bytes, at least one.
--- tag: 1 a chunk, 2 gone (the key has another record, or none), 3 torn (the record lacks the chunk).
+-- tag: 1 a chunk, 2 gone (the key has another record, or none, or its retention is over), 3 torn (it lacks the chunk).
 CREATE OR REPLACE FUNCTION read_1(key bytea, token bytea, first bigint, room bigint) RETURNS TABLE (tag int, bytes bytea)
 LANGUAGE plpgsql VOLATILE SET plan_cache_mode = force_custom_plan AS $$
 #variable_conflict use_column
@@ -515,7 +515,8 @@ DECLARE
     at int;
     sent int := 0;
 BEGIN
-    SELECT * INTO r FROM record WHERE record.key = read_1.key AND record.token = read_1.token AND record.state = 3;
+    SELECT * INTO r FROM record
+    WHERE record.key = read_1.key AND record.token = read_1.token AND record.state = 3 AND record.expires > now_ms();
     IF NOT FOUND THEN
         tag := 2;
         RETURN NEXT;
@@ -546,10 +547,10 @@ END
 $$;
 
 -- Decides a key for an operator, if this token still owns it: completes it (`meta` is not null) or frees it, and fences
--- the owner. A freed record stays: an owner that finds none would write its own. The digests name its new owner.
+-- the owner. A freed record stays: an owner that finds none would write its own. `new_self` names its new owner.
 -- tag: 1 resolved, 2 absent, 3 released, 4 complete, 5 fenced, 7 busy.
 CREATE OR REPLACE FUNCTION resolve_1(
-    key bytea, token bytea, new_token bytea, new_fence bigint, meta bytea, body bytea, tail bytea, retention bigint,
+    key bytea, token bytea, new_token bytea, new_fence bigint, new_self bytea, meta bytea, body bytea, tail bytea, retention bigint,
     tombstone bigint, status bigint, actor bytea, audited boolean, pads bytea
 ) RETURNS int
 LANGUAGE plpgsql VOLATILE SET plan_cache_mode = force_custom_plan AS $$
@@ -563,17 +564,18 @@ BEGIN
     SELECT * INTO r FROM record WHERE record.key = resolve_1.key FOR NO KEY UPDATE SKIP LOCKED;
     IF NOT FOUND THEN
         RETURN CASE WHEN EXISTS (SELECT FROM record WHERE record.key = resolve_1.key) THEN 7 ELSE 2 END;
-    ELSIF r.state = 3 THEN
+    ELSIF r.state IN (3, 5) THEN
         RETURN 4;
     ELSIF r.state > 3 THEN
         RETURN 2;
     ELSIF r.token <> resolve_1.token THEN
         RETURN 5;
     END IF;
-    UPDATE record SET token = new_token, fence = greatest(r.fence, new_fence), state = CASE event WHEN 9 THEN 3 ELSE 4 END,
+    UPDATE record SET token = new_token, fence = greatest(r.fence, new_fence), self = new_self,
+        state = CASE event WHEN 9 THEN 3 ELSE 4 END,
         expires = CASE event WHEN 9 THEN began + retention ELSE r.expires END,
         frees = CASE event WHEN 9 THEN began + retention + tombstone ELSE r.frees END, lease = 0, bytes = size,
-        chunks = CASE WHEN size > 0 THEN 1 ELSE 0 END, status = 0, why = NULL, meta = resolve_1.meta, body = resolve_1.body
+        chunks = CASE WHEN size > 0 THEN 1 ELSE 0 END, status = resolve_1.status, why = NULL, meta = resolve_1.meta, body = resolve_1.body
     WHERE record.key = resolve_1.key;
     IF tail IS NOT NULL THEN
         INSERT INTO chunk VALUES (r.bucket, resolve_1.key, new_token, 0, tail) ON CONFLICT DO NOTHING;
@@ -587,6 +589,46 @@ BEGIN
             event, resolve_1.key, resolve_1.token, actor, digest);
     END IF;
     RETURN CASE event WHEN 9 THEN 1 ELSE 3 END;
+END
+$$;
+
+-- Drops the response of a complete record whose retention is over, or that an operator purges. Its tombstone stays.
+-- tag: 1 dropped, 2 kept (its retention is not over), 3 absent, 4 fenced, 7 busy.
+CREATE OR REPLACE FUNCTION drop_1(
+    key bytea, token bytea, purge boolean, actor bytea, audited boolean, pads bytea
+) RETURNS int
+LANGUAGE plpgsql VOLATILE SET plan_cache_mode = force_custom_plan AS $$
+DECLARE
+    began bigint := now_ms();
+    r record%ROWTYPE;
+    event int := CASE WHEN purge THEN 12 ELSE 11 END;
+BEGIN
+    SELECT * INTO r FROM record WHERE record.key = drop_1.key FOR NO KEY UPDATE SKIP LOCKED;
+    IF NOT FOUND THEN
+        RETURN CASE WHEN EXISTS (SELECT FROM record WHERE record.key = drop_1.key) THEN 7 ELSE 3 END;
+    ELSIF r.state NOT IN (3, 5) THEN
+        RETURN 3;
+    ELSIF r.token <> drop_1.token THEN
+        RETURN 4;
+    ELSIF r.state = 5 THEN
+        RETURN 1;
+    ELSIF NOT purge AND r.expires > began THEN
+        RETURN 2;
+    END IF;
+    DELETE FROM chunk WHERE day = r.bucket AND chunk.key = drop_1.key AND r.body IS NULL AND r.chunks > 0;
+    IF audited THEN
+        r.audit_digest := audit_digest_of(pads, r.audit_digest, r.key, r.audit_no + 1, began, event, r.token, r.fence, actor, '',
+            r.status, r.bytes, '');
+        INSERT INTO audit (day, at, no, before_at, fence, size, status, event, key, token, actor, digest)
+        VALUES (partition_day('audit', (began / 86400000)::int), began, r.audit_no + 1, r.audit_at, r.fence, r.bytes, r.status,
+            event, r.key, r.token, actor, r.audit_digest);
+        r.audit_no := r.audit_no + 1;
+        r.audit_at := began;
+    END IF;
+    UPDATE record SET state = 5, chunks = 0, bytes = 0, meta = NULL, body = NULL, audit_no = r.audit_no, audit_at = r.audit_at,
+        audit_digest = r.audit_digest
+    WHERE record.key = drop_1.key;
+    RETURN 1;
 END
 $$;
 

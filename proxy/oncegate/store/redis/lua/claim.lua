@@ -4,6 +4,7 @@
 -- Returns: {tag, 'claimed', now_ms, fence, created_ms}
 --        | {tag, 'late', now_ms}
 --        | {tag, 'complete', now_ms, meta, body or false}
+--        | {tag, 'expired', now_ms, meta}
 --        | {tag, state, now_ms, token, fence, mode, fingerprint, self, lease_left_ms, created_ms, status or false}
 local tag, token, fingerprint, self = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local lease_ms, window_ms, expected_token = tonumber(ARGV[6]), tonumber(ARGV[10]), ARGV[11]
@@ -11,7 +12,7 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local late = now > tonumber(ARGV[8])
 local fields = redis.call('HMGET', KEYS[1], 'meta', 'state', 'token', 'fence', 'mode', 'fingerprint', 'self',
-  'lease', 'created', 'lease_ms', 'status')
+  'lease', 'created', 'lease_ms', 'status', 'until')
 local meta, state, fence, created = fields[1], fields[2], fields[4], now
 local ours = fields[3] == token and state == 'in_flight'
 
@@ -20,8 +21,12 @@ if meta then
   -- The first bytes of meta have fixed places: version, token, fence, created (see store/record.py).
   local past = window_ms > 0 and (tonumber(meta:sub(34, 49)) or now) + window_ms < now
   if not past or late or expected_token == '' or meta:sub(2, 17) ~= expected_token then
+    -- Past its retention a record is its tombstone, whether its response has been dropped or not.
+    if meta:byte() == 3 or (tonumber(fields[12]) or math.huge) <= now then
+      return {tag, 'expired', now, meta}
+    end
     -- A body of one chunk comes along. The first of several chunks alone would be of no use.
-    local small = redis.call('HLEN', KEYS[1]) <= 2 and redis.call('HSTRLEN', KEYS[1], 'b0') <= tonumber(ARGV[9])
+    local small = redis.call('HLEN', KEYS[1]) <= (fields[12] and 3 or 2) and redis.call('HSTRLEN', KEYS[1], 'b0') <= tonumber(ARGV[9])
     local body = small and redis.call('HGET', KEYS[1], 'b0')
     return {tag, 'complete', now, meta, body}
   end

@@ -2,12 +2,19 @@
 -- KEYS: record
 -- ARGV: tag token first limit_bytes
 -- Returns: {tag, 'chunks', chunk, ...} | {tag, 'gone'} | {tag, 'torn'}
---   gone: the key has another record, or none; torn: the record lacks the chunk
+--   gone: the key has another record, or none, or its retention is over; torn: the record lacks the chunk
 local tag, token, index = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local room = tonumber(ARGV[4])
-local meta = redis.call('HGET', KEYS[1], 'meta')
-if not meta or meta:sub(2, 17) ~= token then
+local fields = redis.call('HMGET', KEYS[1], 'meta', 'until')
+local meta = fields[1]
+if not meta or meta:sub(2, 17) ~= token or meta:byte() == 3 then
   return {tag, 'gone'}
+end
+if fields[2] then
+  local time = redis.call('TIME')
+  if (tonumber(fields[2]) or math.huge) <= time[1] * 1000 + math.floor(time[2] / 1000) then
+    return {tag, 'gone'}
+  end
 end
 local chunk = redis.call('HGET', KEYS[1], 'b' .. index)
 if not chunk then

@@ -2,7 +2,7 @@
 -- Decides a key for an operator, if this token still owns it: completes or frees it, and fences the owner.
 -- KEYS: record
 -- ARGV: tag token action (action is 'answer' or 'release'), then
---   answer: retention_ms meta body
+--   answer: retention_ms meta body tombstone_ms
 --   release: operator fence (operator: a token that fences the owner)
 -- Returns: {tag, 'resolved' or 'released' or 'absent' or 'complete' or 'fenced'}
 local tag, token, action = ARGV[1], ARGV[2], ARGV[3]
@@ -15,13 +15,17 @@ elseif fields[1] ~= token then
   return {tag, 'fenced'}
 end
 if action == 'answer' then
-  local meta, body = ARGV[5], ARGV[6]
+  local retention, meta, body, tombstone = ARGV[4], ARGV[5], ARGV[6], tonumber(ARGV[7])
   redis.call('UNLINK', KEYS[1])
   redis.call('HSET', KEYS[1], 'meta', meta)
   if body ~= '' then
     redis.call('HSET', KEYS[1], 'b0', body)
   end
-  redis.call('PEXPIRE', KEYS[1], ARGV[4])
+  if tombstone > 0 then
+    local time = redis.call('TIME')
+    redis.call('HSET', KEYS[1], 'until', time[1] * 1000 + math.floor(time[2] / 1000) + retention)
+  end
+  redis.call('PEXPIRE', KEYS[1], retention + tombstone)
   return {tag, 'resolved'}
 end
 -- A record has to stay, because an owner that finds none writes its own.

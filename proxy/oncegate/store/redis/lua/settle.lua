@@ -2,12 +2,13 @@
 -- Ends a claim: stores the response, frees the key, or marks it unknown; a repeat changes nothing more.
 -- KEYS: record
 -- ARGV: tag token action retention_ms (action is 'store', 'release' or 'unknown'), then
---   store: meta digest chunks bytes last (last: the bytes of the last chunk if it was not appended, else '')
+--   store: meta digest chunks bytes last tombstone_ms (last: the bytes of the last chunk if it was not appended, else '')
 --   unknown: fence mode fingerprint self created why status (status: of the response that came, 0 for none)
 -- Returns: {tag, 'stored' or 'released' or 'unknown', 'found' or 'absent'}
 --        | {tag, 'torn' or 'complete' or 'fenced'}
 local tag, token, action, retention = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local fields = redis.call('HMGET', KEYS[1], 'token', 'state', 'meta', 'bytes', 'why', 'stage', 'lease_ms', 'status')
+local fields = redis.call('HMGET', KEYS[1], 'token', 'state', 'meta', 'bytes', 'why', 'stage', 'lease_ms', 'status',
+  'until')
 local owner, state, meta = fields[1], fields[2], fields[3]
 if meta then
   owner, state = meta:sub(2, 17), 'complete'
@@ -19,8 +20,12 @@ local before = owner and 'found' or 'absent'
 
 if action == 'store' then
   local digest, chunks, bytes, last = ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8]), ARGV[9]
+  local tombstone = tonumber(ARGV[10])
+  local time = redis.call('TIME')
+  local now = time[1] * 1000 + math.floor(time[2] / 1000)
   if state == 'complete' then
-    if meta:sub(50, 65) == digest then
+    -- Past its retention a record is its tombstone, which has no response.
+    if meta:sub(50, 65) == digest and (tonumber(fields[9]) or math.huge) > now then
       return {tag, 'stored', 'found'}
     end
     return {tag, 'complete'}
@@ -45,7 +50,10 @@ if action == 'store' then
   if last ~= '' then
     redis.call('HSET', KEYS[1], 'b' .. (chunks - 1), last)
   end
-  redis.call('PEXPIRE', KEYS[1], retention)
+  if tombstone > 0 then
+    redis.call('HSET', KEYS[1], 'until', now + retention)
+  end
+  redis.call('PEXPIRE', KEYS[1], retention + tombstone)
   return {tag, 'stored', before}
 end
 

@@ -1,0 +1,58 @@
+"""What `oncegate keys` shows of a record."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from oncegate.store.record import StoredResponse, ViewState
+from oncegate.store.record_name import record_id
+from oncegate.store.record_view import RecordView
+from oncegate.store.store import Store
+
+
+async def facts_of(store: Store, record: RecordView) -> dict[str, Any]:
+    """Return what the store knows of a record; facts that it does not know are left out. Times are the store's."""
+    owner, silent_ms = await store.records.proxy_of(record.token)
+    facts: dict[str, Any] = {"id": record_id(record.key), "state": record.state.value, "scope": record.tenant.hex()}
+    if record.created_ms:
+        facts["claimed"] = _iso_time(record.created_ms)
+        # After a failover the time comes from another server, whose clock may be behind.
+        facts["age_s"] = max(0, record.now_ms - record.created_ms) // 1000
+    facts["owner"] = owner
+    if silent_ms is not None:
+        facts["owner_reported_s_ago"] = silent_ms // 1000
+    if record.state is ViewState.EXPIRED:
+        return facts | {"status": record.response.status if record.response is not None else record.status}
+    return facts | (_unfinished_facts(record) if record.response is None else _response_facts(record.response))
+
+
+def _response_facts(response: StoredResponse) -> dict[str, Any]:
+    return {
+        "status": response.status,
+        "bytes": response.size,
+        "body_stored": response.body_stored,
+        "completed": _iso_time(response.completed_ms),
+    }
+
+
+def _unfinished_facts(record: RecordView) -> dict[str, Any]:
+    """Return why the outcome is unknown, how far the request got, and whether its owner may still work on it."""
+    facts = {
+        "response_status": record.status,
+        "reason": record.reason,
+        "progress": record.progress,
+        "bytes_stored": record.bytes_stored,
+        "lease_left_ms": record.lease_left_ms,
+    }
+    known = {name: value for name, value in facts.items() if value}
+    # A damaged record may have any bytes in this field, and must not end the list.
+    return known | {"mode": record.mode.decode("ascii", "replace"), "owner_may_live": record.owner_may_live}
+
+
+def _iso_time(ms: int) -> str:
+    return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds")
+
+
+def line_of(facts: dict[str, Any]) -> str:
+    """Return the facts that a list shows, on one line."""
+    detail = facts.get("reason") or facts.get("progress") or facts.get("status") or ""
+    return f"{facts['id']}  {facts['state']:9}  {facts.get('claimed', '-'):29}  {facts['owner']}  {detail}"
