@@ -10,11 +10,19 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from importlib import import_module
 from typing import Any, NamedTuple
 
+STORES = ("oncegate.store.redis.store:RedisStore", "oncegate.store.postgres.store:PostgresStore")
+
+
+def _of_each_store(verb: str) -> tuple[str, ...]:
+    return tuple(f"{store}.{verb}" for store in STORES)
+
+
 # In the order of the request path: the point's name, whether it lies before or after its step, and that step's
-# functions. A step has several functions where the code has a shorter path for a head that it knows.
+# functions. A step has several functions where there are several stores, or a shorter path for a head that is known.
 POINTS = {
     "head": ("before", "oncegate.gateway.first_step:FirstStep.__call__"),
     "body": ("before", "oncegate.downstream.body:Bodies.take", "oncegate.downstream.body:Bodies.take_buffered"),
@@ -23,7 +31,7 @@ POINTS = {
         "oncegate.gateway.first_step:FirstStep._identify",
         "oncegate.gateway.keyed_request:HeadPlan.keyed_request",
     ),
-    "claim": ("before", "oncegate.store.redis.store:RedisStore.claim"),
+    "claim": ("before", *_of_each_store("claim")),
     "claimed": ("before", "oncegate.store.leases:Leases.hold"),
     "held": ("after", "oncegate.store.leases:Leases.hold"),
     "connect": ("before", "oncegate.upstream.pool:Pool.acquire"),
@@ -38,23 +46,23 @@ POINTS = {
     "chunk": ("after", "oncegate.upstream.connection:Connection.next_chunk"),
     "written": ("after", "oncegate.downstream.response:ResponseWriter.write"),
     "kept": ("after", "oncegate.gateway.recording:Recording.add"),
-    "append": ("before", "oncegate.store.redis.store:RedisStore.append"),
-    "appended": ("after", "oncegate.store.redis.store:RedisStore.append"),
+    "append": ("before", *_of_each_store("append")),
+    "appended": ("after", *_of_each_store("append")),
     "finish": ("before", "oncegate.gateway.recording:Recording.finish"),
     "settle": ("before", "oncegate.gateway.exchange:settle", "oncegate.gateway.settling:settle"),
-    "store": ("before", "oncegate.store.redis.store:RedisStore.store"),
-    "stored": ("after", "oncegate.store.redis.store:RedisStore.store"),
+    "store": ("before", *_of_each_store("store")),
+    "stored": ("after", *_of_each_store("store")),
     "tell": ("before", "oncegate.gateway.exchange:note_settlement"),
     "settled": ("before", "oncegate.gateway.exchange:Exchange._conclude"),
     "end": ("before", "oncegate.gateway.exchange:Exchange._deliver"),
     "ended": ("after", "oncegate.gateway.exchange:Exchange._deliver"),
     "leave": ("before", "oncegate.gateway.exchange:clean_up"),
     "left": ("after", "oncegate.gateway.exchange:clean_up"),
-    "renew": ("before", "oncegate.store.redis.store:RedisStore.renew"),
+    "renew": ("before", *_of_each_store("renew")),
     "wait": ("before", "oncegate.store.waiters:Waiters.wait"),
     "woken": ("after", "oncegate.store.waiters:Waiters.wait"),
     "replay": ("before", "oncegate.gateway.handler:replay_small", "oncegate.gateway.handler:replay_large"),
-    "read": ("after", "oncegate.store.redis.store:RedisStore.read"),
+    "read": ("after", *_of_each_store("read")),
     "replayed": ("after", "oncegate.gateway.handler:replay_small", "oncegate.gateway.handler:replay_large"),
 }
 _FORM = re.compile(r"(?P<kind>kill|raise|pause)@(?P<point>\w+):(?P<nth>\d+)(?::(?P<pause_ms>\d+))?")
@@ -97,8 +105,10 @@ def install(faults: Iterable[Fault], log: Callable[..., None]) -> None:
         when, *places = POINTS[fault.point]
         pass_point = _counter(fault, log)
         for place in places:
-            owner, name = _resolve(place)
-            setattr(owner, name, _wrapped(getattr(owner, name), when, pass_point))
+            # The driver of a store that is not in use may not be installed.
+            with suppress(ModuleNotFoundError):
+                owner, name = _resolve(place)
+                setattr(owner, name, _wrapped(getattr(owner, name), when, pass_point))
 
 
 def _resolve(place: str) -> tuple[Any, str]:
