@@ -172,9 +172,20 @@ def shared_redis() -> Iterator[Valkey]:
     server.close()
 
 
+@pytest.fixture(params=["valkey", "postgres"])
+def stored(request: pytest.FixtureRequest) -> Iterator[Probe]:
+    """An empty store of Redis and of PostgreSQL, for tests that run proxies."""
+    if request.param == "postgres":
+        yield PostgresProbe(request.getfixturevalue("database"))
+        return
+    valkey: Valkey = request.getfixturevalue("valkey")
+    with valkey.client() as client:
+        yield RedisProbe(client, valkey.url)
+
+
 @pytest.fixture(params=[*REDIS_KINDS, "postgres"])
 def probe(request: pytest.FixtureRequest) -> Iterator[Probe]:
-    """An empty store of each kind."""
+    """An empty store of each kind, also of the Redis of this system."""
     if request.param == "postgres":
         yield PostgresProbe(request.getfixturevalue("database"))
         return

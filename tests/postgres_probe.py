@@ -9,7 +9,7 @@ from oncegate.store.postgres.rows import MODE_OF, STAGES
 from oncegate.store.record import Claim, Record, self_check
 from oncegate.store.results import ClaimResult
 from tests.postgres_database import Database
-from tests.probes import Fields
+from tests.probes import Fields, Probe
 
 STATES = {1: b"in_flight", 2: b"unknown", 3: b"complete", 4: b"released", 5: b"expired"}
 ACTOR = b"the probe"
@@ -21,7 +21,7 @@ NUMBERS = ("fence", "lease", "created", "lease_ms", "bytes", "status")
 LEFT_MS = "frees + CASE state WHEN 1 THEN greatest(lease - lease_ms - created, 0) ELSE 0 END - now_ms()"
 
 
-class PostgresProbe:
+class PostgresProbe(Probe):
     renewals_write_expiry = False
 
     def __init__(self, database: Database) -> None:

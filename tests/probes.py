@@ -3,8 +3,8 @@
 A record is shown as the fields of its hash in Redis (docs/reference/record.md), whatever keeps it.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import Protocol
 
 from redis import Redis
 
@@ -27,66 +27,90 @@ def damaged(value: bytes) -> Iterator[bytes]:
         yield value[:place]
 
 
-class Probe(Protocol):
+class Probe(ABC):
     """A store, empty at first. `key`: the digest of a record."""
 
     url: str
     # Whether a renewal writes until when the record is kept; else it follows from the end of the lease.
     renewals_write_expiry: bool
 
+    @abstractmethod
     def now_ms(self) -> int:
         """Return the server's time."""
 
+    @abstractmethod
     def fields(self, key: bytes) -> Fields:
         """Return the fields of a record, none if the key is free."""
 
+    @abstractmethod
     def change(self, key: bytes, /, **values: bytes | int | None) -> None:
         """Give fields of a record these values. None removes a field."""
 
+    @abstractmethod
     def damages(self, field: str, value: bytes) -> Iterable[bytes | int | None]:
         """Return what damage may make of a field of an unfinished record; None removes it."""
 
+    @abstractmethod
     def remove(self, key: bytes) -> None:
         """Lose a record, as a failover may."""
 
+    @abstractmethod
     def left_ms(self, key: bytes) -> int:
         """Return how long a record is kept; negative if there is none."""
 
+    @abstractmethod
     def expire(self, key: bytes, left_ms: int) -> None:
         """Set how long a record is kept."""
 
+    @abstractmethod
     def copy(self, key: bytes, other: bytes) -> None:
         """Copy the record of one key to another."""
 
+    @abstractmethod
     def keys(self) -> list[bytes]:
         """Return the keys that have a record."""
 
+    @abstractmethod
     def marks(self) -> dict[bytes, int]:
         """Return the marks, each with the ms that it lasts."""
 
+    @abstractmethod
     def remove_mark(self, name: bytes) -> None:
         """Lose a mark."""
 
+    @abstractmethod
     def scan_left_ms(self) -> int:
         """Return how long the reserved scan is one replica's."""
 
+    @abstractmethod
     def end_scan(self) -> None:
         """Let the time of the reserved scan be over."""
 
+    @abstractmethod
     def claim(
         self, key: bytes, tenant: bytes, token: bytes, *, fingerprint: bytes, mode: bytes, lease_ms: int,
         retention_ms: int, not_after_ms: int, window_ms: int, seen: bytes,
     ) -> ClaimResult:  # fmt: skip
         """Claim as no proxy does, once, and return what a proxy makes of the reply."""
 
+    @abstractmethod
     def save(self, key: bytes) -> object:
         """Return the record of a key, for `restore`."""
 
+    @abstractmethod
     def restore(self, key: bytes, saved: object) -> None:
         """Give a key that is free the record that it had."""
 
+    def records(self) -> dict[bytes, Fields]:
+        """Return all records, by their keys."""
+        return {key: self.fields(key) for key in self.keys()}
 
-class RedisProbe:
+    def states(self) -> list[bytes]:
+        """Return the state of every record, as it is written."""
+        return sorted(fields.get("state", b"complete") for fields in self.records().values())
+
+
+class RedisProbe(Probe):
     renewals_write_expiry = True
 
     def __init__(self, client: Redis, url: str) -> None:

@@ -12,6 +12,12 @@ CREATED = (
 )  # fmt: skip
 
 
+@pytest.fixture
+async def gate(upstream, stored, proxies):
+    """One proxy with default settings in front of `upstream`."""
+    return proxies(upstream, stored.url)
+
+
 async def test_a_retry_is_answered_from_the_store(gate, upstream):
     """The same key and request again: one execution, the same status, reason, fields and bytes."""
     upstream.script = answering(CREATED)

@@ -62,13 +62,13 @@ def audit(told: subprocess.CompletedProcess[str]) -> dict:
 
 
 @pytest.fixture
-async def gate(fork, upstream, valkey) -> Proxy:
-    return await fork(upstream, valkey.url)
+async def gate(fork, upstream, stored) -> Proxy:
+    return await fork(upstream, stored.url)
 
 
 @pytest.fixture
-def desk(valkey, tmp_path) -> Desk:
-    return Desk(valkey.url, tmp_path)
+def desk(stored, tmp_path) -> Desk:
+    return Desk(stored.url, tmp_path)
 
 
 async def make_unknown(proxy: Proxy, upstream, key: str = CANARY, *extra: str) -> None:
@@ -78,7 +78,7 @@ async def make_unknown(proxy: Proxy, upstream, key: str = CANARY, *extra: str) -
     upstream.script = answering(OK)
 
 
-async def test_an_unknown_key_gets_its_answer(gate, upstream, valkey, desk, tmp_path):
+async def test_an_unknown_key_gets_its_answer(gate, upstream, desk, tmp_path):
     """`list` and `show` explain an unknown key. After `resolve` retries replay the response, and nothing is sent."""
     await make_unknown(gate, upstream)
     for n in range(20):
@@ -116,7 +116,7 @@ async def test_an_unknown_key_gets_its_answer(gate, upstream, valkey, desk, tmp_
     assert "complete" in told.stderr
 
 
-async def test_an_unknown_key_is_released(gate, upstream, valkey, desk):
+async def test_an_unknown_key_is_released(gate, upstream, desk):
     """A released key is listed as released. The next request with it executes, with any content."""
     await make_unknown(gate, upstream)
     line = audit(await desk("release", CANARY))
@@ -130,7 +130,7 @@ async def test_an_unknown_key_is_released(gate, upstream, valkey, desk):
     assert gate.metric("claims_lost_total") == 0
 
 
-async def test_whose_key_it_is(gate, upstream, valkey, desk):
+async def test_whose_key_it_is(gate, upstream, desk):
     """A credential on standard input, a scope's digest, or an id or its beginning selects the record."""
     await make_unknown(gate, upstream, CANARY, TOKEN)
     [listed] = await desk.listed()
@@ -157,26 +157,26 @@ async def test_whose_key_it_is(gate, upstream, valkey, desk):
         await desk("show", *words, stdin=stdin, code=2)
 
 
-async def test_settings_that_are_not_the_proxies(gate, upstream, valkey, tmp_path):
+async def test_settings_that_are_not_the_proxies(gate, upstream, stored, tmp_path):
     """With settings that compute other digests, the command says so, instead of `no record`."""
     await make_unknown(gate, upstream)
-    told = await Desk(valkey.url, tmp_path, SECRET="another proxy's secret")("show", CANARY, code=1)
+    told = await Desk(stored.url, tmp_path, SECRET="another proxy's secret")("show", CANARY, code=1)
     assert "other settings" in told.stderr
 
 
 @pytest.mark.fault(33)
 @pytest.mark.parametrize("how", ["resolve", "release"])
-async def test_an_owner_that_wakes_up_is_fenced(fork, upstream, own_valkey, tmp_path, how):
+async def test_an_owner_that_wakes_up_is_fenced(fork, upstream, stored, tmp_path, how):
     """An owner that wakes up after the decision serves the decision or a problem, never its own response."""
-    desk = Desk(own_valkey.url, tmp_path)
+    desk = Desk(stored.url, tmp_path)
     tap = Tap()
     upstream.script = tap.script
-    owner, other = [await fork(upstream, own_valkey.url, LEASE_MS=600) for _ in range(2)]
+    owner, other = [await fork(upstream, stored.url, LEASE_MS=600) for _ in range(2)]
     original = asyncio.ensure_future(ask(owner.port, request(key=CANARY)))
     await until(lambda: upstream.received)
     [seen] = await desk.listed("--state", "in_flight")
     assert (seen["state"], seen["owner_may_live"]) == ("in_flight", True)
-    await until(lambda: any(fields.get(b"stage") == b"sent" for fields in own_valkey.records().values()))
+    await until(lambda: any(fields.get("stage") == b"sent" for fields in stored.records().values()))
     owner.signal(signal.SIGSTOP)
     while (seen := await desk.show(CANARY))["state"] != "unknown":
         await asyncio.sleep(0.1)
@@ -203,12 +203,12 @@ async def test_an_owner_that_wakes_up_is_fenced(fork, upstream, own_valkey, tmp_
     assert len(upstream.received) == (1 if how == "resolve" else 2)
 
 
-async def test_an_owner_of_a_released_key_that_nobody_took(fork, upstream, own_valkey, tmp_path):
+async def test_an_owner_of_a_released_key_that_nobody_took(fork, upstream, stored, tmp_path):
     """After a release the owner's response is neither stored nor delivered: its client gets outcome-unknown."""
-    desk = Desk(own_valkey.url, tmp_path)
+    desk = Desk(stored.url, tmp_path)
     go = asyncio.Event()
     upstream.script = holding(go)
-    owner = await fork(upstream, own_valkey.url, LEASE_MS=600)
+    owner = await fork(upstream, stored.url, LEASE_MS=600)
     original = asyncio.ensure_future(ask(owner.port, request(key=CANARY)))
     await until(lambda: upstream.received)
     owner.signal(signal.SIGSTOP)
@@ -217,19 +217,19 @@ async def test_an_owner_of_a_released_key_that_nobody_took(fork, upstream, own_v
     owner.signal(signal.SIGCONT)
     answer = await original
     assert (answer.status, answer.slug) == (409, "outcome-unknown")
-    assert own_valkey.states() == [b"released"]
+    assert stored.states() == [b"released"]
 
 
 @pytest.mark.fault(47)
-async def test_an_answer_under_way_is_broken_off(fork, upstream, own_valkey, tmp_path):
+async def test_an_answer_under_way_is_broken_off(fork, upstream, stored, tmp_path):
     """If the operator resolves while the owner streams, its client sees no clean end, and retries get the decision."""
-    desk = Desk(own_valkey.url, tmp_path)
+    desk = Desk(stored.url, tmp_path)
     tap = Tap()
     upstream.script = tap.script
-    owner = await fork(upstream, own_valkey.url, LEASE_MS=60_000)
+    owner = await fork(upstream, stored.url, LEASE_MS=60_000)
     original = asyncio.ensure_future(ask(owner.port, request(key=CANARY)))
     tap.send(CHUNKED, chunk(bytes(100_000)))
-    await until(lambda: any(b"b0" in fields for fields in own_valkey.records().values()))
+    await until(lambda: any("b0" in fields for fields in stored.records().values()))
     seen = await desk.show(CANARY)
     assert seen["bytes_stored"] == 100_000
     assert "your response would replace" in (await desk("resolve", CANARY, "--status", "200", code=1)).stderr
@@ -241,10 +241,13 @@ async def test_an_answer_under_way_is_broken_off(fork, upstream, own_valkey, tmp
 
 
 @pytest.mark.fault(49)
-async def test_a_decision_that_races_with_a_settle(fork, upstream, own_valkey, tmp_path):
+async def test_a_decision_that_races_with_a_settle(fork, upstream, stored, tmp_path):
     """When a response and a decision arrive together, the first one is final for all clients."""
-    proxy = await fork(upstream, own_valkey.url)
-    desk = Desk(own_valkey.url, tmp_path)
+    proxy = await fork(upstream, stored.url)
+    desk, clock = Desk(stored.url, tmp_path), asyncio.get_running_loop().time
+    began_s = clock()
+    await desk.listed()
+    step_s = (clock() - began_s) / 6
     won = set()
     for n in range(12):
         tap = Tap()
@@ -252,7 +255,7 @@ async def test_a_decision_that_races_with_a_settle(fork, upstream, own_valkey, t
         original = asyncio.ensure_future(ask(proxy.port, request(key=f"key-{n}")))
         await until(lambda: len(upstream.received) == n + 1)  # noqa: B023 - asked before the next round
         act = asyncio.ensure_future(desk("resolve", f"key-{n}", "--status", "202", "--yes", code=None))
-        await asyncio.sleep(n * 0.01)
+        await asyncio.sleep(n * step_s)
         tap.end(OK)
         (first, told) = await asyncio.gather(original, act)
         later = await ask(proxy.port, request(key=f"key-{n}"))
@@ -264,12 +267,11 @@ async def test_a_decision_that_races_with_a_settle(fork, upstream, own_valkey, t
     assert len(upstream.received) == 12
 
 
-async def test_a_lost_record_is_not_resolved(gate, upstream, valkey, desk):
+async def test_a_lost_record_is_not_resolved(gate, upstream, stored, desk):
     """A missing or damaged record cannot be resolved; a damaged one can be released."""
     await make_unknown(gate, upstream)
-    with valkey.client() as client:
-        [name] = client.keys("once:{*")
-        client.hset(name, "fingerprint", b"x" * 16)
+    [key] = stored.keys()
+    stored.change(key, fingerprint=b"x" * 16)
     assert (await ask(gate.port, request("POST", "/v1/charges", CANARY, b"{}"))).slug == "record-corrupt"
     assert (await desk.show(CANARY))["state"] == "corrupt"
     assert "corrupt" in (await desk("resolve", CANARY, "--status", "200", code=1)).stderr
@@ -278,8 +280,9 @@ async def test_a_lost_record_is_not_resolved(gate, upstream, valkey, desk):
     assert (await ask(gate.port, request("POST", "/v1/charges", CANARY, b"{}"))).status == 200
 
 
-async def test_listing_many_keys_keeps_nobody_waiting(gate, upstream, valkey, desk):
+async def test_listing_many_keys_keeps_nobody_waiting(fork, upstream, valkey, tmp_path):
     """`list` reads page by page: it finds 3 unknown keys among 12,000 records without blocking the store."""
+    gate, desk = await fork(upstream, valkey.url), Desk(valkey.url, tmp_path)
     for n in range(3):
         await make_unknown(gate, upstream, f"{CANARY}-{n}")
     with valkey.client() as client:
@@ -318,12 +321,12 @@ async def test_the_embedded_store_has_its_desk(proxies, upstream, tmp_path):
     assert f"the embedded store in {tmp_path / 'data'} runs while `oncegate serve` does" in error
 
 
-async def test_a_confirmation_on_a_terminal(fork, upstream, own_valkey, tmp_path):
+async def test_a_confirmation_on_a_terminal(fork, upstream, stored, tmp_path):
     """On a terminal the command asks; any answer but yes changes nothing."""
-    desk = Desk(own_valkey.url, tmp_path)
+    desk = Desk(stored.url, tmp_path)
     go = asyncio.Event()
     upstream.script = holding(go)
-    proxy = await fork(upstream, own_valkey.url)
+    proxy = await fork(upstream, stored.url)
     original = asyncio.ensure_future(ask(proxy.port, request(key=CANARY)))
     await until(lambda: upstream.received)
     for answer, state in [(b"n\n", b"in_flight"), (b"yes\n", b"released")]:
@@ -335,7 +338,7 @@ async def test_a_confirmation_on_a_terminal(fork, upstream, own_valkey, tmp_path
         os.write(ours, answer)
         out, _ = await asyncio.to_thread(act.communicate, timeout=60)
         assert b"[y/N]" in out
-        assert own_valkey.states() == [state]
+        assert stored.states() == [state]
         for descriptor in (ours, theirs):
             os.close(descriptor)
     go.set()
