@@ -19,7 +19,9 @@ from oncegate.store.store import Store
 from tests.stores import store_at
 
 KEY, SCOPE, FINGERPRINT = b"k" * 24, Scope(b"default", b"n" * 16), b"f" * 16
-LEASE_MS = 300
+LEASE_MS = 60_000
+# Renewals come at a third of it.
+RENEWED_MS = 300
 
 
 @pytest.fixture
@@ -59,7 +61,7 @@ async def test_an_exchange_is_cancelled_from_any_process(stores):
     owner, other = stores
     loop = asyncio.get_running_loop()
     cancellations = Cancellations(owner, asyncio.ensure_future)
-    leases = Leases(owner, LEASE_MS, lambda event, claim: None, loop.time)
+    leases = Leases(owner, RENEWED_MS, lambda event, claim: None, loop.time)
     leases.note_unknown = cancellations.note_unknown
     claim = await claimed(owner)
     leases.hold(claim, suspended_clock_s(), 60)
