@@ -244,18 +244,15 @@ async def test_an_answer_under_way_is_broken_off(fork, upstream, stored, tmp_pat
 async def test_a_decision_that_races_with_a_settle(fork, upstream, stored, tmp_path):
     """When a response and a decision arrive together, the first one is final for all clients."""
     proxy = await fork(upstream, stored.url)
-    desk, clock = Desk(stored.url, tmp_path), asyncio.get_running_loop().time
-    began_s = clock()
-    await desk.listed()
-    step_s = (clock() - began_s) / 6
-    won = set()
+    desk = Desk(stored.url, tmp_path)
+    won, pause_s = set(), 0.05
     for n in range(12):
         tap = Tap()
         upstream.script = tap.script
         original = asyncio.ensure_future(ask(proxy.port, request(key=f"key-{n}")))
         await until(lambda: len(upstream.received) == n + 1)  # noqa: B023 - asked before the next round
         act = asyncio.ensure_future(desk("resolve", f"key-{n}", "--status", "202", "--yes", code=None))
-        await asyncio.sleep(n * step_s)
+        await asyncio.sleep(pause_s)
         tap.end(OK)
         (first, told) = await asyncio.gather(original, act)
         later = await ask(proxy.port, request(key=f"key-{n}"))
@@ -263,6 +260,8 @@ async def test_a_decision_that_races_with_a_settle(fork, upstream, stored, tmp_p
         assert (later.status, later.body) == (first.status, first.body)
         assert later.status == (202 if told.returncode == 0 else 200)
         won.add(later.status)
+        # Closer to where they meet, which depends on the machine.
+        pause_s *= 0.7 if later.status == 202 else 1.5
     assert won == {200, 202}
     assert len(upstream.received) == 12
 
