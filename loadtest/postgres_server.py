@@ -13,6 +13,8 @@ from loadtest.ports import free_port
 from oncegate.server.embedded_postgres import SUPERUSER, EmbeddedPostgres, EmbeddedPostgresError
 
 DEADLINE_S = 40
+# The programs of another PostgreSQL than the one of the wheel: TEST_POSTGRES=/usr/lib/postgresql/15/bin
+PROGRAMS = Path(os.environ["TEST_POSTGRES"]) if "TEST_POSTGRES" in os.environ else None
 # A server of tests has many small schemas, and tests of many processes.
 OPTIONS = {
     "fsync": "on",
@@ -42,7 +44,7 @@ class Server(EmbeddedPostgres):
     def __init__(
         self, options: Mapping[str, str] | None = None, *, name: str = "", programs: Path | None = None
     ) -> None:
-        super().__init__(free_port(), OPTIONS | {"cluster_name": name} | dict(options or {}), programs)
+        super().__init__(free_port(), OPTIONS | {"cluster_name": name} | dict(options or {}), programs or PROGRAMS)
         self.name = name
 
     @classmethod

@@ -14,7 +14,7 @@ SELECT format('GRANT USAGE ON SCHEMA %1$I TO %2$I; REVOKE ALL ON ALL TABLES IN S
 FROM pg_class, LATERAL (SELECT CASE relname
     WHEN 'audit' THEN 'SELECT, INSERT'
     WHEN 'schema_version' THEN 'SELECT'
-    ELSE 'SELECT, INSERT, UPDATE, DELETE' END AS rights)
+    ELSE 'SELECT, INSERT, UPDATE, DELETE' END AS rights) AS one
 WHERE relnamespace = current_schema()::regnamespace AND relkind IN ('r', 'p')
     AND NOT relispartition AND relname !~ '^(audit|chunk)_'"""
 
