@@ -1,9 +1,14 @@
 """What the store in PostgreSQL does in its own way: batches, withdrawals, and rows that others hold."""
 
 import asyncio
+import hashlib
+import itertools
 import os
+import random
+import struct
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -138,6 +143,17 @@ async def test_calls_gather_behind_no_batch_that_is_stuck(schema: Schema, store:
             while await schema.other.fetchval(stuck) < number:
                 await asyncio.sleep(0.002)
     await asyncio.gather(*asked)
+
+
+async def test_functions_outlive_a_change_of_their_table(schema: Schema, store: Store) -> None:
+    """As a migration makes it while proxies are at work."""
+    for number, column in enumerate(("one", "two", "three")):
+        owner = await claimed(store, key=key(number))
+        assert await store.append(owner, 0, b"first", PATIENCE_S) is AppendStatus.APPENDED
+        await schema.other.execute(f"ALTER TABLE record ADD COLUMN {column} int")
+        assert await store.append(owner, 1, b"more", PATIENCE_S) is AppendStatus.APPENDED
+        assert await store.store(owner, answer(b"first", b"more", b"last"), b"last", PATIENCE_S) == STORED
+        assert await store.read(owner.key, owner.token, 0) == [b"first", b"more", b"last"]
 
 
 # Rows that another transaction holds ...
@@ -276,3 +292,85 @@ async def test_a_purged_key_is_refused_for_the_rest_of_its_retention(store, sche
     assert await schema.other.fetchval(frees) == before
     await schema.other.execute(f"UPDATE {schema.name}.record SET fingerprint = '\\x00'")
     assert isinstance(await claim(store), Corrupt)
+
+
+# Two proxies ...
+
+
+async def use(store: Store, until: float, number: random.Random) -> int:
+    """Claim and settle a few keys in all ways until the loop's time `until`. Return the number of executions."""
+    loop, executed = asyncio.get_running_loop(), 0
+    while loop.time() < until:
+        asked = asked_briefly(number.randrange(20), lease_ms=number.choice([5, 1000]))
+        found = await store.claim(asked)
+        if not isinstance(found, Claim):
+            assert not isinstance(found, Unconfirmed), found
+            continue
+        executed += 1
+        status: object = await store.renew(found)
+        if number.random() < 0.3:
+            status = await store.append(found, 0, b"first", PATIENCE_S)
+            assert status is not AppendStatus.UNCONFIRMED
+        match number.randrange(4):
+            case 0:
+                settled = await store.release(found, PATIENCE_S)
+            case 1:
+                settled = await store.mark_unknown(found, "cut off", PATIENCE_S)
+            case _:
+                settled = await store.store(found, answer(BODY), BODY, PATIENCE_S)
+        assert settled.status is not SettleStatus.UNCONFIRMED
+    return executed
+
+
+def asked_briefly(number: int, lease_ms: int) -> ClaimRequest:
+    """Return a claim of a derived key whose record is over in no time."""
+    request = asked(number, 60_000)
+    return replace(request, mode=b"retry", lease_ms=lease_ms, window_ms=10)
+
+
+@pytest.mark.parametrize("seconds", [1, pytest.param(60, marks=pytest.mark.full)])
+async def test_two_proxies_share_keys_without_a_deadlock(schema: Schema, seconds: int) -> None:
+    """Their batches overlap. The audit trail has every change of a key, one after the other."""
+    loop = asyncio.get_running_loop()
+    for second in range(seconds):
+        async with schema.connected() as store, schema.connected() as other:
+            until = loop.time() + 1
+            users = [
+                use(one, until, random.Random(20 * second + number)) for number in range(20) for one in (store, other)
+            ]
+            assert sum(await asyncio.gather(*users)) > 20
+    entries = await schema.other.fetch("SELECT * FROM audit ORDER BY key, no")
+    for name, chain in itertools.groupby(entries, key=lambda entry: entry["key"]):
+        check_chain(name, list(chain))
+    heads = await schema.other.fetch("SELECT key, audit_no, audit_digest FROM record")
+    last = {entry["key"]: (entry["no"], entry["digest"]) for entry in entries}
+    assert {row["key"]: (row["audit_no"], row["audit_digest"]) for row in heads} == last
+
+
+def check_chain(name: bytes, entries: list[Any]) -> None:
+    """Check that a key has one owner at a time, and that only the owner settled it.
+
+    Once its successor has freed the key, an owner that was taken over writes its record anew.
+    """
+    owner, before, before_at = b"", b"", 0
+    for number, entry in enumerate(entries, 1):
+        assert (entry["no"], entry["before_at"]) == (number, before_at)
+        if entry["event"] in (1, 2):
+            # A takeover names the owner before.
+            assert entry["event"] == 1 or entry["detail"] == owner
+            owner = entry["token"]
+        assert owner in (entry["token"], b"")
+        assert entry["digest"] == digest_of(before, name, entry)
+        owner = b"" if entry["event"] == 5 else entry["token"]
+        before, before_at = entry["digest"], entry["at"]
+
+
+def digest_of(before: bytes, name: bytes, entry: Any) -> bytes:
+    """Return the digest of an audit entry, without a secret."""
+    sized = [len(entry[name]).to_bytes(4, "big") + entry[name] for name in ("token", "actor", "rule", "detail")]
+    parts = (
+        before, name, struct.pack(">qqh", entry["no"], entry["at"], entry["event"]), sized[0],
+        struct.pack(">q", entry["fence"]), sized[1], sized[2],
+        struct.pack(">iq", entry["status"], entry["size"]), sized[3],
+    )  # fmt: skip
+    return hashlib.sha256(b"".join(parts)).digest()

@@ -477,7 +477,7 @@ $$;
 CREATE OR REPLACE FUNCTION append_1(key bytea, token bytea, index bigint, bytes bytea, lease_ms bigint) RETURNS int
 LANGUAGE plpgsql VOLATILE SET plan_cache_mode = force_custom_plan AS $$
 DECLARE
-    r record%ROWTYPE;
+    r RECORD;
     there bytea;
 BEGIN
     SELECT * INTO r FROM record WHERE record.key = append_1.key FOR NO KEY UPDATE SKIP LOCKED;
@@ -511,7 +511,7 @@ CREATE OR REPLACE FUNCTION read_1(key bytea, token bytea, first bigint, room big
 LANGUAGE plpgsql VOLATILE SET plan_cache_mode = force_custom_plan AS $$
 #variable_conflict use_column
 DECLARE
-    r record%ROWTYPE;
+    r RECORD;
     at int;
     sent int := 0;
 BEGIN
@@ -556,7 +556,7 @@ CREATE OR REPLACE FUNCTION resolve_1(
 LANGUAGE plpgsql VOLATILE SET plan_cache_mode = force_custom_plan AS $$
 DECLARE
     began bigint := now_ms();
-    r record%ROWTYPE;
+    r RECORD;
     event int := CASE WHEN meta IS NULL THEN 10 ELSE 9 END;
     size bigint := coalesce(octet_length(body), octet_length(tail), 0);
     digest bytea;
