@@ -600,7 +600,7 @@ CREATE OR REPLACE FUNCTION drop_1(
 LANGUAGE plpgsql VOLATILE SET plan_cache_mode = force_custom_plan AS $$
 DECLARE
     began bigint := now_ms();
-    r record%ROWTYPE;
+    r RECORD;
     event int := CASE WHEN purge THEN 12 ELSE 11 END;
 BEGIN
     SELECT * INTO r FROM record WHERE record.key = drop_1.key FOR NO KEY UPDATE SKIP LOCKED;
