@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from oncegate.store.postgres.migrations.partitions import missing_partitions
 from oncegate.store.postgres.migrations.run import Run, Target, connect
-from oncegate.store.postgres.rows import Row, Verb
+from oncegate.store.postgres.verb import Row, Verb
 from oncegate.store.record import Claim
 from oncegate.store.store import PostgresOptions
 from tests.postgres_server import shared_url

@@ -10,7 +10,7 @@ import pytest
 
 from oncegate.store.postgres import rows
 from oncegate.store.postgres.connections.session import SETTINGS
-from oncegate.store.postgres.rows import Row, Verb
+from oncegate.store.postgres.verb import Row, Verb
 from oncegate.store.record import Claim
 from tests.postgres_schemas import NEVER, Schema, fresh_schema
 from tests.stores import LEASE_MS, answer

@@ -11,16 +11,16 @@ from typing import Any
 
 from oncegate.store.postgres.connections.durability import Level
 from oncegate.store.postgres.connections.session import Answer, Lost, Refused, Session
-from oncegate.store.postgres.rows import Row, Verb
 from oncegate.store.postgres.servers import Servers
+from oncegate.store.postgres.verb import Row, Verb
 from oncegate.store.results import Forbidden, NotAttempted, StoreFull, Unconfirmed
 
 MOST_ROWS, MOST_BYTES = 128, 262_144
 # While a batch of the verb is on its way, calls gather for the next one, until so many wait or it takes so long. A
 # statement costs the server as much as ten rows of one do (measured). But nobody waits for a commit that is stuck.
 GATHERED_ROWS, GATHERING_S = 64, 0.005
-# What a row takes beside its bodies.
-_ROW_BYTES = 256
+# What a row takes beside its heads and bodies.
+_ROW_BYTES = 384
 NOT_SENT = Unconfirmed("no connection to the store was free in time", maybe_executed=False)
 NO_REPLY = Unconfirmed("the store did not reply in time")
 UNFIT = NotAttempted("the store cannot hold one of the values")
@@ -50,9 +50,11 @@ class Call:
 
     __slots__ = ("_timer", "began", "key", "reply", "row", "sent", "size", "token")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, row: Row, token: object, deadline: float) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, row: Row, token: object, size: int | None, deadline: float
+    ) -> None:
         self.key, self.token, self.row = row[0], token, row
-        self.size = _ROW_BYTES + sum(len(value) for value in row if isinstance(value, bytes))
+        self.size = _ROW_BYTES + (size or 0)
         self.began = loop.time()
         self.sent: Sent | None = None
         self.reply: asyncio.Future[tuple[Mapping[str, Any], bool] | Unconfirmed] = loop.create_future()
@@ -95,8 +97,9 @@ class Batches:
 
     def call(self, row: Row, deadline: float) -> Call:
         """Ask for one row. `deadline`: the loop's time at which its caller stops waiting."""
-        call = Call(self._loop, row, row[self._verb.token_at], deadline)
-        if not self._verb.is_fit(row):
+        size = self._verb.size(row)
+        call = Call(self._loop, row, row[self._verb.token_at], size, deadline)
+        if size is None:
             call.end(UNFIT)
             return call
         self._queue.append(call)

@@ -16,8 +16,9 @@ from oncegate.decision import State, effective_state, may_take_over
 from oncegate.store.postgres import rows
 from oncegate.store.postgres.batches import Batches, Call, Sent
 from oncegate.store.postgres.connections.durability import Level
-from oncegate.store.postgres.rows import BUSY, Row, Takeable, Verb
+from oncegate.store.postgres.rows import BUSY, Takeable
 from oncegate.store.postgres.servers import Servers
+from oncegate.store.postgres.verb import Row, Verb
 from oncegate.store.record import Claim, Corrupt, Record
 from oncegate.store.results import (
     ClaimResult,

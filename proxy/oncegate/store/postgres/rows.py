@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from oncegate.decision import CANCELLED, HOLD, RETRY, State
 from oncegate.keys.digests import DIGEST_BYTES, KEY_DIGEST_BYTES
+from oncegate.store.postgres.verb import Row, Verb
 from oncegate.store.record import (
     TOKEN_BYTES,
     Claim,
@@ -33,8 +34,6 @@ from oncegate.store.results import (
 )
 from oncegate.store.stages import CLAIMED, RESPONSE_BEGUN, SENT, Stage
 
-Row = tuple[bytes | int | None, ...]
-
 # A body up to this size lies in its record, and comes with the reply to a claim.
 ROW_BYTES = 4096
 # About how much of a larger body one read returns.
@@ -43,43 +42,9 @@ READ_BYTES = 262144
 _SMALL: Final = range(1 << 15)
 _INT: Final = range(1 << 31)
 _BIG: Final = range(-(1 << 63), 1 << 63)
-# What a column may hold: whole numbers of a range, bytes of one size, or any bytes or none.
-_Kind = range | int | None
 _KEY: Final = KEY_DIGEST_BYTES
 _DIGEST: Final = DIGEST_BYTES
 _TOKEN: Final = TOKEN_BYTES
-
-
-@dataclass(frozen=True, slots=True)
-class Verb:
-    """A function that takes one array for each column, and returns rows.
-
-    `name`: of its metric. `token_at`: the column of the token, by which a row of the result is found.
-    """
-
-    name: str
-    function: str
-    token_at: int
-    kinds: tuple[_Kind, ...]
-
-    @property
-    def statement(self) -> str:
-        # Behind the columns: who acts, whether that is audited, and the secret's blocks.
-        marks = ", ".join(f"${number}" for number in range(1, len(self.kinds) + 4))
-        return f"SELECT * FROM {self.function}({marks})"
-
-    def is_fit(self, row: Row) -> bool:
-        """Return whether the server takes the values of a row."""
-        for kind, value in zip(self.kinds, row, strict=True):
-            if isinstance(kind, range):
-                if not isinstance(value, int) or value not in kind:
-                    return False
-            elif value is None:
-                if kind is not None:
-                    return False
-            elif not isinstance(value, bytes) or (kind is not None and len(value) != kind):
-                return False
-        return True
 
 
 # key, lock, token, fingerprint, tenant, self, mode, lease_ms, retention_ms, not_after, rule

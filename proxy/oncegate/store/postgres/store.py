@@ -18,8 +18,9 @@ from oncegate.store.postgres.connections.durability import Level
 from oncegate.store.postgres.connections.session import Lost, Refused
 from oncegate.store.postgres.marks import PostgresMarks
 from oncegate.store.postgres.records import PostgresRecords
-from oncegate.store.postgres.rows import BUSY_TAG, READ_BYTES, ROW_BYTES, Row, Verb
+from oncegate.store.postgres.rows import BUSY_TAG, READ_BYTES, ROW_BYTES
 from oncegate.store.postgres.servers import Servers, ServersConfig
+from oncegate.store.postgres.verb import Row, Verb
 from oncegate.store.record import (
     PREFIX_BYTES,
     Claim,
