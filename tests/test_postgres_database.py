@@ -5,6 +5,9 @@ import pytest
 
 from tests.postgres_database import Database
 
+# The second one sees what the first one left: one process runs both.
+pytestmark = pytest.mark.xdist_group("database")
+
 
 @pytest.mark.parametrize("again", [False, True])
 async def test_a_database_is_as_new(database: Database, again: bool) -> None:
