@@ -18,6 +18,8 @@ STAGE_OF = {number: stage.wire for stage, number in STAGES.items()}
 
 # What a column holds, by the field's name and its value.
 NUMBERS = ("fence", "lease", "created", "lease_ms", "bytes", "status")
+# Of rows that say more than a missing one. What an operator released says so to its owner.
+STANDS = "(state = 4 AND token <> '' OR NOT is_free(state, created, lease, lease_ms, frees, now_ms()))"
 LEFT_MS = "frees + CASE state WHEN 1 THEN greatest(lease - lease_ms - created, 0) ELSE 0 END - now_ms()"
 
 
@@ -37,7 +39,7 @@ class PostgresProbe(Probe):
         return int(self._connection.value("SELECT now_ms()"))
 
     def fields(self, key: bytes) -> Fields:
-        rows = self.sql("SELECT * FROM record WHERE key = $1 AND NOT (state = 4 AND token = '')", key)
+        rows = self.sql(f"SELECT * FROM record WHERE key = $1 AND {STANDS}", key)
         if not rows:
             return {}
         row = rows[0]
@@ -147,7 +149,7 @@ class PostgresProbe(Probe):
         self.sql(f"INSERT INTO record (key, {listed}) SELECT $2, {listed} FROM record WHERE key = $1", key, other)
 
     def keys(self) -> list[bytes]:
-        return [row["key"] for row in self.sql("SELECT key FROM record WHERE NOT (state = 4 AND token = '')")]
+        return [row["key"] for row in self.sql(f"SELECT key FROM record WHERE {STANDS}")]
 
     def marks(self) -> dict[bytes, int]:
         return {row[0]: row[1] for row in self.sql("SELECT name, expires - now_ms() FROM mark")}

@@ -130,13 +130,13 @@ def closed_port() -> Iterator[socket.socket]:
 
 
 @pytest.mark.fault(20)
-async def test_a_refused_upstream_frees_the_key(closed_port, valkey, proxies):
+async def test_a_refused_upstream_frees_the_key(closed_port, stored, proxies):
     """Refused: 502 upstream-unreachable, the key free; the retry executes as soon as the upstream is there."""
-    proxy = proxies(f"http://127.0.0.1:{closed_port.getsockname()[1]}", valkey.url, CONNECT_RETRIES=1)
+    proxy = proxies(f"http://127.0.0.1:{closed_port.getsockname()[1]}", stored.url, CONNECT_RETRIES=1)
     counts = Counts(proxy)
     for _ in range(3):
         assert_problem(await ask(proxy.port, request()), "upstream-unreachable", b"refused")
-        assert valkey.states() == []
+        assert stored.states() == []
     upstream = RawUpstream()
     closed_port.listen()
     await upstream.start(closed_port.dup())
@@ -191,9 +191,9 @@ async def test_an_upstream_that_cannot_be_reached_frees_the_key(how, upstream, v
 
 
 @pytest.mark.fault(20)
-async def test_no_free_connection_frees_the_key(upstream, valkey, proxies):
+async def test_no_free_connection_frees_the_key(upstream, stored, proxies):
     """A request that finds every upstream connection in use until the connect timeout was not sent."""
-    proxy = proxies(upstream, valkey.url, MAX_UPSTREAM_CONNECTIONS=1, CONNECT_TIMEOUT_S=0.3)
+    proxy = proxies(upstream, stored.url, MAX_UPSTREAM_CONNECTIONS=1, CONNECT_TIMEOUT_S=0.3)
     going_on = asyncio.Event()
 
     async def hold(_: Any, __: Any, writer: asyncio.StreamWriter, ___: Any) -> None:
@@ -204,7 +204,7 @@ async def test_no_free_connection_frees_the_key(upstream, valkey, proxies):
     first = asyncio.create_task(ask(proxy.port, request(key="first")))
     await until(lambda: upstream.received)
     assert_problem(await ask(proxy.port, request(key="second")), "upstream-unreachable", b"refused")
-    assert valkey.states() == [b"in_flight"]
+    assert stored.states() == [b"in_flight"]
     going_on.set()
     assert (await first).status == 200
     assert (await ask(proxy.port, request(key="second"))).header("Oncegate-Status") == b"executed"
@@ -215,9 +215,9 @@ async def test_no_free_connection_frees_the_key(upstream, valkey, proxies):
 
 
 @pytest.mark.fault(30)
-async def test_a_silent_upstream_makes_the_key_unknown(upstream, valkey, proxies):
+async def test_a_silent_upstream_makes_the_key_unknown(upstream, stored, proxies):
     """No answer in time: 504 upstream-timeout, unknown; the connection is closed, so that a late answer is nobody's."""
-    proxy = proxies(upstream, valkey.url, UPSTREAM_TIMEOUT_S=1)
+    proxy = proxies(upstream, stored.url, UPSTREAM_TIMEOUT_S=1)
     counts = Counts(proxy)
     closed = asyncio.Event()
 
@@ -231,14 +231,14 @@ async def test_a_silent_upstream_makes_the_key_unknown(upstream, valkey, proxies
     assert_problem(await ask(proxy.port, request()), "upstream-timeout", b"unknown")
     await asyncio.wait_for(closed.wait(), 10)
     await assert_unknown(proxy.port, request())
-    assert (len(upstream.received), valkey.states()) == (1, [b"unknown"])
+    assert (len(upstream.received), stored.states()) == (1, [b"unknown"])
     await counts.are(upstream_timeout=1, unknown__settled=1, outcome_unknown=1)
 
 
 @pytest.mark.fault(42)
-async def test_silence_within_a_body_aborts_the_client(upstream, valkey, proxies):
+async def test_silence_within_a_body_aborts_the_client(upstream, stored, proxies):
     """An answer that stops half-way and stays silent is cut off for the client and unknown for the retry."""
-    proxy = proxies(upstream, valkey.url, UPSTREAM_TIMEOUT_S=1)
+    proxy = proxies(upstream, stored.url, UPSTREAM_TIMEOUT_S=1)
     counts = Counts(proxy)
     upstream.script = then(HEAD + b"Content-Length: 5\r\n\r\nhe", close=False)
     answer = await ask(proxy.port, request())
@@ -642,9 +642,9 @@ async def test_an_early_answer_to_a_streamed_upload_reaches_its_client(framing, 
 
 @pytest.mark.fault(40)
 @pytest.mark.parametrize("limit", [1000, 300_000])
-async def test_an_answer_over_the_limit_is_passed_on_and_not_kept(limit, upstream, valkey, proxies):
+async def test_an_answer_over_the_limit_is_passed_on_and_not_kept(limit, upstream, stored, proxies):
     """Up to the limit an answer is replayed; over it the first client gets all, the others `response-not-kept`."""
-    proxy = proxies(upstream, valkey.url, MAX_STORED_BYTES=limit)
+    proxy = proxies(upstream, stored.url, MAX_STORED_BYTES=limit)
     counts = Counts(proxy)
     kept = too_large = 0
     for size in (limit - 1, limit, limit + 1, 10 * limit):
@@ -671,7 +671,7 @@ async def test_an_answer_over_the_limit_is_passed_on_and_not_kept(limit, upstrea
                 assert (again.status, again.slug) == (409, "response-not-kept")
                 assert again.problem["original_status"] == 201
                 assert again.header("Retry-After") is None
-    sizes = [sum(map(len, fields.values())) for fields in valkey.records().values()]
+    sizes = [sum(map(len, fields.values())) for fields in stored.records().values()]
     assert len([size for size in sizes if size < 700]) == too_large
     assert len(upstream.received) == kept + too_large == 12
     await counts.are(
