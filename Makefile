@@ -68,8 +68,8 @@ test-real: .venv/.dev .venv/clients/.installed .venv/clients-mcp1/.installed  ##
 		{ service varnish stop; service lighttpd stop; true; }; }
 	test -x /usr/bin/chromium -a -x /usr/bin/chromedriver -a -x /usr/bin/firefox-esr || { apt-get update -qq && \
 		apt-get install -y -qq --no-install-recommends chromium chromium-driver firefox-esr; }
-	test -d /usr/lib/postgresql -a -x /usr/sbin/pgbouncer || { apt-get update -qq && \
-		apt-get install -y -qq --no-install-recommends postgresql pgbouncer && \
+	test -d /usr/lib/postgresql -a -x /usr/sbin/pgbouncer -a -d /usr/lib/x86_64-linux-gnu/faketime || { \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends postgresql pgbouncer faketime && \
 		{ service postgresql stop; service pgbouncer stop; true; }; }
 	command -v strace >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends strace; }
 	command -v curl >/dev/null && command -v wget >/dev/null || { apt-get update -qq && \

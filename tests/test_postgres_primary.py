@@ -76,9 +76,8 @@ def seen(host: str, timeline: int, *, is_standby: bool = False, is_known: bool =
     if not timeline:
         return Sighting(Host(host, 1), None, "it does not answer")
     run = Run(system, timeline, BOOTED)
-    facts = Facts(
-        Backend(1, BOOTED, BOOTED, system), run, is_standby, False, True, True, "", "", True, (), 0, {}, None
-    )  # fmt: skip
+    backend = Backend(1, BOOTED, BOOTED, system)
+    facts = Facts(backend, run, "oncegate", is_standby, False, True, True, "", "", True, (), 0, {}, None)
     return Sighting(Host(host, 1), facts, "", is_known)
 
 

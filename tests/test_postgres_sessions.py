@@ -254,6 +254,28 @@ async def test_replicated_without_a_standby(own):
         assert servers.refusal().reason == text
 
 
+async def test_a_role_that_may_not_see_standbys(schema):
+    role = await role_with(schema)
+    text = await reason(as_role(role), schema, "GRANT", durability="replicated")
+    grant = f"GRANT pg_read_all_stats TO {role}"
+    assert text == f"the store does not show its standbys to its user: {grant}"
+    await run(grant)
+    assert "synchronous_standby_names" in await reason(as_role(role), schema, "names", durability="replicated")
+
+
+async def test_the_breaker(own):
+    """Once claims were not confirmed one after the other, a probe finds out when they are again."""
+    async with opened(own.url, "store") as servers:
+        for began in range(3):
+            servers.breaker.failed(asyncio.get_running_loop().time() + began)
+        assert servers.refusal().reason == "the store does not confirm claims"
+        assert servers.not_ready_reason() == "the store does not confirm claims"
+        probe = asyncio.ensure_future(servers.probe())
+        await until(lambda: servers.refusal() is None, "the end of the refusal")
+        assert servers.not_ready_reason() is None
+        probe.cancel()
+
+
 # Statements ...
 
 

@@ -67,7 +67,7 @@ class Durability:
 
     def _unable_to_replicate(self, facts: Facts) -> str | None:
         if not facts.sees_standbys:
-            return "does not show its standbys to this user: GRANT pg_read_all_stats"
+            return f"does not show its standbys to its user: GRANT pg_read_all_stats TO {facts.user_name}"
         names = parse_standby_names(facts.standby_names)
         if names is None:
             return "has no synchronous_standby_names, which the durability replicated needs"

@@ -79,6 +79,7 @@ class Facts:
 
     backend: Backend
     run: Run
+    user_name: str
     is_standby: bool
     is_read_only: bool
     fsync: bool
@@ -99,6 +100,7 @@ async def ask(connection: Any, schema: str, names: tuple[str, ...] = ()) -> Fact
     return Facts(
         Backend(row["pid"], row["started"], run.booted, run.system),
         run,
+        row["user_name"],
         **{name: row[name] for name in _PLAIN},
         sees_standbys=row["sees_standbys"],
         standbys=tuple(row["standbys"]),

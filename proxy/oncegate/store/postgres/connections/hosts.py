@@ -11,11 +11,13 @@ import asyncpg
 
 DEFAULT_PORT = 5432
 # How long connecting may take, TLS included.
-CONNECT_S = 2.0
+CONNECT_S = 5.0
 # Of a pooler that does not know a setting of the first packet.
 _POOLER = "unsupported startup parameter"
 # What a driver's prepared statements meet where each statement goes to another backend.
 _NO_STATEMENT = ("26000", "42P05")
+# How long a statement waits for a backend that another transaction has.
+SHARED_S = 1.0
 PID = "SELECT pg_backend_pid()"
 # A host that is gone is noticed after so long, also while a statement waits for its reply. One whose process is paused
 # still answers these.
@@ -71,8 +73,8 @@ async def connect(url: str, host: Host) -> Connection:
 
     The driver gets no time limit for statements: it would cancel them, and a cancelled commit says that it succeeded.
     """
-    try:
-        connection = await asyncpg.connect(
+    connecting = asyncio.ensure_future(
+        asyncpg.connect(
             url,
             host=host.name,
             port=host.port,
@@ -82,6 +84,13 @@ async def connect(url: str, host: Host) -> Connection:
             max_cacheable_statement_size=0,
             target_session_attrs="any",
         )
+    )
+    try:
+        # Not cancelled: the driver would leave a future behind whose error nobody takes note of.
+        connection = await asyncio.shield(connecting)
+    except asyncio.CancelledError:
+        connecting.add_done_callback(_discard)
+        raise
     except Exception as error:
         raise Unreachable(reason_of(error)) from error
     # The driver has no public way to its socket.
@@ -90,6 +99,12 @@ async def connect(url: str, host: Host) -> Connection:
         for option, value in KEEPALIVE:
             sock.setsockopt(*option, value)
     return connection
+
+
+def _discard(connecting: "asyncio.Future[Any]") -> None:
+    """Close a connection that nobody waits for any more."""
+    if not connecting.cancelled() and connecting.exception() is None:
+        connecting.result().terminate()
 
 
 def reason_of(error: BaseException) -> str:
@@ -138,6 +153,12 @@ async def within(connection: Connection, work: Coroutine[Any, Any, T], seconds: 
         raise Unreachable(reason_of(error)) from error
 
 
+def retrieve(task: "asyncio.Future[Any]") -> None:
+    """Note how a task ended, so that the loop does not complain where nobody waits for it any more."""
+    if not task.cancelled():
+        task.exception()
+
+
 async def refuse_shared_backends(connection: Connection, url: str, host: Host) -> None:
     """Raise Unreachable if transactions of two connections can meet on one backend: a pooler in transaction mode.
 
@@ -149,7 +170,10 @@ async def refuse_shared_backends(connection: Connection, url: str, host: Host) -
         # The transaction keeps the backend that a pooler gives to it, most likely the one that was used last.
         async with other.transaction():
             others = await other.fetchval(PID)
-            if others == backend or await connection.fetchval(PID) != backend:
+            asking = asyncio.ensure_future(connection.fetchval(PID))
+            asking.add_done_callback(retrieve)
+            done, _ = await asyncio.wait([asking], timeout=SHARED_S)
+            if not done or others == backend or asking.result() != backend:
                 raise Unreachable(SHARED)
     finally:
         other.terminate()

@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 from oncegate.store.postgres.connections.durability import Level
 from oncegate.store.postgres.connections.facts import Facts
-from oncegate.store.postgres.connections.hosts import Host
+from oncegate.store.postgres.connections.hosts import Host, retrieve
 from oncegate.store.postgres.connections.primary import Sighting
-from oncegate.store.postgres.connections.session import Lost, Refused, Session, SessionConfig, open_session, retrieve
+from oncegate.store.postgres.connections.session import Lost, Refused, Session, SessionConfig, open_session
 
 # How often a host is asked: at rest, and while no host is the primary.
 ASK_S, SEARCH_S = 1.0, 0.05
 # How long it may take for its reply until it counts as silent.
-ANSWER_S = 1.0
+ANSWER_S = 2.0
 MIN_PAUSE_S, MAX_PAUSE_S = 0.02, 0.5
 
 

@@ -21,6 +21,7 @@ from oncegate.store.postgres.connections.hosts import (
     connect,
     reason_of,
     refuse_shared_backends,
+    retrieve,
     within,
 )
 
@@ -31,6 +32,8 @@ SETTINGS = {
     # The least that shows the warning that a wait for a standby was cancelled.
     "client_min_messages": "warning",
     "statement_timeout": "0",
+    # Since PostgreSQL 17.
+    "transaction_timeout": "0",
     "idle_in_transaction_session_timeout": "0",
     "idle_session_timeout": "0",
     "jit": "off",
@@ -42,11 +45,13 @@ SETTINGS = {
     "enable_hashjoin": "off",
     "enable_mergejoin": "off",
 }
+# Only those that the server has.
 _SET = """
-SELECT name, set_config(name, value, false) AS value FROM unnest($1::text[], $2::text[]) AS one(name, value)
+SELECT name, set_config(name, one.value, false) AS value
+FROM unnest($1::text[], $2::text[]) AS one(name, value) JOIN pg_settings USING (name)
 """
 # How long a new connection may take for its settings and its facts.
-PREPARE_S = 2.0
+PREPARE_S = 5.0
 # For how many times a claim's time a statement waits for a lock. No statement of ours holds one for long, so somebody
 # else does. The callers have stopped waiting by then, and the connection is free again.
 LOCK_TIMES = 4
@@ -110,12 +115,6 @@ class SessionConfig:
 def quoted(name: str) -> str:
     """Return an SQL identifier."""
     return '"' + name.replace('"', '""') + '"'
-
-
-def retrieve(task: "asyncio.Future[Any]") -> None:
-    """Note how a task ended, so that the loop does not complain where nobody waits for it any more."""
-    if not task.cancelled():
-        task.exception()
 
 
 class Session:
