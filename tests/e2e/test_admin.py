@@ -66,6 +66,18 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "reading_bodies": ("gauge", "", ()),
     "waiting": ("gauge", "", ()),
     "store_memory_ratio": ("gauge", "", ()),
+    **{
+        f"store_{name}": ("gauge", "", ())
+        for name in (
+            "behind_seconds",
+            "snapshot_seconds",
+            "hot_ratio",
+            "dead_ratio",
+            "record_bytes",
+            "chunk_bytes",
+            "audit_bytes",
+        )
+    },
     "store_full": ("gauge", "", ()),
     "store_breaker_open": ("gauge", "", ()),
     "rules_differ": ("gauge", "", ()),

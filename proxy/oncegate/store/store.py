@@ -73,6 +73,22 @@ class StoreConfig:
     postgres: PostgresOptions = PostgresOptions()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Upkeep:
+    """What housekeeping last found in a store; all 0 where the store needs none, or another worker does it."""
+
+    # How long ago the first of what it did was due.
+    behind_s: float = 0.0
+    # The age of the oldest snapshot in the database: what it may see cannot be removed.
+    snapshot_s: float = 0.0
+    # Of the updates of records, the share that touched no index; of their rows, the share that is dead.
+    hot_ratio: float = 0.0
+    dead_ratio: float = 0.0
+    record_bytes: int = 0
+    chunk_bytes: int = 0
+    audit_bytes: int = 0
+
+
 class Marks(Protocol):
     """Short values from process to process, which may be lost. Each call waits a second at most, and never raises.
 
@@ -134,6 +150,10 @@ class Store(Protocol):
     @property
     def memory_ratio(self) -> float:
         """The used share of the store's limit."""
+
+    @property
+    def upkeep(self) -> Upkeep:
+        """How far behind housekeeping is, and the sizes that it found."""
 
     @property
     def rules_differ(self) -> bool:

@@ -16,6 +16,7 @@ from oncegate.store.postgres.batches import Batches
 from oncegate.store.postgres.claims import MAX_PAUSE_S, MIN_PAUSE_S, ClaimBatches, Claims
 from oncegate.store.postgres.connections.durability import Level
 from oncegate.store.postgres.connections.session import Lost, Refused
+from oncegate.store.postgres.housekeeping import Housekeeping
 from oncegate.store.postgres.marks import PostgresMarks
 from oncegate.store.postgres.records import PostgresRecords
 from oncegate.store.postgres.rows import BUSY_TAG, READ_BYTES, ROW_BYTES
@@ -45,7 +46,7 @@ from oncegate.store.results import (
     Unconfirmed,
 )
 from oncegate.store.stages import CLAIMED, Stage
-from oncegate.store.store import Claiming, Settling, StoreConfig
+from oncegate.store.store import Claiming, Settling, StoreConfig, Upkeep
 
 # The least time for one try of a call that is repeated.
 MIN_TRY_S = 0.05
@@ -88,6 +89,7 @@ class PostgresStore:
             )
         )
         self._is_audited, self._pads = options.audit, hmac_pads(options.audit_key)
+        self._housekeeping = Housekeeping(self._servers, self._prefix, (self._is_audited, self._pads))
         self.records, self.marks = PostgresRecords(self._servers), PostgresMarks(self._servers)
         self._settles, self._renewals = self._batches(rows.SETTLE, Level.DISK), self._batches(rows.RENEW, Level.OFF)
         claim_batches = ClaimBatches(self._batches)
@@ -124,7 +126,9 @@ class PostgresStore:
         self._servers.end_calls()
 
     async def watch(self) -> None:
-        await self._servers.watch()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._servers.watch())
+            tasks.create_task(self._housekeeping.run())
 
     async def probe(self) -> None:
         await self._servers.probe()
@@ -143,6 +147,10 @@ class PostgresStore:
     @property
     def memory_ratio(self) -> float:
         return self._servers.health.memory_ratio
+
+    @property
+    def upkeep(self) -> Upkeep:
+        return self._housekeeping.upkeep
 
     @property
     def rules_differ(self) -> bool:

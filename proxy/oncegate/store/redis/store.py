@@ -42,7 +42,7 @@ from oncegate.store.results import (
     SettleResult,
 )
 from oncegate.store.stages import CLAIMED, Stage
-from oncegate.store.store import Claiming, Settling, StoreConfig
+from oncegate.store.store import Claiming, Settling, StoreConfig, Upkeep
 
 # The least time for one try of a call that is repeated.
 MIN_TRY_S = 0.05
@@ -122,6 +122,10 @@ class RedisStore:
     @property
     def memory_ratio(self) -> float:
         return self._servers.memory_ratio
+
+    @property
+    def upkeep(self) -> Upkeep:
+        return Upkeep()
 
     @property
     def rules_differ(self) -> bool:

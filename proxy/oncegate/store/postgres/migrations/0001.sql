@@ -632,6 +632,68 @@ BEGIN
 END
 $$;
 
+-- Housekeeping of one stretch of the table: drops the responses whose retention is over, and removes the rows of keys that
+-- are free by now. It goes by where rows lie on the disk, because an index on a time would be one more thing to update.
+-- `holder` must have the work's lease, or it must be free; else `blocks` is null. `latest`: the caller's own time. The
+-- server's clock alone removes nothing, because it may have stepped ahead.
+-- blocks: of the whole table. behind: ms since the first of these rows was due.
+CREATE OR REPLACE FUNCTION sweep_1(
+    first bigint, most bigint, latest bigint, holder bytea, term bigint, audited boolean, pads bytea,
+    OUT blocks bigint, OUT expired bigint, OUT removed bigint, OUT behind bigint
+) LANGUAGE plpgsql VOLATILE AS $$
+#variable_conflict use_column
+DECLARE
+    began bigint := least(now_ms(), latest);
+    audit_day int := partition_day('audit', (now_ms() / 86400000)::int);
+    start tid := format('(%s,0)', first)::tid;
+    past tid := format('(%s,0)', first + most)::tid;
+BEGIN
+    INSERT INTO lease AS held (name, owner, until) VALUES ('housekeeping', holder, now_ms() + term)
+    ON CONFLICT (name) DO UPDATE SET owner = excluded.owner, until = excluded.until
+    WHERE held.owner = excluded.owner OR held.until <= now_ms();
+    IF NOT FOUND THEN
+        RETURN;
+    END IF;
+    WITH due AS MATERIALIZED (
+        SELECT r.key, r.audit_at AS before_at, r.bytes, coalesce(audited AND r.state < 4, false) AS is_told,
+            CASE WHEN r.state = 4 THEN r.frees <= began
+                ELSE is_free(r.state, r.created, r.lease, r.lease_ms, r.frees, began) END AS is_over,
+            began - CASE r.state WHEN 3 THEN r.expires WHEN 1 THEN greatest(r.lease, r.frees) ELSE r.frees END AS late
+        FROM record r
+        WHERE r.ctid >= start AND r.ctid < past AND (
+            r.state = 3 AND r.expires <= began
+            OR r.frees <= began AND (r.state IN (2, 4, 5)
+                OR r.state = 1 AND is_free(r.state, r.created, r.lease, r.lease_ms, r.frees, began)))
+        FOR UPDATE SKIP LOCKED
+    ), dropped AS (
+        UPDATE record r SET state = 5, chunks = 0, bytes = 0, meta = NULL, body = NULL,
+            audit_no = r.audit_no + d.is_told::int,
+            audit_at = CASE WHEN d.is_told THEN began ELSE r.audit_at END,
+            audit_digest = CASE WHEN d.is_told THEN audit_digest_of(pads, r.audit_digest, r.key, r.audit_no + 1, began, 11, r.token,
+                r.fence, holder, '', r.status, d.bytes, '') ELSE r.audit_digest END
+        FROM due d WHERE r.key = d.key AND NOT d.is_over
+        RETURNING r.key, r.token, r.fence, r.status, r.audit_no, r.audit_digest, d.bytes, d.before_at, d.is_told
+    ), gone AS (
+        DELETE FROM record r USING due d WHERE r.key = d.key AND d.is_over
+        RETURNING r.key, r.token, r.fence, r.status, r.audit_no + 1 AS audit_no,
+            CASE WHEN d.is_told THEN audit_digest_of(pads, r.audit_digest, r.key, r.audit_no + 1, began, 11, r.token, r.fence,
+                holder, '', r.status, d.bytes, '') END AS audit_digest,
+            d.bytes, d.before_at, d.is_told
+    ), entries AS (
+        INSERT INTO audit (day, at, no, before_at, fence, size, status, event, key, token, actor, digest)
+        SELECT audit_day, began, e.audit_no, e.before_at, e.fence, e.bytes, e.status, 11, e.key, e.token, holder, e.audit_digest
+        FROM (SELECT * FROM dropped UNION ALL SELECT * FROM gone) e WHERE e.is_told
+    )
+    SELECT pg_relation_size('record') / current_setting('block_size')::bigint, count(*) FILTER (WHERE NOT is_over),
+        count(*) FILTER (WHERE is_over), coalesce(max(late), 0)
+    INTO blocks, expired, removed, behind FROM due;
+    -- Marks last for minutes, so that their table is small.
+    IF first = 0 THEN
+        DELETE FROM mark WHERE expires <= began;
+    END IF;
+END
+$$;
+
 -- One row: the data set, the run of the server that it was last seen on, and the end of its quarantine.
 CREATE TABLE IF NOT EXISTS epoch (
     place smallint PRIMARY KEY DEFAULT 1 CHECK (place = 1),

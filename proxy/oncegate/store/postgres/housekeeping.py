@@ -1,0 +1,95 @@
+"""Housekeeping: responses whose retention is over are dropped, and the rows of keys that are free by now are removed.
+
+It changes no answer: the state of a key is a function of its row and the clock, whether somebody has been there or not.
+Of all workers of all proxies one does it. It goes through the table from its first block to its last, a few blocks in a
+statement, and rests after each, so that claims hardly notice. Days of bodies and of the audit trail are dropped by
+`oncegate migrate --maintain`, whose role owns them.
+"""
+
+import asyncio
+import random
+import time
+from contextlib import suppress
+from typing import Any
+
+from oncegate.store.postgres.connections.durability import Level
+from oncegate.store.postgres.records import fetch
+from oncegate.store.postgres.servers import Servers
+from oncegate.store.record_view import StoreError
+from oncegate.store.store import Upkeep
+
+# Between two passes, and between two tries of a worker that does not have the work.
+REST_S = 60.0
+# How long the work is a worker's after its last statement.
+TERM_MS = 30_000
+# Of one statement, which takes as many blocks as fit into this time.
+STEP_S = 0.02
+MIN_BLOCKS, MAX_BLOCKS = 8, 8192
+# The pause after a statement, in times of its own: after one that found nothing, and after one that found work.
+IDLE_REST, BUSY_REST = 9.0, 3.0
+_SWEEP = "SELECT * FROM sweep_1($1, $2, $3, $4, $5, $6, $7)"
+# A role without pg_read_all_stats sees its own snapshots alone.
+_MEASURE = """
+SELECT pg_total_relation_size('record') AS record_bytes,
+       (SELECT coalesce(sum(pg_total_relation_size(inhrelid)), 0)::bigint FROM pg_inherits
+        WHERE inhparent = 'chunk'::regclass) AS chunk_bytes,
+       (SELECT coalesce(sum(pg_total_relation_size(inhrelid)), 0)::bigint FROM pg_inherits
+        WHERE inhparent = 'audit'::regclass) AS audit_bytes,
+       coalesce(n_tup_hot_upd::float8 / nullif(n_tup_upd, 0), 1) AS hot_ratio,
+       coalesce(n_dead_tup::float8 / nullif(n_live_tup + n_dead_tup, 0), 0) AS dead_ratio,
+       (SELECT coalesce(extract(epoch FROM clock_timestamp() - min(xact_start)), 0)::float8 FROM pg_stat_activity
+        WHERE backend_xmin IS NOT NULL AND pid <> pg_backend_pid()) AS snapshot_s
+FROM pg_stat_user_tables WHERE relid = 'record'::regclass
+"""
+
+
+class Housekeeping:
+    """The housekeeping of one worker. `owner` names it; `tail`: whether to audit, and the secret's blocks for that."""
+
+    def __init__(self, servers: Servers, owner: bytes, tail: tuple[bool, bytes]) -> None:
+        self._servers, self._owner, self._tail = servers, owner, tail
+        self._clock = asyncio.get_running_loop().time
+        self._blocks = MIN_BLOCKS
+        # What the last pass found; all 0 where another worker does the work.
+        self.upkeep = Upkeep()
+
+    async def run(self) -> None:
+        """Go through the table again and again, until cancelled."""
+        while True:
+            # Not all workers at once.
+            await asyncio.sleep(REST_S * random.uniform(0.5, 1.0))
+            upkeep = Upkeep()
+            # Without a reply, or with another database: the next pass begins anew.
+            with suppress(StoreError):
+                upkeep = await self.sweep()
+            self.upkeep = upkeep
+
+    async def sweep(self) -> Upkeep:
+        """Go through the table once, if no other worker does, and return what that found. Raises StoreError."""
+        first, behind_ms = 0, 0
+        while (found := await self._step(first)) is not None:
+            first, behind_ms = first + self._blocks, max(behind_ms, found["behind"])
+            rest = BUSY_REST if found["expired"] or found["removed"] else IDLE_REST
+            if first >= found["blocks"]:
+                return await self._measure(behind_ms)
+            await asyncio.sleep(self._took_s * rest)
+            self._blocks = _fitting(self._blocks, self._took_s)
+        return Upkeep()
+
+    async def _step(self, first: int) -> Any | None:
+        """Look at the next blocks. Return what was found, or None if another worker does the work."""
+        began = self._clock()
+        args = first, self._blocks, int(time.time() * 1000), self._owner, TERM_MS
+        (row,) = await fetch(self._servers, Level.OFF, _SWEEP, *args, *self._tail)
+        self._took_s = self._clock() - began
+        return None if row["blocks"] is None else row
+
+    async def _measure(self, behind_ms: int) -> Upkeep:
+        (row,) = await fetch(self._servers, Level.OFF, _MEASURE)
+        return Upkeep(behind_s=behind_ms / 1000, **dict(row))
+
+
+def _fitting(blocks: int, took_s: float) -> int:
+    """Return how many blocks fit into a step, after so many took so long."""
+    wanted = blocks * 2 if took_s < STEP_S / 2 else blocks // 2 if took_s > STEP_S else blocks
+    return max(MIN_BLOCKS, min(wanted, MAX_BLOCKS))
