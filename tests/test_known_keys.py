@@ -12,12 +12,15 @@ import pytest
 
 from oncegate.decision import Decision
 from oncegate.gateway.answers import decide_duplicate, duplicate_refusal
-from oncegate.store.breaker import FAILURES
+from oncegate.store.breaker import FAILURES, Breaker
 from oncegate.store.events import StoreEvent
 from oncegate.store.membership import Membership
 from oncegate.store.record import PREFIX_BYTES, Claim
+from oncegate.store.redis.store import RedisStore
 from oncegate.store.store import Store
 from tests.conftest import Valkey
+from tests.postgres_probe import PostgresProbe
+from tests.probes import Probe
 from tests.stores import OTHER, PATIENCE_S, SAME, Behind, claim, claimed, connected, key, store_small
 from tests.test_redis_store import ACL
 
@@ -50,15 +53,20 @@ def limited(valkey: Valkey, *rights: str) -> str:
     return valkey.url.replace("redis+unix://", "redis+unix://gate:pw@")
 
 
+def breaker(store: Any) -> Breaker:
+    """Return the circuit breaker of a store on one server."""
+    return store.nodes[0].breaker if isinstance(store, RedisStore) else store._servers.breaker
+
+
 @asynccontextmanager
-async def plain(valkey: Valkey, **options: Any) -> AsyncIterator[Store]:
+async def plain(valkey: Valkey | Probe, **options: Any) -> AsyncIterator[Store]:
     """A store with these options, and nothing else in the way."""
     async with connected(valkey.url, timeout_ms=300, behind=Behind(), **options) as store:
         yield store
 
 
 @asynccontextmanager
-async def with_other_identity(valkey: Valkey) -> AsyncIterator[Store]:
+async def with_other_identity(valkey: Valkey | Probe) -> AsyncIterator[Store]:
     async with plain(valkey, member=member("namespace=b")), plain(valkey, member=member()) as store:
         yield store
 
@@ -81,11 +89,11 @@ async def full(valkey: Valkey) -> AsyncIterator[Store]:
 
 
 @asynccontextmanager
-async def broken(valkey: Valkey, **options: Any) -> AsyncIterator[Store]:
+async def broken(valkey: Valkey | Probe, **options: Any) -> AsyncIterator[Store]:
     """A store whose circuit breaker is open."""
     async with plain(valkey, **options) as store:
         for _ in range(FAILURES):
-            store.nodes[0].breaker.failed(asyncio.get_running_loop().time())
+            breaker(store).failed(asyncio.get_running_loop().time())
         assert store.broken
         yield store
 
@@ -146,7 +154,7 @@ def test_the_table_has_every_state_and_every_column():
         assert [CELLS[state, column] for column in COLUMNS] == [REFUSED, *KNOWN]
 
 
-async def seed(valkey: Valkey) -> None:
+async def seed(valkey: Valkey | Probe) -> None:
     """Leave a running, a complete and an unknown key in the store."""
     async with connected(valkey.url) as store:
         await claimed(store, key=RUNNING)
@@ -159,8 +167,21 @@ async def seed(valkey: Valkey) -> None:
 async def test_what_a_request_gets(valkey, state, column):
     """Each state of the store and each state of the key: only first-time keys are refused."""
     await seed(valkey)
+    await assert_gets_what_the_table_says(valkey, state, column)
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+@pytest.mark.parametrize("state", ["ready", "quarantine", "another identity", "circuit breaker open"])
+async def test_what_a_request_gets_from_postgresql(database, state, column):
+    """It is the same in the states that any store may have."""
+    probe = PostgresProbe(database)
+    await seed(probe)
+    await assert_gets_what_the_table_says(probe, state, column)
+
+
+async def assert_gets_what_the_table_says(stored: Valkey | Probe, state: str, column: str) -> None:
     of, fingerprint = COLUMNS[column]
-    async with STATES[state](valkey) as store:
+    async with STATES[state](stored) as store:
         found = await claim(store, of, fingerprint=fingerprint)
         if isinstance(found, Claim):
             answer = "executed"
@@ -180,10 +201,10 @@ async def test_a_key_that_may_be_retried_at_the_memory_limit(valkey):
         assert decide_duplicate(await claim(store, UNKNOWN, mode=b"retry"), SAME) is Decision.OUTCOME_UNKNOWN
 
 
-async def test_a_response_of_a_former_window_is_not_told(valkey):
+async def test_a_response_of_a_former_window_is_not_told(probe):
     """A derived key stands for a window: past it a request is a new one, which is refused and not answered."""
-    await seed(valkey)
-    async with broken(valkey) as store:
+    await seed(probe)
+    async with broken(probe) as store:
         await asyncio.sleep(0.01)
         now = await claim(store, COMPLETE, window_ms=3_600_000)
         assert decide_duplicate(now, SAME) is Decision.REPLAY
@@ -191,12 +212,12 @@ async def test_a_response_of_a_former_window_is_not_told(valkey):
         assert duplicate_refusal(decide_duplicate(past, SAME), past, POLICY, 1.0).problem.slug == "store-unavailable"
 
 
-async def test_a_claim_that_nobody_holds_is_not_told(valkey):
+async def test_a_claim_that_nobody_holds_is_not_told(probe):
     """A claim of this proxy that is being withdrawn is nobody's request: its key is not said to be running."""
-    async with plain(valkey) as store:
+    async with plain(probe) as store:
         owner = await claimed(store, key=NEW)
         store._claims._withdrawn_tokens.add(owner.token)
         for _ in range(FAILURES):
-            store.nodes[0].breaker.failed(asyncio.get_running_loop().time())
+            breaker(store).failed(asyncio.get_running_loop().time())
         found = await claim(store, NEW)
         assert duplicate_refusal(decide_duplicate(found, SAME), found, POLICY, 1.0).problem.slug == "store-unavailable"

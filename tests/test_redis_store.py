@@ -14,8 +14,6 @@ from redis import Redis
 
 from oncegate.keys.digests import Digests
 from oncegate.store.record import Claim, Corrupt, Record, pack, self_check
-from oncegate.store.redis.arguments import PLAIN_TAIL
-from oncegate.store.redis.wire import ScriptCall
 from oncegate.store.results import (
     AppendStatus,
     ReadFailure,
@@ -32,7 +30,6 @@ from tests.probes import RedisProbe
 from tests.resp import Connection, Relay, RespServer, Words, relaying, resp
 from tests.stores import (
     BODY,
-    FOREIGN,
     KEY,
     LEASE_MS,
     NAME,
@@ -123,37 +120,6 @@ async def test_a_small_complete_record_is_written_anew(store, client, probe, app
         assert client.object("encoding", NAME) == b"listpack"
     finally:
         client.config_set("hash-max-listpack-value", 64)
-
-
-@pytest.mark.parametrize("became", ["renewed", "taken", "stored", "damaged"])
-async def test_a_takeover_needs_the_record_that_was_checked(relay, valkey, became):
-    """A record that changed between the check and the takeover is not overwritten."""
-    async with connected(relay.url) as store, connected(valkey.url) as elsewhere:
-        with valkey.client() as client:
-            probe = RedisProbe(client, valkey.url)
-            owner = await at(elsewhere, probe, "lapsed", b"retry")
-            asked = store._servers.claim
-
-            async def meanwhile(call: ScriptCall, head: bytes, tail: bytes, left_s: float) -> Any:
-                reply = await asked(call, head, tail, left_s)
-                if tail == PLAIN_TAIL:  # nothing seen yet
-                    match became:
-                        case "renewed":
-                            assert await elsewhere.renew(owner) == RenewStatus.RENEWED
-                        case "taken":
-                            assert isinstance(await claim(elsewhere, mode=b"retry"), Claim)
-                        case "stored":
-                            assert await store_small(elsewhere, owner) == SettleResult(SettleStatus.STORED)
-                        case _:
-                            client.hset(NAME, mapping={"token": FOREIGN, "self": b"x"})
-                    meanwhile.before = probe.fields(KEY)
-                return reply
-
-            store._servers.claim = meanwhile
-            found = await claim(store)
-            expected = {"stored": "replay", "damaged": "corrupt"}.get(became, "in_flight")
-            assert told(found) == expected
-            assert probe.fields(KEY) == meanwhile.before
 
 
 @pytest.mark.fault(10)

@@ -517,6 +517,34 @@ async def test_the_owner_itself_claims_anew_what_it_had_given_up(store, probe):
     assert await store.renew(again) == RenewStatus.RENEWED
 
 
+@pytest.mark.parametrize("became", ["renewed", "taken", "stored", "damaged"])
+async def test_a_takeover_needs_the_record_that_was_checked(store, probe, became):
+    """A record that changed between the check and the takeover is not overwritten."""
+    async with connected(probe.url) as elsewhere:
+        owner = await at(elsewhere, probe, "lapsed", b"retry")
+        may_take_over, left = store._claims._may_take_over, []
+
+        async def meanwhile(*args: Any) -> bool:
+            is_open = await may_take_over(*args)
+            if not left:
+                match became:
+                    case "renewed":
+                        assert await elsewhere.renew(owner) == RenewStatus.RENEWED
+                    case "taken":
+                        assert isinstance(await claim(elsewhere, mode=b"retry"), Claim)
+                    case "stored":
+                        assert await store_small(elsewhere, owner) == SettleResult(SettleStatus.STORED)
+                    case _:
+                        probe.change(KEY, token=FOREIGN, self=b"x")
+                left.append(probe.fields(KEY))
+            return is_open
+
+        store._claims._may_take_over = meanwhile
+        expected = {"stored": "replay", "damaged": "corrupt"}.get(became, "in_flight")
+        assert told(await claim(store)) == expected
+        assert left == [probe.fields(KEY)]
+
+
 async def test_of_many_newcomers_one_takes_an_open_key_over(store, probe):
     """Of fifty claims that checked the same open record, one takes it over; the others get the new record."""
     await at(store, probe, "unknown", b"retry")
