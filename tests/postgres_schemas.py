@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from oncegate.store.postgres.migrations.partitions import missing_partitions
 from oncegate.store.postgres.migrations.run import Run, Target, connect
+from oncegate.store.postgres.store import hmac_pads
 from oncegate.store.postgres.verb import Row, Verb
 from oncegate.store.record import Claim
 from oncegate.store.store import PostgresOptions
@@ -37,7 +38,7 @@ class Schema(NamedTuple):
     async def run(self, verb: Verb, *calls: Row) -> list[Any]:
         """Run a verb on the other connection."""
         columns = [list(column) for column in zip(*calls, strict=True)]
-        return list(await self.other.fetch(verb.statement, *columns, FOREIGN[:10], True, b""))
+        return list(await self.other.fetch(verb.statement, *columns, FOREIGN[:10], True, hmac_pads(b"")))
 
 
 @asynccontextmanager

@@ -1,7 +1,7 @@
 """What the store in PostgreSQL does in its own way: batches, withdrawals, and rows that others hold."""
 
 import asyncio
-import hashlib
+import hmac
 import itertools
 import os
 import random
@@ -373,4 +373,4 @@ def digest_of(before: bytes, name: bytes, entry: Any) -> bytes:
         struct.pack(">q", entry["fence"]), sized[1], sized[2],
         struct.pack(">iq", entry["status"], entry["size"]), sized[3],
     )  # fmt: skip
-    return hashlib.sha256(b"".join(parts)).digest()
+    return hmac.digest(b"", b"".join(parts), "sha256")

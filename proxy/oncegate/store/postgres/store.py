@@ -60,9 +60,9 @@ _HMAC_BLOCK = 64
 
 
 def hmac_pads(secret: bytes) -> bytes:
-    """Return both blocks of HMAC-SHA-256 (RFC 2104) for a key of up to 64 bytes; empty without a key."""
+    """Return both blocks of HMAC-SHA-256 (RFC 2104) for a key of up to 64 bytes, which may be empty."""
     block = secret.ljust(_HMAC_BLOCK, b"\0")
-    return bytes(byte ^ 0x36 for byte in block) + bytes(byte ^ 0x5C for byte in block) if secret else b""
+    return bytes(byte ^ 0x36 for byte in block) + bytes(byte ^ 0x5C for byte in block)
 
 
 class PostgresStore:

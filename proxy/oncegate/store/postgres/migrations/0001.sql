@@ -166,23 +166,17 @@ CREATE OR REPLACE FUNCTION tag_of(
     END
 $$;
 
--- The digest of an audit entry: over its fields and the digest of the key's entry before. `pads`: the secret's inner and
--- outer block of HMAC-SHA-256 (RFC 2104), 64 bytes each; empty for a plain SHA-256.
+-- The digest of an audit entry: HMAC-SHA-256 (RFC 2104) over its fields and the digest of the key's entry before.
+-- `pads`: the inner and the outer block of the secret, 64 bytes each. One expression, so that calls become part of plans.
 CREATE OR REPLACE FUNCTION audit_digest_of(
     pads bytea, before bytea, key bytea, no bigint, at bigint, event int, token bytea, fence bigint, actor bytea,
     rule bytea, status int, size bigint, detail bytea
-) RETURNS bytea LANGUAGE plpgsql IMMUTABLE AS $$
-DECLARE
-    entry bytea := before || key || int8send(no) || int8send(at) || int2send(event::smallint)
+) RETURNS bytea LANGUAGE sql IMMUTABLE AS $$
+    SELECT sha256(substr(pads, 65) || sha256(substr(pads, 1, 64)
+        || before || key || int8send(no) || int8send(at) || int2send(event::smallint)
         || int4send(octet_length(token)) || token || int8send(fence)
         || int4send(octet_length(actor)) || actor || int4send(octet_length(rule)) || rule
-        || int4send(status) || int8send(size) || int4send(octet_length(detail)) || detail;
-BEGIN
-    IF octet_length(pads) = 0 THEN
-        RETURN sha256(entry);
-    END IF;
-    RETURN sha256(substr(pads, 65) || sha256(substr(pads, 1, 64) || entry));
-END
+        || int4send(status) || int8send(size) || int4send(octet_length(detail)) || detail))
 $$;
 
 -- Takes the right to insert a key until the end of the transaction. A schema has locks of its own in its database.
