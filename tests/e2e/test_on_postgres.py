@@ -1,4 +1,4 @@
-"""A store in PostgreSQL that cannot be used: the proxy starts, and says why it is not ready, and what helps.
+"""A store in PostgreSQL that is set up as the page says, and one that cannot be used: then the proxy says why.
 
 Each reason is on /readyz and in the log.
 """
@@ -13,11 +13,13 @@ from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
+from unittest.mock import ANY
 
 import pytest
 import trustme
 
 from loadtest.ports import free_port
+from oncegate.server.embedded_postgres import EmbeddedPostgresError
 from oncegate.store.postgres.migrations.grants import grants
 from tests.parts import Proxy, RawUpstream, ask, request, until
 from tests.postgres_database import Connection, migrated
@@ -131,12 +133,12 @@ async def reasons_of(proxy: Proxy) -> tuple[list[str], list[str]]:
     return json.loads(body)["reasons"], proxy.events("not ready")[-1]["reasons"]
 
 
-async def listed(url: str, folder: Path) -> tuple[int | None, bytes]:
-    """Return the exit code of `oncegate keys list`, and what it writes to standard error."""
+async def command(url: str, folder: Path, *words: str, **settings: str) -> tuple[int | None, bytes]:
+    """Return the exit code of a command on this store, and what it writes to standard error."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("ONCEGATE_")}
-    env |= {"ONCEGATE_STORE_URL": url, "ONCEGATE_UPSTREAM": "http://api.test"}
-    command = [sys.executable, "-m", "oncegate", "keys", "list"]
-    process = await asyncio.create_subprocess_exec(*command, env=env, cwd=folder, stderr=asyncio.subprocess.PIPE)
+    env |= {"ONCEGATE_STORE_URL": url, "ONCEGATE_UPSTREAM": "http://api.test", **settings}
+    words = (sys.executable, "-m", "oncegate", *words)
+    process = await asyncio.create_subprocess_exec(*words, env=env, cwd=folder, stderr=asyncio.subprocess.PIPE)
     errors = (await process.communicate())[1]
     return process.returncode, errors
 
@@ -148,7 +150,7 @@ async def test_the_reason_is_said(server: Server, tls_port: int, fork, upstream:
     proxies = await asyncio.gather(
         *(fork(upstream, url, **bad.settings) for url, bad in zip(urls, BAD.values(), strict=True))
     )
-    command = asyncio.ensure_future(listed(urls[list(BAD).index("password")], tmp_path))
+    listed = asyncio.ensure_future(command(urls[list(BAD).index("password")], tmp_path, "keys", "list"))
     said = dict(zip(BAD, await asyncio.gather(*map(reasons_of, proxies)), strict=True))
     print(json.dumps(said, indent=1))
     wrong = {name: said[name] for name, bad in BAD.items() if not all(bad.reason in "".join(one) for one in said[name])}
@@ -157,7 +159,7 @@ async def test_the_reason_is_said(server: Server, tls_port: int, fork, upstream:
     assert [answer.status for answer in answers] == [503] * len(BAD)
     assert upstream.received == []
     assert [proxy for proxy in proxies if "right" in proxy.log() or "wrong" in proxy.log()] == []
-    code, errors = await command
+    code, errors = await listed
     assert (code, b"password authentication failed" in errors, b"wrong" in errors) == (1, True, False)
 
 
@@ -170,3 +172,21 @@ async def test_with_the_right_name(server: Server, tls_port: int, fork, upstream
     await until(lambda: proxy.admin("/readyz")[0] == 200, 60)
     answers = [await ask(proxy.port, request()) for _ in range(2)]
     assert [answer.header("oncegate-status") for answer in answers] == [b"executed", b"replayed"]
+
+
+async def test_what_the_page_says_works(server: Server, fork, upstream: RawUpstream, tmp_path: Path) -> None:
+    """Its roles and its database, then `oncegate migrate`: the proxies' role serves, and cannot touch the trail."""
+    page = (Path(__file__).parents[2] / "docs/how-to/postgresql.md").read_text()
+    for statement in page.partition("```sql\n")[2].partition("```")[0].split(";")[:-1]:
+        server.sql(statement)
+    place = f"127.0.0.1:{server.port}/oncegate"
+    url = f"postgresql://oncegate:PROXY@{place}"
+    owner = {"ONCEGATE_MIGRATE_URL": f"postgresql://once_owner:OWNER@{place}"}
+    assert await command(url, tmp_path, "migrate", **owner) == (0, ANY)
+    proxy = await fork(upstream, url)
+    await until(lambda: proxy.admin("/readyz")[0] == 200, 60)
+    assert (await ask(proxy.port, request())).status == 200
+    assert server.sql("SELECT count(*) FROM pg_stat_activity WHERE usename = 'oncegate'") == "10"
+    trail = "SET ROLE oncegate; SET search_path TO oncegate; DELETE FROM audit"
+    with pytest.raises(EmbeddedPostgresError, match="permission denied for table audit"):
+        server.sql(trail, "oncegate")
