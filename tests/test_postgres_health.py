@@ -149,6 +149,35 @@ async def test_no_claim_before_an_inspection(database: Database):
         database.connection.execute("ROLLBACK")
 
 
+@pytest.mark.parametrize(
+    ("code", "reason", "is_refused"),
+    [
+        ("42501", "the store's tables for losses and other proxies cannot be used: as told", True),
+        ("53100", "the store is full: first-time keys are refused", False),
+        ("55P03", None, False),
+    ],
+)
+async def test_an_inspection_that_is_refused(database: Database, code: str, reason: str | None, is_refused: bool):
+    """Nothing is claimed from a store that cannot be watched. A full disk and a lock pass."""
+    body = f"$$ BEGIN RAISE 'as told' USING ERRCODE = '{code}'; END $$"
+    database.connection.execute(f"CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS {body}")
+    proxy = Proxy()
+    try:
+        async with proxy.watching(database.url, database.schema) as watched:
+            await proxy.inspections()
+            trigger = "CREATE TRIGGER refuse BEFORE UPDATE ON proxy FOR EACH ROW EXECUTE FUNCTION refuse()"
+            database.connection.execute(trigger)
+            await asyncio.sleep(0.1)
+            await until(lambda: watched.not_ready_reason() == reason, f"{reason}")
+            assert (watched.refusal() is not None) == is_refused
+            database.connection.execute("DROP TRIGGER refuse ON proxy")
+            await proxy.inspections()
+            assert watched.refusal() is None
+            assert proxy.reported == [StoreEvent.FOUNDED]
+    finally:
+        database.connection.execute("DROP FUNCTION refuse CASCADE")
+
+
 @pytest.fixture(scope="module")
 def own() -> AsyncIterator[Server]:
     server = Server.started()

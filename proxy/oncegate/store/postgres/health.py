@@ -27,6 +27,8 @@ FULL_S = 2.5 * HEALTH_S
 ROOM_S = 10.0
 # Below so many days of partitions ahead, operators are warned.
 FEW_DAYS = 14
+# The classes of errors that say that there is no room, and of those that pass by themselves: conflicts, locks, cancels.
+NO_ROOM, PASSING = "53", ("40", "55", "57")
 _INSPECT = "SELECT * FROM inspect_1($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)"
 _ASK_ROOM = """
 SELECT coalesce(sum(pg_total_relation_size(oid)) FILTER (WHERE relkind = 'r'), 0)::bigint AS bytes,
@@ -139,11 +141,17 @@ class Health:
                 if member.quarantine_ms and (rolled_back or not self.quarantine_left_s):
                     self._note(await self._ask(session, member, agreement, begins_quarantine=True), agreement)
         except Refused as error:
-            # Nothing is claimed while the store does not say what it lost, or who else uses it.
-            self._unwatched = f"the store's tables for losses and other proxies cannot be used: {error.reason}"
+            self._note_refused(error)
             return False
         self._unwatched = ""
         return True
+
+    def _note_refused(self, error: Refused) -> None:
+        if error.sqlstate.startswith(NO_ROOM):
+            self._full_until = self._clock() + FULL_S
+        elif not error.sqlstate.startswith(PASSING):
+            # Nothing is claimed while the store does not say what it lost, or who else uses it.
+            self._unwatched = f"the store's tables for losses and other proxies cannot be used: {error.reason}"
 
     async def _ask(self, session: Session, member: Membership, agreement: Agreement, begins_quarantine: bool) -> Answer:
         rules, _, live_ms = agreement.asked_rules()

@@ -74,7 +74,7 @@ class Facts:
     """What one server said over one connection.
 
     `standbys`: the `sync_state` of each standby that streams; None for one that the user may not see. `settings`: of
-    the session, by name. `schema_reason`: why the schema cannot be used, or None.
+    the session, by name. `schema_reason`: why the schema cannot be used; None where it can, or was not asked.
     """
 
     backend: Backend
@@ -93,8 +93,11 @@ class Facts:
     schema_reason: str | None
 
 
-async def ask(connection: Any, schema: str, names: tuple[str, ...] = ()) -> Facts:
-    """Ask a server for its facts, and for the values that the settings `names` have. Raises what the driver raises."""
+async def ask(connection: Any, schema: str = "", names: tuple[str, ...] = ()) -> Facts:
+    """Ask a server for its facts, and for the values that the settings `names` have. Raises what the driver raises.
+
+    `schema`: whether it can be used is asked as well; empty for not.
+    """
     row = await connection.fetchrow(_ASK, names)
     run = Run(row["system"], row["timeline"], row["booted"])
     return Facts(
@@ -106,7 +109,7 @@ async def ask(connection: Any, schema: str, names: tuple[str, ...] = ()) -> Fact
         standbys=tuple(row["standbys"]),
         now_ms=row["now_ms"],
         settings=dict(zip(names, row["settings"], strict=True)),
-        schema_reason=await _schema_reason(connection, schema, row["user_name"]),
+        schema_reason=await _schema_reason(connection, schema, row["user_name"]) if schema else None,
     )
 
 

@@ -66,17 +66,15 @@ class Scout:
             try:
                 self.session = await open_session(self.host, Level.OFF, self._config, self._note_change)
                 pause.reset()
-                self._note(self.session.facts)
                 await self._ask_on(self.session)
             except Exception as error:
                 # Any error: if this task ended, the store would stay down for good.
                 self._note(None, str(error) or type(error).__name__)
-                await self._wait(pause.next_s())
+            await self._wait(pause.next_s())
 
     async def _ask_on(self, session: Session) -> None:
         """Ask over one connection until it is lost."""
         while not session.is_lost:
-            await self._wait(self.every_s)
             asking = asyncio.ensure_future(session.ask())
             asking.add_done_callback(retrieve)
             await asyncio.wait([asking], timeout=ANSWER_S)
@@ -95,6 +93,8 @@ class Scout:
                     session.end("its backend has changed: this is a connection pooler")
                 else:
                     self._note(facts)
+            if not session.is_lost:
+                await self._wait(self.every_s)
         self._note(None, session.lost_reason)
 
     def _note(self, facts: Facts | None, reason: str = "") -> None:

@@ -257,7 +257,7 @@ async def _prepare(connection: Connection, host: Host, level: Level, config: Ses
     rows = await connection.fetch(_SET, tuple(settings), tuple(settings.values()))
     # As the server writes them, with their units.
     wanted = {row["name"]: row["value"] for row in rows}
-    facts = await ask(connection, config.schema, tuple(wanted))
+    facts = await ask(connection, names=tuple(wanted))
     for name, value in wanted.items():
         if facts.settings[name] != value:
             raise Unreachable(f"the setting {name} was {value}, and is {facts.settings[name]} in the next statement")

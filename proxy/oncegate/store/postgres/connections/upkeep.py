@@ -6,7 +6,7 @@ from functools import partial
 from typing import Protocol
 
 from oncegate.store.postgres.connections.facts import Facts
-from oncegate.store.postgres.connections.hosts import hosts_of
+from oncegate.store.postgres.connections.hosts import Unreachable, hosts_of
 from oncegate.store.postgres.connections.pool import Pool
 from oncegate.store.postgres.connections.primary import Choice, choose
 from oncegate.store.postgres.connections.scout import Pause, Scout
@@ -78,26 +78,30 @@ class Connections:
         pause = Pause()
         while True:
             await self._is_chosen.wait()
-            host = self._scouts[self._at].host
             try:
-                session = await open_session(host, pool.level, self._config, partial(self._observer.note_change, pool))
+                session = await self._open(pool)
+                pause.reset()
+                pool.add(session)
+                try:
+                    await self._observer.note_opened(pool, session)
+                    await session.ended.wait()
+                finally:
+                    pool.remove(session)
             except Exception as error:
                 # Any error: if this task ended, there would be a connection less for good.
                 pool.down_reason = str(error) or type(error).__name__
-                await asyncio.sleep(pause.next_s())
-                continue
-            if self.primary is None or session.facts.run != self.primary.run:
-                # The server has started anew, or has been promoted, since it was asked.
-                session.end("the primary has changed")
-                self.hurry()
-                await asyncio.sleep(pause.next_s())
-                continue
-            pause.reset()
-            pool.add(session)
-            await self._observer.note_opened(pool, session)
-            await session.ended.wait()
-            pool.remove(session)
             self.hurry()
+            await asyncio.sleep(pause.next_s())
+
+    async def _open(self, pool: Pool) -> Session:
+        """Return a new connection to the primary. Raises Unreachable."""
+        host, note_change = self._scouts[self._at].host, partial(self._observer.note_change, pool)
+        session = await open_session(host, pool.level, self._config, note_change)
+        if self.primary is None or session.facts.run != self.primary.run:
+            # The server has started anew, or has been promoted, since it was asked.
+            session.end("the primary has changed")
+            raise Unreachable(session.lost_reason)
+        return session
 
     def _choose(self) -> None:
         """Choose the primary again: what a host says has changed."""
