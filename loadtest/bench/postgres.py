@@ -73,7 +73,7 @@ def _rounds(site: Site, database: EmbeddedPostgres, rounds: int, seconds: int) -
                 try:
                     if running.admin_port:
                         await_ready(running)
-                    scenarios.warm(site, running, scenarios.new_key(), "unique")
+                    scenarios.warm(site, running)
                     for callers in (32,) if seconds == 1 else CALLERS:
                         for scenario in (EXECUTION, REPLAY):
                             yield scenarios.measure(site, running, scenario, name, callers, seconds, number)

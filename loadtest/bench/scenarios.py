@@ -6,6 +6,7 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from loadtest.bench import contenders, wrk
 from loadtest.bench.contenders import Running, Site
 from loadtest.bench.machine import busy_s
 
-WARM_S, WARM_CONNECTIONS = 1, 8
+WARM_S = 1
 SETTLE_S = 0.2  # what was asked last is stored, and a held request has been claimed
 
 
@@ -77,18 +78,17 @@ def started(site: Site, name: str) -> Iterator[Running]:
     empty(site.redis)
     running = contenders.CONTENDERS[name](site)
     try:
-        warm(site, running, new_key(), "unique")
+        warm(site, running)
         yield running
     finally:
         if name != "direct":
             running.process.stop()
 
 
-def warm(site: Site, running: Running, key: str, mode: str) -> wrk.Load:
+def warm(site: Site, running: Running) -> None:
+    """Execute charges for a second."""
     cores = site.cores.other
-    return wrk.run(
-        running.port, "/v1/charges", key, mode=mode, seconds=WARM_S, connections=WARM_CONNECTIONS, cores=cores
-    )
+    wrk.run(running.port, "/v1/charges", new_key(), mode="unique", seconds=WARM_S, connections=8, cores=cores)
 
 
 def measure(
@@ -97,7 +97,7 @@ def measure(
     """Put load on a running contender."""
     key = "" if scenario.name == "pass-through" else new_key()
     path = f"/hold?s={seconds + 1}" if scenario.refused else "/v1/charges"
-    with _prepared(site, running, scenario, path, key):
+    with _prepared(running, scenario, path, key):
         cpu_s, other_s = running.process.cpu_s(), busy_s(site.cores.other)
         load = wrk.run(
             running.port,
@@ -123,7 +123,7 @@ def measure(
 
 
 @contextmanager
-def _prepared(site: Site, running: Running, scenario: Scenario, path: str, key: str) -> Iterator[None]:
+def _prepared(running: Running, scenario: Scenario, path: str, key: str) -> Iterator[None]:
     """Bring the key into the state of the scenario: complete, or in flight until the end."""
     if scenario.refused:
         with socket.create_connection(("127.0.0.1", running.port)) as holding:
@@ -132,9 +132,8 @@ def _prepared(site: Site, running: Running, scenario: Scenario, path: str, key: 
             yield
         return
     if scenario.mode == "many":
-        # Each run begins with the first key.
-        while warm(site, running, key, scenario.mode).requests < wrk.MANY:
-            pass
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(lambda number: ask(running.port, path, f"{key}-{number}"), range(1, wrk.MANY + 1)))
     elif scenario.name == "replay":
         ask(running.port, path, key)
         time.sleep(SETTLE_S)
