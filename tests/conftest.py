@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import hypothesis  # early: in Python 3.11 the parsing that its import does can fail late in a long run
@@ -17,11 +18,15 @@ import pytest
 import uvloop
 from redis import Redis
 
+from loadtest.postgres_server import Server
 from oncegate.server.embedded import find_server
+from tests.own_postgres import OwnPostgres, stopped_template
 from tests.parts import Proxy, RawUpstream, standing_upstream
 from tests.postgres_database import Database
 from tests.postgres_probe import PostgresProbe
 from tests.probes import Probe, RedisProbe
+from tests.resp import Relay, relaying
+from tests.shared_stores import SharedPostgres, SharedStore
 from tests.zygote import Forked, Zygote, standing_proxy
 
 IN_PROCESS = (
@@ -76,6 +81,8 @@ def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> d
 class Valkey:
     """A real server of its own, on a unix socket and a TCP port of loopback, without persistence."""
 
+    survives_a_kill = False
+
     def __init__(self, *options: str, binary: Path | None = None) -> None:
         self.dir = tempfile.mkdtemp(prefix="vk")
         self.socket = f"{self.dir}/s"
@@ -116,6 +123,19 @@ class Valkey:
     def states(self) -> list[bytes]:
         """Return the state of every record, as it is written."""
         return sorted(fields.get(b"state", b"complete") for fields in self.records().values())
+
+    def relaying(self) -> AbstractAsyncContextManager[Relay]:
+        """Put a relay in front of it."""
+        return relaying(self.socket)
+
+    def has_body(self) -> bool:
+        """Return whether a part of a response's body is there."""
+        return any(b"b0" in fields for fields in self.records().values())
+
+    def forget(self) -> None:
+        """Lose every record."""
+        with self.client() as client:
+            client.flushall()
 
     def pause(self) -> None:
         os.kill(self.process.pid, signal.SIGSTOP)
@@ -216,6 +236,30 @@ def own_valkey() -> Iterator[Valkey]:
     server = Valkey()
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def postgres_template() -> Iterator[Server]:
+    server = stopped_template()
+    yield server
+    server.close()
+
+
+@pytest.fixture(params=["redis", "postgres"])
+def own_store(request: pytest.FixtureRequest) -> Iterator[Valkey | OwnPostgres]:
+    """A store of each kind that the test may pause or kill."""
+    template = request.param == "postgres" and request.getfixturevalue("postgres_template")
+    server = OwnPostgres(template) if template else Valkey()
+    yield server
+    server.close()
+
+
+@pytest.fixture(params=["redis", "postgres"])
+def store(request: pytest.FixtureRequest) -> SharedStore:
+    """The run's store of each kind, empty."""
+    if request.param == "postgres":
+        return SharedPostgres(request.getfixturevalue("database"))
+    return request.getfixturevalue("valkey")  # type: ignore[no-any-return]
 
 
 @pytest.fixture

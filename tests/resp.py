@@ -108,8 +108,31 @@ class RespServer:
             connection.transport.abort()
 
 
+class RespFraming:
+    """What is asked and replied on one connection, as far as a relay has to know it."""
+
+    def __init__(self) -> None:
+        self._requests, self._replies = hiredis.Reader(), hiredis.Reader()
+        self._asked: deque[bool] = deque()
+
+    def note_requests(self, data: bytes) -> None:
+        self._requests.feed(data)
+        while (words := self._requests.gets()) is not False:
+            self._asked.append(words[0] in (b"EVALSHA", b"EVAL") and words[3].startswith(b"once:{"))
+
+    def replies_in(self, data: bytes) -> int:
+        """Return how many replies to verbs on records end in this data."""
+        self._replies.feed(data)
+        found = 0
+        while self._replies.gets() is not False:
+            found += self._asked.popleft()
+        return found
+
+
 class Relay:
     """Stands between a store and its real server. It passes everything on, until it is told otherwise."""
+
+    framing: Callable[[], Any] = RespFraming
 
     def __init__(self, socket_path: str) -> None:
         self._socket_path = socket_path
@@ -119,7 +142,7 @@ class Relay:
         self._passing.set()
         self._lose: int | None = None
         self.unreachable = False  # from now on: new connections end at once
-        self.scripts = 0  # replies to scripts on records that came from the server
+        self.scripts = 0  # replies to verbs on records that came from the server
         self.lost = 0  # of them, those that were not delivered
 
     async def start(self, tls: ssl.SSLContext | None = None) -> None:
@@ -131,7 +154,7 @@ class Relay:
         return f"redis://127.0.0.1:{self.port}"
 
     def lose_reply(self, number: int = 1, then_unreachable: bool = False) -> None:
-        """Cut the connection instead of delivering the reply to the `number`th script from now on."""
+        """Cut the connection instead of delivering the reply to the `number`th verb from now on."""
         self._lose = self.scripts + number
         self._then_unreachable = then_unreachable
 
@@ -161,23 +184,22 @@ class Relay:
             writer.close()
             return
         self._writers.add(writer)
-        from_server, to_server = await asyncio.open_unix_connection(self._socket_path)
-        asked: deque[bool] = deque()
-        for work in (self._requests(reader, to_server, asked), self._replies(from_server, writer, asked)):
+        from_server, to_server = await self._connect()
+        framing = self.framing()
+        for work in (self._requests(reader, to_server, framing), self._replies(from_server, writer, framing)):
             task = asyncio.ensure_future(work)
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _requests(
-        self, reader: asyncio.StreamReader, to_server: asyncio.StreamWriter, asked: deque[bool]
-    ) -> None:
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_unix_connection(self._socket_path)
+
+    async def _requests(self, reader: asyncio.StreamReader, to_server: asyncio.StreamWriter, framing: Any) -> None:
         """Pass requests on. What has left the store reaches the server, even if the store has hung up meanwhile."""
-        parser, passing = hiredis.Reader(), self._passing
+        passing = self._passing
         try:
             while data := await reader.read(1 << 16):
-                parser.feed(data)
-                while (words := parser.gets()) is not False:
-                    asked.append(words[0] in (b"EVALSHA", b"EVAL") and words[3].startswith(b"once:{"))
+                framing.note_requests(data)
                 await passing.wait()
                 to_server.write(data)
         except ConnectionError:
@@ -185,15 +207,10 @@ class Relay:
         finally:
             to_server.close()
 
-    async def _replies(
-        self, from_server: asyncio.StreamReader, writer: asyncio.StreamWriter, asked: deque[bool]
-    ) -> None:
-        parser = hiredis.Reader()
+    async def _replies(self, from_server: asyncio.StreamReader, writer: asyncio.StreamWriter, framing: Any) -> None:
         try:
             while data := await from_server.read(1 << 16):
-                parser.feed(data)
-                while parser.gets() is not False:
-                    self.scripts += asked.popleft()
+                self.scripts += framing.replies_in(data)
                 if self._lose is not None and self.scripts >= self._lose:
                     self._lose = None
                     self.lost += 1
@@ -217,7 +234,12 @@ class Relay:
 @asynccontextmanager
 async def relaying(socket_path: str, tls: ssl.SSLContext | None = None) -> AsyncIterator[Relay]:
     """A relay in front of the server at `socket_path`."""
-    relay = Relay(socket_path)
+    async with started(Relay(socket_path), tls) as relay:
+        yield relay
+
+
+@asynccontextmanager
+async def started(relay: Relay, tls: ssl.SSLContext | None = None) -> AsyncIterator[Relay]:
     await relay.start(tls)
     try:
         yield relay
