@@ -215,7 +215,8 @@ class Relay:
                     self._lose = None
                     self.lost += 1
                     self.unreachable = self._then_unreachable
-                    writer.transport.abort()
+                    for one in self._writers if self.unreachable else (writer,):
+                        one.transport.abort()
                     return
                 writer.write(data)
         except ConnectionError:

@@ -27,6 +27,7 @@ from tests.parts import (
     RawClient,
     RawUpstream,
     Received,
+    Script,
     Tap,
     abort,
     answering,
@@ -39,7 +40,7 @@ from tests.parts import (
     serving,
     until,
 )
-from tests.resp import relaying
+from tests.resp import Relay, relaying
 
 FULL = pytest.mark.full  # in the counts that take minutes: make faults
 PIECES = [bytes([letter]) * BATCH_BYTES for letter in b"abcd"]  # of an answer; each is appended by itself, with no rest
@@ -55,6 +56,20 @@ async def in_pieces(_: RawUpstream, __: object, writer: asyncio.StreamWriter, __
     writer.write(LAST_CHUNK)
 
 
+def in_pieces_behind(relay: Relay) -> Script:
+    """The same, with pauses that last until the store has replied."""
+
+    async def script(_: RawUpstream, __: object, writer: asyncio.StreamWriter, ___: Received) -> None:
+        writer.write(CHUNKED)
+        for piece in PIECES:
+            replied = relay.scripts
+            writer.write(chunk(piece))
+            await until(lambda replied=replied: relay.scripts > replied)
+        writer.write(LAST_CHUNK)
+
+    return script
+
+
 async def ready(proxy: Proxy) -> Proxy:
     """Wait for the store, too: a relay in this process could not answer while the proxy was started."""
     await until(lambda: proxy.admin("/readyz")[0] == 200)
@@ -68,9 +83,9 @@ async def ready(proxy: Proxy) -> Proxy:
 @pytest.mark.parametrize("streamed", [False, True], ids=["small", "streamed"])
 async def test_every_reply_of_the_store_may_be_lost(fork, upstream, store, streamed):
     """Whichever one it is of a key's life: one execution, the whole answer, and no loss is reported."""
-    upstream.script = in_pieces if streamed else answering(OK)
     whole = b"".join(PIECES) if streamed else b"ok"
     async with store.relaying() as relay:
+        upstream.script = in_pieces_behind(relay) if streamed else answering(OK)
         proxy = await ready(await fork(upstream, relay.url))
         calls = 0
         number = 0
@@ -107,7 +122,7 @@ async def test_a_claim_whose_reply_is_lost_as_the_store_goes_away(fork, upstream
         assert (await ask(other.port, request())).slug == "outcome-unknown"
         relay.unreachable = False
         if not killed:
-            await until(lambda: proxy.admin("/readyz")[0] == 200)
+            await until(lambda: store.states() == [])
             assert (await ask(proxy.port, request())).header("oncegate-status") == b"executed"
         else:
             assert (await ask(other.port, request())).slug == "outcome-unknown"
@@ -576,7 +591,9 @@ def test_nothing_decides_by_the_wall_clock():
         assert (
             path.name == "logs.py"
             or (path.parent.name, path.name) == ("commands", "keys.py")
-            or not re.search(r"\btime\.time\(|\bdate(time)?\.(now|today|utcnow)\(|CLOCK_REALTIME|\bgmtime\b", path.read_text())
+            or not re.search(
+                r"\btime\.time\(|\bdate(time)?\.(now|today|utcnow)\(|CLOCK_REALTIME|\bgmtime\b", path.read_text()
+            )
         ), path
 
 
