@@ -21,16 +21,19 @@ class OwnPostgres(Server):
 
     def states(self) -> list[bytes]:
         """Return the state of every record whose key is not free."""
-        rows = self.sql("SELECT state FROM oncegate.record WHERE state < 4").split()
+        rows = self._in_schema("SELECT state FROM record WHERE state < 4").split()
         return sorted(STATES[int(row)] for row in rows)
 
     def has_body(self) -> bool:
         """Return whether a part of a response's body is there."""
-        return self.sql("SELECT EXISTS (SELECT FROM oncegate.record WHERE chunks > 0)") == "t"
+        return self._in_schema("SELECT EXISTS (SELECT FROM record WHERE chunks > 0)") == "t"
 
     def forget(self) -> None:
         """Lose every record."""
-        self.sql("TRUNCATE oncegate.record")
+        self._in_schema("TRUNCATE record")
+
+    def _in_schema(self, statement: str) -> str:
+        return self.sql(f"SET search_path = oncegate; {statement}")
 
 
 def stopped_template() -> Server:
