@@ -299,7 +299,8 @@ async def test_a_fenced_owner_answers_what_the_record_says(proxies, upstream, ow
     assert (await ask(first.port, request())).body == b"their"
     assert len(first.events("claim fenced")) == 1
     assert first.metric("claims_lost_total") in (1, 2)  # the claim that is known by name, and the store's loss
-    assert second.metric("claims_lost_total") == 0
+    assert second.metric("claims_lost_total") in (0, 1)  # the store's loss
+    assert second.events("claim fenced") == []
 
 
 # A store that is not fit ...
