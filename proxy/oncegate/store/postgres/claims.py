@@ -92,6 +92,8 @@ class Claims:
         self.retries_end = float("inf")
         # Tokens of claims that are being withdrawn: they may be in the store though nobody holds them.
         self._withdrawn_tokens: set[bytes] = set()
+        # Tries of held claims that may still be executed, by the claim's token.
+        self._copies: dict[bytes, _Tries] = {}
 
     def stop_retrying(self) -> None:
         """Repeat no call from now on."""
@@ -116,8 +118,8 @@ class Claims:
                 if result is BUSY and not reclaims and not tries.maybe_executed:
                     result = rows.busy_record(claim, self._servers.now_ms())
                 if not isinstance(result, Unconfirmed):
-                    if not isinstance(result, Claim) and not reclaims:
-                        self._withdraw_if_open(claim, tries)
+                    if not all(sent.is_over for sent in tries.statements):
+                        self._leave_copies(claim, tries, reclaims or isinstance(result, Claim))
                     return result
                 tries.expected = None
                 tries.is_below |= isinstance(result, UnderReplicated)
@@ -236,19 +238,30 @@ class Claims:
 
     # Withdrawals ...
 
-    def _withdraw_if_open(self, claim: Claim, tries: _Tries) -> None:
-        """Withdraw a claim whose key turned out to be another's, if a try of it may still be executed."""
-        if not all(sent.is_over for sent in tries.statements):
+    def _leave_copies(self, claim: Claim, tries: _Tries, caller_holds: bool) -> None:
+        """Handle tries of a claim that may still be executed. `caller_holds`: the caller has the claim itself."""
+        if caller_holds:
+            # For as long as they can take the key, which a release makes free for them as well.
+            self._copies[claim.token] = tries
+            self._loop.call_later(self._timeout_s, self._copies.pop, claim.token, None)
+        else:
             self._withdraw_later(claim, tries)
 
-    def _withdraw_later(self, claim: Claim, tries: _Tries) -> None:
+    def withdraw_copies(self, claim: Claim) -> None:
+        """Withdraw the tries of a claim that may still be executed after its release."""
+        if (tries := self._copies.pop(claim.token, None)) is not None:
+            # Behind the release, which would miss its record else.
+            self._withdraw_later(claim, tries, self._timeout_s)
+
+    def _withdraw_later(self, claim: Claim, tries: _Tries, pause_s: float = 0.0) -> None:
         """Free a key in the background whose claim may have been executed, or may be executed later."""
         if tries.statements:
             self._withdrawn_tokens.add(claim.token)
-            self._background(self._withdraw(claim, tries.statements))
+            self._background(self._withdraw(claim, tries.statements, pause_s))
 
-    async def _withdraw(self, claim: Claim, statements: list[Sent]) -> None:
+    async def _withdraw(self, claim: Claim, statements: list[Sent], pause_s: float) -> None:
         gives_up_at = self._loop.time() + claim.unknown_retention_ms / 1000
+        await asyncio.sleep(pause_s)
         pause_s = MIN_PAUSE_S
         while self._loop.time() < min(gives_up_at, self.retries_end):
             # Before the release: what it does not find may come as long as a statement is not over.

@@ -248,16 +248,19 @@ _DONE = SettleResult(SettleStatus.STORED)
 RELEASED_TAG, BUSY_TAG = 2, 7
 
 
-def settle_result(row: Mapping[str, Any], retried: bool) -> SettleResult:
-    """Return what a row of `settle_1` means. `retried`: an earlier try of it may have been executed.
+def settle_result(row: Mapping[str, Any], releases: bool, retried: bool) -> SettleResult:
+    """Return what a row of `settle_1` means.
 
-    A retried release says little of its own: the first may have freed the key, and another claim may have it since.
+    `releases`: the settle frees the key. `retried`: an earlier try of it may have been executed.
     """
     tag, found = row["tag"], row["found"]
     if tag == 1 and found:
         return _DONE
+    # A retried release says little of its own: the first try may have freed the key, and another claim may have it.
+    if releases and retried:
+        return SettleResult(SettleStatus.RELEASED)
     status = _SETTLE.get(tag, SettleStatus.UNCONFIRMED)
-    return SettleResult(status, record_was_gone=not found and status.is_done and not (tag == 2 and retried))
+    return SettleResult(status, record_was_gone=not found and status.is_done)
 
 
 def renew_status(tag: int) -> RenewStatus:

@@ -219,6 +219,7 @@ class PostgresStore:
         return self._settle(self._settles, rows.store_row(claim, response, last_chunk), patience_s)
 
     def release(self, claim: Claim, patience_s: float) -> Settling:
+        self._claims.withdraw_copies(claim)
         return self._settle(self._releases, rows.release_row(claim), patience_s)
 
     def mark_unknown(self, claim: Claim, reason: str, patience_s: float, status: int = 0) -> Settling:
@@ -232,7 +233,7 @@ class PostgresStore:
             deadline = min(loop.time() + self._timeout_s, max(ends, loop.time() + MIN_TRY_S))
             reply = await batches.call(row, deadline).reply
             if not isinstance(reply, Unconfirmed) and reply[0]["tag"] != BUSY_TAG:
-                return rows.settle_result(reply[0], retried)
+                return rows.settle_result(reply[0], batches is self._releases, retried)
             is_vain = isinstance(reply, NotAttempted)
             if is_vain or loop.time() + pause_s >= min(ends, self._claims.retries_end):
                 return SettleResult(SettleStatus.UNCONFIRMED)
