@@ -13,7 +13,7 @@ import pytest
 
 from oncegate.commands.cli import main
 from oncegate.server.embedded_postgres import find_programs
-from oncegate.store.postgres.migrations import files
+from oncegate.store.postgres.migrations import files, run
 from oncegate.store.postgres.migrations.files import Migration, Statement, cut, migrations, schema_complaint
 from oncegate.store.postgres.migrations.grants import IS_APART, grants
 from oncegate.store.postgres.migrations.partitions import (
@@ -23,7 +23,11 @@ from oncegate.store.postgres.migrations.partitions import (
     missing_partitions,
 )
 from oncegate.store.postgres.migrations.run import MigrationError, Run, Target, connect, wait_for_schema
+from oncegate.store.results import SettleStatus
+from oncegate.store.store import PostgresOptions, Store
+from tests import stores
 from tests.postgres_server import shared_url
+from tests.stores import claimed, key, store_small
 
 Connection = Any
 NUMBERS = itertools.count()
@@ -84,6 +88,12 @@ async def migrated(target: Target, days: int = 0) -> int:
 async def catalog(target: Target) -> list[Any]:
     async with connected(target) as connection:
         return [tuple(row) for row in await connection.fetch(CATALOG)]
+
+
+def opened(target: Target) -> Any:
+    """A proxy's store."""
+    url = target.url.partition("?")[0]
+    return stores.connected(url, durability="fsync", postgres=PostgresOptions(schema=target.schema))
 
 
 async def today(connection: Connection) -> int:
@@ -176,23 +186,29 @@ class Fragile:
         return getattr(self._connection, name)
 
 
+async def died(target: Target, at: int) -> bool:
+    """Run a migration that is killed before its n-th statement; return False if it came to its end."""
+    connection = await connect(target)
+    try:
+        one = Run(Fragile(connection, at), target)
+        await one.start()
+        await one.migrate()
+        await one.execute_each(missing_partitions(0))
+    except Killed:
+        return True
+    finally:
+        # As the kernel does it for a dead process: without a word to the server.
+        connection.terminate()
+    return False
+
+
 async def test_killed_at_each_statement(target: Target) -> None:
     """A run may die at any statement: the next one goes on, and the end is the same as that of a whole run."""
     whole = Target(target.url, f"{target.schema}_whole")
     await migrated(whole)
-    for at in itertools.count(1):
-        connection = await connect(target)
-        try:
-            one = Run(Fragile(connection, at), target)
-            await one.start()
-            await one.migrate()
-            await one.execute_each(missing_partitions(0))
-            break
-        except Killed:
-            continue
-        finally:
-            # As the kernel does it for a dead process: without a word to the server.
-            connection.terminate()
+    at = 1
+    while await died(target, at):
+        at += 1
     assert at > len(migrations()[0].statements)
     assert await catalog(target) == await catalog(whole)
 
@@ -243,36 +259,31 @@ async def test_a_run_that_waits_holds_no_snapshot(target: Target) -> None:
 
 
 EACH_PARTITION = """\
-SELECT format('CREATE INDEX CONCURRENTLY IF NOT EXISTS %1$s_token ON %1$s (token)', inhrelid::regclass)
-FROM pg_inherits WHERE inhparent = 'chunk'::regclass ORDER BY inhrelid"""
-ADD_CHUNKS = """\
-INSERT INTO chunk SELECT day, int8send(number), $1, 0, ''
-FROM partition_days('chunk') day, generate_series(1, 99) AS number"""
-
-
-BREAK = """\
-UPDATE pg_index SET indisvalid = false WHERE indexrelid = (
-    SELECT max(indexrelid) FROM pg_index WHERE indexrelid::regclass::text LIKE '%_token')"""
+SELECT format('CREATE INDEX CONCURRENTLY IF NOT EXISTS %1$s_extra ON %1$s (status)', inhrelid::regclass)
+FROM pg_inherits WHERE inhparent = 'audit'::regclass"""
 
 
 async def test_indexes_of_partitions(target: Target) -> None:
     """One partition at a time, without a lock that claims wait for. What a killed run left invalid is made anew."""
-    await migrated(target)
-    valid = "SELECT count(*) FROM pg_index WHERE indexrelid::regclass::text LIKE '%_token' AND indisvalid"
-    async with connected(target) as connection, connected(target) as claims:
+    await migrated(target, days=2)
+    # Names without a schema are those of this one.
+    valid = "SELECT count(*) FROM pg_index WHERE indexrelid::regclass::text ~ '^[^.]*_extra$' AND indisvalid"
+    async with connected(target) as connection, connected(target) as claims, connected(target) as third:
         one = Run(connection, target)
-        await one.execute_each(missing_partitions(3))
-        assert await one.execute_each(EACH_PARTITION) == 4
-        await connection.execute(BREAK)
-        assert await connection.fetchval(valid) == 3
+        first = await today(connection)
+        assert await one.execute_each(EACH_PARTITION) == 3
+        index = f"{Partition('audit', first).name}_extra"
+        await connection.execute(f"UPDATE pg_index SET indisvalid = false WHERE indexrelid = '{index}'::regclass")
+        assert await connection.fetchval(valid) == 2
         async with claims.transaction():
-            await claims.execute(ADD_CHUNKS, b"other")
+            await claims.execute(entry(str(first)))
             making = asyncio.create_task(one.execute_each(EACH_PARTITION))
             # It waits for this transaction, and nobody waits for it.
-            async with connected(target) as third:
-                await third.execute(ADD_CHUNKS, b"third")
-        assert await asyncio.wait_for(making, 10) == 4
-        assert await connection.fetchval(valid) == 4
+            for _ in range(20):
+                await asyncio.wait_for(third.execute(entry(str(first))), 10)
+            assert not making.done()
+        assert await asyncio.wait_for(making, 10) == 3
+        assert await connection.fetchval(valid) == 3
 
 
 async def test_a_long_reader_stops_no_claim(target: Target) -> None:
@@ -300,6 +311,55 @@ async def test_a_reader_that_stays(target: Target) -> None:
         await reader.fetch("SELECT * FROM lease")
         with pytest.raises(MigrationError, match=rf"no lock for: ALTER TABLE lease .*{reader.get_server_pid()}"):
             await Run(connection, hasty).execute("ALTER TABLE lease ADD COLUMN extra int")
+
+
+NEXT = """\
+ALTER TABLE record ADD COLUMN IF NOT EXISTS extra int;
+ALTER TABLE audit ADD COLUMN IF NOT EXISTS extra int;
+SELECT format('CREATE INDEX CONCURRENTLY IF NOT EXISTS %1$s_extra ON %1$s (status)', inhrelid::regclass)
+FROM pg_inherits WHERE inhparent = 'audit'::regclass \\gexec
+CREATE OR REPLACE FUNCTION now_ms() RETURNS bigint LANGUAGE sql VOLATILE AS
+$$ SELECT floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint $$;
+"""
+
+
+async def test_requests_during_a_migration(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy of the version before goes on executing while the next version comes, killed at each of its statements.
+
+    Its own version is in between afterwards, so it stays ready; and so does a proxy that knew the next one before.
+    """
+    await migrated(target)
+    following = (*migrations(), Migration(len(migrations()) + 1, NEXT))
+    executions = 0
+    is_over = asyncio.Event()
+
+    async def work(store: Store, number: int) -> None:
+        nonlocal executions
+        for count in itertools.count():
+            if is_over.is_set():
+                return
+            owner = await claimed(store, key=key(1000 * number + count))
+            assert (await store_small(store, owner)).status is SettleStatus.STORED
+            executions += 1
+
+    async with opened(target) as store:
+        working = [asyncio.create_task(work(store, number)) for number in range(4)]
+        monkeypatch.setattr(run, "migrations", lambda: following)
+        monkeypatch.setattr(run, "newest_version", lambda: len(following))
+        for at in itertools.count(1):
+            before = executions
+            if await died(target, at):
+                # Until requests have been executed between two tries.
+                while executions < before + 4:
+                    await asyncio.sleep(0.001)
+                continue
+            break
+        is_over.set()
+        await asyncio.gather(*working)
+        assert store.not_ready_reason() is None
+    assert at > 6
+    async with connected(target) as connection:
+        assert await connection.fetchval("SELECT count(*) FROM record WHERE state = 3 AND extra IS NULL") == executions
 
 
 async def test_a_schema_of_a_newer_release(target: Target) -> None:
@@ -431,7 +491,8 @@ async def test_a_partition_with_later_entries_is_kept(target: Target) -> None:
 
 async def test_a_partition_that_is_read_is_dropped_later(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader does not hold a run up, nor does the run hold up claims; the next run ends what this one began."""
-    monkeypatch.setattr("oncegate.store.postgres.migrations.partitions.DETACH_WAIT_MS", 50)
+    waits = "oncegate.store.postgres.migrations.partitions.DETACH_WAIT_MS"
+    monkeypatch.setattr(waits, 50)
     await migrated(target)
     async with connected(target) as reader, connected(target) as connection:
         one = Run(connection, target)
@@ -443,6 +504,8 @@ async def test_a_partition_that_is_read_is_dropped_later(target: Target, monkeyp
             assert set(kept) == set(old)
             assert await one.execute_each(missing_partitions(1)) == 2
             await asyncio.wait_for(connection.execute(entry(str(first))), 10)
+        # The end of a detach waits for all older snapshots, also for those of other tests.
+        monkeypatch.setattr(waits, 30_000)
         assert await drop_partitions(one, DAY_MS) == (old, [])
 
 

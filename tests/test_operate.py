@@ -5,8 +5,8 @@ import argparse
 import pytest
 
 from oncegate.commands.cli import main, parser
-from oncegate.commands.errors import CommandError, KeysExit
 from oncegate.commands.operator_response import operator_response
+from oncegate.commands.store_command import CommandError, KeysExit
 from oncegate.store.record_name import parse_record_id, record_id, store_key
 
 

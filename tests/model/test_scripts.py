@@ -157,7 +157,7 @@ class Functions:
 
     def _append(self, me: int) -> int:
         args = (KEY, TOKENS[me], 0, pieces(me)[0], LEASE_MS)
-        return int(self._probe.sql("SELECT append_1($1, $2, $3, $4, $5)", *args)[0][0])
+        return int(self._probe.sql("SELECT append_1($1, $2, $3, $4, $5, '', false, '')", *args)[0][0])
 
     def _renew(self, me: int) -> int:
         return int(self._probe.call(rows.RENEW, (KEY, TOKENS[me], LEASE_MS, rows.STAGES[SENT]))["tag"])

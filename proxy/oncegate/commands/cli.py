@@ -5,7 +5,8 @@ import os
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     health.add_argument("--ready", action="store_true", help="ask whether it is ready for traffic instead")
     _add_keys(commands)
     _add_migrate(commands)
+    _add_audit(commands)
     return top
 
 
@@ -135,6 +137,29 @@ def _add_migrate(commands: Any) -> None:
     )
 
 
+def _add_audit(commands: Any) -> None:
+    audit = commands.add_parser("audit", help="show, check and export the audit trail in PostgreSQL")
+    audit_commands = audit.add_subparsers(dest="audit_command", required=True, metavar="COMMAND")
+    show = audit_commands.add_parser("show", help="show the entries of one key; the word `show` may be left out")
+    _add_record_arguments(show)
+    show.add_argument("--all", action="store_true", help="read the whole trail, also for chains before the record's")
+    verify = audit_commands.add_parser("verify", help="check every chain of entries, and say what cannot be checked")
+    export = audit_commands.add_parser("export", help="print the entries, one JSON object per line")
+    for name, what in (("since", "from this time on"), ("until", "before this time")):
+        export.add_argument(
+            f"--{name}", type=_time, metavar="TIME", help=f"only entries {what}, such as 2027-01-31 (UTC)"
+        )
+    for command in (show, verify):
+        command.add_argument("--json", action="store_true", help="print one JSON object per line")
+    for command in (verify, export):
+        command.add_argument("--url", help="the URL of a standby to read from")
+
+
+def _time(text: str) -> datetime:
+    time = datetime.fromisoformat(text)
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
+
+
 def _add_record_arguments(command: argparse.ArgumentParser) -> None:
     """Add the arguments that name one record: the key and its scope, or the record's id."""
     command.add_argument("key", nargs="?", metavar="KEY", help="the key, as the client sent it")
@@ -155,10 +180,18 @@ def _add_credential(group: Any, text: str) -> None:
     group.add_argument("--credential", action="store_true", help=text)
 
 
+def _with_show(arguments: list[str]) -> list[str]:
+    """Return the arguments with the word `show` where `audit KEY` leaves it out."""
+    words = ("show", "verify", "export", "-h", "--help")
+    if arguments[:1] == ["audit"] and len(arguments) > 1 and arguments[1] not in words:
+        return ["audit", "show", *arguments[1:]]
+    return arguments
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Without a command, print the help."""
     # No name holds the parser: `serve` would keep its cycles of references alive as long as the process.
-    options = parser().parse_args(argv)
+    options = parser().parse_args(_with_show(list(sys.argv[1:] if argv is None else argv)))
     # Commands that need no settings come first.
     if options.command is None:
         parser().print_help()
@@ -181,7 +214,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         case "healthcheck":
             return _probe(settings, "/readyz" if options.ready else "/healthz")
         case "keys":
-            return _keys(settings, options)
+            return _printed(lambda: _keys(settings, options))
+        case "audit":
+            return _printed(lambda: _audit(settings, options))
         case _:
             return _serve(settings)
 
@@ -213,16 +248,27 @@ def _check(settings: Settings, rules: Rules, options: argparse.Namespace) -> int
     return 0
 
 
-def _keys(settings: Settings, options: argparse.Namespace) -> int:
-    from oncegate.commands import keys
-
+def _printed(command: Callable[[], int]) -> int:
+    """Run a command whose output may be long."""
     try:
-        return keys.run(settings, options)
+        return command()
     except BrokenPipeError:
         # The reader of the output, such as `head`, has ended. Python flushes standard output at its own end, which
         # would fail once more: what is still buffered goes to /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+
+
+def _keys(settings: Settings, options: argparse.Namespace) -> int:
+    from oncegate.commands import keys
+
+    return keys.run(settings, options)
+
+
+def _audit(settings: Settings, options: argparse.Namespace) -> int:
+    from oncegate.commands import audit
+
+    return audit.run(settings, options)
 
 
 def _migrate(settings: Settings, options: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ import aiohttp
 from aiohttp import web
 
 from oncegate.commands.demo_store import EMBEDDED, bare_environment, free_port, store_settings
-from oncegate.commands.errors import CommandError
+from oncegate.commands.store_command import CommandError
 
 # The upstream takes twice as long for a charge as the client waits for it.
 CHARGE_S = 2.0

@@ -7,7 +7,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Iterator, Mapping
 
-from oncegate.commands.errors import CommandError
+from oncegate.commands.store_command import CommandError
 from oncegate.server.embedded_postgres import SUPERUSER, EmbeddedPostgres, EmbeddedPostgresError
 
 EMBEDDED, POSTGRES = "embedded", "postgres"

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from oncegate.commands.errors import CommandError, usage_error
+from oncegate.commands.store_command import CommandError, usage_error
 from oncegate.keys.digests import Digests, Scope, UnstableScope, identity_settings
 from oncegate.keys.syntax import BadKey, parse_key
 from oncegate.keys.tenants import TenantFields
@@ -23,11 +23,7 @@ _ID_CHARACTERS = set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz012345
 
 async def find_record(settings: Settings, store: Store, options: argparse.Namespace) -> RecordView:
     """Return the record that the arguments name. Raises CommandError if there is none, StoreError without a reply."""
-    if options.id:
-        key = await _digest_by_id(store, options.id)
-    else:
-        key = await _digest_by_key(settings, store, options)
-    record = await store.records.read(key)
+    record = await store.records.read(await find_key(settings, store, options))
     if record is None:
         is_scoped = options.id or options.scope or options.credential
         tenant = "" if is_scoped else ", for the tenant without a credential"
@@ -35,6 +31,13 @@ async def find_record(settings: Settings, store: Store, options: argparse.Namesp
         is_id = not options.id and parse_record_id(options.key) is not None
         raise CommandError(f"there is no record of this key{tenant}{'; name a record by its id with --id' * is_id}")
     return record
+
+
+async def find_key(settings: Settings, store: Store, options: argparse.Namespace) -> bytes:
+    """Return the digest of the key that the arguments name; it may have no record. Raises as `find_record` does."""
+    if options.id:
+        return await _digest_by_id(store, options.id)
+    return await _digest_by_key(settings, store, options)
 
 
 async def _digest_by_id(store: Store, record_id: str) -> bytes:

@@ -9,8 +9,6 @@ outcome.
 import argparse
 import asyncio
 import json
-import os
-import pwd
 import socket
 import sys
 from collections.abc import Awaitable, Callable
@@ -18,22 +16,19 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from oncegate.commands.errors import CommandError, KeysExit
 from oncegate.commands.find_record import find_record, find_tenant
 from oncegate.commands.operator_response import operator_response
 from oncegate.commands.record_facts import facts_of, line_of
+from oncegate.commands.store_command import TIMEOUT_MS, CommandError, KeysExit, opened_store, operator_name
 from oncegate.messages.response_head import response_digest
 from oncegate.rules.resolution import tombstone_ms
-from oncegate.server.embedded import socket_url
 from oncegate.settings.settings import Settings
-from oncegate.store.opening import open_store, postgres_options
 from oncegate.store.record import ViewState, pack
 from oncegate.store.record_name import record_id
 from oncegate.store.record_view import RecordView, StoreError, claim_of
 from oncegate.store.results import DropStatus, ResolveStatus
-from oncegate.store.store import Store, StoreConfig
+from oncegate.store.store import Store
 
-TIMEOUT_MS = 5000
 # States in which there is nothing to decide.
 DECIDED = (ViewState.COMPLETE, ViewState.EXPIRED, ViewState.RELEASED)
 # Messages for decisions that the store did not carry out.
@@ -91,13 +86,9 @@ def run(settings: Settings, options: argparse.Namespace) -> int:
 
 
 async def _run(settings: Settings, options: argparse.Namespace) -> KeysExit:
-    store = _open_store(settings)
-    store.start()
-    try:
-        if not await store.wait_up(TIMEOUT_MS / 1000):
-            reason = store.not_ready_reason() or "the store is not reachable"
-            raise CommandError(f"{reason}{_embedded_hint(settings)}")
-        session = Session(settings, store, _user(), socket.gethostname())
+    user, host = operator_name(), socket.gethostname()
+    async with opened_store(settings, f"operator {user} on {host}") as store:
+        session = Session(settings, store, user, host)
         commands: dict[str, Callable[[Session, argparse.Namespace], Awaitable[KeysExit]]] = {
             "list": _list,
             "show": _show,
@@ -106,40 +97,6 @@ async def _run(settings: Settings, options: argparse.Namespace) -> KeysExit:
             "purge": _purge,
         }
         return await commands[options.keys_command](session, options)
-    finally:
-        await store.close()
-
-
-def _open_store(settings: Settings) -> Store:
-    url = settings.store_url.get_secret_value()
-    config = StoreConfig(
-        url=socket_url(settings.data_dir) if url == "embedded" else url,
-        timeout_ms=TIMEOUT_MS,
-        patience_s=TIMEOUT_MS / 1000,
-        # Nothing goes on after a command.
-        background=lambda work: work.close(),
-        postgres=postgres_options(settings),
-    )
-    return open_store(config)
-
-
-def _embedded_hint(settings: Settings) -> str:
-    """Return where the embedded store is looked for, as it runs only while its proxy does; empty for another store."""
-    if settings.store_url.get_secret_value() != "embedded":
-        return ""
-    folder = settings.data_dir.absolute()
-    return f"; the embedded store in {folder} runs while `oncegate serve` does, with the same ONCEGATE_DATA_DIR"
-
-
-def _user() -> str:
-    """Return the operator's name for the audit line: `root`, or `alice as root` behind sudo."""
-    try:
-        name = pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        # A container may run as a user id without a name.
-        name = str(os.getuid())
-    sudo_user = os.environ.get("SUDO_USER")
-    return f"{sudo_user} as {name}" if sudo_user else name
 
 
 # List and show ...

@@ -5,7 +5,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import NamedTuple
 
-from oncegate.commands.errors import usage_error
+from oncegate.commands.store_command import usage_error
 from oncegate.messages.response_head import ResponseHead, read_response_head
 from oncegate.store.record import StoredResponse
 

@@ -40,6 +40,8 @@ class PostgresOptions:
     schema: str = "oncegate"
     audit: bool = True
     audit_key: bytes = b""
+    # Who the audit trail says acted: an operator. Empty for a proxy, whose tokens name it.
+    actor: bytes = b""
     # Of all that is stored; 0 for no limit.
     max_bytes: int = 0
     # Which standby a failover promotes: `any`, or `most-advanced`.

@@ -52,7 +52,7 @@ from oncegate.store.store import Claiming, Settling, StoreConfig, Upkeep
 MIN_TRY_S = 0.05
 # Above this share of the limit, responses are stored without their body.
 FULL_RATIO = 0.9
-_APPEND = "SELECT append_1($1, $2, $3, $4, $5) AS tag"
+_APPEND = "SELECT append_1($1, $2, $3, $4, $5, $6, $7, $8) AS tag"
 _READ = "SELECT * FROM read_1($1, $2, $3, $4)"
 _RESOLVE = "SELECT resolve_1($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14) AS tag"
 _DROP = "SELECT drop_1($1, $2, $3, $4, $5, $6) AS tag"
@@ -88,8 +88,8 @@ class PostgresStore:
                 max_bytes=options.max_bytes,
             )
         )
-        self._is_audited, self._pads = options.audit, hmac_pads(options.audit_key)
-        self._housekeeping = Housekeeping(self._servers, self._prefix, (self._is_audited, self._pads))
+        self._audit = options.actor or self._prefix, options.audit, hmac_pads(options.audit_key)
+        self._housekeeping = Housekeeping(self._servers, self._prefix, self._audit[1:])
         self.records, self.marks = PostgresRecords(self._servers), PostgresMarks(self._servers)
         self._settles, self._renewals = self._batches(rows.SETTLE, Level.DISK), self._batches(rows.RENEW, Level.OFF)
         claim_batches = ClaimBatches(self._batches)
@@ -104,8 +104,7 @@ class PostgresStore:
         )
 
     def _batches(self, verb: Verb, level: Level) -> Batches:
-        tail = (self._prefix, self._is_audited, self._pads)
-        return Batches(self._servers, verb, level, tail, self._observer(verb.name))
+        return Batches(self._servers, verb, level, self._audit, self._observer(verb.name))
 
     def _observer(self, verb: str) -> Callable[[float], None]:
         return self._observers.get(verb, lambda _: None)
@@ -203,7 +202,7 @@ class PostgresStore:
         return RenewStatus.UNCONFIRMED if isinstance(reply, Unconfirmed) else rows.renew_status(reply[0]["tag"])
 
     async def append(self, claim: Claim, index: int, chunk: bytes, patience_s: float) -> AppendStatus:
-        args = (claim.key, claim.token, index, chunk, claim.lease_ms)
+        args = (claim.key, claim.token, index, chunk, claim.lease_ms, *self._audit)
         ends, pause_s = self._loop.time() + patience_s, MIN_PAUSE_S
         while True:
             reply = await self._ask("append", Level.OFF, _APPEND, args, ends)
@@ -264,10 +263,9 @@ class PostgresStore:
 
     async def _resolve(self, *args: object) -> ResolveStatus:
         """Decide, again while another transaction holds the record: it ends soon, and nothing was changed."""
-        tail = (self._prefix, self._is_audited, self._pads)
         ends, pause_s = self._loop.time() + self._timeout_s, MIN_PAUSE_S
         while True:
-            reply = await self._ask("resolve", Level.CLAIM, _RESOLVE, (*args, *tail), ends)
+            reply = await self._ask("resolve", Level.CLAIM, _RESOLVE, (*args, *self._audit), ends)
             if not isinstance(reply, list):
                 return ResolveStatus.UNCONFIRMED
             if (tag := reply[0]["tag"]) != BUSY_TAG or self._loop.time() + pause_s >= ends:
@@ -276,9 +274,8 @@ class PostgresStore:
             pause_s = min(pause_s * 2, MAX_PAUSE_S)
 
     async def drop(self, record: RecordView, *, purge: bool = False) -> DropStatus:
-        tail = (self._prefix, self._is_audited, self._pads)
         level = Level.CLAIM if purge else Level.OFF
-        reply = await self._ask("drop", level, _DROP, (record.key, record.token, purge, *tail))
+        reply = await self._ask("drop", level, _DROP, (record.key, record.token, purge, *self._audit))
         return rows.drop_status(reply[0]["tag"]) if isinstance(reply, list) else DropStatus.UNCONFIRMED
 
     async def _ask(

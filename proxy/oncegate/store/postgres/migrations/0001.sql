@@ -273,6 +273,8 @@ BEGIN
             r.fingerprint AS r_fingerprint, r.tenant || r.self AS r_self, r.lease AS r_lease, r.lease_ms AS r_lease_ms,
             r.expires AS r_expires, r.frees AS r_frees, r.status AS r_status, r.meta AS r_meta, r.body AS r_body,
             r.audit_at AS r_audit_at, u.key = ANY (locked) AS is_locked,
+            -- Its lease had ended, so that its outcome counted as unknown.
+            audited AND r.state = 1 AND r.token = u.token AND r.lease <= began AS is_back,
             CASE
                 WHEN u.key <> ALL (locked) OR r.token <> u.expected THEN 'keep'
                 WHEN r.state = 1 AND r.token = u.token AND began <= u.not_after THEN 'extend'
@@ -290,8 +292,17 @@ BEGIN
             AS u(key, token, expected, fingerprint, tenant, self, mode, lease_ms, retention, not_after, window_ms, rule)
         LEFT JOIN LATERAL (SELECT * FROM record WHERE record.key = u.key LIMIT 1) r ON true
     ), extended AS (
-        UPDATE record r SET lease = began + CASE a.verdict WHEN 'extend' THEN a.lease_ms ELSE r.lease_ms END
+        UPDATE record r SET lease = began + CASE a.verdict WHEN 'extend' THEN a.lease_ms ELSE r.lease_ms END,
+            audit_no = r.audit_no + a.is_back::int,
+            audit_at = CASE WHEN a.is_back THEN began ELSE r.audit_at END,
+            audit_digest = CASE WHEN a.is_back THEN audit_digest_of(pads, r.audit_digest, r.key, r.audit_no + 1, began, 3,
+                r.token, r.fence, actor, a.rule, 0, 0, '') ELSE r.audit_digest END
         FROM asked a WHERE r.key = a.key AND a.verdict IN ('extend', 'restart')
+        RETURNING r.key, r.token, r.fence, r.audit_no, r.audit_digest, a.is_back, a.rule, a.r_audit_at
+    ), returns AS (
+        INSERT INTO audit (day, at, no, before_at, fence, event, key, token, actor, rule, digest)
+        SELECT audit_day, began, e.audit_no, e.r_audit_at, e.fence, 3, e.key, e.token, actor, e.rule, e.audit_digest
+        FROM extended e WHERE e.is_back
     ), taken AS (
         UPDATE record r SET tenant = a.tenant, self = a.self, fingerprint = a.fingerprint, token = a.token, fence = a.fence,
             created = began, lease_ms = a.lease_ms, bucket = chunk_day, mode = a.mode, lease = began + a.lease_ms,
@@ -468,11 +479,17 @@ $$;
 
 -- Stores one more chunk of a response for the owner and extends its lease; a repeat with the same bytes adds nothing.
 -- tag: 1 appended, 2 absent, 3 torn (another chunk is there), 4 complete, 5 fenced, 7 busy.
-CREATE OR REPLACE FUNCTION append_1(key bytea, token bytea, index bigint, bytes bytea, lease_ms bigint) RETURNS int
+CREATE OR REPLACE FUNCTION append_1(
+    key bytea, token bytea, index bigint, bytes bytea, lease_ms bigint, actor bytea, audited boolean, pads bytea
+) RETURNS int
 LANGUAGE plpgsql VOLATILE SET plan_cache_mode = force_custom_plan AS $$
 DECLARE
+    began bigint := now_ms();
     r RECORD;
     there bytea;
+    is_new boolean;
+    -- Its lease had ended, so that its outcome counted as unknown.
+    is_back boolean;
 BEGIN
     SELECT * INTO r FROM record WHERE record.key = append_1.key FOR NO KEY UPDATE SKIP LOCKED;
     IF NOT FOUND THEN
@@ -483,18 +500,27 @@ BEGIN
         RETURN 4;
     END IF;
     INSERT INTO chunk VALUES (r.bucket, append_1.key, append_1.token, append_1.index, append_1.bytes) ON CONFLICT DO NOTHING;
-    IF FOUND THEN
-        UPDATE record SET lease = now_ms() + append_1.lease_ms, chunks = chunks + 1,
-            bytes = record.bytes + octet_length(append_1.bytes)
-        WHERE record.key = append_1.key;
-        RETURN 1;
+    is_new := FOUND;
+    IF NOT is_new THEN
+        SELECT c.bytes INTO there FROM chunk c
+        WHERE c.day = r.bucket AND c.key = append_1.key AND c.token = append_1.token AND c.index = append_1.index;
+        IF there <> append_1.bytes THEN
+            RETURN 3;
+        END IF;
     END IF;
-    SELECT c.bytes INTO there FROM chunk c
-    WHERE c.day = r.bucket AND c.key = append_1.key AND c.token = append_1.token AND c.index = append_1.index;
-    IF there <> append_1.bytes THEN
-        RETURN 3;
+    is_back := audited AND r.state = 1 AND r.lease <= began;
+    IF is_back THEN
+        r.audit_digest := audit_digest_of(pads, r.audit_digest, r.key, r.audit_no + 1, began, 3, r.token, r.fence, actor, '',
+            0, 0, '');
+        INSERT INTO audit (day, at, no, before_at, fence, event, key, token, actor, digest)
+        VALUES (partition_day('audit', (began / 86400000)::int), began, r.audit_no + 1, r.audit_at, r.fence, 3, r.key, r.token,
+            actor, r.audit_digest);
     END IF;
-    UPDATE record SET lease = now_ms() + append_1.lease_ms WHERE record.key = append_1.key;
+    UPDATE record SET lease = began + append_1.lease_ms, chunks = r.chunks + is_new::int,
+        bytes = r.bytes + CASE WHEN is_new THEN octet_length(append_1.bytes) ELSE 0 END,
+        audit_no = r.audit_no + is_back::int, audit_at = CASE WHEN is_back THEN began ELSE r.audit_at END,
+        audit_digest = r.audit_digest
+    WHERE record.key = append_1.key;
     RETURN 1;
 END
 $$;

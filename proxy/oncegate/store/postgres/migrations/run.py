@@ -46,18 +46,20 @@ class Target:
     """Where to migrate. `url` is the owner's.
 
     `lock_timeout_ms`: the longest wait for one lock, as claims wait behind it. `patience_s`: how long to try again.
+    `any_server`: a standby will do, as nothing is written.
     """
 
     url: str
     schema: str = "oncegate"
     lock_timeout_ms: int = 100
     patience_s: float = 60.0
+    any_server: bool = False
 
 
 async def connect(target: Target) -> "asyncpg.Connection[asyncpg.Record]":
     """Return a connection of the owner's role. Raises MigrationError."""
     settings = {
-        "application_name": "oncegate migrate",
+        "application_name": "oncegate command",
         "search_path": quoted(target.schema),
         # The role or the database may have other defaults, made for requests.
         "default_transaction_isolation": "read committed",
@@ -70,7 +72,10 @@ async def connect(target: Target) -> "asyncpg.Connection[asyncpg.Record]":
     }
     try:
         connection = await asyncpg.connect(
-            target.url, timeout=CONNECT_TIMEOUT_S, server_settings=settings, target_session_attrs="primary"
+            target.url,
+            timeout=CONNECT_TIMEOUT_S,
+            server_settings=settings,
+            target_session_attrs="any" if target.any_server else "primary",
         )
     except (OSError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         raise MigrationError(f"cannot connect: {error or type(error).__name__}") from error
