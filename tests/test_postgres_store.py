@@ -156,6 +156,21 @@ async def test_functions_outlive_a_change_of_their_table(schema: Schema, store: 
         assert await store.read(owner.key, owner.token, 0) == [b"first", b"more", b"last"]
 
 
+async def test_the_end_of_all_calls(schema: Schema, store: Store) -> None:
+    """After `end_calls`, calls under way and calls still to come end at once, and the store closes."""
+    async with schema.other.transaction():
+        # What a claim waits for, and what nothing waits for.
+        await schema.other.execute("LOCK TABLE record")
+        under_way = [asyncio.ensure_future(claim(store, key(number))) for number in range(3)]
+        await asyncio.sleep(0.1)
+        assert not any(one.done() for one in under_way)
+        store.end_calls()
+        async with asyncio.timeout(PATIENCE_S / 2):
+            ended = [*await asyncio.gather(*under_way), await claim(store, key(9))]
+            await store.close()
+    assert [type(one) for one in ended] == [Unconfirmed] * 4
+
+
 # Rows that another transaction holds ...
 
 

@@ -7,6 +7,7 @@ it is over, which a withdrawal has to know.
 import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any
 
 from oncegate.store.postgres.connections.durability import Level
@@ -23,6 +24,7 @@ GATHERED_ROWS, GATHERING_S = 64, 0.005
 _ROW_BYTES = 384
 NOT_SENT = Unconfirmed("no connection to the store was free in time", maybe_executed=False)
 NO_REPLY = Unconfirmed("the store did not reply in time")
+ENDED = Unconfirmed("calls were ended", maybe_executed=False)
 UNFIT = NotAttempted("the store cannot hold one of the values")
 # Disk full; insufficient privilege.
 _FULL, _FORBIDDEN = "53100", "42501"
@@ -138,6 +140,10 @@ class Batches:
                 if session is not None:
                     self._send_batch(session)
                     break
+                if self._servers.has_ended:
+                    self._end_all([*self._queue, *chain(*self._parts)], ENDED)
+                    self._queue.clear()
+                    self._parts.clear()
         finally:
             self._waiter = None
         self._send_now()

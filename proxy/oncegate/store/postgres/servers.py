@@ -127,6 +127,11 @@ class Servers:
         """Return an idle connection as `session` does, or None if there is none until `deadline` (the loop's time)."""
         return await self._pools[level].wait(deadline)
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether calls were ended: nobody gets a connection any more."""
+        return self._inspections.has_ended
+
     def _left(self) -> list[Session]:
         """Return the claims' connections whose callers have stopped waiting, the longest first."""
         late = [one for one in self._pools[Level.CLAIM].busy() if one.busy_for_s() > self._config.timeout_s]

@@ -16,7 +16,8 @@ class Pool:
         self.limit = size
         self.sessions: list[Session] = []
         self._waiting: deque[asyncio.Future[Session | None]] = deque()
-        self._has_ended = False
+        # Whether nobody gets a session any more.
+        self.has_ended = False
         # Why the last connect failed; empty after one that did not.
         self.down_reason = "not connected yet"
 
@@ -42,7 +43,9 @@ class Pool:
         if not self._waiting and (session := self.take()) is not None:
             return session
         loop = asyncio.get_running_loop()
-        if self._has_ended or loop.time() >= deadline:
+        if self.has_ended or loop.time() >= deadline:
+            # Whoever asks again and again lets others run.
+            await asyncio.sleep(0)
             return None
         future: asyncio.Future[Session | None] = loop.create_future()
         self._waiting.append(future)
@@ -78,7 +81,7 @@ class Pool:
 
     def end(self, reason: str) -> None:
         """Close all connections, and let nobody wait for another one."""
-        self._has_ended = True
+        self.has_ended = True
         self.close(reason)
         while self._waiting:
             self._waiting.popleft().set_result(None)

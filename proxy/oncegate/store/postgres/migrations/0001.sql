@@ -734,7 +734,7 @@ CREATE OR REPLACE FUNCTION inspect_1(
 ) LANGUAGE plpgsql VOLATILE AS $$
 DECLARE
     began bigint := now_ms();
-    known epoch%ROWTYPE;
+    known RECORD;
     others bytea[];
     is_known boolean;
     agrees boolean;
