@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -467,18 +468,27 @@ def test_a_store_without_a_trail(command: Command, monkeypatch: pytest.MonkeyPat
 # What it may not hold ...
 
 
-async def test_no_key_no_credential_no_body(database: Database, proxies: Any, upstream: Any) -> None:
+RULES = """
+[[rule]]
+name = "charges"
+path = "/**"
+"""
+
+
+async def test_no_key_no_credential_no_body(database: Database, proxies: Any, upstream: Any, tmp_path: Path) -> None:
     """The trail of real requests names keys by their digests, and has the rule's name; nothing else of a request."""
     words = {name: f"canary-{name}" for name in ("key", "credential", "body", "path", "answer", "field")}
-    fields = f"Content-Length: {len(words['answer'])}\r\nX-Field: {words['field']}\r\n".encode()
-    upstream.script = answering(b"HTTP/1.1 201 Created\r\n" + fields + b"\r\n" + words["answer"].encode())
-    proxy = proxies(upstream, database.url, SECRET=SECRET)
-    secret_fields = f"Authorization: Bearer {words['credential']}", f"X-Field: {words['field']}"
-    for _ in range(2):
-        got = await ask(
-            proxy.port, request("POST", f"/{words['path']}", words["key"], words["body"].encode(), *secret_fields)
-        )
-        assert got.status == 201
-    text = str([tuple(row) for row in database.connection.fetch("SELECT audit.* FROM audit")])
-    assert text.count("canary") == 0
-    assert len(database.connection.fetch("SELECT * FROM audit")) == 2
+    (tmp_path / "rules.toml").write_text(RULES)
+    proxy = proxies(upstream, database.url, SECRET=SECRET, RULES_FILE=tmp_path / "rules.toml")
+    fields = f"Authorization: Bearer {words['credential']}", f"X-Field: {words['field']}"
+    head = f"HTTP/1.1 201 Created\r\nX-Field: {words['field']}\r\nContent-Length: "
+    whole = head.encode() + b"%d\r\n\r\n" % len(words["answer"]) + words["answer"].encode()
+    for number, response in enumerate((whole, b"HTTP/1.1 503 canary-reason\r\nContent-Length: 6\r\n\r\ncanary")):
+        upstream.script = answering(response)
+        target, sent_key = f"/{words['path']}", f"{words['key']}-{number}"
+        for _ in range(2):
+            await ask(proxy.port, request("POST", target, sent_key, words["body"].encode(), *fields))
+    entries = [Entry(*row) for row in database.connection.fetch(f"SELECT {COLUMNS} FROM audit ORDER BY at, no")]
+    assert [one.word for one in entries] == ["claimed", "stored", "claimed", "unknown"]
+    assert {one.rule for one in entries if one.word == "claimed"} == {b"charges"}
+    assert "canary" not in str(entries)

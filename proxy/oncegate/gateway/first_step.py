@@ -247,6 +247,7 @@ def _claim_request(policy: Policy, scope: Scope, identity: Identity) -> ClaimReq
         unknown_retention_ms=policy.retention_ms if identity.window_ms else policy.unknown_retention_ms,
         window_ms=identity.window_ms,
         tombstone_ms=0 if identity.window_ms else policy.tombstone_ms,
+        rule=policy.rule,
     )
 
 

@@ -59,6 +59,8 @@ class ClaimRequest:
     window_ms: int = 0
     # Of a complete record: how long its key is refused after the retention. 0 for a derived key.
     tombstone_ms: int = 0
+    # The name of the rule that the request came under, for the audit trail.
+    rule: str = ""
 
 
 @dataclass(slots=True)
@@ -81,6 +83,8 @@ class Claim:
     retention_ms: int
     unknown_retention_ms: int
     tombstone_ms: int = 0
+    # Of the request, for the audit trail.
+    rule: str = ""
 
 
 @dataclass(slots=True)

@@ -105,7 +105,7 @@ def claim_row(claim: Claim, not_after_ms: int) -> Row:
     check = claim.self_check
     return (
         claim.key, lock_of(claim.key), claim.token, claim.fingerprint, check[:16], check[16:], _MODES[claim.mode],
-        claim.lease_ms, claim.unknown_retention_ms, not_after_ms, b"",
+        claim.lease_ms, claim.unknown_retention_ms, not_after_ms, claim.rule.encode(),
     )  # fmt: skip
 
 
@@ -114,7 +114,7 @@ def take_row(claim: Claim, not_after_ms: int, expected: bytes, window_ms: int) -
     check = claim.self_check
     return (
         claim.key, claim.token, expected, claim.fingerprint, check[:16], check[16:], _MODES[claim.mode],
-        claim.lease_ms, claim.unknown_retention_ms, not_after_ms, window_ms, b"",
+        claim.lease_ms, claim.unknown_retention_ms, not_after_ms, window_ms, claim.rule.encode(),
     )  # fmt: skip
 
 
@@ -126,6 +126,7 @@ def claim_result(claim: Claim, tenant: bytes, row: Mapping[str, Any]) -> ClaimRe
             # Positions, not names: arguments by name cost twice as much here (Python 3.11, measured).
             claim.key, claim.token, b"%d" % row["fence"], claim.mode, claim.fingerprint, claim.self_check,
             row["created"], claim.lease_ms, claim.retention_ms, claim.unknown_retention_ms, claim.tombstone_ms,
+            claim.rule,
         )  # fmt: skip
     if tag == 3:
         return unpack(claim.key, tenant, row["meta"] or b"", row["body"], now_ms)

@@ -115,7 +115,9 @@ NO_DEADLINE = b"$15\r\n" + b"9" * 15
 def probe_claim(key: bytes) -> Claim:
     """Return the claim of a digest that no request has."""
     token, empty = os.urandom(TOKEN_BYTES), bytes(16)
-    return Claim(key, token, b"%016d" % 1, HOLD, empty, empty * 2, 0, *(3 * [PROBE_RETENTION_MS]))
+    return Claim(
+        key, token, b"%016d" % 1, HOLD, empty, empty * 2, 0, PROBE_RETENTION_MS, PROBE_RETENTION_MS, PROBE_RETENTION_MS
+    )
 
 
 def claim_and_free(scripts: dict[str, Script], claim: Claim) -> list[Question]:
