@@ -10,7 +10,7 @@ statement goes on when the caller stops waiting, and may still take the key:
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from oncegate.decision import State, effective_state, may_take_over
 from oncegate.store.postgres import rows
@@ -61,15 +61,23 @@ class ClaimBatches:
         return self._peeks.call(row, deadline)
 
 
-class _Tries:
-    """What is known of the tries of one claim."""
+@dataclass(slots=True, eq=False)
+class _Attempt:
+    """One claim on its way: what is asked for until `deadline` (the loop's time), and what is known of its tries.
 
-    def __init__(self) -> None:
-        self.statements: list[Sent] = []
-        self.maybe_executed = False
-        self.is_below = False
-        # The token of the record that the next try may take, or None. A freed record's is empty.
-        self.expected: bytes | None = None
+    `reclaims`: the key is this claim's already, so that it is not freed after a failure.
+    """
+
+    claim: Claim
+    tenant: bytes
+    window_ms: int
+    reclaims: bool
+    deadline: float
+    statements: list[Sent] = field(default_factory=list)
+    maybe_executed: bool = False
+    is_below: bool = False
+    # The token of the record that the next try may take, or None. A freed record's is empty.
+    expected: bytes | None = None
 
 
 class Claims:
@@ -93,7 +101,7 @@ class Claims:
         # Tokens of claims that are being withdrawn: they may be in the store though nobody holds them.
         self._withdrawn_tokens: set[bytes] = set()
         # Tries of held claims that may still be executed, by the claim's token.
-        self._copies: dict[bytes, _Tries] = {}
+        self._copies: dict[bytes, list[Sent]] = {}
 
     def stop_retrying(self) -> None:
         """Repeat no call from now on."""
@@ -104,47 +112,45 @@ class Claims:
 
         `window_ms`: see ClaimRequest. `reclaims`: the key is this claim's already, so it is not freed after a failure.
         """
-        tries, deadline = _Tries(), self._loop.time() + self._timeout_s
+        attempt = _Attempt(claim, tenant, window_ms, reclaims, self._loop.time() + self._timeout_s)
         pause_s = MIN_PAUSE_S
         try:
             while True:
-                result = await self._try(claim, tenant, window_ms, tries, deadline)
+                result = await self._try(attempt)
                 if isinstance(result, Takeable):
-                    tries.expected = result.token
+                    attempt.expected = result.token
                     continue
-                if isinstance(result, Record) and await self._may_take_over(result, claim, window_ms, tries):
-                    tries.expected = result.token
+                if isinstance(result, Record) and await self._may_take_over(result, attempt):
+                    attempt.expected = result.token
                     continue
-                if result is BUSY and not reclaims and not tries.maybe_executed:
+                if result is BUSY and not reclaims and not attempt.maybe_executed:
                     result = rows.busy_record(claim, self._servers.now_ms())
                 if not isinstance(result, Unconfirmed):
-                    if not all(sent.is_over for sent in tries.statements):
-                        self._leave_copies(claim, tries, reclaims or isinstance(result, Claim))
+                    if not all(sent.is_over for sent in attempt.statements):
+                        self._leave_copies(attempt, reclaims or isinstance(result, Claim))
                     return result
-                tries.expected = None
-                tries.is_below |= isinstance(result, UnderReplicated)
-                tries.maybe_executed |= result.maybe_executed
-                ends = min(deadline - tries.is_below * self._timeout_s * RELEASE_SHARE, self.retries_end)
+                attempt.expected = None
+                attempt.is_below |= isinstance(result, UnderReplicated)
+                attempt.maybe_executed |= result.maybe_executed
+                ends = min(attempt.deadline - attempt.is_below * self._timeout_s * RELEASE_SHARE, self.retries_end)
                 if self._loop.time() + pause_s >= ends or isinstance(result, NotAttempted | StoreFull | Forbidden):
-                    return await self._fail(claim, tenant, window_ms, reclaims, tries, result, deadline)
+                    return await self._fail(attempt, result)
                 await asyncio.sleep(pause_s)
                 pause_s = min(pause_s * 2, MAX_PAUSE_S)
         except (Exception, asyncio.CancelledError):
             # The caller is gone, and the last try may still take the key.
-            if not reclaims:
-                self._withdraw_later(claim, tries)
+            self._leave(attempt)
             raise
 
-    async def _try(
-        self, claim: Claim, tenant: bytes, window_ms: int, tries: _Tries, deadline: float
-    ) -> ClaimResult | Takeable:
+    async def _try(self, attempt: _Attempt) -> ClaimResult | Takeable:
         """Make one try, to take a record that is open or freed, or else to claim the key."""
-        servers, left_s = self._servers, deadline - self._loop.time()
+        servers, claim, deadline = self._servers, attempt.claim, attempt.deadline
         if (refusal := servers.refusal()) is not None:
             return refusal
-        not_after_ms = servers.now_ms() + int(left_s * 1000)
-        if tries.expected is not None:
-            call = self._batches.take(rows.take_row(claim, not_after_ms, tries.expected, window_ms), deadline)
+        not_after_ms = servers.now_ms() + int((deadline - self._loop.time()) * 1000)
+        if attempt.expected is not None:
+            row = rows.take_row(claim, not_after_ms, attempt.expected, attempt.window_ms)
+            call = self._batches.take(row, deadline)
         else:
             call = self._batches.claim(rows.claim_row(claim, not_after_ms), deadline)
         try:
@@ -152,13 +158,13 @@ class Claims:
         finally:
             # Also where the caller is gone.
             if call.sent is not None:
-                tries.statements.append(call.sent)
+                attempt.statements.append(call.sent)
         if isinstance(reply, Unconfirmed):
             return reply
-        row, is_below = reply
-        servers.note_time(row["now"])
+        found, is_below = reply
+        servers.note_time(found["now"])
         servers.breaker.succeeded()
-        result = rows.claim_result(claim, tenant, row)
+        result = rows.claim_result(claim, attempt.tenant, found)
         return BELOW if is_below and isinstance(result, Claim) else result
 
     async def peek(self, key: bytes, tenant: bytes, lease_ms: int, share: float = 1.0) -> NotClaimed | None:
@@ -181,9 +187,10 @@ class Claims:
 
     # Open records ...
 
-    async def _may_take_over(self, record: Record, claim: Claim, window_ms: int, tries: _Tries) -> bool:
+    async def _may_take_over(self, record: Record, attempt: _Attempt) -> bool:
         """Return whether another try may take the key with the record's token as the expected one."""
-        if record.token == tries.expected:
+        claim, window_ms = attempt.claim, attempt.window_ms
+        if record.token == attempt.expected:
             return False
         if record.token in self._withdrawn_tokens:
             # It is a claim of this proxy that nobody holds, and for which nothing was sent. Free it now.
@@ -194,41 +201,33 @@ class Claims:
 
     # Failures ...
 
-    async def _fail(
-        self,
-        claim: Claim,
-        tenant: bytes,
-        window_ms: int,
-        reclaims: bool,
-        tries: _Tries,
-        reason: Unconfirmed,
-        deadline: float,
-    ) -> ClaimResult:
+    async def _fail(self, attempt: _Attempt, reason: Unconfirmed) -> ClaimResult:
         """End a claim that was not confirmed, so that nothing of it stays in the store."""
         if isinstance(reason, StoreFull | Forbidden):
             self._servers.note_refusal(reason)
         elif not isinstance(reason, NotAttempted):
-            self._servers.breaker.failed(deadline - self._timeout_s)
-        reason = replace(reason, maybe_executed=tries.maybe_executed)
-        if reclaims:
+            self._servers.breaker.failed(attempt.deadline - self._timeout_s)
+        reason = replace(reason, maybe_executed=attempt.maybe_executed)
+        if attempt.reclaims:
             # The key stays this claim's, and is settled later.
             return reason
-        if tries.is_below and not tries.maybe_executed:
-            reason = replace(reason, maybe_executed=not await self._free(claim, is_over=True))
+        if attempt.is_below and not attempt.maybe_executed:
+            reason = replace(reason, maybe_executed=not await self._free(attempt.claim, is_over=True))
         if reason.maybe_executed:
-            self._withdraw_later(claim, tries)
-        return await self._known(claim, tenant, window_ms, reason) or reason
+            self._leave(attempt)
+        return await self._known(attempt, reason) or reason
 
-    async def _known(self, claim: Claim, tenant: bytes, window_ms: int, reason: Unconfirmed) -> NotClaimed | None:
+    async def _known(self, attempt: _Attempt, reason: Unconfirmed) -> NotClaimed | None:
         """Return what the store has for a key that cannot be claimed now. Only first-time keys are refused.
 
         None: there is no record, or none that belongs to this request, or the store does not answer reads either.
         """
+        claim, window_ms = attempt.claim, attempt.window_ms
         # A store that does not answer must not cost a second wait.
         is_readable = isinstance(reason, ClaimsSuspended) or self._servers.readable
         if isinstance(reason, UnderReplicated) or not is_readable:
             return None
-        found = await self.peek(claim.key, tenant, claim.lease_ms, READ_SHARE)
+        found = await self.peek(claim.key, attempt.tenant, claim.lease_ms, READ_SHARE)
         if not isinstance(found, Record):
             return found if isinstance(found, Corrupt) else None
         # A claim of this proxy that nobody holds, or a response to the request of a former window.
@@ -238,26 +237,30 @@ class Claims:
 
     # Withdrawals ...
 
-    def _leave_copies(self, claim: Claim, tries: _Tries, caller_holds: bool) -> None:
+    def _leave_copies(self, attempt: _Attempt, caller_holds: bool) -> None:
         """Handle tries of a claim that may still be executed. `caller_holds`: the caller has the claim itself."""
         if caller_holds:
             # For as long as they can take the key, which a release makes free for them as well.
-            self._copies[claim.token] = tries
-            self._loop.call_later(self._timeout_s, self._copies.pop, claim.token, None)
+            token = attempt.claim.token
+            self._copies[token] = attempt.statements
+            self._loop.call_later(self._timeout_s, self._copies.pop, token, None)
         else:
-            self._withdraw_later(claim, tries)
+            self._leave(attempt)
 
     def withdraw_copies(self, claim: Claim) -> None:
         """Withdraw the tries of a claim that may still be executed after its release."""
-        if (tries := self._copies.pop(claim.token, None)) is not None:
+        if (statements := self._copies.pop(claim.token, None)) is not None:
             # Behind the release, which would miss its record else.
-            self._withdraw_later(claim, tries, self._timeout_s)
+            self._withdraw_later(claim, statements, self._timeout_s)
 
-    def _withdraw_later(self, claim: Claim, tries: _Tries, pause_s: float = 0.0) -> None:
-        """Free a key in the background whose claim may have been executed, or may be executed later."""
-        if tries.statements:
-            self._withdrawn_tokens.add(claim.token)
-            self._background(self._withdraw(claim, tries.statements, pause_s))
+    def _leave(self, attempt: _Attempt) -> None:
+        """Free the key of a claim that nobody holds, if it may have been executed or may be executed later."""
+        if attempt.statements and not attempt.reclaims:
+            self._withdraw_later(attempt.claim, attempt.statements)
+
+    def _withdraw_later(self, claim: Claim, statements: list[Sent], pause_s: float = 0.0) -> None:
+        self._withdrawn_tokens.add(claim.token)
+        self._background(self._withdraw(claim, statements, pause_s))
 
     async def _withdraw(self, claim: Claim, statements: list[Sent], pause_s: float) -> None:
         gives_up_at = self._loop.time() + claim.unknown_retention_ms / 1000
