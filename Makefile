@@ -86,8 +86,8 @@ faults: .venv/.dev                  ## fault points in the counts that take minu
 	$(if $(ARGS),,TEST_SEARCHES=long $(BIN)/pytest -q -n 2 -m hypothesis)
 	$(if $(ARGS),,TEST_HEAD_CACHE=off $(BIN)/pytest -q -n 2 --dist loadgroup tests/e2e --ignore tests/e2e/test_costs.py)
 
-soak: .venv/.dev                    ## five minutes of mixed and hostile traffic; then memory, files and keys must be as before; make soak SECONDS=60
-	$(BIN)/python -m loadtest.soak $(SECONDS)
+soak: .venv/.dev                    ## five minutes of mixed and hostile traffic; then memory, files and keys must be as before; make soak SECONDS=60; 10 million keys in and out: make soak STORE=postgres
+	$(BIN)/python -m loadtest.soak$(if $(filter postgres,$(STORE)),.postgres $(KEYS), $(SECONDS))
 
 bench: .venv/.runtime               ## against its peers, on two cores; make bench ARGS=--quick
 	$(BIN)/python -m loadtest.bench $(ARGS)
