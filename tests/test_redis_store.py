@@ -3,7 +3,7 @@
 import asyncio
 import re
 import ssl
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from typing import Any
 from urllib.parse import quote
@@ -13,7 +13,7 @@ import trustme
 from redis import Redis
 
 from oncegate.keys.digests import Digests
-from oncegate.store.record import Claim, Corrupt, Record, pack, self_check
+from oncegate.store.record import Claim, Corrupt, pack, self_check
 from oncegate.store.results import (
     AppendStatus,
     ReadFailure,
@@ -35,11 +35,9 @@ from tests.stores import (
     NAME,
     OTHER,
     PATIENCE_S,
-    RETENTION_MS,
     SAME,
     SCOPE,
     TENANT,
-    UNKNOWN_RETENTION_MS,
     Behind,
     act,
     answer,
@@ -122,72 +120,6 @@ async def test_a_small_complete_record_is_written_anew(store, client, probe, app
         client.config_set("hash-max-listpack-value", 64)
 
 
-@pytest.mark.fault(10)
-async def test_a_claim_that_was_held_up_on_its_way_never_lands(relay, valkey):
-    """A claim that the server executes after the store gave it up leaves the key free."""
-    async with connected(relay.url, timeout_ms=300) as store:
-        relay.hold()
-        found = await claim(store)
-        assert isinstance(found, Unconfirmed)
-        assert found.maybe_executed
-        assert relay.scripts == 0
-        with valkey.client() as client:
-            client.config_resetstat()
-            relay.let_go()
-            await until(lambda: "cmdstat_evalsha" in client.info("commandstats"))
-        assert valkey.records() == {}
-        assert told(await claim(store)) == "claimed"
-
-
-LIFE = {
-    1: "claim",
-    2: "append",
-    3: "append",
-    4: "renew",
-    5: "store",
-    6: "claim of a duplicate",
-    7: "read",
-    8: "none",
-}
-
-
-@pytest.mark.fault(8, 49)
-@pytest.mark.parametrize("number", LIFE, ids=LIFE.values())
-async def test_whichever_reply_is_lost_the_key_is_executed_once_and_replayed(relay, number):
-    """Each call of a key's life loses its reply once; its retry finds what was done, and nothing is lost."""
-    async with connected(relay.url) as store:
-        relay.lose_reply(number)
-        owner = await claimed(store)
-        for index, chunk in enumerate((b"ab", b"cd")):
-            assert await store.append(owner, index, chunk, PATIENCE_S) == AppendStatus.APPENDED
-        assert await store.renew(owner) == (RenewStatus.UNCONFIRMED if LIFE[number] == "renew" else RenewStatus.RENEWED)
-        assert await store.store(owner, answer(b"ab", b"cd", b"e"), b"e", PATIENCE_S) == SettleResult(
-            SettleStatus.STORED
-        )
-        found = await claim(store)
-        assert isinstance(found, Record)
-        assert found.response == answer(b"ab", b"cd", b"e")
-        chunks = await store.read(KEY, found.token, 0)
-        assert chunks == (ReadFailure.UNCONFIRMED if LIFE[number] == "read" else [b"ab", b"cd", b"e"])
-        assert relay.lost == (LIFE[number] != "none")
-
-
-@pytest.mark.fault(21, 49)
-@pytest.mark.parametrize(
-    ("verb", "became"),
-    [("store", "replay"), ("store bare", "not_kept"), ("mark unknown", "unknown"), ("release", "claimed")],
-)
-async def test_a_settle_whose_reply_was_lost_is_repeated(relay, verb, became):
-    """The retry returns what was done and reports no loss, because the record was there."""
-    async with connected(relay.url) as store:
-        owner = await claimed(store)
-        relay.lose_reply()
-        result = await act(store, verb, owner, own=True)
-        assert relay.lost == 1
-        assert result == {"replay": "stored", "not_kept": "stored", "claimed": "released"}.get(became, became)
-        assert told(await claim(store)) == became
-
-
 @pytest.mark.fault(11, 21)
 @pytest.mark.parametrize("verb", ["store", "release", "mark unknown"])
 async def test_a_settle_that_gets_noscript_and_then_loses_its_reply(relay, valkey, verb):
@@ -200,154 +132,6 @@ async def test_a_settle_that_gets_noscript_and_then_loses_its_reply(relay, valke
         result = await act(store, verb, owner, own=True)
         assert relay.lost == 1
         assert result in ("stored", "released", "unknown")
-
-
-@pytest.mark.fault(49)
-@pytest.mark.parametrize(("verb", "word"), [("store", "fenced"), ("release", "released"), ("mark unknown", "fenced")])
-async def test_a_key_that_was_given_to_another_before_the_repeat(relay, valkey, verb, word):
-    """The settle is done, its reply lost, an operator frees the key and it is claimed anew: the repeat is fenced.
-
-    Not that of a release: its own first try freed the key, and whoever claims it then is no conflict.
-    """
-    async with connected(relay.url) as store, connected(valkey.url) as elsewhere:
-        owner = await claimed(store)
-        relay.lose_reply(then_unreachable=True)
-        settling = asyncio.ensure_future(act(store, verb, owner, own=True))
-        await until(lambda: relay.lost)
-        with valkey.client() as client:
-            probe = RedisProbe(client, valkey.url)
-            probe.remove(KEY)
-            other = await claimed(elsewhere)
-            before = probe.fields(KEY)
-            relay.unreachable = False
-            assert await settling == word
-            assert probe.fields(KEY) == before
-        assert before["token"] == other.token
-
-
-@pytest.mark.fault(9)
-async def test_a_claim_without_a_reply_from_a_store_that_stays_away(relay, valkey):
-    """A claim whose reply was lost is unconfirmed within its time, and is freed once the store is back."""
-    behind = Behind()
-    async with connected(relay.url, timeout_ms=400, behind=behind) as store:
-        relay.lose_reply(then_unreachable=True)
-        began = asyncio.get_running_loop().time()
-        found = await claim(store)
-        assert asyncio.get_running_loop().time() - began < 5
-        assert isinstance(found, Unconfirmed)
-        assert found.maybe_executed
-        assert valkey.states() == [b"in_flight"]
-        assert len(behind.works) == 1
-        freeing = asyncio.ensure_future(behind.run())
-        relay.unreachable = False
-        await freeing
-        assert valkey.states() == []
-        assert told(await claim(store)) == "claimed"
-
-
-@pytest.mark.fault(9)
-async def test_a_claim_that_was_given_up_is_withdrawn_however_long_the_store_stays_away(relay, valkey):
-    """After an outage longer than the patience the key is free, because nothing was sent for it."""
-    behind = Behind()
-    async with connected(relay.url, timeout_ms=200, patience_s=0.2, behind=behind) as store:
-        relay.lose_reply(then_unreachable=True)
-        assert isinstance(await claim(store), Unconfirmed)
-        freeing = asyncio.ensure_future(behind.run())
-        await asyncio.sleep(1.5)
-        assert not freeing.done()
-        assert valkey.states() == [b"in_flight"]
-        relay.unreachable = False
-        await freeing
-        assert valkey.states() == []
-
-
-@pytest.mark.fault(9)
-@pytest.mark.parametrize("lapsed", [False, True], ids=["in flight", "lapsed"])
-async def test_a_claim_that_was_given_up_stands_in_nobodys_way(relay, valkey, lapsed):
-    """A retry before the withdrawal gets the key: the same worker knows that nothing was sent for it."""
-    behind = Behind()
-    async with connected(relay.url, timeout_ms=300, behind=behind) as store:
-        relay.lose_reply(then_unreachable=True)
-        assert isinstance(await claim(store), Unconfirmed)
-        assert valkey.states() == [b"in_flight"]
-        if lapsed:
-            with valkey.client() as client:
-                probe = RedisProbe(client, valkey.url)
-                probe.change(KEY, lease=1)
-        relay.unreachable = False
-        assert await store.wait_up(PATIENCE_S)
-        assert told(await claim(store, fingerprint=OTHER)) == "claimed"
-        before = valkey.records()
-        await behind.run()
-        assert valkey.records() == before
-
-
-@pytest.mark.fault(9)
-async def test_a_claim_whose_caller_was_cancelled_is_withdrawn(relay, valkey):
-    """A cancelled claim is held by nobody, so its key is freed in the background."""
-    behind = Behind()
-    async with connected(relay.url, timeout_ms=300, behind=behind) as store:
-        relay.hold()
-        claiming = asyncio.ensure_future(claim(store))
-        await asyncio.sleep(0.05)
-        claiming.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await claiming
-        relay.let_go()
-        await until(lambda: valkey.states() == [b"in_flight"])
-        await behind.run()
-        assert valkey.states() == []
-
-
-async def held_up(relay: Relay, claiming: Coroutine[Any, Any, Any]) -> str:
-    """Claim so that the first command is delayed, and a retry on another connection gets its reply."""
-    relay.hold()
-    task = asyncio.ensure_future(claiming)
-    await asyncio.sleep(0.05)
-    relay.cut()
-    return told(await task)
-
-
-async def arrives(relay: Relay, valkey: Valkey) -> None:
-    """Let the delayed command reach the server."""
-    with valkey.client() as client:
-        client.config_resetstat()
-        relay.let_go()
-        await until(lambda: "cmdstat_evalsha" in client.info("commandstats"))
-
-
-@pytest.mark.fault(10)
-async def test_a_claim_that_was_held_up_while_its_repeat_was_refused(relay, valkey):
-    """The retry finds another owner; the delayed first try, arriving when the key is free, does not keep it."""
-    behind = Behind()
-    async with connected(relay.url, timeout_ms=1000, behind=behind) as store, connected(valkey.url) as other:
-        owner = await claimed(other)
-        assert await held_up(relay, claim(store)) == "in_flight"
-        assert await other.release(owner, PATIENCE_S) == SettleResult(SettleStatus.RELEASED)
-        await arrives(relay, valkey)
-        await behind.run()
-        assert valkey.states() == []
-
-
-@pytest.mark.fault(10)
-@pytest.mark.parametrize("again", [False, True], ids=["claimed", "claimed again"])
-async def test_a_claim_that_was_held_up_while_its_repeat_went_through(relay, valkey, again):
-    """The retry gets the key and releases it; the delayed first try does not keep it."""
-    behind = Behind()
-    async with connected(relay.url, timeout_ms=1000, behind=behind) as store:
-        if again:
-            owner = await claimed(store)
-            assert await held_up(relay, store.reclaim(owner, SCOPE)) == "claimed"
-        else:
-            assert await held_up(relay, claim(store)) == "claimed"
-            (record,) = valkey.records().values()
-            owner = Claim(
-                KEY, record[b"token"], b"", b"hold", SAME, b"", 0, LEASE_MS, RETENTION_MS, UNKNOWN_RETENTION_MS
-            )
-        assert await store.release(owner, PATIENCE_S) == SettleResult(SettleStatus.RELEASED)
-        await arrives(relay, valkey)
-        await behind.run()
-        assert valkey.states() == []
 
 
 @pytest.mark.fault(57, 58)
