@@ -342,3 +342,25 @@ async def test_a_confirmation_on_a_terminal(fork, upstream, stored, tmp_path):
             os.close(descriptor)
     go.set()
     await original
+
+
+async def test_an_operator_begins_a_quarantine(fork, upstream, stored, tmp_path):
+    """After a loss that no proxy noticed: those that heed a quarantine refuse first-time keys, and replay others."""
+    careless = await fork(upstream, stored.url)
+    await until(lambda: careless.admin("/readyz")[0] == 200, 30)
+    settings = {"ON_STORE_LOSS": "quarantine", "QUARANTINE_S": 60}
+    careful, desk = await fork(upstream, stored.url, **settings), Desk(stored.url, tmp_path, **settings)
+    assert (await ask(careful.port, request(key="known"))).status == 200
+    told = await Desk(stored.url, tmp_path)("quarantine", "--yes", code=1)
+    assert "ONCEGATE_ON_STORE_LOSS=quarantine" in told.stderr
+    told = await desk("quarantine", code=1)
+    assert "--yes" in told.stderr
+    assert (await ask(careful.port, request(key="before"))).status == 200
+    told = await desk("quarantine", "--yes")
+    assert told.stdout == "first-time keys are refused for 60 s\n"
+    await until(lambda: careful.metric("quarantine_seconds") > 0, 30)
+    answers = [await ask(proxy.port, request(key=key)) for proxy, key in ((careful, "new"), (careful, "known"))]
+    assert [answer.status for answer in answers] == [503, 200]
+    assert answers[1].header("oncegate-status") == b"replayed"
+    assert careful.metric('store_losses_total{kind="flushed"}') == 0
+    assert (await ask(careless.port, request(key="new"))).status == 200

@@ -111,7 +111,10 @@ def _add_keys(commands: Any) -> None:
     tenant.add_argument("--tenant", dest="scope", metavar="DIGEST", help="its scope, as `list` and `show` print it")
     _add_credential(tenant, "its header fields, one `Name: value` per line, from standard input")
     purge.set_defaults(namespace="")
-    for command in (resolve, release, purge):
+    quarantine = keys_commands.add_parser(
+        "quarantine", help="refuse first-time keys for a while, as after a loss that no proxy could notice"
+    )
+    for command in (resolve, release, purge, quarantine):
         command.add_argument("--yes", action="store_true", help="do not ask before a risky decision")
 
 

@@ -95,6 +95,7 @@ async def _run(settings: Settings, options: argparse.Namespace) -> KeysExit:
             "resolve": _resolve,
             "release": _release,
             "purge": _purge,
+            "quarantine": _quarantine,
         }
         return await commands[options.keys_command](session, options)
 
@@ -182,6 +183,19 @@ async def _purge(session: Session, options: argparse.Namespace) -> KeysExit:
     if purged.unconfirmed:
         print(f"the store did not confirm {purged.unconfirmed} of them: repeat the command", file=sys.stderr)
     return KeysExit.NOT_DONE if purged.in_flight or purged.unconfirmed else KeysExit.DONE
+
+
+async def _quarantine(session: Session, options: argparse.Namespace) -> KeysExit:
+    """Do what the proxies do after a loss: the store was restored while none of them ran, so none has noticed it."""
+    settings = session.settings
+    if settings.on_store_loss != "quarantine":
+        raise CommandError("proxies heed a quarantine only with ONCEGATE_ON_STORE_LOSS=quarantine: set it, and restart")
+    refused = f"first-time keys are refused for {settings.quarantine_s:g} s"
+    _confirm(options, True, f"On every proxy of this store {refused}.")
+    await session.store.records.begin_quarantine(int(settings.quarantine_s * 1000))
+    _audit(session, "quarantine", seconds=settings.quarantine_s)
+    print(refused)
+    return KeysExit.DONE
 
 
 async def _purge_tenant(store: Store, tenant: bytes) -> Purged:

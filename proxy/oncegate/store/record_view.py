@@ -212,3 +212,6 @@ class Records(Protocol):
 
     async def identities(self) -> list[str]:
         """Return the settings by which the proxies on this store name keys."""
+
+    async def begin_quarantine(self, lasts_ms: int) -> None:
+        """Let the proxies that heed a quarantine refuse first-time keys for so long, as after a loss."""

@@ -38,6 +38,8 @@ INSERT INTO proxy (prefix, counter, name, retention_ms, at_ms) VALUES ($1, 0, $2
 ON CONFLICT (prefix) DO UPDATE SET name = excluded.name, retention_ms = excluded.retention_ms, at_ms = excluded.at_ms
 """
 _IDENTITIES = "SELECT DISTINCT settings FROM proxy WHERE identity IS NOT NULL AND at_ms + retention_ms > now_ms()"
+# A store without an epoch is in quarantine as soon as a proxy founds it.
+_QUARANTINE = "UPDATE epoch SET until = greatest(until, now_ms() + $1)"
 _STATES = {1: b"in_flight", 2: b"unknown", 4: b"released"}
 _STAGES = {number: stage.wire for stage, number in STAGES.items()}
 
@@ -136,6 +138,9 @@ class PostgresRecords:
 
     async def identities(self) -> list[str]:
         return [row["settings"].decode() for row in await fetch(self._servers, Level.OFF, _IDENTITIES)]
+
+    async def begin_quarantine(self, lasts_ms: int) -> None:
+        await fetch(self._servers, Level.CLAIM, _QUARANTINE, lasts_ms)
 
 
 def _first_key(prefix: str) -> bytes:

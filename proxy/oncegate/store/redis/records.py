@@ -11,7 +11,7 @@ from typing import Any
 from oncegate.store.record import ViewState
 from oncegate.store.record_name import parse_record_id, store_key
 from oncegate.store.record_view import FIELDS, RecordView, StoreError, read_fields
-from oncegate.store.redis.membership import IDENTITIES, proxy_record_key, proxy_record_value
+from oncegate.store.redis.membership import EPOCH, IDENTITIES, proxy_record_key, proxy_record_value
 from oncegate.store.redis.node import Node
 from oncegate.store.redis.topologies.topology import StoreServers
 from oncegate.store.redis.wire import ErrorReply
@@ -117,6 +117,11 @@ class RedisRecords:
     async def identities(self) -> list[str]:
         replies = [checked(await ask(node, "HVALS", IDENTITIES + node.tag)) for node in self._servers.nodes]
         return [value.split(b" ", 1)[1].decode() for reply in replies for value in reply]
+
+    async def begin_quarantine(self, lasts_ms: int) -> None:
+        for node in self._servers.nodes:
+            # A store without an epoch is in quarantine as soon as a proxy founds it.
+            checked(await ask(node, "HSET", EPOCH + node.tag, "until", await _time_ms(node) + lasts_ms))
 
 
 class NodeRecords:
