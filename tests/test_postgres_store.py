@@ -389,19 +389,3 @@ def digest_of(before: bytes, name: bytes, entry: Any) -> bytes:
         struct.pack(">iq", entry["status"], entry["size"]), sized[3],
     )  # fmt: skip
     return hmac.digest(b"", b"".join(parts), "sha256")
-
-
-async def test_calls_end_at_once_when_they_are_ended(schema: Schema) -> None:
-    """Those that were sent, those that wait for a connection, and those still to come."""
-    async with schema.connected(timeout_ms=60_000) as store, schema.other.transaction():
-        await schema.other.execute("LOCK TABLE record IN ACCESS EXCLUSIVE MODE")
-        calls = [asyncio.ensure_future(claim(store, key(number))) for number in range(300)]
-        await asyncio.sleep(0.1)
-        assert not any(call.done() for call in calls)
-        store.end_calls()
-        calls += [asyncio.ensure_future(claim(store, key(301))), asyncio.ensure_future(store.read(KEY, FOREIGN, 0))]
-        *claims, read = await asyncio.wait_for(asyncio.gather(*calls), 10)
-        assert all(isinstance(one, Unconfirmed) for one in claims)
-        assert any(one.maybe_executed for one in claims)
-        assert not claims[-1].maybe_executed
-        assert read is ReadFailure.UNCONFIRMED

@@ -90,7 +90,7 @@ class Batches:
         self._queue: deque[Call] = deque()
         # Parts of a refused batch.
         self._parts: deque[list[Call]] = deque()
-        self._scheduled, self._has_ended = False, False
+        self._scheduled = False
         self._waiter: asyncio.Task[None] | None = None
         self._running: set[asyncio.Task[None]] = set()
         self._gathering: asyncio.TimerHandle | None = None
@@ -101,8 +101,8 @@ class Batches:
         """Ask for one row. `deadline`: the loop's time at which its caller stops waiting."""
         size = self._verb.size(row)
         call = Call(self._loop, row, row[self._verb.token_at], size, deadline)
-        if size is None or self._has_ended:
-            call.end(UNFIT if size is None else NOT_SENT)
+        if size is None:
+            call.end(UNFIT)
             return call
         self._queue.append(call)
         if not self._scheduled:
@@ -110,12 +110,6 @@ class Batches:
             # Behind all callbacks that are due in this turn of the loop.
             self._loop.call_soon(self._send)
         return call
-
-    def end_calls(self) -> None:
-        """End every call that was not sent yet, now and from now on."""
-        self._has_ended = True
-        for call in (*self._queue, *chain(*self._parts)):
-            call.end(NOT_SENT)
 
     def _send(self) -> None:
         self._scheduled = False
@@ -141,7 +135,7 @@ class Batches:
     async def _wait(self) -> None:
         """Wait for a free connection, for as long as a caller waits."""
         try:
-            while not self._has_ended and (self._parts or any(not call.reply.done() for call in self._queue)):
+            while any(not call.reply.done() for call in self._queue) or self._parts:
                 session = await self._servers.free_session(self._level, self._loop.time() + 1.0)
                 if session is not None:
                     self._send_batch(session)
@@ -152,8 +146,7 @@ class Batches:
                     self._parts.clear()
         finally:
             self._waiter = None
-        if not self._has_ended:
-            self._send_now()
+        self._send_now()
 
     def _send_batch(self, session: Session) -> None:
         calls = self._parts.popleft() if self._parts else self._next_batch()

@@ -91,7 +91,6 @@ class PostgresStore:
         self._audit = options.actor or self._prefix, options.audit, hmac_pads(options.audit_key)
         self.housekeeping = Housekeeping(self._servers, self._prefix, self._audit[1:])
         self.records, self.marks = PostgresRecords(self._servers), PostgresMarks(self._servers)
-        self._all_batches: list[Batches] = []
         self._settles, self._renewals = self._batches(rows.SETTLE, Level.DISK), self._batches(rows.RENEW, Level.OFF)
         claim_batches = ClaimBatches(self._batches)
         self._releases = claim_batches.releases
@@ -105,9 +104,7 @@ class PostgresStore:
         )
 
     def _batches(self, verb: Verb, level: Level) -> Batches:
-        batches = Batches(self._servers, verb, level, self._audit, self._observer(verb.name))
-        self._all_batches.append(batches)
-        return batches
+        return Batches(self._servers, verb, level, self._audit, self._observer(verb.name))
 
     def _observer(self, verb: str) -> Callable[[float], None]:
         return self._observers.get(verb, lambda _: None)
@@ -118,7 +115,6 @@ class PostgresStore:
         self._servers.start()
 
     async def close(self) -> None:
-        self._end_batches()
         await self._servers.close()
 
     async def wait_up(self, seconds: float) -> bool:
@@ -126,12 +122,7 @@ class PostgresStore:
 
     def end_calls(self) -> None:
         self._claims.stop_retrying()
-        self._end_batches()
         self._servers.end_calls()
-
-    def _end_batches(self) -> None:
-        for batches in self._all_batches:
-            batches.end_calls()
 
     async def watch(self) -> None:
         async with asyncio.TaskGroup() as tasks:
