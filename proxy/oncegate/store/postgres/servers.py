@@ -63,6 +63,8 @@ class Servers:
         session_config = SessionConfig(config.url, config.schema, self._durability, config.timeout_s)
         self._connections = Connections(session_config, self._all_pools, self)
         self.health = Health(config.member, self._durability, config.max_bytes)
+        # Why claims are not sent to the primary at all, or None.
+        self._unfit: str | None = None
         # The run of the primary that was inspected last.
         self._inspected: Run | None = None
         self._inspecting = asyncio.Lock()
@@ -98,6 +100,7 @@ class Servers:
 
     def note_primary(self, before: Facts | None) -> None:
         primary = self._connections.primary
+        self._unfit = self._reason_against(primary) if primary and self._connections.has_primary else None
         if before and primary and before.run[:2] != primary.run[:2]:
             self._config.log("store failed over", was=before.run.timeline, now=primary.run.timeline)
         self._limit_claims()
@@ -199,8 +202,8 @@ class Servers:
             return connections.choice.reason
         if connections.silence:
             return f"the store is not reachable: {connections.silence}"
-        if unfit := self._unfit(connections.primary):
-            return f"the store {unfit}"
+        if self._unfit:
+            return f"the store {self._unfit}"
         for pool in self._all_pools:
             if not pool.is_up:
                 return f"the store is not reachable: {pool.down_reason}"
@@ -211,7 +214,7 @@ class Servers:
     def _is_inspection_late(self) -> bool:
         return any(session.busy_for_s() > self._config.timeout_s for session in self._inspections.sessions)
 
-    def _unfit(self, facts: Facts) -> str | None:
+    def _reason_against(self, facts: Facts) -> str | None:
         """Return why claims are not sent to a primary at all, or None."""
         if facts.schema_reason:
             return f"cannot be used: {facts.schema_reason}"
@@ -221,11 +224,10 @@ class Servers:
 
     def refusal(self) -> Unconfirmed | None:
         """Return why claims are not tried now, or None."""
-        connections = self._connections
-        if connections.choice.is_refused:
-            return NotAttempted(connections.choice.reason)
-        if connections.has_primary and connections.primary and (reason := self._unfit(connections.primary)):
-            return NotAttempted(f"the store {reason}")
+        if self._connections.choice.is_refused:
+            return NotAttempted(self._connections.choice.reason)
+        if self._unfit:
+            return NotAttempted(f"the store {self._unfit}")
         if self.breaker.open or len(self._left()) >= MOST_LEFT:
             return NotAttempted("the store does not confirm claims")
         return self.health.refusal()

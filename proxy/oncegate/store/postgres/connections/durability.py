@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from enum import Enum
+from functools import lru_cache
 from typing import NamedTuple
 
 from oncegate.store.postgres.connections.facts import Facts
@@ -31,6 +32,7 @@ _LIST = re.compile(r"(?:(?P<kind>FIRST|ANY)?\s*(?P<number>\d+)\s*\((?P<several>.
 _NAME = re.compile(r'"((?:[^"]|"")*)"|([^\s,]+)')
 
 
+@lru_cache(maxsize=8)
 def parse_standby_names(text: str) -> Standbys | None:
     """Return what a value of `synchronous_standby_names` asks for, or None for no standby."""
     match = _LIST.fullmatch(text.strip())
