@@ -18,15 +18,16 @@ from oncegate.store.record_view import RecordView, StoreError, read_fields
 TIMEOUT_S = 5.0
 PAGE = 500
 _ID_CHARACTERS = 32
-# Without the rows that say no more than a missing one; what an operator released is shown.
+# `stands`: not of a row that says no more than a missing one; what an operator released is shown.
 _COLUMNS = """
 SELECT key, state, token, fence, mode, fingerprint, tenant || self AS self, lease, created, why, stage, bytes, lease_ms,
-       status, meta, expires, frees, now_ms() AS now
+       status, meta, expires, frees, now_ms() AS now,
+       state = 4 AND token <> '' OR NOT is_free(state, created, lease, lease_ms, frees, now_ms()) AS stands
 FROM record
 """
-_SEEN = "(state = 4 AND token <> '' OR NOT is_free(state, created, lease, lease_ms, frees, now_ms()))"
-_READ = f"{_COLUMNS} WHERE key = $1 AND {_SEEN}"
-_SCAN = f"{_COLUMNS} WHERE key > $1 AND key <= $2 AND {_SEEN} ORDER BY key LIMIT {PAGE}"
+_READ = f"{_COLUMNS} WHERE key = $1"
+# Rows that do not stand count as well, so that a page is short work among any number of them.
+_SCAN = f"{_COLUMNS} WHERE key > $1 AND key <= $2 ORDER BY key LIMIT {PAGE}"
 _RESERVE = """
 INSERT INTO lease AS held (name, owner, until) VALUES ($1, $2, now_ms() + $3)
 ON CONFLICT (name) DO UPDATE SET owner = excluded.owner, until = excluded.until WHERE held.until <= now_ms()
@@ -63,7 +64,9 @@ async def fetch(
 
 
 def view(row: Mapping[str, Any]) -> RecordView | None:
-    """Return the record in a row."""
+    """Return the record in a row, or None for a key that is free."""
+    if not row["stands"]:
+        return None
     if row["state"] == 5:
         return _tombstone(row)
     numbers = [b"%d" % row[name] for name in ("fence", "lease", "created", "bytes", "lease_ms", "status")]
