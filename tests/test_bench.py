@@ -90,7 +90,7 @@ def test_goals_of_durable_stores():
         ),
         run("redis-sync", 6000.0, 50.0),
     ]
-    faster, slower, of_redis, _ = postgres.RATIOS
+    faster, slower, of_redis, *_ = postgres.RATIOS
     found = postgres.compared(Table(runs), 32, faster, 2.5)
     assert (found.value, found.met) == (4, True)
     assert "4000 and 1000 a second; heads repeat, fdatasync 2.5 ms" in found.line()

@@ -10,7 +10,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from statistics import median
+from typing import NamedTuple
 
 from loadtest.bench import contenders, scenarios
 from loadtest.bench.contenders import Running, Site, await_ready
@@ -20,30 +22,41 @@ from loadtest.bench.table import Figure, Table
 from loadtest.ports import free_port
 from oncegate.server.embedded_postgres import EmbeddedPostgres
 
-CALLERS = (32, 256)
 EXECUTION, REPLAY = Scenario("execution", (), mode="unique"), Scenario("replay", (), mode="many")
 # Its own defaults beside these: fsync, synchronous_commit and full_page_writes are on. No checkpoint falls into a run.
 OPTIONS = {"shared_buffers": "256MB", "max_wal_size": "8GB", "checkpoint_timeout": "1h", "jit": "off"}
-RECIPE, REDIS = "recipe", "redis-sync"
+RECIPE, REDIS, SPARE = "recipe", "redis-sync", "spare"
 # What is compared with whom, in which field, and the goal.
-RATIOS: tuple[tuple[Scenario, str, str, float, bool], ...] = (
+RATIOS: tuple[tuple[Scenario, str, str, float | None, bool], ...] = (
     (EXECUTION, RECIPE, "rate", 3.0, True),
     (EXECUTION, RECIPE, "p99_ms", 1.0, False),
     (EXECUTION, REDIS, "rate", 0.5, True),
+    (EXECUTION, SPARE, "rate", None, True),
     (REPLAY, RECIPE, "rate", 2.0, True),
 )
 WORDS = {"rate": "requests a second", "p99_ms": "p99"}
 
 
+class Length(NamedTuple):
+    """How long to measure: seconds for each measurement, with so many callers."""
+
+    rounds: int
+    seconds: int
+    callers: tuple[int, ...]
+
+
 def postgres(site: Site, quick: bool) -> list[Figure]:
     """Compare three durable stores. The table is printed, too."""
     with _database() as database:
-        table = Table(_rounds(site, database, 1 if quick else 5, 1 if quick else 3))
+        table = Table(_rounds(site, database, Length(1, 1, (32,)) if quick else Length(5, 2, (32, 256))))
         rows = asyncio.run(measure_rows(database.url))
     print("", "durable stores; 'oncegate' is on PostgreSQL", *table.lines(), sep="\n", flush=True)
     sync_ms = _sync_ms()
     figures = [
-        compared(table, callers, ratio, sync_ms) for callers in ((32,) if quick else CALLERS) for ratio in RATIOS
+        compared(table, cell.connections, ratio, sync_ms)
+        for cell in table.cells.values()
+        if (cell.contender, cell.scenario) == ("oncegate", EXECUTION.name)
+        for ratio in RATIOS
     ]
     return [*figures, Figure("durable: one fdatasync of 8 KiB, median", sync_ms, "ms", None), *of_rows(rows)]
 
@@ -59,33 +72,34 @@ def _database() -> Iterator[EmbeddedPostgres]:
         database.close()
 
 
-def _rounds(site: Site, database: EmbeddedPostgres, rounds: int, seconds: int) -> Iterator[Run]:
+def _rounds(site: Site, database: EmbeddedPostgres, length: Length) -> Iterator[Run]:
     redis = contenders.open_redis(site.cores, durable=True)
     ways: dict[str, Callable[[], Running]] = {
         "oncegate": lambda: _oncegate(site, database.url),
+        SPARE: lambda: _oncegate(site, database.url, UPSTREAM_SPARE_CONNECTIONS=1000),
         RECIPE: lambda: contenders.obvious_postgres(site, database.url),
         REDIS: lambda: contenders.oncegate(site, store_url=f"redis://127.0.0.1:{redis.port}/0"),
     }
     try:
-        for number in range(rounds):
-            for name in [*ways][number % 3 :] + [*ways][: number % 3]:
+        for number in range(length.rounds):
+            first = number % len(ways)
+            for name in [*ways][first:] + [*ways][:first]:
                 running = ways[name]()
                 try:
                     if running.admin_port:
                         await_ready(running)
                     scenarios.warm(site, running)
-                    for callers in (32,) if seconds == 1 else CALLERS:
-                        for scenario in (EXECUTION, REPLAY):
-                            yield scenarios.measure(site, running, scenario, name, callers, seconds, number)
+                    for callers, scenario in product(length.callers, (EXECUTION, REPLAY)):
+                        yield scenarios.measure(site, running, scenario, name, callers, length.seconds, number)
                 finally:
                     running.process.stop()
     finally:
         redis.process.stop()
 
 
-def _oncegate(site: Site, url: str) -> Running:
+def _oncegate(site: Site, url: str, **settings: object) -> Running:
     migrate(url)
-    return contenders.oncegate(site, store_url=url)
+    return contenders.oncegate(site, store_url=url, **settings)
 
 
 def _sync_ms() -> float:
@@ -100,7 +114,9 @@ def _sync_ms() -> float:
     return median(taken)
 
 
-def compared(table: Table, callers: int, ratio: tuple[Scenario, str, str, float, bool], sync_ms: float) -> Figure:
+def compared(
+    table: Table, callers: int, ratio: tuple[Scenario, str, str, float | None, bool], sync_ms: float
+) -> Figure:
     scenario, other, field, limit, least = ratio
     ours, theirs = (table.cells[scenario.name, callers, name].median(field) for name in ("oncegate", other))
     name = f"durable {scenario.name}, {callers} callers: {WORDS[field]}, of {other}'s"
