@@ -124,7 +124,7 @@ async def test_calls_gather_while_a_batch_is_on_its_way(schema: Schema, store: S
     """What is asked for meanwhile leaves together, as soon as that batch is answered."""
     monkeypatch.setattr("oncegate.store.postgres.batches.GATHERING_S", 60.0)
     asked = []
-    for number in range(40):
+    for number in range(8):
         asked.append(asyncio.ensure_future(claimed(store, key=key(number))))
         await asyncio.sleep(0)
     await asyncio.gather(*asked)

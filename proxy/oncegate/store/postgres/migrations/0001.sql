@@ -137,6 +137,7 @@ CREATE UNLOGGED TABLE IF NOT EXISTS mark (
 
 -- Functions. One a verb, its number the schema version that brought it; a change of its signature is a new name.
 -- A call is one statement and one transaction. Arrays have one element a key, in the order of the keys, and no key twice.
+-- The partition of today is looked up in a subquery: once, and only where a row needs it.
 -- No statement waits for a row: what another transaction holds is `busy`. Lookups are LATERAL with a LIMIT, so that they
 -- stay lookups whatever the planner believes of the tables' sizes. Sessions set the rest of what plans need; where bodies
 -- are read or written, plans are made for their day, so that no other day's partition is locked.
@@ -197,8 +198,7 @@ CREATE OR REPLACE FUNCTION claim_1(
 #variable_conflict use_column
 DECLARE
     began bigint := now_ms();
-    chunk_day int := partition_day('chunk', (began / 86400000)::int);
-    audit_day int := partition_day('audit', (began / 86400000)::int);
+    today int := (began / 86400000)::int;
 BEGIN
     RETURN QUERY
     WITH asked AS MATERIALIZED (
@@ -213,7 +213,8 @@ BEGIN
         INSERT INTO record (key, tenant, self, fingerprint, token, fence, created, lease_ms, bucket, mode,
             lease, expires, frees, state, audit_no, audit_at, audit_digest)
         SELECT a.key, a.tenant, a.self, a.fingerprint, a.token, a.fence, began, a.lease_ms,
-            chunk_day, a.mode, began + a.lease_ms, began + a.retention, began + a.retention, 1, audited::int,
+            (SELECT partition_day('chunk', today)), a.mode, began + a.lease_ms,
+            began + a.retention, began + a.retention, 1, audited::int,
             CASE WHEN audited THEN began ELSE 0 END,
             CASE WHEN audited THEN audit_digest_of(pads, '', a.key, 1, began, 1, a.token, a.fence, actor, a.rule, 0, 0, '')
                 ELSE '' END
@@ -222,7 +223,8 @@ BEGIN
         RETURNING key, token, fence, audit_digest
     ), entries AS (
         INSERT INTO audit (day, at, no, before_at, fence, event, key, token, actor, rule, digest)
-        SELECT audit_day, began, 1, 0, m.fence, 1, m.key, m.token, actor, a.rule, m.audit_digest
+        SELECT (SELECT partition_day('audit', today)), began,
+            1, 0, m.fence, 1, m.key, m.token, actor, a.rule, m.audit_digest
         FROM made m JOIN asked a ON a.key = m.key WHERE audited
     )
     SELECT a.token,
@@ -263,8 +265,7 @@ CREATE OR REPLACE FUNCTION take_1(
 #variable_conflict use_column
 DECLARE
     began bigint := now_ms();
-    chunk_day int := partition_day('chunk', (began / 86400000)::int);
-    audit_day int := partition_day('audit', (began / 86400000)::int);
+    today int := (began / 86400000)::int;
     locked bytea[] := lock_1(keys);
 BEGIN
     RETURN QUERY
@@ -301,11 +302,13 @@ BEGIN
         RETURNING r.key, r.token, r.fence, r.audit_no, r.audit_digest, a.is_back, a.rule, a.r_audit_at
     ), returns AS (
         INSERT INTO audit (day, at, no, before_at, fence, event, key, token, actor, rule, digest)
-        SELECT audit_day, began, e.audit_no, e.r_audit_at, e.fence, 3, e.key, e.token, actor, e.rule, e.audit_digest
+        SELECT (SELECT partition_day('audit', today)), began,
+            e.audit_no, e.r_audit_at, e.fence, 3, e.key, e.token, actor, e.rule, e.audit_digest
         FROM extended e WHERE e.is_back
     ), taken AS (
         UPDATE record r SET tenant = a.tenant, self = a.self, fingerprint = a.fingerprint, token = a.token, fence = a.fence,
-            created = began, lease_ms = a.lease_ms, bucket = chunk_day, mode = a.mode, lease = began + a.lease_ms,
+            created = began, lease_ms = a.lease_ms, bucket = (SELECT partition_day('chunk', today)), mode = a.mode,
+            lease = began + a.lease_ms,
             expires = began + a.retention, frees = began + a.retention, bytes = 0, chunks = 0, stage = 0, state = 1, status = 0,
             why = NULL, meta = NULL, body = NULL,
             audit_no = r.audit_no + audited::int,
@@ -320,7 +323,8 @@ BEGIN
         RETURNING r.key, r.token, r.fence, r.audit_no, r.audit_digest, a.event, a.rule, a.r_token, a.r_audit_at
     ), entries AS (
         INSERT INTO audit (day, at, no, before_at, fence, event, key, token, actor, rule, detail, digest)
-        SELECT audit_day, began, t.audit_no, t.r_audit_at, t.fence, t.event, t.key, t.token, actor, t.rule, t.r_token,
+        SELECT (SELECT partition_day('audit', today)), began,
+            t.audit_no, t.r_audit_at, t.fence, t.event, t.key, t.token, actor, t.rule, t.r_token,
             t.audit_digest
         FROM taken t WHERE audited
     )
@@ -347,8 +351,7 @@ LANGUAGE plpgsql VOLATILE AS $$
 #variable_conflict use_column
 DECLARE
     began bigint := now_ms();
-    chunk_day int := partition_day('chunk', (began / 86400000)::int);
-    audit_day int := partition_day('audit', (began / 86400000)::int);
+    today int := (began / 86400000)::int;
     locked bytea[] := lock_1(keys);
 BEGIN
     RETURN QUERY
@@ -374,7 +377,8 @@ BEGIN
         RETURNING r.key, r.token, r.fence, r.audit_no, r.audit_digest, a.is_back, a.r_audit_at
     ), entries AS (
         INSERT INTO audit (day, at, no, before_at, fence, event, key, token, actor, digest)
-        SELECT audit_day, began, n.audit_no, n.r_audit_at, n.fence, 3, n.key, n.token, actor, n.audit_digest
+        SELECT (SELECT partition_day('audit', today)), began,
+            n.audit_no, n.r_audit_at, n.fence, 3, n.key, n.token, actor, n.audit_digest
         FROM renewed n WHERE n.is_back
     )
     SELECT a.token, a.tag, began FROM asked a;
@@ -395,8 +399,7 @@ LANGUAGE plpgsql VOLATILE AS $$
 #variable_conflict use_column
 DECLARE
     began bigint := now_ms();
-    chunk_day int := partition_day('chunk', (began / 86400000)::int);
-    audit_day int := partition_day('audit', (began / 86400000)::int);
+    today int := (began / 86400000)::int;
     locked bytea[] := lock_1(keys);
 BEGIN
     RETURN QUERY
@@ -442,7 +445,8 @@ BEGIN
     ), anew AS (
         INSERT INTO record (key, tenant, self, fingerprint, token, fence, created, bucket, mode, expires, frees, state,
             status, chunks, bytes, why, meta, body, audit_no, audit_at, audit_digest)
-        SELECT a.key, a.tenant, a.self, a.fingerprint, a.token, a.fence, a.created, chunk_day, a.mode,
+        SELECT a.key, a.tenant, a.self, a.fingerprint, a.token, a.fence, a.created,
+            (SELECT partition_day('chunk', today)), a.mode,
             began + a.retention, began + a.retention + a.tombstone, CASE a.event WHEN 4 THEN 3 ELSE 2 END, a.status,
             a.chunk_count, a.size, a.why, a.meta, a.body, audited::int, CASE WHEN audited THEN began ELSE 0 END,
             CASE WHEN audited THEN audit_digest_of(pads, '', a.key, 1, began, a.event::int, a.token, a.fence, actor, '',
@@ -459,7 +463,8 @@ BEGIN
         ON CONFLICT (day, key, token, index) DO UPDATE SET bytes = excluded.bytes
     ), entries AS (
         INSERT INTO audit (day, at, no, before_at, fence, size, status, event, key, token, actor, detail, digest)
-        SELECT audit_day, began, w.audit_no, coalesce(a.r_audit_at, 0), a.fence, a.size, a.status, a.event, a.key,
+        SELECT (SELECT partition_day('audit', today)), began,
+            w.audit_no, coalesce(a.r_audit_at, 0), a.fence, a.size, a.status, a.event, a.key,
             a.token, actor, coalesce(a.why, ''), w.audit_digest
         FROM written w JOIN asked a ON a.key = w.key WHERE audited
     )
