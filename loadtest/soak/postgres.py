@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import quantiles
+from typing import Any
 
 import asyncpg
 
@@ -23,7 +24,7 @@ from oncegate.messages.response_head import response_digest
 from oncegate.server.embedded_postgres import EmbeddedPostgres
 from oncegate.store.opening import open_store
 from oncegate.store.postgres.housekeeping import Housekeeping
-from oncegate.store.postgres.store import PostgresStore
+from oncegate.store.postgres.store import PostgresStore, hmac_pads
 from oncegate.store.record import Claim, ClaimRequest, StoredResponse
 from oncegate.store.record_view import StoreError
 from oncegate.store.store import PostgresOptions, StoreConfig, Upkeep
@@ -77,19 +78,31 @@ class Report:
         return found + ([f"claims took {self.slower:.2f} times as long"] if self.slower > MOST_SLOWER else [])
 
 
+class Windowed(Housekeeping):
+    """Housekeeping that goes on where it was, whenever its window is open."""
+
+    def __init__(self, store: PostgresStore) -> None:
+        super().__init__(store._servers, b"the soak", (True, hmac_pads(b"k" * 32)))
+        self.window = asyncio.Event()
+
+    async def _step(self, first: int) -> Any | None:
+        await self.window.wait()
+        return await super()._step(first)
+
+
 class Soak:
     """One run on one store. `lasts_ms`: how long a response is kept, and then its tombstone."""
 
-    def __init__(self, store: PostgresStore, keeper: Housekeeping, connection: asyncpg.Connection) -> None:
-        self._store, self._keeper, self._connection = store, keeper, connection
-        self._lasts_ms, self._is_working = 60_000, False
+    def __init__(self, store: PostgresStore, connection: asyncpg.Connection) -> None:
+        self._store, self._keeper, self._connection = store, Windowed(store), connection
+        self._lasts_ms = 60_000
         self.report = Report()
 
     async def execute(self) -> None:
         """Claim a key and store its response."""
         times = 60_000, self._lasts_ms, 2 * self._lasts_ms
         request = ClaimRequest(os.urandom(24), SCOPE, os.urandom(16), b"hold", *times, 0, self._lasts_ms)
-        works, began = self._is_working, time.perf_counter()
+        works, began = self._keeper.window.is_set(), time.perf_counter()
         claim = await self._store.claim(request)
         self.report.claims_s[works].append(time.perf_counter() - began)
         if not isinstance(claim, Claim):
@@ -116,11 +129,12 @@ class Soak:
         self._lasts_ms = int(seconds * LIVE_SHARE / 2 * 1000)
         await self._connection.execute("TRUNCATE record")
         began = time.monotonic()
-        keeping, watching = asyncio.create_task(self._keep()), asyncio.create_task(self._watch(began, seconds))
+        beside = [self._keep(), self._open_and_shut(), self._watch(began, seconds)]
+        tasks = [asyncio.create_task(one) for one in beside]
         await self._drive(keys, began)
-        for task in (keeping, watching):
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(keeping, watching, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         return report
 
     async def _drive(self, keys: int, began: float) -> None:
@@ -138,16 +152,20 @@ class Soak:
         await asyncio.gather(*running)
 
     async def _keep(self) -> None:
-        """Do the housekeeping in every second window."""
+        """Do the housekeeping, pass after pass."""
+        while True:
+            with suppress(StoreError):
+                await self._keeper.sweep()
+
+    async def _open_and_shut(self) -> None:
+        """Open every second window."""
         while True:
             await asyncio.sleep(WINDOW_S)
-            self._is_working = True
-            with suppress(StoreError, TimeoutError):
-                async with asyncio.timeout(WINDOW_S):
-                    while True:
-                        self.report.upkeep = await self._keeper.sweep()
-                        self.report.most_behind_s = max(self.report.most_behind_s, self.report.upkeep.behind_s)
-            self._is_working = False
+            self._keeper.window.set()
+            await asyncio.sleep(WINDOW_S)
+            self._keeper.window.clear()
+            self.report.upkeep = self._keeper.upkeep
+            self.report.most_behind_s = max(self.report.most_behind_s, self.report.upkeep.behind_s)
 
     async def _watch(self, began: float, seconds: float) -> None:
         """Note the size of the table: first with all live keys in it, then the largest."""
@@ -188,7 +206,7 @@ async def soak(url: str, keys: int) -> Report:
     try:
         if not await store.wait_up(PATIENCE_S):
             raise RuntimeError(f"the store is not up: {store.not_ready_reason()}")
-        return await Soak(store, store.housekeeping, connection).run(keys)
+        return await Soak(store, connection).run(keys)
     finally:
         await store.close()
         await connection.close()

@@ -32,17 +32,17 @@ def expire(client: Redis) -> None:
             client.hset(name, "until", 1)
 
 
-async def test_a_key_outlives_its_response(fork, upstream, valkey, client, tmp_path):
+async def test_a_key_outlives_its_response(fork, upstream, probe, tmp_path):
     """After the retention a retry gets 410 with the status and time of the original, until the tombstone ends."""
-    gate = await fork(upstream, valkey.url, TOMBSTONE_S=60, RETENTION_S=90)
+    gate = await fork(upstream, probe.url, TOMBSTONE_S=60, RETENTION_S=90)
     upstream.script = answering(MADE)
     raw = request("POST", "/v1/charges", "order-1", b"{}")
     assert (await ask(gate.port, raw)).status == 201
-    [(name, fields)] = records(client).items()
-    assert 140_000 < client.pttl(name) <= 150_000
-    assert 80_000 < int(fields[b"until"]) - datetime.now(UTC).timestamp() * 1000 <= 91_000
+    [key] = probe.keys()
+    assert 140_000 < probe.left_ms(key) <= 150_000
+    assert 80_000 < int(probe.fields(key)["until"]) - probe.now_ms() <= 90_000
     assert (await ask(gate.port, raw)).header("oncegate-status") == b"replayed"
-    expire(client)
+    probe.change(key, until=1)
     again = await ask(gate.port, raw)
     assert (again.status, again.slug, again.header("oncegate-status")) == (410, "key-expired", b"refused")
     assert again.header("x-should-retry") == b"false"
@@ -53,7 +53,7 @@ async def test_a_key_outlives_its_response(fork, upstream, valkey, client, tmp_p
     assert timedelta() <= datetime.now(UTC) - executed < timedelta(seconds=60)
     other = await ask(gate.port, request("POST", "/v1/charges", "order-1", b"other"))
     assert other.slug == "key-reused"
-    desk = Desk(valkey.url, tmp_path)
+    desk = Desk(probe.url, tmp_path)
     shown = await desk.show("order-1")
     assert (shown["state"], shown["status"]) == ("expired", 201)
     assert [one["id"] for one in await desk.listed("--state", "expired")] == [shown["id"]]
@@ -62,7 +62,7 @@ async def test_a_key_outlives_its_response(fork, upstream, valkey, client, tmp_p
     assert len(upstream.received) == 1
     assert gate.metric('requests_total{outcome="key_expired"}') == 1
     assert gate.metric('duplicates_suppressed_total{outcome="key_expired"}') == 1
-    client.delete(name)
+    probe.remove(key)
     assert (await ask(gate.port, raw)).header("oncegate-status") == b"executed"
 
 
@@ -105,10 +105,10 @@ async def test_rules_about_tombstones(fork, upstream, valkey, client, tmp_path):
     assert error["data"]["type"].endswith("key-expired")
 
 
-async def test_a_tenant_is_purged(fork, upstream, valkey, client, tmp_path):
+async def test_a_tenant_is_purged(fork, upstream, probe, tmp_path):
     """No response of the tenant is left; its keys stay refused as long as they were to be, the others' are replayed."""
-    gate = await fork(upstream, valkey.url)
-    desk = Desk(valkey.url, tmp_path)
+    gate = await fork(upstream, probe.url, TOMBSTONE_S=0)
+    desk = Desk(probe.url, tmp_path)
     upstream.script = answering(MADE)
     mine = [request("POST", "/v1/charges", f"order-{n}", b"{}", TOKEN) for n in range(3)]
     other = request("POST", "/v1/charges", "order-0", b"{}", "Authorization: Bearer other")
@@ -116,15 +116,15 @@ async def test_a_tenant_is_purged(fork, upstream, valkey, client, tmp_path):
         assert (await ask(gate.port, raw)).status == 201
     tenants = [one["scope"] for one in await desk.listed("--state", "complete")]
     [theirs] = [scope for scope in tenants if tenants.count(scope) == 1]
-    before = {name: client.pttl(name) for name in records(client)}
+    keys = probe.keys()
+    before = {key: probe.left_ms(key) for key in keys}
     told = await desk("purge", "--credential", "--yes", stdin=TOKEN + "\n")
     assert told.stdout == "3 responses dropped\n"
     [line] = [json.loads(line) for line in told.stderr.splitlines()]
     assert (line["action"], line["dropped"], line["in_flight"], line["unconfirmed"]) == ("purge", 3, 0, 0)
-    left = records(client)
-    assert sorted(len(b"".join(fields)) + len(b"".join(fields.values())) for fields in left.values())[:3] == [79] * 3
-    assert sum(SECRET in b"".join(fields.values()) for fields in left.values()) == 1
-    assert all(0 < before[name] - client.pttl(name) + 1 < 60_000 for name in left)
+    left = {key: probe.fields(key) for key in keys}
+    assert sum("meta" in fields and SECRET in b"".join(fields.values()) for fields in left.values()) == 1
+    assert all(0 < before[key] - probe.left_ms(key) + 1 < 60_000 for key in left)
     for raw in mine:
         assert (await ask(gate.port, raw)).slug == "key-expired"
     assert (await ask(gate.port, other)).header("oncegate-status") == b"replayed"

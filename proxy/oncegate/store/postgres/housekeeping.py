@@ -10,6 +10,7 @@ import asyncio
 import random
 import time
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from oncegate.store.postgres.connections.durability import Level
@@ -22,9 +23,10 @@ from oncegate.store.store import Upkeep
 REST_S = 60.0
 # How long the work is a worker's after its last statement.
 TERM_MS = 30_000
-# Of one statement, which takes as many blocks as fit into this time.
-STEP_S = 0.02
-MIN_BLOCKS, MAX_BLOCKS = 8, 8192
+# Of one statement, which takes as many blocks as fit into this time: claims run beside it. At least some, as a busy
+# machine must not bring it to a standstill.
+STEP_S = 0.01
+MIN_BLOCKS, MAX_BLOCKS = 64, 8192
 # The pause after a statement, in times of its own: after one that found nothing, and after one that found work.
 IDLE_REST, BUSY_REST = 9.0, 3.0
 _SWEEP = "SELECT * FROM sweep_1($1, $2, $3, $4, $5, $6, $7)"
@@ -50,31 +52,36 @@ class Housekeeping:
         self._servers, self._owner, self._tail = servers, owner, tail
         self._clock = asyncio.get_running_loop().time
         self._blocks = MIN_BLOCKS
-        # What the last pass found; all 0 where another worker does the work.
-        self.upkeep = Upkeep()
+        # What the last pass found, and how far behind this one is so far; all 0 where another worker does the work.
+        self._found, self._behind_ms = Upkeep(), 0
+
+    @property
+    def upkeep(self) -> Upkeep:
+        # A pass that takes long must not hide how far behind it is.
+        return replace(self._found, behind_s=max(self._found.behind_s, self._behind_ms / 1000))
 
     async def run(self) -> None:
         """Go through the table again and again, until cancelled."""
         while True:
             # Not all workers at once.
             await asyncio.sleep(REST_S * random.uniform(0.5, 1.0))
-            upkeep = Upkeep()
             # Without a reply, or with another database: the next pass begins anew.
             with suppress(StoreError):
-                upkeep = await self.sweep()
-            self.upkeep = upkeep
+                await self.sweep()
 
     async def sweep(self) -> Upkeep:
         """Go through the table once, if no other worker does, and return what that found. Raises StoreError."""
-        first, behind_ms = 0, 0
+        first, self._behind_ms = 0, 0
         while (found := await self._step(first)) is not None:
-            first, behind_ms = first + self._blocks, max(behind_ms, found["behind"])
+            first, self._behind_ms = first + self._blocks, max(self._behind_ms, found["behind"])
             rest = BUSY_REST if found["expired"] or found["removed"] else IDLE_REST
             if first >= found["blocks"]:
-                return await self._measure(behind_ms)
+                self._found = await self._measure()
+                return self._found
             await asyncio.sleep(self._took_s * rest)
             self._blocks = _fitting(self._blocks, self._took_s)
-        return Upkeep()
+        self._found = Upkeep()
+        return self._found
 
     async def _step(self, first: int) -> Any | None:
         """Look at the next blocks. Return what was found, or None if another worker does the work."""
@@ -84,9 +91,9 @@ class Housekeeping:
         self._took_s = self._clock() - began
         return None if row["blocks"] is None else row
 
-    async def _measure(self, behind_ms: int) -> Upkeep:
+    async def _measure(self) -> Upkeep:
         (row,) = await fetch(self._servers, Level.OFF, _MEASURE)
-        return Upkeep(behind_s=behind_ms / 1000, **dict(row))
+        return Upkeep(behind_s=self._behind_ms / 1000, **dict(row))
 
 
 def _fitting(blocks: int, took_s: float) -> int:

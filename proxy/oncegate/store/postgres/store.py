@@ -89,7 +89,7 @@ class PostgresStore:
             )
         )
         self._audit = options.actor or self._prefix, options.audit, hmac_pads(options.audit_key)
-        self.housekeeping = Housekeeping(self._servers, self._prefix, self._audit[1:])
+        self._housekeeping = Housekeeping(self._servers, self._prefix, self._audit[1:])
         self.records, self.marks = PostgresRecords(self._servers), PostgresMarks(self._servers)
         self._settles, self._renewals = self._batches(rows.SETTLE, Level.DISK), self._batches(rows.RENEW, Level.OFF)
         claim_batches = ClaimBatches(self._batches)
@@ -127,7 +127,7 @@ class PostgresStore:
     async def watch(self) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._servers.watch())
-            tasks.create_task(self.housekeeping.run())
+            tasks.create_task(self._housekeeping.run())
 
     async def probe(self) -> None:
         await self._servers.probe()
@@ -149,7 +149,7 @@ class PostgresStore:
 
     @property
     def upkeep(self) -> Upkeep:
-        return self.housekeeping.upkeep
+        return self._housekeeping.upkeep
 
     @property
     def rules_differ(self) -> bool:
