@@ -6,6 +6,7 @@ ends when the last of them has ended, however it ended.
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -70,8 +71,16 @@ def _locked(path: Path, kind: int) -> int:
         os.close(file)
 
 
+def sweep(folder: Path) -> None:
+    """Remove the folders of servers whose process was killed: the kernel stops a server then, but removes no files."""
+    for left in folder.glob("oncegate-postgres-*-*"):
+        if not Path(f"/proc/{left.name.split('-')[2]}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def _keep(path: Path) -> None:
     """Start a server, write its URL into the file, and stop the server when nobody holds the file's lock."""
+    sweep(path.parent)
     server = Server()
     try:
         server.create()

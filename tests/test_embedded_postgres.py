@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from oncegate.server.embedded_postgres import EmbeddedPostgresError, executable_in
-from tests.postgres_server import ROOT, Cluster, Server, wait_for
+from tests.postgres_server import ROOT, Cluster, Server, sweep, wait_for
 
 SHARES = "from tests.postgres_server import shared_url; print(shared_url(), flush=True); input()"
 
@@ -68,6 +68,17 @@ def test_a_run_has_one_server(users: list["subprocess.Popen[str]"], folder: Path
     users[2].communicate(timeout=20)
     wait_for(lambda: not any(folder.iterdir()), "the end of the server")
     assert not answers(url)
+
+
+def test_what_a_killed_process_left_is_removed(folder: Path) -> None:
+    """The next run removes it, and nothing of processes that live."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    left, live = (folder / f"oncegate-postgres-{pid}-x" for pid in (process.pid, os.getpid()))
+    left.mkdir()
+    live.mkdir()
+    sweep(folder)
+    assert list(folder.iterdir()) == [live]
 
 
 def test_crashes(server: Server) -> None:

@@ -36,7 +36,7 @@ class EmbeddedPostgres:
 
     def __init__(self, port: int, options: Mapping[str, str] | None = None, programs: Path | None = None) -> None:
         self.port = port
-        self.folder = Path(tempfile.mkdtemp(prefix="oncegate-postgres-"))
+        self.folder = Path(tempfile.mkdtemp(prefix=f"oncegate-postgres-{os.getpid()}-"))
         os.chown(self.folder, _account().get("user", -1), -1)
         self.data, self._log_file = self.folder / "data", self.folder / "log"
         self._options = {
