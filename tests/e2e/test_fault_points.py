@@ -169,7 +169,7 @@ async def test_a_release_that_finds_no_store(fork, upstream, store):
         assert (answer.status, answer.slug) == (502, "upstream-unreachable")
         assert (await ask(other.port, request())).slug == "in-flight"
         relay.unreachable = False
-        await until(lambda: store.states() == [])
+        await until(lambda: store.states() == [], 30)
         assert (await ask(other.port, request())).header("oncegate-status") == b"executed"
         assert proxy.metric("claims_lost_total") == 0
 
@@ -311,7 +311,7 @@ async def test_a_store_that_is_lost_between_two_appends(fork, upstream, store, a
     """For longer than a lease: the client gets all, its end when the store is back, and so does the retry."""
     upstream.script = in_pieces
     async with store.relaying() as relay:
-        proxy = await fork(upstream, relay.url, LEASE_MS=600)
+        proxy = await ready(await fork(upstream, relay.url, LEASE_MS=600))
         at_start = relay.scripts  # a probe claims and frees
         original = asyncio.ensure_future(ask(proxy.port, request()))
         await until(lambda: relay.scripts > at_start + appended)
@@ -340,7 +340,7 @@ async def test_an_answer_whose_pieces_were_not_stored_in_time_is_no_stored_one(f
 
     upstream.script = script
     async with store.relaying() as relay:
-        proxy = await fork(upstream, relay.url, SETTLE_TIMEOUT_S=1.5, LEASE_MS=4000)
+        proxy = await ready(await fork(upstream, relay.url, SETTLE_TIMEOUT_S=1.5, LEASE_MS=4000))
         at_start = relay.scripts
         original = asyncio.ensure_future(ask(proxy.port, request()))
         await until(lambda: relay.scripts > at_start + 1)
@@ -362,7 +362,7 @@ async def test_a_store_that_is_lost_for_longer_than_the_patience(fork, upstream,
     """For more than a minute, the patience of the last append and of the settle: broken off, and unknown."""
     upstream.script = in_pieces
     async with store.relaying() as relay:
-        proxy = await fork(upstream, relay.url)
+        proxy = await ready(await fork(upstream, relay.url))
         at_start = relay.scripts
         original = asyncio.ensure_future(ask(proxy.port, request(), 120))
         await until(lambda: relay.scripts > at_start + appended)
@@ -586,11 +586,12 @@ async def test_a_jump_of_the_wall_clock_as_every_library_sees_it(upstream, valke
 
 @pytest.mark.fault(57)
 def test_nothing_decides_by_the_wall_clock():
-    """No module of the proxy reads it but the logs and what operators see; Date fields have it from a library."""
+    """No module of the proxy reads it but the logs, what operators see, and housekeeping, which removes what is over by
+    the server's clock as well; Date fields have it from a library."""
     for path in Path(oncegate.__file__).parent.rglob("*.py"):
         assert (
             path.name == "logs.py"
-            or (path.parent.name, path.name) == ("commands", "keys.py")
+            or (path.parent.name, path.name) in (("commands", "keys.py"), ("postgres", "housekeeping.py"))
             or not re.search(
                 r"\btime\.time\(|\bdate(time)?\.(now|today|utcnow)\(|CLOCK_REALTIME|\bgmtime\b", path.read_text()
             )

@@ -37,12 +37,12 @@ kill  | hold  | both     | BEFORE_CLAIM        |                 | nothing     |
 kill  | hold  | both     | UNSENT sending      |                 | nothing     | in_flight | outcome-unknown | 0
 kill  | hold  | small    | SMALL               |                 | nothing     | in_flight | outcome-unknown | 1
 kill  | hold  | streamed | STREAMED            |                 | nothing     | in_flight | outcome-unknown | 1
-kill  | hold  | streamed | BEGUN               |                 | cut         | in_flight | outcome-unknown | 1
+kill  | hold  | streamed | BEGUN               |                 | cut or nothing | in_flight | outcome-unknown | 1
 kill  | retry | both     | BEFORE_CLAIM        |                 | nothing     | absent    | executed 1      | 1
 kill  | retry | both     | UNSENT sending      |                 | nothing     | in_flight | executed 1      | 1
 kill  | retry | small    | SMALL               |                 | nothing     | in_flight | executed 2      | 2
 kill  | retry | streamed | STREAMED            |                 | nothing     | in_flight | executed 2      | 2
-kill  | retry | streamed | BEGUN               |                 | cut         | in_flight | executed 2      | 2
+kill  | retry | streamed | BEGUN               |                 | cut or nothing | in_flight | executed 2      | 2
 kill  | any   | small    | STORED              |                 | nothing     | complete  | replayed 1      | 1
 kill  | any   | streamed | STORED              |                 | cut         | complete  | replayed 1      | 1
 kill  | any   | small    | ended leave left    |                 | executed 1 or nothing | complete | replayed 1 | 1
@@ -176,7 +176,7 @@ class Sweep:
     async def definite(self, proxy: Forked, raw: bytes) -> str:
         """Ask until the key is not in flight any more."""
         for _ in range(400):
-            answer = await ask(proxy.port, raw)
+            answer = await ask(proxy.port, raw, 60)
             if answer.status != 409 or answer.slug != "in-flight":
                 return seen(answer)
             await asyncio.sleep(0.02)
