@@ -348,6 +348,14 @@ async def test_a_wait_for_a_standby_that_is_cancelled(own, hides):
     own.sql("ALTER ROLE postgres RESET ALL")
 
 
+async def test_a_look_that_is_refused(own, monkeypatch):
+    """What was committed before it stays: it is below its level, and not undone."""
+    monkeypatch.setattr("oncegate.store.postgres.connections.session.LOOK", "SELECT 1 / 0, $1::pg_lsn")
+    async with opened(own.url, "store", "replicated") as servers:
+        assert (await (await taken(servers)).run("INSERT INTO done VALUES (9)")).is_below
+    assert own.sql("SELECT count(*) FROM store.done WHERE number = 9") == "1"
+
+
 async def test_a_wait_for_a_standby_whose_backend_is_ended(own):
     """The caller knows nothing. Once the backend is gone, nothing more happens, and the row is there."""
     async with opened(own.url, "store", "replicated") as servers, commits_wait(own):

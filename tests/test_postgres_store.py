@@ -25,7 +25,7 @@ from oncegate.store.results import (
     SettleStatus,
     Unconfirmed,
 )
-from oncegate.store.store import Store
+from oncegate.store.store import PostgresOptions, Store
 from tests.postgres_schemas import NEVER, Schema, foreign, fresh_schema, held, lapse
 from tests.stores import (
     BODY,
@@ -39,6 +39,7 @@ from tests.stores import (
     answer,
     claim,
     claimed,
+    connected,
     key,
     store_small,
 )
@@ -389,3 +390,19 @@ def digest_of(before: bytes, name: bytes, entry: Any) -> bytes:
         struct.pack(">iq", entry["status"], entry["size"]), sized[3],
     )  # fmt: skip
     return hmac.digest(b"", b"".join(parts), "sha256")
+
+
+async def test_what_an_operator_does_is_confirmed_as_a_claim_is(schema, store):
+    """An act that a failover may take back is not reported as done."""
+    owners = [await claimed(store, key=key(number)) for number in range(3)]
+    await store_small(store, owners[2])
+    view = await store.records.read(owners[2].key)
+    given = replace(owners[0], token=store.token())
+    options = {"durability": "replicated", "postgres": PostgresOptions(schema=schema.name)}
+    # No standby confirms anything there.
+    async with connected(schema.url, **options) as desk:
+        resolved = await desk.resolve_by_operator(given, owners[0].token, pack(given, answer(BODY)), BODY)
+        released = await desk.release_by_operator(owners[1].key, owners[1].token, desk.token(), owners[1].fence)
+        assert (resolved, released) == (ResolveStatus.UNCONFIRMED,) * 2
+        assert await desk.drop(view, purge=True) is DropStatus.UNCONFIRMED
+        assert await desk.drop(view) is DropStatus.DROPPED

@@ -294,7 +294,10 @@ class PostgresStore:
                 # Its end is nobody's any more.
                 running.add_done_callback(lambda task: task.exception())
                 return Unconfirmed("the store did not reply in time")
-            return (await running).rows
+            answer = await running
+            if answer.is_below and level is Level.CLAIM:
+                return Unconfirmed("too few standbys have the change")
+            return answer.rows
         except (Lost, Refused) as failed:
             return Unconfirmed(failed.reason)
         finally:

@@ -201,11 +201,19 @@ class Session:
             self.free()
 
     async def _is_confirmed(self) -> bool:
-        """Look at the standbys behind a commit, until they have it or are no longer waited for."""
+        """Look at the standbys behind a commit, until they have it or are no longer waited for.
+
+        Where the server refuses the look, nobody knows: the commit itself is not undone.
+        """
         durability, upto, pause_s = self._config.durability, None, MIN_LOOK_PAUSE_S
         ends = self._loop.time() + self._config.timeout_s
         while True:
-            look = Look(*await self._connection.fetchrow(LOOK, upto))
+            try:
+                look = Look(*await self._connection.fetchrow(LOOK, upto))
+            except asyncpg.PostgresError as error:
+                if error.severity_en != "ERROR":
+                    raise
+                return False
             verdict = durability.is_confirmed(look)
             if verdict is not None or self._loop.time() > ends:
                 return bool(verdict)
