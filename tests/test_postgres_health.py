@@ -124,6 +124,18 @@ async def test_a_loss_without_a_quarantine(database: Database):
         assert watched.refusal() is None
 
 
+@pytest.mark.parametrize("shows", ["UPDATE proxy SET counter = 0", "UPDATE epoch SET run = 'another'"])
+async def test_a_fence_behind_a_loss(database: Database, shows: str):
+    """A sequence that went back with the data gives no fence again that an owner from before the loss may have."""
+    proxy = Proxy()
+    async with proxy.watching(database.url, database.schema):
+        await proxy.inspections()
+        before = database.connection.value("SELECT nextval('fence')")
+        database.connection.execute(f"SELECT setval('fence', {before - 1000}); {shows}")
+        await until(lambda: len(proxy.reported) == 2, "the loss")
+        assert database.connection.value("SELECT nextval('fence')") > before
+
+
 async def test_a_clock_that_steps_back(database: Database):
     """The end of a quarantine that is further off than a whole one does not count."""
     proxy = Proxy(quarantine_ms=5000)

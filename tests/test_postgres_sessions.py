@@ -143,7 +143,7 @@ async def test_rights_that_are_missing():
     role = await role_with(schema)
     await run(
         f"REVOKE USAGE ON SCHEMA {schema} FROM {role}; REVOKE UPDATE ON {schema}.record FROM {role};"
-        f"REVOKE INSERT ON {schema}.audit FROM {role}; REVOKE USAGE ON SEQUENCE {schema}.fence FROM {role};"
+        f"REVOKE INSERT ON {schema}.audit FROM {role}; REVOKE UPDATE ON SEQUENCE {schema}.fence FROM {role};"
         f"REVOKE EXECUTE ON ALL FUNCTIONS IN SCHEMA {schema} FROM PUBLIC"
     )
     helped = []
@@ -160,7 +160,7 @@ async def test_rights_that_are_missing():
             f"GRANT USAGE ON SCHEMA {schema} TO {role}",
             f"GRANT UPDATE ON {schema}.record TO {role}",
             f"GRANT INSERT ON {schema}.audit TO {role}",
-            f"GRANT USAGE ON SEQUENCE {schema}.fence TO {role}",
+            f"GRANT UPDATE ON SEQUENCE {schema}.fence TO {role}",
             f"GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA {schema} TO {role}",
         ]
     )

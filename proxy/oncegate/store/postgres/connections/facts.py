@@ -35,7 +35,8 @@ needed AS (
            CASE relkind WHEN 'S' THEN has_sequence_privilege(pg_class.oid, one.privilege)
                         ELSE has_table_privilege(pg_class.oid, one.privilege) END AS has
     FROM pg_class JOIN room ON relnamespace = room.oid CROSS JOIN LATERAL unnest(string_to_array(
-        CASE relkind WHEN 'S' THEN 'USAGE' ELSE coalesce($2::json ->> relname::text, $3) END, ',')) AS one(privilege)
+        CASE relkind WHEN 'S' THEN 'SELECT,UPDATE' ELSE coalesce($2::json ->> relname::text, $3) END, ',')
+    ) AS one(privilege)
     WHERE relkind IN ('r', 'p', 'S') AND NOT relispartition AND relname !~ '^(audit|chunk)_'
     UNION ALL
     SELECT 'f', proname::text, 'EXECUTE', has_function_privilege(pg_proc.oid, 'EXECUTE')

@@ -106,7 +106,7 @@ CREATE TABLE IF NOT EXISTS audit (
 ) PARTITION BY RANGE (day);
 CREATE INDEX IF NOT EXISTS audit_at ON audit USING brin (at) WITH (pages_per_range = 32);
 
--- Greater than every fence given before, also where the clock fell.
+-- Greater than every fence given before, also where the clock fell. Behind a loss it is set anew: `inspect_1`.
 CREATE SEQUENCE IF NOT EXISTS fence;
 SELECT setval('fence', greatest((SELECT last_value FROM fence), (extract(epoch FROM clock_timestamp()) * 1000000)::bigint));
 
@@ -758,6 +758,11 @@ BEGIN
     left_ms := least(greatest(known.until - began, 0), quarantine);
 
     SELECT p.counter, p.identity = inspect_1.identity INTO before, is_known FROM proxy p WHERE p.prefix = inspect_1.prefix;
+    IF is_moved OR begins OR coalesce(before, 0) < inspect_1.counter - 1 THEN
+        -- The sequence may have gone back with the rest. One at a time, as two calls could set it back.
+        PERFORM FROM epoch FOR UPDATE;
+        PERFORM setval('fence', now_ms() * 1000) FROM fence WHERE last_value < now_ms() * 1000;
+    END IF;
     IF is_known IS NOT TRUE THEN
         -- One proxy at a time writes settings for the first time, and sees what those before it wrote.
         PERFORM FROM epoch FOR UPDATE;

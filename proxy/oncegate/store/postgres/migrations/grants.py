@@ -9,7 +9,7 @@ IS_APART = "SELECT NOT rolsuper AND NOT pg_has_role(rolname, current_user, 'USAG
 # One row: all statements in one transaction, because a proxy without a right would refuse its requests.
 _GRANTS = """\
 SELECT format('GRANT USAGE ON SCHEMA %1$I TO %2$I; REVOKE ALL ON ALL TABLES IN SCHEMA %1$I FROM %2$I;'
-    ' GRANT USAGE ON ALL SEQUENCES IN SCHEMA %1$I TO %2$I; ', current_schema(), {role})
+    ' GRANT SELECT, UPDATE ON ALL SEQUENCES IN SCHEMA %1$I TO %2$I; ', current_schema(), {role})
     || string_agg(format('GRANT %s ON %I TO %I', rights, relname, {role}), '; ' ORDER BY relname)
 FROM pg_class, LATERAL (SELECT CASE relname
     WHEN 'audit' THEN 'SELECT, INSERT'
