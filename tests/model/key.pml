@@ -7,7 +7,7 @@
  *   spin -a -DWITHOUT=NOT_AFTER -DLOST_CLAIMS=1 key.pml && ...            one safeguard less: a promise breaks
  *
  * Who takes part: -DOWNERS=n, -DRETRIERS=b (bit i: owner i claims under `retry`), -DOPERATORS, -DSTREAMS, -DLOST_CLAIMS,
- * -DLATE_SETTLES, -DHANGS, -DCANCELS (0 or 1). -DONLY=P_TWICE looks at one promise alone. With -DCHOSEN_LATER all of them come from
+ * -DLATE_SETTLES, -DHANGS, -DCANCELS, -DLANDS_LATE (0 or 1). -DONLY=P_TWICE looks at one promise alone. With -DCHOSEN_LATER all of them come from
  * the environment of ./pan, in numbers: one verifier for every variant.
  */
 #ifndef OWNERS
@@ -33,6 +33,9 @@
 #endif
 #ifndef CANCELS
 #define CANCELS 0
+#endif
+#ifndef LANDS_LATE
+#define LANDS_LATE 0
 #endif
 #ifndef WITHOUT
 #define WITHOUT 0
@@ -72,6 +75,7 @@
 #define COPIES_WITHDRAWN 25
 #define RENEWED_ALIVE 26
 #define CANCELLED_STAYS 27
+#define ENDED_FIRST 28
 #define HAS(safeguard) (without != safeguard && and_without != safeguard)
 
 /* The promises; world.py says what each means. */
@@ -127,7 +131,7 @@ mtype = { claimed, found, late, told, appended, renewed, stored, freed_, marked,
 /* What was chosen. */
 byte owners = OWNERS, retriers = RETRIERS, without = WITHOUT, and_without = AND_WITHOUT, only = ONLY;
 bool operators = OPERATORS, streams = STREAMS, lost_claims = LOST_CLAIMS, late_settles = LATE_SETTLES, hangs = HANGS,
-	cancels = CANCELS;
+	cancels = CANCELS, lands_late = LANDS_LATE;
 /* The record. */
 mtype state = absent;
 byte token, piece, answer;
@@ -301,6 +305,7 @@ inline has_all(how) {
 #define IS_GIVEN_UP ((state == in_flight || state == unknown) && (place[token] == GIVEN_UP || place[token] == WITHDRAWING))
 #define LOSES (at == CLAIMING -> REPEATING : GIVEN_UP)
 #define MAY_STAND ((at == REPEATING || claim_copy[me] != 0) && HAS(COPIES_WITHDRAWN))
+#define MAY_LAND (at == WITHDRAWING && lands_late && claim_copy[me] != 0 && HAS(ENDED_FIRST))
 #define OTHERS_COUNT ((me != 1 && counts[1]) || (me != 2 && counts[2]) || (me != 3 && counts[3]))
 
 proctype owner(byte me) {
@@ -329,7 +334,9 @@ end:
 		claim_copy[me] = seen[me] + 1; at = LOSES }
 	:: atomic { at == FOUND_FREE -> become(in_flight, me, RETRIES(me), true, 0, 0); at = CLAIMED }
 	:: atomic { at == GIVEN_UP -> at = (HAS(WITHDRAWN_AT_ALL) -> WITHDRAWING : WITHDRAWN) }
-	:: atomic { at == WITHDRAWING || (at == GIVEN_UP && HAS(WITHDRAWN_AT_ALL) && !HAS(WITHDRAWN_LATE)) ->
+	:: atomic { MAY_LAND && token == me && (state == in_flight || state == unknown) -> settle(RELEASE); word = 0 }
+	:: atomic { MAY_LAND -> claim_copy[me] = 0 } /* the server ends it */
+	:: atomic { (at == WITHDRAWING && !MAY_LAND) || (at == GIVEN_UP && HAS(WITHDRAWN_AT_ALL) && !HAS(WITHDRAWN_LATE)) ->
 		settle(RELEASE); word = 0;
 		at = (at == WITHDRAWING -> WITHDRAWN : TOLD) }
 	:: atomic { at == STALE && HAS(CLAIMED_AGAIN) ->
@@ -390,7 +397,7 @@ end:
 		at = (word == renewed && at == STALE -> CLAIMED : at);
 		word = 0 }
 	:: atomic { claim_copy[me] != 0 ->
-		claim((claim_copy[me] - 1), (at == WITHDRAWING || at == WITHDRAWN), false);
+		claim((claim_copy[me] - 1), ((at == WITHDRAWING || at == WITHDRAWN) && !lands_late), false);
 		claim_copy[me] = 0; word = 0 }
 	:: atomic { settle_copy[me] != 0 -> settle(settle_copy[me]); settle_copy[me] = 0; word = 0 }
 	od
@@ -443,6 +450,7 @@ init {
 			now.owners = chosen("OWNERS"); now.retriers = chosen("RETRIERS"); now.operators = chosen("OPERATORS");
 			now.streams = chosen("STREAMS"); now.lost_claims = chosen("LOST_CLAIMS");
 			now.late_settles = chosen("LATE_SETTLES"); now.hangs = chosen("HANGS"); now.cancels = chosen("CANCELS");
+			now.lands_late = chosen("LANDS_LATE");
 			now.without = chosen("WITHOUT"); now.and_without = chosen("AND_WITHOUT"); now.only = chosen("ONLY");
 		};
 #endif

@@ -129,6 +129,11 @@ class Key:
 
     def _withdraws(self, world: World, me: int, owner: Owner) -> Iterator[Step]:
         _, record = self._call("settle", world.record, me, self._mode(me), "release")
+        if self.setting.lands_late and owner.claim_copy >= 0 and "ENDED_FIRST" not in self.cut:
+            if record != world.record:
+                yield Step(f"{me} frees what has landed", world._replace(record=record))
+            yield Step(f"the server ends the claim of {me}", put(world, me, owner, claim_copy=-1), certain=True)
+            return
         place = WITHDRAWN if owner.place == WITHDRAWING else TOLD
         yield Step(f"{me} withdraws its claim", put(world._replace(record=record), me, owner, place), certain=True)
 
@@ -242,7 +247,7 @@ class Key:
         if self.setting.hangs and owner.place in (CLAIMED, SENT):
             yield Step(f"{me} hangs", put(world, me, owner, HUNG))
         if owner.claim_copy >= 0:
-            late = owner.place in LATE
+            late = owner.place in LATE and not self.setting.lands_late
             _, record = self._call("claim", world.record, me, self._mode(me), owner.claim_copy, late)
             broken = taken(world.record, record, me, owner.claim_copy)
             after = put(world._replace(record=record), me, owner, claim_copy=-1)

@@ -18,6 +18,8 @@ SETTINGS = {
     "hold, cancels": Setting((HOLD, HOLD), streams=True, late_settles=True, cancels=True),
     "retry, cancels": Setting((RETRY, RETRY), streams=True, late_settles=True, cancels=True),
     "retry, operator, cancels": Setting((RETRY, RETRY), operator=True, cancels=True),
+    "hold, lands late": Setting((HOLD, HOLD), lost_claims=True, lands_late=True),
+    "retry, lands late": Setting((RETRY, RETRY), lost_claims=True, lands_late=True),
     "hold, then retry": Setting((HOLD, RETRY), streams=True, late_settles=True),
     "retry, then hold": Setting((RETRY, HOLD), streams=True, late_settles=True),
 }
@@ -61,6 +63,7 @@ WITHOUT = {
     "WITHDRAWN_AT_ALL": ("hold", "stray"),  # a claim that was given up is released
     "WITHDRAWN_LATE": ("hold", "stray"),  # when it cannot arrive any more
     "COPIES_WITHDRAWN": ("hold", "stray"),  # also where its repeat was answered
+    "ENDED_FIRST": ("hold, lands late", "stray"),  # and not before the server has ended it, where it may land late
     "RENEWED_ALIVE": ("hold", "stuck"),  # an exchange that hangs is not renewed
 }
 VARIANTS = {

@@ -64,6 +64,7 @@ class Setting(NamedTuple):
     late_settles: bool = False
     hangs: bool = False
     cancels: bool = False
+    lands_late: bool = False  # a claim may take the key after its deadline, until the server has ended it
 
 
 def put(world: World, me: int, owner: Owner, place: str | None = None, **more: object) -> World:
