@@ -4,8 +4,8 @@ A claim is repeated with the same token. No claim may keep its key after its cal
 statement goes on when the caller stops waiting, and may still take the key:
 
 - every try carries a deadline in the server's own time, after which the function takes no key;
-- a claim that may have been executed, and that nobody holds, is released in the background. That is over once the key
-  was found and freed, or once it was not found after the server had ended the claim's statement.
+- a claim that may have been executed, and that nobody holds, is released in the background. That is over once the
+  key was freed, or not found, after the server had ended the claim's statements.
 """
 
 import asyncio
@@ -267,9 +267,9 @@ class Claims:
         await asyncio.sleep(pause_s)
         pause_s = MIN_PAUSE_S
         while self._loop.time() < min(gives_up_at, self.retries_end):
-            # Before the release: what it does not find may come as long as a statement is not over.
+            # Before the release: as long as a statement is not over, it may yet take the key, also one that was freed.
             is_over = all([await self._is_over(sent) for sent in statements])
-            if await self._free(claim, is_over):
+            if await self._free(claim, is_over) and is_over:
                 break
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, MAX_PAUSE_S)
