@@ -193,3 +193,21 @@ async def test_the_table_reaches_a_plateau(schema, store):
         sizes.append(await schema.other.fetchval("SELECT pg_total_relation_size('record')"))
     assert sizes[-1] <= 1.5 * sizes[1], sizes
     assert len(await states(schema)) == 200
+
+
+@pytest.mark.parametrize(
+    ("blocks", "due", "took_s", "then"),
+    [
+        (64, 0, 0.001, 128),
+        (8192, 0, 0.001, 8192),
+        (256, 0, 1.0, 128),
+        (64, 0, 1.0, 64),
+        (256, 400, 0.001, 256),
+        (256, 501, 0.001, 128),
+        # A busy machine makes every step long. That alone must not make the steps small.
+        (256, 400, 1.0, 256),
+    ],
+)
+def test_how_much_a_step_takes(blocks, due, took_s, then):
+    """More while steps are short, fewer where many rows are due."""
+    assert housekeeping.fitting(blocks, due, took_s) == then

@@ -23,12 +23,12 @@ from oncegate.store.store import Upkeep
 REST_S = 60.0
 # How long the work is a worker's after its last statement.
 TERM_MS = 30_000
-# Of one statement, which takes as many blocks as fit into this time: claims run beside it. At least some, as a busy
-# machine must not bring it to a standstill.
-STEP_S = 0.01
+# Of one statement: how many rows it should find due at most, and the time up to which the next one takes more blocks.
+MOST_ROWS, STEP_S = 500, 0.01
 MIN_BLOCKS, MAX_BLOCKS = 64, 8192
-# The pause after a statement, in times of its own: after one that found nothing, and after one that found work.
-IDLE_REST, BUSY_REST = 9.0, 3.0
+# The pause after a statement, in times of its own: after one that found nothing, and after one that found work. On a
+# machine that is busy a statement takes long, and must not be followed by a pause that is longer still.
+IDLE_REST, BUSY_REST, MAX_PAUSE_S = 9.0, 3.0, 0.1
 _SWEEP = "SELECT * FROM sweep_1($1, $2, $3, $4, $5, $6, $7)"
 # A role without pg_read_all_stats sees its own snapshots alone.
 _MEASURE = """
@@ -74,12 +74,12 @@ class Housekeeping:
         first, self._behind_ms = 0, 0
         while (found := await self._step(first)) is not None:
             first, self._behind_ms = first + self._blocks, max(self._behind_ms, found["behind"])
-            rest = BUSY_REST if found["expired"] or found["removed"] else IDLE_REST
+            due = found["expired"] + found["removed"]
             if first >= found["blocks"]:
                 self._found = await self._measure()
                 return self._found
-            await asyncio.sleep(self._took_s * rest)
-            self._blocks = _fitting(self._blocks, self._took_s)
+            await asyncio.sleep(min(MAX_PAUSE_S, self._took_s * (BUSY_REST if due else IDLE_REST)))
+            self._blocks = fitting(self._blocks, due, self._took_s)
         self._found = Upkeep()
         return self._found
 
@@ -96,7 +96,8 @@ class Housekeeping:
         return Upkeep(behind_s=self._behind_ms / 1000, **dict(row))
 
 
-def _fitting(blocks: int, took_s: float) -> int:
-    """Return how many blocks fit into a step, after so many took so long."""
-    wanted = blocks * 2 if took_s < STEP_S / 2 else blocks // 2 if took_s > STEP_S else blocks
-    return max(MIN_BLOCKS, min(wanted, MAX_BLOCKS))
+def fitting(blocks: int, due: int, took_s: float) -> int:
+    """Return how many blocks fit into a step, after so many had so many rows that were due."""
+    if due > MOST_ROWS or (due == 0 and took_s > 2 * STEP_S):
+        return max(MIN_BLOCKS, blocks // 2)
+    return min(MAX_BLOCKS, blocks * 2) if due < MOST_ROWS / 2 and took_s < STEP_S else blocks
