@@ -12,7 +12,7 @@ from oncegate.store.postgres import housekeeping
 from oncegate.store.postgres.housekeeping import Housekeeping
 from oncegate.store.postgres.store import hmac_pads
 from oncegate.store.record import Claim, Record
-from oncegate.store.results import DropStatus
+from oncegate.store.results import DropStatus, ResolveStatus, SettleStatus
 from oncegate.store.store import Store
 from tests.postgres_schemas import Schema, fresh_schema
 from tests.stores import BODY, PATIENCE_S, claim, claimed, key, store_small
@@ -112,6 +112,23 @@ async def test_one_worker_does_it(schema, store):
     await schema.other.execute("UPDATE lease SET until = now_ms()")
     assert (await sweep(schema, b"two"))["blocks"] == 1
     assert (await sweep(schema))["blocks"] is None
+
+
+async def test_a_clock_that_stepped_back_stops_no_housekeeping(schema, store):
+    """The lease of a worker that ended before the step is not waited for as long as the step was."""
+    assert (await sweep(schema))["blocks"] is not None
+    await schema.other.execute("UPDATE lease SET until = until + 86400000")
+    assert (await sweep(schema, b"two"))["blocks"] is not None
+
+
+async def test_what_an_operator_freed_fences_its_owner(schema, store):
+    """Also an owner that has renewed its lease for longer than its key was to be kept: else it would write anew."""
+    owner = await claimed(store)
+    await due(schema, 1, created=3_000_000, frees=1000, lease=-owner.lease_ms)
+    released = await store.release_by_operator(owner.key, owner.token, store.token(), owner.fence)
+    assert released is ResolveStatus.RELEASED
+    assert (await sweep(schema))["removed"] == 0
+    assert (await store_small(store, owner)).status is SettleStatus.FENCED
 
 
 async def test_a_clock_that_stepped_ahead_forgets_nothing(schema, store):

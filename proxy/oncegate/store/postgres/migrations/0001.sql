@@ -599,7 +599,10 @@ BEGIN
     UPDATE record SET token = new_token, fence = greatest(r.fence, new_fence), self = new_self,
         state = CASE event WHEN 9 THEN 3 ELSE 4 END,
         expires = CASE event WHEN 9 THEN began + retention ELSE r.expires END,
-        frees = CASE event WHEN 9 THEN began + retention + tombstone ELSE r.frees END, lease = 0, bytes = size,
+        -- Renewals leave `frees` alone: see `is_free`.
+        frees = CASE event WHEN 9 THEN began + retention + tombstone
+            ELSE r.frees + greatest(r.lease - r.lease_ms - r.created, 0) END,
+        lease = 0, bytes = size,
         chunks = CASE WHEN size > 0 THEN 1 ELSE 0 END, status = resolve_1.status, why = NULL, meta = resolve_1.meta, body = resolve_1.body
     WHERE record.key = resolve_1.key;
     IF tail IS NOT NULL THEN
@@ -675,7 +678,8 @@ DECLARE
 BEGIN
     INSERT INTO lease AS held (name, owner, until) VALUES ('housekeeping', holder, now_ms() + term)
     ON CONFLICT (name) DO UPDATE SET owner = excluded.owner, until = excluded.until
-    WHERE held.owner = excluded.owner OR held.until <= now_ms();
+    -- Longer than a whole lease from now: the clock stepped back.
+    WHERE held.owner = excluded.owner OR held.until NOT BETWEEN now_ms() + 1 AND now_ms() + term;
     IF NOT FOUND THEN
         RETURN;
     END IF;
