@@ -229,7 +229,7 @@ async def arrives(relay: Relay, stored: Probe) -> None:
 async def test_a_claim_that_was_held_up_while_its_repeat_was_refused(relay, stored):
     """The retry finds another owner; the delayed first try, arriving when the key is free, does not keep it."""
     behind = Behind()
-    async with connected(relay.url, timeout_ms=1000, behind=behind) as store, connected(stored.url) as other:
+    async with connected(relay.url, timeout_ms=3000, behind=behind) as store, connected(stored.url) as other:
         owner = await claimed(other)
         assert await held_up(relay, claim(store)) == "in_flight"
         assert await other.release(owner, PATIENCE_S) == SettleResult(SettleStatus.RELEASED)
@@ -243,7 +243,7 @@ async def test_a_claim_that_was_held_up_while_its_repeat_was_refused(relay, stor
 async def test_a_claim_that_was_held_up_while_its_repeat_went_through(relay, stored, again):
     """The retry gets the key and releases it; the delayed first try does not keep it."""
     behind = Behind()
-    async with connected(relay.url, timeout_ms=1000, behind=behind) as store:
+    async with connected(relay.url, timeout_ms=3000, behind=behind) as store:
         if again:
             owner = await claimed(store)
             assert await held_up(relay, store.reclaim(owner, SCOPE)) == "claimed"
@@ -264,7 +264,7 @@ async def test_a_takeover_that_was_held_up_while_its_repeat_went_through(databas
     stored, behind = PostgresProbe(database), Behind()
     async with (
         started(PostgresRelay(database.url)) as relay,
-        connected(relay.url, timeout_ms=1000, behind=behind) as store,
+        connected(relay.url, timeout_ms=3000, behind=behind) as store,
     ):
         # More than once, so that the statement is prepared.
         for _ in range(3):
