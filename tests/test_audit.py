@@ -404,7 +404,8 @@ def test_a_whole_trail_is_checked(command: Command, database: Database) -> None:
     asyncio.run(story(database))
     code, lines, said = command("verify")
     assert (code, lines) == (0, [])
-    assert said.startswith("6 entries of 2 keys were checked, 0 of them without a record\nwhat cannot be detected:\n- ")
+    assert said.startswith("6 entries of 2 keys were checked. Nothing is damaged. ")
+    assert "\nwhat cannot be detected:\n- " in said
 
 
 DAMAGES = {
@@ -429,10 +430,12 @@ def test_damage_is_found(command: Command, database: Database, damage: str) -> N
 
 
 def test_another_secret(command: Command, database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the secret of the proxies every chain looks changed."""
+    """Without the secret of the proxies every chain looks changed, and the operator is asked for it."""
     asyncio.run(story(database))
     monkeypatch.setenv("ONCEGATE_SECRET", "another one of 16")
-    assert command("verify")[0] == 3
+    code, _, said = command("verify")
+    assert code == 3
+    assert "Every entry looks changed: is ONCEGATE_SECRET that of the proxies?" in said
 
 
 def test_a_record_that_was_gone(command: Command, database: Database) -> None:
@@ -463,6 +466,16 @@ def test_a_store_without_a_trail(command: Command, monkeypatch: pytest.MonkeyPat
     code, _, said = command("verify")
     assert code == 2
     assert "only a store in PostgreSQL has an audit trail" in said
+
+
+def test_a_schema_without_tables(command: Command, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Each command on the store names what makes them."""
+    monkeypatch.setenv("ONCEGATE_STORE_SCHEMA", "nothing_is_here")
+    for arguments in (["verify"], ["export"], ["--id", record_id(KEY)]):
+        code, _, said = command(*arguments)
+        assert (code, "run `oncegate migrate`" in said) == (1, True), said
+    assert main(["keys", "list"]) == 1
+    assert "run `oncegate migrate`" in capsys.readouterr().err
 
 
 # What it may not hold ...

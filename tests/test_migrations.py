@@ -639,6 +639,14 @@ def test_the_owner_is_not_the_proxies(command: Command) -> None:
     assert "warning: proxies that connect as the owner of the tables can change the audit trail" in said
 
 
+def test_the_proxies_role_cannot_migrate(command: Command, role: str) -> None:
+    """It may not create a schema. The operator reads whose URL is missing."""
+    code, said = command("--url", shared_url().replace("postgres@", f"{role}@"))
+    assert code == 1
+    assert "permission denied for database" in said
+    assert "set ONCEGATE_MIGRATE_URL to the URL of the owner" in said
+
+
 def test_a_store_without_tables(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """A store in Redis needs no migration: exit code 2."""
     monkeypatch.delenv("ONCEGATE_MIGRATE_URL")

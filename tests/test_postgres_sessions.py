@@ -203,7 +203,7 @@ async def test_a_wrong_password(own):
     async with opened(f"postgresql://secret:right@{at}", "store"):
         pass
     text = await reason(f"postgresql://secret:wrong@{at}", "store", "password")
-    assert text == 'the store is not reachable: password authentication failed for user "secret"'
+    assert text == f'the store is not reachable: 127.0.0.1:{own.port}: password authentication failed for user "secret"'
 
 
 async def test_a_certificate_for_another_name(tmp_path):
@@ -223,12 +223,12 @@ async def test_a_certificate_for_another_name(tmp_path):
         place = f"localhost:{server.sockets[0].getsockname()[1]}"
         url = f"postgresql://postgres@{place}/postgres?sslmode=verify-full&sslrootcert={tmp_path}/root.crt"
         text = await reason(url, "store", "certificate")
-    assert text.startswith("the store is not reachable: its certificate is refused: Hostname mismatch"), text
+    assert text.startswith(f"the store is not reachable: {place}: its certificate is refused: Hostname mismatch"), text
 
 
 async def test_a_server_without_tls(own):
     text = await reason(f"{own.url}?sslmode=require", "store", "TLS")
-    assert text == "the store is not reachable: it has no TLS, which sslmode asks for"
+    assert text == f"the store is not reachable: 127.0.0.1:{own.port}: it has no TLS, which sslmode asks for"
 
 
 async def test_a_server_that_loses_what_it_confirmed(own):

@@ -20,10 +20,10 @@ from oncegate.settings.postgres_url import is_postgres
 from oncegate.settings.settings import Settings
 from oncegate.store.opening import postgres_options
 from oncegate.store.postgres.audit import OPERATOR, UNDETECTED, Finding, facts, iso_time, verify
-from oncegate.store.postgres.migrations.run import MigrationError, Target, connect
+from oncegate.store.postgres.migrations.files import schema_complaint
+from oncegate.store.postgres.migrations.run import MigrationError, Target, connect, schema_version
 from oncegate.store.postgres.trail import chain_of, check, entries_of, export, head_of
 from oncegate.store.record_name import record_id
-from oncegate.store.record_view import StoreError
 
 FOREVER_MS = 1 << 62
 
@@ -49,7 +49,7 @@ def run(settings: Settings, options: argparse.Namespace) -> int:
     except CommandError as error:
         print(error, file=sys.stderr)
         return error.code
-    except (StoreError, MigrationError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+    except (MigrationError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         print(f"the store: {error}", file=sys.stderr)
         return AuditExit.FAILED
 
@@ -57,6 +57,8 @@ def run(settings: Settings, options: argparse.Namespace) -> int:
 async def _run(settings: Settings, url: str, options: argparse.Namespace) -> AuditExit:
     connection = await connect(Target(url, settings.store_schema, any_server=options.audit_command != "show"))
     try:
+        if complaint := schema_complaint(await schema_version(connection)):
+            raise CommandError(complaint)
         match options.audit_command:
             case "show":
                 return await _show(connection, settings, options)
@@ -76,7 +78,8 @@ async def _show(connection: Any, settings: Settings, options: argparse.Namespace
         # Without a record, nothing leads to its entries.
         entries = entries or await entries_of(connection, key)
         if not entries:
-            raise CommandError(f"the audit trail has no entry of the key {record_id(key)}")
+            where = "" if options.id or options.scope or options.credential else ", for the tenant without a credential"
+            raise CommandError(f"the audit trail has no entry of the key {record_id(key)}{where}")
         for entry in entries:
             said = facts(entry)
             if not entry.actor.startswith(OPERATOR):
@@ -92,9 +95,10 @@ async def _verify(connection: Any, audit_key: bytes, options: argparse.Namespace
     result = AuditExit.DONE
     async for checked in check(connection, audit_key):
         count.update(keys=1, entries=checked.entries, without=not checked.has_record)
+        count.update(changed=sum(one.kind == "changed" for one in checked.findings))
         result = max(result, _report(checked.findings, is_json=options.json))
     print(
-        f"{count['entries']} entries of {count['keys']} keys were checked, {count['without']} of them without a record",
+        f"{count['entries']} entries of {count['keys']} keys were checked. {_verdict(count, result)}",
         *("what cannot be detected:", *(f"- {text}" for text in UNDETECTED)),
         sep="\n",
         file=sys.stderr,
@@ -102,6 +106,14 @@ async def _verify(connection: Any, audit_key: bytes, options: argparse.Namespace
     if not audit_key:
         print("- without ONCEGATE_SECRET, the digests have no key", file=sys.stderr)
     return result
+
+
+def _verdict(count: Counter[str], result: AuditExit) -> str:
+    """Return the sentence about a whole trail."""
+    if count["entries"] and count["changed"] == count["entries"]:
+        return "Every entry looks changed: is ONCEGATE_SECRET that of the proxies?"
+    said = "Nothing is damaged." if result == AuditExit.DONE else "The trail is damaged."
+    return f"{said} Keys without a record, which nothing can be checked against: {count['without']}"
 
 
 async def _export(connection: Any, options: argparse.Namespace) -> AuditExit:

@@ -5,7 +5,8 @@ import os
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -205,21 +206,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _demo(options)
     try:
         if options.command == "migrate":
-            return _migrate(load_settings(NOT_FOR_MIGRATE), options)
+            return _printed(lambda: _migrate(load_settings(NOT_FOR_MIGRATE), options))
         settings = load_settings()
         rules = load_rules(settings)
+        if options.command == "audit":
+            return _printed(lambda: _audit(settings, options))
     except SettingsError as error:
         print(error, file=sys.stderr)
         return USAGE_ERROR
     match options.command:
         case "check":
-            return _check(settings, rules, options)
+            return _printed(lambda: _check(settings, rules, options))
         case "healthcheck":
             return _probe(settings, "/readyz" if options.ready else "/healthz")
         case "keys":
             return _printed(lambda: _keys(settings, options))
-        case "audit":
-            return _printed(lambda: _audit(settings, options))
         case _:
             return _serve(settings)
 
@@ -269,17 +270,24 @@ def _keys(settings: Settings, options: argparse.Namespace) -> int:
 
 
 def _audit(settings: Settings, options: argparse.Namespace) -> int:
-    from oncegate.commands import audit
-
+    with _needs_postgres():
+        from oncegate.commands import audit
     return audit.run(settings, options)
 
 
 def _migrate(settings: Settings, options: argparse.Namespace) -> int:
-    try:
+    with _needs_postgres():
         from oncegate.commands import migrate
+    return migrate.run(settings, options)
+
+
+@contextmanager
+def _needs_postgres() -> Iterator[None]:
+    """Name the package's extra where an import lacks it. Raises SettingsError."""
+    try:
+        yield
     except ModuleNotFoundError as error:
         raise SettingsError([f"{error.name} is not installed: pip install 'oncegate[postgres]'"]) from error
-    return migrate.run(settings, options)
 
 
 def _serve(settings: Settings) -> int:

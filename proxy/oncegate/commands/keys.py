@@ -25,7 +25,7 @@ from oncegate.rules.resolution import tombstone_ms
 from oncegate.settings.settings import Settings
 from oncegate.store.record import ViewState, pack
 from oncegate.store.record_name import record_id
-from oncegate.store.record_view import RecordView, StoreError, claim_of
+from oncegate.store.record_view import RecordView, claim_of
 from oncegate.store.results import DropStatus, ResolveStatus
 from oncegate.store.store import Store
 
@@ -80,9 +80,6 @@ def run(settings: Settings, options: argparse.Namespace) -> int:
     except CommandError as error:
         print(error, file=sys.stderr)
         return error.code
-    except StoreError as error:
-        print(f"the store: {error}", file=sys.stderr)
-        return KeysExit.NOT_DONE
 
 
 async def _run(settings: Settings, options: argparse.Namespace) -> KeysExit:

@@ -11,6 +11,7 @@ from oncegate.server.embedded import socket_url
 from oncegate.settings.postgres_url import is_postgres
 from oncegate.settings.settings import Settings
 from oncegate.store.opening import open_store, postgres_options
+from oncegate.store.record_view import StoreError
 from oncegate.store.store import Store, StoreConfig
 
 TIMEOUT_MS = 5000
@@ -40,7 +41,7 @@ def usage_error(text: str) -> CommandError:
 
 @asynccontextmanager
 async def opened_store(settings: Settings, actor: str) -> AsyncIterator[Store]:
-    """Open the store for the time of a block. Raises CommandError if it is not reachable.
+    """Open the store for the time of a block. Raises CommandError if it is not reachable, or fails in the block.
 
     `actor`: who the audit trail says acted.
     """
@@ -61,6 +62,10 @@ async def opened_store(settings: Settings, actor: str) -> AsyncIterator[Store]:
             reason = store.not_ready_reason() or "the store is not reachable"
             raise CommandError(f"{reason}{_embedded_hint(settings)}")
         yield store
+    except StoreError as error:
+        # The store's own checks name what helps, such as a migration; the error of a server does not.
+        reason = store.not_ready_reason() or "the store"
+        raise CommandError(f"{reason}: {error}") from error
     finally:
         await store.close()
 

@@ -71,7 +71,5 @@ def _silent(sightings: Sequence[Sighting]) -> str:
 
 def _unreachable(sightings: Sequence[Sighting]) -> str:
     reasons = [one.reason or "this is a standby, which takes no writes" for one in sightings]
-    if len(sightings) == 1:
-        return f"the store is not reachable: {reasons[0]}"
     named = "; ".join(f"{one.host}: {reason}" for one, reason in zip(sightings, reasons, strict=True))
     return f"the store is not reachable: {named}"

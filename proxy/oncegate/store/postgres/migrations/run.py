@@ -34,6 +34,7 @@ CONNECT_TIMEOUT_S = 10.0
 _CONCURRENTLY = re.compile(
     r"CREATE\s+(?:UNIQUE\s+)?INDEX\s+CONCURRENTLY\s+(?:IF\s+NOT\s+EXISTS\s+)?(\S+)", re.IGNORECASE
 )
+_OWNER = "; set ONCEGATE_MIGRATE_URL to the URL of the owner, who needs a schema of its own or the right to create one"
 _BUSY = (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError)
 
 
@@ -226,7 +227,8 @@ def _reported(sql: str) -> Iterator[None]:
     except (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError, asyncpg.PostgresConnectionError) as error:
         raise MigrationError(f"the connection ended ({error}); run it again to go on") from error
     except asyncpg.PostgresError as error:
-        raise MigrationError(f"{error} ({error.sqlstate}), in: {_first_line(sql)}") from error
+        remedy = _OWNER if isinstance(error, asyncpg.InsufficientPrivilegeError) else ""
+        raise MigrationError(f"{error} ({error.sqlstate}), in: {_first_line(sql)}{remedy}") from error
 
 
 def _first_line(sql: str) -> str:
