@@ -406,3 +406,23 @@ async def test_what_an_operator_does_is_confirmed_as_a_claim_is(schema, store):
         assert (resolved, released) == (ResolveStatus.UNCONFIRMED,) * 2
         assert await desk.drop(view, purge=True) is DropStatus.UNCONFIRMED
         assert await desk.drop(view) is DropStatus.DROPPED
+
+
+@pytest.mark.parametrize("ends", ["unknown", "bare"])
+async def test_a_purge_leaves_no_part_of_a_response(schema, store, ends):
+    """Also of one that was not kept, or whose outcome is unknown: that it stays."""
+    owner = await claimed(store)
+    assert await store.append(owner, 0, b"part" * 2000, PATIENCE_S) is AppendStatus.APPENDED
+    if ends == "unknown":
+        await store.mark_unknown(owner, "cut off", PATIENCE_S)
+    else:
+        await store.store(owner, answer(BODY, kept=False), b"", PATIENCE_S)
+    view = await store.records.read(KEY)
+    assert await store.drop(view, purge=True) is DropStatus.DROPPED
+    assert await schema.other.fetchval("SELECT count(*) FROM chunk") == 0
+    purged = await store.records.read(KEY)
+    assert purged.state is (ViewState.UNKNOWN if ends == "unknown" else ViewState.EXPIRED)
+    events = await schema.other.fetchval("SELECT array_agg(event ORDER BY no) FROM audit")
+    assert events == [1, 6 if ends == "unknown" else 4, 12]
+    again = DropStatus.ABSENT if ends == "unknown" else DropStatus.DROPPED
+    assert await store.drop(view, purge=True) is again

@@ -209,22 +209,30 @@ async def _purge_tenant(store: Store, tenant: bytes) -> Purged:
         seen.add(record.key)
         if record.state is ViewState.IN_FLIGHT:
             purged.in_flight += 1
-        elif record.response is not None or record.bytes_stored:
-            is_gone = await _drop_response(store, record)
+        elif (is_gone := await _drop_response(store, record)) is not None:
             purged.dropped += is_gone
             purged.unconfirmed += not is_gone
     return purged
 
 
-async def _drop_response(store: Store, record: RecordView) -> bool:
-    """Drop what a record has of a response, and return whether it is gone."""
+async def _drop_response(store: Store, record: RecordView) -> bool | None:
+    """Drop what a record has of a response, and return whether it is gone, or None if there was none."""
     if record.response is not None:
         return await store.drop(record, purge=True) is not DropStatus.UNCONFIRMED
-    if record.left_ms <= 0:
+    if record.state is not ViewState.UNKNOWN:
+        return None
+    if record.bytes_stored:
+        if record.left_ms <= 0:
+            return False
+        # An unknown outcome stays as it is, without the part of a response that came.
+        claim, patience_s = claim_of(record, record.left_ms), TIMEOUT_MS / 1000
+        if not (await store.mark_unknown(claim, record.reason, patience_s, record.status)).status.is_done:
+            return False
+    # PostgreSQL has that part in a table of its own.
+    dropped = await store.drop(record, purge=True)
+    if dropped is DropStatus.UNCONFIRMED:
         return False
-    # An unknown outcome stays as it is, without the part of a response that came.
-    marked = await store.mark_unknown(claim_of(record, record.left_ms), record.reason, TIMEOUT_MS / 1000, record.status)
-    return marked.status.is_done
+    return True if record.bytes_stored or dropped is DropStatus.DROPPED else None
 
 
 async def _introduce(session: Session) -> bytes:

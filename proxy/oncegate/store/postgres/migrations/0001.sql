@@ -621,6 +621,7 @@ END
 $$;
 
 -- Drops the response of a complete record whose retention is over, or that an operator purges. Its tombstone stays.
+-- A purge also drops what came of a response that was not kept, or whose outcome was marked unknown.
 -- tag: 1 dropped, 2 kept (its retention is not over), 3 absent, 4 fenced, 7 busy.
 CREATE OR REPLACE FUNCTION drop_1(
     key bytea, token bytea, purge boolean, actor bytea, audited boolean, pads bytea
@@ -634,7 +635,8 @@ BEGIN
     SELECT * INTO r FROM record WHERE record.key = drop_1.key FOR NO KEY UPDATE SKIP LOCKED;
     IF NOT FOUND THEN
         RETURN CASE WHEN EXISTS (SELECT FROM record WHERE record.key = drop_1.key) THEN 7 ELSE 3 END;
-    ELSIF r.state NOT IN (3, 5) THEN
+    ELSIF r.state NOT IN (3, 5)
+            AND NOT (purge AND r.state = 2 AND r.chunks = 0 AND r.token = drop_1.token) THEN
         RETURN 3;
     ELSIF r.token <> drop_1.token THEN
         RETURN 4;
@@ -643,7 +645,10 @@ BEGIN
     ELSIF NOT purge AND r.expires > began THEN
         RETURN 2;
     END IF;
-    DELETE FROM chunk WHERE day = r.bucket AND chunk.key = drop_1.key AND r.body IS NULL AND r.chunks > 0;
+    DELETE FROM chunk WHERE day = r.bucket AND chunk.key = drop_1.key AND (purge OR r.body IS NULL AND r.chunks > 0);
+    IF r.state = 2 AND NOT FOUND THEN
+        RETURN 3;
+    END IF;
     IF audited THEN
         r.audit_digest := audit_digest_of(pads, r.audit_digest, r.key, r.audit_no + 1, began, event, r.token, r.fence, actor, '',
             r.status, r.bytes, '');
@@ -653,8 +658,8 @@ BEGIN
         r.audit_no := r.audit_no + 1;
         r.audit_at := began;
     END IF;
-    UPDATE record SET state = 5, chunks = 0, bytes = 0, meta = NULL, body = NULL, audit_no = r.audit_no, audit_at = r.audit_at,
-        audit_digest = r.audit_digest
+    UPDATE record SET state = CASE r.state WHEN 2 THEN 2 ELSE 5 END, chunks = 0, bytes = 0, meta = NULL, body = NULL,
+        audit_no = r.audit_no, audit_at = r.audit_at, audit_digest = r.audit_digest
     WHERE record.key = drop_1.key;
     RETURN 1;
 END
