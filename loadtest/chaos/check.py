@@ -38,6 +38,7 @@ CLEAN_ENDS = ("upstream-kill", "upstream-link-end", "upstream-link-cut-after", "
 EXCUSES = {"claims": ("I1", "I2", "I6", "I7", "I9", "I10"), "answers": ("I2", "I10")}
 # A store that promises to lose claims alone says nothing of an answer that was on one server: its key becomes unknown.
 TO_UNKNOWN = "answers to unknown"
+FORGOTTEN = frozenset(("in-flight", "outcome-unknown"))  # until its lease is over, and from then on
 
 
 class Found(NamedTuple):
@@ -107,7 +108,7 @@ def kept(case: Case, history: History) -> Iterator[Found]:
         good = a.slug == "key-reused" if a.variant != first.variant else a.replayed and a.stored
         if not good and not (bare and a.slug == "response-not-kept"):
             text = f"answered by {_brief(first)}, later by {_brief(a)}"
-            yield Found("I2", text, first.ended, a.ended, a.slug == "outcome-unknown")
+            yield Found("I2", text, first.ended, a.ended, a.slug in FORGOTTEN)
 
 
 def _kept_bare(case: Case, until: float, history: History) -> bool:
@@ -187,7 +188,8 @@ def in_flight_no_longer(case: Case, history: History) -> Iterator[Found]:
     for a in case.attempts:
         if a.slug != "in-flight":
             continue
-        owners = [b for b in case.attempts if b is not a and b.begun < a.ended and _may_have_claimed(b)]
+        others = [b for b in case.attempts if b is not a and b.begun < a.ended]
+        owners = [b for b in others if _may_have_claimed(b) or _is_claiming(b, a.ended, history)]
         if not owners:
             yield Found("I10", "in flight, though nobody can have claimed it", a.begun, a.ended)
         elif a.begun > owners[-1].ended + SLACK_S and a.begun > (latest := _latest(case, owners, a.begun, history)):
@@ -196,6 +198,12 @@ def in_flight_no_longer(case: Case, history: History) -> Iterator[Found]:
 
 def _may_have_claimed(attempt: Attempt) -> bool:
     return not (attempt.slug in NO_OWNER or attempt.replayed or attempt.how == "refused")
+
+
+def _is_claiming(attempt: Attempt, at: float, history: History) -> bool:
+    """Return whether its claim may have been in the store at a time, unconfirmed, whatever it was told in the end."""
+    faults = history.touching(attempt.begun, attempt.ended)
+    return attempt.ended > at and any(fault.place.startswith("store") for fault in faults)
 
 
 def _latest(case: Case, owners: list[Attempt], at: float, history: History) -> float:

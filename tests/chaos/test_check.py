@@ -324,6 +324,12 @@ def in_flight_for_nobody(story: Story) -> None:
     story.told(40, "ant", "ghost", "in-flight")
 
 
+def in_flight_for_somebody_unconfirmed(story: Story) -> None:
+    """Of two requests that are told so one must have claimed, unless the store failed under its claim."""
+    story.told(40, "ant", "ghost", "in-flight", ended=42.0)
+    story.told(40.1, "ant", "ghost", "in-flight")
+
+
 def hung(story: Story) -> None:
     story.ask(40, "ant", "hung", how="timeout", status=0, word="", ended=46)
 
@@ -431,6 +437,7 @@ PLANTED: list[tuple[str, Callable[[Story], None]]] = [
     ("I7", refused_for_another_tenant),
     ("I10", in_flight_too_long),
     ("I10", in_flight_for_nobody),
+    ("I10", in_flight_for_somebody_unconfirmed),
     ("I10", hung),
     ("unknown", unknown_for_no_reason),
     ("unknown", unknown_for_a_fault_elsewhere),
@@ -471,6 +478,16 @@ def test_a_loss_that_was_reported_is_excused(tmp_path: Path) -> None:
     execute_twice(story)
     code, verdict = judged(story, tmp_path)
     assert (code, verdict["violations"], verdict["excused"]) == (0, [], 1)
+
+
+def test_a_claim_that_a_fault_of_the_store_leaves_unconfirmed_shows(tmp_path: Path) -> None:
+    """Others are told that it is in flight while it waits for the store."""
+    story = well()
+    story.faults.append(
+        {**KILLED, "kind": "store-failover", "place": "store", "replica": None, "begun": 39.9, "ended": 41.0}
+    )
+    in_flight_for_somebody_unconfirmed(story)
+    assert [one["until"] for one in judge(History(story.write(tmp_path)))["violations"]] == [42.0]
 
 
 def test_an_answer_that_became_unknown_is_excused(tmp_path: Path) -> None:
