@@ -5,8 +5,7 @@ import os
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from oncegate.commands.listener_warnings import listener_warnings
 from oncegate.rules.loading import load_rules
 from oncegate.rules.model import Rules
 from oncegate.rules.receivers import receiver_warnings
-from oncegate.settings.errors import SettingsError
+from oncegate.settings.errors import SettingsError, needs_extra
 from oncegate.settings.loading import describe, load_settings
 from oncegate.settings.settings import Settings
 from oncegate.store.record import ViewState
@@ -270,24 +269,15 @@ def _keys(settings: Settings, options: argparse.Namespace) -> int:
 
 
 def _audit(settings: Settings, options: argparse.Namespace) -> int:
-    with _needs_postgres():
+    with needs_extra("postgres"):
         from oncegate.commands import audit
     return audit.run(settings, options)
 
 
 def _migrate(settings: Settings, options: argparse.Namespace) -> int:
-    with _needs_postgres():
+    with needs_extra("postgres"):
         from oncegate.commands import migrate
     return migrate.run(settings, options)
-
-
-@contextmanager
-def _needs_postgres() -> Iterator[None]:
-    """Name the package's extra where an import lacks it. Raises SettingsError."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise SettingsError([f"{error.name} is not installed: pip install 'oncegate[postgres]'"]) from error
 
 
 def _serve(settings: Settings) -> int:

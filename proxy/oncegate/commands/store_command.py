@@ -8,6 +8,7 @@ from dataclasses import replace
 from enum import IntEnum
 
 from oncegate.server.embedded import socket_url
+from oncegate.settings.errors import SettingsError
 from oncegate.settings.postgres_url import is_postgres
 from oncegate.settings.settings import Settings
 from oncegate.store.opening import open_store, postgres_options
@@ -55,7 +56,10 @@ async def opened_store(settings: Settings, actor: str) -> AsyncIterator[Store]:
         durability=settings.durability if is_postgres(url) else "memory",
         postgres=replace(postgres_options(settings), actor=actor.encode("utf-8", "replace")),
     )
-    store = open_store(config)
+    try:
+        store = open_store(config)
+    except SettingsError as error:
+        raise CommandError(str(error)) from error
     store.start()
     try:
         if not await store.wait_up(TIMEOUT_MS / 1000):

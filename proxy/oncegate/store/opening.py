@@ -1,16 +1,18 @@
 """Opens the store that a URL names."""
 
 from oncegate.keys.digests import Digests
+from oncegate.settings.errors import needs_extra
 from oncegate.settings.settings import Settings
 from oncegate.store.redis.store import RedisStore
 from oncegate.store.store import PostgresOptions, Store, StoreConfig
 
 
 def open_store(config: StoreConfig) -> Store:
-    """Return the store of a URL, which connects once it is started."""
+    """Return the store of a URL, which connects once started. Raises SettingsError if its driver is not installed."""
     if config.url.startswith(("postgresql://", "postgres://")):
         # Its driver is an extra, which a store in Redis does not need.
-        from oncegate.store.postgres.store import PostgresStore
+        with needs_extra("postgres"):
+            from oncegate.store.postgres.store import PostgresStore
 
         return PostgresStore(config)
     return RedisStore(config)
