@@ -408,6 +408,16 @@ async def test_what_an_operator_does_is_confirmed_as_a_claim_is(schema, store):
         assert await desk.drop(view) is DropStatus.DROPPED
 
 
+async def test_a_release_is_confirmed_as_a_claim_is(schema, store):
+    """A key that a failover may take back is not told to be free. A settle needs no standby."""
+    released, stored = [await claimed(store, key=key(number)) for number in range(2)]
+    options = {"durability": "replicated", "postgres": PostgresOptions(schema=schema.name)}
+    # No standby confirms anything there.
+    async with connected(schema.url, **options) as owner:
+        assert (await owner.release(released, 0.1)).status is SettleStatus.UNCONFIRMED
+        assert (await owner.store(stored, answer(BODY), BODY, 0.1)).status is SettleStatus.STORED
+
+
 @pytest.mark.parametrize("ends", ["unknown", "bare"])
 async def test_a_purge_leaves_no_part_of_a_response(schema, store, ends):
     """Also of one that was not kept, or whose outcome is unknown: that it stays."""

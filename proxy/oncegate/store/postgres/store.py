@@ -231,12 +231,14 @@ class PostgresStore:
         while True:
             deadline = min(loop.time() + self._timeout_s, max(ends, loop.time() + MIN_TRY_S))
             reply = await batches.call(row, deadline).reply
-            if not isinstance(reply, Unconfirmed) and reply[0]["tag"] != BUSY_TAG:
+            # A release that a failover may take back is repeated, and counts once it is confirmed as a claim is.
+            is_below = not isinstance(reply, Unconfirmed) and reply[1] and batches is self._releases
+            if not isinstance(reply, Unconfirmed) and reply[0]["tag"] != BUSY_TAG and not is_below:
                 return rows.settle_result(reply[0], batches is self._releases, retried)
             is_vain = isinstance(reply, NotAttempted)
             if is_vain or loop.time() + pause_s >= min(ends, self._claims.retries_end):
                 return SettleResult(SettleStatus.UNCONFIRMED)
-            retried |= isinstance(reply, Unconfirmed) and reply.maybe_executed
+            retried |= is_below or (isinstance(reply, Unconfirmed) and reply.maybe_executed)
             self._retried()
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, MAX_PAUSE_S)
