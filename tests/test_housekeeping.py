@@ -219,10 +219,10 @@ async def test_the_table_reaches_a_plateau(schema, store):
         (8192, 0, 0.001, 8192),
         (256, 0, 1.0, 128),
         (32, 0, 1.0, 32),
-        (256, 200, 0.001, 256),
-        (256, 251, 0.001, 128),
+        (256, 50, 0.001, 256),
+        (256, 61, 0.001, 128),
         # A busy machine makes every step long. That alone must not make the steps small.
-        (256, 200, 1.0, 256),
+        (256, 50, 1.0, 256),
     ],
 )
 def test_how_much_a_step_takes(blocks, due, took_s, then):

@@ -24,11 +24,11 @@ REST_S = 60.0
 # How long the work is a worker's after its last statement.
 TERM_MS = 30_000
 # Of one statement: how many rows it should find due at most, and the time up to which the next one takes more blocks.
-MOST_ROWS, STEP_S = 250, 0.01
+MOST_ROWS, STEP_S = 60, 0.002
 MIN_BLOCKS, MAX_BLOCKS = 32, 8192
 # The pause after a statement, in times of its own: after one that found nothing, and after one that found work. On a
 # machine that is busy a statement takes long, and must not be followed by a pause that is longer still.
-IDLE_REST, BUSY_REST, MAX_PAUSE_S = 9.0, 3.0, 0.05
+IDLE_REST, BUSY_REST, MAX_PAUSE_S = 9.0, 8.0, 0.05
 # After what was due longer ago than several passes take, there is hardly a pause: claims would notice a full disk more.
 LATE_MS, LATE_REST = 600_000, 0.5
 _SWEEP = "SELECT * FROM sweep_1($1, $2, $3, $4, $5, $6, $7)"
