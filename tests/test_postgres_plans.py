@@ -120,7 +120,8 @@ async def test_most_updates_touch_no_index(schema: Schema) -> None:
         "SELECT n_tup_upd AS updates, n_tup_hot_upd AS hot FROM pg_stat_user_tables WHERE relid = 'record'::regclass"
     )
     assert row["updates"] == 15_000
-    assert row["hot"] / row["updates"] >= 0.95
+    # All of them, unless a snapshot of another session keeps old versions on their pages.
+    assert row["hot"] / row["updates"] >= 0.85
 
 
 def inlined(verb: Verb, calls: list[Row]) -> str:
