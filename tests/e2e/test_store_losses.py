@@ -400,11 +400,11 @@ async def test_settles_are_not_stopped_by_the_breaker(fork, upstream, own_valkey
 
 
 @pytest.mark.fault(6)
-async def test_bypass_passes_what_cannot_be_claimed(fork, upstream, own_valkey):
+async def test_bypass_passes_what_cannot_be_claimed(fork, upstream, own_store):
     """With `bypass` a dead store lets requests pass, and they say so; back again, keys are guarded."""
-    proxy = await fork(upstream, own_valkey.url, STORE_TIMEOUT_MS=300, ON_STORE_DOWN="bypass")
+    proxy = await fork(upstream, own_store.url, STORE_TIMEOUT_MS=300, ON_STORE_DOWN="bypass")
     assert await status(proxy, "before") == (200, b"executed")
-    own_valkey.kill()
+    own_store.kill()
     for _ in range(5):
         assert await status(proxy) == (200, UNGUARDED)
     began = time.monotonic()
@@ -418,7 +418,7 @@ async def test_bypass_passes_what_cannot_be_claimed(fork, upstream, own_valkey):
     assert (lost.slug, lost.header("oncegate-status")) == ("upstream-lost", UNGUARDED)
     upstream.script = answering(OK)
     assert proxy.metric('requests_total{outcome="unguarded"}') == 26
-    own_valkey.start()
+    own_store.start()
     await until(lambda: proxy.admin("/readyz")[0] == 200)
     assert await status(proxy) == (200, b"executed")
     assert await status(proxy) == (200, b"replayed")
