@@ -188,6 +188,23 @@ async def test_a_claim_that_was_given_up_stands_in_nobodys_way(relay, stored, la
 
 
 @pytest.mark.fault(9)
+async def test_a_claim_that_was_given_up_is_unknown_elsewhere_until_it_is_withdrawn(relay, stored):
+    """Only its own process knows that nothing was sent: once the lease is over, others tell an unknown outcome.
+
+    So "unknown" is not always the last word of a key: its owner, which is alive, may still free or complete it.
+    """
+    behind = Behind()
+    async with connected(relay.url, timeout_ms=300, behind=behind) as store, connected(stored.url) as elsewhere:
+        relay.lose_reply(then_unreachable=True)
+        assert isinstance(await claim(store), Unconfirmed)
+        stored.change(KEY, lease=1)
+        assert told(await claim(elsewhere)) == "unknown"
+        relay.unreachable = False
+        await behind.run()
+        assert told(await claim(elsewhere)) == "claimed"
+
+
+@pytest.mark.fault(9)
 async def test_a_claim_whose_caller_was_cancelled_is_withdrawn(relay, stored):
     """A cancelled claim is held by nobody, so its key is freed in the background."""
     behind = Behind()

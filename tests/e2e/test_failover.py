@@ -83,12 +83,16 @@ class Load:
 
     async def assert_once(self) -> None:
         """No key was executed twice, nor is it by one more try; most are known, and stay what they were."""
-        assert max(self.executions.values()) == 1
+        before = self.executions
+        assert max(before.values()) == 1
         again = dict(zip(self.told, await gather_some(map(self.outcome, self.told)), strict=True))
         assert max(self.executions.values()) == 1
-        assert {again[name] for name, was in self.told.items() if was == b"unknown"} <= {b"unknown"}
-        # A stored answer may be lost by a failover, though its claim is not: then it is unknown.
-        assert set(again.values()) <= {b"replayed", b"unknown"}
+        for name, was in self.told.items():
+            # A stored answer may be lost by a failover, though its claim is not: then it is unknown. A key that was
+            # told unknown as its lease was over may get its answer after all. Or it is free: its proxy had given the
+            # claim up before anything was sent, and could not withdraw it before the store was back.
+            may_be = {b"replayed", b"unknown"} if name in before else {b"executed", b"unknown"}
+            assert again[name] in may_be, (name, was, again[name])
         assert Counter(again.values())[b"replayed"] > len(again) * 0.8
 
 
