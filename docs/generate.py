@@ -39,7 +39,8 @@ GROUPS = {
         trusted_proxies pass_host upstream_ca_file upstream_cert_file upstream_key_file rules_file pages_dir
         docs_url""",
     "The store": """store_url data_dir embedded_max_bytes store_schema store_timeout_ms settle_timeout_s durability
-        promotion audit audit_retention_s migrate_url store_max_bytes on_store_down on_store_loss quarantine_s""",
+        promotion audit audit_retention_s migrate_url store_max_bytes on_store_down on_store_loss quarantine_s
+        record_layout""",
     "What names a key": """methods key_header key_required scope_headers stable_schemes namespace secret
         identity_change""",
     "What happens to a key": """retention_s tombstone_s lease_ms on_duplicate wait_max_s on_unknown release_statuses

@@ -9,6 +9,7 @@ from oncegate.store.membership import Membership
 from oncegate.store.record import PREFIX_BYTES
 from oncegate.store.redis.health_monitor import HealthMonitor
 from oncegate.store.redis.link import Link
+from oncegate.store.redis.membership import WrittenLayout
 from oncegate.store.redis.server import INFO, Openers, load_scripts
 from oncegate.store.redis.talk import Talk
 
@@ -32,7 +33,7 @@ async def test_two_looks_at_once_are_no_loss(own_valkey):
     link.start()
     try:
         assert await link.wait_up(asyncio.get_running_loop().time() + 20)
-        watch, talk = HealthMonitor(load_scripts(), member, {}), Talk(link)
+        watch, talk = HealthMonitor(load_scripts(), member, {}, WrittenLayout()), Talk(link)
         for _ in range(3):
             await asyncio.gather(*[inspect(watch, talk) for _ in range(5)])
     finally:
@@ -49,7 +50,7 @@ class Replica:
             bytes([number]) * PREFIX_BYTES, "one", "namespace=a", accept, 60_000, 0, 60.0, True,
             lambda event, _: self.reported.append(event), lambda: self.rules,
         )  # fmt: skip
-        self.watch, self._talk = HealthMonitor(load_scripts(), member, {}), Talk(link)
+        self.watch, self._talk = HealthMonitor(load_scripts(), member, {}, WrittenLayout()), Talk(link)
 
     async def looks(self) -> bool:
         """Inspect once, and return whether rules differ."""

@@ -12,7 +12,7 @@ RECORD_VERBS = ("append", "claim", "drop", "read", "renew", "resolve", "settle")
 STORE_VERBS = {
     "epoch": "epoch",
     "identity": "identities",
-    "rules": "rules",
+    "members": "members",
 }  # about a whole store; what they call their key
 VERBS = (*RECORD_VERBS, *STORE_VERBS)
 VARIANTS = ("store", "release", "unknown", "answer")  # of `action`
@@ -557,20 +557,41 @@ def test_an_identity_is_forgotten_with_its_keys(called):
     assert set(record(called)) == {"I2"}
 
 
-RULES = {"tag": "8", "rules": "R1", "before": "R1", "live_ms": 5000}
+MEMBERS = {
+    "tag": "8",
+    "rules": "R1",
+    "before": "R1",
+    "layout": 2,
+    "live_ms": 5000,
+    "retention_ms": 60_000,
+    "new": "",
+}
 
 
-def test_rules_as_its_header_says(called):
-    """Rules of other proxies count while they are live; a proxy with new rules removes its old ones."""
-    assert called("rules", **RULES) == [b"8", b"same"]
-    other = {**RULES, "rules": "R2", "before": "R2"}
-    assert called("rules", **other) == called("rules", **RULES) == [b"8", b"differ"]
-    assert called("rules", **{**RULES, "rules": "R2"}) == called("rules", **other) == [b"8", b"same"]
-    called("rules", **RULES)
-    called.client.hset(KEY, "R1", f"{int(time.time() * 1000) - 5100}")
-    assert called("rules", **other) == [b"8", b"same"]
-    assert set(record(called)) == {"R2"}
-    assert about(called.client.pttl(KEY), 5000)
+def test_members_as_its_header_says(called):
+    """What others say counts while they are live; a proxy with new rules removes its old ones."""
+    assert called("members", **MEMBERS) == [b"8", b"same", 2, 0, b"0"]  # nobody said anything before
+    other = {**MEMBERS, "rules": "R2", "before": "R2"}
+    assert called("members", **other)[1] == called("members", **MEMBERS)[1] == b"differ"
+    assert called("members", **{**MEMBERS, "rules": "R2"})[1] == called("members", **other)[1] == b"same"
+    called("members", **MEMBERS)
+    called.client.hset(KEY, "R1 2", f"{int(time.time() * 1000) - 5100}")
+    assert called("members", **other)[1] == b"same"
+    assert set(record(called)) == {"R2 2", "since"}
+    assert about(called.client.pttl(KEY), 60_000)
+
+
+def test_members_agree_on_the_lowest_layout(called):
+    """One that lets only an old layout be written holds the others to it, for as long as it lives."""
+    called("members", **MEMBERS)
+    assert called("members", **{**MEMBERS, "layout": 1})[1:3] == [b"same", 1]
+    called.client.hset(KEY, "since", f"{int(time.time() * 1000) - 5100}")
+    _, _, lowest, age_ms, new = called("members", **{**MEMBERS, "new": 1})
+    assert 5100 <= age_ms < 60_000
+    assert (lowest, new) == (1, b"1")
+    called.client.hset(KEY, "R1 1", f"{int(time.time() * 1000) - 5100}")
+    _, _, lowest, _, new = called("members", **{**MEMBERS, "new": 0})
+    assert (lowest, new) == (2, b"0")
 
 
 ANSWERED = {

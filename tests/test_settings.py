@@ -111,6 +111,7 @@ CASES: dict[str, tuple[object, str, object, str, str]] = {
     "audit": (False, "on", True, "maybe", "must be true or false"),
     "store_max_bytes": (0, "1000000", 1_000_000, "1 GB", "must be a whole number"),
     "on_store_loss": ("continue", "quarantine", "quarantine", "cry", "must be 'continue' or 'quarantine'"),
+    "record_layout": ("auto", "packed", "packed", "json", "must be 'auto', 'hash' or 'packed'"),
     "quarantine_s": (60.0, "1", 1.0, "0", "must be greater than 0"),
     "connect_timeout_s": (5.0, "0.2", 0.2, "fast", "must be a number"),
     "upstream_timeout_s": (300.0, "60", 60.0, "nan", "must be a finite number"),

@@ -84,11 +84,11 @@ async def test_a_user_who_may_only_read(valkey):
     assert records(valkey) == []
 
 
-@pytest.mark.parametrize("denied", ["once:epoch", "once:replica:*", "once:identities", "once:rules"])
+@pytest.mark.parametrize("denied", ["once:epoch", "once:replica:*", "once:identities", "once:members"])
 @pytest.mark.parametrize("quarantine_ms", [0, 60_000])
 async def test_a_user_who_may_not_touch_what_shows_losses(valkey, denied, quarantine_ms):
     """First-time keys are refused while losses or other proxies cannot be seen, whatever is to happen after one."""
-    every = {"once:{*", "once:epoch", "once:replica:*", "once:identities", "once:rules"}
+    every = {"once:{*", "once:epoch", "once:replica:*", "once:identities", "once:members"}
     allowed = [f"~{one}" for one in every - {denied}]
     async with used_by(valkey, "resetkeys", *allowed, quarantine_ms=quarantine_ms) as store:
         assert "losses and other proxies" in (store.not_ready_reason() or "")

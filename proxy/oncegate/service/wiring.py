@@ -214,6 +214,7 @@ class Parts:
             durable=is_durable(settings),
             report=self._reporting.store_finding,
             rules=lambda: self.rules.identity_digest,
+            record_layout=settings.record_layout,
         )
 
 

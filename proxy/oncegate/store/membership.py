@@ -54,6 +54,9 @@ class Membership:
     report: Callable[[StoreEvent, str], None]
     # Returns the digest of the rules that decide how keys are named now.
     rules: Callable[[], str] = str
+    # In which layout Redis keeps records: `hash`, `packed` once no older version is live, or `auto`: packed in a store
+    # that no older version has used.
+    record_layout: str = "auto"
 
 
 def differing_names(ours: str, theirs: str) -> str:

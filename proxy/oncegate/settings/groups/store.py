@@ -61,6 +61,13 @@ class StoreSettings(BaseModel):
     quarantine_s: Seconds = Field(
         60, description="Length of a quarantine, and how long `/readyz` reports a loss with `continue`."
     )
+    record_layout: Literal["auto", "hash", "packed"] = Field(
+        "auto",
+        description="How a store in Redis keeps records. `hash`: so that older versions of oncegate read them. "
+        "`packed`: smaller and cheaper, as soon as no older version is on the store; "
+        "[the way back](../how-to/upgrades.md#the-layout-of-records) to one is a command longer. `auto`: packed in a "
+        "store that no older version has used, and else as a hash.",
+    )
     max_stored_bytes: Bytes = Field(
         16_777_216,
         description="Largest response body that is stored. oncegate forwards a larger one, and answers its retries "

@@ -9,7 +9,8 @@ servers may refuse INFO; then only the keys below are inspected.
 - `once:replica:PREFIX` is a counter of each proxy. A server forgets the latest writes first, so a counter that went
   back means that acknowledged writes are lost. The value also names the proxy to operators who look at a record.
 - `once:identities` has the settings by which proxies name keys.
-- `once:rules` has the rules by which live proxies name keys, so that two different rules files are noticed.
+- `once:members` has the rules by which live proxies name keys, so that two different rules files are noticed, and the
+  layouts of records that they read. `once:rules` has those of older versions.
 """
 
 import asyncio
@@ -24,6 +25,7 @@ from oncegate.store.redis.membership import (
     EPOCH,
     InspectionHistory,
     OtherProxies,
+    WrittenLayout,
     proxy_record_key,
     proxy_record_value,
 )
@@ -57,16 +59,20 @@ class HealthMonitor:
     """Watches one server.
 
     `histories`, by hash tag, belong to all servers of a store: after a failover the new master is compared with
-    what the former one had.
+    what the former one had. So does `layout`, which is written as all of them agree.
     """
 
     def __init__(
-        self, scripts: dict[str, Script], member: Membership | None, histories: dict[bytes, InspectionHistory]
+        self,
+        scripts: dict[str, Script],
+        member: Membership | None,
+        histories: dict[bytes, InspectionHistory],
+        layout: WrittenLayout,
     ) -> None:
         # A copy without a verb, so that metrics do not count these calls among the request path's.
         self._epoch_script = Script("", scripts["epoch"].body)
         self._member = member
-        self._others = OtherProxies(scripts, member) if member else None
+        self._others = OtherProxies(scripts, member, layout) if member else None
         self._clock = asyncio.get_running_loop().time
         self._histories = histories
         self._proxy_record_key = proxy_record_key(member.token_prefix) if member else b""
@@ -138,19 +144,20 @@ class HealthMonitor:
             if self._member is None or self._others is None or hash_tag is None:
                 return await talk.ask(*others)
             inspection = self._begin(talk, self._member, hash_tag)
+            about_members = self._others.member_questions(hash_tag)
             # In one write: the reply to one decides nothing about the next.
-            identity, rules, epoch, counter, *replies = await talk.ask(
+            identity, epoch, counter, members, older, *replies = await talk.ask(
                 self._others.identity_question(hash_tag),
-                self._others.rules_question(hash_tag),
                 self._epoch_question(inspection),
                 self._counter_question(inspection),
+                *about_members,
                 *others,
             )
-            self._note_refusals(identity, rules, epoch, counter)
+            self._note_refusals(identity, members, epoch, counter)
             self._others.note_identity(identity)
-            self._others.note_rules(rules)
+            self._others.note_members(hash_tag, members, older)
             await self._note_losses(inspection, epoch, counter)
-            return replies
+            return replies[len(about_members) - 2 :]
 
     def _note_info(self, reply: object) -> None:
         if isinstance(reply, bytes):
@@ -190,6 +197,8 @@ class HealthMonitor:
         loss = change if flushed else forgotten or change
         if loss is None or (loss is StoreEvent.FOUNDED and inspection.is_new_tag):
             return
+        if loss is StoreEvent.FOUNDED and self._others is not None:
+            self._others.note_founded()
         self._losses.report(member, loss)
         if member.quarantine_ms and (forgotten or (change is not StoreEvent.MOVED and not self.quarantine_left_s)):
             (reply,) = await inspection.talk.ask(self._epoch_question(inspection, begin_quarantine=True))

@@ -16,7 +16,7 @@ from oncegate.store.redis import arguments
 from oncegate.store.redis.durable import ClaimCheck, DurabilityLevel, WaitingLink
 from oncegate.store.redis.health_monitor import HealthMonitor
 from oncegate.store.redis.link import Link
-from oncegate.store.redis.membership import InspectionHistory
+from oncegate.store.redis.membership import InspectionHistory, WrittenLayout
 from oncegate.store.redis.replies import is_out_of_memory
 from oncegate.store.redis.server import (
     INFO,
@@ -60,7 +60,7 @@ class NodeConfig:
 
     `observers`, by a script's verb, are called with the seconds of each call, `log(event, **fields)` with what
     operators should know, and `breaker_opened()` when claims are no longer tried for a while. `histories` are shared:
-    after a failover another server is compared with what this one had.
+    after a failover another server is compared with what this one had. So is the `layout` that records are written in.
     """
 
     scripts: dict[str, Script]
@@ -73,6 +73,7 @@ class NodeConfig:
     cluster: bool = False
     member: Membership | None = None
     histories: dict[bytes, InspectionHistory] = field(default_factory=dict)
+    layout: WrittenLayout = field(default_factory=WrittenLayout)
 
     def check(self, info: Info) -> None:
         """Raise Unfit for a server of another kind than the URL says, or too old for the durability."""
@@ -99,7 +100,7 @@ class Node:
         self._loop = asyncio.get_running_loop()
         self._clock = Clock()
         self.now_ms = self._clock.now_ms
-        self.health = HealthMonitor(config.scripts, config.member, config.histories)
+        self.health = HealthMonitor(config.scripts, config.member, config.histories, config.layout)
         self.breaker = Breaker(self._loop.time, self._breaker_opened)
         # Whether `_refusal` has to be asked before a claim.
         self._may_refuse = False

@@ -16,6 +16,7 @@ from oncegate.store.record_name import store_key
 from oncegate.store.record_view import RecordView
 from oncegate.store.redis import arguments
 from oncegate.store.redis.claims import MAX_PAUSE_S, MIN_PAUSE_S, Claims
+from oncegate.store.redis.membership import WrittenLayout
 from oncegate.store.redis.node import Node, NodeConfig
 from oncegate.store.redis.records import RedisMarks, RedisRecords
 from oncegate.store.redis.replies import (
@@ -58,6 +59,7 @@ class RedisStore:
         self._prefix, self._count = os.urandom(PREFIX_BYTES), count(1)
         self._scripts = load_scripts()
         member = replace(config.member, token_prefix=self._prefix) if config.member else None
+        self.layout = WrittenLayout()
         node = NodeConfig(
             scripts=self._scripts,
             timeout_s=self._timeout_s,
@@ -66,6 +68,7 @@ class RedisStore:
             openers=Openers(self._timeout_s, config.resolver),
             member=member,
             breaker_opened=config.breaker_opened,
+            layout=self.layout,
         )
         self._servers = servers_of(config.url, config.durability, node)
         self.records, self.marks = RedisRecords(self._servers), RedisMarks(self._servers)

@@ -1,0 +1,180 @@
+"""In which layout records are written: proxies of several versions on one store agree on one that all of them read."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from redis import ResponseError
+
+from oncegate.store import membership
+from oncegate.store.membership import Membership
+from oncegate.store.record import PREFIX_BYTES
+from oncegate.store.redis.membership import WrittenLayout
+from oncegate.store.redis.store import RedisStore
+from tests.conftest import Valkey
+from tests.stores import connected
+
+LIVE_S = 0.5
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("oncegate.store.redis.node.HEALTH_S", LIVE_S / 10)
+    monkeypatch.setattr(membership, "LIVE_S", LIVE_S)
+
+
+@asynccontextmanager
+async def proxy(valkey: Valkey, layout: str = "auto", rules: str = "R1") -> AsyncIterator[RedisStore]:
+    """The store of a proxy of this version, which looks after it."""
+    member = Membership(
+        bytes(PREFIX_BYTES), "one", "namespace=a", False, 60_000, 0, 60.0, True, lambda *_: None, lambda: rules, layout
+    )
+    async with connected(valkey.url, member=member) as store:
+        assert isinstance(store, RedisStore)
+        watch = asyncio.ensure_future(store.watch())
+        yield store
+        watch.cancel()
+        await asyncio.gather(watch, return_exceptions=True)
+
+
+# What versions before this one do once a second, and on every new connection before its first claim.
+NOTE = """
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+redis.call('PEXPIRE', KEYS[1], ARGV[3])
+"""
+
+
+class Older:
+    """A proxy of an older version: it notes its rules again and again, and is not ready where it cannot."""
+
+    def __init__(self, valkey: Valkey, rules: str = "R1") -> None:
+        self._valkey, self._rules = valkey, rules
+
+    def notes(self) -> bool:
+        """Return whether it is ready."""
+        with self._valkey.client() as client:
+            try:
+                client.eval(NOTE, 1, "once:rules", self._rules, "1", str(int(LIVE_S * 1000)))
+            except ResponseError:
+                return False
+        return True
+
+    async def lives(self, seconds: float) -> None:
+        for _ in range(round(seconds / LIVE_S * 10)):
+            assert self.notes()
+            await asyncio.sleep(LIVE_S / 10)
+
+
+async def becomes(store: RedisStore, packed: bool) -> None:
+    async with asyncio.timeout(20 * LIVE_S):
+        while store.layout.packed is not packed:
+            await asyncio.sleep(LIVE_S / 50)
+
+
+async def stays_hash(store: RedisStore, lives: float = 3) -> None:
+    for _ in range(round(lives * 50)):
+        assert not store.layout.packed
+        await asyncio.sleep(LIVE_S / 50)
+
+
+async def test_a_store_that_no_older_version_has_used_is_packed(own_valkey):
+    """After a moment in which an older one would have been seen; from then on none gets in."""
+    async with proxy(own_valkey) as store:
+        assert not store.layout.packed
+        await becomes(store, packed=True)
+        assert not Older(own_valkey).notes()
+        async with proxy(own_valkey) as another:
+            await becomes(another, packed=True)
+    assert not Older(own_valkey).notes()
+
+
+@pytest.mark.parametrize("seen", [True, False], ids=["beside an older one", "after an older one"])
+async def test_a_store_of_an_older_version_keeps_hashes(own_valkey, seen):
+    """So that the older version can come back at any time, until an operator says `packed` on one of the proxies."""
+    older = Older(own_valkey)
+    with own_valkey.client() as client:
+        client.hset("once:epoch", mapping={"id": "e", "run": "", "until": "0"})
+    if seen:
+        older.notes()
+    async with proxy(own_valkey) as store:
+        await stays_hash(store)
+        assert older.notes()
+        async with proxy(own_valkey, "packed") as chosen:
+            await becomes(chosen, packed=True)
+            await becomes(store, packed=True)
+            assert not older.notes()
+
+
+async def test_an_older_version_beside_a_new_store(own_valkey):
+    """A store is not new any more once an older version was on it."""
+    async with proxy(own_valkey) as store:
+        await Older(own_valkey).lives(2 * LIVE_S)
+        await stays_hash(store)
+        assert Older(own_valkey).notes()
+
+
+async def test_nobody_packs_while_an_older_version_lives(own_valkey):
+    """Whatever was chosen: it is packed one life after the older version's last note, and not before."""
+    older = Older(own_valkey)
+    older.notes()
+    async with proxy(own_valkey, "packed") as store:
+        living = asyncio.ensure_future(older.lives(3 * LIVE_S))
+        while not living.done():
+            assert not store.layout.packed
+            await asyncio.sleep(LIVE_S / 50)
+        await living
+        await becomes(store, packed=True)
+
+
+async def test_one_proxy_holds_all_to_hashes(own_valkey):
+    """That is the way back to an older version: every proxy writes hashes at once, and none when it is gone."""
+    async with proxy(own_valkey) as store:
+        await becomes(store, packed=True)
+        async with proxy(own_valkey, "hash"):
+            await becomes(store, packed=False)
+            await stays_hash(store)
+            assert not Older(own_valkey).notes()
+        await becomes(store, packed=True)
+
+
+async def test_a_proxy_that_looked_long_ago_writes_hashes(own_valkey):
+    """It was suspended: it must not pack what others agreed not to pack meanwhile."""
+    async with proxy(own_valkey) as store:
+        await becomes(store, packed=True)
+        own_valkey.pause()
+        await becomes(store, packed=False)
+        own_valkey.resume()
+        await becomes(store, packed=True)
+
+
+@pytest.mark.parametrize("older_rules", ["R1", "R2"])
+async def test_rules_are_compared_with_those_of_older_versions(own_valkey, monkeypatch, older_rules):
+    monkeypatch.setattr(membership, "DIFFER_S", LIVE_S / 2)
+    async with proxy(own_valkey) as store:
+        await Older(own_valkey, older_rules).lives(2 * LIVE_S)
+        assert store.rules_differ == (older_rules != "R1")
+
+
+async def test_a_flushed_store_is_not_new(own_valkey):
+    """A proxy that knew it may have had older ones beside it."""
+    with own_valkey.client() as client:
+        client.hset("once:epoch", mapping={"id": "e", "run": "", "until": "0"})
+        async with proxy(own_valkey) as store:
+            await asyncio.sleep(LIVE_S)
+            client.flushall()
+            await stays_hash(store)
+
+
+async def test_servers_of_one_store_agree():
+    """One of them that says `hash` decides for all, until it is asked no more."""
+    layout, now = WrittenLayout(), asyncio.get_running_loop().time()
+    layout.note(b"{1}", now, True)
+    assert layout.packed
+    layout.note(b"{2}", now, False)
+    assert not layout.packed
+    assert layout.is_packed_somewhere
+    layout.note(b"{1}", now + 2 * LIVE_S, True)
+    assert layout.packed
+    layout.force(packed=False)
+    assert not layout.packed
