@@ -559,25 +559,31 @@ def test_an_identity_is_forgotten_with_its_keys(called):
 
 MEMBERS = {
     "tag": "8",
+    "identity": "I1",
     "rules": "R1",
     "before": "R1",
     "layout": 2,
     "live_ms": 5000,
     "retention_ms": 60_000,
-    "new": "",
+    "found": "",
 }
 
 
 def test_members_as_its_header_says(called):
     """What others say counts while they are live; a proxy with new rules removes its old ones."""
-    assert called("members", **MEMBERS) == [b"8", b"same", 2, 0, b"0"]  # nobody said anything before
-    other = {**MEMBERS, "rules": "R2", "before": "R2"}
-    assert called("members", **other)[1] == called("members", **MEMBERS)[1] == b"differ"
+    _, verdict, layout, age_ms, quiet_ms, new, now_ms, seen_ms, identities = called("members", **MEMBERS)
+    assert (verdict, layout, age_ms, quiet_ms, new, seen_ms, identities) == (b"same", 2, 0, 0, None, 0, b"I1")
+    other = {**MEMBERS, "identity": "I2", "rules": "R2", "before": "R2"}
+    differs = called("members", **other)
+    assert differs[1] == called("members", **MEMBERS)[1] == b"differ"
+    assert differs[7] >= now_ms
+    assert set(differs[8].split()) == {b"I1", b"I2"}
     assert called("members", **{**MEMBERS, "rules": "R2"})[1] == called("members", **other)[1] == b"same"
     called("members", **MEMBERS)
-    called.client.hset(KEY, "R1 2", f"{int(time.time() * 1000) - 5100}")
+    called.client.hset(KEY, "I1 R1 2", f"{int(time.time() * 1000) - 5100}")
+    called.client.hset(KEY, "I1 R2 2", f"{int(time.time() * 1000) - 5100}")
     assert called("members", **other)[1] == b"same"
-    assert set(record(called)) == {"R2 2", "since"}
+    assert set(record(called)) == {"I2 R2 2", "since", "seen"}
     assert about(called.client.pttl(KEY), 60_000)
 
 
@@ -585,13 +591,21 @@ def test_members_agree_on_the_lowest_layout(called):
     """One that lets only an old layout be written holds the others to it, for as long as it lives."""
     called("members", **MEMBERS)
     assert called("members", **{**MEMBERS, "layout": 1})[1:3] == [b"same", 1]
+    assert called("members", **MEMBERS)[2] == 1
+    called.client.hset(KEY, "I1 R1 1", f"{int(time.time() * 1000) - 5100}")
+    assert called("members", **MEMBERS)[2] == 2
+
+
+def test_members_know_how_long_a_store_has_been_without_older_versions(called):
+    """A store is new if nobody found an older version on it."""
+    called("members", **MEMBERS)
     called.client.hset(KEY, "since", f"{int(time.time() * 1000) - 5100}")
-    _, _, lowest, age_ms, new = called("members", **{**MEMBERS, "new": 1})
-    assert 5100 <= age_ms < 60_000
-    assert (lowest, new) == (1, b"1")
-    called.client.hset(KEY, "R1 1", f"{int(time.time() * 1000) - 5100}")
-    _, _, lowest, _, new = called("members", **{**MEMBERS, "new": 0})
-    assert (lowest, new) == (2, b"0")
+    age_ms, quiet_ms, new = called("members", **{**MEMBERS, "found": "new"})[3:6]
+    assert 5100 <= age_ms == quiet_ms
+    assert new is not None
+    age_ms, quiet_ms, new = called("members", **{**MEMBERS, "found": "older"})[3:6]
+    assert quiet_ms < 5100 <= age_ms
+    assert new is None
 
 
 ANSWERED = {

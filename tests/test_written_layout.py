@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
-from redis import ResponseError
+from redis import Redis, ResponseError
 
 from oncegate.store import membership
 from oncegate.store.membership import Membership
@@ -25,10 +25,12 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def proxy(valkey: Valkey, layout: str = "auto", rules: str = "R1") -> AsyncIterator[RedisStore]:
+async def proxy(
+    valkey: Valkey, layout: str = "auto", *, rules: str = "R1", accept: bool = False
+) -> AsyncIterator[RedisStore]:
     """The store of a proxy of this version, which looks after it."""
     member = Membership(
-        bytes(PREFIX_BYTES), "one", "namespace=a", False, 60_000, 0, 60.0, True, lambda *_: None, lambda: rules, layout
+        bytes(PREFIX_BYTES), "one", "namespace=a", accept, 60_000, 0, 60.0, True, lambda *_: None, lambda: rules, layout
     )
     async with connected(valkey.url, member=member) as store:
         assert isinstance(store, RedisStore)
@@ -64,6 +66,11 @@ class Older:
         for _ in range(round(seconds / LIVE_S * 10)):
             assert self.notes()
             await asyncio.sleep(LIVE_S / 10)
+
+
+def now_ms(client: Redis) -> int:
+    seconds, micros = client.time()
+    return int(seconds) * 1000 + int(micros) // 1000
 
 
 async def becomes(store: RedisStore, packed: bool) -> None:
@@ -104,6 +111,54 @@ async def test_a_store_of_an_older_version_keeps_hashes(own_valkey, seen):
             await becomes(chosen, packed=True)
             await becomes(store, packed=True)
             assert not older.notes()
+
+
+async def test_a_day_after_an_older_version(own_valkey, monkeypatch):
+    """It is not expected back: records are packed without being told. A proxy that restarts begins no day anew."""
+    monkeypatch.setattr("oncegate.store.redis.membership.OLDER_GONE_S", 4 * LIVE_S)
+    older = Older(own_valkey)
+    with own_valkey.client() as client:
+        client.hset("once:epoch", mapping={"id": "e", "run": "", "until": "0"})
+    async with proxy(own_valkey) as store:
+        await older.lives(LIVE_S)
+        await stays_hash(store, lives=3)
+    async with proxy(own_valkey) as store:
+        await becomes(store, packed=True)
+        with own_valkey.client() as client:
+            gone_ms = int(client.hget("once:members", "seen")) - int(client.hget("once:members", "older"))
+        assert 4 * LIVE_S <= gone_ms / 1000 < 8 * LIVE_S
+        assert not older.notes()
+
+
+async def test_an_older_version_that_came_while_no_other_was_there(own_valkey):
+    """It came and went, as in a rollback: the day begins anew. Its identity was written when nobody else was there."""
+    async with proxy(own_valkey) as store:
+        await asyncio.sleep(LIVE_S / 5)
+    await asyncio.sleep(1.5 * LIVE_S)
+    with own_valkey.client() as client:
+        (identity,) = client.hkeys("once:identities")
+        client.hset("once:identities", identity, f"{now_ms(client)} namespace=a")
+        await asyncio.sleep(1.5 * LIVE_S)
+        async with proxy(own_valkey) as store:
+            await stays_hash(store)
+            assert client.hexists("once:members", "older")
+
+
+async def test_the_oldest_version_is_known_by_its_identity(own_valkey):
+    """It notes no rules. It is seen while it writes its identity, and refused once that is not known any more."""
+
+    def writes(client: Redis) -> None:
+        client.hset("once:identities", "0.1", f"{now_ms(client)} namespace=a")
+
+    with own_valkey.client() as client:
+        writes(client)
+        async with proxy(own_valkey, "packed", accept=True) as store:
+            for _ in range(20):
+                assert not store.layout.packed
+                writes(client)
+                await asyncio.sleep(LIVE_S / 10)
+            await becomes(store, packed=True)
+            assert not client.hexists("once:identities", "0.1")
 
 
 async def test_an_older_version_beside_a_new_store(own_valkey):

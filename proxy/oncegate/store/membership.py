@@ -54,8 +54,8 @@ class Membership:
     report: Callable[[StoreEvent, str], None]
     # Returns the digest of the rules that decide how keys are named now.
     rules: Callable[[], str] = str
-    # In which layout Redis keeps records: `hash`, `packed` once no older version is live, or `auto`: packed in a store
-    # that no older version has used.
+    # In which layout Redis keeps records: `hash`, `packed` once no older version is live, or `auto`: packed once
+    # none was there for a day.
     record_layout: str = "auto"
 
 

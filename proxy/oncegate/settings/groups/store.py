@@ -65,8 +65,8 @@ class StoreSettings(BaseModel):
         "auto",
         description="How a store in Redis keeps records. `hash`: so that older versions of oncegate read them. "
         "`packed`: smaller and cheaper, as soon as no older version is on the store; "
-        "[the way back](../how-to/upgrades.md#the-layout-of-records) to one is a command longer. `auto`: packed in a "
-        "store that no older version has used, and else as a hash.",
+        "[the way back](../how-to/upgrades.md#the-layout-of-records) to one is a command longer. `auto`: packed, "
+        "as soon as no older version was on the store for a day.",
     )
     max_stored_bytes: Bytes = Field(
         16_777_216,

@@ -144,20 +144,18 @@ class HealthMonitor:
             if self._member is None or self._others is None or hash_tag is None:
                 return await talk.ask(*others)
             inspection = self._begin(talk, self._member, hash_tag)
-            about_members = self._others.member_questions(hash_tag)
+            about_others = self._others.questions(hash_tag)
             # In one write: the reply to one decides nothing about the next.
-            identity, epoch, counter, members, older, *replies = await talk.ask(
-                self._others.identity_question(hash_tag),
-                self._epoch_question(inspection),
-                self._counter_question(inspection),
-                *about_members,
-                *others,
+            replies = await talk.ask(
+                *about_others, self._epoch_question(inspection), self._counter_question(inspection), *others
             )
+            identities, members, older, identity = replies[:4]
+            epoch, counter, *asked_for = replies[len(about_others) :]
             self._note_refusals(identity, members, epoch, counter)
             self._others.note_identity(identity)
-            self._others.note_members(hash_tag, members, older)
+            self._others.note(hash_tag, identities, members, older)
             await self._note_losses(inspection, epoch, counter)
-            return replies[len(about_members) - 2 :]
+            return asked_for
 
     def _note_info(self, reply: object) -> None:
         if isinstance(reply, bytes):

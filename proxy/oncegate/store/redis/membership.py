@@ -1,12 +1,13 @@
 """How the proxies on one store know each other: the Redis keys that they use for it beside the records.
 
 They also agree here on the layout in which records are written. Every version since this one reads both layouts, and
-notes in `once:members` the highest that it lets others write. An older version reads hashes alone, and notes its rules
-in `once:rules`. Records are packed only once that key is a string, which nobody replaces while an older version is
-live: a proxy of an older version that comes later fails there before its first claim, and is not ready.
+notes in `once:members` the highest that it lets others write. Older versions read hashes alone. They note their rules
+in `once:rules` (0.1 writes only its identity). Records are packed only once that key is a string, which nothing can
+make of it while an older version is live: one that comes later fails there before its first claim, and is not ready.
 """
 
 import asyncio
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from oncegate.store import membership
@@ -20,6 +21,8 @@ EPOCH, IDENTITIES, MEMBERS = b"once:epoch", b"once:identities", b"once:members"
 OLDER, KEPT_OUT = b"once:rules", b"records are packed: see docs/how-to/upgrades.md"
 # The layouts of a record.
 HASHES, PACKED = 1, 2
+# So long after an older version was last on a store it may come back at any time: only hashes are written.
+OLDER_GONE_S = 86_400.0
 
 
 @dataclass(slots=True)
@@ -59,11 +62,11 @@ class WrittenLayout:
     Packed only while every server said so within LIVE_S: a proxy that was suspended may have missed a change.
     """
 
-    __slots__ = ("_clock", "_forced", "_servers", "packed_until")
+    __slots__ = ("_agreed", "_clock", "_forced", "_log", "_servers", "packed_until")
 
-    def __init__(self) -> None:
-        self._clock = asyncio.get_running_loop().time
-        self._forced = False
+    def __init__(self, log: Callable[..., None] = lambda *_, **__: None) -> None:
+        self._clock, self._log = asyncio.get_running_loop().time, log
+        self._agreed = self._forced = False
         # By hash tag: when the server was asked, and whether it said `packed`.
         self._servers: dict[bytes, tuple[float, bool]] = {}
         # The loop's time from which hashes are written, unless a server says `packed` again.
@@ -89,8 +92,10 @@ class WrittenLayout:
         live_s = membership.LIVE_S
         self._servers = {tag: said for tag, said in self._servers.items() if asked_at - said[0] < live_s}
         oldest, _ = min(self._servers.values())
-        is_packed = all(one for _, one in self._servers.values())
-        self.packed_until = oldest + live_s if is_packed else float("-inf")
+        before, self._agreed = self._agreed, all(one for _, one in self._servers.values())
+        self.packed_until = oldest + live_s if self._agreed else float("-inf")
+        if before != self._agreed:
+            self._log("record layout", layout="packed" if self._agreed else "hash")
 
 
 class OtherProxies(Agreement):
@@ -103,50 +108,73 @@ class OtherProxies(Agreement):
             Script("", scripts[verb].body) for verb in ("identity", "members")
         )
         self._layout = layout
-        self._lets_pack = member.record_layout != "hash"
+        self._lets_write = HASHES if member.record_layout == "hash" else PACKED
         # Of this server: whether older versions are kept out, or are to be.
         self._kept_out = self._may_keep_out = False
-        # What the next question says: whether this proxy founded the store, or an older version is on it.
-        self._is_new: int | str = ""
+        # Identities of proxies that are gone, which may be those of older versions.
+        self._former: list[bytes] = []
+        # What the next question says: `new` if this proxy founded the store, `older` if an older version is on it.
+        self._found = ""
         self._asked_at = 0.0
 
-    def identity_question(self, hash_tag: bytes) -> Question:
-        """Ask whether others name keys by the same settings."""
-        member = self._member
-        args = (self.identity, member.identity_text, self.write_mode(), member.retention_ms)
-        return call(self._identity_script, IDENTITIES + hash_tag, *args)
+    def questions(self, hash_tag: bytes) -> list[Question]:
+        """Ask what others say: their identities, those of this version, the notes of older ones. Then note ours.
 
-    def member_questions(self, hash_tag: bytes) -> list[Question]:
-        """Ask what other live proxies say, and those of older versions. Keep older versions out, if it is time."""
-        self._asked_at = self._clock()
+        If it is time, older versions are kept out.
+        """
+        self._asked_at, member = self._clock(), self._member
         rules, before, live_ms = self.asked_rules()
-        retention_ms = self._member.retention_ms
-        args = (rules, before, PACKED if self._lets_pack else HASHES, live_ms, retention_ms, self._is_new)
-        self._is_new = ""
-        older = OLDER + hash_tag
-        questions = [call(self._members_script, MEMBERS + hash_tag, *args), command("HGETALL", older)]
-        if self._kept_out or self._may_keep_out:
-            # With GET it fails on a hash, so that it replaces no note of an older version that came just now.
-            only = () if self._may_keep_out else ("XX",)
-            questions.append(command("SET", older, KEPT_OUT, *only, "GET", "PX", retention_ms))
-        return questions
+        args = (self.identity, rules, before, self._lets_write, live_ms, member.retention_ms, self._found)
+        identity_args = (self.identity, member.identity_text, self.write_mode(), member.retention_ms)
+        identities, older = IDENTITIES + hash_tag, OLDER + hash_tag
+        return [
+            command("HGETALL", identities),
+            call(self._members_script, MEMBERS + hash_tag, *args),
+            command("HGETALL", older),
+            call(self._identity_script, identities, *identity_args),
+            *self._keep_out(identities, older),
+        ]
 
-    def note_members(self, hash_tag: bytes, said: object, older: object) -> None:
-        """Note the replies to the first two of `member_questions`."""
-        if not isinstance(said, list):
+    def _keep_out(self, identities: bytes, older: bytes) -> list[Question]:
+        """Return what keeps older versions out, or keeps it so, as no question depends on its replies."""
+        if not (self._kept_out or self._may_keep_out):
+            return []
+        # With GET it fails on a hash, so that it replaces no note of an older version that came just now.
+        only = () if self._may_keep_out else ("XX",)
+        kept_out = command("SET", older, KEPT_OUT, *only, "GET", "PX", self._member.retention_ms)
+        # 0.1 notes no rules. It is refused where its identity is not known.
+        former = [command("HDEL", identities, *self._former)] if self._may_keep_out and self._former else []
+        return [kept_out, *former]
+
+    def note(self, hash_tag: bytes, identities: object, members: object, older: object) -> None:
+        """Note the replies to the first three of `questions`."""
+        if not isinstance(members, list):
             return
-        verdict, lowest, age_ms, is_new = said
+        verdict, lowest, age_ms, quiet_ms, new, now_ms, seen_ms, live = members
         notes = older if isinstance(older, list) else []
-        older_differ = any(rules.decode() != self._asked_rules for rules in notes[::2])
-        self.note_rules([b"differ"] if older_differ else [verdict])
+        others_differ = any(rules.decode() != self._asked_rules for rules in notes[::2])
+        self.note_rules([b"differ"] if others_differ else [verdict])
         self._kept_out = isinstance(older, ErrorReply) and str(older).startswith("WRONGTYPE")
-        if notes:
-            self._is_new = 0
-        settled = older == [] and lowest >= PACKED and age_ms >= membership.LIVE_S * 1000
-        chosen = is_new == b"1" or self._member.record_layout == "packed" or self._layout.is_packed_somewhere
-        self._may_keep_out = settled and chosen
+        live_ms = membership.LIVE_S * 1000
+        unexplained = _written(identities, but=live.split(b" "))
+        self._former = list(unexplained)
+        # Half of a life: a proxy of this version writes both together, and both end at about the same time.
+        is_older_live = bool(notes) or any(now_ms - at_ms <= live_ms / 2 for at_ms in unexplained.values())
+        # Nobody of this version was there when an identity was last written.
+        was_older = any(0 < seen_ms < at_ms - live_ms for at_ms in _written(identities).values())
+        self._found = "older" if is_older_live or was_older else ""
+        chosen = new is not None or quiet_ms >= OLDER_GONE_S * 1000 or self._member.record_layout == "packed"
+        is_time = age_ms >= live_ms and (chosen or self._layout.is_packed_somewhere)
+        self._may_keep_out = is_time and older == [] and not is_older_live and not self._found and lowest >= PACKED
         self._layout.note(hash_tag, self._asked_at, self._kept_out and lowest >= PACKED)
 
     def note_founded(self) -> None:
         """Note that this proxy found the store new: no older version has used it."""
-        self._is_new = 1
+        self._found = "new"
+
+
+def _written(identities: object, but: Iterable[bytes] = ()) -> dict[bytes, int]:
+    """Return when each identity was written last, in ms of the store's clock."""
+    entries = identities if isinstance(identities, list) else []
+    written = dict(zip(entries[::2], entries[1::2], strict=True))
+    return {digest: int(value.split(b" ", 1)[0]) for digest, value in written.items() if digest not in set(but)}

@@ -59,7 +59,7 @@ class RedisStore:
         self._prefix, self._count = os.urandom(PREFIX_BYTES), count(1)
         self._scripts = load_scripts()
         member = replace(config.member, token_prefix=self._prefix) if config.member else None
-        self.layout = WrittenLayout()
+        self.layout = WrittenLayout(config.log)
         node = NodeConfig(
             scripts=self._scripts,
             timeout_s=self._timeout_s,

@@ -1,42 +1,43 @@
 #!lua flags=allow-oom
 -- Writes what a proxy says of itself, and returns what the live proxies on this store agree on.
 -- KEYS: members
--- ARGV: tag rules before layout live_ms retention_ms new (rules: the digest of those that it names keys by)
---   before: what it wrote last. layout: the highest layout of records that it lets others write
---   new: '1' if it founded the store, '0' if an older version is on it, else ''
--- Returns: {tag, 'same' or 'differ', layout, age_ms, new}
---   layout: the highest that all of them let others write. age_ms: since when proxies say this of themselves here
-local tag, rules, before, layout, live_ms = ARGV[1], ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
+-- ARGV: tag identity rules before layout live_ms retention_ms found (identity, rules: digests of what it names keys by)
+--   before: the rules that it wrote last. layout: the highest layout of records that it lets others write
+--   found: 'new' if it founded the store, 'older' if an older version is or was on it, else ''
+-- Returns: {tag, 'same' or 'differ', layout, age_ms, quiet_ms, new, now_ms, seen_ms, identities}
+--   layout: the highest that all of them let others write. identities: of all, with spaces between them
+--   age_ms: since when proxies say this of themselves here. quiet_ms: since when no older version was found
+--   seen_ms: when one of them last did, 0 for never
+local tag, identity, rules, layout, live_ms = ARGV[1], ARGV[2], ARGV[3], ARGV[5], tonumber(ARGV[6])
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local written, ours = string.format('%.0f', now), rules .. ' ' .. layout
-if before ~= rules then
+local written = string.format('%.0f', now)
+if ARGV[4] ~= rules then
   -- Proxies that still have these rules write them again.
-  redis.call('HDEL', KEYS[1], before .. ' ' .. layout)
+  redis.call('HDEL', KEYS[1], identity .. ' ' .. ARGV[4] .. ' ' .. layout)
 end
-redis.call('HSET', KEYS[1], ours, written)
-if ARGV[7] ~= '' then
-  redis.call('HSET', KEYS[1], 'new', ARGV[7])
+if ARGV[8] == 'older' then
+  redis.call('HSET', KEYS[1], 'older', written)
+  redis.call('HDEL', KEYS[1], 'new')
+elseif ARGV[8] == 'new' then
+  redis.call('HSET', KEYS[1], 'new', written)
 end
-redis.call('PEXPIRE', KEYS[1], ARGV[6])
-local differ, lowest, since, new = false, tonumber(layout), nil, '0'
+local facts = redis.call('HMGET', KEYS[1], 'since', 'older', 'new', 'seen')
+local since, seen = tonumber(facts[1]) or now, tonumber(facts[4]) or 0
+redis.call('HSET', KEYS[1], 'since', string.format('%.0f', since), 'seen', written,
+  identity .. ' ' .. rules .. ' ' .. layout, written)
+redis.call('PEXPIRE', KEYS[1], ARGV[7])
+local differ, lowest, identities = false, tonumber(layout), {}
 local entries = redis.call('HGETALL', KEYS[1])
 for at = 1, #entries, 2 do
-  local name, value = entries[at], entries[at + 1]
-  if name == 'since' then
-    since = tonumber(value)
-  elseif name == 'new' then
-    new = value
-  elseif now - (tonumber(value) or 0) > live_ms then
-    redis.call('HDEL', KEYS[1], name)
-  else
-    local other, reads = name:match('^(.*) (%d+)$')
-    differ = differ or other ~= rules
-    lowest = math.min(lowest, tonumber(reads) or 1)
+  local whose, by, reads = entries[at]:match('^(%S*) (%S*) (%d+)$')
+  if whose and now - (tonumber(entries[at + 1]) or 0) > live_ms then
+    redis.call('HDEL', KEYS[1], entries[at])
+  elseif whose then
+    differ = differ or by ~= rules
+    lowest = math.min(lowest, tonumber(reads))
+    identities[#identities + 1] = whose
   end
 end
-if not since then
-  since = now
-  redis.call('HSET', KEYS[1], 'since', written)
-end
-return {tag, differ and 'differ' or 'same', lowest, math.max(now - since, 0), new}
+local age, quiet = math.max(now - since, 0), math.max(now - (tonumber(facts[2]) or since), 0)
+return {tag, differ and 'differ' or 'same', lowest, age, quiet, facts[3], now, seen, table.concat(identities, ' ')}
