@@ -1,6 +1,7 @@
 """With the head cache off nothing changes but the time: responses, forwarded requests and records are the same."""
 
 import itertools
+import random
 import re
 from pathlib import Path
 
@@ -46,6 +47,64 @@ def asked() -> list[bytes]:
     return requests
 
 
+BY_FIELDS = """
+[[rule]]
+name = "by-route"
+path = "/by-field"
+headers = { X-Route = "a*" }
+namespace = "a"
+
+[[rule]]
+name = "shops"
+path = "/shops"
+scope = ["header:X-Shop"]
+
+[[rule]]
+name = "counted"
+path = "/counted"
+fingerprint = ["method", "target", "body", "header:X-Count"]
+
+[[rule]]
+name = "agents"
+path = "/agents"
+heartbeat_s = 5
+heartbeat_agents = ["app/1*"]
+
+[[rule]]
+name = "origins"
+path = "/origins"
+cors_origins = ["https://a.example"]
+"""
+ACTED_ON = ("/by-field", "/shops", "/counted", "/agents", "/origins")
+
+
+def varying() -> list[bytes]:
+    """Return requests of two clients, whose heads differ in all that may differ, and in what rules act on.
+
+    Both use the same keys, and some requests come twice. Their credentials are of one length.
+    """
+    dice, requests = random.Random(15), []
+    for path in (*PATHS, *ACTED_ON):
+        for number in range(16):
+            who = dice.choice(("attacker", "victim-1"))
+            ids = [f"traceparent: 00-{dice.getrandbits(64):016x}", f"X-Request-Id: {number}"]
+            odd = [f"X_Request_Id: {number}", "X-Empty:", f"Prefer: wait={number % 2}", "X-Api_Key: look-alike"]
+            fields = [
+                f"Authorization: Bearer {who}",
+                f"User-Agent: app/{number % 3}",
+                *ids,
+                f"X-Route: {dice.choice('ab')}{number}",
+                f"X-Shop: {dice.choice('12')}",
+                f"X-Count: {dice.choice('12')}",
+                f"Origin: https://{dice.choice('ab')}.example",
+                *(dice.sample(odd, 1) if number % 5 == 4 else ()),
+            ]
+            requests.append(request("POST", path, f"{path}-{number // 2}", b"x" * dice.randint(0, 5), *fields))
+            if number % 4 == 3:
+                requests.append(dice.choice(requests[-8:]))
+    return requests
+
+
 def stored(fields: dict[bytes, bytes]) -> list[tuple[bytes, bytes]]:
     """Return what a record holds; of a complete one, the response."""
     meta = fields.get(b"meta", b"")
@@ -53,7 +112,7 @@ def stored(fields: dict[bytes, bytes]) -> list[tuple[bytes, bytes]]:
     return sorted(kept.items())
 
 
-async def run(proxies, valkey, tmp_path: Path, head_cache: str) -> tuple[list[bytes], list[bytes], list[object]]:
+async def run(proxies, valkey, requests: list[bytes], head_cache: str) -> tuple[list[bytes], list[bytes], list[object]]:
     """Return what the clients got, what the upstream got and what the store has, masked."""
     with valkey.client() as client:
         client.flushall()
@@ -76,7 +135,7 @@ async def run(proxies, valkey, tmp_path: Path, head_cache: str) -> tuple[list[by
         UPSTREAM_REST_S=0,
     )
     responses, connection = [], await RawClient.open(proxy.port)
-    for raw in asked():
+    for raw in requests:
         answer = await connection.ask(raw)
         while answer is not None and answer.status == 100:
             answer = await connection.ask(b"")
@@ -98,9 +157,23 @@ async def run(proxies, valkey, tmp_path: Path, head_cache: str) -> tuple[list[by
 async def test_without_the_head_cache_every_byte_is_the_same(proxies, own_valkey, tmp_path: Path):
     """For clients, the upstream and the store, under every rule; Date, Age, fences, tokens and times are masked."""
     (tmp_path / "rules.toml").write_text(RULES)
-    with_cache = await run(proxies, own_valkey, tmp_path, "true")
-    without = await run(proxies, own_valkey, tmp_path, "false")
+    with_cache = await run(proxies, own_valkey, asked(), "true")
+    without = await run(proxies, own_valkey, asked(), "false")
     assert with_cache[0] == without[0]
     assert with_cache[1] == without[1]
     assert with_cache[2] == without[2]
     assert len(with_cache[0]) > 200
+
+
+@pytest.mark.timeout(120)
+async def test_heads_that_vary_are_treated_as_if_each_were_new(proxies, own_valkey, tmp_path: Path):
+    """What one client taught the proxy is in no request, answer or record of another, whatever the rules read."""
+    (tmp_path / "rules.toml").write_text(BY_FIELDS + RULES)
+    with_cache = await run(proxies, own_valkey, varying(), "true")
+    without = await run(proxies, own_valkey, varying(), "false")
+    assert with_cache[0] == without[0]
+    assert with_cache[1] == without[1]
+    assert with_cache[2] == without[2]
+    assert len(with_cache[1]) > 100
+    for head in with_cache[1]:
+        assert (b"attacker" in head) != (b"victim-1" in head)

@@ -157,9 +157,11 @@ class Bodies:
         body = Body(data, self._memory, self._spool)
         return body if self._memory.take(len(data)) else NoRoom()
 
-    def take_buffered(self, content: BufferedBody) -> Body | NoRoom:
-        """Return the body of a request under a known head, which has the size of one that was within the limit."""
+    def take_buffered(self, content: BufferedBody, max_bytes: int) -> Body | TooLarge | NoRoom:
+        """Return the body of a request under a known head, which is in memory, or why there will be none."""
         body = Body(content.read_nowait(), self._memory, self._spool)
+        if body.size > max_bytes:
+            return TooLarge()
         return body if self._memory.take(body.size) else NoRoom()
 
     async def read(self, content: StreamReader | BufferedBody, max_bytes: int | None = None) -> Body | NoBody:

@@ -207,7 +207,7 @@ class ClientConnection(RequestReader):
         """Return the next request, or what came in its place."""
         message, content = self._messages.popleft()
         if isinstance(message, KnownRequest):
-            return Request(message.known.message, content, self, message.known, message.key)
+            return Request(message.known.message, content, self, message.known, message.values)
         if self._parser is not None:
             self._parser.message_consumed()
         if not self.owner.head_cache.enabled:

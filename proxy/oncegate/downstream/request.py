@@ -58,12 +58,12 @@ class Request:
     """One request. `message` is its head as aiohttp parsed it, `content` its body.
 
     `head` is the head that passed all checks, None until then. Where the head came before, `known` is that head, and
-    `key` the value of its key field, which may differ from last time; `checked_head` then makes `head` on demand.
+    `values` are in its gaps, such as the key; `checked_head` then makes `head` on demand.
     `adaptation`: what its responses say otherwise for this client, known with the rule that matches.
     `render` writes a response of oncegate itself for this client; None for the usual problem in JSON.
     """
 
-    __slots__ = ("adaptation", "connection", "content", "head", "key", "known", "message", "render", "response")
+    __slots__ = ("adaptation", "connection", "content", "head", "known", "message", "render", "response", "values")
 
     def __init__(
         self,
@@ -71,10 +71,10 @@ class Request:
         content: StreamReader | BufferedBody,
         connection: RequestConnection,
         known: KnownHead | None = None,
-        key: bytes = b"",
+        values: tuple[bytes, ...] = (),
     ) -> None:
         self.message, self.content, self.connection = message, content, connection
-        self.known, self.key = known, key
+        self.known, self.values = known, values
         self.head: RequestHead | None = None
         self.adaptation = NOTHING
         self.render: Render | None = None
@@ -84,7 +84,7 @@ class Request:
         """Return the head, of a request that passed all checks."""
         if self.head is None:
             assert self.known is not None
-            self.head = self.known.with_key(self.key)
+            self.head = self.known.with_values(self.values)
         return self.head
 
     @property

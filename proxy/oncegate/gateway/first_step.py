@@ -11,7 +11,7 @@ from oncegate.adaptation.json_rpc import Caller, cancelled_call
 from oncegate.downstream.body import Bodies, Body, BufferedBody, NoBody, TooLarge, stated_length
 from oncegate.downstream.request import Request
 from oncegate.gateway.answers import AnswerOptions, Refuse, body_refusal, key_refusal, malformed, scope_refusal
-from oncegate.gateway.keyed_request import KEY_PLACE, HeadPlan, KeyedRequest
+from oncegate.gateway.keyed_request import GAP, HeadPlan, KeyedRequest
 from oncegate.gateway.relay import Relay, pass_through
 from oncegate.gateway.routes import Route, Routes
 from oncegate.gateway.tunnel import Tunnel
@@ -72,9 +72,9 @@ class FirstStep:
                 request.adaptation = policy.adaptation
                 if policy.heartbeats is not None:
                     set_heartbeat(request, policy.heartbeats)
-                body = self._bodies.take_buffered(content)
+                body = self._bodies.take_buffered(content, policy.max_request_bytes)
                 return _planned_step(request, plan, body) if isinstance(body, Body) else body_refusal(body)
-            return self._step_for(request, request.checked_head())
+            return self._step_for(request, known.watched(request.checked_head()))
         # CONNECT may come without a target.
         target = (message.path or "").encode("utf-8", "surrogateescape")
         head = self._admission.admit(message.method, target, message.version, message.raw_headers)
@@ -87,8 +87,8 @@ class FirstStep:
                 return AnswerOptions()
             head = forwarded
         request.head = head
-        request.known = request.connection.remember_head(message, head)
-        return self._step_for(request, head)
+        request.known = known = request.connection.remember_head(message, head)
+        return self._step_for(request, head if known is None else known.watched(head))
 
     def _step_for(self, request: Request, head: RequestHead) -> Step | ReadBody:
         """Return the step for a request that was admitted."""
@@ -207,10 +207,9 @@ class FirstStep:
             # A plan names no rendering: who navigates goes the long way. Nor does a head decide where a body does.
             is_planned = route.is_key_independent and request.render is None and not pending.by_body
             known = request.known if is_planned else None
-            unkeyed = known.with_key(KEY_PLACE) if known is not None else head
             prefix = memo.fingerprint_prefix(digests, policy, head)
             key_prefix = digests.key_prefix(scope)
-            if known is not None:
+            if known is not None and not known.varies_in(head.fields):
                 known.plan = HeadPlan(
                     route=route,
                     scope=scope,
@@ -218,7 +217,9 @@ class FirstStep:
                     fingerprint_prefix=prefix,
                     wait_s=wait_s,
                     fields=fields,
-                    head=unkeyed,
+                    head=known.with_values((GAP,) * len(known.gaps)),
+                    key_at=known.key_at,
+                    length_at=known.length_at,
                 )
             blocks = body.blocks() if body.spooled else (body.data,)
             identity = Identity(finish_key(key_prefix, key), finish_fingerprint(prefix, blocks))

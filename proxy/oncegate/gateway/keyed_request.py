@@ -9,12 +9,13 @@ from oncegate.downstream.request import Request
 from oncegate.gateway.routes import Route
 from oncegate.keys.digests import Scope, finish_key
 from oncegate.keys.syntax import parse_key
+from oncegate.known_heads.shapes import joined
 from oncegate.messages.request_head import RequestHead, uncoded
 from oncegate.observe.outcome import Outcome, RequestReport
 from oncegate.store.record import ClaimRequest
 
-# A field value that no request has: it marks the place of the key.
-KEY_PLACE = b"\0"
+# A field value that no request has: it marks the place of one that differs from request to request.
+GAP = b"\0"
 
 
 @dataclass(slots=True)
@@ -57,10 +58,10 @@ class KeyedRequest:
 
 @dataclass(slots=True)
 class HeadPlan:
-    """What a known head alone decides about its requests, whatever their key and body.
+    """What a known head alone decides about its requests, whatever is in its gaps, and whatever their body.
 
     `key_prefix` and `fingerprint_prefix` are running digests to copy, so that a repeated head costs two digests. `head`
-    is the head with KEY_PLACE as its key.
+    is the head with GAP in its gaps, of which `key_at` is the key's, and `length_at` that of Content-Length.
     """
 
     route: Route
@@ -70,12 +71,14 @@ class HeadPlan:
     wait_s: float
     fields: bytes
     head: RequestHead
+    key_at: int
+    length_at: int
 
     def keyed_request(self, request: Request, body: Body) -> KeyedRequest:
         """Return the request with its key. The body of a request under a known head is in memory."""
         fingerprint = self.fingerprint_prefix.copy()
         fingerprint.update(body.data)
-        policy, key = self.route.policy, finish_key(self.key_prefix, request.key.strip(b'"'))
+        policy, key = self.route.policy, finish_key(self.key_prefix, request.values[self.key_at].strip(b'"'))
         # Positions, not names: arguments by name cost 4,000 instructions more (Python 3.11, measured).
         times = policy.lease_ms, policy.retention_ms, policy.unknown_retention_ms
         rest = 0, policy.tombstone_ms, policy.rule
@@ -86,16 +89,19 @@ class HeadPlan:
 def open_head(request: Request, route: Route, body_bytes: int) -> bytes:
     """Return the open head for the upstream: without its empty line, because the fields of the claim follow.
 
-    A connection that repeats a head has all of it ready but the key.
+    A connection that repeats a head has all of it ready but what differs.
     """
     connection, known, head = request.connection, request.known, request.head
     if route.policy.json_rpc:
         # A response that is coded cannot be read, and its key would be unknown.
         head = uncoded(request.checked_head())
     elif head is None and known is not None and isinstance(plan := known.plan, HeadPlan):
-        memo = connection.memo
+        memo, values = connection.memo, request.values
         if memo.plan is not plan:
-            before, after = route.forwarded_head(plan.head, connection.forwarded, body_bytes)[:-2].split(KEY_PLACE)
-            memo.plan, memo.forwarded_around_key = plan, (before, after)
-        return request.key.join(memo.forwarded_around_key)
+            forwarded = route.forwarded_head(plan.head, connection.forwarded, -1)[:-2]
+            memo.plan, memo.forwarded_pieces = plan, forwarded.split(GAP)
+        if (at := plan.length_at) >= 0:
+            values = values[:at] + values[at + 1 :]
+        # Content-Length is the last field that `request_head` writes.
+        return joined(memo.forwarded_pieces, values) + b"Content-Length: %d\r\n" % body_bytes
     return route.forwarded_head(head or request.checked_head(), connection.forwarded, body_bytes)[:-2]

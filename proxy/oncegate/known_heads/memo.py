@@ -18,14 +18,14 @@ class ConnectionMemo:
 
     __slots__ = (
         "_fingerprint_parts", "_fingerprint_prefix", "_policy", "_scope", "_scope_values",
-        "forwarded_around_key", "key_label", "plan",
+        "forwarded_pieces", "key_label", "plan",
     )  # fmt: skip
 
     def __init__(self, key_label: bytes = b"") -> None:
         self.key_label = key_label
-        # The plan of the newest known head, and that head as it goes to the upstream, in two parts around the key.
+        # The plan of the newest known head, and that head as it goes to the upstream, in the pieces around its gaps.
         self.plan: object = None
-        self.forwarded_around_key = (b"", b"")
+        self.forwarded_pieces: list[bytes] = []
         self._policy: Policy | None = None
         self._scope_values: Fields = {}
         self._fingerprint_parts: tuple[bytes, ...] = ()
@@ -34,7 +34,7 @@ class ConnectionMemo:
         """Return whose key a request carries, where header fields name the tenant."""
         # One pass over the few fields of a request, not over the many that could identify a tenant.
         read = policy.tenant.read
-        values = {name: lines for name, lines in fields.items() if name in read}
+        values = {name: fields[name] for name in fields if name in read}
         if policy is not self._policy or values != self._scope_values:
             self._scope = digests.scope(policy.namespace, values, policy.tenant)
             self._policy, self._scope_values = policy, values

@@ -1,49 +1,115 @@
 """Request heads that came before, whatever idempotency key they carried."""
 
 import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from oncegate.known_heads.recent import RecentHeads
-from oncegate.messages.request_head import RequestHead
+from oncegate.known_heads.shapes import MAX_SHAPED_BYTES, PLAIN, Gap, Shapes
+from oncegate.messages.fields import HOP_BY_HOP, Fields, nominated
+from oncegate.messages.request_head import ACTED_ON, RequestHead
+from oncegate.settings.credentials import ACCOUNTS, CREDENTIALS
+
+# The fields that some code reads, whatever the rules: in a known head their values are fixed, so that nothing that was
+# decided by them is used for another value. `tests/test_known_requests.py` finds names that are missing here.
+FIXED = (
+    ACTED_ON
+    | HOP_BY_HOP
+    | {name.lower().encode() for name in (*CREDENTIALS, *ACCOUNTS)}
+    | {b"accept-encoding", b"max-forwards", b"mcp-session-id", b"origin", b"upgrade-insecure-requests"}
+)
+# The fields of a browser's own questions, of a switch to WebSocket, and of proxies in front.
+FIXED_PREFIXES = (b"access-control-", b"sec-", b"x-forwarded-", b"oncegate-")
 
 # A key that is its field's whole value as it is on the wire, and within the limit. Others go through the parser.
-_PLAIN_KEY = re.compile(rb'[!#-+\--\[\]-~]{1,255}|"[!#-\[\]-~]{1,253}"')
+_KEY = Gap(rb'(?:[!#-+\--\[\]-~]{1,255}+|"[!#-\[\]-~]{1,253}+")', at_once=True)
+_PLAIN_KEY = re.compile(_KEY.form)
+# In its canonical form: without a sign, and without zeros in front.
+_LENGTH = Gap(rb"(?:0|[1-9][0-9]{0,8}+)", at_once=True)
+
+
+class WatchedFields(Fields):
+    """The fields of a head that notes of which names the values were read. All fields have the same names."""
+
+    def __init__(self, fields: Fields) -> None:
+        super().__init__(fields)
+        self.read: set[bytes] = set()
+
+    def __getitem__(self, name: bytes) -> list[bytes]:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: bytes, default: Any = None) -> Any:
+        self.read.add(name)
+        return super().get(name, default)
+
+    def __iter__(self) -> Iterator[bytes]:
+        # With a method of its own for this, a copy (`{**fields}`) gets each value through `__getitem__`.
+        return super().__iter__()
+
+    def items(self) -> Any:
+        self.read.update(self)
+        return super().items()
+
+    def values(self) -> Any:
+        self.read.update(self)
+        return super().values()
 
 
 class KnownHead:
-    """A request's head that passed every check, with a gap where its key was.
+    """A request's head that passed every check, with gaps where the values of some fields were.
 
-    `plan` belongs to the gateway: what the head alone decides about the request, whatever its key (see
-    `gateway.keyed_request.HeadPlan`), or None.
+    `gaps`: which field of the head each gap is, and its lower-case name. `key_at` and `length_at`: the gaps of the key
+    and of Content-Length; negative for none. `plan` belongs to the gateway: what the head alone decides about the
+    request, whatever is in the gaps (see `gateway.keyed_request.HeadPlan`), or None.
     """
 
-    __slots__ = ("_key_index", "body_bytes", "head", "key_field", "message", "plan")
+    __slots__ = ("_head", "_watched", "body_bytes", "gaps", "key_at", "length_at", "message", "plan")
 
-    def __init__(self, message: Any, head: RequestHead, body_bytes: int, key_index: int, key_field: bytes) -> None:
-        # aiohttp's message without its fields, which would hold the first key.
+    def __init__(
+        self, message: Any, head: RequestHead, body_bytes: int, fields: Iterable[int], key_field: bytes
+    ) -> None:
+        """`fields`: which fields of the head are gaps; `body_bytes`: of every body where Content-Length is none."""
+        # aiohttp's message without its fields, which would hold the first values.
         self.message = message._replace(headers=None, raw_headers=(), url=None)
-        self.head, self.body_bytes = head, body_bytes
-        # Which of the head's fields has the key; negative where none has.
-        self._key_index, self.key_field = key_index, key_field
+        self._head, self.body_bytes = head, body_bytes
+        self.gaps = tuple((at, head.pairs[at][0].lower()) for at in fields)
+        names = [name for _, name in self.gaps]
+        self.key_at = names.index(key_field) if key_field in names else -1
+        self.length_at = names.index(b"content-length") if b"content-length" in names else -1
+        # The key and the length of the body are looked at in every request. Without a key nothing is planned.
+        self._watched = frozenset(names) - {key_field, b"content-length"} if self.key_at >= 0 else frozenset()
         self.plan: Any = None
 
-    def with_key(self, key: bytes) -> RequestHead:
-        """Return the head with `key` as the value of its key field."""
-        if self._key_index < 0:
-            return self.head
-        method, target, http10, host, pairs, fields = self.head
-        with_key = [*pairs]
-        with_key[self._key_index] = (pairs[self._key_index][0], key)
-        return RequestHead(method, target, http10, host, with_key, {**fields, self.key_field: [key]})
+    def watched(self, head: RequestHead) -> RequestHead:
+        """Return the head, from which the request is treated, so that `varies_in` can tell."""
+        return head._replace(fields=WatchedFields(head.fields)) if self._watched else head
+
+    def varies_in(self, fields: Fields) -> bool:
+        """Return whether what was made of a head may depend on its values in the gaps. `fields`: of `watched`."""
+        if not self._watched:
+            return False
+        return not isinstance(fields, WatchedFields) or not self._watched.isdisjoint(fields.read)
+
+    def with_values(self, values: Sequence[bytes]) -> RequestHead:
+        """Return the head with these values in its gaps."""
+        if not values:
+            return self._head
+        method, target, http10, host, pairs, fields = self._head
+        pairs, fields = [*pairs], {**fields}
+        for (at, name), value in zip(self.gaps, values, strict=True):
+            pairs[at] = (pairs[at][0], value)
+            fields[name] = [value]
+        return RequestHead(method, target, http10, host, pairs, fields)
 
 
 @dataclass(slots=True)
 class KnownRequest:
-    """A whole request under a known head: the value of its key field and its body."""
+    """A whole request under a known head: the values in the gaps, and its body."""
 
     known: KnownHead
-    key: bytes
+    values: tuple[bytes, ...]
     body: bytes
 
 
@@ -52,57 +118,92 @@ class HeadCache:
 
     Heads are stored in two parts, before and after the key, so that requests with other keys find them. `key_label` is
     how the line with the key began in the newest head (`\\r\\nIdempotency-Key: `), empty where there was none: new
-    connections look for that.
+    connections look for that. Where more than the key differs from head to head, their shape is learned.
     """
 
-    def __init__(self, *, enabled: bool = True) -> None:
+    def __init__(self, *, enabled: bool = True, max_line_bytes: int = MAX_SHAPED_BYTES) -> None:
+        """`max_line_bytes`: the limit of a field in a head. No shape is learned that could exceed it."""
         self._heads = RecentHeads[KnownHead](enabled=enabled)
-        self._key_field = b""
+        self._shapes = Shapes[KnownHead](self._gap_of)
+        self._learns_shapes = enabled and max_line_bytes >= MAX_SHAPED_BYTES
+        self._key_field, self._fixed = b"", FIXED
         self.enabled = enabled
         self.key_label = b""
 
-    def reset(self, key_field: bytes) -> None:
-        """Forget every head; from now on keys are in the field `key_field` (lower case)."""
+    def reset(self, key_field: bytes, acted_on: Iterable[bytes] = ()) -> None:
+        """Forget every head; from now on keys are in the field `key_field`, and `acted_on` are read (lower case)."""
         self._heads.clear()
-        self._key_field, self.key_label = key_field, b""
+        self._shapes.clear()
+        self._key_field, self._fixed, self.key_label = key_field, FIXED.union(acted_on), b""
 
     def find(self, data: bytes, key_label: bytes) -> KnownRequest | None:
         """Return the request that `data` is, no more and no less, if its head is known."""
-        end, key = data.find(b"\r\n\r\n") + 4, b""
-        if not key_label or (at := data.find(key_label, 0, end)) < 0:
-            known = self._heads.find((data[:end], b""))
+        if (found := self._shapes.find(data)) is not None:
+            known, values, end = found
+            stated = known.body_bytes if known.length_at < 0 else int(values[known.length_at])
         else:
-            start = at + len(key_label)
-            stop = data.find(b"\r\n", start)
-            key = data[start:stop]
-            known = self._heads.find((data[:start], data[stop:end])) if _PLAIN_KEY.fullmatch(key) else None
-        if known is None or known.body_bytes != len(data) - end:
+            end, key = data.find(b"\r\n\r\n") + 4, b""
+            if not key_label or (at := data.find(key_label, 0, end)) < 0:
+                exact, values = self._heads.find((data[:end], b"")), ()
+            else:
+                start = at + len(key_label)
+                stop = data.find(b"\r\n", start)
+                key = data[start:stop]
+                values = (key,)
+                exact = self._heads.find((data[:start], data[stop:end])) if _PLAIN_KEY.fullmatch(key) else None
+            if exact is None:
+                return None
+            known, stated = exact, exact.body_bytes
+        if stated != len(data) - end:
             return None
         self._heads.misses = 0
-        return KnownRequest(known, key, data[end:])
+        return KnownRequest(known, values, data[end:])
 
     def store(self, data: bytes, message: Any, head: RequestHead) -> KnownHead | None:
         """Remember the head of a request that passed every check, if it may come again; `data` is all of it.
 
         None: it is not remembered, because its key is not plain, or because hardly any head repeats here.
         """
-        if not self._heads.wants_more():
+        keys = head.fields.get(self._key_field)
+        is_plain = keys is None or (len(keys) == 1 and _PLAIN_KEY.fullmatch(keys[0]))
+        if not (self._heads.wants_more() and is_plain):
             return None
         end = data.find(b"\r\n\r\n") + 4
-        if (values := head.fields.get(self._key_field)) is None:
-            known = KnownHead(message, head, len(data) - end, -1, self._key_field)
+        if self._learns_shapes and _is_as_sent(data[:end], head):
+            shape = self._shapes.learn(data[:end])
+            if shape is not None:
+                known = KnownHead(message, head, len(data) - end, shape.fields, self._key_field)
+                self._shapes.keep(data[:end], shape, known)
+                return known
+        if keys is None:
+            known = KnownHead(message, head, len(data) - end, (), self._key_field)
             self._heads.store((data[:end], b""), end, known)
             return known
         index = [name.lower() for name, _ in head.pairs].index(self._key_field)
         label = b"\r\n%s: " % head.pairs[index][0]
         start = data.find(label, 0, end) + len(label)
         stop = data.find(b"\r\n", start)
-        if start < len(label) or values != [data[start:stop]] or not _PLAIN_KEY.fullmatch(values[0]):
+        if start < len(label) or keys != [data[start:stop]]:
             return None
-        known = KnownHead(message, head, len(data) - end, index, self._key_field)
+        known = KnownHead(message, head, len(data) - end, (index,), self._key_field)
         self._heads.store((data[:start], data[stop:end]), end, known)
         self.key_label = label
         return known
+
+    def _gap_of(self, name: bytes) -> Gap | None:
+        """Return what the value of a field may be instead, in a head that is known; None for what is acted on."""
+        if name == self._key_field:
+            return _KEY
+        if name == b"content-length":
+            return _LENGTH
+        # A name with _ may be read as another one, by whoever is behind.
+        return None if name in self._fixed or b"_" in name or name.startswith(FIXED_PREFIXES) else PLAIN
+
+
+def _is_as_sent(sent: bytes, head: RequestHead) -> bool:
+    """Return whether the fields of a head are its lines, each of them `Name: value`, and all of them go on."""
+    lines = [name + b": " + value for name, value in head.pairs]
+    return sent[:-4].split(b"\r\n")[1:] == lines and not nominated(head.fields)
 
 
 def is_whole(data: bytes, message: Any, head: RequestHead) -> bool:

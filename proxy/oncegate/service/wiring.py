@@ -83,13 +83,13 @@ class Parts:
             self.store, int(settings.retention_s * 1000), unknown_retention_ms(settings), reporting.log.warning
         )
         self.pools = Pools(self._pool)
-        self.head_cache = HeadCache(enabled=settings.head_cache)
+        self.head_cache = HeadCache(enabled=settings.head_cache, max_line_bytes=settings.max_head_line_bytes)
         minimum_rate = MinimumRate(settings.client_stall_s, settings.client_min_bytes_per_s)
         spool = MemoryBudget(settings.max_spool_bytes)
         spool_dir = str(settings.spool_dir or tempfile.gettempdir())
         bodies = Bodies(self.memory, spool, spool_dir, settings.max_request_bytes, minimum_rate)
         digests = Digests(settings.secret.get_secret_value().encode())
-        self.head_cache.reset(rules.default.policy.key_header)
+        self.head_cache.reset(rules.default.policy.key_header, rules.acted_on)
         self._first_step = FirstStep(self._admission(rules), self.routes(rules), digests, bodies)
         self.gateway = Gateway(
             self._first_step,
@@ -131,7 +131,7 @@ class Parts:
         """Treat requests that come from now on by these rules; those under way keep theirs."""
         self.rules = rules
         # Heads that are known passed the checks of other rules.
-        self.head_cache.reset(rules.default.policy.key_header)
+        self.head_cache.reset(rules.default.policy.key_header, rules.acted_on)
         self._first_step.follow(self._admission(rules), routes)
         self.pools.retain_only(rule.upstream for rule in rules)
 
