@@ -1,0 +1,45 @@
+"""A store that an older build left: this build reads, decides, replays, settles and sweeps as that one did.
+
+`tests/older/store.txt` has a record of each kind, `tests/older/outcomes.txt` what the older build did with it.
+"""
+
+import pytest
+
+from oncegate.store.redis.store import RedisStore
+from oncegate.store.store import Store
+from tests.conftest import REDIS_KINDS, Valkey
+from tests.older.fixture import expected_outcomes, outcomes, stored_records
+from tests.older.records import KINDS, VERBS, Kind
+
+
+@pytest.fixture(params=REDIS_KINDS)
+def server(request: pytest.FixtureRequest) -> Valkey:
+    """An empty server: Valkey, and the Redis of this system."""
+    server: Valkey = request.getfixturevalue(f"shared_{request.param}")
+    with server.client() as client:
+        client.flushall()
+    return server
+
+
+def test_every_kind_and_every_verb_is_there() -> None:
+    """Whoever adds one writes the files anew: `python -m tests.older`."""
+    kinds = [kind.name for kind in KINDS]
+    assert list(stored_records()) == list(expected_outcomes()) == kinds
+    assert all(set(found) == {"as it is", *VERBS} for found in expected_outcomes().values())
+
+
+def packs(store: Store) -> None:
+    assert isinstance(store, RedisStore)
+    store.layout.force(packed=True)
+
+
+def writes_hashes(_store: Store) -> None:
+    """Leave it as it is."""
+
+
+@pytest.mark.parametrize("writes", [writes_hashes, packs])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+async def test_a_record_of_an_older_build(server, kind: Kind, writes) -> None:
+    with server.client() as client:
+        found = await outcomes(server.url, client, kind, writes)
+    assert found == expected_outcomes()[kind.name]
