@@ -14,7 +14,8 @@ import asyncpg
 import pytest
 
 from loadtest.bench import contenders, keys, postgres, tools
-from loadtest.bench.extras import goals
+from loadtest.bench.against import package_of
+from loadtest.bench.goals import GOALS, goals
 from loadtest.bench.machine import ROOT, Process, family, share, two_cores
 from loadtest.bench.plot import write_plot
 from loadtest.bench.scenarios import SCENARIOS, Run
@@ -73,11 +74,40 @@ def test_medians_and_ratios():
 
 
 def test_goals():
-    """A goal is met or missed by the same figures that the table shows, in the direction that it has."""
-    found = {figure.name: figure for figure in goals(Table(RUNS))}
-    assert found["execution: requests a second, of obvious's"].met
-    assert not found["execution: CPU a request, of nginx+lua's"].met
-    assert "MISSED" in found["execution: CPU a request, of nginx+lua's"].line()
+    """A goal is met or missed by the same figures that the table shows, in its direction; a wish is told, too."""
+    runs = [*RUNS, run("no-rest", 9000.0, 36.0), run("earlier", 9000.0, 40.0)]
+    found = {figure.name: figure for figure in goals(Table(runs))}
+    assert found["execution: requests a second, oncegate of obvious"].met
+    assert found["execution: CPU a request, no-rest of earlier"].line().endswith("0.90 x" + " " * 23 + "36 and 40 us")
+    missed = found["execution: CPU a request, no-rest of nginx+lua"]
+    assert missed.value == 1.44
+    assert missed.line().endswith("1.44 x         <= 1.5 met    wish <= 1.4 missed; 36 and 25 us")
+    assert "MISSED" in missed._replace(value=1.6).line()
+    assert "wish <= 1.4 met" in missed._replace(value=1.4).line()
+
+
+def test_goals_are_of_what_is_measured():
+    """Each goal compares two contenders of its scenario, at a number of connections that the scenario has."""
+    for goal in GOALS:
+        scenario = SCENARIOS[goal.scenario]
+        assert {goal.ours, goal.other} <= {*scenario.contenders}, goal
+        assert 32 in scenario.connections
+
+
+def test_an_earlier_commit_takes_part(monkeypatch):
+    """The contender is the package of that commit, with the settings of the contender that it is compared with."""
+    asked = []
+    monkeypatch.setattr(contenders, "oncegate", lambda site, **settings: asked.append(settings))
+    site = contenders.Site(*(None,) * 4, against=Path("there"))
+    contenders.no_rest(site)
+    contenders.earlier(site)
+    assert asked == [{"UPSTREAM_REST_S": 0}, {"UPSTREAM_REST_S": 0, "package": Path("there")}]
+
+
+def test_a_commit_that_is_not_there():
+    """A commit that git does not know ends the bench before anything is measured."""
+    with pytest.raises(SystemExit, match="no such commit: 0123abc"):
+        package_of("0123abc")
 
 
 def test_goals_of_durable_stores():

@@ -1,4 +1,7 @@
-"""python -m loadtest.bench: the whole table; --quick in under two minutes; --only execution,replay for a part."""
+"""python -m loadtest.bench: the whole table; --quick in three minutes; --only payment,replay for a part.
+
+--against COMMIT measures that commit in turns with this checkout.
+"""
 
 import argparse
 import os
@@ -8,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from loadtest.bench import contenders, extras, tools
+from loadtest.bench.against import package_of
+from loadtest.bench.goals import goals
 from loadtest.bench.machine import ROOT, two_cores
 from loadtest.bench.plot import write_plot
 from loadtest.bench.scenarios import SCENARIOS, Run, rounds
@@ -18,8 +23,9 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m loadtest.bench", description="oncegate against its peers.")
     top.add_argument("--quick", action="store_true", help="one short round at 32 connections, and short extras")
     top.add_argument("--only", type=_words, help=f"some of {','.join((*SCENARIOS, *extras.EXTRAS))}")
+    top.add_argument("--against", metavar="COMMIT", help="a commit that is built and takes part, without rests")
     top.add_argument("--contenders", type=_words, default=list(contenders.CONTENDERS))
-    top.add_argument("--connections", type=_words, help="default 1,32,256; 32 if quick")
+    top.add_argument("--connections", type=_words, help="default 1,32,256, or 32 where heads vary; 32 if quick")
     top.add_argument("--rounds", type=int, help="default 5; 1 if quick")
     top.add_argument("--seconds", type=int, help="for each measurement; default 2; 1 if quick")
     top.add_argument("--out", type=Path, default=ROOT / "loadtest" / "results", help="folder of the CSV and the plot")
@@ -35,7 +41,7 @@ def main() -> int:
     given = parser().parse_args()
     tools.obtain()
     quick = given.quick
-    connections = [int(one) for one in given.connections or (["32"] if quick else ["1", "32", "256"])]
+    connections = [int(one) for one in given.connections or (["32"] if quick else [])]
     count, seconds = given.rounds or (1 if quick else 5), given.seconds or (1 if quick else 2)
     wanted = given.only or [*SCENARIOS, *extras.EXTRAS]
     cores = two_cores()
@@ -46,14 +52,13 @@ def main() -> int:
         # PostgreSQL refuses to run as root, and its account has a folder in here.
         os.chmod(scratch, 0o711)
         tempfile.tempdir = scratch
-        site = contenders.open_site(cores)
+        site = contenders.open_site(cores, package_of(given.against) if given.against else None)
+        names = [one for one in given.contenders if one not in contenders.AGAINST or given.against]
         try:
-            measured = rounds(
-                site, given.contenders, [one for one in SCENARIOS if one in wanted], connections, seconds, count
-            )
+            measured = rounds(site, names, [one for one in SCENARIOS if one in wanted], connections, seconds, count)
             table = Table(told(measured))
             print(*table.lines(), sep="\n", flush=True)
-            figures = extras.goals(table)
+            figures = goals(table)
             for name, measure in extras.EXTRAS.items():
                 if name in wanted:
                     print(f"... {name}", file=sys.stderr, flush=True)

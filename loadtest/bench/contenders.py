@@ -6,6 +6,8 @@ import time
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from loadtest.bench.machine import PYTHON, Cores, Process
 from loadtest.peers import nginx
@@ -29,17 +31,18 @@ class Site:
     upstream: Running
     events: Running
     redis: Running
+    against: Path | None = None  # the folder of an earlier commit's package
 
     def close(self) -> None:
         for one in (self.upstream, self.events, self.redis):
             one.process.stop()
 
 
-def open_site(cores: Cores) -> Site:
+def open_site(cores: Cores, against: Path | None = None) -> Site:
     """Start the upstreams and a Redis that writes nothing to disk, all on the other core."""
     upstream = _nginx(cores.other, nginx.UPSTREAM)
     events = _listening(lambda port: Process(cores.other, PYTHON, "-m", "loadtest.peers.events", port))
-    return Site(cores, upstream, events, open_redis(cores))
+    return Site(cores, upstream, events, open_redis(cores), against)
 
 
 def open_redis(cores: Cores, *, durable: bool = False) -> Running:
@@ -73,8 +76,13 @@ def _nginx(cores: frozenset[int], server: str, upstream_port: int = 0, redis_por
     return _listening(start)
 
 
-def oncegate(site: Site, *, store_url: str = "", upstream_port: int = 0, **settings: object) -> Running:
-    """oncegate on the shared Redis, with default settings except for those that are given."""
+def oncegate(
+    site: Site, *, store_url: str = "", upstream_port: int = 0, package: Path | None = None, **settings: object
+) -> Running:
+    """oncegate on the shared Redis, with default settings except for those that are given.
+
+    `package`: the folder of another build of it than this checkout.
+    """
     admin_ports = []
 
     def start(port: int) -> Process:
@@ -85,6 +93,7 @@ def oncegate(site: Site, *, store_url: str = "", upstream_port: int = 0, **setti
             "ONCEGATE_ADMIN_LISTEN": f"127.0.0.1:{admin_ports[-1]}",
             "ONCEGATE_STORE_URL": store_url or f"redis://127.0.0.1:{site.redis.port}/0",
             **{f"ONCEGATE_{name}": str(value) for name, value in settings.items()},
+            **({"PYTHONPATH": str(package)} if package else {}),
         }
         return Process(site.cores.proxy, PYTHON, "-m", "oncegate", "serve", env=env)
 
@@ -107,9 +116,14 @@ def embedded(site: Site) -> Running:
     return oncegate(site, store_url="embedded")
 
 
-def no_rest(site: Site) -> Running:
+def no_rest(site: Site, **where: Any) -> Running:
     """oncegate whose upstream connections do not rest before they are used again."""
-    return oncegate(site, UPSTREAM_REST_S=0)
+    return oncegate(site, **where, UPSTREAM_REST_S=0)
+
+
+def earlier(site: Site, **where: Any) -> Running:
+    """The same of an earlier commit."""
+    return no_rest(site, **where, package=site.against)
 
 
 def spare(site: Site) -> Running:
@@ -138,9 +152,9 @@ def obvious_postgres(site: Site, database: str) -> Running:
     return _python_peer(site, "obvious_postgres", database)
 
 
-def nginx_lua(site: Site) -> Running:
+def nginx_lua(site: Site, *, upstream_port: int = 0) -> Running:
     """A hundred lines of Lua in nginx."""
-    return _nginx(site.cores.proxy, nginx.PASS % nginx.ONCE, site.upstream.port, site.redis.port)
+    return _nginx(site.cores.proxy, nginx.PASS % nginx.ONCE, upstream_port or site.upstream.port, site.redis.port)
 
 
 def nginx_pass(site: Site) -> Running:
@@ -161,5 +175,6 @@ def direct(site: Site) -> Running:
 Start = Callable[[Site], Running]
 KEYED: dict[str, Start] = {"oncegate": oncegate, "obvious": obvious, "nginx+lua": nginx_lua, "embedded": embedded}
 RESTS: dict[str, Start] = {"no-rest": no_rest, "spare": spare}
+AGAINST: dict[str, Start] = {"earlier": earlier}
 PASSING: dict[str, Start] = {"nginx": nginx_pass, "aiohttp": aiohttp_pass, "direct": direct}
-CONTENDERS = KEYED | RESTS | PASSING
+CONTENDERS = KEYED | RESTS | AGAINST | PASSING

@@ -15,46 +15,13 @@ from loadtest.bench.contenders import Running, Site, await_ready
 from loadtest.bench.machine import PYTHON, ROOT, pinned
 from loadtest.bench.postgres import postgres
 from loadtest.bench.redis import command, fill, raw_answer_bytes
-from loadtest.bench.table import Figure, Table
+from loadtest.bench.table import Figure
 from loadtest.bench.workers import workers
 from loadtest.peers.nginx import BIG_BYTES
 
 KIB, MIB = 1024, 1024 * 1024
 SAMPLE_S = 0.02
 BLOCK = 50  # executions between two looks at a metric
-
-# Of the table: what is compared with whom at 32 connections, in which field, and the goal.
-RATIOS: tuple[tuple[str, str, str, float | None, bool], ...] = (
-    ("execution", "obvious", "rate", 4.0, True),
-    ("execution", "nginx+lua", "cpu_us", 1.7, False),
-    ("execution", "no-rest", "cpu_us", None, False),
-    ("execution", "spare", "cpu_us", None, False),
-    ("new-heads", "obvious", "rate", None, True),
-    ("new-heads", "nginx+lua", "cpu_us", None, False),
-    ("replay", "obvious", "rate", 3.0, True),
-    ("replay", "nginx+lua", "cpu_us", 1.7, False),
-    ("pass-through", "aiohttp", "rate", 3.0, True),
-    ("pass-through", "nginx", "rate", 0.35, True),
-)
-WORDS = {"rate": "requests a second", "cpu_us": "CPU a request"}
-
-
-def goals(table: Table) -> list[Figure]:
-    """Return the figures that follow from the table.
-
-    CPU time also stands for rates: a busy machine distorts it less.
-    """
-    found = []
-    for scenario, other, field, limit, least in RATIOS:
-        if (ratio := table.ratio(scenario, 32, other, field)) is not None:
-            found.append(Figure(f"{scenario}: {WORDS[field]}, of {other}'s", ratio, "x", limit, least))
-        if field == "rate" and (cpu := table.ratio(scenario, 32, other, "cpu_us")):
-            found.append(Figure(f"{scenario}: CPU a request, {other}'s of ours", 1 / cpu, "x", None))
-    through, direct = (table.cells.get(("execution", 1, name)) for name in ("oncegate", "direct"))
-    if through and direct:
-        added = through.median("p50_ms") - direct.median("p50_ms")
-        found.append(Figure("execution: added latency at 1 connection, p50", added, "ms", 1.0))
-    return found
 
 
 def _reader(site: Site, *words: object) -> "subprocess.Popen[str]":

@@ -25,17 +25,23 @@ class Scenario(NamedTuple):
     contenders: tuple[str, ...]
     mode: str = "same"
     refused: bool = False
+    connections: tuple[int, ...] = (1, 32, 256)
 
 
-KEYED, RESTS = tuple(contenders.KEYED), tuple(contenders.RESTS)
+KEYED, RESTS, AGAINST = tuple(contenders.KEYED), tuple(contenders.RESTS), tuple(contenders.AGAINST)
+PAIRED = ("nginx+lua", "no-rest", *AGAINST)  # what the goals compare
 SCENARIOS = {
     one.name: one
     for one in (
-        Scenario("execution", (*KEYED, *RESTS, "direct"), mode="unique"),
-        Scenario("new-heads", KEYED, mode="new"),  # executions, none with a head, or an answer's head, that came before
-        Scenario("replay", KEYED),
-        Scenario("409", KEYED, refused=True),
-        Scenario("pass-through", ("oncegate", *RESTS, "nginx", "aiohttp", "direct")),
+        Scenario("execution", (*KEYED, *RESTS, *AGAINST, "direct"), mode="unique"),
+        # Executions whose heads differ in more than the key, each by a kind of heads.lua.
+        Scenario("payment", ("oncegate", "obvious", *PAIRED), mode="payment", connections=(32,)),
+        Scenario("llm", ("oncegate", "obvious", *PAIRED), mode="llm", connections=(32,)),
+        Scenario("fresh", ("oncegate", *PAIRED), mode="fresh", connections=(32,)),
+        *(Scenario(kind, PAIRED, mode=kind, connections=(32,)) for kind in ("traces", "apps", "tenants", "mixed")),
+        Scenario("replay", (*KEYED, "no-rest", *AGAINST)),
+        Scenario("409", KEYED, refused=True, connections=(32,)),
+        Scenario("pass-through", ("oncegate", *RESTS, *AGAINST, "nginx", "aiohttp", "direct")),
     )
 }
 
@@ -59,7 +65,10 @@ class Run(NamedTuple):
 def rounds(
     site: Site, names: list[str], scenarios: list[str], connections: list[int], seconds: int, count: int
 ) -> Iterator[Run]:
-    """Measure everything `count` times. Each round starts every contender anew, in another order."""
+    """Measure everything `count` times. Each round starts every contender anew, in another order.
+
+    Without `connections`, each scenario has its own numbers of them.
+    """
     for number in range(count):
         turn = names[number % len(names) :] + names[: number % len(names)]
         for name in turn:
@@ -68,7 +77,7 @@ def rounds(
                 continue
             with started(site, name) as running:
                 for scenario in asked:
-                    for many in connections:
+                    for many in connections or scenario.connections:
                         yield measure(site, running, scenario, name, many, seconds, number)
 
 

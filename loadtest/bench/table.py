@@ -36,9 +36,9 @@ class Table:
             place = (run.scenario, run.connections, run.contender)
             self.cells.setdefault(place, Cell(*place, [])).runs.append(run)
 
-    def ratio(self, scenario: str, connections: int, other: str, field: str) -> float | None:
+    def ratio(self, scenario: str, connections: int, other: str, field: str, ours_is: str = "oncegate") -> float | None:
         """Return oncegate's median divided by another's, None where one was not measured."""
-        ours, theirs = (self.cells.get((scenario, connections, name)) for name in ("oncegate", other))
+        ours, theirs = (self.cells.get((scenario, connections, name)) for name in (ours_is, other))
         if ours is None or theirs is None or not theirs.median(field):
             return None
         return ours.median(field) / theirs.median(field)
@@ -78,7 +78,10 @@ def _times(ratio: float | None) -> str:
 
 
 class Figure(NamedTuple):
-    """One line of the list of goals. `limit` is the least value allowed if `least`, else the greatest."""
+    """One line of the list of goals. `limit` is the least value allowed if `least`, else the greatest.
+
+    `wish` is the better value that is hoped for.
+    """
 
     name: str
     value: float
@@ -86,15 +89,24 @@ class Figure(NamedTuple):
     limit: float | None
     least: bool = False
     note: str = ""
+    wish: float | None = None
 
     @property
     def met(self) -> bool:
-        return self.limit is None or (self.value >= self.limit if self.least else self.value <= self.limit)
+        return self._reaches(self.limit)
+
+    def _reaches(self, limit: float | None) -> bool:
+        return limit is None or (self.value >= limit if self.least else self.value <= limit)
 
     def line(self) -> str:
-        goal = "" if self.limit is None else f"{'>=' if self.least else '<='} {self.limit:g}"
+        sign = ">=" if self.least else "<="
+        goal = "" if self.limit is None else f"{sign} {self.limit:g}"
         verdict = "" if self.limit is None else "met" if self.met else "MISSED"
-        return f"  {self.name:62}{self.value:9.2f} {self.unit:6}{goal:>10} {verdict:7}{self.note}"
+        wish = (
+            "" if self.wish is None else f"wish {sign} {self.wish:g} {'met' if self._reaches(self.wish) else 'missed'}"
+        )
+        remark = "; ".join(filter(None, (wish, self.note)))
+        return f"  {self.name:62}{self.value:9.2f} {self.unit:6}{goal:>10} {verdict:7}{remark}"
 
 
 def write_csv(folder: Path, runs: Sequence[Run], figures: Sequence[Figure]) -> None:

@@ -26,8 +26,8 @@ class Load(NamedTuple):
 def run(port: int, path: str, key: str, *, mode: str, seconds: int, connections: int, cores: frozenset[int]) -> Load:
     """Send charges for `seconds`.
 
-    `key` empty: without a key. Otherwise `mode` decides: the same key each time, another one each time (`unique`), or
-    another one under a head of which more is new each time (`new`), or MANY keys in turns (`many`).
+    `key` empty: without a key. Otherwise `mode` decides: the same key each time, another one each time (`unique`), MANY
+    keys in turns (`many`), or another one under a head of a kind of heads.lua, of which more is new each time.
     """
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "10s", "-s", str(SCRIPT)]
     words = [path, key, mode, AUTHORIZATION, CHARGE.decode()]

@@ -26,10 +26,22 @@ http {{
 
 CHARGE = '{"id":"ch_3MmlLrLkdIwHu7ix0snN0B15","object":"charge","amount":2000,"currency":"usd","status":"succeeded"}'
 
-# /hold answers after so long that its key is in flight meanwhile; /big sends the file whatever the method.
+# /api/ answers as real APIs do: each answer has an id of its own, and another length. /hold answers after so long that
+# its key is in flight meanwhile; /big sends the file whatever the method.
 UPSTREAM = f"""
   default_type application/json;
-  location / {{ add_header X-Request-Id $http_x_request_id; return 200 '{CHARGE}'; }}
+  location / {{ return 200 '{CHARGE}'; }}
+  location /api/ {{ content_by_lua_block {{
+    ngx.req.read_body()
+    local size = ngx.var.uri:find("chat", 1, true) and math.random(1700, 2100) or math.random(10, 400)
+    local body = '{{"id":"obj_' .. ngx.var.request_id .. '","text":"' .. ("lorem ipsum "):rep(200):sub(1, size) .. '"}}'
+    local fields = ngx.header
+    fields["Request-Id"], fields["X-Processing-Ms"] = "req_" .. ngx.var.request_id, math.random(10, 9999)
+    fields["Cache-Control"], fields["Vary"] = "no-cache, no-store", "Origin"
+    fields["Strict-Transport-Security"] = "max-age=63072000; includeSubDomains"
+    fields["Content-Length"] = #body
+    ngx.print(body)
+  }} }}
   location = /hold {{ content_by_lua_block {{
     ngx.req.discard_body() ngx.sleep(tonumber(ngx.var.arg_s) or 1) ngx.print("{{}}")
   }} }}
