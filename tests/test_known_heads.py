@@ -1,21 +1,14 @@
 """Heads that came before are read as the parser would read them: the same segments with and without the table."""
 
 import asyncio
-import socket
 from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oncegate.buffers.memory import MemoryBudget
-from oncegate.hostnames.resolver import Resolver
 from oncegate.known_heads.recent import MAX_HEADS, MAX_STORED_HEAD_BYTES, MISSES_BEFORE_SAMPLING, RecentHeads
-from oncegate.messages.response_head import ResponseHead
-from oncegate.upstream.connection import Connection
-from oncegate.upstream.errors import UpstreamLost
-from oncegate.upstream.pool import Pool
-from tests.wire import Segment, Side, Wire
+from tests.wire import Segment, Side
 
 REQUEST = b"POST /a HTTP/1.1\r\nHost: a\r\nIdempotency-Key: %s\r\nContent-Length: 2\r\n\r\n{}"
 
@@ -171,144 +164,6 @@ async def test_empty_lines_before_a_request_are_not_its_end(before, key):
         head += b"x" * (len(request) - len(head) - 4) + b"\r\n\r\n"
         segments = [(0, before + head), (1, before + request), (2, before + head), (1, before + request)]
         assert await both(segments) == 0
-
-
-# Answers ...
-
-ANSWERS = [
-    b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok",
-    b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nno",
-    b"HTTP/1.1 201 Created\r\nContent-Length: 0\r\n\r\n",
-    b"HTTP/1.1 204 No Content\r\n\r\n",
-    b"HTTP/1.1 304 Not Modified\r\nContent-Length: 2\r\n\r\n",
-    b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok",
-    b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok",
-    b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok",
-    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
-    b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n\r\n\r\n",
-    b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nokHTTP/1.1 200 OK\r\n",
-    b"\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok",
-    b"HTTP/1.1 200 OK\r\n\r\nno length",
-    b"HTTP/1.1 200 OK\nContent-Length: 2\n\nok",
-    b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\nok",
-]
-
-
-def answered(came: list[tuple[list[bytes], bool]], table: RecentHeads[ResponseHead]) -> list[object]:
-    """Feed answers (segments, to HEAD or not) to connections of one pool; return what became of each."""
-
-    async def run() -> list[object]:
-        pool = Pool(
-            "127.0.0.1",
-            1,
-            None,
-            connect_timeout_s=1,
-            connect_retries=0,
-            max_connections=9,
-            buffered=MemoryBudget(1 << 20),
-            resolver=Resolver(1.0),
-        )
-        pool.recent_heads = table
-        saw: list[object] = []
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            connection: Connection | None = None
-            for segments, head_only in came:
-                if connection is None:
-                    connection = Connection(pool)
-                    connection.connection_made(Wire(ours))
-                connection.send(b"GET / HTTP/1.1\r\n\r\n", b"", head_only)
-                for segment in segments:
-                    connection.data_received(segment)
-                try:
-                    connection.next_arrival(0).add_done_callback(asyncio.Future.exception)  # nobody waits
-                    failed = ""
-                except UpstreamLost as lost:
-                    failed = str(lost)
-                head, reusable = connection.response.head, connection.is_reusable
-                saw.append(
-                    (
-                        head,
-                        connection.take_body(),
-                        connection.response.is_complete,
-                        reusable,
-                        failed,
-                        pool.buffered.used,
-                    )
-                )
-                connection = connection if reusable else None
-                if connection is not None:
-                    connection.become_idle(0.0)
-        pool.close()
-        return saw
-
-    return asyncio.run(run())
-
-
-@st.composite
-def answers(draw: st.DrawFn) -> list[tuple[list[bytes], bool]]:
-    came = []
-    for _ in range(draw(st.integers(2, 8))):
-        data = draw(st.sampled_from(ANSWERS[:2] * 4 + ANSWERS))
-        cuts = sorted(draw(st.lists(st.integers(1, len(data) - 1), max_size=1)) if draw(st.booleans()) else [])
-        segments = [data[start:end] for start, end in zip([0, *cuts], [*cuts, len(data)], strict=True)]
-        came.append((segments, draw(st.sampled_from([False, False, False, True]))))
-    return came
-
-
-def test_a_known_answer_within_an_answer_is_its_body():
-    """A piece of a body, or what follows an interim answer's beginning, is no answer of its own."""
-    within = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(ANSWERS[0])
-    came = [([ANSWERS[0]], False), ([within, ANSWERS[0]], False), ([within[:-2], within[-2:], ANSWERS[0]], False)]
-    came += [([b"HTTP/1.1 100 Continue\r\nX: ", ANSWERS[0]], False)]
-    assert answered(came, RecentHeads()) == answered(came, RecentHeads(enabled=False))
-
-
-def test_answers_are_read_as_without_the_table():
-    """The same head, body, end and use of the connection, whatever came before it."""
-    found = 0
-
-    class Counting(RecentHeads[ResponseHead]):
-        """Counts its hits: after each, `misses` is set to 0."""
-
-        def __setattr__(self, name: str, value: object) -> None:
-            nonlocal found
-            found += name == "misses" and value == 0
-            super().__setattr__(name, value)
-
-    @settings(max_examples=500, deadline=None, database=None, derandomize=True)
-    @given(answers())
-    def compare(came: list[tuple[list[bytes], bool]]) -> None:
-        assert answered(came, Counting()) == answered(came, RecentHeads(enabled=False))
-
-    compare()
-    assert found > 200, "the table was hardly used"
-
-
-@pytest.mark.parametrize(
-    "came",
-    [
-        [[b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(ANSWERS[0]), ANSWERS[0]]],  # as the body of another
-        [[b"HTTP/1.1 200 OK\r\nX: ", ANSWERS[0]]],  # as the rest of a head
-        [[b"HTTP/1.1 100 Continue\r\nX: ", ANSWERS[0]], [ANSWERS[0]]],
-        [[ANSWERS[0][:30], ANSWERS[0][30:]], [ANSWERS[0][30:]]],  # the rest of a head alone
-        [[ANSWERS[0], ANSWERS[1]], [ANSWERS[0]]],  # one too many
-    ],
-)
-def test_what_a_known_answer_is_in_the_midst_of_another_stays_a_part_of_it(came):
-    """Only what begins an answer is looked up, or remembered."""
-    told = [(segments, False) for segments in [[ANSWERS[0]], [ANSWERS[0]], *came]]
-    assert answered(told, RecentHeads[ResponseHead]()) == answered(told, RecentHeads(enabled=False))
-
-
-def test_an_answer_before_its_request_was_sent_ends_the_connection(monkeypatch):
-    """Known or not: what is left of the request could be taken for another one."""
-    told = [([ANSWERS[0]], False)] * 3
-    table = RecentHeads[ResponseHead]()
-    assert [reusable for _, _, _, reusable, _, _ in answered(told, table)] == [True] * 3
-    monkeypatch.setattr(Wire, "get_write_buffer_size", lambda _: 1)
-    assert answered(told, table) == answered(told, RecentHeads(enabled=False))
-    assert not any(reusable for _, _, _, reusable, _, _ in answered(told, table))
 
 
 # The table ...

@@ -1,6 +1,6 @@
 """A response's head: how its body is framed, what is forwarded to the client, and what a replay repeats. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from hashlib import blake2b
@@ -27,6 +27,9 @@ NOT_REPLAYED = frozenset((b"set-cookie", b"www-authenticate", b"authentication-i
 # The fields that name an address (RFC 9110, sections 10.2.2 and 8.7; the HTML standard has Refresh).
 ADDRESS_FIELDS = frozenset((b"location", b"content-location", b"refresh"))
 
+# The fields that `read_response_head` reads, beside Content-Length: what they say is in its members.
+DECIDING_FIELDS = ADDRESS_FIELDS | {b"age", b"connection", b"content-type", b"transfer-encoding", b"www-authenticate"}
+
 # An upstream's fields with this prefix are dropped: a client would take them for statements of this oncegate.
 OWN_FIELD_PREFIX = b"oncegate-"
 
@@ -43,38 +46,59 @@ class ResponseHead:
     `forwarded_block`, `replayed_block`: the end-to-end fields as they are written now, and on a replay. Each line
     is ended; a Content-Length of the upstream stays in its place among them.
     `is_event_stream`: a client waits for single events of the body. `age_s`: its Age in seconds, 0 without one.
-    `names_address`: a field of it names a host to which a client goes.
+    `names_address`: a field of it names a host to which a client goes. `framing`: how the response to the client marks
+    the end of its body. `binds_connection`: its user is, or would be, authenticated for the whole connection.
+    `pairs` and `fields` are its own, whoever made it: where its bytes were not parsed, they are read from `_lines`.
     """
 
     status: int
     reason: bytes
-    pairs: Pairs
-    fields: Fields
     length: int | None
     bodiless: bool
     close_delimited: bool
     forwarded_block: bytes
     replayed_block: bytes
-    is_event_stream: bool = field(init=False)
-    age_s: int = field(init=False)
-    names_address: bool = field(init=False)
-    # How the response to the client marks the end of its body.
-    framing: Framing = field(init=False)
-    # Whether its user is, or would be, authenticated for the whole connection.
-    binds_connection: bool = field(init=False)
+    is_event_stream: bool
+    age_s: int
+    names_address: bool
+    binds_connection: bool
+    framing: Framing
+    _pairs: Pairs | None = field(default=None, compare=False)
+    _fields: Fields | None = field(default=None, compare=False)
+    # The head as it came, where `_pairs` is None: each line is `Name: value`.
+    _lines: bytes = field(default=b"", compare=False)
     # By `says_own` of `passed_block`; None before.
     _passed_blocks: tuple[bytes, bytes] | None = field(init=False, default=None, compare=False)
     _digest: blake2b | None = field(init=False, default=None, compare=False)
 
-    def __post_init__(self) -> None:
-        kinds = self.fields.get(b"content-type")
-        self.is_event_stream = kinds is not None and kinds[-1].lower().startswith(b"text/event-stream")
-        self.age_s = _number(self.fields[b"age"][0]) if b"age" in self.fields else 0
-        self.names_address = any(b"//" in value for name in ADDRESS_FIELDS for value in self.fields.get(name, ()))
-        states_length = self.length is not None or self.bodiless
-        challenges = self.fields.get(b"www-authenticate")
-        self.binds_connection = challenges is not None and challenge_binds_connection(challenges)
-        self.framing = CLOSING if self.close_delimited else STATED if states_length else COUNTED
+    @property
+    def pairs(self) -> Pairs:
+        """The fields, in order and spelling."""
+        if self._pairs is None:
+            self._pairs = plain_pairs(self._lines)
+        return self._pairs
+
+    @property
+    def fields(self) -> Fields:
+        """The values by lower-case name."""
+        if self._fields is None:
+            self._fields = by_name(self.pairs)
+        return self._fields
+
+    def with_values(
+        self, lines: bytes, length: int | None, forwarded: bytes, replayed: bytes, names_address: bool
+    ) -> "ResponseHead":
+        """Return the head `lines`, which is this one but for its length, and for values that decide nothing."""
+        return ResponseHead(
+            # Positions, as every response may make one of these: arguments by name cost more.
+            self.status, self.reason, length, self.bodiless, self.close_delimited, forwarded, replayed,
+            self.is_event_stream, self.age_s, names_address, self.binds_connection, self.framing, None, None, lines,
+        )  # fmt: skip
+
+    @property
+    def has_own_fields(self) -> bool:
+        """Whether it has fields that an oncegate writes."""
+        return any(name == b"idempotent-replayed" or name.startswith(OWN_FIELD_PREFIX) for name in self.fields)
 
     def passed_block(self, says_own: bool) -> bytes:
         """Return the fields of a response that this proxy neither guards nor stores.
@@ -84,7 +108,8 @@ class ResponseHead:
         """
         if self._passed_blocks is None:
             self._passed_blocks = self.forwarded_block, self.forwarded_block
-            if any(name == b"idempotent-replayed" or name.startswith(OWN_FIELD_PREFIX) for name in self.fields):
+            # No head with such fields is made of values.
+            if not self._lines and self.has_own_fields:
                 pairs = _end_to_end(self.pairs, self.fields)
                 self._passed_blocks = _block(pairs, _PASSED_PREFIXES), _block(pairs, _PASSED_BESIDE_OWN_PREFIXES)
         return self._passed_blocks[says_own]
@@ -133,16 +158,23 @@ def read_response_head(status: int, reason: bytes, pairs: Pairs, head_only: bool
     if isinstance(body, str):
         return body
     forwarded, replayed = response_blocks(pairs, fields)
+    content_types, challenges = fields.get(b"content-type"), fields.get(b"www-authenticate")
+    states_length = body.length is not None or body.bodiless
     return ResponseHead(
         status=status,
         reason=reason,
-        pairs=pairs,
-        fields=fields,
         length=body.length,
         bodiless=body.bodiless,
         close_delimited=body.close_delimited,
         forwarded_block=forwarded,
         replayed_block=replayed,
+        is_event_stream=content_types is not None and content_types[-1].lower().startswith(b"text/event-stream"),
+        age_s=_number(fields[b"age"][0]) if b"age" in fields else 0,
+        names_address=names_address(fields, ADDRESS_FIELDS),
+        binds_connection=challenges is not None and challenge_binds_connection(challenges),
+        framing=CLOSING if body.close_delimited else STATED if states_length else COUNTED,
+        _pairs=pairs,
+        _fields=fields,
     )
 
 
@@ -170,6 +202,17 @@ class Interim(NamedTuple):
 def has_controls(text: bytes) -> bool:
     """Return whether a part of a message has control characters, which no field value can contain."""
     return len(text.translate(None, _CONTROLS)) != len(text)
+
+
+def names_address(fields: Fields, names: Iterable[bytes]) -> bool:
+    """Return whether a field with one of these names has the address of a host."""
+    return any(b"//" in value for name in names for value in fields.get(name, ()))
+
+
+def plain_pairs(head: bytes) -> Pairs:
+    """Return the fields of a head in which each line is `Name: value`; its first line is none."""
+    lines = head[:-4].split(b"\r\n")
+    return [(name, value) for name, _, value in [line.partition(b": ") for line in lines[1:]]]
 
 
 class _BodyFraming(NamedTuple):

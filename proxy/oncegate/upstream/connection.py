@@ -10,7 +10,7 @@ from typing import Protocol
 
 from oncegate.buffers.memory import MemoryBudget
 from oncegate.buffers.write_batcher import WriteBatcher
-from oncegate.known_heads.recent import RecentHeads
+from oncegate.known_heads.answers import KnownAnswers
 from oncegate.messages.fields import MAX_HEAD_BYTES
 from oncegate.messages.response_head import ResponseHead
 from oncegate.upstream.errors import NotSent, UpstreamLost
@@ -29,7 +29,7 @@ class OwningPool(Protocol):
     loop: asyncio.AbstractEventLoop
     buffered: MemoryBudget
     write_batcher: WriteBatcher
-    recent_heads: RecentHeads[ResponseHead]
+    known_answers: KnownAnswers
 
     def forget(self, connection: "Connection") -> None: ...
 
@@ -181,7 +181,7 @@ class Connection(PoolEntry, asyncio.Protocol):
             return
         buffered_before, had_head = response.buffered_bytes, response.head is not None
         is_first = not (had_head or self._head_bytes)
-        if is_first and response.take_known(data, self._pool.recent_heads):
+        if is_first and response.take_known(data, self._pool.known_answers):
             self._pool.buffered.used += response.buffered_bytes
             self._keep_alive = self._request.is_sent
             self.wake()
@@ -197,7 +197,7 @@ class Connection(PoolEntry, asyncio.Protocol):
         self._count(len(data), response.buffered_bytes - buffered_before)
         self.wake()
         if is_first and self.is_reusable:
-            response.remember(data, self._pool.recent_heads)
+            response.remember(data, self._pool.known_answers)
 
     def _count(self, size: int, body_size: int) -> None:
         """Hold an incomplete response to the limits; `size` bytes of it came, `body_size` of them are its body."""

@@ -7,8 +7,7 @@ from collections import deque
 from oncegate.buffers.memory import MemoryBudget
 from oncegate.buffers.write_batcher import write_batcher
 from oncegate.hostnames.resolver import Resolver
-from oncegate.known_heads.recent import RecentHeads
-from oncegate.messages.response_head import ResponseHead
+from oncegate.known_heads.answers import KnownAnswers
 from oncegate.upstream.connection import Connection
 from oncegate.upstream.connector import Connector
 from oncegate.upstream.errors import NotSent, UpstreamLost
@@ -56,7 +55,7 @@ class Pool:
         self.loop = asyncio.get_running_loop()
         self.buffered, self.write_batcher = buffered, write_batcher(self.loop)
         # Heads of responses that came before.
-        self.recent_heads = RecentHeads[ResponseHead](enabled=head_cache)
+        self.known_answers = KnownAnswers(enabled=head_cache)
         self._connector = Connector(host, port, tls, connect_retries, resolver)
         name = self._connector.name
         self._name_watch = None if name is None else NameWatch(name, lambda: self._open_count > 0, self._follow)

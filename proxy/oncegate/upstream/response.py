@@ -6,7 +6,7 @@ them says is the reason that `feed` returns.
 
 import httptools
 
-from oncegate.known_heads.recent import RecentHeads
+from oncegate.known_heads.answers import KnownAnswers
 from oncegate.messages.fields import tokens
 from oncegate.messages.response_head import Interim, ResponseHead, read_response_head
 from oncegate.messages.strict_head import HEAD_END, MAX_INTERIM, names_http, stated_status, strict_response
@@ -59,13 +59,12 @@ class IncomingResponse:
 
     # Responses whose head is known ...
 
-    def take_known(self, data: bytes, recent_heads: RecentHeads[ResponseHead]) -> bool:
+    def take_known(self, data: bytes, known_answers: KnownAnswers) -> bool:
         """Take a whole response that came in one piece under a known head; return whether `data` is one."""
-        end = data.find(b"\r\n\r\n") + 4
-        head = recent_heads.find(data[:end])
-        if head is None or head.length != len(data) - end or self._head_only:
+        known = None if self._head_only else known_answers.find(data)
+        if known is None or known[0].length != len(data) - known[1]:
             return False
-        recent_heads.misses = 0
+        head, end = known
         self.head = head
         if head.length:
             self.chunks.append(data[end:])
@@ -75,12 +74,11 @@ class IncomingResponse:
         self._spare, self.parser = self.parser, None
         return True
 
-    def remember(self, data: bytes, recent_heads: RecentHeads[ResponseHead]) -> None:
+    def remember(self, data: bytes, known_answers: KnownAnswers) -> None:
         """Remember the head of a response that came whole in `data`: what is made of the next depends on it alone."""
         head = self.head
-        if head is not None and head.length is not None and not head.bodiless and recent_heads.wants_more():
-            end = len(data) - head.length
-            recent_heads.store(data[:end], end, head)
+        if head is not None and not head.bodiless and head.length == len(data) - data.find(b"\r\n\r\n") - 4:
+            known_answers.learn(data, head)
 
     # Parsing ...
 
