@@ -25,10 +25,12 @@ __all__ = ["Forked", "Zygote", "demo", "logs", "oncegate"]
 
 
 class Zygote:
-    """The process that is forked."""
+    """The process that is forked. `sources`: of another build, to import it from."""
 
-    def __init__(self) -> None:
+    def __init__(self, sources: Path | None = None) -> None:
         env = {name: value for name, value in os.environ.items() if not name.startswith("ONCEGATE_")}
+        if sources:
+            env["PYTHONPATH"] = str(sources)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.zygote"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env
         )
