@@ -4,14 +4,16 @@ import contextlib
 import shutil
 import time
 import urllib.request
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from loadtest.bench.machine import PYTHON, Cores, Process
 from loadtest.peers import nginx
 from loadtest.ports import free_port
+
+LAYOUT_S = 9.0
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,9 @@ def open_site(cores: Cores, against: Path | None = None) -> Site:
     return Site(cores, upstream, events, open_redis(cores), against)
 
 
-def open_redis(cores: Cores, *, durable: bool = False) -> Running:
+def open_redis(cores: Cores, program: Path | None = None, *, durable: bool = False) -> Running:
     """Start a Redis as the contenders use it, in memory alone; a `durable` one syncs each write before it replies."""
-    server = shutil.which("redis-server") or "valkey-server"
+    server = program or shutil.which("redis-server") or "valkey-server"
     options = ["--bind", "127.0.0.1", "--save", "", "--appendonly", "yes" if durable else "no"]
     options += ["--appendfsync", "always", "--auto-aof-rewrite-percentage", "0"] if durable else []
     return _listening(lambda port: Process(cores.other, server, "--port", port, *options))
@@ -116,14 +118,35 @@ def embedded(site: Site) -> Running:
     return oncegate(site, store_url="embedded")
 
 
-def no_rest(site: Site, **where: Any) -> Running:
+@contextmanager
+def serving(running: Running) -> Iterator[Running]:
+    """Wait until a contender works as it will go on to, and stop it at the end."""
+    try:
+        if running.admin_port:
+            await_ready(running)
+            await_layout(running)
+        yield running
+    finally:
+        running.process.stop()
+
+
+def await_layout(running: Running) -> None:
+    """Return once oncegate logs in which layout it writes records; an earlier commit may know none, and gets as long.
+
+    On a new store it writes another one for the first seconds, until it knows that it is alone with its version.
+    """
+    while b"record layout" not in running.process.log() and running.process.age_s() < LAYOUT_S:
+        time.sleep(0.05)
+
+
+def no_rest(site: Site) -> Running:
     """oncegate whose upstream connections do not rest before they are used again."""
-    return oncegate(site, **where, UPSTREAM_REST_S=0)
+    return oncegate(site, UPSTREAM_REST_S=0)
 
 
-def earlier(site: Site, **where: Any) -> Running:
+def earlier(site: Site) -> Running:
     """The same of an earlier commit."""
-    return no_rest(site, **where, package=site.against)
+    return oncegate(site, package=site.against, UPSTREAM_REST_S=0)
 
 
 def spare(site: Site) -> Running:
@@ -152,9 +175,9 @@ def obvious_postgres(site: Site, database: str) -> Running:
     return _python_peer(site, "obvious_postgres", database)
 
 
-def nginx_lua(site: Site, *, upstream_port: int = 0) -> Running:
+def nginx_lua(site: Site) -> Running:
     """A hundred lines of Lua in nginx."""
-    return _nginx(site.cores.proxy, nginx.PASS % nginx.ONCE, upstream_port or site.upstream.port, site.redis.port)
+    return _nginx(site.cores.proxy, nginx.PASS % nginx.ONCE, site.upstream.port, site.redis.port)
 
 
 def nginx_pass(site: Site) -> Running:
@@ -178,3 +201,19 @@ RESTS: dict[str, Start] = {"no-rest": no_rest, "spare": spare}
 AGAINST: dict[str, Start] = {"earlier": earlier}
 PASSING: dict[str, Start] = {"nginx": nginx_pass, "aiohttp": aiohttp_pass, "direct": direct}
 CONTENDERS = KEYED | RESTS | AGAINST | PASSING
+
+
+def start(site: Site, name: str, *, upstream: Running | None = None, store: Running | None = None) -> Running:
+    """Start a contender, also on another upstream or store than those that all share."""
+    return CONTENDERS[name](replace(site, upstream=upstream or site.upstream, redis=store or site.redis))
+
+
+def paired(site: Site) -> list[str]:
+    """Return the contenders that goals compare: this build, and beside it those that are there."""
+    return ["no-rest", "nginx+lua", *(AGAINST if site.against else [])]
+
+
+def in_turns(names: list[str], number: int) -> list[str]:
+    """Return the order of one round: each begins with another one."""
+    first = number % len(names)
+    return names[first:] + names[:first]

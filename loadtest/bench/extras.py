@@ -1,8 +1,5 @@
 """The figures that the table lacks: streams, large responses, memory, start-up time, workers, a full store."""
 
-import json
-import subprocess
-import threading
 import time
 import urllib.request
 import uuid
@@ -10,53 +7,19 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-from loadtest.bench import contenders, scenarios, wrk
+from loadtest.bench import contenders, scenarios
+from loadtest.bench.chunks import BYTES, chunks, live_streams
 from loadtest.bench.contenders import Running, Site, await_ready
-from loadtest.bench.machine import PYTHON, ROOT, pinned
 from loadtest.bench.postgres import postgres
-from loadtest.bench.redis import command, fill, raw_answer_bytes
+from loadtest.bench.readers import Peak, read
+from loadtest.bench.redis import fill
+from loadtest.bench.redis_rows import record, redis_cpu
 from loadtest.bench.table import Figure
 from loadtest.bench.workers import workers
 from loadtest.peers.nginx import BIG_BYTES
 
-KIB, MIB = 1024, 1024 * 1024
-SAMPLE_S = 0.02
+MIB = 1024 * 1024
 BLOCK = 50  # executions between two looks at a metric
-
-
-def _reader(site: Site, *words: object) -> "subprocess.Popen[str]":
-    command = [PYTHON, "-m", "loadtest.bench.streams", *map(str, words)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=pinned(site.cores.other))
-
-
-def _result(reader: "subprocess.Popen[str]") -> dict[str, Any]:
-    said, _ = reader.communicate(timeout=120)
-    return json.loads(said.splitlines()[-1])  # type: ignore[no-any-return]
-
-
-class _Peak:
-    """The largest resident memory of a contender inside this context, above its level before."""
-
-    def __init__(self, running: Running) -> None:
-        self._process, self._over = running.process, threading.Event()
-        self.idle = self.most = running.process.rss_bytes()
-
-    def __enter__(self) -> "_Peak":
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._over.wait(SAMPLE_S):
-            self.most = max(self.most, self._process.rss_bytes())
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    @property
-    def above(self) -> int:
-        return self.most - self.idle
 
 
 def large_answer(site: Site, quick: bool) -> list[Figure]:
@@ -69,11 +32,11 @@ def large_answer(site: Site, quick: bool) -> list[Figure]:
         for _ in range(3 if quick else 7):
             for name, running in (("keyed", ours), ("nginx", nginx), ("pass-through", ours)):
                 key = f"big-{uuid.uuid4().hex}" if name == "keyed" else "-"
-                with _Peak(running) as memory:
-                    read = _result(_reader(site, "sink", running.port, key))
-                if read["missing"]:
-                    raise RuntimeError(f"{name}: {read['missing']} bytes are missing")
-                speeds[name].append(BIG_BYTES / 1e6 / read["seconds"])
+                with Peak(running) as memory:
+                    found = read(site, "sink", running.port, key)
+                if found["missing"]:
+                    raise RuntimeError(f"{name}: {found['missing']} bytes are missing")
+                speeds[name].append(BIG_BYTES / 1e6 / found["seconds"])
                 peak = max(peak, memory.above if running is ours else 0)
     finally:
         ours.process.stop()
@@ -96,9 +59,9 @@ def event_streams(site: Site, quick: bool) -> list[Figure]:
     ours = contenders.oncegate(site, upstream_port=site.events.port)
     try:
         await_ready(ours)
-        _result(_reader(site, "events", site.events.port, 600, 2, 10, "-"))  # lets the sender's table of files grow
+        read(site, "events", site.events.port, 600, 2, 10, BYTES, "-")  # lets the sender's table of files grow
         for name, running in (("ours", ours), ("direct", site.events)) * (1 if quick else 5):
-            found[name].append(_result(_reader(site, "events", running.port, 200, number, every_ms, uuid.uuid4().hex)))
+            found[name].append(read(site, "events", running.port, 200, number, every_ms, BYTES, uuid.uuid4().hex))
     finally:
         ours.process.stop()
     rows = (
@@ -116,26 +79,6 @@ def event_streams(site: Site, quick: bool) -> list[Figure]:
         for what, field, limit in rows
         for took in [{name: [one[field] for one in takes] for name, takes in found.items()}]
     ]  # fmt: skip
-
-
-def thousand_streams(site: Site, quick: bool) -> list[Figure]:
-    """1,000 keyed streams with 10 events per second: events lost, and memory for each."""
-    number, every_ms = (60 if quick else 150), 100
-    ours = contenders.oncegate(site, upstream_port=site.events.port)
-    try:
-        await_ready(ours)
-        cpu_s = ours.process.cpu_s()
-        with _Peak(ours) as memory:
-            read = _result(_reader(site, "events", ours.port, 1000, number, every_ms, uuid.uuid4().hex))
-        cpu_s = (ours.process.cpu_s() - cpu_s) / (1000 * number)
-    finally:
-        ours.process.stop()
-    note = f"{cpu_s * 1e6:.0f} us CPU each, of {1000 * number:,}"
-    return [
-        Figure("1,000 event streams, keyed: events lost", read["lost"], "", 0, note=note),
-        Figure("1,000 event streams, keyed: streams refused", read["refused"], "", 0),
-        Figure("1,000 event streams, keyed: memory a stream", memory.above / 1000 / KIB, "KiB", 60),
-    ]
 
 
 def start(site: Site, quick: bool) -> list[Figure]:
@@ -198,43 +141,15 @@ def _claims(running: Running) -> tuple[float, float]:
     return float(lines[f"{name}_count{label}"]), float(lines[f"{name}_sum{label}"])
 
 
-def record(site: Site, quick: bool) -> list[Figure]:
-    """Redis's memory for a small record with everything that belongs to it, beyond the response's own bytes."""
-    number = 2_000 if quick else 20_000
-    scenarios.empty(site.redis)
-    ours = contenders.oncegate(site)
-    try:
-        await_ready(ours)
-        scenarios.ask(ours.port, "/v1/charges", "first")
-        before, have = (int(_memory(site, name)) for name in ("used_memory_dataset", "keys"))
-        seconds = 0
-        while have + number > int(_memory(site, "keys")) and seconds < 60:
-            key = uuid.uuid4().hex
-            wrk.run(ours.port, "/v1/charges", key, mode="unique", seconds=1, connections=32, cores=site.cores.other)
-            seconds += 1
-        made = int(_memory(site, "keys")) - have
-        each = (int(_memory(site, "used_memory_dataset")) - before) / made
-    finally:
-        ours.process.stop()
-    answer = raw_answer_bytes(site.upstream.port)
-    note = f"{each:.0f} B for an answer of {answer} B, {made} records"
-    return [Figure("Redis memory of a small record, beyond its bytes", each - answer, "B", 500, note=note)]
-
-
-def _memory(site: Site, name: str) -> str:
-    if name == "keys":
-        return command(site.redis.port, "DBSIZE")
-    fields = command(site.redis.port, "INFO", "memory")
-    return next(line.partition(":")[2] for line in fields.splitlines() if line.startswith(f"{name}:"))
-
-
 EXTRAS: dict[str, Callable[[Site, bool], list[Figure]]] = {
     "large-answer": large_answer,
     "event-streams": event_streams,
-    "thousand-streams": thousand_streams,
+    "chunks": chunks,
+    "live-streams": live_streams,
+    "redis-cpu": redis_cpu,
+    "record": record,
     "workers": workers,
     "full-store": full_store,
     "postgres": postgres,
-    "record": record,
     "start": start,
 }

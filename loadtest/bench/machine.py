@@ -92,9 +92,16 @@ class Process:
             )
         self.pid = self._popen.pid
 
+    def log(self) -> bytes:
+        """Return its output."""
+        return (self.folder / "log").read_bytes()
+
     def said(self) -> str:
         """Return the end of its output."""
-        return (self.folder / "log").read_text(errors="replace")[-2000:]
+        return self.log().decode(errors="replace")[-2000:]
+
+    def age_s(self) -> float:
+        return time.monotonic() - self.started_at
 
     def await_port(self, port: int) -> "Process":
         """Return the process once it listens there. Raises RuntimeError with its output."""

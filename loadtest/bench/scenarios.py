@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 from loadtest.bench import contenders, wrk
@@ -70,8 +70,7 @@ def rounds(
     Without `connections`, each scenario has its own numbers of them.
     """
     for number in range(count):
-        turn = names[number % len(names) :] + names[: number % len(names)]
-        for name in turn:
+        for name in contenders.in_turns(names, number):
             asked = [SCENARIOS[one] for one in scenarios if name in SCENARIOS[one].contenders]
             if not asked:
                 continue
@@ -85,13 +84,10 @@ def rounds(
 def started(site: Site, name: str) -> Iterator[Running]:
     """Start a contender with an empty store, warm it up, and stop it at the end."""
     empty(site.redis)
-    running = contenders.CONTENDERS[name](site)
-    try:
+    running = contenders.start(site, name)
+    with nullcontext() if name == "direct" else contenders.serving(running):
         warm(site, running)
         yield running
-    finally:
-        if name != "direct":
-            running.process.stop()
 
 
 def warm(site: Site, running: Running) -> None:

@@ -1,6 +1,6 @@
 """The reading side: event streams whose delays are measured, and a sink for a large response. Prints one JSON line.
 
-python -m loadtest.bench.streams events PORT COUNT EVENTS EVERY_MS KEY, or ... sink PORT KEY; the key "-" is none.
+python -m loadtest.bench.streams events PORT COUNT EVENTS EVERY_MS BYTES KEY, or ... sink PORT KEY; the key "-" is none.
 """
 
 import asyncio
@@ -17,11 +17,21 @@ from loadtest.bench.scenarios import request_bytes
 RAMP_S = 0.002  # between two streams, so that opening them is not what is measured
 
 
+class Live:
+    """How many streams are read now, and the most that were read at once."""
+
+    now = most = 0
+
+    def add(self, change: int) -> None:
+        self.now += change
+        self.most = max(self.most, self.now)
+
+
 class Stream(asyncio.Protocol):
     """One stream; `delays_s` is the time of each event from its sender to this process."""
 
-    def __init__(self, request: bytes, expected: int, over: "asyncio.Future[None]") -> None:
-        self._request, self._expected, self._over = request, expected, over
+    def __init__(self, request: bytes, live: Live, over: "asyncio.Future[None]") -> None:
+        self._request, self._live, self._over = request, live, over
         self._rest = b""
         self.refused = False
         self.first_byte_s = 0.0
@@ -38,6 +48,7 @@ class Stream(asyncio.Protocol):
         if not self.first_byte_s:
             self.first_byte_s = now / 1e9 - self._asked
             self.refused = not data.startswith(b"HTTP/1.1 200 ")
+            self._live.add(1)
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
             if line.startswith(b"data: "):
@@ -48,18 +59,19 @@ class Stream(asyncio.Protocol):
             self._transport.close()
 
     def connection_lost(self, _: Exception | None) -> None:
+        self._live.add(-1 if self.first_byte_s else 0)
         if not self._over.done():
             self._over.set_result(None)
 
 
-async def events(port: int, count: int, number: int, every_ms: int, key: str) -> dict[str, Any]:
-    """Read `count` streams of `number` events at once."""
+async def events(port: int, count: int, number: int, every_ms: int, size: int, key: str) -> dict[str, Any]:
+    """Read `count` streams of `number` events of `size` bytes at once."""
     loop = asyncio.get_running_loop()
-    streams, ends = [], []
+    streams, ends, live = [], [], Live()
     for at in range(count):
         ends.append(loop.create_future())
-        request = request_bytes(f"/events?n={number}&ms={every_ms}", f"{key}-{at}" if key != "-" else "")
-        streams.append(Stream(request, number, ends[-1]))
+        request = request_bytes(f"/events?n={number}&ms={every_ms}&bytes={size}", f"{key}-{at}" if key != "-" else "")
+        streams.append(Stream(request, live, ends[-1]))
         await loop.create_connection(lambda one=streams[-1]: one, "127.0.0.1", port)  # type: ignore[misc]
         await asyncio.sleep(RAMP_S)
     await asyncio.wait(ends, timeout=number * every_ms / 1000 + 30)
@@ -68,6 +80,7 @@ async def events(port: int, count: int, number: int, every_ms: int, key: str) ->
     refused = sum(one.refused for one in streams)
     return {
         "refused": refused,
+        "most_live": live.most,
         "lost": (count - refused) * number - len(delays) + sum(one.disorder for one in streams),
         "first_p50": at_share(first, 0.5),
         "first_p99": at_share(first, 0.99),
@@ -100,5 +113,5 @@ if __name__ == "__main__":
     if what == "sink":
         print(json.dumps(sink(int(numbers[0]), key)))
     else:
-        port, count, number, every_ms = map(int, numbers)
-        print(json.dumps(uvloop.run(events(port, count, number, every_ms, key))))
+        port, count, number, every_ms, size = map(int, numbers)
+        print(json.dumps(uvloop.run(events(port, count, number, every_ms, size, key))))

@@ -1,7 +1,7 @@
 """An upstream of event streams: each event says when it was sent, in ns of the system's monotonic clock.
 
-A request for /events?n=N&ms=M gets N events, one every M ms, whatever its method. usage: python -m
-loadtest.peers.events PORT
+A request for /events?n=N&ms=M&bytes=B gets N events of B bytes, one every M ms, whatever its method.
+usage: python -m loadtest.peers.events PORT
 """
 
 import asyncio
@@ -14,8 +14,8 @@ from typing import cast
 import uvloop
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-ASKED = re.compile(rb"[A-Z]+ /events\?n=(\d+)&ms=(\d+) HTTP/1\.1\r\n(?:.+\r\n)*?\r\n")
-PAD = b"x" * 60
+ASKED = re.compile(rb"[A-Z]+ /events\?n=(\d+)&ms=(\d+)(?:&bytes=(\d+))? HTTP/1\.1\r\n(?:.+\r\n)*?\r\n")
+BYTES = 100
 
 
 class Events(asyncio.Protocol):
@@ -29,7 +29,7 @@ class Events(asyncio.Protocol):
         self._head += data
         if found := ASKED.match(self._head):
             self._head, self._left, self._pause_s = b"", int(found[1]), int(found[2]) / 1000
-            self._sent = 0
+            self._bytes, self._sent = int(found[3] or BYTES), 0
             self._next = self._loop.time() + random.random() * self._pause_s
             self._transport.write(HEAD)
             self._send()
@@ -37,7 +37,8 @@ class Events(asyncio.Protocol):
     def _send(self) -> None:
         if self._transport.is_closing():
             return
-        event = b"data: %d %d %b\n\n" % (self._sent, time.monotonic_ns(), PAD)
+        facts = b"data: %d %d " % (self._sent, time.monotonic_ns())
+        event = facts + b"x" * (self._bytes - len(facts) - 2) + b"\n\n"
         self._sent += 1
         last = self._sent == self._left
         self._transport.write(b"%x\r\n%b\r\n%b" % (len(event), event, b"0\r\n\r\n" if last else b""))
