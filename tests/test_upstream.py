@@ -1747,6 +1747,97 @@ async def test_over_the_workers_limit_less_is_held():
         assert buffered.used == BATCH
 
 
+@pytest.mark.parametrize("framing", ["fixed", "chunked", "eof"])
+async def test_a_body_is_passed_on_as_it_comes(framing):
+    """Each piece is taken within the event that it came in; only a pause, a call of `wake` and the end wake anybody."""
+    pieces, woken, taken = [b"%02d" % number for number in range(20)], 0, []
+
+    async def talk(server, reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        field = {"fixed": b"Content-Length: 40\r\n", "chunked": b"Transfer-Encoding: chunked\r\n", "eof": b""}[framing]
+        writer.write(HEAD + field + b"\r\n")
+        for piece in pieces:
+            await until(lambda piece=piece: len(taken) == int(piece))
+            writer.write(chunk(piece) if framing == "chunked" else piece)
+        writer.write(LAST_CHUNK if framing == "chunked" else b"")
+        if framing == "eof":
+            writer.close()
+
+    def take(data: bytes) -> bool:
+        taken.append(data)
+        return len(taken) != 10
+
+    buffered = MemoryBudget(1 << 28)
+    async with serving(talk) as raw, pool_to(raw.port, buffered=buffered) as pool, sent(pool) as connection:
+        await connection.wait_for_head(20)
+        asyncio.get_running_loop().call_later(0.05, connection.wake)
+        while await connection.pass_body(take, 20):
+            woken += 1
+        assert (taken, buffered.used) == (pieces, 0)
+    assert 2 <= woken <= 4  # the call of `wake`, the pause and the end, of which one may come with another
+
+
+async def test_whoever_takes_no_more_gets_nothing_until_it_asks_again():
+    """Nothing is read meanwhile, so that a slow client holds up its upstream."""
+    taken = []
+
+    def take(data: bytes) -> bool:
+        taken.append(data)
+        return False
+
+    answer = HEAD + b"Content-Length: 8388608\r\n\r\n" + b"a" * 8 * MIB
+    async with serving(says(answer)) as raw, pool_to(raw.port) as pool, sent(pool) as connection:
+        await connection.wait_for_head(20)
+        while len(taken) < 3:
+            assert await connection.pass_body(take, 20)
+        await asyncio.sleep(0.1)
+        assert (len(taken), connection.response.chunks) == (3, [])
+        while await connection.pass_body(take, 20):
+            pass
+        assert len(b"".join(taken)) == 8 * MIB
+
+
+async def test_what_a_taker_raises_belongs_to_whoever_waits():
+    """Not to the event loop, which would only log it; nobody is left waiting."""
+
+    def take(_: bytes) -> bool:
+        raise RuntimeError("a bug")
+
+    async def talk(server, reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(HEAD + b"Content-Length: 2\r\n\r\n")
+        await asyncio.sleep(0.05)
+        writer.write(b"o")
+
+    async with serving(talk) as raw, pool_to(raw.port) as pool, sent(pool) as connection:
+        await connection.wait_for_head(20)
+        with pytest.raises(RuntimeError, match="a bug"):
+            await connection.pass_body(take, 20)
+
+
+async def test_a_silence_between_two_pieces_is_limited():
+    """Each piece that is passed on begins it again."""
+    taken = []
+
+    async def talk(server, reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(HEAD + b"Content-Length: 20\r\n\r\n")
+        for _ in range(8):
+            await asyncio.sleep(0.1)
+            writer.write(b"a")
+        await reader.read()
+
+    def take(data: bytes) -> bool:
+        taken.append(data)
+        return True
+
+    async with serving(talk) as raw, pool_to(raw.port) as pool, sent(pool) as connection:
+        await connection.wait_for_head(20)
+        with pytest.raises(UpstreamLost, match="silent"):
+            await connection.pass_body(take, 0.5)
+        assert len(taken) == 8
+
+
 async def test_an_answer_given_up_gives_its_room_back():
     """A connection released or cut with a body that nobody took leaves nothing counted."""
     buffered = MemoryBudget(1 << 28)

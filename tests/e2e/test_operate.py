@@ -14,7 +14,22 @@ from unittest.mock import patch
 import pytest
 
 from oncegate.commands.cli import main
-from tests.parts import CHUNKED, LAST_CHUNK, OK, Proxy, Tap, answering, ask, chunk, holding, request, until
+from tests.parts import (
+    CHUNKED,
+    LAST_CHUNK,
+    OK,
+    Proxy,
+    RawClient,
+    Received,
+    Tap,
+    answering,
+    ask,
+    chunk,
+    holding,
+    request,
+    rest,
+    until,
+)
 
 CANARY = "c4n4ry-key"
 BAD = b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n"
@@ -238,6 +253,39 @@ async def test_an_answer_under_way_is_broken_off(fork, upstream, stored, tmp_pat
     assert not (await original).complete
     answer = await ask(owner.port, request(key=CANARY))
     assert (answer.status, answer.body, answer.header("content-length")) == (200, b"", b"0")
+
+
+@pytest.mark.fault(47)
+@pytest.mark.parametrize("goes_on", [True, False], ids=["goes on", "is silent"])
+async def test_a_stream_ends_when_its_key_is_released(fork, upstream, stored, tmp_path, goes_on):
+    """A renewal of the lease finds it, also where the upstream says nothing more: nobody waits for the silence limit.
+
+    The client gets no clean end, and the upstream's connection is closed.
+    """
+    desk = Desk(stored.url, tmp_path)
+    left = asyncio.Event()
+
+    async def script(_, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, __: Received) -> None:
+        writer.write(CHUNKED + chunk(b"some"))
+        ended = asyncio.ensure_future(reader.read())
+        while not ended.done():
+            await asyncio.wait([ended], timeout=0.025 if goes_on else None)
+            writer.write(chunk(b"more"))
+        writer.close()
+        left.set()
+
+    upstream.script = script
+    owner = await fork(upstream, stored.url, LEASE_MS=600)
+    client = await RawClient.open(owner.port)
+    client.writer.write(request(key=CANARY))
+    await client.reader.readuntil(b"some")
+    await desk("release", CANARY, "--yes")
+    async with asyncio.timeout(20):
+        assert not (await rest(client)).endswith(LAST_CHUNK)
+        await left.wait()
+    client.close()
+    assert len(owner.events("claim fenced")) == 1
+    assert stored.states() == [b"released"]
 
 
 @pytest.mark.fault(49)

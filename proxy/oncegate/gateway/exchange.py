@@ -13,13 +13,13 @@ from oncegate.decision import RETRY, Disposition, Ending, Settlement, ending, mu
 from oncegate.downstream.request import Request
 from oncegate.gateway.answers import Refuse, cancelled, not_confirmed, not_sent
 from oncegate.gateway.keyed_request import KeyedRequest
-from oncegate.gateway.recording import Recording
 from oncegate.gateway.relay import pass_interims
 from oncegate.gateway.response_reading import TELLING_S, ResponseReading, check_idle_timeout
 from oncegate.gateway.settling import (
     LOST,
     Progress,
     clean_up,
+    finish_recording,
     new_recording,
     note_settlement,
     settle,
@@ -90,8 +90,13 @@ class Exchange:
             if self._policy.upstream_idempotent:
                 reached = await self._resend(reached)
             settlement, last = reached.settlement, progress.whole
-            if progress.recording is not None and settlement.stores_body:
-                reached, last = await self._finish_recording(progress.recording)
+            if progress.recording is not None and not settlement.stores_body:
+                # Nothing is appended behind the settle.
+                progress.recording.close()
+            elif progress.recording is not None:
+                self._extend_watchdog()
+                reached, last = await finish_recording(progress, progress.recording, self._disposition)
+                self._extend_watchdog()
                 settlement = reached.settlement
             if progress.cancelled and reached in LOST:
                 reached, settlement = Ending.CANCELLED, Settlement.CANCELLED
@@ -235,7 +240,8 @@ class Exchange:
     async def _stream(self, connection: Connection, head: ResponseHead) -> Ending:
         recording = None
         if self._disposition is Disposition.STORE:
-            recording = self.progress.recording = new_recording(self.progress, head, self._policy.max_stored_bytes)
+            max_bytes = self._policy.max_stored_bytes
+            recording = self.progress.recording = new_recording(self.progress, head, max_bytes, self._look_again)
         response, silence_s = self._response, self._deps.silence_s
         passing = self.progress.passing
         if passing is not None:
@@ -244,25 +250,35 @@ class Exchange:
         response.begin(head.status, head.reason, self._block(head), head.length, head.framing)
         if self._policy.heartbeats is not None and takes_comments(head):
             response.comment_every(self._policy.heartbeats.period_s)
-        while data := await connection.next_chunk(silence_s):
-            response.write(data)
-            if passing is not None:
-                passing.add(data)
+        while await connection.pass_body(self._pass_on, silence_s):
             if recording is not None:
-                recording.add(data)
                 await recording.wait_room()
-                if recording.is_broken:
-                    return Ending.TRUNCATED
-            if response.has_backlog:
-                # A slow client holds one piece, not two.
-                connection.pause_reading()
-                while not await response.has_room():
-                    self._extend_watchdog()
+            while response.has_backlog and not await response.has_room():
+                self._extend_watchdog()
+            if recording is not None and recording.is_broken:
+                return Ending.TRUNCATED
             self._extend_watchdog()
         self.progress.trailers = response.trailers = connection.response.trailers
         if passing is not None:
             self._dispose(passing.end())
         return ending(self._disposition, recording is not None and recording.is_storing)
+
+    def _pass_on(self, data: bytes) -> bool:
+        """Pass on the next bytes of a body that is streamed; return whether more may come at once."""
+        response, progress = self._response, self.progress
+        response.write(data)
+        self._extend_watchdog()
+        if progress.passing is not None:
+            progress.passing.add(data)
+        if progress.recording is None:
+            return not response.has_backlog
+        progress.recording.add(data)
+        return progress.recording.has_room and not response.has_backlog
+
+    def _look_again(self) -> None:
+        """Let a response that is streamed end, if it must."""
+        if self._connection is not None:
+            self._connection.wake()
 
     def _extend_watchdog(self) -> None:
         """Push back the watchdog: past this deadline `Leases` treats the exchange as hung and stops renewing."""
@@ -273,21 +289,6 @@ class Exchange:
         self._extend_watchdog()
         if self._policy.pass_interim and self._connection is not None:
             pass_interims(self._connection, self._response)
-
-    # Settling ...
-
-    async def _finish_recording(self, recording: Recording) -> tuple[Ending, bytes]:
-        """Return how a streamed response ended, with its last bytes.
-
-        What the store did not take in time is broken off: only this client would ever learn that it was complete.
-        """
-        self._extend_watchdog()
-        last = await recording.finish()
-        self._extend_watchdog()
-        if recording.is_broken:
-            self.progress.lost = UpstreamLost("the store did not take the answer in time")
-            return Ending.TRUNCATED, b""
-        return ending(self._disposition, recording.is_storing), last
 
     # What the client gets ...
 

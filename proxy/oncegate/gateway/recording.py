@@ -1,44 +1,37 @@
 """Stores a response while it streams past: batches to the store, a running digest, a size limit."""
 
 import asyncio
-from enum import Enum
+from collections.abc import Callable
 from hashlib import blake2b
 
 from oncegate.buffers.memory import MemoryBudget
-from oncegate.store.leases import LeasedClaim
+from oncegate.store.leases import LeasedClaim, do_nothing
 from oncegate.store.results import AppendStatus
 from oncegate.store.store import Store
 
-BATCH_BYTES = 262144
-BATCH_S = 0.05
+# A batch goes to the store once it has so many bytes, or so long after its first; sooner where memory is short.
+BATCH_BYTES, BATCH_S = 65536, 0.5
+TIGHT_BATCH_BYTES, TIGHT_BATCH_S = 16384, 0.05
+# The most that goes to the store at once: more than a batch has come while the one before was on its way.
+CHUNK_BYTES = 262144
 # Bytes that the store has not confirmed, above which the exchange waits; the second where memory is short.
-BACKLOG_BYTES = 2 * BATCH_BYTES
-TIGHT_BACKLOG_BYTES = BATCH_BYTES // 4
+BACKLOG_BYTES, TIGHT_BACKLOG_BYTES = 2 * CHUNK_BYTES, BATCH_BYTES
 
 
-class RecordingState(Enum):
-    """Whether a response is still being stored."""
-
-    STORING = "storing"
-    # Too large, or the store has no memory: the response is stored without its body.
-    DROPPED = "dropped"
-    # The key has another owner by now.
-    FENCED = "fenced"
-    # The store confirmed nothing in time.
-    FAILED = "failed"
-
-
-# An append that did not succeed ends the recording. A record that vanished or lacks chunks is stored without its body.
-_AFTER_APPEND = {
-    AppendStatus.NO_MEMORY: RecordingState.DROPPED,
-    AppendStatus.INCOMPLETE: RecordingState.DROPPED,
-    AppendStatus.ABSENT: RecordingState.DROPPED,
-    AppendStatus.UNCONFIRMED: RecordingState.FAILED,
-}
+# After these the response is stored without its body: the store has no memory, or the record vanished or lacks chunks.
+# After any other append that did not succeed the key has another owner, or nothing was confirmed in time.
+_DROPS = (AppendStatus.NO_MEMORY, AppendStatus.INCOMPLETE, AppendStatus.ABSENT)
 
 
 class Recording:
-    """The stored side of one response. `size` and `chunks` count what was added, in bytes and batches."""
+    """The stored side of one response. `size` and `chunks` count what was added, in bytes and batches.
+
+    `is_storing`: nothing has ended it. `is_broken`: the response must not end as a complete one, because the store has
+    less of it than the client would, or the key has another owner; `on_broken` is called then. `batch_s`: how
+    long bytes wait for more before they go to the store.
+    """
+
+    batch_s = BATCH_S
 
     def __init__(
         self,
@@ -49,58 +42,57 @@ class Recording:
         max_bytes: int,
         settle_timeout_s: float,
         memory: MemoryBudget,
+        on_broken: Callable[[], None] = do_nothing,
     ) -> None:
         self._store, self._held, self._max_bytes = store, held, max_bytes
         self._settle_timeout_s, self._memory, self._digest = settle_timeout_s, memory, digest
+        self._loop = asyncio.get_running_loop()
+        # What waits for the next append, and how many bytes that is; and with what is on its way.
         self._batch: list[bytes] = []
-        self._batch_bytes = 0
-        self._unconfirmed = 0
-        self._changed = asyncio.Event()
+        self._batch_bytes = self._unconfirmed = 0
+        # Either a timer for what waits, or an append that is under way.
+        self._timer: asyncio.TimerHandle | None = None
         self._writer: asyncio.Task[None] | None = None
-        self._ending = False
-        self.size = 0
-        self.chunks = 0
-        self.state = RecordingState.STORING
-
-    @property
-    def is_storing(self) -> bool:
-        return self.state is RecordingState.STORING
-
-    @property
-    def is_broken(self) -> bool:
-        """Whether the response must not end as a complete one: the store has less of it than the client would."""
-        return self.state in (RecordingState.FENCED, RecordingState.FAILED)
+        # Done when there may be room again.
+        self._room: asyncio.Future[None] | None = None
+        self.size = self.chunks = 0
+        self.is_storing, self.is_broken = True, False
+        self._on_broken = on_broken
+        held.on_fenced = self._break
 
     def add(self, data: bytes) -> None:
         """Take the next bytes of the body."""
-        self.size += len(data)
+        size = len(data)
+        self.size += size
         if not self.is_storing:
             return
         if self.size > self._max_bytes:
-            self._stop(RecordingState.DROPPED)
+            self._drop()
             return
-        self._digest.update(data)
         self._batch.append(data)
-        self._batch_bytes += len(data)
-        self._unconfirmed += len(data)
-        self._memory.used += len(data)
+        self._batch_bytes += size
+        self._unconfirmed += size
+        self._memory.used += size
         if self._writer is None:
-            self._writer = asyncio.get_running_loop().create_task(self._write())
-        self._changed.set()
+            self._write_when_due()
+
+    @property
+    def has_room(self) -> bool:
+        """Whether more may be added at once."""
+        return self._unconfirmed <= (TIGHT_BACKLOG_BYTES if self._memory.tight else BACKLOG_BYTES)
 
     async def wait_room(self) -> None:
         """Wait while too much is not in the store yet."""
-        while self.is_storing and self._unconfirmed > (TIGHT_BACKLOG_BYTES if self._memory.tight else BACKLOG_BYTES):
-            self._changed.clear()
-            await self._changed.wait()
+        while not self.has_room:
+            self._room = self._loop.create_future()
+            await self._room
 
     async def finish(self) -> bytes:
         """Return the last batch, which goes with the settle, once all before it is in the store."""
-        self._ending = True
-        self._changed.set()
-        if self._writer is not None:
+        while self._writer is not None:
             await self._writer
-        last = b"".join(self._batch) if self.is_storing else b""
+        self._stop_timer()
+        last = self._take()
         if last:
             self.chunks += 1
         return last
@@ -115,67 +107,82 @@ class Recording:
         """Give the room back, whatever happened."""
         if self._writer is not None:
             self._writer.cancel()
-            # It refers back to this.
-            self._writer = None
-        self._memory.give(self._unconfirmed)
-        self._unconfirmed = 0
-        self._batch.clear()
+        self._forget()
+        # These refer back to this.
+        self._writer, self._on_broken, self._held.on_fenced = None, do_nothing, do_nothing
 
-    def _stop(self, state: RecordingState) -> None:
-        self.state = state
+    # What becomes of it ...
+
+    def _drop(self) -> None:
+        """Store no more of the response, which goes on."""
+        self.is_storing = False
+        self._forget()
+
+    def _break(self) -> None:
+        """Store no more of the response, which must not go on."""
+        if self.is_storing:
+            self.is_broken = True
+            self._drop()
+            self._on_broken()
+
+    def _forget(self) -> None:
+        """Give back what is not in the store, and let nobody wait for that."""
+        self._stop_timer()
         self._memory.give(self._unconfirmed)
         self._unconfirmed = self._batch_bytes = 0
         self._batch.clear()
-        self._changed.set()
+        self._wake()
 
-    async def _write(self) -> None:
-        try:
-            await self._append_batches()
-        except Exception:
-            # Whoever waits for room must not wait for ever.
-            self._stop(RecordingState.FAILED)
-            raise
+    def _wake(self) -> None:
+        """Let whoever waits for room look again."""
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
 
-    async def _append_batches(self) -> None:
-        """Append batch after batch; the last one is left for the settle."""
-        while self.is_storing and not (self._ending and self._batch_bytes <= BATCH_BYTES):
-            if not self._batch:
-                self._changed.clear()
-                await self._changed.wait()
-                continue
-            await self._fill_batch()
-            if self._ending and self._batch_bytes <= BATCH_BYTES:
-                return
-            await self._append(self._take())
+    # Appending ...
 
-    async def _fill_batch(self) -> None:
-        deadline = asyncio.get_running_loop().time() + BATCH_S
-        while self.is_storing and self._batch_bytes < BATCH_BYTES and not self._ending:
-            self._changed.clear()
-            try:
-                async with asyncio.timeout_at(deadline):
-                    await self._changed.wait()
-            except TimeoutError:
-                return
+    def _write_when_due(self) -> None:
+        """Append what waits: now if it is a whole batch, else once its time is over."""
+        is_tight = self._memory.tight
+        if self._batch_bytes >= (TIGHT_BATCH_BYTES if is_tight else BATCH_BYTES):
+            self._write()
+        elif self._batch and self._timer is None:
+            self._timer = self._loop.call_later(TIGHT_BATCH_S if is_tight else self.batch_s, self._write)
+
+    def _write(self) -> None:
+        self._stop_timer()
+        self._writer = self._loop.create_task(self._append(self._take()))
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _take(self) -> bytes:
-        """Return at most one batch of what is waiting."""
+        """Return the next chunk: what waits, up to the size of a chunk."""
         data = b"".join(self._batch)
-        chunk, rest = data[:BATCH_BYTES], data[BATCH_BYTES:]
+        chunk, rest = data[:CHUNK_BYTES], data[CHUNK_BYTES:]
         self._batch = [rest] if rest else []
         self._batch_bytes = len(rest)
+        self._digest.update(chunk)
         return chunk
 
     async def _append(self, chunk: bytes) -> None:
-        if not chunk:
-            return
-        status = await self._store.append(self._held.claim, self.chunks, chunk, self._settle_timeout_s)
+        try:
+            status = await self._store.append(self._held.claim, self.chunks, chunk, self._settle_timeout_s)
+        except Exception:
+            # Whoever waits for room must not wait for ever. What failed is raised where the end is waited for.
+            self._break()
+            raise
+        self._writer = None
         if not self.is_storing:
             return
         if status is AppendStatus.APPENDED:
             self.chunks += 1
             self._unconfirmed -= len(chunk)
             self._memory.give(len(chunk))
-            self._changed.set()
+            self._wake()
+            self._write_when_due()
+        elif status in _DROPS:
+            self._drop()
         else:
-            self._stop(_AFTER_APPEND.get(status, RecordingState.FENCED))
+            self._break()

@@ -1,9 +1,10 @@
 """What becomes of a claim at the end of its exchange: stored, released, or unknown."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from oncegate.decision import Ending, Settlement, usual_s
+from oncegate.decision import Disposition, Ending, Settlement, ending, usual_s
 from oncegate.gateway.answers import Refuse, cancelled, not_sent, response_not_stored, upstream_lost
 from oncegate.gateway.recording import Recording
 from oncegate.gateway.response_reading import ResponseReading
@@ -79,7 +80,9 @@ class Progress:
         return f"{reached}: {self.lost}" if self.lost else reached if self.head else "the proxy failed"
 
 
-def new_recording(progress: Progress, head: ResponseHead, max_bytes: int) -> Recording | None:
+def new_recording(
+    progress: Progress, head: ResponseHead, max_bytes: int, on_broken: Callable[[], None]
+) -> Recording | None:
     """Return the recording of a response that is to be stored, None where it is too large or the store too full."""
     deps = progress.deps
     if (head.length or 0) > max_bytes or deps.store.full():
@@ -91,7 +94,20 @@ def new_recording(progress: Progress, head: ResponseHead, max_bytes: int) -> Rec
         max_bytes=max_bytes,
         settle_timeout_s=deps.settle_timeout_s,
         memory=deps.memory,
+        on_broken=on_broken,
     )
+
+
+async def finish_recording(progress: Progress, recording: Recording, disposition: Disposition) -> tuple[Ending, bytes]:
+    """Return how a streamed response ended, with its last bytes.
+
+    What the store did not take in time is broken off: only this client would ever learn that it was complete.
+    """
+    last = await recording.finish()
+    if recording.is_broken:
+        progress.lost = UpstreamLost("the store did not take the answer in time")
+        return Ending.TRUNCATED, b""
+    return ending(disposition, recording.is_storing), last
 
 
 def settle(progress: Progress, settlement: Settlement, last: bytes, timeout_s: float) -> Settling:

@@ -19,6 +19,10 @@ from oncegate.store.store import Store
 suspended_clock_s = partial(time.clock_gettime, time.CLOCK_BOOTTIME)
 
 
+def do_nothing() -> None:
+    """Stand in for a callback that nobody has set."""
+
+
 @dataclass(slots=True, eq=False)
 class LeasedClaim:
     """A claim that this worker holds, and the state of its lease."""
@@ -36,6 +40,8 @@ class LeasedClaim:
     freeing: bool = False
     settled: bool = False
     reported: bool = False
+    # Called when a renewal finds another owner.
+    on_fenced: Callable[[], None] = do_nothing
 
     def age_s(self) -> float:
         """Return the seconds since the claim was last confirmed."""
@@ -140,5 +146,6 @@ class Leases:
         elif status is RenewStatus.FENCED:
             held.fenced = True
             self.report(ClaimEvent.FENCED, held)
+            held.on_fenced()
         elif status is RenewStatus.UNKNOWN:
             self.note_unknown(held.claim)

@@ -43,7 +43,7 @@ POINTS = {
     "whole": ("before", "oncegate.upstream.connection:Connection.is_complete_in"),
     "begin": ("before", "oncegate.downstream.response:ResponseWriter.begin"),
     "begun": ("after", "oncegate.downstream.response:ResponseWriter.begin"),
-    "chunk": ("after", "oncegate.upstream.connection:Connection.next_chunk"),
+    "chunk": ("before", "oncegate.gateway.exchange:Exchange._pass_on"),
     "written": ("after", "oncegate.downstream.response:ResponseWriter.write"),
     "kept": ("after", "oncegate.gateway.recording:Recording.add"),
     "append": ("before", *_of_each_store("append")),

@@ -5,18 +5,17 @@ UpstreamLost (it may have, and no whole response came), or a response that is co
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Protocol
 
 from oncegate.buffers.memory import MemoryBudget
 from oncegate.buffers.write_batcher import WriteBatcher
 from oncegate.known_heads.answers import KnownAnswers
 from oncegate.messages.fields import MAX_HEAD_BYTES
-from oncegate.messages.response_head import ResponseHead
+from oncegate.upstream.arriving import ArrivingResponse
 from oncegate.upstream.errors import NotSent, UpstreamLost
 from oncegate.upstream.pool_entry import NEVER, PoolEntry
 from oncegate.upstream.request import OutgoingRequest
-from oncegate.upstream.response import IncomingResponse
 from oncegate.upstream.tls import alert_of, is_handshake_refused, read_remainder
 
 # Buffered bytes of a response at which reading pauses: usually, and while memory is tight.
@@ -34,27 +33,17 @@ class OwningPool(Protocol):
     def forget(self, connection: "Connection") -> None: ...
 
 
-class Connection(PoolEntry, asyncio.Protocol):
-    """One connection and the one request that is on it. Between requests it is idle in the pool.
-
-    `response` is what has arrived of the response. `deadline` is a time of the loop; the pool fails connections whose
-    deadline is over.
-    """
+class Connection(ArrivingResponse, PoolEntry, asyncio.Protocol):
+    """One connection and the one request that is on it. Between requests it is idle in the pool."""
 
     def __init__(self, pool: OwningPool) -> None:
-        self._pool, self._loop = pool, pool.loop
-        self.transport: asyncio.Transport | None = None
-        self.deadline = NEVER
+        super().__init__(pool.loop, pool.buffered)
+        self._pool = pool
         self._request = OutgoingRequest(pool.loop, pool.write_batcher)
-        self.response = IncomingResponse()
-        self._failure: UpstreamLost | NotSent | None = None
         # The head came after the whole request had left, and allows another request.
         self._keep_alive = False
         # Bytes that came since the last byte of a body.
         self._head_bytes = 0
-        # Done when something arrives; fails with the exchange.
-        self._arrival: asyncio.Future[None] | None = None
-        self._is_reading_paused = False
 
     # Sending the request ...
 
@@ -94,77 +83,21 @@ class Connection(PoolEntry, asyncio.Protocol):
         stalled = isinstance(error, TimeoutError)
         self.fail(UpstreamLost(f"the request's body broke off: {type(error).__name__}", timeout=stalled, body=True))
 
-    # Waiting for the response ...
-
-    def next_arrival(self, silence_s: float) -> "asyncio.Future[None]":
-        """Return a future that is done when something arrives. It raises UpstreamLost or NotSent when nothing will."""
-        if self._failure is not None:
-            raise self._failure
-        self.deadline = self._loop.time() + silence_s
-        self._arrival = self._loop.create_future()
-        return self._arrival
-
-    async def wait_for_head(self, silence_s: float, on_progress: Callable[[], None] = lambda: None) -> ResponseHead:
-        """Return the head of the final response. Raises UpstreamLost where it takes longer than `silence_s`.
-
-        An interim response starts that time again. `on_progress` is called at the beginning and for every such start.
-        """
-        now, until, interim_count = self._loop.time, 0.0, -1
-        # The time may have passed while our own process stood still, with the response in the socket.
-        extensions = 1
-        while self.response.head is None:
-            if len(self.response.interims) > interim_count:
-                until, interim_count = now() + silence_s, len(self.response.interims)
-                on_progress()
-            elif extensions and now() >= until:
-                until, extensions = now() + silence_s, 0
-            await self.next_arrival(until - now())
-        return self.response.head
+    # The end of its response ...
 
     @property
     def is_unanswered(self) -> bool:
         """Whether not one byte has come of the response."""
         return not (self._head_bytes or self.response.head or self.response.interims)
 
-    def is_complete_in(self, max_bytes: int) -> bool:
-        """Return whether the whole response is here, with no more than `max_bytes` of body."""
-        return self.response.is_complete and self.response.buffered_bytes <= max_bytes
-
-    async def next_chunk(self, silence_s: float) -> bytes:
-        """Return the next bytes of the body, empty at its end. Raises UpstreamLost where it broke off."""
-        while not self.response.chunks:
-            if self.response.is_complete:
-                return b""
-            self._resume_reading()
-            await self.next_arrival(silence_s)
-        return self.take_body()
-
-    def take_body(self) -> bytes:
-        """Return the bytes of the body that have arrived, and forget them."""
-        response, chunks = self.response, self.response.chunks
-        data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        chunks.clear()
-        self._pool.buffered.used -= response.buffered_bytes
-        response.buffered_bytes = 0
-        if self._is_reading_paused:
-            self._resume_reading()
-        return data
-
-    def wake(self) -> None:
-        """Let whoever waits for something to arrive look at what there is."""
-        # The pool's sweep may come before whoever waits has run.
-        self.deadline = float("inf")
-        if self._arrival is not None and not self._arrival.done():
-            self._arrival.set_result(None)
-
     def fail(self, failure: UpstreamLost | NotSent) -> None:
         """End the exchange with this failure, unless its response is complete already. Closes the connection."""
         if not self.response.is_complete and self._failure is None:
             failure.status = self.response.came_status()
             self._failure = failure
-        self.deadline = float("inf")
-        if self._arrival is not None and not self._arrival.done() and self._failure is not None:
-            self._arrival.set_exception(self._failure)
+        self.deadline = NEVER
+        if self._failure is not None:
+            self._end_wait(self._failure)
         self.close()
 
     # Events of the socket ...
@@ -182,7 +115,7 @@ class Connection(PoolEntry, asyncio.Protocol):
         buffered_before, had_head = response.buffered_bytes, response.head is not None
         is_first = not (had_head or self._head_bytes)
         if is_first and response.take_known(data, self._pool.known_answers):
-            self._pool.buffered.used += response.buffered_bytes
+            self._buffered.used += response.buffered_bytes
             self._keep_alive = self._request.is_sent
             self.wake()
             return
@@ -195,32 +128,27 @@ class Connection(PoolEntry, asyncio.Protocol):
         if not had_head and response.head is not None:
             self._keep_alive = response.keep_alive and self._request.is_sent
         self._count(len(data), response.buffered_bytes - buffered_before)
+        if self._taker is not None and response.chunks:
+            self._hand_over(self._taker)
+            return
+        if response.buffered_bytes > TIGHT_HIGH_WATER:
+            self._pause_if_full()
         self.wake()
         if is_first and self.is_reusable:
             response.remember(data, self._pool.known_answers)
 
     def _count(self, size: int, body_size: int) -> None:
         """Hold an incomplete response to the limits; `size` bytes of it came, `body_size` of them are its body."""
-        self._pool.buffered.used += body_size
+        self._buffered.used += body_size
         # Trailers and chunk extensions count like a head: they may not come for ever without a byte of body.
         self._head_bytes = 0 if body_size else self._head_bytes + size
-        if self.response.is_complete:
-            return
-        if self._head_bytes > MAX_HEAD_BYTES:
+        if self._head_bytes > MAX_HEAD_BYTES and not self.response.is_complete:
             self.fail(UpstreamLost("the upstream's head is too large"))
-        elif self.response.buffered_bytes > (TIGHT_HIGH_WATER if self._pool.buffered.tight else BODY_HIGH_WATER):
+
+    def _pause_if_full(self) -> None:
+        is_full = self._buffered.tight or self.response.buffered_bytes > BODY_HIGH_WATER
+        if is_full and not self.response.is_complete:
             self.pause_reading()
-
-    def pause_reading(self) -> None:
-        """Read nothing more from the socket until more of the body is asked for."""
-        if self.transport is not None and not self._is_reading_paused:
-            self._is_reading_paused = True
-            self.transport.pause_reading()
-
-    def _resume_reading(self) -> None:
-        if self._is_reading_paused and self.transport is not None:
-            self._is_reading_paused = False
-            self.transport.resume_reading()
 
     def eof_received(self) -> None:
         # The only end of a response without a length and without chunks. Any other response is cut short by it.
@@ -297,10 +225,3 @@ class Connection(PoolEntry, asyncio.Protocol):
         self.close()
         self.is_discarded = True
         self._failure = self._arrival = None
-
-    def discard_body(self) -> None:
-        """Forget the bytes of the body that nobody took."""
-        if self.response.buffered_bytes:
-            self._pool.buffered.give(self.response.buffered_bytes)
-            self.response.chunks.clear()
-            self.response.buffered_bytes = 0
