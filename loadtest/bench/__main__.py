@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from loadtest.bench import contenders, extras, tools
-from loadtest.bench.against import package_of
+from loadtest.bench.against import checkout_name, package_of
 from loadtest.bench.goals import goals
 from loadtest.bench.machine import ROOT, two_cores
+from loadtest.bench.page import Circumstances, write_page
 from loadtest.bench.plot import write_plot
 from loadtest.bench.scenarios import SCENARIOS, Run, rounds
 from loadtest.bench.table import Table, write_csv
@@ -70,7 +71,11 @@ def main() -> int:
     given.out.mkdir(parents=True, exist_ok=True)
     write_csv(given.out, table.runs, figures)
     write_plot(given.out / "bench.svg", table)
-    print(f"\n{given.out}/runs.csv, figures.csv, bench.svg")
+    circumstances = Circumstances(
+        checkout_name(), (given.against or "")[:7], count, seconds, len(cores.proxy | cores.other)
+    )
+    write_page(given.out / "page.md", circumstances, table, figures)
+    print(f"\n{given.out}/runs.csv, figures.csv, bench.svg, page.md")
     return 0 if all(run.sound for run in table.runs) else 1
 
 
