@@ -55,6 +55,11 @@ headers = { X-Route = "a*" }
 namespace = "a"
 
 [[rule]]
+name = "one-order"
+path = "/orders/7/*"
+namespace = "seven"
+
+[[rule]]
 name = "shops"
 path = "/shops"
 scope = ["header:X-Shop"]
@@ -75,31 +80,35 @@ name = "origins"
 path = "/origins"
 cors_origins = ["https://a.example"]
 """
-ACTED_ON = ("/by-field", "/shops", "/counted", "/agents", "/origins")
+# Path -> a field that is acted on there, with some values.
+ACTED_ON = {
+    "/by-field": ("X-Route: a1", "X-Route: a2", "X-Route: b1"),
+    "/shops": ("X-Shop: 1", "X-Shop: 2"),
+    "/counted": ("X-Count: 1", "X-Count: 2"),
+    "/agents": ("User-Agent: app/1", "User-Agent: app/2"),
+    "/origins": ("Origin: https://a.example", "Origin: https://b.example"),
+    "/accounts": ("Stripe-Account: a1", "Stripe-Account: a2", "Stripe-Account: a3"),
+}
+WITH_IDS = ("/orders/{}/pay", "/orders/{}/pay?a={}", "/tenants/t{}", "/v{}/orders", "/o/{}/{}", "/o/a.{}", "/o/%3{}")
+CLIENTS = ("Bearer attacker", "Bearer victim-1", "Bearer victim-2", "Digest attacker")
+ODD = ("X_Request_Id: 1", "X-Empty:", "Prefer: wait=1", "X-Api_Key: look-alike", "X-Twice: 1\r\nx-twice: 2")
 
 
 def varying() -> list[bytes]:
-    """Return requests of two clients, whose heads differ in all that may differ, and in what rules act on.
+    """Return requests of a few clients, whose heads differ in all that may differ, and in what rules act on.
 
-    Both use the same keys, and some requests come twice. Their credentials are of one length.
+    All use the same keys, and some requests come twice. Credentials are of one length, and one scheme is not stable.
     """
     dice, requests = random.Random(15), []
-    for path in (*PATHS, *ACTED_ON):
-        for number in range(16):
-            who = dice.choice(("attacker", "victim-1"))
-            ids = [f"traceparent: 00-{dice.getrandbits(64):016x}", f"X-Request-Id: {number}"]
-            odd = [f"X_Request_Id: {number}", "X-Empty:", f"Prefer: wait={number % 2}", "X-Api_Key: look-alike"]
-            fields = [
-                f"Authorization: Bearer {who}",
-                f"User-Agent: app/{number % 3}",
-                *ids,
-                f"X-Route: {dice.choice('ab')}{number}",
-                f"X-Shop: {dice.choice('12')}",
-                f"X-Count: {dice.choice('12')}",
-                f"Origin: https://{dice.choice('ab')}.example",
-                *(dice.sample(odd, 1) if number % 5 == 4 else ()),
-            ]
-            requests.append(request("POST", path, f"{path}-{number // 2}", b"x" * dice.randint(0, 5), *fields))
+    for path in (*PATHS, *ACTED_ON, *WITH_IDS):
+        for number in range(24):
+            # Where one client is alone, ids are all that tells where its requests go.
+            who = "Bearer attacker" if path in WITH_IDS[:3] else dice.choice(CLIENTS)
+            fields = [f"Authorization: {who}", f"traceparent: 00-{dice.getrandbits(64):x}", f"X-Request-Id: {number}"]
+            fields += [dice.choice(ACTED_ON[path])] if path in ACTED_ON else []
+            fields += [dice.choice(ODD)] if number % 8 == 7 else []
+            where, key = path.replace("{}", str(dice.randint(6, 8))), f"{path}-{dice.randint(0, number)}"
+            requests.append(request("POST", where, key, b"x" * dice.choice((2, 2, 3, 4)), *fields))
             if number % 4 == 3:
                 requests.append(dice.choice(requests[-8:]))
     return requests
@@ -176,4 +185,4 @@ async def test_heads_that_vary_are_treated_as_if_each_were_new(proxies, own_valk
     assert with_cache[2] == without[2]
     assert len(with_cache[1]) > 100
     for head in with_cache[1]:
-        assert (b"attacker" in head) != (b"victim-1" in head)
+        assert sum(who in head for who in (b"attacker", b"victim-1", b"victim-2")) == 1

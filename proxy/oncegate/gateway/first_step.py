@@ -11,11 +11,11 @@ from oncegate.adaptation.json_rpc import Caller, cancelled_call
 from oncegate.downstream.body import Bodies, Body, BufferedBody, NoBody, TooLarge, stated_length
 from oncegate.downstream.request import Request
 from oncegate.gateway.answers import AnswerOptions, Refuse, body_refusal, key_refusal, malformed, scope_refusal
-from oncegate.gateway.keyed_request import GAP, HeadPlan, KeyedRequest
+from oncegate.gateway.keyed_request import GAP, Begun, HeadPlan, KeyedRequest
 from oncegate.gateway.relay import Relay, pass_through
 from oncegate.gateway.routes import Route, Routes
 from oncegate.gateway.tunnel import Tunnel
-from oncegate.keys.digests import Digests, Scope, finish_fingerprint, finish_key
+from oncegate.keys.digests import Digests, Scope, UnstableScope, finish_fingerprint, finish_key
 from oncegate.keys.documents import Missing
 from oncegate.keys.forms import is_multipart
 from oncegate.keys.syntax import BadKey, parse_key
@@ -68,12 +68,9 @@ class FirstStep:
         known, content, message = request.known, request.content, request.message
         if known is not None:
             if isinstance(plan := known.plan, HeadPlan) and isinstance(content, BufferedBody):
-                policy = plan.route.policy
-                request.adaptation = policy.adaptation
-                if policy.heartbeats is not None:
-                    set_heartbeat(request, policy.heartbeats)
-                body = self._bodies.take_buffered(content, policy.max_request_bytes)
-                return _planned_step(request, plan, body) if isinstance(body, Body) else body_refusal(body)
+                begun = plan.begun or self._begun(request, plan.route)
+                if begun is not None:
+                    return self._planned_step(request, plan, begun, content)
             return self._step_for(request, known.watched(request.checked_head()))
         # CONNECT may come without a target.
         target = (message.path or "").encode("utf-8", "surrogateescape")
@@ -89,6 +86,32 @@ class FirstStep:
         request.head = head
         request.known = known = request.connection.remember_head(message, head)
         return self._step_for(request, head if known is None else known.watched(head))
+
+    def _begun(self, request: Request, planned: Route) -> Begun | None:
+        """Return whose a request is and what it asks for, by its own values; None where it is not for this route."""
+        head, memo, policy = request.checked_head(), request.connection.memo, planned.policy
+        if self._routes.has_rules and self._routes.choose(head) is not planned:
+            return None
+        scope = self._scope(request, policy, head)
+        if not isinstance(scope, Scope):
+            return None
+        prefix = memo.fingerprint_prefix(self._digests, policy, head)
+        return Begun(scope, self._digests.key_prefix(scope), prefix)
+
+    def _planned_step(self, request: Request, plan: HeadPlan, begun: Begun, content: BufferedBody) -> Step:
+        """Return the step for a request under a known head."""
+        policy = plan.route.policy
+        request.adaptation = policy.adaptation
+        if policy.heartbeats is not None:
+            set_heartbeat(request, policy.heartbeats)
+        body = self._bodies.take_buffered(content, policy.max_request_bytes)
+        if not isinstance(body, Body):
+            return body_refusal(body)
+        try:
+            return plan.keyed_request(request, begun, body)
+        except Exception:
+            body.close()
+            raise
 
     def _step_for(self, request: Request, head: RequestHead) -> Step | ReadBody:
         """Return the step for a request that was admitted."""
@@ -136,10 +159,7 @@ class FirstStep:
             key = key_in_head(policy, head)
         if isinstance(key, Missing | BadKey):
             return _without_key(route, head, key, body)
-        if policy.scope_sources:
-            scope = scope_of(policy, self._digests, head)
-        else:
-            scope = request.connection.memo.scope(self._digests, policy, fields)
+        scope = self._scope(request, policy, head)
         if not isinstance(scope, Scope):
             if body is not None:
                 body.close()
@@ -150,6 +170,12 @@ class FirstStep:
             return body_refusal(TooLarge())
         taken = body or self._bodies.take(request.content, fields, policy.max_request_bytes)
         return pending if taken is None else self.with_body(request, pending, taken)
+
+    def _scope(self, request: Request, policy: Policy, head: RequestHead) -> Scope | UnstableScope | BadKey:
+        """Return whose key a request carries. `head` may be watched: what only says whose it is, may differ."""
+        if policy.scope_sources:
+            return scope_of(policy, self._digests, head)
+        return request.connection.memo.scope(self._digests, policy, request.checked_head().fields)
 
     def _prepare_answer(self, request: Request, policy: Policy, head: RequestHead) -> None:
         """Note for whom the response is, whatever it will be."""
@@ -210,14 +236,13 @@ class FirstStep:
             prefix = memo.fingerprint_prefix(digests, policy, head)
             key_prefix = digests.key_prefix(scope)
             if known is not None and not known.varies_in(head.fields):
+                is_open = known.has_ids or not policy.tenant.read.isdisjoint(known.names)
                 known.plan = HeadPlan(
                     route=route,
-                    scope=scope,
-                    key_prefix=key_prefix,
-                    fingerprint_prefix=prefix,
+                    begun=None if is_open else Begun(scope, key_prefix, prefix),
                     wait_s=wait_s,
                     fields=fields,
-                    head=known.with_values((GAP,) * len(known.gaps)),
+                    head=known.filled_with(GAP),
                     key_at=known.key_at,
                     length_at=known.length_at,
                 )
@@ -268,15 +293,6 @@ def set_heartbeat(request: Request, heartbeats: Heartbeats) -> None:
     """Let the client of a request have a sign of life until its response begins, if it is known to take one."""
     if heartbeats.takes_interim(request.checked_head()):
         request.response.heartbeat_s = heartbeats.period_s
-
-
-def _planned_step(request: Request, plan: HeadPlan, body: Body) -> KeyedRequest:
-    """Return the step for a request under a known head."""
-    try:
-        return plan.keyed_request(request, body)
-    except Exception:
-        body.close()
-        raise
 
 
 def _without_key(route: Route, head: RequestHead, reason: Missing | BadKey, body: Body | None = None) -> Relay | Refuse:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import NamedTuple
 
 from oncegate.adaptation.json_rpc import Caller
 from oncegate.downstream.body import Body
@@ -56,33 +57,39 @@ class KeyedRequest:
         )
 
 
+class Begun(NamedTuple):
+    """Whose a request is, and the running digests of its key and its fingerprint: to be copied, and ended."""
+
+    scope: Scope
+    key_prefix: blake2b
+    fingerprint_prefix: blake2b
+
+
 @dataclass(slots=True)
 class HeadPlan:
     """What a known head alone decides about its requests, whatever is in its gaps, and whatever their body.
 
-    `key_prefix` and `fingerprint_prefix` are running digests to copy, so that a repeated head costs two digests. `head`
-    is the head with GAP in its gaps, of which `key_at` is the key's, and `length_at` that of Content-Length.
+    `begun`: with it a repeated head costs two digests; None where a gap says whose the request is or where it goes.
+    `head` is the head with GAP in its gaps, of which `key_at` is the key's, and `length_at` that of Content-Length.
     """
 
     route: Route
-    scope: Scope
-    key_prefix: blake2b
-    fingerprint_prefix: blake2b
+    begun: Begun | None
     wait_s: float
     fields: bytes
     head: RequestHead
     key_at: int
     length_at: int
 
-    def keyed_request(self, request: Request, body: Body) -> KeyedRequest:
+    def keyed_request(self, request: Request, begun: Begun, body: Body) -> KeyedRequest:
         """Return the request with its key. The body of a request under a known head is in memory."""
-        fingerprint = self.fingerprint_prefix.copy()
+        fingerprint = begun.fingerprint_prefix.copy()
         fingerprint.update(body.data)
-        policy, key = self.route.policy, finish_key(self.key_prefix, request.values[self.key_at].strip(b'"'))
+        policy, key = self.route.policy, finish_key(begun.key_prefix, request.values[self.key_at].strip(b'"'))
         # Positions, not names: arguments by name cost 4,000 instructions more (Python 3.11, measured).
         times = policy.lease_ms, policy.retention_ms, policy.unknown_retention_ms
         rest = 0, policy.tombstone_ms, policy.rule
-        claim = ClaimRequest(key, self.scope, fingerprint.digest(), policy.mode, *times, *rest)
+        claim = ClaimRequest(key, begun.scope, fingerprint.digest(), policy.mode, *times, *rest)
         return KeyedRequest(self.route, claim, body, self.wait_s, self.fields)
 
 

@@ -6,19 +6,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from oncegate.known_heads.recent import RecentHeads
-from oncegate.known_heads.shapes import MAX_SHAPED_BYTES, PLAIN, Gap, Shapes
+from oncegate.known_heads.shapes import MAX_SHAPED_BYTES, PLAIN, Gap, Shape, Shapes, joined
 from oncegate.messages.fields import HOP_BY_HOP, Fields, nominated
 from oncegate.messages.request_head import ACTED_ON, RequestHead
 from oncegate.settings.credentials import ACCOUNTS, CREDENTIALS
 
+# The fields that say whose a request is. They may differ: who it is, is then decided for each request.
+WHOSE = frozenset(name.lower().encode() for name in (*CREDENTIALS, *ACCOUNTS))
 # The fields that some code reads, whatever the rules: in a known head their values are fixed, so that nothing that was
 # decided by them is used for another value. `tests/test_known_requests.py` finds names that are missing here.
 FIXED = (
     ACTED_ON
     | HOP_BY_HOP
-    | {name.lower().encode() for name in (*CREDENTIALS, *ACCOUNTS)}
     | {b"accept-encoding", b"max-forwards", b"mcp-session-id", b"origin", b"upgrade-insecure-requests"}
-)
+) - WHOSE
 # The fields of a browser's own questions, of a switch to WebSocket, and of proxies in front.
 FIXED_PREFIXES = (b"access-control-", b"sec-", b"x-forwarded-", b"oncegate-")
 
@@ -58,28 +59,36 @@ class WatchedFields(Fields):
 
 
 class KnownHead:
-    """A request's head that passed every check, with gaps where the values of some fields were.
+    """A request's head that passed every check, with gaps where the values of some fields were, and ids in its path.
 
-    `gaps`: which field of the head each gap is, and its lower-case name. `key_at` and `length_at`: the gaps of the key
-    and of Content-Length; negative for none. `plan` belongs to the gateway: what the head alone decides about the
-    request, whatever is in the gaps (see `gateway.keyed_request.HeadPlan`), or None.
+    `names`: of the fields with a gap, in lower case. `has_ids`: the path has gaps. `key_at` and `length_at`: the gaps
+    of the key and of Content-Length; negative for none. `plan` belongs to the gateway: what the head alone decides
+    about the request, whatever is in the gaps (see `gateway.keyed_request.HeadPlan`), or None.
     """
 
-    __slots__ = ("_head", "_watched", "body_bytes", "gaps", "key_at", "length_at", "message", "plan")
+    __slots__ = (
+        "_fields", "_head", "_ids", "_target", "_watched",
+        "body_bytes", "has_ids", "key_at", "length_at", "message", "names", "plan",
+    )  # fmt: skip
 
     def __init__(
-        self, message: Any, head: RequestHead, body_bytes: int, fields: Iterable[int], key_field: bytes
+        self, message: Any, head: RequestHead, body_bytes: int, key_field: bytes, gaps: Shape | Sequence[int]
     ) -> None:
-        """`fields`: which fields of the head are gaps; `body_bytes`: of every body where Content-Length is none."""
+        """`gaps`: the head's shape, or its fields with a gap; `body_bytes`: of a body without a stated length."""
         # aiohttp's message without its fields, which would hold the first values.
         self.message = message._replace(headers=None, raw_headers=(), url=None)
         self._head, self.body_bytes = head, body_bytes
-        self.gaps = tuple((at, head.pairs[at][0].lower()) for at in fields)
-        names = [name for _, name in self.gaps]
-        self.key_at = names.index(key_field) if key_field in names else -1
-        self.length_at = names.index(b"content-length") if b"content-length" in names else -1
+        fields, pieces = (gaps.fields, gaps.pieces) if isinstance(gaps, Shape) else (gaps, ())
+        self._ids = ids = fields.count(-1)
+        self.has_ids = ids > 0
+        # The target around its ids: from behind the method, up to the version.
+        self._target = [pieces[0].partition(b" ")[2], *pieces[1:ids], pieces[ids].partition(b" ")[0]] if ids else []
+        self._fields = fields[ids:]
+        self.names = [head.pairs[at][0].lower() for at in self._fields]
+        self.key_at = ids + self.names.index(key_field) if key_field in self.names else -1
+        self.length_at = ids + self.names.index(b"content-length") if b"content-length" in self.names else -1
         # The key and the length of the body are looked at in every request. Without a key nothing is planned.
-        self._watched = frozenset(names) - {key_field, b"content-length"} if self.key_at >= 0 else frozenset()
+        self._watched = frozenset(self.names) - {key_field, b"content-length"} if self.key_at >= 0 else frozenset()
         self.plan: Any = None
 
     def watched(self, head: RequestHead) -> RequestHead:
@@ -97,11 +106,17 @@ class KnownHead:
         if not values:
             return self._head
         method, target, http10, host, pairs, fields = self._head
+        if self.has_ids:
+            target = joined(self._target, values[: self._ids])
         pairs, fields = [*pairs], {**fields}
-        for (at, name), value in zip(self.gaps, values, strict=True):
+        for at, name, value in zip(self._fields, self.names, values[self._ids :], strict=True):
             pairs[at] = (pairs[at][0], value)
             fields[name] = [value]
         return RequestHead(method, target, http10, host, pairs, fields)
+
+    def filled_with(self, value: bytes) -> RequestHead:
+        """Return the head with one value in all of its gaps."""
+        return self.with_values([value] * (self._ids + len(self.names)))
 
 
 @dataclass(slots=True)
@@ -124,7 +139,7 @@ class HeadCache:
     def __init__(self, *, enabled: bool = True, max_line_bytes: int = MAX_SHAPED_BYTES) -> None:
         """`max_line_bytes`: the limit of a field in a head. No shape is learned that could exceed it."""
         self._heads = RecentHeads[KnownHead](enabled=enabled)
-        self._shapes = Shapes[KnownHead](self._gap_of)
+        self._shapes = Shapes[KnownHead](self._gap_of, ids_vary=True)
         self._learns_shapes = enabled and max_line_bytes >= MAX_SHAPED_BYTES
         self._key_field, self._fixed = b"", FIXED
         self.enabled = enabled
@@ -134,7 +149,7 @@ class HeadCache:
         """Forget every head; from now on keys are in the field `key_field`, and `acted_on` are read (lower case)."""
         self._heads.clear()
         self._shapes.clear()
-        self._key_field, self._fixed, self.key_label = key_field, FIXED.union(acted_on), b""
+        self._key_field, self._fixed, self.key_label = key_field, FIXED.union(set(acted_on) - WHOSE), b""
 
     def find(self, data: bytes, key_label: bytes) -> KnownRequest | None:
         """Return the request that `data` is, no more and no less, if its head is known."""
@@ -172,11 +187,11 @@ class HeadCache:
         if self._learns_shapes and _is_as_sent(data[:end], head):
             shape = self._shapes.learn(data[:end])
             if shape is not None:
-                known = KnownHead(message, head, len(data) - end, shape.fields, self._key_field)
+                known = KnownHead(message, head, len(data) - end, self._key_field, shape)
                 self._shapes.keep(data[:end], shape, known)
                 return known
         if keys is None:
-            known = KnownHead(message, head, len(data) - end, (), self._key_field)
+            known = KnownHead(message, head, len(data) - end, self._key_field, ())
             self._heads.store((data[:end], b""), end, known)
             return known
         index = [name.lower() for name, _ in head.pairs].index(self._key_field)
@@ -185,7 +200,7 @@ class HeadCache:
         stop = data.find(b"\r\n", start)
         if start < len(label) or keys != [data[start:stop]]:
             return None
-        known = KnownHead(message, head, len(data) - end, (index,), self._key_field)
+        known = KnownHead(message, head, len(data) - end, self._key_field, (index,))
         self._heads.store((data[:start], data[stop:end]), end, known)
         self.key_label = label
         return known
@@ -201,14 +216,15 @@ class HeadCache:
 
 
 def _is_as_sent(sent: bytes, head: RequestHead) -> bool:
-    """Return whether the fields of a head are its lines, each of them `Name: value`, and all of them go on."""
-    lines = [name + b": " + value for name, value in head.pairs]
-    return sent[:-4].split(b"\r\n")[1:] == lines and not nominated(head.fields)
+    """Return whether a head is its lines, each field of them `Name: value`, and all of them go on."""
+    line = b"%b %b HTTP/1.1" % (head.method.encode(), head.target)
+    lines = [line, *(name + b": " + value for name, value in head.pairs)]
+    return sent[:-4].split(b"\r\n") == lines and not nominated(head.fields)
 
 
 def is_whole(data: bytes, message: Any, head: RequestHead) -> bool:
-    """Return whether `data` is one whole request, and its head says how long it is and what may follow."""
-    if message.upgrade or message.chunked or head.http10:
+    """Return whether `data` is one whole request behind which another may come on the connection."""
+    if message.should_close or message.upgrade or message.chunked or head.http10:
         return False
     # Its response may have trailers, which no other has (ResponseWriter.takes_trailers).
     if b"te" in head.fields:

@@ -7,7 +7,7 @@ lines and the same field names in the same order, and nothing else than a value 
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Generic, NamedTuple, TypeVar
@@ -41,11 +41,16 @@ class Gap(NamedTuple):
 # Visible ASCII and single-byte spaces, none at the ends: what every parser takes for a value as it is.
 PLAIN = Gap(rb"(?! )[ -~]{1,2048}+(?<! )")
 
+# A part of a path that may be an id: `_IDS` finds those with a digit in them. Nothing in it is escaped, or a dot.
+_ID = Gap(rb"[A-Za-z0-9_-]{1,128}+")
+_IDS = re.compile(rb"(?<=/)(?=[A-Za-z_-]*[0-9])[A-Za-z0-9_-]{1,128}(?=[/? ])")
+
 GapOf = Callable[[bytes], Gap | None]
 
 
 class Shape:
-    """The shape of heads. `fields`: which fields of the head have the gaps, counted from 0; `pieces`: what is around.
+    """The shape of heads. `fields`: which fields have the gaps, counted from 0; -1 for the first line. `pieces`: what
+    is around them.
 
     The expression knows only how long the pieces are. They are compared afterwards, which is faster than to match them
     byte for byte, and leaves nothing of a head in the cache of `re`.
@@ -74,41 +79,57 @@ def joined(pieces: Sequence[bytes], values: Sequence[bytes]) -> bytes:
     return b"".join(parts)
 
 
+class _Span(NamedTuple):
+    """Where in a head a value is that may differ, and of which field: -1 for the first line."""
+
+    start: int
+    end: int
+    gap: Gap
+    field: int
+
+
 @dataclass(slots=True)
 class _Skeleton:
-    """What was seen of heads that differ at most in values that may differ: the newest of these, by field.
+    """What was seen of heads that differ at most in values that may differ: the newest of these, in order.
 
-    `varied`: the fields that differed.
+    `varied`: the places of those that differed. `line`: where the shape is found.
     """
 
-    line: bytes
-    values: dict[int, bytes]
+    values: list[bytes]
     varied: set[int] = field(default_factory=set)
     shape: Shape | None = None
+    line: bytes = b""
 
 
 class Shapes(Generic[Known]):
     """The shapes that were learned, with what their owner knows about each. Bounded; thread-bound.
 
     `gap_of` says by a field's lower-case name what its value may be instead, None for a value that never differs.
+    `ids_vary`: so may ids in the path of a request.
     """
 
-    def __init__(self, gap_of: GapOf) -> None:
-        self._gap_of = gap_of
-        # Under a digest, so that the values that never differ, credentials among them, are not kept for this.
+    def __init__(self, gap_of: GapOf, *, ids_vary: bool = False) -> None:
+        self._gap_of, self._ids_vary = gap_of, ids_vary
+        # Under a digest, so that the values that never differ are not kept for this.
         self._skeletons: dict[bytes, _Skeleton] = {}
+        # By the first line; where ids in it differ, without them.
         self._by_line: dict[bytes, list[tuple[Shape, Known]]] = {}
+        self._has_ids = False
         self._looked_up = self._compiled = 0
 
     def clear(self) -> None:
         """Forget everything."""
         self._skeletons.clear()
         self._by_line.clear()
+        self._has_ids = False
 
     def find(self, data: bytes) -> tuple[Known, tuple[bytes, ...], int] | None:
         """Return what is known of the head with which `data` begins, the values in its gaps, and where it ends."""
         self._looked_up += 1
-        shapes = self._by_line.get(data[: data.find(b"\r\n")])
+        line = data[: data.find(b"\r\n")]
+        shapes = self._by_line.get(line)
+        if shapes is None and self._has_ids:
+            shapes = self._by_line.get(_IDS.sub(_OPEN, line))
         for at, (shape, known) in enumerate(shapes or ()):
             if (found := shape.match(data)) is not None:
                 if at and shapes:  # the next head is looked for here first
@@ -121,16 +142,13 @@ class Shapes(Generic[Known]):
 
         Return the shape that it has from now on, to be kept with `keep`; None where there is no other head like it yet.
         """
-        first, *fields = head[:-4].split(b"\r\n")
-        gaps = self._gaps(fields)
-        if len(head) > MAX_SHAPED_BYTES or len(gaps) > MAX_GAPS:
+        spans = [*self._spans(head)]
+        if len(head) > MAX_SHAPED_BYTES or len(spans) > MAX_GAPS:
             return None
-        values = {at: fields[at].partition(b": ")[2] for at in gaps}
-        fixed = [_label(line) + _OPEN if at in gaps else line for at, line in enumerate(fields)]
-        digest = blake2b(b"\r\n".join((first, *fixed)), digest_size=16).digest()
-        before = self._skeletons.pop(digest, None)
-        seen = before or _Skeleton(first, values)
-        differing = {at for at in gaps if values[at] != seen.values[at]}
+        values = [head[start:end] for start, end, _, _ in spans]
+        digest = blake2b(_OPEN.join(_around(head, spans)), digest_size=16).digest()
+        seen = self._skeletons.pop(digest, None) or _Skeleton(values)
+        differing = {at for at, value in enumerate(values) if value != seen.values[at]}
         seen.values = values
         self._remember(digest, seen)
         if differing <= seen.varied:
@@ -139,26 +157,33 @@ class Shapes(Generic[Known]):
             return None
         seen.varied |= differing
         self._drop(seen)
-        fields_of_gaps = [at for at, gap in gaps.items() if at in seen.varied or gap.at_once]
-        seen.shape = _shape(head, fields, fields_of_gaps, [gaps[at].form for at in fields_of_gaps])
+        spans = [span for at, span in enumerate(spans) if at in seen.varied or span.gap.at_once]
+        forms, fields = [span.gap.form for span in spans], [span.field for span in spans]
+        seen.shape = Shape(_around(head, spans), forms, fields)
+        seen.line = _line(head, seen.shape)
         return seen.shape
 
     def keep(self, head: bytes, shape: Shape, known: Known) -> None:
         """Keep what is known of the heads of a shape, such as `head`, which `learn` returned."""
-        line = head[: head.find(b"\r\n")]
+        line = _line(head, shape)
         others = [one for one in self._by_line.get(line, ()) if one[0] is not shape]
         self._by_line[line] = [(shape, known), *others[: MAX_TRIED - 1]]
+        self._has_ids = self._has_ids or _OPEN in line
 
-    def _gaps(self, fields: Sequence[bytes]) -> dict[int, Gap]:
-        """Return the fields whose values may differ, with what they may be; one that comes twice is none of them."""
-        names = [line.partition(b":")[0].lower() for line in fields]
-        counts = Counter(names)
-        gaps = {at: self._gap_of(name) for at, name in enumerate(names) if counts[name] == 1}
-        return {
-            at: gap
-            for at, gap in gaps.items()
-            if gap is not None and re.fullmatch(gap.form, fields[at][len(_label(fields[at])) :])
-        }
+    def _spans(self, head: bytes) -> Iterator[_Span]:
+        """Yield where the values are that may differ; of a field that comes twice none does."""
+        line, *fields = head[:-4].split(b"\r\n")
+        if self._ids_vary:
+            yield from (_Span(*found.span(), _ID, -1) for found in _IDS.finditer(line))
+        names = [text.partition(b":")[0].lower() for text in fields]
+        counts, at = Counter(names), len(line) + 2
+        for number, (name, text) in enumerate(zip(names, fields, strict=True)):
+            _, separator, value = text.partition(b": ")
+            gap = self._gap_of(name) if counts[name] == 1 and separator else None
+            end = at + len(text)
+            if gap is not None and re.fullmatch(gap.form, value):
+                yield _Span(end - len(value), end, gap, number)
+            at = end + 2
 
     def _may_compile(self) -> bool:
         """Return whether one more expression may be compiled, and count it."""
@@ -179,18 +204,13 @@ class Shapes(Generic[Known]):
             self._by_line[skeleton.line] = shapes
 
 
-def _label(line: bytes) -> bytes:
-    """Return the beginning of a field's line that is before its value."""
-    name, separator, _ = line.partition(b": ")
-    return name + separator
+def _around(head: bytes, spans: Sequence[_Span]) -> list[bytes]:
+    """Return the pieces of a head around these values."""
+    starts, ends = [0, *(span.end for span in spans)], [*(span.start for span in spans), len(head)]
+    return [head[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
-def _shape(head: bytes, fields: Sequence[bytes], open_fields: Sequence[int], forms: Sequence[bytes]) -> Shape:
-    """Return the shape of a head with gaps in these fields."""
-    pieces, at, begun = [], head.find(b"\r\n") + 2, 0
-    for number, line in enumerate(fields):
-        if number in open_fields:
-            pieces.append(head[begun : at + len(_label(line))])
-            begun = at + len(line)
-        at += len(line) + 2
-    return Shape([*pieces, head[begun:]], forms, open_fields)
+def _line(head: bytes, shape: Shape) -> bytes:
+    """Return the first line of a head as its shape is found by it."""
+    line = head[: head.find(b"\r\n")]
+    return _IDS.sub(_OPEN, line) if -1 in shape.fields else line
