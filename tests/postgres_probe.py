@@ -175,7 +175,7 @@ class PostgresProbe(Probe):
         elif not (seen and isinstance(result, Record)):
             return result
         # As the proxy does: a record is taken in a second step.
-        row = rows.take_row(claim, not_after_ms, seen, window_ms)
+        row = rows.claim_row(claim, not_after_ms, seen, window_ms)
         result = rows.claim_result(claim, tenant, self.call(rows.TAKE, row))
         return rows.LATE if isinstance(result, rows.Takeable) else result
 
@@ -193,4 +193,4 @@ class PostgresProbe(Probe):
 
     def call(self, verb: rows.Verb, row: rows.Row) -> Any:
         """Return the row of the result of a verb for one key."""
-        return self.sql(verb.statement, *[[value] for value in row], ACTOR, True, b"")[0]
+        return self.sql(verb.statement, [row], ACTOR, True, b"")[0]

@@ -37,8 +37,7 @@ class Schema(NamedTuple):
 
     async def run(self, verb: Verb, *calls: Row) -> list[Any]:
         """Run a verb on the other connection."""
-        columns = [list(column) for column in zip(*calls, strict=True)]
-        return list(await self.other.fetch(verb.statement, *columns, FOREIGN[:10], True, hmac_pads(b"")))
+        return list(await self.other.fetch(verb.statement, calls, FOREIGN[:10], True, hmac_pads(b"")))
 
 
 @asynccontextmanager

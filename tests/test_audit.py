@@ -324,8 +324,8 @@ async def test_a_withdrawal(database: Database) -> None:
     """A claim that nobody holds is taken back, and the trail has both."""
     async with opened(database) as store:
         owner = await claimed(store)
-        columns = [[value] for value in rows.release_row(owner, rows.WITHDRAWN)]
-        database.connection.fetch(rows.SETTLE.statement, *columns, owner.token[:10], True, hmac_pads(AUDIT_KEY))
+        row = rows.release_row(owner, rows.WITHDRAWN)
+        database.connection.fetch(rows.SETTLE.statement, [row], owner.token[:10], True, hmac_pads(AUDIT_KEY))
     assert words(database) == ["claimed", "withdrawn"]
     checked(database)
 

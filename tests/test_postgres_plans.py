@@ -4,7 +4,6 @@ import asyncio
 import os
 import re
 from collections.abc import AsyncIterator
-from typing import Any
 
 import pytest
 
@@ -53,7 +52,7 @@ def steps(claims: list[Claim], head_bytes: int = 0) -> list[tuple[Verb, list[Row
     """Return the calls of an execution."""
     return [
         (rows.CLAIM, [rows.claim_row(one, NEVER) for one in claims]),
-        (rows.TAKE, [rows.take_row(one, NEVER, one.token, 0) for one in claims]),
+        (rows.TAKE, [rows.claim_row(one, NEVER, one.token) for one in claims]),
         (rows.RENEW, [(one.key, one.token, LEASE_MS, 2) for one in claims]),
         (rows.SETTLE, [store_row(one, head_bytes) for one in claims]),
     ]
@@ -127,12 +126,9 @@ async def test_most_updates_touch_no_index(schema: Schema) -> None:
 def inlined(verb: Verb, calls: list[Row]) -> str:
     """Return a statement with its arguments in it."""
 
-    def literal(column: list[Any]) -> str:
-        kind = "bytea[]" if any(isinstance(value, bytes) for value in column) else "bigint[]"
-        if all(value is None for value in column):
-            kind = "bytea[]"
-        values = ["NULL" if v is None else f"'\\x{v.hex()}'" if isinstance(v, bytes) else str(v) for v in column]
-        return f"ARRAY[{', '.join(values)}]::{kind}"
+    def literal(value: bytes | int | None) -> str:
+        return "NULL" if value is None else f"'\\x{value.hex()}'" if isinstance(value, bytes) else str(value)
 
-    columns = [literal(list(column)) for column in zip(*calls, strict=True)]
-    return f"SELECT * FROM {verb.function}({', '.join(columns)}, 'proxy', true, '')"
+    of_type = {"claim_1": "claim_call", "take_1": "claim_call", "renew_1": "renew_call", "settle_1": "settle_call"}
+    made = ", ".join(f"ROW({', '.join(map(literal, call))})" for call in calls)
+    return f"SELECT * FROM {verb.function}(ARRAY[{made}]::{of_type[verb.function]}[], 'proxy', true, '')"

@@ -197,14 +197,14 @@ async def test_a_takeover_meets_a_settle(schema: Schema, store: Store) -> None:
         assert isinstance(found, Record)
         assert found.state is State.IN_FLIGHT
     # What was read before the settle says that the record is open. It is not any more.
-    (taken,) = await schema.run(rows.TAKE, rows.take_row(foreign(owner), NEVER, owner.token, 0))
+    (taken,) = await schema.run(rows.TAKE, rows.claim_row(foreign(owner), NEVER, owner.token))
     assert (taken["tag"], taken["body"]) == (3, BODY)
 
 
 async def test_a_settle_meets_a_takeover(schema: Schema, store: Store) -> None:
     owner = await claimed(store, b"retry")
     await lapse(schema)
-    async with held(schema, rows.TAKE, rows.take_row(foreign(owner), NEVER, owner.token, 0)) as (taken,):
+    async with held(schema, rows.TAKE, rows.claim_row(foreign(owner), NEVER, owner.token)) as (taken,):
         assert taken["tag"] == 0
         settling = asyncio.ensure_future(store_small(store, owner))
         await asyncio.sleep(0.05)
@@ -220,7 +220,7 @@ async def test_a_takeover_meets_a_renewal(schema: Schema, store: Store) -> None:
     async with held(schema, rows.RENEW, (owner.key, owner.token, LEASE_MS, 2)) as (renewed,):
         assert renewed["tag"] == 1
         assert isinstance(await claim(store, mode=b"retry"), Record)
-    (taken,) = await schema.run(rows.TAKE, rows.take_row(foreign(owner), NEVER, owner.token, 0))
+    (taken,) = await schema.run(rows.TAKE, rows.claim_row(foreign(owner), NEVER, owner.token))
     assert taken["tag"] == 1
     assert await store.renew(owner) is RenewStatus.RENEWED
 
@@ -228,7 +228,7 @@ async def test_a_takeover_meets_a_renewal(schema: Schema, store: Store) -> None:
 async def test_a_renewal_meets_a_takeover(schema: Schema, store: Store) -> None:
     owner = await claimed(store, b"retry")
     await lapse(schema)
-    async with held(schema, rows.TAKE, rows.take_row(foreign(owner), NEVER, owner.token, 0)):
+    async with held(schema, rows.TAKE, rows.claim_row(foreign(owner), NEVER, owner.token)):
         assert await store.renew(owner) is RenewStatus.UNCONFIRMED
     assert await store.renew(owner) is RenewStatus.FENCED
 

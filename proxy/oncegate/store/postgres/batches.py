@@ -26,9 +26,10 @@ _ROW_BYTES = 384
 NOT_SENT = Unconfirmed("no connection to the store was free in time", maybe_executed=False)
 NO_REPLY = Unconfirmed("the store did not reply in time")
 ENDED = Unconfirmed("calls were ended", maybe_executed=False)
-UNFIT = NotAttempted("the store cannot hold one of the values")
 # Disk full; insufficient privilege.
 _FULL, _FORBIDDEN = "53100", "42501"
+# A key that another call has inserted just now. A repeat finds its record.
+_TAKEN = "23505"
 # Data exceptions, constraints and limits of the server: a repeat would not help. One row of a batch may cause them
 # alone, and a lack of memory and damage as well.
 _OF_VALUES = ("22", "23", "54")
@@ -53,11 +54,9 @@ class Call:
 
     __slots__ = ("_timer", "began", "key", "reply", "row", "sent", "size", "token")
 
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, row: Row, token: object, size: int | None, deadline: float
-    ) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, row: Row, token: object, size: int, deadline: float) -> None:
         self.key, self.token, self.row = row[0], token, row
-        self.size = _ROW_BYTES + (size or 0)
+        self.size = _ROW_BYTES + size
         self.began = loop.time()
         self.sent: Sent | None = None
         self.reply: asyncio.Future[tuple[Mapping[str, Any], bool] | Unconfirmed] = loop.create_future()
@@ -100,11 +99,8 @@ class Batches:
 
     def call(self, row: Row, deadline: float) -> Call:
         """Ask for one row. `deadline`: the loop's time at which its caller stops waiting."""
-        size = self._verb.size(row)
-        call = Call(self._loop, row, row[self._verb.token_at], size, deadline)
-        if size is None:
-            call.end(UNFIT)
-            return call
+        verb = self._verb
+        call = Call(self._loop, row, row[verb.token_at], verb.size(row), deadline)
         self._queue.append(call)
         if not self._scheduled:
             self._scheduled = True
@@ -190,9 +186,8 @@ class Batches:
         return list(batch.values())
 
     async def _run(self, session: Session, calls: list[Call], sent: Sent) -> None:
-        columns = zip(*[call.row for call in calls], strict=True)
         try:
-            answer = await session.run(self._statement, *map(list, columns), *self._tail)
+            answer = await session.run(self._statement, [call.row for call in calls], *self._tail)
         except Lost as lost:
             if lost.maybe_executed:
                 sent.lost = lost
@@ -224,7 +219,7 @@ class Batches:
             self._end_all(calls, StoreFull(refused.reason))
         elif refused.sqlstate == _FORBIDDEN:
             self._end_all(calls, Forbidden(refused.reason, maybe_executed=False))
-        elif refused.sqlstate.startswith(_OF_VALUES):
+        elif refused.sqlstate.startswith(_OF_VALUES) and refused.sqlstate != _TAKEN:
             self._end_all(calls, NotAttempted(refused.reason))
         else:
             self._end_all(calls, Unconfirmed(refused.reason, maybe_executed=False))

@@ -149,7 +149,7 @@ class Claims:
             return refusal
         not_after_ms = servers.now_ms() + int((deadline - self._loop.time()) * 1000)
         if attempt.expected is not None:
-            row = rows.take_row(claim, not_after_ms, attempt.expected, attempt.window_ms)
+            row = rows.claim_row(claim, not_after_ms, attempt.expected, attempt.window_ms)
             call = self._batches.take(row, deadline)
         else:
             call = self._batches.claim(rows.claim_row(claim, not_after_ms), deadline)
@@ -182,7 +182,7 @@ class Claims:
         if row["tag"] == rows.RESTARTS:
             # Takes nothing, as it is late, but lets the lease begin anew.
             deadline = self._loop.time() + self._timeout_s * share
-            await self._batches.take(rows.take_row(unowned, 0, row["owner"], 0), deadline).reply
+            await self._batches.take(rows.claim_row(unowned, 0, row["owner"]), deadline).reply
         return rows.peeked(unowned, tenant, row)
 
     # Open records ...

@@ -1,17 +1,15 @@
 """The arguments and results of the functions in the database: one row for each key. Pure.
 
-Only bytes and whole numbers go in. A value that the server would refuse is refused here, before its row joins a batch.
+Only bytes and whole numbers go in.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from oncegate.decision import CANCELLED, HOLD, RETRY, State
-from oncegate.keys.digests import DIGEST_BYTES, KEY_DIGEST_BYTES
 from oncegate.store.postgres.verb import Row, Verb
 from oncegate.store.record import (
-    TOKEN_BYTES,
     Claim,
     Corrupt,
     Record,
@@ -39,31 +37,12 @@ ROW_BYTES = 4096
 # About how much of a larger body one read returns.
 READ_BYTES = 262144
 
-_SMALL: Final = range(1 << 15)
-_INT: Final = range(1 << 31)
-_BIG: Final = range(-(1 << 63), 1 << 63)
-_KEY: Final = KEY_DIGEST_BYTES
-_DIGEST: Final = DIGEST_BYTES
-_TOKEN: Final = TOKEN_BYTES
-
-
-# key, lock, token, fingerprint, tenant, self, mode, lease_ms, retention_ms, not_after, rule
-CLAIM = Verb(
-    "claim", "claim_1", 2, (_KEY, _BIG, _TOKEN, _DIGEST, _DIGEST, _DIGEST, _SMALL, _INT, _BIG, _BIG, None)
-)  # fmt: skip
-# key, token, expected, fingerprint, tenant, self, mode, lease_ms, retention_ms, not_after, window_ms, rule
-TAKE = Verb(
-    "claim", "take_1", 1, (_KEY, _TOKEN, None, _DIGEST, _DIGEST, _DIGEST, _SMALL, _INT, _BIG, _BIG, _BIG, None)
-)  # fmt: skip
-# key, token, lease_ms, stage
-RENEW = Verb("renew", "renew_1", 1, (_KEY, _TOKEN, _INT, _SMALL))
-# key, lock, token, event, retention_ms, tombstone_ms, status, fence, created, mode, fingerprint, tenant, self,
-# meta, digest, chunks, size, body, tail, why
-SETTLE = Verb(
-    "settle", "settle_1", 2,
-    (_KEY, _BIG, _TOKEN, _SMALL, _BIG, _BIG, _INT, _BIG, _BIG, _SMALL, _DIGEST, _DIGEST, _DIGEST,
-     None, None, _INT, _BIG, None, None, None),
-)  # fmt: skip
+# Columns as in the types claim_call, renew_call and settle_call. The driver refuses what a column cannot hold.
+CLAIM = Verb("claim", "claim_1", 2)
+TAKE = Verb("claim", "take_1", 2)
+RENEW = Verb("renew", "renew_1", 1)
+# meta, body, tail, why
+SETTLE = Verb("settle", "settle_1", 2, (13, 17, 18, 19))
 
 _MODES = {b"": 0, HOLD: 1, RETRY: 2, CANCELLED: 3}
 MODE_OF = {number: mode for mode, number in _MODES.items()}
@@ -100,21 +79,15 @@ def lock_of(key: bytes) -> int:
     return int.from_bytes(key[:8], "big", signed=True)
 
 
-def claim_row(claim: Claim, not_after_ms: int) -> Row:
-    """Return the arguments of `claim_1`. A claim may end unknown without anybody to say so: it is kept as long."""
+def claim_row(claim: Claim, not_after_ms: int, expected: bytes | None = None, window_ms: int = 0) -> Row:
+    """Return the arguments of `claim_1`, and of `take_1` with the token that it expects.
+
+    A claim may end unknown without anybody to say so: it is kept as long.
+    """
     check = claim.self_check
     return (
         claim.key, lock_of(claim.key), claim.token, claim.fingerprint, check[:16], check[16:], _MODES[claim.mode],
-        claim.lease_ms, claim.unknown_retention_ms, not_after_ms, claim.rule.encode(),
-    )  # fmt: skip
-
-
-def take_row(claim: Claim, not_after_ms: int, expected: bytes, window_ms: int) -> Row:
-    """Return the arguments of `take_1`."""
-    check = claim.self_check
-    return (
-        claim.key, claim.token, expected, claim.fingerprint, check[:16], check[16:], _MODES[claim.mode],
-        claim.lease_ms, claim.unknown_retention_ms, not_after_ms, window_ms, claim.rule.encode(),
+        claim.lease_ms, claim.unknown_retention_ms, not_after_ms, claim.rule.encode(), expected, window_ms,
     )  # fmt: skip
 
 

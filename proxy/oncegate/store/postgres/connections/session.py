@@ -190,7 +190,8 @@ class Session:
         try:
             return await work
         except asyncpg.PostgresError as error:
-            if error.severity_en == "ERROR":
+            # The driver raises a DataError of its own for a value that it cannot send: nothing has left.
+            if error.severity_en == "ERROR" or (isinstance(error, asyncpg.DataError) and not error.severity_en):
                 raise Refused(reason_of(error), error.sqlstate or "") from error
             raise self._lost(error) from error
         except Exception as error:

@@ -20,10 +20,9 @@ $$;
 -- The day whose partition takes rows of today: today where there is one, else the nearest day before, else the nearest
 -- after. So no claim fails for want of a partition.
 CREATE OR REPLACE FUNCTION partition_day(parent text, today int) RETURNS int LANGUAGE plpgsql STABLE AS $$
-DECLARE
-    partition oid := to_regclass(parent || '_' || to_char(date '1970-01-01' + today, 'YYYYMMDD'));
 BEGIN
-    IF partition IS NOT NULL AND EXISTS (SELECT FROM pg_inherits WHERE inhrelid = partition AND NOT inhdetachpending) THEN
+    -- No statement of its own: this is asked with each claim. A partition that is being detached has another root.
+    IF pg_partition_root(to_regclass(parent || to_char(date '1970-01-01' + today, '_YYYYMMDD'))) = parent::regclass THEN
         RETURN today;
     END IF;
     RETURN coalesce(
@@ -136,11 +135,42 @@ CREATE UNLOGGED TABLE IF NOT EXISTS mark (
 );
 
 -- Functions. One a verb, its number the schema version that brought it; a change of its signature is a new name.
--- A call is one statement and one transaction. Arrays have one element a key, in the order of the keys, and no key twice.
+-- A call is one statement and one transaction. Its array has one element a key, in the order of the keys, and no key twice.
+-- What a statement costs beside its rows is the larger part of what a call costs: so the usual call is one statement with
+-- few steps, no step joins two of the others, and what is rare has a function of its own.
 -- The partition of today is looked up in a subquery: once, and only where a row needs it.
 -- No statement waits for a row: what another transaction holds is `busy`. Lookups are LATERAL with a LIMIT, so that they
 -- stay lookups whatever the planner believes of the tables' sizes. Sessions set the rest of what plans need; where bodies
 -- are read or written, plans are made for their day, so that no other day's partition is locked.
+
+-- What the functions are called with. CREATE TYPE knows no IF NOT EXISTS.
+-- `lock`: see `is_ours`. Of take_1 alone: `expected` and `window_ms`.
+DO $$ BEGIN
+    CREATE TYPE claim_call AS (
+        key bytea, lock bigint, token bytea, fingerprint bytea, tenant bytea, self bytea, mode smallint, lease_ms int,
+        retention bigint, not_after bigint, rule bytea, expected bytea, window_ms bigint
+    );
+EXCEPTION WHEN duplicate_object THEN END $$;
+DO $$ BEGIN
+    CREATE TYPE renew_call AS (key bytea, token bytea, lease_ms int, stage smallint);
+EXCEPTION WHEN duplicate_object THEN END $$;
+-- event: 4 store, 5 release, 8 withdraw (a release), 6 unknown, 7 cancelled. A store has its body in `body` (null: none) if
+-- it lies in the record, or the last chunk in `tail` (null: it was appended).
+DO $$ BEGIN
+    CREATE TYPE settle_call AS (
+        key bytea, lock bigint, token bytea, event smallint, retention bigint, tombstone bigint, status smallint, fence bigint,
+        created bigint, mode smallint, fingerprint bytea, tenant bytea, self bytea, meta bytea, digest bytea,
+        chunk_count int, size bigint, body bytea, tail bytea, why bytea
+    );
+EXCEPTION WHEN duplicate_object THEN END $$;
+-- What claim_1 and take_1 return. `tag`: 0 claimed, 1 in flight, 2 unknown, 3 complete, 4 free but for take_1, 5 expired,
+-- 6 no record, because the claim came late, 7 busy, 8 see tag_of.
+DO $$ BEGIN
+    CREATE TYPE claim_reply AS (
+        token bytea, tag int, now bigint, fence bigint, created bigint, owner bytea, mode smallint, fingerprint bytea,
+        self bytea, lease_left bigint, status smallint, meta bytea, body bytea
+    );
+EXCEPTION WHEN duplicate_object THEN END $$;
 
 -- Whether a row says no more than a missing one. A renewal leaves `frees` alone, so its time is added.
 CREATE OR REPLACE FUNCTION is_free(
@@ -184,17 +214,15 @@ $$;
 CREATE OR REPLACE FUNCTION is_ours(lock bigint) RETURNS boolean LANGUAGE sql VOLATILE AS
 $$ SELECT pg_try_advisory_xact_lock(lock # ('record'::regclass::oid::bigint << 32)) $$;
 
+-- Whether a key has a record, be it one that another transaction holds.
+CREATE OR REPLACE FUNCTION is_there(wanted bytea) RETURNS boolean LANGUAGE plpgsql VOLATILE AS
+$$ BEGIN RETURN EXISTS (SELECT FROM record WHERE key = wanted); END $$;
+
 -- Claims keys that have no record, and reads the records of the others. Past `not_after` it only reads.
--- tag: 0 claimed, 1 in flight, 2 unknown, 3 complete, 4 free but for take_1, 5 expired, 6 late (no record), 7 busy, 8 see
--- tag_of. An insert would wait for one that is not committed: the lock says so first.
-CREATE OR REPLACE FUNCTION claim_1(
-    keys bytea[], locks bigint[], tokens bytea[], fingerprints bytea[], tenants bytea[], selves bytea[], modes bigint[],
-    leases bigint[], retentions bigint[], not_afters bigint[], rules bytea[],
-    actor bytea, audited boolean, pads bytea
-) RETURNS TABLE (
-    token bytea, tag int, now bigint, fence bigint, created bigint, owner bytea, mode smallint, fingerprint bytea,
-    self bytea, lease_left bigint, status smallint, meta bytea, body bytea
-) LANGUAGE plpgsql VOLATILE AS $$
+-- An insert would wait for one that is not committed: the lock says so first. A key that came between the read and the lock
+-- breaks the primary key, and undoes the call.
+CREATE OR REPLACE FUNCTION claim_1(calls claim_call[], actor bytea, audited boolean, pads bytea) RETURNS SETOF claim_reply
+LANGUAGE plpgsql VOLATILE AS $$
 #variable_conflict use_column
 DECLARE
     began bigint := now_ms();
@@ -202,82 +230,63 @@ DECLARE
 BEGIN
     RETURN QUERY
     WITH asked AS MATERIALIZED (
-        SELECT u.*, r.state AS r_state, r.token AS r_token, r.fence AS r_fence, r.created AS r_created, r.mode AS r_mode,
-            r.fingerprint AS r_fingerprint, r.tenant || r.self AS r_self, r.lease AS r_lease, r.lease_ms AS r_lease_ms,
-            r.expires AS r_expires, r.frees AS r_frees, r.status AS r_status, r.meta AS r_meta, r.body AS r_body,
-            CASE WHEN r.state IS NULL AND began <= u.not_after THEN is_ours(u.lock) END AS is_ours
-        FROM unnest(keys, locks, tokens, fingerprints, tenants, selves, modes, leases, retentions, not_afters, rules)
-            AS u(key, lock, token, fingerprint, tenant, self, mode, lease_ms, retention, not_after, rule)
-        LEFT JOIN LATERAL (SELECT * FROM record WHERE record.key = u.key LIMIT 1) r ON true
+        SELECT f.*, CASE WHEN audited AND f.fence IS NOT NULL
+            THEN audit_digest_of(pads, '', f.key, 1, began, 1, f.token, f.fence, actor, f.rule, 0, 0, '') ELSE '' END AS digest
+        FROM (
+            SELECT u.*, r.state AS r_state, r.token AS r_token, r.fence AS r_fence, r.created AS r_created,
+                r.mode AS r_mode, r.fingerprint AS r_fingerprint, r.tenant || r.self AS r_self, r.lease AS r_lease,
+                r.lease_ms AS r_lease_ms, r.expires AS r_expires, r.frees AS r_frees, r.status AS r_status,
+                r.meta AS r_meta, r.body AS r_body,
+                CASE WHEN r.state IS NULL AND began <= u.not_after AND is_ours(u.lock) THEN nextval('fence') END AS fence
+            FROM unnest(calls) AS u
+            LEFT JOIN LATERAL (SELECT * FROM record WHERE record.key = u.key LIMIT 1) r ON true
+            OFFSET 0
+        ) f
     ), made AS (
         INSERT INTO record (key, tenant, self, fingerprint, token, fence, created, lease_ms, bucket, mode,
             lease, expires, frees, state, audit_no, audit_at, audit_digest)
         SELECT a.key, a.tenant, a.self, a.fingerprint, a.token, a.fence, began, a.lease_ms,
             (SELECT partition_day('chunk', today)), a.mode, began + a.lease_ms,
-            began + a.retention, began + a.retention, 1, audited::int,
-            CASE WHEN audited THEN began ELSE 0 END,
-            CASE WHEN audited THEN audit_digest_of(pads, '', a.key, 1, began, 1, a.token, a.fence, actor, a.rule, 0, 0, '')
-                ELSE '' END
-        FROM (SELECT *, nextval('fence') AS fence FROM asked WHERE is_ours OFFSET 0) a
-        ON CONFLICT (key) DO NOTHING
-        RETURNING key, token, fence, audit_digest
+            began + a.retention, began + a.retention, 1, audited::int, CASE WHEN audited THEN began ELSE 0 END, a.digest
+        FROM asked a WHERE a.fence IS NOT NULL
     ), entries AS (
         INSERT INTO audit (day, at, no, before_at, fence, event, key, token, actor, rule, digest)
-        SELECT (SELECT partition_day('audit', today)), began,
-            1, 0, m.fence, 1, m.key, m.token, actor, a.rule, m.audit_digest
-        FROM made m JOIN asked a ON a.key = m.key WHERE audited
+        SELECT (SELECT partition_day('audit', today)), began, 1, 0, a.fence, 1, a.key, a.token, actor, a.rule, a.digest
+        FROM asked a WHERE audited AND a.fence IS NOT NULL
     )
     SELECT a.token,
-        CASE WHEN m.token IS NOT NULL THEN 0
+        CASE WHEN a.fence IS NOT NULL THEN 0
             WHEN a.r_state IS NOT NULL
             THEN tag_of(a.r_state, a.r_created, a.r_lease, a.r_lease_ms, a.r_expires, a.r_frees, began)
-            WHEN a.is_ours IS NULL THEN 6
+            WHEN began > a.not_after THEN 6
             ELSE 7
         END,
-        now_ms(), coalesce(m.fence, a.r_fence), coalesce(a.r_created, began), a.r_token, a.r_mode, a.r_fingerprint, a.r_self,
+        now_ms(), coalesce(a.fence, a.r_fence), coalesce(a.r_created, began), a.r_token, a.r_mode, a.r_fingerprint, a.r_self,
         least(a.r_lease - began, a.r_lease_ms), a.r_status, a.r_meta, a.r_body
-    FROM asked a LEFT JOIN made m ON m.key = a.key;
-END
-$$;
-
--- Locks the records of these keys, in their order, and returns the keys whose record is locked now. What another
--- transaction holds is left out.
-CREATE OR REPLACE FUNCTION lock_1(keys bytea[]) RETURNS bytea[] LANGUAGE plpgsql VOLATILE AS $$
-BEGIN
-    RETURN ARRAY(
-        SELECT r.key FROM unnest(keys) AS u(key)
-        CROSS JOIN LATERAL (SELECT record.key FROM record WHERE record.key = u.key FOR NO KEY UPDATE SKIP LOCKED) r
-    );
+    FROM asked a;
 END
 $$;
 
 -- Takes over records that are open and of the expected token, which may be the claim's own: then its lease begins anew.
 -- The caller has decided that the record is open, after checking it as a whole. It is decided here again, as of now.
--- Returns what claim_1 returns; tag 6 also for a key that has no record any more.
-CREATE OR REPLACE FUNCTION take_1(
-    keys bytea[], tokens bytea[], expected_tokens bytea[], fingerprints bytea[], tenants bytea[], selves bytea[],
-    modes bigint[], leases bigint[], retentions bigint[], not_afters bigint[], windows bigint[], rules bytea[],
-    actor bytea, audited boolean, pads bytea
-) RETURNS TABLE (
-    token bytea, tag int, now bigint, fence bigint, created bigint, owner bytea, mode smallint, fingerprint bytea,
-    self bytea, lease_left bigint, status smallint, meta bytea, body bytea
-) LANGUAGE plpgsql VOLATILE AS $$
+-- Tag 6 also for a key that has no record any more.
+CREATE OR REPLACE FUNCTION take_1(calls claim_call[], actor bytea, audited boolean, pads bytea) RETURNS SETOF claim_reply
+LANGUAGE plpgsql VOLATILE AS $$
 #variable_conflict use_column
 DECLARE
     began bigint := now_ms();
     today int := (began / 86400000)::int;
-    locked bytea[] := lock_1(keys);
 BEGIN
     RETURN QUERY
     WITH asked AS MATERIALIZED (
         SELECT u.*, r.state AS r_state, r.token AS r_token, r.fence AS r_fence, r.created AS r_created, r.mode AS r_mode,
             r.fingerprint AS r_fingerprint, r.tenant || r.self AS r_self, r.lease AS r_lease, r.lease_ms AS r_lease_ms,
             r.expires AS r_expires, r.frees AS r_frees, r.status AS r_status, r.meta AS r_meta, r.body AS r_body,
-            r.audit_at AS r_audit_at, u.key = ANY (locked) AS is_locked,
+            r.audit_at AS r_audit_at,
             -- Its lease had ended, so that its outcome counted as unknown.
             audited AND r.state = 1 AND r.token = u.token AND r.lease <= began AS is_back,
             CASE
-                WHEN u.key <> ALL (locked) OR r.token <> u.expected THEN 'keep'
+                WHEN r.state IS NULL OR r.token <> u.expected THEN 'keep'
                 WHEN r.state = 1 AND r.token = u.token AND began <= u.not_after THEN 'extend'
                 -- Also for one who claims nothing: else nobody would see the end of the lease while duplicates wait.
                 WHEN r.state = 1 AND r.lease - began > r.lease_ms THEN 'restart'
@@ -288,10 +297,10 @@ BEGIN
                 THEN 'take'
                 ELSE 'keep'
             END AS verdict
-        FROM unnest(keys, tokens, expected_tokens, fingerprints, tenants, selves, modes, leases, retentions,
-                not_afters, windows, rules)
-            AS u(key, token, expected, fingerprint, tenant, self, mode, lease_ms, retention, not_after, window_ms, rule)
-        LEFT JOIN LATERAL (SELECT * FROM record WHERE record.key = u.key LIMIT 1) r ON true
+        FROM unnest(calls) AS u
+        LEFT JOIN LATERAL (
+            SELECT * FROM record WHERE record.key = u.key LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED
+        ) r ON true
     ), extended AS (
         UPDATE record r SET lease = began + CASE a.verdict WHEN 'extend' THEN a.lease_ms ELSE r.lease_ms END,
             audit_no = r.audit_no + a.is_back::int,
@@ -330,8 +339,7 @@ BEGIN
     )
     SELECT a.token,
         CASE WHEN a.verdict IN ('extend', 'claim', 'take') THEN 0
-            WHEN a.r_state IS NULL THEN 6
-            WHEN NOT a.is_locked THEN 7
+            WHEN a.r_state IS NULL THEN CASE WHEN is_there(a.key) THEN 7 ELSE 6 END
             WHEN a.verdict = 'restart' THEN 1
             ELSE tag_of(a.r_state, a.r_created, a.r_lease, a.r_lease_ms, a.r_expires, a.r_frees, began)
         END,
@@ -345,28 +353,29 @@ $$;
 -- Extends the leases of owners and notes how far their exchanges got. A lapsed lease comes back if the token still owns
 -- the key. tag: 1 renewed, 2 absent, 3 unknown, 4 complete, 5 fenced, 7 busy.
 CREATE OR REPLACE FUNCTION renew_1(
-    keys bytea[], tokens bytea[], leases bigint[], stages bigint[], actor bytea, audited boolean, pads bytea
+    calls renew_call[], actor bytea, audited boolean, pads bytea
 ) RETURNS TABLE (token bytea, tag int, now bigint)
 LANGUAGE plpgsql VOLATILE AS $$
 #variable_conflict use_column
 DECLARE
     began bigint := now_ms();
     today int := (began / 86400000)::int;
-    locked bytea[] := lock_1(keys);
 BEGIN
     RETURN QUERY
     WITH asked AS MATERIALIZED (
         SELECT u.*, r.lease <= began AND audited AS is_back, r.audit_at AS r_audit_at,
             CASE
-                WHEN r.state IS NULL OR r.token = '' THEN 2
+                WHEN r.state IS NULL THEN CASE WHEN is_there(u.key) THEN 7 ELSE 2 END
+                WHEN r.token = '' THEN 2
                 WHEN r.token <> u.token THEN 5
                 WHEN r.state IN (3, 5) THEN 4
                 WHEN r.state <> 1 THEN 3
-                WHEN u.key <> ALL (locked) THEN 7
                 ELSE 1
             END AS tag
-        FROM unnest(keys, tokens, leases, stages) AS u(key, token, lease_ms, stage)
-        LEFT JOIN LATERAL (SELECT * FROM record WHERE record.key = u.key LIMIT 1) r ON true
+        FROM unnest(calls) AS u
+        LEFT JOIN LATERAL (
+            SELECT * FROM record WHERE record.key = u.key LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED
+        ) r ON true
     ), renewed AS (
         UPDATE record r SET lease = began + a.lease_ms, stage = a.stage,
             audit_no = r.audit_no + a.is_back::int,
@@ -385,100 +394,114 @@ BEGIN
 END
 $$;
 
+-- Keeps the last chunk of a body.
+CREATE OR REPLACE FUNCTION keep_tail(day int, call settle_call) RETURNS boolean
+LANGUAGE plpgsql VOLATILE SET plan_cache_mode = force_custom_plan AS $$
+BEGIN
+    INSERT INTO chunk AS c (day, key, token, index, bytes)
+    VALUES (keep_tail.day, call.key, call.token, call.chunk_count - 1, call.tail)
+    ON CONFLICT ON CONSTRAINT chunk_pkey DO UPDATE SET bytes = excluded.bytes;
+    RETURN true;
+END
+$$;
+
+-- Settles a key whose record is gone. tag: 0 settled, 7 busy.
+CREATE OR REPLACE FUNCTION settle_anew(call settle_call, began bigint, actor bytea, audited boolean, pads bytea) RETURNS int
+LANGUAGE plpgsql VOLATILE AS $$
+#variable_conflict use_column
+DECLARE
+    today int := (began / 86400000)::int;
+    day int := partition_day('chunk', today);
+    digest bytea := '';
+BEGIN
+    IF NOT is_ours(call.lock) THEN
+        RETURN 7;
+    END IF;
+    IF audited THEN
+        digest := audit_digest_of(pads, '', call.key, 1, began, call.event, call.token, call.fence, actor, '', call.status,
+            call.size, coalesce(call.why, ''));
+        INSERT INTO audit (day, at, no, before_at, fence, size, status, event, key, token, actor, detail, digest)
+        VALUES (partition_day('audit', today), began, 1, 0, call.fence, call.size, call.status, call.event, call.key, call.token,
+            actor, coalesce(call.why, ''), digest);
+    END IF;
+    INSERT INTO record (key, tenant, self, fingerprint, token, fence, created, bucket, mode, expires, frees, state,
+        status, chunks, bytes, why, meta, body, audit_no, audit_at, audit_digest)
+    VALUES (call.key, call.tenant, call.self, call.fingerprint, call.token, call.fence, call.created, day, call.mode,
+        began + call.retention, began + call.retention + call.tombstone, CASE call.event WHEN 4 THEN 3 ELSE 2 END, call.status,
+        call.chunk_count, call.size, call.why, call.meta, call.body, audited::int, CASE WHEN audited THEN began ELSE 0 END, digest);
+    IF call.tail IS NOT NULL THEN
+        PERFORM keep_tail(day, call);
+    END IF;
+    RETURN 0;
+END
+$$;
+
 -- Ends claims: stores the response, frees the key, or marks it unknown; a repeat changes nothing more.
--- event: 4 store, 5 release, 8 withdraw (a release), 6 unknown, 7 cancelled. A store has its body in `bodies` (null: none)
--- if it lies in the record, or the last chunk in `tails` (null: it was appended).
 -- tag: 1 stored, 2 released, 3 unknown, 4 torn, 5 complete, 6 fenced, 7 busy; `found`: whether there was a record.
+-- A withdrawal that is repeated has a commit of its own, for standbys to confirm: it locks the row.
 CREATE OR REPLACE FUNCTION settle_1(
-    keys bytea[], locks bigint[], tokens bytea[], events bigint[], retentions bigint[], tombstones bigint[], statuses bigint[],
-    fences bigint[], createds bigint[], modes bigint[], fingerprints bytea[], tenants bytea[], selves bytea[],
-    metas bytea[], digests bytea[], chunk_counts bigint[], sizes bigint[], bodies bytea[], tails bytea[], whys bytea[],
-    actor bytea, audited boolean, pads bytea
+    calls settle_call[], actor bytea, audited boolean, pads bytea
 ) RETURNS TABLE (token bytea, tag int, now bigint, found boolean)
 LANGUAGE plpgsql VOLATILE AS $$
 #variable_conflict use_column
 DECLARE
     began bigint := now_ms();
     today int := (began / 86400000)::int;
-    locked bytea[] := lock_1(keys);
 BEGIN
     RETURN QUERY
     WITH asked AS MATERIALIZED (
-        SELECT u.*, r.state IS NOT NULL AND r.token <> '' AS found, r.state IS NULL AS is_new, r.audit_at AS r_audit_at,
+        SELECT u AS call, u.key, u.token, u.event, r.state IS NOT NULL AND r.token <> '' AS found, r.state IS NULL AS is_new,
+            r.audit_at AS r_audit_at,
             CASE
+                WHEN r.state IS NULL AND is_there(u.key) THEN 7
                 WHEN r.token <> u.token AND r.token <> '' THEN 6
-                WHEN u.event = 8 AND r.token = '' AND u.key = ANY (locked) THEN -1
-                WHEN u.event IN (5, 8) AND coalesce(r.token, '') = '' THEN 2
+                WHEN u.event IN (5, 8) AND (r.state IS NULL OR r.token = '') THEN 2
                 WHEN u.event = 4 AND r.state = 3 AND r.token <> '' AND substr(r.meta, 50, 16) = u.digest
                     AND r.expires > began THEN 1
                 WHEN r.state IN (3, 5) AND r.token <> '' THEN 5
-                WHEN r.state IS NOT NULL AND u.key <> ALL (locked) THEN 7
                 WHEN u.event = 4 AND u.body IS NULL AND u.chunk_count > 0
                     AND (coalesce(r.chunks, 0) <> u.chunk_count - (u.tail IS NOT NULL)::int
                         OR coalesce(r.bytes, 0) + coalesce(octet_length(u.tail), 0) <> u.size)
                     AND NOT (u.chunk_count = 1 AND coalesce(octet_length(u.tail), -1) = u.size) THEN 4
+                WHEN r.state IS NULL THEN settle_anew(u, began, actor, audited, pads)
                 ELSE 0
             END AS verdict
-        FROM unnest(keys, locks, tokens, events, retentions, tombstones, statuses, fences, createds, modes, fingerprints,
-                tenants, selves, metas, digests, chunk_counts, sizes, bodies, tails, whys)
-            AS u(key, lock, token, event, retention, tombstone, status, fence, created, mode, fingerprint,
-                tenant, self, meta, digest, chunk_count, size, body, tail, why)
-        LEFT JOIN LATERAL (SELECT * FROM record WHERE record.key = u.key LIMIT 1) r ON true
-    ), touched AS (
-        -- A withdrawal that is repeated needs a commit of its own, for standbys to confirm.
-        UPDATE record r SET expires = began + a.retention FROM asked a WHERE r.key = a.key AND a.verdict < 0
+        FROM unnest(calls) AS u
+        LEFT JOIN LATERAL (
+            SELECT * FROM record WHERE record.key = u.key LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED
+        ) r ON true
     ), changed AS (
-        UPDATE record r SET tenant = a.tenant, self = a.self, fingerprint = a.fingerprint, mode = a.mode,
-            token = CASE WHEN a.event IN (5, 8) THEN '' ELSE a.token END,
-            fence = greatest(r.fence, a.fence), created = a.created, expires = began + a.retention,
-            frees = began + a.retention + a.tombstone,
+        UPDATE record r SET tenant = (a.call).tenant, self = (a.call).self, fingerprint = (a.call).fingerprint,
+            mode = (a.call).mode, token = CASE WHEN a.event IN (5, 8) THEN '' ELSE a.token END,
+            fence = greatest(r.fence, (a.call).fence), created = (a.call).created, expires = began + (a.call).retention,
+            frees = began + (a.call).retention + (a.call).tombstone,
             state = CASE a.event WHEN 4 THEN 3 WHEN 6 THEN 2 WHEN 7 THEN 2 ELSE 4 END,
             lease = CASE WHEN a.event IN (6, 7) THEN 0 ELSE r.lease END,
-            status = CASE WHEN a.event IN (5, 8) THEN 0 ELSE a.status END,
-            chunks = a.chunk_count, bytes = a.size, why = a.why, meta = a.meta, body = a.body,
-            audit_no = r.audit_no + audited::int,
+            status = CASE WHEN a.event IN (5, 8) THEN 0 ELSE (a.call).status END,
+            chunks = (a.call).chunk_count, bytes = (a.call).size, why = (a.call).why, meta = (a.call).meta,
+            body = (a.call).body, audit_no = r.audit_no + audited::int,
             audit_at = CASE WHEN audited THEN began ELSE r.audit_at END,
-            audit_digest = CASE WHEN audited THEN audit_digest_of(pads, r.audit_digest, r.key, r.audit_no + 1, began,
-                a.event::int, a.token, a.fence, actor, '', a.status::int, a.size, coalesce(a.why, '')) ELSE r.audit_digest END
+            audit_digest = CASE WHEN audited THEN audit_digest_of(pads, r.audit_digest, r.key, r.audit_no + 1, began, a.event,
+                a.token, (a.call).fence, actor, '', (a.call).status, (a.call).size, coalesce((a.call).why, ''))
+                ELSE r.audit_digest END
         FROM asked a WHERE r.key = a.key AND a.verdict = 0 AND NOT a.is_new
-        RETURNING r.key, r.bucket, r.audit_no, r.audit_digest
-    ), anew AS (
-        INSERT INTO record (key, tenant, self, fingerprint, token, fence, created, bucket, mode, expires, frees, state,
-            status, chunks, bytes, why, meta, body, audit_no, audit_at, audit_digest)
-        SELECT a.key, a.tenant, a.self, a.fingerprint, a.token, a.fence, a.created,
-            (SELECT partition_day('chunk', today)), a.mode,
-            began + a.retention, began + a.retention + a.tombstone, CASE a.event WHEN 4 THEN 3 ELSE 2 END, a.status,
-            a.chunk_count, a.size, a.why, a.meta, a.body, audited::int, CASE WHEN audited THEN began ELSE 0 END,
-            CASE WHEN audited THEN audit_digest_of(pads, '', a.key, 1, began, a.event::int, a.token, a.fence, actor, '',
-                a.status::int, a.size, coalesce(a.why, '')) ELSE '' END
-        FROM asked a WHERE a.verdict = 0 AND a.is_new AND is_ours(a.lock)
-        ON CONFLICT (key) DO NOTHING
-        RETURNING key, bucket, audit_no, audit_digest
-    ), written AS (
-        SELECT * FROM changed UNION ALL SELECT * FROM anew
-    ), tailed AS (
-        INSERT INTO chunk (day, key, token, index, bytes)
-        SELECT w.bucket, a.key, a.token, a.chunk_count - 1, a.tail FROM written w JOIN asked a ON a.key = w.key
-        WHERE a.tail IS NOT NULL
-        ON CONFLICT (day, key, token, index) DO UPDATE SET bytes = excluded.bytes
+        RETURNING a.call, r.audit_no, r.audit_digest, a.r_audit_at,
+            CASE WHEN (a.call).tail IS NOT NULL THEN keep_tail(r.bucket, a.call) END
     ), entries AS (
         INSERT INTO audit (day, at, no, before_at, fence, size, status, event, key, token, actor, detail, digest)
-        SELECT (SELECT partition_day('audit', today)), began,
-            w.audit_no, coalesce(a.r_audit_at, 0), a.fence, a.size, a.status, a.event, a.key,
-            a.token, actor, coalesce(a.why, ''), w.audit_digest
-        FROM written w JOIN asked a ON a.key = w.key WHERE audited
+        SELECT (SELECT partition_day('audit', today)), began, c.audit_no, c.r_audit_at, (c.call).fence, (c.call).size,
+            (c.call).status, (c.call).event, (c.call).key, (c.call).token, actor, coalesce((c.call).why, ''), c.audit_digest
+        FROM changed c WHERE audited
     )
     SELECT a.token,
         CASE
             WHEN a.verdict > 0 THEN a.verdict
-            WHEN a.verdict < 0 THEN 2
-            WHEN w.key IS NULL THEN 7
             WHEN a.event = 4 THEN 1
             WHEN a.event IN (6, 7) THEN 3
             ELSE 2
         END,
         began, a.found
-    FROM asked a LEFT JOIN written w ON w.key = a.key;
+    FROM asked a;
 END
 $$;
 
