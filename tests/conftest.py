@@ -24,10 +24,10 @@ from tests.own_postgres import OwnPostgres, stopped_template
 from tests.parts import Proxy, RawUpstream, standing_upstream
 from tests.postgres_database import Database
 from tests.postgres_probe import PostgresProbe
-from tests.probes import Probe, RedisProbe
+from tests.probes import Probe, RedisProbe, fields_of
 from tests.resp import Relay, relaying
 from tests.shared_stores import SharedPostgres, SharedStore
-from tests.zygote import Forked, Zygote, standing_proxy
+from tests.zygote import Forked, Zygote, standing_proxy, written_layout
 
 IN_PROCESS = (
     *(
@@ -120,7 +120,8 @@ class Valkey:
     def records(self) -> dict[bytes, dict[bytes, bytes]]:
         """Return every record with its fields."""
         with self.client() as client:
-            return {key: client.hgetall(key) for key in client.scan_iter("once:{*")}
+            names = [name for name in client.scan_iter("once:{*") if not name.endswith(b":readers")]
+            return {name: {part.encode(): value for part, value in fields_of(client, name).items()} for name in names}
 
     def states(self) -> list[bytes]:
         """Return the state of every record, as it is written."""
@@ -205,16 +206,18 @@ def stored(request: pytest.FixtureRequest) -> Iterator[Probe]:
         yield RedisProbe(client, valkey.url)
 
 
-@pytest.fixture(params=[*REDIS_KINDS, "postgres"])
-def probe(request: pytest.FixtureRequest) -> Iterator[Probe]:
-    """An empty store of each kind, also of the Redis of this system."""
+@pytest.fixture(params=[*REDIS_KINDS, *(f"{kind}, packed" for kind in REDIS_KINDS), "postgres"])
+def probe(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Probe]:
+    """An empty store of each kind, also of the Redis of this system, and in both layouts of a record."""
     if request.param == "postgres":
         yield PostgresProbe(request.getfixturevalue("database"))
         return
-    server: Valkey = request.getfixturevalue(f"shared_{request.param}")
+    kind, _, layout = request.param.partition(", ")
+    monkeypatch.setenv("TEST_RECORD_LAYOUT", layout or "hash")
+    server: Valkey = request.getfixturevalue(f"shared_{kind}")
     with server.client() as client:
         client.flushall()
-        yield RedisProbe(client, server.url)
+        yield RedisProbe(client, server.url, packed=layout == "packed")
 
 
 @pytest.fixture(scope="session")
@@ -295,7 +298,7 @@ def proxies(head_cache: None, zygote: Zygote, tmp_path: Path) -> Iterator[Callab
 
     def start(upstream: RawUpstream | str, store_url: str = "embedded", **settings: object) -> Proxy:
         url = upstream if isinstance(upstream, str) else upstream.url
-        proxy = Forked(zygote, url, store_url, tmp_path, settings)
+        proxy = Forked(zygote, url, store_url, tmp_path, written_layout() | settings)
         started.append(proxy)
         proxy.start()
         return proxy
@@ -320,7 +323,7 @@ def fork(zygote: Zygote, tmp_path: Path) -> Iterator[Callable[..., Awaitable[For
 
     async def start(upstream: RawUpstream | str, store_url: str, **settings: object) -> Forked:
         url = upstream if isinstance(upstream, str) else upstream.url
-        started.append(proxy := Forked(zygote, url, store_url, tmp_path, settings))
+        started.append(proxy := Forked(zygote, url, store_url, tmp_path, written_layout() | settings))
         await proxy.begin()
         return proxy
 

@@ -4,12 +4,14 @@ A record is shown as the fields of its hash in Redis (docs/reference/record.md),
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from redis import Redis
 
-from oncegate.store.record import Claim, self_check
+from oncegate.store.record import DROPPED, Claim, Corrupt, self_check
 from oncegate.store.record_name import parse_record_id, store_key
+from oncegate.store.redis.arguments import LAYOUT
+from oncegate.store.redis.layouts.packed import OPEN, hash_fields, numbered, terms_begin
 from oncegate.store.redis.records import SCAN_KEY
 from oncegate.store.redis.replies import claim_result
 from oncegate.store.redis.server import load_scripts
@@ -27,12 +29,59 @@ def damaged(value: bytes) -> Iterator[bytes]:
         yield value[:place]
 
 
+def fields_of(client: Redis, name: bytes) -> Fields:
+    """Return the fields that a record in Redis has as a hash, also where it is packed."""
+    if client.type(name) != b"string":
+        fields = {field.decode(): value for field, value in client.hgetall(name).items()}
+        return fields | numbered(fields.pop("more", b""))
+    key, value = parse_record_id(name.decode()), client.get(name)
+    found = hash_fields(key or b"", value or b"")
+    assert not isinstance(found, Corrupt), found
+    return found
+
+
+def with_fields(key: bytes, value: bytes, changes: Mapping[str, bytes | int | None]) -> bytes:
+    """Return a packed record with other values of these fields. Those of a hash that it lacks cannot be given."""
+    fields = hash_fields(key, value)
+    assert not isinstance(fields, Corrupt)
+    texts = {name: change if isinstance(change, bytes | None) else b"%d" % change for name, change in changes.items()}
+    if value[:1] == DROPPED:
+        assert set(texts) == {"meta"}
+        return texts["meta"] or b""
+    if value[:1] != OPEN:
+        assert set(texts) <= {"until"}
+        return value[:-13] + (texts["until"] or b"").rjust(13, b"0")
+    return open_with(value, fields, texts)
+
+
+def open_with(value: bytes, fields: Fields, changes: Mapping[str, bytes | None]) -> bytes:
+    """Return an open packed record with other values of these fields."""
+    now = {**fields, **changes}
+    lease_ms = int(now.get("lease_ms") or value[59:69])
+    leased = max(0, int(now["lease"] or 0) - lease_ms)
+    # As in packed.py: its places are these.
+    parts = {
+        (1, 17): now["token"], (17, 33): (now["fence"] or b"").rjust(16, b"0"),
+        (33, 46): (now["created"] or b"").rjust(13, b"0"), (46, 59): b"%013d" % leased, (59, 69): b"%010d" % lease_ms,
+        (70, 71): (now["state"] or b"?")[:1], (71, 72): (now["mode"] or b"?")[:1],
+        (72, 104): (now["self"] or b"").ljust(32, b"x"), (104, 120): now["fingerprint"],
+    }  # fmt: skip
+    written = bytearray(value)
+    for (first, end), part in parts.items():
+        assert part is not None
+        assert len(part) == end - first
+        written[first:end] = part
+    return bytes(written)
+
+
 class Probe(ABC):
     """A store, empty at first. `key`: the digest of a record."""
 
     url: str
     # Whether a renewal writes until when the record is kept; else it follows from the end of the lease.
     renewals_write_expiry: bool
+    # Whether records lie packed in a string, where they can.
+    packed = False
 
     @abstractmethod
     def now_ms(self) -> int:
@@ -111,26 +160,38 @@ class Probe(ABC):
 
 
 class RedisProbe(Probe):
+    """`packed`: which layout the store's proxies write."""
+
     renewals_write_expiry = True
 
-    def __init__(self, client: Redis, url: str) -> None:
-        self.client, self.url = client, url
+    def __init__(self, client: Redis, url: str, packed: bool = False) -> None:
+        self.client, self.url, self.packed = client, url, packed
 
     def now_ms(self) -> int:
         seconds, micros = self.client.time()
         return int(seconds) * 1000 + int(micros) // 1000
 
     def fields(self, key: bytes) -> Fields:
-        return {field.decode(): value for field, value in self.client.hgetall(store_key(key)).items()}
+        return fields_of(self.client, store_key(key))
 
     def change(self, key: bytes, /, **values: bytes | int | None) -> None:
+        if self.client.type(store_key(key)) == b"string":
+            self._change_packed(key, values)
+            return
         for field, value in values.items():
             if value is None:
                 self.client.hdel(store_key(key), field)
             else:
                 self.client.hset(store_key(key), field, value)
 
+    def _change_packed(self, key: bytes, values: dict[str, bytes | int | None]) -> None:
+        value = with_fields(key, self.client.get(store_key(key)), values)
+        self.client.set(store_key(key), value, keepttl=True)
+
     def damages(self, field: str, value: bytes) -> Iterable[bytes | int | None]:
+        if self.packed:
+            # A packed record is damaged as a whole: tests/test_packed.py.
+            return
         yield from damaged(value)
         if field in ("lease", "created", "fence"):
             yield from (b"-1", b"nan", b"inf", b"-inf", b"1e300", b"9" * 40)
@@ -171,7 +232,8 @@ class RedisProbe(Probe):
         retention_ms: int, not_after_ms: int, window_ms: int, seen: bytes,
     ) -> ClaimResult:  # fmt: skip
         described = self_check(key, tenant, token, mode, fingerprint)
-        args = (token, fingerprint, described, mode, lease_ms, retention_ms, not_after_ms, 65536, window_ms, seen)
+        terms = terms_begin(mode, lease_ms) + described + fingerprint + bytes(2)
+        args = (token, terms, retention_ms, not_after_ms, LAYOUT[self.packed], window_ms, seen)
         _tag, *reply = self.client.eval(SCRIPTS["claim"].body, 1, store_key(key), b"tag", *args)
         claim = Claim(key, token, b"", mode, fingerprint, described, 0, lease_ms, retention_ms, retention_ms)
         return claim_result(claim, tenant, reply, lambda _: None)

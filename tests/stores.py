@@ -1,6 +1,7 @@
 """The stores that tests call verbs on, and the claims, responses and states that they bring about there."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -12,12 +13,15 @@ from oncegate.messages.response_head import response_digest
 from oncegate.store.opening import open_store
 from oncegate.store.record import Claim, ClaimRequest, Corrupt, Record, StoredResponse
 from oncegate.store.record_name import store_key
+from oncegate.store.redis.store import RedisStore
 from oncegate.store.results import DropStatus, ReadFailure, SettleResult, SettleStatus, Unconfirmed
 from oncegate.store.store import Store, StoreConfig
 from tests.probes import Probe
 
 LEASE_MS, RETENTION_MS, UNKNOWN_RETENTION_MS, TOMBSTONE_MS = 60_000, 3_600_000, 36_000_000, 7_200_000
 PATIENCE_S = 20.0
+# The variable with the layout that every store in Redis writes, whatever its proxies agree on.
+TEST_LAYOUT = "TEST_RECORD_LAYOUT"
 TENANT, SAME, OTHER = b"n" * 16, b"f" * 16, b"o" * 16
 SCOPE = Scope(b"default", TENANT)
 
@@ -48,7 +52,10 @@ def store_at(
 ) -> Store:
     """Return a store that is not started."""
     config = StoreConfig(url=url, timeout_ms=timeout_ms, patience_s=patience_s, background=background, **options)
-    return open_store(config)
+    store = open_store(config)
+    if isinstance(store, RedisStore) and (layout := os.environ.get(TEST_LAYOUT)):
+        store.layout.force(layout == "packed")
+    return store
 
 
 class Behind:

@@ -21,6 +21,7 @@ from loadtest.bench.against import package_of
 from loadtest.bench.chunks import Cost
 from loadtest.bench.goals import GOALS, goals
 from loadtest.bench.machine import ROOT, Process, family, share, two_cores
+from loadtest.bench.page import Circumstances, write_page
 from loadtest.bench.plot import write_plot
 from loadtest.bench.scenarios import SCENARIOS, Run
 from loadtest.bench.table import Figure, Table, write_csv
@@ -221,6 +222,19 @@ def test_files(tmp_path):
     drawn = ElementTree.parse(tmp_path / "bench.svg")
     bars = drawn.findall(".//{http://www.w3.org/2000/svg}rect[@y]")
     assert len(bars) == 3 * 2
+
+
+def test_the_page(tmp_path):
+    """The page says how the run was made, has a column for each contender, and says of each goal whether it is met."""
+    figures = [Figure("one", 1.55, "x", 1.7, note="5 us", wish=1.5), Figure("two", 4.0, "", 5.0, least=True)]
+    run_of = Circumstances("1234567", "89abcde", 3, 2, 2)
+    write_page(tmp_path / "page.md", run_of, Table([*RUNS, run("no-rest", 9000.0, 36.0)]), figures)
+    text = (tmp_path / "page.md").read_text()
+    assert "at 1234567 beside 89abcde (`earlier`): rounds of 2 s in turns, 3 of them" in text
+    assert "|  | no-rest | oncegate | nginx+lua | obvious |\n| --- | ---: | ---: | ---: | ---: |" in text
+    assert "| execution | 9,000, 36 us | 8,000, 50 us | 20,000, 25 us | 2,000, 300 us |" in text
+    assert "| one | 1.55 x | <= 1.7: met | <= 1.5: missed | 5 us |" in text
+    assert "| two | 4.00 | >= 5: **missed** |  |  |" in text
 
 
 def test_the_cpu_time_of_children_counts():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oncegate.known_heads.recent import MAX_HEADS, MAX_STORED_HEAD_BYTES, MISSES_BEFORE_SAMPLING, RecentHeads
-from tests.wire import Segment, Side
+from tests.wire import TURNS, Segment, Side, Wire
 
 REQUEST = b"POST /a HTTP/1.1\r\nHost: a\r\nIdempotency-Key: %s\r\nContent-Length: 2\r\n\r\n{}"
 
@@ -113,6 +113,27 @@ async def test_what_a_head_is_in_the_midst_of_another_request_stays_a_part_of_it
     known = REQUEST % b"k1"
     segments = [(0, known), (1, known), *([(1, known), (1, end)] if apart else [(1, known + end)]), (1, known)]
     await both([*segments, (1, known), (2, known)])
+
+
+async def test_a_head_that_ends_its_connection_is_known_and_ends_it():
+    """A client that makes a connection for each request is not parsed anew. What comes behind is no request."""
+    last = REQUEST.replace(b"Host", b"Connection: close\r\nHost")
+    assert await both([(number, last % b"k%d" % number) for number in range(3)]) == 2
+    assert await both([(0, last % b"k0"), (1, last % b"k1", "at once"), (1, last % b"k2"), (2, last % b"k3")]) == 2
+
+
+async def test_a_connection_with_known_heads_alone_has_no_parser():
+    side = Side(remembers=True)
+    await side.take([(0, REQUEST % b"k1")])
+    connection = side.listener()
+    connection.connection_made(Wire())
+    for number in range(3):
+        connection.data_received(REQUEST % b"k%d" % number)
+        for _ in range(TURNS):
+            await asyncio.sleep(0)
+    assert side.found == 3
+    assert connection._parser is None
+    connection.connection_lost(None)
 
 
 @pytest.mark.parametrize("method", [b"GET", b"POST"])

@@ -15,7 +15,7 @@ from oncegate.known_heads.requests import HeadCache
 from oncegate.messages.framing import CLOSING as BY_CLOSING
 from oncegate.messages.framing import COUNTED, STATED, Framing
 from oncegate.messages.problems import problem
-from tests.parts import RawClient, answers_in, ask, read_answer, request, until
+from tests.parts import RawClient, answers_in, ask, read_answer, request, rest, until
 
 GET = request("GET", key=None, body=b"")
 HEAD = request("HEAD", key=None, body=b"")
@@ -425,3 +425,80 @@ async def test_a_connection_that_retires_in_the_midst_of_an_answer_takes_one_mor
     client.close()
     server.close()
     await listener.shutdown(0.1)
+
+
+async def test_only_a_connection_on_which_nothing_is_answered_is_closed_as_idle(monkeypatch):
+    """Whether a request came on it before or not."""
+    monkeypatch.setattr("oncegate.downstream.listener.KEEP_ALIVE_S", 0.0)
+    monkeypatch.setattr("oncegate.downstream.listener.SWEEP_S", 0.01)
+    begun, over = asyncio.Event(), asyncio.Event()
+
+    async def handler(asked: Request) -> None:
+        if asked.message.path == "/slow":
+            begun.set()
+            await over.wait()
+        asked.response.send(200, b"OK", b"", b"ok", COUNTED)
+
+    listener = Listener(
+        handler, max_connections=100, minimum_rate=MinimumRate(5, 1), observe=lambda _: None, head_cache=HeadCache()
+    )
+    server = await asyncio.get_running_loop().create_server(listener, "127.0.0.1", 0)
+    new, used, busy = [await RawClient.open(server.sockets[0].getsockname()[1]) for _ in range(3)]
+    assert await used.ask(GET) is not None
+    slow = asyncio.ensure_future(busy.ask(request("GET", "/slow", key=None, body=b"")))
+    await begun.wait()
+    sweeping = asyncio.ensure_future(listener.sweep())
+    assert await rest(new) == await rest(used) == b""
+    assert len(listener.connections) == 1
+    over.set()
+    assert await slow is not None
+    assert await rest(busy) == b""
+    assert listener.connections == []
+    sweeping.cancel()
+    for client in (new, used, busy):
+        client.close()
+    server.close()
+    await listener.shutdown(0.1)
+
+
+async def test_the_end_waits_for_the_response_under_way_and_cancels_what_hangs():
+    """Of a request whose body does not come, the reader is woken first."""
+    ends: list[str] = []
+
+    async def handler(asked: Request) -> None:
+        try:
+            if asked.message.path == "/hangs":
+                await asyncio.Event().wait()
+            if asked.message.method == "POST":
+                await asked.content.readany()
+            await asyncio.sleep(0.01)
+            asked.response.send(200, b"OK", b"", b"ok", COUNTED)
+            ends.append("answered")
+        except ConnectionError:
+            ends.append("without its body")
+        except asyncio.CancelledError:
+            ends.append("cancelled")
+            raise
+
+    listener = Listener(
+        handler, max_connections=100, minimum_rate=MinimumRate(5, 1), observe=lambda _: None, head_cache=HeadCache()
+    )
+    server = await asyncio.get_running_loop().create_server(listener, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    idle, answered, bodiless, hanging = [await RawClient.open(port) for _ in range(4)]
+    asking = asyncio.ensure_future(answered.ask(GET))
+    bodiless.writer.write(b"POST /a HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n")
+    hanging.writer.write(b"GET /hangs HTTP/1.1\r\nHost: a\r\n\r\n")
+    while len(listener.connections) < 4 or not all(one._has_begun for one in listener.connections[1:]):
+        await asyncio.sleep(0.001)
+    server.close()
+    await listener.shutdown(0.2)
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert ends == ["answered", "without its body", "cancelled"]
+    answer = await asking
+    assert answer is not None
+    assert answer.body == b"ok"
+    for client in (idle, answered, bodiless, hanging):
+        assert await rest(client) == b""
+        client.close()

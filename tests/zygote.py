@@ -98,6 +98,14 @@ class Forked(Proxy):
         self.process = self._zygote.fork(self._env, self.folder, self._log)  # type: ignore[assignment]
 
 
+def written_layout() -> dict[str, object]:
+    """Return the setting by which a proxy of this build keeps its records in one layout all through a test.
+
+    `TEST_RECORD_LAYOUT=packed make ...` runs the same tests with packed records.
+    """
+    return {"RECORD_LAYOUT": os.environ.get("TEST_RECORD_LAYOUT", "hash")}
+
+
 @contextmanager
 def standing_proxy(
     zygote: Zygote,
@@ -109,7 +117,7 @@ def standing_proxy(
     path: str = "",
 ) -> Iterator[Proxy]:
     """A started proxy for all tests of a module; `standing_upstream` serves its upstream."""
-    settings = dict(settings or {})
+    settings = written_layout() | (settings or {})
     if rules:
         (folder / "rules.toml").write_text(rules)
         settings["RULES_FILE"] = "rules.toml"

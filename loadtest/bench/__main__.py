@@ -11,23 +11,29 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from loadtest.bench import contenders, extras, tools
-from loadtest.bench.against import package_of
+from loadtest.bench.against import checkout_name, package_of
 from loadtest.bench.goals import goals
 from loadtest.bench.machine import ROOT, two_cores
+from loadtest.bench.page import Circumstances, write_page
 from loadtest.bench.plot import write_plot
 from loadtest.bench.scenarios import SCENARIOS, Run, rounds
 from loadtest.bench.table import Table, write_csv
 
+# What --quick measures: what the goals compare.
+QUICK_CONTENDERS = ["oncegate", "no-rest", "earlier", "nginx+lua", "obvious", "aiohttp", "nginx", "direct"]
+QUICK = ["execution", "payment", "llm", "fresh", "mixed", "replay", "pass-through"]
+QUICK += ["chunks", "live-streams", "redis-cpu", "record"]
+
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m loadtest.bench", description="oncegate against its peers.")
-    top.add_argument("--quick", action="store_true", help="one short round at 32 connections, and short extras")
+    top.add_argument("--quick", action="store_true", help="one short round of what has goals, at 32 connections")
     top.add_argument("--only", type=_words, help=f"some of {','.join((*SCENARIOS, *extras.EXTRAS))}")
     top.add_argument("--against", metavar="COMMIT", help="a commit that is built and takes part, without rests")
-    top.add_argument("--contenders", type=_words, default=list(contenders.CONTENDERS))
-    top.add_argument("--connections", type=_words, help="default 1,32,256, or 32 where heads vary; 32 if quick")
+    top.add_argument("--contenders", type=_words, help=f"some of {','.join(contenders.CONTENDERS)}")
+    top.add_argument("--connections", type=_words, help="default: each scenario's own; 32 if quick")
     top.add_argument("--rounds", type=int, help="default 5; 1 if quick")
-    top.add_argument("--seconds", type=int, help="for each measurement; default 2; 1 if quick")
+    top.add_argument("--seconds", type=int, default=1, help="for each measurement; default 1")
     top.add_argument("--out", type=Path, default=ROOT / "loadtest" / "results", help="folder of the CSV and the plot")
     return top
 
@@ -42,8 +48,10 @@ def main() -> int:
     tools.obtain()
     quick = given.quick
     connections = [int(one) for one in given.connections or (["32"] if quick else [])]
-    count, seconds = given.rounds or (1 if quick else 5), given.seconds or (1 if quick else 2)
-    wanted = given.only or [*SCENARIOS, *extras.EXTRAS]
+    count, seconds = given.rounds or (1 if quick else 5), given.seconds
+    wanted = given.only or (QUICK if quick else [*SCENARIOS, *extras.EXTRAS])
+    asked = given.contenders or (QUICK_CONTENDERS if quick else [*contenders.CONTENDERS])
+    names = [one for one in asked if one not in contenders.AGAINST or given.against]
     cores = two_cores()
     if cores.proxy == cores.other:
         print("only one core: requests a second say nothing, CPU time a request still does")
@@ -53,7 +61,6 @@ def main() -> int:
         os.chmod(scratch, 0o711)
         tempfile.tempdir = scratch
         site = contenders.open_site(cores, package_of(given.against) if given.against else None)
-        names = [one for one in given.contenders if one not in contenders.AGAINST or given.against]
         try:
             measured = rounds(site, names, [one for one in SCENARIOS if one in wanted], connections, seconds, count)
             table = Table(told(measured))
@@ -70,7 +77,11 @@ def main() -> int:
     given.out.mkdir(parents=True, exist_ok=True)
     write_csv(given.out, table.runs, figures)
     write_plot(given.out / "bench.svg", table)
-    print(f"\n{given.out}/runs.csv, figures.csv, bench.svg")
+    circumstances = Circumstances(
+        checkout_name(), (given.against or "")[:7], count, seconds, len(cores.proxy | cores.other)
+    )
+    write_page(given.out / "page.md", circumstances, table, figures)
+    print(f"\n{given.out}/runs.csv, figures.csv, bench.svg, page.md")
     return 0 if all(run.sound for run in table.runs) else 1
 
 

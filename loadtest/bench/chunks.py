@@ -5,13 +5,12 @@ Then what a live stream holds in memory. The contenders take turns, and medians 
 
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from statistics import median
 from typing import NamedTuple
 
 from loadtest.bench import contenders, scenarios
-from loadtest.bench.contenders import Running, Site, in_turns, serving
+from loadtest.bench.contenders import Running, Site, in_turns, side_by_side
 from loadtest.bench.goals import LUA, OURS
 from loadtest.bench.readers import Peak, read
 from loadtest.bench.table import Figure
@@ -57,16 +56,22 @@ class Sizes(NamedTuple):
     wish_kib: float | None = None
 
 
-SMALL, LARGE = Sizes(BYTES, 150, 100, 3, 28, 20), Sizes(16 * KIB, 15, 1000, 1)
+SMALL, LARGE = Sizes(BYTES, 150, 100, 2, 28, 20), Sizes(16 * KIB, 15, 1000, 1)
+SHORT = SMALL._replace(number=60, rounds=1)
 
 
 def chunks(site: Site, quick: bool) -> list[Figure]:
     """A chunk's CPU time in the proxy, and a streamed answer's in Redis."""
-    names = contenders.paired(site)
+    names, number = contenders.paired(site), CHUNKS // 2 if quick else CHUNKS
+    starts, takes = (1, 1) if quick else (2, 3)
     costs: dict[str, list[Cost]] = {name: [] for name in names}
-    for number in range(1 if quick else 5):
-        for name in in_turns(names, number):
-            costs[name].append(_cost(site, name, CHUNKS // 2 if quick else CHUNKS))
+    for _ in range(starts):
+        with side_by_side(site, names, upstream=site.events) as pairs:
+            for running, _ in pairs.values():
+                _read(site, running, STREAMS, 20, EVERY_MS, BYTES)  # warms it up
+            for take in range(takes):
+                for name in in_turns(names, take):
+                    costs[name].append(_cost(site, *pairs[name], number))
     return [figure for other in names[1:] for figure in compared(other, costs[OURS], costs[other])]
 
 
@@ -81,20 +86,17 @@ def compared(other: str, ours: Sequence[Cost], theirs: Sequence[Cost]) -> list[F
     return figures
 
 
-def _cost(site: Site, name: str, number: int) -> Cost:
-    """Start a contender and measure one round of streams."""
-    with _started(site, name) as running:
-        _read(site, running, STREAMS, 20, EVERY_MS, BYTES)  # warms it up
-        idle_s, began = _redis_s(site), time.monotonic()
-        time.sleep(1)
-        idle_s = (_redis_s(site) - idle_s) / (time.monotonic() - began)
-        cpu_s, redis_s, began = running.process.cpu_s(), _redis_s(site), time.monotonic()
-        _read(site, running, STREAMS, number, EVERY_MS, BYTES)
-        took_s = time.monotonic() - began
-        time.sleep(scenarios.SETTLE_S)
-        cpu_s, redis_s = running.process.cpu_s() - cpu_s, _redis_s(site) - redis_s
-    redis_us = redis_s * 1e6 / STREAMS
-    return Cost(cpu_s * 1e6 / (STREAMS * number), redis_us, redis_us - idle_s * took_s * 1e6 / STREAMS)
+def _cost(site: Site, running: Running, store: Running, number: int) -> Cost:
+    """Measure one round of streams."""
+    idle_s, began = store.process.cpu_s(), time.monotonic()
+    time.sleep(1)
+    idle_s = (store.process.cpu_s() - idle_s) / (time.monotonic() - began)
+    cpu_s, redis_s, began = running.process.cpu_s(), store.process.cpu_s(), time.monotonic()
+    _read(site, running, STREAMS, number, EVERY_MS, BYTES)
+    time.sleep(scenarios.SETTLE_S)
+    cpu_s, redis_s = running.process.cpu_s() - cpu_s, store.process.cpu_s() - redis_s
+    redis_us, idle_us = (spent_s * 1e6 / STREAMS for spent_s in (redis_s, idle_s * (time.monotonic() - began)))
+    return Cost(cpu_s * 1e6 / (STREAMS * number), redis_us, redis_us - idle_us)
 
 
 def live_streams(site: Site, quick: bool) -> list[Figure]:
@@ -103,11 +105,12 @@ def live_streams(site: Site, quick: bool) -> list[Figure]:
     Beside that, with one event of 16 KiB a second. No event may be lost, and no stream refused.
     """
     figures, names = list[Figure](), [name for name in contenders.paired(site) if name != LUA]
-    for sizes in (SMALL,) if quick else (SMALL, LARGE):
+    for sizes in (SHORT,) if quick else (SMALL, LARGE):
         lives: dict[str, list[Live]] = {name: [] for name in names}
-        for number in range(1 if quick else sizes.rounds):
-            for name in in_turns(names, number):
-                lives[name].append(_live(site, name, sizes))
+        for number in range(sizes.rounds):
+            with side_by_side(site, names, upstream=site.events) as pairs:
+                for name in in_turns(names, number):
+                    lives[name].append(_live(site, pairs[name][0], sizes))
         figures += _told(sizes, lives)
     return figures
 
@@ -128,26 +131,14 @@ def _told(sizes: Sizes, lives: dict[str, list[Live]]) -> list[Figure]:
     ]
 
 
-def _live(site: Site, name: str, sizes: Sizes) -> Live:
-    with _started(site, name) as running:
-        cpu_s = running.process.cpu_s()
-        with Peak(running) as memory:
-            found = _read(site, running, LIVE, sizes.number, sizes.every_ms, sizes.bytes)
-        cpu_s = running.process.cpu_s() - cpu_s
-    kib, at_once = memory.above / found["most_live"] / KIB, found["most_live"]
-    return Live(found["lost"], found["refused"], at_once, kib, cpu_s * 1e6 / (LIVE * sizes.number))
-
-
-@contextmanager
-def _started(site: Site, name: str) -> Iterator[Running]:
-    scenarios.empty(site.redis)
-    with serving(contenders.start(site, name, upstream=site.events)) as running:
-        yield running
+def _live(site: Site, running: Running, sizes: Sizes) -> Live:
+    cpu_s = running.process.cpu_s()
+    with Peak(running) as memory:
+        found = _read(site, running, LIVE, sizes.number, sizes.every_ms, sizes.bytes)
+    cpu_s, at_once = running.process.cpu_s() - cpu_s, found["most_live"]
+    kib, event_us = memory.above / max(1, at_once) / KIB, cpu_s * 1e6 / (LIVE * sizes.number)
+    return Live(found["lost"], found["refused"], at_once, kib, event_us)
 
 
 def _read(site: Site, running: Running, *numbers: int) -> dict[str, int]:
     return read(site, "events", running.port, *numbers, uuid.uuid4().hex)
-
-
-def _redis_s(site: Site) -> float:
-    return site.redis.process.cpu_s()

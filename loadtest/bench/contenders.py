@@ -4,8 +4,8 @@ import contextlib
 import shutil
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from loadtest.bench.machine import PYTHON, Cores, Process
 from loadtest.peers import nginx
 from loadtest.ports import free_port
 
-LAYOUT_S = 9.0
+LAYOUT_S = 8.0
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,23 @@ def paired(site: Site) -> list[str]:
     return ["no-rest", "nginx+lua", *(AGAINST if site.against else [])]
 
 
-def in_turns(names: list[str], number: int) -> list[str]:
+@contextmanager
+def side_by_side(
+    site: Site, names: Sequence[str], upstream: Running | None = None, program: Path | None = None
+) -> Iterator[dict[str, tuple[Running, Running]]]:
+    """Start contenders and give each a Redis of its own, of that program. While one is measured, the others idle."""
+    with ExitStack() as until_the_end:
+        pairs = {}
+        for name in names:
+            store = open_redis(site.cores, program)
+            until_the_end.callback(store.process.stop)
+            pairs[name] = start(site, name, upstream=upstream, store=store), store
+        for running, _ in pairs.values():
+            until_the_end.enter_context(serving(running))
+        yield pairs
+
+
+def in_turns(names: Sequence[str], number: int) -> list[str]:
     """Return the order of one round: each begins with another one."""
     first = number % len(names)
-    return names[first:] + names[:first]
+    return [*names[first:], *names[:first]]

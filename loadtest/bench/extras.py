@@ -9,7 +9,7 @@ from typing import Any
 
 from loadtest.bench import contenders, scenarios
 from loadtest.bench.chunks import BYTES, chunks, live_streams
-from loadtest.bench.contenders import Running, Site, await_ready
+from loadtest.bench.contenders import Running, Site, await_layout, await_ready, serving
 from loadtest.bench.postgres import postgres
 from loadtest.bench.readers import Peak, read
 from loadtest.bench.redis import fill
@@ -26,9 +26,7 @@ def large_answer(site: Site, quick: bool) -> list[Figure]:
     """A 100 MB response of known length, over the storage limit if it is keyed: speed against nginx, and memory."""
     speeds: dict[str, list[float]] = {"keyed": [], "pass-through": [], "nginx": []}
     peak = 0
-    ours, nginx = contenders.oncegate(site), contenders.nginx_bulk(site)
-    try:
-        await_ready(ours)
+    with serving(contenders.oncegate(site)) as ours, serving(contenders.nginx_bulk(site)) as nginx:
         for _ in range(3 if quick else 7):
             for name, running in (("keyed", ours), ("nginx", nginx), ("pass-through", ours)):
                 key = f"big-{uuid.uuid4().hex}" if name == "keyed" else "-"
@@ -38,9 +36,6 @@ def large_answer(site: Site, quick: bool) -> list[Figure]:
                     raise RuntimeError(f"{name}: {found['missing']} bytes are missing")
                 speeds[name].append(BIG_BYTES / 1e6 / found["seconds"])
                 peak = max(peak, memory.above if running is ours else 0)
-    finally:
-        ours.process.stop()
-        nginx.process.stop()
     keyed, through, other = (median(speeds[name]) for name in ("keyed", "pass-through", "nginx"))
     return [
         Figure("100 MB answer, keyed: MB/s, of nginx's", keyed / other, "x", 0.3, True, f"{keyed:.0f} of {other:.0f}"),
@@ -56,14 +51,10 @@ def event_streams(site: Site, quick: bool) -> list[Figure]:
     """
     number, every_ms = (20 if quick else 50), 100
     found: dict[str, list[dict[str, Any]]] = {"ours": [], "direct": []}
-    ours = contenders.oncegate(site, upstream_port=site.events.port)
-    try:
-        await_ready(ours)
+    with serving(contenders.oncegate(site, upstream_port=site.events.port)) as ours:
         read(site, "events", site.events.port, 600, 2, 10, BYTES, "-")  # lets the sender's table of files grow
-        for name, running in (("ours", ours), ("direct", site.events)) * (1 if quick else 5):
+        for name, running in (("ours", ours), ("direct", site.events)) * (1 if quick else 3):
             found[name].append(read(site, "events", running.port, 200, number, every_ms, BYTES, uuid.uuid4().hex))
-    finally:
-        ours.process.stop()
     rows = (
         ("first byte", "first_p50", 1),
         ("first byte", "first_p99", 5),
@@ -114,6 +105,7 @@ def full_store(site: Site, quick: bool) -> list[Figure]:
         for count, store in stores.items():
             fill(store.port, count)
             await_ready(ours[count])
+            await_layout(ours[count])
         for _ in range(30 if quick else 200):
             for count, one in ours.items():
                 blocks[count].append(_mean_claim_s(one))

@@ -48,7 +48,7 @@ class Length(NamedTuple):
 def postgres(site: Site, quick: bool) -> list[Figure]:
     """Compare three durable stores. The table is printed, too."""
     with _database() as database:
-        table = Table(_rounds(site, database, Length(1, 1, (32,)) if quick else Length(5, 2, (32, 256))))
+        table = Table(_rounds(site, database, Length(1, 1, (32,)) if quick else Length(3, 2, (32, 256))))
         rows = asyncio.run(measure_rows(database.url))
     print("", "durable stores; 'oncegate' is on PostgreSQL", *table.lines(), sep="\n", flush=True)
     sync_ms = _sync_ms()

@@ -39,9 +39,9 @@ SCENARIOS = {
         Scenario("llm", ("oncegate", "obvious", *PAIRED), mode="llm", connections=(32,)),
         Scenario("fresh", ("oncegate", *PAIRED), mode="fresh", connections=(32,)),
         *(Scenario(kind, PAIRED, mode=kind, connections=(32,)) for kind in ("traces", "apps", "tenants", "mixed")),
-        Scenario("replay", (*KEYED, "no-rest", *AGAINST)),
+        Scenario("replay", (*KEYED, "no-rest", *AGAINST), connections=(32, 256)),
         Scenario("409", KEYED, refused=True, connections=(32,)),
-        Scenario("pass-through", ("oncegate", *RESTS, *AGAINST, "nginx", "aiohttp", "direct")),
+        Scenario("pass-through", ("oncegate", *RESTS, *AGAINST, "nginx", "aiohttp", "direct"), connections=(32, 256)),
     )
 }
 

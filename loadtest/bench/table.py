@@ -93,18 +93,21 @@ class Figure(NamedTuple):
 
     @property
     def met(self) -> bool:
-        return self._reaches(self.limit)
+        return self.limit is None or self.reaches(self.limit)
 
-    def _reaches(self, limit: float | None) -> bool:
-        return limit is None or (self.value >= limit if self.least else self.value <= limit)
+    @property
+    def sign(self) -> str:
+        return ">=" if self.least else "<="
+
+    def reaches(self, limit: float) -> bool:
+        return self.value >= limit if self.least else self.value <= limit
 
     def line(self) -> str:
-        sign = ">=" if self.least else "<="
-        goal = "" if self.limit is None else f"{sign} {self.limit:g}"
+        goal = "" if self.limit is None else f"{self.sign} {self.limit:g}"
         verdict = "" if self.limit is None else "met" if self.met else "MISSED"
-        wish = (
-            "" if self.wish is None else f"wish {sign} {self.wish:g} {'met' if self._reaches(self.wish) else 'missed'}"
-        )
+        wish = ""
+        if self.wish is not None:
+            wish = f"wish {self.sign} {self.wish:g} {'met' if self.reaches(self.wish) else 'missed'}"
         remark = "; ".join(filter(None, (wish, self.note)))
         return f"  {self.name:62}{self.value:9.2f} {self.unit:6}{goal:>10} {verdict:7}{remark}"
 

@@ -9,11 +9,12 @@ comparison there are pairs of workers, and of proxies that do not know each othe
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import cycle
 from statistics import median
 
 from loadtest.bench import contenders, scenarios, wrk
-from loadtest.bench.contenders import Running, Site, await_ready
+from loadtest.bench.contenders import Running, Site
 from loadtest.bench.machine import family, share
 from loadtest.bench.table import Figure
 
@@ -25,7 +26,7 @@ def workers(site: Site, quick: bool) -> list[Figure]:
 
     All are started anew several times: the place of code and data in memory changes the figures, too.
     """
-    starts, takes = (1, 2) if quick else (4, 4)
+    starts, takes = (1, 2) if quick else (3, 4)
     return [_with_cores(site, starts, takes), *_taking_turns(site, starts, takes)]
 
 
@@ -35,7 +36,7 @@ def _with_cores(site: Site, starts: int, takes: int) -> Figure:
     try:
         for _ in range(starts):
             with ExitStack() as lasting:
-                here, there, pair = (lasting.enter_context(_started(site, count)) for count in (1, 1, 2))
+                here, there, pair = lasting.enter_context(_started(site, 1, 1, 2))
                 serving = [*_serving(here), *_serving(there), *_serving(pair)]
                 for pid, cores in zip(serving, cycle(site.cores), strict=False):
                     lasting.enter_context(share(pid, cores))
@@ -53,7 +54,7 @@ def _with_cores(site: Site, starts: int, takes: int) -> Figure:
 def _taking_turns(site: Site, starts: int, takes: int) -> list[Figure]:
     costs: dict[str, list[float]] = {"alone": [], "2 workers": [], "2 unrelated proxies": []}
     for _ in range(starts):
-        with _started(site, 1) as one, _started(site, 1) as other, _started(site, 2) as pair:
+        with _started(site, 1, 1, 2) as (one, other, pair):
             for loaded in ([one], [pair, pair], [one, other]):
                 _cost(site, loaded)  # warms them up
             for _ in range(takes):
@@ -68,14 +69,17 @@ def _taking_turns(site: Site, starts: int, takes: int) -> list[Figure]:
 
 
 @contextmanager
-def _started(site: Site, count: int) -> Iterator[Running]:
-    scenarios.empty(site.redis)
-    running = contenders.oncegate(site, WORKERS=count)
-    try:
-        await_ready(running)
-        yield running
-    finally:
-        running.process.stop()
+def _started(site: Site, *counts: int) -> Iterator[list[Running]]:
+    """Start a proxy of so many workers for each count, each on a store of its own."""
+    with ExitStack() as until_the_end:
+        found = []
+        for count in counts:
+            store = contenders.open_redis(site.cores)
+            until_the_end.callback(store.process.stop)
+            found.append(contenders.oncegate(replace(site, redis=store), WORKERS=count))
+        for running in found:
+            until_the_end.enter_context(contenders.serving(running))
+        yield found
 
 
 def _serving(running: Running) -> list[int]:

@@ -22,6 +22,8 @@ from oncegate.store.record import (
 )
 from oncegate.store.record import Record as StoredRecord
 from oncegate.store.record_name import store_key
+from oncegate.store.redis.arguments import LAYOUT
+from oncegate.store.redis.layouts.packed import pack_complete, pack_unknown
 from oncegate.store.results import ClaimResult, Unconfirmed
 from oncegate.store.stages import SENT
 from tests.model import rules
@@ -96,7 +98,8 @@ class Scripts:
     """The Lua scripts on a server. Their replies begin with the model's words."""
 
     def __init__(self, probe: RedisProbe) -> None:
-        self._client = probe.client
+        self._client, self._packed = probe.client, probe.packed
+        self._layout = LAYOUT[probe.packed]
 
     def __call__(self, call: Call) -> str:
         verb, _, *args = call
@@ -105,20 +108,24 @@ class Scripts:
         return str(word.decode())
 
     def _append(self, me: int) -> list[Any]:
-        return [TOKENS[me], 0, pieces(me)[0], LEASE_MS]
+        return [TOKENS[me], 0, pieces(me)[0], LEASE_MS, self._layout]
 
     def _renew(self, me: int) -> list[Any]:
-        return [TOKENS[me], LEASE_MS, RETENTION_MS, "sent"]
+        return [TOKENS[me], LEASE_MS, RETENTION_MS, "sent", self._layout]
 
     def _settle(self, me: int, mode: str, how: str) -> list[Any]:
         head = [TOKENS[me], rules.HOW[how], RETENTION_MS]
         if how == "release":
-            return head
+            return [*head, self._layout]
+        claim = cancelled_claim(claim_of(me, mode)) if how == "cancelled" else claim_of(me, mode)
         if rules.HOW[how] == "unknown":
-            claim = cancelled_claim(claim_of(me, mode)) if how == "cancelled" else claim_of(me, mode)
+            if self._packed:
+                return [head[0], "put", RETENTION_MS, pack_unknown(claim, "no answer came", 0), 0]
             described = [claim.fence, claim.mode, FINGERPRINT, claim.self_check, claim.created_ms]
             return [*head, *described, "no answer came", 0]
         answer, last = stored(me, how)
+        if self._packed and how == "store":
+            return [head[0], "put", RETENTION_MS, pack_complete(claim_of(me, "hold"), answer, last), 0]
         size = answer.size if answer.body_stored else 0
         return [*head, pack(claim_of(me, "hold"), answer), answer.digest, answer.chunks, size, last, 0]
 
@@ -128,7 +135,7 @@ class Scripts:
         return [TOKENS[seen], how, RETENTION_MS, packed(OPERATOR, 1)[0], b"".join(pieces(OPERATOR)), 0]
 
     def _drop(self, seen: int, purge: bool) -> list[Any]:
-        return [TOKENS[seen], pack_tombstone(KEY, packed(seen, 1)[0]), int(purge)]
+        return [TOKENS[seen], pack_tombstone(KEY, packed(seen, 1)[0]), int(purge), self._layout]
 
     def _read(self, token: int) -> list[Any]:
         return [TOKENS[token], 0, 262144]
@@ -291,7 +298,7 @@ def test_the_model_has_every_word():
     for verb in RECORD_VERBS:
         words = set(replies(" ".join(section(verb, "Returns")), {}))
         assert {
-            "told" if word in ("complete", "expired", "state") and verb == "claim" else word for word in words
+            "told" if word in ("complete", "expired", "packed", "state") and verb == "claim" else word for word in words
         } == rules.WORDS[verb], verb
     assert set(rules.WORDS) == set(RECORD_VERBS)
 
@@ -313,7 +320,10 @@ def test_the_model_has_every_state():
     for verb in RECORD_VERBS:
         code = body(verb)
         named |= set(re.findall(r"'HSET', KEYS\[1\], 'state', '(\w+)'", code))
-        named |= set(re.findall(r"(?:state|found\[2\]) [=~]= '(\w+)'", code))
+        named |= set(re.findall(r"(?:state|found\[2\]) [=~]= '(\w\w+)'", code))
+        # A packed record has a letter for it.
+        letters = set(re.findall(r"(?:state|value:sub\(71, 71\)) == '(\w)'", code))
+        named |= {state for state in (IN_FLIGHT, UNKNOWN) for letter in letters if state.startswith(letter)}
     assert named <= {IN_FLIGHT, UNKNOWN, COMPLETE, RELEASED}
     assert named | {ABSENT, EXPIRED} == {record.state for record in WAYS}
     assert {state.value for state in State} == named - {RELEASED} | {EXPIRED}

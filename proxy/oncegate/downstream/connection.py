@@ -1,18 +1,17 @@
-"""One client's connection: aiohttp's request handler, with the manners that it lacks.
+"""One client's connection, from its first request to its end.
 
 It answers a client that half-closed, finishes what a slow client still has to receive, and ends a response cleanly
 only where it is complete.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import cast
 
 from aiohttp import StreamReader
 
-from oncegate.buffers.write_batcher import write_batcher
 from oncegate.downstream.body import BufferedBody
-from oncegate.downstream.reader import KEPT_HEAD_BYTES, ConnectionOwner, RequestReader, wake
+from oncegate.downstream.protocol import wake
+from oncegate.downstream.reader import KEPT_HEAD_BYTES, ConnectionOwner, RequestReader
 from oncegate.downstream.request import Request
 from oncegate.downstream.response import ResponseWriter, closing_response
 from oncegate.known_heads.memo import ConnectionMemo
@@ -29,8 +28,6 @@ KEEP_ALIVE_S = 75.0
 # How long the client of a connection over TLS has to read its last response and close.
 TLS_LINGER_S = 1.0
 
-Handler = Callable[[Request], Awaitable[None]]
-
 
 class ClientConnection(RequestReader):
     """One client's connection.
@@ -39,20 +36,21 @@ class ClientConnection(RequestReader):
     """
 
     __slots__ = (
-        "_lingering", "_stops", "forwarded", "leave_waiter", "minimum_rate", "reader_waiter", "retiring", "room_waiter",
-        "write_batcher",
+        "_is_lost", "_lingering", "_quiet_since_s", "_request", "_stops", "forwarded", "leave_waiter", "minimum_rate",
+        "reader_waiter", "retiring", "room_waiter", "write_batcher",
     )  # fmt: skip
 
-    def __init__(self, owner: ConnectionOwner, **kwargs: Any) -> None:
-        super().__init__(owner, **kwargs)
-        self.write_batcher = write_batcher(self._loop)
-        self.minimum_rate = owner.minimum_rate
+    def __init__(self, owner: ConnectionOwner) -> None:
+        super().__init__(owner)
+        self.write_batcher, self.minimum_rate, self.retiring = owner.write_batcher, owner.minimum_rate, owner.retiring
         self.forwarded: ForwardedInfo
-        # No further request is taken.
-        self._stops = False
+        # No further request is taken; and: the event loop has given the connection up.
+        self._stops = self._is_lost = False
+        # The request that is being answered, or since when there is none (the loop's time).
+        self._request: Request | None = None
+        self._quiet_since_s = 0.0
         # Done when the client ends a connection whose last response is out.
         self._lingering: asyncio.Future[None] | None = None
-        self.retiring = owner.retiring
         # Done when more can be written, when the client left, and when it left or closed its side.
         self.room_waiter: asyncio.Future[None] | None = None
         self.leave_waiter: asyncio.Future[None] | None = None
@@ -65,8 +63,11 @@ class ClientConnection(RequestReader):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self.forwarded = self.owner.forwarded_info(self.peername, self.ssl_context is not None)
-        if not self.owner.has_room():
+        # TLS has no half-closed connections.
+        is_tls = not cast(asyncio.Transport, transport).can_write_eof()
+        self.forwarded = self.owner.forwarded_info(transport.get_extra_info("peername"), is_tls)
+        self._quiet_since_s = self._loop.time()
+        if not self.owner.add(self):
             self.owner.observe(RequestReport(Outcome.OVERLOADED, 503, ""))
             self.send_closing(closing_response(refusal(503, "too many connections")))
             self.force_close()
@@ -80,8 +81,8 @@ class ClientConnection(RequestReader):
 
     @property
     def is_over(self) -> bool:
-        """Whether no further request is answered: this side closes, or the client half-closed and sent no more."""
-        return self._stops or (self._half_closed and not self._has_more)
+        """Whether no further request is answered: this side or the client closes, or it half-closed after it."""
+        return self._stops or self._force_close or (self._half_closed and not self._has_more)
 
     @property
     def is_last_response(self) -> bool:
@@ -94,29 +95,56 @@ class ClientConnection(RequestReader):
         return self._half_closed
 
     def close(self) -> None:
-        """Take no further request. aiohttp's own method would also drop the rest of a body that is on its way."""
+        """Take no further request."""
         self._stops = True
-        if self._payload_parser is not None:
-            # A tunnel has no end of its own to wait for.
-            self._payload_parser.feed_eof()
+        self._end_other()
+        # The rest of a body that is on its way is read.
         if self._body is None or self._body.is_eof():
-            super().close()
-        else:
-            self._keepalive = False
+            self._close = True
+            if self._task is not None:
+                wake(self._waiter)
+            elif self.transport is not None:
+                self.transport.close()
+
+    def force_close(self) -> None:
+        """Close now, and answer nothing more."""
+        self._force_close = True
+        wake(self._waiter)
+        if self.transport is not None:
+            self.transport.close()
+            self.transport = None
 
     @property
     def is_tunnel(self) -> bool:
         """Whether another protocol than HTTP is spoken."""
-        return self._payload_parser is not None
+        return self._taker is not None
 
     def close_quiet(self, latest_s: float) -> None:
         """Close if no request is being answered, and the last response was out by `latest_s` (the loop's time)."""
-        if self._next_keepalive_close_time - self._keepalive_timeout > latest_s:
+        if self._quiet_since_s > latest_s:
             return
         if self._lingering is not None:
             wake(self._lingering)
-        elif self._waiter is not None and not self._waiter.done():
+        elif self._is_idle:
             self.close()
+
+    def close_idle(self, latest_s: float) -> None:
+        """Close if nothing was answered since `latest_s` (the loop's time)."""
+        if self._quiet_since_s <= latest_s and self._is_idle:
+            self.force_close()
+
+    async def finish(self, timeout_s: float) -> None:
+        """End with the response under way. It has so long; so long again without the rest of its request's body."""
+        self._force_close = True
+        if (task := self._task) is not None:
+            wake(self._waiter)
+            _, left = await asyncio.wait([task], timeout=timeout_s)
+            if left and self._request is not None:
+                self._request.content.set_exception(ConnectionError("the proxy ends"))
+                _, left = await asyncio.wait([task], timeout=timeout_s)
+            if left:
+                task.cancel()
+        self.force_close()
 
     @property
     def has_unsent_bytes(self) -> bool:
@@ -134,23 +162,28 @@ class ClientConnection(RequestReader):
             self.transport.abort()
         self.force_close()
 
-    def resume_reading(self, resume_parser: bool = True) -> None:
-        """Read on if reading was paused. aiohttp asks for it after every read, and feeds its parser nothing then."""
-        if self._reading_paused:
-            super().resume_reading(resume_parser)
-
     def resume_writing(self) -> None:
         super().resume_writing()
         wake(self.room_waiter)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        super().connection_lost(exc)
+        self._is_lost = True
+        if self._task is None:
+            self.owner.forget(self)
+        self.force_close()
+        # Each of them refers to this connection.
+        self._parser = self._task = None
+        if self._request is not None:
+            # Whoever waits for more of the body stops waiting.
+            self._request.content.set_exception(exc or ConnectionResetError("the client left"))
+        self._end_other()
+        self._taker = None
         wake(self._lingering)
         wake(self.room_waiter)
         wake(self.leave_waiter)
         wake(self.reader_waiter)
 
-    def eof_received(self) -> bool | None:  # type: ignore[override]  # as in RequestReader
+    def eof_received(self) -> bool | None:
         keeps_open = super().eof_received()
         wake(self._lingering)
         wake(self.reader_waiter)
@@ -159,57 +192,53 @@ class ClientConnection(RequestReader):
     # Requests are answered ...
 
     async def start(self) -> None:
-        """Answer one request after the other until the connection ends.
-
-        In the place of aiohttp's own loop, which makes a task and four objects for each request that nothing here uses.
-        """
+        """Answer one request after the other until the connection ends."""
         try:
-            while not (self._force_close or self._close):
+            while True:
                 if (self._rest or self._buffer_paused) and not self._messages:
                     self._read_on()
                 if not self._messages:
                     await self._next_request()
                     self._waiter = None
+                    if not self._messages:
+                        break
                 request = self._pop_request()
                 if isinstance(request, Malformed):
                     self._refuse(request)
                     await self._linger()
                     break
-                self._request_in_progress, self._current_request = True, request  # type: ignore[assignment]
+                self._request = request
                 try:
-                    await self._request_handler(request)  # type: ignore[arg-type, misc]
+                    await self.owner.handler(request)
                 finally:
-                    self._request_in_progress, self._current_request = False, None
-                    # The end of the process may wait for this response.
-                    if self._handler_waiter is not None:
-                        wake(self._handler_waiter)
+                    self._request = None
                 response = request.response
                 if response.closes or self.writing_paused:
                     await self._finish(response)
-                self._keepalive = response.finished and not (response.closes or self.is_over)
+                goes_on = response.finished and not (response.closes or self.is_over)
                 if request.known is None and not request.content.is_eof():
-                    await self._drop_rest(request.content)
-                if not self._keepalive:
+                    goes_on = await self._drop_rest(request.content) and goes_on
+                if not goes_on:
                     # A client that asked for the end sends nothing more, or should not.
                     if response.finished and (self._ignores_more or not request.message.should_close):
                         await self._linger(ends_by_closing=response.owes_clean_close)
                     break
-                self._expect_more()
+                self._quiet_since_s = self._loop.time()
                 # Else an idle connection would keep its last request.
                 del request, response
         finally:
-            self._task_handler = None
+            self._task = None
             if self.transport is not None:
                 self.write_batcher.flush()
                 self.transport.close()
+            if self._is_lost:
+                self.owner.forget(self)
 
     def _pop_request(self) -> Request | Malformed:
         """Return the next request, or what came in its place."""
-        message, content = self._messages.popleft()
+        message, content = self._messages.pop(0)
         if isinstance(message, KnownRequest):
             return Request(message.known.message, content, self, message.known, message.values)
-        if self._parser is not None:
-            self._parser.message_consumed()
         if not self.owner.head_cache.enabled:
             self.memo = ConnectionMemo()
         return message if isinstance(message, Malformed) else Request(message, content, self)
@@ -239,17 +268,19 @@ class ClientConnection(RequestReader):
             self.write_batcher.flush()
             self.transport.write(response)
 
-    async def _drop_rest(self, content: StreamReader | BufferedBody) -> None:
-        """Read the rest of a refused body for a while, so that its sender reads the response; then close."""
+    async def _drop_rest(self, content: StreamReader | BufferedBody) -> bool:
+        """Read the rest of a refused body for a while, so that its sender reads the response; return if it came."""
         # The body's sender, cancelled just now, still waits for the next bytes. There is room for one reader.
         await asyncio.sleep(0)
+        came = True
         try:
-            async with asyncio.timeout(self._lingering_time):
+            async with asyncio.timeout(self.owner.linger_s):
                 while not content.is_eof() and not self._force_close:
                     await content.readany()
         except Exception:  # broken off, malformed, or too long: all the same now
-            self._keepalive = False
+            came = False
         content.set_exception(ConnectionError("the body was dropped"))
+        return came
 
     async def _linger(self, *, ends_by_closing: bool = False) -> None:
         """End this side, and read on for a while: a client that is still sending gets to read its last response.
@@ -259,23 +290,18 @@ class ClientConnection(RequestReader):
         """
         if (transport := self.transport) is None or self._half_closed:
             return
-        time_s = self._lingering_time
+        time_s = self.owner.linger_s
         if not transport.can_write_eof():  # TLS has no half-closed connections
             if ends_by_closing:
                 return
             time_s = min(time_s, TLS_LINGER_S)
         # Whatever comes is dropped.
         self._close = True
-        self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+        self._quiet_since_s = self._loop.time()
         self._lingering = self._loop.create_future()
         self.write_batcher.flush()
         self._reading_paused = self._buffer_paused = False
-        self._resume_transport_reading()
+        self._resume_transport()
         if transport.can_write_eof():
             transport.write_eof()
         await asyncio.wait([self._lingering], timeout=time_s)
-
-    def _expect_more(self) -> None:
-        self._next_keepalive_close_time = close_at = self._loop.time() + self._keepalive_timeout
-        if self._keepalive_handle is None:
-            self._keepalive_handle = self._loop.call_at(close_at, self._process_keepalive)

@@ -2,16 +2,16 @@
 
 import asyncio
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import lru_cache
 from ipaddress import ip_address
 from typing import Any
 
-from aiohttp import web
-from aiohttp.web_protocol import RequestHandler
-
-from oncegate.downstream.connection import HEAD_S, KEEP_ALIVE_S, ClientConnection, Handler
+from oncegate.buffers.write_batcher import write_batcher
+from oncegate.downstream.connection import HEAD_S, KEEP_ALIVE_S, ClientConnection
 from oncegate.downstream.kernel import unsent_bytes
 from oncegate.downstream.minimum_rate import MinimumRate
+from oncegate.downstream.request import Request
 from oncegate.known_heads.requests import HeadCache
 from oncegate.messages.request_head import ForwardedInfo
 from oncegate.messages.request_line import USUAL_LIMITS, HeadLimits, Malformed
@@ -22,20 +22,26 @@ from oncegate.settings.addresses import Network
 LINGER_S = 10.0
 SWEEP_S = 0.5
 SLOW_HEAD = Malformed(408, "the head took too long")
-# Of a body that waits for its reader; at most twice as much is buffered.
-READ_BYTES = 65536
 # Of one connection in the kernel, which would take up to 4 MiB of a slow client's response.
 UNSENT_BYTES = 131072
 
 
-def bound_unsent(server: asyncio.Server) -> None:
-    """Bound what the kernel holds unsent for each connection that `server` accepts. They inherit the option."""
-    if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # Linux, macOS
-        for listening in server.sockets:
+# Of so many clients is kept what their requests say of them when they are forwarded.
+KEPT_CLIENTS = 1024
+
+Handler = Callable[[Request], Awaitable[None]]
+
+
+def set_options(server: asyncio.Server) -> None:
+    """Set the options of the connections that `server` accepts: they inherit them, which costs them no system call."""
+    for listening in server.sockets:
+        # A peer that vanished is found by the kernel.
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # Linux, macOS
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
 
 
-class Listener(web.Server):
+class Listener:
     """Makes the connections of one public listener and holds them to their limits.
 
     `observe` takes the reports of what never becomes a request for `handler`. Clients in the networks `trusted` are
@@ -54,58 +60,64 @@ class Listener(web.Server):
         docs_url: str = "",
         head_limits: HeadLimits = USUAL_LIMITS,
     ) -> None:
-        super().__init__(
-            handler,  # type: ignore[arg-type]  # called by ClientConnection alone
-            keepalive_timeout=KEEP_ALIVE_S,
-            lingering_time=min(LINGER_S, minimum_rate.window_s),
-            auto_decompress=False,
-            access_log=None,
-            read_bufsize=READ_BYTES,
-            max_line_size=head_limits.line_bytes,
-            max_field_size=head_limits.line_bytes,
-            max_headers=head_limits.fields,
-        )
+        self.loop = asyncio.get_running_loop()
+        self.handler, self.write_batcher = handler, write_batcher(self.loop)
         self._max_connections, self.minimum_rate, self.observe = max_connections, minimum_rate, observe
         self.head_cache, self._trusted = head_cache, trusted
-        self.head_s = min(HEAD_S, minimum_rate.window_s)
+        self.head_s, self.linger_s = min(HEAD_S, minimum_rate.window_s), min(LINGER_S, minimum_rate.window_s)
+        # With the transport, which a connection forgets when it closes.
+        self._connections: dict[ClientConnection, asyncio.Transport] = {}
+        # Most connections come from a few clients.
+        self._info_of = lru_cache(KEPT_CLIENTS)(self._new_info)
         # Connections that this side closed, with bytes that the peer has not received yet: since when (the loop's
         # time) a window of the minimum rate runs, and how many bytes were unsent then.
         self._closing: dict[asyncio.Transport, tuple[float, int]] = {}
         self._retired_s = 0.0
         self.retiring, self.docs_url, self.head_limits = False, docs_url, head_limits
 
-    def __call__(self) -> RequestHandler:
-        return ClientConnection(self, loop=self._loop, **self._kwargs)
+    def __call__(self) -> ClientConnection:
+        return ClientConnection(self)
 
-    def has_room(self) -> bool:
-        """Return whether the newest connection still fits."""
+    @property
+    def connections(self) -> list[ClientConnection]:
+        """The connections that are open, or on which something is still answered."""
+        return list(self._connections)
+
+    def add(self, connection: ClientConnection) -> bool:
+        """Take a connection that was made; return whether there is room for it."""
+        assert connection.transport is not None
+        self._connections[connection] = connection.transport
         return len(self._connections) <= self._max_connections
+
+    def forget(self, connection: ClientConnection) -> None:
+        """Forget a connection that is over."""
+        self._connections.pop(connection, None)
 
     def forwarded_info(self, peername: Any, is_tls: bool) -> ForwardedInfo:
         """Return what requests of a connection say about their client when they are forwarded."""
-        address, is_trusted = "unknown", False
-        if isinstance(peername, tuple):
-            # On [::] a client of IPv4 has an address of IPv6 that stands for its own.
-            address = str(peername[0]).removeprefix("::ffff:") if "." in peername[0] else str(peername[0])
-            is_trusted = any(ip_address(address) in one for one in self._trusted)
-        return ForwardedInfo(address.encode(), b"https" if is_tls else b"http", is_trusted)
+        return self._info_of(str(peername[0]) if isinstance(peername, tuple) else "", is_tls)
 
-    def _client_connections(self) -> Iterator[ClientConnection]:
-        return (one for one in self.connections if isinstance(one, ClientConnection))
+    def _new_info(self, address: str, is_tls: bool) -> ForwardedInfo:
+        is_trusted = False
+        if address:
+            # On [::] a client of IPv4 has an address of IPv6 that stands for its own.
+            address = address.removeprefix("::ffff:") if "." in address else address
+            is_trusted = any(ip_address(address) in one for one in self._trusted)
+        return ForwardedInfo(address.encode() or b"unknown", b"https" if is_tls else b"http", is_trusted)
 
     def count_unsent(self) -> int:
         """Return how many connections have not received all of their response yet."""
-        return sum(one.has_unsent_bytes for one in self._client_connections())
+        return sum(one.has_unsent_bytes for one in self._connections)
 
     def abort_stalled(self) -> None:
         """Close the connections that wait for their client."""
-        for one in self._client_connections():
+        for one in self.connections:
             if one.waits_for_client:
                 one.abort()
 
     def abort(self) -> None:
         """Close every connection, so that no response looks complete that is not."""
-        for one in self._client_connections():
+        for one in self.connections:
             one.abort()
 
     def retire(self) -> None:
@@ -114,33 +126,47 @@ class Listener(web.Server):
         An idle connection stays until then. Closed at once, it could meet a request that its client has just sent.
         """
         if not self.retiring:
-            self.retiring, self._retired_s = True, self._loop.time()
-        for one in self._client_connections():
+            self.retiring, self._retired_s = True, self.loop.time()
+        for one in self._connections:
             one.retiring = True
 
     def close_tunnels(self) -> None:
         """Close the WebSockets, which have no end of their own to wait for."""
-        for one in self._client_connections():
+        for one in self.connections:
             if one.is_tunnel:
                 one.close()
 
     def close_quiet(self, quiet_s: float) -> None:
         """Close the connections on which nothing is answered, and was not for `quiet_s` seconds since they retired."""
-        latest = self._loop.time() - quiet_s
+        latest = self.loop.time() - quiet_s
         if latest >= self._retired_s:
-            for one in list(self._client_connections()):
+            for one in self.connections:
                 one.close_quiet(latest)
 
+    def pre_shutdown(self) -> None:
+        """Let each connection end with the requests that it has taken."""
+        for one in self.connections:
+            one.close()
+
+    async def shutdown(self, timeout_s: float) -> None:
+        """End every connection; what does not end by itself is waited for twice, for so long, and then cancelled."""
+        await asyncio.gather(*[one.finish(timeout_s) for one in self.connections])
+        self._connections.clear()
+
     async def sweep(self) -> None:
-        """Close connections whose head takes too long, and those whose last bytes nobody receives, until cancelled."""
+        """Close connections whose head takes too long, those whose last bytes nobody receives, and idle ones.
+
+        Until cancelled. One task for all of them costs less than a timer for each.
+        """
         while True:
             await asyncio.sleep(min(SWEEP_S, self.head_s / 4))
-            now = self._loop.time()
+            now = self.loop.time()
             latest_start = now - self.head_s
             closing = []
             for connection, transport in list(self._connections.items()):
-                if isinstance(connection, ClientConnection) and (connection.head_since_s or now) < latest_start:
+                if (connection.head_since_s or now) < latest_start:
                     connection.refuse_message(SLOW_HEAD)
+                connection.close_idle(now - KEEP_ALIVE_S)
                 if transport.is_closing() and transport.get_write_buffer_size():
                     closing.append(transport)
             self._closing = {transport: self._check_closing(transport, now) for transport in closing}

@@ -8,18 +8,20 @@ targets may have any byte, and the bytes of a head are bounded and timed.
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from aiohttp import StreamReader
 from aiohttp.hdrs import CONTENT_LENGTH
 from aiohttp.http import HttpProcessingError, HttpRequestParser
 from aiohttp.streams import EMPTY_PAYLOAD
-from aiohttp.web_protocol import RequestHandler, RequestPayloadError
+from aiohttp.web_protocol import RequestPayloadError
 
+from oncegate.buffers.write_batcher import WriteBatcher
 from oncegate.downstream.body import BufferedBody
 from oncegate.downstream.incoming_head import HEAD_END, IncomingHead, malformed, opens_websocket
 from oncegate.downstream.minimum_rate import MinimumRate
+from oncegate.downstream.protocol import ParserProtocol, wake
 from oncegate.known_heads.memo import ConnectionMemo
 from oncegate.known_heads.requests import HeadCache, KnownHead, KnownRequest, is_whole
 from oncegate.messages.request_head import ForwardedInfo, RequestHead
@@ -31,8 +33,10 @@ from oncegate.observe.outcome import Observe
 IN_HEAD, NO_NEXT = -1, -2
 # A parser keeps the head that it parsed last. One over this size is not kept by an idle connection.
 KEPT_HEAD_BYTES = 4096
-# Of the requests that wait for their turn, with their bodies: above this, no further one is read.
-MAX_QUEUED_BYTES = 65536
+# Of the requests that wait for their turn, with their bodies, and their number: no more of them are read.
+MAX_QUEUED_BYTES, MAX_QUEUED = 65536, 32
+# Of a body that waits for its reader; at most twice as much is buffered.
+READ_BYTES = 65536
 # The beginning of a field that the parser must not see.
 _UPGRADE = re.compile(rb"\nu(?=pgrade:)", re.IGNORECASE)
 _EMPTY_LINES = re.compile(rb"[\r\n]*")
@@ -41,32 +45,40 @@ _EMPTY_LINES = re.compile(rb"[\r\n]*")
 class ConnectionOwner(Protocol):
     """The listener, as far as its connections deal with it."""
 
+    loop: asyncio.AbstractEventLoop
+    write_batcher: WriteBatcher
+    handler: Callable[[Any], Awaitable[None]]
     head_cache: HeadCache
     minimum_rate: MinimumRate
     observe: Observe
     retiring: bool
     docs_url: str
     head_limits: HeadLimits
+    linger_s: float
 
-    def has_room(self) -> bool: ...
+    def add(self, connection: Any) -> bool: ...
+
+    def forget(self, connection: Any) -> None: ...
 
     def forwarded_info(self, peername: Any, is_tls: bool) -> ForwardedInfo: ...
 
 
-class RequestReader(RequestHandler):
+class RequestReader(ParserProtocol):
     """Reads the requests of one connection.
 
-    `memo` is what they have in common, `head_since_s` when the head that is on its way began (the loop's time).
+    `memo` is what they have in common, `head_since_s` when the head that is on its way began (the loop's time). The
+    parser is made for the first head that is not known, and the task for the first request.
     """
 
     __slots__ = (
-        "_body", "_due", "_half_closed", "_head", "_head_bytes", "_ignores_more", "_queued_bytes", "_rest",
-        "_whole_segment", "head_since_s", "memo", "owner",
+        "_body", "_close", "_due", "_force_close", "_half_closed", "_has_begun", "_head", "_head_bytes",
+        "_ignores_more", "_loop", "_messages", "_queued_bytes", "_rest", "_task", "_waiter", "_whole_segment",
+        "head_since_s", "memo", "owner",
     )  # fmt: skip
 
-    def __init__(self, owner: ConnectionOwner, **kwargs: Any) -> None:
-        super().__init__(owner, **kwargs)  # type: ignore[arg-type]  # aiohttp's Server
-        self.owner = owner
+    def __init__(self, owner: ConnectionOwner) -> None:
+        super().__init__()
+        self.owner, self._loop = owner, owner.loop
         self.memo = ConnectionMemo(owner.head_cache.key_label)
         self.head_since_s: float | None = None
         # So many bytes of the newest message are still to come; 0: the next byte surely begins a message.
@@ -74,19 +86,41 @@ class RequestReader(RequestHandler):
         # The head that is on its way, if any, and the size of the one that the parser has seen last.
         self._head: IncomingHead | None = None
         self._head_bytes = 0
-        # What waits behind the requests that wait, and how many bytes those have with their bodies.
+        # The requests that wait for their turn, with their bodies; what waits behind them; how many bytes they have.
+        self._messages: list[tuple[Any, StreamReader | BufferedBody]] = []
         self._rest, self._queued_bytes = b"", 0
         # The newest segment, if it began with a message while nothing was being answered.
         self._whole_segment = b""
-        self._half_closed = False
-        # Whether more came behind the last request that is taken.
-        self._ignores_more = False
+        # Whether the client closed its side, and whether more came behind the last request that is taken.
+        self._half_closed = self._ignores_more = False
         # The body of the last request whose head came.
         self._body: StreamReader | BufferedBody | None = None
+        # Whether a request came. Answers them, while there is a connection; and done when the next one has come.
+        self._has_begun = False
+        self._task: asyncio.Task[None] | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        # Nothing further is read; and: nor is anything answered.
+        self._close = self._force_close = False
+
+    async def start(self) -> None:
+        """Answer the requests."""
+        raise NotImplementedError
+
+    @property
+    def _is_idle(self) -> bool:
+        """Whether nothing is being answered."""
+        return not self._has_begun or (self._waiter is not None and not self._waiter.done())
+
+    def _add(self, message: Any, content: StreamReader | BufferedBody) -> None:
+        """Let a request, or what came in its place, be answered in its turn."""
+        self._messages.append((message, content))
+        if self._has_begun:
+            wake(self._waiter)
+        else:
+            self._has_begun, self._task = True, self._loop.create_task(self.start())
 
     def data_received(self, data: bytes) -> None:
-        # Nothing is being answered.
-        is_idle = not self._request_count or (self._waiter is not None and not self._waiter.done())
+        is_idle = self._is_idle
         if is_idle and not self._due:
             if (known := self.owner.head_cache.find(data, self.memo.key_label)) is not None:
                 self._take_known(known)
@@ -105,9 +139,9 @@ class RequestReader(RequestHandler):
         if self._force_close or self._close:
             return
         self._body = body = BufferedBody(known.body)
-        self._messages.append((known, body))  # type: ignore[arg-type]  # its own loop reads them
-        self._request_count += 1
-        wake(self._waiter)
+        if known.known.message.should_close:
+            self._due = NO_NEXT
+        self._add(known, body)
 
     def remember_head(self, message: Any, head: RequestHead) -> KnownHead | None:
         """Remember the head of the newest request, which passed all checks, if it may come again."""
@@ -141,20 +175,19 @@ class RequestReader(RequestHandler):
                 at = self._take_head(data, at)
             else:
                 self._rest = data[at:]
-                if not self._buffer_paused:
-                    self._pause_reading_for_buffer()
+                self._pause_for_buffer()
                 return
 
     def _has_room(self) -> bool:
         """Return whether one more request may wait for its turn, with those that do."""
-        return self._queued_bytes <= MAX_QUEUED_BYTES and len(self._messages) < self._max_msg_queue_size
+        return self._queued_bytes <= MAX_QUEUED_BYTES and len(self._messages) < MAX_QUEUED
 
     def _read_on(self) -> None:
         """Take what waited behind the requests that waited, which are being answered now, and read on."""
         if self._rest:  # else it was taken when a body was read on
             self.data_received(b"")
         if not self._rest:
-            self._resume_reading_for_buffer()
+            self._resume_for_buffer()
 
     def _take_head(self, data: bytes, at: int) -> int:
         """Take what `data` has of the next head from `at` on; return where that ends."""
@@ -194,10 +227,8 @@ class RequestReader(RequestHandler):
             message = self._ignore_upgrade(message, shown)
         if not self._messages:
             self._queued_bytes = 0
-        self._messages.append((message, self._body))
-        self._request_count += 1
         self.head_since_s = None
-        wake(self._waiter)
+        self._add(message, self._body)
         if message.should_close or message.upgrade or message.chunked:  # see ResponseWriter.closes
             self._due = NO_NEXT
         else:
@@ -215,8 +246,8 @@ class RequestReader(RequestHandler):
 
     def _continue(self, data: bytes) -> None:
         """Take more of the body, or of the other protocol, that the newest request has begun, and of nothing else."""
-        if self._upgraded or self._payload_parser is not None:
-            super().data_received(data)
+        if self._upgraded or self._taker is not None:
+            self._take_other(data)
         elif self._body is not None and not self._body.is_eof():
             self._parse(data)
         else:
@@ -225,7 +256,8 @@ class RequestReader(RequestHandler):
     def _parse(self, data: bytes) -> Sequence[tuple[Any, StreamReader]]:
         """Return what the parser makes of bytes. Where they are malformed, that is answered in its turn."""
         if self._parser is None:
-            return ()
+            self._parser = self._new_parser()
+        messages: Sequence[tuple[Any, StreamReader]]
         try:
             messages, self._upgraded, self._message_tail = self._parser.feed_data(data)
         except HttpProcessingError as error:
@@ -238,9 +270,7 @@ class RequestReader(RequestHandler):
         self._due, self._head, self.head_since_s = NO_NEXT, None, None
         refused: Any = (malformed, EMPTY_PAYLOAD)
         if self._body is None or self._body.is_eof():
-            self._messages.append(refused)
-            self._request_count += 1
-            wake(self._waiter)
+            self._add(*refused)
         elif self._messages and self._messages[-1][1] is self._body:
             # The body of a request that nobody has begun to answer.
             self._messages[-1] = refused
@@ -252,21 +282,19 @@ class RequestReader(RequestHandler):
         if self._due == IN_HEAD:
             self.head_since_s = self._loop.time()
         elif self._head_bytes > KEPT_HEAD_BYTES and self._parser is not None:
-            self._head_bytes = 0
-            self._parser = self._new_parser()
+            self._head_bytes, self._parser = 0, None
 
     def _new_parser(self) -> HttpRequestParser:
-        """Return a parser like the one that aiohttp made for the connection."""
+        limits = self.owner.head_limits
         return HttpRequestParser(
-            self,
+            self,  # type: ignore[arg-type]  # as much of aiohttp's protocol as its parser and bodies use
             self._loop,
-            self._read_bufsize,
-            max_line_size=self.max_line_size,
-            max_field_size=self.max_field_size,
-            max_headers=self.max_headers,
+            READ_BYTES,
+            max_line_size=limits.line_bytes,
+            max_field_size=limits.line_bytes,
+            max_headers=limits.fields,
             payload_exception=RequestPayloadError,
             auto_decompress=False,
-            max_msg_queue_size=self._max_msg_queue_size,
         )
 
     def _end_body(self) -> None:
@@ -275,25 +303,17 @@ class RequestReader(RequestHandler):
             # aiohttp's own reading of the rest of a body takes no other exception than a TimeoutError for an end.
             self._body.set_exception(TimeoutError("the body is not well-formed"))
 
-    def eof_received(self) -> bool | None:  # type: ignore[override]
+    def eof_received(self) -> bool | None:
         """Keep the connection for the response: the client has nothing more to say, which is not that it left."""
-        if not self._request_count or (self._waiter is not None and not self._waiter.done()):
-            # No request is unanswered.
+        if self._is_idle:
             return None
         self._half_closed = True
         self._end_body()
-        if self._payload_parser is not None:
-            self._payload_parser.feed_eof()
+        self._end_other()
         # TLS has no half-closed connections.
-        return not self.ssl_context
+        return self.transport is not None and self.transport.can_write_eof()
 
 
 def skip_empty_lines(data: bytes, at: int) -> int:
     """Return where a head begins in `data`: RFC 9112, section 2.2, has empty lines before it ignored."""
     return _EMPTY_LINES.match(data, at).end()  # type: ignore[union-attr]  # it matches anything
-
-
-def wake(future: "asyncio.Future[None] | None") -> None:
-    """Let whoever waits for a future go on, if anybody does."""
-    if future is not None and not future.done():
-        future.set_result(None)

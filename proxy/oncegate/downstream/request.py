@@ -106,7 +106,3 @@ class Request:
             block += announced(head)
         is_adapted = head.names_address or self.adaptation.adapts_all
         return self.requester.forwarded(block) if is_adapted else block
-
-    def _cancel(self, exc: BaseException) -> None:
-        """Called by aiohttp once the connection is lost: whoever waits for more of the body stops waiting."""
-        self.content.set_exception(exc)

@@ -75,7 +75,8 @@ class ResponseWriter:
         """`message` is the request as aiohttp parsed it; `is_known`: its head came before."""
         self._connection = connection
         self._head_only = message.method == "HEAD"
-        if is_known:  # such a request is HTTP/1.1, and another one may follow it
+        if is_known:  # such a request is HTTP/1.1
+            self.closes = message.should_close
             return
         self._http10 = message.version < (1, 1)
         # What a client sends behind an upgrade is lost with the upgrade. aiohttp's parser (3.14.5) puts the last

@@ -101,13 +101,18 @@ class KnownAnswers:
         return head, end
 
     def learn(self, data: bytes, head: ResponseHead) -> None:
-        """Remember the head with which `data` begins, which was not found, and of which the parser made `head`."""
+        """Remember the head with which `data` begins, which was not found, and of which the parser made `head`.
+
+        It is known where it ends only if each line is `Name: value` as it was parsed, or the response is whole.
+        """
         end = data.find(_HEAD_END) + 4
         lines = data[:end]
-        if self._recent.wants_more():
+        is_plain = [*head.pairs] == plain_pairs(lines)
+        if (is_plain or head.length == len(data) - end) and self._recent.wants_more():
             self._recent.store(lines, end, head)
         is_passed_over, self._misses = self._is_passed_over(), self._misses + 1
-        if self._enabled and not is_passed_over:
+        # What another oncegate says of its own goes on or not by the request (`passed_block`).
+        if self._enabled and is_plain and not is_passed_over and not head.has_own_fields:
             self._learn_shape(lines, head)
 
     def _is_passed_over(self) -> bool:
@@ -115,10 +120,6 @@ class KnownAnswers:
         return self._misses > MISSES_BEFORE_SAMPLING and self._misses % MISSES_BEFORE_SAMPLING > 0
 
     def _learn_shape(self, lines: bytes, head: ResponseHead) -> None:
-        # What is not written as `Name: value` could be read otherwise than by its lines. What another oncegate says
-        # of its own goes on or not by the request (`passed_block`).
-        if [*head.pairs] != plain_pairs(lines) or head.has_own_fields:
-            return
         if (shape := self._shapes.learn(lines)) is None or (matched := shape.match(lines)) is None:
             return
         known = _KnownShape(lines, shape, head)

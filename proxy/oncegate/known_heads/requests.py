@@ -223,8 +223,8 @@ def _is_as_sent(sent: bytes, head: RequestHead) -> bool:
 
 
 def is_whole(data: bytes, message: Any, head: RequestHead) -> bool:
-    """Return whether `data` is one whole request behind which another may come on the connection."""
-    if message.should_close or message.upgrade or message.chunked or head.http10:
+    """Return whether `data` is one whole request, and its head says how long it is and what may follow."""
+    if message.upgrade or message.chunked or head.http10:
         return False
     # Its response may have trailers, which no other has (ResponseWriter.takes_trailers).
     if b"te" in head.fields:

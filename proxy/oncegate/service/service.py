@@ -9,7 +9,7 @@ from aiohttp import web
 from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
 
 from oncegate import __version__
-from oncegate.downstream.listener import bound_unsent
+from oncegate.downstream.listener import set_options
 from oncegate.keys.digests import key_id
 from oncegate.observe.admin import both_families, serve_admin
 from oncegate.observe.labels import StoreLoss
@@ -235,7 +235,7 @@ class Service:
         server = await self._loop.create_server(
             self._listener, **place, ssl=tls, ssl_handshake_timeout=handshake_s, backlog=BACKLOG
         )
-        bound_unsent(server)
+        set_options(server)
         return server
 
     async def _metrics_text(self) -> bytes:

@@ -72,8 +72,10 @@ class RecordView(NamedTuple):
     status: int = 0
     # Of a complete record, and of an expired one until it is dropped.
     response: StoredResponse | None = None
-    # Of either, as it is stored.
+    # Of either, as a hash has it.
     meta: bytes = b""
+    # Whether the record lies packed in a string.
+    packed: bool = False
 
     @property
     def owner_may_live(self) -> bool:

@@ -114,14 +114,15 @@ class Connection(ArrivingResponse, PoolEntry, asyncio.Protocol):
             return
         buffered_before, had_head = response.buffered_bytes, response.head is not None
         is_first = not (had_head or self._head_bytes)
-        if is_first and response.take_known(data, self._pool.known_answers):
+        unread = response.take_known(data, self._pool.known_answers) if is_first else data
+        if not unread:
             self._buffered.used += response.buffered_bytes
             self._keep_alive = self._request.is_sent
             self.wake()
             return
         if response.is_switched:
             response.on_body(data)
-        elif reason := response.feed(data):
+        elif reason := response.feed(unread):
             # A response that is complete stays so; `fail` closes the connection all the same.
             self.fail(UpstreamLost(reason))
         # An upstream that answers before it has the whole request may not read the rest: not reusable.
@@ -134,7 +135,7 @@ class Connection(ArrivingResponse, PoolEntry, asyncio.Protocol):
         if response.buffered_bytes > TIGHT_HIGH_WATER:
             self._pause_if_full()
         self.wake()
-        if is_first and self.is_reusable:
+        if is_first and unread is data and self._failure is None:
             response.remember(data, self._pool.known_answers)
 
     def _count(self, size: int, body_size: int) -> None:

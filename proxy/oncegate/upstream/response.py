@@ -59,25 +59,37 @@ class IncomingResponse:
 
     # Responses whose head is known ...
 
-    def take_known(self, data: bytes, known_answers: KnownAnswers) -> bool:
-        """Take a whole response that came in one piece under a known head; return whether `data` is one."""
+    def take_known(self, data: bytes, known_answers: KnownAnswers) -> bytes:
+        """Take the head with which `data` begins, if it is known; return what is left for `feed`.
+
+        Nothing is left of a whole response. Otherwise, a short head that says how the body is framed stands before the
+        rest of it: the parser needs no more.
+        """
         known = None if self._head_only else known_answers.find(data)
-        if known is None or known[0].length != len(data) - known[1]:
-            return False
+        if known is None:
+            return data
         head, end = known
-        self.head = head
-        if head.length:
+        size = len(data) - end
+        if head.length is not None and head.length < size:  # what is behind it is for the parser to judge
+            return data
+        self.head, self.keep_alive = head, True
+        if head.length != size:
+            return _framing_head(head.length) + data[end:]
+        if size:
             self.chunks.append(data[end:])
-            self.buffered_bytes = head.length
-        self._is_parsed = self.is_complete = self.keep_alive = True
+            self.buffered_bytes = size
+        self._is_parsed = self.is_complete = True
         # The parser saw nothing of this response.
         self._spare, self.parser = self.parser, None
-        return True
+        return b""
 
     def remember(self, data: bytes, known_answers: KnownAnswers) -> None:
-        """Remember the head of a response that came whole in `data`: what is made of the next depends on it alone."""
+        """Remember the head of a response, if it was the first thing in `data`: what is made of it depends on it alone.
+
+        `data` was the first that came. Another request may follow on the connection, as far as this response says.
+        """
         head = self.head
-        if head is not None and not head.bodiless and head.length == len(data) - data.find(b"\r\n\r\n") - 4:
+        if head is not None and self.keep_alive and not (head.bodiless or self.interims or self.has_surplus):
             known_answers.learn(data, head)
 
     # Parsing ...
@@ -171,6 +183,9 @@ class IncomingResponse:
         parser = self.parser
         if parser is None or self.is_complete:
             return
+        if self.head is not None:  # it was known
+            self._pairs = []
+            return
         # llhttp takes 0.9 and 2.0 as well.
         if parser.get_http_version() not in ("1.1", "1.0"):
             raise httptools.HttpParserError("another version of HTTP")
@@ -210,3 +225,9 @@ class IncomingResponse:
             if self._pairs and not self.is_complete:
                 self.trailers = trailer_block(self._pairs, self.head.fields)
             self.is_complete = True
+
+
+def _framing_head(length: int | None) -> bytes:
+    """Return a head that says no more than how the body is framed; `length` None: it is chunked."""
+    framing = b"Transfer-Encoding: chunked" if length is None else b"Content-Length: %d" % length
+    return b"HTTP/1.1 200 OK\r\n%s\r\n\r\n" % framing

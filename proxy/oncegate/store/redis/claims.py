@@ -18,6 +18,7 @@ from oncegate.store.record import Claim, Corrupt, Record
 from oncegate.store.record_name import store_key
 from oncegate.store.redis import arguments
 from oncegate.store.redis.durable import WAIT_SHARE
+from oncegate.store.redis.membership import WrittenLayout
 from oncegate.store.redis.replies import LATE, claim_result, is_noscript
 from oncegate.store.redis.topologies.topology import StoreServers
 from oncegate.store.redis.wire import Script, ScriptCall
@@ -47,7 +48,8 @@ class Claims:
     """Claims keys at the servers of a store.
 
     `timeout_s`: how long a claim may take. `patience_s`: how long one try of a withdrawal may take.
-    `release(claim, patience_s)` frees a key. `background(work)` finishes work that nobody waits for.
+    `release(claim, patience_s)` frees a key. `background(work)` finishes work that nobody waits for. `layout`: of the
+    records of claims.
     """
 
     def __init__(
@@ -57,11 +59,12 @@ class Claims:
         release: Release,
         background: Background,
         *,
+        layout: WrittenLayout,
         timeout_s: float,
         patience_s: float,
     ) -> None:
         self._servers, self._script, self._release, self._background = servers, script, release, background
-        self._timeout_s, self._patience_s = timeout_s, patience_s
+        self._layout, self._timeout_s, self._patience_s = layout, timeout_s, patience_s
         # What a claim that waited for replicas in vain keeps for its release.
         self._release_s = timeout_s * (1 - WAIT_SHARE)
         self._loop = asyncio.get_running_loop()
@@ -88,7 +91,10 @@ class Claims:
         deadline, pause_s = loop.time() + left_s, MIN_PAUSE_S
         call = ScriptCall(self._script, store_key(claim.key), arguments.CLAIM_COUNT, deadline)
         head = arguments.claim_head(claim)
-        tail = arguments.claim_tail(window_ms, b"") if window_ms else arguments.PLAIN_TAIL
+        packed = self._layout.packed
+        tail = arguments.PACKED_TAIL if packed else arguments.PLAIN_TAIL
+        if window_ms:
+            tail = arguments.claim_tail(packed, window_ms, b"")
         expected, is_under_replicated, maybe_executed = b"", False, False
         try:
             while True:
@@ -104,7 +110,7 @@ class Claims:
                     uncertain = result.state is not State.COMPLETE or window_ms > 0 or self._withdrawn_tokens
                     if uncertain and await self._may_take_over(result, claim, window_ms):
                         expected, left_s = result.token, deadline - loop.time()
-                        tail = arguments.claim_tail(window_ms, expected)
+                        tail = arguments.claim_tail(packed, window_ms, expected)
                         continue
                 if not isinstance(result, Unconfirmed):
                     if maybe_executed:
@@ -136,7 +142,7 @@ class Claims:
         """
         unowned = arguments.unowned_claim(key, lease_ms)
         deadline = self._loop.time() + self._timeout_s * share
-        args = arguments.peek(unowned)
+        args = arguments.peek(unowned, self._layout.packed)
         call = ScriptCall(self._script, store_key(key), arguments.CLAIM_COUNT, deadline)
         reply = await self._servers.run(call, args)
         if is_noscript(reply):

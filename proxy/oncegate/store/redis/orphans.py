@@ -19,14 +19,21 @@ PAGE = 1000
 REASON = "its proxy was killed"
 
 # Returns the next cursor, and the keys of one page that are not complete and whose token has one of these prefixes.
-# The server compares them, because a store may hold half a million records. A complete record has no field `token`.
-OWNED_PAGE = (
-    b"""
+# The server compares them, because a store may hold half a million records. A complete record has no field `token`, and
+# a packed one that is not complete begins with the byte 4.
+OWNED_PAGE = b"""
 local owners, owned = {}, {}
 for at = 3, #ARGV do
   owners[ARGV[at]] = true
 end
 local page = redis.call('SCAN', ARGV[1], 'MATCH', 'once:{*', 'COUNT', ARGV[2], 'TYPE', 'hash')
+local packed = redis.call('SCAN', ARGV[1], 'MATCH', 'once:{*', 'COUNT', ARGV[2], 'TYPE', 'string')[2]
+for _, key in ipairs(packed) do
+  local begin = redis.call('GETRANGE', key, 0, %d)
+  if begin:byte() == 4 and owners[begin:sub(2)] then
+    owned[#owned + 1] = key
+  end
+end
 for _, key in ipairs(page[2]) do
   local token = redis.call('HGET', key, 'token')
   if token and owners[token:sub(1, %d)] then
@@ -34,9 +41,7 @@ for _, key in ipairs(page[2]) do
   end
 end
 return {page[1], owned}
-"""
-    % PREFIX_BYTES
-)
+""" % (PREFIX_BYTES, PREFIX_BYTES)
 
 
 async def mark_orphans(url: str, owners: Collection[bytes]) -> int:

@@ -4,13 +4,14 @@ A scan goes through a server page by page, so that it does not hold up requests.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
-from oncegate.store.record import ViewState
+from oncegate.store.record import Corrupt, ViewState
 from oncegate.store.record_name import parse_record_id, store_key
 from oncegate.store.record_view import FIELDS, RecordView, StoreError, read_fields
+from oncegate.store.redis.layouts.packed import hash_fields, numbered
 from oncegate.store.redis.membership import EPOCH, IDENTITIES, proxy_record_key, proxy_record_value
 from oncegate.store.redis.node import Node
 from oncegate.store.redis.topologies.topology import StoreServers
@@ -48,8 +49,33 @@ def is_error(reply: object, kind: str) -> bool:
     return isinstance(reply, ErrorReply) and str(reply).startswith(kind)
 
 
-def _fields_of(key: bytes) -> tuple[bytes | str, ...]:
-    return ("HMGET", store_key(key), *FIELDS)
+async def _read(node: Node, key: bytes, ask_at: Callable[..., Awaitable[Any]] = ask, packed: bool = True) -> Any:
+    """Return the value of a packed record, the fields of any other, or an error. `packed`: which it probably is."""
+    name = store_key(key)
+    commands: list[tuple[bytes | str, ...]] = [("GET", name), ("HMGET", name, *FIELDS, "more")]
+    reply = await ask_at(node, *commands[not packed])
+    return await ask_at(node, *commands[packed]) if is_error(reply, "WRONGTYPE") else reply
+
+
+def _view(key: bytes, reply: Any, now_ms: int) -> RecordView | None:
+    """Return the record that `_read` has read, None for no record. Raises StoreError."""
+    if is_error(reply, "WRONGTYPE"):
+        return RecordView(key, ViewState.CORRUPT, b"", now_ms)
+    found = checked(reply)
+    if found is None:
+        return None
+    if isinstance(found, bytes):
+        fields = hash_fields(key, found)
+        if isinstance(fields, Corrupt):
+            return RecordView(key, ViewState.CORRUPT, found[1:17], now_ms)
+        record = read_fields(key, [fields.get(name) for name in FIELDS], now_ms)
+        return record and record._replace(packed=True)
+    *values, more = found
+    if more is not None:
+        with suppress(ValueError):
+            kept = numbered(more)
+            values = [value or kept.get(name) for name, value in zip(FIELDS, values, strict=True)]
+    return read_fields(key, values, now_ms)
 
 
 async def _time_ms(node: Node) -> int:
@@ -79,15 +105,13 @@ class RedisRecords:
         node = self._servers.node_of(store_key(key))
         if node is None:
             raise StoreError("nobody is known to have this key")
-        reply = await ask(node, *_fields_of(key))
+        reply = await _read(node, key)
         if is_error(reply, "ASK "):
             # Its slot is being moved, and the key is at the new server already.
             address = str(reply).split(" ")[2]
             node = next((one for one in self._servers.nodes if one.name == address), node)
-            reply = await ask_importing(node, *_fields_of(key))
-        if is_error(reply, "WRONGTYPE"):
-            return RecordView(key, ViewState.CORRUPT, b"", 0)
-        record = read_fields(key, checked(reply), await _time_ms(node))
+            reply = await _read(node, key, ask_importing)
+        record = _view(key, reply, await _time_ms(node))
         if record is None or record.response is not None:
             return record
         # The store's user may lack the right: then nobody knows how long the record is kept.
@@ -137,27 +161,28 @@ class NodeRecords:
     async def scan(self, prefix: str = "", pause_s: float = 0.0) -> AsyncIterator[RecordView]:
         cursor = b"0"
         while True:
-            reply = await ask(self._node, "SCAN", cursor, "MATCH", f"once:{{{prefix}*", "COUNT", PAGE)
-            cursor, names = checked(reply)
+            # The same page twice, because nothing else tells a packed record from a hash without an error.
+            page = ("SCAN", cursor, "MATCH", f"once:{{{prefix}*", "COUNT", PAGE)
+            replies = await asyncio.gather(ask(self._node, *page), ask(self._node, *page, "TYPE", "string"))
+            (cursor, names), (_, packed_names) = checked(replies[0]), checked(replies[1])
+            packed = {key for name in packed_names if (key := parse_record_id(name.decode("ascii", "replace")))}
             keys = {key for name in names if (key := parse_record_id(name.decode("ascii", "replace")))}
-            for record in await self._read_page(list(keys)):
+            for record in await self._read_page(list(keys), packed):
                 yield record
             if cursor == b"0":
                 break
             await asyncio.sleep(pause_s)
 
-    async def _read_page(self, keys: list[bytes]) -> list[RecordView]:
+    async def _read_page(self, keys: list[bytes], packed: set[bytes]) -> list[RecordView]:
         node, now_ms = self._node, await _time_ms(self._node)
-        replies = await asyncio.gather(*[ask(node, *_fields_of(key)) for key in keys])
+        replies = await asyncio.gather(*[_read(node, key, packed=key in packed) for key in keys])
         records: list[RecordView] = []
         for key, first in zip(keys, replies, strict=True):
-            reply = await ask_importing(node, *_fields_of(key)) if is_error(first, "MOVED") else first
-            if is_error(reply, "WRONGTYPE"):
-                records.append(RecordView(key, ViewState.CORRUPT, b"", now_ms))
-            elif is_error(reply, "MOVED") or is_error(reply, "ASK "):
+            reply = await _read(node, key, ask_importing) if is_error(first, "MOVED") else first
+            if is_error(reply, "MOVED") or is_error(reply, "ASK "):
                 # The key was moved to another server since.
                 continue
-            elif record := read_fields(key, checked(reply), now_ms):
+            if record := _view(key, reply, now_ms):
                 records.append(record)
         # How long they are kept is asked of unfinished ones alone: most records are complete.
         unfinished = [record for record in records if record.response is None]

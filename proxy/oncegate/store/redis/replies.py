@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from oncegate.store.record import Claim, Corrupt, running, unpack, unpack_expired
+from oncegate.store.redis.layouts.packed import unpack_packed
 from oncegate.store.redis.server import is_refusal
 from oncegate.store.redis.wire import ErrorReply
 from oncegate.store.results import (
@@ -98,6 +99,9 @@ def claim_result(claim: Claim, tenant: bytes, reply: Any, note_time: Callable[[i
         note_time(now_ms)
         return unpack(claim.key, tenant, meta, body, now_ms)
     match reply:
+        case [b"packed", int(now_ms), bytes(value)]:
+            note_time(now_ms)
+            return unpack_packed(claim.key, tenant, value, now_ms)
         case [b"late", int(now_ms)]:
             note_time(now_ms)
             return LATE

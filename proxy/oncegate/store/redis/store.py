@@ -42,7 +42,7 @@ from oncegate.store.results import (
     ResolveStatus,
     SettleResult,
 )
-from oncegate.store.stages import CLAIMED, Stage
+from oncegate.store.stages import CLAIMED, RESPONSE_BEGUN, Stage
 from oncegate.store.store import Claiming, Settling, StoreConfig, Upkeep
 
 # The least time for one try of a call that is repeated.
@@ -79,6 +79,7 @@ class RedisStore:
             self._scripts["claim"],
             self.release,
             config.background,
+            layout=self.layout,
             timeout_s=self._timeout_s,
             patience_s=config.patience_s,
         )
@@ -175,26 +176,34 @@ class RedisStore:
     # What the owner of a claim does ...
 
     async def renew(self, claim: Claim, stage: Stage = CLAIMED) -> RenewStatus:
-        args = resp(claim.token, claim.lease_ms, claim.unknown_retention_ms, stage.wire)
+        # Once a response has begun, the record has chunks, or soon has some.
+        layout = arguments.LAYOUT[self.layout.packed and stage is not RESPONSE_BEGUN]
+        args = resp(claim.token, claim.lease_ms, claim.unknown_retention_ms, stage.wire, layout)
         return renew_status(await self._run("renew", claim.key, args, arguments.RENEW_COUNT))
 
     async def append(self, claim: Claim, index: int, chunk: bytes, patience_s: float) -> AppendStatus:
-        args = resp(claim.token, index, chunk, claim.lease_ms)
+        args = resp(claim.token, index, chunk, claim.lease_ms, arguments.LAYOUT[self.layout.packed and index == 0])
         ends = self._loop.time() + patience_s
         call = ScriptCall(self._scripts["append"], store_key(claim.key), arguments.APPEND_COUNT, ends)
         reply, _ = await self._repeat(call, args, ends)
         return append_status(reply)
 
     def store(self, claim: Claim, response: StoredResponse, last_chunk: bytes, patience_s: float) -> Settling:
+        if self.layout.packed and (args := arguments.put(claim, response, last_chunk)) is not None:
+            return self._settle(claim, args, arguments.PUT_COUNT, patience_s)
         args = arguments.store(claim, response, last_chunk)
         return self._settle(claim, args, arguments.STORE_COUNT, patience_s)
 
     def release(self, claim: Claim, patience_s: float) -> Settling:
         if self._claims.copy_may_come(claim):
             self._claims.withdraw_copy(claim)
-        return self._settle(claim, arguments.release(claim), arguments.RELEASE_COUNT, patience_s, releases=True)
+        return self._settle(
+            claim, arguments.release(claim, self.layout.packed), arguments.RELEASE_COUNT, patience_s, releases=True
+        )
 
     def mark_unknown(self, claim: Claim, reason: str, patience_s: float, status: int = 0) -> Settling:
+        if self.layout.packed:
+            return self._settle(claim, arguments.put_unknown(claim, reason, status), arguments.PUT_COUNT, patience_s)
         args = arguments.mark_unknown(claim, reason, status)
         return self._settle(claim, args, arguments.MARK_UNKNOWN_COUNT, patience_s)
 
@@ -230,7 +239,7 @@ class RedisStore:
         return resolve_status(await self._run("resolve", key, args, arguments.RELEASE_BY_OPERATOR_COUNT))
 
     async def drop(self, record: RecordView, *, purge: bool = False) -> DropStatus:
-        args = resp(record.token, pack_tombstone(record.key, record.meta), int(purge))
+        args = resp(record.token, pack_tombstone(record.key, record.meta), int(purge), arguments.LAYOUT[record.packed])
         return drop_status(await self._run("drop", record.key, args, arguments.DROP_COUNT))
 
     # Calls ...

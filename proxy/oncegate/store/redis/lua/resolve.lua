@@ -6,12 +6,17 @@
 --   release: operator fence (operator: a token that fences the owner)
 -- Returns: {tag, 'resolved' or 'released' or 'absent' or 'complete' or 'fenced'}
 local tag, token, action = ARGV[1], ARGV[2], ARGV[3]
-local fields = redis.call('HMGET', KEYS[1], 'token', 'state', 'meta')
-if fields[3] then
+local fields = redis.pcall('HMGET', KEYS[1], 'token', 'state', 'meta')
+local owner, state, complete = fields[1], fields[2], fields[3]
+if fields.err then
+  local value = redis.call('GET', KEYS[1])
+  owner, complete = value:sub(2, 17), value:byte() ~= 4
+end
+if complete then
   return {tag, 'complete'}
-elseif not fields[1] or fields[2] == 'released' then
+elseif not owner or state == 'released' then
   return {tag, 'absent'}
-elseif fields[1] ~= token then
+elseif owner ~= token then
   return {tag, 'fenced'}
 end
 if action == 'answer' then

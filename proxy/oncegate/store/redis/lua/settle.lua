@@ -1,31 +1,68 @@
 #!lua flags=allow-oom
 -- Ends a claim: stores the response, frees the key, or marks it unknown; a repeat changes nothing more.
 -- KEYS: record
--- ARGV: tag token action retention_ms (action is 'store', 'release' or 'unknown'), then
+-- ARGV: tag token action retention_ms (action is 'put', 'store', 'release' or 'unknown'), then
+--   put: value tombstone_ms (value: a packed record, complete or unknown, see store/redis/layouts/packed.py)
 --   store: meta digest chunks bytes last tombstone_ms (last: the bytes of the last chunk if it was not appended, else '')
+--   release: layout (the one that the claim most probably has, 'packed' or 'hash')
 --   unknown: fence mode fingerprint self created why status (status: of the response that came, 0 for none)
 -- Returns: {tag, 'stored' or 'released' or 'unknown', 'found' or 'absent'}
 --        | {tag, 'torn' or 'complete' or 'fenced'}
 local tag, token, action, retention = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local fields = redis.call('HMGET', KEYS[1], 'token', 'state', 'meta', 'bytes', 'why', 'stage', 'lease_ms', 'status',
-  'until')
-local owner, state, meta = fields[1], fields[2], fields[3]
-if meta then
-  owner, state = meta:sub(2, 17), 'complete'
+local owner, state, digest, fields
+local ends = math.huge
+-- The layout that the record most probably has is asked for first.
+local found = (action == 'put' or (action == 'release' and ARGV[5] == 'packed')) and redis.pcall('GET', KEYS[1])
+if type(found) ~= 'string' then
+  fields = redis.pcall('HMGET', KEYS[1], 'token', 'state', 'meta', 'bytes', 'until', 'why', 'stage', 'lease_ms',
+    'status', 'more')
+  found = fields.err and redis.call('GET', KEYS[1])
+end
+if found then
+  owner = found:sub(2, 17)
+  if found:byte() ~= 4 then
+    state, digest = 'complete', found:sub(18, 33)
+    ends = found:byte() == 6 and tonumber(found:sub(-13)) or ends
+  end
+else
+  owner, state = fields[1], fields[2]
+  if fields[3] then
+    owner, state, digest = fields[3]:sub(2, 17), 'complete', fields[3]:sub(50, 65)
+    ends = tonumber(fields[5]) or ends
+  end
 end
 if owner and owner ~= token then
   return {tag, 'fenced'}
 end
 local before = owner and 'found' or 'absent'
 
+if action == 'put' then
+  local value, tombstone = ARGV[5], ARGV[6]
+  local unknown = value:byte() == 4
+  if state == 'complete' then
+    -- Past its retention a record is its tombstone, which has no response.
+    local time = redis.call('TIME')
+    if not unknown and digest == value:sub(18, 33) and ends > time[1] * 1000 + math.floor(time[2] / 1000) then
+      return {tag, 'stored', 'found'}
+    end
+    return {tag, 'complete'}
+  end
+  if tombstone ~= '0' then
+    local time = redis.call('TIME')
+    value = value .. string.format('%013.0f', time[1] * 1000 + math.floor(time[2] / 1000) + retention)
+    retention = retention + tombstone
+  end
+  redis.call('SET', KEYS[1], value, 'PX', retention)
+  return {tag, unknown and 'unknown' or 'stored', before}
+end
+
 if action == 'store' then
-  local digest, chunks, bytes, last = ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8]), ARGV[9]
+  local chunks, bytes, last = tonumber(ARGV[7]), tonumber(ARGV[8]), ARGV[9]
   local tombstone = tonumber(ARGV[10])
   local time = redis.call('TIME')
   local now = time[1] * 1000 + math.floor(time[2] / 1000)
   if state == 'complete' then
-    -- Past its retention a record is its tombstone, which has no response.
-    if meta:sub(50, 65) == digest and (tonumber(fields[9]) or math.huge) > now then
+    if digest == ARGV[6] and ends > now then
       return {tag, 'stored', 'found'}
     end
     return {tag, 'complete'}
@@ -35,16 +72,17 @@ if action == 'store' then
     redis.call('UNLINK', KEYS[1])
     redis.call('HSET', KEYS[1], 'meta', ARGV[5])
   else
-    -- Beside the chunks there are eight fields of a claim and 'bytes', 'lease_ms' and after a renewal 'stage' if in
-    -- flight, 'why' and perhaps 'status' if unknown.
+    -- Beside the chunks there are eight fields of a claim and 'bytes', and those that only some records have.
     local appended = chunks - (last ~= '' and 1 or 0)
-    local stored = tonumber(fields[4]) or 0
-    local others = 9 + (fields[5] and 1 or 0) + (fields[6] and 1 or 0) + (fields[7] and 1 or 0) + (fields[8] and 1 or 0)
-    if redis.call('HLEN', KEYS[1]) ~= appended + others or stored + #last ~= bytes then
+    local stored, others = tonumber(fields[4]) or 0, 9
+    for at = 6, 10 do
+      others = others + (fields[at] and 1 or 0)
+    end
+    if found or redis.call('HLEN', KEYS[1]) ~= appended + others or stored + #last ~= bytes then
       return {tag, 'torn'}
     end
     redis.call('HDEL', KEYS[1], 'state', 'token', 'fence', 'mode', 'fingerprint', 'self', 'lease', 'created',
-      'lease_ms', 'bytes', 'why', 'stage', 'status')
+      'lease_ms', 'bytes', 'why', 'stage', 'status', 'more')
     redis.call('HSET', KEYS[1], 'meta', ARGV[5])
   end
   if last ~= '' then
