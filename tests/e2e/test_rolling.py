@@ -5,8 +5,11 @@ nobody finds a record that it cannot read.
 """
 
 import asyncio
+import os
 import random
 import signal
+import sys
+from asyncio.subprocess import PIPE
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -201,3 +204,76 @@ async def test_a_roll_and_its_rollback(fleet: Fleet, upstream: RawUpstream, own_
     with own_valkey.client() as client:
         # What only the older build writes.
         assert client.type("once:rules") == b"hash"
+
+
+async def is_packed(proxy: Proxy) -> None:
+    await until(lambda: [line["layout"] for line in proxy.events("record layout")][-1:] == ["packed"], 30)
+
+
+async def unpack(store: Valkey) -> str:
+    """Run the command for the way back, and return what it prints."""
+    command = [sys.executable, "-m", "oncegate", "keys", "unpack"]
+    env = {**os.environ, "ONCEGATE_STORE_URL": store.url, "ONCEGATE_UPSTREAM": "http://127.0.0.1:1"}
+    process = await asyncio.create_subprocess_exec(*command, env=env, stdout=PIPE, stderr=PIPE)
+    said, complaint = await process.communicate()
+    assert process.returncode == 0, complaint
+    return said.decode()
+
+
+def packed_records(store: Valkey) -> int:
+    with store.client() as client:
+        return sum(1 for _ in client.scan_iter("once:{*}", _type="string"))
+
+
+async def test_the_way_back_from_packed_records(fleet: Fleet, upstream: RawUpstream, own_valkey: Valkey) -> None:
+    """Records are packed once it is chosen and no older build is left. One that comes has to wait for the way back."""
+    api = Api(upstream)
+    await fleet.join(older=True)
+    async with under_load(fleet, 2) as load:
+        newer = [await fleet.join(RECORD_LAYOUT="packed"), await fleet.join()]
+        await asyncio.sleep(1)
+        assert packed_records(own_valkey) == 0
+        await fleet.leave(fleet.live[0])
+        for proxy in newer:
+            await is_packed(proxy)
+        await until(lambda: packed_records(own_valkey) > 20)
+        older = await fleet.start(older=True)
+        reason = older.admin("/readyz")[1]
+        assert "WRONGTYPE" in reason
+        refused = await asyncio.gather(*[ask_once(older.port, f"refused-{number}") for number in range(10)])
+        assert {answer.slug for answer in refused if answer} == {"store-unavailable"}
+        back = [await fleet.join(RECORD_LAYOUT="hash") for _ in newer]
+        for proxy in newer:
+            await fleet.leave(proxy)
+        assert "records unpacked" in await unpack(own_valkey)
+        assert packed_records(own_valkey) == 0
+        await until(lambda: is_ready(older))
+        fleet.live.append(older)
+        for proxy in back:
+            await fleet.leave(proxy)
+    await load.ask_again(older)
+    assert_once(api, load)
+    assert not any("refused" in key for key in api.executed)
+
+
+async def test_an_older_build_that_wakes_up_beside_packed_records(
+    fleet: Fleet, upstream: RawUpstream, own_valkey: Valkey
+) -> None:
+    """It was suspended when records were packed first. It executes nothing again, and refuses what it cannot read."""
+    api = Api(upstream)
+    older = await fleet.start(older=True)
+    older.signal(signal.SIGSTOP)
+    newer = await fleet.join(RECORD_LAYOUT="packed")
+    await is_packed(newer)
+    load = Load(fleet)
+    keys = [f"key-{number}" for number in range(60)]
+    await asyncio.gather(*[load.send(key) for key in keys])
+    asked = [asyncio.ensure_future(ask_once(older.port, key)) for key in keys]
+    await asyncio.sleep(0.2)
+    older.signal(signal.SIGCONT)
+    told = [answer for answer in await asyncio.gather(*asked) if answer]
+    # A response that came in several chunks is a hash in either layout.
+    assert {answer.slug for answer in told if answer.status != 201} <= {"record-corrupt", "store-unavailable"}
+    await until(lambda: not is_ready(older))
+    await load.ask_again(newer)
+    assert_once(api, load)

@@ -114,6 +114,9 @@ def _add_keys(commands: Any) -> None:
     quarantine = keys_commands.add_parser(
         "quarantine", help="refuse first-time keys for a while, as after a loss that no proxy could notice"
     )
+    keys_commands.add_parser(
+        "unpack", help="write packed records as older versions read them, before the way back to one"
+    )
     for command in (resolve, release, purge, quarantine):
         command.add_argument("--yes", action="store_true", help="do not ask before a risky decision")
 

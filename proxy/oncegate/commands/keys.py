@@ -93,6 +93,7 @@ async def _run(settings: Settings, options: argparse.Namespace) -> KeysExit:
             "release": _release,
             "purge": _purge,
             "quarantine": _quarantine,
+            "unpack": _unpack,
         }
         return await commands[options.keys_command](session, options)
 
@@ -192,6 +193,14 @@ async def _quarantine(session: Session, options: argparse.Namespace) -> KeysExit
     await session.store.records.begin_quarantine(int(settings.quarantine_s * 1000))
     _audit(session, "quarantine", seconds=settings.quarantine_s)
     print(refused)
+    return KeysExit.DONE
+
+
+async def _unpack(session: Session, _options: argparse.Namespace) -> KeysExit:
+    """Prepare the way back to an older version, which reads no packed records."""
+    unpacked = await session.store.records.unpack()
+    _audit(session, "unpack", unpacked=unpacked)
+    print(f"{unpacked} records unpacked; older versions can use this store until records are packed again")
     return KeysExit.DONE
 
 

@@ -215,5 +215,11 @@ class Records(Protocol):
     async def identities(self) -> list[str]:
         """Return the settings by which the proxies on this store name keys."""
 
+    async def unpack(self) -> int:
+        """Write packed records so that older versions read them, let these in again, and return how many there were.
+
+        Raises StoreError while a proxy still packs records.
+        """
+
     async def begin_quarantine(self, lasts_ms: int) -> None:
         """Let the proxies that heed a quarantine refuse first-time keys for so long, as after a loss."""

@@ -142,6 +142,10 @@ class PostgresRecords:
     async def identities(self) -> list[str]:
         return [row["settings"].decode() for row in await fetch(self._servers, Level.OFF, _IDENTITIES)]
 
+    async def unpack(self) -> int:
+        # Rows have one layout; migrations change it.
+        return 0
+
     async def begin_quarantine(self, lasts_ms: int) -> None:
         await fetch(self._servers, Level.CLAIM, _QUARANTINE, lasts_ms)
 

@@ -8,11 +8,20 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
+from oncegate.store import membership
 from oncegate.store.record import Corrupt, ViewState
 from oncegate.store.record_name import parse_record_id, store_key
 from oncegate.store.record_view import FIELDS, RecordView, StoreError, read_fields
 from oncegate.store.redis.layouts.packed import hash_fields, numbered
-from oncegate.store.redis.membership import EPOCH, IDENTITIES, proxy_record_key, proxy_record_value
+from oncegate.store.redis.membership import (
+    EPOCH,
+    IDENTITIES,
+    MEMBERS,
+    OLDER,
+    PACKED,
+    proxy_record_key,
+    proxy_record_value,
+)
 from oncegate.store.redis.node import Node
 from oncegate.store.redis.topologies.topology import StoreServers
 from oncegate.store.redis.wire import ErrorReply
@@ -142,10 +151,82 @@ class RedisRecords:
         replies = [checked(await ask(node, "HVALS", IDENTITIES + node.tag)) for node in self._servers.nodes]
         return [value.split(b" ", 1)[1].decode() for reply in replies for value in reply]
 
+    async def unpack(self) -> int:
+        nodes, unpacked = self._servers.nodes, 0
+        for node in nodes:
+            await _wait_until_nobody_packs(node)
+        # A slot may move from server to server meanwhile: the last pass finds nothing at any of them.
+        while found := sum([await _unpack_all(node) for node in nodes]):
+            unpacked += found
+        for node in nodes:
+            checked(await ask(node, "HDEL", MEMBERS + node.tag, "new"))
+            checked(await ask(node, "HSET", MEMBERS + node.tag, "older", await _time_ms(node)))
+            checked(await ask(node, "UNLINK", OLDER + node.tag))
+        return unpacked
+
     async def begin_quarantine(self, lasts_ms: int) -> None:
         for node in self._servers.nodes:
             # A store without an epoch is in quarantine as soon as a proxy founds it.
             checked(await ask(node, "HSET", EPOCH + node.tag, "until", await _time_ms(node) + lasts_ms))
+
+
+# Packed records, for older versions ...
+
+# Writes a packed record as a hash, if it is still the one that was read. HSET is allowed at the memory limit behind
+# UNLINK.
+UNPACK = b"""
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then
+  return 0
+end
+local left = redis.call('PTTL', KEYS[1])
+redis.call('UNLINK', KEYS[1])
+redis.call('HSET', KEYS[1], unpack(ARGV, 2))
+redis.call('PEXPIRE', KEYS[1], math.max(left, 1))
+return 1
+"""
+
+
+async def _wait_until_nobody_packs(node: Node) -> None:
+    """Wait for the last note of a proxy that packs records to be out of date. Raises StoreError if one is live."""
+    deadline = asyncio.get_running_loop().time() + 2 * membership.LIVE_S
+    while await _is_packing(node):
+        if asyncio.get_running_loop().time() > deadline:
+            raise StoreError("proxies pack records: set ONCEGATE_RECORD_LAYOUT=hash on each of them first")
+        await asyncio.sleep(membership.LIVE_S / 20)
+
+
+async def _is_packing(node: Node) -> bool:
+    """Return whether a proxy that was live a moment ago lets packed records be written."""
+    now_ms, entries = await _time_ms(node), checked(await ask(node, "HGETALL", MEMBERS + node.tag))
+    notes = dict(zip(entries[::2], entries[1::2], strict=True))
+    packing, live_ms = b" %d" % PACKED, membership.LIVE_S * 1000
+    return any(name.endswith(packing) and now_ms - int(at_ms) <= live_ms for name, at_ms in notes.items())
+
+
+async def _unpack_all(node: Node) -> int:
+    """Write the packed records of a server as hashes, and return how many there were."""
+    unpacked, cursor = 0, b"0"
+    while True:
+        reply = await ask(node, "SCAN", cursor, "MATCH", "once:{*", "COUNT", PAGE, "TYPE", "string")
+        cursor, names = checked(reply)
+        keys = {key for name in names if (key := parse_record_id(name.decode("ascii", "replace")))}
+        unpacked += sum(await asyncio.gather(*[_unpack(node, key) for key in keys]))
+        if cursor == b"0":
+            return unpacked
+
+
+async def _unpack(node: Node, key: bytes) -> int:
+    """Write one record as a hash. Return 1 if it was packed, 0 otherwise, also if it is damaged."""
+    value = await ask(node, "GET", store_key(key))
+    if value is None or is_error(value, "MOVED") or is_error(value, "ASK ") or is_error(value, "WRONGTYPE"):
+        return 0
+    fields = hash_fields(key, checked(value))
+    if isinstance(fields, Corrupt):
+        return 0
+    words = (word for field in fields.items() for word in field)
+    reply = await ask(node, "EVAL", UNPACK, 1, store_key(key), value, *words)
+    # It became a hash meanwhile, or was moved.
+    return 0 if is_error(reply, "WRONGTYPE") or is_error(reply, "MOVED") else int(checked(reply))
 
 
 class NodeRecords:
