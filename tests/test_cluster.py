@@ -13,7 +13,9 @@ import trustme
 from redis.crc import key_slot
 from redis.exceptions import ResponseError
 
-from oncegate.store.record import Claim, ViewState
+from oncegate.store import membership
+from oncegate.store.membership import Membership
+from oncegate.store.record import PREFIX_BYTES, Claim, ViewState
 from oncegate.store.record_name import store_key
 from oncegate.store.record_view import StoreError
 from oncegate.store.redis.topologies.cluster_map import tag_within, view_of
@@ -123,6 +125,28 @@ async def test_tags_lie_on_their_masters(cluster):
 
 
 @pytest.mark.fault(12)
+async def test_the_masters_agree_on_the_layout_of_records(cluster, monkeypatch):
+    """An older version that shows on one of them holds all to hashes. Once it is gone, it gets in on none of them."""
+    monkeypatch.setattr("oncegate.store.redis.node.HEALTH_S", 0.05)
+    monkeypatch.setattr(membership, "LIVE_S", 0.5)
+    member = Membership(
+        bytes(PREFIX_BYTES), "one", "namespace=a", False, 60_000, 0, 60.0, True, lambda *_: None, str, "packed"
+    )
+    async with watching(cluster.url, [], member=member) as store:
+        notes = [b"once:rules" + node.tag for node in store.nodes]
+        assert len(notes) == 3
+        older = cluster.master_of(notes[1])
+        for _ in range(20):
+            older.ask("HSET", notes[1], "R1", "1")
+            older.ask("PEXPIRE", notes[1], "500")
+            assert not store.layout.packed
+            await asyncio.sleep(0.05)
+        await until(lambda: store.layout.packed)
+        for note in notes:
+            with pytest.raises(ResponseError, match="WRONGTYPE"):
+                cluster.master_of(note).ask("HSET", note, "R1", "1")
+
+
 async def test_a_slot_that_moves(cluster):
     """Keys are claimed, read and settled before, during and after a move: ASK and MOVED fail no call."""
     source, target = cluster.servers[0], cluster.servers[1]
