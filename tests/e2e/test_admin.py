@@ -81,6 +81,7 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "store_full": ("gauge", "", ()),
     "store_breaker_open": ("gauge", "", ()),
     "rules_differ": ("gauge", "", ()),
+    "packs_records": ("gauge", "", ()),
     "unknown_keys": ("gauge", "", ()),
     "unknown_keys_expiring": ("gauge", "", ()),
     "quarantine_seconds": ("gauge", "", ()),

@@ -111,6 +111,7 @@ class Service:
             "store_full": lambda: self.store.refuses_new,
             "store_breaker_open": lambda: self.store.broken,
             "rules_differ": lambda: self.store.rules_differ,
+            "packs_records": lambda: self.store.packs_records,
             "quarantine_seconds": lambda: self.store.quarantine_left_s,
             "unknown_keys": lambda: self._parts.unknown_keys.count,
             "unknown_keys_expiring": lambda: self._parts.unknown_keys.expiring,

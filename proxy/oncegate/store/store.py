@@ -162,6 +162,10 @@ class Store(Protocol):
         """Whether other proxies on this store name keys by other rules."""
 
     @property
+    def packs_records(self) -> bool:
+        """Whether records are written in a layout that older versions do not read."""
+
+    @property
     def refuses_new(self) -> bool:
         """Whether the store refuses first-time keys at its limit."""
 

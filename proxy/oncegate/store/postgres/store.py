@@ -156,6 +156,10 @@ class PostgresStore:
         return self._servers.health.rules_differ
 
     @property
+    def packs_records(self) -> bool:
+        return False
+
+    @property
     def refuses_new(self) -> bool:
         return self._servers.health.is_full
 

@@ -136,6 +136,10 @@ class RedisStore:
         return any(node.health.rules_differ for node in self.nodes)
 
     @property
+    def packs_records(self) -> bool:
+        return self.layout.packed
+
+    @property
     def refuses_new(self) -> bool:
         """Whether a server refuses first-time keys at its memory limit."""
         return any(node.health.full for node in self.nodes)
