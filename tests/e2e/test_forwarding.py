@@ -186,6 +186,25 @@ async def test_a_trusted_peer_that_says_nothing_is_described_itself(proxies, ups
     assert received.header("via") == [b"1.1 oncegate"]
 
 
+async def test_clients_that_send_the_same_head_are_each_described_as_they_are(proxies, upstream, valkey, key):
+    """One is trusted, one is not, and a third is trusted, too: nothing of one goes on with a request of another."""
+    gate = proxies(upstream, valkey.url, TRUSTED_PROXIES="127.0.0.2,127.0.0.4")
+    for number, host in enumerate(3 * ("127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.4")):
+        client = await RawClient.open(gate.port, local_addr=(host, 0))
+        trace = f"traceparent: 00-{number:032x}-{number + 1:016x}-01"
+        answer = await client.ask(
+            request("POST", "/x", None if key is None else f"{key}-{number}", b"{}", *CLAIMED, trace)
+        )
+        assert answer is not None
+        assert answer.status == 200
+        client.close()
+        received, claims = upstream.received[-1], b"203.0.113.9, 203.0.113.10, "
+        is_trusted = host in ("127.0.0.2", "127.0.0.4")
+        assert b", ".join(received.header("x-forwarded-for")) == (claims if is_trusted else b"") + host.encode()
+        assert received.header("x-forwarded-proto") == [b"https" if is_trusted else b"http"]
+        assert received.header("traceparent") == [trace[13:].encode()]
+
+
 # Hosts and targets ...
 
 

@@ -1,6 +1,6 @@
 """A request whose key is known: what the rest of the request path needs, and what its head alone decides."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from oncegate.gateway.routes import Route
 from oncegate.keys.digests import Scope, finish_key
 from oncegate.keys.syntax import parse_key
 from oncegate.known_heads.shapes import joined
-from oncegate.messages.request_head import RequestHead, uncoded
+from oncegate.messages.request_head import ForwardedInfo, RequestHead, uncoded
 from oncegate.observe.outcome import Outcome, RequestReport
 from oncegate.store.record import ClaimRequest
 
@@ -71,6 +71,8 @@ class HeadPlan:
 
     `begun`: with it a repeated head costs two digests; None where a gap says whose the request is or where it goes.
     `head` is the head with GAP in its gaps, of which `key_at` is the key's, and `length_at` that of Content-Length.
+    `forwarded`: it as it goes to the upstream, in the pieces around its gaps and the client's address, for clients that
+    are trusted or not and their schemes.
     """
 
     route: Route
@@ -80,6 +82,7 @@ class HeadPlan:
     head: RequestHead
     key_at: int
     length_at: int
+    forwarded: dict[tuple[bool, bytes], list[bytes]] = field(default_factory=dict)
 
     def keyed_request(self, request: Request, begun: Begun, body: Body) -> KeyedRequest:
         """Return the request with its key. The body of a request under a known head is in memory."""
@@ -92,23 +95,27 @@ class HeadPlan:
         claim = ClaimRequest(key, begun.scope, fingerprint.digest(), policy.mode, *times, *rest)
         return KeyedRequest(self.route, claim, body, self.wait_s, self.fields)
 
+    def open_head(self, values: tuple[bytes, ...], client: ForwardedInfo, body_bytes: int) -> bytes:
+        """Return the open head for the upstream, with these values in its gaps."""
+        kind = client.trusted, client.scheme
+        if (pieces := self.forwarded.get(kind)) is None:
+            head = self.route.forwarded_head(self.head, replace(client, client=GAP), -1)[:-2]
+            pieces = self.forwarded[kind] = head.split(GAP)
+        # What this proxy says of the client comes behind what the client says, and Content-Length last.
+        at = self.length_at
+        values = (*values[:at], *values[at + 1 :], client.client) if at >= 0 else (*values, client.client)
+        return joined(pieces, values) + b"Content-Length: %d\r\n" % body_bytes
+
 
 def open_head(request: Request, route: Route, body_bytes: int) -> bytes:
     """Return the open head for the upstream: without its empty line, because the fields of the claim follow.
 
-    A connection that repeats a head has all of it ready but what differs.
+    Of a known head, all of it is ready but what differs.
     """
-    connection, known, head = request.connection, request.known, request.head
+    client, known, head = request.connection.forwarded, request.known, request.head
     if route.policy.json_rpc:
         # A response that is coded cannot be read, and its key would be unknown.
         head = uncoded(request.checked_head())
     elif head is None and known is not None and isinstance(plan := known.plan, HeadPlan):
-        memo, values = connection.memo, request.values
-        if memo.plan is not plan:
-            forwarded = route.forwarded_head(plan.head, connection.forwarded, -1)[:-2]
-            memo.plan, memo.forwarded_pieces = plan, forwarded.split(GAP)
-        if (at := plan.length_at) >= 0:
-            values = values[:at] + values[at + 1 :]
-        # Content-Length is the last field that `request_head` writes.
-        return joined(memo.forwarded_pieces, values) + b"Content-Length: %d\r\n" % body_bytes
-    return route.forwarded_head(head or request.checked_head(), connection.forwarded, body_bytes)[:-2]
+        return plan.open_head(request.values, client, body_bytes)
+    return route.forwarded_head(head or request.checked_head(), client, body_bytes)[:-2]

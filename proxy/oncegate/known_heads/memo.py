@@ -16,16 +16,10 @@ class ConnectionMemo:
     where it differs. Without it, digesting what is repeated takes 2 % of an execution (measured).
     """
 
-    __slots__ = (
-        "_fingerprint_parts", "_fingerprint_prefix", "_policy", "_scope", "_scope_values",
-        "forwarded_pieces", "key_label", "plan",
-    )  # fmt: skip
+    __slots__ = ("_fingerprint_parts", "_fingerprint_prefix", "_policy", "_scope", "_scope_values", "key_label")
 
     def __init__(self, key_label: bytes = b"") -> None:
         self.key_label = key_label
-        # The plan of the newest known head, and that head as it goes to the upstream, in the pieces around its gaps.
-        self.plan: object = None
-        self.forwarded_pieces: list[bytes] = []
         self._policy: Policy | None = None
         self._scope_values: Fields = {}
         self._fingerprint_parts: tuple[bytes, ...] = ()
