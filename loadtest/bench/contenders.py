@@ -5,7 +5,7 @@ import shutil
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from loadtest.bench.machine import PYTHON, Cores, Process
 from loadtest.peers import nginx
 from loadtest.ports import free_port
 
-LAYOUT_S = 8.0
+LAYOUT_S, EARLIER_LAYOUT_S = 60.0, 7.0
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Running:
     process: Process
     port: int
     admin_port: int = 0
+    is_earlier: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def oncegate(
         return Process(site.cores.proxy, PYTHON, "-m", "oncegate", "serve", env=env)
 
     running = _listening(start)
-    return Running(running.process, running.port, admin_ports[-1])
+    return Running(running.process, running.port, admin_ports[-1], package is not None)
 
 
 def await_ready(running: Running) -> None:
@@ -131,11 +132,17 @@ def serving(running: Running) -> Iterator[Running]:
 
 
 def await_layout(running: Running) -> None:
-    """Return once oncegate logs in which layout it writes records; an earlier commit may know none, and gets as long.
+    """Return once oncegate has logged in which layout it writes records. Raises RuntimeError if it does not.
 
-    On a new store it writes another one for the first seconds, until it knows that it is alone with its version.
+    On a new store it writes another one for the first seconds, until it knows that it is alone with its version. An
+    earlier commit may know of no layouts, and gets as long as it takes.
     """
-    while b"record layout" not in running.process.log() and running.process.age_s() < LAYOUT_S:
+    until = time.monotonic() + (EARLIER_LAYOUT_S if running.is_earlier else LAYOUT_S)
+    while b"record layout" not in running.process.log():
+        if time.monotonic() > until:
+            if running.is_earlier:
+                return
+            raise RuntimeError(f"no layout of records: {running.process.said()}")
         time.sleep(0.05)
 
 
@@ -224,8 +231,8 @@ def side_by_side(
             store = open_redis(site.cores, program)
             until_the_end.callback(store.process.stop)
             pairs[name] = start(site, name, upstream=upstream, store=store), store
-        for running, _ in pairs.values():
-            until_the_end.enter_context(serving(running))
+        for name, (running, _) in pairs.items():
+            until_the_end.enter_context(nullcontext() if name == "direct" else serving(running))
         yield pairs
 
 

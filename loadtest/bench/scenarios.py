@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from loadtest.bench import contenders, wrk
@@ -70,24 +70,14 @@ def rounds(
     Without `connections`, each scenario has its own numbers of them.
     """
     for number in range(count):
-        for name in contenders.in_turns(names, number):
-            asked = [SCENARIOS[one] for one in scenarios if name in SCENARIOS[one].contenders]
-            if not asked:
-                continue
-            with started(site, name) as running:
-                for scenario in asked:
+        asked = {name: [SCENARIOS[one] for one in scenarios if name in SCENARIOS[one].contenders] for name in names}
+        present = [name for name in contenders.in_turns(names, number) if asked[name]]
+        with contenders.side_by_side(site, present) as pairs:
+            for name, (running, _) in pairs.items():
+                warm(site, running)
+                for scenario in asked[name]:
                     for many in connections or scenario.connections:
                         yield measure(site, running, scenario, name, many, seconds, number)
-
-
-@contextmanager
-def started(site: Site, name: str) -> Iterator[Running]:
-    """Start a contender with an empty store, warm it up, and stop it at the end."""
-    empty(site.redis)
-    running = contenders.start(site, name)
-    with nullcontext() if name == "direct" else contenders.serving(running):
-        warm(site, running)
-        yield running
 
 
 def warm(site: Site, running: Running) -> None:
@@ -178,10 +168,3 @@ def _fields(key: str) -> dict[str, str]:
 def new_key() -> str:
     """Return a key that was never used."""
     return f"bench-{uuid.uuid4().hex}"
-
-
-def empty(redis: Running) -> None:
-    """Delete everything that is stored."""
-    with socket.create_connection(("127.0.0.1", redis.port)) as connection:
-        connection.sendall(b"FLUSHALL SYNC\r\n")
-        connection.recv(64)
