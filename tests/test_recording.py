@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from oncegate.buffers.memory import MemoryBudget
+from oncegate.buffers.ticker import Ticker
 from oncegate.gateway.recording import BACKLOG_BYTES, BATCH_BYTES, CHUNK_BYTES, TIGHT_BATCH_BYTES, Recording
 from oncegate.messages.response_head import response_digest
 from oncegate.store.leases import Leases, suspended_clock_s
@@ -36,7 +37,13 @@ async def begin(store: Store) -> AsyncIterator[Callable[..., Any]]:
         held = leases.hold(await claimed(store), suspended_clock_s(), LONG_S)
         digest = response_digest(201, b"Made", b"X: 1\r\n")
         memory = memory or MemoryBudget(1 << 28)
-        options = {"max_bytes": 1 << 24, "settle_timeout_s": PATIENCE_S, "memory": memory, **options}
+        options = {
+            "max_bytes": 1 << 24,
+            "settle_timeout_s": PATIENCE_S,
+            "memory": memory,
+            "ticker": Ticker(asyncio.get_running_loop()),
+            **options,
+        }
         one = Recording(store, held, digest, **options)
         one.batch_s = every_s
         begun.append((one, asyncio.ensure_future(leases.run())))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from hashlib import blake2b
 
 from oncegate.buffers.memory import MemoryBudget
+from oncegate.buffers.ticker import Ticker
 from oncegate.store.leases import LeasedClaim, do_nothing
 from oncegate.store.results import AppendStatus
 from oncegate.store.store import Store
@@ -42,6 +43,7 @@ class Recording:
         max_bytes: int,
         settle_timeout_s: float,
         memory: MemoryBudget,
+        ticker: Ticker,
         on_broken: Callable[[], None] = do_nothing,
     ) -> None:
         self._store, self._held, self._max_bytes = store, held, max_bytes
@@ -50,8 +52,8 @@ class Recording:
         # What waits for the next append, and how many bytes that is; and with what is on its way.
         self._batch: list[bytes] = []
         self._batch_bytes = self._unconfirmed = 0
-        # Either a timer for what waits, or an append that is under way.
-        self._timer: asyncio.TimerHandle | None = None
+        # Either the tick of the timer for what waits (0 for none), or an append that is under way.
+        self._ticker, self._tick = ticker, 0
         self._writer: asyncio.Task[None] | None = None
         # Done when there may be room again.
         self._room: asyncio.Future[None] | None = None
@@ -73,13 +75,14 @@ class Recording:
         self._batch_bytes += size
         self._unconfirmed += size
         self._memory.used += size
-        if self._writer is None:
+        if self._writer is None and (not self._tick or self._batch_bytes >= TIGHT_BATCH_BYTES):
             self._write_when_due()
 
     @property
     def has_room(self) -> bool:
         """Whether more may be added at once."""
-        return self._unconfirmed <= (TIGHT_BACKLOG_BYTES if self._memory.tight else BACKLOG_BYTES)
+        size = self._unconfirmed
+        return size <= TIGHT_BACKLOG_BYTES or (size <= BACKLOG_BYTES and not self._memory.tight)
 
     async def wait_room(self) -> None:
         """Wait while too much is not in the store yet."""
@@ -145,17 +148,17 @@ class Recording:
         is_tight = self._memory.tight
         if self._batch_bytes >= (TIGHT_BATCH_BYTES if is_tight else BATCH_BYTES):
             self._write()
-        elif self._batch and self._timer is None:
-            self._timer = self._loop.call_later(TIGHT_BATCH_S if is_tight else self.batch_s, self._write)
+        elif self._batch and not self._tick:
+            self._tick = self._ticker.call_later(TIGHT_BATCH_S if is_tight else self.batch_s, self._write)
 
     def _write(self) -> None:
         self._stop_timer()
         self._writer = self._loop.create_task(self._append(self._take()))
 
     def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        if self._tick:
+            self._ticker.cancel(self._tick, self._write)
+            self._tick = 0
 
     def _take(self) -> bytes:
         """Return the next chunk: what waits, up to the size of a chunk."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from oncegate.adaptation.preflight import Preflight
 from oncegate.buffers.memory import MemoryBudget
+from oncegate.buffers.ticker import Ticker
 from oncegate.gateway.cancelling import Cancellations
 from oncegate.messages.request_head import ForwardedInfo, RequestHead, renamed, request_head
 from oncegate.messages.target import normalized_path
@@ -36,7 +37,7 @@ class ExchangeDeps:
     `reuse_idle_s` the longest idle time of a connection that is used again, `settle_timeout_s` how long the store is
     asked again to take a response, `store_timeout_s` the same for all that nobody waits for. `longest_s`: no await of
     an exchange takes longer. `usual`: how long the rule's requests usually take, for Retry-After.
-    `wait_ended` counts a wait by how it ended (the label of a Woken).
+    `ticker`: times what is recorded. `wait_ended` counts a wait by how it ended (the label of a Woken).
     """
 
     store: Store
@@ -46,6 +47,7 @@ class ExchangeDeps:
     wait_ended: Callable[[str], None]
     pool: Pool
     memory: MemoryBudget
+    ticker: Ticker
     background: Callable[[Coroutine[Any, Any, Any]], None]
     clock: Callable[[], float]
     silence_s: float

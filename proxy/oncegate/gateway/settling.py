@@ -9,7 +9,7 @@ from oncegate.gateway.answers import Refuse, cancelled, not_sent, response_not_s
 from oncegate.gateway.recording import Recording
 from oncegate.gateway.response_reading import ResponseReading
 from oncegate.gateway.routes import ExchangeDeps
-from oncegate.messages.response_head import ResponseHead
+from oncegate.messages.response_head import ResponseHead, response_digest
 from oncegate.observe.labels import SETTLEMENTS, SettlementLabel
 from oncegate.observe.outcome import Outcome, outcome_of
 from oncegate.store.events import ClaimEvent
@@ -90,10 +90,12 @@ def new_recording(
     return Recording(
         deps.store,
         progress.held,
-        head.digest(),
+        # Of its own: the head would keep a copy for the next response, which has seldom the same.
+        response_digest(head.status, head.reason, head.replayed_block),
         max_bytes=max_bytes,
         settle_timeout_s=deps.settle_timeout_s,
         memory=deps.memory,
+        ticker=deps.ticker,
         on_broken=on_broken,
     )
 

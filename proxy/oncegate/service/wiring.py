@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from oncegate.buffers.memory import MemoryBudget
+from oncegate.buffers.ticker import Ticker
 from oncegate.downstream.body import Bodies
 from oncegate.downstream.listener import Listener
 from oncegate.downstream.minimum_rate import MinimumRate
@@ -66,6 +67,7 @@ class Parts:
         self._usual_times: defaultdict[str, UsualTime] = defaultdict(UsualTime)
         metrics, clock = reporting.metrics, asyncio.get_running_loop().time
         self.memory = MemoryBudget(settings.max_buffered_bytes)
+        self._ticker = Ticker(asyncio.get_running_loop())
         self._resolver = Resolver(settings.dns_ttl_s, report=reporting.log.warning)
         self.store = self._store(store_url)
         self.leases = Leases(self.store, settings.lease_ms, reporting.claim_lost, clock)
@@ -164,6 +166,7 @@ class Parts:
             wait_ended=reporting.metrics.wait_ended,
             pool=self.pools.of(rule.upstream),
             memory=self.memory,
+            ticker=self._ticker,
             background=reporting.background,
             clock=asyncio.get_running_loop().time,
             silence_s=settings.upstream_timeout_s,
