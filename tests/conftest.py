@@ -58,7 +58,7 @@ def searched(examples: int) -> hypothesis.settings:
 LONG = (
     "test_run.py", "keeps_its_key_in_flight", "test_soak.py", "test_no_tenant_gets_a_byte", "test_fault_sweep.py",
     "test_a_small_run", "outlives_its_retention", "while_its_store_is_not", "test_sentinel.py", "test_slow.py",
-    "test_the_commands_of_a_page",
+    "test_rolling.py", "test_the_commands_of_a_page",
 )  # fmt: skip
 
 
