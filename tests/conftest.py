@@ -20,6 +20,7 @@ from redis import Redis
 
 from loadtest.postgres_server import Server
 from oncegate.server.embedded import find_server
+from oncegate.store.redis.membership import KEPT_OUT, OLDER
 from tests.own_postgres import OwnPostgres, stopped_template
 from tests.parts import Proxy, RawUpstream, standing_upstream
 from tests.postgres_database import Database
@@ -27,6 +28,7 @@ from tests.postgres_probe import PostgresProbe
 from tests.probes import Probe, RedisProbe, fields_of
 from tests.resp import Relay, relaying
 from tests.shared_stores import SharedPostgres, SharedStore
+from tests.stores import TEST_LAYOUT
 from tests.zygote import Forked, Zygote, standing_proxy, written_layout
 
 IN_PROCESS = (
@@ -170,6 +172,9 @@ def valkey(shared_valkey: Valkey) -> Valkey:
     with shared_valkey.client() as client:
         client.flushall()
         client.config_set("maxmemory", 0)
+        if os.environ.get(TEST_LAYOUT) == "packed":
+            # Older versions are kept out already, so that proxies pack records from the start.
+            client.set(OLDER, KEPT_OUT)
     return shared_valkey
 
 
@@ -195,15 +200,18 @@ def shared_redis() -> Iterator[Valkey]:
     server.close()
 
 
-@pytest.fixture(params=["valkey", "postgres"])
-def stored(request: pytest.FixtureRequest) -> Iterator[Probe]:
-    """An empty store of Redis and of PostgreSQL, for tests that run proxies."""
+@pytest.fixture(params=["valkey", "valkey, packed", "postgres"])
+def stored(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Probe]:
+    """An empty store of Redis and of PostgreSQL, for tests that run proxies; that of Redis in both layouts."""
     if request.param == "postgres":
         yield PostgresProbe(request.getfixturevalue("database"))
         return
+    packed = request.param == "valkey, packed"
+    if packed:
+        monkeypatch.setenv(TEST_LAYOUT, "packed")
     valkey: Valkey = request.getfixturevalue("valkey")
     with valkey.client() as client:
-        yield RedisProbe(client, valkey.url)
+        yield RedisProbe(client, valkey.url, packed=packed)
 
 
 @pytest.fixture(params=[*REDIS_KINDS, *(f"{kind}, packed" for kind in REDIS_KINDS), "postgres"])
@@ -213,7 +221,7 @@ def probe(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         yield PostgresProbe(request.getfixturevalue("database"))
         return
     kind, _, layout = request.param.partition(", ")
-    monkeypatch.setenv("TEST_RECORD_LAYOUT", layout or "hash")
+    monkeypatch.setenv(TEST_LAYOUT, layout or "hash")
     server: Valkey = request.getfixturevalue(f"shared_{kind}")
     with server.client() as client:
         client.flushall()

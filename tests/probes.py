@@ -3,15 +3,17 @@
 A record is shown as the fields of its hash in Redis (docs/reference/record.md), whatever keeps it.
 """
 
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 from redis import Redis
 
-from oncegate.store.record import DROPPED, Claim, Corrupt, self_check
+from oncegate.store.record import DROPPED, Claim, Corrupt, Record, self_check, tenant_of, unpack
 from oncegate.store.record_name import parse_record_id, store_key
 from oncegate.store.redis.arguments import LAYOUT
-from oncegate.store.redis.layouts.packed import OPEN, hash_fields, numbered, terms_begin
+from oncegate.store.redis.layouts.packed import OPEN, UNTIL, hash_fields, numbered, pack_complete, terms_begin
 from oncegate.store.redis.records import SCAN_KEY
 from oncegate.store.redis.replies import claim_result
 from oncegate.store.redis.server import load_scripts
@@ -29,49 +31,81 @@ def damaged(value: bytes) -> Iterator[bytes]:
         yield value[:place]
 
 
+class Damaged(bytes):
+    """A packed record that was damaged, as a whole."""
+
+
+# Where an open packed record has its fields (packed.py).
+PLACES = {
+    "token": (1, 17), "fence": (17, 33), "created": (33, 46), "leased": (46, 59), "lease_ms": (59, 69),
+    "state": (70, 71), "mode": (71, 72), "self": (72, 104), "fingerprint": (104, 120),
+}  # fmt: skip
+
+
 def fields_of(client: Redis, name: bytes) -> Fields:
     """Return the fields that a record in Redis has as a hash, also where it is packed."""
     if client.type(name) != b"string":
         fields = {field.decode(): value for field, value in client.hgetall(name).items()}
         return fields | numbered(fields.pop("more", b""))
-    key, value = parse_record_id(name.decode()), client.get(name)
-    found = hash_fields(key or b"", value or b"")
-    assert not isinstance(found, Corrupt), found
-    return found
+    key, value = parse_record_id(name.decode()), client.get(name) or b""
+    found = hash_fields(key or b"", value)
+    return {"corrupt": value} if isinstance(found, Corrupt) else found
 
 
 def with_fields(key: bytes, value: bytes, changes: Mapping[str, bytes | int | None]) -> bytes:
     """Return a packed record with other values of these fields. Those of a hash that it lacks cannot be given."""
+    texts = {name: change if isinstance(change, bytes) else b"%d" % (change or 0) for name, change in changes.items()}
+    texts |= {name: b"" for name, change in changes.items() if change is None}
+    if (whole := next((change for change in texts.values() if isinstance(change, Damaged)), None)) is not None:
+        return whole
     fields = hash_fields(key, value)
     assert not isinstance(fields, Corrupt)
-    texts = {name: change if isinstance(change, bytes | None) else b"%d" % change for name, change in changes.items()}
-    if value[:1] == DROPPED:
-        assert set(texts) == {"meta"}
-        return texts["meta"] or b""
-    if value[:1] != OPEN:
-        assert set(texts) <= {"until"}
-        return value[:-13] + (texts["until"] or b"").rjust(13, b"0")
-    return open_with(value, fields, texts)
+    if value[:1] == OPEN:
+        return open_with(value, {**fields, **texts})
+    return texts["meta"] if value[:1] == DROPPED else complete_with(key, value, {**fields, **texts}, texts)
 
 
-def open_with(value: bytes, fields: Fields, changes: Mapping[str, bytes | None]) -> bytes:
-    """Return an open packed record with other values of these fields."""
-    now = {**fields, **changes}
-    lease_ms = int(now.get("lease_ms") or value[59:69])
-    leased = max(0, int(now["lease"] or 0) - lease_ms)
-    # As in packed.py: its places are these.
-    parts = {
-        (1, 17): now["token"], (17, 33): (now["fence"] or b"").rjust(16, b"0"),
-        (33, 46): (now["created"] or b"").rjust(13, b"0"), (46, 59): b"%013d" % leased, (59, 69): b"%010d" % lease_ms,
-        (70, 71): (now["state"] or b"?")[:1], (71, 72): (now["mode"] or b"?")[:1],
-        (72, 104): (now["self"] or b"").ljust(32, b"x"), (104, 120): now["fingerprint"],
-    }  # fmt: skip
+def open_with(value: bytes, fields: Fields) -> bytes:
+    """Return an open packed record with these fields."""
+    lease_ms = int(fields.get("lease_ms", value[59:69]))
+    leased = b"%013d" % max(0, int(fields["lease"]) - lease_ms)
+    parts = {**fields, "leased": leased, "lease_ms": b"%010d" % lease_ms}
+    parts |= {"fence": parts["fence"].rjust(16, b"0"), "created": parts["created"].rjust(13, b"0")}
+    parts |= {"state": parts["state"][:1], "mode": parts["mode"][:1], "self": parts["self"].ljust(32, b"x")}
     written = bytearray(value)
-    for (first, end), part in parts.items():
-        assert part is not None
-        assert len(part) == end - first
-        written[first:end] = part
+    for name, (first, end) in PLACES.items():
+        assert len(parts[name]) == end - first
+        written[first:end] = parts[name]
     return bytes(written)
+
+
+def complete_with(key: bytes, value: bytes, fields: Fields, changes: Fields) -> bytes:
+    """Return a complete packed record with the response of another `meta`, another body, or another end."""
+    (length,) = struct.unpack_from(">I", value, 81)
+    if "meta" in changes and changes["meta"][0] not in b"\x01\x02":
+        return changes["meta"][:1] + value[1:]
+    end = fields["until"].rjust(13, b"0") if value[:1] == UNTIL else b""
+    if "meta" not in changes:
+        return value[:length] + fields.get("b0", b"") + end
+    meta = fields["meta"]
+    found = unpack(key, tenant_of(meta), meta, None, 0)
+    assert isinstance(found, Record)
+    check, times = tenant_of(meta) + bytes(16), (found.created_ms, 0, 0, 0, len(end))
+    claim = Claim(key, found.token, meta[17:33], b"", found.fingerprint, check, *times)
+    assert found.response is not None
+    # The place for the time that it took has 24 days.
+    response = replace(found.response, completed_ms=found.created_ms + 1)
+    return (pack_complete(claim, response, fields.get("b0", b"")) or b"") + end
+
+
+def damaged_packed(value: bytes, field: str) -> Iterator[Damaged]:
+    """Return a packed record with each byte of a field changed, and cut short there."""
+    (length,) = struct.unpack_from(">I", value, 81)
+    more = {"meta": (0, length), "b0": (length, len(value)), "lease": (46, 69)}
+    first, end = {**PLACES, **more}[field]
+    for wrong in damaged(value[first:end]):
+        cut = len(wrong) < end - first
+        yield Damaged(value[:first] + wrong + (b"" if cut else value[end:]))
 
 
 class Probe(ABC):
@@ -97,7 +131,7 @@ class Probe(ABC):
 
     @abstractmethod
     def damages(self, field: str, value: bytes) -> Iterable[bytes | int | None]:
-        """Return what damage may make of a field of an unfinished record; None removes it."""
+        """Return what damage may make of a field of the only record; None removes it."""
 
     @abstractmethod
     def remove(self, key: bytes) -> None:
@@ -189,8 +223,9 @@ class RedisProbe(Probe):
         self.client.set(store_key(key), value, keepttl=True)
 
     def damages(self, field: str, value: bytes) -> Iterable[bytes | int | None]:
-        if self.packed:
-            # A packed record is damaged as a whole: tests/test_packed.py.
+        (name,) = self.client.scan_iter("once:{*")
+        if self.client.type(name) == b"string":
+            yield from damaged_packed(self.client.get(name) or b"", field)
             return
         yield from damaged(value)
         if field in ("lease", "created", "fence"):

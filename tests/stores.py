@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -20,6 +21,8 @@ from tests.probes import Probe
 
 LEASE_MS, RETENTION_MS, UNKNOWN_RETENTION_MS, TOMBSTONE_MS = 60_000, 3_600_000, 36_000_000, 7_200_000
 PATIENCE_S = 20.0
+# When responses were complete: about when their keys were claimed.
+BEGAN_MS = int(time.time() * 1000)
 # The variable with the layout that every store in Redis writes, whatever its proxies agree on.
 TEST_LAYOUT = "TEST_RECORD_LAYOUT"
 TENANT, SAME, OTHER = b"n" * 16, b"f" * 16, b"o" * 16
@@ -135,7 +138,7 @@ def answer(*chunks: bytes, kept: bool = True) -> StoredResponse:
         body_stored=kept,
         close_delimited=False,
         stated_length=True,
-        completed_ms=1_763_960_000_000,
+        completed_ms=BEGAN_MS,
         took_ms=40,
         age_s=0,
     )

@@ -14,7 +14,7 @@ from oncegate.store.results import ClaimsSuspended, Forbidden, NotAttempted
 from oncegate.store.store import Store
 from tests.conftest import Valkey
 from tests.parts import until
-from tests.stores import Behind, claim, claimed, connected, key
+from tests.stores import TEST_LAYOUT, Behind, claim, claimed, connected, key
 from tests.test_redis_store import ACL
 
 
@@ -76,6 +76,25 @@ async def test_a_user_without_one_right(valkey, verb):
             await claimed(store)
 
 
+@pytest.mark.parametrize("verb", ["get", "setrange", "append"])
+async def test_a_user_made_for_an_older_version(valkey, verb):
+    """Without a right that packed records need, the store is ready, and no proxy packs records until it is given."""
+    with valkey.client() as client:
+        async with used_by(valkey, f"-{verb}") as store:
+            await until(lambda: lets_write(client) == 1)
+            assert store.not_ready_reason() is None
+            await claimed(store)
+            permit(client, f"+{verb}")
+            store.nodes[0].link.renew("with another right")
+            await until(lambda: lets_write(client) == 2)
+
+
+def lets_write(client: Redis) -> int:
+    """Return the highest layout that the proxy last let others write, 0 before it said so."""
+    said = {int(at): int(name[-1:]) for name, at in client.hgetall("once:members").items() if name.count(b" ") == 2}
+    return said[max(said)] if said else 0
+
+
 async def test_a_user_who_may_only_read(valkey):
     """A read-only user makes the store not ready from the start."""
     async with used_by(valkey, "resetkeys", "%R~once:*") as store:
@@ -99,21 +118,23 @@ async def test_a_user_who_may_not_touch_what_shows_losses(valkey, denied, quaran
         assert isinstance(await claim(store), ClaimsSuspended if quarantine_ms else Claim)
 
 
-async def test_a_right_that_is_taken_away(valkey):
+@pytest.mark.parametrize(("layout", "verb", "left"), [("hash", "pexpire", 2), ("packed", "set", 1)])
+async def test_a_right_that_is_taken_away(valkey, monkeypatch, layout, verb, left):
     """The first claim that fails for want of a right is withdrawn, and from then on none is sent."""
+    monkeypatch.setenv(TEST_LAYOUT, layout)
     behind = Behind()
     async with used_by(valkey, behind=behind) as store:
         await claimed(store, key=key(1))
         with valkey.client() as client:
-            permit(client, "-pexpire")
+            permit(client, f"-{verb}")
             found = await claim(store, key(2))
             assert isinstance(found, Forbidden)
-            assert len(records(valkey)) == 2  # HSET was executed, PEXPIRE was not
+            assert len(records(valkey)) == left  # HSET was executed, PEXPIRE was not
             await behind.run()
             assert len(records(valkey)) == 1
-            assert "pexpire" in (store.not_ready_reason() or "")
-            assert isinstance(await claim(store, key(3)), NotAttempted)
+            assert verb in (store.not_ready_reason() or "")
+            assert isinstance(await claim(store, key(3)), NotAttempted | ClaimsSuspended)
             assert len(records(valkey)) == 1
-            permit(client, "+pexpire")
+            permit(client, f"+{verb}")
             await until(lambda: store.not_ready_reason() is None)
             await claimed(store, key=key(2))

@@ -108,7 +108,7 @@ class Scripts:
         return str(word.decode())
 
     def _append(self, me: int) -> list[Any]:
-        return [TOKENS[me], 0, pieces(me)[0], LEASE_MS, self._layout]
+        return [TOKENS[me], 0, pieces(me)[0], LEASE_MS, RETENTION_MS, self._layout]
 
     def _renew(self, me: int) -> list[Any]:
         return [TOKENS[me], LEASE_MS, RETENTION_MS, "sent", self._layout]

@@ -24,7 +24,7 @@ _PUT, _STORE, _RELEASE, _UNKNOWN = resp(b"put"), resp(b"store"), resp(b"release"
 # A claim's terms end with the length of its numbered fields: it has none.
 _TERMS_END = bytes(2) + b"\r\n"
 
-CLAIM_COUNT, APPEND_COUNT, RENEW_COUNT, READ_COUNT = 7, 5, 5, 3
+CLAIM_COUNT, APPEND_COUNT, RENEW_COUNT, READ_COUNT = 7, 6, 5, 3
 PUT_COUNT, STORE_COUNT, RELEASE_COUNT, MARK_UNKNOWN_COUNT = 5, 9, 4, 10
 RESOLVE_COUNT, RELEASE_BY_OPERATOR_COUNT, DROP_COUNT = 6, 4, 4
 
@@ -134,7 +134,7 @@ def mark_unknown(claim: Claim, reason: str, status: int) -> bytes:
 # A probe ...
 
 # Retention of a probe's record, should its release be lost.
-PROBE_RETENTION_MS = 10_000
+PROBE_RETENTION_MS, PACKED_PROBE_RETENTION_MS = 10_000, 500
 # A deadline that is not over by any server's clock: nobody waits for a probe that comes late.
 NO_DEADLINE = b"$15\r\n" + b"9" * 15
 
@@ -158,7 +158,7 @@ def claim_and_free(scripts: dict[str, Script], claim: Claim) -> list[Question]:
 
 def execute(scripts: dict[str, Script], claim: Claim) -> list[Question]:
     """Return what an exchange does with a probe's key. It is freed in the end, where it could not be stored."""
-    response = StoredResponse(200, b"", b"", bytes(16), 2, 2, True, False, True, 0, 0, 0)
+    response = _probe_response(2)
     brief, name = replace(claim, retention_ms=1), store_key(claim.key)
     claims, frees = claim_and_free(scripts, claim)
     return [
@@ -172,11 +172,45 @@ def execute(scripts: dict[str, Script], claim: Claim) -> list[Question]:
             CLAIMED.wire,
             LAYOUT[False],
         ),
-        call(_silent(scripts, "append"), name, claim.token, 0, b"1", claim.lease_ms, LAYOUT[False]),
+        call(_silent(scripts, "append"), name, claim.token, 0, b"1", claim.lease_ms, claim.retention_ms, LAYOUT[False]),
         _call(scripts, "settle", claim, STORE_COUNT, store(brief, response, b"2")),
         call(_silent(scripts, "read"), name, claim.token, 0, READ_BYTES),
         frees,
     ]
+
+
+def execute_packed(scripts: dict[str, Script], claim: Claim) -> list[Question]:
+    """Return the same for the packed layout: a streamed exchange, and one whose response is small.
+
+    Its record does not last: a user who may claim so may lack the right to free it.
+    """
+    claim = replace(claim, unknown_retention_ms=PACKED_PROBE_RETENTION_MS)
+    brief, name, packed = replace(claim, retention_ms=1), store_key(claim.key), LAYOUT[True]
+    claims = _call(scripts, "claim", claim, CLAIM_COUNT, claim_head(claim) + NO_DEADLINE + PACKED_TAIL)
+    frees = _call(scripts, "settle", claim, RELEASE_COUNT, release(claim, packed=True))
+    return [
+        claims,
+        call(
+            _silent(scripts, "renew"),
+            name,
+            claim.token,
+            claim.lease_ms,
+            claim.unknown_retention_ms,
+            CLAIMED.wire,
+            packed,
+        ),
+        call(
+            _silent(scripts, "append"), name, claim.token, 0, b"1", claim.lease_ms, claim.unknown_retention_ms, packed
+        ),
+        frees,
+        claims,
+        _call(scripts, "settle", claim, PUT_COUNT, put(brief, _probe_response(1), b"1") or b""),
+        frees,
+    ]
+
+
+def _probe_response(size: int) -> StoredResponse:
+    return StoredResponse(200, b"", b"", bytes(16), size, size, True, False, True, 0, 0, 0)
 
 
 def _call(scripts: dict[str, Script], verb: str, claim: Claim, count: int, args: bytes) -> Question:

@@ -140,6 +140,10 @@ class ClaimCheck:
         self._level_questions = level.questions() if level else []
         # Why the server cannot give the level, and why the last probe failed; empty where all is well.
         self.below_level = self.failure = ""
+        # Whether the server's user may do what packed records need. A user made for an older version may not.
+        self.may_pack = True
+        # Of an exchange, the calls about records that are hashes.
+        self._plain_steps = 0
         # Whether probes will fail until somebody changes the server.
         self._forbidden = False
 
@@ -153,18 +157,24 @@ class ClaimCheck:
         probe = arguments.claim_and_free(self._scripts, arguments.probe_claim(key)) if key else []
         return [*self._level_questions, *probe]
 
-    def exchange(self, replies: Sequence[object], key: bytes) -> list[Question]:
-        """Return the calls of an exchange, for a server that claimed and freed a key; none for any other."""
+    def exchange(self, replies: Sequence[object], key: bytes, packed_key: bytes) -> list[Question]:
+        """Return the calls of an exchange in both layouts, for a server that claimed and freed a key, else none."""
         probed = replies[len(self._level_questions) :]
         if not probed or first_error(probed):
             return []
-        return arguments.execute(self._scripts, arguments.probe_claim(key))
+        plain = arguments.execute(self._scripts, arguments.probe_claim(key))
+        self._plain_steps = len(plain)
+        return plain + arguments.execute_packed(self._scripts, arguments.probe_claim(packed_key))
 
     def note(self, replies: Sequence[object], exchanged: Sequence[object]) -> None:
         count = len(self._level_questions)
         self.below_level = (self._level.unable_by(replies[:count]) or "") if self._level else ""
-        if not (probed := [*replies[count:], *exchanged]):
+        plain, packed = exchanged[: self._plain_steps], exchanged[self._plain_steps :]
+        if not (probed := [*replies[count:], *plain]):
             return
+        if packed:
+            refused = first_error(packed)
+            self.may_pack = refused is None or is_out_of_memory(refused) or is_passing(refused)
         error = first_error(probed)
         # At its memory limit a server refuses first-time keys, but it works.
         if error is None or is_out_of_memory(error):

@@ -123,6 +123,11 @@ class HealthMonitor:
         """Note that the server refused a claim at its memory limit."""
         self._full_until = self._clock() + FULL_S
 
+    def note_packing(self, allowed: bool) -> None:
+        """Note whether the server lets this proxy use packed records."""
+        if self._others:
+            self._others.may_pack = allowed
+
     def suspended(self) -> ClaimsSuspended | None:
         """Return why first-time keys are refused now, or None."""
         if self._others and self._others.differs:

@@ -109,6 +109,8 @@ class OtherProxies(Agreement):
         )
         self._layout = layout
         self._lets_write = HASHES if member.record_layout == "hash" else PACKED
+        # Whether the server's user may do what packed records need.
+        self.may_pack = True
         # Of this server: whether older versions are kept out, or are to be.
         self._kept_out = self._may_keep_out = False
         # Identities of proxies that are gone, which may be those of older versions.
@@ -124,7 +126,8 @@ class OtherProxies(Agreement):
         """
         self._asked_at, member = self._clock(), self._member
         rules, before, live_ms = self.asked_rules()
-        args = (self.identity, rules, before, self._lets_write, live_ms, member.retention_ms, self._found)
+        lets_write = self._lets_write if self.may_pack else HASHES
+        args = (self.identity, rules, before, lets_write, live_ms, member.retention_ms, self._found)
         identity_args = (self.identity, member.identity_text, self.write_mode(), member.retention_ms)
         identities, older = IDENTITIES + hash_tag, OLDER + hash_tag
         return [

@@ -227,8 +227,9 @@ class Node:
     async def _judge(self, talk: Talk, info: object, replies: list[Any]) -> None:
         """Inspect the server with its replies to INFO and to the questions of ClaimCheck."""
         hash_tag = None if self._config.cluster and not self.tag else self.tag
-        exchange = self._check.exchange(replies, self._probe_key())
+        exchange = self._check.exchange(replies, self._probe_key(), self._probe_key())
         self._check.note(replies, await self.health.inspect(talk, hash_tag, info, *exchange))
+        self.health.note_packing(self._check.may_pack)
         self._may_refuse = True
 
     def note_refusal(self, refusal: StoreFull | Forbidden) -> None:
@@ -285,14 +286,13 @@ class Node:
 
     def claim(self, call: ScriptCall, head: bytes, tail: bytes, left_s: float, probe: bool = False) -> Awaitable[Any]:
         """Run `claim`. See StoreServers; a `probe` is sent also while claims are refused."""
-        link = self.claims
         if self._may_refuse and not probe and (refusal := self._refusal()) is not None:
             return _resolved(self._loop, refusal)
-        if not link.up:
+        if not self.claims.up:
             return self._claim_when_up(call, head, tail, probe)
         # The deadline in the time of the server that is connected now: after a failover it is another server.
         not_after = b"$13\r\n%013d" % (self.now_ms() + int(left_s * 1000))
-        return link.script(call, b"".join((head, not_after, tail)))
+        return self.claims.script(call, b"".join((head, not_after, tail)))
 
     async def _claim_when_up(self, call: ScriptCall, head: bytes, tail: bytes, probe: bool) -> Any:
         await self.claims.wait_up(call.deadline)

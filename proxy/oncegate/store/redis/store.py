@@ -186,7 +186,9 @@ class RedisStore:
         return renew_status(await self._run("renew", claim.key, args, arguments.RENEW_COUNT))
 
     async def append(self, claim: Claim, index: int, chunk: bytes, patience_s: float) -> AppendStatus:
-        args = resp(claim.token, index, chunk, claim.lease_ms, arguments.LAYOUT[self.layout.packed and index == 0])
+        # The first chunk is the only one that may find its claim packed.
+        layout = arguments.LAYOUT[self.layout.packed and index == 0]
+        args = resp(claim.token, index, chunk, claim.lease_ms, claim.unknown_retention_ms, layout)
         ends = self._loop.time() + patience_s
         call = ScriptCall(self._scripts["append"], store_key(claim.key), arguments.APPEND_COUNT, ends)
         reply, _ = await self._repeat(call, args, ends)

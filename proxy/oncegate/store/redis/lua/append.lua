@@ -1,15 +1,15 @@
 -- Stores one more chunk of a response for the owner and extends its lease; a repeat with the same bytes changes nothing.
 -- KEYS: record
--- ARGV: tag token index chunk lease_ms layout
+-- ARGV: tag token index chunk lease_ms retention_ms layout
 --   layout: the one that the record most probably has, 'packed' or 'hash'
 -- Returns: {tag, 'appended' or 'torn' or 'absent' or 'complete' or 'fenced'}
 local tag, token, field = ARGV[1], ARGV[2], 'b' .. ARGV[3]
 local fields = {}
-local likely = ARGV[6] == 'packed'
+local likely = ARGV[7] == 'packed'
 local value = likely and redis.pcall('GET', KEYS[1])
 if type(value) ~= 'string' then
   fields = redis.pcall('HMGET', KEYS[1], 'token', 'state', 'meta', field, 'bytes')
-  value = fields.err and redis.call('GET', KEYS[1])
+  value = fields.err and (redis.call('GET', KEYS[1]) or redis.call('HMGET', KEYS[1], 'meta'))
 end
 local owner, complete = fields[1], fields[3]
 if value then
@@ -32,7 +32,7 @@ if value then
   -- A packed claim has no chunks: its first one makes it a hash. The places are in store/redis/layouts/packed.py.
   local modes, stages = {h = 'hold', r = 'retry', c = 'cancelled'}, {c = 'claimed', s = 'sent', a = 'answered'}
   local state = value:sub(71, 71) == 'i' and 'in_flight' or 'unknown'
-  local stage, left = stages[value:sub(70, 70)], redis.call('PTTL', KEYS[1])
+  local stage = stages[value:sub(70, 70)]
   -- UNLINK is allowed at the memory limit, and so is every command behind it in a script. A write first is refused.
   redis.call('APPEND', KEYS[1], '')
   redis.call('UNLINK', KEYS[1])
@@ -48,7 +48,7 @@ if value then
   if #value > 122 then
     redis.call('HSET', KEYS[1], 'more', value:sub(123))
   end
-  redis.call('PEXPIRE', KEYS[1], math.max(left, 1))
+  redis.call('PEXPIRE', KEYS[1], ARGV[6])
 elseif not fields[4] then
   -- One write for both: if it is refused at the memory limit, chunks and count still agree.
   redis.call('HSET', KEYS[1], field, ARGV[4], 'bytes', (tonumber(fields[5]) or 0) + #ARGV[4], 'lease', lease)

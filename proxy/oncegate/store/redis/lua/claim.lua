@@ -31,7 +31,7 @@ if type(value) ~= 'string' then
   -- Another layout, or the server refuses writes: what it has is still told.
   fields = value ~= false and redis.pcall('HMGET', KEYS[1], 'meta', 'state', 'token', 'fence', 'mode', 'fingerprint',
     'self', 'lease', 'created', 'lease_ms', 'status', 'until') or {}
-  value = fields.err and redis.call('GET', KEYS[1])
+  value = fields.err and (redis.call('GET', KEYS[1]) or redis.call('HMGET', KEYS[1], 'meta'))
 end
 
 local lease_ms, window_ms, expected_token = tonumber(terms:sub(1, 10)), tonumber(ARGV[7]), ARGV[8]
@@ -62,9 +62,13 @@ if value then
     end
     local ended = state == 'u' or (state == 'i' and leased + (tonumber(value:sub(60, 69)) or 0) <= now)
     open = ended and value:sub(72, 72) == 'r' and value:sub(105, 120) == fingerprint
-  elseif window_ms > 0 and (version == 5 or version == 6) and #value > 49 then
-    local made
-    fence, made = struct.unpack('>I8I8', value, 34)
+  elseif window_ms > 0 and #value > 49 then
+    local made = now
+    if version == 3 then
+      fence, made = value:sub(18, 33), tonumber(value:sub(34, 49)) or now
+    elseif version == 5 or version == 6 then
+      fence, made = struct.unpack('>I8I8', value, 34)
+    end
     open = made + window_ms < now
   end
   if late or not open or expected_token == '' or owner ~= expected_token then

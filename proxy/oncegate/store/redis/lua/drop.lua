@@ -10,7 +10,7 @@ local likely = ARGV[5] == 'packed'
 local packed, fields = likely and redis.pcall('GET', KEYS[1]), {}
 if type(packed) ~= 'string' then
   fields = redis.pcall('HMGET', KEYS[1], 'meta', 'until')
-  packed = fields.err and redis.call('GET', KEYS[1])
+  packed = fields.err and (redis.call('GET', KEYS[1]) or redis.call('HMGET', KEYS[1], 'meta'))
 end
 local found, ends = packed or fields[1], fields[2]
 if packed and packed:byte() == 6 then

@@ -6,7 +6,7 @@
 local tag, token, index = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local room = tonumber(ARGV[4])
 local fields = redis.pcall('HMGET', KEYS[1], 'meta', 'until')
-local packed = fields.err and redis.call('GET', KEYS[1])
+local packed = fields.err and (redis.call('GET', KEYS[1]) or redis.call('HMGET', KEYS[1], 'meta'))
 local meta, ends, chunk = packed or fields[1], fields[2], nil
 if packed and packed:byte() == 6 then
   ends = packed:sub(-13)

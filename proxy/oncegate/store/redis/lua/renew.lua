@@ -11,7 +11,7 @@ local likely = ARGV[6] == 'packed'
 local value = likely and redis.pcall('GET', KEYS[1])
 if type(value) ~= 'string' then
   fields = redis.pcall('HMGET', KEYS[1], 'token', 'state', 'meta')
-  value = fields.err and redis.call('GET', KEYS[1])
+  value = fields.err and (redis.call('GET', KEYS[1]) or redis.call('HMGET', KEYS[1], 'meta'))
 end
 local owner, state, complete = fields[1], fields[2], fields[3]
 if value then

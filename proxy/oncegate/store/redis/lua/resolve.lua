@@ -9,7 +9,7 @@ local tag, token, action = ARGV[1], ARGV[2], ARGV[3]
 local fields = redis.pcall('HMGET', KEYS[1], 'token', 'state', 'meta')
 local owner, state, complete = fields[1], fields[2], fields[3]
 if fields.err then
-  local value = redis.call('GET', KEYS[1])
+  local value = redis.call('GET', KEYS[1]) or redis.call('HMGET', KEYS[1], 'meta')
   owner, complete = value:sub(2, 17), value:byte() ~= 4
 end
 if complete then

@@ -16,7 +16,7 @@ local found = (action == 'put' or (action == 'release' and ARGV[5] == 'packed'))
 if type(found) ~= 'string' then
   fields = redis.pcall('HMGET', KEYS[1], 'token', 'state', 'meta', 'bytes', 'until', 'why', 'stage', 'lease_ms',
     'status', 'more')
-  found = fields.err and redis.call('GET', KEYS[1])
+  found = fields.err and (redis.call('GET', KEYS[1]) or redis.call('HMGET', KEYS[1], 'meta'))
 end
 if found then
   owner = found:sub(2, 17)
