@@ -41,8 +41,9 @@ class Schema(NamedTuple):
 
 
 @asynccontextmanager
-async def fresh_schema() -> AsyncIterator[Schema]:
-    target = Target(shared_url(), f"core_{os.getpid()}_{next(NUMBERS)}")
+async def fresh_schema(url: str = "") -> AsyncIterator[Schema]:
+    """A new schema, in the database of the whole test run or in that of a URL."""
+    target = Target(url or shared_url(), f"core_{os.getpid()}_{next(NUMBERS)}")
     other = await connect(target)
     await other.execute("SET synchronous_commit = off")
     run = Run(other, target)

@@ -7,6 +7,7 @@ it is over, which a withdrawal has to know.
 import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -49,26 +50,18 @@ class Sent:
 class Call:
     """One row that waits for its place in a batch, and then for its reply.
 
-    `reply`: the row of the result and whether its commit is below the level, or Unconfirmed.
+    `deadline`: the loop's time at which its caller stops waiting. `reply`: the row of the result and whether its commit
+    is below the level, or Unconfirmed.
     """
 
-    __slots__ = ("_timer", "began", "key", "reply", "row", "sent", "size", "token")
+    __slots__ = ("began", "deadline", "key", "reply", "row", "sent", "size", "token")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, row: Row, token: object, size: int, deadline: float) -> None:
         self.key, self.token, self.row = row[0], token, row
-        self.size = _ROW_BYTES + size
+        self.size, self.deadline = _ROW_BYTES + size, deadline
         self.began = loop.time()
         self.sent: Sent | None = None
         self.reply: asyncio.Future[tuple[Mapping[str, Any], bool] | Unconfirmed] = loop.create_future()
-        self._timer = loop.call_at(deadline, self._expire)
-
-    def _expire(self) -> None:
-        self.end(NOT_SENT if self.sent is None else NO_REPLY)
-
-    def end(self, reply: tuple[Mapping[str, Any], bool] | Unconfirmed) -> None:
-        self._timer.cancel()
-        if not self.reply.done():
-            self.reply.set_result(reply)
 
 
 def _key_of(call: Call) -> Any:
@@ -92,7 +85,12 @@ class Batches:
         self._parts: deque[list[Call]] = deque()
         self._scheduled = False
         self._waiter: asyncio.Task[None] | None = None
-        self._running: set[asyncio.Task[None]] = set()
+        # How many batches are on their way.
+        self._running = 0
+        # Calls without a reply, and one timer for all of them: it is set to the deadline that comes first.
+        self._open: set[Call] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = float("inf")
         self._gathering: asyncio.TimerHandle | None = None
         # When the newest batch left.
         self._sent_s = 0.0
@@ -101,12 +99,34 @@ class Batches:
         """Ask for one row. `deadline`: the loop's time at which its caller stops waiting."""
         verb = self._verb
         call = Call(self._loop, row, row[verb.token_at], verb.size(row), deadline)
+        self._open.add(call)
+        if deadline < self._timer_at:
+            self._set_timer(deadline)
         self._queue.append(call)
         if not self._scheduled:
             self._scheduled = True
             # Behind all callbacks that are due in this turn of the loop.
             self._loop.call_soon(self._send)
         return call
+
+    def _set_timer(self, at: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer, self._timer_at = self._loop.call_at(at, self._expire), at
+
+    def _expire(self) -> None:
+        """End the calls whose callers stop waiting now."""
+        # A timer may come a moment early, by the resolution of the loop's clock.
+        for call in [call for call in self._open if call.deadline <= max(self._timer_at, self._loop.time())]:
+            self._end(call, NOT_SENT if call.sent is None else NO_REPLY)
+        self._timer, self._timer_at = None, float("inf")
+        if self._open:
+            self._set_timer(min(call.deadline for call in self._open))
+
+    def _end(self, call: Call, reply: tuple[Mapping[str, Any], bool] | Unconfirmed) -> None:
+        self._open.discard(call)
+        if not call.reply.done():
+            call.reply.set_result(reply)
 
     def _send(self) -> None:
         self._scheduled = False
@@ -152,19 +172,13 @@ class Batches:
         if not calls:
             session.free()
             return
-        # Not in the task: a caller that stops waiting before the task runs has to know that its call leaves.
         sent = Sent()
         for call in calls:
             call.sent = sent
-        task = self._loop.create_task(self._run(session, calls, sent))
-        self._running.add(task)
+        self._running += 1
         self._sent_s = self._loop.time()
-        task.add_done_callback(self._end)
-
-    def _end(self, task: asyncio.Task[None]) -> None:
-        self._running.discard(task)
-        if self._queue or self._parts:
-            self._send()
+        task = session.start(self._statement, [call.row for call in calls], *self._tail)
+        task.add_done_callback(partial(self._note_reply, calls, sent))
 
     def _next_batch(self) -> list[Call]:
         """Take what fits into one statement. A second call of a key waits for the next: one row would be lost."""
@@ -185,28 +199,30 @@ class Batches:
         self._queue.extendleft(reversed(later))
         return list(batch.values())
 
-    async def _run(self, session: Session, calls: list[Call], sent: Sent) -> None:
-        try:
-            answer = await session.run(self._statement, [call.row for call in calls], *self._tail)
-        except Lost as lost:
-            if lost.maybe_executed:
-                sent.lost = lost
-            else:
-                sent.is_over = True
-            self._end_all(calls, Unconfirmed(lost.reason, lost.maybe_executed))
-        except Refused as refused:
-            sent.is_over = True
-            self._refuse(calls, refused)
+    def _note_reply(self, calls: list[Call], sent: Sent, task: asyncio.Task[Answer]) -> None:
+        """Note how a statement ended."""
+        self._running -= 1
+        if task.cancelled():
+            # The process ends: nobody waits any more.
+            return
+        error = task.exception()
+        sent.is_over = not (isinstance(error, Lost) and error.maybe_executed)
+        if isinstance(error, Lost):
+            sent.lost = error
+            self._end_all(calls, Unconfirmed(error.reason, error.maybe_executed))
+        elif isinstance(error, Refused):
+            self._refuse(calls, error)
         else:
-            sent.is_over = True
-            self._answer(calls, answer)
+            self._answer(calls, task.result())
+        if self._queue or self._parts:
+            self._send()
 
     def _answer(self, calls: list[Call], answer: Answer) -> None:
         rows = {row["token"]: row for row in answer.rows}
         now = self._loop.time()
         for call in calls:
             row = rows.get(call.token)
-            call.end(NO_REPLY if row is None else (row, answer.is_below))
+            self._end(call, NO_REPLY if row is None else (row, answer.is_below))
             self._observe(now - call.began)
 
     def _refuse(self, calls: list[Call], refused: Refused) -> None:
@@ -226,4 +242,4 @@ class Batches:
 
     def _end_all(self, calls: list[Call], reply: Unconfirmed) -> None:
         for call in calls:
-            call.end(reply)
+            self._end(call, reply)

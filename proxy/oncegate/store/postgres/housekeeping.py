@@ -34,7 +34,8 @@ IDLE_REST, BUSY_REST, MAX_PAUSE_S = 9.0, 8.0, 0.05
 # After what was due longer ago than several passes take, there is hardly a pause: claims would notice a full disk more.
 LATE_MS, LATE_REST = 600_000, 0.5
 _SWEEP = "SELECT * FROM sweep_1($1, $2, $3, $4, $5, $6, $7)"
-# A role without pg_read_all_stats sees its own snapshots alone.
+# A transaction that has written keeps old versions alive as well, also where it has no snapshot now. A role without
+# pg_read_all_stats sees its own snapshots alone.
 _MEASURE = """
 SELECT pg_total_relation_size('record') AS record_bytes,
        (SELECT coalesce(sum(pg_total_relation_size(inhrelid)), 0)::bigint FROM pg_inherits
@@ -44,7 +45,7 @@ SELECT pg_total_relation_size('record') AS record_bytes,
        coalesce(n_tup_hot_upd::float8 / nullif(n_tup_upd, 0), 1) AS hot_ratio,
        coalesce(n_dead_tup::float8 / nullif(n_live_tup + n_dead_tup, 0), 0) AS dead_ratio,
        (SELECT coalesce(extract(epoch FROM clock_timestamp() - min(xact_start)), 0)::float8 FROM pg_stat_activity
-        WHERE backend_xmin IS NOT NULL AND pid <> pg_backend_pid()) AS snapshot_s
+        WHERE (backend_xmin IS NOT NULL OR backend_xid IS NOT NULL) AND pid <> pg_backend_pid()) AS snapshot_s
 FROM pg_stat_user_tables WHERE relid = 'record'::regclass
 """
 

@@ -68,6 +68,8 @@ class Servers:
         # The run of the primary that was inspected last.
         self._inspected: Run | None = None
         self._inspecting = asyncio.Lock()
+        # Whether as many claims' connections were left waiting as may be, when that was looked at last.
+        self._is_stuck = False
         self.breaker = Breaker(self._loop.time, config.breaker_opened)
         self._tending: asyncio.Task[None] | None = None
         self._offset_ms = 0.0
@@ -142,9 +144,10 @@ class Servers:
 
     def _limit_claims(self) -> None:
         """Set how many claims' connections may be busy: fewer while one is late."""
-        pool = self._pools[Level.CLAIM]
-        late_s = self._config.timeout_s * LATE_SHARE
-        is_late = any(one.busy_for_s() > late_s for one in pool.busy())
+        pool, timeout_s = self._pools[Level.CLAIM], self._config.timeout_s
+        busy_s = [one.busy_for_s() for one in pool.busy()]
+        is_late = any(seconds > timeout_s * LATE_SHARE for seconds in busy_s)
+        self._is_stuck = sum(seconds > timeout_s for seconds in busy_s) >= MOST_LEFT
         pool.limit = MOST_LEFT if is_late else pool.size
         if not self._may_claim():
             pool.limit = 0
@@ -228,7 +231,7 @@ class Servers:
             return NotAttempted(self._connections.choice.reason)
         if self._unfit:
             return NotAttempted(f"the store {self._unfit}")
-        if self.breaker.open or len(self._left()) >= MOST_LEFT:
+        if self.breaker.open or self._is_stuck:
             return NotAttempted("the store does not confirm claims")
         return self.health.refusal()
 

@@ -31,12 +31,16 @@ class Pool:
 
     def take(self) -> Session | None:
         """Return an idle session, reserved for one statement, or None."""
-        if len(self.busy()) >= self.limit:
+        room, idle = self.limit, None
+        for session in self.sessions:
+            if session.is_idle:
+                idle = session
+            elif session.busy_since is not None:
+                room -= 1
+        if idle is None or room <= 0:
             return None
-        session = next((one for one in self.sessions if one.is_idle), None)
-        if session is not None:
-            session.reserve()
-        return session
+        idle.reserve()
+        return idle
 
     async def wait(self, deadline: float) -> Session | None:
         """Return an idle session, reserved for one statement, or None if there is none until `deadline`."""

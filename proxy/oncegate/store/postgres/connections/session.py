@@ -5,7 +5,7 @@ success and a warning, and the commit may be lost later. A caller that stops wai
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -164,20 +164,28 @@ class Session:
 
         A caller that is cancelled stops waiting. The statement goes on, and the session is busy until its reply.
         """
-        return await self._begin(self._fetch(statement, args))
+        return await asyncio.shield(self.start(statement, *args))
+
+    def start(self, statement: str, *args: object) -> asyncio.Task[Answer]:
+        """Begin one statement, as `run` does. Nobody may cancel the task."""
+        return self._begin(self._fetch(statement, args))
 
     async def ask(self) -> Facts:
         """Return what the server says of itself now. Raises as `run` does."""
-        return await self._begin(ask(self._connection, self._config.schema))
+        return await asyncio.shield(self._begin(ask(self._connection, self._config.schema)))
 
-    def _begin(self, work: Coroutine[Any, Any, T]) -> Awaitable[T]:
+    def _begin(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         if self._task is not None or self.lost_reason:
             work.close()
-            raise Lost(self.lost_reason or "the connection is busy", self.facts.backend, maybe_executed=False)
-        self._is_below, self.last_answer, self.busy_since = False, None, self._loop.time()
-        self._task = task = self._loop.create_task(self._run(work))
+            task = self._loop.create_task(self._not_begun())
+        else:
+            self._is_below, self.last_answer, self.busy_since = False, None, self._loop.time()
+            self._task = task = self._loop.create_task(self._run(work))
         task.add_done_callback(retrieve)
-        return asyncio.shield(task)
+        return task
+
+    async def _not_begun(self) -> Any:
+        raise Lost(self.lost_reason or "the connection is busy", self.facts.backend, maybe_executed=False)
 
     async def _fetch(self, statement: str, args: tuple[object, ...]) -> Answer:
         rows = await self._connection.fetch(statement, *args)
