@@ -2,7 +2,7 @@
 
 import io
 import subprocess
-import tarfile
+import zipfile
 from pathlib import Path
 
 from tests.parts import ROOT
@@ -17,8 +17,9 @@ NEEDS_HISTORY = (
 
 def unpack_older_build(folder: Path) -> Path:
     """Write the sources of the older build into a folder, and return the path to import it from."""
-    archive = subprocess.run(["git", "archive", COMMIT, "proxy"], cwd=ROOT, capture_output=True, check=False)
+    command = ["git", "archive", "--format=zip", COMMIT, "proxy"]
+    archive = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
     assert archive.returncode == 0, NEEDS_HISTORY
-    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
-        files.extractall(folder, filter="data")
+    with zipfile.ZipFile(io.BytesIO(archive.stdout)) as files:
+        files.extractall(folder)
     return folder / "proxy"

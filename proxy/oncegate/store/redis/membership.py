@@ -155,7 +155,7 @@ class OtherProxies(Agreement):
             return
         verdict, lowest, age_ms, quiet_ms, new, now_ms, seen_ms, live = members
         notes = older if isinstance(older, list) else []
-        others_differ = any(rules.decode() != self._asked_rules for rules in notes[::2])
+        others_differ = any(rules != self._asked_rules.encode() for rules in notes[::2])
         self.note_rules([b"differ"] if others_differ else [verdict])
         self._kept_out = isinstance(older, ErrorReply) and str(older).startswith("WRONGTYPE")
         live_ms = membership.LIVE_S * 1000
@@ -179,5 +179,5 @@ class OtherProxies(Agreement):
 def _written(identities: object, but: Iterable[bytes] = ()) -> dict[bytes, int]:
     """Return when each identity was written last, in ms of the store's clock."""
     entries = identities if isinstance(identities, list) else []
-    written = dict(zip(entries[::2], entries[1::2], strict=True))
-    return {digest: int(value.split(b" ", 1)[0]) for digest, value in written.items() if digest not in set(but)}
+    times = {digest: value.split(b" ", 1)[0] for digest, value in zip(entries[::2], entries[1::2], strict=True)}
+    return {digest: int(at_ms) for digest, at_ms in times.items() if at_ms.isdigit() and digest not in set(but)}
