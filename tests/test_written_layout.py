@@ -1,7 +1,7 @@
 """In which layout records are written: proxies of several versions on one store agree on one that all of them read."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
 import pytest
@@ -12,7 +12,7 @@ from oncegate.store.membership import Membership
 from oncegate.store.record import PREFIX_BYTES
 from oncegate.store.redis.membership import WrittenLayout
 from oncegate.store.redis.store import RedisStore
-from tests.conftest import Valkey
+from tests.conftest import REDIS, REDIS_KINDS, Valkey
 from tests.stores import connected
 
 LIVE_S = 0.5
@@ -22,6 +22,14 @@ LIVE_S = 0.5
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("oncegate.store.redis.node.HEALTH_S", LIVE_S / 10)
     monkeypatch.setattr(membership, "LIVE_S", LIVE_S)
+
+
+@pytest.fixture(params=REDIS_KINDS)
+def own_server(request: pytest.FixtureRequest) -> Iterator[Valkey]:
+    """A Valkey, and the Redis of this system, that nobody else uses."""
+    server = Valkey(binary=REDIS if request.param == "redis" else None)
+    yield server
+    server.close()
 
 
 @asynccontextmanager
@@ -85,15 +93,15 @@ async def stays_hash(store: RedisStore, lives: float = 3) -> None:
         await asyncio.sleep(LIVE_S / 50)
 
 
-async def test_a_store_that_no_older_version_has_used_is_packed(own_valkey):
+async def test_a_store_that_no_older_version_has_used_is_packed(own_server):
     """After a moment in which an older one would have been seen; from then on none gets in."""
-    async with proxy(own_valkey) as store:
+    async with proxy(own_server) as store:
         assert not store.layout.packed
         await becomes(store, packed=True)
-        assert not Older(own_valkey).notes()
-        async with proxy(own_valkey) as another:
+        assert not Older(own_server).notes()
+        async with proxy(own_server) as another:
             await becomes(another, packed=True)
-    assert not Older(own_valkey).notes()
+    assert not Older(own_server).notes()
 
 
 @pytest.mark.parametrize("seen", [True, False], ids=["beside an older one", "after an older one"])
@@ -169,11 +177,11 @@ async def test_an_older_version_beside_a_new_store(own_valkey):
         assert Older(own_valkey).notes()
 
 
-async def test_nobody_packs_while_an_older_version_lives(own_valkey):
+async def test_nobody_packs_while_an_older_version_lives(own_server):
     """Whatever was chosen: it is packed one life after the older version's last note, and not before."""
-    older = Older(own_valkey)
+    older = Older(own_server)
     older.notes()
-    async with proxy(own_valkey, "packed") as store:
+    async with proxy(own_server, "packed") as store:
         living = asyncio.ensure_future(older.lives(3 * LIVE_S))
         while not living.done():
             assert not store.layout.packed
