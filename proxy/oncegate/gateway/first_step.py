@@ -11,7 +11,7 @@ from oncegate.adaptation.json_rpc import Caller, cancelled_call
 from oncegate.downstream.body import Bodies, Body, BufferedBody, NoBody, TooLarge, stated_length
 from oncegate.downstream.request import Request
 from oncegate.gateway.answers import AnswerOptions, Refuse, body_refusal, key_refusal, malformed, scope_refusal
-from oncegate.gateway.keyed_request import GAP, Begun, HeadPlan, KeyedRequest
+from oncegate.gateway.keyed_request import Begun, HeadPlan, KeyedRequest, plan_head
 from oncegate.gateway.relay import Relay, pass_through
 from oncegate.gateway.routes import Route, Routes
 from oncegate.gateway.tunnel import Tunnel
@@ -19,6 +19,7 @@ from oncegate.keys.digests import Digests, Scope, UnstableScope, finish_fingerpr
 from oncegate.keys.documents import Missing
 from oncegate.keys.forms import is_multipart
 from oncegate.keys.syntax import BadKey, parse_key
+from oncegate.known_heads.requests import KnownHead
 from oncegate.messages.admission import Admission, Refused
 from oncegate.messages.request_head import RequestHead, is_websocket, one_forward_less, preferred_wait_s
 from oncegate.rules.body_conditions import NO_BODY, read_document, unread_document
@@ -68,7 +69,7 @@ class FirstStep:
         known, content, message = request.known, request.content, request.message
         if known is not None:
             if isinstance(plan := known.plan, HeadPlan) and isinstance(content, BufferedBody):
-                begun = plan.begun or self._begun(request, plan.route)
+                begun = self._begun(request, known, plan) if known.has_ids or plan.tenant_at else plan.begun
                 if begun is not None:
                     return self._planned_step(request, plan, begun, content)
             return self._step_for(request, known.watched(request.checked_head()))
@@ -87,16 +88,11 @@ class FirstStep:
         request.known = known = request.connection.remember_head(message, head)
         return self._step_for(request, head if known is None else known.watched(head))
 
-    def _begun(self, request: Request, planned: Route) -> Begun | None:
-        """Return whose a request is and what it asks for, by its own values; None where it is not for this route."""
-        head, memo, policy = request.checked_head(), request.connection.memo, planned.policy
-        if self._routes.has_rules and self._routes.choose(head) is not planned:
+    def _begun(self, request: Request, known: KnownHead, plan: HeadPlan) -> Begun | None:
+        """Return what is begun for a request whose own values say whose it is or where it goes; None for no plan."""
+        if self._routes.has_rules and self._routes.choose(known.with_values(request.values)) is not plan.route:
             return None
-        scope = self._scope(request, policy, head)
-        if not isinstance(scope, Scope):
-            return None
-        prefix = memo.fingerprint_prefix(self._digests, policy, head)
-        return Begun(scope, self._digests.key_prefix(scope), prefix)
+        return plan.begin(request, self._digests)
 
     def _planned_step(self, request: Request, plan: HeadPlan, begun: Begun, content: BufferedBody) -> Step:
         """Return the step for a request under a known head."""
@@ -236,16 +232,7 @@ class FirstStep:
             prefix = memo.fingerprint_prefix(digests, policy, head)
             key_prefix = digests.key_prefix(scope)
             if known is not None and not known.varies_in(head.fields):
-                is_open = known.has_ids or not policy.tenant.read.isdisjoint(known.names)
-                known.plan = HeadPlan(
-                    route=route,
-                    begun=None if is_open else Begun(scope, key_prefix, prefix),
-                    wait_s=wait_s,
-                    fields=fields,
-                    head=known.filled_with(GAP),
-                    key_at=known.key_at,
-                    length_at=known.length_at,
-                )
+                known.plan = plan_head(known, head, route, Begun(scope, key_prefix, prefix), (wait_s, fields))
             blocks = body.blocks() if body.spooled else (body.data,)
             identity = Identity(finish_key(key_prefix, key), finish_fingerprint(prefix, blocks))
         return KeyedRequest(

@@ -8,11 +8,14 @@ from oncegate.adaptation.json_rpc import Caller
 from oncegate.downstream.body import Body
 from oncegate.downstream.request import Request
 from oncegate.gateway.routes import Route
-from oncegate.keys.digests import Scope, finish_key
+from oncegate.keys.digests import Digests, Scope, finish_key
 from oncegate.keys.syntax import parse_key
+from oncegate.known_heads.requests import KnownHead
 from oncegate.known_heads.shapes import joined
+from oncegate.messages.fields import Fields
 from oncegate.messages.request_head import ForwardedInfo, RequestHead, uncoded
 from oncegate.observe.outcome import Outcome, RequestReport
+from oncegate.rules.identity import fingerprint_parts, with_target
 from oncegate.store.record import ClaimRequest
 
 # A field value that no request has: it marks the place of one that differs from request to request.
@@ -69,20 +72,38 @@ class Begun(NamedTuple):
 class HeadPlan:
     """What a known head alone decides about its requests, whatever is in its gaps, and whatever their body.
 
-    `begun`: with it a repeated head costs two digests; None where a gap says whose the request is or where it goes.
-    `head` is the head with GAP in its gaps, of which `key_at` is the key's, and `length_at` that of Content-Length.
-    `forwarded`: it as it goes to the upstream, in the pieces around its gaps and the client's address, for clients that
-    are trusted or not and their schemes.
+    `begun`: with it a repeated head costs two digests. `head` is the head with GAP in its gaps, of which `key_at` is
+    the key's, and `length_at` that of Content-Length. `tenant_at`: the gaps that say whose a request is, with the names
+    of their fields; `tenant_fields`: what else says so. `parts`: what enters the fingerprint beside the body.
+    `forwarded`: the head as it goes to the upstream, in the pieces around its gaps and the client's address, for
+    clients that are trusted or not and their schemes.
     """
 
     route: Route
-    begun: Begun | None
+    begun: Begun
     wait_s: float
     fields: bytes
     head: RequestHead
     key_at: int
     length_at: int
+    tenant_at: tuple[tuple[int, bytes], ...]
+    tenant_fields: Fields
+    parts: tuple[bytes, ...]
     forwarded: dict[tuple[bool, bytes], list[bytes]] = field(default_factory=dict)
+
+    def begin(self, request: Request, digests: Digests) -> Begun | None:
+        """Return whose a request is and what it asks for, by its own values; None where nothing can be said."""
+        known, values, policy = request.known, request.values, self.route.policy
+        scope, key_prefix, prefix = self.begun
+        if self.tenant_at:
+            fields = {**self.tenant_fields, **{name: [values[at]] for at, name in self.tenant_at}}
+            found = request.connection.memo.scope(digests, policy, fields)
+            if not isinstance(found, Scope):
+                return None
+            scope, key_prefix = found, digests.key_prefix(found)
+        if known is not None and known.has_ids:
+            prefix = digests.fingerprint_prefix(with_target(self.parts, known.target(values)))
+        return Begun(scope, key_prefix, prefix)
 
     def keyed_request(self, request: Request, begun: Begun, body: Body) -> KeyedRequest:
         """Return the request with its key. The body of a request under a known head is in memory."""
@@ -105,6 +126,30 @@ class HeadPlan:
         at = self.length_at
         values = (*values[:at], *values[at + 1 :], client.client) if at >= 0 else (*values, client.client)
         return joined(pieces, values) + b"Content-Length: %d\r\n" % body_bytes
+
+
+def plan_head(
+    known: KnownHead, head: RequestHead, route: Route, begun: Begun, waiting: tuple[float, bytes]
+) -> HeadPlan | None:
+    """Return the plan for all requests under a known head, by one of them, `head`; None where there is none."""
+    policy = route.policy
+    whose = policy.tenant.read
+    tenant_at = known.gaps_among(whose)
+    # Such a source may be in the path.
+    if policy.scope_sources and (known.has_ids or tenant_at):
+        return None
+    return HeadPlan(
+        route=route,
+        begun=begun,
+        wait_s=waiting[0],
+        fields=waiting[1],
+        head=known.filled_with(GAP),
+        key_at=known.key_at,
+        length_at=known.length_at,
+        tenant_at=tenant_at,
+        tenant_fields={name: head.fields[name] for name in head.fields if name in whose},
+        parts=fingerprint_parts(policy, head),
+    )
 
 
 def open_head(request: Request, route: Route, body_bytes: int) -> bytes:

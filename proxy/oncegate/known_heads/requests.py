@@ -1,7 +1,7 @@
 """Request heads that came before, whatever idempotency key they carried."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,12 +107,20 @@ class KnownHead:
             return self._head
         method, target, http10, host, pairs, fields = self._head
         if self.has_ids:
-            target = joined(self._target, values[: self._ids])
+            target = self.target(values)
         pairs, fields = [*pairs], {**fields}
         for at, name, value in zip(self._fields, self.names, values[self._ids :], strict=True):
             pairs[at] = (pairs[at][0], value)
             fields[name] = [value]
         return RequestHead(method, target, http10, host, pairs, fields)
+
+    def target(self, values: Sequence[bytes]) -> bytes:
+        """Return the target with these values in its gaps, where it has some."""
+        return joined(self._target, values[: self._ids])
+
+    def gaps_among(self, names: Collection[bytes]) -> tuple[tuple[int, bytes], ...]:
+        """Return the gaps of the fields with these names, and their names."""
+        return tuple((at, name) for at, name in enumerate(self.names, self._ids) if name in names)
 
     def filled_with(self, value: bytes) -> RequestHead:
         """Return the head with one value in all of its gaps."""

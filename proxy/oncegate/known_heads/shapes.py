@@ -41,9 +41,9 @@ class Gap(NamedTuple):
 # Visible ASCII and single-byte spaces, none at the ends: what every parser takes for a value as it is.
 PLAIN = Gap(rb"(?! )[ -~]{1,2048}+(?<! )")
 
-# A part of a path that may be an id: `_IDS` finds those with a digit in them. Nothing in it is escaped, or a dot.
-_ID = Gap(rb"[A-Za-z0-9_-]{1,128}+")
-_IDS = re.compile(rb"(?<=/)(?=[A-Za-z_-]*[0-9])[A-Za-z0-9_-]{1,128}(?=[/? ])")
+# A part of a path that may be an id: it has a digit. Nothing in it is escaped, and no dot has a meaning there.
+_ID = Gap(rb"(?=[A-Za-z_-]*+[0-9])[A-Za-z0-9_-]{1,128}+")
+_IDS = re.compile(rb"(?<=/)%b(?=[/? ])" % _ID.form)
 
 GapOf = Callable[[bytes], Gap | None]
 
@@ -114,28 +114,40 @@ class Shapes(Generic[Known]):
         self._skeletons: dict[bytes, _Skeleton] = {}
         # By the first line; where ids in it differ, without them.
         self._by_line: dict[bytes, list[tuple[Shape, Known]]] = {}
-        self._has_ids = False
+        self._last_with_ids: tuple[Shape, Known] | None = None
         self._looked_up = self._compiled = 0
 
     def clear(self) -> None:
         """Forget everything."""
         self._skeletons.clear()
         self._by_line.clear()
-        self._has_ids = False
+        self._last_with_ids = None
 
     def find(self, data: bytes) -> tuple[Known, tuple[bytes, ...], int] | None:
         """Return what is known of the head with which `data` begins, the values in its gaps, and where it ends."""
         self._looked_up += 1
         line = data[: data.find(b"\r\n")]
         shapes = self._by_line.get(line)
-        if shapes is None and self._has_ids:
-            shapes = self._by_line.get(_IDS.sub(_OPEN, line))
-        for at, (shape, known) in enumerate(shapes or ()):
-            if (found := shape.match(data)) is not None:
-                if at and shapes:  # the next head is looked for here first
-                    shapes.insert(0, shapes.pop(at))
-                return known, *found
+        if shapes is None:
+            if (one := self._last_with_ids) is None:
+                return None
+            # Before the line is searched for its ids: half the time (measured).
+            if (found := one[0].match(data)) is not None:
+                return one[1], *found
+            shapes = self._by_line.get(_IDS.sub(_OPEN, line), [])
+        for one in shapes:
+            if (found := one[0].match(data)) is not None:
+                self._look_here_first(one, shapes)
+                return one[1], *found
         return None
+
+    def _look_here_first(self, one: tuple[Shape, Known], shapes: list[tuple[Shape, Known]]) -> None:
+        """Look for the next head among these shapes here first."""
+        if one is not shapes[0]:
+            shapes.remove(one)
+            shapes.insert(0, one)
+        if -1 in one[0].fields:
+            self._last_with_ids = one
 
     def learn(self, head: bytes) -> Shape | None:
         """Learn from a head that the parser took, and that no shape matches.
@@ -168,7 +180,8 @@ class Shapes(Generic[Known]):
         line = _line(head, shape)
         others = [one for one in self._by_line.get(line, ()) if one[0] is not shape]
         self._by_line[line] = [(shape, known), *others[: MAX_TRIED - 1]]
-        self._has_ids = self._has_ids or _OPEN in line
+        if -1 in shape.fields:
+            self._last_with_ids = self._by_line[line][0]
 
     def _spans(self, head: bytes) -> Iterator[_Span]:
         """Yield where the values are that may differ; of a field that comes twice none does."""

@@ -125,6 +125,11 @@ def fingerprint_parts(policy: Policy, head: RequestHead) -> tuple[bytes, ...]:
     return (*parts, policy.destination) if policy.destination else parts
 
 
+def with_target(parts: tuple[bytes, ...], target: bytes) -> tuple[bytes, ...]:
+    """Return the parts of another request, which differs in its target alone."""
+    return (*parts[:2], target, *parts[3:])
+
+
 def _whole(policy: Policy, head: RequestHead, body: Content) -> tuple[tuple[bytes, ...], Iterable[bytes]]:
     """Return what enters the fingerprint of a whole request: parts of its head, and its body in blocks."""
     parts = fingerprint_parts(policy, head)
