@@ -186,12 +186,13 @@ async def test_a_trusted_peer_that_says_nothing_is_described_itself(proxies, ups
     assert received.header("via") == [b"1.1 oncegate"]
 
 
-async def test_clients_that_send_the_same_head_are_each_described_as_they_are(proxies, upstream, valkey, key):
+@pytest.mark.parametrize("varies", [True, False])
+async def test_clients_that_send_the_same_head_are_each_described_as_they_are(proxies, upstream, valkey, key, varies):
     """One is trusted, one is not, and a third is trusted, too: nothing of one goes on with a request of another."""
     gate = proxies(upstream, valkey.url, TRUSTED_PROXIES="127.0.0.2,127.0.0.4")
     for number, host in enumerate(3 * ("127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.4")):
         client = await RawClient.open(gate.port, local_addr=(host, 0))
-        trace = f"traceparent: 00-{number:032x}-{number + 1:016x}-01"
+        trace = f"traceparent: 00-{number * varies:032x}-{1:016x}-01"
         answer = await client.ask(
             request("POST", "/x", None if key is None else f"{key}-{number}", b"{}", *CLAIMED, trace)
         )

@@ -72,7 +72,13 @@ class FirstStep:
                 begun = self._begun(request, known, plan) if known.has_ids or plan.tenant_at else plan.begun
                 if begun is not None:
                     return self._planned_step(request, plan, begun, content)
-            return self._step_for(request, known.watched(request.checked_head()))
+            if isinstance(plan, Relay):
+                request.adaptation = plan.route.policy.adaptation
+                return plan
+            step = self._step_for(request, known.watched(request.checked_head()))
+            if isinstance(step, Relay) and _is_planned(request, step):
+                known.plan = step._replace(ready={})
+            return step
         # CONNECT may come without a target.
         target = (message.path or "").encode("utf-8", "surrogateescape")
         head = self._admission.admit(message.method, target, message.version, message.raw_headers)
@@ -262,6 +268,12 @@ def _claim_request(policy: Policy, scope: Scope, identity: Identity) -> ClaimReq
         tombstone_ms=0 if identity.window_ms else policy.tombstone_ms,
         rule=policy.rule,
     )
+
+
+def _is_planned(request: Request, step: Relay) -> bool:
+    """Return whether each request under the known head of this one is passed through like this one."""
+    is_as_usual = step.body is None and step.preflight is None and request.render is None
+    return is_as_usual and not request.values and step.route.policy.heartbeats is None
 
 
 def _note_expectation(request: Request, head: RequestHead) -> None:

@@ -1,13 +1,13 @@
 """A request whose key is known: what the rest of the request path needs, and what its head alone decides."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import NamedTuple
 
 from oncegate.adaptation.json_rpc import Caller
 from oncegate.downstream.body import Body
 from oncegate.downstream.request import Request
-from oncegate.gateway.routes import Route
+from oncegate.gateway.routes import GAP, ForwardedPieces, Route
 from oncegate.keys.digests import Digests, Scope, finish_key
 from oncegate.keys.syntax import parse_key
 from oncegate.known_heads.requests import KnownHead
@@ -17,9 +17,6 @@ from oncegate.messages.request_head import ForwardedInfo, RequestHead, uncoded
 from oncegate.observe.outcome import Outcome, RequestReport
 from oncegate.rules.identity import fingerprint_parts, with_target
 from oncegate.store.record import ClaimRequest
-
-# A field value that no request has: it marks the place of one that differs from request to request.
-GAP = b"\0"
 
 
 @dataclass(slots=True)
@@ -75,8 +72,7 @@ class HeadPlan:
     `begun`: with it a repeated head costs two digests. `head` is the head with GAP in its gaps, of which `key_at` is
     the key's, and `length_at` that of Content-Length. `tenant_at`: the gaps that say whose a request is, with the names
     of their fields; `tenant_fields`: what else says so. `parts`: what enters the fingerprint beside the body.
-    `forwarded`: the head as it goes to the upstream, in the pieces around its gaps and the client's address, for
-    clients that are trusted or not and their schemes.
+    `ready`: the head as it goes to the upstream.
     """
 
     route: Route
@@ -89,7 +85,7 @@ class HeadPlan:
     tenant_at: tuple[tuple[int, bytes], ...]
     tenant_fields: Fields
     parts: tuple[bytes, ...]
-    forwarded: dict[tuple[bool, bytes], list[bytes]] = field(default_factory=dict)
+    ready: ForwardedPieces = field(default_factory=dict)
 
     def begin(self, request: Request, digests: Digests) -> Begun | None:
         """Return whose a request is and what it asks for, by its own values; None where nothing can be said."""
@@ -118,14 +114,11 @@ class HeadPlan:
 
     def open_head(self, values: tuple[bytes, ...], client: ForwardedInfo, body_bytes: int) -> bytes:
         """Return the open head for the upstream, with these values in its gaps."""
-        kind = client.trusted, client.scheme
-        if (pieces := self.forwarded.get(kind)) is None:
-            head = self.route.forwarded_head(self.head, replace(client, client=GAP), -1)[:-2]
-            pieces = self.forwarded[kind] = head.split(GAP)
+        pieces = self.route.forwarded_pieces(self.head, client, -1, self.ready)
         # What this proxy says of the client comes behind what the client says, and Content-Length last.
         at = self.length_at
         values = (*values[:at], *values[at + 1 :], client.client) if at >= 0 else (*values, client.client)
-        return joined(pieces, values) + b"Content-Length: %d\r\n" % body_bytes
+        return joined(pieces, values)[:-2] + b"Content-Length: %d\r\n" % body_bytes
 
 
 def plan_head(

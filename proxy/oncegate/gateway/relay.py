@@ -15,7 +15,7 @@ from oncegate.downstream.body import Body, BrokenOff, buffered_bytes, stated_len
 from oncegate.downstream.request import Request
 from oncegate.downstream.response import ResponseWriter
 from oncegate.gateway.answers import UNGUARDED, UNGUARDED_KEY, Refuse, body_refusal, not_sent, upstream_lost
-from oncegate.gateway.routes import Route
+from oncegate.gateway.routes import ForwardedPieces, Route
 from oncegate.keys.key_names import has_key_name
 from oncegate.messages.framing import STATED
 from oncegate.messages.request_head import RequestHead
@@ -35,7 +35,8 @@ class Relay(NamedTuple):
     """Pass the request through. `body` is its body if it was read already.
 
     `unguarded`: it wanted a key's protection and does not get it, which its response says. `unguarded_key`: it seems
-    to carry a key, which guards nothing for this reason. `takes_back`: the name of a call that it cancels.
+    to carry a key, which guards nothing for this reason. `takes_back`: the name of a call that it cancels. `ready`: of
+    each request under a known head, that head as it goes to the upstream.
     """
 
     route: Route
@@ -46,6 +47,7 @@ class Relay(NamedTuple):
     # What is granted where the request is a preflight that may be granted.
     preflight: Preflight | None = None
     takes_back: bytes = b""
+    ready: ForwardedPieces | None = None
 
     @property
     def fields(self) -> bytes:
@@ -159,7 +161,11 @@ def _send(connection: Connection, request: Request, step: Relay) -> None:
     is_stated = step.body is not None or b"content-length" in head.fields
     request.response.send_continue()
     info = request.connection.forwarded
-    forwarded = step.route.forwarded_head(head, info, size if is_stated else -1 if size == 0 else None)
+    length = size if is_stated else -1 if size == 0 else None
+    if step.ready is None:
+        forwarded = step.route.forwarded_head(head, info, length)
+    else:
+        forwarded = info.client.join(step.route.forwarded_pieces(head, info, length, step.ready))
     # In one write where possible: an upstream that answers at the head could not keep the connection otherwise.
     body = b"" if size == 0 else buffered_bytes(content) if size is not None else None
     head_only = head.method == "HEAD"

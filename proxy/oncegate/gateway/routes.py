@@ -1,7 +1,7 @@
 """Where a request goes and how it is treated there: a policy with what carries it out."""
 
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from oncegate.adaptation.preflight import Preflight
@@ -17,6 +17,12 @@ from oncegate.store.leases import Leases
 from oncegate.store.store import Store
 from oncegate.store.waiters import Waiters
 from oncegate.upstream.pool import Pool
+
+# A field value that no request has: it marks the place of one that differs from request to request.
+GAP = b"\0"
+# A head as it goes to the upstream, in the pieces around its gaps and behind them the client's address. Its lines
+# depend on whether the client is trusted, and on its scheme.
+ForwardedPieces = dict[tuple[bool, bytes], list[bytes]]
 
 
 @dataclass(slots=True)
@@ -76,6 +82,16 @@ class Route:
             head = head._replace(pairs=renamed(head.pairs, policy.key_header, policy.forward_key))
         host = head.host if policy.pass_host and head.host else self.host
         return request_head(head, info, host, self.prefix, body_bytes)
+
+    def forwarded_pieces(
+        self, head: RequestHead, info: ForwardedInfo, body_bytes: int | None, ready: ForwardedPieces
+    ) -> list[bytes]:
+        """Return `forwarded_head` of a head with GAP in its gaps, in pieces; they are kept in `ready`."""
+        kind = info.trusted, info.scheme
+        if (pieces := ready.get(kind)) is None:
+            forwarded = self.forwarded_head(head, replace(info, client=GAP), body_bytes)
+            pieces = ready[kind] = forwarded.split(GAP)
+        return pieces
 
 
 class Routes:
