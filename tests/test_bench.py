@@ -11,6 +11,7 @@ import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import asyncpg
@@ -107,6 +108,20 @@ def test_an_earlier_commit_takes_part(monkeypatch):
     contenders.no_rest(site)
     contenders.earlier(site)
     assert asked == [{"UPSTREAM_REST_S": 0}, {"UPSTREAM_REST_S": 0, "package": Path("there")}]
+
+
+def test_a_build_is_measured_once_it_packs_records(monkeypatch):
+    """The log says it. One that never does is no contender, unless it is an earlier commit, which may not know."""
+    logs = [b"", b"", b'{"layout": "packed", "event": "record layout"}']
+    process = SimpleNamespace(log=lambda: logs.pop(0), said=lambda: "what it said")
+    contenders.await_layout(contenders.Running(process, 1, 2))
+    assert logs == []
+    process.log = lambda: b""
+    monkeypatch.setattr(contenders, "LAYOUT_S", 0)
+    monkeypatch.setattr(contenders, "EARLIER_LAYOUT_S", 0)
+    contenders.await_layout(contenders.Running(process, 1, 2, is_earlier=True))
+    with pytest.raises(RuntimeError, match="what it said"):
+        contenders.await_layout(contenders.Running(process, 1, 2))
 
 
 def test_a_commit_that_is_not_there():
