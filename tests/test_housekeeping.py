@@ -218,13 +218,33 @@ async def test_the_table_reaches_a_plateau(schema, store):
         (64, 0, 0.001, 128),
         (8192, 0, 0.001, 8192),
         (256, 0, 1.0, 128),
-        (32, 0, 1.0, 32),
-        (256, 50, 0.001, 256),
-        (256, 61, 0.001, 128),
-        # A busy machine makes every step long. That alone must not make the steps small.
-        (256, 50, 1.0, 256),
+        (8, 0, 1.0, 8),
+        (256, 20, 0.001, 256),
+        (256, 25, 0.001, 128),
+        # A busy machine makes every step long. That alone must not make the steps small, nor keep them so.
+        (256, 20, 1.0, 256),
+        (256, 3, 1.0, 512),
     ],
 )
 def test_how_much_a_step_takes(blocks, due, took_s, then):
     """More while steps are short, fewer where many rows are due."""
     assert housekeeping.fitting(blocks, due, took_s) == then
+
+
+@pytest.mark.parametrize(("lateness", "rest"), [(0.0, 8.0), (0.5, 4.0), (1.0, 0.0), (30.0, 0.0)])
+def test_the_later_the_work_the_shorter_the_rests(lateness, rest):
+    """A step of a millisecond is followed by up to 8 ms of rest; by none where the work is as late as it may be."""
+    assert housekeeping.pause_s(0.001, lateness) == pytest.approx(rest / 1000)
+
+
+async def test_the_work_hurries_by_how_long_records_are_kept(schema, store):
+    """A second late is nothing for a record of a day, and the whole time that a record of ten seconds has."""
+    keeper = Housekeeping(store._servers, b"me", (True, PADS))
+    lateness = []
+    for life_ms in (86_400_000, 10_000):
+        await claimed(store, key=key(1))
+        await due(schema, 1, created=life_ms + 1000, lease=life_ms, frees=1000)
+        await keeper.sweep()
+        lateness.append(keeper._lateness)
+    assert lateness[0] < 0.1
+    assert lateness[1] >= 1

@@ -24,15 +24,14 @@ REST_S = 60.0
 # How long the work is a worker's after its last statement.
 TERM_MS = 30_000
 # Of one statement: how many rows it should find due at most, and the time up to which the next one takes more blocks.
-MOST_ROWS, STEP_S = 60, 0.002
-MIN_BLOCKS, MAX_BLOCKS = 32, 8192
-# The pause after a statement, in times of its own: after one that found nothing, and after one that found work. On a
-# machine that is busy a statement takes long, and must not be followed by a pause that is longer still.
-# Shorter rests cost claims: with 3 in place of 8 their p99 doubled (measured, 900 keys a second on two cores). With 8,
-# about 1,600 keys a second are kept up with. Above that, the work falls behind until LATE_MS, and is faster then.
-IDLE_REST, BUSY_REST, MAX_PAUSE_S = 9.0, 8.0, 0.05
-# After what was due longer ago than several passes take, there is hardly a pause: claims would notice a full disk more.
-LATE_MS, LATE_REST = 600_000, 0.5
+# Short steps let claims have the processor in between. Where the work is late they are larger: up to GROWN times.
+MOST_ROWS, GROWN, STEP_S = 24, 5.0, 0.002
+MIN_BLOCKS, MAX_BLOCKS = 8, 8192
+# The pause after a statement, in times of its own. The further behind the work is, the shorter the pause: there is none
+# once records stay for a tenth longer than they should, or for LATE_MS longer. So the work is done at the pace at which
+# keys come, whatever that is, and a busy machine, on which statements take long, does not make it slow.
+REST, MAX_PAUSE_S = 8.0, 0.05
+LATE_SHARE, LATE_MS = 0.1, 600_000
 _SWEEP = "SELECT * FROM sweep_1($1, $2, $3, $4, $5, $6, $7)"
 # A transaction that has written keeps old versions alive as well, also where it has no snapshot now. A role without
 # pg_read_all_stats sees its own snapshots alone.
@@ -57,6 +56,8 @@ class Housekeeping:
         self._servers, self._owner, self._tail = servers, owner, tail
         self._clock = asyncio.get_running_loop().time
         self._blocks = MIN_BLOCKS
+        # How much of the time that the work may be late is used up, by the last step that found work.
+        self._lateness = 0.0
         # What the last pass found, and how far behind this one is so far; all 0 where another worker does the work.
         self._found, self._behind_ms = Upkeep(), 0
 
@@ -79,13 +80,14 @@ class Housekeeping:
         first, self._behind_ms = 0, 0
         while (found := await self._step(first)) is not None:
             first, self._behind_ms = first + self._blocks, max(self._behind_ms, found["behind"])
-            due = found["expired"] + found["removed"]
+            if due := found["expired"] + found["removed"]:
+                self._lateness = found["behind"] / max(1.0, min(LATE_MS, found["life"] * LATE_SHARE))
             if first >= found["blocks"]:
                 self._found = await self._measure()
                 return self._found
-            rest = LATE_REST if found["behind"] > LATE_MS else BUSY_REST if due else IDLE_REST
-            await asyncio.sleep(min(MAX_PAUSE_S, self._took_s * rest))
-            self._blocks = fitting(self._blocks, due, self._took_s)
+            await asyncio.sleep(pause_s(self._took_s, self._lateness))
+            most_rows = MOST_ROWS * min(GROWN, 1.0 + self._lateness)
+            self._blocks = fitting(self._blocks, due, self._took_s, most_rows)
         self._found = Upkeep()
         return self._found
 
@@ -102,8 +104,14 @@ class Housekeeping:
         return Upkeep(behind_s=self._behind_ms / 1000, **dict(row))
 
 
-def fitting(blocks: int, due: int, took_s: float) -> int:
+def pause_s(took_s: float, lateness: float) -> float:
+    """Return how long to rest after a step. `lateness`: the share of the time that the work may be late."""
+    return min(MAX_PAUSE_S, took_s * REST * max(0.0, 1.0 - lateness))
+
+
+def fitting(blocks: int, due: int, took_s: float, most_rows: float = MOST_ROWS) -> int:
     """Return how many blocks fit into a step, after so many had so many rows that were due."""
-    if due > MOST_ROWS or (due == 0 and took_s > 2 * STEP_S):
+    if due > most_rows or (due == 0 and took_s > 2 * STEP_S):
         return max(MIN_BLOCKS, blocks // 2)
-    return min(MAX_BLOCKS, blocks * 2) if due < MOST_ROWS / 2 and took_s < STEP_S else blocks
+    # Where there is work, the time says how busy the machine is: that alone must not keep the steps small.
+    return min(MAX_BLOCKS, blocks * 2) if due < most_rows / 2 and (due or took_s < STEP_S) else blocks

@@ -692,10 +692,11 @@ $$;
 -- are free by now. It goes by where rows lie on the disk, because an index on a time would be one more thing to update.
 -- `holder` must have the work's lease, or it must be free; else `blocks` is null. `latest`: the caller's own time. The
 -- server's clock alone removes nothing, because it may have stepped ahead.
--- blocks: of the whole table. behind: ms since the first of these rows was due.
+-- blocks: of the whole table. behind: ms since the first of these rows was due. life: how many ms the one among them is
+-- kept that is kept for the shortest time.
 CREATE OR REPLACE FUNCTION sweep_1(
     first bigint, most bigint, latest bigint, holder bytea, term bigint, audited boolean, pads bytea,
-    OUT blocks bigint, OUT expired bigint, OUT removed bigint, OUT behind bigint
+    OUT blocks bigint, OUT expired bigint, OUT removed bigint, OUT behind bigint, OUT life bigint
 ) LANGUAGE plpgsql VOLATILE AS $$
 #variable_conflict use_column
 DECLARE
@@ -712,7 +713,8 @@ BEGIN
         RETURN;
     END IF;
     WITH due AS MATERIALIZED (
-        SELECT r.key, r.audit_at AS before_at, r.bytes, coalesce(audited AND r.state < 4, false) AS is_told,
+        SELECT r.key, r.audit_at AS before_at, r.bytes, r.frees - r.created AS life,
+            coalesce(audited AND r.state < 4, false) AS is_told,
             CASE WHEN r.state = 4 THEN r.frees <= began
                 ELSE is_free(r.state, r.created, r.lease, r.lease_ms, r.frees, began) END AS is_over,
             began - CASE r.state WHEN 3 THEN r.expires WHEN 1 THEN greatest(r.lease, r.frees) ELSE r.frees END AS late
@@ -742,8 +744,8 @@ BEGIN
         FROM (SELECT * FROM dropped UNION ALL SELECT * FROM gone) e WHERE e.is_told
     )
     SELECT pg_relation_size('record') / current_setting('block_size')::bigint, count(*) FILTER (WHERE NOT is_over),
-        count(*) FILTER (WHERE is_over), coalesce(max(late), 0)
-    INTO blocks, expired, removed, behind FROM due;
+        count(*) FILTER (WHERE is_over), coalesce(max(late), 0), coalesce(min(due.life), 0)
+    INTO blocks, expired, removed, behind, life FROM due;
     -- Marks last for minutes, so that their table is small.
     IF first = 0 THEN
         DELETE FROM mark WHERE expires <= began;
