@@ -11,6 +11,7 @@ from loadtest.ports import free_ports
 from oncegate.keys.digests import Digests
 from oncegate.store.record import Claim
 from oncegate.store.record_name import store_key
+from oncegate.store.redis.arguments import CLAIM_COUNT
 from oncegate.store.redis.durable import DurabilityLevel, level, unsafe_policy
 from oncegate.store.redis.wire import ErrorReply
 from oncegate.store.results import NotAttempted, SettleResult, SettleStatus, Unconfirmed, UnderReplicated
@@ -89,7 +90,7 @@ class Counting:
             self.waits.append((connection, words))
             connection.behind = []
             return None
-        if len(words) > 12:
+        if len(words) == 5 + CLAIM_COUNT:  # behind the script, the key and the tag
             return resp([words[4], b"claimed", 1_763_960_000_000, b"1763960000000000", 1_763_960_000_000])
         return resp([words[4], b"released", b"found"])
 
