@@ -1,9 +1,7 @@
 """Heads of an API's responses: those that came before, or that differ from such in values that decide nothing."""
 
-from collections.abc import Sequence
-
 from oncegate.known_heads.recent import MISSES_BEFORE_SAMPLING, RecentHeads
-from oncegate.known_heads.shapes import PLAIN, Gap, Shape, Shapes, joined
+from oncegate.known_heads.shapes import PLAIN, Gap, Shape, Shapes
 from oncegate.messages.response_head import ADDRESS_FIELDS, DECIDING_FIELDS, ResponseHead, names_address, plain_pairs
 
 _HEAD_END = b"\r\n\r\n"
@@ -19,29 +17,20 @@ def _gap(name: bytes) -> Gap | None:
     return None if name in _FIXED else PLAIN
 
 
-class _Block:
-    """The lines of a head that go into a block, with the gaps in them."""
+def _template(head: bytes, shape: Shape, block: bytes) -> bytes:
+    """Return a format with a place for each gap of a head, which makes the lines of a block that go into it."""
+    names, lines = {line.partition(b":")[0] for line in block.split(b"\r\n")}, []
+    for field, (name, value) in enumerate(plain_pairs(head)):
+        is_gap = field in shape.fields
+        if name in names:
+            lines += [_literal(name), b": ", b"%b" if is_gap else _literal(value), b"\r\n"]
+        elif is_gap:  # of a value, no bytes
+            lines.append(b"%.0b")
+    return b"".join(lines)
 
-    def __init__(self, head: bytes, shape: Shape, block: bytes) -> None:
-        names = {line.partition(b":")[0] for line in block.split(b"\r\n")}
-        pieces, gaps = [b""], []
-        for number, (name, value) in enumerate(plain_pairs(head)):
-            if name not in names:
-                continue
-            pieces[-1] += name + b": "
-            if number in shape.fields:
-                gaps.append(shape.fields.index(number))
-                pieces.append(b"")
-            else:
-                pieces[-1] += value
-            pieces[-1] += b"\r\n"
-        self._pieces = pieces
-        # Which of the head's gaps are in the block; None: all.
-        self._gaps = None if len(gaps) == len(shape.fields) else gaps
 
-    def filled(self, values: Sequence[bytes]) -> bytes:
-        """Return the block with these values in the head's gaps."""
-        return joined(self._pieces, values if self._gaps is None else [values[gap] for gap in self._gaps])
+def _literal(text: bytes) -> bytes:
+    return text.replace(b"%", b"%%")
 
 
 class _KnownShape:
@@ -49,9 +38,9 @@ class _KnownShape:
 
     def __init__(self, lines: bytes, shape: Shape, head: ResponseHead) -> None:
         self._head = head
-        self._forwarded = self._replayed = _Block(lines, shape, head.forwarded_block)
+        self._forwarded = self._replayed = _template(lines, shape, head.forwarded_block)
         if head.replayed_block != head.forwarded_block:
-            self._replayed = _Block(lines, shape, head.replayed_block)
+            self._replayed = _template(lines, shape, head.replayed_block)
         names = [name.lower() for name, _ in head.pairs]
         gaps = [names[field] for field in shape.fields]
         self._length_gap = gaps.index(b"content-length") if b"content-length" in gaps else -1
@@ -59,11 +48,11 @@ class _KnownShape:
         fixed = [name for name in names if name in ADDRESS_FIELDS and name not in gaps]
         self._names_address = names_address(head.fields, fixed)
 
-    def read(self, lines: bytes, values: Sequence[bytes]) -> ResponseHead:
+    def read(self, lines: bytes, values: tuple[bytes, ...]) -> ResponseHead:
         """Return the head that has these values in its gaps; `lines` is all of it."""
         length = int(values[self._length_gap]) if self._length_gap >= 0 else None
-        forwarded = self._forwarded.filled(values)
-        replayed = forwarded if self._replayed is self._forwarded else self._replayed.filled(values)
+        forwarded = self._forwarded % values
+        replayed = forwarded if self._replayed is self._forwarded else self._replayed % values
         is_address = self._names_address
         if self._address_gaps:
             is_address = is_address or any(b"//" in values[gap] for gap in self._address_gaps)
@@ -90,7 +79,7 @@ class KnownAnswers:
         if (head := self._recent.find(lines)) is not None:
             self._recent.misses = 0
             return head, end
-        if not self._enabled or self._is_passed_over() or (found := self._shapes.find(data)) is None:
+        if (self._misses and self._is_passed_over()) or (found := self._shapes.find(data)) is None:
             return None
         self._misses = 0
         shape, values, end = found
