@@ -211,14 +211,16 @@ async def test_new_rules_hold_for_what_was_prepared_under_the_old_ones(proxies, 
     gate = proxies(upstream, valkey.url, RULES_FILE="rules.toml")
     ways = Ways(gate.port, upstream)
     for number in range(6):
-        assert (await ways.whole(request("POST", "/a", f"a{number}", b"x", "X-Shop: 1")))[1] == b"executed"
+        assert (await ways.whole(request("POST", "/a", f"a{number}", b"x", f"X-Shop: {number % 3}")))[1] == b"executed"
     (tmp_path / "rules.toml").write_text(
         '[[rule]]\nname = "a"\npath = "/a"\nforward_key = ""\nscope = ["header:X-Shop"]'
     )
     gate.signal(signal.SIGHUP)
     await until(lambda: gate.events("rules loaded"))
-    for number in range(6):
-        status, said, heads = await ways.whole(request("POST", "/a", f"a{number}", b"x", "X-Shop: 1"))
+    for number in range(18):
+        # What differed under the old rules now says whose the key is.
+        raw = request("POST", "/a", f"a{number // 3}", b"x", f"X-Shop: {number % 3}")
+        status, said, heads = await ways.whole(raw)
         assert (status, said, len(heads)) == (200, b"executed", 1)  # of another tenant now
         assert b"Idempotency-Key" not in heads[0]
     ways.close()

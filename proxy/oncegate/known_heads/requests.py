@@ -61,14 +61,15 @@ class WatchedFields(Fields):
 class KnownHead:
     """A request's head that passed every check, with gaps where the values of some fields were, and ids in its path.
 
-    `names`: of the fields with a gap, in lower case. `has_ids`: the path has gaps. `key_at` and `length_at`: the gaps
-    of the key and of Content-Length; negative for none. `plan` belongs to the gateway: what the head alone decides
-    about the request, whatever is in the gaps (see `gateway.keyed_request.HeadPlan`), or None.
+    `names`: of the fields with a gap, in lower case. `has_shape`: more than the key may differ, `has_ids`: also ids in
+    the path. `key_at` and `length_at`: the gaps of the key and of Content-Length; negative for none. `plan` belongs to
+    the gateway: what the head alone decides about the request, whatever is in the gaps (see
+    `gateway.keyed_request.HeadPlan`), or None.
     """
 
     __slots__ = (
         "_fields", "_head", "_ids", "_target", "_watched",
-        "body_bytes", "has_ids", "key_at", "length_at", "message", "names", "plan",
+        "body_bytes", "has_ids", "has_shape", "key_at", "length_at", "message", "names", "plan",
     )  # fmt: skip
 
     def __init__(
@@ -80,7 +81,7 @@ class KnownHead:
         self._head, self.body_bytes = head, body_bytes
         fields, pieces = (gaps.fields, gaps.pieces) if isinstance(gaps, Shape) else (gaps, ())
         self._ids = ids = fields.count(-1)
-        self.has_ids = ids > 0
+        self.has_ids, self.has_shape = ids > 0, isinstance(gaps, Shape)
         # The target around its ids: from behind the method, up to the version.
         self._target = [pieces[0].partition(b" ")[2], *pieces[1:ids], pieces[ids].partition(b" ")[0]] if ids else []
         self._fields = fields[ids:]
@@ -152,6 +153,8 @@ class HeadCache:
         self._key_field, self._fixed = b"", FIXED
         self.enabled = enabled
         self.key_label = b""
+        # Whether the newest head that was found has a shape: the next one is looked for there first.
+        self._varies = False
 
     def reset(self, key_field: bytes, acted_on: Iterable[bytes] = ()) -> None:
         """Forget every head; from now on keys are in the field `key_field`, and `acted_on` are read (lower case)."""
@@ -161,24 +164,27 @@ class HeadCache:
 
     def find(self, data: bytes, key_label: bytes) -> KnownRequest | None:
         """Return the request that `data` is, no more and no less, if its head is known."""
-        if (found := self._shapes.find(data)) is not None:
-            known, values, end = found
-            stated = known.body_bytes if known.length_at < 0 else int(values[known.length_at])
-        else:
-            end, key = data.find(b"\r\n\r\n") + 4, b""
-            if not key_label or (at := data.find(key_label, 0, end)) < 0:
-                exact, values = self._heads.find((data[:end], b"")), ()
-            else:
+        found = self._shapes.find(data) if self._varies else None
+        if found is None:
+            end = data.find(b"\r\n\r\n") + 4
+            values: tuple[bytes, ...] = ()
+            if key_label and (at := data.find(key_label, 0, end)) >= 0:
                 start = at + len(key_label)
                 stop = data.find(b"\r\n", start)
                 key = data[start:stop]
                 values = (key,)
-                exact = self._heads.find((data[:start], data[stop:end])) if _PLAIN_KEY.fullmatch(key) else None
-            if exact is None:
+                known = self._heads.find((data[:start], data[stop:end])) if _PLAIN_KEY.fullmatch(key) else None
+            else:
+                known = self._heads.find((data[:end], b""))
+            if known is not None:
+                found = known, values, end
+            elif self._varies or (found := self._shapes.find(data)) is None:
                 return None
-            known, stated = exact, exact.body_bytes
+        known, values, end = found
+        stated = known.body_bytes if known.length_at < 0 else int(values[known.length_at])
         if stated != len(data) - end:
             return None
+        self._varies = known.has_shape
         self._heads.misses = 0
         return KnownRequest(known, values, data[end:])
 
