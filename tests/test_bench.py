@@ -250,6 +250,8 @@ def test_the_page(tmp_path):
     assert "| execution | 9,000, 36 us | 8,000, 50 us | 20,000, 25 us | 2,000, 300 us |" in text
     assert "| one | 1.55 x | <= 1.7: met | <= 1.5: missed | 5 us |" in text
     assert "| two | 4.00 | >= 5: **missed** |  |  |" in text
+    write_page(tmp_path / "page.md", run_of, Table([]), figures)
+    assert "requests a second and the proxy's CPU time for one.\n\n|  | figure |" in (tmp_path / "page.md").read_text()
 
 
 def test_the_cpu_time_of_children_counts():

@@ -23,7 +23,8 @@ class Circumstances(NamedTuple):
 
 
 def write_page(path: Path, run: Circumstances, table: Table, figures: Sequence[Figure]) -> None:
-    path.write_text("\n".join([told(run), "", *costs(table), "", *reached(figures), ""]))
+    parts = (costs(table) if table.cells else []), reached(figures)
+    path.write_text("\n\n".join([told(run), *("\n".join(part) for part in parts if part)]) + "\n")
 
 
 def told(run: Circumstances) -> str:
