@@ -250,7 +250,19 @@ class Exchange:
         response.begin(head.status, head.reason, self._block(head), head.length, head.framing)
         if self._policy.heartbeats is not None and takes_comments(head):
             response.comment_every(self._policy.heartbeats.period_s)
-        while await connection.pass_body(self._pass_on, silence_s):
+        held, clock, longest_s = self._held, self._deps.clock, self._deps.longest_s
+
+        def pass_on(data: bytes) -> bool:
+            """Pass on the next bytes; return whether more may come at once. Names at hand cost less than attributes."""
+            response.write(data)
+            # The watchdog.
+            held.until_s = clock() + longest_s
+            if passing is not None:
+                passing.add(data)
+            has_room = recording is None or recording.add(data)
+            return has_room and not response.has_backlog
+
+        while await connection.pass_body(pass_on, silence_s):
             if recording is not None:
                 await recording.wait_room()
             while response.has_backlog and not await response.has_room():
@@ -262,18 +274,6 @@ class Exchange:
         if passing is not None:
             self._dispose(passing.end())
         return ending(self._disposition, recording is not None and recording.is_storing)
-
-    def _pass_on(self, data: bytes) -> bool:
-        """Pass on the next bytes of a body that is streamed; return whether more may come at once."""
-        response, progress = self._response, self.progress
-        response.write(data)
-        self._extend_watchdog()
-        if progress.passing is not None:
-            progress.passing.add(data)
-        if progress.recording is None:
-            return not response.has_backlog
-        progress.recording.add(data)
-        return progress.recording.has_room and not response.has_backlog
 
     def _look_again(self) -> None:
         """Let a response that is streamed end, if it must."""

@@ -62,31 +62,30 @@ class Recording:
         self._on_broken = on_broken
         held.on_fenced = self._break
 
-    def add(self, data: bytes) -> None:
-        """Take the next bytes of the body."""
+    def add(self, data: bytes) -> bool:
+        """Take the next bytes of the body; return whether more may be added at once."""
         size = len(data)
         self.size += size
         if not self.is_storing:
-            return
+            return not self.is_broken
         if self.size > self._max_bytes:
             self._drop()
-            return
+            return True
         self._batch.append(data)
         self._batch_bytes += size
         self._unconfirmed += size
         self._memory.used += size
         if self._writer is None and (not self._tick or self._batch_bytes >= TIGHT_BATCH_BYTES):
             self._write_when_due()
+        return self._unconfirmed <= TIGHT_BACKLOG_BYTES or self._has_room
 
     @property
-    def has_room(self) -> bool:
-        """Whether more may be added at once."""
-        size = self._unconfirmed
-        return size <= TIGHT_BACKLOG_BYTES or (size <= BACKLOG_BYTES and not self._memory.tight)
+    def _has_room(self) -> bool:
+        return self._unconfirmed <= (TIGHT_BACKLOG_BYTES if self._memory.tight else BACKLOG_BYTES)
 
     async def wait_room(self) -> None:
         """Wait while too much is not in the store yet."""
-        while not self.has_room:
+        while not self._has_room:
             self._room = self._loop.create_future()
             await self._room
 

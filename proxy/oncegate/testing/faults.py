@@ -43,7 +43,7 @@ POINTS = {
     "whole": ("before", "oncegate.upstream.connection:Connection.is_complete_in"),
     "begin": ("before", "oncegate.downstream.response:ResponseWriter.begin"),
     "begun": ("after", "oncegate.downstream.response:ResponseWriter.begin"),
-    "chunk": ("before", "oncegate.gateway.exchange:Exchange._pass_on"),
+    "chunk": ("before", "oncegate.downstream.response:ResponseWriter.write"),
     "written": ("after", "oncegate.downstream.response:ResponseWriter.write"),
     "kept": ("after", "oncegate.gateway.recording:Recording.add"),
     "append": ("before", *_of_each_store("append")),

@@ -89,10 +89,16 @@ class ArrivingResponse:
         return True
 
     def _hand_over(self, take: Callable[[bytes], bool]) -> None:
-        """Give what came of the body to its taker, and end the wait if it takes no more, or nothing more comes."""
-        self.deadline = self._loop.time() + self._silence_s
+        """Give what came of the body to its taker, and end the wait if it takes no more, or nothing more comes.
+
+        It is not counted as buffered: nobody holds it.
+        """
+        response, self.deadline = self.response, self._loop.time() + self._silence_s
+        chunks, response.buffered_bytes = response.chunks, 0
+        data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        chunks.clear()
         try:
-            takes_more = take(self.take_body())
+            takes_more = take(data)
         except Exception as error:
             # It belongs to whoever called `pass_body`, not to the event loop.
             self._end_wait(error)
@@ -100,7 +106,7 @@ class ArrivingResponse:
         if not takes_more:
             self.pause_reading()
             self.wake()
-        elif self.response.is_complete:
+        elif response.is_complete:
             self.wake()
 
     def take_body(self) -> bytes:

@@ -5,7 +5,7 @@ UpstreamLost (it may have, and no whole response came), or a response that is co
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
 from oncegate.buffers.memory import MemoryBudget
@@ -112,6 +112,9 @@ class Connection(ArrivingResponse, PoolEntry, asyncio.Protocol):
             response.has_surplus = True
             self._pool.forget(self)
             return
+        if self._taker is not None:
+            self._receive_passing(data, self._taker)
+            return
         buffered_before, had_head = response.buffered_bytes, response.head is not None
         is_first = not (had_head or self._head_bytes)
         unread = response.take_known(data, self._pool.known_answers) if is_first else data
@@ -129,14 +132,23 @@ class Connection(ArrivingResponse, PoolEntry, asyncio.Protocol):
         if not had_head and response.head is not None:
             self._keep_alive = response.keep_alive and self._request.is_sent
         self._count(len(data), response.buffered_bytes - buffered_before)
-        if self._taker is not None and response.chunks:
-            self._hand_over(self._taker)
-            return
         if response.buffered_bytes > TIGHT_HIGH_WATER:
             self._pause_if_full()
         self.wake()
         if is_first and unread is data and self._failure is None:
             response.remember(data, self._pool.known_answers)
+
+    def _receive_passing(self, data: bytes, take: Callable[[bytes], bool]) -> None:
+        """Parse more of a body that is passed on: nothing of it is held here."""
+        response = self.response
+        if reason := response.feed(data):
+            self.fail(UpstreamLost(reason))
+        if response.chunks and self._failure is None:
+            self._head_bytes = 0
+            self._hand_over(take)
+        else:
+            self._count(len(data), response.buffered_bytes)
+            self.wake()
 
     def _count(self, size: int, body_size: int) -> None:
         """Hold an incomplete response to the limits; `size` bytes of it came, `body_size` of them are its body."""
