@@ -17,6 +17,7 @@ from tests.parts import (
     serving,
     until,
 )
+from tests.probes import RedisProbe
 
 BIG = b"b" * (12 << 20)
 
@@ -77,12 +78,14 @@ async def test_a_complete_record_that_lacks_its_body(fork, upstream, valkey, siz
     gate = await fork(upstream, valkey.url)
     assert (await ask(gate.port, request())).complete
     with valkey.client() as client:
-        (name,) = client.scan_iter("once:{*")
-        assert client.hdel(name, "b0") == 1
-        before = client.hgetall(name)
+        probe = RedisProbe(client, valkey.url)
+        (key,) = probe.keys()
+        probe.change(key, b0=None)
+        before = probe.fields(key)
+        assert "b0" not in before
         answer = await ask(gate.port, request())
         assert (answer.status, answer.slug) == (500, "record-corrupt")
-        assert client.hgetall(name) == before
+        assert probe.fields(key) == before
     assert gate.metric('requests_total{outcome="record_corrupt"}') == 1
     assert len(upstream.received) == 1
 

@@ -30,6 +30,7 @@ from tests.parts import (
     rest,
     until,
 )
+from tests.probes import fields_of
 
 CANARY = "c4n4ry-key"
 BAD = b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n"
@@ -334,7 +335,7 @@ async def test_listing_many_keys_keeps_nobody_waiting(fork, upstream, valkey, tm
         await make_unknown(gate, upstream, f"{CANARY}-{n}")
     with valkey.client() as client:
         [name, *_] = client.keys("once:{*")
-        fields = client.hgetall(name)
+        fields = fields_of(client, name)
         pipe = client.pipeline(transaction=False)
         for n in range(12_000):
             pipe.hset(b"once:{%032d}" % n, mapping={"meta": b"\x01" + bytes(200), "b0": b"x"})

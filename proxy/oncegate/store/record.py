@@ -1,7 +1,7 @@
 """What a record holds, and its bytes.
 
-A record is one Redis hash. While it is in flight or unknown, its fields are separate. A complete one has them packed
-into `meta`, beside the chunks of the body (`b0`, `b1` and so on).
+In Redis a record is a hash, or one string (store/redis/layouts/packed.py). While a hash is in flight or unknown, its
+fields are separate. A complete one has them packed into `meta`, beside the chunks of the body (`b0`, `b1` and so on).
 
 `meta` is a fixed part, the reason phrase, the block of header fields, the id of a JSON-RPC request, any trailers, and a
 check of 8 bytes over all of them. The scripts read the first 65 bytes of the fixed part, so their places never change:
