@@ -27,9 +27,10 @@ TERM_MS = 30_000
 # Short steps let claims have the processor in between. Where the work is late they are larger: up to GROWN times.
 MOST_ROWS, GROWN, STEP_S = 24, 5.0, 0.002
 MIN_BLOCKS, MAX_BLOCKS = 8, 8192
-# The pause after a statement, in times of its own. The further behind the work is, the shorter the pause: there is none
-# once records stay for a tenth longer than they should, or for LATE_MS longer. So the work is done at the pace at which
-# keys come, whatever that is, and a busy machine, on which statements take long, does not make it slow.
+# The pause after a statement, in times of its own. The further behind the work is, the shorter the pause. There is none
+# once records stay for a tenth longer than they should, or for LATE_MS longer, or once a pass takes as long: what it
+# has left behind waits for the next. So the work is done at the pace at which keys come, whatever that is. A busy
+# machine, on which statements take long, does not make it slow.
 REST, MAX_PAUSE_S = 8.0, 0.05
 LATE_SHARE, LATE_MS = 0.1, 600_000
 _SWEEP = "SELECT * FROM sweep_1($1, $2, $3, $4, $5, $6, $7)"
@@ -56,8 +57,8 @@ class Housekeeping:
         self._servers, self._owner, self._tail = servers, owner, tail
         self._clock = asyncio.get_running_loop().time
         self._blocks = MIN_BLOCKS
-        # How much of the time that the work may be late is used up, by the last step that found work.
-        self._lateness = 0.0
+        # By the last step that found work: how late that was, and how late it may be.
+        self._late_ms, self._may_be_late_ms = 0.0, float(LATE_MS)
         # What the last pass found, and how far behind this one is so far; all 0 where another worker does the work.
         self._found, self._behind_ms = Upkeep(), 0
 
@@ -77,19 +78,25 @@ class Housekeeping:
 
     async def sweep(self) -> Upkeep:
         """Go through the table once, if no other worker does, and return what that found. Raises StoreError."""
-        first, self._behind_ms = 0, 0
+        first, self._behind_ms, began = 0, 0, self._clock()
         while (found := await self._step(first)) is not None:
             first, self._behind_ms = first + self._blocks, max(self._behind_ms, found["behind"])
             if due := found["expired"] + found["removed"]:
-                self._lateness = found["behind"] / max(1.0, min(LATE_MS, found["life"] * LATE_SHARE))
+                self._late_ms = found["behind"]
+                self._may_be_late_ms = max(1.0, min(LATE_MS, found["life"] * LATE_SHARE))
             if first >= found["blocks"]:
                 self._found = await self._measure()
                 return self._found
-            await asyncio.sleep(pause_s(self._took_s, self._lateness))
-            most_rows = MOST_ROWS * min(GROWN, 1.0 + self._lateness)
+            lateness = self._lateness(self._clock() - began)
+            await asyncio.sleep(pause_s(self._took_s, lateness))
+            most_rows = MOST_ROWS * min(GROWN, 1.0 + lateness)
             self._blocks = fitting(self._blocks, due, self._took_s, most_rows)
         self._found = Upkeep()
         return self._found
+
+    def _lateness(self, pass_s: float) -> float:
+        """Return how late the work is, as a share of how late it may be. `pass_s`: how long this pass has taken."""
+        return max(self._late_ms, pass_s * 1000) / self._may_be_late_ms
 
     async def _step(self, first: int) -> Any | None:
         """Look at the next blocks. Return what was found, or None if another worker does the work."""
