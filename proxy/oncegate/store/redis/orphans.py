@@ -5,7 +5,7 @@ Only for owners that surely live no more: an owner that goes on could complete a
 
 from collections.abc import Collection
 
-from oncegate.store.record import PREFIX_BYTES, ViewState
+from oncegate.store.record import ViewState
 from oncegate.store.record_name import parse_record_id
 from oncegate.store.record_view import StoreError, claim_of
 from oncegate.store.redis.node import Node
@@ -22,26 +22,26 @@ REASON = "its proxy was killed"
 # The server compares them, because a store may hold half a million records. A complete record has no field `token`, and
 # a packed one that is not complete begins with the byte 4.
 OWNED_PAGE = b"""
-local owners, owned = {}, {}
+local owners, owned, size = {}, {}, #(ARGV[3] or '')
 for at = 3, #ARGV do
   owners[ARGV[at]] = true
 end
 local page = redis.call('SCAN', ARGV[1], 'MATCH', 'once:{*', 'COUNT', ARGV[2], 'TYPE', 'hash')
 local packed = redis.call('SCAN', ARGV[1], 'MATCH', 'once:{*', 'COUNT', ARGV[2], 'TYPE', 'string')[2]
 for _, key in ipairs(packed) do
-  local begin = redis.call('GETRANGE', key, 0, %d)
+  local begin = redis.call('GETRANGE', key, 0, size)
   if begin:byte() == 4 and owners[begin:sub(2)] then
     owned[#owned + 1] = key
   end
 end
 for _, key in ipairs(page[2]) do
   local token = redis.call('HGET', key, 'token')
-  if token and owners[token:sub(1, %d)] then
+  if token and owners[token:sub(1, size)] then
     owned[#owned + 1] = key
   end
 end
 return {page[1], owned}
-""" % (PREFIX_BYTES, PREFIX_BYTES)
+"""
 
 
 async def mark_orphans(url: str, owners: Collection[bytes]) -> int:
