@@ -66,9 +66,9 @@ class OperationSettings(BaseModel):
     )
     head_cache: bool = Field(
         True,
-        description="Remember the heads of requests and responses that came before. It saves two fifths of "
-        "an execution's instructions where heads repeat. `false` is for tests, and to rule the cache out when you look "
-        "for a fault.",
+        description="Remember the heads of requests and responses that came before, and which of their values "
+        "differ. It saves two fifths of an execution's instructions where heads repeat. `false` is for tests, and to "
+        "rule the cache out when you look for a fault.",
     )
     testing: bool = Field(False, description="Allow `ONCEGATE_FAULT`. For oncegate's own tests only.")
     fault: Annotated[tuple[Fault, ...], list_of(parse_fault)] = Field(

@@ -65,7 +65,7 @@ class StoreSettings(BaseModel):
         "auto",
         description="How a store in Redis keeps records. `hash`: so that older versions of oncegate read them. "
         "`packed`: smaller and cheaper, as soon as no older version is on the store; "
-        "[the way back](../how-to/upgrades.md#the-layout-of-records) to one is a command longer. `auto`: packed, "
+        "[the way back](../how-to/upgrades.md#the-layout-of-records) to one needs one more command. `auto`: packed, "
         "as soon as no older version was on the store for a day.",
     )
     max_stored_bytes: Bytes = Field(
