@@ -24,9 +24,7 @@ SWEEP_S = 0.5
 SLOW_HEAD = Malformed(408, "the head took too long")
 # Of one connection in the kernel, which would take up to 4 MiB of a slow client's response.
 UNSENT_BYTES = 131072
-
-
-# Of so many clients is kept what their requests say of them when they are forwarded.
+# The number of clients for which the listener keeps what forwarded requests say of them.
 KEPT_CLIENTS = 1024
 
 Handler = Callable[[Request], Awaitable[None]]

@@ -241,7 +241,7 @@ class Exchange:
         recording = None
         if self._disposition is Disposition.STORE:
             max_bytes = self._policy.max_stored_bytes
-            recording = self.progress.recording = new_recording(self.progress, head, max_bytes, self._look_again)
+            recording = self.progress.recording = new_recording(self.progress, head, max_bytes, self._wake_stream)
         response, silence_s = self._response, self._deps.silence_s
         passing = self.progress.passing
         if passing is not None:
@@ -275,8 +275,8 @@ class Exchange:
             self._dispose(passing.end())
         return ending(self._disposition, recording is not None and recording.is_storing)
 
-    def _look_again(self) -> None:
-        """Let a response that is streamed end, if it must."""
+    def _wake_stream(self) -> None:
+        """Wake `_stream`, which breaks the response off: its recording is broken."""
         if self._connection is not None:
             self._connection.wake()
 

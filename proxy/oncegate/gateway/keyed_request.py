@@ -124,7 +124,10 @@ class HeadPlan:
 def plan_head(
     known: KnownHead, head: RequestHead, route: Route, begun: Begun, waiting: tuple[float, bytes]
 ) -> HeadPlan | None:
-    """Return the plan for all requests under a known head, by one of them, `head`; None where there is none."""
+    """Return the plan for all requests under a known head, by one of them, `head`; None where there is none.
+
+    `waiting`: the plan's `wait_s` and `fields`.
+    """
     policy = route.policy
     whose = policy.tenant.read
     tenant_at = known.gaps_among(whose)

@@ -17,8 +17,6 @@ TIGHT_BATCH_BYTES, TIGHT_BATCH_S = 16384, 0.05
 CHUNK_BYTES = 262144
 # Bytes that the store has not confirmed, above which the exchange waits; the second where memory is short.
 BACKLOG_BYTES, TIGHT_BACKLOG_BYTES = 2 * CHUNK_BYTES, BATCH_BYTES
-
-
 # After these the response is stored without its body: the store has no memory, or the record vanished or lacks chunks.
 # After any other append that did not succeed the key has another owner, or nothing was confirmed in time.
 _DROPS = (AppendStatus.NO_MEMORY, AppendStatus.INCOMPLETE, AppendStatus.ABSENT)

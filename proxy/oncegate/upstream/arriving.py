@@ -101,7 +101,7 @@ class ArrivingResponse:
             takes_more = take(data)
         except Exception as error:
             # It belongs to whoever called `pass_body`, not to the event loop.
-            self._end_wait(error)
+            self.wake(error)
             return
         if not takes_more:
             self.pause_reading()
@@ -120,11 +120,8 @@ class ArrivingResponse:
             self._resume_reading()
         return data
 
-    def wake(self) -> None:
-        """Let whoever waits for something to arrive look at what there is."""
-        self._end_wait(None)
-
-    def _end_wait(self, failure: Exception | None) -> None:
+    def wake(self, failure: Exception | None = None) -> None:
+        """Let whoever waits for something to arrive look at what there is, or raise `failure` there."""
         # The pool's sweep may come before whoever waits has run.
         self.deadline, self._taker = NEVER, None
         if self._arrival is None or self._arrival.done():

@@ -97,7 +97,7 @@ class Connection(ArrivingResponse, PoolEntry, asyncio.Protocol):
             self._failure = failure
         self.deadline = NEVER
         if self._failure is not None:
-            self._end_wait(self._failure)
+            self.wake(self._failure)
         self.close()
 
     # Events of the socket ...

@@ -163,16 +163,7 @@ def execute(scripts: dict[str, Script], claim: Claim) -> list[Question]:
     claims, frees = claim_and_free(scripts, claim)
     return [
         claims,
-        call(
-            _silent(scripts, "renew"),
-            name,
-            claim.token,
-            claim.lease_ms,
-            claim.retention_ms,
-            CLAIMED.wire,
-            LAYOUT[False],
-        ),
-        call(_silent(scripts, "append"), name, claim.token, 0, b"1", claim.lease_ms, claim.retention_ms, LAYOUT[False]),
+        *_stream(scripts, claim, claim.retention_ms, LAYOUT[False]),
         _call(scripts, "settle", claim, STORE_COUNT, store(brief, response, b"2")),
         call(_silent(scripts, "read"), name, claim.token, 0, READ_BYTES),
         frees,
@@ -185,27 +176,25 @@ def execute_packed(scripts: dict[str, Script], claim: Claim) -> list[Question]:
     Its record does not last: a user who may claim so may lack the right to free it.
     """
     claim = replace(claim, unknown_retention_ms=PACKED_PROBE_RETENTION_MS)
-    brief, name, packed = replace(claim, retention_ms=1), store_key(claim.key), LAYOUT[True]
+    brief = replace(claim, retention_ms=1)
     claims = _call(scripts, "claim", claim, CLAIM_COUNT, claim_head(claim) + NO_DEADLINE + PACKED_TAIL)
     frees = _call(scripts, "settle", claim, RELEASE_COUNT, release(claim, packed=True))
     return [
         claims,
-        call(
-            _silent(scripts, "renew"),
-            name,
-            claim.token,
-            claim.lease_ms,
-            claim.unknown_retention_ms,
-            CLAIMED.wire,
-            packed,
-        ),
-        call(
-            _silent(scripts, "append"), name, claim.token, 0, b"1", claim.lease_ms, claim.unknown_retention_ms, packed
-        ),
+        *_stream(scripts, claim, claim.unknown_retention_ms, LAYOUT[True]),
         frees,
         claims,
         _call(scripts, "settle", claim, PUT_COUNT, put(brief, _probe_response(1), b"1") or b""),
         frees,
+    ]
+
+
+def _stream(scripts: dict[str, Script], claim: Claim, retention_ms: int, layout: bytes) -> list[Question]:
+    """Return a renewal of the claim, and the first chunk of its response."""
+    name, token, lease_ms = store_key(claim.key), claim.token, claim.lease_ms
+    return [
+        call(_silent(scripts, "renew"), name, token, lease_ms, retention_ms, CLAIMED.wire, layout),
+        call(_silent(scripts, "append"), name, token, 0, b"1", lease_ms, retention_ms, layout),
     ]
 
 

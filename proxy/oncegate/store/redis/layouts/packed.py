@@ -59,9 +59,10 @@ _MODES = {HOLD: b"h", RETRY: b"r", CANCELLED: b"c"}
 _MODE_OF = {letter: mode for mode, letter in _MODES.items()}
 _STATES = {b"i": State.IN_FLIGHT.value.encode(), b"u": State.UNKNOWN.value.encode()}
 _STAGES = {stage.wire[:1]: stage.wire for stage in (CLAIMED, SENT, RESPONSE_BEGUN)}
-# Of a claim that was never renewed, and the mode of one that nobody makes.
+# The stage of a claim that was never renewed, and the mode of a claim that has none.
 _NONE = b"-"
 
+# Of a claim's terms: all of its record from the length of the lease on.
 TERMS_BYTES = 63
 
 

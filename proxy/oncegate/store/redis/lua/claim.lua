@@ -28,7 +28,7 @@ if layout == 'packed' then
   end
 end
 if type(value) ~= 'string' then
-  -- Another layout, or the server refuses writes: what it has is still told.
+  -- The record is a hash, or the server refuses writes. The record is read all the same.
   fields = value ~= false and redis.pcall('HMGET', KEYS[1], 'meta', 'state', 'token', 'fence', 'mode', 'fingerprint',
     'self', 'lease', 'created', 'lease_ms', 'status', 'until') or {}
   value = fields.err and (redis.call('GET', KEYS[1]) or redis.call('HMGET', KEYS[1], 'meta'))
