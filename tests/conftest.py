@@ -214,6 +214,19 @@ def stored(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         yield RedisProbe(client, valkey.url, packed=packed)
 
 
+@pytest.fixture(params=REDIS_KINDS)
+def empty_server(request: pytest.FixtureRequest) -> Valkey:
+    """An empty server: Valkey, and the Redis of this system."""
+    return _emptied(request, request.param)
+
+
+def _emptied(request: pytest.FixtureRequest, kind: str) -> Valkey:
+    server: Valkey = request.getfixturevalue(f"shared_{kind}")
+    with server.client() as client:
+        client.flushall()
+    return server
+
+
 @pytest.fixture(params=[*REDIS_KINDS, *(f"{kind}, packed" for kind in REDIS_KINDS), "postgres"])
 def probe(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Probe]:
     """An empty store of each kind, also of the Redis of this system, and in both layouts of a record."""
@@ -222,9 +235,8 @@ def probe(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         return
     kind, _, layout = request.param.partition(", ")
     monkeypatch.setenv(TEST_LAYOUT, layout or "hash")
-    server: Valkey = request.getfixturevalue(f"shared_{kind}")
+    server = _emptied(request, kind)
     with server.client() as client:
-        client.flushall()
         yield RedisProbe(client, server.url, packed=layout == "packed")
 
 

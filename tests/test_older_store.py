@@ -7,18 +7,8 @@ import pytest
 
 from oncegate.store.redis.store import RedisStore
 from oncegate.store.store import Store
-from tests.conftest import REDIS_KINDS, Valkey
 from tests.older.fixture import expected_outcomes, outcomes, stored_records
 from tests.older.records import KINDS, VERBS, Kind
-
-
-@pytest.fixture(params=REDIS_KINDS)
-def server(request: pytest.FixtureRequest) -> Valkey:
-    """An empty server: Valkey, and the Redis of this system."""
-    server: Valkey = request.getfixturevalue(f"shared_{request.param}")
-    with server.client() as client:
-        client.flushall()
-    return server
 
 
 def test_every_kind_and_every_verb_is_there() -> None:
@@ -39,7 +29,7 @@ def writes_hashes(_store: Store) -> None:
 
 @pytest.mark.parametrize("writes", [writes_hashes, packs])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-async def test_a_record_of_an_older_build(server, kind: Kind, writes) -> None:
-    with server.client() as client:
-        found = await outcomes(server.url, client, kind, writes)
+async def test_a_record_of_an_older_build(empty_server, kind: Kind, writes) -> None:
+    with empty_server.client() as client:
+        found = await outcomes(empty_server.url, client, kind, writes)
     assert found == expected_outcomes()[kind.name]

@@ -10,7 +10,7 @@ from oncegate.store.record_view import StoreError
 from oncegate.store.redis.store import RedisStore
 from oncegate.store.results import DropStatus
 from oncegate.store.store import Store
-from tests.conftest import REDIS_KINDS, Valkey
+from tests.conftest import Valkey
 from tests.older.fixture import name_of
 from tests.older.records import KINDS, Kind, claiming, facts, key_of, opened
 from tests.stores import claimed, connected, key
@@ -22,15 +22,6 @@ __all__ = ["often"]
 MADE = [kind for kind in KINDS if not kind.name.startswith(("lapsed", "expired", "tombstone", "in flight, the clock"))]
 # More than one page of a scan.
 MANY = 700
-
-
-@pytest.fixture(params=REDIS_KINDS)
-def server(request: pytest.FixtureRequest) -> Valkey:
-    """An empty server: Valkey, and the Redis of this system."""
-    server: Valkey = request.getfixturevalue(f"shared_{request.param}")
-    with server.client() as client:
-        client.flushall()
-    return server
 
 
 def packing(store: Store) -> RedisStore:
@@ -49,10 +40,10 @@ async def unpacked(store: Store, client: Redis, kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", MADE, ids=lambda kind: kind.name)
-async def test_an_unpacked_record_is_what_it_was(server: Valkey, kind: Kind) -> None:
+async def test_an_unpacked_record_is_what_it_was(empty_server: Valkey, kind: Kind) -> None:
     """It says the same to requests and operators, and lasts as long."""
-    with server.client() as client:
-        async with opened(server.url) as store:
+    with empty_server.client() as client:
+        async with opened(empty_server.url) as store:
             owner = await claiming(packing(store), kind)
             assert isinstance(owner, Claim)
             assert client.type(name_of(kind)) == b"string"
@@ -60,10 +51,10 @@ async def test_an_unpacked_record_is_what_it_was(server: Valkey, kind: Kind) -> 
             await unpacked(store, client, kind)
 
 
-async def test_a_tombstone_is_unpacked(server: Valkey) -> None:
+async def test_a_tombstone_is_unpacked(empty_server: Valkey) -> None:
     (kind,) = (kind for kind in KINDS if kind.name == "complete, with a tombstone")
-    with server.client() as client:
-        async with opened(server.url) as store:
+    with empty_server.client() as client:
+        async with opened(empty_server.url) as store:
             owner = await claiming(packing(store), kind)
             assert isinstance(owner, Claim)
             await kind.make(store, client, owner)
@@ -94,10 +85,10 @@ async def test_all_records_are_unpacked_and_older_versions_let_in(own_valkey: Va
         assert not store.layout.packed
 
 
-async def test_a_damaged_record_stays(server: Valkey) -> None:
+async def test_a_damaged_record_stays(empty_server: Valkey) -> None:
     """It is as damaged for an older version. The command ends all the same."""
-    with server.client() as client:
+    with empty_server.client() as client:
         client.set(name_of(KINDS[0]), b"\x04damaged")
-        async with opened(server.url) as store:
+        async with opened(empty_server.url) as store:
             assert await store.records.unpack() == 0
         assert client.get(name_of(KINDS[0])) == b"\x04damaged"
