@@ -96,6 +96,14 @@ async def test_a_credential_may_differ():
     assert await found(*heads) == 0
 
 
+async def test_what_authenticates_a_connection_is_not_known():
+    """Each head that the upstream gets is searched for it, but not a known one: neither alone nor by its shape."""
+    for scheme in (b"NTLM", b"negotiate", b"Kerberos", b"NEGO2", b"CredSSP"):
+        assert await found(*[raw(b"Authorization: %b abc" % scheme, key=b"k%d" % number) for number in range(4)]) == 0
+    values = (b"Bearer 1", b"Bearer 2", b"Bearer 3", b"NTLM 4", b"Basic NTLM", b"ntlm", b"NTLMv2")
+    assert await found(*[raw(b"Authorization: %b" % value) for value in values]) == 3
+
+
 def paid(number: int, *, customer: bytes = b"cus_N", version: bytes = b"v1", query: bytes = b"") -> bytes:
     line = b"POST /%b/customers/%b/pay%b HTTP/1.1" % (version, customer.replace(b"N", b"%d" % number), query)
     return raw(b"Trace: t%d" % number, key=b"k%d" % number, line=line)

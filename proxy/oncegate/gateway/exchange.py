@@ -210,7 +210,7 @@ class Exchange:
             blocks = self._deps.leases.while_ours(self._held, self._scope, body.blocks())
             connection.send_stream(request, blocks, chunked=False)
         else:
-            connection.send(request, body.data)
+            connection.send(request, body.data, may_bind=self._client.known is None)
 
     def _may_be_small(self, head: ResponseHead) -> bool:
         """Note a response's head; return whether its body may be small."""

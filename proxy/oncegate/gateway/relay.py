@@ -170,7 +170,7 @@ def _send(connection: Connection, request: Request, step: Relay) -> None:
     body = b"" if size == 0 else buffered_bytes(content) if size is not None else None
     head_only = head.method == "HEAD"
     if body is not None:
-        connection.send(forwarded, body, head_only=head_only)
+        connection.send(forwarded, body, head_only=head_only, may_bind=request.known is None)
     else:
         blocks = content.stream() if isinstance(content, Body) else stream(content, request.connection.minimum_rate)
         connection.send_stream(forwarded, blocks, chunked=size is None, head_only=head_only)

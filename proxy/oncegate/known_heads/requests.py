@@ -7,6 +7,7 @@ from typing import Any
 
 from oncegate.known_heads.recent import RecentHeads
 from oncegate.known_heads.shapes import MAX_SHAPED_BYTES, PLAIN, Gap, Shape, Shapes, joined
+from oncegate.messages.bound_authentication import BINDING_FORM
 from oncegate.messages.fields import HOP_BY_HOP, Fields, nominated
 from oncegate.messages.request_head import ACTED_ON, RequestHead
 from oncegate.settings.credentials import ACCOUNTS, CREDENTIALS
@@ -26,6 +27,9 @@ FIXED_PREFIXES = (b"access-control-", b"sec-", b"x-forwarded-", b"oncegate-")
 # A key that is its field's whole value as it is on the wire, and within the limit. Others go through the parser.
 _KEY = Gap(rb'(?:[!#-+\--\[\]-~]{1,255}+|"[!#-\[\]-~]{1,253}+")', at_once=True)
 _PLAIN_KEY = re.compile(_KEY.form)
+# Whatever authenticates the client's request, not its connection: see `HeadCache.store`.
+_AUTHORIZATION = Gap(rb"(?!%b)%b" % (BINDING_FORM, PLAIN.form))
+_binds_connection = re.compile(BINDING_FORM).match
 # In its canonical form: without a sign, and without zeros in front.
 _LENGTH = Gap(rb"(?:0|[1-9][0-9]{0,8}+)", at_once=True)
 
@@ -191,11 +195,13 @@ class HeadCache:
     def store(self, data: bytes, message: Any, head: RequestHead) -> KnownHead | None:
         """Remember the head of a request that passed every check, if it may come again; `data` is all of it.
 
-        None: it is not remembered, because its key is not plain, or because hardly any head repeats here.
+        None: it is not remembered, because its key is not plain, because it authenticates its connection (so that no
+        known head does), or because hardly any head repeats here.
         """
         keys = head.fields.get(self._key_field)
         is_plain = keys is None or (len(keys) == 1 and _PLAIN_KEY.fullmatch(keys[0]))
-        if not (self._heads.wants_more() and is_plain):
+        binds = any(map(_binds_connection, head.fields.get(b"authorization", ())))
+        if binds or not (self._heads.wants_more() and is_plain):
             return None
         end = data.find(b"\r\n\r\n") + 4
         if self._learns_shapes and _is_as_sent(data[:end], head):
@@ -225,6 +231,8 @@ class HeadCache:
             return _KEY
         if name == b"content-length":
             return _LENGTH
+        if name == b"authorization":
+            return _AUTHORIZATION
         # A name with _ may be read as another one, by whoever is behind.
         return None if name in self._fixed or b"_" in name or name.startswith(FIXED_PREFIXES) else PLAIN
 

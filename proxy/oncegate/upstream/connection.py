@@ -47,10 +47,13 @@ class Connection(ArrivingResponse, PoolEntry, asyncio.Protocol):
 
     # Sending the request ...
 
-    def send(self, head: bytes, body: bytes, head_only: bool = False) -> None:
-        """Send a whole request. From here on it counts as sent. `head_only`: the method is HEAD."""
+    def send(self, head: bytes, body: bytes, head_only: bool = False, may_bind: bool = True) -> None:
+        """Send a whole request. From here on it counts as sent. `head_only`: the method is HEAD.
+
+        `may_bind`: see OutgoingRequest.
+        """
         self.response.begin(head_only)
-        self._request.send(head, body)
+        self._request.send(head, body, may_bind)
 
     def send_stream(self, head: bytes, body: AsyncIterator[bytes], chunked: bool, head_only: bool = False) -> None:
         """Send a request whose body comes in blocks. Its response may begin before the body ends."""

@@ -34,9 +34,12 @@ class OutgoingRequest:
         # Done when the transport takes more bytes, or is lost.
         self._room: asyncio.Future[None] | None = None
 
-    def send(self, head: bytes, body: bytes) -> None:
-        """Write a whole request. A small one leaves in one write with those of other connections."""
-        if request_binds_connection(head):
+    def send(self, head: bytes, body: bytes, may_bind: bool = True) -> None:
+        """Write a whole request. A small one leaves in one write with those of other connections.
+
+        `may_bind`: its head may authenticate the connection. A head that is known never does.
+        """
+        if may_bind and request_binds_connection(head):
             self.binds_connection = True
         transport = self.transport
         if transport is not None and not transport.is_closing():
