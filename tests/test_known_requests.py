@@ -268,6 +268,16 @@ def learned(cache: HeadCache) -> KnownHead:
     return known
 
 
+def test_a_connection_that_began_before_the_first_head_finds_it_whatever_its_key():
+    """It needs no shape for that, which costs more."""
+    cache = HeadCache()
+    cache.reset(b"idempotency-key")
+    assert cache.store(raw(key=b"k1"), Message(), checked(raw(key=b"k1"))) is not None
+    known = cache.find(raw(key=b"k2"), b"")
+    assert known is not None
+    assert (known.values, known.known.has_shape) == ((b"k2",), False)
+
+
 def test_no_shape_outlives_a_reload():
     """Rules that are read anew may act on a field that was a gap: it is one no more."""
     cache = HeadCache()

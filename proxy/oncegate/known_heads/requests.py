@@ -145,8 +145,9 @@ class HeadCache:
     """The request heads that a worker remembers.
 
     Heads are stored in two parts, before and after the key, so that requests with other keys find them. `key_label` is
-    how the line with the key began in the newest head (`\\r\\nIdempotency-Key: `), empty where there was none: new
-    connections look for that. Where more than the key differs from head to head, their shape is learned.
+    how the line with the key began in the newest head (`\\r\\nIdempotency-Key: `), empty where there was none:
+    connections that had no such head look for that. Where more than the key differs from head to head, their shape is
+    learned.
     """
 
     def __init__(self, *, enabled: bool = True, max_line_bytes: int = MAX_SHAPED_BYTES) -> None:
@@ -167,7 +168,11 @@ class HeadCache:
         self._key_field, self._fixed, self.key_label = key_field, FIXED.union(set(acted_on) - WHOSE), b""
 
     def find(self, data: bytes, key_label: bytes) -> KnownRequest | None:
-        """Return the request that `data` is, no more and no less, if its head is known."""
+        """Return the request that `data` is, no more and no less, if its head is known.
+
+        `key_label`: how the connection writes the line with the key; empty where that is not known yet.
+        """
+        key_label = key_label or self.key_label
         found = self._shapes.find(data) if self._varies else None
         if found is None:
             end = data.find(b"\r\n\r\n") + 4
