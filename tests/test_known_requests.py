@@ -208,7 +208,7 @@ def requests(draw: st.DrawFn) -> list[Segment]:
 
 
 def test_heads_that_vary_are_read_as_without_the_table():
-    """The handler sees the same head, field by field, and the same body; the clients are told the same."""
+    """T26: the handler sees the same head, field by field, and the same body; the clients are told the same."""
     hits = 0
 
     @settings(max_examples=400, deadline=None, database=None, derandomize=True)

@@ -176,7 +176,7 @@ async def test_without_the_head_cache_every_byte_is_the_same(proxies, own_valkey
 
 @pytest.mark.timeout(120)
 async def test_heads_that_vary_are_treated_as_if_each_were_new(proxies, own_valkey, tmp_path: Path):
-    """What one client taught the proxy is in no request, answer or record of another, whatever the rules read."""
+    """T26: what one client taught the proxy is in no request, answer or record of another, whatever the rules read."""
     (tmp_path / "rules.toml").write_text(BY_FIELDS + RULES)
     with_cache = await run(proxies, own_valkey, varying(), "true")
     without = await run(proxies, own_valkey, varying(), "false")
