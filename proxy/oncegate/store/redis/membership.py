@@ -62,7 +62,7 @@ class WrittenLayout:
     Packed only while every server said so within LIVE_S: a proxy that was suspended may have missed a change.
     """
 
-    __slots__ = ("_agreed", "_clock", "_forced", "_log", "_servers", "packed_until")
+    __slots__ = ("_agreed", "_clock", "_forced", "_log", "_packed_until", "_servers")
 
     def __init__(self, log: Callable[..., None] = lambda *_, **__: None) -> None:
         self._clock, self._log = asyncio.get_running_loop().time, log
@@ -70,11 +70,11 @@ class WrittenLayout:
         # By hash tag: when the server was asked, and whether it said `packed`.
         self._servers: dict[bytes, tuple[float, bool]] = {}
         # The loop's time from which hashes are written, unless a server says `packed` again.
-        self.packed_until = float("-inf")
+        self._packed_until = float("-inf")
 
     @property
     def packed(self) -> bool:
-        return self._clock() < self.packed_until
+        return self._clock() < self._packed_until
 
     @property
     def is_packed_somewhere(self) -> bool:
@@ -82,7 +82,7 @@ class WrittenLayout:
 
     def force(self, packed: bool) -> None:
         """Write one layout whatever the proxies agree on."""
-        self._forced, self.packed_until = True, float("inf" if packed else "-inf")
+        self._forced, self._packed_until = True, float("inf" if packed else "-inf")
 
     def note(self, hash_tag: bytes, asked_at: float, packed: bool) -> None:
         """Note what one server said. A server that is asked no more does not count."""
@@ -93,7 +93,7 @@ class WrittenLayout:
         self._servers = {tag: said for tag, said in self._servers.items() if asked_at - said[0] < live_s}
         oldest, _ = min(self._servers.values())
         before, self._agreed = self._agreed, all(one for _, one in self._servers.values())
-        self.packed_until = oldest + live_s if self._agreed else float("-inf")
+        self._packed_until = oldest + live_s if self._agreed else float("-inf")
         if before != self._agreed:
             self._log("record layout", layout="packed" if self._agreed else "hash")
 
