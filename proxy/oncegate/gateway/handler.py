@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Final
 
 from oncegate.adaptation.json_rpc import call_name
 from oncegate.decision import Decision
@@ -40,6 +41,11 @@ from oncegate.store.leases import suspended_clock_s
 from oncegate.store.record import Claim, Corrupt, Record, StoredResponse
 from oncegate.store.results import ClaimsSuspended, Unconfirmed
 from oncegate.store.waiters import Woken
+
+# Bound once for the request path, as in `decision`.
+_REPLAY: Final = Decision.REPLAY
+_REPLAYED: Final = Outcome.REPLAYED
+_CANCELLED: Final = Outcome.CANCELLED
 
 
 class Gateway:
@@ -88,7 +94,7 @@ class Gateway:
             self._break_off(error, request, REFUSED)
         if beating is not None:
             beating.stop()
-        gone = request.response.client_gone or report.outcome is Outcome.CANCELLED
+        gone = request.response.client_gone or report.outcome is _CANCELLED
         self._observe(report, time.perf_counter() - began, gone)
 
     def _break_off(self, error: Exception, request: Request, fields: bytes) -> None:
@@ -235,7 +241,7 @@ class Gateway:
     async def _answer_duplicate(self, request: Request, keyed: KeyedRequest, taken: Taken) -> RequestReport:
         """Answer a request whose key is taken, by what the store has for it."""
         decision = decide_duplicate(taken, keyed.claim_request.fingerprint)
-        if decision is Decision.REPLAY and isinstance(taken, Record) and taken.response is not None:
+        if decision is _REPLAY and isinstance(taken, Record) and taken.response is not None:
             replayed = await self._replay(request, keyed, taken, taken.response)
             if isinstance(replayed, RequestReport):
                 return replayed
@@ -263,7 +269,7 @@ class Gateway:
             outcome = replay_small(request.response, replay)
         else:
             outcome = await replay_large(request.response, route.deps.store, replay)
-        if outcome is not Outcome.REPLAYED:
+        if outcome is not _REPLAYED:
             return keyed.report(request, outcome, stored.status) if request.response.started else outcome
         tokens = None if usage is None else usage.tokens()
         # Positions, not names: arguments by name cost 4,000 instructions more (Python 3.11, measured).

@@ -8,6 +8,7 @@ them, with the head already out, so that the connection was aborted.
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from oncegate.adaptation.content_codings import (
     PIECE_BYTES,
@@ -32,6 +33,8 @@ from oncegate.store.store import Store
 # A body is decoded if it has so many bytes at most, before and after. Any other is replayed as it was stored: a client
 # could make a worker inflate a gigabyte for every retry.
 MAX_CODED_BYTES, MAX_DECODED_BYTES = 1_048_576, 16_777_216
+# Bound once for the request path, as in `decision`.
+_REPLAYED: Final = Outcome.REPLAYED
 MARK = b"Idempotent-Replayed: true\r\nOncegate-Status: replayed\r\n"
 
 
@@ -94,7 +97,7 @@ def replay_small(response: ResponseWriter, replay: Replay) -> Outcome:
     # After the response has left.
     if replay.on_body is not None:
         replay.on_body(body)
-    return Outcome.REPLAYED
+    return _REPLAYED
 
 
 async def replay_decoded(response: ResponseWriter, store: Store, replay: Replay, coding: bytes) -> Outcome:
@@ -127,7 +130,7 @@ async def replay_decoded(response: ResponseWriter, store: Store, replay: Replay,
         response.end()
     if replay.on_body is not None:
         replay.on_body(body)
-    return Outcome.REPLAYED
+    return _REPLAYED
 
 
 async def _decoded_size(coding: bytes, body: bytes) -> int | None:
@@ -182,14 +185,14 @@ async def replay_large(response: ResponseWriter, store: Store, replay: Replay) -
         first += len(chunks)
         await response.wait_room()
     if response.client_gone:
-        return Outcome.REPLAYED
+        return _REPLAYED
     digest.update(stored.trailers)
     if sent != stored.size or digest.digest() != stored.digest:
         return _broken(response, Outcome.RECORD_CORRUPT)
     if adapted is not None and (rest := adapted.rest()):
         response.write(rest)
     response.end()
-    return Outcome.REPLAYED
+    return _REPLAYED
 
 
 def _begin(response: ResponseWriter, replay: Replay, adapted: Replayed | None) -> None:

@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Final
 
 from oncegate.decision import Decision
 from oncegate.downstream.body import Bodies
@@ -11,6 +12,8 @@ from oncegate.gateway.keyed_request import KeyedRequest
 from oncegate.store.record import Record
 from oncegate.store.waiters import Woken
 
+# Bound once for the request path, as in `decision`.
+_IN_FLIGHT: Final = Decision.IN_FLIGHT
 # After these the duplicate asks for the key once more.
 CLAIMS_AGAIN = (Woken.RECORD_CHANGED, Woken.MAY_CLAIM)
 
@@ -19,7 +22,7 @@ def may_wait(keyed: KeyedRequest, taken: Taken) -> bool:
     """Return whether a duplicate waits for the original whose record it found: only while that is running."""
     if not keyed.wait_s:
         return False
-    return decide_duplicate(taken, keyed.claim_request.fingerprint) is Decision.IN_FLIGHT
+    return decide_duplicate(taken, keyed.claim_request.fingerprint) is _IN_FLIGHT
 
 
 async def wait_for_original(request: Request, keyed: KeyedRequest, bodies: Bodies, deadline_s: float) -> Woken:

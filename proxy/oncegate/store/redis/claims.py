@@ -10,7 +10,7 @@ key after the caller was told otherwise, though a try whose reply was lost may r
 import asyncio
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 from oncegate.decision import State, effective_state, may_take_over
 from oncegate.store.breaker import Breaker
@@ -40,6 +40,8 @@ from oncegate.store.store import Background
 MIN_PAUSE_S, MAX_PAUSE_S = 0.01, 0.5
 # The share of the timeout for reading what is known of a key that could not be claimed.
 READ_SHARE = 0.5
+# Bound once for the request path, as in `decision`.
+_COMPLETE: Final = State.COMPLETE
 
 Release = Callable[[Claim, float], Coroutine[Any, Any, SettleResult]]
 
@@ -107,7 +109,7 @@ class Claims:
                     self._relieve(servers.breaker_of(claim.key))
                 if isinstance(result, Record) and result.token != expected:
                     # Most records are complete and stay so. Only the others may be open to this claim.
-                    uncertain = result.state is not State.COMPLETE or window_ms > 0 or self._withdrawn_tokens
+                    uncertain = result.state is not _COMPLETE or window_ms > 0 or self._withdrawn_tokens
                     if uncertain and await self._may_take_over(result, claim, window_ms):
                         expected, left_s = result.token, deadline - loop.time()
                         tail = arguments.claim_tail(packed, window_ms, expected)

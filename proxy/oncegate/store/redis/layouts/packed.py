@@ -21,6 +21,7 @@ the fixed part, have the length of all. A number that this version does not know
 import struct
 from dataclasses import replace
 from hashlib import blake2b
+from typing import Final
 
 from oncegate.decision import CANCELLED, HOLD, RETRY, State
 from oncegate.store.record import (
@@ -55,6 +56,8 @@ _SIZE = struct.Struct(">H")
 _CHECK_BYTES, _UNTIL_BYTES, _LARGEST_FIELDS = 8, 13, 0xFFFF
 _NO_FIELDS = _SIZE.pack(0)
 
+# Bound once for the request path, as in `decision`.
+_IS_COMPLETE: Final = State.COMPLETE
 _MODES = {HOLD: b"h", RETRY: b"r", CANCELLED: b"c"}
 _MODE_OF = {letter: mode for mode, letter in _MODES.items()}
 _STATES = {b"i": State.IN_FLIGHT.value.encode(), b"u": State.UNKNOWN.value.encode()}
@@ -215,7 +218,7 @@ def _unpack_complete(key: bytes, value: bytes) -> tuple[int, bytes, int, Record]
         flags & BODY_STORED != 0, flags & CLOSE_DELIMITED != 0, flags & STATED_LENGTH != 0,
         created_ms + lasted_ms, took_ms, age_s, request_id, trailers,
     )  # fmt: skip
-    return fence, tenant, until_ms, Record(State.COMPLETE, token, fingerprint, created_ms, 0, 0, response, body)
+    return fence, tenant, until_ms, Record(_IS_COMPLETE, token, fingerprint, created_ms, 0, 0, response, body)
 
 
 def _complete_fields(key: bytes, fence: int, tenant: bytes, until_ms: int, record: Record) -> dict[str, bytes]:
