@@ -39,6 +39,8 @@ local self, fingerprint = terms:sub(14, 45), terms:sub(46, 61)
 local fence
 -- The caller has decided that the record is open, after checking it as a whole. It is decided here again, as of now.
 if value then
+  -- A packed claim has from byte 2 on its token, 18 fence, 34 created, 47 leased, 60 length of the lease, 70 stage, 71 state,
+  -- 72 mode, 73 self, 105 fingerprint (see store/redis/layouts/packed.py).
   local version, owner, state = value:byte(), value:sub(2, 17), value:sub(71, 71)
   local open = false
   if version == 4 then
