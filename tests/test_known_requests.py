@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from oncegate.known_heads import shapes
 from oncegate.known_heads.requests import FIXED, FIXED_PREFIXES, WHOSE, HeadCache, KnownHead, WatchedFields
 from oncegate.known_heads.shapes import MAX_TRIED, Shape
 from oncegate.messages.fields import HOP_BY_HOP
@@ -94,6 +95,15 @@ async def test_a_credential_may_differ():
     assert await found(*heads) == 6
     heads = [raw(b"Cookie: id=%d" % number, b"Trace: %d" % number) for number in range(8)]
     assert await found(*heads) == 0
+
+
+async def test_no_credential_is_that_of_another_request_while_no_shape_may_be_compiled(monkeypatch):
+    """Whoever uses up the ration makes no head stand for another one."""
+    monkeypatch.setattr(shapes, "COMPILED_AT_ONCE", 1)
+    mine, other = (
+        [raw(b"Authorization: Bearer " + who, b"Trace: %d" % number) for number in range(4)] for who in (b"a", b"b")
+    )
+    assert await found(*mine[:2], *other, *mine[2:]) == 2
 
 
 async def test_what_authenticates_a_connection_is_not_known():

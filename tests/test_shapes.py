@@ -173,6 +173,17 @@ def test_compiling_is_rationed(monkeypatch):
     assert not any(b"Authorization" in pattern for pattern in compiled)
 
 
+def test_a_head_is_not_taken_for_one_of_a_shape_that_could_not_be_compiled(monkeypatch):
+    """While nothing may be compiled, a shape is not given to a head with another value where it has a fixed one."""
+    monkeypatch.setattr(shapes, "COMPILED_AT_ONCE", 1)
+    table = taught(one(b"1"), one(b"2"))
+    assert table.learned == 1
+    for number in range(3):
+        assert table.take(one(b"%d" % number, agent=b"b")) is None
+    assert table.learned == 1
+    assert table.take(one(b"3"))[:2] == (1, (b"3",))
+
+
 VALUES = st.sampled_from(
     [b"1", b"2", b"a b", b"x" * 70, b"", b" 1", b"\xc3\xa9", b"1\t2", b"1: 2", b'{"a":1}', b"0", b"17"]
 )

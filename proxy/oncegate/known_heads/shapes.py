@@ -90,9 +90,9 @@ class _Span(NamedTuple):
 
 @dataclass(slots=True)
 class _Skeleton:
-    """What was seen of heads that differ at most in values that may differ: the newest of these, in order.
+    """What was seen of heads that differ at most in values that may differ: such values, in order.
 
-    `varied`: the places of those that differed. `line`: where the shape is found.
+    `varied`: the places of those that differed. At all others, `shape` has these values. `line`: where it is found.
     """
 
     values: list[bytes]
@@ -160,13 +160,14 @@ class Shapes(Generic[Known]):
         values = [head[start:end] for start, end, _, _ in spans]
         digest = blake2b(_OPEN.join(_around(head, spans)), digest_size=16).digest()
         seen = self._skeletons.pop(digest, None) or _Skeleton(values)
-        differing = {at for at, value in enumerate(values) if value != seen.values[at]}
-        seen.values = values
         self._remember(digest, seen)
+        differing = {at for at, value in enumerate(values) if value != seen.values[at]}
         if differing <= seen.varied:
             return seen.shape  # others with its first line took its place, else it would have matched
         if not self._may_compile():
+            # The values stay those of the shape, if there is one: it has them where nothing varies, and not these.
             return None
+        seen.values = values
         seen.varied |= differing
         self._drop(seen)
         spans = [span for at, span in enumerate(spans) if at in seen.varied or span.gap.at_once]
