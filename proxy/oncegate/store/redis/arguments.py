@@ -58,8 +58,8 @@ def claim_tail(packed: bool, window_ms: int, expected_token: bytes) -> bytes:
     return b"\r\n" + resp(LAYOUT[packed], window_ms, expected_token)
 
 
-# The tail of a first try for a key that is not derived, in either layout.
-PLAIN_TAIL, PACKED_TAIL = claim_tail(False, 0, b""), claim_tail(True, 0, b"")
+# The tail of a first try for a key that is not derived, by whether its record is packed.
+FIRST_TAIL = {packed: claim_tail(packed, 0, b"") for packed in (False, True)}
 
 
 def unowned_claim(key: bytes, lease_ms: int) -> Claim:
@@ -80,7 +80,7 @@ def unowned_claim(key: bytes, lease_ms: int) -> Claim:
 
 def peek(unowned: Claim, packed: bool) -> bytes:
     """Return the arguments of a `claim` whose deadline has passed: it reads the record and changes nothing."""
-    return claim_head(unowned) + b"$1\r\n0" + (PACKED_TAIL if packed else PLAIN_TAIL)
+    return claim_head(unowned) + b"$1\r\n0" + FIRST_TAIL[packed]
 
 
 def put(claim: Claim, response: StoredResponse, body: bytes) -> bytes | None:
@@ -149,7 +149,7 @@ def probe_claim(key: bytes) -> Claim:
 
 def claim_and_free(scripts: dict[str, Script], claim: Claim) -> list[Question]:
     """Return what claims a probe's key and frees it again, also where the claim failed half-way."""
-    head = claim_head(claim) + NO_DEADLINE + PLAIN_TAIL
+    head = claim_head(claim) + NO_DEADLINE + FIRST_TAIL[False]
     return [
         _call(scripts, "claim", claim, CLAIM_COUNT, head),
         _call(scripts, "settle", claim, RELEASE_COUNT, release(claim)),
@@ -177,7 +177,7 @@ def execute_packed(scripts: dict[str, Script], claim: Claim) -> list[Question]:
     """
     claim = replace(claim, unknown_retention_ms=PACKED_PROBE_RETENTION_MS)
     brief = replace(claim, retention_ms=1)
-    claims = _call(scripts, "claim", claim, CLAIM_COUNT, claim_head(claim) + NO_DEADLINE + PACKED_TAIL)
+    claims = _call(scripts, "claim", claim, CLAIM_COUNT, claim_head(claim) + NO_DEADLINE + FIRST_TAIL[True])
     frees = _call(scripts, "settle", claim, RELEASE_COUNT, release(claim, packed=True))
     return [
         claims,

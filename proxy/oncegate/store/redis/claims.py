@@ -88,15 +88,12 @@ class Claims:
 
         `window_ms`: see ClaimRequest. `reclaims`: the key is this claim's already, so it is not freed after a failure.
         """
-        loop, servers = self._loop, self._servers
-        left_s = self._timeout_s
+        loop, servers, left_s = self._loop, self._servers, self._timeout_s
         deadline, pause_s = loop.time() + left_s, MIN_PAUSE_S
         call = ScriptCall(self._script, store_key(claim.key), arguments.CLAIM_COUNT, deadline)
         head = arguments.claim_head(claim)
         packed = self._layout.packed
-        tail = arguments.PACKED_TAIL if packed else arguments.PLAIN_TAIL
-        if window_ms:
-            tail = arguments.claim_tail(packed, window_ms, b"")
+        tail = arguments.claim_tail(packed, window_ms, b"") if window_ms else arguments.FIRST_TAIL[packed]
         expected, is_under_replicated, maybe_executed = b"", False, False
         try:
             while True:

@@ -274,11 +274,11 @@ class Node:
         # By body in a second try, for a server that does not know the script.
         for by_body in (False, True):
             call = ScriptCall(self._claim, name, arguments.CLAIM_COUNT, deadline, by_body)
-            reply = await self.claim(call, arguments.claim_head(probe), arguments.PLAIN_TAIL, timeout_s, probe=True)
+            tail = arguments.FIRST_TAIL[False]
+            reply = await self.claim(call, arguments.claim_head(probe), tail, timeout_s, probe=True)
             if isinstance(reply, list):
-                args = arguments.release(probe)
                 settle = self._config.scripts["settle"]
-                await self.run(ScriptCall(settle, name, arguments.RELEASE_COUNT, deadline), args)
+                await self.run(ScriptCall(settle, name, arguments.RELEASE_COUNT, deadline), arguments.release(probe))
                 return True
         return is_out_of_memory(reply)
 
