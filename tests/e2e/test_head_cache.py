@@ -38,7 +38,7 @@ def asked() -> list[bytes]:
     """Return requests of which each head comes three times, and one key of each twice."""
     numbers = itertools.count()
     requests = []
-    for path, form, extra in itertools.product(PATHS, FORMS, EXTRA):
+    for path, form, extra in itertools.product((*PATHS, "/100%25/%b%d%s?a=%%"), FORMS, EXTRA):
         for _ in range(3):
             raw = request("POST", path, form.format(f"key-{next(numbers)}"), b"abc", *extra)
             requests.append(raw)

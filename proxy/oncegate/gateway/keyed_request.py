@@ -7,11 +7,10 @@ from typing import NamedTuple
 from oncegate.adaptation.json_rpc import Caller
 from oncegate.downstream.body import Body
 from oncegate.downstream.request import Request
-from oncegate.gateway.routes import GAP, ForwardedPieces, Route
+from oncegate.gateway.routes import GAP, Route
 from oncegate.keys.digests import Digests, Scope, finish_key
 from oncegate.keys.syntax import parse_key
 from oncegate.known_heads.requests import KnownHead
-from oncegate.known_heads.shapes import joined
 from oncegate.messages.fields import Fields
 from oncegate.messages.request_head import ForwardedInfo, RequestHead, uncoded
 from oncegate.observe.outcome import Outcome, RequestReport
@@ -72,7 +71,7 @@ class HeadPlan:
     `begun`: with it a repeated head costs two digests. `head` is the head with GAP in its gaps, of which `key_at` is
     the key's, and `length_at` that of Content-Length. `tenant_at`: the gaps that say whose a request is, with the names
     of their fields; `tenant_fields`: what else says so. `parts`: what enters the fingerprint beside the body.
-    `ready`: the head as it goes to the upstream.
+    `templates`: the open head for the upstream, by whether the client is trusted and its scheme.
     """
 
     route: Route
@@ -85,7 +84,7 @@ class HeadPlan:
     tenant_at: tuple[tuple[int, bytes], ...]
     tenant_fields: Fields
     parts: tuple[bytes, ...]
-    ready: ForwardedPieces = field(default_factory=dict)
+    templates: dict[tuple[bool, bytes], bytes] = field(default_factory=dict)
 
     def begin(self, request: Request, digests: Digests) -> Begun | None:
         """Return whose a request is and what it asks for, by its own values; None where nothing can be said."""
@@ -114,11 +113,18 @@ class HeadPlan:
 
     def open_head(self, values: tuple[bytes, ...], client: ForwardedInfo, body_bytes: int) -> bytes:
         """Return the open head for the upstream, with these values in its gaps."""
-        pieces = self.route.forwarded_pieces(self.head, client, -1, self.ready)
+        template, at = self.templates.get((client.trusted, client.scheme)) or self._template(client), self.length_at
         # What this proxy says of the client comes behind what the client says, and Content-Length last.
-        at = self.length_at
-        values = (*values[:at], *values[at + 1 :], client.client) if at >= 0 else (*values, client.client)
-        return joined(pieces, values)[:-2] + b"Content-Length: %d\r\n" % body_bytes
+        if at >= 0:
+            values = (*values[:at], *values[at + 1 :])
+        return template % (*values, client.client, body_bytes)
+
+    def _template(self, client: ForwardedInfo) -> bytes:
+        """Return the open head with %b in its gaps. So formatted it costs less than joined (measured)."""
+        pieces = self.route.forwarded_pieces(self.head, client, -1, {})
+        text = b"%b".join([piece.replace(b"%", b"%%") for piece in pieces])[:-2] + b"Content-Length: %d\r\n"
+        self.templates[client.trusted, client.scheme] = text
+        return text
 
 
 def plan_head(
