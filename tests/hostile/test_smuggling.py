@@ -390,6 +390,19 @@ async def test_a_body_that_turns_out_broken_ends_its_request_at_once(standing, b
     assert "Traceback" not in log
 
 
+async def test_a_request_that_is_answered_here_is_not_remembered_as_the_one_behind_it(standing, behind):
+    """T1: Max-Forwards: 0 is not for the upstream. What came behind it in one segment is no body of a later one."""
+    here = message(b"OPTIONS /here HTTP/1.1", HOST, b"Max-Forwards: 0")
+    other = message(b"GET /other HTTP/1.1", HOST, b"X: " + b"x" * 200)
+    begun = message(b"OPTIONS /x HTTP/1.1", HOST, b"Content-Length: %d" % len(other))
+    body = b"y" * len(other)
+    at = len(other) - len(begun)
+    await converse(standing.port, here + begun + body[:at], body[at:], pause_s=0.05)
+    answers = await converse(standing.port, here + other)
+    assert [answer.status for answer in answers] == [200, 200]
+    assert behind.received[-1].head.startswith(b"GET /other ")
+
+
 # Streams that nobody thought of ...
 
 SEEDS = (

@@ -212,6 +212,8 @@ class ClientConnection(RequestReader):
                     await self.owner.handler(request)
                 finally:
                     self._request = None
+                    # Of a request that was not to be remembered: another one behind it must not be taken for it.
+                    self._whole_segment = b""
                 response = request.response
                 if response.closes or self.writing_paused:
                     await self._finish(response)
