@@ -20,7 +20,8 @@ CLAIMS_AGAIN = (Woken.RECORD_CHANGED, Woken.MAY_CLAIM)
 
 def may_wait(keyed: KeyedRequest, taken: Taken) -> bool:
     """Return whether a duplicate waits for the original whose record it found: only while that is running."""
-    if not keyed.wait_s:
+    # Most records have their response by then.
+    if not keyed.wait_s or (isinstance(taken, Record) and taken.response is not None):
         return False
     return decide_duplicate(taken, keyed.claim_request.fingerprint) is _IN_FLIGHT
 
