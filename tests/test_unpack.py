@@ -13,6 +13,7 @@ from oncegate.store.store import Store
 from tests.conftest import Valkey
 from tests.older.fixture import name_of
 from tests.older.records import KINDS, Kind, claiming, facts, key_of, opened
+from tests.postgres_database import Database
 from tests.stores import claimed, connected, key
 from tests.test_written_layout import LIVE_S, Older, becomes, often, proxy
 
@@ -92,3 +93,9 @@ async def test_a_damaged_record_stays(empty_server: Valkey) -> None:
         async with opened(empty_server.url) as store:
             assert await store.records.unpack() == 0
         assert client.get(name_of(KINDS[0])) == b"\x04damaged"
+
+
+async def test_rows_have_nothing_to_unpack(database: Database) -> None:
+    async with connected(database.url) as store:
+        with pytest.raises(StoreError, match="nothing to unpack"):
+            await store.records.unpack()

@@ -218,7 +218,7 @@ class Records(Protocol):
     async def unpack(self) -> int:
         """Write packed records so that older versions read them, let these in again, and return how many there were.
 
-        Raises StoreError while a proxy still packs records.
+        Raises StoreError while a proxy still packs records, and where a store has one layout alone.
         """
 
     async def begin_quarantine(self, lasts_ms: int) -> None:

@@ -143,8 +143,7 @@ class PostgresRecords:
         return [row["settings"].decode() for row in await fetch(self._servers, Level.OFF, _IDENTITIES)]
 
     async def unpack(self) -> int:
-        # Rows have one layout; migrations change it.
-        return 0
+        raise StoreError("records in PostgreSQL have one layout: there is nothing to unpack")
 
     async def begin_quarantine(self, lasts_ms: int) -> None:
         await fetch(self._servers, Level.CLAIM, _QUARANTINE, lasts_ms)
