@@ -166,7 +166,8 @@ async def test_an_answer_that_could_not_be_stored(proxies, upstream, own_store, 
         tap.send(CHUNKED, chunk(ONE))
         await until(lambda: own_store.has_body())
     own_store.pause()
-    tap.end(*([chunk(TWO), LAST_CHUNK] if streamed else [OK]))
+    # What is less than a batch goes with the settle.
+    tap.end(*([chunk(TWO[:1000]), LAST_CHUNK] if streamed else [OK]))
     answer = await asyncio.wait_for(read_answer(client.reader), 20)
     client.close()
     own_store.resume()
