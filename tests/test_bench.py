@@ -18,6 +18,7 @@ import asyncpg
 import pytest
 
 from loadtest.bench import chunks, contenders, keys, postgres, redis_rows, tools, wrk
+from loadtest.bench.__main__ import parser
 from loadtest.bench.against import package_of
 from loadtest.bench.chunks import Cost
 from loadtest.bench.goals import GOALS, goals
@@ -128,6 +129,13 @@ def test_a_commit_that_is_not_there():
     """A commit that git does not know ends the bench before anything is measured."""
     with pytest.raises(SystemExit, match="no such commit: 0123abc"):
         package_of("0123abc")
+
+
+@pytest.mark.parametrize("given", ["--only=replay,redis", "--contenders=oncegate,apache"])
+def test_what_is_not_measured_is_refused(given, capsys):
+    with pytest.raises(SystemExit):
+        parser().parse_args([given])
+    assert f"there is no {given.rpartition(',')[2]}" in capsys.readouterr().err
 
 
 def test_goals_of_durable_stores():

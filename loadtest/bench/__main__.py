@@ -7,7 +7,7 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 from loadtest.bench import contenders, extras, tools
@@ -28,9 +28,13 @@ QUICK += ["chunks", "live-streams", "redis-cpu", "record"]
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m loadtest.bench", description="oncegate against its peers.")
     top.add_argument("--quick", action="store_true", help="one short round of what has goals, at 32 connections")
-    top.add_argument("--only", type=_words, help=f"some of {','.join((*SCENARIOS, *extras.EXTRAS))}")
+    top.add_argument(
+        "--only", type=_some_of([*SCENARIOS, *extras.EXTRAS]), help=f"some of {','.join((*SCENARIOS, *extras.EXTRAS))}"
+    )
     top.add_argument("--against", metavar="COMMIT", help="a commit that is built and takes part, without rests")
-    top.add_argument("--contenders", type=_words, help=f"some of {','.join(contenders.CONTENDERS)}")
+    top.add_argument(
+        "--contenders", type=_some_of(contenders.CONTENDERS), help=f"some of {','.join(contenders.CONTENDERS)}"
+    )
     top.add_argument("--connections", type=_words, help="default: each scenario's own; 32 if quick")
     top.add_argument("--rounds", type=int, help="default 5; 1 if quick")
     top.add_argument("--seconds", type=int, default=1, help="for each measurement; default 1")
@@ -40,6 +44,18 @@ def parser() -> argparse.ArgumentParser:
 
 def _words(text: str) -> list[str]:
     return text.split(",")
+
+
+def _some_of(known: Collection[str]) -> Callable[[str], list[str]]:
+    """Return the reading of an argument that names some of `known`."""
+
+    def read(text: str) -> list[str]:
+        words = _words(text)
+        if unknown := [word for word in words if word not in known]:
+            raise argparse.ArgumentTypeError(f"there is no {', '.join(unknown)}")
+        return words
+
+    return read
 
 
 def main() -> int:
