@@ -153,9 +153,15 @@ async def test_a_store_that_comes_back_empty(proxies, upstream, own_valkey, stre
 
 
 @pytest.mark.fault(50)
-@pytest.mark.parametrize("streamed", [False, True], ids=["small", "streamed"])
-async def test_an_answer_that_could_not_be_stored(proxies, upstream, own_store, streamed):
+@pytest.mark.parametrize(
+    ("last", "outcome"),
+    # What is less than a batch goes with the settle, a whole one before it.
+    [(b"", "answer_not_stored"), (TWO[:1000], "answer_not_stored"), (TWO, "truncated")],
+    ids=["small", "streamed", "streamed, a whole batch at the end"],
+)
+async def test_an_answer_that_could_not_be_stored(proxies, upstream, own_store, last, outcome):
     """After SETTLE_TIMEOUT_S without the store: 502 or an abort, no clean end; and never a second execution."""
+    streamed = bool(last)
     tap = Tap()
     upstream.script = tap.script
     proxy = proxies(upstream, own_store.url, LEASE_MS=300, SETTLE_TIMEOUT_S=1)
@@ -166,8 +172,7 @@ async def test_an_answer_that_could_not_be_stored(proxies, upstream, own_store, 
         tap.send(CHUNKED, chunk(ONE))
         await until(lambda: own_store.has_body())
     own_store.pause()
-    # What is less than a batch goes with the settle.
-    tap.end(*([chunk(TWO[:1000]), LAST_CHUNK] if streamed else [OK]))
+    tap.end(*([chunk(last), LAST_CHUNK] if streamed else [OK]))
     answer = await asyncio.wait_for(read_answer(client.reader), 20)
     client.close()
     own_store.resume()
@@ -179,7 +184,7 @@ async def test_an_answer_that_could_not_be_stored(proxies, upstream, own_store, 
         assert (answer.problem["retryable"], answer.problem["reuse_key"]) == (True, True)
         assert answer.header("x-should-retry") == b"true"
         await until(lambda: [line["status"] for line in proxy.events("request")] == [502])
-    assert proxy.metric('requests_total{outcome="answer_not_stored"}') == 1
+    assert proxy.metric(f'requests_total{{outcome="{outcome}"}}') == 1
     assert proxy.metric('settled_total{settlement="unconfirmed"}') == 1
     await until(lambda: proxy.admin("/readyz")[0] == 200)
     tries = 0
