@@ -415,7 +415,7 @@ async def test_a_release_is_confirmed_as_a_claim_is(schema, store):
     # No standby confirms anything there.
     async with connected(schema.url, **options) as owner:
         assert (await owner.release(released, 0.1)).status is SettleStatus.UNCONFIRMED
-        assert (await owner.store(stored, answer(BODY), BODY, 0.1)).status is SettleStatus.STORED
+        assert (await owner.store(stored, answer(BODY), BODY, PATIENCE_S)).status is SettleStatus.STORED
 
 
 @pytest.mark.parametrize("ends", ["unknown", "bare"])

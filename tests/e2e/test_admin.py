@@ -17,7 +17,7 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from oncegate.observe import admin
+from oncegate.admin import app as admin
 from oncegate.settings.addresses import Address
 from tests.parts import OK, Proxy, RawClient, RawUpstream, answering, ask, holding, lazy, request, until
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from oncegate import __version__
-from oncegate.commands import explain, init
+from oncegate.commands import init
 from oncegate.commands.listener_warnings import listener_warnings
+from oncegate.operating import explain
 from oncegate.rules.loading import load_rules
 from oncegate.rules.model import Rules
 from oncegate.rules.receivers import receiver_warnings

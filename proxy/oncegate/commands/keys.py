@@ -18,9 +18,9 @@ from typing import Any
 
 from oncegate.commands.find_record import find_record, find_tenant
 from oncegate.commands.operator_response import operator_response
-from oncegate.commands.record_facts import facts_of, line_of
 from oncegate.commands.store_command import TIMEOUT_MS, CommandError, KeysExit, opened_store, operator_name
 from oncegate.messages.response_head import response_digest
+from oncegate.operating.record_facts import facts_of, line_of
 from oncegate.rules.resolution import tombstone_ms
 from oncegate.settings.settings import Settings
 from oncegate.store.record import ViewState, pack

@@ -1,1 +1,1 @@
-"""What an operator sees: metrics, logs and the admin listener."""
+"""What an operator sees: metrics and logs."""

@@ -11,7 +11,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from oncegate import __version__
-from oncegate.observe.admin import serve_admin
+from oncegate.admin.app import serve_admin
 from oncegate.observe.metrics import MERGED, Metrics
 from oncegate.server.owners import Owners
 from oncegate.server.signals import ExitCode, StopEvents, stop_events

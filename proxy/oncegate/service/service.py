@@ -9,9 +9,9 @@ from aiohttp import web
 from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
 
 from oncegate import __version__
+from oncegate.admin.app import both_families, serve_admin
 from oncegate.downstream.listener import set_options
 from oncegate.keys.digests import key_id
-from oncegate.observe.admin import both_families, serve_admin
 from oncegate.observe.labels import StoreLoss
 from oncegate.observe.logs import AccessLog
 from oncegate.observe.metrics import Metrics

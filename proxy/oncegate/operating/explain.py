@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from oncegate.adaptation.cookies import REPLAYED_MS
 from oncegate.adaptation.error_pages import wants_page
 from oncegate.adaptation.json_rpc import Caller
-from oncegate.commands.explain_pages import page_right, preflight_result
 from oncegate.decision import RETRY, Disposition
 from oncegate.keys.automatic import is_automatic
 from oncegate.keys.digests import Digests, Scope, UnstableScope, key_id
@@ -20,6 +19,7 @@ from oncegate.keys.key_names import has_key_name
 from oncegate.keys.syntax import BadKey
 from oncegate.messages.admission import Admission, Refused
 from oncegate.messages.request_head import RequestHead, preferred_wait_s, renamed
+from oncegate.operating.explain_pages import page_right, preflight_result
 from oncegate.rules.body_conditions import read_document
 from oncegate.rules.identity import (
     Identity,
