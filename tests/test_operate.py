@@ -1,53 +1,41 @@
 """The response that an operator gives for an unknown key, and the errors for one that makes no sense."""
 
-import argparse
-
 import pytest
 
-from oncegate.commands.cli import main, parser
-from oncegate.commands.operator_response import operator_response
-from oncegate.commands.store_command import CommandError, KeysExit
+from oncegate.commands.cli import main
+from oncegate.operating.errors import OperatorError
+from oncegate.operating.operator_response import operator_response
 from oncegate.store.record_name import parse_record_id, record_id, store_key
 
 
-def options(*words: str) -> argparse.Namespace:
-    return parser().parse_args(["keys", "resolve", "key", *words])
-
-
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("status", "headers", "body", "said"),
     [
-        (["--status", "99"], "status 99"),
-        (["--status", "204", "--body-file", "body"], "has no body"),
-        (["--status", "200", "--body-file", "none"], "No such file"),
-        (["--status", "200", "--body-file", "large"], "at most 262144 bytes"),
-        (["--status", "200", "-H", "no colon"], "not of the form"),
-        (["--status", "200", "-H", "Bad Name: x"], "not of the form"),
-        (["--status", "200", "-H", ": x"], "not of the form"),
-        (["--status", "200", "-H", "X: a\r\nY: b"], "control character"),
-        (["--status", "200", "-H", "Content-Length: 5"], "framing"),
-        (["--status", "200", "-H", "Transfer-Encoding: chunked"], "framing"),
+        (99, [], b"", "status 99"),
+        (204, [], b"x", "has no body"),
+        (200, [], bytes(262_145), "at most 262144 bytes"),
+        (200, ["no colon"], b"", "not of the form"),
+        (200, ["Bad Name: x"], b"", "not of the form"),
+        (200, [": x"], b"", "not of the form"),
+        (200, ["X: a\r\nY: b"], b"", "control character"),
+        (200, ["Content-Length: 5"], b"", "framing"),
+        (200, ["Transfer-Encoding: chunked"], b"", "framing"),
     ],
 )
-def test_an_answer_that_cannot_be_given(tmp_path, monkeypatch, words, said):
+def test_an_answer_that_cannot_be_given(status, headers, body, said):
     """A response that makes no sense is refused before the store is read."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "body").write_bytes(b"x")
-    (tmp_path / "large").write_bytes(bytes(262_145))
-    with pytest.raises(CommandError, match=said) as refused:
-        operator_response(options(*words))
-    assert refused.value.code == KeysExit.USAGE_ERROR
+    with pytest.raises(OperatorError, match=said) as refused:
+        operator_response(status, headers, body)
+    assert refused.value.is_usage
 
 
-def test_an_answer_by_hand(tmp_path):
+def test_an_answer_by_hand():
     """The response has its status, its fields in their order, and its body, without the fields that no replay has."""
-    (tmp_path / "body").write_bytes(b"abc")
-    words = ["-H", "X-One: 1", "-H", "Set-Cookie: a=b", "-H", "X-Two:2"]
-    answer, body = operator_response(options("--status", "201", "--body-file", str(tmp_path / "body"), *words))
+    answer, body = operator_response(201, ["X-One: 1", "Set-Cookie: a=b", "X-Two:2"], b"abc")
     assert (answer.status, answer.reason, body) == (201, b"Created", b"abc")
     assert answer.block == b"X-One: 1\r\nX-Two: 2\r\n"
     assert (answer.chunks, answer.size, answer.body_stored) == (1, 3, True)
-    empty, body = operator_response(options("--status", "204"))
+    empty, body = operator_response(204, [], b"")
     assert (empty.chunks, empty.size, empty.stated_length, body) == (0, 0, True, b"")
 
 

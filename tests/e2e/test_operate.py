@@ -130,6 +130,8 @@ async def test_an_unknown_key_gets_its_answer(gate, upstream, desk, tmp_path):
     assert len(upstream.received) == 21
     told = await desk("resolve", CANARY, "--status", "200", code=1)
     assert "complete" in told.stderr
+    told = await desk("resolve", CANARY, "--status", "200", "--body-file", "none", code=2)
+    assert told.stderr == "none: No such file or directory\n"
 
 
 async def test_an_unknown_key_is_released(gate, upstream, desk):

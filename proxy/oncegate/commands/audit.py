@@ -14,8 +14,10 @@ from typing import Any
 
 import asyncpg
 
-from oncegate.commands.find_record import find_key
-from oncegate.commands.store_command import CommandError, opened_store
+from oncegate.commands.store_command import exit_code, record_name
+from oncegate.operating.errors import OperatorError
+from oncegate.operating.find_record import find_key
+from oncegate.operating.opened_store import opened_store
 from oncegate.settings.postgres_url import is_postgres
 from oncegate.settings.settings import Settings
 from oncegate.store.opening import postgres_options
@@ -46,9 +48,9 @@ def run(settings: Settings, options: argparse.Namespace) -> int:
         return AuditExit.USAGE_ERROR
     try:
         return asyncio.run(_run(settings, url, options))
-    except CommandError as error:
+    except OperatorError as error:
         print(error, file=sys.stderr)
-        return error.code
+        return exit_code(error)
     except (MigrationError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         print(f"the store: {error}", file=sys.stderr)
         return AuditExit.FAILED
@@ -58,7 +60,7 @@ async def _run(settings: Settings, url: str, options: argparse.Namespace) -> Aud
     connection = await connect(Target(url, settings.store_schema, any_server=options.audit_command != "show"))
     try:
         if complaint := schema_complaint(await schema_version(connection)):
-            raise CommandError(complaint)
+            raise OperatorError(complaint)
         match options.audit_command:
             case "show":
                 return await _show(connection, settings, options)
@@ -73,13 +75,14 @@ async def _run(settings: Settings, url: str, options: argparse.Namespace) -> Aud
 async def _show(connection: Any, settings: Settings, options: argparse.Namespace) -> AuditExit:
     """Print one key's entries, the oldest first, and what is wrong with them."""
     async with opened_store(settings, "") as store:
-        key = await find_key(settings, store, options)
+        name = record_name(options)
+        key = await find_key(settings, store, name)
         entries = [] if options.all else await chain_of(connection, key)
         # Without a record, nothing leads to its entries.
         entries = entries or await entries_of(connection, key)
         if not entries:
-            where = "" if options.id or options.scope or options.credential else ", for the tenant without a credential"
-            raise CommandError(f"the audit trail has no entry of the key {record_id(key)}{where}")
+            where = "" if name.is_scoped else ", for the tenant without a credential"
+            raise OperatorError(f"the audit trail has no entry of the key {record_id(key)}{where}")
         for entry in entries:
             said = facts(entry)
             if not entry.actor.startswith(OPERATOR):

@@ -17,7 +17,7 @@ import aiohttp
 from aiohttp import web
 
 from oncegate.commands.demo_store import EMBEDDED, bare_environment, free_port, store_settings
-from oncegate.commands.store_command import CommandError
+from oncegate.operating.errors import OperatorError
 
 # The upstream takes twice as long for a charge as the client waits for it.
 CHARGE_S = 2.0
@@ -229,6 +229,6 @@ def run(proxy_url: str | None, store: str = EMBEDDED) -> int:
     """Run the demo on a proxy of its own, or on the running one at `proxy_url`; return the exit code."""
     try:
         return asyncio.run(_run(proxy_url, store))
-    except CommandError as error:
+    except OperatorError as error:
         print(error, file=sys.stderr)
         return 1

@@ -7,7 +7,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Iterator, Mapping
 
-from oncegate.commands.store_command import CommandError
+from oncegate.operating.errors import OperatorError
 from oncegate.server.embedded_postgres import SUPERUSER, EmbeddedPostgres, EmbeddedPostgresError
 
 EMBEDDED, POSTGRES = "embedded", "postgres"
@@ -29,7 +29,7 @@ def bare_environment() -> dict[str, str]:
 
 @contextlib.asynccontextmanager
 async def store_settings(kind: str) -> AsyncIterator[Mapping[str, str]]:
-    """Start the store if it is a PostgreSQL; yield the settings that name it. Raises CommandError."""
+    """Start the store if it is a PostgreSQL; yield the settings that name it. Raises OperatorError."""
     if kind == EMBEDDED:
         yield {}
         return
@@ -57,10 +57,10 @@ def _postgres() -> Iterator[EmbeddedPostgres]:
         finally:
             server.close()
     except EmbeddedPostgresError as error:
-        raise CommandError(str(error)) from error
+        raise OperatorError(str(error)) from error
 
 
 async def _migrate(env: Mapping[str, str]) -> None:
     process = await asyncio.create_subprocess_exec(sys.executable, "-m", "oncegate", "migrate", env=dict(env))
     if await process.wait() != 0:
-        raise CommandError("oncegate migrate failed")
+        raise OperatorError("oncegate migrate failed")

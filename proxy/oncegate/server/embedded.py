@@ -19,12 +19,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from oncegate.server import early_signals
 from oncegate.server.data_folder import LOCK, Program, foreign_data, note_writer, program_at, unreadable_data
 from oncegate.server.processes import die_with_parent, wait_for_exit
 from oncegate.server.signals import stops_blocked
+from oncegate.settings.store_url import socket_url
 
 # A predecessor that was stopped or killed releases the folder within this time.
 LOCK_WAIT_S = 5.0
@@ -49,11 +49,6 @@ OPTIONS = (
     *("--appendonly", "yes", "--appendfsync", "always", "--save", ""),
     *("--maxmemory-policy", "noeviction", "--maxmemory"),
 )
-
-
-def socket_url(data_dir: Path) -> str:
-    """Return the URL on which the embedded store of a data folder listens while it runs."""
-    return f"unix://{quote(os.fspath(data_dir.absolute() / 'store.sock'))}"
 
 
 class EmbeddedStoreError(Exception):

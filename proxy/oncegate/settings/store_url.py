@@ -3,9 +3,11 @@
 Messages never repeat the refused text: a malformed URL may still contain a password.
 """
 
+import os
 import re
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from urllib.parse import quote, unquote
 
 from oncegate.settings.addresses import parse_host_and_port
@@ -23,6 +25,11 @@ _GROUP = re.compile(
     r"(?:/(?P<service>[A-Za-z0-9._-]*))?(?:\?(?P<query>[^?#]+))?"
 )
 _PASSWORD = re.compile(r"(://[^:@/]*:)[^/]*@|((?<=[?&])sentinel_password=)[^&]*")
+
+
+def socket_url(data_dir: Path) -> str:
+    """Return the URL on which the embedded store of a data folder listens while it runs."""
+    return f"unix://{quote(os.fspath(data_dir.absolute() / 'store.sock'))}"
 
 
 class GroupKind(Enum):

@@ -1,12 +1,11 @@
-"""The response that an operator gives for a key with an unknown outcome (`oncegate keys resolve`)."""
+"""The response that an operator gives for a key with an unknown outcome."""
 
-import argparse
+from collections.abc import Sequence
 from http import HTTPStatus
-from pathlib import Path
 from typing import NamedTuple
 
-from oncegate.commands.store_command import usage_error
 from oncegate.messages.response_head import ResponseHead, read_response_head
+from oncegate.operating.errors import usage_error
 from oncegate.store.record import StoredResponse
 
 # One chunk in the store: the decision is one command.
@@ -22,16 +21,17 @@ class OperatorResponse(NamedTuple):
     body: bytes
 
 
-def operator_response(options: argparse.Namespace) -> OperatorResponse:
-    """Return the response that `--status`, `--header` and `--body-file` describe. Raises CommandError."""
-    body = _read_body(options.body_file)
-    head = _head(options)
+def operator_response(status: int, headers: Sequence[str], body: bytes) -> OperatorResponse:
+    """Return the response that an operator describes. `headers`: lines `Name: value`. Raises OperatorError."""
+    if len(body) > MAX_BODY_BYTES:
+        raise usage_error(f"the body of an operator's response has at most {MAX_BODY_BYTES} bytes")
+    head = _head(status, headers)
     if head.bodiless and body:
         # A client takes bytes behind a 204 or a 304 for the next response (RFC 9112, section 6.3).
-        raise usage_error(f"a response with status {options.status} has no body")
+        raise usage_error(f"a response with status {status} has no body")
     stored = StoredResponse(
-        status=options.status,
-        reason=_reason(options.status),
+        status=status,
+        reason=_reason(status),
         block=head.replayed_block,
         digest=b"",
         chunks=1 if body else 0,
@@ -46,9 +46,9 @@ def operator_response(options: argparse.Namespace) -> OperatorResponse:
     return OperatorResponse(stored, body)
 
 
-def _head(options: argparse.Namespace) -> ResponseHead:
-    pairs = [_header(line) for line in options.header]
-    head = read_response_head(options.status, _reason(options.status), pairs, head_only=False)
+def _head(status: int, headers: Sequence[str]) -> ResponseHead:
+    pairs = [_header(line) for line in headers]
+    head = read_response_head(status, _reason(status), pairs, head_only=False)
     if isinstance(head, str):
         raise usage_error(f"this response is not possible: {head}")
     # A replay has the stored body's length, or the framing of its own connection (RFC 9112, section 6).
@@ -63,18 +63,6 @@ def _reason(status: int) -> bytes:
         return HTTPStatus(status).phrase.encode()
     except ValueError:
         return b""
-
-
-def _read_body(name: str | None) -> bytes:
-    if name is None:
-        return b""
-    try:
-        body = Path(name).read_bytes()
-    except OSError as error:
-        raise usage_error(f"{name}: {error.strerror}") from None
-    if len(body) > MAX_BODY_BYTES:
-        raise usage_error(f"{name}: the body of an operator's response has at most {MAX_BODY_BYTES} bytes")
-    return body
 
 
 def _header(line: str) -> tuple[bytes, bytes]:
