@@ -89,6 +89,8 @@ def test_carries_the_package(wheel: Path) -> None:
         "oncegate/store/postgres/migrations/0001.sql",
         "oncegate/examples/general/oncegate.env",
         "oncegate/adaptation/page.html",
+        "oncegate/admin/pages/templates/base.html",
+        "oncegate/admin/pages/static/oncegate.css",
     } <= carried
 
 

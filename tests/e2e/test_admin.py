@@ -17,8 +17,10 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from oncegate.admin import app as admin
-from oncegate.settings.addresses import Address
+from oncegate.admin import serving
+from oncegate.admin.parts import at_once
+from oncegate.observe.metrics import Metrics
+from tests.admin_parts import admin_parts
 from tests.parts import OK, Proxy, RawClient, RawUpstream, answering, ask, holding, lazy, request, until
 
 CANARY = "c4n4ry-of-16-bytes"
@@ -286,14 +288,12 @@ async def test_an_admin_connection_ends_however_slow_its_client(monkeypatch):
     """Whoever sends nothing, half a head, a body by the byte, or reads nothing of its answers is cut off; each
     connection serves one request, so that nobody else is."""
 
-    async def text() -> bytes:
-        return b"x" * (8 << 20)
+    class Large(Metrics):
+        def text(self) -> bytes:
+            return b"x" * (8 << 20)
 
-    async def nothing() -> list[str]:
-        return []
-
-    monkeypatch.setattr(admin, "CONNECTION_S", 2.0)
-    runner = await admin.serve_admin(Address("127.0.0.1", 0), text, nothing, nothing)
+    monkeypatch.setattr(serving, "CONNECTION_S", 2.0)
+    runner = await serving.serve_admin(admin_parts(metrics=at_once(lambda: Large("0", {}))))
     port = runner.addresses[0][1]
     get = request("GET", "/metrics", None, b"")
     slow = [await lazy(port) for _ in range(4)]

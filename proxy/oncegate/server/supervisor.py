@@ -11,8 +11,10 @@ from collections.abc import Coroutine
 from typing import Any
 
 from oncegate import __version__
-from oncegate.admin.app import serve_admin
+from oncegate.admin.parts import AdminParts
+from oncegate.admin.serving import serve_admin
 from oncegate.observe.metrics import MERGED, Metrics
+from oncegate.rules.loading import load_rules
 from oncegate.server.owners import Owners
 from oncegate.server.signals import ExitCode, StopEvents, stop_events
 from oncegate.server.slots import Slot, Worker
@@ -44,7 +46,7 @@ class Supervisor:
     async def run(self) -> ExitCode:
         """Serve until SIGTERM or SIGINT; return the exit code, which covers all workers that ever ran."""
         stop = stop_events()
-        admin = await serve_admin(self._settings.admin_listen, self._metrics, self._not_ready_reasons, self._notices)
+        admin = await serve_admin(self._admin_parts())
         try:
             self._handle_signals()
             self._is_serving = not stop.requested.is_set() and await self._start(stop)
@@ -227,8 +229,21 @@ class Supervisor:
 
     # Responses of the admin listener ...
 
-    async def _metrics(self) -> bytes:
-        """Return the metrics of all workers together, exited ones included, in Prometheus's text format."""
+    def _admin_parts(self) -> AdminParts:
+        settings = self._settings
+        return AdminParts(
+            settings=settings,
+            store_url=self._owners.url if self._owners else settings.store_url.get_secret_value(),
+            log=self._log,
+            metrics=self._metrics,
+            not_ready_reasons=self._not_ready_reasons,
+            notices=self._notices,
+            # Its workers have them; the file is what they have from the next reload on.
+            rules=lambda: load_rules(settings),
+        )
+
+    async def _metrics(self) -> Metrics:
+        """Return the metrics of all workers together, exited ones included."""
         await asyncio.gather(*(worker.refresh() for worker in self._workers))
         # Copied after the reports came: workers that exited meanwhile are in `_ended` already.
         workers = list(self._workers)
@@ -238,7 +253,7 @@ class Supervisor:
         total = Metrics(__version__, {name: _constant(value) for name, value in merged.items()})
         for counts in (self._ended.snapshot()["counts"], *(worker.report["counts"] for worker in workers)):
             total.merge(counts)
-        return total.text()
+        return total
 
     async def _not_ready_reasons(self) -> list[str]:
         """Return why this service should get no traffic now; empty only if every worker is ready."""

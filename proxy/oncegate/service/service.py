@@ -9,7 +9,8 @@ from aiohttp import web
 from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
 
 from oncegate import __version__
-from oncegate.admin.app import both_families, serve_admin
+from oncegate.admin.parts import AdminParts, at_once
+from oncegate.admin.serving import both_families, serve_admin
 from oncegate.downstream.listener import set_options
 from oncegate.keys.digests import key_id
 from oncegate.observe.labels import StoreLoss
@@ -62,7 +63,7 @@ class Service:
         _require_strict_parser()
         if settings.fault:
             faults.install(settings.fault, logger.warning)
-        self._settings, self._log = settings, logger
+        self._settings, self._store_url, self._log = settings, store_url, logger
         self._loop = asyncio.get_running_loop()
         self._background: set[asyncio.Task[Any]] = set()
         self._tasks: list[asyncio.Task[None]] = []
@@ -225,9 +226,7 @@ class Service:
         for place in [{"sock": one} for one in shared] or [address]:
             self._servers.append(await self._listen(place))
         if not shared:
-            self._admin = await serve_admin(
-                settings.admin_listen, self._metrics_text, self._not_ready_reasons, self._notices
-            )
+            self._admin = await serve_admin(self._admin_parts())
         await self.store.wait_up(1.0)
 
     async def _listen(self, place: dict[str, Any]) -> asyncio.Server:
@@ -239,14 +238,16 @@ class Service:
         set_options(server)
         return server
 
-    async def _metrics_text(self) -> bytes:
-        return self.metrics.text()
-
-    async def _not_ready_reasons(self) -> list[str]:
-        return self.not_ready_reasons()
-
-    async def _notices(self) -> list[str]:
-        return self.notices()
+    def _admin_parts(self) -> AdminParts:
+        return AdminParts(
+            settings=self._settings,
+            store_url=self._store_url,
+            log=self._log,
+            metrics=at_once(lambda: self.metrics),
+            not_ready_reasons=at_once(self.not_ready_reasons),
+            notices=at_once(self.notices),
+            rules=lambda: self._parts.rules,
+        )
 
     async def _keep(self, keeper: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run a task that must never end: without it, leases expire and waiters are never woken."""
