@@ -1,6 +1,7 @@
 """Heads of requests and responses: which are refused, and which fields are stripped and added."""
 
 from dataclasses import replace
+from ipaddress import ip_address, ip_network
 
 import pytest
 from hypothesis import given
@@ -9,7 +10,9 @@ from hypothesis import strategies as st
 from oncegate.messages.admission import Admission, Refused
 from oncegate.messages.fields import by_name, tokens
 from oncegate.messages.request_head import ForwardedInfo, RequestHead, one_forward_less, preferred_wait_s, request_head
+from oncegate.messages.request_ids import trace_id
 from oncegate.messages.response_head import ResponseHead, read_response_head, response_blocks, status_line
+from oncegate.messages.target import logged_path
 from oncegate.rules.model import Match
 from tests.conftest import searched
 
@@ -149,6 +152,70 @@ def test_a_final_dot_names_the_same_host(served, host):
     for pattern in ("api.test", "api.test:8080", "*.test"):
         assert Match(host=pattern)(head, b"/v1/charges")
     assert refused(host=b"api.test.x.:8080", gate=gate) == 421
+
+
+@pytest.mark.parametrize(
+    ("target", "path"),
+    [
+        ("/a?token=secret", "/a"),
+        ("http://user:secret@api.test/a?b", "/a"),
+        ("http://api.test", "/"),
+        ("/a#?", "/a"),
+        ("*", "*"),
+        ("", ""),
+        ("/" + "a" * 2000, "/" + "a" * 1023 + "..."),
+    ],
+)
+def test_a_logged_path_has_no_query_and_nobodys_password(target, path):
+    assert logged_path(target) == path
+
+
+@pytest.mark.parametrize(
+    ("forwarded_for", "client"),
+    [
+        ([], "10.0.0.1"),
+        ([b"203.0.113.9"], "203.0.113.9"),
+        ([b"198.51.100.1, 203.0.113.9", b"10.0.0.2"], "203.0.113.9"),
+        ([b"198.51.100.1, unknown, 10.0.0.2"], "10.0.0.2"),
+        ([b'203.0.113.9"\r\n'], "10.0.0.1"),
+        ([b"10.0.0.3, 10.0.0.2"], "10.0.0.3"),
+        ([b"2001:db8::1"], "2001:db8::1"),
+        ([b","], "10.0.0.1"),
+    ],
+)
+def test_the_client_behind_trusted_proxies(forwarded_for, client):
+    """The last address that is none of theirs; what a client itself wrote in front counts for nothing."""
+    networks = [ip_network("10.0.0.0/8")]
+    trusted = ForwardedInfo(b"10.0.0.1", b"http", True, lambda text: any(ip_address(text) in one for one in networks))
+    assert trusted.client_behind(forwarded_for) == client
+    assert replace(trusted, trusted=False).client_behind(forwarded_for) == "10.0.0.1"
+
+
+TRACE, SPAN = b"4bf92f3577b34da6a3ce929d0e0e4736", b"00f067aa0ba902b7"
+
+
+@pytest.mark.parametrize("parent", [b"00-%b-%b-01", b"00-%b-%b-00", b"01-%b-%b-03-more"])
+def test_a_trace_is_named_by_traceparent(parent):
+    assert trace_id(parent % (TRACE, SPAN)) == TRACE.decode()
+
+
+@pytest.mark.parametrize(
+    "parent",
+    [
+        b"",
+        b"x",
+        b"00-%b-%b-01-more",
+        b"ff-%b-%b-01",
+        b"00-%b-%b",
+        b"00-%b-%b-1",
+        b"00-%b-%b-01\n",
+        b'00-%b-%b-0"',
+        b" 00-%b-%b-01",
+    ],
+)
+def test_a_malformed_trace_is_none(parent):
+    assert trace_id(parent.replace(b"%b", TRACE, 1).replace(b"%b", SPAN, 1)) == ""
+    assert trace_id(b"00-" + b"0" * 32 + b"-" + SPAN + b"-01") == ""
 
 
 @pytest.mark.parametrize(

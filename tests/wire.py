@@ -65,6 +65,7 @@ class Side:
         cache = HeadCache(enabled=remembers)
         cache.reset(b"idempotency-key")
         self.saw: list[object] = []
+        self.captured: list[tuple[object, ...]] = []
         self.listener = Listener(
             self.answer,
             max_connections=100,
@@ -77,6 +78,7 @@ class Side:
         client, message = request.response, request.message
         if request.known is not None:
             self.found += 1
+            self.capture(request)
             head = request.checked_head()
         else:
             target = (message.path or "").encode("utf-8", "surrogateescape")
@@ -85,10 +87,16 @@ class Side:
                 self.saw.append(admitted)
                 client.send_problem(refusal(admitted.status, admitted.detail), close=True)
                 return
-            head = admitted
+            request.head = head = admitted
             request.known = request.connection.remember_head(message, head)
+            self.capture(request)
         self.saw.append((*head[:4], [*map(tuple, head.pairs)], head.fields, await self.read(request.content)))
         client.send(200, b"OK", b"", b"%d" % len(self.saw), COUNTED)
+
+    def capture(self, request: Request) -> None:
+        """Note what a request says of itself before its head was made of what is known."""
+        fields = [request.field(name) for name in (b"trace", b"traceparent", b"user-agent")]
+        self.captured.append((*fields, request.trace_id, request.path))
 
     async def read(self, content: Any) -> bytes | str:
         """Return the body, as far as it comes within a few turns, and whether that was all."""

@@ -412,7 +412,7 @@ async def test_log_lines_are_objects_that_tell_and_keep_secrets(proxies, upstrea
     ]  # fmt: skip
     requests = [line for line in lines if line["event"] == "request"]
     keyed = [line for line in requests if line["outcome"] in ("executed", "replayed", "key_reused")]
-    assert all(re.fullmatch(r"[\w-]{12}", line["key_id"]) for line in keyed)
+    assert all(re.fullmatch(r"[\w-]{32}", line["key_id"]) for line in keyed)
     assert len({line["key_id"] for line in requests if line["outcome"] in ("replayed", "key_reused")}) == 1
     for line in requests:
         assert line["method"] in ("GET", "POST", "PURGE", "TRACE", "")

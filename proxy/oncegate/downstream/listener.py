@@ -100,8 +100,13 @@ class Listener:
         if address:
             # On [::] a client of IPv4 has an address of IPv6 that stands for its own.
             address = address.removeprefix("::ffff:") if "." in address else address
-            is_trusted = any(ip_address(address) in one for one in self._trusted)
-        return ForwardedInfo(address.encode() or b"unknown", b"https" if is_tls else b"http", is_trusted)
+            is_trusted = self._is_proxy(address)
+        scheme = b"https" if is_tls else b"http"
+        return ForwardedInfo(address.encode() or b"unknown", scheme, is_trusted, self._is_proxy)
+
+    def _is_proxy(self, address: str) -> bool:
+        """Return whether a client of this address is a trusted proxy. Raises ValueError where it is none."""
+        return any(ip_address(address) in one for one in self._trusted)
 
     def count_unsent(self) -> int:
         """Return how many connections have not received all of their response yet."""

@@ -13,9 +13,12 @@ from oncegate.downstream.minimum_rate import MinimumRate
 from oncegate.downstream.response import ResponseWriter
 from oncegate.known_heads.memo import ConnectionMemo
 from oncegate.known_heads.requests import KnownHead
-from oncegate.messages.problems import Render
+from oncegate.messages.fields import only_value
+from oncegate.messages.problems import Problem, Render
 from oncegate.messages.request_head import ForwardedInfo, RequestHead
+from oncegate.messages.request_ids import TRACEPARENT, trace_id
 from oncegate.messages.response_head import ResponseHead
+from oncegate.messages.target import logged_path
 from oncegate.messages.trailers import announced
 
 
@@ -86,6 +89,41 @@ class Request:
             assert self.known is not None
             self.head = self.known.with_values(self.values)
         return self.head
+
+    def field(self, name: bytes) -> bytes:
+        """Return the value of a field (lower-case name) that comes once; nothing where it comes never or again.
+
+        Of a request under a known head, nothing is parsed for it.
+        """
+        if self.head is None and self.known is not None:
+            return self.known.value(name, self.values)
+        return b"" if self.head is None else only_value(self.head.fields, name)
+
+    # What its report says of it ...
+
+    @property
+    def path(self) -> str:
+        """The path of its target, without the query."""
+        if self.head is None and self.known is None:
+            return logged_path(self.message.path or "")
+        return logged_path(self.checked_head().target.decode("utf-8", "backslashreplace"))
+
+    @property
+    def client(self) -> str:
+        """The address of its client; behind trusted proxies, the one that they saw."""
+        is_read = self.head is not None or self.known is not None
+        forwarded_for = self.checked_head().fields.get(b"x-forwarded-for", ()) if is_read else ()
+        return self.connection.forwarded.client_behind(forwarded_for)
+
+    @property
+    def trace_id(self) -> str:
+        """The id of the trace that it belongs to, as its client says; empty for none."""
+        return trace_id(self.field(TRACEPARENT))
+
+    @property
+    def problem(self) -> Problem | None:
+        """What oncegate answered of its own, None for nothing."""
+        return self.response.problem
 
     @property
     def requester(self) -> Requester:

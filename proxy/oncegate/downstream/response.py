@@ -48,7 +48,8 @@ class ResponseWriter:
     """Writes the response to one request. Writing to a client that left does nothing and raises nothing.
 
     `started`: the head was written. `finished`: the end was, too. `cut_off`: the client took its response too slowly
-    and was disconnected. `closes`: the connection takes no request after this one.
+    and was disconnected. `closes`: the connection takes no request after this one. `problem`: what was sent of
+    oncegate's own.
     """
 
     awaits_continue = False
@@ -63,6 +64,7 @@ class ResponseWriter:
     _http10 = _head_only = False
     # Whether the client said that it takes trailers. A head that says so is not remembered.
     takes_trailers = False
+    problem: Problem | None = None
     # What follows the body of the response, each line ended; to be set before its end is written.
     trailers = b""
     # How the client sees the end of a body that is written in pieces: "chunked", "length" or "close".
@@ -140,7 +142,7 @@ class ResponseWriter:
         self, problem: Problem, fields: bytes = b"", *, close: bool = False, render: Render = as_problem_json
     ) -> None:
         """Send a response of oncegate itself; `fields` are further ones, each line ended. `close`: then close."""
-        self.closes = self.closes or close
+        self.closes, self.problem = self.closes or close, problem
         status, own_fields, body = render(problem, self._connection.docs_url)
         body, framing = (b"", STATED) if self._head_only else (body, COUNTED)
         self.send(status, reason_of(status), own_fields + fields, body, framing)

@@ -62,7 +62,7 @@ def refuse(request: Request, answer: Refuse) -> RequestReport:
     send(request, answer)
     outcome = answer.outcome or outcome_of(answer.problem)
     status = 0 if outcome is Outcome.CLIENT_GONE else answer.problem.status
-    return RequestReport(outcome, status, request.message.method, rule=answer.rule)
+    return RequestReport(outcome, status, request.message.method, reason=answer.problem.detail, rule=answer.rule)
 
 
 class AnswerOptions(NamedTuple):

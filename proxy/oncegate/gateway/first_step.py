@@ -22,6 +22,7 @@ from oncegate.keys.syntax import BadKey, parse_key
 from oncegate.known_heads.requests import KnownHead
 from oncegate.messages.admission import Admission, Refused
 from oncegate.messages.request_head import RequestHead, is_websocket, one_forward_less, preferred_wait_s
+from oncegate.observe.labels import Unguarded
 from oncegate.rules.body_conditions import NO_BODY, read_document, unread_document
 from oncegate.rules.identity import (
     Identity,
@@ -300,7 +301,8 @@ def _without_key(route: Route, head: RequestHead, reason: Missing | BadKey, body
     if may_forward_unkeyed(policy, reason):
         if uses_no_key(policy, reason):
             return pass_through(route, head, body)
-        return Relay(route, head, body, unguarded=True)
+        why = Unguarded.NO_KEY if isinstance(reason, Missing) else Unguarded.BAD_KEY
+        return Relay(route, head, body, unguarded=why)
     if body is not None:
         body.close()
     return key_refusal(reason, policy.rule)

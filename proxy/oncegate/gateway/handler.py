@@ -35,6 +35,7 @@ from oncegate.gateway.replay import Replay, replay_decoded, replay_large, replay
 from oncegate.gateway.settling import Progress
 from oncegate.gateway.tunnel import Tunnel, tunnel
 from oncegate.gateway.waiting import CLAIMS_AGAIN, after_wait, may_wait, wait_for_original
+from oncegate.observe.labels import Unguarded
 from oncegate.observe.outcome import Observe, Outcome, RequestReport, outcome_of
 from oncegate.observe.usage import usage_reader
 from oncegate.store.leases import suspended_clock_s
@@ -95,6 +96,7 @@ class Gateway:
         if beating is not None:
             beating.stop()
         gone = request.response.client_gone or report.outcome is _CANCELLED
+        report.asked = request
         self._observe(report, time.perf_counter() - began, gone)
 
     def _break_off(self, error: Exception, request: Request, fields: bytes) -> None:
@@ -155,9 +157,10 @@ class Gateway:
                     return await self._execute(request, keyed, taken, asked_s)
                 # Another request has the key, or nobody knows.
                 if keyed.fresh and isinstance(taken, Record):
-                    return await self._relay_unguarded(request, keyed)
+                    return await self._relay_unguarded(request, keyed, Unguarded.NO_DUPLICATE)
                 if route.policy.bypass and self._may_bypass(taken, keyed, waited):
-                    return replace(await self._relay_unguarded(request, keyed), key=claim_request.key)
+                    report = await self._relay_unguarded(request, keyed, Unguarded.STORE)
+                    return replace(report, key=claim_request.key)
                 if not may_wait(keyed, taken):
                     return await self._answer_duplicate(request, keyed, taken)
                 began_s = route.deps.clock()
@@ -218,9 +221,9 @@ class Gateway:
             deps.background(deps.store.release(claim, deps.settle_timeout_s))
             raise
 
-    async def _relay_unguarded(self, request: Request, keyed: KeyedRequest) -> RequestReport:
+    async def _relay_unguarded(self, request: Request, keyed: KeyedRequest, why: Unguarded) -> RequestReport:
         """Pass a request through although it has a key, as nobody else's response can be its own."""
-        return await self._relay(request, Relay(keyed.route, request.checked_head(), keyed.body, unguarded=True))
+        return await self._relay(request, Relay(keyed.route, request.checked_head(), keyed.body, unguarded=why))
 
     def _may_bypass(self, taken: Record | Corrupt | Unconfirmed, keyed: KeyedRequest, waited: bool) -> bool:
         """Return whether a request may go on without a claim: not where a claim is known, or may have been made."""
@@ -275,7 +278,7 @@ class Gateway:
         # Positions, not names: arguments by name cost 4,000 instructions more (Python 3.11, measured).
         return RequestReport(
             outcome, stored.status, request.message.method, key, 0.0, stored.took_ms / 1000, stored.size,
-            scope.without_credential, "", route.policy.rule, tokens,
+            scope.without_credential, "", route.policy.rule, tokens, (), False, None, None, route.upstream,
         )  # fmt: skip
 
 
@@ -284,11 +287,11 @@ def _exchange_report(
 ) -> RequestReport:
     """Return the report of a request that was executed, or was to be."""
     key, scope = keyed.claim_request.key, keyed.claim_request.scope
-    detail = "" if progress.lost is None or outcome is Outcome.FAILED else str(progress.lost)
+    reason = "" if progress.lost is None or outcome is Outcome.FAILED else str(progress.lost)
     # By position, as in `_replay`.
     return RequestReport(
-        outcome, status, request.message.method, key, progress.upstream_s, 0.0, 0, scope.without_credential, detail,
-        keyed.route.policy.rule, None, progress.settlements, progress.close_delimited,
+        outcome, status, request.message.method, key, progress.upstream_s, 0.0, 0, scope.without_credential, reason,
+        keyed.route.policy.rule, None, progress.settlements, progress.close_delimited, None, None, keyed.route.upstream,
     )  # fmt: skip
 
 
@@ -305,4 +308,6 @@ def _pass_through_report(request: Request, step: Relay | Tunnel, relayed: Relaye
         upstream_s=relayed.upstream_s,
         rule=step.route.policy.rule,
         unguarded_key=step.unguarded_key if isinstance(step, Relay) else None,
+        unguarded=step.unguarded if isinstance(step, Relay) else None,
+        upstream=step.route.upstream,
     )

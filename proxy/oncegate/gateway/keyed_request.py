@@ -50,9 +50,15 @@ class KeyedRequest:
 
     def report(self, request: Request, outcome: Outcome, status: int) -> RequestReport:
         """Return the report of a request that was not executed; `status` is what its client got."""
-        claim, method, rule = self.claim_request, request.message.method, self.route.policy.rule
+        claim, route = self.claim_request, self.route
         return RequestReport(
-            outcome, status, method, claim.key, without_credential=claim.scope.without_credential, rule=rule
+            outcome,
+            status,
+            request.message.method,
+            claim.key,
+            without_credential=claim.scope.without_credential,
+            rule=route.policy.rule,
+            upstream=route.upstream,
         )
 
 

@@ -20,7 +20,7 @@ from oncegate.keys.key_names import has_key_name
 from oncegate.messages.framing import STATED
 from oncegate.messages.request_head import RequestHead
 from oncegate.messages.response_head import ResponseHead
-from oncegate.observe.labels import UnguardedKey
+from oncegate.observe.labels import Unguarded, UnguardedKey
 from oncegate.observe.outcome import Outcome, outcome_of
 from oncegate.settings.names import GUARDABLE
 from oncegate.upstream.connection import Connection
@@ -34,7 +34,7 @@ _NO_ANSWER = (Outcome.UPSTREAM_UNREACHABLE, Outcome.UPSTREAM_LOST, Outcome.UPSTR
 class Relay(NamedTuple):
     """Pass the request through. `body` is its body if it was read already.
 
-    `unguarded`: it wanted a key's protection and does not get it, which its response says. `unguarded_key`: it seems
+    `unguarded`: why it does not get the protection that it wanted, which its response says. `unguarded_key`: it seems
     to carry a key, which guards nothing for this reason. `takes_back`: the name of a call that it cancels. `ready`: of
     each request under a known head, that head as it goes to the upstream.
     """
@@ -42,7 +42,7 @@ class Relay(NamedTuple):
     route: Route
     head: RequestHead
     body: Body | None = None
-    unguarded: bool = False
+    unguarded: Unguarded | None = None
     unguarded_key: UnguardedKey | None = None
     # What is granted where the request is a preflight that may be granted.
     preflight: Preflight | None = None
@@ -52,7 +52,7 @@ class Relay(NamedTuple):
     @property
     def fields(self) -> bytes:
         """What oncegate adds to the response's fields."""
-        if self.unguarded:
+        if self.unguarded is not None:
             return UNGUARDED
         return b"" if self.unguarded_key is None else UNGUARDED_KEY[self.unguarded_key]
 
@@ -136,7 +136,7 @@ def _may_repeat(request: Request, step: Relay, connection: Connection) -> bool:
     """
     head, is_idle_close = step.head, connection.is_reused and connection.is_unanswered
     is_bodiless = step.body is None and stated_length(head.fields) == 0
-    is_safe = head.method in ("GET", "HEAD") and is_bodiless and not step.unguarded
+    is_safe = head.method in ("GET", "HEAD") and is_bodiless and step.unguarded is None
     return is_idle_close and is_safe and not request.response.client_gone
 
 
@@ -204,7 +204,7 @@ async def forward_response(
     request: Request, connection: Connection, head: ResponseHead, step: Relay, block: bytes | None = None
 ) -> Outcome:
     """Hand a response on as it comes, with `block` as its fields if that is given. Raises UpstreamLost."""
-    response, outcome = request.response, Outcome.UNGUARDED if step.unguarded else Outcome.PASSTHROUGH
+    response, outcome = request.response, Outcome.UNGUARDED if step.unguarded is not None else Outcome.PASSTHROUGH
     if block is None:
         block = _passed_block(request, head, step)
     if connection.response.is_complete:

@@ -66,7 +66,10 @@ class ExchangeDeps:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One way through the proxy. `host` is the upstream's Host field, `prefix` the beginning of its paths."""
+    """One way through the proxy. `host` is the upstream's Host field, `prefix` the beginning of its paths.
+
+    `upstream`: its name for operators, or its host and port.
+    """
 
     policy: Policy
     deps: ExchangeDeps
@@ -74,6 +77,7 @@ class Route:
     prefix: bytes
     # Whether a head decides the same about its request whatever its key is.
     is_key_independent: bool
+    upstream: str = ""
 
     def forwarded_head(self, head: RequestHead, info: ForwardedInfo, body_bytes: int | None) -> bytes:
         """Return the head of a request for the upstream; `body_bytes` None: chunked, negative: no body."""

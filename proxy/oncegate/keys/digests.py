@@ -160,8 +160,8 @@ def identity_settings(digests: Digests, namespace: str, key_header: str, scope_h
 
 
 def key_id(digest: bytes) -> str:
-    """Return the id of a key in logs, 12 characters: enough to find the key, too little to guess it."""
-    return url_safe_base64(digest[:9]).decode()
+    """Return the id of a key for people: 32 characters, the name of its record in the store without the frame."""
+    return url_safe_base64(digest).decode()
 
 
 def url_safe_base64(data: bytes) -> bytes:

@@ -8,7 +8,7 @@ from typing import Any
 from oncegate.known_heads.recent import RecentHeads
 from oncegate.known_heads.shapes import MAX_SHAPED_BYTES, PLAIN, Gap, Shape, Shapes, joined
 from oncegate.messages.bound_authentication import BINDING_FORM
-from oncegate.messages.fields import HOP_BY_HOP, Fields, nominated
+from oncegate.messages.fields import HOP_BY_HOP, Fields, nominated, only_value
 from oncegate.messages.request_head import ACTED_ON, RequestHead
 from oncegate.settings.credentials import ACCOUNTS, CREDENTIALS
 
@@ -72,7 +72,7 @@ class KnownHead:
     """
 
     __slots__ = (
-        "_fields", "_head", "_ids", "_target", "_watched",
+        "_fields", "_gaps", "_head", "_ids", "_target", "_watched",
         "body_bytes", "has_ids", "has_shape", "key_at", "length_at", "message", "names", "plan",
     )  # fmt: skip
 
@@ -90,6 +90,7 @@ class KnownHead:
         self._target = [pieces[0].partition(b" ")[2], *pieces[1:ids], pieces[ids].partition(b" ")[0]] if ids else []
         self._fields = fields[ids:]
         self.names = [head.pairs[at][0].lower() for at in self._fields]
+        self._gaps = {name: at for at, name in enumerate(self.names, ids)}
         self.key_at = ids + self.names.index(key_field) if key_field in self.names else -1
         self.length_at = ids + self.names.index(b"content-length") if b"content-length" in self.names else -1
         # The key and the length of the body are looked at in every request. Without a key nothing is planned.
@@ -125,7 +126,15 @@ class KnownHead:
 
     def gaps_among(self, names: Collection[bytes]) -> tuple[tuple[int, bytes], ...]:
         """Return the gaps of the fields with these names, and their names."""
-        return tuple((at, name) for at, name in enumerate(self.names, self._ids) if name in names)
+        return tuple((at, name) for name, at in self._gaps.items() if name in names)
+
+    def value(self, name: bytes, values: Sequence[bytes]) -> bytes:
+        """Return the value of a field (lower-case name) that comes once, with these values in the gaps; else nothing.
+
+        It differs from request to request: what is made of it must not enter a plan.
+        """
+        at = self._gaps.get(name)
+        return only_value(self._head.fields, name) if at is None else values[at]
 
     def filled_with(self, value: bytes) -> RequestHead:
         """Return the head with one value in all of its gaps."""

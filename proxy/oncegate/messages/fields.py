@@ -69,6 +69,12 @@ def by_name(pairs: Pairs) -> Fields:
     return fields
 
 
+def only_value(fields: Fields, name: bytes) -> bytes:
+    """Return the value of a field that comes once; nothing where it comes never or again."""
+    values = fields.get(name)
+    return values[0] if values is not None and len(values) == 1 else b""
+
+
 def tokens(values: Iterable[bytes]) -> list[bytes]:
     """Return the members of a comma-separated field in lower case, without empty ones (RFC 9110, section 5.6.1)."""
     return [token for value in values for token in map(bytes.strip, value.lower().split(b",")) if token]

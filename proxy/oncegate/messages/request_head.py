@@ -1,6 +1,6 @@
 """A request's head: as it passed the checks, and as it is written for the upstream. Pure."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -67,17 +67,37 @@ _VIA = (b"Via: 1.1 oncegate", b"Via: 1.0 oncegate")
 class ForwardedInfo:
     """What the forwarding fields say about one client connection: its address, its scheme, whether it is trusted.
 
-    `lines`: the forwarding fields of an untrusted client's requests, by whether they came in HTTP/1.0.
+    `lines`: the forwarding fields of an untrusted client's requests, by whether they came in HTTP/1.0. `is_proxy`:
+    whether an address is a trusted proxy's; it raises ValueError for what is no address.
     """
 
     client: bytes
     scheme: bytes
     trusted: bool
+    is_proxy: Callable[[str], bool] = field(default=lambda _: False, compare=False)
     lines: tuple[tuple[bytes, ...], ...] = field(init=False)
 
     def __post_init__(self) -> None:
         lines = (b"X-Forwarded-For: " + self.client, b"X-Forwarded-Proto: " + self.scheme)
         object.__setattr__(self, "lines", tuple((*lines, via) for via in _VIA))
+
+    def client_behind(self, forwarded_for: Sequence[bytes]) -> str:
+        """Return the address of the client that a trusted proxy speaks for, by its X-Forwarded-For; else its own.
+
+        It is the last that is no trusted proxy's. What is no address ends the search: whoever wrote that, could have
+        written anything in front of it.
+        """
+        client = self.client.decode()
+        for entry in reversed(tokens(forwarded_for)) if self.trusted else ():
+            address = entry.decode("latin-1")
+            try:
+                is_proxy = self.is_proxy(address)
+            except ValueError:
+                break
+            client = address
+            if not is_proxy:
+                break
+        return client
 
 
 # The fields that `request_head` writes itself, or that end here: 100 Continue is between the client and this proxy.

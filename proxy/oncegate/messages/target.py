@@ -6,6 +6,8 @@ from urllib.parse import unquote_to_bytes
 # Escapes of unreserved characters: letters, digits, "-", ".", "_" and "~" (RFC 3986, section 2.3).
 _UNRESERVED = re.compile(rb"%(?:2[DdEe]|3[0-9]|[46][1-9A-Fa-f]|[57][0-9AaEe]|5[Ff])")
 _FINAL_DOT = re.compile(rb"\.(?=(?::[0-9]*)?\Z)")
+# Of a path in a log: a client can send 60,000.
+MAX_LOGGED_CHARACTERS = 1024
 _SLASHES = re.compile(rb"/{2,}")
 
 
@@ -15,6 +17,14 @@ def normalized_host(host: bytes) -> bytes:
     `api.test.` and `api.test` are the same host (RFC 3986, section 3.2.2).
     """
     return _FINAL_DOT.sub(b"", host.lower())
+
+
+def logged_path(target: str) -> str:
+    """Return the path of a target, also of one that was refused: without its query, its host and who asks there."""
+    path = target.partition("?")[0].partition("#")[0]
+    if "://" in path:
+        path = "/" + path.partition("://")[2].partition("/")[2]
+    return path if len(path) <= MAX_LOGGED_CHARACTERS else path[:MAX_LOGGED_CHARACTERS] + "..."
 
 
 def normalized_path(target: bytes) -> bytes:

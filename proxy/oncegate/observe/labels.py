@@ -38,6 +38,22 @@ class UnguardedKey(Enum):
         self.label = label
 
 
+class Unguarded(Enum):
+    """Why a request was forwarded without the protection that its method has. Where a problem says the same, the label
+    is its code."""
+
+    # The store could not claim its key, and the rule forwards such requests.
+    STORE = "store_unavailable"
+    # It has no key, or none that can be used.
+    NO_KEY = "key_missing"
+    BAD_KEY = "key_invalid"
+    # Its key is derived, and the record under it is of another request.
+    NO_DUPLICATE = "no_duplicate"
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+
+
 class StoreLoss(Enum):
     """How a store lost data. `is_certain`: it may have taken claims along; MOVED may have lost nothing."""
 

@@ -14,7 +14,7 @@ import structlog
 from oncegate.keys.digests import key_id
 from oncegate.observe.outcome import Outcome, RequestReport
 
-# The fields that every access line has, in their order; `detail` and `rule` follow where they are known.
+# The fields that every access line has, in their order; `reason` and `rule` follow where they are known.
 FIELDS = ("outcome", "method", "status", "key_id", "duration_ms", "upstream_ms", "client_gone")
 # Outcomes that `notable` leaves out.
 PLAIN = frozenset(outcome.label for outcome in (Outcome.EXECUTED, Outcome.PASSTHROUGH, Outcome.PREFLIGHT))
@@ -106,7 +106,7 @@ class AccessLog:
 
 def _details(report: RequestReport) -> dict[str, str]:
     """Return the fields that only some access lines have."""
-    details = {"detail": report.detail, "rule": report.rule}
+    details = {"reason": report.reason, "rule": report.rule}
     return {name: value for name, value in details.items() if value}
 
 
@@ -117,7 +117,7 @@ def _as_json(report: RequestReport, seconds: float, client_gone: bool, level: st
     json.dumps of the whole line (measured).
     """
     details = ""
-    if report.detail or report.rule:
+    if report.reason or report.rule:
         details = "".join([f"{_quoted(name)}: {json.dumps(value)}, " for name, value in _details(report).items()])
     return (
         f'{{"outcome": "{report.outcome.label}", "method": {_quoted(report.method)}, "status": {report.status}, '

@@ -5,7 +5,7 @@ from enum import Enum
 from typing import Final, Protocol
 
 from oncegate.messages.problems import Problem
-from oncegate.observe.labels import SettlementLabel, UnguardedKey
+from oncegate.observe.labels import SettlementLabel, Unguarded, UnguardedKey
 from oncegate.observe.usage import Tokens
 
 
@@ -80,6 +80,27 @@ SUPPRESSED: Final = (
 )
 
 
+class Asked(Protocol):
+    """A request as its client sent it. Each of these is read only where somebody asks for it.
+
+    `path`: without the query. `client`: its address, behind trusted proxies the one that they saw. `trace_id`: of its
+    `traceparent`, 32 hexadecimal digits. Empty where there is none. `problem`: what oncegate sent of its own, None for
+    nothing.
+    """
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def client(self) -> str: ...
+
+    @property
+    def trace_id(self) -> str: ...
+
+    @property
+    def problem(self) -> Problem | None: ...
+
+
 @dataclass(slots=True)
 class RequestReport:
     """What became of one request.
@@ -90,7 +111,10 @@ class RequestReport:
     `without_credential`: the request had none, so that it shares its tenant with all such requests.
     `rule` is the name of the rule that decided, empty for none. `settlements` say how its claim ended, and whether it
     was lost; `close_delimited`: a response that ended by closing alone was stored as complete. `unguarded_key`: why
-    the key that a request seems to carry guards nothing, None without such a key.
+    the key that a request seems to carry guards nothing, None without such a key. `reason`: why it ended so, in words,
+    empty where the outcome says it all. `unguarded`: why it was forwarded without protection, None where it was not.
+    `upstream`: the name of the API that its rule leads to, or its host and port; empty where no rule decided.
+    `asked`: the request itself, None for what never became one.
     """
 
     outcome: Outcome
@@ -101,12 +125,15 @@ class RequestReport:
     saved_s: float = 0.0
     replayed_bytes: int = 0
     without_credential: bool = False
-    detail: str = ""
+    reason: str = ""
     rule: str = ""
     tokens: Tokens | None = None
     settlements: tuple[SettlementLabel, ...] = ()
     close_delimited: bool = False
     unguarded_key: UnguardedKey | None = None
+    unguarded: Unguarded | None = None
+    upstream: str = ""
+    asked: Asked | None = None
 
 
 class Observe(Protocol):

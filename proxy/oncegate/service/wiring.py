@@ -154,6 +154,7 @@ class Parts:
             host=host.encode(),
             prefix=origin.path_prefix.encode(),
             is_key_independent=is_key_independent(rule.policy, rules),
+            upstream=rule.upstream.name or origin.authority,
         )
 
     def _exchange_deps(self, rule: Rule) -> ExchangeDeps:
