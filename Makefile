@@ -44,7 +44,7 @@ PART_keys := e2e/test_tenants test_automatic test_documents test_fingerprint_par
 	test_tenants
 PART_observe := test_families test_logs test_outcome test_usage e2e/test_admin
 PART_admin := test_admin_pages e2e/test_admin
-PART_operating := test_explain test_operate e2e/test_operate
+PART_operating := test_explain test_operate test_request_identity e2e/test_operate
 PART_known_heads := test_known_heads test_known_requests test_shapes e2e/test_again e2e/test_head_cache
 PART_messages := test_bound_authentication test_headers test_problems test_request_line test_strict_head test_trailers
 PART_hostnames := test_hostnames
@@ -54,7 +54,7 @@ PART_decision := test_decision model/test_model
 PART_testing := test_fault_points test_faults e2e/test_faults
 PART_docs := test_contributing test_doc_paths test_docs test_generated test_names e2e/test_pages
 PURE := $(filter-out e2e/%,$(PART_adaptation)) $(PART_keys) $(PART_messages) $(PART_settings) $(filter-out e2e/%,$(PART_docs)) test_breaker test_decision test_explain test_families test_fault_points \
-	test_init test_logs test_outcome test_lua test_minimum_rate test_patterns test_policy test_record test_rules test_statuses test_usage test_write_batcher
+	test_init test_logs test_outcome test_lua test_minimum_rate test_patterns test_policy test_record test_request_identity test_rules test_statuses test_usage test_write_batcher
 QUICK := $(if $(PART),$(PART_$(PART)),$(PURE) e2e/test_main_job)
 
 quick: lint                         ## lint, the pure tests and the main job; make quick PART=store for one room

@@ -14,6 +14,7 @@ from oncegate import __version__
 from oncegate.commands import init
 from oncegate.commands.listener_warnings import listener_warnings
 from oncegate.operating import explain
+from oncegate.operating.request_identity import AskedRequest
 from oncegate.rules.loading import load_rules
 from oncegate.rules.model import Rules
 from oncegate.rules.receivers import receiver_warnings
@@ -248,7 +249,8 @@ def _check(settings: Settings, rules: Rules, options: argparse.Namespace) -> int
     try:
         body = options.body_file.read_bytes() if options.body_file else b""
         method, url = options.explain
-        print(explain.Explanation(settings, rules).explain(method, url, options.header, body))
+        asked = AskedRequest(method, url, options.header, body)
+        print(explain.Explanation(settings, rules).explain(asked))
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return USAGE_ERROR

@@ -3,9 +3,7 @@
 The explanation calls the functions of the request path itself. Nothing is sent or stored.
 """
 
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 from oncegate.adaptation.cookies import REPLAYED_MS
 from oncegate.adaptation.error_pages import wants_page
@@ -17,9 +15,10 @@ from oncegate.keys.documents import Missing
 from oncegate.keys.extraction import scope_fields
 from oncegate.keys.key_names import has_key_name
 from oncegate.keys.syntax import BadKey
-from oncegate.messages.admission import Admission, Refused
+from oncegate.messages.admission import Refused
 from oncegate.messages.request_head import RequestHead, preferred_wait_s, renamed
 from oncegate.operating.explain_pages import page_right, preflight_result
+from oncegate.operating.request_identity import AskedRequest, WholeBody, admit
 from oncegate.rules.body_conditions import read_document
 from oncegate.rules.identity import (
     Identity,
@@ -40,19 +39,6 @@ from oncegate.store.record_name import store_key
 
 LABEL_WIDTH = 18
 _KNOWN = frozenset(name.lower() for name in expanded([KNOWN]))
-_URL = re.compile(r"(?:[a-z]+://(?P<host>[^/?#]+))?(?P<target>[/?][^#]*)?")
-
-
-@dataclass(frozen=True, slots=True)
-class WholeBody:
-    """A request body in memory, in the form that `identify` expects."""
-
-    data: bytes
-    spooled: bool = False
-
-    def blocks(self) -> Iterable[bytes]:
-        """Return the body's blocks: one."""
-        return (self.data,)
 
 
 def table(rules: Rules) -> str:
@@ -121,13 +107,9 @@ class Explanation:
     def _add(self, label: str, text: str) -> None:
         self._lines.append(f"{label + ':':<{LABEL_WIDTH}}{text}")
 
-    def explain(self, method: str, url: str, headers: Sequence[str], body: bytes) -> str:
-        """Return what the rules do with a request. Raises ValueError if the arguments are no HTTP request."""
-        pairs, target = _request(url, headers, body)
-        hosts = [host.encode() for host in self._settings.hosts]
-        admission = Admission(hosts, self._rules.default.policy.key_header, self._rules.acted_on)
-        # HTTP/1.1, as nearly all clients speak it.
-        head = admission.admit(method.upper(), target, (1, 1), pairs)
+    def explain(self, asked: AskedRequest) -> str:
+        """Return what the rules do with a request. Raises ValueError if it is no HTTP request."""
+        head, body = admit(self._settings, self._rules, asked), asked.body
         if isinstance(head, Refused):
             self._add("result", f"{head.status}: {head.detail}")
         else:
@@ -280,25 +262,3 @@ def _by_state(policy: Policy, head: RequestHead, identity: Identity) -> Iterable
 def _statuses(policy: Policy, disposition: Disposition) -> str:
     """Return the statuses of the upstream that have this disposition, as a rule writes them."""
     return ", ".join(policy.statuses.entries(disposition)) or "no status"
-
-
-def _request(url: str, headers: Sequence[str], body: bytes) -> tuple[list[tuple[bytes, bytes]], bytes]:
-    """Return the header fields and the target of the request that the arguments describe."""
-    match = _URL.fullmatch(url)
-    if match is None or not url:
-        raise ValueError(f"{url!r} is no URL: write http://api.example.com/v1/orders or /v1/orders")
-    target = match["target"] or "/"
-    pairs = []
-    for line in headers:
-        field, colon, value = line.partition(":")
-        if not colon or not field.strip():
-            raise ValueError(f"{line!r} is no header: write 'Idempotency-Key: abc'")
-        pairs.append((field.strip().encode(), value.strip().encode()))
-    names = {field.lower() for field, _ in pairs}
-    # A client sends these two fields by itself.
-    if b"host" not in names:
-        pairs.insert(0, (b"Host", (match["host"] or "localhost").encode()))
-    if body and b"content-length" not in names:
-        pairs.append((b"Content-Length", b"%d" % len(body)))
-    # A URL without a path has the path / (RFC 9110, section 4.2.3).
-    return pairs, ("/" + target if target.startswith("?") else target).encode()
