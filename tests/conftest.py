@@ -42,6 +42,7 @@ IN_PROCESS = (
         "test_leases.py",
         "test_lost_replies.py",
         "test_records.py",
+        "test_open_keys.py",
         "test_link.py",
         "test_sentinel.py",
     ),

@@ -8,6 +8,7 @@
 - `waiters.py` holds duplicates until the original has its response; `readers.py` tells other processes who waits.
 - `breaker.py` stops claims that fail one after the other.
 - `record_view.py` is what operators see of records; `unknown_keys.py` warns of unknown ones before they expire.
+- `open_keys/` puts keys whose record is not complete in order.
 - `membership.py` is what one proxy says of itself to the others on its store, and what the store lost lately.
 - `redis/` is the store in Redis: connections, topologies, durability, health, and the Lua scripts.
 

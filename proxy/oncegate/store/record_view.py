@@ -3,10 +3,11 @@
 Nothing here shows what was requested or responded, and nothing changes a record.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
+from enum import Enum
 from typing import NamedTuple, Protocol
 
-from oncegate.decision import State, effective_state
+from oncegate.decision import HOLD, State, effective_state
 from oncegate.store.record import (
     DROPPED,
     Claim,
@@ -42,6 +43,22 @@ FIELDS = (
 
 class StoreError(Exception):
     """The store does not reply, or replies with an error."""
+
+
+class OpenKind(Enum):
+    """What an open key is: one whose record is not complete."""
+
+    # Its outcome is unknown under `hold`: a person has to decide it.
+    UNKNOWN = "unknown"
+    # Its lease ended while it was in flight: its owner died or is paused.
+    LAPSED = "lapsed"
+    IN_FLIGHT = "in_flight"
+    # Its outcome is unknown in the mode `retry` or `cancelled`: nobody has to decide it.
+    WAIVED = "waived"
+
+
+# What a person may have to decide.
+UNDECIDED = (OpenKind.UNKNOWN, OpenKind.LAPSED)
 
 
 class RecordView(NamedTuple):
@@ -81,6 +98,23 @@ class RecordView(NamedTuple):
     def owner_may_live(self) -> bool:
         """Whether the owner may still work on the key. An owner whose lease has lapsed may be paused, and go on."""
         return self.lease_left_ms > 0 or self.lapsed_ms > 0 or self.state is ViewState.CORRUPT
+
+    @property
+    def open_kind(self) -> OpenKind | None:
+        """What kind of an open key this is, None for any other record."""
+        if self.state is ViewState.IN_FLIGHT:
+            return OpenKind.IN_FLIGHT
+        if self.state is not ViewState.UNKNOWN:
+            return None
+        if self.lapsed_ms > 0:
+            return OpenKind.LAPSED
+        return OpenKind.UNKNOWN if self.mode == HOLD else OpenKind.WAIVED
+
+    @property
+    def since_ms(self) -> int:
+        """By what open keys are ordered: the time of the claim of an unknown one, the end of any other's lease."""
+        ends_ms = self.now_ms + self.lease_left_ms - self.lapsed_ms
+        return ends_ms if self.open_kind in (OpenKind.IN_FLIGHT, OpenKind.LAPSED) else self.created_ms
 
 
 # One record from its fields ...
@@ -174,6 +208,26 @@ def claim_of(record: RecordView, kept_ms: int) -> Claim:
     )
 
 
+# Open records ...
+
+
+class OpenCount(NamedTuple):
+    """How many open keys of one kind there are, and how long ago the `since_ms` of the oldest was."""
+
+    keys: int = 0
+    oldest_ms: int = 0
+
+
+OpenCounts = dict[OpenKind, OpenCount]
+
+
+class OpenPage(NamedTuple):
+    """Some open keys, the oldest first. `after` names the place of the last, and is empty after the last page."""
+
+    records: list[RecordView]
+    after: str = ""
+
+
 # All records ...
 
 
@@ -188,6 +242,12 @@ class ServerRecords(Protocol):
 
     def scan(self, prefix: str = "", pause_s: float = 0.0) -> AsyncIterator[RecordView]:
         """Yield records as `Records.scan` does. `pause_s`: the pause after each page."""
+
+    async def open_keys(self, limit: int, after: str = "", kinds: Collection[OpenKind] = UNDECIDED) -> OpenPage:
+        """Return the oldest open keys of these kinds behind the place `after`. Raises ValueError for no such place."""
+
+    async def open_counts(self) -> OpenCounts:
+        """Return how many open keys of each kind there are."""
 
 
 class Records(Protocol):

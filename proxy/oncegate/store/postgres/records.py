@@ -2,17 +2,26 @@
 
 import asyncio
 from base64 import urlsafe_b64decode
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from typing import Any
 
 from oncegate.keys.digests import KEY_DIGEST_BYTES
+from oncegate.store.open_keys.listing import scanned_open_counts, scanned_open_keys
 from oncegate.store.postgres.connections.durability import Level
 from oncegate.store.postgres.connections.session import Lost, Refused
 from oncegate.store.postgres.rows import MODE_OF, STAGES
 from oncegate.store.postgres.servers import Servers
 from oncegate.store.record import PREFIX_BYTES, ViewState, self_check
 from oncegate.store.record_name import record_id
-from oncegate.store.record_view import RecordView, StoreError, read_fields
+from oncegate.store.record_view import (
+    UNDECIDED,
+    OpenCounts,
+    OpenKind,
+    OpenPage,
+    RecordView,
+    StoreError,
+    read_fields,
+)
 
 # For one reply.
 TIMEOUT_S = 5.0
@@ -127,6 +136,12 @@ class PostgresRecords:
                     yield record
             after = rows[-1]["key"]
             await asyncio.sleep(pause_s)
+
+    async def open_keys(self, limit: int, after: str = "", kinds: Collection[OpenKind] = UNDECIDED) -> OpenPage:
+        return await scanned_open_keys(self, limit, after, kinds)
+
+    async def open_counts(self) -> OpenCounts:
+        return await scanned_open_counts(self)
 
     async def reserve_scan(self, lasts_ms: int) -> bool:
         return bool(await fetch(self._servers, Level.OFF, _RESERVE, b"scan", b"", lasts_ms))

@@ -4,14 +4,24 @@ A scan goes through a server page by page, so that it does not hold up requests.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import suppress
 from typing import Any
 
 from oncegate.store import membership
+from oncegate.store.open_keys.listing import scanned_open_counts, scanned_open_keys
 from oncegate.store.record import Corrupt, ViewState
 from oncegate.store.record_name import parse_record_id, store_key
-from oncegate.store.record_view import FIELDS, RecordView, StoreError, read_fields
+from oncegate.store.record_view import (
+    FIELDS,
+    UNDECIDED,
+    OpenCounts,
+    OpenKind,
+    OpenPage,
+    RecordView,
+    StoreError,
+    read_fields,
+)
 from oncegate.store.redis.layouts.packed import hash_fields, numbered
 from oncegate.store.redis.membership import (
     EPOCH,
@@ -253,6 +263,12 @@ class NodeRecords:
             if cursor == b"0":
                 break
             await asyncio.sleep(pause_s)
+
+    async def open_keys(self, limit: int, after: str = "", kinds: Collection[OpenKind] = UNDECIDED) -> OpenPage:
+        return await scanned_open_keys(self, limit, after, kinds)
+
+    async def open_counts(self) -> OpenCounts:
+        return await scanned_open_counts(self)
 
     async def _read_page(self, keys: list[bytes], packed: set[bytes]) -> list[RecordView]:
         node, now_ms = self._node, await _time_ms(self._node)
