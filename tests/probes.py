@@ -46,7 +46,7 @@ def fields_of(client: Redis, name: bytes) -> Fields:
     """Return the fields that a record in Redis has as a hash, also where it is packed."""
     if client.type(name) != b"string":
         fields = {field.decode(): value for field, value in client.hgetall(name).items()}
-        return fields | numbered(fields.pop("more", b""))
+        return numbered(fields.pop("more", b"")) | fields
     key, value = parse_record_id(name.decode()), client.get(name) or b""
     found = hash_fields(key or b"", value)
     return {"corrupt": value} if isinstance(found, Corrupt) else found

@@ -11,6 +11,7 @@ from typing import Any
 from oncegate.decision import decide, effective_state
 from oncegate.keys.digests import Digests, Scope
 from oncegate.messages.response_head import response_digest
+from oncegate.store.kept import NOTHING, Kept
 from oncegate.store.opening import open_store
 from oncegate.store.record import Claim, ClaimRequest, Corrupt, Record, StoredResponse
 from oncegate.store.record_name import store_key
@@ -103,6 +104,7 @@ def claim(
     fingerprint: bytes = SAME,
     mode: bytes = b"hold",
     window_ms: int = 0,
+    kept: Kept = NOTHING,
 ) -> Coroutine[Any, Any, Claim | Record | Corrupt | Unconfirmed]:
     return store.claim(
         ClaimRequest(
@@ -114,6 +116,7 @@ def claim(
             retention_ms=RETENTION_MS,
             unknown_retention_ms=UNKNOWN_RETENTION_MS,
             window_ms=window_ms,
+            kept=kept,
         )
     )
 

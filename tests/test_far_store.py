@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 
 from loadtest.ports import free_ports
-from oncegate.store.events import StoreEvent
 from oncegate.store.membership import Membership
 from oncegate.store.record import PREFIX_BYTES, Claim
 from oncegate.store.redis.link import PREPARE_STEPS
-from oncegate.store.results import SettleResult, SettleStatus
+from oncegate.store.results import SettleResult, SettleStatus, StoreEvent
 from tests.parts import until
 from tests.stores import claimed, connected, store_small
 from tests.topologies import Clustered, Sentineled, Server, replicated, wait_for

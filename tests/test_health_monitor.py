@@ -4,7 +4,6 @@ import asyncio
 
 from oncegate.hostnames.resolver import Resolver
 from oncegate.store import membership
-from oncegate.store.events import StoreEvent
 from oncegate.store.membership import Membership
 from oncegate.store.record import PREFIX_BYTES
 from oncegate.store.redis.health_monitor import HealthMonitor
@@ -12,6 +11,7 @@ from oncegate.store.redis.link import Link
 from oncegate.store.redis.membership import WrittenLayout
 from oncegate.store.redis.server import INFO, Openers, load_scripts
 from oncegate.store.redis.talk import Talk
+from oncegate.store.results import StoreEvent
 
 
 async def nothing(_: Link, __: object) -> None:

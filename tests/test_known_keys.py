@@ -13,10 +13,10 @@ import pytest
 from oncegate.decision import Decision
 from oncegate.gateway.answers import decide_duplicate, duplicate_refusal
 from oncegate.store.breaker import FAILURES, Breaker
-from oncegate.store.events import StoreEvent
 from oncegate.store.membership import Membership
 from oncegate.store.record import PREFIX_BYTES, Claim
 from oncegate.store.redis.store import RedisStore
+from oncegate.store.results import StoreEvent
 from oncegate.store.store import Store
 from tests.conftest import Valkey
 from tests.postgres_probe import PostgresProbe

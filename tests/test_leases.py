@@ -4,10 +4,9 @@ import asyncio
 
 import pytest
 
-from oncegate.store.events import ClaimEvent
 from oncegate.store.leases import Leases, suspended_clock_s
 from oncegate.store.record import Claim
-from oncegate.store.results import SettleStatus
+from oncegate.store.results import ClaimEvent, SettleStatus
 from tests.probes import Probe
 from tests.stores import claimed, connected
 

@@ -251,15 +251,15 @@ def test_claim_as_its_header_says(called):
         "created": created_ms,
         "lease_ms": b"40000",
     }
-    tag, state, _, token, fence_told, mode, fingerprint, self_check, left_ms, created_told, status = called(
+    tag, state, _, token, fence_told, mode, fingerprint, self_check, left_ms, created_told, status, more = called(
         "claim", **{**CLAIM, "tag": "9", "token": "U" * 16}
     )
     assert (tag, state, token, fence_told) == (b"9", b"in_flight", b"T" * 16, fence)
     assert (mode, fingerprint, self_check) == (b"hold", b"F" * 16, b"S" * 32)
     assert about(left_ms, 40_000)
-    assert (created_told, status) == (created_ms, None)
+    assert (created_told, status, more) == (created_ms, None, None)
     called.client.hset(KEY, mapping={"state": "unknown", "status": "200"})
-    assert called("claim", **{**CLAIM, "token": "U" * 16})[-1] == b"200"
+    assert called("claim", **{**CLAIM, "token": "U" * 16})[-2] == b"200"
     called.client.delete(KEY)
     tag, word, _ = called("claim", **{**CLAIM, "not_after_ms": now_ms - 1})
     assert (tag, word) == (b"7", b"late")
@@ -297,8 +297,8 @@ def test_claim_brings_a_small_answer_along(called, chunks, brought):
     """A body of one chunk up to 64 KiB comes with a complete record."""
     called.client.hset(KEY, mapping={"meta": meta(), **chunks})
     before = record(called)
-    tag, word, _, told, body = called("claim", **CLAIM)
-    assert (tag, word, told, body) == (b"7", b"complete", meta().encode(), brought)
+    tag, word, _, told, body, more = called("claim", **CLAIM)
+    assert (tag, word, told, body, more) == (b"7", b"complete", meta().encode(), brought, None)
     assert record(called) == before
     assert called.client.ttl(KEY) == -1
 
@@ -351,6 +351,7 @@ ANSWER = {
     "bytes": 3,
     "last": "abc",
     "tombstone_ms": 0,
+    "more": "",
 }
 
 
@@ -380,8 +381,8 @@ def test_what_has_a_tombstone_expires_with_its_retention(called):
     assert 900_000 <= int(found["until"]) - now_ms < 920_000
     assert about(called.client.pttl(KEY), 1_400_000)
     # A small body still comes along.
-    assert called("claim", **CLAIM)[1::2] == [b"complete", meta().encode()]
-    assert called("claim", **CLAIM)[-1] == b"abc"
+    assert called("claim", **CLAIM)[1::2] == [b"complete", meta().encode(), None]
+    assert called("claim", **CLAIM)[-2] == b"abc"
     reading = {**OWNER, "first": 0, "limit_bytes": 9}
     assert called("read", **reading) == [b"8", b"chunks", b"abc"]
     assert called("settle", "store", **kept) == [b"8", b"stored", b"found"]
@@ -447,7 +448,7 @@ def test_settle_marks_unknown_as_its_header_says(called):
     """The record has the given fields, and its chunks are gone."""
     given = {"fence": "12", "mode": "retry", "fingerprint": "G" * 16, "self": "s" * 32, "created": 99, "why": "lost"}
     given["status"] = 200
-    marked = {**SETTLE, "action": "unknown", **given}
+    marked = {**SETTLE, "action": "unknown", "more": "", **given}
     expected = {
         **{name: str(value).encode() for name, value in given.items()},
         "state": b"unknown",
@@ -623,6 +624,7 @@ ANSWERED = {
     "meta": meta("O" * 16),
     "body": "abc",
     "tombstone_ms": 0,
+    "more": "",
 }
 FREED = {**OWNER, "action": "release", "operator": "O" * 16, "fence": "99"}
 
@@ -665,7 +667,7 @@ def owners_tries(called) -> list:
         called("settle", "release", **SETTLE, action="release", layout="hash"),
         called(
             "settle", "unknown", **SETTLE, action="unknown",
-            fence="1", mode="hold", fingerprint="F" * 16, self="S" * 32, created=1, why="lost", status=0,
+            fence="1", mode="hold", fingerprint="F" * 16, self="S" * 32, created=1, why="lost", status=0, more="",
         ),
     ]  # fmt: skip
 

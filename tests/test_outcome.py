@@ -11,9 +11,8 @@ from oncegate.observe.labels import SETTLEMENTS, StoreLoss
 from oncegate.observe.outcome import BY_LABEL, SUPPRESSED, Outcome, outcome_of
 from oncegate.service.service import LOSSES
 from oncegate.settings.settings import Settings
-from oncegate.store.events import StoreEvent
 from oncegate.store.membership import LOSSES as HEALTH_LOSSES
-from oncegate.store.results import SettleStatus
+from oncegate.store.results import SettleStatus, StoreEvent
 
 
 @pytest.mark.parametrize("slug", PROBLEM_KINDS)

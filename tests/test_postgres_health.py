@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 import pytest
 
 from oncegate.store import membership
-from oncegate.store.events import StoreEvent
 from oncegate.store.membership import LOSSES, RULES_DIFFER, Membership
 from oncegate.store.postgres import health, servers
 from oncegate.store.postgres.connections.durability import Level
 from oncegate.store.postgres.servers import Servers
 from oncegate.store.record import PREFIX_BYTES
-from oncegate.store.results import ClaimsSuspended, StoreFull
+from oncegate.store.results import ClaimsSuspended, StoreEvent, StoreFull
 from tests.postgres_database import Database
 from tests.postgres_parts import migrate, opened, until
 from tests.postgres_server import Cluster, Server

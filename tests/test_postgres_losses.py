@@ -12,9 +12,9 @@ from typing import TypeVar
 import pytest
 
 from loadtest.postgres_server import Cluster, Server
-from oncegate.store.events import StoreEvent
 from oncegate.store.membership import LOSSES, Membership
 from oncegate.store.record import Claim
+from oncegate.store.results import StoreEvent
 from oncegate.store.store import Store
 from tests.own_postgres import OwnPostgres
 from tests.postgres_database import migrated

@@ -184,8 +184,9 @@ def test_a_body_that_is_not_the_stored_one_is_not_intact():
 
 RUNNING = [
     b"in_flight", TOKEN, CLAIM.fence, b"hold", FINGERPRINT, CLAIM.self_check, 7000, b"%d" % CLAIM.created_ms, None,
+    None,
 ]  # fmt: skip
-STATE, TOKEN_AT, FENCE, MODE, FINGERPRINT_AT, SELF, LEASE_LEFT, CREATED, STATUS = range(9)
+STATE, TOKEN_AT, FENCE, MODE, FINGERPRINT_AT, SELF, LEASE_LEFT, CREATED, STATUS, MORE = range(10)
 
 
 @pytest.mark.parametrize(
@@ -212,13 +213,13 @@ def test_no_byte_of_a_running_record_can_change_unnoticed(field):
 @pytest.mark.parametrize("created", [None, b"", b"soon", b"\xff" * 13, b"1e3", b"1.5"])
 def test_a_running_record_without_a_time_is_corrupt(created):
     """The time of a claim must be a number."""
-    assert isinstance(running(KEY, TENANT, [*RUNNING[:CREATED], created, None], NOW_MS), Corrupt)
+    assert isinstance(running(KEY, TENANT, [*RUNNING[:CREATED], created, None, None], NOW_MS), Corrupt)
 
 
 @pytest.mark.parametrize(("status", "read"), [(b"200", 200), (b"", 0), (b"20", 0), (b"-20", 0), (b"2e2", 0), (None, 0)])
 def test_a_running_record_has_the_status_that_came(status, read):
     """It is no part of the check, so that anything but a status counts as none."""
-    record = running(KEY, TENANT, [*RUNNING[:STATUS], status], NOW_MS)
+    record = running(KEY, TENANT, [*RUNNING[:STATUS], status, None], NOW_MS)
     assert isinstance(record, Record)
     assert record.status == read
 
@@ -236,7 +237,7 @@ def test_a_running_record_of_another_key_or_tenant_is_corrupt():
 
 def test_a_lease_that_cannot_be_read_has_passed():
     """A damaged lease has ended: the key is unknown, which executes nothing."""
-    fields = [*RUNNING[:LEASE_LEFT], None, RUNNING[CREATED], None]
+    fields = [*RUNNING[:LEASE_LEFT], None, *RUNNING[CREATED:]]
     found = running(KEY, TENANT, fields, NOW_MS)
     assert isinstance(found, Record)
     assert found.lease_left_ms == 0

@@ -7,10 +7,9 @@ from contextlib import asynccontextmanager
 import pytest
 from redis import Redis
 
-from oncegate.store.events import StoreEvent
 from oncegate.store.membership import Membership
 from oncegate.store.record import PREFIX_BYTES, Claim
-from oncegate.store.results import ClaimsSuspended, Forbidden, NotAttempted
+from oncegate.store.results import ClaimsSuspended, Forbidden, NotAttempted, StoreEvent
 from oncegate.store.store import Store
 from tests.conftest import Valkey
 from tests.parts import until

@@ -122,17 +122,17 @@ class Scripts:
             if self._packed:
                 return [head[0], "put", RETENTION_MS, pack_unknown(claim, "no answer came", 0), 0]
             described = [claim.fence, claim.mode, FINGERPRINT, claim.self_check, claim.created_ms]
-            return [*head, *described, "no answer came", 0]
+            return [*head, *described, "no answer came", 0, b""]
         answer, last = stored(me, how)
         if self._packed and how == "store":
             return [head[0], "put", RETENTION_MS, pack_complete(claim_of(me, "hold"), answer, last), 0]
         size = answer.size if answer.body_stored else 0
-        return [*head, pack(claim_of(me, "hold"), answer), answer.digest, answer.chunks, size, last, 0]
+        return [*head, pack(claim_of(me, "hold"), answer), answer.digest, answer.chunks, size, last, 0, b""]
 
     def _resolve(self, seen: int, how: str) -> list[Any]:
         if how == "release":
             return [TOKENS[seen], how, TOKENS[OPERATOR], b"8"]
-        return [TOKENS[seen], how, RETENTION_MS, packed(OPERATOR, 1)[0], b"".join(pieces(OPERATOR)), 0]
+        return [TOKENS[seen], how, RETENTION_MS, packed(OPERATOR, 1)[0], b"".join(pieces(OPERATOR)), 0, b""]
 
     def _drop(self, seen: int, purge: bool) -> list[Any]:
         return [TOKENS[seen], pack_tombstone(KEY, packed(seen, 1)[0]), int(purge), self._layout]

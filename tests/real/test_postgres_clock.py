@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from oncegate.decision import State, effective_state
-from oncegate.store.events import StoreEvent
 from oncegate.store.membership import Membership
 from oncegate.store.record import Record
-from oncegate.store.results import RenewStatus, SettleStatus
+from oncegate.store.results import RenewStatus, SettleStatus, StoreEvent
 from tests.postgres_database import migrated
 from tests.postgres_server import Server
 from tests.real.parts import INSTALLED

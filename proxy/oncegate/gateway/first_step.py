@@ -242,9 +242,7 @@ class FirstStep:
                 known.plan = plan_head(known, head, route, Begun(scope, key_prefix, prefix), (wait_s, fields))
             blocks = body.blocks() if body.spooled else (body.data,)
             identity = Identity(finish_key(key_prefix, key), finish_fingerprint(prefix, blocks))
-        return KeyedRequest(
-            route, _claim_request(policy, scope, identity), body, wait_s, fields, identity.fresh, caller
-        )
+        return KeyedRequest(route, _claim_request(route, scope, identity), body, wait_s, fields, identity.fresh, caller)
 
 
 def _waiting(policy: Policy, head: RequestHead) -> tuple[float, bytes]:
@@ -255,7 +253,8 @@ def _waiting(policy: Policy, head: RequestHead) -> tuple[float, bytes]:
     return policy.wait_max_s if policy.wait_for_duplicates else 0.0, b""
 
 
-def _claim_request(policy: Policy, scope: Scope, identity: Identity) -> ClaimRequest:
+def _claim_request(route: Route, scope: Scope, identity: Identity) -> ClaimRequest:
+    policy = route.policy
     return ClaimRequest(
         key=identity.key,
         scope=scope,
@@ -267,7 +266,7 @@ def _claim_request(policy: Policy, scope: Scope, identity: Identity) -> ClaimReq
         unknown_retention_ms=policy.retention_ms if identity.window_ms else policy.unknown_retention_ms,
         window_ms=identity.window_ms,
         tombstone_ms=0 if identity.window_ms else policy.tombstone_ms,
-        rule=policy.rule,
+        kept=route.kept,
     )
 
 

@@ -113,7 +113,7 @@ class HeadPlan:
         policy, key = self.route.policy, finish_key(begun.key_prefix, request.values[self.key_at].strip(b'"'))
         # Positions, not names: arguments by name cost 4,000 instructions more (Python 3.11, measured).
         times = policy.lease_ms, policy.retention_ms, policy.unknown_retention_ms
-        rest = 0, policy.tombstone_ms, policy.rule
+        rest = 0, policy.tombstone_ms, self.route.kept
         claim = ClaimRequest(key, begun.scope, fingerprint.digest(), policy.mode, *times, *rest)
         return KeyedRequest(self.route, claim, body, self.wait_s, self.fields)
 

@@ -1,7 +1,7 @@
 """Where a request goes and how it is treated there: a policy with what carries it out."""
 
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from oncegate.adaptation.preflight import Preflight
@@ -13,6 +13,7 @@ from oncegate.messages.target import normalized_path
 from oncegate.rules.body_conditions import Document
 from oncegate.rules.model import Rules
 from oncegate.rules.policy import Policy
+from oncegate.store.kept import Kept
 from oncegate.store.leases import Leases
 from oncegate.store.store import Store
 from oncegate.store.waiters import Waiters
@@ -78,6 +79,11 @@ class Route:
     # Whether a head decides the same about its request whatever its key is.
     is_key_independent: bool
     upstream: str = ""
+    # With each record of the route.
+    kept: Kept = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kept", Kept(rule=self.policy.rule, upstream=self.upstream))
 
     def forwarded_head(self, head: RequestHead, info: ForwardedInfo, body_bytes: int | None) -> bytes:
         """Return the head of a request for the upstream; `body_bytes` None: chunked, negative: no body."""

@@ -12,10 +12,9 @@ from oncegate.gateway.routes import ExchangeDeps
 from oncegate.messages.response_head import ResponseHead, response_digest
 from oncegate.observe.labels import SETTLEMENTS, SettlementLabel
 from oncegate.observe.outcome import Outcome, outcome_of
-from oncegate.store.events import ClaimEvent
 from oncegate.store.leases import LeasedClaim
 from oncegate.store.record import StoredResponse, cancelled_claim
-from oncegate.store.results import SettleResult, SettleStatus
+from oncegate.store.results import ClaimEvent, SettleResult, SettleStatus
 from oncegate.store.store import Settling
 from oncegate.upstream.errors import UpstreamLost
 

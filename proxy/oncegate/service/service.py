@@ -23,8 +23,8 @@ from oncegate.service.readiness import ReadinessLog
 from oncegate.service.wiring import Parts, Reporting, server_tls
 from oncegate.settings.errors import SettingsError
 from oncegate.settings.settings import Settings
-from oncegate.store.events import ClaimEvent, StoreEvent
 from oncegate.store.record import Claim
+from oncegate.store.results import ClaimEvent, StoreEvent
 from oncegate.testing import faults
 
 # For what did not end by itself; it is waited for twice.

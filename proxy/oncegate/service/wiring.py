@@ -29,10 +29,10 @@ from oncegate.observe.outcome import Observe
 from oncegate.rules.model import Rule, Rules, Upstream
 from oncegate.rules.resolution import longest_ms, unknown_retention_ms
 from oncegate.settings.settings import Settings
-from oncegate.store.events import StoreEvent
 from oncegate.store.leases import Leases, OnClaimEvent
 from oncegate.store.membership import Membership
 from oncegate.store.opening import open_store, postgres_options
+from oncegate.store.results import StoreEvent
 from oncegate.store.store import Store, StoreConfig
 from oncegate.store.unknown_keys import UnknownKeys
 from oncegate.store.waiters import MAX_POLLS_PER_S, Waiters

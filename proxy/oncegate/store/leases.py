@@ -9,9 +9,8 @@ from typing import Protocol
 
 from oncegate.decision import must_reclaim
 from oncegate.keys.digests import Scope
-from oncegate.store.events import ClaimEvent
 from oncegate.store.record import Claim
-from oncegate.store.results import RenewStatus, Unconfirmed
+from oncegate.store.results import ClaimEvent, RenewStatus, Unconfirmed
 from oncegate.store.stages import CLAIMED, Stage
 from oncegate.store.store import Store
 

@@ -7,8 +7,7 @@ from hashlib import blake2b
 from math import ceil
 from typing import Any
 
-from oncegate.store.events import StoreEvent
-from oncegate.store.results import ClaimsSuspended
+from oncegate.store.results import ClaimsSuspended, StoreEvent
 
 # How often a proxy inspects its servers.
 HEALTH_S = 1.0

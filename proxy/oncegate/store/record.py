@@ -19,6 +19,7 @@ from hashlib import blake2b
 from oncegate.decision import CANCELLED, State
 from oncegate.keys.digests import Scope
 from oncegate.messages.response_head import response_digest
+from oncegate.store.kept import NOTHING, Kept, unpack_kept
 
 # The second has trailers behind the header fields. An older oncegate refuses it as an unknown layout.
 VERSION, WITH_TRAILERS = b"\x01", b"\x02"
@@ -59,8 +60,8 @@ class ClaimRequest:
     window_ms: int = 0
     # Of a complete record: how long its key is refused after the retention. 0 for a derived key.
     tombstone_ms: int = 0
-    # The name of the rule that the request came under, for the audit trail.
-    rule: str = ""
+    # What is kept with the record. The audit trail has its rule.
+    kept: Kept = NOTHING
 
 
 @dataclass(slots=True)
@@ -83,8 +84,7 @@ class Claim:
     retention_ms: int
     unknown_retention_ms: int
     tombstone_ms: int = 0
-    # Of the request, for the audit trail.
-    rule: str = ""
+    kept: Kept = NOTHING
 
 
 @dataclass(slots=True)
@@ -135,6 +135,8 @@ class Record:
     mode: bytes = b""
     # Of the response to an expired one, or of one that came and does not tell the outcome; 0 for none.
     status: int = 0
+    # Of its original. Nothing of an expired one.
+    kept: Kept = NOTHING
 
 
 class ViewState(Enum):
@@ -281,7 +283,7 @@ def read_status(text: bytes) -> int:
 
 def running(key: bytes, tenant: bytes, fields: list[bytes | int | None], now_ms: int) -> Record | Corrupt:
     """Return the record of a key in flight or unknown. `fields`: the reply to `claim`, without the time."""
-    state, token, _fence, mode, fingerprint, stored_check, lease_left_ms, created, status = fields
+    state, token, _fence, mode, fingerprint, stored_check, lease_left_ms, created, status, more = fields
     try:
         stored_state = State(bytes(state or b"").decode())
         created_ms = int(created or b"")
@@ -295,4 +297,5 @@ def running(key: bytes, tenant: bytes, fields: list[bytes | int | None], now_ms:
         return Corrupt("the record does not match its check")
     left = lease_left_ms if isinstance(lease_left_ms, int) else 0
     came = read_status(status) if isinstance(status, bytes) else 0
-    return Record(stored_state, token, fingerprint, created_ms, now_ms, lease_left_ms=left, mode=mode, status=came)
+    kept = unpack_kept(more) if isinstance(more, bytes) else NOTHING
+    return Record(stored_state, token, fingerprint, created_ms, now_ms, left, mode=mode, status=came, kept=kept)

@@ -8,6 +8,7 @@ from enum import Enum
 from typing import NamedTuple, Protocol
 
 from oncegate.decision import HOLD, State, effective_state
+from oncegate.store.kept import NOTHING, Kept, unpack_kept
 from oncegate.store.record import (
     DROPPED,
     Claim,
@@ -38,6 +39,8 @@ FIELDS = (
     "lease_ms",
     "status",
     "until",
+    # The last one: see store/redis/records.py.
+    "more",
 )
 
 
@@ -93,6 +96,7 @@ class RecordView(NamedTuple):
     meta: bytes = b""
     # Whether the record lies packed in a string.
     packed: bool = False
+    kept: Kept = NOTHING
 
     @property
     def owner_may_live(self) -> bool:
@@ -126,7 +130,8 @@ def read_fields(key: bytes, values: list[bytes | None], now_ms: int) -> RecordVi
     if not fields:
         return None
     if (meta := fields.get("meta")) is not None:
-        return _complete(key, meta, fields.get("until", b""), now_ms)
+        record = _complete(key, meta, fields.get("until", b""), now_ms)
+        return record._replace(kept=unpack_kept(fields.get("more")))
     token = fields.get("token", b"")
     if fields.get("state") == b"released":
         return RecordView(key, ViewState.RELEASED, token, now_ms, fields.get("fence", b"0"))
@@ -189,6 +194,7 @@ def _unfinished(key: bytes, token: bytes, fields: dict[str, bytes], now_ms: int)
         progress="" if "why" in fields else describe_stage(fields.get("stage")),
         bytes_stored=int(fields.get("bytes", 0)),
         status=read_status(fields.get("status", b"")),
+        kept=unpack_kept(fields.get("more")),
     )
 
 
@@ -205,6 +211,7 @@ def claim_of(record: RecordView, kept_ms: int) -> Claim:
         lease_ms=0,
         retention_ms=kept_ms,
         unknown_retention_ms=kept_ms,
+        kept=record.kept,
     )
 
 

@@ -14,12 +14,11 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from oncegate.store.events import StoreEvent
 from oncegate.store.membership import HEALTH_S, RULES_DIFFER, Agreement, Losses, Membership
 from oncegate.store.postgres.connections.durability import Durability
 from oncegate.store.postgres.connections.facts import Run
 from oncegate.store.postgres.connections.session import Answer, Refused, Session
-from oncegate.store.results import ClaimsSuspended, Forbidden, StoreFull, Unconfirmed
+from oncegate.store.results import ClaimsSuspended, Forbidden, StoreEvent, StoreFull, Unconfirmed
 
 # How long the store counts as full after it refused a write for want of room.
 FULL_S = 2.5 * HEALTH_S

@@ -30,7 +30,7 @@ _ID_CHARACTERS = 32
 # `stands`: not of a row that says no more than a missing one; what an operator released is shown.
 _COLUMNS = """
 SELECT key, state, token, fence, mode, fingerprint, tenant || self AS self, lease, created, why, stage, bytes, lease_ms,
-       status, meta, expires, frees, now_ms() AS now,
+       status, meta, kept, expires, frees, now_ms() AS now,
        state = 4 AND token <> '' OR NOT is_free(state, created, lease, lease_ms, frees, now_ms()) AS stands
 FROM record
 """
@@ -83,7 +83,7 @@ def view(row: Mapping[str, Any]) -> RecordView | None:
     fields: list[bytes | None] = [
         row["meta"], _STATES.get(row["state"], b"?"), row["token"], fence, MODE_OF.get(row["mode"], b"?"),
         row["fingerprint"], row["self"], lease, created, row["why"], _STAGES.get(row["stage"]), size, lease_ms, status,
-        b"%d" % row["expires"],
+        b"%d" % row["expires"], row["kept"],
     ]  # fmt: skip
     record = read_fields(row["key"], fields, row["now"])
     if record is None:

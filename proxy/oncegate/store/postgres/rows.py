@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from oncegate.decision import CANCELLED, HOLD, RETRY, State
+from oncegate.store.kept import pack_kept, unpack_kept
 from oncegate.store.postgres.verb import Row, Verb
 from oncegate.store.record import (
     Claim,
@@ -38,11 +39,12 @@ ROW_BYTES = 4096
 READ_BYTES = 262144
 
 # Columns as in the types claim_call, renew_call and settle_call. The driver refuses what a column cannot hold.
-CLAIM = Verb("claim", "claim_1", 2)
-TAKE = Verb("claim", "take_1", 2)
+# kept
+CLAIM = Verb("claim", "claim_1", 2, (11,))
+TAKE = Verb("claim", "take_1", 2, (11,))
 RENEW = Verb("renew", "renew_1", 1)
-# meta, body, tail, why
-SETTLE = Verb("settle", "settle_1", 2, (13, 17, 18, 19))
+# meta, body, tail, why, kept
+SETTLE = Verb("settle", "settle_1", 2, (13, 17, 18, 19, 20))
 
 _MODES = {b"": 0, HOLD: 1, RETRY: 2, CANCELLED: 3}
 MODE_OF = {number: mode for mode, number in _MODES.items()}
@@ -84,10 +86,11 @@ def claim_row(claim: Claim, not_after_ms: int, expected: bytes | None = None, wi
 
     A claim may end unknown without anybody to say so: it is kept as long.
     """
-    check = claim.self_check
+    check, kept = claim.self_check, claim.kept
     return (
         claim.key, lock_of(claim.key), claim.token, claim.fingerprint, check[:16], check[16:], _MODES[claim.mode],
-        claim.lease_ms, claim.unknown_retention_ms, not_after_ms, claim.rule.encode(), expected, window_ms,
+        claim.lease_ms, claim.unknown_retention_ms, not_after_ms, kept.rule.encode(),
+        pack_kept(kept) or None, expected, window_ms,
     )  # fmt: skip
 
 
@@ -99,10 +102,13 @@ def claim_result(claim: Claim, tenant: bytes, row: Mapping[str, Any]) -> ClaimRe
             # Positions, not names: arguments by name cost twice as much here (Python 3.11, measured).
             claim.key, claim.token, b"%d" % row["fence"], claim.mode, claim.fingerprint, claim.self_check,
             row["created"], claim.lease_ms, claim.retention_ms, claim.unknown_retention_ms, claim.tombstone_ms,
-            claim.rule,
+            claim.kept,
         )  # fmt: skip
     if tag == 3:
-        return unpack(claim.key, tenant, row["meta"] or b"", row["body"], now_ms)
+        found = unpack(claim.key, tenant, row["meta"] or b"", row["body"], now_ms)
+        if (more := row["kept"]) and isinstance(found, Record):
+            found.kept = unpack_kept(more)
+        return found
     if tag == 5:
         return _expired(claim.key, tenant, row)
     if tag == 6:
@@ -121,7 +127,7 @@ def _running(claim: Claim, tenant: bytes, row: Mapping[str, Any]) -> Record | Co
         return Corrupt("unknown state")
     fields = [
         state, row["owner"], b"", MODE_OF.get(row["mode"], b"?"), row["fingerprint"], row["self"], row["lease_left"],
-        row["created"], b"%d" % row["status"],
+        row["created"], b"%d" % row["status"], row["kept"],
     ]  # fmt: skip
     return running(claim.key, tenant, fields, now_ms)
 
@@ -155,6 +161,7 @@ def _settle_row(claim: Claim, event: int, retention_ms: int, status: int, *outco
     return (
         claim.key, lock_of(claim.key), claim.token, event, retention_ms, tombstone_ms, status, int(claim.fence or b"0"),
         claim.created_ms, _MODES[claim.mode], claim.fingerprint, check[:16], check[16:], *outcome,
+        None if event in (RELEASED, WITHDRAWN) else pack_kept(claim.kept) or None,
     )  # fmt: skip
 
 

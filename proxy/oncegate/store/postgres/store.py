@@ -189,7 +189,7 @@ class PostgresStore:
         check = self_check(key, tenant, token, mode, fingerprint)
         # The fence and the time of creation come with the reply.
         times = request.lease_ms, request.retention_ms, request.unknown_retention_ms
-        claim = Claim(key, token, b"", mode, fingerprint, check, 0, *times, request.tombstone_ms, request.rule)
+        claim = Claim(key, token, b"", mode, fingerprint, check, 0, *times, request.tombstone_ms, request.kept)
         return self._claims.run(claim, tenant, request.window_ms)
 
     def reclaim(self, claim: Claim, scope: Scope) -> Claiming:

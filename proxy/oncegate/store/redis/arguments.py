@@ -5,9 +5,11 @@ what they mean.
 """
 
 import os
+import struct
 from dataclasses import replace
 
 from oncegate.decision import HOLD
+from oncegate.store.kept import NOTHING, pack_kept
 from oncegate.store.record import TOKEN_BYTES, Claim, StoredResponse, pack
 from oncegate.store.record_name import store_key
 from oncegate.store.redis.layouts.packed import TERMS_BYTES, pack_complete, pack_unknown, terms_begin
@@ -19,34 +21,35 @@ from oncegate.store.stages import CLAIMED
 READ_BYTES = 262144
 
 # RESP headers of bulk strings whose sizes are fixed: tokens and digests have 16 bytes, a self check has 32.
-_16, _NEXT_16, _NEXT_TERMS = b"$16\r\n", b"\r\n$16\r\n", b"\r\n$%d\r\n" % TERMS_BYTES
+_16, _NEXT_16 = b"$16\r\n", b"\r\n$16\r\n"
+# Behind the fixed part of a claim's terms: the length of its numbered fields.
+_COUNT = struct.Struct(">H")
 _PUT, _STORE, _RELEASE, _UNKNOWN = resp(b"put"), resp(b"store"), resp(b"release"), resp(b"unknown")
-# A claim's terms end with the length of its numbered fields: it has none.
-_TERMS_END = bytes(2) + b"\r\n"
 
 CLAIM_COUNT, APPEND_COUNT, RENEW_COUNT, READ_COUNT = 7, 6, 5, 3
-PUT_COUNT, STORE_COUNT, RELEASE_COUNT, MARK_UNKNOWN_COUNT = 5, 9, 4, 10
-RESOLVE_COUNT, RELEASE_BY_OPERATOR_COUNT, DROP_COUNT = 6, 4, 4
+PUT_COUNT, STORE_COUNT, RELEASE_COUNT, MARK_UNKNOWN_COUNT = 5, 10, 4, 11
+RESOLVE_COUNT, RELEASE_BY_OPERATOR_COUNT, DROP_COUNT = 7, 4, 4
 
 # The layout that a script writes, or looks for first, by whether it is the packed one.
 LAYOUT = {False: b"hash", True: b"packed"}
 
-# By mode, lease_ms and unknown_retention_ms of a claim: the beginning of its terms, and its retention as a bulk string.
-# There is one entry for each policy.
-_terms: dict[tuple[bytes, int, int], tuple[bytes, bytes]] = {}
+# By mode, lease_ms and unknown_retention_ms of a claim, and the size of its numbered fields: the beginning of its
+# terms, and its retention as a bulk string. There is one entry for each policy and size.
+_terms: dict[tuple[bytes, int, int, int], tuple[bytes, bytes]] = {}
 
 
 def claim_head(claim: Claim) -> bytes:
     """Return the arguments of `claim` before its deadline. The node that executes the claim writes the deadline."""
     # A claim may end unknown without anybody to say so, so that its record has to last as long as an unknown one.
     mode, lease_ms, retention_ms = claim.mode, claim.lease_ms, claim.unknown_retention_ms
-    terms = _terms.get((mode, lease_ms, retention_ms))
+    more = b"" if claim.kept is NOTHING else pack_kept(claim.kept)
+    terms = _terms.get((mode, lease_ms, retention_ms, len(more)))
     if terms is None:
-        begin = _NEXT_TERMS + terms_begin(mode, lease_ms)
-        terms = _terms[mode, lease_ms, retention_ms] = begin, _TERMS_END + resp(retention_ms)
+        begin = b"\r\n" + SIZE[TERMS_BYTES + len(more)] + terms_begin(mode, lease_ms)
+        terms = _terms[mode, lease_ms, retention_ms, len(more)] = begin, b"\r\n" + resp(retention_ms)
     begin, end = terms
     # Joined here: this takes 15k instructions less than writing word by word (measured).
-    return b"".join((_16, claim.token, begin, claim.self_check, claim.fingerprint, end))
+    return b"".join((_16, claim.token, begin, claim.self_check, claim.fingerprint, _COUNT.pack(len(more)), more, end))
 
 
 def claim_tail(packed: bool, window_ms: int, expected_token: bytes) -> bytes:
@@ -103,7 +106,7 @@ def store(claim: Claim, response: StoredResponse, last_chunk: bytes) -> bytes:
     counts = number[response.chunks] + number[response.size] if response.body_stored else number[0] * 2
     chunk_size = size[len(last_chunk)]
     head = (_16, claim.token, b"\r\n", _STORE, number[claim.retention_ms], size[len(meta)], meta)
-    tail = (counts, chunk_size, last_chunk, b"\r\n", number[claim.tombstone_ms])
+    tail = (counts, chunk_size, last_chunk, b"\r\n", number[claim.tombstone_ms], resp(pack_kept(claim.kept)))
     return b"".join((*head, _NEXT_16, response.digest, b"\r\n", *tail))
 
 
@@ -128,7 +131,7 @@ def mark_unknown(claim: Claim, reason: str, status: int) -> bytes:
         claim.self_check,
         claim.created_ms,
     )
-    return b"".join((_16, claim.token, b"\r\n", _UNKNOWN, resp(*written, reason, status)))
+    return b"".join((_16, claim.token, b"\r\n", _UNKNOWN, resp(*written, reason, status, pack_kept(claim.kept))))
 
 
 # A probe ...

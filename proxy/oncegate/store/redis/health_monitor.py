@@ -19,7 +19,6 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from oncegate.store.events import StoreEvent
 from oncegate.store.membership import HEALTH_S, RULES_DIFFER, Losses, Membership
 from oncegate.store.redis.membership import (
     EPOCH,
@@ -33,7 +32,7 @@ from oncegate.store.redis.replies import first_error, is_passing
 from oncegate.store.redis.server import is_refusal, memory_ratio, not_ready_reason, parse_info
 from oncegate.store.redis.talk import Question, Talk, call, command
 from oncegate.store.redis.wire import ErrorReply, Script
-from oncegate.store.results import ClaimsSuspended
+from oncegate.store.results import ClaimsSuspended, StoreEvent
 
 # How long the store counts as full after it refused a claim for want of memory.
 FULL_S = 2.5 * HEALTH_S

@@ -71,7 +71,7 @@ def is_error(reply: object, kind: str) -> bool:
 async def _read(node: Node, key: bytes, ask_at: Callable[..., Awaitable[Any]] = ask, packed: bool = True) -> Any:
     """Return the value of a packed record, the fields of any other, or an error. `packed`: which it probably is."""
     name = store_key(key)
-    commands: list[tuple[bytes | str, ...]] = [("GET", name), ("HMGET", name, *FIELDS, "more")]
+    commands: list[tuple[bytes | str, ...]] = [("GET", name), ("HMGET", name, *FIELDS)]
     reply = await ask_at(node, *commands[not packed])
     return await ask_at(node, *commands[packed]) if is_error(reply, "WRONGTYPE") else reply
 
@@ -89,12 +89,11 @@ def _view(key: bytes, reply: Any, now_ms: int) -> RecordView | None:
             return RecordView(key, ViewState.CORRUPT, found[1:17], now_ms)
         record = read_fields(key, [fields.get(name) for name in FIELDS], now_ms)
         return record and record._replace(packed=True)
-    *values, more = found
-    if more is not None:
+    if found[-1] is not None:
         with suppress(ValueError):
-            kept = numbered(more)
-            values = [value or kept.get(name) for name, value in zip(FIELDS, values, strict=True)]
-    return read_fields(key, values, now_ms)
+            in_more = numbered(found[-1])
+            found = [value or in_more.get(name) for name, value in zip(FIELDS, found, strict=True)]
+    return read_fields(key, found, now_ms)
 
 
 async def _time_ms(node: Node) -> int:

@@ -6,7 +6,8 @@ Proxies of several versions share a store, so the reply words never change. This
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from oncegate.store.record import Claim, Corrupt, running, unpack, unpack_expired
+from oncegate.store.kept import unpack_kept
+from oncegate.store.record import Claim, Corrupt, Record, running, unpack, unpack_expired
 from oncegate.store.redis.layouts.packed import unpack_packed
 from oncegate.store.redis.server import is_refusal
 from oncegate.store.redis.wire import ErrorReply
@@ -85,19 +86,22 @@ def claim_result(claim: Claim, tenant: bytes, reply: Any, note_time: Callable[[i
     `note_time(now_ms)` is called with the server's time.
     """
     # By its length, too: in a damaged record the state may be any word.
-    kind = reply[0] if isinstance(reply, list) and len(reply) == 4 else b""
+    kind = reply[0] if isinstance(reply, list) and len(reply) in (4, 5) else b""
     if kind == CLAIMED:
         _, now_ms, fence, created = reply
         note_time(now_ms)
         return Claim(
             # Positions, not names: arguments by name cost twice as much here (Python 3.11, measured).
             claim.key, claim.token, fence, claim.mode, claim.fingerprint, claim.self_check, int(created),
-            claim.lease_ms, claim.retention_ms, claim.unknown_retention_ms, claim.tombstone_ms,
+            claim.lease_ms, claim.retention_ms, claim.unknown_retention_ms, claim.tombstone_ms, claim.kept,
         )  # fmt: skip
     if kind == b"complete":
-        _, now_ms, meta, body = reply
+        _, now_ms, meta, body, more = reply
         note_time(now_ms)
-        return unpack(claim.key, tenant, meta, body, now_ms)
+        found = unpack(claim.key, tenant, meta, body, now_ms)
+        if more and isinstance(found, Record):
+            found.kept = unpack_kept(more)
+        return found
     match reply:
         case [b"packed", int(now_ms), bytes(value)]:
             note_time(now_ms)
@@ -108,7 +112,7 @@ def claim_result(claim: Claim, tenant: bytes, reply: Any, note_time: Callable[[i
         case [b"expired", int(now_ms), bytes(meta)]:
             note_time(now_ms)
             return unpack_expired(claim.key, tenant, meta, now_ms)
-        case [state, int(now_ms), *fields] if len(fields) == 8:
+        case [state, int(now_ms), *fields] if len(fields) == 9:
             return running(claim.key, tenant, [state, *fields], now_ms)
         case ErrorReply() if str(reply).startswith("WRONGTYPE"):
             return Corrupt("the record is of another type")

@@ -11,6 +11,7 @@ from itertools import count
 from typing import Any
 
 from oncegate.keys.digests import Scope
+from oncegate.store.kept import pack_kept
 from oncegate.store.record import PREFIX_BYTES, Claim, ClaimRequest, StoredResponse, pack_tombstone, self_check
 from oncegate.store.record_name import store_key
 from oncegate.store.record_view import RecordView
@@ -168,7 +169,7 @@ class RedisStore:
         check = self_check(key, tenant, token, mode, fingerprint)
         # The fence and the time of creation come with the reply.
         times = request.lease_ms, request.retention_ms, request.unknown_retention_ms
-        claim = Claim(key, token, b"", mode, fingerprint, check, 0, *times, request.tombstone_ms)
+        claim = Claim(key, token, b"", mode, fingerprint, check, 0, *times, request.tombstone_ms, request.kept)
         return self._claims.run(claim, tenant, request.window_ms)
 
     def reclaim(self, claim: Claim, scope: Scope) -> Claiming:
@@ -237,7 +238,7 @@ class RedisStore:
     # For operators ...
 
     async def resolve_by_operator(self, claim: Claim, token: bytes, meta: bytes, body: bytes) -> ResolveStatus:
-        args = resp(token, b"answer", claim.retention_ms, meta, body, claim.tombstone_ms)
+        args = resp(token, b"answer", claim.retention_ms, meta, body, claim.tombstone_ms, pack_kept(claim.kept))
         return resolve_status(await self._run("resolve", claim.key, args, arguments.RESOLVE_COUNT))
 
     async def release_by_operator(self, key: bytes, token: bytes, operator: bytes, fence: bytes) -> ResolveStatus:

@@ -41,7 +41,7 @@ class _Numbers(dict[int, bytes]):
 SIZE = _Sizes()
 NUMBER = _Numbers()
 # The RESP header of a script call, by its number of words.
-COMMAND = [b"*%d\r\n" % count for count in range(16)]
+COMMAND = [b"*%d\r\n" % count for count in range(17)]
 
 
 def resp(*words: bytes | str | int) -> bytes:

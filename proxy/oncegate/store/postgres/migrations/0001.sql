@@ -47,6 +47,7 @@ CREATE TABLE IF NOT EXISTS record (
     self         bytea    NOT NULL DEFAULT '',     -- 16 bytes: digest over what must not change
     fingerprint  bytea    NOT NULL DEFAULT '',     -- 16 bytes
     token        bytea    NOT NULL DEFAULT '',     -- 16 bytes; empty: the owner freed the key
+    kept         bytea,                            -- of the request, for operators and replays: store/kept.py
     fence        bigint   NOT NULL DEFAULT 0,
     created      bigint   NOT NULL DEFAULT 0,
     lease_ms     int      NOT NULL DEFAULT 0,
@@ -148,7 +149,7 @@ CREATE UNLOGGED TABLE IF NOT EXISTS mark (
 DO $$ BEGIN
     CREATE TYPE claim_call AS (
         key bytea, lock bigint, token bytea, fingerprint bytea, tenant bytea, self bytea, mode smallint, lease_ms int,
-        retention bigint, not_after bigint, rule bytea, expected bytea, window_ms bigint
+        retention bigint, not_after bigint, rule bytea, kept bytea, expected bytea, window_ms bigint
     );
 EXCEPTION WHEN duplicate_object THEN END $$;
 DO $$ BEGIN
@@ -160,7 +161,7 @@ DO $$ BEGIN
     CREATE TYPE settle_call AS (
         key bytea, lock bigint, token bytea, event smallint, retention bigint, tombstone bigint, status smallint, fence bigint,
         created bigint, mode smallint, fingerprint bytea, tenant bytea, self bytea, meta bytea, digest bytea,
-        chunk_count int, size bigint, body bytea, tail bytea, why bytea
+        chunk_count int, size bigint, body bytea, tail bytea, why bytea, kept bytea
     );
 EXCEPTION WHEN duplicate_object THEN END $$;
 -- What claim_1 and take_1 return. `tag`: 0 claimed, 1 in flight, 2 unknown, 3 complete, 4 free but for take_1, 5 expired,
@@ -168,7 +169,7 @@ EXCEPTION WHEN duplicate_object THEN END $$;
 DO $$ BEGIN
     CREATE TYPE claim_reply AS (
         token bytea, tag int, now bigint, fence bigint, created bigint, owner bytea, mode smallint, fingerprint bytea,
-        self bytea, lease_left bigint, status smallint, meta bytea, body bytea
+        self bytea, lease_left bigint, status smallint, meta bytea, body bytea, kept bytea
     );
 EXCEPTION WHEN duplicate_object THEN END $$;
 
@@ -236,16 +237,16 @@ BEGIN
             SELECT u.*, r.state AS r_state, r.token AS r_token, r.fence AS r_fence, r.created AS r_created,
                 r.mode AS r_mode, r.fingerprint AS r_fingerprint, r.tenant || r.self AS r_self, r.lease AS r_lease,
                 r.lease_ms AS r_lease_ms, r.expires AS r_expires, r.frees AS r_frees, r.status AS r_status,
-                r.meta AS r_meta, r.body AS r_body,
+                r.meta AS r_meta, r.body AS r_body, r.kept AS r_kept,
                 CASE WHEN r.state IS NULL AND began <= u.not_after AND is_ours(u.lock) THEN nextval('fence') END AS fence
             FROM unnest(calls) AS u
             LEFT JOIN LATERAL (SELECT * FROM record WHERE record.key = u.key LIMIT 1) r ON true
             OFFSET 0
         ) f
     ), made AS (
-        INSERT INTO record (key, tenant, self, fingerprint, token, fence, created, lease_ms, bucket, mode,
+        INSERT INTO record (key, tenant, self, fingerprint, token, kept, fence, created, lease_ms, bucket, mode,
             lease, expires, frees, state, audit_no, audit_at, audit_digest)
-        SELECT a.key, a.tenant, a.self, a.fingerprint, a.token, a.fence, began, a.lease_ms,
+        SELECT a.key, a.tenant, a.self, a.fingerprint, a.token, a.kept, a.fence, began, a.lease_ms,
             (SELECT partition_day('chunk', today)), a.mode, began + a.lease_ms,
             began + a.retention, began + a.retention, 1, audited::int, CASE WHEN audited THEN began ELSE 0 END, a.digest
         FROM asked a WHERE a.fence IS NOT NULL
@@ -262,7 +263,7 @@ BEGIN
             ELSE 7
         END,
         now_ms(), coalesce(a.fence, a.r_fence), coalesce(a.r_created, began), a.r_token, a.r_mode, a.r_fingerprint, a.r_self,
-        least(a.r_lease - began, a.r_lease_ms), a.r_status, a.r_meta, a.r_body
+        least(a.r_lease - began, a.r_lease_ms), a.r_status, a.r_meta, a.r_body, a.r_kept
     FROM asked a;
 END
 $$;
@@ -282,7 +283,7 @@ BEGIN
         SELECT u.*, r.state AS r_state, r.token AS r_token, r.fence AS r_fence, r.created AS r_created, r.mode AS r_mode,
             r.fingerprint AS r_fingerprint, r.tenant || r.self AS r_self, r.lease AS r_lease, r.lease_ms AS r_lease_ms,
             r.expires AS r_expires, r.frees AS r_frees, r.status AS r_status, r.meta AS r_meta, r.body AS r_body,
-            r.audit_at AS r_audit_at,
+            r.kept AS r_kept, r.audit_at AS r_audit_at,
             -- Its lease had ended, so that its outcome counted as unknown.
             audited AND r.state = 1 AND r.token = u.token AND r.lease <= began AS is_back,
             CASE
@@ -315,8 +316,8 @@ BEGIN
             e.audit_no, e.r_audit_at, e.fence, 3, e.key, e.token, actor, e.rule, e.audit_digest
         FROM extended e WHERE e.is_back
     ), taken AS (
-        UPDATE record r SET tenant = a.tenant, self = a.self, fingerprint = a.fingerprint, token = a.token, fence = a.fence,
-            created = began, lease_ms = a.lease_ms, bucket = (SELECT partition_day('chunk', today)), mode = a.mode,
+        UPDATE record r SET tenant = a.tenant, self = a.self, fingerprint = a.fingerprint, token = a.token, kept = a.kept,
+            fence = a.fence, created = began, lease_ms = a.lease_ms, bucket = (SELECT partition_day('chunk', today)), mode = a.mode,
             lease = began + a.lease_ms,
             expires = began + a.retention, frees = began + a.retention, bytes = 0, chunks = 0, stage = 0, state = 1, status = 0,
             why = NULL, meta = NULL, body = NULL,
@@ -344,7 +345,7 @@ BEGIN
             ELSE tag_of(a.r_state, a.r_created, a.r_lease, a.r_lease_ms, a.r_expires, a.r_frees, began)
         END,
         now_ms(), coalesce(t.fence, a.r_fence), CASE WHEN t.key IS NULL THEN a.r_created ELSE began END, a.r_token, a.r_mode,
-        a.r_fingerprint, a.r_self, least(a.r_lease - began, a.r_lease_ms), a.r_status, a.r_meta, a.r_body
+        a.r_fingerprint, a.r_self, least(a.r_lease - began, a.r_lease_ms), a.r_status, a.r_meta, a.r_body, a.r_kept
     FROM asked a LEFT JOIN taken t ON t.key = a.key;
 END
 $$;
@@ -424,9 +425,9 @@ BEGIN
         VALUES (partition_day('audit', today), began, 1, 0, call.fence, call.size, call.status, call.event, call.key, call.token,
             actor, coalesce(call.why, ''), digest);
     END IF;
-    INSERT INTO record (key, tenant, self, fingerprint, token, fence, created, bucket, mode, expires, frees, state,
+    INSERT INTO record (key, tenant, self, fingerprint, token, kept, fence, created, bucket, mode, expires, frees, state,
         status, chunks, bytes, why, meta, body, audit_no, audit_at, audit_digest)
-    VALUES (call.key, call.tenant, call.self, call.fingerprint, call.token, call.fence, call.created, day, call.mode,
+    VALUES (call.key, call.tenant, call.self, call.fingerprint, call.token, call.kept, call.fence, call.created, day, call.mode,
         began + call.retention, began + call.retention + call.tombstone, CASE call.event WHEN 4 THEN 3 ELSE 2 END, call.status,
         call.chunk_count, call.size, call.why, call.meta, call.body, audited::int, CASE WHEN audited THEN began ELSE 0 END, digest);
     IF call.tail IS NOT NULL THEN
@@ -479,7 +480,8 @@ BEGIN
             lease = CASE WHEN a.event IN (6, 7) THEN 0 ELSE r.lease END,
             status = CASE WHEN a.event IN (5, 8) THEN 0 ELSE (a.call).status END,
             chunks = (a.call).chunk_count, bytes = (a.call).size, why = (a.call).why, meta = (a.call).meta,
-            body = (a.call).body, audit_no = r.audit_no + audited::int,
+            body = (a.call).body, kept = CASE WHEN a.event IN (5, 8) THEN NULL ELSE r.kept END,
+            audit_no = r.audit_no + audited::int,
             audit_at = CASE WHEN audited THEN began ELSE r.audit_at END,
             audit_digest = CASE WHEN audited THEN audit_digest_of(pads, r.audit_digest, r.key, r.audit_no + 1, began, a.event,
                 a.token, (a.call).fence, actor, '', (a.call).status, (a.call).size, coalesce((a.call).why, ''))
@@ -626,6 +628,7 @@ BEGIN
         frees = CASE event WHEN 9 THEN began + retention + tombstone
             ELSE r.frees + greatest(r.lease - r.lease_ms - r.created, 0) END,
         lease = 0, bytes = size,
+        kept = CASE event WHEN 9 THEN r.kept END,
         chunks = CASE WHEN size > 0 THEN 1 ELSE 0 END, status = resolve_1.status, why = NULL, meta = resolve_1.meta, body = resolve_1.body
     WHERE record.key = resolve_1.key;
     IF tail IS NOT NULL THEN
@@ -682,6 +685,7 @@ BEGIN
         r.audit_at := began;
     END IF;
     UPDATE record SET state = CASE r.state WHEN 2 THEN 2 ELSE 5 END, chunks = 0, bytes = 0, meta = NULL, body = NULL,
+        kept = CASE r.state WHEN 2 THEN r.kept END,
         audit_no = r.audit_no, audit_at = r.audit_at, audit_digest = r.audit_digest
     WHERE record.key = drop_1.key;
     RETURN 1;
@@ -725,7 +729,7 @@ BEGIN
                 OR r.state = 1 AND is_free(r.state, r.created, r.lease, r.lease_ms, r.frees, began)))
         FOR UPDATE SKIP LOCKED
     ), dropped AS (
-        UPDATE record r SET state = 5, chunks = 0, bytes = 0, meta = NULL, body = NULL,
+        UPDATE record r SET state = 5, chunks = 0, bytes = 0, meta = NULL, body = NULL, kept = NULL,
             audit_no = r.audit_no + d.is_told::int,
             audit_at = CASE WHEN d.is_told THEN began ELSE r.audit_at END,
             audit_digest = CASE WHEN d.is_told THEN audit_digest_of(pads, r.audit_digest, r.key, r.audit_no + 1, began, 11, r.token,

@@ -13,9 +13,9 @@ The first byte is the version, which also says what the record is. The token fol
   (13 digits, ms), of a record with a tombstone. `settle.lua` writes that.
 - DROPPED: the tombstone, as in a hash.
 
-Numbered fields are optional. Each is a number (1 byte), its length (2 bytes) and its value; 2 bytes before them, or in
-the fixed part, have the length of all. A number that this version does not know is skipped: a later one may add some.
-`append.lua`, which makes a claim a hash with its first chunk, keeps them in the field `more`.
+Numbered fields are optional, and written as in store/kept.py, which has those from 6 on; 2 bytes before them, or in the
+fixed part, have the length of all. `append.lua`, which makes a claim a hash with its first chunk, keeps them in the
+field `more`. Any hash has there what is kept with its record.
 """
 
 import struct
@@ -24,6 +24,7 @@ from hashlib import blake2b
 from typing import Final
 
 from oncegate.decision import CANCELLED, HOLD, RETRY, State
+from oncegate.store.kept import NOTHING, kept_of, pack_fields, pack_kept, unpack_fields
 from oncegate.store.record import (
     BODY_STORED,
     CLOSE_DELIMITED,
@@ -51,7 +52,6 @@ _OPEN = struct.Struct(">c16s16s13s13s10sccc32s16s")
 # Version, token, digest of the response, fence, created; fingerprint, tenant; length of all before the body, flags,
 # status, length of the reason, ms until the upstream had responded, ms from created to completed, length of the fields.
 _COMPLETE = struct.Struct(">c16s16sQQ16s16sIBHHIiH")
-_FIELD = struct.Struct(">BH")
 _SIZE = struct.Struct(">H")
 _CHECK_BYTES, _UNTIL_BYTES, _LARGEST_FIELDS = 8, 13, 0xFFFF
 _NO_FIELDS = _SIZE.pack(0)
@@ -74,28 +74,6 @@ def terms_begin(mode: bytes, lease_ms: int) -> bytes:
     return b"%010d-i%s" % (lease_ms, _MODES.get(mode, _NONE))
 
 
-# Numbered fields ...
-
-
-def _pack_fields(fields: dict[int, bytes]) -> bytes:
-    return b"".join([_FIELD.pack(number, len(value)) + value for number, value in fields.items()])
-
-
-def _unpack_fields(packed: bytes) -> dict[int, bytes]:
-    """Return the fields by their numbers. Raises ValueError for bytes that are no fields."""
-    fields: dict[int, bytes] = {}
-    at = 0
-    while at < len(packed):
-        if at + _FIELD.size > len(packed):
-            raise ValueError
-        number, size = _FIELD.unpack_from(packed, at)
-        at += _FIELD.size + size
-        fields[number] = packed[at - size : at]
-    if at != len(packed):
-        raise ValueError
-    return fields
-
-
 # Records to bytes ...
 
 
@@ -104,7 +82,7 @@ def pack_unknown(claim: Claim, reason: str, status: int) -> bytes:
     fields = {WHY: reason.encode("utf-8", "replace")[: _LARGEST_FIELDS // 2]}
     if status:
         fields[STATUS] = b"%d" % status
-    packed = _pack_fields(fields)
+    packed = pack_kept(claim.kept) + pack_fields(fields.items())
     begin = b"%s%s%s%013d%013d" % (OPEN, claim.token, claim.fence.rjust(16, b"0"), claim.created_ms, 0)
     end = (b"%010d-u" % claim.lease_ms, _MODES.get(claim.mode, _NONE), claim.self_check, claim.fingerprint)
     return b"".join((begin, *end, _SIZE.pack(len(packed)), packed))
@@ -113,12 +91,12 @@ def pack_unknown(claim: Claim, reason: str, status: int) -> bytes:
 def pack_complete(claim: Claim, response: StoredResponse, body: bytes) -> bytes | None:
     """Return a complete record up to the end of its body, None for one that has to be a hash."""
     reason, block = response.reason, response.block
-    packed = b""
+    packed = b"" if claim.kept is NOTHING else pack_kept(claim.kept)
     if response.age_s or response.request_id or response.trailers:
         more = {AGE: b"%d" % response.age_s, REQUEST_ID: response.request_id, TRAILERS: response.trailers}
         if len(response.request_id) + len(response.trailers) > _LARGEST_FIELDS // 2:
             return None
-        packed = _pack_fields(more)
+        packed += pack_fields(more.items())
     flags = BODY_STORED | (response.close_delimited and CLOSE_DELIMITED)
     flags |= response.stated_length and STATED_LENGTH
     lasted_ms = response.completed_ms - claim.created_ms
@@ -159,7 +137,9 @@ def unpack_packed(key: bytes, tenant: bytes, value: bytes, now_ms: int) -> Recor
             return Corrupt("the record describes another key")
         record.now_ms = now_ms
         if until_ms and until_ms <= now_ms and record.response is not None:
-            return replace(record, state=State.EXPIRED, status=record.response.status, response=None, body=None)
+            return replace(
+                record, state=State.EXPIRED, status=record.response.status, response=None, body=None, kept=NOTHING
+            )
         return record
     if version == DROPPED:
         return unpack_expired(key, tenant, value, now_ms)
@@ -169,12 +149,18 @@ def unpack_packed(key: bytes, tenant: bytes, value: bytes, now_ms: int) -> Recor
     except (KeyError, ValueError, struct.error):
         return Corrupt("unknown layout")
     names = ("state", "token", "fence", "mode", "fingerprint", "self")
-    described = [*(fields[name] for name in names), left_ms, fields["created"], fields.get("status")]
+    described = [
+        *(fields[name] for name in names),
+        left_ms,
+        fields["created"],
+        fields.get("status"),
+        fields.get("more"),
+    ]
     return running(key, tenant, described, now_ms)
 
 
 def hash_fields(key: bytes, value: bytes) -> dict[str, bytes] | Corrupt:
-    """Return the fields that the same record has as a hash, without the numbered fields that a hash lacks."""
+    """Return the fields that the same record has as a hash."""
     version = value[:1]
     if version == DROPPED:
         return {"meta": value}
@@ -203,14 +189,14 @@ def _unpack_complete(key: bytes, value: bytes) -> tuple[int, bytes, int, Record]
         body, digits = body[:-_UNTIL_BYTES], body[-_UNTIL_BYTES:]
         until_ms = int(digits) if digits.isdigit() else 0
     reason_end, block_end = _COMPLETE.size + reason_size, length - _CHECK_BYTES - fields_size
-    age_s, request_id, trailers = 0, b"", b""
+    age_s, request_id, trailers, kept = 0, b"", b"", NOTHING
     if fields_size:
         try:
-            fields = _unpack_fields(head[block_end:])
+            fields = unpack_fields(head[block_end:])
             age_s = int(fields.get(AGE, 0))
         except ValueError:
             return Corrupt("unknown layout")
-        request_id, trailers = fields.get(REQUEST_ID, b""), fields.get(TRAILERS, b"")
+        request_id, trailers, kept = fields.get(REQUEST_ID, b""), fields.get(TRAILERS, b""), kept_of(fields)
     size = len(body)
     response = StoredResponse(
         # Positions, not names: arguments by name cost twice as much here (Python 3.11, measured).
@@ -218,7 +204,8 @@ def _unpack_complete(key: bytes, value: bytes) -> tuple[int, bytes, int, Record]
         flags & BODY_STORED != 0, flags & CLOSE_DELIMITED != 0, flags & STATED_LENGTH != 0,
         created_ms + lasted_ms, took_ms, age_s, request_id, trailers,
     )  # fmt: skip
-    return fence, tenant, until_ms, Record(_IS_COMPLETE, token, fingerprint, created_ms, 0, 0, response, body)
+    record = Record(_IS_COMPLETE, token, fingerprint, created_ms, 0, 0, response, body, b"", 0, kept)
+    return fence, tenant, until_ms, record
 
 
 def _complete_fields(key: bytes, fence: int, tenant: bytes, until_ms: int, record: Record) -> dict[str, bytes]:
@@ -231,6 +218,8 @@ def _complete_fields(key: bytes, fence: int, tenant: bytes, until_ms: int, recor
         fields["b0"] = record.body
     if until_ms:
         fields["until"] = b"%d" % until_ms
+    if more := pack_kept(record.kept):
+        fields["more"] = more
     return fields
 
 
@@ -260,12 +249,13 @@ def _open_fields(value: bytes) -> dict[str, bytes]:
 
 
 def numbered(packed: bytes) -> dict[str, bytes]:
-    """Return the numbered fields of an open record by the names that they have in a hash. Raises ValueError.
+    """Return the numbered fields of an open record, by the names that they have in a hash. Raises ValueError.
 
-    A hash that was packed before its first chunk came has them in `more`.
+    A hash that was packed before its first chunk came has all of them in `more`.
     """
-    fields, names = _unpack_fields(packed), {WHY: "why", STATUS: "status"}
-    return {names[number]: value for number, value in fields.items() if number in names}
+    fields = unpack_fields(packed)
+    named = {"why": fields.pop(WHY, None), "status": fields.pop(STATUS, None), "more": pack_fields(fields.items())}
+    return {name: value for name, value in named.items() if value}
 
 
 def _number(digits: bytes) -> int:

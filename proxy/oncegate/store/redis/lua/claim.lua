@@ -6,9 +6,9 @@
 -- Returns: {tag, 'claimed', now_ms, fence, created_ms}
 --        | {tag, 'late', now_ms}
 --        | {tag, 'packed', now_ms, value}
---        | {tag, 'complete', now_ms, meta, body or false}
+--        | {tag, 'complete', now_ms, meta, body or false, more or false}
 --        | {tag, 'expired', now_ms, meta}
---        | {tag, state, now_ms, token, fence, mode, fingerprint, self, lease_left_ms, created_ms, status or false}
+--        | {tag, state, now_ms, token, fence, mode, fingerprint, self, lease_left_ms, created_ms, status or false, more or false}
 local tag, token, terms, layout = ARGV[1], ARGV[2], ARGV[3], ARGV[6]
 local time = redis.call('TIME')
 local micros = string.format('%010d%06d', time[1], time[2])
@@ -30,7 +30,7 @@ end
 if type(value) ~= 'string' then
   -- The record is a hash, or the server refuses writes. The record is read all the same.
   fields = value ~= false and redis.pcall('HMGET', KEYS[1], 'meta', 'state', 'token', 'fence', 'mode', 'fingerprint',
-    'self', 'lease', 'created', 'lease_ms', 'status', 'until') or {}
+    'self', 'lease', 'created', 'lease_ms', 'status', 'until', 'more') or {}
   value = fields.err and (redis.call('GET', KEYS[1]) or redis.call('HMGET', KEYS[1], 'meta'))
 end
 
@@ -88,9 +88,10 @@ elseif fields[1] or fields[2] or redis.call('EXISTS', KEYS[1]) == 1 then
         return {tag, 'expired', now, meta}
       end
       -- A body of one chunk comes along. The first of several chunks alone would be of no use.
-      local small = redis.call('HLEN', KEYS[1]) <= (fields[12] and 3 or 2) and redis.call('HSTRLEN', KEYS[1], 'b0') <= 65536
+      local most = 2 + (fields[12] and 1 or 0) + (fields[13] and 1 or 0)
+      local small = redis.call('HLEN', KEYS[1]) <= most and redis.call('HSTRLEN', KEYS[1], 'b0') <= 65536
       local body = small and redis.call('HGET', KEYS[1], 'b0')
-      return {tag, 'complete', now, meta, body}
+      return {tag, 'complete', now, meta, body, fields[13]}
     end
     fence = meta:sub(18, 33)
   elseif fields[3] == token and state == 'in_flight' then
@@ -111,7 +112,7 @@ elseif fields[1] or fields[2] or redis.call('EXISTS', KEYS[1]) == 1 then
     local ended = state == 'unknown' or (state == 'in_flight' and left <= 0)
     local open = ended and fields[5] == 'retry' and fields[6] == fingerprint and expected_token ~= '' and fields[3] == expected_token
     if not open or late then
-      return {tag, state, now, fields[3], fence, fields[5], fields[6], fields[7], left, fields[9], fields[11]}
+      return {tag, state, now, fields[3], fence, fields[5], fields[6], fields[7], left, fields[9], fields[11], fields[13]}
     end
   end
 end
@@ -136,6 +137,9 @@ else
   local mode = terms:sub(13, 13) == 'r' and 'retry' or 'hold'
   redis.call('HSET', KEYS[1], 'state', 'in_flight', 'token', token, 'fence', fence, 'mode', mode,
     'fingerprint', fingerprint, 'self', self, 'lease', now + lease_ms, 'created', created, 'lease_ms', lease_ms)
+  if #terms > 63 then
+    redis.call('HSET', KEYS[1], 'more', terms:sub(64))
+  end
   redis.call('PEXPIRE', KEYS[1], ARGV[4])
 end
 return {tag, 'claimed', now, fence, created}

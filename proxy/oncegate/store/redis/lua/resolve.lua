@@ -2,7 +2,7 @@
 -- Decides a key for an operator, if this token still owns it: completes or frees it, and fences the owner.
 -- KEYS: record
 -- ARGV: tag token action (action is 'answer' or 'release'), then
---   answer: retention_ms meta body tombstone_ms
+--   answer: retention_ms meta body tombstone_ms more (more: what is kept with the record, else '')
 --   release: operator fence (operator: a token that fences the owner)
 -- Returns: {tag, 'resolved' or 'released' or 'absent' or 'complete' or 'fenced'}
 local tag, token, action = ARGV[1], ARGV[2], ARGV[3]
@@ -25,6 +25,9 @@ if action == 'answer' then
   redis.call('HSET', KEYS[1], 'meta', meta)
   if body ~= '' then
     redis.call('HSET', KEYS[1], 'b0', body)
+  end
+  if ARGV[8] ~= '' then
+    redis.call('HSET', KEYS[1], 'more', ARGV[8])
   end
   if tombstone > 0 then
     local time = redis.call('TIME')

@@ -3,9 +3,10 @@
 -- KEYS: record
 -- ARGV: tag token action retention_ms (action is 'put', 'store', 'release' or 'unknown'), then
 --   put: value tombstone_ms (value: a packed record, complete or unknown, see store/redis/layouts/packed.py)
---   store: meta digest chunks bytes last tombstone_ms (last: the bytes of the last chunk if it was not appended, else '')
+--   store: meta digest chunks bytes last tombstone_ms more (last: the bytes of the last chunk if it was not appended,
+--     else ''; more: what is kept with the record, else '')
 --   release: layout (the one that the claim most probably has, 'packed' or 'hash')
---   unknown: fence mode fingerprint self created why status (status: of the response that came, 0 for none)
+--   unknown: fence mode fingerprint self created why status more (status: of the response that came, 0 for none)
 -- Returns: {tag, 'stored' or 'released' or 'unknown', 'found' or 'absent'}
 --        | {tag, 'torn' or 'complete' or 'fenced'}
 local tag, token, action, retention = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
@@ -91,6 +92,9 @@ if action == 'store' then
   if tombstone > 0 then
     redis.call('HSET', KEYS[1], 'until', now + retention)
   end
+  if ARGV[11] ~= '' then
+    redis.call('HSET', KEYS[1], 'more', ARGV[11])
+  end
   redis.call('PEXPIRE', KEYS[1], retention + tombstone)
   return {tag, 'stored', before}
 end
@@ -106,6 +110,9 @@ redis.call('HSET', KEYS[1], 'state', 'unknown', 'token', token, 'fence', ARGV[5]
   'fingerprint', ARGV[7], 'self', ARGV[8], 'lease', 0, 'created', ARGV[9], 'why', ARGV[10])
 if ARGV[11] ~= '0' then
   redis.call('HSET', KEYS[1], 'status', ARGV[11])
+end
+if ARGV[12] ~= '' then
+  redis.call('HSET', KEYS[1], 'more', ARGV[12])
 end
 redis.call('PEXPIRE', KEYS[1], retention)
 return {tag, 'unknown', before}
