@@ -79,11 +79,12 @@ class Route:
     # Whether a head decides the same about its request whatever its key is.
     is_key_independent: bool
     upstream: str = ""
-    # With each record of the route.
+    # With each record of the route. The upstream of the settings need not be named.
     kept: Kept = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kept", Kept(rule=self.policy.rule, upstream=self.upstream))
+        upstream = self.upstream if self.policy.destination else ""
+        object.__setattr__(self, "kept", Kept(rule=self.policy.rule, upstream=upstream))
 
     def forwarded_head(self, head: RequestHead, info: ForwardedInfo, body_bytes: int | None) -> bytes:
         """Return the head of a request for the upstream; `body_bytes` None: chunked, negative: no body."""
