@@ -20,7 +20,10 @@ from prometheus_client.core import Metric
 from oncegate.commands import init
 from oncegate.commands.cli import parser
 from oncegate.messages.problems import PROBLEM_KINDS
-from oncegate.observe.metrics import GAUGES, Metrics
+from oncegate.observe.families import SEPARATOR
+from oncegate.observe.gauges import GAUGE_LABELS, GAUGES
+from oncegate.observe.labels import UPSTREAM_STATES
+from oncegate.observe.metrics import Metrics
 from oncegate.rules.presets import FAMILIES, PRESETS, Preset
 from oncegate.settings import loading
 from oncegate.settings.credentials import ACCOUNTS, CREDENTIALS
@@ -85,9 +88,23 @@ def credentials() -> str:
     return _table("| header | kind | used by |", rows)
 
 
+# The labels whose values an operator names. A scrape has OTHER for those past the 50th.
+OPEN_LABELS = ("rule", "upstream")
+
+
+def empty_metrics() -> Metrics:
+    """Return all metrics, each with all values of its labels, and with one rule and its upstream."""
+    plain = {name: lambda: 0.0 for name in GAUGES.keys() - GAUGE_LABELS.keys()}
+    states = {SEPARATOR.join(("upstream_pool", "api", state)): 0.0 for state in UPSTREAM_STATES}
+    empty = Metrics("0", {name: plain[name] for name in GAUGES if name in plain}, lambda: states)
+    empty.follow([("charges", "api")])
+    empty.upstream_connections.of("api")
+    return empty
+
+
 def metrics() -> str:
     """Return the table of the metrics, with their labels and the labels' values."""
-    empty = Metrics("0", {name: lambda: 0.0 for name in GAUGES})
+    empty = empty_metrics()
     rows = [f"| `{_full_name(one)}` | {one.type} | {_labels(one)} | {one.documentation} |" for one in empty.collect()]
     return _table("| metric | type | labels | meaning |", rows)
 
@@ -101,7 +118,7 @@ def _labels(family: Metric) -> str:
     for sample in family.samples:
         for label, value in sample.labels.items():
             if label not in ("le", "version"):
-                values.setdefault(label, []).append(f"`{value}`")
+                values.setdefault(label, []).append("its name" if label in OPEN_LABELS else f"`{value}`")
     return "; ".join(f"`{label}`: {', '.join(dict.fromkeys(each))}" for label, each in values.items())
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from docs import generate
 from docs.generate import BLOCK, GROUPS
 from oncegate.keys.sources import SOURCE_KINDS as SOURCES
 from oncegate.messages.fields import HOP_BY_HOP
@@ -18,7 +19,6 @@ from oncegate.messages.problems import PROBLEM_KINDS, REFUSALS, problem
 from oncegate.messages.request_head import ACTED_ON, FORWARDING
 from oncegate.messages.response_head import NOT_REPLAYED
 from oncegate.observe.logs import FIELDS
-from oncegate.observe.metrics import GAUGES, Metrics
 from oncegate.rules.fields import RULE, UPSTREAM
 from oncegate.rules.loading import load_rules
 from oncegate.rules.presets import PRESETS
@@ -250,9 +250,9 @@ def test_every_header_is_explained():
 
 def label_values() -> set[tuple[str, str]]:
     """Return each label of the metrics with each of its values."""
-    families = Metrics("", {name: lambda: 0.0 for name in GAUGES}).collect()
+    families = generate.empty_metrics().collect()
     labels = [label for family in families for sample in family.samples for label in sample.labels.items()]
-    return {label for label in labels if label[0] not in ("le", "version")}
+    return {label for label in labels if label[0] not in ("le", "version", *generate.OPEN_LABELS)}
 
 
 def test_every_value_of_a_label_is_explained():
@@ -325,7 +325,7 @@ def old(page: Path) -> set[str]:
 @each_page
 def test_metrics_and_settings_that_are_named_exist(page):
     """A name that was changed in the code is found here."""
-    metrics = {family.name for family in Metrics("", {name: lambda: 0.0 for name in GAUGES}).collect()}
+    metrics = {family.name for family in generate.empty_metrics().collect()}
     suffixes = ("_total", "_bucket", "_sum", "_count", "_info")
     text = by_hand(page)
     named = set(re.findall(r"\boncegate_[a-z_]+[a-z]\b(?![.(/])", text))

@@ -2,10 +2,12 @@
 
 import pytest
 
-from oncegate.observe.families import BUCKETS_S, Counters, Histograms
+from oncegate.observe.families import BUCKETS_S, MAX_GROUPS, OTHER, Counters, GroupedCounters, Histograms
+from oncegate.observe.metrics import Metrics
+from oncegate.observe.outcome import Outcome, RequestReport
 
 
-def samples(family: Counters | Histograms) -> dict[str, float]:
+def samples(family: Counters | GroupedCounters | Histograms) -> dict[str, float]:
     """Return the samples of a family by name and label values, without those for when it began."""
     found = {}
     for sample in family.family().samples:
@@ -78,3 +80,55 @@ def test_the_counts_of_two_processes_become_one():
     assert found["oncegate_time_seconds_count{}"] == 3
     assert found["oncegate_time_seconds_bucket{le=300.0}"] == 2
     assert found["oncegate_time_seconds_sum{}"] == 400.5
+
+
+def test_groups_that_an_operator_named_are_bounded():
+    """Past the most, further ones count together; those that were there before keep their own counts."""
+    counters = GroupedCounters("things", "Things.", ("rule", "kind"), ("a", "b"))
+    for number in range(MAX_GROUPS + 20):
+        counters.of(f"rule {number}")["a"] += 1
+    counters.of("rule 1")["a"] += 1
+    found = samples(counters)
+    assert len(found) == 2 * (MAX_GROUPS + 1)
+    assert found["oncegate_things_total{rule=rule 1,kind=a}"] == 2
+    assert found[f"oncegate_things_total{{rule={OTHER},kind=a}}"] == 20
+    # So that a rate can be taken of the first event.
+    assert found["oncegate_things_total{rule=rule 1,kind=b}"] == 0
+    histograms = Histograms("time_seconds", "Time.", "upstream", None)
+    for number in range(MAX_GROUPS + 20):
+        histograms.of(f"api {number}").add(1.0)
+    assert samples(histograms)[f"oncegate_time_seconds_count{{upstream={OTHER}}}"] == 20
+
+
+def test_groups_of_two_processes_become_one():
+    """Those that only the other one knows are added, because a reload may have reached it first."""
+    mine, theirs = (GroupedCounters("things", "Things.", ("rule", "upstream", "kind"), ("a", "b")) for _ in range(2))
+    for counters in (mine, theirs):
+        counters.of("charges", "api")["b"] += 1
+    theirs.of("refunds", "api:8443")["a"] += 2
+    mine.merge(theirs.snapshot())
+    assert mine.groups == {("charges", "api"): {"a": 0, "b": 2}, ("refunds", "api:8443"): {"a": 2, "b": 0}}
+
+
+def test_requests_are_counted_by_the_rule_and_its_upstream():
+    """The sum over the rules is the metric without a rule, also of several processes, and after a reload."""
+    workers = [Metrics("1", {}) for _ in range(2)]
+    for metrics in workers:
+        metrics.follow([("charges", "old"), ("", "api")])
+        metrics.observe(RequestReport(Outcome.EXECUTED, 200, "POST", rule="charges", upstream_s=0.5), 1.0)
+        metrics.follow([("charges", "new"), ("", "api")])
+        metrics.observe(RequestReport(Outcome.EXECUTED, 200, "POST", rule="charges", upstream_s=0.5), 1.0)
+        metrics.observe(RequestReport(Outcome.PASSTHROUGH, 200, "GET"), 1.0)
+    total = Metrics("1", {})
+    for metrics in workers:
+        total.merge(metrics.snapshot()["counts"])
+    text = total.text().decode()
+    for sample in (
+        'rule_requests_total{outcome="executed",rule="charges",upstream="old"} 2.0',
+        'rule_requests_total{outcome="executed",rule="charges",upstream="new"} 2.0',
+        'rule_requests_total{outcome="passthrough",rule="(default)",upstream="api"} 2.0',
+        'requests_total{outcome="executed"} 4.0',
+        'requests_total{outcome="passthrough"} 2.0',
+        'upstream_seconds_count{upstream="new"} 2.0',
+    ):
+        assert f"\noncegate_{sample}\n" in text

@@ -40,9 +40,10 @@ WAIT_ENDS = (
     "record_changed", "may_claim", "declined", "sent_away", "timed_out", "client_gone", "no_room", "no_room_for_body",
 )  # fmt: skip
 TOKENS = ("input", "cached", "cache_write", "output")
-VERBS = ("claim", "append", "renew", "settle", "read")
+VERBS = ("claim", "append", "renew", "settle", "read", "connect")
 METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "requests": ("counter", "outcome", OUTCOMES),
+    "rule_requests": ("counter", "outcome", OUTCOMES),
     "settled": ("counter", "settlement", SETTLEMENTS),
     "duplicates_suppressed": ("counter", "outcome", SUPPRESSED),
     "upstream_seconds_saved": ("counter", "", ()),
@@ -55,10 +56,14 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "store_breaker_opened": ("counter", "", ()),
     "store_retries": ("counter", "", ()),
     "without_credential": ("counter", "", ()),
+    "unguarded": ("counter", "reason", ("store_unavailable", "key_missing", "key_invalid", "no_duplicate")),
     "unguarded_keys": ("counter", "reason", ("method", "name")),
     "waits": ("counter", "end", WAIT_ENDS),
     "wait_polls": ("counter", "", ()),
     "close_delimited": ("counter", "", ()),
+    "client_connections": ("counter", "event", ("opened", "refused")),
+    "upstream_connections": ("counter", "event", ("opened", "reused", "failed", "no_room")),
+    "dns_lookups": ("counter", "result", ("unchanged", "changed", "no_address", "failed")),
     "worker_restarts": ("counter", "", ()),
     "request_seconds": ("histogram", "", ()),
     "overhead_seconds": ("histogram", "", ()),
@@ -90,9 +95,19 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "ready": ("gauge", "", ()),
     "buffered_bytes": ("gauge", "", ()),
     "workers": ("gauge", "", ()),
+    "start_time_seconds": ("gauge", "", ()),
+    "client_open_connections": ("gauge", "", ()),
+    "upstream_pool": ("gauge", "state", ("active", "idle", "connecting", "waiting")),
     "build": ("info", "", ()),
 }
 OWN_LABELS = ("le", "version")  # of histograms and of the build
+# What an operator named: the rules and their upstreams.
+NAMED = {
+    "rule_requests": {"rule": "(default)", "upstream": "127.0.0.1"},
+    "upstream_seconds": {"upstream": "127.0.0.1"},
+    "upstream_connections": {"upstream": "127.0.0.1"},
+    "upstream_pool": {"upstream": "127.0.0.1"},
+}
 
 
 def families(proxy: Proxy) -> dict[str, Metric]:
@@ -184,7 +199,9 @@ async def test_metrics_are_those_of_the_design_and_no_others(proxies, upstream, 
             assert family.documentation
             _, label, values = METRICS[name]
             labels = {key for sample in family.samples for key in sample.labels if key not in OWN_LABELS}
-            assert labels == ({label} if label else set())
+            assert labels == ({label} if label else set()) | NAMED.get(name, {}).keys()
+            for named, value in NAMED.get(name, {}).items():
+                assert {sample.labels[named].partition(":")[0] for sample in family.samples} == {value}
             assert {sample.labels[label] for sample in family.samples if label} == set(values)
         if round_ == 0:
             await traffic(gate, upstream)
@@ -199,6 +216,8 @@ async def test_every_request_is_counted_once_under_its_outcome(proxies, upstream
     await until(lambda: gate.metric("request_seconds_count") == total)
     samples = families(gate)["requests"].samples
     assert {sample.labels["outcome"]: sample.value for sample in samples if sample.value} == dict(wanted)
+    by_rule = {one.labels["outcome"]: one.value for one in families(gate)["rule_requests"].samples if one.value}
+    assert by_rule == dict(wanted)
     for outcome in SUPPRESSED:
         assert gate.metric(f'duplicates_suppressed_total{{outcome="{outcome}"}}') == wanted[outcome]
     assert gate.metric("replayed_bytes_total") == 2 * len("ok")
@@ -210,7 +229,7 @@ async def test_every_request_is_counted_once_under_its_outcome(proxies, upstream
     for name in ("request_seconds", "overhead_seconds", "upstream_seconds"):
         buckets = [sample.value for sample in families(gate)[name].samples if sample.name.endswith("_bucket")]
         assert buckets == sorted(buckets)
-        assert buckets[-1] == gate.metric(f"{name}_count")
+        assert buckets[-1] == sum(one.value for one in families(gate)[name].samples if one.name.endswith("_count"))
     for gauge in ("in_flight", "waiting", "buffered_bytes"):
         assert gate.metric(gauge) == 0
     assert gate.metric("ready") == 1

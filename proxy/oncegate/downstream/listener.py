@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from functools import lru_cache
 from ipaddress import ip_address
@@ -42,7 +43,8 @@ def set_options(server: asyncio.Server) -> None:
 class Listener:
     """Makes the connections of one public listener and holds them to their limits.
 
-    `observe` takes the reports of what never becomes a request for `handler`. Clients in the networks `trusted` are
+    `observe` takes the reports of what never becomes a request for `handler`. `counts`: of connections by event, to be
+    added to; the events are `labels.CLIENT_CONNECTIONS`. Clients in the networks `trusted` are
     proxies whose forwarding fields are kept.
     """
 
@@ -57,6 +59,7 @@ class Listener:
         trusted: Sequence[Network] = (),
         docs_url: str = "",
         head_limits: HeadLimits = USUAL_LIMITS,
+        counts: dict[str, float] | None = None,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.handler, self.write_batcher = handler, write_batcher(self.loop)
@@ -65,6 +68,7 @@ class Listener:
         self.head_s, self.linger_s = min(HEAD_S, minimum_rate.window_s), min(LINGER_S, minimum_rate.window_s)
         # With the transport, which a connection forgets when it closes.
         self._connections: dict[ClientConnection, asyncio.Transport] = {}
+        self._counts = defaultdict[str, float](float) if counts is None else counts
         # Most connections come from a few clients.
         self._info_of = lru_cache(KEPT_CLIENTS)(self._new_info)
         # Connections that this side closed, with bytes that the peer has not received yet: since when (the loop's
@@ -77,6 +81,11 @@ class Listener:
         return ClientConnection(self)
 
     @property
+    def open_count(self) -> int:
+        """How many connections are open."""
+        return len(self._connections)
+
+    @property
     def connections(self) -> list[ClientConnection]:
         """The connections that are open, or on which something is still answered."""
         return list(self._connections)
@@ -85,7 +94,9 @@ class Listener:
         """Take a connection that was made; return whether there is room for it."""
         assert connection.transport is not None
         self._connections[connection] = connection.transport
-        return len(self._connections) <= self._max_connections
+        has_room = len(self._connections) <= self._max_connections
+        self._counts["opened" if has_room else "refused"] += 1
+        return has_room
 
     def forget(self, connection: ClientConnection) -> None:
         """Forget a connection that is over."""

@@ -16,6 +16,8 @@ STALE_S = 3600.0
 FAILURE_KEPT_S = 0.05
 
 Report = Callable[..., None]
+# Called with the end of each look-up: `unchanged` (also of the first), `changed`, `no_address` or `failed`.
+Count = Callable[[str], None]
 
 
 def _tell_nobody(_event: str, **_fields: object) -> None:
@@ -30,8 +32,8 @@ class HostName:
     look-up without addresses in a row, and of its end.
     """
 
-    def __init__(self, host: str, ttl_s: float, look_up: LookUp, report: Report) -> None:
-        self.host, self.ttl_s, self._report = host, ttl_s, report
+    def __init__(self, host: str, ttl_s: float, look_up: LookUp, report: Report, count: Count = _tell_nobody) -> None:
+        self.host, self.ttl_s, self._report, self._count = host, ttl_s, report, count
         # Whether the last report was of a failure.
         self._has_failed = False
         self._look_up, self._loop = look_up, asyncio.get_running_loop()
@@ -107,11 +109,16 @@ class HostName:
             if self._has_failed:
                 self._has_failed = False
                 self._report("host name looked up again", host=self.host)
+        result = "failed"
         if not isinstance(found, OSError) or says_no_address(found):
+            before = self.hosts
             self._answer, self._answered_at = (() if isinstance(found, OSError) else tuple(found)), now
             self.hosts = frozenset(one[4][0] for one in self._answer)
+            result = "changed" if before and self.hosts != before else "unchanged"
+            result = result if self.hosts else "no_address"
             for observer in self.observers:
                 observer(self.hosts)
+        self._count(result)
         if pending is not None and not pending.done():
             pending.set_result(None)
 
@@ -119,11 +126,17 @@ class HostName:
 class Resolver:
     """All names of a worker. `ttl_s`: how long an answer is kept. `look_up` blocks in a thread of its own.
 
-    `report(event, **fields)` is told what operators should know.
+    `report(event, **fields)` is told what operators should know, `count` how each look-up ended.
     """
 
-    def __init__(self, ttl_s: float = 1.0, look_up: LookUp = system_look_up, report: Report = _tell_nobody) -> None:
-        self._ttl_s, self._look_up, self._report = ttl_s, look_up, report
+    def __init__(
+        self,
+        ttl_s: float = 1.0,
+        look_up: LookUp = system_look_up,
+        report: Report = _tell_nobody,
+        count: Count = _tell_nobody,
+    ) -> None:
+        self._of_names = ttl_s, look_up, report, count
         # Names stand in settings and rules, or come from the servers of a cluster: there are few.
         self._names: dict[str, HostName] = {}
 
@@ -131,7 +144,7 @@ class Resolver:
         """Return the one `HostName` of a name; `host` is in lower case."""
         found = self._names.get(host)
         if found is None:
-            found = self._names[host] = HostName(host, self._ttl_s, self._look_up, self._report)
+            found = self._names[host] = HostName(host, *self._of_names)
         return found
 
 

@@ -67,4 +67,14 @@ class StoreLoss(Enum):
         self.label, self.is_certain = label, is_certain
 
 
+# What is counted of connections. Of clients: opened, or refused because of their number.
+CLIENT_CONNECTIONS: Final = ("opened", "refused")
+# To upstreams: opened; used again for another request; not opened; no room for another until the connect timeout.
+UPSTREAM_CONNECTIONS: Final = ("opened", "reused", "failed", "no_room")
+# A connection to an upstream has a request, has none, or is being opened; a request waits for one.
+UPSTREAM_STATES: Final = ("active", "idle", "connecting", "waiting")
+# How the look-up of a host name ended: the addresses as before, or the first ones; other addresses than before; the
+# name has none; no name server says.
+LOOK_UPS: Final = ("unchanged", "changed", "no_address", "failed")
+
 SETTLEMENTS: Final = {settlement.label: settlement for settlement in SettlementLabel}

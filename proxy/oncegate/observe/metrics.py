@@ -7,8 +7,25 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from oncegate.observe.families import MAX_UNSORTED, Counters, FamilySnapshot, Histogram, Histograms
-from oncegate.observe.labels import SettlementLabel, StoreLoss, UnguardedKey
+from oncegate.observe.families import (
+    MAX_UNSORTED,
+    SEPARATOR,
+    Counters,
+    FamilySnapshot,
+    GroupedCounters,
+    Histogram,
+    Histograms,
+)
+from oncegate.observe.gauges import GAUGE_LABELS, GAUGES
+from oncegate.observe.labels import (
+    CLIENT_CONNECTIONS,
+    LOOK_UPS,
+    UPSTREAM_CONNECTIONS,
+    SettlementLabel,
+    StoreLoss,
+    Unguarded,
+    UnguardedKey,
+)
 from oncegate.observe.outcome import SUPPRESSED, Outcome, RequestReport
 from oncegate.observe.usage import TOKEN_KINDS, Tokens
 
@@ -17,69 +34,34 @@ WAIT_ENDS = (
     *("record_changed", "may_claim", "declined", "sent_away", "timed_out", "client_gone"),
     *("no_room", "no_room_for_body"),
 )
-VERBS = ("claim", "append", "renew", "settle", "read")
-
-GAUGES = {
-    "in_flight": "Guarded requests in progress, without the duplicates that wait for their original.",
-    "reading_bodies": "Guarded requests whose body is still on its way. They are not in flight yet.",
-    "waiting": "Duplicates that wait for their original request.",
-    "store_memory_ratio": "Memory that the store uses, as a share of its limit.",
-    "store_behind_seconds": "PostgreSQL: how long ago what housekeeping did on its last pass was due, at most.",
-    "store_snapshot_seconds": "PostgreSQL: age of the oldest snapshot in the database. What it may see is not removed.",
-    "store_hot_ratio": "PostgreSQL: share of the updates of records that touched no index.",
-    "store_dead_ratio": "PostgreSQL: share of the rows of records that are dead.",
-    "store_record_bytes": "PostgreSQL: size of the records, with their index.",
-    "store_chunk_bytes": "PostgreSQL: size of the response bodies that are stored beside their records.",
-    "store_audit_bytes": "PostgreSQL: size of the audit trail.",
-    "store_full": "1 while the store is at its memory limit, so that first-time keys are refused.",
-    "store_breaker_open": "1 while the circuit breaker is open: claims are refused without asking the store.",
-    "rules_differ": "1 while other proxies on the store name keys by other rules.",
-    "packs_records": "1 while records are packed in Redis: older versions of oncegate cannot use the store.",
-    "quarantine_seconds": "Time until first-time keys are accepted, after the store lost data.",
-    "unknown_keys": "Keys whose outcome is unknown, if this replica scanned last. One of them scans each hour.",
-    "unknown_keys_expiring": "Those of them that expire within a week. After that a retry executes.",
-    "ready": "1 while /readyz answers 200.",
-    "buffered_bytes": "Bytes of request and response bodies held in memory.",
-    "workers": "Worker processes that serve.",
-}
-# How the gauges of several workers become one. Those that are not named are added up.
-MERGED: dict[str, Callable[[Iterable[float]], float]] = {
-    # All workers use one store, so each of these describes the same thing.
-    **dict.fromkeys(
-        (
-            "store_memory_ratio",
-            "store_behind_seconds",
-            "store_snapshot_seconds",
-            "store_hot_ratio",
-            "store_dead_ratio",
-            "store_record_bytes",
-            "store_chunk_bytes",
-            "store_audit_bytes",
-            "store_full",
-            "store_breaker_open",
-            "rules_differ",
-            "packs_records",
-            "quarantine_seconds",
-            "unknown_keys",
-            "unknown_keys_expiring",
-        ),
-        max,
-    ),
-    # A worker that is not ready gets its share of the connections all the same.
-    "ready": min,
-}
-
+VERBS = ("claim", "append", "renew", "settle", "read", "connect")
+# The label `rule` of requests that no rule matches, which the settings alone decide.
+DEFAULT_RULE = "(default)"
+# The labels `rule` and `upstream` of requests that were refused before a rule decided.
+NO_RULE = "(none)"
 
 # The metrics of a process as plain values: `counts` by metric (each a FamilySnapshot), `gauges` by name.
 Snapshot = dict[str, Any]
 
 
 class Metrics(Collector):
-    """The metrics of one process. `gauges` are called at each scrape; their names are the keys of GAUGES."""
+    """The metrics of one process.
 
-    def __init__(self, version: str, gauges: dict[str, Callable[[], float]]) -> None:
-        self._version, self._gauges = version, gauges
+    `gauges` are called at each scrape; their names are the keys of GAUGES. `labelled()` returns the gauges that have
+    labels, by the names of their samples.
+    """
+
+    def __init__(
+        self,
+        version: str,
+        gauges: dict[str, Callable[[], float]],
+        labelled: Callable[[], dict[str, float]] = dict,
+    ) -> None:
+        self._version, self._gauges, self._labelled = version, gauges, labelled
+        # By rule and upstream: the counts of their outcomes, and the histogram of the upstream.
+        self._routes: dict[tuple[str, str], tuple[dict[str, float], Histogram]] = {}
         self._count_requests()
+        self._count_connections()
         self._count_the_store()
         self._restarts = Counters("worker_restarts", "Worker processes that died and were started again.")
         self._registry = CollectorRegistry()
@@ -90,6 +72,13 @@ class Metrics(Collector):
             "requests",
             "Requests, by their outcome.",
             label="outcome",
+            values=[outcome.label for outcome in Outcome],
+        )
+        # What requests are counted by. `_requests` is the sum.
+        self._by_rule = GroupedCounters(
+            "rule_requests",
+            "Requests, by the rule that decided, its upstream, and their outcome.",
+            labels=("rule", "upstream", "outcome"),
             values=[outcome.label for outcome in Outcome],
         )
         self._suppressed = Counters(
@@ -120,14 +109,35 @@ class Metrics(Collector):
             label="reason",
             values=[reason.label for reason in UnguardedKey],
         )
+        self._unguarded = Counters(
+            "unguarded",
+            "Requests that passed without a claim although their method is guarded.",
+            label="reason",
+            values=[reason.label for reason in Unguarded],
+        )
         self._close_delimited = Counters(
             "close_delimited", "Responses that ended only by closing the connection and were stored as complete."
         )
         self._request_s = Histograms("request_seconds", "Time from the head of a request to the end of its response.")
         self._overhead_s = Histograms("overhead_seconds", "Time of a request in the proxy, without upstream time.")
-        self._upstream_s = Histograms("upstream_seconds", "Time spent on the upstream.")
-        self._by_request = [one.by_value[""] for one in (self._request_s, self._overhead_s, self._upstream_s)]
-        self._add_request, self._add_overhead, self._add_upstream = (one.add for one in self._by_request)
+        self._upstream_s = Histograms("upstream_seconds", "Time spent on the upstream.", label="upstream", values=None)
+        self._by_request = [one.by_value[""] for one in (self._request_s, self._overhead_s)]
+        self._add_request, self._add_overhead = (one.add for one in self._by_request)
+
+    def _count_connections(self) -> None:
+        self._client_connections = Counters(
+            "client_connections", "Connections of clients.", label="event", values=CLIENT_CONNECTIONS
+        )
+        # Counted in by those who accept and open connections.
+        self.client_connections: dict[str, float] = self._client_connections.by_value
+        self.upstream_connections = GroupedCounters(
+            "upstream_connections",
+            "Connections to upstreams.",
+            labels=("upstream", "event"),
+            values=UPSTREAM_CONNECTIONS,
+        )
+        self._look_ups = Counters("dns_lookups", "Look-ups of host names.", label="result", values=LOOK_UPS)
+        self.looked_up: Callable[[str], None] = self._look_ups.add
 
     def _count_the_store(self) -> None:
         self._settled = Counters(
@@ -150,7 +160,12 @@ class Metrics(Collector):
         )
         self._breaker_opened = Counters("store_breaker_opened", "Times the circuit breaker of the store opened.")
         self._retries = Counters("store_retries", "Calls to append or settle that were repeated.")
-        self._store_s = Histograms("store_seconds", "Time of one call to the store.", label="verb", values=VERBS)
+        self._store_s = Histograms(
+            "store_seconds",
+            "Time of one call to the store. Verb connect: of each new connection to a server.",
+            label="verb",
+            values=VERBS,
+        )
         # Called with the seconds of a call to the store, by its verb.
         self.store_observers: dict[str, Callable[[float], None]] = {
             verb: self._observer(histogram) for verb, histogram in self._store_s.by_value.items()
@@ -165,12 +180,25 @@ class Metrics(Collector):
         """Yield the families, for prometheus_client."""
         for family in self._families().values():
             yield family.family()
-        for name, read in self._gauges.items():
-            yield GaugeMetricFamily(f"oncegate_{name}", GAUGES[name], value=float(read()))
+        families: dict[str, GaugeMetricFamily] = {}
+        for sample, value in self._gauge_values().items():
+            name, *values = sample.split(SEPARATOR)
+            if name not in families:
+                families[name] = GaugeMetricFamily(f"oncegate_{name}", GAUGES[name], labels=GAUGE_LABELS.get(name, ()))
+            families[name].add_metric(values, value)
+        yield from families.values()
         yield InfoMetricFamily("oncegate_build", "The version that runs.", value={"version": self._version})
 
-    def _families(self) -> dict[str, Counters | Histograms]:
-        return {name: one for name, one in vars(self).items() if isinstance(one, Counters | Histograms)}
+    def _gauge_values(self) -> dict[str, float]:
+        return {name: float(read()) for name, read in self._gauges.items()} | self._labelled()
+
+    def _families(self) -> dict[str, Counters | GroupedCounters | Histograms]:
+        self._requests.by_value = dict.fromkeys(self._requests.by_value, 0.0)
+        for counts in self._by_rule.groups.values():
+            for outcome, count in counts.items():
+                self._requests.by_value[outcome] += count
+        kinds = Counters | GroupedCounters | Histograms
+        return {name: one for name, one in vars(self).items() if isinstance(one, kinds)}
 
     def text(self) -> bytes:
         """Return all metrics in Prometheus's text format."""
@@ -180,7 +208,7 @@ class Metrics(Collector):
         """Return all counts and gauges; another process of the same version can `merge` the counts."""
         return {
             "counts": {name: family.snapshot() for name, family in self._families().items()},
-            "gauges": {name: float(read()) for name, read in self._gauges.items()},
+            "gauges": self._gauge_values(),
         }
 
     def merge(self, counts: dict[str, FamilySnapshot]) -> None:
@@ -200,13 +228,31 @@ class Metrics(Collector):
 
     # What is counted ...
 
+    def follow(self, routes: Iterable[tuple[str, str]]) -> None:
+        """Let the metrics have these from now on: the names of each rule and its upstream, before their first request.
+
+        What counted before is kept.
+        """
+        for rule, upstream in routes:
+            self._route(rule, upstream)
+
+    def _route(self, rule: str, upstream: str) -> tuple[dict[str, float], Histogram]:
+        histogram = self._upstream_s.of(upstream or NO_RULE)
+        if histogram not in self._by_request:
+            self._by_request.append(histogram)
+        names = (rule or DEFAULT_RULE, upstream) if upstream else (NO_RULE, NO_RULE)
+        route = self._routes[rule, upstream] = self._by_rule.of(*names), histogram
+        return route
+
     def observe(self, report: RequestReport, seconds: float) -> None:
         """Count one request that took `seconds`."""
         label, upstream_s = report.outcome.label, report.upstream_s
-        self._requests.by_value[label] += 1
+        name = report.rule, report.upstream
+        counts, histogram = self._routes.get(name) or self._route(*name)
+        counts[label] += 1
         self._add_request(seconds)
         if upstream_s:
-            self._add_upstream(upstream_s)
+            histogram.add(upstream_s)
             self._add_overhead(max(0.0, seconds - upstream_s))
         else:
             self._add_overhead(seconds)
@@ -222,6 +268,8 @@ class Metrics(Collector):
             self._settled.by_value[settlement.label] += 1
         if report.unguarded_key is not None:
             self._unguarded_keys.add(report.unguarded_key.label)
+        if report.unguarded is not None:
+            self._unguarded.add(report.unguarded.label)
         if report.close_delimited:
             self._close_delimited.add()
         if len(self._by_request[0].unsorted) >= MAX_UNSORTED:

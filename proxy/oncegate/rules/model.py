@@ -112,6 +112,11 @@ class Upstream:
     direct: bool = False
     via: tuple[str, ...] = ()
 
+    @property
+    def label(self) -> str:
+        """What logs and metrics call it: its name, or its host and port where it has no name."""
+        return self.name or self.origin.authority
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:

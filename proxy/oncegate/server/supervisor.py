@@ -13,7 +13,8 @@ from typing import Any
 from oncegate import __version__
 from oncegate.admin.parts import AdminParts
 from oncegate.admin.serving import serve_admin
-from oncegate.observe.metrics import MERGED, Metrics
+from oncegate.observe.gauges import MERGED
+from oncegate.observe.metrics import Metrics
 from oncegate.rules.loading import load_rules
 from oncegate.server.owners import Owners
 from oncegate.server.signals import ExitCode, StopEvents, stop_events
@@ -42,6 +43,7 @@ class Supervisor:
         self._cut_off = 0
         # The counters of workers that exited: the service's counters never go back.
         self._ended = Metrics(__version__, {})
+        self._started_at = time.time()
 
     async def run(self) -> ExitCode:
         """Serve until SIGTERM or SIGINT; return the exit code, which covers all workers that ever ran."""
@@ -250,6 +252,8 @@ class Supervisor:
         gauges = [worker.report["gauges"] for worker in workers if worker.is_serving]
         names = dict.fromkeys(name for values in gauges for name in values)
         merged = {name: MERGED.get(name, sum)([one[name] for one in gauges if name in one]) for name in names}
+        # The counts began with this process, whichever workers are left.
+        merged["start_time_seconds"] = self._started_at
         total = Metrics(__version__, {name: _constant(value) for name, value in merged.items()})
         for counts in (self._ended.snapshot()["counts"], *(worker.report["counts"] for worker in workers)):
             total.merge(counts)

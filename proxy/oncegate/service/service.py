@@ -19,6 +19,7 @@ from oncegate.observe.metrics import Metrics
 from oncegate.observe.outcome import RequestReport
 from oncegate.rules.loading import load_rules
 from oncegate.service.drain import POLL_S, Drain, unless
+from oncegate.service.gauges import gauges
 from oncegate.service.readiness import ReadinessLog
 from oncegate.service.wiring import Parts, Reporting, server_tls
 from oncegate.settings.errors import SettingsError
@@ -70,7 +71,7 @@ class Service:
         self._draining = self._retired = False
         # The rules of which a request without a credential was reported.
         self._warned_of: set[str] = set()
-        self.metrics = Metrics(__version__, self._gauges())
+        self.metrics = Metrics(__version__, *gauges(lambda: self._parts, lambda: not self.not_ready_reasons()))
         self._access = AccessLog(logger, settings.access_log, settings.log_level, settings.log_format, self._loop)
         reporting = Reporting(
             metrics=self.metrics,
@@ -94,32 +95,6 @@ class Service:
         )
         self._servers: list[asyncio.Server] = []
         self._admin: web.AppRunner | None = None
-
-    def _gauges(self) -> dict[str, Callable[[], float]]:
-        """Return what is asked at each scrape."""
-        return {
-            "in_flight": lambda: self._parts.gateway.in_flight,
-            "reading_bodies": lambda: self._parts.gateway.reading,
-            "waiting": lambda: len(self._parts.waiters),
-            "store_memory_ratio": lambda: self.store.memory_ratio,
-            "store_behind_seconds": lambda: self.store.upkeep.behind_s,
-            "store_snapshot_seconds": lambda: self.store.upkeep.snapshot_s,
-            "store_hot_ratio": lambda: self.store.upkeep.hot_ratio,
-            "store_dead_ratio": lambda: self.store.upkeep.dead_ratio,
-            "store_record_bytes": lambda: self.store.upkeep.record_bytes,
-            "store_chunk_bytes": lambda: self.store.upkeep.chunk_bytes,
-            "store_audit_bytes": lambda: self.store.upkeep.audit_bytes,
-            "store_full": lambda: self.store.refuses_new,
-            "store_breaker_open": lambda: self.store.broken,
-            "rules_differ": lambda: self.store.rules_differ,
-            "packs_records": lambda: self.store.packs_records,
-            "quarantine_seconds": lambda: self.store.quarantine_left_s,
-            "unknown_keys": lambda: self._parts.unknown_keys.count,
-            "unknown_keys_expiring": lambda: self._parts.unknown_keys.expiring,
-            "ready": lambda: not self.not_ready_reasons(),
-            "buffered_bytes": lambda: self._parts.memory.used,
-            "workers": lambda: 1.0,
-        }
 
     def reload(self) -> None:
         """Read rules and pages again. What is under way keeps its rules; a file with a mistake changes nothing."""

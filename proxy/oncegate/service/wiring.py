@@ -65,10 +65,11 @@ class Parts:
     def __init__(self, settings: Settings, store_url: str, rules: Rules, reporting: Reporting) -> None:
         self._settings, self._reporting, self.rules = settings, reporting, rules
         self._usual_times: defaultdict[str, UsualTime] = defaultdict(UsualTime)
-        metrics, clock = reporting.metrics, asyncio.get_running_loop().time
+        self.metrics = metrics = reporting.metrics
+        clock = asyncio.get_running_loop().time
         self.memory = MemoryBudget(settings.max_buffered_bytes)
         self._ticker = Ticker(asyncio.get_running_loop())
-        self._resolver = Resolver(settings.dns_ttl_s, report=reporting.log.warning)
+        self._resolver = Resolver(settings.dns_ttl_s, report=reporting.log.warning, count=metrics.looked_up)
         self.store = self._store(store_url)
         self.leases = Leases(self.store, settings.lease_ms, reporting.claim_lost, clock)
         self.waiters = Waiters(
@@ -92,6 +93,7 @@ class Parts:
         bodies = Bodies(self.memory, spool, spool_dir, settings.max_request_bytes, minimum_rate)
         digests = Digests(settings.secret.get_secret_value().encode())
         self.head_cache.reset(rules.default.policy.key_header, rules.acted_on)
+        metrics.follow((rule.name, rule.upstream.label) for rule in rules)
         self._first_step = FirstStep(self._admission(rules), self.routes(rules), digests, bodies)
         self.gateway = Gateway(
             self._first_step,
@@ -109,6 +111,7 @@ class Parts:
             trusted=settings.trusted_proxies,
             docs_url=str(settings.docs_url or ""),
             head_limits=HeadLimits(settings.max_head_bytes, settings.max_head_line_bytes, settings.max_head_fields),
+            counts=metrics.client_connections,
         )
 
     def _store(self, url: str) -> Store:
@@ -132,6 +135,7 @@ class Parts:
     def follow(self, rules: Rules, routes: Routes) -> None:
         """Treat requests that come from now on by these rules; those under way keep theirs."""
         self.rules = rules
+        self._reporting.metrics.follow((rule.name, rule.upstream.label) for rule in rules)
         # Heads that are known passed the checks of other rules.
         self.head_cache.reset(rules.default.policy.key_header, rules.acted_on)
         self._first_step.follow(self._admission(rules), routes)
@@ -154,7 +158,7 @@ class Parts:
             host=host.encode(),
             prefix=origin.path_prefix.encode(),
             is_key_independent=is_key_independent(rule.policy, rules),
-            upstream=rule.upstream.name or origin.authority,
+            upstream=rule.upstream.label,
         )
 
     def _exchange_deps(self, rule: Rule) -> ExchangeDeps:
@@ -199,6 +203,7 @@ class Parts:
             spare_connections=spare_connections(upstream),
             buffered=self.memory,
             resolver=self._resolver,
+            counts=self._reporting.metrics.upstream_connections.of(upstream.label),
             head_cache=self.head_cache.enabled,
         )
 

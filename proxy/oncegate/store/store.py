@@ -29,7 +29,7 @@ from oncegate.store.stages import CLAIMED, Stage
 Settling = Coroutine[Any, Any, SettleResult]
 Claiming = Coroutine[Any, Any, ClaimResult]
 Background = Callable[[Coroutine[Any, Any, Any]], None]
-# By a verb: called with the seconds that a call took.
+# By a verb: called with the seconds that a call took; under `connect` with those of each new connection to a server.
 Observers = Mapping[str, Callable[[float], None]]
 
 

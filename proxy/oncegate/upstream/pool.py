@@ -2,12 +2,13 @@
 
 import asyncio
 import ssl
-from collections import deque
+from collections import defaultdict, deque
 
 from oncegate.buffers.memory import MemoryBudget
 from oncegate.buffers.write_batcher import write_batcher
 from oncegate.hostnames.resolver import Resolver
 from oncegate.known_heads.answers import KnownAnswers
+from oncegate.observe.labels import UPSTREAM_STATES
 from oncegate.upstream.connection import Connection
 from oncegate.upstream.connector import Connector
 from oncegate.upstream.errors import NotSent, UpstreamLost
@@ -29,7 +30,8 @@ class Pool:
     """The pool of connections to one origin. Times in seconds.
 
     `max_connections` bounds open connections, idle ones included. An idle connection is closed after `keep_idle_s`;
-    0: none is kept. `buffered` is the memory budget that the bodies of responses count in.
+    0: none is kept. `buffered` is the memory budget that the bodies of responses count in. `counts`: of connections by
+    event, to be added to; the events are `labels.UPSTREAM_CONNECTIONS`.
 
     A request that finds no idle connection that has rested for `rest_s` closes a resting one and connects, so that no
     more are open than requests ran at once. An upstream may serve each with a process of its own, and the new one needs
@@ -50,6 +52,7 @@ class Pool:
         spare_connections: int = 0,
         buffered: MemoryBudget,
         resolver: Resolver,
+        counts: dict[str, float] | None = None,
         head_cache: bool = True,
     ) -> None:
         self.loop = asyncio.get_running_loop()
@@ -64,6 +67,7 @@ class Pool:
         self._spare_connections = spare_connections
         self._idle = IdleConnections(self.loop, rest_s, max_connections)
         self._connecting_count = 0
+        self._counts = defaultdict[str, float](float) if counts is None else counts
         # The longest exchange on a connection that was used before, fading.
         self._usual_s = 0.0
         self._queue: deque[asyncio.Future[None]] = deque()
@@ -83,16 +87,23 @@ class Pool:
             return connection
         if self.shut:
             raise NotSent("the proxy was shut down")
+        queues = False
         try:
             async with asyncio.timeout(self._connect_timeout_s) as limit:
                 self._connecting.add(limit)
                 if self._queue or not self._has_room:
+                    queues = True
                     await self._queue_up()
+                    queues = False
                     if (connection := self._reuse(reuse_idle_s)) is not None:
                         self._wake_first()
                         return connection
                 return await self._connect()
+        except NotSent:
+            self._counts["failed"] += 1
+            raise
         except TimeoutError:
+            self._counts["no_room" if queues else "failed"] += 1
             name = self._connector.name
             is_silent = name is not None and name.is_waited_for
             detail = "no name server answered" if is_silent else "no connection to the upstream"
@@ -189,10 +200,17 @@ class Pool:
     def _reuse(self, reuse_idle_s: float) -> Connection | None:
         connection = self._idle.take(reuse_idle_s)
         if connection is not None:
+            self._counts["reused"] += 1
             self._activate(connection)
         return connection
 
     # Connecting ...
+
+    @property
+    def states(self) -> dict[str, int]:
+        """How many connections are in each state, and how many requests wait for one."""
+        counts = len(self._active), len(self._idle), self._connecting_count, len(self._queue)
+        return dict(zip(UPSTREAM_STATES, counts, strict=True))
 
     @property
     def _open_count(self) -> int:
@@ -214,6 +232,7 @@ class Pool:
             self._connecting_count -= 1
             self._wake_first()
             raise
+        self._counts["opened"] += 1
         self._connecting_count -= 1
         if self._name_watch is not None:
             self._name_watch.start()

@@ -1,6 +1,6 @@
 """All pools of a worker: one for each upstream that a rule names."""
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 from weakref import WeakSet
 
@@ -30,6 +30,11 @@ class Pools:
         """Forget all upstreams but these."""
         named = set(upstreams)
         self._named = {upstream: pool for upstream, pool in self._named.items() if upstream in named}
+
+    def states(self) -> Iterator[tuple[Any, dict[str, int]]]:
+        """Yield each upstream that a rule names, with how many connections to it are in which state."""
+        for upstream, pool in self._named.items():
+            yield upstream, pool.states
 
     def cut(self, detail: str) -> int:
         """Fail every exchange and every attempt to connect in all pools, and return their number."""

@@ -48,6 +48,8 @@ class ServersConfig:
     max_bytes: int = 0
     log: Callable[..., None] = lambda *_, **__: None
     breaker_opened: Callable[[], None] = lambda: None
+    # Called with the seconds that a new connection took.
+    connected: Callable[[float], None] = lambda _: None
 
 
 class Servers:
@@ -56,12 +58,13 @@ class Servers:
     def __init__(self, config: ServersConfig) -> None:
         self._config, self._loop = config, asyncio.get_running_loop()
         self._durability = Durability(config.durability, config.promotion)
-        self._session_config = SessionConfig(config.url, config.schema, self._durability, config.timeout_s)
+        self._session_config = SessionConfig(
+            config.url, config.schema, self._durability, config.timeout_s, config.connected
+        )
         self._pools = {level: Pool(level, size) for level, size in SIZES.items()}
         self._inspections = Pool(Level.CLAIM, int(config.member is not None))
         self._all_pools = [*self._pools.values(), self._inspections]
-        session_config = SessionConfig(config.url, config.schema, self._durability, config.timeout_s)
-        self._connections = Connections(session_config, self._all_pools, self)
+        self._connections = Connections(self._session_config, self._all_pools, self)
         self.health = Health(config.member, self._durability, config.max_bytes)
         # Why claims are not sent to the primary at all, or None.
         self._unfit: str | None = None

@@ -84,6 +84,7 @@ class PostgresStore:
                 promotion=options.promotion,
                 log=config.log,
                 breaker_opened=config.breaker_opened,
+                connected=self._observer("connect"),
                 member=member,
                 max_bytes=options.max_bytes,
             )

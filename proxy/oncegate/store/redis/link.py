@@ -127,7 +127,7 @@ class Link(asyncio.Protocol):
                 await self._lost.wait()
 
     async def _connect(self) -> None:
-        connection = self._open_connection()
+        connection, began_s = self._open_connection(), perf_counter()
         try:
             # A server that does not answer is noticed after `stall_s`, whatever it was asked.
             async with asyncio.timeout(max(CONNECT_S, self.stall_s) + PREPARE_STEPS * self.stall_s):
@@ -140,6 +140,8 @@ class Link(asyncio.Protocol):
             raise
         if self._transport is None:
             raise ConnectionError(self.down_reason)
+        if (observe_s := self._observers.get("connect")) is not None:
+            observe_s(perf_counter() - began_s)
         self.up = True
         self._up.set()
 

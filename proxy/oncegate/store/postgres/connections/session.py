@@ -7,6 +7,7 @@ success and a warning, and the commit may be lost later. A caller that stops wai
 import asyncio
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any, TypeVar
 
 import asyncpg
@@ -101,6 +102,8 @@ class SessionConfig:
     schema: str
     durability: Durability
     timeout_s: float
+    # Called with the seconds that a new connection took.
+    connected: Callable[[float], None] = lambda _: None
 
     def settings(self, level: Level) -> dict[str, str]:
         """Return the settings of a session."""
@@ -261,8 +264,10 @@ class Session:
 
 async def open_session(host: Host, level: Level, config: SessionConfig, changed: Callable[[Session], None]) -> Session:
     """Connect to a host and prepare the connection. Raises Unreachable."""
+    began_s = perf_counter()
     connection = await connect(config.url, host)
     facts = await within(connection, _prepare(connection, host, level, config), PREPARE_S)
+    config.connected(perf_counter() - began_s)
     return Session(connection, facts, level, config, changed)
 
 

@@ -1,0 +1,50 @@
+"""What one worker is asked at each scrape."""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+
+from oncegate.observe.families import SEPARATOR
+from oncegate.service.wiring import Parts
+
+Gauges = dict[str, Callable[[], float]]
+
+
+def gauges(parts: Callable[[], Parts], is_ready: Callable[[], bool]) -> tuple[Gauges, Callable[[], dict[str, float]]]:
+    """Return the gauges of `Metrics`, and those that have labels. `parts()` is asked once they exist."""
+    started_s = time.time()
+    plain: Gauges = {
+        "in_flight": lambda: parts().gateway.in_flight,
+        "reading_bodies": lambda: parts().gateway.reading,
+        "waiting": lambda: len(parts().waiters),
+        "store_memory_ratio": lambda: parts().store.memory_ratio,
+        "store_behind_seconds": lambda: parts().store.upkeep.behind_s,
+        "store_snapshot_seconds": lambda: parts().store.upkeep.snapshot_s,
+        "store_hot_ratio": lambda: parts().store.upkeep.hot_ratio,
+        "store_dead_ratio": lambda: parts().store.upkeep.dead_ratio,
+        "store_record_bytes": lambda: parts().store.upkeep.record_bytes,
+        "store_chunk_bytes": lambda: parts().store.upkeep.chunk_bytes,
+        "store_audit_bytes": lambda: parts().store.upkeep.audit_bytes,
+        "store_full": lambda: parts().store.refuses_new,
+        "store_breaker_open": lambda: parts().store.broken,
+        "rules_differ": lambda: parts().store.rules_differ,
+        "packs_records": lambda: parts().store.packs_records,
+        "quarantine_seconds": lambda: parts().store.quarantine_left_s,
+        "unknown_keys": lambda: parts().unknown_keys.count,
+        "unknown_keys_expiring": lambda: parts().unknown_keys.expiring,
+        "ready": is_ready,
+        "buffered_bytes": lambda: parts().memory.used,
+        "workers": lambda: 1.0,
+        "start_time_seconds": lambda: started_s,
+        "client_open_connections": lambda: parts().listener.open_count,
+    }
+    return plain, lambda: _upstream_pools(parts())
+
+
+def _upstream_pools(parts: Parts) -> dict[str, float]:
+    """Return how many connections to each upstream are in each state, by the names of the samples."""
+    totals: Counter[str] = Counter()
+    for upstream, states in parts.pools.states():
+        (name,) = parts.metrics.upstream_connections.name(upstream.label)
+        totals.update({SEPARATOR.join(("upstream_pool", name, state)): count for state, count in states.items()})
+    return dict(totals)
