@@ -110,15 +110,21 @@ def test_groups_of_two_processes_become_one():
     assert mine.groups == {("charges", "api"): {"a": 0, "b": 2}, ("refunds", "api:8443"): {"a": 2, "b": 0}}
 
 
+def executed(rule: str, upstream: str) -> RequestReport:
+    return RequestReport(Outcome.EXECUTED, 200, "POST", rule=rule, upstream=upstream, upstream_s=0.5)
+
+
 def test_requests_are_counted_by_the_rule_and_its_upstream():
     """The sum over the rules is the metric without a rule, also of several processes, and after a reload."""
     workers = [Metrics("1", {}) for _ in range(2)]
     for metrics in workers:
         metrics.follow([("charges", "old"), ("", "api")])
-        metrics.observe(RequestReport(Outcome.EXECUTED, 200, "POST", rule="charges", upstream_s=0.5), 1.0)
+        metrics.observe(executed("charges", "old"), 1.0)
         metrics.follow([("charges", "new"), ("", "api")])
-        metrics.observe(RequestReport(Outcome.EXECUTED, 200, "POST", rule="charges", upstream_s=0.5), 1.0)
-        metrics.observe(RequestReport(Outcome.PASSTHROUGH, 200, "GET"), 1.0)
+        metrics.observe(executed("charges", "new"), 1.0)
+        metrics.observe(executed("", "api"), 1.0)
+        metrics.observe(RequestReport(Outcome.KEY_MISSING, 400, "POST", rule="charges"), 1.0)
+        metrics.observe(RequestReport(Outcome.REQUEST_REFUSED, 400, ""), 1.0)
     total = Metrics("1", {})
     for metrics in workers:
         total.merge(metrics.snapshot()["counts"])
@@ -126,9 +132,11 @@ def test_requests_are_counted_by_the_rule_and_its_upstream():
     for sample in (
         'rule_requests_total{outcome="executed",rule="charges",upstream="old"} 2.0',
         'rule_requests_total{outcome="executed",rule="charges",upstream="new"} 2.0',
-        'rule_requests_total{outcome="passthrough",rule="(default)",upstream="api"} 2.0',
-        'requests_total{outcome="executed"} 4.0',
-        'requests_total{outcome="passthrough"} 2.0',
+        'rule_requests_total{outcome="executed",rule="(default)",upstream="api"} 2.0',
+        'rule_requests_total{outcome="key_missing",rule="charges",upstream="new"} 2.0',
+        'rule_requests_total{outcome="request_refused",rule="(none)",upstream="(none)"} 2.0',
+        'requests_total{outcome="executed"} 6.0',
+        'requests_total{outcome="key_missing"} 2.0',
         'upstream_seconds_count{upstream="new"} 2.0',
     ):
         assert f"\noncegate_{sample}\n" in text

@@ -67,6 +67,13 @@ class StoreLoss(Enum):
         self.label, self.is_certain = label, is_certain
 
 
+# The labels of `store.waiters.Woken`.
+WAIT_ENDS: Final = (
+    *("record_changed", "may_claim", "declined", "sent_away", "timed_out", "client_gone"),
+    *("no_room", "no_room_for_body"),
+)
+# The calls to the store, and opening a connection to one of its servers.
+VERBS: Final = ("claim", "append", "renew", "settle", "read", "connect")
 # What is counted of connections. Of clients: opened, or refused because of their number.
 CLIENT_CONNECTIONS: Final = ("opened", "refused")
 # To upstreams: opened; used again for another request; not opened; no room for another until the connect timeout.

@@ -21,6 +21,8 @@ from oncegate.observe.labels import (
     CLIENT_CONNECTIONS,
     LOOK_UPS,
     UPSTREAM_CONNECTIONS,
+    VERBS,
+    WAIT_ENDS,
     SettlementLabel,
     StoreLoss,
     Unguarded,
@@ -29,12 +31,6 @@ from oncegate.observe.labels import (
 from oncegate.observe.outcome import SUPPRESSED, Outcome, RequestReport
 from oncegate.observe.usage import TOKEN_KINDS, Tokens
 
-# The labels of `store.waiters.Woken`.
-WAIT_ENDS = (
-    *("record_changed", "may_claim", "declined", "sent_away", "timed_out", "client_gone"),
-    *("no_room", "no_room_for_body"),
-)
-VERBS = ("claim", "append", "renew", "settle", "read", "connect")
 # The label `rule` of requests that no rule matches, which the settings alone decide.
 DEFAULT_RULE = "(default)"
 # The labels `rule` and `upstream` of requests that were refused before a rule decided.
@@ -233,8 +229,12 @@ class Metrics(Collector):
 
         What counted before is kept.
         """
+        self._route("", "")
         for rule, upstream in routes:
-            self._route(rule, upstream)
+            route = self._route(rule, upstream)
+            if rule:
+                # Of requests that the rule refused before their upstream mattered.
+                self._routes[rule, ""] = route
 
     def _route(self, rule: str, upstream: str) -> tuple[dict[str, float], Histogram]:
         histogram = self._upstream_s.of(upstream or NO_RULE)
