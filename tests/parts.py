@@ -199,10 +199,10 @@ class RawUpstream:
         self.writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def start(self, sock: socket.socket | None = None) -> None:
+    async def start(self, sock: socket.socket | None = None, tls: ssl.SSLContext | None = None) -> None:
         """Listen, on `sock` where one is given, else on a port of its own."""
         place: dict[str, Any] = {"sock": sock} if sock else {"host": "127.0.0.1", "port": 0}
-        self._server = await asyncio.start_server(self._serve, limit=1 << 26, backlog=2048, **place)
+        self._server = await asyncio.start_server(self._serve, limit=1 << 26, backlog=2048, ssl=tls, **place)
         self.port = self._server.sockets[0].getsockname()[1]
 
     @property
@@ -221,7 +221,7 @@ class RawUpstream:
                 self.received.append(request)
                 request.body = await read_body(reader, request.headers)
                 await self.script(self, reader, writer, request)
-        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+        except (asyncio.IncompleteReadError, OSError, asyncio.CancelledError):
             pass
         finally:
             self.writers.discard(writer)

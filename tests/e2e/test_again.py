@@ -216,7 +216,7 @@ async def test_new_rules_hold_for_what_was_prepared_under_the_old_ones(proxies, 
         '[[rule]]\nname = "a"\npath = "/a"\nforward_key = ""\nscope = ["header:X-Shop"]'
     )
     gate.signal(signal.SIGHUP)
-    await until(lambda: gate.events("rules loaded"))
+    await until(lambda: gate.events("reloaded"))
     for number in range(18):
         # What differed under the old rules now says whose the key is.
         raw = request("POST", "/a", f"a{number // 3}", b"x", f"X-Shop: {number % 3}")

@@ -302,7 +302,7 @@ async def test_retry_after_follows_what_such_requests_usually_take(proxies, upst
     upstream.script = answering(OK)
     assert (await ask(proxy.port, request(target="/quick", key="quick-1"))).status == 200
     proxy.signal(signal.SIGHUP)
-    await until(lambda: proxy.events("rules loaded"))
+    await until(lambda: proxy.events("reloaded"))
     done = asyncio.Event()
     upstream.script = holding(done)
     sent = [request(target=f"/{name}", key=f"{name}-2") for name in ("slow", "quick", "other")]

@@ -196,12 +196,12 @@ async def test_templates_are_read_again(shop, behind):
     assert (await post(shop, "/", "key-1", large)).body == b"<title>This is too large</title>first"
     template.write_text("second $status")
     shop.signal(signal.SIGHUP)
-    await until(lambda: shop.events("rules loaded"))
+    await until(lambda: shop.events("reloaded"))
     assert (await post(shop, "/", "key-1", large)).body == b"second 413"
     template.write_text("third\n$nothing")
     shop.signal(signal.SIGHUP)
-    await until(lambda: shop.events("rules file rejected, previous rules stay"))
-    (reason,) = shop.events("rules file rejected, previous rules stay")[-1]["reasons"]
+    await until(lambda: shop.events("reload refused, nothing changed"))
+    (reason,) = shop.events("reload refused, nothing changed")[-1]["reasons"]
     assert reason.startswith("pages/body-too-large.html:2: $nothing is unknown; the fields are ")
     assert (await post(shop, "/", "key-1", large)).body == b"second 413"
 

@@ -689,8 +689,8 @@ async def test_rules_are_read_again(proxies, upstream, valkey, tmp_path: Path):
     assert [(await kept.ask(nominated.replace(b"k0", key))).status for key in (b"k8", b"k9")] == [200, 200]
     file.write_text(f'[[rule]]\nname = "b"\npath = "/a"\nupstream = "{second.url}"\nscope = ["header:X-Shop"]')
     proxy.signal(signal.SIGHUP)
-    await until(lambda: proxy.events("rules loaded"))
-    assert proxy.events("rules loaded")[-1]["rules"] == ["b"]
+    await until(lambda: proxy.events("reloaded"))
+    assert proxy.events("reloaded")[-1]["rules"] == ["b"]
     assert told(await ask(proxy.port, nominated)) == REFUSED
     assert (await kept.ask(nominated)).status == REFUSED[0], "what passed before the rules changed passes no more"
     kept.close()
@@ -700,7 +700,7 @@ async def test_rules_are_read_again(proxies, upstream, valkey, tmp_path: Path):
 
     file.write_text('[[rule]]\nname = "c"\npath = "a"\n[[rule]]\nname = "c"\nretention_s = 0')
     proxy.signal(signal.SIGHUP)
-    bad = "rules file rejected, previous rules stay"
+    bad = "reload refused, nothing changed"
     await until(lambda: proxy.events(bad))
     reasons = proxy.events(bad)[-1]["reasons"]
     assert [reason.split(": ")[1:3] for reason in reasons] == [
@@ -720,7 +720,7 @@ async def test_rules_are_read_again(proxies, upstream, valkey, tmp_path: Path):
         assert await post(proxy, "/a", b"x", key=f"empty{number}") == (418, "executed")
     file.write_text('[[rule]]\nname = "d"\npath = "/b"\n')
     proxy.signal(signal.SIGHUP)
-    await until(lambda: len(proxy.events("rules loaded")) == 2)
+    await until(lambda: len(proxy.events("reloaded")) == 2)
     assert await post(proxy, "/a", b"x", key="k4") == EXECUTED
     assert len(upstream.received) == 5
     assert await asyncio.to_thread(proxy.stop, 10) == 0
@@ -745,7 +745,7 @@ async def test_a_renamed_upstream_refuses_no_retry(proxies, upstream, valkey, tm
     ):
         file.write_text(text(name, second.url, more))
         proxy.signal(signal.SIGHUP)
-        await until(lambda count=count: len(proxy.events("rules loaded")) == count)
+        await until(lambda count=count: len(proxy.events("reloaded")) == count)
         assert await post(proxy, "/a", b"x", key="k1") == expected
         assert await post(proxy, "/a", b"x", key=f"new-{name}") == EXECUTED
     assert (len(upstream.received), len(second.received)) == (1, 3)
@@ -764,7 +764,7 @@ async def test_a_drain_reaches_every_upstream(proxies, upstream, valkey, tmp_pat
     await until(lambda: second.received)
     file.write_text('[[rule]]\nname = "c"\npath = "/c"\n')
     proxy.signal(signal.SIGHUP)
-    await until(lambda: proxy.events("rules loaded"))
+    await until(lambda: proxy.events("reloaded"))
     assert await asyncio.to_thread(proxy.stop, 10) == 1
     assert await first == (502, "unknown")
     assert valkey.states() == [b"unknown"]

@@ -66,7 +66,7 @@ async def test_who_has_no_credential_is_reported_once_a_rule(proxies, upstream, 
     lines = gate.events("requests without a credential")
     assert [(line["rule"], line["level"]) for line in lines] == [("open", "warning"), ("", "warning")]
     gate.signal(signal.SIGHUP)
-    await until(lambda: gate.events("rules loaded"))
+    await until(lambda: gate.events("reloaded"))
     assert (await ask(gate.port, request("POST", "/open", "/open", b"1"))).status == 200
     await until(lambda: len(gate.events("requests without a credential")) == 3)
 

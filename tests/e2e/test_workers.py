@@ -16,6 +16,7 @@ import pytest
 from oncegate.server.signals import StopEvents
 from oncegate.server.supervisor import Supervisor
 from oncegate.settings.cores import usable
+from oncegate.settings.settings import Settings
 from tests.parts import (
     CHUNKED,
     LAST_CHUNK,
@@ -253,11 +254,11 @@ async def test_a_hangup_reaches_a_worker_that_starts(proxies, upstream, own_valk
     await until(lambda: signal.SIGHUP in signals_of(successor, "SigCgt"), 30)
     rules.write_text('[[rule]]\nname = "b"\n')
     proxy.signal(signal.SIGHUP)
-    await until(lambda: len(proxy.events("rules loaded")) == 2)
+    await until(lambda: len(proxy.events("reloaded")) == 2)
     own_valkey.resume()
     await until(lambda: proxy.events("workers replaced"), 30)
-    await until(lambda: len(proxy.events("rules loaded")) >= 3)
-    assert proxy.events("rules loaded")[2]["worker"] == 1
+    await until(lambda: len(proxy.events("reloaded")) >= 3)
+    assert proxy.events("reloaded")[2]["worker"] == 1
     assert proxy.stop() == 0
 
 
@@ -345,8 +346,8 @@ async def test_a_hangup_reaches_every_worker(proxies, upstream, valkey, tmp_path
     first = workers(proxy)
     rules.write_text('[[rule]]\nname = "b"\n')
     proxy.signal(signal.SIGHUP)
-    await until(lambda: len(proxy.events("rules loaded")) == 2)
-    told = {line["worker"]: line["rules"] for line in proxy.events("rules loaded")}
+    await until(lambda: len(proxy.events("reloaded")) == 2)
+    told = {line["worker"]: line["rules"] for line in proxy.events("reloaded")}
     assert told == {1: ["b"], 2: ["b"]}
     assert workers(proxy) == first
     assert proxy.stop() == 0
@@ -437,7 +438,7 @@ async def test_a_worker_that_dies_before_it_serves_leaves_a_line(starting):
 
 async def test_a_stop_while_every_worker_is_dead_waits_for_nobody():
     """A stop while all workers are dead and wait for their restart ends at once, not after the grace."""
-    settings = SimpleNamespace(drain_s=60, drain_delay_s=0)
+    settings = Settings(upstream="http://127.0.0.1:9", drain_s=60)
     supervisor = Supervisor(settings, [], None, SimpleNamespace(info=lambda *_, **__: None))
     await asyncio.wait_for(supervisor._stop(StopEvents()), 10)
 

@@ -16,8 +16,7 @@ class AdminParts:
     """What the routes of the admin listener are made from.
 
     `metrics` returns the sums of all workers. `not_ready_reasons` returns why the proxy is not ready, an empty list if
-    it is. `notices` returns what an operator should look at although it is ready. `rules` returns the rules in effect;
-    it raises SettingsError where a supervisor finds a file with a mistake.
+    it is. `notices` returns what an operator should look at although it is ready. `rules` returns the rules in effect.
     """
 
     settings: Settings

@@ -26,6 +26,8 @@ GAUGES = {
     "workers": "Worker processes that serve.",
     "start_time_seconds": "When the service started, as seconds since 1970.",
     "client_open_connections": "Connections of clients that are open.",
+    "config_last_reload_success_timestamp_seconds": "When files were last taken over, by the start or by a reload.",
+    "config_last_reload_failure_timestamp_seconds": "When a reload was last refused, 0 if none was.",
     "upstream_pool": "Connections to an upstream by their state, and requests that wait for one.",
 }
 # The labels of the gauges that have some. Their samples are named `name`, SEPARATOR, and the values of the labels.
@@ -56,4 +58,7 @@ MERGED: dict[str, Callable[[Iterable[float]], float]] = {
     # A worker that is not ready gets its share of the connections all the same.
     "ready": min,
     "start_time_seconds": min,
+    # A worker may have refused what the others took.
+    "config_last_reload_success_timestamp_seconds": min,
+    "config_last_reload_failure_timestamp_seconds": max,
 }

@@ -4,6 +4,7 @@ A rule's fields override those of its preset, which override the settings. Loadi
 all problems at once; while requests run, only `Rules.choose` is used.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from oncegate.adaptation.error_pages import TEMPLATES, ErrorPages
@@ -13,7 +14,7 @@ from oncegate.rules.model import Rule, Rules
 from oncegate.rules.reading import RulesReader
 from oncegate.rules.resolution import default_rule
 from oncegate.settings.errors import SettingsError
-from oncegate.settings.files import read_text
+from oncegate.settings.files import digest_of, read_text
 from oncegate.settings.settings import Settings
 
 
@@ -26,7 +27,14 @@ def load_rules(settings: Settings) -> Rules:
         complaints = [*error.errors, *complaints]
     if complaints:
         raise SettingsError(complaints)
-    return Rules(rules, default, pages)
+    return Rules(tuple(map(_with_certificates, rules)), _with_certificates(default), pages)
+
+
+def _with_certificates(rule: Rule) -> Rule:
+    """Return the rule with what its upstream's certificates are now."""
+    upstream = rule.upstream
+    files = [path for path in (upstream.ca_file, upstream.cert_file, upstream.key_file) if path is not None]
+    return replace(rule, upstream=replace(upstream, certificates=digest_of(files))) if files else rule
 
 
 def _rules(settings: Settings) -> tuple[tuple[Rule, ...], Rule]:

@@ -93,6 +93,7 @@ class Upstream:
 
     `known_as`: what tells it from others in fingerprints: its oldest name, or its URL where it has no name. Empty for
     the upstream of the settings, whose URL may change.
+    `certificates`: a digest of the files that it names; with other certificates, it gets another pool.
     `direct`: nothing stands between, so that its responses are those of the API. `via`: the names that the API itself
     writes into `Via`.
     """
@@ -108,6 +109,7 @@ class Upstream:
     reuse_idle_s: float
     rest_s: float
     spare_connections: int | None
+    certificates: str = ""
     known_as: str = ""
     direct: bool = False
     via: tuple[str, ...] = ()

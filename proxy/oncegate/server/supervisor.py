@@ -19,6 +19,8 @@ from oncegate.rules.loading import load_rules
 from oncegate.server.owners import Owners
 from oncegate.server.signals import ExitCode, StopEvents, stop_events
 from oncegate.server.slots import Slot, Worker
+from oncegate.service.reload import Reload, TakeOver
+from oncegate.service.wiring import listener_tls
 from oncegate.settings.settings import Settings
 
 # The delay before a restart doubles from the minimum to the maximum. A life of STABLE_S resets it.
@@ -28,6 +30,7 @@ STABLE_S = 30.0
 START_TIMEOUT_S = 30.0
 # A worker that exceeds its drain by this time is killed.
 OVERTIME_S = 5.0
+FILES_DIFFER = "the workers have read different versions of a file; SIGHUP makes them read it again"
 
 
 class Supervisor:
@@ -44,6 +47,9 @@ class Supervisor:
         # The counters of workers that exited: the service's counters never go back.
         self._ended = Metrics(__version__, {})
         self._started_at = time.time()
+        # Those that the workers were last told to read.
+        self._rules = load_rules(settings)
+        self._reload = Reload(settings, (self._tell_workers,), logger)
 
     async def run(self) -> ExitCode:
         """Serve until SIGTERM or SIGINT; return the exit code, which covers all workers that ever ran."""
@@ -152,9 +158,17 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGHUP, self._reload)
         loop.add_signal_handler(signal.SIGUSR2, self._start_replacing)
 
-    def _reload(self) -> None:
-        for worker in self._workers:
-            worker.reload()
+    def _tell_workers(self, settings: Settings) -> TakeOver:
+        """Check what the workers are about to read: a mistake is logged once then, and no worker follows it."""
+        rules = load_rules(settings)
+        listener_tls(settings)
+
+        def tell() -> None:
+            self._rules = rules
+            for worker in self._workers:
+                worker.reload()
+
+        return tell
 
     def _start_replacing(self) -> None:
         if self._is_replacing or not self._is_serving:
@@ -203,6 +217,7 @@ class Supervisor:
     async def _stop(self, stop: StopEvents) -> None:
         """Stop all workers; kill those that exceed their grace by OVERTIME_S."""
         self._is_serving = False
+        self._reload.end()
         self._log.info("shutting down", grace_s=self._settings.drain_s)
         for slot in self._slots:
             slot.close()
@@ -240,8 +255,7 @@ class Supervisor:
             metrics=self._metrics,
             not_ready_reasons=self._not_ready_reasons,
             notices=self._notices,
-            # Its workers have them; the file is what they have from the next reload on.
-            rules=lambda: load_rules(settings),
+            rules=lambda: self._rules,
         )
 
     async def _metrics(self) -> Metrics:
@@ -250,6 +264,8 @@ class Supervisor:
         # Copied after the reports came: workers that exited meanwhile are in `_ended` already.
         workers = list(self._workers)
         gauges = [worker.report["gauges"] for worker in workers if worker.is_serving]
+        # It may have refused what no worker was told to read.
+        gauges.append({"config_last_reload_failure_timestamp_seconds": self._reload.failed_s})
         names = dict.fromkeys(name for values in gauges for name in values)
         merged = {name: MERGED.get(name, sum)([one[name] for one in gauges if name in one]) for name in names}
         # The counts began with this process, whichever workers are left.
@@ -269,7 +285,11 @@ class Supervisor:
     async def _notices(self) -> list[str]:
         """Return what an operator should look at, from the workers' last reports."""
         reports = [slot.worker.report for slot in self._slots if slot.worker is not None]
-        return list(dict.fromkeys(str(notice) for report in reports for notice in report.get("notices", ())))
+        notices = dict.fromkeys(str(notice) for report in reports for notice in report.get("notices", ()))
+        # A worker that is starting has sent no report yet.
+        if len({str(report["files"]) for report in reports if "files" in report}) > 1:
+            notices[FILES_DIFFER] = None
+        return list(notices)
 
     @staticmethod
     async def _not_ready_reasons_of(slot: Slot) -> list[str]:

@@ -6,7 +6,8 @@ a second and one for each request. A worker that is to succeed another serves on
 that the supervisor is dead: the worker then drains and exits.
 
 A report has `counts` and `gauges` (of `Metrics.snapshot`), `not_ready_reasons` and `notices` (lists of sentences),
-`cut_off` (how many requests a drain cut off) and `request` (the NUMBER that it answers, 0 for none).
+`cut_off` (how many requests a drain cut off), `files` (the digests of those that were taken over last) and `request`
+(the NUMBER that it answers, 0 for none).
 """
 
 import asyncio
@@ -166,6 +167,7 @@ class Reporter:
             "not_ready_reasons": service.not_ready_reasons(),
             "notices": service.notices(),
             "cut_off": service.cut_off,
+            "files": service.reload.files,
         }
         if not self._writer.is_closing():
             self._writer.write(json.dumps(report).encode() + b"\n")

@@ -5,13 +5,16 @@ from collections import Counter
 from collections.abc import Callable
 
 from oncegate.observe.families import SEPARATOR
+from oncegate.service.reload import Reload
 from oncegate.service.wiring import Parts
 
 Gauges = dict[str, Callable[[], float]]
 
 
-def gauges(parts: Callable[[], Parts], is_ready: Callable[[], bool]) -> tuple[Gauges, Callable[[], dict[str, float]]]:
-    """Return the gauges of `Metrics`, and those that have labels. `parts()` is asked once they exist."""
+def gauges(
+    parts: Callable[[], Parts], reload: Callable[[], Reload], not_ready_reasons: Callable[[], list[str]]
+) -> tuple[Gauges, Callable[[], dict[str, float]]]:
+    """Return the gauges of `Metrics`, and those that have labels. `parts` and `reload` are called at each scrape."""
     started_s = time.time()
     plain: Gauges = {
         "in_flight": lambda: parts().gateway.in_flight,
@@ -32,11 +35,13 @@ def gauges(parts: Callable[[], Parts], is_ready: Callable[[], bool]) -> tuple[Ga
         "quarantine_seconds": lambda: parts().store.quarantine_left_s,
         "unknown_keys": lambda: parts().unknown_keys.count,
         "unknown_keys_expiring": lambda: parts().unknown_keys.expiring,
-        "ready": is_ready,
+        "ready": lambda: not not_ready_reasons(),
         "buffered_bytes": lambda: parts().memory.used,
         "workers": lambda: 1.0,
         "start_time_seconds": lambda: started_s,
         "client_open_connections": lambda: parts().listener.open_count,
+        "config_last_reload_success_timestamp_seconds": lambda: reload().succeeded_s,
+        "config_last_reload_failure_timestamp_seconds": lambda: reload().failed_s,
     }
     return plain, lambda: _upstream_pools(parts())
 

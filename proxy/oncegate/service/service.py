@@ -21,8 +21,8 @@ from oncegate.rules.loading import load_rules
 from oncegate.service.drain import POLL_S, Drain, unless
 from oncegate.service.gauges import gauges
 from oncegate.service.readiness import ReadinessLog
-from oncegate.service.wiring import Parts, Reporting, server_tls
-from oncegate.settings.errors import SettingsError
+from oncegate.service.reload import Reload, TakeOver
+from oncegate.service.wiring import Parts, Reporting
 from oncegate.settings.settings import Settings
 from oncegate.store.record import Claim
 from oncegate.store.results import ClaimEvent, StoreEvent
@@ -35,8 +35,6 @@ BACKLOG = 1024
 TASK_RESTART_S = 0.05
 # How long the reasons against a store that is connected may take to go: one and a half inspections.
 SETTLE_POLLS = int(1.5 / POLL_S)
-# Somebody may be about to write the file, or a mount failed.
-NO_RULES_LEFT = "the file has no rule any more; a restart takes it, a reload does not"
 # The events of the store that metrics count as losses.
 LOSSES = {
     StoreEvent.FLUSHED: StoreLoss.FLUSHED,
@@ -71,7 +69,7 @@ class Service:
         self._draining = self._retired = False
         # The rules of which a request without a credential was reported.
         self._warned_of: set[str] = set()
-        self.metrics = Metrics(__version__, *gauges(lambda: self._parts, lambda: not self.not_ready_reasons()))
+        self.metrics = Metrics(__version__, *gauges(lambda: self._parts, lambda: self.reload, self.not_ready_reasons))
         self._access = AccessLog(logger, settings.access_log, settings.log_level, settings.log_format, self._loop)
         reporting = Reporting(
             metrics=self.metrics,
@@ -85,6 +83,10 @@ class Service:
         )
         self._parts = parts = Parts(settings, store_url, load_rules(settings), reporting)
         self.store, self._listener = parts.store, parts.listener
+        # With several workers, their supervisor says what needs a restart.
+        self.reload = Reload(
+            settings, (parts.prepare_certificate, self._prepare_rules), logger, is_quiet=settings.workers > 1
+        )
         self._drain = Drain(
             gateway=parts.gateway,
             listener=parts.listener,
@@ -96,23 +98,15 @@ class Service:
         self._servers: list[asyncio.Server] = []
         self._admin: web.AppRunner | None = None
 
-    def reload(self) -> None:
-        """Read rules and pages again. What is under way keeps its rules; a file with a mistake changes nothing."""
-        if self._draining or not (self._settings.rules_file or self._settings.pages_dir):
-            self._log.info("nothing to reload")
-            return
-        try:
-            rules = load_rules(self._settings)
-            routes = self._parts.routes(rules)
-            reasons = [] if rules.rules or not self._parts.rules.rules else [NO_RULES_LEFT]
-        except (SettingsError, OSError) as error:  # OSError: what OpenSSL makes of a certificate
-            reasons = list(error.errors) if isinstance(error, SettingsError) else [str(error)]
-        if reasons:
-            self._log.error("rules file rejected, previous rules stay", reasons=reasons)
-            return
-        self._parts.follow(rules, routes)
-        self._warned_of.clear()
-        self._log.info("rules loaded", rules=[rule.name for rule in rules.rules])
+    def _prepare_rules(self, settings: Settings) -> TakeOver:
+        rules, follow = self._parts.prepare_rules(settings)
+
+        def take_over() -> None:
+            follow()
+            self._warned_of.clear()
+            self._log.info("reloaded", rules=[rule.name for rule in rules.rules], files=self.reload.files)
+
+        return take_over
 
     # What the parts report ...
 
@@ -205,7 +199,7 @@ class Service:
         await self.store.wait_up(1.0)
 
     async def _listen(self, place: dict[str, Any]) -> asyncio.Server:
-        tls = server_tls(self._settings)
+        tls = self._parts.certificate.first if self._parts.certificate else None
         handshake_s = self._listener.head_s if tls else None
         server = await self._loop.create_server(
             self._listener, **place, ssl=tls, ssl_handshake_timeout=handshake_s, backlog=BACKLOG
@@ -268,6 +262,7 @@ class Service:
         flight was stored or released.
         """
         self._draining = True
+        self.reload.end()
         unsure = self.metrics.unsure
         self._listener.retire()
         if self._settings.drain_delay_s and not self._retired:

@@ -13,6 +13,7 @@ from typing import Any
 from oncegate.buffers.memory import MemoryBudget
 from oncegate.buffers.ticker import Ticker
 from oncegate.downstream.body import Bodies
+from oncegate.downstream.certificate import Replaceable, server_context
 from oncegate.downstream.listener import Listener
 from oncegate.downstream.minimum_rate import MinimumRate
 from oncegate.gateway.cancelling import Cancellations
@@ -26,8 +27,11 @@ from oncegate.messages.admission import Admission
 from oncegate.messages.request_line import HeadLimits
 from oncegate.observe.metrics import Metrics
 from oncegate.observe.outcome import Observe
+from oncegate.rules.loading import load_rules
 from oncegate.rules.model import Rule, Rules, Upstream
 from oncegate.rules.resolution import longest_ms, unknown_retention_ms
+from oncegate.service.reload import TakeOver
+from oncegate.settings.errors import SettingsError
 from oncegate.settings.settings import Settings
 from oncegate.store.leases import Leases, OnClaimEvent
 from oncegate.store.membership import Membership
@@ -40,6 +44,8 @@ from oncegate.upstream.connector import client_tls
 from oncegate.upstream.pool import REUSE_IDLE_S, Pool
 from oncegate.upstream.pools import Pools
 
+# Somebody may be about to write the file, or a mount failed.
+NO_RULES_LEFT = "the file has no rule any more; a restart takes it, a reload does not"
 # What rests at 1,200 requests a second.
 SPARE_TLS_CONNECTIONS = 256
 
@@ -60,7 +66,7 @@ class Reporting:
 
 
 class Parts:
-    """The parts of one worker, wired together. `rules` are those in effect."""
+    """The parts of one worker, wired together. `rules`: those in effect. `certificate`: of the public listener."""
 
     def __init__(self, settings: Settings, store_url: str, rules: Rules, reporting: Reporting) -> None:
         self._settings, self._reporting, self.rules = settings, reporting, rules
@@ -94,7 +100,7 @@ class Parts:
         digests = Digests(settings.secret.get_secret_value().encode())
         self.head_cache.reset(rules.default.policy.key_header, rules.acted_on)
         metrics.follow((rule.name, rule.upstream.label) for rule in rules)
-        self._first_step = FirstStep(self._admission(rules), self.routes(rules), digests, bodies)
+        self._first_step = FirstStep(self._admission(rules), self._routes(rules), digests, bodies)
         self.gateway = Gateway(
             self._first_step,
             bodies,
@@ -102,6 +108,8 @@ class Parts:
             observe=reporting.observe,
             on_failure=reporting.failed,
         )
+        tls = listener_tls(settings)
+        self.certificate = Replaceable(tls) if tls else None
         self.listener = Listener(
             self.gateway,
             max_connections=settings.max_connections,
@@ -132,16 +140,32 @@ class Parts:
         )
         return open_store(config)
 
-    def follow(self, rules: Rules, routes: Routes) -> None:
-        """Treat requests that come from now on by these rules; those under way keep theirs."""
-        self.rules = rules
-        self._reporting.metrics.follow((rule.name, rule.upstream.label) for rule in rules)
-        # Heads that are known passed the checks of other rules.
-        self.head_cache.reset(rules.default.policy.key_header, rules.acted_on)
-        self._first_step.follow(self._admission(rules), routes)
-        self.pools.retain_only(rule.upstream for rule in rules)
+    def prepare_certificate(self, settings: Settings) -> TakeOver:
+        """Read the certificate of the public listener again; what is returned takes it over for new connections."""
+        context, certificate = listener_tls(settings), self.certificate
+        return lambda: certificate.replace(context) if certificate and context else None
 
-    def routes(self, rules: Rules) -> Routes:
+    def prepare_rules(self, settings: Settings) -> tuple[Rules, TakeOver]:
+        """Read rules, pages and certificates of upstreams again. Raises SettingsError and OSError.
+
+        What is returned takes them over for requests that come from then on; those under way keep theirs.
+        """
+        rules = load_rules(settings)
+        routes = self._routes(rules)
+        if self.rules.rules and not rules.rules:
+            raise SettingsError([NO_RULES_LEFT])
+
+        def follow() -> None:
+            self.rules = rules
+            self._reporting.metrics.follow((rule.name, rule.upstream.label) for rule in rules)
+            # Heads that are known passed the checks of other rules.
+            self.head_cache.reset(rules.default.policy.key_header, rules.acted_on)
+            self._first_step.follow(self._admission(rules), routes)
+            self.pools.retain_only(rule.upstream for rule in rules)
+
+        return rules, follow
+
+    def _routes(self, rules: Rules) -> Routes:
         """Return the routes of rules. Raises OSError for a certificate that cannot be used."""
         return Routes(rules, {rule.name: self._route(rule, rules) for rule in rules})
 
@@ -239,12 +263,8 @@ def is_durable(settings: Settings) -> bool:
     return settings.store_url.get_secret_value() == "embedded" or settings.durability != "memory"
 
 
-def server_tls(settings: Settings) -> ssl.SSLContext | None:
+def listener_tls(settings: Settings) -> ssl.SSLContext | None:
     """Return the TLS side of the public listener, None for plain HTTP. Raises OSError for unusable files."""
     if settings.tls_cert_file is None:
         return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols(["http/1.1"])
-    context.load_cert_chain(settings.tls_cert_file, settings.tls_key_file)
-    return context
+    return server_context(settings.tls_cert_file, settings.tls_key_file)

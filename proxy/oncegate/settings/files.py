@@ -1,9 +1,10 @@
 """Files that settings name, and `.env`. They are regular files of a bounded size: another could hang us."""
 
 import errno
+import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import StringIO
 
 from dotenv.parser import Binding, parse_stream
@@ -12,6 +13,8 @@ from dotenv.parser import Binding, parse_stream
 MAX_SECRET_BYTES = 65_536
 # Of any other file. A path to the wrong file, such as a log, must not fill the memory.
 MAX_FILE_BYTES = 4_194_304
+# Of the SHA-256 that a log shows, in hexadecimal.
+DIGEST_CHARACTERS = 12
 
 
 def read_file(path: str | os.PathLike[str], max_bytes: int = MAX_FILE_BYTES) -> bytes:
@@ -37,6 +40,18 @@ def read_text(path: str | os.PathLike[str], max_bytes: int = MAX_FILE_BYTES) -> 
     except UnicodeDecodeError:
         # Without its cause: the decoder's error contains the bytes, which may be a secret.
         raise ValueError("cannot be read as UTF-8 text") from None
+
+
+def digest_of(paths: Iterable[str | os.PathLike[str]]) -> str:
+    """Return a digest by which the versions of these files are told apart; empty where one cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        for path in paths:
+            content = read_file(path)
+            digest.update(b"%d:%b" % (len(content), content))
+    except ValueError:
+        return ""
+    return digest.hexdigest()[:DIGEST_CHARACTERS]
 
 
 def _check_kind(mode: int) -> None:

@@ -23,6 +23,11 @@ _INJECTED = re.compile(
     r"ONCEGATE_(?:\w+_)?(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT(?:_[0-9]+_(?:TCP|UDP|SCTP)(?:_\w+)?)?)"
 )
 
+# What a reload takes over; the files that other settings name are read again by whoever uses them.
+RELOADED: tuple[str, ...] = ()
+# Settings of other commands.
+NOT_FOR_PROXIES = ("migrate_url",)
+
 # What the table shows where a default is none, depends on the machine, or does not exist.
 _SHOWN = {
     "upstream": "required",
@@ -48,6 +53,17 @@ def load_settings(unused: Iterable[str] = ()) -> Settings:
     if problems:
         raise SettingsError(problems)
     return settings
+
+
+def reload_settings(current: Settings) -> tuple[Settings, list[str]]:
+    """Return the settings after a reload, and the variables whose new values need a restart. Raises SettingsError.
+
+    A process keeps every setting that is not in RELOADED.
+    """
+    found = load_settings()
+    after = current.model_copy(update={name: getattr(found, name) for name in RELOADED})
+    changed = [name for name in Settings.model_fields if getattr(after, name) != getattr(found, name)]
+    return after, [variable_name(name) for name in changed if name not in NOT_FOR_PROXIES]
 
 
 def describe(settings: Settings) -> str:

@@ -16,7 +16,9 @@ class ClientSettings(BaseModel):
         description="Address of the public listener. `[::]` serves clients of IPv6 and IPv4. The container image sets "
         "`0.0.0.0:8080`.",
     )
-    tls_cert_file: ReadableFile = Field(None, description="Certificate chain (PEM) of the public listener.")
+    tls_cert_file: ReadableFile = Field(
+        None, description="Certificate chain (PEM) of the public listener. SIGHUP makes oncegate read it again."
+    )
     tls_key_file: ReadableFile = Field(None, description="Private key (PEM) of the public listener.")
     admin_listen: ListenAddress = Field(
         Address("127.0.0.1", 8081),
