@@ -96,6 +96,8 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "buffered_bytes": ("gauge", "", ()),
     "workers": ("gauge", "", ()),
     "start_time_seconds": ("gauge", "", ()),
+    "config_last_reload_success_timestamp_seconds": ("gauge", "", ()),
+    "config_last_reload_failure_timestamp_seconds": ("gauge", "", ()),
     "client_open_connections": ("gauge", "", ()),
     "upstream_pool": ("gauge", "state", ("active", "idle", "connecting", "waiting")),
     "build": ("info", "", ()),
