@@ -207,10 +207,10 @@ inline append() {
 		:: else ->
 			word = appended;
 			if
-			:: piece != me || (state == in_flight && !lease) -> changes()
+			:: piece != me -> changes()
 			:: else
 			fi;
-			piece = me; lease = (state == in_flight)
+			piece = me
 		fi
 	fi
 }

@@ -92,7 +92,7 @@ def claim(record: Record, me: int, mode: str, seen: int, late: bool, cut: Cut) -
 
 
 def append(record: Record, me: int, cut: Cut) -> Done:
-    """Keep the first piece of an answer of `me`, and extend the lease."""
+    """Keep the first piece of an answer of `me`. Renewals extend the lease."""
     if record.state in FINAL:
         return "complete" if record.token == me else "fenced", record
     if record.state == ABSENT:
@@ -101,7 +101,7 @@ def append(record: Record, me: int, cut: Cut) -> Done:
         return "fenced", record
     if record.piece not in (NOBODY, me):
         return "torn", record
-    return "appended", record._replace(piece=me, lease=record.state == IN_FLIGHT)
+    return "appended", record._replace(piece=me)
 
 
 def renew(record: Record, me: int, cut: Cut) -> Done:

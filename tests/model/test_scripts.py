@@ -108,7 +108,7 @@ class Scripts:
         return str(word.decode())
 
     def _append(self, me: int) -> list[Any]:
-        return [TOKENS[me], 0, pieces(me)[0], LEASE_MS, RETENTION_MS, self._layout]
+        return [TOKENS[me], 0, pieces(me)[0], RETENTION_MS, self._layout]
 
     def _renew(self, me: int) -> list[Any]:
         return [TOKENS[me], LEASE_MS, RETENTION_MS, "sent", self._layout]
@@ -163,8 +163,8 @@ class Functions:
         return TAGS[str(verb)][getattr(self, f"_{verb}")(*args)]
 
     def _append(self, me: int) -> int:
-        args = (KEY, TOKENS[me], 0, pieces(me)[0], LEASE_MS)
-        return int(self._probe.sql("SELECT append_1($1, $2, $3, $4, $5, '', false, '')", *args)[0][0])
+        args = (KEY, TOKENS[me], 0, pieces(me)[0])
+        return int(self._probe.sql("SELECT append_1($1, $2, $3, $4)", *args)[0][0])
 
     def _renew(self, me: int) -> int:
         return int(self._probe.call(rows.RENEW, (KEY, TOKENS[me], LEASE_MS, rows.STAGES[SENT]))["tag"])

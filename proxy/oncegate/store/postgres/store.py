@@ -52,7 +52,7 @@ from oncegate.store.store import Claiming, Settling, StoreConfig, Upkeep
 MIN_TRY_S = 0.05
 # Above this share of the limit, responses are stored without their body.
 FULL_RATIO = 0.9
-_APPEND = "SELECT append_1($1, $2, $3, $4, $5, $6, $7, $8) AS tag"
+_APPEND = "SELECT append_1($1, $2, $3, $4) AS tag"
 _READ = "SELECT * FROM read_1($1, $2, $3, $4)"
 _RESOLVE = "SELECT resolve_1($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14) AS tag"
 _DROP = "SELECT drop_1($1, $2, $3, $4, $5, $6) AS tag"
@@ -207,7 +207,7 @@ class PostgresStore:
         return RenewStatus.UNCONFIRMED if isinstance(reply, Unconfirmed) else rows.renew_status(reply[0]["tag"])
 
     async def append(self, claim: Claim, index: int, chunk: bytes, patience_s: float) -> AppendStatus:
-        args = (claim.key, claim.token, index, chunk, claim.lease_ms, *self._audit)
+        args = claim.key, claim.token, index, chunk
         ends, pause_s = self._loop.time() + patience_s, MIN_PAUSE_S
         while True:
             reply = await self._ask("append", Level.OFF, _APPEND, args, ends)

@@ -26,7 +26,7 @@ _16, _NEXT_16 = b"$16\r\n", b"\r\n$16\r\n"
 _COUNT = struct.Struct(">H")
 _PUT, _STORE, _RELEASE, _UNKNOWN = resp(b"put"), resp(b"store"), resp(b"release"), resp(b"unknown")
 
-CLAIM_COUNT, APPEND_COUNT, RENEW_COUNT, READ_COUNT = 7, 6, 5, 3
+CLAIM_COUNT, APPEND_COUNT, RENEW_COUNT, READ_COUNT = 7, 5, 5, 3
 PUT_COUNT, STORE_COUNT, RELEASE_COUNT, MARK_UNKNOWN_COUNT = 5, 10, 4, 11
 RESOLVE_COUNT, RELEASE_BY_OPERATOR_COUNT, DROP_COUNT = 7, 4, 4
 
@@ -197,7 +197,7 @@ def _stream(scripts: dict[str, Script], claim: Claim, retention_ms: int, layout:
     name, token, lease_ms = store_key(claim.key), claim.token, claim.lease_ms
     return [
         call(_silent(scripts, "renew"), name, token, lease_ms, retention_ms, CLAIMED.wire, layout),
-        call(_silent(scripts, "append"), name, token, 0, b"1", lease_ms, retention_ms, layout),
+        call(_silent(scripts, "append"), name, token, 0, b"1", retention_ms, layout),
     ]
 
 

@@ -189,7 +189,7 @@ class RedisStore:
     async def append(self, claim: Claim, index: int, chunk: bytes, patience_s: float) -> AppendStatus:
         # The first chunk is the only one that may find its claim packed.
         layout = arguments.LAYOUT[self.layout.packed and index == 0]
-        args = resp(claim.token, index, chunk, claim.lease_ms, claim.unknown_retention_ms, layout)
+        args = resp(claim.token, index, chunk, claim.unknown_retention_ms, layout)
         ends = self._loop.time() + patience_s
         call = ScriptCall(self._scripts["append"], store_key(claim.key), arguments.APPEND_COUNT, ends)
         reply, _ = await self._repeat(call, args, ends)

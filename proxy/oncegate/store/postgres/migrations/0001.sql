@@ -507,19 +507,15 @@ BEGIN
 END
 $$;
 
--- Stores one more chunk of a response for the owner and extends its lease; a repeat with the same bytes adds nothing.
+-- Stores one more chunk of a response for the owner, whose renewals keep the lease; a repeat with the same bytes adds nothing.
 -- tag: 1 appended, 2 absent, 3 torn (another chunk is there), 4 complete, 5 fenced, 7 busy.
 CREATE OR REPLACE FUNCTION append_1(
-    key bytea, token bytea, index bigint, bytes bytea, lease_ms bigint, actor bytea, audited boolean, pads bytea
+    key bytea, token bytea, index bigint, bytes bytea
 ) RETURNS int
 LANGUAGE plpgsql VOLATILE SET plan_cache_mode = force_custom_plan AS $$
 DECLARE
-    began bigint := now_ms();
     r RECORD;
     there bytea;
-    is_new boolean;
-    -- Its lease had ended, so that its outcome counted as unknown.
-    is_back boolean;
 BEGIN
     SELECT * INTO r FROM record WHERE record.key = append_1.key FOR NO KEY UPDATE SKIP LOCKED;
     IF NOT FOUND THEN
@@ -530,28 +526,14 @@ BEGIN
         RETURN 4;
     END IF;
     INSERT INTO chunk VALUES (r.bucket, append_1.key, append_1.token, append_1.index, append_1.bytes) ON CONFLICT DO NOTHING;
-    is_new := FOUND;
-    IF NOT is_new THEN
-        SELECT c.bytes INTO there FROM chunk c
-        WHERE c.day = r.bucket AND c.key = append_1.key AND c.token = append_1.token AND c.index = append_1.index;
-        IF there <> append_1.bytes THEN
-            RETURN 3;
-        END IF;
+    IF FOUND THEN
+        UPDATE record SET chunks = r.chunks + 1, bytes = r.bytes + octet_length(append_1.bytes)
+        WHERE record.key = append_1.key;
+        RETURN 1;
     END IF;
-    is_back := audited AND r.state = 1 AND r.lease <= began;
-    IF is_back THEN
-        r.audit_digest := audit_digest_of(pads, r.audit_digest, r.key, r.audit_no + 1, began, 3, r.token, r.fence, actor, '',
-            0, 0, '');
-        INSERT INTO audit (day, at, no, before_at, fence, event, key, token, actor, digest)
-        VALUES (partition_day('audit', (began / 86400000)::int), began, r.audit_no + 1, r.audit_at, r.fence, 3, r.key, r.token,
-            actor, r.audit_digest);
-    END IF;
-    UPDATE record SET lease = began + append_1.lease_ms, chunks = r.chunks + is_new::int,
-        bytes = r.bytes + CASE WHEN is_new THEN octet_length(append_1.bytes) ELSE 0 END,
-        audit_no = r.audit_no + is_back::int, audit_at = CASE WHEN is_back THEN began ELSE r.audit_at END,
-        audit_digest = r.audit_digest
-    WHERE record.key = append_1.key;
-    RETURN 1;
+    SELECT c.bytes INTO there FROM chunk c
+    WHERE c.day = r.bucket AND c.key = append_1.key AND c.token = append_1.token AND c.index = append_1.index;
+    RETURN CASE WHEN there = append_1.bytes THEN 1 ELSE 3 END;
 END
 $$;
 

@@ -1,11 +1,11 @@
--- Stores one more chunk of a response for the owner and extends its lease; a repeat with the same bytes changes nothing.
+-- Stores one more chunk of a response for the owner, whose renewals keep the lease; a repeat with the same bytes changes nothing.
 -- KEYS: record
--- ARGV: tag token index chunk lease_ms retention_ms layout
+-- ARGV: tag token index chunk retention_ms layout
 --   layout: the one that the record most probably has, 'packed' or 'hash'
 -- Returns: {tag, 'appended' or 'torn' or 'absent' or 'complete' or 'fenced'}
 local tag, token, field = ARGV[1], ARGV[2], 'b' .. ARGV[3]
 local fields = {}
-local likely = ARGV[7] == 'packed'
+local likely = ARGV[6] == 'packed'
 local value = likely and redis.pcall('GET', KEYS[1])
 if type(value) ~= 'string' then
   fields = redis.pcall('HMGET', KEYS[1], 'token', 'state', 'meta', field, 'bytes')
@@ -26,19 +26,18 @@ elseif complete then
 elseif fields[4] and fields[4] ~= ARGV[4] then
   return {tag, 'torn'}
 end
-local time = redis.call('TIME')
-local lease = time[1] * 1000 + math.floor(time[2] / 1000) + ARGV[5]
 if value then
   -- A packed claim has no chunks: its first one makes it a hash. The places are in store/redis/layouts/packed.py.
   local modes, stages = {h = 'hold', r = 'retry', c = 'cancelled'}, {c = 'claimed', s = 'sent', a = 'answered'}
-  local state = value:sub(71, 71) == 'i' and 'in_flight' or 'unknown'
+  local state, lease_ms = value:sub(71, 71) == 'i' and 'in_flight' or 'unknown', tonumber(value:sub(60, 69)) or 0
+  local lease = state == 'in_flight' and (tonumber(value:sub(47, 59)) or 0) + lease_ms or 0
   local stage = stages[value:sub(70, 70)]
   -- UNLINK is allowed at the memory limit, and so is every command behind it in a script. A write first is refused.
   redis.call('APPEND', KEYS[1], '')
   redis.call('UNLINK', KEYS[1])
   redis.call('HSET', KEYS[1], 'state', state, 'token', token, 'fence', value:sub(18, 33), 'mode',
     modes[value:sub(72, 72)] or '', 'fingerprint', value:sub(105, 120), 'self', value:sub(73, 104), 'lease', lease,
-    'created', value:sub(34, 46), 'lease_ms', tonumber(value:sub(60, 69)) or 0, 'bytes', #ARGV[4], field, ARGV[4])
+    'created', value:sub(34, 46), 'lease_ms', lease_ms, 'bytes', #ARGV[4], field, ARGV[4])
   if state == 'unknown' then
     redis.call('HDEL', KEYS[1], 'lease_ms')
   end
@@ -48,11 +47,9 @@ if value then
   if #value > 122 then
     redis.call('HSET', KEYS[1], 'more', value:sub(123))
   end
-  redis.call('PEXPIRE', KEYS[1], ARGV[6])
+  redis.call('PEXPIRE', KEYS[1], ARGV[5])
 elseif not fields[4] then
   -- One write for both: if it is refused at the memory limit, chunks and count still agree.
-  redis.call('HSET', KEYS[1], field, ARGV[4], 'bytes', (tonumber(fields[5]) or 0) + #ARGV[4], 'lease', lease)
-else
-  redis.call('HSET', KEYS[1], 'lease', lease)
+  redis.call('HSET', KEYS[1], field, ARGV[4], 'bytes', (tonumber(fields[5]) or 0) + #ARGV[4])
 end
 return {tag, 'appended'}
