@@ -32,4 +32,8 @@ def writes_hashes(_store: Store) -> None:
 async def test_a_record_of_an_older_build(empty_server, kind: Kind, writes) -> None:
     with empty_server.client() as client:
         found = await outcomes(empty_server.url, client, kind, writes)
-    assert found == expected_outcomes()[kind.name]
+    expected = expected_outcomes()[kind.name]
+    # That build's append extended the lease. Now renewals alone do, so that only its reply is the same.
+    replies = [outcome.pop("append").partition(" -> ")[0] for outcome in (found, expected)]
+    assert replies[0] == replies[1]
+    assert found == expected
