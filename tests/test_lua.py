@@ -418,8 +418,8 @@ def test_drop_as_its_header_says(called, purge):
 def test_settle_stores_appended_chunks_as_its_header_says(called, renewed):
     """chunks and bytes count every chunk; last is the one that was not appended."""
     called("claim", **CLAIM)
-    called("append", **OWNER, index=0, chunk="abc", lease_ms=40_000, retention_ms=500_000, layout="hash")
-    called("append", **OWNER, index=1, chunk="de", lease_ms=40_000, retention_ms=500_000, layout="hash")
+    called("append", **OWNER, index=0, chunk="abc", retention_ms=500_000, layout="hash")
+    called("append", **OWNER, index=1, chunk="de", retention_ms=500_000, layout="hash")
     if renewed:
         called("renew", **OWNER, lease_ms=40_000, retention_ms=900_000, stage="answered", layout="hash")
     answer = {**ANSWER, "chunks": 3, "bytes": 6, "last": "f"}
@@ -458,7 +458,7 @@ def test_settle_marks_unknown_as_its_header_says(called):
     assert record(called) == expected
     called.client.delete(KEY)
     called("claim", **CLAIM)
-    called("append", **OWNER, index=0, chunk="abc", lease_ms=40_000, retention_ms=500_000, layout="hash")
+    called("append", **OWNER, index=0, chunk="abc", retention_ms=500_000, layout="hash")
     assert called("settle", "unknown", **{**marked, "token": "U" * 16}) == [b"8", b"fenced"]
     assert called("settle", "unknown", **marked) == [b"8", b"unknown", b"found"]
     assert record(called) == expected
@@ -497,7 +497,7 @@ def test_read_gives_nothing_of_another_answer(called):
     asked = {**OWNER, "first": 0, "limit_bytes": 100}
     assert called("read", **asked) == [b"8", b"gone"]
     called("claim", **CLAIM)
-    called("append", **OWNER, index=0, chunk="abc", lease_ms=40_000, retention_ms=500_000, layout="hash")
+    called("append", **OWNER, index=0, chunk="abc", retention_ms=500_000, layout="hash")
     assert called("read", **asked) == [b"8", b"gone"]
     called.client.delete(KEY)
     called.client.hset(KEY, mapping={"meta": meta("U" * 16), "b0": "ab"})
@@ -645,7 +645,7 @@ def test_resolve_changes_only_what_the_operator_saw(called, variant, given):
 def test_resolve_answers_as_its_header_says(called, body_given, kept):
     """The record becomes complete under the operator's token; its owner is fenced in every verb."""
     called("claim", **CLAIM)
-    called("append", **OWNER, index=0, chunk="xyz", lease_ms=40_000, retention_ms=500_000, layout="hash")
+    called("append", **OWNER, index=0, chunk="xyz", retention_ms=500_000, layout="hash")
     assert called("resolve", "answer", **{**ANSWERED, "body": body_given}) == [b"8", b"resolved"]
     whole = {"meta": ANSWERED["meta"].encode(), **kept}
     assert record(called) == whole
@@ -660,7 +660,7 @@ def test_resolve_answers_as_its_header_says(called, body_given, kept):
 def owners_tries(called) -> list:
     """Return the replies to everything that a paused owner may try when it wakes up."""
     return [
-        called("append", **OWNER, index=1, chunk="abc", lease_ms=40_000, retention_ms=500_000, layout="hash"),
+        called("append", **OWNER, index=1, chunk="abc", retention_ms=500_000, layout="hash"),
         called("renew", **OWNER, lease_ms=90_000, retention_ms=900_000, stage="sent", layout="hash"),
         called("settle", "store", **SETTLE, **ANSWER),
         called("settle", "release", **SETTLE, action="release", layout="hash"),
@@ -674,7 +674,7 @@ def owners_tries(called) -> list:
 def test_resolve_releases_as_its_header_says(called):
     """The key is free for anybody, under a greater fence; its owner is fenced before and after that."""
     fence = called("claim", **CLAIM)[3]
-    called("append", **OWNER, index=0, chunk="xyz", lease_ms=40_000, retention_ms=500_000, layout="hash")
+    called("append", **OWNER, index=0, chunk="xyz", retention_ms=500_000, layout="hash")
     assert called("resolve", "release", **{**FREED, "fence": fence}) == [b"8", b"released"]
     assert record(called) == {"state": b"released", "token": b"O" * 16, "fence": fence}
     assert about(called.client.pttl(KEY), 500_000)
