@@ -40,7 +40,7 @@ PART_store := test_audit test_breaker test_cluster test_durable test_health_moni
 	e2e/test_duplicates e2e/test_rolling model/test_scripts
 PART_rules := test_patterns test_policy test_rules test_statuses e2e/test_chosen_by_body e2e/test_rules
 PART_adaptation := test_content_codings test_adaptation test_error_pages test_heartbeats test_json_rpc e2e/test_error_pages e2e/test_json_rpc e2e/test_adapted e2e/test_cors
-PART_keys := e2e/test_tenants test_automatic test_documents test_fingerprint_parts test_forms test_key_names test_keys test_multipart test_naming test_sources \
+PART_keys := e2e/test_tenants test_automatic test_documents test_fingerprint_parts test_forms test_key_names test_keys test_multipart test_notes test_naming test_sources \
 	test_tenants
 PART_observe := test_families test_logs test_outcome test_usage e2e/test_admin
 PART_admin := test_admin_pages e2e/test_admin

@@ -497,3 +497,15 @@ def test_a_json_rpc_request(check, tmp_path, case):
     found = explained(check, "POST", path, *key, "--body-file", "call.json")
     for label, text in expected.items():
         assert found[label].startswith(text), (label, found)
+
+
+def test_a_note_is_said_to_be_stored(check):
+    """In the table, and for one request with what it would be. What a client wrote is escaped."""
+    rules = Path("rules.toml")
+    rules.write_text(rules.read_text() + '[[rule]]\nname = "noted"\npath = "/noted"\nnote = "/order"\n')
+    assert check()[1].endswith('rule "noted" stores a note with each key, for operators: body:/order\n')
+    Path("body.json").write_text('{"order": "4711\\u001b[2J"}')
+    found = explained(check, "POST", "/noted", "-H", "Idempotency-Key: a", "--body-file", "body.json")
+    assert found["note"] == "4711\\x1b[2J, of body:/order: stored with the record"
+    found = explained(check, "POST", "/noted", "-H", "Idempotency-Key: a")
+    assert found["note"] == "none, of body:/order: stored with the record"

@@ -289,6 +289,14 @@ CASES = {
         "must be header: and a name",
     ),
     "pages": ("pages = true", lambda rule: rule.policy.pages, True, None, 'pages = "yes"', "must be True or False"),
+    "note": (
+        'note = "/order_id"',
+        lambda rule: rule.policy.note and rule.policy.note.text,
+        "body:/order_id",
+        None,
+        'note = "header:Authorization"',
+        "'header:Authorization' must be a header field that can carry a key, such as Idempotency-Key",
+    ),
     "forward_key": (
         'forward_key = "X-Id"',
         lambda rule: rule.policy.forward_key,

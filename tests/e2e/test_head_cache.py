@@ -79,6 +79,11 @@ heartbeat_agents = ["app/1*"]
 name = "origins"
 path = "/origins"
 cors_origins = ["https://a.example"]
+
+[[rule]]
+name = "noted"
+path = "/noted"
+note = "header:X-Request-Id"
 """
 # Path -> a field that is acted on there, with some values.
 ACTED_ON = {
@@ -87,6 +92,7 @@ ACTED_ON = {
     "/counted": ("X-Count: 1", "X-Count: 2"),
     "/agents": ("User-Agent: app/1", "User-Agent: app/2"),
     "/origins": ("Origin: https://a.example", "Origin: https://b.example"),
+    "/noted": ("X-Order: 1", "X-Order: 2", "X-Order: 3"),
     "/accounts": ("Stripe-Account: a1", "Stripe-Account: a2", "Stripe-Account: a3"),
 }
 WITH_IDS = ("/orders/{}/pay", "/orders/{}/pay?a={}", "/tenants/t{}", "/v{}/orders", "/o/{}/{}", "/o/a.{}", "/o/%3{}")

@@ -11,7 +11,7 @@ from oncegate.adaptation.json_rpc import Caller, cancelled_call
 from oncegate.downstream.body import Bodies, Body, BufferedBody, NoBody, TooLarge, stated_length
 from oncegate.downstream.request import Request
 from oncegate.gateway.answers import AnswerOptions, Refuse, body_refusal, key_refusal, malformed, scope_refusal
-from oncegate.gateway.keyed_request import Begun, HeadPlan, KeyedRequest, plan_head
+from oncegate.gateway.keyed_request import Begun, HeadPlan, KeyedRequest, kept_of, plan_head
 from oncegate.gateway.relay import Relay, pass_through
 from oncegate.gateway.routes import Route, Routes
 from oncegate.gateway.tunnel import Tunnel
@@ -35,6 +35,7 @@ from oncegate.rules.identity import (
     uses_no_key,
 )
 from oncegate.rules.policy import Policy
+from oncegate.store.kept import Kept
 from oncegate.store.record import ClaimRequest
 
 
@@ -242,7 +243,8 @@ class FirstStep:
                 known.plan = plan_head(known, head, route, Begun(scope, key_prefix, prefix), (wait_s, fields))
             blocks = body.blocks() if body.spooled else (body.data,)
             identity = Identity(finish_key(key_prefix, key), finish_fingerprint(prefix, blocks))
-        return KeyedRequest(route, _claim_request(route, scope, identity), body, wait_s, fields, identity.fresh, caller)
+        claim = _claim_request(policy, scope, identity, kept_of(request, route, body))
+        return KeyedRequest(route, claim, body, wait_s, fields, identity.fresh, caller)
 
 
 def _waiting(policy: Policy, head: RequestHead) -> tuple[float, bytes]:
@@ -253,8 +255,7 @@ def _waiting(policy: Policy, head: RequestHead) -> tuple[float, bytes]:
     return policy.wait_max_s if policy.wait_for_duplicates else 0.0, b""
 
 
-def _claim_request(route: Route, scope: Scope, identity: Identity) -> ClaimRequest:
-    policy = route.policy
+def _claim_request(policy: Policy, scope: Scope, identity: Identity, kept: Kept) -> ClaimRequest:
     return ClaimRequest(
         key=identity.key,
         scope=scope,
@@ -266,7 +267,7 @@ def _claim_request(route: Route, scope: Scope, identity: Identity) -> ClaimReque
         unknown_retention_ms=policy.retention_ms if identity.window_ms else policy.unknown_retention_ms,
         window_ms=identity.window_ms,
         tombstone_ms=0 if identity.window_ms else policy.tombstone_ms,
-        kept=route.kept,
+        kept=kept,
     )
 
 

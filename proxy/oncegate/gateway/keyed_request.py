@@ -1,6 +1,6 @@
 """A request whose key is known: what the rest of the request path needs, and what its head alone decides."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -9,12 +9,14 @@ from oncegate.downstream.body import Body
 from oncegate.downstream.request import Request
 from oncegate.gateway.routes import GAP, Route
 from oncegate.keys.digests import Digests, Scope, finish_key
+from oncegate.keys.notes import read_note
 from oncegate.keys.syntax import parse_key
 from oncegate.known_heads.requests import KnownHead
 from oncegate.messages.fields import Fields
 from oncegate.messages.request_head import ForwardedInfo, RequestHead, uncoded
 from oncegate.observe.outcome import Outcome, RequestReport
 from oncegate.rules.identity import fingerprint_parts, with_target
+from oncegate.store.kept import Kept
 from oncegate.store.record import ClaimRequest
 
 
@@ -60,6 +62,12 @@ class KeyedRequest:
             rule=route.policy.rule,
             upstream=route.upstream,
         )
+
+
+def kept_of(request: Request, route: Route, body: Body) -> Kept:
+    """Return what is kept with the record of a request."""
+    source = route.policy.note
+    return route.kept if source is None else replace(route.kept, note=read_note(source, request.field, body))
 
 
 class Begun(NamedTuple):
@@ -113,7 +121,7 @@ class HeadPlan:
         policy, key = self.route.policy, finish_key(begun.key_prefix, request.values[self.key_at].strip(b'"'))
         # Positions, not names: arguments by name cost 4,000 instructions more (Python 3.11, measured).
         times = policy.lease_ms, policy.retention_ms, policy.unknown_retention_ms
-        rest = 0, policy.tombstone_ms, self.route.kept
+        rest = 0, policy.tombstone_ms, kept_of(request, self.route, body)
         claim = ClaimRequest(key, begun.scope, fingerprint.digest(), policy.mode, *times, *rest)
         return KeyedRequest(self.route, claim, body, self.wait_s, self.fields)
 

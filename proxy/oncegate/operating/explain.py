@@ -14,10 +14,13 @@ from oncegate.keys.digests import Digests, Scope, UnstableScope, key_id
 from oncegate.keys.documents import Missing
 from oncegate.keys.extraction import scope_fields
 from oncegate.keys.key_names import has_key_name
+from oncegate.keys.notes import read_note
 from oncegate.keys.syntax import BadKey
 from oncegate.messages.admission import Refused
+from oncegate.messages.fields import only_value
 from oncegate.messages.request_head import RequestHead, preferred_wait_s, renamed
 from oncegate.operating.explain_pages import page_right, preflight_result
+from oncegate.operating.record_facts import escaped
 from oncegate.operating.request_identity import AskedRequest, WholeBody, admit
 from oncegate.rules.body_conditions import read_document
 from oncegate.rules.identity import (
@@ -47,7 +50,14 @@ def table(rules: Rules) -> str:
     rows = [titles, *map(_row, rules)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_notes(rules)])
+
+
+def _notes(rules: Rules) -> Iterable[str]:
+    """Yield what the rules store of requests, beyond what they need."""
+    for rule in rules:
+        if rule.policy.note is not None:
+            yield f'rule "{rule.name}" stores a note with each key, for operators: {rule.policy.note.text}'
 
 
 def _row(rule: Rule) -> tuple[str, ...]:
@@ -173,9 +183,10 @@ class Explanation:
         elif len(body.data) > policy.max_request_bytes:
             self._add("result", "413 body-too-large")
         else:
-            identified = identify(policy, self._digests, ScopedRequest(head, scope, key, body))
+            request = ScopedRequest(head, scope, key, body)
+            identified = identify(policy, self._digests, request)
             if isinstance(identified, Identity):
-                self._add_identity(policy, head, scope, identified)
+                self._add_identity(policy, request, identified)
             else:
                 self._add_keyless(policy, head, identified)
 
@@ -197,13 +208,17 @@ class Explanation:
         if is_forwarded and uses_no_key(policy, why):
             self._add_unguarded_key(policy, head)
 
-    def _add_identity(self, policy: Policy, head: RequestHead, scope: Scope, identity: Identity) -> None:
+    def _add_identity(self, policy: Policy, request: ScopedRequest, identity: Identity) -> None:
         """Add the digests of a guarded request, and the response in each state that its key may have."""
+        head, scope, _, body = request
         self._add("scope", f"namespace {scope.namespace.decode()}, tenant {_tenant(policy, head, scope)}")
         self._add("digest", f"{key_id(identity.key)} in logs, {store_key(identity.key).decode()} in the store")
         parts = policy.fingerprint
         covered = "all parts" if parts is None else ", ".join(["destination", *sorted(parts)])
         self._add("fingerprint", f"{identity.fingerprint.hex()} of {covered}")
+        if policy.note is not None:
+            note = escaped(read_note(policy.note, lambda name: only_value(head.fields, name), body))
+            self._add("note", f"{note or 'none'}, of {policy.note.text}: stored with the record")
         self._add("result", "executed if the key is free")
         for state, text in _by_state(policy, head, identity):
             self._add(f"  {state}", text)

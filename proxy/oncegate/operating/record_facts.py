@@ -3,6 +3,7 @@
 from datetime import UTC, datetime
 from typing import Any
 
+from oncegate.store.kept import Kept
 from oncegate.store.record import StoredResponse, ViewState
 from oncegate.store.record_name import record_id
 from oncegate.store.record_view import RecordView
@@ -17,12 +18,30 @@ async def facts_of(store: Store, record: RecordView) -> dict[str, Any]:
         facts["claimed"] = _iso_time(record.created_ms)
         # After a failover the time comes from another server, whose clock may be behind.
         facts["age_s"] = max(0, record.now_ms - record.created_ms) // 1000
+    facts |= _kept_facts(record.kept)
     facts["owner"] = owner
     if silent_ms is not None:
         facts["owner_reported_s_ago"] = silent_ms // 1000
     if record.state is ViewState.EXPIRED:
         return facts | {"status": record.response.status if record.response is not None else record.status}
     return facts | (_unfinished_facts(record) if record.response is None else _response_facts(record.response))
+
+
+def _kept_facts(kept: Kept) -> dict[str, Any]:
+    """Return which request it was, as far as that was kept. What clients wrote is escaped."""
+    facts = {
+        "note": escaped(kept.note),
+        "rule": escaped(kept.rule),
+        "upstream": escaped(kept.upstream),
+        "request_id": kept.request_id.decode(),
+        "trace_id": kept.trace[:16].hex(),
+    }
+    return {name: value for name, value in facts.items() if value}
+
+
+def escaped(text: str) -> str:
+    """Return a text with escapes for what is not printable: it can neither forge a line nor turn one around."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def _response_facts(response: StoredResponse) -> dict[str, Any]:
@@ -53,6 +72,7 @@ def _iso_time(ms: int) -> str:
 
 
 def line_of(facts: dict[str, Any]) -> str:
-    """Return the facts that a list shows, on one line."""
+    """Return the facts that a list shows, on one line. The note comes last, as it may have spaces."""
+    note = f"  note: {facts['note']}" if "note" in facts else ""
     detail = facts.get("reason") or facts.get("progress") or facts.get("status") or ""
-    return f"{facts['id']}  {facts['state']:9}  {facts.get('claimed', '-'):29}  {facts['owner']}  {detail}"
+    return f"{facts['id']}  {facts['state']:9}  {facts.get('claimed', '-'):29}  {facts['owner']}  {detail}{note}"

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from oncegate.keys.documents import parse_pointer
 from oncegate.keys.fingerprint_parts import BODY_JSON, fingerprint_source
+from oncegate.keys.notes import parse_note
 from oncegate.keys.sources import RECEIVER, Receiver, Source, parse_retry_mark, parse_scope_source, parse_source
 from oncegate.rules.body_conditions import BodyConditions
 from oncegate.rules.patterns import parse_host_pattern, parse_path, text_matcher
@@ -301,6 +302,7 @@ TREATING: Mapping[str, Check] = {
     "heartbeat_s": _seconds(0.1, 3600),
     "heartbeat_agents": _agents,
     "pages": _one_of(True, False),
+    "note": _text(parse_note),
     **{name: _setting(name) for name in SHARED},
     # A list in TOML, where the environment has a comma list.
     "cors_origins": _list_of(_text(parse_cors_origin), "origins"),

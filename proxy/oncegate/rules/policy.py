@@ -34,6 +34,7 @@ class Policy:
     while the original is running. `counts_tokens`: metrics count the tokens in its responses as saved by replays.
     `pass_interim`: the upstream's interim responses go on to the client. `heartbeats`: signs of life in silence.
     `cancel_grace_s`: an exchange ends after so long without readers, None for never.
+    `note`: what of a request is kept with its record, for people to find it by.
     `pages`: whether people read oncegate's own answers, None where each request tells.
     """
 
@@ -73,6 +74,7 @@ class Policy:
     cancel_grace_s: float | None = None
     pass_interim: bool = False
     heartbeats: Heartbeats | None = None
+    note: Source | None = None
     # What `scope_headers`, `scope_sources` and `stable_schemes` come to for a request.
     tenant: TenantFields = field(init=False, repr=False, compare=False)
 
