@@ -13,9 +13,9 @@ from tests.parts import ask, request
 
 @pytest.fixture
 async def port() -> AsyncIterator[int]:
-    runner = await serve_admin(admin_parts(notices=at_once(lambda: ["<b>other rules</b>"])))
-    yield runner.addresses[0][1]
-    await runner.cleanup()
+    listener = await serve_admin(admin_parts(notices=at_once(lambda: ["<b>other rules</b>"])))
+    yield listener.address.port
+    await listener.close()
 
 
 def get(path: str, *fields: str, host: str = "localhost:8081") -> bytes:

@@ -12,6 +12,7 @@ from redis.asyncio.connection import parse_url
 from oncegate.settings.addresses import Address, Origin
 from oncegate.settings.contradictions import CONTRADICTIONS
 from oncegate.settings.errors import SettingsError
+from oncegate.settings.groups.access import UserRole
 from oncegate.settings.loading import describe, load_settings, table
 from oncegate.settings.settings import Settings
 from oncegate.settings.store_url import parse_server_group
@@ -36,6 +37,21 @@ CASES: dict[str, tuple[object, str, object, str, str]] = {
     "tls_cert_file": (None, "file.pem", PEM, "none.pem", "cannot be read: No such file"),
     "tls_key_file": (None, "file.pem", PEM, ".", "cannot be read: Is a directory"),
     "admin_listen": (Address("127.0.0.1", 8081), "localhost:1", Address("localhost", 1), "h:65536", "over 65535"),
+    "admin_tokens_file": (None, "file.pem", PEM, "none.pem", "cannot be read: No such file"),
+    "admin_session_s": (28_800.0, "60", 60.0, "0", "must be"),
+    "admin_hosts": ((), "Ops.test", ("ops.test",), "*.ops.test", "neither a name"),
+    "admin_user_header": (None, "X-Forwarded-Email", "X-Forwarded-Email", "X Email", "must name header fields"),
+    "admin_user_proxies": ((), "10.0.0.0/8", (ip_network("10.0.0.0/8"),), "10.0.0.1/8", "must be networks"),
+    "admin_users": (
+        (),
+        "operate:ana@a.test, view:*@a.test",
+        (UserRole("operate", "ana@a.test"), UserRole("view", "*@a.test")),
+        "ana@a.test",
+        "must be view:NAME or operate:NAME",
+    ),
+    "admin_tls_cert_file": (None, "file.pem", PEM, "none.pem", "cannot be read"),
+    "admin_tls_key_file": (None, "file.pem", PEM, ".", "cannot be read: Is a directory"),
+    "admin_tls_ca_file": (None, "file.pem", PEM, "none.pem", "cannot be read"),
     "hosts": ((), "API.example.com, [::1]:80", ("api.example.com", "[::1]:80"), "*.example.com", "neither a name"),
     "trusted_proxies": (
         (),
@@ -161,6 +177,15 @@ BESIDE = {
     "audit": IN_POSTGRES,
     "store_max_bytes": IN_POSTGRES,
     "tls_cert_file": {"tls_key_file": "file.pem"},
+    "admin_tls_cert_file": {"admin_tls_key_file": "file.pem"},
+    "admin_tls_key_file": {"admin_tls_cert_file": "file.pem"},
+    "admin_tls_ca_file": {
+        "admin_tls_cert_file": "file.pem",
+        "admin_tls_key_file": "file.pem",
+        "admin_users": "view:ana",
+    },
+    "admin_user_header": {"admin_user_proxies": "10.0.0.7", "admin_users": "view:ana"},
+    "admin_user_proxies": {"admin_user_header": "X-Forwarded-Email", "admin_users": "view:ana"},
     "tls_key_file": {"tls_cert_file": "file.pem"},
     "upstream_ca_file": {"upstream": "https://upstream"},
     "upstream_cert_file": {"upstream": "https://upstream", "upstream_key_file": "file.pem"},
@@ -738,6 +763,17 @@ CLASHES = [
     ({"retention_s": "20"}, "retention_s", "wait_max_s"),
     ({"tls_cert_file": "file.pem"}, "tls_key_file", "tls_cert_file"),
     ({"tls_key_file": "file.pem"}, "tls_cert_file", "tls_key_file"),
+    ({"admin_tls_cert_file": "file.pem"}, "admin_tls_key_file", "admin_tls_cert_file"),
+    ({"admin_tls_key_file": "file.pem"}, "admin_tls_cert_file", "admin_tls_key_file"),
+    ({"admin_tls_ca_file": "file.pem", "admin_users": "view:ana"}, "admin_tls_cert_file", "admin_tls_ca_file"),
+    (
+        {"admin_tls_ca_file": "file.pem", "admin_tls_cert_file": "file.pem", "admin_tls_key_file": "file.pem"},
+        "admin_users",
+        "admin_tls_ca_file",
+    ),
+    ({"admin_user_header": "X-User", "admin_users": "view:ana"}, "admin_user_proxies", "admin_user_header"),
+    ({"admin_user_header": "X-User", "admin_user_proxies": "::1"}, "admin_users", "admin_user_header"),
+    ({"admin_user_proxies": "::1", "admin_users": "view:ana"}, "admin_user_header", "admin_user_proxies"),
     ({"upstream": "https://h", "upstream_cert_file": "file.pem"}, "upstream_key_file", "upstream_cert_file"),
     ({"upstream": "https://h", "upstream_key_file": "file.pem"}, "upstream_cert_file", "upstream_key_file"),
     ({"upstream_ca_file": "file.pem"}, "upstream_ca_file", "upstream"),

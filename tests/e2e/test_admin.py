@@ -314,21 +314,21 @@ async def test_an_admin_connection_ends_however_slow_its_client(monkeypatch):
             return b"x" * (8 << 20)
 
     monkeypatch.setattr(serving, "CONNECTION_S", 2.0)
-    runner = await serving.serve_admin(admin_parts(metrics=at_once(lambda: Large("0", {}))))
-    port = runner.addresses[0][1]
+    listener = await serving.serve_admin(admin_parts(metrics=at_once(lambda: Large("0", {}))))
+    port = listener.address.port
     get = request("GET", "/metrics", None, b"")
     slow = [await lazy(port) for _ in range(4)]
     sent = (b"", get[:20], request("GET", "/metrics", None, b"", "Content-Length: 9"), get * 9)
     for client, raw in zip(slow, sent, strict=True):
         client.writer.write(raw)
-    await until(lambda: len(runner.server.connections) == 4)
+    await until(lambda: len(listener.connections) == 4)
     for path, size in (("/metrics", 8 << 20), ("/nothing", 14), ("/healthz", 15)):
         answer = await ask(port, request("GET", path, None, b""))
         assert (len(answer.body), answer.complete, answer.header("connection")) == (size, True, b"close")
-    await until(lambda: not runner.server.connections)
+    await until(lambda: not listener.connections)
     for client in slow:
         client.reset()
-    await runner.cleanup()
+    await listener.close()
 
 
 async def test_healthcheck_without_a_proxy_fails(tmp_path):

@@ -5,12 +5,15 @@ import json
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from oncegate.admin.gate import Gate
+from oncegate.admin.access import Access
+from oncegate.admin.gate import guarded
+from oncegate.admin.login import login_routes
 from oncegate.admin.pages.routes import page_routes
 from oncegate.admin.parts import AdminParts
 from oncegate.admin.roles import Role, Route, Visitor
 from oncegate.admin.templates import asset
 
+MOST_BODY_BYTES = 1 << 20
 # Of every response. A page loads its own files alone, runs in no frame, and leaves nothing behind.
 HEADERS = {
     "Cache-Control": "no-store",
@@ -26,15 +29,15 @@ HEADERS = {
 }
 
 
-def admin_app(parts: AdminParts) -> web.Application:
+def admin_app(parts: AdminParts, access: Access) -> web.Application:
     """Return the admin application."""
-    gate = Gate()
-    app = web.Application()
+    app = web.Application(client_max_size=MOST_BODY_BYTES)
     app.on_response_prepare.append(_finish)
-    for route in (*_open_routes(parts), *page_routes(parts)):
-        app.router.add_route(route.method, route.path, gate.guarded(route))
+    for route in (*_open_routes(parts), *login_routes(access, parts.log), *page_routes(parts)):
+        handler = guarded(route, access)
+        app.router.add_route(route.method, route.path, handler)
         if route.method == "GET":
-            app.router.add_route("HEAD", route.path, gate.guarded(route))
+            app.router.add_route("HEAD", route.path, handler)
     return app
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import Enum, IntEnum
 from typing import NamedTuple
 
 from aiohttp import web
@@ -18,6 +18,17 @@ class Role(IntEnum):
     OPERATE = 2
 
 
+class Way(Enum):
+    """How a visitor showed who it is."""
+
+    NONE = ""
+    LOOPBACK = "loopback"
+    SESSION = "session"
+    BEARER = "bearer"
+    CERTIFICATE = "certificate"
+    PROXY = "proxy"
+
+
 @dataclass(frozen=True, slots=True)
 class Visitor:
     """Whoever sent a request to the admin listener.
@@ -27,14 +38,23 @@ class Visitor:
 
     name: str
     role: Role
+    way: Way
     form_token: str = ""
 
     @property
     def may_operate(self) -> bool:
         return self.role >= Role.OPERATE
 
+    @property
+    def has_session(self) -> bool:
+        return self.way is Way.SESSION
 
-NOBODY = Visitor("nobody", Role.OPEN)
+    @property
+    def may_log_in(self) -> bool:
+        return self.way is Way.LOOPBACK
+
+
+NOBODY = Visitor("nobody", Role.OPEN, Way.NONE)
 
 Handler = Callable[[web.Request, Visitor], Awaitable[web.StreamResponse]]
 
@@ -46,3 +66,11 @@ class Route(NamedTuple):
     path: str
     role: Role
     handler: Handler
+
+
+class Refused(Exception):
+    """Why a request gets nowhere: the status and a sentence."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status, self.reason = status, reason

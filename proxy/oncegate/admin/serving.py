@@ -1,20 +1,40 @@
-"""The admin listener: where it listens, and how long a connection lasts."""
+"""The admin listener: where it listens, with which certificate, how many connections it has and for how long."""
 
 import asyncio
+import logging
 import socket
-from collections.abc import AsyncIterator
+import ssl
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_protocol import RequestHandler
 
+from oncegate.admin.access import Access
 from oncegate.admin.app import admin_app
 from oncegate.admin.parts import AdminParts
+from oncegate.admin.tokens import load_tokens
 from oncegate.settings.addresses import Address
+from oncegate.settings.errors import SettingsError
+from oncegate.settings.settings import Settings
+from oncegate.settings.wording import variable_name
 
 # The most that a connection takes, from its beginning to the end of its one response. The least is half of it.
 CONNECTION_S = 30.0
+HANDSHAKE_S = 5.0
+# Past it, each new connection cuts off the oldest of the address that has most: a stranger cannot keep others out.
+MOST_CONNECTIONS = 256
+# How long what is left of a request is read after its response.
+LINGERING_S = 1.0
 # How long a scrape that is under way at the end may still take.
 SHUTDOWN_S = 0.05
+
+# A defect is written with its traceback, what a stranger sends is not: it could fill the log, and is not ours to show.
+_log = logging.getLogger("oncegate.admin")
+_log.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError)))
 
 
 def both_families(address: Address) -> socket.socket:
@@ -23,11 +43,38 @@ def both_families(address: Address) -> socket.socket:
     return socket.create_server(place, family=socket.AF_INET6, dualstack_ipv6=socket.has_dualstack_ipv6())
 
 
-async def serve_admin(parts: AdminParts) -> web.AppRunner:
-    """Open the admin listener; the caller cleans the runner up. Raises OSError where the port is taken."""
-    address = parts.settings.admin_listen
-    app = admin_app(parts)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S)
+class AdminListener:
+    """The open listener. `access` follows tokens that were read again."""
+
+    def __init__(self, server: asyncio.Server, runner: web.AppRunner, access: Access) -> None:
+        self._server, self._runner, self.access = server, runner, access
+
+    @property
+    def address(self) -> Address:
+        """The first address in use: the system may have chosen the port."""
+        return Address(*self._server.sockets[0].getsockname()[:2])
+
+    @property
+    def connections(self) -> list[RequestHandler]:
+        """The open connections, the oldest first."""
+        return self._runner.server.connections if self._runner.server else []
+
+    async def close(self) -> None:
+        """Stop listening, and end what is under way after SHUTDOWN_S."""
+        self._server.close()
+        await self._runner.cleanup()
+
+
+async def serve_admin(parts: AdminParts) -> AdminListener:
+    """Open the admin listener.
+
+    Raises OSError where the port is taken, and SettingsError for tokens and certificates that cannot be used.
+    """
+    settings = parts.settings
+    access = Access(settings, load_tokens(settings.admin_tokens_file), parts.log)
+    tls = admin_tls(settings)
+    app = admin_app(parts, access)
+    runner = web.AppRunner(app, access_log=None, logger=_log, shutdown_timeout=SHUTDOWN_S, lingering_time=LINGERING_S)
 
     async def limit_connections(_: web.Application) -> AsyncIterator[None]:
         task = asyncio.create_task(_end_slow_connections(runner))
@@ -36,11 +83,73 @@ async def serve_admin(parts: AdminParts) -> web.AppRunner:
 
     app.cleanup_ctx.append(limit_connections)
     await runner.setup()
+    try:
+        return AdminListener(await _listen(runner, settings.admin_listen, tls), runner, access)
+    except OSError:
+        await runner.cleanup()
+        raise
+
+
+async def _listen(runner: web.AppRunner, address: Address, tls: ssl.SSLContext | None) -> asyncio.Server:
+    def connection() -> RequestHandler:
+        assert runner.server is not None
+        connections = runner.server.connections
+        if len(connections) >= MOST_CONNECTIONS:
+            _cut_one(connections)
+        return runner.server()
+
+    place: dict[str, Any] = {"host": address.host, "port": address.port}
     if address.host == "::":
-        await web.SockSite(runner, both_families(address)).start()
-    else:
-        await web.TCPSite(runner, address.host, address.port).start()
-    return runner
+        place = {"sock": both_families(address)}
+    return await asyncio.get_running_loop().create_server(
+        connection, **place, ssl=tls, ssl_handshake_timeout=HANDSHAKE_S if tls else None
+    )
+
+
+def admin_tls(settings: Settings) -> ssl.SSLContext | None:
+    """Return the TLS side of the listener, None for plain HTTP. Raises SettingsError for files that cannot be used.
+
+    A client may present a certificate of `ONCEGATE_ADMIN_TLS_CA_FILE`; the handshake fails for any other.
+    """
+    if settings.admin_tls_cert_file is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    with _named("admin_tls_cert_file"):
+        context.load_cert_chain(settings.admin_tls_cert_file, settings.admin_tls_key_file)
+    if settings.admin_tls_ca_file is not None:
+        with _named("admin_tls_ca_file"):
+            context.load_verify_locations(settings.admin_tls_ca_file)
+        # Probes and scrapes have none.
+        context.verify_mode = ssl.CERT_OPTIONAL
+    return context
+
+
+@contextmanager
+def _named(setting: str) -> Iterator[None]:
+    """Name the setting whose file OpenSSL refuses. Raises SettingsError."""
+    try:
+        yield
+    except OSError as error:
+        raise SettingsError([f"{variable_name(setting)}: cannot be used: {error}"]) from error
+
+
+def _cut_one(connections: list[RequestHandler]) -> None:
+    """Cut off the oldest connection of the address that has most."""
+    hosts = [_host(one) for one in connections]
+    ((busiest, _),) = Counter(hosts).most_common(1)
+    _abort(connections[hosts.index(busiest)])
+
+
+def _host(connection: RequestHandler) -> str:
+    name = connection.transport.get_extra_info("peername") if connection.transport else None
+    return str(name[0]) if name else ""
+
+
+def _abort(connection: RequestHandler) -> None:
+    if connection.transport is not None:
+        connection.transport.abort()
 
 
 async def _end_slow_connections(runner: web.AppRunner) -> None:
@@ -53,6 +162,5 @@ async def _end_slow_connections(runner: web.AppRunner) -> None:
         await asyncio.sleep(CONNECTION_S / 2)
         open_now = runner.server.connections if runner.server else []
         for late in seen.intersection(open_now):
-            if late.transport is not None:
-                late.transport.abort()
+            _abort(late)
         seen = set(open_now)

@@ -61,7 +61,7 @@ class Supervisor:
             if not self._is_serving and not stop.requested.is_set():
                 return await self._explain_failed_start()
             if self._is_serving:
-                await self._log_serving(*admin.addresses[0][:2])
+                await self._log_serving(str(admin.address))
                 await stop.requested.wait()
             await self._stop(stop)
             return ExitCode.OK if self._all_drained else ExitCode.CUT_OFF
@@ -69,7 +69,7 @@ class Supervisor:
             for worker in list(self._workers):
                 worker.signal(signal.SIGKILL)
             await asyncio.gather(*self._tasks)
-            await admin.cleanup()
+            await admin.close()
 
     def _run_task(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
@@ -101,10 +101,10 @@ class Supervisor:
             self._log.error("cannot start", reason=reason)
         return ExitCode.CUT_OFF if max(statuses.values()) < 0 else ExitCode.CANNOT_START
 
-    async def _log_serving(self, admin_host: str, admin_port: int) -> None:
+    async def _log_serving(self, admin: str) -> None:
         """Log the addresses in use: the system may have chosen the ports."""
         host, port = self._slots[0].sockets[0].getsockname()[:2]
-        listens_on = {"public": f"{host}:{port}", "admin": f"{admin_host}:{admin_port}"}
+        listens_on = {"public": f"{host}:{port}", "admin": admin}
         ready = not await self._not_ready_reasons()
         facts = {"upstream": str(self._settings.upstream), "workers": len(self._slots)}
         self._log.info("serving", ready=ready, **facts, **listens_on)

@@ -5,12 +5,11 @@ import socket
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-from aiohttp import web
 from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
 
 from oncegate import __version__
 from oncegate.admin.parts import AdminParts, at_once
-from oncegate.admin.serving import both_families, serve_admin
+from oncegate.admin.serving import AdminListener, both_families, serve_admin
 from oncegate.downstream.listener import set_options
 from oncegate.keys.digests import key_id
 from oncegate.observe.labels import StoreLoss
@@ -96,7 +95,7 @@ class Service:
             background=self._background,
         )
         self._servers: list[asyncio.Server] = []
-        self._admin: web.AppRunner | None = None
+        self._admin: AdminListener | None = None
 
     def _prepare_rules(self, settings: Settings) -> TakeOver:
         rules, follow = self._parts.prepare_rules(settings)
@@ -189,13 +188,13 @@ class Service:
         """
         settings = self._settings
         self._start_tasks()
+        if not shared:
+            self._admin = await serve_admin(self._admin_parts())
         address: dict[str, Any] = {"host": settings.listen.host, "port": settings.listen.port}
         if not shared and settings.listen.host == "::":
             address = {"sock": both_families(settings.listen)}
         for place in [{"sock": one} for one in shared] or [address]:
             self._servers.append(await self._listen(place))
-        if not shared:
-            self._admin = await serve_admin(self._admin_parts())
         await self.store.wait_up(1.0)
 
     async def _listen(self, place: dict[str, Any]) -> asyncio.Server:
@@ -231,8 +230,7 @@ class Service:
     def listens_on(self) -> dict[str, str]:
         """Return the addresses in use, for the log: they may have been chosen by the system."""
         public = self._servers[0].sockets[0].getsockname()
-        admin = self._admin.addresses[0] if self._admin else ("", 0)
-        return {"public": f"{public[0]}:{public[1]}", "admin": f"{admin[0]}:{admin[1]}"}
+        return {"public": f"{public[0]}:{public[1]}", "admin": str(self._admin.address) if self._admin else ":0"}
 
     async def retire(self) -> None:
         """Accept no more connections, as a successor does; return when the last client has left."""
@@ -284,7 +282,7 @@ class Service:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
         if self._admin:
-            await self._admin.cleanup()
+            await self._admin.close()
         self._parts.pools.close()
         await self.store.close()
         self._access.flush()

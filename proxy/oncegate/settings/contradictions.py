@@ -30,6 +30,10 @@ def _missing(file: Path | None, other: Path | None) -> bool:
     return file is None and other is not None
 
 
+def _unset_beside(value: object, other: object) -> bool:
+    return not value and bool(other)
+
+
 def _without_tls(file: Path | None, upstream: Origin) -> bool:
     return file is not None and upstream.scheme == "http"
 
@@ -72,6 +76,15 @@ CONTRADICTIONS = (
     Contradiction("tls_key_file", "is missing beside", "tls_cert_file", _missing),
     Contradiction("upstream_cert_file", "is missing beside", "upstream_key_file", _missing),
     Contradiction("upstream_key_file", "is missing beside", "upstream_cert_file", _missing),
+    Contradiction("admin_tls_cert_file", "is missing beside", "admin_tls_key_file", _missing),
+    Contradiction("admin_tls_key_file", "is missing beside", "admin_tls_cert_file", _missing),
+    Contradiction("admin_tls_cert_file", "is missing beside", "admin_tls_ca_file", _missing),
+    # Any client could write the header.
+    Contradiction("admin_user_proxies", "is missing beside", "admin_user_header", _unset_beside),
+    Contradiction("admin_user_header", "is missing beside", "admin_user_proxies", _unset_beside),
+    # Nobody would have a role.
+    Contradiction("admin_users", "is missing beside", "admin_user_header", _unset_beside),
+    Contradiction("admin_users", "is missing beside", "admin_tls_ca_file", _unset_beside),
     # Over plain HTTP these files have no effect, and an operator would believe that the connection is encrypted.
     Contradiction("upstream_ca_file", "needs https in", "upstream", _without_tls),
     Contradiction("upstream_cert_file", "needs https in", "upstream", _without_tls),

@@ -7,6 +7,7 @@ without repeating a secret; no other module reads the environment.
 from pydantic import ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from oncegate.settings.groups.access import AccessSettings
 from oncegate.settings.groups.browsers import BrowserSettings
 from oncegate.settings.groups.clients import ClientSettings
 from oncegate.settings.groups.keys import KeySettings
@@ -24,6 +25,7 @@ SECRETS = ("secret", "store_url", "migrate_url")
 
 # Pydantic takes the fields of the last base first.
 class Settings(
+    AccessSettings,
     BrowserSettings,
     OperationSettings,
     UpstreamSettings,

@@ -22,8 +22,8 @@ class ClientSettings(BaseModel):
     tls_key_file: ReadableFile = Field(None, description="Private key (PEM) of the public listener.")
     admin_listen: ListenAddress = Field(
         Address("127.0.0.1", 8081),
-        description="Address of the listener for `/metrics`, `/healthz` and `/readyz`. Keep it private. The container "
-        "image sets `0.0.0.0:8081`.",
+        description="Address of the listener for `/metrics`, `/healthz`, `/readyz` and the "
+        "[pages for operators](../how-to/who-may.md). Keep it private. The container image sets `0.0.0.0:8081`.",
     )
     hosts: Annotated[tuple[str, ...], list_of(parse_host)] = Field(
         (),
