@@ -238,8 +238,8 @@ async def test_a_bad_certificate_stops_the_start(tmp_path: Path, authority: trus
         ("::ffff:127.0.0.1", "localhost", True),
         ("127.0.0.1", "ops.test", True),
         ("127.0.0.1", "ops.test:99", True),
-        ("127.0.0.1", "proxy.test:99", True),
-        ("127.0.0.1", "proxy.test:98", False),
+        ("127.0.0.1", "front.test:99", True),
+        ("127.0.0.1", "front.test:98", False),
         ("127.0.0.1", "evil.test", False),
         ("10.0.0.7", "localhost", False),
         ("::ffff:10.0.0.7", "localhost", False),
@@ -248,7 +248,7 @@ async def test_a_bad_certificate_stops_the_start(tmp_path: Path, authority: trus
     ],
 )
 def test_who_is_on_the_machine(peer: str, host: str, local: bool) -> None:
-    """A loopback address and a name of this machine together; `ops.test` and `proxy.test:99` are configured."""
+    """A loopback address and a name of this machine together; `ops.test` and `front.test:99` are configured."""
 
     class Transport:
         @staticmethod
@@ -256,7 +256,7 @@ def test_who_is_on_the_machine(peer: str, host: str, local: bool) -> None:
             return peer, 9
 
     request = make_mocked_request("GET", "/", headers={"Host": host}, transport=Transport())
-    assert is_local(request, ("ops.test", "proxy.test:99")) is local
+    assert is_local(request, ("ops.test", "front.test:99")) is local
 
 
 # Guesses ...

@@ -14,14 +14,16 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import trustme
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from oncegate.admin import serving
 from oncegate.admin.parts import at_once
 from oncegate.observe.metrics import Metrics
-from tests.admin_parts import admin_parts
+from tests.admin_parts import OPERATE, admin_parts, tokens_file
 from tests.parts import OK, Proxy, RawClient, RawUpstream, answering, ask, holding, lazy, request, until
+from tests.test_access import client_of, files_of
 
 CANARY = "c4n4ry-of-16-bytes"
 
@@ -343,6 +345,31 @@ async def test_healthcheck_without_a_proxy_fails(tmp_path):
         assert f"no answer from 127.0.0.1:{port}" in asked.stderr
     asked = oncegate("healthcheck", env=env | {"ONCEGATE_UPSTREAM": "nowhere"}, cwd=tmp_path)
     assert (asked.returncode, asked.stderr.startswith("ONCEGATE_UPSTREAM: ")) == (2, True)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_roles_of_a_proxy(proxies, upstream, tmp_path, workers):
+    """With one worker and with several, the pages, tokens and TLS of the admin listener are the settings';
+    `oncegate healthcheck` asks over TLS, and so do probes without a certificate."""
+    authority = trustme.CA()
+    tokens = tokens_file(tmp_path)
+    settings = files_of(authority, tmp_path) | {"admin_tokens_file": tokens, "admin_users": "view:scraper"}
+    proxy = proxies(upstream, WORKERS=workers, **{name.upper(): value for name, value in settings.items()})
+    tls, refused = client_of(authority), []
+    for fields in ((), (f"Authorization: Bearer {OPERATE}",)):
+        client = await RawClient.open(proxy.admin_port, ssl=tls, server_hostname="localhost")
+        answer = await client.ask(request("GET", "/", None, b"", *fields, host="oncegate.internal"))
+        refused.append((answer.status, b"olga, operate" in answer.body))
+        client.writer.close()
+    assert refused == [(401, False), (200, True)]
+    env = settings_of(proxy, **{name.upper(): value for name, value in settings.items()})
+    asked = oncegate("healthcheck", env=env, cwd=tmp_path)
+    assert (asked.returncode, asked.stdout) == (0, '{"alive": true}\n')
+    checked = oncegate("check", env=env, cwd=tmp_path)
+    assert (checked.returncode, OPERATE in checked.stdout) == (0, False)
+    tokens.chmod(0o644)
+    checked = oncegate("check", env=env, cwd=tmp_path)
+    assert (checked.returncode, checked.stderr.startswith("ONCEGATE_ADMIN_TOKENS_FILE: everybody")) == (2, True)
 
 
 # `oncegate check` ...

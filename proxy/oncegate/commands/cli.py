@@ -3,15 +3,13 @@
 import argparse
 import os
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from oncegate import __version__
-from oncegate.commands import init
+from oncegate.commands import healthcheck, init
 from oncegate.commands.listener_warnings import listener_warnings
 from oncegate.operating import explain
 from oncegate.operating.request_identity import AskedRequest
@@ -23,8 +21,6 @@ from oncegate.settings.loading import describe, load_settings
 from oncegate.settings.settings import Settings
 from oncegate.store.record import ViewState
 
-# As long as the HEALTHCHECK of the image gives the command.
-PROBE_TIMEOUT_S = 3.0
 # Exit codes. argparse exits with 2 as well.
 FAILED, USAGE_ERROR = 1, 2
 # `migrate` is a job of its own, which forwards and writes nothing.
@@ -215,6 +211,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rules = load_rules(settings)
         if options.command == "audit":
             return _printed(lambda: _audit(settings, options))
+        if options.command == "check":
+            _check_admin(settings)
     except SettingsError as error:
         print(error, file=sys.stderr)
         return USAGE_ERROR
@@ -222,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         case "check":
             return _printed(lambda: _check(settings, rules, options))
         case "healthcheck":
-            return _probe(settings, "/readyz" if options.ready else "/healthz")
+            return healthcheck.probe(settings, "/readyz" if options.ready else "/healthz")
         case "keys":
             return _printed(lambda: _keys(settings, options))
         case _:
@@ -236,6 +234,15 @@ def _demo(options: argparse.Namespace) -> int:
     from oncegate.commands import demo
 
     return demo.serve_upstream(options.listen) if options.upstream_only else demo.run(options.proxy, options.store)
+
+
+def _check_admin(settings: Settings) -> None:
+    """Raise SettingsError for files of the admin listener that cannot be used."""
+    from oncegate.admin.serving import admin_tls
+    from oncegate.admin.tokens import load_tokens
+
+    load_tokens(settings.admin_tokens_file)
+    admin_tls(settings)
 
 
 def _check(settings: Settings, rules: Rules, options: argparse.Namespace) -> int:
@@ -293,22 +300,3 @@ def _serve(settings: Settings) -> int:
     # Spooled bodies and the embedded store's files are private to this user.
     os.umask(0o077)
     return serve(settings, logs.configure(settings.log_level, settings.log_format))
-
-
-def _probe(settings: Settings, path: str) -> int:
-    """Print the admin listener's response to a request for `path`; return 0 for a response of status 200."""
-    address = settings.admin_listen
-    # A wildcard address is one to listen on, not to connect to.
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(address.host, address.host)
-    # Without the proxies that the environment may name: this request is for the own machine.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(f"http://{host}:{address.port}{path}", timeout=PROBE_TIMEOUT_S) as response:
-            print(response.read().decode())
-            return 0
-    # urllib raises for the 503 of a proxy that is not ready.
-    except urllib.error.HTTPError as error:
-        print(error.read().decode(), file=sys.stderr)
-    except OSError as error:
-        print(f"no answer from {host}:{address.port}: {error}", file=sys.stderr)
-    return FAILED
