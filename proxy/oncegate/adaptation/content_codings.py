@@ -27,7 +27,8 @@ class Undecodable(Exception):
 
 def may_be_coded(block: bytes) -> bool:
     """Return whether the header fields of a response may name a content coding: a quick look, without parsing."""
-    return b"ncoding: " in block or b"NCODING: " in block
+    # Not `in`: see `adaptation._depends`.
+    return block.find(b"ncoding: ") >= 0 or block.find(b"NCODING: ") >= 0
 
 
 def coding_to_decode(status: int, block: bytes, accepted: Sequence[bytes] | None) -> bytes:
