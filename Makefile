@@ -42,7 +42,7 @@ PART_rules := test_patterns test_policy test_rules test_statuses e2e/test_chosen
 PART_adaptation := test_content_codings test_adaptation test_error_pages test_heartbeats test_json_rpc e2e/test_error_pages e2e/test_json_rpc e2e/test_adapted e2e/test_cors
 PART_keys := e2e/test_tenants test_automatic test_documents test_fingerprint_parts test_forms test_key_names test_keys test_multipart test_notes test_naming test_sources \
 	test_tenants
-PART_observe := test_families test_logs test_outcome test_usage e2e/test_admin
+PART_observe := test_families test_logs test_outcome test_tracing test_usage e2e/test_admin e2e/test_tracing
 PART_admin := test_access test_admin_pages e2e/test_admin hostile/test_admin_attempts
 PART_operating := test_explain test_operate test_request_identity e2e/test_operate
 PART_known_heads := test_known_heads test_known_requests test_shapes e2e/test_again e2e/test_head_cache
@@ -113,11 +113,11 @@ docs: .venv/.runtime                ## write the generated parts of the pages, a
 
 lock: .venv/.dev                    ## make lock UPGRADE=--upgrade moves every pin to the newest release
 	$(COMPILE) --group build --output-file requirements-build.lock
-	$(COMPILE) pyproject.toml --extra embedded --extra postgres --group dev --output-file requirements-dev.lock
+	$(COMPILE) pyproject.toml --extra embedded --extra otel --extra postgres --group dev --output-file requirements-dev.lock
 	$(COMPILE) --group clients --output-file requirements-clients.lock
 	$(COMPILE) --group clients-mcp1 --output-file requirements-clients-mcp1.lock
-	$(COMPILE) pyproject.toml --extra embedded --extra postgres --constraint requirements-dev.lock --output-file requirements.lock
-	$(COMPILE) pyproject.toml --extra postgres --constraint requirements-dev.lock --output-file requirements-image.lock
+	$(COMPILE) pyproject.toml --extra embedded --extra otel --extra postgres --constraint requirements-dev.lock --output-file requirements.lock
+	$(COMPILE) pyproject.toml --extra otel --extra postgres --constraint requirements-dev.lock --output-file requirements-image.lock
 	$(COMPILE) --group postgres-server --constraint requirements-dev.lock --output-file requirements-postgres-server.lock
 
 clean:                              ## all but the embedded store's data in .oncegate

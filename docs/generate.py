@@ -58,6 +58,7 @@ GROUPS = {
         max_spool_bytes max_head_bytes max_head_line_bytes max_head_fields client_stall_s client_min_bytes_per_s""",
     "Processes": "workers drain_delay_s drain_s",
     "Logs": "log_level log_format access_log",
+    "Tracing": "trace_rate_per_s trace_ratio",
     "For tests of oncegate": "head_cache testing fault",
 }
 

@@ -16,14 +16,15 @@ PIN = re.compile(r"(?P<pin>[a-z0-9-]+==[^\s;]+( ; [^\\]+)?)(?P<hashes>( --hash=s
 RUNTIME = PYPROJECT["project"]["dependencies"]
 EMBEDDED = PYPROJECT["project"]["optional-dependencies"]["embedded"]
 POSTGRES = PYPROJECT["project"]["optional-dependencies"]["postgres"]
+OTEL = PYPROJECT["project"]["optional-dependencies"]["otel"]
 GROUPS = PYPROJECT["dependency-groups"]
 DEV = [one for one in GROUPS["dev"] if isinstance(one, str)] + GROUPS["postgres-server"]
 ASKED_FOR = {
     "requirements-build.lock": GROUPS["build"],
-    "requirements-image.lock": RUNTIME + POSTGRES,
-    "requirements.lock": RUNTIME + EMBEDDED + POSTGRES,
+    "requirements-image.lock": RUNTIME + OTEL + POSTGRES,
+    "requirements.lock": RUNTIME + EMBEDDED + OTEL + POSTGRES,
     "requirements-postgres-server.lock": GROUPS["postgres-server"],
-    "requirements-dev.lock": RUNTIME + EMBEDDED + POSTGRES + DEV,
+    "requirements-dev.lock": RUNTIME + EMBEDDED + OTEL + POSTGRES + DEV,
     "requirements-clients.lock": GROUPS["clients"],
     "requirements-clients-mcp1.lock": GROUPS["clients-mcp1"],
 }

@@ -27,6 +27,8 @@ IMPORT = re.compile(r"\bfrom (oncegate(?:\.\w+)*) import \(?([\w, ]+)")
 OTHERWISE = {
     *("conf", "db", "env", "json", "log", "sock", "socket", "timer", "toml", "yaml", "yml"),
     *("com", "example", "internal", "local", "svc", "test"),
+    # Of spans.
+    *("claim", "fence", "key_id", "outcome", "rule", "settle", "settlement", "wait"),
 }
 
 

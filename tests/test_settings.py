@@ -155,6 +155,8 @@ CASES: dict[str, tuple[object, str, object, str, str]] = {
     "log_level": ("info", "DEBUG", "debug", "loud", "must be 'debug', 'info', 'warning' or 'error'"),
     "log_format": ("json", "console", "console", "xml", "must be 'json' or 'console'"),
     "access_log": ("notable", "off", "off", "some", "must be 'off', 'notable' or 'all'"),
+    "trace_rate_per_s": (0.0, "50", 50.0, "-1", "must be at least 0"),
+    "trace_ratio": (0.0, "0.01", 0.01, "1.5", "must be at most 1"),
     "docs_url": (
         None,
         "https://git.test/oncegate/docs/",
@@ -172,6 +174,7 @@ IN_POSTGRES = {"store_url": "postgresql://app@h/db"}
 # What an override needs beside it to make sense.
 BESIDE = {
     "fault": {"testing": "1"},
+    "trace_ratio": {"trace_rate_per_s": "50"},
     "store_schema": IN_POSTGRES,
     "promotion": IN_POSTGRES,
     "audit": IN_POSTGRES,
@@ -792,6 +795,7 @@ CLASHES = [
     ({"promotion": "most-advanced"}, "promotion", "store_url"),
     ({"audit": "on", "store_url": "redis://redis"}, "audit", "store_url"),
     ({"store_max_bytes": "1000"}, "store_max_bytes", "store_url"),
+    ({"trace_ratio": "0.5"}, "trace_ratio", "trace_rate_per_s"),
     ({"spool_dir": "nowhere"}, "spool_dir", "max_spool_bytes"),
 ]
 

@@ -66,6 +66,8 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "client_connections": ("counter", "event", ("opened", "refused")),
     "upstream_connections": ("counter", "event", ("opened", "reused", "failed", "no_room")),
     "dns_lookups": ("counter", "result", ("unchanged", "changed", "no_address", "failed")),
+    "spans": ("counter", "end", ("exported", "lost")),
+    "traces_limited": ("counter", "", ()),
     "worker_restarts": ("counter", "", ()),
     "request_seconds": ("histogram", "", ()),
     "overhead_seconds": ("histogram", "", ()),

@@ -116,6 +116,16 @@ class Request:
         return self.connection.forwarded.client_behind(forwarded_for)
 
     @property
+    def scheme(self) -> str:
+        """The scheme of its connection, `http` or `https`."""
+        return self.connection.forwarded.scheme.decode()
+
+    @property
+    def host(self) -> str:
+        """The host that it is for, and the port where it names one."""
+        return self.checked_head().host.decode("latin-1")
+
+    @property
     def trace_id(self) -> str:
         """The id of the trace that it belongs to, as its client says; empty for none."""
         return trace_id(self.field(TRACEPARENT))

@@ -19,6 +19,7 @@ from oncegate.gateway.settling import (
     LOST,
     Progress,
     clean_up,
+    end_attempt,
     finish_recording,
     new_recording,
     note_settlement,
@@ -68,7 +69,7 @@ class Exchange:
         self._scope, self._body = keyed.claim_request.scope, keyed.body
         self._held, self._request, self._client, self._response = held, head, client, client.response
         caller = keyed.caller
-        self.progress = Progress(self._deps, held, b"" if caller is None else caller.id)
+        self.progress = Progress(self._deps, held, b"" if caller is None else caller.id, keyed.trace)
 
     def cancel(self, reason: str) -> None:
         """End the exchange: close the upstream connection, and leave the key unknown in the mode `cancelled`.
@@ -103,7 +104,7 @@ class Exchange:
             # A response is worth waiting for. That there is none can be settled after the client was answered.
             timeout_s = deps.settle_timeout_s if settlement.completes else deps.store_timeout_s
             result = await settle(progress, settlement, last, timeout_s)
-            # `is_done` is nearly always true, and an attribute costs a twelfth of an enum member's look-up.
+            # `is_done` is nearly always true, and costs a twelfth of an enum member's look-up.
             if not result.status.is_done and result.status is SettleStatus.INCOMPLETE:
                 result = await settle(progress, Settlement.STORE_WITHOUT_BODY, b"", timeout_s)
             deps.leases.drop(self._held)
@@ -124,8 +125,7 @@ class Exchange:
     async def _forward(self) -> Ending:
         deps, progress = self._deps, self.progress
         is_certain = not must_reclaim(suspended_clock_s() - self._held.confirmed_s, self._policy.lease_ms)
-        connection = deps.pool.ready(deps.reuse_idle_s) if is_certain else None
-        connection = connection or await self._connect()
+        connection = (deps.pool.ready(deps.reuse_idle_s) if is_certain else None) or await self._connect()
         if connection is None:
             return Ending.NOT_SENT
         began, silence_s = time.perf_counter(), deps.silence_s
@@ -159,6 +159,8 @@ class Exchange:
             return Ending.NO_RESPONSE if progress.head is None else Ending.TRUNCATED
         finally:
             progress.upstream_s = time.perf_counter() - began
+            if progress.trace is not None:
+                end_attempt(progress, progress.trace)
             self._connection = None
             deps.pool.release(connection)
 
@@ -204,8 +206,9 @@ class Exchange:
 
     def _send(self, connection: Connection) -> None:
         self.progress.sent, self._held.stage = True, stages.SENT
-        claim, body = self._held.claim, self._body
-        request = with_execution(self._request, url_safe_base64(claim.key), claim.fence, fenced=claim.mode == RETRY)
+        claim, body, head, trace = self._held.claim, self._body, self._request, self.progress.trace
+        head = head if trace is None else trace.begin_attempt(head)
+        request = with_execution(head, url_safe_base64(claim.key), claim.fence, fenced=claim.mode == RETRY)
         if body.spooled:
             blocks = self._deps.leases.while_ours(self._held, self._scope, body.blocks())
             connection.send_stream(request, blocks, chunked=False)
@@ -242,8 +245,7 @@ class Exchange:
         if self._disposition is Disposition.STORE:
             max_bytes = self._policy.max_stored_bytes
             recording = self.progress.recording = new_recording(self.progress, head, max_bytes, self._wake_stream)
-        response, silence_s = self._response, self._deps.silence_s
-        passing = self.progress.passing
+        response, silence_s, passing = self._response, self._deps.silence_s, self.progress.passing
         if passing is not None:
             # The head leaves before it is known.
             self._status_field = b""
@@ -293,10 +295,8 @@ class Exchange:
     # What the client gets ...
 
     def _conclude(self, reached: Ending, result: SettleResult) -> Outcome:
-        if result.status.is_done and reached.settlement.completes:
-            self._deliver()
-            return self._outcome
-        ended = without_response(self.progress, reached, result.status, self._not_sent)
+        is_whole = result.status.is_done and reached.settlement.completes
+        ended = None if is_whole else without_response(self.progress, reached, result.status, self._not_sent)
         if ended is None:
             self._deliver()
             return self._outcome

@@ -29,7 +29,7 @@ from oncegate.gateway.answers import (
 )
 from oncegate.gateway.exchange import Exchange
 from oncegate.gateway.first_step import FirstStep, ReadBody, Step
-from oncegate.gateway.keyed_request import KeyedRequest, open_head
+from oncegate.gateway.keyed_request import KeyedRequest, begin_trace, open_head
 from oncegate.gateway.relay import Relay, Relayed, answer_preflight, relay
 from oncegate.gateway.replay import Replay, replay_decoded, replay_large, replay_small
 from oncegate.gateway.settling import Progress
@@ -37,6 +37,7 @@ from oncegate.gateway.tunnel import Tunnel, tunnel
 from oncegate.gateway.waiting import CLAIMS_AGAIN, after_wait, may_wait, wait_for_original
 from oncegate.observe.labels import Unguarded
 from oncegate.observe.outcome import Observe, Outcome, RequestReport, outcome_of
+from oncegate.observe.tracing import Tracing
 from oncegate.observe.usage import usage_reader
 from oncegate.store.leases import suspended_clock_s
 from oncegate.store.record import Claim, Corrupt, Record, StoredResponse
@@ -65,14 +66,15 @@ class Gateway:
         max_in_flight: int,
         observe: Observe,
         on_failure: Callable[[BaseException], None],
+        tracing: Tracing | None = None,
     ) -> None:
-        self._first_step, self._bodies = first_step, bodies
+        self._first_step, self._bodies, self._tracing = first_step, bodies, tracing
         self._max_in_flight, self._observe, self._on_failure = max_in_flight, observe, on_failure
         self.in_flight = self.reading = self.relaying = 0
 
     async def __call__(self, request: Request) -> None:
         """Answer one request. Whatever fails in here closes the connection without a clean end."""
-        began, beating = time.perf_counter(), None
+        began, beating, trace = time.perf_counter(), None, None
         try:
             step = self._first_step(request)
             if isinstance(step, ReadBody):
@@ -81,6 +83,8 @@ class Gateway:
                 beating = Heartbeat(request.response, request.response.heartbeat_s, request.content.is_eof)
             match step:
                 case KeyedRequest():
+                    if self._tracing is not None:
+                        step.trace = trace = begin_trace(self._tracing, request, step, began)
                     report = await self._execute_once(request, step)
                 case Relay():
                     report = await self._relay(request, step)
@@ -96,7 +100,7 @@ class Gateway:
         if beating is not None:
             beating.stop()
         gone = request.response.client_gone or report.outcome is _CANCELLED
-        report.asked = request
+        report.asked, report.trace = request, trace
         self._observe(report, time.perf_counter() - began, gone)
 
     def _break_off(self, error: Exception, request: Request, fields: bytes) -> None:
@@ -182,11 +186,12 @@ class Gateway:
 
     async def _execute(self, request: Request, keyed: KeyedRequest, claim: Claim, asked_s: float) -> RequestReport:
         """Forward a request whose key is ours. `asked_s` is when the store was asked for it."""
+        if keyed.trace is not None:
+            keyed.trace.claimed(claim.fence)
         exchange = self._exchange(request, keyed, claim, asked_s)
         progress = exchange.progress
         try:
-            grace_s = keyed.route.policy.cancel_grace_s
-            caller, tenant = keyed.caller, keyed.claim_request.scope.tenant
+            grace_s, caller, tenant = keyed.route.policy.cancel_grace_s, keyed.caller, keyed.claim_request.scope.tenant
             call = b"" if caller is None else call_name(tenant, request.checked_head().fields, caller.id)
             if grace_s is None and not call:
                 outcome = await exchange.run()
@@ -243,6 +248,8 @@ class Gateway:
 
     async def _answer_duplicate(self, request: Request, keyed: KeyedRequest, taken: Taken) -> RequestReport:
         """Answer a request whose key is taken, by what the store has for it."""
+        if keyed.trace is not None:
+            keyed.trace.met(taken.kept.trace if isinstance(taken, Record) else b"")
         decision = decide_duplicate(taken, keyed.claim_request.fingerprint)
         if decision is _REPLAY and isinstance(taken, Record) and taken.response is not None:
             replayed = await self._replay(request, keyed, taken, taken.response)

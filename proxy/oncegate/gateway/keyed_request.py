@@ -14,7 +14,9 @@ from oncegate.keys.syntax import parse_key
 from oncegate.known_heads.requests import KnownHead
 from oncegate.messages.fields import Fields
 from oncegate.messages.request_head import ForwardedInfo, RequestHead, uncoded
+from oncegate.messages.request_ids import TRACEPARENT
 from oncegate.observe.outcome import Outcome, RequestReport
+from oncegate.observe.tracing import Trace, Tracing, new_trace
 from oncegate.rules.identity import fingerprint_parts, with_target
 from oncegate.store.kept import Kept
 from oncegate.store.record import ClaimRequest
@@ -26,7 +28,7 @@ class KeyedRequest:
 
     `wait_s` is how long it may wait for its original; `fields` are further ones of its response as a duplicate.
     `fresh`: it is no duplicate, however equal, so that a record under its key belongs to another request. `caller`:
-    whoever sent a JSON-RPC request.
+    whoever sent a JSON-RPC request. `trace`: of a request that is traced.
     """
 
     route: Route
@@ -36,6 +38,7 @@ class KeyedRequest:
     fields: bytes = b""
     fresh: bool = False
     caller: Caller | None = None
+    trace: Trace | None = None
 
     def plain_key(self, request: Request) -> str | None:
         """Return the key as the client wrote it, None unless it came alone in a header.
@@ -180,3 +183,16 @@ def open_head(request: Request, route: Route, body_bytes: int) -> bytes:
     elif head is None and known is not None and isinstance(plan := known.plan, HeadPlan):
         return plan.open_head(request.values, client, body_bytes)
     return route.forwarded_head(head or request.checked_head(), client, body_bytes)[:-2]
+
+
+def begin_trace(tracing: Tracing, request: Request, keyed: KeyedRequest, began_s: float) -> Trace | None:
+    """Return the trace of a request whose head came at `began_s`; None where it is not traced.
+
+    The record that it claims keeps its span, so that its duplicates can name it.
+    """
+    contexts = tracing.sample(request.field(TRACEPARENT))
+    if contexts is None:
+        return None
+    claim = keyed.claim_request
+    keyed.claim_request = replace(claim, kept=replace(claim.kept, trace=contexts[0].packed()))
+    return new_trace(contexts, began_s, keyed.route.origin)

@@ -69,13 +69,14 @@ class ExchangeDeps:
 class Route:
     """One way through the proxy. `host` is the upstream's Host field, `prefix` the beginning of its paths.
 
-    `upstream`: its name for operators, or its host and port.
+    `upstream`: its name for operators, or its host and port. `origin`: its URL.
     """
 
     policy: Policy
     deps: ExchangeDeps
     host: bytes
     prefix: bytes
+    origin: str
     # Whether a head decides the same about its request whatever its key is.
     is_key_independent: bool
     upstream: str = ""

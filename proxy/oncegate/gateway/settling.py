@@ -12,6 +12,7 @@ from oncegate.gateway.routes import ExchangeDeps
 from oncegate.messages.response_head import ResponseHead, response_digest
 from oncegate.observe.labels import SETTLEMENTS, SettlementLabel
 from oncegate.observe.outcome import Outcome, outcome_of
+from oncegate.observe.tracing import Trace
 from oncegate.store.leases import LeasedClaim
 from oncegate.store.record import StoredResponse, cancelled_claim
 from oncegate.store.results import ClaimEvent, SettleResult, SettleStatus
@@ -37,6 +38,7 @@ class Progress:
     deps: ExchangeDeps
     held: LeasedClaim
     request_id: bytes = b""
+    trace: Trace | None = None
     sent: bool = False
     head: ResponseHead | None = None
     whole: bytes = b""
@@ -143,6 +145,8 @@ def settle(progress: Progress, settlement: Settlement, last: bytes, timeout_s: f
 
 def note_settlement(progress: Progress, result: SettleResult) -> None:
     """Note how a claim ended, for the request's report and for the usual time, and report a lost or fenced claim."""
+    if progress.trace is not None:
+        progress.trace.spent("settle")
     leases, held, usual = progress.deps.leases, progress.held, progress.deps.usual
     if not result.status.is_done or progress.settlement is None:
         progress.settlements = (SETTLEMENTS[result.status.label],)
@@ -155,6 +159,17 @@ def note_settlement(progress: Progress, result: SettleResult) -> None:
     if result.record_was_gone:
         progress.settlements += (SettlementLabel.LOST,)
         leases.report(ClaimEvent.LOST, held)
+
+
+def end_attempt(progress: Progress, trace: Trace) -> None:
+    """Note on the request's trace how an attempt ended."""
+    head, lost = progress.head, progress.lost
+    error = ""
+    if lost is not None and lost is not trace.lost:
+        name = Outcome.UPSTREAM_TIMEOUT if lost.timeout else Outcome.TRUNCATED if head else Outcome.UPSTREAM_LOST
+        error = Outcome.CANCELLED.label if progress.cancelled else name.label
+    trace.lost = lost
+    trace.end_attempt(progress.status if head or error else 0, error)
 
 
 class WithoutResponse(NamedTuple):

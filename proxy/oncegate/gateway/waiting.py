@@ -43,10 +43,14 @@ async def wait_for_original(request: Request, keyed: KeyedRequest, bodies: Bodie
     if refused is not None:
         deps.wait_ended(refused.label)
         return refused
+    if keyed.trace is not None:
+        keyed.trace.spent("claim")
     with reads:
         woken = await waiters.wait(
             claim_request.key, claim_request.scope, deadline_s, response.client_leaves(), response.client_half_closed
         )
+    if keyed.trace is not None:
+        keyed.trace.spent("wait")
     deps.wait_ended(woken.label)
     return woken
 

@@ -59,6 +59,8 @@ class Metrics(Collector):
         self._count_requests()
         self._count_connections()
         self._count_the_store()
+        self.spans = Counters("spans", "Spans, by what became of them.", label="end", values=("exported", "lost"))
+        self.traces_limited = Counters("traces_limited", "Requests that the most traces a second kept from a trace.")
         self._restarts = Counters("worker_restarts", "Worker processes that died and were started again.")
         self._registry = CollectorRegistry()
         self._registry.register(self)

@@ -6,6 +6,7 @@ from typing import Final, Protocol
 
 from oncegate.messages.problems import Problem
 from oncegate.observe.labels import SettlementLabel, Unguarded, UnguardedKey
+from oncegate.observe.tracing import Trace
 from oncegate.observe.usage import Tokens
 
 
@@ -83,7 +84,8 @@ SUPPRESSED: Final = (
 class Asked(Protocol):
     """A request as its client sent it. Each of these is read only where somebody asks for it.
 
-    `path`: without the query. `client`: its address, behind trusted proxies the one that they saw. `trace_id`: of its
+    `path`: without the query. `client`: its address, behind trusted proxies the one that they saw. `host`: as it names
+    the API. `trace_id`: of its
     `traceparent`, 32 hexadecimal digits. Empty where there is none. `problem`: what oncegate sent of its own, None for
     nothing.
     """
@@ -93,6 +95,12 @@ class Asked(Protocol):
 
     @property
     def client(self) -> str: ...
+
+    @property
+    def scheme(self) -> str: ...
+
+    @property
+    def host(self) -> str: ...
 
     @property
     def trace_id(self) -> str: ...
@@ -114,7 +122,7 @@ class RequestReport:
     the key that a request seems to carry guards nothing, None without such a key. `reason`: why it ended so, in words,
     empty where the outcome says it all. `unguarded`: why it was forwarded without protection, None where it was not.
     `upstream`: the name of the API that its rule leads to, or its host and port; empty where no rule decided.
-    `asked`: the request itself, None for what never became one.
+    `asked`: the request itself, None for what never became one. `trace`: of a request that is traced.
     """
 
     outcome: Outcome
@@ -134,6 +142,7 @@ class RequestReport:
     unguarded: Unguarded | None = None
     upstream: str = ""
     asked: Asked | None = None
+    trace: Trace | None = None
 
 
 class Observe(Protocol):

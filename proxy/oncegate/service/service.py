@@ -283,6 +283,6 @@ class Service:
         await asyncio.gather(*left, return_exceptions=True)
         if self._admin:
             await self._admin.close()
-        self._parts.pools.close()
+        await self._parts.close()
         await self.store.close()
         self._access.flush()

@@ -8,7 +8,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from oncegate.buffers.memory import MemoryBudget
 from oncegate.buffers.ticker import Ticker
@@ -27,11 +27,12 @@ from oncegate.messages.admission import Admission
 from oncegate.messages.request_line import HeadLimits
 from oncegate.observe.metrics import Metrics
 from oncegate.observe.outcome import Observe
+from oncegate.observe.tracing import Tracing
 from oncegate.rules.loading import load_rules
 from oncegate.rules.model import Rule, Rules, Upstream
 from oncegate.rules.resolution import longest_ms, unknown_retention_ms
 from oncegate.service.reload import TakeOver
-from oncegate.settings.errors import SettingsError
+from oncegate.settings.errors import SettingsError, needs_extra
 from oncegate.settings.settings import Settings
 from oncegate.store.leases import Leases, OnClaimEvent
 from oncegate.store.membership import Membership
@@ -44,8 +45,13 @@ from oncegate.upstream.connector import client_tls
 from oncegate.upstream.pool import REUSE_IDLE_S, Pool
 from oncegate.upstream.pools import Pools
 
+if TYPE_CHECKING:
+    from oncegate.observe.spans import SpanExport
+
 # Somebody may be about to write the file, or a mount failed.
 NO_RULES_LEFT = "the file has no rule any more; a restart takes it, a reload does not"
+# How long the end of a worker waits until its last spans are with the collector.
+FLUSH_S = 1.0
 # What rests at 1,200 requests a second.
 SPARE_TLS_CONNECTIONS = 256
 
@@ -73,6 +79,7 @@ class Parts:
         self._usual_times: defaultdict[str, UsualTime] = defaultdict(UsualTime)
         self.metrics = metrics = reporting.metrics
         clock = asyncio.get_running_loop().time
+        self._spans = open_spans(settings, reporting)
         self.memory = MemoryBudget(settings.max_buffered_bytes)
         self._ticker = Ticker(asyncio.get_running_loop())
         self._resolver = Resolver(settings.dns_ttl_s, report=reporting.log.warning, count=metrics.looked_up)
@@ -105,8 +112,9 @@ class Parts:
             self._first_step,
             bodies,
             max_in_flight=settings.max_in_flight,
-            observe=reporting.observe,
+            observe=reporting.observe if self._spans is None else self._spans.observing(reporting.observe),
             on_failure=reporting.failed,
+            tracing=self._tracing(),
         )
         tls = listener_tls(settings)
         self.certificate = Replaceable(tls) if tls else None
@@ -121,6 +129,16 @@ class Parts:
             head_limits=HeadLimits(settings.max_head_bytes, settings.max_head_line_bytes, settings.max_head_fields),
             counts=metrics.client_connections,
         )
+
+    def _tracing(self) -> Tracing | None:
+        settings, limited = self._settings, self._reporting.metrics.traces_limited.add
+        return Tracing(settings.trace_rate_per_s, settings.trace_ratio, limited) if self._spans is not None else None
+
+    async def close(self) -> None:
+        """Close the connections to the upstreams, and send the spans that are waiting."""
+        self.pools.close()
+        if self._spans is not None:
+            await self._spans.close(FLUSH_S)
 
     def _store(self, url: str) -> Store:
         settings, reporting = self._settings, self._reporting
@@ -181,6 +199,7 @@ class Parts:
             deps=self._exchange_deps(rule),
             host=host.encode(),
             prefix=origin.path_prefix.encode(),
+            origin=str(origin),
             is_key_independent=is_key_independent(rule.policy, rules),
             upstream=rule.upstream.label,
         )
@@ -249,6 +268,15 @@ class Parts:
             rules=lambda: self.rules.identity_digest,
             record_layout=settings.record_layout,
         )
+
+
+def open_spans(settings: Settings, reporting: Reporting) -> "SpanExport | None":
+    """Return what takes the requests that are traced, None for no tracing. Raises SettingsError."""
+    if not settings.trace_rate_per_s:
+        return None
+    with needs_extra("otel"):
+        from oncegate.observe.spans import SpanExport
+    return SpanExport(reporting.log.warning, reporting.metrics.spans.add)
 
 
 def spare_connections(upstream: Upstream) -> int:

@@ -63,6 +63,10 @@ def _without_testing(fault: object, testing: bool) -> bool:
     return bool(fault) and not testing
 
 
+def _without_rate(ratio: float, rate_per_s: float) -> bool:
+    return ratio > 0 and not rate_per_s
+
+
 def _with_any(credentials: bool, origins: Iterable[str]) -> bool:
     return credentials and "*" in origins
 
@@ -107,6 +111,7 @@ CONTRADICTIONS = (
     Contradiction("store_schema", "needs postgresql:// in", "store_url", _needs_postgres("oncegate")),
     # Any site could act as the user, with the user's cookies.
     Contradiction("cors_credentials", "must not be set beside * in", "cors_origins", _with_any),
+    Contradiction("trace_ratio", "has no effect without", "trace_rate_per_s", _without_rate),
     Contradiction("spool_dir", "must be a writable folder to hold", "max_spool_bytes", _unwritable),
 )
 

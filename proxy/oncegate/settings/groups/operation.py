@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field
 
 from oncegate.settings.values import (
     MAX_WORKERS,
+    MILLION,
     Bytes,
     OptionalUrl,
     ReadableFile,
@@ -57,6 +58,20 @@ class OperationSettings(BaseModel):
         "notable",
         description="Which requests are logged. `off`: none. `notable`: all but executions and forwarded "
         "requests without a key. `all`: every one.",
+    )
+    trace_rate_per_s: float = Field(
+        0,
+        ge=0,
+        le=MILLION,
+        description="Most requests with a key that each worker [traces](../how-to/tracing.md) in a second. `0`: "
+        "tracing is off.",
+    )
+    trace_ratio: float = Field(
+        0,
+        ge=0,
+        le=1,
+        description="Share of the requests without a `traceparent` that are traced, from `0` to `1`. Of the others, "
+        "oncegate traces those whose client does.",
     )
     docs_url: OptionalUrl = Field(
         None,
