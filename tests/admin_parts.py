@@ -9,7 +9,7 @@ from typing import Any
 from structlog.testing import CapturingLogger
 
 from oncegate.admin import app
-from oncegate.admin.pages.routes import page_routes
+from oncegate.admin.pages.routes import Pages
 from oncegate.admin.parts import AdminParts, at_once
 from oncegate.admin.roles import Role, Route, Visitor
 from oncegate.admin.serving import AdminListener, serve_admin
@@ -68,7 +68,13 @@ class Seat:
             return app.web.Response(text="changed")
 
         routes = [Route("GET", "/form", Role.VIEW, form), Route("POST", "/change", Role.OPERATE, change)]
-        monkeypatch.setattr(app, "page_routes", lambda parts: [*page_routes(parts), *routes])
+
+        def pages(parts: AdminParts) -> Pages:
+            made = Pages(parts)
+            made.routes += routes
+            return made
+
+        monkeypatch.setattr(app, "Pages", pages)
         parts = admin_parts(settings)
         made.append(cls(await serve_admin(parts), parts))
         return made[0]

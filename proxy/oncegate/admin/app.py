@@ -8,7 +8,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from oncegate.admin.access import Access
 from oncegate.admin.gate import guarded
 from oncegate.admin.login import login_routes
-from oncegate.admin.pages.routes import page_routes
+from oncegate.admin.pages.routes import Pages
 from oncegate.admin.parts import AdminParts
 from oncegate.admin.roles import Role, Route, Visitor
 from oncegate.admin.templates import asset
@@ -33,7 +33,10 @@ def admin_app(parts: AdminParts, access: Access) -> web.Application:
     """Return the admin application."""
     app = web.Application(client_max_size=MOST_BODY_BYTES)
     app.on_response_prepare.append(_finish)
-    for route in (*_open_routes(parts), *login_routes(access, parts.log), *page_routes(parts)):
+    pages = Pages(parts)
+    app.cleanup_ctx.append(pages.life)
+    app.on_shutdown.append(pages.end_streams)
+    for route in (*_open_routes(parts), *login_routes(access, parts.log), *pages.routes):
         handler = guarded(route, access)
         app.router.add_route(route.method, route.path, handler)
         if route.method == "GET":

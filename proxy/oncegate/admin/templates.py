@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from oncegate import __version__
+from oncegate.admin.formats import FORMATS
 from oncegate.admin.roles import Visitor
 
 if TYPE_CHECKING:
@@ -23,6 +24,11 @@ def page(visitor: Visitor, template: str, status: int = 200, **values: Any) -> w
     return web.Response(text=text, status=status, content_type="text/html")
 
 
+def part(template: str, **values: Any) -> str:
+    """Return a part of a page, as HTML."""
+    return _environment().get_template(template).render(values)
+
+
 async def asset(request: web.Request, _visitor: Visitor) -> web.Response:
     """Return a file of `pages/static/`."""
     content, kind = _assets().get(request.match_info["name"], (b"", ""))
@@ -36,7 +42,7 @@ def _environment() -> "Environment":
     # Imported with the first page: most processes never show one.
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    return Environment(
+    environment = Environment(
         loader=PackageLoader(PACKAGE),
         autoescape=True,
         undefined=StrictUndefined,
@@ -44,6 +50,8 @@ def _environment() -> "Environment":
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters |= FORMATS
+    return environment
 
 
 @cache

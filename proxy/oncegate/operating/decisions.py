@@ -43,13 +43,15 @@ class Operator:
         return f"operator {self.user} on {self.host}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Desk:
     """What an operator works with: the settings of the proxies and their store."""
 
     settings: Settings
     store: Store
     operator: Operator
+    # Whether the store knows who is behind this desk's tokens.
+    is_introduced: bool = False
 
     @property
     def retention_ms(self) -> int:
@@ -58,7 +60,10 @@ class Desk:
     async def introduce(self) -> bytes:
         """Return a new token, after `keys show` can name the operator behind it. Raises StoreError."""
         token = self.store.token()
-        await self.store.records.introduce(token, str(self.operator), self.retention_ms)
+        # All tokens of a store begin alike, and that names who made them.
+        if not self.is_introduced:
+            await self.store.records.introduce(token, str(self.operator), self.retention_ms)
+            self.is_introduced = True
         return token
 
 

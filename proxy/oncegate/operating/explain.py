@@ -46,10 +46,9 @@ _KNOWN = frozenset(name.lower() for name in expanded([KNOWN]))
 
 def table(rules: Rules) -> str:
     """Return the rules in their order, one per line, with their most important fields."""
-    titles = ("rule", "matches", "upstream", "guard", "key", "scope", "retention_s", "duplicate", "unknown")
-    rows = [titles, *map(_row, rules)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    cells = rows(rules)
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
     return "\n".join([*lines, *_notes(rules)])
 
 
@@ -58,6 +57,12 @@ def _notes(rules: Rules) -> Iterable[str]:
     for rule in rules:
         if rule.policy.note is not None:
             yield f'rule "{rule.name}" stores a note with each key, for operators: {rule.policy.note.text}'
+
+
+def rows(rules: Rules) -> list[tuple[str, ...]]:
+    """Return the cells of the table: its titles, and a row for each rule."""
+    titles = ("rule", "matches", "upstream", "guard", "key", "scope", "retention_s", "duplicate", "unknown")
+    return [titles, *map(_row, rules)]
 
 
 def _row(rule: Rule) -> tuple[str, ...]:

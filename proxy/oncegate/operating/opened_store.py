@@ -1,7 +1,7 @@
 """Opens the store for an operator, beside the proxies that use it."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 
 from oncegate.operating.errors import OperatorError
@@ -16,9 +16,8 @@ from oncegate.store.store import Store, StoreConfig
 TIMEOUT_MS = 5000
 
 
-@asynccontextmanager
-async def opened_store(settings: Settings, actor: str) -> AsyncIterator[Store]:
-    """Open the store for the time of a block. Raises OperatorError if it is not reachable, or fails in the block.
+def operator_store(settings: Settings, actor: str) -> Store:
+    """Return the store as an operator uses it, which connects once started. Raises OperatorError without its driver.
 
     `actor`: who the audit trail says acted.
     """
@@ -33,21 +32,34 @@ async def opened_store(settings: Settings, actor: str) -> AsyncIterator[Store]:
         postgres=replace(postgres_options(settings), actor=actor.encode("utf-8", "replace")),
     )
     try:
-        store = open_store(config)
+        return open_store(config)
     except SettingsError as error:
         raise OperatorError(str(error)) from error
+
+
+@asynccontextmanager
+async def opened_store(settings: Settings, actor: str) -> AsyncIterator[Store]:
+    """Open the store for the time of a block. Raises OperatorError if it is not reachable, or fails in the block."""
+    store = operator_store(settings, actor)
     store.start()
     try:
         if not await store.wait_up(TIMEOUT_MS / 1000):
             reason = store.not_ready_reason() or "the store is not reachable"
             raise OperatorError(f"{reason}{_embedded_hint(settings)}")
-        yield store
-    except StoreError as error:
-        # The store's own checks name what helps, such as a migration; the error of a server does not.
-        reason = store.not_ready_reason() or "the store"
-        raise OperatorError(f"{reason}: {error}") from error
+        with told(store):
+            yield store
     finally:
         await store.close()
+
+
+@contextmanager
+def told(store: Store) -> Iterator[None]:
+    """Raise OperatorError in place of StoreError: the store's own checks name what helps, such as a migration."""
+    try:
+        yield
+    except StoreError as error:
+        reason = store.not_ready_reason() or "the store"
+        raise OperatorError(f"{reason}: {error}") from error
 
 
 def _embedded_hint(settings: Settings) -> str:

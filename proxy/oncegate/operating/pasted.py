@@ -41,8 +41,15 @@ def read_pasted(text: str) -> Pasted:
             raise usage_error("a request begins with a line such as: POST /v1/charges")
         # Its name in the store has the id in a frame.
         return Pasted(first.strip().removeprefix("once:{").removesuffix("}"))
-    for number, line in enumerate(lines, 2):
+    headers = header_lines("\n".join(lines))
+    return Pasted(request=AskedRequest(match["method"], match["url"], headers, body.encode("utf-8", "surrogateescape")))
+
+
+def header_lines(text: str) -> list[str]:
+    """Return header fields, one a line. Raises OperatorError, whose text repeats nothing of them."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    for number, line in enumerate(lines, 1):
         name, colon, _ = line.partition(":")
         if not colon or not name.strip():
-            raise usage_error(f"line {number} is no header field: write Idempotency-Key: abc")
-    return Pasted(request=AskedRequest(match["method"], match["url"], lines, body.encode("utf-8", "surrogateescape")))
+            raise usage_error(f"line {number} of the header is no field: write Idempotency-Key: abc")
+    return lines

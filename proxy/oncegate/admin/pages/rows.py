@@ -1,0 +1,66 @@
+"""Records as pages show them."""
+
+from typing import Any, NamedTuple
+
+from oncegate.admin.pages.frame import field
+from oncegate.admin.pages.signing import write_seen
+from oncegate.operating.worklist import Filter, Seen
+from oncegate.store.record import ViewState
+from oncegate.store.record_name import record_id
+from oncegate.store.record_view import OpenKind, RecordView
+
+# The words and colours of states.
+KINDS = {
+    OpenKind.UNKNOWN: ("unknown", "unknown"),
+    OpenKind.LAPSED: ("lapsed", "unknown, owner silent"),
+    OpenKind.IN_FLIGHT: ("in-flight", "in flight"),
+    OpenKind.WAIVED: ("waived", "unknown, decided by a retry"),
+}
+STATES = {
+    ViewState.COMPLETE: ("complete", "complete"),
+    ViewState.EXPIRED: ("waived", "expired"),
+    ViewState.RELEASED: ("waived", "released"),
+    ViewState.CORRUPT: ("bad", "damaged"),
+}
+
+
+class Row(NamedTuple):
+    """One record as pages show it. `seen`: what a form says of it, so that nobody decides about another one."""
+
+    id: str
+    seen: str
+    kind: str
+    word: str
+    note: str
+    rule: str
+    why: str
+    status: int
+    created_ms: int
+    age_ms: int
+    is_open: bool
+
+
+def row_of(record: RecordView) -> Row:
+    """Return a record as pages show it."""
+    kind = record.open_kind
+    # A record that is not open has one of the other states.
+    colour, word = KINDS[kind] if kind else STATES.get(record.state, ("waived", record.state.value))
+    return Row(
+        id=record_id(record.key),
+        seen=write_seen(Seen.of(record)),
+        kind=colour,
+        word=word,
+        note=record.kept.note,
+        rule=record.kept.rule,
+        why=record.reason or record.progress,
+        status=record.status,
+        created_ms=record.created_ms,
+        # After a failover the time comes from another server, whose clock may be behind.
+        age_ms=max(0, record.now_ms - record.created_ms),
+        is_open=kind is not None,
+    )
+
+
+def read_filter(form: Any) -> Filter:
+    """Return the filter in a query or a form."""
+    return Filter(*(field(form, name).strip() for name in ("text", "rule", "status")))

@@ -1,0 +1,111 @@
+"""What every page shows of this moment, asked for once a second at most, however many people look."""
+
+import asyncio
+from dataclasses import dataclass, field
+
+from oncegate.admin.parts import AdminParts
+from oncegate.admin.watching.history import PERIOD_S, History, Reading
+from oncegate.admin.watching.store_view import StoreView
+from oncegate.operating.errors import OperatorError
+from oncegate.store.open_keys.listing import open_counts
+from oncegate.store.record_view import OpenCount, OpenCounts, OpenKind
+
+LOOK_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What the store and the metrics said at one moment.
+
+    `store_error`: why the store said nothing; `open` then has what it said last. `reasons`: why the proxy is not ready.
+    `notices`: what an operator should look at although it is.
+    """
+
+    open: OpenCounts = field(default_factory=dict)
+    store_error: str = ""
+    reasons: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def undecided(self) -> int:
+        """How many keys a person may have to decide."""
+        return self._of(OpenKind.UNKNOWN).keys + self._of(OpenKind.LAPSED).keys
+
+    @property
+    def oldest_ms(self) -> int:
+        return max(self._of(OpenKind.UNKNOWN).oldest_ms, self._of(OpenKind.LAPSED).oldest_ms)
+
+    @property
+    def lapsed(self) -> int:
+        return self._of(OpenKind.LAPSED).keys
+
+    @property
+    def waived(self) -> int:
+        return self._of(OpenKind.WAIVED).keys
+
+    @property
+    def in_flight(self) -> int:
+        return self._of(OpenKind.IN_FLIGHT).keys
+
+    def _of(self, kind: OpenKind) -> OpenCount:
+        return self.open.get(kind, OpenCount())
+
+
+class Overview:
+    """Looks at the store and the metrics for all pages, and remembers the metrics of the last ten minutes."""
+
+    def __init__(self, parts: AdminParts) -> None:
+        self._parts = parts
+        self.history, self.store = History(), StoreView(parts.settings)
+        self._look, self._looked_at = Look(), float("-inf")
+        self._looking: asyncio.Task[None] | None = None
+        # How often the store was asked.
+        self.store_questions = 0
+
+    @property
+    def last(self) -> Look:
+        """The last look, without a new one."""
+        return self._look
+
+    async def look(self) -> Look:
+        """Return a look that is at most LOOK_S old."""
+        loop = asyncio.get_running_loop()
+        if self._looking is None and loop.time() - self._looked_at >= LOOK_S:
+            self._looked_at = loop.time()
+            self._looking = loop.create_task(self._take())
+        if self._looking is not None:
+            # Others wait for it, too.
+            await asyncio.shield(self._looking)
+        return self._look
+
+    def forget(self) -> None:
+        """Let the next look be a new one: something was changed."""
+        self._looked_at = float("-inf")
+
+    async def _take(self) -> None:
+        try:
+            counts, error = self._look.open, ""
+            self.store_questions += 1
+            try:
+                async with self.store.opened() as store:
+                    counts = await open_counts(store.records)
+            except OperatorError as failed:
+                error = str(failed)
+            await self._read()
+            reasons, notices = await self._parts.not_ready_reasons(), await self._parts.notices()
+            self._look = Look(counts, error, reasons, notices)
+        finally:
+            self._looking = None
+
+    async def _read(self) -> None:
+        metrics = await self._parts.metrics()
+        self.history.note(Reading(metrics.collect(), asyncio.get_running_loop().time()))
+
+    async def run(self) -> None:
+        """Read the metrics once a period, until cancelled."""
+        while True:
+            await self._read()
+            await asyncio.sleep(PERIOD_S)
+
+    async def close(self) -> None:
+        await self.store.close()

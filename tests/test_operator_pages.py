@@ -1,0 +1,506 @@
+"""The pages of an operator: what they show, what they change, and what they give away to whom."""
+
+import asyncio
+import html
+import re
+from base64 import b64encode
+from dataclasses import replace
+from importlib.resources import files
+
+import pytest
+
+from oncegate.admin.pages.signing import LASTS_S, Answer, Draft, Signer
+from oncegate.admin.roles import Role
+from oncegate.admin.watching import live, store_view
+from oncegate.messages.response_head import response_digest
+from oncegate.operating.errors import OperatorError
+from oncegate.operating.request_identity import AskedRequest, Identified, identify_request
+from oncegate.operating.worklist import Seen
+from oncegate.rules.loading import load_rules
+from oncegate.store.kept import Kept
+from oncegate.store.record import ViewState
+from oncegate.store.record_name import record_id
+from oncegate.store.store import Store
+from tests.admin_parts import admin_parts
+from tests.operator_pages import Site, site, unknown_key
+from tests.parts import until
+from tests.probes import RedisProbe
+from tests.stores import PATIENCE_S, Claim, answer, claim, claimed, connected, key, store_small
+
+DOWN = "redis://127.0.0.1:1/0"
+HOSTILE = "<script>alert(1)</script>\"'&\u202e\r\n"
+PAGES = "oncegate.admin.pages"
+
+
+@pytest.fixture
+async def keys(valkey):
+    """A store without records."""
+    async with connected(valkey.url) as store:
+        yield store
+
+
+@pytest.fixture
+async def desk(valkey, keys):
+    """The pages of an operator on that store."""
+    async with site(valkey.url) as served:
+        yield served
+
+
+def orders(served: Site) -> list[str]:
+    return re.findall(r'class="order">([^<]*)<', served.html)
+
+
+async def state_of(store: Store, number: int) -> ViewState | None:
+    record = await store.records.read(key(number))
+    return record and record.state
+
+
+# What is unknown ...
+
+
+async def test_the_oldest_key_comes_first(keys, desk):
+    """The worklist says which order, how far it got, why, and what the API said. Other keys are not in it."""
+    for number in range(3):
+        await unknown_key(keys, number, Kept(f"order-{number}", rule="charges"), "status 502 came", 502)
+        await asyncio.sleep(0.002)
+    await claimed(keys, key=key(8))
+    await store_small(keys, await claimed(keys, key=key(9)))
+    await desk.get("/unknown")
+    assert orders(desk) == ["order-0", "order-1", "order-2"]
+    assert "status 502 came 502 charges" in desk.text()
+    assert record_id(key(0))[:8] in desk.html
+    await desk.get("/")
+    assert "The oldest key waits for 0 s. Decide 3 keys" in desk.text()
+
+
+async def test_a_filter_and_pages(keys, desk, monkeypatch):
+    """A filter looks at the order, the reason, the id, the rule and the status. A long list has pages."""
+    monkeypatch.setattr("oncegate.admin.pages.unknown.SHOWN", 2)
+    for number in range(5):
+        kept = Kept(f"Order-{number}", rule="charges" if number % 2 else "events")
+        await unknown_key(keys, number, kept, ("lost", "status 502 came")[number == 4], 502 * (number == 4))
+        await asyncio.sleep(0.002)
+    for query, found in {
+        "text=order-3": ["Order-3"],
+        f"text={record_id(key(2))[:8]}": ["Order-2"],
+        "text=502+CAME": ["Order-4"],
+        "rule=charges": ["Order-1", "Order-3"],
+        "status=502": ["Order-4"],
+        "status=none&rule=charges": ["Order-1", "Order-3"],
+        "text=nothing": [],
+    }.items():
+        await desk.get(f"/unknown?{query}")
+        assert orders(desk) == found, query
+    seen = []
+    await desk.get("/unknown")
+    while True:
+        seen += orders(desk)
+        if not (link := re.search(r'href="([^"]*)" rel="next"', desk.html)):
+            break
+        await desk.get(html.unescape(link[1]))
+    assert seen == [f"Order-{number}" for number in range(5)]
+    await desk.get("/unknown?after=nonsense")
+    assert "not in the list" in desk.text()
+
+
+# Decisions ...
+
+
+async def test_a_key_gets_its_true_answer(keys, desk):
+    """The answer is written, reviewed and stored, byte for byte. The log names who did it, without the key."""
+    await unknown_key(keys, 1, Kept("order-1"))
+    await desk.get("/unknown")
+    await desk.post("/review", ("key", desk.values("key")[0]), ("action", "resolve"))
+    assert 'name="status" value="200"' in desk.html
+    written = [("status", "201"), ("headers", "Content-Type: text/plain\r\nX-A: b"), ("body", "one\r\ntwo")]
+    await desk.post("/review", ("signed", desk.values("signed")[0]), *written)
+    assert "HTTP/1.1 201 Created Content-Type: text/plain X-A: b one two" in desk.text()
+    assert await state_of(keys, 1) is ViewState.UNKNOWN
+    await desk.post("/decide", ("signed", desk.values("signed")[0]))
+    assert "1 key resolved" in desk.text()
+    record = await keys.records.read(key(1))
+    assert record is not None
+    assert record.response is not None
+    assert (record.state, record.response.status) == (ViewState.COMPLETE, 201)
+    assert record.response.block == b"Content-Type: text/plain\r\nX-A: b\r\n"
+    assert await keys.read(record.key, record.token, 0) == [b"one\ntwo"]
+    [line] = desk.log.lines
+    assert {"action": "resolve", "outcome": "resolved", "user": "ana", "status": 201}.items() <= line.items()
+    assert line["key_id"] == record_id(key(1))
+    owner, _ = await keys.records.proxy_of(record.token)
+    assert owner.startswith("operator ana on ")
+
+
+async def test_many_are_released_and_one_has_changed(keys, desk):
+    """A decision about many says how many, and which had changed since they were shown. Those stay as they are."""
+    for number in range(4):
+        await unknown_key(keys, number, Kept(f"order-{number}"))
+    await desk.get("/unknown")
+    chosen = desk.values("key")
+    await desk.post("/review", *(("key", one) for one in chosen[:3]), ("action", "release"))
+    assert "Release 3 keys" in desk.text()
+    shown = [number for number in range(4) if f"order-{number} " in desk.text()]
+    changed, *others = shown
+    record = await keys.records.read(key(changed))
+    assert record is not None
+    await keys.release_by_operator(record.key, record.token, keys.token(), record.fence)
+    await claimed(keys, key=key(changed))
+    await desk.post("/decide", ("signed", desk.values("signed")[0]))
+    assert "2 keys released" in desk.text()
+    assert "1 changed meanwhile" in desk.text()
+    assert "another request owns the key by now" in desk.text()
+    states = {number: await state_of(keys, number) for number in range(4)}
+    assert states == {
+        **dict.fromkeys(range(4), ViewState.UNKNOWN),
+        **dict.fromkeys(others, ViewState.RELEASED),
+        changed: ViewState.IN_FLIGHT,
+    }
+    assert sorted(line["outcome"] for line in desk.log.lines) == ["changed", "released", "released"]
+    # The same form again finds nothing as it was.
+    await desk.post("/decide", ("signed", desk.values("signed")[0] if desk.values("signed") else "x"))
+    assert "too old" in desk.text()
+
+
+async def test_an_owner_that_came_back_is_not_decided_about(keys, desk, probe_changes):
+    """A key that was shown as unknown because its owner was silent, and is in flight again, has changed."""
+    await claimed(keys, key=key(1))
+    probe_changes(key(1), -1)
+    await desk.get("/unknown")
+    [seen] = desk.values("key")
+    probe_changes(key(1), 5000)
+    await desk.post("/review", ("key", seen), ("action", "release"))
+    assert "1 changed meanwhile" in desk.text()
+    assert "it is in_flight by now" in desk.text()
+    assert await state_of(keys, 1) is ViewState.IN_FLIGHT
+
+
+@pytest.fixture
+def probe_changes(valkey):
+    """Set the end of a record's lease, in ms from now."""
+    with valkey.client() as client:
+        probe = RedisProbe(client, valkey.url)
+
+        def change(digest: bytes, left_ms: int) -> None:
+            probe.change(digest, lease=probe.now_ms() + left_ms)
+
+        yield change
+
+
+async def test_all_that_match_are_counted_first(keys, desk, monkeypatch):
+    """A decision over a filter reaches the keys that match, and says if there are more than one decision takes."""
+    monkeypatch.setattr("oncegate.admin.pages.deciding.MOST", 3)
+    for number in range(5):
+        await unknown_key(keys, number, Kept(rule="charges" if number else "events"))
+    await desk.post("/review", ("rule", "charges"), ("action", "release-all"))
+    assert "Release 3 keys" in desk.text()
+    assert "More keys match" in desk.text()
+    await desk.post("/decide", ("signed", desk.values("signed")[0]))
+    states = [await state_of(keys, number) for number in range(5)]
+    assert states.count(ViewState.RELEASED) == 3
+    assert states[0] is ViewState.UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ({"status": "99"}, "three digits"),
+        ({"status": "2000"}, "three digits"),
+        ({"status": "204", "body": "x"}, "has no body"),
+        ({"status": "200", "headers": "no colon"}, "no field"),
+        ({"status": "200", "headers": "Content-Length: 1"}, "framing"),
+        ({"status": "200", "body": "é", "base64": "yes"}, "base64"),
+        ({"status": "200", "body": "x" * 262_145}, "at most"),
+    ],
+)
+async def test_an_answer_that_makes_no_sense(keys, desk, written, said):
+    """It is refused with a reason, the form keeps what was written, and nothing is changed."""
+    await unknown_key(keys, 1, Kept())
+    await desk.get("/unknown")
+    await desk.post("/review", ("key", desk.values("key")[0]), ("action", "resolve"))
+    await desk.post("/review", ("signed", desk.values("signed")[0]), *written.items())
+    assert said in desk.text()
+    assert f'name="status" value="{written["status"]}"' in desk.html
+    assert await state_of(keys, 1) is ViewState.UNKNOWN
+
+
+async def test_a_body_in_base64(keys, desk):
+    """Bytes that are no text can be given, too."""
+    await unknown_key(keys, 1, Kept())
+    await desk.get("/unknown")
+    await desk.post("/review", ("key", desk.values("key")[0]), ("action", "resolve"))
+    body = b64encode(b"\x00\xff\r\n").decode()
+    await desk.post("/review", ("signed", desk.values("signed")[0]), ("status", "200"), ("body", body), ("base64", "y"))
+    assert "bytes that are no text" in desk.text()
+    await desk.post("/decide", ("signed", desk.values("signed")[0]))
+    record = await keys.records.read(key(1))
+    assert record is not None
+    assert await keys.read(record.key, record.token, 0) == [b"\x00\xff\r\n"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        [("action", "release")],
+        [("action", "drop"), ("key", "x")],
+        [("action", "release"), ("key", "x")],
+        [("action", "release"), ("key", f"{'A' * 32}.zz.unknown")],
+        [("signed", "x")],
+        [],
+    ],
+)
+async def test_a_form_that_no_page_has(desk, fields):
+    """It is refused, also where it is signed by nobody."""
+    for path in ("/review", "/decide"):
+        await desk.post(path, *fields)
+        assert desk.status == 400
+    assert desk.log.lines == []
+
+
+def test_a_review_is_for_whom_it_was_shown():
+    """A draft is that of one visitor and of one process, for a quarter of an hour, and not to be changed."""
+    signer, draft = Signer(), Draft("resolve", (Seen(b"k" * 24, b"t" * 16, "unknown"),), Answer("200", "A: b", "c"))
+    signed = signer.sign(draft, "ana")
+    assert signer.read(signed, "ana") == draft
+    for other, text, whose in ((signer, signed, "bob"), (Signer(), signed, "ana"), (signer, signed[:-1] + "-", "ana")):
+        with pytest.raises(OperatorError, match="too old"):
+            other.read(text, whose)
+
+
+def test_a_review_ends(monkeypatch):
+    """A form that was left open for long is worth nothing."""
+    monkeypatch.setattr("oncegate.admin.pages.signing.LASTS_S", -1)
+    signer = Signer()
+    signed = signer.sign(Draft("release", ()), "ana")
+    with pytest.raises(OperatorError, match="too old"):
+        signer.read(signed, "ana")
+    assert LASTS_S == 900
+
+
+# One key ...
+
+
+async def test_whatever_somebody_has_leads_to_the_key(valkey, keys, desk):
+    """A key, an id, its beginning, an order, or a whole request lead to one page. None of it is shown again."""
+    settings = admin_parts({"store_url": valkey.url}).settings
+    head = ["Idempotency-Key: s3cret-key", "Authorization: Bearer s3cret-token"]
+    pasted = "POST /v1/charges?s3cret=1 HTTP/1.1\r\n" + "\r\n".join(head) + "\r\n\r\n{}"
+    for words in ([], head[1:]):
+        asked = AskedRequest("POST", "/v1/charges", [head[0], *words], b"{}")
+        found = identify_request(settings, load_rules(settings), asked)
+        assert isinstance(found, Identified)
+        owner = await claimed_at(keys, found.identity.key, Kept(f"order-{len(words)}"))
+        place = f"/key/{record_id(owner)}"
+        texts = [
+            record_id(owner),
+            record_id(owner)[:9],
+            f"order-{len(words)}",
+            *([pasted] if words else ["s3cret-key"]),
+        ]
+        for text in texts:
+            await desk.post("/key", ("pasted", text))
+            assert (desk.status, desk.url) == (200, place), text
+            assert "s3cret" not in desk.html
+    await desk.post("/key", ("pasted", "s3cret-key"), ("credential", "Authorization: Bearer s3cret-token"))
+    assert desk.url == place
+    for text in ("s3cret-nothing", "POST /\nBearer s3cret", "GET s3cret\n\n", "POST /a\nIdempotency-Key: s3cret-9", ""):
+        await desk.post("/key", ("pasted", text))
+        assert desk.status == 404, text
+        assert 'role="alert"' in desk.html
+        assert "s3cret" not in desk.html
+    assert "s3cret" not in repr(desk.log.lines)
+
+
+async def claimed_at(store: Store, digest: bytes, kept: Kept) -> bytes:
+    owner = await claim(store, digest, kept=kept)
+    assert isinstance(owner, Claim)
+    await store.mark_unknown(owner, "lost", PATIENCE_S)
+    return digest
+
+
+async def test_a_stored_response_and_who_sees_what(valkey, keys, desk):
+    """The head is for both roles, but for values that are secrets. The body is for the role that may change keys."""
+    owner = await claimed(keys, key=key(1))
+    block = b"X: 1\r\nSet-Cookie: session=s3cret\r\n"
+    body = b'{"card": "<b>s3cret-body</b>"}'
+    digest = response_digest(201, b"Made", block)
+    digest.update(body)
+    await keys.store(owner, replace(answer(body), block=block, digest=digest.digest()), body, PATIENCE_S)
+    path = f"/key/{record_id(key(1))}"
+    await desk.get(path)
+    assert "HTTP/1.1 201 Made X: 1 Set-Cookie: session=s3cret" in desk.text()
+    assert html.escape(body.decode()) in desk.html.replace("&#34;", "&quot;")
+    assert "Give it its answer" not in desk.html
+    assert (await desk.get(f"{path}/body")).encode() == body
+    assert [line["action"] for line in desk.log.lines] == ["read_body"]
+    async with site(valkey.url, Role.VIEW) as visitor:
+        await visitor.get(path)
+        assert "HTTP/1.1 201 Made X: 1 Set-Cookie: (for the role operate)" in visitor.text()
+        assert "s3cret" not in visitor.html
+        await visitor.get(f"{path}/body")
+        assert visitor.status == 404
+
+
+async def test_a_key_that_is_not_there(desk):
+    """The page says so, whatever stands in its place."""
+    for name in (record_id(key(1)), "x", "%3Cscript%3E"):
+        await desk.get(f"/key/{name}")
+        assert desk.status == 404
+        assert "There is no record of this key" in desk.html
+        assert "<script>" not in desk.html
+
+
+async def test_the_audit_trail_is_beside_the_record(database):
+    """With a store in PostgreSQL, the page has the key's entries, and those of the operator name them."""
+    async with connected(database.url) as store, site(database.url) as desk:
+        await unknown_key(store, 1, Kept("order-1"))
+        await desk.get("/unknown")
+        await desk.post("/review", ("key", desk.values("key")[0]), ("action", "release"))
+        await desk.post("/decide", ("signed", desk.values("signed")[0]))
+        await desk.get(f"/key/{record_id(key(1))}")
+        assert re.search(r"claimed .* unknown .* freed operator ana on ", desk.text())
+
+
+# Rules ...
+
+
+async def test_a_request_is_explained(desk):
+    """The form says what the rules do with a request, without what may be a secret in it."""
+    head = "Idempotency-Key: s3cret-key\r\nAuthorization: Bearer s3cret-token"
+    await desk.post(
+        "/rules", ("method", "post"), ("url", "/v1/charges?t=s3cret"), ("headers", head), ("body", "s3cret")
+    )
+    assert "executed if the key is free" in desk.text()
+    assert "POST /v1/charges?…" in desk.text()
+    assert "s3cret" not in desk.html
+    for fields in ([("url", "s3cret")], [("url", "/"), ("headers", "Bearer s3cret")], [("url", "")]):
+        await desk.post("/rules", ("method", "POST"), *fields)
+        assert desk.status == 400
+        assert 'role="alert"' in desk.html
+        assert "s3cret" not in desk.html
+
+
+async def test_rules_with_a_mistake(valkey, tmp_path):
+    """A file that has a mistake by now is named, and the page is there all the same."""
+    (tmp_path / "rules.toml").write_text("[[rule]]\nname = 'a'\npath = '/a'\n")
+    async with site(valkey.url, rules_file=tmp_path / "rules.toml") as desk:
+        await desk.get("/rules")
+        assert "POST,PUT" not in desk.html
+        assert '<th scope="row">a</th>' in desk.html
+        (tmp_path / "rules.toml").write_text("[[rule]]\n")
+        await desk.get("/rules")
+        assert (desk.status, 'role="alert"' in desk.html) == (200, True)
+        await desk.get("/unknown")
+        assert desk.status == 200
+
+
+# What comes from elsewhere ...
+
+
+async def test_what_comes_from_elsewhere_is_escaped(keys, desk):
+    """Notes, rules, reasons, keys, paths, heads and bodies are shown as they are, and are never part of the page."""
+    await unknown_key(keys, 1, Kept(HOSTILE, rule=HOSTILE, request_id=b"<i>"), HOSTILE)
+    owner = await claimed(keys, key=key(2))
+    body, block = HOSTILE.encode(), b"X: <script>alert(2)</script>\r\n"
+    digest = response_digest(201, b"<script>", block)
+    digest.update(body)
+    hostile = replace(answer(body), reason=b"<script>", block=block, digest=digest.digest())
+    await keys.store(owner, hostile, body, PATIENCE_S)
+    await desk.get("/unknown")
+    seen = ("key", desk.values("key")[0])
+    pages = [desk.html, await desk.get("/")]
+    pages += [await desk.get(f"/key/{record_id(key(number))}") for number in (1, 2)]
+    pages += [await desk.get("/unknown?text=%3Cscript%3E&rule=%3Cscript%3E&status=%22%3E")]
+    pages += [await desk.post("/review", seen, ("action", "resolve"))]
+    signed = ("signed", desk.values("signed")[0])
+    pages += [await desk.post("/review", signed, ("status", '"><script>'), ("headers", HOSTILE), ("body", HOSTILE))]
+    pages += [await desk.post("/review", signed, ("status", "200"), ("headers", "X: <script>"), ("body", HOSTILE))]
+    pages += [await desk.post("/decide", ("signed", desk.values("signed")[0]))]
+    pages += [await desk.post("/rules", ("method", "<script>"), ("url", "/<script>"), ("headers", "<script>: a"))]
+    pages += [await desk.post("/key", ("pasted", HOSTILE))]
+    for text in pages:
+        assert len(re.findall("<script", text)) == 1, text
+        assert "<i>" not in text
+        assert not re.search(r"<script(?! src=\"/static/)|<style| style=|\son\w+=", text), text
+
+
+def test_templates_run_nothing_and_weigh_little():
+    """No template has a script, a style or a value that is not escaped; all that a page loads is 60 kB at most."""
+    folder = files(PAGES)
+    templates = {one.name: one.read_text() for one in (folder / "templates").iterdir()}
+    for name, text in templates.items():
+        assert not re.search(r"<script(?! src=)|<style| style=|\son\w+=|\|\s*safe|autoescape", text), name
+    loaded = sum(len(one.read_bytes()) for one in (folder / "static").iterdir())
+    assert loaded + max(map(len, templates.values())) < 60_000
+
+
+# Watching ...
+
+
+async def test_many_watchers_ask_the_store_once(keys, desk, monkeypatch):
+    """However many look, the store is asked once a second at most; once nobody looks, its connection is closed."""
+    monkeypatch.setattr(store_view, "IDLE_S", 0.05)
+    await asyncio.gather(*(desk.get("/") for _ in range(20)))
+    overview = desk.pages.overview
+    assert overview.store_questions == 1
+    await unknown_key(keys, 1, Kept())
+    await until(lambda: not overview.store.is_open)
+    overview.forget()
+    await desk.get("/")
+    assert overview.store_questions == 2
+    assert "Decide 1 key" in desk.text()
+
+
+async def test_a_stream_says_what_changes(keys, valkey, monkeypatch):
+    """A stream sends the parts of a page that changed. It ends by itself, and at once when the listener ends."""
+    monkeypatch.setattr("oncegate.admin.watching.overview.LOOK_S", 0.02)
+    monkeypatch.setattr(live, "LOOK_S", 0.02)
+    async with site(valkey.url) as desk:
+        async with desk.stream("/events?part=now") as events:
+            first = await anext(events)
+            assert "Nothing waits for you" in first["part-now"]
+            await unknown_key(keys, 1, Kept())
+            async with asyncio.timeout(5):
+                while "part-badge" not in (changed := await anext(events)):
+                    pass
+            assert ">1<" in changed["part-badge"]
+        monkeypatch.setattr(live, "STREAM_S", 0.1)
+        async with asyncio.timeout(5), desk.stream("/events") as events:
+            assert all("part-now" not in one for one in [one async for one in events])
+        monkeypatch.setattr(live, "STREAM_S", 30.0)
+        watching = asyncio.create_task(desk.get("/events"))
+        await until(lambda: desk.pages.streams.count == 1)
+        await desk.pages.end_streams()
+        async with asyncio.timeout(5):
+            await watching
+    monkeypatch.setattr(live, "MOST_STREAMS", 0)
+    async with site(valkey.url) as desk:
+        await desk.get("/events")
+        assert desk.status == 503
+
+
+async def test_a_store_that_is_down(monkeypatch):
+    """Each page says that the store does not answer, and shows what it has."""
+    monkeypatch.setattr(store_view, "CONNECT_S", 0.05)
+    async with site(DOWN) as desk:
+        for path in ("/", "/unknown", f"/key/{record_id(key(1))}", "/rules"):
+            await desk.get(path)
+            assert "not reachable" in desk.text() or path == "/rules", path
+        await desk.post("/key", ("pasted", "a"))
+        assert "not reachable" in desk.text()
+        await desk.post("/review", ("action", "release-all"))
+        assert "not reachable" in desk.text()
+
+
+async def test_a_store_that_does_not_answer(own_valkey, monkeypatch):
+    """A page does not wait for a store that hangs; what it showed before is still there."""
+    monkeypatch.setattr(store_view, "ANSWER_S", 0.2)
+    async with connected(own_valkey.url) as store, site(own_valkey.url) as desk:
+        await unknown_key(store, 1, Kept())
+        await desk.get("/")
+        own_valkey.pause()
+        desk.pages.overview.forget()
+        async with asyncio.timeout(5):
+            await desk.get("/")
+        own_valkey.resume()
+    assert "did not answer within" in desk.text()
+    assert ">1<" in desk.html
