@@ -50,8 +50,8 @@ def tokens_file(folder: Path, *lines: str) -> Path:
 class Seat:
     """An open admin listener with two routes of a test: `/form` shows who asks, `/change` changes something."""
 
-    def __init__(self, listener: AdminListener, parts: AdminParts) -> None:
-        self.listener, self.log = listener, parts.log
+    def __init__(self, listener: AdminListener, parts: AdminParts, settings: dict[str, Any]) -> None:
+        self.listener, self.log, self.settings = listener, parts.log, settings
         self.port = listener.address.port
         # Who changed something.
         self.changes: list[str] = []
@@ -76,7 +76,7 @@ class Seat:
 
         monkeypatch.setattr(app, "Pages", pages)
         parts = admin_parts(settings)
-        made.append(cls(await serve_admin(parts), parts))
+        made.append(cls(await serve_admin(parts), parts, settings))
         return made[0]
 
     async def ask(self, raw: bytes, peer: str = "127.0.0.1", tls: ssl.SSLContext | None = None) -> Answer | None:
@@ -89,7 +89,7 @@ class Seat:
             async with asyncio.timeout(30):
                 # A connection ends after its response.
                 return _answer(await client.reader.read())
-        except ConnectionError:
+        except OSError:
             return None
         finally:
             client.writer.close()

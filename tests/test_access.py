@@ -16,6 +16,7 @@ from oncegate.admin.serving import serve_admin
 from oncegate.admin.tokens import load_tokens
 from oncegate.settings.errors import SettingsError
 from tests.admin_parts import OPERATE, VIEW, Seat, admin_parts, tokens_file
+from tests.parts import request
 
 Open = Callable[..., Awaitable[Seat]]
 
@@ -218,6 +219,32 @@ async def test_a_certificate_names_its_owner(seat: Open, tmp_path: Path, authori
     ):
         assert (await served.get("/form", host="admin.test", tls=client)).body.startswith(shown)
     assert (await served.get("/healthz", tls=client_of(authority))).status == 200
+
+
+async def test_certificates_are_read_again(seat: Open, tmp_path: Path, authority: trustme.CA) -> None:
+    """With tokens and all, or nothing: from a reload on, the new authority's certificates count, and its own is shown;
+    those of the old one do not, also where a client resumes its TLS session."""
+    tokens = tokens_file(tmp_path)
+    served = await seat(**files_of(authority, tmp_path), admin_users="operate:ana", admin_tokens_file=tokens)
+    settings = admin_parts(served.settings).settings
+    old = client_of(authority, "ana")
+    assert (await served.get("/form", tls=old)).body.startswith(b"ana ")
+    new_authority = trustme.CA()
+    files_of(new_authority, tmp_path)
+    tokens.write_text("nonsense")
+    with pytest.raises(SettingsError, match="line 1 is not"):
+        served.listener.prepare(settings)
+    assert (await served.get("/form", tls=old)).body.startswith(b"ana ")
+    tokens.write_text(f"view new {VIEW}")
+    served.listener.prepare(settings)()
+    assert (await served.get("/form", tls=client_of(new_authority, "ana"))).body.startswith(b"ana ")
+    with pytest.raises(ssl.SSLError):
+        await served.get("/form", tls=old)
+    mixed = client_of(new_authority)
+    authority.issue_cert("ana").configure_cert(mixed)
+    assert await served.ask(request("GET", "/form", None, b"", host="localhost"), tls=mixed) is None
+    answer = await served.get("/form", f"Authorization: Bearer {VIEW}", tls=client_of(new_authority))
+    assert answer.body.startswith(b"new VIEW")
 
 
 @pytest.mark.parametrize("name", ["admin_tls_cert_file", "admin_tls_ca_file"])

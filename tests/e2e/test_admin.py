@@ -351,24 +351,36 @@ async def test_healthcheck_without_a_proxy_fails(tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 2])
 async def test_roles_of_a_proxy(proxies, upstream, tmp_path, workers):
-    """With one worker and with several, the pages, tokens and TLS of the admin listener are the settings';
-    `oncegate healthcheck` asks over TLS, and so do probes without a certificate."""
+    """With one worker and with several, the pages, tokens and certificates of the admin listener are the settings',
+    also those of a reload; `oncegate check` reads the files, and `oncegate healthcheck` asks over TLS."""
     authority = trustme.CA()
     tokens = tokens_file(tmp_path)
     settings = files_of(authority, tmp_path) | {"admin_tokens_file": tokens, "admin_users": "view:scraper"}
     proxy = proxies(upstream, WORKERS=workers, **{name.upper(): value for name, value in settings.items()})
-    tls, refused = client_of(authority), []
-    for fields in ((), (f"Authorization: Bearer {OPERATE}",)):
+
+    async def seen(*fields: str, certificate: str = "") -> tuple[int, bytes]:
+        tls = client_of(authority, *filter(None, [certificate]))
         client = await RawClient.open(proxy.admin_port, ssl=tls, server_hostname="localhost")
-        answer = await client.ask(request("GET", "/", None, b"", *fields, host="oncegate.internal"))
-        refused.append((answer.status, b"olga, operate" in answer.body))
-        client.writer.close()
-    assert refused == [(401, False), (200, True)]
+        with closing(client):
+            answer = await client.ask(request("GET", "/", None, b"", *fields, host="oncegate.internal"))
+        name = re.search(rb"(\w+), (view|operate)", answer.body)
+        return answer.status, name[0] if name else b""
+
+    bearer = f"Authorization: Bearer {OPERATE}"
+    assert await seen() == (401, b"")
+    assert await seen(bearer) == (200, b"olga, operate")
+    assert await seen(certificate="scraper") == (200, b"scraper, view")
+    assert await seen(certificate="stranger") == (403, b"")
     env = settings_of(proxy, **{name.upper(): value for name, value in settings.items()})
     asked = oncegate("healthcheck", env=env, cwd=tmp_path)
     assert (asked.returncode, asked.stdout) == (0, '{"alive": true}\n')
     checked = oncegate("check", env=env, cwd=tmp_path)
     assert (checked.returncode, OPERATE in checked.stdout) == (0, False)
+    tokens.write_text(f"view oscar {OPERATE}")
+    proxy.signal(signal.SIGHUP)
+    deadline = time.monotonic() + 30
+    while await seen(bearer) != (200, b"oscar, view"):
+        assert time.monotonic() < deadline
     tokens.chmod(0o644)
     checked = oncegate("check", env=env, cwd=tmp_path)
     assert (checked.returncode, checked.stderr.startswith("ONCEGATE_ADMIN_TOKENS_FILE: everybody")) == (2, True)

@@ -5,7 +5,7 @@ import logging
 import socket
 import ssl
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from oncegate.admin.access import Access
 from oncegate.admin.app import admin_app
 from oncegate.admin.parts import AdminParts
 from oncegate.admin.tokens import load_tokens
+from oncegate.downstream.certificate import Replaceable, server_context
 from oncegate.settings.addresses import Address
 from oncegate.settings.errors import SettingsError
 from oncegate.settings.settings import Settings
@@ -46,8 +47,10 @@ def both_families(address: Address) -> socket.socket:
 class AdminListener:
     """The open listener. `access` follows tokens that were read again."""
 
-    def __init__(self, server: asyncio.Server, runner: web.AppRunner, access: Access) -> None:
-        self._server, self._runner, self.access = server, runner, access
+    def __init__(
+        self, server: asyncio.Server, runner: web.AppRunner, access: Access, certificate: Replaceable | None
+    ) -> None:
+        self._server, self._runner, self.access, self._certificate = server, runner, access, certificate
 
     @property
     def address(self) -> Address:
@@ -58,6 +61,17 @@ class AdminListener:
     def connections(self) -> list[RequestHandler]:
         """The open connections, the oldest first."""
         return self._runner.server.connections if self._runner.server else []
+
+    def prepare(self, settings: Settings) -> Callable[[], None]:
+        """Read tokens and certificates again, and return what takes them over. Raises SettingsError."""
+        tokens, tls = load_tokens(settings.admin_tokens_file), admin_tls(settings)
+
+        def take_over() -> None:
+            self.access.follow(tokens)
+            if self._certificate and tls:
+                self._certificate.replace(tls)
+
+        return take_over
 
     async def close(self) -> None:
         """Stop listening, and end what is under way after SHUTDOWN_S."""
@@ -73,6 +87,7 @@ async def serve_admin(parts: AdminParts) -> AdminListener:
     settings = parts.settings
     access = Access(settings, load_tokens(settings.admin_tokens_file), parts.log)
     tls = admin_tls(settings)
+    certificate = Replaceable(tls) if tls else None
     app = admin_app(parts, access)
     runner = web.AppRunner(app, access_log=None, logger=_log, shutdown_timeout=SHUTDOWN_S, lingering_time=LINGERING_S)
 
@@ -84,10 +99,11 @@ async def serve_admin(parts: AdminParts) -> AdminListener:
     app.cleanup_ctx.append(limit_connections)
     await runner.setup()
     try:
-        return AdminListener(await _listen(runner, settings.admin_listen, tls), runner, access)
+        server = await _listen(runner, settings.admin_listen, tls)
     except OSError:
         await runner.cleanup()
         raise
+    return AdminListener(server, runner, access, certificate)
 
 
 async def _listen(runner: web.AppRunner, address: Address, tls: ssl.SSLContext | None) -> asyncio.Server:
@@ -113,11 +129,11 @@ def admin_tls(settings: Settings) -> ssl.SSLContext | None:
     """
     if settings.admin_tls_cert_file is None:
         return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols(["http/1.1"])
     with _named("admin_tls_cert_file"):
-        context.load_cert_chain(settings.admin_tls_cert_file, settings.admin_tls_key_file)
+        context = server_context(settings.admin_tls_cert_file, settings.admin_tls_key_file)
+    # A resumed session would keep its certificate past a change of the authority.
+    context.num_tickets = 0
+    context.options |= ssl.OP_NO_TICKET
     if settings.admin_tls_ca_file is not None:
         with _named("admin_tls_ca_file"):
             context.load_verify_locations(settings.admin_tls_ca_file)

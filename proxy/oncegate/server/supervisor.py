@@ -55,6 +55,7 @@ class Supervisor:
         """Serve until SIGTERM or SIGINT; return the exit code, which covers all workers that ever ran."""
         stop = stop_events()
         admin = await serve_admin(self._admin_parts())
+        self._reload.add(admin.prepare)
         try:
             self._handle_signals()
             self._is_serving = not stop.requested.is_set() and await self._start(stop)

@@ -30,11 +30,15 @@ class Reload:
     """
 
     def __init__(self, settings: Settings, parts: Sequence[Prepare], log: Any, *, is_quiet: bool = False) -> None:
-        self.settings, self._parts, self._log, self._is_quiet = settings, parts, log, is_quiet
+        self.settings, self._parts, self._log, self._is_quiet = settings, list(parts), log, is_quiet
         self.files = digests(settings)
         # Unix times; the start counts as a reload. 0: none failed.
         self.succeeded_s, self.failed_s = time.time(), 0.0
         self._is_ended = False
+
+    def add(self, part: Prepare) -> None:
+        """Let one more part follow its files."""
+        self._parts.append(part)
 
     def end(self) -> None:
         """Reload no more: the process is about to end."""

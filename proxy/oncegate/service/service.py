@@ -190,6 +190,7 @@ class Service:
         self._start_tasks()
         if not shared:
             self._admin = await serve_admin(self._admin_parts())
+            self.reload.add(self._admin.prepare)
         address: dict[str, Any] = {"host": settings.listen.host, "port": settings.listen.port}
         if not shared and settings.listen.host == "::":
             address = {"sock": both_families(settings.listen)}
