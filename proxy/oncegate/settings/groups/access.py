@@ -43,7 +43,8 @@ class AccessSettings(BaseModel):
     admin_tokens_file: ReadableFile = Field(
         None,
         description="File with the [tokens](../how-to/who-may.md#tokens) of people and tools: lines of `ROLE NAME "
-        "TOKEN`, where the role is `view` or `operate`. Nobody else on the machine may be able to read it.",
+        "TOKEN`, where the role is `view` or `operate`. Not everybody on the machine may be able to read it. SIGHUP "
+        "makes oncegate read it again.",
     )
     admin_session_s: Seconds = Field(28_800, description="How long a login to the admin pages lasts.")
     admin_hosts: Annotated[tuple[str, ...], list_of(parse_host)] = Field(
@@ -66,7 +67,9 @@ class AccessSettings(BaseModel):
         description="Comma list of who has which role, by the name in `ONCEGATE_ADMIN_USER_HEADER` or in a client "
         "certificate: `operate:ana@example.com,view:*@example.com`. The highest role counts.",
     )
-    admin_tls_cert_file: ReadableFile = Field(None, description="Certificate chain (PEM) of the admin listener.")
+    admin_tls_cert_file: ReadableFile = Field(
+        None, description="Certificate chain (PEM) of the admin listener. SIGHUP makes oncegate read it again."
+    )
     admin_tls_key_file: ReadableFile = Field(None, description="Private key (PEM) of `ONCEGATE_ADMIN_TLS_CERT_FILE`.")
     admin_tls_ca_file: ReadableFile = Field(
         None,
