@@ -763,7 +763,9 @@ async def test_a_complete_record_that_was_damaged_is_corrupt(store, probe):
             continue
         probe.change(KEY, meta=wrong)
         before = probe.fields(KEY)
-        assert isinstance(await claim(store), Corrupt), wrong
+        found = await claim(store)
+        # In a packed record the head is under the digest of the response, as its body is.
+        assert isinstance(found, Corrupt) or (probe.packed and not intact(found.response, found.body)), wrong
         assert probe.fields(KEY) == before
 
 

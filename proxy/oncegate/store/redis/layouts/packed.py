@@ -8,9 +8,10 @@ The first byte is the version, which also says what the record is. The token fol
 - OPEN, in flight or unknown: fence (16 digits), created (13 digits, ms), leased (13 digits, ms: when the lease began),
   the length of the lease (10 digits, ms), stage, state, mode (a letter each), self check (32 bytes), fingerprint (16),
   numbered fields. `claim.lua` writes what is before the length of the lease, and `renew.lua` from `leased` to `stage`.
-- COMPLETE: `_COMPLETE`, the reason phrase, the block of header fields, numbered fields, a check of 8 bytes over all of
-  these, the body. `length` is where the body begins. UNTIL is the same with the end of the retention behind the body
-  (13 digits, ms), of a record with a tombstone. `settle.lua` writes that.
+- COMPLETE: `_COMPLETE`, the reason phrase, the block of header fields, numbered fields, a check of 8 bytes, the body.
+  `length` is where the body begins. The check is over `_COMPLETE` and the numbered fields. Reason, block and body are
+  under the digest of the response, which `_COMPLETE` has and each replay compares. UNTIL is the same with the end of
+  the retention behind the body (13 digits, ms), of a record with a tombstone. `settle.lua` writes that.
 - DROPPED: the tombstone, as in a hash.
 
 Numbered fields are optional, and written as in store/kept.py, which has those from 6 on; 2 bytes before them, or in the
@@ -118,8 +119,12 @@ def pack_complete(claim: Claim, response: StoredResponse, body: bytes) -> bytes 
         lasted_ms,
         len(packed),
     )
-    head = b"".join((fixed, reason, block, packed))
-    return b"".join((head, blake2b(head, key=claim.key, digest_size=_CHECK_BYTES).digest(), body))
+    return b"".join((fixed, reason, block, packed, _check(claim.key, fixed, packed), body))
+
+
+def _check(key: bytes, fixed: bytes, packed: bytes) -> bytes:
+    """Return the check of a complete record. The key is hashed before the rest: as blake2b's key it would cost more."""
+    return blake2b(key + fixed + packed, digest_size=_CHECK_BYTES).digest()
 
 
 # ... and back ...
@@ -181,18 +186,18 @@ def _unpack_complete(key: bytes, value: bytes) -> tuple[int, bytes, int, Record]
         version, token, digest, fence, created_ms, fingerprint, tenant,
         length, flags, status, reason_size, took_ms, lasted_ms, fields_size,
     ) = _COMPLETE.unpack_from(value)  # fmt: skip
-    head = value[: length - _CHECK_BYTES]
-    if blake2b(head, key=key, digest_size=_CHECK_BYTES).digest() != value[length - _CHECK_BYTES : length]:
+    reason_end, fields_end = _COMPLETE.size + reason_size, length - _CHECK_BYTES
+    block_end = fields_end - fields_size
+    packed, body, until_ms = value[block_end:fields_end], value[length:], 0
+    if _check(key, value[: _COMPLETE.size], packed) != value[fields_end:length]:
         return Corrupt("the record does not match its check")
-    body, until_ms = value[length:], 0
     if version == UNTIL:
         body, digits = body[:-_UNTIL_BYTES], body[-_UNTIL_BYTES:]
         until_ms = int(digits) if digits.isdigit() else 0
-    reason_end, block_end = _COMPLETE.size + reason_size, length - _CHECK_BYTES - fields_size
     age_s, request_id, trailers, kept = 0, b"", b"", NOTHING
     if fields_size:
         try:
-            fields = unpack_fields(head[block_end:])
+            fields = unpack_fields(packed)
             age_s = int(fields.get(AGE, 0))
         except ValueError:
             return Corrupt("unknown layout")
@@ -200,7 +205,7 @@ def _unpack_complete(key: bytes, value: bytes) -> tuple[int, bytes, int, Record]
     size = len(body)
     response = StoredResponse(
         # Positions, not names: arguments by name cost twice as much here (Python 3.11, measured).
-        status, head[_COMPLETE.size : reason_end], head[reason_end:block_end], digest, 1 if size else 0, size,
+        status, value[_COMPLETE.size : reason_end], value[reason_end:block_end], digest, 1 if size else 0, size,
         flags & BODY_STORED != 0, flags & CLOSE_DELIMITED != 0, flags & STATED_LENGTH != 0,
         created_ms + lasted_ms, took_ms, age_s, request_id, trailers,
     )  # fmt: skip
