@@ -42,7 +42,7 @@ PART_rules := test_patterns test_policy test_rules test_statuses e2e/test_chosen
 PART_adaptation := test_content_codings test_adaptation test_error_pages test_heartbeats test_json_rpc e2e/test_error_pages e2e/test_json_rpc e2e/test_adapted e2e/test_cors
 PART_keys := e2e/test_tenants test_automatic test_documents test_fingerprint_parts test_forms test_key_names test_keys test_multipart test_notes test_naming test_sources \
 	test_tenants
-PART_observe := test_families test_logs test_outcome test_tracing test_usage e2e/test_admin e2e/test_tracing
+PART_observe := test_families test_monitoring test_logs test_outcome test_tracing test_usage e2e/test_admin e2e/test_tracing
 PART_admin := test_access test_admin_pages e2e/test_admin hostile/test_admin_attempts test_formats test_history test_operator_pages
 PART_operating := test_explain test_operate test_request_identity e2e/test_operate
 PART_known_heads := test_known_heads test_known_requests test_shapes e2e/test_again e2e/test_head_cache
@@ -75,6 +75,8 @@ test-real: .venv/.dev .venv/clients/.installed .venv/clients-mcp1/.installed  ##
 	test -d /usr/lib/postgresql -a -x /usr/sbin/pgbouncer -a -d /usr/lib/x86_64-linux-gnu/faketime || { \
 		apt-get update -qq && apt-get install -y -qq --no-install-recommends postgresql pgbouncer faketime && \
 		{ service postgresql stop; service pgbouncer stop; true; }; }
+	command -v promtool >/dev/null || { apt-get update -qq && \
+		apt-get install -y -qq --no-install-recommends prometheus && { service prometheus stop || true; }; }
 	command -v strace >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends strace; }
 	command -v curl >/dev/null && command -v wget >/dev/null || { apt-get update -qq && \
 		apt-get install -y -qq --no-install-recommends curl wget; }
@@ -108,8 +110,9 @@ chaos: .venv/.dev                   ## the proof: 10 minutes of faults under loa
 storm: .venv/.dev                   ## what retries cost, with and without: a minute; make storm ARGS="--seed 7 --quick"
 	$(BIN)/python -m loadtest.retry_storm $(ARGS)
 
-docs: .venv/.runtime                ## write the generated parts of the pages, and the examples' copies in config/
+docs: .venv/.dev                    ## write the generated parts of the pages, the examples' copies in config/ and the dashboard
 	$(BIN)/python docs/generate.py
+	$(BIN)/python config/grafana/dashboard.py
 
 lock: .venv/.dev                    ## make lock UPGRADE=--upgrade moves every pin to the newest release
 	$(COMPILE) --group build --output-file requirements-build.lock

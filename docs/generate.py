@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from prometheus_client.core import Metric
 
 from oncegate.commands import init
@@ -203,6 +204,32 @@ def _table(header: str, rows: list[str]) -> str:
     return "\n".join([header, re.sub(r"[^|]+", "---", header), *rows, ""])
 
 
+# Monitoring ...
+
+
+def alerts() -> str:
+    """Return the table of the alerts, with what each says."""
+    rules = [rule for group in _yaml("config/alerts.yml")["groups"] for rule in group["rules"] if "alert" in rule]
+    rows = [
+        f"| `{rule['alert']}` | {rule['labels']['severity']} | {rule['annotations']['summary']} |" for rule in rules
+    ]
+    return _table("| alert | severity | says |", rows)
+
+
+def alert_tests() -> str:
+    """Return the table of the tests of the alerts: what is planted, and which alerts it lets fire."""
+    rows = []
+    for test in _yaml("config/alerts_test.yml")["tests"]:
+        subject, _, planted = test["name"].partition(": ")
+        fired = re.findall(r'alertname="(\w+)"', str(test["promql_expr_test"][0]["exp_samples"]))
+        rows.append(f"| {subject} | {planted} | {', '.join(f'`{one}`' for one in fired) or 'none'} |")
+    return _table("| test | what is planted | alerts that fire |", rows)
+
+
+def _yaml(path: str) -> Any:
+    return yaml.safe_load((ROOT / path).read_text())
+
+
 SOURCES: dict[str, Callable[[], str]] = {
     "oncegate.settings.loading": settings,
     "oncegate.rules.presets": preset_sections,
@@ -210,6 +237,8 @@ SOURCES: dict[str, Callable[[], str]] = {
     "oncegate.messages.problems": problems,
     "oncegate.observe.metrics": metrics,
     "oncegate.commands.cli": command_line,
+    "config/alerts.yml": alerts,
+    "config/alerts_test.yml": alert_tests,
 }
 
 

@@ -253,10 +253,20 @@ def test_prometheus_scrapes_the_admin_listener() -> None:
     assert mounted == {Path("/etc/prometheus", name) for name in ["prometheus.yml", *rules]}
 
 
-def test_alerts_name_real_metrics() -> None:
-    """Every metric that an alert names is one that the proxy has."""
-    source = (ROOT / "proxy/oncegate/observe/metrics.py").read_text()
-    groups = yaml.safe_load((ROOT / "config/alerts.yml").read_text())["groups"]
-    expressions = [rule["expr"] for group in groups for rule in group["rules"]]
-    for name in re.findall(r"oncegate_(\w+)", " ".join(expressions)):
-        assert re.search(rf'"(oncegate_)?({name}|{name.removesuffix("_total")})"', source), name
+def test_grafana_is_provisioned() -> None:
+    """Grafana asks the Prometheus of the compose file, and finds the dashboard where it is mounted."""
+    mounts = dict(volume.split(":")[:2] for volume in SERVICES["grafana"]["volumes"])
+    folder = "/etc/grafana/provisioning"
+    for source, target in mounts.items():
+        if target.startswith(folder):
+            assert source == f"./config/grafana/provisioning{target.removeprefix(folder)}"
+    source, providers = (
+        yaml.safe_load((ROOT / f"config/grafana/provisioning/{name}").read_text())
+        for name in ("datasources/prometheus.yml", "dashboards/oncegate.yml")
+    )
+    url = source["datasources"][0]["url"]
+    assert (url, SERVICES["prometheus"]["ports"][0].rpartition(":")[2]) == ("http://prometheus:9090", "9090")
+    path = providers["providers"][0]["options"]["path"]
+    assert mounts["./config/grafana/oncegate.json"] == f"{path}/oncegate.json"
+    interval = yaml.safe_load((ROOT / "config/prometheus.yml").read_text())["global"]["scrape_interval"]
+    assert source["datasources"][0]["jsonData"]["timeInterval"] == interval
