@@ -42,7 +42,7 @@ GROUPS = {
     "Where to listen and where to forward": """upstream listen tls_cert_file tls_key_file admin_listen hosts
         trusted_proxies pass_host upstream_ca_file upstream_cert_file upstream_key_file rules_file pages_dir
         docs_url""",
-    "Who may see the admin pages": """admin_tokens_file admin_session_s admin_hosts admin_user_header
+    "Who may see the admin pages": """admin_tokens_file admin_session_s admin_local_view admin_hosts admin_user_header
         admin_user_proxies admin_users admin_tls_cert_file admin_tls_key_file admin_tls_ca_file""",
     "The store": """store_url data_dir embedded_max_bytes store_schema store_timeout_ms settle_timeout_s durability
         promotion audit audit_retention_s migrate_url store_max_bytes on_store_down on_store_loss quarantine_s

@@ -67,7 +67,14 @@ class Seat:
             made[0].changes.append(visitor.name)
             return app.web.Response(text="changed")
 
-        routes = [Route("GET", "/form", Role.VIEW, form), Route("POST", "/change", Role.OPERATE, change)]
+        async def defect(_: Any, _visitor: Visitor) -> Any:
+            raise ValueError("secret of a handler")
+
+        routes = [
+            Route("GET", "/form", Role.VIEW, form),
+            Route("POST", "/change", Role.OPERATE, change),
+            Route("GET", "/defect", Role.VIEW, defect),
+        ]
 
         def pages(parts: AdminParts) -> Pages:
             made = Pages(parts)

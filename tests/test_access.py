@@ -186,6 +186,25 @@ async def test_a_proxy_names_the_user(seat: Open) -> None:
     assert ben.body.startswith(b"ben@example.com VIEW ")
 
 
+async def test_replicas_accept_each_other_s_forms(seat: Open) -> None:
+    """With the same secret, also those of users that a proxy names."""
+    names = {"admin_user_header": "X-User", "admin_user_proxies": "127.0.0.2", "admin_users": "operate:ana"}
+    forms = []
+    for secret in ("s" * 32, "s" * 32, "t" * 32):
+        served = await seat(**names, secret=secret)
+        forms.append(await served.form_token("X-User: ana", peer="127.0.0.2"))
+    assert forms[0] == forms[1] != forms[2]
+
+
+async def test_a_defect_is_logged_and_told(seat: Open) -> None:
+    """A handler that fails answers like every other, and says nothing of itself to the visitor."""
+    served = await seat()
+    answer = await served.get("/defect")
+    assert (answer.status, b"secret" in answer.body, answer.header("x-frame-options")) == (500, False, b"DENY")
+    (call,) = served.log.calls
+    assert (call.args, call.kwargs["route"]) == (("admin request failed",), "/defect")
+
+
 @pytest.fixture(scope="module")
 def authority() -> trustme.CA:
     return trustme.CA()

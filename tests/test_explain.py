@@ -6,6 +6,7 @@ import pytest
 
 from oncegate.commands.cli import main
 from oncegate.settings.settings import Settings
+from tests.admin_parts import tokens_file
 
 RULES = """
 [[upstream]]
@@ -155,6 +156,17 @@ def test_a_warning_of_any_host_on_loopback(check, monkeypatch, listen, settings,
         monkeypatch.setenv(f"ONCEGATE_{name}", value)
     code, _, err = check()
     assert (code, err.startswith("warning: ONCEGATE_HOSTS is empty"), err != "") == (0, warns, warns)
+
+
+@pytest.mark.parametrize(("listen", "warns"), [("127.0.0.1:8081", False), ("0.0.0.0:8081", True)])
+def test_a_warning_of_tokens_without_tls(check, monkeypatch, tmp_path, listen, warns):
+    """`check` says where others can read tokens on their way."""
+    monkeypatch.delenv("ONCEGATE_RULES_FILE")
+    settings = {"HOSTS": "localhost", "ADMIN_LISTEN": listen, "ADMIN_TOKENS_FILE": tokens_file(tmp_path)}
+    for name, value in settings.items():
+        monkeypatch.setenv(f"ONCEGATE_{name}", str(value))
+    code, _, err = check()
+    assert (code, err.startswith("warning: ONCEGATE_ADMIN_TLS_CERT_FILE is not set"), err != "") == (0, warns, warns)
 
 
 def test_without_rules_there_is_no_table(check, monkeypatch):

@@ -40,6 +40,7 @@ CASES: dict[str, tuple[object, str, object, str, str]] = {
     "admin_tokens_file": (None, "file.pem", PEM, "none.pem", "cannot be read: No such file"),
     "admin_session_s": (28_800.0, "60", 60.0, "0", "must be"),
     "admin_hosts": ((), "Ops.test", ("ops.test",), "*.ops.test", "neither a name"),
+    "admin_local_view": (True, "false", False, "maybe", "must be true or false"),
     "admin_user_header": (None, "X-Forwarded-Email", "X-Forwarded-Email", "X Email", "must name header fields"),
     "admin_user_proxies": ((), "10.0.0.0/8", (ip_network("10.0.0.0/8"),), "10.0.0.1/8", "must be networks"),
     "admin_users": (

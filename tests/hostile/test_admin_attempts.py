@@ -92,7 +92,16 @@ async def test_two_hosts(closed: Seat) -> None:
 )
 async def test_a_target_that_is_no_path(closed: Seat, target: str) -> None:
     """The host of a target counts nothing, and makes nothing local."""
-    assert (await closed.get(target, host="evil.test")).status in (400, 403, 404)
+    for host in ("evil.test", "localhost"):
+        assert (await closed.get(target, host=host)).status in (400, 403, 404)
+
+
+async def test_no_host(closed: Seat) -> None:
+    """Whoever names no host is not known to have come under a name of the machine."""
+    for version in ("1.0", "1.1"):
+        answer = await closed.ask(f"GET /form HTTP/{version}\r\n\r\n".encode())
+        assert answer is not None
+        assert answer.status == 400
 
 
 @pytest.mark.parametrize(
@@ -104,6 +113,7 @@ async def test_a_target_that_is_no_path(closed: Seat, target: str) -> None:
             "X-Real-IP: 127.0.0.1",
             "Via: 1.1 x",
         ),
+        *("X-Forwarded-User: ana", "X-Envoy-Attempt-Count: 1", "X-Original-URL: /", "CF-Connecting-IP: ::1"),
         *("X-Forwarded-Host: localhost", "X-Forwarded-Proto: https", "x-forwarded-for: ::1"),
     ],
 )
@@ -118,6 +128,14 @@ async def test_without_tokens_the_answer_names_the_setting(closed: Seat) -> None
     answer = await closed.get("/form", "X-Forwarded-For: 10.0.0.7")
     assert (answer.status, b"ONCEGATE_ADMIN_TOKENS_FILE" in answer.body) == (403, True)
     assert (await closed.get("/healthz", "X-Forwarded-For: 10.0.0.7", host="10.0.0.7")).status == 200
+
+
+async def test_nobody_is_local_where_that_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy that hides who asks makes everybody local: a setting for those who have one."""
+    seat = await Seat.open(monkeypatch, admin_local_view=False)
+    assert (await seat.get("/form")).status == 403
+    assert (await seat.get("/healthz")).status == 200
+    await seat.close()
 
 
 async def test_a_local_visitor_changes_nothing(closed: Seat) -> None:
@@ -384,6 +402,8 @@ async def test_a_wrong_token_beside_a_session(seat: Seat) -> None:
         ("127.0.0.2", ["eve@evil.test", "ana@example.com"]),
         ("127.0.0.2", ["eve@evil.test"]),
         ("127.0.0.2", ["eve@evil.test, ana@example.com"]),
+        ("127.0.0.2", ["\xff\xfe@view.example.com"]),
+        ("127.0.0.2", ["ana\t@view.example.com"]),
         ("127.0.0.2", ["ana@example.com.evil.test"]),
         ("127.0.0.2", ["view.example.com"]),
         ("127.0.0.2", ["*@view.example.com "[:1]]),

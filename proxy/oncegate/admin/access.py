@@ -27,11 +27,13 @@ class Access:
     """Knows the tokens, and the roles of names."""
 
     def __init__(self, settings: Settings, tokens: Tokens, log: Any) -> None:
-        self._settings, self._log = settings, log
+        self._settings, self.log = settings, log
         self.tokens = tokens
         self.sessions = Sessions(settings.admin_session_s)
         self._attempts = Attempts()
-        self._form_key = secrets.token_bytes(32)
+        # The same in every replica, one of which shows a form and another gets it.
+        shared = settings.secret.get_secret_value().encode()
+        self._form_key = hmac.digest(shared, b"forms of the admin pages", sha256) if shared else secrets.token_bytes(32)
 
     def follow(self, tokens: Tokens) -> None:
         """Take the tokens of a file that was read again. Sessions of a token that is gone have ended."""
@@ -52,7 +54,7 @@ class Access:
             raise Refused(
                 403, f"{self._settings.admin_user_header} is accepted from ONCEGATE_ADMIN_USER_PROXIES alone."
             )
-        if is_local(request, self._settings.admin_hosts) and not self._is_user_proxy(request):
+        if self._settings.admin_local_view and self._is_local(request):
             return Visitor("loopback", Role.VIEW, Way.LOOPBACK, self._form_token("loopback"))
         if self.tokens:
             raise Refused(401, _NO_TOKEN)
@@ -67,7 +69,7 @@ class Access:
         count = self._attempts.note_wrong(client)
         # Ever fewer lines, so that guesses do not fill a disk.
         if count & (count - 1) == 0:
-            self._log.warning("admin token refused", client=client, attempts=count)
+            self.log.warning("admin token refused", client=client, attempts=count)
         raise Refused(401, "This token is not known.")
 
     # A proxy that authenticates people ...
@@ -77,7 +79,7 @@ class Access:
         users = self._user_fields(request)
         if not users or not self._is_user_proxy(request):
             return None
-        if len(users) > 1 or not users[0]:
+        if len(users) > 1 or not users[0] or not users[0].isprintable():
             raise Refused(403, f"{self._settings.admin_user_header} must name one user.")
         return users[0]
 
@@ -87,6 +89,10 @@ class Access:
 
     def _is_forged(self, request: web.Request) -> bool:
         return bool(self._user_fields(request)) and not self._is_user_proxy(request)
+
+    def _is_local(self, request: web.Request) -> bool:
+        # Whoever logs people in on the machine passes on what others ask.
+        return is_local(request, self._settings.admin_hosts) and not self._is_user_proxy(request)
 
     def _is_user_proxy(self, request: web.Request) -> bool:
         address = peer(request)
@@ -126,4 +132,4 @@ def _certified(request: web.Request) -> list[str]:
         return []
     subject = [value for part in certificate.get("subject", ()) for kind, value in part if kind == "commonName"]
     others = [value for kind, value in certificate.get("subjectAltName", ()) if kind in ("DNS", "email", "URI")]
-    return [*subject, *others]
+    return [name for name in (*subject, *others) if name.isprintable()]

@@ -23,6 +23,11 @@ def guarded(route: Route, access: Access) -> Callable[[web.Request], Awaitable[w
             return await route.handler(request, visitor)
         except Refused as refused:
             return _refusal(request, refused)
+        except web.HTTPException:
+            raise
+        except Exception as error:
+            access.log.error("admin request failed", route=route.path, exc_info=error)
+            return web.Response(text="This is a defect of oncegate; the log has more.\n", status=500)
 
     return handle
 

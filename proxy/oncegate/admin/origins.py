@@ -8,7 +8,8 @@ from oncegate.admin.roles import Refused
 from oncegate.settings.addresses import split_authority
 
 # What a proxy adds to a request that it passes on. Its own address says nothing of who asked then.
-_PASSED_ON = ("Forwarded", "Via", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "X-Real-IP")
+_PASSED_ON = ("cf-connecting-ip", "forwarded", "true-client-ip", "via", "x-client-ip", "x-real-ip")
+_PASSED_ON_PREFIXES = ("x-envoy-", "x-forwarded-", "x-original-")
 _FOREIGN = "Another page sent this request; load this page again, and use its own forms."
 
 
@@ -22,8 +23,8 @@ def peer(request: web.Request) -> IPv4Address | IPv6Address | None:
 
 
 def check_target(request: web.Request) -> None:
-    """Raise Refused for a request that names its host twice or in its target: two parsers could read two hosts."""
-    if len(request.headers.getall("Host", [])) != 1 or not request.raw_path.startswith("/"):
+    """Raise Refused for a request that names no host, or one in its target. aiohttp refuses several."""
+    if "Host" not in request.headers or not request.raw_path.startswith("/"):
         raise Refused(400, "The request must have one Host, and a target that is a path.")
 
 
@@ -32,7 +33,8 @@ def is_local(request: web.Request, hosts: tuple[str, ...]) -> bool:
 
     A web page can reach a loopback address under a name of its own that resolves to it (DNS rebinding).
     """
-    if any(name in request.headers for name in _PASSED_ON):
+    names = [name.lower() for name in request.headers]
+    if any(name in _PASSED_ON or name.startswith(_PASSED_ON_PREFIXES) for name in names):
         return False
     address = peer(request)
     if address is None or not address.is_loopback:

@@ -52,6 +52,11 @@ class AccessSettings(BaseModel):
         description="Comma list of hosts, as `host` or `host:port`, by which the machine itself may read the admin "
         "pages without a role, beside `localhost` and loopback addresses.",
     )
+    admin_local_view: bool = Field(
+        True,
+        description="The machine itself may read the admin pages without a role. `false` where something on the "
+        "machine passes on what others ask, and does not say so, such as a proxy of a service mesh.",
+    )
     admin_user_header: Annotated[str | None, from_text(parse_header)] = Field(
         None,
         description="Header in which a proxy that authenticates people, such as oauth2-proxy, names the user: "
