@@ -157,6 +157,13 @@ class PostgresProbe(Probe):
     def remove_mark(self, name: bytes) -> None:
         self.sql("DELETE FROM mark WHERE name = $1", name)
 
+    def index(self, key: bytes, score: int) -> None:
+        self.sql("UPDATE open_key SET score = $2 WHERE key = $1", key, score)
+
+    def entries(self) -> dict[bytes, list[int]]:
+        rows = self.sql("SELECT key, array_agg(score) AS scores FROM open_key GROUP BY key")
+        return {row["key"]: row["scores"] for row in rows}
+
     def scan_left_ms(self) -> int:
         return int(self._connection.value("SELECT until - now_ms() FROM lease WHERE name = 'scan'"))
 

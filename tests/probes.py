@@ -14,12 +14,12 @@ from oncegate.store.record import DROPPED, Claim, Corrupt, Record, self_check, t
 from oncegate.store.record_name import parse_record_id, store_key
 from oncegate.store.redis.arguments import LAYOUT
 from oncegate.store.redis.layouts.packed import OPEN, UNTIL, hash_fields, numbered, pack_complete, terms_begin
-from oncegate.store.redis.records import SCAN_KEY
 from oncegate.store.redis.replies import claim_result
 from oncegate.store.redis.server import load_scripts
 from oncegate.store.results import ClaimResult
 
 Fields = dict[str, bytes]
+SCAN_KEY = b"once:scan"
 SCRIPTS = load_scripts()
 
 
@@ -162,6 +162,14 @@ class Probe(ABC):
         """Lose a mark."""
 
     @abstractmethod
+    def index(self, key: bytes, score: int) -> None:
+        """Give a key this score in the index of open keys, as an owner with another lease would have."""
+
+    @abstractmethod
+    def entries(self) -> dict[bytes, list[int]]:
+        """Return the index of open keys: the scores of each key."""
+
+    @abstractmethod
     def scan_left_ms(self) -> int:
         """Return how long the reserved scan is one replica's."""
 
@@ -255,6 +263,16 @@ class RedisProbe(Probe):
 
     def remove_mark(self, name: bytes) -> None:
         self.client.delete(name)
+
+    def index(self, key: bytes, score: int) -> None:
+        self.client.zadd("once:open", {store_key(key): score})
+
+    def entries(self) -> dict[bytes, list[int]]:
+        found = [
+            (parse_record_id(name.decode()), int(score))
+            for name, score in self.client.zrange("once:open", 0, -1, withscores=True)
+        ]
+        return {key: [score] for key, score in found if key is not None}
 
     def scan_left_ms(self) -> int:
         return int(self.client.pttl(SCAN_KEY))

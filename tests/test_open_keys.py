@@ -5,17 +5,29 @@ from collections.abc import AsyncIterator, Collection
 
 import pytest
 
-from oncegate.store.open_keys.listing import open_counts, open_keys, read_place, write_place
+from oncegate.store.open_keys.listing import open_counts, open_keys
+from oncegate.store.open_keys.places import FIRST, read_place, write_place
+from oncegate.store.record_name import record_id
 from oncegate.store.record_view import UNDECIDED, OpenKind, RecordView
 from oncegate.store.store import Store
 from tests.probes import Probe
 from tests.stores import KEY, PATIENCE_S, claimed, connected, key, store_small
 
 
-@pytest.fixture
-async def store(stored: Probe) -> AsyncIterator[Store]:
+@pytest.fixture(params=["index", "scan"])
+async def store(stored: Probe, request: pytest.FixtureRequest) -> AsyncIterator[Store]:
+    """A store, with an index of its open keys, and without one: then they are found by a scan."""
     async with connected(stored.url) as store:
+        if request.param == "index":
+            await indexed(store)
         yield store
+
+
+async def indexed(store: Store) -> None:
+    """Note that the index of an empty store has all open keys."""
+    for server in store.records.servers:
+        await server.index.begin()
+        await server.index.note_complete()
 
 
 async def listed(store: Store, limit: int = 100, kinds: Collection[OpenKind] = UNDECIDED) -> list[RecordView]:
@@ -32,12 +44,19 @@ async def counted(store: Store) -> dict[str, int]:
     return {kind.value: count.keys for kind, count in (await open_counts(store.records)).items() if count.keys}
 
 
+def lapse(probe: Probe, key: bytes, ago_ms: int = 1) -> None:
+    """Let the lease of a key have ended so long ago, as if its owner had died: the index says so, too."""
+    ends_ms = probe.now_ms() - ago_ms
+    probe.change(key, lease=ends_ms)
+    probe.index(key, ends_ms)
+
+
 async def test_an_open_key_is_one_of_four_kinds(store: Store, stored: Probe) -> None:
     """A key that is complete or free is none of them."""
     modes = (b"hold", b"hold", b"hold", b"retry", b"hold", b"hold")
     claims = [await claimed(store, mode, key(number)) for number, mode in enumerate(modes)]
     running, lapsed, held, retried, complete, freed = claims
-    stored.change(lapsed.key, lease=stored.now_ms() - 5000)
+    lapse(stored, lapsed.key, 5000)
     for claim in (held, retried):
         await store.mark_unknown(claim, "cut off", PATIENCE_S)
     await store_small(store, complete)
@@ -74,5 +93,5 @@ def test_a_place_that_no_page_named(text: str) -> None:
 
 
 def test_a_place_is_written_and_read() -> None:
-    assert read_place(write_place((1_700_000_000_000, KEY))) == (1_700_000_000_000, KEY)
-    assert read_place("") == (0, b"")
+    assert read_place(write_place((1_700_000_000_000, record_id(KEY)))) == (1_700_000_000_000, record_id(KEY))
+    assert read_place("") == FIRST

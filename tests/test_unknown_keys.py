@@ -10,9 +10,9 @@ from oncegate.keys.digests import Scope
 from oncegate.store import unknown_keys
 from oncegate.store.record import Claim, ClaimRequest, StoredResponse
 from oncegate.store.record_name import record_id
-from oncegate.store.redis.records import SCAN_KEY
 from oncegate.store.store import Store
 from oncegate.store.unknown_keys import WARN_MS, UnknownKeys
+from tests.probes import SCAN_KEY
 from tests.stores import connected
 from tests.topologies import Server, free_ports, wait_for
 
@@ -44,7 +44,8 @@ class Looks:
         )
 
     async def counts(self) -> tuple[int, int]:
-        await self.keys.scan()
+        await self.keys.look()
+        await self.keys.recount()
         return self.keys.count, self.keys.expiring
 
 
@@ -62,6 +63,7 @@ async def test_only_unknown_keys_that_are_held_count(store, probe):
     for claim in (held, retried):
         await store.mark_unknown(claim, "cut off", 2)
     probe.change(died.key, lease=1)
+    probe.index(died.key, 1)
     assert await Looks(store).counts() == (2, 0)
 
 
@@ -86,13 +88,16 @@ async def test_a_key_with_a_short_life_is_not_named(store):
 
 
 async def test_replicas_share_one_look_an_hour(store, probe):
-    await store.mark_unknown(await claimed(store, 1), "cut off", 2)
+    """One of them looks at the store, and all know what it found."""
+    held = await claimed(store, 1)
+    await store.mark_unknown(held, "cut off", 2)
+    probe.expire(held.key, WARN_MS - 5_400_000)
     first, second = Looks(store), Looks(store)
-    assert (await first.counts(), await second.counts()) == ((1, 0), (0, 0))
+    assert (await first.counts(), await second.counts()) == ((1, 1), (1, 1))
     assert 0 < probe.scan_left_ms() <= unknown_keys.PERIOD_S * 1000
-    # Whoever looked an hour ago no longer speaks of it.
-    probe.end_scan()
-    assert (await second.counts(), await first.counts()) == ((1, 0), (0, 0))
+    await store.mark_unknown(await claimed(store, 2), "cut off", 2)
+    assert (await first.counts(), await second.counts()) == ((1, 1), (1, 1))
+    assert [len(one.warnings) for one in (first, second)] == [1, 0]
 
 
 @pytest.mark.parametrize(("dead_for_ms", "is_kept"), [(RETENTION_MS // 2, True), (RETENTION_MS * 2, False)])
@@ -100,7 +105,9 @@ async def test_a_partial_response_does_not_stay_as_long_as_its_key(store, probe,
     """An owner that was killed in the middle of a response leaves its key, and for one retention what it stored."""
     owner = await claimed(store, 1)
     await store.append(owner, 0, b"x" * 100_000, 2)
-    probe.change(owner.key, lease=probe.now_ms() - dead_for_ms)
+    ended_ms = probe.now_ms() - dead_for_ms
+    probe.change(owner.key, lease=ended_ms)
+    probe.index(owner.key, ended_ms)
     probe.expire(owner.key, UNKNOWN_RETENTION_MS - dead_for_ms)
     before = probe.left_ms(owner.key)
     looks = Looks(store)

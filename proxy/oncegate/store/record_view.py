@@ -3,9 +3,8 @@
 Nothing here shows what was requested or responded, and nothing changes a record.
 """
 
-from collections.abc import AsyncIterator, Collection, Sequence
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from oncegate.decision import HOLD, State, effective_state
 from oncegate.store.kept import NOTHING, Kept, unpack_kept
@@ -213,80 +212,3 @@ def claim_of(record: RecordView, kept_ms: int) -> Claim:
         unknown_retention_ms=kept_ms,
         kept=record.kept,
     )
-
-
-# Open records ...
-
-
-class OpenCount(NamedTuple):
-    """How many open keys of one kind there are, and how long ago the `since_ms` of the oldest was."""
-
-    keys: int = 0
-    oldest_ms: int = 0
-
-
-OpenCounts = dict[OpenKind, OpenCount]
-
-
-class OpenPage(NamedTuple):
-    """Some open keys, the oldest first. `after` names the place of the last, and is empty after the last page."""
-
-    records: list[RecordView]
-    after: str = ""
-
-
-# All records ...
-
-
-class ServerRecords(Protocol):
-    """The records on one server of a store. `name` is its address for operators. All raise StoreError."""
-
-    @property
-    def name(self) -> str: ...
-
-    async def reserve_scan(self, lasts_ms: int) -> bool:
-        """Return whether the scan that one of the replicas does is this one's. Nobody else gets it for `lasts_ms`."""
-
-    def scan(self, prefix: str = "", pause_s: float = 0.0) -> AsyncIterator[RecordView]:
-        """Yield records as `Records.scan` does. `pause_s`: the pause after each page."""
-
-    async def open_keys(self, limit: int, after: str = "", kinds: Collection[OpenKind] = UNDECIDED) -> OpenPage:
-        """Return the oldest open keys of these kinds behind the place `after`. Raises ValueError for no such place."""
-
-    async def open_counts(self) -> OpenCounts:
-        """Return how many open keys of each kind there are."""
-
-
-class Records(Protocol):
-    """The records of a store for its operators. All raise StoreError."""
-
-    @property
-    def servers(self) -> Sequence[ServerRecords]:
-        """The servers that have records now, each with a part of them."""
-
-    async def read(self, key: bytes) -> RecordView | None:
-        """Return the record of a key, or None."""
-
-    def scan(self, prefix: str = "") -> AsyncIterator[RecordView]:
-        """Yield the records whose id begins with `prefix`.
-
-        A record that comes or goes meanwhile may be left out, and any record may come twice.
-        """
-
-    async def proxy_of(self, token: bytes) -> tuple[str, int | None]:
-        """Return the name of the proxy that made a token, and the ms since it last wrote its name (None: unknown)."""
-
-    async def introduce(self, token: bytes, name: str, retention_ms: int) -> None:
-        """Write the name behind a token, for operators who look at its record later."""
-
-    async def identities(self) -> list[str]:
-        """Return the settings by which the proxies on this store name keys."""
-
-    async def unpack(self) -> int:
-        """Write packed records so that older versions read them, let these in again, and return how many there were.
-
-        Raises StoreError while a proxy still packs records, and where a store has one layout alone.
-        """
-
-    async def begin_quarantine(self, lasts_ms: int) -> None:
-        """Let the proxies that heed a quarantine refuse first-time keys for so long, as after a loss."""

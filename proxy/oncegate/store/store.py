@@ -12,8 +12,9 @@ from typing import Any, Protocol
 from oncegate.hostnames.resolver import Resolver
 from oncegate.keys.digests import Scope
 from oncegate.store.membership import Membership
+from oncegate.store.open_keys.records import Records
 from oncegate.store.record import Claim, ClaimRequest, StoredResponse
-from oncegate.store.record_view import Records, RecordView
+from oncegate.store.record_view import RecordView
 from oncegate.store.results import (
     AppendStatus,
     ClaimResult,

@@ -1,1 +1,6 @@
-"""Open keys, whatever keeps them: `listing.py` puts them in order, page by page, for a server or for a whole store."""
+"""The records of a store for its operators, and above all the open ones.
+
+- `records.py` is how they are read: one by its key, each in a scan, and the open ones by an index.
+- `index.py` is what the index is for, whatever keeps it; `scores.py` and `places.py` are the order in it.
+- `listing.py` puts open keys of a whole store in order, also where the index is not complete.
+"""

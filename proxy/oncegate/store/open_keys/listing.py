@@ -1,60 +1,14 @@
-"""Pages of open keys, the oldest first, of one server or of a whole store.
+"""Open keys of a whole store, the oldest first, and those of a server without an index.
 
-Every open key has a place among all others, so that a page of a whole store is the first of the pages of its servers.
+Every open key has a place among all others, so a page of a whole store is the first of the pages of its servers.
 """
 
 import asyncio
-import heapq
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
-from oncegate.store.record_name import parse_record_id, record_id
-from oncegate.store.record_view import (
-    UNDECIDED,
-    OpenCount,
-    OpenCounts,
-    OpenKind,
-    OpenPage,
-    Records,
-    RecordView,
-    ServerRecords,
-)
-
-
-def place_of(record: RecordView) -> tuple[int, bytes]:
-    """Return the place of an open key among the others. It stays the same until its lease or its state changes."""
-    return record.since_ms, record.key
-
-
-def write_place(place: tuple[int, bytes]) -> str:
-    return f"{place[0]}-{record_id(place[1])}"
-
-
-def read_place(text: str) -> tuple[int, bytes]:
-    """Return the place that a page has named, or the first for an empty text. Raises ValueError."""
-    since, _, name = text.partition("-")
-    if not text:
-        return 0, b""
-    if not since.isdigit() or len(since) > 15 or (key := parse_record_id(f"once:{{{name}}}")) is None:
-        raise ValueError("no place in the list of open keys")
-    return int(since), key
-
-
-def page_of(records: Collection[RecordView], limit: int, has_more: bool = False) -> OpenPage:
-    """Return the first of some open keys as a page. `has_more`: there are others behind these."""
-    first = heapq.nsmallest(limit, records, key=place_of)
-    return OpenPage(first, write_place(place_of(first[-1])) if first and (has_more or len(records) > limit) else "")
-
-
-def add_counts(counts: Sequence[OpenCounts]) -> OpenCounts:
-    """Return the counts of several servers as one."""
-    by_kind = {kind: [one[kind] for one in counts if kind in one] for kind in OpenKind}
-    return {
-        kind: OpenCount(sum(one.keys for one in ones), max((one.oldest_ms for one in ones), default=0))
-        for kind, ones in by_kind.items()
-    }
-
-
-# Of a whole store ...
+from oncegate.store.open_keys.places import OpenCount, OpenCounts, OpenPage, add_counts, page_of, place_of, read_place
+from oncegate.store.open_keys.records import Records, ServerRecords
+from oncegate.store.record_view import UNDECIDED, OpenKind
 
 
 async def open_keys(records: Records, limit: int, after: str = "", kinds: Collection[OpenKind] = UNDECIDED) -> OpenPage:

@@ -3,25 +3,21 @@
 import asyncio
 from base64 import urlsafe_b64decode
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from oncegate.keys.digests import KEY_DIGEST_BYTES
+from oncegate.store.open_keys.index import OpenIndex
 from oncegate.store.open_keys.listing import scanned_open_counts, scanned_open_keys
+from oncegate.store.open_keys.places import OpenCounts, OpenPage
 from oncegate.store.postgres.connections.durability import Level
 from oncegate.store.postgres.connections.session import Lost, Refused
+from oncegate.store.postgres.open_index import PostgresEntries
 from oncegate.store.postgres.rows import MODE_OF, STAGES
 from oncegate.store.postgres.servers import Servers
 from oncegate.store.record import PREFIX_BYTES, ViewState, self_check
 from oncegate.store.record_name import record_id
-from oncegate.store.record_view import (
-    UNDECIDED,
-    OpenCounts,
-    OpenKind,
-    OpenPage,
-    RecordView,
-    StoreError,
-    read_fields,
-)
+from oncegate.store.record_view import UNDECIDED, OpenKind, RecordView, StoreError, read_fields
 
 # For one reply.
 TIMEOUT_S = 5.0
@@ -35,13 +31,16 @@ SELECT key, state, token, fence, mode, fingerprint, tenant || self AS self, leas
 FROM record
 """
 _READ = f"{_COLUMNS} WHERE key = $1"
+_READ_ALL = f"{_COLUMNS} WHERE key = ANY($1::bytea[])"
 # Rows that do not stand count as well, so that a page is short work among any number of them.
 _SCAN = f"{_COLUMNS} WHERE key > $1 AND key <= $2 ORDER BY key LIMIT {PAGE}"
 _RESERVE = """
-INSERT INTO lease AS held (name, owner, until) VALUES ($1, $2, now_ms() + $3)
+INSERT INTO lease AS held (name, owner, until) VALUES ($1, '', now_ms() + $2)
 ON CONFLICT (name) DO UPDATE SET owner = excluded.owner, until = excluded.until WHERE held.until <= now_ms()
 RETURNING name
 """
+_NOTE = "UPDATE lease SET owner = $2 WHERE name = $1"
+_NOTED = "SELECT owner FROM lease WHERE name = $1"
 _PROXY = "SELECT name, now_ms() - at_ms AS age FROM proxy WHERE prefix = $1"
 _INTRODUCE = """
 INSERT INTO proxy (prefix, counter, name, retention_ms, at_ms) VALUES ($1, 0, $2, $3, now_ms())
@@ -115,9 +114,16 @@ class PostgresRecords:
     """The records of a store, as `Records` and as its one server's `ServerRecords`."""
 
     name = "the store"
+    # Housekeeping does what a scan would.
+    needs_scans = False
 
     def __init__(self, servers: Servers) -> None:
         self._servers = servers
+        self.index: OpenIndex = OpenIndex(PostgresEntries(partial(fetch, servers, Level.OFF), self._read_all))
+
+    async def _read_all(self, keys: list[bytes]) -> list[RecordView]:
+        rows = await fetch(self._servers, Level.OFF, _READ_ALL, keys)
+        return [record for row in rows if (record := view(row)) is not None]
 
     @property
     def servers(self) -> Sequence["PostgresRecords"]:
@@ -138,13 +144,19 @@ class PostgresRecords:
             await asyncio.sleep(pause_s)
 
     async def open_keys(self, limit: int, after: str = "", kinds: Collection[OpenKind] = UNDECIDED) -> OpenPage:
+        if await self.index.is_complete():
+            return await self.index.page(limit, after, kinds)
         return await scanned_open_keys(self, limit, after, kinds)
 
     async def open_counts(self) -> OpenCounts:
-        return await scanned_open_counts(self)
+        return await self.index.counts() if await self.index.is_complete() else await scanned_open_counts(self)
 
-    async def reserve_scan(self, lasts_ms: int) -> bool:
-        return bool(await fetch(self._servers, Level.OFF, _RESERVE, b"scan", b"", lasts_ms))
+    async def reserve(self, work: bytes, lasts_ms: int) -> bytes | None:
+        rows = await fetch(self._servers, Level.OFF, _RESERVE, work, lasts_ms)
+        return None if rows else (await fetch(self._servers, Level.OFF, _NOTED, work))[0]["owner"]
+
+    async def note(self, work: bytes, found: bytes) -> None:
+        await fetch(self._servers, Level.OFF, _NOTE, work, found)
 
     async def proxy_of(self, token: bytes) -> tuple[str, int | None]:
         rows = await fetch(self._servers, Level.OFF, _PROXY, token[:PREFIX_BYTES])

@@ -11,6 +11,7 @@ from itertools import count
 from typing import Any
 
 from oncegate.keys.digests import Scope
+from oncegate.store.open_keys.records import Records
 from oncegate.store.postgres import rows
 from oncegate.store.postgres.batches import Batches
 from oncegate.store.postgres.claims import MAX_PAUSE_S, MIN_PAUSE_S, ClaimBatches, Claims
@@ -91,7 +92,8 @@ class PostgresStore:
         )
         self._audit = options.actor or self._prefix, options.audit, hmac_pads(options.audit_key)
         self._housekeeping = Housekeeping(self._servers, self._prefix, self._audit[1:])
-        self.records, self.marks = PostgresRecords(self._servers), PostgresMarks(self._servers)
+        self.records: Records = PostgresRecords(self._servers)
+        self.marks = PostgresMarks(self._servers)
         self._settles, self._renewals = self._batches(rows.SETTLE, Level.DISK), self._batches(rows.RENEW, Level.OFF)
         claim_batches = ClaimBatches(self._batches)
         self._releases = claim_batches.releases

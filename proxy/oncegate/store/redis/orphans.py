@@ -9,8 +9,8 @@ from oncegate.store.record import ViewState
 from oncegate.store.record_name import parse_record_id
 from oncegate.store.record_view import StoreError, claim_of
 from oncegate.store.redis.node import Node
-from oncegate.store.redis.records import ask, checked
 from oncegate.store.redis.store import RedisStore
+from oncegate.store.redis.views.reading import ask, checked
 from oncegate.store.store import StoreConfig
 
 TIMEOUT_S = 5.0

@@ -26,6 +26,7 @@ INFO = command("INFO", "server", "memory", "replication", "persistence", "stats"
 # redis-py repeats no command: `Store` does, with the same token.
 OPTIONS: dict[str, Any] = {"protocol": 2, "retry": None, "retry_on_error": [], "driver_info": None}
 OLDEST = (7, 0)
+_INDEX = b"local index = 'once:open'"
 # Above this share of the memory limit, responses are stored without their body.
 FULL_RATIO = 0.9
 
@@ -50,13 +51,15 @@ class Clock:
         return int(time.monotonic() * 1000 + self.offset_ms)
 
 
-def load_scripts() -> dict[str, Script]:
-    """Return the scripts by verb."""
+def load_scripts(*, indexes: bool = True) -> dict[str, Script]:
+    """Return the scripts by verb. `indexes`: they write the index of open keys, which no script of a cluster can."""
     bodies = {
         path.name[:-4]: path.read_bytes()
         for path in files("oncegate.store.redis.lua").iterdir()
         if path.name.endswith(".lua")
     }
+    if not indexes:
+        bodies = {verb: body.replace(_INDEX, b"local index = false") for verb, body in bodies.items()}
     return {verb: Script(verb, body) for verb, body in bodies.items()}
 
 

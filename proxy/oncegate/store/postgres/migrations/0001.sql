@@ -74,6 +74,23 @@ CREATE TABLE IF NOT EXISTS record (
     fillfactor = 20, toast_tuple_target = 8160, autovacuum_vacuum_scale_factor = 0.05
 );
 
+-- The index of open keys: one row for each record that is in flight or unknown, made and removed with its change. What
+-- `score` says is in store/open_keys/scores.py. Not unique: a row that is left behind must not stop a claim, and readers ask
+-- the record. Unlogged, so that it costs no WAL: a crash or a failover empties it, and `open_complete` with it, until a proxy
+-- has looked through the records.
+CREATE UNLOGGED TABLE IF NOT EXISTS open_key (
+    key   bytea  NOT NULL,
+    score bigint NOT NULL
+) WITH (
+    -- As many rows come and go as there are claims. Space is reused at once, before the table and its index grow.
+    fillfactor = 50, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_cost_delay = 0
+);
+CREATE INDEX IF NOT EXISTS open_key_key ON open_key (key);
+CREATE UNLOGGED TABLE IF NOT EXISTS open_complete (
+    place   smallint PRIMARY KEY DEFAULT 1 CHECK (place = 1),
+    is_done boolean  NOT NULL
+);
+
 -- Bodies that do not fit into their record. Partitions by day (`chunk_20260101`), dropped as a whole.
 CREATE TABLE IF NOT EXISTS chunk (
     day    int   NOT NULL,
@@ -219,6 +236,21 @@ $$ SELECT pg_try_advisory_xact_lock(lock # ('record'::regclass::oid::bigint << 3
 CREATE OR REPLACE FUNCTION is_there(wanted bytea) RETURNS boolean LANGUAGE plpgsql VOLATILE AS
 $$ BEGIN RETURN EXISTS (SELECT FROM record WHERE key = wanted); END $$;
 
+-- Gives a key the entry that it should have in the index of open keys.
+CREATE OR REPLACE FUNCTION note_open(opened bytea, new_score bigint) RETURNS boolean LANGUAGE plpgsql VOLATILE AS $$
+BEGIN
+    UPDATE open_key SET score = new_score WHERE key = opened;
+    IF NOT FOUND THEN
+        INSERT INTO open_key (key, score) VALUES (opened, new_score);
+    END IF;
+    RETURN true;
+END
+$$;
+
+-- The score of a key whose outcome is unknown in this mode.
+CREATE OR REPLACE FUNCTION unknown_score(mode smallint, created bigint) RETURNS bigint LANGUAGE sql IMMUTABLE AS
+$$ SELECT created - CASE mode WHEN 1 THEN 10000000000000 ELSE 20000000000000 END $$;
+
 -- Claims keys that have no record, and reads the records of the others. Past `not_after` it only reads.
 -- An insert would wait for one that is not committed: the lock says so first. A key that came between the read and the lock
 -- breaks the primary key, and undoes the call.
@@ -250,6 +282,8 @@ BEGIN
             (SELECT partition_day('chunk', today)), a.mode, began + a.lease_ms,
             began + a.retention, began + a.retention, 1, audited::int, CASE WHEN audited THEN began ELSE 0 END, a.digest
         FROM asked a WHERE a.fence IS NOT NULL
+    ), opened AS (
+        INSERT INTO open_key (key, score) SELECT a.key, began + a.lease_ms FROM asked a WHERE a.fence IS NOT NULL
     ), entries AS (
         INSERT INTO audit (day, at, no, before_at, fence, event, key, token, actor, rule, digest)
         SELECT (SELECT partition_day('audit', today)), began, 1, 0, a.fence, 1, a.key, a.token, actor, a.rule, a.digest
@@ -309,7 +343,7 @@ BEGIN
             audit_digest = CASE WHEN a.is_back THEN audit_digest_of(pads, r.audit_digest, r.key, r.audit_no + 1, began, 3,
                 r.token, r.fence, actor, a.rule, 0, 0, '') ELSE r.audit_digest END
         FROM asked a WHERE r.key = a.key AND a.verdict IN ('extend', 'restart')
-        RETURNING r.key, r.token, r.fence, r.audit_no, r.audit_digest, a.is_back, a.rule, a.r_audit_at
+        RETURNING note_open(r.key, r.lease), r.key, r.token, r.fence, r.audit_no, r.audit_digest, a.is_back, a.rule, a.r_audit_at
     ), returns AS (
         INSERT INTO audit (day, at, no, before_at, fence, event, key, token, actor, rule, digest)
         SELECT (SELECT partition_day('audit', today)), began,
@@ -330,7 +364,8 @@ BEGIN
             FROM asked WHERE verdict IN ('take', 'claim') OFFSET 0
         ) a
         WHERE r.key = a.key
-        RETURNING r.key, r.token, r.fence, r.audit_no, r.audit_digest, a.event, a.rule, a.r_token, a.r_audit_at
+        RETURNING note_open(r.key, r.lease), r.key, r.token, r.fence, r.audit_no, r.audit_digest, a.event, a.rule, a.r_token,
+            a.r_audit_at
     ), entries AS (
         INSERT INTO audit (day, at, no, before_at, fence, event, key, token, actor, rule, detail, digest)
         SELECT (SELECT partition_day('audit', today)), began,
@@ -384,7 +419,9 @@ BEGIN
             audit_digest = CASE WHEN a.is_back THEN audit_digest_of(pads, r.audit_digest, r.key, r.audit_no + 1, began, 3,
                 r.token, r.fence, actor, '', 0, 0, '') ELSE r.audit_digest END
         FROM asked a WHERE r.key = a.key AND a.tag = 1
-        RETURNING r.key, r.token, r.fence, r.audit_no, r.audit_digest, a.is_back, a.r_audit_at
+        RETURNING r.key, r.lease, r.token, r.fence, r.audit_no, r.audit_digest, a.is_back, a.r_audit_at
+    ), open AS (
+        UPDATE open_key o SET score = n.lease FROM renewed n WHERE o.key = n.key
     ), entries AS (
         INSERT INTO audit (day, at, no, before_at, fence, event, key, token, actor, digest)
         SELECT (SELECT partition_day('audit', today)), began,
@@ -402,6 +439,15 @@ BEGIN
     INSERT INTO chunk AS c (day, key, token, index, bytes)
     VALUES (keep_tail.day, call.key, call.token, call.chunk_count - 1, call.tail)
     ON CONFLICT ON CONSTRAINT chunk_pkey DO UPDATE SET bytes = excluded.bytes;
+    RETURN true;
+END
+$$;
+
+-- Adds the entry of a key whose outcome is unknown to the index of open keys.
+CREATE OR REPLACE FUNCTION note_unknown(opened bytea, mode smallint, created bigint) RETURNS boolean
+LANGUAGE plpgsql VOLATILE AS $$
+BEGIN
+    INSERT INTO open_key (key, score) VALUES (opened, unknown_score(mode, created));
     RETURN true;
 END
 $$;
@@ -432,6 +478,11 @@ BEGIN
         call.chunk_count, call.size, call.why, call.meta, call.body, audited::int, CASE WHEN audited THEN began ELSE 0 END, digest);
     IF call.tail IS NOT NULL THEN
         PERFORM keep_tail(day, call);
+    END IF;
+    IF call.event IN (6, 7) THEN
+        PERFORM note_open(call.key, unknown_score(call.mode, call.created));
+    ELSE
+        DELETE FROM open_key o WHERE o.key = call.key;
     END IF;
     RETURN 0;
 END
@@ -488,7 +539,11 @@ BEGIN
                 ELSE r.audit_digest END
         FROM asked a WHERE r.key = a.key AND a.verdict = 0 AND NOT a.is_new
         RETURNING a.call, r.audit_no, r.audit_digest, a.r_audit_at,
-            CASE WHEN (a.call).tail IS NOT NULL THEN keep_tail(r.bucket, a.call) END
+            CASE WHEN (a.call).tail IS NOT NULL THEN keep_tail(r.bucket, a.call) END,
+            -- Beside the row that goes: the statement does not see this one.
+            CASE WHEN a.event IN (6, 7) THEN note_unknown(r.key, r.mode, r.created) END
+    ), closed AS (
+        DELETE FROM open_key o USING changed c WHERE o.key = (c.call).key
     ), entries AS (
         INSERT INTO audit (day, at, no, before_at, fence, size, status, event, key, token, actor, detail, digest)
         SELECT (SELECT partition_day('audit', today)), began, c.audit_no, c.r_audit_at, (c.call).fence, (c.call).size,
@@ -613,6 +668,7 @@ BEGIN
         kept = CASE event WHEN 9 THEN r.kept END,
         chunks = CASE WHEN size > 0 THEN 1 ELSE 0 END, status = resolve_1.status, why = NULL, meta = resolve_1.meta, body = resolve_1.body
     WHERE record.key = resolve_1.key;
+    DELETE FROM open_key o WHERE o.key = resolve_1.key;
     IF tail IS NOT NULL THEN
         INSERT INTO chunk VALUES (r.bucket, resolve_1.key, new_token, 0, tail) ON CONFLICT DO NOTHING;
     END IF;

@@ -9,6 +9,8 @@
 --        | {tag, 'complete', now_ms, meta, body or false, more or false}
 --        | {tag, 'expired', now_ms, meta}
 --        | {tag, state, now_ms, token, fence, mode, fingerprint, self, lease_left_ms, created_ms, status or false, more or false}
+-- The index of open keys (see store/redis/layouts/open_index.py). It never fails a claim.
+local index = 'once:open'
 local tag, token, terms, layout = ARGV[1], ARGV[2], ARGV[3], ARGV[6]
 local time = redis.call('TIME')
 local micros = string.format('%010d%06d', time[1], time[2])
@@ -23,6 +25,9 @@ if layout == 'packed' then
     local claim = '\4' .. token .. micros .. created .. created .. terms
     value = redis.pcall('SET', KEYS[1], claim, 'NX', 'GET', 'PX', ARGV[4])
     if not value then
+      if index then
+        redis.pcall('ZADD', index, now + terms:sub(1, 10), KEYS[1])
+      end
       return {tag, 'claimed', now, micros, created}
     end
   end
@@ -51,6 +56,9 @@ if value then
       end
       redis.call('SETRANGE', KEYS[1], 46, created .. terms:sub(1, 10))
       redis.call('PEXPIRE', KEYS[1], ARGV[4])
+      if index then
+        redis.pcall('ZADD', index, now + lease_ms, KEYS[1])
+      end
       return {tag, 'claimed', now, fence, value:sub(34, 46)}
     end
     local leased = tonumber(value:sub(47, 59)) or 0
@@ -60,6 +68,9 @@ if value then
       redis.call('PEXPIRE', KEYS[1], ARGV[4], 'NX')
       redis.call('SETRANGE', KEYS[1], 46, created)
       leased = now
+      if index then
+        redis.pcall('ZADD', index, now + (tonumber(value:sub(60, 69)) or 0), KEYS[1])
+      end
       value = value:sub(1, 46) .. created .. value:sub(60)
     end
     local ended = state == 'u' or (state == 'i' and leased + (tonumber(value:sub(60, 69)) or 0) <= now)
@@ -100,6 +111,9 @@ elseif fields[1] or fields[2] or redis.call('EXISTS', KEYS[1]) == 1 then
     end
     redis.call('HSET', KEYS[1], 'lease', now + lease_ms)
     redis.call('PEXPIRE', KEYS[1], ARGV[4])
+    if index then
+      redis.pcall('ZADD', index, now + lease_ms, KEYS[1])
+    end
     return {tag, 'claimed', now, fence, fields[9]}
   elseif state ~= 'released' then
     local left, whole = (tonumber(fields[8]) or 0) - now, tonumber(fields[10]) or lease_ms
@@ -108,6 +122,9 @@ elseif fields[1] or fields[2] or redis.call('EXISTS', KEYS[1]) == 1 then
       left = whole
       redis.call('HDEL', KEYS[1], 'lease')
       redis.call('HSET', KEYS[1], 'lease', now + whole)
+      if index then
+        redis.pcall('ZADD', index, now + whole, KEYS[1])
+      end
     end
     local ended = state == 'unknown' or (state == 'in_flight' and left <= 0)
     local open = ended and fields[5] == 'retry' and fields[6] == fingerprint and expected_token ~= '' and fields[3] == expected_token
@@ -141,5 +158,8 @@ else
     redis.call('HSET', KEYS[1], 'more', terms:sub(64))
   end
   redis.call('PEXPIRE', KEYS[1], ARGV[4])
+end
+if index then
+  redis.pcall('ZADD', index, now + lease_ms, KEYS[1])
 end
 return {tag, 'claimed', now, fence, created}

@@ -5,6 +5,8 @@
 --   stage: how far its exchange got, for operators
 --   layout: the one that the record most probably has, 'packed' or 'hash'
 -- Returns: {tag, 'renewed' or 'absent' or 'unknown' or 'complete' or 'fenced'}
+-- The index of open keys (see store/redis/layouts/open_index.py). It never fails a renewal.
+local index = 'once:open'
 local tag, token, lease = ARGV[1], ARGV[2], ARGV[3]
 local fields = {}
 local likely = ARGV[6] == 'packed'
@@ -38,4 +40,7 @@ else
   redis.call('HSET', KEYS[1], 'lease', now + lease, 'stage', ARGV[5])
 end
 redis.call('PEXPIRE', KEYS[1], ARGV[4])
+if index then
+  redis.pcall('ZADD', index, now + lease, KEYS[1])
+end
 return {tag, 'renewed'}

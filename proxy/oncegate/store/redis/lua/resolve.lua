@@ -5,6 +5,8 @@
 --   answer: retention_ms meta body tombstone_ms more (more: what is kept with the record, else '')
 --   release: operator fence (operator: a token that fences the owner)
 -- Returns: {tag, 'resolved' or 'released' or 'absent' or 'complete' or 'fenced'}
+-- The index of open keys (see store/redis/layouts/open_index.py). It never fails a decision.
+local index = 'once:open'
 local tag, token, action = ARGV[1], ARGV[2], ARGV[3]
 local fields = redis.pcall('HMGET', KEYS[1], 'token', 'state', 'meta')
 local owner, state, complete = fields[1], fields[2], fields[3]
@@ -18,6 +20,9 @@ elseif not owner or state == 'released' then
   return {tag, 'absent'}
 elseif owner ~= token then
   return {tag, 'fenced'}
+end
+if index then
+  redis.pcall('ZREM', index, KEYS[1])
 end
 if action == 'answer' then
   local retention, meta, body, tombstone = ARGV[4], ARGV[5], ARGV[6], tonumber(ARGV[7])

@@ -9,6 +9,8 @@
 --   unknown: fence mode fingerprint self created why status more (status: of the response that came, 0 for none)
 -- Returns: {tag, 'stored' or 'released' or 'unknown', 'found' or 'absent'}
 --        | {tag, 'torn' or 'complete' or 'fenced'}
+-- The index of open keys (see store/redis/layouts/open_index.py). It never fails a settle.
+local index = 'once:open'
 local tag, token, action, retention = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local owner, state, digest, fields
 local ends = math.huge
@@ -54,6 +56,11 @@ if action == 'put' then
     retention = retention + tombstone
   end
   redis.call('SET', KEYS[1], value, 'PX', retention)
+  if index and unknown then
+    redis.pcall('ZADD', index, value:sub(34, 46) - (value:sub(72, 72) == 'h' and 1e13 or 2e13), KEYS[1])
+  elseif index then
+    redis.pcall('ZREM', index, KEYS[1])
+  end
   return {tag, unknown and 'unknown' or 'stored', before}
 end
 
@@ -96,6 +103,9 @@ if action == 'store' then
     redis.call('HSET', KEYS[1], 'more', ARGV[11])
   end
   redis.call('PEXPIRE', KEYS[1], retention + tombstone)
+  if index then
+    redis.pcall('ZREM', index, KEYS[1])
+  end
   return {tag, 'stored', before}
 end
 
@@ -103,6 +113,9 @@ if state == 'complete' then
   return {tag, 'complete'}
 elseif action == 'release' then
   redis.call('UNLINK', KEYS[1])
+  if index then
+    redis.pcall('ZREM', index, KEYS[1])
+  end
   return {tag, 'released', before}
 end
 redis.call('UNLINK', KEYS[1])
@@ -115,4 +128,7 @@ if ARGV[12] ~= '' then
   redis.call('HSET', KEYS[1], 'more', ARGV[12])
 end
 redis.call('PEXPIRE', KEYS[1], retention)
+if index then
+  redis.pcall('ZADD', index, ARGV[9] - (ARGV[6] == 'hold' and 1e13 or 2e13), KEYS[1])
+end
 return {tag, 'unknown', before}

@@ -1,0 +1,1 @@
+"""What operators see: `reading.py` reads records with plain commands, `index.py` finds the open ones."""
