@@ -36,4 +36,7 @@ async def test_a_record_of_an_older_build(empty_server, kind: Kind, writes) -> N
     # That build's append extended the lease. Now renewals alone do, so that only its reply is the same.
     replies = [outcome.pop("append").partition(" -> ")[0] for outcome in (found, expected)]
     assert replies[0] == replies[1]
+    if kind.name == "lapsed, retry":
+        # Keys of dead owners count in every mode: no other index knows of them.
+        expected["sweep"] = expected["sweep"].replace("0 unknown", "1 unknown")
     assert found == expected

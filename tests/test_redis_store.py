@@ -590,7 +590,7 @@ ACL = (
     "on", "resetkeys", "~once:*", "resetchannels", "-@all",
     "+evalsha", "+eval", "+script|load", "+info", "+time", "+select", "+ping",
     "+hget", "+hmget", "+hlen", "+hstrlen", "+exists", "+hset", "+hgetall", "+set", "+hdel", "+unlink", "+pexpire",
-    "+get", "+setrange", "+append",
+    "+get", "+setrange", "+append", "+zadd", "+zrem",
 )  # fmt: skip
 
 

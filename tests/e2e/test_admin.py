@@ -95,6 +95,13 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "packs_records": ("gauge", "", ()),
     "unknown_keys": ("gauge", "", ()),
     "unknown_keys_expiring": ("gauge", "", ()),
+    **dict.fromkeys(
+        (
+            *("open_unknown_keys", "open_lapsed_keys", "open_in_flight_keys", "open_waived_keys"),
+            *("open_unknown_oldest_seconds", "open_lapsed_oldest_seconds"),
+        ),
+        ("gauge", "", ()),
+    ),
     "quarantine_seconds": ("gauge", "", ()),
     "ready": ("gauge", "", ()),
     "buffered_bytes": ("gauge", "", ()),

@@ -253,7 +253,10 @@ async def _drop(store: Store, kind: Kind, purge: bool) -> str:
 async def _sweep(store: Store, _kind: Kind) -> str:
     warned: list[str] = []
     keys = UnknownKeys(store, RETENTION_MS, UNKNOWN_RETENTION_MS, lambda event, **_: warned.append(event))
-    await keys.scan()
+    # The older build has one look, which counts.
+    for look in ("scan", "look", "recount"):
+        if hasattr(keys, look):
+            await getattr(keys, look)()
     return f"{keys.count} unknown, {keys.expiring} expiring, {len(warned)} warnings"
 
 

@@ -3,10 +3,12 @@
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 from oncegate.observe.families import SEPARATOR
 from oncegate.service.reload import Reload
 from oncegate.service.wiring import Parts
+from oncegate.store.record_view import UNDECIDED, OpenKind
 
 Gauges = dict[str, Callable[[], float]]
 
@@ -35,6 +37,8 @@ def gauges(
         "quarantine_seconds": lambda: parts().store.quarantine_left_s,
         "unknown_keys": lambda: parts().unknown_keys.count,
         "unknown_keys_expiring": lambda: parts().unknown_keys.expiring,
+        **{f"open_{kind.value}_keys": partial(_open_keys, parts, kind) for kind in OpenKind},
+        **{f"open_{kind.value}_oldest_seconds": partial(_oldest_s, parts, kind) for kind in UNDECIDED},
         "ready": lambda: not not_ready_reasons(),
         "buffered_bytes": lambda: parts().memory.used,
         "workers": lambda: 1.0,
@@ -44,6 +48,14 @@ def gauges(
         "config_last_reload_failure_timestamp_seconds": lambda: reload().failed_s,
     }
     return plain, lambda: _upstream_pools(parts())
+
+
+def _open_keys(parts: Callable[[], Parts], kind: OpenKind) -> float:
+    return parts().unknown_keys.counts[kind].keys
+
+
+def _oldest_s(parts: Callable[[], Parts], kind: OpenKind) -> float:
+    return parts().unknown_keys.counts[kind].oldest_ms / 1000
 
 
 def _upstream_pools(parts: Parts) -> dict[str, float]:

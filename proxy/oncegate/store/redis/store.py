@@ -32,7 +32,7 @@ from oncegate.store.redis.replies import (
     settle_result,
 )
 from oncegate.store.redis.server import FULL_RATIO, Openers, load_scripts
-from oncegate.store.redis.topologies.topology import servers_of
+from oncegate.store.redis.topologies.topology import is_cluster, servers_of
 from oncegate.store.redis.wire import ScriptCall, resp
 from oncegate.store.results import (
     AppendStatus,
@@ -58,7 +58,7 @@ class RedisStore:
         self._retried = config.retried
         self._loop = asyncio.get_running_loop()
         self._prefix, self._count = os.urandom(PREFIX_BYTES), count(1)
-        self._scripts = load_scripts()
+        self._scripts = load_scripts(indexes=not is_cluster(config.url))
         member = replace(config.member, token_prefix=self._prefix) if config.member else None
         self.layout = WrittenLayout(config.log)
         node = NodeConfig(

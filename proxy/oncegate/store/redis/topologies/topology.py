@@ -69,10 +69,16 @@ class StoreServers(Protocol):
         """Return the time of the server that has the record of a key digest."""
 
 
+def is_cluster(url: str) -> bool:
+    """Return whether a URL names a cluster."""
+    group = parse_server_group(url)
+    return group is not None and group.kind is GroupKind.CLUSTER
+
+
 def servers_of(url: str, durability: str, config: NodeConfig) -> StoreServers:
     """Return the servers that a URL names: a single one, a master behind Sentinel, or a cluster."""
     group = parse_server_group(url)
-    clustered = group is not None and group.kind is GroupKind.CLUSTER
+    clustered = is_cluster(url)
     config = replace(config, level=level(durability, group is not None), cluster=clustered)
     if group is None:
         return Node(config.openers.to(url), config)
