@@ -37,6 +37,6 @@ async def test_a_record_of_an_older_build(empty_server, kind: Kind, writes) -> N
     replies = [outcome.pop("append").partition(" -> ")[0] for outcome in (found, expected)]
     assert replies[0] == replies[1]
     if kind.name == "lapsed, retry":
-        # Keys of dead owners count in every mode: no other index knows of them.
+        # A key in flight has no mode in the index: those of dead owners all count.
         expected["sweep"] = expected["sweep"].replace("0 unknown", "1 unknown")
     assert found == expected
