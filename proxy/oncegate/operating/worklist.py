@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 from oncegate.operating.decisions import NOT_CARRIED_OUT, Decision, Desk, refusal, release, resolve
 from oncegate.operating.operator_response import OperatorResponse
-from oncegate.store.open_keys.listing import open_keys, place_of, write_place
+from oncegate.store.open_keys.listing import open_keys
+from oncegate.store.open_keys.places import OpenPage, place_of, write_place
 from oncegate.store.record_name import record_id
-from oncegate.store.record_view import OpenPage, RecordView
+from oncegate.store.record_view import RecordView
 from oncegate.store.results import ResolveStatus
 from oncegate.store.store import Store
 

@@ -13,7 +13,7 @@ from oncegate.admin.watching.overview import Overview
 from oncegate.operating.errors import OperatorError
 from oncegate.operating.worklist import Filter, worklist
 from oncegate.settings.errors import SettingsError
-from oncegate.store.record_view import OpenPage
+from oncegate.store.open_keys.places import OpenPage
 
 SHOWN = 50
 

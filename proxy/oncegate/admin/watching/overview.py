@@ -8,7 +8,8 @@ from oncegate.admin.watching.history import PERIOD_S, History, Reading
 from oncegate.admin.watching.store_view import StoreView
 from oncegate.operating.errors import OperatorError
 from oncegate.store.open_keys.listing import open_counts
-from oncegate.store.record_view import OpenCount, OpenCounts, OpenKind
+from oncegate.store.open_keys.places import OpenCount, OpenCounts
+from oncegate.store.record_view import OpenKind
 
 LOOK_S = 1.0
 
