@@ -76,6 +76,12 @@ class Browser:
     def click(self, selector: str) -> None:
         self.call("ElementClick", id=self._element(selector))
 
+    def write(self, selector: str, text: str) -> None:
+        """Write a text into a field, in place of what it has."""
+        element = self._element(selector)
+        self.call("ElementClear", id=element)
+        self.call("ElementSendKeys", id=element, text=text)
+
     def click_twice(self, selector: str, pause_s: float) -> None:
         """Click, and once more after a pause, whatever the first click led to by then."""
         element = {ELEMENT: self._element(selector)}
@@ -203,6 +209,8 @@ PATHS = {
     "Back": ("POST", "back"),
     "FindElement": ("POST", "element"),
     "ElementClick": ("POST", "element/{id}/click"),
+    "ElementClear": ("POST", "element/{id}/clear"),
+    "ElementSendKeys": ("POST", "element/{id}/value"),
     "GetElementText": ("GET", "element/{id}/text"),
     "ExecuteAsyncScript": ("POST", "execute/async"),
     "PerformActions": ("POST", "actions"),
@@ -246,6 +254,16 @@ class Chromium(Browser):
     def set_dark(self, *, dark: bool) -> None:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.devtools("Emulation.setEmulatedMedia", features=[scheme])
+
+    def set_size(self, width: int, height: int) -> None:
+        """Show pages in a window of this size."""
+        self.devtools(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
+        )
+
+    def console(self) -> list[str]:
+        """Return the warnings and errors in the console since the last call."""
+        return [str(entry["message"]) for entry in self._ask("POST", "/se/log", {"type": "browser"})]
 
     def devtools(self, command: str, **parameters: Any) -> Any:
         """Send a command of the DevTools protocol."""
