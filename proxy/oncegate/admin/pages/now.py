@@ -99,10 +99,10 @@ def open_tiles(look: Look, history: History) -> list[Tile]:
     waiting = history.newest.get("oncegate_waiting")
     return [
         Tile("unknown, to decide", formats.count(look.undecided), "", lapsed, is_warning=look.undecided > 0),
-        Tile("unknown, decided by a retry", formats.count(look.waived), "", "nobody has to decide them"),
+        Tile("unknown, left to a retry", formats.count(look.waived), "", "nobody has to decide"),
         Tile("in flight, all replicas", formats.count(look.in_flight)),
         _gauge_tile(history, "in flight here", here, "oncegate_in_flight"),
-        _gauge_tile(history, "duplicates that wait here", waiting, "oncegate_waiting"),
+        _gauge_tile(history, "duplicates waiting here", waiting, "oncegate_waiting"),
     ]
 
 

@@ -148,7 +148,7 @@ class KeyPages:
             id=record_id(record.key),
             error="",
             record=row_of(record),
-            facts=[(name.replace("_", " "), value) for name, value in facts.items() if name not in ("id", "state")],
+            facts=[(name.replace("_", " "), _said(one)) for name, one in facts.items() if name not in ("id", "state")],
             timeline=list(timeline(record)),
             head=head_of(record, visitor.may_operate),
             body=body,
@@ -193,6 +193,10 @@ class KeyPages:
         self._parts.log.warning("audit", action="read_body", key_id=name, user=visitor.name, host=HOST)
         disposition = {"Content-Disposition": f'attachment; filename="{name}.bin"'}
         return web.Response(body=body, content_type="application/octet-stream", headers=disposition)
+
+
+def _said(value: Any) -> Any:
+    return ("no", "yes")[value] if isinstance(value, bool) else value
 
 
 def head_of(record: RecordView, is_operator: bool) -> str | None:

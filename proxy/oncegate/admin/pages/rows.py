@@ -14,7 +14,7 @@ KINDS = {
     OpenKind.UNKNOWN: ("unknown", "unknown"),
     OpenKind.LAPSED: ("lapsed", "unknown, owner silent"),
     OpenKind.IN_FLIGHT: ("in-flight", "in flight"),
-    OpenKind.WAIVED: ("waived", "unknown, decided by a retry"),
+    OpenKind.WAIVED: ("waived", "unknown, left to a retry"),
 }
 STATES = {
     ViewState.COMPLETE: ("complete", "complete"),

@@ -4,7 +4,8 @@ import asyncio
 from dataclasses import dataclass, field
 
 from oncegate.admin.parts import AdminParts
-from oncegate.admin.watching.history import PERIOD_S, History, Reading
+from oncegate.admin.watching import history
+from oncegate.admin.watching.history import History, Reading
 from oncegate.admin.watching.store_view import StoreView
 from oncegate.operating.errors import OperatorError
 from oncegate.store.open_keys.listing import open_counts
@@ -106,7 +107,7 @@ class Overview:
         """Read the metrics once a period, until cancelled."""
         while True:
             await self._read()
-            await asyncio.sleep(PERIOD_S)
+            await asyncio.sleep(history.PERIOD_S)
 
     async def close(self) -> None:
         await self.store.close()
