@@ -85,6 +85,7 @@ CASES: dict[str, tuple[object, str, object, str, str]] = {
         "http://redis",
         "must be embedded, redis://",
     ),
+    "run_dir": (None, "/run/oncegate", Path("/run/oncegate"), "", ""),
     "pages_dir": (None, "pages", Path("pages"), "", ""),
     "audit_retention_s": (34_560_000.0, "86400", 86400.0, "0", "greater than 0"),
     "migrate_url": (

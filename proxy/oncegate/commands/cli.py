@@ -21,6 +21,8 @@ from oncegate.settings.loading import describe, load_settings
 from oncegate.settings.settings import Settings
 from oncegate.store.record import ViewState
 
+# Of `drain --wait`: longer than any grace period.
+MAX_WAIT_S = 86_400.0
 # Exit codes. argparse exits with 2 as well.
 FAILED, USAGE_ERROR = 1, 2
 # `migrate` is a job of its own, which forwards and writes nothing.
@@ -51,6 +53,10 @@ def parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     health = commands.add_parser("healthcheck", help="ask the running proxy whether it is alive")
     health.add_argument("--ready", action="store_true", help="ask whether it is ready for traffic instead")
+    drain = commands.add_parser("drain", help="move the clients of the running proxy away; it serves until SIGTERM")
+    drain.add_argument(
+        "--wait", type=_seconds, default=0.0, metavar="S", help="return after S seconds, or when the proxy ends"
+    )
     _add_keys(commands)
     _add_migrate(commands)
     _add_audit(commands)
@@ -159,6 +165,13 @@ def _add_audit(commands: Any) -> None:
         command.add_argument("--url", help="the URL of a standby to read from")
 
 
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds <= MAX_WAIT_S:
+        raise ValueError
+    return seconds
+
+
 def _time(text: str) -> datetime:
     time = datetime.fromisoformat(text)
     return time if time.tzinfo else time.replace(tzinfo=UTC)
@@ -208,6 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.command == "migrate":
             return _printed(lambda: _migrate(load_settings(NOT_FOR_MIGRATE), options))
         settings = load_settings()
+        if options.command == "drain":
+            return _drain(settings, options.wait)
         rules = load_rules(settings)
         if options.command == "audit":
             return _printed(lambda: _audit(settings, options))
@@ -291,6 +306,12 @@ def _migrate(settings: Settings, options: argparse.Namespace) -> int:
     with needs_extra("postgres"):
         from oncegate.commands import migrate
     return migrate.run(settings, options)
+
+
+def _drain(settings: Settings, wait_s: float) -> int:
+    from oncegate.commands import drain
+
+    return drain.run(settings, wait_s)
 
 
 def _serve(settings: Settings) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import uvloop
 
 from oncegate.server import early_signals
+from oncegate.server.control import DrainProgress, controlled, drain_progress
 from oncegate.server.embedded import EmbeddedStore, EmbeddedStoreError
 from oncegate.server.owners import Owners
 from oncegate.server.signals import ExitCode, block_signals, stop_events
@@ -67,6 +68,13 @@ async def _serve(settings: Settings, store_url: str, embedded: EmbeddedStore | N
     service = Service(settings, store_url, logger)
     loop.add_signal_handler(signal.SIGHUP, service.reload)
     owners = Owners(embedded.url, logger.warning) if embedded else None
+
+    async def drain() -> DrainProgress:
+        if not service.drains:
+            logger.info("draining")
+            service.begin_drain()
+        return drain_progress(service.metrics.snapshot()["gauges"])
+
     async with _restarted_when_dead(embedded):
         try:
             if owners:
@@ -74,11 +82,11 @@ async def _serve(settings: Settings, store_url: str, embedded: EmbeddedStore | N
                 owners.register(service.store.token_prefix)
             grow_descriptor_table(settings)
             freeze_garbage_collection()
-            await service.start()
-            logger.info(
-                "serving", upstream=str(settings.upstream), ready=not service.not_ready_reasons(), **service.listens_on
-            )
-            await stop.requested.wait()
+            async with controlled(settings, drain, logger):
+                await service.start()
+                ready = not service.not_ready_reasons()
+                logger.info("serving", upstream=str(settings.upstream), ready=ready, **service.listens_on)
+                await stop.requested.wait()
             logger.info("shutting down", grace_s=settings.drain_s)
             drained = await service.drain(stop.immediate)
             logger.info("stopped", cut_off=service.cut_off)

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from oncegate.server import early_signals
@@ -22,6 +23,9 @@ from oncegate.server.signals import stops_blocked
 from oncegate.settings.addresses import Address
 
 REPORT_TIMEOUT_S = 1.0
+# The delay before a restart doubles from the minimum to the maximum. A life of STABLE_S resets it.
+MIN_RESTART_DELAY_S, MAX_RESTART_DELAY_S = 0.05, 10.0
+STABLE_S = 30.0
 # The workers of a supervisor that was killed release the port within this time.
 PORT_RELEASE_S = 2.0
 BACKLOG = 1024
@@ -42,7 +46,9 @@ class Worker:
 
     def __init__(self, slot: "Slot", store_url: str, is_successor: bool = False) -> None:
         self.slot = slot
-        self.is_serving = self._reload_wanted = False
+        self.is_serving = False
+        # What it has to be told once it serves.
+        self._postponed: list[Callable[[], Any]] = []
         self.refusal: list[str] = []
         self.report: dict[str, Any] = {"counts": {}, "gauges": {}, "not_ready_reasons": [], "cut_off": 0}
         self._loop = asyncio.get_running_loop()
@@ -81,8 +87,8 @@ class Worker:
         if "serving" in message:
             self.is_serving = True
             _complete(self._started, True)
-            if self._reload_wanted:
-                self.signal(signal.SIGHUP)
+            for tell in self._postponed:
+                tell()
             return
         if "refusal" in message:
             self.refusal = message["refusal"]
@@ -110,11 +116,18 @@ class Worker:
             self._report_requests.pop(number, None)
 
     def reload(self) -> None:
-        """Let the worker read the rules file again: once it serves, because it may have read it already."""
+        """Let the worker read its files again: once it serves, because it may have read them already."""
+        self._once_serving(lambda: self.signal(signal.SIGHUP))
+
+    def begin_drain(self) -> None:
+        """Let the worker's clients move on; it serves until a stop signal."""
+        self._once_serving(lambda: self._send(b"drain\n"))
+
+    def _once_serving(self, tell: Callable[[], Any]) -> None:
         if self.is_serving:
-            self.signal(signal.SIGHUP)
+            tell()
         else:
-            self._reload_wanted = True
+            self._postponed.append(tell)
 
     def retire(self) -> None:
         """Let the worker finish its open connections and requests, and accept no new connection."""
@@ -144,6 +157,22 @@ class Slot:
         self.worker: Worker | None = None
         self.restart_delay_s = 0.0
         self.changing = asyncio.Lock()
+
+    def delay_restart(self, lived_s: float) -> None:
+        """Choose the pause before the next restart, after a worker that lived for `lived_s` seconds."""
+        if lived_s > STABLE_S or not self.restart_delay_s:
+            self.restart_delay_s = MIN_RESTART_DELAY_S
+        else:
+            self.restart_delay_s = min(2 * self.restart_delay_s, MAX_RESTART_DELAY_S)
+
+    async def not_ready_reasons(self) -> list[str]:
+        """Return why the worker in this slot should get no traffic now."""
+        worker = self.worker
+        if worker is None or not worker.is_serving or worker.exited.done():
+            return [f"worker {self.number} does not serve"]
+        if not await worker.refresh():
+            return [f"worker {self.number} does not answer"]
+        return [str(reason) for reason in worker.report["not_ready_reasons"]]
 
     def close(self) -> None:
         """Close the supervisor's copies of the sockets; workers keep theirs."""

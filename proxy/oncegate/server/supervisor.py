@@ -16,6 +16,7 @@ from oncegate.admin.serving import serve_admin
 from oncegate.observe.gauges import MERGED
 from oncegate.observe.metrics import Metrics
 from oncegate.rules.loading import load_rules
+from oncegate.server.control import DrainProgress, controlled, drain_progress
 from oncegate.server.owners import Owners
 from oncegate.server.signals import ExitCode, StopEvents, stop_events
 from oncegate.server.slots import Slot, Worker
@@ -23,9 +24,6 @@ from oncegate.service.reload import Reload, TakeOver
 from oncegate.service.wiring import listener_tls
 from oncegate.settings.settings import Settings
 
-# The delay before a restart doubles from the minimum to the maximum. A life of STABLE_S resets it.
-MIN_RESTART_DELAY_S, MAX_RESTART_DELAY_S = 0.05, 10.0
-STABLE_S = 30.0
 # A successor that does not serve within this time is killed, and its predecessor stays.
 START_TIMEOUT_S = 30.0
 # A worker that exceeds its drain by this time is killed.
@@ -40,7 +38,7 @@ class Supervisor:
         self._settings, self._slots, self._owners, self._log = settings, slots, owners, logger
         self._workers: set[Worker] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._is_serving = self._is_replacing = False
+        self._is_serving = self._is_replacing = self._is_draining = False
         # Whether no worker had to cut anything off so far.
         self._all_drained = True
         self._cut_off = 0
@@ -58,12 +56,13 @@ class Supervisor:
         self._reload.add(admin.prepare)
         try:
             self._handle_signals()
-            self._is_serving = not stop.requested.is_set() and await self._start(stop)
-            if not self._is_serving and not stop.requested.is_set():
-                return await self._explain_failed_start()
-            if self._is_serving:
-                await self._log_serving(str(admin.address))
-                await stop.requested.wait()
+            async with controlled(self._settings, self._begin_drain, self._log):
+                self._is_serving = not stop.requested.is_set() and await self._start(stop)
+                if not self._is_serving and not stop.requested.is_set():
+                    return await self._explain_failed_start()
+                if self._is_serving:
+                    await self._log_serving(str(admin.address))
+                    await stop.requested.wait()
             await self._stop(stop)
             return ExitCode.OK if self._all_drained else ExitCode.CUT_OFF
         finally:
@@ -115,6 +114,8 @@ class Supervisor:
         # A successor takes the slot only once it serves.
         slot.worker = slot.worker or worker
         self._workers.add(worker)
+        if self._is_draining:
+            worker.begin_drain()
         self._run_task(self._watch(worker))
         self._log.info("worker started", worker=slot.number, pid=worker.pid)
         return worker
@@ -134,7 +135,7 @@ class Supervisor:
             if status < 0 or not (worker.is_serving or worker.refusal or status == ExitCode.OK):
                 self._log.error("worker died", **facts)
             return
-        slot.restart_delay_s = _next_delay(slot.restart_delay_s, time.monotonic() - worker.started_at)
+        slot.delay_restart(time.monotonic() - worker.started_at)
         self._log.error("worker died", **facts, restart_delay_s=slot.restart_delay_s)
         await asyncio.sleep(slot.restart_delay_s)
         # A successor that is about to serve takes the slot: a third worker would be in no slot.
@@ -172,8 +173,8 @@ class Supervisor:
         return tell
 
     def _start_replacing(self) -> None:
-        if self._is_replacing or not self._is_serving:
-            reason = "a start, a replacement or a shutdown is in progress"
+        if self._is_replacing or self._is_draining or not self._is_serving:
+            reason = "a start, a replacement, a drain or a shutdown is in progress"
             self._log.warning("workers not replaced", reason=reason)
             return
         self._is_replacing = True
@@ -214,6 +215,16 @@ class Supervisor:
         return ""
 
     # Stopping ...
+
+    async def _begin_drain(self) -> DrainProgress:
+        """Let the clients of all workers move on, and return how far that is. The workers serve until `_stop`."""
+        if not self._is_draining:
+            self._is_draining = True
+            self._log.info("draining")
+            for worker in self._workers:
+                worker.begin_drain()
+        await asyncio.gather(*(worker.refresh() for worker in self._workers))
+        return drain_progress(*(worker.report["gauges"] for worker in self._workers))
 
     async def _stop(self, stop: StopEvents) -> None:
         """Stop all workers; kill those that exceed their grace by OVERTIME_S."""
@@ -280,7 +291,7 @@ class Supervisor:
         """Return why this service should get no traffic now; empty only if every worker is ready."""
         if not self._is_serving:
             return ["the proxy is starting or shutting down"]
-        of_workers = await asyncio.gather(*(self._not_ready_reasons_of(slot) for slot in self._slots))
+        of_workers = await asyncio.gather(*(slot.not_ready_reasons() for slot in self._slots))
         return list(dict.fromkeys(reason for reasons in of_workers for reason in reasons))
 
     async def _notices(self) -> list[str]:
@@ -291,22 +302,6 @@ class Supervisor:
         if len({str(report["files"]) for report in reports if "files" in report}) > 1:
             notices[FILES_DIFFER] = None
         return list(notices)
-
-    @staticmethod
-    async def _not_ready_reasons_of(slot: Slot) -> list[str]:
-        worker = slot.worker
-        if worker is None or not worker.is_serving or worker.exited.done():
-            return [f"worker {slot.number} does not serve"]
-        if not await worker.refresh():
-            return [f"worker {slot.number} does not answer"]
-        return [str(reason) for reason in worker.report["not_ready_reasons"]]
-
-
-def _next_delay(last_delay_s: float, lived_s: float) -> float:
-    """Return the pause before the next restart of a worker that lived for `lived_s` seconds."""
-    if lived_s > STABLE_S or not last_delay_s:
-        return MIN_RESTART_DELAY_S
-    return min(2 * last_delay_s, MAX_RESTART_DELAY_S)
 
 
 def _constant(value: float) -> Any:

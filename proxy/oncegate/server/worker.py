@@ -2,8 +2,8 @@
 
 The link between both is a stream of lines. The worker sends JSON: `{"serving": true}` once it serves, then one report
 a second and one for each request. A worker that is to succeed another serves only if it is ready; otherwise it sends
-`{"refusal": [sentence, ...]}` and exits. The supervisor sends `report NUMBER` and `retire`. The end of the stream means
-that the supervisor is dead: the worker then drains and exits.
+`{"refusal": [sentence, ...]}` and exits. The supervisor sends `report NUMBER`, `drain` and `retire`. The end of the
+stream means that the supervisor is dead: the worker then drains and exits.
 
 A report has `counts` and `gauges` (of `Metrics.snapshot`), `not_ready_reasons` and `notices` (lists of sentences),
 `cut_off` (how many requests a drain cut off), `files` (the digests of those that were taken over last) and `request`
@@ -150,6 +150,8 @@ async def _follow_supervisor(
                 reporter.send(int(number))
             elif command == b"retire":
                 retire.set()
+            elif command == b"drain":
+                reporter.begin_drain()
     stop.set()
 
 
@@ -158,6 +160,10 @@ class Reporter:
 
     def __init__(self, service: Service, writer: asyncio.StreamWriter) -> None:
         self._service, self._writer = service, writer
+
+    def begin_drain(self) -> None:
+        """Let the worker's clients move on; it serves until a stop signal."""
+        self._service.begin_drain()
 
     def send(self, request: int = 0) -> None:
         """Send a report; `request` is the number of the supervisor's request that it answers."""

@@ -32,6 +32,8 @@ CANCEL_S = 0.05
 BACKLOG = 1024
 # The pause before a background task that failed is started again.
 TASK_RESTART_S = 0.05
+# Why a worker that drains is not ready.
+DRAINING, SHUTTING_DOWN = "the proxy is draining", "the proxy is shutting down"
 # How long the reasons against a store that is connected may take to go: one and a half inspections.
 SETTLE_POLLS = int(1.5 / POLL_S)
 # The events of the store that metrics count as losses.
@@ -65,7 +67,9 @@ class Service:
         self._loop = asyncio.get_running_loop()
         self._background: set[asyncio.Task[Any]] = set()
         self._tasks: list[asyncio.Task[None]] = []
-        self._draining = self._retired = False
+        self._retired = False
+        # Since when no new clients should come (the loop's time, 0 for not at all), and why.
+        self._drains_since, self._leaving = 0.0, ""
         # The rules of which a request without a credential was reported.
         self._warned_of: set[str] = set()
         self.metrics = Metrics(__version__, *gauges(lambda: self._parts, lambda: self.reload, self.not_ready_reasons))
@@ -142,7 +146,7 @@ class Service:
 
     def not_ready_reasons(self) -> list[str]:
         """Return why this worker should get no traffic now."""
-        reasons = ["the proxy is shutting down"] if self._draining and not self._retired else []
+        reasons = [self._leaving] if self._leaving and not self._retired else []
         if reason := self.store.not_ready_reason():
             reasons.append(reason)
         return reasons
@@ -176,7 +180,7 @@ class Service:
             self._parts.waiters.run,
             self._parts.unknown_keys.run,
             self._listener.sweep,
-            ReadinessLog(lambda: None if self._draining else self.not_ready_reasons(), self._log).run,
+            ReadinessLog(lambda: None if self._leaving else self.not_ready_reasons(), self._log).run,
         )
         self._tasks = [self._loop.create_task(self._keep(keeper)) for keeper in keepers]
 
@@ -252,20 +256,33 @@ class Service:
         while self._listener.connections:
             await asyncio.sleep(POLL_S)
 
-    async def drain(self, immediate: asyncio.Event) -> bool:
-        """Serve on for the delay, stop accepting, let what is in flight finish, and cut off the rest.
+    @property
+    def drains(self) -> bool:
+        """Whether a drain has begun."""
+        return bool(self._leaving)
 
-        From the beginning on, each response ends its connection and says so: clients that keep connections move on.
+    def begin_drain(self, reason: str = DRAINING) -> None:
+        """Report not ready, and let each response end its connection and say so: clients that keep connections move on.
+
+        Requests are served as ever, until `drain`. Idempotent.
+        """
+        if not self._drains_since:
+            self._drains_since = self._loop.time()
+        self._leaving = reason
+        self._listener.retire()
+
+    async def drain(self, immediate: asyncio.Event) -> bool:
+        """Serve on for what is left of the delay, stop accepting, let what is in flight finish, and cut off the rest.
 
         Once `immediate` is set, neither the delay nor the grace is waited for any longer. Return whether everything in
         flight was stored or released.
         """
-        self._draining = True
         self.reload.end()
         unsure = self.metrics.unsure
-        self._listener.retire()
-        if self._settings.drain_delay_s and not self._retired:
-            await unless(immediate, asyncio.sleep(self._settings.drain_delay_s))
+        self.begin_drain(SHUTTING_DOWN)
+        delay_s = self._drains_since + self._settings.drain_delay_s - self._loop.time()
+        if delay_s > 0 and not self._retired:
+            await unless(immediate, asyncio.sleep(delay_s))
         self._stop_accepting()
         finished = await self._drain.run(immediate, self._settings.drain_s)
         return finished and self.metrics.unsure == unsure

@@ -38,6 +38,11 @@ class OperationSettings(BaseModel):
         default_factory=temporary_folder, description="Folder for request bodies that are too large for memory."
     )
     max_spool_bytes: Bytes = Field(1_073_741_824, description="Disk space in `ONCEGATE_SPOOL_DIR`, for each worker.")
+    run_dir: Path | None = Field(
+        None,
+        description="Folder for the socket by which [`oncegate drain`](command-line.md#drain) reaches the proxy, one "
+        "for each proxy. oncegate makes it where it is missing. By default the folder of the embedded store, if any.",
+    )
     workers: Annotated[int, from_text(parse_workers)] = Field(
         1, ge=1, le=MAX_WORKERS, description="Processes that share the port. `auto`: one for each usable core."
     )
