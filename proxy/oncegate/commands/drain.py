@@ -12,6 +12,8 @@ from oncegate.settings.settings import Settings
 
 # How long the proxy may take to answer: with several workers, each of them is asked.
 ANSWER_S = 5.0
+# Longer than any grace period.
+MAX_WAIT_S = 86_400.0
 FAILED = 1
 
 
@@ -21,7 +23,7 @@ def run(settings: Settings, wait_s: float) -> int:
     if path is None:
         print("ONCEGATE_RUN_DIR: is not set; the proxy needs it, too, to be reached by this command", file=sys.stderr)
         return FAILED
-    ends = time.monotonic() + wait_s
+    ends = time.monotonic() + min(wait_s, MAX_WAIT_S)
     try:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(ANSWER_S)
