@@ -64,6 +64,23 @@ async def test_an_answer_is_kept_for_its_time(server):
     assert len(server.asked) == 2
 
 
+async def test_each_look_up_is_counted_by_its_end(server):
+    """Other addresses, no address and no answer are told apart; the first answer changes nothing."""
+    counted: list[str] = []
+    name = Resolver(TTL_S, server, count=counted.append).name("api.test")
+    changes: list[tuple[tuple[str, ...], OSError | None]] = [
+        (("192.0.2.1",), None),
+        (("192.0.2.1",), None),
+        (("192.0.2.2",), None),
+        ((), SILENCE),
+        (("192.0.2.2",), None),
+        ((), NO_SUCH_NAME),
+    ]
+    for server.addresses, server.error in changes:
+        await name.look_up()
+    assert counted == ["unchanged", "unchanged", "changed", "failed", "unchanged", "no_address"]
+
+
 async def test_a_silent_name_server_holds_up_no_other_name(server):
     """However many names nobody answers for, one that is answered for is found at once."""
     quick = NameServer("192.0.2.9")

@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from types import MappingProxyType
 
 import pytest
 from redis.asyncio.connection import AbstractConnection
@@ -15,6 +16,7 @@ from oncegate.store.redis.talk import Talk
 from oncegate.store.redis.wire import ErrorReply, Script, ScriptCall
 from oncegate.store.redis.wire import resp as resp_words
 from oncegate.store.results import Unconfirmed
+from oncegate.store.store import Observers
 from tests.name_server import NameServer
 from tests.parts import until
 from tests.resp import Connection, RespServer, Words, echo, resp
@@ -43,9 +45,11 @@ async def server() -> AsyncIterator[RespServer]:
 
 
 @asynccontextmanager
-async def linked(server: RespServer, stall_s: float = PATIENT_S) -> AsyncIterator[Link]:
+async def linked(
+    server: RespServer, stall_s: float = PATIENT_S, observers: Observers = MappingProxyType({})
+) -> AsyncIterator[Link]:
     """A link that is up."""
-    link = Link(Openers(stall_s, Resolver()).to(server.url), nothing, stall_s)
+    link = Link(Openers(stall_s, Resolver()).to(server.url), nothing, stall_s, observers)
     link.start()
     try:
         async with asyncio.timeout(2 * PATIENT_S):
@@ -234,12 +238,14 @@ async def test_a_reply_that_answers_another_command_ends_the_connection(server, 
 
 
 async def test_a_reply_that_nobody_asked_for_ends_the_connection(server):
-    """Bytes on an idle connection are not the next command's reply."""
-    async with linked(server) as link:
+    """Bytes on an idle connection are not the next command's reply. The connection in its place is counted."""
+    took_s: list[float] = []
+    async with linked(server, observers={"connect": took_s.append}) as link:
         assert await say(link, 1) == [b"1"]
         server.connections[0].transport.write(resp([b"2", b"leak"]))
         await until(lambda: server.connections[0].lost)
         await is_well(link, server, connections=2)
+    assert len(took_s) == 2
 
 
 async def test_a_dropped_reply_is_never_made_up_for_by_the_next_one(server):

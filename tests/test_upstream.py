@@ -24,6 +24,7 @@ from oncegate.buffers.memory import MemoryBudget
 from oncegate.hostnames.resolver import Resolver
 from oncegate.messages.response_head import ResponseHead
 from oncegate.messages.strict_head import strict_response
+from oncegate.observe.labels import UPSTREAM_CONNECTIONS
 from oncegate.upstream.connection import Connection
 from oncegate.upstream.connector import client_tls
 from oncegate.upstream.errors import NotSent, UpstreamLost
@@ -283,6 +284,26 @@ uvloop.run(main(int(sys.argv[1])))
         )
         said, _ = await child.communicate()
     assert said == b"True 1\n"
+
+
+async def test_connections_are_counted():
+    """Opened, used again, not opened, and waited for in vain; and how many are in which state."""
+    counts = dict.fromkeys(UPSTREAM_CONNECTIONS, 0.0)
+    async with serving(says(OK)) as raw:
+        async with pool_to(raw.port, counts=counts, max_connections=1, connect_timeout_s=0.2) as pool:
+            assert await ask(pool) == await ask(pool) == (200, b"ok")
+            assert pool.states == {"active": 0, "idle": 1, "connecting": 0, "waiting": 0}
+            async with sent(pool) as connection:
+                waiting = asyncio.ensure_future(pool.acquire(60))
+                await until(lambda: pool.states == {"active": 1, "idle": 0, "connecting": 0, "waiting": 1})
+                with pytest.raises(NotSent):
+                    await waiting
+                await answer_of(connection)
+        assert counts == {"opened": 1, "reused": 2, "failed": 0, "no_room": 1}
+    async with pool_to(raw.port, counts=counts) as pool:
+        with pytest.raises(NotSent):
+            await pool.acquire(60)
+    assert counts == {"opened": 1, "reused": 2, "failed": 1, "no_room": 1}
 
 
 # Names ...

@@ -149,6 +149,9 @@ async def test_what_is_no_guarded_call_passes(ruled, behind):
         assert (answer.status, answer.header("oncegate-status")) == (200, b"unguarded")
     batch = await ask(ruled.port, post("/mcp", [json.loads(call("in-a-batch").partition(b"\r\n\r\n")[2])]))
     assert batch.header("oncegate-status") == b"unguarded"
+    # Not as if the store were down.
+    reasons = ("key_missing", "key_invalid", "store_unavailable")
+    assert [ruled.metric(f'unguarded_total{{reason="{reason}"}}') for reason in reasons] == [2, 1, 0]
     stream = await ask(ruled.port, request("GET", "/mcp", None, b"", "Accept: text/event-stream"))
     assert stream.status == 200
     assert len(behind.received) == 14

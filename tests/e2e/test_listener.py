@@ -310,6 +310,8 @@ async def test_over_its_limit_of_connections_the_proxy_says_so_and_closes(proxie
             assert answer.problem["retryable"] is True
             assert await rest(outside) == b""
     assert gate.metric('requests_total{outcome="overloaded"}') == 5
+    counted = [gate.metric(f'client_connections_total{{event="{event}"}}') for event in ("opened", "refused")]
+    assert (counted, gate.metric("client_open_connections")) == ([3, 5], 3)
     for client in inside:
         assert (await client.ask(plain)).status == 200
     inside.pop().close()

@@ -418,6 +418,8 @@ async def test_bypass_passes_what_cannot_be_claimed(fork, upstream, own_store):
     assert (lost.slug, lost.header("oncegate-status")) == ("upstream-lost", UNGUARDED)
     upstream.script = answering(OK)
     assert proxy.metric('requests_total{outcome="unguarded"}') == 26
+    assert proxy.metric('unguarded_total{reason="store_unavailable"}') == 27
+    assert proxy.metric('unguarded_total{reason="key_missing"}') == 0
     own_store.start()
     await until(lambda: proxy.admin("/readyz")[0] == 200)
     assert await status(proxy) == (200, b"executed")

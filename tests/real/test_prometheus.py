@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from config.grafana.dashboard import expressions
 from loadtest.ports import free_port
 from tests.parts import OK, answering, ask, request, until
-from tests.real.parts import INSTALLED
+from tests.real.parts import INSTALLED, NODE_MODULES
 
 pytestmark = INSTALLED
 CONFIG = Path(__file__).parent.parent.parent / "config"
@@ -79,6 +80,26 @@ def test_promtool(command: str) -> None:
     """The rules are valid, each planted fault lets its alert fire, and each planted quiet leaves it quiet."""
     done = subprocess.run(["promtool", *command.split()], cwd=CONFIG, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_prometheus_3_takes_each_expression(tmp_path: Path) -> None:
+    """By the grammar of the release that docker-compose.yml runs. Debian's is of version 2."""
+    rules = [
+        rule["expr"]
+        for group in yaml.safe_load((CONFIG / "alerts.yml").read_text())["groups"]
+        for rule in group["rules"]
+    ]
+    wrong = ["sum by (job (up)", "increase(up[)"]
+    version = json.loads((NODE_MODULES / "@prometheus-io/lezer-promql/package.json").read_text())["version"]
+    assert (
+        f"prom/prometheus:v3.{int(version.split('.')[1]) - 300}.0" in (CONFIG.parent / "docker-compose.yml").read_text()
+    )
+    (tmp_path / "node_modules").symlink_to(NODE_MODULES)
+    script = tmp_path / "promql.cjs"
+    script.write_bytes((Path(__file__).parent / "node/promql.cjs").read_bytes())
+    text = json.dumps([*rules, *map(filled, expressions()), *wrong])
+    done = subprocess.run(["node", script], input=text, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == wrong
 
 
 async def test_the_dashboard_and_the_alerts_on_real_traffic(proxies, upstream, own_valkey, tmp_path: Path) -> None:
