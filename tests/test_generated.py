@@ -59,7 +59,7 @@ def test_every_example_has_a_name() -> None:
 def test_metrics_are_named_as_they_are_scraped() -> None:
     """The table has the names and types of a scrape."""
     names = re.findall(r"^\| `(\w+)` \| (\w+) \|", generate.metrics(), re.MULTILINE)
-    text = generate.empty_metrics().text().decode()
+    text = generate.empty_metrics().text()[0].decode()
     scraped = re.findall(r"^# TYPE (\w+) (\w+)$", text, re.MULTILINE)
     known = dict(names)
     assert {name for name, kind in scraped if not name.endswith("_created")} == set(known)

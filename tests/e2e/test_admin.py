@@ -321,8 +321,8 @@ async def test_an_admin_connection_ends_however_slow_its_client(monkeypatch):
     connection serves one request, so that nobody else is."""
 
     class Large(Metrics):
-        def text(self) -> bytes:
-            return b"x" * (8 << 20)
+        def text(self, accept: str = "") -> tuple[bytes, str]:
+            return b"x" * (8 << 20), "text/plain"
 
     monkeypatch.setattr(serving, "CONNECTION_S", 2.0)
     listener = await serving.serve_admin(admin_parts(metrics=at_once(lambda: Large("0", {}))))

@@ -5,10 +5,12 @@ import os
 import random
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from tests.collector import Collector, Received
 from tests.conftest import Valkey
@@ -383,6 +385,45 @@ async def test_a_client_cannot_have_more_traced_than_the_rate(proxies, upstream,
     assert proxy.metric("traces_limited_total") == 29
     await until(lambda: proxy.metric('spans_total{end="exported"}') == 2)
     assert not any(collector.of(one.id) for one in traces[1:])
+
+
+# Metrics ...
+
+OPEN_METRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+
+
+def exemplars(proxy: Proxy) -> dict[str, str]:
+    """Return the trace of each sample that has one, in OpenMetrics; the labels are those of the sample."""
+    url = f"http://127.0.0.1:{proxy.admin_port}/metrics"
+    with urllib.request.urlopen(urllib.request.Request(url, headers={"Accept": OPEN_METRICS}), timeout=5) as answer:
+        assert answer.headers["Content-Type"].startswith("application/openmetrics-text; version=1.0.0")
+        families = [*text_string_to_metric_families(answer.read().decode())]
+    return {
+        f"{sample.name}{sample.labels}": sample.exemplar.labels["trace_id"]
+        for family in families
+        for sample in family.samples
+        if sample.exemplar
+    }
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_metrics_lead_to_traces(proxies, upstream, valkey, workers):
+    """A bucket of the latency, an outcome and an unknown key have the newest trace; nothing else has one."""
+    proxy = proxies(upstream, valkey.url, TRACE_RATE_PER_S=1000, WORKERS=workers)
+    await ask(proxy.port, Trace("00").request("key-0"))
+    assert exemplars(proxy) == {}
+    upstream.script = hang_up
+    first, second = Trace(), Trace()
+    for number, trace in enumerate((first, second)):
+        await ask(proxy.port, trace.request(f"lost-{number}"))
+    found = exemplars(proxy)
+    assert found.pop("oncegate_settled_total{'settlement': 'unknown'}") == second.id
+    assert found.pop("oncegate_requests_total{'outcome': 'upstream_lost'}") == second.id
+    assert found
+    assert all(name.startswith("oncegate_request_seconds_bucket") for name in found)
+    assert second.id in found.values()
+    assert set(found.values()) <= {first.id, second.id}
+    assert first.id not in proxy.admin("/metrics")[1]
 
 
 # Its life ...

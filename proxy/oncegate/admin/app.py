@@ -3,7 +3,6 @@
 import json
 
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST
 
 from oncegate.admin.access import Access
 from oncegate.admin.gate import guarded
@@ -45,8 +44,9 @@ def admin_app(parts: AdminParts, access: Access) -> web.Application:
 
 
 def _open_routes(parts: AdminParts) -> list[Route]:
-    async def show_metrics(_: web.Request, _visitor: Visitor) -> web.Response:
-        return web.Response(body=(await parts.metrics()).text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+    async def show_metrics(request: web.Request, _visitor: Visitor) -> web.Response:
+        text, content_type = (await parts.metrics()).text(request.headers.get("Accept", ""))
+        return web.Response(body=text, headers={"Content-Type": content_type})
 
     async def healthz(_: web.Request, _visitor: Visitor) -> web.Response:
         # The event loop runs. Nothing else counts here, because a restart does not repair a store that is down.

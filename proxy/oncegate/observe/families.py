@@ -12,6 +12,8 @@ from itertools import repeat
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 
 BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+# The label `le` of each, and of the last one, which has the rest.
+BOUNDS = (*map(str, BUCKETS_S), "+Inf")
 # The most observations of one histogram that wait to be sorted into buckets.
 MAX_UNSORTED = 256
 # How many groups of counters a metric has that are named after what an operator wrote. Each sample of a scrape takes
@@ -120,6 +122,12 @@ class Histogram:
         unsorted.clear()
         return counts, self._sum_s
 
+    def observe(self, seconds: float) -> None:
+        """Add an observation, where nobody else sorts."""
+        self.unsorted.append(seconds)
+        if len(self.unsorted) >= MAX_UNSORTED:
+            self.sort()
+
     def merge(self, counts: list[float], sum_s: float) -> None:
         """Add the buckets and the sum of another process."""
         self._counts = [own + int(other) for own, other in zip(self._counts, counts, strict=True)]
@@ -166,6 +174,6 @@ class Histograms:
 def _cumulative(counts: list[int]) -> Iterator[tuple[str, float]]:
     """Yield each bucket's upper bound with the number of observations up to it, as Prometheus counts buckets."""
     total = 0
-    for bound, count in zip([*map(str, BUCKETS_S), "+Inf"], counts, strict=True):
+    for bound, count in zip(BOUNDS, counts, strict=True):
         total += count
         yield bound, total

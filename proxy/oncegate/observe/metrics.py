@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from oncegate.observe.exemplars import Exemplars
 from oncegate.observe.families import (
     MAX_UNSORTED,
     SEPARATOR,
@@ -56,6 +58,7 @@ class Metrics(Collector):
         self._version, self._gauges, self._labelled = version, gauges, labelled
         # By rule and upstream: the counts of their outcomes, and the histogram of the upstream.
         self._routes: dict[tuple[str, str], tuple[dict[str, float], Histogram]] = {}
+        self._exemplars = Exemplars()
         self._count_requests()
         self._count_connections()
         self._count_the_store()
@@ -166,7 +169,7 @@ class Metrics(Collector):
         )
         # Called with the seconds of a call to the store, by its verb.
         self.store_observers: dict[str, Callable[[float], None]] = {
-            verb: self._observer(histogram) for verb, histogram in self._store_s.by_value.items()
+            verb: histogram.observe for verb, histogram in self._store_s.by_value.items()
         }
         # Each request has one claim and one settle, so their observations are sorted with the requests'.
         self._by_request += [self._store_s.by_value[verb] for verb in ("claim", "settle")]
@@ -177,7 +180,7 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield the families, for prometheus_client."""
         for family in self._families().values():
-            yield family.family()
+            yield self._exemplars.added_to(family.family())
         families: dict[str, GaugeMetricFamily] = {}
         for sample, value in self._gauge_values().items():
             name, *values = sample.split(SEPARATOR)
@@ -198,14 +201,16 @@ class Metrics(Collector):
         kinds = Counters | GroupedCounters | Histograms
         return {name: one for name, one in vars(self).items() if isinstance(one, kinds)}
 
-    def text(self) -> bytes:
-        """Return all metrics in Prometheus's text format."""
-        return generate_latest(self._registry)
+    def text(self, accept: str = "") -> tuple[bytes, str]:
+        """Return all metrics in the format that a scraper accepts, by default Prometheus's, and its media type."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self._registry), content_type
 
     def snapshot(self) -> Snapshot:
         """Return all counts and gauges; another process of the same version can `merge` the counts."""
         return {
-            "counts": {name: family.snapshot() for name, family in self._families().items()},
+            "counts": {name: family.snapshot() for name, family in self._families().items()}
+            | {"exemplars": self._exemplars.snapshot()},
             "gauges": self._gauge_values(),
         }
 
@@ -214,15 +219,7 @@ class Metrics(Collector):
         for name, family in self._families().items():
             if name in counts:
                 family.merge(counts[name])
-
-    @staticmethod
-    def _observer(histogram: Histogram) -> Callable[[float], None]:
-        def observe_s(seconds: float) -> None:
-            histogram.add(seconds)
-            if len(histogram.unsorted) >= MAX_UNSORTED:
-                histogram.sort()
-
-        return observe_s
+        self._exemplars.merge(counts.get("exemplars", {}))
 
     # What is counted ...
 
@@ -274,6 +271,8 @@ class Metrics(Collector):
             self._unguarded.add(report.unguarded.label)
         if report.close_delimited:
             self._close_delimited.add()
+        if report.trace is not None:
+            self._exemplars.add(report.trace.own.trace_text, report, seconds)
         if len(self._by_request[0].unsorted) >= MAX_UNSORTED:
             for histogram in self._by_request:
                 histogram.sort()
