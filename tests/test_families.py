@@ -128,7 +128,7 @@ def test_requests_are_counted_by_the_rule_and_its_upstream():
     total = Metrics("1", {})
     for metrics in workers:
         total.merge(metrics.snapshot()["counts"])
-    text = total.text().decode()
+    text = total.text()[0].decode()
     for sample in (
         'rule_requests_total{outcome="executed",rule="charges",upstream="old"} 2.0',
         'rule_requests_total{outcome="executed",rule="charges",upstream="new"} 2.0',

@@ -193,13 +193,16 @@ class Spans:
         self.counts = {"exported": 0, "lost": 0}
         self.warnings: list[str] = []
         self.export = SpanExport(self._warn, self._count, self.exporter)
-        self.observe = self.export.observing(lambda *_: None)
 
     def _warn(self, event: str, reason: str) -> None:
         self.warnings.append(f"{event}: {reason}")
 
     def _count(self, end: str, number: float) -> None:
         self.counts[end] += int(number)
+
+    def observe(self, report: RequestReport) -> None:
+        if report.trace is not None:
+            self.export.add(report.trace, report)
 
     async def of(self, report: RequestReport) -> list[ReadableSpan]:
         self.observe(report)
@@ -346,10 +349,6 @@ async def test_links_are_kept_once():
         report.trace.met(kept)
     (server,) = await Spans().of(report)
     assert [(link.context.trace_id, link.context.span_id) for link in server.links] == [(1, 2)]
-
-
-async def test_a_request_that_is_not_traced_has_no_span():
-    assert await Spans().of(REPORT) == []
 
 
 async def test_the_variables_of_opentelemetry_name_the_service(monkeypatch):

@@ -190,7 +190,13 @@ def begin_trace(tracing: Tracing, request: Request, keyed: KeyedRequest, began_s
 
     The record that it claims keeps its span, so that its duplicates can name it.
     """
-    contexts = tracing.sample(request.field(TRACEPARENT))
+    known = request.known
+    if known is None or request.head is not None:
+        value = request.field(TRACEPARENT)
+    else:
+        # The same without another call.
+        value = known.value(TRACEPARENT, request.values)
+    contexts = tracing.sample(value)
     if contexts is None:
         return None
     claim = keyed.claim_request

@@ -8,7 +8,7 @@ from typing import Any
 from oncegate.known_heads.recent import RecentHeads
 from oncegate.known_heads.shapes import MAX_SHAPED_BYTES, PLAIN, Gap, Shape, Shapes, joined
 from oncegate.messages.bound_authentication import BINDING_FORM
-from oncegate.messages.fields import HOP_BY_HOP, Fields, nominated, only_value
+from oncegate.messages.fields import HOP_BY_HOP, Fields, nominated
 from oncegate.messages.request_head import ACTED_ON, RequestHead
 from oncegate.settings.credentials import ACCOUNTS, CREDENTIALS
 
@@ -72,7 +72,7 @@ class KnownHead:
     """
 
     __slots__ = (
-        "_fields", "_gaps", "_head", "_ids", "_target", "_watched",
+        "_fields", "_gaps", "_head", "_ids", "_once", "_target", "_watched",
         "body_bytes", "has_ids", "has_shape", "key_at", "length_at", "message", "names", "plan",
     )  # fmt: skip
 
@@ -91,6 +91,7 @@ class KnownHead:
         self._fields = fields[ids:]
         self.names = [head.pairs[at][0].lower() for at in self._fields]
         self._gaps = {name: at for at, name in enumerate(self.names, ids)}
+        self._once = {name: values[0] for name, values in head.fields.items() if len(values) == 1}
         self.key_at = ids + self.names.index(key_field) if key_field in self.names else -1
         self.length_at = ids + self.names.index(b"content-length") if b"content-length" in self.names else -1
         # The key and the length of the body are looked at in every request. Without a key nothing is planned.
@@ -134,7 +135,7 @@ class KnownHead:
         It differs from request to request: what is made of it must not enter a plan.
         """
         at = self._gaps.get(name)
-        return only_value(self._head.fields, name) if at is None else values[at]
+        return self._once.get(name, b"") if at is None else values[at]
 
     def filled_with(self, value: bytes) -> RequestHead:
         """Return the head with one value in all of its gaps."""

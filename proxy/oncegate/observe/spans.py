@@ -24,7 +24,7 @@ from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode,
 from oncegate import __version__
 from oncegate.keys.digests import url_safe_base64
 from oncegate.messages.traceparent import TraceContext
-from oncegate.observe.outcome import Observe, Outcome, RequestReport
+from oncegate.observe.outcome import Outcome, RequestReport
 from oncegate.observe.tracing import Attempt, Trace
 from oncegate.settings.errors import SettingsError
 
@@ -188,17 +188,8 @@ class SpanExport:
         if self._reason.text:
             raise _unusable(self._reason.text)
 
-    def observing(self, observe: Observe) -> Observe:
-        """Return what takes the reports of requests for `observe`, and makes spans of those that are traced."""
-
-        def observe_both(report: RequestReport, seconds: float = 0.0, client_gone: bool = False) -> None:
-            observe(report, seconds, client_gone)
-            if report.trace is not None:
-                self._add(report.trace, report)
-
-        return observe_both
-
-    def _add(self, trace: Trace, report: RequestReport) -> None:
+    def add(self, trace: Trace, report: RequestReport) -> None:
+        """Take a traced request that ends now."""
         spans = spans_of(trace, report, self._resource)
         if self._pending + len(spans) > self._max_pending:
             self._lose(len(spans), "the queue is full")
@@ -273,4 +264,18 @@ def _resource() -> Resource:
         "service.version": __version__,
         "service.instance.id": f"{socket.gethostname()}-{os.getpid()}",
     }
-    return Resource.create(own).merge(OTELResourceDetector().detect())
+    resource = Resource.create(own).merge(OTELResourceDetector().detect())
+    return _HashedOnce(resource.attributes, resource.schema_url)
+
+
+class _HashedOnce(Resource):
+    """A resource that knows its hash. The encoder asks for it for each span, and the SDK writes JSON for that."""
+
+    _hash = 0
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or super().__eq__(other)
+
+    def __hash__(self) -> int:
+        self._hash = self._hash or super().__hash__()
+        return self._hash

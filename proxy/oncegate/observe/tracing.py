@@ -21,6 +21,9 @@ from oncegate.messages.traceparent import (
 # How a `traceparent` of version 00 ends whose sender does not record the trace, and its length.
 _UNSAMPLED, _LENGTH = b"-00", 55
 
+# Bound once for the request path.
+_random = random.random
+
 
 @dataclass(slots=True)
 class Attempt:
@@ -113,11 +116,11 @@ class Tracing:
 
         `traceparent`: the value of the field, empty for none or several.
         """
-        # Most are like this, or empty: neither is parsed.
+        # Most are empty, or end like this: neither is parsed.
         if traceparent.endswith(_UNSAMPLED) and len(traceparent) == _LENGTH:
             return None
         parent = parse_traceparent(traceparent) if traceparent else None
-        if not (random.random() < self._ratio if parent is None else parent.is_sampled):
+        if not (_random() < self._ratio if parent is None else parent.is_sampled):
             return None
         if not self._take():
             self._limited()

@@ -116,6 +116,8 @@ class Service:
     def _observe(self, report: RequestReport, seconds: float = 0.0, client_gone: bool = False) -> None:
         self.metrics.observe(report, seconds)
         self._access(report, seconds, client_gone)
+        if report.trace is not None and self._parts.spans is not None:
+            self._parts.spans.add(report.trace, report)
         if report.without_credential and report.rule not in self._warned_of:
             self._warned_of.add(report.rule)
             self._log.warning("requests without a credential", rule=report.rule, detail=_SHARED_TENANT)

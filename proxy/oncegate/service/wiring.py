@@ -79,7 +79,7 @@ class Parts:
         self._usual_times: defaultdict[str, UsualTime] = defaultdict(UsualTime)
         self.metrics = metrics = reporting.metrics
         clock = asyncio.get_running_loop().time
-        self._spans = open_spans(settings, reporting)
+        self.spans = open_spans(settings, reporting)
         self.memory = MemoryBudget(settings.max_buffered_bytes)
         self._ticker = Ticker(asyncio.get_running_loop())
         self._resolver = Resolver(settings.dns_ttl_s, report=reporting.log.warning, count=metrics.looked_up)
@@ -112,7 +112,7 @@ class Parts:
             self._first_step,
             bodies,
             max_in_flight=settings.max_in_flight,
-            observe=reporting.observe if self._spans is None else self._spans.observing(reporting.observe),
+            observe=reporting.observe,
             on_failure=reporting.failed,
             tracing=self._tracing(),
         )
@@ -132,13 +132,13 @@ class Parts:
 
     def _tracing(self) -> Tracing | None:
         settings, limited = self._settings, self._reporting.metrics.traces_limited.add
-        return Tracing(settings.trace_rate_per_s, settings.trace_ratio, limited) if self._spans is not None else None
+        return Tracing(settings.trace_rate_per_s, settings.trace_ratio, limited) if self.spans is not None else None
 
     async def close(self) -> None:
         """Close the connections to the upstreams, and send the spans that are waiting."""
         self.pools.close()
-        if self._spans is not None:
-            await self._spans.close(FLUSH_S)
+        if self.spans is not None:
+            await self.spans.close(FLUSH_S)
 
     def _store(self, url: str) -> Store:
         settings, reporting = self._settings, self._reporting
