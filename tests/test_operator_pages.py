@@ -4,11 +4,14 @@ import asyncio
 import html
 import re
 from base64 import b64encode
+from contextlib import suppress
 from dataclasses import replace
 from importlib.resources import files
 
 import pytest
+from aiohttp import ClientError
 
+from oncegate.admin.pages.deciding import MOST
 from oncegate.admin.pages.signing import LASTS_S, Answer, Draft, Signer
 from oncegate.admin.roles import Role
 from oncegate.admin.watching import live, store_view
@@ -18,14 +21,26 @@ from oncegate.operating.request_identity import AskedRequest, Identified, identi
 from oncegate.operating.worklist import Seen
 from oncegate.rules.loading import load_rules
 from oncegate.store.kept import Kept
-from oncegate.store.record import ViewState
+from oncegate.store.record import ClaimRequest, ViewState
 from oncegate.store.record_name import record_id
 from oncegate.store.store import Store
 from tests.admin_parts import admin_parts
 from tests.operator_pages import Site, site, unknown_key
 from tests.parts import until
-from tests.probes import RedisProbe
-from tests.stores import PATIENCE_S, Claim, answer, claim, claimed, connected, key, store_small
+from tests.stores import (
+    PATIENCE_S,
+    RETENTION_MS,
+    SAME,
+    SCOPE,
+    UNKNOWN_RETENTION_MS,
+    Claim,
+    answer,
+    claim,
+    claimed,
+    connected,
+    key,
+    store_small,
+)
 
 DOWN = "redis://127.0.0.1:1/0"
 HOSTILE = "<script>alert(1)</script>\"'&\u202e\r\n"
@@ -34,9 +49,16 @@ PAGES = "oncegate.admin.pages"
 
 @pytest.fixture
 async def keys(valkey):
-    """A store without records."""
+    """A store without records, whose index has every open key."""
     async with connected(valkey.url) as store:
+        await made_whole(store)
         yield store
+
+
+async def made_whole(store: Store) -> None:
+    for server in store.records.servers:
+        await server.index.begin()
+        await server.index.note_complete()
 
 
 @pytest.fixture
@@ -161,29 +183,36 @@ async def test_many_are_released_and_one_has_changed(keys, desk):
     assert "too old" in desk.text()
 
 
-async def test_an_owner_that_came_back_is_not_decided_about(keys, desk, probe_changes):
+async def test_an_owner_that_came_back_is_not_decided_about(keys, desk):
     """A key that was shown as unknown because its owner was silent, and is in flight again, has changed."""
-    await claimed(keys, key=key(1))
-    probe_changes(key(1), -1)
+    request = ClaimRequest(key(1), SCOPE, SAME, b"hold", 20, RETENTION_MS, UNKNOWN_RETENTION_MS)
+    owner = await keys.claim(request)
+    await asyncio.sleep(0.03)
     await desk.get("/unknown")
     [seen] = desk.values("key")
-    probe_changes(key(1), 5000)
+    assert "unknown, owner silent" in desk.text()
+    await keys.renew(replace(owner, lease_ms=60_000))
     await desk.post("/review", ("key", seen), ("action", "release"))
     assert "1 changed meanwhile" in desk.text()
     assert "it is in_flight by now" in desk.text()
     assert await state_of(keys, 1) is ViewState.IN_FLIGHT
 
 
-@pytest.fixture
-def probe_changes(valkey):
-    """Set the end of a record's lease, in ms from now."""
-    with valkey.client() as client:
-        probe = RedisProbe(client, valkey.url)
-
-        def change(digest: bytes, left_ms: int) -> None:
-            probe.change(digest, lease=probe.now_ms() + left_ms)
-
-        yield change
+async def test_a_decision_that_the_end_cuts_off(keys, valkey):
+    """If the listener ends amid a decision about many, each key that was decided has its line in the log."""
+    for number in range(MOST):
+        await unknown_key(keys, number, Kept())
+    async with site(valkey.url) as desk:
+        await desk.post("/review", ("action", "release-all"))
+        deciding = asyncio.create_task(desk.post("/decide", ("signed", desk.values("signed")[0])))
+        await until(lambda: len(desk.log.lines) > 3)
+    with suppress(ClientError):
+        await deciding
+    records = [record async for record in keys.records.scan()]
+    released = {record_id(record.key) for record in records if record.state is ViewState.RELEASED}
+    assert 3 < len(released) < MOST
+    assert released <= {line["key_id"] for line in desk.log.lines}
+    assert {line["outcome"] for line in desk.log.lines} <= {"released", "unconfirmed"}
 
 
 async def test_all_that_match_are_counted_first(keys, desk, monkeypatch):
@@ -360,6 +389,20 @@ async def test_the_audit_trail_is_beside_the_record(database):
         assert re.search(r"claimed .* unknown .* freed operator ana on ", desk.text())
 
 
+async def test_a_decision_in_every_store(stored):
+    """The worklist, a decision and the page of the key are the same in each kind of store and layout of a record."""
+    async with connected(stored.url) as store, site(stored.url) as desk:
+        await unknown_key(store, 1, Kept("order-1", rule="charges"), "status 502 came", 502)
+        await desk.get("/unknown")
+        assert (orders(desk), "status 502 came 502 charges" in desk.text()) == (["order-1"], True)
+        await desk.post("/review", ("key", desk.values("key")[0]), ("action", "resolve"))
+        await desk.post("/review", ("signed", desk.values("signed")[0]), ("status", "201"), ("body", "whole body"))
+        await desk.post("/decide", ("signed", desk.values("signed")[0]))
+        assert "1 key resolved" in desk.text()
+        await desk.get(f"/key/{record_id(key(1))}")
+        assert re.search("complete order-1 .* HTTP/1.1 201 Created .* whole body", desk.text())
+
+
 # Rules ...
 
 
@@ -448,6 +491,29 @@ async def test_many_watchers_ask_the_store_once(keys, desk, monkeypatch):
     await desk.get("/")
     assert overview.store_questions == 2
     assert "Decide 1 key" in desk.text()
+
+
+async def test_a_page_costs_the_same_however_many_keys_are_in_flight(keys, valkey):
+    """The first pages ask the index: so many commands, and so many records, whether few or many keys are open."""
+    for number in range(60):
+        await unknown_key(keys, number, Kept(f"order-{number}", rule="charges"))
+    costs = []
+    with valkey.client() as client:
+        for most in (200, 2000):
+            await asyncio.gather(*(claim(keys, key(number)) for number in range(most // 10, most)))
+            async with site(valkey.url) as desk:
+                client.config_resetstat()
+                for path in ("/", "/unknown"):
+                    await desk.get(path)
+                    assert desk.status == 200
+                assert len(orders(desk)) == 50
+                stats = client.info("commandstats")
+            costs.append({name.removeprefix("cmdstat_"): one["calls"] for name, one in stats.items()})
+    few, many = costs
+    assert few == many
+    assert "scan" not in many
+    assert many["hmget"] == 50, "the records that are shown"
+    assert sum(many.values()) <= 250, many
 
 
 async def test_a_stream_says_what_changes(keys, valkey, monkeypatch):

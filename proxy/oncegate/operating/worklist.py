@@ -1,13 +1,14 @@
 """The keys that a person may have to decide: which of them an operator means, and decisions about many at once."""
 
+import asyncio
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from oncegate.operating.decisions import NOT_CARRIED_OUT, Decision, Desk, refusal, release, resolve
 from oncegate.operating.operator_response import OperatorResponse
-from oncegate.store.open_keys.listing import open_keys
-from oncegate.store.open_keys.places import OpenPage, place_of, write_place
+from oncegate.store.open_keys.places import OpenCounts, OpenPage, add_counts, page_of, place_of, write_place
 from oncegate.store.record_name import record_id
-from oncegate.store.record_view import RecordView
+from oncegate.store.record_view import UNDECIDED, OpenKind, RecordView
 from oncegate.store.results import ResolveStatus
 from oncegate.store.store import Store
 
@@ -55,23 +56,35 @@ class Seen:
         return cls(record.key, record.token, record.state.value)
 
 
-async def worklist(store: Store, wanted: Filter, limit: int, after: str = "") -> OpenPage:
-    """Return the oldest undecided keys behind the place `after` that an operator means.
+async def has_whole_index(store: Store) -> bool:
+    """Return whether the index has every open key: it lacks some for a while after an upgrade. Raises StoreError."""
+    return all(await asyncio.gather(*[server.index.is_complete() for server in store.records.servers]))
+
+
+async def indexed_counts(store: Store) -> OpenCounts:
+    """Return how many open keys of each kind the index has, without a look at any record. Raises StoreError."""
+    return add_counts(await asyncio.gather(*[server.index.counts() for server in store.records.servers]))
+
+
+async def worklist(
+    store: Store, wanted: Filter, limit: int, after: str = "", kinds: Collection[OpenKind] = UNDECIDED
+) -> OpenPage:
+    """Return the oldest keys of the index behind the place `after` that an operator means.
 
     It looks at LOOKED_AT keys at most: `after` of the page then says where to go on. Raises StoreError, and ValueError
     for an `after` that no page gave.
     """
     found: list[RecordView] = []
-    looked_at = 0
-    while len(found) <= limit and looked_at < LOOKED_AT:
-        page = await open_keys(store.records, PAGE if wanted.is_set else limit, after)
+    looked_at, size = 0, PAGE if wanted.is_set else limit
+    while True:
+        pages = await asyncio.gather(*[one.index.page(size, after, kinds) for one in store.records.servers])
+        page = page_of([one for page in pages for one in page.records], size, any(page.after for page in pages))
         found += [record for record in page.records if wanted.matches(record)]
         looked_at, after = looked_at + len(page.records), page.after
-        if not after or not wanted.is_set:
-            break
-    if len(found) > limit:
-        found, after = found[:limit], write_place(place_of(found[limit - 1]))
-    return OpenPage(found, after)
+        if len(found) > limit:
+            return OpenPage(found[:limit], write_place(place_of(found[limit - 1])))
+        if not after or not wanted.is_set or looked_at >= LOOKED_AT:
+            return OpenPage(found, after)
 
 
 async def read_seen(store: Store, action: str, seen: Seen) -> RecordView | str:

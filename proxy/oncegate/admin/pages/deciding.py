@@ -159,8 +159,14 @@ class Deciding:
             async with opened_store(self._parts.settings, str(operator)) as store:
                 desk = Desk(self._parts.settings, store, operator)
                 while left:
-                    result = await decide_seen(desk, draft.action, left[0], given)
-                    seen = left.pop(0)
+                    seen = left[0]
+                    try:
+                        result = await decide_seen(desk, draft.action, seen, given)
+                    except asyncio.CancelledError:
+                        # The listener ends. The store may carry it out all the same.
+                        self._audit(operator, draft.action, seen, "unconfirmed")
+                        raise
+                    left.pop(0)
                     self._audit(operator, draft.action, seen, result)
                     is_done = isinstance(result, Decision) and result.is_done
                     text = result.text if isinstance(result, Decision) else result
@@ -171,8 +177,9 @@ class Deciding:
 
     def _audit(self, operator: Operator, action: str, seen: Seen, result: Decision | str) -> None:
         """Write who did what, and what came of it."""
-        unchanged = {"outcome": "changed", "key_id": record_id(seen.key), "owner_token": seen.token.hex()}
-        facts = result.facts if isinstance(result, Decision) else {**unchanged, "reason": result}
+        outcome = result if result == "unconfirmed" else "changed"
+        seen_facts = {"outcome": outcome, "key_id": record_id(seen.key), "owner_token": seen.token.hex()}
+        facts = result.facts if isinstance(result, Decision) else {**seen_facts, "reason": result}
         self._parts.log.warning("audit", action=action, **facts, user=operator.user, host=operator.host)
 
 

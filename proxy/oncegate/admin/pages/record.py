@@ -22,7 +22,7 @@ from oncegate.operating.worklist import Filter, worklist
 from oncegate.settings.errors import SettingsError
 from oncegate.store.record import ViewState
 from oncegate.store.record_name import parse_record_id, record_id
-from oncegate.store.record_view import RecordView
+from oncegate.store.record_view import OpenKind, RecordView
 from oncegate.store.store import Store
 
 # Bytes of a body that a page shows.
@@ -100,7 +100,8 @@ class KeyPages:
                 return f"/key/{record_id((await self._by_key(store, pasted.word, form)).key)}"
             except OperatorError:
                 # It may be the beginning of an id, or what a note says.
-                found = (await worklist(store, Filter(pasted.word), 2)).records if pasted.word else []
+                wanted = Filter(pasted.word)
+                found = (await worklist(store, wanted, 2, kinds=list(OpenKind))).records if pasted.word else []
                 if not found:
                     raise
         is_one = len(found) == 1

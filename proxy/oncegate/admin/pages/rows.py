@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 from oncegate.admin.pages.frame import field
 from oncegate.admin.pages.signing import write_seen
+from oncegate.operating.record_facts import escaped
 from oncegate.operating.worklist import Filter, Seen
 from oncegate.store.record import ViewState
 from oncegate.store.record_name import record_id
@@ -50,9 +51,10 @@ def row_of(record: RecordView) -> Row:
         seen=write_seen(Seen.of(record)),
         kind=colour,
         word=word,
-        note=record.kept.note,
-        rule=record.kept.rule,
-        why=record.reason or record.progress,
+        # Clients wrote some of it: it can neither hide anything nor turn a line around.
+        note=escaped(record.kept.note),
+        rule=escaped(record.kept.rule),
+        why=escaped(record.reason or record.progress),
         status=record.status,
         created_ms=record.created_ms,
         # After a failover the time comes from another server, whose clock may be behind.

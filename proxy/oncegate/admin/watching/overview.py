@@ -8,11 +8,12 @@ from oncegate.admin.watching import history
 from oncegate.admin.watching.history import History, Reading
 from oncegate.admin.watching.store_view import StoreView
 from oncegate.operating.errors import OperatorError
-from oncegate.store.open_keys.listing import open_counts
+from oncegate.operating.worklist import has_whole_index, indexed_counts
 from oncegate.store.open_keys.places import OpenCount, OpenCounts
 from oncegate.store.record_view import OpenKind
 
 LOOK_S = 1.0
+NOT_WHOLE = "keys that were open before the upgrade may be missing here, until a proxy has looked through the store"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,8 @@ class Overview:
         self.history, self.store = History(), StoreView(parts.settings)
         self._look, self._looked_at = Look(), float("-inf")
         self._looking: asyncio.Task[None] | None = None
+        # Whether the index has every open key. Once it has, it stays so.
+        self._is_whole = False
         # How often the store was asked.
         self.store_questions = 0
 
@@ -90,11 +93,14 @@ class Overview:
             self.store_questions += 1
             try:
                 async with self.store.opened() as store:
-                    counts = await open_counts(store.records)
+                    self._is_whole = self._is_whole or await has_whole_index(store)
+                    counts = await indexed_counts(store)
             except OperatorError as failed:
                 error = str(failed)
             await self._read()
             reasons, notices = await self._parts.not_ready_reasons(), await self._parts.notices()
+            if not self._is_whole and not error:
+                notices = [*notices, NOT_WHOLE]
             self._look = Look(counts, error, reasons, notices)
         finally:
             self._looking = None
