@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from oncegate.decision import ANY_AGE
 from oncegate.keys.digests import Digests, Scope, UnstableScope, finish_fingerprint, length_prefixed
 from oncegate.keys.documents import Missing
 from oncegate.keys.extraction import ExtractedKey, SourceInput, extract_key, scope_fields
@@ -273,7 +274,13 @@ LLM = sources("header:Idempotency-Key", "derived:3600", mark=MARK)
 
 @pytest.mark.parametrize(
     ("mark", "expected"),
-    [(b"0", (1, True)), (b"1", (0, False)), (b" 2 ", (0, False)), (b"00", (1, True)), (b"9999", (0, False))],
+    [
+        (b"0", (ANY_AGE, True)),
+        (b"1", (0, False)),
+        (b" 2 ", (0, False)),
+        (b"00", (ANY_AGE, True)),
+        (b"9999", (0, False)),
+    ],
 )
 def test_a_marked_request(mark, expected):
     """Retry count 0 is a new request and takes over a complete record. A higher one gets that record, however old."""
@@ -290,7 +297,12 @@ def test_an_unmarked_request_has_no_derived_key(pairs):
 
 @pytest.mark.parametrize(
     ("pairs", "expected"),
-    [([], (1, True)), ([(MARK, b"0")], (1, True)), ([(MARK, b"1")], (600_000, False)), ([(MARK, b"x")], None)],
+    [
+        ([], (ANY_AGE, True)),
+        ([(MARK, b"0")], (ANY_AGE, True)),
+        ([(MARK, b"1")], (600_000, False)),
+        ([(MARK, b"x")], None),
+    ],
 )
 def test_a_client_that_marks_its_retries_alone(pairs, expected):
     """Without a mark a request is new. A retry gets the response within the window, and a mark that is none, no key."""

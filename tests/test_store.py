@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from oncegate.decision import ANY_AGE
 from oncegate.keys.digests import Digests, Scope
 from oncegate.store.record import Claim, Corrupt, Record, ViewState, intact, pack, pack_tombstone, self_check
 from oncegate.store.record_view import RecordView
@@ -602,6 +603,8 @@ WINDOWED = [
     ("complete", WINDOW_MS, WINDOW_MS // 2, "complete"),
     ("complete", WINDOW_MS, WINDOW_MS + 1, "claimed"),
     ("complete", WINDOW_MS, -HOUR_MS, "complete"),
+    ("complete", ANY_AGE, 0, "claimed"),
+    ("complete", ANY_AGE, -HOUR_MS, "complete"),
     ("in flight", WINDOW_MS, WINDOW_MS + 1, "in_flight"),
     ("lapsed", WINDOW_MS, WINDOW_MS + 1, "in_flight"),
     ("unknown", WINDOW_MS, WINDOW_MS + 1, "unknown"),

@@ -143,6 +143,15 @@ def decide(state: State, same_request: bool, body_stored: bool) -> Decision:
     assert_never(state)
 
 
+# A window: also a record of this very millisecond is older.
+ANY_AGE = -1
+
+
+def is_past(window_ms: int, age_ms: int) -> bool:
+    """Return whether a complete record is older than the window of a derived key. 0: the key has none."""
+    return window_ms != 0 and age_ms > window_ms
+
+
 def may_take_over(state: State, same_request: bool, mode: bytes, past_window: bool) -> bool:
     """Return whether a new request may claim a key that has a record in `state` (as of now).
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple, assert_never
 from urllib.parse import unquote_to_bytes
 
+from oncegate.decision import ANY_AGE
 from oncegate.keys import automatic
 from oncegate.keys.digests import length_prefixed
 from oncegate.keys.documents import MAX_VALUE_BYTES, Missing, form_value, is_encoded, json_value
@@ -41,9 +42,10 @@ _ESCAPED = re.compile(rb"\\(.)")
 
 
 class ExtractedKey(NamedTuple):
-    """A key that sources yielded. A complete record older than `window_ms` (0: none is) does not count for it.
+    """A key that sources yielded. A complete record older than `window_ms` does not count for it.
 
-    `fresh`: the client says that this is a new request, though it equals an earlier one.
+    0: none is older. ANY_AGE: each one is. `fresh`: the client says that this is a new request, though it equals an
+    earlier one.
     """
 
     key: bytes
@@ -79,7 +81,7 @@ def extract_key(sources: KeySources, given: SourceInput) -> ExtractedKey | Missi
         if isinstance(key, ExtractedKey) and isinstance(retries, int):
             # A new request (no retries yet) takes over any complete record. A retry gets its response: however old
             # under a preset, whose SDKs always count.
-            key = key._replace(window_ms=sources.retry_window_ms if retries else 1, fresh=retries == 0)
+            key = key._replace(window_ms=sources.retry_window_ms if retries else ANY_AGE, fresh=retries == 0)
         if key is _PART_MISSING:
             incomplete = _PART_MISSING
         elif not isinstance(key, Missing):

@@ -44,7 +44,8 @@ class ScopedRequest(NamedTuple):
 class Identity(NamedTuple):
     """What identifies a request: the digest of its key (24 bytes) and its fingerprint (16 bytes).
 
-    A complete record older than `window_ms` (0: none is) does not count for it; only derived keys have a window.
+    A complete record older than `window_ms` (0: none is; ANY_AGE: each one is) does not count for it; only derived keys
+    have a window.
     `fresh`: the client says that this is a new request, though it equals an earlier one.
     """
 

@@ -56,7 +56,7 @@ class ClaimRequest:
     retention_ms: int
     # Of a key that is in flight or unknown. Never shorter than that of a complete one.
     unknown_retention_ms: int
-    # Of a derived key: the age at which a complete record no longer counts. 0 for any other key.
+    # Of a derived key: the age from which a complete record no longer counts, or ANY_AGE. 0 for any other key.
     window_ms: int = 0
     # Of a complete record: how long its key is refused after the retention. 0 for a derived key.
     tombstone_ms: int = 0

@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from oncegate.decision import State, effective_state, may_take_over
+from oncegate.decision import State, effective_state, is_past, may_take_over
 from oncegate.store.postgres import rows
 from oncegate.store.postgres.batches import Batches, Call, Sent
 from oncegate.store.postgres.connections.durability import Level
@@ -195,7 +195,7 @@ class Claims:
         if record.token in self._withdrawn_tokens:
             # It is a claim of this proxy that nobody holds, and for which nothing was sent. Free it now.
             return await self._free(replace(claim, token=record.token), is_over=False)
-        past_window = window_ms > 0 and record.created_ms + window_ms < record.now_ms
+        past_window = is_past(window_ms, record.now_ms - record.created_ms)
         state = effective_state(record.state, record.lease_left_ms)
         return may_take_over(state, record.fingerprint == claim.fingerprint, record.mode, past_window)
 
@@ -231,9 +231,12 @@ class Claims:
         if not isinstance(found, Record):
             return found if isinstance(found, Corrupt) else None
         # A claim of this proxy that nobody holds, or a response to the request of a former window.
-        is_past = 0 < window_ms < found.now_ms - found.created_ms and found.state in (State.COMPLETE, State.EXPIRED)
+        is_other = is_past(window_ms, found.now_ms - found.created_ms) and found.state in (
+            State.COMPLETE,
+            State.EXPIRED,
+        )
         is_own = found.token in self._withdrawn_tokens or found.token == claim.token
-        return None if is_past or is_own else found
+        return None if is_other or is_own else found
 
     # Withdrawals ...
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any, Final
 
-from oncegate.decision import State, effective_state, may_take_over
+from oncegate.decision import State, effective_state, is_past, may_take_over
 from oncegate.store.breaker import Breaker
 from oncegate.store.record import Claim, Corrupt, Record
 from oncegate.store.record_name import store_key
@@ -106,7 +106,7 @@ class Claims:
                     self._relieve(servers.breaker_of(claim.key))
                 if isinstance(result, Record) and result.token != expected:
                     # Most records are complete and stay so. Only the others may be open to this claim.
-                    uncertain = result.state is not _COMPLETE or window_ms > 0 or self._withdrawn_tokens
+                    uncertain = result.state is not _COMPLETE or window_ms or self._withdrawn_tokens
                     if uncertain and await self._may_take_over(result, claim, window_ms):
                         expected, left_s = result.token, deadline - loop.time()
                         tail = arguments.claim_tail(packed, window_ms, expected)
@@ -169,7 +169,7 @@ class Claims:
             # It is a claim of this proxy that nobody holds, and for which nothing was sent. Free it now.
             freed = await self._release(replace(claim, token=record.token), self._timeout_s)
             return freed.status is SettleStatus.RELEASED
-        past_window = window_ms > 0 and record.created_ms + window_ms < record.now_ms
+        past_window = is_past(window_ms, record.now_ms - record.created_ms)
         state = effective_state(record.state, record.lease_left_ms)
         return may_take_over(state, record.fingerprint == claim.fingerprint, record.mode, past_window)
 
@@ -200,8 +200,11 @@ class Claims:
         if not isinstance(found, Record):
             return found if isinstance(found, Corrupt) else None
         # A claim of this proxy that nobody holds, or a response to the request of a former window.
-        is_past = 0 < window_ms < found.now_ms - found.created_ms and found.state in (State.COMPLETE, State.EXPIRED)
-        return None if is_past or found.token in self._withdrawn_tokens else found
+        is_other = is_past(window_ms, found.now_ms - found.created_ms) and found.state in (
+            State.COMPLETE,
+            State.EXPIRED,
+        )
+        return None if is_other or found.token in self._withdrawn_tokens else found
 
     def _end_reclaim(self, claim: Claim, reason: Unconfirmed) -> Unconfirmed:
         """End a reclaim that was not confirmed. The key stays this claim's, and is settled later."""

@@ -327,7 +327,7 @@ BEGIN
                 WHEN r.state = 1 AND r.lease - began > r.lease_ms THEN 'restart'
                 WHEN began > u.not_after THEN 'keep'
                 WHEN is_free(r.state, r.created, r.lease, r.lease_ms, r.frees, began) THEN 'claim'
-                WHEN r.state IN (3, 5) AND u.window_ms > 0 AND r.created + u.window_ms < began THEN 'take'
+                WHEN r.state IN (3, 5) AND u.window_ms <> 0 AND r.created + u.window_ms < began THEN 'take'
                 WHEN (r.state = 2 OR r.state = 1 AND r.lease <= began) AND r.mode = 2 AND r.fingerprint = u.fingerprint
                 THEN 'take'
                 ELSE 'keep'

@@ -75,7 +75,7 @@ if value then
     end
     local ended = state == 'u' or (state == 'i' and leased + (tonumber(value:sub(60, 69)) or 0) <= now)
     open = ended and value:sub(72, 72) == 'r' and value:sub(105, 120) == fingerprint
-  elseif window_ms > 0 and #value > 49 then
+  elseif window_ms ~= 0 and #value > 49 then
     local made = now
     if version == 3 then
       fence, made = value:sub(18, 33), tonumber(value:sub(34, 49)) or now
@@ -92,7 +92,7 @@ elseif fields[1] or fields[2] or redis.call('EXISTS', KEYS[1]) == 1 then
   fence = fields[4]
   if meta then
     -- The first bytes of meta have fixed places: version, token, fence, created (see store/record.py).
-    local past = window_ms > 0 and (tonumber(meta:sub(34, 49)) or now) + window_ms < now
+    local past = window_ms ~= 0 and (tonumber(meta:sub(34, 49)) or now) + window_ms < now
     if not past or late or expected_token == '' or meta:sub(2, 17) ~= expected_token then
       -- Past its retention a record is its tombstone, whether its response has been dropped or not.
       if meta:byte() == 3 or (tonumber(fields[12]) or math.huge) <= now then
