@@ -27,7 +27,7 @@ test: lint                          ## everything: format, lint, types, layers, 
 # The tests of each room, for `make quick PART=room`. Without PART: the pure ones of all rooms but for searches (of
 # hypothesis and of test_known_heads), and the main job.
 PART_commands := test_audit test_explain test_init test_keys test_migrations test_operate e2e/test_demo e2e/test_drain e2e/test_operate
-PART_server := test_data_folder test_embedded test_embedded_postgres test_owners e2e/test_drain e2e/test_pauses e2e/test_shutdown e2e/test_workers
+PART_server := test_data_folder test_embedded test_embedded_postgres test_owners e2e/test_drain e2e/test_pauses e2e/test_shutdown e2e/test_systemd e2e/test_workers
 PART_service := test_readiness e2e/test_drain e2e/test_limits e2e/test_reload e2e/test_shutdown
 PART_gateway := test_cancelling e2e/test_again e2e/test_cancelling e2e/test_duplicates e2e/test_endings e2e/test_fidelity \
 	e2e/test_main_job test_recording test_response_reading e2e/test_streams e2e/test_unguarded_keys e2e/test_websockets

@@ -15,6 +15,7 @@ import pytest
 
 from oncegate.server.signals import StopEvents
 from oncegate.server.supervisor import Supervisor
+from oncegate.server.systemd import Systemd
 from oncegate.settings.cores import usable
 from oncegate.settings.settings import Settings
 from tests.parts import (
@@ -439,7 +440,8 @@ async def test_a_worker_that_dies_before_it_serves_leaves_a_line(starting):
 async def test_a_stop_while_every_worker_is_dead_waits_for_nobody():
     """A stop while all workers are dead and wait for their restart ends at once, not after the grace."""
     settings = Settings(upstream="http://127.0.0.1:9", drain_s=60)
-    supervisor = Supervisor(settings, [], None, SimpleNamespace(info=lambda *_, **__: None))
+    log = SimpleNamespace(info=lambda *_, **__: None)
+    supervisor = Supervisor(settings, [], None, Systemd({}, log), log)
     await asyncio.wait_for(supervisor._stop(StopEvents()), 10)
 
 

@@ -79,8 +79,8 @@ class AdminListener:
         await self._runner.cleanup()
 
 
-async def serve_admin(parts: AdminParts) -> AdminListener:
-    """Open the admin listener.
+async def serve_admin(parts: AdminParts, sock: socket.socket | None = None) -> AdminListener:
+    """Open the admin listener, on `sock` where one listens already.
 
     Raises OSError where the port is taken, and SettingsError for tokens and certificates that cannot be used.
     """
@@ -99,14 +99,14 @@ async def serve_admin(parts: AdminParts) -> AdminListener:
     app.cleanup_ctx.append(limit_connections)
     await runner.setup()
     try:
-        server = await _listen(runner, settings.admin_listen, tls)
+        server = await _listen(runner, sock or settings.admin_listen, tls)
     except OSError:
         await runner.cleanup()
         raise
     return AdminListener(server, runner, access, certificate)
 
 
-async def _listen(runner: web.AppRunner, address: Address, tls: ssl.SSLContext | None) -> asyncio.Server:
+async def _listen(runner: web.AppRunner, where: socket.socket | Address, tls: ssl.SSLContext | None) -> asyncio.Server:
     def connection() -> RequestHandler:
         assert runner.server is not None
         connections = runner.server.connections
@@ -114,9 +114,10 @@ async def _listen(runner: web.AppRunner, address: Address, tls: ssl.SSLContext |
             _cut_one(connections)
         return runner.server()
 
-    place: dict[str, Any] = {"host": address.host, "port": address.port}
-    if address.host == "::":
-        place = {"sock": both_families(address)}
+    place: dict[str, Any] = {"sock": where}
+    if isinstance(where, Address):
+        both = where.host == "::"
+        place = {"sock": both_families(where)} if both else {"host": where.host, "port": where.port}
     return await asyncio.get_running_loop().create_server(
         connection, **place, ssl=tls, ssl_handshake_timeout=HANDSHAKE_S if tls else None
     )

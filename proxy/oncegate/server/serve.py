@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import signal
 from collections.abc import AsyncIterator
 from typing import Any
@@ -15,6 +16,7 @@ from oncegate.server.owners import Owners
 from oncegate.server.signals import ExitCode, block_signals, stop_events
 from oncegate.server.slots import Slot, open_slots
 from oncegate.server.supervisor import Supervisor
+from oncegate.server.systemd import Systemd
 from oncegate.server.tuning import (
     freeze_garbage_collection,
     grow_descriptor_table,
@@ -35,6 +37,7 @@ def serve(settings: Settings, logger: Any) -> ExitCode:
     store_url = settings.store_url.get_secret_value()
     try:
         early_signals.raise_if_stopped()
+        systemd = Systemd(os.environ, logger)
         if store_url == "embedded":
             embedded = EmbeddedStore(settings.data_dir, settings.embedded_max_bytes, logger.warning)
             embedded.start()
@@ -44,8 +47,9 @@ def serve(settings: Settings, logger: Any) -> ExitCode:
             # The embedded store is private to this user. Another one has readers of its own.
             logger.warning("store without a secret", consequence="whoever reads the store can test guesses of keys")
         if settings.workers > 1:
-            return uvloop.run(_supervise(settings, open_slots(settings.listen, settings.workers), embedded, logger))
-        return uvloop.run(_serve(settings, store_url, embedded, logger))
+            slots = open_slots(settings.listen, settings.workers, systemd.public)
+            return uvloop.run(_supervise(settings, slots, embedded, systemd, logger))
+        return uvloop.run(_serve(settings, store_url, embedded, systemd, logger))
     except early_signals.StoppedEarly:
         logger.info("stopped", cut_off=0)
         return ExitCode.OK
@@ -58,7 +62,9 @@ def serve(settings: Settings, logger: Any) -> ExitCode:
             embedded.stop()
 
 
-async def _serve(settings: Settings, store_url: str, embedded: EmbeddedStore | None, logger: Any) -> ExitCode:
+async def _serve(
+    settings: Settings, store_url: str, embedded: EmbeddedStore | None, systemd: Systemd, logger: Any
+) -> ExitCode:
     """Serve in this process alone."""
     stop = stop_events()
     loop = asyncio.get_running_loop()
@@ -66,12 +72,13 @@ async def _serve(settings: Settings, store_url: str, embedded: EmbeddedStore | N
     loop.add_signal_handler(signal.SIGHUP, logger.info, "nothing to reload")
     loop.add_signal_handler(signal.SIGUSR2, logger.warning, "no workers to replace: ONCEGATE_WORKERS is 1")
     service = Service(settings, store_url, logger)
-    loop.add_signal_handler(signal.SIGHUP, service.reload)
+    loop.add_signal_handler(signal.SIGHUP, systemd.reloading_with(service.reload))
     owners = Owners(embedded.url, logger.warning) if embedded else None
 
     async def drain() -> DrainProgress:
         if not service.drains:
             logger.info("draining")
+            systemd.status("draining")
             service.begin_drain()
         return drain_progress(service.metrics.snapshot()["gauges"])
 
@@ -83,10 +90,11 @@ async def _serve(settings: Settings, store_url: str, embedded: EmbeddedStore | N
             grow_descriptor_table(settings)
             freeze_garbage_collection()
             async with controlled(settings, drain, logger):
-                await service.start()
+                await service.start(systemd.public, systemd.admin)
                 ready = not service.not_ready_reasons()
                 logger.info("serving", upstream=str(settings.upstream), ready=ready, **service.listens_on)
-                await stop.requested.wait()
+                async with systemd.told():
+                    await stop.requested.wait()
             logger.info("shutting down", grace_s=settings.drain_s)
             drained = await service.drain(stop.immediate)
             logger.info("stopped", cut_off=service.cut_off)
@@ -98,14 +106,16 @@ async def _serve(settings: Settings, store_url: str, embedded: EmbeddedStore | N
             block_signals()
 
 
-async def _supervise(settings: Settings, slots: list[Slot], embedded: EmbeddedStore | None, logger: Any) -> ExitCode:
+async def _supervise(
+    settings: Settings, slots: list[Slot], embedded: EmbeddedStore | None, systemd: Systemd, logger: Any
+) -> ExitCode:
     """Serve with one worker process for each slot."""
     owners = Owners(embedded.url, logger.warning) if embedded else None
     async with _restarted_when_dead(embedded):
         try:
             if owners:
                 await owners.mark_orphans()
-            return await Supervisor(settings, slots, owners, logger).run()
+            return await Supervisor(settings, slots, owners, systemd, logger).run()
         finally:
             block_signals()
 

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from oncegate.server import early_signals
@@ -185,11 +185,14 @@ def _complete(future: "asyncio.Future[bool]", result: bool) -> None:
         future.set_result(result)
 
 
-def open_slots(address: Address, count: int) -> list[Slot]:
+def open_slots(address: Address, count: int, inherited: Sequence[socket.socket] = ()) -> list[Slot]:
     """Return `count` slots, each with its own listening sockets on the same address. Raises OSError.
 
-    The kernel spreads new connections over the sockets (SO_REUSEPORT, socket(7)).
+    The kernel spreads new connections over the sockets (SO_REUSEPORT, socket(7)). All slots share `inherited` sockets,
+    where there are some.
     """
+    if inherited:
+        return [Slot(number, [one.dup() for one in inherited]) for number in range(1, count + 1)]
     resolved = socket.getaddrinfo(address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     # getaddrinfo may return the same address twice.
     unique = dict.fromkeys((family, sockaddr) for family, *_, sockaddr in resolved)

@@ -20,6 +20,7 @@ from oncegate.server.control import DrainProgress, controlled, drain_progress
 from oncegate.server.owners import Owners
 from oncegate.server.signals import ExitCode, StopEvents, stop_events
 from oncegate.server.slots import Slot, Worker
+from oncegate.server.systemd import Systemd
 from oncegate.service.reload import Reload, TakeOver
 from oncegate.service.wiring import listener_tls
 from oncegate.settings.settings import Settings
@@ -34,8 +35,11 @@ FILES_DIFFER = "the workers have read different versions of a file; SIGHUP makes
 class Supervisor:
     """The workers of one service, one for each slot. `owners`: of claims in the embedded store, where there is one."""
 
-    def __init__(self, settings: Settings, slots: list[Slot], owners: Owners | None, logger: Any) -> None:
+    def __init__(
+        self, settings: Settings, slots: list[Slot], owners: Owners | None, systemd: Systemd, logger: Any
+    ) -> None:
         self._settings, self._slots, self._owners, self._log = settings, slots, owners, logger
+        self._systemd = systemd
         self._workers: set[Worker] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_serving = self._is_replacing = self._is_draining = False
@@ -52,7 +56,7 @@ class Supervisor:
     async def run(self) -> ExitCode:
         """Serve until SIGTERM or SIGINT; return the exit code, which covers all workers that ever ran."""
         stop = stop_events()
-        admin = await serve_admin(self._admin_parts())
+        admin = await serve_admin(self._admin_parts(), self._systemd.admin)
         self._reload.add(admin.prepare)
         try:
             self._handle_signals()
@@ -62,7 +66,8 @@ class Supervisor:
                     return await self._explain_failed_start()
                 if self._is_serving:
                     await self._log_serving(str(admin.address))
-                    await stop.requested.wait()
+                    async with self._systemd.told():
+                        await stop.requested.wait()
             await self._stop(stop)
             return ExitCode.OK if self._all_drained else ExitCode.CUT_OFF
         finally:
@@ -157,7 +162,7 @@ class Supervisor:
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        loop.add_signal_handler(signal.SIGHUP, self._systemd.reloading_with(self._reload))
         loop.add_signal_handler(signal.SIGUSR2, self._start_replacing)
 
     def _tell_workers(self, settings: Settings) -> TakeOver:
@@ -221,6 +226,7 @@ class Supervisor:
         if not self._is_draining:
             self._is_draining = True
             self._log.info("draining")
+            self._systemd.status("draining")
             for worker in self._workers:
                 worker.begin_drain()
         await asyncio.gather(*(worker.refresh() for worker in self._workers))

@@ -96,7 +96,7 @@ async def _serve(settings: Settings, assignment: Assignment, logger: Any) -> Exi
             return ExitCode.CANNOT_START
         if owners:
             owners.register(service.store.token_prefix)
-        await service.start([socket.socket(fileno=listener) for listener in assignment.listeners])
+        await service.start([socket.socket(fileno=one) for one in assignment.listeners], is_one_of_several=True)
         writer.write(b'{"serving": true}\n')
         await _wait_for_first(stop.requested.wait(), retire.wait())
         # Retired, it serves open connections to their end, however long that takes; a stop signal ends this.

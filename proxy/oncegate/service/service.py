@@ -186,21 +186,27 @@ class Service:
         )
         self._tasks = [self._loop.create_task(self._keep(keeper)) for keeper in keepers]
 
-    async def start(self, shared: Sequence[socket.socket] = ()) -> None:
+    async def start(
+        self,
+        public: Sequence[socket.socket] = (),
+        admin: socket.socket | None = None,
+        *,
+        is_one_of_several: bool = False,
+    ) -> None:
         """Listen; the store may still be down. Raises OSError where a port is taken.
 
-        A worker of several listens on the sockets that it shares with its predecessor and successor; the admin
-        listener is its supervisor's.
+        `public`, `admin`: sockets that listen already. A worker of several shares those with its predecessor and
+        successor, and the admin listener is its supervisor's.
         """
         settings = self._settings
         self._start_tasks()
-        if not shared:
-            self._admin = await serve_admin(self._admin_parts())
+        if not is_one_of_several:
+            self._admin = await serve_admin(self._admin_parts(), admin)
             self.reload.add(self._admin.prepare)
         address: dict[str, Any] = {"host": settings.listen.host, "port": settings.listen.port}
-        if not shared and settings.listen.host == "::":
+        if not public and settings.listen.host == "::":
             address = {"sock": both_families(settings.listen)}
-        for place in [{"sock": one} for one in shared] or [address]:
+        for place in [{"sock": one} for one in public] or [address]:
             self._servers.append(await self._listen(place))
         await self.store.wait_up(1.0)
 
