@@ -164,7 +164,9 @@ def test_the_problem_that_is_shown_is_one():
     """Member by member as the proxy writes it."""
     example = text_of("docs/reference/answers.md").partition("```json\n")[2].partition("```")[0]
     shown = json.loads(example)
-    assert shown == json.loads(problem("in-flight", shown["detail"], 1, key=shown["key"]).body())
+    assert shown == json.loads(
+        problem("in-flight", shown["detail"], 1, instance=shown["instance"], key=shown["key"]).body()
+    )
 
 
 def test_every_problem_is_in_the_table_of_answers():

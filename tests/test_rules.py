@@ -651,6 +651,8 @@ CONTRADICTIONS = {
     "a host passed and set": ('pass_host = true\nset_host = "a.test"', "contradicts pass_host"),
     "a guard of what cannot be": ('methods = ["GET"]\nguard = "required"', "none that can be guarded"),
     "a key of what cannot be": ('methods = ["GET"]\nkey = "header:A"', "none that can be guarded"),
+    "a key in the request's id": ('key = ["header:x-request-id", "header:A"]', "ONCEGATE_REQUEST_ID_HEADER"),
+    "a request's id in a fingerprint": ('fingerprint = ["body", "header:X-Request-Id"]', "ONCEGATE_REQUEST_ID_HEADER"),
     "a joined key forwarded": ('key = ["header:A", "path:1"]\nforward_key = "B"', "one header alone"),
     "a body's key forwarded": ('key = "body:/id"\nforward_key = ""', "one header alone"),
     "idempotent without the key": ('upstream_idempotent = true\nforward_key = ""', "gets the key"),

@@ -158,7 +158,7 @@ async def test_a_request_that_came_before_is_treated_as_if_it_were_new(proxies, 
 
 def without_fence(head: bytes) -> list[bytes]:
     """Return the lines of a head, those that name the claim, which is always another, without their value."""
-    of_the_claim = (b"Idempotency-Fence", b"Oncegate-Execution")
+    of_the_claim = (b"Idempotency-Fence", b"Oncegate-Execution", b"Oncegate-Key-Id", b"X-Request-Id")
     return [line.split(b": ")[0] if line.startswith(of_the_claim) else line for line in head.split(b"\r\n")]
 
 

@@ -87,7 +87,10 @@ path = "/calls"
 when = {{ "body:/method" = "call" }}
 cors_origins = ["https://calls.example"]
 """
-EXPOSED = b"Oncegate-Status, Oncegate-Key-Id, Idempotent-Replayed, Retry-After, Link, Location, Preference-Applied"
+EXPOSED = (
+    b"Oncegate-Status, Oncegate-Key-Id, Oncegate-Request-Id, Idempotent-Replayed, Retry-After, Link, Location, "
+    b"Preference-Applied, X-Request-Id"
+)
 
 
 @pytest.fixture(scope="module")

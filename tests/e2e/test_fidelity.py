@@ -22,7 +22,8 @@ Pairs = list[tuple[bytes, bytes]]
 TOKEN = (string.ascii_letters + string.digits + "!#$%&'*+-.^_`|~").encode()
 VISIBLE = bytes(range(0x21, 0x7F)) + bytes(range(0x80, 0x100))
 FRAMING = (b"content-length", b"transfer-encoding", b"connection")
-OURS = (b"oncegate-status", b"idempotent-replayed", b"preference-applied")
+REQUEST_ID = b"x-request-id"
+OURS = (b"oncegate-status", b"oncegate-key-id", b"oncegate-request-id", b"idempotent-replayed", b"preference-applied")
 HOP_BY_HOP = (b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"upgrade", b"transfer-encoding")
 NOT_REPLAYED = (b"set-cookie", b"www-authenticate", b"authentication-info", b"age")
 # Fields with a meaning for somebody on the way, each to be found in some answers.
@@ -270,8 +271,9 @@ def differences(made: Made, got: Answer, expected: Pairs, head_only: bool = Fals
     if (got.status, got.reason) != (made.status, made.reason):
         found.append(f"status line {got.status} {got.reason!r} for {made.status} {made.reason!r}")
     ours = OURS if adds_own and expected is not made.pairs else ()
-    if but(got.headers, *FRAMING, *ours) != but(expected, *FRAMING):
-        found.append(f"fields {but(got.headers, *FRAMING, *ours)} for {expected}")
+    fields = but(got.headers, *FRAMING, REQUEST_ID, *ours)
+    if fields != but(expected, *FRAMING):
+        found.append(f"fields {fields} for {expected}")
     if got.body != (b"" if head_only else made.body):
         found.append(f"body of {len(got.body)} bytes for {len(made.body)}")
     if not got.complete or got.interim:
@@ -440,6 +442,8 @@ ADDED = (
     b"x-forwarded-host",
     b"via",
     b"oncegate-execution",
+    b"oncegate-key-id",
+    REQUEST_ID,
     *FRAMING,
 )
 

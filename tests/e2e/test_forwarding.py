@@ -32,7 +32,7 @@ PASSED = (
     ("baggage", "user=7"), ("Authorization", "Bearer  x"), ("Cookie", "a=1; b=2"), ("X-Api-Key", "k"),
     ("Content-Type", "Application/JSON;  charset=UTF-8"), ("Accept-Encoding", "gzip, br, zstd"), ("Range", "bytes=0-1"),
     ("Stripe-Signature", "t=1,v1=2"), ("User-Agent", "curl/8"), ("Prefer", "return=minimal"), ("Early-Data", "1"),
-    ("X-Request-Id", "1"), ("Date", "Tue, 15 Nov 1994 08:12:31 GMT"), ("Content-Encoding", "gzip"), ("X-Empty", ""),
+    ("X-Correlation-Id", "1"), ("Date", "Tue, 15 Nov 1994 08:12:31 GMT"), ("Content-Encoding", "gzip"), ("X-Empty", ""),
 )  # fmt: skip
 CASES = (str.lower, str.upper, str.title, str.swapcase)
 

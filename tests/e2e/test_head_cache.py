@@ -16,6 +16,7 @@ MASKED = (
     (re.compile(rb"(?i)^(date: )[^\r]*", re.MULTILINE), rb"\1MASKED"),
     (re.compile(rb"(?i)^(idempotency-fence: |oncegate-execution: .{32}; fence=)\d+", re.MULTILINE), rb"\1MASKED"),
     (re.compile(rb"(?i)^(host: 127\.0\.0\.1):\d+", re.MULTILINE), rb"\1:PORT"),
+    (re.compile(rb"(?i)^((?:x|oncegate)-request-id: )[0-9a-f]{16}-[0-9a-f]+", re.MULTILINE), rb"\1MASKED"),
     (re.compile(rb"(?i)^(age: )\d+", re.MULTILINE), rb"\1MASKED"),
 )
 RESPONSES = (
@@ -24,6 +25,8 @@ RESPONSES = (
     b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
     b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 3\r\n\r\nbad",
 )
+# The id of a request without one.
+MADE_ID = re.compile(rb"[0-9a-f]{16}-[0-9a-f]+")
 # In a record: its token, its fence and all times of the store.
 VOLATILE = (b"token", b"fence", b"lease", b"created", b"self", b"why")
 
@@ -123,7 +126,9 @@ def varying() -> list[bytes]:
 def stored(fields: dict[bytes, bytes]) -> list[tuple[bytes, bytes]]:
     """Return what a record holds; of a complete one, the response."""
     meta = fields.get(b"meta", b"")
-    kept = {name: value for name, value in fields.items() if name not in VOLATILE} | {b"meta": meta[_FIXED.size : -8]}
+    kept = {name: MADE_ID.sub(b"", value) for name, value in fields.items() if name not in VOLATILE} | {
+        b"meta": meta[_FIXED.size : -8]
+    }
     return sorted(kept.items())
 
 

@@ -15,7 +15,15 @@ EXPOSE_HEADERS = b"Access-Control-Expose-Headers"
 _GRANT = frozenset((ALLOW_ORIGIN.lower(), ALLOW_CREDENTIALS.lower()))
 # What a script may read: what oncegate says about the request, and what a client has to act on.
 EXPOSED = (
-    *(b"Oncegate-Status", b"Oncegate-Key-Id", b"Idempotent-Replayed", b"Retry-After", b"Link", b"Location"),
+    *(
+        b"Oncegate-Status",
+        b"Oncegate-Key-Id",
+        b"Oncegate-Request-Id",
+        b"Idempotent-Replayed",
+        b"Retry-After",
+        b"Link",
+        b"Location",
+    ),
     b"Preference-Applied",
 )
 
@@ -33,12 +41,14 @@ class DecidedBy(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Cors:
-    """The CORS choices of a policy. `key_headers`: where its keys are, which a page may always send."""
+    """The CORS choices of a policy. `key_headers`: where its keys are, which a page may always send. `exposed`: what a
+    script may read, as far as oncegate decides about it."""
 
     origins: Origins
     credentials: bool = False
     decided_by: DecidedBy = DecidedBy.AUTO
     key_headers: tuple[bytes, ...] = ()
+    exposed: tuple[bytes, ...] = EXPOSED
 
     def grant(self, origin: bytes) -> Lines:
         """Return the fields by which a page of a listed origin may read a response."""
@@ -46,15 +56,15 @@ class Cors:
 
     def own(self, origin: bytes) -> Lines:
         """Return the fields of an answer of oncegate's own; `origin` is empty where the request names none."""
-        return varying(exposing(self.grant(origin)) if origin in self.origins else [])
+        return varying(self._exposing(self.grant(origin)) if origin in self.origins else [])
 
     def forwarded(self, lines: Lines, origin: bytes) -> Lines:
         """Return the fields of a response that the API sends now."""
         if origin not in self.origins:
             return varying(lines)
         if granted := granted_to(lines):
-            return varying(exposing(lines) if is_granted(granted, origin) else lines)
-        return varying(exposing(lines + self.grant(origin)) if self.may_grant(lines) else lines)
+            return varying(self._exposing(lines) if is_granted(granted, origin) else lines)
+        return varying(self._exposing(lines + self.grant(origin)) if self.may_grant(lines) else lines)
 
     def replayed(self, lines: Lines, origin: bytes) -> Lines:
         """Return the fields of a stored response, which another page may have asked for."""
@@ -62,9 +72,15 @@ class Cors:
         if origin not in self.origins:
             return varying(kept)
         if granted_to(kept):
-            return varying(exposing(kept))
+            return varying(self._exposing(kept))
         # What the API granted to one page, the operator's list grants to another.
-        return varying(exposing(kept + self.grant(origin)) if granted_to(lines) or self.may_grant(lines) else kept)
+        return varying(
+            self._exposing(kept + self.grant(origin)) if granted_to(lines) or self.may_grant(lines) else kept
+        )
+
+    def _exposing(self, lines: Lines) -> Lines:
+        """Return the fields with those exposed that scripts need."""
+        return with_members(lines, EXPOSE_HEADERS, self.exposed)
 
     def may_grant(self, lines: Lines) -> bool:
         """Return whether oncegate decides about a response in which the API grants nothing to anybody."""
@@ -104,11 +120,6 @@ def replayed_to(lines: Lines, origin: bytes) -> Lines:
     if not granted or granted == [b"*"] or (granted == [origin] and origin != b"null"):
         return lines
     return without(lines, _GRANT)
-
-
-def exposing(lines: Lines) -> Lines:
-    """Return the fields with those exposed that scripts need."""
-    return with_members(lines, EXPOSE_HEADERS, EXPOSED)
 
 
 def varying(lines: Lines) -> Lines:

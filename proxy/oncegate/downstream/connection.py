@@ -12,11 +12,11 @@ from aiohttp import StreamReader
 from oncegate.downstream.body import BufferedBody
 from oncegate.downstream.protocol import wake
 from oncegate.downstream.reader import KEPT_HEAD_BYTES, ConnectionOwner, RequestReader
-from oncegate.downstream.request import Request
+from oncegate.downstream.request import Request, Unread
 from oncegate.downstream.response import ResponseWriter, closing_response
 from oncegate.known_heads.memo import ConnectionMemo
 from oncegate.known_heads.requests import KnownRequest
-from oncegate.messages.problems import refusal
+from oncegate.messages.problems import Problem, refusal
 from oncegate.messages.request_head import ForwardedInfo
 from oncegate.messages.request_line import Malformed
 from oncegate.observe.outcome import Outcome, RequestReport
@@ -37,12 +37,13 @@ class ClientConnection(RequestReader):
 
     __slots__ = (
         "_is_lost", "_lingering", "_quiet_since_s", "_request", "_stops", "forwarded", "leave_waiter", "minimum_rate",
-        "reader_waiter", "retiring", "room_waiter", "write_batcher",
+        "reader_waiter", "request_ids", "retiring", "room_waiter", "write_batcher",
     )  # fmt: skip
 
     def __init__(self, owner: ConnectionOwner) -> None:
         super().__init__(owner)
         self.write_batcher, self.minimum_rate, self.retiring = owner.write_batcher, owner.minimum_rate, owner.retiring
+        self.request_ids = owner.request_ids
         self.forwarded: ForwardedInfo
         # No further request is taken; and: the event loop has given the connection up.
         self._stops = self._is_lost = False
@@ -68,8 +69,7 @@ class ClientConnection(RequestReader):
         self.forwarded = self.owner.forwarded_info(transport.get_extra_info("peername"), is_tls)
         self._quiet_since_s = self._loop.time()
         if not self.owner.add(self):
-            self.owner.observe(RequestReport(Outcome.OVERLOADED, 503, ""))
-            self.send_closing(closing_response(refusal(503, "too many connections")))
+            self._refuse(Outcome.OVERLOADED, refusal(503, "too many connections"))
             self.force_close()
 
     # Its end ...
@@ -204,7 +204,7 @@ class ClientConnection(RequestReader):
                         break
                 request = self._pop_request()
                 if isinstance(request, Malformed):
-                    self._refuse(request)
+                    self._refuse(Outcome.REQUEST_REFUSED, refusal(request.status, request.detail))
                     await self._linger()
                     break
                 self._request = request
@@ -259,16 +259,13 @@ class ClientConnection(RequestReader):
         self._waiter = self._loop.create_future()
         return self._waiter
 
-    def _refuse(self, malformed: Malformed) -> None:
-        """Answer what is no request, with nothing of it."""
-        self.owner.observe(RequestReport(Outcome.REQUEST_REFUSED, malformed.status, ""))
-        self.send_closing(closing_response(refusal(malformed.status, malformed.detail)))
-
-    def send_closing(self, response: bytes) -> None:
-        """Write a response to what is no request, behind those to requests."""
+    def _refuse(self, outcome: Outcome, problem: Problem) -> None:
+        """Answer what is no request, with nothing of it, behind the responses to requests."""
+        asked = Unread(self, problem)
+        self.owner.observe(RequestReport(outcome, problem.status, "", reason=problem.detail, asked=asked))
         if self.transport is not None:
             self.write_batcher.flush()
-            self.transport.write(response)
+            self.transport.write(closing_response(problem, self.request_ids.line(asked.id)))
 
     async def _drop_rest(self, content: StreamReader | BufferedBody) -> bool:
         """Read the rest of a refused body for a while, so that its sender reads the response; return if it came."""

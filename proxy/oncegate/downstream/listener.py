@@ -15,6 +15,7 @@ from oncegate.downstream.minimum_rate import MinimumRate
 from oncegate.downstream.request import Request
 from oncegate.known_heads.requests import HeadCache
 from oncegate.messages.request_head import ForwardedInfo
+from oncegate.messages.request_ids import RequestIds
 from oncegate.messages.request_line import USUAL_LIMITS, HeadLimits, Malformed
 from oncegate.observe.outcome import Observe
 from oncegate.settings.addresses import Network
@@ -60,6 +61,7 @@ class Listener:
         docs_url: str = "",
         head_limits: HeadLimits = USUAL_LIMITS,
         counts: dict[str, float] | None = None,
+        request_ids: RequestIds | None = None,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.handler, self.write_batcher = handler, write_batcher(self.loop)
@@ -75,6 +77,7 @@ class Listener:
         # time) a window of the minimum rate runs, and how many bytes were unsent then.
         self._closing: dict[asyncio.Transport, tuple[float, int]] = {}
         self._retired_s = 0.0
+        self.request_ids = request_ids or RequestIds("")
         self.retiring, self.docs_url, self.head_limits = False, docs_url, head_limits
 
     def __call__(self) -> ClientConnection:

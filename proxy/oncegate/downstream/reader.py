@@ -25,6 +25,7 @@ from oncegate.downstream.protocol import ParserProtocol, wake
 from oncegate.known_heads.memo import ConnectionMemo
 from oncegate.known_heads.requests import HeadCache, KnownHead, KnownRequest, is_whole
 from oncegate.messages.request_head import ForwardedInfo, RequestHead
+from oncegate.messages.request_ids import RequestIds
 from oncegate.messages.request_line import NOT_WELL_FORMED, HeadLimits, Malformed, usual_line_bytes
 from oncegate.observe.outcome import Observe
 
@@ -54,6 +55,7 @@ class ConnectionOwner(Protocol):
     retiring: bool
     docs_url: str
     head_limits: HeadLimits
+    request_ids: RequestIds
     linger_s: float
 
     def add(self, connection: Any) -> bool: ...
@@ -93,8 +95,7 @@ class RequestReader(ParserProtocol):
         self._whole_segment = b""
         # Whether the client closed its side, and whether more came behind the last request that is taken.
         self._half_closed = self._ignores_more = False
-        # The body of the last request whose head came.
-        self._body: StreamReader | BufferedBody | None = None
+        self._body: StreamReader | BufferedBody | None = None  # of the last request whose head came
         # Whether a request came. Answers them, while there is a connection; and done when the next one has come.
         self._has_begun = False
         self._task: asyncio.Task[None] | None = None

@@ -13,10 +13,10 @@ from oncegate.downstream.minimum_rate import MinimumRate
 from oncegate.downstream.response import ResponseWriter
 from oncegate.known_heads.memo import ConnectionMemo
 from oncegate.known_heads.requests import KnownHead
-from oncegate.messages.fields import only_value
+from oncegate.messages.fields import by_name, only_value
 from oncegate.messages.problems import Problem, Render
 from oncegate.messages.request_head import ForwardedInfo, RequestHead
-from oncegate.messages.request_ids import TRACEPARENT, trace_id
+from oncegate.messages.request_ids import TRACEPARENT, RequestIds, trace_id
 from oncegate.messages.response_head import ResponseHead
 from oncegate.messages.target import logged_path
 from oncegate.messages.trailers import announced
@@ -29,6 +29,7 @@ class RequestConnection(Protocol):
     transport: asyncio.Transport | None
     minimum_rate: MinimumRate
     forwarded: ForwardedInfo
+    request_ids: RequestIds
     memo: ConnectionMemo
     room_waiter: "asyncio.Future[None] | None"
     leave_waiter: "asyncio.Future[None] | None"
@@ -66,7 +67,10 @@ class Request:
     `render` writes a response of oncegate itself for this client; None for the usual problem in JSON.
     """
 
-    __slots__ = ("adaptation", "connection", "content", "head", "known", "message", "render", "response", "values")
+    __slots__ = (
+        "_id", "_id_line", "adaptation", "connection", "content", "head", "known", "message", "render", "response",
+        "values",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -79,6 +83,8 @@ class Request:
         self.message, self.content, self.connection = message, content, connection
         self.known, self.values = known, values
         self.head: RequestHead | None = None
+        self._id: bytes | None = None
+        self._id_line: bytes | None = None
         self.adaptation = NOTHING
         self.render: Render | None = None
         self.response = ResponseWriter(connection, message, known is not None)
@@ -97,7 +103,34 @@ class Request:
         """
         if self.head is None and self.known is not None:
             return self.known.value(name, self.values)
-        return b"" if self.head is None else only_value(self.head.fields, name)
+        fields = by_name(self.message.raw_headers) if self.head is None else self.head.fields
+        return only_value(fields, name)
+
+    @property
+    def id(self) -> bytes:
+        """Its id, as the client named it or as it was made; empty where requests have none."""
+        if self._id is None:
+            ids = self.connection.request_ids
+            self._id = ids.given(self.field(ids.name)) if ids.name else b""
+        return self._id
+
+    @property
+    def id_line(self) -> bytes:
+        """The line that says its id, to the API and to the client; empty where requests have none."""
+        if self._id_line is None:
+            self._id_line = self.connection.request_ids.line(self.id)
+        return self._id_line
+
+    def replay_ids(self, stored_block: bytes, original_id: bytes) -> bytes:
+        """Return the fields that a replay has of ids: this request's under our name, the original's under the usual.
+
+        `stored_block`: the API's fields, among which its own word for the id counts. `original_id` may be empty.
+        """
+        if not self.id:
+            return b""
+        ids = self.connection.request_ids
+        own = b"Oncegate-Request-Id: %b\r\n" % self.id
+        return own if ids.is_in(stored_block) else own + ids.line(original_id)
 
     # What its report says of it ...
 
@@ -107,6 +140,11 @@ class Request:
         if self.head is None and self.known is None:
             return logged_path(self.message.path or "")
         return logged_path(self.checked_head().target.decode("utf-8", "backslashreplace"))
+
+    @property
+    def request_id(self) -> str:
+        """Its id; empty where requests have none."""
+        return self.id.decode()
 
     @property
     def client(self) -> str:
@@ -150,7 +188,20 @@ class Request:
 
         `block`: those of `head`, with what oncegate adds.
         """
+        if self.connection.request_ids.name not in head.names:
+            block += self.id_line
         if self.response.takes_trailers:
             block += announced(head)
         is_adapted = head.names_address or self.adaptation.adapts_all
         return self.requester.forwarded(block) if is_adapted else block
+
+
+class Unread:
+    """What came in the place of a request, as far as its report says something of it."""
+
+    path = trace_id = host = ""
+
+    def __init__(self, connection: RequestConnection, problem: Problem) -> None:
+        self.id, self.problem = connection.request_ids.new(), problem
+        client = connection.forwarded
+        self.request_id, self.client, self.scheme = self.id.decode(), client.client.decode(), client.scheme.decode()

@@ -313,8 +313,8 @@ class ResponseWriter:
         return self.cut_off
 
 
-def closing_response(problem: Problem) -> bytes:
-    """Return a problem as the last response of a connection, for what never became a request."""
+def closing_response(problem: Problem, fields: bytes) -> bytes:
+    """Return a problem as the last response of a connection, for what never became a request; see `send_problem`."""
     body = problem.body()
     length = b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(body)
-    return status_line(problem.status, problem.reason) + problem.head_fields() + length + body
+    return b"".join((status_line(problem.status, problem.reason), problem.head_fields(), fields, length, body))

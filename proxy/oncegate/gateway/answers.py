@@ -50,7 +50,7 @@ class Refuse:
 
 def send(request: Request, answer: Refuse) -> None:
     """Send a response of oncegate itself, as the request's client reads it."""
-    fields = answer.fields
+    fields = answer.fields + request.id_line
     if request.adaptation.cors is not None:
         fields += request.requester.own_fields()
     render = request.render or as_problem_json
@@ -71,7 +71,9 @@ class AnswerOptions(NamedTuple):
 
 def answer_options(request: Request) -> RequestReport:
     """Say that the way to here works. What the API serves is not known here."""
-    request.response.send(200, b"OK", b"Date: %s\r\n" % formatdate(usegmt=True).encode(), b"", COUNTED)
+    request.response.send(
+        200, b"OK", b"Date: %s\r\n%s" % (formatdate(usegmt=True).encode(), request.id_line), b"", COUNTED
+    )
     return RequestReport(Outcome.PASSTHROUGH, 200, request.message.method)
 
 
@@ -188,14 +190,17 @@ def _running_s(record: Record) -> float:
     return (record.now_ms - record.created_ms) / 1000
 
 
-def with_key(answer: Refuse, key: str | None) -> Refuse:
-    """Return an answer whose problem names the client's own key; None: the key is not to be shown."""
-    return answer if key is None else replace(answer, problem=answer.problem.with_members(key=key))
+def key_field(key_id: bytes) -> bytes:
+    """Return the field that tells a client the id of its key, its line ended."""
+    return b"Oncegate-Key-Id: %b\r\n" % key_id
 
 
-def with_fields(answer: Refuse, fields: bytes) -> Refuse:
-    """Return an answer with further header fields."""
-    return replace(answer, fields=answer.fields + fields) if fields else answer
+def with_key(answer: Refuse, key_id: bytes, key: str | None, fields: bytes) -> Refuse:
+    """Return the answer to a request with a key, which names it: by its id, and as the client wrote it; None: it is not
+    to be shown. `fields` are further header fields."""
+    members = {"instance": f"urn:oncegate:key:{key_id.decode()}"} | ({} if key is None else {"key": key})
+    own = answer.fields + fields + key_field(key_id)
+    return replace(answer, problem=answer.problem.with_members(**members), fields=own)
 
 
 # After the claim ...

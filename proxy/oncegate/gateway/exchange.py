@@ -26,7 +26,6 @@ from oncegate.gateway.settling import (
     settle,
     without_response,
 )
-from oncegate.keys.digests import url_safe_base64
 from oncegate.messages.request_head import with_execution
 from oncegate.messages.response_head import ResponseHead
 from oncegate.observe.outcome import BY_LABEL, Outcome
@@ -68,6 +67,7 @@ class Exchange:
         self._deps, self._policy = keyed.route.deps, keyed.route.policy
         self._scope, self._body = keyed.claim_request.scope, keyed.body
         self._held, self._request, self._client, self._response = held, head, client, client.response
+        self._key_id, self._key_field = keyed.key_id, keyed.key_field
         caller = keyed.caller
         self.progress = Progress(self._deps, held, b"" if caller is None else caller.id, keyed.trace)
 
@@ -208,7 +208,7 @@ class Exchange:
         self.progress.sent, self._held.stage = True, stages.SENT
         claim, body, head, trace = self._held.claim, self._body, self._request, self.progress.trace
         head = head if trace is None else trace.begin_attempt(head)
-        request = with_execution(head, url_safe_base64(claim.key), claim.fence, fenced=claim.mode == RETRY)
+        request = with_execution(head, self._key_id, claim.fence, fenced=claim.mode == RETRY)
         if body.spooled:
             blocks = self._deps.leases.while_ours(self._held, self._scope, body.blocks())
             connection.send_stream(request, blocks, chunked=False)
@@ -317,4 +317,4 @@ class Exchange:
 
     def _block(self, head: ResponseHead) -> bytes:
         """Return the header fields that the client gets."""
-        return self._client.adapted_block(head, head.forwarded_block + self._status_field)
+        return self._client.adapted_block(head, head.forwarded_block + self._status_field + self._key_field)

@@ -24,8 +24,6 @@ from oncegate.gateway.answers import (
     overloaded,
     refuse,
     send,
-    with_fields,
-    with_key,
 )
 from oncegate.gateway.exchange import Exchange
 from oncegate.gateway.first_step import FirstStep, ReadBody, Step
@@ -96,18 +94,18 @@ class Gateway:
                     report = refuse(request, step)
         except Exception as error:
             report = RequestReport(Outcome.FAILED, 500, request.message.method)
-            self._break_off(error, request, REFUSED)
+            self._break_off(error, request, failed(REFUSED))
         if beating is not None:
             beating.stop()
         gone = request.response.client_gone or report.outcome is _CANCELLED
         report.asked, report.trace = request, trace
         self._observe(report, time.perf_counter() - began, gone)
 
-    def _break_off(self, error: Exception, request: Request, fields: bytes) -> None:
+    def _break_off(self, error: Exception, request: Request, answer: Refuse) -> None:
         """End a request that failed in here, unless its response is out already."""
         self._on_failure(error)
         if not request.response.started:
-            send(request, failed(fields))
+            send(request, answer)
         elif not request.response.finished:
             request.response.abort()
 
@@ -150,7 +148,7 @@ class Gateway:
         route, claim_request, body = keyed.route, keyed.claim_request, keyed.body
         if self.in_flight >= self._max_in_flight:
             body.close()
-            return refuse(request, overloaded())
+            return self._refuse_keyed(request, keyed, overloaded())
         self.in_flight += 1
         try:
             deadline, waited = route.deps.clock() + keyed.wait_s, False
@@ -173,7 +171,7 @@ class Gateway:
                     return keyed.report(request, Outcome.CLIENT_GONE, 0)
                 found = after_wait(taken, route.deps.clock() - began_s)
                 if woken is Woken.DECLINED:
-                    return self._refuse_duplicate(request, keyed, original_declined(found, route.policy))
+                    return self._refuse_keyed(request, keyed, original_declined(found, route.policy))
                 if woken not in CLAIMS_AGAIN:
                     return await self._answer_duplicate(request, keyed, found)
                 if not waited:
@@ -200,11 +198,11 @@ class Gateway:
                 with cancellations.named(call, claim):
                     outcome = await cancellations.run(exchange, claim.key, request.response, grace_s)
         except Exception as error:
-            self._break_off(error, request, UNKNOWN if progress.sent else REFUSED)
+            self._break_off(error, request, keyed.named(request, failed(UNKNOWN if progress.sent else REFUSED)))
             return _exchange_report(request, keyed, Outcome.FAILED, 500, progress)
         status = progress.head.status if progress.head else 0
         if exchange.refuse is not None:
-            send(request, with_key(exchange.refuse, keyed.plain_key(request)))
+            send(request, keyed.named(request, exchange.refuse))
             status = exchange.refuse.problem.status
         elif not request.response.started and outcome is Outcome.FENCED:
             # The claim that took the key decides what this client gets.
@@ -228,7 +226,9 @@ class Gateway:
 
     async def _relay_unguarded(self, request: Request, keyed: KeyedRequest, why: Unguarded) -> RequestReport:
         """Pass a request through although it has a key, as nobody else's response can be its own."""
-        return await self._relay(request, Relay(keyed.route, request.checked_head(), keyed.body, unguarded=why))
+        return await self._relay(
+            request, Relay(keyed.route, request.checked_head(), keyed.body, unguarded=why, key_field=keyed.key_field)
+        )
 
     def _may_bypass(self, taken: Record | Corrupt | Unconfirmed, keyed: KeyedRequest, waited: bool) -> bool:
         """Return whether a request may go on without a claim: not where a claim is known, or may have been made."""
@@ -257,11 +257,11 @@ class Gateway:
                 return replayed
             decision = replayed
         answer = duplicate_refusal(decision, taken, keyed.route.policy, keyed.route.deps.usual.seconds)
-        return self._refuse_duplicate(request, keyed, answer)
+        return self._refuse_keyed(request, keyed, answer)
 
-    def _refuse_duplicate(self, request: Request, keyed: KeyedRequest, answer: Refuse) -> RequestReport:
-        """Send an answer of oncegate's own to a duplicate."""
-        send(request, with_key(with_fields(answer, keyed.fields), keyed.plain_key(request)))
+    def _refuse_keyed(self, request: Request, keyed: KeyedRequest, answer: Refuse) -> RequestReport:
+        """Send an answer of oncegate's own to a request whose key is known."""
+        send(request, keyed.named(request, answer, keyed.fields))
         return keyed.report(request, outcome_of(answer.problem), answer.problem.status)
 
     async def _replay(
@@ -271,7 +271,7 @@ class Gateway:
         route, key, scope = keyed.route, keyed.claim_request.key, keyed.claim_request.scope
         usage = usage_reader(stored.status, stored.block, stored.size) if route.policy.counts_tokens else None
         on_body = usage.add if usage is not None else None
-        replay = Replay(key, record, stored, keyed.fields, request, keyed.caller, on_body)
+        replay = Replay(key, record, stored, keyed.fields + keyed.key_field, request, keyed.caller, on_body)
         # A small body came with the record.
         if coding := replay.coding():
             outcome = await replay_decoded(request.response, route.deps.store, replay, coding)

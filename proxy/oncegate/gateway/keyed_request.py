@@ -7,6 +7,7 @@ from typing import NamedTuple
 from oncegate.adaptation.json_rpc import Caller
 from oncegate.downstream.body import Body
 from oncegate.downstream.request import Request
+from oncegate.gateway.answers import Refuse, key_field, with_key
 from oncegate.gateway.routes import GAP, Route
 from oncegate.keys.digests import Digests, Scope, finish_key
 from oncegate.keys.notes import read_note
@@ -20,6 +21,7 @@ from oncegate.observe.tracing import Trace, Tracing, new_trace
 from oncegate.rules.identity import fingerprint_parts, with_target
 from oncegate.store.kept import Kept
 from oncegate.store.record import ClaimRequest
+from oncegate.store.record_name import store_key
 
 
 @dataclass(slots=True)
@@ -40,6 +42,17 @@ class KeyedRequest:
     caller: Caller | None = None
     trace: Trace | None = None
 
+    @property
+    def key_id(self) -> bytes:
+        """The id of its key, 32 characters: what people and the API call it by."""
+        # The store has the name at hand.
+        return store_key(self.claim_request.key)[6:-1]
+
+    @property
+    def key_field(self) -> bytes:
+        """The field that tells the client the id, its line ended."""
+        return key_field(self.key_id)
+
     def plain_key(self, request: Request) -> str | None:
         """Return the key as the client wrote it, None unless it came alone in a header.
 
@@ -52,6 +65,10 @@ class KeyedRequest:
                 key = parse_key(lines)
                 return key.decode("ascii") if isinstance(key, bytes) else None
         return None
+
+    def named(self, request: Request, answer: Refuse, fields: bytes = b"") -> Refuse:
+        """Return an answer of oncegate's own with the names of its key, and with further header fields."""
+        return with_key(answer, self.key_id, self.plain_key(request), fields)
 
     def report(self, request: Request, outcome: Outcome, status: int) -> RequestReport:
         """Return the report of a request that was not executed; `status` is what its client got."""
@@ -69,8 +86,9 @@ class KeyedRequest:
 
 def kept_of(request: Request, route: Route, body: Body) -> Kept:
     """Return what is kept with the record of a request."""
-    source = route.policy.note
-    return route.kept if source is None else replace(route.kept, note=read_note(source, request.field, body))
+    source, kept = route.policy.note, route.kept
+    note = "" if source is None else read_note(source, request.field, body)
+    return Kept(note, b"", request.id, kept.rule, kept.upstream)
 
 
 class Begun(NamedTuple):
@@ -86,7 +104,7 @@ class HeadPlan:
     """What a known head alone decides about its requests, whatever is in its gaps, and whatever their body.
 
     `begun`: with it a repeated head costs two digests. `head` is the head with GAP in its gaps, of which `key_at` is
-    the key's, and `length_at` that of Content-Length. `tenant_at`: the gaps that say whose a request is, with the names
+    the key's. `tenant_at`: the gaps that say whose a request is, with the names
     of their fields; `tenant_fields`: what else says so. `parts`: what enters the fingerprint beside the body.
     `templates`: the open head for the upstream, by whether the client is trusted and its scheme.
     """
@@ -97,7 +115,8 @@ class HeadPlan:
     fields: bytes
     head: RequestHead
     key_at: int
-    length_at: int
+    # Of each gap, whether its value goes on in its place. Length and request id are written anew.
+    gaps_go_on: tuple[bool, ...]
     tenant_at: tuple[tuple[int, bytes], ...]
     tenant_fields: Fields
     parts: tuple[bytes, ...]
@@ -128,18 +147,20 @@ class HeadPlan:
         claim = ClaimRequest(key, begun.scope, fingerprint.digest(), policy.mode, *times, *rest)
         return KeyedRequest(self.route, claim, body, self.wait_s, self.fields)
 
-    def open_head(self, values: tuple[bytes, ...], client: ForwardedInfo, body_bytes: int) -> bytes:
-        """Return the open head for the upstream, with these values in its gaps."""
-        template, at = self.templates.get((client.trusted, client.scheme)) or self._template(client), self.length_at
+    def open_head(self, values: tuple[bytes, ...], client: ForwardedInfo, body_bytes: int, id_line: bytes) -> bytes:
+        """Return the open head for the upstream, with these values in its gaps. `id_line`: of the request."""
+        template = self.templates.get((client.trusted, client.scheme)) or self._template(client)
         # What this proxy says of the client comes behind what the client says, and Content-Length last.
-        if at >= 0:
-            values = (*values[:at], *values[at + 1 :])
-        return template % (*values, client.client, body_bytes)
+        return template % (*values, client.client, body_bytes, id_line)
 
     def _template(self, client: ForwardedInfo) -> bytes:
         """Return the open head with %b in its gaps. So formatted it costs less than joined (measured)."""
-        pieces = self.route.forwarded_pieces(self.head, client, -1, {})
-        text = b"%b".join([piece.replace(b"%", b"%%") for piece in pieces])[:-2] + b"Content-Length: %d\r\n"
+        forwarded = self.route.forwarded_pieces(self.head, client, -1, {})
+        pieces = iter([piece.replace(b"%", b"%%") for piece in forwarded])
+        text = next(pieces)
+        for goes_on in self.gaps_go_on:
+            text += b"%b" + next(pieces) if goes_on else b"%.0b"
+        text += b"%b" + next(pieces) + b"Content-Length: %d\r\n%b"
         self.templates[client.trusted, client.scheme] = text
         return text
 
@@ -164,7 +185,7 @@ def plan_head(
         fields=waiting[1],
         head=known.filled_with(GAP),
         key_at=known.key_at,
-        length_at=known.length_at,
+        gaps_go_on=known.gaps_other_than((b"content-length", route.request_id_name)),
         tenant_at=tenant_at,
         tenant_fields={name: head.fields[name] for name in head.fields if name in whose},
         parts=fingerprint_parts(policy, head),
@@ -181,8 +202,8 @@ def open_head(request: Request, route: Route, body_bytes: int) -> bytes:
         # A response that is coded cannot be read, and its key would be unknown.
         head = uncoded(request.checked_head())
     elif head is None and known is not None and isinstance(plan := known.plan, HeadPlan):
-        return plan.open_head(request.values, client, body_bytes)
-    return route.forwarded_head(head or request.checked_head(), client, body_bytes)[:-2]
+        return plan.open_head(request.values, client, body_bytes, request.id_line)
+    return route.forwarded_head(head or request.checked_head(), client, body_bytes) + route.id_line(request)
 
 
 def begin_trace(tracing: Tracing, request: Request, keyed: KeyedRequest, began_s: float) -> Trace | None:

@@ -34,7 +34,8 @@ _NO_ANSWER = (Outcome.UPSTREAM_UNREACHABLE, Outcome.UPSTREAM_LOST, Outcome.UPSTR
 class Relay(NamedTuple):
     """Pass the request through. `body` is its body if it was read already.
 
-    `unguarded`: why it does not get the protection that it wanted, which its response says. `unguarded_key`: it seems
+    `unguarded`: why it does not get the protection that it wanted, which its response says. `key_field`: names the key
+    of such a request, if it has one; its line is ended. `unguarded_key`: it seems
     to carry a key, which guards nothing for this reason. `takes_back`: the name of a call that it cancels. `ready`: of
     each request under a known head, that head as it goes to the upstream.
     """
@@ -44,6 +45,7 @@ class Relay(NamedTuple):
     body: Body | None = None
     unguarded: Unguarded | None = None
     unguarded_key: UnguardedKey | None = None
+    key_field: bytes = b""
     # What is granted where the request is a preflight that may be granted.
     preflight: Preflight | None = None
     takes_back: bytes = b""
@@ -53,7 +55,7 @@ class Relay(NamedTuple):
     def fields(self) -> bytes:
         """What oncegate adds to the response's fields."""
         if self.unguarded is not None:
-            return UNGUARDED
+            return UNGUARDED + self.key_field
         return b"" if self.unguarded_key is None else UNGUARDED_KEY[self.unguarded_key]
 
 
@@ -166,6 +168,7 @@ def _send(connection: Connection, request: Request, step: Relay) -> None:
         forwarded = step.route.forwarded_head(head, info, length)
     else:
         forwarded = info.client.join(step.route.forwarded_pieces(head, info, length, step.ready))
+    forwarded = b"".join((forwarded, step.route.id_line(request), b"\r\n"))
     # In one write where possible: an upstream that answers at the head could not keep the connection otherwise.
     body = b"" if size == 0 else buffered_bytes(content) if size is not None else None
     head_only = head.method == "HEAD"
@@ -267,7 +270,7 @@ async def answer_preflight(request: Request, step: Relay, preflight: Preflight) 
 
 
 def _answer(request: Request, block: bytes) -> Relayed:
-    request.response.send(204, b"No Content", block, b"", STATED)
+    request.response.send(204, b"No Content", block + request.id_line, b"", STATED)
     return Relayed(Outcome.PREFLIGHT, 204)
 
 
@@ -288,7 +291,7 @@ async def _ask(request: Request, step: Relay, head: RequestHead) -> ResponseHead
     except NotSent:
         return None
     try:
-        connection.send(step.route.forwarded_head(head, request.connection.forwarded, -1), b"")
+        connection.send(step.route.forwarded_head(head, request.connection.forwarded, -1) + b"\r\n", b"")
         return await connection.wait_for_head(deps.silence_s)
     except (NotSent, UpstreamLost):
         return None

@@ -79,7 +79,8 @@ class Replay:
         """
         stored, request = self.stored, self.request
         age_ms = max(0, self.record.now_ms - stored.completed_ms)
-        block = b"%sAge: %d\r\n%s%s" % (stored_block, stored.age_s + age_ms // 1000, MARK, self.fields)
+        own = MARK + self.fields + request.replay_ids(stored_block, self.record.kept.request_id)
+        block = b"%sAge: %d\r\n%s" % (stored_block, stored.age_s + age_ms // 1000, own)
         return request.requester.replayed(block, age_ms) if request.adaptation.adapts_replay(stored_block) else block
 
 

@@ -7,8 +7,9 @@ from typing import Any
 from oncegate.adaptation.preflight import Preflight
 from oncegate.buffers.memory import MemoryBudget
 from oncegate.buffers.ticker import Ticker
+from oncegate.downstream.request import Request
 from oncegate.gateway.cancelling import Cancellations
-from oncegate.messages.request_head import ForwardedInfo, RequestHead, renamed, request_head
+from oncegate.messages.request_head import ForwardedInfo, RequestHead, renamed, request_head, without
 from oncegate.messages.target import normalized_path
 from oncegate.rules.body_conditions import Document
 from oncegate.rules.model import Rules
@@ -80,6 +81,8 @@ class Route:
     # Whether a head decides the same about its request whatever its key is.
     is_key_independent: bool
     upstream: str = ""
+    # The header of a request's id (lower case), which oncegate writes anew; empty where it does not.
+    request_id_name: bytes = b""
     # With each record of the route. The upstream of the settings need not be named.
     kept: Kept = field(init=False, repr=False, compare=False)
 
@@ -87,9 +90,15 @@ class Route:
         upstream = self.upstream if self.policy.destination else ""
         object.__setattr__(self, "kept", Kept(rule=self.policy.rule, upstream=upstream))
 
+    def id_line(self, request: Request) -> bytes:
+        """Return the line that tells the upstream the id of a request; nothing where its header has the key."""
+        return request.id_line if self.request_id_name else b""
+
     def forwarded_head(self, head: RequestHead, info: ForwardedInfo, body_bytes: int | None) -> bytes:
-        """Return the head of a request for the upstream; `body_bytes` None: chunked, negative: no body."""
+        """Return the open head of a request for the upstream; `body_bytes` None: chunked, negative: no body."""
         policy = self.policy
+        if self.request_id_name in head.fields:
+            head = without(head, self.request_id_name)
         if policy.forward_key is not None:
             head = head._replace(pairs=renamed(head.pairs, policy.key_header, policy.forward_key))
         host = head.host if policy.pass_host and head.host else self.host

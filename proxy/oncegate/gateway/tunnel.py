@@ -81,7 +81,7 @@ async def tunnel(request: Request, step: Tunnel) -> Relayed:
     try:
         # Without what is this hop's own.
         head = step.route.forwarded_head(step.head, request.connection.forwarded, -1)
-        connection.send_upgrade(head.removesuffix(b"\r\n") + SWITCHING + b"\r\n")
+        connection.send_upgrade(head + step.route.id_line(request) + SWITCHING + b"\r\n")
         answer = await connection.wait_for_head(deps.silence_s)
         outcome = Outcome.PASSTHROUGH
         if answer.status == 101:

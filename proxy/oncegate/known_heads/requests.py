@@ -129,6 +129,10 @@ class KnownHead:
         """Return the gaps of the fields with these names, and their names."""
         return tuple((at, name) for name, at in self._gaps.items() if name in names)
 
+    def gaps_other_than(self, names: Collection[bytes]) -> tuple[bool, ...]:
+        """Return of each gap, in order, whether it is of no field with one of these names."""
+        return (True,) * self._ids + tuple(name not in names for name in self.names)
+
     def value(self, name: bytes, values: Sequence[bytes]) -> bytes:
         """Return the value of a field (lower-case name) that comes once, with these values in the gaps; else nothing.
 

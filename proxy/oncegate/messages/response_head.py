@@ -1,6 +1,6 @@
 """A response's head: how its body is framed, what is forwarded to the client, and what a replay repeats. Pure."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from hashlib import blake2b
@@ -48,6 +48,7 @@ class ResponseHead:
     `is_event_stream`: a client waits for single events of the body. `age_s`: its Age in seconds, 0 without one.
     `names_address`: a field of it names a host to which a client goes. `framing`: how the response to the client marks
     the end of its body. `binds_connection`: its user is, or would be, authenticated for the whole connection.
+    `names`: of its fields, in lower case.
     `pairs` and `fields` are its own, whoever made it: where its bytes were not parsed, they are read from `_lines`.
     """
 
@@ -63,6 +64,7 @@ class ResponseHead:
     names_address: bool
     binds_connection: bool
     framing: Framing
+    names: Collection[bytes] = field(default=frozenset(), compare=False)
     _pairs: Pairs | None = field(default=None, compare=False)
     _fields: Fields | None = field(default=None, compare=False)
     # The head as it came, where `_pairs` is None: each line is `Name: value`.
@@ -92,7 +94,8 @@ class ResponseHead:
         return ResponseHead(
             # Positions, as every response may make one of these: arguments by name cost more.
             self.status, self.reason, length, self.bodiless, self.close_delimited, forwarded, replayed,
-            self.is_event_stream, self.age_s, names_address, self.binds_connection, self.framing, None, None, lines,
+            self.is_event_stream, self.age_s, names_address, self.binds_connection, self.framing, self.names, None,
+            None, lines,
         )  # fmt: skip
 
     @property
@@ -172,6 +175,7 @@ def read_response_head(status: int, reason: bytes, pairs: Pairs, head_only: bool
         age_s=_number(fields[b"age"][0]) if b"age" in fields else 0,
         names_address=names_address(fields, ADDRESS_FIELDS),
         binds_connection=challenges is not None and challenge_binds_connection(challenges),
+        names=frozenset(fields),
         framing=CLOSING if body.close_delimited else STATED if states_length else COUNTED,
         _pairs=pairs,
         _fields=fields,

@@ -1,6 +1,6 @@
 """What became of one request: the outcome, and the record that metrics and the access log read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, Protocol
 
@@ -85,9 +85,8 @@ class Asked(Protocol):
     """A request as its client sent it. Each of these is read only where somebody asks for it.
 
     `path`: without the query. `client`: its address, behind trusted proxies the one that they saw. `host`: as it names
-    the API. `trace_id`: of its
-    `traceparent`, 32 hexadecimal digits. Empty where there is none. `problem`: what oncegate sent of its own, None for
-    nothing.
+    the API. `request_id`: as it was passed on, or made. `trace_id`: of its `traceparent`, 32 hexadecimal digits. Empty
+    where there is none. `problem`: what oncegate sent of its own, None for nothing.
     """
 
     @property
@@ -101,6 +100,9 @@ class Asked(Protocol):
 
     @property
     def host(self) -> str: ...
+
+    @property
+    def request_id(self) -> str: ...
 
     @property
     def trace_id(self) -> str: ...
@@ -141,7 +143,7 @@ class RequestReport:
     unguarded_key: UnguardedKey | None = None
     unguarded: Unguarded | None = None
     upstream: str = ""
-    asked: Asked | None = None
+    asked: Asked | None = field(default=None, compare=False)
     trace: Trace | None = None
 
 

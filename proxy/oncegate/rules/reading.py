@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from oncegate.keys.fingerprint_parts import BODY_JSON
+from oncegate.keys.fingerprint_parts import BODY_JSON, fingerprint_source
 from oncegate.keys.sources import Cookie, Header, KeySources, Member
 from oncegate.rules.fields import FILES, MATCHING, RULE, SHARED, UPSTREAM, Check
 from oncegate.rules.file import Table
@@ -222,6 +222,23 @@ def _contradictions(values: dict[str, Any], settings: Settings, key: KeySources 
     if values.get("protocol") == "json-rpc":
         yield from _json_rpc_contradictions(values, key)
     yield from _tenant_contradictions(values, settings, header)
+    yield from _request_id_contradictions(values, settings, key)
+
+
+def _request_id_contradictions(
+    values: dict[str, Any], settings: Settings, key: KeySources | None
+) -> Iterable[tuple[str, str]]:
+    """Yield what would be decided by the id of a request, which is another one in a retry, and stands in the log."""
+    name = settings.request_id_header.lower().encode()
+    parts = [fingerprint_source(part) for part in values.get("fingerprint", ())]
+    read = {
+        "key": key.headers if key else (),
+        "scope": _scope_headers(values, settings) if "scope" in values else (),
+        "fingerprint": [one.kind.name for one in parts if one is not None and isinstance(one.kind, Header)],
+    }
+    for field, headers in read.items():
+        if name in headers:
+            yield field, "takes the header of ONCEGATE_REQUEST_ID_HEADER, which can be off or another header"
 
 
 def _tenant_contradictions(

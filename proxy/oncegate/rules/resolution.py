@@ -7,7 +7,7 @@ from typing import Any
 from oncegate.adaptation.adaptation import Adaptation
 from oncegate.adaptation.addresses import Addresses, own_authorities
 from oncegate.adaptation.cookies import Cookies
-from oncegate.adaptation.cors import Cors, DecidedBy
+from oncegate.adaptation.cors import EXPOSED, Cors, DecidedBy
 from oncegate.adaptation.heartbeats import Heartbeats
 from oncegate.adaptation.origins import Origins
 from oncegate.decision import UnknownMode
@@ -75,8 +75,10 @@ def adaptation_of(
     own = own_authorities((upstream.authority, *([set_host] if set_host else ())), upstream.scheme)
     prefix = upstream.path_prefix.encode()
     cookies = Cookies(settings.cookie_domain, settings.rewrite_cookie_path, prefix)
+    exposed = (*EXPOSED, *([settings.request_id_header.encode()] if settings.request_id_header else ()))
+    cors = Cors(origins, settings.cors_credentials, decided_by, tuple(names), exposed)
     return Adaptation(
-        cors=Cors(origins, settings.cors_credentials, decided_by, tuple(names)) if settings.cors_origins else None,
+        cors=cors if settings.cors_origins else None,
         addresses=Addresses(upstream.scheme, own, prefix) if settings.rewrite_location else None,
         cookies=cookies if settings.cookie_domain or settings.rewrite_cookie_path else None,
     )

@@ -24,6 +24,7 @@ from oncegate.hostnames.resolver import Resolver
 from oncegate.keys.digests import Digests, identity_settings
 from oncegate.known_heads.requests import HeadCache
 from oncegate.messages.admission import Admission
+from oncegate.messages.request_ids import RequestIds
 from oncegate.messages.request_line import HeadLimits
 from oncegate.observe.metrics import Metrics
 from oncegate.observe.outcome import Observe
@@ -124,6 +125,7 @@ class Parts:
             minimum_rate=minimum_rate,
             observe=reporting.observe,
             head_cache=self.head_cache,
+            request_ids=RequestIds(settings.request_id_header),
             trusted=settings.trusted_proxies,
             docs_url=str(settings.docs_url or ""),
             head_limits=HeadLimits(settings.max_head_bytes, settings.max_head_line_bytes, settings.max_head_fields),
@@ -194,6 +196,7 @@ class Parts:
     def _route(self, rule: Rule, rules: Rules) -> Route:
         origin = rule.upstream.origin
         host = rule.set_host or origin.authority
+        id_name = self._settings.request_id_header.lower().encode()
         return Route(
             policy=rule.policy,
             deps=self._exchange_deps(rule),
@@ -202,6 +205,7 @@ class Parts:
             origin=str(origin),
             is_key_independent=is_key_independent(rule.policy, rules),
             upstream=rule.upstream.label,
+            request_id_name=b"" if (rule.policy.forward_key or b"").lower() == id_name else id_name,
         )
 
     def _exchange_deps(self, rule: Rule) -> ExchangeDeps:

@@ -59,6 +59,14 @@ def _among(key_header: str, scope_headers: Iterable[str]) -> bool:
     return key_header.lower() in map(str.lower, expanded(scope_headers))
 
 
+def _is_same(key_header: str, request_id_header: str) -> bool:
+    return key_header.lower() == request_id_header.lower()
+
+
+def _has(scope_headers: Iterable[str], request_id_header: str) -> bool:
+    return _among(request_id_header, scope_headers)
+
+
 def _without_testing(fault: object, testing: bool) -> bool:
     return bool(fault) and not testing
 
@@ -96,6 +104,9 @@ CONTRADICTIONS = (
     Contradiction("admin_listen", "must not share its port with", "listen", Address.overlaps),
     # Each request would be its own tenant, and no retry would find its original.
     Contradiction("key_header", "must not be one of", "scope_headers", _among),
+    # A retry has another id, and would be another request. Nor does it say whose a request is.
+    Contradiction("key_header", "must not be the header of", "request_id_header", _is_same),
+    Contradiction("scope_headers", "must not have the header of", "request_id_header", _has),
     # The largest accepted body must fit on the disk space for bodies.
     Contradiction("max_request_bytes", "must not be larger than", "max_spool_bytes", gt),
     Contradiction("max_head_line_bytes", "must not be larger than", "max_head_bytes", gt),

@@ -59,6 +59,16 @@ def parse_header(text: str) -> str:
     return text
 
 
+def parse_request_id_header(text: str) -> str:
+    """Return the name of the header field that carries a request's id; empty for `off`."""
+    name = text.lower()
+    if name == "off":
+        return ""
+    if name in _NO_KEY or name == "idempotency-key" or _is_of_the_message(name):
+        raise ValueError("must be a header field that can carry a request's id, such as X-Request-Id")
+    return parse_header(text)
+
+
 def parse_key_header(text: str) -> str:
     """Return the name of a header field that can carry a key."""
     if text.lower() in _NO_KEY or _is_of_the_message(text.lower()):

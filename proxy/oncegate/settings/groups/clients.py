@@ -5,7 +5,18 @@ from typing import Annotated
 from pydantic import BaseModel, Field
 
 from oncegate.settings.addresses import Address, Network, parse_host, parse_network
-from oncegate.settings.values import MEBIBYTE, PIBIBYTE, Bytes, Count, ListenAddress, ReadableFile, Seconds, list_of
+from oncegate.settings.names import parse_request_id_header
+from oncegate.settings.values import (
+    MEBIBYTE,
+    PIBIBYTE,
+    Bytes,
+    Count,
+    ListenAddress,
+    ReadableFile,
+    Seconds,
+    from_text,
+    list_of,
+)
 
 
 class ClientSettings(BaseModel):
@@ -34,6 +45,11 @@ class ClientSettings(BaseModel):
         (),
         description="Comma list of networks. oncegate forwards the `Forwarded`, `X-Forwarded-*`, `Via` and `X-Real-IP` "
         "headers of clients in them, and drops those of all other clients.",
+    )
+    request_id_header: Annotated[str, from_text(parse_request_id_header)] = Field(
+        "X-Request-Id",
+        description="Header that carries the [id of a request](headers.md#the-id-of-a-request). oncegate passes it on, "
+        "or makes one. `off`: oncegate neither reads nor writes such a header.",
     )
     max_request_bytes: Bytes = Field(
         33_554_432, description="Largest body of a request with a key. Larger ones get 413."
