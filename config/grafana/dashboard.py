@@ -75,7 +75,10 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         Panel(
             "Keys whose outcome is unknown",
             "short",
-            (("", _gauge("max", "unknown_keys")),),
+            (
+                ("unknown", _gauge("max", "open_unknown_keys")),
+                ("of dead owners", _gauge("max", "open_lapsed_keys")),
+            ),
             "Somebody has to decide each: docs/how-to/unknown-outcomes.md",
             steps=_RED_ABOVE_0,
         ),
@@ -158,11 +161,22 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             ),
         ),
         Panel(
-            "Unknown keys, and those that expire within a week",
+            "Open keys of the store",
             "short",
             (
-                ("unknown", _gauge("max", "unknown_keys")),
-                ("expire soon", _gauge("max", "unknown_keys_expiring")),
+                ("in flight", _gauge("max", "open_in_flight_keys")),
+                ("in flight past their lease", _gauge("max", "open_lapsed_keys")),
+                ("unknown", _gauge("max", "open_unknown_keys")),
+                ("unknown, nobody has to decide", _gauge("max", "open_waived_keys")),
+                ("expire undecided within a week", _gauge("max", "unknown_keys_expiring")),
+            ),
+        ),
+        Panel(
+            "Age of the oldest open key",
+            "s",
+            (
+                ("unknown", _gauge("max", "open_unknown_oldest_seconds")),
+                ("in flight past its lease", _gauge("max", "open_lapsed_oldest_seconds")),
             ),
         ),
         Panel("Losses of the store", "short", (("{{kind}}", _gauge("max by (kind)", "store_losses_total")),)),
