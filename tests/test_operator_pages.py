@@ -544,6 +544,19 @@ async def test_a_stream_says_what_changes(keys, valkey, monkeypatch):
         assert desk.status == 503
 
 
+async def test_an_index_that_is_not_whole(valkey):
+    """While keys may be missing in the index, the pages say so, and go on."""
+    async with connected(valkey.url) as store, site(valkey.url) as desk:
+        for path in ("/", "/unknown"):
+            await desk.get(path)
+            assert "Older keys may be missing here" in desk.text()
+        await made_whole(store)
+        desk.pages.overview.forget()
+        await desk.get("/")
+        assert "Older keys" not in desk.text()
+        assert "Nothing waits for you" in desk.text()
+
+
 async def test_a_store_that_is_down(monkeypatch):
     """Each page says that the store does not answer, and shows what it has."""
     monkeypatch.setattr(store_view, "CONNECT_S", 0.05)

@@ -13,7 +13,6 @@ from oncegate.store.open_keys.places import OpenCount, OpenCounts
 from oncegate.store.record_view import OpenKind
 
 LOOK_S = 1.0
-NOT_WHOLE = "keys that were open before the upgrade may be missing here, until a proxy has looked through the store"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +20,14 @@ class Look:
     """What the store and the metrics said at one moment.
 
     `store_error`: why the store said nothing; `open` then has what it said last. `reasons`: why the proxy is not ready.
-    `notices`: what an operator should look at although it is.
+    `notices`: what an operator should look at although it is. `is_whole`: whether the index has every open key.
     """
 
     open: OpenCounts = field(default_factory=dict)
     store_error: str = ""
     reasons: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+    is_whole: bool = True
 
     @property
     def undecided(self) -> int:
@@ -99,9 +99,7 @@ class Overview:
                 error = str(failed)
             await self._read()
             reasons, notices = await self._parts.not_ready_reasons(), await self._parts.notices()
-            if not self._is_whole and not error:
-                notices = [*notices, NOT_WHOLE]
-            self._look = Look(counts, error, reasons, notices)
+            self._look = Look(counts, error, reasons, notices, self._is_whole or bool(error))
         finally:
             self._looking = None
 
