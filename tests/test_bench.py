@@ -68,6 +68,16 @@ def test_the_rest_of_connections_is_a_row_of_its_own(monkeypatch):
     assert asked == [{"UPSTREAM_REST_S": 0}, {"UPSTREAM_SPARE_CONNECTIONS": 1000}]
 
 
+def test_tracing_is_measured_as_nothing_else(monkeypatch):
+    """Beside the contender that its goals compare it with, it differs in what is traced alone."""
+    asked = []
+    monkeypatch.setattr(contenders, "oncegate", lambda site, **settings: asked.append(settings))
+    for name in ("traced-0", "traced-1", "traced-10"):
+        contenders.CONTENDERS[name](None)
+    assert [settings.pop("TRACE_RATIO") for settings in asked] == [0, 0.01, 0.1]
+    assert asked == [{"UPSTREAM_REST_S": 0, "TRACE_RATE_PER_S": 1_000_000}] * 3
+
+
 def test_medians_and_ratios():
     """One round that was disturbed moves no median; a ratio is ours divided by theirs."""
     table = Table(RUNS)

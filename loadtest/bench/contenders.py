@@ -95,6 +95,8 @@ def oncegate(
             "ONCEGATE_LISTEN": f"127.0.0.1:{port}",
             "ONCEGATE_ADMIN_LISTEN": f"127.0.0.1:{admin_ports[-1]}",
             "ONCEGATE_STORE_URL": store_url or f"redis://127.0.0.1:{site.redis.port}/0",
+            # It answers whatever it is asked, also a collector's requests.
+            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{site.upstream.port}",
             **{f"ONCEGATE_{name}": str(value) for name, value in settings.items()},
             **({"PYTHONPATH": str(package)} if package else {}),
         }
@@ -151,6 +153,11 @@ def no_rest(site: Site) -> Running:
     return oncegate(site, UPSTREAM_REST_S=0)
 
 
+def traced(ratio: float) -> "Start":
+    """The same, tracing this share of the requests."""
+    return lambda site: oncegate(site, UPSTREAM_REST_S=0, TRACE_RATE_PER_S=1_000_000, TRACE_RATIO=ratio)
+
+
 def earlier(site: Site) -> Running:
     """The same of an earlier commit."""
     return oncegate(site, package=site.against, UPSTREAM_REST_S=0)
@@ -205,9 +212,10 @@ def direct(site: Site) -> Running:
 Start = Callable[[Site], Running]
 KEYED: dict[str, Start] = {"oncegate": oncegate, "obvious": obvious, "nginx+lua": nginx_lua, "embedded": embedded}
 RESTS: dict[str, Start] = {"no-rest": no_rest, "spare": spare}
+TRACED: dict[str, Start] = {"traced-0": traced(0), "traced-1": traced(0.01), "traced-10": traced(0.1)}
 AGAINST: dict[str, Start] = {"earlier": earlier}
 PASSING: dict[str, Start] = {"nginx": nginx_pass, "aiohttp": aiohttp_pass, "direct": direct}
-CONTENDERS = KEYED | RESTS | AGAINST | PASSING
+CONTENDERS = KEYED | RESTS | TRACED | AGAINST | PASSING
 
 
 def start(site: Site, name: str, *, upstream: Running | None = None, store: Running | None = None) -> Running:

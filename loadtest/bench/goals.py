@@ -42,6 +42,10 @@ GOALS = (
     *(Goal(kind, "oncegate", OURS, "cpu_us") for kind in ("execution", "payment", "llm", "fresh")),
     *(Goal(kind, "oncegate", LUA, "cpu_us") for kind in ("execution", "payment", "llm", "fresh")),
     Goal("execution", "spare", OURS, "cpu_us"),
+    # What tracing costs: none of the requests, 1 % and 10 % of them.
+    Goal("execution", "traced-0", OURS, "cpu_us", 1.01),
+    Goal("execution", "traced-1", OURS, "cpu_us", 1.04),
+    Goal("execution", "traced-10", OURS, "cpu_us", 1.25),
 )
 WORDS = {"rate": "requests a second", "cpu_us": "CPU a request"}
 

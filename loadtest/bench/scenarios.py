@@ -29,11 +29,12 @@ class Scenario(NamedTuple):
 
 
 KEYED, RESTS, AGAINST = tuple(contenders.KEYED), tuple(contenders.RESTS), tuple(contenders.AGAINST)
+TRACED = tuple(contenders.TRACED)
 PAIRED = ("nginx+lua", "no-rest", *AGAINST)  # what the goals compare
 SCENARIOS = {
     one.name: one
     for one in (
-        Scenario("execution", (*KEYED, *RESTS, *AGAINST, "direct"), mode="unique"),
+        Scenario("execution", (*KEYED, *RESTS, *TRACED, *AGAINST, "direct"), mode="unique"),
         # Executions whose heads differ in more than the key, each by a kind of heads.lua.
         Scenario("payment", ("oncegate", "obvious", *PAIRED), mode="payment", connections=(32,)),
         Scenario("llm", ("oncegate", "obvious", *PAIRED), mode="llm", connections=(32,)),
