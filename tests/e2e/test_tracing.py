@@ -167,6 +167,23 @@ async def test_a_replay_of_what_was_not_traced_has_no_link(standing, behind, col
     assert (server.attributes["oncegate.outcome"], server.links) == ("replayed", [])
 
 
+async def test_no_span_has_a_secret(standing, behind, collector):
+    """Neither the key nor a credential, the query, a field or a body."""
+    trace, secret = Trace(), "s3cr3t"
+    fields = (
+        f"Authorization: Bearer {secret}",
+        f"Cookie: a={secret}",
+        f"tracestate: a={secret}",
+        f"baggage: a={secret}",
+    )
+    target = f"/v1/charges?token={secret}"
+    behind.script = answering(OK.replace(b"text/plain", f"text/plain; a={secret}".encode()))
+    await ask(standing.port, trace.request(secret, *fields, body=secret.encode(), target=target))
+    spans = await collector.trace(trace.id, 2)
+    assert [span.attributes["oncegate.outcome"] for span in spans[:1]] == ["executed"]
+    assert secret not in repr(spans)
+
+
 async def test_each_request_of_a_connection_has_its_own(standing, behind, collector):
     """Also under a known head, where only the values of fields differ."""
     traces = [Trace(random.choice(["01", "00"])) for _ in range(30)]
@@ -498,19 +515,33 @@ def without_the_extra(tmp_path: Path) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join((str(package.parent), *sys.path))}
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_without_the_extra_it_does_not_start(without_the_extra, valkey, tmp_path, workers):
+def started(command: str, folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a command that is to end by itself, with tracing switched on."""
+    settings = {"UPSTREAM": "http://127.0.0.1:1", "LISTEN": "127.0.0.1:0", "ADMIN_LISTEN": "127.0.0.1:0"}
+    settings |= {"STORE_URL": "redis://127.0.0.1:1", "TRACE_RATE_PER_S": "1"}
+    env = os.environ | {f"ONCEGATE_{name}": value for name, value in settings.items()} | env
+    words = [sys.executable, "-m", "oncegate", command]
+    return subprocess.run(words, env=env, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize(("command", "workers"), [("serve", "1"), ("serve", "2"), ("check", "1")])
+def test_without_the_extra_it_does_not_start(without_the_extra, tmp_path, command, workers):
     """One sentence says what to install."""
-    env = os.environ | without_the_extra | {
-        "ONCEGATE_UPSTREAM": "http://127.0.0.1:1",
-        "ONCEGATE_STORE_URL": valkey.url,
-        "ONCEGATE_LISTEN": "127.0.0.1:0",
-        "ONCEGATE_ADMIN_LISTEN": "127.0.0.1:0",
-        "ONCEGATE_TRACE_RATE_PER_S": "1",
-        "ONCEGATE_WORKERS": str(workers),
-    }  # fmt: skip
-    command = [sys.executable, "-m", "oncegate", "serve"]
-    ended = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    ended = started(command, tmp_path, ONCEGATE_WORKERS=workers, **without_the_extra)
     assert ended.returncode == 2
     assert "pip install 'oncegate[otel]'" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("command", ["serve", "check"])
+def test_a_variable_that_cannot_be_used_stops_the_start(tmp_path, command):
+    ended = started(command, tmp_path, OTEL_EXPORTER_OTLP_PROTOCOL="grpc")
+    assert ended.returncode == 2
+    assert "OTEL_*: the protocol must be http/protobuf, not grpc" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_configuration_that_can_be_used(tmp_path):
+    ended = started("check", tmp_path, OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:1")
+    assert (ended.returncode, ended.stderr.count("OTEL")) == (0, 0)
+    assert "ONCEGATE_TRACE_RATE_PER_S = 1" in ended.stdout

@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.command == "audit":
             return _printed(lambda: _audit(settings, options))
         if options.command == "check":
-            _check_admin(settings)
+            _check_parts(settings)
     except SettingsError as error:
         print(error, file=sys.stderr)
         return USAGE_ERROR
@@ -242,13 +242,17 @@ def _demo(options: argparse.Namespace) -> int:
     return demo.serve_upstream(options.listen) if options.upstream_only else demo.run(options.proxy, options.store)
 
 
-def _check_admin(settings: Settings) -> None:
-    """Raise SettingsError for files of the admin listener that cannot be used."""
+def _check_parts(settings: Settings) -> None:
+    """Raise SettingsError for files of the admin listener, or variables of a tracer, that cannot be used."""
     from oncegate.admin.serving import admin_tls
     from oncegate.admin.tokens import load_tokens
 
     load_tokens(settings.admin_tokens_file)
     admin_tls(settings)
+    if settings.trace_rate_per_s:
+        with needs_extra("otel"):
+            from oncegate.observe.spans import check_variables
+        check_variables()
 
 
 def _check(settings: Settings, rules: Rules, options: argparse.Namespace) -> int:

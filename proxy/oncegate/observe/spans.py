@@ -11,7 +11,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -177,16 +177,11 @@ class SpanExport:
         Raises SettingsError for a variable of OpenTelemetry that the SDK does not take; it would use its default.
         """
         self._warn, self._count, self._loop = warn, count, asyncio.get_running_loop()
-        self._reason = _quiet_sdk()
         self._pending, self._is_failing = 0, False
-        try:
+        with _sdk_says() as self._reason:
             self._max_pending = int(os.environ.get("OTEL_BSP_MAX_QUEUE_SIZE") or 2048)
-            self._processor = BatchSpanProcessor(_Counted(exporter or _otlp_exporter(), self._ended_elsewhere))
-            self._resource = _resource()
-        except ValueError as error:
-            raise _unusable(str(error)) from error
-        if self._reason.text:
-            raise _unusable(self._reason.text)
+            counted = _Counted(exporter or _otlp_exporter(), self._ended_elsewhere)
+            self._processor, self._resource = BatchSpanProcessor(counted), _resource()
 
     def add(self, trace: Trace, report: RequestReport) -> None:
         """Take a traced request that ends now."""
@@ -228,6 +223,12 @@ class SpanExport:
             self._lose(self._pending, "the proxy ended")
 
 
+def check_variables() -> None:
+    """Raise SettingsError for a variable of OpenTelemetry that the SDK does not take."""
+    with _sdk_says():
+        BatchSpanProcessor(_otlp_exporter()).shutdown()  # type: ignore[no-untyped-call]
+
+
 def _otlp_exporter() -> SpanExporter:
     """Return the exporter. Raises ValueError for what only a request would find out."""
     protocol, endpoint = _variable("PROTOCOL") or "http/protobuf", _variable("ENDPOINT") or "http://"
@@ -246,15 +247,17 @@ def _variable(name: str) -> str:
     return os.environ.get(f"OTEL_EXPORTER_OTLP_TRACES_{name}") or os.environ.get(f"OTEL_EXPORTER_OTLP_{name}", "")
 
 
-def _unusable(reason: str) -> SettingsError:
-    return SettingsError([f"OTEL_*: {reason}"])
-
-
-def _quiet_sdk() -> _Reason:
-    """Keep what the SDK logs for a line of our own. Return where."""
+@contextlib.contextmanager
+def _sdk_says() -> Iterator[_Reason]:
+    """Keep what the SDK logs, from now on, for a line of our own. What it says in here is an error: SettingsError."""
     reason, logger = _Reason(), logging.getLogger("opentelemetry")
     logger.handlers, logger.propagate = [reason], False
-    return reason
+    try:
+        yield reason
+    except ValueError as error:
+        raise SettingsError([f"OTEL_*: {error}"]) from error
+    if reason.text:
+        raise SettingsError([f"OTEL_*: {reason.text}"])
 
 
 def _resource() -> Resource:
