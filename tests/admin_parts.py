@@ -125,6 +125,10 @@ class Seat:
         assert found
         return found[0]
 
+    def defects(self) -> list[Any]:
+        """Return the lines of the log at level error."""
+        return [call for call in self.log.calls if call.method_name == "error"]
+
     async def close(self) -> None:
         await self.listener.close()
 

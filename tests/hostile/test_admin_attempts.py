@@ -1,6 +1,7 @@
 """T27: strangers, web pages and viewers at the admin listener. Each attempt fails, and changes nothing."""
 
 import asyncio
+import random
 import re
 import ssl
 import time
@@ -12,9 +13,9 @@ import pytest
 import trustme
 from itsdangerous import TimestampSigner
 
-from oncegate.admin import serving, sessions
+from oncegate.admin import attempts, serving, sessions
 from oncegate.admin.tokens import load_tokens
-from tests.admin_parts import OPERATE, VIEW, Seat, tokens_file
+from tests.admin_parts import FORM, OPERATE, VIEW, Seat, tokens_file
 from tests.parts import RawClient, read_answer, request, until
 from tests.test_access import client_of, files_of
 
@@ -43,7 +44,7 @@ async def seat(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncIterator
         admin_users="operate:ana@example.com,view:*@view.example.com",
     )
     yield opened
-    assert opened.changes == []
+    assert (opened.changes, opened.defects()) == ([], [])
     await opened.close()
 
 
@@ -52,7 +53,7 @@ async def closed(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Seat]:
     """A listener without any setting."""
     opened = await Seat.open(monkeypatch)
     yield opened
-    assert opened.changes == []
+    assert (opened.changes, opened.defects()) == ([], [])
     await opened.close()
 
 
@@ -524,6 +525,96 @@ async def test_a_body_that_is_too_much(seat: Seat) -> None:
     assert (await seat.post("/change", f"form_token={form}&a=" + "x" * (1 << 20), cookie)).status == 413
 
 
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (b"token=\xff\xfe&form_token=\xff", ""),
+        (b"\x00\xff" * 20, ""),
+        (b"token=a", "; charset=nobody-knows"),
+        (b"token=\xff\xff", "; charset=utf-16"),
+        (b"token=%ff%fe%00&form_token=%80", ""),
+        (b"token=%&form_token=%zz&=&&", ""),
+        (b"&" * 3000, ""),
+    ],
+)
+async def test_a_form_of_no_text(seat: Seat, body: bytes, kind: str) -> None:
+    """It is refused like any other, and is no defect."""
+    cookie, _ = await seat.log_in()
+    for path in ("/login", "/change"):
+        raw = request("POST", path, None, body, f"Content-Type: application/x-www-form-urlencoded{kind}", cookie)
+        answer = await seat.ask(raw)
+        assert answer is not None
+        assert answer.status in (400, 401, 403, 413)
+
+
+@pytest.mark.parametrize("expectation", ["100-continue", "\xff\xfe", "200-ok", "", "100-continue, x"])
+async def test_an_expectation(seat: Seat, expectation: str, caplog: pytest.LogCaptureFixture) -> None:
+    """What a client expects is met or refused, without a line in the log, and changes nothing of who may."""
+    answer = await seat.ask(request("POST", "/change", None, b"a=b", FORM, f"Expect: {expectation}", host="o.test"))
+    assert answer is not None
+    assert answer.status == (100 if expectation == "100-continue" else 401 if not expectation else 417)
+    assert answer.status != 100 or answer.body.startswith(b"HTTP/1.1 401 ")
+    assert caplog.records == []
+
+
+async def test_requests_at_random(
+    seat: Seat, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fields and bodies of every kind in any order, with a session and without: no change and no defect."""
+    cookie, form = await seat.log_in()
+    chosen = random.Random(27)
+    monkeypatch.setattr(attempts, "FIRST_S", 0.0)
+    names = [
+        "Origin",
+        "Authorization",
+        "Cookie",
+        "Sec-Fetch-Site",
+        "X-Forwarded-Email",
+        "Accept",
+        "Range",
+        "Host",
+        "Expect",
+    ]
+    values = [
+        "",
+        "null",
+        "http://[",
+        "[::1",
+        "\xff\xfe",
+        "%",
+        "Bearer ",
+        "Basic eA==",
+        "oncegate_session=.",
+        "a; oncegate_session=;=",
+    ]
+    values += [
+        "same-origin",
+        "cross-site",
+        "ana@example.com",
+        "b@view.example.com",
+        "text/html",
+        "bytes=0-1",
+        "http://localhost",
+    ]
+    bodies = [
+        "",
+        "form_token=%",
+        "a=b&&&=",
+        "\xff\x00",
+        f"form_token={form}&form_token=",
+        f"next=//x&form_token={form[:-1]}",
+    ]
+    for _ in range(150):
+        fields = [f"{chosen.choice(names)}: {chosen.choice(values)}" for _ in range(chosen.randrange(4))]
+        fields += [cookie] if chosen.random() < 0.7 else []
+        target = chosen.choice(["/form", "/change", "/login?next=%ff", "/logout", "/login"])
+        body = chosen.choice(bodies).encode("latin-1")
+        raw = request(chosen.choice(["GET", "POST"]), target, None, body, FORM, *fields, host="localhost")
+        answer = await seat.ask(raw, peer=chosen.choice(["127.0.0.1", "127.0.0.2"]))
+        assert answer is None or answer.status < 500
+    assert caplog.records == []
+
+
 async def test_a_second_request_behind_the_first(seat: Seat) -> None:
     """A connection serves one request: one that hides behind another is not looked at."""
     cookie, form = await seat.log_in()
@@ -637,14 +728,15 @@ async def test_a_login_without_tokens(closed: Seat) -> None:
     assert (await closed.post("/login", "token=")).status == 403
 
 
-async def test_a_wrong_token_at_the_login(seat: Seat) -> None:
+async def test_a_wrong_token_at_the_login(seat: Seat, monkeypatch: pytest.MonkeyPatch) -> None:
     """The form comes again, without the token and without a cookie; the next try waits, whether right or wrong."""
+    monkeypatch.setattr(attempts, "FIRST_S", 0.05)
     wrong = "wrong-token-<b>0123456789"
     answer = await seat.post("/login", f"token={wrong}")
     assert (answer.status, answer.header("set-cookie"), wrong.encode() in answer.body) == (401, None, False)
     began = time.monotonic()
     await asyncio.gather(*(seat.post("/login", f"token={wrong}") for _ in range(4)))
-    assert time.monotonic() - began >= 0.25
+    assert time.monotonic() - began >= 0.05
     assert (await seat.post("/login", "token=")).status == 401
 
 

@@ -2,7 +2,7 @@
 
 import json
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from oncegate.admin.access import Access
 from oncegate.admin.gate import guarded
@@ -37,9 +37,8 @@ def admin_app(parts: AdminParts, access: Access) -> web.Application:
     app.on_shutdown.append(pages.end_streams)
     for route in (*_open_routes(parts), *login_routes(access, parts.log), *pages.routes):
         handler = guarded(route, access)
-        app.router.add_route(route.method, route.path, handler)
-        if route.method == "GET":
-            app.router.add_route("HEAD", route.path, handler)
+        for method in (route.method, "HEAD") if route.method == "GET" else (route.method,):
+            app.router.add_route(method, route.path, handler, expect_handler=_answer_expectation)
     return app
 
 
@@ -64,6 +63,17 @@ def _open_routes(parts: AdminParts) -> list[Route]:
         Route("GET", "/readyz", Role.OPEN, readyz),
         Route("GET", "/static/{name}", Role.OPEN, asset),
     ]
+
+
+async def _answer_expectation(request: web.Request) -> None:
+    """Let a client send its body. aiohttp itself fails for other expectations in bytes that are no text."""
+    if request.headers.get("Expect", "").lower() != "100-continue":
+        raise web.HTTPExpectationFailed
+    # RFC 9110, section 10.1.1: not to a client of HTTP/1.0.
+    if request.version >= HttpVersion11:
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        # Not a part of the response, which has its own head.
+        request.writer.output_size = 0
 
 
 async def _finish(_: web.Request, response: web.StreamResponse) -> None:

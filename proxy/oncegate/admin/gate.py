@@ -2,6 +2,7 @@
 
 import hmac
 from collections.abc import Awaitable, Callable
+from typing import Any
 from urllib.parse import quote
 
 from aiohttp import web
@@ -47,11 +48,19 @@ async def _admitted(request: web.Request, route: Route, access: Access) -> Visit
 
 async def _check_form(request: web.Request, visitor: Visitor) -> None:
     """Raise Refused unless a form of this visitor's own page sent the request."""
-    if request.content_type != FORM_TYPE:
-        raise Refused(415, f"A form is sent as {FORM_TYPE}.")
-    given = (await request.post()).getall(FORM_TOKEN, [])
+    given = (await read_form(request)).getall(FORM_TOKEN, [])
     if len(given) != 1 or not hmac.compare_digest(str(given[0]).encode(), visitor.form_token.encode()):
         raise Refused(403, "The form is too old, or not of this page; load the page again.")
+
+
+async def read_form(request: web.BaseRequest) -> Any:
+    """Return the fields of a form, as `request.post()` does. Raises Refused for what is none."""
+    if request.content_type != FORM_TYPE:
+        raise Refused(415, f"A form is sent as {FORM_TYPE}.")
+    try:
+        return await request.post()
+    except (LookupError, ValueError):
+        raise Refused(400, "The form is not written in the characters that it names.") from None
 
 
 def _refusal(request: web.Request, refused: Refused) -> web.Response:

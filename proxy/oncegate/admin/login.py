@@ -6,7 +6,7 @@ from typing import Any
 from aiohttp import web
 
 from oncegate.admin.access import Access
-from oncegate.admin.gate import FORM_TYPE
+from oncegate.admin.gate import read_form
 from oncegate.admin.origins import check_page, check_target, is_secure, peer
 from oncegate.admin.roles import NOBODY, Refused, Role, Route, Visitor
 from oncegate.admin.templates import page
@@ -33,9 +33,7 @@ def login_routes(access: Access, log: Any) -> list[Route]:
         check_page(request)
         if not access.tokens:
             raise Refused(403, _NO_TOKENS)
-        if request.content_type != FORM_TYPE:
-            raise Refused(415, f"A form is sent as {FORM_TYPE}.")
-        form = await request.clone(client_max_size=MOST_BYTES).post()
+        form = await read_form(request.clone(client_max_size=MOST_BYTES))
         following = str(form.get("next", "/"))
         try:
             token = await access.token(request, str(form.get("token", "")).strip())
