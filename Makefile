@@ -77,7 +77,8 @@ test-real: .venv/.dev .venv/clients/.installed .venv/clients-mcp1/.installed  ##
 		{ service postgresql stop; service pgbouncer stop; true; }; }
 	command -v promtool >/dev/null || { apt-get update -qq && \
 		apt-get install -y -qq --no-install-recommends prometheus && { service prometheus stop || true; }; }
-	command -v strace >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends strace; }
+	command -v strace >/dev/null && command -v systemd-analyze >/dev/null || { apt-get update -qq && \
+		apt-get install -y -qq --no-install-recommends strace systemd; }
 	command -v curl >/dev/null && command -v wget >/dev/null || { apt-get update -qq && \
 		apt-get install -y -qq --no-install-recommends curl wget; }
 	command -v php >/dev/null && command -v javac >/dev/null || { apt-get update -qq && \
