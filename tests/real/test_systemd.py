@@ -84,7 +84,7 @@ async def test_a_proxy_needs_nothing_that_the_unit_forbids(upstream: RawUpstream
         for key, body in (("small", b"x"), ("spooled", bytes(3 << 20)), ("small", b"x")):
             await ask(proxy.port, request(key=key, body=body))
         assert proxy.admin("/metrics")[0] == 200
-        for number, line in ((signal.SIGHUP, "rules loaded"), (signal.SIGUSR2, "workers replaced")):
+        for number, line in ((signal.SIGHUP, '"event": "reloaded"'), (signal.SIGUSR2, "workers replaced")):
             before = proxy.log().count(line)
             os.kill(supervisor, number)
             deadline = time.monotonic() + 60
