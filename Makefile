@@ -104,6 +104,7 @@ lint: .venv/.dev                    ## the static checks alone
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m tests.promql
 
 chaos: .venv/.dev                   ## the proof: 10 minutes of faults under load, judged; make chaos ARGS="--seed 7 --failover"
 	$(BIN)/python -m loadtest.chaos $(ARGS)

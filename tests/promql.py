@@ -1,10 +1,20 @@
-"""What the expressions of alerts and dashboards ask for, held to the metrics that a scrape has."""
+"""What the expressions of alerts and dashboards ask for, held to the metrics that a scrape has.
+
+`make lint` runs this as a program. It prints a sentence for each thing that no scrape has, and fails then.
+"""
 
 import re
+import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
+import yaml
+
+from config.grafana.dashboard import expressions
 from docs.generate import OPEN_LABELS, empty_metrics
 
+ALERTS = Path(__file__).parent.parent / "config/alerts.yml"
 # Of a scrape, and of Prometheus itself.
 TARGET_LABELS = {"job", "instance"}
 ALERT_LABELS = {"alertname", "alertstate"}
@@ -36,10 +46,11 @@ def scraped() -> Metrics:
 def complaints(expression: str, metrics: Metrics) -> Iterator[str]:
     """Yield a sentence for each thing in an expression that no scrape has."""
     labels = set(TARGET_LABELS)
-    for name, matchers in _NAME.findall(expression):
-        if name not in metrics:
-            yield f"{name} is no metric"
-            continue
+    asked = _NAME.findall(expression)
+    if gone := [name for name, _ in asked if name not in metrics]:
+        yield from (f"{name} is no metric" for name in gone)
+        return
+    for name, matchers in asked:
         labels |= metrics[name].keys()
         for label, operator, text in _MATCHER.findall(matchers):
             if label not in metrics[name].keys() | TARGET_LABELS:
@@ -51,3 +62,28 @@ def complaints(expression: str, metrics: Metrics) -> Iterator[str]:
         for label in filter(None, re.split(r"[\s,]+", group)):
             if label not in labels:
                 yield f"no metric in the expression has the label {label}"
+
+
+def rules() -> list[dict[str, Any]]:
+    """Return all rules of config/alerts.yml, those that record included."""
+    groups: list[dict[str, Any]] = yaml.safe_load(ALERTS.read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def known() -> Metrics:
+    """Return what an expression may ask for: what is scraped, and what rules record."""
+    return {**scraped(), **{rule["record"]: {} for rule in rules() if "record" in rule}}
+
+
+def main() -> int:
+    """Print what is wrong, and return the exit status."""
+    asked = [("config/alerts.yml", rule["expr"]) for rule in rules()]
+    asked += [("config/grafana/dashboard.py", expression) for expression in expressions()]
+    metrics = known()
+    found = [f"{file}: {sentence}" for file, expression in asked for sentence in complaints(expression, metrics)]
+    print(*dict.fromkeys(found), sep="\n", end="\n" if found else "", file=sys.stderr)
+    return int(bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -118,6 +118,9 @@ async def test_workers_share_the_port_the_store_and_the_counters(proxies, upstre
     assert min(spread) > 60, "five standard deviations of a fair coin thrown 200 times are 35"
     executed = proxy.metric('requests_total{outcome="executed"}')
     assert executed == 100
+    by_rule = f'{{outcome="executed",rule="(default)",upstream="{upstream.url.removeprefix("http://")}"}}'
+    assert proxy.metric(f"rule_requests_total{by_rule}") == 100
+    assert proxy.metric("client_open_connections") == proxy.metric('client_connections_total{event="opened"}') == 200
     assert proxy.metric('store_seconds_count{verb="claim"}') >= 200
     assert proxy.metric("workers") == 2
     assert ready(proxy)
@@ -132,6 +135,7 @@ async def test_a_worker_that_dies_is_restarted_and_its_counters_stay(proxies, up
     for n in range(20):
         assert (await ask(proxy.port, request(key=f"k{n}"))).status == 200
     before = proxy.metric('requests_total{outcome="executed"}')
+    started = proxy.metric("start_time_seconds")
     victim = workers(proxy)[0]
     os.kill(victim, signal.SIGKILL)
     answers = [await ask(proxy.port, request(key=f"k{n}")) for n in range(20)]  # some wait in the dead one's queue
@@ -139,6 +143,8 @@ async def test_a_worker_that_dies_is_restarted_and_its_counters_stay(proxies, up
     await until(lambda: len(workers(proxy)) == 2 and ready(proxy))
     assert before == 20 == proxy.metric('requests_total{outcome="executed"}')
     assert proxy.metric("worker_restarts_total") == 1
+    # A service that is young has counters that began with it, which these did not.
+    assert proxy.metric("start_time_seconds") == started
     (died,) = proxy.events("worker died")
     assert (died["pid"], died["exit_status"]) == (victim, -signal.SIGKILL)
     assert proxy.stop() == 1, "nobody knows what the killed one had in flight"
