@@ -43,6 +43,8 @@ IN_PROCESS = (
         "test_lost_replies.py",
         "test_records.py",
         "test_open_keys.py",
+        "test_open_index.py",
+        "test_indexed_cluster.py",
         "test_link.py",
         "test_sentinel.py",
     ),

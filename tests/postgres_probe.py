@@ -158,7 +158,8 @@ class PostgresProbe(Probe):
         self.sql("DELETE FROM mark WHERE name = $1", name)
 
     def index(self, key: bytes, score: int) -> None:
-        self.sql("UPDATE open_key SET score = $2 WHERE key = $1", key, score)
+        self.sql("DELETE FROM open_key WHERE key = $1", key)
+        self.sql("INSERT INTO open_key (key, score) VALUES ($1, $2)", key, score)
 
     def entries(self) -> dict[bytes, list[int]]:
         rows = self.sql("SELECT key, array_agg(score) AS scores FROM open_key GROUP BY key")

@@ -14,7 +14,8 @@ from oncegate.store.record_view import UNDECIDED, OpenKind
 async def open_keys(records: Records, limit: int, after: str = "", kinds: Collection[OpenKind] = UNDECIDED) -> OpenPage:
     """Return the oldest open keys of a whole store, as `ServerRecords.open_keys` does of one server."""
     pages = await asyncio.gather(*[server.open_keys(limit, after, kinds) for server in records.servers])
-    return page_of([one for page in pages for one in page.records], limit, any(page.after for page in pages))
+    found = {one.key: one for page in pages for one in page.records}
+    return page_of(found.values(), limit, any(page.after for page in pages))
 
 
 async def open_counts(records: Records) -> OpenCounts:

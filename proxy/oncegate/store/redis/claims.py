@@ -90,7 +90,7 @@ class Claims:
         """
         loop, servers, left_s = self._loop, self._servers, self._timeout_s
         deadline, pause_s = loop.time() + left_s, MIN_PAUSE_S
-        call = ScriptCall(self._script, store_key(claim.key), arguments.CLAIM_COUNT, deadline)
+        call = ScriptCall(self._script, store_key(claim.key), arguments.CLAIM_COUNT, deadline, False, False, claim)
         head = arguments.claim_head(claim)
         packed = self._layout.packed
         tail = arguments.claim_tail(packed, window_ms, b"") if window_ms else arguments.FIRST_TAIL[packed]

@@ -184,7 +184,7 @@ class RedisStore:
         # Once a response has begun, the record has chunks, or soon has some.
         layout = arguments.LAYOUT[self.layout.packed and stage is not RESPONSE_BEGUN]
         args = resp(claim.token, claim.lease_ms, claim.unknown_retention_ms, stage.wire, layout)
-        return renew_status(await self._run("renew", claim.key, args, arguments.RENEW_COUNT))
+        return renew_status(await self._run("renew", claim.key, args, arguments.RENEW_COUNT, claim))
 
     async def append(self, claim: Claim, index: int, chunk: bytes, patience_s: float) -> AppendStatus:
         # The first chunk is the only one that may find its claim packed.
@@ -219,7 +219,7 @@ class RedisStore:
     ) -> SettleResult:
         now = self._loop.time()
         deadline = now + min(self._timeout_s, patience_s)
-        call = ScriptCall(self._scripts["settle"], store_key(claim.key), arg_count, deadline)
+        call = ScriptCall(self._scripts["settle"], store_key(claim.key), arg_count, deadline, False, False, claim)
         reply, retried = await self._servers.run(call, args), False
         # The usual reply is a list. Any other is looked at only then: this is the hot path.
         if not isinstance(reply, list) and not is_final(reply):
@@ -251,10 +251,12 @@ class RedisStore:
 
     # Calls ...
 
-    def _run(self, verb: str, key: bytes, args: bytes, arg_count: int) -> Coroutine[Any, Any, Any]:
+    def _run(
+        self, verb: str, key: bytes, args: bytes, arg_count: int, owner: Claim | None = None
+    ) -> Coroutine[Any, Any, Any]:
         """Run a script once, within the timeout."""
         deadline = self._loop.time() + self._timeout_s
-        return self._call(ScriptCall(self._scripts[verb], store_key(key), arg_count, deadline), args)
+        return self._call(ScriptCall(self._scripts[verb], store_key(key), arg_count, deadline, owner=owner), args)
 
     async def _call(self, call: ScriptCall, args: bytes) -> Any:
         """Run a script by its sha, and by its body if the server does not know it."""

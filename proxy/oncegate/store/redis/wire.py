@@ -8,6 +8,8 @@ first element of its reply, so a reply says which call it belongs to.
 from dataclasses import dataclass
 from hashlib import sha1
 
+from oncegate.store.record import Claim
+
 # Tags that a connection gives in turn: far more than the calls that wait on one connection.
 TAG_COUNT = 4096
 # Sizes and numbers that stay cached. Values may have any size, so the caches are bounded.
@@ -84,3 +86,5 @@ class ScriptCall:
     by_body: bool = False
     # Send ASKING first, to a cluster node that is importing the key's slot.
     asking: bool = False
+    # The claim that is claimed, renewed or settled: in a cluster, its entry in the index of open keys follows.
+    owner: Claim | None = None

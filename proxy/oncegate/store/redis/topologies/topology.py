@@ -8,7 +8,7 @@ from oncegate.settings.store_url import GroupKind, parse_server_group
 from oncegate.store.breaker import Breaker
 from oncegate.store.redis.durable import level
 from oncegate.store.redis.node import Node, NodeConfig
-from oncegate.store.redis.topologies.cluster import Cluster
+from oncegate.store.redis.topologies.indexed_cluster import IndexedCluster
 from oncegate.store.redis.topologies.sentinel import SentinelNode
 from oncegate.store.redis.wire import ScriptCall
 
@@ -82,4 +82,4 @@ def servers_of(url: str, durability: str, config: NodeConfig) -> StoreServers:
     config = replace(config, level=level(durability, group is not None), cluster=clustered)
     if group is None:
         return Node(config.openers.to(url), config)
-    return Cluster(group, config) if clustered else SentinelNode(group, config)
+    return IndexedCluster(group, config) if clustered else SentinelNode(group, config)
