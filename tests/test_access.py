@@ -156,6 +156,24 @@ async def test_a_session_changes_something_with_its_form(seat: Open, file: Path)
     assert served.changes == ["olga"] * 3
 
 
+async def test_a_link_of_another_site_finds_the_session(seat: Open, file: Path) -> None:
+    """A browser keeps a strict cookie from it: it is led to ask again from a page of ours, and then with the cookie or
+    to the login. With the cookie, as of a neighbour on the same host, and without tokens, there is no detour."""
+    served = await seat(admin_tokens_file=file)
+    link = ("Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: document", "Accept: text/html")
+    led = await served.get('/form?a="><b>&x=1', *link, host="o.test")
+    place = b'content="0; url=/form?a=&quot;&gt;&lt;b&gt;&amp;x=1"'
+    assert (led.status, place in led.body, b"olga" in led.body) == (200, True, False)
+    cookie, _ = await served.log_in()
+    again = ("Sec-Fetch-Site: same-origin", *link[1:])
+    assert (await served.get("/form", *again, cookie, host="o.test")).body.startswith(b"olga ")
+    assert (await served.get("/form", *again, host="o.test")).status == 303
+    neighbour = ("Sec-Fetch-Site: same-site", *link[1:])
+    assert (await served.get("/form", *neighbour, cookie, host="o.test")).body.startswith(b"olga ")
+    other = await seat()
+    assert (await other.get("/form", *link)).body.startswith(b"loopback ")
+
+
 async def test_a_session_outlives_a_restart(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
     """Another process with the same tokens knows the session, and its forms."""
     first = await Seat.open(monkeypatch, admin_tokens_file=file)

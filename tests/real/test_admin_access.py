@@ -16,6 +16,7 @@ pytestmark = [INSTALLED, pytest.mark.timeout(180)]
 
 # What a hostile page has: a form of each kind that a browser sends without asking.
 HOSTILE = """<!DOCTYPE html><title>x</title><h1>Hostile</h1>
+<a href="ADMIN/unknown">x</a>
 <form id="simple" method="post" action="ADMIN/logout"><input name="form_token" value="guess"><button>x</button></form>
 <form id="plain" method="post" action="ADMIN/logout" enctype="text/plain"><button>x</button></form>
 """
@@ -82,7 +83,8 @@ def visitor(browser: Browser, gate: Proxy) -> Callable[[], str]:
 
 async def test_a_session_in_a_browser(browser: Browser, gate: Proxy, hostile: int, visitor: Callable[[], str]) -> None:
     """The login form works under the pages' own policy. Neither another site nor another port of the same host reads
-    with the session or acts with it; a name that leads to this machine shows the login alone."""
+    with the session or acts with it, but its link leads to the page. A name that leads to this machine shows the login
+    alone."""
     admin = f"http://localhost:{gate.admin_port}"
     browser.set_scripts(enabled=True)
     assert visitor() == "loopback, view"
@@ -102,6 +104,10 @@ async def test_a_session_in_a_browser(browser: Browser, gate: Proxy, hostile: in
             browser.await_text("h1", "Hostile")
             browser.click(f"{form} button")
             browser.await_text("body", REFUSED)
+        browser.go(f"{origin}/")
+        browser.await_text("h1", "Hostile")
+        browser.click("a")
+        browser.await_text(".visitor span", "olga, operate")
     assert visitor() == "olga, operate"
     browser.call("Navigate", url=f"http://shop.test:{gate.admin_port}/unknown")
     browser.await_text("h1", "Log in")

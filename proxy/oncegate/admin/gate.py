@@ -2,17 +2,22 @@
 
 import hmac
 from collections.abc import Awaitable, Callable
+from html import escape
 from typing import Any
 from urllib.parse import quote
 
 from aiohttp import web
 
 from oncegate.admin.access import Access
-from oncegate.admin.origins import check_page, check_target
+from oncegate.admin.origins import check_page, check_target, is_link
 from oncegate.admin.roles import NOBODY, Refused, Role, Route, Visitor, Way
 
 FORM_TOKEN = "form_token"
 FORM_TYPE = "application/x-www-form-urlencoded"
+
+
+class Again(Exception):
+    """A browser may have a session that it did not send."""
 
 
 def guarded(route: Route, access: Access) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
@@ -24,6 +29,8 @@ def guarded(route: Route, access: Access) -> Callable[[web.Request], Awaitable[w
             return await route.handler(request, visitor)
         except Refused as refused:
             return _refusal(request, refused)
+        except Again:
+            return _again(request)
         except web.HTTPException:
             raise
         except Exception as error:
@@ -37,6 +44,8 @@ async def _admitted(request: web.Request, route: Route, access: Access) -> Visit
     """Return who asks. Raises Refused."""
     check_target(request)
     check_page(request)
+    if access.tokens and is_link(request) and not access.sessions.find(request, access.tokens):
+        raise Again
     visitor = await access.visitor(request)
     if visitor.role < route.role:
         raise Refused(403, f"This needs the role {route.role.name.lower()}; you have {visitor.role.name.lower()}.")
@@ -61,6 +70,13 @@ async def read_form(request: web.BaseRequest) -> Any:
         return await request.post()
     except (LookupError, ValueError):
         raise Refused(400, "The form is not written in the characters that it names.") from None
+
+
+def _again(request: web.Request) -> web.Response:
+    """Let a browser ask again, from a page of ours: it keeps the cookie of a session from links of other sites."""
+    place = escape(request.path_qs)
+    text = f'<!DOCTYPE html>\n<title>oncegate</title>\n<meta http-equiv="refresh" content="0; url={place}">\n'
+    return web.Response(text=text, content_type="text/html")
 
 
 def _refusal(request: web.Request, refused: Refused) -> web.Response:

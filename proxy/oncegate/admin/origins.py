@@ -54,6 +54,17 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def is_link(request: web.Request) -> bool:
+    """Return whether a browser follows a link of another site."""
+    headers = request.headers
+    return (
+        request.method in ("GET", "HEAD")
+        and headers.get("Sec-Fetch-Site") in ("cross-site", "same-site")
+        and headers.get("Sec-Fetch-Mode") == "navigate"
+        and headers.get("Sec-Fetch-Dest") == "document"
+    )
+
+
 def check_page(request: web.Request) -> None:
     """Raise Refused where a browser says that another page sent this request, or shows this one in a frame.
 
@@ -65,10 +76,8 @@ def check_page(request: web.Request) -> None:
     is_read = request.method in ("GET", "HEAD")
     if headers.get("Sec-Fetch-Dest") in ("frame", "iframe", "embed", "object"):
         raise Refused(403, _FOREIGN)
-    if site not in (None, "same-origin", "none"):
-        is_link = headers.get("Sec-Fetch-Mode") == "navigate" and headers.get("Sec-Fetch-Dest") == "document"
-        if not (is_read and is_link):
-            raise Refused(403, _FOREIGN)
+    if site not in (None, "same-origin", "none") and not is_link(request):
+        raise Refused(403, _FOREIGN)
     if site is None and origins and [origin.partition("://")[2] for origin in origins] != [headers["Host"]]:
         raise Refused(403, _FOREIGN)
     if not is_read and (len(origins) > 1 or "null" in origins):
