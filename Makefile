@@ -26,7 +26,7 @@ test: lint                          ## everything: format, lint, types, layers, 
 
 # The tests of each room, for `make quick PART=room`. Without PART: the pure ones of all rooms but for searches (of
 # hypothesis and of test_known_heads), and the main job.
-PART_commands := test_audit test_explain test_init test_keys test_migrations test_operate e2e/test_demo e2e/test_drain e2e/test_operate
+PART_commands := test_audit test_explain test_init test_keys test_migrations test_operate e2e/test_demo e2e/test_drain e2e/test_find_keys e2e/test_operate
 PART_server := test_data_folder test_embedded test_embedded_postgres test_owners e2e/test_drain e2e/test_pauses e2e/test_shutdown e2e/test_systemd e2e/test_workers
 PART_service := test_readiness e2e/test_drain e2e/test_limits e2e/test_reload e2e/test_shutdown
 PART_gateway := test_cancelling e2e/test_again e2e/test_cancelling e2e/test_duplicates e2e/test_endings e2e/test_fidelity \
@@ -40,11 +40,11 @@ PART_store := test_audit test_breaker test_cluster test_durable test_health_moni
 	e2e/test_duplicates e2e/test_rolling model/test_scripts
 PART_rules := test_patterns test_policy test_rules test_statuses e2e/test_chosen_by_body e2e/test_rules
 PART_adaptation := test_content_codings test_adaptation test_error_pages test_heartbeats test_json_rpc e2e/test_error_pages e2e/test_json_rpc e2e/test_adapted e2e/test_cors
-PART_keys := e2e/test_tenants test_automatic test_documents test_fingerprint_parts test_forms test_key_names test_keys test_multipart test_notes test_naming test_sources \
+PART_keys := e2e/test_tenants test_automatic test_documents test_fingerprint_parts test_forms test_from_values test_key_names test_keys test_multipart test_notes test_naming test_sources \
 	test_tenants
 PART_observe := test_families test_monitoring test_logs test_outcome test_exemplars test_tracing test_usage e2e/test_admin e2e/test_tracing
 PART_admin := test_access test_admin_pages e2e/test_admin hostile/test_admin_attempts test_formats test_history test_operator_pages e2e/test_operator_page
-PART_operating := test_explain test_operate test_request_identity e2e/test_operate
+PART_operating := test_explain test_operate test_request_identity e2e/test_find_keys e2e/test_operate
 PART_known_heads := test_known_heads test_known_requests test_shapes e2e/test_again e2e/test_head_cache
 PART_messages := test_bound_authentication test_headers test_problems test_request_line test_strict_head test_trailers
 PART_hostnames := test_hostnames

@@ -63,6 +63,7 @@ def check(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setenv("ONCEGATE_LISTEN", "0.0.0.0:8080")
     Path("rules.toml").write_text(RULES)
     Path("other.json").write_text("{}")
+    Path("digest.txt").write_text("Authorization: Digest a\n")
     Path("body.json").write_text('{"cart": {"id": 7}, "id": "evt_1"}')
 
     def run(*arguments: str) -> tuple[int, str, str]:
@@ -273,7 +274,7 @@ def test_a_request_is_explained(check):
         (["post", "/x", "-H", "Idempotency-Key: k"], {"result": "executed if the key is free"}),
         (["POST", "/x", "-H", 'Idempotency-Key: "k'], {"result": "400 key-invalid: the key is neither"}),
         (
-            ["POST", "/x", "-H", "Idempotency-Key: k", "-H", "Authorization: Digest a"],
+            ["POST", "/x", "-H", "Idempotency-Key: k", "--headers-file", "digest.txt"],
             {"result": "400 scope-unstable: the scheme of Authorization"},
         ),
         (["POST", "/a b"], {"result": "400: the target is neither"}),
@@ -350,14 +351,15 @@ def test_what_is_explained_is_what_is_done(check):
 
 def test_whose_key_it_is_is_explained(check):
     """The explanation names what identifies the tenant, and says where nothing does."""
-    asked = ["POST", "/x", "-H", "Idempotency-Key: k", "-H", "Cookie: visits=1"]
+    asked, who = ["POST", "/x", "-H", "Idempotency-Key: k", "--headers-file", "who.txt"], Path("who.txt")
+    who.write_text("Cookie: visits=1\r\n\r\n")
     assert explained(check, *asked)["scope"].endswith(" of cookie")
-    asked += ["-H", "Stripe-Account: acct_1", "-H", "Authorization: Bearer a"]
+    who.write_text("Cookie: visits=1\nStripe-Account: acct_1\nAuthorization: Bearer a")
     assert explained(check, *asked)["scope"].endswith(" of authorization, stripe-account")
     nobody = explained(check, "POST", "/x", "-H", "Idempotency-Key: k")["scope"]
     assert nobody.startswith("namespace default, tenant without credential: all requests that have none of")
     Path("rules.toml").write_text('[[rule]]\nname = "a"\nscope = ["known", "cookie:session", "path:1"]')
-    asked = ["POST", "/x", "-H", "Idempotency-Key: k", "-H", "Cookie: visits=1; session=2", "-H", "api-key: 1"]
+    who.write_text("Cookie: visits=1; session=2\napi-key: 1\n")
     assert explained(check, *asked)["scope"].endswith(" of api-key, cookie:session, path:1")
     assert "default / known, cookie:session, path:1" in check()[1]
 
@@ -372,7 +374,8 @@ def test_no_secret_is_shown(check, monkeypatch):
     """The explanation shows neither the request's key, nor its credential, nor the digests' secret."""
     monkeypatch.setenv("ONCEGATE_SECRET", SECRET)
     for scheme, result in (("Bearer ", "executed if the key is free"), ("", "scope-unstable")):
-        arguments = ["-H", f"Idempotency-Key: {SECRET}", "-H", f"Authorization: {scheme}{SECRET}"]
+        Path("who.txt").write_text(f"Authorization: {scheme}{SECRET}")
+        arguments = ["-H", f"Idempotency-Key: {SECRET}", "--headers-file", "who.txt"]
         _, out, err = check("--explain", "POST", "/x", *arguments)
         assert SECRET not in out + err
         assert result in out
@@ -384,13 +387,19 @@ def test_no_secret_is_shown(check, monkeypatch):
         (["POST", "x"], "'x' is no URL"),
         (["POST", ""], "'' is no URL"),
         (["POST", "/x", "-H", "nonsense"], "'nonsense' is no header"),
-        (["POST", "/x", "--body-file", "none"], "No such file"),
+        (["POST", "/x", "--body-file", "none"], "none: No such file"),
+        (["POST", "/x", "--headers-file", "none"], "none: No such file"),
+        (["POST", "/x", "--headers-file", "-", "--body-file", "-"], "not both"),
+        (["POST", "/x", "-H", f"authorization: Bearer {SECRET}"], "--headers-file -"),
+        (["POST", "/x", "-H", f"Cookie: session={SECRET}"], "-H would show Cookie"),
+        (["POST", "/x", "-H", f"X-API-Key:{SECRET}"], "-H would show X-API-Key"),
     ],
 )
 def test_what_cannot_be_explained(check, arguments, said):
     code, out, err = check("--explain", *arguments)
     assert (code, out) == (2, "")
     assert said in err
+    assert SECRET not in err
 
 
 @pytest.mark.parametrize("command", ["check", "serve"])

@@ -1,8 +1,10 @@
 """The response that an operator gives for an unknown key, and the errors for one that makes no sense."""
 
+import subprocess
+
 import pytest
 
-from oncegate.commands.cli import main
+from oncegate.commands.cli import SHELLS, main
 from oncegate.operating.errors import OperatorError
 from oncegate.operating.operator_response import operator_response
 from oncegate.store.record_name import parse_record_id, record_id, store_key
@@ -60,3 +62,22 @@ def test_help_names_the_commands_and_the_settings_page(capsys, words):
     assert "docs/reference/settings.md" in shown
     for command in ("serve", "check", "demo", "healthcheck", "keys"):
         assert f"\n    {command}" in shown
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_shell_completes_the_commands(capsys, tmp_path, shell):
+    """The script knows every command and its options, and bash takes it. It needs no settings."""
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    for word in ("healthcheck", "quarantine", "watch", "headers-file", "in_flight"):
+        assert word in script
+    if shell == "bash":
+        (tmp_path / "completion.bash").write_text(script)
+        asked = f"""
+            . {tmp_path}/completion.bash
+            COMP_WORDS=(oncegate keys wat) COMP_CWORD=2
+            $(complete -p oncegate | sed "s/.*-F \\([^ ]*\\).*/\\1/") oncegate wat keys
+            echo "${{COMPREPLY[@]}}"
+        """
+        told = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, check=True)
+        assert told.stdout.split() == ["watch"]

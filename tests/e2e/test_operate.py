@@ -43,7 +43,7 @@ class Desk:
     def __init__(self, store_url: str, cwd: Path, **settings: object) -> None:
         env = {name: value for name, value in os.environ.items() if not name.startswith("ONCEGATE_")}
         settings = {"UPSTREAM": "http://127.0.0.1:9", "STORE_URL": store_url, **settings}
-        self._env = env | {f"ONCEGATE_{name}": str(value) for name, value in settings.items()}
+        self.env = env | {f"ONCEGATE_{name}": str(value) for name, value in settings.items()}
         self._cwd = cwd
 
     async def __call__(self, *words: str, stdin: str = "", code: int | None = 0) -> subprocess.CompletedProcess[str]:
@@ -56,7 +56,7 @@ class Desk:
         out, err = io.StringIO(), io.StringIO()
         given = io.TextIOWrapper(io.BytesIO(stdin.encode()))
         with (
-            patch.dict(os.environ, self._env, clear=True), patch.object(sys, "stdin", given),
+            patch.dict(os.environ, self.env, clear=True), patch.object(sys, "stdin", given),
             redirect_stdout(out), redirect_stderr(err), chdir(self._cwd),
         ):  # fmt: skip
             code = main(["keys", *words])
@@ -382,7 +382,7 @@ async def test_a_confirmation_on_a_terminal(fork, upstream, stored, tmp_path):
     for answer, state in [(b"n\n", b"in_flight"), (b"yes\n", b"released")]:
         ours, theirs = os.openpty()
         act = subprocess.Popen(
-            [sys.executable, "-m", "oncegate", "keys", "release", CANARY], env=desk._env, cwd=tmp_path,
+            [sys.executable, "-m", "oncegate", "keys", "release", CANARY], env=desk.env, cwd=tmp_path,
             stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         os.write(ours, answer)

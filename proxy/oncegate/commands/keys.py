@@ -10,54 +10,62 @@ import json
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
+from oncegate.commands.described_request import read_file
+from oncegate.commands.keys_watch import watch
 from oncegate.commands.store_command import KeysExit, exit_code, record_name, this_operator
 from oncegate.operating import decisions, purging
 from oncegate.operating.decisions import RELEASE, RESOLVE, Decision, Desk, audit_line
-from oncegate.operating.errors import OperatorError, usage_error
-from oncegate.operating.find_record import find_record, find_tenant
+from oncegate.operating.errors import OperatorError
+from oncegate.operating.find_record import Finder
 from oncegate.operating.opened_store import opened_store
 from oncegate.operating.operator_response import operator_response
 from oncegate.operating.record_facts import facts_of, line_of
+from oncegate.rules.model import Rules
 from oncegate.settings.settings import Settings
 from oncegate.store.record_view import RecordView
 
 
-def run(settings: Settings, options: argparse.Namespace) -> int:
+def run(settings: Settings, rules: Rules, options: argparse.Namespace) -> int:
     """Run one `oncegate keys` command and return its exit code."""
     try:
-        return asyncio.run(_run(settings, options))
+        return asyncio.run(_run(settings, rules, options))
     except OperatorError as error:
         print(error, file=sys.stderr)
         return exit_code(error)
+    except KeyboardInterrupt:
+        # The usual end of this command.
+        if options.keys_command != "watch":
+            raise
+        return KeysExit.DONE
 
 
-async def _run(settings: Settings, options: argparse.Namespace) -> KeysExit:
+async def _run(settings: Settings, rules: Rules, options: argparse.Namespace) -> KeysExit:
     operator = this_operator()
     async with opened_store(settings, str(operator)) as store:
-        desk = Desk(settings, store, operator)
-        commands: dict[str, Callable[[Desk, argparse.Namespace], Awaitable[KeysExit]]] = {
+        desk, finder = Desk(settings, store, operator), Finder(settings, store, rules, say)
+        commands: dict[str, Callable[[Desk, Finder, argparse.Namespace], Awaitable[KeysExit]]] = {
             "list": _list,
             "show": _show,
             "resolve": _resolve,
             "release": _release,
+            "watch": _watch,
             "purge": _purge,
             "quarantine": _quarantine,
             "unpack": _unpack,
         }
-        return await commands[options.keys_command](desk, options)
+        return await commands[options.keys_command](desk, finder, options)
 
 
-# List and show ...
+# List, show and watch ...
 
 
-async def _list(desk: Desk, options: argparse.Namespace) -> KeysExit:
+async def _list(desk: Desk, _: Finder, options: argparse.Namespace) -> KeysExit:
     # A scan may return a record twice.
     listed: set[bytes] = set()
     async for record in desk.store.records.scan():
-        if record.key in listed or options.state not in (record.state.value, "any"):
+        if record.key in listed or not _is_asked_for(record, options):
             continue
         listed.add(record.key)
         facts = await facts_of(desk.store, record)
@@ -72,8 +80,14 @@ async def _list(desk: Desk, options: argparse.Namespace) -> KeysExit:
     return KeysExit.DONE
 
 
-async def _show(desk: Desk, options: argparse.Namespace) -> KeysExit:
-    facts = await facts_of(desk.store, await find_record(desk.settings, desk.store, record_name(options)))
+def _is_asked_for(record: RecordView, options: argparse.Namespace) -> bool:
+    kept = record.kept
+    is_kept = options.note in (None, kept.note) and options.rule in (None, kept.rule)
+    return is_kept and options.state in (record.state.value, "any")
+
+
+async def _show(desk: Desk, finder: Finder, options: argparse.Namespace) -> KeysExit:
+    facts = await facts_of(desk.store, await finder.record(record_name(options)))
     if options.json:
         print(json.dumps(facts))
     else:
@@ -82,27 +96,27 @@ async def _show(desk: Desk, options: argparse.Namespace) -> KeysExit:
     return KeysExit.DONE
 
 
+async def _watch(_: Desk, finder: Finder, options: argparse.Namespace) -> KeysExit:
+    await watch(finder, record_name(options), options)
+    return KeysExit.DONE
+
+
 # Resolve and release ...
 
 
-async def _resolve(desk: Desk, options: argparse.Namespace) -> KeysExit:
-    given = operator_response(options.status, options.header, _body(options.body_file))
-    record = await find_record(desk.settings, desk.store, record_name(options))
+async def _resolve(desk: Desk, finder: Finder, options: argparse.Namespace) -> KeysExit:
+    given = operator_response(options.status, options.header, read_file(options.body_file))
+    # These fields are the response's.
+    options.header = []
+    record = await finder.record(record_name(options))
     _ask(options, RESOLVE, record)
-    return _report(desk, await decisions.resolve(desk, record, given))
+    return _report(desk, options, await decisions.resolve(desk, record, given))
 
 
-async def _release(desk: Desk, options: argparse.Namespace) -> KeysExit:
-    record = await find_record(desk.settings, desk.store, record_name(options))
+async def _release(desk: Desk, finder: Finder, options: argparse.Namespace) -> KeysExit:
+    record = await finder.record(record_name(options))
     _ask(options, RELEASE, record)
-    return _report(desk, await decisions.release(desk, record))
-
-
-def _body(name: str | None) -> bytes:
-    try:
-        return Path(name).read_bytes() if name else b""
-    except OSError as error:
-        raise usage_error(f"{name}: {error.strerror}") from None
+    return _report(desk, options, await decisions.release(desk, record))
 
 
 def _ask(options: argparse.Namespace, action: str, record: RecordView) -> None:
@@ -112,13 +126,13 @@ def _ask(options: argparse.Namespace, action: str, record: RecordView) -> None:
     _confirm(options, decisions.warning(action, record))
 
 
-async def _purge(desk: Desk, options: argparse.Namespace) -> KeysExit:
-    tenant = await find_tenant(desk.settings, desk.store, record_name(options))
+async def _purge(desk: Desk, finder: Finder, options: argparse.Namespace) -> KeysExit:
+    tenant = await finder.tenant(record_name(options))
     _confirm(options, purging.WARNING)
     await desk.introduce()
     purged = await purging.purge_tenant(desk.store, tenant)
     _audit(desk, "purge", scope=tenant.hex(), **asdict(purged))
-    print(f"{purged.dropped} responses dropped")
+    _print(options, f"{purged.dropped} responses dropped", "purge", scope=tenant.hex(), **asdict(purged))
     if purged.in_flight:
         print(f"{purged.in_flight} requests are in flight: repeat the command when they are done", file=sys.stderr)
     if purged.unconfirmed:
@@ -126,7 +140,7 @@ async def _purge(desk: Desk, options: argparse.Namespace) -> KeysExit:
     return KeysExit.NOT_DONE if purged.in_flight or purged.unconfirmed else KeysExit.DONE
 
 
-async def _quarantine(desk: Desk, options: argparse.Namespace) -> KeysExit:
+async def _quarantine(desk: Desk, _: Finder, options: argparse.Namespace) -> KeysExit:
     """Do what the proxies do after a loss: the store was restored while none of them ran, so none has noticed it."""
     settings = desk.settings
     if settings.on_store_loss != "quarantine":
@@ -137,15 +151,16 @@ async def _quarantine(desk: Desk, options: argparse.Namespace) -> KeysExit:
     _confirm(options, f"On every proxy of this store {refused}.")
     await desk.store.records.begin_quarantine(int(settings.quarantine_s * 1000))
     _audit(desk, "quarantine", seconds=settings.quarantine_s)
-    print(refused)
+    _print(options, refused, "quarantine", seconds=settings.quarantine_s)
     return KeysExit.DONE
 
 
-async def _unpack(desk: Desk, _options: argparse.Namespace) -> KeysExit:
+async def _unpack(desk: Desk, _: Finder, options: argparse.Namespace) -> KeysExit:
     """Prepare the way back to an older version, which reads no packed records."""
     unpacked = await desk.store.records.unpack()
     _audit(desk, "unpack", unpacked=unpacked)
-    print(f"{unpacked} records unpacked; older versions can use this store until records are packed again")
+    text = f"{unpacked} records unpacked; older versions can use this store until records are packed again"
+    _print(options, text, "unpack", unpacked=unpacked)
     return KeysExit.DONE
 
 
@@ -160,11 +175,24 @@ def _confirm(options: argparse.Namespace, warning: str) -> None:
         raise OperatorError("nothing was changed")
 
 
-def _report(desk: Desk, decision: Decision) -> KeysExit:
+def _report(desk: Desk, options: argparse.Namespace, decision: Decision) -> KeysExit:
     """Write the audit line, tell the operator the outcome, and return the exit code."""
     _audit(desk, decision.action, **decision.facts)
-    print(decision.text, file=sys.stdout if decision.is_done else sys.stderr)
+    if decision.is_done or options.json:
+        _print(options, decision.text, decision.action, **decision.facts)
+    else:
+        say(decision.text)
     return KeysExit.DONE if decision.is_done else KeysExit.NOT_DONE
+
+
+def _print(options: argparse.Namespace, text: str, action: str, **facts: Any) -> None:
+    """Print what was done, for a person or for a program."""
+    print(json.dumps({"action": action, **facts}) if options.json else text)
+
+
+def say(text: str) -> None:
+    """Tell the person at the terminal. Standard output is for what was asked."""
+    print(text, file=sys.stderr)
 
 
 def _audit(desk: Desk, action: str, **facts: Any) -> None:

@@ -4,12 +4,13 @@ import argparse
 import os
 import pwd
 import socket
-import sys
 from enum import IntEnum
 
+from oncegate.commands.described_request import asked_request, header_lines
 from oncegate.operating.decisions import Operator
-from oncegate.operating.errors import OperatorError
+from oncegate.operating.errors import OperatorError, usage_error
 from oncegate.operating.find_record import RecordName
+from oncegate.operating.request_identity import AskedRequest
 
 
 class KeysExit(IntEnum):
@@ -27,18 +28,30 @@ def exit_code(error: OperatorError) -> KeysExit:
 
 
 def record_name(options: argparse.Namespace) -> RecordName:
-    """Return what the arguments say of a record or a tenant; `--credential` reads its fields from standard input."""
-    key, record_id = getattr(options, "key", None), getattr(options, "id", None)
-    # Standard input, because every process of the machine can read the arguments.
-    reads = options.credential and not record_id
+    """Return what the arguments say of a record or a tenant. Raises OperatorError where they say two things."""
+    given = {name: getattr(options, name, None) or "" for name in ("id", "note", "rule", "path", "request")}
+    keys, request = getattr(options, "key", None) or [], _request(options, given["request"])
+    named = [name for name in ("id", "note", "request") if given[name]]
+    if len(named) > 1 or (named and (keys or given["rule"])):
+        raise usage_error("name a record in one way: a key, --rule with values, --id, --note or --request")
     return RecordName(
         # A key may have bytes that are not UTF-8: Python passes those of an argument on as surrogates (PEP 383).
-        key=None if key is None else key.encode("utf-8", "surrogateescape"),
-        id=record_id or "",
+        values=[key.encode("utf-8", "surrogateescape") for key in keys],
+        id=given["id"],
+        note=given["note"],
+        rule=given["rule"],
+        path=given["path"],
+        request=request,
         namespace=options.namespace or "",
         scope=options.scope or "",
-        credential=sys.stdin.buffer.read().splitlines() if reads else None,
+        credential=None if named else header_lines(options),
     )
+
+
+def _request(options: argparse.Namespace, described: str) -> AskedRequest | None:
+    if not described:
+        return None
+    return asked_request(described.split(maxsplit=1), options, options.request_body)
 
 
 def this_operator() -> Operator:

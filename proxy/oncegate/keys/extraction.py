@@ -133,17 +133,21 @@ def _join(alternative: Sequence[Source], given: SourceInput) -> ExtractedKey | M
         # Every request has a receiver.
         is_absent = len(missing) + sum(isinstance(source.kind, Receiver) for source in alternative) == len(alternative)
         return missing[0] if is_absent else _PART_MISSING
+    return ExtractedKey(joined_key(alternative, parts), longest_window_ms([source.kind for source in alternative]))
+
+
+def joined_key(alternative: Sequence[Source], parts: list[tuple[bytes, bytes]]) -> bytes:
+    """Return the key that the values of one alternative's sources make together, each with its source's name."""
     # Alternatives may name the same identities in any order.
     if any(source.identity for source in alternative):
         parts.sort()
     # No key in a header has a zero byte, so that none can be made to equal a joined key.
-    joined = b"\0" + length_prefixed(word for part in parts for word in part)
-    return ExtractedKey(joined, longest_window_ms([source.kind for source in alternative]))
+    return b"\0" + length_prefixed(word for part in parts for word in part)
 
 
 def _part(source: Source, given: SourceInput) -> bytes | Missing | BadKey:
     """Return the value of a source as it enters a joined key."""
-    value = _read(source.kind, given)
+    value = read_source(source.kind, given)
     # Beside a text in a body, which has this tag, any other value is a text (`json_value`).
     if source.identity and isinstance(value, bytes) and not isinstance(source.kind, Member):
         return b"s" + value
@@ -159,7 +163,8 @@ def _header_key(name: bytes, head: RequestHead) -> ExtractedKey | Missing | BadK
     return key if isinstance(key, BadKey) else ExtractedKey(key)
 
 
-def _read(kind: SourceKind, given: SourceInput) -> bytes | Missing | BadKey:
+def read_source(kind: SourceKind, given: SourceInput) -> bytes | Missing | BadKey:
+    """Return what a source reads from a request."""
     head = given.head
     match kind:
         case Header():
@@ -258,7 +263,7 @@ def scope_fields(sources: Sequence[Source], head: RequestHead) -> Fields | BadKe
     """
     fields = dict(head.fields)
     for source in sources:
-        value = _read(source.kind, SourceInput(head))
+        value = read_source(source.kind, SourceInput(head))
         if isinstance(value, BadKey):
             return value
         if isinstance(value, bytes):

@@ -1,5 +1,10 @@
-"""Finds the record or tenant that an operator means: by key and scope, or by the id that lists and logs show."""
+"""Finds the record or tenant that an operator means.
 
+By key and scope; by values and the rule that makes a key of them; by a whole request; by the id that lists and logs
+show, or its beginning; by the note that its rule keeps with it.
+"""
+
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 from oncegate.keys.digests import Digests, Scope, UnstableScope, identity_settings
@@ -7,27 +12,48 @@ from oncegate.keys.syntax import BadKey, parse_key
 from oncegate.keys.tenants import TenantFields
 from oncegate.messages.fields import by_name
 from oncegate.operating.errors import OperatorError, usage_error
+from oncegate.operating.request_identity import (
+    AskedRequest,
+    GivenValues,
+    Keyless,
+    identify_request,
+    keys_under_rule,
+    rule_named,
+)
+from oncegate.rules.model import Rule, Rules
 from oncegate.settings.credentials import expanded
 from oncegate.settings.settings import Settings
+from oncegate.store.open_keys.listing import open_keys
 from oncegate.store.record_name import parse_record_id
-from oncegate.store.record_view import RecordView
+from oncegate.store.record_name import record_id as id_of
+from oncegate.store.record_view import OpenKind, RecordView
 from oncegate.store.store import Store
 
 # 48 bits: with a million records, the chance that any two share them is 0.2 %.
 MIN_ID_CHARACTERS = 8
 SCOPE_BYTES = 16
+# Open records that are read at once.
+PAGE = 500
 # base64url, RFC 4648, section 5
 _ID_CHARACTERS = set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordName:
-    """What an operator says of a record: its id, or its key and scope. Without a key, it names a tenant."""
+    """What an operator says of a record: one of id, note, request, rule with values, or key, and whose it is.
 
-    # As the client sent it.
-    key: bytes | None = None
+    Without any of these, it names a tenant.
+    """
+
+    # The key as the client sent it, or with `rule` the values of its sources, in the rule's order.
+    values: Sequence[bytes] = ()
     # Whole, or its first characters.
     id: str = ""
+    note: str = ""
+    request: AskedRequest | None = None
+    # The name of a rule, and the path of the request where the rule has several.
+    rule: str = ""
+    path: str = ""
     # Empty for that of the settings.
     namespace: str = ""
     # The digest of the tenant, as a list shows it.
@@ -36,58 +62,161 @@ class RecordName:
     credential: list[bytes] | None = None
 
     @property
+    def names_record(self) -> bool:
+        """Whether this says which record, not only whose."""
+        return bool(self.values or self.id or self.note or self.request)
+
+    @property
     def is_scoped(self) -> bool:
         """Whether this says whose key it is."""
-        return bool(self.id or self.scope or self.credential is not None)
+        return bool(self.id or self.note or self.request or self.scope or self.credential is not None)
 
 
-async def find_record(settings: Settings, store: Store, name: RecordName) -> RecordView:
-    """Return the record that is named. Raises OperatorError if there is none, StoreError without a reply."""
-    record = await store.records.read(await find_key(settings, store, name))
-    if record is None:
-        tenant = "" if name.is_scoped else ", for the tenant without a credential"
+def say_nothing(_: str) -> None:
+    """Do nothing with what a search says while it goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finder:
+    """Finds records in a store, by the settings and rules of its proxies.
+
+    `say(text)` is called before what may take long. All raise OperatorError, and StoreError without a reply.
+    """
+
+    settings: Settings
+    store: Store
+    rules: Rules
+    say: Callable[[str], None] = say_nothing
+
+    async def record(self, name: RecordName) -> RecordView:
+        """Return the record that is named."""
+        record = await self.store.records.read(await self.key(name))
+        if record is None:
+            raise OperatorError(await self._absence(name))
+        return record
+
+    async def key(self, name: RecordName) -> bytes:
+        """Return the digest of the key that is named; it may have no record."""
+        if name.id:
+            return await self._key_by_id(name.id)
+        if name.note:
+            return await self._key_by_note(name.note)
+        digests = await _digests(self.settings, self.store)
+        if name.request is not None:
+            return self._key_of_request(name.request)
+        if name.rule:
+            found = await self._key_by_rule(rule_named(self.rules, name.rule), name, digests)
+        else:
+            found = _key_by_settings(self.settings, name, digests)
+        return found
+
+    async def tenant(self, name: RecordName) -> bytes:
+        """Return the digest of the tenant that is named."""
+        return _scope(self.settings, name, await _digests(self.settings, self.store)).tenant
+
+    # By what an operator has ...
+
+    async def _key_by_id(self, record_id: str) -> bytes:
+        """Return the digest of the key whose id is `record_id`, or is the only one that begins with it."""
+        if digest := parse_record_id(record_id):
+            return digest
+        if len(record_id) < MIN_ID_CHARACTERS or not set(record_id) <= _ID_CHARACTERS:
+            raise usage_error(f"an id has 32 characters; give at least its first {MIN_ID_CHARACTERS}")
+        matches = await self._matching(lambda record: id_of(record.key).startswith(record_id), record_id)
+        if not matches:
+            raise OperatorError("there is no record with this id")
+        if len(matches) > 1:
+            raise OperatorError(f"{len(matches)} records have ids that begin with {record_id}: give more of the id")
+        return matches.pop()
+
+    async def _key_by_note(self, note: str) -> bytes:
+        matches = await self._matching(lambda record: record.kept.note == note)
+        if not matches:
+            raise OperatorError("there is no record with this note: only rules with a `note` keep one")
+        if len(matches) > 1:
+            ids = ", ".join(sorted(map(id_of, matches)))
+            raise OperatorError(f"{len(matches)} records have this note: name one of them with --id: {ids}")
+        return matches.pop()
+
+    async def _matching(self, is_wanted: Callable[[RecordView], bool], prefix: str = "") -> set[bytes]:
+        """Return the keys of the open records that match, or else of all that do and whose ids begin with `prefix`."""
+        records, is_quick = self.store.records, bool(prefix) and self.store.records.finds_prefixes
+        matches = set() if is_quick else {one.key async for one in open_records(self.store) if is_wanted(one)}
+        if matches:
+            return matches
+        if not is_quick:
+            self.say("no open key matches: looking through all keys")
+        # A scan may return a record more than once.
+        return {one.key async for one in records.scan(prefix) if is_wanted(one)}
+
+    def _key_of_request(self, request: AskedRequest) -> bytes:
+        try:
+            found = identify_request(self.settings, self.rules, request)
+        except ValueError as error:
+            raise usage_error(str(error)) from None
+        if isinstance(found, Keyless):
+            rule = f' (rule "{found.rule.name}")' if found.rule is not None and found.rule.name else ""
+            raise OperatorError(f"this request has no key{rule}: {found.reason}")
+        return found.identity.key
+
+    async def _key_by_rule(self, rule: Rule, name: RecordName, digests: Digests) -> bytes:
+        """Return the digest of the key that the values are under a rule; of several, that of one with a record."""
+        keys = keys_under_rule(rule, _given(name), digests)
+        for key in keys:
+            if len(keys) > 1 and await self.store.records.read(key) is not None:
+                return key
+        return keys[0]
+
+    # What is not there ...
+
+    async def _absence(self, name: RecordName) -> str:
+        """Return why no record was found, and how to name the one that was meant."""
+        text = f"there is no record of this key{'' if name.is_scoped else ', for the tenant without a credential'}"
         # Lists and logs show ids, which are well-formed as keys, too.
-        is_id = not name.id and parse_record_id((name.key or b"").decode("latin-1")) is not None
-        raise OperatorError(f"there is no record of this key{tenant}{'; name a record by its id with --id' * is_id}")
-    return record
+        if len(name.values) == 1 and parse_record_id(name.values[0].decode("latin-1")) is not None:
+            text += "; name a record by its id with --id"
+        if not name.values or name.rule:
+            return text
+        there = [rule.name for rule in self.rules.rules if await self._has_record(rule, name)]
+        if there:
+            rules = ", ".join(f'"{one}"' for one in there)
+            return f"under the settings {text}, but the rule {rules} has one of this value: name it with --rule"
+        others = [f'"{rule.name}"' for rule in self.rules.rules if rule.policy.sources or rule.policy.namespace]
+        return f"{text}; rules may name it otherwise (--rule): {', '.join(others)}" if others else text
+
+    async def _has_record(self, rule: Rule, name: RecordName) -> bool:
+        """Return whether a rule makes a key of the values that has a record."""
+        try:
+            keys = keys_under_rule(rule, _given(name), await _digests(self.settings, self.store))
+        except OperatorError:
+            return False
+        return any([await self.store.records.read(key) is not None for key in keys])
 
 
-async def find_key(settings: Settings, store: Store, name: RecordName) -> bytes:
-    """Return the digest of the key that is named; it may have no record. Raises as `find_record` does."""
-    if name.id:
-        return await _digest_by_id(store, name.id)
-    return await _digest_by_key(settings, store, name)
+async def open_records(store: Store, kinds: Sequence[OpenKind] = tuple(OpenKind)) -> AsyncIterator[RecordView]:
+    """Yield the open records of these kinds, the oldest first."""
+    after = ""
+    while True:
+        page = await open_keys(store.records, PAGE, after, kinds)
+        for record in page.records:
+            yield record
+        if not (after := page.after):
+            break
 
 
-async def _digest_by_id(store: Store, record_id: str) -> bytes:
-    """Return the digest of the key whose id is `record_id`, or is the only one that begins with it."""
-    if digest := parse_record_id(record_id):
-        return digest
-    if len(record_id) < MIN_ID_CHARACTERS or not set(record_id) <= _ID_CHARACTERS:
-        raise usage_error(f"an id has 32 characters; give at least its first {MIN_ID_CHARACTERS}")
-    # SCAN may return a record more than once, so that a list would count it twice.
-    matches = {record.key async for record in store.records.scan(record_id)}
-    if not matches:
-        raise OperatorError("there is no record with this id")
-    if len(matches) > 1:
-        raise OperatorError(f"{len(matches)} records have ids that begin with {record_id}: give more of the id")
-    return matches.pop()
+def _given(name: RecordName) -> GivenValues:
+    tenant = _scope_digest(name.scope) if name.scope else None
+    return GivenValues(name.values, name.credential or (), tenant, name.path)
 
 
-async def _digest_by_key(settings: Settings, store: Store, name: RecordName) -> bytes:
-    """Return the digest of a key in its scope, as the proxies on this store compute it."""
-    if name.key is None:
-        raise usage_error("give a key, or a record's id with --id")
-    key = parse_key([name.key])
+def _key_by_settings(settings: Settings, name: RecordName, digests: Digests) -> bytes:
+    """Return the digest of a key in its scope, as the proxies on this store compute it without any rule."""
+    if len(name.values) != 1:
+        raise usage_error("give a key, or a record's id with --id" if not name.values else "give one key, or --rule")
+    key = parse_key(name.values)
     if isinstance(key, BadKey):
         raise usage_error(key.detail)
-    digests = await _digests(settings, store)
     return digests.key(_scope(settings, name, digests), key)
-
-
-async def find_tenant(settings: Settings, store: Store, name: RecordName) -> bytes:
-    """Return the digest of the tenant that is named. Raises OperatorError, StoreError without a reply."""
-    return _scope(settings, name, await _digests(settings, store)).tenant
 
 
 async def _digests(settings: Settings, store: Store) -> Digests:

@@ -12,7 +12,7 @@ from oncegate.admin.parts import AdminParts
 from oncegate.admin.roles import Role, Route, Visitor
 from oncegate.admin.watching.overview import Overview
 from oncegate.operating.errors import OperatorError
-from oncegate.operating.find_record import RecordName, find_record
+from oncegate.operating.find_record import Finder, RecordName
 from oncegate.operating.pasted import read_pasted
 from oncegate.operating.record_facts import facts_of
 from oncegate.operating.request_identity import AskedRequest, Keyless, identify_request
@@ -120,12 +120,12 @@ class KeyPages:
     async def _by_key(self, store: Store, word: str, form: Any) -> RecordView:
         credential = [line for line in field(form, "credential").encode().splitlines() if line.strip()]
         name = RecordName(
-            key=word.encode("utf-8", "surrogateescape"),
+            values=[word.encode("utf-8", "surrogateescape")],
             namespace=field(form, "namespace"),
             scope=field(form, "scope").strip(),
             credential=credential or None,
         )
-        return await find_record(self._parts.settings, store, name)
+        return await Finder(self._parts.settings, store, self._parts.rules()).record(name)
 
     # Show ...
 

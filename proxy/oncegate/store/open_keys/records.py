@@ -41,7 +41,12 @@ class ServerRecords(Protocol):
 
 
 class Records(Protocol):
-    """The records of a store for its operators. All raise StoreError."""
+    """The records of a store for its operators. All raise StoreError.
+
+    `finds_prefixes`: a scan for ids that begin alike looks at their records alone.
+    """
+
+    finds_prefixes: bool
 
     @property
     def servers(self) -> Sequence[ServerRecords]:

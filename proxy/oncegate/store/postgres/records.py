@@ -116,6 +116,7 @@ class PostgresRecords:
     name = "the store"
     # Housekeeping does what a scan would.
     needs_scans = False
+    finds_prefixes = True
 
     def __init__(self, servers: Servers) -> None:
         self._servers = servers

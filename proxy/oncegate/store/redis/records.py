@@ -47,6 +47,8 @@ MARK_TIMEOUT_S = 1.0
 class RedisRecords:
     """The records on the servers of a store, as `Records`."""
 
+    finds_prefixes = False
+
     def __init__(self, servers: StoreServers) -> None:
         self._servers = servers
 
