@@ -38,7 +38,7 @@ PART_store := test_audit test_breaker test_cluster test_durable test_health_moni
 	test_lost_replies test_lua test_migrations test_older_store test_orphans test_packed test_postgres_losses test_postgres_store test_record test_records \
 	test_redis_store test_sentinel test_store test_unknown_keys test_unpack test_waiters test_written_layout \
 	e2e/test_duplicates e2e/test_rolling model/test_scripts
-PART_rules := test_patterns test_policy test_rules test_statuses e2e/test_chosen_by_body e2e/test_rules
+PART_rules := test_patterns test_policy test_prices test_rules test_statuses e2e/test_chosen_by_body e2e/test_rules
 PART_adaptation := test_content_codings test_adaptation test_error_pages test_heartbeats test_json_rpc e2e/test_error_pages e2e/test_json_rpc e2e/test_adapted e2e/test_cors
 PART_keys := e2e/test_tenants test_automatic test_documents test_fingerprint_parts test_forms test_from_values test_key_names test_keys test_multipart test_notes test_naming test_sources \
 	test_tenants
@@ -54,7 +54,7 @@ PART_decision := test_decision model/test_model
 PART_testing := test_fault_points test_faults e2e/test_faults
 PART_docs := test_contributing test_doc_paths test_docs test_generated test_names e2e/test_pages
 PURE := $(filter-out e2e/%,$(PART_adaptation)) $(PART_keys) $(PART_messages) $(PART_settings) $(filter-out e2e/%,$(PART_docs)) test_breaker test_decision test_explain test_families test_fault_points \
-	test_init test_logs test_outcome test_lua test_minimum_rate test_patterns test_policy test_record test_request_identity test_rules test_statuses test_usage test_write_batcher
+	test_init test_logs test_outcome test_lua test_minimum_rate test_patterns test_policy test_record test_prices test_request_identity test_rules test_statuses test_usage test_write_batcher
 QUICK := $(if $(PART),$(PART_$(PART)),$(PURE) e2e/test_main_job)
 
 quick: lint                         ## lint, the pure tests and the main job; make quick PART=store for one room

@@ -9,8 +9,9 @@ from typing import Any
 from aiohttp import ClientResponse, ClientSession, web
 
 from oncegate.admin.pages.routes import Pages
-from oncegate.admin.parts import AdminParts
+from oncegate.admin.parts import AdminParts, at_once
 from oncegate.admin.roles import Role, Visitor, Way
+from oncegate.observe.metrics import Metrics
 from oncegate.store.kept import Kept
 from oncegate.store.record_view import RecordView
 from oncegate.store.store import Store
@@ -71,10 +72,13 @@ class Site:
 
 
 @asynccontextmanager
-async def site(store_url: str, role: Role = Role.OPERATE, **settings: Any) -> AsyncIterator[Site]:
+async def site(
+    store_url: str, role: Role = Role.OPERATE, metrics: Metrics | None = None, **settings: Any
+) -> AsyncIterator[Site]:
     """Serve the pages on a store to a visitor of this role."""
     log = Log()
-    parts: AdminParts = admin_parts({"store_url": store_url, **settings}, log=log)
+    counted = {"metrics": at_once(lambda: metrics)} if metrics else {}
+    parts: AdminParts = admin_parts({"store_url": store_url, **settings}, log=log, **counted)
     pages, visitor = Pages(parts), Visitor("ana", role, Way.SESSION, FORM_TOKEN)
     app = web.Application()
     app.cleanup_ctx.append(pages.life)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from oncegate.admin.formats import age, clock, count, decimal, duration, iso_time, line, size
+from oncegate.admin.formats import age, clock, count, decimal, duration, iso_time, line, money, size
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,7 @@ def test_numbers():
     assert count(1234567.4) == "1\u202f234\u202f567"
     assert [decimal(one) for one in (0, 0.123, 1, 2.5, 12.34, 1234)] == ["0", "0.12", "1", "2.5", "12.3", "1\u202f234"]
     assert [duration(one) for one in (0.0005, 0.25, 2.5)] == ["0.5 ms", "250 ms", "2.5 s"]
+    assert [money(one) for one in (0, 0.0031, 1234.5)] == ["0.00", "0.0031", "1\u202f234.50"]
     sizes = [size(one) for one in (0, 1023, 1024, 1.5 * 1024**2, 3 * 1024**3, 5 * 1024**5)]
     assert sizes == ["0 bytes", "1023 bytes", "1 KiB", "1.5 MiB", "3 GiB", "5\u202f120 TiB"]
 

@@ -16,6 +16,8 @@ from oncegate.admin.pages.signing import LASTS_S, Answer, Draft, Signer
 from oncegate.admin.roles import Role
 from oncegate.admin.watching import live, store_view
 from oncegate.messages.response_head import response_digest
+from oncegate.observe.metrics import Metrics
+from oncegate.observe.outcome import Outcome, RequestReport
 from oncegate.operating.errors import OperatorError
 from oncegate.operating.request_identity import AskedRequest, Identified, identify_request
 from oncegate.operating.worklist import Seen
@@ -401,6 +403,22 @@ async def test_a_decision_in_every_store(stored):
         assert "1 key resolved" in desk.text()
         await desk.get(f"/key/{record_id(key(1))}")
         assert re.search("complete order-1 .* HTTP/1.1 201 Created .* whole body", desk.text())
+
+
+# What was saved ...
+
+
+async def test_money_that_was_saved(valkey, tmp_path):
+    """Where a rule has prices, the page says what the tokens of its replays would have cost."""
+    prices = "token_prices = { input = 2.5, output = 10 }"
+    (tmp_path / "rules.toml").write_text(f"[[rule]]\nname = 'chat'\npath = '/v1/**'\npreset = 'openai'\n{prices}\n")
+    metrics = Metrics("0", {})
+    for rule in ("chat", "other"):
+        tokens = {"input": 2_000_000, "cached": 0, "cache_write": 0, "output": 100_000}
+        metrics.observe(RequestReport(Outcome.REPLAYED, 200, "POST", key=b"k", rule=rule, tokens=tokens), 0.1)
+    async with site(valkey.url, metrics=metrics, rules_file=tmp_path / "rules.toml") as desk:
+        await desk.get("/")
+        assert re.search("LLM tokens 4.200.000 4.000.000 input, 200.000 output money 6.00 ", desk.text())
 
 
 # Rules ...

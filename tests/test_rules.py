@@ -289,6 +289,14 @@ CASES = {
         "must be header: and a name",
     ),
     "pages": ("pages = true", lambda rule: rule.policy.pages, True, None, 'pages = "yes"', "must be True or False"),
+    "token_prices": (
+        'token_prices = { output = 10, input = 2.5 }\npreset = "openai"',
+        lambda rule: rule.policy.token_prices,
+        (("input", 2.5), ("output", 10.0)),
+        (),
+        "token_prices = { inputs = 1 }",
+        "has 'inputs', which is no kind of tokens; these are: input, cached, cache_write, output",
+    ),
     "note": (
         'note = "/order_id"',
         lambda rule: rule.policy.note and rule.policy.note.text,

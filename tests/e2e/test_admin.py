@@ -116,6 +116,7 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 OWN_LABELS = ("le", "version")  # of histograms and of the build
 # What an operator named: the rules and their upstreams.
 NAMED = {
+    "llm_tokens_saved": {"rule": "(default)"},
     "rule_requests": {"rule": "(default)", "upstream": "127.0.0.1"},
     "upstream_seconds": {"upstream": "127.0.0.1"},
     "upstream_connections": {"upstream": "127.0.0.1"},

@@ -135,8 +135,8 @@ class Counted(NamedTuple):
 
 
 SAMPLES = (
-    'llm_tokens_saved_total{kind="input"}',
-    'llm_tokens_saved_total{kind="output"}',
+    'llm_tokens_saved_total kind="input"',
+    'llm_tokens_saved_total kind="output"',
     "upstream_seconds_saved_total",
     "llm_replays_without_usage_total",
     *(f'requests_total{{outcome="{word}"}}' for word in ("executed", "replayed", "released", "truncated")),
@@ -152,7 +152,14 @@ class Since:
 
     def _now(self) -> list[float]:
         samples = dict(line.rsplit(" ", 1) for line in self._gate.admin("/metrics")[1].splitlines())
-        return [float(samples[f"oncegate_{sample}"]) for sample in SAMPLES]
+        return [self._sum(samples, f"oncegate_{sample}") for sample in SAMPLES]
+
+    @staticmethod
+    def _sum(samples: dict[str, str], name: str) -> float:
+        """Return a sample; behind a space, there is the one label that those of all rules share."""
+        metric, _, label = name.partition(" ")
+        found = [value for one, value in samples.items() if one.startswith(metric) and label in one]
+        return sum(map(float, found)) if label else float(samples[name])
 
     async def once(self, **expected: float) -> Counted:
         """Return the counts once these are as expected: a request is counted after its client has its answer."""

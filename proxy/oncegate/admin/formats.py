@@ -29,6 +29,13 @@ def decimal(number: float) -> str:
     return f"{number:.1f}" if number >= 10 else f"{number:.2f}".rstrip("0").rstrip(".")
 
 
+def money(amount: float) -> str:
+    """Return an amount with two digits behind the point; what is less than a cent has more."""
+    return (
+        f"{amount:,.2f}".replace(",", "\N{NARROW NO-BREAK SPACE}") if amount >= 0.01 or not amount else f"{amount:.4f}"
+    )
+
+
 def duration(seconds: float) -> str:
     """Return a short time in ms, a longer one in s."""
     return f"{decimal(seconds * 1000)} ms" if seconds < 1 else f"{decimal(seconds)} s"

@@ -31,7 +31,8 @@ from oncegate.observe.labels import (
     UnguardedKey,
 )
 from oncegate.observe.outcome import SUPPRESSED, Outcome, RequestReport
-from oncegate.observe.usage import TOKEN_KINDS, Tokens
+from oncegate.observe.usage import Tokens
+from oncegate.settings.names import TOKEN_KINDS
 
 # The label `rule` of requests that no rule matches, which the settings alone decide.
 DEFAULT_RULE = "(default)"
@@ -90,9 +91,10 @@ class Metrics(Collector):
         )
         self._saved_s = Counters("upstream_seconds_saved", "Upstream time that replays saved.")
         self._replayed_bytes = Counters("replayed_bytes", "Bytes of response bodies sent from the store.")
-        self._tokens_saved = Counters(
-            "llm_tokens_saved", "LLM tokens that replays saved.", label="kind", values=TOKEN_KINDS
+        self._tokens_saved = GroupedCounters(
+            "llm_tokens_saved", "LLM tokens that replays saved, by rule.", labels=("rule", "kind"), values=TOKEN_KINDS
         )
+        self._tokens_saved.of(DEFAULT_RULE)
         self._without_usage = Counters(
             "llm_replays_without_usage", "Replays of LLM responses that do not state the tokens they used."
         )
@@ -260,7 +262,7 @@ class Metrics(Collector):
             self._saved_s.by_value[""] += report.saved_s
             self._replayed_bytes.by_value[""] += report.replayed_bytes
             if report.tokens is not None:
-                self._save_tokens(report.tokens)
+                self._save_tokens(report.rule or DEFAULT_RULE, report.tokens)
         if report.without_credential:
             self._without_credential.add()
         for settlement in report.settlements:
@@ -277,11 +279,11 @@ class Metrics(Collector):
             for histogram in self._by_request:
                 histogram.sort()
 
-    def _save_tokens(self, tokens: Tokens) -> None:
+    def _save_tokens(self, rule: str, tokens: Tokens) -> None:
         if not tokens:
             self._without_usage.add()
         for kind, count in tokens.items():
-            self._tokens_saved.add(kind, count)
+            self._tokens_saved.of(rule)[kind] += count
 
     @property
     def unsure(self) -> int:

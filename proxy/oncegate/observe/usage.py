@@ -16,9 +16,7 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-# The kinds of tokens that vendors price apart; each token is of one kind. `input` was read anew, `cached` came from the
-# vendor's prompt cache, `cache_write` was written to it, `output` was generated.
-TOKEN_KINDS = ("input", "cached", "cache_write", "output")
+from oncegate.settings.names import TOKEN_KINDS
 
 # The first event of an Anthropic stream has less than 1 KiB.
 HEAD_BYTES = 8192

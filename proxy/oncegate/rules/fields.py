@@ -16,6 +16,7 @@ from oncegate.keys.sources import RECEIVER, Receiver, Source, parse_retry_mark, 
 from oncegate.rules.body_conditions import BodyConditions
 from oncegate.rules.patterns import parse_host_pattern, parse_path, text_matcher
 from oncegate.rules.presets import PRESETS
+from oncegate.rules.prices import parse_prices
 from oncegate.settings.addresses import Origin, parse_cors_origin, parse_host, parse_origin
 from oncegate.settings.credentials import KNOWN, expanded, parse_scheme
 from oncegate.settings.groups.browsers import BrowserSettings
@@ -294,8 +295,7 @@ TREATING: Mapping[str, Check] = {
     "ambiguous_statuses": _list_of(_text(parse_status), "statuses"),
     "in_flight_status": _one_of(*IN_FLIGHT),
     "upstream_idempotent": _one_of(True, False),
-    # An empty text: the upstream gets no key.
-    "forward_key": _text(lambda text: parse_key_header(text) if text else ""),
+    "forward_key": _text(lambda text: parse_key_header(text) if text else ""),  # empty: the upstream gets no key
     "on_bad_key": _one_of("refuse", "pass"),
     "on_client_gone": _one_of("finish", "cancel"),
     "cancel_grace_s": _seconds(0, 86_400),
@@ -303,9 +303,9 @@ TREATING: Mapping[str, Check] = {
     "heartbeat_agents": _agents,
     "pages": _one_of(True, False),
     "note": _text(parse_note),
+    "token_prices": parse_prices,
     **{name: _setting(name) for name in SHARED},
-    # A list in TOML, where the environment has a comma list.
-    "cors_origins": _list_of(_text(parse_cors_origin), "origins"),
+    "cors_origins": _list_of(_text(parse_cors_origin), "origins"),  # where the environment has a comma list
     "replay_cookies": _one_of(True, False),
 }
 RULE = {**MATCHING, **TREATING}

@@ -7,6 +7,7 @@ from oncegate.adaptation.heartbeats import Heartbeats
 from oncegate.decision import HOLD
 from oncegate.keys.sources import KeySources, Source
 from oncegate.keys.tenants import TenantFields
+from oncegate.rules.prices import Prices
 from oncegate.rules.statuses import AMBIGUOUS_STATUSES, RELEASE_STATUSES, Statuses
 
 DEFAULT_STATUSES = Statuses(RELEASE_STATUSES, AMBIGUOUS_STATUSES)
@@ -34,7 +35,7 @@ class Policy:
     while the original is running. `counts_tokens`: metrics count the tokens in its responses as saved by replays.
     `pass_interim`: the upstream's interim responses go on to the client. `heartbeats`: signs of life in silence.
     `cancel_grace_s`: an exchange ends after so long without readers, None for never.
-    `note`: what of a request is kept with its record, for people to find it by.
+    `note`: what of a request is kept with its record, for people to find it by. `token_prices`: of what replays save.
     `pages`: whether people read oncegate's own answers, None where each request tells.
     """
 
@@ -75,6 +76,7 @@ class Policy:
     pass_interim: bool = False
     heartbeats: Heartbeats | None = None
     note: Source | None = None
+    token_prices: Prices = ()
     # What `scope_headers`, `scope_sources` and `stable_schemes` come to for a request.
     tenant: TenantFields = field(init=False, repr=False, compare=False)
 

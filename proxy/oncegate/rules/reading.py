@@ -11,7 +11,7 @@ from oncegate.keys.sources import Cookie, Header, KeySources, Member
 from oncegate.rules.fields import FILES, MATCHING, RULE, SHARED, UPSTREAM, Check
 from oncegate.rules.file import Table
 from oncegate.rules.model import Match, Rule, Upstream
-from oncegate.rules.presets import PRESETS
+from oncegate.rules.presets import COUNTING, PRESETS
 from oncegate.rules.resolution import (
     CALL_GRACE_S,
     guarded_methods,
@@ -205,6 +205,8 @@ def _contradictions(values: dict[str, Any], settings: Settings, key: KeySources 
         yield "cancel_grace_s", 'needs on_client_gone = "cancel"'
     if "heartbeat_agents" in values and "heartbeat_s" not in values:
         yield "heartbeat_agents", "needs heartbeat_s beside it"
+    if "token_prices" in values and values.get("preset") not in COUNTING:
+        yield "token_prices", f"needs a preset that counts tokens; these do: {', '.join(sorted(COUNTING))}"
     if values.get("pass_host") and values.get("set_host"):
         yield "set_host", "contradicts pass_host"
     # The record would expire within its window.

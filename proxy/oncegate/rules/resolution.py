@@ -160,6 +160,7 @@ def rule_policy(settings: Settings, values: dict[str, Any], key: KeySources | No
         "in_flight_status": values.get("in_flight_status", 409),
         "pages": values.get("pages"),
         "note": values.get("note"),
+        "token_prices": values.get("token_prices", ()),
     }
     if values.get("on_client_gone") == "cancel":
         default = CALL_GRACE_S if values.get("protocol") == "json-rpc" else CANCEL_GRACE_S

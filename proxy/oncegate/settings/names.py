@@ -4,6 +4,9 @@ import re
 
 # The methods that can be guarded: those that can change something. A GET is safe to repeat (RFC 9110, section 9.2).
 GUARDABLE = ("POST", "PATCH", "PUT", "DELETE")
+# The kinds of LLM tokens that vendors price apart; each token is of one kind. `input` was read anew, `cached` came from
+# the vendor's prompt cache, `cache_write` was written to it, `output` was generated.
+TOKEN_KINDS = ("input", "cached", "cache_write", "output")
 # Fields that end at this hop or frame the message (RFC 9110, section 7.6.1), that oncegate writes anew, that describe
 # the message or what the client wants back, or that follow one try through several servers.
 _NO_KEY_OR_SCOPE = frozenset(

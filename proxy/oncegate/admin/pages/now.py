@@ -1,6 +1,6 @@
 """The first page: whether anything needs a person, and how it goes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from aiohttp import web
@@ -10,19 +10,16 @@ from oncegate.admin.pages.frame import show
 from oncegate.admin.parts import AdminParts
 from oncegate.admin.roles import Role, Route, Visitor
 from oncegate.admin.templates import part
-from oncegate.admin.watching.history import History, Name
+from oncegate.admin.watching.history import TOKENS, History, Name
 from oncegate.admin.watching.overview import Look, Overview
 from oncegate.observe.outcome import SUPPRESSED, Outcome
-from oncegate.observe.usage import TOKEN_KINDS
+from oncegate.rules.prices import Prices, price_of
+from oncegate.settings.names import TOKEN_KINDS
 from oncegate.settings.postgres_url import is_postgres
 from oncegate.settings.settings import Settings
 from oncegate.settings.store_url import masked
 
-REQUESTS, SUPPRESSIONS, TOKENS = (
-    "oncegate_requests_total",
-    "oncegate_duplicates_suppressed_total",
-    "oncegate_llm_tokens_saved_total",
-)
+REQUESTS, SUPPRESSIONS = "oncegate_requests_total", "oncegate_duplicates_suppressed_total"
 _EXECUTED = (Outcome.EXECUTED, Outcome.RELEASED, Outcome.UNKNOWN)
 _PASSED_ON = (Outcome.PASSTHROUGH, Outcome.UNGUARDED, Outcome.PREFLIGHT, *_EXECUTED, Outcome.REPLAYED)
 
@@ -64,7 +61,7 @@ def now_values(settings: Settings, overview: Overview) -> dict[str, Any]:
         "verdict": verdict(look),
         "open_tiles": open_tiles(look, history),
         "rate_tiles": list(rate_tiles(history)),
-        "saved_tiles": list(saved_tiles(history)),
+        "saved_tiles": list(saved_tiles(history, overview.prices)),
         "outcomes": outcomes(history),
         "facts": list(store_facts(settings, look, history)),
     }
@@ -131,8 +128,8 @@ def _rate_tile(history: History, label: str, of: Sequence[Outcome]) -> Tile:
     return Tile(label, formats.decimal(history.rate(*names)), "a second", "", formats.line(values), highest)
 
 
-def saved_tiles(history: History) -> Iterator[Tile]:
-    """Yield what duplicates would have cost."""
+def saved_tiles(history: History, prices: Mapping[str, Prices]) -> Iterator[Tile]:
+    """Yield what duplicates would have cost. `prices`: of tokens, by rule."""
     newest = history.newest
     saved_s = newest.get("oncegate_upstream_seconds_saved_total")
     yield Tile("executions", formats.count(sum(newest.get(SUPPRESSIONS, one.label) for one in SUPPRESSED)))
@@ -142,6 +139,9 @@ def saved_tiles(history: History) -> Iterator[Tile]:
     if any(tokens.values()):
         parts = ", ".join(f"{formats.count(number)} {kind}" for kind, number in tokens.items() if number)
         yield Tile("LLM tokens", formats.count(sum(tokens.values())), "", parts)
+    if any(prices.values()):
+        money = sum(price_of(newest.tokens_by_rule.get(rule, {}), its) for rule, its in prices.items())
+        yield Tile("money", formats.money(money), "", "by the token_prices of the rules")
 
 
 def outcomes(history: History) -> list[OutcomeRow]:

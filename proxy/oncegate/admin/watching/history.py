@@ -13,21 +13,30 @@ RATE_S, QUANTILE_S = 60.0, 600.0
 # The labels by which pages tell values apart; those that differ in others are added up.
 LABELS = ("verb", "outcome", "settlement", "kind", "reason", "le")
 
+TOKENS = "oncegate_llm_tokens_saved_total"
+
 Name = tuple[str, ...]
 
 
 class Reading:
-    """What the metrics said at one moment. A name is that of a metric, and then the values of its LABELS."""
+    """What the metrics said at one moment. A name is that of a metric, and then the values of its LABELS.
 
-    __slots__ = ("at_s", "values")
+    `tokens_by_rule`: the LLM tokens that replays saved, by rule and kind.
+    """
+
+    __slots__ = ("at_s", "tokens_by_rule", "values")
 
     def __init__(self, families: Iterable[Metric], at_s: float) -> None:
         self.at_s = at_s
         self.values: dict[Name, float] = {}
+        self.tokens_by_rule: dict[str, dict[str, float]] = {}
         for family in families:
             for sample in family.samples:
-                name = (sample.name, *(sample.labels[label] for label in LABELS if label in sample.labels))
+                labels = sample.labels
+                name = (sample.name, *(labels[label] for label in LABELS if label in labels))
                 self.values[name] = self.values.get(name, 0.0) + float(sample.value)
+                if sample.name == TOKENS:
+                    self.tokens_by_rule.setdefault(labels["rule"], {})[labels["kind"]] = float(sample.value)
 
     def get(self, *name: str) -> float:
         return self.values.get(name, 0.0)

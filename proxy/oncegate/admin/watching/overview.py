@@ -1,6 +1,7 @@
 """What every page shows of this moment, asked for once a second at most, however many people look."""
 
 import asyncio
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from oncegate.admin.parts import AdminParts
@@ -9,6 +10,8 @@ from oncegate.admin.watching.history import History, Reading
 from oncegate.admin.watching.store_view import StoreView
 from oncegate.operating.errors import OperatorError
 from oncegate.operating.worklist import has_whole_index, indexed_counts
+from oncegate.rules.prices import Prices
+from oncegate.settings.errors import SettingsError
 from oncegate.store.open_keys.places import OpenCount, OpenCounts
 from oncegate.store.record_view import OpenKind
 
@@ -64,6 +67,8 @@ class Overview:
         self._looking: asyncio.Task[None] | None = None
         # Whether the index has every open key. Once it has, it stays so.
         self._is_whole = False
+        # What tokens cost under each rule that says so.
+        self.prices: dict[str, Prices] = {}
         # How often the store was asked.
         self.store_questions = 0
 
@@ -110,6 +115,8 @@ class Overview:
     async def run(self) -> None:
         """Read the metrics once a period, until cancelled."""
         while True:
+            with suppress(SettingsError):
+                self.prices = {rule.name: rule.policy.token_prices for rule in self._parts.rules()}
             await self._read()
             await asyncio.sleep(history.PERIOD_S)
 
