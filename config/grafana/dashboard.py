@@ -175,6 +175,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "Age of the oldest open key",
             "s",
             (
+                ("in flight", _gauge("max", "in_flight_oldest_seconds")),
                 ("unknown", _gauge("max", "open_unknown_oldest_seconds")),
                 ("in flight past its lease", _gauge("max", "open_lapsed_oldest_seconds")),
             ),

@@ -74,6 +74,7 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "upstream_seconds": ("histogram", "", ()),
     "store_seconds": ("histogram", "verb", VERBS),
     "in_flight": ("gauge", "", ()),
+    "in_flight_oldest_seconds": ("gauge", "", ()),
     "reading_bodies": ("gauge", "", ()),
     "waiting": ("gauge", "", ()),
     "store_memory_ratio": ("gauge", "", ()),
@@ -184,6 +185,7 @@ async def traffic(proxy: Proxy, upstream: RawUpstream) -> Counter[str]:
     upstream.script = holding(go)
     running = asyncio.ensure_future(ask(proxy.port, request(key=f"{CANARY}-7")))
     await until(lambda: proxy.metric("in_flight") == 1)
+    await until(lambda: 0 < proxy.metric("in_flight_oldest_seconds") < 60)
     assert (await ask(proxy.port, request(key=f"{CANARY}-7"))).slug == "in-flight"
     go.set()
     await running
@@ -244,7 +246,7 @@ async def test_every_request_is_counted_once_under_its_outcome(proxies, upstream
         buckets = [sample.value for sample in families(gate)[name].samples if sample.name.endswith("_bucket")]
         assert buckets == sorted(buckets)
         assert buckets[-1] == sum(one.value for one in families(gate)[name].samples if one.name.endswith("_count"))
-    for gauge in ("in_flight", "waiting", "buffered_bytes"):
+    for gauge in ("in_flight", "in_flight_oldest_seconds", "waiting", "buffered_bytes"):
         assert gate.metric(gauge) == 0
     assert gate.metric("ready") == 1
 

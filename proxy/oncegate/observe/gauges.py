@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 
 GAUGES = {
     "in_flight": "Guarded requests in progress, without the duplicates that wait for their original.",
+    "in_flight_oldest_seconds": "For how long the oldest guarded request has been in progress.",
     "reading_bodies": "Guarded requests whose body is still on its way. They are not in flight yet.",
     "waiting": "Duplicates that wait for their original request.",
     "store_memory_ratio": "Memory that the store uses, as a share of its limit.",
@@ -58,6 +59,7 @@ MERGED: dict[str, Callable[[Iterable[float]], float]] = {
             "quarantine_seconds",
             "unknown_keys",
             "unknown_keys_expiring",
+            "in_flight_oldest_seconds",
             "open_unknown_keys",
             "open_lapsed_keys",
             "open_in_flight_keys",

@@ -20,6 +20,7 @@ def gauges(
     started_s = time.time()
     plain: Gauges = {
         "in_flight": lambda: parts().gateway.in_flight,
+        "in_flight_oldest_seconds": lambda: parts().leases.oldest_s,
         "reading_bodies": lambda: parts().gateway.reading,
         "waiting": lambda: len(parts().waiters),
         "store_memory_ratio": lambda: parts().store.memory_ratio,

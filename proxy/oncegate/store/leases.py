@@ -70,6 +70,14 @@ class Leases:
     def __contains__(self, key: bytes) -> bool:
         return key in self._held
 
+    @property
+    def oldest_s(self) -> float:
+        """For how long the oldest of them has been held, by the store's clock; 0 where there is none."""
+        # A dictionary has its oldest entry first.
+        for held in self._held.values():
+            return max(0, self._store.now_ms(held.claim.key) - held.claim.created_ms) / 1000
+        return 0.0
+
     def hold(self, claim: Claim, asked_s: float, longest_s: float) -> LeasedClaim:
         """Renew a claim's lease from now on.
 
