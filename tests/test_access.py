@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 import trustme
+from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
 
 from oncegate.admin import attempts
+from oncegate.admin.access import Access
 from oncegate.admin.attempts import Attempts
 from oncegate.admin.origins import is_local
+from oncegate.admin.roles import Refused
 from oncegate.admin.serving import serve_admin
 from oncegate.admin.tokens import load_tokens
+from oncegate.settings.addresses import Address
 from oncegate.settings.errors import SettingsError
 from tests.admin_parts import OPERATE, VIEW, Seat, admin_parts, tokens_file
 from tests.parts import request
@@ -314,13 +318,50 @@ async def test_a_bad_certificate_stops_the_start(tmp_path: Path, authority: trus
 def test_who_is_on_the_machine(peer: str, host: str, local: bool) -> None:
     """A loopback address and a name of this machine together; `ops.test` and `front.test:99` are configured."""
 
+    assert is_local(asked_from(peer, Host=host), ("ops.test", "front.test:99")) is local
+
+
+def asked_from(peer: str, **fields: str) -> web.Request:
+    """Return a request that came from an address."""
+
     class Transport:
         @staticmethod
-        def get_extra_info(_: str) -> tuple[str, int]:
-            return peer, 9
+        def get_extra_info(name: str) -> tuple[str, int] | None:
+            return (peer, 9) if name == "peername" else None
 
-    request = make_mocked_request("GET", "/", headers={"Host": host}, transport=Transport())
-    assert is_local(request, ("ops.test", "front.test:99")) is local
+    return make_mocked_request("GET", "/", headers=fields, transport=Transport())
+
+
+@pytest.mark.parametrize(
+    ("settings", "status", "said"),
+    [
+        ({}, 403, "Set ONCEGATE_ADMIN_TOKENS_FILE"),
+        ({"admin_tokens_file": "file"}, 401, "send a token"),
+        (
+            {"admin_user_header": "X-User", "admin_user_proxies": "10.1.0.0/16", "admin_users": "view:ana"},
+            403,
+            "A role",
+        ),
+    ],
+)
+async def test_another_machine_is_told_what_is_missing(
+    file: Path, settings: dict[str, Any], status: int, said: str
+) -> None:
+    """Under any name, also `localhost`: the sentence has the setting that would give a role."""
+    chosen = {name: file if value == "file" else value for name, value in settings.items()}
+    made = admin_parts(chosen).settings
+    access = Access(made, load_tokens(made.admin_tokens_file), None)
+    for host in ("localhost", "127.0.0.1:8081", "oncegate.internal"):
+        with pytest.raises(Refused, match=said) as refused:
+            await access.visitor(asked_from("10.0.0.7", Host=host))
+        assert refused.value.status == status
+
+
+async def test_a_listener_of_both_families_knows_the_machine(seat: Open) -> None:
+    """It sees a client of IPv4 inside IPv6."""
+    served = await seat(admin_listen=Address("::", 0))
+    assert (await served.get("/form")).body.startswith(b"loopback ")
+    assert (await served.get("/form", host="evil.test")).status == 403
 
 
 # Guesses ...
