@@ -48,7 +48,14 @@ IN_PROCESS = (
         "test_link.py",
         "test_sentinel.py",
     ),
-    *("test_postgres_store.py", "test_redis_store.py", "test_store.py", "test_upstream.py", "test_health_monitor.py"),
+    *(
+        "test_postgres_store.py",
+        "test_redis_store.py",
+        "test_store_credentials.py",
+        "test_store.py",
+        "test_upstream.py",
+        "test_health_monitor.py",
+    ),
 )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from oncegate.observe import logs
 from oncegate.observe.logs import ERROR_OUTCOMES, FIELDS, PLAIN, AccessLog
 from oncegate.observe.outcome import Outcome, RequestReport
 
@@ -14,7 +15,8 @@ def lines(capsys: Any, *reports: RequestReport, selection: str = "all", level: s
     """Return what is written of these requests."""
 
     async def write() -> None:
-        log = AccessLog(None, selection, level, "json", asyncio.get_running_loop())
+        logs.set_level(level)
+        log = AccessLog(None, selection, "json", asyncio.get_running_loop())
         for report in reports:
             log(report, 0.0123, client_gone=False)
         assert capsys.readouterr().err == ""  # they leave in one write, at the end of this turn

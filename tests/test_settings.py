@@ -85,6 +85,7 @@ CASES: dict[str, tuple[object, str, object, str, str]] = {
         "http://redis",
         "must be embedded, redis://",
     ),
+    "store_password": (SecretStr(""), "p@ss", SecretStr("p@ss"), "", ""),
     "run_dir": (None, "/run/oncegate", Path("/run/oncegate"), "", ""),
     "pages_dir": (None, "pages", Path("pages"), "", ""),
     "audit_retention_s": (34_560_000.0, "86400", 86400.0, "0", "greater than 0"),
@@ -177,6 +178,7 @@ IN_POSTGRES = {"store_url": "postgresql://app@h/db"}
 # What an override needs beside it to make sense.
 BESIDE = {
     "fault": {"testing": "1"},
+    "store_password": {"store_url": "redis://redis"},
     "trace_ratio": {"trace_rate_per_s": "50"},
     "store_schema": IN_POSTGRES,
     "promotion": IN_POSTGRES,
@@ -799,6 +801,8 @@ CLASHES = [
     ({"store_schema": "other"}, "store_schema", "store_url"),
     ({"promotion": "most-advanced"}, "promotion", "store_url"),
     ({"audit": "on", "store_url": "redis://redis"}, "audit", "store_url"),
+    ({"store_password": "other"}, "store_password", "store_url"),
+    ({"store_password": "other", "store_url": "redis://:own@redis"}, "store_password", "store_url"),
     ({"store_max_bytes": "1000"}, "store_max_bytes", "store_url"),
     ({"trace_ratio": "0.5"}, "trace_ratio", "trace_rate_per_s"),
     ({"spool_dir": "nowhere"}, "spool_dir", "max_spool_bytes"),

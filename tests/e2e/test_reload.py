@@ -1,5 +1,6 @@
 """SIGHUP: what files say is read again and checked together, then taken over together; nothing else changes."""
 
+import asyncio
 import os
 import signal
 import socket
@@ -10,7 +11,7 @@ import pytest
 import trustme
 
 from tests.e2e.test_workers import Load, workers
-from tests.parts import OK, RawClient, RawUpstream, answering, ask, request, until
+from tests.parts import OK, RawClient, RawUpstream, Tap, answering, ask, request, until
 
 
 def write_certificate(folder: Path, authority: trustme.CA, *names: str, prefix: str = "") -> tuple[Path, Path]:
@@ -166,6 +167,58 @@ async def test_other_settings_need_a_restart(proxies, upstream, valkey, tmp_path
     reasons = (await hang_up(proxy, "reload refused, nothing changed"))["reasons"]
     assert [reason.partition(":")[0] for reason in reasons] == ["ONCEGATE_RETENTION", "ONCEGATE_RETENTION_S"]
     assert len(proxy.events("reloaded")) == 1
+
+
+async def test_the_password_of_the_store(proxies, upstream, own_valkey, tmp_path):
+    """A new password counts once the store has taken it, for connections to come; requests in flight settle."""
+    password, rules = tmp_path / "password", tmp_path / "rules.toml"
+    password.write_text("one\n")
+    rules.write_text('[[rule]]\nname = "a"\n')
+    with own_valkey.client() as client:
+        client.execute_command("ACL", "SETUSER", "gate", "on", ">one", "~*", "&*", "+@all")
+        url = own_valkey.url.replace("://", "://gate@")
+        proxy = proxies(upstream, url, STORE_PASSWORD_FILE=password, RULES_FILE=rules)
+        tap = Tap()
+        upstream.script = tap.script
+        running = asyncio.ensure_future(ask(proxy.port, request(key="running")))
+        await until(lambda: upstream.received)
+
+        rules.write_text('[[rule]]\nname = "b"\n')
+        password.write_text("two\n")
+        refused = await hang_up(proxy, "reload refused, nothing changed")
+        assert "invalid username-password" in str(refused["reasons"])
+        assert not proxy.events("reloaded")
+
+        client.execute_command("ACL", "SETUSER", "gate", ">two")
+        assert (await hang_up(proxy))["rules"] == ["b"]
+        assert len(proxy.events("store credentials replaced")) == 1
+        client.execute_command("ACL", "SETUSER", "gate", "<one")
+        client.execute_command("CLIENT", "KILL", "USER", "gate", "SKIPME", "yes")
+        tap.end(OK)
+        assert (await running).header("oncegate-status") == b"executed"
+        upstream.script = answering(OK)
+        assert (await ask(proxy.port, request(key="next"))).header("oncegate-status") == b"executed"
+        assert (await ask(proxy.port, request(key="running"))).header("oncegate-status") == b"replayed"
+    assert "two" not in proxy.log()
+    assert await asyncio.to_thread(proxy.stop) == 0
+
+
+async def test_the_log_level_of_the_env_file(proxies, upstream, valkey, tmp_path):
+    """It counts for the lines of requests, too."""
+    env = tmp_path / ".env"
+    env.write_text("ONCEGATE_LOG_LEVEL=info\n")
+    proxy = proxies(upstream, valkey.url)
+    assert (await ask(proxy.port, request(key="k1"))).status == 200
+    await until(lambda: len(proxy.events("request")) == 1)
+    env.write_text("ONCEGATE_LOG_LEVEL=error\n")
+    started = proxy.metric("config_last_reload_success_timestamp_seconds")
+    proxy.signal(signal.SIGHUP)
+    await until(lambda: proxy.metric("config_last_reload_success_timestamp_seconds") > started)
+    assert (await ask(proxy.port, request(key="k2"))).status == 200
+    env.write_text("ONCEGATE_LOG_LEVEL=info\n")
+    await hang_up(proxy)
+    assert (await ask(proxy.port, request(key="k3"))).status == 200
+    await until(lambda: len(proxy.events("request")) == 2)
 
 
 async def test_workers_say_which_files_they_took(proxies, upstream, valkey, tmp_path):

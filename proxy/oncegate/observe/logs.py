@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import structlog
+from structlog.typing import EventDict
 
 from oncegate.keys.digests import key_id
 from oncegate.observe.outcome import Outcome, RequestReport
@@ -24,11 +25,36 @@ ERROR_OUTCOMES = frozenset(
 )
 
 
+LEVELS = {name: getattr(logging, name.upper()) for name in ("debug", "info", "warning", "error", "critical")}
+LEVELS["exception"] = logging.ERROR
+
+
+class Threshold:
+    """Drops what is below the least level, which may change."""
+
+    def __init__(self) -> None:
+        self.least = logging.INFO
+
+    def __call__(self, _logger: Any, method: str, event: EventDict) -> EventDict:
+        if LEVELS[method] < self.least:
+            raise structlog.DropEvent
+        return event
+
+
+_threshold = Threshold()
+
+
+def set_level(level: str) -> None:
+    """Write what has this level, or a higher one, from now on."""
+    _threshold.least = LEVELS[level]
+
+
 def configure(level: str, layout: str) -> Any:
     """Set up logging for this process and return its logger. Messages of aiohttp and asyncio take the same format.
 
     `level` is the least level that is written, `layout` is "json" or "console".
     """
+    set_level(level)
     renderer = structlog.processors.JSONRenderer() if layout == "json" else structlog.dev.ConsoleRenderer(colors=False)
     shared: list[Any] = [
         structlog.processors.add_log_level,
@@ -36,8 +62,8 @@ def configure(level: str, layout: str) -> Any:
         structlog.processors.format_exc_info,
     ]
     structlog.configure(
-        processors=[*shared, renderer],
-        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        processors=[_threshold, *shared, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=True,
     )
@@ -54,10 +80,10 @@ class AccessLog:
     the processors a line costs a fifth of a replay (measured).
     """
 
-    def __init__(self, logger: Any, selection: str, level: str, layout: str, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, logger: Any, selection: str, layout: str, loop: asyncio.AbstractEventLoop) -> None:
         self._logger, self._is_json, self._loop = logger, layout == "json", loop
         self._left_out = PLAIN if selection == "notable" else frozenset[str]()
-        self._levels = () if selection == "off" else [name for name in ("info", "error") if _is_shown(name, level)]
+        self._is_off = selection == "off"
         self._lines: list[str] = []
         # The second that was formatted last, and its text.
         self._second, self._date = 0, ""
@@ -66,7 +92,7 @@ class AccessLog:
         """Log one request that took `seconds`, unless its outcome or level is left out."""
         label = report.outcome.label
         level = "error" if label in ERROR_OUTCOMES else "info"
-        if label in self._left_out or level not in self._levels:
+        if label in self._left_out or self._is_off or LEVELS[level] < _threshold.least:
             return
         if self._is_json:
             self._add(_as_json(report, seconds, client_gone, level, self._timestamp()))
@@ -129,7 +155,3 @@ def _as_json(report: RequestReport, seconds: float, client_gone: bool, level: st
 
 # Methods come from clients: the cache is bounded.
 _quoted = functools.lru_cache(256)(json.dumps)
-
-
-def _is_shown(level: str, least: str) -> bool:
-    return getattr(logging, level.upper()) >= getattr(logging, least.upper())  # type: ignore[no-any-return]

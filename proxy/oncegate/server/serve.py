@@ -72,7 +72,8 @@ async def _serve(
     loop.add_signal_handler(signal.SIGHUP, logger.info, "nothing to reload")
     loop.add_signal_handler(signal.SIGUSR2, logger.warning, "no workers to replace: ONCEGATE_WORKERS is 1")
     service = Service(settings, store_url, logger)
-    loop.add_signal_handler(signal.SIGHUP, systemd.reloading_with(service.reload))
+    service.reload.announced = systemd.reloading
+    loop.add_signal_handler(signal.SIGHUP, service.reload)
     owners = Owners(embedded.url, logger.warning) if embedded else None
 
     async def drain() -> DrainProgress:

@@ -52,6 +52,7 @@ class Supervisor:
         # Those that the workers were last told to read.
         self._rules = load_rules(settings)
         self._reload = Reload(settings, (self._tell_workers,), logger)
+        self._reload.announced = systemd.reloading
 
     async def run(self) -> ExitCode:
         """Serve until SIGTERM or SIGINT; return the exit code, which covers all workers that ever ran."""
@@ -162,7 +163,7 @@ class Supervisor:
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGHUP, self._systemd.reloading_with(self._reload))
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
         loop.add_signal_handler(signal.SIGUSR2, self._start_replacing)
 
     def _tell_workers(self, settings: Settings) -> TakeOver:

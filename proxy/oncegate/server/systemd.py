@@ -9,7 +9,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Iterator, MutableMapping, Sequence
 from typing import Any
 
 # SD_LISTEN_FDS_START.
@@ -45,16 +45,15 @@ class Systemd:
             watching.cancel()
             self._tell("STOPPING=1", "STATUS=shutting down")
 
-    def reloading_with(self, reload: Callable[[], Any]) -> Callable[[], None]:
-        """Return a function that reloads, and says so before and after."""
-
-        def reload_and_tell() -> None:
-            # As systemd 253 and later want it, CLOCK_MONOTONIC in microseconds.
-            self._tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
-            reload()
+    @contextlib.contextmanager
+    def reloading(self) -> Iterator[None]:
+        """Say that the service reloads in this context, and serves as before at its end."""
+        # As systemd 253 and later want it, CLOCK_MONOTONIC in microseconds.
+        self._tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        try:
+            yield
+        finally:
             self._tell("READY=1", SERVING)
-
-        return reload_and_tell
 
     def status(self, text: str) -> None:
         """Say in words what the service does."""

@@ -73,7 +73,7 @@ class Service:
         # The rules of which a request without a credential was reported.
         self._warned_of: set[str] = set()
         self.metrics = Metrics(__version__, *gauges(lambda: self._parts, lambda: self.reload, self.not_ready_reasons))
-        self._access = AccessLog(logger, settings.access_log, settings.log_level, settings.log_format, self._loop)
+        self._access = AccessLog(logger, settings.access_log, settings.log_format, self._loop)
         reporting = Reporting(
             metrics=self.metrics,
             log=logger,
@@ -88,7 +88,10 @@ class Service:
         self.store, self._listener = parts.store, parts.listener
         # With several workers, their supervisor says what needs a restart.
         self.reload = Reload(
-            settings, (parts.prepare_certificate, self._prepare_rules), logger, is_quiet=settings.workers > 1
+            settings,
+            (parts.prepare_certificate, parts.prepare_store, self._prepare_rules),
+            logger,
+            is_quiet=settings.workers > 1,
         )
         self._drain = Drain(
             gateway=parts.gateway,

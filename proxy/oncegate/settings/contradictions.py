@@ -12,6 +12,7 @@ from oncegate.settings.addresses import Address, Origin
 from oncegate.settings.credentials import expanded
 from oncegate.settings.postgres_url import is_postgres
 from oncegate.settings.settings import Settings
+from oncegate.settings.store_url import password_in
 
 
 class Contradiction(NamedTuple):
@@ -49,6 +50,10 @@ def _cannot_replicate(durability: str, store_url: SecretStr) -> bool:
 
 def _needs_postgres(default: object) -> Callable[[Any, SecretStr], bool]:
     return lambda value, store_url: value != default and not is_postgres(store_url.get_secret_value())
+
+
+def _other_password(password: SecretStr, store_url: SecretStr) -> bool:
+    return password.get_secret_value() not in ("", password_in(store_url.get_secret_value()))
 
 
 def _shorter_than_lease(retention_s: float, lease_ms: int) -> bool:
@@ -115,6 +120,7 @@ CONTRADICTIONS = (
     Contradiction("fault", "is accepted only together with", "testing", _without_testing),
     # The embedded store has no replica: it would never confirm a claim.
     Contradiction("durability", "replicated needs a store with replicas in", "store_url", _cannot_replicate),
+    Contradiction("store_password", "needs a URL without a password in", "store_url", _other_password),
     # They would have no effect, and an operator would rely on them.
     Contradiction("audit", "needs postgresql:// in", "store_url", _needs_postgres(False)),
     Contradiction("promotion", "needs postgresql:// in", "store_url", _needs_postgres("any")),

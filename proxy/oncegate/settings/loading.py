@@ -15,7 +15,7 @@ from oncegate.settings.errors import SettingsError
 from oncegate.settings.files import MAX_SECRET_BYTES, read_env_file, read_text
 from oncegate.settings.groups.postgres import POSTGRES_DEFAULTS
 from oncegate.settings.settings import ENV_FILE, PREFIX, SECRETS, Settings
-from oncegate.settings.store_url import masked
+from oncegate.settings.store_url import masked, servers_in
 from oncegate.settings.wording import complaint, number_text, variable_name
 
 # Variables that Kubernetes and Docker set for a service with the name oncegate.
@@ -24,7 +24,8 @@ _INJECTED = re.compile(
 )
 
 # What a reload takes over; the files that other settings name are read again by whoever uses them.
-RELOADED: tuple[str, ...] = ()
+CREDENTIALS = ("store_url", "store_password")
+RELOADED = ("log_level", *CREDENTIALS)
 # Settings of other commands.
 NOT_FOR_PROXIES = ("migrate_url",)
 
@@ -58,10 +59,12 @@ def load_settings(unused: Iterable[str] = ()) -> Settings:
 def reload_settings(current: Settings) -> tuple[Settings, list[str]]:
     """Return the settings after a reload, and the variables whose new values need a restart. Raises SettingsError.
 
-    A process keeps every setting that is not in RELOADED.
+    A process keeps every setting that is not in RELOADED, and the servers of the store.
     """
     found = load_settings()
-    after = current.model_copy(update={name: getattr(found, name) for name in RELOADED})
+    urls = [servers_in(one.store_url.get_secret_value()) for one in (current, found)]
+    names = RELOADED if urls[0] == urls[1] else [name for name in RELOADED if name not in CREDENTIALS]
+    after = current.model_copy(update={name: getattr(found, name) for name in names})
     changed = [name for name in Settings.model_fields if getattr(after, name) != getattr(found, name)]
     return after, [variable_name(name) for name in changed if name not in NOT_FOR_PROXIES]
 

@@ -20,7 +20,7 @@ from oncegate.settings.values import RESERVED
 PREFIX = "ONCEGATE_"
 ENV_FILE = ".env"
 # Settings that <NAME>_FILE can hold as well.
-SECRETS = ("secret", "store_url", "migrate_url")
+SECRETS = ("secret", "store_url", "store_password", "migrate_url")
 
 
 # Pydantic takes the fields of the last base first.

@@ -24,6 +24,8 @@ _GROUP = re.compile(
     rf"redis(?P<tls>s?)\+(?P<kind>sentinel|cluster)://(?P<user>{_USER})(?P<places>[^@/?#]+)"
     r"(?:/(?P<service>[A-Za-z0-9._-]*))?(?:\?(?P<query>[^?#]+))?"
 )
+_LOGIN = re.compile(r"://[^:@/?]*(?::(?P<password>[^@/?]*))?@")
+_SENTINEL_LOGIN = re.compile(r"(?<=[?&])sentinel_(?:user|password)=[^&]*&?")
 _PASSWORD = re.compile(r"(://[^:@/]*:)[^/]*@|((?<=[?&])sentinel_password=)[^&]*")
 
 
@@ -129,6 +131,26 @@ def _parse_query(text: str) -> dict[str, str]:
     if len({name for name, _, _ in parts}) < len(parts):
         raise ValueError("has the same name twice after its question mark")
     return {name: unquote(value) for name, _, value in parts}
+
+
+def servers_in(store_url: str) -> str:
+    """Return a store URL without its credentials, by which URLs of the same servers are equal."""
+    return _SENTINEL_LOGIN.sub("", _LOGIN.sub("://", store_url)).rstrip("?&")
+
+
+def password_in(store_url: str) -> str:
+    """Return the password of a well-formed store URL, as it is sent; empty for none."""
+    match = _LOGIN.search(store_url)
+    return unquote(match["password"] or "") if match else ""
+
+
+def with_password(store_url: str, password: str) -> str:
+    """Return a store URL with a password, unless it has one, or is no URL."""
+    if password_in(store_url) or "://" not in store_url:
+        return store_url
+    scheme, rest = store_url.split("://", 1)
+    user, at, servers = rest.rpartition("@")
+    return f"{scheme}://{user.removesuffix(':')}:{quote(password, safe='')}@{servers if at else rest}"
 
 
 def masked(store_url: str) -> str:

@@ -139,6 +139,12 @@ class Store(Protocol):
     async def probe(self) -> None:
         """While a breaker is open, find out when the store takes claims again, until cancelled."""
 
+    async def login_refusal(self, url: str) -> str:
+        """Return why servers refuse the credentials in another URL of theirs; empty if they take them, or are down."""
+
+    def follow(self, url: str) -> None:
+        """Use the credentials in another URL of the same servers for new connections; open ones go on."""
+
     # Its health ...
 
     def not_ready_reason(self) -> str | None:

@@ -1,13 +1,14 @@
 """The store, and what it is trusted with."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, SecretStr
+from pydantic import BaseModel, Field, SecretStr, model_validator
 
 from oncegate.settings.files import read_file
 from oncegate.settings.postgres_url import files_of, is_postgres
-from oncegate.settings.store_url import parse_store_url
+from oncegate.settings.store_url import parse_store_url, with_password
 from oncegate.settings.values import DAY_MS, PIBIBYTE, Bytes, Seconds, from_text
 
 
@@ -25,6 +26,14 @@ def _store_url(text: str) -> str:
 class StoreSettings(BaseModel):
     """A group of `Settings`."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_password(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        url, password = given.get("store_url"), given.get("store_password")
+        if isinstance(url, str) and isinstance(password, str):
+            return {**given, "store_url": with_password(url, password)}
+        return given
+
     store_url: Annotated[SecretStr, from_text(_store_url)] = Field(
         SecretStr("embedded"),
         description="`embedded`, `redis://host:port/db`, `redis+unix:///path/to.sock?db=0`, "
@@ -32,6 +41,12 @@ class StoreSettings(BaseModel):
         "`postgresql://user:password@h1:p,h2:p/db`. For TLS, write `rediss` instead of `redis`, or end with "
         "`?sslmode=verify-full&sslrootcert=/path/to/ca.pem`. `ONCEGATE_STORE_URL_FILE` names a file that contains the "
         "URL.",
+    )
+    store_password: SecretStr = Field(
+        SecretStr(""),
+        description="The password of `ONCEGATE_STORE_URL`, where the URL has none. `ONCEGATE_STORE_PASSWORD_FILE` "
+        "names a file that contains the password. SIGHUP makes oncegate [read both again]"
+        "(../how-to/upgrades.md#credentials-of-the-store).",
     )
     data_dir: Path = Field(Path(".oncegate"), description="Folder in which the embedded store keeps its data.")
     embedded_max_bytes: int = Field(

@@ -101,6 +101,12 @@ class Servers:
             await asyncio.sleep(0.005)
         return True
 
+    async def login_refusal(self, url: str) -> str:
+        return await self._connections.login_refusal(url)
+
+    def follow(self, url: str) -> None:
+        self._connections.follow(url)
+
     # What happens to connections ...
 
     def note_primary(self, before: Facts | None) -> None:

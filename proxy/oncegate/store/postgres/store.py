@@ -123,6 +123,12 @@ class PostgresStore:
     async def wait_up(self, seconds: float) -> bool:
         return await self._servers.wait_up(self._loop.time() + seconds)
 
+    async def login_refusal(self, url: str) -> str:
+        return await self._servers.login_refusal(url)
+
+    def follow(self, url: str) -> None:
+        self._servers.follow(url)
+
     def end_calls(self) -> None:
         self._claims.stop_retrying()
         self._servers.end_calls()

@@ -12,6 +12,7 @@ import asyncio
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable
+from functools import partial
 from time import perf_counter
 from types import MappingProxyType
 from typing import Any, cast
@@ -62,7 +63,7 @@ class Link(asyncio.Protocol):
 
     def __init__(
         self,
-        open_connection: Callable[[], AbstractConnection],
+        open_connection: Callable[..., AbstractConnection],
         prepare: "Callable[[Link, AbstractConnection], Awaitable[None]]",
         stall_s: float,
         observers: Observers = MappingProxyType({}),
@@ -88,6 +89,18 @@ class Link(asyncio.Protocol):
         self.down_reason = "not connected yet"
         # Host and port of the last connection, as the URL or the sentinels named them.
         self.at: tuple[str, int] | None = None
+
+    async def login_refusal(self, login: object) -> str:
+        """Make another connection with this login, and close it. Return why that fails; empty if it does not."""
+        trial = Link(partial(self._open_connection, login), self._prepare, self.stall_s)
+        try:
+            async with asyncio.timeout(CONNECT_S + self.stall_s):
+                await trial._connect()
+        except Exception as error:
+            return str(error) or type(error).__name__
+        finally:
+            trial._drop("it was a trial")
+        return ""
 
     # Its life ...
 

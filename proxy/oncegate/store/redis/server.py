@@ -13,11 +13,13 @@ from redis.exceptions import RedisError
 
 from oncegate import __version__
 from oncegate.hostnames.resolver import Resolver, is_address
+from oncegate.settings.store_url import parse_server_group
 from oncegate.store.redis.link import CONNECT_S, Link
 from oncegate.store.redis.talk import Question, Talk, checked, command
 from oncegate.store.redis.wire import ErrorReply, Script
 
-Opener = Callable[[], AbstractConnection]
+# Makes an unconnected connection, with another login than the usual one where one is given.
+Opener = Callable[..., AbstractConnection]
 Prepare = Callable[[Link, AbstractConnection], Awaitable[None]]
 Info = dict[str, str]
 
@@ -134,14 +136,53 @@ async def say_nothing(_connection: AbstractConnection) -> None:
     """Leave AUTH and SELECT to `greet`: redis-py waits for each of its own greetings."""
 
 
-class Openers(NamedTuple):
-    """Makes the functions that make unconnected redis-py connections. Replies may take up to `timeout_s`."""
+class Login(NamedTuple):
+    """What a connection authenticates with. Redis knows a password without a user as the default user's."""
 
-    timeout_s: float
-    resolver: Resolver
+    user: str
+    password: str
 
-    def to(self, url: str, greets: bool = False) -> Opener:
-        """Return the function for the server at `url`.
+
+class Logins(NamedTuple):
+    """The logins in a store's URL: at its servers, and at the sentinels, which have users of their own."""
+
+    server: Login
+    sentinel: Login
+
+
+def logins_of(url: str) -> Logins:
+    """Return the logins in a URL of Redis."""
+    group = parse_server_group(url)
+    urls = [url] * 2 if group is None else [group.server_url("localhost:1"), group.sentinel_url("localhost:1")]
+    found = [parse_url(one.removeprefix("redis+")) for one in urls]
+    return Logins(*(Login(one.get("username") or "", one.get("password") or "") for one in found))
+
+
+class Openers:
+    """Makes the functions that make unconnected redis-py connections. Replies may take up to `timeout_s`.
+
+    `logins`: those of new connections, in place of those in the URLs.
+    """
+
+    def __init__(self, timeout_s: float, resolver: Resolver) -> None:
+        self.timeout_s, self.resolver = timeout_s, resolver
+        self.logins: Logins | None = None
+
+    def with_logins(self, make: Callable[[], AbstractConnection], at_sentinel: bool = False) -> Opener:
+        """Return a function that makes connections with the logins that count by then."""
+
+        def open_connection(login: Login | None = None) -> AbstractConnection:
+            connection = make()
+            if login is None and self.logins is not None:
+                login = self.logins.sentinel if at_sentinel else self.logins.server
+            if login is not None:
+                connection.username, connection.password = login.user, login.password
+            return connection
+
+        return open_connection
+
+    def to(self, url: str, greets: bool = False, at_sentinel: bool = False) -> Opener:
+        """Return the function for the server at `url`, or for the sentinel.
 
         `greets`: redis-py authenticates, for a connection that no `Link` takes over.
         """
@@ -150,7 +191,7 @@ class Openers(NamedTuple):
         options = {**OPTIONS, **connection_options(url, self.resolver), **limits(self.timeout_s)}
         if not greets:
             options["redis_connect_func"] = say_nothing
-        return ConnectionPool(**options).make_connection
+        return self.with_logins(ConnectionPool(**options).make_connection, at_sentinel)
 
 
 def is_refusal(reply: ErrorReply) -> bool:

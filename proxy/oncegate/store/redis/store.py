@@ -31,8 +31,8 @@ from oncegate.store.redis.replies import (
     resolve_status,
     settle_result,
 )
-from oncegate.store.redis.server import FULL_RATIO, Openers, load_scripts
-from oncegate.store.redis.topologies.topology import is_cluster, servers_of
+from oncegate.store.redis.server import FULL_RATIO, Openers, load_scripts, logins_of
+from oncegate.store.redis.topologies.topology import is_cluster, log_in, refusals, servers_of
 from oncegate.store.redis.wire import ScriptCall, resp
 from oncegate.store.results import (
     AppendStatus,
@@ -61,12 +61,13 @@ class RedisStore:
         self._scripts = load_scripts(indexes=not is_cluster(config.url))
         member = replace(config.member, token_prefix=self._prefix) if config.member else None
         self.layout = WrittenLayout(config.log)
+        self._openers = Openers(self._timeout_s, config.resolver)
         node = NodeConfig(
             scripts=self._scripts,
             timeout_s=self._timeout_s,
             observers=config.observers,
             log=config.log,
-            openers=Openers(self._timeout_s, config.resolver),
+            openers=self._openers,
             member=member,
             breaker_opened=config.breaker_opened,
             layout=self.layout,
@@ -95,6 +96,13 @@ class RedisStore:
 
     async def wait_up(self, seconds: float) -> bool:
         return await self._servers.wait_up(self._loop.time() + seconds)
+
+    async def login_refusal(self, url: str) -> str:
+        return "; ".join(await refusals(self._servers, logins_of(url)))
+
+    def follow(self, url: str) -> None:
+        self._openers.logins = logins = logins_of(url)
+        log_in(self._servers, logins.server, self._timeout_s)
 
     def end_calls(self) -> None:
         self._claims.stop_retrying()

@@ -94,9 +94,9 @@ class Refused(Exception):
         self.reason, self.sqlstate = reason, sqlstate
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SessionConfig:
-    """What all sessions of a store have in common. `timeout_s`: of a claim."""
+    """What all sessions of a store have in common. The credentials in `url` may change. `timeout_s`: of a claim."""
 
     url: str
     schema: str

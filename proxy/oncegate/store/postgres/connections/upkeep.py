@@ -2,9 +2,11 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
+from oncegate.store.postgres.connections.durability import Level
 from oncegate.store.postgres.connections.facts import Facts
 from oncegate.store.postgres.connections.hosts import Unreachable, hosts_of
 from oncegate.store.postgres.connections.pool import Pool
@@ -58,6 +60,22 @@ class Connections:
             scout.close(reason)
         for pool in self._pools:
             pool.end(reason)
+
+    async def login_refusal(self, url: str) -> str:
+        """Return why the primary refuses the credentials in another URL; empty if it takes them, or is down."""
+        host = self._scouts[self._at].host
+        if not self.has_primary:
+            return ""
+        try:
+            session = await open_session(host, Level.OFF, replace(self._config, url=url), lambda _: None)
+        except Unreachable as error:
+            return f"{host}: {error}" if self.has_primary and not self.silence else ""
+        session.end("it was a trial")
+        return ""
+
+    def follow(self, url: str) -> None:
+        """Open new sessions with the credentials in another URL of the same hosts."""
+        self._config.url = url
 
     @property
     def has_primary(self) -> bool:

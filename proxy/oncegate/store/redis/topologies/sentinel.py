@@ -5,16 +5,27 @@ cut off does not know of a failover yet. A server that says it is a replica is n
 """
 
 import asyncio
+from collections.abc import Awaitable
 from typing import NamedTuple
 
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.sentinel import MasterNotFoundError, SentinelConnectionPool
-from redis.exceptions import RedisError
+from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
 from oncegate.settings.store_url import ServerGroup
 from oncegate.store.redis.link import CONNECT_S
 from oncegate.store.redis.node import Node, NodeConfig
-from oncegate.store.redis.server import OPTIONS, Info, Opener, Openers, Unfit, connection_options, limits, say_nothing
+from oncegate.store.redis.server import (
+    OPTIONS,
+    Info,
+    Login,
+    Opener,
+    Openers,
+    Unfit,
+    connection_options,
+    limits,
+    say_nothing,
+)
 from oncegate.store.redis.talk import accepted, ask, first_answers
 
 # The share of the timeout that the others may take to reply, once one sentinel has, or none is far away.
@@ -64,6 +75,19 @@ class Sentinel:
         down = b"o_down" in fields[b"flags"].split(b",") and not replaced
         return MasterView(int(fields[b"config-epoch"]), (host.decode(), int(port)), down)
 
+    async def refusal(self, login: Login) -> str:
+        """Return why the sentinel refuses a login; empty if it takes it, or cannot be asked now."""
+        connection = self._open_connection(login)
+        try:
+            await connection.connect()  # type: ignore[no-untyped-call]
+        except (AuthenticationError, ResponseError) as error:
+            return f"a sentinel: {error}"
+        except (RedisError, OSError):
+            return ""
+        finally:
+            await connection.disconnect(nowait=True)
+        return ""
+
     async def close(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
@@ -76,7 +100,7 @@ class Sentinels:
     def __init__(self, group: ServerGroup, openers: Openers) -> None:
         self._group, self._timeout_s = group, openers.timeout_s
         urls = [group.sentinel_url(address) for address in group.places]
-        self._all = [Sentinel(openers.to(url, greets=True), group.service) for url in urls]
+        self._all = [Sentinel(openers.to(url, greets=True, at_sentinel=True), group.service) for url in urls]
         self._question: asyncio.Task[Address] | None = None
 
     async def discover_master(self, _service: str = "") -> Address:
@@ -103,6 +127,10 @@ class Sentinels:
             raise MasterNotFoundError(f"the master of {self._group.service} is down, as the sentinels agree")
         return newest.address
 
+    def refusals(self, login: Login) -> list[Awaitable[str]]:
+        """Return what waits for the answer of each sentinel to a login."""
+        return [sentinel.refusal(login) for sentinel in self._all]
+
     async def close(self) -> None:
         if self._question is not None:
             self._question.cancel()
@@ -116,14 +144,14 @@ def master_opener(group: ServerGroup, sentinels: Sentinels, openers: Openers) ->
     del options["host"], options["port"]
     options.update(OPTIONS, redis_connect_func=say_nothing, **limits(openers.timeout_s))
     pool = SentinelConnectionPool(group.service, sentinels, **options)  # type: ignore[no-untyped-call]
-    return pool.make_connection
+    return openers.with_logins(pool.make_connection)
 
 
 class SentinelNode(Node):
     """The master of a service, whichever server that is."""
 
     def __init__(self, group: ServerGroup, config: NodeConfig) -> None:
-        self._sentinels = Sentinels(group, config.openers)
+        self.sentinels = self._sentinels = Sentinels(group, config.openers)
         self._service, self._log = group.service, config.log
         self._at: Address | None = None
         open_connection = master_opener(group, self._sentinels, config.openers)

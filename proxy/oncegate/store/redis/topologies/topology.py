@@ -1,5 +1,6 @@
 """The servers of a store: what the verbs need of them, and which kind a URL names."""
 
+import asyncio
 from collections.abc import Awaitable
 from dataclasses import replace
 from typing import Any, Protocol
@@ -8,6 +9,7 @@ from oncegate.settings.store_url import GroupKind, parse_server_group
 from oncegate.store.breaker import Breaker
 from oncegate.store.redis.durable import level
 from oncegate.store.redis.node import Node, NodeConfig
+from oncegate.store.redis.server import Login, Logins
 from oncegate.store.redis.topologies.indexed_cluster import IndexedCluster
 from oncegate.store.redis.topologies.sentinel import SentinelNode
 from oncegate.store.redis.wire import ScriptCall
@@ -73,6 +75,29 @@ def is_cluster(url: str) -> bool:
     """Return whether a URL names a cluster."""
     group = parse_server_group(url)
     return group is not None and group.kind is GroupKind.CLUSTER
+
+
+async def refusals(servers: StoreServers, logins: Logins) -> list[str]:
+    """Return why servers refuse these logins. A server that is down, whatever it is asked, refuses nothing."""
+    asked: list[Awaitable[str]] = [_refusal(node, logins.server) for node in servers.nodes]
+    if isinstance(servers, SentinelNode):
+        asked += servers.sentinels.refusals(logins.sentinel)
+    return [reason for reason in await asyncio.gather(*asked) if reason]
+
+
+async def _refusal(node: Node, login: Login) -> str:
+    refused = await node.link.login_refusal(login)
+    return f"{node.name}: {refused}" if refused and node.readable else ""
+
+
+def log_in(servers: StoreServers, login: Login, timeout_s: float) -> None:
+    """Give the open connections another login, so that its predecessor can be removed from the servers.
+
+    A connection that is refused keeps the login that it has.
+    """
+    words = (login.user, login.password) if login.user else (login.password,)
+    for link in {link for node in servers.nodes for link in node.links if link.up and login.password}:
+        link.command("AUTH", *words, deadline=asyncio.get_running_loop().time() + timeout_s)
 
 
 def servers_of(url: str, durability: str, config: NodeConfig) -> StoreServers:
