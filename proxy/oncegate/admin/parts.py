@@ -11,9 +11,9 @@ from oncegate.settings.settings import Settings
 Value = TypeVar("Value")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class AdminParts:
-    """What the routes of the admin listener are made from.
+    """What the routes of the admin listener are made from. A reload replaces `settings`.
 
     `metrics` returns the sums of all workers. `not_ready_reasons` returns why the proxy is not ready, an empty list if
     it is. `notices` returns what an operator should look at although it is ready. `rules` returns the rules in effect.

@@ -48,8 +48,14 @@ class AdminListener:
     """The open listener. `access` follows tokens that were read again."""
 
     def __init__(
-        self, server: asyncio.Server, runner: web.AppRunner, access: Access, certificate: Replaceable | None
+        self,
+        parts: AdminParts,
+        server: asyncio.Server,
+        runner: web.AppRunner,
+        access: Access,
+        certificate: Replaceable | None,
     ) -> None:
+        self._parts = parts
         self._server, self._runner, self.access, self._certificate = server, runner, access, certificate
 
     @property
@@ -67,6 +73,7 @@ class AdminListener:
         tokens, tls = load_tokens(settings.admin_tokens_file), admin_tls(settings)
 
         def take_over() -> None:
+            self._parts.settings = settings
             self.access.follow(tokens)
             if self._certificate and tls:
                 self._certificate.replace(tls)
@@ -103,7 +110,7 @@ async def serve_admin(parts: AdminParts, sock: socket.socket | None = None) -> A
     except OSError:
         await runner.cleanup()
         raise
-    return AdminListener(server, runner, access, certificate)
+    return AdminListener(parts, server, runner, access, certificate)
 
 
 async def _listen(runner: web.AppRunner, where: socket.socket | Address, tls: ssl.SSLContext | None) -> asyncio.Server:

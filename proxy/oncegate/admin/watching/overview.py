@@ -62,7 +62,7 @@ class Overview:
 
     def __init__(self, parts: AdminParts) -> None:
         self._parts = parts
-        self.history, self.store = History(), StoreView(parts.settings)
+        self.history, self.store = History(), StoreView(lambda: parts.settings)
         self._look, self._looked_at = Look(), float("-inf")
         self._looking: asyncio.Task[None] | None = None
         # Whether the index has every open key. Once it has, it stays so.

@@ -4,7 +4,7 @@ No page is on the request path, also where the admin listener runs in a process 
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from oncegate.operating.errors import OperatorError
@@ -21,7 +21,7 @@ CONNECT_S, ANSWER_S = 0.5, 3.0
 class StoreView:
     """Opens the store when it is asked, and closes it when nobody has asked for IDLE_S."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Callable[[], Settings]) -> None:
         self._settings = settings
         self._store: Store | None = None
         self._users = 0
@@ -51,7 +51,7 @@ class StoreView:
         if self._idle is not None:
             self._idle.cancel()
         if self._store is None:
-            self._store = operator_store(self._settings, "")
+            self._store = operator_store(self._settings(), "")
             self._store.start()
         self._users += 1
         return self._store
