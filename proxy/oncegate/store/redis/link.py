@@ -26,8 +26,7 @@ from oncegate.store.store import Observers
 
 # Commands that leave at once, so that the server works on them while the loop's turn issues more.
 BATCH = 8
-# How late a deadline may be noticed.
-SWEEP_S = 0.05
+SWEEP_S = 0.05  # how late a deadline may be noticed
 MIN_RECONNECT_PAUSE_S, MAX_RECONNECT_PAUSE_S = 0.02, 1.0
 CANCEL_RETRY_S = 0.1
 # How long connecting may take, TLS included: three round trips to a server that is far away, and a lost packet.
@@ -36,8 +35,7 @@ CONNECT_S = 2.0
 PREPARE_STEPS = 4
 # The share of `stall_s` for which a server may owe a reply and still count as one that answers.
 RESPONSIVE_SHARE = 0.25
-# Errors that a replica returns for writes.
-DEMOTED = ("READONLY", "MASTERDOWN")
+DEMOTED = ("READONLY", "MASTERDOWN")  # what a replica returns for writes
 
 # A command that waits for its reply: its future, the tag that a script returns in its reply, the verb, the deadline
 # (the loop's time) and when it was issued (perf_counter's). A plain tuple, as every execution makes two of them.
