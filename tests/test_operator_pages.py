@@ -47,6 +47,19 @@ from tests.stores import (
 DOWN = "redis://127.0.0.1:1/0"
 HOSTILE = "<script>alert(1)</script>\"'&\u202e\r\n"
 PAGES = "oncegate.admin.pages"
+RULES = """
+[[rule]]
+name = "hooks"
+path = "/hooks/**"
+key = [["body:/id", "body:/at"]]
+scope = []
+
+[[rule]]
+name = "events"
+path = "/events"
+key = "body:/event"
+scope = []
+"""
 
 
 @pytest.fixture
@@ -339,6 +352,32 @@ async def test_whatever_somebody_has_leads_to_the_key(valkey, keys, desk):
         assert 'role="alert"' in desk.html
         assert "s3cret" not in desk.html
     assert "s3cret" not in repr(desk.log.lines)
+
+
+async def test_a_key_that_a_rule_makes(valkey, keys, tmp_path):
+    """The value that a rule reads leads to its key, without a word about the rule, and under the rule that is named."""
+    (tmp_path / "rules.toml").write_text(RULES)
+    async with site(valkey.url, rules_file=tmp_path / "rules.toml") as desk:
+        settings = admin_parts({"store_url": valkey.url, "rules_file": tmp_path / "rules.toml"}).settings
+        asked = AskedRequest("POST", "/hooks/a", ["Content-Type: application/json"], b'{"id": "s3cret-9", "at": "7"}')
+        found = identify_request(settings, load_rules(settings), asked)
+        assert isinstance(found, Identified)
+        await claimed_at(keys, found.identity.key, Kept())
+        for fields in (
+            [("pasted", "s3cret-9\r\n7"), ("rule", "hooks")],
+            [("pasted", "POST /hooks/a\n\n" + '{"id": "s3cret-9", "at": "7"}')],
+        ):
+            await desk.post("/key", *fields)
+            assert desk.url == f"/key/{record_id(found.identity.key)}", desk.text()
+        asked = AskedRequest("POST", "/events", ["Content-Type: application/json"], b'{"event": "s3cret-evt"}')
+        found = identify_request(settings, load_rules(settings), asked)
+        assert isinstance(found, Identified)
+        await claimed_at(keys, found.identity.key, Kept())
+        await desk.post("/key", ("pasted", "s3cret-evt"))
+        assert desk.url == f"/key/{record_id(found.identity.key)}"
+        for fields in ([("pasted", "s3cret-9\r\n8"), ("rule", "hooks")], [("pasted", "s3cret-9"), ("rule", "none")]):
+            await desk.post("/key", *fields)
+            assert (desk.status, "s3cret" in desk.html) == (404, False)
 
 
 async def claimed_at(store: Store, digest: bytes, kept: Kept) -> bytes:

@@ -1,19 +1,20 @@
 """One key: found by whatever an operator has of it, with all that the store knows of it."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
 from aiohttp import web
 
 from oncegate.admin.pages.frame import HOST, field, show
-from oncegate.admin.pages.rows import row_of
+from oncegate.admin.pages.rows import row_of, rule_names
 from oncegate.admin.parts import AdminParts
 from oncegate.admin.roles import Role, Route, Visitor
 from oncegate.admin.watching.overview import Overview
 from oncegate.operating.errors import OperatorError
 from oncegate.operating.find_record import Finder, RecordName
-from oncegate.operating.pasted import read_pasted
+from oncegate.operating.pasted import Pasted, read_pasted
 from oncegate.operating.record_facts import facts_of
 from oncegate.operating.request_identity import AskedRequest, Keyless, identify_request
 from oncegate.operating.stored_body import read_body
@@ -25,6 +26,7 @@ from oncegate.store.record_name import parse_record_id, record_id
 from oncegate.store.record_view import OpenKind, RecordView
 from oncegate.store.store import Store
 
+NOT_FOUND = "There is no record of this. Say whose key it is, or paste the whole request"
 # Bytes of a body that a page shows.
 SHOWN = 16_384
 # Header fields whose values let somebody act for another.
@@ -70,11 +72,7 @@ class KeyPages:
         return self._form(visitor)
 
     def _form(self, visitor: Visitor, error: str = "", status: int = 200) -> web.Response:
-        try:
-            namespaces = sorted({rule.policy.namespace.decode() for rule in self._parts.rules()})
-        except SettingsError:
-            namespaces = []
-        return show(self._overview, visitor, "key", status=status, error=error, namespaces=namespaces)
+        return show(self._overview, visitor, "key", status=status, error=error, rules=rule_names(self._parts))
 
     async def find(self, request: web.Request, visitor: Visitor) -> web.Response:
         """Go to the page of the key that somebody pasted."""
@@ -89,23 +87,28 @@ class KeyPages:
         raise web.HTTPSeeOther(place)
 
     async def _find(self, form: Any) -> str:
-        pasted = read_pasted(field(form, "pasted"))
+        text, rule = field(form, "pasted"), field(form, "rule")
+        try:
+            pasted = read_pasted(text)
+        except OperatorError:
+            # A rule may make its key of several values, one a line.
+            if not rule:
+                raise
+            pasted = Pasted()
         async with self._overview.store.opened() as store:
             if pasted.request is not None:
-                return f"/key/{record_id(await self._by_request(store, pasted.request))}"
+                return _page_of(await self._by_request(store, pasted.request))
             # A key may look like an id.
             if pasted.is_id and (digest := parse_record_id(pasted.word)) and await store.records.read(digest):
-                return f"/key/{pasted.word}"
-            try:
-                return f"/key/{record_id((await self._by_key(store, pasted.word, form)).key)}"
-            except OperatorError:
-                # It may be the beginning of an id, or what a note says.
-                wanted = Filter(pasted.word)
-                found = (await worklist(store, wanted, 2, kinds=list(OpenKind))).records if pasted.word else []
-                if not found:
-                    raise
-        is_one = len(found) == 1
-        return f"/key/{record_id(found[0].key)}" if is_one else f"/unknown?{urlencode({'text': pasted.word})}"
+                return _page_of(digest)
+            if (digest := await self._by_values(store, text, form)) is not None:
+                return _page_of(digest)
+            # It may be the beginning of an id, or what a note says.
+            wanted = Filter(pasted.word)
+            found = (await worklist(store, wanted, 2, kinds=list(OpenKind))).records if pasted.word else []
+        if not found:
+            raise OperatorError(NOT_FOUND)
+        return _page_of(found[0].key) if len(found) == 1 else f"/unknown?{urlencode({'text': pasted.word})}"
 
     async def _by_request(self, store: Store, asked: AskedRequest) -> bytes:
         found = identify_request(self._parts.settings, self._parts.rules(), asked)
@@ -117,15 +120,28 @@ class KeyPages:
             raise OperatorError(f"There is no record of the key of this request. It comes under the rule {rule}")
         return found.identity.key
 
-    async def _by_key(self, store: Store, word: str, form: Any) -> RecordView:
+    async def _by_values(self, store: Store, text: str, form: Any) -> bytes | None:
+        """Return the digest of a key with a record that the values are: by the settings, or under any rule."""
         credential = [line for line in field(form, "credential").encode().splitlines() if line.strip()]
         name = RecordName(
-            values=[word.encode("utf-8", "surrogateescape")],
-            namespace=field(form, "namespace"),
+            values=[line.strip().encode("utf-8", "surrogateescape") for line in text.splitlines() if line.strip()],
+            path=field(form, "path").strip(),
             scope=field(form, "scope").strip(),
             credential=credential or None,
         )
-        return await Finder(self._parts.settings, store, self._parts.rules()).record(name)
+        finder = Finder(self._parts.settings, store, self._parts.rules())
+        chosen = field(form, "rule")
+        for rule in [chosen] if chosen else ["", *rule_names(self._parts)]:
+            try:
+                digest = await finder.key(replace(name, rule=rule))
+            except OperatorError:
+                # These are no values of this rule. Whoever chose it gets to know.
+                if chosen:
+                    raise
+                continue
+            if await store.records.read(digest) is not None:
+                return digest
+        return None
 
     # Show ...
 
@@ -198,6 +214,10 @@ class KeyPages:
 
 def _said(value: Any) -> Any:
     return ("no", "yes")[value] if isinstance(value, bool) else value
+
+
+def _page_of(digest: bytes) -> str:
+    return f"/key/{record_id(digest)}"
 
 
 def head_of(record: RecordView, is_operator: bool) -> str | None:

@@ -14,7 +14,7 @@ from oncegate.admin.pages.unknown import unknown_routes
 from oncegate.admin.parts import AdminParts
 from oncegate.admin.roles import Role, Route, Visitor
 from oncegate.admin.watching.live import Streams
-from oncegate.admin.watching.overview import Overview
+from oncegate.admin.watching.overview import Look, Overview
 
 
 class Pages:
@@ -22,6 +22,8 @@ class Pages:
 
     def __init__(self, parts: AdminParts) -> None:
         self._parts, self.overview, self.streams = parts, Overview(parts), Streams()
+        # The parts of pages at the last look, made once for all who watch.
+        self._shown: tuple[Look | None, dict[str, str]] = None, {}
         watched = parts, self.overview
         self.routes = [
             *now_routes(*watched),
@@ -36,9 +38,12 @@ class Pages:
         shows_now = request.query.get("part") == "now"
 
         async def page_parts() -> dict[str, str]:
-            await self.overview.look()
-            now = {"part-now": now_part(self._parts.settings, self.overview)} if shows_now else {}
-            return {"part-badge": badge(self.overview), **now}
+            look = await self.overview.look()
+            if self._shown[0] is not look:
+                now = now_part(self._parts.settings, self.overview)
+                self._shown = look, {"part-badge": badge(self.overview), "part-now": now}
+            parts = self._shown[1]
+            return parts if shows_now else {"part-badge": parts["part-badge"]}
 
         return await self.streams.send(request, page_parts)
 

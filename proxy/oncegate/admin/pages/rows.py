@@ -1,11 +1,14 @@
-"""Records as pages show them."""
+"""Records as pages show them, and the filters and rules by which they are named."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from oncegate.admin.pages.frame import field
 from oncegate.admin.pages.signing import write_seen
+from oncegate.admin.parts import AdminParts
 from oncegate.operating.record_facts import escaped
 from oncegate.operating.worklist import Filter, Seen
+from oncegate.settings.errors import SettingsError
 from oncegate.store.record import ViewState
 from oncegate.store.record_name import record_id
 from oncegate.store.record_view import OpenKind, RecordView
@@ -66,3 +69,11 @@ def row_of(record: RecordView) -> Row:
 def read_filter(form: Any) -> Filter:
     """Return the filter in a query or a form."""
     return Filter(*(field(form, name).strip() for name in ("text", "rule", "status")))
+
+
+def rule_names(parts: AdminParts) -> Sequence[str]:
+    """Return the names of the rules in effect; none where the file has a mistake by now."""
+    try:
+        return [rule.name for rule in parts.rules() if rule.name]
+    except SettingsError:
+        return []

@@ -1,18 +1,16 @@
 """The keys that a person may have to decide, the oldest first."""
 
-from collections.abc import Sequence
 from urllib.parse import urlencode
 
 from aiohttp import web
 
 from oncegate.admin.pages.frame import show
-from oncegate.admin.pages.rows import read_filter, row_of
+from oncegate.admin.pages.rows import read_filter, row_of, rule_names
 from oncegate.admin.parts import AdminParts
 from oncegate.admin.roles import Role, Route, Visitor
 from oncegate.admin.watching.overview import Overview
 from oncegate.operating.errors import OperatorError
 from oncegate.operating.worklist import Filter, worklist
-from oncegate.settings.errors import SettingsError
 from oncegate.store.open_keys.places import OpenPage
 
 SHOWN = 50
@@ -49,11 +47,3 @@ def unknown_routes(parts: AdminParts, overview: Overview) -> list[Route]:
 def _next(wanted: Filter, after: str) -> str:
     query = {"text": wanted.text, "rule": wanted.rule, "status": wanted.status, "after": after}
     return f"/unknown?{urlencode({name: value for name, value in query.items() if value})}" if after else ""
-
-
-def rule_names(parts: AdminParts) -> Sequence[str]:
-    """Return the names of the rules in effect; none where the file has a mistake by now."""
-    try:
-        return [rule.name for rule in parts.rules() if rule.name]
-    except SettingsError:
-        return []
