@@ -13,6 +13,7 @@ import pytest
 from oncegate.commands.cli import main
 from oncegate.decision import CANCELLED
 from oncegate.keys.digests import Digests
+from oncegate.store.kept import Kept
 from oncegate.store.postgres import rows
 from oncegate.store.postgres.audit import EVENTS, Entry, Event, Head, digest_of, verify
 from oncegate.store.postgres.migrations.grants import grants
@@ -23,7 +24,20 @@ from oncegate.store.results import ResolveStatus
 from oncegate.store.store import PostgresOptions, Store
 from tests.parts import answering, ask, request
 from tests.postgres_database import Database
-from tests.stores import BODY, FOREIGN, KEY, PATIENCE_S, RETENTION_MS, act, answer, claimed, connected, key, store_small
+from tests.stores import (
+    BODY,
+    FOREIGN,
+    KEY,
+    PATIENCE_S,
+    RETENTION_MS,
+    act,
+    answer,
+    claim,
+    claimed,
+    connected,
+    key,
+    store_small,
+)
 
 SECRET = "sixteen bytes 16"
 AUDIT_KEY = Digests(SECRET.encode()).audit_key
@@ -476,6 +490,22 @@ def test_a_schema_without_tables(command: Command, monkeypatch: pytest.MonkeyPat
         assert (code, "run `oncegate migrate`" in said) == (1, True), said
     assert main(["keys", "list"]) == 1
     assert "run `oncegate migrate`" in capsys.readouterr().err
+
+
+def test_the_note_of_a_record(command: Command, database: Database) -> None:
+    """It is said beside the entries of its key, which do not have it, and escaped."""
+
+    async def noted() -> None:
+        async with opened(database) as store:
+            owner = await claim(store, kept=Kept("order-7\x1b"))
+            assert isinstance(owner, Claim)
+            await store_small(store, owner)
+
+    asyncio.run(noted())
+    _, lines, said = command("--id", record_id(KEY))
+    assert "note of the record, not audited: order-7\\x1b\n" in said
+    assert "order-7" not in "".join(lines)
+    assert "order-7" not in "".join(command("export")[1])
 
 
 # What it may not hold ...

@@ -18,6 +18,7 @@ from oncegate.commands.store_command import exit_code, record_name
 from oncegate.operating.errors import OperatorError
 from oncegate.operating.find_record import Finder
 from oncegate.operating.opened_store import opened_store
+from oncegate.operating.record_facts import escaped
 from oncegate.rules.model import Rules
 from oncegate.settings.postgres_url import is_postgres
 from oncegate.settings.settings import Settings
@@ -84,6 +85,9 @@ async def _show(connection: Any, settings: Settings, rules: Rules, options: argp
         if not entries:
             where = "" if name.is_scoped else ", for the tenant without a credential"
             raise OperatorError(f"the audit trail has no entry of the key {record_id(key)}{where}")
+        if (record := await store.records.read(key)) is not None and record.kept.note:
+            # The trail has no note, so that none outlives its record.
+            print(f"note of the record, not audited: {escaped(record.kept.note)}", file=sys.stderr)
         for entry in entries:
             said = facts(entry)
             if not entry.actor.startswith(OPERATOR):

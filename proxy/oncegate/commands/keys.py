@@ -18,13 +18,16 @@ from oncegate.commands.store_command import KeysExit, exit_code, record_name, th
 from oncegate.operating import decisions, purging
 from oncegate.operating.decisions import RELEASE, RESOLVE, Decision, Desk, audit_line
 from oncegate.operating.errors import OperatorError
-from oncegate.operating.find_record import Finder
+from oncegate.operating.find_record import Finder, open_records
 from oncegate.operating.opened_store import opened_store
 from oncegate.operating.operator_response import operator_response
 from oncegate.operating.record_facts import facts_of, line_of
 from oncegate.rules.model import Rules
 from oncegate.settings.settings import Settings
-from oncegate.store.record_view import RecordView
+from oncegate.store.record_view import OpenKind, RecordView
+
+# The kinds of open keys that are in one state.
+OPEN = {"unknown": (OpenKind.UNKNOWN, OpenKind.LAPSED, OpenKind.WAIVED), "in_flight": (OpenKind.IN_FLIGHT,)}
 
 
 def run(settings: Settings, rules: Rules, options: argparse.Namespace) -> int:
@@ -62,9 +65,10 @@ async def _run(settings: Settings, rules: Rules, options: argparse.Namespace) ->
 
 
 async def _list(desk: Desk, _: Finder, options: argparse.Namespace) -> KeysExit:
-    # A scan may return a record twice.
-    listed: set[bytes] = set()
-    async for record in desk.store.records.scan():
+    # A scan may return a record twice. Of open keys there is an index, which has the oldest first.
+    listed, kinds = set[bytes](), OPEN.get(options.state)
+    found = desk.store.records.scan() if kinds is None else open_records(desk.store, kinds)
+    async for record in found:
         if record.key in listed or not _is_asked_for(record, options):
             continue
         listed.add(record.key)

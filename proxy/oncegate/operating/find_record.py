@@ -4,7 +4,7 @@ By key and scope; by values and the rule that makes a key of them; by a whole re
 show, or its beginning; by the note that its rule keeps with it.
 """
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from oncegate.keys.digests import Digests, Scope, UnstableScope, identity_settings
@@ -141,11 +141,13 @@ class Finder:
     async def _matching(self, is_wanted: Callable[[RecordView], bool], prefix: str = "") -> set[bytes]:
         """Return the keys of the open records that match, or else of all that do and whose ids begin with `prefix`."""
         records, is_quick = self.store.records, bool(prefix) and self.store.records.finds_prefixes
-        matches = set() if is_quick else {one.key async for one in open_records(self.store) if is_wanted(one)}
-        if matches:
-            return matches
         if not is_quick:
-            self.say("no open key matches: looking through all keys")
+            if await has_index(self.store):
+                if matches := {one.key async for one in open_records(self.store) if is_wanted(one)}:
+                    return matches
+                self.say("no open key matches: looking through all keys")
+            else:
+                self.say("the index of open keys is not complete yet: looking through all keys")
         # A scan may return a record more than once.
         return {one.key async for one in records.scan(prefix) if is_wanted(one)}
 
@@ -193,8 +195,18 @@ class Finder:
         return any([await self.store.records.read(key) is not None for key in keys])
 
 
-async def open_records(store: Store, kinds: Sequence[OpenKind] = tuple(OpenKind)) -> AsyncIterator[RecordView]:
-    """Yield the open records of these kinds, the oldest first."""
+async def has_index(store: Store) -> bool:
+    """Return whether the open keys of a store are known without a look at all others."""
+    return all([await server.index.is_complete() for server in store.records.servers])
+
+
+async def open_records(store: Store, kinds: Collection[OpenKind] = tuple(OpenKind)) -> AsyncIterator[RecordView]:
+    """Yield the open records of these kinds, the oldest first; without an index in any order, and perhaps twice."""
+    if not await has_index(store):
+        async for record in store.records.scan():
+            if record.open_kind in kinds:
+                yield record
+        return
     after = ""
     while True:
         page = await open_keys(store.records, PAGE, after, kinds)
