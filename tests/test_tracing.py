@@ -263,6 +263,7 @@ async def test_an_execution_has_two_spans():
         "http.response.status_code": 201,
         "url.full": "https://api.internal/v1/charges",
         "server.address": "api.internal",
+        "server.port": 443,
     }
     assert [span.status.is_unset for span in (server, client)] == [True, True]
 

@@ -6,6 +6,7 @@ begin with `oncegate.`.
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import socket
@@ -26,6 +27,7 @@ from oncegate.keys.digests import url_safe_base64
 from oncegate.messages.traceparent import TraceContext
 from oncegate.observe.outcome import Outcome, RequestReport
 from oncegate.observe.tracing import Attempt, Trace
+from oncegate.settings.addresses import DEFAULT_PORTS
 from oncegate.settings.errors import SettingsError
 
 _SCOPE = InstrumentationScope("oncegate", __version__)
@@ -37,6 +39,9 @@ _BROKEN = frozenset((Outcome.TRUNCATED, Outcome.ANSWER_NOT_STORED, Outcome.FAILE
 _FROM_API = frozenset((Outcome.EXECUTED, Outcome.REPLAYED, Outcome.RELEASED, Outcome.UNKNOWN))
 _OK, _ERROR = Status(StatusCode.UNSET), Status(StatusCode.ERROR)
 _POLL_S = 0.02
+# The most spans of a request to the collector, unless OTEL_BSP_MAX_EXPORT_BATCH_SIZE says it. To encode them takes
+# 6 ms of the interpreter, which the event loop waits for.
+_BATCH_SPANS = 128
 
 Attributes = dict[str, str | int | float | bool]
 
@@ -56,7 +61,8 @@ def spans_of(trace: Trace, report: RequestReport, resource: Resource) -> list[Re
         )  # fmt: skip
 
     method = report.method if report.method in _METHODS else "HTTP"
-    attributes = _server_attributes(trace, report)
+    path = report.asked.path if report.asked is not None else ""
+    attributes = _server_attributes(trace, report, path)
     server = span(
         f"{method} {report.rule or 'default'}",
         trace.own,
@@ -70,7 +76,8 @@ def spans_of(trace: Trace, report: RequestReport, resource: Resource) -> list[Re
     clients = [
         span(
             method, one.context, server.context, (one.began_s, one.ended_s), kind=SpanKind.CLIENT,
-            attributes=_client_attributes(trace, report, one, number), status=_ERROR if _error_type(one) else _OK,
+            attributes=_client_attributes(report, trace.upstream + path, one, number),
+            status=_ERROR if _error_type(one) else _OK,
         )
         for number, one in enumerate(trace.attempts)
     ]  # fmt: skip
@@ -87,13 +94,15 @@ def _method(report: RequestReport) -> Attributes:
     return {"http.request.method": "_OTHER", "http.request.method_original": report.method}
 
 
-def _server_attributes(trace: Trace, report: RequestReport) -> Attributes:
+def _server_attributes(trace: Trace, report: RequestReport, path: str) -> Attributes:
     asked, outcome, attributes = report.asked, report.outcome, _method(report)
     if asked is not None:
-        attributes |= {"url.scheme": asked.scheme, "url.path": asked.path, "client.address": asked.client}
         attributes |= _address(asked.host)
-    attributes |= {"oncegate.outcome": outcome.label, "oncegate.key_id": url_safe_base64(report.key).decode()}
-    attributes |= {f"oncegate.{step}.duration": seconds for step, seconds in trace.spent_s.items()}
+        attributes |= {"url.scheme": asked.scheme, "url.path": path, "client.address": asked.client}
+    attributes["oncegate.outcome"] = outcome.label
+    attributes["oncegate.key_id"] = url_safe_base64(report.key).decode()
+    for step, seconds in trace.spent_s.items():
+        attributes[f"oncegate.{step}.duration"] = seconds
     if trace.fence:
         attributes["oncegate.fence"] = trace.fence
     if report.rule:
@@ -107,10 +116,10 @@ def _server_attributes(trace: Trace, report: RequestReport) -> Attributes:
     return attributes
 
 
-def _client_attributes(trace: Trace, report: RequestReport, attempt: Attempt, number: int) -> Attributes:
-    path = report.asked.path if report.asked is not None else ""
-    attributes = _method(report) | {"url.full": trace.upstream + path}
-    attributes |= _address(trace.upstream.partition("://")[2].partition("/")[0])
+def _client_attributes(report: RequestReport, url: str, attempt: Attempt, number: int) -> Attributes:
+    attributes, (scheme, _, rest) = _method(report), url.partition("://")
+    attributes |= _address(rest.partition("/")[0], DEFAULT_PORTS[scheme])
+    attributes["url.full"] = url
     if attempt.status:
         attributes["http.response.status_code"] = attempt.status
     if number:
@@ -125,13 +134,15 @@ def _error_type(attempt: Attempt) -> str:
     return attempt.error or (str(attempt.status) if attempt.status >= 400 else "")
 
 
-def _address(authority: str) -> Attributes:
-    """Return the attributes of a server at `host`, `host:port` or `[address]:port`."""
+# Hosts come from clients: the cache is bounded.
+@functools.lru_cache(256)
+def _address(authority: str, default_port: int = 0) -> Attributes:
+    """Return the attributes of a server at `host`, `host:port` or `[address]:port`; not to be changed."""
     host, _, port = authority.rpartition(":") if authority[-1:] != "]" else (authority, "", "")
     if not port.isdecimal() or len(port) > 5:
         host, port = authority, ""
     attributes: Attributes = {"server.address": host.strip("[]")}
-    return attributes | {"server.port": int(port)} if port else attributes
+    return attributes | {"server.port": int(port or default_port)} if port or default_port else attributes
 
 
 class _Counted(SpanExporter):
@@ -181,7 +192,9 @@ class SpanExport:
         with _sdk_says() as self._reason:
             self._max_pending = int(os.environ.get("OTEL_BSP_MAX_QUEUE_SIZE") or 2048)
             counted = _Counted(exporter or _otlp_exporter(), self._ended_elsewhere)
-            self._processor, self._resource = BatchSpanProcessor(counted), _resource()
+            batch = None if "OTEL_BSP_MAX_EXPORT_BATCH_SIZE" in os.environ else min(_BATCH_SPANS, self._max_pending)
+            self._processor = BatchSpanProcessor(counted, max_export_batch_size=batch)
+            self._resource = _resource()
 
     def add(self, trace: Trace, report: RequestReport) -> None:
         """Take a traced request that ends now."""
