@@ -389,6 +389,22 @@ async def test_a_trace_of_our_own(proxies, upstream, valkey, collector):
     assert forwarded(upstream)[-1] == [unsampled.field.removeprefix("traceparent: ")]
 
 
+async def test_a_request_without_a_claim(proxies, upstream, collector):
+    """Where a store that is down is bypassed, the API is called all the same, and sees the trace."""
+    settings = {"TRACE_RATE_PER_S": 1000, "ON_STORE_DOWN": "bypass", "STORE_TIMEOUT_MS": 100}
+    proxy = proxies(upstream, "redis://127.0.0.1:1", **settings)
+    first, second = Trace(), Trace()
+    assert (await ask(proxy.port, first.request())).status == 200
+    server, client = await collector.trace(first.id, 2)
+    assert forwarded(upstream) == [parent_of(client)]
+    assert server.attributes["oncegate.outcome"] == "unguarded"
+    assert client.attributes["http.response.status_code"] == 200
+    upstream.script = hang_up
+    assert (await ask(proxy.port, second.request())).status == 502
+    server, client = await collector.trace(second.id, 2)
+    assert client.attributes["error.type"] == server.attributes["error.type"] == "upstream_lost"
+
+
 async def test_a_client_cannot_have_more_traced_than_the_rate(proxies, upstream, valkey, collector):
     """Every client may say that it records: what is beyond the rate passes unchanged, and is counted."""
     proxy = proxies(upstream, valkey.url, TRACE_RATE_PER_S=0.001)

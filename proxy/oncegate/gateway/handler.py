@@ -226,9 +226,8 @@ class Gateway:
 
     async def _relay_unguarded(self, request: Request, keyed: KeyedRequest, why: Unguarded) -> RequestReport:
         """Pass a request through although it has a key, as nobody else's response can be its own."""
-        return await self._relay(
-            request, Relay(keyed.route, request.checked_head(), keyed.body, unguarded=why, key_field=keyed.key_field)
-        )
+        head, trace = request.checked_head(), keyed.trace
+        return await self._relay(request, Relay(keyed.route, head, keyed.body, why, None, keyed.key_field, trace=trace))
 
     def _may_bypass(self, taken: Record | Corrupt | Unconfirmed, keyed: KeyedRequest, waited: bool) -> bool:
         """Return whether a request may go on without a claim: not where a claim is known, or may have been made."""

@@ -22,6 +22,7 @@ from oncegate.messages.request_head import RequestHead
 from oncegate.messages.response_head import ResponseHead
 from oncegate.observe.labels import Unguarded, UnguardedKey
 from oncegate.observe.outcome import Outcome, outcome_of
+from oncegate.observe.tracing import Trace
 from oncegate.settings.names import GUARDABLE
 from oncegate.upstream.connection import Connection
 from oncegate.upstream.errors import NotSent, UpstreamLost
@@ -35,9 +36,9 @@ class Relay(NamedTuple):
     """Pass the request through. `body` is its body if it was read already.
 
     `unguarded`: why it does not get the protection that it wanted, which its response says. `key_field`: names the key
-    of such a request, if it has one; its line is ended. `unguarded_key`: it seems
-    to carry a key, which guards nothing for this reason. `takes_back`: the name of a call that it cancels. `ready`: of
-    each request under a known head, that head as it goes to the upstream.
+    of such a request, if it has one; its line is ended. `trace`: of such a request that is traced. `unguarded_key`: it
+    seems to carry a key, which guards nothing for this reason. `takes_back`: the name of a call that it cancels.
+    `ready`: of each request under a known head, that head as it goes to the upstream.
     """
 
     route: Route
@@ -50,6 +51,7 @@ class Relay(NamedTuple):
     preflight: Preflight | None = None
     takes_back: bytes = b""
     ready: ForwardedPieces | None = None
+    trace: Trace | None = None
 
     @property
     def fields(self) -> bytes:
@@ -128,6 +130,9 @@ async def _relay_once(request: Request, step: Relay, reuse_idle_s: float, forwar
             leaving.cancel()
         deps.pool.release(connection)
     final = connection.response.head
+    if step.trace is not None:
+        is_error = outcome not in (Outcome.UNGUARDED, Outcome.UPSTREAM_UNREACHABLE)
+        step.trace.end_attempt(final.status if final else 0, outcome.label if is_error else "")
     return Relayed(outcome, final.status if final else 0, time.perf_counter() - began, refuse)
 
 
@@ -169,6 +174,8 @@ def _send(connection: Connection, request: Request, step: Relay) -> None:
     else:
         forwarded = info.client.join(step.route.forwarded_pieces(head, info, length, step.ready))
     forwarded = b"".join((forwarded, step.route.id_line(request), b"\r\n"))
+    if step.trace is not None:
+        forwarded = step.trace.begin_attempt(forwarded.removesuffix(b"\r\n")) + b"\r\n"
     # In one write where possible: an upstream that answers at the head could not keep the connection otherwise.
     body = b"" if size == 0 else buffered_bytes(content) if size is not None else None
     head_only = head.method == "HEAD"

@@ -60,6 +60,7 @@ def spans_of(trace: Trace, report: RequestReport, resource: Resource) -> list[Re
             start_time=began_ns, end_time=ended_ns, instrumentation_scope=_SCOPE, **more,
         )  # fmt: skip
 
+    ended_s = time.perf_counter()
     method = report.method if report.method in _METHODS else "HTTP"
     path = report.asked.path if report.asked is not None else ""
     attributes = _server_attributes(trace, report, path)
@@ -67,7 +68,7 @@ def spans_of(trace: Trace, report: RequestReport, resource: Resource) -> list[Re
         f"{method} {report.rule or 'default'}",
         trace.own,
         None if trace.parent is None else _span_context(trace.parent, is_remote=True),
-        (trace.began_s, time.perf_counter()),
+        (trace.began_s, ended_s),
         kind=SpanKind.SERVER,
         attributes=attributes,
         links=[Link(_span_context(link, is_remote=True)) for link in trace.links],
@@ -75,7 +76,7 @@ def spans_of(trace: Trace, report: RequestReport, resource: Resource) -> list[Re
     )
     clients = [
         span(
-            method, one.context, server.context, (one.began_s, one.ended_s), kind=SpanKind.CLIENT,
+            method, one.context, server.context, (one.began_s, one.ended_s or ended_s), kind=SpanKind.CLIENT,
             attributes=_client_attributes(report, trace.upstream + path, one, number),
             status=_ERROR if _error_type(one) else _OK,
         )
