@@ -34,7 +34,7 @@ PART_gateway := test_cancelling e2e/test_again e2e/test_cancelling e2e/test_dupl
 PART_downstream := test_certificate test_body test_minimum_rate test_response e2e/test_clients_leave e2e/test_interim e2e/test_listener \
 	e2e/test_manners
 PART_upstream := test_hostnames test_rotation test_pools test_upstream e2e/test_moving_names e2e/test_forwarding e2e/test_reused_connections
-PART_store := test_audit test_store_credentials test_breaker test_cluster test_durable test_health_monitor test_housekeeping test_kept test_leases test_link \
+PART_store := test_audit test_store_credentials test_store_tls test_breaker test_cluster test_durable test_health_monitor test_housekeeping test_kept test_leases test_link \
 	test_lost_replies test_lua test_migrations test_older_store test_orphans test_packed test_postgres_losses test_postgres_store test_record test_records \
 	test_redis_store test_sentinel test_store test_unknown_keys test_unpack test_waiters test_written_layout \
 	e2e/test_duplicates e2e/test_rolling model/test_scripts

@@ -44,9 +44,9 @@ GROUPS = {
         docs_url""",
     "Who may see the admin pages": """admin_tokens_file admin_session_s admin_local_view admin_hosts admin_user_header
         admin_user_proxies admin_users admin_tls_cert_file admin_tls_key_file admin_tls_ca_file""",
-    "The store": """store_url store_password data_dir embedded_max_bytes store_schema store_timeout_ms settle_timeout_s
-        durability promotion audit audit_retention_s migrate_url store_max_bytes on_store_down on_store_loss
-        quarantine_s record_layout""",
+    "The store": """store_url store_password store_ca_file store_cert_file store_key_file data_dir
+        embedded_max_bytes store_schema store_timeout_ms settle_timeout_s durability promotion audit
+        audit_retention_s migrate_url store_max_bytes on_store_down on_store_loss quarantine_s record_layout""",
     "What names a key": """methods key_header key_required scope_headers stable_schemes namespace secret
         identity_change""",
     "What happens to a key": """retention_s tombstone_s lease_ms on_duplicate wait_max_s on_unknown release_statuses

@@ -7,6 +7,7 @@ import pytest
 
 from oncegate.settings.store_url import password_in, servers_in, with_password
 from oncegate.store.results import SettleResult, SettleStatus
+from oncegate.store.store import LoginRefused, Store, StoreLogin
 from tests.own_postgres import OwnPostgres
 from tests.parts import until
 from tests.stores import claim, claimed, connected, key, store_small, told
@@ -35,19 +36,28 @@ class Rotation:
         return set(re.findall(r" user=(before|after) ", lines.decode()))
 
 
+async def refusal(store: Store, url: str) -> str:
+    """Return why the store refuses a login; empty if it takes it."""
+    try:
+        await store.prepare_login(StoreLogin(url))
+    except LoginRefused as error:
+        return str(error)
+    return ""
+
+
 async def rotates(rotation: Rotation, url: Callable[[str], str]) -> None:
     """Go from one user to another with a claim in flight: nothing is lost, not even a connection."""
     rotation.add("before", "one")
     async with connected(url("before:one@")) as store:
         owner = await claimed(store)
-        assert "invalid username-password" in await store.login_refusal(url("after:two@"))
+        assert "invalid username-password" in await refusal(store, url("after:two@"))
         rotation.run("ACL", "SETUSER", "after", "on", ">two", "-@all")
-        assert "no permissions" in await store.login_refusal(url("after:two@"))
+        assert "no permissions" in await refusal(store, url("after:two@"))
         rotation.add("after", "two")
-        assert await store.login_refusal(url("after:two@")) == ""
+        assert await refusal(store, url("after:two@")) == ""
         links = [link for node in store._servers.nodes for link in node.links]
         transports = [link._transport for link in links]
-        store.follow(url("after:two@"))
+        (await store.prepare_login(StoreLogin(url("after:two@"))))()
         await until(lambda: rotation.users() == {"after"})
         rotation.remove("before")
         assert await store_small(store, owner) == RIGHT
@@ -79,9 +89,9 @@ async def test_a_master_behind_sentinels():
         async with connected(url("")) as store:
             for sentinel in group.sentinels:
                 sentinel.ask("ACL", "SETUSER", "default", ">guard")
-            assert "a sentinel: " in await store.login_refusal(url("", "wrong"))
-            assert await store.login_refusal(url("", "guard")) == ""
-            store.follow(url("", "guard"))
+            assert "a sentinel: " in await refusal(store, url("", "wrong"))
+            assert await refusal(store, url("", "guard")) == ""
+            (await store.prepare_login(StoreLogin(url("", "guard"))))()
             for sentinel in group.sentinels:
                 sentinel.credentials = {"password": "guard"}
                 sentinel.ask("ACL", "SETUSER", "default", "<watch")
@@ -103,7 +113,7 @@ async def test_a_cluster():
         rotation.add("before", "one")
         async with connected(f"redis+cluster://before:one@{places}") as store:
             cluster.servers[0].ask("ACL", "SETUSER", "late", "on", ">x", *RIGHTS, "+cluster|info", "+cluster|slots")
-            refused = await store.login_refusal(f"redis+cluster://late:x@{places}")
+            refused = await refusal(store, f"redis+cluster://late:x@{places}")
             assert refused.count("invalid username-password") == 2, "the others do not know it yet"
     finally:
         cluster.close()
@@ -114,7 +124,7 @@ async def test_a_server_that_is_down_refuses_nothing(own_valkey):
     async with connected(own_valkey.url) as store:
         own_valkey.kill()
         await until(store.not_ready_reason)
-        assert await store.login_refusal(f"redis+unix://any:thing@{own_valkey.socket}") == ""
+        assert await refusal(store, f"redis+unix://any:thing@{own_valkey.socket}") == ""
 
 
 async def test_postgres(postgres_template):
@@ -132,9 +142,9 @@ async def test_postgres(postgres_template):
         async with connected(url("one")) as store:
             owner = await claimed(store)
             server.sql("ALTER ROLE app PASSWORD 'two'")
-            assert "password authentication failed" in await store.login_refusal(url("three"))
-            assert await store.login_refusal(url("two")) == ""
-            store.follow(url("two"))
+            assert "password authentication failed" in await refusal(store, url("three"))
+            assert await refusal(store, url("two")) == ""
+            (await store.prepare_login(StoreLogin(url("two"))))()
             assert await store_small(store, owner) == RIGHT
             ended = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usename = 'app'"
             assert int(server.sql(ended)) > 0

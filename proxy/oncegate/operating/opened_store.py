@@ -9,7 +9,7 @@ from oncegate.settings.errors import SettingsError
 from oncegate.settings.postgres_url import is_postgres
 from oncegate.settings.settings import Settings
 from oncegate.settings.store_url import socket_url
-from oncegate.store.opening import open_store, postgres_options
+from oncegate.store.opening import login_of, open_store, postgres_options
 from oncegate.store.record_view import StoreError
 from oncegate.store.store import Store, StoreConfig
 
@@ -29,6 +29,7 @@ def operator_store(settings: Settings, actor: str) -> Store:
         # Nothing goes on after a command.
         background=lambda work: work.close(),
         durability=settings.durability if is_postgres(url) else "memory",
+        login=login_of(settings),
         postgres=replace(postgres_options(settings), actor=actor.encode("utf-8", "replace")),
     )
     try:

@@ -21,6 +21,7 @@ from oncegate.service.drain import POLL_S, Drain, unless
 from oncegate.service.gauges import gauges
 from oncegate.service.readiness import ReadinessLog
 from oncegate.service.reload import Reload, TakeOver
+from oncegate.service.store_login import FollowedLogin
 from oncegate.service.wiring import Parts, Reporting
 from oncegate.settings.settings import Settings
 from oncegate.store.record import Claim
@@ -89,7 +90,7 @@ class Service:
         # With several workers, their supervisor says what needs a restart.
         self.reload = Reload(
             settings,
-            (parts.prepare_certificate, parts.prepare_store, self._prepare_rules),
+            (parts.prepare_certificate, FollowedLogin(parts.store, settings, logger).prepare, self._prepare_rules),
             logger,
             is_quiet=settings.workers > 1,
         )

@@ -37,7 +37,7 @@ from oncegate.settings.errors import SettingsError, needs_extra
 from oncegate.settings.settings import Settings
 from oncegate.store.leases import Leases, OnClaimEvent
 from oncegate.store.membership import Membership
-from oncegate.store.opening import open_store, postgres_options
+from oncegate.store.opening import login_of, open_store, postgres_options
 from oncegate.store.results import StoreEvent
 from oncegate.store.store import Store, StoreConfig
 from oncegate.store.unknown_keys import UnknownKeys
@@ -85,8 +85,6 @@ class Parts:
         self._ticker = Ticker(asyncio.get_running_loop())
         self._resolver = Resolver(settings.dns_ttl_s, report=reporting.log.warning, count=metrics.looked_up)
         self.store = self._store(store_url)
-        # The URL that the settings name, whose credentials are used.
-        self._store_credentials = settings.store_url.get_secret_value()
         self.leases = Leases(self.store, settings.lease_ms, reporting.claim_lost, clock)
         self.waiters = Waiters(
             self.store,
@@ -159,6 +157,7 @@ class Parts:
             breaker_opened=reporting.store_broke,
             resolver=self._resolver,
             postgres=postgres_options(settings),
+            login=login_of(settings),
         )
         return open_store(config)
 
@@ -166,21 +165,6 @@ class Parts:
         """Read the certificate of the public listener again; what is returned takes it over for new connections."""
         context, certificate = listener_tls(settings), self.certificate
         return lambda: certificate.replace(context) if certificate and context else None
-
-    async def prepare_store(self, settings: Settings) -> TakeOver:
-        """Try the credentials of the store, if they are other ones; what is returned uses them from then on."""
-        store, url = self.store, settings.store_url.get_secret_value()
-        if url == self._store_credentials:
-            return lambda: None
-        if refused := await store.login_refusal(url):
-            raise SettingsError([f"ONCEGATE_STORE_URL: the store refuses its new credentials: {refused}"])
-
-        def follow() -> None:
-            self._store_credentials = url
-            store.follow(url)
-            self._reporting.log.info("store credentials replaced")
-
-        return follow
 
     def prepare_rules(self, settings: Settings) -> tuple[Rules, TakeOver]:
         """Read rules, pages and certificates of upstreams again. Raises SettingsError and OSError.

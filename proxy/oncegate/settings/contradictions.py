@@ -10,7 +10,8 @@ from pydantic import SecretStr
 
 from oncegate.settings.addresses import Address, Origin
 from oncegate.settings.credentials import expanded
-from oncegate.settings.postgres_url import is_postgres
+from oncegate.settings.groups.store import FILES
+from oncegate.settings.postgres_url import files_of, is_postgres
 from oncegate.settings.settings import Settings
 from oncegate.settings.store_url import password_in
 
@@ -54,6 +55,15 @@ def _needs_postgres(default: object) -> Callable[[Any, SecretStr], bool]:
 
 def _other_password(password: SecretStr, store_url: SecretStr) -> bool:
     return password.get_secret_value() not in ("", password_in(store_url.get_secret_value()))
+
+
+def _unused(part: str) -> Callable[[Path | None, SecretStr], bool]:
+    def is_unused(file: Path | None, store_url: SecretStr) -> bool:
+        url = store_url.get_secret_value()
+        is_named = files_of(url).get(part) == str(file) if is_postgres(url) else url.startswith("rediss")
+        return file is not None and not is_named
+
+    return is_unused
 
 
 def _shorter_than_lease(retention_s: float, lease_ms: int) -> bool:
@@ -120,6 +130,14 @@ CONTRADICTIONS = (
     Contradiction("fault", "is accepted only together with", "testing", _without_testing),
     # The embedded store has no replica: it would never confirm a claim.
     Contradiction("durability", "replicated needs a store with replicas in", "store_url", _cannot_replicate),
+    Contradiction("store_cert_file", "is missing beside", "store_key_file", _missing),
+    Contradiction("store_key_file", "is missing beside", "store_cert_file", _missing),
+    *(
+        Contradiction(
+            name, "needs rediss://, or postgresql:// without a file of its own, in", "store_url", _unused(part)
+        )
+        for part, name in FILES.items()
+    ),
     Contradiction("store_password", "needs a URL without a password in", "store_url", _other_password),
     # They would have no effect, and an operator would rely on them.
     Contradiction("audit", "needs postgresql:// in", "store_url", _needs_postgres(False)),

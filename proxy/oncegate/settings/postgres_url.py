@@ -4,7 +4,8 @@ Messages never repeat the refused text: a malformed URL may still contain a pass
 """
 
 import re
-from urllib.parse import unquote
+from collections.abc import Mapping
+from urllib.parse import quote, unquote
 
 from oncegate.settings.addresses import parse_host_and_port
 from oncegate.settings.names import parse_list
@@ -62,6 +63,19 @@ def files_of(store_url: str) -> dict[str, str]:
     """Return the paths of the files that a well-formed URL of PostgreSQL names, by their names in the query."""
     query = _parse_query(store_url.partition("?")[2])
     return {name: query[name] for name in _FILES if name in query}
+
+
+def with_files(store_url: str, files: Mapping[str, str]) -> str:
+    """Return a URL of PostgreSQL that names these files, by the parts of its query, and checks the server's name.
+
+    What the URL says itself stays.
+    """
+    parts = [part for part in store_url.partition("?")[2].split("&") if part]
+    names = {part.partition("=")[0] for part in parts}
+    parts += [f"{name}={quote(path)}" for name, path in files.items() if name not in names]
+    if "sslrootcert" in files and "sslmode" not in names:
+        parts.append("sslmode=verify-full")
+    return store_url.partition("?")[0] + ("?" if parts else "") + "&".join(parts)
 
 
 def _parse_query(text: str) -> dict[str, str]:

@@ -4,7 +4,7 @@ from oncegate.keys.digests import Digests
 from oncegate.settings.errors import needs_extra
 from oncegate.settings.settings import Settings
 from oncegate.store.redis.store import RedisStore
-from oncegate.store.store import PostgresOptions, Store, StoreConfig
+from oncegate.store.store import PostgresOptions, Store, StoreConfig, StoreLogin
 
 
 def open_store(config: StoreConfig) -> Store:
@@ -16,6 +16,12 @@ def open_store(config: StoreConfig) -> Store:
 
         return PostgresStore(config)
     return RedisStore(config)
+
+
+def login_of(settings: Settings) -> StoreLogin:
+    """Return what the settings say of connections to the store."""
+    files = (settings.store_ca_file, settings.store_cert_file, settings.store_key_file)
+    return StoreLogin(settings.store_url.get_secret_value(), *(str(path) if path else None for path in files))
 
 
 def postgres_options(settings: Settings) -> PostgresOptions:

@@ -7,7 +7,7 @@ within the caller's time, so that each verb must be safe to repeat, and also saf
 
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from oncegate.hostnames.resolver import Resolver
 from oncegate.keys.digests import Scope
@@ -49,6 +49,22 @@ class PostgresOptions:
     promotion: str = "any"
 
 
+class StoreLogin(NamedTuple):
+    """What connections authenticate with: the credentials in a URL, and certificates for TLS, as paths.
+
+    In a URL of PostgreSQL are the paths as well.
+    """
+
+    url: str
+    ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
+
+
+class LoginRefused(Exception):
+    """A server refuses a login. The text is for operators."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreConfig:
     """What a store is told when it is opened. Times in the unit of their name."""
@@ -74,6 +90,8 @@ class StoreConfig:
     # Looks up the host names of the servers.
     resolver: Resolver = field(default_factory=Resolver)
     postgres: PostgresOptions = PostgresOptions()
+    # Its files are used with `url`.
+    login: StoreLogin | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,11 +157,11 @@ class Store(Protocol):
     async def probe(self) -> None:
         """While a breaker is open, find out when the store takes claims again, until cancelled."""
 
-    async def login_refusal(self, url: str) -> str:
-        """Return why servers refuse the credentials in another URL of theirs; empty if they take them, or are down."""
+    async def prepare_login(self, login: StoreLogin) -> Callable[[], None]:
+        """Try another login at the servers. What is returned uses it for new connections; open ones go on.
 
-    def follow(self, url: str) -> None:
-        """Use the credentials in another URL of the same servers for new connections; open ones go on."""
+        Raises LoginRefused where a server that is up refuses it, and OSError for files that cannot be used.
+        """
 
     # Its health ...
 

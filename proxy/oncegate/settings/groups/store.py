@@ -7,9 +7,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, SecretStr, model_validator
 
 from oncegate.settings.files import read_file
-from oncegate.settings.postgres_url import files_of, is_postgres
+from oncegate.settings.postgres_url import files_of, is_postgres, with_files
 from oncegate.settings.store_url import parse_store_url, with_password
-from oncegate.settings.values import DAY_MS, PIBIBYTE, Bytes, Seconds, from_text
+from oncegate.settings.values import DAY_MS, PIBIBYTE, Bytes, ReadableFile, Seconds, from_text
+
+# The parts of a URL of PostgreSQL that name a file, and the settings that do.
+FILES = {"sslrootcert": "store_ca_file", "sslcert": "store_cert_file", "sslkey": "store_key_file"}
 
 
 def _store_url(text: str) -> str:
@@ -28,11 +31,13 @@ class StoreSettings(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _with_password(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _whole_url(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
         url, password = given.get("store_url"), given.get("store_password")
-        if isinstance(url, str) and isinstance(password, str):
-            return {**given, "store_url": with_password(url, password)}
-        return given
+        if not isinstance(url, str):
+            return given
+        url = with_password(url, password) if isinstance(password, str) else url
+        files = {part: given[name] for part, name in FILES.items() if isinstance(given.get(name), str)}
+        return {**given, "store_url": with_files(url, files) if is_postgres(url) else url}
 
     store_url: Annotated[SecretStr, from_text(_store_url)] = Field(
         SecretStr("embedded"),
@@ -48,6 +53,15 @@ class StoreSettings(BaseModel):
         "names a file that contains the password. SIGHUP makes oncegate [read both again]"
         "(../how-to/upgrades.md#credentials-of-the-store).",
     )
+    store_ca_file: ReadableFile = Field(
+        None,
+        description="CA certificates (PEM) that oncegate trusts for the store, with `rediss` or PostgreSQL. By default "
+        "those of the system.",
+    )
+    store_cert_file: ReadableFile = Field(
+        None, description="Client certificate (PEM) that oncegate presents to the store."
+    )
+    store_key_file: ReadableFile = Field(None, description="Private key (PEM) of `ONCEGATE_STORE_CERT_FILE`.")
     data_dir: Path = Field(Path(".oncegate"), description="Folder in which the embedded store keeps its data.")
     embedded_max_bytes: int = Field(
         268_435_456, ge=2_097_152, le=PIBIBYTE, description="Memory limit of the embedded store."

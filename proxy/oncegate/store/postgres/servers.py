@@ -101,11 +101,8 @@ class Servers:
             await asyncio.sleep(0.005)
         return True
 
-    async def login_refusal(self, url: str) -> str:
-        return await self._connections.login_refusal(url)
-
-    def follow(self, url: str) -> None:
-        self._connections.follow(url)
+    async def prepare_login(self, url: str) -> Callable[[], None]:
+        return await self._connections.prepare_login(url)
 
     # What happens to connections ...
 

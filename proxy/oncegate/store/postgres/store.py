@@ -47,7 +47,7 @@ from oncegate.store.results import (
     Unconfirmed,
 )
 from oncegate.store.stages import CLAIMED, Stage
-from oncegate.store.store import Claiming, Settling, StoreConfig, Upkeep
+from oncegate.store.store import Claiming, Settling, StoreConfig, StoreLogin, Upkeep
 
 # The least time for one try of a call that is repeated.
 MIN_TRY_S = 0.05
@@ -123,11 +123,8 @@ class PostgresStore:
     async def wait_up(self, seconds: float) -> bool:
         return await self._servers.wait_up(self._loop.time() + seconds)
 
-    async def login_refusal(self, url: str) -> str:
-        return await self._servers.login_refusal(url)
-
-    def follow(self, url: str) -> None:
-        self._servers.follow(url)
+    async def prepare_login(self, login: StoreLogin) -> Callable[[], None]:
+        return await self._servers.prepare_login(login.url)
 
     def end_calls(self) -> None:
         self._claims.stop_retrying()

@@ -87,9 +87,9 @@ class Link(asyncio.Protocol):
         # Host and port of the last connection, as the URL or the sentinels named them.
         self.at: tuple[str, int] | None = None
 
-    async def login_refusal(self, login: object) -> str:
-        """Return why another connection with this login fails; empty if it does not."""
-        trial = Link(lambda: self._open_connection(login), self._prepare, self.stall_s)
+    async def login_refusal(self, logins: object) -> str:
+        """Return why another connection with these logins fails; empty if it does not."""
+        trial = Link(lambda: self._open_connection(logins), self._prepare, self.stall_s)
         try:
             await trial._connect()
         except Exception as error:

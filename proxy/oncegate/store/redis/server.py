@@ -1,6 +1,7 @@
 """A server by itself: how to connect to it, and what its INFO says of its fitness and its memory."""
 
 import asyncio
+import ssl
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -17,8 +18,9 @@ from oncegate.settings.store_url import parse_server_group
 from oncegate.store.redis.link import CONNECT_S, Link
 from oncegate.store.redis.talk import Question, Talk, checked, command
 from oncegate.store.redis.wire import ErrorReply, Script
+from oncegate.store.store import StoreLogin
 
-# Makes an unconnected connection, with another login than the usual one where one is given.
+# Makes an unconnected connection, with other logins than the usual ones where they are given.
 Opener = Callable[..., AbstractConnection]
 Prepare = Callable[[Link, AbstractConnection], Awaitable[None]]
 Info = dict[str, str]
@@ -79,6 +81,8 @@ class _ByName:
 
     host: str
     port: int
+    # In place of redis-py's own, which is made anew for each connection, from files as they are by then.
+    tls: ssl.SSLContext | None = None
 
     def __init__(self, *, resolver: Resolver, **options: Any) -> None:
         self._resolver = resolver
@@ -102,6 +106,7 @@ class _ByName:
     def _connection_arguments(self) -> dict[str, Any]:
         arguments = {**super()._connection_arguments(), "host": self._address}  # type: ignore[misc]
         if "ssl" in arguments:
+            arguments["ssl"] = self.tls or arguments["ssl"]
             arguments["server_hostname"] = self.host.removesuffix(".")
         return arguments
 
@@ -144,18 +149,26 @@ class Login(NamedTuple):
 
 
 class Logins(NamedTuple):
-    """The logins in a store's URL: at its servers, and at the sentinels, which have users of their own."""
+    """What connections of a store authenticate with: at its servers, and at the sentinels, which have own users."""
 
     server: Login
     sentinel: Login
+    # None for connections without TLS.
+    tls: ssl.SSLContext | None
 
 
-def logins_of(url: str) -> Logins:
-    """Return the logins in a URL of Redis."""
+def logins_of(login: StoreLogin) -> Logins:
+    """Return what connections authenticate with. Raises OSError for files that cannot be used."""
+    url, tls = login.url, None
+    if url.startswith("rediss"):
+        tls = ssl.create_default_context(cafile=login.ca_file)
+        if login.cert_file:
+            tls.load_cert_chain(login.cert_file, login.key_file)
     group = parse_server_group(url)
     urls = [url] * 2 if group is None else [group.server_url("localhost:1"), group.sentinel_url("localhost:1")]
     found = [parse_url(one.removeprefix("redis+")) for one in urls]
-    return Logins(*(Login(one.get("username") or "", one.get("password") or "") for one in found))
+    server, sentinel = (Login(one.get("username") or "", one.get("password") or "") for one in found)
+    return Logins(server, sentinel, tls)
 
 
 class Openers:
@@ -171,12 +184,12 @@ class Openers:
     def with_logins(self, make: Callable[[], AbstractConnection], at_sentinel: bool = False) -> Opener:
         """Return a function that makes connections with the logins that count by then."""
 
-        def open_connection(login: Login | None = None) -> AbstractConnection:
+        def open_connection(others: Logins | None = None) -> AbstractConnection:
             connection = make()
-            if login is None and self.logins is not None:
-                login = self.logins.sentinel if at_sentinel else self.logins.server
-            if login is not None:
-                connection.username, connection.password = login.user, login.password
+            if (logins := others or self.logins) is not None:
+                login = logins.sentinel if at_sentinel else logins.server
+                connection.username, connection.password = login
+                connection.tls = logins.tls  # type: ignore[attr-defined]
             return connection
 
         return open_connection

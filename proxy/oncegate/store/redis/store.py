@@ -44,7 +44,7 @@ from oncegate.store.results import (
     SettleResult,
 )
 from oncegate.store.stages import CLAIMED, RESPONSE_BEGUN, Stage
-from oncegate.store.store import Claiming, Settling, StoreConfig, Upkeep
+from oncegate.store.store import Claiming, LoginRefused, Settling, StoreConfig, StoreLogin, Upkeep
 
 # The least time for one try of a call that is repeated.
 MIN_TRY_S = 0.05
@@ -62,6 +62,7 @@ class RedisStore:
         member = replace(config.member, token_prefix=self._prefix) if config.member else None
         self.layout = WrittenLayout(config.log)
         self._openers = Openers(self._timeout_s, config.resolver)
+        self._openers.logins = logins_of((config.login or StoreLogin(config.url))._replace(url=config.url))
         node = NodeConfig(
             scripts=self._scripts,
             timeout_s=self._timeout_s,
@@ -97,12 +98,16 @@ class RedisStore:
     async def wait_up(self, seconds: float) -> bool:
         return await self._servers.wait_up(self._loop.time() + seconds)
 
-    async def login_refusal(self, url: str) -> str:
-        return "; ".join(await refusals(self._servers, logins_of(url)))
+    async def prepare_login(self, login: StoreLogin) -> Callable[[], None]:
+        logins = logins_of(login)
+        if refused := await refusals(self._servers, logins):
+            raise LoginRefused("; ".join(refused))
 
-    def follow(self, url: str) -> None:
-        self._openers.logins = logins = logins_of(url)
-        log_in(self._servers, logins.server, self._timeout_s)
+        def follow() -> None:
+            self._openers.logins = logins
+            log_in(self._servers, logins.server, self._timeout_s)
+
+        return follow
 
     def end_calls(self) -> None:
         self._claims.stop_retrying()

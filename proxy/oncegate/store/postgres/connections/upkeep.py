@@ -1,7 +1,7 @@
 """The connections to whichever host of a store's URL is the primary: made, and made again whenever one is lost."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -13,6 +13,7 @@ from oncegate.store.postgres.connections.pool import Pool
 from oncegate.store.postgres.connections.primary import Choice, choose
 from oncegate.store.postgres.connections.scout import Pause, Scout
 from oncegate.store.postgres.connections.session import Session, SessionConfig, open_session
+from oncegate.store.store import LoginRefused
 
 
 class Observer(Protocol):
@@ -61,21 +62,19 @@ class Connections:
         for pool in self._pools:
             pool.end(reason)
 
-    async def login_refusal(self, url: str) -> str:
-        """Return why the primary refuses the credentials in another URL; empty if it takes them, or is down."""
-        host = self._scouts[self._at].host
-        if not self.has_primary:
-            return ""
-        try:
-            session = await open_session(host, Level.OFF, replace(self._config, url=url), lambda _: None)
-        except Unreachable as error:
-            return f"{host}: {error}" if self.has_primary and not self.silence else ""
-        session.end("it was a trial")
-        return ""
+    async def prepare_login(self, url: str) -> Callable[[], None]:
+        """Try the credentials in another URL of the same hosts at the primary; what is returned uses them from then on.
 
-    def follow(self, url: str) -> None:
-        """Open new sessions with the credentials in another URL of the same hosts."""
-        self._config.url = url
+        Raises LoginRefused where it is up, and refuses them.
+        """
+        host = self._scouts[self._at].host
+        try:
+            trial = await open_session(host, Level.OFF, replace(self._config, url=url), lambda _: None)
+            trial.end("it was a trial")
+        except Unreachable as error:
+            if self.has_primary and not self.silence:
+                raise LoginRefused(f"{host}: {error}") from None
+        return partial(setattr, self._config, "url", url)
 
     @property
     def has_primary(self) -> bool:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.sentinel import MasterNotFoundError, SentinelConnectionPool
-from redis.exceptions import AuthenticationError, RedisError, ResponseError
+from redis.exceptions import RedisError
 
 from oncegate.settings.store_url import ServerGroup
 from oncegate.store.redis.link import CONNECT_S
@@ -18,7 +18,7 @@ from oncegate.store.redis.node import Node, NodeConfig
 from oncegate.store.redis.server import (
     OPTIONS,
     Info,
-    Login,
+    Logins,
     Opener,
     Openers,
     Unfit,
@@ -75,15 +75,14 @@ class Sentinel:
         down = b"o_down" in fields[b"flags"].split(b",") and not replaced
         return MasterView(int(fields[b"config-epoch"]), (host.decode(), int(port)), down)
 
-    async def refusal(self, login: Login) -> str:
-        """Return why the sentinel refuses a login; empty if it takes it, or cannot be asked now."""
-        connection = self._open_connection(login)
+    async def refusal(self, logins: Logins) -> str:
+        """Return why the sentinel refuses these logins; empty if it takes them, or cannot be asked now."""
+        connection = self._open_connection(logins)
         try:
             await connection.connect()  # type: ignore[no-untyped-call]
-        except (AuthenticationError, ResponseError) as error:
-            return f"a sentinel: {error}"
-        except (RedisError, OSError):
-            return ""
+        except (RedisError, OSError) as error:
+            # One that is asked over another connection, and answers, is up.
+            return f"a sentinel: {error}" if self._connection is not None else ""
         finally:
             await connection.disconnect(nowait=True)
         return ""
@@ -127,9 +126,9 @@ class Sentinels:
             raise MasterNotFoundError(f"the master of {self._group.service} is down, as the sentinels agree")
         return newest.address
 
-    def refusals(self, login: Login) -> list[Awaitable[str]]:
-        """Return what waits for the answer of each sentinel to a login."""
-        return [sentinel.refusal(login) for sentinel in self._all]
+    def refusals(self, logins: Logins) -> list[Awaitable[str]]:
+        """Return what waits for the answer of each sentinel to these logins."""
+        return [sentinel.refusal(logins) for sentinel in self._all]
 
     async def close(self) -> None:
         if self._question is not None:

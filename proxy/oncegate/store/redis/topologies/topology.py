@@ -79,14 +79,14 @@ def is_cluster(url: str) -> bool:
 
 async def refusals(servers: StoreServers, logins: Logins) -> list[str]:
     """Return why servers refuse these logins. A server that is down, whatever it is asked, refuses nothing."""
-    asked: list[Awaitable[str]] = [_refusal(node, logins.server) for node in servers.nodes]
+    asked: list[Awaitable[str]] = [_refusal(node, logins) for node in servers.nodes]
     if isinstance(servers, SentinelNode):
-        asked += servers.sentinels.refusals(logins.sentinel)
+        asked += servers.sentinels.refusals(logins)
     return [reason for reason in await asyncio.gather(*asked) if reason]
 
 
-async def _refusal(node: Node, login: Login) -> str:
-    refused = await node.link.login_refusal(login)
+async def _refusal(node: Node, logins: Logins) -> str:
+    refused = await node.link.login_refusal(logins)
     return f"{node.name}: {refused}" if refused and node.readable else ""
 
 
