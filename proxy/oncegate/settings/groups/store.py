@@ -43,9 +43,8 @@ class StoreSettings(BaseModel):
         SecretStr("embedded"),
         description="`embedded`, `redis://host:port/db`, `redis+unix:///path/to.sock?db=0`, "
         "`redis+sentinel://h1:p,h2:p/service`, `redis+cluster://h1:p,h2:p` or "
-        "`postgresql://user:password@h1:p,h2:p/db`. For TLS, write `rediss` instead of `redis`, or end with "
-        "`?sslmode=verify-full&sslrootcert=/path/to/ca.pem`. `ONCEGATE_STORE_URL_FILE` names a file that contains the "
-        "URL.",
+        "`postgresql://user:password@h1:p,h2:p/db`. For TLS, write `rediss` instead of `redis`; for "
+        "PostgreSQL, set `ONCEGATE_STORE_CA_FILE`. `ONCEGATE_STORE_URL_FILE` names a file that contains the URL.",
     )
     store_password: SecretStr = Field(
         SecretStr(""),
