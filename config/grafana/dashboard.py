@@ -334,7 +334,8 @@ def _panels() -> Iterator[dict[str, Any]]:
     """Yield the panels from top to bottom: numbers six to a line, plots three."""
     y = number = 0
     for title, row in ROWS.items():
-        yield {"id": (number := number + 1), "type": "row", "title": title, "gridPos": _place(0, y, _WIDTH, 1)}
+        kind = {"type": "row", "title": title, "collapsed": False, "panels": []}
+        yield {"id": (number := number + 1), **kind, "gridPos": _place(0, y, _WIDTH, 1)}
         y += 1
         numbers, plots = [one for one in row if one.steps], [one for one in row if not one.steps]
         for panels, height, most in ((numbers, _NUMBER_HEIGHT, 6), (plots, _PLOT_HEIGHT, 3)):

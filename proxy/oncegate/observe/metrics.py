@@ -238,8 +238,9 @@ class Metrics(Collector):
                 self._routes[rule, ""] = route
 
     def _route(self, rule: str, upstream: str) -> tuple[dict[str, float], Histogram]:
-        histogram = self._upstream_s.of(upstream or NO_RULE)
-        if histogram not in self._by_request:
+        # Without an upstream no time is spent on one.
+        histogram = self._upstream_s.of(upstream) if upstream else Histogram()
+        if upstream and histogram not in self._by_request:
             self._by_request.append(histogram)
         names = (rule or DEFAULT_RULE, upstream) if upstream else (NO_RULE, NO_RULE)
         route = self._routes[rule, upstream] = self._by_rule.of(*names), histogram
