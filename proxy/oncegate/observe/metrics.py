@@ -22,6 +22,7 @@ from oncegate.observe.gauges import GAUGE_LABELS, GAUGES
 from oncegate.observe.labels import (
     CLIENT_CONNECTIONS,
     LOOK_UPS,
+    SETTLEMENTS,
     UPSTREAM_CONNECTIONS,
     VERBS,
     WAIT_ENDS,
@@ -30,7 +31,7 @@ from oncegate.observe.labels import (
     Unguarded,
     UnguardedKey,
 )
-from oncegate.observe.outcome import SUPPRESSED, Outcome, RequestReport
+from oncegate.observe.outcome import BY_LABEL, SUPPRESSED, RequestReport
 from oncegate.observe.usage import Tokens
 from oncegate.settings.names import TOKEN_KINDS
 
@@ -70,18 +71,13 @@ class Metrics(Collector):
         self._registry.register(self)
 
     def _count_requests(self) -> None:
-        self._requests = Counters(
-            "requests",
-            "Requests, by their outcome.",
-            label="outcome",
-            values=[outcome.label for outcome in Outcome],
-        )
+        self._requests = Counters("requests", "Requests, by their outcome.", label="outcome", values=BY_LABEL)
         # What requests are counted by. `_requests` is the sum.
         self._by_rule = GroupedCounters(
             "rule_requests",
             "Requests, by the rule that decided, its upstream, and their outcome.",
             labels=("rule", "upstream", "outcome"),
-            values=[outcome.label for outcome in Outcome],
+            values=BY_LABEL,
         )
         self._suppressed = Counters(
             "duplicates_suppressed",
@@ -143,12 +139,7 @@ class Metrics(Collector):
         self.looked_up: Callable[[str], None] = self._look_ups.add
 
     def _count_the_store(self) -> None:
-        self._settled = Counters(
-            "settled",
-            "Claims, by how they ended.",
-            label="settlement",
-            values=[settlement.label for settlement in SettlementLabel],
-        )
+        self._settled = Counters("settled", "Claims, by how they ended.", label="settlement", values=SETTLEMENTS)
         self._claims_lost = Counters(
             "claims_lost", "Running claims whose record vanished or was taken, and certain losses of the store."
         )
