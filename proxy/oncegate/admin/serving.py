@@ -14,7 +14,6 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_protocol import RequestHandler
 
 from oncegate.admin.access import Access
-from oncegate.admin.app import admin_app
 from oncegate.admin.parts import AdminParts
 from oncegate.admin.tokens import load_tokens
 from oncegate.downstream.certificate import Replaceable, server_context
@@ -91,6 +90,9 @@ async def serve_admin(parts: AdminParts, sock: socket.socket | None = None) -> A
 
     Raises OSError where the port is taken, and SettingsError for tokens and certificates that cannot be used.
     """
+    # Imported here: of several workers none has this listener.
+    from oncegate.admin.app import admin_app
+
     settings = parts.settings
     access = Access(settings, load_tokens(settings.admin_tokens_file), parts.log)
     tls = admin_tls(settings)
