@@ -20,6 +20,7 @@ from oncegate.admin.watching import history
 from oncegate.observe.metrics import GAUGES, Metrics
 from oncegate.observe.outcome import Outcome, RequestReport
 from oncegate.store.kept import Kept
+from oncegate.store.record import ClaimRequest
 from oncegate.store.record_name import record_id
 from oncegate.store.store import Store
 from tests.admin_parts import OPERATE, admin_parts, tokens_file
@@ -27,7 +28,7 @@ from tests.conftest import Valkey
 from tests.operator_pages import unknown_key
 from tests.probes import RedisProbe
 from tests.real.browsers import Chromium, free_port
-from tests.stores import claim, connected, key
+from tests.stores import SAME, SCOPE, connected, key
 
 WIDTH = 1180
 COLOURS = 64
@@ -64,8 +65,12 @@ async def seed(store: Store, probe: RedisProbe) -> None:
         await unknown_key(store, number, kept, reason, status)
         probe.change(key(number), created=probe.now_ms() - int(9.4e6 * 0.6**number))
     for number in range(1000, 1012):
-        await claim(store, key(number), kept=Kept("order-4277", rule="charges"))
-    probe.change(key(1000), lease=probe.now_ms() - 61_000, created=probe.now_ms() - 75_000)
+        lease_ms = 50 if number == 1000 else 60_000
+        kept = Kept("order-4277", rule="charges")
+        await store.claim(ClaimRequest(key(number), SCOPE, SAME, b"hold", lease_ms, 10**8, 10**9, kept=kept))
+    for server in store.records.servers:
+        await server.index.begin()
+        await server.index.note_complete()
 
 
 async def requests(metrics: Metrics) -> None:

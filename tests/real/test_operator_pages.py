@@ -117,7 +117,7 @@ async def test_twenty_unknown_keys_get_their_end(chromium, keys, pages):
         chromium.write("#body", json.dumps({"order": number}))
         submit(chromium, "form.tall button", "Give a key its answer")
         assert json.dumps({"order": number}) in chromium.text("pre")
-        submit(chromium, "button.danger", "1 key resolved")
+        submit(chromium, "#decide", "1 key resolved")
     chromium.go(f"{pages}/unknown?rule=stripe-events")
     wait_for(chromium, "h1", "Unknown")
     submit(chromium, "button[value=resolve-all]", f"Give {len(SAME)} keys their answer")
@@ -126,13 +126,13 @@ async def test_twenty_unknown_keys_get_their_end(chromium, keys, pages):
     changed = await keys.records.read(key(SAME[0]))
     assert changed is not None
     await keys.release_by_operator(changed.key, changed.token, keys.token(), changed.fence)
-    submit(chromium, "button.danger", f"{len(SAME) - 1} keys resolved")
+    submit(chromium, "#decide", f"{len(SAME) - 1} keys resolved")
     assert "1 changed meanwhile" in chromium.text("main")
     chromium.go(f"{pages}/unknown?text=refund")
     wait_for(chromium, "h1", "Unknown")
     chromium.click("#choose-all")
     submit(chromium, "button[value=release]", f"Release {len(NOT_EXECUTED)} keys")
-    submit(chromium, "button.danger", f"{len(NOT_EXECUTED)} keys released")
+    submit(chromium, "#decide", f"{len(NOT_EXECUTED)} keys released")
     for number in range(25):
         record = await keys.records.read(key(number))
         assert record is not None
@@ -198,7 +198,7 @@ def every_page(browser: Browser, url: str, record: str) -> Iterator[str]:
     browser.click("#key-1")
     submit(browser, "button[value=release]", "Release")
     yield "release"
-    submit(browser, "button.danger", "1 key released")
+    submit(browser, "#decide", "1 key released")
     yield "decided"
 
 
@@ -236,7 +236,7 @@ async def test_without_scripts(chromium, keys, pages):
         chromium.click("#key-1")
         chromium.click("button[value=release]")
         chromium.await_text("h1", "Release a key")
-        chromium.click("button.danger")
+        chromium.click("#decide")
         chromium.await_text("h1", "1 key released")
     finally:
         chromium.set_scripts(enabled=True)

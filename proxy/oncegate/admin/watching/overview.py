@@ -16,6 +16,8 @@ from oncegate.store.open_keys.places import OpenCount, OpenCounts
 from oncegate.store.record_view import OpenKind
 
 LOOK_S = 1.0
+# Looks take at most this share of the time, and are no further apart than that: counts of very many keys take longer.
+SHARE, LONGEST_S = 0.05, 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ class Overview:
     def __init__(self, parts: AdminParts) -> None:
         self._parts = parts
         self.history, self.store = History(), StoreView(lambda: parts.settings)
-        self._look, self._looked_at = Look(), float("-inf")
+        self._look, self._next_at = Look(), 0.0
         self._looking: asyncio.Task[None] | None = None
         # Whether the index has every open key. Once it has, it stays so.
         self._is_whole = False
@@ -78,10 +80,9 @@ class Overview:
         return self._look
 
     async def look(self) -> Look:
-        """Return a look that is at most LOOK_S old."""
+        """Return a look that is at most LOOK_S old, or older where the store needs long for one."""
         loop = asyncio.get_running_loop()
-        if self._looking is None and loop.time() - self._looked_at >= LOOK_S:
-            self._looked_at = loop.time()
+        if self._looking is None and loop.time() >= self._next_at:
             self._looking = loop.create_task(self._take())
         if self._looking is not None:
             # Others wait for it, too.
@@ -90,9 +91,11 @@ class Overview:
 
     def forget(self) -> None:
         """Let the next look be a new one: something was changed."""
-        self._looked_at = float("-inf")
+        self._next_at = 0.0
 
     async def _take(self) -> None:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         try:
             counts, error = self._look.open, ""
             self.store_questions += 1
@@ -106,6 +109,7 @@ class Overview:
             reasons, notices = await self._parts.not_ready_reasons(), await self._parts.notices()
             self._look = Look(counts, error, reasons, notices, self._is_whole or bool(error))
         finally:
+            self._next_at = began + min(LONGEST_S, max(LOOK_S, (loop.time() - began) / SHARE))
             self._looking = None
 
     async def _read(self) -> None:
