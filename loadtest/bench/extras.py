@@ -10,6 +10,7 @@ from typing import Any
 from loadtest.bench import contenders, scenarios
 from loadtest.bench.chunks import BYTES, chunks, live_streams
 from loadtest.bench.contenders import Running, Site, await_layout, await_ready, serving
+from loadtest.bench.index_rows import open_index
 from loadtest.bench.postgres import postgres
 from loadtest.bench.readers import Peak, read
 from loadtest.bench.redis import fill
@@ -139,6 +140,7 @@ EXTRAS: dict[str, Callable[[Site, bool], list[Figure]]] = {
     "chunks": chunks,
     "live-streams": live_streams,
     "redis-cpu": redis_cpu,
+    "open-index": open_index,
     "record": record,
     "workers": workers,
     "full-store": full_store,
