@@ -5,11 +5,16 @@ import json
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
-from oncegate.commands.keys_watch import Watch, watched
+from oncegate.commands.keys_watch import Watch, watch, watched
+from oncegate.operating.find_record import Finder, RecordName
+from oncegate.rules.model import Rules
+from oncegate.rules.resolution import default_rule
+from oncegate.settings.settings import Settings
 from oncegate.store.record_name import record_id
 from tests.e2e.test_operate import BAD, Desk
 from tests.parts import OK, Proxy, answering, ask, request
@@ -239,6 +244,27 @@ async def test_what_a_watch_prints(stored, capsys, is_json):
         await store.release(owner, PATIENCE_S)
         [gone] = await line(key(3))
         assert "gone" in gone
+
+
+async def test_a_watch_outlives_its_store(own_valkey, capsys):
+    """It says that the store does not answer, and goes on when it does."""
+    async with connected(own_valkey.url) as store:
+        settings = Settings(upstream="http://127.0.0.1:9000")
+        options = Namespace(json=True, interval=0.2, lasts_s=None)
+        finder = Finder(settings, store, Rules((), default_rule(settings)))
+        watching = asyncio.create_task(watch(finder, RecordName(), options))
+        said = ""
+        own_valkey.kill()
+        while "the store: " not in said:
+            await asyncio.sleep(0.1)
+            said += capsys.readouterr().err
+        own_valkey.start()
+        assert await store.wait_up(PATIENCE_S)
+        await claimed(store)
+        while record_id(KEY) not in said:
+            await asyncio.sleep(0.1)
+            said += capsys.readouterr().out
+        watching.cancel()
 
 
 async def test_watching_ends_when_it_is_interrupted(gate, desk, upstream, tmp_path):

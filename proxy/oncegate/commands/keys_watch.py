@@ -58,13 +58,13 @@ async def watch(finder: Finder, name: RecordName, options: argparse.Namespace) -
     clock, seen = asyncio.get_running_loop().time, Watch(finder.store, options.json)
     ends_s = clock() + (options.lasts_s or float("inf"))
     while True:
-        began_s = clock()
+        began_s, pause_s = clock(), options.interval
         try:
             await seen.see(await watched(finder.store, key))
+            # Where a look takes long, as without an index, the store has nine times as long to itself.
+            pause_s = max(pause_s, REST * (clock() - began_s))
         except StoreError as error:
             print(f"the store: {error}", file=sys.stderr)
-        # Where a look takes long, as without an index, the store has nine times as long to itself.
-        pause_s = max(options.interval, REST * (clock() - began_s))
         if clock() + pause_s > ends_s:
             break
         await asyncio.sleep(pause_s)
