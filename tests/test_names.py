@@ -28,7 +28,7 @@ OTHERWISE = {
     *("conf", "db", "env", "json", "log", "sock", "socket", "timer", "toml", "yaml", "yml"),
     *("com", "example", "internal", "local", "svc", "test"),
     # Of spans.
-    *("claim", "fence", "key_id", "outcome", "rule", "settle", "settlement", "wait"),
+    *("claim", "fence", "key_id", "outcome", "request_id", "rule", "settle", "settlement", "wait"),
 }
 
 

@@ -35,6 +35,7 @@ class Asked:
     client: str = "203.0.113.9"
     scheme: str = "http"
     host: str = "api.test:8080"
+    request_id: str = "req-7"
     trace_id: str = ""
     problem: None = None
 
@@ -256,6 +257,7 @@ async def test_an_execution_has_two_spans():
         "oncegate.key_id": "a2tra2tra2tra2tra2tra2tra2tra2tr",
         "oncegate.rule": "charges",
         "oncegate.fence": 12,
+        "oncegate.request_id": "req-7",
         "oncegate.settlement": "stored",
     }
     assert dict(client.attributes or {}) == {

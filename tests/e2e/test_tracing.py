@@ -124,6 +124,7 @@ async def test_an_execution(standing, behind, collector):
         "oncegate.rule": "charges",
         "oncegate.key_id": key_id,
         "oncegate.fence": int(fence),
+        "oncegate.request_id": behind.received[0].header("x-request-id")[0].decode(),
         "oncegate.settlement": "stored",
     }
     assert client.attributes == {

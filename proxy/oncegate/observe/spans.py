@@ -100,6 +100,8 @@ def _server_attributes(trace: Trace, report: RequestReport, path: str) -> Attrib
     if asked is not None:
         attributes |= _address(asked.host)
         attributes |= {"url.scheme": asked.scheme, "url.path": path, "client.address": asked.client}
+        if request_id := asked.request_id:
+            attributes["oncegate.request_id"] = request_id
     attributes["oncegate.outcome"] = outcome.label
     attributes["oncegate.key_id"] = url_safe_base64(report.key).decode()
     for step, seconds in trace.spent_s.items():
