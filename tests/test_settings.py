@@ -161,6 +161,7 @@ CASES: dict[str, tuple[object, str, object, str, str]] = {
     "drain_s": (25.0, "0", 0.0, "-1", "must be at least 0"),
     "log_level": ("info", "DEBUG", "debug", "loud", "must be 'debug', 'info', 'warning' or 'error'"),
     "log_format": ("json", "console", "console", "xml", "must be 'json' or 'console'"),
+    "access_log_path": (True, "no", False, "2", "must be true or false"),
     "access_log": ("notable", "off", "off", "some", "must be 'off', 'notable' or 'all'"),
     "trace_rate_per_s": (0.0, "50", 50.0, "-1", "must be at least 0"),
     "trace_ratio": (0.0, "0.01", 0.01, "1.5", "must be at most 1"),

@@ -144,13 +144,18 @@ class KeySources:
         return any(isinstance(kind, Receiver | Derived) for kind in self._kinds)
 
     @property
+    def all(self) -> list[Source]:
+        """The sources of all alternatives."""
+        return [source for sources in self.alternatives for source in sources]
+
+    @property
     def _kinds(self) -> list[SourceKind]:
-        return [source.kind for sources in self.alternatives for source in sources]
+        return [source.kind for source in self.all]
 
     @property
     def only_header(self) -> bytes | None:
         """The lower-case name of the header, where the key is one header alone."""
-        sources = [source for alternative in self.alternatives for source in alternative]
+        sources = self.all
         return sources[0].plain_header if len(sources) == 1 else None
 
     @property

@@ -138,11 +138,19 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """All rules in order, and the default for requests that none matches. `pages`: what people read, under any rule."""
+    """All rules in order, and the default for requests that none matches. `pages`: what people read, under any rule.
+
+    `with_key_in_path`: the names of those that take a key or a scope from the path, which may be private.
+    """
 
     rules: tuple[Rule, ...]
     default: Rule
     pages: ErrorPages = field(default_factory=ErrorPages)
+    with_key_in_path: frozenset[str] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        names = frozenset(rule.name for rule in self if rule.policy.reads_path)
+        object.__setattr__(self, "with_key_in_path", names)
 
     def __iter__(self) -> Iterator[Rule]:
         return iter((*self.rules, self.default))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from oncegate.adaptation.adaptation import NOTHING, Adaptation
 from oncegate.adaptation.heartbeats import Heartbeats
 from oncegate.decision import HOLD
-from oncegate.keys.sources import KeySources, Source
+from oncegate.keys.sources import KeySources, Segment, Source
 from oncegate.keys.tenants import TenantFields
 from oncegate.rules.prices import Prices
 from oncegate.rules.statuses import AMBIGUOUS_STATUSES, RELEASE_STATUSES, Statuses
@@ -79,6 +79,12 @@ class Policy:
     token_prices: Prices = ()
     # What `scope_headers`, `scope_sources` and `stable_schemes` come to for a request.
     tenant: TenantFields = field(init=False, repr=False, compare=False)
+
+    @property
+    def reads_path(self) -> bool:
+        """Whether a segment of the path is in the key or in the scope."""
+        sources = [*self.scope_sources, *(self.sources.all if self.sources is not None else ())]
+        return any(isinstance(source.kind, Segment) for source in sources)
 
     @property
     def ends_with_client(self) -> bool:

@@ -165,14 +165,20 @@ class Slot:
         else:
             self.restart_delay_s = min(2 * self.restart_delay_s, MAX_RESTART_DELAY_S)
 
-    async def not_ready_reasons(self) -> list[str]:
-        """Return why the worker in this slot should get no traffic now."""
+    @property
+    def reported_reasons(self) -> list[str]:
+        """The same as `not_ready_reasons`, as the worker's last report has it."""
         worker = self.worker
         if worker is None or not worker.is_serving or worker.exited.done():
             return [f"worker {self.number} does not serve"]
-        if not await worker.refresh():
-            return [f"worker {self.number} does not answer"]
         return [str(reason) for reason in worker.report["not_ready_reasons"]]
+
+    async def not_ready_reasons(self) -> list[str]:
+        """Return why the worker in this slot should get no traffic now."""
+        worker = self.worker
+        if worker is not None and worker.is_serving and not await worker.refresh():
+            return [f"worker {self.number} does not answer"]
+        return self.reported_reasons
 
     def close(self) -> None:
         """Close the supervisor's copies of the sockets; workers keep theirs."""

@@ -21,6 +21,7 @@ from oncegate.server.owners import Owners
 from oncegate.server.signals import ExitCode, StopEvents, stop_events
 from oncegate.server.slots import Slot, Worker
 from oncegate.server.systemd import Systemd
+from oncegate.service.readiness import ReadinessLog
 from oncegate.service.reload import Reload, TakeOver
 from oncegate.service.wiring import listener_tls
 from oncegate.settings.settings import Settings
@@ -67,7 +68,7 @@ class Supervisor:
                     return await self._explain_failed_start()
                 if self._is_serving:
                     await self._log_serving(str(admin.address))
-                    async with self._systemd.told():
+                    async with self._systemd.told(), ReadinessLog(self._reported_reasons, self._log).looking():
                         await stop.requested.wait()
             await self._stop(stop)
             return ExitCode.OK if self._all_drained else ExitCode.CUT_OFF
@@ -300,6 +301,10 @@ class Supervisor:
             return ["the proxy is starting or shutting down"]
         of_workers = await asyncio.gather(*(slot.not_ready_reasons() for slot in self._slots))
         return list(dict.fromkeys(reason for reasons in of_workers for reason in reasons))
+
+    def _reported_reasons(self) -> list[str] | None:
+        """Return the same as the workers' last reports have it; None while no new clients are to come anyway."""
+        return None if self._is_draining else [*{one: 0 for slot in self._slots for one in slot.reported_reasons}]
 
     async def _notices(self) -> list[str]:
         """Return what an operator should look at, from the workers' last reports."""

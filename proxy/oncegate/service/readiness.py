@@ -1,8 +1,10 @@
-"""Says in the log why a worker is not ready, and when it is ready again."""
+"""Says in the log why the proxy is not ready, and when it is ready again."""
 
 import asyncio
 import re
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 # A reason that goes within this time, as a reconnect does, is not worth a line.
@@ -13,13 +15,25 @@ _NUMBER = re.compile(r"\d+")
 class ReadinessLog:
     """Looks at the reasons again and again, and logs them when they change. `log` is a logger of structlog.
 
-    `reasons` returns None while nobody wants to know, as in a drain.
+    `reasons` returns None while nobody wants to know, as in a drain. Both lines are warnings: whoever reads that the
+    proxy is not ready wants to read that it is.
     """
 
     def __init__(self, reasons: Callable[[], Sequence[str] | None], log: Any) -> None:
         self._reasons, self._log = reasons, log
-        # Without their numbers, which count down.
+        # Those that were logged last, and without their numbers, which count down; since when there are any.
+        self._last: list[str] = []
         self._logged: list[str] = []
+        self._since_s = 0.0
+
+    @asynccontextmanager
+    async def looking(self) -> AsyncIterator[None]:
+        """Look until the end of the block."""
+        task = asyncio.create_task(self.run())
+        try:
+            yield
+        finally:
+            task.cancel()
 
     async def run(self) -> None:
         while True:
@@ -33,8 +47,10 @@ class ReadinessLog:
         now = [_NUMBER.sub("", reason) for reason in reasons]
         if now == self._logged:
             return
-        self._logged = now
         if reasons:
+            self._since_s = self._since_s if self._logged else time.monotonic()
             self._log.warning("not ready", reasons=list(reasons))
         else:
-            self._log.info("ready again")
+            seconds = round(time.monotonic() - self._since_s)
+            self._log.warning("ready again", reasons_before=self._last, after_s=seconds)
+        self._logged, self._last = now, list(reasons)

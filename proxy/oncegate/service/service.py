@@ -74,7 +74,7 @@ class Service:
         # The rules of which a request without a credential was reported.
         self._warned_of: set[str] = set()
         self.metrics = Metrics(__version__, *gauges(lambda: self._parts, lambda: self.reload, self.not_ready_reasons))
-        self._access = AccessLog(logger, settings.access_log, settings.log_format, self._loop)
+        self._access = AccessLog(logger, settings.access_log, settings.log_format, lambda rule: parts.logs_path(rule))
         reporting = Reporting(
             metrics=self.metrics,
             log=logger,
@@ -137,8 +137,9 @@ class Service:
             self.metrics.store_lost(loss)
         elif event is StoreEvent.IDENTITY_ACCEPTED:
             self.metrics.identity_accepted()
-        write = self._log.error if event.is_error else self._log.warning
-        write("store problem", kind=event.kind, detail=detail)
+        is_new = event is StoreEvent.FOUNDED and self._settings.store_url.get_secret_value() == "embedded"
+        level = "error" if event.is_error else "info" if is_new else "warning"
+        getattr(self._log, level)("store problem", kind=event.kind, detail=detail)
 
     def _report_broken_store(self) -> None:
         self.metrics.breaker_opened()
@@ -179,15 +180,16 @@ class Service:
         if self._tasks:
             return
         self.store.start()
-        keepers = (
+        keepers = [
             self.store.watch,
             self.store.probe,
             self._parts.leases.run,
             self._parts.waiters.run,
             self._parts.unknown_keys.run,
             self._listener.sweep,
-            ReadinessLog(lambda: None if self._leaving else self.not_ready_reasons(), self._log).run,
-        )
+        ]
+        if self._settings.workers == 1:  # else their supervisor says it once
+            keepers.append(ReadinessLog(lambda: None if self._leaving else self.not_ready_reasons(), self._log).run)
         self._tasks = [self._loop.create_task(self._keep(keeper)) for keeper in keepers]
 
     async def start(
@@ -315,4 +317,4 @@ class Service:
             await self._admin.close()
         await self._parts.close()
         await self.store.close()
-        self._access.flush()
+        self._access.close()

@@ -190,6 +190,10 @@ class Parts:
         """Return the routes of rules. Raises OSError for a certificate that cannot be used."""
         return Routes(rules, {rule.name: self._route(rule, rules) for rule in rules})
 
+    def logs_path(self, rule: str) -> bool:
+        """Return whether the access log has the paths of requests under a rule."""
+        return self._settings.access_log_path and rule not in self.rules.with_key_in_path
+
     def _admission(self, rules: Rules) -> Admission:
         hosts = [host.encode() for host in self._settings.hosts]
         return Admission(hosts, rules.default.policy.key_header, rules.acted_on)

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from oncegate.buffers.memory import MemoryBudget
 from oncegate.buffers.write_batcher import WriteBatcher
+from oncegate.hostnames.failures import failure_words
 from oncegate.known_heads.answers import KnownAnswers
 from oncegate.messages.fields import MAX_HEAD_BYTES
 from oncegate.upstream.arriving import ArrivingResponse
@@ -84,7 +85,8 @@ class Connection(ArrivingResponse, PoolEntry, asyncio.Protocol):
     def _body_failed(self, error: Exception) -> None:
         """End the exchange when the client's side broke: the upstream must not take a part of it for the whole."""
         stalled = isinstance(error, TimeoutError)
-        self.fail(UpstreamLost(f"the request's body broke off: {type(error).__name__}", timeout=stalled, body=True))
+        words = "it paused for too long" if stalled else str(error) or failure_words(error)
+        self.fail(UpstreamLost(f"the request's body broke off: {words}", timeout=stalled, body=True))
 
     # The end of its response ...
 
@@ -183,7 +185,7 @@ class Connection(ArrivingResponse, PoolEntry, asyncio.Protocol):
         self._request.transport_lost()
         if not self.is_discarded:
             self._pool.forget(self)
-            detail = f"the upstream's connection broke: {exc or 'closed'}"
+            detail = f"the upstream's connection broke: {failure_words(exc)}"
             self.fail(failure or UpstreamLost(detail, closed=True))
 
     def _take_remainder(self, transport: asyncio.Transport, exc: Exception | None) -> UpstreamLost | NotSent:
@@ -197,7 +199,7 @@ class Connection(ArrivingResponse, PoolEntry, asyncio.Protocol):
         # Nothing ever came on this connection.
         if not self.idle_since and self.is_unanswered and is_handshake_refused(transport, alert):
             return NotSent(f"the upstream refused the TLS handshake: {alert}")
-        detail = f"the upstream's connection broke: {alert or remainder.error or 'closed'}"
+        detail = f"the upstream's connection broke: {alert or failure_words(remainder.error)}"
         return UpstreamLost(detail, closed=not alert)
 
     # The end of the exchange, and of the connection ...

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from uvloop.loop import SSLProtocol  # type: ignore[attr-defined]
 
+from oncegate.hostnames.failures import failure_words
+
 _READ_BYTES = 262144
 # Alerts (RFC 8446, section 6.2) by which a server refuses a handshake or the client's certificate in it.
 _REFUSALS = frozenset(
@@ -75,7 +77,7 @@ def connect_failure(error: Exception) -> str:
         return f"certificate not accepted: {'it has another name' if is_other_name else error.verify_message}"
     if isinstance(error, ssl.SSLError):
         return alert_of(error) or (error.reason or "TLS failed").lower()
-    return type(error).__name__
+    return failure_words(error)
 
 
 def is_handshake_refused(transport: asyncio.Transport, alert: str) -> bool:

@@ -78,6 +78,11 @@ class OperationSettings(BaseModel):
         description="Share of the requests without a `traceparent` that are traced, from `0` to `1`. Of the others, "
         "oncegate traces those whose client does.",
     )
+    access_log_path: bool = Field(
+        True,
+        description="Whether the access log has the path of a request, without its query. It never has that of a rule "
+        "whose key or scope is in the path.",
+    )
     docs_url: OptionalUrl = Field(
         None,
         description="URL at which oncegate's folder `docs/` is served as Markdown files, such as "

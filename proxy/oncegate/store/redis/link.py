@@ -20,6 +20,7 @@ import hiredis
 from redis.asyncio.connection import AbstractConnection
 
 from oncegate.buffers.write_batcher import write_batcher
+from oncegate.hostnames.failures import failure_words
 from oncegate.store.redis.wire import SIZE, TAG_COUNT, TAGS, ErrorReply, ScriptCall, resp
 from oncegate.store.results import Unconfirmed
 from oncegate.store.store import Observers
@@ -126,7 +127,7 @@ class Link(asyncio.Protocol):
                 await self._connect()
             except Exception as error:
                 # Any error: if this task ended, the store would stay down for good.
-                self.down_reason = str(error) or type(error).__name__
+                self.down_reason = str(error) or failure_words(error)
                 # With jitter, so that all proxies do not come at once when the server is back.
                 await asyncio.sleep(random.uniform(0.5, 1) * pause_s)
                 pause_s = min(pause_s * 2, MAX_RECONNECT_PAUSE_S)
@@ -144,7 +145,7 @@ class Link(asyncio.Protocol):
                 await self._prepare(self, connection)
         except BaseException as error:
             await connection.disconnect(nowait=True)
-            self._drop(str(error) or type(error).__name__)
+            self._drop(str(error) or failure_words(error))
             raise
         if self._transport is None:
             raise ConnectionError(self.down_reason)

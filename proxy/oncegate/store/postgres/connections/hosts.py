@@ -9,6 +9,8 @@ from urllib.parse import unquote, urlsplit
 
 import asyncpg
 
+from oncegate.hostnames.failures import failure_words
+
 DEFAULT_PORT = 5432
 # How long connecting may take, TLS included.
 CONNECT_S = 5.0
@@ -126,7 +128,7 @@ def reason_of(error: BaseException) -> str:
         case asyncpg.PostgresError() if error.sqlstate in _NO_STATEMENT:
             return SHARED
         case _:
-            return text or type(error).__name__
+            return text or failure_words(error)
 
 
 async def within(connection: Connection, work: Coroutine[Any, Any, T], seconds: float) -> T:

@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import Callable
 
+from oncegate.hostnames.failures import failure_words
 from oncegate.store.postgres.connections.durability import Level
 from oncegate.store.postgres.connections.facts import Facts
 from oncegate.store.postgres.connections.hosts import Host, retrieve
@@ -69,7 +70,7 @@ class Scout:
                 await self._ask_on(self.session)
             except Exception as error:
                 # Any error: if this task ended, the store would stay down for good.
-                self._note(None, str(error) or type(error).__name__)
+                self._note(None, str(error) or failure_words(error))
             await self._wait(pause.next_s())
 
     async def _ask_on(self, session: Session) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
+from oncegate.hostnames.failures import failure_words
 from oncegate.store.postgres.connections.durability import Level
 from oncegate.store.postgres.connections.facts import Facts
 from oncegate.store.postgres.connections.hosts import Unreachable, hosts_of
@@ -106,7 +107,7 @@ class Connections:
                     pool.remove(session)
             except Exception as error:
                 # Any error: if this task ended, there would be a connection less for good.
-                pool.down_reason = str(error) or type(error).__name__
+                pool.down_reason = str(error) or failure_words(error)
             self.hurry()
             await asyncio.sleep(pause.next_s())
 

@@ -17,6 +17,7 @@ from zlib import crc32
 
 import asyncpg
 
+from oncegate.hostnames.failures import failure_words
 from oncegate.store.postgres.migrations.files import (
     create_schema,
     migrations,
@@ -79,7 +80,7 @@ async def connect(target: Target) -> "asyncpg.Connection[asyncpg.Record]":
             target_session_attrs="any" if target.any_server else "primary",
         )
     except (OSError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        raise MigrationError(f"cannot connect: {error or type(error).__name__}") from error
+        raise MigrationError(f"cannot connect: {error or failure_words(error)}") from error
     if await connection.fetchval("SELECT pg_backend_pid()") != connection.get_server_pid():
         await connection.close()
         raise MigrationError("a pooler is between here and the server, and loses the lock; connect to the server")
