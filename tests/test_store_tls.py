@@ -11,6 +11,7 @@ import pytest
 import trustme
 
 from oncegate.server.embedded_postgres import SUPERUSER
+from oncegate.settings.loading import load_settings
 from oncegate.store.store import LoginRefused, StoreLogin
 from tests.own_postgres import OwnPostgres
 from tests.parts import ask, request, until
@@ -100,6 +101,34 @@ async def test_a_cluster(server, client):
             await works(f"rediss+cluster://localhost:{relay.port}", server, client)
     finally:
         cluster.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "whole"),
+    [
+        ("postgresql://a@h/db", "postgresql://a@h/db?sslrootcert={ca}&sslmode=verify-full"),
+        ("postgresql://a@h/db?sslmode=verify-ca", "postgresql://a@h/db?sslmode=verify-ca&sslrootcert={ca}"),
+        (
+            "postgresql://a@h/db?sslrootcert={ca}&sslmode=verify-full",
+            "postgresql://a@h/db?sslrootcert={ca}&sslmode=verify-full",
+        ),
+    ],
+)
+def test_a_url_of_postgres_gets_the_authority(server, url, whole, monkeypatch, tmp_path):
+    """Also that of the owner, by which `oncegate migrate` connects."""
+    monkeypatch.chdir(tmp_path)
+    given = url.format(ca=server.ca)
+    for name, value in {
+        "UPSTREAM": "http://h",
+        "STORE_URL": given,
+        "MIGRATE_URL": given,
+        "STORE_CA_FILE": server.ca,
+    }.items():
+        monkeypatch.setenv(f"ONCEGATE_{name}", str(value))
+    settings = load_settings()
+    assert (
+        settings.store_url.get_secret_value() == settings.migrate_url.get_secret_value() == whole.format(ca=server.ca)
+    )
 
 
 @asynccontextmanager

@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,9 +15,11 @@ import pytest
 
 from loadtest.ports import free_port
 from loadtest.postgres_server import Server
+from oncegate.server.embedded_postgres import SUPERUSER
 from tests.parts import RawUpstream, ask, request, until
 from tests.postgres_database import migrated
 from tests.real.parts import INSTALLED
+from tests.test_store_tls import Side
 
 pytestmark = INSTALLED
 ROOT = Path(__file__).parents[2]
@@ -98,6 +102,55 @@ async def test_a_pool_of_sessions_works(server: Server, pooled: str, fork, upstr
     answers = [await ask(proxy.port, request()) for _ in range(2)]
     assert [answer.header("oncegate-status") for answer in answers] == [b"executed", b"replayed"]
     assert len(upstream.received) == 1
+
+
+@pytest.fixture
+def with_tls(tmp_path: Path) -> Iterator[tuple[Server, Side, Side]]:
+    """A server that lets a role in by its certificate, and both sides of TLS. The server of the wheel has no TLS."""
+    ours, theirs = Side(tmp_path, "client"), Side(tmp_path, "server")
+    server = Server(programs=debian_s())
+    server.create()
+    for path in (theirs.cert, theirs.key, ours.ca):
+        shutil.copy(path, server.data)
+        # It refuses a key that others can read, and one of somebody else.
+        (server.data / path.name).chmod(0o600)
+        shutil.chown(server.data / path.name, (server.data / "pg_hba.conf").owner())
+    (server.data / "pg_hba.conf").write_text(
+        f"local all all trust\nhost all {SUPERUSER} 127.0.0.1/32 trust\nhostssl all client 127.0.0.1/32 cert\n"
+    )
+    files = f"ssl = on\nssl_cert_file = '{theirs.cert.name}'\nssl_key_file = '{theirs.key.name}'\n"
+    with (server.data / "postgresql.conf").open("a") as config:
+        config.write(f"{files}ssl_ca_file = '{ours.ca.name}'\n")
+    server.start()
+    yield server, ours, theirs
+    server.close()
+
+
+async def test_a_role_logs_in_with_its_certificate(with_tls: tuple[Server, Side, Side], fork, upstream) -> None:
+    """The settings name the files, and the name in the certificate is the role. A renewed certificate: SIGHUP."""
+    server, ours, theirs = with_tls
+    server.sql("CREATE ROLE client LOGIN SUPERUSER")
+    await migrated(server.url, "oncegate")
+    url = f"postgresql://client@127.0.0.1:{server.port}/postgres"
+    files = {"STORE_CA_FILE": theirs.ca, "STORE_CERT_FILE": ours.cert, "STORE_KEY_FILE": ours.key}
+    proxy = await fork(upstream, url, **files)
+    await until(lambda: proxy.admin("/readyz")[0] == 200, 30)
+    assert (await ask(proxy.port, request(key="k1"))).header("oncegate-status") == b"executed"
+    encrypted = "SELECT bool_and(ssl) FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE usename = 'client'"
+    assert server.sql(encrypted) == "t"
+
+    ours.renew()
+    proxy.signal(signal.SIGHUP)
+    await until(lambda: proxy.events("reload refused, nothing changed"), 30)
+    assert "the store refuses its new credentials" in proxy.events("reload refused, nothing changed")[0]["reasons"][0]
+    (server.data / ours.ca.name).write_bytes(ours.ca.read_bytes())
+    server.sql("SELECT pg_reload_conf()")
+    async with asyncio.timeout(30):
+        # The server reads its files again when it likes.
+        while not proxy.events("store credentials replaced"):
+            proxy.signal(signal.SIGHUP)
+            await asyncio.sleep(0.5)
+    assert (await ask(proxy.port, request(key="k2"))).header("oncegate-status") == b"executed"
 
 
 async def test_the_version_is_another(server: Server) -> None:

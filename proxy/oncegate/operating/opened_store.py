@@ -17,7 +17,7 @@ TIMEOUT_MS = 5000
 
 
 def operator_store(settings: Settings, actor: str) -> Store:
-    """Return the store as an operator uses it, which connects once started. Raises OperatorError without its driver.
+    """Return the store as an operator uses it, which connects once started. Raises OperatorError if it cannot be.
 
     `actor`: who the audit trail says acted.
     """
@@ -34,7 +34,8 @@ def operator_store(settings: Settings, actor: str) -> Store:
     )
     try:
         return open_store(config)
-    except SettingsError as error:
+    # OSError: certificates that cannot be used.
+    except (SettingsError, OSError) as error:
         raise OperatorError(str(error)) from error
 
 

@@ -37,7 +37,11 @@ class StoreSettings(BaseModel):
             return given
         url = with_password(url, password) if isinstance(password, str) else url
         files = {part: given[name] for part, name in FILES.items() if isinstance(given.get(name), str)}
-        return {**given, "store_url": with_files(url, files) if is_postgres(url) else url}
+        whole = {**given, "store_url": with_files(url, files) if is_postgres(url) else url}
+        # The owner of the tables has another client certificate, if any.
+        if isinstance(owner := given.get("migrate_url"), str) and "sslrootcert" in files and is_postgres(owner):
+            whole["migrate_url"] = with_files(owner, {"sslrootcert": files["sslrootcert"]})
+        return whole
 
     store_url: Annotated[SecretStr, from_text(_store_url)] = Field(
         SecretStr("embedded"),
