@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from structlog import DropEvent
 
 from oncegate.messages.problems import Problem, problem
 from oncegate.observe import logs
@@ -200,3 +201,12 @@ def test_what_is_in_order_is_no_warning(outcome):
     assert [line["event"] for line in log.lines] == list(filter(None, [EVENTS.get(outcome.label)]))
     troubles(RequestReport(Outcome.UNGUARDED, 200, "POST", unguarded=Unguarded.STORE))
     assert "store failed" in [line["event"] for line in log.lines]
+
+
+def test_an_audit_line_is_written_at_every_level():
+    """Who decided what about a key is no matter of the level; any other warning is."""
+    threshold = logs.Threshold()
+    threshold.least = logs.LEVELS["error"]
+    assert threshold(None, "warning", {"event": logs.AUDIT, "user": "ana"})["user"] == "ana"
+    with pytest.raises(DropEvent):
+        threshold(None, "warning", {"event": "store problem"})

@@ -71,6 +71,8 @@ async def seed(store: Store, probe: RedisProbe) -> None:
     for server in store.records.servers:
         await server.index.begin()
         await server.index.note_complete()
+        # Their times were changed above.
+        await server.index.sweep()
 
 
 async def requests(metrics: Metrics) -> None:

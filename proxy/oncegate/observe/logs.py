@@ -32,14 +32,17 @@ LEVELS = {name: getattr(logging, name.upper()) for name in ("debug", "info", "wa
 LEVELS["exception"] = logging.ERROR
 
 
+AUDIT = "audit"
+
+
 class Threshold:
-    """Drops what is below the least level, which may change."""
+    """Drops what is below the least level, which may change. Who decided what about a key is always written."""
 
     def __init__(self) -> None:
         self.least = logging.INFO
 
     def __call__(self, _logger: Any, method: str, event: EventDict) -> EventDict:
-        if LEVELS[method] < self.least:
+        if LEVELS[method] < self.least and event["event"] != AUDIT:
             raise structlog.DropEvent
         return event
 

@@ -15,6 +15,7 @@ from oncegate.admin.pages.signing import read_seen as read_seen_text
 from oncegate.admin.parts import AdminParts
 from oncegate.admin.roles import Role, Route, Visitor
 from oncegate.admin.watching.overview import Overview
+from oncegate.observe.logs import AUDIT
 from oncegate.operating.decisions import RELEASE, RESOLVE, Decision, Desk, Operator, warning
 from oncegate.operating.errors import OperatorError, usage_error
 from oncegate.operating.opened_store import opened_store
@@ -180,7 +181,7 @@ class Deciding:
         outcome = result if result == "unconfirmed" else "changed"
         seen_facts = {"outcome": outcome, "key_id": record_id(seen.key), "owner_token": seen.token.hex()}
         facts = result.facts if isinstance(result, Decision) else {**seen_facts, "reason": result}
-        self._parts.log.warning("audit", action=action, **facts, user=operator.user, host=operator.host)
+        self._parts.log.warning(AUDIT, action=action, **facts, user=operator.user, host=operator.host)
 
 
 # The response that somebody writes ...

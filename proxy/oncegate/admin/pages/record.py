@@ -12,6 +12,7 @@ from oncegate.admin.pages.rows import row_of, rule_names
 from oncegate.admin.parts import AdminParts
 from oncegate.admin.roles import Role, Route, Visitor
 from oncegate.admin.watching.overview import Overview
+from oncegate.observe.logs import AUDIT
 from oncegate.operating.errors import OperatorError
 from oncegate.operating.find_record import Finder, RecordName
 from oncegate.operating.pasted import Pasted, read_pasted
@@ -207,7 +208,7 @@ class KeyPages:
         except OperatorError as failed:
             return web.Response(text=f"{failed}\n", status=503)
         name = record_id(record.key)
-        self._parts.log.warning("audit", action="read_body", key_id=name, user=visitor.name, host=HOST)
+        self._parts.log.warning(AUDIT, action="read_body", key_id=name, user=visitor.name, host=HOST)
         disposition = {"Content-Disposition": f'attachment; filename="{name}.bin"'}
         return web.Response(body=body, content_type="application/octet-stream", headers=disposition)
 

@@ -32,6 +32,8 @@ class Streams:
         """Send what changes for STREAM_S, or until the watcher leaves."""
         if self.count >= MOST_STREAMS or self._ended.is_set():
             return web.Response(text="too many watch already\n", status=503, headers={"Retry-After": "10"})
+        if request.method == "HEAD":
+            return web.Response(content_type="text/event-stream")
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         self.count += 1
         try:
