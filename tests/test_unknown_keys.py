@@ -8,12 +8,13 @@ import pytest
 from oncegate.decision import State
 from oncegate.keys.digests import Scope
 from oncegate.store import unknown_keys
+from oncegate.store.open_keys.listing import open_keys
 from oncegate.store.record import Claim, ClaimRequest, StoredResponse
 from oncegate.store.record_name import record_id
 from oncegate.store.store import Store
 from oncegate.store.unknown_keys import WARN_MS, UnknownKeys
 from tests.probes import SCAN_KEY
-from tests.stores import connected
+from tests.stores import TEST_LAYOUT, connected
 from tests.topologies import Server, free_ports, wait_for
 
 RETENTION_MS, UNKNOWN_RETENTION_MS = 86_400_000, 90 * 86_400_000
@@ -148,3 +149,24 @@ async def test_a_user_who_may_not_look_is_reported_once(server):
     ((event, fields),) = looks.warnings
     assert event == "cannot scan for unknown keys"
     assert "scan" in str(fields["reason"])
+
+
+@pytest.mark.parametrize("layout", ["hash", "packed"])
+async def test_a_user_who_may_not_write_the_index(server, monkeypatch, layout):
+    """A user made for an older version claims all the same. Open keys are found by a scan, until it has the right."""
+    monkeypatch.setenv(TEST_LAYOUT, layout)
+    async with connected(f"redis://127.0.0.1:{server.port}") as store:
+        with server.client() as client:
+            client.execute_command("ACL", "SETUSER", "default", "-@sortedset")
+            looks = Looks(store)
+            held = await claimed(store, 1)
+            await store.mark_unknown(held, "cut off", 2)
+            await looks.keys.look()
+            await looks.keys.recount()
+            assert [event for event, _ in looks.warnings] == ["open keys are not counted"]
+            assert [record.key for record in (await open_keys(store.records, 10)).records] == [held.key]
+            client.execute_command("ACL", "SETUSER", "default", "+@sortedset")
+            client.delete("once:indexing", "once:counts")
+            await looks.keys.look()
+            await looks.keys.recount()
+            assert (looks.keys.count, len(looks.warnings)) == (1, 1)

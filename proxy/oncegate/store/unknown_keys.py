@@ -25,7 +25,6 @@ COUNT_MS = int(COUNT_S * 900)
 PERIOD_S, START_S, BUILD_S = 3600.0, 10.0, 60.0
 # How long a look keeps other replicas from another one. Less than the period, so that each period has one.
 SHARED_MS = int(PERIOD_S * 900)
-BUILD_MS = 600_000
 COUNT, SCAN, BUILD = b"counts", b"scan", b"indexing"
 # Between two pages of keys: a scan of a million records takes up to two minutes.
 PAGE, PAGE_PAUSE_S = 500, 0.05
@@ -110,14 +109,13 @@ class UnknownKeys:
     # What is undecided ...
 
     async def look(self) -> bool:
-        """Look at each server where no other replica did so within the hour. Return whether all have their index."""
+        """Look at each server where no other replica did so within the hour. Return whether an hour may pass now."""
         servers, are_complete = self._store.records.servers, True
         self._expiring = {server.name: self._expiring.get(server.name, 0) for server in servers}
         for server in servers:
             try:
                 is_complete = await server.index.is_complete()
-                work, lasts_ms = (SCAN, SHARED_MS) if is_complete else (BUILD, BUILD_MS)
-                noted = await server.reserve(work, lasts_ms)
+                noted = await server.reserve(SCAN if is_complete else BUILD, SHARED_MS)
                 if noted is None:
                     expiring = self._expiring[server.name] = await self._look_at(server, is_complete)
                     if not is_complete:
@@ -126,7 +124,8 @@ class UnknownKeys:
                     await server.note(SCAN, b"%d" % expiring)
                 elif noted:
                     self._expiring[server.name] = int(noted)
-                are_complete = are_complete and is_complete
+                # Else another replica gives open keys their entries now.
+                are_complete = are_complete and (is_complete or noted is None)
             except StoreError as error:
                 self._warn_once("cannot scan for unknown keys", server, str(error))
         return are_complete

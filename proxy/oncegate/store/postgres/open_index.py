@@ -11,21 +11,22 @@ from oncegate.store.record_view import RecordView
 # Four kinds of open keys: no question has more ranges of scores. This one has no scores.
 _RANGES, _NONE = 4, (1, 0)
 _WITHIN = " OR ".join(f"score BETWEEN ${2 * at + 1} AND ${2 * at + 2}" for at in range(_RANGES))
-_COUNT = (
-    "SELECT "
-    + ", ".join(
-        f"count(*) FILTER (WHERE score BETWEEN ${2 * at + 1} AND ${2 * at + 2}) AS keys_{at},"
-        f" min(score) FILTER (WHERE score BETWEEN ${2 * at + 1} AND ${2 * at + 2}) AS least_{at}"
-        for at in range(_RANGES)
-    )
-    + " FROM open_key"
-)
-# The id of a record: see store/record_name.py.
+_KIND = " ".join(f"WHEN score BETWEEN ${2 * at + 1} AND ${2 * at + 2} THEN {at}" for at in range(_RANGES))
+_COUNT = f"""
+SELECT n, count(*) AS keys, min(score) AS least FROM (SELECT score, CASE {_KIND} END AS n FROM open_key) o
+WHERE n IS NOT NULL GROUP BY n
+"""
+# The id of a record: see store/record_name.py. It is worked out for few of many keys: it takes longer than their sort.
 _ID = "translate(encode(key, 'base64'), '+/', '-_') COLLATE \"C\""
+_SINCE, _AFTER, _LIMIT = (f"${2 * _RANGES + at}" for at in (1, 2, 3))
+_BEHIND = f"(since > {_SINCE} OR since = {_SINCE} AND {_ID} > {_AFTER})"
 _FIRST = f"""
-SELECT key, score FROM (
-    SELECT key, score, (score % {BAND_MS} + {BAND_MS}) % {BAND_MS} AS since, {_ID} AS id FROM open_key WHERE {_WITHIN}
-) o WHERE (since, id) > (${2 * _RANGES + 1}, ${2 * _RANGES + 2}) ORDER BY since, id LIMIT ${2 * _RANGES + 3}
+WITH o AS NOT MATERIALIZED (
+    SELECT key, score, (score % {BAND_MS} + {BAND_MS}) % {BAND_MS} AS since FROM open_key WHERE {_WITHIN}
+)
+SELECT key, score FROM o WHERE {_BEHIND} AND since <= coalesce(
+    (SELECT since FROM o WHERE {_BEHIND} ORDER BY since OFFSET {_LIMIT} LIMIT 1), {BAND_MS}
+) ORDER BY since, {_ID} LIMIT {_LIMIT}
 """
 # It waits for no settle that is about to change an entry, and so no settle waits for it in turn. A null removes.
 _CHANGE = """
@@ -73,8 +74,8 @@ class PostgresEntries:
         return [Entry(row["score"], row["key"]) for row in rows]
 
     async def count(self, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int | None]]:
-        (row,) = await self._fetch(_COUNT, *_bounds(ranges))
-        return [(row[f"keys_{at}"], row[f"least_{at}"]) for at in range(len(ranges))]
+        found = {row["n"]: (row["keys"], row["least"]) for row in await self._fetch(_COUNT, *_bounds(ranges))}
+        return [found.get(at, (0, None)) for at in range(len(ranges))]
 
     async def records(self, entries: Iterable[Entry]) -> Records:
         keys = list({entry.key for entry in entries})

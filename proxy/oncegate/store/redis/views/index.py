@@ -50,7 +50,11 @@ class RedisEntries:
         # A write that changes nothing: a user made for an older version may lack the right.
         writes = [ask(node, "ZADD", name, "XX", "0", "-") for name in self._names[:1]]
         found, *replies = await asyncio.gather(ask(node, "GET", COMPLETE + node.tag), *writes)
-        return checked(found) == b"" and not any(is_error(reply, "NOPERM") for reply in replies)
+        may_write = not any(is_error(reply, "NOPERM") for reply in replies)
+        if not may_write and checked(found) == b"":
+            # What was claimed since has no entry.
+            checked(await ask(node, "SET", COMPLETE + node.tag, _BEGUN))
+        return may_write and checked(found) == b""
 
     async def begin(self) -> None:
         checked(await ask(self._node, "SET", COMPLETE + self._node.tag, _BEGUN, "NX"))
@@ -110,7 +114,10 @@ class RedisEntries:
             name, member = entry_of(store_key(record.key), record.token, is_sharded=is_sharded)
             node, score = self._servers.node_of(name), score_of_record(record)
             if node is not None and score is not None:
-                checked(await ask(node, "ZADD", name, "NX", score, member))
+                reply = await ask(node, "ZADD", name, "NX", score, member)
+                # A user without the right: `is_complete` says so, also after `note_complete`.
+                if not is_error(reply, "NOPERM"):
+                    checked(reply)
 
 
 def read_entries(name: bytes, reply: list[bytes]) -> list[Entry]:
