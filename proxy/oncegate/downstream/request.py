@@ -109,28 +109,36 @@ class Request:
     @property
     def id(self) -> bytes:
         """Its id, as the client named it or as it was made; empty where requests have none."""
-        if self._id is None:
-            ids = self.connection.request_ids
-            self._id = ids.given(self.field(ids.name)) if ids.name else b""
-        return self._id
+        found = self._id
+        if found is None:
+            ids, known = self.connection.request_ids, self.known
+            if self.head is None and known is not None:
+                # As in `field`, without its call: every request comes here.
+                found = ids.given(known.value(ids.name, self.values))
+            else:
+                found = ids.given(self.field(ids.name)) if ids.name else b""
+            self._id = found
+        return found
 
     @property
     def id_line(self) -> bytes:
         """The line that says its id, to the API and to the client; empty where requests have none."""
-        if self._id_line is None:
-            self._id_line = self.connection.request_ids.line(self.id)
-        return self._id_line
+        line = self._id_line
+        if line is None:
+            line = self._id_line = self.connection.request_ids.line(self.id)
+        return line
 
     def replay_ids(self, stored_block: bytes, original_id: bytes) -> bytes:
         """Return the fields that a replay has of ids: this request's under our name, the original's under the usual.
 
         `stored_block`: the API's fields, among which its own word for the id counts. `original_id` may be empty.
         """
-        if not self.id:
+        own_id, ids = self.id, self.connection.request_ids
+        if not own_id:
             return b""
-        ids = self.connection.request_ids
-        own = b"Oncegate-Request-Id: %b\r\n" % self.id
-        return own if ids.is_in(stored_block) else own + ids.line(original_id)
+        if not original_id or ids.is_in(stored_block):
+            return b"Oncegate-Request-Id: %b\r\n" % own_id
+        return b"Oncegate-Request-Id: %b\r\n%b%b\r\n" % (own_id, ids.label, original_id)
 
     # What its report says of it ...
 

@@ -76,10 +76,22 @@ def _pack_names(rule: str, upstream: str) -> bytes:
 
 def kept_of(fields: Mapping[int, bytes]) -> Kept:
     """Return what is kept in these numbered fields. What cannot stand in a header or in a traceparent is left out."""
-    note, rule, upstream = [fields.get(number, b"").decode("utf-8", "replace") for number in (_NOTE, _RULE, _UPSTREAM)]
-    trace, request_id = fields.get(_TRACE, b""), fields.get(_REQUEST_ID, b"")
-    is_plain = request_id.isascii() and request_id.decode().isprintable()
-    return Kept(note, trace if len(trace) == TRACE_BYTES else b"", request_id if is_plain else b"", rule, upstream)
+    find = fields.get
+    trace, request_id, note = find(_TRACE, b""), find(_REQUEST_ID, b""), find(_NOTE, b"")
+    if not (request_id.isascii() and request_id.decode().isprintable()):
+        request_id = b""
+    rule, upstream = _unpack_names(find(_RULE, b""), find(_UPSTREAM, b""))
+    return Kept(_text(note) if note else "", trace if len(trace) == TRACE_BYTES else b"", request_id, rule, upstream)
+
+
+def _text(value: bytes) -> str:
+    return value.decode("utf-8", "replace")
+
+
+# Records have the names of a few routes.
+@lru_cache(1024)
+def _unpack_names(rule: bytes, upstream: bytes) -> tuple[str, str]:
+    return _text(rule), _text(upstream)
 
 
 def unpack_kept(packed: bytes | None) -> Kept:
