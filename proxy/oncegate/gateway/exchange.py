@@ -11,7 +11,7 @@ import time
 from oncegate.adaptation.heartbeats import takes_comments
 from oncegate.decision import RETRY, Disposition, Ending, Settlement, ending, must_reclaim
 from oncegate.downstream.request import Request
-from oncegate.gateway.answers import Refuse, cancelled, key_field, not_confirmed, not_sent
+from oncegate.gateway.answers import Refuse, cancelled, not_confirmed, not_sent
 from oncegate.gateway.keyed_request import KeyedRequest
 from oncegate.gateway.relay import pass_interims
 from oncegate.gateway.response_reading import TELLING_S, ResponseReading, check_idle_timeout
@@ -67,8 +67,7 @@ class Exchange:
         self._deps, self._policy = keyed.route.deps, keyed.route.policy
         self._scope, self._body = keyed.claim_request.scope, keyed.body
         self._held, self._request, self._client, self._response = held, head, client, client.response
-        self._key_id = key_id = keyed.key_id
-        self._key_field = key_field(key_id)
+        self._key_id, self._key_field = keyed.key_id, keyed.key_field
         caller = keyed.caller
         self.progress = Progress(self._deps, held, b"" if caller is None else caller.id, keyed.trace)
 
