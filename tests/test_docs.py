@@ -18,7 +18,10 @@ from oncegate.messages.fields import HOP_BY_HOP
 from oncegate.messages.problems import PROBLEM_KINDS, REFUSALS, problem
 from oncegate.messages.request_head import ACTED_ON, FORWARDING
 from oncegate.messages.response_head import NOT_REPLAYED
-from oncegate.observe.logs import FIELDS
+from oncegate.observe.labels import Unguarded
+from oncegate.observe.logs import DETAILS, FIELDS
+from oncegate.observe.outcome import Outcome
+from oncegate.observe.troubles import EVENTS, UNKNOWN
 from oncegate.rules.fields import RULE, UPSTREAM
 from oncegate.rules.loading import load_rules
 from oncegate.rules.presets import PRESETS
@@ -270,7 +273,7 @@ def test_every_value_of_a_label_is_explained():
 def test_every_field_of_the_log_and_the_record_is_explained():
     """Each has its row."""
     logs, record = text_of("docs/reference/logs.md"), text_of("docs/reference/record.md")
-    assert [name for name in FIELDS if f"| `{name}` |" not in logs] == []
+    assert [name for name in (*FIELDS, *DETAILS) if f"| `{name}` |" not in logs] == []
     assert [name for name in RECORD_FIELDS if f"`{name}`" not in record] == []
 
 
@@ -292,6 +295,18 @@ def test_every_event_is_explained():
     sources = "\n".join(path.read_text() for path in (ROOT / "proxy/oncegate").rglob("*.py"))
     composed = {"claim lost", "claim fenced"}
     assert [row for row in rows - composed if f'"{row}"' not in sources] == []
+
+
+def test_the_words_of_answers_logs_and_metrics_are_the_same():
+    """A problem's slug is an outcome, a reason that is a problem has its code, and each warning is of an outcome."""
+    outcomes = {outcome.label for outcome in Outcome}
+    codes = {slug.replace("-", "_") for slug in PROBLEM_KINDS}
+    assert codes <= outcomes
+    metrics, logs = text_of("docs/reference/metrics.md"), text_of("docs/reference/logs.md")
+    assert [label for label in outcomes if f"`{label}`" not in metrics] == []
+    assert EVENTS.keys() <= outcomes
+    assert [event for event in {*EVENTS.values(), UNKNOWN} - {""} if f"| `{event}` | warning |" not in logs] == []
+    assert {one.label for one in Unguarded} - codes <= {"no_duplicate"}
 
 
 # Names, words and sentences ...

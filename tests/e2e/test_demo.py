@@ -21,5 +21,6 @@ def test_the_demo_keeps_its_word(store: str) -> None:
         assert run.returncode == 0, run.stdout.decode() + run.stderr.decode()
         assert run.stdout.count(b"ok ") == 5
         assert b"Every job was done, and none of them twice." in run.stdout
+        assert b'"level": "warning"' not in run.stdout + run.stderr
         assert list(Path(folder).iterdir()) == []
         assert (b"oncegate migrate" in run.stdout) == (store == "postgres")
