@@ -81,11 +81,14 @@ def _inherited(environment: MutableMapping[str, str]) -> list[tuple[str, socket.
     pid, count, names = (environment.pop(f"LISTEN_{name}", "") for name in ("PID", "FDS", "FDNAMES"))
     if pid != str(os.getpid()) or not count.isdecimal():
         return []
-    sockets = [socket.socket(fileno=FIRST_DESCRIPTOR + number) for number in range(int(count))]
-    for one in sockets:
-        one.set_inheritable(False)
-        _require_listening(one)
-    return list(zip(_roles(names.split(":"), len(sockets)), sockets, strict=True))
+    with contextlib.ExitStack() as undo:
+        sockets = [undo.enter_context(socket.socket(fileno=FIRST_DESCRIPTOR + number)) for number in range(int(count))]
+        for one in sockets:
+            one.set_inheritable(False)
+            _require_listening(one)
+        roles = _roles(names.split(":"), len(sockets))
+        undo.pop_all()
+    return list(zip(roles, sockets, strict=True))
 
 
 def _require_listening(inherited: socket.socket) -> None:
