@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.parts import tracked
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     [*(ROOT / "docs/explain").glob("*.md"), *(ROOT / "docs/decisions").glob("*.md"), ROOT / "docs/compare.md"]
@@ -22,3 +24,9 @@ def test_paths_that_are_named_exist(page):
     assert [
         path for path in sorted(named) if not any((root / path).exists() for root in (ROOT, ROOT / "proxy/oncegate"))
     ] == []
+
+
+def test_no_file_has_the_marks_of_a_conflict():
+    """Two changes of one place were brought together by hand, whatever the kind of file."""
+    marks = re.compile(rb"^(?:<{7}|>{7}) ", re.MULTILINE)
+    assert [name for name in tracked() if marks.search((ROOT / name).read_bytes())] == []
