@@ -374,6 +374,8 @@ async def test_each_master_has_to_sync(cluster):
             refused = next(one for one in map(key, range(1000)) if cluster.master_of(store_key(one)) is unsafe)
             assert isinstance(found := await claim(store, refused), NotAttempted)
             assert "everysec" in found.reason
+            # A claim that was refused is no open key.
+            await until(lambda: unsafe.ask("KEYS", "once:open{*") == [])
             unsafe.ask("CONFIG", "SET", "appendfsync", "always")
             await until(lambda: "appendfsync" not in (store.not_ready_reason() or ""))
     finally:

@@ -16,7 +16,7 @@ from oncegate.store.record_view import OpenKind, RecordView
 # Entries that a server looks through before it serves others.
 PAGE = 500
 # In a cluster a claim may come so long after its entry, whose lease is counted from before.
-LATE_CLAIM_MS = 60_000
+LATE_CLAIM_MS = 10_000
 
 
 _SWEPT = (OpenKind.UNKNOWN, OpenKind.WAIVED, OpenKind.LAPSED)

@@ -45,9 +45,8 @@ class IndexedCluster(Cluster):
         # Also without an entry: it may find a record, and a full server still tells what it has.
         reply = await super().claim(call, head, tail, left_s)
         if not is_claimed(reply):
-            # A try before this one may have taken the key, if this one came late.
-            if isinstance(reply, list) and reply[0] != b"late":
-                self._write("ZREM", name, member, deadline=call.deadline)
+            if _takes_nothing(reply):
+                self._write("ZREM", name, member, deadline=self._soon())
             return reply
         # The entry was answered before the claim, unless that went to another server in the end.
         entered = entered or (pipelined is not None and _is_kept(await pipelined)) or await self._enter(call, enter)
@@ -94,6 +93,13 @@ class IndexedCluster(Cluster):
 
         _, reply = await self._call(replace(call, key=words[1]), issue)
         return _is_kept(reply)
+
+
+def _takes_nothing(reply: object) -> bool:
+    """Return whether a claim with this reply has not taken its key, and no try of it that came late."""
+    if isinstance(reply, list):
+        return bool(reply[0] != b"late")
+    return isinstance(reply, Unconfirmed) and not reply.maybe_executed
 
 
 def _is_kept(reply: object) -> bool:
