@@ -238,6 +238,26 @@ async def test_an_owner_of_a_released_key_that_nobody_took(fork, upstream, store
     assert stored.states() == [b"released"]
 
 
+async def test_an_owner_that_knows_it_was_fenced_sends_nothing(fork, upstream, stored, tmp_path):
+    """It waits for a connection while its key is released, and executed by another: it must not be sent as well."""
+    desk, busy = Desk(stored.url, tmp_path), Tap()
+    upstream.script = busy.script
+    owner = await fork(upstream, stored.url, LEASE_MS=3000, MAX_UPSTREAM_CONNECTIONS=1)
+    other = await fork(upstream, stored.url, LEASE_MS=3000)
+    first = asyncio.ensure_future(ask(owner.port, request(key="another")))
+    await until(lambda: upstream.received)
+    original = asyncio.ensure_future(ask(owner.port, request(key=CANARY)))
+    await until(lambda: len(stored.records()) == 2)
+    await desk("release", CANARY, "--yes")
+    upstream.script = answering(OK)
+    assert (await ask(other.port, request(key=CANARY))).header("oncegate-status") == b"executed"
+    await until(lambda: owner.events("claim fenced"))
+    busy.end(OK)
+    assert (await first).status == 200
+    assert (await original).header("oncegate-status") == b"replayed"
+    assert len(upstream.received) == 2
+
+
 @pytest.mark.fault(47)
 async def test_an_answer_under_way_is_broken_off(fork, upstream, stored, tmp_path):
     """If the operator resolves while the owner streams, its client sees no clean end, and retries get the decision."""

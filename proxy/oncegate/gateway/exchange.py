@@ -9,7 +9,7 @@ import random
 import time
 
 from oncegate.adaptation.heartbeats import takes_comments
-from oncegate.decision import RETRY, Disposition, Ending, Settlement, ending, must_reclaim
+from oncegate.decision import RETRY, Disposition, Ending, Settlement, ending
 from oncegate.downstream.request import Request
 from oncegate.gateway.answers import Refuse, cancelled, not_confirmed, not_sent
 from oncegate.gateway.keyed_request import KeyedRequest
@@ -30,7 +30,7 @@ from oncegate.messages.request_head import with_execution
 from oncegate.messages.response_head import ResponseHead
 from oncegate.observe.outcome import BY_LABEL, Outcome
 from oncegate.store import stages
-from oncegate.store.leases import LeasedClaim, suspended_clock_s
+from oncegate.store.leases import LeasedClaim
 from oncegate.store.results import SettleResult, SettleStatus
 from oncegate.upstream.connection import Connection
 from oncegate.upstream.errors import NotSent, UpstreamLost
@@ -124,7 +124,7 @@ class Exchange:
 
     async def _forward(self) -> Ending:
         deps, progress = self._deps, self.progress
-        is_certain = not must_reclaim(suspended_clock_s() - self._held.confirmed_s, self._policy.lease_ms)
+        is_certain = self._held.is_certain()
         connection = (deps.pool.ready(deps.reuse_idle_s) if is_certain else None) or await self._connect()
         if connection is None:
             return Ending.NOT_SENT
@@ -197,7 +197,7 @@ class Exchange:
                 deps.pool.release(connection)
                 self._not_sent = cancelled(sent=False)
                 return None
-            if not must_reclaim(self._held.age_s(), self._policy.lease_ms):
+            if self._held.is_certain():
                 return connection
             deps.pool.release(connection)
             if not await deps.leases.reclaim(self._held, self._scope):

@@ -46,6 +46,10 @@ class LeasedClaim:
         """Return the seconds since the claim was last confirmed."""
         return suspended_clock_s() - self.confirmed_s
 
+    def is_certain(self) -> bool:
+        """Return whether the claim need not be made again before the first byte is sent."""
+        return not (self.fenced or self.lost or must_reclaim(self.age_s(), self.claim.lease_ms))
+
 
 class OnClaimEvent(Protocol):
     """Called when a claim was lost or fenced."""
@@ -112,7 +116,7 @@ class Leases:
         # With another fence the record had vanished, so another request may have executed the key meanwhile.
         if claimed.fence != held.claim.fence:
             self.report(ClaimEvent.LOST, held)
-        held.claim, held.confirmed_s = claimed, asked_s
+        held.claim, held.confirmed_s, held.fenced, held.lost = claimed, asked_s, False, False
         return True
 
     async def while_ours(self, held: LeasedClaim, scope: Scope, blocks: Iterable[bytes]) -> AsyncIterator[bytes]:
@@ -124,10 +128,10 @@ class Leases:
         asked_s, claim = 0.0, held.claim
         for block in blocks:
             age_s = min(held.age_s(), suspended_clock_s() - asked_s)
-            if must_reclaim(age_s, claim.lease_ms):
+            if held.fenced or held.lost or must_reclaim(age_s, claim.lease_ms):
                 asked_s = suspended_clock_s()
                 is_ours = await self.reclaim(held, scope)
-                if not is_ours and (held.fenced or held.age_s() * 1000 >= claim.retention_ms):
+                if not is_ours and (held.fenced or held.lost or held.age_s() * 1000 >= claim.retention_ms):
                     raise ConnectionError("the key is not ours any more")
             yield block
 
