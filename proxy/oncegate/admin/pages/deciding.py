@@ -137,7 +137,7 @@ class Deciding:
                 raise usage_error(UNKNOWN_ACTION)
         except OperatorError as failed:
             return self._page(visitor, Draft(RELEASE, ()), status=400, error=str(failed))
-        decided = await self._carry_out(draft, given, Operator(visitor.name, HOST))
+        decided = await self.carry_out(draft, given, Operator(visitor.name, HOST))
         # The count of keys to decide is another one.
         self._overview.forget()
         await self._overview.look()
@@ -153,7 +153,8 @@ class Deciding:
             untried=decided.untried,
         )
 
-    async def _carry_out(self, draft: Draft, given: OperatorResponse | None, operator: Operator) -> Decided:
+    async def carry_out(self, draft: Draft, given: OperatorResponse | None, operator: Operator) -> Decided:
+        """Decide about the keys of a draft, one after the other; what becomes of each is in the log."""
         decided, left = Decided([], []), list(draft.seen)
         try:
             # A store of its own: the audit trail in PostgreSQL names who opened it.

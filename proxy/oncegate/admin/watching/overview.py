@@ -71,6 +71,7 @@ class Overview:
         self._is_whole = False
         # What tokens cost under each rule that says so.
         self.prices: dict[str, Prices] = {}
+        self._prices_due = 0.0
         # How often the store was asked.
         self.store_questions = 0
 
@@ -106,6 +107,7 @@ class Overview:
             except OperatorError as failed:
                 error = str(failed)
             await self._read()
+            self._read_prices(began)
             reasons, notices = await self._parts.not_ready_reasons(), await self._parts.notices()
             self._look = Look(counts, error, reasons, notices, self._is_whole or bool(error))
         finally:
@@ -116,11 +118,16 @@ class Overview:
         metrics = await self._parts.metrics()
         self.history.note(Reading(metrics.collect(), asyncio.get_running_loop().time()))
 
+    def _read_prices(self, now: float) -> None:
+        """Read the rules again, which a supervisor takes from their file."""
+        if now >= self._prices_due:
+            self._prices_due = now + history.PERIOD_S
+            with suppress(SettingsError):
+                self.prices = {rule.name: rule.policy.token_prices for rule in self._parts.rules()}
+
     async def run(self) -> None:
         """Read the metrics once a period, until cancelled."""
         while True:
-            with suppress(SettingsError):
-                self.prices = {rule.name: rule.policy.token_prices for rule in self._parts.rules()}
             await self._read()
             await asyncio.sleep(history.PERIOD_S)
 
