@@ -102,11 +102,11 @@ def test_a_path_that_has_the_key_is_left_out(capsys):
 def test_a_line_is_json_whatever_is_in_it(capsys, text):
     """What comes from a client or from a rule is quoted; none of it can add a field."""
     asked = Request(path=text, client=text, request_id=text)
-    report = RequestReport(Outcome.REPLAYED, 200, text, b"k" * 24, reason=text, rule=text, upstream=text, asked=asked)
+    report = RequestReport(Outcome.IN_FLIGHT, 200, text, b"k" * 24, reason=text, rule=text, upstream=text, asked=asked)
     [line] = lines(capsys, report)
     names = ("method", "reason", "rule", "upstream", "path", "client", "request_id")
     assert [line[name] for name in names] == [text] * len(names)
-    assert line["outcome"] == "replayed"
+    assert line["outcome"] == "in_flight"
 
 
 @pytest.mark.parametrize("outcome", Outcome)

@@ -145,9 +145,13 @@ class Request:
     @property
     def path(self) -> str:
         """The path of its target, without the query."""
-        if self.head is None and self.known is None:
+        if self.head is not None:
+            target = self.head.target
+        elif self.known is not None:
+            target = self.known.target(self.values)
+        else:
             return logged_path(self.message.path or "")
-        return logged_path(self.checked_head().target.decode("utf-8", "backslashreplace"))
+        return logged_path(target.decode("utf-8", "backslashreplace"))
 
     @property
     def request_id(self) -> str:

@@ -122,8 +122,8 @@ class KnownHead:
         return RequestHead(method, target, http10, host, pairs, fields)
 
     def target(self, values: Sequence[bytes]) -> bytes:
-        """Return the target with these values in its gaps, where it has some."""
-        return joined(self._target, values[: self._ids])
+        """Return the target with these values in its gaps."""
+        return joined(self._target, values[: self._ids]) if self._ids else self._head.target
 
     def gaps_among(self, names: Collection[bytes]) -> tuple[tuple[int, bytes], ...]:
         """Return the gaps of the fields with these names, and their names."""
