@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -112,9 +113,18 @@ class Clock:
         return self.now_s
 
 
-def tracing(rate_per_s: float = 10, ratio: float = 0.0) -> tuple[Tracing, Clock, list[int]]:
-    clock, limited = Clock(), []
-    return Tracing(rate_per_s, ratio, lambda: limited.append(1), clock), clock, limited
+class Decisions:
+    """What is decided about one request after another, each with a random number of its own."""
+
+    def __init__(self, rate_per_s: float = 10, ratio: float = 0.0) -> None:
+        self.clock, self.limited = Clock(), 0
+        self.tracing = Tracing(rate_per_s, ratio, self._limit, self.clock)
+
+    def _limit(self) -> None:
+        self.limited += 1
+
+    def __call__(self, traceparent: bytes) -> Sampled | None:
+        return self.tracing.sample(traceparent, random.random())
 
 
 def sampled(decide: Callable[[bytes], Sampled | None], value: bytes) -> Sampled:
@@ -125,7 +135,7 @@ def sampled(decide: Callable[[bytes], Sampled | None], value: bytes) -> Sampled:
 
 def test_the_clients_decision_is_followed():
     """A request belongs to its client's trace if the client records that; its own span is new."""
-    decide = tracing()[0].sample
+    decide = Decisions()
     assert decide(UNSAMPLED) is None
     assert decide(b"") is None
     (own, parent), (next_own, _) = sampled(decide, SAMPLED), sampled(decide, SAMPLED)
@@ -137,49 +147,49 @@ def test_the_clients_decision_is_followed():
 
 @pytest.mark.parametrize(("flags", "passed_on"), [(b"01", 1), (b"03", 3), (b"ff", 3)])
 def test_unknown_flags_are_not_passed_on(flags, passed_on):
-    own, _ = sampled(tracing()[0].sample, SAMPLED[:-2] + flags)
+    own, _ = sampled(Decisions(), SAMPLED[:-2] + flags)
     assert own.flags == passed_on
 
 
 @pytest.mark.parametrize("value", [UNSAMPLED, SAMPLED[:-2] + b"02", b"cc" + UNSAMPLED[2:] + b"-more"])
 def test_a_client_that_does_not_record_is_followed_at_any_ratio(value):
-    assert tracing(ratio=1.0)[0].sample(value) is None
+    assert Decisions(ratio=1.0)(value) is None
 
 
 @pytest.mark.parametrize("value", MALFORMED)
 def test_the_own_ratio_is_for_requests_without_a_trace(value):
     """What is malformed counts as nothing."""
-    assert tracing(ratio=0.0)[0].sample(value) is None
-    own, parent = sampled(tracing(ratio=1.0)[0].sample, value)
+    assert Decisions(ratio=0.0)(value) is None
+    own, parent = sampled(Decisions(ratio=1.0), value)
     assert parent is None
     assert own.trace_id not in (0, TRACE)
 
 
 def test_the_ratio_is_a_share():
-    decide = tracing(rate_per_s=1_000_000, ratio=0.25)[0].sample
+    decide = Decisions(rate_per_s=1_000_000, ratio=0.25)
     assert 0.2 < sum(decide(b"") is not None for _ in range(4000)) / 4000 < 0.3
 
 
 @pytest.mark.parametrize("value", [SAMPLED, b""], ids=["clients that say sampled", "own ratio"])
 def test_the_rate_holds_whoever_asks(value):
     """A second's worth at once, then as many as the rate allows; what is beyond is counted, not traced."""
-    one, clock, limited = tracing(rate_per_s=5, ratio=1.0)
-    assert sum(one.sample(value) is not None for _ in range(100)) == 5
-    assert len(limited) == 95
+    decide = Decisions(rate_per_s=5, ratio=1.0)
+    assert sum(decide(value) is not None for _ in range(100)) == 5
+    assert decide.limited == 95
     for _ in range(10):
-        clock.now_s += 0.1
-        one.sample(value)
-    assert len(limited) == 100
-    clock.now_s += 3600
-    assert sum(one.sample(value) is not None for _ in range(100)) == 5
+        decide.clock.now_s += 0.1
+        decide(value)
+    assert decide.limited == 100
+    decide.clock.now_s += 3600
+    assert sum(decide(value) is not None for _ in range(100)) == 5
 
 
 def test_less_than_one_a_second():
-    one, clock, _ = tracing(rate_per_s=0.5)
+    decide = Decisions(rate_per_s=0.5)
     traced = []
     for second in range(10):
-        clock.now_s = 1000.0 + second
-        traced += [second] if one.sample(SAMPLED) else []
+        decide.clock.now_s = 1000.0 + second
+        traced += [second] if decide(SAMPLED) else []
     assert traced == [0, 2, 4, 6, 8]
 
 

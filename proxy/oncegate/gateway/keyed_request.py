@@ -1,5 +1,6 @@
 """A request whose key is known: what the rest of the request path needs, and what its head alone decides."""
 
+import random
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import NamedTuple
@@ -22,6 +23,9 @@ from oncegate.rules.identity import fingerprint_parts, with_target
 from oncegate.store.kept import Kept
 from oncegate.store.record import ClaimRequest
 from oncegate.store.record_name import store_key
+
+# Bound once for the request path.
+_random = random.random
 
 
 @dataclass(slots=True)
@@ -212,13 +216,16 @@ def begin_trace(tracing: Tracing, request: Request, keyed: KeyedRequest, began_s
 
     The record that it claims keeps its span, so that its duplicates can name it.
     """
-    known = request.known
+    known, drawn = request.known, _random()
     if known is None or request.head is not None:
         value = request.field(TRACEPARENT)
     else:
         # The same without another call.
         value = known.value(TRACEPARENT, request.values)
-    contexts = tracing.sample(value)
+    # Most requests: `sample` would say the same.
+    if not value and drawn >= tracing.ratio:
+        return None
+    contexts = tracing.sample(value, drawn)
     if contexts is None:
         return None
     claim = keyed.claim_request

@@ -21,9 +21,6 @@ from oncegate.messages.traceparent import (
 # How a `traceparent` of version 00 ends whose sender does not record the trace, and its length.
 _UNSAMPLED, _LENGTH = b"-00", 55
 
-# Bound once for the request path.
-_random = random.random
-
 
 @dataclass(slots=True)
 class Attempt:
@@ -106,21 +103,27 @@ class Tracing:
         limited: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._rate_per_s, self._ratio, self._clock = rate_per_s, ratio, clock
+        self._rate_per_s, self.ratio, self._clock = rate_per_s, ratio, clock
         self._most = self._left = max(1.0, rate_per_s)
         self._filled_s = clock()
         self._limited = limited
 
-    def sample(self, traceparent: bytes) -> tuple[TraceContext, TraceContext | None] | None:
+    def sample(self, traceparent: bytes, drawn: float) -> tuple[TraceContext, TraceContext | None] | None:
         """Return the span of a request and the span of its client; None where it is not traced.
 
-        `traceparent`: the value of the field, empty for none or several.
+        `traceparent`: the value of the field, empty for none or several. `drawn`: a random number from 0 to 1. A
+        request without a trace whose number is not below `ratio` is not traced.
         """
-        # Most are empty, or end like this: neither is parsed.
-        if traceparent.endswith(_UNSAMPLED) and len(traceparent) == _LENGTH:
-            return None
-        parent = parse_traceparent(traceparent) if traceparent else None
-        if not (_random() < self._ratio if parent is None else parent.is_sampled):
+        parent = None
+        if traceparent:
+            # Most end like this.
+            if traceparent[-3:] == _UNSAMPLED and len(traceparent) == _LENGTH:
+                return None
+            parent = parse_traceparent(traceparent)
+        if parent is None:
+            if drawn >= self.ratio:
+                return None
+        elif not parent.is_sampled:
             return None
         if not self._take():
             self._limited()
