@@ -11,6 +11,7 @@ from loadtest.chaos.link import reset
 NOT_COMPARED = frozenset(
     (
         *(b"oncegate-status", b"idempotent-replayed", b"age", b"preference-applied"),
+        *(b"oncegate-key-id", b"oncegate-request-id", b"x-request-id"),
         *(b"connection", b"keep-alive", b"transfer-encoding", b"content-length"),
     )
 )

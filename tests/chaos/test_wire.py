@@ -53,7 +53,8 @@ def test_every_byte_of_the_truth_counts(change: tuple[bytes, bytes]) -> None:
     raw = WHOLE["length"]
     digest = read(raw, 1000).got("whole").digest
     assert read(raw.replace(*change), 1000).got("whole").digest != digest
-    replayed = raw.replace(b"executed", b"replayed\r\nIdempotent-Replayed: true\r\nAge: 3")
+    ids = b"X-Request-Id: 1\r\nOncegate-Request-Id: 2\r\nOncegate-Key-Id: k"
+    replayed = raw.replace(b"executed", b"replayed\r\nIdempotent-Replayed: true\r\nAge: 3\r\n" + ids)
     assert read(replayed, 1000).got("whole").digest == digest
 
 
