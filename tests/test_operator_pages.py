@@ -349,6 +349,11 @@ async def test_whatever_somebody_has_leads_to_the_key(valkey, keys, desk):
             await desk.post("/key", ("pasted", text))
             assert (desk.status, desk.url) == (200, place), text
             assert "s3cret" not in desk.html
+    # A part of an order leads to the list: it may be another order, of which nothing is open.
+    await desk.post("/key", ("pasted", "order"))
+    assert desk.url == "/unknown?text=order"
+    await desk.post("/key", ("pasted", "rder-1"))
+    assert desk.url == "/unknown?text=rder-1"
     await desk.post("/key", ("pasted", "s3cret-key"), ("credential", "Authorization: Bearer s3cret-token"))
     assert desk.url == place
     for text in ("s3cret-nothing", "POST /\nBearer s3cret", "GET s3cret\n\n", "POST /a\nIdempotency-Key: s3cret-9", ""):

@@ -109,7 +109,9 @@ class KeyPages:
             found = (await worklist(store, wanted, 2, kinds=list(OpenKind))).records if pasted.word else []
         if not found:
             raise OperatorError(NOT_FOUND)
-        return _page_of(found[0].key) if len(found) == 1 else f"/unknown?{urlencode({'text': pasted.word})}"
+        # Order 104 is not order 1042, which may be the only one that is open.
+        is_meant = len(found) == 1 and (found[0].kept.note == pasted.word or _begins(found[0], pasted))
+        return _page_of(found[0].key) if is_meant else f"/unknown?{urlencode({'text': pasted.word})}"
 
     async def _by_request(self, store: Store, asked: AskedRequest) -> bytes:
         found = identify_request(self._parts.settings, self._parts.rules(), asked)
@@ -215,6 +217,10 @@ class KeyPages:
 
 def _said(value: Any) -> Any:
     return ("no", "yes")[value] if isinstance(value, bool) else value
+
+
+def _begins(record: RecordView, pasted: Pasted) -> bool:
+    return pasted.may_begin_id and record_id(record.key).startswith(pasted.word)
 
 
 def _page_of(digest: bytes) -> str:
