@@ -54,8 +54,8 @@ def test_what_a_note_reads(source, given, found):
      "query:a", "path:1", "derived:10", "receiver", "id=header:X-Id", "cloudevent:id"],
 )  # fmt: skip
 def test_what_cannot_be_a_note(text):
-    """Credentials are never stored, and neither is what names no single place."""
-    with pytest.raises(ValueError, match=r"must|not a source|has a ~"):
+    """Credentials are never stored, and neither is what names no single place. Nobody is told of sources of keys."""
+    with pytest.raises(ValueError, match=r"must|has a ~"):
         parse_note(text)
 
 

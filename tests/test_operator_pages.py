@@ -364,6 +364,20 @@ async def test_whatever_somebody_has_leads_to_the_key(valkey, keys, desk):
     assert "s3cret" not in repr(desk.log.lines)
 
 
+async def test_a_finished_key_is_not_said_to_be_missing(keys, desk):
+    """An order finds open keys alone. Whoever looks for a finished one is told so, and what does find it."""
+    owner = await claim(keys, key(1), kept=Kept("order-1"))
+    assert isinstance(owner, Claim)
+    await store_small(keys, owner)
+    for text in ("order-1", record_id(owner.key)[:9]):
+        await desk.post("/key", ("pasted", text))
+        assert desk.status == 404
+        assert "There is no record" not in desk.text()
+        assert "find only keys that are open" in desk.text()
+    await desk.post("/key", ("pasted", record_id(owner.key)))
+    assert desk.status == 200
+
+
 async def test_a_key_that_a_rule_makes(valkey, keys, tmp_path):
     """The value that a rule reads leads to its key, without a word about the rule, and under the rule that is named."""
     (tmp_path / "rules.toml").write_text(RULES)
@@ -628,6 +642,10 @@ async def test_a_store_that_is_down(monkeypatch):
     """Each page says that the store does not answer, and shows what it has."""
     monkeypatch.setattr(store_view, "CONNECT_S", 0.05)
     async with site(DOWN) as desk:
+        await desk.get("/")
+        # No store has said that nothing is unknown.
+        assert "unknown, to decide not known" in desk.text()
+        assert "gave no numbers yet" in desk.text()
         for path in ("/", "/unknown", f"/key/{record_id(key(1))}", "/rules"):
             await desk.get(path)
             assert "not reachable" in desk.text() or path == "/rules", path
@@ -650,3 +668,4 @@ async def test_a_store_that_does_not_answer(own_valkey, monkeypatch):
         own_valkey.resume()
     assert "did not answer within" in desk.text()
     assert ">1<" in desk.html
+    assert "1 key to decide" in desk.text()

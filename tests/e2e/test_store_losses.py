@@ -359,6 +359,7 @@ async def test_a_dead_store_costs_milliseconds(fork, upstream, own_valkey):
         assert await status(proxy, f"quick-{n}") == (503, REFUSED)
     assert time.monotonic() - began < 1.5
     assert proxy.metric("store_breaker_open") == proxy.metric("store_breaker_opened_total") == 1
+    assert [bool(line["reason"]) for line in proxy.events("store circuit breaker opened")] == [True]
     assert proxy.admin("/readyz")[0] == 503
     own_valkey.resume()
     await until(lambda: proxy.admin("/readyz")[0] == 200, 5)  # by itself: a proxy that is not ready gets no requests

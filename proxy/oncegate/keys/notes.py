@@ -26,11 +26,9 @@ class NotedBody(Protocol):
 
 def parse_note(text: str) -> Source:
     """Return the source of a note: `header:NAME`, `body:/pointer`, or the pointer alone. Raises ValueError."""
-    source = parse_source(f"body:{text}" if text.startswith("/") else text)
-    kind = source.kind
-    if source.identity or not isinstance(kind, Header | Member) or (isinstance(kind, Header) and kind.cloudevent):
+    if not text.startswith(("/", "body:", "header:")):
         raise ValueError("must be a header or a JSON pointer, such as header:X-Order-Id or /order_id")
-    return source
+    return parse_source(f"body:{text}" if text.startswith("/") else text)
 
 
 def read_note(source: Source, field: Callable[[bytes], bytes], body: NotedBody) -> str:

@@ -143,7 +143,7 @@ class Service:
 
     def _report_broken_store(self) -> None:
         self.metrics.breaker_opened()
-        self._log.error("store circuit breaker opened")
+        self._log.error("store circuit breaker opened", reason=self.store.not_ready_reason() or "")
 
     def _in_background(self, work: Coroutine[Any, Any, Any]) -> None:
         """Run work that no client waits for any more; the drain waits for it."""

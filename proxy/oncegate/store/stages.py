@@ -20,7 +20,7 @@ SENT = Stage(b"sent", "the request was being sent, or sent, when its lease was r
 RESPONSE_BEGUN = Stage(b"answered", "an answer had begun when its lease was renewed last")
 
 # Of a record whose lease was never renewed.
-NEVER_RENEWED = "claimed; it ended before its lease was renewed, so nobody knows whether anything was sent"
+NEVER_RENEWED = "claimed; its lease was not renewed since, so nobody knows whether anything was sent"
 
 _DESCRIPTIONS = {stage.wire: stage.description for stage in (CLAIMED, SENT, RESPONSE_BEGUN)}
 

@@ -76,7 +76,9 @@ def verdict(look: Look) -> dict[str, Any]:
     """Return the first line of the page: the worst there is, in a word and a sentence."""
     reasons = [*look.reasons, *look.notices]
     if look.store_error:
-        reasons.append(f"the store says nothing to this page: {look.store_error}. Its numbers are older ones")
+        if look.store_error not in reasons:
+            reasons.append(f"the store says nothing to this page: {look.store_error}")
+        reasons.append("the numbers of the store are its last ones" if look.open else "the store gave no numbers yet")
     if look.reasons:
         return {"kind": "bad", "word": "not ready", "text": "oncegate should get no traffic now.", "reasons": reasons}
     if look.store_error:
@@ -92,12 +94,16 @@ def verdict(look: Look) -> dict[str, Any]:
 def open_tiles(look: Look, history: History) -> list[Tile]:
     """Return what the store says of all replicas, and what this one has in hand."""
     lapsed = f"{formats.count(look.lapsed)} of them: the owner is silent" if look.lapsed else "of all replicas"
+
+    def stored(number: int) -> str:
+        return formats.count(number) if look.open else "not known"
+
     here = history.newest.get("oncegate_in_flight")
     waiting = history.newest.get("oncegate_waiting")
     return [
-        Tile("unknown, to decide", formats.count(look.undecided), "", lapsed, is_warning=look.undecided > 0),
-        Tile("unknown, left to a retry", formats.count(look.waived), "", "nobody has to decide"),
-        Tile("in flight, all replicas", formats.count(look.in_flight)),
+        Tile("unknown, to decide", stored(look.undecided), "", lapsed, is_warning=look.undecided > 0),
+        Tile("unknown, left to a retry", stored(look.waived), "", "nobody has to decide"),
+        Tile("in flight, all replicas", stored(look.in_flight)),
         _gauge_tile(history, "in flight here", here, "oncegate_in_flight"),
         _gauge_tile(history, "duplicates waiting here", waiting, "oncegate_waiting"),
     ]

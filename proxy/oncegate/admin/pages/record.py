@@ -27,7 +27,10 @@ from oncegate.store.record_name import parse_record_id, record_id
 from oncegate.store.record_view import OpenKind, RecordView
 from oncegate.store.store import Store
 
-NOT_FOUND = "There is no record of this. Say whose key it is, or paste the whole request"
+NOT_FOUND = (
+    "No key is found by this. The beginning of an id, and an order, find only keys that are open. For a finished key, "
+    "give the whole id, or say whose key it is, or paste the whole request. `oncegate keys list --state any` has all"
+)
 # Bytes of a body that a page shows.
 SHOWN = 16_384
 # Header fields whose values let somebody act for another.
