@@ -213,7 +213,7 @@ class Spans:
 
     def observe(self, report: RequestReport) -> None:
         if report.trace is not None:
-            self.export.add(report.trace, report)
+            self.export.add(report.trace, report, shows_path=True)
 
     async def of(self, report: RequestReport) -> list[ReadableSpan]:
         self.observe(report)

@@ -46,6 +46,11 @@ upstream_idempotent = true
 name = "taken-over"
 path = "/taken-over"
 on_unknown = "retry"
+
+[[rule]]
+name = "hooks"
+path = "/hooks/*"
+key = "path:2"
 """
 
 
@@ -183,6 +188,16 @@ async def test_no_span_has_a_secret(standing, behind, collector):
     spans = await collector.trace(trace.id, 2)
     assert [span.attributes["oncegate.outcome"] for span in spans[:1]] == ["executed"]
     assert secret not in repr(spans)
+
+
+async def test_no_span_has_a_key_that_is_in_the_path(standing, behind, collector):
+    """The path is left out under such a rule, as in the access log: of the request, and of what was sent for it."""
+    trace = Trace()
+    await ask(standing.port, request("POST", "/hooks/s3cr3t", None, b"{}", trace.field))
+    server, client = await collector.trace(trace.id, 2)
+    assert server.attributes["oncegate.outcome"] == "executed"
+    assert client.attributes["http.response.status_code"] == 200
+    assert "s3cr3t" not in repr([server, client])
 
 
 async def test_each_request_of_a_connection_has_its_own(standing, behind, collector):

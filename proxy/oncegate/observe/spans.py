@@ -46,8 +46,11 @@ _BATCH_SPANS = 128
 Attributes = dict[str, str | int | float | bool]
 
 
-def spans_of(trace: Trace, report: RequestReport, resource: Resource) -> list[ReadableSpan]:
-    """Return the server span of a request that ends now, and a client span for each of its attempts."""
+def spans_of(trace: Trace, report: RequestReport, resource: Resource, path: str) -> list[ReadableSpan]:
+    """Return the server span of a request that ends now, and a client span for each of its attempts.
+
+    `path`: of its target, empty where it is not to be seen.
+    """
 
     def span(
         name: str, context: TraceContext, parent: SpanContext | None, times_s: tuple[float, float], **more: Any
@@ -62,7 +65,6 @@ def spans_of(trace: Trace, report: RequestReport, resource: Resource) -> list[Re
 
     ended_s = time.perf_counter()
     method = report.method if report.method in _METHODS else "HTTP"
-    path = report.asked.path if report.asked is not None else ""
     attributes = _server_attributes(trace, report, path)
     server = span(
         f"{method} {report.rule or 'default'}",
@@ -99,7 +101,9 @@ def _server_attributes(trace: Trace, report: RequestReport, path: str) -> Attrib
     asked, outcome, attributes = report.asked, report.outcome, _method(report)
     if asked is not None:
         attributes |= _address(asked.host)
-        attributes |= {"url.scheme": asked.scheme, "url.path": path, "client.address": asked.client}
+        attributes |= {"url.scheme": asked.scheme, "client.address": asked.client}
+        if path:
+            attributes["url.path"] = path
         if request_id := asked.request_id:
             attributes["oncegate.request_id"] = request_id
     attributes["oncegate.outcome"] = outcome.label
@@ -199,9 +203,10 @@ class SpanExport:
             self._processor = BatchSpanProcessor(counted, max_export_batch_size=batch)
             self._resource = _resource()
 
-    def add(self, trace: Trace, report: RequestReport) -> None:
-        """Take a traced request that ends now."""
-        spans = spans_of(trace, report, self._resource)
+    def add(self, trace: Trace, report: RequestReport, *, shows_path: bool) -> None:
+        """Take a traced request that ends now. `shows_path`: its path may be seen."""
+        path = report.asked.path if shows_path and report.asked is not None else ""
+        spans = spans_of(trace, report, self._resource, path)
         if self._pending + len(spans) > self._max_pending:
             self._lose(len(spans), "the queue is full")
             return

@@ -121,7 +121,7 @@ class Service:
         self.metrics.observe(report, seconds)
         self._access(report, seconds, client_gone)
         if report.trace is not None and self._parts.spans is not None:
-            self._parts.spans.add(report.trace, report)
+            self._parts.spans.add(report.trace, report, shows_path=self._parts.logs_path(report.rule))
         if report.without_credential and report.rule not in self._warned_of:
             self._warned_of.add(report.rule)
             self._log.warning("requests without a credential", rule=report.rule, detail=_SHARED_TENANT)

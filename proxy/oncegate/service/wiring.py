@@ -191,7 +191,7 @@ class Parts:
         return Routes(rules, {rule.name: self._route(rule, rules) for rule in rules})
 
     def logs_path(self, rule: str) -> bool:
-        """Return whether the access log has the paths of requests under a rule."""
+        """Return whether the access log and spans have the paths of requests under a rule."""
         return self._settings.access_log_path and rule not in self.rules.with_key_in_path
 
     def _admission(self, rules: Rules) -> Admission:

@@ -80,8 +80,8 @@ class OperationSettings(BaseModel):
     )
     access_log_path: bool = Field(
         True,
-        description="Whether the access log has the path of a request, without its query. It never has that of a rule "
-        "whose key or scope is in the path.",
+        description="Whether the access log and the spans of traces have the path of a request, without its query. "
+        "They never have that of a rule whose key or scope is in the path.",
     )
     docs_url: OptionalUrl = Field(
         None,
