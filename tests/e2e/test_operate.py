@@ -134,6 +134,29 @@ async def test_an_unknown_key_gets_its_answer(gate, upstream, desk, tmp_path):
     assert told.stderr == "none: No such file or directory\n"
 
 
+async def test_an_operators_answer_is_kept_as_long_as_the_apis(fork, upstream, stored, tmp_path):
+    """Its rule says how long: a retry that comes as late as a rule allows for must not execute.
+
+    Without the rule, as on a machine that lacks the file, it is kept for no less.
+    """
+    rules = tmp_path / "rules.toml"
+    rules.write_text('[[rule]]\nname = "slow"\npath = "/v1/charges"\nretention_s = 172800\ntombstone_s = 432000\n')
+    gate = await fork(upstream, stored.url, RULES_FILE=rules)
+    await make_unknown(gate, upstream)
+    [key] = stored.keys()
+    desk = Desk(stored.url, tmp_path, RULES_FILE=rules)
+    await desk("resolve", CANARY, "--status", "201")
+    day_ms = 86_400_000
+    assert 6.9 * day_ms < stored.left_ms(key) <= 7 * day_ms
+    assert 1.9 * day_ms < int(stored.fields(key)["until"]) - stored.now_ms() <= 2 * day_ms
+    stored.remove(key)
+    await make_unknown(gate, upstream)
+    unknown_ms = stored.left_ms(key)
+    assert unknown_ms > 6.9 * day_ms
+    await Desk(stored.url, tmp_path)("resolve", CANARY, "--status", "201")
+    assert stored.left_ms(key) > unknown_ms - 60_000
+
+
 async def test_an_unknown_key_is_released(gate, upstream, desk):
     """A released key is listed as released. The next request with it executes, with any content."""
     await make_unknown(gate, upstream)

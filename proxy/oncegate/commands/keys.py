@@ -47,7 +47,7 @@ def run(settings: Settings, rules: Rules, options: argparse.Namespace) -> int:
 async def _run(settings: Settings, rules: Rules, options: argparse.Namespace) -> KeysExit:
     operator = this_operator()
     async with opened_store(settings, str(operator)) as store:
-        desk, finder = Desk(settings, store, operator), Finder(settings, store, rules, say)
+        desk, finder = Desk(settings, rules, store, operator), Finder(settings, store, rules, say)
         commands: dict[str, Callable[[Desk, Finder, argparse.Namespace], Awaitable[KeysExit]]] = {
             "list": _list,
             "show": _show,

@@ -11,8 +11,9 @@ from typing import Any
 from oncegate.messages.response_head import response_digest
 from oncegate.operating.errors import OperatorError
 from oncegate.operating.operator_response import OperatorResponse
-from oncegate.rules.resolution import tombstone_ms
+from oncegate.rules.model import Rules
 from oncegate.settings.settings import Settings
+from oncegate.store.kept import NOTHING
 from oncegate.store.record import ViewState, pack
 from oncegate.store.record_name import record_id
 from oncegate.store.record_view import RecordView, claim_of
@@ -45,24 +46,34 @@ class Operator:
 
 @dataclass(slots=True)
 class Desk:
-    """What an operator works with: the settings of the proxies and their store."""
+    """What an operator works with: the settings and rules of the proxies, and their store."""
 
     settings: Settings
+    rules: Rules
     store: Store
     operator: Operator
     # Whether the store knows who is behind this desk's tokens.
     is_introduced: bool = False
 
-    @property
-    def retention_ms(self) -> int:
-        return int(self.settings.retention_s * 1000)
+    def kept_ms(self, record: RecordView) -> tuple[int, int]:
+        """Return how long the response to a key is kept, and how long the key is refused after that: as its rule says.
+
+        Where nobody knows its rule, the longest times of any, and no shorter than the record would be kept without one.
+        """
+        policies = {rule.name: rule.policy for rule in self.rules}
+        # An older version kept no names of rules.
+        if record.kept != NOTHING and (policy := policies.get(record.kept.rule)) is not None:
+            return policy.retention_ms, policy.tombstone_ms
+        longest = [max(one.retention_ms for one in policies.values()), record.left_ms]
+        return max(longest), max(one.tombstone_ms for one in policies.values())
 
     async def introduce(self) -> bytes:
         """Return a new token, after `keys show` can name the operator behind it. Raises StoreError."""
         token = self.store.token()
         # All tokens of a store begin alike, and that names who made them.
         if not self.is_introduced:
-            await self.store.records.introduce(token, str(self.operator), self.retention_ms)
+            longest_ms = max(rule.policy.retention_ms for rule in self.rules)
+            await self.store.records.introduce(token, str(self.operator), longest_ms)
             self.is_introduced = True
         return token
 
@@ -129,8 +140,9 @@ async def resolve(desk: Desk, record: RecordView, given: OperatorResponse) -> De
     digest = response_digest(response.status, response.reason, response.block)
     digest.update(body)
     stored = replace(response, digest=digest.digest(), completed_ms=record.now_ms)
-    # The owner's claim, with the operator's token.
-    claim = replace(claim_of(record, desk.retention_ms), token=token, tombstone_ms=tombstone_ms(desk.settings))
+    # The owner's claim, with the operator's token. A retry may come as late as after a response of the API's.
+    retention_ms, tombstone_ms = desk.kept_ms(record)
+    claim = replace(claim_of(record, retention_ms), token=token, tombstone_ms=tombstone_ms)
     meta = pack(claim, stored)
     status = await desk.store.resolve_by_operator(claim, record.token, meta, body)
     return Decision(RESOLVE, record, status, {"status": response.status, "bytes": len(body)})

@@ -22,6 +22,7 @@ from oncegate.operating.opened_store import opened_store
 from oncegate.operating.operator_response import OperatorResponse, operator_response
 from oncegate.operating.pasted import header_lines
 from oncegate.operating.worklist import Seen, decide_seen, read_seen, worklist
+from oncegate.settings.errors import SettingsError
 from oncegate.store.record_name import record_id
 from oncegate.store.record_view import RecordView
 
@@ -159,7 +160,7 @@ class Deciding:
         try:
             # A store of its own: the audit trail in PostgreSQL names who opened it.
             async with opened_store(self._parts.settings, str(operator)) as store:
-                desk = Desk(self._parts.settings, store, operator)
+                desk = Desk(self._parts.settings, self._parts.rules(), store, operator)
                 while left:
                     seen = left[0]
                     try:
@@ -173,7 +174,7 @@ class Deciding:
                     is_done = isinstance(result, Decision) and result.is_done
                     text = result.text if isinstance(result, Decision) else result
                     (decided.done if is_done else decided.changed).append(Told(record_id(seen.key), text))
-        except OperatorError as failed:
+        except (OperatorError, SettingsError) as failed:
             decided.error, decided.untried = f"{failed}.", len(left)
         return decided
 
