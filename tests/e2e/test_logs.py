@@ -157,6 +157,9 @@ async def test_a_store_that_is_not_there_is_said_at_the_start(fork, upstream, ow
     refused = await ask(proxy.port, request())
     assert refused.slug == "store-unavailable"
     await until(lambda: proxy.events("store failed") != [])
+    # Why, which the client is not told.
+    assert "refused" in proxy.events("store failed")[0]["reason"]
+    assert "refused" not in refused.problem["detail"]
     own_valkey.start()
     await until(lambda: proxy.events("ready again") != [])
     [again] = proxy.events("ready again")

@@ -256,12 +256,12 @@ class Gateway:
                 return replayed
             decision = replayed
         answer = duplicate_refusal(decision, taken, keyed.route.policy, keyed.route.deps.usual.seconds)
-        return self._refuse_keyed(request, keyed, answer)
+        return self._refuse_keyed(request, keyed, answer, taken.reason if isinstance(taken, Unconfirmed) else "")
 
-    def _refuse_keyed(self, request: Request, keyed: KeyedRequest, answer: Refuse) -> RequestReport:
+    def _refuse_keyed(self, request: Request, keyed: KeyedRequest, answer: Refuse, reason: str = "") -> RequestReport:
         """Send an answer of oncegate's own to a request whose key is known."""
         send(request, keyed.named(request, answer, keyed.fields))
-        return keyed.report(request, outcome_of(answer.problem), answer.problem.status)
+        return keyed.report(request, outcome_of(answer.problem), answer.problem.status, reason)
 
     async def _replay(
         self, request: Request, keyed: KeyedRequest, record: Record, stored: StoredResponse

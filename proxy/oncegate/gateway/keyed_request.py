@@ -75,7 +75,7 @@ class KeyedRequest:
         """Return an answer of oncegate's own with the names of its key, and with further header fields."""
         return with_key(answer, self.key_id, self.plain_key(request), fields)
 
-    def report(self, request: Request, outcome: Outcome, status: int) -> RequestReport:
+    def report(self, request: Request, outcome: Outcome, status: int, reason: str = "") -> RequestReport:
         """Return the report of a request that was not executed; `status` is what its client got."""
         claim, route = self.claim_request, self.route
         return RequestReport(
@@ -84,6 +84,7 @@ class KeyedRequest:
             request.message.method,
             claim.key,
             without_credential=claim.scope.without_credential,
+            reason=reason,
             rule=route.policy.rule,
             upstream=route.upstream,
         )
