@@ -246,6 +246,24 @@ async def test_workers_say_which_files_they_took(proxies, upstream, valkey, tmp_
     assert len(proxy.events("reload refused, nothing changed")) == 1
 
 
+async def test_a_path_with_a_key_stays_unsaid_over_a_reload(proxies, upstream, valkey, tmp_path):
+    """A request that is under way while its rule goes is logged without its path, as it came under the rule."""
+    rules = tmp_path / "rules.toml"
+    rules.write_text('[[rule]]\nname = "hooks"\npath = "/hooks/*"\nkey = "path:2"\n')
+    proxy = proxies(upstream, valkey.url, RULES_FILE=rules)
+    tap = Tap()
+    upstream.script = tap.script
+    running = asyncio.ensure_future(ask(proxy.port, request("POST", "/hooks/s3cr3t", None, b"{}")))
+    await until(lambda: upstream.received)
+    rules.write_text('[[rule]]\nname = "other"\n')
+    proxy.signal(signal.SIGHUP)
+    await until(lambda: proxy.events("reloaded"))
+    tap.end(OK)
+    assert (await running).status == 200
+    await until(lambda: proxy.events("request"))
+    assert "s3cr3t" not in proxy.log()
+
+
 @pytest.mark.parametrize("count", [1, 2])
 async def test_reloads_lose_no_request(proxies, upstream, valkey, tmp_path, count):
     """Thirty reloads under load, good and bad files in turn: every request has its answer."""

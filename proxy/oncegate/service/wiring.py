@@ -77,6 +77,8 @@ class Parts:
 
     def __init__(self, settings: Settings, store_url: str, rules: Rules, reporting: Reporting) -> None:
         self._settings, self._reporting, self.rules = settings, reporting, rules
+        # By names of rules. None is forgotten: a request that came under a rule may outlive it.
+        self._private_paths = rules.with_key_in_path
         self._usual_times: defaultdict[str, UsualTime] = defaultdict(UsualTime)
         self.metrics = metrics = reporting.metrics
         clock = asyncio.get_running_loop().time
@@ -178,6 +180,7 @@ class Parts:
 
         def follow() -> None:
             self.rules = rules
+            self._private_paths |= rules.with_key_in_path
             self._reporting.metrics.follow((rule.name, rule.upstream.label) for rule in rules)
             # Heads that are known passed the checks of other rules.
             self.head_cache.reset(rules.default.policy.key_header, rules.acted_on)
@@ -192,7 +195,7 @@ class Parts:
 
     def logs_path(self, rule: str) -> bool:
         """Return whether the access log and spans have the paths of requests under a rule."""
-        return self._settings.access_log_path and rule not in self.rules.with_key_in_path
+        return self._settings.access_log_path and rule not in self._private_paths
 
     def _admission(self, rules: Rules) -> Admission:
         hosts = [host.encode() for host in self._settings.hosts]
