@@ -224,8 +224,12 @@ OWN_KEY = re.compile(rb', "key": "[^"]*"')
 
 @pytest.mark.parametrize("secret", ["", "0123456789abcdef0123456789abcdef"], ids=["without secret", "with secret"])
 async def test_secrets_are_found_nowhere(proxies, upstream, valkey, secret):
-    """Keys, credentials and requests stand in no store, log, metric or problem; an answer in its record alone."""
+    """Keys, credentials and requests stand in no store, log, metric or problem; an answer in its record alone.
+
+    Nor does a path, where the log is told to leave it out.
+    """
     settings = {"SECRET": secret} if secret else {}
+    settings["ACCESS_LOG_PATH"] = "false"
     proxy = proxies(upstream, valkey.url, LOG_LEVEL="debug", MAX_STORED_BYTES=200_000, **settings)
     told: list[bytes] = []  # every answer that the proxy gave by itself
     stood: list[bytes] = []  # what stood in the store at each moment

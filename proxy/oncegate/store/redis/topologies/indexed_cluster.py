@@ -6,7 +6,6 @@ that was sent has an entry, whatever dies and whatever slots are moved. An entry
 whoever reads it reads the record.
 """
 
-import time
 from collections.abc import Awaitable
 from dataclasses import replace
 from typing import Any
@@ -71,8 +70,9 @@ class IndexedCluster(Cluster):
             self._write("ZADD", name, score, member, deadline=self._soon())
 
     def _lease_end(self, call: ScriptCall, owner: Claim) -> int:
-        node = self._slots[key_slot(call.key)]
-        return (node.now_ms() if node else int(time.time() * 1000)) + owner.lease_ms
+        # Where the slot's master is not known, any will do: the entry says when to look at the record.
+        clock = next((node for node in (self._slots[key_slot(call.key)], *self.nodes) if node is not None), None)
+        return (0 if clock is None else clock.now_ms()) + owner.lease_ms
 
     def _soon(self) -> float:
         return self._loop.time() + self._config.timeout_s
