@@ -145,6 +145,17 @@ async def test_a_key_that_becomes_unknown_is_a_warning(gate, valkey, sent):
     assert "closed" in str(line["reason"])
 
 
+async def test_nothing_is_said_after_the_end(fork, valkey):
+    """What waits for the end of its second is written before `stopped`, which is the last line."""
+    proxy = await fork("http://127.0.0.1:1", valkey.url, CONNECT_RETRIES=0)
+    answers = [
+        await ask(proxy.port, request("POST", "/", f"end-{number}", b"", "Connection: close")) for number in range(3)
+    ]
+    assert [answer.status for answer in answers] == [502] * 3
+    assert proxy.stop() == 0
+    assert '"stopped"' in proxy.log().splitlines()[-1]
+
+
 async def test_a_store_that_is_not_there_is_said_at_the_start(fork, upstream, own_valkey):
     """At warning, with the reason; and at warning that it is there again, with how long it was not."""
     own_valkey.kill()

@@ -288,8 +288,7 @@ class Service:
     async def drain(self, immediate: asyncio.Event) -> bool:
         """Serve on for what is left of the delay, stop accepting, let what is in flight finish, and cut off the rest.
 
-        Once `immediate` is set, neither the delay nor the grace is waited for any longer. Return whether everything in
-        flight was stored or released.
+        It waits no longer once `immediate` is set. Return whether everything in flight was stored or released.
         """
         self.reload.end()
         unsure = self.metrics.unsure
@@ -299,6 +298,7 @@ class Service:
             await unless(immediate, asyncio.sleep(delay_s))
         self._stop_accepting()
         finished = await self._drain.run(immediate, self._settings.drain_s)
+        self._access.close()
         return finished and self.metrics.unsure == unsure
 
     @property

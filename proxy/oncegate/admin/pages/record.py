@@ -29,7 +29,8 @@ from oncegate.store.store import Store
 
 NOT_FOUND = (
     "No key is found by this. The beginning of an id, and an order, find only keys that are open. For a finished key, "
-    "give the whole id, or say whose key it is, or paste the whole request. The command oncegate keys list has all"
+    "give the whole id, or say whose key it is, or paste the whole request. "
+    "The command oncegate keys list --state any has all keys"
 )
 # Bytes of a body that a page shows.
 SHOWN = 16_384
