@@ -192,11 +192,12 @@ class Run:
                 file.write(json.dumps(report) + "\n")
 
 
-LOSS = re.compile(r"\"event\": ?\"(claim lost|claim fenced|[^\"]*store lost[^\"]*)\"")
+# Of one claim, or of the store's data as a whole.
+LOSS = re.compile(r'"event": ?"claim (?:lost|fenced)"|"kind": ?"(?:flushed|rolled_back|evicted)"')
 
 
 def lost_claims(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the proxies' reports of claims that the store lost, with their times of CLOCK_MONOTONIC."""
+    """Yield the proxies' reports of what the store lost, with their times of CLOCK_MONOTONIC."""
     offset = time.monotonic() - time.time()
     for path in sorted(folder.glob("proxy-*.log")):
         for line in path.read_text(errors="replace").splitlines():

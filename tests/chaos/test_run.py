@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import uvloop
 
-from loadtest.chaos.run import Plan, run
+from loadtest.chaos.run import Plan, lost_claims, run
+from oncegate.store.results import StoreEvent
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.xdist_group("chaos")
@@ -41,6 +42,16 @@ def test_the_promise_holds(name: str, tmp_path: Path) -> None:
     assert figures["replays"] > 4 * seconds
     assert (folder / "report.png").stat().st_size > 10_000
     assert "timeline" in (folder / "report.txt").read_text()
+
+
+def test_a_report_of_a_loss_counts(tmp_path: Path) -> None:
+    """Of a claim and of the whole store; not that the store restarted, or that a proxy names keys otherwise."""
+    lines = [{"event": "claim lost"}, {"event": "claim fenced"}, {"event": "request", "detail": "claim lost"}]
+    lines += [{"kind": one.kind, "event": "store problem"} for one in StoreEvent]
+    timed = [json.dumps(line | {"timestamp": "2026-01-01T00:00:00+00:00"}) for line in lines]
+    (tmp_path / "proxy-0-1.log").write_text("\n".join(timed))
+    told = [one["told"].get("kind", one["event"]) for one in lost_claims(tmp_path)]
+    assert sorted(told) == ["claim fenced", "claim lost", "evicted", "flushed", "rolled_back"]
 
 
 WITHOUT_RECEIVER = """
