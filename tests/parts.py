@@ -518,6 +518,11 @@ def signals_of(pid: int, field: str) -> set[int]:
     return {number for number in range(1, 65) if int(status[field], 16) >> (number - 1) & 1}
 
 
+def is_stopped(pid: int) -> bool:
+    """Return whether a process is stopped. One that stops itself says so in its log before: a signal may come between."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
 async def until(condition: Callable[[], Any], seconds: float = 10) -> None:
     """Wait until something holds."""
     deadline = time.monotonic() + seconds

@@ -34,6 +34,7 @@ from tests.parts import (
     ask,
     chunk,
     holding,
+    is_stopped,
     lazy,
     read_answer,
     request,
@@ -161,7 +162,7 @@ async def test_a_release_that_finds_no_store(fork, upstream, store):
         other = await fork(upstream, store.url)
         await ready(proxy)
         asking = asyncio.ensure_future(ask(proxy.port, request()))
-        await until(lambda: proxy.events("fault injected"))
+        await until(lambda: is_stopped(proxy.process.pid))
         relay.unreachable = True
         relay.cut()
         proxy.signal(signal.SIGCONT)
