@@ -519,7 +519,7 @@ def signals_of(pid: int, field: str) -> set[int]:
 
 
 def is_stopped(pid: int) -> bool:
-    """Return whether a process is stopped. One that stops itself says so in its log before: a signal may come between."""
+    """Return whether a process is stopped. What one says that stops itself, it says before it does."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
