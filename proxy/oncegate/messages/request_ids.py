@@ -35,6 +35,7 @@ class RequestIds:
         """Return the id of a request whose header has this value: a new one in the place of one that is malformed."""
         if value and _taken(value):
             return value
+        # As `new`, in one call: every request comes here.
         return b"%b%x" % (self._prefix, next(self._numbers)) if self.name else b""
 
     def new(self) -> bytes:
