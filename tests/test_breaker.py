@@ -2,7 +2,7 @@
 
 import pytest
 
-from oncegate.store.breaker import FAILURES, Breaker
+from oncegate.store.health.breaker import FAILURES, Breaker
 
 
 class Clock:

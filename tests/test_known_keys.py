@@ -12,7 +12,7 @@ import pytest
 
 from oncegate.decision import Decision
 from oncegate.gateway.answers import decide_duplicate, duplicate_refusal
-from oncegate.store.breaker import FAILURES, Breaker
+from oncegate.store.health.breaker import FAILURES, Breaker
 from oncegate.store.membership import Membership
 from oncegate.store.record import PREFIX_BYTES, Claim
 from oncegate.store.redis.store import RedisStore

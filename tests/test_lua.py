@@ -8,7 +8,7 @@ import pytest
 
 from oncegate.store.redis.server import load_scripts
 
-RECORD_VERBS = ("append", "claim", "drop", "read", "renew", "resolve", "settle")
+RECORD_VERBS = ("append", "claim", "drop", "follow", "read", "renew", "resolve", "settle")
 STORE_VERBS = {
     "epoch": "epoch",
     "identity": "identities",
@@ -141,6 +141,8 @@ def test_the_commands_that_the_scripts_need():
         *("GET", "SET", "SETRANGE", "APPEND", "ZADD", "ZREM"),
     }
     assert commands["read"] == {"GET", "HGET", "HMGET", "HSTRLEN", "TIME"}
+    # It writes for a reader alone.
+    assert commands["follow"] == commands["read"] | {"HLEN", "HSET"}
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -217,6 +219,8 @@ CLAIM = {
     "not_after_ms": 2**52,
 }
 OWNER = {"tag": "8", "token": "T" * 16}
+# Of an append, but for the chunk.
+CHUNK = {**OWNER, "retention_ms": 500_000, "layout": "hash", "head": "H"}
 
 
 RETRY = CLAIM["terms"].replace(b"ih", b"ir")
@@ -309,7 +313,7 @@ def test_claim_brings_a_small_answer_along(called, chunks, brought):
 
 def test_append_as_its_header_says(called):
     """A chunk is stored under its index, and the lease stays; the replies are those of the header."""
-    chunk = {**OWNER, "index": 0, "chunk": "abc", "retention_ms": 500_000, "layout": "hash"}
+    chunk = {**OWNER, "index": 0, "chunk": "abc", "retention_ms": 500_000, "layout": "hash", "head": "H"}
     assert called("append", **chunk) == [b"8", b"absent"]
     now_ms = called("claim", **CLAIM)[2]
     assert called("append", **chunk) == [b"8", b"appended"]
@@ -317,8 +321,11 @@ def test_append_as_its_header_says(called):
     assert called("append", **chunk) == [b"8", b"appended"]
     assert called("append", **{**chunk, "chunk": "abd"}) == [b"8", b"torn"]
     assert called("append", **{**chunk, "token": "U" * 16}) == [b"8", b"fenced"]
+    for until_ms, word in ((now_ms, b"appended"), (2**52, b"read")):
+        called.client.hset(KEY, "readers_until", until_ms)
+        assert called("append", **chunk) == [b"8", word]
     found = record(called)
-    assert (found["b0"], found["b1"], found["bytes"]) == (b"abc", b"de", b"5")
+    assert (found["b0"], found["b1"], found["bytes"], found["head"]) == (b"abc", b"de", b"5", b"H")
     assert int(found["lease"]) == now_ms + 40_000
     called.client.delete(KEY)
     called.client.hset(KEY, "meta", meta())
@@ -422,8 +429,8 @@ def test_drop_as_its_header_says(called, purge):
 def test_settle_stores_appended_chunks_as_its_header_says(called, renewed):
     """chunks and bytes count every chunk; last is the one that was not appended."""
     called("claim", **CLAIM)
-    called("append", **OWNER, index=0, chunk="abc", retention_ms=500_000, layout="hash")
-    called("append", **OWNER, index=1, chunk="de", retention_ms=500_000, layout="hash")
+    called("append", **CHUNK, index=0, chunk="abc")
+    called("append", **CHUNK, index=1, chunk="de")
     if renewed:
         called("renew", **OWNER, lease_ms=40_000, retention_ms=900_000, stage="answered", layout="hash")
     answer = {**ANSWER, "chunks": 3, "bytes": 6, "last": "f"}
@@ -462,7 +469,7 @@ def test_settle_marks_unknown_as_its_header_says(called):
     assert record(called) == expected
     called.client.delete(KEY)
     called("claim", **CLAIM)
-    called("append", **OWNER, index=0, chunk="abc", retention_ms=500_000, layout="hash")
+    called("append", **CHUNK, index=0, chunk="abc")
     assert called("settle", "unknown", **{**marked, "token": "U" * 16}) == [b"8", b"fenced"]
     assert called("settle", "unknown", **marked) == [b"8", b"unknown", b"found"]
     assert record(called) == expected
@@ -496,12 +503,55 @@ def test_read_as_its_header_says(called, first, limit_bytes, chunks):
     assert called("read", **OWNER, first=first, limit_bytes=limit_bytes) == expected
 
 
+FOLLOWING = {**OWNER, "first": 0, "limit_bytes": 4, "reading_ms": 0}
+
+
+def test_follow_as_its_header_says(called):
+    """What there is of a running and of a complete response, for its token alone; readers are noted on request."""
+    assert called("follow", **FOLLOWING) == [b"8", b"gone"]
+    now_ms = called("claim", **CLAIM)[2]
+    called("append", **CHUNK, index=0, chunk="abc")
+    called("append", **CHUNK, index=1, chunk="de")
+    assert called("follow", **{**FOLLOWING, "token": "U" * 16}) == [b"8", b"gone"]
+    lease = b"%d" % (now_ms + 40_000)
+    before = record(called)
+    tag, word, then_ms, *found = called("follow", **FOLLOWING)
+    assert (tag, word, then_ms >= now_ms) == (b"8", b"hash", True)
+    assert found == [None, None, b"in_flight", lease, b"40000", b"H", None, None, 2, b"abc"]
+    assert called("follow", **{**FOLLOWING, "first": 1})[8:] == [None, None, None, 2, b"de"]
+    assert called("follow", **{**FOLLOWING, "limit_bytes": 5})[11:] == [2, b"abc", b"de"]
+    assert record(called) == before
+    then_ms = called("follow", **{**FOLLOWING, "reading_ms": 5000})[2]
+    assert record(called) == before | {"readers_until": b"%d" % (then_ms + 5000)}
+    whole = {**ANSWER, "chunks": 3, "bytes": 6, "last": "f", "tombstone_ms": 500_000}
+    assert called("settle", "store", **SETTLE, **whole) == [b"8", b"stored", b"found"]
+    until = record(called)["until"]
+    found = called("follow", **{**FOLLOWING, "limit_bytes": 6})[3:]
+    assert found == [meta().encode(), until, *[None] * 6, 3, b"abc", b"de", b"f"]
+    called.client.hset(KEY, "until", now_ms)
+    assert called("follow", **FOLLOWING)[11:] == [3]
+    called.client.delete(KEY)
+    called.client.set(KEY, "\x05" + "T" * 16 + "whatever")
+    assert called("follow", **FOLLOWING)[1::2] == [b"packed", b"\x05" + b"T" * 16 + b"whatever"]
+
+
+def test_claim_says_that_it_replaced_a_record(called):
+    """So does the record, which tells its owner again."""
+    claim = {**CLAIM, "terms": RETRY}
+    called("claim", **claim)
+    called.client.hset(KEY, mapping={"state": "unknown"})
+    taking = {**claim, "token": "V" * 16, "expected_token": "T" * 16}
+    assert called("claim", **taking)[5:] == [b"replaced"]
+    assert record(called)["more"] == b"\x0c\x00\x00"
+    assert called("claim", **taking)[5:] == [b"replaced"]
+
+
 def test_read_gives_nothing_of_another_answer(called):
     """For another token, a key in flight and a free key the reply is gone."""
     asked = {**OWNER, "first": 0, "limit_bytes": 100}
     assert called("read", **asked) == [b"8", b"gone"]
     called("claim", **CLAIM)
-    called("append", **OWNER, index=0, chunk="abc", retention_ms=500_000, layout="hash")
+    called("append", **CHUNK, index=0, chunk="abc")
     assert called("read", **asked) == [b"8", b"gone"]
     called.client.delete(KEY)
     called.client.hset(KEY, mapping={"meta": meta("U" * 16), "b0": "ab"})
@@ -649,7 +699,7 @@ def test_resolve_changes_only_what_the_operator_saw(called, variant, given):
 def test_resolve_answers_as_its_header_says(called, body_given, kept):
     """The record becomes complete under the operator's token; its owner is fenced in every verb."""
     called("claim", **CLAIM)
-    called("append", **OWNER, index=0, chunk="xyz", retention_ms=500_000, layout="hash")
+    called("append", **CHUNK, index=0, chunk="xyz")
     assert called("resolve", "answer", **{**ANSWERED, "body": body_given}) == [b"8", b"resolved"]
     whole = {"meta": ANSWERED["meta"].encode(), **kept}
     assert record(called) == whole
@@ -664,7 +714,7 @@ def test_resolve_answers_as_its_header_says(called, body_given, kept):
 def owners_tries(called) -> list:
     """Return the replies to everything that a paused owner may try when it wakes up."""
     return [
-        called("append", **OWNER, index=1, chunk="abc", retention_ms=500_000, layout="hash"),
+        called("append", **CHUNK, index=1, chunk="abc"),
         called("renew", **OWNER, lease_ms=90_000, retention_ms=900_000, stage="sent", layout="hash"),
         called("settle", "store", **SETTLE, **ANSWER),
         called("settle", "release", **SETTLE, action="release", layout="hash"),
@@ -678,14 +728,15 @@ def owners_tries(called) -> list:
 def test_resolve_releases_as_its_header_says(called):
     """The key is free for anybody, under a greater fence; its owner is fenced before and after that."""
     fence = called("claim", **CLAIM)[3]
-    called("append", **OWNER, index=0, chunk="xyz", retention_ms=500_000, layout="hash")
+    called("append", **CHUNK, index=0, chunk="xyz")
     assert called("resolve", "release", **{**FREED, "fence": fence}) == [b"8", b"released"]
     assert record(called) == {"state": b"released", "token": b"O" * 16, "fence": fence}
     assert about(called.client.pttl(KEY), 500_000)
     assert owners_tries(called) == [[b"8", b"fenced"]] * 5
     assert called("resolve", "release", **{**FREED, "token": "O" * 16}) == [b"8", b"absent"]
     assert called("claim", **{**CLAIM, "not_after_ms": 0})[1] == b"late"
-    _, word, _, later, _ = called("claim", **{**CLAIM, "token": "U" * 16, "terms": CLAIM["terms"].replace(b"F", b"G")})
-    assert (word, int(later) > int(fence)) == (b"claimed", True)
+    other = {**CLAIM, "token": "U" * 16, "terms": CLAIM["terms"].replace(b"F", b"G")}
+    _, word, _, later, _, replaced = called("claim", **other)
+    assert (word, int(later) > int(fence), replaced) == (b"claimed", True, b"replaced")
     assert owners_tries(called) == [[b"8", b"fenced"]] * 5
     assert record(called)["token"] == b"U" * 16

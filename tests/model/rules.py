@@ -14,7 +14,8 @@ NOBODY, OPERATOR = 0, 9  # beside the owners 1, 2, 3
 # What a complete record has of its body.
 WHOLE, BARE, TORN = "whole", "bare", "torn"
 
-# Every reply of every verb. "told" stands for what claim says of a record that it leaves alone.
+# Every reply of every verb. "told" stands for what claim says of a record that it leaves alone, "found" for what follow
+# says of one that is the reader's.
 WORDS = {
     "claim": {"claimed", "late", "told"},
     "append": {"appended", "torn", "absent", "complete", "fenced"},
@@ -23,6 +24,7 @@ WORDS = {
     "resolve": {"resolved", "released", "absent", "complete", "fenced"},
     "drop": {"dropped", "kept", "absent", "fenced"},
     "read": {"chunks", "gone", "torn"},
+    "follow": {"found", "gone"},
 }
 HOW = {  # of a settle: its word, and how much of an answer it stores
     "store": "store",  # in one piece
@@ -167,6 +169,11 @@ def read(record: Record, token: int) -> Done:
     if record.state != COMPLETE or record.token != token:
         return "gone", record
     return "chunks" if record.body == WHOLE else "torn", record
+
+
+def follow(record: Record, token: int) -> Done:
+    """Look at the claim of `token` in whatever state it is; also before there is an answer."""
+    return "gone" if record.state in FREE or record.token != token else "found", record
 
 
 def told(record: Record) -> str:

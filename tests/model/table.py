@@ -21,13 +21,14 @@ def calls(record: Record) -> Iterator[Call]:
         yield from (("resolve", record, me, how) for how in ("answer", "release"))
     for token in (*OWNERS, OPERATOR):
         yield "read", record, token
+        yield "follow", record, token
         yield from (("drop", record, token, purge) for purge in (False, True))
 
 
 def apply(call: Call) -> Done:
     """Return what the rules make of a call."""
     verb, *args = call
-    return getattr(rules, str(verb))(*args) if verb == "read" else getattr(rules, str(verb))(*args, SHIPPED)
+    return getattr(rules, str(verb))(*args) if verb in ("read", "follow") else getattr(rules, str(verb))(*args, SHIPPED)
 
 
 def ways() -> dict[Record, tuple[Call, ...]]:

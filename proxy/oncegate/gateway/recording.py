@@ -27,7 +27,7 @@ class Recording:
 
     `is_storing`: nothing has ended it. `is_broken`: the response must not end as a complete one, because the store has
     less of it than the client would, or the key has another owner; `on_broken` is called then. `batch_s`: how
-    long bytes wait for more before they go to the store.
+    long bytes wait for more before they go to the store; less while somebody elsewhere reads them from there.
     """
 
     batch_s = BATCH_S
@@ -176,7 +176,8 @@ class Recording:
         self._writer = None
         if not self.is_storing:
             return
-        if status is AppendStatus.APPENDED:
+        if status is AppendStatus.APPENDED or status is AppendStatus.APPENDED_READ:
+            self.batch_s = BATCH_S if status is AppendStatus.APPENDED else TIGHT_BATCH_S
             self.chunks += 1
             self._unconfirmed -= len(chunk)
             self._memory.give(len(chunk))

@@ -6,7 +6,8 @@
 - `results.py` is what the verbs return; `events.py` is what a store reports by itself.
 - `leases.py` renews the claims of a worker; `stages.py` is how far their exchanges have got.
 - `waiters.py` holds duplicates until the original has its response; `readers.py` tells other processes who waits.
-- `breaker.py` stops claims that fail one after the other.
+- `stream_head.py` is the head of a response that still runs, for those who follow it.
+- `health/` stops claims that fail one after the other.
 - `record_view.py` is what operators see of records; `unknown_keys.py` warns of unknown ones before they expire.
 - `open_keys/` puts keys whose record is not complete in order.
 - `membership.py` is what one proxy says of itself to the others on its store, and what the store lost lately.

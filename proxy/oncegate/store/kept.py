@@ -7,10 +7,12 @@ to 5 are in store/redis/layouts/packed.py.
 
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
-_NOTE, _TRACE, _REQUEST_ID, _RULE, _UPSTREAM = 6, 7, 8, 9, 10
+_NOTE, _TRACE, _REQUEST_ID, _RULE, _UPSTREAM, _REPLACED = 6, 7, 8, 9, 10, 12
+# That field, which is empty, and always the first: store/redis/lua/claim.lua writes it, too.
+_IS_REPLACED = b"\x0c\x00\x00"
 NOTE_BYTES, REQUEST_ID_BYTES, _NAME_BYTES = 128, 128, 255
 # Trace id, span id and flags of a traceparent (W3C Trace Context), without their hexadecimal digits.
 TRACE_BYTES = 25
@@ -23,7 +25,8 @@ class Kept:
     """What is kept with a record. Each part may be empty, and then takes no place.
 
     `note`: what the rule's `note` named in the request. `trace`: 25 bytes. `request_id`: of the original. `rule`: the
-    name of the rule that it came under. `upstream`: where it went.
+    name of the rule that it came under. `upstream`: where it went. `replaced`: its claim took the place of another
+    record of the key. The store alone sets that.
     """
 
     note: str = ""
@@ -31,6 +34,8 @@ class Kept:
     request_id: bytes = b""
     rule: str = ""
     upstream: str = ""
+    # Not of what a request brings, so that it makes no difference between two.
+    replaced: bool = field(default=False, compare=False)
 
 
 NOTHING = Kept()
@@ -64,7 +69,7 @@ def pack_kept(kept: Kept) -> bytes:
     if kept.trace or kept.note:
         packed += pack_fields([(_TRACE, kept.trace)] if kept.trace else [])
         packed += pack_fields([(_NOTE, cut(kept.note, NOTE_BYTES))] if kept.note else [])
-    return packed
+    return _IS_REPLACED + packed if kept.replaced else packed
 
 
 # There is one entry for each route.
@@ -81,7 +86,8 @@ def kept_of(fields: Mapping[int, bytes]) -> Kept:
     if not (request_id.isascii() and request_id.decode().isprintable()):
         request_id = b""
     rule, upstream = _unpack_names(find(_RULE, b""), find(_UPSTREAM, b""))
-    return Kept(_text(note) if note else "", trace if len(trace) == TRACE_BYTES else b"", request_id, rule, upstream)
+    trace = trace if len(trace) == TRACE_BYTES else b""
+    return Kept(_text(note) if note else "", trace, request_id, rule, upstream, _REPLACED in fields)
 
 
 def _text(value: bytes) -> str:

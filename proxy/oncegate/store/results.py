@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
-from oncegate.store.record import Claim, Corrupt, Record
+from oncegate.decision import State
+from oncegate.store.record import Claim, Corrupt, Record, StoredResponse
 
 # Replies that did not come ...
 
@@ -99,9 +100,11 @@ class SettleResult(NamedTuple):
 
 
 class AppendStatus(Enum):
-    """How the append of one chunk ended. The record has the chunk only after APPENDED."""
+    """How the append of one chunk ended. The record has the chunk only after the first two."""
 
     APPENDED = "appended"
+    # Appended, and somebody elsewhere reads the response while it comes.
+    APPENDED_READ = "read"
     # The record has another chunk at this index.
     INCOMPLETE = "incomplete"
     # There is no record.
@@ -133,11 +136,33 @@ class RenewStatus(Enum):
 class ReadFailure(Enum):
     """Why a read returns no chunks."""
 
-    # The record lacks the chunk.
+    # The record lacks the chunk, or is damaged.
     INCOMPLETE = "incomplete"
     # The record has another owner, or there is none.
     GONE = "gone"
     UNCONFIRMED = "unconfirmed"
+
+
+@dataclass(slots=True)
+class Followed:
+    """What a record has of the response that a reader follows, as one read found it."""
+
+    # As of now: once the lease is over UNKNOWN, once the retention is over EXPIRED.
+    state: State
+    # Packed as in store/stream_head.py. Empty: not there yet, of an owner that gives none, or not asked for (`first`).
+    head: bytes
+    # From the first that was asked for on: about 256 KiB, and at least one if it is there.
+    chunks: list[bytes]
+    # Of the chunks that the record has now.
+    count: int
+    # Once it is complete.
+    response: StoredResponse | None
+    # This claim took the place of another one of its key: the key may have been executed before.
+    replaced: bool
+    # Of the lease, while the key is in flight.
+    left_ms: int
+    # How long somebody reads for certain, as readers have noted.
+    readers_left_ms: int = 0
 
 
 class ResolveStatus(Enum):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from oncegate.store.breaker import Breaker
+from oncegate.store.health.breaker import Breaker
 from oncegate.store.membership import HEALTH_S, Membership
 from oncegate.store.postgres.connections.durability import Durability, Level
 from oncegate.store.postgres.connections.facts import Backend, Facts, Run

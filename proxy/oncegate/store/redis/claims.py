@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from oncegate.decision import State, effective_state, is_past, may_take_over
-from oncegate.store.breaker import Breaker
+from oncegate.store.health.breaker import Breaker
 from oncegate.store.record import Claim, Corrupt, Record
 from oncegate.store.record_name import store_key
 from oncegate.store.redis import arguments

@@ -9,7 +9,7 @@ from typing import Any
 from redis.asyncio.connection import AbstractConnection
 
 from oncegate.keys.digests import KEY_DIGEST_BYTES
-from oncegate.store.breaker import Breaker
+from oncegate.store.health.breaker import Breaker
 from oncegate.store.membership import HEALTH_S, Membership
 from oncegate.store.record_name import store_key
 from oncegate.store.redis import arguments
@@ -96,7 +96,7 @@ class Node:
         self.name, self._config, self._accept = name, config, accept
         # In a cluster: a hash tag whose keys lie on this server, and a function that returns digests that do.
         self.tag, self.key_for_probe = b"", random_key
-        self._claim, self._read = config.scripts["claim"], config.scripts["read"]
+        self._claim = config.scripts["claim"]
         self._loop = asyncio.get_running_loop()
         self._clock = Clock()
         self.now_ms = self._clock.now_ms
@@ -302,7 +302,7 @@ class Node:
         return await self.claim(call, head, tail, left_s, probe)
 
     def run(self, call: ScriptCall, args: bytes) -> Awaitable[Any]:
-        link = self.reads if call.script is self._read else self.link
+        link = self.reads if call.script.brings_chunks else self.link
         # While the connection is up, the reply is a plain future. A coroutine would cost a step of a task more.
         return link.script(call, args) if link.up else self._run_when_up(link, call, args)
 

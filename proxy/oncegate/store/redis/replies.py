@@ -4,6 +4,7 @@ Proxies of several versions share a store, so the reply words never change. This
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from oncegate.store.kept import unpack_kept
@@ -37,6 +38,7 @@ SETTLE = {
 }
 APPEND = {
     b"appended": AppendStatus.APPENDED,
+    b"read": AppendStatus.APPENDED_READ,
     b"torn": AppendStatus.INCOMPLETE,
     b"absent": AppendStatus.ABSENT,
     b"complete": AppendStatus.COMPLETE,
@@ -88,12 +90,13 @@ def claim_result(claim: Claim, tenant: bytes, reply: Any, note_time: Callable[[i
     # By its length, too: in a damaged record the state may be any word.
     kind = reply[0] if isinstance(reply, list) and len(reply) in (4, 5) else b""
     if kind == CLAIMED:
-        _, now_ms, fence, created = reply
+        now_ms, fence, created = reply[1:4]
+        kept = claim.kept if len(reply) == 4 else replace(claim.kept, replaced=True)
         note_time(now_ms)
         return Claim(
             # Positions, not names: arguments by name cost twice as much here (Python 3.11, measured).
             claim.key, claim.token, fence, claim.mode, claim.fingerprint, claim.self_check, int(created),
-            claim.lease_ms, claim.retention_ms, claim.unknown_retention_ms, claim.tombstone_ms, claim.kept,
+            claim.lease_ms, claim.retention_ms, claim.unknown_retention_ms, claim.tombstone_ms, kept,
         )  # fmt: skip
     if kind == b"complete":
         _, now_ms, meta, body, more = reply

@@ -17,6 +17,7 @@ from oncegate.store.record_name import store_key
 from oncegate.store.record_view import RecordView
 from oncegate.store.redis import arguments
 from oncegate.store.redis.claims import MAX_PAUSE_S, MIN_PAUSE_S, Claims
+from oncegate.store.redis.layouts.followed import followed
 from oncegate.store.redis.membership import WrittenLayout
 from oncegate.store.redis.node import Node, NodeConfig
 from oncegate.store.redis.records import RedisMarks, RedisRecords
@@ -37,6 +38,7 @@ from oncegate.store.redis.wire import ScriptCall, resp
 from oncegate.store.results import (
     AppendStatus,
     DropStatus,
+    Followed,
     NotClaimed,
     ReadFailure,
     RenewStatus,
@@ -199,12 +201,16 @@ class RedisStore:
         args = resp(claim.token, claim.lease_ms, claim.unknown_retention_ms, stage.wire, layout)
         return renew_status(await self._run("renew", claim.key, args, arguments.RENEW_COUNT, claim))
 
-    async def append(self, claim: Claim, index: int, chunk: bytes, patience_s: float) -> AppendStatus:
+    async def append(
+        self, claim: Claim, index: int, chunk: bytes, patience_s: float, head: bytes = b""
+    ) -> AppendStatus:
         # The first chunk is the only one that may find its claim packed.
         layout = arguments.LAYOUT[self.layout.packed and index == 0]
-        args = resp(claim.token, index, chunk, claim.unknown_retention_ms, layout)
+        args, count = resp(claim.token, index, chunk, claim.unknown_retention_ms, layout), arguments.APPEND_COUNT
+        if head:
+            args, count = args + resp(head), arguments.APPEND_HEAD_COUNT
         ends = self._loop.time() + patience_s
-        call = ScriptCall(self._scripts["append"], store_key(claim.key), arguments.APPEND_COUNT, ends)
+        call = ScriptCall(self._scripts["append"], store_key(claim.key), count, ends)
         reply, _ = await self._repeat(call, args, ends)
         return append_status(reply)
 
@@ -247,6 +253,10 @@ class RedisStore:
     async def read(self, key: bytes, token: bytes, first: int) -> list[bytes] | ReadFailure:
         args = resp(token, first, arguments.READ_BYTES)
         return read_chunks(await self._run("read", key, args, arguments.READ_COUNT))
+
+    async def follow(self, key: bytes, token: bytes, first: int, reading_ms: int = 0) -> Followed | ReadFailure:
+        args = resp(token, first, arguments.READ_BYTES, reading_ms)
+        return followed(key, first, await self._run("follow", key, args, arguments.FOLLOW_COUNT))
 
     # For operators ...
 

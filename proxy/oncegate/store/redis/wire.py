@@ -65,6 +65,8 @@ class Script:
 
     def __init__(self, verb: str, body: bytes) -> None:
         self.verb, self.body = verb, body
+        # Its replies are large, so that it has a connection of its own.
+        self.brings_chunks = verb in ("read", "follow")
         self.sha = sha1(body).hexdigest().encode()
         evalsha, evaluate = resp(b"EVALSHA", self.sha, 1), resp(b"EVAL", body, 1)
         # A call has five words besides its arguments: the command, the sha or body, the count of keys, key and tag.

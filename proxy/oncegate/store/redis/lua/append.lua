@@ -1,14 +1,16 @@
 -- Stores one more chunk of a response for the owner, whose renewals keep the lease; a repeat with the same bytes changes nothing.
 -- KEYS: record
--- ARGV: tag token index chunk retention_ms layout
+-- ARGV: tag token index chunk retention_ms layout head
 --   layout: the one that the record most probably has, 'packed' or 'hash'
--- Returns: {tag, 'appended' or 'torn' or 'absent' or 'complete' or 'fenced'}
+--   head: of the response, for those who follow it, with the first chunk alone; may be left out
+-- Returns: {tag, 'appended' or 'read' or 'torn' or 'absent' or 'complete' or 'fenced'}
+--   read: appended, and somebody follows the response
 local tag, token, field = ARGV[1], ARGV[2], 'b' .. ARGV[3]
 local fields = {}
 local likely = ARGV[6] == 'packed'
 local value = likely and redis.pcall('GET', KEYS[1])
 if type(value) ~= 'string' then
-  fields = redis.pcall('HMGET', KEYS[1], 'token', 'state', 'meta', field, 'bytes')
+  fields = redis.pcall('HMGET', KEYS[1], 'token', 'readers_until', 'meta', field, 'bytes')
   value = fields.err and (redis.call('GET', KEYS[1]) or redis.call('HMGET', KEYS[1], 'meta'))
 end
 local owner, complete = fields[1], fields[3]
@@ -44,12 +46,26 @@ if value then
   if stage then
     redis.call('HSET', KEYS[1], 'stage', stage)
   end
+  if ARGV[7] then
+    redis.call('HSET', KEYS[1], 'head', ARGV[7])
+  end
   if #value > 122 then
     redis.call('HSET', KEYS[1], 'more', value:sub(123))
   end
   redis.call('PEXPIRE', KEYS[1], ARGV[5])
 elseif not fields[4] then
-  -- One write for both: if it is refused at the memory limit, chunks and count still agree.
-  redis.call('HSET', KEYS[1], field, ARGV[4], 'bytes', (tonumber(fields[5]) or 0) + #ARGV[4])
+  -- One write for all: if it is refused at the memory limit, chunks and count still agree.
+  local bytes = (tonumber(fields[5]) or 0) + #ARGV[4]
+  if ARGV[7] then
+    redis.call('HSET', KEYS[1], field, ARGV[4], 'bytes', bytes, 'head', ARGV[7])
+  else
+    redis.call('HSET', KEYS[1], field, ARGV[4], 'bytes', bytes)
+  end
+end
+if fields[2] then
+  local time = redis.call('TIME')
+  if (tonumber(fields[2]) or 0) > time[1] * 1000 + math.floor(time[2] / 1000) then
+    return {tag, 'read'}
+  end
 end
 return {tag, 'appended'}

@@ -3,12 +3,13 @@
 -- ARGV: tag token terms retention_ms not_after_ms layout window_ms expected_token
 --   terms: of a packed claim, all from the length of its lease on (see store/redis/layouts/packed.py)
 --   layout: in which the claim is written, 'packed' or 'hash'
--- Returns: {tag, 'claimed', now_ms, fence, created_ms}
+-- Returns: {tag, 'claimed', now_ms, fence, created_ms} | {tag, 'claimed', now_ms, fence, created_ms, 'replaced'}
 --        | {tag, 'late', now_ms}
 --        | {tag, 'packed', now_ms, value}
 --        | {tag, 'complete', now_ms, meta, body or false, more or false}
 --        | {tag, 'expired', now_ms, meta}
 --        | {tag, state, now_ms, token, fence, mode, fingerprint, self, lease_left_ms, created_ms, status or false, more or false}
+--   replaced: the claim has taken the place of another record, and says so in a numbered field (see store/kept.py)
 -- The index of open keys (see store/redis/layouts/open_index.py). It never fails a claim.
 local index = 'once:open'
 local tag, token, terms, layout = ARGV[1], ARGV[2], ARGV[3], ARGV[6]
@@ -41,7 +42,7 @@ end
 
 local lease_ms, window_ms, expected_token = tonumber(terms:sub(1, 10)), tonumber(ARGV[7]), ARGV[8]
 local self, fingerprint = terms:sub(14, 45), terms:sub(46, 61)
-local fence
+local fence, replaced
 -- The caller has decided that the record is open, after checking it as a whole. It is decided here again, as of now.
 if value then
   -- A packed claim has from byte 2 on its token, 18 fence, 34 created, 47 leased, 60 length of the lease, 70 stage, 71 state,
@@ -59,7 +60,8 @@ if value then
       if index then
         redis.pcall('ZADD', index, now + lease_ms, KEYS[1])
       end
-      return {tag, 'claimed', now, fence, value:sub(34, 46)}
+      replaced = value:sub(123, 125) == '\12\0\0' and 'replaced' or nil
+      return {tag, 'claimed', now, fence, value:sub(34, 46), replaced}
     end
     local leased = tonumber(value:sub(47, 59)) or 0
     if state == 'i' and leased > now then
@@ -114,7 +116,8 @@ elseif fields[1] or fields[2] or redis.call('EXISTS', KEYS[1]) == 1 then
     if index then
       redis.pcall('ZADD', index, now + lease_ms, KEYS[1])
     end
-    return {tag, 'claimed', now, fence, fields[9]}
+    replaced = fields[13] and fields[13]:sub(1, 3) == '\12\0\0' and 'replaced' or nil
+    return {tag, 'claimed', now, fence, fields[9], replaced}
   elseif state ~= 'released' then
     local left, whole = (tonumber(fields[8]) or 0) - now, tonumber(fields[10]) or lease_ms
     if state == 'in_flight' and left > whole then
@@ -147,6 +150,10 @@ elseif fields[1] or fields[2] then
 end
 if value or fields[1] or fields[2] then
   redis.call('UNLINK', KEYS[1])
+  replaced = 'replaced'
+  if terms:sub(64, 66) ~= '\12\0\0' then
+    terms = terms:sub(1, 61) .. struct.pack('>I2', #terms - 60) .. '\12\0\0' .. terms:sub(64)
+  end
 end
 if layout == 'packed' then
   redis.call('SET', KEYS[1], '\4' .. token .. fence .. created .. created .. terms, 'PX', ARGV[4])
@@ -162,4 +169,4 @@ end
 if index then
   redis.pcall('ZADD', index, now + lease_ms, KEYS[1])
 end
-return {tag, 'claimed', now, fence, created}
+return {tag, 'claimed', now, fence, created, replaced}

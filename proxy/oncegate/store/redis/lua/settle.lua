@@ -18,7 +18,7 @@ local ends = math.huge
 local found = (action == 'put' or (action == 'release' and ARGV[5] == 'packed')) and redis.pcall('GET', KEYS[1])
 if type(found) ~= 'string' then
   fields = redis.pcall('HMGET', KEYS[1], 'token', 'state', 'meta', 'bytes', 'until', 'why', 'stage', 'lease_ms',
-    'status', 'more')
+    'status', 'more', 'head', 'readers_until')
   found = fields.err and (redis.call('GET', KEYS[1]) or redis.call('HMGET', KEYS[1], 'meta'))
 end
 if found then
@@ -83,14 +83,14 @@ if action == 'store' then
     -- Beside the chunks there are eight fields of a claim and 'bytes', and those that only some records have.
     local appended = chunks - (last ~= '' and 1 or 0)
     local stored, others = tonumber(fields[4]) or 0, 9
-    for at = 6, 10 do
+    for at = 6, 12 do
       others = others + (fields[at] and 1 or 0)
     end
     if found or redis.call('HLEN', KEYS[1]) ~= appended + others or stored + #last ~= bytes then
       return {tag, 'torn'}
     end
     redis.call('HDEL', KEYS[1], 'state', 'token', 'fence', 'mode', 'fingerprint', 'self', 'lease', 'created',
-      'lease_ms', 'bytes', 'why', 'stage', 'status', 'more')
+      'lease_ms', 'bytes', 'why', 'stage', 'status', 'more', 'head', 'readers_until')
     redis.call('HSET', KEYS[1], 'meta', ARGV[5])
   end
   if last ~= '' then

@@ -16,7 +16,7 @@ from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
 from oncegate.settings.addresses import bracketed
 from oncegate.settings.store_url import ServerGroup
-from oncegate.store.breaker import Breaker
+from oncegate.store.health.breaker import Breaker
 from oncegate.store.membership import HEALTH_S
 from oncegate.store.record_name import store_key
 from oncegate.store.redis.node import MAX_PROBE_PAUSE_S, Node, NodeConfig, random_key

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from oncegate.settings.store_url import GroupKind, parse_server_group
-from oncegate.store.breaker import Breaker
+from oncegate.store.health.breaker import Breaker
 from oncegate.store.redis.durable import level
 from oncegate.store.redis.node import Node, NodeConfig
 from oncegate.store.redis.server import Login, Logins
