@@ -628,6 +628,8 @@ MEMBERS = {
     "live_ms": 5000,
     "retention_ms": 60_000,
     "found": "",
+    "prefix": "P1",
+    "name": "a host",
 }
 
 
@@ -645,7 +647,10 @@ def test_members_as_its_header_says(called):
     called.client.hset(KEY, "I1 R1 2", f"{int(time.time() * 1000) - 5100}")
     called.client.hset(KEY, "I1 R2 2", f"{int(time.time() * 1000) - 5100}")
     assert called("members", **other)[1] == b"same"
-    assert set(record(called)) == {"I2 R2 2", "since", "seen"}
+    called.client.hset(KEY, "name:P2", f"{int(time.time() * 1000) - 5100} gone")
+    called("members", **other)
+    assert set(record(called)) == {"I2 R2 2", "since", "seen", "name:P1"}
+    assert record(called)["name:P1"].split(b" ", 1)[1] == b"a host"
     assert about(called.client.pttl(KEY), 60_000)
 
 

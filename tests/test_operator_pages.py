@@ -10,6 +10,7 @@ from importlib.resources import files
 import pytest
 
 from oncegate.admin.pages.deciding import Deciding
+from oncegate.admin.pages.now import replicas
 from oncegate.admin.pages.signing import LASTS_S, Answer, Draft, Signer
 from oncegate.admin.roles import Role
 from oncegate.admin.watching import live, store_view
@@ -310,7 +311,9 @@ def test_a_review_is_for_whom_it_was_shown():
     signer, draft = Signer(), Draft("resolve", (Seen(b"k" * 24, b"t" * 16, "unknown"),), Answer("200", "A: b", "c"))
     signed = signer.sign(draft, "ana")
     assert signer.read(signed, "ana") == draft
-    for other, text, whose in ((signer, signed, "bob"), (Signer(), signed, "ana"), (signer, signed[:-1] + "-", "ana")):
+    # Its last character has bits that count for nothing, the one before it has none.
+    changed = f"{signed[:-2]}{'B' if signed[-2] == 'A' else 'A'}{signed[-1]}"
+    for other, text, whose in ((signer, signed, "bob"), (Signer(), signed, "ana"), (signer, changed, "ana")):
         with pytest.raises(OperatorError, match="too old"):
             other.read(text, whose)
 
@@ -669,3 +672,10 @@ async def test_a_store_that_does_not_answer(own_valkey, monkeypatch):
     assert "did not answer within" in desk.text()
     assert ">1<" in desk.html
     assert "1 key to decide" in desk.text()
+
+
+def test_replicas_are_named_by_their_host():
+    """A host has a replica for each process; of very many not each is named."""
+    assert replicas(["b pid 2", "a pid 9", "b pid 1"]) == "2: a (1 worker), b (2 workers)"
+    many = replicas([f"h{number:02} pid 1" for number in range(40)])
+    assert (many.startswith("40: h00 (1 worker), "), many.endswith(", h11 (1 worker), and 28 more")) == (True, True)

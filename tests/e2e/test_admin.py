@@ -21,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from oncegate.admin import serving
 from oncegate.admin.parts import at_once
 from oncegate.observe.metrics import Metrics
+from oncegate.store.membership import HEALTH_S
 from tests.admin_parts import OPERATE, admin_parts, tokens_file
 from tests.parts import OK, Proxy, RawClient, RawUpstream, answering, ask, holding, lazy, request, until
 from tests.test_access import client_of, files_of
@@ -463,6 +464,23 @@ async def test_the_access_log_has_what_was_asked_for(proxies, upstream, valkey, 
         "notable": (one for one in outcomes.elements() if one not in plain),
     }
     assert sorted(access_lines(gate)) == sorted(wanted[which])
+
+
+async def test_the_first_lines_of_a_new_installation_are_no_warnings(proxies, upstream, own_store):
+    """Nothing has happened yet: whoever reads a warning here learns to read past them."""
+    gate = proxies(upstream, own_store.url)
+    await until(lambda: gate.events("store problem"))
+    await asyncio.sleep(2 * HEALTH_S)
+    assert {line["level"] for line in map(json.loads, gate.log().splitlines())} == {"info"}
+    assert {line["kind"] for line in gate.events("store problem")} == {"founded"}
+
+
+async def test_the_page_names_the_replicas(proxies, upstream, own_store):
+    """Each process that serves on the store, by its host: also those elsewhere, until one has left."""
+    first, second = (proxies(upstream, own_store.url) for _ in range(2))
+    await until(lambda: f"1: {socket.gethostname()} (2 workers)" in first.admin("/")[1])
+    assert second.stop() == 0
+    await until(lambda: f"1: {socket.gethostname()} (1 worker)" in first.admin("/")[1], 20)
 
 
 # What depends on the requests, and on the store that all tests share.

@@ -45,7 +45,7 @@ def serve(settings: Settings, logger: Any) -> ExitCode:
             store_url = embedded.url
         elif not settings.secret.get_secret_value():
             # The embedded store is private to this user. Another one has readers of its own.
-            logger.warning("store without a secret", consequence="whoever reads the store can test guesses of keys")
+            logger.info("store without a secret", consequence="whoever reads the store can test guesses of keys")
         if settings.workers > 1:
             slots = open_slots(settings.listen, settings.workers, systemd.public)
             return uvloop.run(_supervise(settings, slots, embedded, systemd, logger))

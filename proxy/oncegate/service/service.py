@@ -137,8 +137,8 @@ class Service:
             self.metrics.store_lost(loss)
         elif event is StoreEvent.IDENTITY_ACCEPTED:
             self.metrics.identity_accepted()
-        is_new = event is StoreEvent.FOUNDED and self._settings.store_url.get_secret_value() == "embedded"
-        level = "error" if event.is_error else "info" if is_new else "warning"
+        # A new installation looks like this. A quarantine, where one is set, is a reason on /readyz, and so a warning.
+        level = "error" if event.is_error else "info" if event is StoreEvent.FOUNDED else "warning"
         getattr(self._log, level)("store problem", kind=event.kind, detail=detail)
 
     def _report_broken_store(self) -> None:

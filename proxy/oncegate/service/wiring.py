@@ -154,6 +154,7 @@ class Parts:
             retried=reporting.metrics.store_retried,
             background=reporting.background,
             log=reporting.log.warning,
+            log_info=reporting.log.info,
             durability=settings.durability,
             member=self._membership(),
             breaker_opened=reporting.store_broke,

@@ -79,8 +79,9 @@ class StoreConfig:
     observers: Observers = field(default_factory=dict)
     # Called with every call that is repeated.
     retried: Callable[[], None] = lambda: None
-    # Called with an event and its fields, such as a failover.
+    # Called with an event and its fields, such as a failover; the second with one that needs nobody's attention.
     log: Callable[..., None] = lambda *_, **__: None
+    log_info: Callable[..., None] = lambda *_, **__: None
     # Where a claim has to be before it counts: memory, fsync, or replicated.
     durability: str = "memory"
     # With it the store is watched for losses, and for proxies that name keys in another way.

@@ -1,5 +1,6 @@
 """The first page: whether anything needs a person, and how it goes."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,8 @@ from oncegate.settings.settings import Settings
 from oncegate.settings.store_url import masked
 
 REQUESTS, SUPPRESSIONS = "oncegate_requests_total", "oncegate_duplicates_suppressed_total"
+# How many replicas are named.
+MOST_REPLICAS = 12
 _EXECUTED = (Outcome.EXECUTED, Outcome.RELEASED, Outcome.UNKNOWN)
 _PASSED_ON = (Outcome.PASSTHROUGH, Outcome.UNGUARDED, Outcome.PREFLIGHT, *_EXECUTED, Outcome.REPLAYED)
 
@@ -171,6 +174,16 @@ def store_facts(settings: Settings, look: Look, history: History) -> Iterator[tu
         yield "memory of the store", f"{ratio:.0%} of its limit"
     if quarantine_s := newest.get("oncegate_quarantine_seconds"):
         yield "quarantine", f"first-time keys are refused for {formats.age(quarantine_s * 1000)}"
+    if look.proxies:
+        yield "replicas on this store", replicas(look.proxies)
     yield "workers here", formats.count(newest.get("oncegate_workers"))
     yield "restarts of workers", formats.count(newest.get("oncegate_worker_restarts_total"))
     yield "bodies in memory", formats.size(newest.get("oncegate_buffered_bytes"))
+
+
+def replicas(proxies: Sequence[str]) -> str:
+    """Return how many replicas serve, and each by its host with its workers. `proxies`: names, `HOST pid NUMBER`."""
+    workers = Counter(name.partition(" ")[0] for name in proxies)
+    named = [f"{host} ({number} {'worker' if number == 1 else 'workers'})" for host, number in sorted(workers.items())]
+    more = [f"and {len(named) - MOST_REPLICAS} more"] if len(named) > MOST_REPLICAS else []
+    return f"{len(named)}: {', '.join(named[:MOST_REPLICAS] + more)}"

@@ -26,6 +26,7 @@ class Look:
 
     `store_error`: why the store said nothing; `open` then has what it said last. `reasons`: why the proxy is not ready.
     `notices`: what an operator should look at although it is. `is_whole`: whether the index has every open key.
+    `proxies`: the names of the processes that serve on this store.
     """
 
     open: OpenCounts = field(default_factory=dict)
@@ -33,6 +34,7 @@ class Look:
     reasons: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     is_whole: bool = True
+    proxies: list[str] = field(default_factory=list)
 
     @property
     def undecided(self) -> int:
@@ -98,18 +100,19 @@ class Overview:
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:
-            counts, error = self._look.open, ""
+            counts, proxies, error = self._look.open, self._look.proxies, ""
             self.store_questions += 1
             try:
                 async with self.store.opened() as store:
                     self._is_whole = self._is_whole or await has_whole_index(store)
                     counts = await indexed_counts(store)
+                    proxies = await store.records.proxies()
             except OperatorError as failed:
                 error = str(failed)
             await self._read()
             self._read_prices(began)
             reasons, notices = await self._parts.not_ready_reasons(), await self._parts.notices()
-            self._look = Look(counts, error, reasons, notices, self._is_whole or bool(error))
+            self._look = Look(counts, error, reasons, notices, self._is_whole or bool(error), proxies)
         finally:
             self._next_at = began + min(LONGEST_S, max(LOOK_S, (loop.time() - began) / SHARE))
             self._looking = None

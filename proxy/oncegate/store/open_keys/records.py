@@ -70,6 +70,9 @@ class Records(Protocol):
     async def identities(self) -> list[str]:
         """Return the settings by which the proxies on this store name keys."""
 
+    async def proxies(self) -> list[str]:
+        """Return the names of the proxies that were live a moment ago: one for each worker."""
+
     async def unpack(self) -> int:
         """Write packed records so that older versions read them, let these in again, and return how many there were.
 

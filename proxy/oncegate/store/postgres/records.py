@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from oncegate.keys.digests import KEY_DIGEST_BYTES
+from oncegate.store.membership import LIVE_S
 from oncegate.store.open_keys.index import OpenIndex
 from oncegate.store.open_keys.listing import scanned_open_counts, scanned_open_keys
 from oncegate.store.open_keys.places import OpenCounts, OpenPage
@@ -47,6 +48,8 @@ INSERT INTO proxy (prefix, counter, name, retention_ms, at_ms) VALUES ($1, 0, $2
 ON CONFLICT (prefix) DO UPDATE SET name = excluded.name, retention_ms = excluded.retention_ms, at_ms = excluded.at_ms
 """
 _IDENTITIES = "SELECT DISTINCT settings FROM proxy WHERE identity IS NOT NULL AND at_ms + retention_ms > now_ms()"
+# The proxies that serve: others have no identity.
+_LIVE = "SELECT name FROM proxy WHERE identity IS NOT NULL AND at_ms >= now_ms() - $1 ORDER BY name"
 # A store without an epoch is in quarantine as soon as a proxy founds it.
 _QUARANTINE = "UPDATE epoch SET until = greatest(until, now_ms() + $1)"
 _STATES = {1: b"in_flight", 2: b"unknown", 4: b"released"}
@@ -169,6 +172,10 @@ class PostgresRecords:
 
     async def identities(self) -> list[str]:
         return [row["settings"].decode() for row in await fetch(self._servers, Level.OFF, _IDENTITIES)]
+
+    async def proxies(self) -> list[str]:
+        rows = await fetch(self._servers, Level.OFF, _LIVE, int(LIVE_S * 1000))
+        return [row["name"].decode("utf-8", "replace") for row in rows]
 
     async def unpack(self) -> int:
         raise StoreError("records in PostgreSQL have one layout: there is nothing to unpack")

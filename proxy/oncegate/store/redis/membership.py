@@ -7,7 +7,7 @@ make of it while an older version is live: one that comes later fails there befo
 """
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from oncegate.store import membership
@@ -54,6 +54,13 @@ def proxy_record_value(counter: int, retention_ms: int, proxy_name: str) -> byte
     The retention minus the key's remaining time to live is the age of the value.
     """
     return b"%d %d %s" % (counter, retention_ms, proxy_name.encode())
+
+
+def live_proxies(members: Mapping[bytes, bytes], now_ms: int) -> list[str]:
+    """Return the names of the proxies that were live a moment ago, by what `once:members` has."""
+    notes = (value.partition(b" ") for field, value in members.items() if field.startswith(b"name:"))
+    live_ms = membership.LIVE_S * 1000
+    return [name.decode("utf-8", "replace") for at_ms, _, name in notes if now_ms - int(at_ms) <= live_ms]
 
 
 class WrittenLayout:
@@ -127,7 +134,8 @@ class OtherProxies(Agreement):
         self._asked_at, member = self._clock(), self._member
         rules, before, live_ms = self.asked_rules()
         lets_write = self._lets_write if self.may_pack else HASHES
-        args = (self.identity, rules, before, lets_write, live_ms, member.retention_ms, self._found)
+        itself = member.token_prefix.hex(), member.proxy_name
+        args = (self.identity, rules, before, lets_write, live_ms, member.retention_ms, self._found, *itself)
         identity_args = (self.identity, member.identity_text, self.write_mode(), member.retention_ms)
         identities, older = IDENTITIES + hash_tag, OLDER + hash_tag
         return [

@@ -21,6 +21,7 @@ from oncegate.store.redis.membership import (
     MEMBERS,
     OLDER,
     PACKED,
+    live_proxies,
     proxy_record_key,
     proxy_record_value,
 )
@@ -97,6 +98,9 @@ class RedisRecords:
         replies = [checked(await ask(node, "HVALS", IDENTITIES + node.tag)) for node in self._servers.nodes]
         return [value.split(b" ", 1)[1].decode() for reply in replies for value in reply]
 
+    async def proxies(self) -> list[str]:
+        return sorted({name for node in self._servers.nodes for name in live_proxies(*await _members(node))})
+
     async def unpack(self) -> int:
         nodes, unpacked = self._servers.nodes, 0
         for node in nodes:
@@ -141,10 +145,15 @@ async def _wait_until_nobody_packs(node: Node) -> None:
         await asyncio.sleep(membership.LIVE_S / 20)
 
 
+async def _members(node: Node) -> tuple[dict[bytes, bytes], int]:
+    """Return what proxies say of themselves at a server, and its time in ms."""
+    now_ms, entries = await time_ms(node), checked(await ask(node, "HGETALL", MEMBERS + node.tag))
+    return dict(zip(entries[::2], entries[1::2], strict=True)), now_ms
+
+
 async def _is_packing(node: Node) -> bool:
     """Return whether a proxy that was live a moment ago lets packed records be written."""
-    now_ms, entries = await time_ms(node), checked(await ask(node, "HGETALL", MEMBERS + node.tag))
-    notes = dict(zip(entries[::2], entries[1::2], strict=True))
+    notes, now_ms = await _members(node)
     packing, live_ms = b" %d" % PACKED, membership.LIVE_S * 1000
     return any(name.endswith(packing) and now_ms - int(at_ms) <= live_ms for name, at_ms in notes.items())
 

@@ -62,7 +62,7 @@ class RedisStore:
         self._prefix, self._count = os.urandom(PREFIX_BYTES), count(1)
         self._scripts = load_scripts(indexes=not is_cluster(config.url))
         member = replace(config.member, token_prefix=self._prefix) if config.member else None
-        self.layout = WrittenLayout(config.log)
+        self.layout = WrittenLayout(config.log_info)
         self._openers = Openers(self._timeout_s, config.resolver)
         self._openers.logins = logins_of((config.login or StoreLogin(config.url))._replace(url=config.url))
         node = NodeConfig(

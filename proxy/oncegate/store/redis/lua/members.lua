@@ -1,7 +1,8 @@
 #!lua flags=allow-oom
 -- Writes what a proxy says of itself, and returns what the live proxies on this store agree on.
 -- KEYS: members
--- ARGV: tag identity rules before layout live_ms retention_ms found (identity, rules: digests of what it names keys by)
+-- ARGV: tag identity rules before layout live_ms retention_ms found prefix name
+--   identity, rules: digests of what it names keys by. prefix: of its tokens. name: what operators call it
 --   before: the rules that it wrote last. layout: the highest layout of records that it lets others write
 --   found: 'new' if it founded the store, 'older' if an older version is or was on it, else ''
 -- Returns: {tag, 'same' or 'differ', layout, age_ms, quiet_ms, new, now_ms, seen_ms, identities}
@@ -25,13 +26,13 @@ end
 local facts = redis.call('HMGET', KEYS[1], 'since', 'older', 'new', 'seen')
 local since, seen = tonumber(facts[1]) or now, tonumber(facts[4]) or 0
 redis.call('HSET', KEYS[1], 'since', string.format('%.0f', since), 'seen', written,
-  identity .. ' ' .. rules .. ' ' .. layout, written)
+  identity .. ' ' .. rules .. ' ' .. layout, written, 'name:' .. ARGV[9], written .. ' ' .. ARGV[10])
 redis.call('PEXPIRE', KEYS[1], ARGV[7])
 local differ, lowest, identities = false, tonumber(layout), {}
 local entries = redis.call('HGETALL', KEYS[1])
 for at = 1, #entries, 2 do
   local whose, by, reads = entries[at]:match('^(%S*) (%S*) (%d+)$')
-  if whose and now - (tonumber(entries[at + 1]) or 0) > live_ms then
+  if (whose or entries[at]:sub(1, 5) == 'name:') and now - (tonumber(entries[at + 1]:match('^%d+')) or 0) > live_ms then
     redis.call('HDEL', KEYS[1], entries[at])
   elseif whose then
     differ = differ or by ~= rules
