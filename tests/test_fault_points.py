@@ -87,6 +87,8 @@ FAULTS = {
     61: "the proxy gets a signal, or a second one",
     62: "code fails after the claim",
     63: "the last reader leaves, under a rule that cancels",
+    64: "a cancel comes before the request is sent",
+    65: "a cancel comes before a lost request is sent again",
 }
 
 
@@ -118,5 +120,5 @@ def test_every_fault_point_has_a_test(number):
 
 def test_every_number_is_a_fault_point():
     """No test, and no line, bears a number that is none."""
-    assert sorted(FAULTS) == list(range(1, 64))
+    assert sorted(FAULTS) == list(range(1, 66))
     assert {*marked(), *without()} == set(FAULTS)

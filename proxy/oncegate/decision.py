@@ -102,7 +102,7 @@ class Ending(Enum):
     # The upstream may have executed the request, so no other request may execute it.
     NO_RESPONSE = "no_response", Settlement.UNKNOWN
     TRUNCATED = "truncated", Settlement.UNKNOWN
-    # The same, because oncegate closed the upstream connection.
+    # oncegate closed the upstream connection, or had not sent anything: the request was not to be executed any more.
     CANCELLED = "cancelled", Settlement.CANCELLED
     # The upstream has read nothing of it.
     NOT_SENT = "not_sent", Settlement.RELEASE

@@ -2,12 +2,28 @@
 executes it."""
 
 import asyncio
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.test_operate import Desk
-from tests.parts import CHUNKED, LAST_CHUNK, OK, Proxy, RawClient, RawUpstream, Received, ask, chunk, request, until
+from tests.parts import (
+    CHUNKED,
+    LAST_CHUNK,
+    OK,
+    Blackhole,
+    Proxy,
+    RawClient,
+    RawUpstream,
+    Received,
+    ask,
+    chunk,
+    holding,
+    read_answer,
+    request,
+    until,
+)
 
 GRACE_S = 0.5
 RULES = f"""
@@ -166,3 +182,97 @@ async def test_a_store_that_does_not_answer_ends_nothing(proxies, upstream, api,
     own_valkey.resume()
     await asyncio.wait_for(api.gone.wait(), 10)
     await until(lambda: gate.metric('settled_total{settlement="cancelled"}') == 1)
+
+
+@pytest.mark.fault(64)
+async def test_a_cancel_before_the_request_is_sent_holds_it_back(proxies, upstream, valkey, tmp_path):
+    """While a connection is made it ends at once, and while the request waits for one it never leaves. No retry
+    executes it: its client stopped it before, and would be surprised."""
+    busy, hole = asyncio.Event(), Blackhole()
+    (tmp_path / "rules.toml").write_text(f"""
+[[upstream]]
+name = "one"
+url = "{upstream.url}"
+max_connections = 1
+
+[[upstream]]
+name = "hole"
+url = "{hole.url}"
+
+[[rule]]
+name = "one"
+path = "/one/**"
+upstream = "one"
+on_unknown = "retry"
+on_client_gone = "cancel"
+cancel_grace_s = 0
+
+[[rule]]
+name = "hole"
+path = "/hole"
+upstream = "hole"
+on_unknown = "retry"
+on_client_gone = "cancel"
+cancel_grace_s = 0
+""")
+    gate = proxies(upstream, valkey.url, RULES_FILE="rules.toml", CONNECT_TIMEOUT_S=600)
+    upstream.script = holding(busy)
+    first = await sent(gate, upstream, "first", "/one/a")
+    for number, target in enumerate(("/one/b", "/hole"), 1):
+        client = await RawClient.open(gate.port)
+        client.writer.write(request(target=target, key=target))
+        await until(lambda: gate.metric("in_flight") == 2)
+        client.close()
+        await until(lambda count=number: gate.metric('settled_total{settlement="cancelled"}') == count)
+        retry = await ask(gate.port, request(target=target, key=target))
+        assert (retry.slug, retry.problem["reason"]) == ("outcome-unknown", "cancelled")
+    busy.set()
+    assert (await read_answer(first.reader)).status == 200
+    assert (await ask(gate.port, request(target="/one/c", key="third"))).status == 200
+    assert [one.line.split()[1] for one in upstream.received] == [b"/one/a", b"/one/c"]
+    first.close()
+    hole.close()
+
+
+@pytest.mark.fault(65)
+async def test_a_cancel_between_two_sendings_holds_the_second_back(proxies, upstream, valkey, tmp_path):
+    """A lost request is sent again, to an API that executes a key once; not after its client has left."""
+    (tmp_path / "rules.toml").write_text("""
+[[rule]]
+name = "again"
+path = "/again"
+upstream_idempotent = true
+on_client_gone = "cancel"
+cancel_grace_s = 0
+""")
+    gate = proxies(upstream, valkey.url, RULES_FILE="rules.toml", UPSTREAM_REST_S=0)
+
+    lost, together = asyncio.Event(), asyncio.Barrier(2)
+
+    async def lose(
+        _: RawUpstream, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, received: Received
+    ) -> None:
+        if b"/again" not in received.line:
+            await together.wait()
+            writer.write(OK)
+            return
+        writer.write_eof()
+        with suppress(ConnectionError):
+            await reader.read()
+        lost.set()
+
+    upstream.script = lose
+    # Between two sendings is a pause of random length: the cancel may come behind it, but not every time.
+    for number in range(1, 11):
+        # Two connections are idle then: one to be lost, and one at hand for the second sending.
+        warm = [request(target="/warm", key=f"{number}-{which}") for which in "ab"]
+        await asyncio.gather(*[ask(gate.port, one) for one in warm])
+        lost.clear()
+        before = len(upstream.received)
+        client = await sent(gate, upstream, f"lost-{number}", "/again")
+        await asyncio.wait_for(lost.wait(), 10)
+        client.close()
+        await until(lambda count=number: gate.metric('settled_total{settlement="cancelled"}') == count)
+        if len(upstream.received) == before + 1:
+            return
+    raise AssertionError("each request was sent once more")

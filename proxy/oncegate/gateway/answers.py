@@ -161,7 +161,7 @@ def duplicate_refusal(decision: Decision | Outcome, taken: Taken, policy: Policy
             after = taken.retry_after_s if isinstance(taken, ClaimsSuspended) else None
             return Refuse(problem("store-unavailable", "the store cannot say now what became of this key", after))
         case Decision.OUTCOME_UNKNOWN if isinstance(taken, Record) and taken.mode == CANCELLED:
-            return cancelled(status=taken.status)
+            return cancelled(taken.status)
         case _:
             status = taken.status if isinstance(taken, Record) else 0
             doubt = f"a response with status {status} came, which does not tell the outcome" if status else MAYBE
@@ -234,14 +234,12 @@ def _original(status: int) -> dict[str, int]:
     return {"original_status": status} if status else {}
 
 
-def cancelled(*, sent: bool = True, status: int = 0) -> Refuse:
+def cancelled(status: int = 0) -> Refuse:
     """Return the answer to a request that was cancelled, and to its duplicates.
 
-    `sent`: a part of it, at least. `status`: of a response that came and is not whole; 0 for none.
+    `status`: of a response that came and is not whole; 0 for none.
     """
-    if not sent:
-        return Refuse(problem("upstream-unreachable", "it was cancelled before it was sent"), outcome=Outcome.CANCELLED)
-    detail = f"the client stopped it, so that it is not sent again; {MAYBE}"
+    detail = f"it was stopped, so that it is not sent again; {MAYBE}"
     unknown = problem("outcome-unknown", detail, reason="cancelled", **_original(status))
     return Refuse(unknown, UNKNOWN, outcome=Outcome.CANCELLED)
 

@@ -11,12 +11,13 @@ import time
 from oncegate.adaptation.heartbeats import takes_comments
 from oncegate.decision import RETRY, Disposition, Ending, Settlement, ending
 from oncegate.downstream.request import Request
-from oncegate.gateway.answers import Refuse, cancelled, not_confirmed, not_sent
+from oncegate.gateway.answers import Refuse, not_confirmed, not_sent
 from oncegate.gateway.keyed_request import KeyedRequest
 from oncegate.gateway.relay import pass_interims
 from oncegate.gateway.response_reading import TELLING_S, ResponseReading, check_idle_timeout
 from oncegate.gateway.settling import (
     LOST,
+    STOPPED,
     Progress,
     clean_up,
     end_attempt,
@@ -70,16 +71,18 @@ class Exchange:
         self._key_id, self._key_field = keyed.key_id, keyed.key_field
         caller = keyed.caller
         self.progress = Progress(self._deps, held, b"" if caller is None else caller.id, keyed.trace)
+        held.cancel = self.cancel
 
-    def cancel(self, reason: str) -> None:
+    def cancel(self, reason: str) -> bool:
         """End the exchange: close the upstream connection, and leave the key unknown in the mode `cancelled`.
 
-        `reason` is for operators. A response that is complete is still stored, and a request of which nothing was sent
-        frees its key.
+        Nothing is sent from now on; a response that is complete is still stored. `reason` is for operators. Return
+        False where the exchange was cancelled before.
         """
-        self.progress.cancelled = reason
+        is_first = self.progress.cancel(reason)
         if self._connection is not None:
             self._connection.fail(UpstreamLost(f"cancelled: {reason}"))
+        return is_first
 
     async def run(self) -> Outcome:
         """Forward, settle, conclude; return the outcome."""
@@ -99,7 +102,7 @@ class Exchange:
                 reached, last = await finish_recording(progress, progress.recording, self._disposition)
                 self._extend_watchdog()
                 settlement = reached.settlement
-            if progress.cancelled and reached in LOST:
+            if progress.cancelled and reached in STOPPED:
                 reached, settlement = Ending.CANCELLED, Settlement.CANCELLED
             # A response is worth waiting for. That there is none can be settled after the client was answered.
             timeout_s = deps.settle_timeout_s if settlement.completes else deps.store_timeout_s
@@ -171,10 +174,11 @@ class Exchange:
         """
         max_pause_s = FIRST_PAUSE_S
         for left in reversed(range(RESENDS)):
-            if reached not in LOST or self._response.started or self._deps.pool.shut or self.progress.cancelled:
+            if reached not in LOST or self._response.started or self._deps.pool.shut:
                 break
             self._extend_watchdog()
-            await asyncio.sleep(random.uniform(0, max_pause_s))
+            if not await self.progress.unless_cancelled(asyncio.sleep(random.uniform(0, max_pause_s), True)):
+                break
             max_pause_s = min(max_pause_s * 2, MAX_PAUSE_S)
             self._resends_left, self.progress.head, self.progress.whole = left, None, b""
             self.progress.note_reading(None)
@@ -185,22 +189,18 @@ class Exchange:
 
     async def _connect(self) -> Connection | None:
         """Return a connection to send on while the claim is certain, None where nothing may be sent."""
-        deps = self._deps
+        deps, progress = self._deps, self.progress
         while True:
             self._extend_watchdog()
             try:
-                connection = await deps.pool.acquire(deps.reuse_idle_s)
+                connection = await progress.unless_cancelled(deps.pool.acquire(deps.reuse_idle_s))
             except NotSent as reason:
                 self._not_sent = not_sent(str(reason))
                 return None
-            if self.progress.cancelled:
-                deps.pool.release(connection)
-                self._not_sent = cancelled(sent=False)
-                return None
-            if self._held.is_certain():
+            if connection is None or (self._held.is_certain() and not progress.cancelled):
                 return connection
             deps.pool.release(connection)
-            if not await deps.leases.reclaim(self._held, self._scope):
+            if progress.cancelled or not await deps.leases.reclaim(self._held, self._scope):
                 self._not_sent = not_confirmed()
                 return None
 

@@ -1,8 +1,9 @@
 """What becomes of a claim at the end of its exchange: stored, released, or unknown."""
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from oncegate.decision import Disposition, Ending, Settlement, ending, usual_s
 from oncegate.gateway.answers import Refuse, cancelled, not_sent, response_not_stored, upstream_lost
@@ -19,8 +20,11 @@ from oncegate.store.results import ClaimEvent, SettleResult, SettleStatus
 from oncegate.store.store import Settling
 from oncegate.upstream.errors import UpstreamLost
 
+T = TypeVar("T")
 # Endings in which the request was sent and no whole response came.
 LOST = (Ending.NO_RESPONSE, Ending.TRUNCATED)
+# Endings that a cancel makes its own. Also where nothing was sent: a key that was free would be executed by a retry.
+STOPPED = (*LOST, Ending.NOT_SENT)
 # A record has room for no more (4 bytes).
 MAX_TOOK_MS = 2**32 - 1
 
@@ -31,8 +35,8 @@ class Progress:
 
     `sent`: a byte of the request may have left. `head` is the upstream's, `whole` the body of a small response,
     `recording` that of a streamed one, `trailers` what follows either. `reading`: of a response whose status alone does
-    not tell. `cancelled`: why the exchange was ended, empty
-    where it was not. `settlement` is the last one tried, `settlements` are what is counted of it.
+    not tell. `cancelled`: why the exchange was ended, empty where it was not; `waiting`: what that ends at once before
+    there is a connection. `settlement` is the last one tried, `settlements` are what is counted of it.
     """
 
     deps: ExchangeDeps
@@ -46,10 +50,33 @@ class Progress:
     recording: Recording | None = None
     reading: ResponseReading | None = None
     cancelled: str = ""
+    waiting: asyncio.Timeout | None = None
     lost: UpstreamLost | None = None
     upstream_s: float = 0.0
     settlement: Settlement | None = None
     settlements: tuple[SettlementLabel, ...] = ()
+
+    def cancel(self, reason: str) -> bool:
+        """Take note that the exchange is cancelled, and end what it waits for. Return False where it was already."""
+        if self.cancelled:
+            return False
+        self.cancelled = reason
+        if self.waiting is not None:
+            self.waiting.reschedule(0)
+        return True
+
+    async def unless_cancelled(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """Return what `work` returns, or None where the exchange is cancelled, now or before."""
+        if self.cancelled:
+            work.close()
+            return None
+        try:
+            async with asyncio.timeout(None) as self.waiting:
+                return await work
+        except TimeoutError:
+            return None
+        finally:
+            self.waiting = None
 
     def note_reading(self, reading: ResponseReading | None) -> None:
         """Read this response from now on, and the one before no more."""
@@ -75,7 +102,8 @@ class Progress:
     @property
     def reason(self) -> str:
         """How far it got and what ended it, for operators; nothing of the request or its response."""
-        reached = f"status {self.status} came" if self.status else "no answer came"
+        nothing = "no answer came" if self.sent else "nothing was sent"
+        reached = f"status {self.status} came" if self.status else nothing
         if self.settlement is Settlement.CANCELLED:
             return f"cancelled: {self.cancelled}; {reached}"
         return f"{reached}: {self.lost}" if self.lost else reached if self.head else "the proxy failed"
@@ -192,7 +220,7 @@ def without_response(
         case Ending.NOT_SENT:
             refuse = unsent or not_sent("nothing was sent")
         case Ending.CANCELLED:
-            refuse = cancelled(status=progress.status)
+            refuse = cancelled(progress.status)
         case Ending.NO_RESPONSE | Ending.TRUNCATED:
             timeout = progress.lost is not None and progress.lost.timeout
             refuse = upstream_lost(timeout=timeout, mode=progress.held.claim.mode, status=progress.status)
@@ -215,8 +243,8 @@ def clean_up(progress: Progress, reached: Ending | None, result: SettleResult | 
         progress.reading.close()
     if result is None or (not result.status.is_done and result.status is SettleStatus.UNCONFIRMED):
         if reached is None:
-            lost = Ending.CANCELLED if progress.cancelled else Ending.NO_RESPONSE
-            reached = lost if progress.sent else Ending.NOT_SENT
+            unsure = Ending.NO_RESPONSE if progress.sent else Ending.NOT_SENT
+            reached = Ending.CANCELLED if progress.cancelled else unsure
         settlement = reached.settlement
         if result is None or not settlement.completes:
             # A response whose settle was interrupted is not delivered either: unknown says no more than is known.

@@ -22,6 +22,11 @@ def do_nothing() -> None:
     """Stand in for a callback that nobody has set."""
 
 
+def cancel_nothing(_: str) -> bool:
+    """Stand in for `cancel` where there is no exchange: before it is made, and once its claim is settled."""
+    return False
+
+
 @dataclass(slots=True, eq=False)
 class LeasedClaim:
     """A claim that this worker holds, and the state of its lease."""
@@ -41,6 +46,8 @@ class LeasedClaim:
     reported: bool = False
     # Called when a renewal finds another owner.
     on_fenced: Callable[[], None] = do_nothing
+    # Ends its exchange for a reason, and returns whether this did it.
+    cancel: Callable[[str], bool] = cancel_nothing
 
     def age_s(self) -> float:
         """Return the seconds since the claim was last confirmed."""
@@ -93,7 +100,7 @@ class Leases:
 
     def drop(self, held: LeasedClaim) -> None:
         """Stop renewing a claim. It is settled, or nothing more can be done for it."""
-        held.settled = True
+        held.settled, held.cancel = True, cancel_nothing
         if self._held.get(held.claim.key) is held:
             del self._held[held.claim.key]
 
