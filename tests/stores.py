@@ -11,7 +11,7 @@ from typing import Any
 from oncegate.decision import decide, effective_state
 from oncegate.keys.digests import Digests, Scope
 from oncegate.messages.response_head import response_digest
-from oncegate.store.kept import NOTHING, Kept
+from oncegate.store.kept import NOTHING, Kept, pack_kept
 from oncegate.store.opening import open_store
 from oncegate.store.record import Claim, ClaimRequest, Corrupt, Record, StoredResponse
 from oncegate.store.record_name import store_key
@@ -116,7 +116,7 @@ def claim(
             retention_ms=RETENTION_MS,
             unknown_retention_ms=UNKNOWN_RETENTION_MS,
             window_ms=window_ms,
-            kept=kept,
+            kept=pack_kept(kept),
         )
     )
 

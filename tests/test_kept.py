@@ -9,7 +9,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oncegate.store.kept import NOTHING, Kept, kept_of, pack_fields, pack_kept, unpack_fields, unpack_kept
+from oncegate.store.kept import (
+    NOTHING,
+    Kept,
+    kept_of,
+    original_id,
+    pack_fields,
+    pack_kept,
+    pack_note,
+    pack_request_id,
+    pack_trace,
+    rule_in,
+    unpack_fields,
+    unpack_kept,
+)
 from oncegate.store.record import Claim, Record, pack
 from oncegate.store.record_view import claim_of
 from oncegate.store.redis.arguments import claim_head
@@ -44,7 +57,7 @@ async def store(probe: Probe) -> AsyncIterator[Store]:
 async def owner_of(store: Store, kept: Kept = KEPT, mode: bytes = b"hold") -> Claim:
     owner = await claim(store, kept=kept, mode=mode)
     assert isinstance(owner, Claim)
-    assert owner.kept == kept
+    assert unpack_kept(owner.kept) == kept
     return owner
 
 
@@ -54,7 +67,7 @@ async def seen(store: Store) -> tuple[Kept, Kept]:
     assert isinstance(found, Record)
     assert view is not None
     assert [one.kept async for one in store.records.scan()] == [view.kept]
-    return found.kept, view.kept
+    return unpack_kept(found.kept), view.kept
 
 
 @pytest.mark.parametrize("kept", [KEPT, OF_ANOTHER, NOTHING], ids=["all", "some", "nothing"])
@@ -88,7 +101,7 @@ async def test_an_unknown_record_has_it(store):
     assert await seen(store) == (KEPT, KEPT)
     view = await store.records.read(KEY)
     assert view is not None
-    assert (view.reason, view.status, claim_of(view, 1).kept) == ("no answer came", 502, KEPT)
+    assert (view.reason, view.status, claim_of(view, 1).kept) == ("no answer came", 502, pack_kept(KEPT))
 
 
 async def test_a_record_that_was_lost_is_written_with_it(store, probe):
@@ -119,7 +132,7 @@ async def test_a_claim_that_is_claimed_again_keeps_it(store):
     owner = await owner_of(store)
     again = await store.reclaim(owner, SCOPE)
     assert isinstance(again, Claim)
-    assert again.kept == KEPT
+    assert unpack_kept(again.kept) == KEPT
     assert await seen(store) == (KEPT, KEPT)
 
 
@@ -167,7 +180,7 @@ async def test_an_expired_record_says_nothing_of_it(store):
     await asyncio.sleep(0.01)
     found = await claim(store)
     assert isinstance(found, Record)
-    assert (found.response, found.kept) == (None, NOTHING)
+    assert (found.response, found.kept) == (None, b"")
 
 
 async def test_unpacked_records_keep_it(store, probe):
@@ -192,7 +205,7 @@ async def test_unpacked_records_keep_it(store, probe):
 
 def request(kept: Kept) -> Claim:
     times = 0, LEASE_MS, 1, 1
-    return Claim(KEY, b"t" * 16, b"", b"hold", b"f" * 16, bytes(32), *times, kept=kept)
+    return Claim(KEY, b"t" * 16, b"", b"hold", b"f" * 16, bytes(32), *times, kept=pack_kept(kept))
 
 
 def test_nothing_takes_no_bytes():
@@ -249,3 +262,18 @@ def test_any_bytes_are_read_without_an_error(packed: bytes) -> None:
         assert kept == NOTHING
     else:
         assert kept == kept_of(fields)
+        assert (original_id(packed), rule_in(packed)) == (kept.request_id, fields.get(9, b""))
+    # Whatever it is, it can stand in a head.
+    assert not set(original_id(packed)) & set(b"\r\n\0")
+
+
+@given(KEPTS)
+def test_one_field_is_read_by_itself(kept: Kept) -> None:
+    """And written by itself, as a request does it, in whatever order."""
+    packed = pack_kept(kept)
+    assert (original_id(packed), rule_in(packed).decode()) == (unpack_kept(packed).request_id, unpack_kept(packed).rule)
+    names = pack_kept(Kept(rule=kept.rule, upstream=kept.upstream))
+    parts = [pack_note(kept.note), pack_request_id(kept.request_id[:128]), names]
+    if kept.trace:
+        parts.append(pack_trace(kept.trace))
+    assert unpack_kept(b"".join(parts)) == unpack_kept(packed)

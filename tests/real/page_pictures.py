@@ -19,7 +19,7 @@ from oncegate.admin.serving import serve_admin
 from oncegate.admin.watching import history
 from oncegate.observe.metrics import GAUGES, Metrics
 from oncegate.observe.outcome import Outcome, RequestReport
-from oncegate.store.kept import Kept
+from oncegate.store.kept import Kept, pack_kept
 from oncegate.store.record import ClaimRequest
 from oncegate.store.record_name import record_id
 from oncegate.store.store import Store
@@ -67,7 +67,7 @@ async def seed(store: Store, probe: RedisProbe) -> None:
     for number in range(1000, 1012):
         lease_ms = 50 if number == 1000 else 60_000
         kept = Kept("order-4277", rule="charges")
-        await store.claim(ClaimRequest(key(number), SCOPE, SAME, b"hold", lease_ms, 10**8, 10**9, kept=kept))
+        await store.claim(ClaimRequest(key(number), SCOPE, SAME, b"hold", lease_ms, 10**8, 10**9, kept=pack_kept(kept)))
     for server in store.records.servers:
         await server.index.begin()
         await server.index.note_complete()

@@ -265,7 +265,7 @@ class ClientConnection(RequestReader):
         self.owner.observe(RequestReport(outcome, problem.status, "", reason=problem.detail, asked=asked))
         if self.transport is not None:
             self.write_batcher.flush()
-            self.transport.write(closing_response(problem, self.request_ids.line(asked.id)))
+            self.transport.write(closing_response(problem, asked.id_line))
 
     async def _drop_rest(self, content: StreamReader | BufferedBody) -> bool:
         """Read the rest of a refused body for a while, so that its sender reads the response; return if it came."""

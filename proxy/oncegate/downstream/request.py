@@ -13,7 +13,7 @@ from oncegate.downstream.minimum_rate import MinimumRate
 from oncegate.downstream.response import ResponseWriter
 from oncegate.known_heads.memo import ConnectionMemo
 from oncegate.known_heads.requests import KnownHead
-from oncegate.messages.fields import by_name, only_value
+from oncegate.messages.fields import only_value
 from oncegate.messages.problems import Problem, Render
 from oncegate.messages.request_head import ForwardedInfo, RequestHead
 from oncegate.messages.request_ids import TRACEPARENT, RequestIds, trace_id
@@ -63,12 +63,14 @@ class Request:
 
     `head` is the head that passed all checks, None until then. Where the head came before, `known` is that head, and
     `values` are in its gaps, such as the key; `checked_head` then makes `head` on demand.
+    `id` is as the client named it or as it was made, `id_line` says it to the API and to the client: both are empty
+    where requests have none.
     `adaptation`: what its responses say otherwise for this client, known with the rule that matches.
     `render` writes a response of oncegate itself for this client; None for the usual problem in JSON.
     """
 
     __slots__ = (
-        "_id", "_id_line", "adaptation", "connection", "content", "head", "known", "message", "render", "response",
+        "adaptation", "connection", "content", "head", "id", "id_line", "known", "message", "render", "response",
         "values",
     )  # fmt: skip
 
@@ -83,8 +85,8 @@ class Request:
         self.message, self.content, self.connection = message, content, connection
         self.known, self.values = known, values
         self.head: RequestHead | None = None
-        self._id: bytes | None = None
-        self._id_line: bytes | None = None
+        ids = connection.request_ids
+        self.id, self.id_line = ids.of(_sent(message, ids.name) if known is None else known.value(ids.name, values))
         self.adaptation = NOTHING
         self.render: Render | None = None
         self.response = ResponseWriter(connection, message, known is not None)
@@ -103,42 +105,7 @@ class Request:
         """
         if self.head is None and self.known is not None:
             return self.known.value(name, self.values)
-        fields = by_name(self.message.raw_headers) if self.head is None else self.head.fields
-        return only_value(fields, name)
-
-    @property
-    def id(self) -> bytes:
-        """Its id, as the client named it or as it was made; empty where requests have none."""
-        found = self._id
-        if found is None:
-            ids, known = self.connection.request_ids, self.known
-            if self.head is None and known is not None:
-                # As in `field`, without its call: every request comes here.
-                found = ids.given(known.value(ids.name, self.values))
-            else:
-                found = ids.given(self.field(ids.name)) if ids.name else b""
-            self._id = found
-        return found
-
-    @property
-    def id_line(self) -> bytes:
-        """The line that says its id, to the API and to the client; empty where requests have none."""
-        line = self._id_line
-        if line is None:
-            line = self._id_line = self.connection.request_ids.line(self.id)
-        return line
-
-    def replay_ids(self, stored_block: bytes, original_id: bytes) -> bytes:
-        """Return the fields that a replay has of ids: this request's under our name, the original's under the usual.
-
-        `stored_block`: the API's fields, among which its own word for the id counts. `original_id` may be empty.
-        """
-        own_id, ids = self.id, self.connection.request_ids
-        if not own_id:
-            return b""
-        if not original_id or ids.is_in(stored_block):
-            return b"Oncegate-Request-Id: %b\r\n" % own_id
-        return b"Oncegate-Request-Id: %b\r\n%b%b\r\n" % (own_id, ids.label, original_id)
+        return _sent(self.message, name) if self.head is None else only_value(self.head.fields, name)
 
     # What its report says of it ...
 
@@ -161,9 +128,10 @@ class Request:
     @property
     def client(self) -> str:
         """The address of its client; behind trusted proxies, the one that they saw."""
-        is_read = self.head is not None or self.known is not None
-        forwarded_for = self.checked_head().fields.get(b"x-forwarded-for", ()) if is_read else ()
-        return self.connection.forwarded.client_behind(forwarded_for)
+        forwarded = self.connection.forwarded
+        # What any other client says of itself does not count.
+        is_read = forwarded.trusted and (self.head is not None or self.known is not None)
+        return forwarded.client_behind(self.checked_head().fields.get(b"x-forwarded-for", ()) if is_read else ())
 
     @property
     def scheme(self) -> str:
@@ -208,12 +176,19 @@ class Request:
         return self.requester.forwarded(block) if is_adapted else block
 
 
+def _sent(message: Any, name: bytes) -> bytes:
+    """Return the value of a field that comes once in a head as it was parsed; nothing where it comes never or again."""
+    values = [value for sent, value in message.raw_headers if sent.lower() == name]
+    return values[0] if len(values) == 1 else b""
+
+
 class Unread:
     """What came in the place of a request, as far as its report says something of it."""
 
     path = trace_id = host = ""
 
     def __init__(self, connection: RequestConnection, problem: Problem) -> None:
-        self.id, self.problem = connection.request_ids.new(), problem
+        self.id, self.id_line = connection.request_ids.of(b"")
+        self.problem = problem
         client = connection.forwarded
         self.request_id, self.client, self.scheme = self.id.decode(), client.client.decode(), client.scheme.decode()

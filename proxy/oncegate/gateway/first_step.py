@@ -35,7 +35,6 @@ from oncegate.rules.identity import (
     uses_no_key,
 )
 from oncegate.rules.policy import Policy
-from oncegate.store.kept import Kept
 from oncegate.store.record import ClaimRequest
 
 
@@ -255,7 +254,7 @@ def _waiting(policy: Policy, head: RequestHead) -> tuple[float, bytes]:
     return policy.wait_max_s if policy.wait_for_duplicates else 0.0, b""
 
 
-def _claim_request(policy: Policy, scope: Scope, identity: Identity, kept: Kept) -> ClaimRequest:
+def _claim_request(policy: Policy, scope: Scope, identity: Identity, kept: bytes) -> ClaimRequest:
     return ClaimRequest(
         key=identity.key,
         scope=scope,

@@ -37,6 +37,7 @@ from oncegate.observe.labels import Unguarded
 from oncegate.observe.outcome import Observe, Outcome, RequestReport, outcome_of
 from oncegate.observe.tracing import Tracing
 from oncegate.observe.usage import usage_reader
+from oncegate.store.kept import unpack_kept
 from oncegate.store.leases import suspended_clock_s
 from oncegate.store.record import Claim, Corrupt, Record, StoredResponse
 from oncegate.store.results import ClaimsSuspended, Unconfirmed
@@ -248,7 +249,7 @@ class Gateway:
     async def _answer_duplicate(self, request: Request, keyed: KeyedRequest, taken: Taken) -> RequestReport:
         """Answer a request whose key is taken, by what the store has for it."""
         if keyed.trace is not None:
-            keyed.trace.met(taken.kept.trace if isinstance(taken, Record) else b"")
+            keyed.trace.met(unpack_kept(taken.kept).trace if isinstance(taken, Record) else b"")
         decision = decide_duplicate(taken, keyed.claim_request.fingerprint)
         if decision is _REPLAY and isinstance(taken, Record) and taken.response is not None:
             replayed = await self._replay(request, keyed, taken, taken.response)

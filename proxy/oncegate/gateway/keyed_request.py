@@ -20,7 +20,7 @@ from oncegate.messages.request_ids import TRACEPARENT
 from oncegate.observe.outcome import Outcome, RequestReport
 from oncegate.observe.tracing import Trace, Tracing, new_trace
 from oncegate.rules.identity import fingerprint_parts, with_target
-from oncegate.store.kept import Kept
+from oncegate.store.kept import pack_note, pack_request_id, pack_trace
 from oncegate.store.record import ClaimRequest
 from oncegate.store.record_name import store_key
 
@@ -90,11 +90,10 @@ class KeyedRequest:
         )
 
 
-def kept_of(request: Request, route: Route, body: Body) -> Kept:
-    """Return what is kept with the record of a request."""
-    source, kept = route.policy.note, route.kept
-    note = "" if source is None else read_note(source, request.field, body)
-    return Kept(note, b"", request.id, kept.rule, kept.upstream)
+def kept_of(request: Request, route: Route, body: Body) -> bytes:
+    """Return what is kept with the record of a request, packed."""
+    source, kept = route.policy.note, pack_request_id(request.id) + route.kept
+    return kept if source is None else kept + pack_note(read_note(source, request.field, body))
 
 
 class Begun(NamedTuple):
@@ -230,5 +229,5 @@ def begin_trace(tracing: Tracing, request: Request, keyed: KeyedRequest, began_s
     if contexts is None:
         return None
     claim = keyed.claim_request
-    keyed.claim_request = replace(claim, kept=replace(claim.kept, trace=contexts[0].packed()))
+    keyed.claim_request = replace(claim, kept=claim.kept + pack_trace(contexts[0].packed()))
     return new_trace(contexts, began_s, keyed.route.origin)

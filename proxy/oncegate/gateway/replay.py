@@ -26,6 +26,7 @@ from oncegate.messages.framing import COUNTED, STATED
 from oncegate.messages.response_head import response_digest
 from oncegate.messages.trailers import announcement, without
 from oncegate.observe.outcome import Outcome
+from oncegate.store.kept import original_id
 from oncegate.store.record import Record, StoredResponse, intact
 from oncegate.store.results import ReadFailure
 from oncegate.store.store import Store
@@ -79,8 +80,8 @@ class Replay:
         """
         stored, request = self.stored, self.request
         age_ms = max(0, self.record.now_ms - stored.completed_ms)
-        own = MARK + self.fields + request.replay_ids(stored_block, self.record.kept.request_id)
-        block = b"%sAge: %d\r\n%s" % (stored_block, stored.age_s + age_ms // 1000, own)
+        ids = request.connection.request_ids.of_replay(request.id, original_id(self.record.kept), stored_block)
+        block = b"%bAge: %d\r\n%b%b%b" % (stored_block, stored.age_s + age_ms // 1000, MARK, self.fields, ids)
         return request.requester.replayed(block, age_ms) if request.adaptation.adapts_replay(stored_block) else block
 
 

@@ -14,7 +14,7 @@ from oncegate.messages.target import normalized_path
 from oncegate.rules.body_conditions import Document
 from oncegate.rules.model import Rules
 from oncegate.rules.policy import Policy
-from oncegate.store.kept import Kept
+from oncegate.store.kept import Kept, pack_kept
 from oncegate.store.leases import Leases
 from oncegate.store.store import Store
 from oncegate.store.waiters import Waiters
@@ -83,12 +83,12 @@ class Route:
     upstream: str = ""
     # The header of a request's id (lower case), which oncegate writes anew; empty where it does not.
     request_id_name: bytes = b""
-    # With each record of the route. The upstream of the settings need not be named.
-    kept: Kept = field(init=False, repr=False, compare=False)
+    # With each record of the route, packed. The upstream of the settings need not be named.
+    kept: bytes = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         upstream = self.upstream if self.policy.destination else ""
-        object.__setattr__(self, "kept", Kept(rule=self.policy.rule, upstream=upstream))
+        object.__setattr__(self, "kept", pack_kept(Kept(rule=self.policy.rule, upstream=upstream)))
 
     def id_line(self, request: Request) -> bytes:
         """Return the line that tells the upstream the id of a request; nothing where its header has the key."""

@@ -21,33 +21,41 @@ def trace_id(traceparent: bytes) -> str:
 class RequestIds:
     """The ids of requests: what a client sent in `header`, or one that is made. An empty `header`: there are none.
 
-    `name`: of the header, in lower case; `label`: how its line begins.
+    `name`: of the header, in lower case.
     """
 
     def __init__(self, header: str) -> None:
         self.name = header.lower().encode()
         self._line_start = b"\r\n%b:" % self.name
-        self.label = header.encode() + b": "
+        self._label = header.encode() + b": "
         # A random one for each request costs more than all else that is done for its id (`uuid4`: 12k instructions).
         self._prefix, self._numbers = secrets.token_hex(8).encode() + b"-", count(1)
 
-    def given(self, value: bytes) -> bytes:
-        """Return the id of a request whose header has this value: a new one in the place of one that is malformed."""
-        if value and _taken(value):
-            return value
-        # As `new`, in one call: every request comes here.
-        return b"%b%x" % (self._prefix, next(self._numbers)) if self.name else b""
+    def of(self, value: bytes) -> tuple[bytes, bytes]:
+        """Return the id of a request whose header has this value, and the line that says it.
 
-    def new(self) -> bytes:
-        """Return an id that no other request has; nothing where there are none."""
-        return b"%b%x" % (self._prefix, next(self._numbers)) if self.name else b""
+        It is a new one, which no other request has, in the place of a value that is malformed or empty. Both are empty
+        where there are no ids.
+        """
+        if not value or not _taken(value):
+            if not self.name:
+                return b"", b""
+            value = b"%b%x" % (self._prefix, next(self._numbers))
+        return value, b"%b%b\r\n" % (self._label, value)
 
-    def is_in(self, block: bytes) -> bool:
+    def _is_in(self, block: bytes) -> bool:
         """Return whether a block of fields, each line ended, has the header."""
         # Not `in`: see `adaptation._depends`.
         lowered = block.lower()
         return lowered.find(self._line_start) >= 0 or lowered.startswith(self._line_start[2:])
 
-    def line(self, request_id: bytes) -> bytes:
-        """Return the header's line, ended; nothing for no id."""
-        return b"%b%b\r\n" % (self.label, request_id) if request_id else b""
+    def of_replay(self, own_id: bytes, original_id: bytes, stored_block: bytes) -> bytes:
+        """Return the fields that a replay has of ids: its request's under our name, the original's under the usual.
+
+        `stored_block`: the API's fields, among which its own word for the id counts. `original_id` may be empty.
+        """
+        if not own_id:
+            return b""
+        if not original_id or self._is_in(stored_block):
+            return b"Oncegate-Request-Id: %b\r\n" % own_id
+        return b"Oncegate-Request-Id: %b\r\n%b%b\r\n" % (own_id, self._label, original_id)

@@ -3,12 +3,14 @@
 Nothing is decided by it. It lies in numbered fields. Each is a number (1 byte), its length (2 bytes) and its value. A
 number that this version does not know is skipped: a later one may add some. No number is ever used for anything else; 1
 to 5 are in store/redis/layouts/packed.py.
+
+On the way of a request these fields stay packed: each request brings some, and hardly any is ever read again. Whoever
+looks for something unpacks them.
 """
 
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 _NOTE, _TRACE, _REQUEST_ID, _RULE, _UPSTREAM, _REPLACED = 6, 7, 8, 9, 10, 12
 # That field, which is empty, and always the first: store/redis/lua/claim.lua writes it, too.
@@ -63,41 +65,50 @@ def unpack_fields(packed: bytes) -> dict[int, bytes]:
 
 def pack_kept(kept: Kept) -> bytes:
     """Return the numbered fields. What is too long is cut."""
-    packed = _pack_names(kept.rule, kept.upstream)
-    if request_id := kept.request_id[:REQUEST_ID_BYTES]:
-        packed += b"\x08\x00%c%b" % (len(request_id), request_id)
-    if kept.trace or kept.note:
-        packed += pack_fields([(_TRACE, kept.trace)] if kept.trace else [])
-        packed += pack_fields([(_NOTE, cut(kept.note, NOTE_BYTES))] if kept.note else [])
-    return _IS_REPLACED + packed if kept.replaced else packed
+    texts = (_RULE, kept.rule, _NAME_BYTES), (_UPSTREAM, kept.upstream, _NAME_BYTES), (_NOTE, kept.note, NOTE_BYTES)
+    fields = [(_REQUEST_ID, kept.request_id[:REQUEST_ID_BYTES]), (_TRACE, kept.trace)]
+    fields += [(number, cut(text, most_bytes)) for number, text, most_bytes in texts]
+    packed = pack_fields([one for one in fields if one[1]])
+    return as_replaced(packed) if kept.replaced else packed
 
 
-# There is one entry for each route.
-@lru_cache(1024)
-def _pack_names(rule: str, upstream: str) -> bytes:
-    names = (_RULE, rule), (_UPSTREAM, upstream)
-    return pack_fields([(number, cut(name, _NAME_BYTES)) for number, name in names if name])
+def pack_request_id(request_id: bytes) -> bytes:
+    """Return the field with the id of a request, of at most REQUEST_ID_BYTES; nothing for none."""
+    return b"\x08\x00%c%b" % (len(request_id), request_id) if request_id else b""
+
+
+def pack_note(note: str) -> bytes:
+    """Return the field with a note, cut where it is too long; nothing for none."""
+    return pack_fields([(_NOTE, cut(note, NOTE_BYTES))]) if note else b""
+
+
+def pack_trace(trace: bytes) -> bytes:
+    """Return the field with a trace."""
+    return pack_fields([(_TRACE, trace)])
 
 
 def kept_of(fields: Mapping[int, bytes]) -> Kept:
     """Return what is kept in these numbered fields. What cannot stand in a header or in a traceparent is left out."""
-    find = fields.get
-    trace, request_id, note = find(_TRACE, b""), find(_REQUEST_ID, b""), find(_NOTE, b"")
-    if not (request_id.isascii() and request_id.decode().isprintable()):
-        request_id = b""
-    rule, upstream = _unpack_names(find(_RULE, b""), find(_UPSTREAM, b""))
+    texts = [fields.get(number, b"").decode("utf-8", "replace") for number in (_NOTE, _RULE, _UPSTREAM)]
+    trace, request_id = fields.get(_TRACE, b""), fields.get(_REQUEST_ID, b"")
+    note, rule, upstream = texts
     trace = trace if len(trace) == TRACE_BYTES else b""
-    return Kept(_text(note) if note else "", trace, request_id, rule, upstream, _REPLACED in fields)
+    return Kept(note, trace, _fit(request_id), rule, upstream, _REPLACED in fields)
 
 
-def _text(value: bytes) -> str:
-    return value.decode("utf-8", "replace")
+def _fit(request_id: bytes) -> bytes:
+    """Return a request id if it can stand in a header; else nothing."""
+    return request_id if request_id.isascii() and request_id.decode().isprintable() else b""
 
 
-# Records have the names of a few routes.
-@lru_cache(1024)
-def _unpack_names(rule: bytes, upstream: bytes) -> tuple[str, str]:
-    return _text(rule), _text(upstream)
+def as_replaced(packed: bytes) -> bytes:
+    """Return the fields of a claim that took the place of another record."""
+    return packed if was_replaced(packed) else _IS_REPLACED + packed
+
+
+def was_replaced(packed: bytes) -> bool:
+    """Return whether fields say that their claim took the place of another record."""
+    return packed.startswith(_IS_REPLACED)
 
 
 def unpack_kept(packed: bytes | None) -> Kept:
@@ -108,6 +119,27 @@ def unpack_kept(packed: bytes | None) -> Kept:
         return kept_of(unpack_fields(packed))
     except ValueError:
         return NOTHING
+
+
+def original_id(packed: bytes) -> bytes:
+    """Return the request id in packed fields, nothing where there is none that can stand in a header."""
+    return _fit(_value(packed, _REQUEST_ID))
+
+
+def rule_in(packed: bytes) -> bytes:
+    """Return the name of the rule in packed fields."""
+    return _value(packed, _RULE)
+
+
+def _value(packed: bytes, number: int) -> bytes:
+    """Return the value of one field, without a look at those behind it; nothing where it is not found."""
+    at, end = 0, len(packed)
+    while at + 3 <= end:
+        found, size = _FIELD.unpack_from(packed, at)
+        at += 3 + size
+        if found == number:
+            return packed[at - size : at] if at <= end else b""
+    return b""
 
 
 def cut(text: str, most_bytes: int) -> bytes:

@@ -19,7 +19,6 @@ from hashlib import blake2b
 from oncegate.decision import CANCELLED, State
 from oncegate.keys.digests import Scope
 from oncegate.messages.response_head import response_digest
-from oncegate.store.kept import NOTHING, Kept, unpack_kept
 
 # The second has trailers behind the header fields. An older oncegate refuses it as an unknown layout.
 VERSION, WITH_TRAILERS = b"\x01", b"\x02"
@@ -60,8 +59,8 @@ class ClaimRequest:
     window_ms: int = 0
     # Of a complete record: how long its key is refused after the retention. 0 for a derived key.
     tombstone_ms: int = 0
-    # What is kept with the record. The audit trail has its rule.
-    kept: Kept = NOTHING
+    # What is kept with the record, packed (store/kept.py). The audit trail has its rule.
+    kept: bytes = b""
 
 
 @dataclass(slots=True)
@@ -84,7 +83,7 @@ class Claim:
     retention_ms: int
     unknown_retention_ms: int
     tombstone_ms: int = 0
-    kept: Kept = NOTHING
+    kept: bytes = b""
 
 
 @dataclass(slots=True)
@@ -135,8 +134,8 @@ class Record:
     mode: bytes = b""
     # Of the response to an expired one, or of one that came and does not tell the outcome; 0 for none.
     status: int = 0
-    # Of its original. Nothing of an expired one.
-    kept: Kept = NOTHING
+    # Of its original, packed. Nothing of an expired one.
+    kept: bytes = b""
 
 
 class ViewState(Enum):
@@ -297,5 +296,5 @@ def running(key: bytes, tenant: bytes, fields: list[bytes | int | None], now_ms:
         return Corrupt("the record does not match its check")
     left = lease_left_ms if isinstance(lease_left_ms, int) else 0
     came = read_status(status) if isinstance(status, bytes) else 0
-    kept = unpack_kept(more) if isinstance(more, bytes) else NOTHING
+    kept = more if isinstance(more, bytes) else b""
     return Record(stored_state, token, fingerprint, created_ms, now_ms, left, mode=mode, status=came, kept=kept)

@@ -7,7 +7,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from oncegate.decision import HOLD, State, effective_state
-from oncegate.store.kept import NOTHING, Kept, unpack_kept
+from oncegate.store.kept import NOTHING, Kept, pack_kept, unpack_kept
 from oncegate.store.record import (
     DROPPED,
     Claim,
@@ -210,5 +210,5 @@ def claim_of(record: RecordView, kept_ms: int) -> Claim:
         lease_ms=0,
         retention_ms=kept_ms,
         unknown_retention_ms=kept_ms,
-        kept=record.kept,
+        kept=pack_kept(record.kept),
     )

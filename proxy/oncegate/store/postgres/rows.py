@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from oncegate.decision import CANCELLED, HOLD, RETRY, State
-from oncegate.store.kept import pack_kept, unpack_kept
+from oncegate.store.kept import rule_in
 from oncegate.store.postgres.verb import Row, Verb
 from oncegate.store.record import (
     Claim,
@@ -89,8 +89,8 @@ def claim_row(claim: Claim, not_after_ms: int, expected: bytes | None = None, wi
     check, kept = claim.self_check, claim.kept
     return (
         claim.key, lock_of(claim.key), claim.token, claim.fingerprint, check[:16], check[16:], _MODES[claim.mode],
-        claim.lease_ms, claim.unknown_retention_ms, not_after_ms, kept.rule.encode(),
-        pack_kept(kept) or None, expected, window_ms,
+        claim.lease_ms, claim.unknown_retention_ms, not_after_ms, rule_in(kept),
+        kept or None, expected, window_ms,
     )  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def claim_result(claim: Claim, tenant: bytes, row: Mapping[str, Any]) -> ClaimRe
     if tag == 3:
         found = unpack(claim.key, tenant, row["meta"] or b"", row["body"], now_ms)
         if (more := row["kept"]) and isinstance(found, Record):
-            found.kept = unpack_kept(more)
+            found.kept = more
         return found
     if tag == 5:
         return _expired(claim.key, tenant, row)
@@ -161,7 +161,7 @@ def _settle_row(claim: Claim, event: int, retention_ms: int, status: int, *outco
     return (
         claim.key, lock_of(claim.key), claim.token, event, retention_ms, tombstone_ms, status, int(claim.fence or b"0"),
         claim.created_ms, _MODES[claim.mode], claim.fingerprint, check[:16], check[16:], *outcome,
-        None if event in (RELEASED, WITHDRAWN) else pack_kept(claim.kept) or None,
+        None if event in (RELEASED, WITHDRAWN) else claim.kept or None,
     )  # fmt: skip
 
 

@@ -9,7 +9,6 @@ import struct
 from dataclasses import replace
 
 from oncegate.decision import HOLD
-from oncegate.store.kept import NOTHING, pack_kept
 from oncegate.store.record import TOKEN_BYTES, Claim, StoredResponse, pack
 from oncegate.store.record_name import store_key
 from oncegate.store.redis.layouts.packed import TERMS_BYTES, pack_complete, pack_unknown, terms_begin
@@ -42,7 +41,7 @@ def claim_head(claim: Claim) -> bytes:
     """Return the arguments of `claim` before its deadline. The node that executes the claim writes the deadline."""
     # A claim may end unknown without anybody to say so, so that its record has to last as long as an unknown one.
     mode, lease_ms, retention_ms = claim.mode, claim.lease_ms, claim.unknown_retention_ms
-    more = b"" if claim.kept is NOTHING else pack_kept(claim.kept)
+    more = claim.kept
     terms = _terms.get((mode, lease_ms, retention_ms, len(more)))
     if terms is None:
         begin = b"\r\n" + SIZE[TERMS_BYTES + len(more)] + terms_begin(mode, lease_ms)
@@ -106,7 +105,7 @@ def store(claim: Claim, response: StoredResponse, last_chunk: bytes) -> bytes:
     counts = number[response.chunks] + number[response.size] if response.body_stored else number[0] * 2
     chunk_size = size[len(last_chunk)]
     head = (_16, claim.token, b"\r\n", _STORE, number[claim.retention_ms], size[len(meta)], meta)
-    tail = (counts, chunk_size, last_chunk, b"\r\n", number[claim.tombstone_ms], resp(pack_kept(claim.kept)))
+    tail = (counts, chunk_size, last_chunk, b"\r\n", number[claim.tombstone_ms], resp(claim.kept))
     return b"".join((*head, _NEXT_16, response.digest, b"\r\n", *tail))
 
 
@@ -131,7 +130,7 @@ def mark_unknown(claim: Claim, reason: str, status: int) -> bytes:
         claim.self_check,
         claim.created_ms,
     )
-    return b"".join((_16, claim.token, b"\r\n", _UNKNOWN, resp(*written, reason, status, pack_kept(claim.kept))))
+    return b"".join((_16, claim.token, b"\r\n", _UNKNOWN, resp(*written, reason, status, claim.kept)))
 
 
 # A probe ...

@@ -4,10 +4,9 @@ Proxies of several versions share a store, so the reply words never change. This
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
-from oncegate.store.kept import unpack_kept
+from oncegate.store.kept import as_replaced
 from oncegate.store.record import Claim, Corrupt, Record, running, unpack, unpack_expired
 from oncegate.store.redis.layouts.packed import unpack_packed
 from oncegate.store.redis.server import is_refusal
@@ -91,7 +90,7 @@ def claim_result(claim: Claim, tenant: bytes, reply: Any, note_time: Callable[[i
     kind = reply[0] if isinstance(reply, list) and len(reply) in (4, 5) else b""
     if kind == CLAIMED:
         now_ms, fence, created = reply[1:4]
-        kept = claim.kept if len(reply) == 4 else replace(claim.kept, replaced=True)
+        kept = claim.kept if len(reply) == 4 else as_replaced(claim.kept)
         note_time(now_ms)
         return Claim(
             # Positions, not names: arguments by name cost twice as much here (Python 3.11, measured).
@@ -103,7 +102,7 @@ def claim_result(claim: Claim, tenant: bytes, reply: Any, note_time: Callable[[i
         note_time(now_ms)
         found = unpack(claim.key, tenant, meta, body, now_ms)
         if more and isinstance(found, Record):
-            found.kept = unpack_kept(more)
+            found.kept = more
         return found
     match reply:
         # `bytes() as value`, not `bytes(value)`, which looks for a missing attribute of the type: 4,000 instructions

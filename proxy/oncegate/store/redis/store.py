@@ -11,7 +11,6 @@ from itertools import count
 from typing import Any
 
 from oncegate.keys.digests import Scope
-from oncegate.store.kept import pack_kept
 from oncegate.store.record import PREFIX_BYTES, Claim, ClaimRequest, StoredResponse, pack_tombstone, self_check
 from oncegate.store.record_name import store_key
 from oncegate.store.record_view import RecordView
@@ -261,7 +260,7 @@ class RedisStore:
     # For operators ...
 
     async def resolve_by_operator(self, claim: Claim, token: bytes, meta: bytes, body: bytes) -> ResolveStatus:
-        args = resp(token, b"answer", claim.retention_ms, meta, body, claim.tombstone_ms, pack_kept(claim.kept))
+        args = resp(token, b"answer", claim.retention_ms, meta, body, claim.tombstone_ms, claim.kept)
         return resolve_status(await self._run("resolve", claim.key, args, arguments.RESOLVE_COUNT))
 
     async def release_by_operator(self, key: bytes, token: bytes, operator: bytes, fence: bytes) -> ResolveStatus:

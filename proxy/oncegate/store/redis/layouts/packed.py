@@ -25,7 +25,7 @@ from hashlib import blake2b
 from typing import Final
 
 from oncegate.decision import CANCELLED, HOLD, RETRY, State
-from oncegate.store.kept import NOTHING, kept_of, pack_fields, pack_kept, unpack_fields
+from oncegate.store.kept import pack_fields, unpack_fields
 from oncegate.store.record import (
     BODY_STORED,
     CLOSE_DELIMITED,
@@ -83,7 +83,7 @@ def pack_unknown(claim: Claim, reason: str, status: int) -> bytes:
     fields = {WHY: reason.encode("utf-8", "replace")[: _LARGEST_FIELDS // 2]}
     if status:
         fields[STATUS] = b"%d" % status
-    packed = pack_kept(claim.kept) + pack_fields(fields.items())
+    packed = claim.kept + pack_fields(fields.items())
     begin = b"%s%s%s%013d%013d" % (OPEN, claim.token, claim.fence.rjust(16, b"0"), claim.created_ms, 0)
     end = (b"%010d-u" % claim.lease_ms, _MODES.get(claim.mode, _NONE), claim.self_check, claim.fingerprint)
     return b"".join((begin, *end, _SIZE.pack(len(packed)), packed))
@@ -92,7 +92,7 @@ def pack_unknown(claim: Claim, reason: str, status: int) -> bytes:
 def pack_complete(claim: Claim, response: StoredResponse, body: bytes) -> bytes | None:
     """Return a complete record up to the end of its body, None for one that has to be a hash."""
     reason, block = response.reason, response.block
-    packed = b"" if claim.kept is NOTHING else pack_kept(claim.kept)
+    packed = claim.kept
     if response.age_s or response.request_id or response.trailers:
         more = {AGE: b"%d" % response.age_s, REQUEST_ID: response.request_id, TRAILERS: response.trailers}
         if len(response.request_id) + len(response.trailers) > _LARGEST_FIELDS // 2:
@@ -143,7 +143,7 @@ def unpack_packed(key: bytes, tenant: bytes, value: bytes, now_ms: int) -> Recor
         record.now_ms = now_ms
         if until_ms and until_ms <= now_ms and record.response is not None:
             return replace(
-                record, state=State.EXPIRED, status=record.response.status, response=None, body=None, kept=NOTHING
+                record, state=State.EXPIRED, status=record.response.status, response=None, body=None, kept=b""
             )
         return record
     if version == DROPPED:
@@ -194,14 +194,19 @@ def _unpack_complete(key: bytes, value: bytes) -> tuple[int, bytes, int, Record]
     if version == UNTIL:
         body, digits = body[:-_UNTIL_BYTES], body[-_UNTIL_BYTES:]
         until_ms = int(digits) if digits.isdigit() else 0
-    age_s, request_id, trailers, kept = 0, b"", b"", NOTHING
+    age_s, request_id, trailers, kept = 0, b"", b"", packed
     if fields_size:
         try:
             fields = unpack_fields(packed)
-            age_s = int(fields.get(AGE, 0))
+            if AGE in fields or REQUEST_ID in fields or TRAILERS in fields:
+                age_s, request_id, trailers = (
+                    int(fields.pop(AGE, 0)),
+                    fields.pop(REQUEST_ID, b""),
+                    fields.pop(TRAILERS, b""),
+                )
+                kept = pack_fields(fields.items())
         except ValueError:
             return Corrupt("unknown layout")
-        request_id, trailers, kept = fields.get(REQUEST_ID, b""), fields.get(TRAILERS, b""), kept_of(fields)
     size = len(body)
     response = StoredResponse(
         # Positions, not names: arguments by name cost twice as much here (Python 3.11, measured).
@@ -223,8 +228,8 @@ def _complete_fields(key: bytes, fence: int, tenant: bytes, until_ms: int, recor
         fields["b0"] = record.body
     if until_ms:
         fields["until"] = b"%d" % until_ms
-    if more := pack_kept(record.kept):
-        fields["more"] = more
+    if record.kept:
+        fields["more"] = record.kept
     return fields
 
 
