@@ -308,13 +308,9 @@ def _pass_through_report(request: Request, step: Relay | Tunnel, relayed: Relaye
     if relayed.refuse is not None:
         send(request, relayed.refuse)
         status = relayed.refuse.problem.status
+    why, key_reason = (step.unguarded, step.unguarded_key) if isinstance(step, Relay) else (None, None)
+    # By position, as in `_replay`.
     return RequestReport(
-        relayed.outcome,
-        status,
-        request.message.method,
-        upstream_s=relayed.upstream_s,
-        rule=step.route.policy.rule,
-        unguarded_key=step.unguarded_key if isinstance(step, Relay) else None,
-        unguarded=step.unguarded if isinstance(step, Relay) else None,
-        upstream=step.route.upstream,
-    )
+        relayed.outcome, status, request.message.method, b"", relayed.upstream_s, 0.0, 0, False, "",
+        step.route.policy.rule, None, (), False, key_reason, why, step.route.upstream,
+    )  # fmt: skip

@@ -7,7 +7,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from oncegate.adaptation.heartbeats import takes_comments
 from oncegate.adaptation.preflight import MAX_AGE_S, Preflight
@@ -28,6 +28,9 @@ from oncegate.upstream.connection import Connection
 from oncegate.upstream.errors import NotSent, UpstreamLost
 from oncegate.upstream.pool import REUSE_IDLE_S
 
+# Bound once for the request path, as in `decision`.
+_PASSTHROUGH: Final = Outcome.PASSTHROUGH
+_UNGUARDED: Final = Outcome.UNGUARDED
 # The outcomes in which the upstream said nothing.
 _NO_ANSWER = (Outcome.UPSTREAM_UNREACHABLE, Outcome.UPSTREAM_LOST, Outcome.UPSTREAM_TIMEOUT)
 
@@ -71,41 +74,35 @@ def pass_through(route: Route, head: RequestHead, body: Body | None = None) -> R
     return Relay(route, head, body, unguarded_key=reason)
 
 
-@dataclass(frozen=True, slots=True)
+# Each request makes one: see store/record.py for why it is not frozen.
+@dataclass(slots=True)
 class Relayed:
-    """How it ended. `status` is the upstream's, 0 for none; `refuse` is to be sent if the upstream gave no response.
-
-    `met_idle_close`: it may be sent once more.
-    """
+    """How it ended. `status` is the upstream's, 0 for none; `refuse` is to be sent if the upstream gave no response."""
 
     outcome: Outcome
     status: int = 0
     upstream_s: float = 0.0
     refuse: Refuse | None = None
-    met_idle_close: bool = False
 
 
 # Hands a response on, as `forward_response` does.
 Forward = Callable[[Request, Connection, ResponseHead, Relay], Awaitable[Outcome]]
 
 
-async def relay(request: Request, step: Relay, forward: Forward | None = None) -> Relayed:
+async def relay(
+    request: Request, step: Relay, forward: Forward | None = None, reuse_idle_s: float = REUSE_IDLE_S
+) -> Relayed:
     """Forward a request, and its response as it comes, or as `forward` hands it on.
 
     A GET or HEAD is sent once more if the upstream closed a connection that was used before without a byte of a
     response: it was idle for too long there (RFC 9112, section 9.3.1). The second time, the connection is a new one.
     """
-    relayed = await _relay_once(request, step, REUSE_IDLE_S, forward or forward_response)
-    return await _relay_once(request, step, 0.0, forward or forward_response) if relayed.met_idle_close else relayed
-
-
-async def _relay_once(request: Request, step: Relay, reuse_idle_s: float, forward: Forward) -> Relayed:
     deps = step.route.deps
     try:
-        connection = await deps.pool.acquire(reuse_idle_s)
+        connection = deps.pool.ready(reuse_idle_s) or await deps.pool.acquire(reuse_idle_s)
     except NotSent as reason:
         return Relayed(Outcome.UPSTREAM_UNREACHABLE, refuse=not_sent(str(reason), step.fields))
-    began = time.perf_counter()
+    began, met_idle_close = time.perf_counter(), False
     refuse: Refuse | None = None
     leaving = None
     if step.route.policy.ends_with_client:
@@ -115,13 +112,18 @@ async def _relay_once(request: Request, step: Relay, reuse_idle_s: float, forwar
         leaving = _end_with_client(request.response, connection)
     try:
         _send(connection, request, step)
-        head = await _final_head(connection, request.response, step)
-        outcome = await forward(request, connection, head, step)
+        await connection.next_arrival(deps.silence_s)
+        head = connection.response.head
+        if head is None or connection.response.interims:
+            head = await _final_head(connection, request.response, step)
+        if forward is None and connection.response.is_complete:
+            outcome = _send_whole(request, connection, head, _passed_block(request, head, step), step)
+        else:
+            outcome = await (forward or forward_response)(request, connection, head, step)
     except NotSent as reason:
         outcome, refuse = Outcome.UPSTREAM_UNREACHABLE, not_sent(str(reason), step.fields)
     except UpstreamLost as lost:
-        if lost.closed and _may_repeat(request, step, connection):
-            return Relayed(Outcome.UPSTREAM_LOST, met_idle_close=True)
+        met_idle_close = lost.closed and _may_repeat(request, step, connection)
         outcome, refuse = lost_outcome(request.response, lost, step.fields)
         if leaving is not None and leaving.done():
             outcome, refuse = Outcome.CANCELLED, None
@@ -129,6 +131,8 @@ async def _relay_once(request: Request, step: Relay, reuse_idle_s: float, forwar
         if leaving is not None:
             leaving.cancel()
         deps.pool.release(connection)
+    if met_idle_close:
+        return await relay(request, step, forward, 0.0)
     final = connection.response.head
     if step.trace is not None:
         is_error = outcome not in (Outcome.UNGUARDED, Outcome.UPSTREAM_UNREACHABLE)
@@ -210,17 +214,24 @@ def _passed_block(request: Request, head: ResponseHead, step: Relay) -> bytes:
     return request.adapted_block(head, head.passed_block(says_own=fields != b"") + fields)
 
 
+def _send_whole(request: Request, connection: Connection, head: ResponseHead, block: bytes, step: Relay) -> Outcome:
+    """Hand on a response that is here whole, with `block` as its fields."""
+    response = request.response
+    response.trailers = connection.response.trailers
+    response.send(head.status, head.reason, block, connection.take_body(), head.framing)
+    return _PASSTHROUGH if step.unguarded is None else _UNGUARDED
+
+
 async def forward_response(
     request: Request, connection: Connection, head: ResponseHead, step: Relay, block: bytes | None = None
 ) -> Outcome:
     """Hand a response on as it comes, with `block` as its fields if that is given. Raises UpstreamLost."""
-    response, outcome = request.response, Outcome.UNGUARDED if step.unguarded is not None else Outcome.PASSTHROUGH
+    response = request.response
     if block is None:
         block = _passed_block(request, head, step)
     if connection.response.is_complete:
-        response.trailers = connection.response.trailers
-        response.send(head.status, head.reason, block, connection.take_body(), head.framing)
-        return outcome
+        return _send_whole(request, connection, head, block, step)
+    outcome = _PASSTHROUGH if step.unguarded is None else _UNGUARDED
     response.begin(head.status, head.reason, block, head.length, head.framing)
     heartbeats = step.route.policy.heartbeats
     if heartbeats is not None and takes_comments(head):
