@@ -318,6 +318,15 @@ def test_a_review_is_for_whom_it_was_shown():
             other.read(text, whose)
 
 
+def test_a_review_is_read_by_each_replica_of_one_secret():
+    """Behind one address the decision may meet another replica than the review. Other secrets read nothing."""
+    signed = Signer("s" * 32).sign(draft := Draft("release", ()), "ana")
+    assert Signer("s" * 32).read(signed, "ana") == draft
+    for other in (Signer("t" * 32), Signer()):
+        with pytest.raises(OperatorError, match="too old"):
+            other.read(signed, "ana")
+
+
 def test_a_review_ends(monkeypatch):
     """A form that was left open for long is worth nothing."""
     monkeypatch.setattr("oncegate.admin.pages.signing.LASTS_S", -1)

@@ -67,7 +67,8 @@ class Deciding:
     """Shows what a decision would do, and carries it out."""
 
     def __init__(self, parts: AdminParts, overview: Overview) -> None:
-        self._parts, self._overview, self._signer = parts, overview, Signer()
+        self._parts, self._overview = parts, overview
+        self._signer = Signer(parts.settings.secret.get_secret_value())
 
     # Review ...
 

@@ -65,10 +65,11 @@ def read_seen(text: str) -> Seen:
 
 
 class Signer:
-    """Signs drafts for as long as this process lives. Each is for one visitor."""
+    """Signs drafts, each for one visitor: with the secret that replicas share, or as long as this process lives."""
 
-    def __init__(self) -> None:
-        self._serializer = URLSafeTimedSerializer(token_bytes(32), "draft")
+    def __init__(self, secret: str = "") -> None:
+        # The name of the use keeps these signatures apart from all others by the same secret.
+        self._serializer = URLSafeTimedSerializer(secret.encode() or token_bytes(32), "oncegate draft")
 
     def sign(self, draft: Draft, visitor: str) -> str:
         """Return a draft as a form carries it."""
