@@ -8,8 +8,8 @@ import asyncio
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import product
 from statistics import median
 from typing import NamedTuple
@@ -18,6 +18,7 @@ from loadtest.bench import contenders, scenarios
 from loadtest.bench.contenders import Running, Site, await_ready
 from loadtest.bench.postgres_rows import Rows, measure_rows, migrate
 from loadtest.bench.scenarios import Run, Scenario
+from loadtest.bench.slow_disk import slower_syncs
 from loadtest.bench.table import Figure, Table
 from loadtest.ports import free_port
 from oncegate.server.embedded_postgres import EmbeddedPostgres
@@ -25,9 +26,12 @@ from oncegate.server.embedded_postgres import EmbeddedPostgres
 EXECUTION, REPLAY = Scenario("execution", (), mode="unique"), Scenario("replay", (), mode="many")
 # Its own defaults beside these: fsync, synchronous_commit and full_page_writes are on. No checkpoint falls into a run.
 OPTIONS = {"shared_buffers": "256MB", "max_wal_size": "8GB", "checkpoint_timeout": "1h", "jit": "off"}
+# Disks over a network take about this much longer than one in the machine.
+SLOW_DISK_MS = 2
 RECIPE, REDIS, SPARE = "recipe", "redis-sync", "spare"
 # What is compared with whom, in which field, and the goal.
-RATIOS: tuple[tuple[Scenario, str, str, float | None, bool], ...] = (
+Ratio = tuple[Scenario, str, str, float | None, bool]
+RATIOS: tuple[Ratio, ...] = (
     (EXECUTION, RECIPE, "rate", 3.0, True),
     (EXECUTION, RECIPE, "p99_ms", 1.0, False),
     (EXECUTION, REDIS, "rate", 0.5, True),
@@ -47,39 +51,54 @@ class Length(NamedTuple):
 
 def postgres(site: Site, quick: bool) -> list[Figure]:
     """Compare three durable stores. The table is printed, too."""
+    length = Length(1, 1, (32,)) if quick else Length(3, 2, (32, 256))
     with _database() as database:
-        table = Table(_rounds(site, database, Length(1, 1, (32,)) if quick else Length(3, 2, (32, 256))))
+        table = Table(_rounds(site, database, length))
         rows = asyncio.run(measure_rows(database.url))
     print("", "durable stores; 'oncegate' is on PostgreSQL", *table.lines(), sep="\n", flush=True)
     sync_ms = _sync_ms()
-    figures = [
+    with _database(SLOW_DISK_MS) as database:
+        slow = Table(_rounds(site, database, length, with_redis=False))
+    print("", f"the same on a disk that takes {SLOW_DISK_MS} ms more", *slow.lines(), sep="\n", flush=True)
+    return [
+        *_compared(table, RATIOS, sync_ms),
+        *_compared(slow, [ratio for ratio in RATIOS if ratio[1] == RECIPE], sync_ms + SLOW_DISK_MS),
+        Figure("durable: one fdatasync of 8 KiB, median", sync_ms, "ms", None),
+        *of_rows(rows),
+    ]
+
+
+def _compared(table: Table, ratios: Sequence[Ratio], sync_ms: float) -> list[Figure]:
+    return [
         compared(table, cell.connections, ratio, sync_ms)
         for cell in table.cells.values()
         if (cell.contender, cell.scenario) == ("oncegate", EXECUTION.name)
-        for ratio in RATIOS
+        for ratio in ratios
     ]
-    return [*figures, Figure("durable: one fdatasync of 8 KiB, median", sync_ms, "ms", None), *of_rows(rows)]
 
 
 @contextmanager
-def _database() -> Iterator[EmbeddedPostgres]:
+def _database(slower_ms: int = 0) -> Iterator[EmbeddedPostgres]:
+    """Start a database, on a disk whose syncs take so much longer."""
     database = EmbeddedPostgres(free_port(), OPTIONS)
     try:
         database.create()
-        database.start()
+        with slower_syncs(database.folder, slower_ms * 1000) if slower_ms else nullcontext():
+            database.start()
         yield database
     finally:
         database.close()
 
 
-def _rounds(site: Site, database: EmbeddedPostgres, length: Length) -> Iterator[Run]:
+def _rounds(site: Site, database: EmbeddedPostgres, length: Length, *, with_redis: bool = True) -> Iterator[Run]:
     redis = contenders.open_redis(site.cores, durable=True)
     ways: dict[str, Callable[[], Running]] = {
         "oncegate": lambda: _oncegate(site, database.url),
-        SPARE: lambda: _oncegate(site, database.url, UPSTREAM_SPARE_CONNECTIONS=1000),
         RECIPE: lambda: contenders.obvious_postgres(site, database.url),
-        REDIS: lambda: contenders.oncegate(site, store_url=f"redis://127.0.0.1:{redis.port}/0"),
     }
+    if with_redis:
+        ways[SPARE] = lambda: _oncegate(site, database.url, UPSTREAM_SPARE_CONNECTIONS=1000)
+        ways[REDIS] = lambda: contenders.oncegate(site, store_url=f"redis://127.0.0.1:{redis.port}/0")
     try:
         for number in range(length.rounds):
             first = number % len(ways)
@@ -114,9 +133,7 @@ def _sync_ms() -> float:
     return median(taken)
 
 
-def compared(
-    table: Table, callers: int, ratio: tuple[Scenario, str, str, float | None, bool], sync_ms: float
-) -> Figure:
+def compared(table: Table, callers: int, ratio: Ratio, sync_ms: float) -> Figure:
     scenario, other, field, limit, least = ratio
     ours, theirs = (table.cells[scenario.name, callers, name].median(field) for name in ("oncegate", other))
     name = f"durable {scenario.name}, {callers} callers: {WORDS[field]}, of {other}'s"
