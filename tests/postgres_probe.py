@@ -21,6 +21,7 @@ NUMBERS = ("fence", "lease", "created", "lease_ms", "bytes", "status")
 # Of rows that say more than a missing one. What an operator released says so to its owner.
 STANDS = "(state = 4 AND token <> '' OR NOT is_free(state, created, lease, lease_ms, frees, now_ms()))"
 LEFT_MS = "frees + CASE state WHEN 1 THEN greatest(lease - lease_ms - created, 0) ELSE 0 END - now_ms()"
+READING = "reading_name_2($1, $2)"
 
 
 class PostgresProbe(Probe):
@@ -46,7 +47,7 @@ class PostgresProbe(Probe):
         # What was appended before the outcome was unknown lies there until its day is dropped, and does not count.
         query = "SELECT index, bytes FROM chunk WHERE key = $1 AND token = $2"
         chunks = self.sql(query, key, row["token"]) if row["chunks"] else []
-        body = {f"b{chunk['index']}": chunk["bytes"] for chunk in chunks}
+        body = {f"b{chunk['index']}": chunk["bytes"] for chunk in chunks if chunk["index"] >= 0}
         if row["body"] is not None:
             body["b0"] = row["body"]
         state = STATES.get(row["state"], b"%d" % row["state"])
@@ -69,10 +70,16 @@ class PostgresProbe(Probe):
         }
         if state == b"in_flight":
             found["lease_ms"] = b"%d" % row["lease_ms"]
+            heads = [chunk["bytes"] for chunk in chunks if chunk["index"] < 0]
+            marks = self.sql(f"SELECT expires FROM mark WHERE name = {READING}", key, row["token"])
+            found |= dict(zip(("head",), heads, strict=False))
+            found |= dict(zip(("readers_until",), [b"%d" % one["expires"] for one in marks], strict=False))
         if row["stage"]:
             found["stage"] = STAGE_OF.get(row["stage"], b"%d" % row["stage"])
         if row["why"] is not None:
             found["why"] = row["why"]
+        if row["kept"] is not None:
+            found["more"] = row["kept"]
         if row["status"]:
             found["status"] = b"%d" % row["status"]
         if body:
@@ -81,8 +88,11 @@ class PostgresProbe(Probe):
 
     def change(self, key: bytes, /, **values: bytes | int | None) -> None:
         for field, value in values.items():
-            if re.fullmatch(r"b\d+", field):
-                self._change_chunk(key, int(field[1:]), value)
+            if field == "head" or re.fullmatch(r"b\d+", field):
+                self._change_chunk(key, -1 if field == "head" else int(field[1:]), value)
+                continue
+            if field == "readers_until":
+                self._change_readers(key, value)
                 continue
             for column, cell in self._cells(field, value):
                 self.sql(f"UPDATE record SET {column} = $2 WHERE key = $1", key, cell)
@@ -117,6 +127,12 @@ class PostgresProbe(Probe):
             self.sql("DELETE FROM chunk WHERE key = $1 AND index = $2", key, index)
         else:
             self.sql("UPDATE chunk SET bytes = $3 WHERE key = $1 AND index = $2", key, index, value)
+
+    def _change_readers(self, key: bytes, value: bytes | int | None) -> None:
+        (token,) = self.sql("SELECT token FROM record WHERE key = $1", key)[0]
+        self.sql(f"DELETE FROM mark WHERE name = {READING}", key, token)
+        if value is not None:
+            self.sql(f"INSERT INTO mark VALUES ({READING}, '', $3)", key, token, value)
 
     def damages(self, field: str, value: bytes) -> Iterable[bytes | int | None]:
         if field in NUMBERS:

@@ -120,7 +120,7 @@ async def test_a_database_or_host_that_is_not_there(schema):
     ("change", "words"),
     [
         ("DELETE FROM {}.schema_version", "oncegate migrate"),
-        ("UPDATE {}.schema_version SET version = 99", "version 99"),
+        ("INSERT INTO {}.schema_version VALUES (99)", "version 99"),
         ("DROP SCHEMA {} CASCADE", "oncegate migrate"),
     ],
 )

@@ -18,11 +18,12 @@ class Stage:
 CLAIMED = Stage(b"claimed", "claimed; nothing was sent when its lease was renewed last")
 SENT = Stage(b"sent", "the request was being sent, or sent, when its lease was renewed last")
 RESPONSE_BEGUN = Stage(b"answered", "an answer had begun when its lease was renewed last")
+DROPPED = Stage(b"dropped", "an answer had begun, and its body is not stored")
 
 # Of a record whose lease was never renewed.
 NEVER_RENEWED = "claimed; its lease was not renewed since, so nobody knows whether anything was sent"
 
-_DESCRIPTIONS = {stage.wire: stage.description for stage in (CLAIMED, SENT, RESPONSE_BEGUN)}
+_DESCRIPTIONS = {stage.wire: stage.description for stage in (CLAIMED, SENT, RESPONSE_BEGUN, DROPPED)}
 
 
 def describe_stage(wire: bytes | None) -> str:

@@ -1,4 +1,4 @@
-"""Marks in a table that is not logged: a crash empties it, and a standby has none of it."""
+"""Marks, and notes to replicas, in a table that is not logged: a crash empties it, and a standby has none of it."""
 
 from oncegate.store.postgres.connections.durability import Level
 from oncegate.store.postgres.records import fetch
@@ -10,14 +10,28 @@ _PUT = """
 INSERT INTO mark (name, value, expires) VALUES ($1, $2, now_ms() + $3)
 ON CONFLICT (name) DO UPDATE SET value = excluded.value, expires = excluded.expires
 """
+# A note is its own name: one that is posted again is the same. $2: those that the last reply had, which are removed.
+_POST = """
+INSERT INTO mark (name, value, expires) VALUES ($1::bytea || $2, $2, now_ms() + $3)
+ON CONFLICT (name) DO UPDATE SET expires = excluded.expires
+"""
+_COLLECT = """
+WITH gone AS (DELETE FROM mark WHERE name = ANY($2::bytea[]))
+SELECT value FROM mark
+WHERE name > $1 AND name < $1 || '\\xff' AND name <> ALL($2::bytea[]) AND expires > now_ms() ORDER BY name LIMIT 100
+"""
+# Before the prefix of the replica that a note is for.
+_BOX, NOTE_MS = b"note:", 60_000
 _GET = "SELECT value FROM mark WHERE name = $1 AND expires > now_ms()"
 
 
 class PostgresMarks:
-    """The marks of a store. See `Marks`."""
+    """The marks of a store, see `Marks`, and the notes that its replicas leave for each other, see `Store`."""
 
     def __init__(self, servers: Servers) -> None:
         self._servers = servers
+        # The names of the notes that were collected last.
+        self._collected: list[bytes] = []
 
     async def put(self, name: bytes, value: bytes, lasts_ms: int) -> None:
         await self._ask(_PUT, name, value, lasts_ms)
@@ -29,6 +43,16 @@ class PostgresMarks:
     async def get(self, name: bytes) -> bytes:
         values = await self._ask(_GET, name)
         return values[0] if values else b""
+
+    async def post(self, prefix: bytes, note: bytes) -> bool:
+        return await self._ask(_POST, _BOX + prefix, note, NOTE_MS) is not None
+
+    async def collect(self, prefix: bytes) -> list[bytes]:
+        # A note is removed once its reply has come: a reply that is lost loses none.
+        notes = await self._ask(_COLLECT, _BOX + prefix, self._collected)
+        if notes is not None:
+            self._collected = [_BOX + prefix + note for note in notes]
+        return notes or []
 
     async def _ask(self, statement: str, *args: object) -> list[bytes] | None:
         try:

@@ -4,7 +4,7 @@ Only bytes and whole numbers go in.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from oncegate.decision import CANCELLED, HOLD, RETRY, State
@@ -18,12 +18,14 @@ from oncegate.store.record import (
     pack,
     running,
     self_check,
+    tenant_of,
     unpack,
 )
 from oncegate.store.results import (
     AppendStatus,
     ClaimResult,
     DropStatus,
+    Followed,
     ReadFailure,
     RenewStatus,
     ResolveStatus,
@@ -31,7 +33,7 @@ from oncegate.store.results import (
     SettleStatus,
     Unconfirmed,
 )
-from oncegate.store.stages import CLAIMED, RESPONSE_BEGUN, SENT, Stage
+from oncegate.store.stages import CLAIMED, DROPPED, RESPONSE_BEGUN, SENT, Stage
 
 # A body up to this size lies in its record, and comes with the reply to a claim.
 ROW_BYTES = 4096
@@ -48,7 +50,7 @@ SETTLE = Verb("settle", "settle_1", 2, (13, 17, 18, 19, 20))
 
 _MODES = {b"": 0, HOLD: 1, RETRY: 2, CANCELLED: 3}
 MODE_OF = {number: mode for mode, number in _MODES.items()}
-STAGES: Mapping[Stage, int] = {CLAIMED: 1, SENT: 2, RESPONSE_BEGUN: 3}
+STAGES: Mapping[Stage, int] = {CLAIMED: 1, SENT: 2, RESPONSE_BEGUN: 3, DROPPED: 4}
 # The tag of a record in flight whose lease ends later than a whole one from now, because the clock stepped back.
 RESTARTS = 8
 # By the tag of claim_1.
@@ -98,11 +100,15 @@ def claim_result(claim: Claim, tenant: bytes, row: Mapping[str, Any]) -> ClaimRe
     """Return what a row of `claim_1` or `take_1` means."""
     tag, now_ms = row["tag"], row["now"]
     if tag == 0:
+        kept = claim.kept
+        # Of a record that was there: what this claim replaces.
+        if (more := row["kept"]) and unpack_kept(more).replaced:
+            kept = replace(kept, replaced=True)
         return Claim(
             # Positions, not names: arguments by name cost twice as much here (Python 3.11, measured).
             claim.key, claim.token, b"%d" % row["fence"], claim.mode, claim.fingerprint, claim.self_check,
             row["created"], claim.lease_ms, claim.retention_ms, claim.unknown_retention_ms, claim.tombstone_ms,
-            claim.kept,
+            kept,
         )  # fmt: skip
     if tag == 3:
         found = unpack(claim.key, tenant, row["meta"] or b"", row["body"], now_ms)
@@ -205,6 +211,7 @@ _RENEW = {
 }
 _APPEND = {
     1: AppendStatus.APPENDED,
+    8: AppendStatus.APPENDED_READ,
     2: AppendStatus.ABSENT,
     3: AppendStatus.INCOMPLETE,
     4: AppendStatus.COMPLETE,
@@ -222,6 +229,14 @@ _DROP = {
     2: DropStatus.KEPT,
     3: DropStatus.ABSENT,
     4: DropStatus.FENCED,
+}
+# By the tag of follow_2.
+_FOLLOWED = {
+    1: State.IN_FLIGHT,
+    RESTARTS: State.IN_FLIGHT,
+    2: State.UNKNOWN,
+    3: State.COMPLETE,
+    5: State.EXPIRED,
 }
 # The usual end of an exchange, made once.
 _DONE = SettleResult(SettleStatus.STORED)
@@ -266,3 +281,24 @@ def read_chunks(rows: Sequence[Mapping[str, Any]]) -> list[bytes] | ReadFailure:
     if tag == 1:
         return [row["bytes"] for row in rows]
     return ReadFailure.GONE if tag == 2 else ReadFailure.INCOMPLETE
+
+
+def followed(key: bytes, first: int, rows: Sequence[Mapping[str, Any]]) -> Followed | ReadFailure:
+    """Return what a row of `follow_2` means. `first`: the index from which on chunks were asked for."""
+    if not rows or (state := _FOLLOWED.get(rows[0]["tag"])) is None:
+        return ReadFailure.GONE
+    row = rows[0]
+    chunks, response, head = list(row["chunks"] or ()), None, row["head"] or b""
+    left_ms = max(0, row["lease_left"]) if state is State.IN_FLIGHT else 0
+    if state is State.COMPLETE:
+        meta, head = row["meta"] or b"", b""
+        found = unpack(key, tenant_of(meta), meta, None, row["now"])
+        if isinstance(found, Corrupt):
+            return ReadFailure.INCOMPLETE
+        response = found.response
+    elif state is State.IN_FLIGHT and not left_ms:
+        state = State.UNKNOWN
+    if not chunks and first < row["count"]:
+        return ReadFailure.INCOMPLETE
+    readers_ms, dropped = row["readers_left"] or 0, row["stage"] == STAGES[DROPPED]
+    return Followed(state, head, chunks, row["count"], response, row["replaced"], left_ms, readers_ms, dropped)

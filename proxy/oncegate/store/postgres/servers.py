@@ -200,6 +200,12 @@ class Servers:
         return primary.run.timeline if primary else 0
 
     @property
+    def schema_version(self) -> int:
+        """The version of the schema when the primary was asked last, 0 before it was."""
+        primary = self._connections.primary
+        return primary.schema_version if primary else 0
+
+    @property
     def readable(self) -> bool:
         """Whether the primary answers now, be it only to reads."""
         return self._connections.has_primary and not self._connections.silence and self._pools[Level.OFF].is_up

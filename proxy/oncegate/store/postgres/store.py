@@ -14,13 +14,13 @@ from oncegate.keys.digests import Scope
 from oncegate.store.open_keys.records import Records
 from oncegate.store.postgres import rows
 from oncegate.store.postgres.batches import Batches
+from oncegate.store.postgres.calls import Calls
 from oncegate.store.postgres.claims import MAX_PAUSE_S, MIN_PAUSE_S, ClaimBatches, Claims
 from oncegate.store.postgres.connections.durability import Level
-from oncegate.store.postgres.connections.session import Lost, Refused
 from oncegate.store.postgres.housekeeping import Housekeeping
 from oncegate.store.postgres.marks import PostgresMarks
 from oncegate.store.postgres.records import PostgresRecords
-from oncegate.store.postgres.rows import BUSY_TAG, READ_BYTES, ROW_BYTES
+from oncegate.store.postgres.rows import BUSY_TAG, ROW_BYTES
 from oncegate.store.postgres.servers import Servers, ServersConfig
 from oncegate.store.postgres.verb import Row, Verb
 from oncegate.store.record import (
@@ -37,6 +37,7 @@ from oncegate.store.record_view import RecordView
 from oncegate.store.results import (
     AppendStatus,
     DropStatus,
+    Followed,
     NotAttempted,
     NotClaimed,
     ReadFailure,
@@ -53,8 +54,6 @@ from oncegate.store.store import Claiming, Settling, StoreConfig, StoreLogin, Up
 MIN_TRY_S = 0.05
 # Above this share of the limit, responses are stored without their body.
 FULL_RATIO = 0.9
-_APPEND = "SELECT append_1($1, $2, $3, $4) AS tag"
-_READ = "SELECT * FROM read_1($1, $2, $3, $4)"
 _RESOLVE = "SELECT resolve_1($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14) AS tag"
 _DROP = "SELECT drop_1($1, $2, $3, $4, $5, $6) AS tag"
 _HMAC_BLOCK = 64
@@ -105,6 +104,7 @@ class PostgresStore:
             timeout_s=self._timeout_s,
             patience_s=config.patience_s,
         )
+        self._calls = Calls(self._servers, self._claims, self._timeout_s, self._observer, self._retried)
 
     def _batches(self, verb: Verb, level: Level) -> Batches:
         return Batches(self._servers, verb, level, self._audit, self._observer(verb.name))
@@ -211,18 +211,10 @@ class PostgresStore:
         reply = await self._renewals.call(row, self._loop.time() + self._timeout_s).reply
         return RenewStatus.UNCONFIRMED if isinstance(reply, Unconfirmed) else rows.renew_status(reply[0]["tag"])
 
-    async def append(self, claim: Claim, index: int, chunk: bytes, patience_s: float) -> AppendStatus:
-        args = claim.key, claim.token, index, chunk
-        ends, pause_s = self._loop.time() + patience_s, MIN_PAUSE_S
-        while True:
-            reply = await self._ask("append", Level.OFF, _APPEND, args, ends)
-            if isinstance(reply, list) and (tag := reply[0]["tag"]) != BUSY_TAG:
-                return rows.append_status(tag)
-            if self._loop.time() + pause_s >= min(ends, self._claims.retries_end):
-                return AppendStatus.UNCONFIRMED
-            self._retried()
-            await asyncio.sleep(pause_s)
-            pause_s = min(pause_s * 2, MAX_PAUSE_S)
+    async def append(
+        self, claim: Claim, index: int, chunk: bytes, patience_s: float, head: bytes = b""
+    ) -> AppendStatus:
+        return await self._calls.append(claim, index, chunk, patience_s, head)
 
     def store(self, claim: Claim, response: StoredResponse, last_chunk: bytes, patience_s: float) -> Settling:
         return self._settle(self._settles, rows.store_row(claim, response, last_chunk), patience_s)
@@ -256,8 +248,18 @@ class PostgresStore:
     # Reading ...
 
     async def read(self, key: bytes, token: bytes, first: int) -> list[bytes] | ReadFailure:
-        reply = await self._ask("read", Level.OFF, _READ, (key, token, first, READ_BYTES))
-        return rows.read_chunks(reply) if isinstance(reply, list) else ReadFailure.UNCONFIRMED
+        return await self._calls.read(key, token, first)
+
+    async def follow(self, key: bytes, token: bytes, first: int, reading_ms: int = 0) -> Followed | ReadFailure:
+        return await self._calls.follow(key, token, first, reading_ms)
+
+    # From replica to replica ...
+
+    async def post(self, token: bytes, note: bytes) -> bool:
+        return await self.marks.post(token[:PREFIX_BYTES], note)
+
+    async def collect(self, prefix: bytes) -> list[bytes]:
+        return await self.marks.collect(prefix)
 
     # For operators ...
 
@@ -277,7 +279,7 @@ class PostgresStore:
         """Decide, again while another transaction holds the record: it ends soon, and nothing was changed."""
         ends, pause_s = self._loop.time() + self._timeout_s, MIN_PAUSE_S
         while True:
-            reply = await self._ask("resolve", Level.CLAIM, _RESOLVE, (*args, *self._audit), ends)
+            reply = await self._calls.ask("resolve", Level.CLAIM, _RESOLVE, (*args, *self._audit), ends)
             if not isinstance(reply, list):
                 return ResolveStatus.UNCONFIRMED
             if (tag := reply[0]["tag"]) != BUSY_TAG or self._loop.time() + pause_s >= ends:
@@ -287,30 +289,5 @@ class PostgresStore:
 
     async def drop(self, record: RecordView, *, purge: bool = False) -> DropStatus:
         level = Level.CLAIM if purge else Level.OFF
-        reply = await self._ask("drop", level, _DROP, (record.key, record.token, purge, *self._audit))
+        reply = await self._calls.ask("drop", level, _DROP, (record.key, record.token, purge, *self._audit))
         return rows.drop_status(reply[0]["tag"]) if isinstance(reply, list) else DropStatus.UNCONFIRMED
-
-    async def _ask(
-        self, verb: str, level: Level, statement: str, args: tuple[object, ...], ends: float = float("inf")
-    ) -> list[Any] | Unconfirmed:
-        """Return the rows of one call by itself, within the timeout and until `ends` (the loop's time)."""
-        began = self._loop.time()
-        deadline = min(began + self._timeout_s, ends)
-        try:
-            session = await self._servers.free_session(level, deadline)
-            if session is None:
-                return Unconfirmed("no connection to the store was free in time", maybe_executed=False)
-            running = self._loop.create_task(session.run(statement, *args))
-            await asyncio.wait([running], timeout=max(0.0, deadline - self._loop.time()))
-            if not running.done():
-                # Its end is nobody's any more.
-                running.add_done_callback(lambda task: task.exception())
-                return Unconfirmed("the store did not reply in time")
-            answer = await running
-            if answer.is_below and level is Level.CLAIM:
-                return Unconfirmed("too few standbys have the change")
-            return answer.rows
-        except (Lost, Refused) as failed:
-            return Unconfirmed(failed.reason)
-        finally:
-            self._observer(verb)(self._loop.time() - began)

@@ -76,6 +76,7 @@ class Facts:
 
     `standbys`: the `sync_state` of each standby that streams; None for one that the user may not see. `settings`: of
     the session, by name. `schema_reason`: why the schema cannot be used; None where it can, or was not asked.
+    `schema_version`: 0 where there is none, or it was not asked.
     """
 
     backend: Backend
@@ -92,6 +93,7 @@ class Facts:
     now_ms: int
     settings: dict[str, str]
     schema_reason: str | None
+    schema_version: int = 0
 
 
 async def ask(connection: Any, schema: str = "", names: tuple[str, ...] = ()) -> Facts:
@@ -101,6 +103,7 @@ async def ask(connection: Any, schema: str = "", names: tuple[str, ...] = ()) ->
     """
     row = await connection.fetchrow(_ASK, names)
     run = Run(row["system"], row["timeline"], row["booted"])
+    schema_reason, version = await _schema(connection, schema, row["user_name"]) if schema else (None, 0)
     return Facts(
         Backend(row["pid"], row["started"], run.booted, run.system),
         run,
@@ -110,20 +113,22 @@ async def ask(connection: Any, schema: str = "", names: tuple[str, ...] = ()) ->
         standbys=tuple(row["standbys"]),
         now_ms=row["now_ms"],
         settings=dict(zip(names, row["settings"], strict=True)),
-        schema_reason=await _schema_reason(connection, schema, row["user_name"]) if schema else None,
+        schema_reason=schema_reason,
+        schema_version=version,
     )
 
 
-async def _schema_reason(connection: Any, schema: str, user: str) -> str | None:
-    """Return why the schema cannot be used, with what would help, or None."""
+async def _schema(connection: Any, schema: str, user: str) -> tuple[str | None, int]:
+    """Return why the schema cannot be used, with what would help, or None; and its version."""
     rights = await connection.fetchrow(_ASK_RIGHTS, schema, _FEWER_RIGHTS, _ALL_RIGHTS)
     if rights["may_use"] is False:
-        return f"its user may not use the schema: GRANT USAGE ON SCHEMA {schema} TO {user}"
+        return f"its user may not use the schema: GRANT USAGE ON SCHEMA {schema} TO {user}", 0
     if not rights["tables"]:
-        return schema_complaint(0)
+        return schema_complaint(0), 0
     if rights["lacking"]:
-        return f"its user lacks rights: {grant(rights['lacking'][0], schema, user)}"
-    return schema_complaint(await connection.fetchval(_ASK_VERSION) or 0)
+        return f"its user lacks rights: {grant(rights['lacking'][0], schema, user)}", 0
+    version = await connection.fetchval(_ASK_VERSION) or 0
+    return schema_complaint(version), version
 
 
 def grant(lacking: tuple[str, str, str], schema: str, user: str) -> str:

@@ -1,0 +1,247 @@
+"""Following a response in PostgreSQL: what a reader locks and writes, and proxies of the schema before."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from oncegate.decision import State
+from oncegate.store.postgres import rows
+from oncegate.store.postgres.marks import NOTE_MS
+from oncegate.store.postgres.migrations import run
+from oncegate.store.postgres.migrations.files import migrations
+from oncegate.store.record import PREFIX_BYTES, Claim
+from oncegate.store.results import (
+    AppendStatus,
+    DropStatus,
+    Followed,
+    ReadFailure,
+    RenewStatus,
+    SettleResult,
+    SettleStatus,
+)
+from oncegate.store.store import Store
+from tests.postgres_schemas import NEVER, Schema, foreign, fresh_schema, lapse
+from tests.stores import FOREIGN, KEY, PATIENCE_S, answer, claimed, key, store_small
+
+HEAD = b"a packed head"
+READING_MS = 5000
+STORED = SettleResult(SettleStatus.STORED)
+FOLLOW = "SELECT * FROM follow_2($1, $2, $3, $4, $5)"
+
+
+@pytest.fixture
+async def schema() -> AsyncIterator[Schema]:
+    async with fresh_schema() as schema:
+        yield schema
+
+
+@pytest.fixture
+async def store(schema: Schema) -> AsyncIterator[Store]:
+    async with schema.connected() as store:
+        yield store
+
+
+async def running(store: Store, *chunks: bytes, mode: bytes = b"hold") -> Claim:
+    """Claim the key, and append these chunks of its response."""
+    owner = await claimed(store, mode)
+    for index, chunk in enumerate(chunks):
+        head = b"" if index else HEAD
+        assert await store.append(owner, index, chunk, PATIENCE_S, head) is AppendStatus.APPENDED
+    return owner
+
+
+async def followed(store: Store, token: bytes, first: int = 0, reading_ms: int = 0) -> Followed:
+    found = await store.follow(KEY, token, first, reading_ms)
+    assert isinstance(found, Followed), found
+    return found
+
+
+# What a reader locks and writes ...
+
+
+async def test_a_reader_is_in_nobody_s_way(schema: Schema, store: Store) -> None:
+    """A read that has noted its reader, and whose transaction goes on, holds nothing that the owner needs."""
+    owner = await running(store, b"one, ")
+    async with schema.other.transaction():
+        row = await schema.other.fetchrow(FOLLOW, KEY, owner.token, 0, 1 << 18, READING_MS)
+        assert (row["head"], row["chunks"]) == (HEAD, [b"one, "])
+        assert row["readers_left"] == READING_MS
+        async with asyncio.timeout(PATIENCE_S):
+            assert await store.renew(owner) is RenewStatus.RENEWED
+            # The note is not committed, so nobody sees it.
+            assert await store.append(owner, 1, b"two", PATIENCE_S) is AppendStatus.APPENDED
+            assert await store.store(owner, answer(b"one, ", b"two"), b"", PATIENCE_S) == STORED
+
+
+async def test_a_read_writes_nothing_but_its_note(schema: Schema, store: Store) -> None:
+    """It gets a transaction number only where it notes its reader, once a second whatever the number of readers."""
+    owner = await running(store, b"one, ")
+    numbers = []
+    for reading_ms in (0, READING_MS, READING_MS, 0, READING_MS):
+        async with schema.other.transaction():
+            await schema.other.fetchrow(FOLLOW, KEY, owner.token, 0, 1 << 18, reading_ms)
+            numbers.append(await schema.other.fetchval("SELECT pg_current_xact_id_if_assigned() IS NOT NULL"))
+    assert numbers == [False, True, False, False, False]
+
+
+async def locked(schema: Schema, statement: str, *args: object) -> list[str]:
+    """Run a statement, and return the partitions of bodies that it has locked."""
+    async with schema.other.transaction():
+        await schema.other.fetch(statement, *args)
+        rows = await schema.other.fetch(
+            "SELECT DISTINCT relname FROM pg_locks JOIN pg_class ON relation = pg_class.oid"
+            " WHERE pid = pg_backend_pid() AND relname ~ '^chunk_[0-9]{8}$'"
+        )
+    return [row["relname"] for row in rows]
+
+
+async def test_no_other_day_is_locked(schema: Schema, store: Store) -> None:
+    """Whatever is appended or read touches the partition of its own day, also from a plan that is made once."""
+    owner = await running(store, b"one, ")
+    await schema.other.execute("SET plan_cache_mode = force_generic_plan")
+    for number in range(3):
+        for statement, args in (
+            (FOLLOW, (KEY, owner.token, 0, 1 << 18, 0)),
+            ("SELECT append_2($1, $2, $3, $4, $5)", (KEY, owner.token, 1 + number, b"more", b"")),
+            ("SELECT append_2($1, $2, $3, $4, $5)", (KEY, owner.token, 0, b"one, ", HEAD)),
+        ):
+            assert len(await locked(schema, statement, *args)) == 1, statement
+    # Nothing new: no body is looked at.
+    assert await locked(schema, FOLLOW, KEY, owner.token, 4, 1 << 18, READING_MS) == []
+
+
+# Proxies and schemas of the version before ...
+
+
+async def test_a_schema_that_is_not_migrated_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no head and no running body, and nobody says that a claim replaced nothing. Then it is migrated."""
+    with monkeypatch.context() as before:
+        before.setattr(run, "migrations", lambda: migrations()[:1])
+        before.setattr(run, "newest_version", lambda: 1)
+        schemas = fresh_schema()
+        schema = await schemas.__aenter__()
+    body = os.urandom(rows.ROW_BYTES + 1)
+    async with schema.connected() as store:
+        owner = await running(store, body, b"two")
+        found = await followed(store, owner.token, reading_ms=READING_MS)
+        assert found == Followed(State.IN_FLIGHT, b"", [], 0, None, True, found.left_ms)
+        assert await store.store(owner, answer(body, b"two"), b"", PATIENCE_S) == STORED
+        found = await followed(store, owner.token)
+        assert (found.chunks, found.count, found.replaced) == ([body, b"two"], 2, True)
+        assert found.response == answer(body, b"two")
+        assert (await followed(store, owner.token, 1)).chunks == [b"two"]
+        assert await store.follow(KEY, FOREIGN, 0) is ReadFailure.GONE
+        await store_small(store, await claimed(store, key=key(3)))
+        await run.Run(schema.other, run.Target(schema.url, schema.name)).migrate()
+        async with asyncio.timeout(PATIENCE_S):
+            while (await followed(store, owner.token)).replaced:
+                await asyncio.sleep(0.02)
+        later = await claimed(store, key=key(2))
+        assert await store.append(later, 0, b"one", PATIENCE_S, HEAD) is AppendStatus.APPENDED
+        found = await store.follow(key(2), later.token, 0)
+        assert isinstance(found, Followed)
+        assert found.head == HEAD
+        assert store.not_ready_reason() is None
+    await schemas.__aexit__(None, None, None)
+
+
+async def test_an_owner_of_the_version_before(schema: Schema, store: Store) -> None:
+    """It appends and settles as it did. Its response is followed without a head; what it took over says so."""
+    former = await running(store, b"of another", mode=b"retry")
+    await lapse(schema)
+    (taken,) = await schema.run(rows.TAKE, rows.claim_row(foreign(former), NEVER, former.token))
+    assert taken["tag"] == 0
+    for index, chunk in enumerate((b"one, ", b"two")):
+        assert await schema.other.fetchval("SELECT append_1($1, $2, $3, $4)", KEY, FOREIGN, index, chunk) == 1
+    assert await store.follow(KEY, former.token, 0) is ReadFailure.GONE
+    found = await followed(store, FOREIGN, reading_ms=READING_MS)
+    assert (found.head, found.chunks, found.replaced) == (b"", [b"one, ", b"two"], True)
+    (settled,) = await schema.run(rows.SETTLE, rows.store_row(foreign(former), answer(b"one, ", b"two"), b""))
+    assert settled["tag"] == 1
+    assert (await followed(store, FOREIGN)).replaced
+
+
+# What a claim replaces ...
+
+
+@pytest.mark.parametrize("how", ["released", "released by an operator"])
+async def test_a_replacement_that_is_given_up(schema: Schema, store: Store, how: str) -> None:
+    """The next claim replaces what it has replaced, until that time is over."""
+    former = await running(store, b"of another", mode=b"retry")
+    await lapse(schema)
+    owner = await claimed(store, b"retry")
+    for _ in range(2):
+        if how == "released":
+            await store.release(owner, PATIENCE_S)
+        else:
+            await store.release_by_operator(KEY, owner.token, b"O" * 16, owner.fence)
+        owner = await claimed(store)
+        assert owner.kept.replaced
+        assert (await followed(store, owner.token)).replaced
+    await store.release(owner, PATIENCE_S)
+    await schema.other.execute("UPDATE record SET frees = now_ms() - 1")
+    owner = await claimed(store)
+    assert not owner.kept.replaced
+    assert not (await followed(store, owner.token)).replaced
+    assert former.token != owner.token
+
+
+# What is left of it ...
+
+
+@pytest.mark.parametrize("purge", [False, True])
+async def test_a_dropped_response_leaves_no_head(schema: Schema, store: Store, purge: bool) -> None:
+    body = os.urandom(rows.ROW_BYTES + 1)
+    owner = replace(await running(store, body), tombstone_ms=60_000)
+    assert await store.store(owner, answer(body), b"", PATIENCE_S) == STORED
+    view = await store.records.read(KEY)
+    assert view is not None
+    if not purge:
+        await schema.other.execute("UPDATE record SET expires = 1")
+    assert await store.drop(view, purge=purge) is DropStatus.DROPPED
+    assert await schema.other.fetchval("SELECT count(*) FROM chunk") == 0
+    found = await followed(store, owner.token)
+    assert (found.state, found.head, found.chunks, found.response) == (State.EXPIRED, b"", [], None)
+
+
+# Notes from replica to replica ...
+
+
+async def test_housekeeping_removes_old_notes(schema: Schema, store: Store) -> None:
+    """Those of readers that have left, and those to replicas that are gone."""
+    owner = await running(store, b"one")
+    await store.follow(KEY, owner.token, 0, READING_MS)
+    assert await store.post(FOREIGN, b"for nobody")
+    assert await store.post(store.token(), b"a note")
+    sweep: Any = store
+    await sweep._housekeeping.sweep()
+    names = "SELECT count(*) FROM mark"
+    assert await schema.other.fetchval(names) == 3
+    lasts = await schema.other.fetchval("SELECT max(expires) - now_ms() FROM mark")
+    assert 0 < lasts <= NOTE_MS
+    await schema.other.execute("UPDATE mark SET expires = 1")
+    assert await store.collect(store.token_prefix) == []
+    await sweep._housekeeping.sweep()
+    assert await schema.other.fetchval(names) == 0
+
+
+async def test_a_reply_that_is_lost_loses_no_note(schema: Schema, store: Store) -> None:
+    """A note is removed by the statement after the one that brought it."""
+    box = store.token_prefix
+    for note in (b"one", b"two", b"one"):
+        assert await store.post(box + bytes(6), note)
+    notes: Any = store.marks
+    statement = "SELECT value FROM mark WHERE name ~ '^note'"
+    assert await store.collect(box) == [b"one", b"two"]
+    # As if that reply had not come.
+    notes._collected = []
+    assert await store.collect(box) == [b"one", b"two"]
+    assert await store.post(box + bytes(6), b"three")
+    assert await store.collect(box) == [b"three"]
+    assert await store.collect(box) == []
+    assert await schema.other.fetch(statement.replace("name ~ '^note'", "true")) == []
+    assert len(box) == PREFIX_BYTES
