@@ -112,6 +112,8 @@ class PostgresProbe(Probe):
             yield field, next((number for number, state in STATES.items() if state == value), 9)
         elif field == "mode":
             yield field, next((number for number, mode in MODE_OF.items() if mode == value), 9)
+        elif field == "more":
+            yield "kept", value
         elif field == "meta":
             yield field, value
             # A window counts from the column.
@@ -135,8 +137,10 @@ class PostgresProbe(Probe):
             self.sql(f"INSERT INTO mark VALUES ({READING}, '', $3)", key, token, value)
 
     def damages(self, field: str, value: bytes) -> Iterable[bytes | int | None]:
-        if field in NUMBERS:
-            yield from (0, 1, -1, 1 << 62, -1 << 62)
+        if field in (*NUMBERS, "readers_until"):
+            # One is an int, the others are bigints.
+            bits = 30 if field == "lease_ms" else 62
+            yield from (0, 1, -1, 1 << bits, -1 << bits)
         elif field in ("state", "mode"):
             # Not 4: it is a state that leaves the key free, and no check covers it.
             yield from (0, 3, 6, 9, -1) if field == "state" else (0, 4, 9)

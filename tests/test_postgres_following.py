@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from oncegate.decision import State
+from oncegate.store.kept import was_replaced
 from oncegate.store.postgres import rows
 from oncegate.store.postgres.marks import NOTE_MS
 from oncegate.store.postgres.migrations import run
@@ -180,12 +181,12 @@ async def test_a_replacement_that_is_given_up(schema: Schema, store: Store, how:
         else:
             await store.release_by_operator(KEY, owner.token, b"O" * 16, owner.fence)
         owner = await claimed(store)
-        assert owner.kept.replaced
+        assert was_replaced(owner.kept)
         assert (await followed(store, owner.token)).replaced
     await store.release(owner, PATIENCE_S)
     await schema.other.execute("UPDATE record SET frees = now_ms() - 1")
     owner = await claimed(store)
-    assert not owner.kept.replaced
+    assert not was_replaced(owner.kept)
     assert not (await followed(store, owner.token)).replaced
     assert former.token != owner.token
 

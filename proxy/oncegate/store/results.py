@@ -163,6 +163,8 @@ class Followed:
     left_ms: int
     # How long somebody reads for certain, as readers have noted.
     readers_left_ms: int = 0
+    # It is in flight, and its owner stores its body no more.
+    dropped: bool = False
 
 
 class ResolveStatus(Enum):

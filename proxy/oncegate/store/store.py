@@ -19,6 +19,7 @@ from oncegate.store.results import (
     AppendStatus,
     ClaimResult,
     DropStatus,
+    Followed,
     NotClaimed,
     ReadFailure,
     RenewStatus,
@@ -228,8 +229,13 @@ class Store(Protocol):
     async def renew(self, claim: Claim, stage: Stage = CLAIMED) -> RenewStatus:
         """Extend the lease, and note how far the exchange got (`stage`). One try: the next renewal is the retry."""
 
-    async def append(self, claim: Claim, index: int, chunk: bytes, patience_s: float) -> AppendStatus:
-        """Store chunk `index` of a response, and extend the lease."""
+    async def append(
+        self, claim: Claim, index: int, chunk: bytes, patience_s: float, head: bytes = b""
+    ) -> AppendStatus:
+        """Store chunk `index` of a response, and extend the lease.
+
+        `head`: with the first chunk, the packed head (`stream_head.py`) for followers; empty for none.
+        """
 
     def store(self, claim: Claim, response: StoredResponse, last_chunk: bytes, patience_s: float) -> Settling:
         """Settle: make the record complete. `last_chunk` is empty if every chunk was appended."""
@@ -247,6 +253,13 @@ class Store(Protocol):
 
     async def read(self, key: bytes, token: bytes, first: int) -> list[bytes] | ReadFailure:
         """Return chunks of a complete response from index `first` on: about 256 KiB, and at least one chunk."""
+
+    async def follow(self, key: bytes, token: bytes, first: int, reading_ms: int = 0) -> Followed | ReadFailure:
+        """Return what the store has of the response of one claim, also while it is running.
+
+        The head comes with index 0, chunks from index `first` on as in `read`. Another claim's record is GONE.
+        `reading_ms`: for how long to note that somebody reads, which the owner learns with its next append.
+        """
 
     # For operators ...
 

@@ -18,7 +18,7 @@ FOLLOWING = 2
 _APPEND = "SELECT append_2($1, $2, $3, $4, $5) AS tag"
 _READ = "SELECT * FROM read_1($1, $2, $3, $4)"
 _FOLLOW = "SELECT * FROM follow_2($1, $2, $3, $4, $5)"
-# With a schema of version 1 there is no head, and the body comes once it is complete. What a claim replaced is not known.
+# With a schema of version 1 there is no head, the body comes once it is complete, and nothing says what is replaced.
 _APPEND_1 = "SELECT append_1($1, $2, $3, $4) AS tag"
 _FOLLOW_1 = """
 SELECT tag_of(state, created, lease, lease_ms, expires, frees, now) AS tag, now, stage, meta, true AS replaced,

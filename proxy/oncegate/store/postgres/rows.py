@@ -4,11 +4,11 @@ Only bytes and whole numbers go in.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from oncegate.decision import CANCELLED, HOLD, RETRY, State
-from oncegate.store.kept import rule_in
+from oncegate.store.kept import as_replaced, rule_in, was_replaced
 from oncegate.store.postgres.verb import Row, Verb
 from oncegate.store.record import (
     Claim,
@@ -100,16 +100,7 @@ def claim_result(claim: Claim, tenant: bytes, row: Mapping[str, Any]) -> ClaimRe
     """Return what a row of `claim_1` or `take_1` means."""
     tag, now_ms = row["tag"], row["now"]
     if tag == 0:
-        kept = claim.kept
-        # Of a record that was there: what this claim replaces.
-        if (more := row["kept"]) and unpack_kept(more).replaced:
-            kept = replace(kept, replaced=True)
-        return Claim(
-            # Positions, not names: arguments by name cost twice as much here (Python 3.11, measured).
-            claim.key, claim.token, b"%d" % row["fence"], claim.mode, claim.fingerprint, claim.self_check,
-            row["created"], claim.lease_ms, claim.retention_ms, claim.unknown_retention_ms, claim.tombstone_ms,
-            kept,
-        )  # fmt: skip
+        return _claimed(claim, row)
     if tag == 3:
         found = unpack(claim.key, tenant, row["meta"] or b"", row["body"], now_ms)
         if (more := row["kept"]) and isinstance(found, Record):
@@ -125,6 +116,16 @@ def claim_result(claim: Claim, tenant: bytes, row: Mapping[str, Any]) -> ClaimRe
     if tag in (4, RESTARTS) or (tag == 1 and owner == claim.token):
         return Takeable(owner)
     return _running(claim, tenant, row)
+
+
+def _claimed(claim: Claim, row: Mapping[str, Any]) -> Claim:
+    # Of the record that it took, as it is now.
+    kept = as_replaced(claim.kept) if was_replaced(row["kept"] or b"") else claim.kept
+    return Claim(
+        # Positions, not names: arguments by name cost twice as much here (Python 3.11, measured).
+        claim.key, claim.token, b"%d" % row["fence"], claim.mode, claim.fingerprint, claim.self_check,
+        row["created"], claim.lease_ms, claim.retention_ms, claim.unknown_retention_ms, claim.tombstone_ms, kept,
+    )  # fmt: skip
 
 
 def _running(claim: Claim, tenant: bytes, row: Mapping[str, Any]) -> Record | Corrupt:
