@@ -18,12 +18,21 @@ from oncegate.store.membership import Membership
 from oncegate.store.record import PREFIX_BYTES, Claim, ViewState
 from oncegate.store.record_name import store_key
 from oncegate.store.record_view import StoreError
+from oncegate.store.redis.signals.mailboxes import mailbox_of
 from oncegate.store.redis.topologies.cluster_map import tag_within, view_of
-from oncegate.store.results import AppendStatus, NotAttempted, RenewStatus, SettleResult, SettleStatus, Unconfirmed
+from oncegate.store.results import (
+    AppendStatus,
+    Followed,
+    NotAttempted,
+    RenewStatus,
+    SettleResult,
+    SettleStatus,
+    Unconfirmed,
+)
 from oncegate.store.store import Store
 from tests.parts import until
 from tests.resp import relaying
-from tests.stores import PATIENCE_S, SCOPE, answer, claim, claimed, connected, key, store_small, told
+from tests.stores import PATIENCE_S, SCOPE, Behind, answer, claim, claimed, connected, key, store_small, told
 from tests.test_redis_store import Log, assert_unreachable, live
 from tests.topologies import ACL, Clustered, replicated, wait_for
 
@@ -162,20 +171,55 @@ async def test_a_slot_that_moves(cluster):
             assert target.ask("CLUSTER", "COUNTKEYSINSLOT", key_slot(store_key(second))) == 1
             assert await store.renew(owner) == RenewStatus.RENEWED  # still on the old one
             cluster.carry(slot, source, target)
-            assert await store.append(owner, 0, b"ab", PATIENCE_S) == AppendStatus.APPENDED  # now there
+            assert await store.append(owner, 0, b"ab", PATIENCE_S, b"head") == AppendStatus.APPENDED  # now there
+            followed = await store.follow(first, owner.token, 0, 5000)
+            assert isinstance(followed, Followed)
+            assert (followed.head, followed.chunks) == (b"head", [b"ab"])
             for server in (source, target):
                 server.ask("SCRIPT", "FLUSH")
             assert await store.renew(fresh) == RenewStatus.RENEWED
+            followed = await store.follow(second, fresh.token, 0, 5000)  # not there before
+            assert isinstance(followed, Followed)
+            assert followed.count == 0
             await life(store, third)
         finally:
             for moving in slots:
                 cluster.carry(moving, source, target)
                 cluster.end_move(moving, source, target)
-        assert await store.store(owner, answer(b"ab", b"cd"), b"cd", PATIENCE_S) == SettleResult(SettleStatus.STORED)
+        assert await store.append(owner, 1, b"c", PATIENCE_S) == AppendStatus.APPENDED_READ
+        whole = answer(b"ab", b"c", b"d")
+        assert await store.store(owner, whole, b"d", PATIENCE_S) == SettleResult(SettleStatus.STORED)
         assert told(await claim(store, first)) == "replay"
         assert await store_small(store, fresh) == SettleResult(SettleStatus.STORED)
         for moving in slots:
             cluster.move(moving, source)
+
+
+@pytest.mark.fault(12)
+async def test_a_mailbox_whose_slot_moves(cluster):
+    """Notes come before, during and after a move, also of slots that have none yet: no post and no collection fails."""
+    behind = Behind()
+    async with connected(cluster.url, behind=behind) as store, connected(cluster.url) as elsewhere:
+        name = mailbox_of(store.token())
+        slot, source = key_slot(name), cluster.master_of(name)
+        target = next(one for one in cluster.servers if one is not source and one.info()["role"] == "master")
+
+        async def comes(note: bytes) -> None:
+            assert await elsewhere.post(store.token(), note) is True
+            assert note in await store.collect(store.token_prefix)
+
+        await comes(b"before")
+        cluster.begin_move(slot, source, target)
+        await comes(b"while it is there")
+        await behind.run()
+        await comes(b"while none is there")
+        cluster.carry(slot, source, target)
+        await comes(b"carried")
+        cluster.end_move(slot, source, target)
+        await comes(b"after")
+        await behind.run()
+        assert await store.collect(store.token_prefix) == []
+        cluster.move(slot, source)
 
 
 @pytest.mark.fault(12)

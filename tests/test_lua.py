@@ -13,6 +13,7 @@ STORE_VERBS = {
     "epoch": "epoch",
     "identity": "identities",
     "members": "members",
+    "post": "mailbox",
 }  # about a whole store; what they call their key
 VERBS = (*RECORD_VERBS, *STORE_VERBS)
 VARIANTS = ("put", "store", "release", "unknown", "answer")  # of `action`
@@ -533,6 +534,15 @@ def test_follow_as_its_header_says(called):
     called.client.delete(KEY)
     called.client.set(KEY, "\x05" + "T" * 16 + "whatever")
     assert called("follow", **FOLLOWING)[1::2] == [b"packed", b"\x05" + b"T" * 16 + b"whatever"]
+
+
+def test_post_as_its_header_says(called):
+    """A repeated note is one, and the mailbox lasts from the last one on."""
+    for note in ("one", "two", "one"):
+        called.client.pexpire(KEY, 1000)
+        assert called("post", tag="8", note=note, lasts_ms=60_000) == [b"8", b"posted"]
+        assert about(called.client.pttl(KEY), 60_000)
+    assert record(called) == {"one": b"", "two": b""}
 
 
 def test_claim_says_that_it_replaced_a_record(called):

@@ -27,7 +27,7 @@ _PUT, _STORE, _RELEASE, _UNKNOWN = resp(b"put"), resp(b"store"), resp(b"release"
 
 CLAIM_COUNT, APPEND_COUNT, APPEND_HEAD_COUNT, RENEW_COUNT, READ_COUNT, FOLLOW_COUNT = 7, 5, 6, 5, 3, 4
 PUT_COUNT, STORE_COUNT, RELEASE_COUNT, MARK_UNKNOWN_COUNT = 5, 10, 4, 11
-RESOLVE_COUNT, RELEASE_BY_OPERATOR_COUNT, DROP_COUNT = 7, 4, 4
+RESOLVE_COUNT, RELEASE_BY_OPERATOR_COUNT, DROP_COUNT, POST_COUNT = 7, 4, 4, 2
 
 # The layout that a script writes, or looks for first, by whether it is the packed one.
 LAYOUT = {False: b"hash", True: b"packed"}

@@ -287,7 +287,9 @@ class Node:
     def claim(self, call: ScriptCall, head: bytes, tail: bytes, left_s: float, probe: bool = False) -> Awaitable[Any]:
         """Run `claim`. See StoreServers; a `probe` is sent also while claims are refused."""
         if self._may_refuse and not probe and (refusal := self._refusal()) is not None:
-            return _resolved(self._loop, refusal)
+            refused = self._loop.create_future()
+            refused.set_result(refusal)
+            return refused
         if not self.claims.up:
             return self._claim_when_up(call, head, tail, probe)
         # The deadline in the time of the server that is connected now: after a failover it is another server.
@@ -306,15 +308,11 @@ class Node:
         # While the connection is up, the reply is a plain future. A coroutine would cost a step of a task more.
         return link.script(call, args) if link.up else self._run_when_up(link, call, args)
 
+    def command(self, _name: bytes, *words: bytes | str | int, deadline: float) -> Awaitable[Any]:
+        return self.link.command(*words, deadline=deadline)
+
     async def _run_when_up(self, link: Link, call: ScriptCall, args: bytes) -> Any:
         await link.wait_up(call.deadline)
         if not link.up:
             return Unconfirmed(link.down_reason, maybe_executed=False)
         return await self.run(call, args)
-
-
-def _resolved(loop: asyncio.AbstractEventLoop, reply: object) -> "asyncio.Future[Any]":
-    """Return a future that has its result already."""
-    future: asyncio.Future[Any] = loop.create_future()
-    future.set_result(reply)
-    return future

@@ -248,9 +248,7 @@ class RedisMarks:
         return found if isinstance(found, bytes) else b""
 
     async def _ask(self, name: bytes, *words: bytes | str | int) -> object:
-        """Return the reply to a command about a mark, None where nobody is known to have it."""
-        node = self._servers.node_of(name)
-        if node is None:
-            return None
-        reply: object = await node.link.command(*words, deadline=asyncio.get_running_loop().time() + MARK_TIMEOUT_S)
+        """Return the reply to a command about a mark."""
+        deadline = asyncio.get_running_loop().time() + MARK_TIMEOUT_S
+        reply: object = await self._servers.command(name, *words, deadline=deadline)
         return reply

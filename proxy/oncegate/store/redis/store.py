@@ -32,6 +32,7 @@ from oncegate.store.redis.replies import (
     settle_result,
 )
 from oncegate.store.redis.server import FULL_RATIO, Openers, load_scripts, logins_of
+from oncegate.store.redis.signals.mailboxes import LASTS_MS, Mailbox, mailbox_of
 from oncegate.store.redis.topologies.topology import is_cluster, log_in, refusals, servers_of
 from oncegate.store.redis.wire import ScriptCall, resp
 from oncegate.store.results import (
@@ -78,6 +79,7 @@ class RedisStore:
         self.records, self.marks = RedisRecords(self._servers), RedisMarks(self._servers)
         # The time of the server that has a key.
         self.now_ms: Callable[[bytes], int] = self._servers.now_ms
+        self._mailbox = Mailbox(self._servers, config.background, self._timeout_s)
         self._claims = Claims(
             self._servers,
             self._scripts["claim"],
@@ -256,6 +258,17 @@ class RedisStore:
     async def follow(self, key: bytes, token: bytes, first: int, reading_ms: int = 0) -> Followed | ReadFailure:
         args = resp(token, first, arguments.READ_BYTES, reading_ms)
         return followed(key, first, await self._run("follow", key, args, arguments.FOLLOW_COUNT))
+
+    # From process to process ...
+
+    async def post(self, token: bytes, note: bytes) -> bool:
+        ends = self._loop.time() + self._timeout_s
+        call = ScriptCall(self._scripts["post"], mailbox_of(token), arguments.POST_COUNT, ends)
+        reply, _ = await self._repeat(call, resp(note, LASTS_MS), ends)
+        return isinstance(reply, list)
+
+    async def collect(self, prefix: bytes) -> list[bytes]:
+        return await self._mailbox.collect(prefix)
 
     # For operators ...
 

@@ -7,7 +7,6 @@ whoever reads it reads the record.
 """
 
 from collections.abc import Awaitable
-from dataclasses import replace
 from typing import Any
 
 from redis.crc import key_slot
@@ -85,14 +84,16 @@ class IndexedCluster(Cluster):
 
     async def _enter(self, call: ScriptCall, words: tuple[str, bytes, int, bytes]) -> bool:
         """Write an entry wherever its set is now, and return whether that was confirmed."""
+        return _is_kept(await self.command(words[1], *words, deadline=call.deadline))
 
+    async def command(self, name: bytes, *words: bytes | str | int, deadline: float) -> Any:
         def issue(node: Node, call: ScriptCall) -> Awaitable[Any]:
             if call.asking:
                 node.link.command("ASKING", deadline=call.deadline)
             return node.link.command(*words, deadline=call.deadline)
 
-        _, reply = await self._call(replace(call, key=words[1]), issue)
-        return _is_kept(reply)
+        # No script is called: its place is taken by the words.
+        return (await self._call(ScriptCall(self._config.scripts["claim"], name, 0, deadline), issue))[1]
 
 
 def _takes_nothing(reply: object) -> bool:

@@ -64,6 +64,9 @@ class StoreServers(Protocol):
     def run(self, call: ScriptCall, args: bytes) -> Awaitable[Any]:
         """Run a script. `args`: the arguments after the tag, as RESP bulk strings."""
 
+    def command(self, name: bytes, *words: bytes | str | int, deadline: float) -> Awaitable[Any]:
+        """Run a plain command about the Redis key `name`, wherever that is now."""
+
     def note_time(self, now_ms: int) -> None:
         """Note the server's time in a reply to `claim`."""
 

@@ -1,0 +1,44 @@
+"""The mailbox of each process that makes claims: a hash whose fields are notes, so that a repeated note is one.
+
+Notes are no truth: whoever acts on one looks at its own claim, or at the record. A mailbox lasts for a minute after its
+last note, so that nothing is left of a process that died.
+"""
+
+import asyncio
+from typing import Any
+
+from oncegate.store.record import PREFIX_BYTES
+from oncegate.store.redis.topologies.topology import StoreServers
+from oncegate.store.store import Background
+
+LASTS_MS = 60_000
+# The most notes that are taken at once.
+MOST_NOTES = 100
+
+
+def mailbox_of(token: bytes) -> bytes:
+    """Return the name of the mailbox of the process that made a token. The token's prefix is enough."""
+    return b"once:mail:{%s}" % token[:PREFIX_BYTES].hex().encode()
+
+
+class Mailbox:
+    """Takes the notes of a process. A reply may take `timeout_s`; `background` finishes what nobody waits for."""
+
+    def __init__(self, servers: StoreServers, background: Background, timeout_s: float) -> None:
+        self._servers, self._background, self._timeout_s = servers, background, timeout_s
+        self._clock = asyncio.get_running_loop().time
+
+    async def collect(self, prefix: bytes) -> list[bytes]:
+        """Take up to MOST_NOTES, none where the store does not answer.
+
+        Notes are removed once they were read, not before: what a lost reply had is read again. A note may come twice.
+        """
+        name = mailbox_of(prefix)
+        found = await self._ask(name, "HGETALL", name)
+        notes: list[bytes] = found[::2][:MOST_NOTES] if isinstance(found, list) else []
+        if notes:
+            self._background(self._ask(name, "HDEL", name, *notes))
+        return notes
+
+    async def _ask(self, name: bytes, *words: bytes | str) -> Any:
+        return await self._servers.command(name, *words, deadline=self._clock() + self._timeout_s)
