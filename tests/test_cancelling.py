@@ -1,27 +1,28 @@
-"""Exchanges are cancelled from any process, and a mark in the store says who still waits for a response."""
+"""A note to its owner cancels a claim from any process, and a mark in the store says who waits for a response."""
 
 import asyncio
+from contextlib import asynccontextmanager, suppress
+from types import SimpleNamespace
 
 import pytest
 
-from oncegate.decision import CANCELLED
 from oncegate.gateway import cancelling
-from oncegate.gateway.cancelling import Cancellations
+from oncegate.gateway.cancelling import NO_READER, OPERATOR, STOPPED, TAKEN_BACK, Cancellations
+from oncegate.gateway.settling import Progress
 from oncegate.keys.digests import Scope
-from oncegate.messages.response_head import response_digest
+from oncegate.observe.labels import CANCELS
 from oncegate.observe.outcome import Outcome
 from oncegate.store import readers
-from oncegate.store.leases import Leases, suspended_clock_s
+from oncegate.store.leases import LeasedClaim, Leases, suspended_clock_s
 from oncegate.store.readers import Readers, mark_name
-from oncegate.store.record import Claim, ClaimRequest, Record, StoredResponse
+from oncegate.store.record import Claim, ClaimRequest, cancelled_claim
 from oncegate.store.results import SettleStatus
 from oncegate.store.store import Store
-from tests.stores import store_at
+from oncegate.streams.cancels import CANCEL, FETCHED, CancelResult, Note, pack_note, tell_owner, unpack_note
+from tests.stores import store_at, store_small
 
 KEY, SCOPE, FINGERPRINT = b"k" * 24, Scope(b"default", b"n" * 16), b"f" * 16
 LEASE_MS = 60_000
-# Renewals come at a third of it.
-RENEWED_MS = 300
 
 
 @pytest.fixture
@@ -36,18 +37,26 @@ async def stores(probe):
         await store.close()
 
 
-class Running:
-    """An exchange that runs until it is cancelled."""
+class Worker:
+    """What cancels in one process."""
 
-    def __init__(self) -> None:
-        self.reason = asyncio.get_running_loop().create_future()
+    def __init__(self, store: Store) -> None:
+        self.store, self.counts = store, dict.fromkeys(CANCELS, 0.0)
+        self.leases = Leases(store, LEASE_MS, lambda event, claim: None, asyncio.get_running_loop().time)
+        self.cancellations = Cancellations(store, self.leases, self.counts)
+        self.cancel_claim = self.cancellations.cancel_claim
 
-    async def run(self) -> Outcome:
-        await self.reason
-        return Outcome.CANCELLED
+    def hold(self, claim: Claim) -> tuple[LeasedClaim, list[str]]:
+        """Hold a claim whose exchange runs; return why it was cancelled, if it was."""
+        held, reasons = self.leases.hold(claim, suspended_clock_s(), 60), []
 
-    def cancel(self, reason: str) -> None:
-        self.reason.set_result(reason)
+        def cancel(reason: str) -> bool:
+            is_first = not reasons
+            reasons.extend([reason] * is_first)
+            return is_first
+
+        held.cancel = cancel
+        return held, reasons
 
 
 async def claimed(store: Store, mode: bytes = b"retry") -> Claim:
@@ -56,52 +65,144 @@ async def claimed(store: Store, mode: bytes = b"retry") -> Claim:
     return claim
 
 
-async def test_an_exchange_is_cancelled_from_any_process(stores):
-    """The record says so at once, and the owner hears of it when it renews its lease. No retry takes the key over."""
-    owner, other = stores
-    loop = asyncio.get_running_loop()
-    cancellations = Cancellations(owner, asyncio.ensure_future)
-    leases = Leases(owner, RENEWED_MS, lambda event, claim: None, loop.time)
-    leases.note_unknown = cancellations.note_unknown
-    claim = await claimed(owner)
-    leases.hold(claim, suspended_clock_s(), 60)
-    renewing, exchange = asyncio.ensure_future(leases.run()), Running()
-    running = asyncio.ensure_future(cancellations.run(exchange, KEY, None))
-    await asyncio.sleep(0)
-    assert await Cancellations(other, asyncio.ensure_future).cancel(KEY, "the user stopped it")
-    taken = await other.claim(ClaimRequest(KEY, SCOPE, FINGERPRINT, b"retry", LEASE_MS, 60_000, 60_000))
-    assert isinstance(taken, Record)
-    assert (taken.state.value, taken.mode) == ("unknown", CANCELLED)
-    assert await asyncio.wait_for(running, 5) is Outcome.CANCELLED
-    assert exchange.reason.result() == "the user stopped it"
-    renewing.cancel()
+# Notes ...
 
 
-async def test_a_key_that_does_not_run_is_not_cancelled(stores):
-    """A key without a record, and one whose request has ended, stay as they are."""
+def test_a_note_is_what_was_packed():
+    """Also one whose reason is too long, or empty. What a newer version wrote is no note of this one."""
+    for note in (
+        Note(CANCEL, KEY, b"t" * 16, "operator ä stopped it"),
+        Note(FETCHED, KEY, b"t" * 16),
+    ):
+        assert unpack_note(pack_note(note)) == note
+    long = pack_note(Note(CANCEL, KEY, b"t" * 16, "ä" * 1000))
+    assert len(long) <= 300
+    assert unpack_note(long) is not None
+    for packed in (b"", long[:40], b"x" + long[1:]):
+        assert unpack_note(packed) is None
+
+
+async def test_a_claim_is_cancelled_from_any_process(stores):
+    """Its owner finds a note in its mailbox, perhaps twice, and counts who asked. In its own process there is none."""
+    owner, other = map(Worker, stores)
+    _, reasons = owner.hold(claim := await claimed(stores[0]))
+    assert await other.cancel_claim(KEY, claim.token, "operator eve stopped it") is CancelResult.ACCEPTED
+    assert reasons == []
+    await owner.cancellations.collect()
+    await owner.cancellations.collect()
+    assert reasons == ["operator eve stopped it"]
+    assert await owner.cancel_claim(KEY, claim.token, STOPPED) is CancelResult.ACCEPTED
+    # The second came too late, and does not count.
+    assert reasons == ["operator eve stopped it"]
+    assert owner.counts == dict.fromkeys(CANCELS, 0.0) | {OPERATOR: 1.0}
+    assert set(other.counts.values()) == {0.0}
+
+
+async def test_a_cancel_never_ends_a_later_claim(stores):
+    """It names the token, in the store and in the mailbox: a note that comes late is about nobody."""
+    owner, other = map(Worker, stores)
+    first = await claimed(stores[0])
+    assert await other.cancel_claim(KEY, first.token, "too late") is CancelResult.ACCEPTED
+    await stores[0].release(first, 1.0)
+    _, reasons = owner.hold(later := await claimed(stores[0]))
+    await owner.cancellations.collect()
+    assert reasons == []
+    assert await other.cancel_claim(KEY, first.token, "too late") is CancelResult.ABSENT
+    assert await owner.cancel_claim(KEY, first.token, "too late") is CancelResult.ABSENT
+    assert later.token != first.token
+
+
+async def test_what_has_ended_cannot_be_cancelled(stores):
+    """A complete answer wins; a key that is unknown, or not there, stays as it is."""
     owner, other = stores
-    cancellations = Cancellations(other, asyncio.ensure_future)
-    assert not await cancellations.cancel(KEY, "late")
+    assert await tell_owner(other, KEY, b"t" * 16, "late") is CancelResult.ABSENT
     claim = await claimed(owner, b"hold")
     assert (await owner.mark_unknown(claim, "no answer came", 1.0)).status is SettleStatus.MARKED_UNKNOWN
-    assert not await cancellations.cancel(KEY, "late")
-    record = await owner.records.read(KEY)
-    assert record is not None
-    assert (record.mode, record.reason) == (b"hold", "no answer came")
+    assert await tell_owner(other, KEY, claim.token, "late") is CancelResult.UNKNOWN
+    await owner.mark_unknown(cancelled_claim(claim), "cancelled: it was stopped", 1.0)
+    assert await tell_owner(other, KEY, claim.token, "late") is CancelResult.CANCELLED
+    assert (await store_small(owner, claim)).status is SettleStatus.STORED
+    assert await tell_owner(other, KEY, claim.token, "late") is CancelResult.COMPLETE
+    assert await owner.collect(owner.token_prefix) == []
 
 
-async def test_a_cancelled_exchange_may_still_be_stored(stores):
-    """A response that was complete before its owner heard of the cancellation is the truth."""
-    owner, other = stores
-    claim = await claimed(owner)
-    assert await Cancellations(other, asyncio.ensure_future).cancel(KEY, "late")
-    digest = response_digest(200, b"OK", b"")
-    digest.update(b"ok")
-    response = StoredResponse(200, b"OK", b"", digest.digest(), 1, 2, True, False, True, 0, 1, 0)
-    assert (await owner.store(claim, response, b"ok", 1.0)).status is SettleStatus.STORED
-    record = await other.peek(KEY, SCOPE, LEASE_MS)
-    assert isinstance(record, Record)
-    assert (record.state.value, record.body) == ("complete", b"ok")
+async def test_a_store_that_is_down_confirms_no_cancel(stores):
+    """Nothing is promised then, and nothing fails."""
+    owner, other = map(Worker, stores)
+    claim = await claimed(stores[0])
+    await stores[1].close()
+    assert await other.cancel_claim(KEY, claim.token, "late") is CancelResult.UNCONFIRMED
+    assert await other.cancellations.note_fetched(KEY, claim.token) is False
+    await other.cancellations.collect()
+    owner.hold(claim)
+    assert await owner.cancellations.note_fetched(KEY, claim.token)
+
+
+# When the mailbox is read ...
+
+
+async def test_the_mailbox_is_read_while_somebody_may_cancel(monkeypatch):
+    """While an exchange runs that its client may cancel, or one that is old enough for an operator to know of it."""
+    for name in ("PERIOD_S", "IDLE_S"):
+        monkeypatch.setattr(cancelling, name, 0.001)
+    read, ended = [], asyncio.Event()
+    leases = SimpleNamespace(oldest_s=0.0)
+
+    async def collect(prefix: bytes) -> list[bytes]:
+        read.append(prefix)
+        return []
+
+    store = SimpleNamespace(collect=collect, token_prefix=b"me", marks=None)
+    cancellations = Cancellations(store, leases, {})
+    delivering = asyncio.ensure_future(cancellations.deliver())
+
+    async def reads() -> bool:
+        del read[:]
+        await asyncio.sleep(0.05)
+        return bool(read)
+
+    class Running:
+        async def run(self) -> Outcome:
+            await ended.wait()
+            return Outcome.EXECUTED
+
+    assert not await reads()
+    held = SimpleNamespace(claim=SimpleNamespace(key=KEY, token=b"t" * 16))
+    running = asyncio.ensure_future(cancellations.run(Running(), held, None, None, b""))
+    assert await reads()
+    ended.set()
+    assert await running is Outcome.EXECUTED
+    await asyncio.sleep(0.01)
+    assert not await reads()
+    leases.oldest_s = cancelling.SEEN_S + 0.1
+    assert await reads()
+    delivering.cancel()
+
+
+# Until the first byte ...
+
+
+async def test_a_wait_ends_with_a_cancel():
+    """What is waited for is given up at once, or not begun; without a cancel its result comes."""
+    progress = Progress(None, None)  # type: ignore[arg-type]
+    begun = []
+
+    async def work() -> str:
+        begun.append(True)
+        await asyncio.sleep(0 if len(begun) == 1 else 60)
+        return "done"
+
+    assert await progress.unless_cancelled(work()) == "done"
+    waiting = asyncio.ensure_future(progress.unless_cancelled(work()))
+    await asyncio.sleep(0)
+    assert progress.cancel("stopped")
+    assert not progress.cancel("once more")
+    assert await asyncio.wait_for(waiting, 5) is None
+    assert await progress.unless_cancelled(work()) is None
+    assert (len(begun), progress.cancelled) == (2, "stopped")
+
+
+# Readers ...
 
 
 async def test_who_waits_is_known_in_every_process(stores, probe):
@@ -129,26 +230,78 @@ async def test_a_store_that_does_not_say_who_waits(stores):
     assert await Readers(stores[0].marks).may_wait(KEY)
 
 
+class Gone:
+    """A client that has left."""
+
+    def reader_leaves(self) -> "asyncio.Future[None]":
+        future = asyncio.get_running_loop().create_future()
+        future.set_result(None)
+        return future
+
+
+@asynccontextmanager
+async def unread(worker: Worker, held: LeasedClaim):
+    """Run an exchange without readers."""
+
+    class Running:
+        async def run(self) -> Outcome:
+            await asyncio.sleep(60)
+            return Outcome.EXECUTED
+
+    running = asyncio.ensure_future(worker.cancellations.run(Running(), held, Gone(), 0.01, b""))
+    yield
+    running.cancel()
+    with suppress(asyncio.CancelledError):
+        await running
+
+
+async def test_a_claim_whose_address_was_fetched_is_not_ended_for_want_of_readers(stores):
+    """Somebody elsewhere has it, and may come whenever they like. Others are ended."""
+    owner, other = map(Worker, stores)
+    held, reasons = owner.hold(await claimed(stores[0]))
+    assert await other.cancellations.note_fetched(KEY, held.claim.token)
+    async with unread(owner, held):
+        while not held.fetched:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+    assert reasons == []
+    held.fetched = False
+    async with unread(owner, held):
+        while not reasons:
+            await asyncio.sleep(0.01)
+    assert reasons == [NO_READER]
+    assert owner.counts["client_gone"] == 1
+
+
+# Calls of JSON-RPC ...
+
+
 async def test_a_call_is_taken_back_from_any_process(stores, monkeypatch):
     """Its name leads to the execution that it names, and to no later one under the same key."""
     monkeypatch.setattr(readers, "SHORT_CALL_S", 0.0)
     monkeypatch.setattr(cancelling, "END_S", 0.05)
-    owner, other = (Cancellations(store, asyncio.ensure_future) for store in stores)
-    claim = await claimed(stores[0])
-    with owner.named(b"c" * 24, claim):
-        await asyncio.sleep(0.1)
-        await other.cancel_call(b"d" * 24)
-        record = await stores[0].records.read(KEY)
-        assert record is not None
-        assert record.mode == b"retry"
-        await other.cancel_call(b"c" * 24)
-    record = await stores[0].records.read(KEY)
-    assert record is not None
-    assert (record.mode, record.reason) == (CANCELLED, "cancelled: its client took it back")
+    owner, other = map(Worker, stores)
+    held, reasons = owner.hold(claim := await claimed(stores[0]))
+    ended = asyncio.Event()
+
+    class Running:
+        async def run(self) -> Outcome:
+            await ended.wait()
+            return Outcome.EXECUTED
+
+    running = asyncio.ensure_future(owner.cancellations.run(Running(), held, None, None, b"c" * 24))
+    await asyncio.sleep(0.1)
+    await other.cancellations.cancel_call(b"d" * 24)
+    await owner.cancellations.collect()
+    assert reasons == []
+    await other.cancellations.cancel_call(b"c" * 24)
+    await owner.cancellations.collect()
+    assert reasons == [TAKEN_BACK]
+    ended.set()
+    await running
+    owner.leases.drop(held)
     await stores[0].release(claim, 1.0)
-    later = await claimed(stores[0])
-    assert later.token != claim.token
-    await other.cancel_call(b"c" * 24)
-    record = await stores[0].records.read(KEY)
-    assert record is not None
-    assert record.mode == b"retry"
+    _, reasons = owner.hold(await claimed(stores[0]))
+    await other.cancellations.cancel_call(b"c" * 24)
+    await owner.cancellations.collect()
+    assert reasons == []

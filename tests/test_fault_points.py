@@ -89,6 +89,8 @@ FAULTS = {
     63: "the last reader leaves, under a rule that cancels",
     64: "a cancel comes before the request is sent",
     65: "a cancel comes before a lost request is sent again",
+    66: "the owner is dead when a cancel comes",
+    67: "the store stands still within a cancel",
 }
 
 
@@ -120,5 +122,5 @@ def test_every_fault_point_has_a_test(number):
 
 def test_every_number_is_a_fault_point():
     """No test, and no line, bears a number that is none."""
-    assert sorted(FAULTS) == list(range(1, 66))
+    assert sorted(FAULTS) == list(range(1, 68))
     assert {*marked(), *without()} == set(FAULTS)

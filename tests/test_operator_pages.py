@@ -24,9 +24,10 @@ from oncegate.operating.request_identity import AskedRequest, Identified, identi
 from oncegate.operating.worklist import Seen
 from oncegate.rules.loading import load_rules
 from oncegate.store.kept import Kept
-from oncegate.store.record import ClaimRequest, ViewState
+from oncegate.store.record import ClaimRequest, ViewState, cancelled_claim
 from oncegate.store.record_name import record_id
 from oncegate.store.store import Store
+from oncegate.streams.cancels import CANCEL, unpack_note
 from tests.admin_parts import admin_parts
 from tests.operator_pages import Log, Site, site, unknown_key
 from tests.parts import until
@@ -197,6 +198,42 @@ async def test_many_are_released_and_one_has_changed(keys, desk):
     # The same form again finds nothing as it was.
     await desk.post("/decide", ("signed", desk.values("signed")[0] if desk.values("signed") else "x"))
     assert "too old" in desk.text()
+
+
+async def test_a_request_in_flight_is_cancelled(keys, desk, valkey):
+    """Its owner is asked to end it, in the name of who did, and the page waits until it has. A viewer has no button."""
+    owner = await claimed(keys, key=key(1))
+    page = f"/key/{record_id(owner.key)}"
+    async with site(valkey.url, Role.VIEW) as viewed:
+        assert "in flight" in await viewed.get(page)
+        assert "Cancel it" not in viewed.html
+        await viewed.post("/decide", ("signed", "x"))
+        assert viewed.status == 404
+    assert "Cancel it" in await desk.get(page)
+    await desk.post("/review", ("key", desk.values("key")[0]), ("action", "cancel"))
+    assert "Cancel a key" in desk.text()
+    assert "No retry executes again" in desk.text()
+    deciding = asyncio.ensure_future(desk.post("/decide", ("signed", desk.values("signed")[0])))
+    notes: list[bytes] = []
+    while not notes:
+        notes = await keys.collect(keys.token_prefix)
+    note = unpack_note(notes[0])
+    assert note is not None
+    assert note[:3] == (CANCEL, owner.key, owner.token)
+    assert note.reason.startswith("operator ana on ")
+    await keys.mark_unknown(cancelled_claim(owner), f"cancelled: {note.reason}", PATIENCE_S)
+    await deciding
+    assert "1 key cancelled" in desk.text()
+    assert "no retry with this key executes" in desk.text()
+    [line] = desk.log.lines
+    assert {
+        "action": "cancel",
+        "outcome": "cancelled",
+        "user": "ana",
+        "state_before": "in_flight",
+    }.items() <= line.items()
+    # What has ended has no button.
+    assert "Cancel it" not in await desk.get(page)
 
 
 async def test_an_owner_that_came_back_is_not_decided_about(keys, desk):

@@ -50,7 +50,7 @@ class UnknownMode(Enum):
     """What a later request with an unknown key gets: a refusal, or the key. `wire` is the record's spelling.
 
     Policies, claims and records carry `wire`, because the store reads and writes it with every claim. CANCELLED is the
-    mode of a record alone, whatever its claim's was: the client has stopped the request, and no retry executes it.
+    mode of a record alone, whatever its claim's was: somebody has stopped the request, and no retry executes it.
     """
 
     HOLD = b"hold"

@@ -58,6 +58,7 @@ class Api:
             self.gone.set()
             raise ConnectionError
         leaving.cancel()
+        await asyncio.wait([leaving])
         writer.write(LAST_CHUNK if self.begins else OK)
 
 

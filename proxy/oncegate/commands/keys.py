@@ -1,4 +1,4 @@
-"""`oncegate keys`: list and show the records in the store, decide unknown outcomes (resolve, release), purge a tenant.
+"""`oncegate keys`: list and show the records in the store, decide unknown outcomes, cancel requests, purge a tenant.
 
 Each decision writes an audit line to standard error: who decided what, on which record (its id, never the key), and the
 outcome.
@@ -53,6 +53,7 @@ async def _run(settings: Settings, rules: Rules, options: argparse.Namespace) ->
             "show": _show,
             "resolve": _resolve,
             "release": _release,
+            "cancel": _cancel,
             "watch": _watch,
             "purge": _purge,
             "quarantine": _quarantine,
@@ -105,7 +106,7 @@ async def _watch(_: Desk, finder: Finder, options: argparse.Namespace) -> KeysEx
     return KeysExit.DONE
 
 
-# Resolve and release ...
+# Resolve, release and cancel ...
 
 
 async def _resolve(desk: Desk, finder: Finder, options: argparse.Namespace) -> KeysExit:
@@ -121,6 +122,12 @@ async def _release(desk: Desk, finder: Finder, options: argparse.Namespace) -> K
     record = await finder.record(record_name(options))
     _ask(options, RELEASE, record)
     return _report(desk, options, await decisions.release(desk, record))
+
+
+async def _cancel(desk: Desk, finder: Finder, options: argparse.Namespace) -> KeysExit:
+    # It says itself why a key cannot be cancelled, and there is no risk to ask about.
+    record = await finder.record(record_name(options))
+    return _report(desk, options, await decisions.cancel(desk, record))
 
 
 def _ask(options: argparse.Namespace, action: str, record: RecordView) -> None:

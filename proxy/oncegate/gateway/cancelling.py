@@ -1,128 +1,139 @@
 """Ends exchanges that nobody wants any more: the upstream connection is closed, and the key is unknown, `cancelled`.
 
-`run` is the way in for an exchange whose policy allows it. It ends when its last reader has been away for the grace of
-the policy. Readers are its own client, as long as it has not closed its side of the connection, and the duplicates that
-wait for its response, in any process.
+Somebody asks for it: an operator, a reader at the address of a response, a caller that takes its call back. Or the last
+reader has been away for the grace of a policy. Readers are the exchange's own client, as long as it has not closed its
+side of the connection, and in any process the duplicates that wait and the followers.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any, Protocol
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Protocol
 
-from oncegate.decision import CANCELLED
 from oncegate.downstream.response import ResponseWriter
 from oncegate.observe.outcome import Outcome
+from oncegate.store.leases import LeasedClaim, Leases
 from oncegate.store.readers import Calls, Readers
-from oncegate.store.record import TOKEN_BYTES, Claim, ViewState, cancelled_claim
-from oncegate.store.record_view import RecordView, StoreError, claim_of
-from oncegate.store.results import SettleStatus
+from oncegate.store.record import TOKEN_BYTES
 from oncegate.store.store import Store
+from oncegate.streams.cancels import CANCEL, FETCHED, CancelResult, Note, pack_note, tell_owner, unpack_note
 
 NO_READER = "its last reader left"
 TAKEN_BACK = "its client took it back"
+STOPPED = "it was stopped at its address"
+# Who cancels by these reasons, in metrics. Operators give reasons of their own.
+BY = {NO_READER: "client_gone", TAKEN_BACK: "call", STOPPED: "address"}
+OPERATOR = "operator"
 # For a server to end a call that was taken back by itself. Some say nothing more about it (MCP asks for that), so that
 # its response would go on until the timeout.
 END_S = 1.0
 # Until the store is asked again whether somebody waits.
 AGAIN_S = 1.0
-# For marking the record of another process.
-MARK_S = 1.0
+# How often the mailbox is read while an exchange runs that somebody may cancel: one under a rule that cancels, or one
+# that has run for so long that an operator may have seen it. Otherwise this is looked at again after IDLE_S.
+PERIOD_S, SEEN_S, IDLE_S = 0.1, 1.0, 0.5
 
 
-class Cancellable(Protocol):
+class Exchange(Protocol):
     """An exchange, as far as its cancellation deals with it."""
 
     async def run(self) -> Outcome: ...
 
-    def cancel(self, reason: str) -> bool: ...
-
 
 class Cancellations:
-    """The exchanges of one worker that can be cancelled, by the digest of their key."""
+    """Cancels the exchanges of this worker, and asks others to cancel theirs. `counts`: of cancels, by who asked."""
 
-    def __init__(self, store: Store, background: Callable[[Coroutine[Any, Any, Any]], None]) -> None:
-        self._store, self._background = store, background
+    def __init__(self, store: Store, leases: Leases, counts: dict[str, float]) -> None:
+        self._store, self._leases, self._counts = store, leases, counts
         self.readers, self._calls = Readers(store.marks), Calls(store.marks)
-        self._running: dict[bytes, Cancellable] = {}
+        # How many exchanges run that their clients may cancel.
+        self._cancellable, self._begun = 0, asyncio.Event()
 
     async def run(
-        self, exchange: Cancellable, key: bytes, response: ResponseWriter, grace_s: float | None = None
+        self, exchange: Exchange, held: LeasedClaim, response: ResponseWriter, grace_s: float | None, call: bytes
     ) -> Outcome:
-        """Run an exchange so that `cancel` finds it. `grace_s`: it ends after so long without readers; None: never."""
-        self._running[key] = exchange
-        watch = None
+        """Run the exchange of a claim that its client may cancel: the mailbox is read meanwhile.
+
+        `grace_s`: it ends after so long without readers; None: never. `call`: the name by which `cancel_call` finds it,
+        empty for none.
+        """
+        execution, watch = held.claim.key + held.claim.token, None
         if grace_s is not None:
-            watch = asyncio.get_running_loop().create_task(self._cancel_unread(exchange, key, response, grace_s))
+            watch = asyncio.get_running_loop().create_task(self._cancel_unread(held, response, grace_s))
         try:
-            return await exchange.run()
+            with self._counted(), self._calls.named(call, execution) if call else nullcontext():
+                return await exchange.run()
         finally:
             if watch is not None:
                 watch.cancel()
-            if self._running.get(key) is exchange:
-                del self._running[key]
-
-    async def _cancel_unread(self, exchange: Cancellable, key: bytes, response: ResponseWriter, grace_s: float) -> None:
-        await response.reader_leaves()
-        await asyncio.sleep(grace_s)
-        while await self.readers.may_wait(key):
-            await asyncio.sleep(AGAIN_S)
-        exchange.cancel(NO_READER)
 
     @contextmanager
-    def named(self, call: bytes, claim: Claim) -> Iterator[None]:
-        """Let `cancel_call` find the exchange of a claim by the name of its call, unless that is empty."""
-        with self._calls.named(call, claim.key + claim.token) if call else nullcontext():
+    def _counted(self) -> Iterator[None]:
+        self._cancellable += 1
+        self._begun.set()
+        try:
             yield
+        finally:
+            self._cancellable -= 1
+
+    async def _cancel_unread(self, held: LeasedClaim, response: ResponseWriter, grace_s: float) -> None:
+        await response.reader_leaves()
+        await asyncio.sleep(grace_s)
+        while await self.readers.may_wait(held.claim.key):
+            await asyncio.sleep(AGAIN_S)
+        # Somebody may have come for its address just now.
+        await self.collect()
+        if not held.fetched:
+            self._cancel(held, NO_READER)
+
+    def _cancel(self, held: LeasedClaim, reason: str) -> None:
+        if held.cancel(reason):
+            self._counts[BY.get(reason, OPERATOR)] += 1
+
+    # From any process ...
+
+    async def cancel_claim(self, key: bytes, token: bytes, reason: str) -> CancelResult:
+        """Cancel the exchange of one claim, in whichever process it runs. `reason` is for operators."""
+        if (held := self._leases.held(key, token)) is None:
+            return await tell_owner(self._store, key, token, reason)
+        self._cancel(held, reason)
+        return CancelResult.ACCEPTED
 
     async def cancel_call(self, call: bytes) -> None:
         """Cancel a call that its client took back, unless its server ends it by itself."""
         await asyncio.sleep(END_S)
-        if here := self._calls.here(call):
-            await self.cancel(here[:-TOKEN_BYTES], TAKEN_BACK)
-        elif there := await self._calls.elsewhere(call):
-            # The mark outlasts the call, and another one may have its key by now.
-            await self._cancel_elsewhere(there[:-TOKEN_BYTES], TAKEN_BACK, there[-TOKEN_BYTES:])
+        if execution := self._calls.here(call) or await self._calls.elsewhere(call):
+            await self.cancel_claim(execution[:-TOKEN_BYTES], execution[-TOKEN_BYTES:], TAKEN_BACK)
 
-    async def cancel(self, key: bytes, reason: str) -> bool:
-        """Cancel the exchange of a key, in whichever process it runs; return whether there was one.
+    async def note_fetched(self, key: bytes, token: bytes) -> bool:
+        """Let a claim never end for want of readers: somebody has its address. False: the store did not confirm it."""
+        if (held := self._leases.held(key, token)) is None:
+            return await self._store.post(token, pack_note(Note(FETCHED, key, token)))
+        held.fetched = True
+        return True
 
-        Another process hears of it with the next renewal of its lease. From now on no retry executes the key.
-        """
-        if (exchange := self._running.get(key)) is not None:
-            exchange.cancel(reason)
-            return True
-        return await self._cancel_elsewhere(key, reason, None)
+    # The mailbox ...
 
-    async def _cancel_elsewhere(self, key: bytes, reason: str, token: bytes | None) -> bool:
-        """Cancel the exchange of another process; `token`: that of its claim, where it must be this one."""
-        try:
-            record = await self._store.records.read(key)
-            if record is None or record.state is not ViewState.IN_FLIGHT or token not in (None, record.token):
-                return False
-            return await self._mark(record, reason)
-        except StoreError:
-            return False
+    async def deliver(self) -> None:
+        """Read the mailbox while an exchange runs that somebody may cancel, until cancelled."""
+        while True:
+            if self._cancellable or self._leases.oldest_s > SEEN_S:
+                await asyncio.sleep(PERIOD_S)
+                await self.collect()
+            else:
+                self._begun.clear()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(IDLE_S):
+                        await self._begun.wait()
 
-    async def _mark(self, record: RecordView, reason: str) -> bool:
-        """Mark a record as cancelled in its owner's name, unless the owner has settled it meanwhile."""
-        if record.left_ms <= 0:
-            return False
-        claim = cancelled_claim(claim_of(record, record.left_ms))
-        result = await self._store.mark_unknown(claim, f"cancelled: {reason}", MARK_S, record.status)
-        return result.status is SettleStatus.MARKED_UNKNOWN
-
-    def note_unknown(self, claim: Claim) -> None:
-        """Take note that somebody else marked the record of a claim of this worker unknown."""
-        if claim.key in self._running:
-            self._background(self._follow(claim))
-
-    async def _follow(self, claim: Claim) -> None:
-        """Cancel an exchange whose record was cancelled by another process."""
-        try:
-            record = await self._store.records.read(claim.key)
-        except StoreError:
-            return
-        exchange = self._running.get(claim.key)
-        if exchange is not None and record is not None and (record.token, record.mode) == (claim.token, CANCELLED):
-            exchange.cancel(record.reason.removeprefix("cancelled: "))
+    async def collect(self) -> None:
+        """Do what the notes in the mailbox of this worker say."""
+        for packed in await self._store.collect(self._store.token_prefix):
+            note = unpack_note(packed)
+            held = self._leases.held(note.key, note.token) if note is not None else None
+            if note is None or held is None:
+                continue
+            if note.kind == CANCEL:
+                self._cancel(held, note.reason)
+            else:
+                held.fetched = True

@@ -195,9 +195,8 @@ class Gateway:
             if grace_s is None and not call:
                 outcome = await exchange.run()
             else:
-                cancellations = keyed.route.deps.cancellations
-                with cancellations.named(call, claim):
-                    outcome = await cancellations.run(exchange, claim.key, request.response, grace_s)
+                cancellations, held = keyed.route.deps.cancellations, progress.held
+                outcome = await cancellations.run(exchange, held, request.response, grace_s, call)
         except Exception as error:
             self._break_off(error, request, keyed.named(request, failed(UNKNOWN if progress.sent else REFUSED)))
             return _exchange_report(request, keyed, Outcome.FAILED, 500, progress)

@@ -12,7 +12,7 @@ class SettlementLabel(Enum):
     STORED_WITHOUT_BODY = "stored_without_body"
     RELEASED = "released"
     UNKNOWN = "unknown"
-    # Unknown as well: the client stopped the request, so that no retry executes it.
+    # Unknown as well: somebody stopped the request, so that no retry executes it.
     CANCELLED = "cancelled"
     # The store did not confirm in time; the settlement is tried again in the background.
     UNCONFIRMED = "unconfirmed"
@@ -74,6 +74,8 @@ WAIT_ENDS: Final = (
 )
 # The calls to the store, and opening a connection to one of its servers.
 VERBS: Final = ("claim", "append", "renew", "settle", "read", "connect")
+# Who stops a request: nobody reads its response any more; its caller took it back; a reader, at its address; a person.
+CANCELS: Final = ("client_gone", "call", "address", "operator")
 # What is counted of connections. Of clients: opened, or refused because of their number.
 CLIENT_CONNECTIONS: Final = ("opened", "refused")
 # To upstreams: opened; used again for another request; not opened; no room for another until the connect timeout.

@@ -20,6 +20,7 @@ from oncegate.observe.families import (
 )
 from oncegate.observe.gauges import GAUGE_LABELS, GAUGES
 from oncegate.observe.labels import (
+    CANCELS,
     CLIENT_CONNECTIONS,
     LOOK_UPS,
     SETTLEMENTS,
@@ -140,6 +141,9 @@ class Metrics(Collector):
 
     def _count_the_store(self) -> None:
         self._settled = Counters("settled", "Claims, by how they ended.", label="settlement", values=SETTLEMENTS)
+        self.cancels = Counters(
+            "cancels", "Requests under way that somebody stopped, by who did.", label="by", values=CANCELS
+        )
         self._claims_lost = Counters(
             "claims_lost", "Running claims whose record vanished or was taken, and certain losses of the store."
         )

@@ -1,9 +1,12 @@
-"""An operator's decisions about keys that are not complete: resolve and release.
+"""An operator's decisions about keys that are not complete: resolve, release and cancel.
 
-Each is a compare-and-set: the store carries it out only if the record is still the one that the operator saw. It
-fences the owner, so that an owner that wakes up later neither stores nor delivers its own response.
+Each is about the record that the operator saw, and no later one. Resolving and releasing are a compare-and-set that
+fences the owner, so that an owner that wakes up later neither stores nor delivers its own response. Cancelling is up to
+the owner: it is asked to end the request, and the record tells what became of it.
 """
 
+import asyncio
+import time
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -19,8 +22,13 @@ from oncegate.store.record_name import record_id
 from oncegate.store.record_view import RecordView, claim_of
 from oncegate.store.results import ResolveStatus
 from oncegate.store.store import Store
+from oncegate.streams.cancels import CancelResult, tell_owner
 
-RESOLVE, RELEASE = "resolve", "release"
+RESOLVE, RELEASE, CANCEL = "resolve", "release", "cancel"
+# What was done.
+DONE = {RESOLVE: "resolved", RELEASE: "released", CANCEL: "cancelled"}
+# How long an owner has to end a request, and how long until it is asked once more.
+CANCEL_S, AGAIN_S = 5.0, 0.2
 
 # States in which there is nothing to decide.
 DECIDED = (ViewState.COMPLETE, ViewState.EXPIRED, ViewState.RELEASED)
@@ -30,6 +38,12 @@ NOT_CARRIED_OUT = {
     ResolveStatus.COMPLETE: "the owner completed it meanwhile, with its own response; nothing was changed",
     ResolveStatus.FENCED: "another request owns the key by now; nothing was changed. Show it before you decide again",
     ResolveStatus.UNCONFIRMED: "the store did not confirm the change; show the key before you repeat the command",
+    CancelResult.ABSENT: "its claim is gone by now; nothing was changed",
+    CancelResult.COMPLETE: "the owner completed it meanwhile; its response is stored",
+    CancelResult.UNKNOWN: "its outcome is unknown by now, for another reason; nothing was changed",
+    CancelResult.UNCONFIRMED: "the store did not answer; show the key before you repeat the command",
+    CancelResult.ACCEPTED: f"its owner was told, and has not ended it within {CANCEL_S:g} s: it may be dead, paused or "
+    "of an older version. Once its lease is over, the key is unknown",
 }
 
 
@@ -80,12 +94,17 @@ class Desk:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What became of an operator's decision about a record. `action` is resolve or release."""
+    """What became of an operator's decision about a record. `action` is resolve, release or cancel."""
 
     action: str
     record: RecordView
-    status: ResolveStatus
+    status: ResolveStatus | CancelResult
     details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def outcome(self) -> str:
+        """The word for what became of it."""
+        return self.status.label if isinstance(self.status, CancelResult) else self.status.value
 
     @property
     def is_done(self) -> bool:
@@ -94,13 +113,13 @@ class Decision:
     @property
     def text(self) -> str:
         """What the operator is told."""
-        return NOT_CARRIED_OUT.get(self.status, self.status.value)
+        return NOT_CARRIED_OUT.get(self.status, self.outcome)
 
     @property
     def facts(self) -> dict[str, Any]:
         """What the audit line says of it: the record by its id, never the key."""
         return {
-            "outcome": self.status.value,
+            "outcome": self.outcome,
             "key_id": record_id(self.record.key),
             "state_before": self.record.state.value,
             "reason": self.record.reason,
@@ -110,12 +129,15 @@ class Decision:
 
 
 def refusal(action: str, record: RecordView) -> str:
-    """Return why a record cannot be resolved or released, empty if it can."""
+    """Return why a record cannot be resolved, released or cancelled, empty if it can."""
+    if action == CANCEL:
+        state = record.state
+        return "" if state is ViewState.IN_FLIGHT else f"this key is {state.value}; only one in flight can be cancelled"
     # A record without a token was not written by oncegate: it is not removed either.
     is_unreadable = record.state is ViewState.CORRUPT if action == RESOLVE else not record.token
     if record.state not in DECIDED and not is_unreadable:
         return ""
-    return f"this key is {record.state.value}; only a key that is unknown or in flight can be {action}d"
+    return f"this key is {record.state.value}; only a key that is unknown or in flight can be {DONE[action]}"
 
 
 def warning(action: str, record: RecordView) -> str:
@@ -124,6 +146,8 @@ def warning(action: str, record: RecordView) -> str:
         # An owner whose lease has lapsed is fenced by the decision; no question is needed.
         is_running = record.lease_left_ms > 0
         return "Its owner is still working on it; your response would replace the owner's." if is_running else ""
+    if action == CANCEL:
+        return ""
     # Fencing stops the owner's response, but not a request that it has sent already.
     text = "Its owner may still live: its request may be executed, and the next one executes again."
     return text if record.owner_may_live else ""
@@ -154,6 +178,21 @@ async def release(desk: Desk, record: RecordView) -> Decision:
     token = await desk.introduce()
     status = await desk.store.release_by_operator(record.key, record.token, token, record.fence)
     return Decision(RELEASE, record, status)
+
+
+async def cancel(desk: Desk, record: RecordView) -> Decision:
+    """Ask the owner of a key in flight to end its request, and see what becomes of it. `record`: as in `resolve`.
+
+    A note may be lost, so the owner is asked again until the record says that the claim has ended. Raises OperatorError
+    for a key that is not in flight.
+    """
+    _refuse(CANCEL, record)
+    ends, reason = time.monotonic() + CANCEL_S, f"{desk.operator} stopped it"
+    while (status := await tell_owner(desk.store, record.key, record.token, reason)).may_change:
+        if time.monotonic() > ends:
+            break
+        await asyncio.sleep(AGAIN_S)
+    return Decision(CANCEL, record, status)
 
 
 def _refuse(action: str, record: RecordView) -> None:

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from oncegate.operating.decisions import NOT_CARRIED_OUT, Decision, Desk, refusal, release, resolve
+from oncegate.operating.decisions import CANCEL, NOT_CARRIED_OUT, Decision, Desk, cancel, refusal, release, resolve
 from oncegate.operating.operator_response import OperatorResponse
 from oncegate.store.open_keys.places import OpenCounts, OpenPage, add_counts, page_of, place_of, write_place
 from oncegate.store.record_name import record_id
@@ -108,4 +108,6 @@ async def decide_seen(desk: Desk, action: str, seen: Seen, given: OperatorRespon
     record = await read_seen(desk.store, action, seen)
     if isinstance(record, str):
         return record
+    if action == CANCEL:
+        return await cancel(desk, record)
     return await (resolve(desk, record, given) if given is not None else release(desk, record))

@@ -180,13 +180,10 @@ class Service:
         if self._tasks:
             return
         self.store.start()
+        parts = self._parts
         keepers = [
-            self.store.watch,
-            self.store.probe,
-            self._parts.leases.run,
-            self._parts.waiters.run,
-            self._parts.unknown_keys.run,
-            self._listener.sweep,
+            *(self.store.watch, self.store.probe, parts.leases.run, parts.waiters.run, parts.cancellations.deliver),
+            *(parts.unknown_keys.run, self._listener.sweep),
         ]
         if self._settings.workers == 1:  # else their supervisor says it once
             keepers.append(ReadinessLog(lambda: None if self._leaving else self.not_ready_reasons(), self._log).run)

@@ -96,8 +96,7 @@ class Parts:
             polls_per_s=MAX_POLLS_PER_S / settings.workers,
             polled=metrics.duplicate_polled,
         )
-        self.cancellations = Cancellations(self.store, reporting.background)
-        self.leases.note_unknown = self.cancellations.note_unknown
+        self.cancellations = Cancellations(self.store, self.leases, metrics.cancels.by_value)
         self.unknown_keys = UnknownKeys(
             self.store, int(settings.retention_s * 1000), unknown_retention_ms(settings), reporting.log.warning
         )

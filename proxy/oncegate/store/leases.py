@@ -48,6 +48,8 @@ class LeasedClaim:
     on_fenced: Callable[[], None] = do_nothing
     # Ends its exchange for a reason, and returns whether this did it.
     cancel: Callable[[str], bool] = cancel_nothing
+    # Somebody has the address of its response, and may come back whenever they like.
+    fetched: bool = False
 
     def age_s(self) -> float:
         """Return the seconds since the claim was last confirmed."""
@@ -71,8 +73,6 @@ class Leases:
         self._store, self._report, self._clock = store, report, clock
         # Three renewals in the length of a lease, so that two may fail.
         self._period_s = lease_ms / 3000
-        # Called with a claim whose record somebody else has marked unknown.
-        self.note_unknown: Callable[[Claim], None] = lambda _: None
         self._held: dict[bytes, LeasedClaim] = {}
 
     def __len__(self) -> int:
@@ -80,6 +80,11 @@ class Leases:
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._held
+
+    def held(self, key: bytes, token: bytes) -> LeasedClaim | None:
+        """Return the claim with this token, None where this worker does not hold it."""
+        held = self._held.get(key)
+        return held if held is not None and held.claim.token == token else None
 
     @property
     def oldest_s(self) -> float:
@@ -165,5 +170,3 @@ class Leases:
             held.fenced = True
             self.report(ClaimEvent.FENCED, held)
             held.on_fenced()
-        elif status is RenewStatus.UNKNOWN:
-            self.note_unknown(held.claim)

@@ -261,6 +261,14 @@ class Store(Protocol):
         `reading_ms`: for how long to note that somebody reads, which the owner learns with its next append.
         """
 
+    # From process to process ...
+
+    async def post(self, token: bytes, note: bytes) -> bool:
+        """Leave a note for the process that made a token; return whether the store confirms it. It lasts for 60 s."""
+
+    async def collect(self, prefix: bytes) -> list[bytes]:
+        """Take the notes for the process with this `token_prefix`, at most 100. A note may come twice, or be lost."""
+
     # For operators ...
 
     async def resolve_by_operator(self, claim: Claim, token: bytes, meta: bytes, body: bytes) -> ResolveStatus:

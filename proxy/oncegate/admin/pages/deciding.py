@@ -16,7 +16,7 @@ from oncegate.admin.parts import AdminParts
 from oncegate.admin.roles import Role, Route, Visitor
 from oncegate.admin.watching.overview import Overview
 from oncegate.observe.logs import AUDIT
-from oncegate.operating.decisions import RELEASE, RESOLVE, Decision, Desk, Operator, warning
+from oncegate.operating.decisions import DONE, RELEASE, RESOLVE, Decision, Desk, Operator, warning
 from oncegate.operating.errors import OperatorError, usage_error
 from oncegate.operating.opened_store import opened_store
 from oncegate.operating.operator_response import OperatorResponse, operator_response
@@ -83,7 +83,7 @@ class Deciding:
         draft = draft.of(Seen.of(record) for record in records)
         values: dict[str, Any] = {"changed": changed, "has_more": has_more, "keys": [row_of(one) for one in records]}
         warnings = {text for record in records if (text := warning(draft.action, record))}
-        if draft.action == RELEASE:
+        if draft.action != RESOLVE:
             return self._page(visitor, draft, warnings=sorted(warnings), **values)
         if draft.answer is None:
             return self._page(visitor, draft, step="answer", given=Answer("200"), **values)
@@ -105,7 +105,7 @@ class Deciding:
             draft = self._signer.read(signed, visitor.name)
             return (draft.with_answer(_answer(form)) if "status" in form else draft), False
         action, is_all, _ = field(form, "action").partition(ALL)
-        if action not in (RESOLVE, RELEASE):
+        if action not in DONE:
             raise usage_error(UNKNOWN_ACTION)
         if not is_all:
             seen = tuple(read_seen_text(text) for text in form.getall("key", ()) if isinstance(text, str))
@@ -149,6 +149,7 @@ class Deciding:
             "unknown",
             "decided.html",
             action=draft.action,
+            was=DONE[draft.action],
             done=decided.done,
             changed=decided.changed,
             error=decided.error,

@@ -7,7 +7,7 @@ from typing import Any
 
 from itsdangerous import BadSignature, URLSafeTimedSerializer
 
-from oncegate.operating.decisions import RELEASE, RESOLVE
+from oncegate.operating.decisions import DONE, RESOLVE
 from oncegate.operating.errors import OperatorError
 from oncegate.operating.worklist import Seen
 from oncegate.store.record_name import parse_record_id, record_id
@@ -83,7 +83,7 @@ class Signer:
             whose, action, seen, given = self._load(text)
         except BadSignature:
             raise OperatorError(TOO_OLD) from None
-        if whose != visitor or action not in (RESOLVE, RELEASE):
+        if whose != visitor or action not in DONE:
             raise OperatorError(TOO_OLD)
         return Draft(action, tuple(map(read_seen, seen)), Answer(*given) if given is not None else None)
 
