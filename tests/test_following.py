@@ -10,7 +10,16 @@ from oncegate.store.kept import Kept, pack_kept, was_replaced
 from oncegate.store.record import Claim, Record, intact, pack
 from oncegate.store.record_name import store_key
 from oncegate.store.record_view import claim_of
-from oncegate.store.results import AppendStatus, Followed, ReadFailure, ResolveStatus, SettleResult, SettleStatus
+from oncegate.store.results import (
+    AppendStatus,
+    Followed,
+    ReadFailure,
+    RenewStatus,
+    ResolveStatus,
+    SettleResult,
+    SettleStatus,
+)
+from oncegate.store.stages import DROPPED, RESPONSE_BEGUN
 from oncegate.store.store import Store
 from oncegate.store.stream_head import StreamHead, pack_head, unpack_head
 from tests.conftest import REDIS_KINDS
@@ -21,8 +30,10 @@ from tests.stores import (
     KEY,
     LEASE_MS,
     PATIENCE_S,
+    RETENTION_MS,
     SCOPE,
     TOMBSTONE_MS,
+    UNKNOWN_RETENTION_MS,
     answer,
     at,
     claim,
@@ -159,6 +170,22 @@ async def test_an_owner_that_died_in_the_middle(store, probe):
     assert (found.state, found.response, found.left_ms) == (State.UNKNOWN, None, 0)
 
 
+@pytest.mark.parametrize("chunks", [(), (b"one",)], ids=["at once", "later"])
+async def test_a_body_that_is_not_stored_any_more(store, chunks):
+    """The owner says so while the response goes on: too large, or the store is full."""
+    owner = await running(store, *chunks)
+    await store.renew(owner, RESPONSE_BEGUN)
+    assert not (await follow(store, owner)).dropped
+    await store.renew(owner, DROPPED)
+    found = await follow(store, owner)
+    assert (found.state, found.dropped) == (State.IN_FLIGHT, True)
+    view = await store.records.read(KEY)
+    assert view is not None
+    assert view.progress == DROPPED.description
+    await store.store(owner, answer(*chunks, b"two", kept=False), b"", PATIENCE_S)
+    assert not (await follow(store, owner)).dropped
+
+
 async def test_a_clock_that_stepped_back(store, probe):
     """A lease never seems longer than it was."""
     owner = await running(store, b"one")
@@ -199,20 +226,18 @@ async def test_a_store_that_is_away(store):
 async def test_the_owner_hears_that_somebody_reads(store, probe):
     """With its next chunk, and no more once nobody has read for a while. Readers write it once a second at most."""
     owner = await running(store, b"0")
-    assert (await follow(store, owner)).readers_left_ms == 0
+    await follow(store, owner)
     assert await store.append(owner, 1, b"1", PATIENCE_S) is APPENDED
     await follow(store, owner, 0, READING_MS)
     noted = probe.fields(KEY)
     for _ in range(20):
-        found = await follow(store, owner, 0, READING_MS)
-        assert 0 < found.readers_left_ms <= READING_MS
+        await follow(store, owner, 0, READING_MS)
     assert probe.fields(KEY) == noted
     assert await store.append(owner, 2, b"2", PATIENCE_S) is READ
     assert await store.append(owner, 2, b"2", PATIENCE_S) is READ
     assert (await follow(store, owner)).count == 3
     probe.change(KEY, readers_until=probe.now_ms() - 1)
     assert await store.append(owner, 3, b"3", PATIENCE_S) is APPENDED
-    assert (await follow(store, owner)).readers_left_ms == 0
     probe.change(KEY, readers_until=probe.now_ms() + READING_MS - 1001)
     await follow(store, owner, 0, READING_MS)
     assert int(probe.fields(KEY)["readers_until"]) - probe.now_ms() > READING_MS - 1000
@@ -333,7 +358,7 @@ async def test_at_the_memory_limit(store, probe: RedisProbe):
     probe.client.config_set("maxmemory", 1)
     try:
         found = await follow(store, owner, 0, READING_MS)
-        assert (found.head, found.chunks, found.readers_left_ms) == (HEAD, [b"one"], 0)
+        assert (found.head, found.chunks) == (HEAD, [b"one"])
         assert await store.append(owner, 1, b"two", 0.0) is AppendStatus.NO_MEMORY
         assert probe.fields(KEY) == before
         assert await store.store(owner, answer(b"one", b"two"), b"two", PATIENCE_S) == SettleResult(SettleStatus.STORED)
@@ -415,6 +440,34 @@ async def test_a_claim_that_replaced_nothing(store, probe):
     assert not was_replaced(again.kept)
     await store.store(owner, answer(b"one, ", b"two"), b"two", PATIENCE_S)
     assert await replaced(store, owner) == {False}
+
+
+@pytest.mark.parametrize("how", ["unknown", "lapsed", "released by an operator", "past its window"])
+@pytest.mark.parametrize("has_begun", [False, True])
+async def test_one_that_replaced_another_and_was_released(store, probe, how, has_begun):
+    """Nothing was sent for it. The next claim replaces what that one had; its late owner changes nothing."""
+    owner = await took_over(store, probe, how)
+    if has_begun:
+        await store.append(owner, 0, b"one", PATIENCE_S, HEAD)
+    assert await store.release(owner, PATIENCE_S) == SettleResult(SettleStatus.RELEASED)
+    assert await store.follow(KEY, owner.token, 0) is ReadFailure.GONE
+    assert await store.append(owner, 0, b"one", PATIENCE_S, HEAD) in (AppendStatus.FENCED, AppendStatus.ABSENT)
+    assert await store.renew(owner) in (RenewStatus.FENCED, RenewStatus.ABSENT)
+    assert await store.peek(KEY, SCOPE, LEASE_MS) is None
+    other = await claimed(store)
+    assert int(other.fence) > int(owner.fence)
+    assert was_replaced(other.kept)
+    assert started_anew(probe.left_ms(KEY), UNKNOWN_RETENTION_MS)
+
+
+@on_redis
+async def test_what_is_left_of_it_expires(store, probe):
+    """With the retention of the response that could be read on."""
+    owner = await took_over(store, probe, "unknown")
+    await store.release(owner, PATIENCE_S)
+    assert started_anew(probe.left_ms(KEY), RETENTION_MS)
+    probe.remove(KEY)
+    assert not was_replaced((await claimed(store)).kept)
 
 
 async def test_what_replaced_another_is_replaced_again(store, probe):

@@ -161,8 +161,6 @@ class Followed:
     replaced: bool
     # Of the lease, while the key is in flight.
     left_ms: int
-    # How long somebody reads for certain, as readers have noted.
-    readers_left_ms: int = 0
     # It is in flight, and its owner stores its body no more.
     dropped: bool = False
 

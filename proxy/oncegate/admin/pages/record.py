@@ -255,7 +255,7 @@ def timeline(record: RecordView) -> Iterator[Event]:
     elif record.state is ViewState.UNKNOWN:
         yield from _unknown_events(record)
     elif record.state is ViewState.RELEASED:
-        yield Event(0, "released by an operator: the next request with the key executes")
+        yield Event(0, "released: the next request with the key executes")
     elif response is not None:
         yield Event(response.completed_ms, f"complete: {response.status} was stored", "complete")
     if record.state is ViewState.EXPIRED:

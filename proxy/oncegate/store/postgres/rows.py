@@ -301,5 +301,5 @@ def followed(key: bytes, first: int, rows: Sequence[Mapping[str, Any]]) -> Follo
         state = State.UNKNOWN
     if not chunks and first < row["count"]:
         return ReadFailure.INCOMPLETE
-    readers_ms, dropped = row["readers_left"] or 0, row["stage"] == STAGES[DROPPED]
-    return Followed(state, head, chunks, row["count"], response, row["replaced"], left_ms, readers_ms, dropped)
+    dropped = state is State.IN_FLIGHT and row["stage"] == STAGES[DROPPED]
+    return Followed(state, head, chunks, row["count"], response, row["replaced"], left_ms, dropped)

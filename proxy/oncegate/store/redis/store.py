@@ -45,7 +45,7 @@ from oncegate.store.results import (
     ResolveStatus,
     SettleResult,
 )
-from oncegate.store.stages import CLAIMED, RESPONSE_BEGUN, Stage
+from oncegate.store.stages import CLAIMED, DROPPED, RESPONSE_BEGUN, Stage
 from oncegate.store.store import Claiming, LoginRefused, Settling, StoreConfig, StoreLogin, Upkeep
 
 # The least time for one try of a call that is repeated.
@@ -198,7 +198,7 @@ class RedisStore:
 
     async def renew(self, claim: Claim, stage: Stage = CLAIMED) -> RenewStatus:
         # Once a response has begun, the record has chunks, or soon has some.
-        layout = arguments.LAYOUT[self.layout.packed and stage is not RESPONSE_BEGUN]
+        layout = arguments.LAYOUT[self.layout.packed and stage is not RESPONSE_BEGUN and stage is not DROPPED]
         args = resp(claim.token, claim.lease_ms, claim.unknown_retention_ms, stage.wire, layout)
         return renew_status(await self._run("renew", claim.key, args, arguments.RENEW_COUNT, claim))
 

@@ -7,9 +7,10 @@ from oncegate.store.kept import Kept, unpack_kept
 from oncegate.store.record import DROPPED, Corrupt, StoredResponse, tenant_of, unpack, unpack_expired
 from oncegate.store.redis.layouts.packed import hash_fields
 from oncegate.store.results import Followed, ReadFailure
+from oncegate.store.stages import DROPPED as DROPPED_STAGE
 
 # The fields that `follow` returns of a hash, in their order.
-_FIELDS = ("meta", "until", "state", "lease", "lease_ms", "head", "more", "readers_until")
+_FIELDS = ("meta", "until", "state", "lease", "lease_ms", "head", "more", "stage")
 Fields = dict[str, bytes]
 
 
@@ -39,7 +40,7 @@ def _followed(
     kept = unpack_kept(fields.get("more"))
     try:
         if (meta := fields.get("meta")) is not None:
-            is_over = effective_state(State.COMPLETE, 0, _left_ms(fields, "until", now_ms, 1)) is State.EXPIRED
+            is_over = effective_state(State.COMPLETE, 0, _left_ms(fields.get("until", b""), now_ms)) is State.EXPIRED
             return _complete(key, first, meta, is_over, chunks, kept)
         state = State(fields["state"].decode())
         left_ms = min(int(fields["lease"]) - now_ms, int(fields.get("lease_ms", fields["lease"])))
@@ -54,7 +55,7 @@ def _followed(
         None,
         kept.replaced,
         left_ms if state is State.IN_FLIGHT else 0,
-        max(0, _left_ms(fields, "readers_until", now_ms, 0)),
+        state is State.IN_FLIGHT and fields.get("stage") == DROPPED_STAGE.wire,
     )
 
 
@@ -80,7 +81,6 @@ def _ended(state: State, chunks: list[bytes], response: StoredResponse | None, k
     return Followed(state, b"", chunks, count, response, kept.replaced, 0)
 
 
-def _left_ms(fields: Fields, name: str, now_ms: int, without: int) -> int:
-    """Return how long it is until a time, or `without` where the record has none."""
-    text = fields.get(name, b"")
-    return int(text) - now_ms if text.isdigit() else without
+def _left_ms(until: bytes, now_ms: int) -> int:
+    """Return how long it is until the end of a retention; of a record without a tombstone it is not over."""
+    return int(until) - now_ms if until.isdigit() else 1

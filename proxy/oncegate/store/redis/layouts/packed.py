@@ -40,6 +40,7 @@ from oncegate.store.record import (
     unpack_expired,
 )
 from oncegate.store.stages import CLAIMED, RESPONSE_BEGUN, SENT
+from oncegate.store.stages import DROPPED as DROPPED_STAGE
 
 OPEN, COMPLETE, UNTIL = b"\x04", b"\x05", b"\x06"
 # The largest body that is packed. It comes with the reply to a claim, among the replies to other requests.
@@ -62,7 +63,7 @@ _IS_COMPLETE: Final = State.COMPLETE
 _MODES = {HOLD: b"h", RETRY: b"r", CANCELLED: b"c"}
 _MODE_OF = {letter: mode for mode, letter in _MODES.items()}
 _STATES = {b"i": State.IN_FLIGHT.value.encode(), b"u": State.UNKNOWN.value.encode()}
-_STAGES = {stage.wire[:1]: stage.wire for stage in (CLAIMED, SENT, RESPONSE_BEGUN)}
+_STAGES = {stage.wire[:1]: stage.wire for stage in (CLAIMED, SENT, RESPONSE_BEGUN, DROPPED_STAGE)}
 # The stage of a claim that was never renewed, and the mode of a claim that has none.
 _NONE = b"-"
 

@@ -30,7 +30,7 @@ elseif fields[4] and fields[4] ~= ARGV[4] then
 end
 if value then
   -- A packed claim has no chunks: its first one makes it a hash. The places are in store/redis/layouts/packed.py.
-  local modes, stages = {h = 'hold', r = 'retry', c = 'cancelled'}, {c = 'claimed', s = 'sent', a = 'answered'}
+  local modes, stages = {h = 'hold', r = 'retry', c = 'cancelled'}, {c = 'claimed', s = 'sent', a = 'answered', d = 'dropped'}
   local state, lease_ms = value:sub(71, 71) == 'i' and 'in_flight' or 'unknown', tonumber(value:sub(60, 69)) or 0
   local lease = state == 'in_flight' and (tonumber(value:sub(47, 59)) or 0) + lease_ms or 0
   local stage = stages[value:sub(70, 70)]

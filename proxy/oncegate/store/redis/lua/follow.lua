@@ -4,14 +4,14 @@
 --   first: of the chunks that are asked for. reading_ms: for how long somebody reads, 0 to note nothing
 -- Returns: {tag, 'gone'}
 --        | {tag, 'packed', now_ms, value}
---        | {tag, 'hash', now_ms, meta, until, state, lease, lease_ms, head, more, readers_until, count, chunk, ...}
+--        | {tag, 'hash', now_ms, meta, until, state, lease, lease_ms, head, more, stage, count, chunk, ...}
 --   gone: the key is free, or has another owner. count: of the chunks that there are. Those from meta to
---   readers_until are false where they are missing, and head where the first is another than 0
+--   stage are false where they are missing, and head where the first is another than 0
 local tag, token, index = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local room, reading_ms = tonumber(ARGV[4]), tonumber(ARGV[5])
 -- All that a hash may have beside its chunks.
 local fields = redis.pcall('HMGET', KEYS[1], 'meta', 'until', 'state', 'lease', 'lease_ms', 'head', 'more',
-  'readers_until', 'token', 'fence', 'mode', 'fingerprint', 'self', 'created', 'bytes', 'stage', 'why', 'status')
+  'stage', 'token', 'fence', 'mode', 'fingerprint', 'self', 'created', 'bytes', 'why', 'status', 'readers_until')
 local value = fields.err and (redis.call('GET', KEYS[1]) or redis.call('HMGET', KEYS[1], 'meta'))
 local owner = fields[9]
 if value or fields[1] then
@@ -39,7 +39,7 @@ while chunk do
 end
 -- An owner that gave no head is of a version that does not know this field, and would miscount its chunks.
 if reading_ms > 0 and fields[6] and fields[3] == 'in_flight' then
-  local left = (tonumber(fields[8]) or 0) - now
+  local left = (tonumber(fields[18]) or 0) - now
   if left < reading_ms - 1000 or left > reading_ms then
     -- A server at its memory limit refuses it, and serves the reader all the same.
     redis.pcall('HSET', KEYS[1], 'readers_until', now + reading_ms)

@@ -116,6 +116,11 @@ elseif action == 'release' then
   if index then
     redis.pcall('ZREM', index, KEYS[1])
   end
+  if (found and found:sub(123, 125) or (fields[10] or ''):sub(1, 3)) == '\12\0\0' then
+    -- The claim had taken the place of another record. The next one has to say so, too. The token is nobody's.
+    redis.call('HSET', KEYS[1], 'state', 'released', 'token', ('\0'):rep(16), 'fence', '0')
+    redis.call('PEXPIRE', KEYS[1], retention)
+  end
   return {tag, 'released', before}
 end
 redis.call('UNLINK', KEYS[1])
