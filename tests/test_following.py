@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from oncegate.decision import ANY_AGE, State
+from oncegate.operating.record_facts import facts_of
 from oncegate.store.kept import Kept, pack_kept, was_replaced
 from oncegate.store.record import Claim, Record, intact, pack
 from oncegate.store.record_name import store_key
@@ -374,7 +375,8 @@ async def replaced(store: Store, owner: Claim) -> set[bool]:
     """Return what a reader is told in every way."""
     view = await store.records.read(KEY)
     assert view is not None
-    return {(await follow(store, owner)).replaced, view.kept.replaced}
+    shown = (await facts_of(store, view)).get("replaced_another", False)
+    return {(await follow(store, owner)).replaced, view.kept.replaced, shown}
 
 
 async def took_over(store: Store, probe: Probe, how: str) -> Claim:

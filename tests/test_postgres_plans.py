@@ -85,6 +85,15 @@ async def check_plans(schema: Schema) -> None:
         assert set(lookups) <= {"Index Scan", "Index Only Scan"}, scans
         conditions = [one for plan in plans for one in re.findall(r"Index Cond: \((.*)\)", plan)]
         assert all(one.startswith(("key = ", "(key = ")) for one in conditions if "key" in one)
+    (claim,) = claims(1)
+    await schema.run(rows.CLAIM, rows.claim_row(claim, NEVER))
+    for call in ("append_2($1, $2, 0, 'x', 'a head')", "follow_2($1, $2, 0, 9, 5000)", "follow_2($1, $2, 0, 9, 5000)"):
+        plans.clear()
+        await other.fetch(f"SELECT * FROM {call}", claim.key, claim.token)
+        await asyncio.sleep(0)
+        scans = [scan for plan in plans for scan in re.findall(r"(\w[\w ]* Scan.*) on (?:record|mark|chunk_)", plan)]
+        assert scans, plans
+        assert all(scan.startswith("Index") for scan in scans), plans
 
 
 @pytest.mark.parametrize("count", [0, 1000, pytest.param(1_000_000, marks=pytest.mark.full)])
@@ -108,6 +117,37 @@ async def test_how_much_is_logged(schema: Schema) -> None:
     # The least: after a checkpoint, whole pages are logged.
     assert min(sizes["claim_1"]) + min(sizes["settle_1"]) <= 1900, sizes
     assert min(sizes["renew_1"]) <= 165, sizes
+
+
+async def wal_bytes(schema: Schema, statement: str) -> int:
+    explained = await schema.other.fetch(f"EXPLAIN (ANALYZE, WAL) {statement}")
+    size = re.search(r"WAL: .*bytes=(\d+)", "\n".join(row[0] for row in explained))
+    return int(size[1]) if size else 0
+
+
+async def test_how_much_following_logs(schema: Schema) -> None:
+    """Nothing where nobody follows, and nothing for a reader: its note is not logged. A head costs a row."""
+    one, other = claims(2)
+    await schema.run(rows.CLAIM, *[rows.claim_row(claim, NEVER) for claim in (one, other)])
+    sizes: dict[str, list[int]] = {"before": [], "now": [], "read": [], "a head": []}
+    for index in range(1, 6):
+        chunk = f"{index}, '{'x' * 2000}'"
+        for name, claim, call in (
+            ("before", one, f"append_1({{}}, {chunk})"),
+            ("now", other, f"append_2({{}}, {chunk}, '')"),
+            ("read", other, "follow_2({}, 0, 262144, 5000)"),
+        ):
+            call = call.format(f"'\\x{claim.key.hex()}', '\\x{claim.token.hex()}'")
+            sizes[name].append(await wal_bytes(schema, f"SELECT * FROM {call}"))
+    for claim in claims(5):
+        await schema.run(rows.CLAIM, rows.claim_row(claim, NEVER))
+        call = f"append_2('\\x{claim.key.hex()}', '\\x{claim.token.hex()}', 0, '{'x' * 2000}', '{'h' * 150}')"
+        sizes["a head"].append(await wal_bytes(schema, f"SELECT * FROM {call}"))
+    # The least: after a checkpoint, whole pages are logged.
+    least = {name: min(of_one) for name, of_one in sizes.items()}
+    assert least["now"] <= least["before"], sizes
+    assert least["read"] == 0, sizes
+    assert least["a head"] <= least["now"] + 150 + 300, sizes
 
 
 async def hot_share(schema: Schema) -> float:

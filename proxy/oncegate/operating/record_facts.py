@@ -35,6 +35,8 @@ def _kept_facts(kept: Kept) -> dict[str, Any]:
         "upstream": escaped(kept.upstream),
         "request_id": kept.request_id.decode(),
         "trace_id": kept.trace[:16].hex(),
+        # An earlier claim of the key may have been executed as well.
+        "replaced_another": kept.replaced,
     }
     return {name: value for name, value in facts.items() if value}
 
