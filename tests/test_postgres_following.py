@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import random
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -31,7 +32,7 @@ from tests.stores import FOREIGN, KEY, PATIENCE_S, answer, claimed, key, store_s
 HEAD = b"a packed head"
 READING_MS = 5000
 STORED = SettleResult(SettleStatus.STORED)
-FOLLOW = "SELECT * FROM follow_2($1, $2, $3, $4, $5)"
+FOLLOW = "SELECT * FROM follow_2(ARRAY[ROW($1, $2, $3, $4, $5)::follow_call_2], '', true, '')"
 
 
 @pytest.fixture
@@ -113,6 +114,53 @@ async def test_no_other_day_is_locked(schema: Schema, store: Store) -> None:
             assert len(await locked(schema, statement, *args)) == 1, statement
     # Nothing new: no body is looked at.
     assert await locked(schema, FOLLOW, KEY, owner.token, 4, 1 << 18, READING_MS) == []
+
+
+async def test_many_are_followed_in_few_statements(schema: Schema, store: Store) -> None:
+    """What a turn of the loop asks for leaves together, sixteen a statement; each reader gets its own response."""
+    owners = [await claimed(store, key=key(number)) for number in range(64)]
+    for number, owner in enumerate(owners):
+        await store.append(owner, 0, b"%d" % number, PATIENCE_S, HEAD)
+    asked = [store.follow(owner.key, owner.token, first, READING_MS) for owner in owners for first in (0, 1)]
+    found = await asyncio.gather(*asked)
+    assert [one.chunks for one in found if isinstance(one, Followed)] == [
+        chunks for number in range(64) for chunks in ([b"%d" % number], [])
+    ]
+    assert await schema.other.fetchval("SELECT count(*) FROM mark") == 64
+    assert await schema.other.fetchval("SELECT count(DISTINCT xmin::text) FROM mark") <= 8
+
+
+async def read_for(store: Store, owners: list[Claim], until: float) -> int:
+    """Read each response again and again until the loop's time `until`, and return how often."""
+    loop, rounds = asyncio.get_running_loop(), 0
+    while loop.time() < until:
+        mixed = random.sample(owners, len(owners))
+        found = await asyncio.gather(*[store.follow(one.key, one.token, 0, 20) for one in mixed])
+        assert all(isinstance(one, Followed) for one in found), found
+        rounds += 1
+    return rounds
+
+
+@pytest.mark.parametrize("seconds", [1, pytest.param(60, marks=pytest.mark.full)])
+async def test_readers_owners_and_housekeeping_share_keys_without_a_deadlock(schema: Schema, seconds: int) -> None:
+    """Two proxies read the same keys in any order, their notes expire at once and are removed, owners go on."""
+    deadlocks = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
+    async with schema.connected() as store, schema.connected() as second:
+        before = await schema.other.fetchval(deadlocks)
+        owners = [await claimed(store, key=key(number)) for number in range(40)]
+        until = asyncio.get_running_loop().time() + seconds
+        reading = [asyncio.ensure_future(read_for(one, owners, until)) for one in (store, second) for _ in range(2)]
+        count = 0
+        while not all(one.done() for one in reading):
+            await schema.other.execute("DELETE FROM mark WHERE expires <= now_ms()")
+            statuses = await asyncio.gather(*[store.append(one, count, b"x", PATIENCE_S) for one in owners])
+            assert set(statuses) <= {AppendStatus.APPENDED, AppendStatus.APPENDED_READ}
+            assert {await store.renew(one) for one in owners[:4]} == {RenewStatus.RENEWED}
+            count += 1
+        assert min(await asyncio.gather(*reading)) > 1
+        assert count > 1
+        await schema.other.execute("SELECT pg_stat_force_next_flush()")
+        assert await schema.other.fetchval(deadlocks) == before
 
 
 # Proxies and schemas of the version before ...

@@ -87,7 +87,8 @@ async def check_plans(schema: Schema) -> None:
         assert all(one.startswith(("key = ", "(key = ")) for one in conditions if "key" in one)
     (claim,) = claims(1)
     await schema.run(rows.CLAIM, rows.claim_row(claim, NEVER))
-    for call in ("append_2($1, $2, 0, 'x', 'a head')", "follow_2($1, $2, 0, 9, 5000)", "follow_2($1, $2, 0, 9, 5000)"):
+    follow = "follow_2(ARRAY[ROW($1, $2, 0, 9, 5000)::follow_call_2], '', true, '')"
+    for call in ("append_2($1, $2, 0, 'x', 'a head')", follow, follow):
         plans.clear()
         await other.fetch(f"SELECT * FROM {call}", claim.key, claim.token)
         await asyncio.sleep(0)
@@ -135,7 +136,7 @@ async def test_how_much_following_logs(schema: Schema) -> None:
         for name, claim, call in (
             ("before", one, f"append_1({{}}, {chunk})"),
             ("now", other, f"append_2({{}}, {chunk}, '')"),
-            ("read", other, "follow_2({}, 0, 262144, 5000)"),
+            ("read", other, "follow_2(ARRAY[ROW({}, 0, 262144, 5000)::follow_call_2], '', true, '')"),
         ):
             call = call.format(f"'\\x{claim.key.hex()}', '\\x{claim.token.hex()}'")
             sizes[name].append(await wal_bytes(schema, f"SELECT * FROM {call}"))

@@ -199,7 +199,7 @@ class Functions:
         return int(self._probe.sql("SELECT tag FROM read_1($1, $2, $3, $4)", KEY, TOKENS[token], 0, 262144)[0][0])
 
     def _follow(self, token: int) -> int:
-        return int(self._probe.sql("SELECT tag FROM follow_2($1, $2, 0, 262144, 5000)", KEY, TOKENS[token])[0][0])
+        return int(self._probe.call(rows.FOLLOW, (KEY, TOKENS[token], 0, 262144, 5000))["tag"])
 
 
 class Server:

@@ -17,7 +17,6 @@ from oncegate.store.results import AppendStatus, Followed, ReadFailure, Unconfir
 FOLLOWING = 2
 _APPEND = "SELECT append_2($1, $2, $3, $4, $5) AS tag"
 _READ = "SELECT * FROM read_1($1, $2, $3, $4)"
-_FOLLOW = "SELECT * FROM follow_2($1, $2, $3, $4, $5)"
 # With a schema of version 1 there is no head, the body comes once it is complete, and nothing says what is replaced.
 _APPEND_1 = "SELECT append_1($1, $2, $3, $4) AS tag"
 _FOLLOW_1 = """
@@ -43,14 +42,10 @@ class Calls:
         self._observe, self._retried = observe, retried
         self._loop = asyncio.get_running_loop()
 
-    @property
-    def _can_follow(self) -> bool:
-        return self._servers.schema_version >= FOLLOWING
-
     async def append(self, claim: Claim, index: int, chunk: bytes, patience_s: float, head: bytes) -> AppendStatus:
         """Append, again while another transaction holds the record, or until the caller's patience is over."""
         args: tuple[object, ...] = claim.key, claim.token, index, chunk
-        statement, args = (_APPEND, (*args, head)) if self._can_follow else (_APPEND_1, args)
+        statement, args = (_APPEND, (*args, head)) if self._servers.schema_version >= FOLLOWING else (_APPEND_1, args)
         ends, pause_s = self._loop.time() + patience_s, MIN_PAUSE_S
         while True:
             reply = await self.ask("append", Level.OFF, statement, args, ends)
@@ -66,11 +61,12 @@ class Calls:
         reply = await self.ask("read", Level.OFF, _READ, (key, token, first, READ_BYTES))
         return rows.read_chunks(reply) if isinstance(reply, list) else ReadFailure.UNCONFIRMED
 
-    async def follow(self, key: bytes, token: bytes, first: int, reading_ms: int) -> Followed | ReadFailure:
-        args: tuple[object, ...] = key, token, first, READ_BYTES
-        statement, args = (_FOLLOW, (*args, reading_ms)) if self._can_follow else (_FOLLOW_1, args)
-        reply = await self.ask("follow", Level.OFF, statement, args)
-        return rows.followed(key, first, reply) if isinstance(reply, list) else ReadFailure.UNCONFIRMED
+    async def follow_1(self, key: bytes, token: bytes, first: int) -> Followed | ReadFailure:
+        """Follow with a schema of version 1."""
+        found = await self.ask("follow", Level.OFF, _FOLLOW_1, (key, token, first, READ_BYTES))
+        if isinstance(found, Unconfirmed):
+            return ReadFailure.UNCONFIRMED
+        return rows.followed(key, first, found[0]) if found else ReadFailure.GONE
 
     async def ask(
         self, verb: str, level: Level, statement: str, args: tuple[object, ...], ends: float = float("inf")

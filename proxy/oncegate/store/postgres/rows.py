@@ -40,13 +40,16 @@ ROW_BYTES = 4096
 # About how much of a larger body one read returns.
 READ_BYTES = 262144
 
-# Columns as in the types claim_call, renew_call and settle_call. The driver refuses what a column cannot hold.
+# Columns as in the types claim_call, renew_call, settle_call, follow_call_2. The driver refuses what one cannot hold.
 # kept
 CLAIM = Verb("claim", "claim_1", 2, (11,))
 TAKE = Verb("claim", "take_1", 2, (11,))
 RENEW = Verb("renew", "renew_1", 1)
 # meta, body, tail, why, kept
 SETTLE = Verb("settle", "settle_1", 2, (13, 17, 18, 19, 20))
+
+# A reply may have READ_BYTES, and hardly any has: sixteen fit into a batch.
+FOLLOW = Verb("follow", "follow_2", 1, reply_bytes=READ_BYTES // 16)
 
 _MODES = {b"": 0, HOLD: 1, RETRY: 2, CANCELLED: 3}
 MODE_OF = {number: mode for mode, number in _MODES.items()}
@@ -284,11 +287,10 @@ def read_chunks(rows: Sequence[Mapping[str, Any]]) -> list[bytes] | ReadFailure:
     return ReadFailure.GONE if tag == 2 else ReadFailure.INCOMPLETE
 
 
-def followed(key: bytes, first: int, rows: Sequence[Mapping[str, Any]]) -> Followed | ReadFailure:
+def followed(key: bytes, first: int, row: Mapping[str, Any]) -> Followed | ReadFailure:
     """Return what a row of `follow_2` means. `first`: the index from which on chunks were asked for."""
-    if not rows or (state := _FOLLOWED.get(rows[0]["tag"])) is None:
+    if (state := _FOLLOWED.get(row["tag"])) is None:
         return ReadFailure.GONE
-    row = rows[0]
     chunks, response, head = list(row["chunks"] or ()), None, row["head"] or b""
     left_ms = max(0, row["lease_left"]) if state is State.IN_FLIGHT else 0
     if state is State.COMPLETE:

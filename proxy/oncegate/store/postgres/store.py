@@ -14,13 +14,13 @@ from oncegate.keys.digests import Scope
 from oncegate.store.open_keys.records import Records
 from oncegate.store.postgres import rows
 from oncegate.store.postgres.batches import Batches
-from oncegate.store.postgres.calls import Calls
+from oncegate.store.postgres.calls import FOLLOWING, Calls
 from oncegate.store.postgres.claims import MAX_PAUSE_S, MIN_PAUSE_S, ClaimBatches, Claims
 from oncegate.store.postgres.connections.durability import Level
 from oncegate.store.postgres.housekeeping import Housekeeping
 from oncegate.store.postgres.marks import PostgresMarks
 from oncegate.store.postgres.records import PostgresRecords
-from oncegate.store.postgres.rows import BUSY_TAG, ROW_BYTES
+from oncegate.store.postgres.rows import BUSY_TAG, READ_BYTES, ROW_BYTES
 from oncegate.store.postgres.servers import Servers, ServersConfig
 from oncegate.store.postgres.verb import Row, Verb
 from oncegate.store.record import (
@@ -94,6 +94,7 @@ class PostgresStore:
         self.records: Records = PostgresRecords(self._servers)
         self.marks = PostgresMarks(self._servers)
         self._settles, self._renewals = self._batches(rows.SETTLE, Level.DISK), self._batches(rows.RENEW, Level.OFF)
+        self._follows = self._batches(rows.FOLLOW, Level.OFF)
         claim_batches = ClaimBatches(self._batches)
         self._releases = claim_batches.releases
         self._claims = Claims(
@@ -251,7 +252,11 @@ class PostgresStore:
         return await self._calls.read(key, token, first)
 
     async def follow(self, key: bytes, token: bytes, first: int, reading_ms: int = 0) -> Followed | ReadFailure:
-        return await self._calls.follow(key, token, first, reading_ms)
+        if self._servers.schema_version < FOLLOWING:
+            return await self._calls.follow_1(key, token, first)
+        row = key, token, first, READ_BYTES, reading_ms
+        reply = await self._follows.call(row, self._loop.time() + self._timeout_s).reply
+        return ReadFailure.UNCONFIRMED if isinstance(reply, Unconfirmed) else rows.followed(key, first, reply[0])
 
     # From replica to replica ...
 

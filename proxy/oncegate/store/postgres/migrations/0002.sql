@@ -247,51 +247,75 @@ BEGIN
 END
 $$;
 
--- Returns the response of one claim as far as it is stored: its chunks from `first` on, as many as fit in `room` bytes, at
--- least one, and with the first chunk the head. `reading`: for how many ms to note that somebody reads it, at most once a
--- second; 0 for not. `readers_left`: for how many ms somebody is known to.
--- tag: as in claim_1, 1, 2, 3, 5 or 8; 0 gone, as the key has the record of another claim, or none.
-CREATE OR REPLACE FUNCTION follow_2(
-    key bytea, token bytea, first bigint, room bigint, reading bigint, OUT tag int, OUT now bigint, OUT lease_left bigint,
-    OUT count int, OUT replaced boolean, OUT stage smallint, OUT readers_left bigint, OUT meta bytea, OUT head bytea,
-    OUT chunks bytea[]
+-- What follow_2 is called with: `first` as in chunks_2; `reading`: for how many ms to note that somebody reads the response,
+-- 0 for not.
+DO $$ BEGIN
+    CREATE TYPE follow_call_2 AS (key bytea, token bytea, first bigint, room bigint, reading bigint);
+EXCEPTION WHEN duplicate_object THEN END $$;
+
+-- Notes at most once a second that somebody reads, and returns until when somebody does. It waits for nobody that removes
+-- old marks. What another statement is about to write is left to it.
+CREATE OR REPLACE FUNCTION note_reading_2(key bytea, token bytea, now bigint, reading bigint) RETURNS bigint
+LANGUAGE plpgsql VOLATILE AS $$
+DECLARE
+    until bigint;
+BEGIN
+    SELECT m.expires INTO until FROM mark m WHERE m.name = reading_name_2(key, token);
+    -- A time that is further off than a minute is one of a clock that stepped back.
+    IF reading = 0 OR until BETWEEN now + reading - least(1000, reading / 2) AND now + 60000 THEN
+        RETURN until;
+    ELSIF FOUND THEN
+        UPDATE mark m SET expires = now + reading
+        WHERE m.name = (SELECT o.name FROM mark o WHERE o.name = reading_name_2(key, token) FOR NO KEY UPDATE SKIP LOCKED);
+    ELSE
+        INSERT INTO mark (name, value, expires) VALUES (reading_name_2(key, token), '', now + reading) ON CONFLICT DO NOTHING;
+    END IF;
+    RETURN now + reading;
+END
+$$;
+
+-- Returns the response of one claim as far as it is stored: see follow_2.
+CREATE OR REPLACE FUNCTION follow_one_2(
+    call follow_call_2, OUT tag int, OUT now bigint, OUT lease_left bigint, OUT count int, OUT replaced boolean,
+    OUT stage smallint, OUT readers_left bigint, OUT meta bytea, OUT head bytea, OUT chunks bytea[]
 ) LANGUAGE plpgsql VOLATILE AS $$
 DECLARE
     r RECORD;
-    until bigint;
 BEGIN
     now := now_ms();
     SELECT o.bucket, o.lease, o.lease_ms, o.chunks, o.body, o.meta, o.kept, o.stage,
         tag_of(o.state, o.created, o.lease, o.lease_ms, o.expires, o.frees, now) AS tag
-    INTO r FROM record o WHERE o.key = follow_2.key AND o.token = follow_2.token;
-    IF NOT FOUND OR r.tag IN (4, 9) THEN
-        tag := 0;
+    INTO r FROM record o WHERE o.key = call.key AND o.token = call.token;
+    tag := CASE WHEN FOUND AND r.tag NOT IN (4, 9) THEN r.tag ELSE 0 END;
+    IF tag = 0 THEN
         RETURN;
     END IF;
-    tag := r.tag;
     count := CASE WHEN tag <> 5 THEN r.chunks ELSE 0 END;
     replaced := is_replacing_2(r.kept);
     stage := r.stage;
     IF tag = 3 THEN
         meta := r.meta;
-    ELSIF tag <> 2 THEN
+    ELSIF tag IN (1, 8) THEN
         lease_left := least(r.lease - now, r.lease_ms);
+        readers_left := greatest(note_reading_2(call.key, call.token, now, call.reading) - now, 0);
     END IF;
-    IF r.body IS NOT NULL AND count > first THEN
+    IF r.body IS NOT NULL AND count > call.first THEN
         chunks := ARRAY[r.body];
-    ELSIF count > first THEN
+    ELSIF count > call.first THEN
         SELECT c.head, c.chunks INTO head, chunks
-        FROM chunks_2(r.bucket, follow_2.key, follow_2.token, first, count, room) c;
+        FROM chunks_2(r.bucket, call.key, call.token, call.first, count, call.room) c;
     END IF;
-    IF lease_left > 0 THEN
-        SELECT m.expires INTO until FROM mark m WHERE m.name = reading_name_2(follow_2.key, follow_2.token);
-        -- A time that is further off is one of a clock that stepped back.
-        IF reading > 0 AND (until BETWEEN now + reading - least(1000, reading / 2) AND now + 60000) IS NOT TRUE THEN
-            until := now + reading;
-            INSERT INTO mark AS m (name, value, expires) VALUES (reading_name_2(follow_2.key, follow_2.token), '', until)
-            ON CONFLICT (name) DO UPDATE SET expires = excluded.expires;
-        END IF;
-    END IF;
-    readers_left := greatest(until - now, 0);
+END
+$$;
+
+-- Returns the responses of claims as far as they are stored: the chunks from `first` on, as many as fit in `room` bytes, at
+-- least one, and with the first chunk the head. `readers_left`: for how many ms somebody is known to read it.
+-- tag: as in claim_1, 1, 2, 3, 5 or 8; 0 gone, as the key has the record of another claim, or none.
+CREATE OR REPLACE FUNCTION follow_2(calls follow_call_2[], actor bytea, audited boolean, pads bytea) RETURNS TABLE (
+    token bytea, tag int, now bigint, lease_left bigint, count int, replaced boolean, stage smallint, readers_left bigint,
+    meta bytea, head bytea, chunks bytea[]
+) LANGUAGE plpgsql VOLATILE AS $$
+BEGIN
+    RETURN QUERY SELECT u.token, f.* FROM unnest(calls) AS u, LATERAL follow_one_2(u) f;
 END
 $$;
