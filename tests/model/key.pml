@@ -1,5 +1,6 @@
 /*
- * One key: a record in the store, the owners who come for it, an operator, and time. Each `::` is one atomic step (one
+ * One key: a record in the store, the owners who come for it, an operator, somebody who cancels, a reader who follows an
+ * answer while it comes, somebody who asks, and time. Each `::` is one atomic step (one
  * script, one write); between two of them anything may happen. The same rules as in rules.py and key.py, written
  * once more for spin: both must come to the same verdicts and, where nothing breaks, to the same number of states.
  *
@@ -7,7 +8,7 @@
  *   spin -a -DWITHOUT=NOT_AFTER -DLOST_CLAIMS=1 key.pml && ...            one safeguard less: a promise breaks
  *
  * Who takes part: -DOWNERS=n, -DRETRIERS=b (bit i: owner i claims under `retry`), -DOPERATORS, -DSTREAMS, -DLOST_CLAIMS,
- * -DLATE_SETTLES, -DHANGS, -DCANCELS, -DLANDS_LATE (0 or 1). -DONLY=P_TWICE looks at one promise alone. With -DCHOSEN_LATER all of them come from
+ * -DLATE_SETTLES, -DHANGS, -DCANCELS, -DJOINS, -DASKS, -DLANDS_LATE (0 or 1). -DONLY=P_TWICE looks at one promise alone. With -DCHOSEN_LATER all of them come from
  * the environment of ./pan, in numbers: one verifier for every variant.
  */
 #ifndef OWNERS
@@ -33,6 +34,12 @@
 #endif
 #ifndef CANCELS
 #define CANCELS 0
+#endif
+#ifndef JOINS
+#define JOINS 0
+#endif
+#ifndef ASKS
+#define ASKS 0
 #endif
 #ifndef LANDS_LATE
 #define LANDS_LATE 0
@@ -76,6 +83,11 @@
 #define RENEWED_ALIVE 26
 #define CANCELLED_STAYS 27
 #define ENDED_FIRST 28
+#define NOTE_NAMES_CLAIM 29
+#define OWNER_ENDS_IT 30
+#define UNSENT_STAYS 31
+#define FOLLOW_NAMES_CLAIM 32
+#define STORED_FIRST 33
 #define HAS(safeguard) (without != safeguard && and_without != safeguard)
 
 /* The promises; world.py says what each means. */
@@ -91,6 +103,10 @@
 #define P_TORN 10
 #define P_STRAY 11
 #define P_STUCK 12
+#define P_ASTRAY 13
+#define P_TAKEN_BACK 14
+#define P_MIXED 15
+#define P_DENIED 16
 #define KEEPS(promise, fact) assert((only != 0 && only != promise) || (fact))
 
 /* An owner's way. */
@@ -131,7 +147,7 @@ mtype = { claimed, found, late, told, appended, renewed, stored, freed_, marked,
 /* What was chosen. */
 byte owners = OWNERS, retriers = RETRIERS, without = WITHOUT, and_without = AND_WITHOUT, only = ONLY;
 bool operators = OPERATORS, streams = STREAMS, lost_claims = LOST_CLAIMS, late_settles = LATE_SETTLES, hangs = HANGS,
-	cancels = CANCELS, lands_late = LANDS_LATE;
+	cancels = CANCELS, joins = JOINS, asks = ASKS, lands_late = LANDS_LATE;
 /* The record. */
 mtype state = absent;
 byte token, piece, answer;
@@ -146,6 +162,9 @@ bool counts[MOST + 1];      /* executed under hold or cancelled, not declined, n
 bool freed[MOST + 1];       /* an operator ended its claim */
 byte saw;                   /* the operator: the token that was seen */
 byte truth;                 /* whose answer was delivered first */
+byte note;                  /* the token that a cancel names; it stays, because a note may come late and twice */
+byte stopped;               /* of whose claim somebody was told that it was stopped */
+byte follower;              /* the token whose answer a reader follows; OPERATOR: has its end, or was broken off */
 mtype word;                 /* the reply to the last verb; 0 between two steps */
 
 #define FREE (state == absent || state == released)
@@ -284,15 +303,22 @@ inline deliver(whose, own) {
 	KEEPS(P_DIFFER, truth == 0 || truth == whose);
 	if
 	:: truth == 0 || truth == whose ->
-		KEEPS(P_UNBACKED, !own || (state == complete && answer == whose));
-		truth = whose
+		KEEPS(P_TAKEN_BACK, stopped != whose);
+		if
+		:: stopped != whose ->
+			KEEPS(P_UNBACKED, !own || (state == complete && answer == whose));
+			truth = whose
+		:: else
+		fi
 	:: else
 	fi
 }
 inline deliver_the_record(otherwise) {
 	if
 	:: state == complete && body == whole -> at = (otherwise == TOLD -> ENDED : otherwise); deliver(answer, false)
-	:: else -> at = otherwise
+	:: else ->
+		stopped = (state == unknown && cancelled -> token : stopped);
+		at = otherwise
 	fi
 }
 inline has_all(how) {
@@ -306,6 +332,8 @@ inline has_all(how) {
 #define LOSES (at == CLAIMING -> REPEATING : GIVEN_UP)
 #define MAY_STAND ((at == REPEATING || claim_copy[me] != 0) && HAS(COPIES_WITHDRAWN))
 #define MAY_LAND (at == WITHDRAWING && lands_late && claim_copy[me] != 0 && HAS(ENDED_FIRST))
+#define CAN_SEND (at == CLAIMED || (at == STALE && !HAS(CLAIMED_AGAIN)))
+#define CAN_CANCEL (cancels && (CAN_SEND || at == SENT || at == STREAMING || at == STREAMED))
 #define OTHERS_COUNT ((me != 1 && counts[1]) || (me != 2 && counts[2]) || (me != 3 && counts[3]))
 
 proctype owner(byte me) {
@@ -350,18 +378,21 @@ end:
 	:: atomic { at == STALE && HAS(CLAIMED_AGAIN) && lost_claims && claim_copy[me] == 0 ->
 		claim_copy[me] = 1; at = RELEASE }
 	/* The exchange. */
-	:: atomic { at == CLAIMED || (at == STALE && !HAS(CLAIMED_AGAIN)) ->
+	:: atomic { CAN_SEND ->
 		KEEPS(P_TWICE, freed[me] || !OTHERS_COUNT);
 		KEEPS(P_LAPSED_SEND, freed[me] || token == me);
 		counts[me] = (!RETRIES(me) && !freed[me]);
 		at = SENT }
-	:: atomic { at == CLAIMED || (at == STALE && !HAS(CLAIMED_AGAIN)) -> at = RELEASE } /* reaches nobody */
+	:: atomic { CAN_SEND -> at = RELEASE } /* reaches nobody */
 	:: atomic { at == SENT -> at = (HAS(LOST_IS_UNKNOWN) -> UNKNOWN : RELEASE) }
 	:: atomic { at == SENT -> at = RELEASE; counts[me] = false } /* declined */
 	:: atomic { at == SENT -> has_all(STORE) }
 	:: atomic { at == SENT && streams -> has_all(BARE) } /* too large */
 	:: atomic { at == SENT && streams -> at = STREAMING }
-	:: atomic { (at == SENT || at == STREAMED) && cancels -> at = CANCELLED }
+	:: atomic { CAN_CANCEL && HAS(UNSENT_STAYS) -> at = CANCELLED }
+	:: atomic { CAN_CANCEL && !HAS(UNSENT_STAYS) && !CAN_SEND -> at = CANCELLED }
+	:: atomic { CAN_SEND && !HAS(UNSENT_STAYS) -> at = RELEASE; counts[me] = true }
+	:: atomic { CAN_CANCEL && !HAS(NOTE_NAMES_CLAIM) && note != 0 && note != me -> KEEPS(P_ASTRAY, false); at = CANCELLED }
 	:: atomic { at == STREAMING ->
 		append();
 		if
@@ -420,6 +451,33 @@ end:
 	od
 }
 
+/* Who stops it, who reads it while it comes, and who asks. */
+#define FOLLOWS (follower != 0 && follower != OPERATOR)
+#define OTHERS_BYTES ((piece != 0 && piece != follower) || (answer != 0 && answer != follower))
+#define BLIND (!HAS(FOLLOW_NAMES_CLAIM) && (state == in_flight || state == complete) && OTHERS_BYTES)
+#define HAS_END (token == follower && state == complete && body == whole)
+
+proctype others() {
+end:
+	do
+	:: atomic { cancels && note == 0 && state == in_flight && lease ->
+		note = token;
+		if
+		:: !HAS(OWNER_ENDS_IT) ->
+			become(unknown, token, (retry && HAS(CANCELLED_STAYS) == 0), false, 0, 0);
+			cancelled = HAS(CANCELLED_STAYS)
+		:: else
+		fi }
+	:: atomic { joins && follower == 0 && state == in_flight && lease && piece == token -> follower = token }
+	:: atomic { FOLLOWS && !HAS(STORED_FIRST) && place[follower] == STREAM -> deliver(follower, true); follower = OPERATOR }
+	:: atomic { FOLLOWS && BLIND -> KEEPS(P_MIXED, false); follower = OPERATOR }
+	:: atomic { FOLLOWS && !BLIND && HAS_END -> deliver(answer, false); follower = OPERATOR }
+	:: atomic { FOLLOWS && !BLIND && !HAS_END && (FREE || token != follower || state == complete || OVER) ->
+		follower = OPERATOR } /* broken off */
+	:: atomic { asks && state == absent -> KEEPS(P_DENIED, !(counts[1] || counts[2] || counts[3])) }
+	od
+}
+
 /* Time brings every step of an owner but those that are chance; after the last one the key must be out of flight. */
 #define IS_RENEWED(who) (IS_ACTIVE(who) || (place[who] == HUNG && !HAS(RENEWED_ALIVE)))
 #define RESTS(who) (place[who] == ABOUT_TO_COME || place[who] >= HUNG)
@@ -450,7 +508,7 @@ init {
 			now.owners = chosen("OWNERS"); now.retriers = chosen("RETRIERS"); now.operators = chosen("OPERATORS");
 			now.streams = chosen("STREAMS"); now.lost_claims = chosen("LOST_CLAIMS");
 			now.late_settles = chosen("LATE_SETTLES"); now.hangs = chosen("HANGS"); now.cancels = chosen("CANCELS");
-			now.lands_late = chosen("LANDS_LATE");
+			now.lands_late = chosen("LANDS_LATE"); now.joins = chosen("JOINS"); now.asks = chosen("ASKS");
 			now.without = chosen("WITHOUT"); now.and_without = chosen("AND_WITHOUT"); now.only = chosen("ONLY");
 		};
 #endif
@@ -461,6 +519,7 @@ init {
 		:: else
 		fi;
 		run operator();
+		run others();
 		run time()
 	}
 }

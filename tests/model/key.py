@@ -8,7 +8,19 @@ is left holds once the faults stop.
 from collections.abc import Callable, Iterator
 
 from tests.model import rules
-from tests.model.rules import COMPLETE, ENDINGS, HOLD, IN_FLIGHT, NOBODY, OPERATOR, UNKNOWN, Record
+from tests.model.rules import (
+    ABSENT,
+    CANCELLED,
+    COMPLETE,
+    ENDINGS,
+    HOLD,
+    IN_FLIGHT,
+    NOBODY,
+    OPERATOR,
+    UNKNOWN,
+    WHOLE,
+    Record,
+)
 from tests.model.world import (
     ABOUT_TO_COME,
     ACTIVE,
@@ -63,6 +75,12 @@ class Key:
         yield from self._time(world)
         if self.setting.operator:
             yield from self._operates(world)
+        if self.setting.cancels:
+            yield from self._cancels(world)
+        if self.setting.joins:
+            yield from self._follows(world)
+        if self.setting.asks:
+            yield from self._asks(world)
 
     def _call(self, verb: str, *args: object) -> rules.Done:
         if (verb, *args) not in self.calls:
@@ -164,6 +182,10 @@ class Key:
         sent = put(world, me, owner, SENT, counts=self._mode(me) == HOLD and not owner.freed)
         yield Step(f"{me} sends", sent, True, broken)
         yield Step(f"{me} reaches nobody", put(world, me, owner, ENDINGS["not_sent"]))
+        if "UNSENT_STAYS" in self.cut:
+            yield Step(f"{me} is cancelled before it sends", put(world, me, owner, "release", counts=True))
+        else:
+            yield from self._is_cancelled(world, me, owner)
 
     def _hears(self, world: World, me: int, owner: Owner) -> Iterator[Step]:
         lost = "release" if "LOST_IS_UNKNOWN" in self.cut else ENDINGS["no_response"]
@@ -176,12 +198,16 @@ class Key:
             yield Step(f"{me} gets the first piece", put(world, me, owner, STREAMING))
 
     def _is_cancelled(self, world: World, me: int, owner: Owner) -> Iterator[Step]:
+        """By its own process, or by a note from another one; where notes name keys alone, by any of them."""
         if self.setting.cancels:
             yield Step(f"{me} is cancelled", put(world, me, owner, ENDINGS["cancelled"]))
+            if "NOTE_NAMES_CLAIM" in self.cut and world.note not in (NOBODY, me):
+                yield Step(f"{me} finds the note", put(world, me, owner, ENDINGS["cancelled"]), broken="astray")
 
     def _appends(self, world: World, me: int, owner: Owner) -> Iterator[Step]:
         word, record = self._call("append", world.record, me)
         after = world._replace(record=record)
+        yield from self._is_cancelled(world, me, owner)
         place = {"appended": STREAMED, "absent": "bare", "torn": "bare"}.get(word, ENDINGS["truncated"])
         yield Step(f"{me} appends: {word}", put(after, me, owner, place), True, written(world.record, record, me))
         yield Step(f"{me} appends; the reply is lost", after)
@@ -233,6 +259,8 @@ class Key:
     def _delivers_the_record(self, world: World, me: int, owner: Owner, place: str) -> Step:
         after, broken = put(world, me, owner, place), ""
         what = rules.told(world.record)
+        if world.record.state == UNKNOWN and world.record.mode == CANCELLED:
+            after = after._replace(stopped=world.record.token)
         if what == "replay":
             after, broken = deliver(put(world, me, owner, ENDED if place == TOLD else place), world.record.answer)
         return Step(f"{me} gets what the record says: {what}", after, True, broken)
@@ -290,3 +318,47 @@ class Key:
                 after = put(after, seen, world.owners[seen - 1], counts=False, freed=True)
             broken = "final" if record.state == COMPLETE and became != record else ""
             yield Step(f"the operator says {how}: {word}", after, broken=broken)
+
+    # Who stops it, who reads it while it comes, and who asks ...
+
+    def _cancels(self, world: World) -> Iterator[Step]:
+        """Somebody elsewhere sees whose the key is, and leaves a note for that claim."""
+        record = world.record
+        if world.note == NOBODY and record.state == IN_FLIGHT and record.lease:
+            if "OWNER_ENDS_IT" in self.cut:
+                _, became = self._call("settle", record, record.token, self._mode(record.token), "cancelled")
+                yield Step("somebody marks the key cancelled", world._replace(record=became, note=record.token))
+            else:
+                yield Step(f"somebody leaves a note for {record.token}", world._replace(note=record.token))
+
+    def _follows(self, world: World) -> Iterator[Step]:
+        """A reader in another process looks at the record again and again, for the claim that it began with."""
+        record, whose = world.record, world.follower
+        if whose == NOBODY:
+            if record.state == IN_FLIGHT and record.lease and record.piece == record.token:
+                yield Step(f"a reader gets the beginning of {record.token}", world._replace(follower=record.token))
+            return
+        if whose == OPERATOR:
+            return
+        if "STORED_FIRST" in self.cut and world.owners[whose - 1].place == "stream":
+            after, broken = deliver(world._replace(follower=OPERATOR), whose, own=True)
+            yield Step(f"the reader of {whose} gets the end at once", after, broken=broken)
+        word, _ = self._call_reader("follow", record, whose)
+        blind = "FOLLOW_NAMES_CLAIM" in self.cut and record.state in (IN_FLIGHT, COMPLETE)
+        if blind and max(record.piece, record.answer) not in (NOBODY, whose):
+            yield Step(f"the reader of {whose} goes on", world._replace(follower=OPERATOR), broken="mixed")
+        elif word == "found" and record.state == COMPLETE and record.body == WHOLE:
+            after, broken = deliver(world._replace(follower=OPERATOR), record.answer)
+            yield Step(f"the reader of {whose} gets the end", after, True, broken)
+        elif word == "gone" or record.state == COMPLETE or rules.is_over(record):
+            yield Step(f"the reader of {whose} is broken off", world._replace(follower=OPERATOR), certain=True)
+
+    def _call_reader(self, verb: str, record: Record, token: int) -> rules.Done:
+        if (verb, record, token) not in self.calls:
+            self.calls[verb, record, token] = getattr(rules, verb)(record, token)
+        return self.calls[verb, record, token]
+
+    def _asks(self, world: World) -> Iterator[Step]:
+        """Asking changes nothing; only what is said may be wrong."""
+        if world.record.state == ABSENT and any(owner.counts for owner in world.owners):
+            yield Step("somebody asks, and is told that there is nothing", world, broken="denied")

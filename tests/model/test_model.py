@@ -120,6 +120,8 @@ def choices(name: str) -> dict[str, int]:
         "LATE_SETTLES": setting.late_settles + 0,
         "HANGS": setting.hangs + 0,
         "CANCELS": setting.cancels + 0,
+        "JOINS": setting.joins + 0,
+        "ASKS": setting.asks + 0,
         "LANDS_LATE": setting.lands_late + 0,
         "ONLY": numbers[promise(breaks)] if breaks else 0,
         **{which: numbers[safeguard] for which, safeguard in zip(("WITHOUT", "AND_WITHOUT"), cut, strict=False)},

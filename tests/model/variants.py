@@ -18,6 +18,13 @@ SETTINGS = {
     "hold, cancels": Setting((HOLD, HOLD), streams=True, late_settles=True, cancels=True),
     "retry, cancels": Setting((RETRY, RETRY), streams=True, late_settles=True, cancels=True),
     "retry, operator, cancels": Setting((RETRY, RETRY), operator=True, cancels=True),
+    "hold, joins": Setting((HOLD, HOLD), streams=True, late_settles=True, joins=True),
+    "retry, joins": Setting((RETRY, RETRY), streams=True, late_settles=True, joins=True),
+    "retry, operator, joins": Setting((RETRY, RETRY), operator=True, streams=True, joins=True),
+    "retry, cancels, joins": Setting((RETRY, RETRY), streams=True, cancels=True, joins=True),
+    "hold, asks": Setting((HOLD, HOLD), streams=True, lost_claims=True, late_settles=True, asks=True),
+    "hold, operator, asks": Setting((HOLD, HOLD), operator=True, late_settles=True, asks=True),
+    "retry, cancels, asks": Setting((RETRY, RETRY), late_settles=True, cancels=True, asks=True),
     "hold, lands late": Setting((HOLD, HOLD), lost_claims=True, lands_late=True),
     "retry, lands late": Setting((RETRY, RETRY), lost_claims=True, lands_late=True),
     "hold, then retry": Setting((HOLD, RETRY), streams=True, late_settles=True),
@@ -55,6 +62,10 @@ WITHOUT = {
     "OPERATOR_COMPARES": ("hold, operator, three", "twice"),  # an operator ends the claim that was looked at
     "OPERATOR_FENCES": ("hold, operator", "zombie"),  # and puts a token of its own
     "LEASE": ("hold", "stuck"),
+    "FOLLOW_NAMES_CLAIM": (
+        "retry, joins",
+        "mixed",
+    ),  # a reader goes on with the claim that it began with, or not at all
     # ... in the proxy:
     "WITHHELD": ("retry, streams", "differ"),  # the end of an answer waits for its settle
     "FENCED_IS_SILENT": ("retry, streams", "differ"),  # a fenced owner drops its own answer
@@ -65,11 +76,16 @@ WITHOUT = {
     "COPIES_WITHDRAWN": ("hold", "stray"),  # also where its repeat was answered
     "ENDED_FIRST": ("hold, lands late", "stray"),  # and not before the server has ended it, where it may land late
     "RENEWED_ALIVE": ("hold", "stuck"),  # an exchange that hangs is not renewed
+    "NOTE_NAMES_CLAIM": ("retry, cancels", "astray"),  # a cancel is for one claim, not for whoever has the key
+    "OWNER_ENDS_IT": ("retry, cancels", "taken back"),  # who cancels tells the owner, and leaves the record alone
+    "UNSENT_STAYS": ("retry, cancels", "twice"),  # what was stopped before it was sent is not free either
+    "STORED_FIRST": ("retry, joins", "unbacked"),  # a reader gets a clean end only where the store has the whole answer
 }
 VARIANTS = {
     **{f"the rules: {name}": Variant(name, (), "") for name in SETTINGS},
     **{f"without {safeguard}": Variant(at, (safeguard,), breaks) for safeguard, (at, breaks) in WITHOUT.items()},
     "without WITHHELD, under hold": Variant("hold", ("WITHHELD",), "unbacked"),
     "without OPERATOR_COMPARES, complete": Variant("hold, operator", ("OPERATOR_COMPARES",), "differ"),
+    "without LOST_IS_UNKNOWN, asked": Variant("hold, asks", ("LOST_IS_UNKNOWN",), "denied"),
     "without TOKEN_ON_STORE and FINAL": Variant("retry, streams", ("TOKEN_ON_STORE", "FINAL"), "differ"),
 }

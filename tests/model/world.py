@@ -18,6 +18,10 @@ PROMISES = {
     "torn": "a record is complete and lacks a piece",
     "stray": "a key is taken by a claim whose client was told that nothing was sent",
     "stuck": "a key stays in flight whatever time passes",
+    "astray": "a claim is cancelled, and the cancel was meant for another one",
+    "taken back": "somebody is told that a request was stopped, and later gets its answer",
+    "mixed": "a reader that follows an answer gets bytes of two executions",
+    "denied": "somebody who asks is told that there is nothing, and an execution counts",
 }
 # An owner's way. While it is at one of the active places its leases are renewed.
 ABOUT_TO_COME, CLAIMING, REPEATING, FOUND_FREE = "about to come", "claiming", "claiming again", "found the key free"
@@ -45,6 +49,9 @@ class World(NamedTuple):
     record: Record = Record()
     operator: int = NOBODY  # the token that the operator saw; OPERATOR: has acted
     truth: int = NOBODY  # whose answer was the first to be delivered
+    note: int = NOBODY  # the token that a cancel names; it stays, because a note may come late and twice
+    stopped: int = NOBODY  # of whose claim somebody was told that it was stopped
+    follower: int = NOBODY  # the token whose answer a reader follows; OPERATOR: has its end, or was broken off
 
 
 class Step(NamedTuple):
@@ -64,6 +71,8 @@ class Setting(NamedTuple):
     late_settles: bool = False
     hangs: bool = False
     cancels: bool = False
+    joins: bool = False  # a reader follows an answer while it comes
+    asks: bool = False  # somebody asks what became of the key
     lands_late: bool = False  # a claim may take the key after its deadline, until the server has ended it
 
 
@@ -77,6 +86,8 @@ def deliver(world: World, answer: int, own: bool = False) -> tuple[World, str]:
     """Return the world in which an answer arrived whole, and what that broke."""
     if world.truth not in (NOBODY, answer):
         return world, "differ"
+    if world.stopped == answer:
+        return world, "taken back"
     backed = world.record.state == COMPLETE and world.record.answer == answer
     return world._replace(truth=answer), "unbacked" if own and not backed else ""
 
