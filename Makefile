@@ -36,7 +36,7 @@ PART_downstream := test_certificate test_body test_minimum_rate test_response e2
 PART_upstream := test_hostnames test_rotation test_pools test_upstream e2e/test_moving_names e2e/test_forwarding e2e/test_reused_connections
 PART_store := test_audit test_store_credentials test_store_tls test_breaker test_cluster test_durable test_health_monitor test_housekeeping test_kept test_leases test_link \
 	test_lost_replies test_lua test_migrations test_older_store test_orphans test_packed test_postgres_losses test_postgres_store test_record test_records \
-	test_following test_mailboxes test_redis_store test_sentinel test_store test_stream_head test_unknown_keys test_unpack test_waiters test_written_layout \
+	test_following test_mailboxes test_redis_store test_sentinel test_store test_stream_head test_unknown_keys test_unpack test_waiters test_wakes test_written_layout \
 	e2e/test_duplicates e2e/test_rolling model/test_scripts
 PART_rules := test_patterns test_policy test_prices test_rules test_statuses e2e/test_chosen_by_body e2e/test_rules
 PART_adaptation := test_content_codings test_adaptation test_error_pages test_heartbeats test_json_rpc e2e/test_error_pages e2e/test_json_rpc e2e/test_adapted e2e/test_cors

@@ -47,6 +47,7 @@ IN_PROCESS = (
         "test_indexed_cluster.py",
         "test_link.py",
         "test_sentinel.py",
+        "test_wakes.py",
     ),
     *(
         "test_postgres_store.py",

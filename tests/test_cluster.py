@@ -3,8 +3,10 @@
 import asyncio
 import random
 import ssl
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -18,7 +20,9 @@ from oncegate.store.membership import Membership
 from oncegate.store.record import PREFIX_BYTES, Claim, ViewState
 from oncegate.store.record_name import store_key
 from oncegate.store.record_view import StoreError
+from oncegate.store.redis.signals import wakes
 from oncegate.store.redis.signals.mailboxes import mailbox_of
+from oncegate.store.redis.signals.wakes import channel_of
 from oncegate.store.redis.topologies.cluster_map import tag_within, view_of
 from oncegate.store.results import (
     AppendStatus,
@@ -219,6 +223,41 @@ async def test_a_mailbox_whose_slot_moves(cluster):
         await comes(b"after")
         await behind.run()
         assert await store.collect(store.token_prefix) == []
+        cluster.move(slot, source)
+
+
+async def test_readers_are_woken_wherever_the_slot_is(cluster, monkeypatch):
+    """On each master, and while a slot moves: its new server tells, and the one before is not listened to."""
+    monkeypatch.setattr(wakes, "CHECK_S", 0.05)
+    keys = [keys_on(*ends, 1)[0] for ends in ((200, 5000), (6000, 10000), (11000, 16000))]
+    woken: Counter[bytes] = Counter()
+    async with watching(cluster.url, []) as store, connected(cluster.url) as elsewhere:
+        owners = [await claimed(store, key=of) for of in keys]
+        for owner in owners:
+            await store.append(owner, 0, b"0", PATIENCE_S, b"head")
+            await elsewhere.follow(owner.key, owner.token, 0, 60_000)
+            elsewhere.wakes.watch(owner.key, partial(woken.update, [owner.key]))
+            await until(lambda of=owner.key: elsewhere.wakes.is_live(of))
+
+        async def wakes_its_reader(owner: Claim, index: int) -> None:
+            before = woken[owner.key]
+            assert await store.append(owner, index, b"x", PATIENCE_S) is AppendStatus.APPENDED_READ
+            await until(lambda: woken[owner.key] > before)
+
+        for owner in owners:
+            await wakes_its_reader(owner, 1)
+        moved = owners[0]
+        slot = key_slot(store_key(moved.key))
+        source = cluster.owner_of_slot(slot)
+        target = cluster.owner_of_slot(key_slot(store_key(keys[1])))
+        cluster.move(slot, target)
+        channel = channel_of(moved.key)
+        await until(lambda: not elsewhere.wakes.is_live(moved.key))
+        await elsewhere.follow(moved.key, moved.token, 0)  # so it polls, and learns where the slot is
+        await until(lambda: target.ask("PUBSUB", "SHARDNUMSUB", channel) == [channel, 1])
+        assert source.ask("PUBSUB", "SHARDNUMSUB", channel) == [channel, 0]
+        await store.renew(moved)  # its own map is corrected
+        await wakes_its_reader(moved, 2)
         cluster.move(slot, source)
 
 

@@ -76,6 +76,9 @@ async def test_the_master_changes_while_a_key_is_claimed(group, how):
     """
     log: Log = []
     async with watching(group.url, log) as store:
+        news = asyncio.Event()
+        store.wakes.watch(key(2), news.set)
+        await until(lambda: store.wakes.is_live(key(2)))
         before, owner, stored = group.master, await claimed(store), await claimed(store, key=key(3))
         assert await store.append(stored, 0, b"ab", PATIENCE_S) == AppendStatus.APPENDED
         assert await store.store(stored, answer(b"ab", b"cd"), b"cd", PATIENCE_S) == SettleResult(SettleStatus.STORED)
@@ -93,7 +96,15 @@ async def test_the_master_changes_while_a_key_is_claimed(group, how):
             before.resume()
         # What the old master takes until the store has left it is lost with it.
         await until(lambda: log and {link.at for link in store.nodes[0].links} == {("127.0.0.1", now.port)})
-        await claimed_at_last(store, key(2))
+        other = await claimed_at_last(store, key(2))
+        await store.append(other, 0, b"0", PATIENCE_S, b"head")
+        await store.follow(other.key, other.token, 0, 60_000)
+        await until(lambda: store.wakes.is_live(key(2)))
+        news.clear()
+        assert await store.append(other, 1, b"1", PATIENCE_S) is AppendStatus.APPENDED_READ
+        await asyncio.wait_for(news.wait(), 20)
+        (subscriber,) = store.wakes._subscribers.values()
+        await until(lambda: subscriber.at == ("127.0.0.1", now.port))
         assert {store_key(owner.key), store_key(key(2))} <= now.records().keys()
         assert told(await claim(store)) == "replay"
         assert await store.read(stored.key, stored.token, 0) == [b"ab", b"cd"]

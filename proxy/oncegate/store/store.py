@@ -128,6 +128,26 @@ class Marks(Protocol):
         """Return the value of a mark, empty if none is known."""
 
 
+class Wakes(Protocol):
+    """Tells readers in this process that a response went on whose exchange runs elsewhere. Any of it may be lost."""
+
+    def watch(self, key: bytes, wake: Callable[[], None]) -> Callable[[], None]:
+        """Call `wake` whenever more of the response to a key was stored, and at its end; return what stops that."""
+
+    def is_live(self, key: bytes) -> bool:
+        """Return whether the store tells of this key now: then polling may be slow."""
+
+
+class NoWakes:
+    """Of a store that tells nothing: its readers poll."""
+
+    def watch(self, _key: bytes, _wake: Callable[[], None]) -> Callable[[], None]:
+        return lambda: None
+
+    def is_live(self, _key: bytes) -> bool:
+        return False
+
+
 class Store(Protocol):
     """The verbs on records, and what a worker asks about the store's health.
 
@@ -139,6 +159,9 @@ class Store(Protocol):
 
     @property
     def marks(self) -> Marks: ...
+
+    @property
+    def wakes(self) -> Wakes: ...
 
     # Its life ...
 

@@ -48,7 +48,7 @@ from oncegate.store.results import (
     Unconfirmed,
 )
 from oncegate.store.stages import CLAIMED, Stage
-from oncegate.store.store import Claiming, Settling, StoreConfig, StoreLogin, Upkeep
+from oncegate.store.store import Claiming, NoWakes, Settling, StoreConfig, StoreLogin, Upkeep
 
 # The least time for one try of a call that is repeated.
 MIN_TRY_S = 0.05
@@ -92,7 +92,8 @@ class PostgresStore:
         self._audit = options.actor or self._prefix, options.audit, hmac_pads(options.audit_key)
         self._housekeeping = Housekeeping(self._servers, self._prefix, self._audit[1:])
         self.records: Records = PostgresRecords(self._servers)
-        self.marks = PostgresMarks(self._servers)
+        # LISTEN would cost every commit of the database more than polling costs its readers.
+        self.marks, self.wakes = PostgresMarks(self._servers), NoWakes()
         self._settles, self._renewals = self._batches(rows.SETTLE, Level.DISK), self._batches(rows.RENEW, Level.OFF)
         self._follows = self._batches(rows.FOLLOW, Level.OFF)
         claim_batches = ClaimBatches(self._batches)

@@ -96,7 +96,7 @@ class Node:
         self.name, self._config, self._accept = name, config, accept
         # In a cluster: a hash tag whose keys lie on this server, and a function that returns digests that do.
         self.tag, self.key_for_probe = b"", random_key
-        self._claim = config.scripts["claim"]
+        self._claim, self.open_connection = config.scripts["claim"], open_connection
         self._loop = asyncio.get_running_loop()
         self._clock = Clock()
         self.now_ms = self._clock.now_ms

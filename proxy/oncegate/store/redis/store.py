@@ -32,7 +32,8 @@ from oncegate.store.redis.replies import (
     settle_result,
 )
 from oncegate.store.redis.server import FULL_RATIO, Openers, load_scripts, logins_of
-from oncegate.store.redis.signals.mailboxes import LASTS_MS, Mailbox, mailbox_of
+from oncegate.store.redis.signals.mailboxes import Mailbox
+from oncegate.store.redis.signals.wakes import RedisWakes
 from oncegate.store.redis.topologies.topology import is_cluster, log_in, refusals, servers_of
 from oncegate.store.redis.wire import ScriptCall, resp
 from oncegate.store.results import (
@@ -79,7 +80,8 @@ class RedisStore:
         self.records, self.marks = RedisRecords(self._servers), RedisMarks(self._servers)
         # The time of the server that has a key.
         self.now_ms: Callable[[bytes], int] = self._servers.now_ms
-        self._mailbox = Mailbox(self._servers, config.background, self._timeout_s)
+        self._mailbox = Mailbox(self._servers, self._scripts["post"], self._repeat, config.background, self._timeout_s)
+        self.wakes = RedisWakes(self._servers, self._timeout_s, is_sharded=is_cluster(config.url))
         self._claims = Claims(
             self._servers,
             self._scripts["claim"],
@@ -96,7 +98,7 @@ class RedisStore:
         self._servers.start()
 
     async def close(self) -> None:
-        await self._servers.close()
+        await asyncio.gather(self.wakes.close(), self._servers.close())
 
     async def wait_up(self, seconds: float) -> bool:
         return await self._servers.wait_up(self._loop.time() + seconds)
@@ -212,8 +214,10 @@ class RedisStore:
             args, count = args + resp(head), arguments.APPEND_HEAD_COUNT
         ends = self._loop.time() + patience_s
         call = ScriptCall(self._scripts["append"], store_key(claim.key), count, ends)
-        reply, _ = await self._repeat(call, args, ends)
-        return append_status(reply)
+        status = append_status((await self._repeat(call, args, ends))[0])
+        if status is AppendStatus.APPENDED_READ:
+            self.wakes.appended(claim)
+        return status
 
     def store(self, claim: Claim, response: StoredResponse, last_chunk: bytes, patience_s: float) -> Settling:
         if self.layout.packed and (args := arguments.put(claim, response, last_chunk)) is not None:
@@ -247,6 +251,8 @@ class RedisStore:
             self._retried()
             reply, maybe_executed = await self._repeat(call, args, now + patience_s)
             retried |= maybe_executed
+        if self.wakes.read and claim.token in self.wakes.read:
+            self.wakes.settled(claim)
         return settle_result(reply, releases, retried)
 
     # Reading ...
@@ -262,10 +268,7 @@ class RedisStore:
     # From process to process ...
 
     async def post(self, token: bytes, note: bytes) -> bool:
-        ends = self._loop.time() + self._timeout_s
-        call = ScriptCall(self._scripts["post"], mailbox_of(token), arguments.POST_COUNT, ends)
-        reply, _ = await self._repeat(call, resp(note, LASTS_MS), ends)
-        return isinstance(reply, list)
+        return await self._mailbox.post(token, note)
 
     async def collect(self, prefix: bytes) -> list[bytes]:
         return await self._mailbox.collect(prefix)

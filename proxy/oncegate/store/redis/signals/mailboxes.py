@@ -5,11 +5,17 @@ last note, so that nothing is left of a process that died.
 """
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from oncegate.store.record import PREFIX_BYTES
+from oncegate.store.redis import arguments
 from oncegate.store.redis.topologies.topology import StoreServers
+from oncegate.store.redis.wire import Script, ScriptCall, resp
 from oncegate.store.store import Background
+
+# Repeats a call with its arguments until a time of the loop.
+Repeat = Callable[[ScriptCall, bytes, float], Coroutine[Any, Any, tuple[Any, bool]]]
 
 LASTS_MS = 60_000
 # The most notes that are taken at once.
@@ -22,11 +28,25 @@ def mailbox_of(token: bytes) -> bytes:
 
 
 class Mailbox:
-    """Takes the notes of a process. A reply may take `timeout_s`; `background` finishes what nobody waits for."""
+    """Posts notes, and takes those of a process.
 
-    def __init__(self, servers: StoreServers, background: Background, timeout_s: float) -> None:
-        self._servers, self._background, self._timeout_s = servers, background, timeout_s
+    A reply may take `timeout_s`. `repeat` runs a script until it is confirmed. `background` finishes what nobody waits
+    for.
+    """
+
+    def __init__(
+        self, servers: StoreServers, script: Script, repeat: Repeat, background: Background, timeout_s: float
+    ) -> None:
+        self._servers, self._script, self._repeat = servers, script, repeat
+        self._background, self._timeout_s = background, timeout_s
         self._clock = asyncio.get_running_loop().time
+
+    async def post(self, token: bytes, note: bytes) -> bool:
+        """Put a note into the mailbox of the process that made a token; return whether that was confirmed."""
+        ends = self._clock() + self._timeout_s
+        call = ScriptCall(self._script, mailbox_of(token), arguments.POST_COUNT, ends)
+        reply, _ = await self._repeat(call, resp(note, LASTS_MS), ends)
+        return isinstance(reply, list)
 
     async def collect(self, prefix: bytes) -> list[bytes]:
         """Take up to MOST_NOTES, none where the store does not answer.
