@@ -30,7 +30,7 @@ PART_commands := test_audit test_explain test_init test_keys test_migrations tes
 PART_server := test_data_folder test_embedded test_embedded_postgres test_owners e2e/test_drain e2e/test_pauses e2e/test_shutdown e2e/test_systemd e2e/test_workers
 PART_service := test_readiness e2e/test_drain e2e/test_limits e2e/test_reload e2e/test_shutdown
 PART_gateway := test_cancelling e2e/test_again e2e/test_cancelling e2e/test_duplicates e2e/test_endings e2e/test_fidelity \
-	e2e/test_main_job test_recording test_response_reading e2e/test_streams e2e/test_unguarded_keys e2e/test_websockets
+	e2e/test_join e2e/test_main_job test_recording test_response_reading e2e/test_streams e2e/test_unguarded_keys e2e/test_websockets
 PART_downstream := test_certificate test_body test_minimum_rate test_response e2e/test_clients_leave e2e/test_interim e2e/test_listener \
 	e2e/test_manners
 PART_upstream := test_hostnames test_rotation test_pools test_upstream e2e/test_moving_names e2e/test_forwarding e2e/test_reused_connections
@@ -44,7 +44,7 @@ PART_keys := e2e/test_tenants test_automatic test_documents test_fingerprint_par
 	test_tenants
 PART_observe := test_families test_monitoring test_logs test_outcome test_exemplars test_tracing test_usage e2e/test_admin e2e/test_logs e2e/test_tracing
 PART_admin := test_access test_admin_pages e2e/test_admin hostile/test_admin_attempts test_formats test_history test_operator_pages e2e/test_operator_page
-PART_streams := test_cancelling e2e/test_cancel_anywhere
+PART_streams := test_cancelling test_feed e2e/test_cancel_anywhere e2e/test_join
 PART_operating := e2e/test_cancel_anywhere test_explain test_operate test_request_identity e2e/test_find_keys e2e/test_operate
 PART_known_heads := test_known_heads test_known_requests test_shapes e2e/test_again e2e/test_head_cache
 PART_messages := test_bound_authentication test_headers test_problems test_request_line test_strict_head test_trailers

@@ -55,8 +55,9 @@ GROUPS = {
         upstream_reuse_idle_s
         upstream_rest_s max_upstream_connections upstream_spare_connections""",
     "Browsers": "cors_origins cors_credentials cors_by rewrite_location rewrite_cookie_path cookie_domain",
-    "Limits of a worker": """max_in_flight max_connections max_waiters max_request_bytes max_buffered_bytes spool_dir
-        max_spool_bytes max_head_bytes max_head_line_bytes max_head_fields client_stall_s client_min_bytes_per_s""",
+    "Limits of a worker": """max_in_flight max_connections max_waiters max_followers max_request_bytes
+        max_buffered_bytes spool_dir max_spool_bytes max_head_bytes max_head_line_bytes max_head_fields client_stall_s
+        client_min_bytes_per_s""",
     "Processes": "workers run_dir drain_delay_s drain_s",
     "Logs": "log_level log_format access_log access_log_path request_id_header",
     "Tracing": "trace_rate_per_s trace_ratio",

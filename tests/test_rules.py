@@ -229,7 +229,7 @@ CASES = {
         True,
         False,
         'on_duplicate = "ignore"',
-        "must be 'reject' or 'wait'",
+        "must be 'reject', 'wait' or 'join'",
     ),
     "wait_max_s": ("wait_max_s = 1.5", lambda rule: rule.policy.wait_max_s, 1.5, 30, "wait_max_s = inf", "finite"),
     "on_unknown": (
@@ -684,7 +684,6 @@ CONTRADICTIONS = {
     "an empty alternative": ('key = [["header:A"], []]', "names no source"),
     "no methods": ("methods = []", "is an empty list; leave it out for all methods"),
     "a header twice": ('headers = { "A" = "1", "a" = "2" }', "has the same header twice"),
-    "what comes later": ('on_duplicate = "join"', "not available in this version; use reject or wait"),
 }
 
 

@@ -16,7 +16,6 @@ from oncegate.settings.groups.access import UserRole
 from oncegate.settings.loading import describe, load_settings, table
 from oncegate.settings.settings import Settings
 from oncegate.settings.store_url import parse_server_group
-from oncegate.settings.values import RESERVED
 from oncegate.testing.faults import Fault
 
 CANARY = "hunter2-the-canary"
@@ -121,9 +120,10 @@ CASES: dict[str, tuple[object, str, object, str, str]] = {
     "retention_s": (86_400.0, "3600.5", 3600.5, "0", "must be greater than 0"),
     "lease_ms": (10_000, "200", 200, "199", "must be at least 200"),
     "release_statuses": (("default",), "429,503+Retry-After", ("429", "503+retry-after"), "42", "is not a status"),
-    "on_duplicate": ("reject", "wait", "wait", "ignore", "must be 'reject' or 'wait'"),
+    "on_duplicate": ("reject", "wait", "wait", "ignore", "must be 'reject', 'wait' or 'join'"),
     "wait_max_s": (30.0, "0.5", 0.5, "inf", "must be a finite number"),
     "max_waiters": (1024, "0", 0, "-1", "must be at least 0"),
+    "max_followers": (1024, "0", 0, "-1", "must be at least 0"),
     "on_unknown": ("hold", "retry", "retry", "guess", "must be 'hold' or 'retry'"),
     "on_store_down": ("refuse", "bypass", "bypass", "panic", "must be 'refuse' or 'bypass'"),
     "store_timeout_ms": (1000, "50", 50, "0", "must be at least 1"),
@@ -858,19 +858,6 @@ def test_no_temporary_folder(monkeypatch, given):
     monkeypatch.setattr("tempfile.gettempdir", lambda: (_ for _ in ()).throw(FileNotFoundError()))
     monkeypatch.setattr("os.access", lambda *_: False)
     assert errors() == ("ONCEGATE_SPOOL_DIR: must be a writable folder to hold ONCEGATE_MAX_SPOOL_BYTES",)
-
-
-@pytest.mark.parametrize("row", RESERVED)
-def test_later(row, given):
-    """A reserved value is refused, with advice on what to use now."""
-    name, _, word = row.partition("=")
-    given(**{name: word})
-    assert errors() == (f"{variable(name)}: is not available in this version; {RESERVED[row]}",)
-
-
-def test_later_is_complete():
-    """Each reserved value has its refusal."""
-    assert set(RESERVED) == {"on_duplicate=join"}
 
 
 def test_describe(given):

@@ -30,17 +30,18 @@ CANARY = "c4n4ry-of-16-bytes"
 
 # DESIGN.md, section 8: every metric with its type and the closed set of its label's values.
 OUTCOMES = (
-    "executed", "replayed", "released", "unknown", "passthrough", "unguarded", "preflight", "key_missing",
+    "executed", "replayed", "joined", "released", "unknown", "passthrough", "unguarded", "preflight", "key_missing",
     "key_invalid", "scope_unstable", "request_refused", "body_too_large", "overloaded", "store_unavailable",
     "upstream_unreachable", "in_flight", "key_reused", "outcome_unknown", "response_not_kept", "key_expired",
     "record_corrupt", "upstream_lost", "upstream_timeout", "truncated", "cancelled", "answer_not_stored", "fenced",
     "failed", "client_gone",
 )  # fmt: skip
 SETTLEMENTS = ("stored", "stored_without_body", "released", "unknown", "cancelled", "unconfirmed", "lost", "fenced")
-SUPPRESSED = ("replayed", "in_flight", "key_reused", "outcome_unknown", "response_not_kept", "key_expired")
+SUPPRESSED = ("replayed", "joined", "in_flight", "key_reused", "outcome_unknown", "response_not_kept", "key_expired")
 LOSSES = ("flushed", "rolled_back", "evicted", "moved")
 WAIT_ENDS = (
-    "record_changed", "may_claim", "declined", "sent_away", "timed_out", "client_gone", "no_room", "no_room_for_body",
+    "record_changed", "head_came", "may_claim", "declined", "sent_away", "timed_out", "client_gone", "no_room",
+    "no_room_for_body",
 )  # fmt: skip
 TOKENS = ("input", "cached", "cache_write", "output")
 VERBS = ("claim", "append", "renew", "settle", "read", "connect")
@@ -53,6 +54,7 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "replayed_bytes": ("counter", "", ()),
     "llm_tokens_saved": ("counter", "kind", TOKENS),
     "llm_replays_without_usage": ("counter", "", ()),
+    "cancels": ("counter", "by", ("client_gone", "call", "address", "operator")),
     "claims_lost": ("counter", "", ()),
     "store_losses": ("counter", "kind", LOSSES),
     "identity_accepted": ("counter", "", ()),
@@ -78,6 +80,7 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "in_flight_oldest_seconds": ("gauge", "", ()),
     "reading_bodies": ("gauge", "", ()),
     "waiting": ("gauge", "", ()),
+    "followers": ("gauge", "", ()),
     "store_memory_ratio": ("gauge", "", ()),
     **{
         f"store_{name}": ("gauge", "", ())

@@ -159,7 +159,7 @@ def duplicate_refusal(decision: Decision | Outcome, taken: Taken, policy: Policy
             return Refuse(problem("record-corrupt", "ask the operator to inspect this key"))
         case Outcome.STORE_UNAVAILABLE:
             after = taken.retry_after_s if isinstance(taken, ClaimsSuspended) else None
-            return Refuse(problem("store-unavailable", "the store cannot say now what became of this key", after))
+            return store_silent(after)
         case Decision.OUTCOME_UNKNOWN if isinstance(taken, Record) and taken.mode == CANCELLED:
             return cancelled(taken.status)
         case _:
@@ -167,6 +167,19 @@ def duplicate_refusal(decision: Decision | Outcome, taken: Taken, policy: Policy
             doubt = f"a response with status {status} came, which does not tell the outcome" if status else MAYBE
             detail = f"{doubt}; check the API's own data before you use a new key"
             return Refuse(problem("outcome-unknown", detail, **_original(status)), UNKNOWN)
+
+
+def no_body_to_join(status: int) -> Refuse:
+    """Return the answer to a duplicate whose original has begun a response that cannot be stored.
+
+    `status`: of that response; 0 where it is not known.
+    """
+    return Refuse(problem("response-not-kept", f"{RUNNING}; its response cannot be stored", **_original(status)))
+
+
+def store_silent(after_s: int | None = None) -> Refuse:
+    """Return the answer to a duplicate while the store says nothing about its key; `after_s`: until it may."""
+    return Refuse(problem("store-unavailable", "the store cannot say now what became of this key", after_s))
 
 
 def original_declined(taken: Taken, policy: Policy) -> Refuse:

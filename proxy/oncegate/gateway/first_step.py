@@ -11,7 +11,7 @@ from oncegate.adaptation.json_rpc import Caller, cancelled_call
 from oncegate.downstream.body import Bodies, Body, BufferedBody, NoBody, TooLarge, stated_length
 from oncegate.downstream.request import Request
 from oncegate.gateway.answers import AnswerOptions, Refuse, body_refusal, key_refusal, malformed, scope_refusal
-from oncegate.gateway.keyed_request import Begun, HeadPlan, KeyedRequest, kept_of, plan_head
+from oncegate.gateway.keyed_request import Begun, HeadPlan, KeyedRequest, Waiting, kept_of, plan_head
 from oncegate.gateway.relay import Relay, pass_through
 from oncegate.gateway.routes import Route, Routes
 from oncegate.gateway.tunnel import Tunnel
@@ -21,7 +21,7 @@ from oncegate.keys.forms import is_multipart
 from oncegate.keys.syntax import BadKey, parse_key
 from oncegate.known_heads.requests import KnownHead
 from oncegate.messages.admission import Admission, Refused
-from oncegate.messages.request_head import RequestHead, is_websocket, one_forward_less, preferred_wait_s
+from oncegate.messages.request_head import RequestHead, is_websocket, one_forward_less, preferred_wait_s, prefers_join
 from oncegate.observe.labels import Unguarded
 from oncegate.rules.body_conditions import NO_BODY, read_document, unread_document
 from oncegate.rules.identity import (
@@ -225,7 +225,7 @@ class FirstStep:
         if isinstance(caller, Missing | BadKey):
             return caller
         _set_caller(request, caller)
-        wait_s, fields = _waiting(policy, head)
+        waiting = _waiting(policy, head)
         identity: Identity | Missing | BadKey
         if key is None or policy.fingerprint is not None or is_multipart(head.fields):
             identity = identify(policy, digests, ScopedRequest(head, scope, key, body))
@@ -239,19 +239,24 @@ class FirstStep:
             prefix = memo.fingerprint_prefix(digests, policy, head)
             key_prefix = digests.key_prefix(scope)
             if known is not None and not known.varies_in(head.fields):
-                known.plan = plan_head(known, head, route, Begun(scope, key_prefix, prefix), (wait_s, fields))
+                known.plan = plan_head(known, head, route, Begun(scope, key_prefix, prefix), waiting)
             blocks = body.blocks() if body.spooled else (body.data,)
             identity = Identity(finish_key(key_prefix, key), finish_fingerprint(prefix, blocks))
         claim = _claim_request(policy, scope, identity, kept_of(request, route, body))
-        return KeyedRequest(route, claim, body, wait_s, fields, identity.fresh, caller)
+        return KeyedRequest(route, claim, body, *waiting, identity.fresh, caller)
 
 
-def _waiting(policy: Policy, head: RequestHead) -> tuple[float, bytes]:
-    """Return for how many seconds a duplicate may wait, and the field that tells its client what became of its wish."""
-    if b"prefer" in head.fields and (preferred_s := preferred_wait_s(head.fields[b"prefer"])) is not None:
-        wait_s = min(preferred_s, policy.wait_max_s)
-        return wait_s, b"Preference-Applied: wait=%d\r\n" % wait_s
-    return policy.wait_max_s if policy.wait_for_duplicates else 0.0, b""
+def _waiting(policy: Policy, head: RequestHead) -> Waiting:
+    """Return what a request does as a duplicate, with the fields that tell its client what became of its wishes."""
+    join_fields = b"" if policy.joins_duplicates else None
+    wait_s, fields = policy.wait_max_s if policy.wait_for_duplicates else 0.0, b""
+    if (preferences := head.fields.get(b"prefer")) is not None:
+        if prefers_join(preferences):
+            wait_s, join_fields = policy.wait_max_s, b"Preference-Applied: join\r\n"
+        if (preferred_s := preferred_wait_s(preferences)) is not None:
+            wait_s = min(preferred_s, policy.wait_max_s)
+            fields = b"Preference-Applied: wait=%d\r\n" % wait_s
+    return Waiting(wait_s, fields, join_fields)
 
 
 def _claim_request(policy: Policy, scope: Scope, identity: Identity, kept: bytes) -> ClaimRequest:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Final
 
 from oncegate.adaptation.json_rpc import call_name
-from oncegate.decision import Decision
 from oncegate.downstream.body import Bodies
 from oncegate.downstream.heartbeat import Heartbeat
 from oncegate.downstream.request import Request
@@ -17,35 +16,36 @@ from oncegate.gateway.answers import (
     Refuse,
     Taken,
     answer_options,
-    decide_duplicate,
-    duplicate_refusal,
     failed,
     original_declined,
     overloaded,
     refuse,
     send,
 )
+from oncegate.gateway.duplicates import (
+    CLAIMS_AGAIN,
+    after_wait,
+    answer_duplicate,
+    refuse_keyed,
+    wait_for_original,
+    waits_for_original,
+)
 from oncegate.gateway.exchange import Exchange
 from oncegate.gateway.first_step import FirstStep, ReadBody, Step
 from oncegate.gateway.keyed_request import KeyedRequest, begin_trace, open_head
 from oncegate.gateway.relay import Relay, Relayed, answer_preflight, relay
-from oncegate.gateway.replay import Replay, replay_decoded, replay_large, replay_small
 from oncegate.gateway.settling import Progress
+from oncegate.gateway.streams.join import NotJoined, join, may_join
 from oncegate.gateway.tunnel import Tunnel, tunnel
-from oncegate.gateway.waiting import CLAIMS_AGAIN, after_wait, may_wait, wait_for_original
 from oncegate.observe.labels import Unguarded
-from oncegate.observe.outcome import Observe, Outcome, RequestReport, outcome_of
+from oncegate.observe.outcome import Observe, Outcome, RequestReport
 from oncegate.observe.tracing import Tracing
-from oncegate.observe.usage import usage_reader
-from oncegate.store.kept import unpack_kept
 from oncegate.store.leases import suspended_clock_s
-from oncegate.store.record import Claim, Corrupt, Record, StoredResponse
+from oncegate.store.record import Claim, Corrupt, Record
 from oncegate.store.results import ClaimsSuspended, Unconfirmed
 from oncegate.store.waiters import Woken
 
 # Bound once for the request path, as in `decision`.
-_REPLAY: Final = Decision.REPLAY
-_REPLAYED: Final = Outcome.REPLAYED
 _CANCELLED: Final = Outcome.CANCELLED
 
 
@@ -149,7 +149,7 @@ class Gateway:
         route, claim_request, body = keyed.route, keyed.claim_request, keyed.body
         if self.in_flight >= self._max_in_flight:
             body.close()
-            return self._refuse_keyed(request, keyed, overloaded())
+            return refuse_keyed(request, keyed, overloaded())
         self.in_flight += 1
         try:
             deadline, waited = route.deps.clock() + keyed.wait_s, False
@@ -164,17 +164,10 @@ class Gateway:
                 if route.policy.bypass and self._may_bypass(taken, keyed, waited):
                     report = await self._relay_unguarded(request, keyed, Unguarded.STORE)
                     return replace(report, key=claim_request.key)
-                if not may_wait(keyed, taken):
-                    return await self._answer_duplicate(request, keyed, taken)
-                began_s = route.deps.clock()
-                woken = await self._wait_for_original(request, keyed, deadline)
-                if woken is Woken.CLIENT_LEFT:
-                    return keyed.report(request, Outcome.CLIENT_GONE, 0)
-                found = after_wait(taken, route.deps.clock() - began_s)
-                if woken is Woken.DECLINED:
-                    return self._refuse_keyed(request, keyed, original_declined(found, route.policy))
-                if woken not in CLAIMS_AGAIN:
-                    return await self._answer_duplicate(request, keyed, found)
+                if not waits_for_original(keyed, taken):
+                    return await answer_duplicate(request, keyed, taken)
+                if (answered := await self._join_or_wait(request, keyed, taken, deadline)) is not None:
+                    return answered
                 if not waited:
                     waited = True
                     # The original's response is this request's own by now, however long ago it began.
@@ -208,7 +201,7 @@ class Gateway:
             # The claim that took the key decides what this client gets.
             policy = keyed.route.policy
             found = await keyed.route.deps.store.peek(claim.key, keyed.claim_request.scope, policy.lease_ms)
-            status = (await self._answer_duplicate(request, keyed, found)).status
+            status = (await answer_duplicate(request, keyed, found)).status
         return _exchange_report(request, keyed, outcome, status, progress)
 
     def _exchange(self, request: Request, keyed: KeyedRequest, claim: Claim, asked_s: float) -> Exchange:
@@ -235,57 +228,38 @@ class Gateway:
             return False
         return not (taken.maybe_executed or waited or keyed.claim_request.key in keyed.route.deps.leases)
 
-    # A duplicate ...
+    # A duplicate of a running original ...
 
-    async def _wait_for_original(self, request: Request, keyed: KeyedRequest, deadline_s: float) -> Woken:
-        """Wait for the original, not counted as in flight."""
+    async def _join_or_wait(
+        self, request: Request, keyed: KeyedRequest, taken: Taken, deadline_s: float
+    ) -> RequestReport | None:
+        """Answer a duplicate now or later. None: it is to ask for the key once more. Not counted as in flight."""
+        clock = keyed.route.deps.clock
         self.in_flight -= 1
         try:
-            return await wait_for_original(request, keyed, self._bodies, deadline_s)
+            joined: object = None
+            if isinstance(taken, Record) and may_join(keyed, taken):
+                joined = await join(request, keyed, taken)
+                if isinstance(joined, RequestReport):
+                    return joined
+                if isinstance(joined, Refuse):
+                    return refuse_keyed(request, keyed, joined)
+                if joined is NotJoined.CHANGED:
+                    keyed.not_joined = taken.token
+                    return None
+            if not keyed.wait_s:
+                return await answer_duplicate(request, keyed, taken)
+            began_s = clock()
+            joins = taken.token if joined is NotJoined.NO_HEAD and isinstance(taken, Record) else b""
+            woken = await wait_for_original(request, keyed, self._bodies, deadline_s, joins)
         finally:
             self.in_flight += 1
-
-    async def _answer_duplicate(self, request: Request, keyed: KeyedRequest, taken: Taken) -> RequestReport:
-        """Answer a request whose key is taken, by what the store has for it."""
-        if keyed.trace is not None:
-            keyed.trace.met(unpack_kept(taken.kept).trace if isinstance(taken, Record) else b"")
-        decision = decide_duplicate(taken, keyed.claim_request.fingerprint)
-        if decision is _REPLAY and isinstance(taken, Record) and taken.response is not None:
-            replayed = await self._replay(request, keyed, taken, taken.response)
-            if isinstance(replayed, RequestReport):
-                return replayed
-            decision = replayed
-        answer = duplicate_refusal(decision, taken, keyed.route.policy, keyed.route.deps.usual.seconds)
-        return self._refuse_keyed(request, keyed, answer, taken.reason if isinstance(taken, Unconfirmed) else "")
-
-    def _refuse_keyed(self, request: Request, keyed: KeyedRequest, answer: Refuse, reason: str = "") -> RequestReport:
-        """Send an answer of oncegate's own to a request whose key is known."""
-        send(request, keyed.named(request, answer, keyed.fields))
-        return keyed.report(request, outcome_of(answer.problem), answer.problem.status, reason)
-
-    async def _replay(
-        self, request: Request, keyed: KeyedRequest, record: Record, stored: StoredResponse
-    ) -> RequestReport | Outcome:
-        """Send a stored response. A bare outcome: nothing was sent, because the record is corrupt or unreadable."""
-        route, key, scope = keyed.route, keyed.claim_request.key, keyed.claim_request.scope
-        usage = usage_reader(stored.status, stored.block, stored.size) if route.policy.counts_tokens else None
-        on_body = usage.add if usage is not None else None
-        replay = Replay(key, record, stored, keyed.fields + keyed.key_field, request, keyed.caller, on_body)
-        # A small body came with the record.
-        if coding := replay.coding():
-            outcome = await replay_decoded(request.response, route.deps.store, replay, coding)
-        elif stored.size == 0 or record.body is not None:
-            outcome = replay_small(request.response, replay)
-        else:
-            outcome = await replay_large(request.response, route.deps.store, replay)
-        if outcome is not _REPLAYED:
-            return keyed.report(request, outcome, stored.status) if request.response.started else outcome
-        tokens = None if usage is None else usage.tokens()
-        # Positions, not names: arguments by name cost 4,000 instructions more (Python 3.11, measured).
-        return RequestReport(
-            outcome, stored.status, request.message.method, key, 0.0, stored.took_ms / 1000, stored.size,
-            scope.without_credential, "", route.policy.rule, tokens, (), False, None, None, route.upstream,
-        )  # fmt: skip
+        if woken is Woken.CLIENT_LEFT:
+            return keyed.report(request, Outcome.CLIENT_GONE, 0)
+        found = after_wait(taken, clock() - began_s)
+        if woken is Woken.DECLINED:
+            return refuse_keyed(request, keyed, original_declined(found, keyed.route.policy))
+        return None if woken in CLAIMS_AGAIN else await answer_duplicate(request, keyed, found)
 
 
 def _exchange_report(

@@ -32,7 +32,8 @@ _random = random.random
 class KeyedRequest:
     """A request with its body, its key and all that the store needs to claim it.
 
-    `wait_s` is how long it may wait for its original; `fields` are further ones of its response as a duplicate.
+    `wait_s` is how long it may wait for its original; `fields` are further ones of its response as a duplicate, and
+    `join_fields` further ones where it gets the response while that comes; None: it does not join.
     `fresh`: it is no duplicate, however equal, so that a record under its key belongs to another request. `caller`:
     whoever sent a JSON-RPC request. `trace`: of a request that is traced.
     """
@@ -42,9 +43,12 @@ class KeyedRequest:
     body: Body
     wait_s: float
     fields: bytes = b""
+    join_fields: bytes | None = None
     fresh: bool = False
     caller: Caller | None = None
     trace: Trace | None = None
+    # The token of an original that it could not join.
+    not_joined: bytes = b""
 
     @property
     def key_id(self) -> bytes:
@@ -96,6 +100,14 @@ def kept_of(request: Request, route: Route, body: Body) -> bytes:
     return kept if source is None else kept + pack_note(read_note(source, request.field, body))
 
 
+class Waiting(NamedTuple):
+    """What a duplicate does while its original is running, as in KeyedRequest."""
+
+    wait_s: float
+    fields: bytes
+    join_fields: bytes | None
+
+
 class Begun(NamedTuple):
     """Whose a request is, and the running digests of its key and its fingerprint: to be copied, and ended."""
 
@@ -116,8 +128,7 @@ class HeadPlan:
 
     route: Route
     begun: Begun
-    wait_s: float
-    fields: bytes
+    waiting: Waiting
     head: RequestHead
     key_at: int
     # Of each gap, whether its value goes on in its place. Length and request id are written anew.
@@ -150,7 +161,7 @@ class HeadPlan:
         times = policy.lease_ms, policy.retention_ms, policy.unknown_retention_ms
         rest = 0, policy.tombstone_ms, kept_of(request, self.route, body)
         claim = ClaimRequest(key, begun.scope, fingerprint.digest(), policy.mode, *times, *rest)
-        return KeyedRequest(self.route, claim, body, self.wait_s, self.fields)
+        return KeyedRequest(self.route, claim, body, *self.waiting)
 
     def open_head(self, values: tuple[bytes, ...], client: ForwardedInfo, body_bytes: int, id_line: bytes) -> bytes:
         """Return the open head for the upstream, with these values in its gaps. `id_line`: of the request."""
@@ -170,13 +181,8 @@ class HeadPlan:
         return text
 
 
-def plan_head(
-    known: KnownHead, head: RequestHead, route: Route, begun: Begun, waiting: tuple[float, bytes]
-) -> HeadPlan | None:
-    """Return the plan for all requests under a known head, by one of them, `head`; None where there is none.
-
-    `waiting`: the plan's `wait_s` and `fields`.
-    """
+def plan_head(known: KnownHead, head: RequestHead, route: Route, begun: Begun, waiting: Waiting) -> HeadPlan | None:
+    """Return the plan for all requests under a known head, by one of them, `head`; None where there is none."""
     policy = route.policy
     whose = policy.tenant.read
     tenant_at = known.gaps_among(whose)
@@ -186,8 +192,7 @@ def plan_head(
     return HeadPlan(
         route=route,
         begun=begun,
-        wait_s=waiting[0],
-        fields=waiting[1],
+        waiting=waiting,
         head=known.filled_with(GAP),
         key_at=known.key_at,
         gaps_go_on=known.gaps_other_than((b"content-length", route.request_id_name)),

@@ -7,8 +7,10 @@ from hashlib import blake2b
 from oncegate.buffers.memory import MemoryBudget
 from oncegate.buffers.ticker import Ticker
 from oncegate.store.leases import LeasedClaim, do_nothing
-from oncegate.store.results import AppendStatus
+from oncegate.store.results import AppendStatus, RenewStatus
+from oncegate.store.stages import DROPPED
 from oncegate.store.store import Store
+from oncegate.streams.feed import Feed, FeedEnd
 
 # A batch goes to the store once it has so many bytes, or so long after its first; sooner where memory is short.
 BATCH_BYTES, BATCH_S = 65536, 0.5
@@ -43,13 +45,19 @@ class Recording:
         memory: MemoryBudget,
         ticker: Ticker,
         on_broken: Callable[[], None] = do_nothing,
+        head: bytes = b"",
     ) -> None:
         self._store, self._held, self._max_bytes = store, held, max_bytes
         self._settle_timeout_s, self._memory, self._digest = settle_timeout_s, memory, digest
+        # Who reads it while it comes: in this worker, and whether anybody does elsewhere.
+        self._head, self._is_read = head, False
+        self._feed: Feed | None = None
         self._loop = asyncio.get_running_loop()
         # What waits for the next append, and how many bytes that is; and with what is on its way.
         self._batch: list[bytes] = []
         self._batch_bytes = self._unconfirmed = 0
+        # What is on its way to the store, or goes there with the settle.
+        self._taken = b""
         # Either the tick of the timer for what waits (0 for none), or an append that is under way.
         self._ticker, self._tick = ticker, 0
         self._writer: asyncio.Task[None] | None = None
@@ -57,6 +65,7 @@ class Recording:
         self._room: asyncio.Future[None] | None = None
         self.size = self.chunks = 0
         self.is_storing, self.is_broken = True, False
+        self._telling: asyncio.Task[RenewStatus] | None = None
         self._on_broken = on_broken
         held.on_fenced = self._break
 
@@ -69,6 +78,8 @@ class Recording:
         if self.size > self._max_bytes:
             self._drop()
             return True
+        if self._feed is not None:
+            self._feed.publish(data)
         self._batch.append(data)
         self._batch_bytes += size
         self._unconfirmed += size
@@ -107,15 +118,45 @@ class Recording:
         """Give the room back, whatever happened."""
         if self._writer is not None:
             self._writer.cancel()
+        self._end_feed(FeedEnd.BROKEN)
         self._forget()
         # These refer back to this.
         self._writer, self._on_broken, self._held.on_fenced = None, do_nothing, do_nothing
 
+    # Who reads it while it comes, in this worker ...
+
+    def tap(self, feed: Feed) -> None:
+        """Give a feed what the store does not have yet, and all that comes from now on."""
+        self._feed = feed
+        feed.start_behind(self.size - self._unconfirmed)
+        for data in (self._taken, *self._batch):
+            feed.publish(data)
+        if not self.is_storing:
+            self._end_feed(FeedEnd.DROPPED)
+
+    def untap(self) -> None:
+        """Give nothing more to a feed."""
+        self._feed = None
+
+    def settled(self, trailers: bytes, *, is_stored: bool) -> None:
+        """End the feed: cleanly where the store has the whole response."""
+        if self._feed is not None and is_stored:
+            self._feed.complete(trailers)
+        self._end_feed(FeedEnd.BROKEN)
+
+    def _end_feed(self, how: FeedEnd) -> None:
+        if self._feed is not None:
+            self._feed.end(how)
+
     # What becomes of it ...
 
     def _drop(self) -> None:
-        """Store no more of the response, which goes on."""
+        """Store no more of the response, which goes on. Whoever reads it elsewhere learns it from its record."""
         self.is_storing = False
+        self._end_feed(FeedEnd.BROKEN if self.is_broken else FeedEnd.DROPPED)
+        self._held.stage = DROPPED
+        if self._is_read and not self.is_broken:
+            self._telling = self._loop.create_task(self._store.renew(self._held.claim, DROPPED))
         self._forget()
 
     def _break(self) -> None:
@@ -162,13 +203,14 @@ class Recording:
         data = b"".join(self._batch)
         chunk, rest = data[:CHUNK_BYTES], data[CHUNK_BYTES:]
         self._batch = [rest] if rest else []
-        self._batch_bytes = len(rest)
+        self._batch_bytes, self._taken = len(rest), chunk
         self._digest.update(chunk)
         return chunk
 
     async def _append(self, chunk: bytes) -> None:
         try:
-            status = await self._store.append(self._held.claim, self.chunks, chunk, self._settle_timeout_s)
+            head = b"" if self.chunks else self._head
+            status = await self._store.append(self._held.claim, self.chunks, chunk, self._settle_timeout_s, head)
         except Exception:
             # Whoever waits for room must not wait for ever. What failed is raised where the end is waited for.
             self._break()
@@ -177,10 +219,14 @@ class Recording:
         if not self.is_storing:
             return
         if status is AppendStatus.APPENDED or status is AppendStatus.APPENDED_READ:
-            self.batch_s = BATCH_S if status is AppendStatus.APPENDED else TIGHT_BATCH_S
+            self._is_read = status is AppendStatus.APPENDED_READ
+            self.batch_s = TIGHT_BATCH_S if self._is_read else BATCH_S
             self.chunks += 1
             self._unconfirmed -= len(chunk)
+            self._taken = b""
             self._memory.give(len(chunk))
+            if self._feed is not None:
+                self._feed.stored(self.size - self._unconfirmed)
             self._wake()
             self._write_when_due()
         elif status in _DROPS:

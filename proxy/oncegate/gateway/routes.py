@@ -18,6 +18,8 @@ from oncegate.store.kept import Kept, pack_kept
 from oncegate.store.leases import Leases
 from oncegate.store.store import Store
 from oncegate.store.waiters import Waiters
+from oncegate.streams.feeds import Feeds
+from oncegate.streams.followers import Followers
 from oncegate.upstream.pool import Pool
 
 # A field value that no request has: it marks the place of one that differs from request to request.
@@ -52,6 +54,8 @@ class ExchangeDeps:
     leases: Leases
     waiters: Waiters
     cancellations: Cancellations
+    feeds: Feeds
+    followers: Followers
     wait_ended: Callable[[str], None]
     pool: Pool
     memory: MemoryBudget

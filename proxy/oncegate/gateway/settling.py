@@ -17,7 +17,10 @@ from oncegate.observe.tracing import Trace
 from oncegate.store.leases import LeasedClaim
 from oncegate.store.record import StoredResponse, cancelled_claim
 from oncegate.store.results import ClaimEvent, SettleResult, SettleStatus
+from oncegate.store.stages import DROPPED
 from oncegate.store.store import Settling
+from oncegate.store.stream_head import StreamHead, pack_head
+from oncegate.streams.feeds import Running
 from oncegate.upstream.errors import UpstreamLost
 
 T = TypeVar("T")
@@ -112,10 +115,34 @@ class Progress:
 def new_recording(
     progress: Progress, head: ResponseHead, max_bytes: int, on_broken: Callable[[], None]
 ) -> Recording | None:
-    """Return the recording of a response that is to be stored, None where it is too large or the store too full."""
+    """Return the recording of a response that is to be stored, None where it is too large or the store too full.
+
+    From now on duplicates may join it, unless it may still turn out to be none that is stored.
+    """
+    deps, held, recording = progress.deps, progress.held, None
+    is_certain = progress.reading is None or not progress.reading.body_tells
+    shown = stream_head(head) if is_certain else None
+    if (head.length or 0) <= max_bytes and not deps.store.full():
+        recording = _recording(progress, head, max_bytes, on_broken, shown)
+    else:
+        held.stage = DROPPED
+    if shown is not None:
+        deps.feeds.begin(held.claim.key, Running(held.claim.token, shown, recording))
+    return recording
+
+
+def stream_head(head: ResponseHead) -> StreamHead:
+    """Return what a follower needs to begin its response."""
+    states_length = head.length is not None
+    return StreamHead(
+        head.status, head.reason, head.replayed_block, head.length, states_length, head.close_delimited, head.age_s
+    )
+
+
+def _recording(
+    progress: Progress, head: ResponseHead, max_bytes: int, on_broken: Callable[[], None], shown: StreamHead | None
+) -> Recording:
     deps = progress.deps
-    if (head.length or 0) > max_bytes or deps.store.full():
-        return None
     return Recording(
         deps.store,
         progress.held,
@@ -126,6 +153,7 @@ def new_recording(
         memory=deps.memory,
         ticker=deps.ticker,
         on_broken=on_broken,
+        head=b"" if shown is None else pack_head(shown),
     )
 
 
@@ -176,6 +204,9 @@ def note_settlement(progress: Progress, result: SettleResult) -> None:
     if progress.trace is not None:
         progress.trace.spent("settle")
     leases, held, usual = progress.deps.leases, progress.held, progress.deps.usual
+    if progress.recording is not None:
+        is_stored = result.status is SettleStatus.STORED and progress.settlement is Settlement.STORE
+        progress.recording.settled(progress.trailers, is_stored=is_stored)
     if not result.status.is_done or progress.settlement is None:
         progress.settlements = (SETTLEMENTS[result.status.label],)
         if result.status is SettleStatus.FENCED:
@@ -237,6 +268,8 @@ def clean_up(progress: Progress, reached: Ending | None, result: SettleResult | 
     A way out that nobody thought of ends as unknown, unless provably nothing was sent.
     """
     deps, held = progress.deps, progress.held
+    if deps.feeds.running:
+        deps.feeds.over(held.claim.key, held.claim.token)
     if progress.recording is not None:
         progress.recording.close()
     if progress.reading is not None:

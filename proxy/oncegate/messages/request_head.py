@@ -215,3 +215,8 @@ def preferred_wait_s(values: Iterable[bytes]) -> int | None:
             # Python takes no more than 4,300 digits.
             return min(int(value.lstrip(b"0")[:10] or 0), LONGEST_WAIT_S) if value.isdigit() else None
     return None
+
+
+def prefers_join(values: Iterable[bytes]) -> bool:
+    """Return whether a client asks for the response of a running original while it comes (`Prefer: join`)."""
+    return any(preference.partition(b";")[0].strip() == b"join" for preference in tokens(values))

@@ -20,6 +20,8 @@ class Outcome(Enum):
     # The response came from the upstream or from the store.
     EXECUTED = "executed"
     REPLAYED = "replayed"
+    # The response of an original that was still running, as it came.
+    JOINED = "joined"
     RELEASED = "released"
     UNKNOWN = "unknown"
     PASSTHROUGH = "passthrough"
@@ -73,6 +75,7 @@ def outcome_of(problem: Problem) -> Outcome:
 # Outcomes of duplicates: requests with a key that were not executed a second time.
 SUPPRESSED: Final = (
     Outcome.REPLAYED,
+    Outcome.JOINED,
     Outcome.IN_FLIGHT,
     Outcome.KEY_REUSED,
     Outcome.OUTCOME_UNKNOWN,

@@ -18,7 +18,7 @@ from oncegate.keys.notes import read_note
 from oncegate.keys.syntax import BadKey
 from oncegate.messages.admission import Refused
 from oncegate.messages.fields import only_value
-from oncegate.messages.request_head import RequestHead, preferred_wait_s, renamed
+from oncegate.messages.request_head import RequestHead, preferred_wait_s, prefers_join, renamed
 from oncegate.operating.explain_pages import page_right, preflight_result
 from oncegate.operating.record_facts import escaped
 from oncegate.operating.request_identity import AskedRequest, WholeBody, admit
@@ -77,9 +77,15 @@ def _row(rule: Rule) -> tuple[str, ...]:
         _key(policy),
         _scope(policy),
         f"{policy.retention_ms / 1000:g}",
-        f"wait {policy.wait_max_s:g} s" if policy.wait_for_duplicates else "reject",
+        _duplicate(policy),
         policy.mode.decode(),
     )
+
+
+def _duplicate(policy: Policy) -> str:
+    """Return what a duplicate does while its original is running."""
+    verb = "join" if policy.joins_duplicates else "wait"
+    return f"{verb} {policy.wait_max_s:g} s" if policy.wait_for_duplicates else "reject"
 
 
 def _matches(rule: Rule) -> str:
@@ -240,6 +246,12 @@ def _tenant(policy: Policy, head: RequestHead, scope: Scope) -> str:
     return f"{scope.tenant.hex()} of {', '.join(name.decode() for name in names)}"
 
 
+def _in_flight(wait_s: float, refused: str, *, joins: bool) -> str:
+    """Return what a duplicate of a running original gets."""
+    waits = f"waits up to {wait_s:g} s, then {refused}" if wait_s else refused
+    return f"joins the response while it comes; until it begins {waits}" if joins else waits
+
+
 def _by_state(policy: Policy, head: RequestHead, identity: Identity) -> Iterable[tuple[str, str]]:
     """Yield the states that the key of a guarded request may have, each with what the request gets."""
     # The client counts no retry: an equal request that runs is another one (docs/decisions/008).
@@ -252,7 +264,8 @@ def _by_state(policy: Policy, head: RequestHead, identity: Identity) -> Iterable
         preferred = preferred_wait_s(head.fields.get(b"prefer", ()))
         wait_s = wait_s if preferred is None else min(preferred, policy.wait_max_s)
         refused = f"{policy.in_flight_status} in-flight"
-        yield "in flight", f"waits up to {wait_s:g} s, then {refused}" if wait_s else refused
+        joins = policy.joins_duplicates or prefers_join(head.fields.get(b"prefer", ()))
+        yield "in flight", _in_flight(wait_s, refused, joins=joins)
         window_s, retention_s = identity.window_ms / 1000, policy.retention_ms / 1000
         refused_s = policy.tombstone_ms / 1000
         then = f", then 410 key-expired for {refused_s:g} s" if refused_s else ""

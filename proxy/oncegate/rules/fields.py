@@ -23,7 +23,6 @@ from oncegate.settings.groups.browsers import BrowserSettings
 from oncegate.settings.names import parse_header, parse_key_header, parse_namespace
 from oncegate.settings.settings import Settings
 from oncegate.settings.statuses import parse_status
-from oncegate.settings.values import RESERVED
 from oncegate.settings.wording import complaint
 
 # The parts of a fingerprint.
@@ -109,8 +108,6 @@ def _setting(name: str) -> Check:
     adapter: TypeAdapter[Any] = TypeAdapter(Annotated[annotation, *field.metadata] if field.metadata else annotation)
 
     def check(value: Any) -> Any:
-        if advice := RESERVED.get(f"{name}={value}") if isinstance(value, str) else None:
-            raise ValueError(f"is not available in this version; {advice}")
         if isinstance(value, float) and value in (float("inf"), float("-inf")):
             raise ValueError("must be a finite number")
         try:

@@ -21,7 +21,8 @@ class Policy:
     that is in flight or unknown is kept. `tombstone_ms`: how long a key is refused after its retention. `destination`:
     where requests go, as far as it is known without one: the upstream's name and a Host that is set. Empty for the
     upstream of the settings. `max_request_bytes`: 0 for the worker's own limit. `bypass`: a request that the store
-    cannot claim is forwarded without protection. `rule`, `preset`: their names, empty without one. `stable_schemes`:
+    cannot claim is forwarded without protection. `joins_duplicates`: a duplicate gets the response of its original
+    while that comes. `rule`, `preset`: their names, empty without one. `stable_schemes`:
     lower-case Authorization schemes whose credentials stay the same, beside the known ones. `adaptation`: what its
     responses say otherwise for each requester.
 
@@ -51,6 +52,7 @@ class Policy:
     wait_for_duplicates: bool
     wait_max_s: float
     max_stored_bytes: int
+    joins_duplicates: bool = False
     tombstone_ms: int = 0
     statuses: Statuses = DEFAULT_STATUSES
     mode: bytes = HOLD

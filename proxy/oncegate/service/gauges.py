@@ -23,6 +23,7 @@ def gauges(
         "in_flight_oldest_seconds": lambda: parts().leases.oldest_s,
         "reading_bodies": lambda: parts().gateway.reading,
         "waiting": lambda: len(parts().waiters),
+        "followers": lambda: len(parts().followers),
         "store_memory_ratio": lambda: parts().store.memory_ratio,
         "store_behind_seconds": lambda: parts().store.upkeep.behind_s,
         "store_snapshot_seconds": lambda: parts().store.upkeep.snapshot_s,

@@ -160,8 +160,7 @@ class Service:
 
     def notices(self) -> list[str]:
         """Return what an operator should look at although the worker serves."""
-        notice = self.store.notice()
-        return [notice] if notice else []
+        return [notice] if (notice := self.store.notice()) else []
 
     # Its life ...
 
@@ -260,6 +259,7 @@ class Service:
         await self._drain.idle()
 
     def _stop_accepting(self) -> None:
+        self._parts.feeds.close()  # A drain does not wait for followers: they can join again elsewhere.
         while self._servers:
             self._servers.pop().close()
 

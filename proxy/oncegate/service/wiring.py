@@ -42,6 +42,8 @@ from oncegate.store.results import StoreEvent
 from oncegate.store.store import Store, StoreConfig
 from oncegate.store.unknown_keys import UnknownKeys
 from oncegate.store.waiters import MAX_POLLS_PER_S, Waiters
+from oncegate.streams.feeds import Feeds
+from oncegate.streams.followers import Followers
 from oncegate.upstream.connector import client_tls
 from oncegate.upstream.pool import REUSE_IDLE_S, Pool
 from oncegate.upstream.pools import Pools
@@ -96,6 +98,9 @@ class Parts:
             polls_per_s=MAX_POLLS_PER_S / settings.workers,
             polled=metrics.duplicate_polled,
         )
+        self.feeds = Feeds(self.store, self.memory, settings.lease_ms, settings.workers)
+        self.feeds.head_came = self.waiters.head_came
+        self.followers = Followers(settings.max_followers)
         self.cancellations = Cancellations(self.store, self.leases, metrics.cancels.by_value)
         self.unknown_keys = UnknownKeys(
             self.store, int(settings.retention_s * 1000), unknown_retention_ms(settings), reporting.log.warning
@@ -223,6 +228,8 @@ class Parts:
             leases=self.leases,
             waiters=self.waiters,
             cancellations=self.cancellations,
+            feeds=self.feeds,
+            followers=self.followers,
             wait_ended=reporting.metrics.wait_ended,
             pool=self.pools.of(rule.upstream),
             memory=self.memory,

@@ -4,7 +4,6 @@ The descriptions are the reference page. `loading.load_settings` reads the envir
 without repeating a secret; no other module reads the environment.
 """
 
-from pydantic import ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from oncegate.settings.groups.access import AccessSettings
@@ -15,7 +14,6 @@ from oncegate.settings.groups.operation import OperationSettings
 from oncegate.settings.groups.postgres import PostgresSettings
 from oncegate.settings.groups.store import StoreSettings
 from oncegate.settings.groups.upstreams import UpstreamSettings
-from oncegate.settings.values import RESERVED
 
 PREFIX = "ONCEGATE_"
 ENV_FILE = ".env"
@@ -51,15 +49,3 @@ class Settings(
         # An infinite time would fail only when a timer uses it.
         allow_inf_nan=False,
     )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _refuse_reserved(cls, value: object, info: ValidationInfo) -> object:
-        # Defaults are values already; the environment gives text.
-        if not isinstance(value, str):
-            return value
-        name, text = str(info.field_name), value.partition("://")[0].strip().lower()
-        row = name if text != str(cls.model_fields[name].default) else ""
-        if advice := RESERVED.get(f"{name}={text}") or RESERVED.get(row):
-            raise ValueError(f"is not available in this version; {advice}")
-        return value

@@ -20,12 +20,6 @@ PIBIBYTE = 1 << 50
 MILLION = 1_000_000
 MAX_WORKERS = 1024
 
-# Values that are reserved for a later version, as `name=value`, or as `name` where only its default works. What to
-# use now is a part of the message. Whoever implements one deletes its row.
-RESERVED = {
-    "on_duplicate=join": "use reject or wait",
-}
-
 
 def from_text(parse: Callable[[str], object]) -> BeforeValidator:
     """Return a validator that parses text from the environment; a default is a value already and stays."""

@@ -14,7 +14,7 @@ from itertools import chain, count
 from oncegate.decision import State, effective_state
 from oncegate.keys.digests import Scope
 from oncegate.store.record import Record
-from oncegate.store.results import Unconfirmed
+from oncegate.store.results import Followed, ReadFailure, Unconfirmed
 from oncegate.store.store import Store
 
 MAX_WAITERS_PER_KEY = 64
@@ -33,6 +33,8 @@ class Woken(Enum):
 
     # The record changed: read it again.
     RECORD_CHANGED = "record_changed"
+    # The original's response has begun: a duplicate that joins it may try.
+    HEAD_CAME = "head_came"
     # The key is free and nothing was sent for it: this duplicate may claim it.
     MAY_CLAIM = "may_claim"
     # The key is free, and the upstream may want no retry now: the client retries later.
@@ -56,6 +58,8 @@ class _Waiter:
     scope: Scope
     is_half_closed: Callable[[], bool]
     future: "asyncio.Future[Woken]"
+    # The token of the claim whose response it joins, empty where it waits for the end.
+    joins: bytes
 
 
 class Waiters:
@@ -100,17 +104,19 @@ class Waiters:
         deadline_s: float,
         client_left: "asyncio.Future[None]",
         is_half_closed: Callable[[], bool],
+        joins: bytes = b"",
     ) -> Woken:
         """Wait for a key without `refusal`, until `deadline_s` (the loop's time) or until `client_left` is done.
 
         `is_half_closed()` returns whether the client closed its side of the connection. Such a client may have left,
-        or may still read its response. It waits while there is room.
+        or may still read its response. It waits while there is room. `joins`: the token of the claim whose response
+        it joins once that begins; empty: it waits for the end.
         """
         if key not in self._by_key:
             self._by_key[key] = []
             self._schedule.add(key, self._clock())
             self._arrived.set()
-        waiter = _Waiter(scope, is_half_closed, asyncio.get_running_loop().create_future())
+        waiter = _Waiter(scope, is_half_closed, asyncio.get_running_loop().create_future(), joins)
         self._by_key[key].append(waiter)
         self._count += 1
         try:
@@ -170,6 +176,12 @@ class Waiters:
             if not waiter.future.done():
                 waiter.future.set_result(reason)
 
+    def head_came(self, key: bytes) -> None:
+        """Wake the waiters that join the response to a key: it has begun."""
+        for waiter in self._by_key.get(key, ()):
+            if waiter.joins and not waiter.future.done():
+                waiter.future.set_result(Woken.HEAD_CAME)
+
     def let_one_claim(self, key: bytes) -> None:
         """Let one waiter of a key claim it. The others go on waiting, now for that one."""
         for waiter in self._by_key.get(key, ()):
@@ -207,6 +219,9 @@ class Waiters:
             self._schedule.polled(key, self._clock())
 
     async def _poll_key(self, key: bytes, scope: Scope) -> None:
+        joined = next((waiter.joins for waiter in self._by_key[key] if waiter.joins), b"")
+        if joined and await self._poll_head(key, joined):
+            return
         record = await self._store.peek(key, scope, self._lease_ms)
         if isinstance(record, Unconfirmed) or self._is_held_here(key):
             return
@@ -218,6 +233,21 @@ class Waiters:
         state = effective_state(record.state, record.lease_left_ms) if isinstance(record, Record) else None
         if state is not State.IN_FLIGHT:
             self._wake(key, Woken.RECORD_CHANGED)
+
+    async def _poll_head(self, key: bytes, token: bytes) -> bool:
+        """Look for the head of a response; return whether that says all about its key."""
+        found = await self._store.follow(key, token, 0)
+        if not isinstance(found, Followed):
+            return found is ReadFailure.UNCONFIRMED
+        if found.state is not State.IN_FLIGHT:
+            self._wake(key, Woken.RECORD_CHANGED)
+        elif found.head or found.dropped:
+            self.head_came(key)
+        elif found.count:
+            # Its owner is of an older version, and gives no head.
+            for waiter in self._by_key.get(key, ()):
+                waiter.joins = b""
+        return True
 
 
 class PollSchedule:

@@ -61,9 +61,9 @@ POINTS = {
     "renew": ("before", *_of_each_store("renew")),
     "wait": ("before", "oncegate.store.waiters:Waiters.wait"),
     "woken": ("after", "oncegate.store.waiters:Waiters.wait"),
-    "replay": ("before", "oncegate.gateway.handler:replay_small", "oncegate.gateway.handler:replay_large"),
+    "replay": ("before", "oncegate.gateway.duplicates:replay_small", "oncegate.gateway.duplicates:replay_large"),
     "read": ("after", *_of_each_store("read")),
-    "replayed": ("after", "oncegate.gateway.handler:replay_small", "oncegate.gateway.handler:replay_large"),
+    "replayed": ("after", "oncegate.gateway.duplicates:replay_small", "oncegate.gateway.duplicates:replay_large"),
 }
 _FORM = re.compile(r"(?P<kind>kill|raise|pause)@(?P<point>\w+):(?P<nth>\d+)(?::(?P<pause_ms>\d+))?")
 

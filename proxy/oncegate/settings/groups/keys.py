@@ -72,14 +72,17 @@ class KeySettings(BaseModel):
         description="Lease of a claim. oncegate renews it after a third of that time. If a proxy dies, its unfinished "
         "requests become unknown after one lease.",
     )
-    on_duplicate: Literal["reject", "wait"] = Field(
+    on_duplicate: Literal["reject", "wait", "join"] = Field(
         "reject",
         description="What a duplicate gets while the original is running. `reject`: 409. `wait`: the response of the "
-        "original, or 409 after `ONCEGATE_WAIT_MAX_S`. "
+        "original once that is complete, or 409 after `ONCEGATE_WAIT_MAX_S`. `join`: the response while it comes; it "
+        "waits as long for its beginning. "
         "[Which to choose](rules.md#while-the-original-is-running).",
     )
     wait_max_s: Seconds = Field(
-        30, description="Longest wait of a duplicate, with `ONCEGATE_ON_DUPLICATE=wait` or `Prefer: wait`."
+        30,
+        description="Longest wait of a duplicate, with `ONCEGATE_ON_DUPLICATE=wait` or `Prefer: wait`. "
+        "With `join`, the longest wait for the beginning of the response.",
     )
     max_waiters: int = Field(
         1024,
@@ -87,6 +90,13 @@ class KeySettings(BaseModel):
         le=MILLION,
         description="Duplicates that wait at the same time, for each worker, and at most 64 for one key. Others get "
         "409 at once.",
+    )
+    max_followers: int = Field(
+        1024,
+        ge=0,
+        le=MILLION,
+        description="Duplicates that join a running original at the same time, for each worker. One tenant has a "
+        "quarter of the places at most. Others wait for the end. 0: nobody joins.",
     )
     on_unknown: Literal["hold", "retry"] = Field(
         "hold",

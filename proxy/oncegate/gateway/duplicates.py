@@ -1,0 +1,129 @@
+"""A duplicate: how it waits for its original, and what it gets by the record that it finds.
+
+A wait ends in one of several ways (`Woken`); a duplicate that joins a running original is in `streams/join.py`.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Final
+
+from oncegate.decision import Decision
+from oncegate.downstream.body import Bodies
+from oncegate.downstream.request import Request
+from oncegate.gateway.answers import Refuse, Taken, decide_duplicate, duplicate_refusal, send
+from oncegate.gateway.keyed_request import KeyedRequest
+from oncegate.gateway.replay import Replay, replay_decoded, replay_large, replay_small
+from oncegate.observe.outcome import Outcome, RequestReport, outcome_of
+from oncegate.observe.usage import usage_reader
+from oncegate.store.kept import unpack_kept
+from oncegate.store.record import Record, StoredResponse
+from oncegate.store.results import Unconfirmed
+from oncegate.store.waiters import Woken
+
+# Bound once for the request path, as in `decision`.
+_IN_FLIGHT: Final = Decision.IN_FLIGHT
+_REPLAY: Final = Decision.REPLAY
+_REPLAYED: Final = Outcome.REPLAYED
+# After these the duplicate asks for the key once more.
+CLAIMS_AGAIN = (Woken.RECORD_CHANGED, Woken.HEAD_CAME, Woken.MAY_CLAIM)
+
+
+def waits_for_original(keyed: KeyedRequest, taken: Taken) -> bool:
+    """Return whether a duplicate waits for the original whose record it found, or joins it: while that is running."""
+    # Most records have their response by then.
+    if isinstance(taken, Record) and taken.response is not None:
+        return False
+    if not keyed.wait_s and keyed.join_fields is None:
+        return False
+    return decide_duplicate(taken, keyed.claim_request.fingerprint) is _IN_FLIGHT
+
+
+async def wait_for_original(
+    request: Request, keyed: KeyedRequest, bodies: Bodies, deadline_s: float, joins: bytes = b""
+) -> Woken:
+    """Wait until the original has ended, the client has left or `deadline_s` (the loop's time) has passed.
+
+    `joins`: the token of an original whose response this one joins, once that begins; empty: it waits for the end.
+
+    A wait costs little: polls have a limit of their own (`store/waiters`), and the body leaves the memory. It is
+    kept in the spool because the request may still have to be executed, if its original was not.
+    """
+    claim_request, response, deps = keyed.claim_request, request.response, keyed.route.deps
+    waiters, grace_s = deps.waiters, keyed.route.policy.cancel_grace_s
+    reads: AbstractContextManager[None] = nullcontext()
+    if grace_s is not None:
+        reads = deps.cancellations.readers.waiting(claim_request.key, grace_s, response.reader_has_left)
+    refused = waiters.refusal(claim_request.key)
+    if refused is None and not bodies.set_aside(keyed.body):
+        refused = Woken.NO_ROOM_FOR_BODY
+    if refused is not None:
+        deps.wait_ended(refused.label)
+        return refused
+    if keyed.trace is not None:
+        keyed.trace.spent("claim")
+    with reads:
+        woken = await waiters.wait(
+            claim_request.key,
+            claim_request.scope,
+            deadline_s,
+            response.client_leaves(),
+            response.client_half_closed,
+            joins,
+        )
+    if keyed.trace is not None:
+        keyed.trace.spent("wait")
+    deps.wait_ended(woken.label)
+    return woken
+
+
+def after_wait(taken: Taken, waited_s: float) -> Taken:
+    """Return what a duplicate found as of now: its original has been running for so much longer."""
+    return replace(taken, now_ms=taken.now_ms + int(waited_s * 1000)) if isinstance(taken, Record) else taken
+
+
+# What it gets ...
+
+
+async def answer_duplicate(request: Request, keyed: KeyedRequest, taken: Taken) -> RequestReport:
+    """Answer a request whose key is taken, by what the store has for it."""
+    if keyed.trace is not None:
+        keyed.trace.met(unpack_kept(taken.kept).trace if isinstance(taken, Record) else b"")
+    decision = decide_duplicate(taken, keyed.claim_request.fingerprint)
+    if decision is _REPLAY and isinstance(taken, Record) and taken.response is not None:
+        replayed = await _replay(request, keyed, taken, taken.response)
+        if isinstance(replayed, RequestReport):
+            return replayed
+        decision = replayed
+    answer = duplicate_refusal(decision, taken, keyed.route.policy, keyed.route.deps.usual.seconds)
+    return refuse_keyed(request, keyed, answer, taken.reason if isinstance(taken, Unconfirmed) else "")
+
+
+def refuse_keyed(request: Request, keyed: KeyedRequest, answer: Refuse, reason: str = "") -> RequestReport:
+    """Send an answer of oncegate's own to a request whose key is known."""
+    send(request, keyed.named(request, answer, keyed.fields))
+    return keyed.report(request, outcome_of(answer.problem), answer.problem.status, reason)
+
+
+async def _replay(
+    request: Request, keyed: KeyedRequest, record: Record, stored: StoredResponse
+) -> RequestReport | Outcome:
+    """Send a stored response. A bare outcome: nothing was sent, because the record is corrupt or unreadable."""
+    route, key, scope = keyed.route, keyed.claim_request.key, keyed.claim_request.scope
+    usage = usage_reader(stored.status, stored.block, stored.size) if route.policy.counts_tokens else None
+    on_body = usage.add if usage is not None else None
+    replay = Replay(key, record, stored, keyed.fields + keyed.key_field, request, keyed.caller, on_body)
+    # A small body came with the record.
+    if coding := replay.coding():
+        outcome = await replay_decoded(request.response, route.deps.store, replay, coding)
+    elif stored.size == 0 or record.body is not None:
+        outcome = replay_small(request.response, replay)
+    else:
+        outcome = await replay_large(request.response, route.deps.store, replay)
+    if outcome is not _REPLAYED:
+        return keyed.report(request, outcome, stored.status) if request.response.started else outcome
+    tokens = None if usage is None else usage.tokens()
+    # Positions, not names: arguments by name cost 4,000 instructions more (Python 3.11, measured).
+    return RequestReport(
+        outcome, stored.status, request.message.method, key, 0.0, stored.took_ms / 1000, stored.size,
+        scope.without_credential, "", route.policy.rule, tokens, (), False, None, None, route.upstream,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""The request path of those who read a response that another request's exchange brings."""

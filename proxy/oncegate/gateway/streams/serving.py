@@ -1,0 +1,64 @@
+"""Sends a response to a reader while it comes: the head, the bytes from an offset on, and an end if it has one.
+
+The end is clean only where the store has the whole response. Anything else that ends the feed breaks the reader off.
+"""
+
+from oncegate.downstream.request import Request
+from oncegate.downstream.response import ResponseWriter
+from oncegate.messages.framing import COUNTED, STATED
+from oncegate.store.stream_head import StreamHead
+from oncegate.streams.feed import Feed, FeedEnd
+
+
+def head_block(request: Request, head: StreamHead, fields: bytes, original_id: bytes = b"") -> bytes:
+    """Return the header fields of a response that still comes, as this reader gets them.
+
+    `fields`: further ones, each line ended. `original_id`: of the request whose response it is.
+    """
+    age = b"Age: %d\r\n" % head.age_s if head.age_s else b""
+    block = b"".join(
+        (head.block, age, fields, request.connection.request_ids.of_replay(request.id, original_id, head.block))
+    )
+    return request.requester.replayed(block, 0) if request.adaptation.adapts_replay(block) else block
+
+
+async def serve(response: ResponseWriter, feed: Feed, head: StreamHead, block: bytes) -> FeedEnd | None:
+    """Send a response from its beginning as it comes; return how it ended, None if the client left first."""
+    response.begin(head.status, head.reason, block, head.length, STATED if head.stated_length else COUNTED)
+    return await pass_on(response, feed, 0)
+
+
+async def pass_on(response: ResponseWriter, feed: Feed, offset: int) -> FeedEnd | None:
+    """Send the bytes from `offset` on behind a head that has left; return as `serve` does."""
+    feed.on_broken.add(response.abort)
+    try:
+        ended = await _copy(response, feed, offset)
+    finally:
+        feed.on_broken.discard(response.abort)
+    if ended is FeedEnd.COMPLETE:
+        response.trailers = feed.trailers
+        response.end()
+    elif ended is not None:
+        response.abort()
+    return ended
+
+
+async def _copy(response: ResponseWriter, feed: Feed, offset: int) -> FeedEnd | None:
+    """Write the body; return how it ended, None if the client left first."""
+    while not (feed.is_lost or response.client_gone):
+        if offset < feed.size:
+            data = feed.at_hand(offset) or await feed.read(offset)
+            if not data:
+                return feed.ended if feed.is_lost else FeedEnd.GONE
+            if not feed.is_lost:
+                response.write(data)
+            offset += len(data)
+            if response.has_backlog:
+                await response.wait_room()
+        elif feed.ended is None:
+            # One future for both: something comes, or the client leaves.
+            await feed.wait(response.client_leaves())
+        else:
+            break
+    # A client that was broken off has not left by itself.
+    return None if response.client_gone and not feed.is_lost else feed.ended

@@ -1,0 +1,114 @@
+"""Brings a feed its bytes from the store, where the exchange runs in another worker or replica.
+
+Whatever the number of its readers, a feed that waits for news is one read of the store after each pause.
+"""
+
+import asyncio
+from collections.abc import Callable
+from hashlib import blake2b
+
+from oncegate.decision import State
+from oncegate.messages.response_head import response_digest
+from oncegate.store.record import StoredResponse
+from oncegate.store.results import Followed, ReadFailure
+from oncegate.store.store import Store
+from oncegate.store.stream_head import StreamHead, unpack_head
+from oncegate.streams.feed import Feed, FeedEnd
+
+# The owner learns that somebody reads, and writes smaller batches, for so long after each read.
+READING_MS = 3000
+
+
+class Pull:
+    """Pulls the response of one feed, which ends if the store cannot be read for `silence_s`."""
+
+    def __init__(self, feed: Feed, store: Store, silence_s: float) -> None:
+        self._feed, self._store, self._silence_s = feed, store, silence_s
+        self._next = 0
+        # Over status, reason, fields and what of the body has come.
+        self._digest: blake2b | None = None
+        self._loop = asyncio.get_running_loop()
+        self._heard_s = self._loop.time()
+
+    async def run(self, pause_s: Callable[[], float]) -> None:
+        """Read until the response has ended, and only while a reader waits for more.
+
+        `pause_s()`: between two reads, unless there is more already.
+        """
+        feed = self._feed
+        while feed.ended is None:
+            await feed.wanted()
+            began_s = self._loop.time()
+            found = await self._store.follow(feed.key, feed.token, self._next, READING_MS)
+            if not self._take(found):
+                await asyncio.sleep(max(0.0, began_s + pause_s() - self._loop.time()))
+
+    def _take(self, found: Followed | ReadFailure) -> bool:
+        """Take what a read found; return whether more is there already."""
+        feed = self._feed
+        if isinstance(found, ReadFailure):
+            self._fail(found)
+            return False
+        self._heard_s = self._loop.time()
+        feed.replaced = found.replaced
+        if feed.head is None:
+            head = unpack_head(found.head) if found.head else _head_of(found.response)
+            if head is not None:
+                self._digest = response_digest(head.status, head.reason, head.block)
+            feed.begin(head)
+        self._publish(found.chunks)
+        has_more = self._next < found.count
+        if not has_more or found.state is not State.COMPLETE:
+            self._end(found)
+        return has_more
+
+    def _publish(self, chunks: list[bytes]) -> None:
+        feed = self._feed
+        feed.note_chunks(self._next, feed.size, chunks)
+        for chunk in chunks:
+            if self._digest is not None:
+                self._digest.update(chunk)
+            feed.stored(feed.size + len(chunk))
+            feed.publish(chunk)
+        self._next += len(chunks)
+
+    def _fail(self, failure: ReadFailure) -> None:
+        if failure is not ReadFailure.UNCONFIRMED:
+            self._feed.end(FeedEnd.GONE)
+        elif self._loop.time() > self._heard_s + self._silence_s:
+            self._feed.end(FeedEnd.UNREACHABLE)
+
+    def _end(self, found: Followed) -> None:
+        """End the feed where the record says that nothing more comes."""
+        feed, response = self._feed, found.response
+        if found.state is State.COMPLETE and response is not None:
+            if not response.body_stored:
+                feed.end(FeedEnd.DROPPED)
+            elif self._is_whole(response):
+                feed.complete(response.trailers)
+            else:
+                feed.end(FeedEnd.BROKEN)
+        elif found.state is State.EXPIRED:
+            feed.end(FeedEnd.GONE)
+        elif found.state is not State.IN_FLIGHT:
+            feed.end(FeedEnd.BROKEN)
+        elif found.dropped:
+            feed.end(FeedEnd.DROPPED)
+
+    def _is_whole(self, response: StoredResponse) -> bool:
+        """Return whether what has come is the whole response, as its digest says."""
+        if self._digest is None or self._feed.size != response.size:
+            return False
+        self._digest.update(response.trailers)
+        return self._digest.digest() == response.digest
+
+
+def _head_of(response: StoredResponse | None) -> StreamHead | None:
+    """Return the head of a complete response."""
+    if response is None:
+        return None
+    # Its length is known by now.
+    return StreamHead(
+        response.status, response.reason, response.block, response.size, response.stated_length,
+        response.close_delimited, response.age_s,
+    )  # fmt: skip
