@@ -192,3 +192,19 @@ async def test_an_answer_that_is_complete_wins(gates, upstream, api, desk):
         assert is_whole or retry.problem["reason"] == "cancelled"
         client.close()
     assert len(upstream.received) == 6
+
+
+@pytest.mark.parametrize("stored", ["valkey"], indirect=True)
+async def test_a_client_that_does_not_read_holds_no_cancel_up(gates, upstream, api, desk):
+    """The key is settled at once, not after the time that a slow client has."""
+    gate = await gates(CLIENT_STALL_S=600)
+    api.begins = [SSE, *(chunk(b"x" * 65536) for _ in range(400))]
+    client = await begun(gate, upstream)
+    client.writer.transport.pause_reading()
+    # Held for it, as much as there is room for.
+    held = -1.0
+    while held != (now := gate.metric("buffered_bytes")) or not now:
+        held = now
+        await asyncio.sleep(0.2)
+    assert "cancelled" in (await desk("cancel", "stopped")).stdout
+    client.reset()

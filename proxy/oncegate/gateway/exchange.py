@@ -267,7 +267,7 @@ class Exchange:
         while await connection.pass_body(pass_on, silence_s):
             if recording is not None:
                 await recording.wait_room()
-            while response.has_backlog and not await response.has_room():
+            while response.has_backlog and not await self.progress.has_room(response):
                 self._extend_watchdog()
             if recording is not None and recording.is_broken:
                 return Ending.TRUNCATED

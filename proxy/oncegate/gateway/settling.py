@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from oncegate.decision import Disposition, Ending, Settlement, ending, usual_s
+from oncegate.downstream.response import ResponseWriter
 from oncegate.gateway.answers import Refuse, cancelled, not_sent, response_not_stored, upstream_lost
 from oncegate.gateway.recording import Recording
 from oncegate.gateway.response_reading import ResponseReading
@@ -38,8 +39,8 @@ class Progress:
 
     `sent`: a byte of the request may have left. `head` is the upstream's, `whole` the body of a small response,
     `recording` that of a streamed one, `trailers` what follows either. `reading`: of a response whose status alone does
-    not tell. `cancelled`: why the exchange was ended, empty where it was not; `waiting`: what that ends at once before
-    there is a connection. `settlement` is the last one tried, `settlements` are what is counted of it.
+    not tell. `cancelled`: why the exchange was ended, empty where it was not; `waiting`: what that ends at once.
+    `settlement` is the last one tried, `settlements` are what is counted of it.
     """
 
     deps: ExchangeDeps
@@ -80,6 +81,10 @@ class Progress:
             return None
         finally:
             self.waiting = None
+
+    async def has_room(self, response: ResponseWriter) -> bool:
+        """Wait for a slow client as `response.has_room` does, and no longer once the exchange is cancelled."""
+        return await self.unless_cancelled(response.has_room()) is not False
 
     def note_reading(self, reading: ResponseReading | None) -> None:
         """Read this response from now on, and the one before no more."""
