@@ -54,6 +54,7 @@ GROUPS = {
     "The upstream": """connect_timeout_s connect_retries dns_ttl_s upstream_timeout_s pass_interim
         upstream_reuse_idle_s
         upstream_rest_s max_upstream_connections upstream_spare_connections""",
+    "Streams": "own_path public_base",
     "Browsers": "cors_origins cors_credentials cors_by rewrite_location rewrite_cookie_path cookie_domain",
     "Limits of a worker": """max_in_flight max_connections max_waiters max_followers max_request_bytes
         max_buffered_bytes spool_dir max_spool_bytes max_head_bytes max_head_line_bytes max_head_fields client_stall_s

@@ -19,6 +19,7 @@ TABLE = {
     "outcome-unknown": (409, NO, NULL),
     "response-not-kept": (409, NO, NO),
     "key-expired": (410, NO, NO),
+    "stream-gone": (410, NO, NULL),
     "body-too-large": (413, NO, YES),
     "store-unavailable": (503, YES, YES),
     "overloaded": (503, YES, YES),
@@ -31,9 +32,13 @@ TABLE = {
 COME_AGAIN = {"in-flight": 7, "store-unavailable": None, "overloaded": None}  # slugs with a Retry-After
 REFUSED = {
     400: (NO, NULL),
+    404: (NO, NULL),
     405: (NO, NULL),
     408: (YES, YES),
+    409: (NO, NULL),
+    412: (NO, NULL),
     414: (NO, NULL),
+    416: (NO, NULL),
     417: (NO, NULL),
     421: (NO, NULL),
     431: (NO, NULL),
@@ -117,7 +122,7 @@ def test_a_problem_says_the_same_in_the_member_that_sdks_read(slug):
 def test_what_concerns_the_key_is_an_idempotency_error():
     """Problems of the key are idempotency errors. All others are errors of the API."""
     of_the_key = {slug for slug in TABLE if json.loads(made(slug).body())["error"]["type"] == "idempotency_error"}
-    assert of_the_key == set(list(TABLE)[:8])
+    assert of_the_key == set(list(TABLE)[:9])
 
 
 @pytest.mark.parametrize("slug", TABLE)

@@ -288,6 +288,22 @@ CASES = {
         'retry_mark = "Svix-Retry-Count"',
         "must be header: and a name",
     ),
+    "resumable": (
+        "resumable = true",
+        lambda rule: rule.policy.resumable,
+        True,
+        False,
+        "resumable = 1",
+        "True or False",
+    ),
+    "cancellable": (
+        "cancellable = true",
+        lambda rule: rule.policy.cancellable,
+        True,
+        False,
+        'cancellable = "yes"',
+        "must be True or False",
+    ),
     "pages": ("pages = true", lambda rule: rule.policy.pages, True, None, 'pages = "yes"', "must be True or False"),
     "token_prices": (
         'token_prices = { output = 10, input = 2.5 }\npreset = "openai"',
@@ -412,7 +428,8 @@ def test_every_field_has_its_row():
 def test_a_field(rules, field):
     """A field sets its part of the policy. Without it, the value of the settings holds."""
     written, look, value, default, _, _ = CASES[field]
-    assert look(rules(one(written) if field != "name" else f"[[rule]]\n{written}").rules[0]) == value
+    text = one(written) if field != "name" else f"[[rule]]\n{written}"
+    assert look(rules(text, secret="some secret bytes").rules[0]) == value
     assert look(rules(one('path = "/"' if field != "path" else "")).rules[0]) == default
 
 
@@ -642,6 +659,10 @@ CONTRADICTIONS = {
         'cors_origins = ["*"]\ncors_credentials = true',
         "must not be set beside * in cors_or",
     ),
+    "an address without a guard": ('resumable = true\nguard = "off"', "only a response with a key is stored"),
+    "an address without a secret": ("resumable = true", "needs ONCEGATE_SECRET"),
+    "a stop without a secret": ("cancellable = true", "needs ONCEGATE_SECRET"),
+    "a stop without a guard": ('cancellable = true\nguard = "off"', "only a response with a key is stored"),
     "cookies for all": ("replay_cookies = true\nscope = []", "credentials and cookies alone"),
     "cookies for an account": ('replay_cookies = true\nscope = ["header:X-Account"]', "credentials and cookies alone"),
     "cookies for a shop": (

@@ -60,6 +60,14 @@ CASES: dict[str, tuple[object, str, object, str, str]] = {
         "10.0.0.1/8",
         "must be networks",
     ),
+    "own_path": ("/.oncegate", "/a/own-path/", "/a/own-path", "/v1", "must be a path such as /.oncegate"),
+    "public_base": (
+        None,
+        "https://api.example.com/v1/",
+        Origin("https", "api.example.com", 443, "/v1"),
+        "api.example.com",
+        "must be http:// or https://",
+    ),
     "pass_interim": (False, "true", True, "some", "must be true or false"),
     "pass_host": (False, "true", True, "maybe", "must be true or false"),
     "cors_origins": (

@@ -3,6 +3,8 @@
 import os
 import ssl
 
+from oncegate.settings.settings import Settings
+
 
 def server_context(cert_file: str | os.PathLike[str], key_file: str | os.PathLike[str] | None) -> ssl.SSLContext:
     """Return the TLS side of a listener for HTTP/1.1. Raises OSError for files that cannot be used."""
@@ -11,6 +13,13 @@ def server_context(cert_file: str | os.PathLike[str], key_file: str | os.PathLik
     context.set_alpn_protocols(["http/1.1"])
     context.load_cert_chain(cert_file, key_file)
     return context
+
+
+def listener_tls(settings: Settings) -> ssl.SSLContext | None:
+    """Return the TLS side of the public listener, None for plain HTTP. Raises OSError for unusable files."""
+    if settings.tls_cert_file is None:
+        return None
+    return server_context(settings.tls_cert_file, settings.tls_key_file)
 
 
 class Replaceable:

@@ -67,11 +67,12 @@ class Request:
     where requests have none.
     `adaptation`: what its responses say otherwise for this client, known with the rule that matches.
     `render` writes a response of oncegate itself for this client; None for the usual problem in JSON.
+    `shown_path`: what logs and traces have in the place of its path, empty for the path itself.
     """
 
     __slots__ = (
         "adaptation", "connection", "content", "head", "id", "id_line", "known", "message", "render", "response",
-        "values",
+        "shown_path", "values",
     )  # fmt: skip
 
     def __init__(
@@ -89,6 +90,7 @@ class Request:
         self.id, self.id_line = ids.of(_sent(message, ids.name) if known is None else known.value(ids.name, values))
         self.adaptation = NOTHING
         self.render: Render | None = None
+        self.shown_path = ""
         self.response = ResponseWriter(connection, message, known is not None)
 
     def checked_head(self) -> RequestHead:
@@ -112,6 +114,8 @@ class Request:
     @property
     def path(self) -> str:
         """The path of its target, without the query."""
+        if self.shown_path:
+            return self.shown_path
         if self.head is not None:
             target = self.head.target
         elif self.known is not None:

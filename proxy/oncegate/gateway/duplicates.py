@@ -95,6 +95,8 @@ async def answer_duplicate(request: Request, keyed: KeyedRequest, taken: Taken) 
             return replayed
         decision = replayed
     answer = duplicate_refusal(decision, taken, keyed.route.policy, keyed.route.deps.usual.seconds)
+    if decision is _IN_FLIGHT and isinstance(taken, Record):
+        answer = replace(answer, fields=answer.fields + keyed.link_fields(request, taken.token, taken.created_ms))
     return refuse_keyed(request, keyed, answer, taken.reason if isinstance(taken, Unconfirmed) else "")
 
 
@@ -111,7 +113,8 @@ async def _replay(
     route, key, scope = keyed.route, keyed.claim_request.key, keyed.claim_request.scope
     usage = usage_reader(stored.status, stored.block, stored.size) if route.policy.counts_tokens else None
     on_body = usage.add if usage is not None else None
-    replay = Replay(key, record, stored, keyed.fields + keyed.key_field, request, keyed.caller, on_body)
+    fields = keyed.fields + keyed.own_fields(request, record.token, record.created_ms)
+    replay = Replay(key, record, stored, fields, request, keyed.caller, on_body)
     # A small body came with the record.
     if coding := replay.coding():
         outcome = await replay_decoded(request.response, route.deps.store, replay, coding)

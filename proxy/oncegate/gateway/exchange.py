@@ -68,8 +68,8 @@ class Exchange:
         self._deps, self._policy = keyed.route.deps, keyed.route.policy
         self._scope, self._body = keyed.claim_request.scope, keyed.body
         self._held, self._request, self._client, self._response = held, head, client, client.response
-        self._key_id, self._key_field = keyed.key_id, keyed.key_field
-        caller = keyed.caller
+        self._key_id, caller = keyed.key_id, keyed.caller
+        self._key_fields = keyed.own_fields(client, held.claim.token, held.claim.created_ms)
         self.progress = Progress(self._deps, held, b"" if caller is None else caller.id, keyed.trace)
         held.cancel = self.cancel
 
@@ -317,4 +317,4 @@ class Exchange:
 
     def _block(self, head: ResponseHead) -> bytes:
         """Return the header fields that the client gets."""
-        return self._client.adapted_block(head, head.forwarded_block + self._status_field + self._key_field)
+        return self._client.adapted_block(head, head.forwarded_block + self._status_field + self._key_fields)

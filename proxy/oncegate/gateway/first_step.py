@@ -11,9 +11,10 @@ from oncegate.adaptation.json_rpc import Caller, cancelled_call
 from oncegate.downstream.body import Bodies, Body, BufferedBody, NoBody, TooLarge, stated_length
 from oncegate.downstream.request import Request
 from oncegate.gateway.answers import AnswerOptions, Refuse, body_refusal, key_refusal, malformed, scope_refusal
-from oncegate.gateway.keyed_request import Begun, HeadPlan, KeyedRequest, Waiting, kept_of, plan_head
+from oncegate.gateway.keyed_request import Begun, HeadPlan, KeyedRequest, Waiting, claim_request_of, kept_of, plan_head
 from oncegate.gateway.relay import Relay, pass_through
 from oncegate.gateway.routes import Route, Routes
+from oncegate.gateway.streams.own import AnswerOwn, OwnPaths
 from oncegate.gateway.tunnel import Tunnel
 from oncegate.keys.digests import Digests, Scope, UnstableScope, finish_fingerprint, finish_key
 from oncegate.keys.documents import Missing
@@ -35,7 +36,6 @@ from oncegate.rules.identity import (
     uses_no_key,
 )
 from oncegate.rules.policy import Policy
-from oncegate.store.record import ClaimRequest
 
 
 class ReadBody(NamedTuple):
@@ -52,19 +52,19 @@ class ReadBody(NamedTuple):
     by_body: bool = False
 
 
-Step = AnswerOptions | Refuse | Relay | Tunnel | KeyedRequest
+Step = AnswerOptions | AnswerOwn | Refuse | Relay | Tunnel | KeyedRequest
 
 
 class FirstStep:
     """Decides the first step of each request, by the rules in effect."""
 
-    def __init__(self, admission: Admission, routes: Routes, digests: Digests, bodies: Bodies) -> None:
+    def __init__(self, digests: Digests, bodies: Bodies) -> None:
+        """`follow` is called before the first request."""
         self._digests, self._bodies = digests, bodies
-        self.follow(admission, routes)
 
-    def follow(self, admission: Admission, routes: Routes) -> None:
-        """Decide by these rules from now on."""
-        self._admission, self._routes = admission, routes
+    def follow(self, admission: Admission, routes: Routes, own: OwnPaths | None) -> None:
+        """Decide by these rules from now on. `own`: what oncegate answers itself, None for nothing."""
+        self._admission, self._routes, self._own = admission, routes, own
 
     def __call__(self, request: Request) -> Step | ReadBody:
         known, content, message = request.known, request.content, request.message
@@ -83,6 +83,8 @@ class FirstStep:
         # CONNECT may come without a target.
         target = (message.path or "").encode("utf-8", "surrogateescape")
         head = self._admission.admit(message.method, target, message.version, message.raw_headers)
+        if self._own is not None and (own := self._own.step(request, head)) is not None:
+            return own
         if isinstance(head, Refused):
             return malformed(head)
         if head.method == "OPTIONS" and b"max-forwards" in head.fields:
@@ -242,7 +244,7 @@ class FirstStep:
                 known.plan = plan_head(known, head, route, Begun(scope, key_prefix, prefix), waiting)
             blocks = body.blocks() if body.spooled else (body.data,)
             identity = Identity(finish_key(key_prefix, key), finish_fingerprint(prefix, blocks))
-        claim = _claim_request(policy, scope, identity, kept_of(request, route, body))
+        claim = claim_request_of(policy, scope, identity, kept_of(request, route, body))
         return KeyedRequest(route, claim, body, *waiting, identity.fresh, caller)
 
 
@@ -257,22 +259,6 @@ def _waiting(policy: Policy, head: RequestHead) -> Waiting:
             wait_s = min(preferred_s, policy.wait_max_s)
             fields = b"Preference-Applied: wait=%d\r\n" % wait_s
     return Waiting(wait_s, fields, join_fields)
-
-
-def _claim_request(policy: Policy, scope: Scope, identity: Identity, kept: bytes) -> ClaimRequest:
-    return ClaimRequest(
-        key=identity.key,
-        scope=scope,
-        fingerprint=identity.fingerprint,
-        mode=policy.mode,
-        lease_ms=policy.lease_ms,
-        retention_ms=policy.retention_ms,
-        # A derived key stands for a window: a form that is refused for months would help nobody.
-        unknown_retention_ms=policy.retention_ms if identity.window_ms else policy.unknown_retention_ms,
-        window_ms=identity.window_ms,
-        tombstone_ms=0 if identity.window_ms else policy.tombstone_ms,
-        kept=kept,
-    )
 
 
 def _is_planned(request: Request, step: Relay) -> bool:

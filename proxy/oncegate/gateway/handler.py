@@ -36,6 +36,7 @@ from oncegate.gateway.keyed_request import KeyedRequest, begin_trace, open_head
 from oncegate.gateway.relay import Relay, Relayed, answer_preflight, relay
 from oncegate.gateway.settling import Progress
 from oncegate.gateway.streams.join import NotJoined, join, may_join
+from oncegate.gateway.streams.own import AnswerOwn
 from oncegate.gateway.tunnel import Tunnel, tunnel
 from oncegate.observe.labels import Unguarded
 from oncegate.observe.outcome import Observe, Outcome, RequestReport
@@ -91,6 +92,8 @@ class Gateway:
                     report = _pass_through_report(request, step, await tunnel(request, step))
                 case AnswerOptions():
                     report = answer_options(request)
+                case AnswerOwn():
+                    report = await step.answer(request, step)
                 case Refuse():
                     report = refuse(request, step)
         except Exception as error:

@@ -19,10 +19,12 @@ from oncegate.messages.request_head import ForwardedInfo, RequestHead, uncoded
 from oncegate.messages.request_ids import TRACEPARENT
 from oncegate.observe.outcome import Outcome, RequestReport
 from oncegate.observe.tracing import Trace, Tracing, new_trace
-from oncegate.rules.identity import fingerprint_parts, with_target
+from oncegate.rules.identity import Identity, fingerprint_parts, with_target
+from oncegate.rules.policy import Policy
 from oncegate.store.kept import pack_note, pack_request_id, pack_trace
 from oncegate.store.record import ClaimRequest
 from oncegate.store.record_name import store_key
+from oncegate.streams.links import ClaimName
 
 # Bound once for the request path.
 _random = random.random
@@ -61,6 +63,19 @@ class KeyedRequest:
         """The field that tells the client the id, its line ended."""
         # As `key_field(self.key_id)`, in one call: replays come here.
         return b"Oncegate-Key-Id: %b\r\n" % store_key(self.claim_request.key)[6:-1]
+
+    def own_fields(self, request: Request, token: bytes, created_ms: int) -> bytes:
+        """Return the fields that tell a client the id, and where the response of a claim is read again."""
+        # As `key_field`, in one call.
+        line = b"Oncegate-Key-Id: %b\r\n" % store_key(self.claim_request.key)[6:-1]
+        return line if self.route.links is None else line + self.link_fields(request, token, created_ms)
+
+    def link_fields(self, request: Request, token: bytes, created_ms: int) -> bytes:
+        """Return the fields by which an answer names the addresses of a claim's response, each line ended."""
+        links, claim = self.route.links, self.claim_request
+        if links is None:
+            return b""
+        return links.fields(ClaimName(claim.key, token, claim.scope.tenant, created_ms), request.requester.outer)
 
     def plain_key(self, request: Request) -> str | None:
         """Return the key as the client wrote it, None unless it came alone in a header.
@@ -106,6 +121,23 @@ class Waiting(NamedTuple):
     wait_s: float
     fields: bytes
     join_fields: bytes | None
+
+
+def claim_request_of(policy: Policy, scope: Scope, identity: Identity, kept: bytes) -> ClaimRequest:
+    """Return what claims the key of a request."""
+    return ClaimRequest(
+        key=identity.key,
+        scope=scope,
+        fingerprint=identity.fingerprint,
+        mode=policy.mode,
+        lease_ms=policy.lease_ms,
+        retention_ms=policy.retention_ms,
+        # A derived key stands for a window: a form that is refused for months would help nobody.
+        unknown_retention_ms=policy.retention_ms if identity.window_ms else policy.unknown_retention_ms,
+        window_ms=identity.window_ms,
+        tombstone_ms=0 if identity.window_ms else policy.tombstone_ms,
+        kept=kept,
+    )
 
 
 class Begun(NamedTuple):

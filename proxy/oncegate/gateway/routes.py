@@ -18,8 +18,10 @@ from oncegate.store.kept import Kept, pack_kept
 from oncegate.store.leases import Leases
 from oncegate.store.store import Store
 from oncegate.store.waiters import Waiters
+from oncegate.streams.capability import rule_mark
 from oncegate.streams.feeds import Feeds
 from oncegate.streams.followers import Followers
+from oncegate.streams.links import Links
 from oncegate.upstream.pool import Pool
 
 # A field value that no request has: it marks the place of one that differs from request to request.
@@ -87,6 +89,8 @@ class Route:
     upstream: str = ""
     # The header of a request's id (lower case), which oncegate writes anew; empty where it does not.
     request_id_name: bytes = b""
+    # To the addresses of its responses; None where it gives none.
+    links: Links | None = None
     # With each record of the route, packed. The upstream of the settings need not be named.
     kept: bytes = field(init=False, repr=False, compare=False)
 
@@ -127,6 +131,7 @@ class Routes:
         self.pages = rules.pages
         self.default = by_name[""]
         self.has_rules = len(by_name) > 1
+        self._by_mark = {rule_mark(name): route for name, route in by_name.items() if route.links is not None}
         self._has_cors = any(rule.policy.adaptation.cors is not None for rule in rules)
 
     def choose(self, head: RequestHead, document: Document | None = None) -> Route | None:
@@ -139,6 +144,10 @@ class Routes:
         route = self.choose(head, document)
         assert route is not None
         return route
+
+    def by_mark(self, mark: bytes) -> Route | None:
+        """Return the route of the rule with this `rule_mark`, None for none that gives addresses."""
+        return self._by_mark.get(mark)
 
     def for_preflight(self, head: RequestHead) -> tuple[Route, Preflight | None] | None:
         """Return the route of what a preflight asks for, and what may be granted; None for any other request."""

@@ -81,7 +81,7 @@ class Digests:
     """Digests keyed with `secret`: without it, nobody who reads the store can guess keys, tenants or bodies.
 
     `secret_id` identifies the secret without revealing it; `none` without a secret. `audit_key`: the key of the audit
-    trail's digests; empty without a secret.
+    trail's digests, `capability_key`: of the addresses of responses; empty without a secret.
     """
 
     def __init__(self, secret: bytes) -> None:
@@ -89,6 +89,7 @@ class Digests:
         digest_key = blake2b(secret, digest_size=32).digest() if secret else b""
         self.secret_id = blake2b(key=digest_key, digest_size=8, person=b"secret").hexdigest() if secret else "none"
         self.audit_key = blake2b(key=digest_key, digest_size=32, person=b"audit").digest() if secret else b""
+        self.capability_key = blake2b(key=digest_key, digest_size=32, person=b"capability").digest() if secret else b""
         self._tenant = blake2b(key=digest_key, digest_size=DIGEST_BYTES, person=b"tenant")
         self._key = blake2b(key=digest_key, digest_size=KEY_DIGEST_BYTES, person=b"key")
         self._fingerprint = blake2b(key=digest_key, digest_size=DIGEST_BYTES, person=b"fingerprint")

@@ -56,6 +56,8 @@ PROBLEM_KINDS = {
     "key-expired": ProblemKind(
         410, "The original request completed; its response is no longer stored", retryable=False, reuse_key=False
     ),
+    # A reader of a response gets nothing more of it. Nothing was sent.
+    "stream-gone": ProblemKind(410, "The stream cannot be continued", retryable=False, reuse_key=None),
     # Nothing was sent, so that the same key can be used again.
     "body-too-large": ProblemKind(
         413, "The request's body is too large", retryable=False, reuse_key=True, about_key=False
@@ -92,9 +94,13 @@ PROBLEM_KINDS = {
 # Requests that are refused before oncegate looks for a key, by status. They share one code and have no slug.
 REFUSALS = {
     400: ProblemKind(400, "The request cannot be understood", retryable=False, reuse_key=None, about_key=False),
+    404: ProblemKind(404, "Nothing is served at this address", retryable=False, reuse_key=None, about_key=False),
     405: ProblemKind(405, "This method is not served", retryable=False, reuse_key=None, about_key=False),
     408: ProblemKind(408, "The request did not arrive in time", retryable=True, reuse_key=True, about_key=False),
+    409: ProblemKind(409, "The request is complete", retryable=False, reuse_key=None, about_key=False),
+    412: ProblemKind(412, "It is another response by now", retryable=False, reuse_key=None, about_key=False),
     414: ProblemKind(414, "The target is too long", retryable=False, reuse_key=None, about_key=False),
+    416: ProblemKind(416, "The response has no such bytes", retryable=False, reuse_key=None, about_key=False),
     417: ProblemKind(417, "This expectation cannot be met", retryable=False, reuse_key=None, about_key=False),
     421: ProblemKind(421, "This host is not served here", retryable=False, reuse_key=None, about_key=False),
     431: ProblemKind(431, "The header section is too large", retryable=False, reuse_key=None, about_key=False),

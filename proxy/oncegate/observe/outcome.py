@@ -22,6 +22,10 @@ class Outcome(Enum):
     REPLAYED = "replayed"
     # The response of an original that was still running, as it came.
     JOINED = "joined"
+    # A reader came back to a response, or to its address, and got it from there on.
+    RESUMED = "resumed"
+    # An execution was stopped at its address, or had ended by then.
+    STOPPED = "stopped"
     RELEASED = "released"
     UNKNOWN = "unknown"
     PASSTHROUGH = "passthrough"
@@ -45,6 +49,7 @@ class Outcome(Enum):
     OUTCOME_UNKNOWN = "outcome_unknown"
     RESPONSE_NOT_KEPT = "response_not_kept"
     KEY_EXPIRED = "key_expired"
+    STREAM_GONE = "stream_gone"
     RECORD_CORRUPT = "record_corrupt"
 
     # The request was sent, or may have been, and the client did not get the upstream's whole response.

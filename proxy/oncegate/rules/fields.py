@@ -55,6 +55,8 @@ OF_UPSTREAMS = {
     "spare_connections": "upstream_spare_connections",
 }
 FILES = ("ca_file", "cert_file", "key_file")
+# What only a rule can switch on.
+SWITCHES = ("upstream_idempotent", "pages", "replay_cookies", "resumable", "cancellable")
 
 # Takes a value as TOML has it and returns it as a policy has it. Raises ValueError with what it must be.
 Check = Callable[[Any], Any]
@@ -291,19 +293,17 @@ TREATING: Mapping[str, Check] = {
     "release_statuses": _list_of(_text(parse_status), "statuses"),
     "ambiguous_statuses": _list_of(_text(parse_status), "statuses"),
     "in_flight_status": _one_of(*IN_FLIGHT),
-    "upstream_idempotent": _one_of(True, False),
     "forward_key": _text(lambda text: parse_key_header(text) if text else ""),  # empty: the upstream gets no key
     "on_bad_key": _one_of("refuse", "pass"),
     "on_client_gone": _one_of("finish", "cancel"),
     "cancel_grace_s": _seconds(0, 86_400),
     "heartbeat_s": _seconds(0.1, 3600),
     "heartbeat_agents": _agents,
-    "pages": _one_of(True, False),
     "note": _text(parse_note),
     "token_prices": parse_prices,
     **{name: _setting(name) for name in SHARED},
     "cors_origins": _list_of(_text(parse_cors_origin), "origins"),  # where the environment has a comma list
-    "replay_cookies": _one_of(True, False),
+    **dict.fromkeys(SWITCHES, _one_of(True, False)),
 }
 RULE = {**MATCHING, **TREATING}
 UPSTREAM: Mapping[str, Check] = {

@@ -37,7 +37,8 @@ class Policy:
     `pass_interim`: the upstream's interim responses go on to the client. `heartbeats`: signs of life in silence.
     `cancel_grace_s`: an exchange ends after so long without readers, None for never.
     `note`: what of a request is kept with its record, for people to find it by. `token_prices`: of what replays save.
-    `pages`: whether people read oncegate's own answers, None where each request tells.
+    `resumable`: its answers name an address at which their response is read again, and `cancellable` one at which its
+    execution is stopped. `pages`: whether people read oncegate's own answers, None where each request tells.
     """
 
     methods: frozenset[str]
@@ -78,6 +79,8 @@ class Policy:
     pass_interim: bool = False
     heartbeats: Heartbeats | None = None
     note: Source | None = None
+    resumable: bool = False
+    cancellable: bool = False
     token_prices: Prices = ()
     # What `scope_headers`, `scope_sources` and `stable_schemes` come to for a request.
     tenant: TenantFields = field(init=False, repr=False, compare=False)
@@ -87,6 +90,11 @@ class Policy:
         """Whether a segment of the path is in the key or in the scope."""
         sources = [*self.scope_sources, *(self.sources.all if self.sources is not None else ())]
         return any(isinstance(source.kind, Segment) for source in sources)
+
+    @property
+    def uses_own_path(self) -> bool:
+        """Whether its clients are answered below `ONCEGATE_OWN_PATH`."""
+        return self.resumable or self.cancellable
 
     @property
     def ends_with_client(self) -> bool:

@@ -223,8 +223,18 @@ def _contradictions(values: dict[str, Any], settings: Settings, key: KeySources 
         yield "upstream_idempotent", "needs an upstream that gets the key"
     if values.get("protocol") == "json-rpc":
         yield from _json_rpc_contradictions(values, key)
+    yield from _address_contradictions(values, settings)
     yield from _tenant_contradictions(values, settings, header)
     yield from _request_id_contradictions(values, settings, key)
+
+
+def _address_contradictions(values: dict[str, Any], settings: Settings) -> Iterable[tuple[str, str]]:
+    """Yield what leaves the addresses of a rule's responses without use, or open to everybody."""
+    for name in ("resumable", "cancellable"):
+        if values.get(name) and values.get("guard") == "off":
+            yield name, 'contradicts guard = "off": only a response with a key is stored'
+        elif values.get(name) and not settings.secret.get_secret_value():
+            yield name, "needs ONCEGATE_SECRET: without it anybody could make an address"
 
 
 def _request_id_contradictions(

@@ -162,6 +162,8 @@ def rule_policy(settings: Settings, values: dict[str, Any], key: KeySources | No
         "pages": values.get("pages"),
         "note": values.get("note"),
         "token_prices": values.get("token_prices", ()),
+        "resumable": values.get("resumable", False),
+        "cancellable": values.get("cancellable", False),
     }
     if values.get("on_client_gone") == "cancel":
         default = CALL_GRACE_S if values.get("protocol") == "json-rpc" else CANCEL_GRACE_S

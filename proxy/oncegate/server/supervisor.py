@@ -13,6 +13,7 @@ from typing import Any
 from oncegate import __version__
 from oncegate.admin.parts import AdminParts
 from oncegate.admin.serving import serve_admin
+from oncegate.downstream.certificate import listener_tls
 from oncegate.observe.gauges import MERGED
 from oncegate.observe.metrics import Metrics
 from oncegate.rules.loading import load_rules
@@ -23,7 +24,6 @@ from oncegate.server.slots import Slot, Worker
 from oncegate.server.systemd import Systemd
 from oncegate.service.readiness import ReadinessLog
 from oncegate.service.reload import Reload, TakeOver
-from oncegate.service.wiring import listener_tls
 from oncegate.settings.settings import Settings
 
 # A successor that does not serve within this time is killed, and its predecessor stays.

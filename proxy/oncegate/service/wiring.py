@@ -3,7 +3,6 @@
 import asyncio
 import os
 import socket
-import ssl
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Coroutine
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from oncegate.buffers.memory import MemoryBudget
 from oncegate.buffers.ticker import Ticker
 from oncegate.downstream.body import Bodies
-from oncegate.downstream.certificate import Replaceable, server_context
+from oncegate.downstream.certificate import Replaceable, listener_tls
 from oncegate.downstream.listener import Listener
 from oncegate.downstream.minimum_rate import MinimumRate
 from oncegate.gateway.cancelling import Cancellations
@@ -32,6 +31,7 @@ from oncegate.observe.tracing import Tracing
 from oncegate.rules.loading import load_rules
 from oncegate.rules.model import Rule, Rules, Upstream
 from oncegate.rules.resolution import longest_ms, unknown_retention_ms
+from oncegate.service.own_paths import links_of, own_paths
 from oncegate.service.reload import TakeOver
 from oncegate.settings.errors import SettingsError, needs_extra
 from oncegate.settings.settings import Settings
@@ -114,7 +114,8 @@ class Parts:
         digests = Digests(settings.secret.get_secret_value().encode())
         self.head_cache.reset(rules.default.policy.key_header, rules.acted_on)
         metrics.follow((rule.name, rule.upstream.label) for rule in rules)
-        self._first_step = FirstStep(self._admission(rules), self._routes(rules), digests, bodies)
+        self._first_step = FirstStep(digests, bodies)
+        self._follow(rules, self._routes(rules))
         self.gateway = Gateway(
             self._first_step,
             bodies,
@@ -189,10 +190,13 @@ class Parts:
             self._reporting.metrics.follow((rule.name, rule.upstream.label) for rule in rules)
             # Heads that are known passed the checks of other rules.
             self.head_cache.reset(rules.default.policy.key_header, rules.acted_on)
-            self._first_step.follow(self._admission(rules), routes)
+            self._follow(rules, routes)
             self.pools.retain_only(rule.upstream for rule in rules)
 
         return rules, follow
+
+    def _follow(self, rules: Rules, routes: Routes) -> None:
+        self._first_step.follow(self._admission(rules), routes, own_paths(self._settings, rules, routes))
 
     def _routes(self, rules: Rules) -> Routes:
         """Return the routes of rules. Raises OSError for a certificate that cannot be used."""
@@ -218,6 +222,7 @@ class Parts:
             origin=str(origin),
             is_key_independent=is_key_independent(rule.policy, rules),
             upstream=rule.upstream.label,
+            links=links_of(self._settings, rule),
             request_id_name=b"" if (rule.policy.forward_key or b"").lower() == id_name else id_name,
         )
 
@@ -308,10 +313,3 @@ def spare_connections(upstream: Upstream) -> int:
 def is_durable(settings: Settings) -> bool:
     """Return whether the store confirms a claim only once it survives a restart or a failover."""
     return settings.store_url.get_secret_value() == "embedded" or settings.durability != "memory"
-
-
-def listener_tls(settings: Settings) -> ssl.SSLContext | None:
-    """Return the TLS side of the public listener, None for plain HTTP. Raises OSError for unusable files."""
-    if settings.tls_cert_file is None:
-        return None
-    return server_context(settings.tls_cert_file, settings.tls_key_file)

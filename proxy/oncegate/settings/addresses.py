@@ -21,6 +21,8 @@ _NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*\.?")
 # Patterns instead of urlsplit, which drops tabs and line ends silently and repeats the URL in its errors.
 # RFC 3986, section 3.3.
 _PATH = r"(?:/(?:[A-Za-z0-9._~!$&'()*+,;=:@-]|%[0-9A-Fa-f]{2})*)*"
+# Without digits, which a known head may have in its gaps: such a head would not be compared with this path.
+_OWN_PATH = re.compile(r"(?:/(?!\.{1,2}(?:/|\Z))[A-Za-z._~-]{1,64}){1,4}")
 _ORIGIN = re.compile(rf"(?P<scheme>(?i:https?))://(?P<authority>[^/?#@\\\s]+)(?P<path>{_PATH})")
 # `moz-extension://…` and `capacitor://localhost` are origins, too.
 _PAGE_ORIGIN = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<any>\*\.)?(?P<authority>[^/?#@\\\s*]+)")
@@ -121,6 +123,14 @@ def parse_origin(text: str) -> Origin:
         raise ValueError("has the port 0")
     # A target begins with a slash: with another one before it, the upstream would get another path.
     return Origin(scheme, normalized_host(host), port or DEFAULT_PORTS[scheme], match["path"].rstrip("/"))
+
+
+def parse_own_path(text: str) -> str:
+    """Return a path that has one spelling only, without a slash at its end."""
+    path = text.rstrip("/")
+    if _OWN_PATH.fullmatch(path) is None:
+        raise ValueError("must be a path such as /.oncegate, of letters, -, ., _ and ~")
+    return path
 
 
 def split_authority(authority: str) -> tuple[str, int | None]:

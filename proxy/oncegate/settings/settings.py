@@ -11,6 +11,7 @@ from oncegate.settings.groups.browsers import BrowserSettings
 from oncegate.settings.groups.clients import ClientSettings
 from oncegate.settings.groups.keys import KeySettings
 from oncegate.settings.groups.operation import OperationSettings
+from oncegate.settings.groups.own_path import OwnPathSettings
 from oncegate.settings.groups.postgres import PostgresSettings
 from oncegate.settings.groups.store import StoreSettings
 from oncegate.settings.groups.upstreams import UpstreamSettings
@@ -28,6 +29,7 @@ class Settings(
     OperationSettings,
     UpstreamSettings,
     PostgresSettings,
+    OwnPathSettings,
     StoreSettings,
     KeySettings,
     ClientSettings,

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from enum import Enum
 
 from oncegate.buffers.memory import MemoryBudget
+from oncegate.store.record import StoredResponse
 from oncegate.store.results import Followed, ReadFailure
 from oncegate.store.store import Store
 from oncegate.store.stream_head import StreamHead
@@ -47,9 +48,10 @@ class Feed:
     """The response of one claim, named by `key` and `token`.
 
     `head`: None until there is one. `is_known`: somebody has looked for it. `size`: the bytes that a reader can have
-    now. `trailers`: of a complete response. `replaced`: the claim replaced another one, so that ids of events may be
-    another execution's. `silence_s`: for how long the store may fail to answer. `on_broken`: is called if the feed
-    ends without a whole response, for readers that are in the middle of a write.
+    now, and `is_current`: they are all that the store has. `response`, `trailers`: of a complete one. `replaced`: the
+    claim replaced another one, so that ids of events may be another execution's. `silence_s`: for how long the store
+    may fail to answer. `on_broken`: is called if the feed ends without a whole response, for readers that are in the
+    middle of a write.
     """
 
     def __init__(self, key: bytes, token: bytes, store: Store, memory: MemoryBudget, silence_s: float) -> None:
@@ -62,6 +64,8 @@ class Feed:
         self.ended: FeedEnd | None = None
         self.trailers = b""
         self.replaced = False
+        self.response: StoredResponse | None = None
+        self.is_current = False
         # The newest bytes, from `_start` on; the store has those before `_stored`.
         self._window, self._start, self._stored = bytearray(), 0, 0
         # What came last, for the readers that keep up.
@@ -159,6 +163,12 @@ class Feed:
         return self.ended not in (None, FeedEnd.COMPLETE)
 
     # What brings the bytes ...
+
+    def note_current(self, is_current: bool) -> None:
+        """Take note whether this has all that the store has."""
+        if is_current and not self.is_current:
+            self._wake()
+        self.is_current = is_current
 
     def begin(self, head: StreamHead | None) -> None:
         """Take the head, or take note that there is none yet."""

@@ -129,3 +129,4 @@ def _connect(shared: _Shared, running: Running) -> None:
     else:
         shared.source = source
         source.tap(feed)
+        feed.note_current(True)

@@ -50,7 +50,7 @@ class Pull:
             self._fail(found)
             return False
         self._heard_s = self._loop.time()
-        feed.replaced = found.replaced
+        feed.replaced, feed.response = found.replaced, found.response
         if feed.head is None:
             head = unpack_head(found.head) if found.head else _head_of(found.response)
             if head is not None:
@@ -58,6 +58,7 @@ class Pull:
             feed.begin(head)
         self._publish(found.chunks)
         has_more = self._next < found.count
+        feed.note_current(not has_more)
         if not has_more or found.state is not State.COMPLETE:
             self._end(found)
         return has_more

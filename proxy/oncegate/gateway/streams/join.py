@@ -87,7 +87,8 @@ async def _follow(request: Request, keyed: KeyedRequest, record: Record, feed: F
     keyed.body.close()
     if keyed.trace is not None:
         keyed.trace.met(unpack_kept(record.kept).trace)
-    fields = MARK + (keyed.join_fields or b"") + keyed.fields + keyed.key_field
+    own = keyed.own_fields(request, record.token, record.created_ms)
+    fields = MARK + (keyed.join_fields or b"") + keyed.fields + own
     ended = await serve(request.response, feed, head, head_block(request, head, fields, original_id(record.kept)))
     if ended not in (None, FeedEnd.COMPLETE):
         return keyed.report(request, Outcome.TRUNCATED, head.status, f"joined, and broken off: {ended.label}")

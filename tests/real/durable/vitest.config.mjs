@@ -1,0 +1,1 @@
+export default { test: { include: ["**/test-runner.js"], exclude: [], testTimeout: 30000 } };

@@ -1,0 +1,50 @@
+"""Readers that others wrote, at the address of a response: browsers across a restart and a reload, Durable Streams."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.parts import Proxy
+from tests.real.browsers import Browser
+from tests.real.chat import WORDS, Chat, chatting
+from tests.real.parts import INSTALLED
+
+pytestmark = [INSTALLED, pytest.mark.timeout(240)]
+RULES = '[[rule]]\nname = "chat"\npath = "/v1/**"\nresumable = true\n'
+
+
+@pytest.fixture
+def chat() -> Iterator[Chat]:
+    with chatting() as chat:
+        yield chat
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, object]:
+    """The settings of each proxy."""
+    (tmp_path / "rules.toml").write_text(RULES)
+    return {"RULES_FILE": "rules.toml", "SECRET": "a secret of many bytes", "LEASE_MS": 2000}
+
+
+def test_a_page_that_is_reloaded_in_the_middle_shows_the_whole_answer(
+    browser: Browser, chat, proxies, valkey, settings
+):
+    """Also one that is reloaded in the middle; and the model is asked, and paid, once."""
+    proxy: Proxy = proxies(chat.url, valkey.url, **settings)
+    browser.set_scripts(enabled=True)
+    browser.go(f"http://127.0.0.1:{proxy.port}/reloaded")
+    chat.say(3)
+    browser.await_text("#text", " ".join(WORDS[:3]))
+    browser.reload()
+    browser.await_text("#text", " ".join(WORDS[:3]))
+    chat.say(2)
+    browser.await_text("#text", " ".join(WORDS[:5]))
+    browser.reload()
+    chat.say(3)
+    browser.await_text("#state", "whole in load 3")
+    assert browser.text("#text") == " ".join(WORDS)
+    browser.reload()
+    browser.await_text("#state", "whole in load 4")
+    assert browser.text("#text") == " ".join(WORDS)
+    assert chat.calls == [b"hi"]
