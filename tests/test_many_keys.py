@@ -81,15 +81,15 @@ async def test_open_keys_among_many_in_redis(own_valkey: Valkey, count: int) -> 
 @pytest.mark.parametrize("count", MANY)
 async def test_open_keys_among_many_in_postgres(database: Database, count: int) -> None:
     """Of the records, those alone are read that are open: by their keys."""
-    async with connected(database.url) as store:
-        await indexed(store)
-        await open_some(store)
     # No statement takes longer than its deadline.
     for first in range(0, count, 200_000):
         database.connection.execute(
             "INSERT INTO record (key, state) SELECT substr(sha256(int4send(number)), 1, 24), 3"
             f" FROM generate_series({first + 1}, {min(count, first + 200_000)}) AS number"
         )
+    async with connected(database.url) as store:
+        await indexed(store)
+        await open_some(store)
     before = rows_read(database)
     async with connected(database.url) as store:
         await use(store)
