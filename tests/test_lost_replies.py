@@ -4,11 +4,13 @@ import asyncio
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
+import asyncpg
 import pytest
 
 from oncegate.store.record import Claim, Record
 from oncegate.store.results import (
     AppendStatus,
+    Followed,
     ReadFailure,
     RenewStatus,
     SettleResult,
@@ -36,6 +38,7 @@ from tests.stores import (
     claim,
     claimed,
     connected,
+    store_small,
     told,
 )
 
@@ -62,15 +65,17 @@ async def test_a_claim_that_was_held_up_on_its_way_never_lands(relay, stored):
         assert told(await claim(store)) == "claimed"
 
 
+HEAD = b"a packed head"
 LIFE = {
     1: "claim",
     2: "append",
     3: "append",
-    4: "renew",
-    5: "store",
-    6: "claim of a duplicate",
-    7: "read",
-    8: "none",
+    4: "follow",
+    5: "renew",
+    6: "store",
+    7: "claim of a duplicate",
+    8: "read",
+    9: "none",
 }
 
 
@@ -82,7 +87,13 @@ async def test_whichever_reply_is_lost_the_key_is_executed_once_and_replayed(rel
         relay.lose_reply(number)
         owner = await claimed(store)
         for index, chunk in enumerate((b"ab", b"cd")):
-            assert await store.append(owner, index, chunk, PATIENCE_S) == AppendStatus.APPENDED
+            assert await store.append(owner, index, chunk, PATIENCE_S, b"" if index else HEAD) == AppendStatus.APPENDED
+        read = await store.follow(KEY, owner.token, 0)
+        if LIFE[number] == "follow":
+            assert read is ReadFailure.UNCONFIRMED
+            read = await store.follow(KEY, owner.token, 0)
+        assert isinstance(read, Followed)
+        assert (read.head, read.chunks) == (HEAD, [b"ab", b"cd"])
         assert await store.renew(owner) == (RenewStatus.UNCONFIRMED if LIFE[number] == "renew" else RenewStatus.RENEWED)
         assert await store.store(owner, answer(b"ab", b"cd", b"e"), b"e", PATIENCE_S) == SettleResult(
             SettleStatus.STORED
@@ -300,3 +311,40 @@ async def test_a_takeover_that_was_held_up_while_its_repeat_went_through(databas
         await arrives(relay, stored)
         await behind.run()
         assert stored.states() == []
+
+
+@pytest.mark.fault(9, 10)
+async def test_a_withdrawal_that_loses_its_connection_while_another_holds_its_row(database):
+    """It frees the key once the row is free again. What it had sent before arrives late, and takes nobody's claim."""
+    stored, behind = PostgresProbe(database), Behind()
+    async with (
+        started(PostgresRelay(database.url)) as relay,
+        connected(relay.url, timeout_ms=300, patience_s=0.5, behind=behind) as store,
+        connected(stored.url) as elsewhere,
+        asyncpg.create_pool(database.url, min_size=1, max_size=1) as pool,
+        pool.acquire() as other,
+    ):
+        relay.lose_reply(then_unreachable=True)
+        assert isinstance(await claim(store), Unconfirmed)
+        relay.unreachable = False
+        assert await store.wait_up(PATIENCE_S)
+        holding = other.transaction()
+        await holding.start()
+        await other.execute(f"SELECT FROM {database.schema}.record FOR UPDATE")
+        freeing = asyncio.ensure_future(behind.run())
+        await asyncio.sleep(0.05)
+        relay.hold()
+        await asyncio.sleep(0.1)
+        relay.cut()
+        assert await store.wait_up(PATIENCE_S)
+        await asyncio.sleep(0.1)
+        assert not freeing.done()
+        assert stored.states() == [b"in_flight"]
+        await holding.rollback()
+        await asyncio.wait_for(freeing, PATIENCE_S)
+        assert stored.states() == []
+        owner = await claimed(elsewhere)
+        before = stored.fields(KEY)
+        await arrives(relay, stored)
+        assert stored.fields(KEY) == before
+        assert await store_small(elsewhere, owner) == SettleResult(SettleStatus.STORED)
