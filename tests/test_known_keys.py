@@ -1,8 +1,9 @@
 """What is known of a key is told in every state in which it can be read: one test for each cell of the table."""
 
 import asyncio
+import os
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,10 +15,12 @@ from oncegate.decision import Decision
 from oncegate.gateway.answers import decide_duplicate, duplicate_refusal
 from oncegate.store.health.breaker import FAILURES, Breaker
 from oncegate.store.membership import Membership
+from oncegate.store.postgres.connections.durability import Level
+from oncegate.store.postgres.migrations.grants import grants
 from oncegate.store.record import PREFIX_BYTES, Claim
 from oncegate.store.redis.store import RedisStore
 from oncegate.store.results import StoreEvent
-from oncegate.store.store import Store
+from oncegate.store.store import PostgresOptions, Store
 from tests.conftest import Valkey
 from tests.postgres_probe import PostgresProbe
 from tests.probes import Probe
@@ -134,6 +137,52 @@ STATES: dict[str, State] = {
 }
 
 
+@asynccontextmanager
+async def with_role(probe: PostgresProbe, *changes: str) -> AsyncIterator[Store]:
+    """A store whose user has the rights that `oncegate migrate` gives, and then these changes."""
+    role = f"known_{os.getpid()}"
+    probe.sql(f"CREATE ROLE {role} LOGIN")
+    try:
+        for row in probe.sql(grants(role)):
+            for statement in row[0].split(";"):
+                probe.sql(statement)
+        for change in changes:
+            probe.sql(change.format(role))
+        url = probe.url.replace("postgres@", f"{role}@")
+        async with connected(url, timeout_ms=300, behind=Behind()) as store:
+            yield store
+    finally:
+        probe.sql(f"DROP OWNED BY {role}")
+        probe.sql(f"DROP ROLE {role}")
+
+
+@asynccontextmanager
+async def over_its_limit(probe: PostgresProbe) -> AsyncIterator[Store]:
+    async with plain(probe, postgres=PostgresOptions(max_bytes=1)) as store:
+        servers: Any = store._servers
+        await servers.health.measure(await servers.free_session(Level.OFF, float("inf")))
+        assert store.refuses_new
+        yield store
+
+
+@asynccontextmanager
+async def ended(probe: PostgresProbe) -> AsyncIterator[Store]:
+    async with plain(probe) as store:
+        store.end_calls()
+        yield store
+
+
+ON_POSTGRES: dict[str, State] = {
+    **{state: STATES[state] for state in ("ready", "quarantine", "another identity", "circuit breaker open")},
+    "a right is missing": lambda probe: with_role(probe, "REVOKE INSERT ON record FROM {}"),
+    "memory full": over_its_limit,
+    "Redis is a replica": lambda probe: with_role(probe, "ALTER ROLE {} SET default_transaction_read_only = on"),
+    "no replica": STATES["no replica"],
+    "no replica, circuit breaker open": STATES["no replica, circuit breaker open"],
+    "Redis unreachable": ended,
+}
+
+
 def expected() -> dict[tuple[str, str], str]:
     """Return the cells of the table in the reference, by state and column."""
     text = REFERENCE.read_text()
@@ -167,21 +216,23 @@ async def seed(valkey: Valkey | Probe) -> None:
 async def test_what_a_request_gets(valkey, state, column):
     """Each state of the store and each state of the key: only first-time keys are refused."""
     await seed(valkey)
-    await assert_gets_what_the_table_says(valkey, state, column)
+    await assert_gets_what_the_table_says(valkey, STATES, state, column)
 
 
 @pytest.mark.parametrize("column", COLUMNS)
-@pytest.mark.parametrize("state", ["ready", "quarantine", "another identity", "circuit breaker open"])
+@pytest.mark.parametrize("state", ON_POSTGRES)
 async def test_what_a_request_gets_from_postgresql(database, state, column):
-    """It is the same in the states that any store may have."""
+    """It is the same in the states that a PostgreSQL may have."""
     probe = PostgresProbe(database)
     await seed(probe)
-    await assert_gets_what_the_table_says(probe, state, column)
+    await assert_gets_what_the_table_says(probe, ON_POSTGRES, state, column)
 
 
-async def assert_gets_what_the_table_says(stored: Valkey | Probe, state: str, column: str) -> None:
+async def assert_gets_what_the_table_says(
+    stored: Valkey | Probe, states: Mapping[str, State], state: str, column: str
+) -> None:
     of, fingerprint = COLUMNS[column]
-    async with STATES[state](stored) as store:
+    async with states[state](stored) as store:
         found = await claim(store, of, fingerprint=fingerprint)
         if isinstance(found, Claim):
             answer = "executed"

@@ -55,6 +55,7 @@ def steps(claims: list[Claim], head_bytes: int = 0) -> list[tuple[Verb, list[Row
     return [
         (rows.CLAIM, [rows.claim_row(one, NEVER) for one in claims]),
         (rows.TAKE, [rows.claim_row(one, NEVER, one.token) for one in claims]),
+        (rows.PEEK, [rows.claim_row(one, 0) for one in claims]),
         (rows.RENEW, [(one.key, one.token, LEASE_MS, 2) for one in claims]),
         (rows.SETTLE, [store_row(one, head_bytes) for one in claims]),
     ]
@@ -204,6 +205,12 @@ def inlined(verb: Verb, calls: list[Row]) -> str:
     def literal(value: bytes | int | None) -> str:
         return "NULL" if value is None else f"'\\x{value.hex()}'" if isinstance(value, bytes) else str(value)
 
-    of_type = {"claim_1": "claim_call", "take_1": "claim_call", "renew_1": "renew_call", "settle_1": "settle_call"}
+    of_type = {
+        "claim_1": "claim_call",
+        "take_1": "claim_call",
+        "peek_2": "claim_call",
+        "renew_1": "renew_call",
+        "settle_1": "settle_call",
+    }
     made = ", ".join(f"ROW({', '.join(map(literal, call))})" for call in calls)
     return f"SELECT * FROM {verb.function}(ARRAY[{made}]::{of_type[verb.function]}[], 'proxy', true, '')"

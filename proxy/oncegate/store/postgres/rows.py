@@ -44,6 +44,7 @@ READ_BYTES = 262144
 # kept
 CLAIM = Verb("claim", "claim_1", 2, (11,))
 TAKE = Verb("claim", "take_1", 2, (11,))
+PEEK = Verb("claim", "peek_2", 2, (11,))
 RENEW = Verb("renew", "renew_1", 1)
 # meta, body, tail, why, kept
 SETTLE = Verb("settle", "settle_1", 2, (13, 17, 18, 19, 20))
@@ -151,7 +152,7 @@ def _expired(key: bytes, tenant: bytes, row: Mapping[str, Any]) -> Record | Corr
 
 
 def peeked(claim: Claim, tenant: bytes, row: Mapping[str, Any]) -> Record | Corrupt | None:
-    """Return the record that a row of `claim_1` shows to one who claims nothing, or None for a key that is free."""
+    """Return the record that a row of `peek_2` shows to one who claims nothing, or None for a key that is free."""
     if row["tag"] in (4, 6):
         return None
     result = claim_result(claim, tenant, row)

@@ -125,9 +125,11 @@ async def _schema(connection: Any, schema: str, user: str) -> tuple[str | None, 
         return f"its user may not use the schema: GRANT USAGE ON SCHEMA {schema} TO {user}", 0
     if not rights["tables"]:
         return schema_complaint(0), 0
-    if rights["lacking"]:
-        return f"its user lacks rights: {grant(rights['lacking'][0], schema, user)}", 0
-    version = await connection.fetchval(_ASK_VERSION) or 0
+    lacking = rights["lacking"]
+    is_told = all(name != "schema_version" for _, _, name in lacking)
+    version = (await connection.fetchval(_ASK_VERSION) or 0) if is_told else 0
+    if lacking:
+        return f"its user lacks rights: {grant(lacking[0], schema, user)}", version
     return schema_complaint(version), version
 
 

@@ -1,4 +1,4 @@
--- Schema version 2: a response can be followed while it runs. See 0001.sql for the rules of these files.
+-- Schema version 2: a response can be followed while it runs, and records are read without a right to write. See 0001.sql for the rules of these files.
 -- No table changes. take_1 and settle_1 are as they were but for one thing: a claim that takes the place of another notes
 -- that. Proxies of the version before note it as well.
 
@@ -171,6 +171,24 @@ BEGIN
         END,
         began, a.found
     FROM asked a;
+END
+$$;
+
+-- Returns what claim_1 does past `not_after`, also to a session that may not write: so known keys are told, whatever keeps new
+-- ones from being claimed.
+CREATE OR REPLACE FUNCTION peek_2(calls claim_call[], actor bytea, audited boolean, pads bytea) RETURNS SETOF claim_reply
+LANGUAGE plpgsql VOLATILE AS $$
+#variable_conflict use_column
+DECLARE
+    began bigint := now_ms();
+BEGIN
+    RETURN QUERY
+    SELECT u.token,
+        CASE WHEN r.state IS NULL THEN 6
+            ELSE tag_of(r.state, r.created, r.lease, r.lease_ms, r.expires, r.frees, began) END,
+        began, r.fence, coalesce(r.created, began), r.token, r.mode, r.fingerprint, r.tenant || r.self,
+        least(r.lease - began, r.lease_ms), r.status, r.meta, r.body, r.kept
+    FROM unnest(calls) AS u LEFT JOIN LATERAL (SELECT * FROM record WHERE record.key = u.key LIMIT 1) r ON true;
 END
 $$;
 
