@@ -29,7 +29,7 @@ test: lint                          ## everything: format, lint, types, layers, 
 PART_commands := test_audit test_explain test_init test_keys test_migrations test_operate e2e/test_demo e2e/test_drain e2e/test_find_keys e2e/test_operate
 PART_server := test_data_folder test_embedded test_embedded_postgres test_owners e2e/test_drain e2e/test_pauses e2e/test_shutdown e2e/test_systemd e2e/test_workers
 PART_service := test_readiness e2e/test_drain e2e/test_limits e2e/test_reload e2e/test_shutdown
-PART_gateway := test_cancelling e2e/test_again e2e/test_cancelling e2e/test_duplicates e2e/test_endings e2e/test_fidelity \
+PART_gateway := test_asking e2e/test_asking e2e/test_later test_cancelling e2e/test_again e2e/test_cancelling e2e/test_duplicates e2e/test_endings e2e/test_fidelity \
 	e2e/test_join e2e/test_main_job test_recording test_response_reading e2e/test_streams e2e/test_unguarded_keys e2e/test_websockets
 PART_downstream := test_certificate test_body test_minimum_rate test_response e2e/test_clients_leave e2e/test_interim e2e/test_listener \
 	e2e/test_manners

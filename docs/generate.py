@@ -50,7 +50,7 @@ GROUPS = {
     "What names a key": """methods key_header key_required scope_headers stable_schemes namespace secret
         identity_change""",
     "What happens to a key": """retention_s tombstone_s lease_ms on_duplicate wait_max_s on_unknown release_statuses
-        unknown_retention_s max_stored_bytes""",
+        unknown_retention_s max_stored_bytes ask_keys""",
     "The upstream": """connect_timeout_s connect_retries dns_ttl_s upstream_timeout_s pass_interim
         upstream_reuse_idle_s
         upstream_rest_s max_upstream_connections upstream_spare_connections""",

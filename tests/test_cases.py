@@ -139,6 +139,10 @@ OF_SLUGS = {
     "outcome-unknown": ("unknown", Outcome.UNKNOWN),
     "response-not-kept": ("refused", Outcome.ANSWERED),
     "key-expired": ("refused", Outcome.ANSWERED),
+    "stream-gone": ("refused", Outcome.REFUSED),
+    "key-absent": ("refused", Outcome.REFUSED),
+    "key-released": ("released", None),
+    "ask-refused": ("refused", Outcome.REFUSED),
     "body-too-large": ("refused", Outcome.REFUSED),
     "store-unavailable": ("refused", None),
     "overloaded": ("refused", None),
@@ -156,7 +160,8 @@ def test_what_an_answer_settles(answer, outcome):
     assert judge(answer) is outcome
 
 
-@pytest.mark.parametrize("slug", PROBLEM_KINDS)
+# None comes at the Location of a 202, as none gets one.
+@pytest.mark.parametrize("slug", sorted(PROBLEM_KINDS.keys() - {"key-released"}))
 def test_what_a_json_rpc_error_settles(slug):
     """The same answer to a JSON-RPC request has the same meaning."""
     word, outcome = OF_SLUGS[slug]
@@ -313,6 +318,36 @@ async def test_payments(front, upstream, run, tmp_path):
     assert (got.header("idempotency-key"), json.loads(got.body)["amount"]) == ([key.encode()], 2000)
     idle = await run("payments.client", jobs, "run", f"http://127.0.0.1:{proxy.port}")
     assert (await idle.ends(), idle.out) == (0, "")
+
+
+REPORTS = """
+[[rule]]
+name = "reports"
+path = "/v1/**"
+ask_keys = true
+respond_async = true
+"""
+
+
+async def test_a_client_that_does_not_wait(fork, upstream, valkey, run, tmp_path):
+    """It is killed while its report is made, asks what became of it, and comes for the one that was made."""
+    (tmp_path / "rules.toml").write_text(REPORTS)
+    proxy = await fork(upstream.url, valkey.url, RULES_FILE="rules.toml", SECRET="0123456789abcdef")
+    made, url = asyncio.Event(), f"http://127.0.0.1:{proxy.port}/v1/reports"
+    upstream.script = holding(made, CHARGE)
+    first = await run("clients.later", url, "report-7", '{"month": 11}')
+    await until(lambda: "accepted: /.oncegate/streams" in first.out, 30)
+    assert first.out.startswith("before: absent\n")
+    await first.dies()
+    again = await run("clients.later", url, "report-7", '{"month": 11}')
+    await until(lambda: "accepted: " in again.out, 30)
+    assert again.out.startswith("before: in_flight\n")
+    made.set()
+    assert await again.ends() == 0
+    assert again.out.endswith('201 resumed {"id":"ch_1"}\n')
+    last = await run("clients.later", url, "report-7", '{"month": 11}')
+    assert (await last.ends(), last.out) == (0, 'before: complete\n201 replayed {"id":"ch_1"}\n')
+    assert len(upstream.received) == 1
 
 
 async def test_a_payment_that_nobody_knows_of(front, upstream, run, tmp_path):

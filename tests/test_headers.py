@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 from oncegate.messages.admission import Admission, Refused
 from oncegate.messages.fields import by_name, tokens
-from oncegate.messages.request_head import ForwardedInfo, RequestHead, one_forward_less, preferred_wait_s, request_head
+from oncegate.messages.request_head import (
+    ForwardedInfo,
+    RequestHead,
+    one_forward_less,
+    preferred_wait_s,
+    prefers,
+    request_head,
+    without_preferences,
+)
 from oncegate.messages.request_ids import trace_id
 from oncegate.messages.response_head import ResponseHead, read_response_head, response_blocks, status_line
 from oncegate.messages.target import logged_path
@@ -1049,3 +1057,38 @@ def test_an_answer_may_have_an_age_already(sent, age_s):
 def test_a_client_may_prefer_to_wait(sent, wait_s):
     """Only the first `Prefer: wait=N` counts, and a malformed one does not."""
     assert preferred_wait_s(sent) == wait_s
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        [b"respond-async"],
+        [b"wait=5, Respond-Async"],
+        [b"handling=lenient", b" respond-async ; x=y"],
+        [b'a="x, y", respond-async'],
+    ],
+)
+def test_a_client_may_prefer_not_to_wait(sent):
+    assert prefers(sent, b"respond-async")
+
+
+@pytest.mark.parametrize("sent", [[b""], [b"respond"], [b'a="x, respond-async"'], [b"x-respond-async"]])
+def test_another_preference_is_not_taken_for_it(sent):
+    assert not prefers(sent, b"respond-async")
+
+
+@pytest.mark.parametrize(
+    ("sent", "forwarded"),
+    [
+        ("respond-async", []),
+        ("respond-async, wait=5", []),
+        ("Respond-Async;x=1 , return=minimal", ["return=minimal"]),
+        ('a="x, respond-async", wait=3,respond-async', ['a="x, respond-async"']),
+        ("return=minimal; foo, b", ["return=minimal; foo, b"]),
+    ],
+)
+def test_what_oncegate_does_itself_is_not_asked_of_the_api(sent, forwarded):
+    """The other preferences go on as they came."""
+    pairs = [(b"Host", b"a"), (b"PREFER", sent.encode()), (b"X", b"respond-async")]
+    head = without_preferences(RequestHead("POST", b"/", False, b"a", pairs, {}), (b"respond-async", b"wait"))
+    assert head.pairs == [(b"Host", b"a"), *[(b"PREFER", one.encode()) for one in forwarded], (b"X", b"respond-async")]

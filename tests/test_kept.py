@@ -44,7 +44,7 @@ from tests.stores import (
     store_small,
 )
 
-KEPT = Kept("order-7 ä", bytes(range(25)), b"req-1", "charges", "http://api:9000")
+KEPT = Kept("order-7 ä", bytes(range(25)), b"req-1", "charges", "http://api:9000", False, bytes(range(16)))
 OF_ANOTHER = Kept(request_id=b"req-2", rule="orders")
 
 

@@ -20,6 +20,9 @@ TABLE = {
     "response-not-kept": (409, NO, NO),
     "key-expired": (410, NO, NO),
     "stream-gone": (410, NO, NULL),
+    "key-absent": (404, NO, YES),
+    "key-released": (409, NO, YES),
+    "ask-refused": (403, NO, NULL),
     "body-too-large": (413, NO, YES),
     "store-unavailable": (503, YES, YES),
     "overloaded": (503, YES, YES),
@@ -122,7 +125,7 @@ def test_a_problem_says_the_same_in_the_member_that_sdks_read(slug):
 def test_what_concerns_the_key_is_an_idempotency_error():
     """Problems of the key are idempotency errors. All others are errors of the API."""
     of_the_key = {slug for slug in TABLE if json.loads(made(slug).body())["error"]["type"] == "idempotency_error"}
-    assert of_the_key == set(list(TABLE)[:9])
+    assert of_the_key == set(list(TABLE)[:12])
 
 
 @pytest.mark.parametrize("slug", TABLE)

@@ -502,3 +502,56 @@ async def test_the_end_waits_for_the_response_under_way_and_cancels_what_hangs()
     for client in (idle, answered, bodiless, hanging):
         assert await rest(client) == b""
         client.close()
+
+
+@pytest.mark.parametrize("how", [GET, KEPT])
+async def test_a_client_gets_another_response_while_the_first_one_goes_to_nobody(how):
+    """Whatever is written to the first goes nowhere, and nothing of it waits for a client. The connection serves on."""
+    twins: list[Request] = []
+    go_on = asyncio.Event()
+    ended: list[str] = []
+
+    async def finish(own: Request) -> None:
+        client = own.response
+        await go_on.wait()
+        assert client.client_gone
+        assert client.reader_has_left()
+        client.send_continue()
+        assert not client.send_interim(b"HTTP/1.1 102 Processing\r\n\r\n")
+        client.begin(200, b"OK", b"", None, BY_CLOSING)
+        client.comment_every(0.001)
+        client.write(bytes(1 << 20))
+        await client.wait_room()
+        assert not client.has_backlog
+        await client.client_leaves()
+        client.end()
+        client.abort()
+        ended.append("the first")
+
+    async def handler(asked: Request) -> None:
+        twins.append(asked.twin())
+        running.append(asyncio.ensure_future(finish(twins[-1])))
+        asked.answer_anew()
+        assert asked.response is not twins[-1].response
+        asked.response.send(202, b"Accepted", b"", b"later", COUNTED)
+
+    running: list[asyncio.Future[None]] = []
+    listener = Listener(
+        handler, max_connections=100, minimum_rate=MinimumRate(5, 1), observe=lambda _: None, head_cache=HeadCache()
+    )
+    server = await asyncio.get_running_loop().create_server(listener, "127.0.0.1", 0)
+    client = await RawClient.open(server.sockets[0].getsockname()[1])
+    for number in range(2):
+        answer = await client.ask(how)
+        assert answer is not None
+        assert (answer.status, answer.body, answer.complete) == (202, b"later", True), number
+    go_on.set()
+    await asyncio.gather(*running)
+    assert ended == ["the first"] * 2
+    answer = await client.ask(how)
+    assert answer is not None
+    assert answer.body == b"later"
+    client.close()
+    server.close()
+    await asyncio.gather(*running)
+    await listener.shutdown(0.1)

@@ -304,6 +304,23 @@ CASES = {
         'cancellable = "yes"',
         "must be True or False",
     ),
+    "ask_keys": ("ask_keys = true", lambda rule: rule.policy.asks, True, False, 'ask_keys = "yes"', "true or false"),
+    "resume_by_key": (
+        "resume_by_key = true\nask_keys = true\nresumable = true",
+        lambda rule: rule.policy.resume_by_key,
+        True,
+        False,
+        "resume_by_key = 1",
+        "must be True or False",
+    ),
+    "respond_async": (
+        "respond_async = true",
+        lambda rule: rule.policy.respond_async,
+        True,
+        False,
+        "respond_async = 1",
+        "must be True or False",
+    ),
     "pages": ("pages = true", lambda rule: rule.policy.pages, True, None, 'pages = "yes"', "must be True or False"),
     "token_prices": (
         'token_prices = { output = 10, input = 2.5 }\npreset = "openai"',
@@ -662,6 +679,7 @@ CONTRADICTIONS = {
     "an address without a guard": ('resumable = true\nguard = "off"', "only a response with a key is stored"),
     "an address without a secret": ("resumable = true", "needs ONCEGATE_SECRET"),
     "a stop without a secret": ("cancellable = true", "needs ONCEGATE_SECRET"),
+    "a 202 without a secret": ("respond_async = true", "needs ONCEGATE_SECRET"),
     "a stop without a guard": ('cancellable = true\nguard = "off"', "only a response with a key is stored"),
     "cookies for all": ("replay_cookies = true\nscope = []", "credentials and cookies alone"),
     "cookies for an account": ('replay_cookies = true\nscope = ["header:X-Account"]', "credentials and cookies alone"),
@@ -704,6 +722,13 @@ CONTRADICTIONS = {
     "no source": ("key = []", "names no source"),
     "an empty alternative": ('key = [["header:A"], []]', "names no source"),
     "no methods": ("methods = []", "is an empty list; leave it out for all methods"),
+    "an address in answers that nobody gives": (
+        "resume_by_key = true\nresumable = true",
+        "needs ask_keys and resumable",
+    ),
+    "an address in answers about nothing": ("resume_by_key = true\nask_keys = true", "needs ask_keys and resumable"),
+    "a 202 for a call": ('preset = "mcp"\nrespond_async = true', "a client of JSON-RPC reads no 202"),
+    "a 202 for what is not stored": ('guard = "off"\nrespond_async = true', "only a response with a key is stored"),
     "a header twice": ('headers = { "A" = "1", "a" = "2" }', "has the same header twice"),
 }
 
@@ -712,7 +737,7 @@ CONTRADICTIONS = {
 def test_what_does_not_fit_together(errors, case):
     """A rule that contradicts itself or the settings is refused by its name."""
     text, expected = CONTRADICTIONS[case]
-    found = errors(one(text))
+    found = errors(one(text), **({} if "secret" in case else {"secret": "some secret bytes"}))
     assert len(found) == 1
     assert ': rule "r": ' in found[0]
     assert expected in found[0]

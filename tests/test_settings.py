@@ -60,6 +60,7 @@ CASES: dict[str, tuple[object, str, object, str, str]] = {
         "10.0.0.1/8",
         "must be networks",
     ),
+    "ask_keys": (False, "true", True, "perhaps", "must be true or false"),
     "own_path": ("/.oncegate", "/a/own-path/", "/a/own-path", "/v1", "must be a path such as /.oncegate"),
     "public_base": (
         None,

@@ -1,5 +1,7 @@
 """What identifies a tenant: the header fields that oncegate knows, cookies, and the order in which they count."""
 
+from dataclasses import replace
+
 import pytest
 
 from oncegate.keys.digests import Digests, Scope, UnstableScope
@@ -8,7 +10,8 @@ from oncegate.keys.sources import Cookie, parse_scope_source
 from oncegate.keys.tenants import TenantFields
 from oncegate.messages.fields import HOP_BY_HOP, by_name
 from oncegate.messages.request_head import EXECUTION, FENCE, FORWARDING, RequestHead
-from oncegate.rules.identity import scope_of
+from oncegate.rules.identity import scope_of, shows_credential
+from oncegate.rules.resolution import _scope as rule_scope
 from oncegate.rules.resolution import policy_of
 from oncegate.settings.credentials import ACCOUNTS, CREDENTIALS, expanded, parse_scope
 from oncegate.settings.names import parse_key_header, parse_scope_header
@@ -178,3 +181,38 @@ def test_all_known_fields_can_be_a_scope():
         assert parse_scope(name) == name
     assert parse_scope("Known") == "known"
     assert expanded(["X-Mine", "known", "Authorization"]) == ("X-Mine", *CREDENTIALS, *ACCOUNTS)
+
+
+SECRET, SHARED = True, False
+SCOPES = {
+    # Scope of the rule; lines of the request; whether they show a credential.
+    "known": [
+        (["Authorization: Bearer a"], SECRET),
+        (["X-Api-Key: a", "Stripe-Account: b"], SECRET),
+        (["Authorization: "], SHARED),
+        ([], SHARED),
+        (["X-Account: a"], SHARED),
+        (["Cookie: language=en"], SHARED),
+        (["X-Account: a", "Cookie: session=1"], SHARED),
+    ],
+    "header:X-Account": [(["X-Account: a"], SHARED), (["Authorization: Bearer a"], SECRET)],
+    "header:X-Session": [(["X-Session: a"], SECRET)],
+    "header:Host": [([], SHARED)],
+    "header:Cookie": [(["Cookie: session=1"], SECRET)],
+    "cookie:session": [(["Cookie: session=1"], SECRET), (["Cookie: language=en"], SHARED)],
+    "path:1": [([], SHARED)],
+    "": [(["Authorization: Bearer a"], SHARED)],
+}
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_whoever_shows_no_secret_may_share_the_scope_with_others(scope):
+    """Accounts, hosts and parts of a target are known to many, and so is a cookie that nobody chose for a scope."""
+    sources = [parse_scope_source(scope)] if ":" in scope else []
+    fields = {} if scope == "known" else rule_scope(sources)
+    policy = replace(POLICY, **fields)
+    for lines, is_secret in SCOPES[scope]:
+        pairs = [(name.encode(), value.encode()) for name, _, value in (line.partition(": ") for line in lines)]
+        pairs.append((b"Host", b"api.test"))
+        head = RequestHead("POST", b"/a", False, b"api.test", pairs, by_name(pairs))
+        assert shows_credential(policy, head) is is_secret, lines

@@ -13,12 +13,13 @@ from oncegate.downstream.body import BufferedBody
 from oncegate.downstream.protocol import wake
 from oncegate.downstream.reader import KEPT_HEAD_BYTES, ConnectionOwner, RequestReader
 from oncegate.downstream.request import Request, Unread
-from oncegate.downstream.response import ResponseWriter, closing_response
+from oncegate.downstream.response import ResponseWriter
 from oncegate.known_heads.memo import ConnectionMemo
 from oncegate.known_heads.requests import KnownRequest
 from oncegate.messages.problems import Problem, refusal
 from oncegate.messages.request_head import ForwardedInfo
 from oncegate.messages.request_line import Malformed
+from oncegate.messages.response_head import status_line
 from oncegate.observe.outcome import Outcome, RequestReport
 
 # For a request's head, from its first byte; a shorter window of the minimum rate replaces it.
@@ -37,13 +38,14 @@ class ClientConnection(RequestReader):
 
     __slots__ = (
         "_is_lost", "_lingering", "_quiet_since_s", "_request", "_stops", "forwarded", "leave_waiter", "minimum_rate",
-        "reader_waiter", "request_ids", "retiring", "room_waiter", "write_batcher",
+        "questions", "reader_waiter", "request_ids", "retiring", "room_waiter", "write_batcher",
     )  # fmt: skip
 
     def __init__(self, owner: ConnectionOwner) -> None:
         super().__init__(owner)
         self.write_batcher, self.minimum_rate, self.retiring = owner.write_batcher, owner.minimum_rate, owner.retiring
         self.request_ids = owner.request_ids
+        self.questions: object = None
         self.forwarded: ForwardedInfo
         # No further request is taken; and: the event loop has given the connection up.
         self._stops = self._is_lost = False
@@ -304,3 +306,10 @@ class ClientConnection(RequestReader):
         if transport.can_write_eof():
             transport.write_eof()
         await asyncio.wait([self._lingering], timeout=time_s)
+
+
+def closing_response(problem: Problem, fields: bytes) -> bytes:
+    """Return a problem as the last response of a connection, for what never became a request; see `send_problem`."""
+    body = problem.body()
+    length = b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(body)
+    return b"".join((status_line(problem.status, problem.reason), problem.head_fields(), fields, length, body))

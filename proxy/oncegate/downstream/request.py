@@ -1,6 +1,7 @@
 """A client's request: as it was parsed, with the connection it came on and the response it gets."""
 
 import asyncio
+from copy import copy
 from typing import Any, Protocol
 
 from aiohttp import StreamReader
@@ -34,6 +35,8 @@ class RequestConnection(Protocol):
     room_waiter: "asyncio.Future[None] | None"
     leave_waiter: "asyncio.Future[None] | None"
     reader_waiter: "asyncio.Future[None] | None"
+    # What is counted of the questions that came on it.
+    questions: object
 
     @property
     def docs_url(self) -> str: ...
@@ -92,6 +95,16 @@ class Request:
         self.render: Render | None = None
         self.shown_path = ""
         self.response = ResponseWriter(connection, message, known is not None)
+
+    def twin(self) -> "Request":
+        """Return this request once more, with the same response."""
+        return copy(self)
+
+    def answer_anew(self) -> None:
+        """Begin another response: the one so far, of which the client has nothing, goes to nobody from now on."""
+        left, self.response = self.response, copy(self.response)
+        self.response.trailers = b""
+        left.move_to(Nobody(self.connection))
 
     def checked_head(self) -> RequestHead:
         """Return the head, of a request that passed all checks."""
@@ -178,6 +191,24 @@ class Request:
             block += announced(head)
         is_adapted = head.names_address or self.adaptation.adapts_all
         return self.requester.forwarded(block) if is_adapted else block
+
+
+class Nobody:
+    """The connection of a response that nobody receives."""
+
+    transport: asyncio.Transport | None = None
+    room_waiter: "asyncio.Future[None] | None" = None
+    leave_waiter: "asyncio.Future[None] | None" = None
+    reader_waiter: "asyncio.Future[None] | None" = None
+    docs_url = ""
+    writing_paused = is_last_response = is_half_closed = False
+
+    def __init__(self, left: RequestConnection) -> None:
+        """`left`: the connection that the response had."""
+        self.write_batcher, self.minimum_rate = left.write_batcher, left.minimum_rate
+
+    def force_close(self) -> None:
+        """Close nothing."""
 
 
 def _sent(message: Any, name: bytes) -> bytes:

@@ -136,6 +136,10 @@ class ResponseWriter:
         self._write(head)
         return True
 
+    def move_to(self, connection: ResponseConnection) -> None:
+        """Write to another connection from now on."""
+        self._connection = connection
+
     # A response that is here whole ...
 
     def send_problem(
@@ -311,10 +315,3 @@ class ResponseWriter:
             self.cut_off = True
             self.abort()
         return self.cut_off
-
-
-def closing_response(problem: Problem, fields: bytes) -> bytes:
-    """Return a problem as the last response of a connection, for what never became a request; see `send_problem`."""
-    body = problem.body()
-    length = b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(body)
-    return b"".join((status_line(problem.status, problem.reason), problem.head_fields(), fields, length, body))

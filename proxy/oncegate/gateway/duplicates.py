@@ -13,6 +13,7 @@ from oncegate.downstream.request import Request
 from oncegate.gateway.answers import Refuse, Taken, decide_duplicate, duplicate_refusal, send
 from oncegate.gateway.keyed_request import KeyedRequest
 from oncegate.gateway.replay import Replay, replay_decoded, replay_large, replay_small
+from oncegate.gateway.streams.later import accepted
 from oncegate.observe.outcome import Outcome, RequestReport, outcome_of
 from oncegate.observe.usage import usage_reader
 from oncegate.store.kept import unpack_kept
@@ -94,6 +95,8 @@ async def answer_duplicate(request: Request, keyed: KeyedRequest, taken: Taken) 
         if isinstance(replayed, RequestReport):
             return replayed
         decision = replayed
+    if decision is _IN_FLIGHT and keyed.later is not None and isinstance(taken, Record):
+        return accepted(request, keyed, taken)
     answer = duplicate_refusal(decision, taken, keyed.route.policy, keyed.route.deps.usual.seconds)
     if decision is _IN_FLIGHT and isinstance(taken, Record):
         answer = replace(answer, fields=answer.fields + keyed.link_fields(request, taken.token, taken.created_ms))

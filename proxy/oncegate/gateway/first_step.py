@@ -3,6 +3,7 @@
 Nothing is sent, awaited or claimed here. `Gateway` does what the value says.
 """
 
+import asyncio
 from typing import NamedTuple, cast
 
 from oncegate.adaptation.error_pages import wants_page
@@ -22,7 +23,7 @@ from oncegate.keys.forms import is_multipart
 from oncegate.keys.syntax import BadKey, parse_key
 from oncegate.known_heads.requests import KnownHead
 from oncegate.messages.admission import Admission, Refused
-from oncegate.messages.request_head import RequestHead, is_websocket, one_forward_less, preferred_wait_s, prefers_join
+from oncegate.messages.request_head import RequestHead, is_websocket, one_forward_less, preferred_wait_s, prefers
 from oncegate.observe.labels import Unguarded
 from oncegate.rules.body_conditions import NO_BODY, read_document, unread_document
 from oncegate.rules.identity import (
@@ -227,7 +228,8 @@ class FirstStep:
         if isinstance(caller, Missing | BadKey):
             return caller
         _set_caller(request, caller)
-        waiting = _waiting(policy, head)
+        is_later = policy.respond_async and prefers(head.fields.get(b"prefer", ()), b"respond-async")
+        waiting = _waiting(policy, head, may_wait=not is_later)
         identity: Identity | Missing | BadKey
         if key is None or policy.fingerprint is not None or is_multipart(head.fields):
             identity = identify(policy, digests, ScopedRequest(head, scope, key, body))
@@ -236,7 +238,7 @@ class FirstStep:
         else:
             # Most requests: all of the request enters the fingerprint.
             # A plan names no rendering: who navigates goes the long way. Nor does a head decide where a body does.
-            is_planned = route.is_key_independent and request.render is None and not pending.by_body
+            is_planned = route.is_key_independent and request.render is None and not (pending.by_body or is_later)
             known = request.known if is_planned else None
             prefix = memo.fingerprint_prefix(digests, policy, head)
             key_prefix = digests.key_prefix(scope)
@@ -245,15 +247,21 @@ class FirstStep:
             blocks = body.blocks() if body.spooled else (body.data,)
             identity = Identity(finish_key(key_prefix, key), finish_fingerprint(prefix, blocks))
         claim = claim_request_of(policy, scope, identity, kept_of(request, route, body))
-        return KeyedRequest(route, claim, body, *waiting, identity.fresh, caller)
+        keyed = KeyedRequest(route, claim, body, *waiting, identity.fresh, caller)
+        if is_later:
+            keyed.later = asyncio.get_running_loop().create_future()
+        return keyed
 
 
-def _waiting(policy: Policy, head: RequestHead) -> Waiting:
-    """Return what a request does as a duplicate, with the fields that tell its client what became of its wishes."""
-    join_fields = b"" if policy.joins_duplicates else None
-    wait_s, fields = policy.wait_max_s if policy.wait_for_duplicates else 0.0, b""
+def _waiting(policy: Policy, head: RequestHead, *, may_wait: bool) -> Waiting:
+    """Return what a request does as a duplicate, with the fields that tell its client what became of its wishes.
+
+    `may_wait`: it waits where its rule says so, without a word of its client.
+    """
+    join_fields = b"" if policy.joins_duplicates and may_wait else None
+    wait_s, fields = policy.wait_max_s if policy.wait_for_duplicates and may_wait else 0.0, b""
     if (preferences := head.fields.get(b"prefer")) is not None:
-        if prefers_join(preferences):
+        if prefers(preferences, b"join"):
             wait_s, join_fields = policy.wait_max_s, b"Preference-Applied: join\r\n"
         if (preferred_s := preferred_wait_s(preferences)) is not None:
             wait_s = min(preferred_s, policy.wait_max_s)

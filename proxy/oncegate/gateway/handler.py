@@ -36,6 +36,7 @@ from oncegate.gateway.keyed_request import KeyedRequest, begin_trace, open_head
 from oncegate.gateway.relay import Relay, Relayed, answer_preflight, relay
 from oncegate.gateway.settling import Progress
 from oncegate.gateway.streams.join import NotJoined, join, may_join
+from oncegate.gateway.streams.later import respond_later
 from oncegate.gateway.streams.own import AnswerOwn
 from oncegate.gateway.tunnel import Tunnel, tunnel
 from oncegate.observe.labels import Unguarded
@@ -48,6 +49,7 @@ from oncegate.store.waiters import Woken
 
 # Bound once for the request path, as in `decision`.
 _CANCELLED: Final = Outcome.CANCELLED
+_ACCEPTED: Final = Outcome.ACCEPTED
 
 
 class Gateway:
@@ -85,7 +87,8 @@ class Gateway:
                 case KeyedRequest():
                     if self._tracing is not None:
                         step.trace = trace = begin_trace(self._tracing, request, step, began)
-                    report = await self._execute_once(request, step)
+                    execute = self._execute_once if step.later is None else self._execute_later
+                    report = await execute(request, step)
                 case Relay():
                     report = await self._relay(request, step)
                 case Tunnel():
@@ -102,7 +105,7 @@ class Gateway:
         if beating is not None:
             beating.stop()
         gone = request.response.client_gone or report.outcome is _CANCELLED
-        report.asked, report.trace = request, trace
+        report.asked, report.trace = request, None if report.outcome is _ACCEPTED else trace
         self._observe(report, time.perf_counter() - began, gone)
 
     def _break_off(self, error: Exception, request: Request, answer: Refuse) -> None:
@@ -179,14 +182,23 @@ class Gateway:
             self.in_flight -= 1
             body.close()
 
+    async def _execute_later(self, request: Request, keyed: KeyedRequest) -> RequestReport:
+        """Execute a request once, for a client that does not wait for it."""
+        return await respond_later(request, keyed, self._execute_once, self._observe, self._on_failure)
+
     async def _execute(self, request: Request, keyed: KeyedRequest, claim: Claim, asked_s: float) -> RequestReport:
         """Forward a request whose key is ours. `asked_s` is when the store was asked for it."""
         if keyed.trace is not None:
             keyed.trace.claimed(claim.fence)
+        grace_s = keyed.route.policy.cancel_grace_s
+        if keyed.later is not None:
+            keyed.later.set_result(claim)
+            # Nobody waits, so that nobody leaves.
+            grace_s = None
         exchange = self._exchange(request, keyed, claim, asked_s)
         progress = exchange.progress
         try:
-            grace_s, caller, tenant = keyed.route.policy.cancel_grace_s, keyed.caller, keyed.claim_request.scope.tenant
+            caller, tenant = keyed.caller, keyed.claim_request.scope.tenant
             call = b"" if caller is None else call_name(tenant, request.checked_head().fields, caller.id)
             if grace_s is None and not call:
                 outcome = await exchange.run()

@@ -1,5 +1,6 @@
 """A request whose key is known: what the rest of the request path needs, and what its head alone decides."""
 
+import asyncio
 import random
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -21,8 +22,8 @@ from oncegate.observe.outcome import Outcome, RequestReport
 from oncegate.observe.tracing import Trace, Tracing, new_trace
 from oncegate.rules.identity import Identity, fingerprint_parts, with_target
 from oncegate.rules.policy import Policy
-from oncegate.store.kept import pack_note, pack_request_id, pack_trace
-from oncegate.store.record import ClaimRequest
+from oncegate.store.kept import pack_body_digest, pack_note, pack_request_id, pack_trace
+from oncegate.store.record import Claim, ClaimRequest
 from oncegate.store.record_name import store_key
 from oncegate.streams.links import ClaimName
 
@@ -37,7 +38,8 @@ class KeyedRequest:
     `wait_s` is how long it may wait for its original; `fields` are further ones of its response as a duplicate, and
     `join_fields` further ones where it gets the response while that comes; None: it does not join.
     `fresh`: it is no duplicate, however equal, so that a record under its key belongs to another request. `caller`:
-    whoever sent a JSON-RPC request. `trace`: of a request that is traced.
+    whoever sent a JSON-RPC request. `trace`: of a request that is traced. `later`: of one whose client does not wait,
+    done once its key is claimed.
     """
 
     route: Route
@@ -51,6 +53,7 @@ class KeyedRequest:
     trace: Trace | None = None
     # The token of an original that it could not join.
     not_joined: bytes = b""
+    later: "asyncio.Future[Claim] | None" = None
 
     @property
     def key_id(self) -> bytes:
@@ -112,6 +115,8 @@ class KeyedRequest:
 def kept_of(request: Request, route: Route, body: Body) -> bytes:
     """Return what is kept with the record of a request, packed."""
     source, kept = route.policy.note, pack_request_id(request.id) + route.kept
+    if route.digest_body is not None:
+        kept += pack_body_digest(route.digest_body(body.blocks()))
     return kept if source is None else kept + pack_note(read_note(source, request.field, body))
 
 

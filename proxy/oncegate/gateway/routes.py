@@ -1,6 +1,6 @@
 """Where a request goes and how it is treated there: a policy with what carries it out."""
 
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -50,6 +50,7 @@ class ExchangeDeps:
     asked again to take a response, `store_timeout_s` the same for all that nobody waits for. `longest_s`: no await of
     an exchange takes longer. `usual`: how long the rule's requests usually take, for Retry-After.
     `ticker`: times what is recorded. `wait_ended` counts a wait by how it ended (the label of a Woken).
+    `notes_releases`: a released claim leaves a note.
     """
 
     store: Store
@@ -70,6 +71,7 @@ class ExchangeDeps:
     settle_timeout_s: float
     longest_s: float
     usual: UsualTime
+    notes_releases: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,8 @@ class Route:
     request_id_name: bytes = b""
     # To the addresses of its responses; None where it gives none.
     links: Links | None = None
+    # Makes the digest of a body that is kept with its key, None where none is.
+    digest_body: Callable[[Iterable[bytes]], bytes] | None = None
     # With each record of the route, packed. The upstream of the settings need not be named.
     kept: bytes = field(init=False, repr=False, compare=False)
 

@@ -11,6 +11,7 @@ from oncegate.gateway.answers import Refuse, cancelled, not_sent, response_not_s
 from oncegate.gateway.recording import Recording
 from oncegate.gateway.response_reading import ResponseReading
 from oncegate.gateway.routes import ExchangeDeps
+from oncegate.messages.fields import only_value
 from oncegate.messages.response_head import ResponseHead, response_digest
 from oncegate.observe.labels import SETTLEMENTS, SettlementLabel
 from oncegate.observe.outcome import Outcome, outcome_of
@@ -21,7 +22,9 @@ from oncegate.store.results import ClaimEvent, SettleResult, SettleStatus
 from oncegate.store.stages import DROPPED
 from oncegate.store.store import Settling
 from oncegate.store.stream_head import StreamHead, pack_head
+from oncegate.streams import released
 from oncegate.streams.feeds import Running
+from oncegate.streams.released import Released
 from oncegate.upstream.errors import UpstreamLost
 
 T = TypeVar("T")
@@ -180,7 +183,11 @@ def settle(progress: Progress, settlement: Settlement, last: bytes, timeout_s: f
     progress.settlement = settlement
     if settlement.frees:
         held.freeing = True
-        return store.release(held.claim, timeout_s)
+        return (
+            _noted_release(progress, timeout_s)
+            if progress.deps.notes_releases
+            else store.release(held.claim, timeout_s)
+        )
     if head is None or not settlement.completes:
         claim = cancelled_claim(held.claim) if settlement is Settlement.CANCELLED else held.claim
         return store.mark_unknown(claim, progress.reason, timeout_s, progress.status)
@@ -202,6 +209,14 @@ def settle(progress: Progress, settlement: Settlement, last: bytes, timeout_s: f
         states_length, completed_ms, took_ms, head.age_s, progress.request_id, progress.trailers if has_body else b"",
     )  # fmt: skip
     return store.store(held.claim, response, last if has_body else b"", timeout_s)
+
+
+async def _noted_release(progress: Progress, timeout_s: float) -> SettleResult:
+    """Release a claim, and note before that why: whoever was told to come for its response must not find nothing."""
+    head, claim, store = progress.head, progress.held.claim, progress.deps.store
+    after = only_value(head.fields, b"retry-after") if head is not None else b""
+    await released.note(store.marks, claim, Released.by(progress.status, after))
+    return await store.release(claim, timeout_s)
 
 
 def note_settlement(progress: Progress, result: SettleResult) -> None:

@@ -8,7 +8,7 @@ fingerprint: what the request asks for. Every part that enters one is length-pre
 from binascii import b2a_base64
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from typing import NamedTuple
 
 from oncegate.keys.tenants import TenantFields
@@ -92,6 +92,7 @@ class Digests:
         self.capability_key = blake2b(key=digest_key, digest_size=32, person=b"capability").digest() if secret else b""
         self._tenant = blake2b(key=digest_key, digest_size=DIGEST_BYTES, person=b"tenant")
         self._key = blake2b(key=digest_key, digest_size=KEY_DIGEST_BYTES, person=b"key")
+        self._body = blake2b(key=digest_key, digest_size=DIGEST_BYTES, person=b"body")
         self._fingerprint = blake2b(key=digest_key, digest_size=DIGEST_BYTES, person=b"fingerprint")
 
     def scope(
@@ -126,6 +127,19 @@ class Digests:
         How the body is cut into blocks does not matter.
         """
         return finish_fingerprint(self.fingerprint_prefix(parts), body)
+
+    def body(self, blocks: Iterable[bytes]) -> bytes:
+        """Return the digest (16 bytes) of a body, as `shown_body` makes it of its SHA-256."""
+        digest = sha256()
+        for block in blocks:
+            digest.update(block)
+        return self.shown_body(digest.digest())
+
+    def shown_body(self, digest: bytes) -> bytes:
+        """Return the digest of a body of which somebody shows the SHA-256."""
+        own = self._body.copy()
+        own.update(digest)
+        return own.digest()
 
     def fingerprint_prefix(self, parts: Sequence[bytes]) -> blake2b:
         """Return the fingerprint that still lacks the body; for `finish_fingerprint`."""

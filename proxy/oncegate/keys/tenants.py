@@ -21,7 +21,7 @@ class TenantFields:
     often makes a retry execute again, but without it one user could get another's response.
     """
 
-    __slots__ = ("_chosen", "_credentials", "_last_resort", "_positions", "_stable", "names", "read")
+    __slots__ = ("_chosen", "_credentials", "_last_resort", "_positions", "_secrets", "_stable", "names", "read")
 
     def __init__(self, names: Iterable[bytes], schemes: Iterable[bytes] = ()) -> None:
         self.names = tuple(names)
@@ -31,6 +31,8 @@ class TenantFields:
         self._last_resort = frozenset(_LAST_RESORT) - chosen if chosen else chosen
         # An operator who names nothing but accounts says that these do.
         self._credentials = chosen - _NO_CREDENTIALS or chosen
+        chosen_secrets = {name for name in chosen - _NO_CREDENTIALS if b":" not in name or name.startswith(b"cookie:")}
+        self._secrets = chosen_secrets | {name.lower().encode() for name in CREDENTIALS}
         self._positions = {
             name: at
             for at, name in enumerate((*self.names, *_LAST_RESORT))
@@ -49,6 +51,14 @@ class TenantFields:
 
     def _has_credential(self, fields: Mapping[bytes, Sequence[bytes]], names: Iterable[bytes]) -> bool:
         return any(name in self._credentials and any(fields[name]) for name in names)
+
+    def shows_credential(self, fields: Mapping[bytes, Sequence[bytes]]) -> bool:
+        """Return whether a request shows what only its client should know.
+
+        An account, a host, or a part of the target is no secret; and a cookie that the scope does not name may be one
+        of a choice of language, which many have.
+        """
+        return any(name in self._secrets and any(fields[name]) for name in self.counted(fields))
 
     def is_stable(self, credential: bytes) -> bool:
         """Return whether a value of Authorization is the same when its request is sent again."""

@@ -58,6 +58,10 @@ PROBLEM_KINDS = {
     ),
     # A reader of a response gets nothing more of it. Nothing was sent.
     "stream-gone": ProblemKind(410, "The stream cannot be continued", retryable=False, reuse_key=None),
+    # Answers about a key, at an address of oncegate's own.
+    "key-absent": ProblemKind(404, "No request with this key is known", retryable=False, reuse_key=True),
+    "key-released": ProblemKind(409, "The request was not executed; its key is free", retryable=False, reuse_key=True),
+    "ask-refused": ProblemKind(403, "This question about a key is not answered", retryable=False, reuse_key=None),
     # Nothing was sent, so that the same key can be used again.
     "body-too-large": ProblemKind(
         413, "The request's body is too large", retryable=False, reuse_key=True, about_key=False

@@ -1,6 +1,7 @@
 """A request's head: as it passed the checks, and as it is written for the upstream. Pure."""
 
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -206,6 +207,10 @@ def _extended_forwarding(head: RequestHead, hop: ForwardedInfo) -> list[bytes]:
     return lines
 
 
+# A member of a comma list, whose quoted strings may have commas (RFC 9110, section 5.6.1).
+_MEMBER = re.compile(rb'(?:[^,"]|"(?:[^"\\]|\\.)*+"?)++')
+
+
 def preferred_wait_s(values: Iterable[bytes]) -> int | None:
     """Return N of `Prefer: wait=N` in seconds (RFC 7240, section 4.3); None where it is absent or malformed."""
     for preference in tokens(values):
@@ -217,6 +222,24 @@ def preferred_wait_s(values: Iterable[bytes]) -> int | None:
     return None
 
 
-def prefers_join(values: Iterable[bytes]) -> bool:
-    """Return whether a client asks for the response of a running original while it comes (`Prefer: join`)."""
-    return any(preference.partition(b";")[0].strip() == b"join" for preference in tokens(values))
+def prefers(values: Iterable[bytes], name: bytes) -> bool:
+    """Return whether a request prefers something (lower-case name; RFC 7240, section 2)."""
+    return any(_preference(member) == name for value in values for member in _MEMBER.findall(value))
+
+
+def without_preferences(head: RequestHead, names: Collection[bytes]) -> RequestHead:
+    """Return a head to be forwarded without some preferences; without Prefer where no other one is left."""
+    pairs = []
+    for name, value in head.pairs:
+        if name.lower() == b"prefer":
+            members = map(bytes.strip, _MEMBER.findall(value))
+            value = b", ".join(member for member in members if member and _preference(member) not in names)
+            if not value:
+                continue
+        pairs.append((name, value))
+    return head._replace(pairs=pairs)
+
+
+def _preference(member: bytes) -> bytes:
+    """Return the lower-case name of a preference, without its value and its parameters."""
+    return member.partition(b";")[0].partition(b"=")[0].strip().lower()

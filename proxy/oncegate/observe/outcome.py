@@ -30,6 +30,13 @@ class Outcome(Enum):
     UNKNOWN = "unknown"
     PASSTHROUGH = "passthrough"
     UNGUARDED = "unguarded"
+    # The client did not wait for the response: its exchange is reported again when it ends.
+    ACCEPTED = "accepted"
+    # A question about a key was answered, and the answers to others.
+    ASKED = "asked"
+    KEY_ABSENT = "key_absent"
+    KEY_RELEASED = "key_released"
+    ASK_REFUSED = "ask_refused"
     # oncegate itself allowed a page of another origin to send a request.
     PREFLIGHT = "preflight"
 

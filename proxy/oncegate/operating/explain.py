@@ -18,7 +18,7 @@ from oncegate.keys.notes import read_note
 from oncegate.keys.syntax import BadKey
 from oncegate.messages.admission import Refused
 from oncegate.messages.fields import only_value
-from oncegate.messages.request_head import RequestHead, preferred_wait_s, prefers_join, renamed
+from oncegate.messages.request_head import RequestHead, preferred_wait_s, prefers, renamed
 from oncegate.operating.explain_pages import page_right, preflight_result
 from oncegate.operating.record_facts import escaped
 from oncegate.operating.request_identity import AskedRequest, WholeBody, admit
@@ -259,12 +259,17 @@ def _by_state(policy: Policy, head: RequestHead, identity: Identity) -> Iterable
         yield "in flight", "forwarded unguarded, as a request of its own"
         yield "complete", "executed, and takes the key over"
     else:
-        wait_s = policy.wait_max_s if policy.wait_for_duplicates else 0.0
+        preferences = head.fields.get(b"prefer", ())
+        is_later = policy.respond_async and prefers(preferences, b"respond-async")
+        wait_s = policy.wait_max_s if policy.wait_for_duplicates and not is_later else 0.0
         # RFC 7240, section 4.3. A client may ask for less than the limit, not for more.
-        preferred = preferred_wait_s(head.fields.get(b"prefer", ()))
+        preferred = preferred_wait_s(preferences)
         wait_s = wait_s if preferred is None else min(preferred, policy.wait_max_s)
-        refused = f"{policy.in_flight_status} in-flight"
-        joins = policy.joins_duplicates or prefers_join(head.fields.get(b"prefer", ()))
+        if is_later:
+            after = f"after {wait_s:g} s" if wait_s else "at once"
+            yield "claimed", f"202 {after}, with the address of the response"
+        refused = "202 with the address of the response" if is_later else f"{policy.in_flight_status} in-flight"
+        joins = (policy.joins_duplicates and not is_later) or prefers(preferences, b"join")
         yield "in flight", _in_flight(wait_s, refused, joins=joins)
         window_s, retention_s = identity.window_ms / 1000, policy.retention_ms / 1000
         refused_s = policy.tombstone_ms / 1000

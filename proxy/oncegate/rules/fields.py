@@ -39,8 +39,8 @@ SHARED = (
     "wait_max_s",
     "on_unknown",
     "on_store_down",
+    *("ask_keys", "pass_interim"),
     "upstream_timeout_s",
-    "pass_interim",
     "max_request_bytes",
     "max_stored_bytes",
     *BrowserSettings.model_fields,
@@ -56,7 +56,10 @@ OF_UPSTREAMS = {
 }
 FILES = ("ca_file", "cert_file", "key_file")
 # What only a rule can switch on.
-SWITCHES = ("upstream_idempotent", "pages", "replay_cookies", "resumable", "cancellable")
+SWITCHES = (
+    *("upstream_idempotent", "pages", "replay_cookies"),
+    *("resumable", "cancellable", "resume_by_key", "respond_async"),
+)
 
 # Takes a value as TOML has it and returns it as a policy has it. Raises ValueError with what it must be.
 Check = Callable[[Any], Any]

@@ -72,6 +72,14 @@ def scope_of(policy: Policy, digests: Digests, head: RequestHead) -> Scope | Uns
     return fields if isinstance(fields, BadKey) else digests.scope(policy.namespace, fields, policy.tenant)
 
 
+def shows_credential(policy: Policy, head: RequestHead) -> bool:
+    """Return whether a request shows a credential, so that nobody else can name its key by guessing."""
+    if not policy.scope_sources:
+        return policy.tenant.shows_credential(head.fields)
+    fields = scope_fields(policy.scope_sources, head)
+    return not isinstance(fields, BadKey) and policy.tenant.shows_credential(fields)
+
+
 def identify(policy: Policy, digests: Digests, request: ScopedRequest) -> Identity | Missing | BadKey:
     """Return the identity of a request, or why it has no usable key."""
     head, scope, key, body = request

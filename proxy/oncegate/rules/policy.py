@@ -36,6 +36,8 @@ class Policy:
     while the original is running. `counts_tokens`: metrics count the tokens in its responses as saved by replays.
     `pass_interim`: the upstream's interim responses go on to the client. `heartbeats`: signs of life in silence.
     `cancel_grace_s`: an exchange ends after so long without readers, None for never.
+    `asks`: questions about its keys are answered; `resume_by_key`: also with the address of the response, for who shows
+    no more than key and credential. `respond_async`: a client that prefers so gets a 202 at once.
     `note`: what of a request is kept with its record, for people to find it by. `token_prices`: of what replays save.
     `resumable`: its answers name an address at which their response is read again, and `cancellable` one at which its
     execution is stopped. `pages`: whether people read oncegate's own answers, None where each request tells.
@@ -81,9 +83,14 @@ class Policy:
     note: Source | None = None
     resumable: bool = False
     cancellable: bool = False
+    asks: bool = False
+    resume_by_key: bool = False
+    respond_async: bool = False
     token_prices: Prices = ()
     # What `scope_headers`, `scope_sources` and `stable_schemes` come to for a request.
     tenant: TenantFields = field(init=False, repr=False, compare=False)
+    # Whoever shows that digest has sent the request, and may read its response.
+    keeps_body_digest: bool = field(init=False, repr=False, compare=False)
 
     @property
     def reads_path(self) -> bool:
@@ -94,7 +101,7 @@ class Policy:
     @property
     def uses_own_path(self) -> bool:
         """Whether its clients are answered below `ONCEGATE_OWN_PATH`."""
-        return self.resumable or self.cancellable
+        return self.resumable or self.cancellable or self.asks or self.respond_async
 
     @property
     def ends_with_client(self) -> bool:
@@ -106,3 +113,4 @@ class Policy:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tenant", TenantFields(self.scope_headers, self.stable_schemes))
+        object.__setattr__(self, "keeps_body_digest", self.asks and self.resumable and not self.resume_by_key)

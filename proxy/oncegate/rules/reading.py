@@ -230,7 +230,11 @@ def _contradictions(values: dict[str, Any], settings: Settings, key: KeySources 
 
 def _address_contradictions(values: dict[str, Any], settings: Settings) -> Iterable[tuple[str, str]]:
     """Yield what leaves the addresses of a rule's responses without use, or open to everybody."""
-    for name in ("resumable", "cancellable"):
+    if values.get("resume_by_key") and not (settings.ask_keys and values.get("resumable")):
+        yield "resume_by_key", "needs ask_keys and resumable: it is about the address in an answer to a question"
+    if values.get("respond_async") and values.get("protocol") == "json-rpc":
+        yield "respond_async", "contradicts protocol: a client of JSON-RPC reads no 202"
+    for name in ("resumable", "cancellable", "respond_async"):
         if values.get(name) and values.get("guard") == "off":
             yield name, 'contradicts guard = "off": only a response with a key is stored'
         elif values.get(name) and not settings.secret.get_secret_value():

@@ -61,6 +61,7 @@ def policy_of(settings: Settings) -> Policy:
         pass_interim=settings.pass_interim,
         adaptation=adaptation_of(settings, settings.upstream),
         bypass=settings.on_store_down == "bypass",
+        asks=settings.ask_keys,
     )
 
 
@@ -161,6 +162,8 @@ def rule_policy(settings: Settings, values: dict[str, Any], key: KeySources | No
         "in_flight_status": values.get("in_flight_status", 409),
         "pages": values.get("pages"),
         "note": values.get("note"),
+        "resume_by_key": values.get("resume_by_key", False),
+        "respond_async": values.get("respond_async", False),
         "token_prices": values.get("token_prices", ()),
         "resumable": values.get("resumable", False),
         "cancellable": values.get("cancellable", False),

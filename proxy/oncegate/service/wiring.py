@@ -31,7 +31,7 @@ from oncegate.observe.tracing import Tracing
 from oncegate.rules.loading import load_rules
 from oncegate.rules.model import Rule, Rules, Upstream
 from oncegate.rules.resolution import longest_ms, unknown_retention_ms
-from oncegate.service.own_paths import links_of, own_paths
+from oncegate.service.own_paths import digest_body_of, links_of, own_paths
 from oncegate.service.reload import TakeOver
 from oncegate.settings.errors import SettingsError, needs_extra
 from oncegate.settings.settings import Settings
@@ -196,7 +196,8 @@ class Parts:
         return rules, follow
 
     def _follow(self, rules: Rules, routes: Routes) -> None:
-        self._first_step.follow(self._admission(rules), routes, own_paths(self._settings, rules, routes))
+        admission = self._admission(rules)
+        self._first_step.follow(admission, routes, own_paths(self._settings, rules, routes, admission))
 
     def _routes(self, rules: Rules) -> Routes:
         """Return the routes of rules. Raises OSError for a certificate that cannot be used."""
@@ -223,6 +224,7 @@ class Parts:
             is_key_independent=is_key_independent(rule.policy, rules),
             upstream=rule.upstream.label,
             links=links_of(self._settings, rule),
+            digest_body=digest_body_of(self._settings, rule),
             request_id_name=b"" if (rule.policy.forward_key or b"").lower() == id_name else id_name,
         )
 
@@ -252,6 +254,7 @@ class Parts:
             + 2 * settings.settle_timeout_s
             + 10,
             usual=self._usual_times[rule.name],
+            notes_releases=rule.policy.respond_async,
         )
 
     def _pool(self, upstream: Upstream) -> Pool:

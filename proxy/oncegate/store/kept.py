@@ -1,8 +1,8 @@
 """What is kept with a record for those who look for it later: which request it was, and where it came from.
 
-Nothing is decided by it. It lies in numbered fields. Each is a number (1 byte), its length (2 bytes) and its value. A
-number that this version does not know is skipped: a later one may add some. No number is ever used for anything else; 1
-to 5 are in store/redis/layouts/packed.py.
+Nothing is decided by it but who else may read the response (`body_digest`). It lies in numbered fields. Each is a
+number (1 byte), its length (2 bytes) and its value. A number that this version does not know is skipped: a later one
+may add some. No number is ever used for anything else; 1 to 5 are in store/redis/layouts/packed.py.
 
 On the way of a request these fields stay packed: each request brings some, and hardly any is ever read again. Whoever
 looks for something unpacks them.
@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-_NOTE, _TRACE, _REQUEST_ID, _RULE, _UPSTREAM, _REPLACED = 6, 7, 8, 9, 10, 12
+_NOTE, _TRACE, _REQUEST_ID, _RULE, _UPSTREAM, _BODY, _REPLACED = 6, 7, 8, 9, 10, 11, 12
 # That field, which is empty, and always the first: store/redis/lua/claim.lua writes it, too.
 _IS_REPLACED = b"\x0c\x00\x00"
 NOTE_BYTES, REQUEST_ID_BYTES, _NAME_BYTES = 128, 128, 255
@@ -28,7 +28,7 @@ class Kept:
 
     `note`: what the rule's `note` named in the request. `trace`: 25 bytes. `request_id`: of the original. `rule`: the
     name of the rule that it came under. `upstream`: where it went. `replaced`: its claim took the place of another
-    record of the key. The store alone sets that.
+    record of the key. The store alone sets that. `body_digest`: of its body.
     """
 
     note: str = ""
@@ -38,6 +38,7 @@ class Kept:
     upstream: str = ""
     # Not of what a request brings, so that it makes no difference between two.
     replaced: bool = field(default=False, compare=False)
+    body_digest: bytes = b""
 
 
 NOTHING = Kept()
@@ -66,7 +67,7 @@ def unpack_fields(packed: bytes) -> dict[int, bytes]:
 def pack_kept(kept: Kept) -> bytes:
     """Return the numbered fields. What is too long is cut."""
     texts = (_RULE, kept.rule, _NAME_BYTES), (_UPSTREAM, kept.upstream, _NAME_BYTES), (_NOTE, kept.note, NOTE_BYTES)
-    fields = [(_REQUEST_ID, kept.request_id[:REQUEST_ID_BYTES]), (_TRACE, kept.trace)]
+    fields = [(_REQUEST_ID, kept.request_id[:REQUEST_ID_BYTES]), (_TRACE, kept.trace), (_BODY, kept.body_digest)]
     fields += [(number, cut(text, most_bytes)) for number, text, most_bytes in texts]
     packed = pack_fields([one for one in fields if one[1]])
     return as_replaced(packed) if kept.replaced else packed
@@ -82,6 +83,11 @@ def pack_note(note: str) -> bytes:
     return pack_fields([(_NOTE, cut(note, NOTE_BYTES))]) if note else b""
 
 
+def pack_body_digest(digest: bytes) -> bytes:
+    """Return the field with the digest of a body."""
+    return pack_fields([(_BODY, digest)])
+
+
 def pack_trace(trace: bytes) -> bytes:
     """Return the field with a trace."""
     return pack_fields([(_TRACE, trace)])
@@ -93,7 +99,8 @@ def kept_of(fields: Mapping[int, bytes]) -> Kept:
     trace, request_id = fields.get(_TRACE, b""), fields.get(_REQUEST_ID, b"")
     note, rule, upstream = texts
     trace = trace if len(trace) == TRACE_BYTES else b""
-    return Kept(note, trace, _fit(request_id), rule, upstream, _REPLACED in fields)
+    replaced, body_digest = _REPLACED in fields, fields.get(_BODY, b"")
+    return Kept(note, trace, _fit(request_id), rule, upstream, replaced, body_digest)
 
 
 def _fit(request_id: bytes) -> bytes:

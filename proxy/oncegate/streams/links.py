@@ -37,9 +37,13 @@ class Links:
 
         `outer`: the path prefix that trusted proxies in front took off.
         """
-        resume = b'Link: <%s>; rel="resume"\r\n' % self.address(READ, claim, outer) if self.resumable else b""
+        resume = self.resume_field(claim, outer) if self.resumable else b""
         cancel = b'Link: <%s>; rel="cancel"\r\n' % self.address(CANCEL, claim, outer) if self.cancellable else b""
         return resume + cancel
+
+    def resume_field(self, claim: ClaimName, outer: bytes) -> bytes:
+        """Return the field that names the address at which a claim's response is read."""
+        return b'Link: <%s>; rel="resume"\r\n' % self.address(READ, claim, outer)
 
     def address(self, purpose: bytes, claim: ClaimName, outer: bytes) -> bytes:
         """Return the address for a purpose: a URL, or a path on the host that the client asked."""

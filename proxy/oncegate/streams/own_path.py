@@ -55,3 +55,4 @@ class OwnPath:
 
 
 STREAMS = b"streams"
+KEYS = b"keys"

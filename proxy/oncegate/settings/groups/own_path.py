@@ -17,6 +17,11 @@ class OwnPathSettings(BaseModel):
         "[addresses](../how-to/streams.md#the-address-of-a-response). Your API gets no request for it then. Without "
         "such a rule, it is a path like any other.",
     )
+    ask_keys: bool = Field(
+        False,
+        description="Answer [questions about keys](asking.md): what became of a request, without sending it again. "
+        "Whoever asks shows the credential of the request.",
+    )
     public_base: OptionalUrl = Field(
         None,
         description="URL by which clients reach the public listener, such as `https://api.example.com/v1`, if a proxy "

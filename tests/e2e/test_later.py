@@ -1,0 +1,278 @@
+"""`Prefer: respond-async`: the client gets a 202 and an address, and the exchange goes on without it."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.parts import (
+    CHUNKED,
+    LAST_CHUNK,
+    OK,
+    Answer,
+    Proxy,
+    RawClient,
+    Tap,
+    answering,
+    ask,
+    chunk,
+    holding,
+    request,
+    until,
+)
+from tests.test_asking import check_document
+
+RULES = """
+[[rule]]
+name = "reports"
+path = "/v1/**"
+respond_async = true
+on_client_gone = "cancel"
+cancel_grace_s = 0.1
+
+[[rule]]
+name = "elsewhere"
+"""
+MADE = b"HTTP/1.1 201 Created\r\nX-Report: 7\r\nContent-Length: 5\r\n\r\nwhole"
+DECLINED = b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 7\r\nContent-Length: 4\r\n\r\nbusy"
+LATER = "Prefer: respond-async"
+LEASE_MS = 1500
+
+
+@pytest.fixture
+def gates(proxies, upstream, store, tmp_path: Path) -> Callable[..., Proxy]:
+    """Replicas on the store of the run, of each kind."""
+    (tmp_path / "rules.toml").write_text(RULES)
+    fixed = {"RULES_FILE": "rules.toml", "LEASE_MS": LEASE_MS, "SECRET": "0123456789abcdef", "MAX_STORED_BYTES": 65536}
+    return lambda **settings: proxies(upstream, store.url, **fixed | settings)
+
+
+async def sent(gate: Proxy, key: str, *fields: str, target: str = "/v1/reports") -> Answer:
+    return await ask(gate.port, request("POST", target, key, b'{"amount": 1}', *fields))
+
+
+async def at(gate: Proxy, location: bytes) -> Answer:
+    """Return the answer at a Location: neither key nor credential is shown."""
+    return await ask(gate.port, request("GET", location.decode(), None, b""))
+
+
+async def ended(gate: Proxy, location: bytes) -> Answer:
+    """Come again until it is no 202."""
+    async with asyncio.timeout(30):
+        while (answer := await at(gate, location)).status == 202:
+            await asyncio.sleep(0.02)
+    return answer
+
+
+def location_of(answer: Answer) -> bytes:
+    """Return the Location of a 202 that is as it should be."""
+    assert (answer.status, answer.header("oncegate-status")) == (202, b"accepted"), answer
+    assert (answer.header("cache-control") or b"").startswith(b"private, no-store")
+    location = answer.header("location")
+    assert location is not None
+    document = check_document(answer.body)
+    assert document["location"] == location.decode()
+    assert (document["state"], document["on_repeat"]) == ("in_flight", "in-flight")
+    assert document["key_id"].encode() == answer.header("oncegate-key-id")
+    assert 1 <= int(answer.header("retry-after") or b"0") <= 60
+    return location
+
+
+async def test_a_client_that_does_not_wait_comes_for_its_response(gates, upstream):
+    """At once a 202, there a 202 while it runs, then the response: on any replica, as often as it likes. The API is
+    asked once, and not asked for what oncegate does itself."""
+    one, two = gates(), gates()
+    go_on = asyncio.Event()
+    upstream.script = holding(go_on, MADE)
+    accepted = await sent(one, "r-1", "Prefer: respond-async, return=minimal")
+    location = location_of(accepted)
+    assert accepted.header("preference-applied") == b"respond-async"
+    await until(lambda: upstream.received)
+    assert upstream.received[0].header("prefer") == [b"return=minimal"]
+    for gate in (one, two, one):
+        assert location_of(await at(gate, location)) == location
+    go_on.set()
+    for gate in (one, two, one):
+        answer = await ended(gate, location)
+        assert (answer.status, answer.body, answer.header("x-report")) == (201, b"whole", b"7")
+        assert (answer.header("oncegate-status"), answer.complete) == (b"resumed", True)
+        assert (answer.header("cache-control") or b"").startswith(b"private, no-store")
+    again = await sent(two, "r-1", LATER)
+    assert (again.status, again.body, again.header("location")) == (201, b"whole", None)
+    assert len(upstream.received) == 1
+    assert one.metric('requests_total{outcome="accepted"}') == 1
+    assert one.metric('requests_total{outcome="executed"}') == 1
+    assert [line["status"] for line in one.events("request") if line["outcome"] in ("accepted", "executed")] == [
+        202,
+        201,
+    ]
+
+
+async def test_a_client_waits_for_as_long_as_it_likes(gates, upstream):
+    """A response that begins within `wait` is passed on as usual; for any other a 202 comes then, and not before."""
+    gate, clock = gates(), asyncio.get_running_loop().time
+    prompt = await sent(gate, "w-1", "Prefer: respond-async, wait=20")
+    assert (prompt.status, prompt.header("oncegate-status")) == (200, b"executed")
+    tap = Tap()
+    upstream.script = tap.script
+    tap.send(CHUNKED, chunk(b"begun "))
+    streaming = asyncio.ensure_future(sent(gate, "w-2", "Prefer: wait=1", LATER))
+    await until(lambda: len(upstream.received) == 2)
+    await asyncio.sleep(1.2)
+    tap.end(chunk(b"ended"), LAST_CHUNK)
+    assert (await streaming).body == b"begun ended"
+    go_on, began_s = asyncio.Event(), clock()
+    upstream.script = holding(go_on, MADE)
+    late = await sent(gate, "w-3", LATER, "Prefer: wait=1")
+    assert clock() - began_s > 0.9
+    assert late.header("preference-applied") == b"respond-async, wait=1"
+    go_on.set()
+    assert (await ended(gate, location_of(late))).status == 201
+
+
+async def test_a_duplicate_gets_the_same_address(gates, upstream):
+    """Also where the original's client waits. Without the preference a duplicate gets what it always got."""
+    one, two = gates(), gates()
+    go_on = asyncio.Event()
+    upstream.script = holding(go_on, MADE)
+    location = location_of(await sent(one, "d-1", LATER))
+    duplicate = await sent(two, "d-1", "Prefer: respond-async, wait=1")
+    assert location_of(duplicate) == location
+    assert duplicate.header("preference-applied") == b"respond-async, wait=1"
+    assert (await sent(two, "d-1")).slug == "in-flight"
+    waiting = asyncio.ensure_future(sent(one, "d-2"))
+    await until(lambda: len(upstream.received) == 2)
+    other = location_of(await sent(two, "d-2", LATER))
+    assert other != location
+    reused = await ask(two.port, request("POST", "/v1/reports", "d-1", b"another", LATER))
+    assert reused.slug == "key-reused"
+    go_on.set()
+    assert ((await waiting).status, (await ended(one, other)).status) == (201, 201)
+    assert len(upstream.received) == 2
+
+
+async def test_what_was_not_executed_says_so_at_its_address(gates, upstream):
+    """The API declined it, or could not be reached: the key is free, and the next claim has another address."""
+    one, two = gates(), gates()
+    upstream.script = answering(DECLINED)
+    location = location_of(await sent(one, "f-1", LATER))
+    answer = await ended(two, location)
+    assert (answer.status, answer.slug, answer.problem["original_status"]) == (409, "key-released", 429)
+    assert (answer.header("retry-after"), answer.header("oncegate-status")) == (b"7", b"released")
+    assert (answer.problem["retryable"], answer.problem["reuse_key"]) == (False, True)
+    upstream.script = answering(MADE)
+    again = location_of(await sent(two, "f-1", LATER))
+    assert (await ended(one, again)).status == 201
+    # The first claim is over, whatever became of the second.
+    assert (await at(one, location)).slug == "key-released"
+    await upstream.close()
+    unsent = await ended(one, location_of(await sent(one, "f-2", LATER)))
+    assert (unsent.slug, unsent.problem.get("original_status")) == ("key-released", None)
+    assert "nothing was sent" in unsent.problem["detail"]
+
+
+async def test_the_owner_dies_between_the_202_and_the_end(gates, upstream):
+    """Within a lease the address says that nobody knows the outcome, and nothing executes the key again."""
+    one, two = gates(), gates()
+    upstream.script = holding(asyncio.Event())
+    location = location_of(await sent(one, "k-1", LATER))
+    await until(lambda: upstream.received)
+    one.kill()
+    clock = asyncio.get_running_loop().time
+    died_s = clock()
+    answer = await ended(two, location)
+    assert clock() - died_s < LEASE_MS / 1000 + 5
+    assert (answer.status, answer.slug, answer.header("oncegate-status")) == (409, "outcome-unknown", b"unknown")
+    assert (await sent(two, "k-1", LATER)).slug == "outcome-unknown"
+    assert len(upstream.received) == 1
+
+
+async def test_a_drain_waits_for_it_and_what_it_cuts_off_is_unknown(gates, upstream):
+    """Its client has its answer, and the exchange is in flight all the same."""
+    one, two, three = gates(), gates(DRAIN_S=0.2), gates()
+    go_on = asyncio.Event()
+    upstream.script = holding(go_on, MADE)
+    whole, cut = [location_of(await sent(gate, key, LATER)) for gate, key in ((one, "s-1"), (two, "s-2"))]
+    await until(lambda: len(upstream.received) == 2)
+    stopping = [asyncio.ensure_future(asyncio.to_thread(gate.stop)) for gate in (one, two)]
+    assert await stopping[1] != 0
+    assert (await ended(three, cut)).slug == "outcome-unknown"
+    assert one.process.poll() is None
+    go_on.set()
+    assert await stopping[0] == 0
+    assert (await ended(three, whole)).body == b"whole"
+
+
+async def test_nobody_waits_and_nobody_cancels(gates, upstream):
+    """Under a rule that ends requests without readers it goes on after its client left, with or without its 202."""
+    gate, gone = gates(), asyncio.Event()
+    go_on = asyncio.Event()
+
+    async def script(_, reader, writer, __) -> None:
+        leaving = asyncio.ensure_future(reader.read(1))
+        waiting = asyncio.ensure_future(go_on.wait())
+        await asyncio.wait((leaving, waiting), return_when=asyncio.FIRST_COMPLETED)
+        if leaving.done():
+            gone.set()
+        leaving.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await leaving
+        writer.write(MADE)
+
+    upstream.script = script
+    client = await RawClient.open(gate.port)
+    answer = await client.ask(request("POST", "/v1/reports", "c-1", b"{}", LATER))
+    assert answer is not None
+    hasty = await RawClient.open(gate.port)
+    hasty.writer.write(request("POST", "/v1/reports", "c-2", b"{}", LATER, "Prefer: wait=20"))
+    await until(lambda: len(upstream.received) == 2)
+    client.reset()
+    hasty.reset()
+    await asyncio.sleep(1)
+    assert not gone.is_set()
+    go_on.set()
+    assert (await ended(gate, location_of(answer))).status == 201
+    await until(lambda: gate.metric('requests_total{outcome="executed"}') == 2)
+
+
+async def test_one_connection_goes_on_while_its_exchanges_do(gates, upstream):
+    """The next request on it is another one, and what comes of the first is nowhere in its answers."""
+    gate, go_on = gates(), asyncio.Event()
+    upstream.script = holding(go_on, MADE)
+    with contextlib.closing(await RawClient.open(gate.port)) as client:
+        answers = [await client.ask(request("POST", "/v1/reports", f"p-{n}", b"{}", LATER)) for n in range(4)]
+        locations = {location_of(answer) for answer in answers if answer is not None}
+        assert len(locations) == 4
+        await until(lambda: len(upstream.received) == 4)
+        go_on.set()
+        upstream.script = answering(OK)
+        last = await client.ask(request("POST", "/v1/reports", "p-last", b"{}"))
+        assert last is not None
+        assert (last.status, last.body) == (200, b"ok")
+    for location in locations:
+        assert (await ended(gate, location)).body == b"whole"
+
+
+async def test_elsewhere_the_preference_is_the_apis_own(gates, upstream):
+    """Without the field in the rule, and without a key."""
+    gate = gates()
+    own = b"HTTP/1.1 202 Accepted\r\nLocation: /jobs/1\r\nContent-Length: 0\r\n\r\n"
+    upstream.script = answering(own)
+    for key, target in (("e-1", "/other"), (None, "/v1/reports")):
+        answer = await sent(gate, key, "Prefer: respond-async, wait=5", target=target)
+        assert (answer.status, answer.header("location")) == (202, b"/jobs/1")
+        assert answer.header("oncegate-status") in (b"executed", None)
+        assert upstream.received[-1].header("prefer") == [b"respond-async, wait=5"]
+
+
+async def test_a_response_that_was_not_kept(gates, upstream):
+    """The address says that it was executed."""
+    gate = gates()
+    go_on, large = asyncio.Event(), bytes(70_000)
+    upstream.script = holding(go_on, b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(large), large))
+    location = location_of(await sent(gate, "l-1", LATER))
+    go_on.set()
+    answer = await ended(gate, location)
+    assert (answer.slug, answer.problem["original_status"]) == ("response-not-kept", 200)
