@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import signal
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from oncegate.operating import decisions
 from tests.e2e.test_cancelling import SSE, Api
 from tests.e2e.test_operate import Desk, audit
-from tests.parts import LAST_CHUNK, RawClient, RawUpstream, ask, chunk, read_answer, request, until
+from tests.parts import LAST_CHUNK, RawClient, RawUpstream, Received, ask, chunk, read_answer, request, until
 
 RULES = """
 [[rule]]
@@ -127,7 +128,7 @@ async def test_a_key_to_cancel_is_named_in_every_way(gates, upstream, api, desk,
 async def test_an_owner_that_died_hears_of_no_cancel(gates, upstream, api, desk, monkeypatch):
     """Nobody pretends that it was cancelled. Once its lease is over the key is unknown in the mode of its claim."""
     monkeypatch.setattr(decisions, "CANCEL_S", 0.5)
-    owner, other = await gates(LEASE_MS=6000), await gates()
+    owner, other = await gates(LEASE_MS=3000), await gates()
     client = await begun(owner, upstream)
     owner.kill()
     told = await desk("cancel", "stopped", code=1)
@@ -208,3 +209,96 @@ async def test_a_client_that_does_not_read_holds_no_cancel_up(gates, upstream, a
         await asyncio.sleep(0.2)
     assert "cancelled" in (await desk("cancel", "stopped")).stdout
     client.reset()
+
+
+JOINED = """
+[[rule]]
+name = "joined"
+path = "/v1/**"
+on_unknown = "retry"
+on_duplicate = "join"
+on_client_gone = "cancel"
+cancel_grace_s = 0.5
+"""
+
+
+@pytest.mark.parametrize(
+    ("stored", "where"),
+    [("valkey", "the same process"), ("valkey", "another replica"), ("postgres", "another replica")],
+    indirect=["stored"],
+)
+async def test_a_follower_is_a_reader(fork, upstream, api, stored, desk, tmp_path, where):
+    """A response goes on for who joined it, in any process. It ends with its last reader, or when somebody stops it:
+    then its readers are broken off."""
+    (tmp_path / "rules.toml").write_text(JOINED)
+    gate = await fork(upstream, stored.url, RULES_FILE="rules.toml")
+    other = gate if where == "the same process" else await fork(upstream, stored.url, RULES_FILE="rules.toml")
+    api.begins = [SSE, chunk(b"data: 1\n\n")]
+    for number, key in enumerate(("left", "stopped"), 1):
+        api.gone.clear()
+        client = await begun(gate, upstream, key)
+        follower = await RawClient.open(other.port)
+        follower.writer.write(raw(key))
+        await follower.reader.readuntil(b"data: 1\n\n")
+        client.close()
+        if key == "left":
+            # Longer than the grace, and a second look at who reads.
+            await asyncio.sleep(1.8)
+            assert not api.gone.is_set()
+            follower.reset()
+        else:
+            assert "cancelled" in (await desk("cancel", key)).stdout
+            assert not await ends(follower)
+            follower.close()
+        await asyncio.wait_for(api.gone.wait(), 20)
+        await until(lambda count=number: gate.metric('settled_total{settlement="cancelled"}') == count)
+        assert (await ask(other.port, raw(key))).problem["reason"] == "cancelled"
+    assert len(upstream.received) == 2
+    assert gate.metric('cancels_total{by="client_gone"}') == 1
+
+
+CANCELLABLE = """
+[[rule]]
+name = "cancellable"
+path = "/v1/**"
+cancellable = true
+"""
+
+
+@pytest.mark.parametrize("stored", ["valkey", "postgres"], indirect=True)
+async def test_a_reader_stops_a_young_stream_at_another_replica(fork, upstream, stored, tmp_path):
+    """Under a rule that lets readers stop it, the mailbox is read from the first moment on."""
+    (tmp_path / "rules.toml").write_text(CANCELLABLE)
+    settings = {"RULES_FILE": "rules.toml", "SECRET": "a secret that is long enough"}
+    owner, other = await fork(upstream, stored.url, **settings), await fork(upstream, stored.url, **settings)
+    ticks, gone = [0], asyncio.Event()
+
+    async def tick(_: RawUpstream, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, __: Received) -> None:
+        leaving = asyncio.ensure_future(reader.read(1))
+        writer.write(SSE)
+        while not leaving.done():
+            ticks[0] += 1
+            writer.write(chunk(b"data: tick\n\n"))
+            await asyncio.wait([leaving], timeout=0.1)
+        gone.set()
+        raise ConnectionError
+
+    upstream.script = tick
+    for number in range(10):
+        ticks[0] = 0
+        gone.clear()
+        client = await begun(owner, upstream, f"ticking-{number}")
+        head = await client.reader.readuntil(b"\r\n\r\n")
+        address = re.search(rb'<([^>]+)>; rel="cancel"', head)[1].decode()
+        stopped = await ask(other.port, request("DELETE", address, None, b""))
+        assert (stopped.status, json.loads(stopped.body)["outcome"]) == (202, "in_flight")
+        before = ticks[0]
+        await asyncio.wait_for(gone.wait(), 20)
+        client.close()
+        await until(lambda count=number: owner.metric('settled_total{settlement="cancelled"}') == count + 1)
+        assert json.loads((await ask(other.port, request("DELETE", address, None, b""))).body)["reason"] == "cancelled"
+        # Other requests are a second old before their owner looks. A busy machine may take so long for the first step.
+        if before <= 4:
+            assert ticks[0] - before <= 5
+            return
+    raise AssertionError("no request was stopped in time to tell")

@@ -200,7 +200,7 @@ class Gateway:
         try:
             caller, tenant = keyed.caller, keyed.claim_request.scope.tenant
             call = b"" if caller is None else call_name(tenant, request.checked_head().fields, caller.id)
-            if grace_s is None and not call:
+            if grace_s is None and not (call or keyed.route.policy.cancellable):
                 outcome = await exchange.run()
             else:
                 cancellations, held = keyed.route.deps.cancellations, progress.held
