@@ -146,5 +146,5 @@ class RedisWakes:
     async def close(self) -> None:
         if self._keeper is not None:
             self._keeper.cancel()
-        listeners, self._subscribers = self._subscribers, {}
-        await asyncio.gather(*[subscriber.close() for subscriber in listeners.values()])
+        subscribers, self._subscribers = self._subscribers, {}
+        await asyncio.gather(*[subscriber.close() for subscriber in subscribers.values()])
