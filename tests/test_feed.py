@@ -11,6 +11,7 @@ from oncegate.decision import State
 from oncegate.messages.response_head import response_digest
 from oncegate.store.record import StoredResponse
 from oncegate.store.results import Followed, ReadFailure
+from oncegate.store.store import NoWakes
 from oncegate.store.stream_head import StreamHead, pack_head
 from oncegate.streams.feed import WINDOW_BYTES, Feed, FeedEnd
 from oncegate.streams.feeds import Feeds, Running
@@ -21,6 +22,24 @@ HEAD = StreamHead(200, b"OK", b"Content-Type: text/event-stream\r\n", None, Fals
 LEASE_MS = 200
 
 
+class Tells:
+    """Wakes of a store that tells; `told` is called before each, and loses the wake-up where it returns False."""
+
+    def __init__(self, told: Callable[[], bool] = lambda: True) -> None:
+        self._told, self.watchers = told, list[Callable[[], None]]()
+
+    def watch(self, _key: bytes, wake: Callable[[], None]) -> Callable[[], None]:
+        self.watchers.append(wake)
+        return lambda: self.watchers.remove(wake)
+
+    def is_live(self, _key: bytes) -> bool:
+        return bool(self.watchers)
+
+    def tell(self) -> None:
+        for wake in self.watchers if self._told() else ():
+            wake()
+
+
 class Records:
     """A store with the record of one response, which a test writes; `reads` are the indexes that were asked for."""
 
@@ -28,6 +47,7 @@ class Records:
         self.chunks: list[bytes] = []
         self.state, self.response, self.token = State.IN_FLIGHT, None, TOKEN
         self.is_down, self.dropped, self.reads = False, False, list[int]()
+        self.wakes: NoWakes | Tells = NoWakes()
 
     async def follow(self, _: bytes, token: bytes, first: int, reading_ms: int = 0) -> Followed | ReadFailure:
         self.reads.append(first)
@@ -44,6 +64,10 @@ class Records:
             chunks.append(chunk)
         head = pack_head(HEAD) if self.chunks and not first and self.state is State.IN_FLIGHT else b""
         return Followed(self.state, head, chunks, len(self.chunks), self.response, False, 100, dropped=self.dropped)
+
+    def tell(self) -> None:
+        if isinstance(self.wakes, Tells):
+            self.wakes.tell()
 
     def complete(self) -> None:
         """Settle the response as it is."""
@@ -149,10 +173,13 @@ async def test_every_reader_gets_every_byte_once(feeds, records, memory, seed):
     assert memory.used == 0
 
 
-@pytest.mark.parametrize("seed", range(10))
-async def test_a_feed_from_the_store_is_the_same(feeds, records, memory, seed):
-    """The same, of a response that comes in another process."""
+@pytest.mark.parametrize("wakes", ["none", "all", "half", "lost"])
+@pytest.mark.parametrize("seed", range(5))
+async def test_a_feed_from_the_store_is_the_same(feeds, records, memory, seed, wakes):
+    """The same, of a response that comes in another process, whether the store tells of it, or half of it is lost."""
     draw = random.Random(seed)
+    if wakes != "none":
+        records.wakes = Tells({"all": lambda: True, "half": lambda: draw.random() < 0.5, "lost": lambda: False}[wakes])
     body = draw.randbytes(draw.choice([10, 5_000, 900_000]))
 
     async def reader(pause_s: float) -> tuple[bytes, FeedEnd | None]:
@@ -163,10 +190,45 @@ async def test_a_feed_from_the_store_is_the_same(feeds, records, memory, seed):
     got = [asyncio.ensure_future(reader(draw.random() / 5)) for _ in range(5)]
     for chunk in cut(body, draw, max(1, min(200_000, len(body) // 5))):
         records.chunks.append(chunk)
+        records.tell()
         await asyncio.sleep(draw.random() / 20)
     records.complete()
+    records.tell()
     assert await asyncio.gather(*got) == [(body, FeedEnd.COMPLETE)] * 5
     assert memory.used == 0
+    assert isinstance(records.wakes, NoWakes) or records.wakes.watchers == []
+
+
+async def test_where_the_store_tells_it_is_hardly_asked(feeds, records):
+    """In silence a few times a second, and at once when it tells of more; never twice within a pause."""
+    records.wakes, loop = Tells(), asyncio.get_running_loop()
+    records.chunks.append(b"first")
+    with feeds.reading(KEY, TOKEN) as feed:
+        reading = asyncio.ensure_future(read_all(feed))
+        await asyncio.sleep(1)
+        assert 2 <= len(records.reads) <= 6
+        asked, told_s = len(records.reads), loop.time()
+        records.chunks.append(b", second")
+        for _ in range(20):
+            records.tell()
+        async with asyncio.timeout(10):
+            await feed.beyond(5)
+        # A pause at most, and not the one of silence; a busy machine takes its time.
+        assert len(records.reads) <= asked + 1 + (loop.time() - told_s) / 0.05
+        records.complete()
+        records.tell()
+        assert await reading == b"first, second"
+    assert records.wakes.watchers == []
+
+
+async def test_a_complete_record_is_not_watched(feeds, records):
+    """A connection for it would be for nothing."""
+    records.wakes = Tells()
+    records.wakes.watch = None  # type: ignore[method-assign, assignment]
+    records.chunks.append(b"all")
+    records.complete()
+    with feeds.reading(KEY, TOKEN) as feed:
+        assert await read_all(feed) == b"all"
 
 
 async def test_a_thousand_readers_are_one_read_a_pause(feeds, records):

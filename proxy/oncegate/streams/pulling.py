@@ -1,10 +1,12 @@
 """Brings a feed its bytes from the store, where the exchange runs in another worker or replica.
 
-Whatever the number of its readers, a feed that waits for news is one read of the store after each pause.
+Whatever the number of its readers, a feed that waits for news is one read of the store after each pause. Where the
+store tells of each chunk, a read waits for that.
 """
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from hashlib import blake2b
 
 from oncegate.decision import State
@@ -17,6 +19,8 @@ from oncegate.streams.feed import Feed, FeedEnd
 
 # The owner learns that somebody reads, and writes smaller batches, for so long after each read.
 READING_MS = 3000
+# Between two reads at most, while the store tells of each chunk: what it told may have been lost.
+UNTOLD_S = 0.25
 
 
 class Pull:
@@ -33,15 +37,31 @@ class Pull:
     async def run(self, pause_s: Callable[[], float]) -> None:
         """Read until the response has ended, and only while a reader waits for more.
 
-        `pause_s()`: between two reads, unless there is more already.
+        `pause_s()`: between two reads at least, unless there is more already.
         """
-        feed = self._feed
-        while feed.ended is None:
-            await feed.wanted()
-            began_s = self._loop.time()
-            found = await self._store.follow(feed.key, feed.token, self._next, READING_MS)
-            if not self._take(found):
-                await asyncio.sleep(max(0.0, began_s + pause_s() - self._loop.time()))
+        feed, news = self._feed, asyncio.Event()
+        stop: Callable[[], None] | None = None
+        try:
+            while feed.ended is None:
+                await feed.wanted()
+                news.clear()
+                began_s = self._loop.time()
+                found = await self._store.follow(feed.key, feed.token, self._next, READING_MS)
+                if self._take(found) or feed.ended is not None:
+                    continue
+                stop = stop or self._store.wakes.watch(feed.key, news.set)
+                await self._rest(began_s, pause_s(), news)
+        finally:
+            if stop is not None:
+                stop()
+
+    async def _rest(self, began_s: float, pause_s: float, news: asyncio.Event) -> None:
+        """Wait after a read that began at `began_s` (the loop's time): for `pause_s`, and for news where they come."""
+        if self._store.wakes.is_live(self._feed.key):
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(began_s + UNTOLD_S):
+                    await news.wait()
+        await asyncio.sleep(max(0.0, began_s + pause_s - self._loop.time()))
 
     def _take(self, found: Followed | ReadFailure) -> bool:
         """Take what a read found; return whether more is there already."""
