@@ -18,7 +18,7 @@ from oncegate.store.readers import Readers, mark_name
 from oncegate.store.record import Claim, ClaimRequest, cancelled_claim
 from oncegate.store.results import SettleStatus
 from oncegate.store.store import Store
-from oncegate.streams.cancels import CANCEL, FETCHED, CancelResult, Note, pack_note, tell_owner, unpack_note
+from oncegate.streams.cancels import CANCEL, FETCHED, READ, CancelResult, Note, pack_note, tell_owner, unpack_note
 from tests.stores import store_at, store_small
 
 KEY, SCOPE, FINGERPRINT = b"k" * 24, Scope(b"default", b"n" * 16), b"f" * 16
@@ -73,6 +73,7 @@ def test_a_note_is_what_was_packed():
     for note in (
         Note(CANCEL, KEY, b"t" * 16, "operator ä stopped it"),
         Note(FETCHED, KEY, b"t" * 16),
+        Note(READ, KEY, b"t" * 16),
     ):
         assert unpack_note(pack_note(note)) == note
     long = pack_note(Note(CANCEL, KEY, b"t" * 16, "ä" * 1000))
@@ -96,6 +97,20 @@ async def test_a_claim_is_cancelled_from_any_process(stores):
     assert reasons == ["operator eve stopped it"]
     assert owner.counts == dict.fromkeys(CANCELS, 0.0) | {OPERATOR: 1.0}
     assert set(other.counts.values()) == {0.0}
+
+
+async def test_the_owner_hears_that_its_response_is_read(stores):
+    """By a note about its claim, and not about a later one of the key."""
+    owner, other = map(Worker, stores)
+    held, reasons = owner.hold(claim := await claimed(stores[0]))
+    heard: list[bool] = []
+    held.on_read = lambda: heard.append(held.read_elsewhere)
+    await other.store.post(claim.token, pack_note(Note(READ, KEY, claim.token[:-1] + b"x")))
+    await owner.cancellations.collect()
+    assert (heard, held.read_elsewhere) == ([], False)
+    await other.store.post(claim.token, pack_note(Note(READ, KEY, claim.token)))
+    await owner.cancellations.collect()
+    assert (heard[:1], held.read_elsewhere, held.fetched, reasons) == ([True], True, False, [])
 
 
 async def test_a_cancel_never_ends_a_later_claim(stores):

@@ -13,6 +13,7 @@ from oncegate.store.record import StoredResponse
 from oncegate.store.results import Followed, ReadFailure
 from oncegate.store.store import NoWakes
 from oncegate.store.stream_head import StreamHead, pack_head
+from oncegate.streams.cancels import READ, Note, unpack_note
 from oncegate.streams.feed import WINDOW_BYTES, Feed, FeedEnd
 from oncegate.streams.feeds import Feeds, Running
 from oncegate.streams.followers import Followers
@@ -48,6 +49,7 @@ class Records:
         self.state, self.response, self.token = State.IN_FLIGHT, None, TOKEN
         self.is_down, self.dropped, self.reads = False, False, list[int]()
         self.wakes: NoWakes | Tells = NoWakes()
+        self.posted: list[tuple[bytes, Note | None]] = []
 
     async def follow(self, _: bytes, token: bytes, first: int, reading_ms: int = 0) -> Followed | ReadFailure:
         self.reads.append(first)
@@ -64,6 +66,10 @@ class Records:
             chunks.append(chunk)
         head = pack_head(HEAD) if self.chunks and not first and self.state is State.IN_FLIGHT else b""
         return Followed(self.state, head, chunks, len(self.chunks), self.response, False, 100, dropped=self.dropped)
+
+    async def post(self, token: bytes, note: bytes) -> bool:
+        self.posted.append((token, unpack_note(note)))
+        return True
 
     def tell(self) -> None:
         if isinstance(self.wakes, Tells):
@@ -229,6 +235,7 @@ async def test_a_complete_record_is_not_watched(feeds, records):
     records.complete()
     with feeds.reading(KEY, TOKEN) as feed:
         assert await read_all(feed) == b"all"
+    assert records.posted == []
 
 
 async def test_a_thousand_readers_are_one_read_a_pause(feeds, records):
@@ -246,6 +253,8 @@ async def test_a_thousand_readers_are_one_read_a_pause(feeds, records):
         records.chunks.append(b"%d" % number)
     records.complete()
     assert set(await asyncio.gather(*got)) == {b"first01234"}
+    # Its owner is told once that it is read.
+    assert records.posted == [(TOKEN, Note(READ, KEY, TOKEN))]
     # Each look that finds something is followed by a pause, too.
     assert len(records.reads) <= (loop.time() - began_s) / 0.05 + 2
 

@@ -124,6 +124,43 @@ async def test_where_memory_is_short_less_waits_for_less_time(begin, probe):
     assert memory.used == memory.limit
 
 
+async def test_what_is_read_elsewhere_does_not_wait(begin, store, probe, monkeypatch):
+    """What waits when that is noted goes at once, and so does what comes after a silence; else a short batch waits.
+
+    A record has no reader before its first chunk: that changes nothing of what a note has said.
+    """
+    one = await begin(head=b"head")
+    one.add(b"a")
+    await asyncio.sleep(0.05)
+    assert (one.chunks, appended(probe)) == (0, [])
+    one._held.read_elsewhere = True
+    one._held.on_read()
+    await until(lambda: one.chunks == 1)
+    assert one._held.read_elsewhere
+    await store.follow(KEY, one._held.claim.token, 0, 60_000)
+    monkeypatch.setattr("oncegate.gateway.recording.TIGHT_BATCH_S", LONG_S)
+    one.add(b"b")
+    one.add(b"cc")
+    await asyncio.sleep(0.05)
+    assert one.chunks == 1
+    one._stop_timer()
+    one._appended_s = float("-inf")  # after a silence
+    one.add(b"ddd")
+    await until(lambda: one.chunks == 2)
+    assert (appended(probe), one._held.read_elsewhere) == ([1, 6], True)
+    monkeypatch.undo()
+    one.add(b"eeee")
+    await until(lambda: one.chunks == 3)
+    # Nobody reads any more.
+    probe.change(KEY, readers_until=probe.now_ms() - 1)
+    one.add(b"f")
+    await until(lambda: one.chunks == 4)
+    assert not one._held.read_elsewhere
+    one.add(b"g")
+    await asyncio.sleep(0.2)
+    assert one.chunks == 4
+
+
 async def test_a_store_that_falls_behind_is_waited_for(begin):
     """More than the backlog is not taken at once, and there is room again when the store has taken some."""
     one = await begin()

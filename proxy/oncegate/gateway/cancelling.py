@@ -16,7 +16,7 @@ from oncegate.store.leases import LeasedClaim, Leases
 from oncegate.store.readers import Calls, Readers
 from oncegate.store.record import TOKEN_BYTES
 from oncegate.store.store import Store
-from oncegate.streams.cancels import CANCEL, FETCHED, CancelResult, Note, pack_note, tell_owner, unpack_note
+from oncegate.streams.cancels import CANCEL, FETCHED, READ, CancelResult, Note, pack_note, tell_owner, unpack_note
 
 NO_READER = "its last reader left"
 TAKEN_BACK = "its client took it back"
@@ -135,5 +135,8 @@ class Cancellations:
                 continue
             if note.kind == CANCEL:
                 self._cancel(held, note.reason)
+            elif note.kind == READ:
+                held.read_elsewhere = True
+                held.on_read()
             else:
                 held.fetched = True

@@ -29,7 +29,7 @@ class Recording:
 
     `is_storing`: nothing has ended it. `is_broken`: the response must not end as a complete one, because the store has
     less of it than the client would, or the key has another owner; `on_broken` is called then. `batch_s`: how
-    long bytes wait for more before they go to the store; less while somebody elsewhere reads them from there.
+    long bytes wait for more before they go to the store, unless somebody elsewhere reads them from there.
     """
 
     batch_s = BATCH_S
@@ -50,7 +50,7 @@ class Recording:
         self._store, self._held, self._max_bytes = store, held, max_bytes
         self._settle_timeout_s, self._memory, self._digest = settle_timeout_s, memory, digest
         # Who reads it while it comes: in this worker, and whether anybody does elsewhere.
-        self._head, self._is_read = head, False
+        self._head = head
         self._feed: Feed | None = None
         self._loop = asyncio.get_running_loop()
         # What waits for the next append, and how many bytes that is; and with what is on its way.
@@ -67,7 +67,9 @@ class Recording:
         self.is_storing, self.is_broken = True, False
         self._telling: asyncio.Task[RenewStatus] | None = None
         self._on_broken = on_broken
-        held.on_fenced = self._break
+        # When something was last appended that is read elsewhere (the loop's time).
+        self._appended_s = 0.0
+        held.on_fenced, held.on_read = self._break, self._hurry
 
     def add(self, data: bytes) -> bool:
         """Take the next bytes of the body; return whether more may be added at once."""
@@ -121,7 +123,7 @@ class Recording:
         self._end_feed(FeedEnd.BROKEN)
         self._forget()
         # These refer back to this.
-        self._writer, self._on_broken, self._held.on_fenced = None, do_nothing, do_nothing
+        self._writer, self._on_broken, self._held.on_fenced, self._held.on_read = None, *[do_nothing] * 3
 
     # Who reads it while it comes, in this worker ...
 
@@ -155,7 +157,7 @@ class Recording:
         self.is_storing = False
         self._end_feed(FeedEnd.BROKEN if self.is_broken else FeedEnd.DROPPED)
         self._held.stage = DROPPED
-        if self._is_read and not self.is_broken:
+        if self._held.read_elsewhere and not self.is_broken:
             self._telling = self._loop.create_task(self._store.renew(self._held.claim, DROPPED))
         self._forget()
 
@@ -187,7 +189,20 @@ class Recording:
         if self._batch_bytes >= (TIGHT_BATCH_BYTES if is_tight else BATCH_BYTES):
             self._write()
         elif self._batch and not self._tick:
-            self._tick = self._ticker.call_later(TIGHT_BATCH_S if is_tight else self.batch_s, self._write)
+            is_read = self._held.read_elsewhere
+            # After a silence its readers get it at once.
+            if is_read and self._loop.time() >= self._appended_s + TIGHT_BATCH_S:
+                self._write()
+            else:
+                self._tick = self._ticker.call_later(
+                    TIGHT_BATCH_S if is_tight or is_read else self.batch_s, self._write
+                )
+
+    def _hurry(self) -> None:
+        """Somebody elsewhere begins to read: let nothing wait for as long as it does for the store alone."""
+        self._stop_timer()
+        if self._writer is None:
+            self._write_when_due()
 
     def _write(self) -> None:
         self._stop_timer()
@@ -219,8 +234,11 @@ class Recording:
         if not self.is_storing:
             return
         if status is AppendStatus.APPENDED or status is AppendStatus.APPENDED_READ:
-            self._is_read = status is AppendStatus.APPENDED_READ
-            self.batch_s = TIGHT_BATCH_S if self._is_read else BATCH_S
+            # With the first chunk comes the head, without which readers do not write into the record.
+            if self.chunks or status is AppendStatus.APPENDED_READ:
+                self._held.read_elsewhere = status is AppendStatus.APPENDED_READ
+            if self._held.read_elsewhere:
+                self._appended_s = self._loop.time()
             self.chunks += 1
             self._unconfirmed -= len(chunk)
             self._taken = b""

@@ -46,6 +46,9 @@ class LeasedClaim:
     reported: bool = False
     # Called when a renewal finds another owner.
     on_fenced: Callable[[], None] = do_nothing
+    # Somebody elsewhere reads its response while it comes; called when that is noted.
+    read_elsewhere: bool = False
+    on_read: Callable[[], None] = do_nothing
     # Ends its exchange for a reason, and returns whether this did it.
     cancel: Callable[[str], bool] = cancel_nothing
     # Somebody has the address of its response, and may come back whenever they like.

@@ -1,4 +1,4 @@
-"""Cancels: somebody who does not run a request tells its owner to end it.
+"""Notes to the owner of a claim from somebody who does not run its request; above all that it is to end.
 
 A cancel is a note in the owner's mailbox, not a state of the record: the owner closes its connection to the upstream
 and settles the claim. The note names one claim by its token, so that it never ends a later one of the same key.
@@ -13,8 +13,8 @@ from oncegate.store.record import TOKEN_BYTES, ViewState
 from oncegate.store.record_view import StoreError
 from oncegate.store.store import Store
 
-# The first byte of a note: end this claim, and somebody has the address of its response.
-CANCEL, FETCHED = b"c", b"r"
+# The first byte of a note: end this claim; somebody has the address of its response; somebody reads it from the store.
+CANCEL, FETCHED, READ = b"c", b"r", b"j"
 _TOKEN_AT = 1 + KEY_DIGEST_BYTES
 _REASON_AT = _TOKEN_AT + TOKEN_BYTES
 MAX_REASON_BYTES = 200
@@ -54,7 +54,7 @@ def pack_note(note: Note) -> bytes:
 
 def unpack_note(packed: bytes) -> Note | None:
     """Return the note that was packed, None for one that a newer version wrote."""
-    if len(packed) < _REASON_AT or packed[:1] not in (CANCEL, FETCHED):
+    if len(packed) < _REASON_AT or packed[:1] not in (CANCEL, FETCHED, READ):
         return None
     reason = packed[_REASON_AT:].decode("utf-8", "replace")
     return Note(packed[:1], packed[1:_TOKEN_AT], packed[_TOKEN_AT:_REASON_AT], reason)

@@ -15,6 +15,7 @@ from oncegate.store.record import StoredResponse
 from oncegate.store.results import Followed, ReadFailure
 from oncegate.store.store import Store
 from oncegate.store.stream_head import StreamHead, unpack_head
+from oncegate.streams.cancels import READ, Note, pack_note
 from oncegate.streams.feed import Feed, FeedEnd
 
 # The owner learns that somebody reads, and writes smaller batches, for so long after each read.
@@ -49,7 +50,10 @@ class Pull:
                 found = await self._store.follow(feed.key, feed.token, self._next, READING_MS)
                 if self._take(found) or feed.ended is not None:
                     continue
-                stop = stop or self._store.wakes.watch(feed.key, news.set)
+                if stop is None:
+                    stop = self._store.wakes.watch(feed.key, news.set)
+                    # The record says so, too, but the owner reads it with its next chunk alone.
+                    await self._store.post(feed.token, pack_note(Note(READ, feed.key, feed.token)))
                 await self._rest(began_s, pause_s(), news)
         finally:
             if stop is not None:
