@@ -26,11 +26,14 @@ from oncegate.store.results import (
     SettleStatus,
 )
 from oncegate.store.store import Store
+from tests.own_postgres import OwnPostgres
 from tests.postgres_schemas import NEVER, Schema, foreign, fresh_schema, lapse
-from tests.stores import FOREIGN, KEY, PATIENCE_S, answer, claimed, key, store_small
+from tests.postgres_server import Server
+from tests.stores import FOREIGN, KEY, PATIENCE_S, answer, claimed, connected, key, store_small
 
 HEAD = b"a packed head"
 READING_MS = 5000
+DONE = (AppendStatus.APPENDED, AppendStatus.APPENDED_READ)
 STORED = SettleResult(SettleStatus.STORED)
 FOLLOW = "SELECT * FROM follow_2(ARRAY[ROW($1, $2, $3, $4, $5)::follow_call_2], '', true, '')"
 
@@ -161,6 +164,64 @@ async def test_readers_owners_and_housekeeping_share_keys_without_a_deadlock(sch
         assert count > 1
         await schema.other.execute("SELECT pg_stat_force_next_flush()")
         assert await schema.other.fetchval(deadlocks) == before
+
+
+# A server that is killed ...
+
+
+def piece(index: int) -> bytes:
+    return b"%06d" % index * 300
+
+
+async def read_to_its_end(store: Store, owner: Claim) -> tuple[list[bytes], Followed | ReadFailure]:
+    """Follow a response from its beginning until it has ended or cannot be read any more."""
+    read: list[bytes] = []
+    while True:
+        found = await store.follow(owner.key, owner.token, len(read), READING_MS)
+        if isinstance(found, Followed):
+            read += found.chunks
+            ended = found.response is not None and len(read) >= found.count
+            if ended or (found.state is not State.IN_FLIGHT and found.response is None):
+                return read, found
+        elif found is not ReadFailure.UNCONFIRMED:
+            return read, found
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.fault(8)
+@pytest.mark.parametrize("count", [2, pytest.param(30, marks=pytest.mark.full)])
+async def test_a_server_that_is_killed_while_a_response_is_followed(postgres_template: Server, count: int) -> None:
+    """Chunks are confirmed in its memory, so the last ones may be lost. No reader gets other bytes for that, or an end.
+
+    Then the owner stores no body. What was read before the fault is what the owner sent, whatever became of it.
+    """
+    server, rng = OwnPostgres(postgres_template), random.Random(3)
+    try:
+        at_once = {"timeout_ms": 1000, "durability": "fsync"}
+        async with connected(server.url, **at_once) as store, connected(server.url, **at_once) as elsewhere:
+            for number in range(count):
+                owner, fatal = await claimed(store, key=key(number)), rng.randrange(1, 20)
+                reading = asyncio.ensure_future(read_to_its_end(elsewhere, owner))
+                for index in range(20):
+                    if index == fatal:
+                        await asyncio.to_thread(server.kill)
+                        await asyncio.to_thread(server.start)
+                    head = b"" if index else HEAD
+                    assert await store.append(owner, index, piece(index), PATIENCE_S, head) in DONE
+                pieces = [piece(index) for index in range(20)]
+                settled = await store.store(owner, answer(*pieces), b"", PATIENCE_S)
+                if is_torn := settled.status is SettleStatus.INCOMPLETE:
+                    settled = await store.store(owner, answer(*pieces, kept=False), b"", PATIENCE_S)
+                assert settled == STORED
+                read, end = await asyncio.wait_for(reading, PATIENCE_S)
+                assert read == pieces[: len(read)]
+                if isinstance(end, Followed) and end.response is not None and end.response.body_stored:
+                    assert read == pieces
+                    assert not is_torn
+                late = await read_to_its_end(elsewhere, owner)
+                assert late[0] == ([] if is_torn else pieces)
+    finally:
+        server.close()
 
 
 # Proxies and schemas of the version before ...
