@@ -7,7 +7,7 @@ import re
 import socket
 import ssl
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
@@ -34,9 +34,14 @@ from tests.parts import (
     read_answer,
     request,
     serving,
+    standing_upstream,
     until,
 )
+from tests.postgres_database import Database
+from tests.postgres_probe import PostgresProbe
+from tests.probes import Probe, RedisProbe
 from tests.test_upstream import EarlyAnswer, server_tls
+from tests.zygote import Zygote, standing_proxy
 
 HEAD = b"HTTP/1.1 200 OK\r\n"
 EVENTS = HEAD + b"Content-Type: text/event-stream\r\n"
@@ -69,6 +74,40 @@ class Counts:
         with contextlib.suppress(AssertionError):
             await until(lambda: self._now() - self._before == wanted, 5)
         assert self._now() - self._before == wanted
+
+
+# The standing proxy is on a store of each kind; under `make faults` on that in PostgreSQL.
+@pytest.fixture(scope="module", params=["redis", pytest.param("postgres", marks=pytest.mark.full)])
+def place(request: pytest.FixtureRequest) -> Valkey | Database:
+    of: Valkey | Database = request.getfixturevalue(
+        "shared_database" if request.param == "postgres" else "shared_valkey"
+    )
+    return of
+
+
+@pytest.fixture(scope="module")
+def standing(place: Valkey | Database, zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    with standing_proxy(zygote, place.url, tmp_path_factory.mktemp("standing")) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def kept(place: Valkey | Database) -> Iterator[Probe]:
+    """What the standing proxy's store keeps: nothing at first."""
+    if isinstance(place, Database):
+        # The proxy's connections stay.
+        place.connection.execute("DELETE FROM record; DELETE FROM chunk; DELETE FROM open_key")
+        yield PostgresProbe(place)
+        return
+    with place.client() as client:
+        client.flushall()
+        yield RedisProbe(client, place.url)
+
+
+@pytest.fixture
+async def behind(standing: Proxy, kept: Probe) -> AsyncIterator[RawUpstream]:
+    async with standing_upstream(standing) as server:
+        yield server
 
 
 @pytest.fixture
@@ -250,7 +289,7 @@ async def test_silence_within_a_body_aborts_the_client(upstream, stored, proxies
 
 @pytest.mark.fault(24)
 @pytest.mark.parametrize("reset", [False, True])
-async def test_a_connection_lost_within_the_request_makes_the_key_unknown(reset, standing, valkey, counts):
+async def test_a_connection_lost_within_the_request_makes_the_key_unknown(reset, standing, kept, counts):
     """An upstream that leaves after any part of the request may have executed it: one connection, 502, unknown."""
     whole = 300
     size = 0
@@ -267,13 +306,13 @@ async def test_a_connection_lost_within_the_request_makes_the_key_unknown(reset,
             assert_problem(await ask(standing.port, keyed), "upstream-lost", b"unknown")
             await assert_unknown(standing.port, keyed)
         assert raw.accepted == len(raw.requests) == len(sizes)
-    assert valkey.states() == [b"unknown"] * len(sizes)
+    assert kept.states() == [b"unknown"] * len(sizes)
     await counts.are(upstream_lost=len(sizes), unknown__settled=len(sizes), outcome_unknown=len(sizes))
 
 
 @pytest.mark.fault(24)
 @pytest.mark.parametrize("reset", [False, True])
-async def test_a_large_request_half_taken_is_unknown(reset, standing, valkey, counts):
+async def test_a_large_request_half_taken_is_unknown(reset, standing, kept, counts):
     """The same for a spooled body that the upstream took half of."""
 
     async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -340,7 +379,7 @@ WITHOUT_STATUS = {
 
 
 @pytest.mark.fault(31)
-async def test_an_unusable_answer_makes_the_key_unknown(standing, behind, valkey, counts):
+async def test_an_unusable_answer_makes_the_key_unknown(standing, behind, kept, counts):
     """Without a usable head the request may have been executed all the same: 502 upstream-lost, never sent again. What
     came of a status is told, now and to every retry."""
     for name, answer in UNUSABLE.items():
@@ -353,7 +392,7 @@ async def test_an_unusable_answer_makes_the_key_unknown(standing, behind, valkey
         await assert_unknown(standing.port, keyed, status)
     many = len(UNUSABLE)
     assert (len(behind.received), behind.connections) == (many, many)
-    assert valkey.states() == [b"unknown"] * many
+    assert kept.states() == [b"unknown"] * many
     await counts.are(upstream_lost=many, unknown__settled=many, outcome_unknown=many)
 
 
@@ -373,21 +412,21 @@ CUT = {
 
 @pytest.mark.fault(42)
 @pytest.mark.parametrize("name", CUT)
-async def test_an_answer_cut_before_its_head_was_passed_on(name, standing, behind, valkey, counts):
+async def test_an_answer_cut_before_its_head_was_passed_on(name, standing, behind, kept, counts):
     """A small answer that breaks off was not passed on yet: 502 upstream-lost, unknown, nothing of it kept."""
     rest, reset = CUT[name]
     behind.script = then(HEAD + rest, reset=reset)
     assert_problem(await ask(standing.port, request()), "upstream-lost", b"unknown")
     await assert_unknown(standing.port, request(), 200)
     assert len(behind.received) == 1
-    assert all(b"hel" not in value for fields in valkey.records().values() for value in fields.values())
+    assert all(b"hel" not in value for fields in kept.records().values() for value in fields.values())
     await counts.are(upstream_lost=1, unknown__settled=1, outcome_unknown=1)
 
 
 @pytest.mark.fault(42)
 @pytest.mark.parametrize("version", [b"HTTP/1.1", b"HTTP/1.0"])
 @pytest.mark.parametrize("name", CUT)
-async def test_an_answer_cut_after_its_head_was_passed_on(name, version, standing, behind, valkey, counts):
+async def test_an_answer_cut_after_its_head_was_passed_on(name, version, standing, behind, kept, counts):
     """A streamed answer that breaks off breaks off for the client too, without a clean end; the retry gets nothing."""
     rest, reset = CUT[name]
     going_on = asyncio.Event()
@@ -412,18 +451,18 @@ async def test_an_answer_cut_after_its_head_was_passed_on(name, version, standin
             assert b"0\r\n" not in left
     client.close()
     await assert_unknown(standing.port, keyed, 200)
-    assert (len(behind.received), valkey.states()) == (1, [b"unknown"])
+    assert (len(behind.received), kept.states()) == (1, [b"unknown"])
     await counts.are(truncated=1, unknown__settled=1, outcome_unknown=1)
 
 
 @pytest.mark.fault(42)
-async def test_a_large_answer_cut_leaves_nothing_behind(standing, behind, valkey, counts):
+async def test_a_large_answer_cut_leaves_nothing_behind(standing, behind, kept, counts):
     """Chunks that were stored of an answer that broke off are dropped, and never served."""
     behind.script = then(HEAD + b"Content-Length: 4000000\r\n\r\n" + b"a" * 3_000_000)
     answer = await ask(standing.port, request())
     assert (answer.complete, answer.body) == (False, b"a" * len(answer.body))
     await assert_unknown(standing.port, request(), 200)
-    [record] = valkey.records().values()
+    [record] = kept.records().values()
     assert sum(map(len, record.values())) < 1000
     await counts.are(truncated=1, unknown__settled=1, outcome_unknown=1)
 
@@ -511,7 +550,7 @@ async def test_bytes_behind_an_answer_are_nobodys(standing, behind, counts):
     ],
 )
 @pytest.mark.parametrize("large", [False, True])
-async def test_what_a_status_means(status, field, settled, large, standing, behind, upstream, valkey, counts):
+async def test_what_a_status_means(status, field, settled, large, standing, behind, upstream, kept, counts):
     """Complete answers are passed on: most are stored, "not executed" frees the key, a gateway's words say nothing."""
     body = b"a" * 200_000 if large else b"body"
     field = field.replace(b"{elsewhere}", upstream.url.encode())
@@ -527,11 +566,11 @@ async def test_what_a_status_means(status, field, settled, large, standing, behi
     match settled:
         case "store":
             assert (again.status, again.body, again.header("Oncegate-Status")) == (first.status, body, b"replayed")
-            assert (len(behind.received), valkey.states()) == (1, [b"complete"])
+            assert (len(behind.received), kept.states()) == (1, [b"complete"])
             await counts.are(executed=1, stored__settled=1, replayed=1)
         case "release":
             assert (again.status, again.body, again.header("Oncegate-Status")) == (first.status, body, b"released")
-            assert (len(behind.received), valkey.states()) == (2, [])
+            assert (len(behind.received), kept.states()) == (2, [])
             await counts.are(released=2, released__settled=2)
         case "unknown":
             assert (again.status, again.slug, again.problem["original_status"]) == (
@@ -539,8 +578,8 @@ async def test_what_a_status_means(status, field, settled, large, standing, behi
                 "outcome-unknown",
                 first.status,
             )
-            assert (len(behind.received), valkey.states()) == (1, [b"unknown"])
-            assert all(b"aaaa" not in value for fields in valkey.records().values() for value in fields.values())
+            assert (len(behind.received), kept.states()) == (1, [b"unknown"])
+            assert all(b"aaaa" not in value for fields in kept.records().values() for value in fields.values())
             await counts.are(unknown=1, outcome_unknown=1, unknown__settled=1)
     assert upstream.received == []  # nobody followed
 
@@ -561,7 +600,7 @@ async def test_a_redirected_request_executes_at_its_new_place(standing, behind):
 
 @pytest.mark.fault(27)
 @pytest.mark.parametrize("size", [512 * 1024, 8 * MIB])
-async def test_an_early_answer_counts(size, standing, valkey, counts):
+async def test_an_early_answer_counts(size, standing, kept, counts):
     """An answer that comes while the body is still being sent is stored like any other; the connection is closed."""
     released = asyncio.Event()
 
@@ -584,7 +623,7 @@ async def test_an_early_answer_counts(size, standing, valkey, counts):
 @pytest.mark.fault(27)
 @pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize("size", [MIB // 2, 4 * MIB])
-async def test_an_early_answer_is_not_lost_with_its_connection(reset, size, standing, valkey, counts):
+async def test_an_early_answer_is_not_lost_with_its_connection(reset, size, standing, kept, counts):
     """The upstream answers and leaves with the upload unread: what arrived before its reset is stored and replayed."""
 
     async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -607,7 +646,7 @@ async def test_an_early_answer_is_not_lost_with_its_connection(reset, size, stan
 
 @pytest.mark.fault(27)
 @pytest.mark.parametrize("framing", [f"Content-Length: {4 * MIB}", "Transfer-Encoding: chunked"])
-async def test_an_early_answer_to_a_streamed_upload_reaches_its_client(framing, standing, valkey, counts):
+async def test_an_early_answer_to_a_streamed_upload_reaches_its_client(framing, standing, kept, counts):
     """A client that sends all of its upload before it reads gets the answer that came in the middle of it."""
     answered = asyncio.Event()
 
@@ -688,7 +727,7 @@ async def test_an_answer_over_the_limit_is_passed_on_and_not_kept(limit, upstrea
 
 @pytest.mark.parametrize("size", [0, 5, 70_000, 3 * MIB])
 @pytest.mark.parametrize("slow", [False, True])
-async def test_an_answer_ended_by_closing_is_stored_whole(size, slow, standing, behind, valkey, counts):
+async def test_an_answer_ended_by_closing_is_stored_whole(size, slow, standing, behind, kept, counts):
     """An answer without a stated end is passed on ended by closing, stored, counted, and replayed byte for byte."""
     body = random.Random(size).randbytes(size)
 
@@ -715,7 +754,7 @@ async def test_an_answer_ended_by_closing_is_stored_whole(size, slow, standing, 
         assert again.header("Content-Length") == b"%d" % size
     client.close()
     assert standing.metric("close_delimited_total") == framed + 1
-    assert (len(behind.received), valkey.states()) == (1, [b"complete"])
+    assert (len(behind.received), kept.states()) == (1, [b"complete"])
     await counts.are(executed=1, stored__settled=1, replayed=2)
 
 
@@ -773,7 +812,7 @@ async def test_an_early_answer_passes_while_the_client_still_sends(framing, stan
     await counts.are(passthrough=1)
 
 
-async def test_every_ending_is_counted_once(standing, behind, valkey: Valkey, counts):
+async def test_every_ending_is_counted_once(standing, behind, kept: Probe, counts):
     """Over a random mix of endings, the settlements add up to the claims, the outcomes to the requests."""
     rng = random.Random(3)
     kinds = {
@@ -801,7 +840,7 @@ async def test_every_ending_is_counted_once(standing, behind, valkey: Valkey, co
     outcomes = Counter(kinds[kind][1] for kind in chosen)
     settled = Counter({"lost": "unknown", "truncated": "unknown"}.get(kind, kind) for kind in chosen)
     await counts.are(**outcomes, **{f"{settlement}__settled": count for settlement, count in settled.items()})
-    assert Counter(valkey.states()) == Counter({b"complete": settled["stored"], b"unknown": settled["unknown"]})
+    assert Counter(kept.states()) == Counter({b"complete": settled["stored"], b"unknown": settled["unknown"]})
     assert standing.metric("in_flight") == 0
     assert standing.metric("buffered_bytes") == 0
 
