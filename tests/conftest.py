@@ -298,6 +298,13 @@ def store(request: pytest.FixtureRequest) -> SharedStore:
     return request.getfixturevalue("valkey")  # type: ignore[no-any-return]
 
 
+@pytest.fixture(params=["redis", pytest.param("postgres", marks=pytest.mark.full)])
+def store_url(request: pytest.FixtureRequest) -> str:
+    """The URL of the run's store, empty: of that in PostgreSQL under `make faults`."""
+    of: Valkey | Database = request.getfixturevalue("database" if request.param == "postgres" else "valkey")
+    return of.url
+
+
 @pytest.fixture
 async def upstream() -> AsyncIterator[RawUpstream]:
     """A scripted upstream that records every request byte for byte."""

@@ -123,11 +123,11 @@ class Ways:
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("rules", [RULES, BY_KEY + RULES], ids=["rules", "with one by the key"])
-async def test_a_request_that_came_before_is_treated_as_if_it_were_new(proxies, upstream, valkey, tmp_path, rules):
+async def test_a_request_that_came_before_is_treated_as_if_it_were_new(proxies, upstream, store_url, tmp_path, rules):
     """Under every rule: executed with the head that the parser's way sends, and its key, tenant and fingerprint are
     those that the parser's way finds again."""
     (tmp_path / "rules.toml").write_text(rules)
-    gate = proxies(upstream, valkey.url, RULES_FILE="rules.toml", ACCESS_LOG="off")
+    gate = proxies(upstream, store_url, RULES_FILE="rules.toml", ACCESS_LOG="off")
     ways, dice, numbers = Ways(gate.port, upstream), random.Random(7), itertools.count(1000)
     cases = list(itertools.product(PATHS, FORMS, EXTRA))
     for path, form, extra in dice.sample(cases, len(cases)):
@@ -163,10 +163,12 @@ def without_fence(head: bytes) -> list[bytes]:
 
 
 @pytest.mark.parametrize("path", ["/other-field", "/query?id=1"])
-async def test_another_field_than_the_one_that_may_differ_is_the_key(proxies, upstream, valkey, tmp_path: Path, path):
+async def test_another_field_than_the_one_that_may_differ_is_the_key(
+    proxies, upstream, store_url, tmp_path: Path, path
+):
     """Where a rule names the key by something else, requests that differ in the usual field alone are duplicates."""
     (tmp_path / "rules.toml").write_text(RULES)
-    gate = proxies(upstream, valkey.url, RULES_FILE="rules.toml")
+    gate = proxies(upstream, store_url, RULES_FILE="rules.toml")
     ways = Ways(gate.port, upstream)
     told = [(await ways.whole(request("POST", path, f"a{n}", b"x", "X-Key: fixed")))[1] for n in range(6)]
     ways.close()
@@ -174,10 +176,10 @@ async def test_another_field_than_the_one_that_may_differ_is_the_key(proxies, up
 
 
 @pytest.mark.parametrize(("path", "extra"), [("/", "Prefer: wait=20"), ("/waits", "X: 1")])
-async def test_a_duplicate_waits_each_time(proxies, upstream, valkey, tmp_path: Path, path, extra):
+async def test_a_duplicate_waits_each_time(proxies, upstream, store_url, tmp_path: Path, path, extra):
     """However often the like was asked for before: what the head says of waiting holds."""
     (tmp_path / "rules.toml").write_text(RULES)
-    gate = proxies(upstream, valkey.url, RULES_FILE="rules.toml")
+    gate = proxies(upstream, store_url, RULES_FILE="rules.toml")
     ways, first = Ways(gate.port, upstream), await RawClient.open(gate.port)
     for number in range(5):
         raw, done = request("POST", path, f"a{number}", b"x", extra), asyncio.Event()
@@ -193,10 +195,10 @@ async def test_a_duplicate_waits_each_time(proxies, upstream, valkey, tmp_path: 
     ways.close()
 
 
-async def test_what_is_too_large_stays_too_large(proxies, upstream, valkey, tmp_path: Path):
+async def test_what_is_too_large_stays_too_large(proxies, upstream, store_url, tmp_path: Path):
     """The limit of a rule holds each time, and the known head of one that fits is no way round it."""
     (tmp_path / "rules.toml").write_text(RULES)
-    gate = proxies(upstream, valkey.url, RULES_FILE="rules.toml")
+    gate = proxies(upstream, store_url, RULES_FILE="rules.toml")
     ways = Ways(gate.port, upstream)
     for number in range(4):
         assert (await ways.whole(request("POST", "/small", f"a{number}", b"abc")))[0] == 200
@@ -205,10 +207,10 @@ async def test_what_is_too_large_stays_too_large(proxies, upstream, valkey, tmp_
     assert len(upstream.received) == 4
 
 
-async def test_new_rules_hold_for_what_was_prepared_under_the_old_ones(proxies, upstream, valkey, tmp_path: Path):
+async def test_new_rules_hold_for_what_was_prepared_under_the_old_ones(proxies, upstream, store_url, tmp_path: Path):
     """After a reload the same bytes on the same connections follow the new rules."""
     (tmp_path / "rules.toml").write_text("# none\n")
-    gate = proxies(upstream, valkey.url, RULES_FILE="rules.toml")
+    gate = proxies(upstream, store_url, RULES_FILE="rules.toml")
     ways = Ways(gate.port, upstream)
     for number in range(6):
         assert (await ways.whole(request("POST", "/a", f"a{number}", b"x", f"X-Shop: {number % 3}")))[1] == b"executed"
@@ -226,9 +228,9 @@ async def test_new_rules_hold_for_what_was_prepared_under_the_old_ones(proxies, 
     ways.close()
 
 
-async def test_there_is_no_room_for_more_than_are_let_in(proxies, upstream, valkey):
+async def test_there_is_no_room_for_more_than_are_let_in(proxies, upstream, store_url):
     """The limit on requests in flight holds for those that came before, and the memory of their bodies comes back."""
-    gate = proxies(upstream, valkey.url, MAX_IN_FLIGHT=2)
+    gate = proxies(upstream, store_url, MAX_IN_FLIGHT=2)
     ways = Ways(gate.port, upstream)
     for number in range(4):
         await ways.whole(request("POST", "/a", f"a{number}", b"x"))
@@ -250,7 +252,7 @@ async def test_there_is_no_room_for_more_than_are_let_in(proxies, upstream, valk
     await until(lambda: gate.metric("buffered_bytes") == gate.metric("in_flight") == 0)
 
 
-async def test_answers_of_one_turn_are_each_their_own(proxies, valkey):
+async def test_answers_of_one_turn_are_each_their_own(proxies, store_url):
     """Many requests whose replies come together, on kept and on closing connections, some behind each other: each
     client gets its own answers, whole and in order."""
     upstream = RawUpstream()
@@ -261,7 +263,7 @@ async def test_answers_of_one_turn_are_each_their_own(proxies, valkey):
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(key), key))
 
     upstream.script = echo
-    gate = proxies(upstream, valkey.url, ACCESS_LOG="off")
+    gate = proxies(upstream, store_url, ACCESS_LOG="off")
 
     async def talk(number: int) -> None:
         client = await RawClient.open(gate.port)
@@ -283,9 +285,9 @@ async def test_answers_of_one_turn_are_each_their_own(proxies, valkey):
     await upstream.close()
 
 
-async def test_an_answer_waits_for_nobody(proxies, upstream, valkey):
+async def test_an_answer_waits_for_nobody(proxies, upstream, store_url):
     """One request at a time is answered as well where others wait for theirs."""
-    gate = proxies(upstream, valkey.url)
+    gate = proxies(upstream, store_url)
     done = asyncio.Event()
     upstream.script = holding(done)
     slow = [await RawClient.open(gate.port) for _ in range(5)]

@@ -87,11 +87,11 @@ async def test_all_that_wait_get_the_bytes_of_the_one_execution(proxies, upstrea
     [(1024, 1, 70, 64), (3, 2, 2, 3)],
     ids=["64 a key", "MAX_WAITERS a worker"],
 )
-async def test_waiters_over_a_limit_are_told_at_once(proxies, upstream, valkey, most, keys, duplicates, held):
+async def test_waiters_over_a_limit_are_told_at_once(proxies, upstream, store_url, most, keys, duplicates, held):
     """Waiters are limited for each key and each worker; one more gets in-flight without waiting."""
     done = asyncio.Event()
     upstream.script = holding(done)
-    proxy = proxies(upstream, valkey.url, ON_DUPLICATE="wait", MAX_WAITERS=most)
+    proxy = proxies(upstream, store_url, ON_DUPLICATE="wait", MAX_WAITERS=most)
     names = [f"key-{n}" for n in range(keys)]
     originals = [asyncio.ensure_future(ask(proxy.port, request(key=name))) for name in names]
     await until(lambda: len(upstream.received) == keys)
@@ -109,11 +109,11 @@ async def test_waiters_over_a_limit_are_told_at_once(proxies, upstream, valkey, 
 
 
 @pytest.mark.parametrize(("most", "gone", "key"), [(3, 3, "key-2"), (1024, 64, "key-1")], ids=["worker", "key"])
-async def test_waiters_that_closed_shut_nobody_out(proxies, upstream, valkey, most, gone, key):
+async def test_waiters_that_closed_shut_nobody_out(proxies, upstream, store_url, most, gone, key):
     """A waiter that closed its side gives its place to one that is still there, over either limit."""
     done = asyncio.Event()
     upstream.script = holding(done)
-    proxy = proxies(upstream, valkey.url, ON_DUPLICATE="wait", MAX_WAITERS=most)
+    proxy = proxies(upstream, store_url, ON_DUPLICATE="wait", MAX_WAITERS=most)
     originals = [asyncio.ensure_future(ask(proxy.port, request(key=name))) for name in ("key-1", "key-2")]
     await until(lambda: len(upstream.received) == 2)
     for _ in range(gone):
@@ -131,11 +131,11 @@ async def test_waiters_that_closed_shut_nobody_out(proxies, upstream, valkey, mo
     await until(lambda: waiting(proxy) == 0)
 
 
-async def test_a_place_at_another_key_is_no_place_at_this_one(proxies, upstream, valkey):
+async def test_a_place_at_another_key_is_no_place_at_this_one(proxies, upstream, store_url):
     """Where 64 wait for a key that are all still there, one that closed elsewhere makes no room for a 65th."""
     done = asyncio.Event()
     upstream.script = holding(done)
-    proxy = proxies(upstream, valkey.url, ON_DUPLICATE="wait", MAX_WAITERS=65)
+    proxy = proxies(upstream, store_url, ON_DUPLICATE="wait", MAX_WAITERS=65)
     originals = [asyncio.ensure_future(ask(proxy.port, request(key=name))) for name in ("key-1", "key-2")]
     await until(lambda: len(upstream.received) == 2)
     closed = await RawClient.open(proxy.port)
@@ -199,11 +199,11 @@ async def test_one_waiter_executes_when_nothing_was_sent(proxies, stored):
     assert (count(answers, b"executed"), count(answers, b"replayed")) == (1, 19)
 
 
-async def test_a_client_may_ask_to_wait(proxies, upstream, valkey):
+async def test_a_client_may_ask_to_wait(proxies, upstream, store_url):
     """`Prefer: wait=N` holds a duplicate, for WAIT_MAX_S at most, and Preference-Applied says for how long."""
     done = asyncio.Event()
     upstream.script = holding(done)
-    proxy = proxies(upstream, valkey.url, WAIT_MAX_S=1)
+    proxy = proxies(upstream, store_url, WAIT_MAX_S=1)
     original = asyncio.ensure_future(ask(proxy.port, request("POST", "/", "k", b"1", "Prefer: wait=9")))
     await until(lambda: upstream.received)
     assert_in_flight(await ask(proxy.port, request("POST", "/", "k", b"1")))
@@ -257,13 +257,13 @@ SHOWN = {
 }
 
 
-async def test_the_problem_names_the_key_that_the_client_wrote(proxies, upstream, valkey, tmp_path):
+async def test_the_problem_names_the_key_that_the_client_wrote(proxies, upstream, store_url, tmp_path):
     """The caller's own key is in each problem about it, if it came alone in a header; one from a body never is."""
     done = asyncio.Event()
     upstream.script = holding(done)
     file = tmp_path / "rules.toml"
     file.write_text(SHOWN_RULES)
-    proxy = proxies(upstream, valkey.url, RULES_FILE=file)
+    proxy = proxies(upstream, store_url, RULES_FILE=file)
     sent = {name: request("POST", target, None, CART, *lines) for name, (target, lines, _) in SHOWN.items()}
     originals = [asyncio.ensure_future(ask(proxy.port, raw)) for raw in sent.values()]
     await until(lambda: len(upstream.received) == len(SHOWN))
@@ -284,7 +284,7 @@ async def test_a_lost_request_names_its_key(gate, upstream):
     assert (lost.slug, lost.problem["key"]) == ("upstream-lost", "order-43")
 
 
-async def test_retry_after_follows_what_such_requests_usually_take(proxies, upstream, valkey, tmp_path):
+async def test_retry_after_follows_what_such_requests_usually_take(proxies, upstream, store_url, tmp_path):
     """Once a rule's request took 2.1 s, a duplicate of the next one is told to come after what is left of that.
 
     Each rule has its own times, also where it answers 503 or 429, and they outlive a reload of the rules.
@@ -296,7 +296,7 @@ async def test_retry_after_follows_what_such_requests_usually_take(proxies, upst
             for name, status in (("slow", 503), ("quick", 429))
         )
     )
-    proxy = proxies(upstream, valkey.url, RULES_FILE=file)
+    proxy = proxies(upstream, store_url, RULES_FILE=file)
     upstream.script = answering(OK, delay_s=2.1)
     assert (await ask(proxy.port, request(target="/slow", key="slow-1"))).status == 200
     upstream.script = answering(OK)
@@ -316,7 +316,7 @@ async def test_retry_after_follows_what_such_requests_usually_take(proxies, upst
     await asyncio.gather(*originals)
 
 
-async def test_one_rule_lets_the_clients_wait_that_it_names(proxies, upstream, valkey, tmp_path):
+async def test_one_rule_lets_the_clients_wait_that_it_names(proxies, upstream, store_url, tmp_path):
     """A rule by User-Agent makes one client wait, others get 409 at once, and `Prefer: wait=0` asks for that."""
     done = asyncio.Event()
     upstream.script = holding(done)
@@ -324,7 +324,7 @@ async def test_one_rule_lets_the_clients_wait_that_it_names(proxies, upstream, v
     file.write_text(
         '[[rule]]\nname = "curl waits"\nheaders = { "User-Agent" = "curl/*" }\non_duplicate = "wait"\n', "utf-8"
     )
-    proxy = proxies(upstream, valkey.url, RULES_FILE=file)
+    proxy = proxies(upstream, store_url, RULES_FILE=file)
     original = asyncio.ensure_future(ask(proxy.port, request()))
     await until(lambda: upstream.received)
     assert_in_flight(await ask(proxy.port, request(), seconds=5))
@@ -361,11 +361,11 @@ async def test_a_wait_that_is_over_ends_in_flight(proxies, upstream, stored):
     assert (await original).status == 200
 
 
-async def test_a_waiter_whose_client_left_stops_waiting(proxies, upstream, valkey):
+async def test_a_waiter_whose_client_left_stops_waiting(proxies, upstream, store_url):
     """A client that resets its connection gives its place among the waiters back, and nothing else changes."""
     done = asyncio.Event()
     upstream.script = holding(done)
-    proxy = proxies(upstream, valkey.url, ON_DUPLICATE="wait")
+    proxy = proxies(upstream, store_url, ON_DUPLICATE="wait")
     original = asyncio.ensure_future(ask(proxy.port, request()))
     await until(lambda: upstream.received)
     clients = [await RawClient.open(proxy.port) for _ in range(5)]
@@ -467,12 +467,12 @@ async def test_an_unknown_key_is_kept_for_ever(fork, upstream, stored):
 
 
 @pytest.mark.timeout(60)
-async def test_however_long_the_wait_for_a_connection_it_is_in_flight(upstream, valkey, proxies):
+async def test_however_long_the_wait_for_a_connection_it_is_in_flight(upstream, store_url, proxies):
     """A request may wait for a free connection as long as the connect timeout says; meanwhile its lease is kept, and
     once it is sent, the upstream has all of its time."""
     gate = proxies(
         upstream,
-        valkey.url,
+        store_url,
         MAX_UPSTREAM_CONNECTIONS=1,
         CONNECT_TIMEOUT_S=40,
         UPSTREAM_TIMEOUT_S=1,

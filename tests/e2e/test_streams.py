@@ -17,7 +17,7 @@ SIZED = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % sum(map(len, EVENTS))
     [(SSE, chunk, LAST_CHUNK), (UNTIL_CLOSED, bytes, b""), (CHUNKED, chunk, LAST_CHUNK), (SIZED, bytes, b"")],
     ids=["event stream", "event stream until closed", "chunked", "sized"],
 )
-async def test_each_event_passes_before_the_next_is_sent(proxies, upstream, valkey, head, framed, last):
+async def test_each_event_passes_before_the_next_is_sent(proxies, upstream, store_url, head, framed, last):
     """An event reaches the client before the upstream sends the next one, and the replay is the same stream."""
     seen: asyncio.Queue[None] = asyncio.Queue()
 
@@ -32,7 +32,7 @@ async def test_each_event_passes_before_the_next_is_sent(proxies, upstream, valk
             writer.write_eof()
 
     upstream.script = script
-    proxy = proxies(upstream, valkey.url)
+    proxy = proxies(upstream, store_url)
     client = await RawClient.open(proxy.port)
     client.writer.write(request())
     async with asyncio.timeout(30):
@@ -57,7 +57,7 @@ async def test_each_event_passes_before_the_next_is_sent(proxies, upstream, valk
     assert proxy.metric("close_delimited_total") == (head == UNTIL_CLOSED)
 
 
-async def test_a_dribble_is_kept_whole(proxies, upstream, valkey):
+async def test_a_dribble_is_kept_whole(proxies, upstream, store_url):
     """An answer that comes byte by byte, with pauses longer than a batch and a lease, is replayed whole."""
     text = b"slow but sure, it gets there in the end"
 
@@ -68,7 +68,7 @@ async def test_a_dribble_is_kept_whole(proxies, upstream, valkey):
             await asyncio.sleep(0.3 if number % 20 == 0 else 0.01)
 
     upstream.script = script
-    proxy = proxies(upstream, valkey.url, LEASE_MS=200)
+    proxy = proxies(upstream, store_url, LEASE_MS=200)
     first = await ask(proxy.port, request())
     again = await ask(proxy.port, request())
     assert (first.body, first.complete, first.header("oncegate-status")) == (text, True, b"executed")
@@ -129,13 +129,13 @@ async def test_nothing_is_whole_before_it_is_stored(proxies, upstream, own_valke
     assert len(upstream.received) == 1
 
 
-async def test_a_stream_that_breaks_off_never_ends_cleanly(proxies, upstream, valkey):
+async def test_a_stream_that_breaks_off_never_ends_cleanly(proxies, upstream, store_url):
     """An upstream that closes in mid-stream: the client's answer has no clean end, and the key is unknown."""
     table = {
         "chunked": [SSE, *map(chunk, EVENTS)],
         "sized": [b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n", BODY],
     }
-    proxy = proxies(upstream, valkey.url)
+    proxy = proxies(upstream, store_url)
     for framing, pieces in table.items():
         tap = Tap()
 
