@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loadtest.chaos.history import Attempt, Case, Fault, History
+from loadtest.chaos.history import Act, Attempt, Case, Fault, History
 
 DEFINITE_SHARE = 0.99
 SLACK_S = 1.0  # what the promise adds to a lease
+LATE_S = 0.2  # how late the API may see what was sent, while nothing is broken
 FULL_TAIL_S = 5.0  # after which the proxies know that a store is no longer full
 SHOWN = 20
 
@@ -23,7 +24,8 @@ NOT_SENT = frozenset(("store-unavailable", "upstream-unreachable", "overloaded")
 # Answers that say nothing of the key: whoever gets one comes again.
 TRANSIENT = frozenset(("store-unavailable", "overloaded"))
 NO_ANSWER = frozenset(("none", "timeout", "refused", "left", "cut"))
-FINAL = frozenset(("outcome-unknown", "response-not-kept", "key-reused"))
+FINAL = frozenset(("outcome-unknown", "cancelled", "response-not-kept", "key-reused"))
+UNKNOWN = frozenset(("outcome-unknown", "cancelled"))
 NO_OWNER = frozenset(("in-flight", "key-reused", "response-not-kept"))
 # Answers of the upstream after which nobody can know.
 BAD = frozenset(("cut-length", "cut-chunks", "cut-head", "garbage", "silent", "gateway", "made-up", "part"))
@@ -35,10 +37,10 @@ HARMLESS = ("client-link", "script-flush", "upstream-link-slow", "store-full")
 CLEAN_ENDS = ("upstream-kill", "upstream-link-end", "upstream-link-cut-after", "client-link-cut-after")
 
 # What a store's loss may lead to. An answer lost leaves its claim, so that nothing is executed again.
-EXCUSES = {"claims": ("I1", "I2", "I6", "I7", "I9", "I10"), "answers": ("I2", "I10")}
+EXCUSES = {"claims": ("I1", "I2", "I6", "I7", "I9", "I10", "I11", "I12"), "answers": ("I2", "I10", "I12")}
 # A store that promises to lose claims alone says nothing of an answer that was on one server: its key becomes unknown.
 TO_UNKNOWN = "answers to unknown"
-FORGOTTEN = frozenset(("in-flight", "outcome-unknown"))  # until its lease is over, and from then on
+FORGOTTEN = frozenset(("in-flight", *UNKNOWN))  # until its lease is over, and from then on
 
 
 class Found(NamedTuple):
@@ -82,7 +84,7 @@ def nothing_behind_a_refusal(case: Case, _: History) -> Iterator[Found]:
 
 
 def _may_own(attempt: Attempt) -> bool:
-    return not (attempt.slug in NO_OWNER or attempt.slug in NOT_SENT or attempt.replayed or attempt.how == "refused")
+    return _may_have_claimed(attempt) and attempt.slug not in NOT_SENT
 
 
 # One truth ...
@@ -197,7 +199,8 @@ def in_flight_no_longer(case: Case, history: History) -> Iterator[Found]:
 
 
 def _may_have_claimed(attempt: Attempt) -> bool:
-    return not (attempt.slug in NO_OWNER or attempt.replayed or attempt.how == "refused")
+    got_another_s = attempt.replayed or attempt.word == "joined"
+    return not (attempt.slug in NO_OWNER or got_another_s or attempt.how == "refused")
 
 
 def _is_claiming(attempt: Attempt, at: float, history: History) -> bool:
@@ -225,10 +228,54 @@ def answered(case: Case, history: History) -> Iterator[Found]:
             yield Found("I10", "no answer, and nothing was broken", a.begun, a.ended)
 
 
+# What somebody stopped ...
+
+
+def stays_stopped(case: Case, history: History) -> Iterator[Found]:
+    """I11: once a client was told that a request was stopped, nothing is executed, and nobody gets its response.
+
+    What was sent before may arrive afterwards, on a slow wire or at an API that the machine stalls.
+    """
+    told = min((a for a in case.attempts if a.slug == "cancelled"), key=lambda a: a.ended, default=None)
+    if told is None:
+        return
+    for one in case.executions:
+        late = one.begun > told.ended + LATE_S
+        if late and not _explained(history.touching(told.begun, one.begun), {one.replica}, harmless=()):
+            yield Found("I11", f"{one.id} was executed after it was stopped", told.ended, one.begun)
+    for a in case.attempts:
+        if a.begun > told.ended and a.stored:
+            yield Found("I11", f"told as stopped at {told.ended:.3f}, later {_brief(a)}", told.ended, a.ended)
+
+
+def somebody_stopped_it(case: Case, _: History) -> Iterator[Found]:
+    """I11: a request is stopped by somebody: a client that left, or one that was at its address."""
+    causes: list[Attempt | Act] = [*case.attempts, *case.acts]
+    for told in case.attempts:
+        if told.slug == "cancelled" and not any(_may_stop(one) and one.begun < told.ended for one in causes):
+            yield Found("I11", "told as stopped, though nobody left and nobody stopped it", told.begun, told.ended)
+
+
+def _may_stop(one: Attempt | Act) -> bool:
+    return one.act == "stop" if isinstance(one, Act) else one.how != "whole"
+
+
+def asked_in_vain(case: Case, _: History) -> Iterator[Found]:
+    """I12: what somebody is told of a key is true: nothing of one that was executed before, no more after a while."""
+    for one in case.acts:
+        if one.act != "ask" or one.status not in (200, 404):
+            continue
+        before = [a for a in case.attempts if a.stored and a.ended < one.begun and a.variant == "0"]
+        if before and one.said != "complete":
+            yield Found("I12", f"{one.said or one.status}, though it had been answered by {_brief(before[0])}",
+                        before[0].ended, one.ended, one.said in ("in_flight", "unknown"))  # fmt: skip
+
+
 def unknown_has_a_reason(case: Case, history: History) -> Iterator[Found]:
     """Every unknown outcome has a fault in its time window, on the path of the key, that can cause it."""
-    told = next((a for a in case.attempts if a.slug == "outcome-unknown"), None)
-    if told is None or any(one.kind in BAD for one in case.executions):
+    told = next((a for a in case.attempts if a.slug in UNKNOWN), None)
+    # Of one that was stopped `somebody_stopped_it` asks; it may be told as unknown alone, where its owner died.
+    if told is None or told.slug == "cancelled" or any(one.kind in BAD for one in case.executions):
         return
     before = [a for a in case.attempts if a.begun < told.ended]
     # An API that closes behind its early answer resets a slow wire with the answer still on it.
@@ -261,6 +308,9 @@ RULES: tuple[Rule, ...] = (
     one_request,
     in_flight_no_longer,
     answered,
+    stays_stopped,
+    somebody_stopped_it,
+    asked_in_vain,
     unknown_has_a_reason,
 )
 
@@ -326,11 +376,8 @@ def void(history: History) -> list[str]:
 def figures(history: History, asked: list[Case], definite: int) -> dict[str, Any]:
     """Return the figures of the report."""
     attempts = [a for case in asked for a in case.attempts]
-    unknown = sum(any(a.slug == "outcome-unknown" for a in case.attempts) for case in asked)
-    planned = sum(
-        any(a.slug == "outcome-unknown" for a in case.attempts) and any(one.kind in BAD for one in case.executions)
-        for case in asked
-    )
+    unknown = [case for case in asked if any(a.slug in UNKNOWN for a in case.attempts)]
+    acts = [one for case in asked for one in case.acts]
     return {
         "requests": len(attempts),
         "seconds": round(history.facts["calm"] - history.facts["begun"], 1),
@@ -342,8 +389,12 @@ def figures(history: History, asked: list[Case], definite: int) -> dict[str, Any
         "replays": sum(a.replayed and a.whole for a in attempts),
         "raced keys": sum(_raced(case) for case in asked),
         "keys asked for as two requests": sum(len({a.variant for a in case.attempts}) > 1 for case in asked),
-        "keys unknown": unknown,
-        "of them by the upstream's answer": planned,
+        "joined": sum(a.word == "joined" and a.whole for a in attempts),
+        "keys unknown": len(unknown),
+        "of them by the upstream's answer": sum(any(one.kind in BAD for one in case.executions) for case in unknown),
+        "of them stopped": sum(any(a.slug == "cancelled" for a in case.attempts) for case in unknown),
+        "asked to stop, with the answers": dict(Counter(str(one.status) for one in acts if one.act == "stop")),
+        "questions, with the answers": dict(Counter(one.said or str(one.status) for one in acts if one.act == "ask")),
         "faults": len(history.faults),
         "faults by kind": dict(sorted(Counter(fault.kind for fault in history.faults).items())),
         "answers": dict(Counter(_outcome(a) for a in attempts).most_common()),

@@ -3,6 +3,8 @@
 It uses any replica, directly or over a link that may fail. It races itself, disconnects early, asks late, and sends
 different requests under a used key. Every attempt becomes a line (tab separated; times of CLOCK_MONOTONIC in seconds):
   begun ended tenant key variant replica how status word replayed slug digest execution echo
+Some executions are stopped at their address, and some keys are asked about; each such act is a line of another file:
+  begun ended act tenant key replica status said       (act: stop, ask; said: the state of the key)
 It obeys one command on standard input, `calm`: there are no more faults, so finish what is open, ask for a sample of
 known keys again, and exit. Each second it prints a line: attempts, operations begun, operations open.
 """
@@ -18,21 +20,24 @@ from typing import Any
 
 import uvloop
 
-from loadtest.chaos.plan import Operation, operation, request, shared_operation
+from loadtest.chaos.plan import STOPPABLE, Operation, operation, question, request, shared_operation, stop
 from loadtest.chaos.wire import Connection, Got
 
 PATIENCE_S = 6.0  # of one attempt
 SLOT_S = 0.1  # for so long every client does the same shared operation
 REMEMBERED = 20_000
 # Answers after which nothing else is to be expected for this request and key.
-FINAL_SLUGS = frozenset(("outcome-unknown", "response-not-kept", "key-reused", "record-corrupt", "key-invalid"))
+FINAL_SLUGS = frozenset(
+    ("outcome-unknown", "cancelled", "response-not-kept", "key-reused", "record-corrupt", "key-invalid")
+)
+PREFERENCES = (b"", b"Prefer: wait=2\r\n", b"Prefer: join\r\n")
 
 
 def is_final(got: Got) -> bool:
     """Return whether a client knows the outcome of its operation after this response."""
     if got.how != "whole":
         return False
-    return got.slug in FINAL_SLUGS if got.slug else got.word in ("executed", "replayed")
+    return got.slug in FINAL_SLUGS if got.slug else got.word in ("executed", "replayed", "joined")
 
 
 class Doors:
@@ -66,7 +71,7 @@ class Client:
         self._name, self._seed, self._retention_s = name, seed, retention_s
         self._doors = Doors(ports)
         self._rng = random.Random(f"{seed}-{name}")
-        self._log = log.open("w")
+        self._log, self._acts = log.open("w"), log.with_name(f"acts-{name}.tsv").open("w")
         self._count = 0
         self._slot = 0
         self._done: deque[tuple[float, Operation]] = deque(maxlen=REMEMBERED)
@@ -80,8 +85,9 @@ class Client:
         """Send one request and log its response."""
         rng = self._rng
         replica, by_link = rng.randrange(self._doors.replicas), rng.random() < 0.5
-        raw = request(op, variant, b"Prefer: wait=2\r\n" if rng.random() < 0.1 else b"")
-        leave = rng.uniform(0, 0.05) if rng.random() < 0.03 and not self.calm else None
+        raw = request(op, variant, rng.choices(PREFERENCES, (70, 10, 20))[0])
+        leaves = 0.2 if op.tenant == STOPPABLE else 0.03
+        leave = rng.uniform(0, 0.05) if rng.random() < leaves and not self.calm else None
         began = time.monotonic()
         port, connection = await self._doors.open(replica, by_link)
         if connection is None:
@@ -92,7 +98,23 @@ class Client:
             got = await connection.ask(raw, PATIENCE_S, leave)
             self._doors.give_back(port, connection)
         self._write(began, op, variant, replica, got)
+        if op.tenant == STOPPABLE and not self.calm and variant == 0:
+            if got.stop and rng.random() < 0.1:
+                await self._act("stop", op, stop(got.stop))
+            if rng.random() < 0.1:
+                await self._act("ask", op, question(op))
         return got
+
+    async def _act(self, act: str, op: Operation, raw: bytes) -> None:
+        """Stop an execution or ask about a key, at any replica, and log what came of it."""
+        began, replica = time.monotonic(), self._rng.randrange(self._doors.replicas)
+        port, connection = await self._doors.open(replica, by_link=False)
+        got = Got("refused") if connection is None else await connection.ask(raw, PATIENCE_S)
+        if connection is not None:
+            self._doors.give_back(port, connection)
+        said = json.loads(got.said).get("state", "") if got.how == "whole" and got.said else got.slug
+        words = f"{began:.6f}", f"{time.monotonic():.6f}", act, op.tenant, op.key, replica, got.status, said
+        self._acts.write("\t".join(map(str, words)) + "\n")
 
     def _write(self, began: float, op: Operation, variant: int, replica: int, got: Got) -> None:
         self.attempts += 1
@@ -182,6 +204,7 @@ class Client:
         await self.finish(sample)
         telling.cancel()
         self._log.close()
+        self._acts.close()
         self._say()
 
     def _hear(self) -> None:

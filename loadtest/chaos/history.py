@@ -38,7 +38,20 @@ class Attempt(NamedTuple):
     @property
     def stored(self) -> bool:
         """Whether this client has a response that every other client must get, too."""
-        return self.how == "whole" and not self.slug and self.word in ("executed", "replayed")
+        return self.how == "whole" and not self.slug and self.word in ("executed", "replayed", "joined")
+
+
+class Act(NamedTuple):
+    """One line of what a client did besides: `stop` an execution, or `ask` about a key. `said`: the key's state."""
+
+    begun: float
+    ended: float
+    act: str
+    tenant: str
+    key: str
+    replica: int
+    status: int
+    said: str
 
 
 @dataclass(slots=True)
@@ -79,6 +92,7 @@ class Case:
     name: Name
     attempts: list[Attempt] = field(default_factory=list)
     executions: list[Execution] = field(default_factory=list)
+    acts: list[Act] = field(default_factory=list)
 
     @property
     def counted(self) -> list[Execution]:
@@ -102,8 +116,11 @@ class History:
         self._disturbances = sorted([*self.faults, *self.stalls, *self.idle], key=lambda one: one.begun)
         for path in sorted(folder.glob("client-*.tsv")):
             self._read_client(path)
+        for path in sorted(folder.glob("acts-*.tsv")):
+            self._read_acts(path)
         for case in self.cases.values():
             case.attempts.sort()
+            case.acts.sort()
             case.executions.sort(key=lambda one: one.begun)
 
     def case(self, name: Name) -> Case:
@@ -136,6 +153,11 @@ class History:
                 again(word), replayed == "1", again(slug), digest, execution, echo,
             )  # fmt: skip
             self.case((attempt.tenant, key)).attempts.append(attempt)
+
+    def _read_acts(self, path: Path) -> None:
+        for begun, ended, act, tenant, key, replica, status, said in _lines(path):
+            one = Act(float(begun), float(ended), act, tenant, key, int(replica), int(status), said)
+            self.case((tenant, key)).acts.append(one)
 
     def touching(self, since: float, until: float) -> Iterator[Fault]:
         """Yield the disturbances of the run between two times, stalls of the machine included."""

@@ -16,7 +16,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from loadtest.chaos.link import Link
-from loadtest.chaos.plan import EVENT_RULES
+from loadtest.chaos.plan import EVENT_RULES, STOPPABLE_RULE
 from loadtest.ports import free_port
 from oncegate.server.embedded import find_server
 
@@ -105,15 +105,17 @@ class Replica(Part):
             # The API itself answers.
             "ONCEGATE_RELEASE_STATUSES": "default,503+retry-after",
             "ONCEGATE_RULES_FILE": str(self._rules()),
+            # For the addresses at which requests can be stopped.
+            "ONCEGATE_SECRET": "the same on every replica of a run",
             **{f"ONCEGATE_{name}": str(value) for name, value in settings.items()},
         }
         self._settings = settings
         self._spawn([sys.executable, "-m", "oncegate", "serve"], env)
 
     def _rules(self) -> Path:
-        """Write the rule for events, and return its file."""
+        """Write the rules for events and for requests that may be stopped, and return their file."""
         path = self._folder / "rules.toml"
-        path.write_text(EVENT_RULES)
+        path.write_text(EVENT_RULES + STOPPABLE_RULE)
         return path
 
     def start_again(self) -> None:

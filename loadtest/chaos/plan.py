@@ -27,6 +27,17 @@ ambiguous_statuses = ["default"]
 """
     for receiver in RECEIVERS
 )
+# Whose requests may be stopped: by a client that leaves, and at the address of a response. They take longer.
+STOPPABLE = "bee"
+STOPPABLE_RULE = f"""
+[[rule]]
+name = "stoppable"
+path = "/{STOPPABLE}/*"
+on_client_gone = "cancel"
+cancel_grace_s = 0.1
+cancellable = true
+ask_keys = true
+"""
 LARGE_BYTES = 150_000  # over what comes along with a claim's reply
 STORED_BYTES = 200_000  # ONCEGATE_MAX_STORED_BYTES of a run
 OVERSIZE_BYTES = 260_000
@@ -69,7 +80,7 @@ def answer_kind(seed: int, tenant: str, key: str, nth: int) -> str:
         if at < share:
             return kind
         at -= share
-    return "small"
+    return "slow" if tenant == STOPPABLE and at % 4 == 0 else "small"
 
 
 def is_answered_early(seed: int, tenant: str, key: str, nth: int) -> bool:
@@ -145,4 +156,18 @@ def request(op: Operation, variant: int, extra: bytes = b"") -> bytes:
         framing,
         b"text/plain" if variant == 3 else b"application/json",
         body,
+    )
+
+
+def stop(place: str) -> bytes:
+    """Return the bytes of a request that stops an execution at the address that its response names."""
+    return b"DELETE %b HTTP/1.1\r\nHost: api.test\r\n\r\n" % place.encode()
+
+
+def question(op: Operation) -> bytes:
+    """Return the bytes of a question about the key of an original."""
+    target = b"/%b/%b" % (op.tenant.encode(), op.key.encode())
+    return b"GET /.oncegate/keys HTTP/1.1\r\nHost: api.test\r\n%b\r\nOncegate-Target: %b\r\n\r\n" % (
+        identification(op.tenant, op.key.encode()),
+        target,
     )

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import re
 from hashlib import blake2b
 from typing import NamedTuple, cast
 
@@ -11,7 +12,7 @@ from loadtest.chaos.link import reset
 NOT_COMPARED = frozenset(
     (
         *(b"oncegate-status", b"idempotent-replayed", b"age", b"preference-applied"),
-        *(b"oncegate-key-id", b"oncegate-request-id", b"x-request-id"),
+        *(b"oncegate-key-id", b"oncegate-request-id", b"x-request-id", b"link"),
         *(b"connection", b"keep-alive", b"transfer-encoding", b"content-length"),
     )
 )
@@ -41,6 +42,8 @@ class Got(NamedTuple):
     digest: str = ""
     execution: str = ""
     echo: str = ""
+    stop: str = ""  # where the execution can be stopped
+    said: str = ""  # a JSON object that is no problem
 
 
 class Answer:
@@ -123,12 +126,22 @@ class Answer:
             answer_digest(self.lines, self.body) if how == "whole" else "",
             fields.get(b"x-execution", b"").decode(),
             fields.get(b"x-echo", b"").decode(),
+            self._stop(),
+            bytes(self.body).decode() if fields.get(b"content-type") == b"application/json" else "",
         )
 
     def _slug(self) -> str:
+        """Return what kind of problem came, empty for none; `cancelled` for an unknown outcome with this reason."""
         if self.fields.get(b"content-type") != b"application/problem+json":
             return ""
+        if re.search(rb'"reason": ?"cancelled"', self.body):
+            return "cancelled"
         return bytes(self.body).partition(b'"urn:oncegate:')[2].partition(b'"')[0].decode() or "none"
+
+    def _stop(self) -> str:
+        links = b"\n".join(line for line in self.lines if line[:5].lower() == b"link:")
+        found = re.search(rb'<([^>]+)>; rel="cancel"', links)
+        return found[1].decode() if found else ""
 
 
 class Connection(asyncio.Protocol):

@@ -30,6 +30,7 @@ class Story:
 
     def __init__(self) -> None:
         self.attempts: list[dict[str, Any]] = []
+        self.acts: list[tuple[Any, ...]] = []
         self.upstream: list[tuple[Any, ...]] = []
         self.faults: list[dict[str, Any]] = [dict(KILLED)]
         self.reports: list[dict[str, Any]] = []
@@ -66,6 +67,10 @@ class Story:
         word = "unknown" if slug.startswith(("outcome", "upstream-lost")) else "refused"
         return self.ask(at, tenant, key, **{"slug": slug, "status": 409, "word": word, **columns})
 
+    def act(self, at: float, act: str, tenant: str, key: str, status: int, said: str = "") -> None:
+        """A client stops an execution, or asks about a key."""
+        self.acts.append((at, at + 0.1, act, tenant, key, 1, status, said))
+
     def once(self, at: float, tenant: str, key: str, variant: int = 0) -> str:
         """An execution and a replay."""
         name = self.execute(at + 0.05, tenant, key, variant)
@@ -76,6 +81,7 @@ class Story:
     def write(self, folder: Path) -> Path:
         lines = ["\t".join(str(attempt[column]) for column in self.COLUMNS) for attempt in self.attempts]
         (folder / "client-0.tsv").write_text("".join(f"{line}\n" for line in lines))
+        (folder / "acts-0.tsv").write_text("".join("\t".join(map(str, words)) + "\n" for words in self.acts))
         upstream = ["\t".join(map(str, words)) for words in self.upstream]
         (folder / "upstream.log").write_text("".join(f"{line}\n" for line in upstream))
         for name, records in (("faults", self.faults), ("reports", self.reports)):
@@ -127,6 +133,21 @@ def well() -> Story:
     closed = story.execute(32.05, "ant", "closed", kind="eof", how="running")
     story.told(32.01, "ant", "closed", "key-reused", variant=1, status=422, ended=32.04)
     story.ask(32, "ant", "closed", execution=closed)
+    joined = story.execute(33.05, "ant", "joined")
+    story.ask(33, "ant", "joined", execution=joined)
+    story.ask(33.06, "ant", "joined", execution=joined, word="joined", replica=1)
+    story.act(34, "stop", "ant", "joined", 409)
+    story.act(34, "ask", "ant", "joined", 200, "complete")
+    story.act(32.9, "ask", "ant", "joined", 404)
+    left = story.execute(35.05, "bee", "left", how="lost")
+    assert left
+    story.ask(35, "bee", "left", how="left", status=0, word="")
+    story.told(36, "bee", "left", "cancelled")
+    story.execute(37.05, "bee", "stopped", how="lost")
+    story.told(37.1, "bee", "stopped", "in-flight", replica=1)
+    story.act(37.2, "stop", "bee", "stopped", 202)
+    story.act(38, "ask", "bee", "stopped", 200, "unknown")
+    story.told(37, "bee", "stopped", "cancelled", ended=37.4)
     return story
 
 
@@ -142,7 +163,7 @@ def test_nothing_is_found_where_nothing_is(tmp_path: Path) -> None:
     code, verdict = judged(well(), tmp_path)
     assert verdict["violations"] == []
     assert code == 0
-    assert verdict["figures"]["keys"] == 212
+    assert verdict["figures"]["keys"] == 215
 
 
 def execute_twice(story: Story) -> None:
@@ -398,6 +419,51 @@ def claims_reported_though_none_may_be_lost(story: Story) -> None:
     story.reports.append({"at": 40.1})
 
 
+def executed_after_it_was_stopped(story: Story) -> None:
+    """Nothing of it had been sent, and its own client's retry got it executed."""
+    story.ask(40, "bee", "unsent", how="left", status=0, word="")
+    story.told(40.5, "bee", "unsent", "cancelled")
+    again = story.execute(41.05, "bee", "unsent")
+    story.ask(41, "bee", "unsent", execution=again)
+
+
+def replayed_after_it_was_stopped(story: Story) -> None:
+    """Somebody was told that it was stopped, and it went on."""
+    went_on = story.execute(40.05, "bee", "marked", took=2)
+    story.ask(40, "bee", "marked", execution=went_on, ended=42.1)
+    story.act(40.5, "stop", "bee", "marked", 202)
+    story.told(41, "bee", "marked", "cancelled", replica=1)
+    story.ask(43, "bee", "marked", execution=went_on, word="replayed", replayed=1)
+
+
+def stopped_by_nobody(story: Story) -> None:
+    """The cancel of another claim went astray."""
+    story.execute(40.05, "bee", "innocent", how="lost")
+    story.told(40, "bee", "innocent", "cancelled")
+    story.act(42, "stop", "bee", "innocent", 200)
+
+
+def denied(story: Story) -> None:
+    story.act(40, "ask", "ant", "plain-7", 404)
+
+
+def called_running_though_complete(story: Story) -> None:
+    story.act(40, "ask", "ant", "plain-7", 200, "in_flight")
+
+
+def joined_to_something_else(story: Story) -> None:
+    """A reader that joined got bytes of two executions, with a clean end."""
+    first = story.execute(40.05, "ant", "spliced")
+    story.ask(40, "ant", "spliced", execution=first)
+    story.ask(40.06, "ant", "spliced", execution=first, word="joined", digest="dx", replica=1)
+
+
+def executed_for_one_who_joined(story: Story) -> None:
+    """Who joins never executes."""
+    name = story.execute(40.05, "ant", "follower")
+    story.ask(40, "ant", "follower", execution=name, word="joined")
+
+
 def reported_for_nothing(story: Story) -> None:
     story.reports.append({"at": 40.1})
 
@@ -450,6 +516,13 @@ PLANTED: list[tuple[str, Callable[[Story], None]]] = [
     ("I2", another_answer_though_answers_may_be_forgotten),
     ("I1'", claims_reported_though_none_may_be_lost),
     ("I1'", reported_for_nothing),
+    ("I11", executed_after_it_was_stopped),
+    ("I11", replayed_after_it_was_stopped),
+    ("I11", stopped_by_nobody),
+    ("I12", denied),
+    ("I12", called_running_though_complete),
+    ("I2", joined_to_something_else),
+    ("I9", executed_for_one_who_joined),
 ]
 
 
