@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import random
 from base64 import b64encode
 from collections.abc import Callable
 from hashlib import sha256
@@ -202,6 +203,38 @@ async def test_questions_that_are_not_answered(gates, upstream, store):
         assert (answer.header("cache-control") or b"").endswith(b"no-store"), what
     assert upstream.received == []
     assert store.states() == []
+
+
+async def test_no_question_makes_the_proxy_fail(gates, upstream, store):
+    """Whatever stands in its fields: it is refused, or the key is absent."""
+    gate, values = gates(), random.Random(17)
+    odd = [
+        b"",
+        b"\xff" * 9,
+        b"/" * 5000,
+        b"*",
+        b"http://[::1",
+        b"//a/..%2f",
+        b"/v1/\xc3\xa4?\x80",
+        b'"',
+        b"A" * 300,
+        b"CONNECT",
+    ]
+    names = [
+        b"Oncegate-Target",
+        b"Oncegate-Method",
+        b"Oncegate-Host",
+        b"Oncegate-Body-Digest",
+        b"Idempotency-Key",
+        b"Cookie",
+    ]
+    for _ in range(150):
+        lines = [b"%b: %b" % (values.choice(names), values.choice([*odd, b"/v1/a", b"POST"])) for _ in range(4)]
+        raw = question("z-1").replace(b"\r\n\r\n", b"\r\n" + b"\r\n".join(lines) + b"\r\n\r\n")
+        answer = await ask(gate.port, raw)
+        assert answer.status in (400, 403, 404, 405, 421), (answer, raw)
+    assert gate.events("request failed") == []
+    assert upstream.received == []
 
 
 async def test_the_path_is_the_apis_where_nobody_asks(proxies, upstream, store):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tests.parts import (
     LAST_CHUNK,
     OK,
     Answer,
+    Blackhole,
     Proxy,
     RawClient,
     Tap,
@@ -31,6 +33,13 @@ path = "/v1/**"
 respond_async = true
 on_client_gone = "cancel"
 cancel_grace_s = 0.1
+
+[[rule]]
+name = "stopped"
+path = "/stop/**"
+respond_async = true
+resumable = true
+cancellable = true
 
 [[rule]]
 name = "elsewhere"
@@ -132,6 +141,40 @@ async def test_a_client_waits_for_as_long_as_it_likes(gates, upstream):
     assert (await ended(gate, location_of(late))).status == 201
 
 
+async def test_whoever_comes_may_wait_there(gates, upstream):
+    """`Prefer: wait` holds a GET until the end, on any replica; without an end it gets another 202."""
+    one, two = gates(), gates()
+    go_on = asyncio.Event()
+    upstream.script = holding(go_on, MADE)
+    location = location_of(await sent(one, "g-1", LATER)).decode()
+    waiting = [
+        asyncio.ensure_future(ask(gate.port, request("GET", location, None, b"", "Prefer: wait=20")))
+        for gate in (one, two)
+    ]
+    again = await ask(two.port, request("GET", location, None, b"", "Prefer: wait=1"))
+    assert location_of(again).decode() == location
+    assert not any(one.done() for one in waiting)
+    go_on.set()
+    for answer in await asyncio.gather(*waiting):
+        assert (answer.status, answer.body) == (201, b"whole")
+    assert len(upstream.received) == 1
+
+
+async def test_whoever_waits_there_takes_nobodys_turn(proxies, valkey, tmp_path):
+    """Where nothing was sent, a duplicate that waits as well may execute, and it tries at once."""
+    (tmp_path / "rules.toml").write_text(RULES)
+    hole = Blackhole()
+    settings = {"CONNECT_TIMEOUT_S": 1, "CONNECT_RETRIES": 0, "SECRET": "0123456789abcdef"}
+    gate = proxies(hole.url, valkey.url, RULES_FILE="rules.toml", **settings)
+    location = location_of(await sent(gate, "t-1", LATER)).decode()
+    coming = asyncio.ensure_future(ask(gate.port, request("GET", location, None, b"", "Prefer: wait=20")))
+    await until(lambda: gate.metric("waiting") == 1)
+    duplicate = asyncio.ensure_future(sent(gate, "t-1", "Prefer: wait=20"))
+    assert (await coming).slug == "key-released"
+    assert (await duplicate).slug == "upstream-unreachable"
+    hole.close()
+
+
 async def test_a_duplicate_gets_the_same_address(gates, upstream):
     """Also where the original's client waits. Without the preference a duplicate gets what it always got."""
     one, two = gates(), gates()
@@ -173,6 +216,7 @@ async def test_what_was_not_executed_says_so_at_its_address(gates, upstream):
     assert "nothing was sent" in unsent.problem["detail"]
 
 
+@pytest.mark.fault(32)
 async def test_the_owner_dies_between_the_202_and_the_end(gates, upstream):
     """Within a lease the address says that nobody knows the outcome, and nothing executes the key again."""
     one, two = gates(), gates()
@@ -189,6 +233,7 @@ async def test_the_owner_dies_between_the_202_and_the_end(gates, upstream):
     assert len(upstream.received) == 1
 
 
+@pytest.mark.fault(61)
 async def test_a_drain_waits_for_it_and_what_it_cuts_off_is_unknown(gates, upstream):
     """Its client has its answer, and the exchange is in flight all the same."""
     one, two, three = gates(), gates(DRAIN_S=0.2), gates()
@@ -205,6 +250,39 @@ async def test_a_drain_waits_for_it_and_what_it_cuts_off_is_unknown(gates, upstr
     assert (await ended(three, whole)).body == b"whole"
 
 
+async def test_a_worker_that_is_replaced_ends_what_it_has_begun(proxies, upstream, valkey, tmp_path):
+    """Its successor answers at the address meanwhile, though the client and all connections are long gone."""
+    (tmp_path / "rules.toml").write_text(RULES)
+    gate = proxies(upstream, valkey.url, RULES_FILE="rules.toml", SECRET="0123456789abcdef", WORKERS=2, DRAIN_S=1)
+    go_on = asyncio.Event()
+    upstream.script = holding(go_on, MADE)
+    location = location_of(await sent(gate, "v-1", LATER))
+    await until(lambda: upstream.received)
+    gate.signal(signal.SIGUSR2)
+    await until(lambda: gate.events("workers replaced"), 30)
+    # Longer than a worker that drains would wait.
+    await asyncio.sleep(1.5)
+    assert location_of(await at(gate, location)) == location
+    go_on.set()
+    assert (await ended(gate, location)).body == b"whole"
+    assert len(upstream.received) == 1
+
+
+async def test_whoever_sent_it_may_stop_it(gates, upstream):
+    """The 202 names the addresses of its response as any answer does, and its own address says what became of it."""
+    one, two = gates(), gates()
+    upstream.script = holding(asyncio.Event())
+    accepted = await sent(one, "q-1", LATER, target="/stop/it")
+    links = dict(value.split(b"; rel=")[::-1] for name, value in accepted.headers if name == b"Link")
+    assert links.keys() == {b'"resume"', b'"cancel"'}
+    await until(lambda: upstream.received)
+    stopped = await ask(two.port, request("DELETE", links[b'"cancel"'].strip(b"<>").decode(), None, b""))
+    assert stopped.status == 202
+    answer = await ended(two, location_of(accepted))
+    assert (answer.status, answer.slug, answer.problem["reason"]) == (409, "outcome-unknown", "cancelled")
+
+
+@pytest.mark.fault(34)
 async def test_nobody_waits_and_nobody_cancels(gates, upstream):
     """Under a rule that ends requests without readers it goes on after its client left, with or without its 202."""
     gate, gone = gates(), asyncio.Event()

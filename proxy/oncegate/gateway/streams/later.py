@@ -19,9 +19,11 @@ from oncegate.gateway.streams.own import SAFE
 from oncegate.gateway.streams.reading import read
 from oncegate.keys.digests import key_id
 from oncegate.messages.problems import problem
-from oncegate.messages.request_head import without_preferences
+from oncegate.messages.request_head import preferred_wait_s, without_preferences
 from oncegate.observe.outcome import Observe, Outcome, RequestReport
 from oncegate.store.record import Record
+from oncegate.store.results import NotClaimed
+from oncegate.store.waiters import Woken
 from oncegate.streams import released
 from oncegate.streams.capability import LATER
 from oncegate.streams.links import ClaimName
@@ -98,11 +100,9 @@ def _send(request: Request, route: Route, claim: ClaimName, record: Record, fiel
     if route.policy.cancel_grace_s is not None:
         # Whoever has the address comes back. The original's client may not.
         deps.background(deps.cancellations.note_fetched(claim.key, claim.token))
-    address, own = (
-        links.address(LATER, claim, outer),
-        links.fields(claim, outer) + key_field(key_id(claim.key).encode()),
-    )
-    fields += b"%bLocation: %b\r\nRetry-After: %d\r\n%b" % (_ACCEPTED, address, after_s(deps, record), own)
+    address, after = links.address(LATER, claim, outer), after_s(deps, record)
+    fields += b"%bLocation: %b\r\nRetry-After: %d\r\n" % (_ACCEPTED, address, after)
+    fields += links.fields(claim, outer) + key_field(key_id(claim.key).encode())
     send_state(request, 202, key_state(claim.key, record) | {"location": address.decode()}, fields)
 
 
@@ -111,20 +111,51 @@ def _send(request: Request, route: Route, claim: ClaimName, record: Record, fiel
 
 async def come_for(request: Request, asked: Asked) -> RequestReport:
     """Answer at the Location of a 202: with another one while the request executes, then with its response."""
-    route, (_, _, key, token, tenant, _) = asked.route, asked.capability
-    store, policy = route.deps.store, route.policy
-    found = await store.peek(key, asked.capability.scope, policy.lease_ms)
-    if found is None or (isinstance(found, Record) and found.token != token):
-        note = await released.read(store.marks, key, token)
-        return asked.refuse(request, _freed(note) if note is not None else gone("gone", "the response is gone"))
-    decision = decide_duplicate(found, found.fingerprint if isinstance(found, Record) else b"")
+    found = await _look(asked)
+    wait_s = min(preferred_wait_s(asked.head.fields.get(b"prefer", ())) or 0, asked.route.policy.wait_max_s)
+    if wait_s and _decide(found) is Decision.IN_FLIGHT:
+        if await _wait(request, asked, wait_s) is Woken.CLIENT_LEFT:
+            return asked.report(Outcome.CLIENT_GONE, 0)
+        found = await _look(asked)
+    if isinstance(found, Released | None):
+        return asked.refuse(request, gone("gone", "the response is gone") if found is None else _freed(found))
+    (_, _, key, token, tenant, _), policy, decision = asked.capability, asked.route.policy, _decide(found)
     if decision is Decision.REPLAY:
         return await read(request, asked)
     if decision is Decision.IN_FLIGHT and isinstance(found, Record):
-        _send(request, route, ClaimName(key, token, tenant, found.created_ms), found, SAFE)
+        _send(request, asked.route, ClaimName(key, token, tenant, found.created_ms), found, SAFE)
         return asked.report(Outcome.ASKED, 202)
-    answer = duplicate_refusal(decision, found, policy, route.deps.usual.seconds)
+    answer = duplicate_refusal(decision, found, policy, asked.route.deps.usual.seconds)
     return asked.refuse(request, replace(answer, fields=answer.fields + SAFE))
+
+
+async def _look(asked: Asked) -> NotClaimed | Released | None:
+    """Return what the store has for the claim of a Location: its record, the note about its release, or nothing."""
+    store, capability = asked.route.deps.store, asked.capability
+    found = await store.peek(capability.key, capability.scope, asked.route.policy.lease_ms)
+    if found is None or (isinstance(found, Record) and found.token != capability.token):
+        return await released.read(store.marks, capability.key, capability.token)
+    return found
+
+
+def _decide(found: NotClaimed | Released | None) -> Decision | Outcome:
+    """Return what the request itself would get by its record."""
+    taken = None if isinstance(found, Released) else found
+    return decide_duplicate(taken, taken.fingerprint if isinstance(taken, Record) else b"")
+
+
+async def _wait(request: Request, asked: Asked, wait_s: float) -> Woken:
+    """Wait for the end of a request that executes, as a duplicate of it does."""
+    deps, key, response = asked.route.deps, asked.capability.key, request.response
+    woken = deps.waiters.refusal(key)
+    if woken is None:
+        latest_s, leaves = deps.clock() + wait_s, response.client_leaves()
+        woken = await deps.waiters.wait(key, asked.capability.scope, latest_s, leaves, response.client_half_closed)
+    deps.wait_ended(woken.label)
+    if woken is Woken.MAY_CLAIM:
+        # Whoever waits here claims nothing: it is the turn of a duplicate.
+        deps.waiters.let_one_claim(key)
+    return woken
 
 
 def _freed(note: Released) -> Refuse:
