@@ -145,6 +145,31 @@ async def test_an_owner_that_died_hears_of_no_cancel(gates, upstream, api, desk,
     client.close()
 
 
+@pytest.mark.fault(66)
+@pytest.mark.parametrize("stored", ["valkey"], indirect=True)
+@pytest.mark.parametrize("fault", ["kill@cancel:1", "kill@cancelled:1", "raise@cancel:1"])
+async def test_an_owner_that_fails_within_a_cancel(gates, upstream, api, desk, monkeypatch, fault):
+    """One that dies has settled nothing, so its lease decides; one that goes on hears of it once more."""
+    if fault.startswith("kill"):
+        monkeypatch.setattr(decisions, "CANCEL_S", 1.0)
+    owner = await gates(LEASE_MS=3000, FAULT=fault, TESTING=1)
+    client = await begun(owner, upstream)
+    told = await desk("cancel", "stopped", code=None)
+    await asyncio.wait_for(api.gone.wait(), 8)
+    assert owner.events("fault injected")
+    if fault.startswith("raise"):
+        assert "cancelled" in told.stdout
+        assert owner.events("background task failed, restarting it")
+        assert (await read_answer(client.reader)).problem["reason"] == "cancelled"
+    else:
+        assert (told.returncode, audit(told)["outcome"]) == (1, "accepted")
+        shown = {}
+        while shown.get("state") != "unknown":
+            shown = await desk.show("stopped")
+        assert (shown["mode"], shown["reason"]) == ("retry", "its owner stopped renewing its lease")
+    client.close()
+
+
 @pytest.mark.fault(67)
 @pytest.mark.parametrize("pause", ["while the note is posted", "while it is read"])
 async def test_a_store_that_stands_still_within_a_cancel(fork, upstream, api, own_valkey, tmp_path, monkeypatch, pause):

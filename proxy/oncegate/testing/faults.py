@@ -59,6 +59,8 @@ POINTS = {
     "leave": ("before", "oncegate.gateway.exchange:clean_up"),
     "left": ("after", "oncegate.gateway.exchange:clean_up"),
     "renew": ("before", *_of_each_store("renew")),
+    "cancel": ("before", "oncegate.gateway.exchange:Exchange.cancel"),
+    "cancelled": ("after", "oncegate.gateway.exchange:Exchange.cancel"),
     "wait": ("before", "oncegate.store.waiters:Waiters.wait"),
     "woken": ("after", "oncegate.store.waiters:Waiters.wait"),
     "replay": ("before", "oncegate.gateway.duplicates:replay_small", "oncegate.gateway.duplicates:replay_large"),
