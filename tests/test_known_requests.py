@@ -297,9 +297,10 @@ def test_a_connection_that_began_before_the_first_head_finds_it_whatever_its_key
     cache = HeadCache()
     cache.reset(b"idempotency-key")
     assert cache.store(raw(key=b"k1"), Message(), checked(raw(key=b"k1"))) is not None
-    known = cache.find(raw(key=b"k2"), b"")
-    assert known is not None
-    assert (known.values, known.known.has_shape) == ((b"k2",), False)
+    found = cache.find(raw(key=b"k2"), b"")
+    assert found is not None
+    known, values, _ = found
+    assert (values, known.has_shape) == ((b"k2",), False)
 
 
 def test_no_shape_outlives_a_reload():

@@ -1,6 +1,6 @@
 """What a policy adapts in the responses to its requests."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from oncegate.adaptation.addresses import Addresses, outer_prefix
@@ -23,10 +23,11 @@ class Adaptation:
     cookies: Cookies | None = None
     replays_cookies: bool = False
 
-    @property
-    def adapts_all(self) -> bool:
-        """Whether every response may be adapted, and not only one that names an address."""
-        return self.cors is not None or self.cookies is not None
+    # Whether every response may be adapted, and not only one that names an address.
+    adapts_all: bool = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "adapts_all", self.cors is not None or self.cookies is not None)
 
     def adapts_replay(self, block: bytes) -> bool:
         """Return whether a stored response may be another one for each requester."""

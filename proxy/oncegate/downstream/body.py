@@ -14,6 +14,7 @@ from aiohttp import StreamReader
 
 from oncegate.buffers.memory import MemoryBudget
 from oncegate.downstream.minimum_rate import MinimumRate, RateWatch
+from oncegate.known_heads.requests import KnownHead
 from oncegate.messages.fields import Fields
 
 # Of one body. A longer one is spooled to disk.
@@ -46,15 +47,16 @@ NoBody = TooLarge | NoRoom | BrokenOff
 
 
 class BufferedBody:
-    """A body that came in one segment with its head, in the place of aiohttp's StreamReader.
+    """A body that came in one segment with its head, which is known, in the place of aiohttp's StreamReader.
 
-    It is complete, so that nothing that happens to its client afterwards matters to it.
+    It is complete, so that nothing that happens to its client afterwards matters to it. `known` is the head, `values`
+    are in its gaps.
     """
 
-    __slots__ = ("data",)
+    __slots__ = ("data", "known", "values")
 
-    def __init__(self, data: bytes) -> None:
-        self.data = data
+    def __init__(self, known: KnownHead, values: tuple[bytes, ...], data: bytes) -> None:
+        self.known, self.values, self.data = known, values, data
 
     def is_eof(self) -> bool:
         return True

@@ -15,7 +15,6 @@ from oncegate.downstream.reader import KEPT_HEAD_BYTES, ConnectionOwner, Request
 from oncegate.downstream.request import Request, Unread
 from oncegate.downstream.response import ResponseWriter
 from oncegate.known_heads.memo import ConnectionMemo
-from oncegate.known_heads.requests import KnownRequest
 from oncegate.messages.problems import Problem, refusal
 from oncegate.messages.request_head import ForwardedInfo
 from oncegate.messages.request_line import Malformed
@@ -80,11 +79,6 @@ class ClientConnection(RequestReader):
     def _has_more(self) -> bool:
         """Whether further requests came already."""
         return bool(self._messages or self._rest)
-
-    @property
-    def is_over(self) -> bool:
-        """Whether no further request is answered: this side or the client closes, or it half-closed after it."""
-        return self._stops or self._force_close or (self._half_closed and not self._has_more)
 
     @property
     def is_last_response(self) -> bool:
@@ -219,7 +213,9 @@ class ClientConnection(RequestReader):
                 response = request.response
                 if response.closes or self.writing_paused:
                     await self._finish(response)
-                goes_on = response.finished and not (response.closes or self.is_over)
+                # This side or the client closes, or the client has half-closed behind this request.
+                ends = response.closes or self._stops or self._force_close or (self._half_closed and not self._has_more)
+                goes_on = response.finished and not ends
                 if request.known is None and not request.content.is_eof():
                     goes_on = await self._drop_rest(request.content) and goes_on
                 if not goes_on:
@@ -241,8 +237,8 @@ class ClientConnection(RequestReader):
     def _pop_request(self) -> Request | Malformed:
         """Return the next request, or what came in its place."""
         message, content = self._messages.pop(0)
-        if isinstance(message, KnownRequest):
-            return Request(message.known.message, content, self, message.known, message.values)
+        if isinstance(content, BufferedBody):
+            return Request(message, content, self, content.known, content.values)
         if not self.owner.head_cache.enabled:
             self.memo = ConnectionMemo()
         return message if isinstance(message, Malformed) else Request(message, content, self)

@@ -21,7 +21,7 @@ from oncegate.buffers.write_batcher import WriteBatcher
 from oncegate.downstream.body import BufferedBody
 from oncegate.downstream.incoming_head import HEAD_END, IncomingHead, malformed, opens_websocket
 from oncegate.downstream.minimum_rate import MinimumRate
-from oncegate.downstream.protocol import ParserProtocol, wake
+from oncegate.downstream.protocol import ParserProtocol
 from oncegate.known_heads.memo import ConnectionMemo
 from oncegate.known_heads.requests import HeadCache, KnownHead, KnownRequest, is_whole
 from oncegate.messages.request_head import ForwardedInfo, RequestHead
@@ -115,13 +115,14 @@ class RequestReader(ParserProtocol):
     def _add(self, message: Any, content: StreamReader | BufferedBody) -> None:
         """Let a request, or what came in its place, be answered in its turn."""
         self._messages.append((message, content))
-        if self._has_begun:
-            wake(self._waiter)
-        else:
+        if not self._has_begun:
             self._has_begun, self._task = True, self._loop.create_task(self.start())
+        elif (waiter := self._waiter) is not None and not waiter.done():
+            waiter.set_result(None)
 
     def data_received(self, data: bytes) -> None:
-        is_idle = self._is_idle
+        # As `_is_idle`, without its frame: every request comes here.
+        is_idle = not self._has_begun or ((waiter := self._waiter) is not None and not waiter.done())
         if is_idle and not self._due:
             if (known := self.owner.head_cache.find(data, self.memo.key_label)) is not None:
                 self._take_known(known)
@@ -135,14 +136,15 @@ class RequestReader(ParserProtocol):
         if self._due == IN_HEAD and is_idle and not self._messages and self.head_since_s is None:
             self.head_since_s = self._loop.time()
 
-    def _take_known(self, known: KnownRequest) -> None:
+    def _take_known(self, request: KnownRequest) -> None:
         """Take a request under a known head, which the parser need not see."""
         if self._force_close or self._close:
             return
-        self._body = body = BufferedBody(known.body)
-        if known.known.message.should_close:
+        self._body = body = BufferedBody(*request)
+        message = body.known.message
+        if message.should_close:
             self._due = NO_NEXT
-        self._add(known, body)
+        self._add(message, body)
 
     def remember_head(self, message: Any, head: RequestHead) -> KnownHead | None:
         """Remember the head of the newest request, which passed all checks, if it may come again."""

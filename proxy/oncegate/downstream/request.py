@@ -176,9 +176,8 @@ class Request:
         return self.adaptation.for_request(self.checked_head(), self.connection.forwarded)
 
     def kept_head(self, head: ResponseHead) -> ResponseHead:
-        """Return a response's head as it is stored: with its cookies where a duplicate may get them."""
-        keeps_cookies = self.adaptation.replays_cookies and names_a_person(self.checked_head().fields)
-        return head.with_cookies() if keeps_cookies else head
+        """Return a response's head as it is stored under a policy that replays cookies: with them for who gets them."""
+        return head.with_cookies() if names_a_person(self.checked_head().fields) else head
 
     def adapted_block(self, head: ResponseHead, block: bytes) -> bytes:
         """Return the fields of a response that comes from the upstream now, as this client gets them.

@@ -11,7 +11,7 @@ import time
 from oncegate.adaptation.heartbeats import takes_comments
 from oncegate.decision import RETRY, Disposition, Ending, Settlement, ending
 from oncegate.downstream.request import Request
-from oncegate.gateway.answers import Refuse, not_confirmed, not_sent
+from oncegate.gateway.answers import Refuse, key_field, not_confirmed, not_sent
 from oncegate.gateway.keyed_request import KeyedRequest
 from oncegate.gateway.relay import pass_interims
 from oncegate.gateway.response_reading import TELLING_S, ResponseReading, check_idle_timeout
@@ -142,7 +142,8 @@ class Exchange:
                 self._note_interim()
             if head.status == 408:
                 check_idle_timeout(connection, head, self._policy.statuses)
-            head = self._client.kept_head(head)
+            if self._policy.adaptation.replays_cookies:
+                head = self._client.kept_head(head)
             if self._may_be_small(head) and (
                 connection.is_complete_in(SMALL_BYTES)
                 or await completes_within(connection, self._window_s(), SMALL_BYTES)

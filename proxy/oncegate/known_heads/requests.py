@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from oncegate.known_heads.recent import RecentHeads
@@ -146,13 +145,8 @@ class KnownHead:
         return self.with_values([value] * (self._ids + len(self.names)))
 
 
-@dataclass(slots=True)
-class KnownRequest:
-    """A whole request under a known head: the values in the gaps, and its body."""
-
-    known: KnownHead
-    values: tuple[bytes, ...]
-    body: bytes
+# A whole request under a known head: the values in the gaps, and its body.
+KnownRequest = tuple[KnownHead, tuple[bytes, ...], bytes]
 
 
 class HeadCache:
@@ -209,7 +203,7 @@ class HeadCache:
             return None
         self._varies = known.has_shape
         self._heads.misses = 0
-        return KnownRequest(known, values, data[end:])
+        return known, values, data[end:]
 
     def store(self, data: bytes, message: Any, head: RequestHead) -> KnownHead | None:
         """Remember the head of a request that passed every check, if it may come again; `data` is all of it.

@@ -250,7 +250,7 @@ class Metrics(Collector):
         self._add_request(seconds)
         if upstream_s:
             histogram.add(upstream_s)
-            self._add_overhead(max(0.0, seconds - upstream_s))
+            self._add_overhead(seconds - upstream_s if seconds > upstream_s else 0.0)
         else:
             self._add_overhead(seconds)
         if report.key and label in self._suppressed.by_value:

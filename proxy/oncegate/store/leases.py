@@ -60,7 +60,8 @@ class LeasedClaim:
 
     def is_certain(self) -> bool:
         """Return whether the claim need not be made again before the first byte is sent."""
-        return not (self.fenced or self.lost or must_reclaim(self.age_s(), self.claim.lease_ms))
+        age_s = suspended_clock_s() - self.confirmed_s
+        return not (self.fenced or self.lost or must_reclaim(age_s, self.claim.lease_ms))
 
 
 class OnClaimEvent(Protocol):

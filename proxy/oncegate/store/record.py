@@ -35,8 +35,9 @@ _CHECK_BYTES = 8
 BODY_STORED, CLOSE_DELIMITED, STATED_LENGTH, HAS_REQUEST_ID = 1, 2, 4, 8
 
 
-# Every request makes some of these. They are values, never changed once they are made; `frozen=True`, which would say
-# so, doubles the price of making one, and a NamedTuple costs a third more (Python 3.11, measured).
+# Every request makes some of these. They are values, never changed once they are made, but for what a new claim gets
+# with the store's reply; `frozen=True`, which would say so, doubles the price of making one, and a NamedTuple costs a
+# third more (Python 3.11, measured).
 
 
 @dataclass(slots=True)

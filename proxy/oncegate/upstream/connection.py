@@ -222,12 +222,9 @@ class Connection(ArrivingResponse, PoolEntry, asyncio.Protocol):
             self._resume_reading()
         self.response.parser = None
         self._head_bytes = 0
-        self.note_idle(now)
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether an idle connection is open, and nothing is known to have come on it."""
-        return not (self.response.has_surplus or self.transport is None or self.transport.is_closing())
+        self.idle_since, took_s = now, now - self.taken_at
+        if took_s > self.longest_s:
+            self.longest_s = took_s
 
     def close(self) -> None:
         """Abort the connection. What still arrives is not parsed."""

@@ -95,12 +95,13 @@ class IdleConnections:
 
     def _is_untouched(self, connection: Connection) -> bool:
         """Return whether an idle connection is open and nothing has come on it, by the kernel's word."""
-        if connection.transport is None or not connection.is_alive:
+        transport = connection.transport
+        if transport is None or transport.is_closing() or connection.response.has_surplus:
             return False
         is_new = connection.descriptor < 0
         if is_new:
             # Not earlier: many connections are never used again. The kernel forgets it when it is closed.
-            connection.descriptor = connection.transport.get_extra_info("socket").fileno()
+            connection.descriptor = transport.get_extra_info("socket").fileno()
             self._epoll.register(connection.descriptor, select.EPOLLIN)
         if is_new or not self._is_checked or connection.checks_before == self._checks:
             self._check()

@@ -122,8 +122,8 @@ class Pool:
             self._idle.add(connection)
             if connection.is_reused:
                 # On a new one the request may have waited for a process.
-                took_s = connection.idle_since - connection.taken_at
-                self._usual_s = max(took_s, self._usual_s * FADING)
+                took_s, faded_s = connection.idle_since - connection.taken_at, self._usual_s * FADING
+                self._usual_s = took_s if took_s > faded_s else faded_s
             if self._reaper is None:
                 self._reaper = self.loop.call_later(self._keep_idle_s, self._reap)
         else:

@@ -19,8 +19,3 @@ class PoolEntry:
     descriptor = -1
     is_reused = is_idle = is_discarded = is_retired = False
     address = ""
-
-    def note_idle(self, now: float) -> None:
-        """Note the end of an exchange that left the connection clean."""
-        self.idle_since = now
-        self.longest_s = max(self.longest_s, now - self.taken_at)

@@ -4,6 +4,7 @@ Proxies of several versions share a store, so the reply words never change. This
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from oncegate.store.kept import as_replaced
@@ -87,29 +88,27 @@ def claim_result(claim: Claim, tenant: bytes, reply: Any, note_time: Callable[[i
     `note_time(now_ms)` is called with the server's time.
     """
     # By its length, too: in a damaged record the state may be any word.
-    kind = reply[0] if isinstance(reply, list) and len(reply) in (4, 5) else b""
-    if kind == CLAIMED:
-        now_ms, fence, created = reply[1:4]
-        kept = claim.kept if len(reply) == 4 else as_replaced(claim.kept)
-        note_time(now_ms)
-        return Claim(
-            # Positions, not names: arguments by name cost twice as much here (Python 3.11, measured).
-            claim.key, claim.token, fence, claim.mode, claim.fingerprint, claim.self_check, int(created),
-            claim.lease_ms, claim.retention_ms, claim.unknown_retention_ms, claim.tombstone_ms, kept,
-        )  # fmt: skip
-    if kind == b"complete":
-        _, now_ms, meta, body, more = reply
-        note_time(now_ms)
-        found = unpack(claim.key, tenant, meta, body, now_ms)
-        if more and isinstance(found, Record):
-            found.kept = more
-        return found
+    if isinstance(reply, list) and len(reply) in (4, 5) and reply[0] == CLAIMED:
+        note_time(reply[1])
+        if claim.fence:
+            # It is held, and its holder compares.
+            claim = replace(claim)
+        claim.fence, claim.created_ms = reply[2], int(reply[3])
+        if len(reply) > 4:
+            claim.kept = as_replaced(claim.kept)
+        return claim
     match reply:
         # `bytes() as value`, not `bytes(value)`, which looks for a missing attribute of the type: 4,000 instructions
         # each (Python 3.11, counted). Replays come here.
         case [b"packed", int() as now_ms, bytes() as value]:
             note_time(now_ms)
             return unpack_packed(claim.key, tenant, value, now_ms)
+        case [b"complete", int(now_ms), meta, body, more]:
+            note_time(now_ms)
+            found = unpack(claim.key, tenant, meta, body, now_ms)
+            if more and isinstance(found, Record):
+                found.kept = more
+            return found
         case [b"late", int(now_ms)]:
             note_time(now_ms)
             return LATE
@@ -118,6 +117,13 @@ def claim_result(claim: Claim, tenant: bytes, reply: Any, note_time: Callable[[i
             return unpack_expired(claim.key, tenant, meta, now_ms)
         case [state, int(now_ms), *fields] if len(fields) == 9:
             return running(claim.key, tenant, [state, *fields], now_ms)
+        case _:
+            return _failed_claim(reply)
+
+
+def _failed_claim(reply: Any) -> Corrupt | Unconfirmed:
+    """Return what a reply to `claim` means that names no record."""
+    match reply:
         case ErrorReply() if str(reply).startswith("WRONGTYPE"):
             return Corrupt("the record is of another type")
         case Unconfirmed():

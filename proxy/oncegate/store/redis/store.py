@@ -242,7 +242,7 @@ class RedisStore:
         self, claim: Claim, args: bytes, arg_count: int, patience_s: float, releases: bool = False
     ) -> SettleResult:
         now = self._loop.time()
-        deadline = now + min(self._timeout_s, patience_s)
+        deadline = now + (self._timeout_s if self._timeout_s < patience_s else patience_s)
         call = ScriptCall(self._scripts["settle"], store_key(claim.key), arg_count, deadline, False, False, claim)
         reply, retried = await self._servers.run(call, args), False
         # The usual reply is a list. Any other is looked at only then: this is the hot path.
