@@ -117,7 +117,7 @@ class Body:
             self._file.close()
             self._spool.give(self.size)
         else:
-            self._memory.give(self.size)
+            self._memory.used -= self.size
         self._file, self.data, self.size = None, b"", 0
 
 
@@ -161,10 +161,10 @@ class Bodies:
 
     def take_buffered(self, content: BufferedBody, max_bytes: int) -> Body | TooLarge | NoRoom:
         """Return the body of a request under a known head, which is in memory, or why there will be none."""
-        body = Body(content.read_nowait(), self._memory, self._spool)
-        if body.size > max_bytes:
+        data, content.data = content.data, b""
+        if len(data) > max_bytes:
             return TooLarge()
-        return body if self._memory.take(body.size) else NoRoom()
+        return Body(data, self._memory, self._spool) if self._memory.take(len(data)) else NoRoom()
 
     async def read(self, content: StreamReader | BufferedBody, max_bytes: int | None = None) -> Body | NoBody:
         """Wait for a body that is still to come and return it, or why there is none."""

@@ -129,13 +129,9 @@ class Request:
         """The path of its target, without the query."""
         if self.shown_path:
             return self.shown_path
-        if self.head is not None:
-            target = self.head.target
-        elif self.known is not None:
-            target = self.known.target(self.values)
-        else:
-            return logged_path(self.message.path or "")
-        return logged_path(target.decode("utf-8", "backslashreplace"))
+        if self.known is not None and self.head is None:
+            return self.known.path(self.values)
+        return logged_path(self.message.path or "" if self.head is None else self.head.target)
 
     @property
     def request_id(self) -> str:
@@ -147,8 +143,9 @@ class Request:
         """The address of its client; behind trusted proxies, the one that they saw."""
         forwarded = self.connection.forwarded
         # What any other client says of itself does not count.
-        is_read = forwarded.trusted and (self.head is not None or self.known is not None)
-        return forwarded.client_behind(self.checked_head().fields.get(b"x-forwarded-for", ()) if is_read else ())
+        if not forwarded.trusted or (self.head is None and self.known is None):
+            return forwarded.address
+        return forwarded.client_behind(self.checked_head().fields.get(b"x-forwarded-for", ()))
 
     @property
     def scheme(self) -> str:
@@ -163,7 +160,8 @@ class Request:
     @property
     def trace_id(self) -> str:
         """The id of the trace that it belongs to, as its client says; empty for none."""
-        return trace_id(self.field(TRACEPARENT))
+        value = self.field(TRACEPARENT)
+        return trace_id(value) if value else ""
 
     @property
     def problem(self) -> Problem | None:
@@ -225,4 +223,4 @@ class Unread:
         self.id, self.id_line = connection.request_ids.of(b"")
         self.problem = problem
         client = connection.forwarded
-        self.request_id, self.client, self.scheme = self.id.decode(), client.client.decode(), client.scheme.decode()
+        self.request_id, self.client, self.scheme = self.id.decode(), client.address, client.scheme.decode()

@@ -9,6 +9,7 @@ from oncegate.known_heads.shapes import MAX_SHAPED_BYTES, PLAIN, Gap, Shape, Sha
 from oncegate.messages.bound_authentication import BINDING_FORM
 from oncegate.messages.fields import HOP_BY_HOP, Fields, nominated
 from oncegate.messages.request_head import ACTED_ON, RequestHead
+from oncegate.messages.target import logged_path
 from oncegate.settings.credentials import ACCOUNTS, CREDENTIALS
 
 # The fields that say whose a request is. They may differ: who it is, is then decided for each request.
@@ -71,7 +72,7 @@ class KnownHead:
     """
 
     __slots__ = (
-        "_fields", "_gaps", "_head", "_ids", "_once", "_target", "_watched",
+        "_fields", "_gaps", "_head", "_ids", "_once", "_path", "_target", "_watched",
         "body_bytes", "has_ids", "has_shape", "key_at", "length_at", "message", "names", "plan",
     )  # fmt: skip
 
@@ -93,6 +94,8 @@ class KnownHead:
         self._once = {name: values[0] for name, values in head.fields.items() if len(values) == 1}
         self.key_at = ids + self.names.index(key_field) if key_field in self.names else -1
         self.length_at = ids + self.names.index(b"content-length") if b"content-length" in self.names else -1
+        # Known once it is asked for.
+        self._path = ""
         # The key and the length of the body are looked at in every request. Without a key nothing is planned.
         self._watched = frozenset(self.names) - {key_field, b"content-length"} if self.key_at >= 0 else frozenset()
         self.plan: Any = None
@@ -123,6 +126,14 @@ class KnownHead:
     def target(self, values: Sequence[bytes]) -> bytes:
         """Return the target with these values in its gaps."""
         return joined(self._target, values[: self._ids]) if self._ids else self._head.target
+
+    def path(self, values: Sequence[bytes]) -> str:
+        """Return the path of the target with these values in its gaps, for a log."""
+        if self._ids:
+            return logged_path(self.target(values))
+        if not self._path:
+            self._path = logged_path(self._head.target)
+        return self._path
 
     def gaps_among(self, names: Collection[bytes]) -> tuple[tuple[int, bytes], ...]:
         """Return the gaps of the fields with these names, and their names."""

@@ -78,8 +78,11 @@ class ForwardedInfo:
     trusted: bool
     is_proxy: Callable[[str], bool] = field(default=lambda _: False, compare=False)
     lines: tuple[tuple[bytes, ...], ...] = field(init=False)
+    # The client, for logs.
+    address: str = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "address", self.client.decode())
         lines = (b"X-Forwarded-For: " + self.client, b"X-Forwarded-Proto: " + self.scheme)
         object.__setattr__(self, "lines", tuple((*lines, via) for via in _VIA))
 
@@ -89,7 +92,7 @@ class ForwardedInfo:
         It is the last that is no trusted proxy's. What is no address ends the search: whoever wrote that, could have
         written anything in front of it.
         """
-        client = self.client.decode()
+        client = self.address
         for entry in reversed(tokens(forwarded_for)) if self.trusted else ():
             address = entry.decode("latin-1")
             try:

@@ -19,9 +19,10 @@ def normalized_host(host: bytes) -> bytes:
     return _FINAL_DOT.sub(b"", host.lower())
 
 
-def logged_path(target: str) -> str:
+def logged_path(target: bytes | str) -> str:
     """Return the path of a target, also of one that was refused: without its query, its host and who asks there."""
-    path = target.partition("?")[0].partition("#")[0]
+    text = target if isinstance(target, str) else target.decode("utf-8", "backslashreplace")
+    path = text.partition("?")[0].partition("#")[0]
     if "://" in path:
         path = "/" + path.partition("://")[2].partition("/")[2]
     return path if len(path) <= MAX_LOGGED_CHARACTERS else path[:MAX_LOGGED_CHARACTERS] + "..."

@@ -130,7 +130,8 @@ def unpack_kept(packed: bytes | None) -> Kept:
 
 def original_id(packed: bytes) -> bytes:
     """Return the request id in packed fields, nothing where there is none that can stand in a header."""
-    return _fit(_value(packed, _REQUEST_ID))
+    request_id = _value(packed, _REQUEST_ID)
+    return request_id if request_id.isascii() and request_id.decode().isprintable() else b""
 
 
 def rule_in(packed: bytes) -> bytes:
