@@ -16,6 +16,7 @@ from oncegate.store.redis.arguments import LAYOUT
 from oncegate.store.redis.layouts.packed import OPEN, UNTIL, hash_fields, numbered, pack_complete, terms_begin
 from oncegate.store.redis.replies import claim_result
 from oncegate.store.redis.server import load_scripts
+from oncegate.store.redis.wire import listed
 from oncegate.store.results import ClaimResult
 
 Fields = dict[str, bytes]
@@ -287,7 +288,7 @@ class RedisProbe(Probe):
         described = self_check(key, tenant, token, mode, fingerprint)
         terms = terms_begin(mode, lease_ms) + described + fingerprint + bytes(2)
         args = (token, terms, retention_ms, not_after_ms, LAYOUT[self.packed], window_ms, seen)
-        _tag, *reply = self.client.eval(SCRIPTS["claim"].body, 1, store_key(key), b"tag", *args)
+        _tag, *reply = listed(self.client.eval(SCRIPTS["claim"].body, 1, store_key(key), b"tag", *args))
         claim = Claim(key, token, b"", mode, fingerprint, described, 0, lease_ms, retention_ms, retention_ms)
         return claim_result(claim, tenant, reply, lambda _: None)
 

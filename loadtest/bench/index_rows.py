@@ -4,6 +4,7 @@ import os
 import socket
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import hiredis
 
@@ -15,7 +16,7 @@ from oncegate.store.record import Claim, StoredResponse, self_check
 from oncegate.store.record_name import store_key
 from oncegate.store.redis import arguments
 from oncegate.store.redis.server import load_scripts
-from oncegate.store.redis.wire import Script, resp
+from oncegate.store.redis.wire import Script, listed, resp
 
 # Calls that leave in one write, as those of concurrent requests do; and keys that stay open meanwhile.
 BATCH, OPEN = 8, 1_000
@@ -84,14 +85,14 @@ class Client:
                 if wrong := [reply for reply in self._call(calls) if reply[1] != b"stored"]:
                     raise RuntimeError(f"not stored: {wrong[0]}")
 
-    def _call(self, calls: list[bytes]) -> list[list[bytes]]:
+    def _call(self, calls: list[bytes]) -> list[list[Any]]:
         """Send some commands in one write, and return their replies."""
         self._socket.sendall(b"".join(calls))
-        replies: list[list[bytes]] = []
+        replies: list[list[Any]] = []
         while len(replies) < len(calls):
             self._replies.feed(self._socket.recv(65536))
             while (reply := self._replies.gets()) is not False:
-                replies.append(reply)
+                replies.append(listed(reply))
         return replies
 
 

@@ -24,6 +24,7 @@ from oncegate.store.record import Record as StoredRecord
 from oncegate.store.record_name import store_key
 from oncegate.store.redis.arguments import LAYOUT
 from oncegate.store.redis.layouts.packed import pack_complete, pack_unknown
+from oncegate.store.redis.wire import listed
 from oncegate.store.results import ClaimResult, Unconfirmed
 from oncegate.store.stages import SENT
 from tests.model import rules
@@ -104,7 +105,7 @@ class Scripts:
     def __call__(self, call: Call) -> str:
         verb, _, *args = call
         words = getattr(self, f"_{verb}")(*args)
-        _tag, word, *_rest = self._client.eval(SCRIPTS[str(verb)].body, 1, NAME, b"tag", *words)
+        _tag, word, *_rest = listed(self._client.eval(SCRIPTS[str(verb)].body, 1, NAME, b"tag", *words))
         return "found" if verb == "follow" and word != b"gone" else str(word.decode())
 
     def _append(self, me: int) -> list[Any]:

@@ -268,7 +268,7 @@ class WaitingLink(Link):
     def _claim_replied(self, pending: _PendingClaim, claimed: _Claimed, future: "asyncio.Future[Any]") -> None:
         reply = future.result()
         if isinstance(reply, list):
-            self._note_time(reply[1])
+            self._note_time(int(reply[1]))
         if is_claimed(reply):
             claimed.append((pending, reply))
         else:

@@ -287,7 +287,9 @@ class Link(asyncio.Protocol):
         if not self._waiting:
             return False
         future, tag, verb, _, issued = self._waiting.popleft()
-        # The usual reply comes first.
+        # The usual reply comes first. As `listed`, without its frame.
+        if tag and type(reply) is bytes:
+            reply = reply.split(b" ")
         if tag and type(reply) is list:
             if not reply or reply.pop(0) != tag:
                 return self._reject(future)

@@ -89,7 +89,7 @@ def claim_result(claim: Claim, tenant: bytes, reply: Any, note_time: Callable[[i
     """
     # By its length, too: in a damaged record the state may be any word.
     if isinstance(reply, list) and len(reply) in (4, 5) and reply[0] == CLAIMED:
-        note_time(reply[1])
+        note_time(int(reply[1]))
         if claim.fence:
             # It is held, and its holder compares.
             claim = replace(claim)
@@ -109,8 +109,8 @@ def claim_result(claim: Claim, tenant: bytes, reply: Any, note_time: Callable[[i
             if more and isinstance(found, Record):
                 found.kept = more
             return found
-        case [b"late", int(now_ms)]:
-            note_time(now_ms)
+        case [b"late", now_ms]:
+            note_time(int(now_ms))
             return LATE
         case [b"expired", int(now_ms), bytes(meta)]:
             note_time(now_ms)

@@ -3,8 +3,9 @@
 -- ARGV: tag token terms retention_ms not_after_ms layout window_ms expected_token
 --   terms: of a packed claim, all from the length of its lease on (see store/redis/layouts/packed.py)
 --   layout: in which the claim is written, 'packed' or 'hash'
--- Returns: {tag, 'claimed', now_ms, fence, created_ms} | {tag, 'claimed', now_ms, fence, created_ms, 'replaced'}
---        | {tag, 'late', now_ms}
+-- Returns: tag .. ' claimed ' .. now_ms .. ' ' .. fence .. ' ' .. created_ms
+--        | tag .. ' claimed ' .. now_ms .. ' ' .. fence .. ' ' .. created_ms .. ' replaced'
+--        | tag .. ' late ' .. now_ms
 --        | {tag, 'packed', now_ms, value}
 --        | {tag, 'complete', now_ms, meta, body or false, more or false}
 --        | {tag, 'expired', now_ms, meta}
@@ -27,9 +28,9 @@ if layout == 'packed' then
     value = redis.pcall('SET', KEYS[1], claim, 'NX', 'GET', 'PX', ARGV[4])
     if not value then
       if index then
-        redis.pcall('ZADD', index, now + terms:sub(1, 10), KEYS[1])
+        redis.pcall('ZADD', index, string.format('%d', now + terms:sub(1, 10)), KEYS[1])
       end
-      return {tag, 'claimed', now, micros, created}
+      return tag .. ' claimed ' .. created .. ' ' .. micros .. ' ' .. created
     end
   end
 end
@@ -42,7 +43,7 @@ end
 
 local lease_ms, window_ms, expected_token = tonumber(terms:sub(1, 10)), tonumber(ARGV[7]), ARGV[8]
 local self, fingerprint = terms:sub(14, 45), terms:sub(46, 61)
-local fence, replaced
+local fence, replaced = nil, ''
 -- The caller has decided that the record is open, after checking it as a whole. It is decided here again, as of now.
 if value then
   -- A packed claim has from byte 2 on its token, 18 fence, 34 created, 47 leased, 60 length of the lease, 70 stage, 71 state,
@@ -53,15 +54,15 @@ if value then
     fence = value:sub(18, 33)
     if owner == token and state == 'i' then
       if late then
-        return {tag, 'late', now}
+        return tag .. ' late ' .. created
       end
       redis.call('SETRANGE', KEYS[1], 46, created .. terms:sub(1, 10))
       redis.call('PEXPIRE', KEYS[1], ARGV[4])
       if index then
         redis.pcall('ZADD', index, now + lease_ms, KEYS[1])
       end
-      replaced = value:sub(123, 125) == '\12\0\0' and 'replaced' or nil
-      return {tag, 'claimed', now, fence, value:sub(34, 46), replaced}
+      replaced = value:sub(123, 125) == '\12\0\0' and ' replaced' or ''
+      return tag .. ' claimed ' .. created .. ' ' .. fence .. ' ' .. value:sub(34, 46) .. replaced
     end
     local leased = tonumber(value:sub(47, 59)) or 0
     if state == 'i' and leased > now then
@@ -109,15 +110,16 @@ elseif fields[1] or fields[2] or redis.call('EXISTS', KEYS[1]) == 1 then
     fence = meta:sub(18, 33)
   elseif fields[3] == token and state == 'in_flight' then
     if late then
-      return {tag, 'late', now}
+      return tag .. ' late ' .. created
     end
     redis.call('HSET', KEYS[1], 'lease', now + lease_ms)
     redis.call('PEXPIRE', KEYS[1], ARGV[4])
     if index then
       redis.pcall('ZADD', index, now + lease_ms, KEYS[1])
     end
-    replaced = fields[13] and fields[13]:sub(1, 3) == '\12\0\0' and 'replaced' or nil
-    return {tag, 'claimed', now, fence, fields[9], replaced}
+    replaced = fields[13] and fields[13]:sub(1, 3) == '\12\0\0' and ' replaced' or ''
+    local made = fields[9] or '0'
+    return tag .. ' claimed ' .. created .. ' ' .. (fence or '0') .. ' ' .. made .. replaced
   elseif state ~= 'released' then
     local left, whole = (tonumber(fields[8]) or 0) - now, tonumber(fields[10]) or lease_ms
     if state == 'in_flight' and left > whole then
@@ -138,7 +140,7 @@ elseif fields[1] or fields[2] or redis.call('EXISTS', KEYS[1]) == 1 then
 end
 
 if late then
-  return {tag, 'late', now}
+  return tag .. ' late ' .. created
 end
 -- Greater than every fence given before, also across releases, which leave no record behind.
 fence = string.format('%016.0f', math.max((tonumber(fence) or 0) + 1, tonumber(micros)))
@@ -150,7 +152,7 @@ elseif fields[1] or fields[2] then
 end
 if value or fields[1] or fields[2] then
   redis.call('UNLINK', KEYS[1])
-  replaced = 'replaced'
+  replaced = ' replaced'
   if terms:sub(64, 66) ~= '\12\0\0' then
     terms = terms:sub(1, 61) .. struct.pack('>I2', #terms - 60) .. '\12\0\0' .. terms:sub(64)
   end
@@ -169,4 +171,4 @@ end
 if index then
   redis.pcall('ZADD', index, now + lease_ms, KEYS[1])
 end
-return {tag, 'claimed', now, fence, created, replaced}
+return tag .. ' claimed ' .. created .. ' ' .. fence .. ' ' .. created .. replaced

@@ -4,7 +4,7 @@
 -- ARGV: tag token lease_ms retention_ms stage layout
 --   stage: how far its exchange got, for operators
 --   layout: the one that the record most probably has, 'packed' or 'hash'
--- Returns: {tag, 'renewed' or 'absent' or 'unknown' or 'complete' or 'fenced'}
+-- Returns: tag .. ' renewed' or ' absent' or ' unknown' or ' complete' or ' fenced'
 -- The index of open keys (see store/redis/layouts/open_index.py). It never fails a renewal.
 local index = 'once:open'
 local tag, token, lease = ARGV[1], ARGV[2], ARGV[3]
@@ -23,24 +23,24 @@ elseif complete then
   owner = complete:sub(2, 17)
 end
 if not owner then
-  return {tag, 'absent'}
+  return tag .. ' absent'
 elseif owner ~= token then
-  return {tag, 'fenced'}
+  return tag .. ' fenced'
 elseif complete then
-  return {tag, 'complete'}
+  return tag .. ' complete'
 elseif state ~= 'in_flight' then
-  return {tag, 'unknown'}
+  return tag .. ' unknown'
 end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 if value then
   -- leased, lease_ms and stage, in the places of store/redis/layouts/packed.py.
-  redis.call('SETRANGE', KEYS[1], 46, string.format('%013.0f%010d', now, lease) .. ARGV[5]:sub(1, 1))
+  redis.call('SETRANGE', KEYS[1], 46, string.format('%013d%010d', now, lease) .. ARGV[5]:sub(1, 1))
 else
-  redis.call('HSET', KEYS[1], 'lease', now + lease, 'stage', ARGV[5])
+  redis.call('HSET', KEYS[1], 'lease', string.format('%d', now + lease), 'stage', ARGV[5])
 end
 redis.call('PEXPIRE', KEYS[1], ARGV[4])
 if index then
-  redis.pcall('ZADD', index, now + lease, KEYS[1])
+  redis.pcall('ZADD', index, string.format('%d', now + lease), KEYS[1])
 end
-return {tag, 'renewed'}
+return tag .. ' renewed'

@@ -7,8 +7,8 @@
 --     else ''; more: what is kept with the record, else '')
 --   release: layout (the one that the claim most probably has, 'packed' or 'hash')
 --   unknown: fence mode fingerprint self created why status more (status: of the response that came, 0 for none)
--- Returns: {tag, 'stored' or 'released' or 'unknown', 'found' or 'absent'}
---        | {tag, 'torn' or 'complete' or 'fenced'}
+-- Returns: tag .. ' stored ' or ' released ' or ' unknown ' .. 'found' or 'absent'
+--        | tag .. ' torn' or ' complete' or ' fenced'
 -- The index of open keys (see store/redis/layouts/open_index.py). It never fails a settle.
 local index = 'once:open'
 local tag, token, action, retention = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
@@ -35,7 +35,7 @@ else
   end
 end
 if owner and owner ~= token then
-  return {tag, 'fenced'}
+  return tag .. ' fenced'
 end
 local before = owner and 'found' or 'absent'
 
@@ -46,9 +46,9 @@ if action == 'put' then
     -- Past its retention a record is its tombstone, which has no response.
     local time = redis.call('TIME')
     if not unknown and digest == value:sub(18, 33) and ends > time[1] * 1000 + math.floor(time[2] / 1000) then
-      return {tag, 'stored', 'found'}
+      return tag .. ' stored ' .. 'found'
     end
-    return {tag, 'complete'}
+    return tag .. ' complete'
   end
   if tombstone ~= '0' then
     local time = redis.call('TIME')
@@ -61,7 +61,8 @@ if action == 'put' then
   elseif index then
     redis.pcall('ZREM', index, KEYS[1])
   end
-  return {tag, unknown and 'unknown' or 'stored', before}
+  local put = unknown and ' unknown ' or ' stored '
+  return tag .. put .. before
 end
 
 if action == 'store' then
@@ -71,14 +72,13 @@ if action == 'store' then
   local now = time[1] * 1000 + math.floor(time[2] / 1000)
   if state == 'complete' then
     if digest == ARGV[6] and ends > now then
-      return {tag, 'stored', 'found'}
+      return tag .. ' stored ' .. 'found'
     end
-    return {tag, 'complete'}
+    return tag .. ' complete'
   end
   if chunks == 0 or (chunks == 1 and #last == bytes) then
     -- A new hash, because one that has been large does not return to the compact encoding.
     redis.call('UNLINK', KEYS[1])
-    redis.call('HSET', KEYS[1], 'meta', ARGV[5])
   else
     -- Beside the chunks there are eight fields of a claim and 'bytes', and those that only some records have.
     local appended = chunks - (last ~= '' and 1 or 0)
@@ -87,30 +87,31 @@ if action == 'store' then
       others = others + (fields[at] and 1 or 0)
     end
     if found or redis.call('HLEN', KEYS[1]) ~= appended + others or stored + #last ~= bytes then
-      return {tag, 'torn'}
+      return tag .. ' torn'
     end
     redis.call('HDEL', KEYS[1], 'state', 'token', 'fence', 'mode', 'fingerprint', 'self', 'lease', 'created',
       'lease_ms', 'bytes', 'why', 'stage', 'status', 'more', 'head', 'readers_until')
-    redis.call('HSET', KEYS[1], 'meta', ARGV[5])
   end
+  local written = {'meta', ARGV[5]}
   if last ~= '' then
-    redis.call('HSET', KEYS[1], 'b' .. (chunks - 1), last)
+    written[3], written[4] = 'b' .. (chunks - 1), last
   end
   if tombstone > 0 then
-    redis.call('HSET', KEYS[1], 'until', now + retention)
+    written[#written + 1], written[#written + 2] = 'until', string.format('%d', now + retention)
   end
   if ARGV[11] ~= '' then
-    redis.call('HSET', KEYS[1], 'more', ARGV[11])
+    written[#written + 1], written[#written + 2] = 'more', ARGV[11]
   end
+  redis.call('HSET', KEYS[1], unpack(written))
   redis.call('PEXPIRE', KEYS[1], retention + tombstone)
   if index then
     redis.pcall('ZREM', index, KEYS[1])
   end
-  return {tag, 'stored', before}
+  return tag .. ' stored ' .. before
 end
 
 if state == 'complete' then
-  return {tag, 'complete'}
+  return tag .. ' complete'
 elseif action == 'release' then
   redis.call('UNLINK', KEYS[1])
   if index then
@@ -121,7 +122,7 @@ elseif action == 'release' then
     redis.call('HSET', KEYS[1], 'state', 'released', 'token', ('\0'):rep(16), 'fence', '0')
     redis.call('PEXPIRE', KEYS[1], retention)
   end
-  return {tag, 'released', before}
+  return tag .. ' released ' .. before
 end
 redis.call('UNLINK', KEYS[1])
 redis.call('HSET', KEYS[1], 'state', 'unknown', 'token', token, 'fence', ARGV[5], 'mode', ARGV[6],
@@ -136,4 +137,4 @@ redis.call('PEXPIRE', KEYS[1], retention)
 if index then
   redis.pcall('ZADD', index, ARGV[9] - (ARGV[6] == 'hold' and 1e13 or 2e13), KEYS[1])
 end
-return {tag, 'unknown', before}
+return tag .. ' unknown ' .. before
