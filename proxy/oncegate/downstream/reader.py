@@ -123,13 +123,11 @@ class RequestReader(ParserProtocol):
     def data_received(self, data: bytes) -> None:
         # As `_is_idle`, without its frame: every request comes here.
         is_idle = not self._has_begun or ((waiter := self._waiter) is not None and not waiter.done())
-        if is_idle and not self._due:
-            if (known := self.owner.head_cache.find(data, self.memo.key_label)) is not None:
-                self._take_known(known)
-                return
-            self._whole_segment = data
-        else:
-            self._whole_segment = b""
+        begins = is_idle and not self._due
+        if begins and (known := self.owner.head_cache.find(data, self.memo.key_label)) is not None:
+            self._take_known(known)
+            return
+        self._whole_segment = data if begins else b""
         if self._force_close or self._close:
             return
         self._receive(data)

@@ -142,8 +142,7 @@ class Exchange:
                 self._note_interim()
             if head.status == 408:
                 check_idle_timeout(connection, head, self._policy.statuses)
-            if self._policy.adaptation.replays_cookies:
-                head = self._client.kept_head(head)
+            head = self._client.kept_head(head) if self._policy.adaptation.replays_cookies else head
             if self._may_be_small(head) and (
                 connection.is_complete_in(SMALL_BYTES)
                 or await completes_within(connection, self._window_s(), SMALL_BYTES)

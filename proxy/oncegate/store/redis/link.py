@@ -66,8 +66,7 @@ class Link(asyncio.Protocol):
         stall_s: float,
         observers: Observers = MappingProxyType({}),
     ) -> None:
-        self._open_connection = open_connection
-        self._prepare = prepare
+        self._open_connection, self._prepare = open_connection, prepare
         self.stall_s, self._observers = stall_s, observers
         self._loop = asyncio.get_running_loop()
         self._write_batcher = write_batcher(self._loop)
@@ -80,8 +79,7 @@ class Link(asyncio.Protocol):
         self._out: list[bytes] = []
         self._waiting: deque[_Waiting] = deque()
         self._tag_number = 0
-        self._up = asyncio.Event()
-        self._lost = asyncio.Event()
+        self._up, self._lost = asyncio.Event(), asyncio.Event()
         self._sweeper: asyncio.TimerHandle | None = None
         self._reconnect_task: asyncio.Task[None] | None = None
         self.down_reason = "not connected yet"
