@@ -169,7 +169,7 @@ class Cluster:
             return (first and first.health.suspended()) or NotAttempted(self._down_reason)
         node, reply = await self._call(call, issue, claims=True)
         if node is not None and isinstance(reply, list):
-            node.note_time(reply[1])
+            node.note_time(int(reply[1]))
         return reply
 
     async def run(self, call: ScriptCall, args: bytes) -> Any:
