@@ -30,8 +30,15 @@ class Adaptation:
         object.__setattr__(self, "adapts_all", self.cors is not None or self.cookies is not None)
 
     def adapts_replay(self, block: bytes) -> bool:
-        """Return whether a stored response may be another one for each requester."""
-        return self.cors is not None or _depends(block.lower())
+        """Return whether a stored response may be another one for each requester.
+
+        It may where it has a field that depends on the requester, or looks as if it had.
+        """
+        # Written out: a quarter of the time of a loop. `in` costs six times as much as `find` between bytes: it first
+        # tries to take what it looks for as a number, and forgets the error (Python 3.11, counted).
+        find = block.lower().find
+        is_address = find(b"location:") >= 0 or find(b"refresh:") >= 0
+        return is_address or find(b"set-cookie:") >= 0 or find(b"allow-origin:") >= 0 or self.cors is not None
 
     @property
     def acted_on(self) -> frozenset[bytes]:
@@ -44,15 +51,6 @@ class Adaptation:
 
 
 NOTHING = Adaptation()
-
-
-def _depends(lowered: bytes) -> bool:
-    """Return whether a block in lower case has a field that depends on the requester, or looks as if it had."""
-    # Written out: a quarter of the time of a loop. `in` costs six times as much as `find` between bytes: it first
-    # tries to take what it looks for as a number, and forgets the error (Python 3.11, counted).
-    find = lowered.find
-    is_address = find(b"location:") >= 0 or find(b"refresh:") >= 0
-    return is_address or find(b"set-cookie:") >= 0 or find(b"allow-origin:") >= 0
 
 
 def _says_nothing(block: bytes) -> bool:

@@ -27,7 +27,7 @@ class Undecodable(Exception):
 
 def may_be_coded(block: bytes) -> bool:
     """Return whether the header fields of a response may name a content coding: a quick look, without parsing."""
-    # Not `in`: see `adaptation._depends`.
+    # Not `in`: see `Adaptation.adapts_replay`.
     return block.find(b"ncoding: ") >= 0 or block.find(b"NCODING: ") >= 0
 
 

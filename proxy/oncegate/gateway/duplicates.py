@@ -15,7 +15,7 @@ from oncegate.gateway.keyed_request import KeyedRequest
 from oncegate.gateway.replay import Replay, replay_decoded, replay_large, replay_small
 from oncegate.gateway.streams.later import accepted
 from oncegate.observe.outcome import Outcome, RequestReport, outcome_of
-from oncegate.observe.usage import usage_reader
+from oncegate.observe.usage import UsageReader, usage_reader
 from oncegate.store.kept import unpack_kept
 from oncegate.store.record import Record, StoredResponse
 from oncegate.store.results import Unconfirmed
@@ -90,11 +90,24 @@ async def answer_duplicate(request: Request, keyed: KeyedRequest, taken: Taken) 
     if keyed.trace is not None:
         keyed.trace.met(unpack_kept(taken.kept).trace if isinstance(taken, Record) else b"")
     decision = decide_duplicate(taken, keyed.claim_request.fingerprint)
-    if decision is _REPLAY and isinstance(taken, Record) and taken.response is not None:
-        replayed = await _replay(request, keyed, taken, taken.response)
-        if isinstance(replayed, RequestReport):
-            return replayed
-        decision = replayed
+    if decision is _REPLAY and isinstance(taken, Record) and (stored := taken.response) is not None:
+        response, store = request.response, keyed.route.deps.store
+        usage = usage_reader(stored.status, stored.block, stored.size) if keyed.route.policy.counts_tokens else None
+        fields = keyed.fields + keyed.own_fields(request, taken.token, taken.created_ms)
+        replay = Replay(keyed.claim_request.key, taken, stored, fields, request, keyed.caller, usage)
+        if coding := replay.coding():
+            outcome = await replay_decoded(response, store, replay, coding)
+        elif taken.body is not None or stored.size == 0:
+            # A small body came with the record.
+            outcome = replay_small(response, replay)
+        else:
+            outcome = await replay_large(response, store, replay)
+        if outcome is _REPLAYED:
+            return _replay_report(request, keyed, stored, usage)
+        if response.started:
+            return keyed.report(request, outcome, stored.status)
+        # Nothing was sent, because the record is corrupt or unreadable.
+        decision = outcome
     if decision is _IN_FLIGHT and keyed.later is not None and isinstance(taken, Record):
         return accepted(request, keyed, taken)
     answer = duplicate_refusal(decision, taken, keyed.route.policy, keyed.route.deps.usual.seconds)
@@ -109,27 +122,14 @@ def refuse_keyed(request: Request, keyed: KeyedRequest, answer: Refuse, reason: 
     return keyed.report(request, outcome_of(answer.problem), answer.problem.status, reason)
 
 
-async def _replay(
-    request: Request, keyed: KeyedRequest, record: Record, stored: StoredResponse
-) -> RequestReport | Outcome:
-    """Send a stored response. A bare outcome: nothing was sent, because the record is corrupt or unreadable."""
-    route, key, scope = keyed.route, keyed.claim_request.key, keyed.claim_request.scope
-    usage = usage_reader(stored.status, stored.block, stored.size) if route.policy.counts_tokens else None
-    on_body = usage.add if usage is not None else None
-    fields = keyed.fields + keyed.own_fields(request, record.token, record.created_ms)
-    replay = Replay(key, record, stored, fields, request, keyed.caller, on_body)
-    # A small body came with the record.
-    if coding := replay.coding():
-        outcome = await replay_decoded(request.response, route.deps.store, replay, coding)
-    elif stored.size == 0 or record.body is not None:
-        outcome = replay_small(request.response, replay)
-    else:
-        outcome = await replay_large(request.response, route.deps.store, replay)
-    if outcome is not _REPLAYED:
-        return keyed.report(request, outcome, stored.status) if request.response.started else outcome
+def _replay_report(
+    request: Request, keyed: KeyedRequest, stored: StoredResponse, usage: UsageReader | None
+) -> RequestReport:
+    """Return the report of a request that got a stored response."""
+    route, claim = keyed.route, keyed.claim_request
     tokens = None if usage is None else usage.tokens()
     # Positions, not names: arguments by name cost 4,000 instructions more (Python 3.11, measured).
     return RequestReport(
-        outcome, stored.status, request.message.method, key, 0.0, stored.took_ms / 1000, stored.size,
-        scope.without_credential, "", route.policy.rule, tokens, (), False, None, None, route.upstream,
+        _REPLAYED, stored.status, request.message.method, claim.key, 0.0, stored.took_ms / 1000, stored.size,
+        claim.scope.without_credential, "", route.policy.rule, tokens, (), False, None, None, route.upstream,
     )  # fmt: skip

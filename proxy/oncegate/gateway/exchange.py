@@ -223,7 +223,8 @@ class Exchange:
         known = self._policy.statuses.by_status.get(head.status)
         disposition = Disposition.AMBIGUOUS if is_busy else known or self._read(head)
         self.progress.head, self._held.stage = head, stages.RESPONSE_BEGUN
-        self._dispose(disposition)
+        if disposition is not self._disposition:
+            self._dispose(disposition)
         return head.bodiless or ((head.length or 0) <= SMALL_BYTES and not head.is_event_stream)
 
     def _read(self, head: ResponseHead) -> Disposition:

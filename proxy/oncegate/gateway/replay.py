@@ -6,7 +6,6 @@ them, with the head already out, so that the connection was aborted.
 """
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,6 +25,7 @@ from oncegate.messages.framing import COUNTED, STATED
 from oncegate.messages.response_head import response_digest
 from oncegate.messages.trailers import announcement, without
 from oncegate.observe.outcome import Outcome
+from oncegate.observe.usage import UsageReader
 from oncegate.store.kept import original_id
 from oncegate.store.record import Record, StoredResponse, intact
 from oncegate.store.results import ReadFailure
@@ -44,7 +44,7 @@ class Replay:
     """A complete record to be replayed to `request`, which may be another client's than the original, and to
     `caller` if its messages are adapted.
 
-    `fields` are further header fields; `on_body` is given all body bytes.
+    `fields` are further header fields; `usage` is given all body bytes.
     """
 
     key: bytes
@@ -53,7 +53,7 @@ class Replay:
     fields: bytes
     request: Request
     caller: Caller | None
-    on_body: Callable[[bytes], None] | None = None
+    usage: UsageReader | None = None
 
     def adapted(self) -> Replayed | None:
         """Return what adapts the messages for the caller, None where they are replayed as they were stored."""
@@ -63,7 +63,7 @@ class Replay:
     def coding(self) -> bytes:
         """Return the content coding that has to be decoded for this client, empty where none has."""
         stored = self.stored
-        if not (may_be_coded(stored.block) and 0 < stored.size <= MAX_CODED_BYTES) or self.caller is not None:
+        if not may_be_coded(stored.block) or not 0 < stored.size <= MAX_CODED_BYTES or self.caller is not None:
             return b""
         accepted = self.request.checked_head().fields.get(b"accept-encoding")
         return coding_to_decode(stored.status, stored.block, accepted)
@@ -87,18 +87,19 @@ class Replay:
 
 def replay_small(response: ResponseWriter, replay: Replay) -> Outcome:
     """Send a stored response whose body is at hand."""
-    stored, body, adapted = replay.stored, replay.record.body or b"", replay.adapted()
+    stored, body = replay.stored, replay.record.body or b""
+    adapted = None if replay.caller is None else replay.adapted()
     if not intact(stored, body):
         return Outcome.RECORD_CORRUPT
     block = replay.head_block(stored.block if adapted is None else adapted.block)
-    if trailers := replay.trailers(is_changed=adapted is not None):
+    if stored.trailers and (trailers := replay.trailers(is_changed=adapted is not None)):
         response.trailers, block = trailers, block + announcement(trailers)
     framing = STATED if stored.stated_length and adapted is None else COUNTED
     whole = body if adapted is None else adapted.feed(body) + adapted.rest()
     response.send(stored.status, stored.reason, block, whole, framing)
     # After the response has left.
-    if replay.on_body is not None:
-        replay.on_body(body)
+    if replay.usage is not None:
+        replay.usage.add(body)
     return _REPLAYED
 
 
@@ -130,8 +131,8 @@ async def replay_decoded(response: ResponseWriter, store: Store, replay: Replay,
             # A client that takes all at once leaves no time for others.
             await asyncio.sleep(0)
         response.end()
-    if replay.on_body is not None:
-        replay.on_body(body)
+    if replay.usage is not None:
+        replay.usage.add(body)
     return _REPLAYED
 
 
@@ -182,8 +183,8 @@ async def replay_large(response: ResponseWriter, store: Store, replay: Replay) -
                 return _broken(response, Outcome.RECORD_CORRUPT)
             if data := chunk if adapted is None else adapted.feed(chunk):
                 response.write(data)
-            if replay.on_body is not None:
-                replay.on_body(chunk)
+            if replay.usage is not None:
+                replay.usage.add(chunk)
         first += len(chunks)
         await response.wait_room()
     if response.client_gone:

@@ -43,12 +43,6 @@ class RequestIds:
             value = b"%b%x" % (self._prefix, next(self._numbers))
         return value, b"%b%b\r\n" % (self._label, value)
 
-    def _is_in(self, block: bytes) -> bool:
-        """Return whether a block of fields, each line ended, has the header."""
-        # Not `in`: see `adaptation._depends`.
-        lowered = block.lower()
-        return lowered.find(self._line_start) >= 0 or lowered.startswith(self._line_start[2:])
-
     def of_replay(self, own_id: bytes, original_id: bytes, stored_block: bytes) -> bytes:
         """Return the fields that a replay has of ids: its request's under our name, the original's under the usual.
 
@@ -56,6 +50,9 @@ class RequestIds:
         """
         if not own_id:
             return b""
-        if not original_id or self._is_in(stored_block):
+        lowered = stored_block.lower()
+        # Not `in`: see `Adaptation.adapts_replay`.
+        is_in = lowered.find(self._line_start) >= 0 or lowered.startswith(self._line_start[2:])
+        if not original_id or is_in:
             return b"Oncegate-Request-Id: %b\r\n" % own_id
         return b"Oncegate-Request-Id: %b\r\n%b%b\r\n" % (own_id, self._label, original_id)
