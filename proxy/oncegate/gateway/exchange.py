@@ -11,7 +11,7 @@ import time
 from oncegate.adaptation.heartbeats import takes_comments
 from oncegate.decision import RETRY, Disposition, Ending, Settlement, ending
 from oncegate.downstream.request import Request
-from oncegate.gateway.answers import Refuse, key_field, not_confirmed, not_sent
+from oncegate.gateway.answers import Refuse, not_confirmed, not_sent
 from oncegate.gateway.keyed_request import KeyedRequest
 from oncegate.gateway.relay import pass_interims
 from oncegate.gateway.response_reading import TELLING_S, ResponseReading, check_idle_timeout
@@ -127,12 +127,11 @@ class Exchange:
 
     async def _forward(self) -> Ending:
         deps, progress = self._deps, self.progress
-        is_certain = self._held.is_certain()
-        connection = (deps.pool.ready(deps.reuse_idle_s) if is_certain else None) or await self._connect()
+        ready = deps.pool.ready(deps.reuse_idle_s) if self._held.is_certain() else None
+        self._connection = connection = ready or await self._connect()
         if connection is None:
             return Ending.NOT_SENT
         began, silence_s = time.perf_counter(), deps.silence_s
-        self._connection = connection
         try:
             self._send(connection)
             if connection.response.head is None:
