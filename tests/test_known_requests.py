@@ -371,7 +371,7 @@ def test_what_was_not_watched_may_vary():
 BEFORE = [f"messages/{name}.py" for name in ("admission", "request_head", "fields", "transfer_coding")]
 BEFORE += [f"downstream/{name}.py" for name in ("reader", "request", "incoming_head", "body")]
 # Members of values, and what is no field of a request.
-NO_FIELDS = {b"chunked", b"100-continue", b"close", b"wait", b"trailers", b"websocket", b"identity", b"x"}
+NO_FIELDS = {b"chunked", b"100-continue", b"close", b"wait", b"join", b"trailers", b"websocket", b"identity", b"x"}
 
 
 @pytest.mark.parametrize("path", BEFORE)
