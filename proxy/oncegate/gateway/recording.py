@@ -13,7 +13,7 @@ from oncegate.store.store import Store
 from oncegate.streams.feed import Feed, FeedEnd
 
 # A batch goes to the store once it has so many bytes, or so long after its first; sooner where memory is short.
-BATCH_BYTES, BATCH_S = 65536, 0.5
+BATCH_BYTES, BATCH_S = 65536, 1.0
 TIGHT_BATCH_BYTES, TIGHT_BATCH_S = 16384, 0.05
 # The most that goes to the store at once: more than a batch has come while the one before was on its way.
 CHUNK_BYTES = 262144

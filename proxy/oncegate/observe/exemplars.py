@@ -40,6 +40,8 @@ class Exemplars:
 
     def added_to(self, family: Metric) -> Metric:
         """Return a family whose samples have their exemplars. Only the format of OpenMetrics shows them."""
+        if not self._newest:
+            return family
         family.samples = [self._with_exemplar(sample) for sample in family.samples]
         return family
 
