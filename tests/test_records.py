@@ -2,15 +2,19 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from oncegate.store.record import ViewState
+from oncegate.store.record import Claim, ViewState
 from oncegate.store.record_name import record_id, store_key
 from oncegate.store.record_view import StoreError
+from oncegate.store.redis.store import RedisStore
+from oncegate.store.results import DropStatus
 from oncegate.store.store import Store
 from tests.probes import Probe
-from tests.stores import KEY, PATIENCE_S, RETENTION_MS, claimed, connected, key
+from tests.stores import KEY, PATIENCE_S, RETENTION_MS, TOMBSTONE_MS, answer, claimed, connected, key
 
 # More than one page of a scan.
 MANY = 700
@@ -33,6 +37,41 @@ async def test_a_scan_goes_through_all_records(store: Store) -> None:
     assert found == {one for one in there if record_id(one).startswith(prefix)}
     assert claims[1].key in found
     assert [record async for record in store.records.scan(record_id(claims[0].key))] == []
+
+
+async def test_what_a_look_is_for(store: Store) -> None:
+    """Open keys, and responses past their retention, in whatever layout. In Redis nothing else is read."""
+    number = iter(range(100))
+
+    async def made(*chunks: bytes, **changes: Any) -> Claim:
+        owner = replace(await claimed(store, key=key(next(number))), **changes)
+        for at, chunk in enumerate(chunks[:-1]):
+            await store.append(owner, at, chunk, PATIENCE_S)
+        if chunks:
+            await store.store(owner, answer(*chunks), chunks[-1], PATIENCE_S)
+        return owner
+
+    kept: dict[str, Any] = {"tombstone_ms": TOMBSTONE_MS}
+    over = {**kept, "retention_ms": 1}
+    due = [await made(), await made(b"small", **over), await made(b"in ", b"chunks", **over)]
+    due.append(await made())
+    await store.append(due[-1], 0, b"the first", PATIENCE_S)
+    due.append(await made())
+    await store.mark_unknown(due[-1], "lost", PATIENCE_S)
+    for changes in ({}, kept):
+        await made(b"small", **changes)
+        await made(b"in ", b"chunks", **changes)
+    dropped = await made(b"small", **over)
+    await asyncio.sleep(0.01)
+    view = await store.records.read(dropped.key)
+    assert view is not None
+    assert await store.drop(view) is DropStatus.DROPPED
+    (server,) = store.records.servers
+    found = {record.key async for record in server.scan_due(0.0)}
+    wanted = {owner.key for owner in due}
+    assert wanted <= found
+    if isinstance(store, RedisStore):
+        assert found == wanted
 
 
 async def test_a_key_that_an_operator_freed_is_shown(store: Store) -> None:

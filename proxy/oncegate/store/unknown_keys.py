@@ -147,9 +147,9 @@ class UnknownKeys:
             await asyncio.sleep(PAGE_PAUSE_S)
 
     async def _scan(self, server: ServerRecords) -> None:
-        """Look at every record of a server."""
+        """Look at every record of a server about which there may be something to do."""
         await server.index.begin()
-        async for record in server.scan(pause_s=PAGE_PAUSE_S):
+        async for record in server.scan_due(PAGE_PAUSE_S):
             if record.state is ViewState.EXPIRED and record.response is not None:
                 await self._store.drop(record)
             if record.open_kind is not None:

@@ -30,8 +30,11 @@ class ServerRecords(Protocol):
     async def note(self, work: bytes, found: bytes) -> None:
         """Note for the others what reserved work has found."""
 
-    def scan(self, prefix: str = "", pause_s: float = 0.0) -> AsyncIterator[RecordView]:
-        """Yield records as `Records.scan` does. `pause_s`: the pause after each page."""
+    def scan(self, prefix: str = "") -> AsyncIterator[RecordView]:
+        """Yield records as `Records.scan` does."""
+
+    def scan_due(self, pause_s: float) -> AsyncIterator[RecordView]:
+        """Yield the records that are open or past their retention, and perhaps others. `pause_s`: after each page."""
 
     async def open_keys(self, limit: int, after: str = "", kinds: Collection[OpenKind] = UNDECIDED) -> OpenPage:
         """Return a page as `OpenIndex.page` does, also where the index is not complete."""

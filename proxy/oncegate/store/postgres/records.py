@@ -137,6 +137,10 @@ class PostgresRecords:
         rows = await fetch(self._servers, Level.OFF, _READ, key)
         return view(rows[0]) if rows else None
 
+    async def scan_due(self, pause_s: float) -> AsyncIterator[RecordView]:
+        async for record in self.scan("", pause_s):
+            yield record
+
     async def scan(self, prefix: str = "", pause_s: float = 0.0) -> AsyncIterator[RecordView]:
         # Ids are the keys in base64url: those that begin alike are one range of keys.
         after, last = _first_key(prefix), urlsafe_b64decode(prefix.ljust(_ID_CHARACTERS, "_"))

@@ -4,7 +4,7 @@ A scan goes through a server page by page, so that it does not hold up requests.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Iterable
 from contextlib import suppress
 
 from oncegate.store import membership
@@ -33,6 +33,7 @@ from oncegate.store.redis.views.reading import (
     ask,
     ask_importing,
     checked,
+    due_names,
     is_error,
     left_ms,
     read,
@@ -184,6 +185,11 @@ async def _unpack(node: Node, key: bytes) -> int:
     return 0 if is_error(reply, "WRONGTYPE") or is_error(reply, "MOVED") else int(checked(reply))
 
 
+def _keys(names: Iterable[bytes]) -> set[bytes]:
+    """Return the keys of records with these names. What is no record is left out."""
+    return {key for name in names if (key := parse_record_id(name.decode("ascii", "replace")))}
+
+
 class NodeRecords:
     """The records on one server, as `ServerRecords`."""
 
@@ -204,21 +210,31 @@ class NodeRecords:
     def _mark(self, work: bytes) -> bytes:
         return b"once:" + work + self._node.tag
 
-    async def scan(self, prefix: str = "", pause_s: float = 0.0) -> AsyncIterator[RecordView]:
+    async def scan(self, prefix: str = "") -> AsyncIterator[RecordView]:
+        async for names, packed in self._pages(prefix):
+            for record in (await read_page(self._node, _keys(names), _keys(packed))).values():
+                if record is not None:
+                    yield record
+
+    async def scan_due(self, pause_s: float) -> AsyncIterator[RecordView]:
+        async for names, packed in self._pages():
+            due = await due_names(self._node, names, packed)
+            for record in (await read_page(self._node, _keys(due), _keys(due & packed))).values():
+                if record is not None:
+                    yield record
+            await asyncio.sleep(pause_s)
+
+    async def _pages(self, prefix: str = "") -> AsyncIterator[tuple[set[bytes], set[bytes]]]:
+        """Yield the names of records page by page, and which of them are of packed ones."""
         cursor = b"0"
         while True:
             # The same page twice, because nothing else tells a packed record from a hash without an error.
             page = ("SCAN", cursor, "MATCH", f"once:{{{prefix}*", "COUNT", PAGE)
             replies = await asyncio.gather(ask(self._node, *page), ask(self._node, *page, "TYPE", "string"))
-            (cursor, names), (_, packed_names) = checked(replies[0]), checked(replies[1])
-            packed = {key for name in packed_names if (key := parse_record_id(name.decode("ascii", "replace")))}
-            keys = {key for name in names if (key := parse_record_id(name.decode("ascii", "replace")))}
-            for record in (await read_page(self._node, keys, packed)).values():
-                if record is not None:
-                    yield record
+            (cursor, names), (_, packed) = checked(replies[0]), checked(replies[1])
+            yield set(names), set(packed)
             if cursor == b"0":
                 break
-            await asyncio.sleep(pause_s)
 
     async def open_keys(self, limit: int, after: str = "", kinds: Collection[OpenKind] = UNDECIDED) -> OpenPage:
         if await self.index.is_complete():

@@ -55,7 +55,7 @@ _OPEN = struct.Struct(">c16s16s13s13s10sccc32s16s")
 # status, length of the reason, ms until the upstream had responded, ms from created to completed, length of the fields.
 _COMPLETE = struct.Struct(">c16s16sQQ16s16sIBHHIiH")
 _SIZE = struct.Struct(">H")
-_CHECK_BYTES, _UNTIL_BYTES, _LARGEST_FIELDS = 8, 13, 0xFFFF
+_CHECK_BYTES, UNTIL_BYTES, _LARGEST_FIELDS = 8, 13, 0xFFFF
 _NO_FIELDS = _SIZE.pack(0)
 
 # Bound once for the request path, as in `decision`.
@@ -181,7 +181,7 @@ def hash_fields(key: bytes, value: bytes) -> dict[str, bytes] | Corrupt:
 
 def _unpack_complete(key: bytes, value: bytes) -> tuple[int, bytes, int, Record] | Corrupt:
     """Return fence, tenant, the end of the retention (0 for none) and the record, without the time."""
-    if len(value) < _COMPLETE.size + _CHECK_BYTES + _UNTIL_BYTES * (value[:1] == UNTIL):
+    if len(value) < _COMPLETE.size + _CHECK_BYTES + UNTIL_BYTES * (value[:1] == UNTIL):
         return Corrupt("unknown layout")
     (
         version, token, digest, fence, created_ms, fingerprint, tenant,
@@ -193,7 +193,7 @@ def _unpack_complete(key: bytes, value: bytes) -> tuple[int, bytes, int, Record]
     if _check(key, value[: _COMPLETE.size], packed) != value[fields_end:length]:
         return Corrupt("the record does not match its check")
     if version == UNTIL:
-        body, digits = body[:-_UNTIL_BYTES], body[-_UNTIL_BYTES:]
+        body, digits = body[:-UNTIL_BYTES], body[-UNTIL_BYTES:]
         until_ms = int(digits) if digits.isdigit() else 0
     age_s, request_id, trailers, kept = 0, b"", b"", packed
     if fields_size:

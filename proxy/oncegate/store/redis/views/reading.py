@@ -5,10 +5,10 @@ from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
 from typing import Any
 
-from oncegate.store.record import Corrupt, ViewState
+from oncegate.store.record import DROPPED, Corrupt, ViewState
 from oncegate.store.record_name import store_key
 from oncegate.store.record_view import FIELDS, RecordView, StoreError, read_fields
-from oncegate.store.redis.layouts.packed import hash_fields, numbered
+from oncegate.store.redis.layouts.packed import COMPLETE, UNTIL, UNTIL_BYTES, hash_fields, numbered
 from oncegate.store.redis.node import Node
 from oncegate.store.redis.wire import ErrorReply
 from oncegate.store.results import Unconfirmed
@@ -81,6 +81,30 @@ async def left_ms(node: Node, key: bytes) -> int:
     if is_error(reply, "MOVED"):
         reply = await ask_importing(node, "PTTL", store_key(key))
     return -1 if is_error(reply, "MOVED") or is_error(reply, "ASK ") else int(checked(reply))
+
+
+async def due_names(node: Node, names: Collection[bytes], packed: Collection[bytes]) -> set[bytes]:
+    """Return the names of those records that are open or past their retention, or may be. `packed`: as in `read_page`.
+
+    Nearly all records are complete. A few bytes of each say so, and to read all of it would take many times as long.
+    """
+    now_ms, due = await time_ms(node), set[bytes]()
+    kinds = [(name, ask(node, "GETRANGE", name, 0, 0)) for name in packed]
+    states = [(name, ask(node, "HMGET", name, "state", "until")) for name in names if name not in packed]
+    ends = []
+    for name, asked in kinds:
+        kind = await asked
+        if kind == UNTIL:
+            ends.append((name, ask(node, "GETRANGE", name, -UNTIL_BYTES, -1)))
+        elif kind not in (COMPLETE, DROPPED, b""):
+            due.add(name)
+    for name, asked in (*states, *ends):
+        reply = await asked
+        state, until = reply if isinstance(reply, list) else (None, reply)
+        is_kept = until is None or (isinstance(until, bytes) and until.isdigit() and int(until) > now_ms)
+        if state is not None or not is_kept:
+            due.add(name)
+    return due
 
 
 async def read_page(node: Node, keys: Collection[bytes], packed: Collection[bytes]) -> dict[bytes, RecordView | None]:
