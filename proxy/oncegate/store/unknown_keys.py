@@ -26,8 +26,8 @@ PERIOD_S, START_S, BUILD_S = 3600.0, 10.0, 60.0
 # How long a look keeps other replicas from another one. Less than the period, so that each period has one.
 SHARED_MS = int(PERIOD_S * 900)
 COUNT, SCAN, BUILD = b"counts", b"scan", b"indexing"
-# Between two pages of keys: a scan of a million records takes up to two minutes.
-PAGE, PAGE_PAUSE_S = 500, 0.05
+# Between two pages of keys: a scan of a million records takes up to four minutes, and 2 % of a core.
+PAGE, PAGE_PAUSE_S = 500, 0.1
 # How long before its end a key is reported, and how many keys of one look are named.
 WARN_MS = 7 * 86_400_000
 NAMED = 20
