@@ -6,11 +6,19 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from oncegate.known_heads import shapes
-from oncegate.known_heads.requests import FIXED, FIXED_PREFIXES, WHOSE, HeadCache, KnownHead, WatchedFields
+from oncegate.known_heads.requests import (
+    _PLAIN_KEY,
+    FIXED,
+    FIXED_PREFIXES,
+    WHOSE,
+    HeadCache,
+    KnownHead,
+    WatchedFields,
+)
 from oncegate.known_heads.shapes import MAX_TRIED, Shape
 from oncegate.messages.fields import HOP_BY_HOP
 from oncegate.messages.request_head import FORWARDING, RequestHead
@@ -301,6 +309,17 @@ def test_a_connection_that_began_before_the_first_head_finds_it_whatever_its_key
     assert found is not None
     known, values, _ = found
     assert (values, known.has_shape) == ((b"k2",), False)
+
+
+@given(st.binary(max_size=4) | st.integers(250, 260).map(lambda size: b"k" * size), st.sampled_from([b"", b'"']))
+def test_only_a_plain_key_is_looked_for(key: bytes, quote: bytes) -> None:
+    """Any other goes through the parser, as one that is too long does."""
+    key = quote + key + quote
+    assume(not set(key) & set(b"\r\n"))
+    cache = HeadCache()
+    cache.reset(b"idempotency-key")
+    cache.store(raw(key=b"k1"), Message(), checked(raw(key=b"k1")))
+    assert (cache.find(raw(key=key), b"") is not None) == (_PLAIN_KEY.fullmatch(key) is not None)
 
 
 def test_no_shape_outlives_a_reload():

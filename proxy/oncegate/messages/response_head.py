@@ -133,9 +133,15 @@ class ResponseHead:
         return self._digest.copy()
 
 
+# As in store/record.py.
+_empty_digest = blake2b(digest_size=16).copy
+
+
 def response_digest(status: int, reason: bytes, block: bytes) -> blake2b:
     """Return the digest (16 bytes) of a stored response, to be updated with its body; `block`: its fields."""
-    return blake2b(b"%d %s\r\n%s" % (status, reason, block), digest_size=16)
+    digest = _empty_digest()
+    digest.update(b"%d %s\r\n%s" % (status, reason, block))
+    return digest
 
 
 def read_response_head(status: int, reason: bytes, pairs: Pairs, head_only: bool) -> ResponseHead | str:
