@@ -3,12 +3,19 @@
 `tests/older/store.txt` has a record of each kind, `tests/older/outcomes.txt` what the older build did with it.
 """
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 
 from oncegate.store.redis.store import RedisStore
 from oncegate.store.store import Store
+from tests.older.build import unpack_older_build
 from tests.older.fixture import expected_outcomes, outcomes, stored_records
 from tests.older.records import KINDS, VERBS, Kind
+from tests.parts import ROOT
 
 
 def test_every_kind_and_every_verb_is_there() -> None:
@@ -40,3 +47,16 @@ async def test_a_record_of_an_older_build(empty_server, kind: Kind, writes) -> N
         # A key in flight has no mode in the index: those of dead owners all count.
         expected["sweep"] = expected["sweep"].replace("0 unknown", "1 unknown")
     assert found == expected
+
+
+def test_an_older_build_on_records_of_this_one(empty_server, tmp_path) -> None:
+    """Head, readers and the mark of a claim that replaced another change nothing of what it tells, decides and frees.
+
+    It never settles a response that came in chunks to this build: it counts their fields otherwise.
+    """
+    sources = unpack_older_build(tmp_path)
+    command = [sys.executable, "-m", "tests.older.newer_fields", empty_server.url, empty_server.socket]
+    env = {**os.environ, "PYTHONPATH": f"{sources}:{ROOT}"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    for kind, (newer, plain) in json.loads(done.stdout).items():
+        assert newer == plain, kind
