@@ -73,7 +73,7 @@ WAIT_ENDS: Final = (
     *("no_room", "no_room_for_body"),
 )
 # The calls to the store, and opening a connection to one of its servers.
-VERBS: Final = ("claim", "append", "renew", "settle", "read", "connect")
+VERBS: Final = ("claim", "append", "renew", "settle", "read", "follow", "connect")
 # Who stops a request: nobody reads its response any more; its caller took it back; a reader, at its address; a person.
 CANCELS: Final = ("client_gone", "call", "address", "operator")
 # What is counted of connections. Of clients: opened, or refused because of their number.
