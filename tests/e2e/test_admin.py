@@ -34,7 +34,8 @@ OUTCOMES = (
     "key_invalid", "scope_unstable", "request_refused", "body_too_large", "overloaded", "store_unavailable",
     "upstream_unreachable", "in_flight", "key_reused", "outcome_unknown", "response_not_kept", "key_expired",
     "record_corrupt", "upstream_lost", "upstream_timeout", "truncated", "cancelled", "answer_not_stored", "fenced",
-    "failed", "client_gone",
+    "failed", "client_gone", "resumed", "stopped", "accepted", "asked", "key_absent", "key_released", "ask_refused",
+    "stream_gone",
 )  # fmt: skip
 SETTLEMENTS = ("stored", "stored_without_body", "released", "unknown", "cancelled", "unconfirmed", "lost", "fenced")
 SUPPRESSED = ("replayed", "joined", "in_flight", "key_reused", "outcome_unknown", "response_not_kept", "key_expired")
@@ -44,7 +45,7 @@ WAIT_ENDS = (
     "no_room_for_body",
 )  # fmt: skip
 TOKENS = ("input", "cached", "cache_write", "output")
-VERBS = ("claim", "append", "renew", "settle", "read", "connect")
+VERBS = ("claim", "append", "renew", "settle", "read", "follow", "connect")
 METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "requests": ("counter", "outcome", OUTCOMES),
     "rule_requests": ("counter", "outcome", OUTCOMES),
