@@ -85,12 +85,20 @@ MINE, OTHERS = "Authorization: Bearer mine", "Authorization: Bearer another"
 SHOWN = f"Oncegate-Body-Digest: sha-256=:{b64encode(sha256(BODY).digest()).decode()}:"
 
 
+FIXED = {"RULES_FILE": "rules.toml", "LEASE_MS": 1500, "SECRET": "0123456789abcdef"}
+
+
 @pytest.fixture
-def gates(proxies, upstream, store, tmp_path: Path) -> Callable[..., Proxy]:
-    """Replicas on the store of the run, of each kind."""
+def gate(proxies, upstream, valkey, tmp_path: Path) -> Proxy:
     (tmp_path / "rules.toml").write_text(RULES)
-    fixed = {"RULES_FILE": "rules.toml", "LEASE_MS": 1500, "SECRET": "0123456789abcdef"}
-    return lambda **settings: proxies(upstream, store.url, **fixed | settings)
+    return proxies(upstream, valkey.url, HOSTS="api.test", **FIXED)
+
+
+@pytest.fixture
+def gates_of_each(proxies, upstream, store, tmp_path: Path) -> Callable[..., Proxy]:
+    """Replicas on a store of each kind."""
+    (tmp_path / "rules.toml").write_text(RULES)
+    return lambda **settings: proxies(upstream, store.url, **FIXED | settings)
 
 
 def sending(key: str, target: str = "/v1/charges", who: str = MINE) -> bytes:
@@ -112,9 +120,9 @@ async def told(gate: Proxy, *asked: str, **more: str) -> dict:
     return document
 
 
-async def test_what_became_of_a_key(gates, upstream):
+async def test_what_became_of_a_key(gates_of_each, upstream):
     """From the claim to the end, on any replica; nothing is sent, and no key is claimed."""
-    one, two = gates(), gates()
+    one, two = gates_of_each(), gates_of_each()
     tap = Tap()
     upstream.script = tap.script
     running = asyncio.ensure_future(ask(one.port, sending("a-1")))
@@ -145,9 +153,9 @@ async def test_what_became_of_a_key(gates, upstream):
     assert (await ask(two.port, sending("a-4"))).header("oncegate-status") == b"executed"
 
 
-async def test_an_owner_that_died_and_a_response_that_expired(gates, upstream):
+async def test_an_owner_that_died_and_a_response_that_expired(gates_of_each, upstream):
     """The lease decides as for a duplicate, and the tombstone tells."""
-    one, two = gates(), gates()
+    one, two = gates_of_each(), gates_of_each()
     session = "Cookie: session=1"
     upstream.script = answering(WHOLE)
     assert (await ask(one.port, sending("b-1", "/shop/cart", session))).status == 201
@@ -193,21 +201,20 @@ REFUSED = {
 }
 
 
-async def test_questions_that_are_not_answered(gates, upstream, store):
+async def test_questions_that_are_not_answered(gate, upstream, valkey):
     """Each with a problem; the API and the records see nothing of them."""
-    gate = gates(HOSTS="api.test")
     for what, (raw, status, slug) in REFUSED.items():
         answer = await ask(gate.port, raw)
         assert (answer.status, answer.slug) == (status, slug), what
         assert answer.problem["retryable"] is False, what
         assert (answer.header("cache-control") or b"").endswith(b"no-store"), what
     assert upstream.received == []
-    assert store.states() == []
+    assert valkey.states() == []
 
 
-async def test_no_question_makes_the_proxy_fail(gates, upstream, store):
+async def test_no_question_makes_the_proxy_fail(gate, upstream):
     """Whatever stands in its fields: it is refused, or the key is absent."""
-    gate, values = gates(), random.Random(17)
+    values = random.Random(17)
     odd = [
         b"",
         b"\xff" * 9,
@@ -237,25 +244,25 @@ async def test_no_question_makes_the_proxy_fail(gates, upstream, store):
     assert upstream.received == []
 
 
-async def test_the_path_is_the_apis_where_nobody_asks(proxies, upstream, store):
+async def test_the_path_is_the_apis_where_nobody_asks(proxies, upstream, valkey):
     """Without the setting nothing is reserved."""
-    gate = proxies(upstream, store.url)
+    gate = proxies(upstream, valkey.url)
     assert (await ask(gate.port, question("k"))).status == 200
     assert upstream.received[0].line == b"GET /.oncegate/keys HTTP/1.1"
 
 
-async def test_the_setting_is_for_every_rule(proxies, upstream, store):
+async def test_the_setting_is_for_every_rule(proxies, upstream, valkey):
     """And the host, the method and the target of the request decide as they do for the request."""
-    gate = proxies(upstream, store.url, ASK_KEYS="true")
+    gate = proxies(upstream, valkey.url, ASK_KEYS="true")
     assert (await ask(gate.port, request("PATCH", "/a?b=1", "k", BODY, MINE, host="one.test"))).status == 200
     shown = ("Oncegate-Method: patch", "Oncegate-Host: one.test")
     assert (await told(gate, "k", "/a?b=1", MINE, *shown))["state"] == "complete"
     assert upstream.received[-1].line.startswith(b"PATCH")
 
 
-async def test_who_gets_the_address_of_the_response(gates, upstream):
+async def test_who_gets_the_address_of_the_response(gates_of_each, upstream):
     """Who shows what was sent, or under a rule that says so who has key and credential."""
-    gate = gates()
+    gate = gates_of_each()
     upstream.script = answering(WHOLE)
     for key, target in (("l-1", "/v1/charges"), ("l-2", "/open/charges")):
         assert (await ask(gate.port, sending(key, target))).status == 201
@@ -275,9 +282,9 @@ async def test_who_gets_the_address_of_the_response(gates, upstream):
     assert (await ask(gate.port, request("GET", address, None, b""))).body == b"whole"
 
 
-async def test_a_page_of_a_listed_origin_may_ask(proxies, upstream, store):
+async def test_a_page_of_a_listed_origin_may_ask(proxies, upstream, valkey):
     """Its preflight is granted, and it may read the answer, also one that refuses."""
-    gate = proxies(upstream, store.url, ASK_KEYS="true", CORS_ORIGINS="https://shop.test")
+    gate = proxies(upstream, valkey.url, ASK_KEYS="true", CORS_ORIGINS="https://shop.test")
     for origin, is_granted in (("https://shop.test", True), ("https://other.test", False)):
         wish = ("Access-Control-Request-Method: GET", "Access-Control-Request-Headers: Oncegate-Target")
         preflight = await ask(gate.port, request("OPTIONS", "/.oncegate/keys", None, b"", f"Origin: {origin}", *wish))
@@ -292,9 +299,8 @@ async def test_a_page_of_a_listed_origin_may_ask(proxies, upstream, store):
     assert upstream.received == []
 
 
-async def test_one_connection_asks_no_more_than_some(gates, upstream):
+async def test_one_connection_asks_no_more_than_some(gate, upstream):
     """Beyond that 429, and the connection goes on."""
-    gate = gates()
     with contextlib.closing(await RawClient.open(gate.port)) as client:
         answers = [await client.ask(question("m-1")) for _ in range(40)]
         statuses = [answer.status for answer in answers if answer is not None]

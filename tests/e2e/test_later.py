@@ -50,12 +50,21 @@ LATER = "Prefer: respond-async"
 LEASE_MS = 1500
 
 
+FIXED = {"RULES_FILE": "rules.toml", "LEASE_MS": LEASE_MS, "SECRET": "0123456789abcdef", "MAX_STORED_BYTES": 65536}
+
+
 @pytest.fixture
-def gates(proxies, upstream, store, tmp_path: Path) -> Callable[..., Proxy]:
-    """Replicas on the store of the run, of each kind."""
+def gates(proxies, upstream, valkey, tmp_path: Path) -> Callable[..., Proxy]:
+    """Replicas on one store."""
     (tmp_path / "rules.toml").write_text(RULES)
-    fixed = {"RULES_FILE": "rules.toml", "LEASE_MS": LEASE_MS, "SECRET": "0123456789abcdef", "MAX_STORED_BYTES": 65536}
-    return lambda **settings: proxies(upstream, store.url, **fixed | settings)
+    return lambda **settings: proxies(upstream, valkey.url, **FIXED | settings)
+
+
+@pytest.fixture
+def gates_of_each(proxies, upstream, store, tmp_path: Path) -> Callable[..., Proxy]:
+    """The same on a store of each kind."""
+    (tmp_path / "rules.toml").write_text(RULES)
+    return lambda **settings: proxies(upstream, store.url, **FIXED | settings)
 
 
 async def sent(gate: Proxy, key: str, *fields: str, target: str = "/v1/reports") -> Answer:
@@ -89,10 +98,10 @@ def location_of(answer: Answer) -> bytes:
     return location
 
 
-async def test_a_client_that_does_not_wait_comes_for_its_response(gates, upstream):
+async def test_a_client_that_does_not_wait_comes_for_its_response(gates_of_each, upstream):
     """At once a 202, there a 202 while it runs, then the response: on any replica, as often as it likes. The API is
     asked once, and not asked for what oncegate does itself."""
-    one, two = gates(), gates()
+    one, two = gates_of_each(), gates_of_each()
     go_on = asyncio.Event()
     upstream.script = holding(go_on, MADE)
     accepted = await sent(one, "r-1", "Prefer: respond-async, return=minimal")
@@ -129,7 +138,7 @@ async def test_a_client_waits_for_as_long_as_it_likes(gates, upstream):
     tap.send(CHUNKED, chunk(b"begun "))
     streaming = asyncio.ensure_future(sent(gate, "w-2", "Prefer: wait=1", LATER))
     await until(lambda: len(upstream.received) == 2)
-    await asyncio.sleep(1.2)
+    await asyncio.sleep(1.1)
     tap.end(chunk(b"ended"), LAST_CHUNK)
     assert (await streaming).body == b"begun ended"
     go_on, began_s = asyncio.Event(), clock()
@@ -196,9 +205,9 @@ async def test_a_duplicate_gets_the_same_address(gates, upstream):
     assert len(upstream.received) == 2
 
 
-async def test_what_was_not_executed_says_so_at_its_address(gates, upstream):
+async def test_what_was_not_executed_says_so_at_its_address(gates_of_each, upstream):
     """The API declined it, or could not be reached: the key is free, and the next claim has another address."""
-    one, two = gates(), gates()
+    one, two = gates_of_each(), gates_of_each()
     upstream.script = answering(DECLINED)
     location = location_of(await sent(one, "f-1", LATER))
     answer = await ended(two, location)
@@ -217,9 +226,9 @@ async def test_what_was_not_executed_says_so_at_its_address(gates, upstream):
 
 
 @pytest.mark.fault(32)
-async def test_the_owner_dies_between_the_202_and_the_end(gates, upstream):
+async def test_the_owner_dies_between_the_202_and_the_end(gates_of_each, upstream):
     """Within a lease the address says that nobody knows the outcome, and nothing executes the key again."""
-    one, two = gates(), gates()
+    one, two = gates_of_each(), gates_of_each()
     upstream.script = holding(asyncio.Event())
     location = location_of(await sent(one, "k-1", LATER))
     await until(lambda: upstream.received)
@@ -250,6 +259,8 @@ async def test_a_drain_waits_for_it_and_what_it_cuts_off_is_unknown(gates, upstr
     assert (await ended(three, whole)).body == b"whole"
 
 
+# Two workers and their successors start.
+@pytest.mark.full
 async def test_a_worker_that_is_replaced_ends_what_it_has_begun(proxies, upstream, valkey, tmp_path):
     """Its successor answers at the address meanwhile, though the client and all connections are long gone."""
     (tmp_path / "rules.toml").write_text(RULES)
@@ -308,7 +319,7 @@ async def test_nobody_waits_and_nobody_cancels(gates, upstream):
     await until(lambda: len(upstream.received) == 2)
     client.reset()
     hasty.reset()
-    await asyncio.sleep(1)
+    await asyncio.sleep(0.5)
     assert not gone.is_set()
     go_on.set()
     assert (await ended(gate, location_of(answer))).status == 201
@@ -331,6 +342,25 @@ async def test_one_connection_goes_on_while_its_exchanges_do(gates, upstream):
         assert (last.status, last.body) == (200, b"ok")
     for location in locations:
         assert (await ended(gate, location)).body == b"whole"
+
+
+@pytest.mark.fault(6)
+async def test_without_a_claim_there_is_no_202(proxies, own_valkey, upstream, tmp_path):
+    """While the store is away nothing is accepted and nothing is sent, and an address says that nobody can tell now."""
+    (tmp_path / "rules.toml").write_text(RULES)
+    gate = proxies(upstream, own_valkey.url, STORE_TIMEOUT_MS=300, **FIXED)
+    go_on = asyncio.Event()
+    upstream.script = holding(go_on, MADE)
+    location = location_of(await sent(gate, "n-1", LATER))
+    await until(lambda: upstream.received)
+    own_valkey.pause()
+    for answer in (await sent(gate, "n-2", LATER), await at(gate, location)):
+        assert (answer.status, answer.slug) == (503, "store-unavailable")
+        assert answer.header("retry-after") is not None
+    own_valkey.resume()
+    go_on.set()
+    assert (await ended(gate, location)).status == 201
+    assert len(upstream.received) == 1
 
 
 async def test_elsewhere_the_preference_is_the_apis_own(gates, upstream):
