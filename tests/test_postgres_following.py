@@ -74,7 +74,7 @@ async def test_a_reader_is_in_nobody_s_way(schema: Schema, store: Store) -> None
     async with schema.other.transaction():
         row = await schema.other.fetchrow(FOLLOW, KEY, owner.token, 0, 1 << 18, READING_MS)
         assert (row["head"], row["chunks"]) == (HEAD, [b"one, "])
-        assert row["readers_left"] == READING_MS
+        assert await schema.other.fetchval("SELECT expires FROM mark") == row["now"] + READING_MS
         async with asyncio.timeout(PATIENCE_S):
             assert await store.renew(owner) is RenewStatus.RENEWED
             # The note is not committed, so nobody sees it.

@@ -21,7 +21,7 @@ _READ = "SELECT * FROM read_1($1, $2, $3, $4)"
 _APPEND_1 = "SELECT append_1($1, $2, $3, $4) AS tag"
 _FOLLOW_1 = """
 SELECT tag_of(state, created, lease, lease_ms, expires, frees, now) AS tag, now, stage, meta, true AS replaced,
-       least(lease - now, lease_ms) AS lease_left, CASE state WHEN 3 THEN chunks ELSE 0 END AS count, 0 AS readers_left,
+       least(lease - now, lease_ms) AS lease_left, CASE state WHEN 3 THEN chunks ELSE 0 END AS count,
        NULL::bytea AS head, ARRAY(SELECT c.bytes FROM read_1($1, $2, $3, $4) c WHERE c.tag = 1) AS chunks
 FROM record, LATERAL now_ms() AS now WHERE key = $1 AND token = $2
 """

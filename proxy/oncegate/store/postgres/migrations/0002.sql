@@ -271,31 +271,28 @@ DO $$ BEGIN
     CREATE TYPE follow_call_2 AS (key bytea, token bytea, first bigint, room bigint, reading bigint);
 EXCEPTION WHEN duplicate_object THEN END $$;
 
--- Notes at most once a second that somebody reads, and returns until when somebody does. It waits for nobody that removes
--- old marks. What another statement is about to write is left to it.
-CREATE OR REPLACE FUNCTION note_reading_2(key bytea, token bytea, now bigint, reading bigint) RETURNS bigint
+-- Notes at most once a second that somebody reads. It waits for nobody that removes old marks, and what another statement is
+-- about to write is left to it.
+CREATE OR REPLACE FUNCTION note_reading_2(key bytea, token bytea, now bigint, reading bigint) RETURNS void
 LANGUAGE plpgsql VOLATILE AS $$
 DECLARE
     until bigint;
 BEGIN
     SELECT m.expires INTO until FROM mark m WHERE m.name = reading_name_2(key, token);
+    IF NOT FOUND THEN
+        INSERT INTO mark (name, value, expires) VALUES (reading_name_2(key, token), '', now + reading) ON CONFLICT DO NOTHING;
     -- A time that is further off than a minute is one of a clock that stepped back.
-    IF reading = 0 OR until BETWEEN now + reading - least(1000, reading / 2) AND now + 60000 THEN
-        RETURN until;
-    ELSIF FOUND THEN
+    ELSIF until NOT BETWEEN now + reading - least(1000, reading / 2) AND now + 60000 THEN
         UPDATE mark m SET expires = now + reading
         WHERE m.name = (SELECT o.name FROM mark o WHERE o.name = reading_name_2(key, token) FOR NO KEY UPDATE SKIP LOCKED);
-    ELSE
-        INSERT INTO mark (name, value, expires) VALUES (reading_name_2(key, token), '', now + reading) ON CONFLICT DO NOTHING;
     END IF;
-    RETURN now + reading;
 END
 $$;
 
 -- Returns the response of one claim as far as it is stored: see follow_2.
 CREATE OR REPLACE FUNCTION follow_one_2(
     call follow_call_2, OUT tag int, OUT now bigint, OUT lease_left bigint, OUT count int, OUT replaced boolean,
-    OUT stage smallint, OUT readers_left bigint, OUT meta bytea, OUT head bytea, OUT chunks bytea[]
+    OUT stage smallint, OUT meta bytea, OUT head bytea, OUT chunks bytea[]
 ) LANGUAGE plpgsql VOLATILE AS $$
 DECLARE
     r RECORD;
@@ -315,7 +312,9 @@ BEGIN
         meta := r.meta;
     ELSIF tag IN (1, 8) THEN
         lease_left := least(r.lease - now, r.lease_ms);
-        readers_left := greatest(note_reading_2(call.key, call.token, now, call.reading) - now, 0);
+        IF call.reading > 0 THEN
+            PERFORM note_reading_2(call.key, call.token, now, call.reading);
+        END IF;
     END IF;
     IF r.body IS NOT NULL AND count > call.first THEN
         chunks := ARRAY[r.body];
@@ -327,11 +326,11 @@ END
 $$;
 
 -- Returns the responses of claims as far as they are stored: the chunks from `first` on, as many as fit in `room` bytes, at
--- least one, and with the first chunk the head. `readers_left`: for how many ms somebody is known to read it.
+-- least one, and with the first chunk the head.
 -- tag: as in claim_1, 1, 2, 3, 5 or 8; 0 gone, as the key has the record of another claim, or none.
 CREATE OR REPLACE FUNCTION follow_2(calls follow_call_2[], actor bytea, audited boolean, pads bytea) RETURNS TABLE (
-    token bytea, tag int, now bigint, lease_left bigint, count int, replaced boolean, stage smallint, readers_left bigint,
-    meta bytea, head bytea, chunks bytea[]
+    token bytea, tag int, now bigint, lease_left bigint, count int, replaced boolean, stage smallint, meta bytea, head bytea,
+    chunks bytea[]
 ) LANGUAGE plpgsql VOLATILE AS $$
 BEGIN
     RETURN QUERY SELECT u.token, f.* FROM unnest(calls) AS u, LATERAL follow_one_2(u) f;
