@@ -8,7 +8,7 @@ import pytest
 from oncegate.decision import ANY_AGE, State
 from oncegate.operating.record_facts import facts_of
 from oncegate.store.kept import Kept, pack_kept, was_replaced
-from oncegate.store.record import Claim, Record, intact, pack
+from oncegate.store.record import Claim, Record, ViewState, intact, pack
 from oncegate.store.record_name import store_key
 from oncegate.store.record_view import claim_of
 from oncegate.store.results import (
@@ -95,6 +95,16 @@ async def test_while_it_runs(store, probe):
         assert (found.state, found.chunks, found.count) == (State.IN_FLIGHT, [], 3)
     assert probe.fields(KEY) == before
     assert probe.left_ms(KEY) <= left_ms
+
+
+async def test_what_operators_see_of_it(store):
+    """A key in flight, with the bytes that are stored, whoever reads them."""
+    owner = await running(store, b"one, ", b"two, ")
+    await follow(store, owner, 0, READING_MS)
+    view = await store.records.read(KEY)
+    assert view is not None
+    assert (view.state, view.token, view.bytes_stored) == (ViewState.IN_FLIGHT, owner.token, 10)
+    assert [one.bytes_stored async for one in store.records.scan()] == [10]
 
 
 async def test_a_reader_far_behind_gets_a_part_at_a_time(store):

@@ -134,7 +134,8 @@ class RedisWakes:
                     subscriber.is_forbidden = False
             for node, subscriber in list(self._subscribers.items()):
                 if not subscriber.channels or node not in self._servers.nodes:
-                    await self._subscribers.pop(node).close()
+                    # To its end, also if this ends meanwhile.
+                    await asyncio.shield(self._subscribers.pop(node).close())
                 elif node.link.up and subscriber.up and subscriber.at != node.link.at:
                     subscriber.renew("the requests go to another server")
                 else:
