@@ -30,7 +30,7 @@ PART_commands := test_audit test_explain test_init test_keys test_migrations tes
 PART_server := test_data_folder test_embedded test_embedded_postgres test_owners e2e/test_drain e2e/test_pauses e2e/test_shutdown e2e/test_systemd e2e/test_workers
 PART_service := test_readiness e2e/test_drain e2e/test_limits e2e/test_reload e2e/test_shutdown
 PART_gateway := test_asking e2e/test_asking e2e/test_later test_cancelling e2e/test_again e2e/test_cancelling e2e/test_duplicates e2e/test_endings e2e/test_fidelity \
-	e2e/test_join e2e/test_main_job test_recording test_response_reading e2e/test_streams e2e/test_unguarded_keys e2e/test_websockets
+	e2e/test_join e2e/test_resume e2e/test_main_job test_recording test_response_reading e2e/test_streams e2e/test_unguarded_keys e2e/test_websockets
 PART_downstream := test_certificate test_body test_minimum_rate test_response e2e/test_clients_leave e2e/test_interim e2e/test_listener \
 	e2e/test_manners
 PART_upstream := test_hostnames test_rotation test_pools test_upstream e2e/test_moving_names e2e/test_forwarding e2e/test_reused_connections
@@ -39,7 +39,7 @@ PART_store := test_audit test_store_credentials test_store_tls test_breaker test
 	test_following test_mailboxes test_redis_store test_sentinel test_store test_stream_head test_unknown_keys test_unpack test_waiters test_wakes test_written_layout \
 	e2e/test_duplicates e2e/test_rolling model/test_scripts
 PART_rules := test_patterns test_policy test_prices test_rules test_statuses e2e/test_chosen_by_body e2e/test_rules
-PART_adaptation := test_content_codings test_adaptation test_error_pages test_heartbeats test_json_rpc e2e/test_error_pages e2e/test_json_rpc e2e/test_adapted e2e/test_cors
+PART_adaptation := test_content_codings test_adaptation test_error_pages test_event_ids test_heartbeats test_json_rpc e2e/test_error_pages e2e/test_json_rpc e2e/test_adapted e2e/test_cors
 PART_keys := e2e/test_tenants test_automatic test_documents test_fingerprint_parts test_forms test_from_values test_key_names test_keys test_multipart test_notes test_naming test_sources \
 	test_tenants
 PART_observe := test_families test_monitoring test_logs test_outcome test_exemplars test_tracing test_usage e2e/test_admin e2e/test_logs e2e/test_tracing

@@ -530,3 +530,15 @@ def test_a_note_is_said_to_be_stored(check):
     assert found["note"] == "4711\\x1b[2J, of body:/order: stored with the record"
     found = explained(check, "POST", "/noted", "-H", "Idempotency-Key: a")
     assert found["note"] == "none, of body:/order: stored with the record"
+
+
+def test_the_rest_of_a_stream_is_explained(check):
+    """A request that would never be executed is not called one that is; elsewhere the same header says nothing."""
+    rules = Path("rules.toml")
+    rules.write_text(rules.read_text() + '[[rule]]\nname = "stream"\npath = "/stream"\nresume = true\nsse_ids = true\n')
+    asked = "-H", "Idempotency-Key: a", "-H", "Last-Event-ID: 7\u001b"
+    found = explained(check, "POST", "/stream", *asked)
+    assert found["result"] == "the stream behind the event 7\\x1b, if it is there"
+    assert found["no record"] == "410 stream-gone: a request with Last-Event-ID is never executed"
+    assert explained(check, "POST", "/stream", *asked[:2])["events"] == "get ids, unless the response is coded"
+    assert explained(check, "POST", "/other", *asked[:3], "Last-Event-ID: 7")["result"] == "executed if the key is free"

@@ -80,12 +80,17 @@ class Call(NamedTuple):
         with self.client(port, **options) as client:
             return self.made_with(client, **key)
 
-    def raw(self, client: Any) -> tuple[bytes, str | None]:
-        """Make the call and return the body that came, and what oncegate said of it."""
+    def raw(self, client: Any, key: Any = KEY, events: int = 1000) -> tuple[bytes, str | None]:
+        """Make the call and return the body that came, and what oncegate said of it; leave after so many events."""
         resource, _, method = self.method.rpartition(".")
         create = getattr(_reach(client, resource).with_streaming_response, method)
-        with create(**self.options, **KEY) as answer:
-            return b"".join(answer.iter_bytes()), answer.headers.get("oncegate-status")
+        body = b""
+        with create(**self.options, **key) as answer:
+            for data in answer.iter_bytes():
+                body += data
+                if body.count(b"\n\n") >= events:
+                    break
+            return body, answer.headers.get("oncegate-status")
 
 
 def _reach(client: Any, dotted: str) -> Any:

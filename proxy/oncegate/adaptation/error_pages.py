@@ -78,6 +78,12 @@ _WORDS: Mapping[str, Words] = {
         "What you sent was carried out before. That was too long ago to show its answer again.",
         "Do not send it again. Look at your orders or your account for the result.",
     ),
+    "stream-gone": Words(
+        "refused",
+        "This cannot go on",
+        "What was shown here before cannot be continued. Nothing was done anew.",
+        "Open the page anew to see it from its beginning, if it is still kept.",
+    ),
     "body-too-large": _REFUSED._replace(
         title="This is too large",
         message="It is larger than this site accepts. Nothing was passed on.",

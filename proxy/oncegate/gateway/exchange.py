@@ -8,13 +8,14 @@ import asyncio
 import random
 import time
 
-from oncegate.adaptation.heartbeats import takes_comments
+from oncegate.adaptation.event_ids import Numbering, number_events
+from oncegate.adaptation.heartbeats import DIGESTS, takes_comments
 from oncegate.decision import RETRY, Disposition, Ending, Settlement, ending
 from oncegate.downstream.request import Request
 from oncegate.gateway.answers import Refuse, not_confirmed, not_sent
 from oncegate.gateway.keyed_request import KeyedRequest
 from oncegate.gateway.relay import pass_interims
-from oncegate.gateway.response_reading import TELLING_S, ResponseReading, check_idle_timeout
+from oncegate.gateway.response_reading import check_idle_timeout, window_s
 from oncegate.gateway.settling import (
     LOST,
     STOPPED,
@@ -29,6 +30,7 @@ from oncegate.gateway.settling import (
 )
 from oncegate.messages.request_head import with_execution
 from oncegate.messages.response_head import ResponseHead
+from oncegate.messages.trailers import without
 from oncegate.observe.outcome import BY_LABEL, Outcome
 from oncegate.store import stages
 from oncegate.store.leases import LeasedClaim
@@ -37,10 +39,8 @@ from oncegate.upstream.connection import Connection
 from oncegate.upstream.errors import NotSent, UpstreamLost
 from oncegate.upstream.window import completes_within
 
-# A response of at most so many bytes whose end comes within so many seconds of its head is stored first, and sent in
-# one write.
+# A response of at most so many bytes whose end comes soon after its head is stored first, and sent in one write.
 SMALL_BYTES = 65536
-SMALL_S = 0.05
 # How often a lost request is sent again to an upstream that is idempotent, and the longest pauses before that.
 RESENDS, FIRST_PAUSE_S, MAX_PAUSE_S = 3, 0.2, 2.0
 # By how a response settles its key (a disposition's label): the outcome, and the field that says so.
@@ -60,6 +60,8 @@ class Exchange:
     _not_sent: Refuse | None = None
     # The one that the request is on now.
     _connection: Connection | None = None
+    # Gives the events of a response ids, under a rule that says so.
+    _numbering: Numbering | None = None
     _disposition = Disposition.STORE
     _outcome, _status_field = OUTCOMES[Disposition.STORE.label]
 
@@ -141,10 +143,12 @@ class Exchange:
                 self._note_interim()
             if head.status == 408:
                 check_idle_timeout(connection, head, self._policy.statuses)
+            if self._policy.sse_ids:
+                head, self._numbering = number_events(head, self._held.claim.token)
             head = self._client.kept_head(head) if self._policy.adaptation.replays_cookies else head
             if self._may_be_small(head) and (
                 connection.is_complete_in(SMALL_BYTES)
-                or await completes_within(connection, self._window_s(), SMALL_BYTES)
+                or await completes_within(connection, window_s(progress.reading, silence_s), SMALL_BYTES)
             ):
                 progress.whole = whole = connection.take_body()
                 progress.trailers = self._response.trailers = connection.response.trailers
@@ -220,21 +224,11 @@ class Exchange:
         if is_busy and self._resends_left:
             raise UpstreamLost("the upstream is still busy with the first request")
         known = self._policy.statuses.by_status.get(head.status)
-        disposition = Disposition.AMBIGUOUS if is_busy else known or self._read(head)
+        disposition = Disposition.AMBIGUOUS if is_busy else known or self.progress.read(self._policy.statuses, head)
         self.progress.head, self._held.stage = head, stages.RESPONSE_BEGUN
         if disposition is not self._disposition:
             self._dispose(disposition)
         return head.bodiless or ((head.length or 0) <= SMALL_BYTES and not head.is_event_stream)
-
-    def _read(self, head: ResponseHead) -> Disposition:
-        """Return what a response means for the key, as far as its head says it."""
-        reading = ResponseReading(self._policy.statuses, head, self.progress.request_id, self._deps.memory)
-        self.progress.note_reading(reading)
-        return reading.disposition
-
-    def _window_s(self) -> float:
-        is_telling = self.progress.reading is not None and self.progress.reading.body_tells
-        return min(TELLING_S, self._deps.silence_s) if is_telling else SMALL_S
 
     def _dispose(self, disposition: Disposition) -> None:
         self._disposition = disposition
@@ -252,7 +246,7 @@ class Exchange:
         response.begin(head.status, head.reason, self._block(head), head.length, head.framing)
         if self._policy.heartbeats is not None and takes_comments(head):
             response.comment_every(self._policy.heartbeats.period_s)
-        held, clock, longest_s = self._held, self._deps.clock, self._deps.longest_s
+        held, clock, longest_s, numbering = self._held, self._deps.clock, self._deps.longest_s, self._numbering
 
         def pass_on(data: bytes) -> bool:
             """Pass on the next bytes; return whether more may come at once. Names at hand cost less than attributes."""
@@ -264,7 +258,8 @@ class Exchange:
             has_room = recording is None or recording.add(data)
             return has_room and not response.has_backlog
 
-        while await connection.pass_body(pass_on, silence_s):
+        take = pass_on if numbering is None else numbering.through(pass_on)
+        while await connection.pass_body(take, silence_s):
             if recording is not None:
                 await recording.wait_room()
             while response.has_backlog and not await self.progress.has_room(response):
@@ -272,7 +267,10 @@ class Exchange:
             if recording is not None and recording.is_broken:
                 return Ending.TRUNCATED
             self._extend_watchdog()
-        self.progress.trailers = response.trailers = connection.response.trailers
+        if numbering is not None and (rest := numbering.rest()):
+            pass_on(rest)
+        trailers = connection.response.trailers if numbering is None else without(connection.response.trailers, DIGESTS)
+        self.progress.trailers = response.trailers = trailers
         if passing is not None:
             self._dispose(passing.end())
         return ending(self._disposition, recording is not None and recording.is_storing)

@@ -16,6 +16,7 @@ from oncegate.gateway.keyed_request import Begun, HeadPlan, KeyedRequest, Waitin
 from oncegate.gateway.relay import Relay, pass_through
 from oncegate.gateway.routes import Route, Routes
 from oncegate.gateway.streams.own import AnswerOwn, OwnPaths
+from oncegate.gateway.streams.resume import Resume
 from oncegate.gateway.tunnel import Tunnel
 from oncegate.keys.digests import Digests, Scope, UnstableScope, finish_fingerprint, finish_key
 from oncegate.keys.documents import Missing
@@ -32,6 +33,7 @@ from oncegate.rules.identity import (
     caller_of,
     identify,
     key_in_head,
+    last_event_id,
     may_forward_unkeyed,
     scope_of,
     uses_no_key,
@@ -53,7 +55,7 @@ class ReadBody(NamedTuple):
     by_body: bool = False
 
 
-Step = AnswerOptions | AnswerOwn | Refuse | Relay | Tunnel | KeyedRequest
+Step = AnswerOptions | AnswerOwn | Refuse | Relay | Resume | Tunnel | KeyedRequest
 
 
 class FirstStep:
@@ -209,7 +211,7 @@ class FirstStep:
         except Exception:
             body.close()
             raise
-        if isinstance(identified, KeyedRequest):
+        if isinstance(identified, KeyedRequest | Resume):
             return identified
         return _without_key(pending.route, pending.head, identified, body)
 
@@ -220,7 +222,7 @@ class FirstStep:
 
     def _identify(
         self, request: Request, pending: ReadBody, scope: Scope, body: Body
-    ) -> KeyedRequest | Missing | BadKey:
+    ) -> KeyedRequest | Resume | Missing | BadKey:
         """Return the request with its key and fingerprint, and how long it may wait if it is a duplicate."""
         route, head, key = pending.route, pending.head, pending.key
         policy, digests, memo = route.policy, self._digests, request.connection.memo
@@ -230,6 +232,7 @@ class FirstStep:
         _set_caller(request, caller)
         is_later = policy.respond_async and prefers(head.fields.get(b"prefer", ()), b"respond-async")
         waiting = _waiting(policy, head, may_wait=not is_later)
+        event_id = last_event_id(policy, head)
         identity: Identity | Missing | BadKey
         if key is None or policy.fingerprint is not None or is_multipart(head.fields):
             identity = identify(policy, digests, ScopedRequest(head, scope, key, body))
@@ -248,6 +251,8 @@ class FirstStep:
             identity = Identity(finish_key(key_prefix, key), finish_fingerprint(prefix, blocks))
         claim = claim_request_of(policy, scope, identity, kept_of(request, route, body))
         keyed = KeyedRequest(route, claim, body, *waiting, identity.fresh, caller)
+        if event_id:
+            return Resume(keyed, event_id)
         if is_later:
             keyed.later = asyncio.get_running_loop().create_future()
         return keyed

@@ -33,15 +33,16 @@ from oncegate.gateway.duplicates import (
 from oncegate.gateway.exchange import Exchange
 from oncegate.gateway.first_step import FirstStep, ReadBody, Step
 from oncegate.gateway.keyed_request import KeyedRequest, begin_trace, open_head
-from oncegate.gateway.relay import Relay, Relayed, answer_preflight, relay
+from oncegate.gateway.relay import Relay, answer_preflight, relay
 from oncegate.gateway.settling import Progress
 from oncegate.gateway.streams.join import NotJoined, join, may_join
 from oncegate.gateway.streams.later import respond_later
 from oncegate.gateway.streams.own import AnswerOwn
-from oncegate.gateway.tunnel import Tunnel, tunnel
+from oncegate.gateway.streams.resume import Resume, resume
+from oncegate.gateway.tunnel import Tunnel, pass_through_report, tunnel
 from oncegate.observe.labels import Unguarded
 from oncegate.observe.outcome import Observe, Outcome, RequestReport
-from oncegate.observe.tracing import Tracing
+from oncegate.observe.tracing import Trace, Tracing
 from oncegate.store.leases import suspended_clock_s
 from oncegate.store.record import Claim, Corrupt, Record
 from oncegate.store.results import ClaimsSuspended, Unconfirmed
@@ -81,7 +82,7 @@ class Gateway:
             step = self._first_step(request)
             if isinstance(step, ReadBody):
                 step = await self._read_body(request, step)
-            if request.response.heartbeat_s and isinstance(step, KeyedRequest | Relay):
+            if request.response.heartbeat_s and isinstance(step, KeyedRequest | Relay | Resume):
                 beating = Heartbeat(request.response, request.response.heartbeat_s, request.content.is_eof)
             match step:
                 case KeyedRequest():
@@ -91,14 +92,12 @@ class Gateway:
                     report = await execute(request, step)
                 case Relay():
                     report = await self._relay(request, step)
-                case Tunnel():
-                    report = _pass_through_report(request, step, await tunnel(request, step))
-                case AnswerOptions():
-                    report = answer_options(request)
+                case Resume():
+                    report, trace = await self._resume(request, step, began)
                 case AnswerOwn():
                     report = await step.answer(request, step)
-                case Refuse():
-                    report = refuse(request, step)
+                case _:
+                    report = await _pass_or_refuse(request, step)
         except Exception as error:
             report = RequestReport(Outcome.FAILED, 500, request.message.method)
             self._break_off(error, request, failed(REFUSED))
@@ -107,6 +106,15 @@ class Gateway:
         gone = request.response.client_gone or report.outcome is _CANCELLED
         report.asked, report.trace = request, None if report.outcome is _ACCEPTED else trace
         self._observe(report, time.perf_counter() - began, gone)
+
+    async def _resume(self, request: Request, step: Resume, began_s: float) -> tuple[RequestReport, Trace | None]:
+        """Send the rest of a stream, whose reader has its beginning."""
+        keyed = step.keyed
+        if self._tracing is not None:
+            keyed.trace = begin_trace(self._tracing, request, keyed, began_s)
+        answer = await resume(request, step)
+        report = refuse_keyed(request, keyed, answer) if isinstance(answer, Refuse) else answer
+        return report, keyed.trace
 
     def _break_off(self, error: Exception, request: Request, answer: Refuse) -> None:
         """End a request that failed in here, unless its response is out already."""
@@ -146,7 +154,7 @@ class Gateway:
         if step.takes_back and 200 <= relayed.status < 300:
             deps = step.route.deps
             deps.background(deps.cancellations.cancel_call(step.takes_back))
-        return _pass_through_report(request, step, relayed)
+        return pass_through_report(request, step, relayed)
 
     # A request with a key ...
 
@@ -290,15 +298,12 @@ def _exchange_report(
     )  # fmt: skip
 
 
-def _pass_through_report(request: Request, step: Relay | Tunnel, relayed: Relayed) -> RequestReport:
-    """Send what the client gets if the upstream gave no response, and return the report."""
-    status = relayed.status
-    if relayed.refuse is not None:
-        send(request, relayed.refuse)
-        status = relayed.refuse.problem.status
-    why, key_reason = (step.unguarded, step.unguarded_key) if isinstance(step, Relay) else (None, None)
-    # By position, as in `_replay`.
-    return RequestReport(
-        relayed.outcome, status, request.message.method, b"", relayed.upstream_s, 0.0, 0, False, "",
-        step.route.policy.rule, None, (), False, key_reason, why, step.route.upstream,
-    )  # fmt: skip
+async def _pass_or_refuse(request: Request, step: Tunnel | AnswerOptions | Refuse) -> RequestReport:
+    """Pass a connection through, or answer without the upstream."""
+    match step:
+        case Tunnel():
+            return pass_through_report(request, step, await tunnel(request, step))
+        case AnswerOptions():
+            return answer_options(request)
+        case Refuse():
+            return refuse(request, step)

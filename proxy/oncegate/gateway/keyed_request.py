@@ -245,8 +245,8 @@ def open_head(request: Request, route: Route, body_bytes: int) -> bytes:
     Of a known head, all of it is ready but what differs.
     """
     client, known, head = request.connection.forwarded, request.known, request.head
-    if route.policy.json_rpc:
-        # A response that is coded cannot be read, and its key would be unknown.
+    if route.policy.asks_identity:
+        # Under JSON-RPC a response that is coded cannot be read, and its key would be unknown.
         head = uncoded(request.checked_head())
     elif head is None and known is not None and isinstance(plan := known.plan, HeadPlan):
         return plan.open_head(request.values, client, body_bytes, request.id_line)

@@ -11,6 +11,8 @@ from oncegate.upstream.errors import UpstreamLost
 # A response whose body decides what becomes of its key (docs/reference/rules.md) is held back for so long: its client
 # waits.
 TELLING_S = 5.0
+# Within so many seconds of its head, the end of any other may come with it.
+SMALL_S = 0.05
 
 
 class ResponseReading:
@@ -51,6 +53,11 @@ class ResponseReading:
             return self._statuses.read(status, fields, body)
         self.passing.add(body)
         return self._statuses.read_message(status, fields, self.passing.final())
+
+
+def window_s(reading: ResponseReading | None, silence_s: float) -> float:
+    """Return for how long the end of a response is waited for before its head goes on."""
+    return min(TELLING_S, silence_s) if reading is not None and reading.body_tells else SMALL_S
 
 
 def check_idle_timeout(connection: Connection, head: ResponseHead, statuses: Statuses) -> None:

@@ -16,6 +16,7 @@ from oncegate.messages.response_head import ResponseHead, response_digest
 from oncegate.observe.labels import SETTLEMENTS, SettlementLabel
 from oncegate.observe.outcome import Outcome, outcome_of
 from oncegate.observe.tracing import Trace
+from oncegate.rules.statuses import Statuses
 from oncegate.store.leases import LeasedClaim
 from oncegate.store.record import StoredResponse, cancelled_claim
 from oncegate.store.results import ClaimEvent, SettleResult, SettleStatus
@@ -94,6 +95,11 @@ class Progress:
         if self.reading is not None:
             self.reading.close()
         self.reading = reading
+
+    def read(self, statuses: Statuses, head: ResponseHead) -> Disposition:
+        """Read a response whose status alone does not tell; return what it means, as far as its head says it."""
+        self.note_reading(reading := ResponseReading(statuses, head, self.request_id, self.deps.memory))
+        return reading.disposition
 
     @property
     def passing(self) -> ResponseReading | None:

@@ -6,11 +6,11 @@ import time
 from typing import NamedTuple
 
 from oncegate.downstream.request import Request
-from oncegate.gateway.answers import Refuse, not_sent
+from oncegate.gateway.answers import Refuse, not_sent, send
 from oncegate.gateway.relay import Relay, Relayed, forward_response, lost_outcome
 from oncegate.gateway.routes import Route
 from oncegate.messages.request_head import SWITCHING, RequestHead
-from oncegate.observe.outcome import Outcome
+from oncegate.observe.outcome import Outcome, RequestReport
 from oncegate.upstream.connection import Connection
 from oncegate.upstream.errors import NotSent, UpstreamLost
 
@@ -118,3 +118,17 @@ async def _splice(request: Request, connection: Connection, silence_s: float) ->
         sending.cancel()
     response.end()
     return Outcome.PASSTHROUGH
+
+
+def pass_through_report(request: Request, step: Relay | Tunnel, relayed: Relayed) -> RequestReport:
+    """Send what the client gets if the upstream gave no response, and return the report."""
+    status = relayed.status
+    if relayed.refuse is not None:
+        send(request, relayed.refuse)
+        status = relayed.refuse.problem.status
+    why, key_reason = (step.unguarded, step.unguarded_key) if isinstance(step, Relay) else (None, None)
+    # By position, as in `_replay`.
+    return RequestReport(
+        relayed.outcome, status, request.message.method, b"", relayed.upstream_s, 0.0, 0, False, "",
+        step.route.policy.rule, None, (), False, key_reason, why, step.route.upstream,
+    )  # fmt: skip

@@ -8,7 +8,7 @@ from oncegate.known_heads.recent import RecentHeads
 from oncegate.known_heads.shapes import MAX_SHAPED_BYTES, PLAIN, Gap, Shape, Shapes, joined
 from oncegate.messages.bound_authentication import BINDING_FORM
 from oncegate.messages.fields import HOP_BY_HOP, Fields, nominated
-from oncegate.messages.request_head import ACTED_ON, RequestHead
+from oncegate.messages.request_head import ACTED_ON, LAST_EVENT_ID, RequestHead
 from oncegate.messages.target import logged_path
 from oncegate.settings.credentials import ACCOUNTS, CREDENTIALS
 
@@ -19,7 +19,7 @@ WHOSE = frozenset(name.lower().encode() for name in (*CREDENTIALS, *ACCOUNTS))
 FIXED = (
     ACTED_ON
     | HOP_BY_HOP
-    | {b"accept-encoding", b"max-forwards", b"mcp-session-id", b"origin", b"upgrade-insecure-requests"}
+    | {b"accept-encoding", b"max-forwards", b"mcp-session-id", b"origin", b"upgrade-insecure-requests", LAST_EVENT_ID}
 ) - WHOSE
 # The fields of a browser's own questions, of a switch to WebSocket, and of proxies in front.
 FIXED_PREFIXES = (b"access-control-", b"sec-", b"x-forwarded-", b"oncegate-")
@@ -224,12 +224,12 @@ class HeadCache:
         """Remember the head of a request that passed every check, if it may come again; `data` is all of it.
 
         None: it is not remembered, because its key is not plain, because it authenticates its connection (so that no
-        known head does), or because hardly any head repeats here.
+        known head does), because it goes on behind one event, or because hardly any head repeats here.
         """
         keys = head.fields.get(self._key_field)
         is_plain = keys is None or (len(keys) == 1 and _PLAIN_KEY.fullmatch(keys[0]))
         binds = any(map(_binds_connection, head.fields.get(b"authorization", ())))
-        if binds or not (self._heads.wants_more() and is_plain):
+        if binds or LAST_EVENT_ID in head.fields or not (self._heads.wants_more() and is_plain):
             return None
         end = data.find(b"\r\n\r\n") + 4
         if self._learns_shapes and _is_as_sent(data[:end], head):

@@ -42,6 +42,8 @@ ACTED_ON = FORWARDING | frozenset(
         b"x-api-key",
     )
 )
+# Behind which event a reader goes on, under the rules that say `resume`.
+LAST_EVENT_ID = b"last-event-id"
 # Stands for every longer `Prefer: wait`.
 LONGEST_WAIT_S = 999_999_999
 # Stands for every larger `Max-Forwards`.

@@ -29,6 +29,7 @@ from oncegate.rules.identity import (
     caller_of,
     identify,
     key_in_head,
+    last_event_id,
     may_forward_unkeyed,
     scope_of,
     uses_no_key,
@@ -230,6 +231,12 @@ class Explanation:
         if policy.note is not None:
             note = escaped(read_note(policy.note, lambda name: only_value(head.fields, name), body))
             self._add("note", f"{note or 'none'}, of {policy.note.text}: stored with the record")
+        if event_id := last_event_id(policy, head):
+            self._add(
+                "result", f"the stream behind the event {escaped(event_id.decode('utf-8', 'replace'))}, if it is there"
+            )
+            self._add("  no record", "410 stream-gone: a request with Last-Event-ID is never executed")
+            return
         self._add("result", "executed if the key is free")
         for state, text in _by_state(policy, head, identity):
             self._add(f"  {state}", text)
@@ -288,6 +295,8 @@ def _by_state(policy: Policy, head: RequestHead, identity: Identity) -> Iterable
         yield "in silence", f"{gets_102}comments in a stream of events, {period}"
     if policy.cancel_grace_s is not None:
         yield "client gone", f"cancelled after {policy.cancel_grace_s:g} s without readers; then 409 outcome-unknown"
+    if policy.sse_ids:
+        yield "events", "get ids, unless the response is coded"
     yield "other content", "422 key-reused, if the fingerprint differs"
     if policy.json_rpc:
         yield "by message", "a result is stored; -32700, -32600 and -32601 free the key; all else is unknown"

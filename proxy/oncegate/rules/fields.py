@@ -58,7 +58,7 @@ FILES = ("ca_file", "cert_file", "key_file")
 # What only a rule can switch on.
 SWITCHES = (
     *("upstream_idempotent", "pages", "replay_cookies"),
-    *("resumable", "cancellable", "resume_by_key", "respond_async"),
+    *("resumable", "cancellable", "resume", "sse_ids", "resume_by_key", "respond_async"),
 )
 
 # Takes a value as TOML has it and returns it as a policy has it. Raises ValueError with what it must be.

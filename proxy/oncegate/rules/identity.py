@@ -13,7 +13,7 @@ from oncegate.keys.extraction import ExtractedKey, SourceInput, extract_key, sco
 from oncegate.keys.fingerprint_parts import named_parts
 from oncegate.keys.forms import form_of, is_multipart
 from oncegate.keys.syntax import BadKey, parse_key
-from oncegate.messages.request_head import RequestHead
+from oncegate.messages.request_head import LAST_EVENT_ID, RequestHead
 from oncegate.messages.target import normalized_host
 from oncegate.rules.policy import Policy
 
@@ -110,6 +110,14 @@ def caller_of(policy: Policy, head: RequestHead, body: Content) -> Caller | Miss
     if is_encoded(head.fields):
         return BadKey("the body is encoded, so no JSON-RPC request can be read from it")
     return read_caller(body.data)
+
+
+def last_event_id(policy: Policy, head: RequestHead) -> bytes:
+    """Return behind which event a request goes on, nothing for any other; none has an empty id."""
+    if not policy.resume or (lines := head.fields.get(LAST_EVENT_ID)) is None:
+        return b""
+    # Several lines name no event. Such a request must not pass for one that names none.
+    return b", ".join(lines).strip(b" \t")
 
 
 def destination(policy: Policy, head: RequestHead) -> bytes:

@@ -9,7 +9,7 @@ from pathlib import Path
 from oncegate.adaptation.error_pages import ErrorPages
 from oncegate.adaptation.preflight import Preflight, read_preflight
 from oncegate.keys.sources import Header
-from oncegate.messages.request_head import RequestHead
+from oncegate.messages.request_head import LAST_EVENT_ID, RequestHead
 from oncegate.messages.target import normalized_host, normalized_path
 from oncegate.rules.body_conditions import BodyConditions, Document
 from oncegate.rules.patterns import (
@@ -232,7 +232,8 @@ class Rules:
         }
         adapted = {name for policy in policies for name in policy.adaptation.acted_on}
         beaten = {name for policy in policies if policy.heartbeats for name in policy.heartbeats.acted_on}
-        return self.matched | beaten | keys | headers | parts | adapted
+        resumed = {LAST_EVENT_ID} if any(policy.resume for policy in policies) else frozenset[bytes]()
+        return self.matched | beaten | keys | headers | parts | adapted | resumed
 
     @property
     def matched(self) -> frozenset[bytes]:

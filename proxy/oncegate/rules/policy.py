@@ -38,6 +38,8 @@ class Policy:
     `cancel_grace_s`: an exchange ends after so long without readers, None for never.
     `asks`: questions about its keys are answered; `resume_by_key`: also with the address of the response, for who shows
     no more than key and credential. `respond_async`: a client that prefers so gets a 202 at once.
+    `resume`: a request with Last-Event-ID continues the stream that its key names, and is never executed. `sse_ids`:
+    events get ids.
     `note`: what of a request is kept with its record, for people to find it by. `token_prices`: of what replays save.
     `resumable`: its answers name an address at which their response is read again, and `cancellable` one at which its
     execution is stopped. `pages`: whether people read oncegate's own answers, None where each request tells.
@@ -80,6 +82,8 @@ class Policy:
     cancel_grace_s: float | None = None
     pass_interim: bool = False
     heartbeats: Heartbeats | None = None
+    resume: bool = False
+    sse_ids: bool = False
     note: Source | None = None
     resumable: bool = False
     cancellable: bool = False
@@ -91,6 +95,8 @@ class Policy:
     tenant: TenantFields = field(init=False, repr=False, compare=False)
     # Whoever shows that digest has sent the request, and may read its response.
     keeps_body_digest: bool = field(init=False, repr=False, compare=False)
+    # Whether oncegate reads its responses, so that the API is asked for them without a content coding.
+    asks_identity: bool = field(init=False, repr=False, compare=False)
 
     @property
     def reads_path(self) -> bool:
@@ -114,3 +120,4 @@ class Policy:
     def __post_init__(self) -> None:
         object.__setattr__(self, "tenant", TenantFields(self.scope_headers, self.stable_schemes))
         object.__setattr__(self, "keeps_body_digest", self.asks and self.resumable and not self.resume_by_key)
+        object.__setattr__(self, "asks_identity", self.json_rpc or self.resume or self.sse_ids)

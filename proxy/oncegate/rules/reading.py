@@ -8,6 +8,7 @@ from typing import Any
 
 from oncegate.keys.fingerprint_parts import BODY_JSON, fingerprint_source
 from oncegate.keys.sources import Cookie, Header, KeySources, Member
+from oncegate.messages.request_head import LAST_EVENT_ID
 from oncegate.rules.fields import FILES, MATCHING, RULE, SHARED, UPSTREAM, Check
 from oncegate.rules.file import Table
 from oncegate.rules.model import Match, Rule, Upstream
@@ -223,29 +224,33 @@ def _contradictions(values: dict[str, Any], settings: Settings, key: KeySources 
         yield "upstream_idempotent", "needs an upstream that gets the key"
     if values.get("protocol") == "json-rpc":
         yield from _json_rpc_contradictions(values, key)
-    yield from _address_contradictions(values, settings)
+    yield from _stream_contradictions(values, settings)
     yield from _tenant_contradictions(values, settings, header)
-    yield from _request_id_contradictions(values, settings, key)
+    yield from _fleeting_contradictions(values, settings, key)
 
 
-def _address_contradictions(values: dict[str, Any], settings: Settings) -> Iterable[tuple[str, str]]:
-    """Yield what leaves the addresses of a rule's responses without use, or open to everybody."""
+def _stream_contradictions(values: dict[str, Any], settings: Settings) -> Iterable[tuple[str, str]]:
+    """Yield what leaves the fields about readers that come back without use, or an address open to everybody."""
     if values.get("resume_by_key") and not (settings.ask_keys and values.get("resumable")):
         yield "resume_by_key", "needs ask_keys and resumable: it is about the address in an answer to a question"
-    if values.get("respond_async") and values.get("protocol") == "json-rpc":
-        yield "respond_async", "contradicts protocol: a client of JSON-RPC reads no 202"
-    for name in ("resumable", "cancellable", "respond_async"):
-        if values.get(name) and values.get("guard") == "off":
+    for name in filter(values.get, ("resumable", "cancellable", "respond_async", "resume", "sse_ids")):
+        if values.get("protocol") == "json-rpc" and name in ("respond_async", "resume"):
+            yield name, "contradicts protocol: a client of JSON-RPC takes nothing but the answer to its message"
+        if values.get("guard") == "off":
             yield name, 'contradicts guard = "off": only a response with a key is stored'
-        elif values.get(name) and not settings.secret.get_secret_value():
+        elif name not in ("resume", "sse_ids") and not settings.secret.get_secret_value():
             yield name, "needs ONCEGATE_SECRET: without it anybody could make an address"
+    if values.get("sse_ids") and not (values.get("resume") or values.get("resumable")):
+        yield "sse_ids", "needs resume = true or resumable = true beside it: nothing else reads the ids"
 
 
-def _request_id_contradictions(
+def _fleeting_contradictions(
     values: dict[str, Any], settings: Settings, key: KeySources | None
 ) -> Iterable[tuple[str, str]]:
-    """Yield what would be decided by the id of a request, which is another one in a retry, and stands in the log."""
-    name = settings.request_id_header.lower().encode()
+    """Yield what would be decided by a header that is another one in a retry: the request's id, the last event's."""
+    fleeting = {settings.request_id_header.lower().encode(): "the header of ONCEGATE_REQUEST_ID_HEADER"}
+    if values.get("resume"):
+        fleeting[LAST_EVENT_ID] = "Last-Event-ID, which says where a reader goes on"
     parts = [fingerprint_source(part) for part in values.get("fingerprint", ())]
     read = {
         "key": key.headers if key else (),
@@ -253,8 +258,8 @@ def _request_id_contradictions(
         "fingerprint": [one.kind.name for one in parts if one is not None and isinstance(one.kind, Header)],
     }
     for field, headers in read.items():
-        if name in headers:
-            yield field, "takes the header of ONCEGATE_REQUEST_ID_HEADER, which can be off or another header"
+        for name in fleeting.keys() & headers:
+            yield field, f"takes {fleeting[name]}; a retry may have another one, or none"
 
 
 def _tenant_contradictions(

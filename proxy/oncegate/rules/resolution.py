@@ -161,6 +161,8 @@ def rule_policy(settings: Settings, values: dict[str, Any], key: KeySources | No
         "upstream_idempotent": values.get("upstream_idempotent", False),
         "in_flight_status": values.get("in_flight_status", 409),
         "pages": values.get("pages"),
+        "resume": values.get("resume", False),
+        "sse_ids": values.get("sse_ids", False),
         "note": values.get("note"),
         "resume_by_key": values.get("resume_by_key", False),
         "respond_async": values.get("respond_async", False),

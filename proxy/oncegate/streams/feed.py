@@ -20,6 +20,8 @@ from oncegate.store.stream_head import StreamHead
 WINDOW_BYTES = 262144
 # What one read returns at most from memory. From the store it is about 256 KiB.
 READ_BYTES = 65536
+# No response has so many chunks: a read from there brings none.
+FAR = 1_000_000_000
 # Between two tries to reach a store that did not answer.
 AGAIN_S = 0.2
 
@@ -118,6 +120,11 @@ class Feed:
     async def read(self, offset: int) -> bytes | None:
         """Return bytes from `offset` on, which is below `size`: 256 KiB at most. None: they cannot be read."""
         return self.at_hand(offset) or await self._read_stored(offset)
+
+    async def replaces_another(self) -> bool | None:
+        """Return whether its claim replaced another one, whose events may have had the same ids; None: not known."""
+        found = await self._read_from(FAR)
+        return None if isinstance(found, ReadFailure) else found.replaced
 
     async def _read_stored(self, offset: int) -> bytes | None:
         index = bisect_right(self._ends, offset)

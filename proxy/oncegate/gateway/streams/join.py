@@ -4,14 +4,13 @@ Until there is a head, a join is a wait. What cannot be sent while it comes, suc
 this client, is a wait for the end.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
 
 from oncegate.adaptation.content_codings import coding_to_decode, may_be_coded
 from oncegate.downstream.request import Request
 from oncegate.gateway.answers import Refuse, no_body_to_join, store_silent
 from oncegate.gateway.keyed_request import KeyedRequest
-from oncegate.gateway.streams.serving import head_block, serve
+from oncegate.gateway.streams.serving import counted_as_reader, head_block, serve
 from oncegate.observe.outcome import Outcome, RequestReport
 from oncegate.observe.usage import Tokens, usage_reader
 from oncegate.store.kept import original_id, unpack_kept
@@ -52,7 +51,7 @@ async def join(request: Request, keyed: KeyedRequest, record: Record) -> Request
             return _not_joined(feed)
         if _must_be_decoded(request, feed.head):
             return NotJoined.CANNOT
-        with _counted_as_reader(request, keyed):
+        with counted_as_reader(request, keyed):
             return await _follow(request, keyed, record, feed, feed.head)
 
 
@@ -71,15 +70,6 @@ def _must_be_decoded(request: Request, head: StreamHead) -> bool:
     if not may_be_coded(head.block):
         return False
     return coding_to_decode(head.status, head.block, request.checked_head().fields.get(b"accept-encoding")) != b""
-
-
-def _counted_as_reader(request: Request, keyed: KeyedRequest) -> AbstractContextManager[None]:
-    """Let the original go on for this reader, under a rule that ends it without any."""
-    grace_s = keyed.route.policy.cancel_grace_s
-    if grace_s is None:
-        return nullcontext()
-    readers = keyed.route.deps.cancellations.readers
-    return readers.waiting(keyed.claim_request.key, grace_s, request.response.reader_has_left)
 
 
 async def _follow(request: Request, keyed: KeyedRequest, record: Record, feed: Feed, head: StreamHead) -> RequestReport:

@@ -3,23 +3,37 @@
 The end is clean only where the store has the whole response. Anything else that ends the feed breaks the reader off.
 """
 
+from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
+
 from oncegate.downstream.request import Request
 from oncegate.downstream.response import ResponseWriter
+from oncegate.gateway.keyed_request import KeyedRequest
 from oncegate.messages.framing import COUNTED, STATED
+from oncegate.messages.trailers import without
 from oncegate.store.stream_head import StreamHead
 from oncegate.streams.feed import Feed, FeedEnd
 
 
-def head_block(request: Request, head: StreamHead, fields: bytes, original_id: bytes = b"") -> bytes:
-    """Return the header fields of a response that still comes, as this reader gets them.
+def counted_as_reader(request: Request, keyed: KeyedRequest) -> AbstractContextManager[None]:
+    """Let the original go on for this reader, under a rule that ends it without any."""
+    grace_s = keyed.route.policy.cancel_grace_s
+    if grace_s is None:
+        return nullcontext()
+    readers = keyed.route.deps.cancellations.readers
+    return readers.waiting(keyed.claim_request.key, grace_s, request.response.reader_has_left)
 
-    `fields`: further ones, each line ended. `original_id`: of the request whose response it is.
+
+def head_block(request: Request, head: StreamHead, fields: bytes, original_id: bytes = b"", age_ms: int = 0) -> bytes:
+    """Return the header fields of a response that may still come, as this reader gets them.
+
+    `fields`: further ones, each line ended. `original_id`: of the request whose response it is. `age_ms`: since it was
+    complete; 0 where it is not.
     """
     age = b"Age: %d\r\n" % head.age_s if head.age_s else b""
-    block = b"".join(
-        (head.block, age, fields, request.connection.request_ids.of_replay(request.id, original_id, head.block))
-    )
-    return request.requester.replayed(block, 0) if request.adaptation.adapts_replay(block) else block
+    ids = request.connection.request_ids.of_replay(request.id, original_id, head.block)
+    block = b"".join((head.block, age, fields, ids))
+    return request.requester.replayed(block, age_ms) if request.adaptation.adapts_replay(block) else block
 
 
 async def serve(response: ResponseWriter, feed: Feed, head: StreamHead, block: bytes) -> FeedEnd | None:
@@ -28,15 +42,18 @@ async def serve(response: ResponseWriter, feed: Feed, head: StreamHead, block: b
     return await pass_on(response, feed, 0)
 
 
-async def pass_on(response: ResponseWriter, feed: Feed, offset: int) -> FeedEnd | None:
-    """Send the bytes from `offset` on behind a head that has left; return as `serve` does."""
+async def pass_on(response: ResponseWriter, feed: Feed, offset: int, unfit: Collection[bytes] = ()) -> FeedEnd | None:
+    """Send the bytes from `offset` on behind a head that has left; return as `serve` does.
+
+    `unfit`: the lower-case names of trailers that do not fit what this reader gets.
+    """
     feed.on_broken.add(response.abort)
     try:
         ended = await _copy(response, feed, offset)
     finally:
         feed.on_broken.discard(response.abort)
     if ended is FeedEnd.COMPLETE:
-        response.trailers = feed.trailers
+        response.trailers = without(feed.trailers, unfit)
         response.end()
     elif ended is not None:
         response.abort()
