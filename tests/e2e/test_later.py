@@ -25,12 +25,14 @@ from tests.parts import (
     until,
 )
 from tests.test_asking import check_document
+from tests.topologies import Clustered
 
 RULES = """
 [[rule]]
 name = "reports"
 path = "/v1/**"
 respond_async = true
+ask_keys = true
 on_client_gone = "cancel"
 cancel_grace_s = 0.1
 
@@ -257,6 +259,28 @@ async def test_a_drain_waits_for_it_and_what_it_cuts_off_is_unknown(gates, upstr
     go_on.set()
     assert await stopping[0] == 0
     assert (await ended(three, whole)).body == b"whole"
+
+
+# Six servers start.
+@pytest.mark.full
+async def test_keys_on_every_server_of_a_cluster(proxies, upstream, tmp_path):
+    """Records, notes about releases, questions and addresses, on the servers that have them."""
+    (tmp_path / "rules.toml").write_text(RULES)
+    cluster, mine = Clustered(), "Authorization: Bearer mine"
+    try:
+        one, two = [proxies(upstream, cluster.url, **FIXED | {"LEASE_MS": 5000}) for _ in range(2)]
+        for script, shown in ((answering(MADE), 201), (answering(DECLINED), 409)):
+            upstream.script = script
+            keys = [f"u-{shown}-{number}" for number in range(12)]
+            locations = [location_of(await sent(one, key, LATER, mine)) for key in keys]
+            answers = [await ended(two, location) for location in locations]
+            assert {answer.status for answer in answers} == {shown}
+            asked = [request("GET", "/.oncegate/keys", key, b"", mine, "Oncegate-Target: /v1/x") for key in keys]
+            assert {(await ask(two.port, raw)).status for raw in asked} == {200 if shown == 201 else 404}
+            assert {answer.problem["original_status"] for answer in answers if shown == 409} <= {429}
+        assert len(upstream.received) == 24
+    finally:
+        cluster.close()
 
 
 # Two workers and their successors start.
