@@ -282,6 +282,29 @@ async def test_a_follower_is_a_reader(fork, upstream, api, stored, desk, tmp_pat
     assert gate.metric('cancels_total{by="client_gone"}') == 1
 
 
+@pytest.mark.parametrize("stored", ["valkey"], indirect=True)
+async def test_who_has_the_address_may_come_back(fork, upstream, api, stored, tmp_path):
+    """A request goes on once somebody came to its address, at any replica, also before its response begins."""
+    rules = JOINED.replace('on_duplicate = "join"', "resumable = true")
+    (tmp_path / "rules.toml").write_text(rules)
+    settings = {"RULES_FILE": "rules.toml", "SECRET": "a secret that is long enough"}
+    gate, other = await fork(upstream, stored.url, **settings), await fork(upstream, stored.url, **settings)
+    client = await begun(gate, upstream)
+    running = await ask(other.port, raw("stopped"))
+    address = re.search(rb"<([^>]+)>", running.header("link"))[1].decode()
+    reader = await RawClient.open(other.port)
+    reader.writer.write(request("GET", address, None, b""))
+    await asyncio.sleep(0.5)
+    client.close()
+    reader.reset()
+    # Longer than the grace, and a second look at who reads.
+    await asyncio.sleep(2)
+    assert not api.gone.is_set()
+    api.ends.set()
+    await until(lambda: gate.metric('settled_total{settlement="stored"}') == 1)
+    assert (await ask(other.port, request("GET", address, None, b""))).status == 200
+
+
 CANCELLABLE = """
 [[rule]]
 name = "cancellable"

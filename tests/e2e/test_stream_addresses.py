@@ -148,14 +148,16 @@ async def test_a_reader_gets_no_clean_end_of_a_response_that_broke_off(replicas,
     """Its owner is killed: the readers on the other replica are broken off, and later ones are told that it is over."""
     one, two = replicas(2, store.url)
     async with begun(one, upstream, b"first ") as (_, address):
-        reader = asyncio.ensure_future(ask(two.port, get(address)))
-        events = asyncio.ensure_future(ask(two.port, get(f"{address}?offset=-1&live=sse")))
-        await asyncio.sleep(0.8)
+        readers = [await RawClient.open(two.port) for _ in range(2)]
+        for reader, path in zip(readers, (address, f"{address}?offset=-1&live=sse"), strict=True):
+            reader.writer.write(get(path))
+            assert (await reader.reader.readuntil(b"first")).startswith(b"HTTP/1.1 200 ")
         one.kill()
-        for answer in (await reader, await events):
-            assert (answer.status, answer.complete) == (200, False)
-            assert b"first " in answer.body
-            assert b"streamClosed" not in answer.body
+        for reader in readers:
+            with pytest.raises(asyncio.IncompleteReadError) as broken_off:
+                await asyncio.wait_for(reader.reader.readuntil(LAST_CHUNK), 20)
+            assert b"streamClosed" not in broken_off.value.partial
+            reader.close()
     for path in (
         address,
         f"{address}?offset=-1",

@@ -28,6 +28,9 @@ async def read(request: Request, asked: Asked) -> RequestReport:
         return await refuse_for_now(request, asked, overloaded())
     reading = deps.feeds.reading(capability.key, capability.token)
     with deps.followers.following(capability.tenant), reading as feed:
+        if asked.route.policy.cancel_grace_s is not None and feed.ended is None:
+            # Whoever has the address may come back whenever it likes.
+            deps.background(deps.cancellations.note_fetched(capability.key, capability.token))
         await _wait_for_head(request, feed, asked.route.policy.wait_max_s)
         if request.response.client_gone:
             return asked.report(Outcome.CLIENT_GONE, 0)
@@ -36,9 +39,6 @@ async def read(request: Request, asked: Asked) -> RequestReport:
         if feed.head is None:
             return await refuse_for_now(request, asked, not_yet())
         reader = Reader(request, asked, feed, feed.head)
-        if asked.route.policy.cancel_grace_s is not None and reader.size is None:
-            # Whoever has the address may come back whenever it likes.
-            deps.background(deps.cancellations.note_fetched(capability.key, capability.token))
         return await _answer(reader)
 
 
