@@ -26,6 +26,10 @@ FAR = 1_000_000_000
 AGAIN_S = 0.2
 
 
+# Takes bytes, and returns whether it takes the next ones, too.
+Take = Callable[[bytes], bool]
+
+
 class FeedEnd(Enum):
     """How a feed ended. `label` says it to operators."""
 
@@ -75,8 +79,8 @@ class Feed:
         # Where the chunks in the store end, from the first on, as far as they are known.
         self._ends: list[int] = []
         self._reads: dict[int, asyncio.Task[Followed | ReadFailure]] = {}
-        # Of readers that have all there is.
-        self._waiting: set[asyncio.Future[None]] = set()
+        # The readers that have all there is: what wakes each, and what takes the next bytes instead.
+        self._waiting: dict[asyncio.Future[None], Take | None] = {}
         self.on_broken: set[Callable[[], None]] = set()
         self._wanted = asyncio.Event()
 
@@ -91,14 +95,17 @@ class Feed:
         while not self.has_beyond(offset):
             await self.wait(self._loop.create_future())
 
-    async def wait(self, news: "asyncio.Future[None]") -> None:
-        """Wait until anything of this has changed, or until `news` is done otherwise."""
-        self._waiting.add(news)
+    async def wait(self, news: "asyncio.Future[None]", take: "Take | None" = None) -> None:
+        """Wait until anything of this has changed, or until `news` is done otherwise.
+
+        `take`: is given the next bytes as they come, without waking anybody, as long as it returns True.
+        """
+        self._waiting[news] = take
         self._wanted.set()
         try:
             await news
         finally:
-            self._waiting.discard(news)
+            self._waiting.pop(news, None)
 
     async def wanted(self) -> None:
         """Wait until a reader has all there is and waits for more."""
@@ -180,7 +187,7 @@ class Feed:
     def begin(self, head: StreamHead | None) -> None:
         """Take the head, or take note that there is none yet."""
         self.head, self.is_known = head, True
-        self._wake()
+        self._wake_all()
 
     def publish(self, data: bytes) -> None:
         """Take the next bytes of the body."""
@@ -193,8 +200,15 @@ class Feed:
         self._memory.used += size
         if len(self._window) > WINDOW_BYTES:
             self._trim()
-        if self._waiting:
-            self._wake()
+        for news, take in list(self._waiting.items()):
+            try:
+                if take is None or not take(data):
+                    self._wake(news)
+            except Exception as error:
+                # It is that reader's alone.
+                self._waiting.pop(news)
+                if not news.done():
+                    news.set_exception(error)
 
     def stored(self, size: int) -> None:
         """Take note that the store has so many bytes from the beginning on."""
@@ -223,16 +237,19 @@ class Feed:
         """End, unless it has ended."""
         if self.ended is None:
             self.ended = how
-            self._wake()
+            self._wake_all()
             if self.is_lost:
                 for break_off in list(self.on_broken):
                     break_off()
 
-    def _wake(self) -> None:
-        waiting, self._waiting = self._waiting, set()
-        for news in waiting:
-            if not news.done():
-                news.set_result(None)
+    def _wake_all(self) -> None:
+        for news in list(self._waiting):
+            self._wake(news)
+
+    def _wake(self, news: "asyncio.Future[None]") -> None:
+        self._waiting.pop(news, None)
+        if not news.done():
+            news.set_result(None)
 
     def close(self) -> None:
         """Give the memory back: nobody reads any more."""

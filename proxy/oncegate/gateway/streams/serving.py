@@ -49,7 +49,7 @@ async def pass_on(response: ResponseWriter, feed: Feed, offset: int, unfit: Coll
     """
     feed.on_broken.add(response.abort)
     try:
-        ended = await _copy(response, feed, offset)
+        ended = await _Copy(response, feed, offset).run()
     finally:
         feed.on_broken.discard(response.abort)
     if ended is FeedEnd.COMPLETE:
@@ -60,22 +60,32 @@ async def pass_on(response: ResponseWriter, feed: Feed, offset: int, unfit: Coll
     return ended
 
 
-async def _copy(response: ResponseWriter, feed: Feed, offset: int) -> FeedEnd | None:
-    """Write the body; return how it ended, None if the client left first."""
-    while not (feed.is_lost or response.client_gone):
-        if offset < feed.size:
-            data = feed.at_hand(offset) or await feed.read(offset)
-            if not data:
-                return feed.ended if feed.is_lost else FeedEnd.GONE
-            if not feed.is_lost:
-                response.write(data)
-            offset += len(data)
-            if response.has_backlog:
-                await response.wait_room()
-        elif feed.ended is None:
-            # One future for both: something comes, or the client leaves.
-            await feed.wait(response.client_leaves())
-        else:
-            break
-    # A client that was broken off has not left by itself.
-    return None if response.client_gone and not feed.is_lost else feed.ended
+class _Copy:
+    """Copies a feed to a response, from `offset` on."""
+
+    def __init__(self, response: ResponseWriter, feed: Feed, offset: int) -> None:
+        self._response, self._feed, self._offset = response, feed, offset
+
+    async def run(self) -> FeedEnd | None:
+        """Write the body; return how it ended, None if the client left first."""
+        response, feed = self._response, self._feed
+        while not (feed.is_lost or response.client_gone):
+            if self._offset < feed.size:
+                data = feed.at_hand(self._offset) or await feed.read(self._offset)
+                if not data:
+                    return feed.ended if feed.is_lost else FeedEnd.GONE
+                if not feed.is_lost and not self._take(data):
+                    await response.wait_room()
+            elif feed.ended is None:
+                # One future for both: it has ended, or the client leaves. What comes is written meanwhile.
+                await feed.wait(response.client_leaves(), self._take)
+            else:
+                break
+        # A client that was broken off has not left by itself.
+        return None if response.client_gone and not feed.is_lost else feed.ended
+
+    def _take(self, data: bytes) -> bool:
+        """Write the next bytes; return whether more may come at once."""
+        self._response.write(data)
+        self._offset += len(data)
+        return not self._response.has_backlog
