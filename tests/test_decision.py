@@ -11,12 +11,14 @@ from oncegate.decision import (
     Decision,
     Disposition,
     Ending,
+    Meanwhile,
     Settlement,
     State,
     decide,
     effective_state,
     ending,
     may_take_over,
+    meanwhile,
     must_reclaim,
     retry_after_s,
     usual_s,
@@ -95,6 +97,26 @@ def test_the_decision_table_is_whole():
 def test_which_keys_are_open_to_a_newcomer(found):
     """Unknown in the mode retry by the same request, and complete or expired after the window."""
     assert may_take_over(*found) is (found in OPEN)
+
+
+# joins, waits, the response has begun, it can be sent as it comes -> what a duplicate does meanwhile.
+MEANWHILE = {
+    (True, True, True, True): Meanwhile.JOIN,
+    (True, False, True, True): Meanwhile.JOIN,
+    (True, True, False, True): Meanwhile.WAIT_FOR_HEAD,
+    (True, True, True, False): Meanwhile.WAIT_FOR_END,
+    (True, True, False, False): Meanwhile.WAIT_FOR_END,
+    **{(False, True, *rest): Meanwhile.WAIT_FOR_END for rest in product((True, False), repeat=2)},
+    **{(False, False, *rest): Meanwhile.REFUSED for rest in product((True, False), repeat=2)},
+    **{(True, False, *rest): Meanwhile.REFUSED for rest in [(True, False), (False, True), (False, False)]},
+}
+
+
+@pytest.mark.parametrize("given", product((True, False), repeat=4))
+def test_what_a_duplicate_does_while_its_original_runs(given):
+    """It joins what it asks for, has begun and can be sent as it comes, and waits only where it may."""
+    joins, waits, has_head, fits = given
+    assert meanwhile(joins=joins, waits=waits, has_head=has_head, fits=fits) is MEANWHILE[given]
 
 
 @pytest.mark.parametrize("left_ms", [-(10**12), -1, 0, 1, 2, 10_000, 10**12])

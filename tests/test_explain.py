@@ -96,7 +96,7 @@ def test_the_table_of_rules(check):
         "events (stripe-webhook) * /events http://up.test optional PATCH,POST receiver + body:/id stripe-webhook / all "
         "604800 wait 8 s retry",
         "llm (openai) * /llm http://up.test optional PATCH,POST header:idempotency-key else derived:3600 "
-        "openai / known 3600 wait 600 s retry",
+        "openai / known 3600 join 600 s retry",
     ]
 
 
@@ -255,7 +255,10 @@ def test_a_request_is_explained(check):
         ),
         (
             ["POST", "/llm", "-H", "x-stainless-retry-count: 1"],
-            {"in flight": "waits up to 600 s", "complete": "replayed for 3600 s"},
+            {
+                "in flight": "joins the response while it comes; until it begins waits up to 600 s",
+                "complete": "replayed for 3600 s",
+            },
         ),
         (["POST", "/llm"], {"result": "forwarded unguarded: neither a key nor a retry count was sent"}),
         (

@@ -561,7 +561,8 @@ def test_a_preset(rules, name):
     assert rule.policy.preset == name
     assert rule.settings.retention_s == fields["retention_s"]
     assert rule.policy.mode == fields.get("on_unknown", "hold").encode()
-    assert rule.policy.wait_for_duplicates is (fields.get("on_duplicate") == "wait")
+    assert rule.policy.wait_for_duplicates is (fields.get("on_duplicate") in ("wait", "join"))
+    assert rule.policy.joins_duplicates is (fields.get("on_duplicate") == "join")
     (other,) = rules(one(f'preset = "{name}"\nretention_s = 100000\nnamespace = "n"\nkey = "header:K"')).rules
     assert (other.policy.retention_ms, other.policy.namespace, other.policy.key_header) == (100_000_000, b"n", b"k")
     assert other.policy.statuses.entries(Disposition.RELEASE) == rule.policy.statuses.entries(Disposition.RELEASE)

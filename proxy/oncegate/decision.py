@@ -143,6 +143,32 @@ def decide(state: State, same_request: bool, body_stored: bool) -> Decision:
     assert_never(state)
 
 
+class Meanwhile(Enum):
+    """What a duplicate does while its original is running (Decision.IN_FLIGHT)."""
+
+    # It gets the response as it comes.
+    JOIN = "join"
+    # It waits for the beginning of the response, and joins it then.
+    WAIT_FOR_HEAD = "wait_for_head"
+    # It waits until the original has ended.
+    WAIT_FOR_END = "wait_for_end"
+    # It gets in_flight.
+    REFUSED = "refused"
+
+
+def meanwhile(joins: bool, waits: bool, has_head: bool, fits: bool) -> Meanwhile:
+    """Return what a duplicate does while its original is running.
+
+    `joins`, `waits`: what its client and its policy want. `has_head`: the response has begun, and it is one that is
+    stored, so that a response which frees the key is never joined. `fits`: this client can get it as it comes.
+    """
+    if joins and has_head and fits:
+        return Meanwhile.JOIN
+    if not waits:
+        return Meanwhile.REFUSED
+    return Meanwhile.WAIT_FOR_HEAD if joins and fits else Meanwhile.WAIT_FOR_END
+
+
 # A window: also a record of this very millisecond is older.
 ANY_AGE = -1
 

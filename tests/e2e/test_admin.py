@@ -41,7 +41,8 @@ SETTLEMENTS = ("stored", "stored_without_body", "released", "unknown", "cancelle
 SUPPRESSED = ("replayed", "joined", "in_flight", "key_reused", "outcome_unknown", "response_not_kept", "key_expired")
 LOSSES = ("flushed", "rolled_back", "evicted", "moved")
 WAIT_ENDS = (
-    "record_changed", "head_came", "may_claim", "declined", "sent_away", "timed_out", "client_gone", "no_room",
+    "record_changed", "head_came", "store_silent", "may_claim", "declined", "sent_away", "timed_out", "client_gone",
+    "no_room",
     "no_room_for_body",
 )  # fmt: skip
 TOKENS = ("input", "cached", "cache_write", "output")

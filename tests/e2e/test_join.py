@@ -196,11 +196,10 @@ async def test_what_grows_too_large_breaks_its_followers_alone(stream):
     """From the moment a response is no longer stored its followers are cut off; its own client gets all of it."""
     one = await stream(MAX_STORED_BYTES=3000, LEASE_MS=60_000)
     client = await one.joined()
-    # Somebody reads elsewhere: from now on batches are small.
-    await asyncio.sleep(0.6)
     one.tap.send(chunk(b"x" * 4000))
-    answer = await answered(client)
-    assert (answer.complete, BODY.startswith(answer.body[: len(EVENTS[0])])) == (False, True)
+    async with asyncio.timeout(5):
+        answer = await answered(client)
+    assert (answer.complete, answer.body) == (False, EVENTS[0])
     late = await ask(one.owner.port, request())
     assert (late.status, late.slug) == (409, "response-not-kept")
     assert "still running" in late.problem["detail"]
@@ -316,6 +315,35 @@ async def test_a_silent_store_breaks_followers_off(stream, own_valkey):
     finally:
         own_valkey.resume()
         one.tap.end(LAST_CHUNK)
+
+
+@elsewhere
+async def test_a_silent_store_refuses_who_waits_for_the_head(stream, own_valkey, upstream):
+    """It cannot say any more whether the original runs: 503, also of one that may wait for long."""
+    one = await stream(STORE_URL=own_valkey.url, STORE_TIMEOUT_MS=300, WAIT_MAX_S=60)
+    upstream.script = holding(asyncio.Event())
+    await begun(one.owner.port, request(key="key-2"))
+    await until(lambda: len(upstream.received) == 2)
+    waiting = await begun(one.other.port, request(key="key-2"))
+    await until(lambda: one.other.metric("waiting") == 1)
+    own_valkey.pause()
+    try:
+        answer = await answered(waiting)
+        assert (answer.status, answer.slug) == (503, "store-unavailable")
+    finally:
+        own_valkey.resume()
+
+
+async def test_a_follower_gets_signs_of_life(stream, tmp_path: Path):
+    """In silence, as its original's client does."""
+    rule = '[[rule]]\nname = "llm"\npath = "/v1/**"\non_duplicate = "join"\nheartbeat_s = 1\n'
+    (tmp_path / "rules.toml").write_text(rule)
+    one = await stream(RULES_FILE="rules.toml")
+    client = await one.joined()
+    await has(client, b":\n\n")
+    one.tap.end(LAST_CHUNK)
+    answer = await answered(client)
+    assert (answer.complete, answer.body.replace(b":\n\n", b"")) == (True, EVENTS[0])
 
 
 async def test_followers_have_places_of_their_own(stream):
@@ -461,7 +489,7 @@ async def test_a_follower_keeps_its_original_alive(stream, tmp_path: Path):
     one = await stream(RULES_FILE="rules.toml")
     client = await one.joined()
     one.first.reset()
-    await asyncio.sleep(2)
+    await asyncio.sleep(1.2)
     one.tap.end(chunk(USAGE), chunk(b"data: [DONE]\n\n"), LAST_CHUNK)
     answer = await answered(client)
     assert (answer.complete, answer.header("oncegate-status")) == (True, b"joined")

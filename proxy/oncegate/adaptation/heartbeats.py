@@ -8,7 +8,7 @@ come between the events of a stream (HTML standard, section 9.2.6), whose reader
 import re
 from dataclasses import dataclass
 
-from oncegate.messages.fields import tokens
+from oncegate.messages.fields import Fields, tokens
 from oncegate.messages.request_head import RequestHead
 from oncegate.messages.response_head import ResponseHead
 
@@ -42,10 +42,17 @@ def takes_comments(head: ResponseHead) -> bool:
     Not where its length is stated, where its bytes are coded or digested, and not against `no-transform` (RFC 9110,
     section 7.7).
     """
-    fields = head.fields
+    if not head.is_event_stream or head.bodiless or head.length is not None:
+        return False
+    return are_plain_events(head.status, head.fields)
+
+
+def are_plain_events(status: int, fields: Fields) -> bool:
+    """Return whether a response is a stream of events, in bytes that may be changed between two of them."""
+    kinds = fields.get(b"content-type", ())
     # A digest may follow as a trailer.
     named = (*fields, *tokens(fields.get(b"trailer", ())))
     is_plain = set(tokens(fields.get(b"content-encoding", ()))) <= {b"identity"} and DIGESTS.isdisjoint(named)
-    if not (head.status == 200 and head.is_event_stream and is_plain) or head.bodiless or head.length is not None:
+    if not (status == 200 and is_plain and kinds and kinds[-1].lower().startswith(b"text/event-stream")):
         return False
     return b"no-transform" not in tokens(fields.get(b"cache-control", ()))

@@ -26,7 +26,7 @@ _IN_FLIGHT: Final = Decision.IN_FLIGHT
 _REPLAY: Final = Decision.REPLAY
 _REPLAYED: Final = Outcome.REPLAYED
 # After these the duplicate asks for the key once more.
-CLAIMS_AGAIN = (Woken.RECORD_CHANGED, Woken.HEAD_CAME, Woken.MAY_CLAIM)
+CLAIMS_AGAIN = (Woken.RECORD_CHANGED, Woken.HEAD_CAME, Woken.STORE_SILENT, Woken.MAY_CLAIM)
 
 
 def waits_for_original(keyed: KeyedRequest, taken: Taken) -> bool:

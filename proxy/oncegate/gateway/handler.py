@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Final
 
 from oncegate.adaptation.json_rpc import call_name
+from oncegate.decision import Meanwhile
 from oncegate.downstream.body import Bodies
 from oncegate.downstream.heartbeat import Heartbeat
 from oncegate.downstream.request import Request
@@ -35,7 +36,7 @@ from oncegate.gateway.first_step import FirstStep, ReadBody, Step
 from oncegate.gateway.keyed_request import KeyedRequest, begin_trace, open_head
 from oncegate.gateway.relay import Relay, answer_preflight, relay
 from oncegate.gateway.settling import Progress
-from oncegate.gateway.streams.join import NotJoined, join, may_join
+from oncegate.gateway.streams.join import Changed, join, may_join
 from oncegate.gateway.streams.later import respond_later
 from oncegate.gateway.streams.own import AnswerOwn
 from oncegate.gateway.streams.resume import Resume, resume
@@ -260,20 +261,21 @@ class Gateway:
         clock = keyed.route.deps.clock
         self.in_flight -= 1
         try:
-            joined: object = None
+            joins = b""
             if isinstance(taken, Record) and may_join(keyed, taken):
-                joined = await join(request, keyed, taken)
-                if isinstance(joined, RequestReport):
-                    return joined
-                if isinstance(joined, Refuse):
-                    return refuse_keyed(request, keyed, joined)
-                if joined is NotJoined.CHANGED:
-                    keyed.not_joined = taken.token
-                    return None
+                match await join(request, keyed, taken):
+                    case RequestReport() as report:
+                        return report
+                    case Refuse() as refused:
+                        return refuse_keyed(request, keyed, refused)
+                    case Changed():
+                        keyed.not_joined = taken.token
+                        return None
+                    case Meanwhile() as instead:
+                        joins = taken.token if instead is Meanwhile.WAIT_FOR_HEAD else b""
             if not keyed.wait_s:
                 return await answer_duplicate(request, keyed, taken)
             began_s = clock()
-            joins = taken.token if joined is NotJoined.NO_HEAD and isinstance(taken, Record) else b""
             woken = await wait_for_original(request, keyed, self._bodies, deadline_s, joins)
         finally:
             self.in_flight += 1

@@ -49,7 +49,6 @@ class Recording:
     ) -> None:
         self._store, self._held, self._max_bytes = store, held, max_bytes
         self._settle_timeout_s, self._memory, self._digest = settle_timeout_s, memory, digest
-        # Who reads it while it comes: in this worker, and whether anybody does elsewhere.
         self._head = head
         self._feed: Feed | None = None
         self._loop = asyncio.get_running_loop()
@@ -153,11 +152,11 @@ class Recording:
     # What becomes of it ...
 
     def _drop(self) -> None:
-        """Store no more of the response, which goes on. Whoever reads it elsewhere learns it from its record."""
+        """Store no more of the response, which goes on. Whoever reads it elsewhere learns that from its record."""
         self.is_storing = False
         self._end_feed(FeedEnd.BROKEN if self.is_broken else FeedEnd.DROPPED)
         self._held.stage = DROPPED
-        if self._held.read_elsewhere and not self.is_broken:
+        if self._head and self.chunks and not self.is_broken:
             self._telling = self._loop.create_task(self._store.renew(self._held.claim, DROPPED))
         self._forget()
 

@@ -72,7 +72,8 @@ def _llm(namespace: str) -> Preset:
         # Two equal prompts in a row are often meant: the retry count decides, not the window (docs/decisions/008).
         "key": [["header:Idempotency-Key"], ["derived:3600"]],
         "namespace": namespace,
-        "on_duplicate": "wait",
+        # A client that lost its stream comes back while it goes on, and reads on at once.
+        "on_duplicate": "join",
         "wait_max_s": 600,
         "on_unknown": "retry",
         # The SDKs retry 408, 409, 429 and 5xx. A stored error would answer each of their retries.

@@ -99,7 +99,7 @@ class Parts:
             polled=metrics.duplicate_polled,
         )
         self.feeds = Feeds(self.store, self.memory, settings.lease_ms, settings.workers)
-        self.feeds.head_came = self.waiters.head_came
+        self.feeds.head_came = self.waiters.wake_joining
         self.followers = Followers(settings.max_followers)
         self.cancellations = Cancellations(self.store, self.leases, metrics.cancels.by_value)
         self.unknown_keys = UnknownKeys(

@@ -35,6 +35,8 @@ class Woken(Enum):
     RECORD_CHANGED = "record_changed"
     # The original's response has begun: a duplicate that joins it may try.
     HEAD_CAME = "head_came"
+    # The store has said nothing for a lease and a second to one that joins.
+    STORE_SILENT = "store_silent"
     # The key is free and nothing was sent for it: this duplicate may claim it.
     MAY_CLAIM = "may_claim"
     # The key is free, and the upstream may want no retry now: the client retries later.
@@ -84,9 +86,9 @@ class Waiters:
         self._by_key: dict[bytes, list[_Waiter]] = {}
         self._schedule = PollSchedule(polls_per_s)
         self._clock = asyncio.get_running_loop().time
-        self._count = 0
-        self._closed = False
-        self._arrived = asyncio.Event()
+        # And when the store last said something about an original that somebody joins (the loop's time).
+        self._count, self._heard_s = 0, 0.0
+        self._closed, self._arrived = False, asyncio.Event()
 
     def __len__(self) -> int:
         return self._count
@@ -109,9 +111,9 @@ class Waiters:
         """Wait for a key without `refusal`, until `deadline_s` (the loop's time) or until `client_left` is done.
 
         `is_half_closed()` returns whether the client closed its side of the connection. Such a client may have left,
-        or may still read its response. It waits while there is room. `joins`: the token of the claim whose response
-        it joins once that begins; empty: it waits for the end.
+        or may still read its response. It waits while there is room. `joins`: as in _Waiter.
         """
+        self._heard_s = self._heard_s if self._by_key else self._clock()
         if key not in self._by_key:
             self._by_key[key] = []
             self._schedule.add(key, self._clock())
@@ -176,11 +178,11 @@ class Waiters:
             if not waiter.future.done():
                 waiter.future.set_result(reason)
 
-    def head_came(self, key: bytes) -> None:
-        """Wake the waiters that join the response to a key: it has begun."""
+    def wake_joining(self, key: bytes, reason: Woken = Woken.HEAD_CAME) -> None:
+        """Wake the waiters that join the response to a key."""
         for waiter in self._by_key.get(key, ()):
             if waiter.joins and not waiter.future.done():
-                waiter.future.set_result(Woken.HEAD_CAME)
+                waiter.future.set_result(reason)
 
     def let_one_claim(self, key: bytes) -> None:
         """Let one waiter of a key claim it. The others go on waiting, now for that one."""
@@ -237,14 +239,18 @@ class Waiters:
     async def _poll_head(self, key: bytes, token: bytes) -> bool:
         """Look for the head of a response; return whether that says all about its key."""
         found = await self._store.follow(key, token, 0)
+        if found is ReadFailure.UNCONFIRMED:
+            if self._clock() > self._heard_s + self._lease_ms / 1000 + 1:
+                self.wake_joining(key, Woken.STORE_SILENT)
+            return True
+        self._heard_s = self._clock()
         if not isinstance(found, Followed):
-            return found is ReadFailure.UNCONFIRMED
+            return False
         if found.state is not State.IN_FLIGHT:
             self._wake(key, Woken.RECORD_CHANGED)
         elif found.head or found.dropped:
-            self.head_came(key)
-        elif found.count:
-            # Its owner is of an older version, and gives no head.
+            self.wake_joining(key)
+        elif found.count:  # Its owner is of an older version, and gives no head.
             for waiter in self._by_key.get(key, ()):
                 waiter.joins = b""
         return True

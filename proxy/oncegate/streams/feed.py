@@ -181,7 +181,7 @@ class Feed:
     def note_current(self, is_current: bool) -> None:
         """Take note whether this has all that the store has."""
         if is_current and not self.is_current:
-            self._wake()
+            self._wake_all()
         self.is_current = is_current
 
     def begin(self, head: StreamHead | None) -> None:

@@ -4,9 +4,10 @@ Until there is a head, a join is a wait. What cannot be sent while it comes, suc
 this client, is a wait for the end.
 """
 
-from enum import Enum
+from typing import NamedTuple
 
 from oncegate.adaptation.content_codings import coding_to_decode, may_be_coded
+from oncegate.decision import Meanwhile, meanwhile
 from oncegate.downstream.request import Request
 from oncegate.gateway.answers import Refuse, no_body_to_join, store_silent
 from oncegate.gateway.keyed_request import KeyedRequest
@@ -21,15 +22,8 @@ from oncegate.streams.feed import Feed, FeedEnd
 MARK = b"Oncegate-Status: joined\r\n"
 
 
-class NotJoined(Enum):
-    """Why a duplicate has not joined its original, to which nothing was sent."""
-
-    # The original has no head yet.
-    NO_HEAD = "no_head"
-    # The record says something else by now.
-    CHANGED = "changed"
-    # This one has to wait for the end.
-    CANNOT = "cannot"
+class Changed(NamedTuple):
+    """The record says something else by now: ask for the key once more."""
 
 
 def may_join(keyed: KeyedRequest, running: Record) -> bool:
@@ -37,32 +31,37 @@ def may_join(keyed: KeyedRequest, running: Record) -> bool:
     return keyed.join_fields is not None and running.token != keyed.not_joined
 
 
-async def join(request: Request, keyed: KeyedRequest, record: Record) -> RequestReport | Refuse | NotJoined:
-    """Send a running original's response as it comes, or return what else is to be done."""
+async def join(request: Request, keyed: KeyedRequest, record: Record) -> RequestReport | Refuse | Changed | Meanwhile:
+    """Send a running original's response as it comes, or return what else is to be done. Nothing was sent then."""
     deps, claim = keyed.route.deps, keyed.claim_request
-    tenant = claim.scope.tenant
+    tenant, waits = claim.scope.tenant, keyed.wait_s > 0
     if keyed.caller is not None or not deps.followers.has_room(tenant):
-        return NotJoined.CANNOT
+        return meanwhile(joins=True, waits=waits, has_head=False, fits=False)
     if claim.key in deps.leases and claim.key not in deps.feeds.running:
-        return NotJoined.NO_HEAD
+        return meanwhile(joins=True, waits=waits, has_head=False, fits=True)
     with deps.followers.following(tenant), deps.feeds.reading(claim.key, record.token) as feed:
         await feed.beyond(-1)
-        if feed.is_lost or feed.head is None:
-            return _not_joined(feed)
-        if _must_be_decoded(request, feed.head):
-            return NotJoined.CANNOT
+        if feed.is_lost:
+            return _lost(feed) or meanwhile(joins=True, waits=waits, has_head=False, fits=False)
+        fits = feed.head is None or not _must_be_decoded(request, feed.head)
+        instead = meanwhile(joins=True, waits=waits, has_head=feed.head is not None, fits=fits)
+        if feed.head is None or instead is not Meanwhile.JOIN:
+            return instead
         with counted_as_reader(request, keyed):
             return await _follow(request, keyed, record, feed, feed.head)
 
 
-def _not_joined(feed: Feed) -> Refuse | NotJoined:
-    if feed.ended is None:
-        return NotJoined.NO_HEAD
-    if feed.ended is FeedEnd.DROPPED:
-        return no_body_to_join(feed.head.status if feed.head is not None else 0)
-    if feed.ended is FeedEnd.UNREACHABLE:
-        return store_silent()
-    return NotJoined.CANNOT if feed.ended is FeedEnd.DRAINING else NotJoined.CHANGED
+def _lost(feed: Feed) -> Refuse | Changed | None:
+    """Return what becomes of a duplicate whose original's response cannot be followed; None: it waits for the end."""
+    match feed.ended:
+        case FeedEnd.DROPPED:
+            return no_body_to_join(feed.head.status if feed.head is not None else 0)
+        case FeedEnd.UNREACHABLE:
+            return store_silent()
+        case FeedEnd.DRAINING:
+            return None
+        case _:
+            return Changed()
 
 
 def _must_be_decoded(request: Request, head: StreamHead) -> bool:
@@ -79,7 +78,8 @@ async def _follow(request: Request, keyed: KeyedRequest, record: Record, feed: F
         keyed.trace.met(unpack_kept(record.kept).trace)
     own = keyed.own_fields(request, record.token, record.created_ms)
     fields = MARK + (keyed.join_fields or b"") + keyed.fields + own
-    ended = await serve(request.response, feed, head, head_block(request, head, fields, original_id(record.kept)))
+    block = head_block(request, head, fields, original_id(record.kept))
+    ended = await serve(request.response, feed, head, block, keyed.route.policy.heartbeats)
     if ended not in (None, FeedEnd.COMPLETE):
         return keyed.report(request, Outcome.TRUNCATED, head.status, f"joined, and broken off: {ended.label}")
     report = keyed.report(request, Outcome.JOINED, head.status)

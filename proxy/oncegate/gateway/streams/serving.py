@@ -6,9 +6,12 @@ The end is clean only where the store has the whole response. Anything else that
 from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 
+from oncegate.adaptation.blocks import read_block
+from oncegate.adaptation.heartbeats import DIGESTS, Heartbeats, are_plain_events
 from oncegate.downstream.request import Request
 from oncegate.downstream.response import ResponseWriter
 from oncegate.gateway.keyed_request import KeyedRequest
+from oncegate.messages.fields import by_name
 from oncegate.messages.framing import COUNTED, STATED
 from oncegate.messages.trailers import without
 from oncegate.store.stream_head import StreamHead
@@ -36,9 +39,15 @@ def head_block(request: Request, head: StreamHead, fields: bytes, original_id: b
     return request.requester.replayed(block, age_ms) if request.adaptation.adapts_replay(block) else block
 
 
-async def serve(response: ResponseWriter, feed: Feed, head: StreamHead, block: bytes) -> FeedEnd | None:
+async def serve(
+    response: ResponseWriter, feed: Feed, head: StreamHead, block: bytes, heartbeats: Heartbeats | None
+) -> FeedEnd | None:
     """Send a response from its beginning as it comes; return how it ended, None if the client left first."""
     response.begin(head.status, head.reason, block, head.length, STATED if head.stated_length else COUNTED)
+    fields = by_name(read_block(head.block)) if heartbeats is not None and head.length is None else {}
+    if heartbeats is not None and are_plain_events(head.status, fields):
+        response.comment_every(heartbeats.period_s)
+        return await pass_on(response, feed, 0, DIGESTS)
     return await pass_on(response, feed, 0)
 
 
