@@ -40,7 +40,7 @@ CLIENTS: list[RawClient] = []
 
 
 @pytest.fixture(autouse=True)
-async def _closed() -> AsyncIterator[None]:
+async def closed() -> AsyncIterator[None]:
     """Close the clients of a test."""
     yield
     while CLIENTS:
@@ -57,9 +57,9 @@ async def begun(port: int, raw: bytes) -> RawClient:
     return client
 
 
-async def answered(client: RawClient) -> Answer:
+async def answered(client: RawClient, seconds: float = 20) -> Answer:
     """Return the answer of a client that has asked."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(seconds):
         answer = await read_answer(client.reader)
     assert answer is not None
     return answer
