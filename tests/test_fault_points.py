@@ -91,6 +91,13 @@ FAULTS = {
     65: "a cancel comes before a lost request is sent again",
     66: "the owner is dead when a cancel comes",
     67: "the store stands still within a cancel",
+    # Others follow its response
+    68: "the owner is killed while others follow its response",
+    69: "a record vanishes, or gets another owner, while others follow",
+    70: "the store stands still while others follow",
+    71: "a response grows too large while others follow",
+    72: "messages to followers are lost, and their connections to the store",
+    73: "a proxy drains while others follow",
 }
 
 
@@ -122,5 +129,5 @@ def test_every_fault_point_has_a_test(number):
 
 def test_every_number_is_a_fault_point():
     """No test, and no line, bears a number that is none."""
-    assert sorted(FAULTS) == list(range(1, 68))
+    assert sorted(FAULTS) == list(range(1, 74))
     assert {*marked(), *without()} == set(FAULTS)

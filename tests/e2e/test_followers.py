@@ -81,6 +81,7 @@ async def cut_at_random(relays: list[LossyRelay], draw: random.Random, seconds: 
         draw.choice(relays).cut()
 
 
+@pytest.mark.fault(72)
 @pytest.mark.parametrize("seed", [0, *(pytest.param(one, marks=pytest.mark.full) for one in range(1, 20))])
 async def test_fifty_followers_on_three_replicas(fork, upstream, valkey, seed):
     """Each gets exactly the original's bytes, once, and its end, whatever is lost between the store and the proxies."""
@@ -141,7 +142,7 @@ def _reads(valkey: Valkey) -> int:
         return int(client.info("commandstats").get("cmdstat_hlen", {"calls": 0})["calls"])
 
 
-@pytest.mark.fault(70)
+@pytest.mark.fault(68)
 @pytest.mark.parametrize("points", [12, pytest.param(200, marks=pytest.mark.full)])
 async def test_an_owner_that_is_killed_at_any_time_ends_nothing_cleanly(proxies, upstream, valkey, points):
     """Its followers elsewhere are broken off within a lease and a second, with a beginning of the response."""

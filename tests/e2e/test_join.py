@@ -192,6 +192,7 @@ async def test_what_breaks_at_the_api_breaks_for_all(stream, upstream):
     assert one.other.metric('requests_total{outcome="truncated"}') >= 1
 
 
+@pytest.mark.fault(71)
 async def test_what_grows_too_large_breaks_its_followers_alone(stream):
     """From the moment a response is no longer stored its followers are cut off; its own client gets all of it."""
     one = await stream(MAX_STORED_BYTES=3000, LEASE_MS=60_000)
@@ -225,6 +226,7 @@ async def test_what_is_too_large_from_its_head_on_says_so(proxies, upstream, val
     assert (await answered(first)).complete
 
 
+@pytest.mark.fault(73)
 async def test_a_drain_breaks_followers_off(stream):
     """It does not wait for them, and counts none as cut off; the original's own client gets the end."""
     one = await stream()
@@ -242,6 +244,7 @@ async def test_a_drain_breaks_followers_off(stream):
 
 
 @elsewhere
+@pytest.mark.fault(68)
 async def test_a_killed_owner_breaks_followers_off(stream):
     """Within a lease and a second, and never cleanly; the key is unknown."""
     one = await stream()
@@ -269,6 +272,7 @@ async def test_a_release_by_an_operator_breaks_followers_off(stream, valkey, ups
 
 
 @elsewhere
+@pytest.mark.fault(69)
 async def test_a_takeover_breaks_followers_off(stream, upstream):
     """A second execution under the key gives its bytes to none of the first one's readers."""
     one = await stream(ON_UNKNOWN="retry")
@@ -291,6 +295,7 @@ async def test_a_takeover_breaks_followers_off(stream, upstream):
         one.owner.signal(signal.SIGCONT)
 
 
+@pytest.mark.fault(69)
 async def test_a_record_that_vanishes_breaks_followers_off(stream, valkey):
     """A store that has forgotten the key confirms no end of it."""
     one = await stream()
@@ -304,6 +309,7 @@ async def test_a_record_that_vanishes_breaks_followers_off(stream, valkey):
 
 
 @elsewhere
+@pytest.mark.fault(70)
 async def test_a_silent_store_breaks_followers_off(stream, own_valkey):
     """After a lease and a second: cleanly refused before the first byte, cut off behind it."""
     one = await stream(STORE_URL=own_valkey.url, STORE_TIMEOUT_MS=300, WAIT_MAX_S=60)
