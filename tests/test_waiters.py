@@ -12,6 +12,7 @@ from oncegate.keys.digests import Digests, Scope
 from oncegate.observe.metrics import WAIT_ENDS
 from oncegate.store.record import Claim, ClaimRequest
 from oncegate.store.store import Store
+from oncegate.store.stream_head import StreamHead, pack_head
 from oncegate.store.waiters import MAX_POLLS_PER_S, PollSchedule, Waiters, Woken
 from tests.conftest import Valkey
 from tests.parts import until
@@ -169,10 +170,10 @@ async def claim(store: Store, key: bytes) -> Claim:
     return claimed
 
 
-def wait(waiters: Waiters, key: bytes) -> "asyncio.Task[Woken]":
+def wait(waiters: Waiters, key: bytes, joins: bytes = b"") -> "asyncio.Task[Woken]":
     assert waiters.refusal(key) is None
     loop = asyncio.get_running_loop()
-    return loop.create_task(waiters.wait(key, SCOPE, loop.time() + 60, loop.create_future(), lambda: False))
+    return loop.create_task(waiters.wait(key, SCOPE, loop.time() + 60, loop.create_future(), lambda: False, joins))
 
 
 def calls(valkey: Valkey) -> int:
@@ -241,3 +242,43 @@ async def test_a_poll_that_fails_ends_no_wait(probe, monkeypatch):
         await store.mark_unknown(one, "for a test", 5)
         async with asyncio.timeout(10):
             assert await waiting is Woken.RECORD_CHANGED
+
+
+HEAD = pack_head(StreamHead(200, b"OK", b"X: 1\r\n", None, False, False, 0))
+
+
+async def test_who_joins_is_woken_by_the_head_alone(valkey):
+    """A duplicate that waits for the end of the same original waits on."""
+    async with running(valkey.url) as (store, waiters):
+        claimed = await claim(store, key(1))
+        joining, waiting = wait(waiters, key(1), claimed.token), wait(waiters, key(1))
+        await store.append(claimed, 0, b"chunk", 5, HEAD)
+        assert await joining is Woken.HEAD_CAME
+        assert not waiting.done()
+        await store.mark_unknown(claimed, "lost", 5)
+        assert await waiting is Woken.RECORD_CHANGED
+
+
+async def test_an_older_owner_gives_no_head(valkey):
+    """Its response cannot be joined: whoever wants to waits for the end."""
+    async with running(valkey.url) as (store, waiters):
+        claimed = await claim(store, key(1))
+        joining = wait(waiters, key(1), claimed.token)
+        await store.append(claimed, 0, b"chunk", 5)
+        await until(lambda: not waiters._by_key[key(1)][0].joins)
+        await store.append(claimed, 1, b"chunk", 5, b"")
+        assert not joining.done()
+        await store.release(claimed, 5)
+        assert await joining is Woken.DECLINED
+
+
+async def test_another_claim_is_not_what_it_joins(valkey):
+    """A key that was freed and claimed again has changed for who joined its first claim."""
+    async with running(valkey.url) as (store, waiters):
+        claimed = await claim(store, key(1))
+        joining = wait(waiters, key(1), b"another token 16")
+        await store.append(claimed, 0, b"chunk", 5, HEAD)
+        await asyncio.sleep(0.3)
+        assert not joining.done()
+        await store.mark_unknown(claimed, "lost", 5)
+        assert await joining is Woken.RECORD_CHANGED

@@ -171,6 +171,7 @@ async def test_a_client_asks_for_it(stream, upstream, valkey):
     first.reset()
 
 
+@elsewhere
 async def test_another_request_never_learns_that_it_runs(stream):
     """A duplicate with another body gets 422, and not a byte."""
     one = await stream()
@@ -241,6 +242,29 @@ async def test_a_drain_breaks_followers_off(stream):
     stuck.close()
     assert one.other.process.wait(20) == 0
     assert [line["cut_off"] for line in one.other.events("stopped") if "cut_off" in line] in ([], [0])
+
+
+async def test_a_worker_that_is_replaced_breaks_followers_off(proxies, upstream, valkey):
+    """They join again at its successor; the original's client gets the end from the old worker."""
+    tap = Tap()
+    upstream.script = tap.script
+    proxy = proxies(upstream, valkey.url, ON_DUPLICATE="join", WORKERS=2)
+    first = await begun(proxy.port, ORIGINAL)
+    tap.send(SSE, chunk(EVENTS[0]))
+    await has(first, EVENTS[0])
+    followers = [await begun(proxy.port, ORIGINAL) for _ in range(4)]
+    for one in followers:
+        await has(one, EVENTS[0])
+    proxy.signal(signal.SIGUSR2)
+    answers = await asyncio.gather(*map(answered, followers))
+    assert {(one.body, one.complete) for one in answers} == {(EVENTS[0], False)}
+    await until(lambda: proxy.events("workers replaced"), 30)
+    again = await begun(proxy.port, ORIGINAL)
+    await has(again, EVENTS[0])
+    tap.end(*map(chunk, EVENTS[1:]), LAST_CHUNK)
+    for answer in (await answered(again), await answered(first)):
+        assert (answer.body, answer.complete) == (BODY, True)
+    assert len(upstream.received) == 1
 
 
 @elsewhere
@@ -389,6 +413,7 @@ SIZED = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 
 UNTIL_CLOSED = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
 
 
+@elsewhere
 async def test_a_stated_length_is_stated(stream):
     """The last byte, which makes the response whole, comes once the store has it."""
     one = await stream(SIZED, framed=bytes)
@@ -398,6 +423,7 @@ async def test_a_stated_length_is_stated(stream):
     assert (answer.header("content-length"), answer.body, answer.complete) == (b"%d" % len(BODY), BODY, True)
 
 
+@elsewhere
 async def test_a_response_that_ends_by_closing_is_chunked(stream, upstream):
     """For a follower the end is one that can be told from a break."""
     one = await stream(UNTIL_CLOSED, framed=bytes)
@@ -410,6 +436,7 @@ async def test_a_response_that_ends_by_closing_is_chunked(stream, upstream):
     assert (answer.header("transfer-encoding"), answer.body, answer.complete) == (b"chunked", BODY, True)
 
 
+@elsewhere
 async def test_a_client_of_http_1_0_gets_the_end_by_closing(stream):
     """A FIN where the response is whole, a reset where it is not."""
     old = ORIGINAL.replace(b"HTTP/1.1", b"HTTP/1.0")
@@ -432,6 +459,7 @@ async def test_a_client_of_http_1_0_sees_a_break(stream):
         await rest(client)
 
 
+@elsewhere
 async def test_trailers_follow_for_those_who_take_them(stream):
     """As they follow the original, and a replay."""
     one = await stream(SSE.replace(b"\r\n\r\n", b"\r\nTrailer: X-Sum\r\n\r\n"))
@@ -444,6 +472,7 @@ async def test_trailers_follow_for_those_who_take_them(stream):
     assert (await answered(await one.joined())).complete
 
 
+@elsewhere
 async def test_a_coded_body_goes_to_those_who_take_it(stream):
     """Any other client waits for the end, and gets it decoded."""
     packed = gzip.compress(BODY)
@@ -461,6 +490,7 @@ def _with(*lines: str) -> bytes:
     return request("POST", "/v1/charges", "key-1", b'{"amount": 1}', *lines)
 
 
+@elsewhere
 async def test_each_follower_gets_its_own_head(stream):
     """Ids, grants to pages and cookies are those of its own request, as in a replay."""
     head = SSE.replace(b"\r\n\r\n", b"\r\nSet-Cookie: a=b\r\nX-Api: 1\r\nAge: 7\r\n\r\n")
@@ -513,6 +543,7 @@ on_duplicate = "join"
 """
 
 
+@elsewhere
 async def test_a_call_of_json_rpc_waits_for_its_end(stream, tmp_path: Path):
     """Its messages decide what becomes of its key, so that its bytes are nobody else's before their end."""
     (tmp_path / "rules.toml").write_text(RPC)
