@@ -112,7 +112,7 @@ MEANWHILE = {
 }
 
 
-@pytest.mark.parametrize("given", product((True, False), repeat=4))
+@pytest.mark.parametrize("given", [*product((True, False), repeat=4)])
 def test_what_a_duplicate_does_while_its_original_runs(given):
     """It joins what it asks for, has begun and can be sent as it comes, and waits only where it may."""
     joins, waits, has_head, fits = given

@@ -154,7 +154,7 @@ async def test_every_reader_gets_every_byte_once(feeds, records, memory, seed):
         with feeds.reading(KEY, TOKEN) as feed:
             return offset, await read_all(feed, offset)
 
-    feeds.begin(KEY, Running(TOKEN, HEAD, source))
+    feeds.begin(KEY, Running(TOKEN, lambda: HEAD, source))
     for piece in pieces:
         size += len(piece)
         if source.feed is not None:
@@ -262,7 +262,7 @@ async def test_a_thousand_readers_are_one_read_a_pause(feeds, records):
 async def test_a_slow_reader_costs_its_window_alone(feeds, records, memory):
     """What the store has leaves the memory, whoever has not read it yet; the slow reader gets it from the store."""
     source = Source()
-    feeds.begin(KEY, Running(TOKEN, HEAD, source))
+    feeds.begin(KEY, Running(TOKEN, lambda: HEAD, source))
     with feeds.reading(KEY, TOKEN) as feed:
         for number in range(40):
             piece = bytes([number]) * 50_000
@@ -347,7 +347,7 @@ async def test_a_response_that_begins_here_needs_no_store(feeds, records):
         await feed.beyond(-1)
         assert feed.head is None
         source = Source()
-        feeds.begin(KEY, Running(TOKEN, HEAD, source))
+        feeds.begin(KEY, Running(TOKEN, lambda: HEAD, source))
         assert (feed.head, source.feed) == (HEAD, feed)
         reads = len(records.reads)
         await asyncio.sleep(0.12)

@@ -14,10 +14,12 @@ from oncegate.messages.response_head import response_digest
 from oncegate.store.leases import Leases, suspended_clock_s
 from oncegate.store.results import AppendStatus, SettleStatus
 from oncegate.store.store import Store
+from oncegate.store.stream_head import StreamHead
 from tests.parts import until
 from tests.probes import Probe
 from tests.stores import FOREIGN, KEY, PATIENCE_S, answer, claimed, connected
 
+HEAD = StreamHead(201, b"Made", b"X: 1\r\n", None, False, False, 0)
 LONG_S = 3600.0  # no test waits for it
 
 
@@ -129,7 +131,7 @@ async def test_what_is_read_elsewhere_does_not_wait(begin, store, probe, monkeyp
 
     A record has no reader before its first chunk: that changes nothing of what a note has said.
     """
-    one = await begin(head=b"head")
+    one = await begin(shown=lambda: HEAD)
     one.add(b"a")
     await asyncio.sleep(0.05)
     assert (one.chunks, appended(probe)) == (0, [])

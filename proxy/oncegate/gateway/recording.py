@@ -10,6 +10,7 @@ from oncegate.store.leases import LeasedClaim, do_nothing
 from oncegate.store.results import AppendStatus, RenewStatus
 from oncegate.store.stages import DROPPED
 from oncegate.store.store import Store
+from oncegate.store.stream_head import StreamHead, pack_head
 from oncegate.streams.feed import Feed, FeedEnd
 
 # A batch goes to the store once it has so many bytes, or so long after its first; sooner where memory is short.
@@ -45,11 +46,11 @@ class Recording:
         memory: MemoryBudget,
         ticker: Ticker,
         on_broken: Callable[[], None] = do_nothing,
-        head: bytes = b"",
+        shown: Callable[[], StreamHead] | None = None,
     ) -> None:
         self._store, self._held, self._max_bytes = store, held, max_bytes
         self._settle_timeout_s, self._memory, self._digest = settle_timeout_s, memory, digest
-        self._head = head
+        self._shown = shown
         self._feed: Feed | None = None
         self._loop = asyncio.get_running_loop()
         # What waits for the next append, and how many bytes that is; and with what is on its way.
@@ -156,7 +157,7 @@ class Recording:
         self.is_storing = False
         self._end_feed(FeedEnd.BROKEN if self.is_broken else FeedEnd.DROPPED)
         self._held.stage = DROPPED
-        if self._head and self.chunks and not self.is_broken:
+        if self._shown is not None and self.chunks and not self.is_broken:
             self._telling = self._loop.create_task(self._store.renew(self._held.claim, DROPPED))
         self._forget()
 
@@ -223,7 +224,7 @@ class Recording:
 
     async def _append(self, chunk: bytes) -> None:
         try:
-            head = b"" if self.chunks else self._head
+            head = b"" if self.chunks or self._shown is None else pack_head(self._shown())
             status = await self._store.append(self._held.claim, self.chunks, chunk, self._settle_timeout_s, head)
         except Exception:
             # Whoever waits for room must not wait for ever. What failed is raised where the end is waited for.

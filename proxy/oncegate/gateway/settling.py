@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from oncegate.decision import Disposition, Ending, Settlement, ending, usual_s
@@ -22,9 +23,9 @@ from oncegate.store.record import StoredResponse, cancelled_claim
 from oncegate.store.results import ClaimEvent, SettleResult, SettleStatus
 from oncegate.store.stages import DROPPED
 from oncegate.store.store import Settling
-from oncegate.store.stream_head import StreamHead, pack_head
+from oncegate.store.stream_head import StreamHead
 from oncegate.streams import released
-from oncegate.streams.feeds import Running
+from oncegate.streams.feeds import HeadOf, Running
 from oncegate.streams.released import Released
 from oncegate.upstream.errors import UpstreamLost
 
@@ -135,7 +136,8 @@ def new_recording(
     """
     deps, held, recording = progress.deps, progress.held, None
     is_certain = progress.reading is None or not progress.reading.body_tells
-    shown = stream_head(head) if is_certain else None
+    # Made where somebody reads, or where it goes to the store: most responses end before either.
+    shown = partial(stream_head, head) if is_certain else None
     if (head.length or 0) <= max_bytes and not deps.store.full():
         recording = _recording(progress, head, max_bytes, on_broken, shown)
     else:
@@ -154,7 +156,7 @@ def stream_head(head: ResponseHead) -> StreamHead:
 
 
 def _recording(
-    progress: Progress, head: ResponseHead, max_bytes: int, on_broken: Callable[[], None], shown: StreamHead | None
+    progress: Progress, head: ResponseHead, max_bytes: int, on_broken: Callable[[], None], shown: HeadOf | None
 ) -> Recording:
     deps = progress.deps
     return Recording(
@@ -167,7 +169,7 @@ def _recording(
         memory=deps.memory,
         ticker=deps.ticker,
         on_broken=on_broken,
-        head=b"" if shown is None else pack_head(shown),
+        shown=shown,
     )
 
 

@@ -15,6 +15,10 @@ from oncegate.streams.pulling import Pull
 PAUSE_S, READS_PER_S = 0.05, 500
 
 
+# Returns the head of a response.
+HeadOf = Callable[[], StreamHead]
+
+
 class Source(Protocol):
     """What stores a response that comes in this worker."""
 
@@ -29,7 +33,7 @@ class Running(NamedTuple):
     """A response that comes in this worker, from its head on. `source` None: it is not stored."""
 
     token: bytes
-    head: StreamHead
+    head: HeadOf
     source: Source | None
 
 
@@ -123,7 +127,7 @@ class Feeds:
 def _connect(shared: _Shared, running: Running) -> None:
     """Let a feed have what comes in this worker."""
     feed, source = shared.feed, running.source
-    feed.begin(running.head)
+    feed.begin(running.head())
     if source is None:
         feed.end(FeedEnd.DROPPED)
     else:
