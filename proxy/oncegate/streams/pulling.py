@@ -60,8 +60,11 @@ class Pull:
                 stop()
 
     async def _rest(self, began_s: float, pause_s: float, news: asyncio.Event) -> None:
-        """Wait after a read that began at `began_s` (the loop's time): for `pause_s`, and for news where they come."""
-        if self._store.wakes.is_live(self._feed.key):
+        """Wait after a read that began at `began_s` (the loop's time): for `pause_s`, and for news where they come.
+
+        Before the head nobody says anything: the owner hears of readers with its first append.
+        """
+        if self._feed.head is not None and self._store.wakes.is_live(self._feed.key):
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(began_s + UNTOLD_S):
                     await news.wait()
