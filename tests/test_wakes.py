@@ -105,19 +105,20 @@ async def test_every_end_wakes(owners, readers, how):
 async def test_where_nobody_reads_nothing_is_said(owners, readers, empty_server):
     """No message, and no connection; and none any more once the last reader has left."""
     with empty_server.client() as client:
+        # Those of the test before are about to close.
+        await until(lambda: client.client_list(_type="pubsub") == [])
         client.config_resetstat()
-        connections = len(client.client_list())
         owner = await claimed(owners)
         for index in range(3):
             assert await owners.append(owner, index, b"x", PATIENCE_S, b"" if index else HEAD) is AppendStatus.APPENDED
         await owners.store(owner, answer(b"x", b"x", b"x"), b"", PATIENCE_S)
         assert "cmdstat_publish" not in client.info("commandstats")
-        assert len(client.client_list()) == connections
+        assert client.client_list(_type="pubsub") == []
         reader = Reader(readers)
         await reader.live()
-        assert len(client.client_list()) == connections + 1
+        assert len(client.client_list(_type="pubsub")) == 1
         reader.stop()
-        await until(lambda: len(client.client_list()) == connections)
+        await until(lambda: client.client_list(_type="pubsub") == [])
         assert await wake_of(readers, owners)
 
 
@@ -159,6 +160,8 @@ async def test_a_server_that_hangs(own_valkey):
 async def limited(server: Valkey, *rights: str) -> AsyncIterator[Store]:
     """A store whose user has the rights of the scripts, and these."""
     permit(server, "reset", ">pw", *ACL, *rights)
+    with server.client() as client:
+        client.acl_log_reset()
     async with connected(server.url.replace("redis+unix://", "redis+unix://gate:pw@")) as store:
         yield store
 
@@ -190,8 +193,6 @@ def refusals(server: Valkey) -> int:
 async def test_a_user_who_may_not_publish(empty_server, readers, monkeypatch):
     """Chunks and settlements are as ever, and the server is not asked each time."""
     monkeypatch.setattr(wakes, "REFUSED_S", 0.2)
-    with empty_server.client() as client:
-        client.acl_log_reset()
     async with limited(empty_server) as owners:
         owner = await followed(owners, readers)
         reader = Reader(readers)
