@@ -228,6 +228,7 @@ async def test_a_store_that_is_away(store):
     """The reader knows nothing, and asks again."""
     owner = await running(store, b"one")
     await store.close()
+    store.end_calls()
     assert await store.follow(KEY, owner.token, 0, READING_MS) is ReadFailure.UNCONFIRMED
 
 
