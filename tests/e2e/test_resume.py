@@ -158,7 +158,7 @@ async def test_the_owner_is_killed(replicas, begun, upstream, store):
     """A reader that comes at once to another replica gets what was stored behind its event, and no clean end."""
     tap = Tap()
     upstream.script = tap.script
-    owner, other = replicas(store.url, LEASE_MS=1500)
+    owner, other = replicas(store.url, LEASE_MS=900)
     first = await begun(owner.port, behind(None))
     tap.send(SSE, *map(chunk, EVENTS[:6]))
     await seen(first, EVENTS[5])
@@ -175,11 +175,11 @@ async def test_the_owner_is_killed(replicas, begun, upstream, store):
     assert len(upstream.received) == 1
 
 
-async def test_a_response_that_grows_too_large(replicas, begun, upstream, store):
+async def test_a_response_that_grows_too_large(replicas, begun, upstream, valkey):
     """Whoever reads it elsewhere or here is broken off, and who waits is told; the original's client gets all of it."""
     tap = Tap()
     upstream.script = tap.script
-    gates = replicas(store.url)
+    gates = replicas(valkey.url)
     first = await begun(gates[0].port, behind(None, "/small"))
     tap.send(SSE, *map(chunk, EVENTS[:2]))
     await seen(first, EVENTS[1])
@@ -423,6 +423,26 @@ async def test_heartbeats_stand_between_events(replicas, begun, upstream, valkey
     await seen(reader, LAST_CHUNK)
     await seen(first, LAST_CHUNK)
     assert (await ask(other.port, behind("01"))).body == EVENTS[2]
+
+
+async def test_a_silent_store(replicas, begun, upstream, own_valkey):
+    """After a lease and a second without it, who waits for an event is told so, and who has one is broken off."""
+    tap = Tap()
+    upstream.script = tap.script
+    owner, other = replicas(own_valkey.url, LEASE_MS=500)
+    first = await begun(owner.port, behind(None))
+    tap.send(SSE, chunk(EVENTS[0] + EVENTS[1]))
+    await seen(first, EVENTS[1])
+    reader, waiting = await begun(other.port, behind("00")), await begun(other.port, behind("05"))
+    await seen(reader, EVENTS[1])
+    await until(lambda: other.metric("followers") == 2)
+    own_valkey.pause()
+    told = await answered(waiting)
+    assert (told.status, told.slug) == (503, "store-unavailable")
+    assert LAST_CHUNK not in await reader.reader.read()
+    assert (await ask(other.port, behind("00"))).slug == "store-unavailable"
+    own_valkey.resume()
+    assert len(upstream.received) == 1
 
 
 async def test_a_drain_breaks_readers_off(replicas, begun, upstream, valkey):
