@@ -113,6 +113,8 @@ JUDGED = [
     (told(500, "executed"), Outcome.ANSWERED),
     (told(201, "replayed"), Outcome.ANSWERED),
     (told(402, "replayed"), Outcome.ANSWERED),
+    (told(429, "joined"), Outcome.ANSWERED),
+    (told(502, "resumed"), Outcome.ANSWERED),
     (told(200, "unguarded"), Outcome.ANSWERED),
     (told(200, "unguarded; reason=name"), Outcome.ANSWERED),
     (told(401, "released"), Outcome.REFUSED),

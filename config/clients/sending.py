@@ -82,7 +82,7 @@ def judge(answer: Answer) -> Outcome | None:
     transient = answer.status in TRY_AGAIN or answer.status >= 500
     # A parameter, such as the reason of `unguarded`, says more of the word.
     match answer.headers.get("oncegate-status", "").partition(";")[0]:
-        case "executed" | "replayed" | "unguarded":
+        case "executed" | "replayed" | "joined" | "resumed" | "unguarded":
             return Outcome.ANSWERED
         case "released":  # the API declined, and the key is free again
             return None if transient else Outcome.REFUSED

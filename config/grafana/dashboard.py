@@ -53,7 +53,7 @@ def _selector(matchers: str) -> str:
     return "{" + ", ".join(filter(None, (_JOB, matchers))) + "}"
 
 
-_SAVED = 'outcome="replayed"'
+_SAVED = 'outcome=~"replayed|joined"'
 # What oncegate or its store did not manage.
 _FAILED = 'outcome=~"store_unavailable|overloaded|failed|record_corrupt|answer_not_stored"'
 _UPSTREAM_FAILED = 'outcome=~"upstream_unreachable|upstream_lost|upstream_timeout|truncated"'

@@ -11,6 +11,7 @@ SHOWN = 100
 COLOURS = {
     "executed": "#2f7d4f",
     "replayed": "#7cc08f",
+    "joined": "#a9dcb9",
     "in flight": "#d9c25f",
     "refused": "#c9813a",
     "unknown": "#7a4fa3",
@@ -24,7 +25,7 @@ def _colour(how: str, word: str, slug: str) -> str:
         return "no answer"
     if slug == "in-flight":
         return "in flight"
-    return word if word in ("executed", "replayed", "unknown") else "refused"
+    return word if word in ("executed", "replayed", "joined", "unknown") else "refused"
 
 
 def per_second(folder: Path, begun: float) -> dict[str, Counter[int]]:

@@ -147,7 +147,7 @@ def _reads(valkey: Valkey) -> int:
 async def test_an_owner_that_is_killed_at_any_time_ends_nothing_cleanly(proxies, upstream, valkey, points):
     """Its followers elsewhere are broken off within a lease and a second, with a beginning of the response."""
     draw = random.Random(points)
-    apis = {f"key-{number}": Dribble(draw, 60, 0.025, 500) for number in range(points)}
+    apis = {f"key-{number}": Dribble(draw, 80, 0.03, 500) for number in range(points)}
 
     async def script(us: RawUpstream, reader: object, writer: asyncio.StreamWriter, received: Received) -> None:
         [key] = received.header("idempotency-key")
@@ -164,7 +164,7 @@ async def test_an_owner_that_is_killed_at_any_time_ends_nothing_cleanly(proxies,
         # Each of them is somewhere else when its owner dies.
         followed = [_followed(owner, other, key, draw, killed) for key in keys]
         following = asyncio.ensure_future(asyncio.gather(*followed))
-        await asyncio.sleep(draw.uniform(0.8, 1.6))
+        await asyncio.sleep(draw.uniform(1.2, 2.0))
         owner.kill()
         killed.set_result(time.monotonic())
         for key, answers in zip(keys, await following, strict=True):
@@ -174,7 +174,7 @@ async def test_an_owner_that_is_killed_at_any_time_ends_nothing_cleanly(proxies,
             # What is whole had its end before.
             assert {one.body for one in joined if one.complete} <= {apis[key].body}
             broken += sum(not one.complete for one in joined)
-    assert broken > points / 2
+    assert broken > points / 3
 
 
 async def _followed(

@@ -86,10 +86,13 @@ class Metrics(Collector):
             label="outcome",
             values=[outcome.label for outcome in SUPPRESSED],
         )
-        self._saved_s = Counters("upstream_seconds_saved", "Upstream time that replays saved.")
+        self._saved_s = Counters("upstream_seconds_saved", "Upstream time that replays and joined responses saved.")
         self._replayed_bytes = Counters("replayed_bytes", "Bytes of response bodies sent from the store.")
         self._tokens_saved = GroupedCounters(
-            "llm_tokens_saved", "LLM tokens that replays saved, by rule.", labels=("rule", "kind"), values=TOKEN_KINDS
+            "llm_tokens_saved",
+            "LLM tokens that replays and joined responses saved, by rule.",
+            labels=("rule", "kind"),
+            values=TOKEN_KINDS,
         )
         self._tokens_saved.of(DEFAULT_RULE)
         self._without_usage = Counters(

@@ -24,7 +24,10 @@ REQUESTS, SUPPRESSIONS = "oncegate_requests_total", "oncegate_duplicates_suppres
 # How many replicas are named.
 MOST_REPLICAS = 12
 _EXECUTED = (Outcome.EXECUTED, Outcome.RELEASED, Outcome.UNKNOWN)
-_PASSED_ON = (Outcome.PASSTHROUGH, Outcome.UNGUARDED, Outcome.PREFLIGHT, *_EXECUTED, Outcome.REPLAYED)
+# Of another request's execution.
+_READ = (Outcome.REPLAYED, Outcome.JOINED, Outcome.RESUMED)
+_TOLD = (Outcome.PREFLIGHT, Outcome.ACCEPTED, Outcome.ASKED, Outcome.KEY_ABSENT, Outcome.KEY_RELEASED, Outcome.STOPPED)
+_PASSED_ON = (Outcome.PASSTHROUGH, Outcome.UNGUARDED, *_EXECUTED, *_READ, *_TOLD)
 
 
 class Tile(NamedTuple):
@@ -122,7 +125,7 @@ def rate_tiles(history: History) -> Iterator[Tile]:
     refused = [one for one in Outcome if one not in _PASSED_ON]
     yield _rate_tile(history, "requests", list(Outcome))
     yield _rate_tile(history, "executed", _EXECUTED)
-    yield _rate_tile(history, "replayed", [Outcome.REPLAYED])
+    yield _rate_tile(history, "replayed or joined", _READ)
     yield _rate_tile(history, "refused or lost", refused)
     for label, histogram in (("time in the proxy", "overhead"), ("time of the API", "upstream")):
         middle, high = (history.quantile(share, f"oncegate_{histogram}_seconds") for share in (0.5, 0.99))
