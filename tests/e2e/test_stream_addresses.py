@@ -16,6 +16,7 @@ from oncegate.streams.durable_streams import offset_at
 from tests.parts import (
     CHUNKED,
     LAST_CHUNK,
+    OK,
     Answer,
     Proxy,
     RawClient,
@@ -214,6 +215,55 @@ async def test_a_range_of_what_still_comes_is_answered_with_all_of_it(replicas, 
         tap.end(chunk(b"second"), LAST_CHUNK)
         answer = await reader
         assert (answer.status, answer.body, answer.header("content-range")) == (200, b"first second", None)
+
+
+async def test_an_address_never_leads_to_another_execution(replicas, upstream, store):
+    """The owner dies and a retry executes anew: the old address is over, and the new one is another."""
+    one, two = replicas(2, store.url, ON_UNKNOWN="retry", LEASE_MS=500)
+    async with begun(one, upstream, b"old ") as (_, address):
+        one.kill()
+    upstream.script = answering(OK)
+    async with asyncio.timeout(10):
+        while (executed := await ask(two.port, request())).status != 200:
+            await asyncio.sleep(0.1)
+    assert (executed.header("oncegate-status"), address_of(executed) != address) == (b"executed", True)
+    for path in (address, f"{address}?offset=-1"):
+        answer = await ask(two.port, get(path))
+        assert (answer.status, json.loads(answer.body)["reason"]) == (410, "gone")
+    assert (await ask(two.port, get(address_of(executed)))).body == b"ok"
+
+
+async def test_what_is_not_kept_breaks_its_readers_off(replicas, upstream, valkey):
+    """On both replicas, as soon as it is too large to store; its own client goes on."""
+    one, two = replicas(2, valkey.url, MAX_STORED_BYTES=1000)
+    async with begun(one, upstream, b"x" * 500) as (tap, address):
+        readers = [asyncio.ensure_future(ask(proxy.port, get(address))) for proxy in (one, two)]
+        await asyncio.sleep(0.8)
+        tap.send(chunk(b"x" * 600))
+        for reader in readers:
+            answer = await reader
+            assert (answer.status, answer.complete) == (200, False)
+        tap.end(LAST_CHUNK)
+        await until(lambda: one.metric('requests_total{outcome="executed"}') == 1)
+    for proxy in (one, two):
+        answer = await ask(proxy.port, get(address))
+        assert (answer.status, json.loads(answer.body)["reason"]) == (410, "not-kept")
+
+
+async def test_what_is_complete_is_read_without_its_owner(replicas, upstream, valkey):
+    """At every byte, once the owner is killed; until its retention is over."""
+    one, two = replicas(2, valkey.url, RETENTION_S=3, WAIT_MAX_S=1)
+    body = bytes(range(48, 64))
+    address = await complete(one, upstream, body)
+    one.kill()
+    token = CAPABILITIES.read(address.rpartition("/")[2].encode()).token
+    for at in range(len(body)):
+        assert (await ask(two.port, get(address, f"Range: bytes={at}-"))).body == body[at:]
+        assert (await ask(two.port, get(f"{address}?offset={offset_at(at, token)}"))).body == body[at:]
+    async with asyncio.timeout(10):
+        while (answer := await ask(two.port, get(address))).status == 200:
+            await asyncio.sleep(0.1)
+    assert (answer.status, json.loads(answer.body)["reason"] in ("expired", "gone")) == (410, True)
 
 
 # Durable Streams ...

@@ -1,5 +1,6 @@
 """An LLM's API that says one word at a time, when it is told to, and counts who asks it; and pages that show it."""
 
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,15 +38,18 @@ source.onopen = () => { state.textContent = "open"; };
 source.onmessage = event => { text.textContent += (text.textContent && " ") + event.data; };
 source.onerror = () => { state.textContent = source.readyState === EventSource.CLOSED ? "closed" : "connecting"; };
 </script>"""
-PAGES = {"/reloaded": RELOADED, "/listening": LISTENING}
+# A page with a program that is bundled for it.
+BUNDLED = """<!DOCTYPE html><title>Chat</title><main></main><script type="module" src="/bundle.js"></script>"""
+PAGES = {"/reloaded": RELOADED, "/listening": LISTENING, "/bundled": BUNDLED}
 
 
 class Chat:
-    """The API. Each word leaves once `say` has let it; `calls` has the body of each call."""
+    """The API. Each word leaves once `say` has let it. `calls` has the body of each call; `bundle` is its program."""
 
     def __init__(self) -> None:
         self.url = ""
         self.calls: list[bytes] = []
+        self.bundle = b""
         self.words = threading.Semaphore(0)
 
     def say(self, count: int) -> None:
@@ -57,6 +61,19 @@ class Chat:
         for number, word in enumerate(WORDS):
             self.words.acquire()
             yield b"id: %d\ndata: %s\n\n" % (number, word.encode())
+
+    def parts(self) -> Iterator[bytes]:
+        """Yield the events of an answer as the AI SDK has them: its UI message stream."""
+        yield from map(_part, ({"type": "start"}, {"type": "text-start", "id": "t"}))
+        for word in WORDS:
+            self.words.acquire()
+            yield _part({"type": "text-delta", "id": "t", "delta": f"{word} "})
+        yield from map(_part, ({"type": "text-end", "id": "t"}, {"type": "finish"}))
+        yield b"data: [DONE]\n\n"
+
+
+def _part(part: dict[str, str]) -> bytes:
+    return b"data: %s\n\n" % json.dumps(part).encode()
 
 
 @contextmanager
@@ -86,9 +103,11 @@ class _Handler(BaseHTTPRequestHandler):
     chat: Chat
 
     def do_GET(self) -> None:
-        page = PAGES.get(urlsplit(self.path).path, "").encode()
+        path = urlsplit(self.path).path
+        is_program = path == "/bundle.js"
+        page = self.chat.bundle if is_program else PAGES.get(path, "").encode()
         self.send_response(200 if page else 404)
-        self.send_header("Content-Type", "text/html")
+        self.send_header("Content-Type", "text/javascript" if is_program else "text/html")
         self.send_header("Content-Length", str(len(page)))
         self.end_headers()
         self.wfile.write(page)
@@ -99,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        for event in self.chat.events():
+        for event in self.chat.parts() if self.path == "/v1/ui" else self.chat.events():
             self.wfile.write(b"%x\r\n%s\r\n" % (len(event), event))
         self.wfile.write(b"0\r\n\r\n")
 

@@ -1,5 +1,7 @@
 """Readers that others wrote, at the address of a response: browsers across a restart and a reload, Durable Streams."""
 
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 from tests.parts import Proxy
 from tests.real.browsers import Browser
 from tests.real.chat import WORDS, Chat, chatting
-from tests.real.parts import INSTALLED
+from tests.real.parts import INSTALLED, NODE_MODULES
 
 pytestmark = [INSTALLED, pytest.mark.timeout(240)]
 RULES = '[[rule]]\nname = "chat"\npath = "/v1/**"\nresumable = true\n'
@@ -48,3 +50,34 @@ def test_a_page_that_is_reloaded_in_the_middle_shows_the_whole_answer(
     browser.await_text("#state", "whole in load 4")
     assert browser.text("#text") == " ".join(WORDS)
     assert chat.calls == [b"hi"]
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> bytes:
+    """The program with useChat, in one file for browsers."""
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    shutil.copy(Path(__file__).parent / "node/usechat.mjs", folder)
+    (folder / "node_modules").symlink_to(NODE_MODULES)
+    command = ["node", NODE_MODULES / "rolldown/bin/cli.mjs", "usechat.mjs", "--file", "bundle.js", "--format", "esm"]
+    options = ["--platform", "browser", "--transform.define", "process.env.NODE_ENV:'production'"]
+    subprocess.run([*command, *options], cwd=folder, check=True, capture_output=True)
+    return (folder / "bundle.js").read_bytes()
+
+
+def test_use_chat_of_the_ai_sdk_resumes_at_the_address(browser: Browser, bundle, chat, proxies, valkey, settings):
+    """A page with `useChat` and `resume` that is reloaded in the middle; the model is asked once."""
+    proxy: Proxy = proxies(chat.url, valkey.url, **settings)
+    chat.bundle = bundle
+    browser.set_scripts(enabled=True)
+    browser.go(f"http://127.0.0.1:{proxy.port}/bundled")
+    chat.say(3)
+    browser.await_text("#text", " ".join(WORDS[:3]))
+    browser.await_text("#state", "streaming with a call")
+    browser.reload()
+    browser.await_text("#state", "streaming with the address")
+    browser.await_text("#text", " ".join(WORDS[:3]))
+    chat.say(5)
+    browser.await_text("#text", " ".join(WORDS))
+    browser.await_text("#state", "ready with the address")
+    assert len(chat.calls) == 1
