@@ -1,5 +1,6 @@
 """Readers that others wrote, at the address of a response: browsers across a restart and a reload, Durable Streams."""
 
+import asyncio
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -7,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.parts import Proxy
-from tests.real.browsers import Browser
+from tests.e2e.test_stream_addresses import address_in
+from tests.parts import Proxy, RawClient, request
+from tests.real.browsers import Browser, free_port
 from tests.real.chat import WORDS, Chat, chatting
 from tests.real.parts import INSTALLED, NODE_MODULES
 
@@ -50,6 +52,34 @@ def test_a_page_that_is_reloaded_in_the_middle_shows_the_whole_answer(
     browser.await_text("#state", "whole in load 4")
     assert browser.text("#text") == " ".join(WORDS)
     assert chat.calls == [b"hi"]
+
+
+async def test_an_event_source_outlives_a_restart_of_its_proxy(browser: Browser, chat, proxies, valkey, settings):
+    """It gets each event once, from the replica that runs the request no more than from the one that is killed."""
+    owner: Proxy = proxies(chat.url, valkey.url, **settings)
+    client = await RawClient.open(owner.port)
+    client.writer.write(request())
+    chat.say(2)
+    address = address_in(await client.reader.readuntil(b"\r\n\r\n"))
+    port = free_port()
+    reader: Proxy = proxies(chat.url, valkey.url, **settings, LISTEN=f"127.0.0.1:{port}")
+    await asyncio.to_thread(_listen, browser, f"http://127.0.0.1:{port}/listening?address={address}", 2)
+    reader.kill()
+    chat.say(2)
+    await asyncio.to_thread(browser.await_text, "#state", "connecting")
+    proxies(chat.url, valkey.url, **settings, LISTEN=f"127.0.0.1:{port}")
+    await asyncio.to_thread(browser.await_text, "#text", " ".join(WORDS[:4]))
+    chat.say(4)
+    await asyncio.to_thread(browser.await_text, "#state", "closed")
+    assert await asyncio.to_thread(browser.text, "#text") == " ".join(WORDS)
+    assert len(chat.calls) == 1
+    client.close()
+
+
+def _listen(browser: Browser, url: str, words: int) -> None:
+    browser.set_scripts(enabled=True)
+    browser.go(url)
+    browser.await_text("#text", " ".join(WORDS[:words]))
 
 
 @pytest.fixture

@@ -87,6 +87,7 @@ class FirstStep:
         target = (message.path or "").encode("utf-8", "surrogateescape")
         head = self._admission.admit(message.method, target, message.version, message.raw_headers)
         if self._own is not None and (own := self._own.step(request, head)) is not None:
+            _note_expectation(request, own.head)
             return own
         if isinstance(head, Refused):
             return malformed(head)

@@ -120,4 +120,4 @@ class Policy:
     def __post_init__(self) -> None:
         object.__setattr__(self, "tenant", TenantFields(self.scope_headers, self.stable_schemes))
         object.__setattr__(self, "keeps_body_digest", self.asks and self.resumable and not self.resume_by_key)
-        object.__setattr__(self, "asks_identity", self.json_rpc or self.resume or self.sse_ids)
+        object.__setattr__(self, "asks_identity", self.json_rpc or self.resume or self.sse_ids or self.resumable)

@@ -23,9 +23,7 @@ from oncegate.streams.feed import Feed, FeedEnd
 
 PRIVATE = b"Cache-Control: private, no-store\r\n" + SAFE
 # Of the response's own fields, those that would say something else about it than is true here.
-_NOT_OURS = frozenset(
-    (b"accept-ranges", b"age", b"cache-control", b"content-length", b"etag", b"expires", b"pragma", b"set-cookie")
-)
+_NOT_OURS = frozenset((b"accept-ranges", b"age", b"cache-control", b"content-length", b"etag", b"expires", b"pragma"))
 # Of a whole response, which a part is not.
 _OF_WHOLE = _NOT_OURS | frozenset(DIGESTS)
 # What a script may read beside what it may elsewhere.
@@ -72,6 +70,10 @@ class Reader:
         block = write_block(without(read_block(self.head.block), _OF_WHOLE if is_part else _NOT_OURS))
         tag = b"ETag: %s\r\nAccept-Ranges: bytes\r\n" % self.etag
         return self.shown(b"".join((block, tag, fields)))
+
+    def tail_block(self) -> bytes:
+        """Return the header fields of an answer that begins in the middle of the response, and is not tagged."""
+        return self.shown(write_block(without(read_block(self.head.block), _OF_WHOLE)))
 
     def shown(self, block: bytes) -> bytes:
         """Return header fields as a reader at an address gets them: without cookies, and for no cache."""

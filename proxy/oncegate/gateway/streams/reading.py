@@ -6,13 +6,16 @@ download manager takes a part that was cut for whole (RFC 9110, section 14.4).
 
 import asyncio
 
+from oncegate.adaptation.heartbeats import takes_comments
 from oncegate.downstream.request import Request
 from oncegate.gateway.answers import REFUSED, Refuse, overloaded
-from oncegate.gateway.streams.address import Asked
+from oncegate.gateway.streams.address import Asked, gone
 from oncegate.gateway.streams.durable import StreamReading
 from oncegate.gateway.streams.own import SAFE
 from oncegate.gateway.streams.reader import Reader, not_yet, refuse_for_now, refuse_lost
+from oncegate.gateway.streams.resume import NoPlace, offset_behind, response_head_of, unless_left
 from oncegate.gateway.streams.serving import pass_on
+from oncegate.messages.fields import only_value
 from oncegate.messages.framing import COUNTED, STATED
 from oncegate.messages.problems import refusal
 from oncegate.observe.outcome import Outcome, RequestReport
@@ -61,9 +64,29 @@ async def _answer(reader: Reader) -> RequestReport:
         return asked.refuse(reader.request, Refuse(refusal(400, wish.detail), REFUSED + SAFE))
     if wish is not None:
         return await StreamReading(reader, wish).answer()
+    if event_id := only_value(asked.head.fields, b"last-event-id"):
+        return await _continue(reader, event_id)
     if head.status == 200 and (size := reader.size) is not None:
         return await _send_complete(reader, size)
     return await _stream(reader, 0)
+
+
+async def _continue(reader: Reader, event_id: bytes) -> RequestReport:
+    """Send the events behind the one with an id. At the end there is nothing, which ends an EventSource."""
+    request, asked, feed = reader.request, reader.asked, reader.feed
+    place = await unless_left(request, offset_behind(feed, event_id))
+    if place is None:
+        return asked.report(Outcome.CLIENT_GONE, 0)
+    if feed.is_lost:
+        return await reader.refuse_lost()
+    if place is NoPlace.SILENT:
+        return await refuse_for_now(request, asked, place.refusal())
+    if isinstance(place, NoPlace):
+        return asked.refuse(request, gone(place.label, place.detail))
+    if place == reader.size:
+        reader.response.send(204, b"No Content", reader.shown(b""), b"", STATED)
+        return asked.report(Outcome.RESUMED, 204)
+    return await _stream(reader, place)
 
 
 def _send_head(reader: Reader) -> RequestReport:
@@ -99,8 +122,12 @@ async def _stream(reader: Reader, offset: int) -> RequestReport:
     """Send the response from an offset on, as it comes."""
     head, size = reader.head, reader.size
     length = head.length if size is None else size
-    block = reader.block(is_part=offset > 0)
+    block = reader.tail_block() if offset else reader.block()
     reader.response.begin(head.status, head.reason, block, None if length is None else length - offset, COUNTED)
+    heartbeats = reader.asked.route.policy.heartbeats
+    # A comment is no part of a body whose size is said.
+    if heartbeats is not None and length is None and (read := response_head_of(head)) and takes_comments(read):
+        reader.response.comment_every(heartbeats.period_s)
     ended = await pass_on(reader.response, reader.feed, offset)
     if ended in (None, FeedEnd.COMPLETE):
         return reader.asked.report(Outcome.RESUMED, head.status)

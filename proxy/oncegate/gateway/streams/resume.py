@@ -96,7 +96,7 @@ async def resume(request: Request, step: Resume) -> RequestReport | Refuse:
         if keyed.trace is not None:
             keyed.trace.met(unpack_kept(found.kept).trace)
         with deps.feeds.reading(claim.key, found.token) as feed, counted_as_reader(request, keyed):
-            place = await _unless_left(request, offset_behind(feed, event_id))
+            place = await unless_left(request, offset_behind(feed, event_id))
             if place is None:
                 return keyed.report(request, Outcome.CLIENT_GONE, 0)
             if feed.is_lost:
@@ -138,7 +138,7 @@ async def offset_behind(feed: Feed, event_id: bytes) -> int | NoPlace:
 
 async def _reason_against(feed: Feed, mark: bytes | None) -> NoPlace | None:
     """Return why no event of a feed can be the one that is meant. `mark`: of the execution that its id names."""
-    head = _response_head(feed.head)
+    head = response_head_of(feed.head)
     if head is None or not is_stream(head):
         return NoPlace.NO_EVENTS
     if is_coded(head):
@@ -149,7 +149,7 @@ async def _reason_against(feed: Feed, mark: bytes | None) -> NoPlace | None:
     return NoPlace.SILENT if replaces is None else NoPlace.REPLACED if replaces else None
 
 
-async def _unless_left(request: Request, looking: Coroutine[Any, Any, int | NoPlace]) -> int | NoPlace | None:
+async def unless_left(request: Request, looking: Coroutine[Any, Any, int | NoPlace]) -> int | NoPlace | None:
     """Return what was found, None if the client has left before."""
     task = asyncio.get_running_loop().create_task(looking)
     try:
@@ -186,7 +186,7 @@ async def _continue(request: Request, keyed: KeyedRequest, record: Record, feed:
     fields = MARK + keyed.own_fields(request, record.token, record.created_ms)
     block = head_block(request, head, fields, original_id(record.kept), age_ms)
     response.begin(head.status, head.reason, block, None, COUNTED)
-    if heartbeats is not None and (read := _response_head(head)) is not None and takes_comments(read):
+    if heartbeats is not None and (read := response_head_of(head)) is not None and takes_comments(read):
         response.comment_every(heartbeats.period_s)
     ended = await pass_on(response, feed, place, DIGESTS)
     if ended not in (None, FeedEnd.COMPLETE):
@@ -200,7 +200,7 @@ def _tail_head(head: StreamHead, age_ms: int) -> StreamHead:
     return head._replace(block=write_block(lines), age_s=head.age_s + age_ms // 1000)
 
 
-def _response_head(head: StreamHead | None) -> ResponseHead | None:
+def response_head_of(head: StreamHead | None) -> ResponseHead | None:
     """Return a head as it was read from the upstream, None where it says nothing of use."""
     if head is None:
         return None
