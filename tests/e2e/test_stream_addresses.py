@@ -424,7 +424,8 @@ async def test_nobody_is_told_anything_about_an_address_that_was_not_given(repli
     other = Capabilities(Digests(b"another secret of many").capability_key)
     texts = [
         text[:-1], text[:-1] + b"_", text + b"A", b"%%%02x" % text[0] + text[1:], b"", text[:40], other.write(mine),
-        CAPABILITIES.write(mine._replace(purpose=b"x")), CAPABILITIES.write(mine._replace(rule=b"none")),
+        CAPABILITIES.write(mine._replace(purpose=b"x")), CAPABILITIES.write(mine._replace(purpose=b"c")),
+        CAPABILITIES.write(mine._replace(rule=b"none")),
         text + b"/", b"./" + text, b"x/../" + text,
     ]  # fmt: skip
     answers = [await ask(proxy.port, get(f"/.oncegate/streams/{one.decode()}")) for one in texts]

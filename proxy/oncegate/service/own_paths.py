@@ -18,9 +18,9 @@ from oncegate.streams.links import Links
 from oncegate.streams.own_path import KEYS, STREAMS, OwnPath
 
 PURPOSES = {
-    READ: Purpose(("GET", "HEAD"), read),
-    CANCEL: Purpose(("DELETE",), stop),
-    LATER: Purpose(("GET", "HEAD"), come_for),
+    READ: Purpose(lambda policy: policy.resumable, ("GET", "HEAD"), read),
+    CANCEL: Purpose(lambda policy: policy.cancellable, ("DELETE",), stop),
+    LATER: Purpose(lambda policy: policy.respond_async, ("GET", "HEAD"), come_for),
 }
 
 

@@ -17,6 +17,7 @@ from oncegate.messages.framing import STATED
 from oncegate.messages.problems import problem, refusal
 from oncegate.messages.request_head import RequestHead
 from oncegate.observe.outcome import Outcome, RequestReport
+from oncegate.rules.policy import Policy
 from oncegate.streams.capability import Capabilities, Capability
 
 
@@ -42,8 +43,9 @@ class Asked(NamedTuple):
 
 
 class Purpose(NamedTuple):
-    """What may be done at an address: with which methods, and how."""
+    """What may be done at an address: under which policies, with which methods, and how."""
 
+    is_given: Callable[[Policy], bool]
     methods: tuple[str, ...]
     answer: Callable[[Request, Asked], Awaitable[RequestReport]]
 
@@ -60,11 +62,11 @@ class Addresses:
         route = None if capability is None else self._routes.by_mark(capability.rule)
         if capability is None or route is None:
             return refuse(request, unknown())
-        request.adaptation = route.policy.adaptation
         asked = Asked(step.head, step.place.query, capability, route)
         purpose = self._purposes.get(capability.purpose)
-        if purpose is None:
+        if purpose is None or not purpose.is_given(route.policy):
             return refuse(request, unknown())
+        request.adaptation = route.policy.adaptation
         if step.head.method == "OPTIONS":
             return _answer_options(request, asked, purpose.methods)
         if step.head.method not in purpose.methods:
