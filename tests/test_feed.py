@@ -330,6 +330,24 @@ async def test_what_is_not_whole_has_no_clean_end(feeds, records, what: Callable
         assert await feed.read(0) == b"first" or what is _altered
 
 
+async def test_a_failure_leaves_nobody_waiting(feeds, records, monkeypatch):
+    """Whatever fails while a response is pulled breaks its readers off."""
+    records.chunks.append(b"first")
+    with feeds.reading(KEY, TOKEN) as feed:
+        await feed.beyond(0)
+
+        async def fail(*_: object) -> None:
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(records, "follow", fail)
+        pull = feeds._shared[KEY, TOKEN].pull
+        async with asyncio.timeout(5):
+            await feed.beyond(feed.size)
+            with pytest.raises(ZeroDivisionError):
+                await pull
+        assert feed.ended is FeedEnd.BROKEN
+
+
 async def test_a_drain_breaks_readers_off(feeds, records):
     """Nobody reads on once the worker stops, and nobody begins."""
     records.chunks.append(b"first")

@@ -336,7 +336,7 @@ async def test_a_record_that_vanishes_breaks_followers_off(stream, valkey):
 @pytest.mark.fault(70)
 async def test_a_silent_store_breaks_followers_off(stream, own_valkey):
     """After a lease and a second: cleanly refused before the first byte, cut off behind it."""
-    one = await stream(STORE_URL=own_valkey.url, STORE_TIMEOUT_MS=300, WAIT_MAX_S=60)
+    one = await stream(STORE_URL=own_valkey.url, STORE_TIMEOUT_MS=200, WAIT_MAX_S=60, LEASE_MS=400)
     client = await one.joined()
     own_valkey.pause()
     try:
@@ -350,7 +350,7 @@ async def test_a_silent_store_breaks_followers_off(stream, own_valkey):
 @elsewhere
 async def test_a_silent_store_refuses_who_waits_for_the_head(stream, own_valkey, upstream):
     """It cannot say any more whether the original runs: 503, also of one that may wait for long."""
-    one = await stream(STORE_URL=own_valkey.url, STORE_TIMEOUT_MS=300, WAIT_MAX_S=60)
+    one = await stream(STORE_URL=own_valkey.url, STORE_TIMEOUT_MS=200, WAIT_MAX_S=60, LEASE_MS=400)
     upstream.script = holding(asyncio.Event())
     await begun(one.owner.port, request(key="key-2"))
     await until(lambda: len(upstream.received) == 2)
@@ -364,6 +364,7 @@ async def test_a_silent_store_refuses_who_waits_for_the_head(stream, own_valkey,
         own_valkey.resume()
 
 
+@elsewhere
 async def test_a_follower_gets_signs_of_life(stream, tmp_path: Path):
     """In silence, as its original's client does."""
     rule = '[[rule]]\nname = "llm"\npath = "/v1/**"\non_duplicate = "join"\nheartbeat_s = 1\n'

@@ -55,6 +55,10 @@ class Pull:
                     # The record says so, too, but the owner reads it with its next chunk alone.
                     await self._store.post(feed.token, pack_note(Note(READ, feed.key, feed.token)))
                 await self._rest(began_s, pause_s(), news)
+        except Exception:
+            # Readers must not wait for ever.
+            feed.end(FeedEnd.BROKEN)
+            raise
         finally:
             if stop is not None:
                 stop()
