@@ -274,3 +274,14 @@ async def test_a_slow_client_slows_its_exchange(proxies, upstream, valkey):
     assert resident_bytes(proxy.process.pid) - before < 32 << 20
     late = await ask(proxy.port, request())
     assert (late.status, late.slug, late.problem["original_status"]) == (409, "response-not-kept", 200)
+
+
+@pytest.mark.parametrize("leave", LEAVING.values(), ids=LEAVING)
+async def test_the_rest_of_a_refused_body_is_not_waited_for(gate, leave):
+    """A client whose body is refused leaves before it has sent that: its connection is over at once."""
+    client = await RawClient.open(gate.port)
+    answer = await client.ask(request("POST", "/v1/charges", "x" * 300, b"", "Content-Length: 5"))
+    assert (answer.status, answer.header("connection")) == (400, None)
+    leave(client)
+    # Its rest is read for 10 s otherwise.
+    await until(lambda: gate.metric("client_open_connections") == 0, 6)

@@ -457,8 +457,12 @@ async def test_nobody_is_told_anything_about_an_address_that_was_not_given(repli
         assert (answer.status, answer.header("allow")) == (405, b"OPTIONS, GET, HEAD")
     assert (await ask(proxy.port, get(f"http://api.test{address}"))).body == b"private"
     assert (await ask(proxy.port, get(address, "Host: other.test"))).status == 400
-    expecting = await ask(proxy.port, get(address, "Expect: 100-continue", "Content-Length: 5", method="POST"))
+    client = await RawClient.open(proxy.port)
+    expecting = await client.ask(get(address, "Expect: 100-continue", "Content-Length: 5", method="POST"))
+    assert expecting is not None
     assert (expecting.status, expecting.header("connection")) == (405, b"close")
+    client.reset()
+    await until(lambda: proxy.metric("client_open_connections") == 0)
     assert len(upstream.received) == 1
     proxy.stop()
     assert text.decode()[:20] not in proxy.log()

@@ -169,9 +169,10 @@ class ClientConnection(RequestReader):
         self.force_close()
         # Each of them refers to this connection.
         self._parser = self._task = None
-        if self._request is not None:
-            # Whoever waits for more of the body stops waiting.
-            self._request.content.set_exception(exc or ConnectionResetError("the client left"))
+        content = self._body if self._request is None else self._request.content
+        if content is not None and not content.is_eof():
+            # Whoever waits for more of the body stops waiting, also where it was refused.
+            content.set_exception(exc or ConnectionResetError("the client left"))
         self._end_other()
         self._taker = None
         wake(self._lingering)
