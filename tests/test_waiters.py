@@ -3,7 +3,7 @@
 import asyncio
 from bisect import bisect_left
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from itertools import count
 
 import pytest
@@ -136,26 +136,36 @@ def test_every_end_is_counted():
 # With a real store ...
 
 
-async def keep(waiters: Waiters) -> None:
-    """Poll, as the service does: what fails is started anew."""
+Failures = list[Exception]
+
+
+async def keep(waiters: Waiters, failures: Failures) -> None:
+    """Poll, as the service does: what fails is started anew, and is in `failures`."""
     while True:
-        with suppress(ExceptionGroup):
+        try:
             await waiters.run()
+        except ExceptionGroup as group:
+            failures.extend(group.exceptions)
 
 
 @asynccontextmanager
-async def running(url: str, polled: Callable[[], None] = lambda: None) -> AsyncIterator[tuple[Store, Waiters]]:
+async def running(
+    url: str,
+    polled: Callable[[], None] = lambda: None,
+    is_held_here: Callable[[bytes], bool] = lambda _: False,
+    failures: Failures | None = None,
+) -> AsyncIterator[tuple[Store, Waiters]]:
     """Yield a store and its waiters, none of whose originals run in this worker."""
     async with connected(url) as store:
         waiters = Waiters(
             store,
-            lambda _: False,
+            is_held_here,
             max_waiters=2000,
             lease_ms=60_000,
             polls_per_s=MAX_POLLS_PER_S,
             polled=polled,
         )
-        task = asyncio.ensure_future(keep(waiters))
+        task = asyncio.ensure_future(keep(waiters, [] if failures is None else failures))
         try:
             yield store, waiters
         finally:
@@ -242,6 +252,46 @@ async def test_a_poll_that_fails_ends_no_wait(probe, monkeypatch):
         await store.mark_unknown(one, "for a test", 5)
         async with asyncio.timeout(10):
             assert await waiting is Woken.RECORD_CHANGED
+
+
+async def test_what_fails_before_a_poll_forgets_no_key(probe):
+    """A key that was due when the loop failed is asked for by the one that is started anew."""
+    failures: Failures = []
+
+    def fails_once(_: bytes) -> bool:
+        if not failures:
+            failures.append(RuntimeError("for a test"))
+            raise failures[0]
+        return False
+
+    async with running(probe.url, is_held_here=fails_once) as (store, waiters):
+        one = await claim(store, key(1))
+        waiting = wait(waiters, one.key)
+        await until(lambda: failures)
+        await store.mark_unknown(one, "for a test", 5)
+        async with asyncio.timeout(10):
+            assert await waiting is Woken.RECORD_CHANGED
+
+
+async def test_who_leaves_when_its_poll_is_due_fails_nobodys(valkey):
+    """The last that waited for a key leaves between the moment at which it is due and its poll."""
+    leaving: list[asyncio.Task[Woken]] = []
+
+    def leaves(_: bytes) -> bool:
+        for one in leaving:
+            one.cancel()
+        return False
+
+    polls: list[None] = []
+    failures: Failures = []
+    async with running(valkey.url, lambda: polls.append(None), leaves, failures) as (_, waiters):
+        leaving.append(wait(waiters, key(1)))
+        await asyncio.wait(leaving)
+        await until(lambda: polls)
+        staying = wait(waiters, key(2))
+        await until(lambda: len(polls) > 1)
+        assert not failures
+        staying.cancel()
 
 
 HEAD = pack_head(StreamHead(200, b"OK", b"X: 1\r\n", None, False, False, 0))

@@ -200,18 +200,17 @@ class Waiters:
     async def run(self) -> None:
         """Poll all keys whose original runs in another worker, until cancelled."""
         schedule = self._schedule
-        # A failure of one poll ends all of them, and the caller starts this anew.
+        # A failure of one poll ends all of them, also those that have not begun, and the caller starts this anew.
+        for key in self._by_key:
+            schedule.add(key, self._clock())
         async with asyncio.TaskGroup() as polls:
             while True:
                 self._arrived.clear()
                 if not schedule:
                     await self._arrived.wait()
                 await asyncio.sleep(schedule.pause_s(self._clock()))
-                for key in schedule.take_due(self._clock(), self._needs_poll):
+                for key in schedule.take_due(self._clock(), lambda key: not self._is_held_here(key)):
                     polls.create_task(self._poll(key, self._by_key[key][0].scope))
-
-    def _needs_poll(self, key: bytes) -> bool:
-        return not self._is_held_here(key)
 
     async def _poll(self, key: bytes, scope: Scope) -> None:
         self._polled()
@@ -221,7 +220,8 @@ class Waiters:
             self._schedule.polled(key, self._clock())
 
     async def _poll_key(self, key: bytes, scope: Scope) -> None:
-        joined = next((waiter.joins for waiter in self._by_key[key] if waiter.joins), b"")
+        # Who waited may have left since this poll was due.
+        joined = next((waiter.joins for waiter in self._by_key.get(key, ()) if waiter.joins), b"")
         if joined and await self._poll_head(key, joined):
             return
         record = await self._store.peek(key, scope, self._lease_ms)
