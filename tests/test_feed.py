@@ -14,7 +14,7 @@ from oncegate.store.results import Followed, ReadFailure
 from oncegate.store.store import NoWakes
 from oncegate.store.stream_head import StreamHead, pack_head
 from oncegate.streams.cancels import READ, Note, unpack_note
-from oncegate.streams.feed import WINDOW_BYTES, Feed, FeedEnd
+from oncegate.streams.feed import READ_BYTES, WINDOW_BYTES, Feed, FeedEnd
 from oncegate.streams.feeds import Feeds, Running
 from oncegate.streams.followers import Followers
 
@@ -167,8 +167,8 @@ async def test_every_reader_gets_every_byte_once(feeds, records, memory, seed):
             stored, source.stored, source.rest = size, size, b""
             if source.feed is not None:
                 source.feed.stored(stored)
-        got.append(asyncio.ensure_future(reader(draw.randint(0, size), draw.random() / 100)))
-        await asyncio.sleep(0)
+        got.append(asyncio.ensure_future(reader(draw.randint(0, size), draw.random() / 500)))
+        await asyncio.sleep(draw.random() / 250)
     records.chunks += [body[stored:]] if stored < len(body) else []
     records.complete()
     if source.feed is not None:
@@ -274,6 +274,18 @@ async def test_a_slow_reader_costs_its_window_alone(feeds, records, memory):
         feed.complete()
         assert await read_all(feed) == b"".join(records.chunks)
     assert memory.used == 0
+
+
+async def test_what_the_store_lacks_stays_in_memory(feeds, memory):
+    """However much that is: a reader finds it nowhere else. Once the store has it, the window alone is kept."""
+    feeds.begin(KEY, Running(TOKEN, lambda: HEAD, Source()))
+    with feeds.reading(KEY, TOKEN) as feed:
+        for number in range(10):
+            feed.publish(bytes([number]) * 60_000)
+        assert await feed.read(0) == bytes(60_000) + b"\x01" * (READ_BYTES - 60_000)
+        assert memory.used == 600_000
+        feed.stored(600_000)
+        assert (memory.used, feed.at_hand(0)) == (WINDOW_BYTES, b"")
 
 
 def _broken(records: Records, feed: Feed) -> None:

@@ -15,6 +15,7 @@ from oncegate.store.leases import Leases, suspended_clock_s
 from oncegate.store.results import AppendStatus, SettleStatus
 from oncegate.store.store import Store
 from oncegate.store.stream_head import StreamHead
+from oncegate.streams.feed import Feed, FeedEnd
 from tests.parts import until
 from tests.probes import Probe
 from tests.stores import FOREIGN, KEY, PATIENCE_S, answer, claimed, connected
@@ -231,3 +232,24 @@ async def test_an_append_that_fails_in_here_is_raised_at_the_end(begin, store, m
     assert one.is_broken
     with pytest.raises(RuntimeError, match="a bug"):
         await one.finish()
+
+
+async def test_a_reader_in_this_worker_gets_what_the_store_lacks(begin, store):
+    """What is on its way there, what waits for more, and what comes next; and no more of it is kept than that."""
+    one, memory = await begin(), MemoryBudget(1 << 20)
+    pieces = [b"a" * BATCH_BYTES, b"waits", b"comes"]
+    one.add(pieces[0])
+    one.add(pieces[1])
+    # The first is under way.
+    feed = Feed(KEY, one._held.claim.token, store, memory, 1.0)
+    assert (one.chunks, feed.size) == (0, 0)
+    one.tap(feed)
+    one.add(pieces[2])
+    assert feed.whole() == b"".join(pieces)
+    await until(lambda: one.chunks == 1)
+    late = Feed(KEY, one._held.claim.token, store, memory, 1.0)
+    one.tap(late)
+    assert (late.whole(), late.at_hand(BATCH_BYTES), late.size) == (None, b"waitscomes", sum(map(len, pieces)))
+    assert await late.read(10) == pieces[0][10:]
+    one.settled(b"", is_stored=True)
+    assert (late.ended, feed.ended) == (FeedEnd.COMPLETE, None)
