@@ -44,7 +44,7 @@ PART_keys := e2e/test_tenants test_automatic test_documents test_fingerprint_par
 	test_tenants
 PART_observe := test_families test_monitoring test_logs test_outcome test_exemplars test_tracing test_usage e2e/test_admin e2e/test_logs e2e/test_tracing
 PART_admin := test_access test_admin_pages e2e/test_admin hostile/test_admin_attempts test_formats test_history test_operator_pages e2e/test_operator_page
-PART_streams := test_cancelling test_feed e2e/test_cancel_anywhere e2e/test_join test_capability test_durable_streams test_own_path test_ranges e2e/test_stream_addresses e2e/test_followers
+PART_streams := test_cancelling test_feed e2e/test_cancel_anywhere e2e/test_join test_capability test_durable_streams test_own_path test_ranges e2e/test_stream_addresses e2e/test_followers e2e/test_streams_on_topologies
 PART_operating := e2e/test_cancel_anywhere test_explain test_operate test_request_identity e2e/test_find_keys e2e/test_operate
 PART_known_heads := test_known_heads test_known_requests test_shapes e2e/test_again e2e/test_head_cache
 PART_messages := test_bound_authentication test_headers test_problems test_request_line test_strict_head test_trailers

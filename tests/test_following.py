@@ -224,6 +224,17 @@ async def test_another_claim_is_never_followed(store, probe):
     assert probe.keys() == []
 
 
+@pytest.mark.fault(36)
+@pytest.mark.parametrize("lost", [0, 1])
+async def test_a_chunk_that_a_failover_lost(store, probe, lost):
+    """The owner has appended others since: who has it may go on, and nobody else waits for it."""
+    owner = await running(store, b"0", b"1")
+    await store.append(owner, 2, b"2", PATIENCE_S)
+    probe.change(KEY, **{f"b{lost}": None})
+    assert await store.follow(KEY, owner.token, lost, READING_MS) is ReadFailure.INCOMPLETE
+    assert (await follow(store, owner, 2)).chunks == [b"2"]
+
+
 async def test_a_store_that_is_away(store):
     """The reader knows nothing, and asks again."""
     owner = await running(store, b"one")

@@ -258,7 +258,9 @@ class Clustered:
         role, slots = (
             ("master -", f" {first}-{end - 1}") if other < masters else (f"slave {self.ids[other % masters]}", "")
         )
-        place, epoch = f"127.0.0.1:{ports[other]}@{buses[other]}", other % masters + 1
+        # As servers of today write it: each is told its shard.
+        shard = f"{other % masters:040x}"
+        place, epoch = f"127.0.0.1:{ports[other]}@{buses[other]},,shard-id={shard}", other % masters + 1
         return f"{self.ids[other]} {place} {myself}{role} 0 0 {epoch} connected{slots}"
 
     def in_sync(self) -> bool:

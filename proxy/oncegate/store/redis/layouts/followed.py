@@ -47,6 +47,9 @@ def _followed(
     except (KeyError, ValueError):
         return ReadFailure.INCOMPLETE
     state = effective_state(state, left_ms)
+    if state is State.IN_FLIGHT and not chunks and first < count:
+        # A failover lost that chunk, and the owner has appended others since.
+        return ReadFailure.INCOMPLETE
     return Followed(
         state,
         fields.get("head", b""),
