@@ -169,6 +169,7 @@ async def test_postgres(postgres_template, proxies, upstream, server, client):
         async with postgres_over_tls(own.port, tls) as port:
             files = {"STORE_CA_FILE": server.ca, "STORE_CERT_FILE": client.cert, "STORE_KEY_FILE": client.key}
             proxy = proxies(upstream, f"postgresql://{SUPERUSER}@127.0.0.1:{port}/postgres", **files)
+            await until(lambda: proxy.admin("/readyz")[0] == 200, 30)
             assert (await ask(proxy.port, request(key="k1"))).header("oncegate-status") == b"executed"
             server.renew()
             proxy.signal(signal.SIGHUP)

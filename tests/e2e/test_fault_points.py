@@ -588,6 +588,8 @@ async def test_a_jump_of_the_wall_clock_as_every_library_sees_it(upstream, valke
 
 # To people, and to Prometheus; and housekeeping.
 TELLS_THE_TIME = (
+    # A cursor of the Durable Streams protocol, which keeps caches apart and decides nothing.
+    ("streams", "durable.py"),
     ("operating", "decisions.py"),
     ("commands", "keys_watch.py"),
     ("server", "supervisor.py"),
