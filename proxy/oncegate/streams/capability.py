@@ -25,9 +25,10 @@ _LAST_SECOND = 0xFFFFFFFF
 
 
 class Capability(NamedTuple):
-    """What an address allows: `purpose`, for the claim `token` of `key`, until `expires_s` (seconds since 1970).
+    """What an address allows: `purpose`, for the claim `token` of `key`, until `expires_s`.
 
-    `tenant`: whose key it is. `rule`: the `rule_mark` of the rule under which the claim was made.
+    That is in seconds since 1970, by the store's clock. `tenant`: whose key it is. `rule`: the `rule_mark`
+    of the rule under which the claim was made.
     """
 
     purpose: bytes

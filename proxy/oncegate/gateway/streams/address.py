@@ -4,7 +4,6 @@ Nothing is told about an address that nobody was given: a forged one, one that w
 the same answer.
 """
 
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import NamedTuple
 
@@ -73,7 +72,7 @@ class Addresses:
             allowed = ", ".join(("OPTIONS", *purpose.methods)).encode()
             detail = f"this address takes {' and '.join(purpose.methods)}"
             return asked.refuse(request, Refuse(refusal(405, detail), b"%sAllow: %s\r\n%s" % (REFUSED, allowed, SAFE)))
-        if capability.expires_s <= time.time():
+        if capability.expires_s * 1000 <= route.deps.store.now_ms(capability.key):
             return asked.refuse(request, gone("expired", "the address has expired"))
         return await purpose.answer(request, asked)
 
