@@ -17,6 +17,7 @@ from oncegate.streams.cancels import READ, Note, unpack_note
 from oncegate.streams.feed import READ_BYTES, WINDOW_BYTES, Feed, FeedEnd
 from oncegate.streams.feeds import Feeds, Running
 from oncegate.streams.followers import Followers
+from tests.parts import until
 
 KEY, TOKEN = b"k" * 24, b"t" * 16
 HEAD = StreamHead(200, b"OK", b"Content-Type: text/event-stream\r\n", None, False, False, 0)
@@ -42,12 +43,16 @@ class Tells:
 
 
 class Records:
-    """A store with the record of one response, which a test writes; `reads` are the indexes that were asked for."""
+    """A store with the record of one response, which a test writes; `reads` are the indexes that were asked for.
+
+    `has_head`: the owner gives one while the response comes.
+    """
 
     def __init__(self) -> None:
         self.chunks: list[bytes] = []
         self.state, self.response, self.token = State.IN_FLIGHT, None, TOKEN
         self.is_down, self.dropped, self.reads = False, False, list[int]()
+        self.has_head = True
         self.wakes: NoWakes | Tells = NoWakes()
         self.posted: list[tuple[bytes, Note | None]] = []
 
@@ -64,7 +69,8 @@ class Records:
                 break
             size += len(chunk)
             chunks.append(chunk)
-        head = pack_head(HEAD) if self.chunks and not first and self.state is State.IN_FLIGHT else b""
+        has_head = self.has_head and self.chunks and not first and self.state is State.IN_FLIGHT
+        head = pack_head(HEAD) if has_head else b""
         return Followed(self.state, head, chunks, len(self.chunks), self.response, False, 100, dropped=self.dropped)
 
     async def post(self, token: bytes, note: bytes) -> bool:
@@ -225,6 +231,20 @@ async def test_where_the_store_tells_it_is_hardly_asked(feeds, records):
         records.tell()
         assert await reading == b"first, second"
     assert records.wakes.watchers == []
+
+
+async def test_a_head_that_comes_with_the_end_has_all_behind_it(feeds, records, memory):
+    """A body that may still free its key has no head while it comes. Once it is stored, its readers get all of it."""
+    records.has_head = False
+    records.chunks += [b"first ", b"x" * WINDOW_BYTES, b" second "]
+    with feeds.reading(KEY, TOKEN) as feed:
+        reader = asyncio.ensure_future(read_all(feed))
+        await until(lambda: 3 in records.reads)
+        records.chunks.append(b"last")
+        records.complete()
+        assert await reader == b"".join(records.chunks)
+        assert feed.ended is FeedEnd.COMPLETE
+    assert memory.used == 0
 
 
 async def test_a_complete_record_is_not_watched(feeds, records):

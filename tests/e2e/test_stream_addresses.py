@@ -43,6 +43,12 @@ resumable = true
 cancellable = true
 
 [[rule]]
+name = "judged"
+path = "/judged/**"
+resumable = true
+release_statuses = ["200+/error/code=busy"]
+
+[[rule]]
 name = "other"
 path = "/other/**"
 """
@@ -177,6 +183,24 @@ async def test_a_response_is_read_on_each_replica_while_it_comes_and_later(repli
         replayed = await ask(proxy.port, request())
         assert (replayed.header("oncegate-status"), address_of(replayed)) == (b"replayed", address)
     assert len(upstream.received) == 1
+
+
+async def test_a_body_that_may_free_its_key_is_read_once_it_is_stored(replicas, upstream, store):
+    """Whoever waits at its address gets all of it, also what the store had long before."""
+    one, two = replicas(2, store.url)
+    tap, asked = Tap(), request(target="/judged/1")
+    upstream.script = tap.script
+    tap.send(CHUNKED.replace(b"text/plain", b"application/json"), chunk(b'{"text": "' + b"x" * 200_000))
+    original = asyncio.ensure_future(ask(one.port, asked))
+    await until(lambda: upstream.received)
+    address = address_of(await ask(two.port, asked))
+    readers = [asyncio.ensure_future(ask(proxy.port, get(address))) for proxy in (one, two)]
+    await asyncio.sleep(0.5)
+    tap.end(chunk(b'"}'), LAST_CHUNK)
+    body = (await original).body
+    for reader in readers:
+        answer = await reader
+        assert (answer.status, answer.complete, answer.body == body) == (200, True, True)
 
 
 async def test_a_reader_gets_no_clean_end_of_a_response_that_broke_off(replicas, upstream, store):

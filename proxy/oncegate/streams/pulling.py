@@ -87,6 +87,10 @@ class Pull:
             if head is not None:
                 self._digest = response_digest(head.status, head.reason, head.block)
             feed.begin(head)
+            if head is not None and self._next:
+                # Nobody gets a byte before the head, so that what came before it was not taken.
+                self._next = 0
+                return True
         self._publish(found.chunks)
         has_more = self._next < found.count
         feed.note_current(not has_more)
@@ -96,12 +100,12 @@ class Pull:
 
     def _publish(self, chunks: list[bytes]) -> None:
         feed = self._feed
-        feed.note_chunks(self._next, feed.size, chunks)
-        for chunk in chunks:
-            if self._digest is not None:
+        if self._digest is not None:
+            feed.note_chunks(self._next, feed.size, chunks)
+            for chunk in chunks:
                 self._digest.update(chunk)
-            feed.stored(feed.size + len(chunk))
-            feed.publish(chunk)
+                feed.stored(feed.size + len(chunk))
+                feed.publish(chunk)
         self._next += len(chunks)
 
     def _fail(self, failure: ReadFailure) -> None:
