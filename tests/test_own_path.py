@@ -41,6 +41,9 @@ def test_what_a_target_names(target, place):
         b"/.%4FNCEGATE/streams/abc",
         b"/\\.oncegate\\streams/abc",
         b"/%5c.oncegate/streams/abc",
+        b"/.oncegate;x=1/streams/abc",
+        b"/;/.oncegate/streams/abc",
+        b"/x/..%3B/.oncegate/streams/abc",
     ],
 )
 def test_what_only_normalizes_to_it_is_nowhere(target):
@@ -48,7 +51,16 @@ def test_what_only_normalizes_to_it_is_nowhere(target):
 
 
 @pytest.mark.parametrize(
-    "target", [b"/", b"/v1/x", b"/.oncegatex/streams", b"/oncegate/streams/abc", b"/x?/.oncegate/streams", b"/x%2F/"]
+    "target",
+    [
+        b"/",
+        b"/v1/x",
+        b"/.oncegatex/streams",
+        b"/oncegate/streams/abc",
+        b"/x?/.oncegate/streams",
+        b"/x%2F/",
+        b"/x;/.oncegate",
+    ],
 )
 def test_everything_else_is_the_apis(target):
     assert OWN.place(target) is None

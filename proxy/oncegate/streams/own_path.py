@@ -1,5 +1,6 @@
 """The paths at which oncegate itself answers on the public listener. Pure."""
 
+import re
 from typing import NamedTuple
 from urllib.parse import unquote_to_bytes
 
@@ -16,8 +17,10 @@ class Place(NamedTuple):
 
 # Of a target that only another reader would take for one below the own path.
 NOWHERE = Place(b"", b"", b"")
-# In which spellings of a path differ: escapes, other slashes, dot segments.
-_SPELLINGS = (b"%", b"\\", b"//", b"/.")
+# In which spellings of a path differ: escapes, other slashes, dot segments, parameters of a segment.
+_SPELLINGS = (b"%", b"\\", b"//", b"/.", b";")
+# Servers of Java take them off before they look for a path.
+_PARAMETERS = re.compile(rb";[^/]*")
 
 
 class OwnPath:
@@ -42,7 +45,8 @@ class OwnPath:
     def _is_spelling_of(self, path: bytes) -> bool:
         folded = path.lower()
         if any(mark in folded for mark in _SPELLINGS):
-            folded = normalized_path(unquote_to_bytes(folded).replace(b"\\", b"/")).lower()
+            plain = _PARAMETERS.sub(b"", unquote_to_bytes(folded).replace(b"\\", b"/"))
+            folded = normalized_path(plain).lower()
         return folded == self._folded or folded.startswith(self._folded + b"/")
 
     def shown(self, place: Place) -> str:
