@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import asyncpg
 import pytest
 
-from loadtest.bench import chunks, contenders, keys, postgres, redis_rows, tools, wrk
+from loadtest.bench import chunks, contenders, followers, joining, keys, postgres, redis_rows, tools, wrk
 from loadtest.bench.__main__ import parser
 from loadtest.bench.against import package_of
 from loadtest.bench.chunks import Cost
@@ -25,9 +25,11 @@ from loadtest.bench.goals import GOALS, goals
 from loadtest.bench.machine import ROOT, Process, family, share, two_cores
 from loadtest.bench.page import Circumstances, write_page
 from loadtest.bench.plot import write_plot
+from loadtest.bench.redis import command
 from loadtest.bench.scenarios import SCENARIOS, Run
 from loadtest.bench.table import Figure, Table, write_csv
 from loadtest.ports import free_port
+from oncegate.server.embedded import find_server
 from tests.parts import answering, ask, request
 from tests.postgres_server import Server, shared_url
 
@@ -175,6 +177,67 @@ def test_goals_of_streams():
     found = chunks.compared("nginx+lua", ours, theirs)
     assert [(one.value, one.limit, one.wish) for one in found] == [(1.6, 2.0, 1.7), (1.8, 1.8, 1.5), (2.0, None, None)]
     assert all(one.limit is one.wish is None for one in chunks.compared("earlier", ours, theirs))
+
+
+def test_goals_of_followers():
+    """A follower costs what its worker takes more for it; the goals are those of one follower. Medians count."""
+    costs = {
+        "alone": [followers.Cost(60.0, 0.0), followers.Cost(50.0, 0.0), followers.Cost(60.0, 9.0)],
+        "here-1": [followers.Cost(90.0, 0.0)],
+        "here-10": [followers.Cost(120.0, 0.0)],
+        "there-1": [followers.Cost(63.0, 120.0)],
+        "there-10": [followers.Cost(61.0, 60.0)],
+    }
+    assert costs.keys() == followers.KINDS.keys()
+    found = followers.compared(costs)
+    assert [(round(one.value, 2), one.limit) for one in found] == [(0.5, 0.6), (0.1, 0.6), (2.0, 1.5), (0.1, None)]
+    assert [one.met for one in found] == [True, True, False, True]
+    assert found[2].note == "120.0 and 60.0 us; the stream's own worker +3.0 us"
+
+
+def test_goals_of_events_at_followers():
+    """With wake-ups they come sooner. Events count that were sent once the first join was settled."""
+    found = {"event_p99": 0.2, "event_p50": 0.01, "owner_p99": 0.005, "events": 10}
+    assert [followers.delayed(store, 1, found).met for store in (followers.WAKES, followers.POLLS)] == [False, True]
+    early = SimpleNamespace(asked_s=10.0, sent_s=[9.9, 10.1, 10.2, 10.5], delays_s=[0.9, 0.8, 0.1, 0.2])
+    late = SimpleNamespace(asked_s=10.4, sent_s=[9.9, 10.1, 10.2, 10.5], delays_s=[1.3, 1.1, 0.3, 0.4])
+    assert joining.settled([early, late]) == [0.1, 0.2, 0.4]
+    assert joining.settled([]) == []
+
+
+def test_commands_where_nobody_joins():
+    """Not one more than the earlier commit's; without one, how many they are."""
+    assert followers.counted("an execution", {"no-rest": 8.0, "earlier": 8.0}).met
+    assert not followers.counted("an execution", {"no-rest": 9.0, "earlier": 8.0}).met
+    assert followers.counted("an execution", {"no-rest": 9.0})[1:4] == (9.0, "", None)
+
+
+def test_commands_are_counted():
+    """Those of scripts, too; or those of some kinds alone."""
+    store = contenders.open_redis(two_cores(), find_server())
+    try:
+        before = [followers.commands_of(store, which) for which in ((), ("hset", "eval"))]
+        script = "redis.call('HSET', KEYS[1], 'a', 1) return redis.call('HGET', KEYS[1], 'a')"
+        assert command(store.port, "EVAL", script, "1", "h") == "1"
+        assert followers.commands_of(store, ("hset", "eval")) - before[1] == 2
+        assert followers.commands_of(store) - before[0] >= 3
+    finally:
+        store.process.stop()
+
+
+async def test_what_reads_a_followed_stream():
+    """It says what is missing or out of order, who joined, and when the first event came."""
+    head = b"HTTP/1.1 200 OK\r\nOncegate-Status: joined\r\nTransfer-Encoding: chunked\r\n\r\n"
+    first, third = (b"%x\r\n%b\r\n" % (len(event), event) for event in (b"data: 0 1 x\n\n", b"data: 2 2 x\n\n"))
+    sent: list[bytes] = []
+    reader = joining.Reader(b"POST", joining.Live())
+    reader.connection_made(SimpleNamespace(write=sent.append, close=lambda: sent.append(b"closed")))
+    reader.data_received(head)
+    assert (reader.joined, reader.begun.done()) == (True, False)
+    reader.data_received(first)
+    reader.data_received(third + b"0\r\n\r\n")
+    assert sent == [b"POST", b"closed"]
+    assert (await reader.begun > 0, len(reader.delays_s), reader.sent_s, reader.disorder) == (True, 2, [1e-9, 2e-9], 1)
 
 
 def test_goals_of_the_store():

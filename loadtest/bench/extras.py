@@ -10,6 +10,7 @@ from typing import Any
 from loadtest.bench import contenders, scenarios
 from loadtest.bench.chunks import BYTES, chunks, live_streams
 from loadtest.bench.contenders import Running, Site, await_layout, await_ready, serving
+from loadtest.bench.followers import followers
 from loadtest.bench.index_rows import open_index
 from loadtest.bench.postgres import postgres
 from loadtest.bench.readers import Peak, read
@@ -139,6 +140,7 @@ EXTRAS: dict[str, Callable[[Site, bool], list[Figure]]] = {
     "event-streams": event_streams,
     "chunks": chunks,
     "live-streams": live_streams,
+    "followers": followers,
     "redis-cpu": redis_cpu,
     "open-index": open_index,
     "record": record,

@@ -52,12 +52,12 @@ class Length(NamedTuple):
 def postgres(site: Site, quick: bool) -> list[Figure]:
     """Compare three durable stores. The table is printed, too."""
     length = Length(1, 1, (32,)) if quick else Length(3, 2, (32, 256))
-    with _database() as database:
+    with started_database() as database:
         table = Table(_rounds(site, database, length))
         rows = asyncio.run(measure_rows(database.url))
     print("", "durable stores; 'oncegate' is on PostgreSQL", *table.lines(), sep="\n", flush=True)
     sync_ms = _sync_ms()
-    with _database(SLOW_DISK_MS) as database:
+    with started_database(SLOW_DISK_MS) as database:
         slow = Table(_rounds(site, database, length, with_redis=False))
     print("", f"the same on a disk that takes {SLOW_DISK_MS} ms more", *slow.lines(), sep="\n", flush=True)
     return [
@@ -78,7 +78,7 @@ def _compared(table: Table, ratios: Sequence[Ratio], sync_ms: float) -> list[Fig
 
 
 @contextmanager
-def _database(slower_ms: int = 0) -> Iterator[EmbeddedPostgres]:
+def started_database(slower_ms: int = 0) -> Iterator[EmbeddedPostgres]:
     """Start a database, on a disk whose syncs take so much longer."""
     database = EmbeddedPostgres(free_port(), OPTIONS)
     try:

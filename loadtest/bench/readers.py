@@ -11,9 +11,9 @@ from loadtest.bench.machine import PYTHON, ROOT, pinned
 SAMPLE_S = 0.02
 
 
-def read(site: Site, *words: object) -> dict[str, Any]:
-    """Run loadtest.bench.streams with these words on the core of the load; return what it found."""
-    command = [PYTHON, "-m", "loadtest.bench.streams", *map(str, words)]
+def read(site: Site, *words: object, module: str = "streams") -> dict[str, Any]:
+    """Run this module of the bench with these words on the core of the load; return what it found."""
+    command = [PYTHON, "-m", f"loadtest.bench.{module}", *map(str, words)]
     said = subprocess.run(
         command,
         cwd=ROOT,

@@ -28,7 +28,7 @@ class Live:
 
 
 class Stream(asyncio.Protocol):
-    """One stream; `delays_s` is the time of each event from its sender to this process."""
+    """One stream. `delays_s`: the time of each event from its sender to this process; `sent_s`: when it was sent."""
 
     def __init__(self, request: bytes, live: Live, over: "asyncio.Future[None]") -> None:
         self._request, self._live, self._over = request, live, over
@@ -36,6 +36,7 @@ class Stream(asyncio.Protocol):
         self.refused = False
         self.first_byte_s = 0.0
         self.delays_s: list[float] = []
+        self.sent_s: list[float] = []
         self.disorder = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -55,6 +56,7 @@ class Stream(asyncio.Protocol):
                 number, sent_ns, _ = line[6:].split()
                 self.disorder += int(number) != len(self.delays_s)
                 self.delays_s.append((now - int(sent_ns)) / 1e9)
+                self.sent_s.append(int(sent_ns) / 1e9)
         if self.refused or (self._rest == b"" and lines[-2:] == [b"0\r", b"\r"]):
             self._transport.close()
 
