@@ -12,7 +12,7 @@ from redis.crc import key_slot
 from tests.e2e.test_join import BODY, EVENTS, SSE, answered, begun, closed, has
 from tests.e2e.test_stream_addresses import address_in, get
 from tests.parts import LAST_CHUNK, Answer, Proxy, RawClient, RawUpstream, Received, Tap, ask, chunk, request, until
-from tests.topologies import Clustered, Sentineled, replicated, wait_for
+from tests.topologies import SERVICE, Clustered, Sentineled, replicated, wait_for
 
 # Closes the clients of each test.
 __all__ = ["closed"]
@@ -22,12 +22,15 @@ RULES = """
 name = "llm"
 path = "/v1/**"
 on_duplicate = "join"
+resume = true
 resumable = true
 cancellable = true
 ask_keys = true
 """
 SETTINGS = {"RULES_FILE": "rules.toml", "SECRET": "a secret of many bytes", "STORE_TIMEOUT_MS": 1000}
 MINE = "Authorization: Bearer mine"
+# The key of a response that does not begin by itself.
+BARE = "bare"
 
 
 @pytest.fixture
@@ -56,7 +59,7 @@ class Stream:
 
     def __init__(self, key: str, owner: Proxy, other: Proxy) -> None:
         self.key, self.owner, self.other, self._tap = key, owner, other, Tap()
-        self.raw = request("POST", "/v1/chat", key, b"{}", MINE)
+        self.raw = self.behind()
         self.executions = 0
 
     async def script(
@@ -66,9 +69,17 @@ class Stream:
         self._api = reader
         await self._tap.script(upstream, reader, writer, received)
 
+    def behind(self, *seen: str) -> bytes:
+        """Return the request; `seen` is the field of the event behind which a reader goes on."""
+        return request("POST", "/v1/chat", self.key, b"{}", MINE, *seen)
+
+    async def ask_api(self) -> None:
+        """Send the request, until the API has it."""
+        self.first = await begun(self.owner.port, self.raw)
+        await until(lambda: self.executions)
+
     async def begin(self) -> None:
         """Begin the response, with a reader on each replica that has its first event."""
-        self.first = await begun(self.owner.port, self.raw)
         self._tap.send(SSE, chunk(EVENTS[0]))
         async with asyncio.timeout(20):
             head = await self.first.reader.readuntil(b"\r\n\r\n")
@@ -97,8 +108,9 @@ class Stream:
         """Every reader has each byte once, and the end; it may be read again, from any place, and asked for."""
         for answer in await self.both():
             assert (answer.body, answer.complete) == (BODY, True)
-        behind = await ask(self.other.port, get(self.address, "Last-Event-ID: 05"))
-        assert (behind.body, behind.complete) == (b"".join(EVENTS[6:]), True)
+        for raw in (get(self.address, "Last-Event-ID: 05"), self.behind("Last-Event-ID: 05")):
+            behind = await ask(self.other.port, raw)
+            assert (behind.body, behind.complete) == (b"".join(EVENTS[6:]), True)
         part = await ask(self.other.port, get(self.address, "Range: bytes=100-"))
         assert (part.status, part.body) == (206, BODY[100:])
         assert await self.state() == "complete"
@@ -145,7 +157,9 @@ def streams(fork, upstream, tmp_path: Path) -> Streams:
             replicas.extend([await fork(upstream, url, **SETTINGS | settings) for _ in range(2)])
         begun_now = [Stream(key, *replicas) for key in keys]
         running.update({stream.key: stream for stream in begun_now})
-        await asyncio.gather(*[stream.begin() for stream in begun_now])
+        for stream in begun_now:
+            await stream.ask_api()
+        await asyncio.gather(*[stream.begin() for stream in begun_now if stream.key != BARE])
         return begun_now
 
     upstream.script = script
@@ -158,7 +172,7 @@ async def survives(streams: Streams, url: str, fails: Callable[[], None], is_ove
     await stopped.is_stopped()
     whole.send(1, 2)
     await has(whole.follower, EVENTS[2])
-    resumed = await whole.reader(get(whole.address, "Last-Event-ID: 01"), EVENTS[2])
+    resumed = await whole.reader(whole.behind("Last-Event-ID: 01"), EVENTS[2])
     await asyncio.to_thread(fails)
     whole.send(3, 4)
     await has(whole.first, EVENTS[4])
@@ -179,14 +193,23 @@ async def survives(streams: Streams, url: str, fails: Callable[[], None], is_ove
 
 
 @pytest.mark.fault(36, 46)
-@pytest.mark.parametrize("how", ["killed", pytest.param("paused", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "how", ["killed", *(pytest.param(how, marks=pytest.mark.full) for how in ("paused", "told to"))]
+)
 async def test_streams_survive_a_failover(streams, sentineled, how):
-    """The master dies, or hangs and comes back."""
+    """The master dies, or hangs and comes back, or an operator switches it as the page on failovers says."""
     before = sentineled.master
 
     def fails() -> None:
         sentineled.wait_replicated()
-        before.kill() if how == "killed" else before.pause()
+        match how:
+            case "killed":
+                before.kill()
+            case "paused":
+                before.pause()
+            case _:
+                before.ask("CONFIG", "SET", "min-replicas-to-write", 2)
+                wait_for(lambda: sentineled.sentinels[0].ask("SENTINEL", "FAILOVER", SERVICE))
 
     def is_over() -> None:
         sentineled.wait_failed_over(before)
@@ -216,15 +239,20 @@ async def test_streams_survive_a_failover_in_a_cluster(streams, replicated_clust
 
 @pytest.mark.fault(36, 53, 59)
 async def test_what_a_failover_lost_is_broken_off(streams, sentineled):
-    """The replicas lack a part of a response, the end of another, and a claim. Nobody who reads these elsewhere gets
-    a clean end, nor waits for what will not come; and nobody spins."""
-    torn, holed, ended = await streams(sentineled.url, "torn", "holed", "ended", LEASE_MS=4000)
+    """The replicas lack the beginning of a response, a later part, the end of another, and a claim.
+
+    Nobody who reads these elsewhere gets a clean end, or waits for what will not come.
+    """
+    [ended] = await streams(sentineled.url, "ended", LEASE_MS=20_000)
     before, replicas = sentineled.master, sentineled.replicas
+    [record] = before.records()
+    torn, holed, bare = await streams(sentineled.url, "torn", "holed", BARE)
     await asyncio.to_thread(sentineled.wait_replicated)
     for replica in replicas:
         replica.pause()
     before.forget_replicas()
     [lost] = await streams(sentineled.url, "lost")
+    await bare.begin()
     for stream in (torn, holed):
         stream.send(1)
         await has(stream.follower, EVENTS[1])
@@ -233,30 +261,37 @@ async def test_what_a_failover_lost_is_broken_off(streams, sentineled):
     before.kill()
     for replica in replicas:
         replica.resume()
-    await asyncio.to_thread(sentineled.wait_failed_over, before)
+    now = await asyncio.to_thread(sentineled.wait_failed_over, before)
     for stream in (torn, holed):
         stream.send(2)
         await has(stream.follower, EVENTS[2])
     assert not (await answered(lost.follower)).complete
+    bare.send(1)
+    await has(bare.follower, EVENTS[1])
     # Who comes now finds what the store has.
     holed.follower.reset()
+    bare.follower.reset()
     await until(lambda: holed.other.metric("followers") == 1)
+    assert (await ask(bare.other.port, bare.behind("Prefer: wait=0"))).slug == "in-flight"
+    assert (await ask(bare.other.port, get(bare.address))).status == 410
     found = [await holed.reader(holed.raw), await holed.reader(get(holed.address))]
     found.append(await ended.reader(get(ended.address)))
+    # Its owner renews it no more.
+    now.ask("HSET", record, "lease", 1)
     for reader in found:
         answer = await answered(reader)
         assert (answer.body, answer.complete) == (EVENTS[0], False)
-    for stream in (torn, holed, lost):
-        stream.end(*range(1 if stream is lost else 3, 12))
+    for stream in (torn, holed, lost, bare):
+        stream.end(*range({lost: 1, bare: 2}.get(stream, 3), 12))
         original = await answered(stream.first)
         assert (original.body, original.complete) == (BODY, True)
         again = await ask(stream.other.port, stream.raw)
         assert (again.slug, await stream.state()) == ("response-not-kept", "complete")
     assert not (await answered(torn.follower)).complete
-    for stream in (torn, holed, lost):
+    for stream in (torn, holed, lost, bare):
         assert (await ask(stream.other.port, get(stream.address))).status == 410
     assert (await ask(ended.other.port, ended.raw)).slug == "outcome-unknown"
-    assert [one.executions for one in (torn, holed, ended, lost)] == [1] * 4
+    assert [one.executions for one in (torn, holed, ended, lost, bare)] == [1] * 5
 
 
 @pytest.mark.fault(12)
