@@ -35,7 +35,7 @@ OUTCOMES = (
     "upstream_unreachable", "in_flight", "key_reused", "outcome_unknown", "response_not_kept", "key_expired",
     "record_corrupt", "upstream_lost", "upstream_timeout", "truncated", "cancelled", "answer_not_stored", "fenced",
     "failed", "client_gone", "resumed", "stopped", "accepted", "asked", "key_absent", "key_released", "ask_refused",
-    "stream_gone",
+    "stream_gone", "broken_off",
 )  # fmt: skip
 SETTLEMENTS = ("stored", "stored_without_body", "released", "unknown", "cancelled", "unconfirmed", "lost", "fenced")
 SUPPRESSED = ("replayed", "joined", "in_flight", "key_reused", "outcome_unknown", "response_not_kept", "key_expired")

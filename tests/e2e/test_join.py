@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from oncegate.streams.feed import FeedEnd
 from tests.e2e.test_operate import Desk
 from tests.parts import (
     CHUNKED,
@@ -190,7 +191,10 @@ async def test_what_breaks_at_the_api_breaks_for_all(stream, upstream):
         answer = await answered(reader)
         assert (answer.body, answer.complete) == (EVENTS[0], False)
     assert (await ask(one.other.port, request())).slug == "outcome-unknown"
-    assert one.other.metric('requests_total{outcome="truncated"}') >= 1
+    # Its line says why, and is no warning about the API: the original's is one.
+    [line] = [line for line in one.other.events("request") if line["outcome"] == "broken_off"]
+    assert (line["client_gone"], line["reason"]) == (False, FeedEnd.BROKEN.label)
+    assert one.other.events("upstream failed") == []
 
 
 @pytest.mark.fault(71)

@@ -51,6 +51,7 @@ from oncegate.store.waiters import Woken
 
 # Bound once for the request path, as in `decision`.
 _CANCELLED: Final = Outcome.CANCELLED
+_BROKEN_OFF: Final = Outcome.BROKEN_OFF
 _ACCEPTED: Final = Outcome.ACCEPTED
 
 
@@ -104,8 +105,10 @@ class Gateway:
             self._break_off(error, request, failed(REFUSED))
         if beating is not None:
             beating.stop()
-        gone = request.response.client_gone or report.outcome is _CANCELLED
-        report.asked, report.trace = request, None if report.outcome is _ACCEPTED else trace
+        outcome = report.outcome
+        # A client that was broken off has not left by itself.
+        gone = (request.response.client_gone and outcome is not _BROKEN_OFF) or outcome is _CANCELLED
+        report.asked, report.trace = request, None if outcome is _ACCEPTED else trace
         self._observe(report, time.perf_counter() - began, gone)
 
     async def _resume(self, request: Request, step: Resume, began_s: float) -> tuple[RequestReport, Trace | None]:

@@ -64,6 +64,8 @@ class Outcome(Enum):
     UPSTREAM_TIMEOUT = "upstream_timeout"
     TRUNCATED = "truncated"
     CANCELLED = "cancelled"
+    # It read the response of another request, which did not end whole. That one has a report of its own.
+    BROKEN_OFF = "broken_off"
     ANSWER_NOT_STORED = "answer_not_stored"
     FENCED = "fenced"
     FAILED = "failed"

@@ -34,7 +34,7 @@ _SCOPE = InstrumentationScope("oncegate", __version__)
 # The methods of RFC 9110 and RFC 5789. Others could be any word.
 _METHODS = frozenset(("CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"))
 # Outcomes in which the client got no whole response, whatever status it saw.
-_BROKEN = frozenset((Outcome.TRUNCATED, Outcome.ANSWER_NOT_STORED, Outcome.FAILED))
+_BROKEN = frozenset((Outcome.TRUNCATED, Outcome.BROKEN_OFF, Outcome.ANSWER_NOT_STORED, Outcome.FAILED))
 # Outcomes with a status of the API's.
 _FROM_API = frozenset((Outcome.EXECUTED, Outcome.REPLAYED, Outcome.RELEASED, Outcome.UNKNOWN))
 _OK, _ERROR = Status(StatusCode.UNSET), Status(StatusCode.ERROR)

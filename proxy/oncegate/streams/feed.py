@@ -31,20 +31,16 @@ Take = Callable[[bytes], bool]
 
 
 class FeedEnd(Enum):
-    """How a feed ended. `label` says it to operators."""
+    """How a feed ended. `label` says it to operators, as the reason why a reader was broken off."""
 
-    # The store has the whole response.
-    COMPLETE = "complete"
+    COMPLETE = "the store has the whole response"
     # The exchange ended without a whole response, or its end could not be stored.
-    BROKEN = "broken"
-    # The exchange goes on, and its response is no longer stored.
-    DROPPED = "dropped"
-    # The record is gone, or it is another claim's.
-    GONE = "gone"
-    # The store could not be read for too long.
-    UNREACHABLE = "unreachable"
-    # This worker stops.
-    DRAINING = "draining"
+    BROKEN = "the request that it read from was stopped, broke off, was not stored, or its owner is gone"
+    # The exchange goes on.
+    DROPPED = "the response is no longer stored: it grew too large, or the store did not take it"
+    GONE = "the record is gone, or the key has another claim"
+    UNREACHABLE = "the store could not be read for too long"
+    DRAINING = "this worker stops or is replaced"
 
     def __init__(self, label: str) -> None:
         self.label = label

@@ -139,7 +139,7 @@ class StreamReading:
             response.end()
             return reader.asked.report(Outcome.RESUMED, 200)
         response.abort()
-        return reader.asked.report(Outcome.TRUNCATED, 200)
+        return reader.asked.report(Outcome.BROKEN_OFF, 200, reader.why_lost)
 
     async def _pass_events(self, frames: Frames) -> bool:
         """Write events; return whether they may end here: all was sent, or it was a minute."""

@@ -81,7 +81,7 @@ async def _follow(request: Request, keyed: KeyedRequest, record: Record, feed: F
     block = head_block(request, head, fields, original_id(record.kept))
     ended = await serve(request.response, feed, head, block, keyed.route.policy.heartbeats)
     if ended not in (None, FeedEnd.COMPLETE):
-        return keyed.report(request, Outcome.TRUNCATED, head.status, f"joined, and broken off: {ended.label}")
+        return keyed.report(request, Outcome.BROKEN_OFF, head.status, ended.label)
     report = keyed.report(request, Outcome.JOINED, head.status)
     if ended is FeedEnd.COMPLETE:
         now_ms = keyed.route.deps.store.now_ms(feed.key)

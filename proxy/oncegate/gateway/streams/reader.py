@@ -65,6 +65,11 @@ class Reader:
         """The entity tag of the response, which is one for ever."""
         return b'"%s"' % self.feed.token.hex().encode()
 
+    @property
+    def why_lost(self) -> str:
+        """Why the rest cannot be read, in words. A feed that has not ended was read, and had no such bytes."""
+        return (self.feed.ended if self.feed.is_lost and self.feed.ended else FeedEnd.GONE).label
+
     def block(self, fields: bytes = b"", *, is_part: bool = False) -> bytes:
         """Return the header fields of an answer with the response, or with a part of it; `fields` are further ones."""
         block = write_block(without(read_block(self.head.block), _OF_WHOLE if is_part else _NOT_OURS))
@@ -116,9 +121,9 @@ class Reader:
             return self.asked.report(Outcome.RESUMED, status)
         if is_sent:
             self.response.end()
-        else:
-            self.response.abort()
-        return self.asked.report(Outcome.RESUMED if is_sent else Outcome.TRUNCATED, status)
+            return self.asked.report(Outcome.RESUMED, status)
+        self.response.abort()
+        return self.asked.report(Outcome.BROKEN_OFF, status, self.why_lost)
 
     async def wait(self, offset: int, seconds: float) -> None:
         """Wait for a byte behind `offset`, the end, or that the client leaves; `seconds` at most."""

@@ -131,4 +131,4 @@ async def _stream(reader: Reader, offset: int) -> RequestReport:
     ended = await pass_on(reader.response, reader.feed, offset)
     if ended in (None, FeedEnd.COMPLETE):
         return reader.asked.report(Outcome.RESUMED, head.status)
-    return reader.asked.report(Outcome.TRUNCATED, head.status, f"resumed, and broken off: {ended.label}")
+    return reader.asked.report(Outcome.BROKEN_OFF, head.status, ended.label)

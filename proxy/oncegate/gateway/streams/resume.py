@@ -190,7 +190,7 @@ async def _continue(request: Request, keyed: KeyedRequest, record: Record, feed:
         response.comment_every(heartbeats.period_s)
     ended = await pass_on(response, feed, place, DIGESTS)
     if ended not in (None, FeedEnd.COMPLETE):
-        return keyed.report(request, Outcome.TRUNCATED, head.status, f"resumed, and broken off: {ended.label}")
+        return keyed.report(request, Outcome.BROKEN_OFF, head.status, ended.label)
     return keyed.report(request, Outcome.RESUMED, head.status)
 
 
