@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -493,6 +494,23 @@ async def test_nobody_is_told_anything_about_an_address_that_was_not_given(repli
     assert text.decode()[20:60] not in proxy.log()
     paths = {line.get("path") for line in proxy.events("request")}
     assert "/.oncegate/streams/..." in paths
+
+
+async def test_an_address_of_a_former_rule_does_not_reach_the_api(proxies, upstream, valkey, tmp_path):
+    """A reload may leave no rule with addresses: those that were given away are nobody else's, and in no log."""
+    rules = tmp_path / "rules.toml"
+    rules.write_text('[[rule]]\nname = "a"\nresumable = true\n')
+    proxy = proxies(upstream, valkey.url, RULES_FILE=rules, SECRET=SECRET, ACCESS_LOG="all")
+    answer = await ask(proxy.port, request(key="former"))
+    address = re.search(rb"<([^>]+)>", answer.header("link") or b"")[1].decode()
+    assert (await ask(proxy.port, get(address))).status == 200
+    rules.write_text('[[rule]]\nname = "a"\n')
+    proxy.signal(signal.SIGHUP)
+    await until(lambda: proxy.events("reloaded"))
+    assert (await ask(proxy.port, get(address))).status == 404
+    assert len(upstream.received) == 1
+    proxy.stop()
+    assert address.rpartition("/")[2] not in proxy.log()
 
 
 async def test_only_what_is_stored_has_an_address(replicas, upstream, valkey):

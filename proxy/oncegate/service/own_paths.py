@@ -24,10 +24,11 @@ PURPOSES = {
 }
 
 
-def own_paths(settings: Settings, rules: Rules, routes: Routes, admission: Admission) -> OwnPaths | None:
-    """Return what is answered below the own path, None where no rule uses it."""
-    if not any(rule.policy.uses_own_path for rule in rules):
-        return None
+def own_paths(settings: Settings, rules: Rules, routes: Routes, admission: Admission) -> OwnPaths:
+    """Return what is answered below the own path.
+
+    It stays reserved once it was: no address that a former rule gave away reaches an API, or a log.
+    """
     addresses = Addresses(_capabilities(settings), routes, PURPOSES)
     answers: dict[bytes, Answer] = {STREAMS: addresses.answer}
     if asking := [rule.policy.adaptation.cors for rule in rules if rule.policy.asks]:

@@ -80,7 +80,7 @@ class Parts:
     def __init__(self, settings: Settings, store_url: str, rules: Rules, reporting: Reporting) -> None:
         self._settings, self._reporting, self.rules = settings, reporting, rules
         # By names of rules. None is forgotten: a request that came under a rule may outlive it.
-        self._private_paths = rules.with_key_in_path
+        self._private_paths, self._reserves = rules.with_key_in_path, False
         self._usual_times: defaultdict[str, UsualTime] = defaultdict(UsualTime)
         self.metrics = metrics = reporting.metrics
         clock = asyncio.get_running_loop().time
@@ -197,7 +197,9 @@ class Parts:
 
     def _follow(self, rules: Rules, routes: Routes) -> None:
         admission = self._admission(rules)
-        self._first_step.follow(admission, routes, own_paths(self._settings, rules, routes, admission))
+        self._reserves = self._reserves or any(rule.policy.uses_own_path for rule in rules)
+        own = own_paths(self._settings, rules, routes, admission) if self._reserves else None
+        self._first_step.follow(admission, routes, own)
 
     def _routes(self, rules: Rules) -> Routes:
         """Return the routes of rules. Raises OSError for a certificate that cannot be used."""
