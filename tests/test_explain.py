@@ -545,3 +545,18 @@ def test_the_rest_of_a_stream_is_explained(check):
     assert found["no record"] == "410 stream-gone: a request with Last-Event-ID is never executed"
     assert explained(check, "POST", "/stream", *asked[:2])["events"] == "get ids, unless the response is coded"
     assert explained(check, "POST", "/other", *asked[:3], "Last-Event-ID: 7")["result"] == "executed if the key is free"
+
+
+def test_what_oncegate_answers_itself_is_explained(check, monkeypatch):
+    """A path that is reserved is not called one that reaches the API, and only a rule with addresses reserves it."""
+    asked = "-H", "Idempotency-Key: a"
+    assert "upstream" in explained(check, "GET", "/.oncegate/keys")
+    monkeypatch.setenv("ONCEGATE_SECRET", "0123456789abcdef")
+    rules = Path("rules.toml")
+    fields = "resumable = true\ncancellable = true\nask_keys = true\n"
+    rules.write_text(rules.read_text() + f'[[rule]]\nname = "stream"\npath = "/stream"\n{fields}')
+    found = explained(check, "GET", "/.oncegate/keys")
+    assert found == {"result": "answered by oncegate itself: no request below ONCEGATE_OWN_PATH reaches an API"}
+    found = explained(check, "POST", "/stream", *asked)
+    assert (found["links"], found["questions"]) == ("resume, cancel", "answered for the same key and credential")
+    assert "links" not in explained(check, "POST", "/other", *asked)

@@ -7,7 +7,7 @@ GAUGES = {
     "in_flight_oldest_seconds": "For how long the oldest guarded request has been in progress.",
     "reading_bodies": "Guarded requests whose body is still on its way. They are not in flight yet.",
     "waiting": "Duplicates that wait for their original request.",
-    "followers": "Duplicates that get the response of their running original while it comes.",
+    "followers": "Those who read a response that another request brings: joined, resumed, or at an address.",
     "store_memory_ratio": "Memory that the store uses, as a share of its limit.",
     "store_behind_seconds": "PostgreSQL: how long ago what housekeeping did on its last pass was due, at most.",
     "store_snapshot_seconds": "PostgreSQL: age of the oldest snapshot in the database. What it may see is not removed.",

@@ -40,6 +40,7 @@ from oncegate.settings.credentials import KNOWN, expanded
 from oncegate.settings.names import GUARDABLE
 from oncegate.settings.settings import Settings
 from oncegate.store.record_name import store_key
+from oncegate.streams.own_path import OwnPath
 
 LABEL_WIDTH = 18
 _KNOWN = frozenset(name.lower() for name in expanded([KNOWN]))
@@ -134,6 +135,10 @@ class Explanation:
         head, body = admit(self._settings, self._rules, asked), asked.body
         if isinstance(head, Refused):
             self._add("result", f"{head.status}: {head.detail}")
+        elif any(rule.policy.uses_own_path for rule in self._rules) and OwnPath(self._settings.own_path).place(
+            head.target
+        ):
+            self._add("result", "answered by oncegate itself: no request below ONCEGATE_OWN_PATH reaches an API")
         else:
             if self._add_preflight(head):
                 return "\n".join(self._lines)
@@ -297,6 +302,10 @@ def _by_state(policy: Policy, head: RequestHead, identity: Identity) -> Iterable
         yield "client gone", f"cancelled after {policy.cancel_grace_s:g} s without readers; then 409 outcome-unknown"
     if policy.sse_ids:
         yield "events", "get ids, unless the response is coded"
+    if links := [rel for rel, has in (("resume", policy.resumable), ("cancel", policy.cancellable)) if has]:
+        yield "links", ", ".join(links)
+    if policy.asks:
+        yield "questions", "answered for the same key and credential"
     yield "other content", "422 key-reused, if the fingerprint differs"
     if policy.json_rpc:
         yield "by message", "a result is stored; -32700, -32600 and -32601 free the key; all else is unknown"

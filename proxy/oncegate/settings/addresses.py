@@ -129,7 +129,9 @@ def parse_own_path(text: str) -> str:
     """Return a path that has one spelling only, without a slash at its end."""
     path = text.rstrip("/")
     if _OWN_PATH.fullmatch(path) is None:
-        raise ValueError("must be a path such as /.oncegate, of letters, -, ., _ and ~")
+        raise ValueError(
+            "must be a path such as /.oncegate, of letters, -, ., _ and ~, in at most four parts of 64 characters"
+        )
     return path
 
 
