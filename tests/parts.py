@@ -206,6 +206,11 @@ class RawUpstream:
         self.port = self._server.sockets[0].getsockname()[1]
 
     @property
+    def open_connections(self) -> int:
+        """How many connections are open, as asyncio itself counts them."""
+        return int(getattr(self._server, "_active_count"))  # noqa: B009
+
+    @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 

@@ -35,10 +35,16 @@ async def presented(port: int, authority: trustme.CA) -> bytes:
 
 async def end(upstream: RawUpstream) -> None:
     """Close an upstream without waiting for the other side of TLS."""
-    for writer in upstream.writers:
-        writer.transport.abort()
+
+    def is_over() -> bool:
+        for writer in upstream.writers:
+            writer.transport.abort()
+        # Counts connections whose handshake is not over, too, of which no writer knows.
+        return not upstream.writers and not upstream.open_connections
+
+    is_over()
     await upstream.close()
-    await until(lambda: not upstream.writers)
+    await until(is_over)
 
 
 async def hang_up(proxy, event: str = "reloaded", count: int = 1) -> dict:
