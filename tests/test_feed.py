@@ -362,6 +362,36 @@ async def test_what_is_not_whole_has_no_clean_end(feeds, records, what: Callable
         assert await feed.read(0) == b"first" or what is _altered
 
 
+async def test_a_store_that_never_answers_ends_the_wait_for_a_head(feeds, records, monkeypatch):
+    """Also where a single read hangs for longer than a reader may wait, and with nothing told to a silent store."""
+    monkeypatch.setattr(records, "follow", lambda *_: asyncio.sleep(60))
+    monkeypatch.setattr(feeds, "_silence_s", 0.2)
+    with feeds.reading(KEY, TOKEN) as feed:
+        async with asyncio.timeout(5):
+            await feed.beyond(-1)
+        assert feed.ended is FeedEnd.UNREACHABLE
+    assert records.posted == []
+
+
+async def test_a_reader_that_was_slow_outlasts_a_failed_read(feeds, records, monkeypatch):
+    """The store is silent from the first read on that it does not answer, not since somebody last had to ask it."""
+    records.chunks.append(b"first")
+    monkeypatch.setattr(feeds, "_silence_s", 0.5)
+    with feeds.reading(KEY, TOKEN) as feed:
+        await feed.beyond(0)
+        # Nobody asks for more meanwhile.
+        await asyncio.sleep(0.7)
+        records.is_down = True
+        waiting = asyncio.ensure_future(feed.beyond(feed.size))
+        asked = len(records.reads)
+        await until(lambda: len(records.reads) > asked)
+        records.is_down = False
+        records.chunks.append(b"second")
+        async with asyncio.timeout(5):
+            await waiting
+        assert (feed.ended, feed.size) == (None, 11)
+
+
 async def test_a_failure_leaves_nobody_waiting(feeds, records, monkeypatch):
     """Whatever fails while a response is pulled breaks its readers off."""
     records.chunks.append(b"first")

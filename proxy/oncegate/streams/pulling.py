@@ -33,7 +33,8 @@ class Pull:
         # Over status, reason, fields and what of the body has come.
         self._digest: blake2b | None = None
         self._loop = asyncio.get_running_loop()
-        self._heard_s = self._loop.time()
+        # When the first read began that the store has not answered, None while it answers.
+        self._silent_since_s: float | None = None
 
     async def run(self, pause_s: Callable[[], float]) -> None:
         """Read until the response has ended, and only while a reader waits for more.
@@ -47,10 +48,10 @@ class Pull:
                 await feed.wanted()
                 news.clear()
                 began_s = self._loop.time()
-                found = await self._store.follow(feed.key, feed.token, self._next, READING_MS)
+                found = await self._read(began_s)
                 if self._take(found) or feed.ended is not None:
                     continue
-                if stop is None:
+                if stop is None and self._silent_since_s is None:
                     stop = self._store.wakes.watch(feed.key, news.set)
                     # The record says so, too, but the owner reads it with its next chunk alone.
                     await self._store.post(feed.token, pack_note(Note(READ, feed.key, feed.token)))
@@ -74,13 +75,23 @@ class Pull:
                     await news.wait()
         await asyncio.sleep(max(0.0, began_s + pause_s - self._loop.time()))
 
+    async def _read(self, began_s: float) -> Followed | ReadFailure:
+        """Read the record once, for as long as the store may be silent at most."""
+        if self._silent_since_s is None:
+            self._silent_since_s = began_s
+        try:
+            async with asyncio.timeout_at(self._silent_since_s + self._silence_s):
+                return await self._store.follow(self._feed.key, self._feed.token, self._next, READING_MS)
+        except TimeoutError:
+            return ReadFailure.UNCONFIRMED
+
     def _take(self, found: Followed | ReadFailure) -> bool:
         """Take what a read found; return whether more is there already."""
         feed = self._feed
         if isinstance(found, ReadFailure):
             self._fail(found)
             return False
-        self._heard_s = self._loop.time()
+        self._silent_since_s = None
         feed.replaced, feed.response = found.replaced, found.response
         if feed.head is None:
             head = unpack_head(found.head) if found.head else _head_of(found.response)
@@ -111,7 +122,7 @@ class Pull:
     def _fail(self, failure: ReadFailure) -> None:
         if failure is not ReadFailure.UNCONFIRMED:
             self._feed.end(FeedEnd.GONE)
-        elif self._loop.time() > self._heard_s + self._silence_s:
+        elif self._silent_since_s is not None and self._loop.time() >= self._silent_since_s + self._silence_s:
             self._feed.end(FeedEnd.UNREACHABLE)
 
     def _end(self, found: Followed) -> None:
