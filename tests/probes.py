@@ -45,12 +45,14 @@ PLACES = {
 
 def fields_of(client: Redis, name: bytes) -> Fields:
     """Return the fields that a record in Redis has as a hash, also where it is packed."""
-    if client.type(name) != b"string":
-        fields = {field.decode(): value for field, value in client.hgetall(name).items()}
+    # At one moment: a proxy may write it in the other layout at the next.
+    both = client.pipeline().get(name).hgetall(name)
+    value, found = both.execute(raise_on_error=False)
+    if isinstance(found, dict):
+        fields = {field.decode(): value for field, value in found.items()}
         return numbered(fields.pop("more", b"")) | fields
-    key, value = parse_record_id(name.decode()), client.get(name) or b""
-    found = hash_fields(key or b"", value)
-    return {"corrupt": value} if isinstance(found, Corrupt) else found
+    unpacked = hash_fields(parse_record_id(name.decode()) or b"", value)
+    return {"corrupt": value} if isinstance(unpacked, Corrupt) else unpacked
 
 
 def with_fields(key: bytes, value: bytes, changes: Mapping[str, bytes | int | None]) -> bytes:
