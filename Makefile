@@ -42,7 +42,7 @@ PART_rules := test_patterns test_policy test_prices test_rules test_statuses e2e
 PART_adaptation := test_content_codings test_adaptation test_error_pages test_event_ids test_heartbeats test_json_rpc e2e/test_error_pages e2e/test_json_rpc e2e/test_adapted e2e/test_cors
 PART_keys := e2e/test_tenants test_automatic test_documents test_fingerprint_parts test_forms test_from_values test_key_names test_keys test_multipart test_notes test_naming test_sources \
 	test_tenants
-PART_observe := test_families test_monitoring test_logs test_outcome test_exemplars test_tracing test_usage e2e/test_admin e2e/test_logs e2e/test_tracing
+PART_observe := test_families test_monitoring test_logs test_outcome test_reconciling_log test_exemplars test_tracing test_usage e2e/test_admin e2e/test_logs e2e/test_tracing
 PART_admin := test_access test_admin_pages e2e/test_admin hostile/test_admin_attempts test_formats test_history test_operator_pages e2e/test_operator_page
 PART_streams := test_cancelling test_feed e2e/test_cancel_anywhere e2e/test_join test_capability test_durable_streams test_own_path test_ranges e2e/test_stream_addresses e2e/test_followers e2e/test_streams_on_topologies
 PART_operating := e2e/test_cancel_anywhere test_explain test_operate test_request_identity e2e/test_find_keys e2e/test_operate

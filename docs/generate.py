@@ -102,9 +102,11 @@ def empty_metrics() -> Metrics:
     """Return all metrics, each with all values of its labels, and with one rule and its upstream."""
     plain = {name: lambda: 0.0 for name in GAUGES.keys() - GAUGE_LABELS.keys()}
     states = {SEPARATOR.join(("upstream_pool", "api", state)): 0.0 for state in UPSTREAM_STATES}
+    states[SEPARATOR.join(("probe_breakers_open", "api"))] = 0.0
     empty = Metrics("0", {name: plain[name] for name in GAUGES if name in plain}, lambda: states)
     empty.follow([("charges", "api")])
     empty.upstream_connections.of("api")
+    empty.reconciling.follow("charges")
     return empty
 
 

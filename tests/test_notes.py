@@ -4,8 +4,7 @@ from typing import NamedTuple
 
 import pytest
 
-from oncegate.keys.notes import parse_note, read_note
-from oncegate.operating.record_facts import escaped
+from oncegate.keys.notes import escaped, parse_note, read_note
 from tests.e2e.test_operate import Desk
 from tests.parts import OK, RawClient, answering, ask, request
 

@@ -180,6 +180,33 @@ ROWS: dict[str, tuple[Panel, ...]] = {
                 ("in flight past its lease", _gauge("max", "open_lapsed_oldest_seconds")),
             ),
         ),
+        Panel(
+            "Probes by verdict",
+            "ops",
+            (("{{rule}} {{verdict}}", f"{_rate('probes_total', 'rule, verdict')} > 0"),),
+            "What the APIs say about unknown keys, under rules with reconcile.",
+        ),
+        Panel(
+            "Unknown keys that were settled, by whom",
+            "ops",
+            (
+                ("{{by}}", _rate("reconciled_total", "by")),
+                ("left to a person: {{rule}}, {{reason}}", f"{_rate('left_to_a_person_total', 'rule, reason')} > 0"),
+            ),
+        ),
+        Panel(
+            "Age of unknown keys when they are settled",
+            "s",
+            (
+                ("p50", _quantile(0.5, "reconciled_age_seconds")),
+                ("p99", _quantile(0.99, "reconciled_age_seconds")),
+            ),
+        ),
+        Panel(
+            "APIs that are not asked, because they do not answer",
+            "short",
+            (("{{upstream}}", _gauge("sum by (upstream)", "probe_breakers_open")),),
+        ),
         Panel("Losses of the store", "short", (("{{kind}}", _gauge("max by (kind)", "store_losses_total")),)),
     ),
     "Store": (

@@ -15,10 +15,10 @@ from typing import Any
 import asyncpg
 
 from oncegate.commands.store_command import exit_code, record_name
+from oncegate.keys.notes import escaped
 from oncegate.operating.errors import OperatorError
 from oncegate.operating.find_record import Finder
 from oncegate.operating.opened_store import opened_store
-from oncegate.operating.record_facts import escaped
 from oncegate.rules.model import Rules
 from oncegate.settings.postgres_url import is_postgres
 from oncegate.settings.settings import Settings

@@ -45,3 +45,8 @@ def read_note(source: Source, field: Callable[[bytes], bytes], body: NotedBody) 
     # Numbers are bytes, as they are written.
     text = value.decode() if isinstance(value, bytes) else value
     return text.strip()[:MAX_CHARACTERS] if isinstance(text, str) else ""
+
+
+def escaped(text: str) -> str:
+    """Return a text with escapes for what is not printable: it can neither forge a line nor turn one around."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)

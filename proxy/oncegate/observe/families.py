@@ -12,6 +12,8 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, M
 BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 # The label `le` of each, and of the last one, which has the rest.
 BOUNDS = (*map(str, BUCKETS_S), "+Inf")
+# Of what takes minutes to days.
+LONG_BUCKETS_S = (1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14400.0, 43200.0, 86400.0, 604800.0)
 # The most observations of one histogram that wait to be sorted into buckets.
 MAX_UNSORTED = 256
 # How many groups of counters a metric has that are named after what an operator wrote. Each sample of a scrape takes
@@ -105,8 +107,9 @@ class Histogram:
     at once.
     """
 
-    def __init__(self) -> None:
-        self._counts, self._sum_s = [0] * (len(BUCKETS_S) + 1), 0.0
+    def __init__(self, buckets_s: tuple[float, ...] = BUCKETS_S) -> None:
+        self._buckets_s = buckets_s
+        self._counts, self._sum_s = [0] * (len(buckets_s) + 1), 0.0
         self.unsorted: list[float] = []
         self.add = self.unsorted.append
 
@@ -115,7 +118,7 @@ class Histogram:
         unsorted, counts, before = self.unsorted, self._counts, 0
         # In order, the bounds are looked up among them, which costs a sixth of a look-up for each (counted).
         unsorted.sort()
-        for bucket, bound in enumerate(BUCKETS_S):
+        for bucket, bound in enumerate(self._buckets_s):
             upto = bisect_right(unsorted, bound)
             counts[bucket] += upto - before
             before = upto
@@ -143,15 +146,23 @@ class Histograms:
     `values` None: the values are named after what an operator wrote, and bounded as the groups of GroupedCounters.
     """
 
-    def __init__(self, name: str, description: str, label: str = "", values: Iterable[str] | None = ("",)) -> None:
+    def __init__(
+        self,
+        name: str,
+        description: str,
+        label: str = "",
+        values: Iterable[str] | None = ("",),
+        buckets_s: tuple[float, ...] = BUCKETS_S,
+    ) -> None:
         self._name, self._description, self._label, self._is_open = name, description, label, values is None
-        self.by_value = {value: Histogram() for value in values or ()}
+        self._buckets_s = buckets_s
+        self.by_value = {value: Histogram(buckets_s) for value in values or ()}
 
     def of(self, value: str) -> Histogram:
         """Return the histogram of a value that an operator wrote."""
         if value not in self.by_value and len(self.by_value) >= MAX_GROUPS:
             value = OTHER
-        return self.by_value.setdefault(value, Histogram())
+        return self.by_value.setdefault(value, Histogram(self._buckets_s))
 
     def snapshot(self) -> FamilySnapshot:
         """Return the buckets and the sums, for `merge` in another process."""
@@ -170,13 +181,14 @@ class Histograms:
         family = HistogramMetricFamily(f"oncegate_{self._name}", self._description, labels=labels)
         for value, histogram in self.by_value.items():
             counts, sum_s = histogram.sort()
-            family.add_metric([value] if self._label else [], list(_cumulative(counts)), sum_s)
+            family.add_metric([value] if self._label else [], list(_cumulative(self._buckets_s, counts)), sum_s)
         return family
 
 
-def _cumulative(counts: list[int]) -> Iterator[tuple[str, float]]:
+def _cumulative(buckets_s: tuple[float, ...], counts: list[int]) -> Iterator[tuple[str, float]]:
     """Yield each bucket's upper bound with the number of observations up to it, as Prometheus counts buckets."""
     total = 0
-    for bound, count in zip(BOUNDS, counts, strict=True):
+    # The last one has the rest.
+    for bound, count in zip((*map(str, buckets_s), "+Inf"), counts, strict=True):
         total += count
         yield bound, total

@@ -37,9 +37,10 @@ GAUGES = {
     "config_last_reload_success_timestamp_seconds": "When files were last taken over, by the start or by a reload.",
     "config_last_reload_failure_timestamp_seconds": "When a reload was last refused, 0 if none was.",
     "upstream_pool": "Connections to an upstream by their state, and requests that wait for one.",
+    "probe_breakers_open": "Workers that ask an API nothing about unknown keys for now: its last answers were none.",
 }
 # The labels of the gauges that have some. Their samples are named `name`, SEPARATOR, and the values of the labels.
-GAUGE_LABELS = {"upstream_pool": ("upstream", "state")}
+GAUGE_LABELS = {"upstream_pool": ("upstream", "state"), "probe_breakers_open": ("upstream",)}
 # How the gauges of several workers become one. Those that are not named are added up.
 MERGED: dict[str, Callable[[Iterable[float]], float]] = {
     # All workers use one store, so each of these describes the same thing.

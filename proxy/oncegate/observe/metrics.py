@@ -33,6 +33,7 @@ from oncegate.observe.labels import (
     UnguardedKey,
 )
 from oncegate.observe.outcome import BY_LABEL, SUPPRESSED, RequestReport
+from oncegate.observe.reconciling import ReconcilingCounts
 from oncegate.observe.usage import Tokens
 from oncegate.settings.names import TOKEN_KINDS
 
@@ -65,6 +66,7 @@ class Metrics(Collector):
         self._count_requests()
         self._count_connections()
         self._count_the_store()
+        self.reconciling = ReconcilingCounts()
         self.spans = Counters("spans", "Spans, by what became of them.", label="end", values=("exported", "lost"))
         self.traces_limited = Counters("traces_limited", "Requests that the most traces a second kept from a trace.")
         self._restarts = Counters("worker_restarts", "Worker processes that died and were started again.")
@@ -199,7 +201,7 @@ class Metrics(Collector):
             for outcome, count in counts.items():
                 self._requests.by_value[outcome] += count
         kinds = Counters | GroupedCounters | Histograms
-        return {name: one for name, one in vars(self).items() if isinstance(one, kinds)}
+        return {name: one for name, one in (vars(self) | vars(self.reconciling)).items() if isinstance(one, kinds)}
 
     def text(self, accept: str = "") -> tuple[bytes, str]:
         """Return all metrics in the format that a scraper accepts, by default Prometheus's, and its media type."""
@@ -287,10 +289,8 @@ class Metrics(Collector):
     @property
     def unsure(self) -> int:
         """How many claims ended without a stored response and without a key that is surely free."""
-        return int(
-            self._settled.by_value[SettlementLabel.UNKNOWN.label]
-            + self._settled.by_value[SettlementLabel.UNCONFIRMED.label]
-        )
+        unsure = SettlementLabel.UNKNOWN, SettlementLabel.UNCONFIRMED
+        return int(sum(self._settled.by_value[settlement.label] for settlement in unsure))
 
     def store_retried(self) -> None:
         """Count a repeated call to append or settle."""

@@ -44,12 +44,45 @@ class _Kind:
     count: int = 0
 
 
+class BoundedLog:
+    """Writes warnings, of each kind one in a period: the first at once, and then the newest with how many others there
+    were. `log` is a logger of structlog."""
+
+    def __init__(self, log: Any, loop: asyncio.AbstractEventLoop, period_s: float) -> None:
+        self._log, self._loop, self._period_s = log, loop, period_s
+        self._kinds: dict[tuple[str, str], _Kind] = {}
+
+    def write(self, event: str, of: str, fields: dict[str, Any]) -> None:
+        """Write a line, or count it. Lines of one kind have the same event, and are `of` the same."""
+        name = event, of
+        if (kind := self._kinds.get(name)) is not None:
+            kind.newest, kind.count = fields, kind.count + 1
+            return
+        self._kinds[name] = _Kind()
+        self._log.warning(event, **fields)
+        self._loop.call_later(self._period_s, self._end_period, name)
+
+    def _end_period(self, name: tuple[str, str]) -> None:
+        kind = self._kinds.pop(name, None)
+        if kind is not None and kind.newest is not None:
+            self._kinds[name] = _Kind()
+            self._log.warning(name[0], **kind.newest, left_out=kind.count - 1)
+            self._loop.call_later(self._period_s, self._end_period, name)
+
+    def flush(self) -> None:
+        """Write what waits for the end of its period."""
+        for name, kind in self._kinds.items():
+            if kind.newest is not None:
+                self._log.warning(name[0], **kind.newest, left_out=kind.count - 1)
+        self._kinds.clear()
+
+
 class TroubleLog:
     """Writes the warnings. `log` is a logger of structlog."""
 
     def __init__(self, log: Any, loop: asyncio.AbstractEventLoop) -> None:
-        self._log, self._loop = log, loop
-        self._kinds: dict[tuple[str, str], _Kind] = {}
+        self._log, self._bounded = log, BoundedLog(log, loop, PERIOD_S)
+        self.flush = self._bounded.flush
 
     def __call__(self, report: RequestReport) -> None:
         """Write a line about one request, if it failed so."""
@@ -62,30 +95,7 @@ class TroubleLog:
         if report.unguarded is Unguarded.STORE:
             event = "store failed"
         if event:
-            self._limited(event, report)
-
-    def _limited(self, event: str, report: RequestReport) -> None:
-        name = event, report.upstream
-        if (kind := self._kinds.get(name)) is not None:
-            kind.newest, kind.count = _fields(report), kind.count + 1
-            return
-        self._kinds[name] = _Kind()
-        self._log.warning(event, **_fields(report))
-        self._loop.call_later(PERIOD_S, self._end_period, name)
-
-    def _end_period(self, name: tuple[str, str]) -> None:
-        kind = self._kinds.pop(name, None)
-        if kind is not None and kind.newest is not None:
-            self._kinds[name] = _Kind()
-            self._log.warning(name[0], **kind.newest, left_out=kind.count - 1)
-            self._loop.call_later(PERIOD_S, self._end_period, name)
-
-    def flush(self) -> None:
-        """Write what waits for the end of its period."""
-        for name, kind in self._kinds.items():
-            if kind.newest is not None:
-                self._log.warning(name[0], **kind.newest, left_out=kind.count - 1)
-        self._kinds.clear()
+            self._bounded.write(event, report.upstream, _fields(report))
 
 
 def _fields(report: RequestReport) -> dict[str, Any]:

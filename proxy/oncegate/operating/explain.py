@@ -14,13 +14,12 @@ from oncegate.keys.digests import Digests, Scope, UnstableScope, key_id
 from oncegate.keys.documents import Missing
 from oncegate.keys.extraction import scope_fields
 from oncegate.keys.key_names import has_key_name
-from oncegate.keys.notes import read_note
+from oncegate.keys.notes import escaped, read_note
 from oncegate.keys.syntax import BadKey
 from oncegate.messages.admission import Refused
 from oncegate.messages.fields import only_value
 from oncegate.messages.request_head import RequestHead, preferred_wait_s, prefers, renamed
 from oncegate.operating.explain_pages import page_right, preflight_result
-from oncegate.operating.record_facts import escaped
 from oncegate.operating.request_identity import AskedRequest, WholeBody, admit
 from oncegate.rules.body_conditions import read_document
 from oncegate.rules.identity import (

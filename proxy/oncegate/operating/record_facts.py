@@ -3,6 +3,7 @@
 from datetime import UTC, datetime
 from typing import Any
 
+from oncegate.keys.notes import escaped
 from oncegate.store.kept import Kept
 from oncegate.store.record import StoredResponse, ViewState
 from oncegate.store.record_name import record_id
@@ -39,11 +40,6 @@ def _kept_facts(kept: Kept) -> dict[str, Any]:
         "replaced_another": kept.replaced,
     }
     return {name: value for name, value in facts.items() if value}
-
-
-def escaped(text: str) -> str:
-    """Return a text with escapes for what is not printable: it can neither forge a line nor turn one around."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def _response_facts(response: StoredResponse) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from oncegate.admin.pages.frame import field
 from oncegate.admin.pages.signing import write_seen
 from oncegate.admin.parts import AdminParts
-from oncegate.operating.record_facts import escaped
+from oncegate.keys.notes import escaped
 from oncegate.operating.worklist import Filter, Seen
 from oncegate.settings.errors import SettingsError
 from oncegate.store.record import ViewState
