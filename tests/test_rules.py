@@ -330,6 +330,14 @@ CASES = {
         "token_prices = { inputs = 1 }",
         "has 'inputs', which is no kind of tokens; these are: input, cached, cache_write, output",
     ),
+    "reconcile": (
+        'reconcile = { url = "/{key}", keep = ["key"], reference = {}, succeeded = [{ status = "200" }] }',
+        lambda rule: rule.policy.reconcile and (rule.policy.reconcile.names, rule.policy.keeps_more),
+        ({"key"}, True),
+        None,
+        "reconcile = {}",
+        "has no url",
+    ),
     "note": (
         'note = "/order_id"',
         lambda rule: rule.policy.note and rule.policy.note.text,

@@ -220,6 +220,17 @@ _DECLINED: Final = Ending.DECLINED
 _UNCLEAR: Final = Ending.AMBIGUOUS
 
 
+class Verdict(Enum):
+    """What the API's answer to a probe says of a request whose outcome is unknown, in the spelling of rules."""
+
+    # It was executed, and this became of it.
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    # The API does not know of it, for now: see `absent` in docs/reference/rules.md for when that frees a key.
+    ABSENT = "absent"
+    INCONCLUSIVE = "inconclusive"
+
+
 def must_reclaim(age_s: float, lease_ms: int) -> bool:
     """Return whether a claim of this age has to be made again before the first byte is sent.
 

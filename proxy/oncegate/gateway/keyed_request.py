@@ -85,9 +85,8 @@ class KeyedRequest:
 
         A key in a body, a form or a path may be private: whoever reads an answer in a log must not find it there.
         """
-        policy, head = self.route.policy, request.checked_head()
-        names = (policy.key_header,) if policy.sources is None else policy.sources.leading_headers
-        for name in names:
+        head = request.checked_head()
+        for name in self.route.policy.key_headers:
             if (lines := head.fields.get(name)) is not None:
                 key = parse_key(lines)
                 return key.decode("ascii") if isinstance(key, bytes) else None
@@ -114,10 +113,17 @@ class KeyedRequest:
 
 def kept_of(request: Request, route: Route, body: Body) -> bytes:
     """Return what is kept with the record of a request, packed."""
-    source, kept = route.policy.note, pack_request_id(request.id) + route.kept
+    kept = pack_request_id(request.id) + route.kept
     if route.digest_body is not None:
         kept += pack_body_digest(route.digest_body(body.blocks()))
-    return kept if source is None else kept + pack_note(read_note(source, request.field, body))
+    return kept if not route.policy.keeps_more else _with_more(kept, request, route.policy, body)
+
+
+def _with_more(kept: bytes, request: Request, policy: Policy, body: Body) -> bytes:
+    """Return what is kept with the note of a request, and with the values by which the API can be asked about it."""
+    if policy.note is not None:
+        kept += pack_note(read_note(policy.note, request.field, body))
+    return kept
 
 
 class Waiting(NamedTuple):

@@ -4,6 +4,7 @@ The explanation calls the functions of the request path itself. Nothing is sent 
 """
 
 from collections.abc import Iterable
+from functools import partial
 
 from oncegate.adaptation.cookies import REPLAYED_MS
 from oncegate.adaptation.error_pages import wants_page
@@ -21,6 +22,8 @@ from oncegate.messages.fields import only_value
 from oncegate.messages.request_head import RequestHead, preferred_wait_s, prefers, renamed
 from oncegate.operating.explain_pages import page_right, preflight_result
 from oncegate.operating.request_identity import AskedRequest, WholeBody, admit
+from oncegate.probing.described import described_question, described_rule
+from oncegate.probing.kept_values import read_values, with_note
 from oncegate.rules.body_conditions import read_document
 from oncegate.rules.identity import (
     Identity,
@@ -58,6 +61,8 @@ def _notes(rules: Rules) -> Iterable[str]:
     for rule in rules:
         if rule.policy.note is not None:
             yield f'rule "{rule.name}" stores a note with each key, for operators: {rule.policy.note.text}'
+        if rule.policy.reconcile is not None:
+            yield from (f'rule "{rule.name}" {text}' for text in described_rule(rule.policy.reconcile))
 
 
 def rows(rules: Rules) -> list[tuple[str, ...]]:
@@ -72,7 +77,7 @@ def _row(rule: Rule) -> tuple[str, ...]:
     title = f"{rule.name} ({policy.preset})" if policy.preset else rule.name
     return (
         title or "(none matches)",
-        _matches(rule),
+        rule.match.shown,
         upstream,
         _guard(policy),
         _key(policy),
@@ -87,16 +92,6 @@ def _duplicate(policy: Policy) -> str:
     """Return what a duplicate does while its original is running."""
     verb = "join" if policy.joins_duplicates else "wait"
     return f"{verb} {policy.wait_max_s:g} s" if policy.wait_for_duplicates else "reject"
-
-
-def _matches(rule: Rule) -> str:
-    match = rule.match
-    methods = ",".join(sorted(match.methods)) if match.methods else "*"
-    headers = [f"{header.decode()}: {glob}" for header, glob in match.headers.items()]
-    bodies = [
-        f"body:{place}: {' or '.join(globs)}" for place, globs in (match.when.globs if match.when else {}).items()
-    ]
-    return " ".join([methods, (match.host or "") + (match.path or "/**"), *headers, *bodies])
 
 
 def _guard(policy: Policy) -> str:
@@ -232,9 +227,9 @@ class Explanation:
         parts = policy.fingerprint
         covered = "all parts" if parts is None else ", ".join(["destination", *sorted(parts)])
         self._add("fingerprint", f"{identity.fingerprint.hex()} of {covered}")
+        note = read_note(policy.note, partial(only_value, head.fields), body) if policy.note else ""
         if policy.note is not None:
-            note = escaped(read_note(policy.note, lambda name: only_value(head.fields, name), body))
-            self._add("note", f"{note or 'none'}, of {policy.note.text}: stored with the record")
+            self._add("note", f"{escaped(note) or 'none'}, of {policy.note.text}: stored with the record")
         if event_id := last_event_id(policy, head):
             self._add(
                 "result", f"the stream behind the event {escaped(event_id.decode('utf-8', 'replace'))}, if it is there"
@@ -244,6 +239,11 @@ class Explanation:
         self._add("result", "executed if the key is free")
         for state, text in _by_state(policy, head, identity):
             self._add(f"  {state}", text)
+        if (plan := policy.reconcile) is not None:
+            target, field = partial(bytes, head.target), partial(only_value, head.fields)
+            kept = read_values(plan, policy.key_headers, field, target, body)
+            for label, text in described_question(plan, with_note(kept, note)):
+                self._add(label, escaped(text))
 
 
 def _tenant(policy: Policy, head: RequestHead, scope: Scope) -> str:

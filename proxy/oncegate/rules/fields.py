@@ -13,6 +13,7 @@ from oncegate.keys.documents import parse_pointer
 from oncegate.keys.fingerprint_parts import BODY_JSON, fingerprint_source
 from oncegate.keys.notes import parse_note
 from oncegate.keys.sources import RECEIVER, Receiver, Source, parse_retry_mark, parse_scope_source, parse_source
+from oncegate.probing.table import parse_table
 from oncegate.rules.body_conditions import BodyConditions
 from oncegate.rules.patterns import parse_host_pattern, parse_path, text_matcher
 from oncegate.rules.presets import PRESETS
@@ -20,7 +21,7 @@ from oncegate.rules.prices import parse_prices
 from oncegate.settings.addresses import Origin, parse_cors_origin, parse_host, parse_origin
 from oncegate.settings.credentials import KNOWN, expanded, parse_scheme
 from oncegate.settings.groups.browsers import BrowserSettings
-from oncegate.settings.names import parse_header, parse_key_header, parse_namespace
+from oncegate.settings.names import parse_header, parse_key_header, parse_namespace, parse_received_by
 from oncegate.settings.settings import Settings
 from oncegate.settings.statuses import parse_status
 from oncegate.settings.wording import complaint
@@ -115,23 +116,24 @@ def _setting(name: str) -> Check:
     def check(value: Any) -> Any:
         if isinstance(value, float) and value in (float("inf"), float("-inf")):
             raise ValueError("must be a finite number")
-        try:
-            # Strict, because TOML has types: the text "5" is not the number 5.
-            return adapter.validate_python(value, strict=True)
-        except ValidationError as error:
-            raise ValueError(complaint(error.errors(include_input=False)[0])) from None
+        # Strict, because TOML has types: the text "5" is not the number 5.
+        return _validated(adapter, value, strict=True)
 
     return check
+
+
+def _validated(adapter: TypeAdapter[Any], value: Any, *, strict: bool = False) -> Any:
+    try:
+        return adapter.validate_python(value, strict=strict)
+    except ValidationError as error:
+        raise ValueError(complaint(error.errors(include_input=False)[0])) from None
 
 
 def _file(value: Any) -> Any:
     """Return the path of a readable file, checked as for the setting `upstream_ca_file`."""
     if not isinstance(value, str):
         raise ValueError("must be a text in quotes")
-    try:
-        return TypeAdapter(Annotated[Any, *Settings.model_fields["upstream_ca_file"].metadata]).validate_python(value)
-    except ValidationError as error:
-        raise ValueError(complaint(error.errors(include_input=False)[0])) from None
+    return _validated(TypeAdapter(Annotated[Any, *Settings.model_fields["upstream_ca_file"].metadata]), value)
 
 
 def _name(text: str) -> str:
@@ -264,13 +266,6 @@ def _agent(text: str) -> str:
     return text
 
 
-def _received_by(text: str) -> str:
-    # RFC 9110, section 7.6.3: a pseudonym, or a host with or without a port.
-    if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~:\[\]-]{1,255}", text):
-        raise ValueError("must be a name as Via has it, such as varnish or gateway.internal:8080")
-    return text.lower()
-
-
 # The fields that choose a rule's requests, and the preset.
 MATCHING: Mapping[str, Check] = {
     "name": _text(_name),
@@ -303,6 +298,7 @@ TREATING: Mapping[str, Check] = {
     "heartbeat_s": _seconds(0.1, 3600),
     "heartbeat_agents": _agents,
     "note": _text(parse_note),
+    "reconcile": parse_table,
     "token_prices": parse_prices,
     **{name: _setting(name) for name in SHARED},
     "cors_origins": _list_of(_text(parse_cors_origin), "origins"),  # where the environment has a comma list
@@ -314,7 +310,7 @@ UPSTREAM: Mapping[str, Check] = {
     "url": _text(parse_origin),
     "was": _list_of(_text(_earlier_name), "names"),
     "direct": _one_of(True, False),
-    "via": _list_of(_text(_received_by), "names"),
+    "via": _list_of(_text(parse_received_by), "names"),
     **dict.fromkeys(FILES, _file),
     **{name: _setting(setting) for name, setting in OF_UPSTREAMS.items()},
 }

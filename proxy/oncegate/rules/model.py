@@ -66,6 +66,15 @@ class Match:
         return Match(self.host, self.path, self.methods, headers)(head, path)
 
     @property
+    def shown(self) -> str:
+        """All conditions as people read them."""
+        methods = ",".join(sorted(self.methods)) if self.methods else "*"
+        headers = [f"{header.decode()}: {glob}" for header, glob in self.headers.items()]
+        globs = self.when.globs.items() if self.when else ()
+        bodies = [f"body:{place}: {' or '.join(texts)}" for place, texts in globs]
+        return " ".join([methods, (self.host or "") + (self.path or "/**"), *headers, *bodies])
+
+    @property
     def conditions(self) -> tuple[object, ...]:
         """All conditions in a fixed order, for comparison."""
         # Sorted: the order of a set differs from process to process, and replicas compare these values.

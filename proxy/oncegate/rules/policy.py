@@ -7,6 +7,7 @@ from oncegate.adaptation.heartbeats import Heartbeats
 from oncegate.decision import HOLD
 from oncegate.keys.sources import KeySources, Segment, Source
 from oncegate.keys.tenants import TenantFields
+from oncegate.probing.plan import Plan
 from oncegate.rules.prices import Prices
 from oncegate.rules.statuses import AMBIGUOUS_STATUSES, RELEASE_STATUSES, Statuses
 
@@ -40,7 +41,8 @@ class Policy:
     no more than key and credential. `respond_async`: a client that prefers so gets a 202 at once.
     `resume`: a request with Last-Event-ID continues the stream that its key names, and is never executed. `sse_ids`:
     events get ids.
-    `note`: what of a request is kept with its record, for people to find it by. `token_prices`: of what replays save.
+    `note`: what of a request is kept with its record, for people to find it by. `reconcile`: how the API is asked about
+    its unknown keys. `token_prices`: of what replays save.
     `resumable`: its answers name an address at which their response is read again, and `cancellable` one at which its
     execution is stopped. `pages`: whether people read oncegate's own answers, None where each request tells.
     """
@@ -85,6 +87,7 @@ class Policy:
     resume: bool = False
     sse_ids: bool = False
     note: Source | None = None
+    reconcile: Plan | None = None
     resumable: bool = False
     cancellable: bool = False
     asks: bool = False
@@ -95,8 +98,15 @@ class Policy:
     tenant: TenantFields = field(init=False, repr=False, compare=False)
     # Whoever shows that digest has sent the request, and may read its response.
     keeps_body_digest: bool = field(init=False, repr=False, compare=False)
+    # Whether something of its requests is read for their records.
+    keeps_more: bool = field(init=False, repr=False, compare=False)
     # Whether oncegate reads its responses, so that the API is asked for them without a content coding.
     asks_identity: bool = field(init=False, repr=False, compare=False)
+
+    @property
+    def key_headers(self) -> tuple[bytes, ...]:
+        """The lower-case names of the headers that are a key alone, in their order: the first that came is the key."""
+        return (self.key_header,) if self.sources is None else self.sources.leading_headers
 
     @property
     def reads_path(self) -> bool:
@@ -120,4 +130,6 @@ class Policy:
     def __post_init__(self) -> None:
         object.__setattr__(self, "tenant", TenantFields(self.scope_headers, self.stable_schemes))
         object.__setattr__(self, "keeps_body_digest", self.asks and self.resumable and not self.resume_by_key)
+        keeps_values = self.reconcile is not None and bool(self.reconcile.keep)
+        object.__setattr__(self, "keeps_more", self.note is not None or keeps_values)
         object.__setattr__(self, "asks_identity", self.json_rpc or self.resume or self.sse_ids or self.resumable)

@@ -9,6 +9,7 @@ from typing import Any
 from oncegate.keys.fingerprint_parts import BODY_JSON, fingerprint_source
 from oncegate.keys.sources import Cookie, Header, KeySources, Member
 from oncegate.messages.request_head import LAST_EVENT_ID
+from oncegate.probing.table import rule_contradictions
 from oncegate.rules.fields import FILES, MATCHING, RULE, SHARED, UPSTREAM, Check
 from oncegate.rules.file import Table
 from oncegate.rules.model import Match, Rule, Upstream
@@ -146,10 +147,9 @@ class RulesReader:
         if len(self._errors) > errors:
             return None
         upstream = self._upstream_of(table, values.get("upstream"))
-        policy = rule_policy(settings, values, key, upstream)
         return Rule(
             match=match,
-            policy=policy,
+            policy=rule_policy(settings, values, key, upstream),
             upstream=upstream,
             settings=settings,
             set_host=values.get("set_host"),
@@ -174,8 +174,7 @@ class RulesReader:
 
     def _report_unreachable(self, table: Table, match: Match, before: list[tuple[Table, Match]]) -> None:
         """Report a rule that no request reaches, because an earlier one matches all of its requests."""
-        earlier = next((other for other, matched in before if matched.includes(match)), None)
-        if earlier is not None:
+        if earlier := next((other for other, matched in before if matched.includes(match)), None):
             place = f"{earlier.label} (line {earlier.lines.get('', 1)})"
             self._complain(table, "", f"can never match: {place} comes first and matches all of its requests")
         # Requests for other hosts get 421 before any rule is tried.
@@ -227,6 +226,7 @@ def _contradictions(values: dict[str, Any], settings: Settings, key: KeySources 
     yield from _stream_contradictions(values, settings)
     yield from _tenant_contradictions(values, settings, header)
     yield from _fleeting_contradictions(values, settings, key)
+    yield from rule_contradictions(values, settings.on_unknown, key)
 
 
 def _stream_contradictions(values: dict[str, Any], settings: Settings) -> Iterable[tuple[str, str]]:
@@ -306,7 +306,7 @@ def _json_rpc_contradictions(values: dict[str, Any], key: KeySources | None) -> 
 def _is_personal(values: dict[str, Any], settings: Settings) -> bool:
     """Return whether the scope of a rule names what one person has, and nothing else beside accounts."""
     headers = _scope_headers(values, settings)
-    cookies = {source for source in values.get("scope", ()) if not isinstance(source.kind, Header)}
+    cookies = [source for source in values.get("scope", ()) if not isinstance(source.kind, Header)]
     known = {name.lower().encode() for name in (*CREDENTIALS, "Cookie")}
     accounts = {name.lower().encode() for name in ACCOUNTS}
     is_known = headers <= known | accounts and all(isinstance(source.kind, Cookie) for source in cookies)

@@ -91,6 +91,14 @@ def _is_of_the_message(name: str) -> bool:
     return name in _NO_KEY_OR_SCOPE or name.startswith(_NO_KEY_OR_SCOPE_PREFIXES)
 
 
+def parse_received_by(text: str) -> str:
+    """Return the name by which a proxy is known in Via, in lower case."""
+    # RFC 9110, section 7.6.3: a pseudonym, or a host with or without a port.
+    if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~:\[\]-]{1,255}", text):
+        raise ValueError("must be a name as Via has it, such as varnish or gateway.internal:8080")
+    return text.lower()
+
+
 def parse_namespace(text: str) -> str:
     """Return a namespace: a part of each key's scope."""
     if re.fullmatch(r"[!-~]{1,64}", text) is None:

@@ -1,0 +1,1 @@
+"""Unknown keys that settle by what the API says of them."""
