@@ -20,6 +20,7 @@ from oncegate.store.postgres.migrations.grants import grants
 from oncegate.store.postgres.store import hmac_pads
 from oncegate.store.record import Claim, pack
 from oncegate.store.record_name import record_id
+from oncegate.store.record_view import Deciding
 from oncegate.store.results import ResolveStatus
 from oncegate.store.store import PostgresOptions, Store
 from tests.parts import answering, ask, request
@@ -235,10 +236,12 @@ async def test_every_event_is_written(database: Database) -> None:
             owner = await claimed(store, key=key(number))
             token = operator.token()
             if verb == "freed":
-                done = await operator.release_by_operator(owner.key, owner.token, token, owner.fence)
+                done = await operator.release_by_operator(owner.key, Deciding(owner.token), token, owner.fence)
             else:
                 decided = replace(owner, token=token)
-                done = await operator.resolve_by_operator(decided, owner.token, pack(decided, answer(BODY)), BODY)
+                done = await operator.resolve_by_operator(
+                    decided, Deciding(owner.token), pack(decided, answer(BODY)), BODY
+                )
             assert done in (ResolveStatus.RELEASED, ResolveStatus.RESOLVED)
             assert words(database, key(number)) == ["claimed", verb]
             assert [one.actor for one in written(database, key(number))] == [
@@ -280,7 +283,7 @@ async def brought_to(state: str, store: Store, database: Database) -> Claim:
         case "released":
             await store.release(owner, PATIENCE_S)
         case "freed":
-            await store.release_by_operator(KEY, owner.token, FOREIGN, owner.fence)
+            await store.release_by_operator(KEY, Deciding(owner.token), FOREIGN, owner.fence)
     return owner
 
 
@@ -292,10 +295,10 @@ async def do(store: Store, verb: str, owner: Claim, own: bool) -> None:
             if (record := await store.records.read(KEY)) is not None:
                 await store.drop(record if own else record._replace(token=FOREIGN), purge=verb == "purge")
         case "free":
-            await store.release_by_operator(KEY, token, store.token(), owner.fence)
+            await store.release_by_operator(KEY, Deciding(token), store.token(), owner.fence)
         case "resolve":
             operators = replace(owner, token=store.token())
-            await store.resolve_by_operator(operators, token, pack(operators, answer(BODY)), BODY)
+            await store.resolve_by_operator(operators, Deciding(token), pack(operators, answer(BODY)), BODY)
         case _:
             await act(store, verb, owner, own)
 

@@ -10,7 +10,7 @@ from oncegate.operating.record_facts import facts_of
 from oncegate.store.kept import Kept, pack_kept, was_replaced
 from oncegate.store.record import Claim, Record, ViewState, intact, pack
 from oncegate.store.record_name import store_key
-from oncegate.store.record_view import claim_of
+from oncegate.store.record_view import Deciding, claim_of
 from oncegate.store.results import (
     AppendStatus,
     Followed,
@@ -214,7 +214,7 @@ async def test_another_claim_is_never_followed(store, probe):
     assert await store.follow(KEY, owner.token, 0, READING_MS) is ReadFailure.GONE
     await store.append(other, 0, b"another", PATIENCE_S, HEAD)
     assert await store.follow(KEY, owner.token, 0, READING_MS) is ReadFailure.GONE
-    assert await store.release_by_operator(KEY, other.token, b"O" * 16, b"9") is ResolveStatus.RELEASED
+    assert await store.release_by_operator(KEY, Deciding(other.token), b"O" * 16, b"9") is ResolveStatus.RELEASED
     assert await store.follow(KEY, other.token, 0, READING_MS) is ReadFailure.GONE
     probe.remove(KEY)
     assert await store.follow(KEY, other.token, 0, READING_MS) is ReadFailure.GONE
@@ -405,7 +405,7 @@ async def took_over(store: Store, probe: Probe, how: str) -> Claim:
     """Return a claim that took the place of another record."""
     former = await claimed(store, b"retry")
     if how == "released by an operator":
-        await store.release_by_operator(KEY, former.token, b"O" * 16, b"9")
+        await store.release_by_operator(KEY, Deciding(former.token), b"O" * 16, b"9")
         return await claimed(store, b"retry")
     if how == "past its window":
         await store_small(store, former)
@@ -504,7 +504,7 @@ async def test_what_replaced_another_is_replaced_again(store, probe):
     view = await store.records.read(KEY)
     assert view is not None
     decided = replace(claim_of(view, 3_600_000), token=b"P" * 16)
-    await store.resolve_by_operator(decided, owner.token, pack(decided, answer(BODY)), BODY)
+    await store.resolve_by_operator(decided, Deciding(owner.token), pack(decided, answer(BODY)), BODY)
     assert await replaced(store, decided) == {True}
 
 

@@ -12,6 +12,7 @@ from oncegate.store.postgres import housekeeping
 from oncegate.store.postgres.housekeeping import Housekeeping
 from oncegate.store.postgres.store import hmac_pads
 from oncegate.store.record import Claim, Record
+from oncegate.store.record_view import Deciding
 from oncegate.store.results import DropStatus, ResolveStatus, SettleStatus
 from oncegate.store.store import Store
 from tests.postgres_schemas import Schema, fresh_schema
@@ -125,7 +126,7 @@ async def test_what_an_operator_freed_fences_its_owner(schema, store):
     """Also an owner that has renewed its lease for longer than its key was to be kept: else it would write anew."""
     owner = await claimed(store)
     await due(schema, 1, created=3_000_000, frees=1000, lease=-owner.lease_ms)
-    released = await store.release_by_operator(owner.key, owner.token, store.token(), owner.fence)
+    released = await store.release_by_operator(owner.key, Deciding(owner.token), store.token(), owner.fence)
     assert released is ResolveStatus.RELEASED
     assert (await sweep(schema))["removed"] == 0
     assert (await store_small(store, owner)).status is SettleStatus.FENCED

@@ -1,7 +1,7 @@
 """What is kept with a record comes back from every store, in every state, until its tombstone; and it is bounded."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,23 +13,27 @@ from oncegate.store.kept import (
     NOTHING,
     Kept,
     kept_of,
+    of_complete,
     original_id,
+    pack_body_digest,
     pack_fields,
+    pack_first,
     pack_kept,
     pack_note,
     pack_request_id,
     pack_trace,
+    pack_values,
     rule_in,
     unpack_fields,
     unpack_kept,
 )
 from oncegate.store.record import Claim, Record, pack
-from oncegate.store.record_view import claim_of
+from oncegate.store.record_view import Deciding, claim_of
 from oncegate.store.redis.arguments import claim_head
 from oncegate.store.redis.store import RedisStore
 from oncegate.store.results import DropStatus, ResolveStatus, SettleStatus
 from oncegate.store.store import Store
-from tests.probes import Probe
+from tests.probes import Probe, RedisProbe
 from tests.stores import (
     BODY,
     KEY,
@@ -44,6 +48,7 @@ from tests.stores import (
     store_small,
 )
 
+NOW_MS = 1_763_960_000_000
 KEPT = Kept("order-7 ä", bytes(range(25)), b"req-1", "charges", "http://api:9000", False, bytes(range(16)))
 OF_ANOTHER = Kept(request_id=b"req-2", rule="orders")
 
@@ -152,11 +157,11 @@ async def test_an_operators_decision(store, probe):
     assert view is not None
     decided = replace(claim_of(view, 3_600_000), token=b"O" * 16)
     meta = pack(decided, answer(BODY))
-    assert await store.resolve_by_operator(decided, owner.token, meta, BODY) is ResolveStatus.RESOLVED
+    assert await store.resolve_by_operator(decided, Deciding(owner.token), meta, BODY) is ResolveStatus.RESOLVED
     assert await seen(store) == (KEPT, KEPT)
     probe.remove(KEY)
     owner = await owner_of(store)
-    assert await store.release_by_operator(KEY, owner.token, b"O" * 16, b"9") is ResolveStatus.RELEASED
+    assert await store.release_by_operator(KEY, Deciding(owner.token), b"O" * 16, b"9") is ResolveStatus.RELEASED
     view = await store.records.read(KEY)
     assert view is not None
     assert view.kept == NOTHING
@@ -200,7 +205,149 @@ async def test_unpacked_records_keep_it(store, probe):
         probe.remove(KEY)
 
 
+# What is kept for an open key alone ...
+
+CANARY = "canary-8f3a"
+OPEN = Kept("order-7", rule="charges", values=(("key", CANARY), ("path:3", "\udcff ä")), first_ms=NOW_MS - 5)
+
+
+def whole_store(probe: Probe) -> str:
+    """Return every byte that the store has, as hexadecimal digits."""
+    if isinstance(probe, RedisProbe):
+        return "".join(str(part.hex()) for name in probe.client.scan_iter() for part in (name, *_parts(probe, name)))
+    tables = [row[0] for row in probe.sql("SELECT tablename::text FROM pg_tables WHERE schemaname = current_schema()")]
+    # A bytea is written in hexadecimal digits, and a text has none of ours.
+    return "".join(row[0] for table in tables for row in probe.sql(f"SELECT one::text FROM {table} AS one"))
+
+
+def _parts(probe: RedisProbe, name: bytes) -> list[bytes]:
+    client = probe.client
+    match client.type(name):
+        case b"string":
+            return [client.get(name) or b""]
+        case b"hash":
+            return [part for pair in client.hgetall(name).items() for part in pair]
+        case _:
+            return list(client.zrange(name, 0, -1))
+
+
+Ends = Callable[[Store, Probe, Claim], Awaitable[object]]
+
+
+async def _small(store: Store, _probe: Probe, owner: Claim) -> None:
+    assert (await store_small(store, owner)).status is SettleStatus.STORED
+
+
+async def _chunks(store: Store, _probe: Probe, owner: Claim) -> None:
+    await store.append(owner, 0, b"first, ", PATIENCE_S, b"a head")
+    assert (await store.store(owner, answer(b"first, ", b"last"), b"last", PATIENCE_S)).status is SettleStatus.STORED
+
+
+async def _large(store: Store, _probe: Probe, owner: Claim) -> None:
+    body = b"x" * 70_000
+    assert (await store.store(owner, answer(body), body, PATIENCE_S)).status is SettleStatus.STORED
+
+
+async def _bare(store: Store, _probe: Probe, owner: Claim) -> None:
+    bare = answer(BODY, kept=False)
+    assert (await store.store(owner, bare, b"", PATIENCE_S)).status is SettleStatus.STORED
+
+
+async def _lost(store: Store, probe: Probe, owner: Claim) -> None:
+    probe.remove(KEY)
+    assert (await store_small(store, owner)).record_was_gone
+
+
+async def _unknown_first(store: Store, _probe: Probe, owner: Claim) -> None:
+    await store.mark_unknown(owner, "no answer came", PATIENCE_S)
+    assert (await store_small(store, owner)).status is SettleStatus.STORED
+
+
+async def _resolved(store: Store, _probe: Probe, owner: Claim) -> None:
+    await store.mark_unknown(owner, "no answer came", PATIENCE_S)
+    view = await store.records.read(KEY)
+    assert view is not None
+    decided = replace(claim_of(view, 3_600_000), token=b"O" * 16)
+    meta, seen = pack(decided, answer(BODY)), Deciding(owner.token, evidence=b'{"status": 200}')
+    assert await store.resolve_by_operator(decided, seen, meta, BODY) is ResolveStatus.RESOLVED
+
+
+async def _released(store: Store, _probe: Probe, owner: Claim) -> None:
+    assert (await store.release(owner, PATIENCE_S)).status is SettleStatus.RELEASED
+
+
+async def _freed(store: Store, _probe: Probe, owner: Claim) -> None:
+    done = await store.release_by_operator(KEY, Deciding(owner.token), b"O" * 16, owner.fence)
+    assert done is ResolveStatus.RELEASED
+
+
+async def _purged(store: Store, probe: Probe, owner: Claim) -> None:
+    await _small(store, probe, owner)
+    view = await store.records.read(KEY)
+    assert view is not None
+    assert await store.drop(view, purge=True) is DropStatus.DROPPED
+
+
+ENDS = [_small, _chunks, _large, _bare, _lost, _unknown_first, _resolved, _released, _freed, _purged]
+
+
+@pytest.mark.parametrize("ends", ENDS, ids=lambda ends: ends.__name__[1:])
+@pytest.mark.parametrize("replaces", [False, True], ids=["the first", "a takeover"])
+async def test_what_is_kept_to_ask_with_is_gone_with_its_end(store, probe, ends: Ends, replaces: bool) -> None:
+    """No complete record, tombstone or free key has any byte of it, whatever layout it had and however it ended."""
+    if replaces:
+        former = await owner_of(store, NOTHING, mode=b"retry")
+        await store.mark_unknown(former, "no answer came", PATIENCE_S)
+    owner = await owner_of(store, OPEN, mode=b"retry")
+    assert await seen(store) == (OPEN, OPEN)
+    assert CANARY.encode().hex() in whole_store(probe)
+    await ends(store, probe, owner)
+    assert CANARY.encode().hex() not in whole_store(probe)
+    view = await store.records.read(KEY)
+    if view is not None and view.response is not None:
+        assert view.kept == replace(OPEN, values=(), first_ms=None)
+        # What the record says of its claim is still there.
+        assert view.kept.replaced == replaces
+
+
+async def test_what_is_kept_to_ask_with_stays_while_the_key_is_open(store, probe):
+    """In flight, with a chunk, lapsed and unknown; and the audit trail never has it."""
+    owner = await owner_of(store, OPEN)
+    await store.renew(owner)
+    assert await seen(store) == (OPEN, OPEN)
+    await store.append(owner, 0, b"first, ", PATIENCE_S, b"a head")
+    probe.change(KEY, lease=probe.now_ms() - 1)
+    assert await seen(store) == (OPEN, OPEN)
+    await store.mark_unknown(owner, "no answer came", PATIENCE_S, 502)
+    assert await seen(store) == (OPEN, OPEN)
+    if not isinstance(probe, RedisProbe):
+        trail = "".join(row[0] for row in probe.sql("SELECT a::text FROM audit a"))
+        assert len(trail) > 100
+        assert CANARY.encode().hex() not in trail
+
+
 # The bytes ...
+
+
+def test_values_are_kept_whole_or_not_at_all():
+    """Half of a key would ask for another thing."""
+    fits = (("key", "k" * (1024 - len('{"key":""}'))),)
+    assert unpack_kept(pack_values(fits)).values == fits
+    assert pack_values((("key", fits[0][1] + "k"),)) == pack_values(()) == b""
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"key":1}', b'{"key":{"a":"b"}}', b"\xff", b"[" * 1000, b'"x"'])
+def test_damaged_values_are_none(text: bytes) -> None:
+    """The other fields are still read."""
+    assert unpack_kept(pack_fields([(13, text)]) + pack_kept(Kept(rule="r"))) == Kept(rule="r")
+
+
+@pytest.mark.parametrize(("time", "first_ms"), [(b"", 0), (b"\0" * 7 + b"\5", 5), (b"\0" * 7, 1), (bytes(9), 1)])
+def test_the_time_of_the_first_claim(time: bytes, first_ms: int) -> None:
+    """A damaged one is long ago: then no API is relied on."""
+    assert unpack_kept(pack_fields([(14, time)])).first_ms == first_ms
+    assert pack_first(first_ms) == pack_fields([(14, time)]) or first_ms == 1
+    assert pack_first(None) == b""
 
 
 def request(kept: Kept) -> Claim:
@@ -221,6 +368,9 @@ TEXTS = st.text(max_size=300)
 KEPTS = st.builds(
     Kept, TEXTS, st.sampled_from([b"", bytes(25), bytes(range(25))]),
     st.text("aZ9-_.~+/=:", max_size=300).map(str.encode), TEXTS, TEXTS,
+    st.booleans(), st.sampled_from([b"", bytes(16)]),
+    st.dictionaries(st.text(max_size=20), TEXTS, max_size=3).map(lambda found: tuple(found.items())),
+    st.none() | st.integers(0, 2**64 - 1),
 )  # fmt: skip
 
 
@@ -228,7 +378,11 @@ KEPTS = st.builds(
 def test_what_goes_in_comes_out_within_its_bounds(kept: Kept) -> None:
     """What fits is the same; what is too long is cut behind a whole character."""
     found = unpack_kept(pack_kept(kept))
-    assert len(pack_kept(kept)) <= 128 + 128 + 25 + 2 * 255 + 5 * 3
+    assert len(pack_kept(kept)) <= 128 + 128 + 25 + 2 * 255 + 16 + 1024 + 8 + 9 * 3
+    assert (found.values, found.first_ms) == (kept.values if pack_values(kept.values) else (), kept.first_ms)
+    whole = unpack_kept(of_complete(pack_kept(kept)))
+    assert whole == replace(found, values=(), first_ms=None)
+    assert whole.replaced == kept.replaced
     assert (found.trace, found.request_id) == (kept.trace, kept.request_id[:128])
     for name, most in (("note", 128), ("rule", 255), ("upstream", 255)):
         before, after = (getattr(one, name).encode("utf-8", "replace").decode() for one in (kept, found))
@@ -273,7 +427,10 @@ def test_one_field_is_read_by_itself(kept: Kept) -> None:
     packed = pack_kept(kept)
     assert (original_id(packed), rule_in(packed).decode()) == (unpack_kept(packed).request_id, unpack_kept(packed).rule)
     names = pack_kept(Kept(rule=kept.rule, upstream=kept.upstream))
-    parts = [pack_note(kept.note), pack_request_id(kept.request_id[:128]), names]
+    parts = [pack_first(kept.first_ms), pack_values(kept.values), pack_note(kept.note)]
+    parts += [pack_request_id(kept.request_id[:128]), names]
+    if kept.body_digest:
+        parts.append(pack_body_digest(kept.body_digest))
     if kept.trace:
         parts.append(pack_trace(kept.trace))
     assert unpack_kept(b"".join(parts)) == unpack_kept(packed)

@@ -15,6 +15,7 @@ STORE_VERBS = {
     "identity": "identities",
     "members": "members",
     "post": "mailbox",
+    "swap": "mark",
 }  # about a whole store; what they call their key
 VERBS = (*RECORD_VERBS, *STORE_VERBS)
 VARIANTS = ("put", "store", "release", "unknown", "answer")  # of `action`
@@ -560,6 +561,19 @@ def test_post_as_its_header_says(called):
     assert record(called) == {"one": b"", "two": b""}
 
 
+def test_swap_as_its_header_says(called):
+    """A mark changes from the value that is expected alone, and an empty one is none."""
+    swap = {"tag": "8", "before": "", "after": "one", "lasts_ms": 60_000}
+    assert called("swap", **swap) == [b"8", b"swapped"]
+    assert called("swap", **swap) == [b"8", b"kept"]
+    assert (called.client.get(KEY), about(called.client.pttl(KEY), 60_000)) == (b"one", True)
+    assert called("swap", **{**swap, "before": "two", "after": "three"}) == [b"8", b"kept"]
+    assert called("swap", **{**swap, "before": "one", "after": "two"}) == [b"8", b"swapped"]
+    assert called.client.get(KEY) == b"two"
+    assert called("swap", **{**swap, "before": "two", "after": ""}) == [b"8", b"swapped"]
+    assert called.client.exists(KEY) == 0
+
+
 def test_claim_says_that_it_replaced_a_record(called):
     """So does the record, which tells its owner again."""
     claim = {**CLAIM, "terms": RETRY}
@@ -703,13 +717,14 @@ def test_members_know_how_long_a_store_has_been_without_older_versions(called):
 ANSWERED = {
     **OWNER,
     "action": "answer",
+    "unless_running": 0,
     "retention_ms": 900_000,
     "meta": meta("O" * 16),
     "body": "abc",
     "tombstone_ms": 0,
     "more": "",
 }
-FREED = {**OWNER, "action": "release", "operator": "O" * 16, "fence": "99"}
+FREED = {**OWNER, "action": "release", "unless_running": 0, "operator": "O" * 16, "fence": "99"}
 
 
 @pytest.mark.parametrize(("variant", "given"), [("answer", ANSWERED), ("release", FREED)])
@@ -738,7 +753,26 @@ def test_resolve_answers_as_its_header_says(called, body_given, kept):
         assert told == [b"8", b"fenced"]
     assert record(called) == whole
     assert called("claim", **CLAIM)[1] == b"complete"
-    assert called("resolve", "answer", **ANSWERED) == [b"8", b"complete"]
+    assert called("resolve", "answer", **ANSWERED) == [b"8", b"resolved"]
+    assert called("resolve", "answer", **{**ANSWERED, "meta": meta("P" * 16)}) == [b"8", b"complete"]
+    assert record(called) == whole
+
+
+@pytest.mark.parametrize(("variant", "given"), [("answer", ANSWERED), ("release", FREED)])
+@pytest.mark.parametrize("layout", ["hash", "packed"])
+def test_resolve_leaves_a_running_lease_alone(called, layout, variant, given):
+    """If it is told to, and by the server's own time."""
+    called("claim", **{**CLAIM, "layout": layout})
+    before = called.client.dump(KEY)
+    careful = {**given, "unless_running": 1}
+    assert called("resolve", variant, **careful) == [b"8", b"running"]
+    assert called("resolve", variant, **{**careful, "token": "U" * 16}) == [b"8", b"fenced"]
+    assert called.client.dump(KEY) == before
+    if layout == "packed":
+        called.client.setrange(KEY, 46, f"{time.time() * 1000 - 40_001:013.0f}")
+    else:
+        called.client.hset(KEY, "lease", int(time.time() * 1000) - 1)
+    assert called("resolve", variant, **careful) in ([b"8", b"resolved"], [b"8", b"released"])
 
 
 def owners_tries(called) -> list:
@@ -763,7 +797,8 @@ def test_resolve_releases_as_its_header_says(called):
     assert record(called) == {"state": b"released", "token": b"O" * 16, "fence": fence}
     assert about(called.client.pttl(KEY), 500_000)
     assert owners_tries(called) == [[b"8", b"fenced"]] * 5
-    assert called("resolve", "release", **{**FREED, "token": "O" * 16}) == [b"8", b"absent"]
+    assert called("resolve", "release", **{**FREED, "fence": fence}) == [b"8", b"released"]
+    assert called("resolve", "release", **{**FREED, "operator": "P" * 16}) == [b"8", b"absent"]
     assert called("claim", **{**CLAIM, "not_after_ms": 0})[1] == b"late"
     other = {**CLAIM, "token": "U" * 16, "terms": CLAIM["terms"].replace(b"F", b"G")}
     _, word, _, later, _, replaced = called("claim", **other)

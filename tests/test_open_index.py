@@ -9,7 +9,7 @@ import pytest
 from oncegate.decision import CANCELLED
 from oncegate.store.open_keys.scores import BAND_MS, range_of, score_of, since_of
 from oncegate.store.record import Claim, cancelled_claim, pack
-from oncegate.store.record_view import OpenKind
+from oncegate.store.record_view import Deciding, OpenKind
 from oncegate.store.results import ResolveStatus
 from oncegate.store.store import Store
 from tests.probes import Probe
@@ -94,10 +94,12 @@ async def test_what_ended_is_not_in_the_index(store: Store, stored: Probe, end: 
         case "resolve":
             theirs = replace(owner, token=operator, fence=b"%016d" % (int(owner.fence) + 1))
             meta = pack(theirs, answer(BODY))
-            assert await store.resolve_by_operator(theirs, owner.token, meta, BODY) is ResolveStatus.RESOLVED
+            assert await store.resolve_by_operator(theirs, Deciding(owner.token), meta, BODY) is ResolveStatus.RESOLVED
         case _:
             fence = b"%d" % (int(owner.fence) + 1)
-            assert await store.release_by_operator(KEY, owner.token, operator, fence) is ResolveStatus.RELEASED
+            assert (
+                await store.release_by_operator(KEY, Deciding(owner.token), operator, fence) is ResolveStatus.RELEASED
+            )
     assert score(stored) is None
     assert await counted(store) == {}
 

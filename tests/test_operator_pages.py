@@ -23,6 +23,7 @@ from oncegate.operating.errors import OperatorError
 from oncegate.operating.request_identity import AskedRequest, Identified, identify_request
 from oncegate.operating.worklist import Seen
 from oncegate.rules.loading import load_rules
+from oncegate.store import record_view
 from oncegate.store.kept import Kept
 from oncegate.store.record import ClaimRequest, ViewState, cancelled_claim
 from oncegate.store.record_name import record_id
@@ -182,7 +183,7 @@ async def test_many_are_released_and_one_has_changed(keys, desk):
     changed, *others = shown
     record = await keys.records.read(key(changed))
     assert record is not None
-    await keys.release_by_operator(record.key, record.token, keys.token(), record.fence)
+    await keys.release_by_operator(record.key, record_view.Deciding(record.token), keys.token(), record.fence)
     await claimed(keys, key=key(changed))
     await desk.post("/decide", ("signed", desk.values("signed")[0]))
     assert "2 keys released" in desk.text()

@@ -1,4 +1,4 @@
-"""Following a response in PostgreSQL: what a reader locks and writes, and proxies of the schema before."""
+"""Following a response in PostgreSQL: what a reader locks and writes, and owners that write no head."""
 
 import asyncio
 import os
@@ -13,9 +13,8 @@ from oncegate.decision import State
 from oncegate.store.kept import was_replaced
 from oncegate.store.postgres import rows
 from oncegate.store.postgres.marks import NOTE_MS
-from oncegate.store.postgres.migrations import run
-from oncegate.store.postgres.migrations.files import migrations
 from oncegate.store.record import PREFIX_BYTES, Claim
+from oncegate.store.record_view import Deciding
 from oncegate.store.results import (
     AppendStatus,
     DropStatus,
@@ -29,7 +28,7 @@ from oncegate.store.store import Store
 from tests.own_postgres import OwnPostgres
 from tests.postgres_schemas import NEVER, Schema, foreign, fresh_schema, lapse
 from tests.postgres_server import Server
-from tests.stores import FOREIGN, KEY, PATIENCE_S, answer, claimed, connected, key, store_small
+from tests.stores import FOREIGN, KEY, PATIENCE_S, answer, claimed, connected, key
 
 HEAD = b"a packed head"
 READING_MS = 5000
@@ -224,42 +223,10 @@ async def test_a_server_that_is_killed_while_a_response_is_followed(postgres_tem
         server.close()
 
 
-# Proxies and schemas of the version before ...
+# Proxies of the first version of the schema ...
 
 
-async def test_a_schema_that_is_not_migrated_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is no head and no running body, and nobody says that a claim replaced nothing. Then it is migrated."""
-    with monkeypatch.context() as before:
-        before.setattr(run, "migrations", lambda: migrations()[:1])
-        before.setattr(run, "newest_version", lambda: 1)
-        schemas = fresh_schema()
-        schema = await schemas.__aenter__()
-    body = os.urandom(rows.ROW_BYTES + 1)
-    async with schema.connected() as store:
-        owner = await running(store, body, b"two")
-        found = await followed(store, owner.token, reading_ms=READING_MS)
-        assert found == Followed(State.IN_FLIGHT, b"", [], 0, None, True, found.left_ms)
-        assert await store.store(owner, answer(body, b"two"), b"", PATIENCE_S) == STORED
-        found = await followed(store, owner.token)
-        assert (found.chunks, found.count, found.replaced) == ([body, b"two"], 2, True)
-        assert found.response == answer(body, b"two")
-        assert (await followed(store, owner.token, 1)).chunks == [b"two"]
-        assert await store.follow(KEY, FOREIGN, 0) is ReadFailure.GONE
-        await store_small(store, await claimed(store, key=key(3)))
-        await run.Run(schema.other, run.Target(schema.url, schema.name)).migrate()
-        async with asyncio.timeout(PATIENCE_S):
-            while (await followed(store, owner.token)).replaced:
-                await asyncio.sleep(0.02)
-        later = await claimed(store, key=key(2))
-        assert await store.append(later, 0, b"one", PATIENCE_S, HEAD) is AppendStatus.APPENDED
-        found = await store.follow(key(2), later.token, 0)
-        assert isinstance(found, Followed)
-        assert found.head == HEAD
-        assert store.not_ready_reason() is None
-    await schemas.__aexit__(None, None, None)
-
-
-async def test_an_owner_of_the_version_before(schema: Schema, store: Store) -> None:
+async def test_an_owner_of_the_first_version(schema: Schema, store: Store) -> None:
     """It appends and settles as it did. Its response is followed without a head; what it took over says so."""
     former = await running(store, b"of another", mode=b"retry")
     await lapse(schema)
@@ -288,7 +255,7 @@ async def test_a_replacement_that_is_given_up(schema: Schema, store: Store, how:
         if how == "released":
             await store.release(owner, PATIENCE_S)
         else:
-            await store.release_by_operator(KEY, owner.token, b"O" * 16, owner.fence)
+            await store.release_by_operator(KEY, Deciding(owner.token), b"O" * 16, owner.fence)
         owner = await claimed(store)
         assert was_replaced(owner.kept)
         assert (await followed(store, owner.token)).replaced

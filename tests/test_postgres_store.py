@@ -15,6 +15,7 @@ import pytest
 from oncegate.decision import State
 from oncegate.store.postgres import rows
 from oncegate.store.record import Claim, ClaimRequest, Corrupt, Record, ViewState, pack
+from oncegate.store.record_view import Deciding
 from oncegate.store.results import (
     AppendStatus,
     DropStatus,
@@ -299,7 +300,7 @@ async def test_a_purged_key_is_refused_for_the_rest_of_its_retention(store, sche
     owner = await claimed(store)
     given = replace(owner, token=store.token())
     meta = pack(given, answer(BODY))
-    assert await store.resolve_by_operator(given, owner.token, meta, BODY) is ResolveStatus.RESOLVED
+    assert await store.resolve_by_operator(given, Deciding(owner.token), meta, BODY) is ResolveStatus.RESOLVED
     frees = f"SELECT frees FROM {schema.name}.record"
     before = await schema.other.fetchval(frees)
     assert await store.drop(await store.records.read(KEY), purge=True) is DropStatus.DROPPED
@@ -401,8 +402,10 @@ async def test_what_an_operator_does_is_confirmed_as_a_claim_is(schema, store):
     options = {"durability": "replicated", "postgres": PostgresOptions(schema=schema.name)}
     # No standby confirms anything there.
     async with connected(schema.url, **options) as desk:
-        resolved = await desk.resolve_by_operator(given, owners[0].token, pack(given, answer(BODY)), BODY)
-        released = await desk.release_by_operator(owners[1].key, owners[1].token, desk.token(), owners[1].fence)
+        resolved = await desk.resolve_by_operator(given, Deciding(owners[0].token), pack(given, answer(BODY)), BODY)
+        released = await desk.release_by_operator(
+            owners[1].key, Deciding(owners[1].token), desk.token(), owners[1].fence
+        )
         assert (resolved, released) == (ResolveStatus.UNCONFIRMED,) * 2
         assert await desk.drop(view, purge=True) is DropStatus.UNCONFIRMED
         assert await desk.drop(view) is DropStatus.DROPPED

@@ -92,6 +92,7 @@ def read(meta: bytes, key: bytes = KEY, tenant: bytes = TENANT) -> Record | Corr
         close_delimited=st.booleans(),
         stated_length=st.booleans(),
         request_id=st.binary(max_size=256),
+        reconciled=st.booleans(),
         completed_ms=st.integers(0, 10**15),
         took_ms=st.integers(0, 2**32 - 1),
         age_s=st.integers(0, 2**31),

@@ -9,7 +9,7 @@ import pytest
 
 from oncegate.store.record import Claim, ViewState
 from oncegate.store.record_name import record_id, store_key
-from oncegate.store.record_view import StoreError
+from oncegate.store.record_view import Deciding, StoreError
 from oncegate.store.redis.store import RedisStore
 from oncegate.store.results import DropStatus
 from oncegate.store.store import Store
@@ -78,7 +78,7 @@ async def test_a_key_that_an_operator_freed_is_shown(store: Store) -> None:
     """So is who freed it, and how long ago that name was written. Others are not known."""
     owner, operator = await claimed(store), store.token()
     await store.records.introduce(operator, "operator somebody", RETENTION_MS)
-    await store.release_by_operator(KEY, owner.token, operator, owner.fence)
+    await store.release_by_operator(KEY, Deciding(owner.token), operator, owner.fence)
     record = await store.records.read(KEY)
     assert record is not None
     assert (record.state, record.token) == (ViewState.RELEASED, operator)
@@ -114,3 +114,45 @@ async def test_a_mark_ends_by_itself(store: Store) -> None:
     await store.close()
     assert await store.marks.exists(name) is None
     assert await store.marks.get(name) == b""
+
+
+async def test_a_mark_is_swapped(store: Store) -> None:
+    """From the value that it has, and from none; an empty value is none, and so is one whose time is over."""
+    name, marks = store_key(KEY) + b":test", store.marks
+
+    async def swap(before: bytes, after: bytes, lasts_ms: int = 60_000) -> bool | None:
+        return await marks.swap(name, before, after, lasts_ms)
+
+    assert await swap(b"one", b"two") is False
+    assert await marks.get(name) == b""
+    assert [await swap(b"", b"one"), await swap(b"", b"one")] == [True, False]
+    assert [await swap(b"two", b"three"), await swap(b"one", b"\x00\xfftwo")] == [False, True]
+    assert await marks.get(name) == b"\x00\xfftwo"
+    assert [await swap(b"\x00\xfftwo", b""), await swap(b"\x00\xfftwo", b"one")] == [True, False]
+    assert await marks.exists(name) is False
+    await marks.put(name, b"", 60_000)
+    assert await swap(b"", b"one", 50) is True
+    await asyncio.sleep(0.1)
+    assert [await swap(b"one", b"two"), await swap(b"", b"three")] == [False, True]
+    others = [store_key(key(number)) + b":test" for number in (2, 3, 4)]
+    await marks.put(others[1], b"another", 60_000)
+    assert await marks.get_all([*others, name]) == [b"", b"another", b"", b"three"]
+    assert await marks.get_all([]) == []
+    await store.close()
+    assert await swap(b"three", b"four") is None
+    assert await marks.get_all([name, name]) == [b"", b""]
+
+
+@pytest.mark.parametrize("before", [b"", b"one"])
+async def test_one_swap_of_many_wins(store: Store, stored: Probe, before: bytes) -> None:
+    """Of swaps from the same value at once, by two processes, one alone is done, again and again."""
+    async with connected(stored.url) as other:
+        for number in range(20):
+            name = store_key(key(number)) + b":test"
+            if before:
+                await store.marks.put(name, before, 60_000)
+            values = [b"%d" % one for one in range(8)]
+            swaps = [(store, other)[at % 2].marks.swap(name, before, one, 60_000) for at, one in enumerate(values)]
+            done = await asyncio.gather(*swaps)
+            assert sorted(done) == [False] * 7 + [True]  # type: ignore[type-var]
+            assert await store.marks.get(name) == values[done.index(True)]

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from oncegate.decision import ANY_AGE
+from oncegate.decision import ANY_AGE, State
 from oncegate.keys.digests import Digests, Scope
 from oncegate.store.record import Claim, Corrupt, Record, ViewState, intact, pack, pack_tombstone, self_check
-from oncegate.store.record_view import RecordView
+from oncegate.store.record_view import Deciding, RecordView
 from oncegate.store.results import (
     AppendStatus,
     ClaimResult,
@@ -855,9 +855,9 @@ async def test_what_an_operator_decides(store, probe, state, how):
 
     async def decide(seen: bytes) -> ResolveStatus:
         if how == "release_by_operator":
-            return await store.release_by_operator(KEY, seen, store.token(), b"5")
+            return await store.release_by_operator(KEY, Deciding(seen), store.token(), b"5")
         meta = pack(replace(owner, token=store.token()), answer(b"by hand"))
-        return await store.resolve_by_operator(owner, seen, meta, b"by hand")
+        return await store.resolve_by_operator(owner, Deciding(seen), meta, b"by hand")
 
     if state in ("absent", "complete", "expired", "tombstone"):
         word = "absent" if state == "absent" else "complete"
@@ -882,6 +882,81 @@ async def test_what_an_operator_decides(store, probe, state, how):
         assert (found.body, found.fingerprint) == (b"by hand", SAME)
 
 
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("how", ["resolve", "release"])
+async def test_a_decision_that_leaves_a_running_lease_alone(store, probe, state, how):
+    """By the store's own clock. In any other state it is as without that condition; a repeat says the same."""
+    owner = await at(store, probe, state)
+    before, operator = probe.fields(KEY), store.token()
+    meta = pack(replace(owner, token=operator), answer(b"by hand"))
+
+    async def decide(token: bytes = owner.token) -> ResolveStatus:
+        seen = Deciding(token, unless_running=True, evidence=b"x" * 2000)
+        if how == "release":
+            return await store.release_by_operator(KEY, seen, operator, owner.fence)
+        return await store.resolve_by_operator(owner, seen, meta, b"by hand")
+
+    if state in ("absent", "complete", "expired", "tombstone"):
+        assert await decide() is (ResolveStatus.ABSENT if state == "absent" else ResolveStatus.COMPLETE)
+    elif state == "in flight":
+        assert await decide(FOREIGN) is ResolveStatus.FENCED
+        assert await decide() is await decide() is ResolveStatus.RUNNING
+    else:
+        assert await decide(FOREIGN) is ResolveStatus.FENCED
+        assert probe.fields(KEY) == before
+        done = ResolveStatus.RELEASED if how == "release" else ResolveStatus.RESOLVED
+        assert await decide() is done
+        after = probe.fields(KEY)
+        assert await decide() is await decide(FOREIGN) is done
+        assert probe.fields(KEY) == after
+        assert (await store_small(store, owner)).status is SettleStatus.FENCED
+        return
+    assert probe.fields(KEY) == before
+
+
+async def test_an_owner_that_wakes_up_and_a_verdict_at_once(store, probe):
+    """Its lease is over. Of its renewal and a decision at once, one alone is done, a hundred times over."""
+    won = {RenewStatus.RENEWED: 0, RenewStatus.FENCED: 0}
+    outcomes = ((RenewStatus.RENEWED, ResolveStatus.RUNNING), (RenewStatus.FENCED, ResolveStatus.RESOLVED))
+    async with connected(probe.url) as desk:
+        for n in range(100):
+            key = Digests(b"").key(SCOPE, b"race-%d" % n)
+            owner = await claimed(store, key=key)
+            probe.change(key, lease=probe.now_ms() - 1)
+            meta = pack(replace(owner, token=desk.token()), answer(b"asked"))
+            renew = store.renew(owner)
+            decide_ = desk.resolve_by_operator(owner, Deciding(owner.token, unless_running=True), meta, b"asked")
+            if n % 2:
+                renewed, decided = await asyncio.gather(renew, decide_)
+            else:
+                decided, renewed = await asyncio.gather(decide_, renew)
+            if renewed is RenewStatus.UNCONFIRMED:
+                # In PostgreSQL the decision had the row. The next renewal is the retry.
+                renewed = await store.renew(owner)
+            assert (renewed, decided) in outcomes
+            found = await claim(desk, key)
+            assert isinstance(found, Record)
+            assert found.state is (State.IN_FLIGHT if renewed is RenewStatus.RENEWED else State.COMPLETE)
+            won[renewed] += 1
+    assert all(won.values()), won
+
+
+async def test_a_response_that_the_api_was_asked_for(store):
+    """The record says so to whoever replays it, small or not."""
+    for number, body in enumerate((b"small", b"x" * 70_000)):
+        key = Digests(b"").key(SCOPE, b"asked-%d" % number)
+        owner = await claimed(store, key=key)
+        await store.mark_unknown(owner, "no answer came", PATIENCE_S)
+        given = replace(answer(body), reconciled=True)
+        by = replace(owner, token=store.token())
+        seen = Deciding(owner.token, unless_running=True)
+        assert await store.resolve_by_operator(by, seen, pack(by, given), body) is ResolveStatus.RESOLVED
+        found, view = await claim(store, key), await store.records.read(key)
+        assert isinstance(found, Record)
+        assert view is not None
+        assert found.response == view.response == given
+
+
 async def test_a_settle_and_a_decision_at_once(store, probe):
     """Of a settle and a decision at once, exactly one changes the record, a hundred times over."""
     won = {SettleStatus.STORED: 0, SettleStatus.FENCED: 0}
@@ -892,7 +967,7 @@ async def test_a_settle_and_a_decision_at_once(store, probe):
             owner = await claimed(store, key=key)
             meta = pack(replace(owner, token=desk.token()), answer(b"by hand"))
             settle = store_small(store, owner)
-            decide_ = desk.resolve_by_operator(owner, owner.token, meta, b"by hand")
+            decide_ = desk.resolve_by_operator(owner, Deciding(owner.token), meta, b"by hand")
             if n % 2:
                 settled, decided = await asyncio.gather(settle, decide_)
             else:

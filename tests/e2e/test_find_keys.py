@@ -16,6 +16,7 @@ from oncegate.rules.model import Rules
 from oncegate.rules.resolution import default_rule
 from oncegate.settings.settings import Settings
 from oncegate.store.record_name import record_id
+from oncegate.store.record_view import Deciding
 from tests.e2e.test_operate import BAD, Desk
 from tests.parts import OK, Proxy, answering, ask, request
 from tests.postgres_probe import PostgresProbe
@@ -233,7 +234,7 @@ async def test_what_a_watch_prints(stored, capsys, is_json):
         await store.release(again, PATIENCE_S)
         # It came and went between two looks.
         assert await line() == []
-        await store.release_by_operator(KEY, owner.token, b"O" * 16, b"9")
+        await store.release_by_operator(KEY, Deciding(owner.token), b"O" * 16, b"9")
         [decided] = await line()
         assert "changed" in decided
         assert await line() == []

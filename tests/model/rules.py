@@ -21,7 +21,7 @@ WORDS = {
     "append": {"appended", "torn", "absent", "complete", "fenced"},
     "renew": {"renewed", "absent", "unknown", "complete", "fenced"},
     "settle": {"stored", "released", "unknown", "torn", "complete", "fenced"},
-    "resolve": {"resolved", "released", "absent", "complete", "fenced"},
+    "resolve": {"resolved", "released", "absent", "complete", "fenced", "running"},
     "drop": {"dropped", "kept", "absent", "fenced"},
     "read": {"chunks", "gone", "torn"},
     "follow": {"found", "gone"},
@@ -138,15 +138,18 @@ def settle(record: Record, me: int, mode: str, how: str, cut: Cut) -> Done:
     return "stored", Record(COMPLETE, me, answer=me, body=kept)
 
 
-def resolve(record: Record, seen: int, how: str, cut: Cut) -> Done:
-    """End the key for an operator who saw the token `seen`: how is answer or release."""
+def resolve(record: Record, seen: int, how: str, unless_running: bool, cut: Cut) -> Done:
+    """End the key for an operator who saw the token `seen`: how is answer or release. A repeat changes nothing more."""
     blind = "OPERATOR_COMPARES" in cut
+    decided = record.token == OPERATOR
     if record.state in FINAL and not blind:
-        return "complete", record
+        return "resolved" if decided and how == "answer" else "complete", record
     if record.state in FREE:
-        return "absent", record
+        return "released" if decided and how == "release" else "absent", record
     if record.token != seen and not blind:
         return "fenced", record
+    if unless_running and record.lease:
+        return "running", record
     token = record.token if "OPERATOR_FENCES" in cut else OPERATOR
     if how == "answer":
         return "resolved", Record(COMPLETE, token, answer=OPERATOR, body=WHOLE)

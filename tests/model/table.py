@@ -18,7 +18,8 @@ def calls(record: Record) -> Iterator[Call]:
         for mode in MODES:
             yield from (("claim", record, me, mode, seen, late) for seen in (NOBODY, *OWNERS) for late in (False, True))
             yield from (("settle", record, me, mode, how) for how in HOW)
-        yield from (("resolve", record, me, how) for how in ("answer", "release"))
+        for how in ("answer", "release"):
+            yield from (("resolve", record, me, how, unless_running) for unless_running in (False, True))
     for token in (*OWNERS, OPERATOR):
         yield "read", record, token
         yield "follow", record, token

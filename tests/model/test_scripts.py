@@ -130,10 +130,11 @@ class Scripts:
         size = answer.size if answer.body_stored else 0
         return [*head, pack(claim_of(me, "hold"), answer), answer.digest, answer.chunks, size, last, 0, b""]
 
-    def _resolve(self, seen: int, how: str) -> list[Any]:
+    def _resolve(self, seen: int, how: str, unless_running: bool) -> list[Any]:
+        decision = [TOKENS[seen], how, int(unless_running)]
         if how == "release":
-            return [TOKENS[seen], how, TOKENS[OPERATOR], b"8"]
-        return [TOKENS[seen], how, RETENTION_MS, packed(OPERATOR, 1)[0], b"".join(pieces(OPERATOR)), 0, b""]
+            return [*decision, TOKENS[OPERATOR], b"8"]
+        return [*decision, RETENTION_MS, packed(OPERATOR, 1)[0], b"".join(pieces(OPERATOR)), 0, b""]
 
     def _drop(self, seen: int, purge: bool) -> list[Any]:
         return [TOKENS[seen], pack_tombstone(KEY, packed(seen, 1)[0]), int(purge), self._layout]
@@ -150,7 +151,7 @@ TAGS = {
     "renew": {1: "renewed", 2: "absent", 3: "unknown", 4: "complete", 5: "fenced"},
     "append": {1: "appended", 8: "appended", 2: "absent", 3: "torn", 4: "complete", 5: "fenced"},
     "settle": {1: "stored", 2: "released", 3: "unknown", 4: "torn", 5: "complete", 6: "fenced"},
-    "resolve": {1: "resolved", 2: "absent", 3: "released", 4: "complete", 5: "fenced"},
+    "resolve": {1: "resolved", 2: "absent", 3: "released", 4: "complete", 5: "fenced", 6: "running"},
     "drop": {1: "dropped", 2: "kept", 3: "absent", 4: "fenced"},
     "read": {1: "chunks", 2: "gone", 3: "torn"},
     "follow": {0: "gone", 1: "found", 2: "found", 3: "found", 5: "found"},
@@ -184,13 +185,14 @@ class Functions:
             row = rows.store_row(claim_of(me, "hold"), *stored(me, how))
         return int(self._probe.call(rows.SETTLE, row)["tag"])
 
-    def _resolve(self, seen: int, how: str) -> int:
+    def _resolve(self, seen: int, how: str, unless_running: bool) -> int:
         meta, body = (packed(OPERATOR, 1)[0], b"".join(pieces(OPERATOR))) if how == "answer" else (None, None)
         mode = self._probe.fields(KEY).get("mode", b"hold")
         check = self_check(KEY, TENANT, TOKENS[OPERATOR], mode, FINGERPRINT)[16:]
         decision = (KEY, TOKENS[seen], TOKENS[OPERATOR], 8, check, meta, body, None, RETENTION_MS, 0, 200)
-        places = ", ".join(f"${number}" for number in range(1, 15))
-        return int(self._probe.sql(f"SELECT resolve_1({places})", *decision, ACTOR, True, b"")[0][0])
+        places = ", ".join(f"${number}" for number in range(1, 17))
+        args = *decision, unless_running, b"", ACTOR, True, b""
+        return int(self._probe.sql(f"SELECT resolve_3({places})", *args)[0][0])
 
     def _drop(self, seen: int, purge: bool) -> int:
         args = (KEY, TOKENS[seen], purge, ACTOR, True, b"")

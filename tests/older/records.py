@@ -13,6 +13,7 @@ from redis import Redis
 
 from oncegate.keys.digests import Digests, Scope
 from oncegate.messages.response_head import response_digest
+from oncegate.store import record_view
 from oncegate.store.opening import open_store
 from oncegate.store.record import (
     Claim,
@@ -38,6 +39,10 @@ CREATED_MS = 1_700_000_000_000
 YEARS_MS = 50 * 365 * 86_400_000
 SAME, OTHER = b"f" * 16, b"o" * 16
 FOREIGN, OPERATOR = b"F" * 16, b"O" * 16
+
+
+# What a decision is about. The older build takes a token.
+seen: Any = getattr(record_view, "Deciding", bytes)
 
 
 class Kind(NamedTuple):
@@ -122,7 +127,7 @@ def _unknown(status: int = 0, cancelled: bool = False) -> Callable[[Store, Redis
 
 
 async def _released(store: Store, _client: Redis, owner: Claim) -> object:
-    return await store.release_by_operator(owner.key, owner.token, OPERATOR, owner.fence)
+    return await store.release_by_operator(owner.key, seen(owner.token), OPERATOR, owner.fence)
 
 
 async def _expired(store: Store, client: Redis, owner: Claim) -> None:
@@ -236,12 +241,12 @@ async def _read(store: Store, kind: Kind) -> str:
 async def _resolve(store: Store, kind: Kind) -> str:
     claim, given = await _owner(store, kind), response(b"given")
     token, claim = claim.token, replace(claim, token=OPERATOR)
-    return (await store.resolve_by_operator(claim, token, pack(claim, given), b"given")).value
+    return (await store.resolve_by_operator(claim, seen(token), pack(claim, given), b"given")).value
 
 
 async def _release(store: Store, kind: Kind) -> str:
     view = await _view(store, kind)
-    return (await store.release_by_operator(view.key, view.token, OPERATOR, view.fence)).value
+    return (await store.release_by_operator(view.key, seen(view.token), OPERATOR, view.fence)).value
 
 
 async def _drop(store: Store, kind: Kind, purge: bool) -> str:

@@ -13,6 +13,7 @@ import pytest
 from oncegate.store.kept import Kept
 from oncegate.store.record import ViewState
 from oncegate.store.record_name import record_id
+from oncegate.store.record_view import Deciding
 from oncegate.store.store import Store
 from tests.admin_parts import OPERATE, tokens_file
 from tests.operator_pages import unknown_key
@@ -125,7 +126,7 @@ async def test_twenty_unknown_keys_get_their_end(chromium, keys, pages):
     # One of them is executed meanwhile, and not this operator's to decide any more.
     changed = await keys.records.read(key(SAME[0]))
     assert changed is not None
-    await keys.release_by_operator(changed.key, changed.token, keys.token(), changed.fence)
+    await keys.release_by_operator(changed.key, Deciding(changed.token), keys.token(), changed.fence)
     submit(chromium, "#decide", f"{len(SAME) - 1} keys resolved")
     assert "1 changed meanwhile" in chromium.text("main")
     chromium.go(f"{pages}/unknown?text=refund")

@@ -19,7 +19,7 @@ from oncegate.settings.settings import Settings
 from oncegate.store.kept import NOTHING
 from oncegate.store.record import ViewState, pack
 from oncegate.store.record_name import record_id
-from oncegate.store.record_view import RecordView, claim_of
+from oncegate.store.record_view import Deciding, RecordView, claim_of
 from oncegate.store.results import ResolveStatus
 from oncegate.store.store import Store
 from oncegate.streams.cancels import CancelResult, tell_owner
@@ -37,6 +37,7 @@ NOT_CARRIED_OUT = {
     ResolveStatus.ABSENT: "the record is gone by now; nothing was changed",
     ResolveStatus.COMPLETE: "the owner completed it meanwhile, with its own response; nothing was changed",
     ResolveStatus.FENCED: "another request owns the key by now; nothing was changed. Show it before you decide again",
+    ResolveStatus.RUNNING: "its owner is still working on it; nothing was changed",
     ResolveStatus.UNCONFIRMED: "the store did not confirm the change; show the key before you repeat the command",
     CancelResult.ABSENT: "its claim is gone by now; nothing was changed",
     CancelResult.COMPLETE: "the owner completed it meanwhile; its response is stored",
@@ -168,7 +169,7 @@ async def resolve(desk: Desk, record: RecordView, given: OperatorResponse) -> De
     retention_ms, tombstone_ms = desk.kept_ms(record)
     claim = replace(claim_of(record, retention_ms), token=token, tombstone_ms=tombstone_ms)
     meta = pack(claim, stored)
-    status = await desk.store.resolve_by_operator(claim, record.token, meta, body)
+    status = await desk.store.resolve_by_operator(claim, Deciding(record.token), meta, body)
     return Decision(RESOLVE, record, status, {"status": response.status, "bytes": len(body)})
 
 
@@ -176,7 +177,7 @@ async def release(desk: Desk, record: RecordView) -> Decision:
     """Free an unfinished key: the next request with it executes. `record` and errors as in `resolve`."""
     _refuse(RELEASE, record)
     token = await desk.introduce()
-    status = await desk.store.release_by_operator(record.key, record.token, token, record.fence)
+    status = await desk.store.release_by_operator(record.key, Deciding(record.token), token, record.fence)
     return Decision(RELEASE, record, status)
 
 

@@ -4,21 +4,29 @@ Nothing is decided by it but who else may read the response (`body_digest`). It 
 number (1 byte), its length (2 bytes) and its value. A number that this version does not know is skipped: a later one
 may add some. No number is ever used for anything else; 1 to 5 are in store/redis/layouts/packed.py.
 
+The fields of an open key, 13 and 14, come before all others but 12. A complete record has them no more (`of_complete`).
+
 On the way of a request these fields stay packed: each request brings some, and hardly any is ever read again. Whoever
 looks for something unpacks them.
 """
 
+import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-_NOTE, _TRACE, _REQUEST_ID, _RULE, _UPSTREAM, _BODY, _REPLACED = 6, 7, 8, 9, 10, 11, 12
+_NOTE, _TRACE, _REQUEST_ID, _RULE, _UPSTREAM, _BODY, _REPLACED, _VALUES, _FIRST = 6, 7, 8, 9, 10, 11, 12, 13, 14
 # That field, which is empty, and always the first: store/redis/lua/claim.lua writes it, too.
 _IS_REPLACED = b"\x0c\x00\x00"
+# What fields of an open key, and those behind that one, begin with at least. Others begin with less.
+LEADING = b"\x0c"
 NOTE_BYTES, REQUEST_ID_BYTES, _NAME_BYTES = 128, 128, 255
+# Of all values together, as JSON. More are not kept at all: half of them would ask for another thing.
+VALUES_BYTES = 1024
 # Trace id, span id and flags of a traceparent (W3C Trace Context), without their hexadecimal digits.
 TRACE_BYTES = 25
 _FIELD = struct.Struct(">BH")
+_TIME = struct.Struct(">Q")
 
 
 # It is never changed once it is made: see store/record.py for why it is not frozen.
@@ -28,7 +36,9 @@ class Kept:
 
     `note`: what the rule's `note` named in the request. `trace`: 25 bytes. `request_id`: of the original. `rule`: the
     name of the rule that it came under. `upstream`: where it went. `replaced`: its claim took the place of another
-    record of the key. The store alone sets that. `body_digest`: of its body.
+    record of the key. The store alone sets that. `body_digest`: of its body. `values`: what the rule's `reconcile` may
+    ask with, by the names in its `keep`. `first_ms`: when the key was first claimed by a request that an API recognizes
+    by its key, 0 for when the record was created; None for any other key.
     """
 
     note: str = ""
@@ -39,6 +49,8 @@ class Kept:
     # Not of what a request brings, so that it makes no difference between two.
     replaced: bool = field(default=False, compare=False)
     body_digest: bytes = b""
+    values: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    first_ms: int | None = None
 
 
 NOTHING = Kept()
@@ -69,7 +81,7 @@ def pack_kept(kept: Kept) -> bytes:
     texts = (_RULE, kept.rule, _NAME_BYTES), (_UPSTREAM, kept.upstream, _NAME_BYTES), (_NOTE, kept.note, NOTE_BYTES)
     fields = [(_REQUEST_ID, kept.request_id[:REQUEST_ID_BYTES]), (_TRACE, kept.trace), (_BODY, kept.body_digest)]
     fields += [(number, cut(text, most_bytes)) for number, text, most_bytes in texts]
-    packed = pack_fields([one for one in fields if one[1]])
+    packed = pack_first(kept.first_ms) + pack_values(kept.values) + pack_fields([one for one in fields if one[1]])
     return as_replaced(packed) if kept.replaced else packed
 
 
@@ -93,6 +105,35 @@ def pack_trace(trace: bytes) -> bytes:
     return pack_fields([(_TRACE, trace)])
 
 
+def pack_values(values: Sequence[tuple[str, str]]) -> bytes:
+    """Return the field with what a probe may need; nothing for none, and for more than VALUES_BYTES. It comes first."""
+    if not values:
+        return b""
+    # A value may have bytes that are no UTF-8, as a header field may.
+    text = json.dumps(dict(values), ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+    return pack_fields([(_VALUES, text)]) if len(text) <= VALUES_BYTES else b""
+
+
+def pack_first(first_ms: int | None) -> bytes:
+    """Return the field with the time of a key's first claim, as `Kept` has it; nothing for None. It comes first."""
+    if first_ms is None:
+        return b""
+    return pack_fields([(_FIRST, _TIME.pack(first_ms) if first_ms else b"")])
+
+
+def of_complete(packed: bytes) -> bytes:
+    """Return the fields of a record that is complete: what was kept for its open key alone is no more.
+
+    Nearly all records have nothing of that, and are told from the others by one byte.
+    """
+    if packed < LEADING:
+        return packed
+    at = begin = len(_IS_REPLACED) if was_replaced(packed) else 0
+    while at + 3 <= len(packed) and packed[at] in (_VALUES, _FIRST):
+        at += 3 + int.from_bytes(packed[at + 1 : at + 3], "big")
+    return packed[:begin] + packed[at:]
+
+
 def kept_of(fields: Mapping[int, bytes]) -> Kept:
     """Return what is kept in these numbered fields. What cannot stand in a header or in a traceparent is left out."""
     texts = [fields.get(number, b"").decode("utf-8", "replace") for number in (_NOTE, _RULE, _UPSTREAM)]
@@ -100,7 +141,27 @@ def kept_of(fields: Mapping[int, bytes]) -> Kept:
     note, rule, upstream = texts
     trace = trace if len(trace) == TRACE_BYTES else b""
     replaced, body_digest = _REPLACED in fields, fields.get(_BODY, b"")
-    return Kept(note, trace, _fit(request_id), rule, upstream, replaced, body_digest)
+    open_key = _values_of(fields.get(_VALUES)), _first_of(fields.get(_FIRST))
+    return Kept(note, trace, _fit(request_id), rule, upstream, replaced, body_digest, *open_key)
+
+
+def _values_of(text: bytes | None) -> tuple[tuple[str, str], ...]:
+    """Return the values in a field, none where it is damaged."""
+    if text is None:
+        return ()
+    try:
+        found = json.loads(text.decode("utf-8", "surrogatepass"))
+    except (ValueError, RecursionError):
+        return ()
+    is_whole = isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
+    return tuple(found.items()) if is_whole else ()
+
+
+def _first_of(time: bytes | None) -> int | None:
+    """Return the time in a field. A damaged one is long ago: then no API is relied on."""
+    if not time:
+        return None if time is None else 0
+    return int(_TIME.unpack(time)[0]) if len(time) == _TIME.size else 1
 
 
 def _fit(request_id: bytes) -> bytes:

@@ -32,7 +32,7 @@ _FIXED = struct.Struct(">c16s16s16s16s16s16sBHHIIQQII")
 _DROPPED = struct.Struct(">c16s16s16s16sH")
 _CHECK_BYTES = 8
 # Flags of the fixed part.
-BODY_STORED, CLOSE_DELIMITED, STATED_LENGTH, HAS_REQUEST_ID = 1, 2, 4, 8
+BODY_STORED, CLOSE_DELIMITED, STATED_LENGTH, HAS_REQUEST_ID, RECONCILED = 1, 2, 4, 8, 16
 
 
 # Every request makes some of these. They are values, never changed once they are made, but for what a new claim gets
@@ -115,6 +115,8 @@ class StoredResponse:
     request_id: bytes = b""
     # As they are written behind the body, each line ended.
     trailers: bytes = b""
+    # What the API said when it was asked what became of the request.
+    reconciled: bool = False
 
 
 @dataclass(slots=True)
@@ -185,6 +187,7 @@ def pack(claim: Claim, response: StoredResponse) -> bytes:
     reason, block, trailers = response.reason, response.block, response.trailers
     flags = response.body_stored and BODY_STORED
     flags |= (response.close_delimited and CLOSE_DELIMITED) | (response.stated_length and STATED_LENGTH)
+    flags |= response.reconciled and RECONCILED
     if response.request_id:
         flags |= HAS_REQUEST_ID
     fixed = _FIXED.pack(
@@ -236,7 +239,7 @@ def unpack(key: bytes, tenant: bytes, meta: bytes, body: bytes | None, now_ms: i
     response = StoredResponse(
         # Positions, not names: arguments by name cost twice as much here (Python 3.11, measured).
         status, reason, block, digest, chunks, size, body_stored, close_delimited, flags & STATED_LENGTH != 0,
-        completed_ms, took_ms, age_s, request_id, trailers,
+        completed_ms, took_ms, age_s, request_id, trailers, flags & RECONCILED != 0,
     )  # fmt: skip
     return Record(State.COMPLETE, token, fingerprint, int(created), now_ms, 0, response, body)
 

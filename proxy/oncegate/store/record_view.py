@@ -59,8 +59,23 @@ class OpenKind(Enum):
     WAIVED = "waived"
 
 
+# Of a decision, in the audit trail.
+EVIDENCE_BYTES = 1024
+
 # What a person may have to decide.
 UNDECIDED = (OpenKind.UNKNOWN, OpenKind.LAPSED)
+
+
+class Deciding(NamedTuple):
+    """What a decision about an open key depends on, when it is carried out.
+
+    `token`: of the record that was looked at. `unless_running`: nothing is changed while its owner has a running lease.
+    `evidence`: for the audit trail, UTF-8; what is longer than EVIDENCE_BYTES is cut.
+    """
+
+    token: bytes
+    unless_running: bool = False
+    evidence: bytes = b""
 
 
 class RecordView(NamedTuple):

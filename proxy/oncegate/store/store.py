@@ -5,7 +5,7 @@ that is down: the outcome is a value of `results.py`. A call that was not confir
 within the caller's time, so that each verb must be safe to repeat, and also safe when it arrives late.
 """
 
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -14,7 +14,7 @@ from oncegate.keys.digests import Scope
 from oncegate.store.membership import Membership
 from oncegate.store.open_keys.records import Records
 from oncegate.store.record import Claim, ClaimRequest, StoredResponse
-from oncegate.store.record_view import RecordView
+from oncegate.store.record_view import Deciding, RecordView
 from oncegate.store.results import (
     AppendStatus,
     ClaimResult,
@@ -126,6 +126,15 @@ class Marks(Protocol):
 
     async def get(self, name: bytes) -> bytes:
         """Return the value of a mark, empty if none is known."""
+
+    async def get_all(self, names: Sequence[bytes]) -> list[bytes]:
+        """Return the values of marks, as `get` does, in the order of the names."""
+
+    async def swap(self, name: bytes, before: bytes, after: bytes, lasts_ms: int) -> bool | None:
+        """Write a mark for `lasts_ms` if it has the value `before`; return whether that was done, None if not known.
+
+        Empty values: there is no mark before, or none after. A call that came and whose reply was lost is not repeated.
+        """
 
 
 class Wakes(Protocol):
@@ -294,11 +303,11 @@ class Store(Protocol):
 
     # For operators ...
 
-    async def resolve_by_operator(self, claim: Claim, token: bytes, meta: bytes, body: bytes) -> ResolveStatus:
-        """Give the key of an operator's claim its response, if `token` still owns it."""
+    async def resolve_by_operator(self, claim: Claim, seen: Deciding, meta: bytes, body: bytes) -> ResolveStatus:
+        """Give the key of an operator's claim its response, if the token that was seen still owns it."""
 
-    async def release_by_operator(self, key: bytes, token: bytes, operator: bytes, fence: bytes) -> ResolveStatus:
-        """Free a key, if `token` still owns it. The token `operator` fences the owner from then on."""
+    async def release_by_operator(self, key: bytes, seen: Deciding, operator: bytes, fence: bytes) -> ResolveStatus:
+        """Free a key, if the token that was seen still owns it. The token `operator` fences the owner from then on."""
 
     async def drop(self, record: RecordView, *, purge: bool = False) -> DropStatus:
         """Drop the response of an expired record, and leave its tombstone. `purge`: of a complete one, too."""

@@ -45,6 +45,8 @@ class Event(Enum):
 
 
 EVENTS = {event.number: event for event in Event}
+# What they are made by, if anything, is their detail.
+_DECISIONS = (Event.RESOLVED.number, Event.FREED.number)
 
 
 class Entry(NamedTuple):
@@ -239,7 +241,7 @@ def facts(entry: Entry) -> dict[str, Any]:
         "rule": entry.rule.decode("utf-8", "replace"),
         "status": entry.status,
         "size": entry.size,
-        "detail": _detail(entry),
+        "evidence" if entry.event in _DECISIONS else "detail": _detail(entry),
         "digest": entry.digest.hex(),
     }
     return {name: value for name, value in said.items() if value not in ("", 0) or name == "fence"}

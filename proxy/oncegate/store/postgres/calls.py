@@ -11,20 +11,10 @@ from oncegate.store.postgres.connections.session import Lost, Refused
 from oncegate.store.postgres.rows import BUSY_TAG, READ_BYTES
 from oncegate.store.postgres.servers import Servers
 from oncegate.store.record import Claim
-from oncegate.store.results import AppendStatus, Followed, ReadFailure, Unconfirmed
+from oncegate.store.results import AppendStatus, ReadFailure, Unconfirmed
 
-# The version of the schema from which on a response can be followed while it runs.
-FOLLOWING = 2
 _APPEND = "SELECT append_2($1, $2, $3, $4, $5) AS tag"
 _READ = "SELECT * FROM read_1($1, $2, $3, $4)"
-# With a schema of version 1 there is no head, the body comes once it is complete, and nothing says what is replaced.
-_APPEND_1 = "SELECT append_1($1, $2, $3, $4) AS tag"
-_FOLLOW_1 = """
-SELECT tag_of(state, created, lease, lease_ms, expires, frees, now) AS tag, now, stage, meta, true AS replaced,
-       least(lease - now, lease_ms) AS lease_left, CASE state WHEN 3 THEN chunks ELSE 0 END AS count,
-       NULL::bytea AS head, ARRAY(SELECT c.bytes FROM read_1($1, $2, $3, $4) c WHERE c.tag = 1) AS chunks
-FROM record, LATERAL now_ms() AS now WHERE key = $1 AND token = $2
-"""
 
 
 class Calls:
@@ -44,11 +34,10 @@ class Calls:
 
     async def append(self, claim: Claim, index: int, chunk: bytes, patience_s: float, head: bytes) -> AppendStatus:
         """Append, again while another transaction holds the record, or until the caller's patience is over."""
-        args: tuple[object, ...] = claim.key, claim.token, index, chunk
-        statement, args = (_APPEND, (*args, head)) if self._servers.schema_version >= FOLLOWING else (_APPEND_1, args)
+        args = claim.key, claim.token, index, chunk, head
         ends, pause_s = self._loop.time() + patience_s, MIN_PAUSE_S
         while True:
-            reply = await self.ask("append", Level.OFF, statement, args, ends)
+            reply = await self.ask("append", Level.OFF, _APPEND, args, ends)
             if isinstance(reply, list) and (tag := reply[0]["tag"]) != BUSY_TAG:
                 return rows.append_status(tag)
             if self._loop.time() + pause_s >= min(ends, self._claims.retries_end):
@@ -60,13 +49,6 @@ class Calls:
     async def read(self, key: bytes, token: bytes, first: int) -> list[bytes] | ReadFailure:
         reply = await self.ask("read", Level.OFF, _READ, (key, token, first, READ_BYTES))
         return rows.read_chunks(reply) if isinstance(reply, list) else ReadFailure.UNCONFIRMED
-
-    async def follow_1(self, key: bytes, token: bytes, first: int) -> Followed | ReadFailure:
-        """Follow with a schema of version 1."""
-        found = await self.ask("follow", Level.OFF, _FOLLOW_1, (key, token, first, READ_BYTES))
-        if isinstance(found, Unconfirmed):
-            return ReadFailure.UNCONFIRMED
-        return rows.followed(key, first, found[0]) if found else ReadFailure.GONE
 
     async def ask(
         self, verb: str, level: Level, statement: str, args: tuple[object, ...], ends: float = float("inf")

@@ -47,8 +47,6 @@ class ClaimBatches:
     def __init__(self, batches: Callable[[Verb, Level], Batches]) -> None:
         self._claims, self._takes = batches(rows.CLAIM, Level.CLAIM), batches(rows.TAKE, Level.CLAIM)
         self.releases, self._peeks = batches(rows.SETTLE, Level.CLAIM), batches(rows.PEEK, Level.OFF)
-        # With a schema of version 1, a claim that is too late reads.
-        self._late_claims = batches(rows.CLAIM, Level.OFF)
 
     def claim(self, row: Row, deadline: float) -> Call:
         return self._claims.call(row, deadline)
@@ -59,8 +57,8 @@ class ClaimBatches:
     def release(self, row: Row, deadline: float) -> Call:
         return self.releases.call(row, deadline)
 
-    def peek(self, row: Row, deadline: float, schema_version: int) -> Call:
-        return (self._peeks if schema_version > 1 else self._late_claims).call(row, deadline)
+    def peek(self, row: Row, deadline: float) -> Call:
+        return self._peeks.call(row, deadline)
 
 
 @dataclass(slots=True, eq=False)
@@ -177,7 +175,7 @@ class Claims:
         nobody, digest = self._token(), bytes(16)
         unowned = Claim(key, nobody, b"", b"", digest, digest * 2, 0, lease_ms, 0, 0)
         row, deadline = rows.claim_row(unowned, 0), self._loop.time() + self._timeout_s * share
-        reply = await self._batches.peek(row, deadline, self._servers.schema_version).reply
+        reply = await self._batches.peek(row, deadline).reply
         if isinstance(reply, Unconfirmed):
             return reply
         found, _ = reply

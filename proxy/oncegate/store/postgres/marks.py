@@ -1,5 +1,7 @@
 """Marks, and notes to replicas, in a table that is not logged: a crash empties it, and a standby has none of it."""
 
+from collections.abc import Sequence
+
 from oncegate.store.postgres.connections.durability import Level
 from oncegate.store.postgres.records import fetch
 from oncegate.store.postgres.servers import Servers
@@ -23,6 +25,17 @@ WHERE name > $1 AND name < $1 || '\\xff' AND name <> ALL($2::bytea[]) AND expire
 # Before the prefix of the replica that a note is for.
 _BOX, NOTE_MS = b"note:", 60_000
 _GET = "SELECT value FROM mark WHERE name = $1 AND expires > now_ms()"
+_GET_ALL = "SELECT name, value FROM mark WHERE name = ANY($1::bytea[]) AND expires > now_ms()"
+# An empty value stands for no mark. One that is to be none has expired by then: a DELETE between would let two win.
+_TAKE = """
+INSERT INTO mark AS m (name, value, expires) VALUES ($1, $2, now_ms() + $3)
+ON CONFLICT (name) DO UPDATE SET value = excluded.value, expires = excluded.expires
+WHERE m.value = '' OR m.expires <= now_ms() RETURNING value
+"""
+_CHANGE = """
+UPDATE mark SET value = $2, expires = now_ms() + $3
+WHERE name = $1 AND value = $4 AND expires > now_ms() RETURNING value
+"""
 
 
 class PostgresMarks:
@@ -43,6 +56,19 @@ class PostgresMarks:
     async def get(self, name: bytes) -> bytes:
         values = await self._ask(_GET, name)
         return values[0] if values else b""
+
+    async def get_all(self, names: Sequence[bytes]) -> list[bytes]:
+        try:
+            rows = await fetch(self._servers, Level.OFF, _GET_ALL, list(names), timeout_s=TIMEOUT_S)
+        except StoreError:
+            return [b""] * len(names)
+        values: dict[bytes, bytes] = {row["name"]: row["value"] for row in rows}
+        return [values.get(name, b"") for name in names]
+
+    async def swap(self, name: bytes, before: bytes, after: bytes, lasts_ms: int) -> bool | None:
+        written = name, after, lasts_ms if after else 0
+        done = await (self._ask(_CHANGE, *written, before) if before else self._ask(_TAKE, *written))
+        return None if done is None else bool(done)
 
     async def post(self, prefix: bytes, note: bytes) -> bool:
         return await self._ask(_POST, _BOX + prefix, note, NOTE_MS) is not None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from oncegate.decision import CANCELLED, HOLD, RETRY, State
-from oncegate.store.kept import as_replaced, rule_in, was_replaced
+from oncegate.store.kept import as_replaced, of_complete, rule_in, was_replaced
 from oncegate.store.postgres.verb import Row, Verb
 from oncegate.store.record import (
     Claim,
@@ -168,11 +168,13 @@ def busy_record(claim: Claim, now_ms: int) -> Record:
 
 
 def _settle_row(claim: Claim, event: int, retention_ms: int, status: int, *outcome: bytes | int | None) -> Row:
-    check, tombstone_ms = claim.self_check, claim.tombstone_ms if event == STORED else 0
+    check, tombstone_ms, kept = claim.self_check, 0, claim.kept
+    if event == STORED:
+        tombstone_ms, kept = claim.tombstone_ms, of_complete(kept)
     return (
         claim.key, lock_of(claim.key), claim.token, event, retention_ms, tombstone_ms, status, int(claim.fence or b"0"),
         claim.created_ms, _MODES[claim.mode], claim.fingerprint, check[:16], check[16:], *outcome,
-        None if event in (RELEASED, WITHDRAWN) else claim.kept or None,
+        None if event in (RELEASED, WITHDRAWN) else kept or None,
     )  # fmt: skip
 
 
@@ -228,6 +230,7 @@ _RESOLVE = {
     3: ResolveStatus.RELEASED,
     4: ResolveStatus.COMPLETE,
     5: ResolveStatus.FENCED,
+    6: ResolveStatus.RUNNING,
 }
 _DROP = {
     1: DropStatus.DROPPED,

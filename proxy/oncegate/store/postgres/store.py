@@ -11,10 +11,11 @@ from itertools import count
 from typing import Any
 
 from oncegate.keys.digests import Scope
+from oncegate.store.kept import LEADING, of_complete
 from oncegate.store.open_keys.records import Records
 from oncegate.store.postgres import rows
 from oncegate.store.postgres.batches import Batches
-from oncegate.store.postgres.calls import FOLLOWING, Calls
+from oncegate.store.postgres.calls import Calls
 from oncegate.store.postgres.claims import MAX_PAUSE_S, MIN_PAUSE_S, ClaimBatches, Claims
 from oncegate.store.postgres.connections.durability import Level
 from oncegate.store.postgres.housekeeping import Housekeeping
@@ -33,7 +34,7 @@ from oncegate.store.record import (
     tenant_of,
     unpack,
 )
-from oncegate.store.record_view import RecordView
+from oncegate.store.record_view import EVIDENCE_BYTES, Deciding, RecordView
 from oncegate.store.results import (
     AppendStatus,
     DropStatus,
@@ -54,7 +55,18 @@ from oncegate.store.store import Claiming, NoWakes, Settling, StoreConfig, Store
 MIN_TRY_S = 0.05
 # Above this share of the limit, responses are stored without their body.
 FULL_RATIO = 0.9
-_RESOLVE = "SELECT resolve_1($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14) AS tag"
+_RESOLVE = "SELECT resolve_3($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16) AS tag"
+# The version of the schema from which on there is that function, and a complete record loses what is kept for its open
+# key alone. Before it, nothing of that is kept, and no evidence.
+DECIDING = 3
+_RESOLVE_2 = """
+SELECT CASE (SELECT NOT ($12 AND state = 1 AND token = $2 AND lease > now_ms())
+             FROM record WHERE key = $1 FOR NO KEY UPDATE SKIP LOCKED)
+    WHEN true THEN resolve_1($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $14, $15, $16)
+    WHEN false THEN 6
+    ELSE CASE WHEN is_there($1) THEN 7 ELSE 2 END
+END AS tag, $13::bytea AS evidence
+"""
 _DROP = "SELECT drop_1($1, $2, $3, $4, $5, $6) AS tag"
 _HMAC_BLOCK = 64
 
@@ -197,7 +209,10 @@ class PostgresStore:
         check = self_check(key, tenant, token, mode, fingerprint)
         # The fence and the time of creation come with the reply.
         times = request.lease_ms, request.retention_ms, request.unknown_retention_ms
-        claim = Claim(key, token, b"", mode, fingerprint, check, 0, *times, request.tombstone_ms, request.kept)
+        kept = request.kept
+        if kept >= LEADING and self._servers.schema_version < DECIDING:
+            kept = of_complete(kept)
+        claim = Claim(key, token, b"", mode, fingerprint, check, 0, *times, request.tombstone_ms, kept)
         return self._claims.run(claim, tenant, request.window_ms)
 
     def reclaim(self, claim: Claim, scope: Scope) -> Claiming:
@@ -253,8 +268,6 @@ class PostgresStore:
         return await self._calls.read(key, token, first)
 
     async def follow(self, key: bytes, token: bytes, first: int, reading_ms: int = 0) -> Followed | ReadFailure:
-        if self._servers.schema_version < FOLLOWING:
-            return await self._calls.follow_1(key, token, first)
         row = key, token, first, READ_BYTES, reading_ms
         reply = await self._follows.call(row, self._loop.time() + self._timeout_s).reply
         return ReadFailure.UNCONFIRMED if isinstance(reply, Unconfirmed) else rows.followed(key, first, reply[0])
@@ -269,23 +282,25 @@ class PostgresStore:
 
     # For operators ...
 
-    async def resolve_by_operator(self, claim: Claim, token: bytes, meta: bytes, body: bytes) -> ResolveStatus:
+    async def resolve_by_operator(self, claim: Claim, seen: Deciding, meta: bytes, body: bytes) -> ResolveStatus:
         small, large = (body, None) if len(body) <= ROW_BYTES else (None, body)
         record = unpack(claim.key, tenant_of(meta), meta, None, 0)
         status = record.response.status if isinstance(record, Record) and record.response else 0
         operator, fence = meta[1:17], int(meta[17:33])
         check = self_check(claim.key, tenant_of(meta), operator, claim.mode, claim.fingerprint)[16:]
         response = meta, small, large, claim.retention_ms, claim.tombstone_ms, status
-        return await self._resolve(claim.key, token, operator, fence, check, *response)
+        return await self._resolve(claim.key, seen, operator, fence, check, *response)
 
-    async def release_by_operator(self, key: bytes, token: bytes, operator: bytes, fence: bytes) -> ResolveStatus:
-        return await self._resolve(key, token, operator, int(fence), b"", None, None, None, 0, 0, 0)
+    async def release_by_operator(self, key: bytes, seen: Deciding, operator: bytes, fence: bytes) -> ResolveStatus:
+        return await self._resolve(key, seen, operator, int(fence), b"", None, None, None, 0, 0, 0)
 
-    async def _resolve(self, *args: object) -> ResolveStatus:
+    async def _resolve(self, key: bytes, seen: Deciding, *decision: object) -> ResolveStatus:
         """Decide, again while another transaction holds the record: it ends soon, and nothing was changed."""
         ends, pause_s = self._loop.time() + self._timeout_s, MIN_PAUSE_S
+        args = key, seen.token, *decision, seen.unless_running, seen.evidence[:EVIDENCE_BYTES], *self._audit
+        statement = _RESOLVE if self._servers.schema_version >= DECIDING else _RESOLVE_2
         while True:
-            reply = await self._calls.ask("resolve", Level.CLAIM, _RESOLVE, (*args, *self._audit), ends)
+            reply = await self._calls.ask("resolve", Level.CLAIM, statement, args, ends)
             if not isinstance(reply, list):
                 return ResolveStatus.UNCONFIRMED
             if (tag := reply[0]["tag"]) != BUSY_TAG or self._loop.time() + pause_s >= ends:

@@ -9,8 +9,10 @@ import struct
 from dataclasses import replace
 
 from oncegate.decision import HOLD
+from oncegate.store.kept import of_complete
 from oncegate.store.record import TOKEN_BYTES, Claim, StoredResponse, pack
 from oncegate.store.record_name import store_key
+from oncegate.store.record_view import Deciding
 from oncegate.store.redis.layouts.packed import TERMS_BYTES, pack_complete, pack_unknown, terms_begin
 from oncegate.store.redis.talk import Question, call
 from oncegate.store.redis.wire import NUMBER, SIZE, Script, resp
@@ -27,7 +29,7 @@ _PUT, _STORE, _RELEASE, _UNKNOWN = resp(b"put"), resp(b"store"), resp(b"release"
 
 CLAIM_COUNT, APPEND_COUNT, APPEND_HEAD_COUNT, RENEW_COUNT, READ_COUNT, FOLLOW_COUNT = 7, 5, 6, 5, 3, 4
 PUT_COUNT, STORE_COUNT, RELEASE_COUNT, MARK_UNKNOWN_COUNT = 5, 10, 4, 11
-RESOLVE_COUNT, RELEASE_BY_OPERATOR_COUNT, DROP_COUNT, POST_COUNT = 7, 4, 4, 2
+RESOLVE_COUNT, RELEASE_BY_OPERATOR_COUNT, DROP_COUNT, POST_COUNT, SWAP_COUNT = 8, 5, 4, 2, 3
 
 # The layout that a script writes, or looks for first, by whether it is the packed one.
 LAYOUT = {False: b"hash", True: b"packed"}
@@ -105,7 +107,7 @@ def store(claim: Claim, response: StoredResponse, last_chunk: bytes) -> bytes:
     counts = number[response.chunks] + number[response.size] if response.body_stored else number[0] * 2
     chunk_size = size[len(last_chunk)]
     head = (_16, claim.token, b"\r\n", _STORE, number[claim.retention_ms], size[len(meta)], meta)
-    tail = (counts, chunk_size, last_chunk, b"\r\n", number[claim.tombstone_ms], resp(claim.kept))
+    tail = (counts, chunk_size, last_chunk, b"\r\n", number[claim.tombstone_ms], resp(of_complete(claim.kept)))
     return b"".join((*head, _NEXT_16, response.digest, b"\r\n", *tail))
 
 
@@ -131,6 +133,24 @@ def mark_unknown(claim: Claim, reason: str, status: int) -> bytes:
         claim.created_ms,
     )
     return b"".join((_16, claim.token, b"\r\n", _UNKNOWN, resp(*written, reason, status, claim.kept)))
+
+
+# An operator ...
+
+
+def resolve(claim: Claim, seen: Deciding, meta: bytes, body: bytes) -> bytes:
+    """Return the arguments of `resolve` that give the key its response: RESOLVE_COUNT."""
+    kept = of_complete(claim.kept)
+    return resp(*_seen(b"answer", seen), claim.retention_ms, meta, body, claim.tombstone_ms, kept)
+
+
+def release_by_operator(seen: Deciding, operator: bytes, fence: bytes) -> bytes:
+    """Return the arguments of `resolve` that free the key: RELEASE_BY_OPERATOR_COUNT."""
+    return resp(*_seen(b"release", seen), operator, fence)
+
+
+def _seen(action: bytes, seen: Deciding) -> tuple[bytes, bytes, int]:
+    return seen.token, action, int(seen.unless_running)
 
 
 # A probe ...

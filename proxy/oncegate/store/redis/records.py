@@ -4,8 +4,9 @@ A scan goes through a server page by page, so that it does not hold up requests.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Iterable
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 from oncegate.store import membership
 from oncegate.store.open_keys.index import OpenIndex
@@ -14,6 +15,7 @@ from oncegate.store.open_keys.places import OpenCounts, OpenPage
 from oncegate.store.record import Corrupt
 from oncegate.store.record_name import parse_record_id, store_key
 from oncegate.store.record_view import UNDECIDED, OpenKind, RecordView, StoreError
+from oncegate.store.redis.arguments import SWAP_COUNT
 from oncegate.store.redis.layouts.packed import hash_fields
 from oncegate.store.redis.membership import (
     EPOCH,
@@ -26,6 +28,7 @@ from oncegate.store.redis.membership import (
     proxy_record_value,
 )
 from oncegate.store.redis.node import Node
+from oncegate.store.redis.replies import is_noscript
 from oncegate.store.redis.topologies.topology import StoreServers
 from oncegate.store.redis.views.index import RedisEntries
 from oncegate.store.redis.views.reading import (
@@ -41,6 +44,7 @@ from oncegate.store.redis.views.reading import (
     time_ms,
     view,
 )
+from oncegate.store.redis.wire import Script, ScriptCall, resp
 
 # For the reply to a command about a mark.
 MARK_TIMEOUT_S = 1.0
@@ -246,10 +250,10 @@ class NodeRecords:
 
 
 class RedisMarks:
-    """Marks in the slots of their records, as `Marks`."""
+    """Marks in the slots of their records, as `Marks`. `swap`: its script."""
 
-    def __init__(self, servers: StoreServers) -> None:
-        self._servers = servers
+    def __init__(self, servers: StoreServers, swap: Script) -> None:
+        self._servers, self._swap = servers, swap
 
     async def put(self, name: bytes, value: bytes, lasts_ms: int) -> None:
         await self._ask(name, "SET", name, value, "PX", lasts_ms)
@@ -262,6 +266,17 @@ class RedisMarks:
     async def get(self, name: bytes) -> bytes:
         found = await self._ask(name, "GET", name)
         return found if isinstance(found, bytes) else b""
+
+    async def get_all(self, names: Sequence[bytes]) -> list[bytes]:
+        return await asyncio.gather(*map(self.get, names))
+
+    async def swap(self, name: bytes, before: bytes, after: bytes, lasts_ms: int) -> bool | None:
+        deadline = asyncio.get_running_loop().time() + MARK_TIMEOUT_S
+        call, args = ScriptCall(self._swap, name, SWAP_COUNT, deadline), resp(before, after, lasts_ms)
+        reply = await self._servers.run(call, args)
+        if is_noscript(reply):
+            reply = await self._servers.run(replace(call, by_body=True), args)
+        return reply == [b"swapped"] if isinstance(reply, list) else None
 
     async def _ask(self, name: bytes, *words: bytes | str | int) -> object:
         """Return the reply to a command about a mark."""

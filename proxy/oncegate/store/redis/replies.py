@@ -61,6 +61,7 @@ RESOLVE = {
     b"absent": ResolveStatus.ABSENT,
     b"complete": ResolveStatus.COMPLETE,
     b"fenced": ResolveStatus.FENCED,
+    b"running": ResolveStatus.RUNNING,
 }
 DROP = {
     b"dropped": DropStatus.DROPPED,

@@ -13,7 +13,7 @@ from typing import Any
 from oncegate.keys.digests import Scope
 from oncegate.store.record import PREFIX_BYTES, Claim, ClaimRequest, StoredResponse, pack_tombstone, self_check
 from oncegate.store.record_name import store_key
-from oncegate.store.record_view import RecordView
+from oncegate.store.record_view import Deciding, RecordView
 from oncegate.store.redis import arguments
 from oncegate.store.redis.claims import MAX_PAUSE_S, MIN_PAUSE_S, Claims
 from oncegate.store.redis.layouts.followed import followed
@@ -77,7 +77,7 @@ class RedisStore:
             layout=self.layout,
         )
         self._servers = servers_of(config.url, config.durability, node)
-        self.records, self.marks = RedisRecords(self._servers), RedisMarks(self._servers)
+        self.records, self.marks = RedisRecords(self._servers), RedisMarks(self._servers, self._scripts["swap"])
         # The time of the server that has a key.
         self.now_ms: Callable[[bytes], int] = self._servers.now_ms
         self._mailbox = Mailbox(self._servers, self._scripts["post"], self._repeat, config.background, self._timeout_s)
@@ -275,12 +275,12 @@ class RedisStore:
 
     # For operators ...
 
-    async def resolve_by_operator(self, claim: Claim, token: bytes, meta: bytes, body: bytes) -> ResolveStatus:
-        args = resp(token, b"answer", claim.retention_ms, meta, body, claim.tombstone_ms, claim.kept)
+    async def resolve_by_operator(self, claim: Claim, seen: Deciding, meta: bytes, body: bytes) -> ResolveStatus:
+        args = arguments.resolve(claim, seen, meta, body)
         return resolve_status(await self._run("resolve", claim.key, args, arguments.RESOLVE_COUNT))
 
-    async def release_by_operator(self, key: bytes, token: bytes, operator: bytes, fence: bytes) -> ResolveStatus:
-        args = resp(token, b"release", operator, fence)
+    async def release_by_operator(self, key: bytes, seen: Deciding, operator: bytes, fence: bytes) -> ResolveStatus:
+        args = arguments.release_by_operator(seen, operator, fence)
         return resolve_status(await self._run("resolve", key, args, arguments.RELEASE_BY_OPERATOR_COUNT))
 
     async def drop(self, record: RecordView, *, purge: bool = False) -> DropStatus:

@@ -25,11 +25,12 @@ from hashlib import blake2b
 from typing import Final
 
 from oncegate.decision import CANCELLED, HOLD, RETRY, State
-from oncegate.store.kept import pack_fields, unpack_fields
+from oncegate.store.kept import of_complete, pack_fields, unpack_fields
 from oncegate.store.record import (
     BODY_STORED,
     CLOSE_DELIMITED,
     DROPPED,
+    RECONCILED,
     STATED_LENGTH,
     Claim,
     Corrupt,
@@ -96,14 +97,14 @@ def pack_unknown(claim: Claim, reason: str, status: int) -> bytes:
 def pack_complete(claim: Claim, response: StoredResponse, body: bytes) -> bytes | None:
     """Return a complete record up to the end of its body, None for one that has to be a hash."""
     reason, block = response.reason, response.block
-    packed = claim.kept
+    packed = of_complete(claim.kept)
     if response.age_s or response.request_id or response.trailers:
         more = {AGE: b"%d" % response.age_s, REQUEST_ID: response.request_id, TRAILERS: response.trailers}
         if len(response.request_id) + len(response.trailers) > _LARGEST_FIELDS // 2:
             return None
         packed += pack_fields(more.items())
     flags = BODY_STORED | (response.close_delimited and CLOSE_DELIMITED)
-    flags |= response.stated_length and STATED_LENGTH
+    flags |= (response.stated_length and STATED_LENGTH) | (response.reconciled and RECONCILED)
     lasted_ms = response.completed_ms - claim.created_ms
     if len(body) > LARGEST_BODY or not -(1 << 31) <= lasted_ms < 1 << 31:
         return None
@@ -219,7 +220,7 @@ def _unpack_complete(key: bytes, value: bytes) -> tuple[int, bytes, int, Record]
         # Positions, not names: arguments by name cost twice as much here (Python 3.11, measured).
         status, value[_COMPLETE.size : reason_end], value[reason_end:block_end], digest, 1 if size else 0, size,
         flags & BODY_STORED != 0, flags & CLOSE_DELIMITED != 0, flags & STATED_LENGTH != 0,
-        created_ms + lasted_ms, took_ms, age_s, request_id, trailers,
+        created_ms + lasted_ms, took_ms, age_s, request_id, trailers, flags & RECONCILED != 0,
     )  # fmt: skip
     record = Record(_IS_COMPLETE, token, fingerprint, created_ms, 0, 0, response, body, b"", 0, kept)
     return fence, tenant, until_ms, record
