@@ -560,3 +560,49 @@ def test_what_oncegate_answers_itself_is_explained(check, monkeypatch):
     found = explained(check, "POST", "/stream", *asked)
     assert (found["links"], found["questions"]) == ("resume, cancel", "answered for the same key and credential")
     assert "links" not in explained(check, "POST", "/other", *asked)
+
+
+ASKING = """
+[[rule]]
+name = "charges"
+path = "/charges/*"
+note = "/order"
+[rule.reconcile]
+url = "/find?id={key}&order={note}&charge={path:2}"
+keep = ["key", "path:2"]
+method = "QUERY"
+safe = true
+body = '{{"a": "{key}"}}'
+credentials_file = "credentials"
+reference = { "/id" = "{key}" }
+succeeded = [{ status = "200" }]
+"""
+
+
+def test_what_would_be_asked(check):
+    """The question about this very request, with no value of a credential; what is missing; what is kept."""
+    Path("rules.toml").write_text(ASKING)
+    Path("credentials").write_text(f"Authorization: Bearer {SECRET}\nX-Api-Key: {SECRET}\n")
+    Path("body.json").write_text('{"order": "7 \\u202e"}')
+    request = ["POST", "http://h/charges/c1", "-H", "Idempotency-Key: k&1", "--body-file", "body.json"]
+    found = explained(check, *request)
+    assert found["asked"] == "QUERY http://up.test/find?id=k%261&order=7%20%E2%80%AE&charge=c1"
+    assert found["body"] == '{"a": "k&1"}'
+    assert found["as"] == "Authorization, X-Api-Key of the credentials file"
+    assert "absent" not in found
+    assert explained(check, *request[:-2])["asked"] == "nothing: {note} has no value; an operator decides"
+    code, out, err = check()
+    assert (code, err) == (0, "")
+    asks, stores = [
+        line for line in out.splitlines() if line.startswith('rule "charges" ') and "note" not in line[:30]
+    ][-2:]
+    assert asks == (
+        'rule "charges" asks about unknown keys: QUERY http://up.test/find?id={key}&order={note}&charge={path:2}'
+    )
+    assert stores.endswith(": key, path:2")
+    assert SECRET not in str((found, out))
+    Path("credentials").write_text(f"Authorization Bearer {SECRET}\n")
+    code, out, err = check()
+    assert code != 0
+    assert 'rule "charges": reconcile: credentials_file credentials line 1 is not' in err
+    assert SECRET not in out + err

@@ -85,6 +85,11 @@ def test_a_value_that_would_climb(url, value):
     assert isinstance(question(plan_of(url), {"key": value}), CannotAsk)
 
 
+def test_a_slash_makes_no_segment():
+    """An id may have one. It stays in the segment of its placeholder."""
+    assert asked(plan_of("/a/{key}/b"), "x/y?z").url == "http://api.test/a/x%2Fy%3Fz/b"
+
+
 @pytest.mark.parametrize("value", ["a..b", "...", ".a", "a.", "v1.2", "..a"])
 def test_dots_alone_are_no_harm(value):
     """Only whole segments are."""

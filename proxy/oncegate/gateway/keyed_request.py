@@ -3,6 +3,7 @@
 import asyncio
 import random
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -20,9 +21,10 @@ from oncegate.messages.request_head import ForwardedInfo, RequestHead, uncoded
 from oncegate.messages.request_ids import TRACEPARENT
 from oncegate.observe.outcome import Outcome, RequestReport
 from oncegate.observe.tracing import Trace, Tracing, new_trace
+from oncegate.probing.kept_values import read_values
 from oncegate.rules.identity import Identity, fingerprint_parts, with_target
 from oncegate.rules.policy import Policy
-from oncegate.store.kept import pack_body_digest, pack_note, pack_request_id, pack_trace
+from oncegate.store.kept import pack_body_digest, pack_note, pack_request_id, pack_trace, pack_values
 from oncegate.store.record import Claim, ClaimRequest
 from oncegate.store.record_name import store_key
 from oncegate.streams.links import ClaimName
@@ -123,7 +125,15 @@ def _with_more(kept: bytes, request: Request, policy: Policy, body: Body) -> byt
     """Return what is kept with the note of a request, and with the values by which the API can be asked about it."""
     if policy.note is not None:
         kept += pack_note(read_note(policy.note, request.field, body))
+    if (plan := policy.reconcile) is not None:
+        target = partial(_target, request)
+        # First: a complete record is to lose them.
+        kept = pack_values(read_values(plan, policy.key_headers, request.field, target, body)) + kept
     return kept
+
+
+def _target(request: Request) -> bytes:
+    return request.checked_head().target
 
 
 class Waiting(NamedTuple):

@@ -243,7 +243,7 @@ class Explanation:
             target, field = partial(bytes, head.target), partial(only_value, head.fields)
             kept = read_values(plan, policy.key_headers, field, target, body)
             for label, text in described_question(plan, with_note(kept, note)):
-                self._add(label, escaped(text))
+                self._add(label, text)
 
 
 def _tenant(policy: Policy, head: RequestHead, scope: Scope) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from oncegate.decision import Verdict
+from oncegate.keys.notes import escaped
 from oncegate.probing.plan import CannotAsk, Plan, question
 from oncegate.probing.templates import Template
 from oncegate.probing.verdicts import Evidence
@@ -18,7 +19,7 @@ def described_rule(plan: Plan) -> Iterator[str]:
 
 
 def described_question(plan: Plan, values: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Yield what is asked about one key, and when, as labels and texts."""
+    """Yield what is asked about one key, and when, as labels and texts. What clients wrote is escaped."""
     asked = question(plan, values)
     if isinstance(asked, CannotAsk):
         yield "asked", f"nothing: {asked.why}; an operator decides"
@@ -27,7 +28,7 @@ def described_question(plan: Plan, values: Mapping[str, str]) -> Iterator[tuple[
     own = ", ".join(name for name, _ in plan.credentials)
     yield "  as", f"{own} of the credentials file" if own else "nobody: the rule has no credentials_file"
     if asked.body is not None:
-        yield "  body", asked.body.decode()
+        yield "  body", escaped(asked.body.decode())
     yield (
         "  when",
         f"after {plan.first_after_s:g} s, then doubling up to {plan.most_s:g} s, for {plan.reconcile_for_s:g} s",
@@ -43,7 +44,7 @@ def described_evidence(evidence: Evidence) -> Iterator[tuple[str, str]]:
     if evidence.body_digest:
         yield "  SHA-256", evidence.body_digest
     for name, value in evidence.values:
-        yield f"  {name}", value
+        yield f"  {escaped(name)}", escaped(value)
     yield "verdict", evidence.verdict.value + (f": {evidence.why}" if evidence.why else "")
 
 

@@ -114,8 +114,6 @@ def question(plan: Plan, values: Mapping[str, str]) -> Question | CannotAsk:
     for name in plan.path.names:
         if climbs(values[name]):
             return CannotAsk(f"{{{name}}} has a dot segment, which leads out of its place in the path")
-    if not {".", ".."}.isdisjoint(str(path).split("/")):
-        return CannotAsk("a segment of the path is . or ..")
     url = f"{plan.origin}{path}{'?' if plan.query else ''}{query}"
     return Question(plan.method, url, _headers(plan), str(body).encode() if plan.body else None)
 
@@ -124,6 +122,6 @@ def _headers(plan: Plan) -> tuple[tuple[str, str], ...]:
     """Return the fields of a question. The credentials may have an Accept of their own."""
     own = [("Accept", JSON), ("Accept-Encoding", "identity"), ("Cache-Control", "no-cache")]
     own += [("Content-Type", plan.content_type)] if plan.body else []
-    own += [("Host", plan.host)] if plan.host and plan.is_upstream else []
+    own += [("Host", plan.host)] if plan.host else []
     given = {name.lower() for name, _ in plan.credentials}
     return (*[one for one in own if one[0].lower() not in given], *plan.credentials)

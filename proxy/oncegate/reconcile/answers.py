@@ -1,6 +1,7 @@
 """Responses that no API sent for their key: those of an operator, and those of a rule after a probe."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 from oncegate.probing.given_head import given_head
@@ -52,4 +53,6 @@ def answer_for(
     if isinstance(made, Unfillable):
         return made
     given = given_response(*made)
-    return Unfillable(given) if isinstance(given, str) else given
+    if isinstance(given, str):
+        return Unfillable(given)
+    return given._replace(stored=replace(given.stored, reconciled=True))
