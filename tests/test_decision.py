@@ -8,18 +8,22 @@ from random import Random
 import pytest
 
 from oncegate.decision import (
+    HOLD,
     Decision,
     Disposition,
     Ending,
     Meanwhile,
     Settlement,
     State,
+    api_recognizes,
     decide,
     effective_state,
     ending,
+    may_resend,
     may_take_over,
     meanwhile,
     must_reclaim,
+    of_resend,
     retry_after_s,
     usual_s,
 )
@@ -97,6 +101,34 @@ def test_the_decision_table_is_whole():
 def test_which_keys_are_open_to_a_newcomer(found):
     """Unknown in the mode retry by the same request, and complete or expired after the window."""
     assert may_take_over(*found) is (found in OPEN)
+
+
+# What a resend needs: an unknown outcome under hold, the same request, and an API that recognizes the key.
+RESENT = {(State.UNKNOWN, True, HOLD, True)}
+
+
+@pytest.mark.parametrize("found", [*product(State, (True, False), MODES, (True, False))])
+def test_which_keys_are_sent_on(found):
+    """No more than one row of all: a cancelled request never is, and what may be executed again needs no resend."""
+    assert may_resend(*found) is (found in RESENT)
+
+
+@pytest.mark.parametrize(
+    ("age_ms", "kept_ms", "recognized"),
+    [(0, 0, False), (0, 100, False), (0, 101, True), (899, 1000, True), (900, 1000, False), (10**12, 1000, False)],
+)
+def test_for_how_long_an_api_recognizes_a_key(age_ms, kept_ms, recognized):
+    """From the first claim on, and a lease less: what is claimed now may be sent so much later."""
+    assert api_recognizes(age_ms, kept_ms, lease_ms=100) is recognized
+
+
+@pytest.mark.parametrize("disposition", Disposition)
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_resend_never_frees_its_key(disposition, busy):
+    """The first request may have been executed; and an API that is busy with it has not said what became of it."""
+    meant = of_resend(disposition, busy)
+    assert not ending(meant, body_stored=True).settlement.frees
+    assert meant is (disposition if disposition is Disposition.STORE and not busy else Disposition.AMBIGUOUS)
 
 
 # joins, waits, the response has begun, it can be sent as it comes -> what a duplicate does meanwhile.

@@ -280,6 +280,14 @@ CASES = {
         "upstream_idempotent = 1",
         "must be True or False",
     ),
+    "upstream_key_retention_s": (
+        "upstream_key_retention_s = 21600\nupstream_idempotent = true",
+        lambda rule: rule.policy.upstream_key_retention_ms,
+        21_600_000,
+        86_400_000,
+        "upstream_key_retention_s = 0.5",
+        "must be a number of seconds from 1 to",
+    ),
     "retry_mark": (
         'retry_mark = "header:Svix-Retry-Count"\nkey = "derived:60"',
         lambda rule: rule.policy.sources and rule.policy.sources.retry_count_header,
@@ -740,6 +748,7 @@ CONTRADICTIONS = {
     "a joined key forwarded": ('key = ["header:A", "path:1"]\nforward_key = "B"', "one header alone"),
     "a body's key forwarded": ('key = "body:/id"\nforward_key = ""', "one header alone"),
     "idempotent without the key": ('upstream_idempotent = true\nforward_key = ""', "gets the key"),
+    "a retention of no keys": ("upstream_key_retention_s = 60", "needs upstream_idempotent beside it"),
     "idempotent with a derived key": ('upstream_idempotent = true\nkey = "derived:1"', "gets the key"),
     "the key as scope": ('key = "header:A"\nscope = ["header:a"]', "one header for the key and"),
     "the usual key as scope": ('scope = ["header:idempotency-key"]', "say whose request it is"),

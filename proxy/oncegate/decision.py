@@ -17,6 +17,19 @@ Which record decides what for a new request (`decide`):
 | unknown   |                      | outcome_unknown     | key_reused        |
 | expired   |                      | key_expired         | key_reused        |
 
+Which unknown key a new request with the same fingerprint may claim (`may_take_over`, `may_resend`). It is executed
+again in the mode retry, and sent on with the same key where its API recognizes that:
+
+| mode      | claimed under a rule whose API recognizes keys | as long as the API keeps the key | after that      |
+|-----------|------------------------------------------------|----------------------------------|-----------------|
+| retry     |                                                | execute                          | execute         |
+| hold      | yes, and the rule still says so                | resend                           | outcome_unknown |
+| hold      | no                                             | outcome_unknown                  | outcome_unknown |
+| cancelled |                                                | outcome_unknown                  | outcome_unknown |
+
+The response to a resend settles the key, as any other. But it never frees it: the first request may have been executed,
+and another one must not come under its key.
+
 How far an exchange got, and what becomes of its claim: the rows of `Ending`.
 """
 
@@ -192,6 +205,31 @@ def may_take_over(state: State, same_request: bool, mode: bytes, past_window: bo
     if state is _IN_FLIGHT:
         return False
     assert_never(state)
+
+
+def api_recognizes(age_ms: int, kept_ms: int, lease_ms: int) -> bool:
+    """Return whether an API that keeps keys for `kept_ms` recognizes one that was first claimed `age_ms` ago.
+
+    0: it recognizes none. A lease less than that counts: what is claimed now may be sent so much later.
+    """
+    return age_ms + lease_ms < kept_ms
+
+
+def may_resend(state: State, same_request: bool, mode: bytes, recognized: bool) -> bool:
+    """Return whether a new request may claim a key that has a record in `state` (as of now), to be sent once more.
+
+    `mode`: the record's own. `recognized`: its claim and the new request are for an API that executes a key only once,
+    and that still recognizes this one.
+    """
+    return state is _UNKNOWN and same_request and mode == HOLD and recognized
+
+
+def of_resend(disposition: Disposition, busy: bool) -> Disposition:
+    """Return what a response means where an earlier request with its key may have been executed: never a free key.
+
+    `busy`: by its status, the API may still be working on that request.
+    """
+    return _AMBIGUOUS if busy or disposition is _RELEASE else disposition
 
 
 def ending(disposition: Disposition, body_stored: bool) -> Ending:

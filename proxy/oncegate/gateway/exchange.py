@@ -5,7 +5,6 @@ chunk, the closing) is held back until the store has confirmed the settle.
 """
 
 import asyncio
-import random
 import time
 
 from oncegate.adaptation.event_ids import Numbering, number_events
@@ -15,7 +14,7 @@ from oncegate.downstream.request import Request
 from oncegate.gateway.answers import Refuse, not_confirmed, not_sent
 from oncegate.gateway.keyed_request import KeyedRequest
 from oncegate.gateway.relay import pass_interims
-from oncegate.gateway.response_reading import check_idle_timeout, window_s
+from oncegate.gateway.response_reading import Resends, check_idle_timeout, unsent, window_s
 from oncegate.gateway.settling import (
     LOST,
     STOPPED,
@@ -41,8 +40,6 @@ from oncegate.upstream.window import completes_within
 
 # A response of at most so many bytes whose end comes soon after its head is stored first, and sent in one write.
 SMALL_BYTES = 65536
-# How often a lost request is sent again to an upstream that is idempotent, and the longest pauses before that.
-RESENDS, FIRST_PAUSE_S, MAX_PAUSE_S = 3, 0.2, 2.0
 # By how a response settles its key (a disposition's label): the outcome, and the field that says so.
 OUTCOMES = {one.label: (BY_LABEL[one.label], f"Oncegate-Status: {one.label}\r\n".encode()) for one in Disposition}
 
@@ -55,8 +52,8 @@ class Exchange:
     """
 
     refuse: Refuse | None = None
-    # Tries that are left after this one, while a lost request is sent again.
-    _resends_left: int | None = None
+    # Of a request whose upstream executes a key only once.
+    _resends: Resends | None = None
     _not_sent: Refuse | None = None
     # The one that the request is on now.
     _connection: Connection | None = None
@@ -74,6 +71,10 @@ class Exchange:
         self._key_fields = keyed.own_fields(client, held.claim.token, held.claim.created_ms)
         self.progress = Progress(self._deps, held, b"" if caller is None else caller.id, keyed.trace)
         held.cancel = self.cancel
+        if self._policy.upstream_idempotent:
+            kept_ms = self._policy.upstream_key_retention_ms
+            self._resends = Resends(held.claim, kept_ms, self._deps.store.now_ms)
+            self.progress.sent = self._resends.left is not None
 
     def cancel(self, reason: str) -> bool:
         """End the exchange: close the upstream connection, and leave the key unknown in the mode `cancelled`.
@@ -93,8 +94,8 @@ class Exchange:
         result: SettleResult | None = None
         try:
             reached = await self._forward()
-            if self._policy.upstream_idempotent:
-                reached = await self._resend(reached)
+            if self._resends is not None:
+                reached = await self._resend(self._resends, reached)
             settlement, last = reached.settlement, progress.whole
             if progress.recording is not None and not settlement.stores_body:
                 # Nothing is appended behind the settle.
@@ -132,7 +133,7 @@ class Exchange:
         ready = deps.pool.ready(deps.reuse_idle_s) if self._held.is_certain() else None
         self._connection = connection = ready or await self._connect()
         if connection is None:
-            return Ending.NOT_SENT
+            return unsent(self._resends)
         began, silence_s = time.perf_counter(), deps.silence_s
         try:
             self._send(connection)
@@ -158,7 +159,7 @@ class Exchange:
             return await self._stream(connection, head)
         except NotSent as reason:
             self._not_sent = not_sent(str(reason))
-            return Ending.NOT_SENT
+            return unsent(self._resends)
         except UpstreamLost as lost:
             # Its traceback would refer back to all of this.
             progress.lost = lost.with_traceback(None)
@@ -170,24 +171,16 @@ class Exchange:
             self._connection = None
             deps.pool.release(connection)
 
-    async def _resend(self, reached: Ending) -> Ending:
-        """Send a lost request once more, with the same key, to an upstream that executes a key only once.
-
-        A few times, after a growing pause with full jitter, and only while the client has got nothing.
-        """
-        max_pause_s = FIRST_PAUSE_S
-        for left in reversed(range(RESENDS)):
-            if reached not in LOST or self._response.started or self._deps.pool.shut:
-                break
+    async def _resend(self, resends: Resends, reached: Ending) -> Ending:
+        """Send a lost request once more, with the same key, a few times, and only while the client has got nothing."""
+        while reached in LOST and not self._response.started and not self._deps.pool.shut:
             self._extend_watchdog()
-            if not await self.progress.unless_cancelled(asyncio.sleep(random.uniform(0, max_pause_s), True)):
+            pause_s = resends.pause_s()
+            if pause_s is None or not await self.progress.unless_cancelled(asyncio.sleep(pause_s, True)):
                 break
-            max_pause_s = min(max_pause_s * 2, MAX_PAUSE_S)
-            self._resends_left, self.progress.head, self.progress.whole = left, None, b""
+            self.progress.head, self.progress.whole = None, b""
             self.progress.note_reading(None)
-            resent = await self._forward()
-            # That nothing could be sent this time says nothing about the time before.
-            reached = Ending.NO_RESPONSE if resent is Ending.NOT_SENT else resent
+            reached = await self._forward()
         return reached
 
     async def _connect(self) -> Connection | None:
@@ -203,7 +196,8 @@ class Exchange:
             if connection is None or (self._held.is_certain() and not progress.cancelled):
                 return connection
             deps.pool.release(connection)
-            if progress.cancelled or not await deps.leases.reclaim(self._held, self._scope):
+            is_over = progress.cancelled or (self._resends is not None and not self._resends.may_send())
+            if is_over or not await deps.leases.reclaim(self._held, self._scope):
                 self._not_sent = not_confirmed()
                 return None
 
@@ -220,17 +214,18 @@ class Exchange:
 
     def _may_be_small(self, head: ResponseHead) -> bool:
         """Note a response's head; return whether its body may be small."""
-        is_busy = self._resends_left is not None and head.status == 409
-        if is_busy and self._resends_left:
-            raise UpstreamLost("the upstream is still busy with the first request")
+        if self._resends is not None:
+            self._resends.check_busy(head)
         known = self._policy.statuses.by_status.get(head.status)
-        disposition = Disposition.AMBIGUOUS if is_busy else known or self.progress.read(self._policy.statuses, head)
+        disposition = known or self.progress.read(self._policy.statuses, head)
         self.progress.head, self._held.stage = head, stages.RESPONSE_BEGUN
-        if disposition is not self._disposition:
+        if disposition is not self._disposition or self._resends is not None:
             self._dispose(disposition)
         return head.bodiless or ((head.length or 0) <= SMALL_BYTES and not head.is_event_stream)
 
     def _dispose(self, disposition: Disposition) -> None:
+        if self._resends is not None:
+            disposition = self._resends.read(disposition, self.progress.status)
         self._disposition = disposition
         self._outcome, self._status_field = OUTCOMES[disposition.label]
 

@@ -44,6 +44,7 @@ from oncegate.gateway.tunnel import Tunnel, pass_through_report, tunnel
 from oncegate.observe.labels import Unguarded
 from oncegate.observe.outcome import Observe, Outcome, RequestReport
 from oncegate.observe.tracing import Trace, Tracing
+from oncegate.store.kept import is_resent
 from oncegate.store.leases import suspended_clock_s
 from oncegate.store.record import Claim, Corrupt, Record
 from oncegate.store.results import ClaimsSuspended, Unconfirmed
@@ -241,7 +242,9 @@ class Gateway:
         except Exception:
             if held is not None:
                 deps.leases.drop(held)
-            deps.background(deps.store.release(claim, deps.settle_timeout_s))
+            # It may have been sent under another claim. Then its key is unknown once the lease is over.
+            if not is_resent(claim.kept):
+                deps.background(deps.store.release(claim, deps.settle_timeout_s))
             raise
 
     async def _relay_unguarded(self, request: Request, keyed: KeyedRequest, why: Unguarded) -> RequestReport:

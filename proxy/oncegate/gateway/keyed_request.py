@@ -24,7 +24,7 @@ from oncegate.observe.tracing import Trace, Tracing, new_trace
 from oncegate.probing.kept_values import read_values
 from oncegate.rules.identity import Identity, fingerprint_parts, with_target
 from oncegate.rules.policy import Policy
-from oncegate.store.kept import pack_body_digest, pack_note, pack_request_id, pack_trace, pack_values
+from oncegate.store.kept import pack_body_digest, pack_first, pack_note, pack_request_id, pack_trace, pack_values
 from oncegate.store.record import Claim, ClaimRequest
 from oncegate.store.record_name import store_key
 from oncegate.streams.links import ClaimName
@@ -122,14 +122,17 @@ def kept_of(request: Request, route: Route, body: Body) -> bytes:
 
 
 def _with_more(kept: bytes, request: Request, policy: Policy, body: Body) -> bytes:
-    """Return what is kept with the note of a request, and with the values by which the API can be asked about it."""
+    """Return what is kept with the note of a request, and with what counts while its key is open.
+
+    That is the values by which the API can be asked about it, and whether it may be sent once more.
+    """
     if policy.note is not None:
         kept += pack_note(read_note(policy.note, request.field, body))
     if (plan := policy.reconcile) is not None:
         target = partial(_target, request)
         # First: a complete record is to lose them.
         kept = pack_values(read_values(plan, policy.key_headers, request.field, target, body)) + kept
-    return kept
+    return pack_first(0) + kept if policy.resend_ms else kept
 
 
 def _target(request: Request) -> bytes:
@@ -158,6 +161,7 @@ def claim_request_of(policy: Policy, scope: Scope, identity: Identity, kept: byt
         window_ms=identity.window_ms,
         tombstone_ms=0 if identity.window_ms else policy.tombstone_ms,
         kept=kept,
+        resend_ms=policy.resend_ms,
     )
 
 
@@ -213,7 +217,7 @@ class HeadPlan:
         # Positions, not names: arguments by name cost 4,000 instructions more (Python 3.11, measured).
         times = policy.lease_ms, policy.retention_ms, policy.unknown_retention_ms
         rest = 0, policy.tombstone_ms, kept_of(request, self.route, body)
-        claim = ClaimRequest(key, begun.scope, fingerprint.digest(), policy.mode, *times, *rest)
+        claim = ClaimRequest(key, begun.scope, fingerprint.digest(), policy.mode, *times, *rest, policy.resend_ms)
         return KeyedRequest(self.route, claim, body, *self.waiting)
 
     def open_head(self, values: tuple[bytes, ...], client: ForwardedInfo, body_bytes: int, id_line: bytes) -> bytes:

@@ -1,10 +1,18 @@
-"""What a response means for its key, as far as it has arrived: by its head, by its body, by its messages."""
+"""What a response means for its key, as far as it has arrived: by its head, by its body, by its messages.
+
+And when a request that got none is sent again.
+"""
+
+import random
+from collections.abc import Callable
 
 from oncegate.adaptation.json_rpc import ResponseReader
 from oncegate.buffers.memory import MemoryBudget
-from oncegate.decision import Disposition
+from oncegate.decision import Disposition, Ending, api_recognizes, of_resend
 from oncegate.messages.response_head import ResponseHead
 from oncegate.rules.statuses import Statuses
+from oncegate.store.kept import first_claim_ms, is_resent
+from oncegate.store.record import Claim
 from oncegate.upstream.connection import Connection
 from oncegate.upstream.errors import UpstreamLost
 
@@ -58,6 +66,56 @@ class ResponseReading:
 def window_s(reading: ResponseReading | None, silence_s: float) -> float:
     """Return for how long the end of a response is waited for before its head goes on."""
     return min(TELLING_S, silence_s) if reading is not None and reading.body_tells else SMALL_S
+
+
+# How often a lost request is sent again to an upstream that is idempotent, and the longest pauses before that.
+RESENDS, FIRST_PAUSE_S, MAX_PAUSE_S = 3, 0.2, 2.0
+# By draft-ietf-httpapi-idempotency-key-header, the status for a key whose first request is still running.
+BUSY = 409
+
+
+class Resends:
+    """The tries of a request whose upstream executes a key only once.
+
+    `left`: those after this one, where an earlier one may have reached the upstream, also under another claim; None
+    while none may have. `kept_ms`: for how long the upstream recognizes a key. `now_ms(key)`: the store's clock.
+    """
+
+    def __init__(self, claim: Claim, kept_ms: int, now_ms: Callable[[bytes], int]) -> None:
+        self._claim, self._first_ms, self._kept_ms, self._now_ms = claim, first_claim_ms(claim), kept_ms, now_ms
+        self.left = RESENDS if is_resent(claim.kept) else None
+        self._max_pause_s = FIRST_PAUSE_S
+
+    def may_send(self) -> bool:
+        """Return whether the request may be sent: not where an earlier one may be known to the upstream no more."""
+        age_ms = self._now_ms(self._claim.key) - self._first_ms
+        return self.left is None or api_recognizes(age_ms, self._kept_ms, self._claim.lease_ms)
+
+    def pause_s(self) -> float | None:
+        """Begin another try of a lost request: return how long to wait before it, None where there is none left.
+
+        The pauses grow, with full jitter.
+        """
+        if self.left == 0:
+            return None
+        self.left = (RESENDS if self.left is None else self.left) - 1
+        pause_s = random.uniform(0, self._max_pause_s)
+        self._max_pause_s = min(self._max_pause_s * 2, MAX_PAUSE_S)
+        return pause_s if self.may_send() else None
+
+    def check_busy(self, head: ResponseHead) -> None:
+        """Raise UpstreamLost if the upstream may be busy with an earlier try, and can be asked once more."""
+        if self.left and head.status == BUSY:
+            raise UpstreamLost("the upstream is still busy with the first request")
+
+    def read(self, disposition: Disposition, status: int) -> Disposition:
+        """Return what a response with this status means for the key."""
+        return disposition if self.left is None else of_resend(disposition, busy=status == BUSY)
+
+
+def unsent(resends: Resends | None) -> Ending:
+    """Return how a try ends that sends nothing. That says nothing of those before."""
+    return Ending.NOT_SENT if resends is None or resends.left is None else Ending.NO_RESPONSE
 
 
 def check_idle_timeout(connection: Connection, head: ResponseHead, statuses: Statuses) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from oncegate.decision import Disposition, Ending, Settlement, ending, usual_s
+from oncegate.decision import RETRY, Disposition, Ending, Settlement, ending, usual_s
 from oncegate.downstream.response import ResponseWriter
 from oncegate.gateway.answers import Refuse, cancelled, not_sent, response_not_stored, upstream_lost
 from oncegate.gateway.recording import Recording
@@ -283,8 +283,9 @@ def without_response(
         case Ending.CANCELLED:
             refuse = cancelled(progress.status)
         case Ending.NO_RESPONSE | Ending.TRUNCATED:
-            timeout = progress.lost is not None and progress.lost.timeout
-            refuse = upstream_lost(timeout=timeout, mode=progress.held.claim.mode, status=progress.status)
+            claim, timeout = progress.held.claim, progress.lost is not None and progress.lost.timeout
+            mode = RETRY if claim.resend_ms else claim.mode
+            refuse = upstream_lost(timeout=timeout, mode=mode, status=progress.status)
         case Ending.COMPLETE | Ending.TOO_LARGE if status is SettleStatus.UNCONFIRMED:
             refuse = response_not_stored()
         case _:

@@ -29,6 +29,14 @@ def fingerprint_source(text: str) -> Source | None:
     return Source(text, Header(rest.encode())) if kind == "header" and rest else None
 
 
+def has_content(parts: frozenset[str] | None) -> bool:
+    """Return whether requests with one fingerprint ask for the same: with one method, of one target, with one body.
+
+    `parts`: those of the fingerprint, None for all.
+    """
+    return parts is None or ({"method", "target"} <= parts and not parts.isdisjoint({"body", BODY_JSON}))
+
+
 class NamedParts(NamedTuple):
     """The parts of a fingerprint that a rule names. `with_body`: the body enters the fingerprint beside them."""
 

@@ -292,7 +292,7 @@ def _by_state(policy: Policy, head: RequestHead, identity: Identity) -> Iterable
         if policy.adaptation.replays_cookies:
             period += f", with its cookies for {REPLAYED_MS // 1000} s at most"
         yield "complete", f"replayed for {period}{then}"
-    yield "unknown", "executed again" if policy.mode == RETRY else "409 outcome-unknown"
+    yield "unknown", _unknown(policy)
     if policy.heartbeats is not None:
         period = f"after each {policy.heartbeats.period_s:g} s"
         gets_102 = "102, and " if policy.heartbeats.takes_interim(head) else ""
@@ -312,6 +312,14 @@ def _by_state(policy: Policy, head: RequestHead, identity: Identity) -> Iterable
     yield "unknown on", _statuses(policy, Disposition.AMBIGUOUS)
     if policy.upstream_idempotent:
         yield "upstream lost", "sent again with the same key, a few times"
+
+
+def _unknown(policy: Policy) -> str:
+    if policy.mode == RETRY:
+        return "executed again"
+    if not policy.resend_ms:
+        return "409 outcome-unknown"
+    return f"sent again with the same key for {policy.resend_ms / 1000:g} s from its claim, then 409 outcome-unknown"
 
 
 def _statuses(policy: Policy, disposition: Disposition) -> str:

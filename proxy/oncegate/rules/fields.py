@@ -295,6 +295,7 @@ TREATING: Mapping[str, Check] = {
     "on_bad_key": _one_of("refuse", "pass"),
     "on_client_gone": _one_of("finish", "cancel"),
     "cancel_grace_s": _seconds(0, 86_400),
+    "upstream_key_retention_s": _seconds(1, 31_536_000),
     "heartbeat_s": _seconds(0.1, 3600),
     "heartbeat_agents": _agents,
     "note": _text(parse_note),

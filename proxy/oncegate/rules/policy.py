@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from oncegate.adaptation.adaptation import NOTHING, Adaptation
 from oncegate.adaptation.heartbeats import Heartbeats
 from oncegate.decision import HOLD
+from oncegate.keys.fingerprint_parts import has_content
 from oncegate.keys.sources import KeySources, Segment, Source
 from oncegate.keys.tenants import TenantFields
 from oncegate.probing.plan import Plan
@@ -33,7 +34,9 @@ class Policy:
     `forward_key`: the name under which the upstream gets the key's header, empty for none, None for the same name.
     `json_rpc`: bodies are messages of JSON-RPC, so that a request has an id, and a response says what it means.
     `pass_bad_keys`: a request without a usable key is forwarded without protection. `upstream_idempotent`: the
-    upstream recognizes keys itself, so that a lost request can be sent again. `in_flight_status`: for a duplicate
+    upstream recognizes keys itself, so that a lost request can be sent again, `upstream_key_retention_ms` from the
+    first claim of its key on. `resend_ms`: that time where a retry does so, too, 0 where it does not.
+    `in_flight_status`: for a duplicate
     while the original is running. `counts_tokens`: metrics count the tokens in its responses as saved by replays.
     `pass_interim`: the upstream's interim responses go on to the client. `heartbeats`: signs of life in silence.
     `cancel_grace_s`: an exchange ends after so long without readers, None for never.
@@ -73,6 +76,8 @@ class Policy:
     pass_bad_keys: bool = False
     forward_key: bytes | None = None
     upstream_idempotent: bool = False
+    # As that of Stripe, which keeps keys for at least 24 hours.
+    upstream_key_retention_ms: int = 86_400_000
     in_flight_status: int = 409
     max_request_bytes: int = 0
     counts_tokens: bool = False
@@ -100,6 +105,7 @@ class Policy:
     keeps_body_digest: bool = field(init=False, repr=False, compare=False)
     # Whether something of its requests is read for their records.
     keeps_more: bool = field(init=False, repr=False, compare=False)
+    resend_ms: int = field(init=False, repr=False, compare=False)
     # Whether oncegate reads its responses, so that the API is asked for them without a content coding.
     asks_identity: bool = field(init=False, repr=False, compare=False)
 
@@ -130,6 +136,9 @@ class Policy:
     def __post_init__(self) -> None:
         object.__setattr__(self, "tenant", TenantFields(self.scope_headers, self.stable_schemes))
         object.__setattr__(self, "keeps_body_digest", self.asks and self.resumable and not self.resume_by_key)
+        # Whoever gets the key has to get the same content with it. In the mode retry, a request is executed again.
+        resends = self.upstream_idempotent and self.mode == HOLD and has_content(self.fingerprint)
+        object.__setattr__(self, "resend_ms", self.upstream_key_retention_ms if resends else 0)
         keeps_values = self.reconcile is not None and bool(self.reconcile.keep)
-        object.__setattr__(self, "keeps_more", self.note is not None or keeps_values)
+        object.__setattr__(self, "keeps_more", self.note is not None or keeps_values or resends)
         object.__setattr__(self, "asks_identity", self.json_rpc or self.resume or self.sse_ids or self.resumable)

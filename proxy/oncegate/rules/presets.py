@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-DAY_S = 86_400
+DAY_S, HOUR_S = 86_400, 3_600
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,19 +129,28 @@ _CALL_CAUTION = (
     "made again: an operator has to resolve its key."
 )
 
+_PAYMENTS = {
+    "guard": "required",
+    "key": "header:Idempotency-Key",
+    "on_unknown": "hold",
+    "on_duplicate": "wait",
+    # The API still executes an earlier request: its answer to this one is no result.
+    "release_statuses": ["default", "409+/error/code=idempotency_key_in_use"],
+    "retention_s": DAY_S,
+}
+
 PRESETS: dict[str, Preset] = {
     "payments": Preset(
         "An API like that of Stripe: clients send an Idempotency-Key, and retry with the same one.",
         "A payment with an unknown outcome is never sent a second time. An operator has to resolve its key.",
-        {
-            "guard": "required",
-            "key": "header:Idempotency-Key",
-            "on_unknown": "hold",
-            "on_duplicate": "wait",
-            # The API still executes an earlier request: its answer to this one is no result.
-            "release_statuses": ["default", "409+/error/code=idempotency_key_in_use"],
-            "retention_s": DAY_S,
-        },
+        _PAYMENTS,
+    ),
+    "stripe": Preset(
+        "The API of Stripe itself. It executes a key only once, and keeps keys for "
+        "[at least 24 hours](https://docs.stripe.com/api/idempotent_requests). So oncegate sends a retry of an unknown "
+        "key on, with the same key, and the response settles it.",
+        "After 24 hours, an operator has to resolve an unknown key.",
+        {**_PAYMENTS, "upstream_idempotent": True, "upstream_key_retention_s": DAY_S},
     ),
     "square": Preset(
         "The API of Square: the key is the member `idempotency_key` of the JSON body.",
@@ -156,9 +165,16 @@ PRESETS: dict[str, Preset] = {
     ),
     "paypal": Preset(
         "The API of PayPal: the key is the header PayPal-Request-Id.",
-        "The PayPal SDK does not retry a POST by itself. Your code has to send it again with the same id.",
+        "The PayPal SDK does not retry a POST by itself. Your code has to send it again with the same id. PayPal "
+        "recognizes the id of an earlier request, but [not in all of its "
+        "APIs](https://developer.paypal.com/api/rest/reference/idempotency). Where it does, set "
+        "`upstream_idempotent = true`. `upstream_key_retention_s` is the shortest time that PayPal states: 3 hours for "
+        "payment tokens. [Orders](https://docs.paypal.ai/reference/api/rest/orders/authorize-payment-for-order) keep "
+        "an id for 6 hours.",
         {
             "key": "header:PayPal-Request-Id",
+            "upstream_idempotent": False,
+            "upstream_key_retention_s": 3 * HOUR_S,
             "on_unknown": "hold",
             "on_duplicate": "wait",
             "retention_s": 3 * DAY_S,

@@ -221,6 +221,8 @@ def _contradictions(values: dict[str, Any], settings: Settings, key: KeySources 
     # oncegate sends a lost request again, which is safe only where the upstream recognizes it by its key.
     if values.get("upstream_idempotent") and (forward == "" or (key and key.window_ms)):
         yield "upstream_idempotent", "needs an upstream that gets the key"
+    if "upstream_key_retention_s" in values and "upstream_idempotent" not in values:
+        yield "upstream_key_retention_s", "needs upstream_idempotent beside it"
     if values.get("protocol") == "json-rpc":
         yield from _json_rpc_contradictions(values, key)
     yield from _stream_contradictions(values, settings)

@@ -174,6 +174,8 @@ def rule_policy(settings: Settings, values: dict[str, Any], key: KeySources | No
         "resumable": values.get("resumable", False),
         "cancellable": values.get("cancellable", False),
     }
+    if "upstream_key_retention_s" in values:
+        changes["upstream_key_retention_ms"] = int(values["upstream_key_retention_s"] * 1000)
     if values.get("on_client_gone") == "cancel":
         default = CALL_GRACE_S if values.get("protocol") == "json-rpc" else CANCEL_GRACE_S
         changes["cancel_grace_s"] = values.get("cancel_grace_s", default)

@@ -1,8 +1,9 @@
 """What is kept with a record for those who look for it later: which request it was, and where it came from.
 
-Nothing is decided by it but who else may read the response (`body_digest`). It lies in numbered fields. Each is a
-number (1 byte), its length (2 bytes) and its value. A number that this version does not know is skipped: a later one
-may add some. No number is ever used for anything else; 1 to 5 are in store/redis/layouts/packed.py.
+Two things are decided by it: who else may read the response (`body_digest`), and whether the request may be sent once
+more under its key (`first_ms`). It lies in numbered fields. Each is a number (1 byte), its length (2 bytes) and its
+value. A number that this version does not know is skipped: a later one may add some. No number is ever used for
+anything else; 1 to 5 are in store/redis/layouts/packed.py.
 
 The fields of an open key, 13 and 14, come before all others but 12. A complete record has them no more (`of_complete`).
 
@@ -13,7 +14,10 @@ looks for something unpacks them.
 import json
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from oncegate.decision import api_recognizes, effective_state, may_resend
+from oncegate.store.record import Claim, Record
 
 _NOTE, _TRACE, _REQUEST_ID, _RULE, _UPSTREAM, _BODY, _REPLACED, _VALUES, _FIRST = 6, 7, 8, 9, 10, 11, 12, 13, 14
 # That field, which is empty, and always the first: store/redis/lua/claim.lua writes it, too.

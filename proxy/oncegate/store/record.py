@@ -62,6 +62,8 @@ class ClaimRequest:
     tombstone_ms: int = 0
     # What is kept with the record, packed (store/kept.py). The audit trail has its rule.
     kept: bytes = b""
+    # How long after its first claim the API recognizes the key, so that an unknown one may be sent once more. 0: never.
+    resend_ms: int = 0
 
 
 @dataclass(slots=True)
@@ -85,6 +87,8 @@ class Claim:
     unknown_retention_ms: int
     tombstone_ms: int = 0
     kept: bytes = b""
+    # As in ClaimRequest.
+    resend_ms: int = 0
 
 
 @dataclass(slots=True)

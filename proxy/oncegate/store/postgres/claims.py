@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from oncegate.decision import State, effective_state, is_past, may_take_over
+from oncegate.store.kept import resending
 from oncegate.store.postgres import rows
 from oncegate.store.postgres.batches import Batches, Call, Sent
 from oncegate.store.postgres.connections.durability import Level
@@ -122,6 +123,8 @@ class Claims:
                     continue
                 if isinstance(result, Record) and await self._may_take_over(result, attempt):
                     attempt.expected = result.token
+                    continue
+                if isinstance(result, Record) and _resends(result, attempt):
                     continue
                 if result is BUSY and not reclaims and not attempt.maybe_executed:
                     result = rows.busy_record(claim, self._servers.now_ms())
@@ -298,3 +301,15 @@ class Claims:
         if not sent.is_over and sent.lost is not None:
             sent.is_over = await self._servers.is_gone(sent.lost.backend)
         return sent.is_over
+
+
+def _resends(record: Record, attempt: _Attempt) -> bool:
+    """Make the next try of an attempt take the record, so that its request is sent once more. Return whether it may.
+
+    The key is not freed after a failure: an earlier request may have been executed.
+    """
+    expected = record.token + rows.ALSO_HOLD
+    if attempt.reclaims or expected == attempt.expected or (resent := resending(attempt.claim, record)) is None:
+        return False
+    attempt.claim, attempt.expected, attempt.reclaims = resent, expected, True
+    return True

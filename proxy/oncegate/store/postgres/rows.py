@@ -61,6 +61,8 @@ RESTARTS = 8
 _STATES = {
     tag: state.value.encode() for tag, state in ((1, State.IN_FLIGHT), (RESTARTS, State.IN_FLIGHT), (2, State.UNKNOWN))
 }
+# Behind the token that a claim expects: a record in the mode hold is open to it, too.
+ALSO_HOLD = b"h"
 # Events of the audit trail that a settle writes.
 STORED, RELEASED, UNKNOWN, CANCELLATION, WITHDRAWN = 4, 5, 6, 7, 8
 
@@ -129,6 +131,7 @@ def _claimed(claim: Claim, row: Mapping[str, Any]) -> Claim:
         # Positions, not names: arguments by name cost twice as much here (Python 3.11, measured).
         claim.key, claim.token, b"%d" % row["fence"], claim.mode, claim.fingerprint, claim.self_check,
         row["created"], claim.lease_ms, claim.retention_ms, claim.unknown_retention_ms, claim.tombstone_ms, kept,
+        claim.resend_ms,
     )  # fmt: skip
 
 

@@ -212,7 +212,8 @@ class PostgresStore:
         kept = request.kept
         if kept >= LEADING and self._servers.schema_version < DECIDING:
             kept = of_complete(kept)
-        claim = Claim(key, token, b"", mode, fingerprint, check, 0, *times, request.tombstone_ms, kept)
+        rest = request.tombstone_ms, kept, request.resend_ms
+        claim = Claim(key, token, b"", mode, fingerprint, check, 0, *times, *rest)
         return self._claims.run(claim, tenant, request.window_ms)
 
     def reclaim(self, claim: Claim, scope: Scope) -> Claiming:

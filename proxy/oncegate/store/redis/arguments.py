@@ -62,6 +62,11 @@ def claim_tail(packed: bool, window_ms: int, expected_token: bytes) -> bytes:
     return b"\r\n" + resp(LAYOUT[packed], window_ms, expected_token)
 
 
+def resend_tail(packed: bool, expected_token: bytes) -> bytes:
+    """Return the same for a claim whose request is sent once more: a record in the mode hold is open to it, too."""
+    return claim_tail(packed, 0, expected_token + b"h")
+
+
 # The tail of a first try for a key that is not derived, by whether its record is packed.
 FIRST_TAIL = {packed: claim_tail(packed, 0, b"") for packed in (False, True)}
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from oncegate.decision import State, effective_state, is_past, may_take_over
 from oncegate.store.health.breaker import Breaker
+from oncegate.store.kept import resending
 from oncegate.store.record import Claim, Corrupt, Record
 from oncegate.store.record_name import store_key
 from oncegate.store.redis import arguments
@@ -94,7 +95,7 @@ class Claims:
         head = arguments.claim_head(claim)
         packed = self._layout.packed
         tail = arguments.claim_tail(packed, window_ms, b"") if window_ms else arguments.FIRST_TAIL[packed]
-        expected, is_under_replicated, maybe_executed = b"", False, False
+        expected, resends, is_under_replicated, maybe_executed = b"", False, False, False
         try:
             while True:
                 reply = await servers.claim(call, head, tail, left_s)
@@ -111,7 +112,14 @@ class Claims:
                         expected, left_s = result.token, deadline - loop.time()
                         tail = arguments.claim_tail(packed, window_ms, expected)
                         continue
-                if not isinstance(result, Unconfirmed):
+                    if uncertain and not reclaims and (resent := resending(claim, result)) is not None:
+                        # Not freed after a failure either: an earlier request may have been executed.
+                        claim, reclaims, resends, expected = resent, True, True, result.token
+                        call, left_s = replace(call, owner=claim), deadline - loop.time()
+                        head, tail = arguments.claim_head(claim), arguments.resend_tail(packed, expected)
+                        continue
+                # Where a record has gone that was to be taken over, nothing is known of the key.
+                if not isinstance(result, Unconfirmed) or (resends and result is LATE):
                     if maybe_executed:
                         self._leave_copy(claim, caller_holds=reclaims or isinstance(result, Claim))
                     return result

@@ -187,7 +187,8 @@ class RedisStore:
         check = self_check(key, tenant, token, mode, fingerprint)
         # The fence and the time of creation come with the reply.
         times = request.lease_ms, request.retention_ms, request.unknown_retention_ms
-        claim = Claim(key, token, b"", mode, fingerprint, check, 0, *times, request.tombstone_ms, request.kept)
+        rest = request.tombstone_ms, request.kept, request.resend_ms
+        claim = Claim(key, token, b"", mode, fingerprint, check, 0, *times, *rest)
         return self._claims.run(claim, tenant, request.window_ms)
 
     def reclaim(self, claim: Claim, scope: Scope) -> Claiming:

@@ -158,3 +158,93 @@ BEGIN
         audited, pads);
 END
 $$;
+
+-- Takes over records that are open and of the expected token, which may be the claim's own: then its lease begins anew.
+-- The caller has decided that the record is open, after checking it as a whole. It is decided here again, as of now.
+-- Tag 6 also for a key that has no record any more. With an 'h' behind the expected token, a record in the mode hold is open,
+-- too: its request is sent once more to an API that recognizes the key. Proxies of the version before never write it.
+CREATE OR REPLACE FUNCTION take_1(calls claim_call[], actor bytea, audited boolean, pads bytea) RETURNS SETOF claim_reply
+LANGUAGE plpgsql VOLATILE AS $$
+#variable_conflict use_column
+DECLARE
+    began bigint := now_ms();
+    today int := (began / 86400000)::int;
+BEGIN
+    RETURN QUERY
+    WITH asked AS MATERIALIZED (
+        SELECT u.*, r.state AS r_state, r.token AS r_token, r.fence AS r_fence, r.created AS r_created, r.mode AS r_mode,
+            r.fingerprint AS r_fingerprint, r.tenant || r.self AS r_self, r.lease AS r_lease, r.lease_ms AS r_lease_ms,
+            r.expires AS r_expires, r.frees AS r_frees, r.status AS r_status, r.meta AS r_meta, r.body AS r_body,
+            r.kept AS r_kept, r.audit_at AS r_audit_at,
+            -- Its lease had ended, so that its outcome counted as unknown.
+            audited AND r.state = 1 AND r.token = u.token AND r.lease <= began AS is_back,
+            CASE
+                WHEN r.state IS NULL OR r.token <> substr(u.expected, 1, 16) THEN 'keep'
+                WHEN r.state = 1 AND r.token = u.token AND began <= u.not_after THEN 'extend'
+                -- Also for one who claims nothing: else nobody would see the end of the lease while duplicates wait.
+                WHEN r.state = 1 AND r.lease - began > r.lease_ms THEN 'restart'
+                WHEN began > u.not_after THEN 'keep'
+                WHEN is_free(r.state, r.created, r.lease, r.lease_ms, r.frees, began)
+                THEN CASE WHEN octet_length(u.expected) > 16 THEN 'keep' ELSE 'claim' END
+                WHEN r.state IN (3, 5) AND u.window_ms <> 0 AND r.created + u.window_ms < began THEN 'take'
+                WHEN (r.state = 2 OR r.state = 1 AND r.lease <= began) AND r.fingerprint = u.fingerprint
+                    AND (r.mode = 2 OR r.mode = 1 AND octet_length(u.expected) > 16)
+                THEN 'take'
+                ELSE 'keep'
+            END AS verdict
+        FROM unnest(calls) AS u
+        LEFT JOIN LATERAL (
+            SELECT * FROM record WHERE record.key = u.key LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED
+        ) r ON true
+    ), extended AS (
+        UPDATE record r SET lease = began + CASE a.verdict WHEN 'extend' THEN a.lease_ms ELSE r.lease_ms END,
+            audit_no = r.audit_no + a.is_back::int,
+            audit_at = CASE WHEN a.is_back THEN began ELSE r.audit_at END,
+            audit_digest = CASE WHEN a.is_back THEN audit_digest_of(pads, r.audit_digest, r.key, r.audit_no + 1, began, 3,
+                r.token, r.fence, actor, a.rule, 0, 0, '') ELSE r.audit_digest END
+        FROM asked a WHERE r.key = a.key AND a.verdict IN ('extend', 'restart')
+        RETURNING note_open(r.key, r.lease), r.key, r.token, r.fence, r.audit_no, r.audit_digest, a.is_back, a.rule, a.r_audit_at
+    ), returns AS (
+        INSERT INTO audit (day, at, no, before_at, fence, event, key, token, actor, rule, digest)
+        SELECT (SELECT partition_day('audit', today)), began,
+            e.audit_no, e.r_audit_at, e.fence, 3, e.key, e.token, actor, e.rule, e.audit_digest
+        FROM extended e WHERE e.is_back
+    ), taken AS (
+        UPDATE record r SET tenant = a.tenant, self = a.self, fingerprint = a.fingerprint, token = a.token,
+            -- What an operator released, and a replacement that was given up, count until their time is over.
+            kept = CASE WHEN a.verdict = 'take' OR a.r_frees > began AND (a.r_token <> '' OR is_replacing_2(a.r_kept))
+                THEN replacing_2(a.kept) ELSE a.kept END,
+            fence = a.fence, created = began, lease_ms = a.lease_ms, bucket = (SELECT partition_day('chunk', today)), mode = a.mode,
+            lease = began + a.lease_ms,
+            expires = began + a.retention, frees = began + a.retention, bytes = 0, chunks = 0, stage = 0, state = 1, status = 0,
+            why = NULL, meta = NULL, body = NULL,
+            audit_no = r.audit_no + audited::int,
+            audit_at = CASE WHEN audited THEN began ELSE r.audit_at END,
+            audit_digest = CASE WHEN audited THEN audit_digest_of(pads, r.audit_digest, r.key, r.audit_no + 1, began, a.event,
+                a.token, a.fence, actor, a.rule, 0, 0, a.r_token) ELSE r.audit_digest END
+        FROM (
+            SELECT *, greatest(r_fence + 1, nextval('fence')) AS fence, CASE verdict WHEN 'take' THEN 2 ELSE 1 END AS event
+            FROM asked WHERE verdict IN ('take', 'claim') OFFSET 0
+        ) a
+        WHERE r.key = a.key
+        RETURNING note_open(r.key, r.lease), r.key, r.token, r.kept, r.fence, r.audit_no, r.audit_digest, a.event, a.rule,
+            a.r_token, a.r_audit_at
+    ), entries AS (
+        INSERT INTO audit (day, at, no, before_at, fence, event, key, token, actor, rule, detail, digest)
+        SELECT (SELECT partition_day('audit', today)), began,
+            t.audit_no, t.r_audit_at, t.fence, t.event, t.key, t.token, actor, t.rule, t.r_token,
+            t.audit_digest
+        FROM taken t WHERE audited
+    )
+    SELECT a.token,
+        CASE WHEN a.verdict IN ('extend', 'claim', 'take') THEN 0
+            WHEN a.r_state IS NULL THEN CASE WHEN is_there(a.key) THEN 7 ELSE 6 END
+            WHEN a.verdict = 'restart' THEN 1
+            ELSE tag_of(a.r_state, a.r_created, a.r_lease, a.r_lease_ms, a.r_expires, a.r_frees, began)
+        END,
+        now_ms(), coalesce(t.fence, a.r_fence), CASE WHEN t.key IS NULL THEN a.r_created ELSE began END, a.r_token, a.r_mode,
+        a.r_fingerprint, a.r_self, least(a.r_lease - began, a.r_lease_ms), a.r_status, a.r_meta, a.r_body,
+        CASE WHEN t.key IS NULL THEN a.r_kept ELSE t.kept END
+    FROM asked a LEFT JOIN taken t ON t.key = a.key;
+END
+$$;

@@ -3,6 +3,8 @@
 -- ARGV: tag token terms retention_ms not_after_ms layout window_ms expected_token
 --   terms: of a packed claim, all from the length of its lease on (see store/redis/layouts/packed.py)
 --   layout: in which the claim is written, 'packed' or 'hash'
+--   expected_token: of the record that the claim may take over, else ''. With an 'h' behind it, a record in the mode hold
+--     is open, too, and a key without a record is not: the claim would be late there.
 -- Returns: tag .. ' claimed ' .. now_ms .. ' ' .. fence .. ' ' .. created_ms
 --        | tag .. ' claimed ' .. now_ms .. ' ' .. fence .. ' ' .. created_ms .. ' replaced'
 --        | tag .. ' late ' .. now_ms
@@ -14,6 +16,7 @@
 -- The index of open keys (see store/redis/layouts/open_index.py). It never fails a claim.
 local index = 'once:open'
 local tag, token, terms, layout = ARGV[1], ARGV[2], ARGV[3], ARGV[6]
+local resends = #ARGV[8] > 16
 local time = redis.call('TIME')
 local micros = string.format('%010d%06d', time[1], time[2])
 local created = micros:sub(1, 13)
@@ -21,7 +24,7 @@ local now = tonumber(created)
 local late = now > tonumber(ARGV[5])
 local value, fields
 if layout == 'packed' then
-  if late then
+  if late or resends then
     value = redis.pcall('GET', KEYS[1])
   else
     local claim = '\4' .. token .. micros .. created .. created .. terms
@@ -41,15 +44,14 @@ if type(value) ~= 'string' then
   value = fields.err and (redis.call('GET', KEYS[1]) or redis.call('HMGET', KEYS[1], 'meta'))
 end
 
-local lease_ms, window_ms, expected_token = tonumber(terms:sub(1, 10)), tonumber(ARGV[7]), ARGV[8]
+local lease_ms, window_ms, expected_token = tonumber(terms:sub(1, 10)), tonumber(ARGV[7]), ARGV[8]:sub(1, 16)
 local self, fingerprint = terms:sub(14, 45), terms:sub(46, 61)
-local fence, replaced = nil, ''
+local fence, replaced, open = nil, '', false
 -- The caller has decided that the record is open, after checking it as a whole. It is decided here again, as of now.
 if value then
   -- A packed claim has from byte 2 on its token, 18 fence, 34 created, 47 leased, 60 length of the lease, 70 stage, 71 state,
   -- 72 mode, 73 self, 105 fingerprint (see store/redis/layouts/packed.py).
   local version, owner, state = value:byte(), value:sub(2, 17), value:sub(71, 71)
-  local open = false
   if version == 4 then
     fence = value:sub(18, 33)
     if owner == token and state == 'i' then
@@ -77,7 +79,8 @@ if value then
       value = value:sub(1, 46) .. created .. value:sub(60)
     end
     local ended = state == 'u' or (state == 'i' and leased + (tonumber(value:sub(60, 69)) or 0) <= now)
-    open = ended and value:sub(72, 72) == 'r' and value:sub(105, 120) == fingerprint
+    local mode = value:sub(72, 72)
+    open = ended and (mode == 'r' or (resends and mode == 'h')) and value:sub(105, 120) == fingerprint
   elseif window_ms ~= 0 and #value > 49 then
     local made = now
     if version == 3 then
@@ -132,14 +135,15 @@ elseif fields[1] or fields[2] or redis.call('EXISTS', KEYS[1]) == 1 then
       end
     end
     local ended = state == 'unknown' or (state == 'in_flight' and left <= 0)
-    local open = ended and fields[5] == 'retry' and fields[6] == fingerprint and expected_token ~= '' and fields[3] == expected_token
+    local takes = fields[5] == 'retry' or (resends and fields[5] == 'hold')
+    open = ended and takes and fields[6] == fingerprint and expected_token ~= '' and fields[3] == expected_token
     if not open or late then
       return {tag, state, now, fields[3], fence, fields[5], fields[6], fields[7], left, fields[9], fields[11], fields[13]}
     end
   end
 end
 
-if late then
+if late or (resends and not open) then
   return tag .. ' late ' .. created
 end
 -- Greater than every fence given before, also across releases, which leave no record behind.
