@@ -47,6 +47,7 @@ release_statuses = []
 name = "renamed"
 path = "/renamed"
 forward_key = "X-Id"
+upstream_idempotent = true
 set_host = "b.test"
 """
 SECRET = "hunter2-the-canary"
@@ -206,6 +207,7 @@ def test_a_request_is_explained(check):
     assert words["result"] == "executed if the key is free"
     assert words["in flight"] == "waits up to 7 s, then 409 in-flight"
     assert words["complete"] == "replayed for 86400 s"
+    # Its fingerprint leaves out the target.
     assert words["unknown"] == "409 outcome-unknown"
     assert words["other content"] == "422 key-reused, if the fingerprint differs"
     assert words["released on"] == "307, 308, 401, 421, 425, 429"
@@ -272,7 +274,11 @@ def test_a_request_is_explained(check):
         (["POST", "/click", "-H", "Prefer: wait=3"], {"in flight": "waits up to 3 s, then 409"}),
         (
             ["POST", "/renamed", "-H", "Idempotency-Key: k"],
-            {"key sent as": "X-Id", "upstream": "http://up.test/renamed, Host: b.test"},
+            {
+                "key sent as": "X-Id",
+                "upstream": "http://up.test/renamed, Host: b.test",
+                "unknown": "sent on with the same key for 86400 s from its claim, then 409 outcome-unknown",
+            },
         ),
         (["post", "/x", "-H", "Idempotency-Key: k"], {"result": "executed if the key is free"}),
         (["POST", "/x", "-H", 'Idempotency-Key: "k'], {"result": "400 key-invalid: the key is neither"}),

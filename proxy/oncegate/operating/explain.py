@@ -282,17 +282,18 @@ def _by_state(policy: Policy, head: RequestHead, identity: Identity) -> Iterable
         refused = "202 with the address of the response" if is_later else f"{policy.in_flight_status} in-flight"
         joins = (policy.joins_duplicates and not is_later) or prefers(preferences, b"join")
         yield "in flight", _in_flight(wait_s, refused, joins=joins)
-        window_s, retention_s = identity.window_ms / 1000, policy.retention_ms / 1000
-        refused_s = policy.tombstone_ms / 1000
+        times_ms = identity.window_ms, policy.retention_ms, policy.tombstone_ms
+        window_s, retention_s, refused_s = (time_ms / 1000 for time_ms in times_ms)
         then = f", then 410 key-expired for {refused_s:g} s" if refused_s else ""
         # The window of a derived key runs from the claim, retention from the completion.
-        period, then = (
-            (f"{window_s:g} s from its claim", ", then executed") if window_s else (f"{retention_s:g} s", then)
-        )
+        period = f"{window_s:g} s from its claim" if window_s else f"{retention_s:g} s"
+        then = ", then executed" if window_s else then
         if policy.adaptation.replays_cookies:
             period += f", with its cookies for {REPLAYED_MS // 1000} s at most"
         yield "complete", f"replayed for {period}{then}"
-    yield "unknown", _unknown(policy)
+    unknown = "executed again" if policy.mode == RETRY else "409 outcome-unknown"
+    resent = f"sent on with the same key for {policy.resend_ms / 1000:g} s from its claim, then "
+    yield "unknown", resent + unknown if policy.resend_ms else unknown
     if policy.heartbeats is not None:
         period = f"after each {policy.heartbeats.period_s:g} s"
         gets_102 = "102, and " if policy.heartbeats.takes_interim(head) else ""
@@ -312,14 +313,6 @@ def _by_state(policy: Policy, head: RequestHead, identity: Identity) -> Iterable
     yield "unknown on", _statuses(policy, Disposition.AMBIGUOUS)
     if policy.upstream_idempotent:
         yield "upstream lost", "sent again with the same key, a few times"
-
-
-def _unknown(policy: Policy) -> str:
-    if policy.mode == RETRY:
-        return "executed again"
-    if not policy.resend_ms:
-        return "409 outcome-unknown"
-    return f"sent again with the same key for {policy.resend_ms / 1000:g} s from its claim, then 409 outcome-unknown"
 
 
 def _statuses(policy: Policy, disposition: Disposition) -> str:

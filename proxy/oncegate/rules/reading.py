@@ -29,6 +29,8 @@ from oncegate.settings.names import GUARDABLE
 from oncegate.settings.settings import Settings
 from oncegate.settings.wording import variable_name
 
+Contradictions = Iterable[tuple[str, str]]
+
 
 class RulesReader:
     """Reads the tables of one rules file. A reader serves one file.
@@ -192,7 +194,7 @@ def _key_sources(values: dict[str, Any], counted_in: str | None) -> KeySources |
     return KeySources(values["key"], counted_in.encode() if counted_in else None)
 
 
-def _contradictions(values: dict[str, Any], settings: Settings, key: KeySources | None) -> Iterable[tuple[str, str]]:
+def _contradictions(values: dict[str, Any], settings: Settings, key: KeySources | None) -> Contradictions:
     """Yield the fields of a rule that contradict others, and why."""
     guard = values.get("guard")
     # `required` refuses a request without a key, `pass` forwards it.
@@ -231,7 +233,7 @@ def _contradictions(values: dict[str, Any], settings: Settings, key: KeySources 
     yield from rule_contradictions(values, settings.on_unknown, key)
 
 
-def _stream_contradictions(values: dict[str, Any], settings: Settings) -> Iterable[tuple[str, str]]:
+def _stream_contradictions(values: dict[str, Any], settings: Settings) -> Contradictions:
     """Yield what leaves the fields about readers that come back without use, or an address open to everybody."""
     if values.get("resume_by_key") and not (settings.ask_keys and values.get("resumable")):
         yield "resume_by_key", "needs ask_keys and resumable: it is about the address in an answer to a question"
@@ -246,9 +248,7 @@ def _stream_contradictions(values: dict[str, Any], settings: Settings) -> Iterab
         yield "sse_ids", "needs resume = true or resumable = true beside it: nothing else reads the ids"
 
 
-def _fleeting_contradictions(
-    values: dict[str, Any], settings: Settings, key: KeySources | None
-) -> Iterable[tuple[str, str]]:
+def _fleeting_contradictions(values: dict[str, Any], settings: Settings, key: KeySources | None) -> Contradictions:
     """Yield what would be decided by a header that is another one in a retry: the request's id, the last event's."""
     fleeting = {settings.request_id_header.lower().encode(): "the header of ONCEGATE_REQUEST_ID_HEADER"}
     if values.get("resume"):
@@ -264,9 +264,7 @@ def _fleeting_contradictions(
             yield field, f"takes {fleeting[name]}; a retry may have another one, or none"
 
 
-def _tenant_contradictions(
-    values: dict[str, Any], settings: Settings, key_header: bytes | None
-) -> Iterable[tuple[str, str]]:
+def _tenant_contradictions(values: dict[str, Any], settings: Settings, key_header: bytes | None) -> Contradictions:
     """Yield what would take one client's requests for several tenants', or several clients' for one."""
     # Each request would be a tenant of its own, and no retry would find its original.
     named = next((field for field in ("scope", "key") if field in values), None)
@@ -277,7 +275,7 @@ def _tenant_contradictions(
         yield "replay_cookies", "needs a scope of credentials and cookies alone: several people may share any other"
 
 
-def _mark_contradictions(mark: bytes | None, key: KeySources | None) -> Iterable[tuple[str, str]]:
+def _mark_contradictions(mark: bytes | None, key: KeySources | None) -> Contradictions:
     """Yield what leaves the mark of a retry without use."""
     if mark is None:
         return
@@ -288,7 +286,7 @@ def _mark_contradictions(mark: bytes | None, key: KeySources | None) -> Iterable
         yield "retry_mark", "is a header that the key is read from"
 
 
-def _json_rpc_contradictions(values: dict[str, Any], key: KeySources | None) -> Iterable[tuple[str, str]]:
+def _json_rpc_contradictions(values: dict[str, Any], key: KeySources | None) -> Contradictions:
     """Yield what would make each try of a JSON-RPC request another request: its id is new in each of them."""
     sources = [source for one in key.alternatives for source in one] if key else []
     if any(isinstance(source.kind, Member) and source.kind.pointer == ("id",) for source in sources):

@@ -168,6 +168,39 @@ def _first_of(time: bytes | None) -> int | None:
     return int(_TIME.unpack(time)[0]) if len(time) == _TIME.size else 1
 
 
+def as_resent(packed: bytes, first_ms: int) -> bytes:
+    """Return the fields of a claim whose request may have been sent before, under a claim of that time."""
+    return pack_first(first_ms) + pack_fields([one for one in unpack_fields(packed).items() if one[0] != _FIRST])
+
+
+def resending(claim: Claim, record: Record) -> Claim | None:
+    """Return the claim by which a request is sent once more under the key of a record, None where it must not be.
+
+    Its fields carry the time of the key's first claim along.
+    """
+    if not claim.resend_ms:
+        return None
+    kept = unpack_kept(record.kept)
+    if kept.first_ms is None:
+        return None
+    first_ms = kept.first_ms or record.created_ms
+    state = effective_state(record.state, record.lease_left_ms)
+    recognized = api_recognizes(record.now_ms - first_ms, claim.resend_ms, claim.lease_ms)
+    if not may_resend(state, record.fingerprint == claim.fingerprint, record.mode, recognized):
+        return None
+    return replace(claim, kept=as_resent(claim.kept, first_ms))
+
+
+def first_claim_ms(claim: Claim) -> int:
+    """Return when the key of a claim was first claimed, as far as is known (ms, the store's clock)."""
+    return unpack_kept(claim.kept).first_ms or claim.created_ms
+
+
+def is_resent(packed: bytes) -> bool:
+    """Return whether fields say that the request may have been sent before, under another claim."""
+    return _value(packed, _FIRST) != b""
+
+
 def _fit(request_id: bytes) -> bytes:
     """Return a request id if it can stand in a header; else nothing."""
     return request_id if request_id.isascii() and request_id.decode().isprintable() else b""

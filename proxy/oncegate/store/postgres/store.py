@@ -208,12 +208,11 @@ class PostgresStore:
         token = self.token()
         check = self_check(key, tenant, token, mode, fingerprint)
         # The fence and the time of creation come with the reply.
-        times = request.lease_ms, request.retention_ms, request.unknown_retention_ms
+        times = request.lease_ms, request.retention_ms, request.unknown_retention_ms, request.tombstone_ms
         kept = request.kept
         if kept >= LEADING and self._servers.schema_version < DECIDING:
             kept = of_complete(kept)
-        rest = request.tombstone_ms, kept, request.resend_ms
-        claim = Claim(key, token, b"", mode, fingerprint, check, 0, *times, *rest)
+        claim = Claim(key, token, b"", mode, fingerprint, check, 0, *times, kept, request.resend_ms)
         return self._claims.run(claim, tenant, request.window_ms)
 
     def reclaim(self, claim: Claim, scope: Scope) -> Claiming:

@@ -186,9 +186,8 @@ class RedisStore:
         token = self._prefix + next(self._count).to_bytes(6, "big")
         check = self_check(key, tenant, token, mode, fingerprint)
         # The fence and the time of creation come with the reply.
-        times = request.lease_ms, request.retention_ms, request.unknown_retention_ms
-        rest = request.tombstone_ms, request.kept, request.resend_ms
-        claim = Claim(key, token, b"", mode, fingerprint, check, 0, *times, *rest)
+        times = request.lease_ms, request.retention_ms, request.unknown_retention_ms, request.tombstone_ms
+        claim = Claim(key, token, b"", mode, fingerprint, check, 0, *times, request.kept, request.resend_ms)
         return self._claims.run(claim, tenant, request.window_ms)
 
     def reclaim(self, claim: Claim, scope: Scope) -> Claiming:
