@@ -74,7 +74,7 @@ SPECIAL = {
 
 # What means the same has one key.
 SAME = [
-    ("header", "fingerprint", "host", "payments"),
+    ("header", "fingerprint", "host", "payments", "stripe"),
     ("member", "alternatives body"),
     ("form", "multipart"),
     ("no scope", "header quoted", "header alone"),
@@ -108,6 +108,7 @@ NAMES: dict[str, str] = {
     "fingerprint": "eda29674362a 50f83c31429d",
     "host": "eda29674362a 491fcc8c677d",
     "payments": "eda29674362a ecfca1116352",
+    "stripe": "eda29674362a f8f5913caf15",
     "square": "bf11cb1e520f 10c4fce73408",
     "paypal": "14a35ea45939 019169ba8f29",
     "stripe-webhook": "6d8825e7f1d4 1b2b0116d0fc",
