@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from tests.resp import Relay
 
-VERBS = re.compile(rb"\b(claim|take|renew|append|settle|read|follow)_\d+\(")
+VERBS = re.compile(rb"\b(claim|take|renew|append|settle|read|follow|resolve)_\d+\(|\bmark (AS m|SET)\b")
 TLS_ASKED = 80877103
 
 

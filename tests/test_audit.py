@@ -416,6 +416,37 @@ def test_one_key(command: Command, database: Database) -> None:
     assert "has no entry of the key" in said
 
 
+def test_the_evidence_of_a_decision(command: Command, database: Database) -> None:
+    """It stands with the decision, escaped and within its bound; a byte of it that is changed is found."""
+    evidence = b'{"status": 200, "/data/0/id": "ch_1"}\x1b[2J' + b"x" * 2000
+
+    async def decide() -> None:
+        async with opened(database) as store:
+            for number in (1, 2):
+                owner = await claimed(store, key=key(number))
+                await store.mark_unknown(owner, "lost", PATIENCE_S)
+                seen, token = Deciding(owner.token, evidence=evidence), store.token()
+                if number == 1:
+                    by = replace(owner, token=token)
+                    await store.resolve_by_operator(by, seen, pack(by, answer(BODY)), BODY)
+                else:
+                    await store.release_by_operator(owner.key, seen, token, owner.fence)
+
+    asyncio.run(decide())
+    for number, word in ((1, "resolved"), (2, "freed")):
+        code, lines, _ = command("--id", record_id(key(number)))
+        assert (code, lines[-1].split()[1]) == (0, word)
+        assert 'evidence {"status": 200, "/data/0/id": "ch_1"}\\x1b[2Jxxx' in lines[-1]
+        _, lines, _ = command("--id", record_id(key(number)), "--json")
+        assert json.loads(lines[-1])["evidence"] == evidence[:1024].decode()
+    told = [json.loads(line) for line in command("export")[1]]
+    assert [one["event"] for one in told if "evidence" in one] == ["resolved", "freed"]
+    assert command("verify")[0] == 0
+    database.connection.execute("UPDATE audit SET detail = set_byte(detail, 12, 50) WHERE event = 9")
+    code, _, said = command("verify")
+    assert (code, said.count("changed: key")) == (3, 1)
+
+
 def test_a_whole_trail_is_checked(command: Command, database: Database) -> None:
     """As it was written, nothing is found. What is said besides: what nobody can see."""
     asyncio.run(story(database))

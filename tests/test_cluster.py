@@ -19,7 +19,7 @@ from oncegate.store import membership
 from oncegate.store.membership import Membership
 from oncegate.store.record import PREFIX_BYTES, Claim, ViewState
 from oncegate.store.record_name import store_key
-from oncegate.store.record_view import StoreError
+from oncegate.store.record_view import Deciding, StoreError
 from oncegate.store.redis.signals import wakes
 from oncegate.store.redis.signals.mailboxes import mailbox_of
 from oncegate.store.redis.signals.wakes import channel_of
@@ -29,6 +29,7 @@ from oncegate.store.results import (
     Followed,
     NotAttempted,
     RenewStatus,
+    ResolveStatus,
     SettleResult,
     SettleStatus,
     Unconfirmed,
@@ -197,6 +198,49 @@ async def test_a_slot_that_moves(cluster):
         assert await store_small(store, fresh) == SettleResult(SettleStatus.STORED)
         for moving in slots:
             cluster.move(moving, source)
+
+
+@pytest.mark.fault(12)
+async def test_decisions_and_marks_whose_slot_moves(cluster):
+    """Before, during and after a move, also of a slot that has none yet: each is made once, at the server it is at."""
+    of = keys_on(0, 5000, 1)[0]
+    name, mark = store_key(of), store_key(of) + b":test"
+    slot, source = key_slot(name), cluster.master_of(name)
+    target = next(one for one in cluster.servers if one is not source and one.info()["role"] == "master")
+    async with watching(cluster.url, []) as store:
+        steps = [b"", b"one", b"two", b"three", b"four", b"five"]
+
+        async def step() -> None:
+            """Change the mark, and fail to from what it was before."""
+            before, after = steps[0], steps[1]
+            del steps[0]
+            assert await store.marks.swap(mark, before, after, 60_000) is True
+            assert await store.marks.swap(mark, before, b"not", 60_000) is False
+            assert await store.marks.get_all([mark, store_key(key(9)) + b":test"]) == [after, b""]
+
+        owner = await claimed(store, key=of)
+        careful = Deciding(owner.token, unless_running=True)
+
+        async def free() -> ResolveStatus:
+            return await store.release_by_operator(of, careful, b"O" * 16, owner.fence)
+
+        await step()
+        cluster.begin_move(slot, source, target)
+        await step()
+        assert await free() is ResolveStatus.RUNNING
+        cluster.carry(slot, source, target)
+        for server in (source, target):
+            server.ask("SCRIPT", "FLUSH")
+        await step()
+        assert await free() is ResolveStatus.RUNNING
+        cluster.end_move(slot, source, target)
+        await step()
+        assert await free() is ResolveStatus.RUNNING
+        await store.mark_unknown(owner, "no answer came", PATIENCE_S)
+        assert await free() is await free() is ResolveStatus.RELEASED
+        cluster.move(slot, source)
+        await step()
+        assert await free() is ResolveStatus.RELEASED
 
 
 @pytest.mark.fault(12)

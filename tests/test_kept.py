@@ -197,11 +197,13 @@ async def test_unpacked_records_keep_it(store, probe):
         lambda owner: store.mark_unknown(owner, "why", PATIENCE_S),
         lambda owner: store_small(store, owner),
     ):
-        owner = await owner_of(store)
+        owner = await owner_of(store, OPEN)
         if ends is not None:
             await ends(owner)
+        told = await seen(store)
+        assert told[0].rule == "charges"
         await store.records.unpack()
-        assert await seen(store) == (KEPT, KEPT)
+        assert await seen(store) == told
         probe.remove(KEY)
 
 

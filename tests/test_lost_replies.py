@@ -2,21 +2,26 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
+from dataclasses import replace
 from typing import Any
 
 import asyncpg
 import pytest
 
-from oncegate.store.record import Claim, Record
+from oncegate.store.record import Claim, Record, pack
+from oncegate.store.record_name import store_key
+from oncegate.store.record_view import Deciding
 from oncegate.store.results import (
     AppendStatus,
     Followed,
     ReadFailure,
     RenewStatus,
+    ResolveStatus,
     SettleResult,
     SettleStatus,
     Unconfirmed,
 )
+from oncegate.store.store import Store
 from tests.conftest import Valkey
 from tests.parts import until
 from tests.postgres_probe import PostgresProbe
@@ -348,3 +353,73 @@ async def test_a_withdrawal_that_loses_its_connection_while_another_holds_its_ro
         await arrives(relay, stored)
         assert stored.fields(KEY) == before
         assert await store_small(elsewhere, owner) == SettleResult(SettleStatus.STORED)
+
+
+# Decisions and marks ...
+
+
+async def decided(store: Store, owner: Claim, how: str, operator: bytes) -> ResolveStatus:
+    """Decide, unless the owner has a running lease."""
+    seen = Deciding(owner.token, unless_running=True)
+    if how == "release":
+        return await store.release_by_operator(KEY, seen, operator, owner.fence)
+    by = replace(owner, token=operator)
+    return await store.resolve_by_operator(by, seen, pack(by, answer(b"asked")), b"asked")
+
+
+@pytest.mark.fault(49)
+@pytest.mark.parametrize("how", ["resolve", "release"])
+async def test_a_decision_whose_reply_was_lost_is_repeated(relay, stored, how):
+    """The repeat says what was done, and changes nothing more; once another has the key, it is fenced."""
+    async with connected(relay.url) as store, connected(stored.url) as elsewhere:
+        owner, operator = await claimed(store), store.token()
+        await store.mark_unknown(owner, "no answer came", PATIENCE_S)
+        relay.lose_reply()
+        assert await decided(store, owner, how, operator) is ResolveStatus.UNCONFIRMED
+        assert relay.lost == 1
+        after = stored.fields(KEY)
+        assert await store.wait_up(PATIENCE_S)
+        done = ResolveStatus.RELEASED if how == "release" else ResolveStatus.RESOLVED
+        assert await decided(store, owner, how, operator) is done
+        assert stored.fields(KEY) == after
+        stored.remove(KEY)
+        other = await claimed(elsewhere)
+        assert await decided(store, owner, how, operator) is ResolveStatus.FENCED
+        assert await elsewhere.renew(other) is RenewStatus.RENEWED
+
+
+@pytest.mark.fault(10)
+@pytest.mark.parametrize("meanwhile", ["renewed", "settled", "claimed by another"])
+@pytest.mark.parametrize("how", ["resolve", "release"])
+async def test_a_decision_that_was_held_up_on_its_way(relay, stored, how, meanwhile):
+    """It depends on the record as it is when it comes: an owner that woke up, and any other, wins."""
+    async with connected(relay.url, timeout_ms=300) as store, connected(stored.url) as elsewhere:
+        owner = await claimed(elsewhere)
+        stored.change(KEY, lease=stored.now_ms() - 1)
+        relay.hold()
+        assert await decided(store, owner, how, store.token()) is ResolveStatus.UNCONFIRMED
+        if meanwhile == "renewed":
+            assert await elsewhere.renew(owner) is RenewStatus.RENEWED
+        elif meanwhile == "settled":
+            assert (await store_small(elsewhere, owner)).status is SettleStatus.STORED
+        else:
+            stored.remove(KEY)
+            await claimed(elsewhere)
+        before = stored.fields(KEY)
+        await arrives(relay, stored)
+        assert stored.fields(KEY) == before
+
+
+async def test_a_swap_that_was_held_up_or_lost(relay, stored):
+    """Nobody knows what became of it, and it says so. One that comes late changes another's mark as little as any."""
+    name = store_key(KEY) + b":test"
+    async with connected(relay.url) as store, connected(stored.url) as elsewhere:
+        relay.hold()
+        assert await store.marks.swap(name, b"", b"one", 60_000) is None
+        assert await elsewhere.marks.swap(name, b"", b"two", 60_000) is True
+        await arrives(relay, stored)
+        assert await elsewhere.marks.get(name) == b"two"
+        assert await store.wait_up(PATIENCE_S)
+        relay.lose_reply()
+        assert await store.marks.swap(name, b"two", b"three", 60_000) is None
+        assert await elsewhere.marks.get(name) == b"three"

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from oncegate.store.postgres.migrations import run
 from oncegate.store.postgres.migrations.files import migrations
 from oncegate.store.postgres.store import hmac_pads
 from oncegate.store.record import Claim, pack
+from oncegate.store.record_name import store_key
 from oncegate.store.record_view import Deciding
 from oncegate.store.results import ResolveStatus, SettleStatus
 from oncegate.store.store import Store
@@ -130,3 +132,16 @@ async def test_both_cut_the_same(kept: bytes) -> None:
     async with fresh_schema() as schema:
         found = await schema.other.fetchval("SELECT of_complete_3($1)", kept)
     assert (found or b"") == of_complete(kept)
+
+
+async def test_a_mark_that_is_over_while_it_is_swept() -> None:
+    """Housekeeping removes it while two take its place: one wins, whichever comes first."""
+    async with fresh_schema() as schema, schema.connected() as store:
+        sweeper: Any = store
+        for number in range(30):
+            name = store_key(key(number)) + b":test"
+            await schema.other.execute("INSERT INTO mark VALUES ($1, 'old', 1)", name)
+            swaps = [store.marks.swap(name, b"", value, 60_000) for value in (b"one", b"two")]
+            *done, _ = await asyncio.gather(*swaps, sweeper._housekeeping.sweep())
+            assert sorted(done) == [False, True]
+            assert await store.marks.get(name) == (b"one" if done[0] else b"two")

@@ -13,11 +13,13 @@ import trustme
 from loadtest.ports import free_ports
 from oncegate.store.record import Claim
 from oncegate.store.record_name import store_key
+from oncegate.store.record_view import Deciding
 from oncegate.store.redis.topologies.sentinel import FOLLOW_S
 from oncegate.store.results import (
     AppendStatus,
     NotAttempted,
     RenewStatus,
+    ResolveStatus,
     SettleResult,
     SettleStatus,
     Unconfirmed,
@@ -115,14 +117,20 @@ async def test_the_master_changes_while_a_key_is_claimed(group, how):
 
 @pytest.mark.fault(36, 59)
 async def test_a_claim_that_a_failover_lost(group):
-    """A claim that no replica had: its renewal is absent, its settle stores the response and reports the loss."""
+    """A claim that no replica had: its renewal is absent, its settle stores the response and reports the loss.
+
+    Its mark is lost as well: whoever swaps from its value does not win, and begins anew.
+    """
     async with watching(group.url, []) as store:
         before = group.master
         for replica in group.replicas:
             replica.pause()
         before.forget_replicas()
         owner, taken = await claimed(store), await claimed(store, key=key(2))
+        mark = store_key(taken.key) + b":test"
+        assert await store.marks.swap(mark, b"", b"one", 600_000) is True
         before.kill()
+        assert await store.marks.swap(mark, b"one", b"two", 600_000) is None
         for server in group.servers:
             if server.runs:
                 server.resume()
@@ -133,6 +141,9 @@ async def test_a_claim_that_a_failover_lost(group):
         assert await store.renew(taken) == RenewStatus.FENCED
         assert await store_small(store, taken) == SettleResult(SettleStatus.FENCED)
         assert await store.renew(other) == RenewStatus.RENEWED
+        assert [await store.marks.swap(mark, seen, b"new", 600_000) for seen in (b"one", b"")] == [False, True]
+        seen = Deciding(taken.token, unless_running=True)
+        assert await store.release_by_operator(taken.key, seen, store.token(), b"1") is ResolveStatus.FENCED
 
 
 @pytest.mark.fault(36)

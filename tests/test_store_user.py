@@ -9,7 +9,9 @@ from redis import Redis
 
 from oncegate.store.membership import Membership
 from oncegate.store.record import PREFIX_BYTES, Claim
-from oncegate.store.results import ClaimsSuspended, Forbidden, NotAttempted, StoreEvent
+from oncegate.store.record_name import store_key
+from oncegate.store.record_view import Deciding
+from oncegate.store.results import ClaimsSuspended, Forbidden, NotAttempted, ResolveStatus, StoreEvent
 from oncegate.store.store import Store
 from tests.conftest import Valkey
 from tests.parts import until
@@ -56,7 +58,13 @@ async def test_a_user_with_the_rights_of_the_documents(valkey):
     """The probe of a new connection succeeds and leaves nothing."""
     async with used_by(valkey) as store:
         assert store.not_ready_reason() is None
-        assert isinstance(await claim(store), Claim)
+        owner = await claim(store)
+        assert isinstance(owner, Claim)
+        mark = store_key(owner.key) + b":test"
+        assert [await store.marks.swap(mark, b"", one, 60_000) for one in (b"one", b"two")] == [True, False]
+        assert await store.marks.swap(mark, b"one", b"", 1) is True
+        seen = Deciding(owner.token, unless_running=True)
+        assert await store.release_by_operator(owner.key, seen, store.token(), b"1") is ResolveStatus.RUNNING
     await until(lambda: len(records(valkey)) == 1)
 
 

@@ -137,7 +137,9 @@ def _ms(time: datetime | None, default_ms: int) -> int:
 
 def _line(said: dict[str, Any]) -> str:
     parts = [said["at"], f"{said['event']:20}", said["actor"]]
-    parts += [f"{name} {said[name]}" for name in ("rule", "status", "size", "detail", "evidence") if name in said]
+    parts += [f"{name} {said[name]}" for name in ("rule", "status", "size", "detail") if name in said]
+    # An API wrote some of it.
+    parts += [f"evidence {escaped(said['evidence'])}"] if "evidence" in said else []
     return "  ".join(parts)
 
 

@@ -25,7 +25,7 @@ from hashlib import blake2b
 from typing import Final
 
 from oncegate.decision import CANCELLED, HOLD, RETRY, State
-from oncegate.store.kept import of_complete, pack_fields, unpack_fields
+from oncegate.store.kept import LEADING, of_complete, pack_fields, unpack_fields
 from oncegate.store.record import (
     BODY_STORED,
     CLOSE_DELIMITED,
@@ -97,14 +97,18 @@ def pack_unknown(claim: Claim, reason: str, status: int) -> bytes:
 def pack_complete(claim: Claim, response: StoredResponse, body: bytes) -> bytes | None:
     """Return a complete record up to the end of its body, None for one that has to be a hash."""
     reason, block = response.reason, response.block
-    packed = of_complete(claim.kept)
+    packed = claim.kept
+    if packed >= LEADING:
+        packed = of_complete(packed)
     if response.age_s or response.request_id or response.trailers:
         more = {AGE: b"%d" % response.age_s, REQUEST_ID: response.request_id, TRAILERS: response.trailers}
         if len(response.request_id) + len(response.trailers) > _LARGEST_FIELDS // 2:
             return None
         packed += pack_fields(more.items())
     flags = BODY_STORED | (response.close_delimited and CLOSE_DELIMITED)
-    flags |= (response.stated_length and STATED_LENGTH) | (response.reconciled and RECONCILED)
+    flags |= response.stated_length and STATED_LENGTH
+    if response.reconciled:
+        flags |= RECONCILED
     lasted_ms = response.completed_ms - claim.created_ms
     if len(body) > LARGEST_BODY or not -(1 << 31) <= lasted_ms < 1 << 31:
         return None
