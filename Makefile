@@ -84,6 +84,8 @@ test-real: .venv/.dev .venv/clients/.installed .venv/clients-mcp1/.installed  ##
 		apt-get install -y -qq --no-install-recommends strace systemd; }
 	command -v curl >/dev/null && command -v wget >/dev/null || { apt-get update -qq && \
 		apt-get install -y -qq --no-install-recommends curl wget; }
+	command -v zsh >/dev/null && command -v fish >/dev/null || { apt-get update -qq && \
+		apt-get install -y -qq --no-install-recommends zsh fish; }
 	command -v php >/dev/null && command -v javac >/dev/null || { apt-get update -qq && \
 		apt-get install -y -qq --no-install-recommends php-cli default-jdk-headless; }
 	command -v npm >/dev/null || { echo "make test-real needs Node 20 or newer, with npm" >&2; exit 1; }

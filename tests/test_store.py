@@ -13,6 +13,7 @@ import pytest
 
 from oncegate.decision import ANY_AGE, State
 from oncegate.keys.digests import Digests, Scope
+from oncegate.store.kept import Kept, unpack_kept
 from oncegate.store.record import Claim, Corrupt, Record, ViewState, intact, pack, pack_tombstone, self_check
 from oncegate.store.record_view import Deciding, RecordView
 from oncegate.store.results import (
@@ -497,6 +498,22 @@ async def test_an_unknown_key_is_claimed_anew_where_its_record_allows_it(store, 
     for verb in ("append", "renew", "store", "store bare", "release", "mark unknown"):
         assert await act(store, verb, owner, own=True) == "fenced"
     assert probe.fields(KEY) == after
+
+
+@pytest.mark.parametrize("state", ["lapsed", "unknown"])
+async def test_a_takeover_knows_what_was_kept_before(store, probe, state):
+    """The new owner learns of the request that had the key; one that takes a free key learns of none."""
+    before = Kept(trace=b"t" * 25, request_id=b"first")
+    first = await claim(store, mode=b"retry", kept=before)
+    assert isinstance(first, Claim)
+    assert first.kept_before == b""
+    if state == "lapsed":
+        probe.change(KEY, lease=probe.now_ms() - 1)
+    else:
+        await store.mark_unknown(first, "cut off", PATIENCE_S)
+    second = await claim(store, mode=b"retry", kept=Kept(request_id=b"second"))
+    assert isinstance(second, Claim)
+    assert unpack_kept(second.kept_before) == before
 
 
 async def test_the_owner_itself_claims_anew_what_it_had_given_up(store, probe):

@@ -231,7 +231,7 @@ async def test_an_execution_has_two_spans():
     """The server span under the client's, the client span under that, in HTTP's semantic conventions."""
     report = traced(replace(REPORT, settlements=(SettlementLabel.STORED,)), ago_s=1)
     assert report.trace
-    report.trace.claimed(b"0000000000000012")
+    report.trace.claimed(b"0000000000000012", b"")
     sent = report.trace.begin_attempt(b"POST / HTTP/1.1\r\n")
     report.trace.end_attempt(201, "")
     report.trace.spent("settle")

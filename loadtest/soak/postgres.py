@@ -55,6 +55,8 @@ class Report:
     claims_s: dict[bool, list[float]] = field(default_factory=lambda: {False: [], True: []})
     upkeep: Upkeep = field(default_factory=Upkeep)
     most_behind_s: float = 0.0
+    most_dead: float = 0.0
+    most_snapshot_s: float = 0.0
 
     def p99_s(self, works: bool) -> float:
         return quantiles(self.claims_s[works], n=100)[98]
@@ -73,6 +75,7 @@ class Report:
         times = [f"{self.p99_s(works) * 1000:.2f} ms" for works in (False, True)]
         yield f"p99 of a claim: {times[0]}, and {times[1]} while housekeeping works: {self.slower:.2f} times as long"
         yield f"housekeeping at most {self.most_behind_s:.1f} s behind; {self.upkeep.hot_ratio:.0%} of the updates HOT"
+        yield f"at most {self.most_dead:.0%} of the rows dead, the oldest snapshot {self.most_snapshot_s:.1f} s old"
 
     def failures(self) -> list[str]:
         """Return what is off."""
@@ -167,8 +170,11 @@ class Soak:
             self._keeper.window.set()
             await asyncio.sleep(OPEN_WINDOWS * window_s)
             self._keeper.window.clear()
-            self.report.upkeep = self._keeper.upkeep
-            self.report.most_behind_s = max(self.report.most_behind_s, self.report.upkeep.behind_s)
+            report, upkeep = self.report, self._keeper.upkeep
+            report.upkeep = upkeep
+            report.most_behind_s = max(report.most_behind_s, upkeep.behind_s)
+            report.most_dead = max(report.most_dead, upkeep.dead_ratio)
+            report.most_snapshot_s = max(report.most_snapshot_s, upkeep.snapshot_s)
 
     async def _watch(self, began: float, seconds: float) -> None:
         """Note the size of the table: first with all live keys in it, then the largest."""

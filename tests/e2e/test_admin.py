@@ -69,6 +69,8 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "wait_polls": ("counter", "", ()),
     "close_delimited": ("counter", "", ()),
     "client_connections": ("counter", "event", ("opened", "refused")),
+    "heartbeats": ("counter", "kind", ("interim", "comment")),
+    "pages": ("counter", "", ()),
     "upstream_connections": ("counter", "event", ("opened", "reused", "failed", "no_room")),
     "dns_lookups": ("counter", "result", ("unchanged", "changed", "no_address", "failed")),
     "spans": ("counter", "end", ("exported", "lost")),

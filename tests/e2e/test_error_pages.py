@@ -94,6 +94,7 @@ async def post(proxy: Proxy, path: str, key: str | None = "key-1", body: bytes =
 )
 async def test_only_a_navigation_gets_a_page(shop, behind, path, field, kind):
     """The browser says that it navigates, or the rule says that people come; what a client accepts does not tell."""
+    before = shop.metric("pages_total")
     await post(shop, path)
     answer = await post(shop, path, "key-1", b"other", field)
     assert answer.status == 422
@@ -101,6 +102,7 @@ async def test_only_a_navigation_gets_a_page(shop, behind, path, field, kind):
     assert answer.header("oncegate-status") == b"refused"
     assert answer.header("cache-control") == b"no-store"
     assert (b"<h1>" in answer.body) is (kind == PAGE)
+    assert shop.metric("pages_total") - before == (kind == PAGE)
 
 
 async def test_a_head_that_came_before_gets_a_page_again(shop, behind):

@@ -90,7 +90,8 @@ async def raw(port: int, message: bytes, until_: bytes = b"") -> bytes:
 
 async def test_signs_of_life_before_the_answer(gate, upstream, api):
     """A client that asks, or that the rule names, gets four 102 at most while the API is silent, with or without a key.
-    All others, and HTTP/1.0, get none."""
+    All others, and HTTP/1.0, get none. They are counted."""
+    before = gate.metric('heartbeats_total{kind="interim"}')
     api.pieces = [9 * BEAT_S, OK]
     asked = {
         "asks": (request("POST", "/v1/a", "a", b"1", ASKING), 4),
@@ -106,6 +107,7 @@ async def test_signs_of_life_before_the_answer(gate, upstream, api):
         assert (answer.status, answer.body) == (200, b"ok"), name
     old = await raw(gate.port, request("POST", "/v1/a", "g", b"1", ASKING).replace(b"HTTP/1.1", b"HTTP/1.0"))
     assert old.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert gate.metric('heartbeats_total{kind="interim"}') - before == sum(count for _, count in asked.values())
     assert len(upstream.received) == len(asked) + 1
     assert b"prefer" in upstream.received[0].head.lower()
 
@@ -179,7 +181,7 @@ async def test_comments_between_events(gate, upstream, api, key):
     """Once the head is out, comments stand between events wherever the stream is silent, never in an event, and the
     replay has none of them."""
     # Long enough for a machine that is busy: one comment or several in each silence.
-    pause_s = 3 * BEAT_S
+    before, pause_s = gate.metric('heartbeats_total{kind="comment"}'), 3 * BEAT_S
     api.pieces = [
         SSE, pause_s, chunk(b"\xef\xbb\xbfid: 1\ndata: a\n"), pause_s, chunk(b"data: b\n\n"), pause_s,
         chunk(b"data: c\r\n\r\n"), pause_s, chunk(b"data: d\r"), pause_s, chunk(b"\n\r\n"), LAST_CHUNK,
@@ -189,6 +191,8 @@ async def test_comments_between_events(gate, upstream, api, key):
         [COMMENT, b"id: 1\ndata: a\ndata: b\n\n", COMMENT, b"data: c\r\n\r\n", b":\r\n\r\n", b"data: d\r\n\r\n"]
     )
     assert answer.complete
+    comments = sum(line in (b":", b":\r") for line in answer.body.split(b"\n"))
+    assert gate.metric('heartbeats_total{kind="comment"}') - before == comments
     if key:
         replay = await ask(gate.port, request("POST", "/v1/a", key, b"1"))
         assert replay.body == b"\xef\xbb\xbfid: 1\ndata: a\ndata: b\n\ndata: c\r\n\r\ndata: d\r\n\r\n"

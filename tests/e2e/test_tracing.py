@@ -300,7 +300,7 @@ async def test_each_attempt_has_a_span(standing, behind, collector):
 
 
 async def test_a_key_that_is_taken_over(standing, behind, collector):
-    """Two executions of one key: the second has a higher fence."""
+    """Two executions of one key: the second has a higher fence, and a link to the first."""
     first, second = Trace(), Trace()
     behind.script = hang_up
     await ask(standing.port, first.request(target="/taken-over"))
@@ -310,6 +310,7 @@ async def test_a_key_that_is_taken_over(standing, behind, collector):
     assert one.attributes["oncegate.key_id"] == two.attributes["oncegate.key_id"]
     assert one.attributes["oncegate.fence"] < two.attributes["oncegate.fence"]
     assert two.attributes["oncegate.outcome"] == "executed"
+    assert two.links == [(one.trace_id, one.span_id)]
     assert forwarded(behind)[-1] == parent_of(client)
 
 

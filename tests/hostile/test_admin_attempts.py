@@ -643,6 +643,24 @@ async def test_one_address_with_too_many_connections(seat: Seat, monkeypatch: py
         client.writer.close()
 
 
+async def test_one_address_with_too_many_handshakes(monkeypatch, tmp_path, authority) -> None:
+    """TLS connections that say nothing count as well: their address loses them, others are served."""
+    seat = await Seat.open(monkeypatch, **files_of(authority, tmp_path), admin_users="operate:ana@example.com")
+    monkeypatch.setattr(serving, "MOST_CONNECTIONS", 5)
+    many = [await RawClient.open(seat.port) for _ in range(9)]
+    # The first are cut off long before their handshake would end.
+    for client in many[:4]:
+        assert await client.reader.read() == b""
+    for client in many[4:]:
+        assert not client.reader.at_eof()
+    for _ in range(3):
+        ana = client_of(authority, "ana@example.com")
+        assert (await seat.get("/form", host="o.test", tls=ana, peer="127.0.0.9")).status == 200
+    for client in many:
+        client.writer.close()
+    await seat.close()
+
+
 # What a browser does for other pages ...
 
 

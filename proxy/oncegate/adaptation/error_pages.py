@@ -176,4 +176,4 @@ class ErrorPages:
         }
         fields = problem.head_fields(b"text/html; charset=utf-8")
         fields += b"Content-Security-Policy: %s\r\nX-Content-Type-Options: nosniff\r\n" % template.policy.encode()
-        return Rendering(problem.status, fields, template.fill(values))
+        return Rendering(problem.status, fields, template.fill(values), is_page=True)

@@ -5,8 +5,8 @@ import logging
 import socket
 import ssl
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from aiohttp import web
@@ -100,36 +100,80 @@ async def serve_admin(parts: AdminParts, sock: socket.socket | None = None) -> A
     app = admin_app(parts, access)
     runner = web.AppRunner(app, access_log=None, logger=_log, shutdown_timeout=SHUTDOWN_S, lingering_time=LINGERING_S)
 
+    handshakes: dict[Handshake, None] = {}
+
     async def limit_connections(_: web.Application) -> AsyncIterator[None]:
         task = asyncio.create_task(_end_slow_connections(runner))
         yield
         task.cancel()
+        for one in list(handshakes):
+            one.abort()
 
     app.cleanup_ctx.append(limit_connections)
     await runner.setup()
     try:
-        server = await _listen(runner, sock or settings.admin_listen, tls)
+        server = await _listen(runner, sock or settings.admin_listen, tls, handshakes)
     except OSError:
         await runner.cleanup()
         raise
     return AdminListener(parts, server, runner, access, certificate)
 
 
-async def _listen(runner: web.AppRunner, where: socket.socket | Address, tls: ssl.SSLContext | None) -> asyncio.Server:
-    def connection() -> RequestHandler:
+async def _listen(
+    runner: web.AppRunner,
+    where: socket.socket | Address,
+    tls: ssl.SSLContext | None,
+    handshakes: "dict[Handshake, None]",
+) -> asyncio.Server:
+    def connection() -> RequestHandler | Handshake:
         assert runner.server is not None
-        connections = runner.server.connections
+        # Those in their handshake first: who came through it may be of use.
+        connections: list[RequestHandler | Handshake] = [*handshakes, *runner.server.connections]
         if len(connections) >= MOST_CONNECTIONS:
             _cut_one(connections)
-        return runner.server()
+        return Handshake(handshakes, runner.server, tls) if tls else runner.server()
 
     place: dict[str, Any] = {"sock": where}
     if isinstance(where, Address):
         both = where.host == "::"
         place = {"sock": both_families(where)} if both else {"host": where.host, "port": where.port}
-    return await asyncio.get_running_loop().create_server(
-        connection, **place, ssl=tls, ssl_handshake_timeout=HANDSHAKE_S if tls else None
-    )
+    return await asyncio.get_running_loop().create_server(connection, **place)
+
+
+class Handshake(asyncio.Protocol):
+    """A connection in its TLS handshake: neither aiohttp nor a server of asyncio's lets anybody count or end these.
+
+    `others`: all of them, the oldest first. Its socket goes on to a transport that does the handshake.
+    """
+
+    def __init__(
+        self, others: "dict[Handshake, None]", served: Callable[[], RequestHandler], tls: ssl.SSLContext
+    ) -> None:
+        self._others, self._served, self._tls = others, served, tls
+        self.host = ""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.host = _peer(transport)
+        # A copy: the transport closes its own, before it has read anything.
+        self._socket = transport.get_extra_info("socket").dup()
+        transport.abort()  # type: ignore[attr-defined]
+        self._others[self] = None
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        # Its client may send something else, or nothing. The transport closes the socket.
+        with suppress(OSError):
+            await loop.connect_accepted_socket(
+                self._served, self._socket, ssl=self._tls, ssl_handshake_timeout=HANDSHAKE_S
+            )
+        self._others.pop(self, None)
+
+    def abort(self) -> None:
+        """Let the handshake fail."""
+        self._others.pop(self, None)
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
 
 def admin_tls(settings: Settings) -> ssl.SSLContext | None:
@@ -161,20 +205,22 @@ def _named(setting: str) -> Iterator[None]:
         raise SettingsError([f"{variable_name(setting)}: cannot be used: {error}"]) from error
 
 
-def _cut_one(connections: list[RequestHandler]) -> None:
-    """Cut off the oldest connection of the address that has most."""
-    hosts = [_host(one) for one in connections]
+def _cut_one(connections: Sequence[RequestHandler | Handshake]) -> None:
+    """Cut off the first connection of the address that has most."""
+    hosts = [one.host if isinstance(one, Handshake) else _peer(one.transport) for one in connections]
     ((busiest, _),) = Counter(hosts).most_common(1)
     _abort(connections[hosts.index(busiest)])
 
 
-def _host(connection: RequestHandler) -> str:
-    name = connection.transport.get_extra_info("peername") if connection.transport else None
+def _peer(transport: asyncio.BaseTransport | None) -> str:
+    name = transport.get_extra_info("peername") if transport else None
     return str(name[0]) if name else ""
 
 
-def _abort(connection: RequestHandler) -> None:
-    if connection.transport is not None:
+def _abort(connection: RequestHandler | Handshake) -> None:
+    if isinstance(connection, Handshake):
+        connection.abort()
+    elif connection.transport is not None:
         connection.transport.abort()
 
 

@@ -15,7 +15,12 @@ def add_keys(commands: Any) -> None:
     """Add the command `keys`."""
     keys = commands.add_parser("keys", help="find, list and watch keys, decide unknown outcomes, purge tenants")
     keys_commands = keys.add_subparsers(dest="keys_command", required=True, metavar="COMMAND")
-    listing = keys_commands.add_parser("list", help="list keys, without changing or blocking anything")
+    listing = keys_commands.add_parser(
+        "list",
+        help="list keys, without changing or blocking anything",
+        description="List keys. Unknown ones come by their age, the oldest first, those in flight in the order in "
+        "which their leases end, and all others in no order.",
+    )
     listing.add_argument("--state", choices=STATES, default="unknown", help="the state to list (%(default)s)")
     listing.add_argument("--limit", type=int, default=0, metavar="N", help="stop after N keys")
     listing.add_argument("--note", metavar="NOTE", help="only keys with this note, which their rule keeps with them")

@@ -36,14 +36,14 @@ class ClientConnection(RequestReader):
     """
 
     __slots__ = (
-        "_is_lost", "_lingering", "_quiet_since_s", "_request", "_stops", "forwarded", "leave_waiter", "minimum_rate",
-        "questions", "reader_waiter", "request_ids", "retiring", "room_waiter", "write_batcher",
+        "_is_lost", "_lingering", "_quiet_since_s", "_request", "_stops", "counts", "forwarded", "leave_waiter",
+        "minimum_rate", "questions", "reader_waiter", "request_ids", "retiring", "room_waiter", "write_batcher",
     )  # fmt: skip
 
     def __init__(self, owner: ConnectionOwner) -> None:
         super().__init__(owner)
         self.write_batcher, self.minimum_rate, self.retiring = owner.write_batcher, owner.minimum_rate, owner.retiring
-        self.request_ids = owner.request_ids
+        self.request_ids, self.counts = owner.request_ids, owner.counts
         self.questions: object = None
         self.forwarded: ForwardedInfo
         # No further request is taken; and: the event loop has given the connection up.

@@ -25,10 +25,15 @@ class BeatenResponse(Protocol):
 
 
 class Heartbeat:
-    """Sends a 102 after each period until the response begins, four at most. `is_read()`: the request came whole."""
+    """Sends a 102 after each period until the response begins, four at most.
 
-    def __init__(self, response: BeatenResponse, period_s: float, is_read: Callable[[], bool]) -> None:
-        self._response, self._period_s, self._is_read = response, period_s, is_read
+    `is_read()`: the request came whole. `counts`: of heartbeats by kind.
+    """
+
+    def __init__(
+        self, response: BeatenResponse, period_s: float, is_read: Callable[[], bool], counts: dict[str, float]
+    ) -> None:
+        self._response, self._period_s, self._is_read, self._counts = response, period_s, is_read, counts
         self._loop = asyncio.get_running_loop()
         self._timer = self._loop.call_later(period_s, self._beat)
 
@@ -38,8 +43,10 @@ class Heartbeat:
 
     def _beat(self) -> None:
         # A client that is still sending may not look for a response yet.
-        if self._is_read() and not self._response.send_interim(PROCESSING):
-            return
+        if self._is_read():
+            if not self._response.send_interim(PROCESSING):
+                return
+            self._counts["interim"] += 1
         if self._response.interim_count < MOST_INTERIM:
             self._timer = self._loop.call_later(self._period_s, self._beat)
 

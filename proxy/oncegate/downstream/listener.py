@@ -17,7 +17,7 @@ from oncegate.known_heads.requests import HeadCache
 from oncegate.messages.request_head import ForwardedInfo
 from oncegate.messages.request_ids import RequestIds
 from oncegate.messages.request_line import USUAL_LIMITS, HeadLimits, Malformed
-from oncegate.observe.outcome import Observe
+from oncegate.observe.outcome import ClientCounts, Observe
 from oncegate.settings.addresses import Network
 
 # How long the rest of a refused body is read and dropped, so that its sender reads the response.
@@ -44,9 +44,8 @@ def set_options(server: asyncio.Server) -> None:
 class Listener:
     """Makes the connections of one public listener and holds them to their limits.
 
-    `observe` takes the reports of what never becomes a request for `handler`. `counts`: of connections by event, to be
-    added to; the events are `labels.CLIENT_CONNECTIONS`. Clients in the networks `trusted` are
-    proxies whose forwarding fields are kept.
+    `observe` takes the reports of what never becomes a request for `handler`. `counts`: to be added to. Clients in the
+    networks `trusted` are proxies whose forwarding fields are kept.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class Listener:
         trusted: Sequence[Network] = (),
         docs_url: str = "",
         head_limits: HeadLimits = USUAL_LIMITS,
-        counts: dict[str, float] | None = None,
+        counts: ClientCounts | None = None,
         request_ids: RequestIds | None = None,
     ) -> None:
         self.loop = asyncio.get_running_loop()
@@ -70,7 +69,7 @@ class Listener:
         self.head_s, self.linger_s = min(HEAD_S, minimum_rate.window_s), min(LINGER_S, minimum_rate.window_s)
         # With the transport, which a connection forgets when it closes.
         self._connections: dict[ClientConnection, asyncio.Transport] = {}
-        self._counts = defaultdict[str, float](float) if counts is None else counts
+        self.counts = counts or ClientCounts(*[defaultdict[str, float](float) for _ in ClientCounts._fields])
         # Most connections come from a few clients.
         self._info_of = lru_cache(KEPT_CLIENTS)(self._new_info)
         # Connections that this side closed, with bytes that the peer has not received yet: since when (the loop's
@@ -98,7 +97,7 @@ class Listener:
         assert connection.transport is not None
         self._connections[connection] = connection.transport
         has_room = len(self._connections) <= self._max_connections
-        self._counts["opened" if has_room else "refused"] += 1
+        self.counts.connections["opened" if has_room else "refused"] += 1
         return has_room
 
     def forget(self, connection: ClientConnection) -> None:

@@ -27,7 +27,7 @@ from oncegate.known_heads.requests import HeadCache, KnownHead, KnownRequest, is
 from oncegate.messages.request_head import ForwardedInfo, RequestHead
 from oncegate.messages.request_ids import RequestIds
 from oncegate.messages.request_line import NOT_WELL_FORMED, HeadLimits, Malformed, usual_line_bytes
-from oncegate.observe.outcome import Observe
+from oncegate.observe.outcome import ClientCounts, Observe
 
 # What is due before the next message begins, where no number of bytes tells: a head's end came not yet, or no further
 # request is taken.
@@ -57,6 +57,7 @@ class ConnectionOwner(Protocol):
     head_limits: HeadLimits
     request_ids: RequestIds
     linger_s: float
+    counts: ClientCounts
 
     def add(self, connection: Any) -> bool: ...
 
@@ -83,11 +84,10 @@ class RequestReader(ParserProtocol):
         self.owner, self._loop = owner, owner.loop
         self.memo = ConnectionMemo(owner.head_cache.key_label)
         self.head_since_s: float | None = None
-        # So many bytes of the newest message are still to come; 0: the next byte surely begins a message.
-        self._due = 0
-        # The head that is on its way, if any, and the size of the one that the parser has seen last.
+        # Bytes of the newest message to come (0: the next byte surely begins one); of the head that was parsed last.
+        self._due = self._head_bytes = 0
+        # The head that is on its way, if any.
         self._head: IncomingHead | None = None
-        self._head_bytes = 0
         # The requests that wait for their turn, with their bodies; what waits behind them; how many bytes they have.
         self._messages: list[tuple[Any, StreamReader | BufferedBody]] = []
         self._rest, self._queued_bytes = b"", 0

@@ -21,6 +21,7 @@ from oncegate.messages.request_ids import TRACEPARENT, RequestIds, trace_id
 from oncegate.messages.response_head import ResponseHead
 from oncegate.messages.target import logged_path
 from oncegate.messages.trailers import announced
+from oncegate.observe.outcome import ClientCounts
 
 
 class RequestConnection(Protocol):
@@ -31,6 +32,7 @@ class RequestConnection(Protocol):
     minimum_rate: MinimumRate
     forwarded: ForwardedInfo
     request_ids: RequestIds
+    counts: ClientCounts
     memo: ConnectionMemo
     room_waiter: "asyncio.Future[None] | None"
     leave_waiter: "asyncio.Future[None] | None"
@@ -202,7 +204,7 @@ class Nobody:
 
     def __init__(self, left: RequestConnection) -> None:
         """`left`: the connection that the response had."""
-        self.write_batcher, self.minimum_rate = left.write_batcher, left.minimum_rate
+        self.write_batcher, self.minimum_rate, self.counts = left.write_batcher, left.minimum_rate, left.counts
 
     def force_close(self) -> None:
         """Close nothing."""

@@ -14,6 +14,7 @@ from oncegate.messages.framing import COUNTED, STATED, Framing
 from oncegate.messages.problems import Problem, Render, as_problem_json, reason_of
 from oncegate.messages.response_head import status_line
 from oncegate.messages.trailers import takes_trailers
+from oncegate.observe.outcome import ClientCounts
 
 # Unsent bytes of one response in this process, above which no more of it should be fetched.
 WRITE_BACKLOG_BYTES = 65536
@@ -25,6 +26,7 @@ class ResponseConnection(Protocol):
     write_batcher: WriteBatcher
     transport: asyncio.Transport | None
     minimum_rate: MinimumRate
+    counts: ClientCounts
     room_waiter: "asyncio.Future[None] | None"
     leave_waiter: "asyncio.Future[None] | None"
     reader_waiter: "asyncio.Future[None] | None"
@@ -52,11 +54,7 @@ class ResponseWriter:
     oncegate's own.
     """
 
-    awaits_continue = False
-    started = False
-    finished = False
-    cut_off = False
-    closes = False
+    awaits_continue = started = finished = cut_off = closes = False
     # The period of 102 (Processing) in seconds, 0 for a client that gets none; and how many interim responses it got.
     heartbeat_s = 0.0
     interim_count = 0
@@ -147,7 +145,8 @@ class ResponseWriter:
     ) -> None:
         """Send a response of oncegate itself; `fields` are further ones, each line ended. `close`: then close."""
         self.closes, self.problem = self.closes or close, problem
-        status, own_fields, body = render(problem, self._connection.docs_url)
+        status, own_fields, body, is_page = render(problem, self._connection.docs_url)
+        self._connection.counts.pages[""] += is_page
         body, framing = (b"", STATED) if self._head_only else (body, COUNTED)
         self.send(status, reason_of(status), own_fields + fields, body, framing)
 
@@ -205,6 +204,7 @@ class ResponseWriter:
         """Write bytes that are no part of the response, unless the client is slow anyway."""
         if not (self.finished or self.client_gone or self.has_backlog or self._connection.writing_paused):
             self._write_body(data)
+            self._connection.counts.heartbeats["comment"] += 1
 
     def write(self, data: bytes) -> None:
         """Write body bytes.

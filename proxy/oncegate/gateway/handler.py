@@ -44,7 +44,7 @@ from oncegate.gateway.tunnel import Tunnel, pass_through_report, tunnel
 from oncegate.observe.labels import Unguarded
 from oncegate.observe.outcome import Observe, Outcome, RequestReport
 from oncegate.observe.tracing import Trace, Tracing
-from oncegate.store.kept import is_resent
+from oncegate.store.kept import is_resent, unpack_kept
 from oncegate.store.leases import suspended_clock_s
 from oncegate.store.record import Claim, Corrupt, Record
 from oncegate.store.results import ClaimsSuspended, Unconfirmed
@@ -86,7 +86,8 @@ class Gateway:
             if isinstance(step, ReadBody):
                 step = await self._read_body(request, step)
             if request.response.heartbeat_s and isinstance(step, KeyedRequest | Relay | Resume):
-                beating = Heartbeat(request.response, request.response.heartbeat_s, request.content.is_eof)
+                response, counts = request.response, request.connection.counts.heartbeats
+                beating = Heartbeat(response, response.heartbeat_s, request.content.is_eof, counts)
             match step:
                 case KeyedRequest():
                     if self._tracing is not None:
@@ -202,7 +203,7 @@ class Gateway:
     async def _execute(self, request: Request, keyed: KeyedRequest, claim: Claim, asked_s: float) -> RequestReport:
         """Forward a request whose key is ours. `asked_s` is when the store was asked for it."""
         if keyed.trace is not None:
-            keyed.trace.claimed(claim.fence)
+            keyed.trace.claimed(claim.fence, unpack_kept(claim.kept_before).trace)
         grace_s = keyed.route.policy.cancel_grace_s
         if keyed.later is not None:
             keyed.later.set_result(claim)

@@ -207,11 +207,12 @@ def reason_of(status: int) -> bytes:
 
 
 class Rendering(NamedTuple):
-    """A problem as a client gets it. `fields`: each line ended, without Content-Length."""
+    """A problem as a client gets it. `fields`: each line ended, without Content-Length. `is_page`: for people."""
 
     status: int
     fields: bytes
     body: bytes
+    is_page: bool = False
 
 
 # Writes a problem for the client of one request; the text is `ONCEGATE_DOCS_URL`, empty for none.

@@ -78,6 +78,8 @@ VERBS: Final = ("claim", "append", "renew", "settle", "read", "follow", "connect
 CANCELS: Final = ("client_gone", "call", "address", "operator")
 # What is counted of connections. Of clients: opened, or refused because of their number.
 CLIENT_CONNECTIONS: Final = ("opened", "refused")
+# Signs of life: 102 (Processing) before a response, a comment between events.
+HEARTBEATS: Final = ("interim", "comment")
 # To upstreams: opened; used again for another request; not opened; no room for another until the connect timeout.
 UPSTREAM_CONNECTIONS: Final = ("opened", "reused", "failed", "no_room")
 # A connection to an upstream has a request, has none, or is being opened; a request waits for one.

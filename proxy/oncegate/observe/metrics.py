@@ -22,6 +22,7 @@ from oncegate.observe.gauges import GAUGE_LABELS, GAUGES
 from oncegate.observe.labels import (
     CANCELS,
     CLIENT_CONNECTIONS,
+    HEARTBEATS,
     LOOK_UPS,
     SETTLEMENTS,
     UPSTREAM_CONNECTIONS,
@@ -32,7 +33,7 @@ from oncegate.observe.labels import (
     Unguarded,
     UnguardedKey,
 )
-from oncegate.observe.outcome import BY_LABEL, SUPPRESSED, RequestReport
+from oncegate.observe.outcome import BY_LABEL, SUPPRESSED, ClientCounts, RequestReport
 from oncegate.observe.reconciling import ReconcilingCounts
 from oncegate.observe.usage import Tokens
 from oncegate.settings.names import TOKEN_KINDS
@@ -70,6 +71,7 @@ class Metrics(Collector):
         self.spans = Counters("spans", "Spans, by what became of them.", label="end", values=("exported", "lost"))
         self.traces_limited = Counters("traces_limited", "Requests that the most traces a second kept from a trace.")
         self._restarts = Counters("worker_restarts", "Worker processes that died and were started again.")
+        self.restarted: Callable[[], None] = self._restarts.add
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -133,8 +135,10 @@ class Metrics(Collector):
         self._client_connections = Counters(
             "client_connections", "Connections of clients.", label="event", values=CLIENT_CONNECTIONS
         )
-        # Counted in by those who accept and open connections.
-        self.client_connections: dict[str, float] = self._client_connections.by_value
+        self._heartbeats = Counters("heartbeats", "Signs of life to clients.", label="kind", values=HEARTBEATS)
+        self._pages = Counters("pages", "Pages for people, in place of problems in JSON.")
+        counters = self._client_connections, self._heartbeats, self._pages
+        self.of_clients = ClientCounts(*[one.by_value for one in counters])
         self.upstream_connections = GroupedCounters(
             "upstream_connections",
             "Connections to upstreams.",
@@ -163,6 +167,9 @@ class Metrics(Collector):
         )
         self._breaker_opened = Counters("store_breaker_opened", "Times the circuit breaker of the store opened.")
         self._retries = Counters("store_retries", "Calls to append or settle that were repeated.")
+        self.identity_accepted: Callable[[], None] = self._identity_accepted.add
+        self.breaker_opened: Callable[[], None] = self._breaker_opened.add
+        self.store_retried: Callable[[], None] = self._retries.add
         self._store_s = Histograms(
             "store_seconds",
             "Time of one call to the store. Verb connect: of each new connection to a server.",
@@ -292,10 +299,6 @@ class Metrics(Collector):
         unsure = SettlementLabel.UNKNOWN, SettlementLabel.UNCONFIRMED
         return int(sum(self._settled.by_value[settlement.label] for settlement in unsure))
 
-    def store_retried(self) -> None:
-        """Count a repeated call to append or settle."""
-        self._retries.add()
-
     def claim_lost(self) -> None:
         """Count a running claim whose record vanished or was taken."""
         self._claims_lost.add()
@@ -305,15 +308,3 @@ class Metrics(Collector):
         self._store_losses.add(loss.label)
         if loss.is_certain:
             self._claims_lost.add()
-
-    def identity_accepted(self) -> None:
-        """Count a start beside proxies that name keys in another way."""
-        self._identity_accepted.add()
-
-    def breaker_opened(self) -> None:
-        """Count an opening of the store's circuit breaker."""
-        self._breaker_opened.add()
-
-    def restarted(self) -> None:
-        """Count a worker that died and was started again."""
-        self._restarts.add()

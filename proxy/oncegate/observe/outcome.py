@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from oncegate.messages.problems import Problem
 from oncegate.observe.labels import SettlementLabel, Unguarded, UnguardedKey
@@ -168,3 +168,14 @@ class Observe(Protocol):
     """Takes the report of each request once, with its duration in seconds and whether its client left early."""
 
     def __call__(self, report: RequestReport, seconds: float = 0.0, client_gone: bool = False) -> None: ...
+
+
+class ClientCounts(NamedTuple):
+    """What the public listener counts, each by the values of its label: to be added to."""
+
+    # By labels.CLIENT_CONNECTIONS.
+    connections: dict[str, float]
+    # By labels.HEARTBEATS.
+    heartbeats: dict[str, float]
+    # Without a label.
+    pages: dict[str, float]

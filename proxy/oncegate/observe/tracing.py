@@ -61,13 +61,13 @@ class Trace:
         self.spent_s[step] = self.spent_s.get(step, 0.0) + now_s - self._step_began_s
         self._step_began_s = now_s
 
-    def claimed(self, fence: bytes) -> None:
-        """Note that the store gave the key to this request."""
-        self.spent("claim")
+    def claimed(self, fence: bytes, kept_before: bytes) -> None:
+        """Note that the store gave the key to this request, and the span of the request that had it before."""
+        self.met(kept_before)
         self.fence = int(fence)
 
     def met(self, kept: bytes) -> None:
-        """Note that the key is another request's, and the span that its record keeps; nothing for one untraced."""
+        """Note a reply about the key, and the span that another request's record keeps; nothing for one untraced."""
         self.spent("claim")
         context = unpacked(kept)
         if context is not None and context not in self.links:

@@ -79,7 +79,8 @@ def main(assignment: Assignment) -> ExitCode:
 async def _serve(settings: Settings, assignment: Assignment, logger: Any) -> ExitCode:
     stop, retire = stop_events(), asyncio.Event()
     unblock_stops()
-    service = Service(settings, assignment.store_url or settings.store_url.get_secret_value(), logger)
+    store_url = assignment.store_url or settings.store_url.get_secret_value()
+    service = Service(settings, store_url, logger, is_first=assignment.number == 1)
     owners = Owners(assignment.store_url, logger.warning) if assignment.store_url else None
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(SUPERVISOR_DIED, stop.requested.set)

@@ -58,9 +58,9 @@ def _require_strict_parser() -> None:
 
 
 class Service:
-    """One worker: its listeners, its store and upstream, and the tasks that keep them."""
+    """One worker: its listeners, store and upstream, and the tasks that keep them. The first also speaks for others."""
 
-    def __init__(self, settings: Settings, store_url: str, logger: Any) -> None:
+    def __init__(self, settings: Settings, store_url: str, logger: Any, *, is_first: bool = True) -> None:
         _require_strict_parser()
         if settings.fault:
             faults.install(settings.fault, logger.warning)
@@ -86,6 +86,7 @@ class Service:
             background=self._in_background,
         )
         self._parts = parts = Parts(settings, store_url, load_rules(settings), reporting)
+        parts.unknown_keys.says_failures = is_first
         self.store, self._listener = parts.store, parts.listener
         # With several workers, their supervisor says what needs a restart.
         self.reload = Reload(

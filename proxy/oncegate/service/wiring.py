@@ -136,7 +136,7 @@ class Parts:
             trusted=settings.trusted_proxies,
             docs_url=str(settings.docs_url or ""),
             head_limits=HeadLimits(settings.max_head_bytes, settings.max_head_line_bytes, settings.max_head_fields),
-            counts=metrics.client_connections,
+            counts=metrics.of_clients,
         )
 
     def _tracing(self) -> Tracing | None:

@@ -51,6 +51,8 @@ class UnknownKeys:
         self._expiring: dict[str, int] = {}
         self._swept: dict[str, Place | None] = {}
         self._warned_of: set[str] = set()
+        # Whether it says what keeps it from counting: of several workers one does, as all would say the same.
+        self.says_failures = True
 
     @property
     def counts(self) -> OpenCounts:
@@ -170,7 +172,7 @@ class UnknownKeys:
         return True
 
     def _warn_once(self, event: str, server: ServerRecords, reason: str) -> None:
-        if event not in self._warned_of:
+        if self.says_failures and event not in self._warned_of:
             self._warned_of.add(event)
             self._warn(event, server=server.name, reason=reason)
 

@@ -16,6 +16,8 @@ ASK_S, SEARCH_S = 1.0, 0.05
 # How long it may take for its reply until it counts as silent.
 ANSWER_S = 2.0
 MIN_PAUSE_S, MAX_PAUSE_S = 0.02, 0.5
+# Why a connection ends that is not lost.
+RENEWED = "another one has newer credentials"
 
 
 class Pause:
@@ -65,17 +67,34 @@ class Scout:
         pause = Pause()
         while True:
             try:
-                self.session = await open_session(self.host, Level.OFF, self._config, self._note_change)
+                self.session = await self._open()
                 pause.reset()
-                await self._ask_on(self.session)
+                await self._ask_on()
             except Exception as error:
                 # Any error: if this task ended, the store would stay down for good.
                 self._note(None, str(error) or failure_words(error))
             await self._wait(pause.next_s())
 
-    async def _ask_on(self, session: Session) -> None:
-        """Ask over one connection until it is lost."""
-        while not session.is_lost:
+    async def _open(self) -> Session:
+        return await open_session(self.host, Level.OFF, self._config, self._note_change)
+
+    async def renew(self) -> bool:
+        """Ask over another connection, with the credentials as they are now. Raises Unreachable.
+
+        Return whether it leads to the same run of the server. The one before ends only then, so that the host was
+        connected all the time.
+        """
+        before, session = self.session, await self._open()
+        if before is None or before.is_lost or before is not self.session:
+            session.end(RENEWED)
+            return False
+        self.session = session
+        before.retire(RENEWED)
+        return session.facts.run == before.facts.run
+
+    async def _ask_on(self) -> None:
+        """Ask until the connection is lost."""
+        while (session := self.session) is not None and not session.is_lost:
             asking = asyncio.ensure_future(session.ask())
             asking.add_done_callback(retrieve)
             await asyncio.wait([asking], timeout=ANSWER_S)
@@ -96,7 +115,7 @@ class Scout:
                     self._note(facts)
             if not session.is_lost:
                 await self._wait(self.every_s)
-        self._note(None, session.lost_reason)
+        self._note(None, session.lost_reason if session is not None else "")
 
     def _note(self, facts: Facts | None, reason: str = "") -> None:
         changed = (facts, reason) != (self.facts, self.reason)

@@ -145,6 +145,7 @@ class Session:
         self.busy_since: float | None = None
         # The reply to the last statement, once it has come.
         self.last_answer: Answer | None = None
+        self._retires = ""
         # Set once the connection is lost.
         self.ended = asyncio.Event()
         connection.add_log_listener(self._note_message)
@@ -236,11 +237,19 @@ class Session:
     def free(self) -> None:
         """Give the session back: its statement has its reply, or was never sent."""
         self.busy_since = None
+        if self._retires and not self.lost_reason:
+            self.end(self._retires)
         self._changed(self)
 
     def reserve(self) -> None:
         """Take the session for one statement."""
         self.busy_since = self._loop.time()
+
+    def retire(self, reason: str) -> None:
+        """Close the connection once no statement is under way."""
+        self._retires = reason
+        if self.is_idle:
+            self.end(reason)
 
     def end(self, reason: str) -> None:
         """Close the connection. A statement under way is lost: the server may still execute it."""

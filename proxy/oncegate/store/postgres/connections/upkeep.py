@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -12,7 +13,7 @@ from oncegate.store.postgres.connections.facts import Facts
 from oncegate.store.postgres.connections.hosts import Unreachable, hosts_of
 from oncegate.store.postgres.connections.pool import Pool
 from oncegate.store.postgres.connections.primary import Choice, choose
-from oncegate.store.postgres.connections.scout import Pause, Scout
+from oncegate.store.postgres.connections.scout import RENEWED, Pause, Scout
 from oncegate.store.postgres.connections.session import Session, SessionConfig, open_session
 from oncegate.store.store import LoginRefused
 
@@ -43,6 +44,9 @@ class Connections:
         self._chosen: Session | None = None
         self._is_chosen = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        # What takes the places of sessions with old credentials, once these end.
+        self._successors: dict[Session, Session] = {}
+        self._renewing: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
         """Connect, and reconnect whenever a connection is lost, until `close`."""
@@ -52,12 +56,14 @@ class Connections:
 
     async def close(self) -> None:
         self.end("closed")
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, *self._renewing, return_exceptions=True)
 
     def end(self, reason: str) -> None:
         """Lose every statement now. Nobody gets a session any more."""
-        for task in self._tasks:
+        for task in self._tasks + self._renewing:
             task.cancel()
+        for session in self._successors.values():
+            session.end(reason)
         for scout in self._scouts:
             scout.close(reason)
         for pool in self._pools:
@@ -75,7 +81,42 @@ class Connections:
         except Unreachable as error:
             if self.has_primary and not self.silence:
                 raise LoginRefused(f"{host}: {error}") from None
-        return partial(setattr, self._config, "url", url)
+        return partial(self._follow, url)
+
+    def _follow(self, url: str) -> None:
+        """Use these credentials for new connections, and then new connections for all there is to do."""
+        self._config.url = url
+        for task in self._renewing:
+            task.cancel()
+        self._renewing = [asyncio.get_running_loop().create_task(self._renew())]
+
+    async def _renew(self) -> None:
+        """Let each connection end as soon as another is open in its place, one after the other.
+
+        Where none can be opened, such as at the server's limit, the one that is there stays.
+        """
+        for scout in self._scouts:
+            before = scout.session
+            with suppress(Unreachable):
+                if await scout.renew() and self._chosen is before:
+                    self._chosen = scout.session
+        for pool in self._pools:
+            for session in list(pool.sessions):
+                with suppress(Unreachable, TimeoutError):
+                    self._replace(pool, session, await self._open(pool))
+                    async with asyncio.timeout(self._config.timeout_s):
+                        await session.ended.wait()
+
+    def _replace(self, pool: Pool, session: Session, successor: Session) -> None:
+        """Let a session end, and another one take its place."""
+        if session not in pool.sessions:
+            # It was lost, and its place is taken.
+            successor.end(RENEWED)
+            return
+        if (earlier := self._successors.get(session)) is not None:
+            earlier.end(RENEWED)
+        self._successors[session] = successor
+        session.retire(RENEWED)
 
     @property
     def has_primary(self) -> bool:
@@ -97,19 +138,25 @@ class Connections:
         while True:
             await self._is_chosen.wait()
             try:
-                session = await self._open(pool)
+                session: Session | None = await self._open(pool)
                 pause.reset()
-                pool.add(session)
-                try:
-                    await self._observer.note_opened(pool, session)
-                    await session.ended.wait()
-                finally:
-                    pool.remove(session)
+                while session is not None:
+                    session = await self._hold(pool, session)
             except Exception as error:
                 # Any error: if this task ended, there would be a connection less for good.
                 pool.down_reason = str(error) or failure_words(error)
             self.hurry()
             await asyncio.sleep(pause.next_s())
+
+    async def _hold(self, pool: Pool, session: Session) -> Session | None:
+        """Have a session in its pool until it ends. Return what takes its place, None where it was lost."""
+        pool.add(session)
+        try:
+            await self._observer.note_opened(pool, session)
+            await session.ended.wait()
+        finally:
+            pool.remove(session)
+        return self._successors.pop(session, None)
 
     async def _open(self, pool: Pool) -> Session:
         """Return a new connection to the primary. Raises Unreachable."""
