@@ -45,7 +45,9 @@ def installed(shell: str, file: Path) -> None:
 def test_fish(tmp_path: Path, typed: str, word: str) -> None:
     """It finds the script in the folder of its user, and says what may come."""
     installed("fish", tmp_path / "fish/completions/oncegate.fish")
-    environment = os.environ | {"HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path)}
+    # It completes commands that are there.
+    found = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path), "PATH": found}
     asked = ["fish", "-c", 'complete -C "$argv[1]"', typed]
     told = subprocess.run(asked, env=environment, capture_output=True, text=True, check=True)
     assert told.stderr == ""
