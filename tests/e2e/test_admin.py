@@ -121,6 +121,10 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "client_open_connections": ("gauge", "", ()),
     "upstream_pool": ("gauge", "state", ("active", "idle", "connecting", "waiting")),
     "build": ("info", "", ()),
+    "reconciled": ("counter", "by", ("janitor", "duplicate", "resend", "operator")),
+    "reconciled_age_seconds": ("histogram", "", ()),
+    # Of rules that reconcile, of which there is none here.
+    **dict.fromkeys(("probes", "left_to_a_person"), ("counter", "", ())),
 }
 OWN_LABELS = ("le", "version")  # of histograms and of the build
 # What an operator named: the rules and their upstreams.
