@@ -77,9 +77,8 @@ class _Attempt:
     statements: list[Sent] = field(default_factory=list)
     maybe_executed: bool = False
     is_below: bool = False
-    # The token of the record that the next try may take, or None, and what is kept with it. A freed record's is empty.
+    # The token of the record that the next try may take, or None. A freed record's is empty.
     expected: bytes | None = None
-    kept_before: bytes = b""
 
 
 class Claims:
@@ -123,15 +122,13 @@ class Claims:
                     attempt.expected = result.token
                     continue
                 if isinstance(result, Record) and await self._may_take_over(result, attempt):
-                    attempt.expected, attempt.kept_before = result.token, result.kept
+                    attempt.expected, claim.kept_before = result.token, result.kept
                     continue
                 if isinstance(result, Record) and _resends(result, attempt):
                     continue
                 if result is BUSY and not reclaims and not attempt.maybe_executed:
                     result = rows.busy_record(claim, self._servers.now_ms())
                 if not isinstance(result, Unconfirmed):
-                    if isinstance(result, Claim):
-                        result.kept_before = attempt.kept_before
                     if not all(sent.is_over for sent in attempt.statements):
                         self._leave_copies(attempt, reclaims or isinstance(result, Claim))
                     return result
@@ -315,5 +312,5 @@ def _resends(record: Record, attempt: _Attempt) -> bool:
     if attempt.reclaims or expected == attempt.expected or (resent := resending(attempt.claim, record)) is None:
         return False
     attempt.claim, attempt.expected, attempt.reclaims = resent, expected, True
-    attempt.kept_before = record.kept
+    resent.kept_before = record.kept
     return True

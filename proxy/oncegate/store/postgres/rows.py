@@ -131,7 +131,7 @@ def _claimed(claim: Claim, row: Mapping[str, Any]) -> Claim:
         # Positions, not names: arguments by name cost twice as much here (Python 3.11, measured).
         claim.key, claim.token, b"%d" % row["fence"], claim.mode, claim.fingerprint, claim.self_check,
         row["created"], claim.lease_ms, claim.retention_ms, claim.unknown_retention_ms, claim.tombstone_ms, kept,
-        claim.resend_ms,
+        claim.resend_ms, claim.kept_before,
     )  # fmt: skip
 
 

@@ -95,7 +95,7 @@ class Claims:
         head = arguments.claim_head(claim)
         packed = self._layout.packed
         tail = arguments.claim_tail(packed, window_ms, b"") if window_ms else arguments.FIRST_TAIL[packed]
-        expected, kept_before, resends, is_under_replicated, maybe_executed = b"", b"", False, False, False
+        expected, resends, is_under_replicated, maybe_executed = b"", False, False, False
         try:
             while True:
                 reply = await servers.claim(call, head, tail, left_s)
@@ -109,13 +109,13 @@ class Claims:
                     # Most records are complete and stay so. Only the others may be open to this claim.
                     uncertain = result.state is not _COMPLETE or window_ms or self._withdrawn_tokens
                     if uncertain and await self._may_take_over(result, claim, window_ms):
-                        expected, kept_before, left_s = result.token, result.kept, deadline - loop.time()
+                        claim.kept_before, expected, left_s = result.kept, result.token, deadline - loop.time()
                         tail = arguments.claim_tail(packed, window_ms, expected)
                         continue
                     if uncertain and not reclaims and (resent := resending(claim, result)) is not None:
                         # Not freed after a failure either: an earlier request may have been executed.
                         claim, reclaims, resends, expected = resent, True, True, result.token
-                        kept_before = result.kept
+                        claim.kept_before = result.kept
                         call, left_s = replace(call, owner=claim), deadline - loop.time()
                         head, tail = arguments.claim_head(claim), arguments.resend_tail(packed, expected)
                         continue
@@ -123,8 +123,6 @@ class Claims:
                 if not isinstance(result, Unconfirmed) or (resends and result is LATE):
                     if maybe_executed:
                         self._leave_copy(claim, caller_holds=reclaims or isinstance(result, Claim))
-                    if kept_before and isinstance(result, Claim):
-                        result.kept_before = kept_before
                     return result
                 # From here on the claim is not confirmed: try again, or end it.
                 is_under_replicated |= isinstance(result, UnderReplicated)
