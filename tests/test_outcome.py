@@ -43,7 +43,7 @@ def test_labels_are_the_values():
 def test_a_suppressed_duplicate_met_a_record():
     """What was executed, or may have been by this request, is none."""
     assert {outcome.label for outcome in SUPPRESSED} == {
-        "replayed", "joined", "in_flight", "key_reused", "outcome_unknown", "response_not_kept",
+        "replayed", "reconciled", "joined", "in_flight", "key_reused", "outcome_unknown", "response_not_kept",
         "key_expired",
     }  # fmt: skip
 
@@ -73,7 +73,7 @@ def test_every_decision_is_the_code_of_a_problem():
     """A duplicate that gets no replay is counted under the outcome that refused it."""
     decisions = {decision.value for decision in Decision} - {Decision.REPLAY.value}
     assert decisions <= {slug.replace("-", "_") for slug in PROBLEM_KINDS} & set(BY_LABEL)
-    assert {outcome.label for outcome in SUPPRESSED} == decisions | {"replayed", "joined"}
+    assert {outcome.label for outcome in SUPPRESSED} == decisions | {"replayed", "reconciled", "joined"}
 
 
 def test_the_setting_has_the_modes_of_the_record():

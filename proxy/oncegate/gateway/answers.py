@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from email.utils import formatdate
 from typing import NamedTuple, assert_never
 
-from oncegate.decision import CANCELLED, HOLD, Decision, decide, effective_state, retry_after_s
+from oncegate.decision import CANCELLED, HOLD, RETRY, Decision, decide, effective_state, retry_after_s
 from oncegate.downstream.body import BrokenOff, NoBody, NoRoom, TooLarge
 from oncegate.downstream.request import Request
 from oncegate.keys.digests import UnstableScope
@@ -167,6 +167,13 @@ def duplicate_refusal(decision: Decision | Outcome, taken: Taken, policy: Policy
             doubt = f"a response with status {status} came, which does not tell the outcome" if status else MAYBE
             detail = f"{doubt}; check the API's own data before you use a new key"
             return Refuse(problem("outcome-unknown", detail, **_original(status)), UNKNOWN)
+
+
+def is_asked_about(answer: Refuse, after_s: int) -> Refuse:
+    """Return the answer about an unknown outcome where the API is asked about it. `after_s`: when there may be more."""
+    problem = answer.problem.for_mode(RETRY)
+    detail = f"{MAYBE}; oncegate asks the API what became of it, and a retry with this key gets that"
+    return replace(answer, problem=replace(problem, detail=detail, retry_after_s=after_s))
 
 
 def no_body_to_join(status: int) -> Refuse:

@@ -283,7 +283,7 @@ class Gateway:
             if not keyed.wait_s:
                 return await answer_duplicate(request, keyed, taken)
             began_s = clock()
-            woken = await wait_for_original(request, keyed, self._bodies, deadline_s, joins)
+            woken = await wait_for_original(request, keyed, taken, self._bodies, deadline_s, joins)
         finally:
             self.in_flight += 1
         if woken is Woken.CLIENT_LEFT:

@@ -37,6 +37,8 @@ MAX_CODED_BYTES, MAX_DECODED_BYTES = 1_048_576, 16_777_216
 # Bound once for the request path, as in `decision`.
 _REPLAYED: Final = Outcome.REPLAYED
 MARK = b"Idempotent-Replayed: true\r\nOncegate-Status: replayed\r\n"
+# Of a response that the API did not send for the request: what became of it was asked later.
+RECONCILED = b"Idempotent-Replayed: true\r\nOncegate-Status: reconciled\r\n"
 
 
 @dataclass(slots=True)
@@ -81,7 +83,8 @@ class Replay:
         stored, request = self.stored, self.request
         age_ms = max(0, self.record.now_ms - stored.completed_ms)
         ids = request.connection.request_ids.of_replay(request.id, original_id(self.record.kept), stored_block)
-        block = b"%bAge: %d\r\n%b%b%b" % (stored_block, stored.age_s + age_ms // 1000, MARK, self.fields, ids)
+        mark = RECONCILED if stored.reconciled else MARK
+        block = b"%bAge: %d\r\n%b%b%b" % (stored_block, stored.age_s + age_ms // 1000, mark, self.fields, ids)
         return request.requester.replayed(block, age_ms) if request.adaptation.adapts_replay(stored_block) else block
 
 

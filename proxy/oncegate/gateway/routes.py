@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from oncegate.adaptation.preflight import Preflight
 from oncegate.buffers.memory import MemoryBudget
@@ -41,6 +41,16 @@ class UsualTime:
     seconds: float = 0.0
 
 
+class Verdicts(Protocol):
+    """What becomes of unknown keys about which the API is asked. `rule` is the name of a rule that says how."""
+
+    def want(self, key: bytes, rule: str, until_s: float) -> None:
+        """Ask about a key as soon as that is due, until `until_s` (the loop's time), because somebody waits."""
+
+    async def next_s(self, key: bytes, token: bytes, rule: str) -> float | None:
+        """Return how long until the API is asked about a claim; None: it is not, and the key is left to a person."""
+
+
 @dataclass(frozen=True, slots=True)
 class ExchangeDeps:
     """What every exchange on a route works with. Times in seconds; `clock` is the event loop's.
@@ -50,7 +60,7 @@ class ExchangeDeps:
     asked again to take a response, `store_timeout_s` the same for all that nobody waits for. `longest_s`: no await of
     an exchange takes longer. `usual`: how long the rule's requests usually take, for Retry-After.
     `ticker`: times what is recorded. `wait_ended` counts a wait by how it ended (the label of a Woken).
-    `notes_releases`: a released claim leaves a note.
+    `notes_releases`: a released claim leaves a note. `verdicts`: None where nobody asks about unknown keys.
     """
 
     store: Store
@@ -72,6 +82,7 @@ class ExchangeDeps:
     longest_s: float
     usual: UsualTime
     notes_releases: bool = False
+    verdicts: Verdicts | None = None
 
 
 @dataclass(frozen=True, slots=True)

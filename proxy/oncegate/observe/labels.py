@@ -69,8 +69,8 @@ class StoreLoss(Enum):
 
 # The labels of `store.waiters.Woken`.
 WAIT_ENDS: Final = (
-    *("record_changed", "head_came", "store_silent", "may_claim", "declined", "sent_away", "timed_out", "client_gone"),
-    *("no_room", "no_room_for_body"),
+    *("record_changed", "head_came", "store_silent", "may_claim", "declined"),
+    *("no_verdict", "sent_away", "timed_out", "client_gone", "no_room", "no_room_for_body"),
 )
 # The calls to the store, and opening a connection to one of its servers.
 VERBS: Final = ("claim", "append", "renew", "settle", "read", "follow", "connect")

@@ -20,6 +20,8 @@ class Outcome(Enum):
     # The response came from the upstream or from the store.
     EXECUTED = "executed"
     REPLAYED = "replayed"
+    # The response of the store is one that the API gave when it was asked what had become of the request.
+    RECONCILED = "reconciled"
     # The response of an original that was still running, as it came.
     JOINED = "joined"
     # A reader came back to a response, or to its address, and got it from there on.
@@ -89,6 +91,7 @@ def outcome_of(problem: Problem) -> Outcome:
 # Outcomes of duplicates: requests with a key that were not executed a second time.
 SUPPRESSED: Final = (
     Outcome.REPLAYED,
+    Outcome.RECONCILED,
     Outcome.JOINED,
     Outcome.IN_FLIGHT,
     Outcome.KEY_REUSED,

@@ -183,7 +183,7 @@ class Service:
         parts = self._parts
         keepers = [
             *(self.store.watch, self.store.probe, parts.leases.run, parts.waiters.run, parts.cancellations.deliver),
-            *(parts.unknown_keys.run, self._listener.sweep),
+            *(parts.unknown_keys.run, parts.reconciling.run, self._listener.sweep),
         ]
         if self._settings.workers == 1:  # else their supervisor says it once
             keepers.append(ReadinessLog(lambda: None if self._leaving else self.not_ready_reasons(), self._log).run)
@@ -261,6 +261,7 @@ class Service:
 
     def _stop_accepting(self) -> None:
         self._parts.feeds.close()  # A drain does not wait for followers: they can join again elsewhere.
+        self._parts.reconciling.close()
         while self._servers:
             self._servers.pop().close()
 

@@ -32,6 +32,8 @@ from oncegate.rules.loading import load_rules
 from oncegate.rules.model import Rule, Rules, Upstream
 from oncegate.rules.resolution import longest_ms, unknown_retention_ms
 from oncegate.service.own_paths import digest_body_of, links_of, own_paths
+from oncegate.service.pooling import pool_to
+from oncegate.service.reconciling import Reconciling
 from oncegate.service.reload import TakeOver
 from oncegate.settings.errors import SettingsError, needs_extra
 from oncegate.settings.settings import Settings
@@ -44,8 +46,7 @@ from oncegate.store.unknown_keys import UnknownKeys
 from oncegate.store.waiters import MAX_POLLS_PER_S, Waiters
 from oncegate.streams.feeds import Feeds
 from oncegate.streams.followers import Followers
-from oncegate.upstream.connector import client_tls
-from oncegate.upstream.pool import REUSE_IDLE_S, Pool
+from oncegate.upstream.pool import Pool
 from oncegate.upstream.pools import Pools
 
 if TYPE_CHECKING:
@@ -55,8 +56,6 @@ if TYPE_CHECKING:
 NO_RULES_LEFT = "the file has no rule any more; a restart takes it, a reload does not"
 # How long the end of a worker waits until its last spans are with the collector.
 FLUSH_S = 1.0
-# What rests at 1,200 requests a second.
-SPARE_TLS_CONNECTIONS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +100,7 @@ class Parts:
         self.feeds = Feeds(self.store, self.memory, settings.lease_ms, settings.workers)
         self.feeds.head_came = self.waiters.wake_joining
         self.followers = Followers(settings.max_followers)
+        self.reconciling = Reconciling(self.store, self.waiters, metrics, reporting.log)
         self.cancellations = Cancellations(self.store, self.leases, metrics.cancels.by_value)
         self.unknown_keys = UnknownKeys(
             self.store, int(settings.retention_s * 1000), unknown_retention_ms(settings), reporting.log.warning
@@ -145,6 +145,7 @@ class Parts:
 
     async def close(self) -> None:
         """Close the connections to the upstreams, and send the spans that are waiting."""
+        await self.reconciling.end()
         self.pools.close()
         if self.spans is not None:
             await self.spans.close(FLUSH_S)
@@ -196,6 +197,7 @@ class Parts:
         return rules, follow
 
     def _follow(self, rules: Rules, routes: Routes) -> None:
+        self.reconciling.follow(rules)
         admission = self._admission(rules)
         self._reserves = self._reserves or any(rule.policy.uses_own_path for rule in rules)
         own = own_paths(self._settings, rules, routes, admission) if self._reserves else None
@@ -257,27 +259,11 @@ class Parts:
             + 10,
             usual=self._usual_times[rule.name],
             notes_releases=rule.policy.respond_async,
+            verdicts=self.reconciling if rule.policy.reconcile is not None else None,
         )
 
     def _pool(self, upstream: Upstream) -> Pool:
-        files = (upstream.ca_file, upstream.cert_file, upstream.key_file)
-        is_tls = upstream.origin.scheme == "https"
-        return Pool(
-            upstream.origin.host,
-            upstream.origin.port,
-            client_tls(*(str(path) if path else None for path in files)) if is_tls else None,
-            connect_timeout_s=upstream.connect_timeout_s,
-            connect_retries=upstream.connect_retries,
-            max_connections=upstream.max_connections,
-            # 0 keeps none, for requests without a key neither.
-            keep_idle_s=upstream.reuse_idle_s and max(REUSE_IDLE_S, upstream.reuse_idle_s),
-            rest_s=upstream.rest_s,
-            spare_connections=spare_connections(upstream),
-            buffered=self.memory,
-            resolver=self._resolver,
-            counts=self._reporting.metrics.upstream_connections.of(upstream.label),
-            head_cache=self.head_cache.enabled,
-        )
+        return pool_to(upstream, self.memory, self._resolver, self.metrics, head_cache=self.head_cache.enabled)
 
     def _membership(self) -> Membership:
         """Return what this proxy tells the others on its store about itself."""
@@ -306,13 +292,6 @@ def open_spans(settings: Settings, reporting: Reporting) -> "SpanExport | None":
     with needs_extra("otel"):
         from oncegate.observe.spans import SpanExport
     return SpanExport(reporting.log.warning, reporting.metrics.spans.add)
-
-
-def spare_connections(upstream: Upstream) -> int:
-    """Return how many idle connections stay open while another is opened. A TLS handshake costs 40 executions."""
-    if upstream.spare_connections is not None:
-        return upstream.spare_connections
-    return SPARE_TLS_CONNECTIONS if upstream.origin.scheme == "https" else 0
 
 
 def is_durable(settings: Settings) -> bool:

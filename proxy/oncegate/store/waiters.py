@@ -41,6 +41,8 @@ class Woken(Enum):
     MAY_CLAIM = "may_claim"
     # The key is free, and the upstream may want no retry now: the client retries later.
     DECLINED = "declined"
+    # The outcome is unknown, and the API is asked no more: a person has to find it out.
+    NO_VERDICT = "no_verdict"
     # This worker ends its waits, or this one: the client retries later.
     SENT_AWAY = "sent_away"
     # The deadline passed.
@@ -60,8 +62,9 @@ class _Waiter:
     scope: Scope
     is_half_closed: Callable[[], bool]
     future: "asyncio.Future[Woken]"
-    # The token of the claim whose response it joins, empty where it waits for the end.
+    # The token of the claim whose response it joins, empty where it waits for the end; and what it found.
     joins: bytes
+    found: State
 
 
 class Waiters:
@@ -107,18 +110,19 @@ class Waiters:
         client_left: "asyncio.Future[None]",
         is_half_closed: Callable[[], bool],
         joins: bytes = b"",
+        found: State = State.IN_FLIGHT,
     ) -> Woken:
         """Wait for a key without `refusal`, until `deadline_s` (the loop's time) or until `client_left` is done.
 
         `is_half_closed()` returns whether the client closed its side of the connection. Such a client may have left,
-        or may still read its response. It waits while there is room. `joins`: as in _Waiter.
+        or may still read its response. It waits while there is room. `joins`, `found`: as in _Waiter.
         """
         self._heard_s = self._heard_s if self._by_key else self._clock()
         if key not in self._by_key:
             self._by_key[key] = []
             self._schedule.add(key, self._clock())
             self._arrived.set()
-        waiter = _Waiter(scope, is_half_closed, asyncio.get_running_loop().create_future(), joins)
+        waiter = _Waiter(scope, is_half_closed, asyncio.get_running_loop().create_future(), joins, found)
         self._by_key[key].append(waiter)
         self._count += 1
         try:
@@ -139,10 +143,7 @@ class Waiters:
         return self._count < self._max_waiters and len(self._by_key.get(key, ())) < MAX_WAITERS_PER_KEY
 
     def _make_room(self, key: bytes) -> bool:
-        """End the wait of one half-closed client, and return whether there was one.
-
-        It gets its response now, and clients that have left keep nobody out.
-        """
+        """End the wait of one half-closed client, which keeps nobody out, and return whether there was one."""
         queue = self._by_key.get(key, [])
         queues = [queue] if len(queue) >= MAX_WAITERS_PER_KEY else self._by_key.values()
         for waiter in chain.from_iterable(queues):
@@ -170,9 +171,9 @@ class Waiters:
             if not_sent:
                 self.let_one_claim(key)
             else:
-                self._wake(key, Woken.DECLINED if declined else Woken.RECORD_CHANGED)
+                self.wake(key, Woken.DECLINED if declined else Woken.RECORD_CHANGED)
 
-    def _wake(self, key: bytes, reason: Woken) -> None:
+    def wake(self, key: bytes, reason: Woken) -> None:
         """Wake every waiter of a key."""
         for waiter in self._by_key.get(key, ()):
             if not waiter.future.done():
@@ -195,7 +196,7 @@ class Waiters:
         """End every wait, and refuse new ones."""
         self._closed = True
         for key in list(self._by_key):
-            self._wake(key, Woken.SENT_AWAY)
+            self.wake(key, Woken.SENT_AWAY)
 
     async def run(self) -> None:
         """Poll all keys whose original runs in another worker, until cancelled."""
@@ -227,14 +228,12 @@ class Waiters:
         record = await self._store.peek(key, scope, self._lease_ms)
         if isinstance(record, Unconfirmed) or self._is_held_here(key):
             return
-        if record is None:
-            # In another worker the request was declined, or not sent. The store does not show which of the two, and
-            # a burst of claims must not follow a 429.
-            self._wake(key, Woken.DECLINED)
-            return
         state = effective_state(record.state, record.lease_left_ms) if isinstance(record, Record) else None
-        if state is not State.IN_FLIGHT:
-            self._wake(key, Woken.RECORD_CHANGED)
+        for waiter in self._by_key.get(key, ()):
+            if waiter.found is not state and not waiter.future.done():
+                # Elsewhere a running original was declined, or not sent: a burst of claims must not follow a 429.
+                is_declined = record is None and waiter.found is State.IN_FLIGHT
+                waiter.future.set_result(Woken.DECLINED if is_declined else Woken.RECORD_CHANGED)
 
     async def _poll_head(self, key: bytes, token: bytes) -> bool:
         """Look for the head of a response; return whether that says all about its key."""
@@ -247,7 +246,7 @@ class Waiters:
         if not isinstance(found, Followed):
             return False
         if found.state is not State.IN_FLIGHT:
-            self._wake(key, Woken.RECORD_CHANGED)
+            self.wake(key, Woken.RECORD_CHANGED)
         elif found.head or found.dropped:
             self.wake_joining(key)
         elif found.count:  # Its owner is of an older version, and gives no head.

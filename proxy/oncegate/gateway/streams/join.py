@@ -7,7 +7,7 @@ this client, is a wait for the end.
 from typing import NamedTuple
 
 from oncegate.adaptation.content_codings import coding_to_decode, may_be_coded
-from oncegate.decision import Meanwhile, meanwhile
+from oncegate.decision import Meanwhile, State, effective_state, meanwhile
 from oncegate.downstream.request import Request
 from oncegate.gateway.answers import Refuse, no_body_to_join, store_silent
 from oncegate.gateway.keyed_request import KeyedRequest
@@ -26,9 +26,11 @@ class Changed(NamedTuple):
     """The record says something else by now: ask for the key once more."""
 
 
-def may_join(keyed: KeyedRequest, running: Record) -> bool:
-    """Return whether a duplicate joins the original whose record it found running, but for one that it tried before."""
-    return keyed.join_fields is not None and running.token != keyed.not_joined
+def may_join(keyed: KeyedRequest, found: Record) -> bool:
+    """Return whether a duplicate joins the original whose record it found: while that runs, and no second time."""
+    if keyed.join_fields is None or found.token == keyed.not_joined:
+        return False
+    return effective_state(found.state, found.lease_left_ms) is State.IN_FLIGHT
 
 
 async def join(request: Request, keyed: KeyedRequest, record: Record) -> RequestReport | Refuse | Changed | Meanwhile:

@@ -1,0 +1,342 @@
+"""Unknown keys settle themselves: an API executes, cuts the connection, and is asked later what became of it."""
+
+import asyncio
+import signal
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from oncegate.messages.response_head import response_digest
+from oncegate.reconcile.answers import given_response
+from oncegate.store.open_keys.listing import open_keys
+from oncegate.store.record import pack
+from oncegate.store.record_view import Deciding, claim_of
+from oncegate.store.results import ResolveStatus
+from tests.ledger import HEAD, VARIANTS, Ledger, rules
+from tests.parts import Answer, Proxy, RawUpstream, Received, ask, request, until
+from tests.stores import connected
+
+SCALE = 20
+# What takes long runs in PostgreSQL, too, under `make faults`.
+in_redis_first = pytest.mark.parametrize(
+    "store", ["redis", pytest.param("postgres", marks=pytest.mark.full)], indirect=True
+)
+
+
+@pytest.fixture
+async def indexed(store):
+    """The store of a run whose index of open keys is complete from the start, as after a while."""
+    async with connected(store.url) as opened:
+        for server in opened.records.servers:
+            await server.index.begin()
+            await server.index.note_complete()
+    return store
+
+
+class Api:
+    """The ledger behind an upstream for each variant, and a file with a rule for each."""
+
+    def __init__(self, folder: Path, scale: float) -> None:
+        self.ledger, self._file, self._scale = Ledger(scale), folder / "rules.toml", scale
+        self.upstreams = {variant.name: RawUpstream() for variant in VARIANTS}
+
+    async def start(self) -> None:
+        for upstream in self.upstreams.values():
+            upstream.script = self.ledger.script
+            await upstream.start()
+
+    def rules(self, *names: str, rate_per_s: float = 200, **changed: object) -> str:
+        """Write the rules of these variants, and return their file."""
+        urls = {name: self.upstreams[name].url for name in names}
+        self._file.write_text(rules(urls, self._scale, rate_per_s, **changed))
+        return str(self._file)
+
+    async def close(self) -> None:
+        for upstream in self.upstreams.values():
+            await upstream.close()
+
+
+@pytest.fixture
+async def api(tmp_path: Path) -> AsyncIterator[Api]:
+    api = Api(tmp_path, SCALE)
+    await api.start()
+    yield api
+    await api.close()
+
+
+WAITS = "Prefer: wait=10"
+
+
+async def order(port: int, variant: str, number: int, *extra: str) -> Answer:
+    return await ask(port, request("POST", f"/{variant}/orders", f"{variant}-{number}", b'{"amount": 1}', *extra), 120)
+
+
+async def lose(port: int, variant: str, numbers: range, at_once: int = 20) -> None:
+    """Send orders whose answers are lost."""
+    places = asyncio.Semaphore(at_once)
+
+    async def one(number: int) -> None:
+        async with places:
+            answer = await order(port, variant, number)
+            assert answer.status == 502 or not answer.complete, answer
+
+    await asyncio.gather(*[one(number) for number in numbers])
+
+
+def settled(*proxies: Proxy) -> Counter[str]:
+    """Return how many keys were settled, by whom."""
+    found: Counter[str] = Counter()
+    for proxy in proxies:
+        for by in ("janitor", "duplicate"):
+            found[by] += int(proxy.metric(f'reconciled_total{{by="{by}"}}'))
+    return found
+
+
+def left(proxy: Proxy, rule: str) -> float:
+    """Return how many keys of a rule are left to a person."""
+    return proxy.metric(f'left_to_a_person_total{{reason="time_over",rule="{rule}"}}')
+
+
+async def until_settled(count: int, *proxies: Proxy, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while settled(*proxies).total() < count:
+        assert time.monotonic() < deadline, (settled(*proxies), [proxy.log()[-3000:] for proxy in proxies])
+        await asyncio.sleep(0.1)
+
+
+async def judge(ledger: Ledger, port: int, variant: str, numbers: range, at_once: int = 20) -> Counter[str]:
+    """Retry each order, and return what became of them."""
+    places, found = asyncio.Semaphore(at_once), Counter[str]()
+
+    async def one(number: int) -> None:
+        reference = f"{variant}-{number}"
+        before = ledger.executed[reference]
+        async with places:
+            answer = await order(port, variant, number)
+        status = (answer.header("oncegate-status") or b"").decode()
+        if status == "reconciled":
+            found["reconciled" if before == 1 and is_true(answer, ledger, reference) else "wrong"] += 1
+        elif status == "executed":
+            found["freed" if before == 0 else "wrong"] += 1
+        else:
+            found[f"left: {status} {answer.status}"] += 1
+        found["second executions"] += ledger.executed[reference] > 1
+
+    await asyncio.gather(*[one(number) for number in numbers])
+    return found
+
+
+def is_true(answer: Answer, ledger: Ledger, reference: str) -> bool:
+    """Return whether an answer is what really became of an order."""
+    order = ledger.orders[reference]
+    return (answer.status, answer.body) == ({"paid": 200, "declined": 402}[order.state], order.document(reference))
+
+
+async def test_each_key_ends_by_what_really_happened(proxies, api, indexed):
+    """Whatever an index does for a while: what was executed is told, and what was not is executed once."""
+    names, numbers = [variant.name for variant in VARIANTS if variant.name != "forgets"], range(10)
+    proxy = proxies("http://127.0.0.1:1", indexed.url, RULES_FILE=api.rules(*names))
+    await asyncio.gather(*[lose(proxy.port, name, numbers) for name in names])
+    await until_settled(len(names) * len(numbers), proxy)
+    for name in names:
+        found = await judge(api.ledger, proxy.port, name, numbers)
+        assert found == {"reconciled": 8, "freed": 2, "second executions": 0}, name
+    reconciled = await order(proxy.port, "plain", 0)
+    assert reconciled.header("idempotent-replayed") == b"true"
+    assert proxy.metric('requests_total{outcome="reconciled"}') == len(names) * 8 + 1
+
+
+@in_redis_first
+async def test_what_an_api_has_forgotten_is_left_to_a_person(proxies, api, indexed):
+    """Not found is no evidence once the index may have forgotten: who asks too late frees nothing."""
+    file = api.rules("forgets", first_after_s=3.5, most_s=4, reconcile_for_s=4)
+    proxy = proxies("http://127.0.0.1:1", indexed.url, RULES_FILE=file)
+    await lose(proxy.port, "forgets", range(4))
+    assert api.ledger.executed.total() == 3
+    await until(lambda: left(proxy, "forgets") == 4, 30)
+    assert len(api.ledger.asked) == 4, "the API was asked, and said not found"
+    answer = await order(proxy.port, "forgets", 0, WAITS)
+    assert (answer.slug, answer.header("retry-after"), answer.problem["retryable"]) == ("outcome-unknown", None, False)
+    assert api.ledger.executed.total() == 3
+
+
+# Those who wait ...
+
+
+async def test_a_duplicate_that_waits_gets_what_the_api_says(proxies, api, indexed):
+    """It takes the step itself as soon as that is due; one without a wait hears when to come back."""
+    file = api.rules("plain", first_after_s=0.4)
+    two = [proxies("http://127.0.0.1:1", indexed.url, RULES_FILE=file) for _ in range(2)]
+    await lose(two[0].port, "plain", range(4))
+    hurried = await order(two[0].port, "plain", 0)
+    assert (hurried.status, hurried.slug, hurried.header("oncegate-status")) == (409, "outcome-unknown", b"unknown")
+    assert (hurried.header("retry-after"), hurried.problem["retryable"]) == (b"1", True)
+    waiting = [order(two[number % 2].port, "plain", number // 4, WAITS) for number in range(12)]
+    for answer in await asyncio.gather(*waiting):
+        assert (answer.status, answer.header("oncegate-status")) == (200, b"reconciled")
+    asked = Counter(reference for _, reference in api.ledger.asked if reference != "plain-3")
+    assert set(asked.values()) == {1}, "each key is asked about once, whoever waits where"
+    freed = await asyncio.gather(*[order(proxy.port, "plain", 3, WAITS) for proxy in two for _ in range(3)])
+    found = Counter(answer.header("oncegate-status") for answer in freed)
+    assert (found[b"executed"], found[b"replayed"]) == (1, 5), "one of them executes what never was"
+    assert max(api.ledger.executed.values()) == 1
+
+
+# Several at one key ...
+
+
+async def decide_all(store_url: str) -> int:
+    """Resolve the open keys of a store as an operator does, each second one; return how many that were."""
+    done = 0
+    async with connected(store_url) as store:
+        page = await open_keys(store.records, 500)
+        for record in page.records[::2]:
+            response, body = given_response(299, (), b"by hand")
+            digest = response_digest(299, response.reason, response.block)
+            digest.update(body)
+            claim = replace(claim_of(record, 3_600_000), token=store.token())
+            meta = pack(claim, replace(response, digest=digest.digest()))
+            status = await store.resolve_by_operator(claim, Deciding(record.token), meta, body)
+            done += status is ResolveStatus.RESOLVED
+    return done
+
+
+async def test_two_replicas_and_an_operator_at_the_same_keys(proxies, api, indexed):
+    """Each key has one truth: the operator's where that was faster, else the API's. Nobody asks twice for a step."""
+    file = api.rules("plain", rate_per_s=40)
+    two = [proxies("http://127.0.0.1:1", indexed.url, RULES_FILE=file) for _ in range(2)]
+    numbers = range(30)
+    await asyncio.gather(*[lose(two[half].port, "plain", numbers[half::2]) for half in (0, 1)])
+    by_operator = await decide_all(indexed.url)
+    await until_settled(len(numbers) - by_operator, *two)
+    answers = await asyncio.gather(*[order(two[0].port, "plain", number) for number in numbers])
+    told = [answer for answer in answers if answer.header("oncegate-status") == b"replayed"]
+    assert len(told) == by_operator > 0
+    assert {(answer.status, answer.body) for answer in told} == {(299, b"by hand")}
+    for number, answer in enumerate(answers):
+        if answer.header("oncegate-status") == b"reconciled":
+            assert is_true(answer, api.ledger, f"plain-{number}")
+    assert max(api.ledger.executed.values()) == 1
+    assert settled(*two).total() == len(numbers) - by_operator
+
+
+# Whoever asks or owns may be gone, or come back ...
+
+URL = "http://127.0.0.1:1"
+
+
+def hold_questions(api: Api, until_set: asyncio.Event) -> asyncio.Event:
+    """Let the API answer no question before an event; return one that says that a question came."""
+    came, script = asyncio.Event(), api.upstreams["plain"].script
+
+    async def held(upstream: RawUpstream, reader: object, writer: asyncio.StreamWriter, request: Received) -> None:
+        if request.line.startswith(b"GET "):
+            came.set()
+            await until_set.wait()
+        await script(upstream, reader, writer, request)
+
+    api.upstreams["plain"].script = held
+    return came
+
+
+def hold_orders(api: Api, until_set: asyncio.Event) -> None:
+    """Let the API execute an order at once, and answer it after an event."""
+    script = api.ledger.script
+
+    async def held(upstream: RawUpstream, reader: object, writer: asyncio.StreamWriter, request: Received) -> None:
+        if request.line.startswith(b"GET "):
+            return await script(upstream, reader, writer, request)
+        body = api.ledger.execute("plain-0")
+        await until_set.wait()
+        writer.write(HEAD % (201, len(body)) + body)
+        await writer.drain()
+        return None
+
+    api.upstreams["plain"].script = held
+
+
+@in_redis_first
+@pytest.mark.parametrize("ends", ["drain", "kill"])
+async def test_a_question_under_way_when_its_worker_ends_is_asked_again(proxies, api, indexed, ends):
+    """A drain gives it up, and kill -9 does not even do that: its lease lapses, and another replica settles the key."""
+    file = api.rules("plain", timeout_s=1)
+    first = proxies(URL, indexed.url, RULES_FILE=file, DRAIN_S=1)
+    answers = asyncio.Event()
+    came = hold_questions(api, answers)
+    await lose(first.port, "plain", range(1))
+    await came.wait()
+    second = proxies(URL, indexed.url, RULES_FILE=file)
+    if ends == "drain":
+        first.signal(signal.SIGTERM)
+        await until(lambda: first.process.poll() is not None, 20)
+        assert first.process.poll() == 0
+    else:
+        first.kill()
+    answers.set()
+    await until_settled(1, second)
+    answer = await order(second.port, "plain", 0)
+    assert answer.header("oncegate-status") == b"reconciled"
+    assert is_true(answer, api.ledger, "plain-0")
+    assert api.ledger.executed == {"plain-0": 1}
+
+
+@in_redis_first
+async def test_an_owner_that_wakes_up_before_the_verdict_wins(proxies, api, indexed):
+    """Suspended for two leases, its key counts as lapsed and is asked about; then its own response is the truth."""
+    file, answers, executes = api.rules("plain", timeout_s=5), asyncio.Event(), asyncio.Event()
+    owner = proxies(URL, indexed.url, RULES_FILE=file, LEASE_MS=500)
+    other = proxies(URL, indexed.url, RULES_FILE=file, LEASE_MS=500)
+    hold_orders(api, executes)
+    asking = asyncio.ensure_future(order(owner.port, "plain", 0))
+    await until(lambda: api.ledger.executed)
+    owner.signal(signal.SIGSTOP)
+    came = hold_questions(api, answers)
+    await asyncio.wait_for(came.wait(), 20)
+    owner.signal(signal.SIGCONT)
+    executes.set()
+    told = await asking
+    answers.set()
+    assert (told.status, told.header("oncegate-status")) == (201, b"executed")
+    again = await order(other.port, "plain", 0, WAITS)
+    assert (again.status, again.body, again.header("oncegate-status")) == (201, told.body, b"replayed")
+    assert api.ledger.executed == {"plain-0": 1}
+
+
+async def test_an_owner_that_wakes_up_behind_the_verdict_is_fenced(proxies, api, indexed):
+    """Its own response reaches nobody: the one that the API gave when it was asked is the truth by then."""
+    file, executes = api.rules("plain"), asyncio.Event()
+    owner = proxies(URL, indexed.url, RULES_FILE=file, LEASE_MS=500)
+    other = proxies(URL, indexed.url, RULES_FILE=file, LEASE_MS=500)
+    hold_orders(api, executes)
+    asking = asyncio.ensure_future(order(owner.port, "plain", 0))
+    await until(lambda: api.ledger.executed)
+    owner.signal(signal.SIGSTOP)
+    await until_settled(1, other)
+    owner.signal(signal.SIGCONT)
+    executes.set()
+    told = await asking
+    again = await order(other.port, "plain", 0)
+    for answer in (told, again):
+        assert (answer.status, answer.header("oncegate-status")) == (200, b"reconciled")
+        assert is_true(answer, api.ledger, "plain-0")
+    assert api.ledger.executed == {"plain-0": 1}
+
+
+@in_redis_first
+async def test_a_roll_gives_up_no_key(proxies, api, indexed):
+    """Workers are replaced one after the other while keys are asked about; each key ends, and nobody asks too often."""
+    file = api.rules("plain", rate_per_s=20)
+    proxy, numbers = proxies(URL, indexed.url, RULES_FILE=file, WORKERS=2), range(30)
+    await lose(proxy.port, "plain", numbers)
+    await until(lambda: api.ledger.asked, 20)
+    proxy.signal(signal.SIGUSR2)
+    await until(lambda: proxy.events("workers replaced"), 60)
+    async with connected(indexed.url) as store:
+        while (await open_keys(store.records, 1)).records:
+            await asyncio.sleep(0.1)
+    found = await judge(api.ledger, proxy.port, "plain", numbers)
+    assert found == {"reconciled": 24, "freed": 6, "second executions": 0}
