@@ -1,6 +1,7 @@
 """A note to its owner cancels a claim from any process, and a mark in the store says who waits for a response."""
 
 import asyncio
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from types import SimpleNamespace
 
@@ -17,8 +18,9 @@ from oncegate.store.leases import LeasedClaim, Leases, suspended_clock_s
 from oncegate.store.readers import Readers, mark_name
 from oncegate.store.record import Claim, ClaimRequest, cancelled_claim
 from oncegate.store.results import SettleStatus
-from oncegate.store.store import Store
+from oncegate.store.store import MOST_NOTES, NoWakes, Store
 from oncegate.streams.cancels import CANCEL, FETCHED, READ, CancelResult, Note, pack_note, tell_owner, unpack_note
+from tests.parts import until
 from tests.stores import store_at, store_small
 
 KEY, SCOPE, FINGERPRINT = b"k" * 24, Scope(b"default", b"n" * 16), b"f" * 16
@@ -156,41 +158,103 @@ async def test_a_store_that_is_down_confirms_no_cancel(stores):
 # When the mailbox is read ...
 
 
-async def test_the_mailbox_is_read_while_somebody_may_cancel(monkeypatch):
+class Mailbox:
+    """A store as far as a worker reads its mailbox. `tells_of_mail`: it says when there is a note."""
+
+    token_prefix, marks = b"me", None
+
+    def __init__(self, *, tells_of_mail: bool) -> None:
+        self.tells_of_mail, self.wakes = tells_of_mail, self
+        self.reads, self.notes = 0, list[bytes]()
+
+    def watch_mail(self, wake: Callable[[], None]) -> None:
+        self.tell = wake
+
+    async def collect(self, prefix: bytes) -> list[bytes]:
+        assert prefix == self.token_prefix
+        self.reads += 1
+        taken, self.notes = self.notes[:MOST_NOTES], self.notes[MOST_NOTES:]
+        return taken
+
+    async def read_in(self, seconds: float) -> int:
+        """Return how often it is read in the next seconds."""
+        before = self.reads
+        await asyncio.sleep(seconds)
+        return self.reads - before
+
+
+@asynccontextmanager
+async def delivering(mailbox: Mailbox, leases: object) -> AsyncIterator[Cancellations]:
+    cancellations = Cancellations(mailbox, leases, {})  # type: ignore[arg-type]
+    task = asyncio.ensure_future(cancellations.deliver())
+    await asyncio.sleep(0)
+    yield cancellations
+    task.cancel()
+
+
+class Running:
+    """An exchange that its client may cancel."""
+
+    def __init__(self, cancellations: Cancellations) -> None:
+        self.ended = asyncio.Event()
+        held = SimpleNamespace(claim=SimpleNamespace(key=KEY, token=b"t" * 16))
+        self.task = asyncio.ensure_future(cancellations.run(self, held, None, None, b""))  # type: ignore[arg-type]
+
+    async def run(self) -> Outcome:
+        await self.ended.wait()
+        return Outcome.EXECUTED
+
+    async def end(self) -> None:
+        self.ended.set()
+        assert await self.task is Outcome.EXECUTED
+
+
+async def test_a_mailbox_of_which_nobody_tells_is_read_while_somebody_may_cancel(monkeypatch):
     """While an exchange runs that its client may cancel, or one that is old enough for an operator to know of it."""
-    for name in ("PERIOD_S", "IDLE_S"):
-        monkeypatch.setattr(cancelling, name, 0.001)
-    read, ended = [], asyncio.Event()
-    leases = SimpleNamespace(oldest_s=0.0)
+    monkeypatch.setattr(cancelling, "PERIOD_S", 0.001)
+    mailbox, leases = Mailbox(tells_of_mail=False), SimpleNamespace(oldest_s=0.0)
+    async with delivering(mailbox, leases) as cancellations:
+        assert not await mailbox.read_in(0.05)
+        running = Running(cancellations)
+        assert await mailbox.read_in(0.05)
+        await running.end()
+        await asyncio.sleep(0.01)
+        assert not await mailbox.read_in(0.05)
+        leases.oldest_s = cancelling.SEEN_S + 0.1
+        assert await mailbox.read_in(0.05)
 
-    async def collect(prefix: bytes) -> list[bytes]:
-        read.append(prefix)
-        return []
 
-    store = SimpleNamespace(collect=collect, token_prefix=b"me", marks=None)
-    cancellations = Cancellations(store, leases, {})
-    delivering = asyncio.ensure_future(cancellations.deliver())
+async def test_a_mailbox_of_which_the_store_tells_is_read_when_there_is_a_note(monkeypatch):
+    """At once, whatever runs, and until it is empty; else rarely, while an exchange runs that is older than that."""
+    monkeypatch.setattr(cancelling, "PERIOD_S", 0.001)
+    mailbox, leases = Mailbox(tells_of_mail=True), SimpleNamespace(oldest_s=cancelling.SEEN_S + 0.1)
+    async with delivering(mailbox, leases) as cancellations:
+        running = Running(cancellations)
+        assert not await mailbox.read_in(0.05)
+        await running.end()
+        mailbox.tell()
+        assert await mailbox.read_in(0.01) == 1
+        mailbox.notes = [b""] * (2 * MOST_NOTES + 1)
+        mailbox.tell()
+        assert await mailbox.read_in(0.01) == 3
+        assert mailbox.notes == []
+    monkeypatch.setattr(cancelling, "RARELY_S", 0.02)
+    leases.oldest_s = 0.01
+    async with delivering(mailbox, leases):
+        assert not await mailbox.read_in(0.05)
+        leases.oldest_s = 1.0
+        assert await mailbox.read_in(0.05)
 
-    async def reads() -> bool:
-        del read[:]
-        await asyncio.sleep(0.05)
-        return bool(read)
 
-    class Running:
-        async def run(self) -> Outcome:
-            await ended.wait()
-            return Outcome.EXECUTED
-
-    assert not await reads()
-    held = SimpleNamespace(claim=SimpleNamespace(key=KEY, token=b"t" * 16))
-    running = asyncio.ensure_future(cancellations.run(Running(), held, None, None, b""))
-    assert await reads()
-    ended.set()
-    assert await running is Outcome.EXECUTED
-    await asyncio.sleep(0.01)
-    assert not await reads()
-    leases.oldest_s = cancelling.SEEN_S + 0.1
-    assert await reads()
+async def test_a_cancel_wakes_its_owner(stores):
+    """Where the store can tell, it comes at once, however young the request is."""
+    owner, other = map(Worker, stores)
+    held, reasons = owner.hold(await claimed(stores[0]))
+    delivering = asyncio.ensure_future(owner.cancellations.deliver())
+    if not isinstance(stores[0].wakes, NoWakes):
+        await until(lambda: stores[0].wakes.tells_of_mail)
+        await other.cancel_claim(KEY, held.claim.token, STOPPED)
+        await until(lambda: reasons == [STOPPED], 1)
     delivering.cancel()
 
 

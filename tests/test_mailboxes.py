@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from oncegate.store.record import PREFIX_BYTES
-from oncegate.store.redis.signals.mailboxes import LASTS_MS, MOST_NOTES, mailbox_of
-from oncegate.store.store import Store
+from oncegate.store.redis.signals.mailboxes import LASTS_MS, mailbox_of
+from oncegate.store.store import MOST_NOTES, Store
 from tests.conftest import REDIS_KINDS
 from tests.probes import Probe, RedisProbe
 from tests.stores import KEY, Behind, connected

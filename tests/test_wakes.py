@@ -10,7 +10,8 @@ from redis.crc import key_slot
 from oncegate.store.record import Claim
 from oncegate.store.record_name import store_key
 from oncegate.store.redis.signals import wakes
-from oncegate.store.redis.signals.wakes import channel_of
+from oncegate.store.redis.signals.mailboxes import mailbox_of
+from oncegate.store.redis.signals.wakes import channel_of, mail_channel_of
 from oncegate.store.results import AppendStatus, SettleResult, SettleStatus
 from oncegate.store.store import Store
 from tests.conftest import Valkey
@@ -234,5 +235,76 @@ async def test_half_of_the_messages_lost(owners, readers):
 
 def test_a_channel_has_the_slot_of_its_record():
     """As sharded messages need it, and a user's rights can name all channels."""
+    token = b"prefix" * 3
     assert key_slot(channel_of(KEY)) == key_slot(store_key(KEY))
+    assert key_slot(mail_channel_of(token)) == key_slot(mailbox_of(token))
     assert channel_of(KEY).startswith(b"once:wake:")
+    assert mail_channel_of(token).startswith(b"once:wake:")
+
+
+# Mail ...
+
+
+async def told_of_mail(store: Store) -> asyncio.Event:
+    """Return what is set when a store tells of a note, once it has heard from itself."""
+    told = asyncio.Event()
+    store.wakes.watch_mail(told.set)
+    await until(lambda: store.wakes.tells_of_mail)
+    told.clear()
+    return told
+
+
+async def test_a_note_wakes_the_process_that_it_is_for(owners, readers):
+    """And no other."""
+    told, elsewhere = await told_of_mail(owners), await told_of_mail(readers)
+    assert await readers.post(owners.token(), b"note")
+    await asyncio.wait_for(told.wait(), 5)
+    assert await owners.collect(owners.token_prefix) == [b"note"]
+    await asyncio.sleep(0)
+    assert not elsewhere.is_set()
+
+
+async def test_a_process_without_mail_says_nothing(owners, empty_server):
+    """Its connection is idle, once it has heard from itself; one that reads a response is asked whether it lives."""
+    await told_of_mail(owners)
+    with empty_server.client() as client:
+        client.config_resetstat()
+        await asyncio.sleep(5 * wakes.CHECK_S)
+        spent = client.info("commandstats")
+        assert not {"cmdstat_ping", "cmdstat_publish", "cmdstat_hgetall"} & spent.keys()
+        Reader(owners)
+        await until(lambda: "cmdstat_ping" in client.info("commandstats"))
+
+
+async def test_a_process_that_hears_nothing_any_more(owners, monkeypatch):
+    """It finds out within a minute, and looks by itself until it hears again. The connection was never closed."""
+    monkeypatch.setattr(wakes, "REFUSED_S", 0.1)
+    await told_of_mail(owners)
+    owners.wakes._tell = lambda channel: None
+    await until(lambda: not owners.wakes.tells_of_mail)
+    del owners.wakes._tell
+    await until(lambda: owners.wakes.tells_of_mail)
+
+
+async def test_a_mail_connection_that_ends(owners, empty_server):
+    """It is made anew, and its process looks at once: a note may have come meanwhile."""
+    told = await told_of_mail(owners)
+    with empty_server.client() as client:
+        client.client_kill_filter(_type="pubsub")
+        await until(lambda: not owners.wakes.tells_of_mail)
+        await asyncio.wait_for(told.wait(), 5)
+        await until(lambda: owners.wakes.tells_of_mail)
+
+
+@pytest.mark.parametrize("rights", [(), MAY_LISTEN, MAY_PUBLISH], ids=["neither", "may listen", "may publish"])
+async def test_a_user_who_may_not_hear_of_mail(empty_server, rights, monkeypatch):
+    """Who may only listen hears nothing of what others must not say: its process looks by itself, until it may both."""
+    monkeypatch.setattr(wakes, "REFUSED_S", 0.2)
+    async with limited(empty_server, *rights) as store:
+        told = asyncio.Event()
+        store.wakes.watch_mail(told.set)
+        await until(lambda: refusals(empty_server) >= 1)
+        assert not store.wakes.tells_of_mail
+        assert await store.post(store.token(), b"note")
+        permit(empty_server, *MAY_LISTEN, *MAY_PUBLISH)
+        await until(lambda: store.wakes.tells_of_mail)

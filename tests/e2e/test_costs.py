@@ -34,6 +34,8 @@ from tests.zygote import Zygote, standing_proxy
 
 REQUESTS = 40
 TRIES = 3
+# Longer than it takes until an operator may know of a request.
+LONG_S = 1.5
 SEGMENTS_IN = 152  # offset of tcpi_data_segs_in in struct tcp_info, linux/tcp.h (since 4.6)
 DECLINED = OK.replace(b"200 OK", b"429 Too Many Requests")
 AMBIGUOUS = OK.replace(b"200 OK", b"502 Bad Gateway")
@@ -141,6 +143,40 @@ async def send(client: RawClient, n: object, options: dict[str, Any]) -> Answer:
     assert answer is not None
     assert answer.complete
     return answer
+
+
+async def test_what_takes_long_asks_the_store_no_more(standing, behind, valkey):
+    """A request that an operator may stop, and a stream that nobody joins: claim, chunks, settlement. The mailbox is
+    not looked at, as the store tells of notes."""
+    with valkey.client() as asking:
+        await until(lambda: asking.pubsub_channels("once:wake:{*"))
+        (mail,) = asking.pubsub_channels("once:wake:{*")
+        before = calls_of(asking)
+        assert asking.publish(mail, b"") == 1
+        await until(lambda: calls_of(asking) != before)
+        before, silent, stream, running = calls_of(asking), Tap(), Tap(), []
+        for tap in (silent, stream):
+            behind.script, received = tap.script, len(behind.received)
+            running.append(asyncio.ensure_future(ask(standing.port, request(key=f"long-{len(running)}"))))
+            await until(lambda received=received: len(behind.received) > received)
+        stream.send(CHUNKED)
+        for _ in range(10):
+            stream.send(chunk(b"data: x\n\n"))
+            await asyncio.sleep(LONG_S / 10)
+        stream.end(LAST_CHUNK)
+        silent.end(OK)
+        assert {answer.status for answer in await asyncio.gather(*running)} == {200}
+        spent = {verb: calls - before[verb] for verb, calls in calls_of(asking).items()}
+        # A claim and a settlement each, and a chunk for each second that has begun.
+        assert spent.pop("evalsha") <= 4 + 2
+        assert set(spent.values()) == {0}, spent
+
+
+def calls_of(client: Any) -> dict[str, int]:
+    """Return how often requests and mailboxes have asked a store for something, by the command."""
+    stats = client.info("commandstats")
+    verbs = ("evalsha", "hgetall", "hdel", "ping", "publish", "subscribe")
+    return {verb: stats.get(f"cmdstat_{verb}", {"calls": 0})["calls"] for verb in verbs}
 
 
 @pytest.mark.parametrize("rest_s", [0, 0.02])

@@ -15,7 +15,7 @@ from oncegate.observe.outcome import Outcome
 from oncegate.store.leases import LeasedClaim, Leases
 from oncegate.store.readers import Calls, Readers
 from oncegate.store.record import TOKEN_BYTES
-from oncegate.store.store import Store
+from oncegate.store.store import MOST_NOTES, Store
 from oncegate.streams.cancels import CANCEL, FETCHED, READ, CancelResult, Note, pack_note, tell_owner, unpack_note
 
 NO_READER = "its last reader left"
@@ -29,9 +29,11 @@ OPERATOR = "operator"
 END_S = 1.0
 # Until the store is asked again whether somebody waits.
 AGAIN_S = 1.0
-# How often the mailbox is read while an exchange runs that somebody may cancel: one under a rule that cancels, or one
-# that has run for so long that an operator may have seen it. Otherwise this is looked at again after IDLE_S.
-PERIOD_S, SEEN_S, IDLE_S = 0.1, 1.0, 0.5
+# How often the mailbox is read where the store does not tell of notes, while an exchange runs that somebody may cancel:
+# one under a rule that cancels, or one that has run for so long that an operator may have seen it.
+PERIOD_S, SEEN_S = 0.2, 1.0
+# How often where it does, as what it told may be lost, while an exchange runs that is older than this.
+RARELY_S = 5.0
 
 
 class Exchange(Protocol):
@@ -47,7 +49,7 @@ class Cancellations:
         self._store, self._leases, self._counts = store, leases, counts
         self.readers, self._calls = Readers(store.marks), Calls(store.marks)
         # How many exchanges run that their clients may cancel.
-        self._cancellable, self._begun = 0, asyncio.Event()
+        self._cancellable = 0
 
     async def run(
         self, exchange: Exchange, held: LeasedClaim, response: ResponseWriter, grace_s: float | None, call: bytes
@@ -70,7 +72,6 @@ class Cancellations:
     @contextmanager
     def _counted(self) -> Iterator[None]:
         self._cancellable += 1
-        self._begun.set()
         try:
             yield
         finally:
@@ -115,20 +116,29 @@ class Cancellations:
     # The mailbox ...
 
     async def deliver(self) -> None:
-        """Read the mailbox while an exchange runs that somebody may cancel, until cancelled."""
+        """Read the mailbox when the store tells of a note, and else while somebody may leave one, until cancelled."""
+        told, wakes = asyncio.Event(), self._store.wakes
+        wakes.watch_mail(told.set)
         while True:
-            if self._cancellable or self._leases.oldest_s > SEEN_S:
-                await asyncio.sleep(PERIOD_S)
-                await self.collect()
-            else:
-                self._begun.clear()
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(IDLE_S):
-                        await self._begun.wait()
+            is_told_of = wakes.tells_of_mail
+            with suppress(TimeoutError):
+                async with asyncio.timeout(RARELY_S if is_told_of else PERIOD_S):
+                    await told.wait()
+            if told.is_set() or self._may_be_asked(is_told_of):
+                told.clear()
+                if await self.collect() >= MOST_NOTES:
+                    told.set()
 
-    async def collect(self) -> None:
-        """Do what the notes in the mailbox of this worker say."""
-        for packed in await self._store.collect(self._store.token_prefix):
+    def _may_be_asked(self, is_told_of: bool) -> bool:
+        """Return whether there may be a note of which nobody has told."""
+        if is_told_of:
+            return self._leases.oldest_s > RARELY_S
+        return self._cancellable > 0 or self._leases.oldest_s > SEEN_S
+
+    async def collect(self) -> int:
+        """Do what the notes in the mailbox of this worker say, and return how many there were."""
+        notes = await self._store.collect(self._store.token_prefix)
+        for packed in notes:
             note = unpack_note(packed)
             held = self._leases.held(note.key, note.token) if note is not None else None
             if note is None or held is None:
@@ -140,3 +150,4 @@ class Cancellations:
                 held.on_read()
             else:
                 held.fetched = True
+        return len(notes)

@@ -28,6 +28,9 @@ from oncegate.store.results import (
 )
 from oncegate.store.stages import CLAIMED, Stage
 
+# That are taken from a mailbox at once.
+MOST_NOTES = 100
+
 Settling = Coroutine[Any, Any, SettleResult]
 Claiming = Coroutine[Any, Any, ClaimResult]
 Background = Callable[[Coroutine[Any, Any, Any]], None]
@@ -146,6 +149,13 @@ class Wakes(Protocol):
     def is_live(self, key: bytes) -> bool:
         """Return whether the store tells of this key now: then polling may be slow."""
 
+    def watch_mail(self, wake: Callable[[], None]) -> None:
+        """Call `wake` whenever there is a note for this process (see `Store.post`), until the store is closed."""
+
+    @property
+    def tells_of_mail(self) -> bool:
+        """Whether that works now, as this process has heard from itself."""
+
 
 class NoWakes:
     """Of a store that tells nothing: its readers poll."""
@@ -154,6 +164,13 @@ class NoWakes:
         return lambda: None
 
     def is_live(self, _key: bytes) -> bool:
+        return False
+
+    def watch_mail(self, _wake: Callable[[], None]) -> None:
+        pass
+
+    @property
+    def tells_of_mail(self) -> bool:
         return False
 
 
@@ -299,7 +316,10 @@ class Store(Protocol):
         """Leave a note for the process that made a token; return whether the store confirms it. It lasts for 60 s."""
 
     async def collect(self, prefix: bytes) -> list[bytes]:
-        """Take the notes for the process with this `token_prefix`, at most 100. A note may come twice, or be lost."""
+        """Take the notes for the process with this `token_prefix`, at most MOST_NOTES.
+
+        A note may come twice, or be lost.
+        """
 
     # For operators ...
 

@@ -11,8 +11,9 @@ from oncegate.store.stream_head import StreamHead
 from oncegate.streams.feed import Feed, FeedEnd
 from oncegate.streams.pulling import Pull
 
-# The pause between two reads of one response, and the reads of all responses together; of one replica.
-PAUSE_S, READS_PER_S = 0.05, 500
+# The pause between two reads of one response, and the reads of all responses together that the workers of one replica
+# make: where the store tells that a response has gone on, so that each read finds something, and where it does not.
+PAUSE_S, READS_PER_S, POLLS_PER_S = 0.05, 2000, 1000
 
 
 # Returns the head of a response.
@@ -97,8 +98,14 @@ class Feeds:
             shared.pull = asyncio.get_running_loop().create_task(pull.run(self._pause_s))
         return shared
 
-    def _pause_s(self) -> float:
-        return self._workers * max(PAUSE_S, len(self._shared) / READS_PER_S)
+    def _pause_s(self, is_told: bool) -> float:
+        """Return the pause between two reads of one response. `is_told`: the store tells when it has gone on.
+
+        What is polled is read once a pause by all workers together, though each may have readers of it.
+        """
+        if is_told:
+            return max(PAUSE_S, self._workers * len(self._shared) / READS_PER_S)
+        return self._workers * max(PAUSE_S, len(self._shared) / POLLS_PER_S)
 
     # What exchanges say ...
 

@@ -36,10 +36,10 @@ class Pull:
         # When the first read began that the store has not answered, None while it answers.
         self._silent_since_s: float | None = None
 
-    async def run(self, pause_s: Callable[[], float]) -> None:
+    async def run(self, pause_s: Callable[[bool], float]) -> None:
         """Read until the response has ended, and only while a reader waits for more.
 
-        `pause_s()`: between two reads at least, unless there is more already.
+        `pause_s(is_told)`: between two reads at least, unless there is more already; `is_told`: the store tells of more.
         """
         feed, news = self._feed, asyncio.Event()
         stop: Callable[[], None] | None = None
@@ -55,7 +55,7 @@ class Pull:
                     stop = self._store.wakes.watch(feed.key, news.set)
                     # The record says so, too, but the owner reads it with its next chunk alone.
                     await self._store.post(feed.token, pack_note(Note(READ, feed.key, feed.token)))
-                await self._rest(began_s, pause_s(), news)
+                await self._rest(began_s, pause_s, news)
         except Exception:
             # Readers must not wait for ever.
             feed.end(FeedEnd.BROKEN)
@@ -64,16 +64,17 @@ class Pull:
             if stop is not None:
                 stop()
 
-    async def _rest(self, began_s: float, pause_s: float, news: asyncio.Event) -> None:
-        """Wait after a read that began at `began_s` (the loop's time): for `pause_s`, and for news where they come.
+    async def _rest(self, began_s: float, pause_s: Callable[[bool], float], news: asyncio.Event) -> None:
+        """Wait after a read that began at `began_s` (the loop's time): for a pause, and for news where they come.
 
         Before the head nobody says anything: the owner hears of readers with its first append.
         """
-        if self._feed.head is not None and self._store.wakes.is_live(self._feed.key):
+        is_told = self._feed.head is not None and self._store.wakes.is_live(self._feed.key)
+        if is_told:
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(began_s + UNTOLD_S):
                     await news.wait()
-        await asyncio.sleep(max(0.0, began_s + pause_s - self._loop.time()))
+        await asyncio.sleep(max(0.0, began_s + pause_s(is_told) - self._loop.time()))
 
     async def _read(self, began_s: float) -> Followed | ReadFailure:
         """Read the record once, for as long as the store may be silent at most."""

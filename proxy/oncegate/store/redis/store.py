@@ -81,7 +81,7 @@ class RedisStore:
         # The time of the server that has a key.
         self.now_ms: Callable[[bytes], int] = self._servers.now_ms
         self._mailbox = Mailbox(self._servers, self._scripts["post"], self._repeat, config.background, self._timeout_s)
-        self.wakes = RedisWakes(self._servers, self._timeout_s, is_sharded=is_cluster(config.url))
+        self.wakes = RedisWakes(self._servers, self._timeout_s, self._prefix, is_sharded=is_cluster(config.url))
         self._claims = Claims(
             self._servers,
             self._scripts["claim"],
@@ -268,7 +268,10 @@ class RedisStore:
     # From process to process ...
 
     async def post(self, token: bytes, note: bytes) -> bool:
-        return await self._mailbox.post(token, note)
+        is_posted = await self._mailbox.post(token, note)
+        if is_posted:
+            self.wakes.posted(token)
+        return is_posted
 
     async def collect(self, prefix: bytes) -> list[bytes]:
         return await self._mailbox.collect(prefix)

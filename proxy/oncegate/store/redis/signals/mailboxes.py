@@ -12,14 +12,12 @@ from oncegate.store.record import PREFIX_BYTES
 from oncegate.store.redis import arguments
 from oncegate.store.redis.topologies.topology import StoreServers
 from oncegate.store.redis.wire import Script, ScriptCall, resp
-from oncegate.store.store import Background
+from oncegate.store.store import MOST_NOTES, Background
 
 # Repeats a call with its arguments until a time of the loop.
 Repeat = Callable[[ScriptCall, bytes, float], Coroutine[Any, Any, tuple[Any, bool]]]
 
 LASTS_MS = 60_000
-# The most notes that are taken at once.
-MOST_NOTES = 100
 
 
 def mailbox_of(token: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""The connection over which one server tells that something happened to a response. It carries nothing else."""
+"""The connection over which one server tells that a response has gone on, or a note is there. It carries no more."""
 
 from collections.abc import Callable
 from functools import partial
@@ -19,8 +19,8 @@ _ENDED = b"sunsubscribe"
 class Subscriber(Link):
     """Hears of the channels of one server. `heard(channel)`: something was published there, or may have been.
 
-    `is_sharded`: the server is one of a cluster. `live`: the channels that the server has confirmed. `is_forbidden`:
-    its user may not subscribe.
+    `is_sharded`: the server is one of a cluster. `live`: the channels that the server has confirmed; `proved`: those
+    of which something was heard over this connection. `is_forbidden`: its user may not subscribe.
     """
 
     def __init__(
@@ -32,6 +32,7 @@ class Subscriber(Link):
         self._heard = heard
         self._asked: set[bytes] = set()
         self.live: set[bytes] = set()
+        self.proved: set[bytes] = set()
         self.is_forbidden = False
 
     def listen(self, channel: bytes) -> None:
@@ -43,6 +44,7 @@ class Subscriber(Link):
     def leave(self, channel: bytes) -> None:
         self._asked.discard(channel)
         self.live.discard(channel)
+        self.proved.discard(channel)
         if self.up:
             # Its reply is told from a subscription that the server ends by itself.
             self._send(self._unsubscribe, channel, verb=str(channel))
@@ -83,13 +85,16 @@ class Subscriber(Link):
         if type(reply) is list and len(reply) > 1:
             kind, channel = reply[:2]
             if kind in _MESSAGES:
+                self.proved.add(channel)
                 self._heard(channel)
                 return True
             if kind == _ENDED and not (self._waiting and self._waiting[0][2] == str(channel)):
                 self.live.discard(channel)
+                self.proved.discard(channel)
                 return True
         return super()._resolve_oldest(reply)
 
     def _drop(self, reason: str) -> None:
         self.live.clear()
+        self.proved.clear()
         super()._drop(reason)

@@ -1,8 +1,9 @@
-"""Tells readers in other processes at once that a response has gone on, by a channel of its own for each record.
+"""Tells processes at once that a response which they read has gone on, or that a note is there for them.
 
-It only wakes them: what there is to read, they read in the record. A wake-up may be lost, and so may all of them; then
-readers poll. A message is a command of its own beside the scripts: a script that may not publish would fail behind its
-write. Where nobody reads elsewhere, nothing is published, and there is no connection for it.
+Each record has a channel of its own, and each process. A message only wakes: what there is to read is in the record, or
+in the mailbox. It may be lost, and so may all of them; then whoever waits polls. A message is a command of its own
+beside the scripts: a script that may not publish would fail behind its write. Where nobody reads elsewhere, nothing is
+published.
 """
 
 import asyncio
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from oncegate.store.record import Claim
+from oncegate.store.record import PREFIX_BYTES, Claim
 from oncegate.store.record_name import store_key
 from oncegate.store.redis.node import Node
 from oncegate.store.redis.server import is_refusal
@@ -20,7 +21,8 @@ from oncegate.store.redis.wire import ErrorReply
 
 # How often channels are compared with the servers that there are, and connections with nothing to listen for closed.
 CHECK_S = 1.0
-# So long after a server has refused to subscribe or to publish it is asked again.
+# So long after a server has refused to subscribe or to publish it is asked again; and so often a process finds out
+# whether it still hears of its mail.
 REFUSED_S = 60.0
 # Claims whose readers are told of the end. A process that has more is not waited for by so many readers.
 MOST_CLAIMS = 10_000
@@ -31,10 +33,19 @@ def channel_of(key: bytes) -> bytes:
     return b"once:wake:" + store_key(key).removeprefix(b"once:")
 
 
-class RedisWakes:
-    """The channels of a store, as `Wakes`. `is_sharded`: the store is a cluster. A reply may take `timeout_s`."""
+def mail_channel_of(token: bytes) -> bytes:
+    """Return the channel of the process that made a token. In a cluster it has the mailbox's slot."""
+    return b"once:wake:{%s}" % token[:PREFIX_BYTES].hex().encode()
 
-    def __init__(self, servers: StoreServers, timeout_s: float, *, is_sharded: bool) -> None:
+
+class RedisWakes:
+    """The channels of a store, as `Wakes`. `is_sharded`: the store is a cluster. A reply may take `timeout_s`.
+
+    `prefix`: of this process's tokens.
+    """
+
+    def __init__(self, servers: StoreServers, timeout_s: float, prefix: bytes, *, is_sharded: bool) -> None:
+        self._mail = mail_channel_of(prefix)
         self._servers, self._timeout_s, self._is_sharded = servers, timeout_s, is_sharded
         self._publish = b"SPUBLISH" if is_sharded else b"PUBLISH"
         self._loop = asyncio.get_running_loop()
@@ -49,7 +60,9 @@ class RedisWakes:
     # Who reads ...
 
     def watch(self, key: bytes, wake: Callable[[], None]) -> Callable[[], None]:
-        channel = channel_of(key)
+        return self._watch(channel_of(key), wake)
+
+    def _watch(self, channel: bytes, wake: Callable[[], None]) -> Callable[[], None]:
         watchers = self._watchers.setdefault(channel, [])
         watchers.append(wake)
         if len(watchers) == 1:
@@ -69,9 +82,21 @@ class RedisWakes:
 
     def is_live(self, key: bytes) -> bool:
         channel = channel_of(key)
-        node = self._servers.node_of(channel)
-        subscriber = self._subscribers.get(node) if node is not None else None
+        subscriber = self._subscriber_of(channel)
         return subscriber is not None and channel in subscriber.live
+
+    def watch_mail(self, wake: Callable[[], None]) -> None:
+        self._watch(self._mail, wake)
+
+    @property
+    def tells_of_mail(self) -> bool:
+        subscriber = self._subscriber_of(self._mail)
+        return subscriber is not None and self._mail in subscriber.proved
+
+    def _subscriber_of(self, channel: bytes) -> Subscriber | None:
+        """Return who hears of a channel from the server that has it now."""
+        node = self._servers.node_of(channel)
+        return self._subscribers.get(node) if node is not None else None
 
     def _heard(self, channel: bytes) -> None:
         for wake in tuple(self._watchers.get(channel, ())):
@@ -84,15 +109,18 @@ class RedisWakes:
         if len(self.read) >= MOST_CLAIMS:
             self.read.clear()
         self.read.add(claim.token)
-        self._tell(claim.key)
+        self._tell(channel_of(claim.key))
 
     def settled(self, claim: Claim) -> None:
         """Wake who reads the response of a claim for the last time."""
         self.read.discard(claim.token)
-        self._tell(claim.key)
+        self._tell(channel_of(claim.key))
 
-    def _tell(self, key: bytes) -> None:
-        channel = channel_of(key)
+    def posted(self, token: bytes) -> None:
+        """Wake the process that made a token: there is a note for it."""
+        self._tell(mail_channel_of(token))
+
+    def _tell(self, channel: bytes) -> None:
         node, now = self._servers.node_of(channel), self._loop.time()
         if node is not None and node.link.up and now >= self._muted_until:
             deadline = now + self._timeout_s
@@ -124,7 +152,10 @@ class RedisWakes:
         return subscriber
 
     async def _keep(self) -> None:
-        """Follow the servers while somebody watches: slots move, masters change, and connections die silently."""
+        """Follow the servers while somebody watches: slots move, masters change, and connections die silently.
+
+        An idle connection that hears of the mail alone is not asked all the time whether it lives.
+        """
         asked_anew = self._loop.time()
         while self._watchers or self._subscribers:
             await asyncio.sleep(CHECK_S)
@@ -132,16 +163,19 @@ class RedisWakes:
                 asked_anew = self._loop.time()
                 for subscriber in self._subscribers.values():
                     subscriber.is_forbidden = False
+                    subscriber.proved.discard(self._mail)
             for node, subscriber in list(self._subscribers.items()):
                 if not subscriber.channels or node not in self._servers.nodes:
                     # To its end, also if this ends meanwhile.
                     await asyncio.shield(self._subscribers.pop(node).close())
                 elif node.link.up and subscriber.up and subscriber.at != node.link.at:
                     subscriber.renew("the requests go to another server")
-                else:
+                elif subscriber.channels != {self._mail} or not self.tells_of_mail:
                     subscriber.check()
             for channel in tuple(self._watchers):
                 self._listen(channel)
+            if self._mail in self._watchers and not self.tells_of_mail:
+                self._tell(self._mail)
         self._keeper = None
 
     async def close(self) -> None:
