@@ -7,9 +7,10 @@ from collections.abc import Callable
 import pytest
 
 from oncegate.buffers.memory import MemoryBudget
-from oncegate.decision import State
+from oncegate.decision import CANCELLED, HOLD, State
 from oncegate.messages.response_head import response_digest
-from oncegate.store.record import StoredResponse
+from oncegate.store.record import StoredResponse, ViewState
+from oncegate.store.record_view import RecordView, StoreError
 from oncegate.store.results import Followed, ReadFailure
 from oncegate.store.store import NoWakes
 from oncegate.store.stream_head import StreamHead, pack_head
@@ -55,6 +56,8 @@ class Records:
         self.has_head = True
         self.wakes: NoWakes | Tells = NoWakes()
         self.posted: list[tuple[bytes, Note | None]] = []
+        # What operators see, of a response that is lost.
+        self.records, self.mode, self.lapsed_ms = self, HOLD, 0
 
     async def follow(self, _: bytes, token: bytes, first: int, reading_ms: int = 0) -> Followed | ReadFailure:
         self.reads.append(first)
@@ -76,6 +79,11 @@ class Records:
     async def post(self, token: bytes, note: bytes) -> bool:
         self.posted.append((token, unpack_note(note)))
         return True
+
+    async def read(self, key: bytes) -> RecordView | None:
+        if self.is_down:
+            raise StoreError
+        return RecordView(key, ViewState.UNKNOWN, self.token, 100, mode=self.mode, lapsed_ms=self.lapsed_ms)
 
     def tell(self) -> None:
         if isinstance(self.wakes, Tells):
@@ -312,6 +320,25 @@ def _broken(records: Records, feed: Feed) -> None:
     records.state = State.UNKNOWN
 
 
+def _stopped(records: Records, feed: Feed) -> None:
+    records.state, records.mode = State.UNKNOWN, CANCELLED
+
+
+def _abandoned(records: Records, feed: Feed) -> None:
+    records.state, records.lapsed_ms = State.UNKNOWN, 1
+
+
+def _untold(records: Records, feed: Feed) -> None:
+    """The store does not say why."""
+    records.state, records.records = State.UNKNOWN, Records()
+    records.records.is_down = True
+
+
+def _taken_over_since(records: Records, feed: Feed) -> None:
+    records.state, records.records = State.UNKNOWN, Records()
+    records.records.token = b"u" * 16
+
+
 def _taken_over(records: Records, feed: Feed) -> None:
     records.token, records.chunks = b"u" * 16, [b"another execution"]
 
@@ -339,11 +366,15 @@ def _altered(records: Records, feed: Feed) -> None:
     ("what", "how"),
     [
         (_broken, FeedEnd.BROKEN),
+        (_untold, FeedEnd.BROKEN),
+        (_stopped, FeedEnd.STOPPED),
+        (_abandoned, FeedEnd.ABANDONED),
+        (_taken_over_since, FeedEnd.GONE),
         (_taken_over, FeedEnd.GONE),
         (_dropped, FeedEnd.DROPPED),
         (_down, FeedEnd.UNREACHABLE),
         (_expired, FeedEnd.GONE),
-        (_altered, FeedEnd.BROKEN),
+        (_altered, FeedEnd.CORRUPT),
     ],
 )
 async def test_what_is_not_whole_has_no_clean_end(feeds, records, what: Callable[[Records, Feed], None], how: FeedEnd):
@@ -355,7 +386,7 @@ async def test_what_is_not_whole_has_no_clean_end(feeds, records, what: Callable
         feed.on_broken.add(lambda: cut_off.append(True))
         what(records, feed)
         async with asyncio.timeout(5):
-            await feed.beyond(feed.size if how is not FeedEnd.BROKEN else 6)
+            await feed.beyond(feed.size if how is not FeedEnd.CORRUPT else 6)
         assert feed.ended is how
         assert feed.is_lost
         assert cut_off == [True]
@@ -418,7 +449,40 @@ async def test_a_drain_breaks_readers_off(feeds, records):
         feeds.close()
         assert feed.ended is FeedEnd.DRAINING
     with feeds.reading(KEY, TOKEN) as feed:
+        await feed.beyond(-1)
         assert feed.ended is FeedEnd.DRAINING
+    feeds.begin(KEY, Running(TOKEN, lambda: HEAD, Source()))
+    with feeds.reading(KEY, TOKEN) as feed:
+        assert feed.ended is FeedEnd.DRAINING
+
+
+async def test_what_the_store_has_whole_is_read_through_a_drain(feeds, records):
+    """By who reads it already, and by who comes then."""
+    records.chunks += [bytes([number]) * 200_000 for number in range(4)]
+    records.complete()
+    with feeds.reading(KEY, TOKEN) as feed:
+        await feed.beyond(0)
+        feeds.close()
+        assert await read_all(feed) == b"".join(records.chunks)
+    with feeds.reading(KEY, TOKEN) as feed:
+        assert await read_all(feed) == b"".join(records.chunks)
+        assert feed.ended is FeedEnd.COMPLETE
+
+
+def test_how_often_a_response_is_read(feeds):
+    """Every 50 ms at most, and less often where a worker reads very many. What is polled is read so often by a whole
+    replica."""
+    for workers, streams, told_s, polled_s in (
+        (1, 1, 0.05, 0.05),
+        (1, 50, 0.05, 0.05),
+        (1, 200, 0.1, 0.2),
+        (4, 1, 0.05, 0.2),
+        (4, 25, 0.05, 0.2),
+        (4, 50, 0.1, 0.2),
+    ):
+        feeds._workers, feeds._shared = workers, dict.fromkeys(range(streams))
+        assert (feeds._pause_s(True), feeds._pause_s(False)) == pytest.approx((told_s, polled_s))
+    feeds._shared = {}
 
 
 async def test_a_response_that_begins_here_needs_no_store(feeds, records):

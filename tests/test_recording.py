@@ -251,5 +251,5 @@ async def test_a_reader_in_this_worker_gets_what_the_store_lacks(begin, store):
     one.tap(late)
     assert (late.whole(), late.at_hand(BATCH_BYTES), late.size) == (None, b"waitscomes", sum(map(len, pieces)))
     assert await late.read(10) == pieces[0][10:]
-    one.settled(b"", is_stored=True)
+    one.settled(FeedEnd.COMPLETE, b"")
     assert (late.ended, feed.ended) == (FeedEnd.COMPLETE, None)

@@ -773,6 +773,7 @@ CONTRADICTIONS = {
         "needs ask_keys and resumable",
     ),
     "an address in answers about nothing": ("resume_by_key = true\nask_keys = true", "needs ask_keys and resumable"),
+    "questions that nobody may ask": ("ask_keys = true\nscope = []", "needs a scope"),
     "a 202 for a call": ('preset = "mcp"\nrespond_async = true', "contradicts protocol"),
     "a 202 for what is not stored": ('guard = "off"\nrespond_async = true', "only a response with a key is stored"),
     "a header twice": ('headers = { "A" = "1", "a" = "2" }', "has the same header twice"),

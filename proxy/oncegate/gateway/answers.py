@@ -156,7 +156,7 @@ def duplicate_refusal(decision: Decision | Outcome, taken: Taken, policy: Policy
             detail = f"it was executed at {executed}; its response is no longer stored"
             return Refuse(problem("key-expired", detail, executed_at=executed, **_original(taken.status)))
         case Outcome.RECORD_CORRUPT:
-            return Refuse(problem("record-corrupt", "ask the operator to inspect this key"))
+            return record_corrupt()
         case Outcome.STORE_UNAVAILABLE:
             after = taken.retry_after_s if isinstance(taken, ClaimsSuspended) else None
             return store_silent(after)
@@ -174,6 +174,11 @@ def is_asked_about(answer: Refuse, after_s: int) -> Refuse:
     problem = answer.problem.for_mode(RETRY)
     detail = f"{MAYBE}; oncegate asks the API what became of it, and a retry with this key gets that"
     return replace(answer, problem=replace(problem, detail=detail, retry_after_s=after_s))
+
+
+def record_corrupt() -> Refuse:
+    """Return the answer to who needs a record that cannot be believed."""
+    return Refuse(problem("record-corrupt", "ask the operator to inspect this key"))
 
 
 def no_body_to_join(status: int) -> Refuse:

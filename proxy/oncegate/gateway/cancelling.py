@@ -29,6 +29,8 @@ OPERATOR = "operator"
 END_S = 1.0
 # Until the store is asked again whether somebody waits.
 AGAIN_S = 1.0
+# The pauses until the owner of a claim that is to end is told again. By then a lease is over.
+INSIST_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 # How often the mailbox is read where the store does not tell of notes, while an exchange runs that somebody may cancel:
 # one under a rule that cancels, or one that has run for so long that an operator may have seen it.
 PERIOD_S, SEEN_S = 0.2, 1.0
@@ -50,6 +52,8 @@ class Cancellations:
         self.readers, self._calls = Readers(store.marks), Calls(store.marks)
         # How many exchanges run that their clients may cancel.
         self._cancellable = 0
+        # By tokens of claims that others hold and that are to end.
+        self._insisting: dict[bytes, asyncio.Task[None]] = {}
 
     async def run(
         self, exchange: Exchange, held: LeasedClaim, response: ResponseWriter, grace_s: float | None, call: bytes
@@ -95,10 +99,22 @@ class Cancellations:
 
     async def cancel_claim(self, key: bytes, token: bytes, reason: str) -> CancelResult:
         """Cancel the exchange of one claim, in whichever process it runs. `reason` is for operators."""
-        if (held := self._leases.held(key, token)) is None:
-            return await tell_owner(self._store, key, token, reason)
-        self._cancel(held, reason)
-        return CancelResult.ACCEPTED
+        if (held := self._leases.held(key, token)) is not None:
+            self._cancel(held, reason)
+            return CancelResult.ACCEPTED
+        found = await tell_owner(self._store, key, token, reason)
+        if found is CancelResult.ACCEPTED and token not in self._insisting:
+            insisting = asyncio.get_running_loop().create_task(self._insist(key, token, reason))
+            self._insisting[token] = insisting
+            insisting.add_done_callback(lambda _: self._insisting.pop(token, None))
+        return found
+
+    async def _insist(self, key: bytes, token: bytes, reason: str) -> None:
+        """Tell the owner again until its claim has ended: a failover may lose a note."""
+        for pause_s in INSIST_S:
+            await asyncio.sleep(pause_s)
+            if not (await tell_owner(self._store, key, token, reason)).may_change:
+                break
 
     async def cancel_call(self, call: bytes) -> None:
         """Cancel a call that its client took back, unless its server ends it by itself."""

@@ -140,11 +140,16 @@ class Recording:
         """Give nothing more to a feed."""
         self._feed = None
 
-    def settled(self, trailers: bytes, *, is_stored: bool) -> None:
+    @property
+    def is_read(self) -> bool:
+        """Whether somebody reads it in this worker."""
+        return self._feed is not None
+
+    def settled(self, how: FeedEnd, trailers: bytes) -> None:
         """End the feed: cleanly where the store has the whole response."""
-        if self._feed is not None and is_stored:
+        if self._feed is not None and how is FeedEnd.COMPLETE:
             self._feed.complete(trailers)
-        self._end_feed(FeedEnd.BROKEN)
+        self._end_feed(how)
 
     def _end_feed(self, how: FeedEnd) -> None:
         if self._feed is not None:
@@ -152,20 +157,20 @@ class Recording:
 
     # What becomes of it ...
 
-    def _drop(self) -> None:
+    def _drop(self, how: FeedEnd = FeedEnd.DROPPED) -> None:
         """Store no more of the response, which goes on. Whoever reads it elsewhere learns that from its record."""
         self.is_storing = False
-        self._end_feed(FeedEnd.BROKEN if self.is_broken else FeedEnd.DROPPED)
+        self._end_feed(how)
         self._held.stage = DROPPED
         if self._shown is not None and self.chunks and not self.is_broken:
             self._telling = self._loop.create_task(self._store.renew(self._held.claim, DROPPED))
         self._forget()
 
-    def _break(self) -> None:
-        """Store no more of the response, which must not go on."""
+    def _break(self, how: FeedEnd = FeedEnd.GONE) -> None:
+        """Store no more of the response, which must not go on: another owner has the key, unless something is told."""
         if self.is_storing:
             self.is_broken = True
-            self._drop()
+            self._drop(how)
             self._on_broken()
 
     def _forget(self) -> None:
@@ -228,7 +233,7 @@ class Recording:
             status = await self._store.append(self._held.claim, self.chunks, chunk, self._settle_timeout_s, head)
         except Exception:
             # Whoever waits for room must not wait for ever. What failed is raised where the end is waited for.
-            self._break()
+            self._break(FeedEnd.BROKEN)
             raise
         self._writer = None
         if not self.is_storing:
@@ -250,4 +255,4 @@ class Recording:
         elif status in _DROPS:
             self._drop()
         else:
-            self._break()
+            self._break(FeedEnd.GONE if status is AppendStatus.FENCED else FeedEnd.UNSTORED)

@@ -237,6 +237,8 @@ def _stream_contradictions(values: dict[str, Any], settings: Settings) -> Contra
     """Yield what leaves the fields about readers that come back without use, or an address open to everybody."""
     if values.get("resume_by_key") and not (settings.ask_keys and values.get("resumable")):
         yield "resume_by_key", "needs ask_keys and resumable: it is about the address in an answer to a question"
+    if values.get("ask_keys") and not values.get("scope", True):
+        yield "ask_keys", "needs a scope: without one a question shows no credential, and none is answered"
     for name in filter(values.get, ("resumable", "cancellable", "respond_async", "resume", "sse_ids")):
         if values.get("protocol") == "json-rpc" and name in ("respond_async", "resume"):
             yield name, "contradicts protocol: a client of JSON-RPC takes nothing but the answer to its message"

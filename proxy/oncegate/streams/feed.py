@@ -34,16 +34,24 @@ class FeedEnd(Enum):
     """How a feed ended. `label` says it to operators, as the reason why a reader was broken off."""
 
     COMPLETE = "the store has the whole response"
-    # The exchange ended without a whole response, or its end could not be stored.
-    BROKEN = "the request that it read from was stopped, broke off, was not stored, or its owner is gone"
+    # The exchange ended otherwise.
+    BROKEN = "the request that it read from ended without a whole response"
+    STOPPED = "somebody stopped the request that it read from"
+    ABANDONED = "the proxy that had the request is gone, or paused: its lease is over"
+    UNSTORED = "the store did not confirm the response in time"
     # The exchange goes on.
     DROPPED = "the response is no longer stored: it grew too large, or the store did not take it"
     GONE = "the record is gone, or the key has another claim"
+    CORRUPT = "the record is damaged, or lacks a part of the response"
     UNREACHABLE = "the store could not be read for too long"
     DRAINING = "this worker stops or is replaced"
 
     def __init__(self, label: str) -> None:
         self.label = label
+
+
+# How a feed seems to end to a reader for whom a read from the store brought nothing.
+_UNREAD = {ReadFailure.UNCONFIRMED: FeedEnd.UNREACHABLE, ReadFailure.INCOMPLETE: FeedEnd.CORRUPT}
 
 
 class Feed:
@@ -52,8 +60,8 @@ class Feed:
     `head`: None until there is one. `is_known`: somebody has looked for it. `size`: the bytes that a reader can have
     now, and `is_current`: they are all that the store has. `response`, `trailers`: of a complete one. `replaced`: the
     claim replaced another one, so that ids of events may be another execution's. `silence_s`: for how long the store
-    may fail to answer. `on_broken`: is called if the feed ends without a whole response, for readers that are in the
-    middle of a write.
+    may fail to answer. `only_whole`: it ends unless the store has the whole response. `on_broken`: is called if the
+    feed ends without a whole response, for readers that are in the middle of a write.
     """
 
     def __init__(self, key: bytes, token: bytes, store: Store, memory: MemoryBudget, silence_s: float) -> None:
@@ -67,7 +75,9 @@ class Feed:
         self.trailers = b""
         self.replaced = False
         self.response: StoredResponse | None = None
-        self.is_current = False
+        self.is_current = self.only_whole = False
+        # Why the last read from the store brought nothing.
+        self._unread = FeedEnd.GONE
         # The newest bytes, from `_start` on; the store has those before `_stored`.
         self._window, self._start, self._stored = bytearray(), 0, 0
         # What came last, for the readers that keep up.
@@ -135,6 +145,7 @@ class Feed:
             begin = self._ends[index - 1] if index else 0
             found = await self._read_from(index)
             if isinstance(found, ReadFailure) or not found.chunks:
+                self._unread = _UNREAD.get(found, FeedEnd.GONE) if isinstance(found, ReadFailure) else FeedEnd.GONE
                 return None
             ends = self.note_chunks(index, begin, found.chunks)
             if offset < ends[-1]:
@@ -171,6 +182,11 @@ class Feed:
     def is_lost(self) -> bool:
         """Whether no reader may get a clean end."""
         return self.ended not in (None, FeedEnd.COMPLETE)
+
+    @property
+    def why_lost(self) -> FeedEnd:
+        """Why a reader does not get the rest: the feed is lost, or a read brought nothing."""
+        return self.ended if self.ended is not None and self.is_lost else self._unread
 
     # What brings the bytes ...
 

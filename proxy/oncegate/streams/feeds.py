@@ -89,11 +89,13 @@ class Feeds:
         feed = Feed(key, token, self._store, self._memory, self._silence_s)
         shared = self._shared[key, token] = _Shared(feed)
         running = self.running.get(key)
-        if self._closed:
+        is_here = running is not None and running.token == token
+        if self._closed and is_here:
             feed.end(FeedEnd.DRAINING)
-        elif running is not None and running.token == token:
+        elif running is not None and is_here:
             _connect(shared, running)
         else:
+            feed.only_whole = self._closed
             pull = Pull(feed, self._store, self._silence_s)
             shared.pull = asyncio.get_running_loop().create_task(pull.run(self._pause_s))
         return shared
@@ -124,11 +126,13 @@ class Feeds:
             del self.running[key]
 
     def close(self) -> None:
-        """Break all readers off, and refuse further ones."""
+        """Break off all readers of responses that still come, and refuse further ones. Those that the store has whole
+        are read on."""
         self._closed = True
         for shared in list(self._shared.values()):
-            shared.detach()
-            shared.feed.end(FeedEnd.DRAINING)
+            if shared.feed.response is None:
+                shared.detach()
+                shared.feed.end(FeedEnd.DRAINING)
 
 
 def _connect(shared: _Shared, running: Running) -> None:

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from hashlib import blake2b
 
-from oncegate.decision import State
+from oncegate.decision import CANCELLED, State
 from oncegate.messages.response_head import response_digest
 from oncegate.store.record import StoredResponse
+from oncegate.store.record_view import OpenKind, StoreError
 from oncegate.store.results import Followed, ReadFailure
 from oncegate.store.store import Store
 from oncegate.store.stream_head import StreamHead, unpack_head
@@ -20,6 +21,8 @@ from oncegate.streams.feed import Feed, FeedEnd
 
 # The owner learns that somebody reads, and writes smaller batches, for so long after each read.
 READING_MS = 3000
+# For the store to say why a response ended without a whole one.
+TELLING_S = 0.5
 # Between two reads at most, while the store tells of each chunk: what it told may have been lost.
 UNTOLD_S = 0.25
 
@@ -35,11 +38,13 @@ class Pull:
         self._loop = asyncio.get_running_loop()
         # When the first read began that the store has not answered, None while it answers.
         self._silent_since_s: float | None = None
+        # The exchange ended, and the outcome of its request is unknown.
+        self._is_lost = False
 
     async def run(self, pause_s: Callable[[bool], float]) -> None:
         """Read until the response has ended, and only while a reader waits for more.
 
-        `pause_s(is_told)`: between two reads at least, unless there is more already; `is_told`: the store tells of more.
+        `pause_s(is_told)`: between two reads at least, unless there is more already. `is_told`: the store tells of it.
         """
         feed, news = self._feed, asyncio.Event()
         stop: Callable[[], None] | None = None
@@ -51,6 +56,9 @@ class Pull:
                 found = await self._read(began_s)
                 if self._take(found) or feed.ended is not None:
                     continue
+                if self._is_lost:
+                    feed.end(await self._why_lost())
+                    break
                 if stop is None and self._silent_since_s is None:
                     stop = self._store.wakes.watch(feed.key, news.set)
                     # The record says so, too, but the owner reads it with its next chunk alone.
@@ -122,7 +130,7 @@ class Pull:
 
     def _fail(self, failure: ReadFailure) -> None:
         if failure is not ReadFailure.UNCONFIRMED:
-            self._feed.end(FeedEnd.GONE)
+            self._feed.end(FeedEnd.GONE if failure is ReadFailure.GONE else FeedEnd.CORRUPT)
         elif self._silent_since_s is not None and self._loop.time() >= self._silent_since_s + self._silence_s:
             self._feed.end(FeedEnd.UNREACHABLE)
 
@@ -135,13 +143,28 @@ class Pull:
             elif self._is_whole(response):
                 feed.complete(response.trailers)
             else:
-                feed.end(FeedEnd.BROKEN)
+                feed.end(FeedEnd.CORRUPT)
         elif found.state is State.EXPIRED:
             feed.end(FeedEnd.GONE)
         elif found.state is not State.IN_FLIGHT:
-            feed.end(FeedEnd.BROKEN)
+            self._is_lost = True
         elif found.dropped:
             feed.end(FeedEnd.DROPPED)
+        elif feed.only_whole:
+            feed.end(FeedEnd.DRAINING)
+
+    async def _why_lost(self) -> FeedEnd:
+        """Return how an exchange ended of which the record says that the outcome is unknown."""
+        try:
+            async with asyncio.timeout(TELLING_S):
+                view = await self._store.records.read(self._feed.key)
+        except (TimeoutError, StoreError):
+            return FeedEnd.BROKEN
+        if view is None or view.token != self._feed.token:
+            return FeedEnd.GONE
+        if view.open_kind is OpenKind.LAPSED:
+            return FeedEnd.ABANDONED
+        return FeedEnd.STOPPED if view.mode == CANCELLED else FeedEnd.BROKEN
 
     def _is_whole(self, response: StoredResponse) -> bool:
         """Return whether what has come is the whole response, as its digest says."""

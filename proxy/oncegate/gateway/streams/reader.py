@@ -9,7 +9,7 @@ from oncegate.adaptation.cors import EXPOSE_HEADERS
 from oncegate.adaptation.heartbeats import DIGESTS
 from oncegate.downstream.request import Request
 from oncegate.downstream.response import ResponseWriter
-from oncegate.gateway.answers import RUNNING, Refuse, key_field, overloaded
+from oncegate.gateway.answers import REFUSED, RUNNING, Refuse, key_field, overloaded, record_corrupt
 from oncegate.gateway.streams.address import Asked, gone
 from oncegate.gateway.streams.own import SAFE
 from oncegate.keys.digests import key_id
@@ -67,8 +67,8 @@ class Reader:
 
     @property
     def why_lost(self) -> str:
-        """Why the rest cannot be read, in words. A feed that has not ended was read, and had no such bytes."""
-        return (self.feed.ended if self.feed.is_lost and self.feed.ended else FeedEnd.GONE).label
+        """Why the rest cannot be read, in words."""
+        return self.feed.why_lost.label
 
     def block(self, fields: bytes = b"", *, is_part: bool = False) -> bytes:
         """Return the header fields of an answer with the response, or with a part of it; `fields` are further ones."""
@@ -151,8 +151,12 @@ async def refuse_lost(request: Request, asked: Asked, feed: Feed) -> RequestRepo
             return await refuse_for_now(request, asked, overloaded())
         case FeedEnd.DROPPED:
             answer = gone("not-kept", "the response is not stored")
-        case FeedEnd.BROKEN:
+        case FeedEnd.STOPPED:
+            answer = gone("stopped", "somebody stopped the request, and nobody knows the outcome")
+        case FeedEnd.BROKEN | FeedEnd.ABANDONED | FeedEnd.UNSTORED:
             answer = gone("broken", "the response broke off, and nobody knows the outcome")
+        case FeedEnd.CORRUPT:
+            answer = replace(record_corrupt(), fields=REFUSED + SAFE)
         case _:
             answer = gone("gone", "the response is not stored any more")
     return asked.refuse(request, answer)

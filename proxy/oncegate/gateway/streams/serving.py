@@ -82,7 +82,7 @@ class _Copy:
             if self._offset < feed.size:
                 data = feed.at_hand(self._offset) or await feed.read(self._offset)
                 if not data:
-                    return feed.ended if feed.is_lost else FeedEnd.GONE
+                    return feed.why_lost
                 if not feed.is_lost and not self._take(data):
                     await response.wait_room()
             elif feed.ended is None:
