@@ -155,6 +155,29 @@ async def test_a_store_that_is_down_confirms_no_cancel(stores):
     assert await owner.cancellations.note_fetched(KEY, claim.token)
 
 
+async def test_a_cancel_is_repeated_until_its_request_has_ended(stores, monkeypatch):
+    """Its note may have been lost in a failover. One claim is told by one task, however many ask."""
+    monkeypatch.setattr(cancelling, "INSIST_S", (0.01,) * 200)
+    owner, other = map(Worker, stores)
+    held, reasons = owner.hold(claim := await claimed(stores[0]))
+    for _ in range(3):
+        assert await other.cancel_claim(KEY, claim.token, STOPPED) is CancelResult.ACCEPTED
+    assert len(other.cancellations._insisting) == 1
+    # The notes are lost.
+    await stores[0].collect(stores[0].token_prefix)
+    assert reasons == []
+
+    async def is_told_again() -> bool:
+        await owner.cancellations.collect()
+        return bool(reasons)
+
+    while not await is_told_again():
+        await asyncio.sleep(0.01)
+    owner.leases.drop(held)
+    await stores[0].mark_unknown(cancelled_claim(claim), "cancelled: it was stopped", 1.0)
+    await until(lambda: not other.cancellations._insisting)
+
+
 # When the mailbox is read ...
 
 

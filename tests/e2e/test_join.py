@@ -351,6 +351,33 @@ async def test_a_silent_store_breaks_followers_off(stream, own_valkey):
         one.tap.end(LAST_CHUNK)
 
 
+@pytest.mark.parametrize("stream", PLACES[:1], indirect=True)
+@pytest.mark.parametrize("comes_back", [True, False], ids=["for a while", "for good"])
+async def test_a_silent_store_is_no_matter_beside_the_original(stream, own_valkey, comes_back):
+    """A follower in its worker reads on from memory for as long as the original's client does, and ends like it."""
+    one = await stream(STORE_URL=own_valkey.url, STORE_TIMEOUT_MS=200, LEASE_MS=400, SETTLE_TIMEOUT_S=3)
+    client = await one.joined()
+    own_valkey.pause()
+    try:
+        # For longer than a follower elsewhere would wait, which is a lease and a second.
+        for number in range(6):
+            one.tap.send(chunk(b"data: %d\n\n" % number))
+            await has(one.first, b"data: %d\n\n" % number)
+            await has(client, b"data: %d\n\n" % number)
+            await asyncio.sleep(0.25)
+        if comes_back:
+            own_valkey.resume()
+            one.tap.end(LAST_CHUNK)
+        answers = await asyncio.gather(answered(client), answered(one.first))
+    finally:
+        own_valkey.resume()
+    assert [answer.complete for answer in answers] == [comes_back] * 2
+    assert answers[0].body == answers[1].body
+    if not comes_back:
+        [line] = [line for line in one.owner.events("request") if line["outcome"] == "broken_off"]
+        assert line["reason"] == FeedEnd.UNSTORED.label
+
+
 @elsewhere
 async def test_a_silent_store_refuses_who_waits_for_the_head(stream, own_valkey, upstream):
     """It cannot say any more whether the original runs: 503, also of one that may wait for long."""

@@ -26,6 +26,8 @@ from tests.parts import (
     answering,
     ask,
     chunk,
+    lazy,
+    read_answer,
     request,
     until,
 )
@@ -321,6 +323,41 @@ async def test_what_is_complete_is_read_without_its_owner(replicas, upstream, va
         while (answer := await ask(two.port, get(address))).status == 200:
             await asyncio.sleep(0.1)
     assert (answer.status, json.loads(answer.body)["reason"] in ("expired", "gone")) == (410, True)
+
+
+async def test_a_damaged_record_is_named_so(replicas, upstream, valkey):
+    """As for a duplicate, whatever way it is read: the operator has to look at it, and nobody gets a byte of it."""
+    [proxy] = replicas(1, valkey.url, RECORD_LAYOUT="hash")
+    address = await complete(proxy, upstream, b"x" * 100)
+    with valkey.client() as client:
+        (name,) = client.scan_iter("once:{*")
+        client.hset(name, "b0", b"y" * 100)
+    for fields in ((), ("Range: bytes=3-",), ("Accept: text/event-stream",)):
+        answer = await ask(proxy.port, get(address, *fields))
+        assert (answer.status, answer.slug) == (500, "record-corrupt"), fields
+        assert answer.header("content-security-policy") == b"sandbox"
+    assert proxy.metric('requests_total{outcome="record_corrupt"}') == 3
+
+
+async def test_a_complete_response_is_read_through_a_drain(replicas, upstream, valkey):
+    """On a connection that is open, until the worker ends; what still comes is for another replica."""
+    one, two = replicas(2, valkey.url, DRAIN_DELAY_S=0)
+    address = await complete(one, upstream, b"x" * 3_000_000, key="key-2")
+    async with begun(two, upstream, b"first ") as (_, coming):
+        slow, clients = await lazy(one.port), [await RawClient.open(one.port) for _ in range(2)]
+        slow.writer.write(get(address))
+        await until(lambda: one.metric("followers") == 1)
+        one.signal(signal.SIGTERM)
+        await until(lambda: one.admin("/readyz")[0] == 503)
+        whole, refused = [await client.ask(get(path)) for client, path in zip(clients, (address, coming), strict=True)]
+        assert (whole.status, whole.body, whole.complete) == (200, b"x" * 3_000_000, True)
+        assert (refused.status, refused.slug) == (503, "overloaded")
+        slow.writer.transport.resume_reading()
+        answer = await read_answer(slow.reader)
+        assert (answer.body == whole.body, answer.complete) == (True, True)
+        for client in (slow, *clients):
+            client.close()
+        assert one.process.wait(20) == 0
 
 
 # Events ...

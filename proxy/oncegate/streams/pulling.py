@@ -38,8 +38,8 @@ class Pull:
         self._loop = asyncio.get_running_loop()
         # When the first read began that the store has not answered, None while it answers.
         self._silent_since_s: float | None = None
-        # The exchange ended, and the outcome of its request is unknown.
-        self._is_lost = False
+        # How the exchange ended where the outcome of its request is unknown.
+        self._lost = FeedEnd.BROKEN
 
     async def run(self, pause_s: Callable[[bool], float]) -> None:
         """Read until the response has ended, and only while a reader waits for more.
@@ -54,11 +54,11 @@ class Pull:
                 news.clear()
                 began_s = self._loop.time()
                 found = await self._read(began_s)
+                if isinstance(found, Followed) and found.state is State.UNKNOWN:
+                    # Before anybody is told of what was found.
+                    self._lost = await self._why_lost()
                 if self._take(found) or feed.ended is not None:
                     continue
-                if self._is_lost:
-                    feed.end(await self._why_lost())
-                    break
                 if stop is None and self._silent_since_s is None:
                     stop = self._store.wakes.watch(feed.key, news.set)
                     # The record says so, too, but the owner reads it with its next chunk alone.
@@ -147,7 +147,7 @@ class Pull:
         elif found.state is State.EXPIRED:
             feed.end(FeedEnd.GONE)
         elif found.state is not State.IN_FLIGHT:
-            self._is_lost = True
+            feed.end(self._lost)
         elif found.dropped:
             feed.end(FeedEnd.DROPPED)
         elif feed.only_whole:
