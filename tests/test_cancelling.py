@@ -15,10 +15,11 @@ from oncegate.observe.labels import CANCELS
 from oncegate.observe.outcome import Outcome
 from oncegate.store import readers
 from oncegate.store.leases import LeasedClaim, Leases, suspended_clock_s
+from oncegate.store.postgres.marks import NoWakes
 from oncegate.store.readers import Readers, mark_name
 from oncegate.store.record import Claim, ClaimRequest, cancelled_claim
 from oncegate.store.results import SettleStatus
-from oncegate.store.store import MOST_NOTES, NoWakes, Store
+from oncegate.store.store import MOST_NOTES, Store
 from oncegate.streams.cancels import CANCEL, FETCHED, READ, CancelResult, Note, pack_note, tell_owner, unpack_note
 from tests.parts import until
 from tests.stores import store_at, store_small

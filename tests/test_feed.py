@@ -9,10 +9,10 @@ import pytest
 from oncegate.buffers.memory import MemoryBudget
 from oncegate.decision import CANCELLED, HOLD, State
 from oncegate.messages.response_head import response_digest
+from oncegate.store.postgres.marks import NoWakes
 from oncegate.store.record import StoredResponse, ViewState
 from oncegate.store.record_view import RecordView, StoreError
 from oncegate.store.results import Followed, ReadFailure
-from oncegate.store.store import NoWakes
 from oncegate.store.stream_head import StreamHead, pack_head
 from oncegate.streams.cancels import READ, Note, unpack_note
 from oncegate.streams.feed import READ_BYTES, WINDOW_BYTES, Feed, FeedEnd

@@ -9,6 +9,7 @@ import pytest
 
 from oncegate.buffers.memory import MemoryBudget
 from oncegate.buffers.ticker import Ticker
+from oncegate.decision import Settlement
 from oncegate.gateway.recording import BACKLOG_BYTES, BATCH_BYTES, CHUNK_BYTES, TIGHT_BATCH_BYTES, Recording
 from oncegate.messages.response_head import response_digest
 from oncegate.store.leases import Leases, suspended_clock_s
@@ -251,5 +252,5 @@ async def test_a_reader_in_this_worker_gets_what_the_store_lacks(begin, store):
     one.tap(late)
     assert (late.whole(), late.at_hand(BATCH_BYTES), late.size) == (None, b"waitscomes", sum(map(len, pieces)))
     assert await late.read(10) == pieces[0][10:]
-    one.settled(FeedEnd.COMPLETE, b"")
+    one.settled(SettleStatus.STORED, Settlement.STORE, b"")
     assert (late.ended, feed.ended) == (FeedEnd.COMPLETE, None)

@@ -6,8 +6,9 @@ from hashlib import blake2b
 
 from oncegate.buffers.memory import MemoryBudget
 from oncegate.buffers.ticker import Ticker
+from oncegate.decision import Settlement
 from oncegate.store.leases import LeasedClaim, do_nothing
-from oncegate.store.results import AppendStatus, RenewStatus
+from oncegate.store.results import AppendStatus, RenewStatus, SettleStatus
 from oncegate.store.stages import DROPPED
 from oncegate.store.store import Store
 from oncegate.store.stream_head import StreamHead, pack_head
@@ -140,16 +141,23 @@ class Recording:
         """Give nothing more to a feed."""
         self._feed = None
 
-    @property
-    def is_read(self) -> bool:
-        """Whether somebody reads it in this worker."""
-        return self._feed is not None
-
-    def settled(self, how: FeedEnd, trailers: bytes) -> None:
-        """End the feed: cleanly where the store has the whole response."""
-        if self._feed is not None and how is FeedEnd.COMPLETE:
-            self._feed.complete(trailers)
-        self._end_feed(how)
+    def settled(self, status: SettleStatus, settlement: Settlement | None, trailers: bytes) -> None:
+        """End the feed as the original's own client learns it: cleanly where the store has the whole response."""
+        if self._feed is None:
+            return
+        match status, settlement:
+            case SettleStatus.STORED, Settlement.STORE:
+                self._feed.complete(trailers)
+            case SettleStatus.STORED, _:
+                self._feed.end(FeedEnd.DROPPED)
+            case SettleStatus.UNCONFIRMED, _:
+                self._feed.end(FeedEnd.UNSTORED)
+            case SettleStatus.FENCED, _:
+                self._feed.end(FeedEnd.GONE)
+            case _, Settlement.CANCELLED:
+                self._feed.end(FeedEnd.STOPPED)
+            case _:
+                self._feed.end(FeedEnd.BROKEN)
 
     def _end_feed(self, how: FeedEnd) -> None:
         if self._feed is not None:

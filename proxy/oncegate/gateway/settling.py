@@ -25,7 +25,6 @@ from oncegate.store.stages import DROPPED
 from oncegate.store.store import Settling
 from oncegate.store.stream_head import StreamHead
 from oncegate.streams import released
-from oncegate.streams.feed import FeedEnd
 from oncegate.streams.feeds import HeadOf, Running
 from oncegate.streams.released import Released
 from oncegate.upstream.errors import UpstreamLost
@@ -236,7 +235,7 @@ def note_settlement(progress: Progress, result: SettleResult) -> None:
         progress.trace.spent("settle")
     leases, held, usual = progress.deps.leases, progress.held, progress.deps.usual
     if progress.recording is not None:
-        _end_reading(progress, progress.recording, result.status)
+        progress.recording.settled(result.status, progress.settlement, progress.trailers)
     if not result.status.is_done or progress.settlement is None:
         progress.settlements = (SETTLEMENTS[result.status.label],)
         if result.status is SettleStatus.FENCED:
@@ -248,26 +247,6 @@ def note_settlement(progress: Progress, result: SettleResult) -> None:
     if result.record_was_gone:
         progress.settlements += (SettlementLabel.LOST,)
         leases.report(ClaimEvent.LOST, held)
-
-
-def _end_reading(progress: Progress, recording: Recording, status: SettleStatus) -> None:
-    """Tell who reads a streamed response in this worker how it ended, as its own client learns it."""
-    if not recording.is_read:
-        return
-    match status, progress.settlement:
-        case SettleStatus.STORED, Settlement.STORE:
-            how = FeedEnd.COMPLETE
-        case SettleStatus.STORED, _:
-            how = FeedEnd.DROPPED
-        case SettleStatus.UNCONFIRMED, _:
-            how = FeedEnd.UNSTORED
-        case SettleStatus.FENCED, _:
-            how = FeedEnd.GONE
-        case _, Settlement.CANCELLED:
-            how = FeedEnd.STOPPED
-        case _:
-            how = FeedEnd.BROKEN
-    recording.settled(how, progress.trailers)
 
 
 def end_attempt(progress: Progress, trace: Trace) -> None:

@@ -157,23 +157,6 @@ class Wakes(Protocol):
         """Whether that works now, as this process has heard from itself."""
 
 
-class NoWakes:
-    """Of a store that tells nothing: its readers poll."""
-
-    def watch(self, _key: bytes, _wake: Callable[[], None]) -> Callable[[], None]:
-        return lambda: None
-
-    def is_live(self, _key: bytes) -> bool:
-        return False
-
-    def watch_mail(self, _wake: Callable[[], None]) -> None:
-        pass
-
-    @property
-    def tells_of_mail(self) -> bool:
-        return False
-
-
 class Store(Protocol):
     """The verbs on records, and what a worker asks about the store's health.
 
@@ -316,10 +299,7 @@ class Store(Protocol):
         """Leave a note for the process that made a token; return whether the store confirms it. It lasts for 60 s."""
 
     async def collect(self, prefix: bytes) -> list[bytes]:
-        """Take the notes for the process with this `token_prefix`, at most MOST_NOTES.
-
-        A note may come twice, or be lost.
-        """
+        """Take at most MOST_NOTES notes for the process with this `token_prefix`. One may come twice, or be lost."""
 
     # For operators ...
 

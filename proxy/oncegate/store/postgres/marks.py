@@ -1,6 +1,6 @@
 """Marks, and notes to replicas, in a table that is not logged: a crash empties it, and a standby has none of it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from oncegate.store.postgres.connections.durability import Level
 from oncegate.store.postgres.records import fetch
@@ -86,3 +86,18 @@ class PostgresMarks:
         except StoreError:
             return None
         return [row["value"] for row in rows]
+
+
+class NoWakes:
+    """The `Wakes` of a store that tells nothing: its readers poll, and so do owners."""
+
+    tells_of_mail = False
+
+    def watch(self, _key: bytes, _wake: Callable[[], None]) -> Callable[[], None]:
+        return lambda: None
+
+    def is_live(self, _key: bytes) -> bool:
+        return False
+
+    def watch_mail(self, _wake: Callable[[], None]) -> None:
+        """Never call it."""

@@ -19,7 +19,7 @@ from oncegate.store.postgres.calls import Calls
 from oncegate.store.postgres.claims import MAX_PAUSE_S, MIN_PAUSE_S, ClaimBatches, Claims
 from oncegate.store.postgres.connections.durability import Level
 from oncegate.store.postgres.housekeeping import Housekeeping
-from oncegate.store.postgres.marks import PostgresMarks
+from oncegate.store.postgres.marks import NoWakes, PostgresMarks
 from oncegate.store.postgres.records import PostgresRecords
 from oncegate.store.postgres.rows import BUSY_TAG, READ_BYTES, ROW_BYTES
 from oncegate.store.postgres.servers import Servers, ServersConfig
@@ -49,7 +49,7 @@ from oncegate.store.results import (
     Unconfirmed,
 )
 from oncegate.store.stages import CLAIMED, Stage
-from oncegate.store.store import Claiming, NoWakes, Settling, StoreConfig, StoreLogin, Upkeep
+from oncegate.store.store import Claiming, Settling, StoreConfig, StoreLogin, Upkeep
 
 # The least time for one try of a call that is repeated.
 MIN_TRY_S = 0.05

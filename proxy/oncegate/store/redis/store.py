@@ -81,6 +81,7 @@ class RedisStore:
         # The time of the server that has a key.
         self.now_ms: Callable[[bytes], int] = self._servers.now_ms
         self._mailbox = Mailbox(self._servers, self._scripts["post"], self._repeat, config.background, self._timeout_s)
+        self.collect = self._mailbox.collect
         self.wakes = RedisWakes(self._servers, self._timeout_s, self._prefix, is_sharded=is_cluster(config.url))
         self._claims = Claims(
             self._servers,
@@ -268,13 +269,9 @@ class RedisStore:
     # From process to process ...
 
     async def post(self, token: bytes, note: bytes) -> bool:
-        is_posted = await self._mailbox.post(token, note)
-        if is_posted:
+        if is_posted := await self._mailbox.post(token, note):
             self.wakes.posted(token)
         return is_posted
-
-    async def collect(self, prefix: bytes) -> list[bytes]:
-        return await self._mailbox.collect(prefix)
 
     # For operators ...
 
