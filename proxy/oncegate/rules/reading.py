@@ -307,12 +307,10 @@ def _json_rpc_contradictions(values: dict[str, Any], key: KeySources | None) -> 
 
 def _is_personal(values: dict[str, Any], settings: Settings) -> bool:
     """Return whether the scope of a rule names what one person has, and nothing else beside accounts."""
-    headers = _scope_headers(values, settings)
+    further = _scope_headers(values, settings) - {name.lower().encode() for name in ACCOUNTS}
     cookies = [source for source in values.get("scope", ()) if not isinstance(source.kind, Header)]
-    known = {name.lower().encode() for name in (*CREDENTIALS, "Cookie")}
-    accounts = {name.lower().encode() for name in ACCOUNTS}
-    is_known = headers <= known | accounts and all(isinstance(source.kind, Cookie) for source in cookies)
-    return is_known and bool(cookies or headers - accounts)
+    is_known = further <= {name.lower().encode() for name in (*CREDENTIALS, "Cookie")}
+    return is_known and all(isinstance(source.kind, Cookie) for source in cookies) and bool(cookies or further)
 
 
 def _scope_headers(values: dict[str, Any], settings: Settings) -> set[bytes]:
