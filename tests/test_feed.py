@@ -457,9 +457,13 @@ async def test_a_drain_breaks_readers_off(feeds, records):
 
 
 async def test_what_the_store_has_whole_is_read_through_a_drain(feeds, records):
-    """By who reads it already, and by who comes then."""
+    """By who reads it already, or has just come, and by who comes then."""
     records.chunks += [bytes([number]) * 200_000 for number in range(4)]
     records.complete()
+    with feeds.reading(KEY, TOKEN) as feed:
+        feeds.close()
+        assert await read_all(feed) == b"".join(records.chunks)
+    feeds._closed = False
     with feeds.reading(KEY, TOKEN) as feed:
         await feed.beyond(0)
         feeds.close()

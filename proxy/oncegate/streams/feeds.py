@@ -130,7 +130,9 @@ class Feeds:
         are read on."""
         self._closed = True
         for shared in list(self._shared.values()):
-            if shared.feed.response is None:
+            # Nobody knows yet whether it still comes.
+            shared.feed.only_whole = not shared.feed.is_known
+            if shared.feed.is_known and shared.feed.response is None:
                 shared.detach()
                 shared.feed.end(FeedEnd.DRAINING)
 
