@@ -605,7 +605,7 @@ def test_what_would_be_asked(check):
     assert asks == (
         'rule "charges" asks about unknown keys: QUERY http://up.test/find?id={key}&order={note}&charge={path:2}'
     )
-    assert stores.endswith(": key, path:2")
+    assert stores.endswith(": key, path:2, note")
     assert SECRET not in str((found, out))
     Path("credentials").write_text(f"Authorization Bearer {SECRET}\n")
     code, out, err = check()

@@ -7,10 +7,10 @@ import pytest
 
 from oncegate.decision import Verdict
 from oncegate.keys.documents import parse_document
-from oncegate.keys.notes import NotedBody
+from oncegate.keys.notes import NotedBody, parse_note
 from oncegate.probing.described import described_evidence, described_question, described_rule
-from oncegate.probing.kept_values import read_values, with_note
-from oncegate.probing.plan import CannotAsk, Plan, for_upstream, question
+from oncegate.probing.kept_values import read_values
+from oncegate.probing.plan import CannotAsk, Plan, for_rule, question
 from oncegate.probing.table import parse_table
 from oncegate.probing.templates import Unfillable
 from oncegate.probing.verdicts import MAX_ANSWER_BYTES, ProbeAnswer, answered, conclude, no_answer, written
@@ -36,7 +36,7 @@ SEARCH = {
 
 def plan_of(**changes: object) -> Plan:
     table = {name: value for name, value in {**SEARCH, **changes}.items() if value is not None}
-    return for_upstream(parse_table(table), API, "")
+    return for_rule(parse_table(table), API, "", parse_note("/order"))
 
 
 def answer(status: int, document: object = None, *fields: tuple[bytes, bytes]) -> ProbeAnswer:
@@ -180,9 +180,9 @@ def test_a_question():
     assert dict(asked.headers) == {**own, "Content-Type": "application/json"}
     form = plan_of(method="QUERY", safe=True, content_type="application/x-www-form-urlencoded", body="reference={key}")
     assert question(form, {"key": "a&b=c"}).body == b"reference=a%26b%3Dc"
-    hosted = for_upstream(plan_of(), API, "shop.test")
+    hosted = for_rule(plan_of(), API, "shop.test", None)
     assert dict(question(hosted, {"key": "a"}).headers)["Host"] == "shop.test"
-    other = for_upstream(plan_of(url="https://search.test:444/{key}"), API, "shop.test")
+    other = for_rule(plan_of(url="https://search.test:444/{key}"), API, "shop.test", None)
     assert question(other, {"key": "a"}).url == "https://search.test:444/a"
     assert "Host" not in dict(question(other, {"key": "a"}).headers)
 
@@ -215,7 +215,9 @@ def kept(keep: list[str], body: NotedBody, target: bytes = b"/", **fields: bytes
         ("path:2", {"target": b"/x/../a/%FF"}, None),
         ("header:X-Order", {"x_order": " ä ".encode()}, "ä"),
         ("/order/0", {"body": b'{"order": [" 7 "]}'}, " 7 "),
-        ("/order", {"body": b'{"order": 7.50}'}, "7.50"),
+        ("/order", {"body": b'{"order": 750}'}, "750"),
+        ("/order", {"body": b'{"order": -7}'}, "-7"),
+        *[("/order", {"body": b'{"order": %s}' % number}, None) for number in (b"7.50", b"1e3", b"-0", b"9" * 16)],
         ("/order", {"body": b'{"order": true}'}, "true"),
         ("/order", {"body": b'{"order": null}'}, None),
         ("/order", {"body": b'{"order": {}}'}, None),
@@ -234,12 +236,14 @@ def test_what_is_kept(keep, given, value):
     assert kept([keep], body, given.pop("target", b"/"), **given) == ({} if value is None else {keep: value})
 
 
-@pytest.mark.parametrize(
-    ("note", "has"), [("4711", True), ("", False), ("x" * 124, True), ("x" * 128, False), ("ä" * 63, False)]
-)
-def test_a_note_that_may_be_cut(note, has):
-    """A note of full length may have lost its end, and would ask for another's order."""
-    assert ("note" in with_note([("key", "a")], note)) == has
+def test_a_note_is_kept_as_it_came():
+    """The note for people is cut, stripped and made readable; a question with that would be about another order."""
+    plan = plan_of(url="/x?{key}{note}")
+    assert [name for name, _ in plan.keep] == ["key", "note"]
+    for order, value in (("4711", "4711"), (" ä ", " ä "), ("x" * 500, "x" * 500), ("a\nb", None), (4711, "4711")):
+        body = Sent(json.dumps({"order": order}).encode())
+        found = dict(read_values(plan, (b"key",), lambda name: b"", lambda: b"/", body))
+        assert found == ({} if value is None else {"note": value})
 
 
 def test_what_people_are_shown():

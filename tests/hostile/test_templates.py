@@ -6,7 +6,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 import pytest
 
 from oncegate.decision import Verdict
-from oncegate.probing.plan import CannotAsk, Plan, Question, for_upstream, question
+from oncegate.probing.plan import CannotAsk, Plan, Question, for_rule, question
 from oncegate.probing.table import parse_table
 from oncegate.probing.verdicts import ProbeAnswer, answered, conclude
 from oncegate.settings.addresses import Origin
@@ -22,7 +22,7 @@ HOSTILE = [
 
 def plan_of(url: str, **changes: object) -> Plan:
     table = {"url": url, "keep": ["key"], "reference": {"/id": "{key}"}, "succeeded": [{"status": "200"}], **changes}
-    return for_upstream(parse_table(table), API, "")
+    return for_rule(parse_table(table), API, "", None)
 
 
 def asked(plan: Plan, value: str) -> Question:

@@ -23,7 +23,7 @@ from oncegate.messages.request_head import RequestHead, preferred_wait_s, prefer
 from oncegate.operating.explain_pages import page_right, preflight_result
 from oncegate.operating.request_identity import AskedRequest, WholeBody, admit
 from oncegate.probing.described import described_question, described_rule
-from oncegate.probing.kept_values import read_values, with_note
+from oncegate.probing.kept_values import read_values
 from oncegate.rules.body_conditions import read_document
 from oncegate.rules.identity import (
     Identity,
@@ -227,9 +227,10 @@ class Explanation:
         parts = policy.fingerprint
         covered = "all parts" if parts is None else ", ".join(["destination", *sorted(parts)])
         self._add("fingerprint", f"{identity.fingerprint.hex()} of {covered}")
-        note = read_note(policy.note, partial(only_value, head.fields), body) if policy.note else ""
+        field = partial(only_value, head.fields)
         if policy.note is not None:
-            self._add("note", f"{escaped(note) or 'none'}, of {policy.note.text}: stored with the record")
+            note = escaped(read_note(policy.note, field, body))
+            self._add("note", f"{note or 'none'}, of {policy.note.text}: stored with the record")
         if event_id := last_event_id(policy, head):
             self._add(
                 "result", f"the stream behind the event {escaped(event_id.decode('utf-8', 'replace'))}, if it is there"
@@ -240,9 +241,8 @@ class Explanation:
         for state, text in _by_state(policy, head, identity):
             self._add(f"  {state}", text)
         if (plan := policy.reconcile) is not None:
-            target, field = partial(bytes, head.target), partial(only_value, head.fields)
-            kept = read_values(plan, policy.key_headers, field, target, body)
-            for label, text in described_question(plan, with_note(kept, note)):
+            values = dict(read_values(plan, policy.key_headers, field, lambda: head.target, body))
+            for label, text in described_question(plan, values):
                 self._add(label, text)
 
 

@@ -1,19 +1,21 @@
 """The values of a request that its rule keeps with the record, so that the API can be asked about it later. Pure."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from oncegate.keys.documents import follow_pointer, parse_document
-from oncegate.keys.notes import CONTENT_ENCODING, MAX_CHARACTERS, NotedBody
+from oncegate.keys.notes import CONTENT_ENCODING, NotedBody
 from oncegate.keys.sources import Header, Member, Segment, Source
 from oncegate.keys.syntax import parse_key
 from oncegate.messages.target import normalized_path
-from oncegate.probing.plan import NOTE, Plan
+from oncegate.probing.plan import Plan
 from oncegate.probing.templates import unusable
 
-# A note of so many bytes may have been cut behind its last whole character. Half an id is another one's.
-_CUT_BYTES = MAX_CHARACTERS - 3
+# A whole number that every reader writes in this way alone (RFC 8259, section 6: up to 2^53). An API that was sent
+# 7.50 or 1e3 may search for 7.5 or 1000, and finds nothing.
+_NUMBER = re.compile(rb"0|-?[1-9][0-9]{0,14}")
 
 # The value of a header that came once, by its lower-case name; nothing for any other.
 Field = Callable[[bytes], bytes]
@@ -35,9 +37,9 @@ def read_values(
     return found
 
 
-def with_note(values: Iterable[tuple[str, str]], note: str) -> dict[str, str]:
-    """Return what a question is made of: the values of a record, and its note unless that may have been cut."""
-    return {**dict(values), **({NOTE: note} if note and len(note.encode()) < _CUT_BYTES else {})}
+def with_note(values: Iterable[tuple[str, str]], _note: str) -> dict[str, str]:
+    """Return the values that a question is made of."""
+    return dict(values)
 
 
 def _is_member(source: Source | None) -> bool:
@@ -70,7 +72,9 @@ def _value(source: Source, documents: list[Any], field: Field, target: Callable[
             value = follow_pointer(documents[0], pointer)
             if isinstance(value, bool):
                 return "true" if value else "false"
-            return value.decode() if isinstance(value, bytes) else value if isinstance(value, str) else ""
+            if isinstance(value, bytes):
+                return value.decode() if _NUMBER.fullmatch(value) else ""
+            return value if isinstance(value, str) else ""
         case _:
             return ""
 

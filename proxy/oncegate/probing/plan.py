@@ -47,7 +47,7 @@ class Plan:
 
     `origin`: of who is asked; None until the rule's upstream is known. `is_upstream`: that is the upstream of the rule,
     with its TLS, and `host` in place of its own where the rule sets one. `keep`: the sources of the values that are
-    kept with a record, by their names in templates; `key` has none. `reference`: what the answer must repeat.
+    kept with a record, by their names in templates; `key` has no source. `reference`: what the answer must repeat.
     `entries`: in the order of the rule.
     """
 
@@ -86,8 +86,13 @@ class Plan:
         return dict(self.answers).get(verdict, Answer())
 
 
-def for_upstream(plan: Plan, origin: Origin, host: str) -> Plan:
-    """Return the plan of a rule with this upstream. `host`: what the rule sets as `Host`, empty for none."""
+def for_rule(plan: Plan, origin: Origin, host: str, note: Source | None) -> Plan:
+    """Return the plan of a rule. `origin`: its upstream; `host`: what it sets as `Host`, empty for none; `note`: its.
+
+    A note is kept once more, because the one for people is cut, stripped, and made readable.
+    """
+    if NOTE in plan.names:
+        plan = replace(plan, keep=(*plan.keep, (NOTE, note)))
     return replace(plan, origin=origin, host=host) if plan.is_upstream else plan
 
 

@@ -11,6 +11,9 @@ from oncegate.probing.table_templates import parse_answers, parse_body, parse_re
 
 # The methods that change nothing (RFC 9110, section 9.2.1) and that an API answers with what it knows.
 SAFE = ("GET", "HEAD")
+# The statuses that say by themselves that nothing is there (RFC 9110, sections 15.3.5, 15.5.5 and 15.5.11). A 400 says
+# that the question is wrong.
+NOT_THERE = ("204", "404", "410")
 
 
 def parse_table(value: Any) -> Plan:
@@ -91,8 +94,8 @@ def _contradictions(plan: Plan) -> Iterator[str]:
         yield "method HEAD has answers without a body: reference must be {}, and audit, when and empty have no use"
     for verdict, entry in plan.entries:
         answer = plan.answer(verdict)
-        if verdict is Verdict.ABSENT and entry.status in ("200", "2xx") and not (entry.when or entry.empty):
-            yield f"absent with status {entry.status} needs when or empty: it would be every answer"
+        if verdict is Verdict.ABSENT and entry.status not in NOT_THERE and not (entry.when or entry.empty):
+            yield f"absent with status {entry.status} needs when or empty: alone it does not say that nothing is there"
         if verdict is Verdict.FAILED and entry.status.startswith("2") and answer.status is None:
             yield "failed needs a status in answers.failed: the probe's own would tell the client that it succeeded"
         if verdict is Verdict.SUCCEEDED and not entry.status.startswith("2") and answer.status is None:

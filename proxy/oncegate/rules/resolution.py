@@ -14,7 +14,7 @@ from oncegate.decision import UnknownMode
 from oncegate.keys.digests import length_prefixed
 from oncegate.keys.fingerprint_parts import fingerprint_source
 from oncegate.keys.sources import Header, KeySources, Source
-from oncegate.probing.plan import for_upstream
+from oncegate.probing.plan import for_rule
 from oncegate.rules.body_conditions import BodyConditions
 from oncegate.rules.fields import MATCHING, PARTS, RULE, SHARED
 from oncegate.rules.model import Match, Rule, Upstream
@@ -165,7 +165,7 @@ def rule_policy(settings: Settings, values: dict[str, Any], key: KeySources | No
         "resume": values.get("resume", False),
         "sse_ids": values.get("sse_ids", False),
         "note": values.get("note"),
-        "reconcile": for_upstream(values["reconcile"], upstream.origin, values.get("set_host") or "")
+        "reconcile": for_rule(values["reconcile"], upstream.origin, values.get("set_host", ""), values.get("note"))
         if "reconcile" in values
         else None,
         "resume_by_key": values.get("resume_by_key", False),
