@@ -150,6 +150,14 @@ def test_an_answer_that_cannot_be_made(answers):
     assert evidence.why.startswith("answers.succeeded: ")
 
 
+def test_a_status_that_has_no_body():
+    """A template has no place in a response without a body: the answer is inconclusive, and the key stays."""
+    plan = plan_of(reference={}, succeeded=[{"status": "204"}], failed=None, answers={"succeeded": {"body": '"{key}"'}})
+    assert conclude(plan, {"key": "k1"}, answer(204)).why == "answers.succeeded: a response with status 204 has no body"
+    plan = plan_of(reference={}, succeeded=[{"status": "204"}], failed=None, answers=None)
+    assert answered(plan, S, {"key": "k1"}, answer(204, {})) == (204, (), b"")
+
+
 def test_json_is_written_as_it_was():
     """Numbers and doubled names stay; text is in ASCII, also half a surrogate pair."""
     text = b'{"a": 1.00, "a": [true, null, {"\xc3\xa4": "\\ud800\\n"}, 1e5], "b": {}, "c": [], "d": "\\u0000"}'

@@ -14,6 +14,7 @@ from oncegate.decision import Verdict
 from oncegate.keys.documents import Missing, follow_pointer, is_encoded, parse_document, parse_pointer
 from oncegate.keys.syntax import BadKey
 from oncegate.messages.fields import Fields, Pairs, by_name
+from oncegate.probing.given_head import given_head
 from oncegate.probing.plan import JSON, Answer, Entry, Plan, Pointer
 from oncegate.probing.templates import ANSWER, Unfillable, in_json
 
@@ -174,8 +175,10 @@ def answered(plan: Plan, verdict: Verdict, values: Mapping[str, str], answer: Pr
     body = _body(given, values, answer, () if isinstance(document, str) else document)
     if isinstance(body, Unfillable):
         return body
+    status = given.status or answer.status
     headers = given.headers or _content_type(given, answer, body)
-    return Answered(given.status or answer.status, headers, body)
+    head = given_head(status, headers, bool(body))
+    return Unfillable(head) if isinstance(head, str) else Answered(status, headers, body)
 
 
 def _body(given: Answer, values: Mapping[str, str], answer: ProbeAnswer, document: Document) -> bytes | Unfillable:
@@ -190,7 +193,7 @@ def _body(given: Answer, values: Mapping[str, str], answer: ProbeAnswer, documen
             return Unfillable(f"{given.body_pointer[0]} is not in the answer")
         return written(value).encode()
     # A status without a body takes none of the probe's.
-    return b"" if given.status in (204, 304) else answer.body
+    return b"" if (given.status or answer.status) in (204, 304) else answer.body
 
 
 def pointer_of(name: str) -> Pointer:
