@@ -195,6 +195,10 @@ class Probe(ABC):
     def restore(self, key: bytes, saved: object) -> None:
         """Give a key that is free the record that it had."""
 
+    @abstractmethod
+    def everything(self) -> str:
+        """Return all that the store has, as hexadecimal digits: to find bytes that should not be there."""
+
     def records(self) -> dict[bytes, Fields]:
         """Return all records, by their keys."""
         return {key: self.fields(key) for key in self.keys()}
@@ -293,6 +297,18 @@ class RedisProbe(Probe):
         _tag, *reply = listed(self.client.eval(SCRIPTS["claim"].body, 1, store_key(key), b"tag", *args))
         claim = Claim(key, token, b"", mode, fingerprint, described, 0, lease_ms, retention_ms, retention_ms)
         return claim_result(claim, tenant, reply, lambda _: None)
+
+    def everything(self) -> str:
+        return "".join(part.hex() for name in self.client.scan_iter() for part in (name, *self._parts(name)))
+
+    def _parts(self, name: bytes) -> list[bytes]:
+        match self.client.type(name):
+            case b"string":
+                return [self.client.get(name) or b""]
+            case b"hash":
+                return [part for pair in self.client.hgetall(name).items() for part in pair]
+            case _:
+                return list(self.client.zrange(name, 0, -1))
 
     def save(self, key: bytes) -> object:
         return self.client.dump(store_key(key)), self.client.pttl(store_key(key))

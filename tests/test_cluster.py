@@ -219,7 +219,7 @@ async def test_decisions_and_marks_whose_slot_moves(cluster):
             assert await store.marks.get_all([mark, store_key(key(9)) + b":test"]) == [after, b""]
 
         owner = await claimed(store, key=of)
-        careful = Deciding(owner.token, unless_running=True)
+        careful = Deciding(owner.token, seen_lease=0)
 
         async def free() -> ResolveStatus:
             return await store.release_by_operator(of, careful, b"O" * 16, owner.fence)

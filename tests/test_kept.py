@@ -213,26 +213,6 @@ CANARY = "canary-8f3a"
 OPEN = Kept("order-7", rule="charges", values=(("key", CANARY), ("path:3", "\udcff ä")), first_ms=NOW_MS - 5)
 
 
-def whole_store(probe: Probe) -> str:
-    """Return every byte that the store has, as hexadecimal digits."""
-    if isinstance(probe, RedisProbe):
-        return "".join(str(part.hex()) for name in probe.client.scan_iter() for part in (name, *_parts(probe, name)))
-    tables = [row[0] for row in probe.sql("SELECT tablename::text FROM pg_tables WHERE schemaname = current_schema()")]
-    # A bytea is written in hexadecimal digits, and a text has none of ours.
-    return "".join(row[0] for table in tables for row in probe.sql(f"SELECT one::text FROM {table} AS one"))
-
-
-def _parts(probe: RedisProbe, name: bytes) -> list[bytes]:
-    client = probe.client
-    match client.type(name):
-        case b"string":
-            return [client.get(name) or b""]
-        case b"hash":
-            return [part for pair in client.hgetall(name).items() for part in pair]
-        case _:
-            return list(client.zrange(name, 0, -1))
-
-
 Ends = Callable[[Store, Probe, Claim], Awaitable[object]]
 
 
@@ -302,9 +282,9 @@ async def test_what_is_kept_to_ask_with_is_gone_with_its_end(store, probe, ends:
         await store.mark_unknown(former, "no answer came", PATIENCE_S)
     owner = await owner_of(store, OPEN, mode=b"retry")
     assert await seen(store) == (OPEN, OPEN)
-    assert CANARY.encode().hex() in whole_store(probe)
+    assert CANARY.encode().hex() in probe.everything()
     await ends(store, probe, owner)
-    assert CANARY.encode().hex() not in whole_store(probe)
+    assert CANARY.encode().hex() not in probe.everything()
     view = await store.records.read(KEY)
     if view is not None and view.response is not None:
         assert view.kept == replace(OPEN, values=(), first_ms=None)

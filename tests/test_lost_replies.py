@@ -358,9 +358,9 @@ async def test_a_withdrawal_that_loses_its_connection_while_another_holds_its_ro
 # Decisions and marks ...
 
 
-async def decided(store: Store, owner: Claim, how: str, operator: bytes) -> ResolveStatus:
-    """Decide, unless the owner has a running lease."""
-    seen = Deciding(owner.token, unless_running=True)
+async def decided(store: Store, owner: Claim, how: str, operator: bytes, seen_lease: int = 0) -> ResolveStatus:
+    """Decide, unless the owner was back since the record was seen: unknown, or lapsed at `seen_lease`."""
+    seen = Deciding(owner.token, seen_lease)
     if how == "release":
         return await store.release_by_operator(KEY, seen, operator, owner.fence)
     by = replace(owner, token=operator)
@@ -389,17 +389,19 @@ async def test_a_decision_whose_reply_was_lost_is_repeated(relay, stored, how):
 
 
 @pytest.mark.fault(10)
-@pytest.mark.parametrize("meanwhile", ["renewed", "settled", "claimed by another"])
+@pytest.mark.parametrize("meanwhile", ["renewed", "renewed and lapsed", "settled", "claimed by another"])
 @pytest.mark.parametrize("how", ["resolve", "release"])
 async def test_a_decision_that_was_held_up_on_its_way(relay, stored, how, meanwhile):
     """It depends on the record as it is when it comes: an owner that woke up, and any other, wins."""
     async with connected(relay.url, timeout_ms=300) as store, connected(stored.url) as elsewhere:
         owner = await claimed(elsewhere)
-        stored.change(KEY, lease=stored.now_ms() - 1)
+        stored.change(KEY, lease=(lapsed := stored.now_ms() - 1))
         relay.hold()
-        assert await decided(store, owner, how, store.token()) is ResolveStatus.UNCONFIRMED
-        if meanwhile == "renewed":
+        assert await decided(store, owner, how, store.token(), lapsed) is ResolveStatus.UNCONFIRMED
+        if meanwhile.startswith("renewed"):
             assert await elsewhere.renew(owner) is RenewStatus.RENEWED
+            if meanwhile == "renewed and lapsed":
+                stored.change(KEY, lease=lapsed + 1)
         elif meanwhile == "settled":
             assert (await store_small(elsewhere, owner)).status is SettleStatus.STORED
         else:

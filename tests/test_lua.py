@@ -717,14 +717,14 @@ def test_members_know_how_long_a_store_has_been_without_older_versions(called):
 ANSWERED = {
     **OWNER,
     "action": "answer",
-    "unless_running": 0,
+    "seen_lease": "",
     "retention_ms": 900_000,
     "meta": meta("O" * 16),
     "body": "abc",
     "tombstone_ms": 0,
     "more": "",
 }
-FREED = {**OWNER, "action": "release", "unless_running": 0, "operator": "O" * 16, "fence": "99"}
+FREED = {**OWNER, "action": "release", "seen_lease": "", "operator": "O" * 16, "fence": "99"}
 
 
 @pytest.mark.parametrize(("variant", "given"), [("answer", ANSWERED), ("release", FREED)])
@@ -760,19 +760,25 @@ def test_resolve_answers_as_its_header_says(called, body_given, kept):
 
 @pytest.mark.parametrize(("variant", "given"), [("answer", ANSWERED), ("release", FREED)])
 @pytest.mark.parametrize("layout", ["hash", "packed"])
-def test_resolve_leaves_a_running_lease_alone(called, layout, variant, given):
-    """If it is told to, and by the server's own time."""
+def test_resolve_depends_on_the_lease_that_was_seen(called, layout, variant, given):
+    """If it is told to: it has to be over by the server's own time, and the same."""
     called("claim", **{**CLAIM, "layout": layout})
-    before = called.client.dump(KEY)
-    careful = {**given, "unless_running": 1}
-    assert called("resolve", variant, **careful) == [b"8", b"running"]
-    assert called("resolve", variant, **{**careful, "token": "U" * 16}) == [b"8", b"fenced"]
-    assert called.client.dump(KEY) == before
-    if layout == "packed":
-        called.client.setrange(KEY, 46, f"{time.time() * 1000 - 40_001:013.0f}")
-    else:
-        called.client.hset(KEY, "lease", int(time.time() * 1000) - 1)
-    assert called("resolve", variant, **careful) in ([b"8", b"resolved"], [b"8", b"released"])
+
+    def lapse(lease: int) -> None:
+        if layout == "packed":
+            called.client.setrange(KEY, 46, f"{lease - 40_000:013}")
+        else:
+            called.client.hset(KEY, "lease", lease)
+
+    now_ms = int(time.time() * 1000)
+    for lease, seen in ((now_ms + 30_000, now_ms + 30_000), (now_ms - 1, now_ms - 2), (now_ms - 1, 0)):
+        lapse(lease)
+        before = called.client.dump(KEY)
+        assert called("resolve", variant, **{**given, "seen_lease": seen}) == [b"8", b"running"]
+        assert called("resolve", variant, **{**given, "seen_lease": seen, "token": "U" * 16}) == [b"8", b"fenced"]
+        assert called.client.dump(KEY) == before
+    lapse(now_ms - 1)
+    assert called("resolve", variant, **{**given, "seen_lease": now_ms - 1})[1] in (b"resolved", b"released")
 
 
 def owners_tries(called) -> list:

@@ -23,7 +23,6 @@ from tests.stores import BODY, PATIENCE_S, answer, claim, claimed, key, store_sm
 
 KEPT = Kept(rule="charges", values=(("key", "canary"),), first_ms=5)
 OF_COMPLETE = Kept(rule="charges")
-CARE = {"unless_running": True}
 
 
 @asynccontextmanager
@@ -40,8 +39,8 @@ async def schema_before(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Schema
         await schemas.__aexit__(None, None, None)
 
 
-async def decide(store: Store, owner: Claim, how: str, **care: bool) -> ResolveStatus:
-    seen, operator = Deciding(owner.token, evidence=b"evidence", **care), b"O" * 16
+async def decide(store: Store, owner: Claim, how: str, seen_lease: int | None = None) -> ResolveStatus:
+    seen, operator = Deciding(owner.token, seen_lease, b"evidence"), b"O" * 16
     if how == "release":
         return await store.release_by_operator(owner.key, seen, operator, owner.fence)
     by = replace(owner, token=operator)
@@ -63,18 +62,23 @@ async def test_a_schema_that_is_not_migrated_yet(monkeypatch: pytest.MonkeyPatch
         owner = await claim(store, kept=KEPT)
         assert isinstance(owner, Claim)
         assert await schema.other.fetchval("SELECT kept FROM record") == owner.kept == pack_kept(OF_COMPLETE)
-        assert await decide(store, replace(owner, token=b"F" * 16), how, **CARE) is ResolveStatus.FENCED
-        assert await decide(store, owner, how, **CARE) is ResolveStatus.RUNNING
+        lease = "SELECT lease FROM record"
+        assert await decide(store, replace(owner, token=b"F" * 16), how, 0) is ResolveStatus.FENCED
+        for seen in (0, await schema.other.fetchval(lease)):
+            assert await decide(store, owner, how, seen) is ResolveStatus.RUNNING
         await lapse(schema)
+        seen = await schema.other.fetchval(lease)
+        for other in (0, seen - 1):
+            assert await decide(store, owner, how, other) is ResolveStatus.RUNNING
         # What another transaction is about to change is waited for.
         async with schema.other.transaction():
             await schema.other.execute("UPDATE record SET lease = now_ms() + 60000")
-            deciding = asyncio.create_task(decide(store, owner, how, **CARE))
+            deciding = asyncio.create_task(decide(store, owner, how, seen))
             await asyncio.sleep(0.1)
         assert await deciding is ResolveStatus.RUNNING
-        await lapse(schema)
-        assert await decide(store, owner, how, **CARE) is done
-        assert await decide(store, replace(owner, key=key(9)), how, **CARE) is ResolveStatus.ABSENT
+        await schema.other.execute("UPDATE record SET lease = $1", seen)
+        assert await decide(store, owner, how, seen) is done
+        assert await decide(store, replace(owner, key=key(9)), how, seen) is ResolveStatus.ABSENT
         assert await details(schema) == [b""]
         # As a proxy of this version began it, before the schema was migrated.
         unsettled = await claimed(store, key=key(3))
@@ -88,7 +92,7 @@ async def test_a_schema_that_is_not_migrated_yet(monkeypatch: pytest.MonkeyPatch
                 if unpack_kept(later.kept) == KEPT:
                     break
                 await asyncio.sleep(0.02)
-        assert await decide(store, later, how, **CARE) is ResolveStatus.RUNNING
+        assert await decide(store, later, how, 0) is ResolveStatus.RUNNING
         assert await decide(store, later, how) is done
         assert await details(schema) == [b"", b"evidence"]
         assert store.not_ready_reason() is None

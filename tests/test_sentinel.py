@@ -142,7 +142,7 @@ async def test_a_claim_that_a_failover_lost(group):
         assert await store_small(store, taken) == SettleResult(SettleStatus.FENCED)
         assert await store.renew(other) == RenewStatus.RENEWED
         assert [await store.marks.swap(mark, seen, b"new", 600_000) for seen in (b"one", b"")] == [False, True]
-        seen = Deciding(taken.token, unless_running=True)
+        seen = Deciding(taken.token, seen_lease=0)
         assert await store.release_by_operator(taken.key, seen, store.token(), b"1") is ResolveStatus.FENCED
 
 

@@ -904,11 +904,12 @@ async def test_what_an_operator_decides(store, probe, state, how):
 async def test_a_decision_that_leaves_a_running_lease_alone(store, probe, state, how):
     """By the store's own clock. In any other state it is as without that condition; a repeat says the same."""
     owner = await at(store, probe, state)
-    before, operator = probe.fields(KEY), store.token()
+    before, operator, view = probe.fields(KEY), store.token(), await store.records.read(KEY)
+    lease = 0 if view is None else view.lease_end_ms
     meta = pack(replace(owner, token=operator), answer(b"by hand"))
 
     async def decide(token: bytes = owner.token) -> ResolveStatus:
-        seen = Deciding(token, unless_running=True, evidence=b"x" * 2000)
+        seen = Deciding(token, lease, evidence=b"x" * 2000)
         if how == "release":
             return await store.release_by_operator(KEY, seen, operator, owner.fence)
         return await store.resolve_by_operator(owner, seen, meta, b"by hand")
@@ -931,6 +932,31 @@ async def test_a_decision_that_leaves_a_running_lease_alone(store, probe, state,
     assert probe.fields(KEY) == before
 
 
+@pytest.mark.parametrize("seen_as", ["lapsed", "unknown"])
+@pytest.mark.parametrize("since", ["renewed", "renewed and lapsed", "claimed again and unknown", "unknown"])
+async def test_an_owner_that_was_back_since_the_record_was_seen(store, probe, seen_as, since):
+    """Its token is the same, and it may have sent its request since, also where no lease runs: no verdict counts.
+
+    Nothing of that can happen to a record that was seen unknown, and it is decided.
+    """
+    owner = await at(store, probe, seen_as)
+    view = await store.records.read(KEY)
+    assert view is not None
+    match since:
+        case "renewed" | "renewed and lapsed":
+            renewed = await store.renew(owner)
+        case "claimed again and unknown":
+            renewed = RenewStatus.RENEWED if isinstance(await store.reclaim(owner, SCOPE), Claim) else None
+    if since == "renewed and lapsed" and renewed is RenewStatus.RENEWED:
+        probe.change(KEY, lease=view.lease_end_ms + 1)
+    elif since.endswith("unknown"):
+        await store.mark_unknown(owner, "no answer came", PATIENCE_S)
+    before = probe.fields(KEY)
+    decided = await store.release_by_operator(KEY, Deciding.of(view), store.token(), owner.fence)
+    assert decided is (ResolveStatus.RUNNING if seen_as == "lapsed" else ResolveStatus.RELEASED)
+    assert (probe.fields(KEY) == before) == (seen_as == "lapsed")
+
+
 async def test_an_owner_that_wakes_up_and_a_verdict_at_once(store, probe):
     """Its lease is over. Of its renewal and a decision at once, one alone is done, a hundred times over."""
     won = {RenewStatus.RENEWED: 0, RenewStatus.FENCED: 0}
@@ -941,8 +967,10 @@ async def test_an_owner_that_wakes_up_and_a_verdict_at_once(store, probe):
             owner = await claimed(store, key=key)
             probe.change(key, lease=probe.now_ms() - 1)
             meta = pack(replace(owner, token=desk.token()), answer(b"asked"))
+            view = await desk.records.read(key)
+            assert view is not None
             renew = store.renew(owner)
-            decide_ = desk.resolve_by_operator(owner, Deciding(owner.token, unless_running=True), meta, b"asked")
+            decide_ = desk.resolve_by_operator(owner, Deciding.of(view), meta, b"asked")
             if n % 2:
                 renewed, decided = await asyncio.gather(renew, decide_)
             else:
@@ -966,7 +994,7 @@ async def test_a_response_that_the_api_was_asked_for(store):
         await store.mark_unknown(owner, "no answer came", PATIENCE_S)
         given = replace(answer(body), reconciled=True)
         by = replace(owner, token=store.token())
-        seen = Deciding(owner.token, unless_running=True)
+        seen = Deciding(owner.token, seen_lease=0)
         assert await store.resolve_by_operator(by, seen, pack(by, given), body) is ResolveStatus.RESOLVED
         found, view = await claim(store, key), await store.records.read(key)
         assert isinstance(found, Record)

@@ -63,7 +63,7 @@ async def test_a_user_with_the_rights_of_the_documents(valkey):
         mark = store_key(owner.key) + b":test"
         assert [await store.marks.swap(mark, b"", one, 60_000) for one in (b"one", b"two")] == [True, False]
         assert await store.marks.swap(mark, b"one", b"", 1) is True
-        seen = Deciding(owner.token, unless_running=True)
+        seen = Deciding(owner.token, seen_lease=0)
         assert await store.release_by_operator(owner.key, seen, store.token(), b"1") is ResolveStatus.RUNNING
     await until(lambda: len(records(valkey)) == 1)
 

@@ -2,9 +2,27 @@
 
 import asyncio
 import random
+from asyncio import StreamReader, StreamWriter
 from contextlib import closing, suppress
+from dataclasses import replace
 
-from tests.parts import OK, RawClient, answering, ask, chunk, read_answer, request, until
+from oncegate.store.open_keys.listing import open_keys
+from oncegate.store.record import pack
+from oncegate.store.record_view import Deciding, claim_of
+from tests.parts import (
+    OK,
+    RawClient,
+    RawUpstream,
+    Received,
+    Script,
+    answering,
+    ask,
+    chunk,
+    read_answer,
+    request,
+    until,
+)
+from tests.stores import answer, connected
 
 HEADERS = (
     "Authorization", "X-Api-Key", "Cookie", "Cookie2", "Idempotency-Key", "Proxy-Authorization", "Host", "Referer",
@@ -109,8 +127,8 @@ async def test_canaries_are_found_in_no_log_and_no_metric(proxies, upstream, val
     made = requests(canary)
     for start in range(0, len(made), 20):
         await asyncio.gather(*map(say, made[start : start + 20]))
-    for number, answer in enumerate(answers(canary)):
-        upstream.script = answering(answer)
+    for number, response in enumerate(answers(canary)):
+        upstream.script = answering(response)
         for key in (f"answer-{number}", f"answer-{number}", None):
             await say(request("POST", "/x", key, b"{}"))
     upstream.script = answering(OK)
@@ -134,3 +152,74 @@ async def test_canaries_are_found_in_no_log_and_no_metric(proxies, upstream, val
     assert canary.found_in("\n".join(told)) == []
     assert "Traceback" not in gate.log()
     assert len(gate.events("request")) >= len(made)
+
+
+RULES = """
+[[rule]]
+name = "charges"
+path = "/**"
+[rule.reconcile]
+url = "/find?a={key}&b={path:2}&c={/order/id}&d={header:X-Order}"
+keep = ["key", "path:2", "/order/id", "header:X-Order"]
+reference = {}
+succeeded = [{ status = "200" }]
+"""
+STREAMED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk(b"x" * 90_000) * 2 + b"0\r\n\r\n"
+# Of each ending what the API says, and whether its key is open then.
+KEEPING = {
+    "small": (OK, False),
+    "streamed": (STREAMED, False),
+    "too large": (b"HTTP/1.1 200 OK\r\nContent-Length: 300000\r\n\r\n" + b"x" * 300_000, False),
+    "declined": (OK.replace(b"200 OK", b"429 Slow Down"), False),
+    "ambiguous": (OK.replace(b"200 OK", b"504 Timeout"), True),
+    "cut off": (OK[:-1], True),
+    "no response": (b"", True),
+}
+
+
+# After these the connection is closed.
+CLOSED = ("cut off", "no response")
+
+
+def closing_after(response: bytes) -> Script:
+    async def script(upstream: RawUpstream, reader: StreamReader, writer: StreamWriter, got: Received) -> None:
+        await answering(response)(upstream, reader, writer, got)
+        raise ConnectionError
+
+    return script
+
+
+async def test_what_a_rule_keeps_to_ask_with_lies_with_open_keys_alone(fork, upstream, stored, tmp_path):
+    """However a key ends, also by an operator, no byte of it is left in the store; nor is it in a log or a metric."""
+    (tmp_path / "rules.toml").write_text(RULES)
+    canary, settings = Canaries(), {"RULES_FILE": tmp_path / "rules.toml", "MAX_STORED_BYTES": 200_000}
+    gate = await fork(upstream, stored.url, LOG_LEVEL="debug", **settings)
+
+    def kept(places: list[str]) -> set[str]:
+        """Return which of these the store has."""
+        digits = stored.everything()
+        return {place for word, place in canary.made.items() if place in places and word.encode().hex() in digits}
+
+    for ending, (response, is_open) in KEEPING.items():
+        places = [f"{ending}: {part}" for part in ("key", "path", "body", "field")]
+        key, path, body, field = (canary(place) for place in places)
+        upstream.script = closing_after(response) if ending in CLOSED else answering(response)
+        raw = request("POST", f"/charges/{path}", key, b'{"order": {"id": "%b"}}' % body.encode(), f"X-Order: {field}")
+        with suppress(OSError, AssertionError):
+            await ask(gate.port, raw)
+        await until(lambda places=places, is_open=is_open: kept(places) == (set(places) if is_open else set()))
+    await until(lambda: stored.states().count(b"unknown") == 3)
+    async with connected(stored.url) as store:
+        for number, record in enumerate((await open_keys(store.records, 100)).records):
+            if number % 2:
+                await store.release_by_operator(record.key, Deciding(record.token), store.token(), record.fence)
+            else:
+                by = replace(claim_of(record, 60_000), token=store.token())
+                await store.resolve_by_operator(by, Deciding(record.token), pack(by, answer(b"by hand")), b"by hand")
+    assert number == 2
+    assert kept(list(canary.made.values())) == set()
+    metrics = gate.admin("/metrics")[1]
+    assert gate.stop() == 0
+    # An access line names the path.
+    assert {place.partition(": ")[2] for place in canary.found_in(gate.log())} == {"path"}
+    assert canary.found_in(metrics) == []

@@ -312,7 +312,7 @@ class Key:
         if seen in (NOBODY, OPERATOR):
             return
         for how in ("answer", "release"):
-            word, became = self._call("resolve", record, seen, how, False)
+            word, became = self._call("resolve", record, seen, how, "")
             after = world._replace(record=became, operator=OPERATOR)
             if word in ("resolved", "released"):
                 after = put(after, seen, world.owners[seen - 1], counts=False, freed=True)

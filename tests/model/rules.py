@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 ABSENT, IN_FLIGHT, UNKNOWN, COMPLETE, RELEASED = "absent", "in_flight", "unknown", "complete", "released"
 EXPIRED = "expired"  # a tombstone
+LAPSED = "lapsed"  # in flight, with a lease that has passed
 HOLD, RETRY, CANCELLED = "hold", "retry", "cancelled"
 NOBODY, OPERATOR = 0, 9  # beside the owners 1, 2, 3
 # What a complete record has of its body.
@@ -138,8 +139,11 @@ def settle(record: Record, me: int, mode: str, how: str, cut: Cut) -> Done:
     return "stored", Record(COMPLETE, me, answer=me, body=kept)
 
 
-def resolve(record: Record, seen: int, how: str, unless_running: bool, cut: Cut) -> Done:
-    """End the key for an operator who saw the token `seen`: how is answer or release. A repeat changes nothing more."""
+def resolve(record: Record, seen: int, how: str, as_seen: str, cut: Cut) -> Done:
+    """End the key for an operator who saw the token `seen`: how is answer or release. A repeat changes nothing more.
+
+    `as_seen`: that the record still has to be unknown, or lapsed with the lease that was seen; empty for any.
+    """
     blind = "OPERATOR_COMPARES" in cut
     decided = record.token == OPERATOR
     if record.state in FINAL and not blind:
@@ -148,7 +152,7 @@ def resolve(record: Record, seen: int, how: str, unless_running: bool, cut: Cut)
         return "released" if decided and how == "release" else "absent", record
     if record.token != seen and not blind:
         return "fenced", record
-    if unless_running and record.lease:
+    if as_seen and (record.lease or as_seen != (UNKNOWN if record.state == UNKNOWN else LAPSED)):
         return "running", record
     token = record.token if "OPERATOR_FENCES" in cut else OPERATOR
     if how == "answer":

@@ -34,6 +34,7 @@ from tests.model.rules import (
     COMPLETE,
     EXPIRED,
     IN_FLIGHT,
+    LAPSED,
     NOBODY,
     OPERATOR,
     RELEASED,
@@ -88,6 +89,13 @@ def stored(me: int, how: str) -> tuple[StoredResponse, bytes]:
     return packed(me, chunks, kept=how != "bare")[1], {"store": first + last, "stream": last, "bare": b""}[how]
 
 
+def seen_lease(probe: Probe, as_seen: str) -> int | None:
+    """Return the lease that a decision depends on: that of the record, if it is in flight. 1 is nobody's."""
+    found = probe.fields(KEY)
+    lapsed = int(found["lease"]) if found.get("state") == b"in_flight" else 1
+    return {"": None, UNKNOWN: 0, LAPSED: lapsed}[as_seen]
+
+
 class Verbs(Protocol):
     """The verbs of a store, called once each, without a proxy around them."""
 
@@ -99,7 +107,7 @@ class Scripts:
     """The Lua scripts on a server. Their replies begin with the model's words."""
 
     def __init__(self, probe: RedisProbe) -> None:
-        self._client, self._packed = probe.client, probe.packed
+        self._probe, self._client, self._packed = probe, probe.client, probe.packed
         self._layout = LAYOUT[probe.packed]
 
     def __call__(self, call: Call) -> str:
@@ -130,8 +138,9 @@ class Scripts:
         size = answer.size if answer.body_stored else 0
         return [*head, pack(claim_of(me, "hold"), answer), answer.digest, answer.chunks, size, last, 0, b""]
 
-    def _resolve(self, seen: int, how: str, unless_running: bool) -> list[Any]:
-        decision = [TOKENS[seen], how, int(unless_running)]
+    def _resolve(self, seen: int, how: str, as_seen: str) -> list[Any]:
+        lease = seen_lease(self._probe, as_seen)
+        decision = [TOKENS[seen], how, b"" if lease is None else lease]
         if how == "release":
             return [*decision, TOKENS[OPERATOR], b"8"]
         return [*decision, RETENTION_MS, packed(OPERATOR, 1)[0], b"".join(pieces(OPERATOR)), 0, b""]
@@ -185,13 +194,13 @@ class Functions:
             row = rows.store_row(claim_of(me, "hold"), *stored(me, how))
         return int(self._probe.call(rows.SETTLE, row)["tag"])
 
-    def _resolve(self, seen: int, how: str, unless_running: bool) -> int:
+    def _resolve(self, seen: int, how: str, as_seen: str) -> int:
         meta, body = (packed(OPERATOR, 1)[0], b"".join(pieces(OPERATOR))) if how == "answer" else (None, None)
         mode = self._probe.fields(KEY).get("mode", b"hold")
         check = self_check(KEY, TENANT, TOKENS[OPERATOR], mode, FINGERPRINT)[16:]
         decision = (KEY, TOKENS[seen], TOKENS[OPERATOR], 8, check, meta, body, None, RETENTION_MS, 0, 200)
         places = ", ".join(f"${number}" for number in range(1, 17))
-        args = *decision, unless_running, b"", ACTOR, True, b""
+        args = *decision, seen_lease(self._probe, as_seen), b"", ACTOR, True, b""
         return int(self._probe.sql(f"SELECT resolve_3({places})", *args)[0][0])
 
     def _drop(self, seen: int, purge: bool) -> int:

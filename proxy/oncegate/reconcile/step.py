@@ -229,7 +229,7 @@ class _Step:
     # The verdict ...
 
     def _deciding(self, evidence: Evidence) -> Deciding:
-        return Deciding(self._record.token, unless_running=True, evidence=evidence_text(self._by, evidence))
+        return Deciding.of(self._record, evidence_text(self._by, evidence))
 
     async def _complete(self, evidence: Evidence, given: GivenResponse) -> ResolveStatus:
         """Complete the key, with a response for later requests. Its owner is fenced by that, as by an operator."""

@@ -4,7 +4,7 @@ Nothing here shows what was requested or responded, and nothing changes a record
 """
 
 from enum import Enum
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from oncegate.decision import HOLD, State, effective_state
 from oncegate.store.kept import NOTHING, Kept, pack_kept, unpack_kept
@@ -66,18 +66,6 @@ EVIDENCE_BYTES = 1024
 UNDECIDED = (OpenKind.UNKNOWN, OpenKind.LAPSED)
 
 
-class Deciding(NamedTuple):
-    """What a decision about an open key depends on, when it is carried out.
-
-    `token`: of the record that was looked at. `unless_running`: nothing is changed while its owner has a running lease.
-    `evidence`: for the audit trail, UTF-8; what is longer than EVIDENCE_BYTES is cut.
-    """
-
-    token: bytes
-    unless_running: bool = False
-    evidence: bytes = b""
-
-
 class RecordView(NamedTuple):
     """One record. Times are the store's, in milliseconds."""
 
@@ -93,6 +81,8 @@ class RecordView(NamedTuple):
     self_check: bytes = b""
     created_ms: int = 0
     lease_left_ms: int = 0
+    # Of one in flight, as it is written; 0 of any other.
+    lease_end_ms: int = 0
     # Since the lease of an owner ended that stopped renewing it, because it died or is paused. Else 0.
     lapsed_ms: int = 0
     # Until a record that is not complete is removed; -1 where the store does not say.
@@ -133,6 +123,24 @@ class RecordView(NamedTuple):
         """By what open keys are ordered: the time of the claim of an unknown one, the end of any other's lease."""
         ends_ms = self.now_ms + self.lease_left_ms - self.lapsed_ms
         return ends_ms if self.open_kind in (OpenKind.IN_FLIGHT, OpenKind.LAPSED) else self.created_ms
+
+
+class Deciding(NamedTuple):
+    """What a decision about an open key depends on, when it is carried out.
+
+    `token`: of the record that was looked at. `seen_lease`: its `lease_end_ms`, which has to be the same and over, so
+    that an owner that is back, or was meanwhile, is left alone; None: whatever it is. `evidence`: for the audit trail,
+    UTF-8; what is longer than EVIDENCE_BYTES is cut.
+    """
+
+    token: bytes
+    seen_lease: int | None = None
+    evidence: bytes = b""
+
+    @classmethod
+    def of(cls, record: RecordView, evidence: bytes = b"") -> Self:
+        """Return what a decision depends on that holds for a record as it was seen, and for no later one."""
+        return cls(record.token, record.lease_end_ms, evidence)
 
 
 # One record from its fields ...
@@ -203,6 +211,7 @@ def _unfinished(key: bytes, token: bytes, fields: dict[str, bytes], now_ms: int)
         self_check=stored_check,
         created_ms=int(fields["created"]),
         lease_left_ms=max(0, left_ms),
+        lease_end_ms=0 if stored_state is State.UNKNOWN else int(fields["lease"]),
         lapsed_ms=max(1, -left_ms) if lapsed else 0,
         reason="its owner stopped renewing its lease" if lapsed else fields.get("why", b"").decode("utf-8", "replace"),
         progress="" if "why" in fields else describe_stage(fields.get("stage")),

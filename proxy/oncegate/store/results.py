@@ -176,7 +176,7 @@ class ResolveStatus(Enum):
     COMPLETE = "complete"
     # The key has another owner than the operator saw.
     FENCED = "fenced"
-    # The owner has a running lease, and the decision is not to be made then.
+    # The owner has a running lease, or was back since the record was seen, and the decision is not to be made then.
     RUNNING = "running"
     UNCONFIRMED = "unconfirmed"
 

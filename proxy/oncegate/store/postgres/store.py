@@ -60,7 +60,8 @@ _RESOLVE = "SELECT resolve_3($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, 
 # key alone. Before it, nothing of that is kept, and no evidence.
 DECIDING = 3
 _RESOLVE_2 = """
-SELECT CASE (SELECT NOT ($12 AND state = 1 AND token = $2 AND lease > now_ms())
+SELECT CASE (SELECT $12::bigint IS NULL OR state > 2 OR token <> $2
+                 OR lease <= now_ms() AND CASE state WHEN 1 THEN lease ELSE 0 END = $12
              FROM record WHERE key = $1 FOR NO KEY UPDATE SKIP LOCKED)
     WHEN true THEN resolve_1($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $14, $15, $16)
     WHEN false THEN 6
@@ -297,7 +298,7 @@ class PostgresStore:
     async def _resolve(self, key: bytes, seen: Deciding, *decision: object) -> ResolveStatus:
         """Decide, again while another transaction holds the record: it ends soon, and nothing was changed."""
         ends, pause_s = self._loop.time() + self._timeout_s, MIN_PAUSE_S
-        args = key, seen.token, *decision, seen.unless_running, seen.evidence[:EVIDENCE_BYTES], *self._audit
+        args = key, seen.token, *decision, seen.seen_lease, seen.evidence[:EVIDENCE_BYTES], *self._audit
         statement = _RESOLVE if self._servers.schema_version >= DECIDING else _RESOLVE_2
         while True:
             reply = await self._calls.ask("resolve", Level.CLAIM, statement, args, ends)

@@ -154,8 +154,8 @@ def release_by_operator(seen: Deciding, operator: bytes, fence: bytes) -> bytes:
     return resp(*_seen(b"release", seen), operator, fence)
 
 
-def _seen(action: bytes, seen: Deciding) -> tuple[bytes, bytes, int]:
-    return seen.token, action, int(seen.unless_running)
+def _seen(action: bytes, seen: Deciding) -> tuple[bytes, bytes, bytes]:
+    return seen.token, action, b"" if seen.seen_lease is None else b"%d" % seen.seen_lease
 
 
 # A probe ...

@@ -95,11 +95,12 @@ $$;
 
 -- Decides a key for an operator, if this token still owns it: completes it (`meta` is not null) or frees it, and fences
 -- the owner. A freed record stays: an owner that finds none would write its own. `new_self` names its new owner.
--- `unless_running`: nothing is changed while the owner has a running lease. `evidence`: for the trail. A repeat changes nothing.
+-- `seen_lease`: where the lease ended that was seen, 0 of an unknown outcome: nothing is changed where it runs or is another; null
+-- for whatever it is. `evidence`: for the trail. A repeat changes nothing.
 -- tag: 1 resolved, 2 absent, 3 released, 4 complete, 5 fenced, 6 running, 7 busy.
 CREATE OR REPLACE FUNCTION resolve_3(
     key bytea, token bytea, new_token bytea, new_fence bigint, new_self bytea, meta bytea, body bytea, tail bytea, retention bigint,
-    tombstone bigint, status bigint, unless_running boolean, evidence bytea, actor bytea, audited boolean, pads bytea
+    tombstone bigint, status bigint, seen_lease bigint, evidence bytea, actor bytea, audited boolean, pads bytea
 ) RETURNS int
 LANGUAGE plpgsql VOLATILE SET plan_cache_mode = force_custom_plan AS $$
 DECLARE
@@ -118,7 +119,8 @@ BEGIN
         RETURN CASE WHEN event = 10 AND r.token = new_token THEN 3 ELSE 2 END;
     ELSIF r.token <> resolve_3.token THEN
         RETURN 5;
-    ELSIF unless_running AND r.state = 1 AND r.lease > began THEN
+    ELSIF seen_lease <> (CASE r.state WHEN 1 THEN r.lease ELSE 0 END)
+            OR seen_lease IS NOT NULL AND r.state = 1 AND r.lease > began THEN
         RETURN 6;
     END IF;
     UPDATE record SET token = new_token, fence = greatest(r.fence, new_fence), self = new_self,
@@ -154,7 +156,7 @@ CREATE OR REPLACE FUNCTION resolve_1(
 ) RETURNS int
 LANGUAGE plpgsql VOLATILE AS $$
 BEGIN
-    RETURN resolve_3(key, token, new_token, new_fence, new_self, meta, body, tail, retention, tombstone, status, false, '', actor,
+    RETURN resolve_3(key, token, new_token, new_fence, new_self, meta, body, tail, retention, tombstone, status, NULL, '', actor,
         audited, pads);
 END
 $$;

@@ -1,14 +1,14 @@
 #!lua flags=allow-oom
 -- Decides a key for an operator, if this token still owns it, and fences the owner; a repeat changes nothing more.
 -- KEYS: record
--- ARGV: tag token action unless_running (action is 'answer' or 'release'), then
---   unless_running: '1' if nothing is to be changed while the owner has a running lease
+-- ARGV: tag token action seen_lease (action is 'answer' or 'release'), then
+--   seen_lease: when the lease ended that was seen, 0 of an unknown outcome; it has to be the same and over. '' for any
 --   answer: retention_ms meta body tombstone_ms more (more: what is kept with the record, else '')
 --   release: operator fence (operator: a token that fences the owner)
 -- Returns: {tag, 'resolved' or 'released' or 'absent' or 'complete' or 'fenced' or 'running'}
 -- The index of open keys (see store/redis/layouts/open_index.py). It never fails a decision.
 local index = 'once:open'
-local tag, token, action, unless_running = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local tag, token, action, seen_lease = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local fields = redis.pcall('HMGET', KEYS[1], 'token', 'state', 'meta', 'lease')
 local owner, state, complete, lease = fields[1], fields[2], fields[3], fields[4]
 if fields.err then
@@ -18,6 +18,7 @@ if fields.err then
   state = value:sub(71, 71) == 'i' and 'in_flight' or 'unknown'
   lease = (tonumber(value:sub(47, 59)) or 0) + (tonumber(value:sub(60, 69)) or 0)
 end
+lease = state == 'in_flight' and tonumber(lease) or 0
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 if complete then
@@ -34,7 +35,7 @@ elseif state == 'released' then
   return {tag, 'absent'}
 elseif owner ~= token then
   return {tag, 'fenced'}
-elseif unless_running == '1' and state == 'in_flight' and (tonumber(lease) or 0) > now then
+elseif seen_lease ~= '' and (lease > now or lease ~= tonumber(seen_lease)) then
   return {tag, 'running'}
 end
 if index then
