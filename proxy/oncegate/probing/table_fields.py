@@ -35,14 +35,14 @@ def checked(table: Mapping[str, Any], checks: Mapping[str, Check], problems: lis
             problems.append(f"{name} {error}")
 
 
-def text(value: Any) -> str:
+def text_of(value: Any) -> str:
     """Check a text."""
     if not isinstance(value, str):
         raise ValueError("must be a text in quotes")
     return value
 
 
-def members(value: Any, most: int) -> list[Any]:
+def members_of(value: Any, most: int) -> list[Any]:
     """Check a list."""
     if not isinstance(value, list) or len(value) > most:
         raise ValueError(f"must be a list of at most {most} members, such as [...]")
@@ -72,7 +72,7 @@ def _switch(value: Any) -> bool:
 
 
 def _method(value: Any) -> str:
-    method = text(value).upper()
+    method = text_of(value).upper()
     # CONNECT would open a tunnel, and TRACE returns credentials (RFC 9110, sections 9.3.6 and 9.3.8).
     if not re.fullmatch(r"[A-Z]{1,32}", method) or method in ("CONNECT", "TRACE"):
         raise ValueError("must be a method such as GET")
@@ -86,7 +86,7 @@ def _content_type(value: Any) -> str:
 
 
 def _keep(value: Any) -> tuple[tuple[str, Source | None], ...]:
-    names = [text(name) for name in members(value, MOST_KEPT)]
+    names = [text_of(name) for name in members_of(value, MOST_KEPT)]
     if len(set(names)) < len(names):
         raise ValueError("has the same member twice")
     return tuple((name, _kept(name)) for name in names)
@@ -103,22 +103,22 @@ def _kept(name: str) -> Source | None:
 
 def pointer(value: Any) -> Pointer:
     """Check a JSON pointer."""
-    return text(value), parse_pointer(value)
+    return text_of(value), parse_pointer(value)
 
 
 def _pointers(value: Any) -> tuple[Pointer, ...]:
-    return tuple(pointer(one) for one in members(value, MOST_AUDITED))
+    return tuple(pointer(one) for one in members_of(value, MOST_AUDITED))
 
 
 def _credentials(value: Any) -> tuple[tuple[str, str], ...]:
     try:
-        return read_credentials(text(value))
+        return read_credentials(text_of(value))
     except ValueError as error:
         raise ValueError(f"{value} {error}" if isinstance(value, str) else str(error)) from None
 
 
 def _entries(value: Any) -> tuple[Entry, ...]:
-    return tuple(map(_entry, members(value, MOST_ENTRIES)))
+    return tuple(map(_entry, members_of(value, MOST_ENTRIES)))
 
 
 def _entry(value: Any) -> Entry:
@@ -166,10 +166,10 @@ def _table(value: Any) -> dict[str, Any]:
 
 _ENTRY: Mapping[str, Check] = {"status": _status, "when": _when, "empty": _empty}
 FIELDS: Mapping[str, Check] = {
-    "url": text,
+    "url": text_of,
     "method": _method,
     "safe": _switch,
-    "body": text,
+    "body": text_of,
     "content_type": _content_type,
     "keep": _keep,
     "credentials_file": _credentials,

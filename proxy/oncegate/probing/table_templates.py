@@ -1,15 +1,14 @@
 """The templates of the table `[rule.reconcile]`: what is asked, what must be repeated, what duplicates get. Pure."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from oncegate.decision import Verdict
 from oncegate.keys.documents import parse_document
 from oncegate.probing.given_head import given_head
 from oncegate.probing.plan import JSON, Answer, Pointer
-from oncegate.probing.table_fields import VERDICTS, Check, checked, members, pointer
-from oncegate.probing.table_fields import text as text_of
+from oncegate.probing.table_fields import VERDICTS, Check, checked, members_of, pointer, text_of
 from oncegate.probing.templates import ANSWER, Template, in_json, parse_template
 from oncegate.settings.addresses import parse_origin
 
@@ -19,16 +18,16 @@ _URL = re.compile(r"(?P<origin>[^/?#]*://[^/?#]*)?(?P<path>/[^?]*)(?:\?(?P<query
 _SAMPLE = "x"
 
 
-def parse_url(text: str, known: Iterable[str]) -> dict[str, Any]:
-    """Return the parts of a plan that a URL gives."""
+def parse_url(text: str, known: Collection[str]) -> dict[str, Any]:
+    """Return the parts of a plan that a URL gives. Raises ValueError, as all of these."""
     match = _URL.fullmatch(text)
     if match is None or text.startswith(("//", "/\\")):
         raise ValueError("must be a path such as /charges/{key}, or begin with http:// or https:// and a host")
     origin = match["origin"]
     if origin and ("{" in origin or "}" in origin):
         raise ValueError("has a placeholder in its scheme or host: the client would say who is asked")
-    path = parse_template(match["path"], list(known))
-    query = parse_template(match["query"], list(known)) if match["query"] is not None else None
+    path = parse_template(match["path"], known)
+    query = parse_template(match["query"], known) if match["query"] is not None else None
     for template in (path, query):
         if template and not all(map(_URL_TEXT.fullmatch, template.literals)):
             raise ValueError("has characters that stand in no path or query; escape them as %20")
@@ -44,8 +43,9 @@ def _check_segments(path: Template) -> None:
         raise ValueError("has a segment . or .. in its path")
 
 
-def parse_body(text: str, content_type: str, known: Iterable[str]) -> Template:
-    template = parse_template(text, list(known))
+def parse_body(text: str, content_type: str, known: Collection[str]) -> Template:
+    """Return the template of a body of one of the two types."""
+    template = parse_template(text, known)
     if content_type == JSON:
         _check_json(template)
     elif not all(map(_URL_TEXT.fullmatch, template.literals)):
@@ -60,32 +60,34 @@ def _check_json(template: Template) -> None:
         raise ValueError("is no JSON; a placeholder stands in a text in quotes, and a brace is written twice")
 
 
-def parse_reference(pairs: Mapping[str, Any], known: Iterable[str]) -> tuple[tuple[Pointer, Template], ...]:
+def parse_reference(pairs: Mapping[str, Any], known: Collection[str]) -> tuple[tuple[Pointer, Template], ...]:
+    """Return what an answer must repeat."""
     reference = []
     for name, text in pairs.items():
-        template = parse_template(text_of(text), list(known))
+        template = parse_template(text_of(text), known)
         if not template.names:
             raise ValueError(f"{name} names no value of the request; what an answer must say stands in when")
         reference.append((pointer(name), template))
     return tuple(reference)
 
 
-def parse_answers(tables: Mapping[str, Any], known: Iterable[str]) -> tuple[tuple[Verdict, Answer], ...]:
+def parse_answers(tables: Mapping[str, Any], known: Collection[str]) -> tuple[tuple[Verdict, Answer], ...]:
+    """Return what duplicates get, by the verdicts that end a key."""
     answers = []
     for name, table in tables.items():
         if name not in ("succeeded", "failed"):
             raise ValueError(f"{name} is unknown; only succeeded and failed end a key")
         if not isinstance(table, dict):
             raise ValueError(f"{name} must be a table")
-        answers.append((VERDICTS[name], _answer(name, table, list(known))))
+        answers.append((VERDICTS[name], _answer(name, table, known)))
     return tuple(answers)
 
 
-def _answer(name: str, table: Mapping[str, Any], known: list[str]) -> Answer:
+def _answer(name: str, table: Mapping[str, Any], known: Collection[str]) -> Answer:
     problems: list[str] = []
     checks: dict[str, Check] = {
         "status": _answer_status,
-        "headers": lambda value: tuple(text_of(line) for line in members(value, 32)),
+        "headers": lambda value: tuple(text_of(line) for line in members_of(value, 32)),
         "body": lambda value: parse_body(text_of(value), JSON, [*known, ANSWER]),
         "body_pointer": pointer,
     }
