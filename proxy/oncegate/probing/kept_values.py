@@ -37,11 +37,6 @@ def read_values(
     return found
 
 
-def with_note(values: Iterable[tuple[str, str]], _note: str) -> dict[str, str]:
-    """Return the values that a question is made of."""
-    return dict(values)
-
-
 def _is_member(source: Source | None) -> bool:
     return source is not None and isinstance(source.kind, Member)
 
