@@ -1,6 +1,6 @@
 /*
  * One key: a record in the store, the owners who come for it, an operator, somebody who cancels, a reader who follows an
- * answer while it comes, somebody who asks, and time. Each `::` is one atomic step (one
+ * answer while it comes, somebody who asks, the API behind and who settles by what it says, and time. Each `::` is one atomic step (one
  * script, one write); between two of them anything may happen. The same rules as in rules.py and key.py, written
  * once more for spin: both must come to the same verdicts and, where nothing breaks, to the same number of states.
  *
@@ -8,7 +8,8 @@
  *   spin -a -DWITHOUT=NOT_AFTER -DLOST_CLAIMS=1 key.pml && ...            one safeguard less: a promise breaks
  *
  * Who takes part: -DOWNERS=n, -DRETRIERS=b (bit i: owner i claims under `retry`), -DOPERATORS, -DSTREAMS, -DLOST_CLAIMS,
- * -DLATE_SETTLES, -DHANGS, -DCANCELS, -DJOINS, -DASKS, -DLANDS_LATE (0 or 1). -DONLY=P_TWICE looks at one promise alone. With -DCHOSEN_LATER all of them come from
+ * -DLATE_SETTLES, -DHANGS, -DCANCELS, -DJOINS, -DASKS, -DLANDS_LATE, -DAPI, -DFORGETS, -DRECONCILES (0 or 1);
+ * -DRESENDERS=b (bit i: the API of owner i recognizes keys). -DONLY=P_TWICE looks at one promise alone. With -DCHOSEN_LATER all of them come from
  * the environment of ./pan, in numbers: one verifier for every variant.
  */
 #ifndef OWNERS
@@ -43,6 +44,18 @@
 #endif
 #ifndef LANDS_LATE
 #define LANDS_LATE 0
+#endif
+#ifndef RESENDERS
+#define RESENDERS 0
+#endif
+#ifndef API
+#define API 0
+#endif
+#ifndef FORGETS
+#define FORGETS 0
+#endif
+#ifndef RECONCILES
+#define RECONCILES 0
 #endif
 #ifndef WITHOUT
 #define WITHOUT 0
@@ -88,6 +101,18 @@
 #define UNSENT_STAYS 31
 #define FOLLOW_NAMES_CLAIM 32
 #define STORED_FIRST 33
+#define RESEND_OF_SAME 34
+#define RESEND_IN_TIME 35
+#define RESEND_KEEPS 36
+#define RESEND_STAYS 37
+#define VERDICT_COMPARES 38
+#define VERDICT_SPARES 39
+#define VERDICT_AS_SEEN 40
+#define VERDICT_LEAVES_STOPPED 41
+#define ABSENT_WAITS 42
+#define ABSENT_IN_TIME 43
+#define ABSENT_AGREES 44
+#define OWN_REFERENCE 45
 #define HAS(safeguard) (without != safeguard && and_without != safeguard)
 
 /* The promises; world.py says what each means. */
@@ -107,6 +132,9 @@
 #define P_TAKEN_BACK 14
 #define P_MIXED 15
 #define P_DENIED 16
+#define P_OVERRULED 17
+#define P_FREED_EARLY 18
+#define P_MADE_UP 19
 #define KEEPS(promise, fact) assert((only != 0 && only != promise) || (fact))
 
 /* An owner's way. */
@@ -138,6 +166,7 @@
 #define IS_SETTLING (at >= STORE && at <= CANCELLED)
 #define HAS_LEFT(who) (place[who] == TOLD || place[who] == WITHDRAWN)
 #define RETRIES(who) ((retriers >> who) & 1)
+#define RESENDS(who) ((resenders >> who) & 1)
 #define OPERATOR 9
 
 mtype = { absent, in_flight, unknown, complete, released };         /* states of the record */
@@ -145,9 +174,9 @@ mtype = { whole, bare, torn };                                      /* what it h
 mtype = { claimed, found, late, told, appended, renewed, stored, freed_, marked, fenced, done, none, resolved };
 
 /* What was chosen. */
-byte owners = OWNERS, retriers = RETRIERS, without = WITHOUT, and_without = AND_WITHOUT, only = ONLY;
+byte owners = OWNERS, retriers = RETRIERS, resenders = RESENDERS, without = WITHOUT, and_without = AND_WITHOUT, only = ONLY;
 bool operators = OPERATORS, streams = STREAMS, lost_claims = LOST_CLAIMS, late_settles = LATE_SETTLES, hangs = HANGS,
-	cancels = CANCELS, joins = JOINS, asks = ASKS, lands_late = LANDS_LATE;
+	cancels = CANCELS, joins = JOINS, asks = ASKS, lands_late = LANDS_LATE, api = API, forgets = FORGETS, reconciles = RECONCILES;
 /* The record. */
 mtype state = absent;
 byte token, piece, answer;
@@ -160,6 +189,13 @@ byte claim_copy[MOST + 1];  /* a claim on its way: what it had seen, plus one */
 byte settle_copy[MOST + 1]; /* a settle on its way */
 bool counts[MOST + 1];      /* executed under hold or cancelled, not declined, not released by an operator */
 bool freed[MOST + 1];       /* an operator ended its claim */
+bool resent[MOST + 1];      /* took a key over to send its request once more */
+bool coming[MOST + 1];      /* its request is on its way to the API, or the API does not show it yet */
+/* The API: it shows an execution; nothing can come any more; nobody relies on it; it knows nothing; it was wrong once. */
+bool executed, waited, old, forgotten, glitched;
+/* Who asks it: the token that was looked at, absent was said once, 1 answer or 2 release, its owner was back since. */
+byte probed, verdict;
+bool agreed, stale;
 byte saw;                   /* the operator: the token that was seen */
 byte truth;                 /* whose answer was delivered first */
 byte note;                  /* the token that a cancel names; it stays, because a note may come late and twice */
@@ -172,7 +208,8 @@ mtype word;                 /* the reply to the last verb; 0 between two steps *
 #define OPEN(who) ((!HAS(UNKNOWN_STAYS) && state == unknown) || (!HAS(LAPSED_IS_UNKNOWN) && state == in_flight && !lease) \
 	|| (OVER && (HAS(RECORDS_OWN_MODE) -> retry : RETRIES(who))))
 #define OURS(who) (HAS(KNOWN_AGAIN) && state == in_flight && token == who)
-#define MAY_TAKE(who, what) (what != 0 && (OPEN(who) || (!HAS(AS_OF_NOW) && state == in_flight)) \
+#define TAKES_ON(who) (resent[who] && OVER && !retry && !cancelled)
+#define MAY_TAKE(who, what) (what != 0 && (OPEN(who) || TAKES_ON(who) || (!HAS(AS_OF_NOW) && state == in_flight)) \
 	&& (token == what || !HAS(AS_SEEN)))
 
 /* The store's verbs ... */
@@ -186,7 +223,7 @@ inline claim(what, is_late, split) {
 	:: !FREE && !OURS(me) && (!MAY_TAKE(me, what) || (is_late && HAS(NOT_AFTER))) -> word = told
 	:: else ->
 		if
-		:: is_late && HAS(NOT_AFTER) -> word = late
+		:: (is_late && HAS(NOT_AFTER)) || (resent[me] && what != 0 && FREE) -> word = late
 		:: else ->
 			if
 			:: !FREE && token != me ->
@@ -265,6 +302,7 @@ inline settle(how) {
 			become(absent, 0, 0, false, 0, 0)
 		:: (state != complete || !HAS(FINAL)) && how >= UNKNOWN ->
 			word = marked;
+			stale = (state == in_flight && probed == me -> true : stale);
 			if
 			:: !IS_MARKED(how) -> changes()
 			:: else
@@ -329,12 +367,19 @@ inline has_all(how) {
 	fi
 }
 #define IS_GIVEN_UP ((state == in_flight || state == unknown) && (place[token] == GIVEN_UP || place[token] == WITHDRAWING))
-#define LOSES (at == CLAIMING -> REPEATING : GIVEN_UP)
+#define GAVE_UP (resent[me] && HAS(RESEND_STAYS) -> ENDED : GIVEN_UP)
+#define LOSES (at == CLAIMING -> REPEATING : GAVE_UP)
+#define IS_TOLD (resent[me] -> ENDED : TOLD)
+#define FREES (resent[me] && HAS(RESEND_KEEPS) -> UNKNOWN : RELEASE)
+#define TOO_OLD (resent[me] && old && HAS(RESEND_IN_TIME))
+#define MAY_RESEND (!resent[me] && RESENDS(me) && OVER && !retry && !cancelled \
+	&& (RESENDS(token) || !HAS(RESEND_OF_SAME)) && (!old || !HAS(RESEND_IN_TIME)))
 #define MAY_STAND ((at == REPEATING || claim_copy[me] != 0) && HAS(COPIES_WITHDRAWN))
 #define MAY_LAND (at == WITHDRAWING && lands_late && claim_copy[me] != 0 && HAS(ENDED_FIRST))
 #define CAN_SEND (at == CLAIMED || (at == STALE && !HAS(CLAIMED_AGAIN)))
 #define CAN_CANCEL (cancels && (CAN_SEND || at == SENT || at == STREAMING || at == STREAMED))
-#define OTHERS_COUNT ((me != 1 && counts[1]) || (me != 2 && counts[2]) || (me != 3 && counts[3]))
+#define IS_ANOTHER(who) (me != who && counts[who] && !(RESENDS(me) && RESENDS(who) && !forgotten))
+#define OTHERS_COUNT (IS_ANOTHER(1) || IS_ANOTHER(2) || IS_ANOTHER(3))
 
 proctype owner(byte me) {
 end:
@@ -347,14 +392,16 @@ end:
 		:: word == claimed -> at = CLAIMED; freed[me] = false
 		:: word == claimed && lost_claims -> at = LOSES
 		:: word == found -> at = FOUND_FREE
-		:: word == told ->
+		:: word == told || word == late ->
 			KEEPS(P_ITSELF, state != in_flight || token != me);
 			if
 			:: IS_GIVEN_UP && token != me && token != seen[me] -> /* known at the same worker */
 				at = CLAIMING; seen[me] = token;
 				become(absent, 0, 0, false, 0, 0)
 			:: OPEN(me) && token != seen[me] -> at = CLAIMING; seen[me] = token
-			:: !(OPEN(me) && token != seen[me]) -> deliver_the_record((MAY_STAND -> GIVEN_UP : TOLD))
+			:: !(OPEN(me) && token != seen[me]) && MAY_RESEND -> at = CLAIMING; seen[me] = token; resent[me] = true
+			:: !(OPEN(me) && token != seen[me]) && !MAY_RESEND && MAY_STAND -> deliver_the_record(GAVE_UP)
+			:: !(OPEN(me) && token != seen[me]) && !MAY_RESEND && !MAY_STAND -> deliver_the_record(IS_TOLD)
 			fi
 		fi;
 		word = 0 }
@@ -367,26 +414,28 @@ end:
 	:: atomic { (at == WITHDRAWING && !MAY_LAND) || (at == GIVEN_UP && HAS(WITHDRAWN_AT_ALL) && !HAS(WITHDRAWN_LATE)) ->
 		settle(RELEASE); word = 0;
 		at = (at == WITHDRAWING -> WITHDRAWN : TOLD) }
-	:: atomic { at == STALE && HAS(CLAIMED_AGAIN) ->
+	:: atomic { at == STALE && HAS(CLAIMED_AGAIN) && TOO_OLD -> at = FREES }
+	:: atomic { at == STALE && HAS(CLAIMED_AGAIN) && !TOO_OLD ->
 		claim(0, false, false);
 		if
 		:: word == claimed -> at = CLAIMED; freed[me] = false
-		:: word != claimed -> KEEPS(P_ITSELF, state != in_flight || token != me); at = RELEASE
-		:: lost_claims -> at = RELEASE
+		:: word != claimed -> KEEPS(P_ITSELF, state != in_flight || token != me); at = FREES
+		:: lost_claims -> at = FREES
 		fi;
 		word = 0 }
-	:: atomic { at == STALE && HAS(CLAIMED_AGAIN) && lost_claims && claim_copy[me] == 0 ->
-		claim_copy[me] = 1; at = RELEASE }
+	:: atomic { at == STALE && HAS(CLAIMED_AGAIN) && !TOO_OLD && lost_claims && claim_copy[me] == 0 ->
+		claim_copy[me] = 1; at = FREES }
 	/* The exchange. */
 	:: atomic { CAN_SEND ->
 		KEEPS(P_TWICE, freed[me] || !OTHERS_COUNT);
 		KEEPS(P_LAPSED_SEND, freed[me] || token == me);
 		counts[me] = (!RETRIES(me) && !freed[me]);
+		coming[me] = api; waited = false;
 		at = SENT }
-	:: atomic { CAN_SEND -> at = RELEASE } /* reaches nobody */
+	:: atomic { CAN_SEND -> at = FREES } /* reaches nobody */
 	:: atomic { at == SENT -> at = (HAS(LOST_IS_UNKNOWN) -> UNKNOWN : RELEASE) }
-	:: atomic { at == SENT -> at = RELEASE; counts[me] = false } /* declined */
-	:: atomic { at == SENT -> has_all(STORE) }
+	:: atomic { at == SENT && (coming[me] || !api) -> at = FREES; counts[me] = false; coming[me] = false } /* declined */
+	:: atomic { at == SENT && (!api || (executed && !coming[me])) -> has_all(STORE) }
 	:: atomic { at == SENT && streams -> has_all(BARE) } /* too large */
 	:: atomic { at == SENT && streams -> at = STREAMING }
 	:: atomic { CAN_CANCEL && HAS(UNSENT_STAYS) -> at = CANCELLED }
@@ -431,6 +480,9 @@ end:
 		claim((claim_copy[me] - 1), ((at == WITHDRAWING || at == WITHDRAWN) && !lands_late), false);
 		claim_copy[me] = 0; word = 0 }
 	:: atomic { settle_copy[me] != 0 -> settle(settle_copy[me]); settle_copy[me] = 0; word = 0 }
+	/* Its request on the way to the API: it arrives, or gets lost. */
+	:: atomic { coming[me] -> coming[me] = false; executed = true }
+	:: atomic { coming[me] -> coming[me] = false; counts[me] = false }
 	od
 }
 
@@ -478,6 +530,47 @@ end:
 	od
 }
 
+/* What the API knows, and who asks it. */
+#define COMES (coming[1] || coming[2] || coming[3])
+#define IS_UNSENT(who) (resent[who] && (place[who] == CLAIMING || place[who] == REPEATING || place[who] == CLAIMED \
+	|| place[who] == STALE))
+#define SHOWN (executed && !forgotten)
+#define IS_ASKED (reconciles && verdict == 0 && OVER && (!cancelled || !HAS(VERDICT_LEAVES_STOPPED)))
+#define IT_COUNTS ((waited || !HAS(ABSENT_WAITS)) && (!old || !HAS(ABSENT_IN_TIME)))
+#define IS_SAME (token == probed && !lease && !cancelled)
+#define IS_REFUSED (FREE || state == complete || (token != probed && HAS(VERDICT_COMPARES)) \
+	|| (lease && HAS(VERDICT_SPARES)) || (stale && token == probed && HAS(VERDICT_AS_SEEN)))
+
+proctype behind() {
+end:
+	do
+	:: atomic { api && reconciles && !COMES && !waited && OVER -> waited = true }
+	:: atomic { forgets && !old -> old = true }
+	:: atomic { forgets && old && !forgotten && !IS_UNSENT(1) && !IS_UNSENT(2) && !IS_UNSENT(3) -> forgotten = true }
+	:: atomic { IS_ASKED && (SHOWN || !HAS(OWN_REFERENCE)) ->
+		probed = token; agreed = false; stale = false; verdict = 1 }
+	:: atomic { IS_ASKED && IT_COUNTS && !(SHOWN && (glitched || !forgets)) ->
+		if
+		:: (probed == token && agreed && !stale) || !HAS(ABSENT_AGREES) -> verdict = 2; agreed = false
+		:: else -> agreed = true
+		fi;
+		probed = token; stale = false; glitched = (glitched || SHOWN) }
+	:: atomic { verdict != 0 ->
+		if
+		:: IS_REFUSED
+		:: else ->
+			KEEPS(P_OVERRULED, IS_SAME);
+			KEEPS(P_FREED_EARLY, !IS_SAME || verdict == 1 || !(executed || COMES));
+			KEEPS(P_MADE_UP, !IS_SAME || verdict == 2 || executed);
+			if
+			:: verdict == 1 -> become(complete, OPERATOR, 0, false, OPERATOR, whole)
+			:: else -> become(released, OPERATOR, 0, false, 0, 0)
+			fi
+		fi;
+		probed = 0; agreed = false; stale = false; verdict = 0 }
+	od
+}
+
 /* Time brings every step of an owner but those that are chance; after the last one the key must be out of flight. */
 #define IS_RENEWED(who) (IS_ACTIVE(who) || (place[who] == HUNG && !HAS(RENEWED_ALIVE)))
 #define RESTS(who) (place[who] == ABOUT_TO_COME || place[who] >= HUNG)
@@ -488,6 +581,7 @@ end:
 	do
 	:: atomic { lease && HAS(LEASE) ->
 		lease = false;
+		stale = (probed == token -> true : stale);
 		place[token] = (place[token] == CLAIMED -> STALE : place[token]) }
 	:: atomic { ALL_REST && !(lease && HAS(LEASE) && !IS_RENEWED(token)) ->
 		KEEPS(P_STUCK, !lease);
@@ -509,6 +603,8 @@ init {
 			now.streams = chosen("STREAMS"); now.lost_claims = chosen("LOST_CLAIMS");
 			now.late_settles = chosen("LATE_SETTLES"); now.hangs = chosen("HANGS"); now.cancels = chosen("CANCELS");
 			now.lands_late = chosen("LANDS_LATE"); now.joins = chosen("JOINS"); now.asks = chosen("ASKS");
+			now.resenders = chosen("RESENDERS"); now.api = chosen("API"); now.forgets = chosen("FORGETS");
+			now.reconciles = chosen("RECONCILES");
 			now.without = chosen("WITHOUT"); now.and_without = chosen("AND_WITHOUT"); now.only = chosen("ONLY");
 		};
 #endif
@@ -520,6 +616,7 @@ init {
 		fi;
 		run operator();
 		run others();
+		run behind();
 		run time()
 	}
 }

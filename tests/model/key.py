@@ -15,8 +15,10 @@ from tests.model.rules import (
     ENDINGS,
     HOLD,
     IN_FLIGHT,
+    LAPSED,
     NOBODY,
     OPERATOR,
+    RESEND,
     UNKNOWN,
     WHOLE,
     Record,
@@ -42,6 +44,7 @@ from tests.model.world import (
     WITHDRAWING,
     WITHDRAWN,
     Owner,
+    Probe,
     Setting,
     Step,
     World,
@@ -81,6 +84,10 @@ class Key:
             yield from self._follows(world)
         if self.setting.asks:
             yield from self._asks(world)
+        if self.setting.api:
+            yield from self._behind(world)
+        if self.setting.reconciles:
+            yield from self._reconciles(world)
 
     def _call(self, verb: str, *args: object) -> rules.Done:
         if (verb, *args) not in self.calls:
@@ -88,7 +95,11 @@ class Key:
         return self.calls[verb, *args]
 
     def _mode(self, me: int) -> str:
-        return self.setting.modes[me - 1]
+        mode = self.setting.modes[me - 1]
+        return HOLD if mode == RESEND else mode
+
+    def _claim_mode(self, me: int, owner: Owner, seen: int) -> str:
+        return RESEND if owner.resent and seen != NOBODY else self._mode(me)
 
     # Claiming ...
 
@@ -98,9 +109,9 @@ class Key:
             yield Step(f"{me} comes", put(world, me, owner, CLAIMING))
 
     def _claims(self, world: World, me: int, owner: Owner) -> Iterator[Step]:
-        word, record = self._call("claim", world.record, me, self._mode(me), owner.seen, False)
+        word, record = self._call("claim", world.record, me, self._claim_mode(me, owner, owner.seen), owner.seen, False)
         after, broken = world._replace(record=record), taken(world.record, record, me, owner.seen)
-        then = REPEATING if owner.place == CLAIMING else GIVEN_UP
+        then = REPEATING if owner.place == CLAIMING else self._given_up(owner)
         if word == "claimed":
             if "ATOMIC" in self.cut and world.record.token != me:
                 yield Step(f"{me} finds the key free", put(world, me, owner, FOUND_FREE), certain=True)
@@ -120,8 +131,24 @@ class Key:
         record = world.record
         if rules.is_open(record, self._mode(me), self.cut) and record.token != owner.seen:
             return Step(f"{me} finds the key open", put(world, me, owner, CLAIMING, seen=record.token), certain=True)
+        if self._may_resend(world, me, owner):
+            after = put(world, me, owner, CLAIMING, seen=record.token, resent=True)
+            return Step(f"{me} finds what its API recognizes", after, certain=True)
         may_stand = (owner.place == REPEATING or owner.claim_copy >= 0) and "COPIES_WITHDRAWN" not in self.cut
-        return self._delivers_the_record(world, me, owner, GIVEN_UP if may_stand else TOLD)
+        told = ENDED if owner.resent else TOLD
+        return self._delivers_the_record(world, me, owner, self._given_up(owner) if may_stand else told)
+
+    def _may_resend(self, world: World, me: int, owner: Owner) -> bool:
+        """Return whether a request is sent once more: one that its API recognizes by its key."""
+        record, modes = world.record, self.setting.modes
+        if owner.resent or modes[me - 1] != RESEND or not rules.is_over(record) or record.mode != HOLD:
+            return False
+        same = modes[record.token - 1] == RESEND or "RESEND_OF_SAME" in self.cut
+        return same and (not world.api.old or "RESEND_IN_TIME" in self.cut)
+
+    def _given_up(self, owner: Owner) -> str:
+        """Return where an owner is whose claim was not confirmed. One of a resend ends with its lease."""
+        return ENDED if owner.resent and "RESEND_STAYS" not in self.cut else GIVEN_UP
 
     def _frees_what_was_given_up(self, world: World, me: int, owner: Owner) -> Iterator[Step]:
         """At the same worker: it knows that nothing was sent for the claim that stands there."""
@@ -160,38 +187,54 @@ class Key:
         if "CLAIMED_AGAIN" in self.cut:
             yield from self._sends(world, me, owner)
             return
+        released = self._frees(owner, "release")
+        if owner.resent and world.api.old and "RESEND_IN_TIME" not in self.cut:
+            yield Step(f"the API knows the key of {me} no more", put(world, me, owner, released), certain=True)
+            return
         word, record = self._call("claim", world.record, me, self._mode(me), NOBODY, False)
         after, ours = world._replace(record=record), word == "claimed"
-        place = CLAIMED if ours else "release"
+        place = CLAIMED if ours else released
         broken = "" if ours else by_itself(world.record, me)
         told = put(after, me, owner, place, freed=owner.freed and not ours)
         yield Step(f"{me} claims again: {word}", told, True, broken)
         if self.setting.lost_claims:
-            yield Step(f"{me} claims again; the reply is lost", put(after, me, owner, "release"))
+            yield Step(f"{me} claims again; the reply is lost", put(after, me, owner, released))
             if owner.claim_copy < 0:
-                copy = put(world, me, owner, "release", claim_copy=NOBODY)
+                copy = put(world, me, owner, released, claim_copy=NOBODY)
                 yield Step(f"the second claim of {me} does not arrive in time", copy)
 
     # The exchange ...
 
     def _sends(self, world: World, me: int, owner: Owner) -> Iterator[Step]:
-        earlier = any(one.counts for number, one in enumerate(world.owners, 1) if number != me)
+        counted = [number for number, one in enumerate(world.owners, 1) if number != me and one.counts]
+        earlier = not all(self._recognizes(world, me, number) for number in counted)
         broken = "twice" if earlier and not owner.freed else ""
         if not owner.freed and world.record.token != me:
             broken = broken or "lapsed send"
-        sent = put(world, me, owner, SENT, counts=self._mode(me) == HOLD and not owner.freed)
-        yield Step(f"{me} sends", sent, True, broken)
-        yield Step(f"{me} reaches nobody", put(world, me, owner, ENDINGS["not_sent"]))
+        sent = put(world, me, owner, SENT, counts=self._mode(me) == HOLD and not owner.freed, coming=self.setting.api)
+        yield Step(f"{me} sends", sent._replace(api=world.api._replace(waited=False)), True, broken)
+        yield Step(f"{me} reaches nobody", put(world, me, owner, self._frees(owner, ENDINGS["not_sent"])))
         if "UNSENT_STAYS" in self.cut:
             yield Step(f"{me} is cancelled before it sends", put(world, me, owner, "release", counts=True))
         else:
             yield from self._is_cancelled(world, me, owner)
 
+    def _recognizes(self, world: World, me: int, other: int) -> bool:
+        """Return whether the API takes the request of `me` for that of `other`."""
+        return self.setting.modes[me - 1] == self.setting.modes[other - 1] == RESEND and not world.api.forgotten
+
+    def _frees(self, owner: Owner, how: str) -> str:
+        """Return how a claim is settled that would be released: one of a resend keeps its key."""
+        return ENDINGS["no_response"] if owner.resent and "RESEND_KEEPS" not in self.cut else how
+
     def _hears(self, world: World, me: int, owner: Owner) -> Iterator[Step]:
         lost = "release" if "LOST_IS_UNKNOWN" in self.cut else ENDINGS["no_response"]
         yield Step(f"{me} gets no answer", put(world, me, owner, lost), certain=True)
-        yield Step(f"{me} is declined", put(world, me, owner, ENDINGS["declined"], counts=False))
-        yield self._has_all(world, me, owner, ENDINGS["complete"])
+        if owner.coming or not self.setting.api:
+            place = self._frees(owner, ENDINGS["declined"])
+            yield Step(f"{me} is declined", put(world, me, owner, place, counts=False, coming=False))
+        if not self.setting.api or (world.api.done and not owner.coming):
+            yield self._has_all(world, me, owner, ENDINGS["complete"])
         yield from self._is_cancelled(world, me, owner)
         if self.setting.streams:
             yield self._has_all(world, me, owner, ENDINGS["too_large"])
@@ -231,6 +274,8 @@ class Key:
         after, broken = world._replace(record=record), written(world.record, record, me)
         if how == "cancelled" and word == "unknown":
             after = put(after, me, owner, counts=True)
+        if word == "unknown" and world.record.state == IN_FLIGHT:
+            after = is_back(after, me)
         settled = after.owners[me - 1]
         if word == "torn":
             yield Step(f"{me} settles {how}: torn", put(after, me, settled, "bare"), certain=True)
@@ -276,7 +321,8 @@ class Key:
             yield Step(f"{me} hangs", put(world, me, owner, HUNG))
         if owner.claim_copy >= 0:
             late = owner.place in LATE and not self.setting.lands_late
-            _, record = self._call("claim", world.record, me, self._mode(me), owner.claim_copy, late)
+            mode = self._claim_mode(me, owner, owner.claim_copy)
+            _, record = self._call("claim", world.record, me, mode, owner.claim_copy, late)
             broken = taken(world.record, record, me, owner.claim_copy)
             after = put(world._replace(record=record), me, owner, claim_copy=-1)
             yield Step(f"an old claim of {me} arrives", after, broken=broken)
@@ -284,6 +330,8 @@ class Key:
             word, record = self._call("settle", world.record, me, self._mode(me), owner.settle_copy)
             counts = owner.counts or (owner.settle_copy == "cancelled" and word == "unknown")
             after = put(world._replace(record=record), me, owner, settle_copy="", counts=counts)
+            if word == "unknown" and world.record.state == IN_FLIGHT:
+                after = is_back(after, me)
             yield Step(f"an old settle of {me} arrives", after, broken=written(world.record, record, me))
 
     def _renews(self, world: World, me: int, owner: Owner) -> Iterator[Step]:
@@ -300,7 +348,7 @@ class Key:
             return
         owner = world.owners[record.token - 1]
         renewed = owner.place in ACTIVE or (owner.place == HUNG and "RENEWED_ALIVE" in self.cut)
-        after = world._replace(record=record._replace(lease=False))
+        after = is_back(world._replace(record=record._replace(lease=False)), record.token)
         if owner.place == CLAIMED:
             after = put(after, record.token, owner, STALE)
         yield Step(f"the lease of {record.token} passes", after, certain=not renewed)
@@ -362,3 +410,72 @@ class Key:
         """Asking changes nothing; only what is said may be wrong."""
         if world.record.state == ABSENT and any(owner.counts for owner in world.owners):
             yield Step("somebody asks, and is told that there is nothing", world, broken="denied")
+
+    # What is behind, and who asks there ...
+
+    def _behind(self, world: World) -> Iterator[Step]:
+        """Requests arrive, or never do. Time passes for who waits for that, and for what the API knows."""
+        owners, api = world.owners, world.api
+        for me, owner in enumerate(owners, 1):
+            if owner.coming:
+                executed = put(world, me, owner, coming=False)
+                yield Step(f"the API executes {me}", executed._replace(api=api._replace(done=True)))
+                yield Step(f"the request of {me} gets lost", put(world, me, owner, coming=False, counts=False))
+        still = not any(owner.coming for owner in owners)
+        if self.setting.reconciles and still and not api.waited and rules.is_over(world.record):
+            yield Step("nothing can arrive any more", world._replace(api=api._replace(waited=True)))
+        if not self.setting.forgets:
+            return
+        if not api.old:
+            yield Step("nobody relies on the API any more", world._replace(api=api._replace(old=True)))
+        unsent = any(owner.resent and owner.place in (CLAIMING, REPEATING, CLAIMED, STALE) for owner in owners)
+        if api.old and not api.forgotten and not unsent:
+            yield Step("the API forgets the key", world._replace(api=api._replace(forgotten=True)))
+
+    def _reconciles(self, world: World) -> Iterator[Step]:
+        if world.probe.verdict:
+            yield self._is_settled(world)
+            return
+        record, api = world.record, world.api
+        stopped = record.mode == CANCELLED and "VERDICT_LEAVES_STOPPED" not in self.cut
+        if not rules.is_over(record) or stopped:
+            return
+        shown = api.done and not api.forgotten
+        if shown or "OWN_REFERENCE" in self.cut:
+            found = world._replace(probe=Probe(record.token, verdict="answer"))
+            yield Step(f"the API shows what {record.token} has made", found)
+        counts = (api.waited or "ABSENT_WAITS" in self.cut) and (not api.old or "ABSENT_IN_TIME" in self.cut)
+        if counts and not (shown and (api.glitched or not self.setting.forgets)):
+            before = world.probe
+            agrees = before.token == record.token and before.agreed and not before.stale
+            ends = agrees or "ABSENT_AGREES" in self.cut
+            after = Probe(record.token, agreed=not ends, verdict="release" if ends else "")
+            absent = world._replace(probe=after, api=api._replace(glitched=api.glitched or shown))
+            yield Step(f"the API says that there is nothing of {record.token}", absent)
+
+    def _is_settled(self, world: World) -> Step:
+        """The verdict is about a claim, as it was when somebody looked at it."""
+        record, probe = world.record, world.probe
+        seen = record.token if "VERDICT_COMPARES" in self.cut else probe.token
+        as_seen = UNKNOWN if record.state == UNKNOWN else LAPSED
+        as_seen = "" if "VERDICT_SPARES" in self.cut else as_seen
+        word, became = self._call("resolve", record, seen, probe.verdict, as_seen)
+        if probe.stale and "VERDICT_AS_SEEN" not in self.cut and seen == probe.token:
+            word, became = "running", record
+        broken = ""
+        if word in ("resolved", "released") and became != record:
+            may_come = world.api.done or any(owner.coming for owner in world.owners)
+            if record.token != probe.token or record.lease or record.mode == CANCELLED:
+                broken = "overruled"
+            elif probe.verdict == "release" and may_come:
+                broken = "freed early"
+            elif probe.verdict == "answer" and not world.api.done:
+                broken = "made up"
+        after = world._replace(record=became, probe=Probe())
+        return Step(f"the verdict is {probe.verdict}: {word}", after, broken=broken)
+
+
+def is_back(world: World, me: int) -> World:
+    """Return the world after a lease of `me` that ended: whoever looked at its claim before that has seen another."""
+    probe = world.probe
+    return world._replace(probe=probe._replace(stale=True)) if probe.token == me and not probe.stale else world

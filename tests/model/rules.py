@@ -11,6 +11,8 @@ ABSENT, IN_FLIGHT, UNKNOWN, COMPLETE, RELEASED = "absent", "in_flight", "unknown
 EXPIRED = "expired"  # a tombstone
 LAPSED = "lapsed"  # in flight, with a lease that has passed
 HOLD, RETRY, CANCELLED = "hold", "retry", "cancelled"
+# The mode `hold` where the API recognizes keys. Of a claim: it takes over the record that it has seen, or none.
+RESEND = "resend"
 NOBODY, OPERATOR = 0, 9  # beside the owners 1, 2, 3
 # What a complete record has of its body.
 WHOLE, BARE, TORN = "whole", "bare", "torn"
@@ -83,14 +85,17 @@ def is_open(record: Record, mode: str, cut: Cut) -> bool:
 def claim(record: Record, me: int, mode: str, seen: int, late: bool, cut: Cut) -> Done:
     """Claim for `me`; a record that is open only if it is the one of the token `seen`."""
     late = late and "NOT_AFTER" not in cut
+    resends = mode == RESEND and seen != NOBODY
     ours = record.token == me and record.state == IN_FLIGHT and "KNOWN_AGAIN" not in cut
     if record.state not in FREE and not ours:
         opened = is_open(record, mode, cut) or ("AS_OF_NOW" in cut and record.state == IN_FLIGHT)
+        opened = opened or (resends and is_over(record) and record.mode == HOLD)
         same = record.token == seen or "AS_SEEN" in cut
         if not (seen and opened and same) or late:
             return "told", record
-    if late:
+    if late or (resends and record.state in FREE):
         return "late", record
+    mode = HOLD if resends else mode
     return "claimed", record._replace(lease=True) if ours else Record(IN_FLIGHT, me, mode, lease=True)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from tests.model import rules
-from tests.model.rules import HOLD, HOW, LAPSED, NOBODY, OPERATOR, RETRY, UNKNOWN, Done, Record
+from tests.model.rules import HOLD, HOW, LAPSED, NOBODY, OPERATOR, RESEND, RETRY, UNKNOWN, Done, Record
 
 Call = tuple[object, ...]  # a verb, the record it meets, its arguments; as `rules` takes them
 OWNERS, MODES = (1, 2), (HOLD, RETRY)
@@ -18,6 +18,7 @@ def calls(record: Record) -> Iterator[Call]:
         for mode in MODES:
             yield from (("claim", record, me, mode, seen, late) for seen in (NOBODY, *OWNERS) for late in (False, True))
             yield from (("settle", record, me, mode, how) for how in HOW)
+        yield from (("claim", record, me, RESEND, seen, late) for seen in OWNERS for late in (False, True))
         for how in ("answer", "release"):
             yield from (("resolve", record, me, how, as_seen) for as_seen in ("", UNKNOWN, LAPSED))
     for token in (*OWNERS, OPERATOR):

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.model.explore import Found, explore, has_no_end
-from tests.model.rules import RETRY
+from tests.model.rules import RESEND, RETRY
 from tests.model.table import TABLE
 from tests.model.variants import SETTINGS, VARIANTS, WITHOUT, Variant
 from tests.model.world import PROMISES
@@ -114,6 +114,10 @@ def choices(name: str) -> dict[str, int]:
     return {
         "OWNERS": len(setting.modes),
         "RETRIERS": sum(1 << who for who, mode in enumerate(setting.modes, 1) if mode == RETRY),
+        "RESENDERS": sum(1 << who for who, mode in enumerate(setting.modes, 1) if mode == RESEND),
+        "API": setting.api + 0,
+        "FORGETS": setting.forgets + 0,
+        "RECONCILES": setting.reconciles + 0,
         "OPERATORS": setting.operator + 0,
         "STREAMS": setting.streams + 0,
         "LOST_CLAIMS": setting.lost_claims + 0,

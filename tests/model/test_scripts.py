@@ -9,6 +9,7 @@ import pytest
 from oncegate.decision import Ending, State, decide, effective_state, may_take_over
 from oncegate.messages.response_head import response_digest
 from oncegate.store.postgres import rows
+from oncegate.store.postgres.rows import ALSO_HOLD
 from oncegate.store.record import (
     DROPPED,
     Claim,
@@ -33,11 +34,13 @@ from tests.model.rules import (
     BARE,
     COMPLETE,
     EXPIRED,
+    HOLD,
     IN_FLIGHT,
     LAPSED,
     NOBODY,
     OPERATOR,
     RELEASED,
+    RESEND,
     TORN,
     UNKNOWN,
     WHOLE,
@@ -79,6 +82,8 @@ def claim_result(probe: Probe, me: int, mode: str, seen: int, late: bool) -> Cla
     """Claim for somebody, in time or late."""
     times: dict[str, Any] = {"lease_ms": LEASE_MS, "retention_ms": RETENTION_MS, "window_ms": 0}
     who: dict[str, Any] = {"fingerprint": FINGERPRINT, "mode": mode.encode(), "seen": TOKENS[seen]}
+    if mode == RESEND:
+        who |= {"mode": HOLD.encode(), "seen": TOKENS[seen] + ALSO_HOLD}
     return probe.claim(KEY, TENANT, TOKENS[me], **who, **times, not_after_ms=1 if late else NEVER_MS)
 
 

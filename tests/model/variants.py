@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from tests.model.rules import HOLD, RETRY
+from tests.model.rules import HOLD, RESEND, RETRY
 from tests.model.world import Setting
 
 SETTINGS = {
@@ -29,6 +29,15 @@ SETTINGS = {
     "retry, lands late": Setting((RETRY, RETRY), lost_claims=True, lands_late=True),
     "hold, then retry": Setting((HOLD, RETRY), streams=True, late_settles=True),
     "retry, then hold": Setting((RETRY, HOLD), streams=True, late_settles=True),
+    "resend": Setting((RESEND, RESEND), lost_claims=True, asks=True, api=True, forgets=True),
+    "resend, late settles": Setting((RESEND, RESEND), late_settles=True, operator=True, api=True),
+    "resend, cancels": Setting((RESEND, RESEND), cancels=True, api=True),
+    # The third one is another request, or the API recognizes no keys for it.
+    "resend, then hold": Setting((RESEND, RESEND, HOLD), api=True),
+    "hold, then resend": Setting((HOLD, RESEND), lost_claims=True, api=True),
+    "hold, reconciles": Setting((HOLD, HOLD), api=True, forgets=True, reconciles=True),
+    "hold, cancels, reconciles": Setting((HOLD, HOLD), cancels=True, api=True, reconciles=True),
+    "resend, reconciles": Setting((RESEND, RESEND), api=True, reconciles=True),
 }
 
 
@@ -79,6 +88,18 @@ WITHOUT = {
     "NOTE_NAMES_CLAIM": ("retry, cancels", "astray"),  # a cancel is for one claim, not for whoever has the key
     "OWNER_ENDS_IT": ("retry, cancels", "taken back"),  # who cancels tells the owner, and leaves the record alone
     "UNSENT_STAYS": ("retry, cancels", "twice"),  # what was stopped before it was sent is not free either
+    "RESEND_OF_SAME": ("hold, then resend", "twice"),  # only what was sent with its key is sent on with it
+    "RESEND_IN_TIME": ("resend", "twice"),  # and as long as the API recognizes the key
+    "RESEND_KEEPS": ("resend, then hold", "twice"),  # what became of a resend frees no key
+    "RESEND_STAYS": ("resend", "denied"),  # nor does a withdrawal of its claim
+    "VERDICT_COMPARES": ("resend, reconciles", "overruled"),  # a verdict is about the claim that was looked at
+    "VERDICT_SPARES": ("hold, reconciles", "overruled"),  # and not while its lease runs
+    "VERDICT_AS_SEEN": ("hold, reconciles", "freed early"),  # nor if its owner was back meanwhile
+    "VERDICT_LEAVES_STOPPED": ("hold, cancels, reconciles", "overruled"),  # and never about what somebody stopped
+    "ABSENT_WAITS": ("hold, reconciles", "freed early"),  # "not found" counts when nothing can come any more
+    "ABSENT_IN_TIME": ("hold, reconciles", "freed early"),  # and before the API forgets
+    "ABSENT_AGREES": ("hold, reconciles", "freed early"),  # and if it was said more than once
+    "OWN_REFERENCE": ("hold, reconciles", "made up"),  # an object that is another request's says nothing
     "STORED_FIRST": ("retry, joins", "unbacked"),  # a reader gets a clean end only where the store has the whole answer
 }
 VARIANTS = {
@@ -87,5 +108,6 @@ VARIANTS = {
     "without WITHHELD, under hold": Variant("hold", ("WITHHELD",), "unbacked"),
     "without OPERATOR_COMPARES, complete": Variant("hold, operator", ("OPERATOR_COMPARES",), "differ"),
     "without LOST_IS_UNKNOWN, asked": Variant("hold, asks", ("LOST_IS_UNKNOWN",), "denied"),
+    "without ABSENT_WAITS, executed twice": Variant("hold, reconciles", ("ABSENT_WAITS",), "twice"),
     "without TOKEN_ON_STORE and FINAL": Variant("retry, streams", ("TOKEN_ON_STORE", "FINAL"), "differ"),
 }

@@ -21,6 +21,9 @@ PROMISES = {
     "astray": "a claim is cancelled, and the cancel was meant for another one",
     "taken back": "somebody is told that a request was stopped, and later gets its answer",
     "mixed": "a reader that follows an answer gets bytes of two executions",
+    "overruled": "a verdict changes the record of a living owner, of another claim, or of a request that was stopped",
+    "freed early": "a verdict frees a key whose request was executed, or may be yet",
+    "made up": "a verdict says that a request was executed, and none was",
     "denied": "somebody who asks is told that there is nothing, and an execution counts",
 }
 # An owner's way. While it is at one of the active places its leases are renewed.
@@ -42,6 +45,27 @@ class Owner(NamedTuple):
     settle_copy: str = ""  # a settle that is still on its way
     counts: bool = False  # executed under hold or cancelled, not declined, not released by an operator
     freed: bool = False  # an operator ended its claim
+    resent: bool = False  # took a key over to send its request once more
+    coming: bool = False  # its request is on its way to the API, or the API does not show it yet
+
+
+class Api(NamedTuple):
+    """What the API knows of the key, and what time says of that."""
+
+    done: bool = False  # it shows that it has executed a request
+    waited: bool = False  # so long since the last byte that nothing can come any more
+    old: bool = False  # so long since the first claim that nobody relies on it any more
+    forgotten: bool = False  # it knows nothing of the key
+    glitched: bool = False  # it has said once that there is nothing, against what it knows
+
+
+class Probe(NamedTuple):
+    """How far somebody is who asks the API."""
+
+    token: int = NOBODY  # of the claim that was looked at
+    agreed: bool = False  # the API has said once that there is nothing, and that counts
+    verdict: str = ""  # answer or release, not settled yet
+    stale: bool = False  # the claim's owner was back since
 
 
 class World(NamedTuple):
@@ -52,6 +76,8 @@ class World(NamedTuple):
     note: int = NOBODY  # the token that a cancel names; it stays, because a note may come late and twice
     stopped: int = NOBODY  # of whose claim somebody was told that it was stopped
     follower: int = NOBODY  # the token whose answer a reader follows; OPERATOR: has its end, or was broken off
+    api: Api = Api()
+    probe: Probe = Probe()
 
 
 class Step(NamedTuple):
@@ -73,6 +99,9 @@ class Setting(NamedTuple):
     cancels: bool = False
     joins: bool = False  # a reader follows an answer while it comes
     asks: bool = False  # somebody asks what became of the key
+    api: bool = False  # requests are on their way for a while
+    forgets: bool = False  # the API forgets keys, and says once that there is nothing, against what it knows
+    reconciles: bool = False  # somebody asks the API, and settles keys by its verdicts
     lands_late: bool = False  # a claim may take the key after its deadline, until the server has ended it
 
 
