@@ -202,10 +202,16 @@ class PostgresProbe(Probe):
     ) -> ClaimResult:  # fmt: skip
         described = self_check(key, tenant, token, mode, fingerprint)
         claim = Claim(key, token, b"", mode, fingerprint, described, 0, lease_ms, retention_ms, retention_ms)
-        result = rows.claim_result(claim, tenant, self.call(rows.CLAIM, rows.claim_row(claim, not_after_ms)))
+        if len(seen) > len(token):
+            row = rows.claim_row(claim, not_after_ms, seen, window_ms)
+            result = rows.claim_result(claim, tenant, self.call(rows.TAKE, row))
+            if isinstance(result, rows.Takeable) and result.token != token:
+                return rows.LATE
+        else:
+            result = rows.claim_result(claim, tenant, self.call(rows.CLAIM, rows.claim_row(claim, not_after_ms)))
         if isinstance(result, rows.Takeable):
             seen = result.token
-        elif not (seen and isinstance(result, Record)):
+        elif not (seen and isinstance(result, Record)) or len(seen) > len(token):
             return result
         # As the proxy does: a record is taken in a second step.
         row = rows.claim_row(claim, not_after_ms, seen, window_ms)

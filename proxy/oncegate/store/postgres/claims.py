@@ -79,6 +79,8 @@ class _Attempt:
     is_below: bool = False
     # The token of the record that the next try may take, or None. A freed record's is empty.
     expected: bytes | None = None
+    # It takes over the record that it has seen, or none.
+    resends: bool = False
 
 
 class Claims:
@@ -118,6 +120,9 @@ class Claims:
         try:
             while True:
                 result = await self._try(attempt)
+                is_free = isinstance(result, Takeable) and result.token != claim.token
+                if attempt.resends and (is_free or result is rows.LATE):
+                    return rows.LATE
                 if isinstance(result, Takeable):
                     attempt.expected = result.token
                     continue
@@ -132,7 +137,7 @@ class Claims:
                     if not all(sent.is_over for sent in attempt.statements):
                         self._leave_copies(attempt, reclaims or isinstance(result, Claim))
                     return result
-                attempt.expected = None
+                attempt.expected = attempt.expected if attempt.resends else None
                 attempt.is_below |= isinstance(result, UnderReplicated)
                 attempt.maybe_executed |= result.maybe_executed
                 ends = min(attempt.deadline - attempt.is_below * self._timeout_s * RELEASE_SHARE, self.retries_end)
@@ -304,13 +309,10 @@ class Claims:
 
 
 def _resends(record: Record, attempt: _Attempt) -> bool:
-    """Make the next try of an attempt take the record, so that its request is sent once more. Return whether it may.
-
-    The key is not freed after a failure: an earlier request may have been executed.
-    """
+    """Make the next try take the record, for its request to be sent once more. A failure frees no key then."""
     expected = record.token + rows.ALSO_HOLD
     if attempt.reclaims or expected == attempt.expected or (resent := resending(attempt.claim, record)) is None:
         return False
-    attempt.claim, attempt.expected, attempt.reclaims = resent, expected, True
+    attempt.claim, attempt.expected, attempt.reclaims, attempt.resends = resent, expected, True, True
     resent.kept_before = record.kept
     return True
