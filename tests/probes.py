@@ -45,8 +45,9 @@ PLACES = {
 
 def fields_of(client: Redis, name: bytes) -> Fields:
     """Return the fields that a record in Redis has as a hash, also where it is packed."""
-    # At one moment: a proxy may write it in the other layout at the next.
-    both = client.pipeline().get(name).hgetall(name)
+    # In one write, so at one moment: a proxy may write it in the other layout at the next. At its memory limit
+    # Redis 7.0 refuses a transaction.
+    both = client.pipeline(transaction=False).get(name).hgetall(name)
     value, found = both.execute(raise_on_error=False)
     if isinstance(found, dict):
         fields = {field.decode(): value for field, value in found.items()}

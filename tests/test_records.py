@@ -156,3 +156,20 @@ async def test_one_swap_of_many_wins(store: Store, stored: Probe, before: bytes)
             done = await asyncio.gather(*swaps)
             assert sorted(done) == [False] * 7 + [True]  # type: ignore[type-var]
             assert await store.marks.get(name) == values[done.index(True)]
+
+
+async def test_marks_that_a_crash_lost(own_store: Any) -> None:
+    """A server that was killed has none of them, whatever it has of the records: who knows one does not win by it."""
+    name = store_key(KEY) + b":test"
+    async with connected(own_store.url, timeout_ms=1000) as store:
+        assert await store.marks.swap(name, b"", b"one", 600_000) is True
+        own_store.kill()
+        assert await store.marks.swap(name, b"one", b"two", 600_000) is None
+        await asyncio.to_thread(own_store.start)
+        assert await store.wait_up(PATIENCE_S)
+        done: bool | None = None
+        async with asyncio.timeout(PATIENCE_S):
+            while (done := await store.marks.swap(name, b"one", b"two", 600_000)) is None:
+                await asyncio.sleep(0.05)
+        assert [done, await store.marks.swap(name, b"", b"three", 600_000)] == [False, True]
+        assert await store.marks.get_all([name]) == [b"three"]
