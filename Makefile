@@ -70,9 +70,9 @@ test-real: .venv/.dev .venv/clients/.installed .venv/clients-mcp1/.installed  ##
 	command -v spin >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends spin gcc libc6-dev; }
 	test -x /usr/lib/rabbitmq/bin/rabbitmq-server || { apt-get update -qq && \
 		apt-get install -y -qq --no-install-recommends rabbitmq-server && { service rabbitmq-server stop || true; }; }
-	test -x /usr/sbin/varnishd -a -x /usr/sbin/lighttpd || { apt-get update -qq && \
-		apt-get install -y -qq --no-install-recommends varnish lighttpd gcc libc6-dev && \
-		{ service varnish stop; service lighttpd stop; true; }; }
+	test -x /usr/sbin/varnishd -a -x /usr/sbin/lighttpd -a -x /usr/sbin/nginx || { apt-get update -qq && \
+		apt-get install -y -qq --no-install-recommends varnish lighttpd nginx gcc libc6-dev && \
+		{ service varnish stop; service lighttpd stop; service nginx stop; true; }; }
 	test -x /usr/bin/chromium -a -x /usr/bin/chromedriver -a -x /usr/bin/firefox-esr || { apt-get update -qq && \
 		apt-get install -y -qq --no-install-recommends chromium chromium-driver firefox-esr; }
 	test -d /usr/lib/postgresql -a -x /usr/sbin/pgbouncer -a -d /usr/lib/x86_64-linux-gnu/faketime || { \
