@@ -8,14 +8,14 @@ import json
 import shutil
 import socket
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from tests.parts import abort, until
+from tests.parts import abort
 from tests.real.clients import page
 from tests.real.parts import CLIENTS, CLIENTS_MCP1, INSTALLED, NODE_MODULES
 from tests.zygote import Forked
@@ -104,6 +104,11 @@ class Bench:
         output, _ = await process.communicate()
         return seen(json.loads(output.splitlines()[-1])[0])
 
+    async def restart(self) -> None:
+        """Kill the proxy, and start another."""
+        await asyncio.to_thread(self.proxy.kill)
+        self.proxy.start()
+
     async def version(self) -> str:
         """Return the version of the client's SDK."""
         interpreter, package = self.client.client[0], self.client.package
@@ -158,10 +163,21 @@ def running(server: tuple[str | Path, ...], folder: Path) -> Iterator[str]:
 
 
 class Breaking:
-    """A relay to the proxy that breaks once: before the first byte of a call's answer, or in its middle."""
+    """A relay to the proxy that breaks once: before the first byte of a call's answer, or in its middle.
 
-    def __init__(self, port: int, protocol: Protocol, *, in_the_middle: bool) -> None:
+    `before`: what is done first.
+    """
+
+    def __init__(
+        self,
+        port: int,
+        protocol: Protocol,
+        *,
+        in_the_middle: bool,
+        before: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         self._proxy_port, self._protocol, self._in_the_middle = port, protocol, in_the_middle
+        self._before = before
         self._tasks: set[asyncio.Task[None]] = set()
         self.broken = False
 
@@ -177,7 +193,12 @@ class Breaking:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._tasks.add(asyncio.current_task())  # type: ignore[arg-type]
-        there, back = await asyncio.open_connection("127.0.0.1", self._proxy_port)
+        try:
+            there, back = await asyncio.open_connection("127.0.0.1", self._proxy_port)
+        except OSError:
+            # The proxy was killed, and is not back.
+            abort(writer)
+            return
         asked = bytearray()
         out = asyncio.create_task(self._out(reader, back, asked))
         with suppress(OSError, asyncio.CancelledError):
@@ -188,6 +209,8 @@ class Breaking:
                         writer.write(data)
                         await writer.drain()
                         await asyncio.sleep(0.2)
+                    if self.broken and self._before is not None:
+                        await self._before()
                     if self.broken:
                         abort(writer)
                         break
@@ -217,11 +240,8 @@ async def test_where_the_answer_to_a_call_does_not_come(bench):
     slow = await bench.call("slow", bench.proxy.port, timeout_s=0.5)
     cells.insert(1, f"{bench.executions}: {slow}; again: {await bench.call('slow', bench.proxy.port)}")
     bench.log.write_text("")
-    killed = asyncio.ensure_future(bench.call("killed", bench.proxy.port))
-    await until(lambda: bench.executions)
-    await asyncio.to_thread(bench.proxy.kill)
-    bench.proxy.start()
-    first = await killed
+    async with Breaking(bench.proxy.port, bench.client.protocol, in_the_middle=True, before=bench.restart) as port:
+        first = await bench.call("killed", port)
     cells.append(f"{bench.executions}: {first}; again: {await bench.call('killed', bench.proxy.port)}")
     assert [cell.partition(":")[0] for cell in cells] == ["1"] * 4
     # A client of the older protocols that gives up ends its session, and the server ends the calls that run in it.
