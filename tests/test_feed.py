@@ -77,6 +77,7 @@ class Records:
         return Followed(self.state, head, chunks, len(self.chunks), self.response, False, 100, dropped=self.dropped)
 
     async def post(self, token: bytes, note: bytes) -> bool:
+        await asyncio.sleep(0)
         self.posted.append((token, unpack_note(note)))
         return True
 
@@ -391,6 +392,14 @@ async def test_what_is_not_whole_has_no_clean_end(feeds, records, what: Callable
         assert feed.is_lost
         assert cut_off == [True]
         assert await feed.read(0) == b"first" or what is _altered
+
+
+async def test_the_owner_hears_of_a_reader_that_waits_for_the_head_otherwise(feeds, records):
+    """Such as a duplicate that joins as soon as there is one: it leaves the feed, and the note goes out."""
+    with feeds.reading(KEY, TOKEN) as feed:
+        await feed.beyond(-1)
+        assert feed.head is None
+    await until(lambda: records.posted == [(TOKEN, Note(READ, KEY, TOKEN))])
 
 
 async def test_a_store_that_never_answers_ends_the_wait_for_a_head(feeds, records, monkeypatch):

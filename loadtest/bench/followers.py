@@ -53,6 +53,7 @@ def followers(site: Site, quick: bool) -> list[Figure]:
     with replicas(site, site.redis) as (owner, other):
         costs = _costs(site, owner, other, 1 if quick else 2)
         figures += [*compared(costs), *_first_bytes(site, owner, other, 50 if quick else JOINS)]
+        figures += _cut_off(site, owner, other, 50)
         figures += _delays(site, owner, other, WAKES, (1, 50))
     figures += _polling(site, quick)
     return [*figures, *_commands(site, 1 if quick else 2)]
@@ -156,6 +157,15 @@ def _first_bytes(site: Site, owner: Running, other: Running, joins: int) -> list
                note=note)
         for share, field in (("p50", "behind_p50"), ("p99", "behind_p99"))
     ]  # fmt: skip
+
+
+def _cut_off(site: Site, owner: Running, other: Running, streams: int) -> list[Figure]:
+    """A reader that is cut off as its stream begins, until its first byte from another replica."""
+    found = read(site, "again", owner.port, other.port, streams, uuid.uuid4().hex, module="joining")
+    if found["not_joined"]:
+        raise RuntimeError(f"not joined: {found}")
+    name, note = "a reader cut off at its first event: its first byte on another replica", f"{streams} streams"
+    return [Figure(f"{name}, {share}", found[share] * 1e3, "ms", None, note=note) for share in ("p50", "p99")]
 
 
 def _polling(site: Site, quick: bool) -> list[Figure]:

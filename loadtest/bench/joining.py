@@ -1,7 +1,8 @@
 """The reading side of followers: originals at one proxy, and duplicates that join them at the same or another one.
 
 python -m loadtest.bench.joining follow OWNER_PORT PORT STREAMS EACH EVENTS EVERY_MS BYTES KEY, or ... first OWNER_PORT
-PORT STREAMS REDIS_PORT KEY. Prints JSON lines: `follow` one once everybody reads, and both one at the end.
+PORT STREAMS REDIS_PORT KEY, or ... again OWNER_PORT PORT STREAMS KEY. Prints JSON lines: `follow` one once everybody
+reads, and all of them one at the end.
 """
 
 import asyncio
@@ -144,6 +145,23 @@ async def first(owner_port: int, port: int, streams: int, redis_port: int, key: 
     }
 
 
+async def again(owner_port: int, port: int, streams: int, key: str) -> dict[str, Any]:
+    """Cut the reader of each stream off at its first event, and join at once; one stream after the other."""
+    path = f"/events?n={FIRST_EVENTS}&ms={FIRST_EVERY_MS}&bytes={FIRST_BYTES}"
+    found, not_joined = list[float](), 0
+    for at in range(streams):
+        request = request_bytes(path, f"{key}-{at}")
+        own = await opened(owner_port, request, Live())
+        await begun([own])
+        own.leave()
+        reader = await opened(port, request, Live())
+        found.append(await asyncio.wait_for(reader.begun, DEADLINE_S))
+        not_joined += not reader.joined
+        reader.leave()
+    found.sort()
+    return {"not_joined": not_joined, "p50": at_share(found, 0.5), "p99": at_share(found, 0.99)}
+
+
 def reading(port: int) -> Callable[[], float]:
     """Return what reads the record of a running stream in one command, and returns the seconds of its round trip."""
     connection, replies = socket.create_connection(("127.0.0.1", port), DEADLINE_S), hiredis.Reader()
@@ -167,5 +185,5 @@ def reading(port: int) -> Callable[[], float]:
 
 if __name__ == "__main__":
     what, *numbers, key = sys.argv[1:]
-    measured = (follow if what == "follow" else first)(*map(int, numbers), key)  # type: ignore[operator]
-    print(json.dumps(uvloop.run(measured)))
+    measure: Callable[..., Any] = {"follow": follow, "first": first, "again": again}[what]
+    print(json.dumps(uvloop.run(measure(*map(int, numbers), key))))

@@ -7,10 +7,13 @@ from contextlib import AsyncExitStack
 
 import pytest
 
+from oncegate.streams.cancels import CancelResult, tell_owner
 from tests.conftest import Valkey
 from tests.e2e.test_join import SSE, answered, begun, closed
-from tests.parts import LAST_CHUNK, Answer, Proxy, RawUpstream, Received, chunk, request, until
+from tests.parts import LAST_CHUNK, Answer, Proxy, RawUpstream, Received, Tap, chunk, request, until
+from tests.probes import RedisProbe
 from tests.resp import Relay, started
+from tests.stores import connected
 
 LEASE_MS = 400
 # Closes the clients of each test.
@@ -27,17 +30,17 @@ class Unframed:
 
 
 class LossyRelay(Relay):
-    """Loses every second message to subscribers, which are the wake-ups; everything else passes."""
+    """Loses every second message to subscribers, which are the wake-ups; everything else passes. Or loses them all."""
 
     framing = Unframed
-    messages = 0
+    messages, loses_all = 0, False
 
     async def _replies(self, from_server: asyncio.StreamReader, writer: asyncio.StreamWriter, framing: object) -> None:
         try:
             while data := await from_server.read(1 << 16):
                 is_message = data.startswith((b"*3\r\n$7\r\nmessage", b">3\r\n$7\r\nmessage"))
                 self.messages += is_message
-                if not (is_message and self.messages % 2):
+                if not (is_message and (self.loses_all or self.messages % 2)):
                     writer.write(data)
         except ConnectionError:
             pass
@@ -119,6 +122,34 @@ async def test_fifty_followers_on_three_replicas(fork, upstream, valkey, seed):
     assert status[0] == b"executed"
     assert set(status[1:]) <= {b"joined", b"replayed"}
     assert status.count(b"joined") > 20
+
+
+async def test_wake_ups_that_are_lost_for_good(fork, upstream, valkey):
+    """Subscriptions are confirmed, and nothing is ever heard: a follower has each event before the next is sent, and
+    the word that stops the request comes through."""
+    tap = Tap()
+    upstream.script = tap.script
+    relay = LossyRelay(valkey.socket)
+    relay.loses_all = True
+    async with started(relay), connected(valkey.url) as store:
+        owner, other = [await fork(upstream, relay.url, ON_DUPLICATE="join", LEASE_MS=60_000) for _ in range(2)]
+        first = await begun(owner.port, request())
+        tap.send(SSE)
+        follower = await begun(other.port, request())
+        for number in range(5):
+            tap.send(chunk(b"data: %d\n\n" % number))
+            for one in (first, follower):
+                await asyncio.wait_for(one.reader.readuntil(b"data: %d\n\n" % number), 10)
+        assert relay.messages > 0
+        with valkey.client() as client:
+            probe = RedisProbe(client, valkey.url)
+            (key,) = probe.keys()
+            token = probe.fields(key)["token"]
+        assert await tell_owner(store, key, token, "enough") is CancelResult.ACCEPTED
+        for one in (first, follower):
+            assert LAST_CHUNK not in await asyncio.wait_for(one.reader.read(), 10)
+        owner.close()
+        other.close()
 
 
 async def test_a_thousand_followers(proxies, upstream, valkey):

@@ -397,15 +397,21 @@ async def test_a_silent_store_refuses_who_waits_for_the_head(stream, own_valkey,
 
 @elsewhere
 async def test_a_follower_gets_signs_of_life(stream, tmp_path: Path):
-    """In silence, as its original's client does."""
-    rule = '[[rule]]\nname = "llm"\npath = "/v1/**"\non_duplicate = "join"\nheartbeat_s = 1\n'
+    """In silence, as its original's client does, and never within an event."""
+    rule = '[[rule]]\nname = "llm"\npath = "/v1/**"\non_duplicate = "join"\nheartbeat_s = 0.1\n'
     (tmp_path / "rules.toml").write_text(rule)
     one = await stream(RULES_FILE="rules.toml")
     client = await one.joined()
     await has(client, b":\n\n")
-    one.tap.end(LAST_CHUNK)
-    answer = await answered(client)
-    assert (answer.complete, answer.body.replace(b":\n\n", b"")) == (True, EVENTS[0])
+    one.tap.send(chunk(b"data: ha"))
+    await has(client, b"data: ha")
+    late = await one.joined(begins=b"data: ha")
+    await asyncio.sleep(0.5)
+    one.tap.end(chunk(b"lf\n\n"), LAST_CHUNK)
+    for reader in (client, late):
+        answer = await answered(reader)
+        assert b"data: half\n\n" in answer.body
+        assert (answer.complete, answer.body.replace(b":\n\n", b"")) == (True, EVENTS[0] + b"data: half\n\n")
 
 
 async def test_followers_have_places_of_their_own(stream):
@@ -576,7 +582,7 @@ on_duplicate = "join"
 
 
 @elsewhere
-async def test_a_call_of_json_rpc_waits_for_its_end(stream, tmp_path: Path):
+async def test_a_call_of_json_rpc_waits_for_its_end(stream, upstream, tmp_path: Path):
     """Its messages decide what becomes of its key, so that its bytes are nobody else's before their end."""
     (tmp_path / "rules.toml").write_text(RPC)
 
@@ -588,6 +594,7 @@ async def test_a_call_of_json_rpc_waits_for_its_end(stream, tmp_path: Path):
 
     proxy = await stream(RULES_FILE="rules.toml")
     first = await begun(proxy.owner.port, call(1))
+    await until(lambda: len(upstream.received) == 2)
     again = await begun(proxy.other.port, call(2))
     await until(lambda: proxy.other.metric("waiting") == 1)
     proxy.tap.end(LAST_CHUNK)

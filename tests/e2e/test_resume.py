@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from oncegate.adaptation.event_ids import EventSearch
+from tests.conftest import Valkey
 from tests.parts import (
     CHUNKED,
     LAST_CHUNK,
@@ -423,6 +424,41 @@ async def test_heartbeats_stand_between_events(replicas, begun, upstream, valkey
     await seen(reader, LAST_CHUNK)
     await seen(first, LAST_CHUNK)
     assert (await ask(other.port, behind("01"))).body == EVENTS[2]
+
+
+@pytest.mark.parametrize("owner_is", ["alive", "killed"])
+async def test_another_replica_goes_on_at_once(replicas, begun, upstream, valkey, owner_is):
+    """A reader that is cut off, in the first moment of its stream, and comes back in the same moment: it has its next
+    byte after a few calls to the store. It waits for no batch of the owner, which would come after a second."""
+    owner, other = replicas(valkey.url, LEASE_MS=1000)
+    for turn in range(3 if owner_is == "alive" else 1):
+        tap, key = Tap(), f"turn-{turn}"
+        upstream.script = tap.script
+        first = await begun(owner.port, behind(None, key=key))
+        tap.send(SSE, *map(chunk, EVENTS[:3]))
+        await seen(first, EVENTS[2])
+        if owner_is == "killed":
+            # What only a process had that is killed, nobody can have.
+            await until(valkey.has_body)
+            owner.kill()
+        before = _calls(valkey)
+        first.reset()
+        reader = await begun(other.port, behind("01", key=key))
+        await seen(reader, EVENTS[2])
+        # Looks at the key and at the response, the note to the owner, its append, and another look at the response.
+        assert _calls(valkey) - before <= (8 if owner_is == "alive" else 5)
+        if owner_is == "alive":
+            tap.end(*map(chunk, EVENTS[3:]), LAST_CHUNK)
+            await seen(reader, EVENTS[11])
+            await seen(reader, LAST_CHUNK)
+        else:
+            assert LAST_CHUNK not in await reader.reader.read()
+
+
+def _calls(valkey: Valkey) -> int:
+    """Return how many scripts of requests a store has run."""
+    with valkey.client() as client:
+        return int(client.info("commandstats").get("cmdstat_evalsha", {"calls": 0})["calls"])
 
 
 async def test_a_silent_store(replicas, begun, upstream, own_valkey):

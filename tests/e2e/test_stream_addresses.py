@@ -325,6 +325,29 @@ async def test_what_is_complete_is_read_without_its_owner(replicas, upstream, va
     assert (answer.status, json.loads(answer.body)["reason"] in ("expired", "gone")) == (410, True)
 
 
+async def test_where_no_place_is_free_readers_come_again(replicas, upstream, valkey):
+    """The places of a tenant are taken: 503, which an EventSource gets as it needs it. They are free again at once."""
+    [proxy] = replicas(1, valkey.url, MAX_FOLLOWERS=4)
+    async with begun(proxy, upstream, b"first ") as (tap, address):
+        reader = await reading(proxy, address, b"first ")
+        for fields, method in (((), "GET"), (("Range: bytes=0-3",), "GET"), ((), "HEAD")):
+            client = await RawClient.open(proxy.port)
+            answer = await client.ask(get(address, *fields, method=method), head_only=method == "HEAD")
+            assert answer is not None
+            assert (answer.status, answer.header("retry-after") is not None) == (503, True)
+            client.close()
+        events = await ask(proxy.port, get(address, "Accept: text/event-stream"))
+        assert (events.status, events.complete, events.body.startswith(b"retry: ")) == (200, False, True)
+        assert proxy.metric("followers") == 1
+        reader.reset()
+        await until(lambda: proxy.metric("followers") == 0)
+        again = await reading(proxy, address, b"first ")
+        tap.end(LAST_CHUNK)
+        await asyncio.wait_for(again.reader.readuntil(LAST_CHUNK), 10)
+        again.close()
+    assert len(upstream.received) == 1
+
+
 async def test_a_damaged_record_is_named_so(replicas, upstream, valkey):
     """As for a duplicate, whatever way it is read: the operator has to look at it, and nobody gets a byte of it."""
     [proxy] = replicas(1, valkey.url, RECORD_LAYOUT="hash")

@@ -38,6 +38,7 @@ class Pull:
         self._loop = asyncio.get_running_loop()
         # When the first read began that the store has not answered, None while it answers.
         self._silent_since_s: float | None = None
+        self._telling: asyncio.Task[bool] | None = None
         # How the exchange ended where the outcome of its request is unknown.
         self._lost = FeedEnd.BROKEN
 
@@ -61,8 +62,10 @@ class Pull:
                     continue
                 if stop is None and self._silent_since_s is None:
                     stop = self._store.wakes.watch(feed.key, news.set)
-                    # The record says so, too, but the owner reads it with its next chunk alone.
-                    await self._store.post(feed.token, pack_note(Note(READ, feed.key, feed.token)))
+                    # The record says so, too, but the owner reads it with its next chunk alone. A reader that waits
+                    # otherwise until there is a head ends this meanwhile: it needs the note as well.
+                    note = pack_note(Note(READ, feed.key, feed.token))
+                    self._telling = self._loop.create_task(self._store.post(feed.token, note))
                 await self._rest(began_s, pause_s, news)
         except Exception:
             # Readers must not wait for ever.
