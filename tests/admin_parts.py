@@ -14,6 +14,7 @@ from oncegate.admin.parts import AdminParts, at_once
 from oncegate.admin.roles import Role, Route, Visitor
 from oncegate.admin.serving import AdminListener, serve_admin
 from oncegate.observe.metrics import GAUGES, Metrics
+from oncegate.observe.reconciling import ReconcilingCounts
 from oncegate.rules.loading import load_rules
 from oncegate.settings.addresses import Address
 from oncegate.settings.settings import Settings
@@ -35,6 +36,7 @@ def admin_parts(settings: dict[str, Any] | None = None, **parts: Any) -> AdminPa
         "not_ready_reasons": at_once(list),
         "notices": at_once(list),
         "rules": lambda: load_rules(made),
+        "reconciling": ReconcilingCounts(),
     }
     return AdminParts(**ours | parts)
 

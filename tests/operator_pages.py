@@ -34,8 +34,9 @@ class Log:
 class Site:
     """The pages as one visitor gets them. `html`: of the last response."""
 
-    def __init__(self, session: ClientSession, base: str, log: Log, pages: Pages) -> None:
-        self._session, self._base, self.log, self.pages = session, base, log, pages
+    def __init__(self, session: ClientSession, base: str, parts: AdminParts, pages: Pages) -> None:
+        self._session, self._base, self.parts, self.pages = session, base, parts, pages
+        self.log: Log = parts.log
         self.html, self.status, self.url = "", 0, ""
 
     async def get(self, path: str) -> str:
@@ -99,7 +100,7 @@ async def site(
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     try:
         async with ClientSession() as session:
-            yield Site(session, f"http://127.0.0.1:{runner.addresses[0][1]}", log, pages)
+            yield Site(session, f"http://127.0.0.1:{runner.addresses[0][1]}", parts, pages)
     finally:
         await runner.cleanup()
 

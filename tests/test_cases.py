@@ -28,6 +28,7 @@ from oncegate.adaptation.json_rpc import Caller
 from oncegate.commands.cli import main
 from oncegate.commands.init import CASES
 from oncegate.messages.problems import PROBLEM_KINDS, problem
+from oncegate.rules.loading import load_rules
 from oncegate.rules.presets import PRESETS
 from oncegate.settings.settings import Settings
 from tests.parts import CHUNKED, LAST_CHUNK, OK, RawUpstream, Tap, abort, answering, ask, chunk, holding, request, until
@@ -71,6 +72,16 @@ def test_what_is_commented_out_can_be_switched_on(monkeypatch, capsys, case):
         monkeypatch.setenv(name, value)
     assert main(["check"]) == 0
     capsys.readouterr()
+
+
+def test_the_question_that_is_only_mentioned_can_be_asked(tmp_path):
+    """The table in a comment of the payments' rules is one that oncegate takes."""
+    text = (ROOT / "config/payments/rules.toml").read_text()
+    file = tmp_path / "rules.toml"
+    file.write_text(re.sub(r"^# (?=\[rule\.reconcile]|\w+ = )", "", text, flags=re.MULTILINE))
+    [rule] = load_rules(Settings(upstream="http://api.test", rules_file=file)).rules
+    assert rule.policy.reconcile is not None
+    assert rule.policy.reconcile.names == {"/reference"}
 
 
 PAGE_NAMES = {"double-click": "forms", "payments-postgres": "exactly-once"}

@@ -5,8 +5,8 @@ import subprocess
 import pytest
 
 from oncegate.commands.cli import SHELLS, main
+from oncegate.operating.decisions import operator_response
 from oncegate.operating.errors import OperatorError
-from oncegate.operating.operator_response import operator_response
 from oncegate.store.record_name import parse_record_id, record_id, store_key
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import html
+import json
 import re
 from base64 import b64encode
 from dataclasses import replace
@@ -18,15 +19,20 @@ from oncegate.admin.watching.overview import Overview
 from oncegate.messages.response_head import response_digest
 from oncegate.observe.metrics import Metrics
 from oncegate.observe.outcome import Outcome, RequestReport
+from oncegate.observe.reconciling import Left
 from oncegate.operating.decisions import RELEASE, Operator
 from oncegate.operating.errors import OperatorError
 from oncegate.operating.request_identity import AskedRequest, Identified, identify_request
 from oncegate.operating.worklist import Seen
+from oncegate.probing.plan import Plan
+from oncegate.probing.templates import Template
+from oncegate.reconcile.progress import begin, left, mark_name
 from oncegate.rules.loading import load_rules
 from oncegate.store import record_view
 from oncegate.store.kept import Kept
 from oncegate.store.record import ClaimRequest, ViewState, cancelled_claim
 from oncegate.store.record_name import record_id
+from oncegate.store.record_view import RecordView
 from oncegate.store.store import Store
 from oncegate.streams.cancels import CANCEL, unpack_note
 from tests.admin_parts import admin_parts
@@ -47,6 +53,7 @@ from tests.stores import (
     store_small,
 )
 
+DASH = "\N{EN DASH}"
 DOWN = "redis://127.0.0.1:1/0"
 HOSTILE = "<script>alert(1)</script>\"'&\u202e\r\n"
 PAGES = "oncegate.admin.pages"
@@ -63,6 +70,28 @@ path = "/events"
 key = "body:/event"
 scope = []
 """
+
+RECONCILING = """
+[[rule]]
+name = "charges"
+path = "/charges"
+note = "/order_id"
+
+[rule.reconcile]
+url = "/of/{note}"
+reference = { "/order_id" = "{note}" }
+succeeded = [{ status = "200", when = { "/state" = "paid" } }]
+failed = [{ status = "409" }]
+absent = [{ status = "404" }]
+absent_after_s = 60
+absent_before_s = 3600
+audit = ["/id"]
+
+[[rule]]
+name = "refunds"
+path = "/refunds"
+"""
+PLAN = Plan(origin=None, path=Template(("/of",), ()), query=None)
 
 
 @pytest.fixture
@@ -565,6 +594,148 @@ async def test_rules_with_a_mistake(valkey, tmp_path):
         assert (desk.status, 'role="alert"' in desk.html) == (200, True)
         await desk.get("/unknown")
         assert desk.status == 200
+
+
+# Keys about which the API is asked ...
+
+
+class Asked:
+    """An API that is asked about orders, and answers by `says`: the document of each, None for none."""
+
+    def __init__(self) -> None:
+        self.says: dict[str, dict[str, str]] = {}
+        self.questions = 0
+
+    async def script(self, _server, _reader, writer, received) -> None:
+        self.questions += 1
+        found = self.says.get(received.line.split(b" ")[1].decode().rpartition("/")[2])
+        body = json.dumps(found or {}).encode()
+        head = b"HTTP/1.1 %d X\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        writer.write(head % (200 if found else 404, len(body)) + body)
+        await writer.drain()
+
+
+@pytest.fixture
+def asked(upstream) -> Asked:
+    asked = Asked()
+    upstream.script = asked.script
+    return asked
+
+
+@pytest.fixture
+def reconciling(upstream, tmp_path):
+    """The settings of pages whose rule asks the API."""
+    (tmp_path / "rules.toml").write_text(RECONCILING)
+    return {"upstream": upstream.url, "rules_file": tmp_path / "rules.toml"}
+
+
+async def order(store: Store, number: int, note: str = "") -> RecordView:
+    note = note or f"order-{number}"
+    return await unknown_key(store, number, Kept(note, rule="charges", values=(("note", note),)))
+
+
+def probes_of(served: Site) -> list[str]:
+    """Return the column of the worklist that says what is known of each key, and what comes next."""
+    return [re.sub(r" \d+ \w+$", " …", text) for text in re.findall(r'class="probe">([^<]*)<', served.html)]
+
+
+async def test_the_worklist_says_what_the_api_said_and_when_it_is_asked_next(keys, valkey, reconciling):
+    """In one question for all keys that it shows. A key of another rule has nothing there."""
+    for number in range(30):
+        record = await order(keys, number)
+        if number < 2:
+            now = replace(begin(record, PLAN), asked=4, verdict="inconclusive", why="no answer", due_ms=0)
+            now = left(now, Left.TIME_OVER.label) if number else now
+            assert await keys.marks.swap(mark_name(record.key), b"", now.pack(), 60_000)
+        await asyncio.sleep(0.002)
+    await unknown_key(keys, 40, Kept("order-40", rule="refunds"))
+    async with site(valkey.url, **reconciling) as desk:
+        await desk.get("/unknown")
+        with valkey.client() as client:
+            client.config_resetstat()
+            await desk.get("/unknown")
+            stats = client.info("commandstats")
+        said = ["inconclusive, due", "inconclusive, left to you", *["not asked yet, next in …"] * 28, DASH]
+        assert probes_of(desk) == said
+        # Beside what each of its 31 records costs, one command for each mark, which leave together.
+        assert stats["cmdstat_get"]["calls"] == 31 + 30
+        await desk.get(f"/key/{record_id(key(1))}")
+        assert "the API was asked 4 times, and said last: inconclusive (no answer) left to a person: time_over" in (
+            desk.text()
+        )
+        await desk.get(f"/key/{record_id(key(40))}")
+        assert "Ask the API now" not in desk.html
+    async with site(valkey.url) as desk:
+        await desk.get("/unknown")
+        assert probes_of(desk) == []
+
+
+async def test_an_operator_asks_the_api_in_a_browser(store, reconciling, asked):
+    """The button takes the key's next step. An answer that is clear settles the key, any other one changes nothing.
+    Each has its line with the operator's name, and is counted."""
+    asked.says["order-1"] = {"order_id": "order-1", "state": "paid", "id": "ch_9"}
+    async with connected(store.url) as keys, site(store.url, **reconciling) as desk:
+        for number in (1, 2):
+            await order(keys, number)
+        page = f"/key/{record_id(key(1))}"
+        await desk.get(page)
+        assert f'action="{page}/probe"' in desk.html
+        await desk.post(f"{page}/probe")
+        assert "The API says: succeeded; the key is complete" in desk.text()
+        assert "ch_9" in desk.text()
+        [line] = desk.log.lines
+        assert {"event": "audit", "action": "reconcile", "outcome": "resolved", "user": "ana", "by": "operator",
+                "values": {"/id": "ch_9"}}.items() <= line.items()  # fmt: skip
+        assert await state_of(keys, 1) is ViewState.COMPLETE
+        await desk.get(page)
+        # A store without a trail has the log alone.
+        assert ('"verdict": "succeeded"' in html.unescape(desk.html)) is store.url.startswith("postgres")
+        await desk.post(f"{page}/probe")
+        assert "this key is complete" in desk.text()
+        await desk.post(f"/key/{record_id(key(2))}/probe")
+        assert "The API says: absent; the key stays unknown" in desk.text()
+        assert [line["outcome"] for line in desk.log.lines] == ["resolved", "unchanged"]
+        assert await state_of(keys, 2) is ViewState.UNKNOWN
+        counts = desk.parts.reconciling
+        assert counts.reconciled.by_value["operator"] == 1
+        assert counts.probes.of("charges") == {"succeeded": 1, "failed": 0, "absent": 1, "inconclusive": 0}
+        # A person's own decision is one, too.
+        await desk.get("/unknown")
+        await desk.post("/review", ("key", desk.values("key")[0]), ("action", "release"))
+        await desk.post("/decide", ("signed", desk.values("signed")[0]))
+        assert counts.reconciled.by_value["operator"] == 2
+        await desk.post("/key/no-id/probe")
+        assert desk.status == 404
+    assert asked.questions == 2
+
+
+async def test_who_only_reads_asks_nothing(keys, valkey, reconciling, asked):
+    """The button and its route are for the role operate."""
+    await order(keys, 1)
+    async with site(valkey.url, Role.VIEW, **reconciling) as desk:
+        await desk.get(f"/key/{record_id(key(1))}")
+        assert "next probe" in desk.text()
+        assert "Ask the API now" not in desk.html
+        await desk.post(f"/key/{record_id(key(1))}/probe")
+        assert desk.status in (404, 405)
+    assert asked.questions == 0
+
+
+async def test_what_an_api_says_is_no_part_of_the_page(keys, valkey, reconciling, asked):
+    """Its values, and the note that they have to repeat, are shown as they are."""
+    await order(keys, 1, "<i>")
+    asked.says["%3Ci%3E"] = {"order_id": "<i>", "state": "paid", "id": HOSTILE}
+    mark = json.dumps([(await order(keys, 2)).token.hex(), 0, 1, 10**30, 0, 1, 0, HOSTILE, HOSTILE, HOSTILE]).encode()
+    await keys.marks.swap(mark_name(key(2)), b"", mark, 60_000)
+    async with site(valkey.url, **reconciling) as desk:
+        pages = [await desk.get("/unknown"), await desk.get(f"/key/{record_id(key(2))}")]
+        pages += [await desk.post(f"/key/{record_id(key(1))}/probe"), await desk.get(f"/key/{record_id(key(1))}")]
+        assert desk.status == 200
+        for text in pages:
+            assert len(re.findall("<script", text)) == 1, text
+            assert "<i>" not in text
+            assert not {"\u202e", "\r"} & set(text)
+        assert "\\r" in desk.log.lines[0]["values"]["/id"]
 
 
 # What comes from elsewhere ...

@@ -120,7 +120,7 @@ def test_counts_of_workers_are_added():
 
 
 def test_a_settled_key_has_its_evidence():
-    """As an audit line, which no level leaves out. Who asked is there where a person did."""
+    """As an audit line, which no level leaves out."""
     [line] = written(FOUND)
     assert line.pop("host")
     assert line == {
@@ -128,8 +128,6 @@ def test_a_settled_key_has_its_evidence():
         "by": "duplicate", "upstream": "api:80", "verdict": "succeeded", "status": 200, "age_s": 2.3,
         "values": {"/id": "ch_9"}, "body_digest": "0f" * 32, "owner_token": b"t".hex() * 16,
     }  # fmt: skip
-    [line] = written(replace(FOUND, by=By.OPERATOR, operator="olga"))
-    assert (line["by"], line["user"]) == ("operator", "olga")
 
 
 def test_a_decision_that_the_store_refused_has_its_line_too():
@@ -164,7 +162,7 @@ def test_nothing_of_an_api_can_forge_a_line(capsys):
 
         async def write(log: Any = log) -> None:
             report = ReconcilingLog(ReconcilingCounts(), log, asyncio.get_running_loop())
-            report(replace(FOUND, values=((HOSTILE, HOSTILE),), why=HOSTILE, operator=HOSTILE))
+            report(replace(FOUND, values=((HOSTILE, HOSTILE),), why=HOSTILE))
             report(replace(LOST, why=HOSTILE))
 
         asyncio.run(write())

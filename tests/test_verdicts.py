@@ -264,5 +264,8 @@ def test_what_people_are_shown():
     shown = dict(described_question(plan, {"key": "k 1"}))
     assert shown["asked"] == "GET https://api.test/base/charges/search?reference=k%201"
     assert shown["  absent"].startswith("frees the key if 3 answers in a row agree, from 1 s after the last byte")
+    assert "  beware" not in shown
+    careless = plan_of(absent=[{"status": "404"}])
+    assert dict(described_question(careless, {"key": "k 1"}))["  beware"].startswith("a 404 alone says absent")
     assert dict(described_question(plan, {})) == {"asked": "nothing: {key} has no value; an operator decides"}
     assert isinstance(question(plan, {}), CannotAsk)

@@ -30,7 +30,8 @@ CANARY = "c4n4ry-of-16-bytes"
 
 # DESIGN.md, section 8: every metric with its type and the closed set of its label's values.
 OUTCOMES = (
-    "executed", "replayed", "joined", "released", "unknown", "passthrough", "unguarded", "preflight", "key_missing",
+    "executed", "replayed", "reconciled", "joined", "released", "unknown", "passthrough", "unguarded", "preflight",
+    "key_missing",
     "key_invalid", "scope_unstable", "request_refused", "body_too_large", "overloaded", "store_unavailable",
     "upstream_unreachable", "in_flight", "key_reused", "outcome_unknown", "response_not_kept", "key_expired",
     "record_corrupt", "upstream_lost", "upstream_timeout", "truncated", "cancelled", "answer_not_stored", "fenced",
@@ -38,10 +39,20 @@ OUTCOMES = (
     "stream_gone", "broken_off",
 )  # fmt: skip
 SETTLEMENTS = ("stored", "stored_without_body", "released", "unknown", "cancelled", "unconfirmed", "lost", "fenced")
-SUPPRESSED = ("replayed", "joined", "in_flight", "key_reused", "outcome_unknown", "response_not_kept", "key_expired")
+SUPPRESSED = (
+    "replayed",
+    "reconciled",
+    "joined",
+    "in_flight",
+    "key_reused",
+    "outcome_unknown",
+    "response_not_kept",
+    "key_expired",
+)
 LOSSES = ("flushed", "rolled_back", "evicted", "moved")
 WAIT_ENDS = (
-    "record_changed", "head_came", "store_silent", "may_claim", "declined", "sent_away", "timed_out", "client_gone",
+    "record_changed", "head_came", "store_silent", "may_claim", "declined", "no_verdict", "sent_away", "timed_out",
+    "client_gone",
     "no_room",
     "no_room_for_body",
 )  # fmt: skip

@@ -48,6 +48,12 @@ class Desk:
 
     async def __call__(self, *words: str, stdin: str = "", code: int | None = 0) -> subprocess.CompletedProcess[str]:
         """Run one command in this process: starting Python takes longer than everything else."""
+        return await self.run("keys", *words, stdin=stdin, code=code)
+
+    async def check(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return await self.run("check", *words)
+
+    async def run(self, *words: str, stdin: str = "", code: int | None = 0) -> subprocess.CompletedProcess[str]:
         told = await asyncio.to_thread(self._run, words, stdin)
         assert code in (told.returncode, None), told
         return told
@@ -59,7 +65,7 @@ class Desk:
             patch.dict(os.environ, self.env, clear=True), patch.object(sys, "stdin", given),
             redirect_stdout(out), redirect_stderr(err), chdir(self._cwd),
         ):  # fmt: skip
-            code = main(["keys", *words])
+            code = main(list(words))
         return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
     async def show(self, *words: str, stdin: str = "") -> dict:

@@ -14,7 +14,19 @@ RULES = """
 name = "charges"
 path = "/v1/charges"
 note = "header:X-Order-Id"
+
+[[rule]]
+name = "orders"
+path = "/v1/orders"
+note = "header:X-Order-Id"
+[rule.reconcile]
+url = "/v1/of/{note}"
+reference = { "/order" = "{note}" }
+succeeded = [{ status = "200" }]
+first_after_s = 600
+most_s = 600
 """
+FOUND = b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 22\r\n\r\n{"order":"order-4711"}'
 BAD = b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n"
 HEAD = ("Authorization: Bearer s3cret-token", "X-Order-Id: order-4711")
 
@@ -85,4 +97,35 @@ async def test_a_complaint_is_found_and_settled(proxies, upstream, tmp_path, wor
             assert (await stream.content.readline()).startswith(b"retry: ")
             assert gate.stop() == 0
             await stream.read()
+    assert "s3cret" not in gate.log()
+
+
+async def test_the_api_is_asked_in_a_browser(proxies, upstream, tmp_path):
+    """Whoever may decide lets oncegate ask the API about a key, from a form of the page alone. The client's retry gets
+    what the API says. The log says who asked, and the sum of all workers has the key."""
+    (tmp_path / "rules.toml").write_text(RULES)
+    settings = {"ADMIN_TOKENS_FILE": tokens_file(tmp_path), "RULES_FILE": "rules.toml", "WORKERS": 2}
+    gate = proxies(upstream, **settings)
+    upstream.script = answering(BAD)
+    raw = request("POST", "/v1/orders", "s3cret-key", b"{}", *HEAD)
+    assert (await ask(gate.port, raw)).header("oncegate-status") == b"unknown"
+    upstream.script = answering(FOUND)
+    async with ClientSession(cookie_jar=CookieJar(unsafe=True)) as session:
+        seat = Seat(session, gate)
+        await seat.post("/login", ("token", OPERATE), ("next", "/"))
+        await seat.get("/unknown")
+        assert "not asked yet, next in" in seat.page
+        [page] = re.findall('"(/key/[^"]{32})"', seat.page)
+        await seat.get(page)
+        forged = await session.post(f"http://localhost:{gate.admin_port}{page}/probe", data={"form_token": "0" * 64})
+        assert forged.status == 403
+        await seat.post(f"{page}/probe")
+        assert "The API says: succeeded" in seat.page
+        retried = await ask(gate.port, raw)
+        assert (retried.body, retried.header("oncegate-status")) == (b'{"order":"order-4711"}', b"reconciled")
+        await until(lambda: gate.events("audit"))
+        [line] = gate.events("audit")
+        assert {"action": "reconcile", "outcome": "resolved", "by": "operator", "user": "olga"}.items() <= line.items()
+        await until(lambda: gate.metric('reconciled_total{by="operator"}') == 1)
+        assert gate.metric('probes_total{rule="orders",verdict="succeeded"}') == 1
     assert "s3cret" not in gate.log()

@@ -30,6 +30,7 @@ PRINTED = {
         "resolved",
     ),
     "docs/install.md": ("Oncegate-Status: executed",),
+    "docs/how-to/reconcile.md": ("Oncegate-Status: reconciled", '"id": "ch_1"', "GET http"),
     "docs/how-to/streams.md": ("HTTP/1.1 202 Accepted", '"id": "op_1"', '"on_repeat": "replay"'),
     "docs/reference/rules.md": ("orders (rules.toml:1)", "header:x-user + body:/cart/id"),
 }

@@ -223,3 +223,75 @@ async def test_what_a_rule_keeps_to_ask_with_lies_with_open_keys_alone(fork, ups
     # An access line names the path.
     assert {place.partition(": ")[2] for place in canary.found_in(gate.log())} == {"path"}
     assert canary.found_in(metrics) == []
+
+
+ASKING = """
+[[rule]]
+name = "charges"
+path = "/charges"
+[rule.reconcile]
+url = "/of/{key}"
+keep = ["key"]
+credentials_file = "FILE"
+reference = { "/reference" = "{key}" }
+succeeded = [{ status = "200", when = { "/state" = "paid" } }]
+audit = ["/id"]
+first_after_s = 0.1
+most_s = 0.1
+rate_per_s = 100
+"""
+
+
+def verdicts(canary: Canaries, key: str) -> list[bytes]:
+    """Return answers to questions about a key, with canaries where no rule lets them out. The last one settles it."""
+    word = canary("answer to a question")
+    documents = [f'{{"reference": "{word}"}}', word, f'{{"reference": "{key}", "state": "{word}"}}']
+    documents += [f'{{"reference": "{key}", "state": "paid", "id": "ch_1", "more": "{word}"}}']
+    heads = f"Content-Type: application/json\r\nX-Id: {word}\r\n"
+    return [
+        f"HTTP/1.1 302 {word}\r\nLocation: http://127.0.0.1:1/{word}\r\nContent-Length: 0\r\n\r\n".encode(),
+        f"HTTP/1.1 401 {word}\r\nWWW-Authenticate: {word}\r\nContent-Length: 0\r\n\r\n".encode(),
+        f"HTTP/1.1 200 {word}\r\nContent-Length: {word}\r\n\r\n".encode(),
+        *[f"HTTP/1.1 200 OK\r\n{heads}Content-Length: {len(one)}\r\n\r\n{one}".encode() for one in documents],
+    ]
+
+
+async def test_what_an_api_is_asked_with_is_in_no_log_and_no_metric(proxies, upstream, valkey, tmp_path):
+    """The credentials of a question are nowhere but at the API; the key in clear is in the record alone, and there
+    only until it is complete. Of the answers the log has what the rule names."""
+    canary = Canaries()
+    key, secret = canary("key"), canary("credentials")
+    (tmp_path / "credentials").write_text(f"Authorization: Bearer {secret}\n")
+    (tmp_path / "rules.toml").write_text(ASKING.replace("FILE", str(tmp_path / "credentials")))
+    gate = proxies(upstream, valkey.url, RULES_FILE="rules.toml", LOG_LEVEL="debug", ACCESS_LOG="all")
+    left = verdicts(canary, key)
+
+    async def script(server, reader, writer, received) -> None:
+        if received.line.startswith(b"POST"):
+            writer.close()
+            return
+        assert received.header("authorization") == [f"Bearer {secret}".encode()]
+        if len(left) == 1:
+            kept.append(stored())
+        writer.write(left.pop(0))
+        await writer.drain()
+        writer.close()
+
+    def stored() -> str:
+        with valkey.client() as client:
+            return "".join(repr((name, client.dump(name))) for name in client.scan_iter())
+
+    kept: list[str] = []
+    upstream.script = script
+    raw = request("POST", "/charges", key, b"{}")
+    assert (await ask(gate.port, raw)).slug == "upstream-lost"
+    await until(lambda: gate.events("audit"), 30)
+    assert gate.events("audit")[0]["values"] == {"/id": "ch_1"}
+    assert (await ask(gate.port, raw)).header("oncegate-status") == b"reconciled"
+    metrics = gate.admin("/metrics")[1]
+    assert gate.stop() == 0
+    assert canary.found_in(gate.log() + metrics) == []
+    assert canary.found_in(kept[0]) == ["key"]
+    assert "key" not in canary.found_in(stored())
+    assert "credentials" not in canary.found_in(stored())
+    assert gate.events("probe inconclusive")[0]["rule"] == "charges"

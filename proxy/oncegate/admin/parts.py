@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from oncegate.observe.metrics import Metrics
+from oncegate.observe.reconciling import ReconcilingCounts
 from oncegate.rules.model import Rules
 from oncegate.settings.settings import Settings
 
@@ -26,6 +27,8 @@ class AdminParts:
     not_ready_reasons: Callable[[], Awaitable[list[str]]]
     notices: Callable[[], Awaitable[list[str]]]
     rules: Callable[[], Rules]
+    # What a person settles is counted here.
+    reconciling: ReconcilingCounts
 
 
 def at_once(value: Callable[[], Value]) -> Callable[[], Awaitable[Value]]:

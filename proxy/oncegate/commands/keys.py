@@ -8,7 +8,7 @@ import argparse
 import asyncio
 import json
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -20,8 +20,7 @@ from oncegate.operating.decisions import RELEASE, RESOLVE, Decision, Desk, audit
 from oncegate.operating.errors import OperatorError
 from oncegate.operating.find_record import Finder, open_records
 from oncegate.operating.opened_store import opened_store
-from oncegate.operating.operator_response import operator_response
-from oncegate.operating.record_facts import facts_of, line_of
+from oncegate.operating.record_facts import facts_of, line_of, progress_facts, progress_of
 from oncegate.rules.model import Rules
 from oncegate.settings.settings import Settings
 from oncegate.store.record_view import OpenKind, RecordView
@@ -54,6 +53,7 @@ async def _run(settings: Settings, rules: Rules, options: argparse.Namespace) ->
             "resolve": _resolve,
             "release": _release,
             "cancel": _cancel,
+            "probe": _probe,
             "watch": _watch,
             "purge": _purge,
             "quarantine": _quarantine,
@@ -92,13 +92,20 @@ def _is_asked_for(record: RecordView, options: argparse.Namespace) -> bool:
 
 
 async def _show(desk: Desk, finder: Finder, options: argparse.Namespace) -> KeysExit:
-    facts = await facts_of(desk.store, await finder.record(record_name(options)))
-    if options.json:
-        print(json.dumps(facts))
-    else:
-        for name, value in facts.items():
-            print(f"{name.replace('_', ' '):20} {value}")
+    record = await finder.record(record_name(options))
+    facts = await facts_of(desk.store, record)
+    for progress, plan in (await progress_of(desk.store, desk.rules, [record])).values():
+        facts |= progress_facts(progress, plan)
+    _print_facts(options, [(name.replace("_", " ") if not options.json else name, one) for name, one in facts.items()])
     return KeysExit.DONE
+
+
+def _print_facts(options: argparse.Namespace, facts: Iterable[tuple[str, Any]]) -> None:
+    if options.json:
+        print(json.dumps({label.strip(): text for label, text in facts}))
+        return
+    for label, text in facts:
+        print(f"{label:20} {text}")
 
 
 async def _watch(_: Desk, finder: Finder, options: argparse.Namespace) -> KeysExit:
@@ -106,11 +113,33 @@ async def _watch(_: Desk, finder: Finder, options: argparse.Namespace) -> KeysEx
     return KeysExit.DONE
 
 
+# Ask the API ...
+
+
+async def _probe(desk: Desk, finder: Finder, options: argparse.Namespace) -> KeysExit:
+    # Its HTTP client would slow the start of the other commands.
+    from oncegate.observe.reconciling_log import ACTION
+    from oncegate.operating import probing
+
+    record = await finder.record(record_name(options))
+    if options.dry_run:
+        _print_facts(options, await probing.dry_run(desk, record))
+        return KeysExit.DONE
+    probed = await probing.probe(desk, record)
+    if probed.report is not None:
+        _audit(desk, ACTION, **probed.facts)
+    if probed.is_settled or options.json:
+        _print(options, probed.text, ACTION, **probed.facts)
+    else:
+        say(probed.text)
+    return KeysExit.DONE if probed.is_settled else KeysExit.NOT_DONE
+
+
 # Resolve, release and cancel ...
 
 
 async def _resolve(desk: Desk, finder: Finder, options: argparse.Namespace) -> KeysExit:
-    given = operator_response(options.status, options.header, read_file(options.body_file))
+    given = decisions.operator_response(options.status, options.header, read_file(options.body_file))
     # These fields are the response's.
     options.header = []
     record = await finder.record(record_name(options))

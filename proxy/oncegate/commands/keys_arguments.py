@@ -36,10 +36,14 @@ def add_keys(commands: Any) -> None:
     cancel = keys_commands.add_parser(
         "cancel", help="end a request in flight: its key is unknown, and no retry executes"
     )
+    probe = keys_commands.add_parser("probe", help="ask the API about an unknown key now, as its rule says")
+    probe.add_argument(
+        "--dry-run", action="store_true", help="show what is asked and what the answer means; change nothing"
+    )
     watch = keys_commands.add_parser("watch", help="print what changes of one key, or of all open keys, until Ctrl-C")
     _add_watch(watch)
     purge = keys_commands.add_parser("purge", help="drop the responses of one tenant: retries get 410 instead")
-    for command in (show, resolve, release, cancel, watch):
+    for command in (show, resolve, release, cancel, probe, watch):
         add_record_arguments(command, "--request-body" if command is resolve else "--body-file")
     tenant = purge.add_mutually_exclusive_group(required=True)
     tenant.add_argument("--tenant", dest="scope", metavar="DIGEST", help="its scope, as `list` and `show` print it")
@@ -53,7 +57,7 @@ def add_keys(commands: Any) -> None:
     )
     for command in (resolve, release, purge, quarantine):
         command.add_argument("--yes", action="store_true", help="do not ask before a risky decision")
-    for command in (listing, show, watch, resolve, release, cancel, purge, quarantine, unpack):
+    for command in (listing, show, probe, watch, resolve, release, cancel, purge, quarantine, unpack):
         command.add_argument("--json", action="store_true", help="print one JSON object per line")
 
 

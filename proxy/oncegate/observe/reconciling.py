@@ -52,7 +52,6 @@ class ProbeReport:
     for none. `why`: in words, without anything that the API or a client wrote. `outcome`: what the store said to the
     verdict, a word of SETTLED if the key has ended by it; empty where it was not told. `values`: of the pointers in
     `audit`. `age_s`: since the key was claimed. `left`: why it is a person's from now on, once for each key.
-    `operator`: who asked, where a person did.
     """
 
     by: By
@@ -68,7 +67,6 @@ class ProbeReport:
     owner_token: bytes = b""
     age_s: float = 0.0
     left: Left | None = None
-    operator: str = ""
 
 
 # Takes each report once.
@@ -108,12 +106,16 @@ class ReconcilingCounts:
         self.probes.of(rule)
         self.left.of(rule)
 
+    def settled(self, by: By, age_s: float) -> None:
+        """Count an unknown key that was settled so long after its claim."""
+        self.reconciled.add(by.label)
+        self.reconciled_age_s.by_value[""].observe(age_s)
+
     def count(self, report: ProbeReport) -> None:
         """Count one report."""
         if report.verdict:
             self.probes.of(report.rule)[report.verdict] += 1
         if report.outcome in SETTLED:
-            self.reconciled.add(report.by.label)
-            self.reconciled_age_s.by_value[""].observe(report.age_s)
+            self.settled(report.by, report.age_s)
         if report.left is not None:
             self.left.of(report.rule)[report.left.label] += 1

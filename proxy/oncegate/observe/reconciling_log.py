@@ -19,6 +19,8 @@ PERIOD_S: Final = 60.0
 # Characters of a value in a line.
 SHOWN: Final = 200
 HOST: Final = socket.gethostname()
+# What an audit line calls it.
+ACTION: Final = "reconcile"
 
 
 class ReconcilingLog:
@@ -32,24 +34,21 @@ class ReconcilingLog:
         """Take one report."""
         self._counts.count(report)
         if report.outcome:
-            self._log.warning(AUDIT, **audit_fields(report))
+            self._log.warning(AUDIT, action=ACTION, **audit_facts(report), host=HOST)
         elif report.verdict == INCONCLUSIVE:
             self._bounded.write("probe inconclusive", report.rule, _fields(report))
         if report.left is not None:
             self._log.warning("key left to a person", **_fields(report))
 
 
-def audit_fields(report: ProbeReport) -> dict[str, Any]:
-    """Return what the audit line of a key says that evidence settled, or would have."""
+def audit_facts(report: ProbeReport) -> dict[str, Any]:
+    """Return what the audit line of a key says that evidence settled, or would have, or that a person asked about."""
     facts = {
-        "action": "reconcile",
-        "outcome": report.outcome,
+        "outcome": report.outcome or "unchanged",
         **_fields(report),
         "values": {escaped(pointer): escaped(value[:SHOWN]) for pointer, value in report.values},
         "body_digest": report.body_digest,
         "owner_token": report.owner_token.hex(),
-        "user": escaped(report.operator),
-        "host": HOST,
     }
     return {name: value for name, value in facts.items() if value not in ("", {})}
 

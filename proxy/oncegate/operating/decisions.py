@@ -7,13 +7,14 @@ the owner: it is asked to end the request, and the record tells what became of i
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
 from oncegate.messages.response_head import response_digest
-from oncegate.operating.errors import OperatorError
-from oncegate.operating.operator_response import OperatorResponse
+from oncegate.operating.errors import OperatorError, usage_error
+from oncegate.reconcile.answers import GivenResponse, given_response
 from oncegate.rules.model import Rules
 from oncegate.settings.settings import Settings
 from oncegate.store.kept import NOTHING
@@ -154,7 +155,15 @@ def warning(action: str, record: RecordView) -> str:
     return text if record.owner_may_live else ""
 
 
-async def resolve(desk: Desk, record: RecordView, given: OperatorResponse) -> Decision:
+def operator_response(status: int, headers: Sequence[str], body: bytes) -> GivenResponse:
+    """Return the response that an operator describes. `headers`: lines `Name: value`. Raises OperatorError."""
+    given = given_response(status, headers, body)
+    if isinstance(given, str):
+        raise usage_error(given)
+    return given
+
+
+async def resolve(desk: Desk, record: RecordView, given: GivenResponse) -> Decision:
     """Complete an unfinished key with the operator's response, which later requests with the key get as a replay.
 
     `record`: as the operator saw it. Raises OperatorError for a key that cannot be resolved, StoreError.

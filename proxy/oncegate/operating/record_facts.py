@@ -1,13 +1,18 @@
-"""What `oncegate keys` shows of a record."""
+"""What `oncegate keys` shows of a record, and of how far the reconciling of its key is."""
 
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
+from oncegate.decision import HOLD
 from oncegate.keys.notes import escaped
+from oncegate.probing.plan import Plan
+from oncegate.reconcile.progress import Progress, begin, mark_name, unpack
+from oncegate.rules.model import Rule
 from oncegate.store.kept import Kept
 from oncegate.store.record import StoredResponse, ViewState
 from oncegate.store.record_name import record_id
-from oncegate.store.record_view import RecordView
+from oncegate.store.record_view import UNDECIDED, RecordView
 from oncegate.store.store import Store
 
 
@@ -66,7 +71,11 @@ def _unfinished_facts(record: RecordView) -> dict[str, Any]:
 
 
 def _iso_time(ms: int) -> str:
-    return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds")
+    try:
+        return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds")
+    except (ValueError, OverflowError, OSError):
+        # What is damaged may say anything.
+        return ""
 
 
 def line_of(facts: dict[str, Any]) -> str:
@@ -74,3 +83,34 @@ def line_of(facts: dict[str, Any]) -> str:
     note = f"  note: {facts['note']}" if "note" in facts else ""
     detail = facts.get("reason") or facts.get("progress") or facts.get("status") or ""
     return f"{facts['id']}  {facts['state']:9}  {facts.get('claimed', '-'):29}  {facts['owner']}  {detail}{note}"
+
+
+# How far keys are that settle themselves ...
+
+
+# By the digest of a key.
+Progresses = dict[bytes, tuple[Progress, Plan]]
+
+
+async def progress_of(store: Store, rules: Iterable[Rule], records: Iterable[RecordView]) -> Progresses:
+    """Return how far the reconciling of these keys is, in one question of the store; none of others. Never raises."""
+    plans = {rule.name: rule.policy.reconcile for rule in rules}
+    open_ones = [record for record in records if record.open_kind in UNDECIDED and record.mode == HOLD]
+    asked = [(record, plan) for record in open_ones if (plan := plans.get(record.kept.rule)) is not None]
+    marks = await store.marks.get_all([mark_name(record.key) for record, _ in asked]) if asked else []
+    pairs = zip(asked, marks, strict=True)
+    # A key without a mark is one that nobody has looked at yet.
+    return {one.key: (unpack(packed, one) or begin(one, plan), plan) for (one, plan), packed in pairs}
+
+
+def progress_facts(progress: Progress, plan: Plan) -> dict[str, Any]:
+    """Return how far the reconciling of a key is, as people read it."""
+    facts = {
+        "probes": progress.asked,
+        "last_verdict": escaped(progress.verdict),
+        "last_reason": escaped(progress.why),
+        "agreed": f"{progress.agreed} of {plan.absent_agree}" if progress.agreed else "",
+        "next_probe": "" if progress.left else _iso_time(progress.due_ms),
+        "left_to_a_person": escaped(progress.left),
+    }
+    return {name: value for name, value in facts.items() if value != ""}

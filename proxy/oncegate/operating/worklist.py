@@ -5,7 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from oncegate.operating.decisions import CANCEL, NOT_CARRIED_OUT, Decision, Desk, cancel, refusal, release, resolve
-from oncegate.operating.operator_response import OperatorResponse
+from oncegate.reconcile.answers import GivenResponse
 from oncegate.store.open_keys.places import OpenCounts, OpenPage, add_counts, page_of, place_of, write_place
 from oncegate.store.record_name import record_id
 from oncegate.store.record_view import UNDECIDED, OpenKind, RecordView
@@ -100,7 +100,7 @@ async def read_seen(store: Store, action: str, seen: Seen) -> RecordView | str:
     return record
 
 
-async def decide_seen(desk: Desk, action: str, seen: Seen, given: OperatorResponse | None) -> Decision | str:
+async def decide_seen(desk: Desk, action: str, seen: Seen, given: GivenResponse | None) -> Decision | str:
     """Decide about a key as an operator saw it, or return what has changed. `given`: the response, to resolve it.
 
     Raises StoreError.

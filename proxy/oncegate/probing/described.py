@@ -8,6 +8,12 @@ from oncegate.probing.plan import CannotAsk, Plan, question
 from oncegate.probing.templates import Template
 from oncegate.probing.verdicts import Evidence
 
+# A url with a mistake has the same answer for each key.
+BY_STATUS = (
+    "a {} alone says absent, which a wrong url or a gateway says of every key: first see succeeded, "
+    "with `oncegate keys probe --dry-run`, for a key whose request was executed"
+)
+
 
 def described_rule(plan: Plan) -> Iterator[str]:
     """Yield what a rule does with unknown keys, and what it stores for that."""
@@ -36,6 +42,9 @@ def described_question(plan: Plan, values: Mapping[str, str]) -> Iterator[tuple[
     if any(verdict is Verdict.ABSENT for verdict, _ in plan.entries):
         when = f"from {plan.absent_after_s:g} s after the last byte, up to {plan.absent_before_s:g} s after the claim"
         yield "  absent", f"frees the key if {plan.absent_agree} answers in a row agree, {when}"
+    for verdict, entry in plan.entries:
+        if verdict is Verdict.ABSENT and not (entry.when or entry.empty):
+            yield "  beware", BY_STATUS.format(entry.status)
 
 
 def described_evidence(evidence: Evidence) -> Iterator[tuple[str, str]]:

@@ -267,15 +267,15 @@ class Supervisor:
     # Responses of the admin listener ...
 
     def _admin_parts(self) -> AdminParts:
-        settings = self._settings
         return AdminParts(
-            settings=settings,
-            store_url=self._owners.url if self._owners else settings.store_url.get_secret_value(),
+            settings=self._settings,
+            store_url=self._owners.url if self._owners else self._settings.store_url.get_secret_value(),
             log=self._log,
             metrics=self._metrics,
             not_ready_reasons=self._not_ready_reasons,
             notices=self._notices,
             rules=lambda: self._rules,
+            reconciling=self._ended.reconciling,
         )
 
     async def _metrics(self) -> Metrics:

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
-from oncegate.observe.families import SEPARATOR
+from oncegate.observe.families import MAX_GROUPS, SEPARATOR
 from oncegate.service.reload import Reload
 from oncegate.service.wiring import Parts
 from oncegate.store.record_view import UNDECIDED, OpenKind
@@ -49,7 +49,7 @@ def gauges(
         "config_last_reload_success_timestamp_seconds": lambda: reload().succeeded_s,
         "config_last_reload_failure_timestamp_seconds": lambda: reload().failed_s,
     }
-    return plain, lambda: _upstream_pools(parts())
+    return plain, lambda: _upstream_pools(parts()) | _open_breakers(parts())
 
 
 def _open_keys(parts: Callable[[], Parts], kind: OpenKind) -> float:
@@ -67,3 +67,9 @@ def _upstream_pools(parts: Parts) -> dict[str, float]:
         (name,) = parts.metrics.upstream_connections.name(upstream.label)
         totals.update({SEPARATOR.join(("upstream_pool", name, state)): count for state, count in states.items()})
     return dict(totals)
+
+
+def _open_breakers(parts: Parts) -> dict[str, float]:
+    """Return for each API that was asked about unknown keys whether it is left alone, by the names of the samples."""
+    breakers = list(parts.reconciling.open_breakers().items())[-MAX_GROUPS:]
+    return {SEPARATOR.join(("probe_breakers_open", origin)): float(is_open) for origin, is_open in breakers}

@@ -231,6 +231,7 @@ class Service:
             not_ready_reasons=at_once(self.not_ready_reasons),
             notices=at_once(self.notices),
             rules=lambda: self._parts.rules,
+            reconciling=self.metrics.reconciling,
         )
 
     async def _keep(self, keeper: Callable[[], Coroutine[Any, Any, None]]) -> None:

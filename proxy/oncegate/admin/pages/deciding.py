@@ -16,15 +16,25 @@ from oncegate.admin.parts import AdminParts
 from oncegate.admin.roles import Role, Route, Visitor
 from oncegate.admin.watching.overview import Overview
 from oncegate.observe.logs import AUDIT
-from oncegate.operating.decisions import DONE, RELEASE, RESOLVE, Decision, Desk, Operator, warning
+from oncegate.observe.reconciling import By
+from oncegate.operating.decisions import (
+    DONE,
+    RELEASE,
+    RESOLVE,
+    Decision,
+    Desk,
+    Operator,
+    operator_response,
+    warning,
+)
 from oncegate.operating.errors import OperatorError, usage_error
 from oncegate.operating.opened_store import opened_store
-from oncegate.operating.operator_response import OperatorResponse, operator_response
 from oncegate.operating.pasted import header_lines
 from oncegate.operating.worklist import Seen, decide_seen, read_seen, worklist
+from oncegate.reconcile.answers import GivenResponse
 from oncegate.settings.errors import SettingsError
 from oncegate.store.record_name import record_id
-from oncegate.store.record_view import RecordView
+from oncegate.store.record_view import UNDECIDED, RecordView
 
 # Keys of one decision, and how many are read at once.
 MOST, AT_ONCE = 500, 50
@@ -156,7 +166,7 @@ class Deciding:
             untried=decided.untried,
         )
 
-    async def carry_out(self, draft: Draft, given: OperatorResponse | None, operator: Operator) -> Decided:
+    async def carry_out(self, draft: Draft, given: GivenResponse | None, operator: Operator) -> Decided:
         """Decide about the keys of a draft, one after the other; what becomes of each is in the log."""
         decided, left = Decided([], []), list(draft.seen)
         try:
@@ -174,11 +184,18 @@ class Deciding:
                     left.pop(0)
                     self._audit(operator, draft.action, seen, result)
                     is_done = isinstance(result, Decision) and result.is_done
+                    self._count(result)
                     text = result.text if isinstance(result, Decision) else result
                     (decided.done if is_done else decided.changed).append(Told(record_id(seen.key), text))
         except (OperatorError, SettingsError) as failed:
             decided.error, decided.untried = f"{failed}.", len(left)
         return decided
+
+    def _count(self, result: Decision | str) -> None:
+        """Count an unknown key that a person has settled."""
+        if isinstance(result, Decision) and result.is_done and result.record.open_kind in UNDECIDED:
+            age_ms = max(0, result.record.now_ms - result.record.created_ms)
+            self._parts.reconciling.settled(By.OPERATOR, age_ms / 1000)
 
     def _audit(self, operator: Operator, action: str, seen: Seen, result: Decision | str) -> None:
         """Write who did what, and what came of it."""
@@ -195,7 +212,7 @@ def _answer(form: Any) -> Answer:
     return Answer(field(form, "status"), field(form, "headers"), field(form, "body"), "base64" in form)
 
 
-def response_of(answer: Answer) -> OperatorResponse:
+def response_of(answer: Answer) -> GivenResponse:
     """Return the response that somebody wrote. Raises OperatorError."""
     status = answer.status.strip()
     if not (len(status) == 3 and status.isascii() and status.isdigit()):
@@ -210,7 +227,7 @@ def response_of(answer: Answer) -> OperatorResponse:
     return operator_response(int(status), header_lines(answer.headers), body)
 
 
-def _shown(given: OperatorResponse) -> dict[str, Any]:
+def _shown(given: GivenResponse) -> dict[str, Any]:
     """Return a response as a review shows it."""
     stored, body = given
     try:

@@ -8,19 +8,21 @@ from urllib.parse import urlencode
 from aiohttp import web
 
 from oncegate.admin.pages.frame import HOST, field, show
-from oncegate.admin.pages.rows import row_of, rule_names
+from oncegate.admin.pages.rows import row_of, rule_names, rules_of
 from oncegate.admin.parts import AdminParts
 from oncegate.admin.roles import Role, Route, Visitor
 from oncegate.admin.watching.overview import Overview
+from oncegate.keys.notes import escaped
 from oncegate.observe.logs import AUDIT
 from oncegate.operating.errors import OperatorError
 from oncegate.operating.find_record import Finder, RecordName
 from oncegate.operating.pasted import Pasted, read_pasted
-from oncegate.operating.record_facts import facts_of
+from oncegate.operating.record_facts import facts_of, progress_facts, progress_of
 from oncegate.operating.request_identity import AskedRequest, Keyless, identify_request
 from oncegate.operating.stored_body import read_body
 from oncegate.operating.trail import trail_of
 from oncegate.operating.worklist import Filter, worklist
+from oncegate.reconcile.progress import Progress
 from oncegate.settings.errors import SettingsError
 from oncegate.store.record import ViewState
 from oncegate.store.record_name import parse_record_id, record_id
@@ -160,6 +162,7 @@ class KeyPages:
                 if (record := await self._read(store, key_id)) is None:
                     return self._nothing(visitor, key_id, "There is no record of this key. It may have expired", 404)
                 facts = await facts_of(store, record)
+                reconciling = (await progress_of(store, rules_of(self._parts), [record])).get(record.key)
                 audit = await trail_of(self._parts.settings, store, record.key)
                 body = await self._shown_body(store, record) if visitor.may_operate else None
         except OperatorError as failed:
@@ -171,9 +174,9 @@ class KeyPages:
             "record.html",
             id=record_id(record.key),
             error="",
-            record=row_of(record),
-            facts=[(name.replace("_", " "), _said(one)) for name, one in facts.items() if name not in ("id", "state")],
-            timeline=list(timeline(record)),
+            record=row_of(record, reconciling),
+            facts=list(_shown(facts | (progress_facts(*reconciling) if reconciling else {}))),
+            timeline=[*timeline(record), *(probes(reconciling[0]) if reconciling else ())],
             head=head_of(record, visitor.may_operate),
             body=body,
             audit=audit,
@@ -219,8 +222,10 @@ class KeyPages:
         return web.Response(body=body, content_type="application/octet-stream", headers=disposition)
 
 
-def _said(value: Any) -> Any:
-    return ("no", "yes")[value] if isinstance(value, bool) else value
+def _shown(facts: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in facts.items():
+        if name not in ("id", "state"):
+            yield name.replace("_", " "), ("no", "yes")[value] if isinstance(value, bool) else value
 
 
 def _begins(record: RecordView, pasted: Pasted) -> bool:
@@ -262,6 +267,17 @@ def timeline(record: RecordView) -> Iterator[Event]:
         yield Event(0, "its retention is over: the response is gone, and the key is refused", "waived")
     if record.left_ms > 0:
         yield Event(record.now_ms + record.left_ms, "the record will be removed; then a retry executes")
+
+
+def probes(progress: Progress) -> Iterator[Event]:
+    """Yield what the API was asked about an unknown key, and when it is asked next."""
+    if progress.asked:
+        times, why = "once" if progress.asked == 1 else f"{progress.asked} times", escaped(progress.why)
+        yield Event(0, f"the API was asked {times}, and said last: {escaped(progress.verdict)}{why and f' ({why})'}")
+    if progress.left:
+        yield Event(0, f"left to a person: {escaped(progress.left)}", "unknown")
+    else:
+        yield Event(progress.due_ms, "the API is asked next")
 
 
 def _unknown_events(record: RecordView) -> Iterator[Event]:

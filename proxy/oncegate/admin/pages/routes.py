@@ -9,6 +9,7 @@ from oncegate.admin.pages.deciding import deciding_routes
 from oncegate.admin.pages.explaining import explaining_routes
 from oncegate.admin.pages.frame import badge
 from oncegate.admin.pages.now import now_part, now_routes
+from oncegate.admin.pages.probing import probing_routes
 from oncegate.admin.pages.record import record_routes
 from oncegate.admin.pages.unknown import unknown_routes
 from oncegate.admin.parts import AdminParts
@@ -30,6 +31,7 @@ class Pages:
             *unknown_routes(*watched),
             *deciding_routes(*watched),
             *record_routes(*watched),
+            *probing_routes(*watched),
             *explaining_routes(*watched),
             Route("GET", "/events", Role.VIEW, self._events),
         ]

@@ -8,6 +8,9 @@ from oncegate.admin.pages.signing import write_seen
 from oncegate.admin.parts import AdminParts
 from oncegate.keys.notes import escaped
 from oncegate.operating.worklist import Filter, Seen
+from oncegate.probing.plan import Plan
+from oncegate.reconcile.progress import Progress
+from oncegate.rules.model import Rule
 from oncegate.settings.errors import SettingsError
 from oncegate.store.record import ViewState
 from oncegate.store.record_name import record_id
@@ -42,10 +45,14 @@ class Row(NamedTuple):
     created_ms: int
     age_ms: int
     is_open: bool
+    # Under a rule that reconciles: what the API's last answer meant, and when it is asked next, 0 for not again.
+    verdict: str = ""
+    probe_in_ms: int = 0
+    is_left: bool = False
 
 
-def row_of(record: RecordView) -> Row:
-    """Return a record as pages show it."""
+def row_of(record: RecordView, reconciling: tuple[Progress, Plan] | None = None) -> Row:
+    """Return a record as pages show it. `reconciling`: how far that is, None under a rule without it."""
     kind = record.open_kind
     # A record that is not open has one of the other states.
     colour, word = KINDS[kind] if kind else STATES.get(record.state, ("waived", record.state.value))
@@ -63,7 +70,15 @@ def row_of(record: RecordView) -> Row:
         # After a failover the time comes from another server, whose clock may be behind.
         age_ms=max(0, record.now_ms - record.created_ms),
         is_open=kind is not None,
+        **_probe(record, reconciling[0] if reconciling else None),
     )
+
+
+def _probe(record: RecordView, progress: Progress | None) -> dict[str, Any]:
+    if progress is None:
+        return {}
+    verdict, in_ms = escaped(progress.verdict), max(0, progress.due_ms - record.now_ms)
+    return {"verdict": verdict or "not asked yet", "probe_in_ms": in_ms, "is_left": bool(progress.left)}
 
 
 def read_filter(form: Any) -> Filter:
@@ -71,9 +86,14 @@ def read_filter(form: Any) -> Filter:
     return Filter(*(field(form, name).strip() for name in ("text", "rule", "status")))
 
 
-def rule_names(parts: AdminParts) -> Sequence[str]:
-    """Return the names of the rules in effect; none where the file has a mistake by now."""
+def rules_of(parts: AdminParts) -> Sequence[Rule]:
+    """Return the rules in effect; none where the file has a mistake by now."""
     try:
-        return [rule.name for rule in parts.rules() if rule.name]
+        return list(parts.rules())
     except SettingsError:
         return []
+
+
+def rule_names(parts: AdminParts) -> Sequence[str]:
+    """Return the names of the rules in effect."""
+    return [rule.name for rule in rules_of(parts) if rule.name]

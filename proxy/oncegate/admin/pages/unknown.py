@@ -5,11 +5,12 @@ from urllib.parse import urlencode
 from aiohttp import web
 
 from oncegate.admin.pages.frame import show
-from oncegate.admin.pages.rows import read_filter, row_of, rule_names
+from oncegate.admin.pages.rows import read_filter, row_of, rule_names, rules_of
 from oncegate.admin.parts import AdminParts
 from oncegate.admin.roles import Role, Route, Visitor
 from oncegate.admin.watching.overview import Overview
 from oncegate.operating.errors import OperatorError
+from oncegate.operating.record_facts import Progresses, progress_of
 from oncegate.operating.worklist import Filter, worklist
 from oncegate.store.open_keys.places import OpenPage
 
@@ -21,11 +22,12 @@ def unknown_routes(parts: AdminParts, overview: Overview) -> list[Route]:
 
     async def unknown(request: web.Request, visitor: Visitor) -> web.Response:
         wanted, after = read_filter(request.query), request.query.get("after", "")
-        found, error = OpenPage([]), ""
+        found, progresses, error = OpenPage([]), Progresses(), ""
         await overview.look()
         try:
             async with overview.store.opened() as store:
                 found = await worklist(store, wanted, SHOWN, after)
+                progresses = await progress_of(store, rules_of(parts), found.records)
         except OperatorError as failed:
             error = f"{failed}. Load the page again when the store answers"
         except ValueError:
@@ -36,7 +38,8 @@ def unknown_routes(parts: AdminParts, overview: Overview) -> list[Route]:
             "unknown",
             wanted=wanted,
             rules=rule_names(parts),
-            records=[row_of(record) for record in found.records],
+            records=[row_of(record, progresses.get(record.key)) for record in found.records],
+            has_probes=bool(progresses),
             next=_next(wanted, found.after),
             error=error,
         )
