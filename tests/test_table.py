@@ -170,6 +170,7 @@ def test_what_a_plan_has_by_itself(plan):
         ('method = "POST"', "safe = true says that this one does not"),
         ('method = "HEAD"', "method HEAD has answers without a body"),
         ('method = "QUERY"\nsafe = true\nbody = "{{\\"a\\": {key}}}"', "a placeholder stands in a text in quotes"),
+        ('method = "HEAD"\nreference = {}\nbody = "{{}}"', "body contradicts method HEAD"),
         ('method = "QUERY"\nsafe = true\nbody = "no JSON {key}"', "is no JSON"),
         ("absent_after_s = 5", "absent_after_s needs absent beside it"),
         ('absent = [{ status = "404" }]', "absent needs absent_after_s and absent_before_s beside it"),
@@ -218,6 +219,12 @@ def test_what_does_not_fit(errors, line, said):
 def test_what_contradicts_the_rule(errors, rule, table, said):
     """A table that its rule leaves without use, or without a value, is refused."""
     assert said in errors(changed(table), rule)
+
+
+def test_a_reference_is_asked_for(errors):
+    """A table that forgets it would take another's object for its own; one without it says so."""
+    table = "\n".join(line for line in LEAST.split("\n") if not line.startswith("reference"))
+    assert "has no reference" in errors(table)
 
 
 def test_all_mistakes_at_once(errors):
