@@ -133,7 +133,7 @@ def faithful(case: Case, history: History) -> Iterator[Found]:
             yield Found("I6", f"an answer that the upstream never gave: {_brief(a)}", a.begun, a.ended)
         elif (one.tenant, one.key) != case.name:
             yield Found("I4", f"an answer that belongs to {one.tenant}/{one.key}", a.begun, a.ended)
-        elif one.digest != a.digest and not _ended_by_closing(case, history):
+        elif a.word != "reconciled" and one.digest != a.digest and not _ended_by_closing(case, history):
             what = "differs from" if one.how in ("whole", "declined") else f"({one.how}) is told as complete:"
             yield Found("I6", f"the upstream's answer {one.id} {what} {_brief(a)}", a.begun, a.ended)
 
@@ -152,6 +152,16 @@ def _ended_by_closing(case: Case, history: History) -> bool:
 
 
 # Tenants and requests apart ...
+
+
+def true_verdict(case: Case, history: History) -> Iterator[Found]:
+    """I13: what the API says later of an unknown key is true: it names an execution that was there, and that counts."""
+    for a in case.attempts:
+        if a.word != "reconciled" or not a.whole or a.slug:
+            continue
+        one = history.executions.get(a.execution)
+        if one is None or one.how == "declined" or one.begun > a.ended:
+            yield Found("I13", f"settled by a verdict that is not true: {_brief(a)}", a.begun, a.ended)
 
 
 def own_answer(case: Case, _: History) -> Iterator[Found]:
@@ -199,7 +209,8 @@ def in_flight_no_longer(case: Case, history: History) -> Iterator[Found]:
 
 
 def _may_have_claimed(attempt: Attempt) -> bool:
-    got_another_s = attempt.replayed or attempt.word == "joined"
+    # An owner that a verdict has fenced gets what the API said.
+    got_another_s = attempt.word == "joined" or (attempt.replayed and attempt.word != "reconciled")
     return not (attempt.slug in NO_OWNER or got_another_s or attempt.how == "refused")
 
 
@@ -304,6 +315,7 @@ RULES: tuple[Rule, ...] = (
     one_truth,
     kept,
     faithful,
+    true_verdict,
     own_answer,
     one_request,
     in_flight_no_longer,
@@ -392,6 +404,7 @@ def figures(history: History, asked: list[Case], definite: int) -> dict[str, Any
         "joined": sum(a.word == "joined" and a.whole for a in attempts),
         "keys unknown": len(unknown),
         "of them by the upstream's answer": sum(any(one.kind in BAD for one in case.executions) for case in unknown),
+        "keys settled by what the API said": sum(any(a.word == "reconciled" for a in case.attempts) for case in asked),
         "of them stopped": sum(any(a.slug == "cancelled" for a in case.attempts) for case in unknown),
         "asked to stop, with the answers": dict(Counter(str(one.status) for one in acts if one.act == "stop")),
         "questions, with the answers": dict(Counter(one.said or str(one.status) for one in acts if one.act == "ask")),

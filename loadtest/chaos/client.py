@@ -37,7 +37,7 @@ def is_final(got: Got) -> bool:
     """Return whether a client knows the outcome of its operation after this response."""
     if got.how != "whole":
         return False
-    return got.slug in FINAL_SLUGS if got.slug else got.word in ("executed", "replayed", "joined")
+    return got.slug in FINAL_SLUGS if got.slug else got.word in ("executed", "replayed", "joined", "reconciled")
 
 
 class Doors:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 Name = tuple[str, str]  # tenant and key
+STORED = frozenset(("executed", "replayed", "joined", "reconciled"))
 
 
 class Attempt(NamedTuple):
@@ -38,7 +39,7 @@ class Attempt(NamedTuple):
     @property
     def stored(self) -> bool:
         """Whether this client has a response that every other client must get, too."""
-        return self.how == "whole" and not self.slug and self.word in ("executed", "replayed", "joined")
+        return self.how == "whole" and not self.slug and self.word in STORED
 
 
 class Act(NamedTuple):

@@ -16,7 +16,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from loadtest.chaos.link import Link
-from loadtest.chaos.plan import EVENT_RULES, STOPPABLE_RULE
+from loadtest.chaos.plan import ASKED_RULE, EVENT_RULES, STOPPABLE_RULE
 from loadtest.ports import free_port
 from oncegate.server.embedded import find_server
 
@@ -113,9 +113,9 @@ class Replica(Part):
         self._spawn([sys.executable, "-m", "oncegate", "serve"], env)
 
     def _rules(self) -> Path:
-        """Write the rules for events and for requests that may be stopped, and return their file."""
+        """Write the rules for events, for what may be stopped and for what the API is asked; return their file."""
         path = self._folder / "rules.toml"
-        path.write_text(EVENT_RULES + STOPPABLE_RULE)
+        path.write_text(EVENT_RULES + STOPPABLE_RULE + ASKED_RULE)
         return path
 
     def start_again(self) -> None:

@@ -38,6 +38,26 @@ cancel_grace_s = 0.1
 cancellable = true
 ask_keys = true
 """
+# About whose unknown keys the API is asked. Nothing that was sent arrives later than `absent_after_s`.
+ASKED = "cat"
+ASKED_RULE = f"""
+[[rule]]
+name = "asked"
+path = "/{ASKED}/*"
+[rule.reconcile]
+url = "/asked/{ASKED}/{{path:2}}"
+keep = ["path:2"]
+reference = {{ "/key" = "{{path:2}}" }}
+succeeded = [{{ status = "200" }}]
+absent = [{{ status = "404" }}]
+absent_after_s = 12
+absent_before_s = 600
+absent_agree = 2
+first_after_s = 0.3
+most_s = 2
+timeout_s = 2
+rate_per_s = 50
+"""
 LARGE_BYTES = 150_000  # over what comes along with a claim's reply
 STORED_BYTES = 200_000  # ONCEGATE_MAX_STORED_BYTES of a run
 OVERSIZE_BYTES = 260_000

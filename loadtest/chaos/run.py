@@ -196,13 +196,21 @@ class Run:
 LOSS = re.compile(r'"event": ?"claim (?:lost|fenced)"|"kind": ?"(?:flushed|rolled_back|evicted)"')
 
 
+# The end of a key by what its API said. An owner whose lease had passed is fenced by it.
+VERDICT = re.compile(r'"action": ?"reconcile".*"key_id": ?"([^"]+)"')
+
+
 def lost_claims(folder: Path) -> Iterator[dict[str, Any]]:
     """Yield the proxies' reports of what the store lost, with their times of CLOCK_MONOTONIC."""
     offset = time.monotonic() - time.time()
-    for path in sorted(folder.glob("proxy-*.log")):
-        for line in path.read_text(errors="replace").splitlines():
+    logs = {path: path.read_text(errors="replace") for path in sorted(folder.glob("proxy-*.log"))}
+    settled = {key_id for log in logs.values() for key_id in VERDICT.findall(log)}
+    for path, log in logs.items():
+        for line in log.splitlines():
             if LOSS.search(line):
                 told = json.loads(line)
+                if told.get("key_id") in settled:
+                    continue
                 at = datetime.fromisoformat(told["timestamp"]).timestamp() + offset
                 yield {"at": at, "from": path.name, "event": told["event"], "told": told}
 

@@ -5,6 +5,7 @@ Lines (tab separated; times of CLOCK_MONOTONIC in seconds):
   end    time execution how digest       (how: whole, declined, cut: as planned; lost: the connection broke)
   mixed  time replica text               (a request that contradicts itself: bytes of two requests in one)
   idle   time replica                    (a connection that was idle was ended with a 408)
+Asked with GET about a key, it shows the execution that counts, by this file: also what ran before it was killed.
 A request that arrived only in part is an execution too; its unknown fields are `?`.
 """
 
@@ -61,6 +62,23 @@ class Log:
     def __init__(self, path: Path, name: str) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self._name, self._count = name, 0
+        # By tenant and key, the executions that were not declined.
+        self.counted: dict[tuple[str, str], list[str]] = {}
+        self._keys: dict[str, tuple[str, str]] = {}
+        for line in path.read_text().splitlines():
+            words = line.split("\t")
+            if words[0] == "begin":
+                self._note_begin(words[2], (words[3], words[4]))
+            elif words[0] == "end":
+                self._note_end(words[2], words[3])
+
+    def _note_begin(self, execution: str, key: tuple[str, str]) -> None:
+        self._keys[execution] = key
+        self.counted.setdefault(key, []).append(execution)
+
+    def _note_end(self, execution: str, how: str) -> None:
+        if how == "declined":
+            self.counted[self._keys[execution]].remove(execution)
 
     def _line(self, *words: object) -> None:
         os.write(self._file, ("\t".join(map(str, words)) + "\n").encode())
@@ -70,10 +88,12 @@ class Log:
         execution = f"{self._name}.{self._count}"
         now = f"{time.monotonic():.6f}"
         self._line("begin", now, execution, request.tenant, request.key, request.variant, replica, kind)
+        self._note_begin(execution, (request.tenant, request.key))
         return execution
 
     def end(self, execution: str, how: str, digest: str = "-") -> None:
         self._line("end", f"{time.monotonic():.6f}", execution, how, digest)
+        self._note_end(execution, how)
 
     def idle(self, replica: int) -> None:
         self._line("idle", f"{time.monotonic():.6f}", replica)
@@ -136,6 +156,9 @@ class Service(asyncio.Protocol):
             self._next()
 
     def _next(self) -> None:
+        if self._data.startswith(b"GET /asked/"):
+            self._tell()
+            return
         request = Request(self._data)
         at = (request.tenant, request.key)
         nth = self._times.get(at, 0) + 1
@@ -157,6 +180,20 @@ class Service(asyncio.Protocol):
                 self._next()
         else:
             self._task = asyncio.ensure_future(self._answer(execution, kind, echo))
+
+    def _tell(self) -> None:
+        """Show what became of a key."""
+        head, _, self._data = self._data.partition(b"\r\n\r\n")
+        _, _, tenant, key = head.split(b" ", 2)[1].decode().split("/")
+        counted = self._log.counted.get((tenant, key))
+        lines, body = [b"HTTP/1.1 404 Nothing"], b""
+        if counted:
+            body = b'{"key": "%b", "execution": "%b"}' % (key.encode(), counted[0].encode())
+            lines = [b"HTTP/1.1 200 Done", b"X-Execution: " + counted[0].encode()]
+        more = [b"Content-Type: application/json", b"Content-Length: %d" % len(body)]
+        self._transport.write(b"\r\n".join([*lines, *more, b"", body]))
+        if b"\r\n\r\n" in self._data:
+            self._next()
 
     def _refuse_early(self, request: Request, nth: int) -> None:
         """Respond before the request is whole, and close with the rest of it unread, as gunicorn does."""

@@ -90,6 +90,15 @@ class Story:
         return folder
 
 
+def shown(story: Story, at: float, key: str) -> str:
+    """An execution whose answer is cut off, and what the API says of it when it is asked."""
+    name = story.execute(at + 0.05, "ant", key, kind="cut-head", how="cut")
+    story.told(at, "ant", key, "outcome-unknown")
+    story.ask(at + 1, "ant", key, execution=name, word="reconciled", replayed=1, replica=1)
+    story.ask(at + 2, "ant", key, execution=name, word="reconciled", replayed=1)
+    return name
+
+
 def well() -> Story:
     """Every ordinary thing that may happen, once."""
     story = Story()
@@ -148,6 +157,7 @@ def well() -> Story:
     story.act(37.2, "stop", "bee", "stopped", 202)
     story.act(38, "ask", "bee", "stopped", 200, "unknown")
     story.told(37, "bee", "stopped", "cancelled", ended=37.4)
+    shown(story, 36, "shown")
     return story
 
 
@@ -163,7 +173,7 @@ def test_nothing_is_found_where_nothing_is(tmp_path: Path) -> None:
     code, verdict = judged(well(), tmp_path)
     assert verdict["violations"] == []
     assert code == 0
-    assert verdict["figures"]["keys"] == 215
+    assert verdict["figures"]["keys"] == 216
 
 
 def execute_twice(story: Story) -> None:
@@ -451,6 +461,39 @@ def called_running_though_complete(story: Story) -> None:
     story.act(40, "ask", "ant", "plain-7", 200, "in_flight")
 
 
+def settled_by_what_was_declined(story: Story) -> None:
+    """The verdict says that it was executed."""
+    name = story.execute(40.05, "ant", "wrong", kind="busy", how="declined")
+    story.ask(40, "ant", "wrong", status=429, word="released", execution=name)
+    story.ask(41, "ant", "wrong", execution=name, word="reconciled", replayed=1)
+
+
+def settled_by_what_never_was(story: Story) -> None:
+    story.told(40, "ant", "wrong", "upstream-lost", status=502, word="unknown")
+    story.ask(41, "ant", "wrong", execution="u0.9999", word="reconciled", replayed=1)
+
+
+def settled_by_another_key(story: Story) -> None:
+    """The API showed an object of another request, and nobody compared the reference."""
+    other = shown(story, 40, "others")
+    story.execute(43.05, "ant", "wrong", kind="cut-head", how="cut")
+    story.told(43, "ant", "wrong", "outcome-unknown")
+    story.ask(44, "ant", "wrong", execution=other, word="reconciled", replayed=1)
+
+
+def freed_though_it_was_executed(story: Story) -> None:
+    """The API said "not found" too soon."""
+    story.execute(40.05, "ant", "wrong", kind="cut-head", how="cut")
+    story.told(40, "ant", "wrong", "outcome-unknown")
+    story.ask(44, "ant", "wrong", execution=story.execute(44.05, "ant", "wrong"))
+
+
+def settled_twice(story: Story) -> None:
+    """Two duplicates get two verdicts."""
+    name = shown(story, 40, "wrong")
+    story.ask(44, "ant", "wrong", execution=name, word="reconciled", replayed=1, digest="another")
+
+
 def joined_to_something_else(story: Story) -> None:
     """A reader that joined got bytes of two executions, with a clean end."""
     first = story.execute(40.05, "ant", "spliced")
@@ -521,6 +564,11 @@ PLANTED: list[tuple[str, Callable[[Story], None]]] = [
     ("I11", stopped_by_nobody),
     ("I12", denied),
     ("I12", called_running_though_complete),
+    ("I13", settled_by_what_was_declined),
+    ("I13", settled_by_what_never_was),
+    ("I4", settled_by_another_key),
+    ("I1", freed_though_it_was_executed),
+    ("I2", settled_twice),
     ("I2", joined_to_something_else),
     ("I9", executed_for_one_who_joined),
 ]
