@@ -48,7 +48,7 @@ path = "/{ASKED}/*"
 url = "/asked/{ASKED}/{{path:2}}"
 keep = ["path:2"]
 reference = {{ "/key" = "{{path:2}}" }}
-succeeded = [{{ status = "200" }}]
+succeeded = [{{ status = "200", when = {{ "/state" = "done" }} }}]
 absent = [{{ status = "404" }}]
 absent_after_s = 12
 absent_before_s = 600

@@ -188,7 +188,7 @@ class Service(asyncio.Protocol):
         counted = self._log.counted.get((tenant, key))
         lines, body = [b"HTTP/1.1 404 Nothing"], b""
         if counted:
-            body = b'{"key": "%b", "execution": "%b"}' % (key.encode(), counted[0].encode())
+            body = b'{"key": "%b", "execution": "%b", "state": "done"}' % (key.encode(), counted[0].encode())
             lines = [b"HTTP/1.1 200 Done", b"X-Execution: " + counted[0].encode()]
         more = [b"Content-Type: application/json", b"Content-Length: %d" % len(body)]
         self._transport.write(b"\r\n".join([*lines, *more, b"", body]))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import uvloop
 
+from loadtest.chaos.plan import ASKED_RULE
 from loadtest.chaos.run import Plan, lost_claims, run
 from oncegate.store.results import StoreEvent
 
@@ -68,6 +69,13 @@ name = "all"
 path = "/*/*"
 scope = []
 """
+# What the API shows is taken for "there is nothing", at once.
+MISREAD = (
+    ASKED_RULE.replace('"/state" = "done"', '"/state" = "paid"')
+    .replace("absent = [{", 'absent = [{ status = "200", when = { "/state" = "done" } }, {')
+    .replace("absent_after_s = 12", "absent_after_s = 0.1")
+    .replace("absent_agree = 2", "absent_agree = 1")
+)
 BROKEN: dict[str, tuple[dict[str, Any], set[str]]] = {
     # The store forgets what it acknowledged, and nobody admits that it may.
     "forgetful": ({"store_options": ("--appendonly", "no"), "kinds": ("store-kill",)}, {"I1"}),
@@ -75,13 +83,18 @@ BROKEN: dict[str, tuple[dict[str, Any], set[str]]] = {
     "apart": ({"settings": [{}, {"STORE_URL": "embedded"}], "kinds": ("client-link-slow",)}, {"I1"}),
     # The id alone names an event, whoever receives it.
     "swallowed": ({"rules": WITHOUT_RECEIVER, "kinds": ("client-link-slow",)}, {"I4"}),
+    # A verdict is wrong.
+    "misread": ({"rules": MISREAD, "kinds": ("client-link-slow",), "seconds": 10.0}, {"I1"}),
     # Nothing tells the tenants apart.
     "mixed": ({"rules": WITHOUT_TENANTS, "kinds": ("client-link-slow",)}, {"I7"}),
 }
 
 
 # Whoever shares a key with another tenant waits for long: a run of nearly a minute.
-@pytest.mark.parametrize("broken", [pytest.param(one, marks=[pytest.mark.full] * (one == "mixed")) for one in BROKEN])
+SLOW = ("mixed", "misread")
+
+
+@pytest.mark.parametrize("broken", [pytest.param(one, marks=[pytest.mark.full] * (one in SLOW)) for one in BROKEN])
 def test_a_broken_system_is_found_out(broken: str, tmp_path: Path) -> None:
     """Where the promise is broken for real, a few seconds are enough to see it."""
     options, invariants = BROKEN[broken]
