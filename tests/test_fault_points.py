@@ -98,6 +98,16 @@ FAULTS = {
     71: "a response grows too large while others follow",
     72: "messages to followers are lost, and their connections to the store",
     73: "a proxy drains while others follow",
+    # A retry is sent on with the same key
+    74: "the claim of a resend is made, and its caller is gone",
+    75: "a resend reaches nobody, or is declined",
+    76: "an owner stands still while a retry is sent on",
+    # The API is asked what became of a key
+    77: "a worker is killed, or drains, while it asks",
+    78: "an owner wakes up before the verdict, or behind it",
+    79: "an operator decides while the API is asked",
+    80: "the API is away when it is asked, or shows too late, or has forgotten",
+    81: "the reply to a verdict is lost, or the verdict is held up",
 }
 
 
@@ -129,5 +139,5 @@ def test_every_fault_point_has_a_test(number):
 
 def test_every_number_is_a_fault_point():
     """No test, and no line, bears a number that is none."""
-    assert sorted(FAULTS) == list(range(1, 74))
+    assert sorted(FAULTS) == list(range(1, 82))
     assert {*marked(), *without()} == set(FAULTS)

@@ -367,6 +367,7 @@ async def decided(store: Store, owner: Claim, how: str, operator: bytes, seen_le
     return await store.resolve_by_operator(by, seen, pack(by, answer(b"asked")), b"asked")
 
 
+@pytest.mark.fault(81)
 @pytest.mark.fault(49)
 @pytest.mark.parametrize("how", ["resolve", "release"])
 async def test_a_decision_whose_reply_was_lost_is_repeated(relay, stored, how):
@@ -388,6 +389,7 @@ async def test_a_decision_whose_reply_was_lost_is_repeated(relay, stored, how):
         assert await elsewhere.renew(other) is RenewStatus.RENEWED
 
 
+@pytest.mark.fault(81)
 @pytest.mark.fault(10)
 @pytest.mark.parametrize("meanwhile", ["renewed", "renewed and lapsed", "settled", "claimed by another"])
 @pytest.mark.parametrize("how", ["resolve", "release"])

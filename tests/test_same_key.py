@@ -166,6 +166,7 @@ async def _has_two(store: Store, owner: Claim) -> bool:
     return not (isinstance(found, Record) and found.token == owner.token)
 
 
+@pytest.mark.fault(74)
 async def test_a_resend_whose_caller_is_gone_frees_nothing(store, probe):
     """Its claim may be in the store, and the first request may have been executed: it ends with its lease."""
     await unknown(store)

@@ -34,13 +34,13 @@ def test_a_seed_is_a_run():
 def test_duplicates_fall_to_zero(tmp_path: Path):
     """The same operations and failures on both sides: without oncegate some are done and paid twice, with it none;
     what is not known is said, and done at most once."""
-    without, with_it = uvloop.run(run(PLAN, tmp_path))
+    without, with_it, asking = uvloop.run(run(PLAN, tmp_path))
     assert len(without.duplicates) > 0
-    assert with_it.duplicates == []
+    assert with_it.duplicates == asking.duplicates == []
     for kind in ("charges", "prompts"):
         assert without.paid(kind)[0] >= without.paid(kind)[1]
         assert with_it.paid(kind)[0] == with_it.paid(kind)[1] > 0
-    for side in (without, with_it):
+    for side in (without, with_it, asking):
         assert len(side.ended) == len(side.operations) == len(operations(PLAN))
         assert all(1 <= one.tries <= 4 for one in side.ended)
         answered = {one.operation.number for one in side.ended if one.outcome is Outcome.ANSWERED}
@@ -50,7 +50,9 @@ def test_duplicates_fall_to_zero(tmp_path: Path):
     assert told <= cuts <= told + open_
     assert without.count(Outcome.UNKNOWN) == 0  # nobody says so
     assert len(with_it.calls) < len(without.calls)
-    assert f"| **duplicate executions** | **{len(without.duplicates)}** | **0** |" in table(without, with_it)
+    assert (with_it.learnt, asking.learnt) == (0, asking.count(Outcome.UNKNOWN))
+    text = table(without, with_it, asking)
+    assert f"| **duplicate executions** | **{len(without.duplicates)}** | **0** | **0** |" in text
     plot(tmp_path / "storm.png", PLAN, without, with_it)
     assert (tmp_path / "storm.png").stat().st_size > 10_000
 

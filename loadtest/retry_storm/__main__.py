@@ -27,13 +27,13 @@ def main() -> int:
     chances = [", ".join(f"{how} {share:.0%}" for how, share in one.items()) for one in (USUAL, BROWNOUT)]
     print(f"seed {plan.seed}: {plan.rate:g} operations a second for {plan.seconds:g} s, then what is still open")
     print(f"of the API's executions {chances[0]}; in the middle third {chances[1]}\n", flush=True)
-    without, with_it = uvloop.run(run(plan, folder))
-    text = table(without, with_it)
+    without, with_it, asking = uvloop.run(run(plan, folder))
+    text = table(without, with_it, asking)
     (folder / "table.md").write_text(text + "\n")
     print(text)
     plot(folder / "storm.png", plan, without, with_it)
     print(f"\nwritten: {folder}/table.md, storm.png")
-    return 1 if with_it.duplicates else 0
+    return 1 if with_it.duplicates or asking.duplicates else 0
 
 
 if __name__ == "__main__":

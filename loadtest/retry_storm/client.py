@@ -43,7 +43,7 @@ async def attempt(port: int, raw: bytes, patience_s: float) -> Answer:
     raise ConnectionError
 
 
-def request(plan: Plan, operation: Operation) -> bytes:
+def request(plan: Plan, operation: Operation, *fields: str) -> bytes:
     """Return an operation's bytes, the same for each try."""
     body = b'{"price": %d}' % operation.price
     lines = [
@@ -52,6 +52,7 @@ def request(plan: Plan, operation: Operation) -> bytes:
         "Authorization: Bearer storm",
         f"Idempotency-Key: {plan.seed}-{operation.number}",
         f"Content-Length: {len(body)}",
+        *fields,
     ]
     return "\r\n".join([*lines, "", ""]).encode() + body
 
@@ -84,3 +85,11 @@ async def storm(plan: Plan, port: int, begins: float) -> list[Ended]:
         await asyncio.sleep(begins + operation.begins_s - time.monotonic())
         tasks.append(asyncio.ensure_future(carry_out(plan, operation, port)))
     return await asyncio.gather(*tasks)
+
+
+async def learn(plan: Plan, port: int, ended: list[Ended], patience_s: float = 15.0) -> int:
+    """Ask once more for each operation whose outcome is unknown; return how many have an answer by then."""
+    unknown = [one.operation for one in ended if one.outcome is Outcome.UNKNOWN]
+    raw = [request(plan, operation, f"Prefer: wait={patience_s:g}") for operation in unknown]
+    answers = await asyncio.gather(*[attempt(port, one, patience_s + 5) for one in raw], return_exceptions=True)
+    return sum(isinstance(answer, Answer) and judge(answer) is Outcome.ANSWERED for answer in answers)

@@ -40,8 +40,9 @@ def figures(side: Side) -> dict[str, str]:
         "tokens paid / due": f"{tokens:,} / {tokens_due:,} ({_over(tokens, tokens_due)})",
         "operations answered": f"{side.count(Outcome.ANSWERED):,}",
         "told that the outcome is unknown": f"{side.count(Outcome.UNKNOWN):,}",
+        "of them answered when they asked once more": f"{side.learnt:,}",
         "given up without an answer": f"{side.count(Outcome.OPEN):,}",
-        "of the last two, done all the same": f"{len(done):,}",
+        "of unknown and given up, done all the same": f"{len(done):,}",
         "p50 / p99 to an answer": f"{percentile(times, 0.5) * 1000:,.0f} / {percentile(times, 0.99) * 1000:,.0f} ms",
     }
 
@@ -50,10 +51,11 @@ def _over(paid: int, due: int) -> str:
     return f"{(paid / due - 1) * 100 if due else 0:+.1f} %"
 
 
-def table(without: Side, with_it: Side) -> str:
+def table(without: Side, with_it: Side, asking: Side) -> str:
     """Return the figures as a table in Markdown."""
-    columns = figures(without), figures(with_it)
-    rows = [("", *COLOURS), ("---", "---:", "---:"), *((name, *(one[name] for one in columns)) for name in columns[0])]
+    columns = figures(without), figures(with_it), figures(asking)
+    head = ("", *COLOURS, "and it asks the API"), ("---", "---:", "---:", "---:")
+    rows = [*head, *((name, *(one[name] for one in columns)) for name in columns[0])]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -1,4 +1,7 @@
-"""Both sides at once: clients directly at one API, and clients at another of the same kind through oncegate."""
+"""All sides at once: clients directly at one API, and clients at others of the same kind through oncegate.
+
+One oncegate asks its API what became of an operation that nobody knows.
+"""
 
 import asyncio
 import os
@@ -11,10 +14,10 @@ from pathlib import Path
 from config.clients.sending import Outcome
 from loadtest.chaos.parts import Part, Store, until_open
 from loadtest.ports import free_port
-from loadtest.retry_storm.client import Ended, storm
+from loadtest.retry_storm.client import Ended, learn, storm
 from loadtest.retry_storm.plan import Operation, Plan, operations
 
-RULES = Path(__file__).with_name("rules.toml")
+RULES, ASKING = (Path(__file__).with_name(name) for name in ("rules.toml", "rules_asking.toml"))
 
 
 class Api(Part):
@@ -38,7 +41,7 @@ class Api(Part):
 class Gateway(Part):
     """oncegate in front of an API."""
 
-    async def start(self, api: Api, store: Store) -> int:
+    async def start(self, api: Api, store: Store, rules: Path) -> int:
         port = free_port()
         env = {name: value for name, value in os.environ.items() if not name.startswith("ONCEGATE_")}
         env |= {
@@ -46,7 +49,7 @@ class Gateway(Part):
             "ONCEGATE_STORE_URL": f"redis://127.0.0.1:{store.port}",
             "ONCEGATE_LISTEN": f"127.0.0.1:{port}",
             "ONCEGATE_ADMIN_LISTEN": f"127.0.0.1:{free_port()}",
-            "ONCEGATE_RULES_FILE": str(RULES),
+            "ONCEGATE_RULES_FILE": str(rules),
             # The API itself answers, and a 503 of it is "not done".
             "ONCEGATE_RELEASE_STATUSES": "default,503+retry-after",
             "ONCEGATE_ACCESS_LOG": "off",
@@ -58,12 +61,16 @@ class Gateway(Part):
 
 @dataclass(frozen=True)
 class Side:
-    """The result of one side of the run; times are CLOCK_MONOTONIC, in seconds."""
+    """The result of one side of the run; times are CLOCK_MONOTONIC, in seconds.
+
+    `learnt`: of the operations whose outcome was unknown, how many have an answer when their clients ask once more.
+    """
 
     begun: float
     operations: list[Operation]
     ended: list[Ended]
     calls: list[tuple[float, int, str]]
+    learnt: int = 0
 
     @property
     def executions(self) -> Counter[int]:
@@ -98,19 +105,26 @@ class Side:
         return sorted(one.took_s for one in self.ended if one.outcome is Outcome.ANSWERED)
 
 
-async def run(plan: Plan, folder: Path) -> tuple[Side, Side]:
-    """Run both sides with logs in an empty folder; return the one without oncegate, then the one with it."""
-    store, gateway = Store("store", folder), Gateway("oncegate", folder)
-    apis = Api("api-without", folder, plan), Api("api-with", folder, plan)
+async def run(plan: Plan, folder: Path) -> tuple[Side, Side, Side]:
+    """Run all sides with logs in an empty folder: without oncegate, with it, and with it while it asks."""
+    names = "with", "asking"
+    stores = [Store(f"store-{name}", folder) for name in names]
+    gateways = [Gateway(f"oncegate-{name}", folder) for name in names]
+    apis = [Api(f"api-{name}", folder, plan) for name in ("without", *names)]
     try:
-        store.start()
-        await store.serving()
+        for store in stores:
+            store.start()
+            await store.serving()
         await asyncio.gather(*[api.start() for api in apis])
-        ports = apis[0].port, await gateway.start(apis[1], store)
+        behind = zip(gateways, apis[1:], stores, (RULES, ASKING), strict=True)
+        ports = [apis[0].port, *[await gateway.start(api, store, rules) for gateway, api, store, rules in behind]]
         begun = time.monotonic() + 0.2
-        without, with_it = await asyncio.gather(*[storm(plan, port, begun) for port in ports])
-        told = operations(plan)
-        return Side(begun, told, without, apis[0].calls()), Side(begun, told, with_it, apis[1].calls())
+        ended = await asyncio.gather(*[storm(plan, port, begun) for port in ports])
+        # Without oncegate, asking once more would be doing it once more.
+        later = await asyncio.gather(*[learn(plan, *one) for one in zip(ports[1:], ended[1:], strict=True)])
+        sides = zip(ended, apis, (0, *later), strict=True)
+        without, with_it, asking = (Side(begun, operations(plan), one, api.calls(), many) for one, api, many in sides)
+        return without, with_it, asking
     finally:
-        for part in (gateway, *apis, store):
+        for part in (*gateways, *apis, *stores):
             part.kill()

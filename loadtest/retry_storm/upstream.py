@@ -25,6 +25,7 @@ class Api:
         self._plan = plan
         self._operations = {operation.path: operation for operation in operations(plan)}
         self._calls: Counter[int] = Counter()
+        self._executed: set[int] = set()
         self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
     def _write(self, operation: Operation, how: str) -> None:
@@ -37,15 +38,26 @@ class Api:
                 lines = head.lower().split(b"\r\n")
                 length = [int(line[15:]) for line in lines if line.startswith(b"content-length:")]
                 await reader.readexactly(sum(length))
-                await self._answer(self._operations[head.split(b" ", 2)[1].decode()], writer)
+                operation = self._operations[head.split(b" ", 2)[1].decode()]
+                if head.startswith(b"GET "):
+                    self._tell(operation, writer)
+                else:
+                    await self._answer(operation, writer)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass  # whoever asked is gone
         finally:
             writer.close()
 
+    def _tell(self, operation: Operation, writer: asyncio.StreamWriter) -> None:
+        """Say whether an operation was executed."""
+        done = operation.number in self._executed
+        writer.write(response(200, done_body(operation)) if done else response(404, b""))
+
     async def _answer(self, operation: Operation, writer: asyncio.StreamWriter) -> None:
         self._calls[operation.number] += 1
         how, takes_s = fate(self._plan, operation, self._calls[operation.number])
+        if how != "busy":
+            self._executed.add(operation.number)
         self._write(operation, how)  # the work is done now, whoever is still there to hear of it
         await asyncio.sleep(takes_s)
         if how == "cut":
@@ -53,8 +65,16 @@ class Api:
         elif how == "busy":
             writer.write(BUSY)
         else:
-            body = b'{"done": %d}' % operation.number
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+            writer.write(response(200, done_body(operation)))
+
+
+def done_body(operation: Operation) -> bytes:
+    return b'{"done": %d}' % operation.number
+
+
+def response(status: int, body: bytes) -> bytes:
+    head = b"HTTP/1.1 %d Told\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    return head % (status, len(body)) + body
 
 
 async def main(log: Path, plan: Plan, port: int) -> None:

@@ -136,6 +136,7 @@ def is_true(answer: Answer, ledger: Ledger, reference: str) -> bool:
     return (answer.status, answer.body) == ({"paid": 200, "declined": 402}[order.state], order.document(reference))
 
 
+@pytest.mark.fault(80)
 async def test_each_key_ends_by_what_really_happened(proxies, api, indexed):
     """Whatever an index does for a while: what was executed is told, and what was not is executed once."""
     names, numbers = [variant.name for variant in VARIANTS if variant.name != "forgets"], range(10)
@@ -150,6 +151,7 @@ async def test_each_key_ends_by_what_really_happened(proxies, api, indexed):
     assert proxy.metric('requests_total{outcome="reconciled"}') == len(names) * 8 + 1
 
 
+@pytest.mark.fault(80)
 @in_redis_first
 async def test_what_an_api_has_forgotten_is_left_to_a_person(proxies, api, indexed):
     """Not found is no evidence once the index may have forgotten: who asks too late frees nothing."""
@@ -205,6 +207,7 @@ async def decide_all(store_url: str) -> int:
     return done
 
 
+@pytest.mark.fault(79)
 async def test_two_replicas_and_an_operator_at_the_same_keys(proxies, api, indexed):
     """Each key has one truth: the operator's where that was faster, else the API's. Nobody asks twice for a step."""
     file = api.rules("plain", rate_per_s=40)
@@ -259,6 +262,7 @@ def hold_orders(api: Api, until_set: asyncio.Event) -> None:
     api.upstreams["plain"].script = held
 
 
+@pytest.mark.fault(77)
 @in_redis_first
 @pytest.mark.parametrize("ends", ["drain", "kill"])
 async def test_a_question_under_way_when_its_worker_ends_is_asked_again(proxies, api, indexed, ends):
@@ -284,6 +288,7 @@ async def test_a_question_under_way_when_its_worker_ends_is_asked_again(proxies,
     assert api.ledger.executed == {"plain-0": 1}
 
 
+@pytest.mark.fault(78)
 @in_redis_first
 async def test_an_owner_that_wakes_up_before_the_verdict_wins(proxies, api, indexed):
     """Suspended for two leases, its key counts as lapsed and is asked about; then its own response is the truth."""
@@ -306,6 +311,7 @@ async def test_an_owner_that_wakes_up_before_the_verdict_wins(proxies, api, inde
     assert api.ledger.executed == {"plain-0": 1}
 
 
+@pytest.mark.fault(78)
 async def test_an_owner_that_wakes_up_behind_the_verdict_is_fenced(proxies, api, indexed):
     """Its own response reaches nobody: the one that the API gave when it was asked is the truth by then."""
     file, executes = api.rules("plain"), asyncio.Event()

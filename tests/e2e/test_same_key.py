@@ -167,6 +167,7 @@ async def test_after_the_time_of_the_api_nothing_is_sent(start, ledger, upstream
     assert len(upstream.received) == 2
 
 
+@pytest.mark.fault(75)
 @in_one_store
 async def test_a_response_that_would_free_the_key(start, ledger):
     """To a first request it does; to a resend it says nothing of the first one: no other body comes under its key."""
@@ -182,6 +183,7 @@ async def test_a_response_that_would_free_the_key(start, ledger):
     assert ledger.executed[b"k"] == 1
 
 
+@pytest.mark.fault(75)
 @in_one_store
 async def test_a_retry_that_reaches_nobody(start, ledger, upstream):
     """Nothing was sent this time, which says nothing of the first one."""
@@ -220,6 +222,7 @@ async def test_a_narrow_fingerprint_sends_nothing_on(start, ledger, upstream):
     assert len(upstream.received) == 1
 
 
+@pytest.mark.fault(76)
 async def test_an_owner_that_stood_still(start, ledger, upstream):
     """It comes back after a retry was sent on: it is fenced, and its client gets what the retry has stored."""
     first, other = await start(), await start()

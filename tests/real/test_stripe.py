@@ -2,6 +2,7 @@
 
 import asyncio
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,13 +24,19 @@ def client(port: int, seconds: float = 20.0) -> stripe.StripeClient:
     )
 
 
-def buy(shop: stripe.StripeClient) -> tuple[str, str]:
-    """Take on a customer and charge them; the key of each step is the SDK's own."""
+def taken_on(shop: stripe.StripeClient) -> tuple[str, str]:
+    """Take on a customer; return its id, and that of its card. The key of each step is the SDK's own."""
     customer = shop.v1.customers.create({"email": "a@example.com"})
     method = shop.v1.payment_methods.create({"type": "card", "card": CARD})  # type: ignore[typeddict-item]
     shop.v1.payment_methods.attach(method.id, {"customer": customer.id})
-    charge = shop.v1.charges.create({"amount": 500, "currency": "eur", "customer": customer.id, "source": method.id})
-    return customer.id, charge.id
+    return customer.id, method.id
+
+
+def buy(shop: stripe.StripeClient) -> tuple[str, str]:
+    """Take on a customer and charge them; return their ids."""
+    customer, method = taken_on(shop)
+    charge = shop.v1.charges.create({"amount": 500, "currency": "eur", "customer": customer, "source": method})
+    return customer, charge.id
 
 
 async def test_a_retry_after_a_timeout_charges_once(shop_gate, api, slow, upstream):
@@ -161,3 +168,43 @@ async def test_a_request_of_another_account(shop_gate, api, slow):
         made.append(await asyncio.to_thread(shop.v1.customers.create, {"email": "f@example.com"}, options))
     assert made[0].id != made[1].id
     assert len(await listed(api, "customers")) == 2
+
+
+# What became of a charge: the newest one has to be that of the order.
+ASKED = """
+[[rule]]
+name = "charges"
+path = "/v1/charges"
+preset = "payments"
+[rule.reconcile]
+url = "/v1/charges?limit=1&customer={header:X-Customer}"
+keep = ["key", "header:X-Customer"]
+credentials_file = "credentials"
+reference = { "/data/0/metadata/order" = "{key}" }
+succeeded = [{ status = "200", when = { "/data/0/status" = "succeeded" } }]
+answers.succeeded.body_pointer = "/data/0"
+first_after_s = 0.1
+most_s = 0.5
+"""
+
+
+async def test_a_charge_whose_answer_was_lost_is_found(fork, api, slow, upstream, valkey, tmp_path: Path):
+    """oncegate asks with a credential of its own, and the SDK gets the charge at its next try: there is only one."""
+    (tmp_path / "credentials").write_text(f"Authorization: Bearer {ACCOUNT}\n")
+    (tmp_path / "rules.toml").write_text(ASKED)
+    gate = await fork(upstream, valkey.url, RULES_FILE="rules.toml")
+    shop = client(gate.port)
+    customer, method = await asyncio.to_thread(taken_on, shop)
+    charge = partial(
+        shop.v1.charges.create,
+        {"amount": 500, "currency": "eur", "customer": customer, "source": method, "metadata": {"order": "o-17"}},
+        {"idempotency_key": "o-17", "headers": {"X-Customer": customer}},
+    )
+    slow.lost.add(CHARGES)
+    with pytest.raises(stripe.APIError, match="may have been executed"):
+        await asyncio.to_thread(charge)
+    made = await asyncio.to_thread(charge)
+    charges = await listed(api, "charges")
+    assert [(one["id"], one["amount"], one["metadata"]) for one in charges] == [(made.id, 500, {"order": "o-17"})]
+    assert sum(got.line.startswith(CHARGES) for got in upstream.received) == 1
+    assert gate.metric('requests_total{outcome="reconciled"}') == 1
