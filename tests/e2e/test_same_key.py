@@ -137,6 +137,7 @@ async def test_a_retry_settles_an_unknown_key(start, ledger, upstream, how):
     assert (told(again), again.body) == (EXECUTED, b'{"number": 0}')
     assert told(await ask(other.port, charge())) == REPLAYED
     assert (await ask(other.port, charge(body=b"other"))).slug == "key-reused"
+    assert other.metric('reconciled_total{by="resend"}') == 1
     assert ledger.executed == {b"k": 1}
     assert {one.body for one in upstream.received} == {b"x"}
 

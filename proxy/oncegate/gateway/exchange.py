@@ -122,6 +122,8 @@ class Exchange:
                 declined=frees and reached is Ending.DECLINED,
             )
             note_settlement(progress, result)
+            if self._resends is not None and self._resends.is_retry and result.status.is_done and settlement.completes:
+                deps.resent(self._resends.age_s)
             return self._conclude(reached, result)
         finally:
             clean_up(progress, reached, result)

@@ -77,14 +77,21 @@ BUSY = 409
 class Resends:
     """The tries of a request whose upstream executes a key only once.
 
-    `left`: those after this one, where an earlier one may have reached the upstream, also under another claim; None
-    while none may have. `kept_ms`: for how long the upstream recognizes a key. `now_ms(key)`: the store's clock.
+    `is_retry`: its key was unknown when it was claimed. `left`: those after this one, where an earlier one may have
+    reached the upstream, also under another claim; None while none may have. `kept_ms`: for how long the upstream
+    recognizes a key. `now_ms(key)`: the store's clock.
     """
 
     def __init__(self, claim: Claim, kept_ms: int, now_ms: Callable[[bytes], int]) -> None:
         self._claim, self._first_ms, self._kept_ms, self._now_ms = claim, first_claim_ms(claim), kept_ms, now_ms
-        self.left = RESENDS if is_resent(claim.kept) else None
+        self.is_retry = is_resent(claim.kept)
+        self.left = RESENDS if self.is_retry else None
         self._max_pause_s = FIRST_PAUSE_S
+
+    @property
+    def age_s(self) -> float:
+        """The seconds since the first claim of the key."""
+        return (self._now_ms(self._claim.key) - self._first_ms) / 1000
 
     def may_send(self) -> bool:
         """Return whether the request may be sent: not where an earlier one may be known to the upstream no more."""

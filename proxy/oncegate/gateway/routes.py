@@ -60,6 +60,7 @@ class ExchangeDeps:
     asked again to take a response, `store_timeout_s` the same for all that nobody waits for. `longest_s`: no await of
     an exchange takes longer. `usual`: how long the rule's requests usually take, for Retry-After.
     `ticker`: times what is recorded. `wait_ended` counts a wait by how it ended (the label of a Woken).
+    `resent(age_s)` counts an unknown key of that age that was settled by sending its request once more.
     `notes_releases`: a released claim leaves a note. `verdicts`: None where nobody asks about unknown keys.
     """
 
@@ -82,6 +83,7 @@ class ExchangeDeps:
     longest_s: float
     usual: UsualTime
     notes_releases: bool = False
+    resent: Callable[[float], None] = lambda _: None
     verdicts: Verdicts | None = None
 
 

@@ -7,6 +7,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from oncegate.buffers.memory import MemoryBudget
@@ -27,6 +28,7 @@ from oncegate.messages.request_ids import RequestIds
 from oncegate.messages.request_line import HeadLimits
 from oncegate.observe.metrics import Metrics
 from oncegate.observe.outcome import Observe
+from oncegate.observe.reconciling import By
 from oncegate.observe.tracing import Tracing
 from oncegate.rules.loading import load_rules
 from oncegate.rules.model import Rule, Rules, Upstream
@@ -259,6 +261,7 @@ class Parts:
             + 10,
             usual=self._usual_times[rule.name],
             notes_releases=rule.policy.respond_async,
+            resent=partial(reporting.metrics.reconciling.settled, By.RESEND),
             verdicts=self.reconciling if rule.policy.reconcile is not None else None,
         )
 
