@@ -11,7 +11,7 @@ from hashlib import blake2b
 
 from oncegate.decision import CANCELLED, State
 from oncegate.messages.response_head import response_digest
-from oncegate.store.record import StoredResponse
+from oncegate.store.record import StoredResponse, ViewState
 from oncegate.store.record_view import OpenKind, StoreError
 from oncegate.store.results import Followed, ReadFailure
 from oncegate.store.store import Store
@@ -39,7 +39,7 @@ class Pull:
         # When the first read began that the store has not answered, None while it answers.
         self._silent_since_s: float | None = None
         self._telling: asyncio.Task[bool] | None = None
-        # How the exchange ended where the outcome of its request is unknown.
+        # How the response ended where the outcome of its request is unknown, or the record cannot be read.
         self._lost = FeedEnd.BROKEN
 
     async def run(self, pause_s: Callable[[bool], float]) -> None:
@@ -55,7 +55,7 @@ class Pull:
                 news.clear()
                 began_s = self._loop.time()
                 found = await self._read(began_s)
-                if isinstance(found, Followed) and found.state is State.UNKNOWN:
+                if found is ReadFailure.INCOMPLETE or (isinstance(found, Followed) and found.state is State.UNKNOWN):
                     # Before anybody is told of what was found.
                     self._lost = await self._why_lost()
                 if self._take(found) or feed.ended is not None:
@@ -133,7 +133,7 @@ class Pull:
 
     def _fail(self, failure: ReadFailure) -> None:
         if failure is not ReadFailure.UNCONFIRMED:
-            self._feed.end(FeedEnd.GONE if failure is ReadFailure.GONE else FeedEnd.CORRUPT)
+            self._feed.end(FeedEnd.GONE if failure is ReadFailure.GONE else self._lost)
         elif self._silent_since_s is not None and self._loop.time() >= self._silent_since_s + self._silence_s:
             self._feed.end(FeedEnd.UNREACHABLE)
 
@@ -157,14 +157,17 @@ class Pull:
             feed.end(FeedEnd.DRAINING)
 
     async def _why_lost(self) -> FeedEnd:
-        """Return how an exchange ended of which the record says that the outcome is unknown."""
+        """Return how a response ended whose record says that the outcome is unknown, or cannot be read."""
         try:
             async with asyncio.timeout(TELLING_S):
                 view = await self._store.records.read(self._feed.key)
         except (TimeoutError, StoreError):
             return FeedEnd.BROKEN
-        if view is None or view.token != self._feed.token:
+        if view is None or view.token != self._feed.token or view.state is ViewState.IN_FLIGHT:
+            # In flight: a failover lost a part of it.
             return FeedEnd.GONE
+        if view.state is not ViewState.UNKNOWN:
+            return FeedEnd.CORRUPT
         if view.open_kind is OpenKind.LAPSED:
             return FeedEnd.ABANDONED
         return FeedEnd.STOPPED if view.mode == CANCELLED else FeedEnd.BROKEN
