@@ -115,7 +115,7 @@ def answered(came: Sequence[Came], table: KnownAnswers) -> list[object]:
                     failed = ""
                 except UpstreamLost as lost:
                     failed = f"{lost} {lost.status}"
-                response, reusable = connection.response, connection.is_reusable
+                response, reusable = connection.response, connection.is_reusable()
                 saw.append(
                     (
                         *(described(response.head), steps, connection.take_body(), response.is_complete, reusable),

@@ -970,7 +970,7 @@ async def test_bytes_right_after_an_answer_close_the_connection():
         async with sent(pool) as connection:
             assert (await answer_of(connection))[1] == b"ok"
             surplus.set()
-            await until(lambda: connection.transport is None or not connection.is_reusable)
+            await until(lambda: connection.transport is None or not connection.is_reusable())
         assert await ask(pool) == (200, b"ok")
         assert raw.accepted == 2
 
@@ -2015,7 +2015,7 @@ async def test_a_failed_write_loses_no_answer_that_came_before_it(name, secure, 
             connection.send_stream(head, upload(), chunked=False)
             got, text = await answer_of(connection)
             assert (got.status, text) == (413, body)
-            assert not connection.is_reusable
+            assert not connection.is_reusable()
             pool.release(connection)
             assert pool.buffered.used == 0
 

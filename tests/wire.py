@@ -4,6 +4,7 @@ import asyncio
 import re
 import socket
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from oncegate.downstream.listener import Listener
@@ -70,7 +71,8 @@ class Side:
             self.answer,
             max_connections=100,
             minimum_rate=MinimumRate(window_s, 1),
-            observe=self.saw.append,
+            # `asked` is another object each time.
+            observe=lambda report: self.saw.append(replace(report, asked=None)),
             head_cache=cache,
         )
 

@@ -80,9 +80,8 @@ class ClientConnection(RequestReader):
         """Whether further requests came already."""
         return bool(self._messages or self._rest)
 
-    @property
     def is_last_response(self) -> bool:
-        """Whether a response that begins now must say that it is the last."""
+        """Return whether a response that begins now must say that it is the last."""
         return self._stops or ((self._half_closed or self.retiring) and not self._has_more)
 
     @property

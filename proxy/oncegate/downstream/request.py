@@ -11,7 +11,7 @@ from oncegate.adaptation.cookies import names_a_person
 from oncegate.buffers.write_batcher import WriteBatcher
 from oncegate.downstream.body import BufferedBody
 from oncegate.downstream.minimum_rate import MinimumRate
-from oncegate.downstream.response import ResponseWriter
+from oncegate.downstream.response import ResponseWriter, response_to
 from oncegate.known_heads.memo import ConnectionMemo
 from oncegate.known_heads.requests import KnownHead
 from oncegate.messages.fields import only_value
@@ -46,7 +46,6 @@ class RequestConnection(Protocol):
     @property
     def writing_paused(self) -> bool: ...
 
-    @property
     def is_last_response(self) -> bool: ...
 
     @property
@@ -96,7 +95,10 @@ class Request:
         self.adaptation = NOTHING
         self.render: Render | None = None
         self.shown_path = ""
-        self.response = ResponseWriter(connection, message, known is not None)
+        if known is None:
+            self.response = response_to(message, connection)
+        else:  # such a request is HTTP/1.1
+            self.response = ResponseWriter(connection, message.method == "HEAD", message.should_close)
 
     def twin(self) -> "Request":
         """Return this request once more, with the same response."""
@@ -200,11 +202,15 @@ class Nobody:
     leave_waiter: "asyncio.Future[None] | None" = None
     reader_waiter: "asyncio.Future[None] | None" = None
     docs_url = ""
-    writing_paused = is_last_response = is_half_closed = False
+    writing_paused = is_half_closed = False
 
     def __init__(self, left: RequestConnection) -> None:
         """`left`: the connection that the response had."""
         self.write_batcher, self.minimum_rate, self.counts = left.write_batcher, left.minimum_rate, left.counts
+
+    def is_last_response(self) -> bool:
+        """Return False: nothing ends with it."""
+        return False
 
     def force_close(self) -> None:
         """Close nothing."""

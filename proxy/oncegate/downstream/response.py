@@ -15,6 +15,7 @@ from oncegate.messages.problems import Problem, Render, as_problem_json, reason_
 from oncegate.messages.response_head import status_line
 from oncegate.messages.trailers import takes_trailers
 from oncegate.observe.outcome import ClientCounts
+from oncegate.values import Value
 
 # Unsent bytes of one response in this process, above which no more of it should be fetched.
 WRITE_BACKLOG_BYTES = 65536
@@ -37,7 +38,6 @@ class ResponseConnection(Protocol):
     @property
     def writing_paused(self) -> bool: ...
 
-    @property
     def is_last_response(self) -> bool: ...
 
     @property
@@ -46,7 +46,7 @@ class ResponseConnection(Protocol):
     def force_close(self) -> None: ...
 
 
-class ResponseWriter:
+class ResponseWriter(Value, eq=False):
     """Writes the response to one request. Writing to a client that left does nothing and raises nothing.
 
     `started`: the head was written. `finished`: the end was, too. `cut_off`: the client took its response too slowly
@@ -54,36 +54,28 @@ class ResponseWriter:
     oncegate's own.
     """
 
-    awaits_continue = started = finished = cut_off = closes = False
-    # The period of 102 (Processing) in seconds, 0 for a client that gets none; and how many interim responses it got.
-    heartbeat_s = 0.0
-    interim_count = 0
-    _comments: EventComments | None = None
-    _http10 = _head_only = False
+    _connection: ResponseConnection
+    _head_only: bool
+    closes: bool
+    _http10: bool = False
     # Whether the client said that it takes trailers. A head that says so is not remembered.
-    takes_trailers = False
+    takes_trailers: bool = False
+    awaits_continue: bool = False
+    started: bool = False
+    finished: bool = False
+    cut_off: bool = False
+    # The period of 102 (Processing) in seconds, 0 for a client that gets none; and how many interim responses it got.
+    heartbeat_s: float = 0.0
+    interim_count: int = 0
     problem: Problem | None = None
     # What follows the body of the response, each line ended; to be set before its end is written.
-    trailers = b""
+    trailers: bytes = b""
+    _comments: EventComments | None = None
     # How the client sees the end of a body that is written in pieces: "chunked", "length" or "close".
-    _body_end = ""
+    _body_end: str = ""
     # Of a body with a stated length: how much is to come, and its last byte, held back until `end`.
-    _bytes_left = 0
-    _last_byte = b""
-
-    def __init__(self, connection: ResponseConnection, message: Any, is_known: bool) -> None:
-        """`message` is the request as aiohttp parsed it; `is_known`: its head came before."""
-        self._connection = connection
-        self._head_only = message.method == "HEAD"
-        if is_known:  # such a request is HTTP/1.1
-            self.closes = message.should_close
-            return
-        self._http10 = message.version < (1, 1)
-        # What a client sends behind an upgrade is lost with the upgrade. aiohttp's parser (3.14.5) puts the last
-        # trailer of a chunked body in front of the next request's fields, so there must be no next request.
-        self.closes = message.should_close or message.upgrade or message.chunked
-        if "TE" in message.headers and not self._http10:
-            self.takes_trailers = takes_trailers(te.encode("latin-1", "replace") for te in message.headers.getall("TE"))
+    _bytes_left: int = 0
+    _last_byte: bytes = b""
 
     # The client ...
 
@@ -94,7 +86,7 @@ class ResponseWriter:
 
     def client_half_closed(self) -> bool:
         """Return whether the client closed its side: it left, or it waits for this response as its last."""
-        return self._connection.is_last_response
+        return self._connection.is_last_response()
 
     def client_leaves(self) -> "asyncio.Future[None]":
         """Return a future that is done once the client has left."""
@@ -167,7 +159,7 @@ class ResponseWriter:
 
     def _connection_field(self) -> bytes:
         # A client that was not told to send its body may send the next request in its place.
-        if self.closes or self._connection.is_last_response or self.awaits_continue:
+        if self.closes or self._connection.is_last_response() or self.awaits_continue:
             self.closes = True
             return b"Connection: close\r\n"
         return b"Connection: keep-alive\r\n" if self._http10 else b""
@@ -315,3 +307,15 @@ class ResponseWriter:
             self.cut_off = True
             self.abort()
         return self.cut_off
+
+
+def response_to(message: Any, connection: ResponseConnection) -> ResponseWriter:
+    """Return the writer of the response to a request, as aiohttp parsed it, whose head is not known."""
+    http10 = message.version < (1, 1)
+    takes = False
+    if "TE" in message.headers and not http10:
+        takes = takes_trailers(te.encode("latin-1", "replace") for te in message.headers.getall("TE"))
+    # What a client sends behind an upgrade is lost with the upgrade. aiohttp's parser (3.14.5) puts the last
+    # trailer of a chunked body in front of the next request's fields, so there must be no next request.
+    closes = message.should_close or message.upgrade or message.chunked
+    return ResponseWriter(connection, message.method == "HEAD", closes, http10, takes)

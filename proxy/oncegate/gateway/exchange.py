@@ -6,6 +6,7 @@ chunk, the closing) is held back until the store has confirmed the settle.
 
 import asyncio
 import time
+from typing import Final
 
 from oncegate.adaptation.event_ids import Numbering, number_events
 from oncegate.adaptation.heartbeats import DIGESTS, takes_comments
@@ -42,6 +43,9 @@ from oncegate.upstream.window import completes_within
 SMALL_BYTES = 65536
 # By how a response settles its key (a disposition's label): the outcome, and the field that says so.
 OUTCOMES = {one.label: (BY_LABEL[one.label], f"Oncegate-Status: {one.label}\r\n".encode()) for one in Disposition}
+# Bound once for the request path, as in `decision`.
+_STORE: Final = Disposition.STORE
+_STORED: Final = OUTCOMES[_STORE.label]
 
 
 class Exchange:
@@ -51,17 +55,6 @@ class Exchange:
     has the answer.
     """
 
-    refuse: Refuse | None = None
-    # Of a request whose upstream executes a key only once.
-    _resends: Resends | None = None
-    _not_sent: Refuse | None = None
-    # The one that the request is on now.
-    _connection: Connection | None = None
-    # Gives the events of a response ids, under a rule that says so.
-    _numbering: Numbering | None = None
-    _disposition = Disposition.STORE
-    _outcome, _status_field = OUTCOMES[Disposition.STORE.label]
-
     def __init__(self, keyed: KeyedRequest, held: LeasedClaim, head: bytes, client: Request) -> None:
         """`client` is the request as the client sent it, `head` its open head for the upstream."""
         self._deps, self._policy = keyed.route.deps, keyed.route.policy
@@ -70,6 +63,15 @@ class Exchange:
         self._key_id, caller = keyed.key_id, keyed.caller
         self._key_fields = keyed.own_fields(client, held.claim.token, held.claim.created_ms)
         self.progress = Progress(self._deps, held, b"" if caller is None else caller.id, keyed.trace)
+        self.refuse: Refuse | None = None
+        self._not_sent: Refuse | None = None
+        # Of a request whose upstream executes a key only once.
+        self._resends: Resends | None = None
+        # The one that the request is on now; and what gives events ids, under a rule that says so.
+        self._connection: Connection | None = None
+        self._numbering: Numbering | None = None
+        self._disposition = _STORE
+        self._outcome, self._status_field = _STORED
         held.cancel = self.cancel
         if self._policy.upstream_idempotent:
             kept_ms = self._policy.upstream_key_retention_ms
@@ -233,7 +235,7 @@ class Exchange:
 
     async def _stream(self, connection: Connection, head: ResponseHead) -> Ending:
         recording = None
-        if self._disposition is Disposition.STORE:
+        if self._disposition is _STORE:
             max_bytes = self._policy.max_stored_bytes
             recording = self.progress.recording = new_recording(self.progress, head, max_bytes, self._wake_stream)
         response, silence_s, passing = self._response, self._deps.silence_s, self.progress.passing

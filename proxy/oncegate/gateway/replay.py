@@ -6,7 +6,6 @@ them, with the head already out, so that the connection was aborted.
 """
 
 import asyncio
-from dataclasses import dataclass
 from typing import Final
 
 from oncegate.adaptation.content_codings import (
@@ -30,6 +29,7 @@ from oncegate.store.kept import original_id
 from oncegate.store.record import Record, StoredResponse, intact
 from oncegate.store.results import ReadFailure
 from oncegate.store.store import Store
+from oncegate.values import Value
 
 # A body is decoded if it has so many bytes at most, before and after. Any other is replayed as it was stored: a client
 # could make a worker inflate a gigabyte for every retry.
@@ -41,8 +41,7 @@ MARK = b"Idempotent-Replayed: true\r\nOncegate-Status: replayed\r\n"
 RECONCILED = b"Idempotent-Replayed: true\r\nOncegate-Status: reconciled\r\n"
 
 
-@dataclass(slots=True)
-class Replay:
+class Replay(Value):
     """A complete record to be replayed to `request`, which may be another client's than the original, and to
     `caller` if its messages are adapted.
 

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -28,6 +27,7 @@ from oncegate.streams import released
 from oncegate.streams.feeds import HeadOf, Running
 from oncegate.streams.released import Released
 from oncegate.upstream.errors import UpstreamLost
+from oncegate.values import Value
 
 T = TypeVar("T")
 # Endings in which the request was sent and no whole response came.
@@ -38,8 +38,7 @@ STOPPED = (*LOST, Ending.NOT_SENT)
 MAX_TOOK_MS = 2**32 - 1
 
 
-@dataclass(slots=True)
-class Progress:
+class Progress(Value):
     """How far an exchange got. It starts from the worst, and improves. `request_id`: of a JSON-RPC request.
 
     `sent`: a byte of the request may have left. `head` is the upstream's, `whole` the body of a small response,

@@ -140,6 +140,12 @@ class Histogram:
         self._sum_s += sum_s
 
 
+def sort_all(histograms: Iterable[Histogram]) -> None:
+    """Sort in what waits in each."""
+    for histogram in histograms:
+        histogram.sort()
+
+
 class Histograms:
     """One histogram of seconds for each value of a label from a closed set; without a label, one under the empty.
 

@@ -17,6 +17,7 @@ from oncegate.observe.families import (
     GroupedCounters,
     Histogram,
     Histograms,
+    sort_all,
 )
 from oncegate.observe.gauges import GAUGE_LABELS, GAUGES
 from oncegate.observe.labels import (
@@ -262,30 +263,28 @@ class Metrics(Collector):
         self._add_request(seconds)
         if upstream_s:
             histogram.add(upstream_s)
-            self._add_overhead(seconds - upstream_s if seconds > upstream_s else 0.0)
-        else:
-            self._add_overhead(seconds)
-        if report.key and label in self._suppressed.by_value:
-            self._suppressed.by_value[label] += 1
-            self._saved_s.by_value[""] += report.saved_s
-            self._replayed_bytes.by_value[""] += report.replayed_bytes
-            if report.tokens is not None:
-                self._save_tokens(report.rule or DEFAULT_RULE, report.tokens)
-        if report.without_credential:
-            self._without_credential.add()
-        for settlement in report.settlements:
-            self._settled.by_value[settlement.label] += 1
+        self._add_overhead(seconds - upstream_s if seconds > upstream_s else 0.0)
+        if report.key:
+            if label in self._suppressed.by_value:
+                self._suppressed.by_value[label] += 1
+                self._saved_s.by_value[""] += report.saved_s
+                self._replayed_bytes.by_value[""] += report.replayed_bytes
+                if report.tokens is not None:
+                    self._save_tokens(report.rule or DEFAULT_RULE, report.tokens)
+            if report.without_credential:
+                self._without_credential.add()
+            for settlement in report.settlements:
+                self._settled.by_value[settlement.label] += 1
+            if report.close_delimited:
+                self._close_delimited.add()
         if report.unguarded_key is not None:
             self._unguarded_keys.add(report.unguarded_key.label)
         if report.unguarded is not None:
             self._unguarded.add(report.unguarded.label)
-        if report.close_delimited:
-            self._close_delimited.add()
         if report.trace is not None:
             self._exemplars.add(report.trace.own.trace_text, report, seconds)
         if len(self._by_request[0].unsorted) >= MAX_UNSORTED:
-            for histogram in self._by_request:
-                histogram.sort()
+            sort_all(self._by_request)
 
     def _save_tokens(self, rule: str, tokens: Tokens) -> None:
         if not tokens:

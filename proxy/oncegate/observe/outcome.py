@@ -1,6 +1,5 @@
 """What became of one request: the outcome, and the record that metrics and the access log read."""
 
-from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, NamedTuple, Protocol
 
@@ -8,6 +7,7 @@ from oncegate.messages.problems import Problem
 from oncegate.observe.labels import SettlementLabel, Unguarded, UnguardedKey
 from oncegate.observe.tracing import Trace
 from oncegate.observe.usage import Tokens
+from oncegate.values import Value
 
 
 class Outcome(Enum):
@@ -131,8 +131,7 @@ class Asked(Protocol):
     def problem(self) -> Problem | None: ...
 
 
-@dataclass(slots=True)
-class RequestReport:
+class RequestReport(Value):
     """What became of one request.
 
     `key` is the digest of its key, empty without one. `upstream_s` is the time spent on the upstream.
@@ -163,7 +162,7 @@ class RequestReport:
     unguarded_key: UnguardedKey | None = None
     unguarded: Unguarded | None = None
     upstream: str = ""
-    asked: Asked | None = field(default=None, compare=False)
+    asked: Asked | None = None
     trace: Trace | None = None
 
 

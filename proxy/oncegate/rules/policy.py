@@ -101,6 +101,9 @@ class Policy:
     token_prices: Prices = ()
     # What `scope_headers`, `scope_sources` and `stable_schemes` come to for a request.
     tenant: TenantFields = field(init=False, repr=False, compare=False)
+    # Whether a request that passes through ends when its client leaves. With JSON-RPC that cancels a call: on the wire
+    # of MCP's protocol 2026-07-28 nothing else does.
+    ends_with_client: bool = field(init=False, repr=False, compare=False)
     # Whoever shows that digest has sent the request, and may read its response.
     keeps_body_digest: bool = field(init=False, repr=False, compare=False)
     # Whether something of its requests is read for their records.
@@ -125,16 +128,9 @@ class Policy:
         """Whether its clients are answered below `ONCEGATE_OWN_PATH`."""
         return self.resumable or self.cancellable or self.asks or self.respond_async
 
-    @property
-    def ends_with_client(self) -> bool:
-        """Whether a request that passes through ends when its client leaves. With JSON-RPC that cancels a call.
-
-        On the wire of MCP's protocol 2026-07-28 nothing else does.
-        """
-        return self.json_rpc or self.cancel_grace_s is not None
-
     def __post_init__(self) -> None:
         object.__setattr__(self, "tenant", TenantFields(self.scope_headers, self.stable_schemes))
+        object.__setattr__(self, "ends_with_client", self.json_rpc or self.cancel_grace_s is not None)
         object.__setattr__(self, "keeps_body_digest", self.asks and self.resumable and not self.resume_by_key)
         # Whoever gets the key has to get the same content with it. In the mode retry, a request is executed again.
         resends = self.upstream_idempotent and self.mode == HOLD and has_content(self.fingerprint)

@@ -33,7 +33,7 @@ _FIELD = struct.Struct(">BH")
 _TIME = struct.Struct(">Q")
 
 
-# It is never changed once it is made: see store/record.py for why it is not frozen.
+# It is never changed once it is made: `frozen=True`, which would say so, doubles the price of making one.
 @dataclass(slots=True, unsafe_hash=True)
 class Kept:
     """What is kept with a record. Each part may be empty, and then takes no place.

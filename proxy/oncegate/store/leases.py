@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -13,6 +12,7 @@ from oncegate.store.record import Claim
 from oncegate.store.results import ClaimEvent, RenewStatus, Unconfirmed
 from oncegate.store.stages import CLAIMED, Stage
 from oncegate.store.store import Store
+from oncegate.values import Value
 
 # Returns seconds on a clock that goes on while the machine sleeps, as leases do.
 suspended_clock_s = partial(time.clock_gettime, time.CLOCK_BOOTTIME)
@@ -27,8 +27,7 @@ def cancel_nothing(_: str) -> bool:
     return False
 
 
-@dataclass(slots=True, eq=False)
-class LeasedClaim:
+class LeasedClaim(Value, eq=False):
     """A claim that this worker holds, and the state of its lease."""
 
     claim: Claim

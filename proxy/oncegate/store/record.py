@@ -19,6 +19,7 @@ from hashlib import blake2b
 from oncegate.decision import CANCELLED, State
 from oncegate.keys.digests import Scope
 from oncegate.messages.response_head import response_digest
+from oncegate.values import Value
 
 # The second has trailers behind the header fields. An older oncegate refuses it as an unknown layout.
 VERSION, WITH_TRAILERS = b"\x01", b"\x02"
@@ -35,13 +36,11 @@ _CHECK_BYTES = 8
 BODY_STORED, CLOSE_DELIMITED, STATED_LENGTH, HAS_REQUEST_ID, RECONCILED = 1, 2, 4, 8, 16
 
 
-# Every request makes some of these. They are values, never changed once they are made, but for what a new claim gets
-# with the store's reply; `frozen=True`, which would say so, doubles the price of making one, and a NamedTuple costs a
-# third more (Python 3.11, measured).
+# Every request makes some of these. They are never changed once they are made, but for what a new claim gets with the
+# store's reply.
 
 
-@dataclass(slots=True)
-class ClaimRequest:
+class ClaimRequest(Value):
     """What `Store.claim` asks for. Times in milliseconds."""
 
     # Digest.
@@ -66,8 +65,7 @@ class ClaimRequest:
     resend_ms: int = 0
 
 
-@dataclass(slots=True)
-class Claim:
+class Claim(Value):
     """The right to execute one key. Only the store makes one, and without it nothing is forwarded or settled."""
 
     # Digest.
@@ -93,8 +91,7 @@ class Claim:
     kept_before: bytes = field(default=b"", compare=False)
 
 
-@dataclass(slots=True)
-class StoredResponse:
+class StoredResponse(Value):
     """A complete response."""
 
     status: int
@@ -125,8 +122,7 @@ class StoredResponse:
     reconciled: bool = False
 
 
-@dataclass(slots=True)
-class Record:
+class Record(Value):
     """The record of a key that another claim has, or had."""
 
     state: State

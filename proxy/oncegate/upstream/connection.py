@@ -38,7 +38,8 @@ class Connection(ArrivingResponse, PoolEntry, asyncio.Protocol):
     """One connection and the one request that is on it. Between requests it is idle in the pool."""
 
     def __init__(self, pool: OwningPool) -> None:
-        super().__init__(pool.loop, pool.buffered)
+        ArrivingResponse.__init__(self, pool.loop, pool.buffered)
+        PoolEntry.__init__(self)
         self._pool = pool
         self._request = OutgoingRequest(pool.loop, pool.write_batcher)
         # The head came after the whole request had left, and allows another request.
@@ -125,7 +126,7 @@ class Connection(ArrivingResponse, PoolEntry, asyncio.Protocol):
         unread = response.take_known(data, self._pool.known_answers) if is_first else data
         if not unread:
             self._buffered.used += response.buffered_bytes
-            self._keep_alive = self._request.is_sent
+            self._keep_alive = self._request.is_sent()
             self.wake()
             return
         if response.is_switched:
@@ -135,7 +136,7 @@ class Connection(ArrivingResponse, PoolEntry, asyncio.Protocol):
             self.fail(UpstreamLost(reason))
         # An upstream that answers before it has the whole request may not read the rest: not reusable.
         if not had_head and response.head is not None:
-            self._keep_alive = response.keep_alive and self._request.is_sent
+            self._keep_alive = response.keep_alive and self._request.is_sent()
         self._count(len(data), response.buffered_bytes - buffered_before)
         if response.buffered_bytes > TIGHT_HIGH_WATER:
             self._pause_if_full()
@@ -204,9 +205,8 @@ class Connection(ArrivingResponse, PoolEntry, asyncio.Protocol):
 
     # The end of the exchange, and of the connection ...
 
-    @property
     def is_reusable(self) -> bool:
-        """Whether the exchange left the connection clean, so that another request may be sent on it."""
+        """Return whether the exchange left the connection clean, so that another request may be sent on it."""
         response = self.response
         is_clean = response.is_complete and self._keep_alive and not response.has_surplus
         if not is_clean or self._request.binds_connection or response.head is None or response.head.binds_connection:

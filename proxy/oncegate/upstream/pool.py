@@ -118,7 +118,7 @@ class Pool:
     def release(self, connection: Connection) -> None:
         """Take a connection back. It stays open for the next request if this one left it clean."""
         self._active.discard(connection)
-        if self._keep_idle_s and connection.is_reusable and not connection.is_retired:
+        if self._keep_idle_s and connection.is_reusable() and not connection.is_retired:
             self._idle.add(connection)
             if connection.is_reused:
                 # On a new one the request may have waited for a process.

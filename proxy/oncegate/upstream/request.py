@@ -24,10 +24,9 @@ class OutgoingRequest:
     `binds_connection`: a request authenticated its user for the whole connection, which nobody else may use.
     """
 
-    binds_connection = False
-
     def __init__(self, loop: asyncio.AbstractEventLoop, batcher: WriteBatcher) -> None:
         self._loop, self._batcher = loop, batcher
+        self.binds_connection = False
         self.transport: asyncio.Transport | None = None
         self._sending: asyncio.Task[None] | None = None
         self._is_paused = False
@@ -92,9 +91,8 @@ class OutgoingRequest:
         while self.transport is not None and self.transport.get_write_buffer_size():
             await asyncio.sleep(0.01)
 
-    @property
     def is_sent(self) -> bool:
-        """Whether every byte of the request has left the process."""
+        """Return whether every byte of the request has left the process."""
         is_written = self._sending is None or self._sending.done()
         return is_written and self.transport is not None and self.transport.get_write_buffer_size() == 0
 
@@ -104,7 +102,7 @@ class OutgoingRequest:
         The side that closes with a FIN keeps the port for a minute (TIME-WAIT). 28,000 ports last for 470 new
         connections a second.
         """
-        if self.is_sent and self.transport is not None and not self.transport.is_closing():
+        if self.is_sent() and self.transport is not None and not self.transport.is_closing():
             raw: socket.socket = self.transport.get_extra_info("socket")
             # A reset would drop what the other side has not confirmed.
             if fcntl.ioctl(raw.fileno(), termios.TIOCOUTQ, _NOTHING) == _NOTHING:

@@ -5,11 +5,11 @@ instructions that way, and 4k this way (measured). Each script gets a tag as its
 first element of its reply, so a reply says which call it belongs to.
 """
 
-from dataclasses import dataclass
 from hashlib import sha1
 from typing import Any
 
 from oncegate.store.record import Claim
+from oncegate.values import Value
 
 # Tags that a connection gives in turn: far more than the calls that wait on one connection.
 TAG_COUNT = 4096
@@ -83,8 +83,7 @@ class Script:
         self.by_body = [header + evaluate for header in COMMAND[5:]]
 
 
-@dataclass(slots=True)
-class ScriptCall:
+class ScriptCall(Value):
     """A call of a script that has one key, without its arguments."""
 
     script: Script

@@ -1,0 +1,58 @@
+"""What a Value has of a dataclass with slots."""
+
+import copy
+import pickle
+from dataclasses import fields, replace
+
+import pytest
+
+from oncegate.values import Value
+
+
+class Point(Value):
+    x: int
+    y: int = 0
+    seen: tuple[str, ...] = ()
+
+
+class Place(Value, eq=False):
+    x: int
+
+
+def test_values_are_made_compared_and_shown_as_those_of_a_dataclass():
+    """By position or by name, with defaults."""
+    assert Point(1, 2) == Point(1, y=2) != Point(1)
+    assert repr(Point(1)) == "Point(x=1, y=0, seen=())"
+    assert Place(1) != Place(1)
+    with pytest.raises(TypeError):
+        Point()
+    with pytest.raises(TypeError):
+        Point(1, z=1)
+
+
+def test_a_value_has_no_other_attributes():
+    """A name that is misspelled is an error."""
+    point = Point(1)
+    point.y = 3
+    assert point.y == 3
+    with pytest.raises(AttributeError):
+        point.z = 3  # type: ignore[attr-defined]
+
+
+def test_a_changed_copy_is_another_value():
+    """Of `dataclasses.replace`, which knows its fields."""
+    point = Point(1, 2)
+    assert (replace(point, y=5), point) == (Point(1, 5), Point(1, 2))
+    assert [field.name for field in fields(Point)] == ["x", "y", "seen"]
+    with pytest.raises(TypeError):
+        replace(point, z=1)
+    assert copy.copy(point) == point == pickle.loads(pickle.dumps(point))
+
+
+def test_a_value_is_matched_by_its_class_and_its_fields():
+    """Never by position."""
+    match Point(1, 2):
+        case Place() | Point(x=3):
+            raise AssertionError
+        case Point(x=1, y=two):
+            assert two == 2
