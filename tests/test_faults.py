@@ -109,7 +109,7 @@ def test_a_kill_leaves_no_chance():
         "from oncegate.testing.faults import *; import oncegate.keys.digests\n"
         "install([parse_fault('kill@head:1')], lambda event, **more: print(event))\n"
         "import oncegate.gateway.first_step\n"
-        "try: oncegate.gateway.first_step.FirstStep.__call__(None, None)\n"
+        "try: oncegate.gateway.first_step.FirstStep.decide(None, None)\n"
         "finally: print('alive')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)

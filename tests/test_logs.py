@@ -46,7 +46,7 @@ def lines(capsys: Any, *reports: RequestReport, selection: str = "all", level: s
         logs.set_level(level)
         log = AccessLog(Warnings(), selection, "json", lambda rule: rule != "private")
         for report in reports:
-            log(report, 0.0123, client_gone=False)
+            log.add(report, 0.0123, client_gone=False)
         assert capsys.readouterr().err == ""  # they leave in one write, at the end of this turn
         await asyncio.sleep(0)
 

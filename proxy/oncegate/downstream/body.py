@@ -16,6 +16,7 @@ from oncegate.buffers.memory import MemoryBudget
 from oncegate.downstream.minimum_rate import MinimumRate, RateWatch
 from oncegate.known_heads.requests import KnownHead
 from oncegate.messages.fields import Fields
+from oncegate.values import Value
 
 # Of one body. A longer one is spooled to disk.
 MEMORY_BYTES = 1048576
@@ -46,17 +47,16 @@ class BrokenOff:
 NoBody = TooLarge | NoRoom | BrokenOff
 
 
-class BufferedBody:
+class BufferedBody(Value, eq=False):
     """A body that came in one segment with its head, which is known, in the place of aiohttp's StreamReader.
 
     It is complete, so that nothing that happens to its client afterwards matters to it. `known` is the head, `values`
     are in its gaps.
     """
 
-    __slots__ = ("data", "known", "values")
-
-    def __init__(self, known: KnownHead, values: tuple[bytes, ...], data: bytes) -> None:
-        self.known, self.values, self.data = known, values, data
+    known: KnownHead
+    values: tuple[bytes, ...]
+    data: bytes
 
     def is_eof(self) -> bool:
         return True

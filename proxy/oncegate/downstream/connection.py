@@ -12,7 +12,7 @@ from aiohttp import StreamReader
 from oncegate.downstream.body import BufferedBody
 from oncegate.downstream.protocol import wake
 from oncegate.downstream.reader import KEPT_HEAD_BYTES, ConnectionOwner, RequestReader
-from oncegate.downstream.request import Request, Unread
+from oncegate.downstream.request import Request, Unread, known_request, request_of
 from oncegate.downstream.response import ResponseWriter
 from oncegate.known_heads.memo import ConnectionMemo
 from oncegate.messages.problems import Problem, refusal
@@ -238,10 +238,10 @@ class ClientConnection(RequestReader):
         """Return the next request, or what came in its place."""
         message, content = self._messages.pop(0)
         if isinstance(content, BufferedBody):
-            return Request(message, content, self, content.known, content.values)
+            return known_request(content, self)
         if not self.owner.head_cache.enabled:
             self.memo = ConnectionMemo()
-        return message if isinstance(message, Malformed) else Request(message, content, self)
+        return message if isinstance(message, Malformed) else request_of(message, content, self)
 
     async def _finish(self, response: ResponseWriter) -> None:
         """Wait until a response is out of the process far enough."""

@@ -138,11 +138,11 @@ class RequestReader(ParserProtocol):
         """Take a request under a known head, which the parser need not see."""
         if self._force_close or self._close:
             return
-        self._body = body = BufferedBody(*request)
-        message = body.known.message
-        if message.should_close:
+        known, values, data = request
+        self._body = body = BufferedBody(known, values, data)
+        if known.message.should_close:
             self._due = NO_NEXT
-        self._add(message, body)
+        self._add(known.message, body)
 
     def remember_head(self, message: Any, head: RequestHead) -> KnownHead | None:
         """Remember the head of the newest request, which passed all checks, if it may come again."""

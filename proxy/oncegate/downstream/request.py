@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from aiohttp import StreamReader
 
-from oncegate.adaptation.adaptation import NOTHING, Requester
+from oncegate.adaptation.adaptation import NOTHING, Adaptation, Requester
 from oncegate.adaptation.cookies import names_a_person
 from oncegate.buffers.write_batcher import WriteBatcher
 from oncegate.downstream.body import BufferedBody
@@ -22,6 +22,7 @@ from oncegate.messages.response_head import ResponseHead
 from oncegate.messages.target import logged_path
 from oncegate.messages.trailers import announced
 from oncegate.observe.outcome import ClientCounts
+from oncegate.values import Value
 
 
 class RequestConnection(Protocol):
@@ -62,7 +63,7 @@ class RequestConnection(Protocol):
     def force_close(self) -> None: ...
 
 
-class Request:
+class Request(Value, eq=False):
     """One request. `message` is its head as aiohttp parsed it, `content` its body.
 
     `head` is the head that passed all checks, None until then. Where the head came before, `known` is that head, and
@@ -74,31 +75,18 @@ class Request:
     `shown_path`: what logs and traces have in the place of its path, empty for the path itself.
     """
 
-    __slots__ = (
-        "adaptation", "connection", "content", "head", "id", "id_line", "known", "message", "render", "response",
-        "shown_path", "values",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        message: Any,
-        content: StreamReader | BufferedBody,
-        connection: RequestConnection,
-        known: KnownHead | None = None,
-        values: tuple[bytes, ...] = (),
-    ) -> None:
-        self.message, self.content, self.connection = message, content, connection
-        self.known, self.values = known, values
-        self.head: RequestHead | None = None
-        ids = connection.request_ids
-        self.id, self.id_line = ids.of(_sent(message, ids.name) if known is None else known.value(ids.name, values))
-        self.adaptation = NOTHING
-        self.render: Render | None = None
-        self.shown_path = ""
-        if known is None:
-            self.response = response_to(message, connection)
-        else:  # such a request is HTTP/1.1
-            self.response = ResponseWriter(connection, message.method == "HEAD", message.should_close)
+    message: Any
+    content: StreamReader | BufferedBody
+    connection: RequestConnection
+    response: ResponseWriter
+    id: bytes
+    id_line: bytes
+    known: KnownHead | None = None
+    values: tuple[bytes, ...] = ()
+    head: RequestHead | None = None
+    adaptation: Adaptation = NOTHING
+    render: Render | None = None
+    shown_path: str = ""
 
     def twin(self) -> "Request":
         """Return this request once more, with the same response."""
@@ -192,6 +180,23 @@ class Request:
             block += announced(head)
         is_adapted = head.names_address or self.adaptation.adapts_all
         return self.requester.forwarded(block) if is_adapted else block
+
+
+def request_of(message: Any, content: StreamReader, connection: RequestConnection) -> Request:
+    """Return a request whose head is not known."""
+    ids = connection.request_ids
+    request_id, id_line = ids.of(_sent(message, ids.name))
+    return Request(message, content, connection, response_to(message, connection), request_id, id_line)
+
+
+def known_request(body: BufferedBody, connection: RequestConnection) -> Request:
+    """Return a request under a known head."""
+    known, ids = body.known, connection.request_ids
+    message, values = known.message, body.values
+    request_id, id_line = ids.of(known.value(ids.name, values))
+    # Such a request is HTTP/1.1.
+    response = ResponseWriter(connection, message.method == "HEAD", message.should_close)
+    return Request(message, body, connection, response, request_id, id_line, known, values)
 
 
 class Nobody:

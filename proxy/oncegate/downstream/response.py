@@ -312,9 +312,8 @@ class ResponseWriter(Value, eq=False):
 def response_to(message: Any, connection: ResponseConnection) -> ResponseWriter:
     """Return the writer of the response to a request, as aiohttp parsed it, whose head is not known."""
     http10 = message.version < (1, 1)
-    takes = False
-    if "TE" in message.headers and not http10:
-        takes = takes_trailers(te.encode("latin-1", "replace") for te in message.headers.getall("TE"))
+    te = () if http10 else message.headers.getall("TE", ())
+    takes = takes_trailers(one.encode("latin-1", "replace") for one in te)
     # What a client sends behind an upgrade is lost with the upgrade. aiohttp's parser (3.14.5) puts the last
     # trailer of a chunked body in front of the next request's fields, so there must be no next request.
     closes = message.should_close or message.upgrade or message.chunked

@@ -70,7 +70,8 @@ class FirstStep:
         """Decide by these rules from now on. `own`: what oncegate answers itself, None for nothing."""
         self._admission, self._routes, self._own = admission, routes, own
 
-    def __call__(self, request: Request) -> Step | ReadBody:
+    def decide(self, request: Request) -> Step | ReadBody:
+        """Return the first step of a request."""
         known, content, message = request.known, request.content, request.message
         if known is not None:
             if isinstance(plan := known.plan, HeadPlan) and isinstance(content, BufferedBody):

@@ -57,9 +57,8 @@ class Relay(Value):
     ready: ForwardedPieces | None = None
     trace: Trace | None = None
 
-    @property
     def fields(self) -> bytes:
-        """What oncegate adds to the response's fields."""
+        """Return what oncegate adds to the response's fields."""
         if self.unguarded is not None:
             return UNGUARDED + self.key_field
         return b"" if self.unguarded_key is None else UNGUARDED_KEY[self.unguarded_key]
@@ -100,7 +99,7 @@ async def relay(
     try:
         connection = deps.pool.ready(reuse_idle_s) or await deps.pool.acquire(reuse_idle_s)
     except NotSent as reason:
-        return Relayed(Outcome.UPSTREAM_UNREACHABLE, refuse=not_sent(str(reason), step.fields))
+        return Relayed(Outcome.UPSTREAM_UNREACHABLE, refuse=not_sent(str(reason), step.fields()))
     began, met_idle_close = time.perf_counter(), False
     refuse: Refuse | None = None
     leaving = None
@@ -120,10 +119,10 @@ async def relay(
         else:
             outcome = await (forward or forward_response)(request, connection, head, step)
     except NotSent as reason:
-        outcome, refuse = Outcome.UPSTREAM_UNREACHABLE, not_sent(str(reason), step.fields)
+        outcome, refuse = Outcome.UPSTREAM_UNREACHABLE, not_sent(str(reason), step.fields())
     except UpstreamLost as lost:
         met_idle_close = lost.closed and _may_repeat(request, step, connection)
-        outcome, refuse = lost_outcome(request.response, lost, step.fields)
+        outcome, refuse = lost_outcome(request.response, lost, step.fields())
         if leaving is not None and leaving.done():
             outcome, refuse = Outcome.CANCELLED, None
     finally:
@@ -211,7 +210,7 @@ def pass_interims(connection: Connection, response: ResponseWriter) -> None:
 
 def _passed_block(request: Request, head: ResponseHead, step: Relay) -> bytes:
     """Return the fields of a response that passes through, as the client gets them."""
-    fields = step.fields
+    fields = step.fields()
     if step.unguarded_key is not None and b"oncegate-status" in head.fields:
         fields = b""  # Another oncegate behind this one knows what became of the key.
     return request.adapted_block(head, head.passed_block(says_own=fields != b"") + fields)

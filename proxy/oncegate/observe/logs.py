@@ -15,7 +15,7 @@ import structlog
 from structlog.typing import EventDict
 
 from oncegate.keys.digests import key_id
-from oncegate.observe.outcome import Outcome, RequestReport
+from oncegate.observe.outcome import BY_LABEL, Outcome, RequestReport
 from oncegate.observe.troubles import EVENTS, TroubleLog, reason_of, trace_id_of
 
 # The fields that every access line has, in their order.
@@ -94,25 +94,26 @@ class AccessLog:
     def __init__(self, logger: Any, selection: str, layout: str, shows_path: Callable[[str], bool]) -> None:
         """`shows_path`: whether lines of requests under a rule, by its name, have their path."""
         self._logger, self._is_json, self._loop = logger, layout == "json", asyncio.get_running_loop()
-        self._left_out = PLAIN if selection == "notable" else frozenset[str]()
-        self._is_off = selection == "off"
+        self._left_out = {"notable": PLAIN, "off": frozenset(BY_LABEL)}.get(selection, frozenset[str]())
         self._shows_path, self._troubles = shows_path, TroubleLog(logger, self._loop)
         self._lines: list[str] = []
         # The second that was formatted last, and its text.
         self._second, self._date = 0, ""
 
-    def __call__(self, report: RequestReport, seconds: float, client_gone: bool) -> None:
+    def add(self, report: RequestReport, seconds: float, client_gone: bool) -> None:
         """Log one request that took `seconds`, unless its outcome or level is left out."""
         label = report.outcome.label
         if label in EVENTS:
             self._troubles(report)
+        if label in self._left_out:
+            return
         level = "error" if label in ERROR_OUTCOMES else "info"
-        if label in self._left_out or self._is_off or LEVELS[level] < _threshold.least:
+        if LEVELS[level] < _threshold.least:
             return
         # The same line for people, too.
         line = _as_json(report, seconds, client_gone, self._shows_path(report.rule))
         if self._is_json:
-            self._add(f'{{{line}"event": "request", "level": "{level}", "timestamp": "{self._timestamp()}"}}')
+            self._append(f'{{{line}"event": "request", "level": "{level}", "timestamp": "{self._timestamp()}"}}')
         else:
             getattr(self._logger, level)("request", **json.loads(f"{{{line.removesuffix(', ')}}}"))
 
@@ -125,7 +126,7 @@ class AccessLog:
             self._date = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
         return f"{self._date}.{int((now - second) * 1e6):06d}Z"
 
-    def _add(self, line: str) -> None:
+    def _append(self, line: str) -> None:
         if not self._lines:
             self._loop.call_soon(self.flush)
         self._lines.append(line)

@@ -120,7 +120,7 @@ class Service:
 
     def _observe(self, report: RequestReport, seconds: float = 0.0, client_gone: bool = False) -> None:
         self.metrics.observe(report, seconds)
-        self._access(report, seconds, client_gone)
+        self._access.add(report, seconds, client_gone)
         if report.trace is not None and self._parts.spans is not None:
             self._parts.spans.add(report.trace, report, shows_path=self._parts.logs_path(report.rule))
         if report.without_credential and report.rule not in self._warned_of:

@@ -129,7 +129,7 @@ class Parts:
         tls = listener_tls(settings)
         self.certificate = Replaceable(tls) if tls else None
         self.listener = Listener(
-            self.gateway,
+            self.gateway.answer,
             max_connections=settings.max_connections,
             minimum_rate=minimum_rate,
             observe=reporting.observe,

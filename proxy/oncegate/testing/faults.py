@@ -24,7 +24,7 @@ def _of_each_store(verb: str) -> tuple[str, ...]:
 # In the order of the request path: the point's name, whether it lies before or after its step, and that step's
 # functions. A step has several functions where there are several stores, or a shorter path for a head that is known.
 POINTS = {
-    "head": ("before", "oncegate.gateway.first_step:FirstStep.__call__"),
+    "head": ("before", "oncegate.gateway.first_step:FirstStep.decide"),
     "body": ("before", "oncegate.downstream.body:Bodies.take", "oncegate.downstream.body:Bodies.take_buffered"),
     "named": (
         "after",

@@ -27,6 +27,7 @@ class IncomingResponse:
         self.parser: httptools.HttpResponseParser | None = None
         # A parser that read one whole response is as good as new; making one costs 0.8 us (measured).
         self._spare: httptools.HttpResponseParser | None = None
+        self._was_fed = True
         self.begin(head_only=False)
         # `begin` made the parser for the first request.
         self._spare, self.parser = self.parser, None
@@ -41,6 +42,18 @@ class IncomingResponse:
         """Expect the response to a new request. `head_only`: to HEAD. `may_switch`: it may be a 101 to WebSocket."""
         self.parser, self._spare = self._spare or self._new_parser(), None
         self._head_only, self._may_switch = head_only, may_switch
+        self.head: ResponseHead | None = None
+        self.chunks: list[bytes] = []
+        self.buffered_bytes = 0
+        self.is_complete = self.has_surplus = self.keep_alive = False
+        # Whether llhttp read it to its end, too: it waits for a body after the head of a response to HEAD.
+        self._is_parsed = False
+        if self._was_fed:
+            self._forget_parsing()
+
+    def _forget_parsing(self) -> None:
+        """Begin anew all that only `feed` changes. Most responses have a known head, and nothing of this."""
+        self._was_fed = False
         self._pairs: list[tuple[bytes, bytes]] = []
         self._reason = self.trailers = b""
         # What came before the head was whole, for a head that llhttp refuses.
@@ -50,12 +63,7 @@ class IncomingResponse:
         self.interims: list[Interim] = []
         # So many of them were taken.
         self._taken = 0
-        self.head: ResponseHead | None = None
-        self.chunks: list[bytes] = []
-        self.buffered_bytes = 0
-        self.is_complete = self.has_surplus = self.is_switched = self.keep_alive = False
-        # Whether llhttp read it to its end, too: it waits for a body after the head of a response to HEAD.
-        self._is_parsed = False
+        self.is_switched = False
 
     # Responses whose head is known ...
 
@@ -96,7 +104,7 @@ class IncomingResponse:
 
     def feed(self, data: bytes) -> str:
         """Parse bytes. Return why they are no response that can be passed on, empty where they are or may be one."""
-        pieces = self._head_pieces
+        self._was_fed, pieces = True, self._head_pieces
         if self.head is None:
             pieces.append(data)
         reason = self._parse_whole_head(data) if self._is_doubtful else self._parse(data)
