@@ -165,7 +165,7 @@ async def test_bodies_that_are_on_their_way_leave_half_of_the_memory(reading, fr
 def aside(reading: Reading, size: int) -> tuple[Body, bool]:
     """Return a body in memory, and whether it was set aside."""
     assert reading.memory.take(size)
-    body = Body(bytes_of(size), reading.memory, reading.spool)
+    body = Body(bytes_of(size), size, reading.memory, reading.spool)
     return body, reading.bodies.set_aside(body)
 
 

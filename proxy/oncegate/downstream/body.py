@@ -78,17 +78,18 @@ class BufferedBody(Value, eq=False):
         return self.read_nowait()
 
 
-class Body:
+class Body(Value, eq=False):
     """A whole request body, in memory or in an unlinked spool file. `close` gives its room back.
 
     `data` are its bytes where it is in memory (not `spooled`), `size` their number in either case.
     """
 
-    def __init__(self, data: bytes, memory: MemoryBudget, spool: MemoryBudget, file: IO[bytes] | None = None) -> None:
-        self.data, self._file = data, file
-        self._memory, self._spool = memory, spool
-        self.spooled = file is not None
-        self.size = len(data) if file is None else file.tell()
+    data: bytes
+    size: int
+    _memory: MemoryBudget
+    _spool: MemoryBudget
+    _file: IO[bytes] | None = None
+    spooled: bool = False
 
     def blocks(self) -> Iterable[bytes]:
         """Return the body from its start, in blocks."""
@@ -156,15 +157,15 @@ class Bodies:
             data = content.read_nowait()
         if len(data) > max_bytes:
             return TooLarge()
-        body = Body(data, self._memory, self._spool)
+        body = Body(data, len(data), self._memory, self._spool)
         return body if self._memory.take(len(data)) else NoRoom()
 
     def take_buffered(self, content: BufferedBody, max_bytes: int) -> Body | TooLarge | NoRoom:
         """Return the body of a request under a known head, which is in memory, or why there will be none."""
         data, content.data = content.data, b""
-        if len(data) > max_bytes:
+        if (size := len(data)) > max_bytes:
             return TooLarge()
-        return Body(data, self._memory, self._spool) if self._memory.take(len(data)) else NoRoom()
+        return Body(data, size, self._memory, self._spool) if self._memory.take(size) else NoRoom()
 
     async def read(self, content: StreamReader | BufferedBody, max_bytes: int | None = None) -> Body | NoBody:
         """Wait for a body that is still to come and return it, or why there is none."""
@@ -182,7 +183,7 @@ class Bodies:
                 return await self._spool_rest(content, [*parts, block], max_bytes, watch)
             parts.append(block)
             size += len(block)
-        return Body(b"".join(parts), self._memory, self._spool)
+        return Body(b"".join(parts), size, self._memory, self._spool)
 
     def set_aside(self, body: Body) -> bool:
         """Move a body to the spool that may be needed only much later, unless it is small.
@@ -241,7 +242,7 @@ class Bodies:
             self._discard(file, size)
             raise
         if outcome is None and file is not None:
-            return Body(b"", self._memory, self._spool, file)
+            return Body(b"", size, self._memory, self._spool, file, True)
         self._discard(file, size)
         return outcome or NoRoom()
 

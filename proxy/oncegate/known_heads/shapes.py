@@ -137,7 +137,8 @@ class Shapes(Generic[Known]):
             shapes = self._by_line.get(_IDS.sub(_OPEN, line), [])
         for one in shapes:
             if (found := one[0].match(data)) is not None:
-                self._look_here_first(one, shapes)
+                if one is not shapes[0] or -1 in one[0].fields:
+                    self._look_here_first(one, shapes)
                 return one[1], *found
         return None
 
