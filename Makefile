@@ -35,7 +35,7 @@ PART_downstream := test_certificate test_body test_minimum_rate test_response e2
 	e2e/test_manners
 PART_upstream := test_hostnames test_rotation test_pools test_upstream e2e/test_moving_names e2e/test_forwarding e2e/test_reused_connections
 PART_store := test_audit test_store_credentials test_store_tls test_breaker test_cluster test_durable test_health_monitor test_housekeeping test_kept test_leases test_link \
-	test_lost_replies test_lua test_migrations test_older_store test_orphans test_packed test_postgres_losses test_postgres_store test_record test_records \
+	test_lost_replies test_lua test_migrations test_older_store test_orphans test_packed test_postgres_losses test_postgres_store test_record test_record_name test_records \
 	test_following test_mailboxes test_redis_store test_sentinel test_store test_stream_head test_unknown_keys test_unpack test_waiters test_wakes test_written_layout \
 	e2e/test_duplicates e2e/test_rolling model/test_scripts
 PART_rules := test_patterns test_policy test_prices test_rules test_statuses e2e/test_chosen_by_body e2e/test_rules
@@ -54,6 +54,7 @@ PART_hostnames := test_hostnames
 PART_buffers := test_body test_ticker test_write_batcher
 PART_settings := test_settings
 PART_decision := test_decision model/test_model
+PART_values := test_values
 PART_testing := test_fault_points test_faults e2e/test_faults
 PART_docs := test_contributing test_doc_paths test_docs test_generated test_names e2e/test_pages
 PURE := $(filter-out e2e/%,$(PART_adaptation)) $(PART_keys) $(PART_messages) $(PART_settings) $(filter-out e2e/%,$(PART_docs)) test_breaker test_decision test_explain test_families test_fault_points \
