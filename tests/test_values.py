@@ -6,7 +6,10 @@ from dataclasses import fields, replace
 
 import pytest
 
-from oncegate.values import Value
+from oncegate.downstream.body import Body, BufferedBody
+from oncegate.downstream.request import Request
+from oncegate.downstream.response import ResponseWriter
+from oncegate.values import Opaque, Value
 
 
 class Point(Value):
@@ -56,3 +59,17 @@ def test_a_value_is_matched_by_its_class_and_its_fields():
             raise AssertionError
         case Point(x=1, y=two):
             assert two == 2
+
+
+class Secret(Opaque):
+    text: str
+
+
+def test_what_is_opaque_shows_nothing_and_equals_itself_alone():
+    """Requests and their bodies are: what a client sent must not get into a log by way of an object's text."""
+    one, other = Secret("sesame"), Secret("sesame")
+    assert "sesame" not in f"{one} {one!r} {[one]}"
+    assert one == one != other
+    assert len({one, other}) == 2
+    assert replace(one, text="x").text == "x"
+    assert all(issubclass(kind, Opaque) for kind in (Body, BufferedBody, Request, ResponseWriter))

@@ -15,3 +15,9 @@ class Value(Struct):
         # Of another class: this one is not whole yet, and must not be looked at.
         fields = make_dataclass(cls.__name__, cls.__annotations__.items(), namespace={"__doc__": "fields"})
         setattr(cls, "__dataclass_fields__", getattr(fields, "__dataclass_fields__"))  # noqa: B009, B010  # for mypy
+
+
+class Opaque(Value, eq=False):
+    """A Value that equals itself alone. As text it shows nothing of what a client sent: that could get into a log."""
+
+    __repr__ = object.__repr__

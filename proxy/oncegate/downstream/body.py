@@ -16,7 +16,7 @@ from oncegate.buffers.memory import MemoryBudget
 from oncegate.downstream.minimum_rate import MinimumRate, RateWatch
 from oncegate.known_heads.requests import KnownHead
 from oncegate.messages.fields import Fields
-from oncegate.values import Value
+from oncegate.values import Opaque
 
 # Of one body. A longer one is spooled to disk.
 MEMORY_BYTES = 1048576
@@ -47,7 +47,7 @@ class BrokenOff:
 NoBody = TooLarge | NoRoom | BrokenOff
 
 
-class BufferedBody(Value, eq=False):
+class BufferedBody(Opaque):
     """A body that came in one segment with its head, which is known, in the place of aiohttp's StreamReader.
 
     It is complete, so that nothing that happens to its client afterwards matters to it. `known` is the head, `values`
@@ -78,7 +78,7 @@ class BufferedBody(Value, eq=False):
         return self.read_nowait()
 
 
-class Body(Value, eq=False):
+class Body(Opaque):
     """A whole request body, in memory or in an unlinked spool file. `close` gives its room back.
 
     `data` are its bytes where it is in memory (not `spooled`), `size` their number in either case.

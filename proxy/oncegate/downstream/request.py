@@ -22,7 +22,7 @@ from oncegate.messages.response_head import ResponseHead
 from oncegate.messages.target import logged_path
 from oncegate.messages.trailers import announced
 from oncegate.observe.outcome import ClientCounts
-from oncegate.values import Value
+from oncegate.values import Opaque
 
 
 class RequestConnection(Protocol):
@@ -63,7 +63,7 @@ class RequestConnection(Protocol):
     def force_close(self) -> None: ...
 
 
-class Request(Value, eq=False):
+class Request(Opaque):
     """One request. `message` is its head as aiohttp parsed it, `content` its body.
 
     `head` is the head that passed all checks, None until then. Where the head came before, `known` is that head, and

@@ -15,7 +15,7 @@ from oncegate.messages.problems import Problem, Render, as_problem_json, reason_
 from oncegate.messages.response_head import status_line
 from oncegate.messages.trailers import takes_trailers
 from oncegate.observe.outcome import ClientCounts
-from oncegate.values import Value
+from oncegate.values import Opaque
 
 # Unsent bytes of one response in this process, above which no more of it should be fetched.
 WRITE_BACKLOG_BYTES = 65536
@@ -46,7 +46,7 @@ class ResponseConnection(Protocol):
     def force_close(self) -> None: ...
 
 
-class ResponseWriter(Value, eq=False):
+class ResponseWriter(Opaque):
     """Writes the response to one request. Writing to a client that left does nothing and raises nothing.
 
     `started`: the head was written. `finished`: the end was, too. `cut_off`: the client took its response too slowly
