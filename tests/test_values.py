@@ -2,13 +2,15 @@
 
 import copy
 import pickle
-from dataclasses import fields, replace
+import sys
+from dataclasses import Field, fields, replace
 
 import pytest
 
 from oncegate.downstream.body import Body, BufferedBody
 from oncegate.downstream.request import Request
 from oncegate.downstream.response import ResponseWriter
+from oncegate.gateway.handler import Gateway
 from oncegate.values import Opaque, Value
 
 
@@ -73,3 +75,14 @@ def test_what_is_opaque_shows_nothing_and_equals_itself_alone():
     assert len({one, other}) == 2
     assert replace(one, text="x").text == "x"
     assert all(issubclass(kind, Opaque) for kind in (Body, BufferedBody, Request, ResponseWriter))
+
+
+def test_no_default_is_a_field_of_a_dataclass():
+    """It would be the value itself."""
+    assert Gateway.__module__ in sys.modules  # with all that it imports
+    kinds, values = [Value], []
+    while kinds:
+        kinds += (kind := kinds.pop()).__subclasses__()
+        values += kind.__struct_defaults__
+    assert values
+    assert not [value for value in values if isinstance(value, Field)]

@@ -12,7 +12,7 @@ tombstone is what counts: a shorter `meta` of 75 bytes, whose first 49 are the s
 """
 
 import struct
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from hashlib import blake2b
 
@@ -88,7 +88,7 @@ class Claim(Value):
     # As in ClaimRequest.
     resend_ms: int = 0
     # What was kept with the record whose place it took; empty for none. It makes no other claim of it.
-    kept_before: bytes = field(default=b"", compare=False)
+    kept_before: bytes = b""
 
 
 class StoredResponse(Value):
