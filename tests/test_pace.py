@@ -110,6 +110,7 @@ def test_an_upstream_that_stays_down_is_tried_again_and_again():
         (500, b"7", 0),
         (200, b"7", 0),
         (503, b"\xff" * 20, 0),
+        (503, b"Thu, 31 Dec 2026 23:59:59 -99999999999999999999", 0),
     ],
 )
 def test_the_pause_that_an_answer_asks_for(status, text, seconds):

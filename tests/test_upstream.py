@@ -21,6 +21,7 @@ import uvloop
 
 from loadtest.ports import free_port
 from oncegate.buffers.memory import MemoryBudget
+from oncegate.buffers.write_batcher import write_batcher
 from oncegate.hostnames.resolver import Resolver
 from oncegate.messages.response_head import ResponseHead
 from oncegate.messages.strict_head import strict_response
@@ -30,6 +31,7 @@ from oncegate.upstream.connector import client_tls
 from oncegate.upstream.errors import NotSent, UpstreamLost
 from oncegate.upstream.idle import MAX_REST_S
 from oncegate.upstream.pool import REUSE_IDLE_S, Pool
+from oncegate.upstream.request import OutgoingRequest
 from oncegate.upstream.response import IncomingResponse
 from oncegate.upstream.window import completes_within
 from tests.name_server import NameServer
@@ -1956,6 +1958,34 @@ async def test_an_upstream_that_does_not_read_slows_the_body():
         assert (await answer_of(connection))[1] == b"ok"
         assert taken == 256
         pool.release(connection)
+
+
+async def test_a_block_is_asked_for_when_it_can_be_sent():
+    """Not earlier: whether it may be sent still is decided as it is asked for."""
+    taken, loop = 0, asyncio.get_running_loop()
+
+    async def source() -> AsyncIterator[bytes]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield b"a" * BATCH
+
+    here, there = socket.socketpair()
+    there.setblocking(False)
+    sending = OutgoingRequest(loop, write_batcher(loop))
+    protocol = type("_", (asyncio.Protocol,), {"pause_writing": sending.pause, "resume_writing": sending.resume})
+    sending.transport, _ = await loop.create_connection(protocol, sock=here)
+    sending.send_blocks(b"", source(), False, pytest.fail)
+    await until(lambda: taken)
+    await asyncio.sleep(0.05)
+    left, came = sending.transport.get_write_buffer_size(), 0
+    with contextlib.suppress(BlockingIOError):
+        while data := there.recv(BATCH):
+            came += len(data)
+    assert came + left == taken * BATCH
+    sending.cancel()
+    sending.transport.abort()
+    there.close()
 
 
 @pytest.mark.parametrize("framing", [b"Content-Length: 8388608", b"Transfer-Encoding: chunked"])

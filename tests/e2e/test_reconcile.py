@@ -17,7 +17,7 @@ from oncegate.store.record import pack
 from oncegate.store.record_view import Deciding, claim_of
 from oncegate.store.results import ResolveStatus
 from tests.ledger import HEAD, VARIANTS, Ledger, rules
-from tests.parts import Answer, Proxy, RawUpstream, Received, ask, request, until
+from tests.parts import Answer, Proxy, Raw, RawUpstream, Received, ask, request, serving, until
 from tests.stores import connected
 
 SCALE = 20
@@ -230,6 +230,8 @@ async def test_two_replicas_and_an_operator_at_the_same_keys(proxies, api, index
 # Whoever asks or owns may be gone, or come back ...
 
 URL = "http://127.0.0.1:1"
+# Of a body: more than kernels hold for a reader that pauses.
+SIZE = 16 << 20
 
 
 def hold_questions(api: Api, until_set: asyncio.Event) -> asyncio.Event:
@@ -330,6 +332,42 @@ async def test_an_owner_that_wakes_up_behind_the_verdict_is_fenced(proxies, api,
         assert (answer.status, answer.header("oncegate-status")) == (200, b"reconciled")
         assert is_true(answer, api.ledger, "plain-0")
     assert api.ledger.executed == {"plain-0": 1}
+
+
+@pytest.mark.parametrize("store", ["redis"], indirect=True)
+async def test_an_owner_without_its_store_sends_no_more_behind_its_lease(proxies, indexed, tmp_path):
+    """Elsewhere its key was freed by then, and executed: the rest of its body would execute it once more."""
+    executed, asked, reads = Counter[int](), asyncio.Event(), asyncio.Event()
+
+    async def talk(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        number, head = raw.accepted, await reader.readuntil(b"\r\n\r\n")
+        if head.startswith(b"GET "):
+            writer.write(HEAD % (404, 2) + b"{}")
+            return
+        if not asked.is_set():
+            writer.transport.pause_reading()
+            asked.set()
+            await reads.wait()
+            writer.transport.resume_reading()
+        await reader.readexactly(SIZE)
+        executed[number] += 1
+        writer.write(HEAD % (201, 2) + b"{}")
+
+    async with serving(talk) as raw, indexed.relaying() as relay:
+        (file := tmp_path / "rules.toml").write_text(rules({"plain": raw.url}, SCALE, 200))
+        settings = {"RULES_FILE": file, "LEASE_MS": 900, "MAX_REQUEST_BYTES": SIZE}
+        owner, other = (proxies(URL, url, **settings) for url in (relay.url, indexed.url))
+        sent = request("POST", "/plain/orders", "plain-0", b"a" * SIZE)
+        first = asyncio.ensure_future(ask(owner.port, sent, 60))
+        await asked.wait()
+        relay.silence()
+        relay.unreachable = True
+        await until_settled(1, other)
+        second = await ask(other.port, sent, 60)
+        assert (second.status, second.header("oncegate-status")) == (201, b"executed")
+        reads.set()
+        assert (await first).status == 502
+        assert executed.total() == 1
 
 
 @in_redis_first

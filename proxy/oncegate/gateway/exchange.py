@@ -211,7 +211,9 @@ class Exchange:
         head = head if trace is None else trace.begin_attempt(head)
         request = with_execution(head, self._key_id, claim.fence, fenced=claim.mode == RETRY)
         if body.spooled:
-            blocks = self._deps.leases.while_ours(self._held, self._scope, body.blocks())
+            # Until its retention is over there is a record; but what the API is asked about may be freed by a verdict.
+            silent_ms = claim.lease_ms if self._policy.reconcile is not None else claim.retention_ms
+            blocks = self._deps.leases.while_ours(self._held, self._scope, body.blocks(), silent_ms)
             connection.send_stream(request, blocks, chunked=False)
         else:
             connection.send(request, body.data, may_bind=self._client.known is None)

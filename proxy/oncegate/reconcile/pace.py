@@ -144,8 +144,8 @@ def asked_pause_s(status: int, fields: Pairs) -> float:
     try:
         until = parsedate_to_datetime(text)
         return min(max(0.0, (until - datetime.now(UTC)).total_seconds()), MAX_PAUSE_S)
-    # Also of a date without a time zone.
-    except (ValueError, TypeError, IndexError):
+    # Also of a date without a time zone, or with one that is out of this world.
+    except (ValueError, TypeError, IndexError, OverflowError):
         return 0.0
 
 

@@ -134,20 +134,22 @@ class Leases:
         held.claim, held.confirmed_s, held.fenced, held.lost = claimed, asked_s, False, False
         return True
 
-    async def while_ours(self, held: LeasedClaim, scope: Scope, blocks: Iterable[bytes]) -> AsyncIterator[bytes]:
+    async def while_ours(
+        self, held: LeasedClaim, scope: Scope, blocks: Iterable[bytes], silent_ms: int
+    ) -> AsyncIterator[bytes]:
         """Yield blocks while this worker holds the key. A process that was suspended may have lost it.
 
-        A store that does not reply stops nothing before the retention is over, because the record exists until then.
-        Raises ConnectionError once the key is lost.
+        A store that does not reply stops nothing until it has been silent for `silent_ms`: for so long nobody else can
+        have the key. Raises ConnectionError once the key is lost, or may be.
         """
-        asked_s, claim = 0.0, held.claim
+        asked_s, lease_ms = 0.0, held.claim.lease_ms
         for block in blocks:
             age_s = min(held.age_s(), suspended_clock_s() - asked_s)
-            if held.fenced or held.lost or must_reclaim(age_s, claim.lease_ms):
+            if held.fenced or held.lost or must_reclaim(age_s, lease_ms):
                 asked_s = suspended_clock_s()
-                is_ours = await self.reclaim(held, scope)
-                if not is_ours and (held.fenced or held.lost or held.age_s() * 1000 >= claim.retention_ms):
-                    raise ConnectionError("the key is not ours any more")
+                await self.reclaim(held, scope)
+            if held.fenced or held.lost or held.age_s() * 1000 >= silent_ms:
+                raise ConnectionError("the key is not ours any more")
             yield block
 
     async def run(self) -> None:

@@ -66,10 +66,11 @@ class OutgoingRequest:
     ) -> None:
         try:
             async for block in body:
-                await self.wait_for_room()
                 if self.transport is None:
                     return
                 self.transport.writelines((b"%x\r\n" % len(block), block, b"\r\n") if chunked else (block,))
+                # Before the next block is asked for: whether it may be sent is decided then.
+                await self.wait_for_room()
             if chunked:
                 self.write(b"0\r\n\r\n")
         except Exception as error:
