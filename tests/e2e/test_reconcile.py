@@ -188,6 +188,21 @@ async def test_a_duplicate_that_waits_gets_what_the_api_says(proxies, api, index
     assert max(api.ledger.executed.values()) == 1
 
 
+@pytest.mark.parametrize("store", ["redis"], indirect=True)
+async def test_a_duplicate_by_another_rule_asks_nobody_else(proxies, api, indexed):
+    """What its own rule would ask is another resource: "not found" there says nothing of the original."""
+    file = Path(api.rules("plain", first_after_s=60, most_s=60))
+    first = file.read_text().replace("upstream = ", 'fingerprint = ["body"]\nupstream = ')
+    second = first.replace('"plain"', '"second"').replace('"/plain/**"', '"/plain/second/**"')
+    second = second.replace("orders?reference=", "orders?reference=no-").replace("60", "0.1")
+    file.write_text(second + first)
+    proxy = proxies("http://127.0.0.1:1", indexed.url, RULES_FILE=file)
+    await lose(proxy.port, "plain", range(1))
+    sent = request("POST", "/plain/second/orders", "plain-0", b'{"amount": 1}', "Prefer: wait=2")
+    assert (await ask(proxy.port, sent)).slug == "outcome-unknown"
+    assert not api.ledger.asked
+
+
 # Several at one key ...
 
 

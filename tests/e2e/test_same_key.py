@@ -168,6 +168,23 @@ async def test_after_the_time_of_the_api_nothing_is_sent(start, ledger, upstream
     assert len(upstream.received) == 2
 
 
+@in_one_store
+async def test_nothing_is_sent_once_a_connection_came_too_late(start, ledger, upstream):
+    """A retry in time that waits for a connection renews its lease meanwhile, and the API forgets the key."""
+    proxy = await start(kept_s=2, MAX_UPSTREAM_CONNECTIONS=1, CONNECT_TIMEOUT_S=20)
+    ledger.losing = [BAD_GATEWAY]
+    began = asyncio.get_running_loop().time()
+    assert told(await ask(proxy.port, charge())) == (502, "unknown")
+    ledger.working.clear()
+    busy = asyncio.ensure_future(ask(proxy.port, charge("busy")))
+    await until(lambda: len(upstream.received) == 2)
+    late = asyncio.ensure_future(ask(proxy.port, charge()))
+    await asyncio.sleep(max(0.0, began + 2 - asyncio.get_running_loop().time()))
+    ledger.working.set()
+    assert (told(await busy), (await late).header("oncegate-status")) == (EXECUTED, b"unknown")
+    assert len(upstream.received) == 2
+
+
 @pytest.mark.fault(75)
 @in_one_store
 async def test_a_response_that_would_free_the_key(start, ledger):

@@ -79,7 +79,7 @@ async def wait_for_original(
     found, verdicts = State.IN_FLIGHT, deps.verdicts
     if verdicts is not None and decide_duplicate(taken, claim_request.fingerprint) is _UNKNOWN:
         found = State.UNKNOWN
-        verdicts.want(claim_request.key, keyed.route.policy.rule, deadline_s)
+        verdicts.want(claim_request.key, deadline_s)
     with reads:
         woken = await waiters.wait(
             claim_request.key,

@@ -197,10 +197,11 @@ class Exchange:
             except NotSent as reason:
                 self._not_sent = not_sent(str(reason))
                 return None
-            if connection is None or (self._held.is_certain() and not progress.cancelled):
+            # Also of a lease that was renewed meanwhile: connecting takes its time, and the upstream forgets.
+            is_over = progress.cancelled or (self._resends is not None and not self._resends.may_send())
+            if connection is None or (self._held.is_certain() and not is_over):
                 return connection
             deps.pool.release(connection)
-            is_over = progress.cancelled or (self._resends is not None and not self._resends.may_send())
             if is_over or not await deps.leases.reclaim(self._held, self._scope):
                 self._not_sent = not_confirmed()
                 return None

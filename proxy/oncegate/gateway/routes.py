@@ -44,7 +44,7 @@ class UsualTime:
 class Verdicts(Protocol):
     """What becomes of unknown keys about which the API is asked. `rule` is the name of a rule that says how."""
 
-    def want(self, key: bytes, rule: str, until_s: float) -> None:
+    def want(self, key: bytes, until_s: float) -> None:
         """Ask about a key as soon as that is due, until `until_s` (the loop's time), because somebody waits."""
 
     async def next_s(self, key: bytes, token: bytes, rule: str) -> float | None:

@@ -34,14 +34,14 @@ class Wanted:
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
-    def want(self, key: bytes, rule: str, until_s: float) -> None:
+    def want(self, key: bytes, until_s: float) -> None:
         """Take the steps of a key until `until_s` (the loop's time)."""
         if self._is_closed:
             return
         is_new = key not in self._until_s
         self._until_s[key] = max(until_s, self._until_s.get(key, 0.0))
         if is_new:
-            task = asyncio.get_running_loop().create_task(self._take_steps(key, rule))
+            task = asyncio.get_running_loop().create_task(self._take_steps(key))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
@@ -55,10 +55,10 @@ class Wanted:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _take_steps(self, key: bytes, rule: str) -> None:
+    async def _take_steps(self, key: bytes) -> None:
         try:
             while (left_s := self._until_s[key] - self._clock()) > 0 and not self._is_closed:
-                result = await self._take_step(key, rule, left_s)
+                result = await self._take_step(key, left_s)
                 if result.step is Step.LEFT:
                     self._give_up(key)
                 if result.step in _ENDS:
@@ -67,11 +67,15 @@ class Wanted:
         finally:
             del self._until_s[key]
 
-    async def _take_step(self, key: bytes, name: str, left_s: float) -> StepResult:
+    async def _take_step(self, key: bytes, left_s: float) -> StepResult:
         try:
-            record, rule = await self._deps.store.records.read(key), self._rules().get(name)
-            if record is None or rule is None:
+            record = await self._deps.store.records.read(key)
+            if record is None:
                 return StepResult(Step.OVER)
+            # By the rule of the original: the one that a duplicate came by may ask elsewhere, and for something else.
+            rule = self._rules().get(record.kept.rule)
+            if rule is None:
+                return StepResult(Step.LEFT)
             return await take_step(self._deps, record, rule, By.DUPLICATE, left_s)
         except StoreError:
             return StepResult(Step.WAITS, _MOST_S)

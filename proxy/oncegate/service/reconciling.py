@@ -60,9 +60,9 @@ class Reconciling:
             if self._parts is not None:
                 await self._parts[3].run()
 
-    def want(self, key: bytes, rule: str, until_s: float) -> None:
+    def want(self, key: bytes, until_s: float) -> None:
         if self._parts is not None:
-            self._parts[2].want(key, rule, until_s)
+            self._parts[2].want(key, until_s)
 
     async def next_s(self, key: bytes, token: bytes, rule: str) -> float | None:
         return None if self._parts is None else await self._parts[2].next_s(key, token, rule)
