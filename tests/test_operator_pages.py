@@ -706,6 +706,10 @@ async def test_an_operator_asks_the_api_in_a_browser(store, reconciling, asked):
         assert counts.reconciled.by_value["operator"] == 2
         await desk.post("/key/no-id/probe")
         assert desk.status == 404
+        # Not found there would say nothing of a request that went elsewhere.
+        await unknown_key(keys, 3, Kept("", rule="charges", upstream="elsewhere", values=(("note", "order-1"),)))
+        await desk.post(f"/key/{record_id(key(3))}/probe")
+        assert "it went to another upstream than its rule has now" in desk.text()
     assert asked.questions == 2
 
 

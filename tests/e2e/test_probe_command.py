@@ -1,11 +1,13 @@
 """`oncegate keys probe`: an operator sees what the API says about an unknown key, and lets it settle the key."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from tests.e2e.test_operate import Desk
-from tests.parts import Received, ask, request
+from tests.parts import Received, ask, request, until
+from tests.stores import connected
 
 SECRET = "pr0be-s3cret"
 RULES = """
@@ -47,6 +49,9 @@ class Api:
     def __init__(self) -> None:
         self.says: tuple[int, object] = 200, {"order_id": "order-1", "state": "paid", "id": "ch_1"}
         self.questions: list[Received] = []
+
+    async def lose(self, _server, _reader, writer, _received: Received) -> None:
+        writer.close()
 
     async def script(self, _server, _reader, writer, received: Received) -> None:
         if received.line.startswith(b"POST"):
@@ -202,3 +207,52 @@ async def test_a_request_is_explained_with_its_question(gate, desk, tmp_path):
     assert "/v1/of/order-1" in told.stdout
     assert "Authorization" in told.stdout
     assert SECRET not in told.stdout + told.stderr
+
+
+@pytest.fixture
+async def indexed(valkey):
+    """A store whose index of open keys is complete, as after a while."""
+    async with connected(valkey.url) as store:
+        for server in store.records.servers:
+            await server.index.begin()
+            await server.index.note_complete()
+    return valkey
+
+
+def asking_at_once(folder: Path, *lines: str) -> None:
+    """Write rules whose questions are asked by the proxy."""
+    often = "\n".join(("first_after_s = 0.1", "most_s = 0.1", *lines))
+    rules = RULES.replace("first_after_s = 600\nmost_s = 600", often).replace('credentials_file = "CREDENTIALS"\n', "")
+    (folder / "rules.toml").write_text(rules)
+
+
+async def test_an_api_that_is_away_is_left_alone(fork, upstream, indexed, tmp_path, api):
+    """It gets no more questions for a while, which a gauge says."""
+    asking_at_once(tmp_path)
+    gate = await fork(upstream, indexed.url, RULES_FILE="rules.toml")
+    upstream.script = api.lose
+    for number in range(5):
+        await lost(gate, f"k-{number}", f"order-{number}")
+    breaker = f'oncegate_probe_breakers_open{{upstream="{upstream.url}"}} 1.0'
+    await until(lambda: breaker in gate.admin("/metrics")[1], 30)
+    assert gate.metric('probes_total{rule="charges",verdict="inconclusive"}') >= 5
+    assert gate.events("probe inconclusive")[0]["reason"] == "the connection broke off"
+
+
+async def test_a_key_that_is_left_to_a_person(fork, upstream, indexed, tmp_path, api):
+    """When its time is over, there is one line and one count. A person may still let the API settle it."""
+    asking_at_once(tmp_path, "reconcile_for_s = 1")
+    gate = await fork(upstream, indexed.url, RULES_FILE="rules.toml")
+    api.says = 200, {"order_id": "order-1", "state": "pending"}
+    await lost(gate)
+    await until(lambda: gate.events("key left to a person"), 30)
+    asked = len(api.questions)
+    [line] = gate.events("key left to a person")
+    why = "no entry of the rule names this answer"
+    assert (line["rule"], line["by"], line["reason"]) == ("charges", "janitor", why)
+    assert gate.metric('left_to_a_person_total{reason="time_over",rule="charges"}') == 1
+    desk = Desk(indexed.url, tmp_path, RULES_FILE="rules.toml", UPSTREAM=upstream.url)
+    assert (await desk.show("k-1"))["left_to_a_person"] == "time_over"
+    api.says = 200, {"order_id": "order-1", "state": "paid"}
+    assert "the key is complete" in (await desk("probe", "k-1")).stdout
+    assert len(api.questions) == asked + 1

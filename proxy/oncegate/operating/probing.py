@@ -56,6 +56,8 @@ def rule_of(rules: Rules, record: RecordView) -> Rule:
         raise OperatorError(f"this key came under {of}, without a [rule.reconcile] that says what to ask")
     if not may_ask(record):
         raise OperatorError(f"{_state(record)}; the API is asked only about a key that is unknown under hold")
+    if rule.policy.reconcile.is_upstream and record.kept.upstream not in ("", rule.upstream.label):
+        raise OperatorError("nothing can be asked: it went to another upstream than its rule has now")
     return rule
 
 

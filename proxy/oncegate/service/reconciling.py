@@ -1,6 +1,7 @@
 """What asks the API about unknown keys in one worker: nothing, until a rule says how."""
 
 import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from oncegate.observe.metrics import Metrics
@@ -22,6 +23,8 @@ class Reconciling:
         self._store, self._waiters, self._metrics, self._log = store, waiters, metrics, log
         self._rules: dict[str, Rule] = {}
         self._has_plans = asyncio.Event()
+        # Writes the lines about probes that are waiting.
+        self._flush: Callable[[], None] = lambda: None
         self._parts: tuple[Asking, Pace, Wanted, Janitor] | None = None
 
     def follow(self, rules: Rules) -> None:
@@ -45,6 +48,7 @@ class Reconciling:
         loop = asyncio.get_running_loop()
         asking, pace = Asking(), Pace(self._store, loop.time)
         report = ReconcilingLog(self._metrics.reconciling, self._log, loop)
+        self._flush = report.flush
         deps = Probing(self._store, asking, pace, report, self._ended)
         wanted = Wanted(deps, lambda: self._rules, lambda key: self._waiters.wake(key, Woken.NO_VERDICT))
         return asking, pace, wanted, Janitor(deps, lambda: self._rules, self._log.warning)
@@ -82,3 +86,4 @@ class Reconciling:
         if self._parts is not None:
             await self._parts[2].end()
             await self._parts[0].close()
+        self._flush()
