@@ -9,10 +9,11 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from tests.parts import RawUpstream, Received, abort
+from tests.parts import Answer, Proxy, RawUpstream, Received, abort, ask, request
 
 HEAD = b"HTTP/1.1 %d X\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 
@@ -58,7 +59,7 @@ def _rule(variant: Variant, url: str, scale: float, rate_per_s: float, changed: 
         "absent_agree": 2,
         "first_after_s": max(0.1, 2 / scale),
         "most_s": max(0.1, 10 / scale),
-        "timeout_s": max(0.5, 5 / scale),
+        "timeout_s": 5,
         "rate_per_s": rate_per_s,
         **changed,
     }
@@ -98,10 +99,8 @@ class Ledger:
     executed: Counter[str] = field(default_factory=Counter)
     orders: dict[str, Order] = field(default_factory=dict)
     asked: list[tuple[float, str]] = field(default_factory=list)
+    first_s: dict[str, float] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
-    # Called with the reference of each order before it is executed, and of each question before it is answered.
-    on_order: Callable[[str], object] = lambda _: None
-    hold_s: float = 0
     chance: random.Random = field(default_factory=lambda: random.Random(7))
 
     async def script(
@@ -110,25 +109,33 @@ class Ledger:
         method, target, _version = request.line.decode().split(" ")
         variant = next(one for one in VARIANTS if target.startswith(f"/{one.name}/"))
         if method == "GET":
-            await self._answer(writer, variant, target.partition("reference=")[2])
+            self._answer(writer, variant, target.partition("reference=")[2])
         else:
-            self._execute(writer, variant, request.header("Idempotency-Key")[0].decode().strip('"'))
+            reference = request.header("Idempotency-Key")[0].decode().strip('"')
+            if self._execute(writer, variant, reference):
+                # What is written leaves first.
+                await writer.drain()
+                await asyncio.sleep(0.02)
+                return writer.close()
         await writer.drain()
+        return None
 
-    def _execute(self, writer: asyncio.StreamWriter, variant: Variant, reference: str) -> None:
+    def _execute(self, writer: asyncio.StreamWriter, variant: Variant, reference: str) -> bool:
+        """Execute an order, and answer it, or not. Return whether the rest of the answer is cut."""
         number, is_first = int(reference.rpartition("-")[2]), reference not in self.seen
         self.seen.add(reference)
         if is_first and number % 10 in (3, 8):
-            return abort(writer)
+            abort(writer)
+            return False
         body = self.execute(reference, variant)
         if not is_first:
-            return writer.write(HEAD % (201, len(body)) + body)
-        if number % 2:
+            writer.write(HEAD % (201, len(body)) + body)
+        elif number % 2:
             writer.write(HEAD % (201, len(body)) + body[:10])
-            # What is written leaves first.
-            asyncio.get_running_loop().call_later(0.02, writer.close)
-            return None
-        return abort(writer)
+            return True
+        else:
+            abort(writer)
+        return False
 
     def execute(self, reference: str, variant: Variant = VARIANTS[0]) -> bytes:
         """Execute an order, and return its document."""
@@ -138,12 +145,10 @@ class Ledger:
         self.orders[reference] = Order(now_s, now_s + lag_s / self.scale, state)
         return self.orders[reference].document(reference)
 
-    async def _answer(self, writer: asyncio.StreamWriter, variant: Variant, reference: str) -> None:
-        first_s = min((at_s for at_s, one in self.asked if one.startswith(variant.name)), default=time.monotonic())
+    def _answer(self, writer: asyncio.StreamWriter, variant: Variant, reference: str) -> None:
         now_s, order = time.monotonic(), self.orders.get(reference)
+        first_s = self.first_s.setdefault(variant.name, now_s)
         self.asked.append((now_s, reference))
-        if self.hold_s:
-            await asyncio.sleep(self.hold_s)
         if now_s < first_s + variant.down_s / self.scale:
             return abort(writer)
         if order is not None and variant.wrong_s and now_s < order.at_s + variant.wrong_s / self.scale:
@@ -156,3 +161,82 @@ class Ledger:
 
     def _write(self, writer: asyncio.StreamWriter, status: int, body: bytes) -> None:
         writer.write(HEAD % (status, len(body)) + body)
+
+
+class Api:
+    """A ledger behind an upstream for each variant, and a file with a rule for each."""
+
+    def __init__(self, folder: Path, scale: float) -> None:
+        self.ledger, self._file, self._scale = Ledger(scale), folder / "rules.toml", scale
+        self.upstreams = {variant.name: RawUpstream() for variant in VARIANTS}
+
+    async def start(self) -> None:
+        for upstream in self.upstreams.values():
+            upstream.script = self.ledger.script
+            await upstream.start()
+
+    def rules(self, *names: str, rate_per_s: float = 200, **changed: object) -> str:
+        """Write the rules of these variants, and return their file."""
+        urls = {name: self.upstreams[name].url for name in names}
+        self._file.write_text(rules(urls, self._scale, rate_per_s, **changed))
+        return str(self._file)
+
+    async def close(self) -> None:
+        # Connections that were accepted a moment ago become some that can be closed, and then they are.
+        await asyncio.sleep(0.05)
+        for upstream in self.upstreams.values():
+            await upstream.close()
+        await asyncio.sleep(0.05)
+
+
+async def order(port: int, variant: str, number: int, *extra: str) -> Answer:
+    return await ask(port, request("POST", f"/{variant}/orders", f"{variant}-{number}", b'{"amount": 1}', *extra), 120)
+
+
+async def lose(port: int, variant: str, numbers: range, at_once: int = 20) -> None:
+    """Send orders whose answers are lost."""
+    places = asyncio.Semaphore(at_once)
+
+    async def one(number: int) -> None:
+        async with places:
+            answer = await order(port, variant, number)
+            assert answer.status == 502 or not answer.complete, answer
+
+    await asyncio.gather(*[one(number) for number in numbers])
+
+
+def settled(*proxies: Proxy) -> Counter[str]:
+    """Return how many keys were settled, by whom."""
+    found: Counter[str] = Counter()
+    for proxy in proxies:
+        for by in ("janitor", "duplicate"):
+            found[by] += int(proxy.metric(f'reconciled_total{{by="{by}"}}'))
+    return found
+
+
+async def judge(ledger: Ledger, port: int, variant: str, numbers: range, at_once: int = 20) -> Counter[str]:
+    """Retry each order, and return what became of them."""
+    places, found = asyncio.Semaphore(at_once), Counter[str]()
+
+    async def one(number: int) -> None:
+        reference = f"{variant}-{number}"
+        before = ledger.executed[reference]
+        async with places:
+            answer = await order(port, variant, number)
+        status = (answer.header("oncegate-status") or b"").decode()
+        if status == "reconciled":
+            found["reconciled" if before == 1 and is_true(answer, ledger, reference) else "wrong"] += 1
+        elif status == "executed":
+            found["freed" if before == 0 else "wrong"] += 1
+        else:
+            found[f"left: {status} {answer.status}"] += 1
+        found["second executions"] += ledger.executed[reference] > 1
+
+    await asyncio.gather(*[one(number) for number in numbers])
+    return found
+
+
+def is_true(answer: Answer, ledger: Ledger, reference: str) -> bool:
+    """Return whether an answer is what really became of an order."""
+    order = ledger.orders[reference]
+    return (answer.status, answer.body) == ({"paid": 200, "declined": 402}[order.state], order.document(reference))

@@ -97,6 +97,14 @@ async def connected(
         behind.close()
 
 
+async def with_index(url: str) -> None:
+    """Let the index of a store's open keys be complete from the start, as it is after a while."""
+    async with connected(url) as store:
+        for server in store.records.servers:
+            await server.index.begin()
+            await server.index.note_complete()
+
+
 def claim(
     store: Store,
     key: bytes = KEY,

@@ -13,6 +13,10 @@ from tests.stores import connected
 A, B = "https://a.test", "https://b.test"
 
 
+def now_ms() -> int:
+    return int(time.time() * 1000)
+
+
 @pytest.fixture
 async def two(store):
     """Two replicas on one store of each kind."""
@@ -26,7 +30,7 @@ async def test_all_replicas_together_keep_the_rate(two):
     taken: list[float] = []
 
     async def take(pace: Pace) -> None:
-        assert await pace.take(A, 20, patience_s=20) == 0.0
+        assert await pace.take(A, 20, now_ms, patience_s=20) == 0.0
         taken.append(time.monotonic())
 
     began = time.monotonic()
@@ -36,27 +40,27 @@ async def test_all_replicas_together_keep_the_rate(two):
 
 
 async def test_upstreams_have_rates_of_their_own_and_who_has_no_patience_hears_how_long(two):
-    assert await two[0].take(A, 1) == 0.0
-    assert 0 < await two[1].take(A, 1) < 1.5
-    assert await two[1].take(B, 1) == 0.0
+    assert await two[0].take(A, 1, now_ms) == 0.0
+    assert 0 < await two[1].take(A, 1, now_ms) < 1.5
+    assert await two[1].take(B, 1, now_ms) == 0.0
 
 
 async def test_an_upstream_that_asks_for_a_pause_has_it_from_all_replicas(two):
-    assert await two[0].take(A, 1000) == 0.0
-    await two[0].pause(A, 30)
-    assert 25 < await two[0].take(A, 1000) <= 30
-    assert 25 < await two[1].take(A, 1000) <= 30
-    await two[1].pause(A, 1)
-    assert 25 < await two[0].take(A, 1000) <= 30, "a shorter one does not end a longer one"
-    await two[1].pause(A, 10**6)
-    assert await two[1].take(A, 1000) <= MAX_PAUSE_S
+    assert await two[0].take(A, 1000, now_ms) == 0.0
+    await two[0].pause(A, 30, now_ms)
+    assert 25 < await two[0].take(A, 1000, now_ms) <= 30
+    assert 25 < await two[1].take(A, 1000, now_ms) <= 30
+    await two[1].pause(A, 1, now_ms)
+    assert 25 < await two[0].take(A, 1000, now_ms) <= 30, "a shorter one does not end a longer one"
+    await two[1].pause(A, 10**6, now_ms)
+    assert await two[1].take(A, 1000, now_ms) <= MAX_PAUSE_S
 
 
 async def test_a_store_that_does_not_reply_lets_nobody_ask(own_store):
     async with connected(own_store.url) as store:
         pace = Pace(store, asyncio.get_running_loop().time)
         own_store.pause()
-        assert await pace.take(A, 10) > 0
+        assert await pace.take(A, 10, now_ms) > 0
         own_store.resume()
 
 

@@ -1,5 +1,7 @@
 """How far the reconciling of a key is: when it is asked about, when "not found" counts, and when a mark begins anew."""
 
+from dataclasses import replace
+
 import pytest
 
 from oncegate.decision import Verdict
@@ -25,8 +27,9 @@ PLAN = parse_table(
         "reconcile_for_s": 1000,
     }
 )
+OTHER = replace(PLAN, most_s=31)
 RECORD = RecordView(b"k" * 24, ViewState.UNKNOWN, b"t" * 16, NOW, mode=b"hold", created_ms=NOW - 5000, left_ms=9000)
-LAPSED = RECORD._replace(lapsed_ms=700)
+LAPSED = RECORD._replace(lapsed_ms=700, lease_end_ms=NOW - 700)
 BEGUN = progress.begin(RECORD, PLAN)
 
 
@@ -72,8 +75,8 @@ def test_pauses_double_up_to_the_most_and_jitter_shortens_them_by_half_at_most()
 
 
 def test_a_mark_is_read_as_it_was_written():
-    one = Progress(RECORD.token, 0, 1, 2, 3, 4, 5, "absent", "why ü", "time_over")
-    assert progress.unpack(one.pack(), RECORD) == one
+    one = Progress(RECORD.token, 0, 1, 2, 3, 4, 5, "absent", "why ü", "time_over", BEGUN.plan)
+    assert progress.unpack(one.pack(), RECORD, PLAN) == one
 
 
 @pytest.mark.parametrize(
@@ -91,11 +94,13 @@ def test_a_mark_is_read_as_it_was_written():
         # The owner's lease lapsed, it woke up, and then marked the key unknown: it may have sent more meanwhile.
         (progress.begin(LAPSED, PLAN).pack(), RECORD),
         # It woke up, renewed its lease, and that lapsed, too.
-        (progress.begin(LAPSED, PLAN).pack(), LAPSED._replace(now_ms=NOW + 5000)),
+        (progress.begin(LAPSED, PLAN).pack(), LAPSED._replace(now_ms=NOW + 5000, lease_end_ms=NOW + 4300)),
+        # By another plan: what the API says means something else, perhaps.
+        (progress.begin(RECORD, OTHER).pack(), RECORD),
     ],
 )
 def test_any_other_mark_begins_anew(packed, record):
-    assert progress.unpack(packed, record) is None
+    assert progress.unpack(packed, record, PLAN) is None
 
 
 def test_the_last_byte_was_sent_within_the_lease_or_before_somebody_saw_the_key_unknown():
@@ -112,8 +117,11 @@ def test_the_age_counts_from_the_first_claim_of_the_key():
 
 
 def test_after_its_time_it_is_a_person_s():
-    assert not progress.is_over(BEGUN, PLAN, NOW + 999_999)
-    assert progress.is_over(BEGUN, PLAN, NOW + 1_000_000)
+    asked = progress.answered(BEGUN, Verdict.INCONCLUSIVE, "", False, NOW)
+    assert not progress.is_over(asked, PLAN, NOW + 999_999)
+    assert progress.is_over(asked, PLAN, NOW + 1_000_000)
+    assert not progress.is_over(BEGUN, PLAN, NOW + 1_999_999), "nobody has asked yet"
+    assert progress.is_over(BEGUN, PLAN, NOW + 2_000_000)
     left = progress.left(progress.leased(BEGUN, PLAN, NOW), "time_over")
     assert not left.is_due(NOW + 10**9)
     assert progress.next_s(left.pack(), RECORD.token, PLAN, NOW) is None

@@ -95,8 +95,14 @@ async def test_no_answer_takes_longer_than_the_time_of_the_plan(asking):
 
 
 async def test_of_a_long_answer_one_byte_too_much_is_read(asking):
-    endless = [b"HTTP/1.1 200 OK\r\n\r\n", *[b"x" * 65_536] * 1000]
-    async with serving(says(*endless)) as raw:
+    async def endless(raw: Raw, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await says(b"HTTP/1.1 200 OK\r\n\r\n", *[b"x" * 65_536] * 1000)(raw, reader, writer)
+        finally:
+            # Nobody reads what waits to be written.
+            writer.transport.abort()
+
+    async with serving(endless) as raw:
         answer = await ask(asking, raw, plan=replace(PLAN, timeout_s=20))
     assert len(answer.body) == MAX_ANSWER_BYTES + 1
 

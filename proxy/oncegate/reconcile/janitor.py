@@ -1,7 +1,7 @@
 """Takes the steps of unknown keys as they fall due, over the index of open keys.
 
 Each worker has a janitor, and one of them works at a server at a time: it has reserved that for a few seconds. If it
-dies, another one goes on. A look at all open keys may take a twentieth of the time, however many there are.
+dies, another one goes on. The more open keys there are, the less often it looks at all of them.
 """
 
 import asyncio
@@ -21,11 +21,12 @@ from oncegate.store.record_view import UNDECIDED, RecordView, StoreError
 # What is reserved, and for how long: so long after its janitor died nobody works at a server.
 WORK, RESERVED_S = b"reconcile", 5.0
 # Keys that are read at once, and the pause between two of these reads.
-PAGE, PAGE_PAUSE_S = 200, 0.05
+PAGE, PAGE_PAUSE_S = 100, 0.05
 # Marks that are written at once.
 _MARKS = 20
-# The least and the most pause between two looks, and the share of the time that they may take.
-MIN_LOOK_S, MAX_LOOK_S, LOOK_SHARE = 0.05, 1.0, 1 / 20
+# The least and the most pause between two looks at one page, and how much longer it is for each further page: that
+# takes a worker 5 to 10 ms. While keys are overdue, it asks for so many times as long as it looks.
+MIN_LOOK_S, MAX_LOOK_S, MORE_S, ASKS = 0.05, 1.0, 0.125, 5
 # Looks in a row that a store refuses before that is said: until it is connected, it refuses all.
 _SILENT_LOOKS = 10
 # Keys whose steps are known to fall due first. The others are found by a later look.
@@ -35,8 +36,9 @@ AT_ONCE = 8
 
 
 class _Due(NamedTuple):
-    due_ms: int
-    key: bytes
+    # The loop's time, also of when the record was read.
+    due_s: float
+    read_s: float
     record: RecordView
     rule: Rule
 
@@ -70,9 +72,10 @@ class Janitor:
             ends_s = self._clock() + RESERVED_S
             while (left_s := ends_s - self._clock()) > 0 and not self._is_closed:
                 began_s = self._clock()
-                due = await self._look(server)
-                next_s = max(self._pause_s(), (self._clock() - began_s) / LOOK_SHARE)
-                await self._ask(due, min(next_s, left_s))
+                due, pages = await self._look(server)
+                # A look at thousands of keys takes longer than a reservation; leases keep two janitors apart.
+                until_s = max(ends_s, self._clock() + ASKS * (self._clock() - began_s))
+                await self._ask(due, min(self._pause_s() + MORE_S * (pages - 1), left_s), until_s)
             self._failures = 0
         except StoreError as error:
             self._failures += 1
@@ -87,17 +90,17 @@ class Janitor:
 
     # A look ...
 
-    async def _look(self, server: ServerRecords) -> list[_Due]:
-        """Return the keys of a server that fall due first, and begin the progress of those that have none."""
+    async def _look(self, server: ServerRecords) -> tuple[list[_Due], int]:
+        """Return the keys of a server that fall due first, and how many pages of keys it has. New ones begin here."""
+        due, place, pages = list[_Due](), "", 1
         if not await server.index.is_complete():
-            return []
-        due: list[_Due] = []
-        place = ""
+            return due, pages
         while True:
             page = await server.index.page(PAGE, place, UNDECIDED)
             due = heapq.nsmallest(MOST_DUE, [*due, *await self._due(page.records)], key=itemgetter(0))
             if not (place := page.after):
-                return due
+                return due, pages
+            pages += 1
             await asyncio.sleep(PAGE_PAUSE_S)
 
     async def _due(self, records: Iterable[RecordView]) -> list[_Due]:
@@ -106,16 +109,18 @@ class Janitor:
             if may_ask(record) and (rule := rules.get(record.kept.rule)) is not None:
                 found.append((record, rule))
         marks = await self._deps.store.marks.get_all([progress.mark_name(record.key) for record, _ in found])
-        due: list[_Due] = []
+        # Counted from here, because a store may tell its time with its records alone.
+        now_s, due = self._clock(), list[_Due]()
         begun: list[tuple[bytes, Progress, RecordView]] = []
         for (record, rule), packed in zip(found, marks, strict=True):
-            plan, now = rule.policy.reconcile, progress.unpack(packed, record)
+            plan = rule.policy.reconcile
             assert plan is not None
+            now = progress.unpack(packed, record, plan)
             if now is None:
                 now = progress.begin(record, plan)
                 begun.append((packed, now, record))
             if not now.left:
-                due.append(_Due(record.now_ms + now.wait_ms(record.now_ms), record.key, record, rule))
+                due.append(_Due(now_s + now.wait_ms(record.now_ms) / 1000, now_s, record, rule))
         await self._begin(begun)
         return due
 
@@ -131,9 +136,12 @@ class Janitor:
 
     # The steps ...
 
-    async def _ask(self, due: list[_Due], seconds: float) -> None:
-        """Take the steps that fall due within so many seconds, each upstream on its own, the first ones first."""
-        ends_s = self._clock() + seconds
+    async def _ask(self, due: list[_Due], pause_s: float, ends_s: float) -> None:
+        """Take the steps that fall due until the next look, each upstream on its own, the first ones first.
+
+        While some are overdue, that look can wait until `ends_s` (the loop's time): it would find none that is older.
+        """
+        next_s = self._clock() + pause_s
         by_origin: dict[str, list[_Due]] = {}
         for one in due:
             plan = one.rule.policy.reconcile
@@ -142,21 +150,18 @@ class Janitor:
             for queue in by_origin.values():
                 queue.reverse()
                 for _ in range(min(AT_ONCE, len(queue))):
-                    askers.create_task(self._take_steps(queue, ends_s))
-        await asyncio.sleep(max(0.0, ends_s - self._clock()))
+                    askers.create_task(self._take_steps(queue, next_s, ends_s))
+        await asyncio.sleep(max(0.0, next_s - self._clock()))
 
-    async def _take_steps(self, queue: list[_Due], ends_s: float) -> None:
+    async def _take_steps(self, queue: list[_Due], next_s: float, ends_s: float) -> None:
         """Take the steps of a queue, whose first one is its last entry."""
-        while queue and (left_s := ends_s - self._clock()) > 0 and not self._is_closed:
+        while queue and self._clock() < ends_s and not self._is_closed:
             one = queue.pop()
-            wait_s = (one.due_ms - self._deps.store.now_ms(one.key)) / 1000
-            if wait_s > left_s:
+            if one.due_s > max(next_s, self._clock()):
                 return
-            await asyncio.sleep(max(0.0, wait_s))
+            await asyncio.sleep(max(0.0, one.due_s - self._clock()))
+            record = one.record._replace(now_ms=one.record.now_ms + int((self._clock() - one.read_s) * 1000))
             try:
-                record = await self._deps.store.records.read(one.key)
-                if record is None:
-                    continue
                 patience_s = max(0.0, ends_s - self._clock())
                 result = await take_step(self._deps, record, one.rule, By.JANITOR, patience_s)
             except StoreError:

@@ -1,7 +1,8 @@
 """How often an upstream is asked: a rate for all replicas together, and a breaker in each worker.
 
 The rate is a mark for each upstream: the time from which the next question may leave, moved on by compare-and-set. An
-upstream that asks for a pause (RFC 9110, section 10.2.3) moves that time for all replicas.
+upstream that asks for a pause (RFC 9110, section 10.2.3) moves that time for all replicas. `now_ms` returns the store's
+time, by which all of them count.
 """
 
 import asyncio
@@ -24,6 +25,9 @@ _TRIES = 3
 _SILENT_S = 1.0
 # Failures in a row after which the breaker opens, and for how long: twice as long after each failure that follows.
 FAILURES, MIN_OPEN_S, MAX_OPEN_S = 5, 1.0, 30.0
+
+
+NowMs = Callable[[], int]
 
 
 class Breaker:
@@ -74,7 +78,7 @@ class Pace:
         now_s = self._clock()
         return {origin: breaker.is_holding(now_s) for origin, breaker in self._breakers.items()}
 
-    async def take(self, origin: str, rate_per_s: float, patience_s: float = 0.0) -> float:
+    async def take(self, origin: str, rate_per_s: float, now_ms: NowMs, patience_s: float = 0.0) -> float:
         """Take the next place at an upstream, within `patience_s`, in the order in which it is asked for.
 
         Return 0.0 if the caller may ask now, else how long it should wait.
@@ -88,29 +92,28 @@ class Pace:
         except TimeoutError:
             return 1 / rate_per_s
         try:
-            while (wait_s := await self._try(origin, rate_per_s)) and self._clock() + wait_s < ends_s:
+            while (wait_s := await self._try(origin, rate_per_s, now_ms)) and self._clock() + wait_s < ends_s:
                 await asyncio.sleep(wait_s)
             return wait_s
         finally:
             queue.release()
 
-    async def _try(self, origin: str, rate_per_s: float) -> float:
+    async def _try(self, origin: str, rate_per_s: float, now_ms: NowMs) -> float:
         if wait_s := self._breaker(origin).wait_s(self._clock()):
             return wait_s
-        digest, interval_ms = _digest(origin), max(1, round(1000 / rate_per_s))
+        interval_ms = max(1, round(1000 / rate_per_s))
         for _ in range(_TRIES):
-            before, now_ms = self._seen.get(origin, b""), self._store.now_ms(digest)
-            free_ms = _number(before)
-            if free_ms > now_ms:
-                return min((free_ms - now_ms) / 1000, MAX_PAUSE_S)
-            taken = await self._swap(origin, before, now_ms + interval_ms)
+            before, now = self._seen.get(origin, b""), now_ms()
+            if (free_ms := _number(before)) > now:
+                return min((free_ms - now) / 1000, MAX_PAUSE_S)
+            taken = await self._swap(origin, before, now + interval_ms)
             if taken is not False:
                 return 0.0 if taken else _SILENT_S
         return interval_ms / 1000
 
-    async def pause(self, origin: str, seconds: float) -> None:
+    async def pause(self, origin: str, seconds: float, now_ms: NowMs) -> None:
         """Let nobody ask an upstream for so long, which is bounded."""
-        until_ms = self._store.now_ms(_digest(origin)) + int(min(seconds, MAX_PAUSE_S) * 1000)
+        until_ms = now_ms() + int(min(seconds, MAX_PAUSE_S) * 1000)
         for _ in range(_TRIES):
             before = self._seen.get(origin, b"")
             if _number(before) >= until_ms or await self._swap(origin, before, until_ms) is not False:

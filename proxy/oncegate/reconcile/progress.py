@@ -1,11 +1,13 @@
 """How far the reconciling of one key is: a mark beside its record, and every change of it. Pure.
 
-A mark is changed by compare-and-set alone. One that is lost, or that belongs to another claim or an earlier lease,
-begins anew: then "not found" counts later, and never sooner.
+A mark is changed by compare-and-set alone. One that is lost, or that belongs to another claim, an earlier lease or
+another plan, begins anew: then "not found" counts later, and never sooner.
 """
 
 import json
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from hashlib import blake2b
 
 from oncegate.decision import Verdict
 from oncegate.probing.absence import Absence
@@ -28,7 +30,7 @@ class Progress:
     more, and begins another progress with its next lease. `since_ms`: when somebody first saw it unknown. `due_ms`: of
     the next question. `leased_ms`: until when nobody else asks, 0 while nobody does. `asked`: questions so far.
     `agreed`: how many of the last answers said absent, and count. `verdict`, `why`: of the last answer, empty before
-    it. `left`: why it is left to a person, empty while it is not.
+    it. `left`: why it is left to a person, empty while it is not. `plan`: a digest of the plan by which it is asked.
     """
 
     token: bytes
@@ -41,10 +43,11 @@ class Progress:
     verdict: str = ""
     why: str = ""
     left: str = ""
+    plan: str = ""
 
     def pack(self) -> bytes:
         numbers = [self.lease_ms, self.since_ms, self.due_ms, self.leased_ms, self.asked, self.agreed]
-        return json.dumps([self.token.hex(), *numbers, self.verdict, self.why, self.left]).encode()
+        return json.dumps([self.token.hex(), *numbers, self.verdict, self.why, self.left, self.plan]).encode()
 
     def is_due(self, now_ms: int) -> bool:
         """Return whether somebody may ask now."""
@@ -65,34 +68,40 @@ def lasts_ms(record: RecordView) -> int:
     return record.left_ms if record.left_ms > 0 else _LASTS_MS
 
 
-def unpack(packed: bytes, record: RecordView) -> Progress | None:
-    """Return the progress of a record in its mark; None for that of any other, and for what is none."""
+def unpack(packed: bytes, record: RecordView, plan: Plan | None = None) -> Progress | None:
+    """Return the progress of a record in its mark; None for that of any other, and for what is none.
+
+    `plan`: by which it has to be asked; None: by any.
+    """
     progress = _read(packed)
-    if progress is None or progress.token != record.token:
+    if progress is None or (progress.token, progress.lease_ms) != (record.token, record.lease_end_ms):
         return None
-    return progress if abs(progress.lease_ms - _lease_ms(record)) <= 1 else None
+    return progress if plan is None or progress.plan == digest_of(plan) else None
 
 
 def next_s(packed: bytes, token: bytes, plan: Plan, now_ms: int) -> float | None:
     """Return how long until the next question about a claim, by the mark of its key; None: nobody asks any more."""
     progress = _read(packed)
-    if progress is None or progress.token != token:
+    if progress is None or progress.token != token or progress.plan != digest_of(plan):
         return plan.first_after_s
     return None if progress.left else progress.wait_ms(now_ms) / 1000
 
 
 def _read(packed: bytes) -> Progress | None:
     try:
-        token, *numbers, verdict, why, left = json.loads(packed)
+        token, *numbers, verdict, why, left, plan = json.loads(packed)
         lease, since, due, leased, asked, agreed = map(int, numbers)
-        return Progress(bytes.fromhex(token), lease, since, due, leased, asked, agreed, verdict, why, left)
+        return Progress(bytes.fromhex(token), lease, since, due, leased, asked, agreed, verdict, why, left, plan)
     except (ValueError, TypeError):
         return None
 
 
-def _lease_ms(record: RecordView) -> int:
-    """Return the end of a lease that lapsed, 0 for a record that was marked unknown."""
-    return record.now_ms - record.lapsed_ms if record.lapsed_ms > 0 else 0
+# The same few plans again and again.
+@lru_cache(256)
+def digest_of(plan: Plan) -> str:
+    """Return what tells a plan from another: what it asks, and what answers mean."""
+    # The representation leaves the credentials out.
+    return blake2b(repr(plan).encode(), digest_size=6).hexdigest()
 
 
 # Transitions ...
@@ -101,7 +110,8 @@ def _lease_ms(record: RecordView) -> int:
 def begin(record: RecordView, plan: Plan) -> Progress:
     """Return the progress of a key that was just found unknown. Its first question waits for the API to settle."""
     now_ms = record.now_ms
-    return Progress(record.token, _lease_ms(record), now_ms, now_ms + _ms(plan.first_after_s))
+    due_ms = now_ms + _ms(plan.first_after_s)
+    return Progress(record.token, record.lease_end_ms, now_ms, due_ms, plan=digest_of(plan))
 
 
 def leased(progress: Progress, plan: Plan, now_ms: int) -> Progress:
@@ -148,8 +158,9 @@ def left(progress: Progress, why: str) -> Progress:
 
 
 def is_over(progress: Progress, plan: Plan, now_ms: int) -> bool:
-    """Return whether the time is over in which the API is asked about a key."""
-    return now_ms - progress.since_ms >= _ms(plan.reconcile_for_s)
+    """Return whether the time is over in which the API is asked about a key: at least once, within twice that time."""
+    times = 1 if progress.asked else 2
+    return now_ms - progress.since_ms >= times * _ms(plan.reconcile_for_s)
 
 
 def absence(plan: Plan) -> Absence:

@@ -118,7 +118,7 @@ class _Step:
         before = await self._progress()
         if before is None:
             return StepResult(Step.WAITS, _AGAIN_S)
-        asked = question(self._plan, self._values)
+        asked = self._question()
         if self._by is not By.OPERATOR:
             if before.left:
                 return StepResult(Step.LEFT)
@@ -132,9 +132,16 @@ class _Step:
             return StepResult(Step.ASKED, report=self._report(why=asked.why))
         if before.leased_ms > self._now_ms():
             return self._waits(before)
-        if wait_s := await self._deps.pace.take(self._origin, self._plan.rate_per_s, patience_s):
+        if wait_s := await self._deps.pace.take(self._origin, self._plan.rate_per_s, self._now_ms, patience_s):
             return StepResult(Step.HELD_BACK, wait_s)
         return await self._ask(before, asked)
+
+    def _question(self) -> Question | CannotAsk:
+        """Return what is asked about the record, by what it keeps. A reload may have led its rule to another API."""
+        went_to, upstream = self._record.kept.upstream, self._rule.upstream.label
+        if self._plan.is_upstream and went_to and went_to != upstream:
+            return CannotAsk("it went to another upstream than its rule has now")
+        return question(self._plan, self._values)
 
     def _waits(self, before: Progress) -> StepResult:
         return StepResult(Step.WAITS, before.wait_ms(self._now_ms()) / 1000)
@@ -144,7 +151,7 @@ class _Step:
     async def _progress(self) -> Progress | None:
         """Return how far the key is, which may begin here; None where somebody else was faster."""
         self._packed = await self._deps.store.marks.get(self._name)
-        found = progress.unpack(self._packed, self._record)
+        found = progress.unpack(self._packed, self._record, self._plan)
         if found is not None:
             return found
         begun = progress.begin(self._record, self._plan)
@@ -215,7 +222,7 @@ class _Step:
             return pace.answered(self._origin)
         pace.failed(self._origin)
         if isinstance(answer, ProbeAnswer) and (pause_s := asked_pause_s(answer.status, answer.fields)):
-            await pace.pause(self._origin, pause_s)
+            await pace.pause(self._origin, pause_s, self._now_ms)
         return None
 
     async def _note(self, after: Progress, evidence: Evidence, refused: ResolveStatus | None = None) -> StepResult:

@@ -14,7 +14,7 @@ from oncegate.rules.model import Rule
 from oncegate.store.record_view import StoreError
 
 # The least and the most pause between two looks at a key: its step may fall due earlier than it was said.
-_LEAST_S, _MOST_S = 0.05, 1.0
+_LEAST_S, _MOST_S = 0.05, 2.5
 _ENDS = (Step.SETTLED, Step.LEFT, Step.OVER)
 
 
